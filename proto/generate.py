@@ -5,7 +5,6 @@ Runs where images are built and tests run, never in a guest: a guest gets the co
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -39,7 +38,7 @@ def generate() -> None:
         if status != 0:
             raise ProtocError(f"protoc exited with status {status} on {', '.join(sources)}; its message is above")
         for module in (Path(scratch) / HERE.name).glob("*_pb2.py"):
-            os.replace(module, HERE / module.name)
+            module.replace(HERE / module.name)
 
 
 def ensure() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
+
 from proto import agent_pb2, health_pb2, oci_pb2, types_pb2
 
 TABLE = Path(__file__).with_name("wire-1.x.txt")

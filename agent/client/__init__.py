@@ -1,0 +1,28 @@
+"""The host's side: drive the agent in a guest from Python.
+
+async with Agent.connect("/run/caisson/default/agent.sock") as agent:
+    await agent.create_sandbox()
+    container = await agent.create_container("web", default_spec(rootfs="/usr/lib/caisson/containers/busybox"))
+    await container.start()
+    process = await container.exec(["echo", "hello"])
+    async for data in process.stdout():
+        ...
+    status = await process.wait()
+"""
+
+from agent.client.attach import attach
+from agent.client.connection import Agent, AgentError, AgentGone, Container, Process, ProgramError, answers
+from agent.client.defaults import default_spec, keep_alive
+
+__all__ = [
+    "Agent",
+    "AgentError",
+    "AgentGone",
+    "Container",
+    "Process",
+    "ProgramError",
+    "answers",
+    "attach",
+    "default_spec",
+    "keep_alive",
+]

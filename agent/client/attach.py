@@ -1,0 +1,154 @@
+"""Join a process in a container to the caller's own standard streams, byte for byte."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import termios
+import threading
+import tty
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+
+from agent.client.connection import CHUNK, AgentError, Process
+
+#: Signals that somebody who wants this command to stop or to know something sends to it.
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+
+#: So many requests to stop, and the process is killed.
+PATIENCE = 3
+
+
+async def attach(process: Process, *, stdin: int = 0, stdout: int = 1, stderr: int = 2) -> int:
+    """Run until the process has ended and all its output is delivered; returns its exit status.
+
+    With a terminal, ``stdin`` is put into raw mode meanwhile and its size follows; it is restored whatever happens.
+    Without, signals that reach the caller are passed on.  When the reader of ``stdout`` or ``stderr`` goes away the
+    process gets SIGPIPE, as it would in a pipeline, and the status is 141.
+    """
+    with _raw(stdin) if process.terminal else contextlib.nullcontext():
+        async with _signals(process, stdin):
+            feeder = asyncio.create_task(_feed(process, stdin))
+            try:
+                copies = [_copy(process.stdout(), stdout)]
+                if not process.terminal:
+                    copies.append(_copy(process.stderr(), stderr))
+                try:
+                    await asyncio.gather(*copies)
+                except BrokenPipeError:
+                    with contextlib.suppress(AgentError):
+                        await process.signal(signal.SIGPIPE)
+                    return 128 + signal.SIGPIPE
+                return await process.wait()
+            finally:
+                feeder.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await feeder
+
+
+async def _copy(stream: AsyncIterator[bytes], target: int) -> None:
+    async for data in stream:
+        # In a thread: a reader that takes its time must not hold up the other streams.
+        await asyncio.to_thread(_write_all, target, data)
+
+
+def _write_all(target: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(target, view) :]
+
+
+async def _feed(process: Process, source: int) -> None:
+    try:
+        async for data in _read(source):
+            await process.write(data)
+        await process.close_stdin()
+    except AgentError:
+        # It has ended, or closed its input: what it did not want to read is nobody's error.
+        pass
+
+
+async def _read(source: int) -> AsyncIterator[bytes]:
+    """Read a descriptor of any kind until its end.
+
+    In a thread of its own, as regular files and terminals shared with others cannot be polled; a daemon, because a
+    read that never returns must not keep the command alive.
+    """
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Queue[bytes] = asyncio.Queue()
+    wanted = threading.Semaphore(1)
+
+    def deliver() -> None:
+        while wanted.acquire():
+            try:
+                data = os.read(source, CHUNK)
+            except OSError:
+                data = b""
+            try:
+                loop.call_soon_threadsafe(ready.put_nowait, data)
+            except RuntimeError:  # the loop has closed
+                return
+            if not data:
+                return
+
+    threading.Thread(target=deliver, name="stdin", daemon=True).start()
+    while data := await ready.get():
+        yield data
+        wanted.release()
+
+
+@contextmanager
+def _raw(terminal: int) -> Iterator[None]:
+    if not os.isatty(terminal):
+        yield
+        return
+    before = termios.tcgetattr(terminal)
+    tty.setraw(terminal)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+
+
+@contextlib.asynccontextmanager
+async def _signals(process: Process, stdin: int) -> AsyncIterator[None]:
+    """Pass signals on to the process, and the size of the caller's terminal where it has one."""
+    loop = asyncio.get_running_loop()
+    tasks: set[asyncio.Task[None]] = set()
+    stops = 0
+
+    async def forward(number: int) -> None:
+        with contextlib.suppress(AgentError):
+            await process.signal(number)
+
+    async def resize() -> None:
+        with contextlib.suppress(AgentError, OSError):
+            size = os.get_terminal_size(stdin)
+            await process.resize(size.lines, size.columns)
+
+    def start(work: object) -> None:
+        task: asyncio.Task[None] = loop.create_task(work)  # type: ignore[arg-type]
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    def on_signal(number: int) -> None:
+        nonlocal stops
+        stops += number in (signal.SIGINT, signal.SIGTERM)
+        start(forward(signal.SIGKILL if stops >= PATIENCE else number))
+
+    for number in FORWARDED:
+        loop.add_signal_handler(number, on_signal, number)
+    if process.terminal and os.isatty(stdin):
+        await resize()
+        loop.add_signal_handler(signal.SIGWINCH, lambda: start(resize()))
+    try:
+        yield
+    finally:
+        for number in (*FORWARDED, signal.SIGWINCH):
+            loop.remove_signal_handler(number)
+        for task in tasks:
+            task.cancel()
+        sys.stdout.flush()

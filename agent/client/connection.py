@@ -1,0 +1,274 @@
+"""A connection to an agent, and handles on what it runs: Agent → Container → Process."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import grpc
+from google.protobuf import message_factory
+
+from proto import agent_pb2, health_pb2, oci_pb2
+
+#: Bytes asked for or sent in one call.  A pipe holds 64 KiB by default, a gRPC message 4 MiB.
+CHUNK = 1 << 20
+
+#: A guest's agent is one hop away: a lost connection is tried again at once, not after gRPC's second.
+CHANNEL_OPTIONS = [
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 500),
+    ("grpc.enable_http_proxy", 0),
+    # The peer of a Unix socket has no name; without this the path itself becomes the :authority.
+    ("grpc.default_authority", "agent"),
+]
+
+
+class AgentError(Exception):
+    """The agent refused a call; the text is the agent's."""
+
+    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        super().__init__(details or code.name)
+        self.code = code
+        self.details = details
+
+
+class AgentGone(AgentError):
+    """Nobody answers on the agent's socket any more: the guest or its VM has ended."""
+
+
+class ProgramError(AgentError):
+    """The program could not be run; exit_status is what a shell would report (127 not found, 126 not executable)."""
+
+    def __init__(self, code: grpc.StatusCode, details: str, exit_status: int) -> None:
+        super().__init__(code, details)
+        self.exit_status = exit_status
+
+
+def _error(failure: grpc.RpcError) -> AgentError:
+    code, details = failure.code(), failure.details() or ""
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return AgentGone(code, f"the agent does not answer ({details})")
+    # These two texts are the ones container runtimes agree on (facts: docker and containerd look for them, too).
+    for text, status in (("executable file not found in $PATH", 127), ("no such file or directory", 127)):
+        if "exec: " in details and text in details:
+            return ProgramError(code, details, status)
+    if "exec: " in details and "permission denied" in details:
+        return ProgramError(code, details, 126)
+    return AgentError(code, details)
+
+
+class _Service:
+    """The methods of one service as coroutines, made from its descriptor: ``await service.ReadStdout(request)``."""
+
+    def __init__(self, channel: grpc.aio.Channel, descriptor: Any) -> None:
+        self._calls: dict[str, Callable[..., Awaitable[Any]]] = {
+            method.name: channel.unary_unary(
+                f"/{descriptor.full_name}/{method.name}",
+                request_serializer=message_factory.GetMessageClass(method.input_type).SerializeToString,
+                response_deserializer=message_factory.GetMessageClass(method.output_type).FromString,
+            )
+            for method in descriptor.methods
+        }
+
+    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
+        try:
+            method = self._calls[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+        async def call(request: Any, timeout: float | None = None) -> Any:
+            try:
+                return await method(request, timeout=timeout)
+            except grpc.aio.AioRpcError as failure:
+                raise _error(failure) from failure
+
+        return call
+
+
+class Agent:
+    """One connection to the agent in a guest.  ``rpc`` and ``health`` give every method of the API by its name."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._channel = channel
+        self.rpc = _Service(channel, agent_pb2.DESCRIPTOR.services_by_name["AgentService"])
+        self.health = _Service(channel, health_pb2.DESCRIPTOR.services_by_name["Health"])
+
+    @classmethod
+    def connect(cls, socket: str | os.PathLike[str]) -> Self:
+        """A lazy connection to the Unix socket of a VM (its ``agent.sock``); nothing is sent yet."""
+        return cls(grpc.aio.insecure_channel(f"unix:{Path(socket).resolve()}", options=CHANNEL_OPTIONS))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._channel.close()
+
+    async def version(self) -> str:
+        """The agent's version."""
+        answer = await self.health.Version(health_pb2.CheckRequest())
+        return str(answer.agent_version)
+
+    async def create_sandbox(self, sandbox_id: str = "sandbox", *, hostname: str = "") -> bool:
+        """Start the sandbox; False when there is one already."""
+        request = agent_pb2.CreateSandboxRequest(sandbox_id=sandbox_id, hostname=hostname)
+        return await self._created(self.rpc.CreateSandbox(request))
+
+    async def destroy_sandbox(self, timeout: float | None = None) -> None:
+        """End every container."""
+        await self.rpc.DestroySandbox(agent_pb2.DestroySandboxRequest(), timeout)
+
+    def container(self, container_id: str) -> Container:
+        """A handle on a container that exists."""
+        return Container(self, container_id)
+
+    async def create_container(self, container_id: str, spec: oci_pb2.Spec) -> Container:
+        """Create a container; it runs after ``start``.  Raises AgentError when the id is taken."""
+        request = agent_pb2.CreateContainerRequest(container_id=container_id, exec_id=container_id, OCI=spec)
+        await self.rpc.CreateContainer(request)
+        return Container(self, container_id)
+
+    async def ensure_container(self, container_id: str, spec: oci_pb2.Spec) -> Container:
+        """A running container of this id: an existing one, or a new one made from the spec.
+
+        Two callers at the same moment both get it.
+        """
+        container = Container(self, container_id)
+        try:
+            await self.create_container(container_id, spec)
+        except AgentError as error:
+            if error.code is not grpc.StatusCode.ALREADY_EXISTS:
+                raise
+        try:
+            await container.start()
+        except AgentError as error:
+            if error.code is not grpc.StatusCode.FAILED_PRECONDITION or "should be created" not in error.details:
+                raise
+        return container
+
+    @staticmethod
+    async def _created(call: Awaitable[Any]) -> bool:
+        try:
+            await call
+        except AgentError as error:
+            if error.code is grpc.StatusCode.ALREADY_EXISTS:
+                return False
+            raise
+        return True
+
+
+class Container:
+    """A container in a guest."""
+
+    def __init__(self, agent: Agent, container_id: str) -> None:
+        self.agent = agent
+        self.id = container_id
+
+    async def start(self) -> None:
+        """Let the created container's program run."""
+        await self.agent.rpc.StartContainer(agent_pb2.StartContainerRequest(container_id=self.id))
+
+    def init(self) -> Process:
+        """Its first process."""
+        return Process(self, self.id, terminal=False)
+
+    async def exec(
+        self,
+        args: Sequence[str],
+        *,
+        env: Sequence[str] = (),
+        cwd: str = "/",
+        uid: int = 0,
+        gid: int = 0,
+        terminal: bool = False,
+        exec_id: str | None = None,
+    ) -> Process:
+        """Run one more process; it is running when this returns.
+
+        ``env`` holds ``NAME=value`` strings.  Raises ProgramError when the program cannot be run.
+        """
+        exec_id = exec_id or uuid.uuid4().hex
+        process = oci_pb2.Process(Args=args, Env=env, Cwd=cwd, User=oci_pb2.User(UID=uid, GID=gid), Terminal=terminal)
+        request = agent_pb2.ExecProcessRequest(container_id=self.id, exec_id=exec_id, process=process)
+        await self.agent.rpc.ExecProcess(request)
+        return Process(self, exec_id, terminal=terminal)
+
+    async def signal(self, number: int) -> None:
+        """Signal every process in it."""
+        await self.agent.rpc.SignalProcess(agent_pb2.SignalProcessRequest(container_id=self.id, signal=number))
+
+    async def remove(self, timeout: int = 0) -> None:
+        """End it and forget it; timeout in seconds, 0 for as long as it takes."""
+        await self.agent.rpc.RemoveContainer(agent_pb2.RemoveContainerRequest(container_id=self.id, timeout=timeout))
+
+
+class Process:
+    """A process in a container."""
+
+    def __init__(self, container: Container, exec_id: str, *, terminal: bool) -> None:
+        self.container = container
+        self.exec_id = exec_id
+        self.terminal = terminal
+        self._rpc = container.agent.rpc
+        self._key = {"container_id": container.id, "exec_id": exec_id}
+
+    async def write(self, data: bytes) -> None:
+        """Give it standard input; returns when the process's pipe has taken all of it."""
+        await self._rpc.WriteStdin(agent_pb2.WriteStreamRequest(data=data, **self._key))
+
+    async def close_stdin(self) -> None:
+        """Let it read end-of-file; nothing happens on a terminal."""
+        await self._rpc.CloseStdin(agent_pb2.CloseStdinRequest(**self._key))
+
+    def stdout(self) -> AsyncIterator[bytes]:
+        """What it writes to standard output (with a terminal: everything), until its end."""
+        return self._stream(self._rpc.ReadStdout)
+
+    def stderr(self) -> AsyncIterator[bytes]:
+        """What it writes to standard error, until its end."""
+        return self._stream(self._rpc.ReadStderr)
+
+    async def _stream(self, read: Callable[..., Awaitable[Any]]) -> AsyncIterator[bytes]:
+        request = agent_pb2.ReadStreamRequest(len=CHUNK, **self._key)
+        while True:
+            try:
+                answer = await read(request)
+            except AgentError as error:
+                # The API has no end marker but this; the second text is a terminal whose last process has gone.
+                if error.details == "EOF" or "input/output error" in error.details:
+                    return
+                raise
+            yield answer.data
+
+    async def resize(self, rows: int, columns: int) -> None:
+        """Tell its terminal the size, in characters."""
+        await self._rpc.TtyWinResize(agent_pb2.TtyWinResizeRequest(row=rows, column=columns, **self._key))
+
+    async def signal(self, number: int) -> None:
+        """Send it a signal."""
+        await self._rpc.SignalProcess(agent_pb2.SignalProcessRequest(signal=number, **self._key))
+
+    async def wait(self) -> int:
+        """Its exit status: 0-255, or 128 + the signal that ended it."""
+        answer = await self._rpc.WaitProcess(agent_pb2.WaitProcessRequest(**self._key))
+        return int(answer.status)
+
+
+def answers(socket: str | os.PathLike[str], timeout: float) -> bool:
+    """Whether an agent serves on a socket; waits up to ``timeout`` seconds for one that is starting."""
+    descriptor = health_pb2.DESCRIPTOR.services_by_name["Health"]
+    with grpc.insecure_channel(f"unix:{Path(socket).resolve()}", options=CHANNEL_OPTIONS) as channel:
+        check = channel.unary_unary(
+            f"/{descriptor.full_name}/Check",
+            request_serializer=health_pb2.CheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
+        try:
+            answer = check(health_pb2.CheckRequest(), timeout=timeout, wait_for_ready=True)
+        except grpc.RpcError:
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
