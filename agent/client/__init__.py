@@ -12,9 +12,10 @@ async with Agent.connect("/run/caisson/default/agent.sock") as agent:
 
 from agent.client.attach import attach
 from agent.client.connection import Agent, AgentError, AgentGone, Container, Process, ProgramError, answers
-from agent.client.defaults import default_spec, keep_alive
+from agent.client.defaults import PATH, default_spec, keep_alive
 
 __all__ = [
+    "PATH",
     "Agent",
     "AgentError",
     "AgentGone",

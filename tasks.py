@@ -1,0 +1,374 @@
+"""Caisson's command line: build a guest image, boot it, run commands in containers inside it.
+
+    python3 tasks.py exec -- uname -a      # sets up everything it needs, then builds, boots and runs
+    python3 tasks.py --list                # all commands; `invoke …` does the same once .venv is there
+
+This is the only place that uses both halves: image/ (makes and boots a guest) and agent.client (talks to its agent).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+
+
+def _enter_environment() -> None:
+    """Continue inside .venv, made first where it is missing or older than what pyproject.toml asks for.
+
+    Standard library only: this runs on a machine that has nothing but Python and apt.
+    """
+    if sys.version_info < (3, 11):  # noqa: UP036
+        sys.exit(f"caisson: Python 3.11 or newer is needed, this is {sys.version.split()[0]}")
+    import fcntl
+    import hashlib
+    import subprocess
+    import tomllib
+
+    environment = ROOT / ".venv"
+    python = environment / "bin" / "python"
+    project = ROOT / "pyproject.toml"
+    wanted = tomllib.loads(project.read_text())["project"]["dependencies"]
+    stamp = environment / f"caisson-{hashlib.sha256(repr(wanted).encode()).hexdigest()[:16]}"
+    if not stamp.exists():
+        with project.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two first runs at once
+            if not stamp.exists():
+                print("caisson: setting up .venv", file=sys.stderr)
+                pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted]
+                for command in ([sys.executable, "-m", "venv", environment], pip):
+                    if subprocess.run(command, stdout=sys.stderr).returncode != 0:
+                        hint = "" if command is pip else "; on Debian: apt-get install python3-venv"
+                        sys.exit(f"caisson: `{' '.join(map(str, command))}` failed{hint}")
+                stamp.touch()
+    if Path(sys.prefix).resolve() != environment:
+        os.execv(python, [str(python), str(ROOT / "tasks.py"), *sys.argv[1:]])
+
+
+_enter_environment()
+sys.path.insert(0, str(ROOT))
+
+from proto import generate  # noqa: E402
+
+generate.ensure()
+
+import asyncio  # noqa: E402
+import contextlib  # noqa: E402
+import functools  # noqa: E402
+import json  # noqa: E402
+import shutil  # noqa: E402
+import subprocess  # noqa: E402
+import time  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from typing import Any, NoReturn  # noqa: E402
+
+from invoke import Collection, Context, Exit, Program, task  # noqa: E402
+
+import image  # noqa: E402
+from agent import client  # noqa: E402
+from image.vm import VM, VMConfig, VMError, find_vm, list_vms  # noqa: E402
+
+#: Programs that a command needs, and the Debian package of each.
+TO_BUILD = {
+    "gcc": "gcc",
+    "make": "make",
+    "mmdebstrap": "mmdebstrap",
+    "musl-gcc": "musl-tools",
+    "zstd": "zstd",
+}
+TO_BOOT = {"qemu-system-x86_64": "qemu-system-x86", "setpriv": "util-linux"}
+TO_TEST = TO_BUILD | TO_BOOT | {"busybox": "busybox-static", "cpio": "cpio"}
+
+#: The VM that commands mean when they name none.
+DEFAULT_VM = "default"
+
+#: Exit status when a command could not be run at all; 126, 127 and 128+n are those of a shell.
+FAILED = 125
+
+
+def _fail(message: str, status: int = 1) -> NoReturn:
+    raise Exit(f"caisson: {message}", code=status)
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Turn what can go wrong for a user into one line and an exit status; bugs keep their traceback."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except (image.ImageError, VMError, client.AgentError) as error:
+            _fail(str(error))
+        except KeyboardInterrupt:
+            raise Exit(code=130) from None
+
+    return wrapper
+
+
+def _need(programs: dict[str, str]) -> None:
+    """Have these programs: installed by apt for root, else one line says how."""
+    packages = sorted({package for program, package in programs.items() if shutil.which(program) is None})
+    if not packages:
+        return
+    install = ["apt-get", "install", "--yes", "--no-install-recommends", *packages]
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        _fail(f"this machine lacks {', '.join(packages)}; run: sudo {' '.join(install)}")
+    print(f"caisson: installing {', '.join(packages)}", file=sys.stderr)
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    for step in (["apt-get", "update"], install):
+        done = subprocess.run(step, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if done.returncode != 0:
+            _fail(f"`{' '.join(step)}` failed:\n{done.stderr.strip() or done.stdout.strip()}")
+
+
+def _words() -> list[str]:
+    """What follows `--` on the command line, exactly as typed (invoke would join it into one string)."""
+    return sys.argv[sys.argv.index("--") + 1 :] if "--" in sys.argv else []
+
+
+def _say(line: str) -> None:
+    print(f"caisson: {line}", file=sys.stderr, flush=True)
+
+
+def _reporter(verbose: bool) -> Callable[[str], None]:
+    """Progress goes to a terminal, or where it was asked for: a command's stderr is the program's alone."""
+    return _say if verbose or sys.stderr.isatty() else lambda line: None
+
+
+def _answers(socket: Path) -> bool:
+    return client.answers(socket, timeout=1.0)
+
+
+def _image_directory(path: str, report: Callable[[str], None]) -> Path:
+    """The image in a directory, or the default one, built if need be."""
+    if path:
+        return image.Image.load(Path(path)).directory
+    _need(TO_BUILD)
+    return image.build(report=report).directory
+
+
+@task(
+    help={
+        "definition": "the YAML definition (default: rootfs-templates/debian/image.yaml)",
+        "suite": "another suite than the definition's, e.g. bookworm",
+    }
+)
+@command
+def build_image(_: Context, definition: str = "", suite: str = "") -> None:
+    """Build a guest image: rootfs, kernel and agent; prints its directory.
+
+    Example: invoke build-image --suite bookworm
+    """
+    _need(TO_BUILD)
+    built = image.build(Path(definition) if definition else None, suite=suite or None, report=_say)
+    print(built.directory)
+
+
+@task(
+    help={
+        "name": "what to call the VM",
+        "image": "directory of an image (default: the default image, built if need be)",
+        "accel": "auto, kvm or tcg; auto picks by evidence and says why",
+        "vsock": "auto, vhost (the kernel's) or user (our own device)",
+        "memory": "MiB",
+        "cpus": "virtual CPUs",
+        "detach": "leave it running in the background",
+        "timeout": "seconds to wait for the agent (default: 60 with KVM, 240 with TCG)",
+    }
+)
+@command
+def boot_vm(
+    _: Context,
+    name: str = DEFAULT_VM,
+    image: str = "",
+    accel: str = "auto",
+    vsock: str = "auto",
+    memory: int = 512,
+    cpus: int = 1,
+    detach: bool = False,
+    timeout: float = 0.0,
+) -> None:
+    """Boot a VM and wait for its agent; shows the console until Ctrl-C unless detached.
+
+    Example: invoke boot-vm --name web --memory 1024 --detach
+    """
+    directory = _image_directory(image, _say)
+    _need(TO_BOOT)
+    config = VMConfig(image=directory, name=name, accel=accel, vsock=vsock, memory=memory, cpus=cpus)
+    console = None if detach else _console
+    began = time.monotonic()
+    with VM.start(config, ready=_answers, report=_say, console=console, timeout=timeout or None) as vm:
+        _say(f"{name}: the agent answers after {time.monotonic() - began:.1f} s; {vm.agent_socket}")
+        if detach:
+            vm.detach()
+        else:
+            vm.wait(_console)
+
+
+def _console(data: bytes) -> None:
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
+@task(
+    name="exec",
+    iterable=["env"],
+    help={
+        "name": "the VM (default: the running VM `default`, else one booted for this command)",
+        "tty": "give CMD a terminal",
+        "env": "NAME=value for CMD; may be given more than once",
+        "user": "uid[:gid] that CMD runs as",
+        "workdir": "CMD's working directory in the container",
+        "container": "the container; made on first use and kept",
+        "verbose": "say what happens, also when stderr is no terminal",
+    },
+)
+@command
+def exec_(
+    _: Context,
+    env: list[str],
+    name: str = "",
+    tty: bool = False,
+    user: str = "0",
+    workdir: str = "/",
+    container: str = "default",
+    verbose: bool = False,
+) -> None:
+    """Run CMD in a container in a VM: invoke exec [options] -- CMD [ARG…]
+
+    Its standard streams are the caller's; the exit status is CMD's (128+n for a signal, 127 when it is not there).
+    With no VM running, one is booted for it and taken down after.
+
+    Example: echo hello | invoke exec -- sh -c 'cat; exit 7'
+    """
+    words = _words()
+    if not words:
+        _fail("what to run comes after --, e.g.: invoke exec -- uname -a", FAILED)
+    uid, gid = _ids(user)
+    try:
+        with _vm_for(name, _reporter(verbose)) as vm:
+            status = asyncio.run(_run(vm, container, words, env, workdir, uid, gid, tty))
+    except client.ProgramError as error:
+        _fail(error.details, error.exit_status)
+    except (image.ImageError, VMError, client.AgentError) as error:
+        _fail(str(error), FAILED)
+    raise Exit(code=status)
+
+
+def _ids(user: str) -> tuple[int, int]:
+    uid, _, gid = user.partition(":")
+    if not uid.isascii() or not uid.isdecimal() or (gid and not (gid.isascii() and gid.isdecimal())):
+        _fail(f"--user takes numbers, uid or uid:gid, not {user!r}", FAILED)
+    return int(uid), int(gid or 0)
+
+
+@contextlib.contextmanager
+def _vm_for(name: str, report: Callable[[str], None]) -> Iterator[VM]:
+    """The VM of this name; with no name the running default one, or else a VM for the time of this block."""
+    vm = find_vm(name or DEFAULT_VM)
+    if vm is not None:
+        if not client.answers(vm.agent_socket, timeout=60.0):
+            _fail(f"the agent of VM {vm.name!r} does not answer; see {vm.directory / 'console.log'}", FAILED)
+        yield vm
+    elif name:
+        _fail(f"there is no VM {name!r}; start it: invoke boot-vm --name {name} --detach", FAILED)
+    else:
+        directory = _image_directory("", report)
+        _need(TO_BOOT)
+        config = VMConfig(image=directory, name=f"exec-{os.getpid()}")
+        with VM.start(config, ready=_answers, report=report) as vm:
+            yield vm
+
+
+async def _run(
+    vm: VM, container_id: str, words: list[str], env: list[str], cwd: str, uid: int, gid: int, tty: bool
+) -> int:
+    contents = json.loads((Path(vm.info["image"]) / "image.json").read_text())
+    environment = [client.PATH, "HOME=/root" if uid == 0 else "HOME=/"]
+    if tty:
+        environment.append(f"TERM={os.environ.get('TERM', 'xterm')}")
+    async with client.Agent.connect(vm.agent_socket) as agent:
+        await agent.create_sandbox()
+        spec = client.default_spec(contents["containers"]["busybox"])
+        container = await agent.ensure_container(container_id, spec)
+        process = await container.exec(words, env=[*environment, *env], cwd=cwd, uid=uid, gid=gid, terminal=tty)
+        return await client.attach(process)
+
+
+@task(help={"name": "the VM", "all": "every VM"})
+@command
+def stop_vm(_: Context, name: str = DEFAULT_VM, all: bool = False) -> None:
+    """Stop a VM: its containers, then the machine; nothing of it stays behind.
+
+    Example: invoke stop-vm --name web
+    """
+    vms = list_vms() if all else [find_vm(name)]
+    for vm in vms:
+        if vm is None:
+            names = ", ".join(other.name for other in list_vms()) or "none"
+            _fail(f"there is no VM {name!r}; running: {names}")
+        with contextlib.suppress(client.AgentError):
+            asyncio.run(_destroy_sandbox(vm))
+        vm.stop()
+        _say(f"{vm.name}: stopped")
+
+
+async def _destroy_sandbox(vm: VM) -> None:
+    async with client.Agent.connect(vm.agent_socket) as agent:
+        await agent.destroy_sandbox(timeout=5.0)
+
+
+@task(name="list-vms", help={"json": "as a JSON array"})
+@command
+def list_vms_(_: Context, json: bool = False) -> None:
+    """List the running VMs.
+
+    Example: invoke list-vms --json
+    """
+    infos = [vm.info for vm in list_vms()]
+    if json:
+        print(_json(infos))
+        return
+    columns = ("name", "state", "accel", "vsock", "cpus", "memory", "uptime")
+    rows = [[str(value) for value in _row(info, columns)] for info in infos]
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    for row in (columns, *rows):
+        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=2)
+
+
+def _row(info: dict[str, Any], columns: tuple[str, ...]) -> Iterator[Any]:
+    for column in columns:
+        if column == "uptime":
+            yield f"{time.time() - info['started']:.0f} s"
+        elif column == "memory":
+            yield f"{info['memory']} MiB"
+        else:
+            yield info[column]
+
+
+@task
+@command
+def test(_: Context) -> None:
+    """Set up what the tests need and run them: invoke test [-- PYTEST ARGUMENTS]
+
+    Example: invoke test -- tests/unit -k definition
+    """
+    _need(TO_TEST)
+    import tomllib
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["test"]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *extras]
+    if subprocess.run(pip).returncode != 0:
+        _fail("pip could not install what the tests need; its message is above")
+    os.chdir(ROOT)
+    os.execv(sys.executable, [sys.executable, "-m", "pytest", *_words()])
+
+
+if __name__ == "__main__":
+    Program(name="caisson", binary="invoke", namespace=Collection.from_module(sys.modules[__name__])).run()

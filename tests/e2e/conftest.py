@@ -1,0 +1,91 @@
+"""One booted VM for the whole session, reached as a user reaches it: through the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+#: Seconds within which anything here is done, on a busy machine without hardware virtualization.
+PATIENCE = 280.0
+
+
+class Caisson:
+    """The command line, with run-time files in a directory of this session's own."""
+
+    def __init__(self, run: Path) -> None:
+        self.run_directory = run
+        self.environment = os.environ | {"CAISSON_RUN": str(run)}
+
+    def argv(self, *words: str) -> list[str]:
+        return [sys.executable, str(ROOT / "tasks.py"), *words]
+
+    def start(self, *words: str, **options: Any) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(self.argv(*words), env=self.environment, **options)
+
+    def __call__(
+        self, *words: str, stdin: bytes = b"", timeout: float = PATIENCE
+    ) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(
+            self.argv(*words), env=self.environment, input=stdin, capture_output=True, timeout=timeout
+        )
+
+    def info(self, name: str) -> dict[str, Any]:
+        return dict(json.loads((self.run_directory / name / "vm.json").read_text()))
+
+    def leftovers(self) -> list[str]:
+        """Processes and files that belong to VMs of this session's directory."""
+        found = [str(path) for path in self.run_directory.rglob("*") if path.name != ".lock"]
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (process / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if any(str(self.run_directory).encode() in word for word in words):
+                found.append(b" ".join(words).decode(errors="replace"))
+        return found
+
+
+def wait_until(condition: Callable[[], object], what: str, timeout: float = 60.0) -> None:
+    """Poll: for conditions about other processes, which nobody announces."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what}: not within {timeout:.0f} s")
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="session")
+def run_directory() -> Iterator[Path]:
+    # Short: the path of a Unix socket holds 107 bytes.
+    path = Path(tempfile.mkdtemp(prefix="caisson-", dir="/tmp"))
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="session")
+def caisson(run_directory: Path) -> Iterator[Caisson]:
+    caisson = Caisson(run_directory)
+    yield caisson
+    wait_until(lambda: not caisson.leftovers(), f"left after the session: {caisson.leftovers()}")
+
+
+@pytest.fixture(scope="session")
+def vm(caisson: Caisson) -> Iterator[Caisson]:
+    """The command line, with a VM called `default` running."""
+    booted = caisson("boot-vm", "--detach")
+    assert booted.returncode == 0, booted.stderr.decode()
+    yield caisson
+    stopped = caisson("stop-vm", "--all")
+    assert stopped.returncode == 0, stopped.stderr.decode()
