@@ -1,0 +1,142 @@
+"""Reading a JSON object of an OCI configuration field by field, so that no field goes unread."""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any, TypeVar
+
+    T = TypeVar("T")
+
+U32_MAX = 0xFFFF_FFFF
+I64_MIN, I64_MAX = -(1 << 63), (1 << 63) - 1
+U64_MAX = (1 << 64) - 1
+
+
+class SpecError(Exception):
+    """A field of an OCI configuration that is wrong, or that asks for something this runtime does not do.
+
+    `field` is its path as in config.json (`linux.namespaces[2].type`), `why` is a sentence fragment.
+    """
+
+    def __init__(self, field: str, why: str) -> None:
+        super().__init__(f"{field}: {why}")
+        self.field = field
+        self.why = why
+
+
+class Reader:
+    """One JSON object being read.  Every accessor marks its key as read; `done()` refuses what is left.
+
+    An absent key, null, and the key's empty value ("" [] {}) all count as not given: hosts that convert from protocol
+    buffers cannot tell them apart.
+    """
+
+    def __init__(self, value: object, where: str) -> None:
+        if not isinstance(value, dict):
+            raise SpecError(where or "config", f"must be an object, not {type(value).__name__}")
+        self._values: dict[str, Any] = value
+        self._left = set(value)
+        self._where = where
+
+    def name(self, key: str) -> str:
+        """The full path of `key`, for error messages."""
+        return f"{self._where}.{key}" if self._where else key
+
+    def raw(self, key: str) -> Any:
+        """The value as it is, None if absent."""
+        self._left.discard(key)
+        return self._values.get(key)
+
+    def text(self, key: str, default: str = "") -> str:
+        """A string without NUL (no string of an OCI configuration can carry one into the kernel)."""
+        value = self.raw(key)
+        if value is None:
+            return default
+        return check_text(value, self.name(key))
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        """A boolean."""
+        value = self.raw(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise SpecError(self.name(key), f"must be true or false, not {value!r}")
+        return value
+
+    def maybe_flag(self, key: str) -> bool | None:
+        """A boolean, or None when absent."""
+        return None if self.raw(key) is None else self.flag(key)
+
+    def number(self, key: str, low: int, high: int) -> int | None:
+        """An integer within [low, high], None when absent."""
+        value = self.raw(key)
+        return None if value is None else check_number(value, self.name(key), low, high)
+
+    def u32(self, key: str, default: int = 0) -> int:
+        """A 32-bit unsigned number."""
+        value = self.number(key, 0, U32_MAX)
+        return default if value is None else value
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        """A list of strings."""
+        return self.each(key, check_text)
+
+    def numbers(self, key: str, low: int, high: int) -> tuple[int, ...]:
+        """A list of integers within [low, high]."""
+        return self.each(key, lambda value, name: check_number(value, name, low, high))
+
+    def each(self, key: str, parse: Callable[[Any, str], T]) -> tuple[T, ...]:
+        """A list, every element through `parse(value, name)`."""
+        value = self.raw(key)
+        if value is None:
+            return ()
+        if not isinstance(value, (list, tuple)):
+            raise SpecError(self.name(key), f"must be a list, not {type(value).__name__}")
+        return tuple(parse(element, f"{self.name(key)}[{index}]") for index, element in enumerate(value))
+
+    def one(self, key: str, parse: Callable[[Any, str], T]) -> T | None:
+        """A sub-object through `parse(value, name)`; None when absent or empty."""
+        value = self.raw(key)
+        return None if value is None or value == {} else parse(value, self.name(key))
+
+    def table(self, key: str) -> Mapping[str, str]:
+        """An object of strings."""
+        value = self.raw(key)
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            raise SpecError(self.name(key), f"must be an object, not {type(value).__name__}")
+        return {
+            check_text(name, self.name(key)): check_text(text, f"{self.name(key)}[{name}]")
+            for name, text in value.items()
+        }
+
+    def refuse(self, key: str, why: str) -> None:
+        """Raise if `key` is there and asks for anything."""
+        if self.raw(key) not in (None, "", [], (), {}, False):
+            raise SpecError(self.name(key), why)
+
+    def done(self) -> None:
+        """Raise if a key was never read: it would be ignored in silence."""
+        if self._left:
+            raise SpecError(self.name(sorted(self._left)[0]), "is not a field this runtime knows")
+
+
+def check_text(value: object, name: str) -> str:
+    """`value` if it is a string without NUL.  Raises SpecError."""
+    if not isinstance(value, str):
+        raise SpecError(name, f"must be a string, not {value!r}")
+    if "\0" in value:
+        raise SpecError(name, "must not contain a NUL character")
+    return value
+
+
+def check_number(value: object, name: str, low: int, high: int) -> int:
+    """`value` if it is an integer within [low, high].  Raises SpecError."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise SpecError(name, f"must be a whole number, not {value!r}")
+    if not low <= value <= high:
+        raise SpecError(name, f"must be between {low} and {high}, not {value}")
+    return value
