@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 from dataclasses import dataclass
+
+from agent.libcontainer import plan
+from agent.libcontainer.bootstrap import EncodingError
+from agent.libcontainer.conversation import Conversation, kill
+from agent.libcontainer.errors import LaunchError, reason
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -12,20 +19,15 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from agent.libcontainer.nsexec import Nsexec
-
     from agent.libcontainer.spec import Process, Spec
 else:
     Protocol = object
 
+__all__ = ["Child", "Children", "LaunchError", "Launched", "Launcher", "Stdio"]
 
-class LaunchError(Exception):
-    """A process that could not be started: `step`, `path` and `errno` say where; str() is the sentence for the user."""
-
-    def __init__(self, message: str, *, step: str = "", path: str = "", errno: int = 0) -> None:
-        super().__init__(message)
-        self.step = step
-        self.path = path
-        self.errno = errno
+FIFO_MODE = 0o622  # an init that has become another user must be able to open it for writing
+CLEANUP_SECONDS = 5.0
+LOG_DEBUG = "5"
 
 
 class Child(Protocol):
@@ -67,15 +69,71 @@ class Launched:
     console: int | None
 
 
+class _Launch:
+    """One nsexec: its conversation and its stages, as far as they are known."""
+
+    def __init__(self, children: Children, log: Callable[..., None], *, terminal: bool) -> None:
+        self._children = children
+        self.stages: list[Child] = []
+        self.child: Child | None = None
+        self.pidfd0 = -1
+        loop = asyncio.get_running_loop()
+        self.talk = Conversation(loop, terminal=terminal, pids=self._on_pids, log=log)
+
+    def spawned(self, pid: int) -> None:
+        """Take note of stage 0.  No await since the spawn: the pid is still its own, even if it is dead."""
+        self.pidfd0 = os.pidfd_open(pid)
+        self.stages.append(self._children.claim(pid))
+        self.talk.listen()
+
+    def _on_pids(self, stage1: int, stage2: int) -> None:
+        if self.child is None:
+            if stage1:
+                self.stages.append(self._children.claim(stage1))
+            self.child = self._children.claim(stage2)
+
+    async def destroy(self) -> None:
+        """Kill what there is of it, wait for all of it, close everything."""
+        if self.pidfd0 >= 0:
+            kill(self.pidfd0)
+        self.talk.doom()
+        known = [*self.stages, *([self.child] if self.child is not None else [])]
+        # Stages not known by pid see their makers' end and follow; the sync socket closes with the last of them.
+        waits = [asyncio.ensure_future(child.wait()) for child in known]
+        if waits:
+            await asyncio.wait([self.talk.ended], timeout=CLEANUP_SECONDS)
+            _, late = await asyncio.wait(waits, timeout=CLEANUP_SECONDS)
+            for wait in late:
+                wait.cancel()
+        self.close()
+
+    def close(self) -> None:
+        """Close everything.  Idempotent."""
+        self.talk.close()
+        self.close_stage0()
+
+    def close_stage0(self) -> None:
+        """Forget stage 0, which has done its work."""
+        if self.pidfd0 >= 0:
+            os.close(self.pidfd0)
+            self.pidfd0 = -1
+
+
 class Launcher:
-    """Makes processes in containers.  `log(level, message, **fields)` gets nsexec's own lines.
+    """Makes processes in containers.  `log(level, message)` gets nsexec's own lines.
 
     `patience` (seconds) bounds how long nsexec may take before it is killed.
     """
 
     def __init__(
         self, nsexec: Nsexec, children: Children, log: Callable[..., None], *, patience: float = 30.0
-    ) -> None: ...
+    ) -> None:
+        self._nsexec = nsexec
+        self._children = children
+        self._log = log
+        self._patience = patience
+        self._inits: dict[Child, _Launch] = {}
+        self._watchers: set[asyncio.Task[None]] = set()
 
     async def create(
         self,
@@ -88,12 +146,190 @@ class Launcher:
         cgroup: int | None,
         stdio: Stdio | None,
         fifo: Path,
-    ) -> Launched: ...
+    ) -> Launched:
+        """Set up a container's first process up to where it waits on `fifo` (made here) to be started.
+
+        `stdio` is None iff the process has a terminal; `join` maps namespace types to paths to join; `cgroup` is a v2
+        directory to be born in.  On failure nothing is left.  Raises SpecError, or LaunchError.
+        """
+        process = spec.process
+        cgroup_path = None if cgroup is None else os.readlink(f"/proc/self/fd/{cgroup}")  # noqa: PTH115 - a link of procfs
+        messages = _encode(
+            lambda: plan.init_messages(spec, rootfs=rootfs, bundle=bundle, join=join, cgroup_path=cgroup_path)
+        )
+        terminal = process is not None and process.terminal
+        _check_stdio(terminal, stdio)
+        try:
+            _make_fifo(fifo)
+            fifo_fd = os.open(fifo, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as e:
+            raise LaunchError(
+                f"exec fifo {fifo}: {reason(e.errno or 0)}", step="exec fifo", path=str(fifo), errno=e.errno or 0
+            ) from e
+        try:
+            passed = {"_LIBCONTAINER_FIFOFD": fifo_fd, **_optional("_CAISSON_CGROUP", cgroup)}
+            launch = await self._launch(messages, "standard", stdio, passed, terminal=terminal, until_exec=False)
+        except BaseException:
+            fifo.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(fifo_fd)
+        child = launch.child
+        assert child is not None
+        self._inits[child] = launch
+        self._watch(child)
+        return Launched(child, launch.talk.take_console())
+
+    async def start(self, fifo: Path, init: Child) -> None:
+        """Let a created init go on to its program, and return once it has.
+
+        Raises LaunchError if it is gone, was started before, or its program could not be executed.
+        """
+        launch = self._inits.get(init)
+        if launch is None:
+            raise LaunchError("the container's init is gone", step="start")
+        loop = asyncio.get_running_loop()
+        try:
+            fd = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as e:
+            message = "the container was started before"
+            raise LaunchError(message, step="start", path=str(fifo), errno=e.errno or 0) from e
+        opened: asyncio.Future[None] = loop.create_future()
+        loop.add_reader(fd, _settle, opened)
+        try:
+            await asyncio.wait([opened, launch.talk.ended], return_when=asyncio.FIRST_COMPLETED)
+            if not opened.done() or not os.read(fd, 1):
+                raise launch.talk.error or LaunchError("the container's init died before it was started", step="start")
+            fifo.unlink(missing_ok=True)
+        finally:
+            loop.remove_reader(fd)
+            os.close(fd)
+        await asyncio.wait([launch.talk.ended])
+        if launch.talk.error is not None:
+            raise launch.talk.error
 
     async def exec(
         self, process: Process, *, spec: Spec, init: Child, cgroup: int | None, stdio: Stdio | None
-    ) -> Launched: ...
+    ) -> Launched:
+        """Run another process in all namespaces of a container; returns when execve has happened.
 
-    async def start(self, fifo: Path, init: Child) -> None: ...
+        What the process does not say (capabilities, limits, no_new_privs) is as for the container's own.  Raises
+        SpecError, or LaunchError.
+        """
+        launch = self._inits.get(init)
+        if launch is None:
+            raise LaunchError("the container is not running", step="exec")
+        _check_stdio(process.terminal, stdio)
+        messages = _encode(lambda: plan.exec_messages(process, spec, {}))
+        passed = {"_CAISSON_PIDFD": launch.talk.pidfd, **_optional("_CAISSON_CGROUP", cgroup)}
+        started = await self._launch(messages, "setns", stdio, passed, terminal=process.terminal, until_exec=True)
+        child = started.child
+        assert child is not None
+        console = started.talk.take_console()
+        started.close()
+        return Launched(child, console)
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Let go of all containers; their processes are not touched."""
+        for watcher in self._watchers:
+            watcher.cancel()
+        for launch in self._inits.values():
+            launch.close()
+        self._inits.clear()
+
+    async def _launch(
+        self,
+        messages: bytes,
+        kind: str,
+        stdio: Stdio | None,
+        passed: Mapping[str, int],
+        *,
+        terminal: bool,
+        until_exec: bool,
+    ) -> _Launch:
+        """Spawn nsexec and follow it until it is ready (and has executed its program).  Nothing is left on failure."""
+        with self._children.expecting():
+            launch = _Launch(self._children, self._log, terminal=terminal)
+            talk = launch.talk
+            try:
+                fds = {**talk.passed, **passed}
+                env = {name: str(fd) for name, fd in fds.items()}
+                env |= {"_LIBCONTAINER_INITTYPE": kind, "_LIBCONTAINER_LOGLEVEL": LOG_DEBUG}
+                talk.say(messages)
+                ends = None if stdio is None else (stdio.stdin, stdio.stdout, stdio.stderr)
+                try:
+                    launch.spawned(self._nsexec.spawn(ends, fds.values(), env))
+                except OSError as e:
+                    raise LaunchError(f"spawn nsexec: {reason(e.errno or 0)}", step="spawn", errno=e.errno or 0) from e
+                wanted = [talk.ended] if until_exec else [talk.ready, talk.ended]
+                done, _ = await asyncio.wait(wanted, timeout=self._patience, return_when=asyncio.FIRST_COMPLETED)
+                if not done:
+                    raise LaunchError(f"nsexec took longer than {self._patience:g} s and was killed", step="nsexec")
+                if talk.error is not None:
+                    raise talk.error
+                if not talk.ready.done() or launch.child is None or talk.pidfd < 0:
+                    raise LaunchError(await self._obituary(launch), step="nsexec")
+                if terminal and talk.console < 0:
+                    raise LaunchError("console: no terminal came", step="console")
+            except BaseException:
+                await launch.destroy()
+                raise
+        talk.close_setup()
+        launch.close_stage0()
+        return launch
+
+    async def _obituary(self, launch: _Launch) -> str:
+        """What happened to an nsexec that ended without a word."""
+        last = launch.child or (launch.stages[0] if launch.stages else None)
+        if last is None:
+            return "nsexec could not be started"
+        try:
+            status = await asyncio.wait_for(last.wait(), CLEANUP_SECONDS)
+        except TimeoutError:
+            return "nsexec broke off"
+        return f"nsexec was killed by signal {status - 128}" if status > 128 else f"nsexec ended with status {status}"
+
+    def _watch(self, child: Child) -> None:
+        """Let go of an init's descriptors at its end."""
+
+        async def watch() -> None:
+            await child.wait()
+            launch = self._inits.pop(child, None)
+            if launch is not None:
+                # A start in progress still wants to hear of the end.
+                await asyncio.wait([launch.talk.ended], timeout=CLEANUP_SECONDS)
+                launch.close()
+
+        task = asyncio.get_running_loop().create_task(watch())
+        self._watchers.add(task)
+        task.add_done_callback(self._watchers.discard)
+
+
+def _encode(make: Callable[[], bytes]) -> bytes:
+    try:
+        return make()
+    except EncodingError as e:
+        raise LaunchError(str(e), step="encode") from e
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _optional(name: str, fd: int | None) -> dict[str, int]:
+    return {} if fd is None else {name: fd}
+
+
+def _make_fifo(fifo: Path) -> None:
+    os.mkfifo(fifo, FIFO_MODE)
+    try:
+        fifo.chmod(FIFO_MODE)  # whatever the agent's umask is
+    except OSError:
+        fifo.unlink()
+        raise
+
+
+def _check_stdio(terminal: bool, stdio: Stdio | None) -> None:
+    if terminal != (stdio is None):
+        raise LaunchError("stdio is given iff there is no terminal", step="stdio")

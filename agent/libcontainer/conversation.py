@@ -1,0 +1,257 @@
+"""What the agent and one nsexec say to each other, from the spawn to "ready", all on the event loop.
+
+Pids and a pidfd come on the init socket, readiness and errors on the sync socket, the terminal on the console socket,
+lines for the log on the log pipe.  The other side runs before any of the container's own programs, but paths and errors
+in it come from images: everything is bounded and nothing of it is trusted to be well-formed.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import signal
+import socket
+
+from agent.libcontainer.errors import LaunchError, launch_error
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+
+PACKET_MAX = 16384
+LINE_MAX = 8192
+INT_SIZE = array.array("i").itemsize
+
+
+class Conversation:
+    """Both ends of the channels to one nsexec.
+
+    `pids` is called with (stage 1 or 0, stage 2) as soon as they are known.  `ready` is done when the process is set
+    up, `ended` when nobody holds the sync socket any more: after execve, or after the end of all stages.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        terminal: bool,
+        pids: Callable[[int, int], None],
+        log: Callable[..., None],
+    ) -> None:
+        self._loop = loop
+        self._pids = pids
+        self._log = log
+        self._line = b""
+        self._unsent = memoryview(b"")
+        self._greeting = b""
+        self.pidfd = -1
+        self.console = -1
+        self._doomed = False
+        self.error: LaunchError | None = None
+        self.ready: asyncio.Future[None] = loop.create_future()
+        self.ended: asyncio.Future[None] = loop.create_future()
+        self._theirs: list[socket.socket | int] = []
+        self._init = self._pair(socket.SOCK_STREAM)
+        self._sync = self._pair(socket.SOCK_SEQPACKET)
+        self._console = self._pair(socket.SOCK_STREAM) if terminal else None
+        self._log_fd, log_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        os.set_blocking(log_end, True)
+        self._theirs.append(log_end)
+        fds = [end if isinstance(end, int) else end.fileno() for end in self._theirs]
+        self.passed = dict(
+            zip(
+                ["_LIBCONTAINER_INITPIPE", "_LIBCONTAINER_SYNCPIPE"]
+                + (["_LIBCONTAINER_CONSOLE"] if terminal else [])
+                + ["_LIBCONTAINER_LOGPIPE"],
+                fds,
+                strict=True,
+            )
+        )
+
+    def _pair(self, kind: socket.SocketKind) -> socket.socket:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
+        ours.setblocking(False)
+        self._theirs.append(theirs)
+        return ours
+
+    def say(self, messages: bytes) -> None:
+        """Put as much as fits into the init socket; `listen` sends the rest.  To be called before the spawn."""
+        self._unsent = memoryview(messages)
+        self._send()
+
+    def listen(self) -> None:
+        """To be called right after the spawn: close the other side's ends and follow what it says."""
+        self.close_theirs()
+        self._loop.add_reader(self._init, self._on_init)
+        self._loop.add_reader(self._sync, self._on_sync)
+        self._loop.add_reader(self._log_fd, self._on_log)
+        if self._unsent:
+            self._loop.add_writer(self._init, self._send)
+
+    def close_theirs(self) -> None:
+        """Close the ends that were for nsexec."""
+        for end in self._theirs:
+            os.close(end) if isinstance(end, int) else end.close()
+        self._theirs.clear()
+
+    def _send(self) -> None:
+        try:
+            self._unsent = self._unsent[self._init.send(self._unsent) :]
+        except BlockingIOError:
+            return
+        except OSError:  # it is gone; the sync socket tells why
+            self._unsent = memoryview(b"")
+        if not self._unsent:
+            self._loop.remove_writer(self._init)
+
+    def _on_init(self) -> None:
+        data, fds = _receive(self._init, 256)
+        if data is None:
+            return
+        for fd in fds:
+            if self.pidfd < 0:
+                self.pidfd = fd
+                if self._doomed:
+                    self.doom()
+            else:
+                os.close(fd)
+        self._greeting += data
+        if not data or b"\n" in self._greeting or len(self._greeting) > 256:
+            self._loop.remove_reader(self._init)
+        if b"\n" in self._greeting:
+            found = _object(self._greeting)
+            stage1, stage2 = found.get("stage1_pid"), found.get("stage2_pid")
+            if isinstance(stage1, int) and isinstance(stage2, int) and stage1 >= 0 and stage2 > 0:
+                self._pids(stage1, stage2)
+
+    def _on_sync(self) -> None:
+        try:
+            packet = self._sync.recv(PACKET_MAX)
+        except BlockingIOError:
+            return
+        except OSError:
+            packet = b""
+        if packet:
+            found = _object(packet)
+            if found.get("type") == "procReady":
+                self._settle()
+                if not self.ready.done():
+                    self.ready.set_result(None)
+            elif found.get("type") == "procError" and self.error is None:
+                step, path, why = (_text(found.get(key)) for key in ("step", "path", "why"))
+                errno = found.get("errno")
+                self.error = launch_error(step, path, errno if isinstance(errno, int) else 0, why)
+            return
+        self._loop.remove_reader(self._sync)
+        self._settle()
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+    def _settle(self) -> None:
+        """Read what was sent before the packet just seen: the loop may not have got to it."""
+        if self._greeting == b"":
+            self._on_init()
+        if self._console is not None and self.console < 0:
+            _, fds = _receive(self._console, 16)
+            self.console = fds.pop(0) if fds else -1
+            for fd in fds:
+                os.close(fd)
+        self._on_log()
+
+    def _on_log(self) -> None:
+        if self._log_fd < 0:
+            return
+        try:
+            data = os.read(self._log_fd, LINE_MAX)
+        except BlockingIOError:
+            return
+        *lines, self._line = (self._line + data).split(b"\n")
+        for line in lines:
+            self._log_line(line)
+        if not data or len(self._line) > LINE_MAX:
+            self._log_line(self._line)
+            self._close_log()
+
+    def _log_line(self, line: bytes) -> None:
+        if line:
+            found = _object(line)
+            self._log(_text(found.get("level")) or "debug", _text(found.get("msg")) or repr(line[:200]))
+
+    def _close_log(self) -> None:
+        if self._log_fd >= 0:
+            self._loop.remove_reader(self._log_fd)
+            os.close(self._log_fd)
+            self._log_fd = -1
+
+    def doom(self) -> None:
+        """Kill stage 2, now or as soon as it is known."""
+        self._doomed = True
+        if self.pidfd >= 0:
+            kill(self.pidfd)
+
+    def take_console(self) -> int | None:
+        """The terminal's master, from now on the caller's; None if there is none."""
+        fd, self.console = self.console, -1
+        return None if fd < 0 else fd
+
+    def close_setup(self) -> None:
+        """Close what is of no use once the process is ready: all but the sync socket and the pidfd."""
+        self._loop.remove_reader(self._init)
+        self._loop.remove_writer(self._init)
+        self._init.close()
+        if self._console is not None:
+            self._console.close()
+        self._close_log()
+
+    def close(self) -> None:
+        """Close everything.  Idempotent."""
+        self.close_theirs()
+        if self._sync.fileno() >= 0:
+            self._loop.remove_reader(self._sync)
+            self._sync.close()
+        if self._init.fileno() >= 0:
+            self.close_setup()
+        for fd in (self.pidfd, self.console):
+            if fd >= 0:
+                os.close(fd)
+        self.pidfd = self.console = -1
+        for future in (self.ready, self.ended):
+            future.cancel()
+
+
+def kill(pidfd: int) -> None:
+    """SIGKILL to a process that may be gone."""
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def _receive(sock: socket.socket, size: int) -> tuple[bytes | None, list[int]]:
+    """Data and descriptors; None when there is nothing yet."""
+    try:
+        data, ancillary, _, _ = sock.recvmsg(size, socket.CMSG_SPACE(4 * INT_SIZE), socket.MSG_CMSG_CLOEXEC)
+    except BlockingIOError:
+        return None, []
+    except OSError:
+        return b"", []
+    fds = array.array("i")
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(payload[: len(payload) - len(payload) % INT_SIZE])
+    return data, list(fds)
+
+
+def _object(data: bytes) -> dict[str, object]:
+    """A JSON object, empty if it is not one.  Bytes of file names that are not UTF-8 survive."""
+    try:
+        found = json.loads(data.decode("utf-8", "surrogateescape"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""

@@ -1,0 +1,43 @@
+"""What nsexec reports, as sentences for users."""
+
+from __future__ import annotations
+
+import os
+
+
+class LaunchError(Exception):
+    """A process that could not be started: `step`, `path` and `errno` say where; str() is the sentence for the user."""
+
+    def __init__(self, message: str, *, step: str = "", path: str = "", errno: int = 0) -> None:
+        super().__init__(message)
+        self.step = step
+        self.path = path
+        self.errno = errno
+
+
+def reason(errno: int) -> str:
+    """The error's name in words, uncapitalised as runc and the shells have it."""
+    words = os.strerror(errno)
+    return words[:1].lower() + words[1:]
+
+
+def launch_error(step: str, path: str, errno: int, why: str) -> LaunchError:
+    """The error for a report of nsexec; look-ups of the program read exactly as runc's."""
+    words = reason(errno) if errno else ""
+    if step == "lookup":
+        return LaunchError(_lookup(path, why, words), step=step, path=path, errno=errno)
+    if step == "execve":
+        return LaunchError(f"exec {path}: {words}", step=step, path=path, errno=errno)
+    if step == "cwd" and not why:
+        return LaunchError(f'working directory "{path}": {words}', step=step, path=path, errno=errno)
+    where = f"{step} {path}".strip()
+    detail = f"{why} ({words})" if why and words else why or words
+    return LaunchError(f"{where}: {detail}", step=step, path=path, errno=errno)
+
+
+def _lookup(program: str, why: str, words: str) -> str:
+    if why == "path":
+        return f'exec: "{program}": executable file not found in $PATH'
+    if why == "stat":
+        return f'exec: "{program}": stat {program}: {words}'
+    return f'exec: "{program}": {words}'

@@ -1,0 +1,316 @@
+"""An OCI configuration turned into what nsexec carries out: three messages, bootstrap, plan and strings.
+
+All policy is here: which mounts, devices and links a container gets, what is refused.  The plan's steps stand in the
+order of their numbers, which is the order of execution (nsexec.h); nsexec refuses any other.
+"""
+
+from __future__ import annotations
+
+import os.path
+from dataclasses import replace
+from stat import S_IFBLK, S_IFCHR, S_IFIFO
+from struct import pack
+
+from agent.libcontainer import bootstrap as wire
+from agent.libcontainer import mountopts, sysctl
+from agent.libcontainer.fields import SpecError
+from agent.libcontainer.names import capability_mask, rlimit_number
+from agent.libcontainer.spec import Capabilities, Device
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from agent.libcontainer.spec import Linux, Mount, Process, Spec
+
+VERSION = 1
+(
+    PLAN_VERSION, PROPAGATION, ROOTFS, MOUNT, DEVICE, SYMLINK, PIVOT, ROOT_PROPAGATION, CONSOLE, REMOUNT, ROOT_READONLY,
+    HOSTNAME, DOMAINNAME, SYSCTL, READONLY, MASK, UMASK, RLIMIT, NO_NEW_PRIVS, SECCOMP, GROUPS, USER, CAPABILITIES, CWD,
+    STRINGS,
+) = range(27400, 27425)  # fmt: skip
+
+MOUNT_BIND, MOUNT_RECURSIVE, MOUNT_ORDINARY_DIR, MOUNT_OVER_PROC_FILE = 1, 2, 4, 8
+
+DEFAULT_UMASK = 0o022
+DEFAULT_DEVICES = tuple(
+    Device(path=f"/dev/{name}", type="c", major=major, minor=minor, file_mode=0o666)
+    for name, major, minor in (
+        ("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0),
+    )
+)  # fmt: skip
+LINKS = (
+    ("pts/ptmx", "/dev/ptmx", True),
+    ("/proc/self/fd", "/dev/fd", False),
+    ("/proc/self/fd/0", "/dev/stdin", False),
+    ("/proc/self/fd/1", "/dev/stdout", False),
+    ("/proc/self/fd/2", "/dev/stderr", False),
+)
+# What lxcfs and the like put over files of proc; everything else below /proc is out of bounds for mounts.
+PROC_FILES = {
+    f"/proc/{name}"
+    for name in (
+        "cpuinfo", "diskstats", "meminfo", "stat", "swaps", "uptime", "loadavg", "slabinfo", "sys/kernel/ns_last_pid",
+        "sys/crypto/fips_enabled",
+    )
+}  # fmt: skip
+FILE_TYPES = {"c": S_IFCHR, "u": S_IFCHR, "b": S_IFBLK, "p": S_IFIFO}
+
+
+def init_messages(
+    spec: Spec, *, rootfs: str, bundle: Path, join: Mapping[str, str], cgroup_path: str | None
+) -> bytes:
+    """The messages for a container's first process.
+
+    `join` maps OCI namespace types to paths that are entered instead of making a new one; `cgroup_path` is the
+    container's cgroup v2 directory, shown at its cgroup mount where it has no cgroup namespace.  Raises SpecError or
+    EncodingError.
+    """
+    process = spec.process
+    if process is None:
+        raise SpecError("process", "is missing: there is nothing to run")
+    joined = joined_paths(spec.linux, join)
+    types = {namespace.type for namespace in spec.linux.namespaces} | set(joined)
+    if "mount" not in types or "mount" in joined:
+        raise SpecError("linux.namespaces", "a container needs a new mount namespace")
+    create = _mask(types - set(joined))
+    _check_maps(spec.linux, "user" in types - set(joined))
+    if spec.linux.time_offsets and ("time" not in types or "time" in joined):
+        raise SpecError("linux.timeOffsets", "need a new time namespace")
+    steps = [
+        wire.number(PLAN_VERSION, VERSION),
+        wire.number(PROPAGATION, mountopts.MS_SLAVE | mountopts.MS_REC),
+        wire.text(ROOTFS, rootfs, "root.path"),
+        *_filesystem(spec, bundle, types, cgroup_path, devices_bound="user" in types),
+        wire.number(PIVOT, 0),
+        *_root_propagation(spec.linux.rootfs_propagation),
+        *_console(process, bind=True),
+        *_late_readonly(spec),
+        *_names(spec, types),
+        *sysctl.steps(SYSCTL, spec.linux.sysctl, types),
+        *(wire.text(READONLY, _absolute(path, "linux.readonlyPaths")) for path in spec.linux.readonly_paths),
+        *(wire.text(MASK, _absolute(p, "linux.maskedPaths")) for p in dict.fromkeys(spec.linux.masked_paths)),
+        *_process(process, DEFAULT_UMASK),
+    ]
+    head = wire.bootstrap(
+        create=create,
+        paths=joined.items(),
+        uid_map=spec.linux.uid_mappings,
+        gid_map=spec.linux.gid_mappings,
+        oom_score_adj=process.oom_score_adj,
+        time_offsets=spec.linux.time_offsets,
+    )
+    return head + wire.message(wire.MESSAGE_PLAN, b"".join(steps), "the plan") + _strings(process)
+
+
+def exec_messages(process: Process, spec: Spec, join: Mapping[str, str]) -> bytes:
+    """The messages for another process in a running container, into all namespaces that the container was given."""
+    own = spec.process
+    if own is not None:
+        process = replace(
+            process,
+            capabilities=process.capabilities if process.capabilities is not None else own.capabilities,
+            rlimits=process.rlimits or own.rlimits,
+            no_new_privileges=process.no_new_privileges or own.no_new_privileges,
+            oom_score_adj=process.oom_score_adj if process.oom_score_adj is not None else own.oom_score_adj,
+        )
+    types = {namespace.type for namespace in spec.linux.namespaces} | set(join)
+    steps = [
+        wire.number(PLAN_VERSION, VERSION),
+        *_console(process, bind=False),
+        *_process(process, None),
+    ]
+    head = wire.bootstrap(join=_mask(types), oom_score_adj=process.oom_score_adj)
+    return head + wire.message(wire.MESSAGE_PLAN, b"".join(steps), "the plan") + _strings(process)
+
+
+def joined_paths(linux: Linux, join: Mapping[str, str]) -> dict[str, str]:
+    """Namespaces entered by path: the configuration's, and `join` over them.  Raises SpecError."""
+    paths = {namespace.type: namespace.path for namespace in linux.namespaces if namespace.path} | dict(join)
+    for type_, path in paths.items():
+        if type_ not in wire.NAMESPACES:
+            raise SpecError("linux.namespaces", f"{type_!r} is not a namespace type")
+        if not path.startswith("/") or "," in path or "\0" in path:
+            raise SpecError("linux.namespaces", f"{path!r} must be an absolute path without a comma")
+    return paths
+
+
+def _mask(types: Iterable[str]) -> int:
+    mask = 0
+    for type_ in types:
+        mask |= wire.NAMESPACES[type_][0]
+    return mask
+
+
+def _check_maps(linux: Linux, new_user: bool) -> None:
+    maps = {"linux.uidMappings": linux.uid_mappings, "linux.gidMappings": linux.gid_mappings}
+    for name, mappings in maps.items():
+        if mappings and not new_user:
+            raise SpecError(name, "needs a new user namespace")
+        if new_user and not mappings:
+            raise SpecError(name, "is needed by a new user namespace")
+        if len(mappings) > 340:
+            raise SpecError(name, f"holds {len(mappings)} mappings, and the kernel takes 340")
+
+
+def _filesystem(
+    spec: Spec, bundle: Path, types: set[str], cgroup_path: str | None, *, devices_bound: bool
+) -> Iterable[bytes]:
+    """Mounts, device nodes and the links of /dev, in this order."""
+    dev_is_bound = False
+    for index, mount in enumerate(spec.mounts):
+        where = f"mounts[{index}]"
+        step, bound = _mount(mount, where, bundle, types, cgroup_path)
+        dev_is_bound |= bound and os.path.normpath(mount.destination) == "/dev"
+        yield step
+    if not dev_is_bound:  # a bound /dev is the host's business: its nodes are there already
+        devices = {device.path: device for device in DEFAULT_DEVICES}
+        devices |= {_absolute(device.path, "linux.devices"): device for device in spec.linux.devices}
+        devices.pop("/dev/ptmx", None)  # the link below
+        for path, device in devices.items():
+            mode = FILE_TYPES[device.type] | device.file_mode
+            numbers = (device.major, device.minor, device.uid, device.gid, devices_bound)
+            yield wire.attribute(DEVICE, pack("=6I", mode, *numbers) + _texts(path))
+    for target, path, replaced in LINKS:
+        yield wire.attribute(SYMLINK, pack("=I", replaced) + _texts(target, path))
+    if os.path.exists("/proc/kcore"):  # noqa: PTH110 - pathlib is not worth its import here
+        yield wire.attribute(SYMLINK, pack("=I", 0) + _texts("/proc/kcore", "/dev/core"))
+
+
+def _mount(
+    mount: Mount, where: str, bundle: Path, types: set[str], cgroup_path: str | None
+) -> tuple[bytes, bool]:
+    """One MOUNT step, and whether it is a bind mount."""
+    target = _absolute(mount.destination, f"{where}.destination")
+    options = mountopts.parse(mount.options, type_=mount.type, where=f"{where}.options")
+    source, type_, bind = mount.source, mount.type, options.bind
+    flags, set_, data = 0, options.set, options.data
+    if target == "/":
+        raise SpecError(f"{where}.destination", "must not be the container's root")
+    if target in PROC_FILES:
+        flags |= MOUNT_OVER_PROC_FILE
+    elif target.startswith("/proc/"):
+        raise SpecError(f"{where}.destination", f"{target} is inside /proc")
+    elif target == "/proc" and (bind or type_ != "proc"):
+        raise SpecError(f"{where}.destination", "only a proc filesystem can be mounted on /proc")
+    if not bind and type_ in ("cgroup", "cgroup2"):
+        if "cgroup" in types:
+            type_, source = "cgroup2", "cgroup2"
+        elif cgroup_path is not None:
+            bind, source = True, cgroup_path
+        else:
+            raise SpecError(where, "a cgroup mount needs a cgroup namespace or a cgroup of the container's own")
+        if data:
+            raise SpecError(f"{where}.options", f"{data[0]!r} is not an option of cgroup v2")
+    if bind:
+        if not source:
+            raise SpecError(f"{where}.source", "is missing")
+        source = os.path.join(bundle, source)  # noqa: PTH118 - absolute, or below the bundle (OCI mounts)
+        flags |= MOUNT_BIND | (MOUNT_RECURSIVE if options.recursive else 0)
+    else:
+        if not type_:
+            raise SpecError(f"{where}.type", "is missing")
+        flags |= MOUNT_ORDINARY_DIR if type_ in ("proc", "sysfs") else 0
+        set_ &= ~(mountopts.RDONLY if _is_late_readonly(type_, set_) else 0)
+    head = pack(
+        "=IIQQQQ", flags, options.propagation, set_, options.clear, options.recursive_set, options.recursive_clear
+    )
+    return wire.attribute(MOUNT, head + _texts(target, source or type_, type_, *data), where), bind
+
+
+def _is_late_readonly(type_: str, set_: int) -> bool:
+    """A read-only tmpfs gets so last: later mounts and devices need their mount points made in it."""
+    return type_ == "tmpfs" and bool(set_ & mountopts.RDONLY)
+
+
+def _late_readonly(spec: Spec) -> Iterable[bytes]:
+    for mount in spec.mounts:
+        options = mountopts.parse(mount.options, type_=mount.type, where="mounts")
+        if not options.bind and _is_late_readonly(mount.type, options.set):
+            path = os.path.normpath(mount.destination)
+            yield wire.attribute(REMOUNT, pack("=Q", mountopts.RDONLY) + _texts(path))
+    if spec.root is not None and spec.root.readonly:
+        yield wire.truth(ROOT_READONLY, True)
+
+
+def _root_propagation(name: str) -> Iterable[bytes]:
+    if not name:
+        return
+    if name not in mountopts.PROPAGATION:
+        raise SpecError("linux.rootfsPropagation", f"{name!r} is not a propagation type")
+    yield wire.number(ROOT_PROPAGATION, mountopts.PROPAGATION[name])
+
+
+def _console(process: Process, *, bind: bool) -> Iterable[bytes]:
+    if process.terminal:
+        rows, columns = process.console_size or (0, 0)
+        yield wire.attribute(CONSOLE, pack("=HHI", rows, columns, bind))
+
+
+def _names(spec: Spec, types: set[str]) -> Iterable[bytes]:
+    for field, value, step in (("hostname", spec.hostname, HOSTNAME), ("domainname", spec.domainname, DOMAINNAME)):
+        if not value:
+            continue
+        if "uts" not in types:
+            raise SpecError(field, "needs a uts namespace")
+        if len(value.encode()) > 64:
+            raise SpecError(field, "is longer than 64 bytes")
+        yield wire.text(step, value)
+
+
+def _process(process: Process, default_umask: int | None) -> Iterable[bytes]:
+    """The steps that make a process what it is, the same for an init and an exec."""
+    user = process.user
+    umask = user.umask if user.umask is not None else default_umask
+    if umask is not None:
+        yield wire.number(UMASK, umask)
+    for limit in process.rlimits:
+        resource = rlimit_number(limit.type, "process.rlimits")
+        yield wire.attribute(RLIMIT, pack("=IIQQ", resource, 0, limit.soft, limit.hard))
+    if process.no_new_privileges:
+        yield wire.truth(NO_NEW_PRIVS, True)
+    if user.additional_gids:
+        groups = pack(f"={len(user.additional_gids)}I", *user.additional_gids)
+        yield wire.attribute(GROUPS, groups, "process.user.additionalGids")
+    yield wire.attribute(USER, pack("=II", user.uid, user.gid))
+    sets = process.capabilities or Capabilities()
+    yield wire.attribute(
+        CAPABILITIES,
+        pack(
+            "=5Q",
+            *(
+                capability_mask(getattr(sets, name), f"process.capabilities.{name}")
+                for name in ("bounding", "effective", "permitted", "inheritable", "ambient")
+            ),
+        ),
+    )
+    yield wire.text(CWD, process.cwd, "process.cwd")
+    yield wire.attribute(STRINGS, pack("=II", len(process.args), len(environment(process))))
+
+
+def environment(process: Process) -> tuple[str, ...]:
+    """The environment without duplicates (the last one wins) and with a HOME.  Raises SpecError."""
+    variables: dict[str, str] = {}
+    for variable in process.env:
+        name, equals, value = variable.partition("=")
+        if not equals or not name:
+            raise SpecError("process.env", f"{variable!r} is not of the form NAME=value")
+        variables[name] = value
+    variables.setdefault("HOME", "/root" if process.user.uid == 0 else "/")
+    return tuple(f"{name}={value}" for name, value in variables.items())
+
+
+def _strings(process: Process) -> bytes:
+    return wire.strings((*process.args, *environment(process)))
+
+
+def _texts(*values: str) -> bytes:
+    return b"".join(wire.encode(value) + b"\0" for value in values)
+
+
+def _absolute(path: str, where: str) -> str:
+    """A path of the container, cleaned.  It is resolved inside the container's root, whatever it says."""
+    if not path.startswith("/"):
+        raise SpecError(where, f"{path!r} must be an absolute path")
+    return os.path.normpath("/" + path.lstrip("/"))

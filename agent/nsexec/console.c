@@ -1,0 +1,132 @@
+/*
+ * console.c: the terminal of a process, and /dev/null as its stdio.  Both come from the container's /dev, which is the image's or a
+ * mount of the host's: everything is verified to be the device it should be before it is opened (CVE-2025-31133, -52565).
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/statfs.h>
+#include <sys/sysmacros.h>
+
+#include "nsexec.h"
+
+#ifndef TIOCGPTPEER
+#define TIOCGPTPEER 0x5441
+#endif
+#define CONSOLE_PATH "/dev/console"
+
+static int open_ptmx(int root)
+{
+	struct statfs fs;
+	struct stat st;
+	int dir = open_in(root, "/dev/pts", O_PATH | O_DIRECTORY, RESOLVE_NO_SYMLINKS), master;
+
+	if (dir < 0)
+		fail("console", "/dev/pts", errno, NULL);
+	if (fstatfs(dir, &fs) < 0 || fs.f_type != MAGIC_DEVPTS)
+		fail("console", "/dev/pts", ENODEV, "is not a devpts filesystem");
+	/* Inside devpts only the kernel makes nodes; a mount on top of one is excluded. */
+	master = sys_openat2(dir, "ptmx", O_RDWR | O_NOCTTY | O_NOFOLLOW | O_CLOEXEC, 0,
+			     RESOLVE_BENEATH | RESOLVE_NO_XDEV | RESOLVE_NO_SYMLINKS);
+	if (master < 0)
+		fail("console", "/dev/pts/ptmx", errno, NULL);
+	if (fstat(master, &st) < 0 || !S_ISCHR(st.st_mode) || st.st_rdev != makedev(5, 2))
+		fail("console", "/dev/pts/ptmx", ENODEV, "is not the pseudo-terminal multiplexer");
+	close(dir);
+	return master;
+}
+
+static void send_master(int socket, int master)
+{
+	union {
+		struct cmsghdr header;
+		char bytes[CMSG_SPACE(sizeof(int))];
+	} control = {.bytes = {0}};
+	struct iovec payload = {.iov_base = "ptmx", .iov_len = 4};
+	struct msghdr message = {
+		.msg_iov = &payload, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof(control.bytes)};
+	struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+
+	header->cmsg_level = SOL_SOCKET;
+	header->cmsg_type = SCM_RIGHTS;
+	header->cmsg_len = CMSG_LEN(sizeof(int));
+	memcpy(CMSG_DATA(header), &master, sizeof(master));
+	if (sendmsg(socket, &message, MSG_NOSIGNAL) != 4)
+		fail("console", "socket", errno, NULL);
+}
+
+static void bind_console(int root, int peer)
+{
+	struct stat st;
+	int dir = open_in(root, "/dev", O_PATH | O_DIRECTORY, RESOLVE_NO_SYMLINKS), target, tree;
+
+	if (dir < 0)
+		fail("console", "/dev", errno, NULL);
+	target = openat(dir, "console", O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0666);
+	if (target >= 0)
+		close(target);
+	target = openat(dir, "console", O_PATH | O_NOFOLLOW | O_CLOEXEC);
+	if (target < 0 || fstat(target, &st) < 0)
+		fail("console", CONSOLE_PATH, errno, NULL);
+	if (!S_ISREG(st.st_mode) && !S_ISCHR(st.st_mode))
+		fail("console", CONSOLE_PATH, EEXIST, "is neither a file nor a device");
+	tree = clone_mount(peer, "console", CONSOLE_PATH, false);
+	if (sys_move_mount(tree, target) < 0)
+		fail("console", CONSOLE_PATH, errno, NULL);
+	close(tree);
+	close(target);
+	close(dir);
+}
+
+void open_console(int root, const struct console_step *console, int socket)
+{
+	struct winsize size = {.ws_row = console->rows, .ws_col = console->columns};
+	int master, peer, unlock = 0;
+
+	if (socket < 0)
+		fail("console", "socket", EBADF, "a terminal without the socket to send it through");
+	master = open_ptmx(root);
+	if (ioctl(master, TIOCSPTLCK, &unlock) < 0)
+		fail("console", "/dev/pts/ptmx", errno, NULL);
+	/* The other end without looking up its name. */
+	peer = ioctl(master, TIOCGPTPEER, O_RDWR | O_NOCTTY | O_CLOEXEC);
+	if (peer < 0)
+		fail("console", "terminal", errno, NULL);
+	if ((console->rows != 0 || console->columns != 0) && ioctl(peer, TIOCSWINSZ, &size) < 0)
+		fail("console", "terminal", errno, NULL);
+	if (console->bind != 0)
+		bind_console(root, peer);
+	send_master(socket, master);
+	close(master);
+	for (int fd = 0; fd <= 2; fd++)
+		if (dup3(peer, fd, 0) < 0)
+			fail("console", "terminal", errno, NULL);
+	close(peer);
+	if (ioctl(0, TIOCSCTTY, 0) < 0)
+		fail("console", "terminal", errno, NULL);
+}
+
+/* The guest's /dev/null must not be handed in: who has the inode can change its owner and mode. */
+void replace_null_stdio(int root)
+{
+	int node = -1, null;
+
+	for (int fd = 0; fd <= 2; fd++) {
+		if (!is_null_device(fd))
+			continue;
+		if (node < 0)
+			node = open_verified_null(root);
+		if (node < 0)
+			fail("stdio", "/dev/null", errno, "the container has no null device");
+		null = open_in(root, "/dev/null", O_RDWR | O_NOFOLLOW, RESOLVE_NO_SYMLINKS);
+		if (null < 0 || !is_null_device(null) || dup3(null, fd, 0) < 0)
+			fail("stdio", "/dev/null", errno, NULL);
+		close(null);
+	}
+	if (node >= 0)
+		close(node);
+}

@@ -1,0 +1,247 @@
+/*
+ * mounts.c: single mounts, by descriptor only (fsopen, open_tree, mount_setattr, move_mount).
+ *
+ * A mount is made detached, gets its attributes, and is then moved onto a target that was resolved inside the container's root:
+ * nothing looks a path up twice, and nothing is visible before it is read-only, nosuid … as asked.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
+#include <sys/statfs.h>
+
+#include "nsexec.h"
+
+#define OPTION_MAX 4096
+
+/* Fail with what the filesystem itself said about its options, if it said anything. */
+NORETURN static void fail_filesystem(int fs, const char *path)
+{
+	int error = errno;
+	char message[256];
+	ssize_t got = fs < 0 ? -1 : read(fs, message, sizeof(message) - 1);
+
+	if (got > 2) {
+		message[got] = '\0';
+		message[strcspn(message, "\n")] = '\0';
+		fail("mount", path, error, message + 2); /* after "e " */
+	}
+	fail("mount", path, error, NULL);
+}
+
+void set_attributes(int fd, uint64_t set, uint64_t clear, bool recursive, const char *step, const char *path)
+{
+	struct mount_attr_args attr = {.attr_set = set, .attr_clr = clear};
+
+	if ((set | clear) == 0)
+		return;
+	if (sys_mount_setattr(fd, AT_EMPTY_PATH | (recursive ? AT_RECURSIVE_FLAG : 0), &attr) < 0)
+		fail(step, path, errno, NULL);
+}
+
+static void set_propagation(int fd, uint32_t propagation, const char *path)
+{
+	struct mount_attr_args attr = {.propagation = propagation & ~(uint32_t)MS_REC};
+
+	if (propagation == 0)
+		return;
+	if (sys_mount_setattr(fd, AT_EMPTY_PATH | ((propagation & MS_REC) != 0 ? AT_RECURSIVE_FLAG : 0), &attr) < 0)
+		fail("propagation", path, errno, NULL);
+}
+
+/* A detached copy of what `fd` is. */
+int clone_mount(int fd, const char *step, const char *path, bool recursive)
+{
+	int tree = sys_open_tree(fd, "", OPEN_TREE_CLONE | O_CLOEXEC | AT_EMPTY_PATH | (recursive ? AT_RECURSIVE_FLAG : 0));
+
+	if (tree < 0)
+		fail(step, path, errno, NULL);
+	return tree;
+}
+
+/* procfs that nobody else has a path to, so that nothing can be mounted over or linked into it (CVE-2025-52881). */
+int private_procfs(bool processes_only)
+{
+	int fs = sys_fsopen("proc"), mount;
+
+	if (fs < 0)
+		fail("private procfs", "", errno, NULL);
+	if (processes_only && sys_fsconfig(fs, FSCONFIG_SET_STRING, "subset", "pid") < 0)
+		fail_filesystem(fs, "private procfs");
+	if (sys_fsconfig(fs, FSCONFIG_CMD_CREATE, NULL, NULL) < 0)
+		fail_filesystem(fs, "private procfs");
+	mount = sys_fsmount(fs, ATTR_NOSUID | ATTR_NODEV | ATTR_NOEXEC);
+	if (mount < 0)
+		fail_filesystem(fs, "private procfs");
+	close(fs);
+	return mount;
+}
+
+/* The mount that `path` lies on gets private, or what happens in the container's root would reach its peers. */
+static void isolate_parent_mount(const char *path)
+{
+	char at[PATH_MAX];
+
+	if (strlen(path) >= sizeof(at))
+		fail("rootfs", path, ENAMETOOLONG, NULL);
+	strcpy(at, path);
+	while (mount(NULL, at, NULL, MS_PRIVATE, NULL) < 0) {
+		char *slash = strrchr(at, '/');
+
+		/* EINVAL: not a mount point; go up to the one it is on. */
+		if (errno != EINVAL || slash == NULL || strcmp(at, "/") == 0)
+			fail("rootfs", path, errno, "its mount cannot be made private");
+		slash[slash == at ? 1 : 0] = '\0';
+	}
+}
+
+void attach_rootfs(const char *path, int *root)
+{
+	int target, tree;
+
+	if (path[0] != '/')
+		fail("rootfs", path, EINVAL, "not an absolute path");
+	isolate_parent_mount(path);
+	target = open(path, O_PATH | O_DIRECTORY | O_CLOEXEC);
+	if (target < 0)
+		fail("rootfs", path, errno, NULL);
+	tree = clone_mount(target, "rootfs", path, true);
+	if (sys_move_mount(tree, target) < 0)
+		fail("rootfs", path, errno, NULL);
+	close(target);
+	*root = tree;
+}
+
+static bool has_option(struct cursor options, const char *key)
+{
+	size_t length = strlen(key);
+
+	while (options.at != options.end) {
+		const char *option = take_text(&options, "mount");
+
+		if (strncmp(option, key, length) == 0 && (option[length] == '=' || option[length] == '\0'))
+			return true;
+	}
+	return false;
+}
+
+static void set_option(int fs, const char *option, const char *path)
+{
+	char key[OPTION_MAX];
+	const char *value = strchr(option, '=');
+	int done;
+
+	if (value == NULL) {
+		done = sys_fsconfig(fs, FSCONFIG_SET_FLAG, option, NULL);
+	} else {
+		size_t length = (size_t)(value - option);
+
+		if (length >= sizeof(key))
+			fail("mount", path, ENAMETOOLONG, "an option name that is too long");
+		memcpy(key, option, length);
+		key[length] = '\0';
+		done = sys_fsconfig(fs, FSCONFIG_SET_STRING, key, value + 1);
+	}
+	if (done < 0)
+		fail_filesystem(fs, path);
+}
+
+/* A tmpfs over a directory keeps that directory's permissions unless told otherwise. */
+static void inherit_mode(int fs, int root, const struct mount_step *step)
+{
+	struct stat st;
+	char mode[16];
+	int dir;
+
+	if (strcmp(step->type, "tmpfs") != 0 || has_option(step->options, "mode"))
+		return;
+	dir = open_in(root, step->target, O_PATH | O_DIRECTORY, 0);
+	if (dir < 0)
+		return; /* it will be made, with the usual mode */
+	if (fstat(dir, &st) == 0) {
+		snprintf(mode, sizeof(mode), "%o", st.st_mode & 07777u);
+		if (sys_fsconfig(fs, FSCONFIG_SET_STRING, "mode", mode) < 0)
+			fail_filesystem(fs, step->target);
+	}
+	close(dir);
+}
+
+static int new_filesystem(int root, const struct mount_step *step)
+{
+	struct cursor options = step->options;
+	int fs = sys_fsopen(step->type), mount;
+
+	if (fs < 0)
+		fail("mount", step->target, errno, errno == ENODEV ? "the kernel has no such filesystem" : NULL);
+	if (step->source[0] != '\0' && sys_fsconfig(fs, FSCONFIG_SET_STRING, "source", step->source) < 0)
+		fail_filesystem(fs, step->target);
+	inherit_mode(fs, root, step);
+	while (options.at != options.end)
+		set_option(fs, take_text(&options, "mount"), step->target);
+	if (sys_fsconfig(fs, FSCONFIG_CMD_CREATE, NULL, NULL) < 0)
+		fail_filesystem(fs, step->target);
+	mount = sys_fsmount(fs, step->set);
+	if (mount < 0)
+		fail_filesystem(fs, step->target);
+	close(fs);
+	return mount;
+}
+
+/* Where a mount goes.  Never the root itself, never into procfs (but for the files that may be replaced there). */
+static int mount_target(int root, const struct mount_step *step, bool directory)
+{
+	struct stat root_stat, st;
+	struct statfs fs;
+	int fd;
+
+	if ((step->flags & MOUNT_ORDINARY_DIR) != 0) {
+		/* A link here would put procfs elsewhere and leave the masks on something that is not it (CVE-2019-19921). */
+		fd = open_in(root, step->target, O_PATH | O_DIRECTORY | O_NOFOLLOW, RESOLVE_NO_SYMLINKS);
+		if (fd < 0 && (errno == ELOOP || errno == ENOTDIR))
+			fail("mount", step->target, errno, "must be mounted on an ordinary directory");
+		if (fd < 0 && errno == ENOENT)
+			fd = make_target_in(root, step->target, true);
+	} else {
+		fd = make_target_in(root, step->target, directory);
+	}
+	if (fd < 0)
+		fail("mount target", step->target, errno, NULL);
+	if (fstat(fd, &st) < 0 || fstat(root, &root_stat) < 0 || fstatfs(fd, &fs) < 0)
+		fail("mount target", step->target, errno, NULL);
+	if (st.st_dev == root_stat.st_dev && st.st_ino == root_stat.st_ino)
+		fail("mount target", step->target, EINVAL, "is the container's root");
+	if (fs.f_type == MAGIC_PROC && !((step->flags & MOUNT_OVER_PROC_FILE) != 0 && S_ISREG(st.st_mode)))
+		fail("mount target", step->target, EPERM, "is inside proc");
+	if (S_ISDIR(st.st_mode) != directory)
+		fail("mount target", step->target, directory ? ENOTDIR : EISDIR, NULL);
+	return fd;
+}
+
+void do_mount(int root, const struct mount_step *step)
+{
+	bool directory = true;
+	int tree, target;
+
+	if ((step->flags & MOUNT_BIND) != 0) {
+		struct stat st;
+
+		tree = sys_open_tree(AT_FDCWD, step->source,
+				     OPEN_TREE_CLONE | O_CLOEXEC | ((step->flags & MOUNT_RECURSIVE) != 0 ? AT_RECURSIVE_FLAG : 0));
+		if (tree < 0 || fstat(tree, &st) < 0)
+			fail("mount source", step->source, errno, NULL);
+		directory = S_ISDIR(st.st_mode);
+		set_attributes(tree, step->set, step->clear, false, "mount", step->target);
+	} else {
+		tree = new_filesystem(root, step);
+	}
+	set_attributes(tree, step->recursive_set, step->recursive_clear, true, "mount", step->target);
+	target = mount_target(root, step, directory);
+	if (sys_move_mount(tree, target) < 0)
+		fail("mount", step->target, errno, NULL);
+	set_propagation(tree, step->propagation, step->target);
+	close(target);
+	close(tree);
+}

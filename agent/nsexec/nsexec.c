@@ -1,0 +1,438 @@
+/*
+ * nsexec.c: the stages, from a program started by the agent to a process in its namespaces.
+ *
+ *   stage 0  reads everything, then joins and makes namespaces in one clone3 whose child is the container's process.
+ *   stage 1  only where one is needed in between: a user namespace needs somebody outside to write its maps, time offsets
+ *            are written before the first process enters, and a descriptor of a guest cgroup must not come along into
+ *            a pid namespace where others could reach it through /proc.
+ *   stage 2  carries the plan out and becomes the program.
+ *
+ * All are children of the agent (CLONE_PARENT).  Whoever makes stage 2 tells the agent {"stage1_pid", "stage2_pid"} and passes a
+ * pidfd of it; stage 2 does nothing before that is sent, and nothing at all when its maker dies first.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <net/if.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+
+#include "nsexec.h"
+
+#define LIMIT_BOOTSTRAP (1u << 20)
+#define LIMIT_PLAN (1u << 20)
+#define LIMIT_STRINGS ((2u << 20) - 4096)
+
+/* Values between stage 0 and stage 1, runc's. */
+enum { USERMAP_PLS = 0x40, USERMAP_ACK = 0x41, FINISH = 0x45, TIMEOFFSETS_PLS = 0x46, TIMEOFFSETS_ACK = 0x47 };
+
+static const struct namespace_name {
+	const char *name;
+	uint32_t flag;
+} namespace_names[] = {
+	{"user", NS_USER}, {"ipc", NS_IPC}, {"uts", NS_UTS}, {"net", NS_NET},
+	{"pid", NS_PID},   {"mnt", NS_MNT}, {"time", NS_TIME}, {"cgroup", NS_CGROUP},
+};
+#define NAMESPACES ARRAY_SIZE(namespace_names)
+
+struct joined {
+	int fd;
+	uint32_t flag;
+	const char *name;
+	bool done;
+};
+
+static struct bootstrap boot;
+static struct plan plan;
+static struct channels fds;
+static struct joined joined[NAMESPACES];
+static size_t joined_count;
+
+/* --- what the agent gave --- */
+
+static int descriptor_from(const char *name)
+{
+	const char *text = getenv(name);
+	char *end;
+	long number;
+
+	if (text == NULL || text[0] == '\0')
+		return -1;
+	errno = 0;
+	number = strtol(text, &end, 10);
+	if (errno != 0 || *end != '\0' || number < 3 || number > INT_MAX)
+		fail("environment", name, EINVAL, "is not the number of a descriptor");
+	if (fcntl((int)number, F_SETFD, FD_CLOEXEC) < 0)
+		fail("environment", name, errno, NULL);
+	return (int)number;
+}
+
+static void read_environment(void)
+{
+	const char *level = getenv("_LIBCONTAINER_LOGLEVEL"), *type = getenv("_LIBCONTAINER_INITTYPE");
+
+	fds.sync = descriptor_from("_LIBCONTAINER_SYNCPIPE");
+	report_to(fds.sync, -1, 0);
+	fds.log = descriptor_from("_LIBCONTAINER_LOGPIPE");
+	report_to(fds.sync, fds.log, level == NULL ? 0 : atoi(level));
+	fds.init = descriptor_from("_LIBCONTAINER_INITPIPE");
+	fds.console = descriptor_from("_LIBCONTAINER_CONSOLE");
+	fds.fifo = descriptor_from("_LIBCONTAINER_FIFOFD");
+	fds.cgroup = descriptor_from("_CAISSON_CGROUP");
+	fds.pidfd = descriptor_from("_CAISSON_PIDFD");
+	if (type == NULL || (strcmp(type, "standard") != 0 && strcmp(type, "setns") != 0))
+		fail("environment", "_LIBCONTAINER_INITTYPE", EINVAL, "is neither standard nor setns");
+	fds.joins = strcmp(type, "setns") == 0;
+}
+
+/* A Python process ignores SIGPIPE and SIGXFSZ, and ignored signals survive execve. */
+static void reset_signals(void)
+{
+	sigset_t none;
+
+	for (int number = 1; number < NSIG; number++)
+		signal(number, SIG_DFL);
+	sigemptyset(&none);
+	sigprocmask(SIG_SETMASK, &none, NULL);
+}
+
+/* --- small writes to the guest's own procfs, by its privileged stages only --- */
+
+static void write_proc(const char *step, int pid, const char *file, const char *text)
+{
+	char path[64];
+	int fd;
+
+	if (pid == 0)
+		snprintf(path, sizeof(path), "/proc/self/%s", file);
+	else
+		snprintf(path, sizeof(path), "/proc/%d/%s", pid, file);
+	fd = open(path, O_WRONLY | O_CLOEXEC);
+	if (fd < 0 || write(fd, text, strlen(text)) != (ssize_t)strlen(text))
+		fail(step, path, errno, NULL);
+	close(fd);
+}
+
+static void write_maps(int pid)
+{
+	if (!boot.setgroups && boot.gid_map != NULL)
+		write_proc("id maps", pid, "setgroups", "deny");
+	if (boot.uid_map != NULL)
+		write_proc("id maps", pid, "uid_map", boot.uid_map);
+	if (boot.gid_map != NULL)
+		write_proc("id maps", pid, "gid_map", boot.gid_map);
+}
+
+/* --- namespaces --- */
+
+/* Open all of "type:path,type:path" before the first is entered: the paths are those of the guest. */
+static void open_namespaces(void)
+{
+	char path[PATH_MAX];
+	const char *at = boot.paths;
+
+	while (at != NULL && *at != '\0') {
+		size_t type = strcspn(at, ":"), length = 0, i;
+
+		if (at[type] == ':')
+			length = strcspn(at + type + 1, ",");
+		for (i = 0; i < NAMESPACES; i++)
+			if (strlen(namespace_names[i].name) == type && memcmp(at, namespace_names[i].name, type) == 0)
+				break;
+		if (i == NAMESPACES || length == 0 || length >= sizeof(path) || joined_count == NAMESPACES)
+			fail("bootstrap", "namespace paths", EBADMSG, NULL);
+		memcpy(path, at + type + 1, length);
+		path[length] = '\0';
+		joined[joined_count].flag = namespace_names[i].flag;
+		joined[joined_count].name = namespace_names[i].name;
+		joined[joined_count].fd = open(path, O_RDONLY | O_CLOEXEC);
+		if (joined[joined_count].fd < 0)
+			fail("namespace", path, errno, NULL);
+		if ((boot.create & namespace_names[i].flag) != 0)
+			fail("namespace", path, EINVAL, "to be made and to be joined");
+		joined_count++;
+		at += type + 1 + length;
+		at += *at == ',';
+	}
+}
+
+static uint32_t joined_mask(void)
+{
+	uint32_t mask = boot.join;
+
+	for (size_t i = 0; i < joined_count; i++)
+		mask |= joined[i].flag;
+	return mask;
+}
+
+static void become_root_of_namespace(void)
+{
+	if (syscall(SYS_setresgid, 0, 0, 0) < 0 || syscall(SYS_setresuid, 0, 0, 0) < 0)
+		fail("user namespace", "", errno, "has no id 0");
+}
+
+/* Those that the guest's root owns first, then the user namespace, then those that belong to that one. */
+static void join_paths(void)
+{
+	for (int pass = 0; pass < 3; pass++) {
+		for (size_t i = 0; i < joined_count; i++) {
+			struct joined *j = &joined[i];
+
+			if (j->done || (pass == 1) != (j->flag == NS_USER))
+				continue;
+			if (syscall(SYS_setns, j->fd, j->flag) < 0) {
+				if (errno == EPERM && pass == 0)
+					continue;
+				fail("setns", j->name, errno, NULL);
+			}
+			j->done = true;
+			close(j->fd);
+			if (j->flag == NS_USER)
+				become_root_of_namespace();
+		}
+	}
+}
+
+static void join_namespaces(void)
+{
+	if (boot.join != 0 && syscall(SYS_setns, fds.pidfd, boot.join) < 0)
+		fail("setns", "the container's init", errno, errno == ESRCH ? "it is gone" : NULL);
+	if ((boot.join & NS_USER) != 0)
+		become_root_of_namespace();
+	join_paths();
+	if (fds.pidfd >= 0)
+		close(fds.pidfd);
+	fds.pidfd = -1;
+}
+
+static void loopback_up(void)
+{
+	struct ifreq request = {.ifr_name = "lo"};
+	int s = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+
+	if (s < 0 || ioctl(s, SIOCGIFFLAGS, &request) < 0)
+		fail("loopback", "lo", errno, NULL);
+	request.ifr_flags |= IFF_UP;
+	if (ioctl(s, SIOCSIFFLAGS, &request) < 0)
+		fail("loopback", "lo", errno, NULL);
+	close(s);
+}
+
+/* --- stages --- */
+
+/* A child of the agent, like this process.  clone3 inherits the exit signal with CLONE_PARENT and wants none given. */
+static int clone_sibling(uint32_t namespaces, int cgroup, int *pidfd)
+{
+	struct clone3_args args = {.flags = CLONE3_PARENT | namespaces};
+	int pid;
+
+	if (pidfd != NULL) {
+		args.flags |= CLONE3_PIDFD;
+		args.pidfd = (uint64_t)(uintptr_t)pidfd;
+	}
+	if (cgroup >= 0) {
+		args.flags |= CLONE3_INTO_CGROUP;
+		args.cgroup = (uint64_t)cgroup;
+	}
+	pid = sys_clone3(&args);
+	if (pid < 0)
+		fail(cgroup >= 0 ? "clone into cgroup" : "clone", "", errno, NULL);
+	return pid;
+}
+
+NORETURN static void stage_two(int gate)
+{
+	struct handles handles = {.root = -1, .processes = -1, .sysctl = -1};
+	char go;
+
+	report_stage(2);
+	prctl(PR_SET_NAME, "nsexec:[2:INIT]", 0, 0, 0);
+	if (fds.cgroup >= 0)
+		close(fds.cgroup);
+	close(fds.init);
+	if (read(gate, &go, 1) != 1)
+		_exit(1); /* whoever should have told the agent of this process is gone */
+	close(gate);
+	if (setsid() < 0)
+		fail("setsid", "", errno, NULL);
+	umask(DEFAULT_UMASK);
+	/* The agent's session keyring stays the agent's. */
+	if (syscall(SYS_keyctl, KEYCTL_JOIN_SESSION, NULL) < 0 && errno != ENOSYS)
+		fail("session keyring", "", errno, NULL);
+	if ((boot.create & NS_CGROUP) != 0 && syscall(SYS_unshare, NS_CGROUP) < 0)
+		fail("unshare", "cgroup", errno, NULL);
+	if ((boot.create & NS_NET) != 0)
+		loopback_up();
+	if (fds.joins) {
+		handles.root = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
+		if (handles.root < 0)
+			fail("root", "/", errno, NULL);
+		replace_null_stdio(handles.root);
+		if (plan.has_console)
+			open_console(handles.root, &plan.console, fds.console);
+	} else {
+		build_rootfs(&plan, &fds, &handles);
+	}
+	become_process(&plan, &fds, &handles);
+}
+
+static void tell_agent(int stage1, int stage2, int pidfd)
+{
+	union {
+		struct cmsghdr header;
+		char bytes[CMSG_SPACE(sizeof(int))];
+	} control = {.bytes = {0}};
+	char text[64];
+	struct iovec payload = {.iov_base = text};
+	struct msghdr message = {
+		.msg_iov = &payload, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof(control.bytes)};
+	struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+	int length = snprintf(text, sizeof(text), "{\"stage1_pid\":%d,\"stage2_pid\":%d}\n", stage1, stage2);
+
+	payload.iov_len = (size_t)length;
+	header->cmsg_level = SOL_SOCKET;
+	header->cmsg_type = SCM_RIGHTS;
+	header->cmsg_len = CMSG_LEN(sizeof(int));
+	memcpy(CMSG_DATA(header), &pidfd, sizeof(pidfd));
+	if (sendmsg(fds.init, &message, MSG_NOSIGNAL) != length)
+		fail("pids", "init pipe", errno, NULL);
+}
+
+/* Make stage 2, tell the agent, let it go. */
+static void launch(uint32_t namespaces, int cgroup, int stage1)
+{
+	int gate[2], pidfd = -1, pid;
+
+	if (pipe2(gate, O_CLOEXEC) < 0)
+		fail("pipe", "", errno, NULL);
+	pid = clone_sibling(namespaces, cgroup, &pidfd);
+	if (pid == 0) {
+		close(gate[1]);
+		stage_two(gate[0]);
+	}
+	tell_agent(stage1, pid, pidfd);
+	if (write(gate[1], "", 1) != 1)
+		fail("pipe", "", errno, NULL);
+}
+
+static void ask(int peer, uint32_t question, uint32_t answer, const char *step)
+{
+	uint32_t got;
+
+	if (write(peer, &question, sizeof(question)) != sizeof(question) ||
+	    read(peer, &got, sizeof(got)) != sizeof(got) || got != answer)
+		_exit(1); /* stage 0 is gone, or has said why */
+	log_debug("done by stage 0:", step);
+}
+
+NORETURN static void stage_one(int peer)
+{
+	uint32_t finish = FINISH;
+	uint32_t rest = boot.create & ~(NS_USER | NS_CGROUP | NS_TIME);
+
+	report_stage(1);
+	prctl(PR_SET_NAME, "nsexec:[1:CHILD]", 0, 0, 0);
+	if (fds.cgroup >= 0)
+		close(fds.cgroup);
+	fds.cgroup = -1;
+	join_namespaces();
+	if ((boot.create & NS_USER) != 0) {
+		if (syscall(SYS_unshare, NS_USER) < 0)
+			fail("unshare", "user", errno, NULL);
+		ask(peer, USERMAP_PLS, USERMAP_ACK, "id maps");
+		become_root_of_namespace();
+	}
+	if ((boot.create & NS_TIME) != 0) {
+		if (syscall(SYS_unshare, NS_TIME) < 0)
+			fail("unshare", "time", errno, NULL);
+		if (boot.time_offsets != NULL)
+			ask(peer, TIMEOFFSETS_PLS, TIMEOFFSETS_ACK, "time offsets");
+	}
+	launch(rest, -1, getpid());
+	(void)!write(peer, &finish, sizeof(finish));
+	_exit(0);
+}
+
+/* Serve stage 1 from outside of its user namespace until it is done. */
+NORETURN static void serve_stage_one(int peer, int pid)
+{
+	uint32_t word;
+
+	for (;;) {
+		if (read(peer, &word, sizeof(word)) != sizeof(word))
+			_exit(1);
+		if (word == FINISH)
+			_exit(0);
+		if (word == USERMAP_PLS)
+			write_maps(pid);
+		else if (word == TIMEOFFSETS_PLS)
+			write_proc("time offsets", pid, "timens_offsets", boot.time_offsets);
+		else
+			fail("stage 1", "", EPROTO, NULL);
+		word++;
+		if (write(peer, &word, sizeof(word)) != sizeof(word))
+			_exit(1);
+	}
+}
+
+NORETURN static void stage_zero(void)
+{
+	bool guarded = fds.cgroup >= 0 && (joined_mask() & (NS_PID | NS_USER)) != 0;
+
+	if ((boot.create & NS_USER) != 0 || boot.time_offsets != NULL || guarded) {
+		int pair[2], pid;
+
+		if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) < 0)
+			fail("socketpair", "", errno, NULL);
+		pid = clone_sibling(0, fds.cgroup, NULL);
+		if (pid == 0) {
+			close(pair[0]);
+			stage_one(pair[1]);
+		}
+		close(pair[1]);
+		serve_stage_one(pair[0], pid);
+	}
+	join_namespaces();
+	if ((boot.create & NS_TIME) != 0 && syscall(SYS_unshare, NS_TIME) < 0)
+		fail("unshare", "time", errno, NULL);
+	launch(boot.create & ~(NS_CGROUP | NS_TIME), fds.cgroup, 0);
+	_exit(0);
+}
+
+int main(void)
+{
+	struct cursor strings;
+
+	if (getenv("_LIBCONTAINER_INITPIPE") == NULL) {
+		static const char words[] = "nsexec is a part of Caisson's agent, which starts it; it does nothing by itself\n";
+
+		(void)!write(2, words, sizeof(words) - 1);
+		return 1;
+	}
+	read_environment();
+	prctl(PR_SET_NAME, "nsexec:[0:PAR]", 0, 0, 0);
+	const int given[] = {fds.init, fds.sync, fds.log, fds.console, fds.fifo, fds.cgroup, fds.pidfd};
+	close_all_but(given, ARRAY_SIZE(given));
+	reset_signals();
+	decode_bootstrap(read_message(fds.init, MESSAGE_BOOTSTRAP, LIMIT_BOOTSTRAP), &boot);
+	decode_plan(read_message(fds.init, MESSAGE_PLAN, LIMIT_PLAN), fds.joins, &plan);
+	strings = read_message(fds.init, MESSAGE_STRINGS, LIMIT_STRINGS);
+	decode_strings(strings, &plan);
+	if ((boot.join != 0) != (fds.pidfd >= 0) || (fds.joins && fds.fifo >= 0))
+		fail("bootstrap", "descriptors", EINVAL, "those given do not fit what is asked for");
+	report_stage(0);
+	log_debug("starting", plan.argv[0]);
+	if (boot.oom_score_adj != NULL)
+		write_proc("oom_score_adj", 0, "oom_score_adj", boot.oom_score_adj);
+	if (prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0)
+		fail("dumpable", "", errno, NULL);
+	raise_hard_limits(&plan);
+	open_namespaces();
+	stage_zero();
+}

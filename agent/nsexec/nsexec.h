@@ -1,0 +1,201 @@
+/*
+ * nsexec.h: what the parts of nsexec share.
+ *
+ * nsexec is started by the agent, once per process in a container.  It reads a bootstrap message, a plan and the strings
+ * argv and envp from the init pipe, enters or makes namespaces, carries the plan out and becomes the container's process.
+ * It decides nothing: policy is the agent's.  It never allocates memory, parses no text but the numbers in its environment,
+ * and stops at the first failure, which it reports as {step, path, errno} on the sync socket.
+ */
+#ifndef NSEXEC_H
+#define NSEXEC_H
+
+#include <limits.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "sys.h"
+
+#define NORETURN _Noreturn
+#define DEFAULT_UMASK 022u
+#define ARRAY_SIZE(a) (sizeof(a) / sizeof((a)[0]))
+
+/* --- descriptors given by the agent; -1 where there is none --- */
+struct channels {
+	int init;    /* stream socket: messages down, pids up */
+	int sync;    /* seqpacket socket: readiness and errors up; its end-of-file is the agent's sign that execve happened */
+	int log;     /* pipe: JSON lines up */
+	int console; /* stream socket: the pty master up */
+	int fifo;    /* O_PATH exec.fifo */
+	int cgroup;  /* cgroup v2 directory to start in */
+	int pidfd;   /* process whose namespaces are joined */
+	bool joins;  /* an exec into a container, rather than its init */
+};
+
+/* --- report.c --- */
+void report_to(int sync, int log, int level);
+void report_stage(int stage);
+void log_debug(const char *text, const char *detail);
+void log_close(void);
+void report_ready(void);
+NORETURN void fail(const char *step, const char *path, int error, const char *why);
+
+/* --- tlv.c --- */
+#define MESSAGE_BOOTSTRAP 62000
+#define MESSAGE_PLAN 62001
+#define MESSAGE_STRINGS 62002
+
+struct attribute {
+	uint16_t type;
+	size_t size; /* of the payload */
+	const uint8_t *data;
+};
+
+struct cursor {
+	const uint8_t *at, *end;
+};
+
+struct cursor read_message(int fd, uint16_t type, size_t limit);
+bool next_attribute(struct cursor *cursor, struct attribute *out);
+uint32_t attribute_u32(const struct attribute *a);
+bool attribute_bool(const struct attribute *a);
+const char *attribute_text(const struct attribute *a);
+void take(struct cursor *cursor, void *into, size_t size, const char *what);
+const char *take_text(struct cursor *cursor, const char *what);
+void take_end(const struct cursor *cursor, const char *what);
+struct cursor attribute_cursor(const struct attribute *a);
+
+/* --- plan.c --- */
+struct bootstrap {
+	uint32_t create;   /* NS_* to make */
+	uint32_t join;     /* NS_* to join from the pidfd */
+	const char *paths; /* "type:path,…" to join */
+	const char *uid_map, *gid_map, *oom_score_adj, *time_offsets;
+	bool setgroups;
+};
+
+/* Attribute types of a plan.  They stand in this order, which is the order of execution; those marked * may repeat. */
+enum {
+	PLAN_VERSION = 27400,
+	PLAN_PROPAGATION,
+	PLAN_ROOTFS,
+	PLAN_MOUNT,   /* * */
+	PLAN_DEVICE,  /* * */
+	PLAN_SYMLINK, /* * */
+	PLAN_PIVOT,
+	PLAN_ROOT_PROPAGATION,
+	PLAN_CONSOLE,
+	PLAN_REMOUNT, /* * */
+	PLAN_ROOT_READONLY,
+	PLAN_HOSTNAME,
+	PLAN_DOMAINNAME,
+	PLAN_SYSCTL,   /* * */
+	PLAN_READONLY, /* * */
+	PLAN_MASK,     /* * */
+	PLAN_UMASK,
+	PLAN_RLIMIT, /* * */
+	PLAN_NO_NEW_PRIVS,
+	PLAN_SECCOMP,
+	PLAN_GROUPS,
+	PLAN_USER,
+	PLAN_CAPABILITIES,
+	PLAN_CWD,
+	PLAN_STRINGS,
+	PLAN_END
+};
+#define PLAN_FORMAT 1
+
+#define MOUNT_BIND 1u          /* source is a path, not a filesystem */
+#define MOUNT_RECURSIVE 2u     /* … with what is mounted below it */
+#define MOUNT_ORDINARY_DIR 4u  /* the target must be a directory reached without a symbolic link */
+#define MOUNT_OVER_PROC_FILE 8u /* the target may be (only) a regular file of procfs */
+
+struct mount_step {
+	uint32_t flags, propagation;
+	uint64_t set, clear, recursive_set, recursive_clear; /* MOUNT_ATTR_* */
+	const char *target, *source, *type;
+	struct cursor options; /* "key" or "key=value", each ended by NUL */
+};
+
+struct device_step {
+	uint32_t mode, major, minor, uid, gid, bind;
+	const char *path;
+};
+
+struct link_step {
+	uint32_t replace;
+	const char *target, *path;
+};
+
+struct rlimit_step {
+	uint32_t resource, reserved;
+	uint64_t soft, hard;
+};
+
+struct capability_sets {
+	uint64_t bounding, effective, permitted, inheritable, ambient;
+};
+
+struct console_step {
+	uint16_t rows, columns;
+	uint32_t bind;
+};
+
+struct plan {
+	struct cursor steps; /* all attributes, checked */
+	bool has_user, has_capabilities, has_umask, no_new_privs, has_console, has_sysctl;
+	uint32_t umask, uid, gid;
+	const uint8_t *groups; /* uint32_t each, unaligned */
+	size_t group_count;
+	struct capability_sets capabilities;
+	struct console_step console;
+	const uint8_t *filter; /* struct sock_filter, after a uint32_t of flags */
+	size_t filter_size;
+	const char *cwd;
+	char **argv, **envp;
+};
+
+void decode_bootstrap(struct cursor message, struct bootstrap *out);
+void decode_plan(struct cursor message, bool joins, struct plan *out);
+void decode_strings(struct cursor message, const struct plan *plan);
+void decode_mount(const struct attribute *a, struct mount_step *out);
+void decode_device(const struct attribute *a, struct device_step *out);
+void decode_link(const struct attribute *a, struct link_step *out);
+void decode_rlimit(const struct attribute *a, struct rlimit_step *out);
+void decode_pair(const struct attribute *a, const char **first, const char **second);
+void decode_remount(const struct attribute *a, uint64_t *set, const char **path);
+
+/* --- paths.c: every path of a container is resolved inside its root --- */
+int open_in(int root, const char *path, int flags, uint64_t resolve);
+int make_directory_in(int root, const char *path, unsigned mode);
+int make_target_in(int root, const char *path, bool directory);
+int open_parent_in(int root, const char *path, char name[NAME_MAX + 1]);
+int open_verified_null(int root);
+bool is_null_device(int fd);
+
+/* --- rootfs.c --- */
+struct handles {
+	int root;      /* O_PATH of the container's "/" */
+	int processes; /* private procfs with processes only, -1 where not needed */
+	int sysctl;    /* private whole procfs, -1 where not needed */
+};
+
+void build_rootfs(const struct plan *plan, const struct channels *fds, struct handles *handles);
+
+/* --- mounts.c --- */
+int private_procfs(bool processes_only);
+void attach_rootfs(const char *path, int *root);
+void do_mount(int root, const struct mount_step *step);
+int clone_mount(int fd, const char *step, const char *path, bool recursive);
+void set_attributes(int fd, uint64_t set, uint64_t clear, bool recursive, const char *step, const char *path);
+
+/* --- console.c --- */
+void open_console(int root, const struct console_step *console, int socket);
+void replace_null_stdio(int root);
+
+/* --- process.c --- */
+void close_all_but(const int *kept, size_t count);
+void raise_hard_limits(const struct plan *plan);
+NORETURN void become_process(const struct plan *plan, const struct channels *fds, struct handles *handles);
+
+#endif

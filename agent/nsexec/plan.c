@@ -1,0 +1,348 @@
+/*
+ * plan.c: the bootstrap's and the plan's attributes, checked as a whole before anything is done.
+ *
+ * Bootstrap types are runc's (27281-27290, libcontainer/message_linux.go) and one of ours; a plan's types are in nsexec.h.
+ * Unknown, duplicate, misplaced or misshapen attributes end nsexec.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
+
+#include "nsexec.h"
+
+enum {
+	BOOT_CLONE_FLAGS = 27281,
+	BOOT_NS_PATHS,
+	BOOT_UID_MAP,
+	BOOT_GID_MAP,
+	BOOT_SETGROUPS,
+	BOOT_OOM_SCORE_ADJ,
+	BOOT_ROOTLESS,
+	BOOT_UID_MAP_PATH,
+	BOOT_GID_MAP_PATH,
+	BOOT_TIME_OFFSETS,
+	BOOT_JOIN_MASK = 27350, /* ours: namespaces to join from the pidfd, u32 */
+};
+
+#define FIRST_BOOT BOOT_CLONE_FLAGS
+#define SEEN_BITS (BOOT_JOIN_MASK - FIRST_BOOT + 1)
+
+NORETURN static void malformed(const char *what, const char *why)
+{
+	fail("bootstrap", what, EBADMSG, why);
+}
+
+static uint32_t namespace_mask(const struct attribute *a)
+{
+	uint32_t mask = attribute_u32(a);
+
+	if ((mask & ~NS_ALL) != 0)
+		malformed("namespaces", "a flag that is not a namespace");
+	return mask;
+}
+
+void decode_bootstrap(struct cursor message, struct bootstrap *out)
+{
+	bool seen[SEEN_BITS] = {false};
+	struct attribute a;
+
+	memset(out, 0, sizeof(*out));
+	while (next_attribute(&message, &a)) {
+		if (a.type < FIRST_BOOT || a.type > BOOT_JOIN_MASK)
+			malformed("attribute", "an unknown type");
+		if (seen[a.type - FIRST_BOOT])
+			malformed("attribute", "a type that was there already");
+		seen[a.type - FIRST_BOOT] = true;
+		switch (a.type) {
+		case BOOT_CLONE_FLAGS:
+			out->create = namespace_mask(&a);
+			break;
+		case BOOT_JOIN_MASK:
+			out->join = namespace_mask(&a);
+			break;
+		case BOOT_NS_PATHS:
+			out->paths = attribute_text(&a);
+			break;
+		case BOOT_UID_MAP:
+			out->uid_map = attribute_text(&a);
+			break;
+		case BOOT_GID_MAP:
+			out->gid_map = attribute_text(&a);
+			break;
+		case BOOT_SETGROUPS:
+			out->setgroups = attribute_bool(&a);
+			break;
+		case BOOT_OOM_SCORE_ADJ:
+			out->oom_score_adj = attribute_text(&a);
+			break;
+		case BOOT_ROOTLESS:
+			if (attribute_bool(&a))
+				malformed("rootless", "the agent is root");
+			break;
+		case BOOT_TIME_OFFSETS:
+			out->time_offsets = attribute_text(&a);
+			break;
+		case BOOT_UID_MAP_PATH:
+		case BOOT_GID_MAP_PATH:
+			malformed("attribute", "newuidmap and newgidmap are for rootless runtimes");
+		default:
+			malformed("attribute", "an unknown type");
+		}
+	}
+	if ((out->create & out->join) != 0)
+		malformed("namespaces", "a namespace to make and to join");
+	if ((out->uid_map != NULL || out->gid_map != NULL) && (out->create & NS_USER) == 0)
+		malformed("maps", "id maps without a new user namespace");
+	if (out->time_offsets != NULL && (out->create & NS_TIME) == 0)
+		malformed("offsets", "time offsets without a new time namespace");
+}
+
+void decode_mount(const struct attribute *a, struct mount_step *out)
+{
+	struct cursor c = attribute_cursor(a), rest;
+
+	take(&c, &out->flags, 4, "mount");
+	take(&c, &out->propagation, 4, "mount");
+	take(&c, &out->set, 8, "mount");
+	take(&c, &out->clear, 8, "mount");
+	take(&c, &out->recursive_set, 8, "mount");
+	take(&c, &out->recursive_clear, 8, "mount");
+	out->target = take_text(&c, "mount");
+	out->source = take_text(&c, "mount");
+	out->type = take_text(&c, "mount");
+	out->options = c;
+	for (rest = c; rest.at != rest.end;)
+		if (take_text(&rest, "mount")[0] == '\0')
+			malformed("mount", "an empty option");
+	if ((out->flags & MOUNT_BIND) == 0 && out->type[0] == '\0')
+		malformed("mount", "no filesystem type");
+}
+
+void decode_device(const struct attribute *a, struct device_step *out)
+{
+	struct cursor c = attribute_cursor(a);
+
+	take(&c, &out->mode, 4, "device");
+	take(&c, &out->major, 4, "device");
+	take(&c, &out->minor, 4, "device");
+	take(&c, &out->uid, 4, "device");
+	take(&c, &out->gid, 4, "device");
+	take(&c, &out->bind, 4, "device");
+	out->path = take_text(&c, "device");
+	take_end(&c, "device");
+	if (!S_ISCHR(out->mode) && !S_ISBLK(out->mode) && !S_ISFIFO(out->mode))
+		malformed("device", "neither a character or block device nor a fifo");
+}
+
+void decode_link(const struct attribute *a, struct link_step *out)
+{
+	struct cursor c = attribute_cursor(a);
+
+	take(&c, &out->replace, 4, "link");
+	out->target = take_text(&c, "link");
+	out->path = take_text(&c, "link");
+	take_end(&c, "link");
+}
+
+void decode_rlimit(const struct attribute *a, struct rlimit_step *out)
+{
+	struct cursor c = attribute_cursor(a);
+
+	take(&c, out, sizeof(*out), "rlimit");
+	take_end(&c, "rlimit");
+}
+
+void decode_pair(const struct attribute *a, const char **first, const char **second)
+{
+	struct cursor c = attribute_cursor(a);
+
+	*first = take_text(&c, "pair");
+	*second = take_text(&c, "pair");
+	take_end(&c, "pair");
+}
+
+void decode_remount(const struct attribute *a, uint64_t *set, const char **path)
+{
+	struct cursor c = attribute_cursor(a);
+
+	take(&c, set, sizeof(*set), "remount");
+	*path = take_text(&c, "remount");
+	take_end(&c, "remount");
+}
+
+static bool may_repeat(uint16_t type)
+{
+	switch (type) {
+	case PLAN_MOUNT:
+	case PLAN_DEVICE:
+	case PLAN_SYMLINK:
+	case PLAN_REMOUNT:
+	case PLAN_SYSCTL:
+	case PLAN_READONLY:
+	case PLAN_MASK:
+	case PLAN_RLIMIT:
+		return true;
+	default:
+		return false;
+	}
+}
+
+/* argv and envp: pointers into the strings message, which follows.  Mapped, since there is no heap. */
+static void make_vectors(const struct attribute *a, struct plan *out)
+{
+	struct cursor c = attribute_cursor(a);
+	uint32_t argc, envc;
+	char **vectors;
+
+	take(&c, &argc, 4, "strings");
+	take(&c, &envc, 4, "strings");
+	take_end(&c, "strings");
+	if (argc == 0 || argc > (1u << 20) || envc > (1u << 20))
+		malformed("strings", "an impossible number of them");
+	vectors = mmap(NULL, ((size_t)argc + envc + 2) * sizeof(char *), PROT_READ | PROT_WRITE,
+		       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (vectors == MAP_FAILED)
+		fail("bootstrap", "strings", errno, NULL);
+	for (uint32_t i = 0; i < argc + envc + 1; i++)
+		vectors[i] = (char *)""; /* places to fill; the zero pages after them end both vectors */
+	vectors[argc] = NULL;
+	vectors[argc + 1 + envc] = NULL;
+	out->argv = vectors;
+	out->envp = vectors + argc + 1;
+}
+
+static void check_rootfs_step(const struct attribute *a)
+{
+	struct mount_step mount;
+	struct device_step device;
+	struct link_step link;
+	struct rlimit_step limit;
+	const char *first, *second;
+	uint64_t set;
+
+	switch (a->type) {
+	case PLAN_MOUNT:
+		decode_mount(a, &mount);
+		break;
+	case PLAN_DEVICE:
+		decode_device(a, &device);
+		break;
+	case PLAN_SYMLINK:
+		decode_link(a, &link);
+		break;
+	case PLAN_REMOUNT:
+		decode_remount(a, &set, &first);
+		break;
+	case PLAN_SYSCTL:
+		decode_pair(a, &first, &second);
+		break;
+	case PLAN_RLIMIT:
+		decode_rlimit(a, &limit);
+		break;
+	case PLAN_PROPAGATION:
+	case PLAN_PIVOT:
+	case PLAN_ROOT_PROPAGATION:
+		(void)attribute_u32(a);
+		break;
+	case PLAN_ROOT_READONLY:
+		(void)attribute_bool(a);
+		break;
+	default: /* PLAN_ROOTFS, PLAN_HOSTNAME, PLAN_DOMAINNAME, PLAN_READONLY, PLAN_MASK */
+		(void)attribute_text(a);
+	}
+}
+
+static void decode_plan_step(const struct attribute *a, struct plan *out)
+{
+	struct cursor c = attribute_cursor(a);
+
+	switch (a->type) {
+	case PLAN_CONSOLE:
+		take(&c, &out->console.rows, 2, "console");
+		take(&c, &out->console.columns, 2, "console");
+		take(&c, &out->console.bind, 4, "console");
+		take_end(&c, "console");
+		out->has_console = true;
+		break;
+	case PLAN_UMASK:
+		out->umask = attribute_u32(a);
+		out->has_umask = true;
+		break;
+	case PLAN_NO_NEW_PRIVS:
+		out->no_new_privs = attribute_bool(a);
+		break;
+	case PLAN_SECCOMP:
+		if (a->size <= 4 || (a->size - 4) % 8 != 0)
+			malformed("seccomp", "not flags and whole instructions");
+		out->filter = a->data;
+		out->filter_size = a->size;
+		break;
+	case PLAN_GROUPS:
+		if (a->size % 4 != 0)
+			malformed("groups", "not whole numbers");
+		out->groups = a->data;
+		out->group_count = a->size / 4;
+		break;
+	case PLAN_USER:
+		take(&c, &out->uid, 4, "user");
+		take(&c, &out->gid, 4, "user");
+		take_end(&c, "user");
+		out->has_user = true;
+		break;
+	case PLAN_CAPABILITIES:
+		take(&c, &out->capabilities, sizeof(out->capabilities), "capabilities");
+		take_end(&c, "capabilities");
+		out->has_capabilities = true;
+		break;
+	case PLAN_CWD:
+		out->cwd = attribute_text(a);
+		break;
+	case PLAN_STRINGS:
+		make_vectors(a, out);
+		break;
+	default:
+		out->has_sysctl |= a->type == PLAN_SYSCTL;
+		check_rootfs_step(a);
+	}
+}
+
+void decode_plan(struct cursor message, bool joins, struct plan *out)
+{
+	uint16_t previous = 0;
+	bool has_rootfs = false, has_pivot = false;
+	struct attribute a;
+
+	memset(out, 0, sizeof(*out));
+	out->steps = message;
+	if (!next_attribute(&message, &a) || a.type != PLAN_VERSION || attribute_u32(&a) != PLAN_FORMAT)
+		malformed("plan", "not a plan of the version that this nsexec carries out");
+	out->steps = message;
+	while (next_attribute(&message, &a)) {
+		if (a.type <= PLAN_VERSION || a.type >= PLAN_END)
+			malformed("plan", "an unknown step");
+		if (a.type < previous || (a.type == previous && !may_repeat(a.type)))
+			malformed("plan", "a step that is out of order or there twice");
+		if (joins && a.type < PLAN_UMASK && a.type != PLAN_CONSOLE)
+			malformed("plan", "a step that an exec cannot have");
+		has_rootfs |= a.type == PLAN_ROOTFS;
+		has_pivot |= a.type == PLAN_PIVOT;
+		previous = a.type;
+		decode_plan_step(&a, out);
+	}
+	if (!out->has_user || !out->has_capabilities || out->cwd == NULL || out->argv == NULL)
+		malformed("plan", "no user, capabilities, cwd or strings");
+	if (!joins && (!has_rootfs || !has_pivot))
+		malformed("plan", "an init without a root");
+}
+
+void decode_strings(struct cursor message, const struct plan *plan)
+{
+	for (char **arg = plan->argv; *arg != NULL; arg++)
+		*arg = (char *)(uintptr_t)take_text(&message, "argv");
+	for (char **variable = plan->envp; *variable != NULL; variable++)
+		*variable = (char *)(uintptr_t)take_text(&message, "envp");
+	take_end(&message, "strings");
+}

@@ -1,0 +1,154 @@
+/*
+ * report.c: what nsexec says.  JSON lines on the log pipe (best effort), and on the sync socket one packet for "ready" and one
+ * for the failure that ended it.  Paths come from images: everything is escaped and bounded.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "nsexec.h"
+
+#define LEVEL_DEBUG 5
+#define TEXT_MAX 1024
+
+static int sync_fd = -1, log_fd = -1, log_level = LEVEL_DEBUG, stage = -1;
+
+struct text {
+	char bytes[TEXT_MAX * 8];
+	size_t used;
+};
+
+void report_to(int sync, int log, int level)
+{
+	sync_fd = sync;
+	log_fd = log;
+	log_level = level;
+}
+
+void report_stage(int number)
+{
+	stage = number;
+}
+
+static void put(struct text *t, const char *s)
+{
+	size_t length = strlen(s);
+
+	if (length > sizeof(t->bytes) - t->used)
+		length = sizeof(t->bytes) - t->used;
+	memcpy(t->bytes + t->used, s, length);
+	t->used += length;
+}
+
+/* At most TEXT_MAX bytes of `s` with what JSON cannot carry escaped: six bytes each at worst, so a packet always fits. */
+static void put_escaped(struct text *t, const char *s)
+{
+	char code[8];
+
+	for (size_t i = 0; s[i] != '\0' && i < TEXT_MAX; i++) {
+		unsigned char c = (unsigned char)s[i];
+
+		if (c == '"' || c == '\\') {
+			code[0] = '\\';
+			code[1] = (char)c;
+			code[2] = '\0';
+		} else if (c < 0x20 || c == 0x7f) {
+			snprintf(code, sizeof(code), "\\u%04X", c);
+		} else {
+			code[0] = (char)c;
+			code[1] = '\0';
+		}
+		put(t, code);
+	}
+}
+
+static void put_number(struct text *t, long number)
+{
+	char digits[24];
+
+	snprintf(digits, sizeof(digits), "%ld", number);
+	put(t, digits);
+}
+
+static void send_all(int fd, const struct text *t, bool is_socket)
+{
+	if (fd < 0)
+		return;
+	if (is_socket)
+		(void)!send(fd, t->bytes, t->used, MSG_NOSIGNAL);
+	else
+		(void)!write(fd, t->bytes, t->used);
+}
+
+static void log_line(const char *level, const char *text, const char *detail, int error)
+{
+	struct text t = {.used = 0};
+
+	put(&t, "{\"level\":\"");
+	put(&t, level);
+	put(&t, "\", \"msg\": \"nsexec");
+	if (stage >= 0) {
+		put(&t, "-");
+		put_number(&t, stage);
+	}
+	put(&t, "[");
+	put_number(&t, getpid());
+	put(&t, "]: ");
+	put_escaped(&t, text);
+	if (detail != NULL && detail[0] != '\0') {
+		put(&t, " ");
+		put_escaped(&t, detail);
+	}
+	if (error != 0) {
+		put(&t, ": ");
+		put_escaped(&t, strerror(error));
+	}
+	put(&t, "\"}\n");
+	send_all(log_fd, &t, false);
+}
+
+void log_debug(const char *text, const char *detail)
+{
+	if (log_fd >= 0 && log_level >= LEVEL_DEBUG)
+		log_line("debug", text, detail, 0);
+}
+
+/* The agent waits for the log's end: it must not stay open in a container that waits to be started. */
+void log_close(void)
+{
+	if (log_fd >= 0)
+		close(log_fd);
+	log_fd = -1;
+}
+
+void report_ready(void)
+{
+	struct text t = {.used = 0};
+
+	put(&t, "{\"type\":\"procReady\"}");
+	send_all(sync_fd, &t, true);
+}
+
+NORETURN void fail(const char *step, const char *path, int error, const char *why)
+{
+	struct text t = {.used = 0};
+
+	log_line("fatal", step, path, error);
+	put(&t, "{\"type\":\"procError\",\"step\":\"");
+	put_escaped(&t, step);
+	put(&t, "\",\"path\":\"");
+	put_escaped(&t, path != NULL ? path : "");
+	put(&t, "\",\"errno\":");
+	put_number(&t, error);
+	if (why != NULL) {
+		put(&t, ",\"why\":\"");
+		put_escaped(&t, why);
+		put(&t, "\"");
+	}
+	put(&t, "}");
+	send_all(sync_fd, &t, true);
+	_exit(1);
+}
