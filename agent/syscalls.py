@@ -1,0 +1,114 @@
+"""System calls that Python has no function for, by ctypes.  Errors are OSError, as for the functions of `os`.
+
+ctypes is loaded at the first call: an agent that never needs one does not pay for it.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import ctypes
+    from typing import Any
+
+# syscall numbers; those above 423 are the same on all architectures (bpf, finit_module: x86_64, aarch64)
+_MACHINE = os.uname().machine
+_NUMBERS = {
+    "x86_64": {"bpf": 321, "finit_module": 313},
+    "aarch64": {"bpf": 280, "finit_module": 273},
+}  # fmt: skip
+_OPENAT2 = 437
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 0x1, 0x2, 0x4, 0x8
+MS_REMOUNT, MS_NOATIME, MS_BIND, MS_MOVE, MS_REC = 0x20, 0x400, 0x1000, 0x2000, 0x4000
+MS_UNBINDABLE, MS_PRIVATE, MS_SLAVE, MS_SHARED = 1 << 17, 1 << 18, 1 << 19, 1 << 20
+MNT_FORCE, MNT_DETACH, UMOUNT_NOFOLLOW = 0x1, 0x2, 0x8
+RESOLVE_NO_XDEV, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH, RESOLVE_IN_ROOT = 0x1, 0x2, 0x4, 0x8, 0x10
+RB_AUTOBOOT, RB_POWER_OFF, RB_HALT_SYSTEM = 0x01234567, 0x4321FEDC, 0xCDEF0123
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    import ctypes
+
+    library = ctypes.CDLL(None, use_errno=True)
+    library.syscall.restype = ctypes.c_long
+    return library
+
+
+def _check(result: int, what: str) -> int:
+    if result < 0:
+        import ctypes
+
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code), what)
+    return result
+
+
+def _bytes(path: str | bytes | os.PathLike[str] | None) -> bytes | None:
+    return None if path is None else os.fsencode(path)
+
+
+def mount(
+    source: str | None,
+    target: str | os.PathLike[str],
+    fstype: str | None = None,
+    flags: int = 0,
+    data: str | None = None,
+) -> None:
+    """mount(2).  Raises OSError with the target as its file name."""
+    import ctypes
+
+    options = None if data is None else data.encode()
+    result = _libc().mount(_bytes(source), _bytes(target), _bytes(fstype), ctypes.c_ulong(flags), options)
+    _check(result, os.fspath(target))
+
+
+def umount2(target: str | os.PathLike[str], flags: int = 0) -> None:
+    """umount2(2).  Raises OSError."""
+    _check(_libc().umount2(_bytes(target), flags), os.fspath(target))
+
+
+def finit_module(fd: int, parameters: str = "", flags: int = 0) -> None:
+    """finit_module(2): load a kernel module from an open file.  Raises OSError."""
+    result = _libc().syscall(_number("finit_module"), fd, parameters.encode(), flags)
+    _check(result, "finit_module")
+
+
+def openat2(dir_fd: int, path: str | os.PathLike[str], flags: int, mode: int = 0, resolve: int = 0) -> int:
+    """openat2(2), close-on-exec.  Raises OSError."""
+    import ctypes
+    from struct import pack
+
+    how = pack("=QQQ", flags | os.O_CLOEXEC, mode, resolve)
+    result = _libc().syscall(_OPENAT2, dir_fd, _bytes(path), how, ctypes.c_size_t(len(how)))
+    return _check(result, os.fspath(path))
+
+
+def reboot(command: int) -> None:
+    """reboot(2), one of RB_*.  Does not return when it is PID 1 that powers off.  Raises OSError."""
+    import ctypes
+
+    _check(_libc().reboot(ctypes.c_int(command - (1 << 32) if command >> 31 else command)), "reboot")
+
+
+def setns(fd: int, flags: int) -> None:
+    """setns(2): the calling thread enters a namespace.  Raises OSError."""
+    _check(_libc().setns(fd, flags), "setns")
+
+
+def bpf(command: int, attributes: Any) -> int:
+    """bpf(2); `attributes` is a ctypes buffer holding union bpf_attr.  Raises OSError."""
+    import ctypes
+
+    result = _libc().syscall(_number("bpf"), command, attributes, ctypes.c_uint(ctypes.sizeof(attributes)))
+    return _check(result, "bpf")
+
+
+def _number(name: str) -> int:
+    try:
+        return _NUMBERS[_MACHINE][name]
+    except KeyError:
+        raise OSError(38, f"the number of {name}(2) on {_MACHINE} is not known") from None
