@@ -1,0 +1,121 @@
+"""Kernel config fragments: what a guest needs of its kernel, symbol by symbol, with the reason.
+
+    CONFIG_VIRTIO_VSOCKETS=y module vmw_vsock_virtio_transport: how the host reaches the agent
+    CONFIG_TIME_NS=y optional: clocks of a container's own
+
+The syntax is that of a .config with a tail: ``optional``, ``module NAME…`` and, after a colon, why.  A reason is not
+optional: whoever drops a symbol must know what breaks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from image.errors import ImageError
+
+LINE = re.compile(
+    r"(?P<symbol>CONFIG_[A-Za-z0-9_]+)=(?P<value>y|m|n|-?\d+|0x[0-9a-fA-F]+|\"[^\"]*\")"
+    r"(?P<optional> optional)?(?P<modules> module(?: [a-z0-9_-]+)+)?: *(?P<reason>\S.*)"
+)
+
+
+class FragmentError(ImageError):
+    """A fragment is malformed, or contradicts another."""
+
+
+class Unsatisfied(ImageError):
+    """A kernel lacks what the fragments ask for; the text names each symbol, where it was asked for, and why."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One symbol that a fragment asks for.  ``where`` is file:line."""
+
+    symbol: str
+    value: str
+    reason: str
+    where: str
+    optional: bool = False
+    modules: tuple[str, ...] = ()
+
+
+def parse(file: Path) -> list[Request]:
+    """The requests of one fragment, in its order.  Raises FragmentError that names the line."""
+    requests = []
+    try:
+        text = file.read_text()
+    except FileNotFoundError as error:
+        known = ", ".join(sorted(path.stem for path in file.parent.glob("*.conf")))
+        raise FragmentError(f"there is no kernel fragment {file.stem!r}; there are: {known}") from error
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        found = LINE.fullmatch(line.rstrip())
+        if not found:
+            raise FragmentError(
+                f"{file.name}:{number}: expected CONFIG_NAME=value [optional] [module NAME…]: reason, not {line!r}"
+            )
+        requests.append(
+            Request(
+                symbol=found["symbol"],
+                value=found["value"],
+                reason=found["reason"],
+                where=f"{file.name}:{number}",
+                optional=bool(found["optional"]),
+                modules=tuple((found["modules"] or "").split()[1:]),
+            )
+        )
+    return requests
+
+
+def merge(fragments: Iterable[list[Request]]) -> list[Request]:
+    """All requests in order.  Raises FragmentError when two ask for different values of one symbol."""
+    merged: dict[str, Request] = {}
+    for request in (request for fragment in fragments for request in fragment):
+        first = merged.setdefault(request.symbol, request)
+        if first.value != request.value:
+            raise FragmentError(
+                f"{request.where} asks for {request.symbol}={request.value} ({request.reason}), but "
+                f"{first.where} for {request.symbol}={first.value} ({first.reason})"
+            )
+    return list(merged.values())
+
+
+def parse_config(text: str) -> dict[str, str]:
+    """The symbols of a .config that have a value; those that are off are absent."""
+    return dict(re.findall(r"^(CONFIG_\w+)=(.*)$", text, re.MULTILINE))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a kernel satisfies the requests: which modules it takes, and which optional symbols it lacks."""
+
+    modules: tuple[str, ...]
+    missing: tuple[Request, ...]
+
+
+def check(requests: Iterable[Request], config: Mapping[str, str]) -> Verdict:
+    """Compare what is asked for with a kernel's config.
+
+    ``y`` is satisfied by ``y``, or by ``m`` where the request names the modules; ``n`` by absence.  Raises Unsatisfied.
+    """
+    modules: list[str] = []
+    missing: list[Request] = []
+    complaints: list[str] = []
+    for request in requests:
+        actual = config.get(request.symbol, "n")
+        if actual == request.value:
+            modules += request.modules if actual == "m" else ()
+        elif request.value == "y" and actual == "m" and request.modules:
+            modules += request.modules
+        elif request.optional:
+            missing.append(request)
+        else:
+            why = "is a module, but the fragment names none" if actual == "m" else f"is {actual}"
+            complaints.append(f"  {request.symbol}={request.value} ({request.where}: {request.reason}): it {why}")
+    if complaints:
+        raise Unsatisfied("the kernel lacks what the fragments ask for:\n" + "\n".join(complaints))
+    return Verdict(tuple(dict.fromkeys(modules)), tuple(missing))

@@ -1,0 +1,56 @@
+"""image.json: what is in an image, beside it and inside it.  The VM half reads nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from image.definition import Definition
+from image.kernel import Kernel
+from image.rootfs import HOME
+
+FORMAT = 1
+
+
+def contents(
+    definition: Definition, key: str, kernel: Kernel, packages: list[dict[str, str]], agent: str
+) -> dict[str, Any]:
+    """The document, as far as it is known before the image is packed."""
+    return {
+        "format": FORMAT,
+        "name": definition.name,
+        "key": key,
+        "suite": definition.suite,
+        "arch": definition.arch,
+        "init": "agent",
+        "cmdline": definition.cmdline,
+        "agent": {"version": agent},
+        "kernel": {
+            "file": kernel.file.name,
+            "release": kernel.release,
+            "sha256": hashlib.sha256(kernel.file.read_bytes()).hexdigest(),
+            "config_sha256": kernel.config_sha256,
+            "modules": list(kernel.modules),
+            "missing": list(kernel.missing),
+        },
+        "packages": sorted(packages, key=lambda package: (package["type"], package["name"])),
+        "containers": {"busybox": f"/{HOME}/containers/busybox"},
+    }
+
+
+def with_initrd(document: dict[str, Any], initrd: bytes, compression: str) -> dict[str, Any]:
+    """The document that stands beside the image: with the initrd, too."""
+    entry = {
+        "file": "initrd.img",
+        "compression": compression,
+        "bytes": len(initrd),
+        "sha256": hashlib.sha256(initrd).hexdigest(),
+    }
+    return document | {"initrd": entry}
+
+
+def write(document: dict[str, Any], file: Path) -> None:
+    """As JSON that a person can read."""
+    file.write_text(json.dumps(document, indent=2) + "\n")

@@ -1,0 +1,65 @@
+"""The one door to other programs."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from image.errors import ImageError
+
+#: Which Debian package brings a program, where the names differ.
+PACKAGES = {
+    "apt-cache": "apt",
+    "apt-get": "apt",
+    "dpkg-deb": "dpkg",
+    "musl-gcc": "musl-tools",
+    "readelf": "binutils",
+}
+
+
+class MissingProgram(ImageError):
+    """A program is not installed."""
+
+    def __init__(self, program: str) -> None:
+        package = PACKAGES.get(program, program)
+        super().__init__(f"{program} is not installed; run: sudo apt-get install {package}")
+        self.program = program
+
+
+class CommandFailed(ImageError):
+    """A program ended with a failure: its command line, status and last words."""
+
+    def __init__(self, argv: Sequence[str], status: int, output: str) -> None:
+        words = "\n".join(output.strip().splitlines()[-15:])
+        super().__init__(f"`{shlex.join(argv)}` exited with status {status}" + (f":\n{words}" if words else ""))
+        self.argv = list(argv)
+        self.status = status
+
+
+def run(
+    argv: Sequence[str | os.PathLike[str]],
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    stdin: bytes = b"",
+) -> bytes:
+    """Run a program to its end and return what it printed.  ``env`` is added to a minimal environment.
+
+    Raises MissingProgram, or CommandFailed with what it wrote to stderr.
+    """
+    words = [os.fspath(word) for word in argv]
+    kept = ("PATH", "HOME", "TMPDIR", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
+    settings = {name: value for name, value in os.environ.items() if name in kept or name.startswith("PIP_")}
+    settings |= {"LC_ALL": "C.UTF-8", **(env or {})}
+    try:
+        done = subprocess.run(words, cwd=cwd, env=settings, input=stdin, capture_output=True)
+    except FileNotFoundError as error:
+        if error.filename == words[0]:
+            raise MissingProgram(words[0]) from error
+        raise
+    if done.returncode != 0:
+        raise CommandFailed(words, done.returncode, (done.stderr or done.stdout).decode(errors="replace"))
+    return done.stdout
