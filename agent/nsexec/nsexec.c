@@ -91,15 +91,19 @@ static void read_environment(void)
 	fds.joins = strcmp(type, "setns") == 0;
 }
 
-/* A Python process ignores SIGPIPE and SIGXFSZ, and ignored signals survive execve. */
+/*
+ * A Python process ignores SIGPIPE and SIGXFSZ, and ignored signals survive execve.  By system call: the libraries keep 32 and 33
+ * to themselves, and whoever started the agent may have ignored those too.
+ */
 static void reset_signals(void)
 {
-	sigset_t none;
+	static const uint64_t defaults[4], none; /* struct kernel_sigaction: SIG_DFL, no flags, an empty mask */
 
-	for (int number = 1; number < NSIG; number++)
-		signal(number, SIG_DFL);
-	sigemptyset(&none);
-	sigprocmask(SIG_SETMASK, &none, NULL);
+	for (int number = 1; number <= 64; number++)
+		if (number != SIGKILL && number != SIGSTOP)
+			(void)!syscall(SYS_rt_sigaction, number, defaults, NULL, sizeof(none));
+	if (syscall(SYS_rt_sigprocmask, SIG_SETMASK, &none, NULL, sizeof(none)) < 0)
+		fail("signals", "", errno, NULL);
 }
 
 /* --- small writes to the guest's own procfs, by its privileged stages only --- */

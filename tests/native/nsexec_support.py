@@ -1,0 +1,286 @@
+"""What the tests of nsexec share: a busybox root, a reaper that is not the agent's, and a box to run containers in."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from agent.libcontainer.launcher import Launched, Launcher, Stdio
+from agent.libcontainer.nsexec import Nsexec
+from agent.libcontainer.spec import Process, Spec
+
+T = TypeVar("T")
+HERE = Path(__file__).resolve().parent
+CAPABILITIES = [
+    "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_KILL", "CAP_SETGID", "CAP_SETUID", "CAP_NET_BIND_SERVICE",
+]  # fmt: skip
+CONFIG: dict[str, Any] = {
+    "ociVersion": "1.2.0",
+    "root": {"path": "rootfs"},
+    "process": {
+        "args": ["true"],
+        "cwd": "/",
+        "env": ["PATH=/bin", "TERM=xterm"],
+        "user": {"uid": 0, "gid": 0},
+        "capabilities": {name: CAPABILITIES for name in ("bounding", "effective", "permitted")},
+    },
+    "hostname": "box",
+    "mounts": [
+        {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
+        {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755", "size=64k"]},
+        {
+            "destination": "/dev/pts",
+            "type": "devpts",
+            "source": "devpts",
+            "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+        },
+        {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"]},
+    ],
+    "linux": {
+        "namespaces": [{"type": name} for name in ("pid", "ipc", "uts", "mount", "network")],
+        "maskedPaths": ["/proc/keys", "/proc/timer_list", "/proc/timer_list", "/sys/firmware", "/proc/no-such-file"],
+        "readonlyPaths": ["/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/no-such-path"],
+    },
+}
+
+
+def config(*args: str, **process: Any) -> dict[str, Any]:
+    """A config.json to change at will; `process` replaces fields of its process."""
+    value = copy.deepcopy(CONFIG)
+    value["process"].update({"args": list(args) or ["true"], **process})
+    return value
+
+
+class TestChild:
+    """A child of the test process."""
+
+    __test__ = False
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def wait(self) -> int:
+        return await asyncio.shield(self.status)
+
+
+class Reaper:
+    """The launcher's Children, as simple as it can be."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._known: dict[int, TestChild] = {}
+        self._unknown: dict[int, int] = {}
+        self._expecting = 0
+        loop.add_signal_handler(signal.SIGCHLD, self._reap)
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG)
+            except ChildProcessError:
+                return
+            if found is None:
+                return
+            status = found.si_status if found.si_code == os.CLD_EXITED else 128 + found.si_status
+            child = self._known.pop(found.si_pid, None)
+            if child is not None:
+                child.status.set_result(status)
+            elif self._expecting:
+                self._unknown[found.si_pid] = status
+
+    @contextlib.contextmanager
+    def expecting(self) -> Iterator[None]:
+        self._expecting += 1
+        try:
+            yield
+        finally:
+            self._expecting -= 1
+            if not self._expecting:
+                self._unknown.clear()
+
+    def claim(self, pid: int) -> TestChild:
+        child = TestChild(pid)
+        if pid in self._unknown:
+            child.status.set_result(self._unknown.pop(pid))
+        else:
+            self._known[pid] = child
+        return child
+
+
+class Box:
+    """A bundle, a launcher, an event loop; and a look at what is left behind."""
+
+    def __init__(self, path: Path, rootfs: Path, nsexec: Nsexec, *, patience: float = 20.0) -> None:
+        self.path = path
+        self.rootfs = rootfs
+        self.loop = asyncio.new_event_loop()
+        self.reaper = Reaper(self.loop)
+        self.lines: list[str] = []
+        self.launcher = Launcher(
+            nsexec, self.reaper, lambda level, text: self.lines.append(f"{level} {text}"), patience=patience
+        )
+        self.fifo = path / "exec.fifo"
+        self.created: list[Launched] = []
+        self._fds = descriptors()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return self.loop.run_until_complete(coroutine)
+
+    @contextlib.contextmanager
+    def stdio(self, stdin: bytes = b"") -> Iterator[tuple[Stdio, Path, Path]]:
+        """Files for the three streams; a pipe would need somebody to read it while the process runs."""
+        source, out, err = (self.path / name for name in ("stdin", "stdout", "stderr"))
+        source.write_bytes(stdin)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        fds = [os.open(source, os.O_RDONLY), os.open(out, flags, 0o666), os.open(err, flags, 0o666)]
+        try:
+            yield Stdio(*fds), out, err
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    async def create(self, value: dict[str, Any], **keywords: Any) -> Launched:
+        """Create with this box's paths; stdio is /dev/null unless given."""
+        null = os.open("/dev/null", os.O_RDWR)
+        terminal = value["process"].get("terminal", False)
+        try:
+            arguments: dict[str, Any] = {
+                "container_id": "box",
+                "bundle": self.path,
+                "rootfs": str(self.rootfs),
+                "join": {},
+                "cgroup": None,
+                "stdio": None if terminal else Stdio(null, null, null),
+                "fifo": self.fifo,
+                **keywords,
+            }
+            launched = await self.launcher.create(Spec.from_json(value), **arguments)
+        finally:
+            os.close(null)
+        self.created.append(launched)
+        return launched
+
+    async def output(self, value: dict[str, Any], *, stdin: bytes = b"", **keywords: Any) -> tuple[int, str, str]:
+        """Create, start, wait: status, stdout, stderr."""
+        with self.stdio(stdin) as (stdio, out, err):
+            launched = await self.create(value, stdio=stdio, **keywords)
+            await self.launcher.start(self.fifo, launched.child)
+            status = await launched.child.wait()
+        return status, out.read_text(errors="replace"), err.read_text(errors="replace")
+
+    def sh(self, script: str, value: dict[str, Any] | None = None, **keywords: Any) -> str:
+        """What a shell script prints in a new container; it must succeed."""
+        value = value or config()
+        value["process"]["args"] = ["sh", "-c", script]
+        status, out, err = self.run(self.output(value, **keywords))
+        assert (status, err) == (0, ""), (status, out, err)
+        return out
+
+    async def running(self, value: dict[str, Any] | None = None, **keywords: Any) -> Launched:
+        """A container that stays."""
+        value = value or config("sleep", "1000")
+        launched = await self.create(value, **keywords)
+        await self.launcher.start(self.fifo, launched.child)
+        return launched
+
+    async def exec(
+        self, init: Launched, process: dict[str, Any], value: dict[str, Any] | None = None, **keywords: Any
+    ) -> tuple[int, str, str]:
+        """Exec and wait: status, stdout, stderr."""
+        spec = Spec.from_json(value or config())
+        process = {"env": ["PATH=/bin"], "cwd": "/", **process}
+        with self.stdio() as (stdio, out, err):
+            launched = await self.launcher.exec(
+                Process.from_json(process), spec=spec, init=init.child, stdio=stdio, **{"cgroup": None, **keywords}
+            )
+            status = await launched.child.wait()
+        return status, out.read_text(), err.read_text()
+
+    def close(self) -> None:
+        """Kill what still runs and check that nothing is left: no child, no descriptor, no fifo after a failure."""
+        for launched in self.created:
+            with contextlib.suppress(ProcessLookupError):
+                if not launched.child.status.done():  # type: ignore[attr-defined]
+                    os.kill(launched.child.pid, signal.SIGKILL)
+            self.run(launched.child.wait())
+            if launched.console is not None:
+                os.close(launched.console)
+        self.run(self._settle())
+        self.launcher.close()
+        left = children()
+        self.loop.remove_signal_handler(signal.SIGCHLD)
+        self.loop.close()
+        assert left == []
+        assert descriptors() <= self._fds
+
+    async def _settle(self) -> None:
+        """Let watchers notice the ends that were just waited for."""
+        async with asyncio.timeout(5):
+            while self.launcher._inits or self.launcher._watchers:  # noqa: ASYNC110 - it has no event, and needs none
+                await asyncio.sleep(0.001)
+
+
+def descriptors() -> set[str]:
+    """Open descriptors of this process, as number and what it is."""
+    found = set()
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the directory just read
+            found.add(f"{link.name} {link.readlink()}")
+    return found
+
+
+def children() -> list[int]:
+    """Children of this process, zombies included."""
+    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+
+
+@pytest.fixture(scope="session", name="nsexec_path")
+def fixture_nsexec_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """nsexec, freshly built."""
+    build = tmp_path_factory.mktemp("nsexec")
+    source = HERE.parent.parent / "agent" / "nsexec"
+    subprocess.run(["make", "-s", "-C", source, f"BUILD={build}"], check=True)
+    return build / "nsexec"
+
+
+@pytest.fixture(scope="session", name="sealed")
+def fixture_sealed(nsexec_path: Path) -> Iterator[Nsexec]:
+    """The sealed program."""
+    nsexec = Nsexec.seal(nsexec_path)
+    yield nsexec
+    nsexec.close()
+
+
+def make_rootfs(path: Path) -> Path:
+    """A root with busybox and empty directories."""
+    for name in ("bin", "proc", "sys", "dev", "tmp", "run", "root", "home", "var", "etc", "mnt"):
+        (path / name).mkdir(parents=True)
+    shutil.copy("/bin/busybox", path / "bin" / "busybox")
+    for applet in subprocess.check_output(["/bin/busybox", "--list"], text=True).split():
+        if applet != "busybox":
+            (path / "bin" / applet).symlink_to("busybox")
+    (path / "etc" / "passwd").write_text("root:x:0:0:root:/root:/bin/sh\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture(name="box")
+def fixture_box(sealed: Nsexec) -> Iterator[Box]:
+    """A fresh bundle; leaves nothing behind, or fails."""
+    with tempfile.TemporaryDirectory(prefix="caisson-box-") as directory:
+        path = Path(directory)
+        path.chmod(0o755)  # pytest's own directories cannot be entered by the root of a user namespace
+        box = Box(path, make_rootfs(path / "rootfs"), sealed)
+        yield box
+        box.close()
