@@ -125,9 +125,7 @@ class Launcher:
     `patience` (seconds) bounds how long nsexec may take before it is killed.
     """
 
-    def __init__(
-        self, nsexec: Nsexec, children: Children, log: Callable[..., None], *, patience: float = 30.0
-    ) -> None:
+    def __init__(self, nsexec: Nsexec, children: Children, log: Callable[..., None], *, patience: float = 30.0) -> None:
         self._nsexec = nsexec
         self._children = children
         self._log = log

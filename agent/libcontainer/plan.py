@@ -58,9 +58,7 @@ PROC_FILES = {
 FILE_TYPES = {"c": S_IFCHR, "u": S_IFCHR, "b": S_IFBLK, "p": S_IFIFO}
 
 
-def init_messages(
-    spec: Spec, *, rootfs: str, bundle: Path, join: Mapping[str, str], cgroup_path: str | None
-) -> bytes:
+def init_messages(spec: Spec, *, rootfs: str, bundle: Path, join: Mapping[str, str], cgroup_path: str | None) -> bytes:
     """The messages for a container's first process.
 
     `join` maps OCI namespace types to paths that are entered instead of making a new one; `cgroup_path` is the
@@ -178,9 +176,7 @@ def _filesystem(
         yield wire.attribute(SYMLINK, pack("=I", 0) + _texts("/proc/kcore", "/dev/core"))
 
 
-def _mount(
-    mount: Mount, where: str, bundle: Path, types: set[str], cgroup_path: str | None
-) -> tuple[bytes, bool]:
+def _mount(mount: Mount, where: str, bundle: Path, types: set[str], cgroup_path: str | None) -> tuple[bytes, bool]:
     """One MOUNT step, and whether it is a bind mount."""
     target = _absolute(mount.destination, f"{where}.destination")
     options = mountopts.parse(mount.options, type_=mount.type, where=f"{where}.options")

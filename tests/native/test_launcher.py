@@ -1,0 +1,384 @@
+"""create, start and exec through the launcher: failures leave nothing, and read as runc's do."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import stat
+import struct
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.libcontainer.launcher import Launched, LaunchError, Stdio
+from agent.libcontainer.nsexec import Nsexec
+from agent.libcontainer.spec import Process, Spec
+from tests.native.nsexec_support import Box, children, config, fixture_box, fixture_nsexec_path, fixture_sealed  # noqa: F401
+
+pytestmark = pytest.mark.root
+
+
+def _fails(box: Box, value: dict[str, Any], **keywords: Any) -> LaunchError:
+    with pytest.raises(LaunchError) as caught:
+        box.run(box.create(value, **keywords))
+    assert not box.fifo.exists()
+    assert children() == []
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("nothere", 'exec: "nothere": executable file not found in $PATH'),
+        ("/nothere", 'exec: "/nothere": stat /nothere: no such file or directory'),
+        ("/etc/passwd", 'exec: "/etc/passwd": permission denied'),
+        ("/bin", 'exec: "/bin": is a directory'),
+        ("/etc/passwd/x", 'exec: "/etc/passwd/x": stat /etc/passwd/x: not a directory'),
+    ],
+)
+def test_programs_that_cannot_be_found_at_create(box: Box, program: str, message: str) -> None:
+    error = _fails(box, config(program))
+    assert (str(error), error.step, error.path) == (message, "lookup", program)
+
+
+def test_without_a_path_nothing_is_found(box: Box) -> None:
+    assert str(_fails(box, config("sh", env=["A=b"]))) == 'exec: "sh": executable file not found in $PATH'
+
+
+def test_relative_path_entries_are_skipped(box: Box) -> None:
+    (box.rootfs / "tmp" / "sh").symlink_to("/bin/busybox")
+    assert "not found" in str(_fails(box, config("sh", env=["PATH=.::tmp"], cwd="/tmp")))
+
+
+def test_the_id_is_free_again_after_a_failure(box: Box) -> None:
+    _fails(box, config("nothere"))
+    assert box.sh("echo again") == "again\n"
+
+
+def test_a_program_that_the_kernel_refuses_fails_at_start(box: Box) -> None:
+    program = box.rootfs / "bin" / "junk"
+    program.write_bytes(b"\x7fELF junk")
+    program.chmod(0o755)
+
+    async def run() -> int:
+        launched = await box.create(config("junk"))
+        with pytest.raises(LaunchError, match=r"exec /bin/junk: exec format error"):
+            await box.launcher.start(box.fifo, launched.child)
+        return await launched.child.wait()
+
+    assert box.run(run()) == 1
+
+
+def test_cwd_that_is_no_directory(box: Box) -> None:
+    assert str(_fails(box, config(cwd="/etc/passwd"))) == 'working directory "/etc/passwd": not a directory'
+
+
+def test_mount_failures_name_the_mount(box: Box) -> None:
+    value = config()
+    value["mounts"].append({"destination": "/mnt", "type": "bind", "source": "/no/such", "options": ["bind"]})
+    assert str(_fails(box, value)) == "mount source /no/such: no such file or directory"
+    value["mounts"][-1] = {"destination": "/mnt", "type": "nofs", "source": "x"}
+    assert "mount /mnt: the kernel has no such filesystem" in str(_fails(box, value))
+    value["mounts"][-1] = {"destination": "/mnt", "type": "tmpfs", "source": "x", "options": ["size=wrong"]}
+    assert "size" in str(_fails(box, value))
+
+
+def test_what_is_too_long_is_said(box: Box) -> None:
+    assert "args and env takes" in str(_fails(box, config("true", "x" * (3 << 20))))
+    value = config(user={"additionalGids": list(range(20000))})
+    assert "process.user.additionalGids takes 80000 bytes" in str(_fails(box, value))
+
+
+def test_large_args_arrive(box: Box) -> None:
+    args = ["sh", "-c", "echo $# ${#1}", "sh", *(["x" * 100_000] * 12)]
+    assert box.run(box.output(config(*args))) == (0, "12 100000\n", "")
+
+
+def test_exec_enters_all_namespaces(box: Box) -> None:
+    async def run() -> tuple[tuple[int, str, str], list[str]]:
+        init = await box.running()
+        script = "for n in ipc mnt net pid uts; do readlink /proc/self/ns/$n; done; hostname"
+        result = await box.exec(init, {"args": ["sh", "-c", script]})
+        own = Path(f"/proc/{init.child.pid}/ns")
+        names = [str((own / name).readlink()) for name in ("ipc", "mnt", "net", "pid", "uts")]
+        return result, names
+
+    (status, out, err), names = box.run(run())
+    assert (status, err) == (0, "")
+    assert out.split() == [*names, "box"]
+
+
+def test_exec_statuses_and_streams(box: Box) -> None:
+    async def run() -> list[tuple[int, str, str]]:
+        init = await box.running()
+        scripts = ["echo out; echo err >&2; exit 7", "kill -9 $$", "kill -TERM $$"]
+        return [await box.exec(init, {"args": ["sh", "-c", script]}) for script in scripts]
+
+    assert box.run(run()) == [(7, "out\n", "err\n"), (137, "", ""), (143, "", "")]
+
+
+def test_exec_failures_read_as_runcs_and_leave_nothing(box: Box) -> None:
+    async def run() -> list[str]:
+        init = await box.running()
+        messages = []
+        for process in ({"args": ["nothere"]}, {"args": ["/etc/passwd"]}, {"args": ["true"], "cwd": "/no/such"}):
+            with pytest.raises(LaunchError) as caught:
+                await box.exec(init, process)
+            messages.append(str(caught.value))
+        assert children() == [init.child.pid]
+        return messages
+
+    assert box.run(run()) == [
+        'exec: "nothere": executable file not found in $PATH',
+        'exec: "/etc/passwd": permission denied',
+        'working directory "/no/such": no such file or directory',
+    ]
+
+
+def test_exec_has_the_containers_rights_unless_it_names_its_own(box: Box) -> None:
+    value = config("sleep", "1000", noNewPrivileges=True, rlimits=[{"type": "RLIMIT_NOFILE", "soft": 50, "hard": 60}])
+
+    async def run() -> list[list[str]]:
+        init = await box.running(value)
+        script = "grep -E 'Cap(Eff|Inh|Bnd)|NoNew' /proc/self/status | cut -f2; ulimit -n; ls /proc/self/fd | wc -l"
+        own = {name: ["CAP_KILL"] for name in ("bounding", "effective", "permitted")}
+        results = [
+            await box.exec(init, {"args": ["sh", "-c", script]}, value),
+            await box.exec(init, {"args": ["sh", "-c", script], "capabilities": own}, value),
+        ]
+        return [out.split() for _, out, _ in results]
+
+    first, second = box.run(run())
+    mask = f"{1 << 0 | 1 << 1 | 1 << 3 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 10:016x}"
+    assert first == ["0" * 16, mask, mask, "1", "50", "4"]
+    assert second == ["0" * 16, f"{1 << 5:016x}", f"{1 << 5:016x}", "1", "50", "4"]
+
+
+def test_exec_as_a_user_owns_its_pipes_but_not_the_null_device(box: Box) -> None:
+    before = Path("/dev/null").stat()
+
+    async def run() -> bytes:
+        init = await box.running()
+        source, sink = os.pipe()
+        null = os.open("/dev/null", os.O_RDWR)
+        process = {"args": ["sh", "-c", "echo reopened >/dev/stdout"], "cwd": "/", "env": ["PATH=/bin"],
+                   "user": {"uid": 1000, "gid": 1000}}  # fmt: skip
+        try:
+            launched = await box.launcher.exec(
+                Process.from_json(process),
+                spec=Spec.from_json(config()),
+                init=init.child,
+                cgroup=None,
+                stdio=Stdio(null, sink, null),
+            )
+            assert await launched.child.wait() == 0
+            return os.read(source, 100)
+        finally:
+            for fd in (source, sink, null):
+                os.close(fd)
+
+    assert box.run(run()) == b"reopened\n"
+    after = Path("/dev/null").stat()
+    assert (after.st_uid, after.st_mode) == (before.st_uid, before.st_mode)
+
+
+def test_exec_into_a_dead_container(box: Box) -> None:
+    async def run() -> None:
+        init = await box.running()
+        os.kill(init.child.pid, signal.SIGKILL)
+        await init.child.wait()
+        await box.exec(init, {"args": ["true"]})
+
+    with pytest.raises(LaunchError):
+        box.run(run())
+
+
+def test_exec_into_a_user_namespace(box: Box) -> None:
+    value = config("sleep", "1000")
+    value["linux"]["namespaces"].append({"type": "user"})
+    value["linux"]["maskedPaths"] = []
+    for kind in ("uidMappings", "gidMappings"):
+        value["linux"][kind] = [{"containerID": 0, "hostID": 100000, "size": 65536}]
+
+    async def run() -> tuple[int, str, str]:
+        init = await box.running(value)
+        return await box.exec(init, {"args": ["sh", "-c", "id -u; cat /proc/self/uid_map"]}, value)
+
+    status, out, err = box.run(run())
+    assert (status, out.split(), err) == (0, ["0", "0", "100000", "65536"], "")
+
+
+def test_exec_is_born_in_the_cgroup(box: Box) -> None:
+    from agent.libcontainer.cgroups import CgroupV2
+
+    hierarchy = CgroupV2.find()
+    assert hierarchy is not None
+    cgroup = hierarchy.create(f"caisson-exec-{os.getpid()}")
+
+    async def run() -> tuple[int, str, str]:
+        init = await box.running(cgroup=cgroup.fd)
+        assert cgroup.pids() == [init.child.pid]
+        return await box.exec(init, {"args": ["grep", "^0:", "/proc/self/cgroup"]}, cgroup=cgroup.fd)
+
+    try:
+        assert box.run(run()) == (0, f"0::/caisson-exec-{os.getpid()}\n", "")
+        cgroup.kill()
+        box.run(box.created[0].child.wait())
+    finally:
+        box.run(cgroup.delete())
+
+
+def test_terminal_of_an_init(box: Box) -> None:
+    value = config("sh", "-c", "tty; stty size; ls -l /dev/console | cut -c1; echo to-console >/dev/console",
+                   terminal=True, consoleSize={"height": 33, "width": 99})  # fmt: skip
+
+    async def run() -> tuple[str, int]:
+        launched = await box.create(value)
+        await box.launcher.start(box.fifo, launched.child)
+        return await _read_console(launched), await launched.child.wait()
+
+    assert box.run(run()) == ("/dev/pts/0\r\n33 99\r\nc\r\nto-console\r\n", 0)
+
+
+def test_terminal_of_an_exec_is_controlling(box: Box) -> None:
+    async def run() -> tuple[str, int]:
+        init = await box.running()
+        process = Process.from_json(
+            {"args": ["sh", "-c", "tty; echo reachable >/dev/tty; sleep 1000"], "cwd": "/", "env": ["PATH=/bin"],
+             "terminal": True}
+        )  # fmt: skip
+        launched = await box.launcher.exec(
+            process, spec=Spec.from_json(config()), init=init.child, cgroup=None, stdio=None
+        )
+        assert launched.console is not None
+        os.set_blocking(launched.console, True)
+        seen = b""
+        while not seen.endswith(b"reachable\r\n"):
+            seen += os.read(launched.console, 100)
+        os.write(launched.console, b"\x03")  # Ctrl-C
+        status = await launched.child.wait()
+        os.close(launched.console)
+        return seen.decode(), status
+
+    assert box.run(run()) == ("/dev/pts/0\r\nreachable\r\n", 130)
+
+
+async def _read_console(launched: Launched) -> str:
+    """All that is written, until the last process lets go of the terminal."""
+    assert launched.console is not None
+    seen = b""
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            data = await loop.run_in_executor(None, os.read, launched.console, 1000)
+        except OSError:  # EIO: nobody has it open any more
+            return seen.decode()
+        seen += data
+
+
+def test_the_fifo_can_be_opened_by_another_user(box: Box) -> None:
+    async def run() -> tuple[int, int]:
+        launched = await box.create(config("true", user={"uid": 1000, "gid": 1000}))
+        mode = stat.S_IMODE(box.fifo.stat().st_mode)
+        await box.launcher.start(box.fifo, launched.child)
+        assert not box.fifo.exists()
+        return mode, await launched.child.wait()
+
+    assert box.run(run()) == (0o622, 0)
+
+
+def _fake(tmp_path: Path, text: str) -> Nsexec:
+    """Something else in nsexec's place."""
+    source = tmp_path / "fake.c"
+    source.write_text(text)
+    subprocess.run(["musl-gcc", "-static", "-o", tmp_path / "fake", source], check=True)
+    return Nsexec.seal(tmp_path / "fake")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return 0;", "nsexec ended with status 0"),
+        ("return 3;", "nsexec ended with status 3"),
+        ("raise(9);", "nsexec was killed by signal 9"),
+        ('write(atoi(getenv("_LIBCONTAINER_SYNCPIPE")), "garbage", 7); return 1;', "nsexec ended with status 1"),
+        ('write(atoi(getenv("_LIBCONTAINER_INITPIPE")), "{\\"stage1_pid\\":1e9}\\n", 19);', "ended with status 0"),
+        ("pause();", "took longer than 0.5 s"),
+    ],
+)
+def test_an_nsexec_that_dies_or_hangs(tmp_path: Path, body: str, message: str) -> None:
+    program = f"#include <signal.h>\n#include <stdlib.h>\n#include <unistd.h>\nint main(void) {{ {body} return 0; }}\n"
+    nsexec = _fake(tmp_path, program)
+    box = Box(tmp_path, tmp_path, nsexec, patience=0.5)
+    start = time.monotonic()
+    try:
+        assert message in str(_fails(box, config()))
+        assert time.monotonic() - start < 2
+    finally:
+        nsexec.close()
+        box.close()
+
+
+def test_cancelling_a_create_leaves_nothing(box: Box) -> None:
+    async def run() -> None:
+        for turns in range(60):  # of the event loop: from before the spawn to the end of the create
+            task = asyncio.ensure_future(box.create(config("sleep", "1000")))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            if task.done():
+                break
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert not box.fifo.exists()
+            async with asyncio.timeout(1):  # a stage 2 that nobody knew of sees its maker's end, and goes
+                while children():  # noqa: ASYNC110 - it is the reaper's, which tells nobody
+                    await asyncio.sleep(0.001)
+
+    box.run(run())
+
+
+def test_many_at_once(box: Box) -> None:
+    async def one(init: Launched, number: int) -> int:
+        null = os.open("/dev/null", os.O_RDWR)
+        args = [["true"], ["false"], ["nothere"], ["sh", "-c", "kill -9 $$"]][number % 4]
+        try:
+            launched = await box.launcher.exec(
+                Process.from_json({"args": args, "cwd": "/", "env": ["PATH=/bin"]}),
+                spec=Spec.from_json(config()),
+                init=init.child,
+                cgroup=None,
+                stdio=Stdio(null, null, null),
+            )
+        except LaunchError:
+            return -1
+        finally:
+            os.close(null)
+        return await launched.child.wait()
+
+    async def run() -> list[int]:
+        init = await box.running()
+        found: list[int] = []
+        for _ in range(5):
+            found += await asyncio.gather(*(one(init, number) for number in range(40)))
+        assert children() == [init.child.pid]
+        return found
+
+    assert box.run(run()) == [0, 1, -1, 137] * 50
+
+
+def test_the_program_is_sealed(nsexec_path: Path) -> None:
+    nsexec = Nsexec.seal(nsexec_path)
+    fd = nsexec._fd
+    with pytest.raises(PermissionError):
+        os.write(fd, b"x")
+    with pytest.raises(PermissionError):
+        os.truncate(fd, 0)
+    with pytest.raises(OSError):
+        os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_TRUNC)
+    assert struct.unpack("4s", os.pread(fd, 4, 0))[0] == b"\x7fELF"
+    nsexec.close()
