@@ -1,0 +1,131 @@
+"""QEMU's command line: a pure function of what is to be booted and how."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from image.vm.errors import VMError
+
+#: QEMU before it does not tell vhost-user devices to enable their rings, and lacks options used here.
+OLDEST = (7, 2)
+
+#: Kernel parameters for emulation.  Timers tick late there, so checking them fails or takes long; and patching every
+#: LOCK prefix out of a kernel on one CPU costs more than it saves.  Together about 0.4 s of a boot.
+TCG_PARAMETERS = ("no_timer_check", "noreplace-smp")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What differs between machines of one CPU architecture."""
+
+    program: str
+    machine: str
+    console: str
+    tcg_parameters: tuple[str, ...] = ()
+
+
+ARCHITECTURES = {
+    "amd64": Architecture("qemu-system-x86_64", "q35", "ttyS0", TCG_PARAMETERS),
+    "arm64": Architecture("qemu-system-aarch64", "virt,gic-version=max", "ttyAMA0"),
+}
+
+#: The Debian package of each program.
+PACKAGES = {"qemu-system-x86_64": "qemu-system-x86", "qemu-system-aarch64": "qemu-system-arm"}
+
+
+@dataclass(frozen=True)
+class Devices:
+    """What the supervisor prepared for QEMU: ``vsock_fd`` is the vhost-user socket, or a /dev/vhost-vsock."""
+
+    console: Path
+    qmp: Path
+    vsock: str
+    vsock_fd: int
+    cid: int
+
+
+def architecture_of(manifest: Mapping[str, Any]) -> Architecture:
+    """The machine for an image.  Raises VMError for an architecture that is not known."""
+    name = str(manifest.get("arch"))
+    if name not in ARCHITECTURES:
+        raise VMError(f"the image is for {name}; VMs are made for {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[name]
+
+
+def probe(architecture: Architecture) -> str:
+    """The path of a usable QEMU.  Raises VMError that says what to install."""
+    program = shutil.which(architecture.program)
+    if program is None:
+        package = PACKAGES[architecture.program]
+        raise VMError(f"{architecture.program} is not installed; run: sudo apt-get install {package}")
+    answer = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"version (\d+)\.(\d+)", answer)
+    if not found or (int(found[1]), int(found[2])) < OLDEST:
+        version = found[0] if found else "of unknown version"
+        raise VMError(f"{program} is {version}; QEMU {OLDEST[0]}.{OLDEST[1]} or newer is needed")
+    return program
+
+
+def parameters(manifest: Mapping[str, Any], architecture: Architecture, accelerator: str) -> str:
+    """The kernel's command line: the image's, the machine's and the accelerator's."""
+    words = [f"console={architecture.console}", str(manifest["cmdline"])]
+    if accelerator == "tcg":
+        words += architecture.tcg_parameters
+    return " ".join(words)
+
+
+def command(
+    program: str,
+    image: Path,
+    manifest: Mapping[str, Any],
+    devices: Devices,
+    *,
+    name: str,
+    accelerator: str,
+    memory: int,
+    cpus: int,
+) -> Sequence[str]:
+    """The command that boots an image.  ``memory`` in MiB."""
+    architecture = architecture_of(manifest)
+    vhost_user = devices.vsock == "user"
+    machine = architecture.machine + (",memory-backend=ram" if vhost_user else "")
+    words = [
+        program,
+        "-name", f"caisson-{name}",
+        "-nodefaults", "-no-user-config", "-no-reboot",
+        "-display", "none",
+        "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+        "-machine", machine,
+        "-accel", accelerator,
+        "-cpu", "max" if accelerator == "tcg" else "host",
+        "-smp", str(cpus),
+        "-m", f"{memory}M",
+        "-kernel", str(image / manifest["kernel"]["file"]),
+        "-initrd", str(image / manifest["initrd"]["file"]),
+        "-append", parameters(manifest, architecture, accelerator),
+        "-chardev", f"file,id=console,path={_escaped(devices.console)}",
+        "-serial", "chardev:console",
+        "-qmp", f"unix:{_escaped(devices.qmp)},server=on,wait=off",
+        "-device", "virtio-rng-pci",
+    ]  # fmt: skip
+    if vhost_user:
+        # The device reads and writes the guest's memory: a memfd that both map.
+        words += [
+            "-object", f"memory-backend-memfd,id=ram,size={memory}M,share=on",
+            "-chardev", f"socket,id=vsock,fd={devices.vsock_fd}",
+            "-device", "vhost-user-vsock-pci,chardev=vsock",
+        ]  # fmt: skip
+    else:
+        words += ["-device", f"vhost-vsock-pci,guest-cid={devices.cid},vhostfd={devices.vsock_fd}"]
+    return words
+
+
+def _escaped(path: Path) -> str:
+    """A path inside a comma-separated option."""
+    return str(path).replace(",", ",,")
