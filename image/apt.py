@@ -1,7 +1,7 @@
 """Debian packages of any suite, resolved and fetched by apt itself, in a directory of its own.
 
-apt gets a configuration that shares nothing with the host's but the mirror and the archive keys: no root is needed, the
-host's packages play no part, and what a package needs is for apt to say.
+apt gets a configuration that shares nothing with the host's but the mirror, how it is reached (a proxy, certificates)
+and the archive keys: no root is needed, the host's packages play no part, and what a package needs is for apt to say.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ class Apt:
             "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled": "false",
             "Acquire::Retries": "3",
         }
-        lines = [f'{name} "{value}";\n' for name, value in settings.items() if value != ""]
+        lines = [run(["apt-config", "dump", "Acquire::http", "Acquire::https"]).decode()]
+        lines += [f'{name} "{value}";\n' for name, value in settings.items() if value != ""]
         (self.directory / "apt.conf").write_text("".join(lines))
         self._apt("apt-get", "update", "--error-on=any", "-qq")
 

@@ -30,8 +30,8 @@ from image.run import run
 
 ROOT = Path(__file__).resolve().parent.parent
 
-#: Images that are kept; older ones go when a new one is made.
-KEEP = 4
+#: How many results of each step are kept; those used longest ago go when a new image is made.
+KEEP = {"images": 4, "base": 2, "kernel": 2}
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,17 @@ def build(
 
 
 def agent_files() -> list[Path]:
-    """The sources that go into a guest: the agent without its host side, and the compiled protocol."""
+    """The sources that go into a guest: the agent without its host side, and the compiled protocol.
+
+    Raises ImageError when the protocol is not compiled yet.
+    """
+    protocol = sorted((ROOT / "proto").glob("*_pb2.py"))
+    if not protocol:
+        raise ImageError(f"{ROOT / 'proto'} is not compiled; run: python -m proto.generate")
     agent = [
         file for file in (ROOT / "agent").rglob("*.py") if file.relative_to(ROOT).parts[1] not in ("client", "nsexec")
     ]
-    return sorted([*agent, ROOT / "proto/__init__.py", *(ROOT / "proto").glob("*_pb2.py")])
+    return sorted([*agent, ROOT / "proto/__init__.py", *protocol])
 
 
 class _Build:
@@ -98,8 +104,11 @@ class _Build:
             digest_of_files(ROOT, nsexec),
             digest_of_files(self.template, self.files),
         )  # fmt: skip
-        directory = self.cache.get_or_make("images", key, lambda target: self._make_image(key, target))
-        self.cache.trim("images", KEEP)
+        directory = self.cache.get("images", key)
+        if directory is None:
+            directory = self.cache.get_or_make("images", key, lambda target: self._make_image(key, target))
+            for step, keep in KEEP.items():
+                self.cache.trim(step, keep)
         return Image.load(directory)
 
     def apt(self) -> apt.Apt:
@@ -114,7 +123,8 @@ class _Build:
     def base_key(self) -> str:
         d = asdict(self.definition)
         inputs = {
-            name: d[name] for name in ("suite", "arch", "python", "packages", "wheels", "busybox", "prune", "keep")
+            name: d[name]
+            for name in ("suite", "arch", "python", "packages", "wheels", "busybox", "sources", "prune", "keep")
         }
         etc = list((TEMPLATES / "busybox/etc").iterdir())
         return digest_of("base", inputs, self.builder, digest_of_files(TEMPLATES, etc))

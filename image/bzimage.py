@@ -12,10 +12,10 @@ from __future__ import annotations
 import bz2
 import lzma
 import struct
-import subprocess
 import zlib
 
 from image.errors import ImageError
+from image.run import CommandFailed, run
 
 PVH_ENTRY = 18  # XEN_ELFNOTE_PHYS32_ENTRY
 PT_NOTE = 4
@@ -62,10 +62,10 @@ def _decompress(payload: bytes) -> bytes:
         raise NotUsable(f"this bzImage is damaged: {error}") from error
     for magic, tool in ((b"\x28\xb5\x2f\xfd", "zstd"), (b"\x02\x21\x4c\x18", "lz4")):
         if payload.startswith(magic):
-            done = subprocess.run([tool, "-d", "-c"], input=payload, capture_output=True)
-            if done.returncode != 0:
-                raise NotUsable(f"this bzImage is damaged: {tool}: {done.stderr.decode(errors='replace').strip()}")
-            return done.stdout
+            try:
+                return run([tool, "-d", "-c"], stdin=payload)
+            except CommandFailed as error:
+                raise NotUsable(f"this bzImage is damaged: {error}") from error
     raise NotUsable(f"this bzImage is compressed in a way not known here (it starts with {payload[:4].hex()})")
 
 

@@ -48,6 +48,7 @@ class Definition:
     kernel: KernelDefinition
     compression: str
     cmdline: str
+    sources: bool = False
     prune: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
 
@@ -82,6 +83,10 @@ def load(file: Path = DEFAULT, *, suite: str | None = None) -> tuple[Definition,
     values["kernel"] = KernelDefinition(**_checked(KernelDefinition, values["kernel"], str(file), "kernel."))
     if values["compression"] not in COMPRESSORS:
         raise DefinitionError(f"{file}: compression is one of {', '.join(COMPRESSORS)}, not {values['compression']!r}")
+    if values["arch"] != (arch := host_architecture()):
+        raise DefinitionError(f"{file}: arch is {values['arch']!r}, but this machine makes images for {arch}")
+    if suite and values["suite"] != suite:
+        raise DefinitionError(f"{file}: its suite is fixed to {values['suite']}; `{{{{ suite }}}}` would take {suite}")
     return Definition(**values), file.parent
 
 
@@ -103,6 +108,8 @@ def _checked(kind: type, document: object, file: str, prefix: str) -> dict[str, 
             value = tuple(value)
         elif wanted == "str" and not isinstance(value, str):
             raise DefinitionError(f"{file}: {prefix}{key} must be a string, not {value!r}; quotes make it one")
+        elif wanted == "bool" and not isinstance(value, bool):
+            raise DefinitionError(f"{file}: {prefix}{key} must be true or false, not {value!r}")
         values[key] = value
     for name, field in known.items():
         if name not in values and field.default is MISSING:

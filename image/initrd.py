@@ -38,20 +38,26 @@ CONSOLE = Entry("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))
 
 
 def entries_of(tree: Path) -> Iterator[Entry]:
-    """A directory's members, parents first, sorted.  Owners are left behind: everything in a guest is root's."""
+    """A directory's members, parents first, sorted.
+
+    Everything in a guest is root's, readable by all, and not set-id: neither who builds nor their umask plays a part.
+    Of the mode only what is runnable, and which directory is for everyone's files, is taken over.
+    """
     for directory, names, files in os.walk(tree):
         names.sort()
         base = Path(directory)
         links = [name for name in names if (base / name).is_symlink()]
         if base != tree:
-            yield Entry(str(base.relative_to(tree)), stat.S_IFDIR | stat.S_IMODE(base.stat().st_mode))
+            sticky = base.stat().st_mode & stat.S_ISVTX
+            yield Entry(str(base.relative_to(tree)), stat.S_IFDIR | (0o1777 if sticky else 0o755))
         for name in sorted(files + links):
             path = base / name
             member = str(path.relative_to(tree))
             if path.is_symlink():
                 yield Entry(member, stat.S_IFLNK | 0o777, os.fsencode(path.readlink()))
             else:
-                yield Entry(member, stat.S_IFREG | stat.S_IMODE(path.stat().st_mode), path.read_bytes())
+                runnable = path.stat().st_mode & stat.S_IXUSR
+                yield Entry(member, stat.S_IFREG | (0o755 if runnable else 0o644), path.read_bytes())
 
 
 def overlaid(trees: Sequence[Path], extra: Sequence[Entry]) -> Iterator[Entry]:

@@ -110,7 +110,7 @@ def read_module(file: Path) -> bytes:
 
 def modinfo(module: bytes, field: str) -> list[str]:
     """The values of a field of a module's .modinfo section: NUL-terminated ``field=value`` strings."""
-    found = re.findall(rb"(?:^|\0)" + field.encode() + rb"=([^\0]*)\0", module)
+    found = re.findall(rb"(?<=\0)" + field.encode() + rb"=([^\0]*)(?=\0)", module)
     return [value.decode() for value in found]
 
 

@@ -137,7 +137,8 @@ def strip(tree: Path) -> None:
 
 
 def compile_python(tree: Path, definition: Definition, place: Path, *, prefix: Path) -> None:
-    """Replace every .py below ``place`` by byte code, made by the guest's own interpreter (in ``tree``).
+    """Replace every .py below ``place`` by byte code (or, with ``sources``, put that beside it), made by the guest's
+    own interpreter in ``tree``.
 
     Compiling at every boot would take four times as long as starting; byte code that is not checked against a source
     needs no source.  Tracebacks keep line numbers, and file names as they are in the guest: less ``prefix``.
@@ -149,13 +150,15 @@ def compile_python(tree: Path, definition: Definition, place: Path, *, prefix: P
     interpreter = tree / f"usr/bin/python{definition.python}"
     run(
         [
-            loader, "--library-path", library, interpreter, "-S", "-B", "-m", "compileall", "-q", "-b", "-f",
-            "--invalidation-mode", "unchecked-hash", "-s", prefix, "-p", "/", place,
+            loader, "--library-path", library, interpreter, "-P", "-S", "-B", "-m", "compileall", "-q", "-f",
+            *(() if definition.sources else ("-b",)), "--invalidation-mode", "unchecked-hash",
+            "-s", prefix, "-p", "/", place,
         ],
         env={"PYTHONHOME": str(tree / "usr"), "PYTHONHASHSEED": "0"},
     )  # fmt: skip
-    for source in list(place.rglob("*.py")):
-        source.unlink()
+    if not definition.sources:
+        for source in list(place.rglob("*.py")):
+            source.unlink()
 
 
 def busybox_rootfs(tree: Path, target: Path, etc: Path) -> None:
@@ -164,7 +167,6 @@ def busybox_rootfs(tree: Path, target: Path, etc: Path) -> None:
     for name in ("bin", "dev", "etc", "home", "mnt", "proc", "root", "run", "sys", "tmp", "usr", "var"):
         (target / name).mkdir(parents=True)
     (target / "tmp").chmod(0o1777)
-    (target / "root").chmod(0o700)
     shutil.copy(program, target / "bin/busybox")
     for applet in run([target / "bin/busybox", "--list"]).decode().split():
         if applet != "busybox":

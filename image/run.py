@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -12,12 +13,15 @@ from image.errors import ImageError
 
 #: Which Debian package brings a program, where the names differ.
 PACKAGES = {
-    "apt-cache": "apt",
+    "apt-config": "apt",
     "apt-get": "apt",
     "dpkg-deb": "dpkg",
     "musl-gcc": "musl-tools",
     "readelf": "binutils",
 }
+
+#: What is passed on of the caller's environment: where things are, and how the network is reached.
+KEPT = re.compile(r"PATH|HOME|TMPDIR|XDG_\w+_HOME|PIP_\w+|(?i:https?|ftp|all|no)_(?i:proxy)|(?:REQUESTS|SSL|CURL)_C\w+")
 
 
 class MissingProgram(ImageError):
@@ -51,8 +55,7 @@ def run(
     Raises MissingProgram, or CommandFailed with what it wrote to stderr.
     """
     words = [os.fspath(word) for word in argv]
-    kept = ("PATH", "HOME", "TMPDIR", "http_proxy", "https_proxy", "no_proxy", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
-    settings = {name: value for name, value in os.environ.items() if name in kept or name.startswith("PIP_")}
+    settings = {name: value for name, value in os.environ.items() if KEPT.fullmatch(name)}
     settings |= {"LC_ALL": "C.UTF-8", **(env or {})}
     try:
         done = subprocess.run(words, cwd=cwd, env=settings, input=stdin, capture_output=True)
