@@ -428,6 +428,9 @@ int main(void)
 	decode_plan(read_message(fds.init, MESSAGE_PLAN, LIMIT_PLAN), fds.joins, &plan);
 	strings = read_message(fds.init, MESSAGE_STRINGS, LIMIT_STRINGS);
 	decode_strings(strings, &plan);
+	/* An init without a mount namespace of its own would rearrange the guest's mounts. */
+	if (fds.joins ? boot.join == 0 && boot.paths == NULL : (boot.create & NS_MNT) == 0)
+		fail("bootstrap", "namespaces", EINVAL, "those to make or to join do not fit what is to be started");
 	if ((boot.join != 0) != (fds.pidfd >= 0) || (fds.joins && fds.fifo >= 0))
 		fail("bootstrap", "descriptors", EINVAL, "those given do not fit what is asked for");
 	report_stage(0);

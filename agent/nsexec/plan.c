@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/mount.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
 
@@ -243,8 +244,11 @@ static void check_rootfs_step(const struct attribute *a)
 		decode_rlimit(a, &limit);
 		break;
 	case PLAN_PROPAGATION:
-	case PLAN_PIVOT:
 	case PLAN_ROOT_PROPAGATION:
+		if ((attribute_u32(a) & ~(uint32_t)(MS_REC | MS_SHARED | MS_SLAVE | MS_PRIVATE | MS_UNBINDABLE)) != 0)
+			malformed("propagation", "flags of something else");
+		break;
+	case PLAN_PIVOT:
 		(void)attribute_u32(a);
 		break;
 	case PLAN_ROOT_READONLY:

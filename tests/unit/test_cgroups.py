@@ -1,0 +1,141 @@
+"""cgroup v2: limits as files and values, device rules as eBPF instructions (run here by an interpreter of four)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from struct import iter_unpack
+
+import pytest
+
+from agent.libcontainer import devices
+from agent.libcontainer.cgroups import CgroupError, CgroupV2, settings, weight
+from agent.libcontainer.resources import DeviceRule, Resources
+from agent.libcontainer.spec import SpecError
+from agent.libcontainer.state import State, check_id
+
+
+def test_finds_the_hierarchy(tmp_path: Path) -> None:
+    info = tmp_path / "mountinfo"
+    info.write_text(
+        "31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n"
+        "32 31 0:29 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n"
+        "41 31 0:38 / /sys/fs/cgroup/uni\\040fied rw,relatime shared:4 - cgroup2 cgroup2 rw\n"
+    )
+    found = CgroupV2.find(str(info))
+    assert found is not None and found.root == "/sys/fs/cgroup/uni fied"
+    info.write_text("31 23 0:28 / / rw - ext4 /dev/vda rw\n")
+    assert CgroupV2.find(str(info)) is None
+
+
+@pytest.mark.parametrize("path", ["", "/", "../x", "a/../../b", "a/./b", "a\nb", "a/" + "x" * 256])
+def test_paths_that_are_none(path: str, tmp_path: Path) -> None:
+    with pytest.raises(CgroupError):
+        CgroupV2(str(tmp_path)).create(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings() -> None:
+    resources = Resources.from_json(
+        {
+            "memory": {"limit": 100, "swap": 150, "reservation": 50},
+            "cpu": {"shares": 1024, "quota": 5000, "period": 0, "cpus": "0", "mems": "0"},
+            "pids": {"limit": -1},
+            "unified": {"memory.high": "7", "io.max": "1:2 rbps=3\n4:5 wbps=6"},
+        }
+    )
+    assert [(file, value) for _, file, value in settings(resources)] == [
+        ("memory.swap.max", "50"), ("memory.max", "100"), ("memory.low", "50"), ("cpu.weight", "100"),
+        ("cpu.max", "5000 100000"), ("cpuset.cpus", "0"), ("cpuset.mems", "0"), ("pids.max", "max"),
+        ("memory.high", "7"), ("io.max", "1:2 rbps=3"), ("io.max", "4:5 wbps=6"),
+    ]  # fmt: skip
+    assert (
+        list(settings(Resources.from_json({"pids": {"limit": 0}, "memory": {"limit": 0}, "cpu": {"quota": 0}}))) == []
+    )
+
+
+@pytest.mark.parametrize("file", ["../x", "cgroup.procs", "", "a/b"])
+def test_unified_is_for_limits(file: str) -> None:
+    with pytest.raises(CgroupError):
+        list(settings(Resources(unified={file: "1"})))
+
+
+@pytest.mark.parametrize(("shares", "expected"), [(0, 1), (2, 1), (1024, 100), (262144, 10000)])
+def test_weight(shares: int, expected: int) -> None:
+    assert weight(shares) == expected
+
+
+def _allowed(rules: list[DeviceRule], type_: str, major: int, minor: int, access: str) -> bool:
+    """Run the program: what the kernel would answer."""
+    code = [
+        (opcode, registers & 15, registers >> 4, offset, imm)
+        for opcode, registers, offset, imm in iter_unpack("=BBhi", devices.program(rules))
+    ]
+    wanted = sum(devices.ACCESS[letter] for letter in access)
+    context = {0: wanted << 16 | devices.TYPES[type_], 4: major, 8: minor}
+    register = [0] * 6
+    at = 0
+    while True:
+        opcode, dst, src, offset, imm = code[at]
+        at += 1
+        if opcode == devices.LOAD_WORD:
+            assert src == 1
+            register[dst] = context[offset]
+        elif opcode == devices.MOVE_REG:
+            register[dst] = register[src]
+        elif opcode == devices.MOVE_IMM:
+            register[dst] = imm
+        elif opcode == devices.AND_IMM:
+            register[dst] &= imm & (1 << 64) - 1
+        elif opcode == devices.SHIFT_RIGHT_IMM:
+            register[dst] >>= imm
+        elif opcode == devices.JUMP_NE_IMM:
+            at += offset if register[dst] != imm else 0
+        elif opcode == devices.JUMP_EQ_IMM:
+            at += offset if register[dst] == imm else 0
+        else:
+            assert opcode == devices.EXIT
+            return bool(register[0])
+
+
+DENY_ALL = DeviceRule(False, "a", None, None, "rwm")
+ALLOW_ALL = DeviceRule(True, "a", None, None, "rwm")
+
+
+@pytest.mark.parametrize(
+    ("rules", "access", "allowed"),
+    [
+        ([], ("c", 1, 3, "rw"), True),  # null, always
+        ([], ("c", 136, 77, "rw"), True),  # a terminal
+        ([], ("c", 1, 11, "r"), False),  # kmsg
+        ([], ("c", 1, 11, "m"), True),  # a node may be made, not opened
+        ([], ("b", 254, 0, "r"), False),
+        ([], ("b", 254, 0, "m"), True),
+        ([ALLOW_ALL], ("b", 254, 0, "rw"), True),
+        ([ALLOW_ALL, DENY_ALL], ("b", 254, 0, "r"), False),
+        ([ALLOW_ALL, DeviceRule(False, "b", 254, 0, "rw")], ("b", 254, 0, "r"), False),
+        ([ALLOW_ALL, DeviceRule(False, "b", 254, 0, "w")], ("b", 254, 0, "r"), True),
+        ([ALLOW_ALL, DeviceRule(False, "b", 254, 0, "w")], ("b", 254, 0, "rw"), False),
+        ([ALLOW_ALL, DeviceRule(False, "b", 254, 0, "rw")], ("b", 254, 1, "r"), True),
+        ([DENY_ALL, DeviceRule(True, "c", 10, None, "r")], ("c", 10, 5, "r"), True),
+        ([DENY_ALL, DeviceRule(True, "c", 10, None, "r")], ("c", 10, 5, "rw"), False),
+        ([DeviceRule(True, "c", 10, 5, "r"), DeviceRule(True, "c", 10, None, "w")], ("c", 10, 5, "rw"), True),
+        ([DeviceRule(True, "c", 10, 5, "rw"), DeviceRule(False, "c", 10, 5, "w")], ("c", 10, 5, "r"), True),
+        ([DeviceRule(True, "c", 10, 5, "rw"), DENY_ALL], ("c", 10, 5, "r"), False),
+    ],
+)  # fmt: skip
+def test_device_rules(rules: list[DeviceRule], access: tuple[str, int, int, str], allowed: bool) -> None:
+    assert _allowed(rules, *access) is allowed
+
+
+def test_state_round_trip(tmp_path: Path) -> None:
+    state = State("c1", 42, 1234, "2026-11-23T12:35:44.6Z", "/sys/fs/cgroup/x", {"bundle": "/b=c"})
+    state.save(tmp_path)
+    assert State.load(tmp_path) == state
+    assert (tmp_path / "state.json").stat().st_mode & 0o777 == 0o600
+    assert state.to_json()["namespace_paths"]["NEWNS"] == "/proc/42/ns/mnt"  # type: ignore[index]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a b", "a\n", "ä", "x" * 256])
+def test_ids(name: str) -> None:
+    with pytest.raises(SpecError):
+        check_id(name)

@@ -1,0 +1,189 @@
+"""An OCI configuration as the steps that nsexec carries out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from struct import unpack_from
+from typing import Any
+
+import pytest
+
+from agent.libcontainer import bootstrap as wire
+from agent.libcontainer import mountopts, names, plan, sysctl
+from agent.libcontainer.fields import SpecError
+from agent.libcontainer.spec import Process, Spec
+
+
+def _spec(**changes: Any) -> Spec:
+    value: dict[str, Any] = {
+        "process": {"args": ["sh", "-c", "x"], "env": ["A=1", "A=2"]},
+        "linux": {"namespaces": [{"type": "mount"}, {"type": "pid"}]},
+    }
+    for path, item in changes.items():
+        at = value
+        *parents, last = path.split("__")
+        for key in parents:
+            at = at.setdefault(key, {})
+        at[last] = item
+    return Spec.from_json(value)
+
+
+def _init(spec: Spec, **keywords: Any) -> bytes:
+    arguments: dict[str, Any] = {"rootfs": "/r", "bundle": Path("/b"), "join": {}, "cgroup_path": None, **keywords}
+    return plan.init_messages(spec, **arguments)
+
+
+def _messages(data: bytes) -> Iterator[tuple[int, bytes]]:
+    at = 0
+    while at < len(data):
+        length, kind = unpack_from("=IH", data, at)
+        yield kind, data[at + 16 : at + length]
+        at += length
+
+
+def _steps(body: bytes) -> list[tuple[int, bytes]]:
+    found, at = [], 0
+    while at < len(body):
+        length, kind = unpack_from("=HH", body, at)
+        found.append((kind, body[at + 4 : at + length]))
+        at += (length + 3) & ~3
+    return found
+
+
+def test_three_messages_in_order() -> None:
+    messages = list(_messages(_init(_spec())))
+    assert [kind for kind, _ in messages] == [wire.MESSAGE_BOOTSTRAP, wire.MESSAGE_PLAN, wire.MESSAGE_STRINGS]
+    assert messages[2][1] == b"sh\0-c\0x\0A=2\0HOME=/root\0"
+    steps = _steps(messages[1][1])
+    kinds = [kind for kind, _ in steps]
+    assert kinds == sorted(kinds)
+    assert dict(steps)[plan.STRINGS] == (3).to_bytes(4, "little") + (2).to_bytes(4, "little")
+    assert dict(steps)[plan.ROOTFS] == b"/r\0"
+
+
+def test_what_is_missing_says_so() -> None:
+    with pytest.raises(SpecError, match="new mount namespace"):
+        _init(_spec(linux__namespaces=[{"type": "pid"}]))
+    with pytest.raises(SpecError, match="new mount namespace"):
+        _init(_spec(), join={"mount": "/proc/1/ns/mnt"})
+    with pytest.raises(SpecError, match=r"hostname: needs a uts"):
+        _init(_spec(hostname="x"))
+    with pytest.raises(SpecError, match=r"uidMappings: needs a new user"):
+        _init(_spec(linux__uidMappings=[{"size": 1}]))
+    with pytest.raises(SpecError, match=r"process.env"):
+        _init(_spec(process__env=["novalue"]))
+    with pytest.raises(SpecError, match=r"rootfsPropagation"):
+        _init(_spec(linux__rootfsPropagation="wild"))
+    with pytest.raises(SpecError, match=r"timeOffsets"):
+        _init(_spec(linux__timeOffsets={"boottime": {"secs": 1}}))
+    with pytest.raises(SpecError, match="without a comma"):
+        _init(_spec(), join={"network": "/a,pid:/b"})
+
+
+def test_joined_namespaces_are_not_made() -> None:
+    boot = next(body for kind, body in _messages(_init(_spec(), join={"pid": "/p", "uts": "/u"})))
+    steps = dict(_steps(boot))
+    assert int.from_bytes(steps[wire.CLONE_FLAGS], "little") == wire.NAMESPACES["mount"][0]
+    assert steps[wire.NS_PATHS] == b"pid:/p,uts:/u\0"
+
+
+def test_an_exec_takes_what_it_does_not_name_from_the_container() -> None:
+    spec = _spec(
+        process__capabilities={"bounding": ["CAP_KILL"]},
+        process__noNewPrivileges=True,
+        process__oomScoreAdj=7,
+        process__rlimits=[{"type": "RLIMIT_CORE", "soft": 0, "hard": 0}],
+    )
+    messages = list(_messages(plan.exec_messages(Process(args=("x",)), spec, {"uts": "/u"})))
+    boot, steps = dict(_steps(messages[0][1])), dict(_steps(messages[1][1]))
+    mask = wire.NAMESPACES["mount"][0] | wire.NAMESPACES["pid"][0] | wire.NAMESPACES["uts"][0]
+    assert int.from_bytes(boot[wire.JOIN_MASK], "little") == mask
+    assert boot[wire.OOM_SCORE_ADJ] == b"7\0"
+    assert {plan.RLIMIT, plan.NO_NEW_PRIVS} <= steps.keys()
+    assert unpack_from("=5Q", steps[plan.CAPABILITIES]) == (1 << 5, 0, 0, 0, 0)
+    assert plan.ROOTFS not in steps and plan.UMASK not in steps
+
+
+def test_devices_follow_the_mounts_unless_dev_is_bound() -> None:
+    def devices(spec: Spec) -> list[bytes]:
+        body = next(body for kind, body in _messages(_init(spec)) if kind == wire.MESSAGE_PLAN)
+        return [payload[24:-1] for kind, payload in _steps(body) if kind == plan.DEVICE]
+
+    assert devices(_spec()) == [b"/dev/" + n for n in (b"null", b"zero", b"full", b"random", b"urandom", b"tty")]
+    bound = [{"destination": "/dev/", "type": "bind", "source": "/dev", "options": ["rbind"]}]
+    assert devices(_spec(mounts=bound)) == []
+
+
+@pytest.mark.parametrize(
+    ("mount", "why"),
+    [
+        ({"destination": "relative", "type": "tmpfs"}, "absolute"),
+        ({"destination": "/x"}, "type: is missing"),
+        ({"destination": "/x", "type": "bind"}, "source: is missing"),
+        ({"destination": "/x", "type": "bind", "source": "/", "options": ["size=1"]}, "no meaning for a bind"),
+        ({"destination": "/x", "type": "tmpfs", "options": ["tmpcopyup"]}, "not supported yet"),
+        ({"destination": "/x", "type": "tmpfs", "options": ["remount"]}, "cannot be asked for"),
+        ({"destination": "/x", "type": "overlay", "options": ["lowerdir=" + "x" * 300]}, "longer than the 255"),
+        ({"destination": "/x", "type": "cgroup"}, "needs a cgroup namespace"),
+        ({"destination": "//proc//sys/", "type": "tmpfs"}, "inside /proc"),
+    ],
+)
+def test_mounts_that_are_refused(mount: dict[str, Any], why: str) -> None:
+    with pytest.raises(SpecError, match=why) as caught:
+        _init(_spec(mounts=[mount]))
+    assert caught.value.field.startswith("mounts[0]")
+
+
+def test_options_become_attributes() -> None:
+    options = ("nosuid", "ro", "rw", "rro", "noatime", "rslave", "mode=755", "defaults")
+    parsed = mountopts.parse(options, type_="tmpfs", where="x")
+    assert parsed.set == mountopts.NOSUID | mountopts.NOATIME
+    assert parsed.clear == mountopts.RDONLY | mountopts.ATIME
+    assert parsed.recursive_set == mountopts.RDONLY
+    assert parsed.propagation == mountopts.MS_SLAVE | mountopts.MS_REC
+    assert parsed.data == ("mode=755",)
+    assert not parsed.bind
+
+
+def test_names_have_kernel_numbers() -> None:
+    assert names.capability_mask(["CAP_CHOWN", "CAP_CHECKPOINT_RESTORE"], "x") == 1 | 1 << 40
+    assert names.rlimit_number("RLIMIT_NOFILE", "x") == 7
+    with pytest.raises(SpecError, match="not a capability"):
+        names.capability_mask(["KILL"], "x")
+    with pytest.raises(SpecError, match="not a resource limit"):
+        names.rlimit_number("NOFILE", "x")
+
+
+@pytest.mark.parametrize(
+    ("key", "path"),
+    [
+        ("net.ipv4.ip_forward", "net/ipv4/ip_forward"),
+        ("net/ipv4/conf/eth0.1/rp_filter", "net/ipv4/conf/eth0.1/rp_filter"),
+        ("net.ipv4.conf.eth0/1.rp_filter", "net/ipv4/conf/eth0.1/rp_filter"),
+        ("kernel.shm_rmid_forced", "kernel/shm_rmid_forced"),
+    ],
+)
+def test_sysctl_keys(key: str, path: str) -> None:
+    assert sysctl.path_of(key) == path
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("kernel.core_pattern", "x", "whole guest"),
+        ("kernel.hostname", "x", "set by hostname"),
+        ("net/../kernel/core_pattern", "x", "not a kernel parameter"),
+        ("net.ipv4.ip_forward", "1", "needs a network namespace"),
+        ("kernel.msgmax", "1", "needs a ipc namespace"),
+        ("", "1", "not a kernel parameter"),
+    ],
+)
+def test_sysctls_that_are_refused(key: str, value: str, why: str) -> None:
+    with pytest.raises(SpecError, match=why):
+        list(sysctl.steps(1, {key: value}, {"mount", "pid"}))
+
+
+def test_sysctl_values_have_no_second_line() -> None:
+    with pytest.raises(SpecError, match="newline"):
+        list(sysctl.steps(1, {"net.ipv4.ip_forward": "1\nx"}, {"network"}))

@@ -1,0 +1,148 @@
+"""config.json is read strictly: what is there is understood, or refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from agent.libcontainer.spec import Capabilities, Device, Mount, Namespace, Process, Rlimit, Spec, SpecError, User
+
+
+def test_a_whole_configuration() -> None:
+    spec = Spec.from_json(
+        {
+            "ociVersion": "1.2.0",
+            "root": {"path": "rootfs", "readonly": True},
+            "process": {
+                "args": ["sh"],
+                "cwd": "/w",
+                "env": ["A=b"],
+                "terminal": True,
+                "consoleSize": {"height": 1, "width": 2},
+                "user": {"uid": 1, "gid": 2, "additionalGids": [3], "umask": 0o27},
+                "capabilities": {"bounding": ["CAP_KILL"]},
+                "rlimits": [{"type": "RLIMIT_CORE", "soft": 1, "hard": 2}],
+                "noNewPrivileges": True,
+                "oomScoreAdj": -5,
+            },
+            "hostname": "h",
+            "domainname": "d",
+            "mounts": [{"destination": "/p", "type": "proc", "source": "proc", "options": ["ro"]}],
+            "annotations": {"k": "v"},
+            "linux": {
+                "namespaces": [{"type": "pid"}, {"type": "network", "path": "/n"}],
+                "devices": [
+                    {"path": "/dev/x", "type": "c", "major": 1, "minor": 3, "fileMode": 0o600, "uid": 1, "gid": 2}
+                ],
+                "resources": {
+                    "devices": [
+                        {"allow": False, "access": "rwm"},
+                        {"allow": True, "type": "c", "major": 1, "minor": -1},
+                    ],
+                    "memory": {"limit": 1, "swap": 2},
+                    "cpu": {"shares": 3, "cpus": "0-1"},
+                    "pids": {"limit": 4},
+                    "unified": {"a.b": "c"},
+                },
+                "sysctl": {"a": "b"},
+                "cgroupsPath": "/x/y",
+                "maskedPaths": ["/m"],
+                "readonlyPaths": ["/r"],
+                "rootfsPropagation": "slave",
+                "timeOffsets": {"monotonic": {"secs": 1, "nanosecs": 2}},
+                "uidMappings": [{"containerID": 0, "hostID": 5, "size": 6}],
+            },
+        }
+    )
+    assert spec.root is not None and spec.root.readonly and spec.root.path == "rootfs"
+    assert spec.process == Process(
+        args=("sh",), cwd="/w", env=("A=b",), terminal=True, console_size=(1, 2), user=User(1, 2, (3,), 0o27),
+        capabilities=Capabilities(bounding=("CAP_KILL",)), rlimits=(Rlimit("RLIMIT_CORE", 1, 2),),
+        no_new_privileges=True, oom_score_adj=-5,
+    )  # fmt: skip
+    assert spec.mounts == (Mount("/p", "proc", "proc", ("ro",)),)
+    assert spec.linux.namespaces == (Namespace("pid"), Namespace("network", "/n"))
+    assert spec.linux.devices == (Device("/dev/x", "c", 1, 3, 0o600, 1, 2),)
+    resources = spec.linux.resources
+    assert resources is not None and resources.pids_limit == 4 and resources.unified == {"a.b": "c"}
+    assert [(r.type, r.major, r.minor, r.access) for r in resources.devices] == [
+        ("a", None, None, "rwm"), ("c", 1, None, "rwm"),
+    ]  # fmt: skip
+
+
+def test_empty_values_are_absent_ones() -> None:
+    """As hosts send them that convert from protocol buffers."""
+    spec = Spec.from_json(
+        {
+            "ociVersion": "",
+            "hooks": {"prestart": []},
+            "windows": {},
+            "linux": {
+                "seccomp": None,
+                "intelRdt": {},
+                "mountLabel": "",
+                "resources": {"blockIO": {"weight": 0, "weightDevice": []}, "memory": {"limit": 0, "kernel": 0}},
+            },
+            "process": {"args": ["x"], "apparmorProfile": "", "user": {"username": ""}},
+        }
+    )
+    assert spec.process == Process(args=("x",))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "field"),
+    [
+        ("nonsense", 1, "nonsense"),
+        ("process.nonsense", 1, "process.nonsense"),
+        ("process.args", [], "process.args"),
+        ("process.args", ["a\0b"], "process.args[0]"),
+        ("process.args", "sh", "process.args"),
+        ("process.cwd", "relative", "process.cwd"),
+        ("process.user.username", "0", "process.user.username"),
+        ("process.user.uid", 2**32 - 1, "process.user.uid"),
+        ("process.user.uid", -1, "process.user.uid"),
+        ("process.user.uid", True, "process.user.uid"),
+        ("process.apparmorProfile", "p", "process.apparmorProfile"),
+        ("process.selinuxLabel", "l", "process.selinuxLabel"),
+        ("process.scheduler", {"policy": "SCHED_FIFO"}, "process.scheduler"),
+        ("process.ioPriority", {"class": "IOPRIO_CLASS_BE"}, "process.ioPriority"),
+        ("process.oomScoreAdj", 1001, "process.oomScoreAdj"),
+        ("process.rlimits", [{"type": "A", "soft": 2, "hard": 1}], "process.rlimits[0]"),
+        ("process.rlimits", [{"type": "A"}, {"type": "A"}], "process.rlimits"),
+        ("process.terminal", "yes", "process.terminal"),
+        ("hooks.prestart", [{"path": "/x"}], "hooks.prestart"),
+        ("mounts", [{"destination": "/a", "uidMappings": [{}]}], "mounts[0].uidMappings"),
+        ("mounts", [{"destination": "/a", "label": "x"}], "mounts[0].label"),
+        ("linux.seccomp", {"defaultAction": "SCMP_ACT_ERRNO"}, "linux.seccomp"),
+        ("linux.intelRdt", {"closID": "x"}, "linux.intelRdt"),
+        ("linux.personality", {"domain": "LINUX32"}, "linux.personality"),
+        ("linux.namespaces", [{"type": "nope"}], "linux.namespaces[0].type"),
+        ("linux.namespaces", [{"type": "pid"}, {"type": "pid"}], "linux.namespaces"),
+        ("linux.namespaces", [{"type": "pid", "path": "rel"}], "linux.namespaces[0].path"),
+        ("linux.devices", [{"path": "/dev/a", "type": "z"}], "linux.devices[0].type"),
+        ("linux.resources.blockIO", {"weight": 10}, "linux.resources.blockIO"),
+        ("linux.resources.hugepageLimits", [{"pageSize": "2MB", "limit": 1}], "linux.resources.hugepageLimits"),
+        ("linux.resources.memory", {"kernel": 5}, "linux.resources.memory.kernel"),
+        ("linux.resources.memory", {"disableOOMKiller": True}, "linux.resources.memory.disableOOMKiller"),
+        ("linux.resources.devices", [{"allow": True, "access": "x"}], "linux.resources.devices[0].access"),
+        ("linux.resources.devices", [{"allow": True, "major": 1}], "linux.resources.devices[0]"),
+        ("linux.timeOffsets", {"realtime": {}}, "linux.timeOffsets.realtime"),
+        ("vm", {"kernel": {}}, "vm"),
+    ],
+)
+def test_what_is_wrong_or_not_done_is_named(path: str, value: Any, field: str) -> None:
+    config: dict[str, Any] = {"process": {"args": ["x"]}}
+    at = config
+    *parents, last = path.split(".")
+    for key in parents:
+        at = at.setdefault(key, {})
+    at[last] = value
+    with pytest.raises(SpecError) as caught:
+        Spec.from_json(config)
+    assert caught.value.field == field
+
+
+def test_a_configuration_must_be_an_object() -> None:
+    with pytest.raises(SpecError):
+        Spec.from_json([])
