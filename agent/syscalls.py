@@ -99,6 +99,16 @@ def setns(fd: int, flags: int) -> None:
     _check(_libc().setns(fd, flags), "setns")
 
 
+def unshare(flags: int) -> None:
+    """unshare(2): the calling thread leaves namespaces for new ones.  Raises OSError."""
+    _check(_libc().unshare(flags), "unshare")
+
+
+def set_child_subreaper() -> None:
+    """prctl(2) PR_SET_CHILD_SUBREAPER: orphans among this process's descendants become its children."""
+    _check(_libc().prctl(36, 1, 0, 0, 0), "prctl")
+
+
 def bpf(command: int, attributes: Any) -> int:
     """bpf(2); `attributes` is a ctypes buffer holding union bpf_attr.  Raises OSError."""
     import ctypes

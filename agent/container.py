@@ -1,0 +1,258 @@
+"""A container: a first process in namespaces of its own, more processes beside it, and what they may use.
+
+created → running → stopped; each change of state under the container's own lock, never a wider one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from datetime import UTC, datetime
+
+from agent.errors import AlreadyExists, Ended, NotFound, WrongState
+from agent.libcontainer.resources import Resources
+from agent.libcontainer.state import State, start_time
+from agent.process import Process
+from agent.stdio import Pipes, Streams
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+    from agent.libcontainer.cgroups import Cgroup
+    from agent.libcontainer.launcher import Launched, Launcher, Stdio
+    from agent.libcontainer.spec import Process as ProcessSpec
+    from agent.libcontainer.spec import Spec
+    from agent.log import Log
+
+#: Ended execs whose status and output are kept for whoever comes late; the oldest go first.
+KEPT = 256
+
+CREATED, RUNNING, STOPPED = "created", "running", "stopped"
+
+
+async def _started(
+    launch: Callable[[Stdio | None], Awaitable[Launched]], exec_id: str, terminal: bool, pipe_size: int
+) -> Process:
+    """Start a process with pipes or a terminal around it; on failure nothing of them is left."""
+    pipes = None if terminal else Pipes(pipe_size)
+    try:
+        launched = await launch(None if pipes is None else pipes.theirs)
+    except BaseException:
+        if pipes is not None:
+            pipes.failed()
+        raise
+    if pipes is not None:
+        return Process(exec_id, launched.child, pipes.started())
+    assert launched.console is not None
+    return Process(exec_id, launched.child, Streams.of_terminal(launched.console))
+
+
+class Container:
+    """One container of the sandbox."""
+
+    def __init__(
+        self,
+        container_id: str,
+        spec: Spec,
+        *,
+        launcher: Launcher,
+        cgroup: Cgroup | None,
+        directory: Path,
+        pipe_size: int,
+        log: Log,
+    ) -> None:
+        self.id = container_id
+        self.spec = spec
+        self._launcher = launcher
+        self._cgroup = cgroup
+        self._directory = directory
+        self._fifo = directory / "exec.fifo"
+        self._pipe_size = pipe_size
+        self._log = log
+        self._lock = asyncio.Lock()
+        self._started = False
+        self._processes: dict[str, Process] = {}
+        self._starting: set[str] = set()
+        self._ended: dict[str, None] = {}  # exec ids in the order in which they ended
+        self._watchers: set[asyncio.Task[None]] = set()
+        self._init: Process | None = None
+
+    @property
+    def status(self) -> str:
+        """created, running or stopped."""
+        if self._init is None or self._init.child.status is not None:
+            return STOPPED
+        return RUNNING if self._started else CREATED
+
+    async def create(self, exec_id: str, join: dict[str, str]) -> None:
+        """Set the first process up, to the point before its program runs.  On failure nothing of it is left."""
+        assert self.spec.process is not None and self.spec.root is not None
+        if self._cgroup is not None:
+            self._cgroup.apply(self.spec.linux.resources or Resources())
+        root = self.spec.root.path
+
+        def launch(stdio: Stdio | None) -> Awaitable[Launched]:
+            return self._launcher.create(
+                self.spec,
+                container_id=self.id,
+                bundle=self._directory,
+                rootfs=root,
+                join=join,
+                cgroup=None if self._cgroup is None else self._cgroup.fd,
+                stdio=stdio,
+                fifo=self._fifo,
+            )
+
+        init = await _started(launch, exec_id, self.spec.process.terminal, self._pipe_size)
+        self._init = self._processes[exec_id] = init
+        self._watch(init)
+        pid = init.child.pid
+        state = State(
+            id=self.id,
+            init_process_pid=pid,
+            init_process_start=start_time(pid),
+            created=datetime.now(UTC).isoformat().replace("+00:00", "Z"),
+            cgroup_path="" if self._cgroup is None else self._cgroup.path,
+            labels=self.spec.annotations,
+        )
+        state.save(self._directory)
+
+    async def start(self) -> None:
+        """Let the program run.  Raises WrongState, or LaunchError when its init died before."""
+        async with self._lock:
+            if self.status != CREATED:
+                raise WrongState(f"Container {self.id} status {self.status}, should be {CREATED}")
+            assert self._init is not None
+            await self._launcher.start(self._fifo, self._init.child)
+            self._started = True
+
+    async def exec(self, exec_id: str, process: ProcessSpec) -> Process:
+        """Run one more process in it; it runs when this returns.  Raises LaunchError when it cannot."""
+        if self.status == STOPPED:
+            raise WrongState(f"Cannot exec in stopped container {self.id}")
+        if exec_id in self._processes or exec_id in self._starting:
+            raise AlreadyExists(f"Process {exec_id} already exists (container {self.id})")
+        assert self._init is not None
+        init = self._init.child
+
+        def launch(stdio: Stdio | None) -> Awaitable[Launched]:
+            return self._launcher.exec(
+                process,
+                spec=self.spec,
+                init=init,
+                cgroup=None if self._cgroup is None else self._cgroup.fd,
+                stdio=stdio,
+            )
+
+        self._starting.add(exec_id)
+        try:
+            started = await _started(launch, exec_id, process.terminal, self._pipe_size)
+        finally:
+            self._starting.discard(exec_id)
+        self._processes[exec_id] = started
+        self._watch(started)
+        return started
+
+    def process(self, exec_id: str) -> Process:
+        """A process by its id; an empty one means the first.  Raises NotFound."""
+        process = self._init if not exec_id else self._processes.get(exec_id)
+        if process is None:
+            raise NotFound(f"Process {exec_id} not found (container {self.id})")
+        return process
+
+    async def signal_all(self, number: int) -> None:
+        """Signal every process in it; one that has just ended is no failure."""
+        if self._cgroup is None:
+            if self._init is not None and self.status != STOPPED:
+                self._init.child.signal(number)
+            return
+        if number == signal.SIGKILL:
+            self._cgroup.kill()
+            return
+        await self._cgroup.freeze()  # so that nobody forks away while the list is read
+        try:
+            for pid in self._cgroup.pids():
+                try:
+                    signal_pid(pid, number)
+                except ProcessLookupError:
+                    continue
+        finally:
+            await self._cgroup.thaw()
+
+    def signal(self, exec_id: str, number: int) -> None:
+        """Signal one process.  A first process without a handler for SIGTERM gets SIGKILL instead.
+
+        The kernel drops signals that PID 1 of a namespace does not handle (pid_namespaces(7)), and who stops a container
+        should not have to wait for nothing.  Raises Ended.
+        """
+        process = self.process(exec_id)
+        if process is self._init and number == signal.SIGTERM and not catches(process.child.pid, number):
+            number = signal.SIGKILL
+        process.child.signal(number)
+
+    async def remove(self) -> None:
+        """End it, whatever its state, and remove all that is left of it.  Another remove waits, then finds nothing."""
+        async with self._lock:
+            if self._init is not None:
+                try:
+                    if self._cgroup is not None:
+                        self._cgroup.kill()
+                    self._init.child.signal(signal.SIGKILL)
+                except Ended:
+                    pass
+                await self._init.wait()
+            await self.discard()
+
+    async def discard(self) -> None:
+        """Remove what is left of a container that has ended, or that did not come into being."""
+        for process in self._processes.values():
+            await process.wait()  # its namespace is gone, and so will it be in a moment
+            process.release()
+        if self._cgroup is not None:
+            await self._cgroup.delete()
+        self._fifo.unlink(missing_ok=True)
+        (self._directory / "state.json").unlink(missing_ok=True)
+        if self._directory.is_dir():
+            self._directory.rmdir()
+
+    def _watch(self, process: Process) -> None:
+        async def watch() -> None:
+            status = await process.wait()
+            process.exited()
+            self._log("debug", "process ended", exec_id=process.exec_id, status=status)
+            if process is self._init:
+                return
+            self._ended[process.exec_id] = None
+            while len(self._ended) > KEPT:
+                oldest = next(iter(self._ended))
+                del self._ended[oldest]
+                self._processes.pop(oldest).release()
+
+        task = asyncio.get_running_loop().create_task(watch())
+        self._watchers.add(task)
+        task.add_done_callback(self._watchers.discard)
+
+
+def signal_pid(pid: int, number: int) -> None:
+    """Signal a process that is not a child, by way of its pidfd.  Raises ProcessLookupError."""
+    import os
+
+    pidfd = os.pidfd_open(pid)
+    try:
+        signal.pidfd_send_signal(pidfd, number)
+    finally:
+        os.close(pidfd)
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal (SigCgt in /proc/<pid>/status, proc(5))."""
+    try:
+        with open(f"/proc/{pid}/status") as lines:  # noqa: PTH123 - a procfs file
+            caught = next((line for line in lines if line.startswith("SigCgt:")), "SigCgt: 0")
+    except OSError:
+        return False
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+

@@ -1,0 +1,157 @@
+"""The sandbox: what all containers of this guest share, and the containers themselves."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+from agent.container import Container
+from agent.errors import AlreadyExists, Invalid, NotFound, TooLate, WrongState
+from agent.libcontainer.spec import Namespace
+from agent.libcontainer.state import check_id
+from agent.namespaces import SHARED, SharedNamespaces
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from agent.libcontainer.cgroups import Cgroup, CgroupV2
+    from agent.libcontainer.launcher import Launcher
+    from agent.libcontainer.spec import Spec
+    from agent.log import Log
+
+#: A sandbox's name where the host gives none.
+UNNAMED = "sandbox"
+
+
+class Sandbox:
+    """There is one in a guest.  It runs between ``start`` and ``destroy``, and may run again."""
+
+    def __init__(
+        self, launcher: Launcher, cgroups: CgroupV2 | None, state: Path, log: Log, *, pipe_size: int = 0
+    ) -> None:
+        self._launcher = launcher
+        self._cgroups = cgroups
+        self._state = state
+        self._log = log
+        self._pipe_size = pipe_size
+        self._lock = asyncio.Lock()
+        self._id: str | None = None
+        self._shared: SharedNamespaces | None = None
+        self._containers: dict[str, Container] = {}
+        self._creating: set[str] = set()
+
+    @property
+    def running(self) -> bool:
+        return self._id is not None
+
+    async def start(self, sandbox_id: str, hostname: str) -> None:
+        """Start it.  Raises AlreadyExists; a failure leaves it as if it had not been tried."""
+        async with self._lock:
+            if self._id is not None:
+                raise AlreadyExists("Sandbox already started, impossible to start again")
+            name = check_id(sandbox_id or UNNAMED)
+            directory = self._state / name
+            directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+            shared = SharedNamespaces(directory / ".namespaces")
+            try:
+                shared.make(hostname)
+            except OSError as error:
+                directory.rmdir()
+                raise WrongState(f"failed to create namespace: {error}") from error
+            self._id, self._shared = name, shared
+
+    async def destroy(self) -> None:
+        """End all containers and the sandbox.  Fine when there is none."""
+        async with self._lock:
+            if self._id is None or self._shared is None:
+                return
+            await asyncio.gather(*(self.remove(container_id) for container_id in list(self._containers)))
+            self._shared.release()
+            directory = self._state / self._id
+            directory.rmdir()
+            self._id = self._shared = None
+
+    def container(self, container_id: str) -> Container:
+        """A container by its id.  Raises NotFound."""
+        container = self._containers.get(container_id)
+        if container is None:
+            raise NotFound(f"Container {container_id} not found")
+        return container
+
+    async def create(self, container_id: str, exec_id: str, spec: Spec) -> Container:
+        """Create a container.  On failure nothing is left and the id is free."""
+        if self._id is None or self._shared is None:
+            raise WrongState("Sandbox not started, impossible to run a new container")
+        check_id(container_id)
+        if container_id in self._containers or container_id in self._creating:
+            raise AlreadyExists(f"Container {container_id} already exists, impossible to create")
+        if spec.process is None or spec.root is None or not spec.root.path:
+            raise Invalid("the container's spec needs a process and a root path")
+        spec, join = self._placed(container_id, spec, self._shared)
+        directory = self._state / self._id / container_id
+        self._creating.add(container_id)
+        cgroup: Cgroup | None = None
+        try:
+            directory.mkdir(mode=0o711)
+            if self._cgroups is not None:
+                cgroup = self._cgroups.create(spec.linux.cgroups_path or f"{self._id}/{container_id}")
+            container = Container(
+                container_id,
+                spec,
+                launcher=self._launcher,
+                cgroup=cgroup,
+                directory=directory,
+                pipe_size=self._pipe_size,
+                log=self._log.bind(container_id=container_id),
+            )
+            try:
+                await container.create(exec_id or container_id, join)
+            except BaseException:
+                await asyncio.shield(container.remove())
+                raise
+        except BaseException:
+            if cgroup is None and directory.is_dir():
+                directory.rmdir()
+            raise
+        finally:
+            self._creating.discard(container_id)
+        self._containers[container_id] = container
+        return container
+
+    def _placed(self, container_id: str, spec: Spec, shared: SharedNamespaces) -> tuple[Spec, dict[str, str]]:
+        """The spec with the namespaces that this guest gives a container, and the paths to join.
+
+        IPC and UTS are the sandbox's, processes are its own, the network is the guest's unless a new one is asked for;
+        paths that a host sends mean nothing in a guest.
+        """
+        kinds = {namespace.type: namespace.path for namespace in spec.linux.namespaces}
+        if "pid" in kinds:
+            raise WrongState(
+                f"Unexpected PID namespace received for container {container_id}, should have been cleared out"
+            )
+        if kinds.get("network"):
+            del kinds["network"]
+        kinds |= {"pid": "", "mount": "", **dict.fromkeys(SHARED, "")}
+        namespaces = tuple(Namespace(kind) for kind in kinds)
+        return replace(spec, linux=replace(spec.linux, namespaces=namespaces)), dict(shared.paths)
+
+    async def remove(self, container_id: str, timeout: float | None = None) -> None:
+        """End a container and forget it.  Raises NotFound, or TooLate: the work goes on then."""
+        container = self.container(container_id)
+
+        async def work() -> None:
+            await container.remove()
+            if self._containers.get(container_id) is container:
+                del self._containers[container_id]
+
+        task = asyncio.ensure_future(work())
+        try:
+            await asyncio.wait_for(asyncio.shield(task), timeout or None)
+        except TimeoutError:
+            task.add_done_callback(self._finished)
+            raise TooLate(f"Timeout reached after {timeout:g}s") from None
+
+    def _finished(self, task: asyncio.Future[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._log("error", "removal failed after its time", error=str(error))
