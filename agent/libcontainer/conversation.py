@@ -38,7 +38,7 @@ class Conversation:
         *,
         terminal: bool,
         pids: Callable[[int, int], None],
-        log: Callable[..., None],
+        log: Callable[[str, str], None],
     ) -> None:
         self._loop = loop
         self._pids = pids

@@ -72,13 +72,19 @@ class Launched:
 class _Launch:
     """One nsexec: its conversation and its stages, as far as they are known."""
 
-    def __init__(self, children: Children, log: Callable[..., None], *, terminal: bool) -> None:
+    def __init__(self, children: Children, log: Callable[..., None], container_id: str, *, terminal: bool) -> None:
         self._children = children
+        self.container_id = container_id
         self.stages: list[Child] = []
         self.child: Child | None = None
         self.pidfd0 = -1
         loop = asyncio.get_running_loop()
-        self.talk = Conversation(loop, terminal=terminal, pids=self._on_pids, log=log)
+        self.talk = Conversation(
+            loop,
+            terminal=terminal,
+            pids=self._on_pids,
+            log=lambda level, message: log(level, message, container=container_id),
+        )
 
     def spawned(self, pid: int) -> None:
         """Take note of stage 0.  No await since the spawn: the pid is still its own, even if it is dead."""
@@ -120,7 +126,7 @@ class _Launch:
 
 
 class Launcher:
-    """Makes processes in containers.  `log(level, message)` gets nsexec's own lines.
+    """Makes processes in containers.  `log(level, message, container=…)` gets nsexec's own lines.
 
     `patience` (seconds) bounds how long nsexec may take before it is killed.
     """
@@ -166,7 +172,9 @@ class Launcher:
             ) from e
         try:
             passed = {"_LIBCONTAINER_FIFOFD": fifo_fd, **_optional("_CAISSON_CGROUP", cgroup)}
-            launch = await self._launch(messages, "standard", stdio, passed, terminal=terminal, until_exec=False)
+            launch = await self._launch(
+                messages, "standard", stdio, passed, container_id=container_id, terminal=terminal, until_exec=False
+            )
         except BaseException:
             fifo.unlink(missing_ok=True)
             raise
@@ -220,7 +228,15 @@ class Launcher:
         _check_stdio(process.terminal, stdio)
         messages = _encode(lambda: plan.exec_messages(process, spec, {}))
         passed = {"_CAISSON_PIDFD": launch.talk.pidfd, **_optional("_CAISSON_CGROUP", cgroup)}
-        started = await self._launch(messages, "setns", stdio, passed, terminal=process.terminal, until_exec=True)
+        started = await self._launch(
+            messages,
+            "setns",
+            stdio,
+            passed,
+            container_id=launch.container_id,
+            terminal=process.terminal,
+            until_exec=True,
+        )
         child = started.child
         assert child is not None
         console = started.talk.take_console()
@@ -242,12 +258,13 @@ class Launcher:
         stdio: Stdio | None,
         passed: Mapping[str, int],
         *,
+        container_id: str,
         terminal: bool,
         until_exec: bool,
     ) -> _Launch:
         """Spawn nsexec and follow it until it is ready (and has executed its program).  Nothing is left on failure."""
         with self._children.expecting():
-            launch = _Launch(self._children, self._log, terminal=terminal)
+            launch = _Launch(self._children, self._log, container_id, terminal=terminal)
             talk = launch.talk
             try:
                 fds = {**talk.passed, **passed}

@@ -153,6 +153,7 @@ struct plan {
 	size_t filter_size;
 	const char *cwd;
 	char **argv, **envp;
+	size_t vectors_size; /* bytes mapped for both */
 };
 
 void decode_bootstrap(struct cursor message, struct bootstrap *out);

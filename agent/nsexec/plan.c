@@ -203,12 +203,12 @@ static void make_vectors(const struct attribute *a, struct plan *out)
 	take_end(&c, "strings");
 	if (argc == 0 || argc > (1u << 20) || envc > (1u << 20))
 		malformed("strings", "an impossible number of them");
-	vectors = mmap(NULL, ((size_t)argc + envc + 2) * sizeof(char *), PROT_READ | PROT_WRITE,
-		       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	out->vectors_size = ((size_t)argc + envc + 2) * sizeof(char *);
+	vectors = mmap(NULL, out->vectors_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (vectors == MAP_FAILED)
 		fail("bootstrap", "strings", errno, NULL);
 	for (uint32_t i = 0; i < argc + envc + 1; i++)
-		vectors[i] = (char *)""; /* places to fill; the zero pages after them end both vectors */
+		vectors[i] = (char *)""; /* places to fill */
 	vectors[argc] = NULL;
 	vectors[argc + 1 + envc] = NULL;
 	out->argv = vectors;

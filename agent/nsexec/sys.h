@@ -37,10 +37,12 @@ struct open_how_args {
 };
 
 /* the mount API of Linux 5.2 and 5.12: open_tree, move_mount, fsopen, fsconfig, fsmount, mount_setattr */
+#ifndef OPEN_TREE_CLONE /* glibc has these, which the fuzzer is built with */
 #define OPEN_TREE_CLONE 1u
-#define AT_RECURSIVE_FLAG 0x8000u
 #define FSOPEN_CLOEXEC 1u
 #define FSMOUNT_CLOEXEC 1u
+#endif
+#define AT_RECURSIVE_FLAG 0x8000u
 #define FSCONFIG_SET_FLAG 0u
 #define FSCONFIG_SET_STRING 1u
 #define FSCONFIG_CMD_CREATE 6u

@@ -128,7 +128,10 @@ class Box:
         self.reaper = Reaper(self.loop)
         self.lines: list[str] = []
         self.launcher = Launcher(
-            nsexec, self.reaper, lambda level, text: self.lines.append(f"{level} {text}"), patience=patience
+            nsexec,
+            self.reaper,
+            lambda level, text, container: self.lines.append(f"{container} {level} {text}"),
+            patience=patience,
         )
         self.fifo = path / "exec.fifo"
         self.created: list[Launched] = []

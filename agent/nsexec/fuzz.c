@@ -1,0 +1,95 @@
+/*
+ * fuzz.c: the parser of bootstrap and plan under libFuzzer, AddressSanitizer and UBSan (`make fuzz`), and, with -DSTANDALONE, under a
+ * mutator of its own for machines that have only gcc (`make fuzz-gcc`).  Nothing is executed: only what reads messages runs.
+ *
+ * Input: one byte (1: an exec's plan), then the three messages as on the init pipe.
+ */
+#define _GNU_SOURCE
+#include <setjmp.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "plan.c"
+#include "tlv.c"
+
+static jmp_buf refused;
+static long accepted;
+
+/* Instead of report.c's: a refused input is a good outcome. */
+NORETURN void fail(const char *step, const char *path, int error, const char *why)
+{
+	(void)step, (void)path, (void)error, (void)why;
+	longjmp(refused, 1);
+}
+
+/* What plan.c left for later is decoded as rootfs.c does. */
+static void walk(const struct plan *plan)
+{
+	struct cursor steps = plan->steps;
+	struct attribute a;
+
+	while (next_attribute(&steps, &a))
+		if (a.type < PLAN_UMASK && a.type != PLAN_CONSOLE)
+			check_rootfs_step(&a);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+	static struct bootstrap boot;
+	static struct plan plan;
+	static int fd;
+
+	if (size < 1)
+		return 0;
+	fd = memfd_create("input", MFD_CLOEXEC);
+	if (fd < 0 || write(fd, data + 1, size - 1) != (ssize_t)(size - 1) || lseek(fd, 0, SEEK_SET) != 0)
+		abort();
+	stored = 0;
+	memset(&plan, 0, sizeof(plan));
+	if (setjmp(refused) == 0) {
+		decode_bootstrap(read_message(fd, MESSAGE_BOOTSTRAP, 1u << 20), &boot);
+		decode_plan(read_message(fd, MESSAGE_PLAN, 1u << 20), data[0] == 1, &plan);
+		decode_strings(read_message(fd, MESSAGE_STRINGS, (2u << 20) - 4096), &plan);
+		walk(&plan);
+		accepted++;
+	}
+	if (plan.argv != NULL)
+		munmap(plan.argv, plan.vectors_size);
+	close(fd);
+	return 0;
+}
+
+#ifdef STANDALONE
+/* fuzz-gcc ROUNDS SEED FILE…: mutate the files' bytes, mostly where lengths and types are.  Some must still be accepted. */
+int main(int argc, char **argv)
+{
+	static uint8_t input[1u << 16], seed[1u << 16];
+	long rounds = argc > 1 ? atol(argv[1]) : 100000;
+
+	srandom(argc > 2 ? (unsigned)atol(argv[2]) : 1);
+	for (long round = 0; round < rounds; round++) {
+		FILE *file = argc > 3 ? fopen(argv[3 + round % (argc - 3)], "rb") : NULL;
+		size_t size = file == NULL ? 0 : fread(seed, 1, sizeof(seed), file);
+
+		if (file != NULL)
+			fclose(file);
+		if (size < 40)
+			return 2;
+		memcpy(input, seed, size);
+		for (long changes = random() % 6; changes >= 0; changes--) {
+			size_t at = (size_t)random() % size;
+			static const uint16_t words[] = {0, 1, 2, 3, 4, 5, 0x7fff, 0xffff, 27281, 27290, 27350, 27400, 27424};
+
+			if (random() % 3 == 0)
+				input[at] = (uint8_t)random();
+			else if ((at & ~(size_t)3) + 3 < size)
+				memcpy(input + (at & ~(size_t)1) + 1, &words[(size_t)random() % ARRAY_SIZE(words)], 2);
+		}
+		LLVMFuzzerTestOneInput(input, random() % 8 == 0 ? (size_t)random() % size : size);
+	}
+	printf("%ld of %ld accepted\n", accepted, rounds);
+	return accepted == 0;
+}
+#endif
