@@ -78,6 +78,7 @@ class _Launch:
         self.stages: list[Child] = []
         self.child: Child | None = None
         self.pidfd0 = -1
+        self.joined: Mapping[str, str] = {}  # namespaces that the first process joined, beyond its configuration's
         loop = asyncio.get_running_loop()
         self.talk = Conversation(
             loop,
@@ -182,6 +183,7 @@ class Launcher:
             os.close(fifo_fd)
         child = launch.child
         assert child is not None
+        launch.joined = dict(join)
         self._inits[child] = launch
         self._watch(child)
         return Launched(child, launch.talk.take_console())
@@ -226,7 +228,7 @@ class Launcher:
         if launch is None:
             raise LaunchError("the container is not running", step="exec")
         _check_stdio(process.terminal, stdio)
-        messages = _encode(lambda: plan.exec_messages(process, spec, {}))
+        messages = _encode(lambda: plan.exec_messages(process, spec, launch.joined))
         passed = {"_CAISSON_PIDFD": launch.talk.pidfd, **_optional("_CAISSON_CGROUP", cgroup)}
         started = await self._launch(
             messages,

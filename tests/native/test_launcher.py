@@ -112,6 +112,20 @@ def test_exec_enters_all_namespaces(box: Box) -> None:
     assert out.split() == [*names, "box"]
 
 
+def test_exec_enters_what_the_init_joined_beyond_its_configuration(box: Box) -> None:
+    value = config("sleep", "1000")
+    value["hostname"] = ""
+    value["linux"]["namespaces"] = [{"type": name} for name in ("pid", "mount")]
+
+    async def run() -> tuple[int, str, str]:
+        first = await box.running()
+        join = {"uts": f"/proc/{first.child.pid}/ns/uts", "ipc": f"/proc/{first.child.pid}/ns/ipc"}
+        second = await box.running(value, join=join)
+        return await box.exec(second, {"args": ["hostname"]}, value)
+
+    assert box.run(run()) == (0, "box\n", "")
+
+
 def test_exec_statuses_and_streams(box: Box) -> None:
     async def run() -> list[tuple[int, str, str]]:
         init = await box.running()
