@@ -82,6 +82,11 @@ def agent_files() -> list[Path]:
     return sorted([*agent, ROOT / "proto/__init__.py", *protocol])
 
 
+def agent_version() -> str:
+    """The version of the agent, which is that of the whole project."""
+    return str(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"])
+
+
 class _Build:
     def __init__(self, file: Path, suite: str | None, cache: Cache, report: Callable[[str], None]) -> None:
         self.definition, self.template = load(file, suite=suite)
@@ -96,20 +101,23 @@ class _Build:
         self._apt: apt.Apt | None = None
 
     def image(self) -> Image:
-        d = self.definition
-        nsexec = [path for path in (ROOT / "agent/nsexec").iterdir() if path.is_file()]
-        key = digest_of(
-            "image", asdict(d), self.base_key(), self.kernel_key(),
-            digest_of_files(ROOT, agent_files()),
-            digest_of_files(ROOT, nsexec),
-            digest_of_files(self.template, self.files),
-        )  # fmt: skip
+        key = self.key()
         directory = self.cache.get("images", key)
         if directory is None:
             directory = self.cache.get_or_make("images", key, lambda target: self._make_image(key, target))
             for step, keep in KEEP.items():
                 self.cache.trim(step, keep)
         return Image.load(directory)
+
+    def key(self) -> str:
+        """The digest of all that goes into the image."""
+        nsexec = [path for path in (ROOT / "agent/nsexec").iterdir() if path.is_file()]
+        return digest_of(
+            "image", asdict(self.definition), self.base_key(), self.kernel_key(), agent_version(),
+            digest_of_files(ROOT, agent_files()),
+            digest_of_files(ROOT, nsexec),
+            digest_of_files(self.template, self.files),
+        )  # fmt: skip
 
     def apt(self) -> apt.Apt:
         """apt for the suite, with a fresh index."""
@@ -177,8 +185,7 @@ class _Build:
             layer = Path(scratch)
             self._make_layer(layer)
             packages = [*json.loads((base / "packages.json").read_text()), *kernel.packages]
-            version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-            document = manifest.contents(d, key, kernel, packages, version)
+            document = manifest.contents(d, key, kernel, packages, agent_version())
             manifest.write(document, layer / rootfs.HOME / "image.json")
             place = layer / "usr/lib/modules"
             place.mkdir(parents=True)
@@ -189,8 +196,10 @@ class _Build:
             initrd.write_cpio(archive, initrd.overlaid([base / "tree", layer], [initrd.CONSOLE]))
         packed = initrd.pack(archive.getvalue(), d.compression)
         (target / "initrd.img").write_bytes(packed)
-        shutil.copy(kernel.file, target / "vmlinux")
+        (target / "vmlinux").hardlink_to(kernel.file)
         manifest.write(manifest.with_initrd(document, packed, d.compression), target / "image.json")
+        if self.key() != key:
+            raise ImageError("the agent's sources changed while the image was built from them; build it again")
 
     def _make_layer(self, layer: Path) -> None:
         """What changes with our own sources: the agent, nsexec, and the template's files."""

@@ -75,7 +75,7 @@ def load(file: Path = DEFAULT, *, suite: str | None = None) -> tuple[Definition,
     except OSError as error:
         raise DefinitionError(f"the definition cannot be read: {error}") from error
     except jinja2.TemplateError as error:
-        known = " (is the suite one that the template knows?)" if suite else ""
+        known = " (is the suite one that the template knows?)" if isinstance(error, jinja2.UndefinedError) else ""
         raise DefinitionError(f"{file}: {error}{known}") from error
     except yaml.YAMLError as error:
         raise DefinitionError(f"{file}: {error}") from error

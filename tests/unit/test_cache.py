@@ -1,0 +1,164 @@
+"""Results of build steps: found again, made once, and never taken for whole when they are not."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from image.cache import Cache, default_root, digest_of, digest_of_files
+from image.errors import ImageError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache(tmp_path / "cache")
+
+
+def never(target: Path) -> None:
+    pytest.fail("made again")
+
+
+def contents(cache: Cache) -> list[str]:
+    """Every file of a cache, but for locks and times of use."""
+    found = (path for path in cache.root.rglob("*") if path.is_file() and path.name not in (".lock", ".used"))
+    return sorted(str(path.relative_to(cache.root)) for path in found)
+
+
+def test_a_result_is_made_once(cache: Cache) -> None:
+    assert cache.get("step", "k1") is None
+    made = cache.get_or_make("step", "k1", lambda target: (target / "f").symlink_to("1"))
+    assert (made / "f").readlink() == Path("1")
+    assert cache.get_or_make("step", "k1", never) == made
+    assert cache.get("step", "k1") == made
+    assert cache.get("step", "k2") is None
+    assert cache.get("other", "k1") is None
+
+
+@pytest.mark.parametrize("error", [ImageError("no"), KeyboardInterrupt(), ValueError("bug")])
+def test_a_failure_leaves_nothing(cache: Cache, error: BaseException) -> None:
+    def fail(target: Path) -> None:
+        (target / "half").write_text("half")
+        raise error
+
+    with pytest.raises(type(error)):
+        cache.get_or_make("step", "k", fail)
+    assert contents(cache) == []
+    cache.get_or_make("step", "k", lambda target: (target / "f").touch())
+    assert contents(cache) == ["step/k/f"]
+
+
+def test_a_full_disk_is_said_in_words(cache: Cache) -> None:
+    def fail(target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ImageError, match=r"step: .*No space left"):
+        cache.get_or_make("step", "k", fail)
+
+
+def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(cache: Cache) -> None:
+    program = f"""
+import os, signal
+from pathlib import Path
+from image.cache import Cache
+def make(target):
+    (target / "half").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+Cache(Path({str(cache.root)!r})).get_or_make("step", "k", make)
+"""
+    killed = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
+    assert killed.returncode == -9
+    assert any(name.endswith("/half") for name in contents(cache)), "or this test tests nothing"
+    assert cache.get("step", "k") is None
+    cache.get_or_make("step", "k", lambda target: (target / "f").touch())
+    assert contents(cache) == ["step/k/f"]
+
+
+def test_two_builders_make_it_once(cache: Cache) -> None:
+    looked = threading.Event()
+
+    class Second(Cache):
+        def get(self, step: str, key: str) -> Path | None:
+            found = super().get(step, key)
+            looked.set()
+            return found
+
+    made: list[str] = []
+    results: list[Path] = []
+    second = threading.Thread(
+        target=lambda: results.append(Second(cache.root).get_or_make("step", "k", lambda target: made.append("second")))
+    )
+
+    def make(target: Path) -> None:
+        second.start()
+        assert looked.wait(30)  # the second has seen that there is nothing yet, and goes for the lock
+        made.append("first")
+
+    results.append(cache.get_or_make("step", "k", make))
+    second.join(30)
+    assert made == ["first"]
+    assert results[0] == results[1]
+
+
+def test_those_used_last_are_kept(cache: Cache) -> None:
+    for number, key in enumerate("abcd"):
+        result = cache.get_or_make("step", key, lambda target: None)
+        os.utime(result / ".used", (1000 + number, 1000 + number))
+    cache.get_or_make("other", "a", lambda target: None)
+    cache.get("step", "a")  # used just now
+    cache.trim("step", 2)
+    assert [key for key in "abcd" if cache.get("step", key)] == ["a", "d"]
+    assert cache.get("other", "a")
+
+
+def test_a_cache_that_cannot_be_written_names_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ImageError, match="CAISSON_CACHE names another"):
+        Cache(tmp_path / "file").get_or_make("step", "k", never)
+
+
+@pytest.mark.parametrize(
+    ("environment", "root"),
+    [
+        ({"CAISSON_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, "/a"),
+        ({"XDG_CACHE_HOME": "/b"}, "/b/caisson"),
+        ({"HOME": "/h"}, "/h/.cache/caisson"),
+    ],
+)
+def test_where_it_is(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], root: str) -> None:
+    for name in ("CAISSON_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert default_root() == Path(root)
+
+
+def test_keys_are_of_the_contents() -> None:
+    assert digest_of("a", {"x": 1, "y": 2}) == digest_of("a", {"y": 2, "x": 1})
+    assert len({digest_of("a"), digest_of("b"), digest_of("a", "b"), digest_of(["a", "b"]), digest_of()}) == 5
+
+
+def test_the_digest_of_files_is_of_names_contents_and_what_is_runnable(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_text("1")
+    two.write_text("2")
+    seen = [digest_of_files(tmp_path, [one, two])]
+    os.utime(one, (1, 1))
+    one.chmod(0o600)
+    assert digest_of_files(tmp_path, [two, one]) == seen[0]
+    one.chmod(0o755)
+    seen.append(digest_of_files(tmp_path, [one, two]))
+    one.write_text("12")
+    two.write_text("")
+    seen.append(digest_of_files(tmp_path, [one, two]))
+    seen.append(digest_of_files(tmp_path, [one]))
+    one.rename(tmp_path / "three")
+    seen.append(digest_of_files(tmp_path, [tmp_path / "three"]))
+    assert len(set(seen)) == len(seen)

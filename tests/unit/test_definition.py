@@ -1,0 +1,113 @@
+"""The image definition: what is accepted, and what the refusal of anything else says."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from image.definition import DEFAULT, DefinitionError, host_architecture, load
+
+ROOT = Path(__file__).resolve().parents[2]
+
+WHOLE = """
+name: small
+suite: {{ suite }}
+arch: {{ arch }}
+python: "3.13"
+packages: [python3.13-minimal]
+wheels: [grpcio==1.85.1]
+busybox: busybox-static
+kernel:
+  package: linux-image-cloud-{{ arch }}
+  fragments: [base]
+compression: none
+cmdline: quiet
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "image.yaml"
+
+
+@pytest.mark.parametrize(("suite", "python"), [(None, "3.13"), ("trixie", "3.13"), ("bookworm", "3.11")])
+def test_the_default_is_valid_for_each_suite(suite: str | None, python: str) -> None:
+    read, template = load(suite=suite)
+    assert (read.suite, read.python, read.arch) == (suite or "trixie", python, host_architecture())
+    assert f"python{python}-minimal" in read.packages
+    assert template == DEFAULT.parent
+
+
+def test_the_guest_has_the_protobuf_that_compiles_the_protocol() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    for name in ("grpcio", "protobuf"):
+        pin = next(line for line in project if re.match(rf"{name}\b==", line))
+        assert pin in load()[0].wheels
+
+
+def test_a_definition_of_ones_own(file: Path) -> None:
+    file.write_text(WHOLE)
+    read, template = load(file, suite="bookworm")
+    assert (read.name, read.suite, read.kernel.fragments, read.prune) == ("small", "bookworm", ("base",), ())
+    assert read.sources is False
+    assert template == file.parent
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("wheels:", "wheel:", r"wheel is not a key of a definition; did you mean wheels\?"),
+        ("  fragments:", "  fragment:", r"kernel\.fragment is not a key .* did you mean kernel\.fragments\?"),
+        ("cmdline: quiet", "cmdline: quiet\nzzz: 1", r"zzz is not a key of a definition; known are: name, suite"),
+        ("cmdline: quiet", "", "cmdline is missing"),
+        ("  fragments: [base]", "", "kernel.fragments is missing"),
+        ('"3.13"', "3.13", "python must be a string, not 3.13; quotes make it one"),
+        ("[python3.13-minimal]", "python3.13-minimal", "packages must be a list of strings"),
+        ("[grpcio==1.85.1]", "[1]", r"wheels must be a list of strings, not \[1\]"),
+        ("compression: none", "compression: brotli", "compression is one of none, .*, not 'brotli'"),
+        ("cmdline: quiet", "cmdline: quiet\nsources: maybe", "sources must be true or false, not 'maybe'"),
+        ("arch: {{ arch }}", "arch: m68k", "arch is 'm68k', but this machine makes images for"),
+        ("suite: {{ suite }}", "suite: trixie", "its suite is fixed to trixie"),
+        ("{{ suite }}", "{{ suit }}", "'suit' is undefined"),
+        ("{{ suite }}", "{{ suite", r"image\.yaml: expected token"),
+        ("name: small", "name: [", r"image\.yaml: "),
+    ],
+)
+def test_what_is_wrong_is_said(file: Path, old: str, new: str, complaint: str) -> None:
+    assert old in WHOLE
+    file.write_text(WHOLE.replace(old, new, 1))
+    with pytest.raises(DefinitionError, match=complaint):
+        load(file, suite="bookworm")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("- a\n- b\n", "the definition must be a mapping"),
+        ("", "the definition must be a mapping"),
+        (WHOLE.split("kernel:")[0] + "kernel: 3\ncompression: none\ncmdline: quiet\n", "kernel must be a mapping"),
+    ],
+)
+def test_what_is_no_definition_at_all(file: Path, text: str, complaint: str) -> None:
+    file.write_text(text)
+    with pytest.raises(DefinitionError, match=complaint):
+        load(file)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DefinitionError, match=r"cannot be read: .*none\.yaml"):
+        load(tmp_path / "none.yaml")
+
+
+def test_a_suite_that_the_template_does_not_know() -> None:
+    with pytest.raises(DefinitionError, match=r"sid.*is the suite one that the template knows"):
+        load(suite="sid")
+
+
+def test_a_machine_that_is_not_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "s390x")
+    with pytest.raises(DefinitionError, match="x86_64 and aarch64, not for s390x"):
+        load()

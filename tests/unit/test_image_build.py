@@ -1,0 +1,214 @@
+"""The default image, built for real (or found in the cache, where it was built before), and what is in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import image
+from image.cache import Cache, default_root
+from image.definition import load
+from image.rootfs import HOME
+
+
+@pytest.fixture(scope="session")
+def built() -> image.Image:
+    return image.build(report=print)
+
+
+@pytest.fixture(scope="session")
+def archive(built: image.Image) -> bytes:
+    assert built.manifest["initrd"]["compression"] == "none"
+    return (built.directory / "initrd.img").read_bytes()
+
+
+@pytest.fixture(scope="session")
+def names(archive: bytes) -> set[str]:
+    return set(
+        subprocess.run(["cpio", "-it", "--quiet"], input=archive, capture_output=True).stdout.decode().split("\n")
+    )
+
+
+@pytest.fixture(scope="session")
+def guest(archive: bytes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The guest's root, unpacked; device nodes, which only root may make, are left out."""
+    root = tmp_path_factory.mktemp("guest")
+    unpack = ["cpio", "-id", "--quiet", "--no-absolute-filenames", "--nonmatching", "dev/*"]
+    subprocess.run(unpack, input=archive, cwd=root, check=True)
+    yield root
+    shutil.rmtree(root)
+
+
+def python(guest: Path, program: str) -> str:
+    """Run a program in the guest's interpreter, with the guest's libraries, on this machine."""
+    triplet, version = load()[0].triplet, load()[0].python
+    library = guest / "usr/lib" / triplet
+    (loader,) = library.glob("ld-linux-*.so.*")
+    argv: list[str | Path] = [
+        loader,
+        "--library-path",
+        library,
+        guest / f"usr/bin/python{version}",
+        "-S",
+        "-P",
+        "-c",
+        program,
+    ]
+    environment = {"PYTHONHOME": str(guest / "usr"), "PYTHONPATH": str(guest / HOME)}
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return str(done.stdout)
+
+
+def test_a_second_build_is_a_hit(built: image.Image) -> None:
+    said: list[str] = []
+    assert image.build(report=said.append) == built
+    assert said == []
+
+
+def test_the_manifest_says_what_is_there(built: image.Image) -> None:
+    document = built.manifest
+    assert document == json.loads((built.directory / "image.json").read_text())
+    for part in ("kernel", "initrd"):
+        data = (built.directory / document[part]["file"]).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == document[part]["sha256"]
+    assert document["initrd"]["bytes"] == len(data)
+    assert re.match(r"\d+\.\d+\.", document["kernel"]["release"])
+    assert "panic=-1" in document["cmdline"]
+    assert document["init"] == "agent"
+    packages = {(package["type"], package["name"]): package for package in document["packages"]}
+    for kind, name in [
+        ("deb", "busybox-static"),
+        ("deb", "libc6"),
+        ("deb", f"python{load()[0].python}-minimal"),
+        ("deb", f"linux-image-{document['kernel']['release']}"),
+        ("wheel", "grpcio"),
+        ("wheel", "protobuf"),
+    ]:
+        assert packages[kind, name]["version"]
+        assert re.fullmatch("[0-9a-f]{64}", packages[kind, name]["sha256"])
+
+
+def test_the_image_knows_itself(built: image.Image, guest: Path) -> None:
+    inside: dict[str, Any] = json.loads((guest / HOME / "image.json").read_text())
+    assert inside | {"initrd": built.manifest["initrd"]} == built.manifest
+    assert built.manifest["containers"] == {"busybox": f"/{HOME}/containers/busybox"}
+
+
+def test_what_a_guest_needs_is_there(names: set[str], guest: Path) -> None:
+    needed = {"init", "dev/console", "proc", "sys", "dev", "run", "tmp", "lib", "bin", f"{HOME}/nsexec"}
+    needed |= {f"{HOME}/proto/agent_pb2.pyc", f"{HOME}/agent/libcontainer/spec.pyc", "usr/lib/modules/caisson.list"}
+    assert needed <= names
+    interpreter, flags = (guest / "init").read_text().splitlines()[0].split()
+    assert interpreter.removeprefix("#!/") in names
+    assert flags == "-IS"
+    for program in ("init", f"{HOME}/nsexec", "usr/bin/python" + load()[0].python):
+        assert os.access(guest / program, os.X_OK)
+
+
+def test_what_a_guest_does_not_need_is_not_there(names: set[str]) -> None:
+    unwanted = re.compile(
+        r"\.py$|__pycache__|\.dist-info|^usr/share/.|^var/.|^etc/.|/man\d?/|/doc/|/locale/|gconv|/test/|"
+        rf"^usr/bin/(?!python)|^usr/sbin/.|libcrypto|{HOME}/agent/client|{HOME}/agent/nsexec"
+    )
+    assert [name for name in names if unwanted.search(name)] == []
+
+
+def test_modules_are_listed_in_the_order_of_their_needs(built: image.Image, guest: Path) -> None:
+    listed = [Path(line) for line in (guest / "usr/lib/modules/caisson.list").read_text().splitlines()]
+    assert [file.name for file in listed] == built.manifest["kernel"]["modules"]
+    assert "vmw_vsock_virtio_transport.ko" in built.manifest["kernel"]["modules"]
+    loaded: set[str] = set()
+    here = {file.stem for file in listed}
+    for file in listed:
+        data = (guest / "usr" / file.relative_to("/")).read_bytes()
+        assert data[:4] == b"\x7fELF"
+        (depends,) = re.findall(rb"\0depends=([^\0]*)\0", data)
+        assert {name for name in depends.decode().split(",") if name in here} <= loaded
+        loaded.add(file.stem)
+
+
+def test_the_guests_python_imports_all_that_the_agent_builds_on(guest: Path) -> None:
+    program = (
+        "import asyncio, array, fcntl, hashlib, json, random, resource, select, socket, struct, termios, uuid\n"
+        "import ctypes, grpc.aio, google.protobuf, sys\n"
+        "from proto import agent_pb2, health_pb2, oci_pb2\n"
+        "agent_pb2.CreateContainerRequest(container_id='x').SerializeToString()\n"
+        "assert hashlib.sha256(b'').hexdigest().startswith('e3b0c442')\n"
+        "print(asyncio.__file__, grpc.__cached__, 'ssl' in sys.modules)\n"
+    )
+    where, cached, tls = python(guest, program).split()
+    assert where.endswith("asyncio/__init__.pyc")
+    assert cached.endswith("grpc/__init__.pyc")
+    assert tls == "False"
+
+
+def test_tracebacks_name_files_as_they_are_in_the_guest(guest: Path) -> None:
+    shown = python(guest, "import asyncio, proto.agent_pb2, agent\nprint(asyncio.run.__code__.co_filename)")
+    assert shown.strip() == f"/usr/lib/python{load()[0].python}/asyncio/runners.py"
+    paths = [*(guest / HOME).rglob("*.pyc"), *(guest / "usr/lib").glob("python*/*.pyc")]
+    assert len(paths) > 200
+    assert [path for path in paths if str(default_root()).encode() in path.read_bytes()] == []
+
+
+def test_byte_code_is_never_checked_against_a_source(guest: Path) -> None:
+    flags = {path.read_bytes()[4:8] for path in guest.rglob("*.pyc")}
+    assert flags == {b"\1\0\0\0"}  # PEP 552: hash-based, unchecked
+
+
+def test_libraries_are_complete_and_all_used(guest: Path) -> None:
+    elves = [path for path in guest.rglob("*") if path.is_file() and not path.is_symlink() and path.suffix != ".ko"]
+    elves = [path for path in elves if path.open("rb").read(4) == b"\x7fELF"]
+    output = subprocess.run(["readelf", "-dW", *elves], capture_output=True, text=True).stdout
+    needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", output))
+    there = {path.name for path in (guest / "usr/lib" / load()[0].triplet).iterdir()}
+    assert needed <= there
+    targets = {path.resolve().name for path in (guest / "usr/lib" / load()[0].triplet).iterdir() if path.name in needed}
+    assert there - needed - targets == {path for path in there if path.startswith("ld-linux")} - needed
+
+
+def test_the_container_has_every_applet(guest: Path) -> None:
+    root = guest / HOME / "containers/busybox"
+    listed = subprocess.run([root / "bin/busybox", "--list"], capture_output=True, text=True).stdout.split()
+    assert len(listed) > 200
+    for applet in ("sh", "ps", "uname", "sha256sum", "head"):
+        assert (root / "bin" / applet).readlink() == Path("busybox")
+    assert {path.name for path in (root / "bin").iterdir()} == {*listed, "busybox"}
+    assert {"proc", "sys", "dev", "tmp", "run", "root", "home", "var", "etc", "mnt"} <= {p.name for p in root.iterdir()}
+    assert (root / "etc/passwd").read_text().startswith("root:x:0:0:")
+    assert "root:x:0:" in (root / "etc/group").read_text()
+
+
+def test_the_same_sources_give_the_same_bytes_under_another_umask(
+    built: image.Image, archive: bytes, tmp_path: Path
+) -> None:
+    """The layers that change are made anew, beside those that take a network."""
+    cache = default_root()
+    for step in ("base", "kernel"):
+        shutil.copytree(cache / step, tmp_path / step, symlinks=True, ignore=shutil.ignore_patterns(".making-*"))
+    said: list[str] = []
+    before = os.umask(0o077)
+    try:
+        again = image.build(cache=Cache(tmp_path), report=said.append)
+    finally:
+        os.umask(before)
+    assert said == ["packing the image"]
+    assert again.manifest == built.manifest
+    assert (again.directory / "initrd.img").read_bytes() == archive
+
+
+def test_a_directory_that_holds_no_image(tmp_path: Path) -> None:
+    with pytest.raises(image.ImageError, match=r"holds no image: .*make one: invoke build-image"):
+        image.Image.load(tmp_path)
+    (tmp_path / "image.json").write_text('{"format": 99}')
+    with pytest.raises(image.ImageError, match="another format; build it again"):
+        image.Image.load(tmp_path)

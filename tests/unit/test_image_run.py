@@ -1,0 +1,48 @@
+"""The one door to other programs: what goes in, what comes out, and what is said when it does not work."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from image.run import CommandFailed, MissingProgram, run
+
+
+def test_what_a_program_prints_comes_back(tmp_path: Path) -> None:
+    assert run(["cat"], stdin=b"a\0b") == b"a\0b"
+    assert run(["pwd", "-P"], cwd=tmp_path) == f"{tmp_path.resolve()}\n".encode()
+    assert run(["cat"]) == b""
+
+
+def test_a_missing_program_names_its_package() -> None:
+    with pytest.raises(MissingProgram, match="musl-gcc is not installed; run: sudo apt-get install musl-tools"):
+        run(["musl-gcc", "-v"], env={"PATH": "/nowhere"})
+    with pytest.raises(MissingProgram, match="lz4 is not installed; run: sudo apt-get install lz4"):
+        run(["lz4"], env={"PATH": "/nowhere"})
+
+
+def test_a_missing_file_is_not_a_missing_program(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        run(["true"], cwd=tmp_path / "none")
+
+
+def test_a_failure_shows_command_status_and_last_words() -> None:
+    program = "import sys; [print(n, file=sys.stderr) for n in range(100)]; sys.exit(3)"
+    with pytest.raises(CommandFailed) as caught:
+        run([sys.executable, "-c", program])
+    text = str(caught.value)
+    assert "exited with status 3" in text
+    assert text.endswith("\n98\n99")
+    assert "\n80\n" not in text
+    assert caught.value.status == 3
+
+
+def test_the_environment_is_a_small_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PYTHONPATH", "LANG", "SECRET", "https_proxy", "HTTPS_PROXY", "PIP_INDEX_URL", "SSL_CERT_FILE"):
+        monkeypatch.setenv(name, "/x")
+    lines = run(["env"], env={"EXTRA": "1"}).decode().splitlines()
+    names = {line.partition("=")[0] for line in lines}
+    assert {"https_proxy", "HTTPS_PROXY", "PIP_INDEX_URL", "SSL_CERT_FILE", "PATH", "EXTRA", "LC_ALL"} <= names
+    assert not names & {"PYTHONPATH", "LANG", "SECRET"}
