@@ -37,11 +37,11 @@ def _enter_environment() -> None:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two first runs at once
             if not stamp.exists():
                 print("caisson: setting up .venv", file=sys.stderr)
-                pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted]
-                for command in ([sys.executable, "-m", "venv", environment], pip):
+                pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted]
+                for command in ([sys.executable, "-m", "venv", str(environment)], pip):
                     if subprocess.run(command, stdout=sys.stderr).returncode != 0:
                         hint = "" if command is pip else "; on Debian: apt-get install python3-venv"
-                        sys.exit(f"caisson: `{' '.join(map(str, command))}` failed{hint}")
+                        sys.exit(f"caisson: `{' '.join(command)}` failed{hint}")
                 stamp.touch()
     if Path(sys.prefix).resolve() != environment:
         os.execv(python, [str(python), str(ROOT / "tasks.py"), *sys.argv[1:]])

@@ -13,6 +13,7 @@ from agent.errors import AlreadyExists, Ended, NotFound, WrongState
 from agent.libcontainer.resources import Resources
 from agent.libcontainer.state import State, start_time
 from agent.process import Process
+from agent.reaper import Child
 from agent.stdio import Pipes, Streams
 
 TYPE_CHECKING = False
@@ -43,6 +44,7 @@ async def _started(
         if pipes is not None:
             pipes.failed()
         raise
+    assert isinstance(launched.child, Child)  # the launcher's children are the reaper's
     if pipes is not None:
         return Process(exec_id, launched.child, pipes.started())
     assert launched.console is not None
@@ -184,8 +186,8 @@ class Container:
     def signal(self, exec_id: str, number: int) -> None:
         """Signal one process.  A first process without a handler for SIGTERM gets SIGKILL instead.
 
-        The kernel drops signals that PID 1 of a namespace does not handle (pid_namespaces(7)), and who stops a container
-        should not have to wait for nothing.  Raises Ended.
+        The kernel drops signals that PID 1 of a namespace does not handle (pid_namespaces(7)), and who stops a
+        container should not have to wait for nothing.  Raises Ended.
         """
         process = self.process(exec_id)
         if process is self._init and number == signal.SIGTERM and not catches(process.child.pid, number):
@@ -254,5 +256,3 @@ def catches(pid: int, number: int) -> bool:
     except OSError:
         return False
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
-
-

@@ -52,5 +52,3 @@ class Process:
     def release(self) -> None:
         """Give back everything; unread output is lost."""
         self._streams.close()
-
-

@@ -1,8 +1,9 @@
 """The one owner of children: whatever waits for a process waits here.
 
-The agent is the parent of every container's processes, and as PID 1 or subreaper also of what they leave behind.  All of
-it runs in the event loop's thread, which gives two guarantees without a lock: between a spawn and its ``claim`` nothing
-is reaped if nothing is awaited, and a pid that was not reaped yet cannot have been reused, so signals go to it alone.
+The agent is the parent of every container's processes, and as PID 1 or subreaper also of what they leave behind.  All
+of it runs in the event loop's thread, which gives two guarantees without a lock: between a spawn and its ``claim``
+nothing is reaped if nothing is awaited, and a pid that was not reaped yet cannot have been reused, so signals go to it
+alone.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ class Child:
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.status: int | None = None
-        self._callbacks: dict[object, Callable[[], None]] = {}
+        self._callbacks: dict[object, Callable[[], object]] = {}
 
     async def wait(self) -> int:
         """The exit status 0-255, or 128 + signal.  Any number of waiters, before and after the end."""
         if self.status is None:
-            ended = asyncio.get_running_loop().create_future()
-            with self.on_exit(lambda: ended.done() or ended.set_result(None)):
-                await ended
+            ended = asyncio.Event()
+            with self.on_exit(ended.set):
+                await ended.wait()
         assert self.status is not None
         return self.status
 
@@ -41,7 +42,7 @@ class Child:
     def on_exit(self, callback: Callable[[], object]) -> Iterator[None]:
         """Have a callback called at the end, if that comes while the block runs."""
         key = object()
-        self._callbacks[key] = lambda: (callback(), None)[1]
+        self._callbacks[key] = callback
         try:
             yield
         finally:

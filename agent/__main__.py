@@ -1,0 +1,113 @@
+"""The agent: options → (PID 1 duties) → listen → serve."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from agent import options as options_module
+from agent.options import Options
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+
+    from agent.log import Log
+
+
+def main() -> None:
+    """Run as PID 1 of a guest, or as a program with options."""
+    from agent.log import Log
+
+    if os.getpid() == 1:
+        _run_as_init()
+    else:
+        options = options_module.from_arguments(sys.argv[1:])
+        _run(options, Log(options.log))
+
+
+def _run_as_init() -> None:
+    from agent import pid1
+    from agent.log import Log
+
+    try:
+        pid1.prepare()
+        with open("/proc/cmdline") as file:  # noqa: PTH123 - no pathlib at start
+            options = options_module.from_kernel(file.read().split())
+        log = Log(options.log)
+        for complaint in options.complaints:
+            log("warning", complaint)
+        _run(options, log)
+    except BaseException as error:
+        import traceback
+
+        print(f"caisson agent: {type(error).__name__}: {error}", flush=True)
+        if not isinstance(error, pid1.DutyFailed):
+            traceback.print_exc()
+    pid1.power_off(lambda line: print(f"caisson agent: {line}", flush=True))
+
+
+def _run(options: Options, log: Log) -> None:
+    from agent.listener import AddressError, listen
+
+    try:
+        listener = listen(options.listen)  # first: a host that connects early waits
+    except AddressError as error:
+        sys.exit(f"caisson agent: {error}")
+    try:
+        import asyncio
+
+        asyncio.run(_serve(options, listener, log))
+    finally:
+        listener.close()
+        if options.listen.startswith("unix:"):
+            os.unlink(options.listen.removeprefix("unix:"))  # noqa: PTH108 - no pathlib at start
+
+
+async def _serve(options: Options, listener: socket.socket, log: Log) -> None:
+    """Serve until SIGTERM (or SIGINT: Ctrl-Alt-Delete of a guest); then end every container."""
+    import asyncio
+    import signal
+    import tempfile
+    from pathlib import Path
+
+    from agent.api.health import Health
+    from agent.api.server import serve
+    from agent.api.service import AgentService
+    from agent.libcontainer.cgroups import CgroupV2
+    from agent.libcontainer.launcher import Launcher
+    from agent.libcontainer.nsexec import Nsexec
+    from agent.listener import Relay
+    from agent.reaper import Reaper
+    from agent.sandbox import Sandbox
+    from proto import agent_pb2, health_pb2
+
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    reaper = Reaper()
+    reaper.start(loop)
+    nsexec = Nsexec.seal(Path(options.nsexec))
+    launcher = Launcher(nsexec, reaper, log)
+    sandbox = Sandbox(launcher, CgroupV2.find(), Path(options.state), log, pipe_size=options.pipe_size)
+    with tempfile.TemporaryDirectory(prefix="caisson-agent-") as private:
+        services: list[tuple[object, object]] = [
+            (agent_pb2.DESCRIPTOR.services_by_name["AgentService"], AgentService(sandbox, init=os.getpid() == 1)),
+            (health_pb2.DESCRIPTOR.services_by_name["Health"], Health()),
+        ]
+        server = serve(services, f"{private}/grpc.sock", log)
+        await server.start()
+        relay = loop.create_task(Relay(listener, f"{private}/grpc.sock", log).run())
+        print(f"caisson agent ready on {options.listen}", flush=True)
+        await stop.wait()
+        relay.cancel()
+        await server.stop(grace=1.0)
+        await sandbox.destroy()
+    launcher.close()
+    nsexec.close()
+    reaper.stop(loop)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""grpc.Health: is the agent there, and which one is it?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from agent import __version__
+from proto import health_pb2
+
+#: The version of this API that Kata 1.x agents report.
+API_VERSION = "0.0.1"
+
+
+class Health:
+    """Answers as soon as the agent serves at all, before and after there is a sandbox."""
+
+    async def Check(self, request: Any) -> Any:
+        return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+
+    async def Version(self, request: Any) -> Any:
+        return health_pb2.VersionCheckResponse(grpc_version=API_VERSION, agent_version=__version__)

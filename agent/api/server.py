@@ -1,0 +1,67 @@
+"""The gRPC server: method tables from the descriptors, and one place where errors become statuses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf import message_factory
+
+from agent.api.status import status_of
+from agent.errors import Unsupported
+from agent.log import Log
+
+Method = Callable[[Any], Awaitable[Any]]
+
+OPTIONS = [("grpc.so_reuseport", 0), ("grpc.max_concurrent_streams", 4096)]
+
+
+def serve(services: list[tuple[Any, object]], path: str, log: Log) -> grpc.aio.Server:
+    """A server (not started) on a Unix socket for services, each a descriptor with the object that has its methods."""
+    server = grpc.aio.server(options=OPTIONS)
+    for descriptor, implementation in services:
+        handlers = {method.name: _handler(method, implementation, log) for method in descriptor.methods}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(descriptor.full_name, handlers),))
+    server.add_insecure_port(f"unix:{path}")
+    return server
+
+
+def _handler(method: Any, implementation: object, log: Log) -> grpc.RpcMethodHandler:
+    name = method.name
+
+    async def missing(request: Any) -> NoReturn:
+        raise Unsupported(f"{name} is not implemented by this agent yet")
+
+    function: Method = getattr(implementation, name, missing)
+
+    async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        began = time.monotonic()
+        code, text = grpc.StatusCode.OK, ""
+        try:
+            return await function(request)
+        except Exception as error:
+            status = status_of(error)
+            if status is None:
+                status = grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}"
+                log("error", "a bug in a handler", method=name, error=_traceback(error))
+            code, text = status
+        finally:
+            if log.enabled("debug"):
+                ids = {key: getattr(request, key) for key in ("container_id", "exec_id") if hasattr(request, key)}
+                seconds = round(time.monotonic() - began, 6)
+                log("debug", "request", method=name, status=code.name, error=text, seconds=seconds, **ids)
+        await context.abort(code, text)
+
+    return grpc.unary_unary_rpc_method_handler(
+        handle,
+        request_deserializer=message_factory.GetMessageClass(method.input_type).FromString,
+        response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
+    )
+
+
+def _traceback(error: Exception) -> str:
+    import traceback
+
+    return "".join(traceback.format_exception(error))

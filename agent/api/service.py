@@ -1,0 +1,140 @@
+"""grpc.AgentService: each method checks its request, calls the model and answers."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+from google.protobuf import empty_pb2
+
+from agent import __version__
+from agent.api import oci
+from agent.container import Container
+from agent.errors import Ended, Invalid, NotFound, Unsupported, WrongState
+from agent.guest import details
+from agent.libcontainer.spec import Process as ProcessSpec
+from agent.libcontainer.spec import Spec
+from agent.process import Process
+from agent.sandbox import Sandbox
+from proto import agent_pb2
+
+EMPTY = empty_pb2.Empty()
+
+
+class AgentService:
+    """The methods, by their names on the wire.  What is not here yet answers UNIMPLEMENTED."""
+
+    def __init__(self, sandbox: Sandbox, *, init: bool) -> None:
+        self._sandbox = sandbox
+        self._init = init
+
+    # The sandbox and the guest
+
+    async def CreateSandbox(self, request: Any) -> Any:
+        for field in ("dns", "storages", "kernel_modules", "guest_hook_path", "sandbox_pidns"):
+            if getattr(request, field):
+                raise Unsupported(f"CreateSandbox: {field} is not supported yet")
+        await self._sandbox.start(request.sandbox_id, request.hostname)
+        return EMPTY
+
+    async def DestroySandbox(self, request: Any) -> Any:
+        await self._sandbox.destroy()
+        return EMPTY
+
+    async def GetGuestDetails(self, request: Any) -> Any:
+        answer = agent_pb2.GuestDetailsResponse(
+            agent_details=agent_pb2.AgentDetails(
+                version=__version__, init_daemon=self._init, supports_seccomp=details.supports_seccomp()
+            )
+        )
+        if request.mem_block_size:
+            answer.mem_block_size_bytes = details.memory_block_size()
+        if request.mem_hotplug_probe:
+            answer.support_mem_hotplug_probe = details.memory_probe()
+        return answer
+
+    # Containers
+
+    async def CreateContainer(self, request: Any) -> Any:
+        self._need_sandbox("Sandbox not started, impossible to run a new container")
+        if not request.HasField("OCI") or not request.OCI.HasField("Process"):
+            raise Invalid("CreateContainer needs OCI and OCI.Process")
+        for field in ("devices", "storages", "sandbox_pidns", "agent_pidns"):
+            if getattr(request, field):
+                raise Unsupported(f"CreateContainer: {field} is not supported yet")
+        spec = Spec.from_json(oci.spec_to_json(request.OCI))
+        await self._sandbox.create(request.container_id, request.exec_id, spec)
+        return EMPTY
+
+    async def StartContainer(self, request: Any) -> Any:
+        await self._container(request).start()
+        return EMPTY
+
+    async def RemoveContainer(self, request: Any) -> Any:
+        await self._sandbox.remove(request.container_id, request.timeout or None)
+        return EMPTY
+
+    async def ExecProcess(self, request: Any) -> Any:
+        container = self._container(request)
+        if not request.HasField("process"):
+            raise Invalid("ExecProcess needs a process")
+        if not request.exec_id:
+            raise Invalid("ExecProcess needs an exec_id")
+        await container.exec(request.exec_id, ProcessSpec.from_json(oci.exec_to_json(request.process)))
+        return EMPTY
+
+    async def SignalProcess(self, request: Any) -> Any:
+        self._need_sandbox("Sandbox not started, impossible to signal the container")
+        try:
+            container = self._sandbox.container(request.container_id)
+        except NotFound as error:
+            raise WrongState(
+                f"Could not signal process {request.exec_id}: rpc error: code = NotFound desc = {error}"
+            ) from error
+        if not 0 <= request.signal <= signal.SIGRTMAX:
+            raise Invalid(f"{request.signal} is not a signal")
+        if container.status == "stopped":
+            return EMPTY  # what was to be stopped has stopped
+        if not request.exec_id:
+            await container.signal_all(request.signal)
+            return EMPTY
+        try:
+            container.signal(request.exec_id, request.signal)
+        except NotFound as error:
+            raise NotFound(f"Could not signal process: rpc error: code = NotFound desc = {error}") from error
+        except Ended:
+            pass  # it ended a moment ago: no host should fail over that
+        return EMPTY
+
+    # Processes and their streams
+
+    async def WaitProcess(self, request: Any) -> Any:
+        return agent_pb2.WaitProcessResponse(status=await self._process(request).wait())
+
+    async def ReadStdout(self, request: Any) -> Any:
+        return agent_pb2.ReadStreamResponse(data=await self._process(request).read_stdout(request.len))
+
+    async def ReadStderr(self, request: Any) -> Any:
+        return agent_pb2.ReadStreamResponse(data=await self._process(request).read_stderr(request.len))
+
+    async def WriteStdin(self, request: Any) -> Any:
+        return agent_pb2.WriteStreamResponse(len=await self._process(request).write(request.data))
+
+    async def CloseStdin(self, request: Any) -> Any:
+        await self._process(request).close_stdin()
+        return EMPTY
+
+    async def TtyWinResize(self, request: Any) -> Any:
+        self._process(request).resize(request.row, request.column)
+        return EMPTY
+
+    def _need_sandbox(self, text: str = "Sandbox not started") -> None:
+        if not self._sandbox.running:
+            raise WrongState(text)
+
+    def _container(self, request: Any) -> Container:
+        self._need_sandbox()
+        return self._sandbox.container(request.container_id)
+
+    def _process(self, request: Any) -> Process:
+        return self._container(request).process(request.exec_id)
