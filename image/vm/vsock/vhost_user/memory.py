@@ -1,0 +1,91 @@
+"""The guest's memory: addresses to bytes, checked.
+
+Python's slices clip silently, so every bound is compared here before a slice is made; Python's integers do not wrap, so
+``address + length`` is what it says.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterable, Sequence
+
+
+class AddressError(Exception):
+    """An address range is not (entirely) in the guest's memory."""
+
+
+class Region:
+    """A piece of guest memory: where the guest sees it, where QEMU sees it, and its bytes here."""
+
+    __slots__ = ("data", "guest", "size", "user")
+
+    def __init__(self, guest: int, user: int, data: memoryview) -> None:
+        self.guest = guest
+        self.user = user
+        self.size = len(data)
+        self.data = data
+
+
+class Memory:
+    """All regions of one memory table."""
+
+    __slots__ = ("_last", "_regions")
+
+    def __init__(self, regions: Sequence[Region] = ()) -> None:
+        self._regions = sorted(regions, key=lambda region: region.guest)
+        self._last = self._regions[0] if self._regions else Region(0, 0, memoryview(b""))
+
+    @classmethod
+    def map(cls, table: Iterable[tuple[int, int, int, int]], fds: Sequence[int]) -> Memory:
+        """Map ``(guest address, size, QEMU's address, offset in the file)`` rows, one descriptor each, left open.
+
+        Raises AddressError for a region that its file does not hold, OSError if it cannot be mapped.
+        """
+        regions = []
+        for (guest, size, user, offset), fd in zip(table, fds, strict=True):
+            if size == 0 or guest + size > 1 << 64 or user + size > 1 << 64:
+                raise AddressError(f"memory region at {guest:#x} of {size:#x} bytes makes no sense")
+            held = os.fstat(fd).st_size
+            if held and offset + size > held:  # a page behind the end of the file would be SIGBUS
+                raise AddressError(f"memory region at {guest:#x} ends at {offset + size:#x} in a file of {held:#x}")
+            # From the file's start, as huge pages ask for aligned offsets.
+            mapping = mmap.mmap(fd, offset + size)
+            mapping.madvise(mmap.MADV_DONTDUMP)
+            regions.append(Region(guest, user, memoryview(mapping)[offset:]))
+        return cls(regions)
+
+    def view(self, address: int, length: int) -> memoryview:
+        """The bytes at a guest address, inside one region; raises AddressError."""
+        region = self._last
+        offset = address - region.guest
+        if offset >= 0 and offset + length <= region.size:
+            return region.data[offset : offset + length]
+        for region in self._regions:
+            offset = address - region.guest
+            if offset >= 0 and offset + length <= region.size:
+                self._last = region
+                return region.data[offset : offset + length]
+        raise AddressError(f"{length:#x} bytes at guest address {address:#x} are not in the guest's memory")
+
+    def views(self, address: int, length: int) -> list[memoryview]:
+        """The bytes at a guest address, also across adjacent regions (hot-plugged memory); raises AddressError."""
+        found = []
+        end = address + length
+        for region in self._regions:
+            offset = address - region.guest
+            if 0 <= offset < region.size and address < end:
+                take = min(end - address, region.size - offset)
+                found.append(region.data[offset : offset + take])
+                address += take
+        if address != end:
+            raise AddressError(f"{length:#x} bytes up to guest address {end:#x} are not in the guest's memory")
+        return found
+
+    def ring(self, user: int, length: int) -> memoryview:
+        """The bytes at an address of QEMU's, inside one region; raises AddressError."""
+        for region in self._regions:
+            offset = user - region.user
+            if offset >= 0 and offset + length <= region.size:
+                return region.data[offset : offset + length]
+        raise AddressError(f"{length:#x} bytes at QEMU's address {user:#x} are not in the guest's memory")

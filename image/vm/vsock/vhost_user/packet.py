@@ -1,0 +1,28 @@
+"""The header of a vsock packet and its numbers (virtio 1.2, section 5.10.6)."""
+
+from __future__ import annotations
+
+import struct
+
+#: src_cid, dst_cid, src_port, dst_port, len, type, op, flags, buf_alloc, fwd_cnt; little-endian, no padding.
+HEADER = struct.Struct("<QQIIIHHIII")
+SIZE = HEADER.size
+
+HOST_CID = 2
+STREAM = 1
+
+REQUEST = 1
+RESPONSE = 2
+RST = 3
+SHUTDOWN = 4
+RW = 5
+CREDIT_UPDATE = 6
+CREDIT_REQUEST = 7
+
+#: Flags of SHUTDOWN: the sender of the packet will not receive, will not send any more.
+NO_RECEIVE = 1
+NO_SEND = 2
+NOTHING_MORE = NO_RECEIVE | NO_SEND
+
+#: Counters (fwd_cnt, and what is compared with it) wrap at 32 bits.
+COUNT = 0xFFFFFFFF

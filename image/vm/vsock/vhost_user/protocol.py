@@ -1,0 +1,139 @@
+"""vhost-user messages on the control socket: framing, descriptors, replies (QEMU's docs/interop/vhost-user.rst)."""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+import struct
+
+GET_FEATURES = 1
+SET_FEATURES = 2
+SET_OWNER = 3
+RESET_OWNER = 4
+SET_MEM_TABLE = 5
+SET_VRING_NUM = 8
+SET_VRING_ADDR = 9
+SET_VRING_BASE = 10
+GET_VRING_BASE = 11
+SET_VRING_KICK = 12
+SET_VRING_CALL = 13
+SET_VRING_ERR = 14
+GET_PROTOCOL_FEATURES = 15
+SET_PROTOCOL_FEATURES = 16
+SET_VRING_ENABLE = 18
+GET_CONFIG = 24
+
+F_INDIRECT_DESC = 1 << 28
+F_EVENT_IDX = 1 << 29
+F_PROTOCOL_FEATURES = 1 << 30
+F_VERSION_1 = 1 << 32
+PROTOCOL_REPLY_ACK = 1 << 3
+PROTOCOL_CONFIG = 1 << 9
+
+HEADER = struct.Struct("<III")
+VERSION = 1
+REPLY = 0x4
+NEED_REPLY = 0x8
+#: The longest message QEMU can send us is a memory table; a descriptor for each of its regions.
+MAX_PAYLOAD = 4096
+MAX_FDS = 32
+
+
+class ProtocolError(Exception):
+    """The front end sent what cannot be understood; ``fatal`` if nothing after it can be either."""
+
+    def __init__(self, text: str, *, fatal: bool = False) -> None:
+        super().__init__(text)
+        self.fatal = fatal
+
+
+class Message:
+    """A request.  Whoever handles it takes descriptors out of ``fds``; what is left there is closed by ``close()``."""
+
+    __slots__ = ("fds", "flags", "payload", "request")
+
+    def __init__(self, request: int, flags: int, payload: bytes, fds: list[int]) -> None:
+        self.request = request
+        self.flags = flags
+        self.payload = payload
+        self.fds = fds
+
+    def unpack(self, form: struct.Struct) -> tuple[int, ...]:
+        """The payload as numbers; raises ProtocolError for another length."""
+        if len(self.payload) != form.size:
+            raise ProtocolError(f"request {self.request} with {len(self.payload)} bytes instead of {form.size}")
+        return form.unpack(self.payload)
+
+    def close(self) -> None:
+        while self.fds:
+            os.close(self.fds.pop())
+
+
+class Channel:
+    """The control socket; never blocks."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._data = bytearray()
+        self._fds: list[int] = []
+
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
+    def receive(self) -> Message | None:
+        """The next message, or None until more arrives.  Raises EOFError when the front end is gone, ProtocolError."""
+        while True:
+            wanted = HEADER.size
+            if len(self._data) >= wanted:
+                request, flags, size = HEADER.unpack_from(self._data)
+                if size > MAX_PAYLOAD:
+                    raise ProtocolError(f"request {request} announces {size} bytes", fatal=True)
+                if flags & 3 != VERSION or flags & REPLY:
+                    raise ProtocolError(f"request {request} has flags {flags:#x}", fatal=True)
+                wanted += size
+                if len(self._data) == wanted:
+                    message = Message(request, flags, bytes(self._data[HEADER.size :]), self._fds)
+                    self._data.clear()
+                    self._fds = []
+                    return message
+            if not self._more(wanted - len(self._data)):
+                return None
+
+    def reply(self, message: Message, payload: bytes) -> None:
+        """Answer a request.  Raises ProtocolError if the front end does not take it."""
+        data = HEADER.pack(message.request, VERSION | REPLY, len(payload)) + payload
+        try:
+            sent = self._sock.send(data, socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            sent = 0
+        except (BrokenPipeError, ConnectionResetError):
+            return  # it is gone; the next receive says so
+        if sent != len(data):
+            raise ProtocolError("the front end does not read our replies", fatal=True)
+
+    def close(self) -> None:
+        while self._fds:
+            os.close(self._fds.pop())
+        self._sock.close()
+
+    def _more(self, size: int) -> bool:
+        try:
+            space = socket.CMSG_SPACE(MAX_FDS * 4)
+            data, ancillary, flags, _ = self._sock.recvmsg(size, space, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            return False
+        except ConnectionResetError:
+            data, ancillary, flags = b"", [], 0
+        for level, kind, content in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds = array.array("i")
+                fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
+                self._fds.extend(fds)
+        if flags & socket.MSG_CTRUNC or len(self._fds) > MAX_FDS:
+            raise ProtocolError("too many descriptors with a message", fatal=True)
+        if not data:
+            raise EOFError
+        self._data += data
+        return True

@@ -1,0 +1,220 @@
+"""A split virtqueue, device side (virtio 1.2, section 2.7), over memory that a hostile guest writes at the same time.
+
+Shared indices are read and written through ``memoryview.cast``: one aligned load or store each.  ``struct.pack_into``
+would zero the field first and then store it byte by byte, which the guest can see.
+"""
+
+from __future__ import annotations
+
+import _thread
+import os
+import struct
+
+from .memory import AddressError, Memory
+
+DESCRIPTOR = struct.Struct("<QIHH")  # address, length, flags, next
+NEXT = 1
+WRITE = 2
+INDIRECT = 4
+NO_INTERRUPT = 1  # avail.flags
+NO_NOTIFY = 1  # used.flags
+MAX_SIZE = 32768
+ONE = (1).to_bytes(8, "little")
+
+#: x86 reorders nothing but a store with a later load.
+STRONG = os.uname().machine in ("x86_64", "i686")
+
+
+class RingError(Exception):
+    """The driver broke the rules of the ring; it has to be stopped."""
+
+
+class Ring:
+    """One queue: what vhost-user tells about it, and, while it runs, the three shared areas."""
+
+    def __init__(self, name: str, *, writable: bool) -> None:
+        self.name = name
+        self._writable = WRITE if writable else 0  # the direction of every descriptor
+        # Set by the front end.
+        self.size = 0
+        self.base = 0
+        self.returned: int | None = None  # what GET_VRING_BASE answered last
+        self.addresses: tuple[int, int, int] | None = None  # descriptors, used, avail: QEMU's addresses
+        self.kick = -1
+        self.call = -1
+        self.error = -1
+        self.enabled = False
+        # While it runs.
+        self.running = False
+        self._memory = Memory()
+        self._event_idx = False
+        self._indirect = False
+        self._lock = _thread.allocate_lock()
+        empty = memoryview(b"")
+        self._descriptors = empty
+        self._avail = empty.cast("H")
+        self._used = empty.cast("H")
+        self._elements = empty.cast("I")
+        self._mask = 0
+        self._next = 0  # next entry of avail to take
+        self._seen = 0  # avail.idx when last looked at
+        self._used_next = 0
+        self._published = 0
+
+    def start(self, memory: Memory, *, event_idx: bool, indirect: bool) -> None:
+        """Begin at ``base``.  Raises RingError if size or addresses are wrong."""
+        self._event_idx = event_idx
+        self._indirect = indirect
+        self._next = self._seen = self.base
+        self.map(memory)
+        self._used_next = self._published = self._used[1]
+        self.running = True
+
+    def map(self, memory: Memory) -> None:
+        """Find the shared areas, again when memory was plugged.  Raises RingError."""
+        size = self.size
+        if not 0 < size <= MAX_SIZE or size & (size - 1):
+            raise RingError(f"{self.name}: a ring of {size} entries")
+        if self.addresses is None:
+            raise RingError(f"{self.name}: started without addresses")
+        descriptors, used, avail = self.addresses
+        if descriptors % 16 or used % 4 or avail % 2:
+            raise RingError(f"{self.name}: misaligned ring addresses")
+        try:
+            self._descriptors = memory.ring(descriptors, 16 * size)
+            self._avail = memory.ring(avail, 6 + 2 * size).cast("H")
+            area = memory.ring(used, 6 + 8 * size)
+        except AddressError as error:
+            raise RingError(f"{self.name}: {error}") from None
+        self._used = area.cast("H")
+        self._elements = area[: 4 + 8 * size].cast("I")
+        self._memory = memory
+        self._mask = size - 1
+
+    def stop(self) -> int:
+        """End; returns the next entry that would have been taken."""
+        if self.running:
+            self.running = False
+            self.base = self._next
+            empty = memoryview(b"")
+            self._descriptors = empty
+            self._avail = self._used = empty.cast("H")
+            self._elements = empty.cast("I")
+            self._memory = Memory()
+        return self.base
+
+    def take(self) -> tuple[int, list[memoryview]] | None:
+        """The next chain, as its head and its pieces of memory in order; None if there is none.  Raises RingError."""
+        position = self._next
+        if position == self._seen and not self._look():
+            return None
+        head = self._avail[2 + (position & self._mask)]
+        try:
+            pieces = self._gather(head)
+        except AddressError as error:
+            raise RingError(f"{self.name}: {error}") from None
+        self._next = (position + 1) & 0xFFFF
+        return head, pieces
+
+    def give_back(self, count: int) -> None:
+        """Untake the last ``count`` chains."""
+        self._next = (self._next - count) & 0xFFFF
+
+    def push(self, head: int, written: int) -> None:
+        """Return a chain to the driver, visible to it after the next ``publish``."""
+        position = (self._used_next & self._mask) * 2 + 1
+        self._elements[position] = head
+        self._elements[position + 1] = written
+        self._used_next = (self._used_next + 1) & 0xFFFF
+
+    def publish(self) -> None:
+        """Show the driver what was pushed, with an interrupt if it wants one."""
+        new, old = self._used_next, self._published
+        if new == old:
+            return
+        if not STRONG:
+            os.sched_yield()
+        self._used[1] = new
+        self._published = new
+        self._fence()
+        if self._event_idx:
+            wanted = (new - self._avail[2 + self.size] - 1) & 0xFFFF < (new - old) & 0xFFFF
+        else:
+            wanted = not self._avail[0] & NO_INTERRUPT
+        if wanted and self.call >= 0:
+            try:
+                os.write(self.call, ONE)
+            except BlockingIOError:
+                pass  # the counter is full: as good as a signal
+
+    def ask_kick(self) -> bool:
+        """Ask the driver for a kick when it adds a chain; True if one came meanwhile."""
+        if self._event_idx:
+            self._used[2 + 4 * self.size] = self._next
+        else:
+            self._used[0] = 0
+        self._fence()
+        return self._look()
+
+    def refuse_kicks(self) -> None:
+        """No kicks, please.  With the event index nothing needs to be done: the last event asked for lies behind."""
+        if not self._event_idx:
+            self._used[0] = NO_NOTIFY
+
+    def fail(self) -> None:
+        """Tell the front end that the ring is broken, if it wants to know."""
+        if self.error >= 0:
+            try:
+                os.write(self.error, ONE)
+            except OSError:
+                pass
+
+    def _look(self) -> bool:
+        seen = self._avail[1]
+        waiting = (seen - self._next) & 0xFFFF
+        if waiting > self.size:
+            raise RingError(f"{self.name}: avail index {seen} is {waiting} ahead in a ring of {self.size}")
+        self._seen = seen
+        if not STRONG:
+            os.sched_yield()
+        return waiting != 0
+
+    def _gather(self, head: int) -> list[memoryview]:
+        table, entries = self._descriptors, self.size
+        index, count = head, 0
+        nested = False
+        pieces: list[memoryview] = []
+        while True:
+            if index >= entries:
+                raise RingError(f"{self.name}: descriptor {index} of {entries}")
+            # Read once: what is checked below is what is used, also when the guest changes the table meanwhile.
+            address, length, flags, following = DESCRIPTOR.unpack_from(table, 16 * index)
+            if flags & INDIRECT:
+                if nested or flags & NEXT or not self._indirect:
+                    raise RingError(f"{self.name}: an indirect table where none may be")
+                if not length or length % 16 or length > 16 * MAX_SIZE:
+                    raise RingError(f"{self.name}: an indirect table of {length} bytes")
+                table, entries = self._memory.view(address, length), length // 16
+                nested, index = True, 0
+                continue
+            count += 1
+            if count > self.size:
+                raise RingError(f"{self.name}: a chain of more than {self.size} descriptors, or a loop")
+            if flags & WRITE != self._writable:
+                raise RingError(f"{self.name}: a descriptor in the wrong direction")
+            if length:
+                try:
+                    pieces.append(self._memory.view(address, length))
+                except AddressError:
+                    pieces.extend(self._memory.views(address, length))
+            if not flags & NEXT:
+                return pieces
+            index = following
+
+    def _fence(self) -> None:
+        """Order our store before our next load: a full barrier (2.7.7, 2.7.10.1)."""
+        if STRONG:
+            with self._lock:  # a locked read-modify-write
+                pass
+        else:
+            os.sched_yield()  # passes the scheduler's full barrier
