@@ -64,6 +64,15 @@ class _Side(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
+        transport.pause_reading()  # until there is another side
+
+    @staticmethod
+    def join(one: _Side, another: _Side) -> None:
+        """Let two connected sides exchange what comes in."""
+        one.other, another.other = another, one
+        for side in (one, another):
+            assert side.transport is not None
+            side.transport.resume_reading()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._buffer
@@ -135,9 +144,9 @@ class Relay:
                 connection.close()
                 return
             here, there = _Side(), _Side()
-            here.other, there.other = there, here
             await loop.create_unix_connection(lambda: there, self._target)
             await loop.connect_accepted_socket(lambda: here, connection)
+            _Side.join(here, there)
         except OSError as error:
             self._log("warning", "a connection could not be relayed", error=str(error))
             connection.close()
