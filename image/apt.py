@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from image.errors import ImageError
-from image.run import run
+from image.run import CommandFailed, run
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
@@ -86,10 +86,10 @@ class Apt:
             "Dir::Cache": self.directory,
             "Dir::Cache::archives": self.directory / "archives",
             "Dir::Etc::SourceList": self.directory / "sources.list",
-            "Dir::Etc::SourceParts": "-",
-            "Dir::Etc::Parts": "-",
-            "Dir::Etc::Preferences": "-",
-            "Dir::Etc::PreferencesParts": "-",
+            "Dir::Etc::SourceParts": "/dev/null",
+            "Dir::Etc::Parts": "/dev/null",
+            "Dir::Etc::Preferences": "/dev/null",
+            "Dir::Etc::PreferencesParts": "/dev/null",
             "APT::Architecture": self.architecture,
             "APT::Architectures": self.architecture,
             "APT::Install-Recommends": "false",
@@ -101,7 +101,12 @@ class Apt:
         lines = [run(["apt-config", "dump", "Acquire::http", "Acquire::https"]).decode()]
         lines += [f'{name} "{value}";\n' for name, value in settings.items() if value != ""]
         (self.directory / "apt.conf").write_text("".join(lines))
-        self._apt("apt-get", "update", "--error-on=any", "-qq")
+        try:
+            self._apt("apt-get", "update", "--error-on=any", "-qq")
+        except CommandFailed as error:
+            raise ImageError(
+                f"{error}\nif {self.mirror} is not the right mirror, CAISSON_MIRROR names another"
+            ) from error
 
     def resolve(self, packages: Iterable[str]) -> list[tuple[str, str]]:
         """The packages and all they depend on, as (file name in the pool, URI), sorted."""

@@ -34,6 +34,10 @@ ROOT = Path(__file__).resolve().parent.parent
 KEEP = {"images": 4, "base": 2, "kernel": 2}
 
 
+class SourcesChanged(ImageError):
+    """Someone is editing."""
+
+
 @dataclass(frozen=True)
 class Image:
     """A built image: ``directory`` holds the kernel, the initrd and image.json."""
@@ -101,13 +105,19 @@ class _Build:
         self._apt: apt.Apt | None = None
 
     def image(self) -> Image:
-        key = self.key()
-        directory = self.cache.get("images", key)
+        directory = self.cache.get("images", self.key())
         if directory is None:
-            directory = self.cache.get_or_make("images", key, lambda target: self._make_image(key, target))
+            try:
+                directory = self._made()
+            except SourcesChanged:  # what takes long is in the cache by now
+                directory = self._made()
             for step, keep in KEEP.items():
                 self.cache.trim(step, keep)
         return Image.load(directory)
+
+    def _made(self) -> Path:
+        key = self.key()
+        return self.cache.get_or_make("images", key, lambda target: self._make_image(key, target))
 
     def key(self) -> str:
         """The digest of all that goes into the image."""
@@ -199,7 +209,7 @@ class _Build:
         (target / "vmlinux").hardlink_to(kernel.file)
         manifest.write(manifest.with_initrd(document, packed, d.compression), target / "image.json")
         if self.key() != key:
-            raise ImageError("the agent's sources changed while the image was built from them; build it again")
+            raise SourcesChanged("the agent's sources changed while the image was built from them; build it again")
 
     def _make_layer(self, layer: Path) -> None:
         """What changes with our own sources: the agent, nsexec, and the template's files."""

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -188,17 +189,22 @@ def test_the_container_has_every_applet(guest: Path) -> None:
     assert "root:x:0:" in (root / "etc/group").read_text()
 
 
-def test_the_same_sources_give_the_same_bytes_under_another_umask(
-    built: image.Image, archive: bytes, tmp_path: Path
-) -> None:
-    """The layers that change are made anew, beside those that take a network."""
-    cache = default_root()
+@pytest.fixture
+def cache(built: image.Image, tmp_path: Path) -> Cache:
+    """A cache with all that takes a network, but no image."""
     for step in ("base", "kernel"):
-        shutil.copytree(cache / step, tmp_path / step, symlinks=True, ignore=shutil.ignore_patterns(".making-*"))
+        source = default_root() / step
+        shutil.copytree(source, tmp_path / step, symlinks=True, ignore=shutil.ignore_patterns(".making-*"))
+    return Cache(tmp_path)
+
+
+def test_the_same_sources_give_the_same_bytes_under_another_umask(
+    built: image.Image, archive: bytes, cache: Cache
+) -> None:
     said: list[str] = []
     before = os.umask(0o077)
     try:
-        again = image.build(cache=Cache(tmp_path), report=said.append)
+        again = image.build(cache=cache, report=said.append)
     finally:
         os.umask(before)
     assert said == ["packing the image"]
@@ -212,3 +218,20 @@ def test_a_directory_that_holds_no_image(tmp_path: Path) -> None:
     (tmp_path / "image.json").write_text('{"format": 99}')
     with pytest.raises(image.ImageError, match="another format; build it again"):
         image.Image.load(tmp_path)
+
+
+def test_sources_that_change_meanwhile_are_not_taken_for_those_of_the_key(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = iter(["0.0.1", "0.0.2", "0.0.3", "0.0.3"])  # seen when looked up; for the key; in the image; at the end
+    said: list[str] = []
+    current = "0.0.3"
+    monkeypatch.setattr(sys.modules["image.build"], "agent_version", lambda: next(versions, current))
+    made = image.build(cache=cache, report=said.append)
+    assert said == ["packing the image", "packing the image"]
+    assert made.manifest["agent"]["version"] == "0.0.3"
+    assert len([path for path in (cache.root / "images").iterdir() if not path.name.startswith(".")]) == 1
+    current = "0.0.4"
+    said.clear()
+    assert image.build(cache=cache, report=said.append).manifest["agent"]["version"] == "0.0.4"
+    assert said == ["packing the image"]
