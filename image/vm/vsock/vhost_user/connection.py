@@ -132,6 +132,9 @@ class Connection:
 
     def detach(self) -> None:
         """The guest is done with it, and the port pair free: what the host program has still to read outlives that."""
+        if self.state == CLOSING:  # the socket is closed already, and its number may be another's by now
+            self.close()
+            return
         self.state = FLUSHING
         self._cancel()
         if not self._sink.pending:
