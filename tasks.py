@@ -49,6 +49,7 @@ def _enter_environment() -> None:
 
 _enter_environment()
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its log would end up in a command's stderr
 
 from proto import generate  # noqa: E402
 
@@ -74,8 +75,8 @@ from image.vm import VM, VMConfig, VMError, find_vm, list_vms  # noqa: E402
 TO_BUILD = {
     "gcc": "gcc",
     "make": "make",
-    "mmdebstrap": "mmdebstrap",
     "musl-gcc": "musl-tools",
+    "strip": "binutils",
     "zstd": "zstd",
 }
 TO_BOOT = {"qemu-system-x86_64": "qemu-system-x86", "setpriv": "util-linux"}
@@ -285,7 +286,7 @@ def _vm_for(name: str, report: Callable[[str], None]) -> Iterator[VM]:
 async def _run(
     vm: VM, container_id: str, words: list[str], env: list[str], cwd: str, uid: int, gid: int, tty: bool
 ) -> int:
-    contents = json.loads((Path(vm.info["image"]) / "image.json").read_text())
+    contents = json.loads((vm.directory / "image.json").read_text())
     environment = [client.PATH, "HOME=/root" if uid == 0 else "HOME=/"]
     if tty:
         environment.append(f"TERM={os.environ.get('TERM', 'xterm')}")

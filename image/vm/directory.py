@@ -1,6 +1,7 @@
 """A VM is a directory: its sockets, its console and vm.json, for as long as its supervisor lives.
 
 <run>/<name>/vm.json       what it is
+             image.json    what runs in it
              lock          held by the supervisor: a directory whose lock is free is stale
              console.log   what the guest printed
              agent.sock    any gRPC client dials the agent here

@@ -104,7 +104,10 @@ def _janitor(directory: VMDirectory) -> Iterator[None]:
 def _keep(directory: VMDirectory, config: dict[str, Any], starter: socket.socket, lock: IO[str]) -> None:
     """Start everything and wait for its end, which is raised as Ended."""
     image = Path(config["image"])
-    manifest = json.loads((image / "image.json").read_text())
+    text = (image / "image.json").read_text()
+    # What runs here, also when the image has gone from the builder's cache.
+    (directory.path / "image.json").write_text(text)
+    manifest = json.loads(text)
     accelerator = choose_accelerator(config["accel"])
     transport = choose_vsock(config["vsock"])
     program = qemu.probe(qemu.architecture_of(manifest))

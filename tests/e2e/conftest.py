@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -46,7 +47,7 @@ class Caisson:
 
     def leftovers(self) -> list[str]:
         """Processes and files that belong to VMs of this session's directory."""
-        found = [str(path) for path in self.run_directory.rglob("*") if path.name != ".lock"]
+        found = [str(path) for path in self.run_directory.rglob("*")]
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 words = (process / "cmdline").read_bytes().split(b"\0")
@@ -57,28 +58,42 @@ class Caisson:
         return found
 
 
-def wait_until(condition: Callable[[], object], what: str, timeout: float = 60.0) -> None:
+def wait_until(
+    condition: Callable[[], object], what: str, timeout: float = 60.0, found: Callable[[], object] = lambda: ""
+) -> None:
     """Poll: for conditions about other processes, which nobody announces."""
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
-            raise AssertionError(f"{what}: not within {timeout:.0f} s")
+            raise AssertionError(f"{what}: not within {timeout:.0f} s {found()}")
         time.sleep(0.05)
 
 
-@pytest.fixture(scope="session")
-def run_directory() -> Iterator[Path]:
+@contextlib.contextmanager
+def fresh() -> Iterator[Caisson]:
+    """The command line with a directory of its own, in which nothing may be left at the end."""
     # Short: the path of a Unix socket holds 107 bytes.
     path = Path(tempfile.mkdtemp(prefix="caisson-", dir="/tmp"))
-    yield path
-    shutil.rmtree(path)
+    caisson = Caisson(path)
+    try:
+        yield caisson
+        wait_until(lambda: not caisson.leftovers(), "nothing is left", found=caisson.leftovers)
+    finally:
+        shutil.rmtree(path)
 
 
 @pytest.fixture(scope="session")
-def caisson(run_directory: Path) -> Iterator[Caisson]:
-    caisson = Caisson(run_directory)
-    yield caisson
-    wait_until(lambda: not caisson.leftovers(), f"left after the session: {caisson.leftovers()}")
+def caisson() -> Iterator[Caisson]:
+    """A command line for the session, the one of the booted VM."""
+    with fresh() as caisson:
+        yield caisson
+
+
+@pytest.fixture
+def own() -> Iterator[Caisson]:
+    """A command line for one test alone."""
+    with fresh() as caisson:
+        yield caisson
 
 
 @pytest.fixture(scope="session")

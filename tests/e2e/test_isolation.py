@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -38,10 +37,11 @@ def test_the_containers_root_is_read_only_and_scratch_is_not(vm: Caisson) -> Non
 
 async def guest_root(vm: Caisson, *words: str) -> tuple[int, bytes]:
     """Run a program in a container whose root is the guest's own."""
-    info = vm.info("default")
-    busybox = json.loads((Path(info["image"]) / "image.json").read_text())["containers"]["busybox"] + "/bin/busybox"
-    spec = client.default_spec("/", [busybox, *words], scratch=[])
+    manifest = json.loads((vm.run_directory / "default" / "image.json").read_text())
+    busybox = manifest["containers"]["busybox"] + "/bin/busybox"
+    spec = client.default_spec("/", [busybox, *words])
     spec.Root.Readonly = False
+    del spec.Mounts[:]  # all is there, and nothing of it may be mounted over
     async with client.Agent.connect(vm.run_directory / "default" / "agent.sock") as agent:
         await agent.create_sandbox()
         container = await agent.create_container("guest-root", spec)

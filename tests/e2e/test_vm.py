@@ -89,8 +89,7 @@ def test_kvm_where_it_cannot_work_ends_in_a_clear_error(caisson: Caisson) -> Non
     wait_until(lambda: not (caisson.run_directory / "kvm").exists(), "the VM's directory goes")
 
 
-def test_exec_boots_a_vm_of_its_own_and_takes_it_down(run_directory: Path) -> None:
-    own = Caisson(run_directory / "own")
+def test_exec_boots_a_vm_of_its_own_and_takes_it_down(own: Caisson) -> None:
     done = own("exec", "--", "sh", "-c", "echo out; echo err >&2; exit 4")
     assert (done.returncode, done.stdout, done.stderr) == (4, b"out\n", b"err\n")
     assert own.leftovers() == []
@@ -105,10 +104,7 @@ def _kill_qemu(caisson: Caisson, name: str) -> None:
 
 
 @pytest.mark.parametrize("kill", [_kill_supervisor, _kill_qemu])
-def test_a_killed_part_takes_everything_with_it(
-    run_directory: Path, kill: Callable[[Caisson, str], None], request: pytest.FixtureRequest
-) -> None:
-    own = Caisson(run_directory / kill.__name__[-4:])
+def test_a_killed_part_takes_everything_with_it(own: Caisson, kill: Callable[[Caisson, str], None]) -> None:
     assert own("boot-vm", "--name", "v", "--detach").returncode == 0
     with own.start("exec", "--name", "v", "--", "sleep", "1000", stdin=-3, stderr=-1) as command:
         wait_until(lambda: b"sleep" in own("exec", "--name", "v", "--", "ps").stdout, "the program runs")
@@ -116,13 +112,10 @@ def test_a_killed_part_takes_everything_with_it(
         assert command.wait(60) == 125
         assert command.stderr is not None
         assert b"Traceback" not in command.stderr.read()
-    wait_until(lambda: not own.leftovers(), "nothing is left")
 
 
-def test_a_killed_client_takes_its_own_vm_with_it(run_directory: Path) -> None:
-    own = Caisson(run_directory / "client")
+def test_a_killed_client_takes_its_own_vm_with_it(own: Caisson) -> None:
     with own.start("exec", "--", "sh", "-c", "echo up; sleep 1000", stdin=-3, stdout=-1) as command:
         assert command.stdout is not None
         assert command.stdout.readline() == b"up\n"
         command.kill()
-    wait_until(lambda: not own.leftovers(), "nothing is left")

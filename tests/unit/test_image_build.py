@@ -226,7 +226,7 @@ def test_sources_that_change_meanwhile_are_not_taken_for_those_of_the_key(
     versions = iter(["0.0.1", "0.0.2", "0.0.3", "0.0.3"])  # seen when looked up; for the key; in the image; at the end
     said: list[str] = []
     current = "0.0.3"
-    monkeypatch.setattr(sys.modules["image.build"], "agent_version", lambda: next(versions, current))
+    monkeypatch.setattr(sys.modules["image.builder"], "agent_version", lambda: next(versions, current))
     made = image.build(cache=cache, report=said.append)
     assert said == ["packing the image", "packing the image"]
     assert made.manifest["agent"]["version"] == "0.0.3"
