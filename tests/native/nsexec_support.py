@@ -9,12 +9,9 @@ import os
 import shutil
 import signal
 import subprocess
-import tempfile
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
-
-import pytest
 
 from agent.libcontainer.launcher import Launched, Launcher, Stdio
 from agent.libcontainer.nsexec import Nsexec
@@ -248,25 +245,9 @@ def children() -> list[int]:
     return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
 
 
-@pytest.fixture(scope="session", name="nsexec_path")
-def fixture_nsexec_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """nsexec, freshly built."""
-    build = tmp_path_factory.mktemp("nsexec")
-    source = HERE.parent.parent / "agent" / "nsexec"
-    subprocess.run(["make", "-s", "-C", source, f"BUILD={build}"], check=True)
-    return build / "nsexec"
-
-
-@pytest.fixture(scope="session", name="sealed")
-def fixture_sealed(nsexec_path: Path) -> Iterator[Nsexec]:
-    """The sealed program."""
-    nsexec = Nsexec.seal(nsexec_path)
-    yield nsexec
-    nsexec.close()
-
-
 def make_rootfs(path: Path) -> Path:
     """A root with busybox and empty directories."""
+    assert Path("/bin/busybox").exists(), "busybox is not installed; run: apt-get install busybox-static"
     for name in ("bin", "proc", "sys", "dev", "tmp", "run", "root", "home", "var", "etc", "mnt"):
         (path / name).mkdir(parents=True)
     shutil.copy("/bin/busybox", path / "bin" / "busybox")
@@ -276,14 +257,3 @@ def make_rootfs(path: Path) -> Path:
     (path / "etc" / "passwd").write_text("root:x:0:0:root:/root:/bin/sh\n")
     path.chmod(0o755)
     return path
-
-
-@pytest.fixture(name="box")
-def fixture_box(sealed: Nsexec) -> Iterator[Box]:
-    """A fresh bundle; leaves nothing behind, or fails."""
-    with tempfile.TemporaryDirectory(prefix="caisson-box-") as directory:
-        path = Path(directory)
-        path.chmod(0o755)  # pytest's own directories cannot be entered by the root of a user namespace
-        box = Box(path, make_rootfs(path / "rootfs"), sealed)
-        yield box
-        box.close()

@@ -17,7 +17,7 @@ import pytest
 from agent.libcontainer.launcher import Launched, LaunchError, Stdio
 from agent.libcontainer.nsexec import Nsexec
 from agent.libcontainer.spec import Process, Spec
-from tests.native.nsexec_support import Box, children, config, fixture_box, fixture_nsexec_path, fixture_sealed  # noqa: F401
+from tests.native.nsexec_support import Box, children, config
 
 pytestmark = pytest.mark.root
 

@@ -10,14 +10,11 @@ import pytest
 
 from agent.libcontainer.fields import SpecError
 from agent.libcontainer.launcher import LaunchError
-from tests.native.nsexec_support import (  # noqa: F401
+from tests.native.nsexec_support import (
     CAPABILITIES,
     Box,
     children,
     config,
-    fixture_box,
-    fixture_nsexec_path,
-    fixture_sealed,
 )
 
 pytestmark = pytest.mark.root

@@ -15,7 +15,7 @@ from agent.libcontainer import plan
 from agent.libcontainer.fields import SpecError
 from agent.libcontainer.launcher import LaunchError
 from agent.libcontainer.spec import Spec
-from tests.native.nsexec_support import Box, children, config, fixture_box, fixture_nsexec_path, fixture_sealed  # noqa: F401
+from tests.native.nsexec_support import Box, children, config
 
 pytestmark = pytest.mark.root
 

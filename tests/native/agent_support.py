@@ -1,0 +1,100 @@
+"""What the tests of the agent share: an agent on a Unix socket of this machine, and a busybox root to run things in."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+
+from agent.client import Agent, AgentError, Container, Process, default_spec
+from proto import oci_pb2
+
+T = TypeVar("T")
+ROOT = Path(__file__).resolve().parents[2]
+
+#: Seconds within which anything here is done on a busy machine.
+PATIENCE = 60.0
+
+
+class RunningAgent:
+    """An agent process and the directory that it works in."""
+
+    def __init__(self, directory: Path, nsexec: Path, rootfs: Path) -> None:
+        self.socket = directory / "agent.sock"
+        self.state = directory / "state"
+        self.rootfs = rootfs
+        self.log = directory / "log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "agent", "--listen", f"unix:{self.socket}", "--nsexec", str(nsexec),
+                 "--state", str(self.state), "--log", "debug"],
+                cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
+            )  # fmt: skip
+        assert self.process.stdout is not None
+        assert b"ready" in self.process.stdout.readline(), self.log.read_text()
+
+    def stop(self) -> None:
+        self.process.terminate()
+        assert self.process.wait(PATIENCE) == 0
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+    def connect(self) -> Agent:
+        return Agent.connect(self.socket)
+
+    def fds(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+    def memory(self) -> int:
+        """Resident bytes."""
+        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * 4096
+
+    def children(self) -> set[int]:
+        return set(map(int, Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()))
+
+    def spec(self, *args: str, **options: Any) -> oci_pb2.Spec:
+        return default_spec(str(self.rootfs), args, **options)
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Run a test's coroutine; a hang is a failure."""
+    return asyncio.run(asyncio.wait_for(work, PATIENCE))
+
+
+async def output(process: Process) -> bytes:
+    """All that it writes to standard output."""
+    return b"".join([data async for data in process.stdout()])
+
+
+async def errors(process: Process) -> bytes:
+    """All that it writes to standard error."""
+    return b"".join([data async for data in process.stderr()])
+
+
+async def sh(container: Container, script: str, **options: Any) -> Process:
+    """Run a shell script in a container."""
+    return await container.exec(["/bin/sh", "-c", script], env=["PATH=/bin"], **options)
+
+
+async def refused(call: Coroutine[Any, Any, Any]) -> tuple[grpc.StatusCode, str]:
+    """The status and text of a call that must fail."""
+    try:
+        await call
+    except AgentError as error:
+        return error.code, error.details
+    raise AssertionError("the call was to be refused")
+
+
+async def until(condition: Any, what: str) -> None:
+    """Poll for what nobody announces."""
+    deadline = time.monotonic() + PATIENCE / 2
+    while not condition():
+        assert time.monotonic() < deadline, what
+        await asyncio.sleep(0.01)

@@ -1,0 +1,58 @@
+"""What native tests run on: nsexec freshly built, a box for it, and a whole agent on this machine."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent.libcontainer.nsexec import Nsexec
+from tests.native.agent_support import ROOT, RunningAgent
+from tests.native.nsexec_support import Box, make_rootfs
+
+
+@pytest.fixture(scope="session")
+def nsexec_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """nsexec, freshly built."""
+    build = tmp_path_factory.mktemp("nsexec")
+    subprocess.run(["make", "-s", "-C", ROOT / "agent/nsexec", f"BUILD={build}"], check=True)
+    return build / "nsexec"
+
+
+@pytest.fixture(scope="session")
+def sealed(nsexec_path: Path) -> Iterator[Nsexec]:
+    """The sealed program."""
+    nsexec = Nsexec.seal(nsexec_path)
+    yield nsexec
+    nsexec.close()
+
+
+@pytest.fixture
+def box(sealed: Nsexec) -> Iterator[Box]:
+    """A fresh bundle; leaves nothing behind, or fails."""
+    with tempfile.TemporaryDirectory(prefix="caisson-box-") as directory:
+        path = Path(directory)
+        path.chmod(0o755)  # pytest's own directories cannot be entered by the root of a user namespace
+        box = Box(path, make_rootfs(path / "rootfs"), sealed)
+        yield box
+        box.close()
+
+
+@pytest.fixture(scope="session")
+def busybox_rootfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_rootfs(tmp_path_factory.mktemp("rootfs") / "busybox")
+
+
+@pytest.fixture
+def agent(tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path) -> Iterator[RunningAgent]:
+    """A fresh agent; at the end it stops when told to, and leaves no mount, cgroup or file."""
+    running = RunningAgent(tmp_path, nsexec_path, busybox_rootfs)
+    yield running
+    running.stop()
+    assert not running.socket.exists()
+    assert list(running.state.rglob("*")) == []
+    assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
+    assert "a bug in a handler" not in running.log.read_text()

@@ -1,0 +1,278 @@
+"""Sandbox and containers over the real API on this machine: states, refusals with their texts, and what is left."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from agent import __version__
+from proto import agent_pb2, health_pb2, oci_pb2
+from tests.native.agent_support import RunningAgent, output, refused, run, sh
+
+pytestmark = pytest.mark.root
+Code = grpc.StatusCode
+IDS = {"container_id": "box", "exec_id": "box"}
+
+
+def test_health_before_there_is_a_sandbox(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            assert await client.version() == __version__
+            answer = await client.health.Check(health_pb2.CheckRequest())
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            details = await client.rpc.GetGuestDetails(agent_pb2.GuestDetailsRequest(mem_block_size=True))
+            assert details.agent_details.version == __version__
+            assert not details.agent_details.init_daemon
+
+    run(work())
+
+
+GATE: list[tuple[str, Any, str]] = [
+    ("CreateContainer", agent_pb2.CreateContainerRequest(container_id="box"),
+     "Sandbox not started, impossible to run a new container"),
+    ("StartContainer", agent_pb2.StartContainerRequest(container_id="box"), "Sandbox not started"),
+    ("ExecProcess", agent_pb2.ExecProcessRequest(**IDS), "Sandbox not started"),
+    ("SignalProcess", agent_pb2.SignalProcessRequest(**IDS), "Sandbox not started, impossible to signal the container"),
+    ("WaitProcess", agent_pb2.WaitProcessRequest(**IDS), "Sandbox not started"),
+    ("WriteStdin", agent_pb2.WriteStreamRequest(**IDS), "Sandbox not started"),
+    ("ReadStdout", agent_pb2.ReadStreamRequest(**IDS), "Sandbox not started"),
+    ("ReadStderr", agent_pb2.ReadStreamRequest(**IDS), "Sandbox not started"),
+    ("CloseStdin", agent_pb2.CloseStdinRequest(**IDS), "Sandbox not started"),
+    ("TtyWinResize", agent_pb2.TtyWinResizeRequest(**IDS), "Sandbox not started"),
+]  # fmt: skip
+
+
+def test_without_a_sandbox(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            for method, request, text in GATE:
+                assert await refused(getattr(client.rpc, method)(request)) == (Code.FAILED_PRECONDITION, text), method
+            code, text = await refused(client.container("box").remove())
+            assert (code, text) == (Code.NOT_FOUND, "Container box not found")
+            await client.destroy_sandbox()
+
+    run(work())
+
+
+def test_unknown_containers_and_processes(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            await client.create_sandbox()
+            for method, request, _ in GATE[1:]:
+                code, text = await refused(getattr(client.rpc, method)(request))
+                if method == "SignalProcess":
+                    assert code is Code.FAILED_PRECONDITION
+                    assert text.startswith("Could not signal process box: rpc error: code = NotFound desc = Container")
+                else:
+                    assert (code, text) == (Code.NOT_FOUND, "Container box not found"), method
+            await client.ensure_container("box", agent.spec())
+            for method, request, _ in GATE[3:]:
+                request.exec_id = "nobody"
+                code, text = await refused(getattr(client.rpc, method)(request))
+                assert code is Code.NOT_FOUND, method
+                assert text.endswith("Process nobody not found (container box)"), method
+                request.exec_id = "box"
+
+    run(work())
+
+
+def test_a_sandbox_starts_once_and_again_after_its_end(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            assert await client.create_sandbox("pod", hostname="pod-host")
+            code, text = await refused(client.rpc.CreateSandbox(agent_pb2.CreateSandboxRequest()))
+            assert (code, text) == (Code.ALREADY_EXISTS, "Sandbox already started, impossible to start again")
+            spec = agent.spec()
+            spec.Hostname = ""
+            container = await client.ensure_container("box", spec)
+            assert await output(await sh(container, "hostname")) == b"pod-host\n"
+            assert (agent.state / "pod/box/state.json").exists()
+            await client.destroy_sandbox()
+            assert list(agent.state.iterdir()) == []
+            assert await client.create_sandbox()
+            await client.ensure_container("box", agent.spec())
+
+    run(work())
+
+
+def test_containers_of_a_sandbox_share_ipc_and_uts_and_nothing_else(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            await client.create_sandbox()
+            seen = []
+            for name in ("one", "two"):
+                container = await client.ensure_container(name, agent.spec())
+                links = await output(await sh(container, "cd /proc/self/ns; readlink ipc uts net mnt pid cgroup"))
+                seen.append(links.decode().split())
+            one, two = seen
+            assert one[:3] == two[:3]
+            assert one[2] == os.readlink("/proc/self/ns/net")
+            assert one[0] != os.readlink("/proc/self/ns/ipc")
+            assert not set(one[3:]) & set(two[3:])
+
+    run(work())
+
+
+def test_states(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            await client.create_sandbox()
+            container = await client.create_container("box", agent.spec("/bin/sh", "-c", "read x; exit 3"))
+            code, text = await refused(client.create_container("box", agent.spec()))
+            assert (code, text) == (Code.ALREADY_EXISTS, "Container box already exists, impossible to create")
+            waiter = asyncio.create_task(container.init().wait())  # before it was started
+            await container.start()
+            code, text = await refused(container.start())
+            assert (code, text) == (Code.FAILED_PRECONDITION, "Container box status running, should be created")
+            await container.init().write(b"\n")
+            assert await waiter == 3
+            code, text = await refused(container.start())
+            assert (code, text) == (Code.FAILED_PRECONDITION, "Container box status stopped, should be created")
+            code, text = await refused(container.exec(["/bin/true"]))
+            assert (code, text) == (Code.FAILED_PRECONDITION, "Cannot exec in stopped container box")
+            await container.init().signal(15)  # it has stopped: that is what was wanted
+            await container.remove()
+            assert (await refused(container.remove()))[0] is Code.NOT_FOUND
+
+    run(work())
+
+
+def test_an_exec_id_is_taken_once(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            await client.create_sandbox()
+            container = await client.ensure_container("box", agent.spec())
+            await container.exec(["/bin/sleep", "1000"], exec_id="one")
+            assert (await refused(container.exec(["/bin/true"], exec_id="one")))[0] is Code.ALREADY_EXISTS
+            assert (await refused(container.exec(["/bin/true"], exec_id="box")))[0] is Code.ALREADY_EXISTS
+
+    run(work())
+
+
+@pytest.mark.parametrize("state", ["created", "running", "stopped"])
+def test_removal_in_any_state_leaves_nothing(agent: RunningAgent, state: str) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            await client.create_sandbox()
+            fds, children = agent.fds(), agent.children()
+            container = await client.create_container("box", agent.spec())
+            if state != "created":
+                await container.start()
+                await container.exec(["/bin/sleep", "1000"])
+            if state == "stopped":
+                await container.init().signal(9)
+                await container.init().wait()
+            await container.remove(timeout=20)
+            assert sorted(path.name for path in (agent.state / "sandbox").iterdir()) == [".namespaces"]
+            assert agent.children() == children
+            assert agent.fds() <= fds + 1  # the connection's own
+            assert not list(Path("/sys/fs/cgroup").glob("**/sandbox/box"))
+            await client.ensure_container("box", agent.spec())
+
+    run(work())
+
+
+def test_a_failed_create_leaves_nothing_and_the_id_is_free(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            await client.create_sandbox()
+            fds, children = agent.fds(), agent.children()
+            bad_mount = agent.spec()
+            bad_mount.Mounts.append(oci_pb2.Mount(destination="/x", type="no-such-fs", source="x"))
+            bad_root = agent.spec()
+            bad_root.Root.Path = "/no/such/root"
+            for spec in (agent.spec("no-such-program"), bad_mount, bad_root):
+                code, text = await refused(client.create_container("box", spec))
+                assert code is Code.INTERNAL, text
+                assert text.startswith("Could not run process: ")
+            assert sorted(path.name for path in (agent.state / "sandbox").iterdir()) == [".namespaces"]
+            assert agent.children() == children
+            assert agent.fds() <= fds + 1
+            await client.ensure_container("box", agent.spec())
+
+    run(work())
+
+
+def test_requests_without_sense_get_a_status(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            await client.create_sandbox()
+            container = await client.ensure_container("box", agent.spec())
+            create, execute = client.rpc.CreateContainer, client.rpc.ExecProcess
+            no_root, empty = oci_pb2.Spec(Process=oci_pb2.Process(Args=["x"])), oci_pb2.Spec()
+            requests = [
+                create(agent_pb2.CreateContainerRequest(container_id="new")),
+                create(agent_pb2.CreateContainerRequest(container_id="new", OCI=empty)),
+                create(agent_pb2.CreateContainerRequest(container_id="new", OCI=no_root)),
+                *(create(agent_pb2.CreateContainerRequest(container_id=name, OCI=agent.spec()))
+                  for name in ("", ".", "..", "a/b", "../../x", "a\0b", "a\nb", "x" * 300)),
+                execute(agent_pb2.ExecProcessRequest(container_id="box", exec_id="x")),
+                execute(agent_pb2.ExecProcessRequest(container_id="box", exec_id="x", process=oci_pb2.Process())),
+                container.exec(["a\0b"]),
+                container.exec(["true"], cwd="relative"),
+                container.exec([]),
+            ]  # fmt: skip
+            for request in requests:
+                code, text = await refused(request)
+                assert code is Code.INVALID_ARGUMENT, text
+            huge = agent_pb2.ReadStreamRequest(**IDS, len=0xFFFFFFFF)
+            process = await container.exec(["/bin/echo", "x"], exec_id="echo")
+            huge.exec_id = "echo"
+            assert (await client.rpc.ReadStdout(huge)).data == b"x\n"
+            assert (await client.rpc.ReadStdout(agent_pb2.ReadStreamRequest(**IDS, len=0))).data == b""
+            assert await process.wait() == 0
+
+    run(work())
+
+
+def test_what_is_not_there_yet_says_so(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            await client.create_sandbox()
+            code, text = await refused(client.rpc.ListInterfaces(agent_pb2.ListInterfacesRequest()))
+            assert code is Code.UNIMPLEMENTED
+            assert "ListInterfaces" in text
+            request = agent_pb2.CreateContainerRequest(container_id="box", OCI=agent.spec(), sandbox_pidns=True)
+            assert (await refused(client.rpc.CreateContainer(request)))[0] is Code.UNIMPLEMENTED
+            pid = agent.spec()
+            pid.Linux.Namespaces.append(oci_pb2.LinuxNamespace(Type="pid"))
+            code, text = await refused(client.create_container("box", pid))
+            assert code is Code.FAILED_PRECONDITION
+            assert text.startswith("Unexpected PID namespace received for container box")
+
+    run(work())
+
+
+def test_a_slow_removal_is_reported_in_time_and_goes_on(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            await client.create_sandbox()
+            for number in range(5):
+                await client.ensure_container(f"c{number}", agent.spec())
+            began = time.monotonic()
+            await asyncio.gather(*(client.container(f"c{number}").remove(timeout=20) for number in range(5)))
+            assert time.monotonic() - began < 20
+
+    run(work())
+
+
+def test_only_http2_is_relayed(agent: RunningAgent) -> None:
+    async def work() -> None:
+        reader, writer = await asyncio.open_unix_connection(agent.socket)
+        writer.write(b"\0\0\0\x01ttrpc?")
+        assert await reader.read() == b""
+        writer.close()
+        async with agent.connect() as client:
+            assert await client.version()
+
+    run(work())
+
+
+def test_the_socket_is_for_its_owner_only(agent: RunningAgent) -> None:
+    assert agent.socket.stat().st_mode & 0o777 == 0o600
