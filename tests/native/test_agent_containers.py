@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -108,12 +108,14 @@ def test_containers_of_a_sandbox_share_ipc_and_uts_and_nothing_else(agent: Runni
             seen = []
             for name in ("one", "two"):
                 container = await client.ensure_container(name, agent.spec())
-                links = await output(await sh(container, "cd /proc/self/ns; readlink ipc uts net mnt pid cgroup"))
+                links = await output(
+                    await sh(container, "for n in ipc uts net mnt pid cgroup; do readlink /proc/self/ns/$n; done")
+                )
                 seen.append(links.decode().split())
             one, two = seen
             assert one[:3] == two[:3]
-            assert one[2] == os.readlink("/proc/self/ns/net")
-            assert one[0] != os.readlink("/proc/self/ns/ipc")
+            assert one[2] == str(Path("/proc/self/ns/net").readlink())
+            assert one[0] != str(Path("/proc/self/ns/ipc").readlink())
             assert not set(one[3:]) & set(two[3:])
 
     run(work())
@@ -266,7 +268,8 @@ def test_only_http2_is_relayed(agent: RunningAgent) -> None:
     async def work() -> None:
         reader, writer = await asyncio.open_unix_connection(agent.socket)
         writer.write(b"\0\0\0\x01ttrpc?")
-        assert await reader.read() == b""
+        with contextlib.suppress(ConnectionResetError):  # what was sent is left unread
+            assert await reader.read() == b""
         writer.close()
         async with agent.connect() as client:
             assert await client.version()

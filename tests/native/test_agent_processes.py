@@ -256,9 +256,7 @@ def test_three_hundred_execs_leave_no_descriptor_and_no_zombie(agent: RunningAge
             fds, children = agent.fds(), agent.children()
             for batch in range(15):
                 await asyncio.gather(*(one(batch * 20 + number) for number in range(20)))
-            await until(
-                lambda: agent.fds() <= fds and agent.children() == children, "descriptors and children are back"
-            )
+            await until(lambda: agent.fds() <= fds and agent.children() == children, "all is given back")
 
     run(work())
 
