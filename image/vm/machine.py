@@ -54,6 +54,7 @@ class VM:
         self._directory = directory
         self._starter = starter
         self._received = b""
+        self._shown = 0  # bytes of the console that were handed on
         self._supervisor: subprocess.Popen[bytes] | None = None
 
     @property
@@ -99,11 +100,13 @@ class VM:
         try:
             vm._spawn(config)
             deadline = time.monotonic() + limit
-            with _Follower(directory.console, console):
+            follower = _Follower(directory.console, console)
+            with follower:
                 while not ready(vm.agent_socket):
                     vm._check()
                     if time.monotonic() > deadline:
                         raise VMError(f"the agent did not answer within {limit:.0f} s ({accelerator.reason})")
+            vm._shown = follower.position
         except VMError as error:
             raise VMError(f"VM {config.name!r}: {error}{vm._abandon()}") from error
         except BaseException:
@@ -177,7 +180,7 @@ class VM:
 
     def wait(self, console: Callable[[bytes], None] | None = None) -> None:
         """Follow a VM that was started here to its end.  Raises VMError when that was not the guest's own doing."""
-        with _Follower(self._directory.console, console, self._directory.console.stat().st_size):
+        with _Follower(self._directory.console, console, self._shown):
             message = self._receive(None)
         if not message.get("ended", "").startswith("the guest has powered off"):
             raise VMError(f"VM {self.name!r}: {message.get('ended')}")
@@ -238,7 +241,7 @@ class _Follower:
     def __init__(self, file: Path, callback: Callable[[bytes], None] | None, position: int = 0) -> None:
         self._file = file
         self._callback = callback
-        self._position = position
+        self.position = position
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="console", daemon=True)
 
@@ -250,11 +253,11 @@ class _Follower:
         assert self._callback is not None
         try:
             with self._file.open("rb") as stream:
-                stream.seek(self._position)
+                stream.seek(self.position)
                 data = stream.read()
         except FileNotFoundError:
             return
-        self._position += len(data)
+        self.position += len(data)
         if data:
             self._callback(data)
 

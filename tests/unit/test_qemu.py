@@ -1,0 +1,87 @@
+"""QEMU's command line, rendered for both architectures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from image.vm import qemu
+from image.vm.errors import VMError
+
+MANIFEST: dict[str, Any] = {
+    "arch": "amd64",
+    "cmdline": "quiet panic=-1",
+    "kernel": {"file": "vmlinux"},
+    "initrd": {"file": "initrd.img"},
+}
+
+
+def render(arch: str = "amd64", accelerator: str = "tcg", vsock: str = "user", cpus: int = 1) -> Sequence[str]:
+    devices = qemu.Devices(Path("/vm/console,1.log"), Path("/vm/qmp.sock"), vsock, vsock_fd=9, cid=77)
+    return qemu.command(
+        "qemu", Path("/image"), MANIFEST | {"arch": arch}, devices,
+        name="v", accelerator=accelerator, memory=256, cpus=cpus,
+    )  # fmt: skip
+
+
+def after(words: Sequence[str], option: str) -> list[str]:
+    return [words[index + 1] for index, word in enumerate(words) if word == option]
+
+
+def test_emulation_with_our_own_device() -> None:
+    words = render(cpus=2)
+    assert after(words, "-kernel") == ["/image/vmlinux"]
+    assert after(words, "-initrd") == ["/image/initrd.img"]
+    assert after(words, "-accel") == ["tcg"]
+    assert after(words, "-cpu") == ["max"]
+    assert after(words, "-smp") == ["2"]
+    assert after(words, "-machine") == ["q35,memory-backend=ram"]
+    # vhost-user works with shared memory only, and fails without a word when it is not.
+    assert after(words, "-object") == ["memory-backend-memfd,id=ram,size=256M,share=on"]
+    assert "socket,id=vsock,fd=9" in after(words, "-chardev")
+    assert "vhost-user-vsock-pci,chardev=vsock" in after(words, "-device")
+    assert after(words, "-append") == ["console=ttyS0 quiet panic=-1 no_timer_check noreplace-smp"]
+    assert "file,id=console,path=/vm/console,,1.log" in after(words, "-chardev")
+    assert "-netdev" not in words
+    assert "-nic" not in words
+
+
+def test_kvm_with_the_kernels_device() -> None:
+    words = render(accelerator="kvm", vsock="vhost")
+    assert after(words, "-cpu") == ["host"]
+    assert "vhost-vsock-pci,guest-cid=77,vhostfd=9" in after(words, "-device")
+    assert after(words, "-object") == []
+    assert after(words, "-append") == ["console=ttyS0 quiet panic=-1"]
+
+
+def test_aarch64() -> None:
+    words = render(arch="arm64")
+    assert after(words, "-machine")[0].startswith("virt,")
+    assert after(words, "-append") == ["console=ttyAMA0 quiet panic=-1"]
+
+
+def test_an_unknown_architecture_is_refused() -> None:
+    with pytest.raises(VMError, match="riscv64"):
+        render(arch="riscv64")
+
+
+def test_a_missing_program_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(VMError, match="apt-get install qemu-system-x86"):
+        qemu.probe(qemu.ARCHITECTURES["amd64"])
+
+
+@pytest.mark.parametrize(("answer", "fits"), [("7.2.22 (Debian)", True), ("10.0.1", True), ("6.2.0", False)])
+def test_old_versions_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: str, fits: bool) -> None:
+    program = tmp_path / "qemu-system-x86_64"
+    program.write_text(f"#!/bin/sh\necho 'QEMU emulator version {answer}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    if fits:
+        assert qemu.probe(qemu.ARCHITECTURES["amd64"]) == str(program)
+    else:
+        with pytest.raises(VMError, match=r"7\.2 or newer"):
+            qemu.probe(qemu.ARCHITECTURES["amd64"])
