@@ -355,3 +355,37 @@ def test_random_rings(start: Start, rounds: int = 400) -> None:
     assert guest.memory[8 << 20 : 9 << 20] == outside
     assert backend.rss() < 32 << 10
     assert "internal" not in backend.lines()
+
+
+def test_random_requests_on_the_control_socket(start: Start) -> None:
+    """QEMU is not hostile, but what it sends is checked no less."""
+    backend, guest = start()
+    chance = random.Random(3)
+    sock, _ = guest.pair()
+    for _ in range(3000):
+        request = chance.choice(
+            [number for number in range(45) if number not in (p.GET_CONFIG, p.GET_PROTOCOL_FEATURES)]
+        )
+        payload = struct.pack("<II", chance.choice([0, 1, 2, 256, 2**32 - 1]), chance.choice([0, 1, 3, 128, 2**31]))
+        payload += chance.randbytes(chance.choice([0, 0, 8, 32, 40, 400]))
+        payload = payload[: chance.choice([0, 7, 8, len(payload)])]
+        fds = [guest.memfd, guest.rx.kick, guest.tx.call][: chance.choice([0, 0, 1, 2, 3])]
+        guest.tell(request, payload, tuple(fds))
+        guest.tell(p.GET_PROTOCOL_FEATURES)
+        while True:  # replies to what happened to make sense
+            answer, _flags, size = struct.unpack("<III", guest.control.recv(12, socket.MSG_WAITALL))
+            if size:
+                guest.control.recv(size, socket.MSG_WAITALL)
+            if answer == p.GET_PROTOCOL_FEATURES:
+                break
+    assert len(list(Path(f"/proc/{backend.process.pid}/fd").iterdir())) < 30, "descriptors that came along are closed"
+    guest.tell(p.SET_PROTOCOL_FEATURES, struct.pack("<Q", guest.ask_u64(p.GET_PROTOCOL_FEATURES)))
+    guest.streams.clear()
+    guest.reboot()
+    guest.listen()
+    assert guest.ended(sock)
+    again, stream = guest.pair()
+    guest.echo(again, stream)
+    assert "internal" not in backend.lines()
+    for each in (sock, again):
+        each.close()

@@ -61,8 +61,7 @@ def main(argv: Sequence[str] | None = None, limits: Limits | None = None) -> int
         for path, port in options.raw:
             listen(path, partial(device.connect, port=port, greet=False))
         if options.ready_fd is not None:
-            os.write(options.ready_fd, b"\n")
-            os.close(options.ready_fd)
+            announce(options.ready_fd)
         return loop.run(device.turn)
     except HostError as error:
         log(str(error))
@@ -96,6 +95,15 @@ def raw(text: str) -> tuple[str, int]:
     if not equals or not path or not port.isdigit() or int(port) >= 0xFFFFFFFF:
         raise argparse.ArgumentTypeError(f"{text!r} is not PATH=PORT")
     return path, int(port)
+
+
+def announce(fd: int) -> None:
+    """Say that the sockets listen."""
+    try:
+        os.write(fd, b"\n")
+        os.close(fd)
+    except OSError as error:
+        raise HostError(f"--ready-fd {fd}: {error.strerror}") from None
 
 
 def more_descriptors() -> None:

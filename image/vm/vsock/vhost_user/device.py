@@ -162,6 +162,8 @@ class Device:
         """The guest added something to a ring; the next turn looks."""
         if ring is self.tx:
             self._packets_wait = True
+        elif ring.running:
+            ring.refuse_kicks()  # until the next time that buffers are missing
 
     def turn(self) -> bool:
         """Move packets in both directions for a while; True if there is more to do at once."""
