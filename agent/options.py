@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 from agent.log import LEVELS
+from agent.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,8 +26,7 @@ NOT_YET = (
 TRUE, FALSE = ("1", "t", "T", "TRUE", "true", "True"), ("0", "f", "F", "FALSE", "false", "False")
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(Record):
     """``listen`` is ``vsock:PORT`` or ``unix:PATH``; ``pipe_size`` in bytes, 0 for the kernel's choice."""
 
     listen: str = "vsock:1024"
@@ -52,9 +50,9 @@ def from_kernel(words: Iterable[str], options: Options | None = None) -> Options
         if not name.startswith("agent."):
             continue
         if name == "agent.log" and SYNONYMS.get(value, value) in LEVELS:
-            options = replace(options, log=SYNONYMS.get(value, value))
+            options = options.but(log=SYNONYMS.get(value, value))
         elif name == "agent.container_pipe_size" and value.isascii() and value.isdecimal():
-            options = replace(options, pipe_size=int(value))
+            options = options.but(pipe_size=int(value))
         elif name == "agent.unified_cgroup_hierarchy" and value in TRUE:
             pass  # the only hierarchy that there is
         elif name == "agent.unified_cgroup_hierarchy" and value in FALSE:
@@ -65,7 +63,7 @@ def from_kernel(words: Iterable[str], options: Options | None = None) -> Options
             complaints.append(f"{word}: not supported yet")
         else:
             complaints.append(f"Unknown option {name}")
-    return replace(options, complaints=tuple(complaints))
+    return options.but(complaints=tuple(complaints))
 
 
 def from_arguments(arguments: list[str]) -> Options:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 
 from agent.container import Container
 from agent.errors import AlreadyExists, Invalid, NotFound, TooLate, WrongState
@@ -134,7 +133,7 @@ class Sandbox:
             del kinds["network"]
         kinds |= {"pid": "", "mount": "", **dict.fromkeys(SHARED, "")}
         namespaces = tuple(Namespace(kind) for kind in kinds)
-        return replace(spec, linux=replace(spec.linux, namespaces=namespaces)), dict(shared.paths)
+        return spec.but(linux=spec.linux.but(namespaces=namespaces)), dict(shared.paths)
 
     async def remove(self, container_id: str, timeout: float | None = None) -> None:
         """End a container and forget it.  Raises NotFound, or TooLate: the work goes on then."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-from dataclasses import dataclass
 
 from agent.libcontainer import plan
 from agent.libcontainer.bootstrap import EncodingError
 from agent.libcontainer.conversation import Conversation, kill
 from agent.libcontainer.errors import LaunchError, reason
+from agent.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -52,8 +52,7 @@ class Children(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Stdio:
+class Stdio(Record):
     """File descriptors for the child's 0, 1 and 2; the caller closes them afterwards."""
 
     stdin: int
@@ -61,8 +60,7 @@ class Stdio:
     stderr: int
 
 
-@dataclass(frozen=True)
-class Launched:
+class Launched(Record):
     """A started process.  `console` is the master of its terminal (the caller owns it), iff it has one."""
 
     child: Child

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from agent.libcontainer.fields import SpecError
+from agent.record import Record
 
 RDONLY, NOSUID, NODEV, NOEXEC = 0x1, 0x2, 0x4, 0x8
 NOATIME, STRICTATIME, ATIME, NODIRATIME, NOSYMFOLLOW = 0x10, 0x20, 0x70, 0x80, 0x200000
@@ -39,8 +38,7 @@ REFUSED = {
 }
 
 
-@dataclass(frozen=True)
-class MountOptions:
+class MountOptions(Record):
     """A mount's options taken apart; `data` goes to the filesystem as it is."""
 
     bind: bool

@@ -7,7 +7,6 @@ order of their numbers, which is the order of execution (nsexec.h); nsexec refus
 from __future__ import annotations
 
 import os.path
-from dataclasses import replace
 from stat import S_IFBLK, S_IFCHR, S_IFIFO
 from struct import pack
 
@@ -106,8 +105,7 @@ def exec_messages(process: Process, spec: Spec, join: Mapping[str, str]) -> byte
     """The messages for another process in a running container, into all namespaces that the container was given."""
     own = spec.process
     if own is not None:
-        process = replace(
-            process,
+        process = process.but(
             capabilities=process.capabilities if process.capabilities is not None else own.capabilities,
             rlimits=process.rlimits or own.rlimits,
             no_new_privileges=process.no_new_privileges or own.no_new_privileges,

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from agent.libcontainer.fields import I64_MAX, I64_MIN, U64_MAX, Reader, SpecError
+from agent.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-@dataclass(frozen=True)
-class DeviceRule:
+class DeviceRule(Record):
     """One line of the device allow list.  `type` is a, b or c; None numbers mean any; `access` is a subset of "rwm"."""
 
     allow: bool
@@ -22,8 +20,7 @@ class DeviceRule:
     access: str
 
 
-@dataclass(frozen=True)
-class MemoryLimits:
+class MemoryLimits(Record):
     """Bytes; -1 is unlimited, None and 0 are not given.  `swap` is memory plus swap, as in cgroup v1."""
 
     limit: int | None
@@ -34,8 +31,7 @@ class MemoryLimits:
     check_before_update: bool
 
 
-@dataclass(frozen=True)
-class CpuLimits:
+class CpuLimits(Record):
     """`shares` is relative (1024 is the default), `quota` and `period` are microseconds, `cpus`, `mems` lists."""
 
     shares: int | None
@@ -47,8 +43,7 @@ class CpuLimits:
     mems: str
 
 
-@dataclass(frozen=True)
-class Resources:
+class Resources(Record):
     """All limits that can be asked for.  `unified` is written to the cgroup v2 files it names."""
 
     devices: tuple[DeviceRule, ...] = ()

@@ -6,10 +6,9 @@ options, capability names, sysctls …) is decided where they are used, in `plan
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from agent.libcontainer.fields import U32_MAX, U64_MAX, Reader, SpecError
 from agent.libcontainer.resources import Resources
+from agent.record import NOTHING, Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,16 +23,14 @@ NAMESPACE_TYPES = ("pid", "network", "mount", "ipc", "uts", "user", "cgroup", "t
 NOT_YET = "is not supported yet"
 
 
-@dataclass(frozen=True)
-class Root:
+class Root(Record):
     """`root`: where the container's "/" comes from."""
 
     path: str
     readonly: bool = False
 
 
-@dataclass(frozen=True)
-class User:
+class User(Record):
     """`process.user`: numeric ids inside the container.  `umask` None leaves the default (022 for an init)."""
 
     uid: int = 0
@@ -42,8 +39,7 @@ class User:
     umask: int | None = None
 
 
-@dataclass(frozen=True)
-class Capabilities:
+class Capabilities(Record):
     """`process.capabilities`: the five sets by name ("CAP_KILL"), exactly as the process shall have them."""
 
     bounding: tuple[str, ...] = ()
@@ -53,8 +49,7 @@ class Capabilities:
     ambient: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Rlimit:
+class Rlimit(Record):
     """One of `process.rlimits`; U64_MAX is unlimited (setrlimit(2))."""
 
     type: str
@@ -62,8 +57,7 @@ class Rlimit:
     hard: int
 
 
-@dataclass(frozen=True)
-class Process:
+class Process(Record):
     """`process`: what runs, as whom and with which rights.  None means "not given"."""
 
     args: tuple[str, ...]
@@ -71,7 +65,7 @@ class Process:
     env: tuple[str, ...] = ()
     terminal: bool = False
     console_size: tuple[int, int] | None = None  # rows, columns
-    user: User = field(default_factory=User)
+    user: User = User()
     capabilities: Capabilities | None = None
     rlimits: tuple[Rlimit, ...] = ()
     no_new_privileges: bool = False
@@ -110,8 +104,7 @@ class Process:
         return result
 
 
-@dataclass(frozen=True)
-class Mount:
+class Mount(Record):
     """One of `mounts`, in the order of the list."""
 
     destination: str
@@ -120,16 +113,14 @@ class Mount:
     options: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Namespace:
+class Namespace(Record):
     """One of `linux.namespaces`; an empty path asks for a new one."""
 
     type: str
     path: str = ""
 
 
-@dataclass(frozen=True)
-class IdMapping:
+class IdMapping(Record):
     """`size` ids from `container_id` inside stand for those from `host_id` outside (user_namespaces(7))."""
 
     container_id: int
@@ -137,16 +128,14 @@ class IdMapping:
     size: int
 
 
-@dataclass(frozen=True)
-class TimeOffset:
+class TimeOffset(Record):
     """Seconds and nanoseconds by which a clock of a time namespace is ahead (time_namespaces(7))."""
 
     secs: int
     nanosecs: int
 
 
-@dataclass(frozen=True)
-class Device:
+class Device(Record):
     """One of `linux.devices`: a node to make.  `type` is c, b, u or p; `file_mode` holds permission bits."""
 
     path: str
@@ -158,18 +147,17 @@ class Device:
     gid: int = 0
 
 
-@dataclass(frozen=True)
-class Linux:
+class Linux(Record):
     """`linux`: namespaces, limits and what is hidden."""
 
     namespaces: tuple[Namespace, ...] = ()
     uid_mappings: tuple[IdMapping, ...] = ()
     gid_mappings: tuple[IdMapping, ...] = ()
-    time_offsets: Mapping[str, TimeOffset] = field(default_factory=dict)
+    time_offsets: Mapping[str, TimeOffset] = NOTHING
     devices: tuple[Device, ...] = ()
     resources: Resources | None = None
     cgroups_path: str = ""
-    sysctl: Mapping[str, str] = field(default_factory=dict)
+    sysctl: Mapping[str, str] = NOTHING
     rootfs_propagation: str = ""
     masked_paths: tuple[str, ...] = ()
     readonly_paths: tuple[str, ...] = ()
@@ -200,8 +188,7 @@ class Linux:
         return result
 
 
-@dataclass(frozen=True)
-class Hook:
+class Hook(Record):
     """A program of `hooks`; `timeout` in seconds."""
 
     path: str
@@ -210,8 +197,7 @@ class Hook:
     timeout: int | None = None
 
 
-@dataclass(frozen=True)
-class Hooks:
+class Hooks(Record):
     """`hooks` by point of the lifecycle.  All are refused while there is nothing that runs them."""
 
     prestart: tuple[Hook, ...] = ()
@@ -222,8 +208,7 @@ class Hooks:
     poststop: tuple[Hook, ...] = ()
 
 
-@dataclass(frozen=True)
-class Spec:
+class Spec(Record):
     """A whole config.json.  `process` and `root` may be absent in one that is only kept, never run."""
 
     oci_version: str = ""
@@ -232,9 +217,9 @@ class Spec:
     hostname: str = ""
     domainname: str = ""
     mounts: tuple[Mount, ...] = ()
-    hooks: Hooks = field(default_factory=Hooks)
-    annotations: Mapping[str, str] = field(default_factory=dict)
-    linux: Linux = field(default_factory=Linux)
+    hooks: Hooks = Hooks()
+    annotations: Mapping[str, str] = NOTHING
+    linux: Linux = Linux()
 
     @classmethod
     def from_json(cls, value: object) -> Spec:

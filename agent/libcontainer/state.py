@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
 
 from agent.libcontainer.fields import Reader, SpecError
+from agent.record import NOTHING, Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,8 +41,7 @@ def start_time(pid: int) -> int:
         return 0
 
 
-@dataclass(frozen=True)
-class State:
+class State(Record):
     """One container.  `created` is RFC 3339 in UTC; `cgroup_path` is the v2 directory."""
 
     id: str
@@ -50,7 +49,7 @@ class State:
     init_process_start: int
     created: str
     cgroup_path: str = ""
-    labels: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = NOTHING
 
     def to_json(self) -> dict[str, object]:
         """The document."""
