@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import contextmanager
 
 from agent import options as options_module
 from agent.options import Options
@@ -11,6 +12,7 @@ from agent.options import Options
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Iterator
 
     from agent.log import Log
 
@@ -64,11 +66,23 @@ def _run(options: Options, log: Log) -> None:
             os.unlink(options.listen.removeprefix("unix:"))  # noqa: PTH108 - no pathlib at start
 
 
+@contextmanager
+def _private_directory() -> Iterator[str]:
+    """A directory that nobody else can enter.  Not by tempfile, which loads much to find a name nobody guesses."""
+    path = f"/run/caisson-agent-{os.getpid()}"
+    os.mkdir(path, 0o700)  # noqa: PTH102 - no pathlib at start
+    try:
+        yield path
+    finally:
+        for name in os.listdir(path):  # noqa: PTH208
+            os.unlink(f"{path}/{name}")  # noqa: PTH108
+        os.rmdir(path)  # noqa: PTH106
+
+
 async def _serve(options: Options, listener: socket.socket, log: Log) -> None:
     """Serve until SIGTERM (or SIGINT: Ctrl-Alt-Delete of a guest); then end every container."""
     import asyncio
     import signal
-    import tempfile
     from pathlib import Path
 
     from agent.api.health import Health
@@ -91,7 +105,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log) -> None:
     nsexec = Nsexec.seal(Path(options.nsexec))
     launcher = Launcher(nsexec, reaper, log)
     sandbox = Sandbox(launcher, CgroupV2.find(), Path(options.state), log, pipe_size=options.pipe_size)
-    with tempfile.TemporaryDirectory(prefix="caisson-agent-") as private:
+    with _private_directory() as private:
         services: list[tuple[object, object]] = [
             (agent_pb2.DESCRIPTOR.services_by_name["AgentService"], AgentService(sandbox, init=os.getpid() == 1)),
             (health_pb2.DESCRIPTOR.services_by_name["Health"], Health()),

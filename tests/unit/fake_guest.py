@@ -15,6 +15,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -97,8 +98,10 @@ class Backend:
 class DriverRing:
     """The driver's side of one split virtqueue."""
 
-    def __init__(self, memory: memoryview, offset: int, size: int = RING_SIZE) -> None:
+    def __init__(self, memory: memoryview, offset: int, *, event_idx: bool = True, size: int = RING_SIZE) -> None:
         self.size = size
+        self.event_idx = event_idx
+        self.lock = threading.Lock()
         self.table = memory[offset : offset + 16 * size]
         self.offsets = (offset, offset + 0x4000, offset + 0x8000)  # descriptors, used, avail
         self.avail = memory[offset + 0x8000 : offset + 0x8000 + 6 + 2 * size].cast("H")
@@ -117,6 +120,17 @@ class DriverRing:
         self.index = (self.index + 1) & 0xFFFF
         self.avail[1] = self.index
         if kick:
+            self.notify(1)
+
+    def notify(self, added: int) -> None:
+        """Kick the device for the last ``added`` chains, if it wants that."""
+        with self.lock:  # a full barrier between our store and the next load
+            pass
+        if self.event_idx:
+            wanted = (self.index - self.used[2 + 4 * self.size] - 1) & 0xFFFF < added
+        else:
+            wanted = not self.used[0] & 1
+        if wanted:
             os.eventfd_write(self.kick, 1)
 
     def done(self) -> list[tuple[int, int]]:
@@ -227,7 +241,9 @@ class Guest:
         """A driver starts: empty rings, no sockets."""
         self.rx.close()
         self.memory[:0x100000] = bytes(0x100000)
-        self.rx, self.tx = DriverRing(self.memory, 0x10000), DriverRing(self.memory, 0x20000)
+        event_idx = bool(self.features & p.F_EVENT_IDX)
+        self.rx = DriverRing(self.memory, 0x10000, event_idx=event_idx)
+        self.tx = DriverRing(self.memory, 0x20000, event_idx=event_idx)
         self.slots = deque(range(RING_SIZE // 2))
         self.feeding = True
         self.hungry: list[int] = []
@@ -323,8 +339,8 @@ class Guest:
                 self.rx.offer(head, kick=False)
             else:
                 self.hungry.append(head)
-        if received:
-            os.eventfd_write(self.rx.kick, 1)
+        if received and self.feeding:
+            self.rx.notify(len(received))
         for stream in self.streams.values():
             if stream.out:
                 stream.push()
