@@ -47,7 +47,8 @@ def table(*descriptors: tuple[int, int, int, int], length: int = -1, flags: int 
 
 def run_away(guest: Guest) -> None:
     guest.tx.index += RING_SIZE
-    guest.tx.offer(0)
+    guest.tx.offer(0, kick=False)
+    os.eventfd_write(guest.tx.kick, 1)
 
 
 BROKEN_RINGS: dict[str, Callable[[Guest], None]] = {
