@@ -74,7 +74,6 @@ class Container:
         self._pipe_size = pipe_size
         self._log = log
         self._lock = asyncio.Lock()
-        self._started = False
         self._processes: dict[str, Process] = {}
         self._starting: set[str] = set()
         self._ended: dict[str, None] = {}  # exec ids in the order in which they ended
@@ -86,7 +85,7 @@ class Container:
         """created, running or stopped."""
         if self._init is None or self._init.child.status is not None:
             return STOPPED
-        return RUNNING if self._started else CREATED
+        return CREATED if self._fifo.exists() else RUNNING  # starting it takes the fifo away
 
     async def create(self, exec_id: str, join: dict[str, str]) -> None:
         """Set the first process up, to the point before its program runs.  On failure nothing of it is left."""
@@ -128,7 +127,6 @@ class Container:
                 raise WrongState(f"Container {self.id} status {self.status}, should be {CREATED}")
             assert self._init is not None
             await self._launcher.start(self._fifo, self._init.child)
-            self._started = True
 
     async def exec(self, exec_id: str, process: ProcessSpec) -> Process:
         """Run one more process in it; it runs when this returns.  Raises LaunchError when it cannot."""

@@ -55,8 +55,8 @@ def listen(address: str) -> socket.socket:
 class _Side(asyncio.BufferedProtocol):
     """One side of a relayed connection.  What comes in goes out at the other side, as fast as that takes it."""
 
-    def __init__(self) -> None:
-        self._buffer = memoryview(bytearray(BLOCK))
+    def __init__(self, buffer: memoryview) -> None:
+        self._buffer = buffer  # of all sides: what comes in is copied on before anything else can come in
         self.transport: asyncio.Transport | None = None
         self.other: _Side | None = None
         self._done = False
@@ -111,6 +111,7 @@ class Relay:
         self._listener = listener
         self._target = target
         self._log = log
+        self._buffer = memoryview(bytearray(BLOCK))
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -143,7 +144,7 @@ class Relay:
                 self._log("warning", "closed a connection that does not speak gRPC", first_byte=first)
                 connection.close()
                 return
-            here, there = _Side(), _Side()
+            here, there = _Side(self._buffer), _Side(self._buffer)
             await loop.create_unix_connection(lambda: there, self._target)
             await loop.connect_accepted_socket(lambda: here, connection)
             _Side.join(here, there)

@@ -38,11 +38,12 @@ class Sandbox:
         self._id: str | None = None
         self._shared: SharedNamespaces | None = None
         self._containers: dict[str, Container] = {}
-        self._creating: set[str] = set()
+        self._creating: dict[str, asyncio.Event] = {}  # set when it is decided whether there is a container
+        self._ending = False
 
     @property
     def running(self) -> bool:
-        return self._id is not None
+        return self._id is not None and not self._ending
 
     async def start(self, sandbox_id: str, hostname: str) -> None:
         """Start it.  Raises AlreadyExists; a failure leaves it as if it had not been tried."""
@@ -65,11 +66,16 @@ class Sandbox:
         async with self._lock:
             if self._id is None or self._shared is None:
                 return
-            await asyncio.gather(*(self.remove(container_id) for container_id in list(self._containers)))
-            self._shared.release()
-            directory = self._state / self._id
-            directory.rmdir()
-            self._id = self._shared = None
+            self._ending = True  # no new containers from here on
+            try:
+                for decided in list(self._creating.values()):
+                    await decided.wait()
+                await asyncio.gather(*(self.remove(container_id) for container_id in list(self._containers)))
+                self._shared.release()
+                (self._state / self._id).rmdir()
+                self._id = self._shared = None
+            finally:
+                self._ending = False
 
     def container(self, container_id: str) -> Container:
         """A container by its id.  Raises NotFound."""
@@ -80,16 +86,18 @@ class Sandbox:
 
     async def create(self, container_id: str, exec_id: str, spec: Spec) -> Container:
         """Create a container.  On failure nothing is left and the id is free."""
-        if self._id is None or self._shared is None:
+        while container_id in self._creating:
+            await self._creating[container_id].wait()  # whoever is told that it exists may use it
+        if self._id is None or self._shared is None or self._ending:
             raise WrongState("Sandbox not started, impossible to run a new container")
         check_id(container_id)
-        if container_id in self._containers or container_id in self._creating:
+        if container_id in self._containers:
             raise AlreadyExists(f"Container {container_id} already exists, impossible to create")
         if spec.process is None or spec.root is None or not spec.root.path:
             raise Invalid("the container's spec needs a process and a root path")
         spec, join = self._placed(container_id, spec, self._shared)
         directory = self._state / self._id / container_id
-        self._creating.add(container_id)
+        decided = self._creating[container_id] = asyncio.Event()
         cgroup: Cgroup | None = None
         try:
             directory.mkdir(mode=0o711)
@@ -109,14 +117,15 @@ class Sandbox:
             except BaseException:
                 await asyncio.shield(container.remove())
                 raise
+            self._containers[container_id] = container
+            return container
         except BaseException:
             if cgroup is None and directory.is_dir():
                 directory.rmdir()
             raise
         finally:
-            self._creating.discard(container_id)
-        self._containers[container_id] = container
-        return container
+            del self._creating[container_id]
+            decided.set()
 
     def _placed(self, container_id: str, spec: Spec, shared: SharedNamespaces) -> tuple[Spec, dict[str, str]]:
         """The spec with the namespaces that this guest gives a container, and the paths to join.

@@ -174,7 +174,15 @@ class Pipes:
     """The three pipes of a process about to start: ``theirs`` for the child, the rest for Streams."""
 
     def __init__(self, size: int = 0) -> None:
-        pairs = [os.pipe2(os.O_CLOEXEC) for _ in range(3)]
+        pairs: list[tuple[int, int]] = []
+        try:
+            for _ in range(3):
+                pairs.append(os.pipe2(os.O_CLOEXEC))
+        except OSError:
+            for pair in pairs:
+                for fd in pair:
+                    os.close(fd)
+            raise
         (stdin, self._stdin), (self._stdout, stdout), (self._stderr, stderr) = pairs
         self.theirs = Stdio(stdin, stdout, stderr)
         if size > 0:

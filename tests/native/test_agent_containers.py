@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from agent import __version__
+from agent.client import AgentError
 from proto import agent_pb2, health_pb2, oci_pb2
 from tests.native.agent_support import RunningAgent, output, refused, run, sh
 
@@ -141,6 +142,32 @@ def test_states(agent: RunningAgent) -> None:
             await container.init().signal(15)  # it has stopped: that is what was wanted
             await container.remove()
             assert (await refused(container.remove()))[0] is Code.NOT_FOUND
+
+    run(work())
+
+
+def test_many_first_users_of_a_container_all_get_it(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            await client.create_sandbox()
+            containers = await asyncio.gather(*(client.ensure_container("box", agent.spec()) for _ in range(10)))
+            for container in containers:
+                assert await output(await sh(container, "echo $PPID")) == b"0\n"
+
+    run(work())
+
+
+def test_a_sandbox_that_ends_waits_for_containers_in_the_making(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            await client.create_sandbox()
+            creates = [asyncio.ensure_future(client.create_container(f"c{n}", agent.spec())) for n in range(5)]
+            await asyncio.sleep(0.01)
+            await client.destroy_sandbox()
+            for error in await asyncio.gather(*creates, return_exceptions=True):
+                assert not isinstance(error, AgentError) or error.code is Code.FAILED_PRECONDITION
+            assert list(agent.state.iterdir()) == []
+            assert agent.children() == set()
 
     run(work())
 
