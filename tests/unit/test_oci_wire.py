@@ -1,0 +1,92 @@
+"""From the wire's spelling of a spec to config.json's."""
+
+from __future__ import annotations
+
+import pytest
+
+from agent.api.oci import exec_to_json, json_name, spec_to_json
+from agent.client import default_spec
+from agent.libcontainer.spec import Process, Spec, SpecError
+from proto import oci_pb2
+
+
+@pytest.mark.parametrize(
+    ("wire", "config"),
+    [
+        ("Version", "version"),
+        ("OOMScoreAdj", "oomScoreAdj"),
+        ("UID", "uid"),
+        ("UIDMappings", "uidMappings"),
+        ("HostID", "hostID"),
+        ("ContainerID", "containerID"),
+        ("CPU", "cpu"),
+        ("BlockIO", "blockIO"),
+        ("ClassID", "classID"),
+        ("KernelTCP", "kernelTCP"),
+        ("DisableOOMKiller", "disableOOMKiller"),
+        ("ThrottleReadBpsDevice", "throttleReadBpsDevice"),
+        ("L3CacheSchema", "l3CacheSchema"),
+        ("AdditionalGids", "additionalGids"),
+        ("destination", "destination"),
+    ],
+)
+def test_names(wire: str, config: str) -> None:
+    assert json_name(wire) == config
+
+
+def test_a_spec_from_the_wire_is_understood() -> None:
+    spec = Spec.from_json(spec_to_json(default_spec("/rootfs", ["sh", "-c", "true"], env=["A=b"], hostname="h")))
+    assert spec.oci_version == "1.2.0"
+    assert spec.root is not None
+    assert (spec.root.path, spec.root.readonly, spec.hostname) == ("/rootfs", True, "h")
+    assert spec.process is not None
+    assert spec.process.args == ("sh", "-c", "true")
+    assert "A=b" in spec.process.env
+    assert spec.process.no_new_privileges
+    assert spec.process.capabilities is not None
+    assert "CAP_KILL" in spec.process.capabilities.bounding
+    assert spec.process.capabilities.inheritable == ()
+    assert {namespace.type for namespace in spec.linux.namespaces} == {"mount", "ipc", "uts", "cgroup"}
+    assert any(mount.destination == "/proc" and "nosuid" in mount.options for mount in spec.mounts)
+
+
+def test_device_numbers_of_zero_are_numbers_and_all_devices_have_none() -> None:
+    rules = [
+        oci_pb2.LinuxDeviceCgroup(Allow=False, Type="a", Access="rwm"),
+        oci_pb2.LinuxDeviceCgroup(Allow=True, Type="b", Major=0, Minor=0, Access="r"),
+        oci_pb2.LinuxDeviceCgroup(Allow=True, Type="c", Major=-1, Minor=-1, Access="m"),
+    ]
+    wire = oci_pb2.Spec(Linux=oci_pb2.Linux(Resources=oci_pb2.LinuxResources(Devices=rules)))
+    resources = Spec.from_json(spec_to_json(wire)).linux.resources
+    assert resources is not None
+    numbers = [(rule.allow, rule.type, rule.major, rule.minor) for rule in resources.devices]
+    assert numbers == [(False, "a", None, None), (True, "b", 0, 0), (True, "c", None, None)]
+
+
+def test_root_may_be_mapped() -> None:
+    mapping = oci_pb2.LinuxIDMapping(ContainerID=0, HostID=0, Size=10)
+    wire = oci_pb2.Spec(Linux=oci_pb2.Linux(UIDMappings=[mapping]))
+    (parsed,) = Spec.from_json(spec_to_json(wire)).linux.uid_mappings
+    assert (parsed.container_id, parsed.host_id, parsed.size) == (0, 0, 10)
+
+
+def test_what_is_not_done_is_refused_by_its_name() -> None:
+    wire = oci_pb2.Spec(Linux=oci_pb2.Linux(Seccomp=oci_pb2.LinuxSeccomp(DefaultAction="SCMP_ACT_ERRNO")))
+    with pytest.raises(SpecError, match=r"linux\.seccomp"):
+        Spec.from_json(spec_to_json(wire))
+
+
+def test_an_exec_takes_what_kata_takes() -> None:
+    wire = oci_pb2.Process(
+        Args=["x"],
+        Cwd="/tmp",
+        Terminal=True,
+        User=oci_pb2.User(UID=5, GID=6, AdditionalGids=[7]),
+        Capabilities=oci_pb2.LinuxCapabilities(Bounding=["CAP_SYS_ADMIN"]),
+        NoNewPrivileges=True,
+    )
+    process = Process.from_json(exec_to_json(wire))
+    assert (process.args, process.cwd, process.terminal) == (("x",), "/tmp", True)
+    assert (process.user.uid, process.user.gid, process.user.additional_gids) == (5, 6, (7,))
+    assert process.capabilities is None  # the container's own apply
+    assert not process.no_new_privileges
