@@ -43,7 +43,7 @@ def _enter_environment() -> None:
                         hint = "" if command is pip else "; on Debian: apt-get install python3-venv"
                         sys.exit(f"caisson: `{' '.join(command)}` failed{hint}")
                 stamp.touch()
-    if Path(sys.prefix).resolve() != environment:
+    if Path(sys.prefix).resolve() != environment.resolve():
         os.execv(python, [str(python), str(ROOT / "tasks.py"), *sys.argv[1:]])
 
 
@@ -63,7 +63,7 @@ import shutil  # noqa: E402
 import subprocess  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
-from typing import Any, NoReturn  # noqa: E402
+from typing import Any  # noqa: E402
 
 from invoke import Collection, Context, Exit, Program, task  # noqa: E402
 
@@ -86,26 +86,31 @@ TO_TEST = TO_BUILD | TO_BOOT | {"busybox": "busybox-static", "cpio": "cpio"}
 DEFAULT_VM = "default"
 
 #: Exit status when a command could not be run at all; 126, 127 and 128+n are those of a shell.
-FAILED = 125
+NOT_RUN = 125
 
 
-def _fail(message: str, status: int = 1) -> NoReturn:
-    raise Exit(f"caisson: {message}", code=status)
+class Refused(Exception):
+    """This cannot be done; the text says why, and the way out."""
 
 
-def command(function: Callable[..., None]) -> Callable[..., None]:
+def command(failed: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Turn what can go wrong for a user into one line and an exit status; bugs keep their traceback."""
 
-    @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> None:
-        try:
-            function(*args, **kwargs)
-        except (image.ImageError, VMError, client.AgentError) as error:
-            _fail(str(error))
-        except KeyboardInterrupt:
-            raise Exit(code=130) from None
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> None:
+            try:
+                function(*args, **kwargs)
+            except client.ProgramError as error:
+                raise Exit(f"caisson: {error}", code=error.exit_status) from None
+            except (Refused, image.ImageError, VMError, client.AgentError) as error:
+                raise Exit(f"caisson: {error}", code=failed) from None
+            except KeyboardInterrupt:
+                raise Exit(code=130) from None
 
-    return wrapper
+        return wrapper
+
+    return decorate
 
 
 def _need(programs: dict[str, str]) -> None:
@@ -115,13 +120,13 @@ def _need(programs: dict[str, str]) -> None:
         return
     install = ["apt-get", "install", "--yes", "--no-install-recommends", *packages]
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        _fail(f"this machine lacks {', '.join(packages)}; run: sudo {' '.join(install)}")
+        raise Refused(f"this machine lacks {', '.join(packages)}; run: sudo {' '.join(install)}")
     print(f"caisson: installing {', '.join(packages)}", file=sys.stderr)
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     for step in (["apt-get", "update"], install):
         done = subprocess.run(step, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if done.returncode != 0:
-            _fail(f"`{' '.join(step)}` failed:\n{done.stderr.strip() or done.stdout.strip()}")
+            raise Refused(f"`{' '.join(step)}` failed:\n{done.stderr.strip() or done.stdout.strip()}")
 
 
 def _words() -> list[str]:
@@ -156,7 +161,7 @@ def _image_directory(path: str, report: Callable[[str], None]) -> Path:
         "suite": "another suite than the definition's, e.g. bookworm",
     }
 )
-@command
+@command(failed=1)
 def build_image(_: Context, definition: str = "", suite: str = "") -> None:
     """Build a guest image: rootfs, kernel and agent; prints its directory.
 
@@ -179,7 +184,7 @@ def build_image(_: Context, definition: str = "", suite: str = "") -> None:
         "timeout": "seconds to wait for the agent (default: 60 with KVM, 240 with TCG)",
     }
 )
-@command
+@command(failed=1)
 def boot_vm(
     _: Context,
     name: str = DEFAULT_VM,
@@ -226,7 +231,7 @@ def _console(data: bytes) -> None:
         "verbose": "say what happens, also when stderr is no terminal",
     },
 )
-@command
+@command(failed=NOT_RUN)
 def exec_(
     _: Context,
     env: list[str],
@@ -246,22 +251,20 @@ def exec_(
     """
     words = _words()
     if not words:
-        _fail("what to run comes after --, e.g.: invoke exec -- uname -a", FAILED)
+        raise Refused("what to run comes after --, e.g.: invoke exec -- uname -a")
     uid, gid = _ids(user)
-    try:
-        with _vm_for(name, _reporter(verbose)) as vm:
-            status = asyncio.run(_run(vm, container, words, env, workdir, uid, gid, tty))
-    except client.ProgramError as error:
-        _fail(error.details, error.exit_status)
-    except (image.ImageError, VMError, client.AgentError) as error:
-        _fail(str(error), FAILED)
+    for setting in env:
+        if "=" not in setting:
+            raise Refused(f"--env takes NAME=value, not {setting!r}")
+    with _vm_for(name, _reporter(verbose)) as vm:
+        status = asyncio.run(_run(vm, container, words, env, workdir, uid, gid, tty))
     raise Exit(code=status)
 
 
 def _ids(user: str) -> tuple[int, int]:
     uid, _, gid = user.partition(":")
     if not uid.isascii() or not uid.isdecimal() or (gid and not (gid.isascii() and gid.isdecimal())):
-        _fail(f"--user takes numbers, uid or uid:gid, not {user!r}", FAILED)
+        raise Refused(f"--user takes numbers, uid or uid:gid, not {user!r}")
     return int(uid), int(gid or 0)
 
 
@@ -271,10 +274,10 @@ def _vm_for(name: str, report: Callable[[str], None]) -> Iterator[VM]:
     vm = find_vm(name or DEFAULT_VM)
     if vm is not None:
         if not client.answers(vm.agent_socket, timeout=60.0):
-            _fail(f"the agent of VM {vm.name!r} does not answer; see {vm.directory / 'console.log'}", FAILED)
+            raise Refused(f"the agent of VM {vm.name!r} does not answer; see {vm.directory / 'console.log'}")
         yield vm
     elif name:
-        _fail(f"there is no VM {name!r}; start it: invoke boot-vm --name {name} --detach", FAILED)
+        raise Refused(f"there is no VM {name!r}; start it: invoke boot-vm --name {name} --detach")
     else:
         directory = _image_directory("", report)
         _need(TO_BOOT)
@@ -299,7 +302,7 @@ async def _run(
 
 
 @task(help={"name": "the VM", "all": "every VM"})
-@command
+@command(failed=1)
 def stop_vm(_: Context, name: str = DEFAULT_VM, all: bool = False) -> None:
     """Stop a VM: its containers, then the machine; nothing of it stays behind.
 
@@ -309,7 +312,7 @@ def stop_vm(_: Context, name: str = DEFAULT_VM, all: bool = False) -> None:
     for vm in vms:
         if vm is None:
             names = ", ".join(other.name for other in list_vms()) or "none"
-            _fail(f"there is no VM {name!r}; running: {names}")
+            raise Refused(f"there is no VM {name!r}; running: {names}")
         with contextlib.suppress(client.AgentError):
             asyncio.run(_destroy_sandbox(vm))
         vm.stop()
@@ -322,7 +325,7 @@ async def _destroy_sandbox(vm: VM) -> None:
 
 
 @task(name="list-vms", help={"json": "as a JSON array"})
-@command
+@command(failed=1)
 def list_vms_(_: Context, json: bool = False) -> None:
     """List the running VMs.
 
@@ -354,7 +357,7 @@ def _row(info: dict[str, Any], columns: tuple[str, ...]) -> Iterator[Any]:
 
 
 @task
-@command
+@command(failed=1)
 def test(_: Context) -> None:
     """Set up what the tests need and run them: invoke test [-- PYTEST ARGUMENTS]
 
@@ -366,7 +369,7 @@ def test(_: Context) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["test"]
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *extras]
     if subprocess.run(pip).returncode != 0:
-        _fail("pip could not install what the tests need; its message is above")
+        raise Refused("pip could not install what the tests need; its message is above")
     os.chdir(ROOT)
     os.execv(sys.executable, [sys.executable, "-m", "pytest", *_words()])
 
