@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -133,22 +134,23 @@ class Agent:
         return Container(self, container_id)
 
     async def ensure_container(self, container_id: str, spec: oci_pb2.Spec) -> Container:
-        """A running container of this id: an existing one, or a new one made from the spec.
+        """A running container of this id: the one that is there, or a new one made from the spec.
 
-        Two callers at the same moment both get it.
+        One that has ended makes room for a new one.  Several callers at the same moment all get it.
         """
         container = Container(self, container_id)
-        try:
-            await self.create_container(container_id, spec)
-        except AgentError as error:
-            if error.code is not grpc.StatusCode.ALREADY_EXISTS:
-                raise
-        try:
-            await container.start()
-        except AgentError as error:
-            if error.code is not grpc.StatusCode.FAILED_PRECONDITION or "should be created" not in error.details:
-                raise
-        return container
+        while True:
+            await self._created(self.create_container(container_id, spec))
+            try:
+                await container.start()
+            except AgentError as error:
+                if "status stopped" in error.details:
+                    with contextlib.suppress(AgentError):  # another caller may have been faster
+                        await container.remove()
+                    continue
+                if "status running" not in error.details:
+                    raise
+            return container
 
     @staticmethod
     async def _created(call: Awaitable[Any]) -> bool:

@@ -157,6 +157,19 @@ def test_many_first_users_of_a_container_all_get_it(agent: RunningAgent) -> None
     run(work())
 
 
+def test_a_container_that_has_ended_makes_room(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            await client.create_sandbox()
+            container = await client.ensure_container("box", agent.spec())
+            await container.init().signal(9)
+            await container.init().wait()
+            again = await asyncio.gather(*(client.ensure_container("box", agent.spec()) for _ in range(5)))
+            assert await output(await sh(again[0], "echo here")) == b"here\n"
+
+    run(work())
+
+
 def test_a_sandbox_that_ends_waits_for_containers_in_the_making(agent: RunningAgent) -> None:
     async def work() -> None:
         async with agent.connect() as client:
