@@ -6,33 +6,18 @@ and the archive keys: no root is needed, the host's packages play no part, and w
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import subprocess
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
 from image.errors import ImageError
+from image.package import Package
 from image.run import CommandFailed, run
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-
-
-@dataclass(frozen=True)
-class Deb:
-    """A fetched package."""
-
-    name: str
-    version: str
-    sha256: str
-    file: Path
-
-    def record(self) -> dict[str, str]:
-        """What image.json says of it."""
-        return {"type": "deb", "name": self.name, "version": self.version, "sha256": self.sha256}
 
 
 def host_mirror() -> str:
@@ -112,7 +97,7 @@ class Apt:
         """The packages and all they depend on, as (file name in the pool, URI), sorted."""
         return _printed(self._apt("apt-get", "install", "--print-uris", "--yes", "-qq", *packages))
 
-    def fetch(self, packages: Iterable[str]) -> list[Deb]:
+    def fetch(self, packages: Iterable[str]) -> list[Package]:
         """Download exactly these packages (verified by apt against the signed index), or take them from before."""
         output = self._apt("apt-get", "download", "--print-uris", "-qq", *packages)
         files = {unquote(name).split("_")[0]: name for name, _ in _printed(output)}
@@ -123,10 +108,10 @@ class Apt:
         for package, name in files.items():
             file = self.directory / "debs" / name
             version = run(["dpkg-deb", "--field", file, "Version"]).decode().strip()
-            debs.append(Deb(package, version, hashlib.sha256(file.read_bytes()).hexdigest(), file))
+            debs.append(Package.of("deb", package, version, file))
         return debs
 
-    def fetch_all(self, packages: Iterable[str]) -> list[Deb]:
+    def fetch_all(self, packages: Iterable[str]) -> list[Package]:
         """Download the packages and all they depend on."""
         return self.fetch(unquote(name).split("_")[0] for name, _ in self.resolve(packages))
 
@@ -140,7 +125,7 @@ def _printed(output: bytes) -> list[tuple[str, str]]:
     return sorted((name, uri) for uri, name in found)
 
 
-def extract(debs: Iterable[Deb], tree: Path) -> None:
+def extract(debs: Iterable[Package], tree: Path) -> None:
     """Unpack packages over each other; no maintainer script runs.  Files belong to whoever runs this."""
     for deb in debs:
         archive = run(["dpkg-deb", "--fsys-tarfile", deb.file])

@@ -177,7 +177,7 @@ class _Build:
             apt.extract(busybox, Path(scratch))
             container = tree / rootfs.HOME / "containers/busybox"
             rootfs.busybox_rootfs(Path(scratch), container, TEMPLATES / "busybox/etc")
-        records = [*(deb.record() for deb in (*debs, *busybox)), *(wheel.record() for wheel in wheels)]
+        records = [package.record() for package in (*debs, *busybox, *wheels)]
         (target / "packages.json").write_text(json.dumps(records))
 
     def kernel(self) -> Kernel:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import shutil
 import zipfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from image.definition import Definition
 from image.errors import ImageError
+from image.package import Package
 from image.run import run
 
 #: Where everything of ours is in a guest.
@@ -22,20 +21,6 @@ LINKS = {"bin": "usr/bin", "sbin": "usr/sbin", "lib": "usr/lib", "lib64": "usr/l
 DIRECTORIES = ("dev", "etc", "proc", "run", "sys", "tmp", "usr/bin", "usr/lib", "usr/lib64", "usr/sbin", "var", "mnt")
 
 
-@dataclass(frozen=True)
-class Wheel:
-    """A fetched wheel."""
-
-    name: str
-    version: str
-    sha256: str
-    file: Path
-
-    def record(self) -> dict[str, str]:
-        """What image.json says of it."""
-        return {"type": "wheel", "name": self.name, "version": self.version, "sha256": self.sha256}
-
-
 def skeleton(tree: Path) -> None:
     """The directories and links of an empty guest."""
     for name in DIRECTORIES:
@@ -44,7 +29,7 @@ def skeleton(tree: Path) -> None:
         (tree / name).symlink_to(target)
 
 
-def fetch_wheels(python: Path, definition: Definition, directory: Path) -> list[Wheel]:
+def fetch_wheels(python: Path, definition: Definition, directory: Path) -> list[Package]:
     """Download the definition's wheels for the guest's interpreter with pip.  Raises ImageError."""
     machine = definition.triplet.split("-")[0]
     platforms = [f"manylinux2014_{machine}", *(f"manylinux_2_{minor}_{machine}" for minor in (17, 24, 27, 28, 34, 36))]
@@ -60,11 +45,11 @@ def fetch_wheels(python: Path, definition: Definition, directory: Path) -> list[
     wheels = []
     for file in sorted(directory.glob("*.whl")):
         name, version = file.name.split("-")[:2]
-        wheels.append(Wheel(name, version, hashlib.sha256(file.read_bytes()).hexdigest(), file))
+        wheels.append(Package.of("wheel", name, version, file))
     return wheels
 
 
-def unpack_wheels(wheels: Iterable[Wheel], target: Path) -> None:
+def unpack_wheels(wheels: Iterable[Package], target: Path) -> None:
     """Put wheels beside each other where the agent looks for them."""
     for wheel in wheels:
         with zipfile.ZipFile(wheel.file) as archive:

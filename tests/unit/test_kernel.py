@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from image.apt import Apt, Deb
+from image.apt import Apt
 from image.errors import ImageError
 from image.fragments import Request, Unsatisfied
 from image.kernel import Kernel, Prebuilt, load_order, modinfo
+from image.package import Package
 from image.run import run
 
 
@@ -106,8 +107,8 @@ class FakeApt(Apt):
     def resolve(self, packages: Iterable[str]) -> list[tuple[str, str]]:
         return [(f"{name}_1_amd64.deb", f"mirror:/{name}") for name in (*packages, *self.packages)]
 
-    def fetch(self, packages: Iterable[str]) -> list[Deb]:
-        return [Deb(name, "1", "abc", self.packages[name]) for name in packages]
+    def fetch(self, packages: Iterable[str]) -> list[Package]:
+        return [Package("deb", name, "1", "abc", self.packages[name]) for name in packages]
 
 
 @pytest.fixture
