@@ -103,7 +103,7 @@ def command(failed: int) -> Callable[[Callable[..., None]], Callable[..., None]]
                 function(*args, **kwargs)
             except client.ProgramError as error:
                 raise Exit(f"caisson: {error}", code=error.exit_status) from None
-            except (Refused, image.ImageError, VMError, client.AgentError) as error:
+            except (Refused, image.ImageError, VMError, client.AgentError, client.OutputError) as error:
                 raise Exit(f"caisson: {error}", code=failed) from None
             except KeyboardInterrupt:
                 raise Exit(code=130) from None

@@ -10,7 +10,7 @@ async with Agent.connect("/run/caisson/default/agent.sock") as agent:
     status = await process.wait()
 """
 
-from agent.client.attach import attach
+from agent.client.attach import OutputError, attach
 from agent.client.connection import Agent, AgentError, AgentGone, Container, Process, ProgramError, answers
 from agent.client.defaults import PATH, default_spec, keep_alive
 
@@ -20,6 +20,7 @@ __all__ = [
     "AgentError",
     "AgentGone",
     "Container",
+    "OutputError",
     "Process",
     "ProgramError",
     "answers",

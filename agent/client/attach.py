@@ -22,12 +22,18 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signa
 PATIENCE = 3
 
 
+class OutputError(Exception):
+    """What a process writes cannot be passed on: a full disk, for example."""
+
+
 async def attach(process: Process, *, stdin: int = 0, stdout: int = 1, stderr: int = 2) -> int:
     """Run until the process has ended and all its output is delivered; returns its exit status.
 
     With a terminal, ``stdin`` is put into raw mode meanwhile and its size follows; it is restored whatever happens.
     Without, signals that reach the caller are passed on.  When the reader of ``stdout`` or ``stderr`` goes away the
     process gets SIGPIPE, as it would in a pipeline, and the status is 141.
+
+    Raises OutputError when they cannot be written to for another reason, and AgentGone.
     """
     with _raw(stdin) if process.terminal else contextlib.nullcontext():
         async with _signals(process, stdin):
@@ -38,10 +44,12 @@ async def attach(process: Process, *, stdin: int = 0, stdout: int = 1, stderr: i
                     copies.append(_copy(process.stderr(), stderr))
                 try:
                     await asyncio.gather(*copies)
-                except BrokenPipeError:
+                except OSError as error:
                     with contextlib.suppress(AgentError):
                         await process.signal(signal.SIGPIPE)
-                    return 128 + signal.SIGPIPE
+                    if isinstance(error, BrokenPipeError):
+                        return 128 + signal.SIGPIPE
+                    raise OutputError(f"its output cannot be written: {error.strerror}") from error
                 return await process.wait()
             finally:
                 feeder.cancel()

@@ -1,0 +1,99 @@
+"""Joining a process to descriptors of the caller's, with a process that only pretends."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.client import AgentError, OutputError, attach
+
+
+class Pretended:
+    """Echoes its input on stdout, says `oops` on stderr, and ends with status 9 when its input does."""
+
+    terminal = False
+
+    def __init__(self, endless: bool = False) -> None:
+        self.endless = endless
+        self.input: asyncio.Queue[bytes] = asyncio.Queue()
+        self.signals: list[int] = []
+
+    async def write(self, data: bytes) -> None:
+        if self.endless:
+            raise AgentError(None, "write |1: broken pipe")  # type: ignore[arg-type]
+        await self.input.put(data)
+
+    async def close_stdin(self) -> None:
+        await self.input.put(b"")
+
+    async def stdout(self) -> AsyncIterator[bytes]:
+        while self.endless:
+            yield b"y\n" * 50_000
+        while data := await self.input.get():
+            yield data
+
+    async def stderr(self) -> AsyncIterator[bytes]:
+        yield b"oops\n"
+
+    async def signal(self, number: int) -> None:
+        self.signals.append(number)
+
+    async def wait(self) -> int:
+        return 9
+
+
+def join(process: Any, stdin: int, stdout: int, stderr: int) -> int:
+    return asyncio.run(asyncio.wait_for(attach(process, stdin=stdin, stdout=stdout, stderr=stderr), 60))
+
+
+def test_streams_and_status(tmp_path: Path) -> None:
+    data = os.urandom(5_000_000)
+    (tmp_path / "in").write_bytes(data)
+    with (
+        (tmp_path / "in").open("rb") as source,
+        (tmp_path / "out").open("wb") as out,
+        (tmp_path / "err").open("wb") as err,
+    ):
+        assert join(Pretended(), source.fileno(), out.fileno(), err.fileno()) == 9
+    assert (tmp_path / "out").read_bytes() == data
+    assert (tmp_path / "err").read_bytes() == b"oops\n"
+
+
+def test_stdin_that_never_ends_does_not_hold_the_end(tmp_path: Path) -> None:
+    class Ends(Pretended):
+        async def stdout(self) -> AsyncIterator[bytes]:
+            yield b"done\n"
+
+    reading, writing = os.pipe()
+    try:
+        with (tmp_path / "out").open("wb") as out:
+            assert join(Ends(), reading, out.fileno(), out.fileno()) == 9
+    finally:
+        os.close(writing)
+        os.close(reading)
+
+
+def test_a_reader_that_leaves_is_a_broken_pipe(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = Pretended(endless=True)
+    try:
+        with open(os.devnull) as source, (tmp_path / "err").open("wb") as err:  # noqa: PTH123
+            assert join(process, source.fileno(), writing, err.fileno()) == 128 + signal.SIGPIPE
+    finally:
+        os.close(writing)
+    assert process.signals == [signal.SIGPIPE]
+
+
+def test_a_full_disk_is_said(tmp_path: Path) -> None:
+    process = Pretended(endless=True)
+    with open(os.devnull) as source, open("/dev/full", "wb") as out, (tmp_path / "err").open("wb") as err:  # noqa: PTH123
+        with pytest.raises(OutputError, match="No space left"):
+            join(process, source.fileno(), out.fileno(), err.fileno())
+    assert process.signals == [signal.SIGPIPE]
