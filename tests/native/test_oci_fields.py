@@ -1,0 +1,285 @@
+"""Fields of config.json that no other test shows: each set to something, and looked at from inside (docs/oci.md)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.libcontainer.cgroups import Cgroup, CgroupV2
+from agent.libcontainer.launcher import LaunchError
+from agent.libcontainer.resources import Resources
+from tests.native.agent_support import RunningAgent, run
+from tests.native.nsexec_support import CAPABILITIES, Box, config
+
+pytestmark = pytest.mark.root
+
+
+def test_environment_has_no_duplicates_and_a_home(box: Box) -> None:
+    value = config(env=["PATH=/bin", "A=first", "B=x=y", "A=last", "HOME=/elsewhere"])
+    value["process"]["args"] = ["env"]
+    assert box.run(box.output(value)) == (0, "PATH=/bin\nA=last\nB=x=y\nHOME=/elsewhere\n", "")
+    assert box.sh("echo $HOME") == "/root\n"
+
+
+def test_args_and_cwd(box: Box) -> None:
+    value = config("sh", "-c", 'pwd; for a; do echo "<$a>"; done', "name", "a b", "", "*", cwd="/made/by/us")
+    assert box.run(box.output(value)) == (0, "/made/by/us\n<a b>\n<>\n<*>\n", "")
+
+
+@pytest.mark.parametrize("score", [0, 700, 1000])
+def test_oom_score_adj(box: Box, score: int) -> None:
+    assert box.sh("cat /proc/self/oom_score_adj", config(oomScoreAdj=score)) == f"{score}\n"
+
+
+def test_domainname(box: Box) -> None:
+    assert box.sh("cat /proc/sys/kernel/domainname; hostname", config() | {"domainname": "example.org"}).split() == [
+        "example.org", "box",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "bind"])
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        ("ro,nosuid,nodev,noexec", {"ro", "nosuid", "nodev", "noexec", "relatime"}),
+        ("ro,nosuid,nodev,noexec,rw,suid,dev,exec", {"rw", "relatime"}),
+        ("noatime,nodiratime,nosymfollow", {"rw", "noatime", "nodiratime", "nosymfollow"}),
+        ("noatime,nodiratime,nosymfollow,atime,diratime,symfollow", {"rw", "relatime"}),
+        ("strictatime", {"rw"}),
+        ("strictatime,nostrictatime", {"rw", "relatime"}),
+        ("strictatime,relatime", {"rw", "relatime"}),
+        ("noatime,norelatime", {"rw", "relatime"}),  # the kernel has no other default
+        ("defaults", {"rw", "relatime"}),
+    ],
+)
+def test_attributes_of_a_mount(box: Box, kind: str, options: str, flags: set[str]) -> None:
+    (box.path / "source").mkdir()
+    with mounted(box.path / "source"):
+        value = config()
+        value["mounts"].append(
+            {"destination": "/mnt", "type": kind, "source": "source", "options": options.split(",")}
+        )
+        assert attributes(box.sh("cat /proc/self/mountinfo", value), "/mnt") == flags
+
+
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        ("rro,rnosuid,rnodev,rnoexec", {"ro", "nosuid", "nodev", "noexec", "relatime"}),
+        ("rro,rnosuid,rnodev,rnoexec,rrw,rsuid,rdev,rexec", {"rw", "relatime"}),
+        ("rnoatime,rnodiratime,rnosymfollow", {"rw", "noatime", "nodiratime", "nosymfollow"}),
+        ("rnoatime,rnodiratime,rnosymfollow,ratime,rdiratime,rsymfollow", {"rw", "relatime"}),
+        ("rstrictatime", {"rw"}),
+        ("rstrictatime,rnostrictatime", {"rw", "relatime"}),
+        ("rstrictatime,rrelatime", {"rw", "relatime"}),
+        ("rnoatime,rnorelatime", {"rw", "relatime"}),
+    ],
+)
+def test_recursive_attributes_of_a_mount(box: Box, options: str, flags: set[str]) -> None:
+    source = box.path / "source"
+    source.mkdir()
+    with mounted(source):
+        (source / "sub").mkdir()
+        with mounted(source / "sub"):
+            value = config()
+            mount = {"destination": "/mnt", "type": "bind", "source": str(source)}
+            value["mounts"].append(mount | {"options": ["rbind", *options.split(",")]})
+            seen = box.sh("cat /proc/self/mountinfo", value)
+            assert attributes(seen, "/mnt") == attributes(seen, "/mnt/sub") == flags
+            value["mounts"][-1] = mount | {"options": ["rbind", "ro"]}
+            seen = box.sh("cat /proc/self/mountinfo", value)
+            assert "ro" in attributes(seen, "/mnt") and "rw" in attributes(seen, "/mnt/sub")
+
+
+def test_bind_takes_one_mount_and_rbind_all_below(box: Box) -> None:
+    source = box.path / "source"
+    source.mkdir()
+    with mounted(source):
+        (source / "sub").mkdir()
+        with mounted(source / "sub"):
+            value = config()
+            for option in ("bind", "rbind"):
+                value["mounts"].append(
+                    {"destination": f"/{option}", "type": "none", "source": str(source), "options": [option]}
+                )
+            seen = box.sh("cat /proc/self/mountinfo", value)
+    points = {line.split()[4] for line in seen.splitlines()}
+    assert points >= {"/bind", "/rbind", "/rbind/sub"} and "/bind/sub" not in points
+
+
+@pytest.mark.parametrize("recursive", ["", "r"])
+@pytest.mark.parametrize(
+    ("option", "tags"),
+    [("private", set()), ("slave", {"master"}), ("shared", {"master", "shared"}), ("unbindable", {"unbindable"})],
+)
+def test_propagation_of_a_mount(box: Box, recursive: str, option: str, tags: set[str]) -> None:
+    source = box.path / "source"
+    source.mkdir()
+    with mounted(source):
+        (source / "sub").mkdir()
+        with mounted(source / "sub"):
+            value = config()
+            value["mounts"].append(
+                {"destination": "/mnt", "type": "bind", "source": str(source), "options": ["rbind", recursive + option]}
+            )
+            seen = box.sh("cat /proc/self/mountinfo", value)
+    assert propagation(seen, "/mnt") == tags
+    assert propagation(seen, "/mnt/sub") == (tags if recursive else {"master"})
+
+
+@pytest.mark.parametrize("option", ["private", "slave", "shared", "unbindable"])
+def test_propagation_of_the_root(box: Box, option: str) -> None:
+    value = config()
+    value["linux"]["rootfsPropagation"] = option
+    assert ("shared" in propagation(box.sh("cat /proc/self/mountinfo", value), "/")) is (option == "shared")
+    assert ("unbindable" in propagation(box.sh("cat /proc/self/mountinfo", value), "/")) is (option == "unbindable")
+
+
+def test_options_that_are_the_filesystems(box: Box) -> None:
+    value = config()
+    options = ["size=64k", "mode=1750", "uid=7", "gid=8", "sync", "dirsync", "lazytime"]
+    value["mounts"].append({"destination": "/mnt", "type": "tmpfs", "source": "name-of-it", "options": options})
+    stat, mount = box.sh("stat -c '%a %u:%g' /mnt; grep ' /mnt ' /proc/self/mountinfo", value).splitlines()
+    assert stat == "1750 7:8"
+    source, superblock = mount.split(" - tmpfs ")[1].split()
+    assert source == "name-of-it"
+    assert {"size=64k", "sync", "dirsync", "lazytime"} <= set(superblock.split(","))
+
+
+@pytest.mark.parametrize("option", ["async", "nolazytime"])
+def test_options_that_take_back_a_flag_of_the_filesystem(box: Box, option: str) -> None:
+    value = config()
+    options = ["sync", "lazytime", option]
+    value["mounts"].append({"destination": "/mnt", "type": "tmpfs", "source": "tmpfs", "options": options})
+    superblock = box.sh("grep ' /mnt ' /proc/self/mountinfo", value).split()[-1].split(",")
+    assert {"async": "sync", "nolazytime": "lazytime"}[option] not in superblock
+    assert {"async": "lazytime", "nolazytime": "sync"}[option] in superblock
+
+
+@pytest.mark.parametrize("option", ["iversion", "noiversion", "silent", "loud", "no-such-option"])
+def test_options_that_the_filesystem_does_not_know(box: Box, option: str) -> None:
+    value = config()
+    value["mounts"].append({"destination": "/mnt", "type": "tmpfs", "source": "tmpfs", "options": [option]})
+    with pytest.raises(LaunchError, match=rf"/mnt.*{option}"):
+        box.run(box.create(value))
+
+
+def test_types_of_mounts(box: Box) -> None:
+    value = config()
+    value["mounts"] += [
+        {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nosuid"]},
+        {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["mode=1777"]},
+    ]
+    mounts = dict(line.split()[1:3] for line in box.sh("cat /proc/mounts", value).splitlines())
+    wanted = {"/proc": "proc", "/sys": "sysfs", "/dev/pts": "devpts", "/dev/mqueue": "mqueue", "/dev/shm": "tmpfs"}
+    assert {point: mounts.get(point) for point in wanted} == wanted
+
+
+def test_clocks_that_are_ahead(box: Box) -> None:
+    value = config()
+    value["linux"]["namespaces"].append({"type": "time"})
+    value["linux"]["timeOffsets"] = {"monotonic": {"secs": 86400, "nanosecs": 7}, "boottime": {"secs": 604800}}
+    lines = [line.split() for line in box.sh("cat /proc/self/timens_offsets", value).splitlines()]
+    assert lines == [["monotonic", "86400", "7"], ["boottime", "604800", "0"]]
+
+
+def test_several_id_maps(box: Box) -> None:
+    value = config(user={"uid": 1000, "gid": 1000})
+    value["linux"]["namespaces"].append({"type": "user"})
+    value["linux"]["maskedPaths"] = []
+    for kind in ("uidMappings", "gidMappings"):
+        value["linux"][kind] = [
+            {"containerID": 0, "hostID": 100000, "size": 1000}, {"containerID": 1000, "hostID": 300000, "size": 1},
+        ]  # fmt: skip
+    out = box.sh("id -u; cat /proc/self/uid_map; cat /proc/self/gid_map", value).split()
+    assert out == ["1000", *(["0", "100000", "1000", "1000", "300000", "1"] * 2)]
+
+
+@pytest.mark.parametrize(("allow", "opened"), [(True, ["r"]), (False, [])])
+def test_device_rules_on_the_cgroup(box: Box, allow: bool, opened: list[str]) -> None:
+    device = {"type": "c", "major": 1, "minor": 11, "access": "r"}  # /dev/kmsg
+    rules = [{"allow": not allow, "access": "rwm"}, {"allow": allow, **device}]
+    value = config("sh", "-c", "(: 3<>/mnt/kmsg) && echo rw; (: 3</mnt/kmsg) && echo r; true")
+    value["process"]["capabilities"] = {
+        name: [*CAPABILITIES, "CAP_SYSLOG"] for name in ("bounding", "effective", "permitted")
+    }
+    value["linux"]["devices"] = [{"path": "/mnt/kmsg", "type": "c", "major": 1, "minor": 11}]
+    with own_cgroup(box, {"devices": rules}) as cgroup:
+        status, out, err = box.run(box.output(value, cgroup=cgroup.fd))
+    assert (status, out.split()) == (0, opened), err
+    assert "Operation not permitted" in err
+
+
+def test_unified_values_reach_the_cgroup(box: Box) -> None:
+    with own_cgroup(box, {}) as cgroup:
+        present = [name for name in ("memory.high", "pids.max", "hugetlb.2MB.max") if Path(cgroup.path, name).exists()]
+        assert present, "this machine's cgroup v2 hierarchy has no controller with a limit"
+        value = {name: "4194304" for name in present}
+        cgroup.apply(Resources.from_json({"unified": value}))
+        assert {name: Path(cgroup.path, name).read_text().strip() for name in present} == value
+
+
+def test_annotations_are_kept_and_the_cgroup_is_where_it_was_asked_for(agent: RunningAgent) -> None:
+    name = f"caisson-fields-{os.getpid()}"
+
+    async def work() -> None:
+        async with agent.connect() as client:
+            await client.create_sandbox()
+            spec = agent.spec()
+            spec.Annotations["org.example/key"] = "a value=1"
+            spec.Linux.CgroupsPath = f"/{name}"
+            container = await client.create_container("box", spec)
+            (file,) = agent.state.rglob("state.json")
+            state = json.loads(file.read_text())
+            assert "org.example/key=a value=1" in json.dumps(state)
+            groups = Path(f"/proc/{state['init_process_pid']}/cgroup").read_text()
+            assert f"0::/{name}\n" in groups
+            await container.remove()
+
+    run(work())
+
+
+@contextmanager
+def mounted(path: Path) -> Iterator[None]:
+    """A shared tmpfs of this machine."""
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", path], check=True)
+    try:
+        subprocess.run(["mount", "--make-shared", path], check=True)
+        yield
+    finally:
+        subprocess.run(["umount", path], check=True)
+
+
+@contextmanager
+def own_cgroup(box: Box, resources: dict[str, Any]) -> Iterator[Cgroup]:
+    """A cgroup with these limits."""
+    hierarchy = CgroupV2.find()
+    assert hierarchy is not None, "this machine has no cgroup v2 hierarchy"
+    cgroup = hierarchy.create(f"caisson-fields-{os.getpid()}")
+    try:
+        cgroup.apply(Resources.from_json(resources))
+        yield cgroup
+    finally:
+        box.run(cgroup.delete())
+
+
+def _mount(mountinfo: str, point: str) -> list[str]:
+    return next(fields for line in mountinfo.splitlines() if (fields := line.split())[4] == point)
+
+
+def attributes(mountinfo: str, point: str) -> set[str]:
+    """The attributes of a mount (proc_pid_mountinfo(5), field 6)."""
+    return set(_mount(mountinfo, point)[5].split(","))
+
+
+def propagation(mountinfo: str, point: str) -> set[str]:
+    """The optional fields of a mount without their numbers."""
+    fields = _mount(mountinfo, point)
+    return {field.partition(":")[0] for field in fields[6 : fields.index("-")]}
