@@ -239,6 +239,8 @@ class Spec(Record):
             linux=r.one("linux", Linux.from_json) or Linux(),
         )
         r.done()
+        if result.oci_version and not result.oci_version.startswith("1."):
+            raise SpecError("ociVersion", f"must be 1.x, not {result.oci_version!r}")
         return result
 
 

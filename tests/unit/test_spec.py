@@ -94,6 +94,7 @@ def test_empty_values_are_absent_ones() -> None:
     ("path", "value", "field"),
     [
         ("nonsense", 1, "nonsense"),
+        ("ociVersion", "2.0.0", "ociVersion"),
         ("process.nonsense", 1, "process.nonsense"),
         ("process.args", [], "process.args"),
         ("process.args", ["a\0b"], "process.args[0]"),
