@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from agent.libcontainer.cgroups import Cgroup, CgroupV2
+from agent.libcontainer.cgroups import Cgroup, CgroupError, CgroupV2
 from agent.libcontainer.launcher import LaunchError
 from agent.libcontainer.resources import Resources
 from tests.native.agent_support import RunningAgent, run
@@ -144,30 +144,30 @@ def test_propagation_of_the_root(box: Box, option: str) -> None:
 
 def test_options_that_are_the_filesystems(box: Box) -> None:
     value = config()
-    options = ["size=64k", "mode=1750", "uid=7", "gid=8", "sync", "dirsync", "lazytime"]
+    options = ["size=64k", "mode=1750", "uid=7", "gid=8", "sync", "dirsync", "lazytime", "mand"]
     value["mounts"].append({"destination": "/mnt", "type": "tmpfs", "source": "name-of-it", "options": options})
     stat, mount = box.sh("stat -c '%a %u:%g' /mnt; grep ' /mnt ' /proc/self/mountinfo", value).splitlines()
     assert stat == "1750 7:8"
     source, superblock = mount.split(" - tmpfs ")[1].split()
     assert source == "name-of-it"
-    assert {"size=64k", "sync", "dirsync", "lazytime"} <= set(superblock.split(","))
+    assert {"size=64k", "sync", "dirsync", "lazytime", "mand"} <= set(superblock.split(","))
 
 
-@pytest.mark.parametrize("option", ["async", "nolazytime"])
+@pytest.mark.parametrize("option", ["async", "nolazytime", "nomand"])
 def test_options_that_take_back_a_flag_of_the_filesystem(box: Box, option: str) -> None:
     value = config()
-    options = ["sync", "lazytime", option]
+    options = ["sync", "lazytime", "mand", option]
     value["mounts"].append({"destination": "/mnt", "type": "tmpfs", "source": "tmpfs", "options": options})
     superblock = box.sh("grep ' /mnt ' /proc/self/mountinfo", value).split()[-1].split(",")
-    assert {"async": "sync", "nolazytime": "lazytime"}[option] not in superblock
-    assert {"async": "lazytime", "nolazytime": "sync"}[option] in superblock
+    gone = {"async": "sync", "nolazytime": "lazytime", "nomand": "mand"}[option]
+    assert {"sync", "lazytime", "mand"} - set(superblock) == {gone}
 
 
 @pytest.mark.parametrize("option", ["iversion", "noiversion", "silent", "loud", "no-such-option"])
 def test_options_that_the_filesystem_does_not_know(box: Box, option: str) -> None:
     value = config()
     value["mounts"].append({"destination": "/mnt", "type": "tmpfs", "source": "tmpfs", "options": [option]})
-    with pytest.raises(LaunchError, match=rf"/mnt.*{option}"):
+    with pytest.raises(LaunchError, match=f"mount /mnt: tmpfs: Unknown parameter '{option}'"):
         box.run(box.create(value))
 
 
@@ -224,6 +224,54 @@ def test_unified_values_reach_the_cgroup(box: Box) -> None:
         value = {name: "4194304" for name in present}
         cgroup.apply(Resources.from_json({"unified": value}))
         assert {name: Path(cgroup.path, name).read_text().strip() for name in present} == value
+
+
+def test_every_new_namespace_is_another(box: Box) -> None:
+    kinds = {"ipc": "ipc", "mount": "mnt", "network": "net", "pid": "pid", "uts": "uts", "cgroup": "cgroup"}
+    value = config()
+    value["linux"]["namespaces"] = [{"type": kind} for kind in kinds]
+    inside = box.sh("for n in ipc mnt net pid uts cgroup; do readlink /proc/self/ns/$n; done", value).split()
+    outside = [str(Path("/proc/self/ns", name).readlink()) for name in kinds.values()]
+    assert len(inside) == len(kinds) and not set(inside) & set(outside)
+
+
+def test_joins_a_namespace_whose_path_the_configuration_gives(box: Box) -> None:
+    async def work() -> tuple[int, str, str]:
+        first = await box.running()
+        value = config("hostname")
+        value["hostname"] = ""
+        value["linux"]["namespaces"] = [
+            {"type": "pid"}, {"type": "mount"}, {"type": "uts", "path": f"/proc/{first.child.pid}/ns/uts"},
+        ]  # fmt: skip
+        return await box.output(value)
+
+    assert box.run(work()) == (0, "box\n", "")
+
+
+@pytest.mark.parametrize(
+    ("limit", "file", "value"),
+    [
+        ({"memory": {"limit": 67108864}}, "memory.max", "67108864"),
+        ({"memory": {"reservation": 33554432}}, "memory.low", "33554432"),
+        ({"memory": {"limit": 67108864, "swap": 100663296}}, "memory.swap.max", "33554432"),
+        ({"cpu": {"shares": 1024}}, "cpu.weight", "100"),
+        ({"cpu": {"quota": 20000, "period": 40000}}, "cpu.max", "20000 40000"),
+        ({"cpu": {"quota": 20000, "period": 40000, "burst": 10000}}, "cpu.max.burst", "10000"),
+        ({"cpu": {"idle": 1}}, "cpu.idle", "1"),
+        ({"cpu": {"cpus": "0"}}, "cpuset.cpus", "0"),
+        ({"cpu": {"mems": "0"}}, "cpuset.mems", "0"),
+        ({"pids": {"limit": 77}}, "pids.max", "77"),
+    ],
+)
+def test_limits_reach_the_cgroup_or_name_the_controller(box: Box, limit: dict[str, Any], file: str, value: str) -> None:
+    with own_cgroup(box, {}) as cgroup:
+        if Path(cgroup.path, file).exists():
+            cgroup.apply(Resources.from_json(limit))
+            assert Path(cgroup.path, file).read_text().strip() == value
+        else:
+            controller = file.partition(".")[0]
+            with pytest.raises(CgroupError, match=f"controller '{controller}' is not available here"):
+                cgroup.apply(Resources.from_json(limit))
 
 
 def test_annotations_are_kept_and_the_cgroup_is_where_it_was_asked_for(agent: RunningAgent) -> None:
