@@ -1,0 +1,301 @@
+"""docs/oci.md against the parser: no field is missing, what is done has its test, what is refused is refused so."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from agent.api.oci import json_name
+from agent.libcontainer import cgroups, fields, mountopts, plan, spec
+from agent.libcontainer.fields import SpecError
+from agent.libcontainer.spec import Spec
+from proto import oci_pb2
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENT = (ROOT / "docs/oci.md").read_text()
+
+HOOKS = ("prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop")
+THROTTLES = ("ReadBps", "WriteBps", "ReadIOPS", "WriteIOPS")
+MAPS = "containerID hostID size"
+
+#: Every field of config.json 1.2 for Linux (specs-go/config.go, config.md, config-linux.md), by where it stands.
+SPECIFICATION = {
+    "": "ociVersion hostname domainname annotations solaris windows vm zos",
+    "root": "path readonly",
+    "process": "terminal cwd env args commandLine apparmorProfile selinuxLabel noNewPrivileges oomScoreAdj",
+    "process.consoleSize": "height width",
+    "process.user": "uid gid umask additionalGids username",
+    "process.capabilities": "bounding effective inheritable permitted ambient",
+    "process.rlimits[]": "type soft hard",
+    "process.scheduler": "policy nice priority flags runtime deadline period",
+    "process.ioPriority": "class priority",
+    "mounts[]": "destination source type options",
+    "mounts[].uidMappings[]": MAPS,
+    "mounts[].gidMappings[]": MAPS,
+    "linux": "cgroupsPath rootfsPropagation sysctl maskedPaths readonlyPaths mountLabel",
+    "linux.namespaces[]": "type path",
+    "linux.uidMappings[]": MAPS,
+    "linux.gidMappings[]": MAPS,
+    "linux.timeOffsets.monotonic": "secs nanosecs",
+    "linux.timeOffsets.boottime": "secs nanosecs",
+    "linux.devices[]": "path type major minor fileMode uid gid",
+    "linux.personality": "domain flags",
+    "linux.intelRdt": "closID l3CacheSchema memBwSchema enableCMT enableMBM",
+    "linux.resources": "unified",
+    "linux.resources.devices[]": "allow type major minor access",
+    "linux.resources.memory":
+        "limit reservation swap kernel kernelTCP swappiness disableOOMKiller useHierarchy checkBeforeUpdate",
+    "linux.resources.cpu": "shares quota burst period realtimeRuntime realtimePeriod cpus mems idle",
+    "linux.resources.pids": "limit",
+    "linux.resources.blockIO": "weight leafWeight",
+    "linux.resources.blockIO.weightDevice[]": "major minor weight leafWeight",
+    **{f"linux.resources.blockIO.throttle{kind}Device[]": "major minor rate" for kind in THROTTLES},
+    "linux.resources.hugepageLimits[]": "pageSize limit",
+    "linux.resources.network": "classID",
+    "linux.resources.network.priorities[]": "name priority",
+    "linux.resources.rdma.<name>": "hcaHandles hcaObjects",
+    "linux.seccomp": "defaultAction defaultErrnoRet architectures flags listenerPath listenerMetadata",
+    "linux.seccomp.syscalls[]": "names action errnoRet",
+    "linux.seccomp.syscalls[].args[]": "index value valueTwo op",
+    **{f"hooks.{point}[]": "path args env timeout" for point in HOOKS},
+}  # fmt: skip
+FIELDS = {f"{where}.{name}".lstrip(".") for where, names in SPECIFICATION.items() for name in names.split()}
+
+#: Mount options that config.md lists, and values of other fields that are words.
+OPTIONS = """
+    async atime bind defaults dev diratime dirsync exec iversion lazytime loud mand noatime nodev nodiratime
+    noexec noiversion nolazytime nomand norelatime nostrictatime nosuid nosymfollow private ratime rbind rdev rdiratime
+    relatime remount rexec rnoatime rnodiratime rnodev rnoexec rnorelatime rnostrictatime rnosuid rnosymfollow ro
+    rprivate rrelatime rro rrw rshared rslave rstrictatime rsuid rsymfollow runbindable rw shared silent slave
+    strictatime suid symfollow sync tmpcopyup unbindable idmap ridmap"""
+
+#: One configuration with everything that is done.
+WHOLE: dict[str, Any] = {
+    "ociVersion": "1.2.0",
+    "root": {"path": "rootfs", "readonly": True},
+    "process": {
+        "terminal": True,
+        "consoleSize": {"height": 24, "width": 80},
+        "user": {"uid": 1, "gid": 2, "umask": 0o27, "additionalGids": [3]},
+        "args": ["sh"],
+        "env": ["A=b"],
+        "cwd": "/w",
+        "capabilities": {name: ["CAP_KILL"] for name in SPECIFICATION["process.capabilities"].split()},
+        "rlimits": [{"type": "RLIMIT_CORE", "soft": 1, "hard": 2}],
+        "noNewPrivileges": True,
+        "oomScoreAdj": 5,
+    },
+    "hostname": "h",
+    "domainname": "d",
+    "annotations": {"k": "v"},
+    "mounts": [{"destination": "/mnt", "source": "tmpfs", "type": "tmpfs", "options": ["ro"]}],
+    "linux": {
+        "namespaces": [
+            *({"type": kind} for kind in spec.NAMESPACE_TYPES if kind != "network"),
+            {"type": "network", "path": "/proc/1/ns/net"},
+        ],
+        "uidMappings": [{"containerID": 0, "hostID": 1, "size": 2}],
+        "gidMappings": [{"containerID": 0, "hostID": 1, "size": 2}],
+        "timeOffsets": {clock: {"secs": 1, "nanosecs": 2} for clock in ("monotonic", "boottime")},
+        "devices": [
+            {"path": "/dev/x", "type": "c", "major": 1, "minor": 3, "fileMode": 0o600, "uid": 1, "gid": 2}
+        ],
+        "cgroupsPath": "/c",
+        "rootfsPropagation": "slave",
+        "sysctl": {"net.ipv4.ip_forward": "1"},
+        "maskedPaths": ["/m"],
+        "readonlyPaths": ["/r"],
+        "resources": {
+            "devices": [{"allow": True, "type": "c", "major": 1, "minor": 3, "access": "r"}],
+            "memory": {"limit": 1, "reservation": 1, "swap": 2, "useHierarchy": True},
+            "cpu": {"shares": 2, "quota": 3, "burst": 4, "period": 5, "cpus": "0", "mems": "0", "idle": 1},
+            "pids": {"limit": 6},
+            "unified": {"memory.high": "7"},
+        },
+    },
+}  # fmt: skip
+TABLES = {"annotations", "linux.sysctl", "linux.resources.unified"}  # objects whose keys are no fields
+
+
+class Row(NamedTuple):
+    field: str
+    verdict: str
+    tests: tuple[str, ...]
+    text: str
+    later: bool
+
+
+def rows(document: str) -> list[Row]:
+    """The tables: one Row a field."""
+    found, prefix = [], ""
+    for line in document.partition("## On the wire")[0].splitlines():
+        if line.startswith("### "):
+            prefix = line.removeprefix("### ").strip("`")
+        elif line.startswith("| `"):
+            names, verdict, shown = (cell.strip() for cell in line.strip("|").split(" | "))
+            quoted = re.findall(r"`([^`]+)`", shown)
+            tests = tuple(text for text in quoted if text.startswith("tests/"))
+            texts = [text for text in quoted if ": " in text]
+            for name in re.findall(r"`([^`]+)`", names):
+                found.append(Row(prefix + name, verdict, tests, texts[0] if texts else "", "(later)" in names))
+    return found
+
+
+def document_with(field: str) -> dict[str, Any]:
+    """The least configuration in which `field` is set, beside what every configuration needs."""
+    document: dict[str, Any] = {"process": {"args": ["x"]}, "linux": {"namespaces": [{"type": "mount"}]}}
+    path, equals, word = field.partition("=")
+    *parents, last = path.split(".")
+    at: Any = document
+    for part in parents:
+        key = part.removesuffix("[]")
+        at = at.setdefault(key, [{}])[0] if part.endswith("[]") else at.setdefault(key, {})
+    flags = ("linux.resources.memory.disableOOMKiller", "linux.resources.memory.checkBeforeUpdate")
+    at[last] = [word] if equals else True if field in flags else 1
+    if path == "process.user.username":
+        at[last] = "root"
+    if path == "mounts[].options":
+        at.update(destination="/mnt", source="x", type="tmpfs")
+    return document
+
+
+def carry_out(document: dict[str, Any]) -> None:
+    """All of the way on which a field can be refused before anything is made."""
+    parsed = Spec.from_json(document)
+    plan.init_messages(parsed, rootfs="/r", bundle=Path("/b"), join={}, cgroup_path=None)
+    if parsed.linux.resources is not None:
+        list(cgroups.settings(parsed.linux.resources))
+
+
+def leaves(value: Any, name: str = "") -> set[str]:
+    """The fields that a document sets."""
+    if isinstance(value, dict) and name not in TABLES:
+        return {leaf for key, item in value.items() for leaf in leaves(item, f"{name}.{key}".lstrip("."))}
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return {leaf for item in value for leaf in leaves(item, f"{name}[]")}
+    return {name}
+
+
+def reads(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Every key that the parser looks at."""
+    seen = set()
+    raw = fields.Reader.raw
+
+    def noted(self: fields.Reader, key: str) -> Any:
+        seen.add(re.sub(r"\[\d+\]", "[]", self.name(key)))
+        return raw(self, key)
+
+    monkeypatch.setattr(fields.Reader, "raw", noted)
+    carry_out(WHOLE)
+    return seen
+
+
+def problems(document: str, read: set[str]) -> list[str]:
+    """What a document lacks or says twice, given the keys that the parser reads."""
+    table = rows(document)
+    names = [row.field for row in table]
+    words = {f"mounts[].options={word}" for word in (*OPTIONS.split(), *mountopts.ATTRIBUTES, *mountopts.PROPAGATION)}
+    words |= {f"mounts[].options=r{word}" for word in mountopts.ATTRIBUTES}
+    words |= {f"mounts[].options={word}" for word in mountopts.REFUSED}
+    words |= {f"linux.namespaces[].type={kind}" for kind in spec.NAMESPACE_TYPES}
+    required = FIELDS | words
+    beginnings = {part for name in names for part in _beginnings(name)}
+    return [
+        *(f"twice: {name}" for name in set(names) if names.count(name) > 1),
+        *(f"missing: {name}" for name in sorted(required - set(names))),
+        *(f"read, and missing: {name}" for name in sorted(read - set(names) - beginnings)),
+        *(
+            f"not of version 1.2: {row.field}"
+    for row in table if row.field not in required and not row.later
+        ),
+    ]  # fmt: skip
+
+
+def _beginnings(name: str) -> set[str]:
+    """`a`, `a.b[]` and `a.b` of `a.b[].c`: what holds a field."""
+    parts = name.split(".")
+    whole = {".".join(parts[:count]) for count in range(1, len(parts))}
+    return whole | {part.removesuffix("[]") for part in whole}
+
+
+def test_no_field_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert problems(DOCUMENT, reads(monkeypatch)) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["hostname", "user.umask", "cpu.shares", "memory.useHierarchy", "rro", "syscalls[].errnoRet"]
+)
+def test_a_field_that_is_taken_out_is_missed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert f"`{name}`" in DOCUMENT
+    lacking = re.sub(rf"`{re.escape(name)}`(, )?", "", DOCUMENT)
+    assert any(problem.endswith(name) for problem in problems(lacking, reads(monkeypatch)))
+
+
+def test_a_field_that_the_parser_learns_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert problems(DOCUMENT, reads(monkeypatch) | {"linux.newField"}) == ["read, and missing: linux.newField"]
+
+
+def test_what_is_done_is_accepted_and_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    accepted = {row.field for row in rows(DOCUMENT) if row.verdict != "refused" and "=" not in row.field}
+    assert leaves(WHOLE) == accepted
+    assert accepted <= reads(monkeypatch)
+
+
+@pytest.mark.parametrize("row", [row for row in rows(DOCUMENT) if row.verdict == "done" and "options=" in row.field])
+def test_options_that_are_done_are_accepted(row: Row) -> None:
+    carry_out(document_with(row.field))
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in rows(DOCUMENT) if row.verdict == "refused" and not row.tests], ids=lambda row: row.field
+)
+def test_what_is_refused_is_refused_in_these_words(row: Row) -> None:
+    with pytest.raises(SpecError) as caught:
+        carry_out(document_with(row.field))
+    assert str(caught.value) == row.text
+
+
+def test_verdicts_are_complete_and_their_tests_exist() -> None:
+    known: dict[str, set[str]] = {}
+    for row in rows(DOCUMENT):
+        assert row.verdict in ("done", "refused", "not applicable"), row
+        assert row.verdict != "done" or row.tests, row
+        assert row.verdict != "refused" or row.text, row
+        for test in row.tests:
+            file, _, name = test.partition("::")
+            if file not in known:
+                tree = ast.parse((ROOT / file).read_text())
+                known[file] = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+            assert name in known[file], row
+
+
+def wire_fields(message: Any, where: str = "") -> dict[str, str]:
+    """Fields of oci.proto: their path in config.json, and message and field as the proto spells them."""
+    found = {}
+    for field in message.fields:
+        name = f"{where}.{json_name(field.name)}".lstrip(".")
+        inner = field.message_type
+        if inner is None or inner.GetOptions().map_entry or inner.name in ("Windows", "Solaris"):
+            found[name] = f"{message.name}.{field.name}"
+        else:
+            found |= wire_fields(inner, name + ("[]" if field.is_repeated else ""))
+    return found
+
+
+def test_the_wire_has_what_the_document_says() -> None:
+    section = DOCUMENT.partition("## On the wire")[2]
+    on_wire = wire_fields(oci_pb2.Spec.DESCRIPTOR)
+    described = set(re.findall(r"^\| `(\w+\.\w+)`", section, re.MULTILINE))
+    assert described <= set(on_wire.values())
+    renamed = {proto for name, proto in on_wire.items() if name not in FIELDS}
+    assert renamed <= described
+    only_config = set(re.findall(r"`([^`]+)`", section.partition("cannot say:")[2]))
+    missing = FIELDS - set(on_wire)
+    missing -= {"ociVersion", "linux.resources.hugepageLimits[].pageSize"}  # under other names
+    assert {name for name in missing if not any(name.startswith(only) for only in only_config)} == set()
+    assert all(any(name.startswith(only) for name in missing) for only in only_config)
+    assert not any(name.startswith(only) for name in on_wire for only in only_config)
