@@ -16,10 +16,26 @@ VHOST_VSOCK = Path("/dev/vhost-vsock")
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen, and why."""
+    """What was chosen, and why.  ``doubt``: evidence that it cannot work, for one that was insisted on."""
 
     name: str
     reason: str
+    doubt: str = ""
+
+
+@dataclass(frozen=True)
+class Host:
+    """The machine that is to run a VM: the architecture in uname's words, and what its kernel shows of it."""
+
+    machine: str
+    cpuinfo: str
+    kvm: Path = KVM
+    vhost_vsock: Path = VHOST_VSOCK
+
+    @classmethod
+    def here(cls) -> Host:
+        """This machine."""
+        return cls(platform.machine(), Path("/proc/cpuinfo").read_text())
 
 
 def _refusal(device: Path) -> str | None:
@@ -31,57 +47,75 @@ def _refusal(device: Path) -> str | None:
     return None
 
 
-def kvm_refusal(cpuinfo: str, machine: str, device: Path = KVM) -> str | None:
-    """Why KVM cannot run a stock guest here, or None.
+def kvm_doubt(host: Host) -> str | None:
+    """Why KVM, whose device opens, still cannot run a stock guest, or None.
 
-    That the device opens is not enough: behind it may be a backend without hardware virtualization, in which stock
-    guests hang without a word.  On x86 the CPU has to show vmx or svm, too.
+    Behind the device may be a back end without hardware virtualization, in which stock guests hang without a word or
+    QEMU fails on the first register that is missing.  On x86 the CPU has to show vmx or svm, too.
     """
-    if refusal := _refusal(device):
-        return refusal
-    if machine == "x86_64" and not re.search(r"^flags\s*:.*\b(vmx|svm)\b", cpuinfo, re.MULTILINE):
-        return f"{device} opens, but the CPU shows neither vmx nor svm, so stock guests cannot run in it"
+    if host.machine == "x86_64" and not re.search(r"^flags\s*:.*\b(vmx|svm)\b", host.cpuinfo, re.MULTILINE):
+        return f"{host.kvm} opens, but the CPU shows neither vmx nor svm, so it cannot run a stock guest"
     return None
 
 
-def choose_accelerator(wanted: str, cpuinfo: str | None = None, device: Path = KVM) -> Choice:
+def choose_accelerator(wanted: str, guest: str, host: Host) -> Choice:
     """``auto`` picks KVM where it can work, else TCG; ``kvm`` and ``tcg`` are taken as said.
 
-    Raises VMError for another word, and for ``kvm`` where the device cannot be opened.
+    ``guest`` is the guest's architecture, in uname's words.  Raises VMError for another word, and for ``kvm`` where it
+    cannot even be tried.
     """
-    text = Path("/proc/cpuinfo").read_text() if cpuinfo is None else cpuinfo
+    if wanted not in ("auto", "kvm", "tcg"):
+        raise VMError(f"--accel is auto, kvm or tcg, not {wanted!r}")
     if wanted == "tcg":
         return Choice("tcg", "TCG (emulation), as asked for")
-    if wanted == "kvm":
-        if refusal := _refusal(device):
-            raise VMError(f"--accel kvm: {refusal}; {_kvm_way_out(device)}")
-        return Choice("kvm", "KVM, as asked for")
-    if wanted != "auto":
-        raise VMError(f"--accel is auto, kvm or tcg, not {wanted!r}")
-    if refusal := kvm_refusal(text, platform.machine(), device):
-        return Choice("tcg", f"TCG (emulation), not KVM: {refusal}")
-    return Choice("kvm", f"KVM: {device} opens and the CPU has hardware virtualization")
+    foreign = None
+    if guest != host.machine:
+        foreign = f"the image is for {guest} and this machine is {host.machine}"
+    refusal = foreign or _refusal(host.kvm)
+    doubt = None if refusal else kvm_doubt(host)
+    if wanted == "auto":
+        if refusal or doubt:
+            return Choice("tcg", f"TCG (emulation), not KVM: {refusal or doubt}")
+        return Choice("kvm", f"KVM: {host.kvm} opens and the CPU has hardware virtualization")
+    if foreign:
+        raise VMError(f"--accel kvm: {foreign}; KVM runs only a machine's own architecture: --accel tcg")
+    if refusal:
+        raise VMError(f"--accel kvm: {refusal}; {_kvm_way_out(host.kvm)}")
+    # The evidence may be wrong: whoever insists gets a try, and is told if it fails.
+    return Choice("kvm", "KVM, as asked for" + (f", although {doubt}" if doubt else ""), doubt or "")
 
 
 def _kvm_way_out(device: Path) -> str:
     if device.exists():
-        return f"join the group that owns it: sudo usermod -aG {device.group()} $USER, and log in again"
-    return "load the module: sudo modprobe kvm_intel (or kvm_amd); in a VM, nested virtualization has to be on"
+        return f"{_membership(device)}, or choose --accel tcg"
+    return (
+        "load the module: sudo modprobe kvm_intel (or kvm_amd); in a VM, nested virtualization has to be on; "
+        "or choose --accel tcg"
+    )
 
 
-def choose_vsock(wanted: str, device: Path = VHOST_VSOCK) -> Choice:
+def _membership(device: Path) -> str:
+    try:
+        group = device.group()
+    except KeyError:
+        return f"let yourself in: sudo setfacl -m u:$USER:rw {device}"
+    return f"join the group that owns it: sudo usermod -aG {group} $USER, and log in again"
+
+
+def choose_vsock(wanted: str, host: Host) -> Choice:
     """``auto`` picks the kernel's vhost-vsock where it can be used, else our own device; the others are taken as said.
 
     Raises VMError for another word, and for ``vhost`` where it cannot be used.
     """
+    if wanted not in ("auto", "vhost", "user"):
+        raise VMError(f"--vsock is auto, vhost or user, not {wanted!r}")
     if wanted == "user":
         return Choice("user", "our own vhost-user device, as asked for")
-    if wanted not in ("auto", "vhost"):
-        raise VMError(f"--vsock is auto, vhost or user, not {wanted!r}")
+    device = host.vhost_vsock
     refusal = _refusal(device)
     if refusal is None:
         return Choice("vhost", f"the kernel's vhost-vsock: {device} opens")
-    if wanted == "vhost":
-        way_out = f"sudo chmod 0666 {device}" if device.exists() else "sudo modprobe vhost_vsock"
-        raise VMError(f"--vsock vhost: {refusal}; try: {way_out}")
-    return Choice("user", f"our own vhost-user device: {refusal}")
+    if wanted == "auto":
+        return Choice("user", f"our own vhost-user device: {refusal}")
+    way_out = _membership(device) if device.exists() else "load the module: sudo modprobe vhost_vsock"
+    raise VMError(f"--vsock vhost: {refusal}; {way_out}, or choose --vsock user")

@@ -4,6 +4,7 @@
              image.json    what runs in it
              lock          held by the supervisor: a directory whose lock is free is stale
              console.log   what the guest printed
+             qemu.log      what QEMU and the vsock device complained about
              agent.sock    any gRPC client dials the agent here
              vsock.sock    CONNECT <port> reaches any other port of the guest; vsock.sock_<port> is the way back
              qmp.sock      QEMU's monitor
@@ -11,11 +12,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import re
 import shutil
+import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -36,17 +40,41 @@ def run_root() -> Path:
     return Path("/run/caisson") if os.geteuid() == 0 else Path(f"/tmp/caisson-{os.geteuid()}")
 
 
-def make_run_root() -> Path:
-    """The same, made if need be, for nobody but its owner.  Raises VMError when it is somebody else's."""
+def owned_run_root(make: bool = False) -> Path | None:
+    """The same, or None while there is none; ``make`` makes it, for nobody but its owner.
+
+    Raises VMError when others may write in it: they could put sockets of theirs where an agent is looked for.
+    """
     root = run_root()
     try:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if make:
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
         state = root.stat()
+    except FileNotFoundError:
+        return None
     except OSError as error:
-        raise VMError(f"{root} cannot be made: {error}; CAISSON_RUN names another place") from error
+        raise VMError(f"{root} cannot be used: {error.strerror}; CAISSON_RUN names another place") from error
+    if not stat.S_ISDIR(state.st_mode):
+        raise VMError(f"{root} is not a directory; CAISSON_RUN names another place")
     if state.st_uid != os.geteuid():
         raise VMError(f"{root} belongs to somebody else; CAISSON_RUN names another place")
+    if state.st_mode & 0o022:
+        raise VMError(f"{root} can be written by others; run: chmod go-w {root}")
     return root
+
+
+@contextlib.contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Directories of VMs are made and removed in here, one at a time in all processes.
+
+    So a directory without a held lock, seen in here, is stale: its maker is neither at work nor alive.
+    """
+    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class VMDirectory:
@@ -60,7 +88,6 @@ class VMDirectory:
         self.vsock_socket = path / "vsock.sock"
         self.qmp_socket = path / "qmp.sock"
         self.qemu_log = path / "qemu.log"
-        self.log = path / "supervisor.log"
         self._lock = path / "lock"
         self._json = path / "vm.json"
 
@@ -79,29 +106,26 @@ class VMDirectory:
 
         Raises VMError when a VM of this name lives.
         """
-        while True:
+        with _alone(self.path.parent):
+            if self.alive():
+                raise VMError(f"there is a VM {self.name!r} already; stop it: invoke stop-vm --name {self.name}")
+            if self._lock.exists():
+                self._clear()
             try:
                 self.path.mkdir(mode=0o700)
-                lock = self._lock.open("w")
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Between mkdir and flock somebody may have cleaned it up, taking it for a stale one.
-                if os.fstat(lock.fileno()).st_nlink:
-                    return lock
-                lock.close()
             except FileExistsError:
-                if self.alive():
-                    raise VMError(
-                        f"there is a VM {self.name!r} already; stop it: invoke stop-vm --name {self.name}"
-                    ) from None
-                self.remove()
-            except FileNotFoundError:
-                continue
+                raise VMError(f"{self.path} is in the way, and is not a VM's") from None
+            except OSError as error:
+                raise VMError(f"{self.path} cannot be made: {error.strerror}") from error
+            lock = self._lock.open("w")
+            fcntl.flock(lock, fcntl.LOCK_EX)  # at most it waits for somebody who looks whether it is held
+            return lock
 
     def alive(self) -> bool:
         """Whether a supervisor holds it."""
         try:
             lock = self._lock.open()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
         with lock:
             try:
@@ -111,8 +135,27 @@ class VMDirectory:
             return False
 
     def remove(self) -> None:
-        """Remove it with all that is in it."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Remove it with all that is in it: for the holder of its lock."""
+        with _alone(self.path.parent):
+            self._clear()
+
+    def remove_stale(self) -> bool:
+        """Remove it unless a supervisor holds it; says whether it did."""
+        with _alone(self.path.parent):
+            if self.alive():
+                return False
+            self._clear()
+            return True
+
+    def _clear(self) -> None:
+        # The lock goes last: what is left by one who is killed on the way can be told from somebody else's directory.
+        for entry in self.path.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            elif entry != self._lock:
+                entry.unlink(missing_ok=True)
+        self._lock.unlink(missing_ok=True)
+        self.path.rmdir()
 
     def read(self) -> dict[str, Any]:
         """vm.json, or an empty document while there is none yet."""
@@ -130,6 +173,16 @@ class VMDirectory:
     def console_tail(self, lines: int = 15) -> str:
         """The last lines that the guest printed, without control characters."""
         return _tail(self.console, lines)
+
+    def console_silence(self) -> str:
+        """Since when the guest has printed nothing, in words."""
+        try:
+            state = self.console.stat()
+        except FileNotFoundError:
+            return "the guest printed nothing"
+        if state.st_size == 0:
+            return "the guest printed nothing"
+        return f"the guest last printed something {max(0.0, time.time() - state.st_mtime):.0f} s ago"
 
     def qemu_tail(self, lines: int = 5) -> str:
         """The last lines that QEMU and its helpers wrote to stderr."""
@@ -149,11 +202,11 @@ def _tail(file: Path, lines: int) -> str:
 
 
 def living() -> Iterator[VMDirectory]:
-    """The directories of VMs that live, by name; stale ones are removed on the way."""
-    root = run_root()
-    for path in sorted(root.iterdir()) if root.is_dir() else ():
+    """The directories of VMs that live, by name; stale ones are removed on the way.  Raises VMError."""
+    root = owned_run_root()
+    for path in sorted(root.iterdir()) if root else ():
         directory = VMDirectory(path)
         if directory.alive():
             yield directory
         elif (path / "lock").exists():
-            directory.remove()
+            directory.remove_stale()

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import dataclasses
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from image.vm.accel import choose_accelerator, choose_vsock
-from image.vm.directory import VMDirectory, living, make_run_root
+from image.vm import qemu
+from image.vm.accel import Choice, Host, choose_accelerator, choose_vsock
+from image.vm.directory import VMDirectory, living, owned_run_root
 from image.vm.errors import VMError
+from image.vm.follower import Follower
+from image.vm.lines import Lines
 
 ROOT = Path(__file__).resolve().parents[2]
 
 #: Seconds until the agent has to answer: native, and emulated on a busy machine.
 READY = {"kvm": 60.0, "tcg": 240.0}
 
-#: Seconds for a supervisor to take everything down: it waits for two processes, twice at most.
+#: Seconds between two times that the agent is asked, if asking takes no time itself.
+ASKING = 0.02
+
+#: Seconds for a supervisor to take everything down: it asks, terminates and kills two processes.
 STOPPING = 20.0
 
 
@@ -50,12 +56,13 @@ class VMConfig:
 class VM:
     """A running VM.  As a context manager it is stopped at the end, unless it was detached."""
 
-    def __init__(self, directory: VMDirectory, starter: socket.socket | None = None) -> None:
+    def __init__(self, directory: VMDirectory, info: dict[str, Any] | None = None) -> None:
         self._directory = directory
-        self._starter = starter
-        self._received = b""
-        self._shown = 0  # bytes of the console that were handed on
+        self._info = info or {}
         self._supervisor: subprocess.Popen[bytes] | None = None
+        self._line: Lines | None = None  # to the supervisor, while this is the VM's starter
+        self._end: str | None = None  # why it has ended, once the supervisor has said so
+        self._shown = 0  # bytes of the console that were handed on
 
     @property
     def name(self) -> str:
@@ -72,8 +79,11 @@ class VM:
 
     @property
     def info(self) -> dict[str, Any]:
-        """vm.json: name, state, image, accel and vsock with their reasons, cid, memory, cpus, started, pids."""
-        return self._directory.read()
+        """vm.json as it is now, or was last: name, state (starting or running), directory, image, accel and vsock with
+        their reasons, cid, memory (MiB), cpus, started (seconds since the epoch), boot_seconds once it is running,
+        command, pids."""
+        self._info = self._directory.read() or self._info
+        return self._info
 
     @classmethod
     def start(
@@ -90,194 +100,166 @@ class VM:
         ``report`` gets one line on what was picked and why, ``console`` what the guest prints meanwhile.  Raises
         VMError when the VM ends, or is not ready within ``timeout`` seconds; nothing is left then.
         """
-        make_run_root()
+        began = time.monotonic()
+        owned_run_root(make=True)
         directory = VMDirectory.of(config.name)
-        accelerator = choose_accelerator(config.accel)
-        transport = choose_vsock(config.vsock)
+        image = Path(config.image).resolve()
+        _, manifest = qemu.read_manifest(image)
+        host = Host.here()
+        accelerator = choose_accelerator(config.accel, qemu.architecture_of(manifest).uname, host)
+        transport = choose_vsock(config.vsock, host)
         report(f"{accelerator.reason}; {transport.reason}")
         limit = timeout or READY[accelerator.name]
         vm = cls(directory)
         try:
-            vm._spawn(config)
-            deadline = time.monotonic() + limit
-            follower = _Follower(directory.console, console)
+            vm._launch(dataclasses.replace(config, image=image), accelerator, transport)
+            follower = Follower(directory.console, console)
             with follower:
-                while not ready(vm.agent_socket):
-                    vm._check()
-                    if time.monotonic() > deadline:
-                        raise VMError(f"the agent did not answer within {limit:.0f} s ({accelerator.reason})")
+                vm._await(ready, began, limit, accelerator)
             vm._shown = follower.position
         except VMError as error:
-            raise VMError(f"VM {config.name!r}: {error}{vm._abandon()}") from error
+            why = f"VM {config.name!r}: {str(error).partition(chr(10))[0]}"
+            if accelerator.doubt:
+                why += f"; {accelerator.doubt}: choose --accel tcg"
+            raise VMError("\n".join(filter(None, (why, vm._abandon())))) from error
         except BaseException:
             vm._abandon()
             raise
         return vm
 
-    def _spawn(self, config: VMConfig) -> None:
-        self._starter, theirs = socket.socketpair()
+    def _launch(self, config: VMConfig, accelerator: Choice, transport: Choice) -> None:
+        """Start a supervisor and have it start the VM."""
+        ours, theirs = socket.socketpair()
+        self._line = Lines(ours)
         with theirs:
             self._supervisor = subprocess.Popen(
                 [sys.executable, "-m", "image.vm.supervisor", str(theirs.fileno())],
                 cwd=ROOT,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
-        document = {
-            "directory": str(self.directory),
-            "image": str(Path(config.image).resolve()),
-            "accel": config.accel,
-            "vsock": config.vsock,
-            "memory": config.memory,
-            "cpus": config.cpus,
-        }
-        self._starter.sendall(json.dumps(document).encode() + b"\n")
-        message = self._receive(None)
-        if "started" not in message:
-            raise VMError(message.get("ended", "its supervisor died"))
+        choices = {"accel": dataclasses.astuple(accelerator), "vsock": dataclasses.astuple(transport)}
+        document = dataclasses.asdict(config) | choices
+        with contextlib.suppress(OSError):  # what has become of it is received below
+            self._line.send(document | {"image": str(config.image), "directory": str(self.directory)})
+        self._info = self._message()["info"]
 
-    def _receive(self, timeout: float | None) -> dict[str, Any]:
-        """The supervisor's next message; an empty one when the time is over.  End of file reads as its end."""
-        assert self._starter is not None
-        self._starter.settimeout(timeout)
-        while b"\n" not in self._received:
-            try:
-                data = self._starter.recv(65536)
-            except (BlockingIOError, TimeoutError):
-                return {}
-            except ConnectionError:
-                data = b""
-            if not data:
-                return {"ended": "its supervisor died"}
-            self._received += data
-        line, self._received = self._received.split(b"\n", 1)
-        return dict(json.loads(line))
+    def _await(self, ready: Callable[[Path], bool], began: float, limit: float, accelerator: Choice) -> None:
+        assert self._line is not None
+        while not ready(self.agent_socket):
+            with contextlib.suppress(TimeoutError):
+                self._message(ASKING)
+            if time.monotonic() - began > limit:
+                silence = self._directory.console_silence()
+                raise VMError(f"the agent did not answer within {limit:.0f} s; {silence} ({accelerator.reason})")
+        with contextlib.suppress(OSError):
+            self._line.send({"ready": round(time.monotonic() - began, 3)})
+        self._info = self._message()["info"]
 
-    def _check(self) -> None:
-        """Raise VMError when the VM has ended."""
-        message = self._receive(0.0)
+    def _message(self, timeout: float | None = None) -> dict[str, Any]:
+        """The supervisor's next message.  Raises VMError when it is that the VM has ended, and TimeoutError."""
+        assert self._line is not None
+        message = self._line.receive(timeout)
+        if message is None:
+            message = {"ended": "its supervisor died"}
         if "ended" in message:
-            raise VMError(message["ended"])
+            self._end = str(message["ended"])
+            raise VMError(self._end)
+        return message
 
     def _abandon(self) -> str:
-        """Take down what was started; returns what QEMU and the guest said last, if nobody has said it yet."""
-        evidence = ""
-        if self._starter is not None:
-            with contextlib.suppress(OSError):
-                self._starter.shutdown(socket.SHUT_WR)
-            while message := self._receive(STOPPING):
-                if "ended" in message:
-                    evidence = message["ended"].partition("\n")[2]
-                    break
-            self._starter.close()
-            self._starter = None
+        """Take down what was started here; returns what QEMU and the guest said last."""
+        if self._line is not None:
+            self._line.finish()
+            deadline = time.monotonic() + STOPPING
+            with contextlib.suppress(VMError, TimeoutError):
+                while self._end is None:
+                    self._message(max(0.0, deadline - time.monotonic()))
+            self._line.close()
+            self._line = None
+        self._reap()
+        return (self._end or "").partition("\n")[2]
+
+    def _reap(self) -> None:
+        """Wait for the supervisor that was started here."""
         if self._supervisor is not None:
-            _finish(self._supervisor)
-        return f"\n{evidence}" if evidence else ""
+            try:
+                self._supervisor.wait(STOPPING)
+            except subprocess.TimeoutExpired:
+                self._supervisor.kill()  # its children and the janitor know what to do
+                self._supervisor.wait()
+            self._supervisor = None
 
     def wait(self, console: Callable[[bytes], None] | None = None) -> None:
         """Follow a VM that was started here to its end.  Raises VMError when that was not the guest's own doing."""
-        with _Follower(self._directory.console, console, self._shown):
-            message = self._receive(None)
-        if not message.get("ended", "").startswith("the guest has powered off"):
-            raise VMError(f"VM {self.name!r}: {message.get('ended')}")
+        with Follower(self._directory.console, console, self._shown):
+            try:
+                while True:
+                    self._message()
+            except VMError as end:
+                if not str(end).startswith("the guest has powered off"):
+                    raise VMError(f"VM {self.name!r}: {end}") from None
 
     def detach(self) -> None:
-        """Let it live on without its starter."""
-        assert self._starter is not None
-        self._starter.sendall(b'{"detach": true}\n')
-        self._starter.close()
-        self._starter = None
+        """Let it live on without its starter.  Raises VMError when it has ended meanwhile."""
+        assert self._line is not None, "only its starter can detach a VM"
+        try:
+            self._line.send({"detach": True})
+        except OSError:
+            raise VMError(f"VM {self.name!r}: it has ended{self._abandon()}") from None
+        self._line.close()
+        self._line = None
 
     def stop(self, timeout: float = STOPPING) -> None:
-        """End it; returns when nothing of it is left.  Raises VMError when that takes too long."""
-        if self._starter is not None:
+        """End it; returns when nothing of it is left.  Raises VMError when that takes longer than ``timeout`` seconds.
+
+        A VM that has ended already is no error.
+        """
+        if self._line is not None:
             self._abandon()
             return
         pid = self.info.get("pids", {}).get("supervisor")
-        if pid is None or not self._directory.alive():
+        if pid is None:
             return
         try:
             pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
             return
-        deadline = time.monotonic() + timeout
         try:
-            if self._directory.alive():  # it still is the one that was read about
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+            # Held by somebody, so the process is the one that was read about, and not one that got its number.
+            if not self._directory.alive() or self._directory.read().get("pids", {}).get("supervisor") != pid:
+                return
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+            ended, _, _ = select.select([pidfd], [], [], timeout)
         finally:
             os.close(pidfd)
-        while self._directory.alive():
-            if time.monotonic() > deadline:
-                raise VMError(f"VM {self.name!r} did not stop within {timeout:.0f} s; its supervisor is process {pid}")
-            time.sleep(0.02)
+        if not ended:
+            raise VMError(f"VM {self.name!r} did not stop within {timeout:.0f} s; its supervisor is process {pid}")
+        self._reap()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._starter is not None:
+        if self._line is not None:
             self._abandon()
 
 
-def _finish(supervisor: subprocess.Popen[bytes]) -> None:
-    try:
-        supervisor.wait(STOPPING)
-    except subprocess.TimeoutExpired:
-        supervisor.kill()  # its children and the janitor know what to do
-        supervisor.wait()
-
-
-class _Follower:
-    """Hands what is appended to a file to a callback, in a thread, while the block runs and once more after it."""
-
-    #: Seconds between looks: inotify would save little, and the file may not be there yet.
-    INTERVAL = 0.05
-
-    def __init__(self, file: Path, callback: Callable[[bytes], None] | None, position: int = 0) -> None:
-        self._file = file
-        self._callback = callback
-        self.position = position
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="console", daemon=True)
-
-    def _follow(self) -> None:
-        while not self._stop.wait(self.INTERVAL):
-            self._look()
-
-    def _look(self) -> None:
-        assert self._callback is not None
-        try:
-            with self._file.open("rb") as stream:
-                stream.seek(self.position)
-                data = stream.read()
-        except FileNotFoundError:
-            return
-        self.position += len(data)
-        if data:
-            self._callback(data)
-
-    def __enter__(self) -> None:
-        if self._callback is not None:
-            self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        if self._callback is not None:
-            self._stop.set()
-            self._thread.join()
-            self._look()
-
-
 def find_vm(name: str) -> VM | None:
-    """The living VM of this name, if there is one."""
+    """The living VM of this name, if there is one.  Raises VMError for a name that cannot be one."""
     directory = VMDirectory.of(name)
-    return VM(directory) if directory.alive() and directory.read() else None
+    if owned_run_root() is None or not directory.alive():
+        return None
+    info = directory.read()
+    return VM(directory, info) if info else None
 
 
 def list_vms() -> list[VM]:
     """All living VMs of this user, by name."""
-    return [VM(directory) for directory in living() if directory.read()]
+    vms = ((directory, directory.read()) for directory in living())
+    return [VM(directory, info) for directory, info in vms if info]

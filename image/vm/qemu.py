@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -22,8 +23,9 @@ TCG_PARAMETERS = ("no_timer_check", "noreplace-smp")
 
 @dataclass(frozen=True)
 class Architecture:
-    """What differs between machines of one CPU architecture."""
+    """What differs between machines of one CPU architecture; ``uname`` is its name in the kernel's words."""
 
+    uname: str
     program: str
     machine: str
     console: str
@@ -31,8 +33,8 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    "amd64": Architecture("qemu-system-x86_64", "q35", "ttyS0", TCG_PARAMETERS),
-    "arm64": Architecture("qemu-system-aarch64", "virt,gic-version=max", "ttyAMA0"),
+    "amd64": Architecture("x86_64", "qemu-system-x86_64", "q35", "ttyS0", TCG_PARAMETERS),
+    "arm64": Architecture("aarch64", "qemu-system-aarch64", "virt,gic-version=max", "ttyAMA0"),
 }
 
 #: The Debian package of each program.
@@ -48,6 +50,23 @@ class Devices:
     vsock: str
     vsock_fd: int
     cid: int
+
+
+def read_manifest(image: Path) -> tuple[str, dict[str, Any]]:
+    """An image's image.json, as text and as what it says.  Raises VMError where there is no image to boot."""
+    try:
+        text = (image / "image.json").read_text()
+        manifest = dict(json.loads(text))
+        architecture_of(manifest)
+        for part in (manifest["kernel"]["file"], manifest["initrd"]["file"]):
+            if not (image / part).is_file():
+                raise VMError(f"the image in {image} lacks {part}; build it again: invoke build-image")
+        str(manifest["cmdline"])
+    except OSError as error:
+        raise VMError(f"{image} holds no image: {error.strerror}; build one: invoke build-image") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise VMError(f"{image / 'image.json'} does not describe an image: {error!r}") from error
+    return text, manifest
 
 
 def architecture_of(manifest: Mapping[str, Any]) -> Architecture:

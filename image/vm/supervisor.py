@@ -1,214 +1,194 @@
 """The one process that keeps a VM: it starts QEMU and the vsock back end, and takes everything down with it.
 
-    python -m image.vm.supervisor FD     FD: a socket to whoever starts the VM; the configuration comes in on it as JSON
+    python -m image.vm.supervisor FD     FD: a socket to whoever starts the VM
 
 What is said on the socket, a JSON object a line:
-    starter → supervisor    the configuration; later {"detach": true}
-    supervisor → starter    {"started": …vm.json…}; later, or instead, {"ended": "why"} as the last
+    starter → supervisor    the configuration; {"ready": seconds} when the agent answers; {"detach": true}
+    supervisor → starter    {"info": …vm.json…} when the VM is started, and again when it is ready; {"ended": "why"}
 
 The end comes when QEMU or the back end ends, on SIGTERM, or when the starter goes away undetached (end of file on the
-socket).  A killed supervisor cannot clean up, so others do: its children have the kernel's parent-death signal, and a
-janitor (a shell, waiting for end of file on a pipe that only the supervisor holds) removes the directory.
+socket).  A killed supervisor cannot clean up, so others do: its children have the kernel's parent-death signal, and
+there is a janitor.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import select
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+import traceback
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from image.vm import qemu, vsock
-from image.vm.accel import choose_accelerator, choose_vsock
+from image.vm.accel import Choice
+from image.vm.children import Children
 from image.vm.directory import VMDirectory
 from image.vm.errors import VMError
+from image.vm.janitor import janitor
+from image.vm.lines import Lines
+from image.vm.qmp import QMP, QMPError
 
-#: Seconds that QEMU and the back end get to end by themselves.
-GRACE = 3.0
+#: Seconds that QEMU gets to answer a `quit`.
+ASKING = 1.0
 
-#: $1 the VM's directory, $2 the supervisor's process group.  `done` on the pipe: there is nothing to clean.  The
-#: directory is held as the working directory, so that one that took its name meanwhile is not touched.
-JANITOR = """
-cd "$1" || exit
-IFS= read -r word
-[ "$word" = done ] && exit
-kill -KILL -- "-$2" 2>/dev/null
-rm -rf -- ./* ./.[!.]*
-cd /
-rmdir -- "$1" 2>/dev/null
-"""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Ended(Exception):
     """The VM is to end, or has; the text says why."""
 
 
-def main() -> None:
-    """Keep one VM until its end."""
-    starter = socket.socket(fileno=int(sys.argv[1]))
-    config = json.loads(starter.makefile("r").readline())
-    directory = VMDirectory(Path(config["directory"]))
-    why = "it was stopped"
-    try:
-        with directory.create() as lock:
-            with _janitor(directory):
+class Supervisor:
+    """Keeps one VM, from its directory's beginning to its end."""
+
+    def __init__(self, config: dict[str, Any], starter: Lines, stop: socket.socket) -> None:
+        self._config = config
+        self._directory = VMDirectory(Path(config["directory"]))
+        self._starter = starter
+        self._stop = stop
+        self._info: dict[str, Any] = {}
+
+    def run(self) -> str:
+        """Returns why it has ended.  Nothing is left then."""
+        why = ""
+        try:
+            with janitor(self._directory), self._directory.create():
                 try:
-                    _keep(directory, config, starter, lock)
+                    self._keep()
                 except (Ended, VMError) as end:
                     why = str(end)
                 finally:
-                    why += _evidence(directory)
-                    directory.remove()
-    except VMError as error:
-        why = str(error)
-    _tell(starter, {"ended": why})
+                    why += self._evidence()
+                    self._directory.remove()
+        except VMError as error:
+            why = str(error)
+        except Exception:  # nobody sees this process's stderr
+            why = f"its supervisor failed: {traceback.format_exc()}"
+        return why
 
-
-def _evidence(directory: VMDirectory) -> str:
-    """What QEMU and the guest said last: after the directory is gone nobody can look it up."""
-    texts = {"QEMU says": directory.qemu_tail(), "the console's last lines": directory.console_tail()}
-    return "".join(f"\n{title}:\n{text}" for title, text in texts.items() if text)
-
-
-def _tell(starter: socket.socket, message: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # it has gone, or was detached
-        starter.sendall(json.dumps(message).encode() + b"\n")
-
-
-@contextlib.contextmanager
-def _janitor(directory: VMDirectory) -> Iterator[None]:
-    """Have somebody clean up after a supervisor that cannot."""
-    reading, writing = os.pipe()
-    words = ["/bin/sh", "-c", JANITOR, "caisson-janitor", str(directory.path), str(os.getpgrp())]
-    quiet = subprocess.DEVNULL
-    janitor = subprocess.Popen(words, stdin=reading, stdout=quiet, stderr=quiet, start_new_session=True)
-    os.close(reading)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(BrokenPipeError):
-            os.write(writing, b"done\n")
-        os.close(writing)
-        janitor.wait()
-
-
-def _keep(directory: VMDirectory, config: dict[str, Any], starter: socket.socket, lock: IO[str]) -> None:
-    """Start everything and wait for its end, which is raised as Ended."""
-    image = Path(config["image"])
-    text = (image / "image.json").read_text()
-    # What runs here, also when the image has gone from the builder's cache.
-    (directory.path / "image.json").write_text(text)
-    manifest = json.loads(text)
-    accelerator = choose_accelerator(config["accel"])
-    transport = choose_vsock(config["vsock"])
-    program = qemu.probe(qemu.architecture_of(manifest))
-    with contextlib.ExitStack() as stack:
-        stop, wake = socket.socketpair()
-        stack.enter_context(stop), stack.enter_context(wake)
-        wake.setblocking(False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda *_: wake.send(b"."))
-        log = stack.enter_context(directory.qemu_log.open("wb"))
-        device = stack.enter_context(vsock.prepare(transport.name, directory))
-        children: dict[str, subprocess.Popen[bytes]] = {}
-        stack.callback(_end, children)
-        children["vsock"] = _spawn(device.command, device.backend_fds, log)
-        device.started()
-        devices = qemu.Devices(
-            console=directory.console,
-            qmp=directory.qmp_socket,
-            vsock=transport.name,
-            vsock_fd=device.fd,
-            cid=device.cid,
-        )
-        words = qemu.command(
-            program, image, manifest, devices,
-            name=directory.name, accelerator=accelerator.name, memory=config["memory"], cpus=config["cpus"],
-        )  # fmt: skip
-        children["qemu"] = _spawn(words, [device.fd], log)
-        info = {
-            "name": directory.name,
-            "state": "running",
-            "directory": str(directory.path),
-            "image": str(image),
-            "accel": accelerator.name,
-            "accel_reason": accelerator.reason,
-            "vsock": transport.name,
-            "vsock_reason": transport.reason,
-            "cid": device.cid,
-            "memory": config["memory"],
-            "cpus": config["cpus"],
-            "started": time.time(),
-            "command": list(words),
-            "pids": {"supervisor": os.getpid()} | {name: child.pid for name, child in children.items()},
+    def _evidence(self) -> str:
+        """What QEMU and the guest said last: after the directory is gone nobody can look it up."""
+        texts = {
+            "QEMU says": self._directory.qemu_tail(),
+            "the console's last lines": self._directory.console_tail(),
         }
-        directory.write(info)
-        _tell(starter, {"started": info})
-        _watch(children, starter, stop)
+        return "".join(f"\n{title}:\n{text}" for title, text in texts.items() if text)
 
+    def _keep(self) -> None:
+        """Start everything and wait for its end, which is raised as Ended."""
+        config, directory = self._config, self._directory
+        image = Path(config["image"])
+        accelerator, transport = Choice(*config["accel"]), Choice(*config["vsock"])
+        text, manifest = qemu.read_manifest(image)
+        # What runs here, also when the image has gone from the builder's cache.
+        (directory.path / "image.json").write_text(text)
+        program = qemu.probe(qemu.architecture_of(manifest))
+        if shutil.which("setpriv") is None:
+            raise VMError("setpriv is not installed; run: sudo apt-get install util-linux")
+        with directory.qemu_log.open("wb") as log, Children(log) as children:
+            children.ending("qemu", self._quit_qemu)
+            with vsock.prepare(transport.name, directory) as device:
+                devices = qemu.Devices(
+                    console=directory.console,
+                    qmp=directory.qmp_socket,
+                    vsock=transport.name,
+                    vsock_fd=device.fd,
+                    cid=device.cid,
+                )
+                command = qemu.command(
+                    program, image, manifest, devices,
+                    name=directory.name, accelerator=accelerator.name, memory=config["memory"], cpus=config["cpus"],
+                )  # fmt: skip
+                # Side by side: QEMU waits for the device by itself, on their socket.
+                children.spawn("vsock", device.command, device.backend_fds)
+                children.spawn("qemu", command, [device.fd])
+                device.hand_over()
+                device.wait()
+            self._info = {
+                "name": directory.name,
+                "state": "starting",
+                "directory": str(directory.path),
+                "image": str(image),
+                "accel": accelerator.name,
+                "accel_reason": accelerator.reason,
+                "vsock": transport.name,
+                "vsock_reason": transport.reason,
+                "cid": device.cid,
+                "memory": config["memory"],
+                "cpus": config["cpus"],
+                "started": time.time(),
+                "command": list(command),
+                "pids": {"supervisor": os.getpid()} | children.pids,
+            }
+            self._publish()
+            self._watch(children)
 
-def _spawn(words: Sequence[str], fds: Sequence[int], log: IO[bytes]) -> subprocess.Popen[bytes]:
-    """A child that the kernel kills when this process dies."""
-    tied = ["setpriv", "--pdeathsig", "KILL", "--", *words]
-    if shutil.which("setpriv") is None:
-        raise VMError("setpriv is not installed; run: sudo apt-get install util-linux")
-    return subprocess.Popen(tied, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=fds)
+    def _publish(self) -> None:
+        self._directory.write(self._info)
+        tell(self._starter, {"info": self._info})
 
-
-def _watch(children: dict[str, subprocess.Popen[bytes]], starter: socket.socket, stop: socket.socket) -> None:
-    """Wait for whatever ends the VM; raises Ended."""
-    pidfds = {os.pidfd_open(child.pid): name for name, child in children.items()}
-    watched: list[Any] = [starter, stop, *pidfds]
-    try:
+    def _watch(self, children: Children) -> None:
+        """Wait for whatever ends the VM; raises Ended."""
+        watched: list[Any] = [self._starter, self._stop, *children.pidfds]
         while True:
             ready, _, _ = select.select(watched, [], [])
-            if stop in ready:
+            if self._stop in ready:
                 raise Ended("it was stopped")
-            for pidfd in ready:
-                if pidfd in pidfds:
-                    raise Ended(_obituary(pidfds[pidfd], children[pidfds[pidfd]]))
-            if starter in ready:
-                with contextlib.suppress(ConnectionError):
-                    if b"detach" in starter.recv(4096):
-                        watched.remove(starter)
-                        continue
+            if obituary := children.obituary(ready):
+                raise Ended(obituary)
+            if self._starter in ready and not self._heed():
+                watched.remove(self._starter)
+
+    def _heed(self) -> bool:
+        """Do what the starter says; whether there is more to come.  Raises Ended when it has gone."""
+        while True:
+            try:
+                message = self._starter.receive(0)
+            except TimeoutError:
+                return True
+            if message is None:
                 raise Ended("the command that started it has ended")
-    finally:
-        for pidfd in pidfds:
-            os.close(pidfd)
+            if "detach" in message:
+                return False
+            if "ready" in message:
+                self._info |= {"state": "running", "boot_seconds": message["ready"]}
+                self._publish()
 
-
-def _obituary(name: str, child: subprocess.Popen[bytes]) -> str:
-    status = child.wait()
-    title = {"qemu": "QEMU", "vsock": "the vsock device"}[name]
-    if name == "qemu" and status == 0:
-        return "the guest has powered off"
-    if status < 0:
-        return f"{title} was ended by {signal.Signals(-status).name}"
-    return f"{title} exited with status {status}"
-
-
-def _end(children: dict[str, subprocess.Popen[bytes]]) -> None:
-    """End QEMU, then the back end: asked first, killed after a while."""
-    for name in ("qemu", "vsock"):
-        child = children.get(name)
-        if child is None:
-            continue
-        child.terminate()
+    def _quit_qemu(self) -> bool:
+        """Ask QEMU to end; whether it said yes."""
         try:
-            child.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+            with QMP(self._directory.qmp_socket, ASKING) as monitor:
+                monitor.execute("quit")
+        except QMPError:
+            return False
+        return True
+
+
+def tell(starter: Lines, message: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # it has gone, or was detached
+        starter.send(message)
+
+
+def main() -> None:
+    """Keep one VM until its end."""
+    stop, wake = socket.socketpair()
+    wake.setblocking(False)
+    # Signals become events; a handler of Python's has to be there for that.
+    signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: None)
+    if os.getpgrp() != os.getpid():  # run by hand: what kills the VM's processes must not kill the shell's
+        os.setsid()
+    starter = Lines(socket.socket(fileno=int(sys.argv[1])))
+    config = starter.receive()
+    if config is not None:
+        tell(starter, {"ended": Supervisor(config, starter, stop).run()})
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from image.vm import accel
+from image.vm.accel import Host
 from image.vm.errors import VMError
 
 VMX = "flags\t\t: fpu vme vmx sse2\n"
@@ -15,57 +17,92 @@ NEITHER = "flags\t\t: fpu sse2\nbugs\t\t: svm_looks_like_a_flag\nmodel name\t: v
 
 
 @pytest.fixture
-def device(tmp_path: Path) -> Path:
-    file = tmp_path / "kvm"
-    file.touch()
-    return file
+def host(tmp_path: Path) -> Host:
+    """A machine that has everything."""
+    for name in ("kvm", "vhost-vsock"):
+        (tmp_path / name).touch()
+    return Host("x86_64", VMX, kvm=tmp_path / "kvm", vhost_vsock=tmp_path / "vhost-vsock")
 
 
 @pytest.mark.parametrize("cpuinfo", [VMX, SVM])
-def test_hardware_virtualization_means_kvm(device: Path, cpuinfo: str) -> None:
-    assert accel.kvm_refusal(cpuinfo, "x86_64", device) is None
+def test_hardware_virtualization_means_kvm(host: Host, cpuinfo: str) -> None:
+    choice = accel.choose_accelerator("auto", "x86_64", replace(host, cpuinfo=cpuinfo))
+    assert choice.name == "kvm"
+    assert choice.doubt == ""
 
 
-def test_a_device_that_opens_is_not_enough(device: Path) -> None:
-    refusal = accel.kvm_refusal(NEITHER, "x86_64", device)
-    assert refusal is not None
-    assert "neither vmx nor svm" in refusal
-    choice = accel.choose_accelerator("auto", NEITHER, device)
+def test_a_device_that_opens_is_not_enough(host: Host) -> None:
+    choice = accel.choose_accelerator("auto", "x86_64", replace(host, cpuinfo=NEITHER))
     assert choice.name == "tcg"
-    assert refusal in choice.reason
+    assert "opens, but the CPU shows neither vmx nor svm" in choice.reason
 
 
-def test_other_architectures_have_no_such_flags(device: Path) -> None:
-    assert accel.kvm_refusal("", "aarch64", device) is None
+def test_other_architectures_have_no_such_flags(host: Host) -> None:
+    assert accel.choose_accelerator("auto", "aarch64", replace(host, machine="aarch64", cpuinfo="")).name == "kvm"
 
 
-def test_no_device_means_emulation(tmp_path: Path) -> None:
-    choice = accel.choose_accelerator("auto", VMX, tmp_path / "none")
+def test_no_device_means_emulation(host: Host, tmp_path: Path) -> None:
+    choice = accel.choose_accelerator("auto", "x86_64", replace(host, kvm=tmp_path / "none"))
     assert choice.name == "tcg"
     assert "No such file" in choice.reason
 
 
-def test_what_is_asked_for_is_taken(device: Path) -> None:
-    assert accel.choose_accelerator("tcg", VMX, device).name == "tcg"
-    assert accel.choose_accelerator("kvm", NEITHER, device).name == "kvm"
+def test_kvm_runs_its_own_architecture_only(host: Host) -> None:
+    choice = accel.choose_accelerator("auto", "aarch64", host)
+    assert choice.name == "tcg"
+    assert "the image is for aarch64 and this machine is x86_64" in choice.reason
+    with pytest.raises(VMError, match="--accel tcg"):
+        accel.choose_accelerator("kvm", "aarch64", host)
 
 
-def test_what_cannot_be_done_names_the_way_out(tmp_path: Path) -> None:
-    with pytest.raises(VMError, match="modprobe kvm"):
-        accel.choose_accelerator("kvm", VMX, tmp_path / "none")
-    with pytest.raises(VMError, match="modprobe vhost_vsock"):
-        accel.choose_vsock("vhost", tmp_path / "none")
+def test_what_is_asked_for_is_taken(host: Host) -> None:
+    assert accel.choose_accelerator("tcg", "x86_64", host).name == "tcg"
+    assert accel.choose_accelerator("kvm", "x86_64", host).reason == "KVM, as asked for"
 
 
-@pytest.mark.parametrize("choose", [accel.choose_accelerator, accel.choose_vsock])
-def test_other_words_are_refused(choose: object) -> None:
-    with pytest.raises(VMError, match="auto"):
-        choose("xen")  # type: ignore[operator]
+def test_who_insists_hears_of_the_doubt(host: Host) -> None:
+    choice = accel.choose_accelerator("kvm", "x86_64", replace(host, cpuinfo=NEITHER))
+    assert choice.name == "kvm"
+    assert "neither vmx nor svm" in choice.doubt
+    assert choice.doubt in choice.reason
 
 
-def test_vsock_follows_the_device(device: Path, tmp_path: Path) -> None:
-    assert accel.choose_vsock("auto", device).name == "vhost"
-    assert accel.choose_vsock("user", device).name == "user"
-    missing = accel.choose_vsock("auto", tmp_path / "none")
+def test_what_cannot_be_done_names_the_way_out(host: Host, tmp_path: Path) -> None:
+    none = replace(host, kvm=tmp_path / "none", vhost_vsock=tmp_path / "none")
+    with pytest.raises(VMError, match=r"modprobe kvm.*--accel tcg"):
+        accel.choose_accelerator("kvm", "x86_64", none)
+    with pytest.raises(VMError, match=r"modprobe vhost_vsock.*--vsock user"):
+        accel.choose_vsock("vhost", none)
+
+
+def test_a_device_that_one_may_not_open_names_the_way_in(host: Host, tmp_path: Path) -> None:
+    # A directory cannot be opened for writing, by root neither.
+    closed = replace(host, kvm=tmp_path, vhost_vsock=tmp_path)
+    with pytest.raises(VMError, match="sudo usermod -aG"):
+        accel.choose_accelerator("kvm", "x86_64", closed)
+    with pytest.raises(VMError, match="sudo usermod -aG"):
+        accel.choose_vsock("vhost", closed)
+    assert accel.choose_accelerator("auto", "x86_64", closed).name == "tcg"
+    assert accel.choose_vsock("auto", closed).name == "user"
+
+
+def test_other_words_are_refused(host: Host) -> None:
+    with pytest.raises(VMError, match="auto, kvm or tcg"):
+        accel.choose_accelerator("xen", "x86_64", host)
+    with pytest.raises(VMError, match="auto, vhost or user"):
+        accel.choose_vsock("tcp", host)
+
+
+def test_vsock_follows_the_device(host: Host, tmp_path: Path) -> None:
+    assert accel.choose_vsock("auto", host).name == "vhost"
+    assert accel.choose_vsock("vhost", host).name == "vhost"
+    assert accel.choose_vsock("user", host).name == "user"
+    missing = accel.choose_vsock("auto", replace(host, vhost_vsock=tmp_path / "none"))
     assert missing.name == "user"
     assert "No such file" in missing.reason
+
+
+def test_this_machine_is_looked_at() -> None:
+    host = Host.here()
+    assert host.cpuinfo
+    assert accel.choose_accelerator("auto", host.machine, host).name in ("kvm", "tcg")

@@ -63,6 +63,25 @@ def test_aarch64() -> None:
     assert after(words, "-append") == ["console=ttyAMA0 quiet panic=-1"]
 
 
+def test_no_parameter_for_emulation_reaches_kvm() -> None:
+    for arch in qemu.ARCHITECTURES:
+        for parameter in qemu.TCG_PARAMETERS:
+            assert parameter not in after(render(arch=arch, accelerator="kvm"), "-append")[0].split()
+
+
+@pytest.mark.parametrize("arch", list(qemu.ARCHITECTURES))
+@pytest.mark.parametrize("accelerator", ["kvm", "tcg"])
+@pytest.mark.parametrize("vsock", ["user", "vhost"])
+def test_all_have_what_every_vm_has(arch: str, accelerator: str, vsock: str) -> None:
+    words = render(arch, accelerator, vsock)
+    assert {"-nodefaults", "-no-user-config", "-no-reboot"} <= set(words)
+    assert after(words, "-display") == ["none"]
+    assert after(words, "-qmp") == ["unix:/vm/qmp.sock,server=on,wait=off"]
+    assert after(words, "-serial") == ["chardev:console"]
+    assert "virtio-rng-pci" in after(words, "-device")
+    assert after(words, "-m") == ["256M"]
+
+
 def test_an_unknown_architecture_is_refused() -> None:
     with pytest.raises(VMError, match="riscv64"):
         render(arch="riscv64")

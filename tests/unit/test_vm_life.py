@@ -1,12 +1,10 @@
-"""A VM's life without a guest: a program that plays QEMU, and every party killed once."""
+"""A VM's life without a guest, with a program that plays QEMU."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,76 +12,21 @@ from pathlib import Path
 import pytest
 
 from image.vm import VM, VMConfig, VMError, find_vm, list_vms
-from image.vm.directory import VMDirectory, living
+from image.vm.directory import VMDirectory
+from tests.unit.fake_qemu import install, lives, make_image, nothing_left, wait_until
 
-ROOT = Path(__file__).resolve().parents[2]
-
-#: Plays QEMU: says its version, prints to the console, and does what the image's command line says.
-QEMU = """#!{python}
-import signal, sys, time
-if "--version" in sys.argv:
-    print("QEMU emulator version 9.9.9")
-    sys.exit()
-console = next(word for word in sys.argv if word.startswith("file,id=console")).partition("path=")[2]
-with open(console, "w") as file:
-    file.write("line one\\x1b[2J\\nlast words of the guest\\n")
-words = sys.argv[sys.argv.index("-append") + 1].split()
-if "stubborn" in words:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-if "fail" in words:
-    sys.exit("qemu: no such machine")
-if "poweroff" in words:
-    sys.exit(0)
-time.sleep(1000)
-"""
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def processes_of(path: Path) -> list[str]:
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (process / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if os.fsencode(path) in words and process.name != str(os.getpid()):
-            found.append(words.replace(b"\0", b" ").decode(errors="replace"))
-    return found
+Images = Callable[[str], Path]
 
 
 @pytest.fixture
-def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Path]]:
+def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Images]:
     """Makes images whose guest does as told, in a run directory of the test's own."""
-    tools = tmp_path / "bin"
-    tools.mkdir()
-    program = tools / "qemu-system-x86_64"
-    program.write_text(QEMU.format(python=sys.executable))
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    install(tmp_path / "bin")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     run = tmp_path / "r"
     monkeypatch.setenv("CAISSON_RUN", str(run))
-
-    def make(behaviour: str = "") -> Path:
-        directory = tmp_path / f"image-{behaviour}"
-        directory.mkdir()
-        manifest = {
-            "arch": "amd64",
-            "cmdline": behaviour,
-            "kernel": {"file": "k"},
-            "initrd": {"file": "i"},
-        }
-        (directory / "image.json").write_text(json.dumps(manifest))
-        return directory
-
-    yield make
-    wait_until(lambda: not run.exists() or not list(run.iterdir()))
-    wait_until(lambda: not processes_of(run))
+    yield lambda behaviour: make_image(tmp_path / f"image-{behaviour}", behaviour)
+    nothing_left(run)
 
 
 def ready(_: Path) -> bool:
@@ -91,18 +34,17 @@ def ready(_: Path) -> bool:
 
 
 def never(_: Path) -> bool:
-    time.sleep(0.02)
     return False
 
 
-def start(image: Path, name: str = "v", **options: str) -> VM:
-    return VM.start(VMConfig(image, name=name, accel="tcg", vsock="user", **options), ready=ready)  # type: ignore[arg-type]
+def start(image: Path, name: str = "v", ready: Callable[[Path], bool] = ready, timeout: float | None = None) -> VM:
+    return VM.start(VMConfig(image, name=name, accel="tcg", vsock="user"), ready=ready, timeout=timeout)
 
 
-def test_a_vm_is_found_described_and_stopped(image: Callable[[str], Path]) -> None:
+def test_a_vm_is_found_described_and_stopped(image: Images) -> None:
     with start(image("")) as vm:
         assert vm.info["accel"] == "tcg"
-        assert _lives(vm.info["pids"]["qemu"])
+        assert lives(vm.info["pids"]["qemu"])
         found = find_vm("v")
         assert found is not None
         assert [other.name for other in list_vms()] == ["v"]
@@ -114,7 +56,7 @@ def test_a_vm_is_found_described_and_stopped(image: Callable[[str], Path]) -> No
     assert find_vm("v") is None
 
 
-def test_a_detached_vm_outlives_its_starter_and_is_stopped_by_another(image: Callable[[str], Path]) -> None:
+def test_a_detached_vm_outlives_its_starter_and_is_stopped_by_another(image: Images) -> None:
     vm = start(image(""))
     vm.detach()
     found = find_vm("v")
@@ -123,70 +65,124 @@ def test_a_detached_vm_outlives_its_starter_and_is_stopped_by_another(image: Cal
     assert list_vms() == []
 
 
-def test_two_vms_beside_each_other(image: Callable[[str], Path]) -> None:
+def test_two_vms_beside_each_other(image: Images) -> None:
     with start(image("")) as one, start(Path(one.info["image"]), name="w"):
         assert [vm.name for vm in list_vms()] == ["v", "w"]
 
 
-def test_a_stubborn_qemu_is_killed(image: Callable[[str], Path]) -> None:
+def test_a_stubborn_qemu_is_killed(image: Images) -> None:
     with start(image("stubborn")):
         pass
     assert list_vms() == []
 
 
-def test_a_qemu_that_fails_is_quoted(image: Callable[[str], Path]) -> None:
+def test_a_qemu_that_fails_is_quoted(image: Images) -> None:
     with pytest.raises(VMError, match="QEMU exited with status 1") as caught:
-        VM.start(VMConfig(image("fail"), name="v", accel="tcg", vsock="user"), ready=never)
+        start(image("fail"), ready=never)
     assert "no such machine" in str(caught.value)
     assert "last words of the guest" in str(caught.value)
     assert "\x1b" not in str(caught.value)
 
 
-def test_a_guest_that_is_never_ready_is_given_up(image: Callable[[str], Path]) -> None:
-    with pytest.raises(VMError, match="did not answer within 1 s") as caught:
-        VM.start(VMConfig(image(""), name="v", accel="tcg", vsock="user"), ready=never, timeout=1.0)
+def test_a_guest_that_is_never_ready_is_given_up(image: Images) -> None:
+    with pytest.raises(
+        VMError, match=r"did not answer within 1 s; the guest last printed something \d s ago"
+    ) as caught:
+        start(image(""), ready=never, timeout=1.0)
     assert "last words of the guest" in str(caught.value)
 
 
-def test_a_guest_that_powers_off_ends_the_wait(image: Callable[[str], Path]) -> None:
-    heard: list[bytes] = []
-    with start(image("poweroff")) as vm:
-        vm.wait(heard.append)
+def test_a_silent_guest_is_called_silent(image: Images) -> None:
+    with pytest.raises(VMError, match="did not answer within 0 s; the guest printed nothing") as caught:
+        start(image("mute"), ready=never, timeout=0.3)
+    assert "console" not in str(caught.value)
+
+
+def test_waiting_for_a_guest_burns_no_time(image: Images) -> None:
+    asked = []
+    with pytest.raises(VMError):
+        start(image(""), ready=lambda socket: bool(asked.append(socket)), timeout=1.0)
+    assert 1 < len(asked) < 60
+
+
+def test_a_ready_that_fails_leaves_nothing(image: Images) -> None:
+    def broken(_: Path) -> bool:
+        raise RuntimeError("a bug of the caller's")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        start(image(""), ready=broken)
     assert list_vms() == []
 
 
-@pytest.mark.parametrize("part", ["supervisor", "qemu", "vsock"])
-def test_a_killed_part_takes_everything_with_it(image: Callable[[str], Path], part: str) -> None:
-    vm = start(image(""))
-    vm.detach()
-    pids = vm.info["pids"]
-    os.kill(pids[part], signal.SIGKILL)
-    wait_until(lambda: not vm.directory.exists())
-    for pid in pids.values():
-        wait_until(lambda pid=pid: not _lives(pid))
+def test_it_is_starting_until_it_is_ready(image: Images) -> None:
+    states = []
+
+    def look(_: Path) -> bool:
+        (vm,) = list_vms()
+        states.append(vm.info["state"])
+        return True
+
+    with start(image(""), ready=look) as vm:
+        assert states == ["starting"]
+        assert vm.info["state"] == "running"
+        assert 0 < vm.info["boot_seconds"] < 30
+    assert vm.info["state"] == "running"  # what was known last
 
 
-def _lives(pid: int) -> bool:
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
+def test_qemu_is_asked_to_quit_before_anything_else(image: Images) -> None:
+    vm = start(image("qmp stubborn"))
+    wait_until((vm.directory / "qmp.sock").exists)
+    ended: list[str] = []
+
+    def follow() -> None:
+        with pytest.raises(VMError) as caught:
+            vm.wait()
+        ended.append(str(caught.value))
+
+    follower = threading.Thread(target=follow)
+    follower.start()
+    began = time.monotonic()
+    found = find_vm("v")
+    assert found is not None
+    found.stop()
+    assert time.monotonic() - began < 2  # SIGTERM would have been ignored
+    follower.join()
+    assert "it was stopped" in ended[0]
+    assert "monitor: quit" in ended[0]
+    assert "quits as it was asked to" in ended[0]
+    vm.stop()
 
 
-def test_a_killed_starter_takes_its_vm_with_it(image: Callable[[str], Path]) -> None:
-    program = (
-        "import sys, time; from pathlib import Path; from image.vm import *\n"
-        "VM.start(VMConfig(Path(sys.argv[1]), name='v', accel='tcg', vsock='user'), ready=lambda s: True)\n"
-        "print('up', flush=True); time.sleep(1000)"
-    )
-    with subprocess.Popen([sys.executable, "-c", program, image("")], cwd=ROOT, stdout=subprocess.PIPE) as starter:
-        assert starter.stdout is not None
-        assert starter.stdout.readline() == b"up\n"
-        starter.kill()
-    wait_until(lambda: not list_vms())
+def test_what_the_guest_prints_is_followed(image: Images) -> None:
+    heard: list[bytes] = []
+    config = VMConfig(image(""), name="v", accel="tcg", vsock="user")
+    with VM.start(config, ready=lambda _: bool(heard), console=heard.append):
+        assert b"".join(heard) == b"line one\x1b[2J\nlast words of the guest\n"
 
 
-def test_a_stale_directory_makes_room(image: Callable[[str], Path]) -> None:
+def test_a_closed_screen_ends_nothing(image: Images) -> None:
+    called = threading.Event()
+
+    def closed(_: bytes) -> None:
+        called.set()
+        raise BrokenPipeError
+
+    config = VMConfig(image(""), name="v", accel="tcg", vsock="user")
+    with VM.start(config, ready=lambda _: called.is_set(), console=closed) as vm:
+        assert lives(vm.info["pids"]["qemu"])
+
+
+def test_a_guest_that_powers_off_ends_the_wait(image: Images) -> None:
+    heard: list[bytes] = []
+    with start(image("poweroff")) as vm:
+        wait_until((vm.directory / "console.log").exists)
+        os.kill(vm.info["pids"]["qemu"], signal.SIGUSR1)
+        vm.wait(heard.append)
+    assert b"last words" in b"".join(heard)
+    assert list_vms() == []
+
+
+def test_a_stale_directory_makes_room(image: Images) -> None:
     stale = VMDirectory.of("v")
     stale.path.mkdir(parents=True)
     (stale.path / "lock").touch()
@@ -195,24 +191,21 @@ def test_a_stale_directory_makes_room(image: Callable[[str], Path]) -> None:
         assert vm.agent_socket.is_socket()
 
 
-def test_stale_directories_go_when_somebody_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CAISSON_RUN", str(tmp_path))
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old/lock").touch()
-    (tmp_path / "else").mkdir()  # nothing says that it was a VM
-    assert list(living()) == []
-    assert [path.name for path in tmp_path.iterdir()] == ["else"]
+def test_a_directory_without_an_image_is_refused(image: Images, tmp_path: Path) -> None:
+    with pytest.raises(VMError, match=r"holds no image.*invoke build-image"):
+        start(tmp_path)
+    incomplete = image("")
+    (incomplete / "k").unlink()
+    with pytest.raises(VMError, match="lacks k; build it again"):
+        start(incomplete)
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "-x", "a b", "a\n"])
-def test_names_that_cannot_be_directories(name: str) -> None:
-    with pytest.raises(VMError, match="name is made of"):
-        VMDirectory.of(name)
-
-
-def test_a_name_too_long_for_a_socket() -> None:
-    with pytest.raises(VMError, match="too long"):
-        VMDirectory.of("x" * 100)
+@pytest.mark.parametrize("text", ["{", "[]", "null", "{}", '{"arch": "amd64"}', '{"arch": "amd64", "kernel": 1}'])
+def test_a_manifest_that_is_none_is_refused(image: Images, text: str) -> None:
+    broken = image("")
+    (broken / "image.json").write_text(text)
+    with pytest.raises(VMError, match=r"image\.json does not describe|the image is for None"):
+        start(broken)
 
 
 @pytest.mark.parametrize("options", [{"memory": 1}, {"cpus": 0}, {"cpus": 1000}])

@@ -1,0 +1,89 @@
+"""The processes of a VM: tied to their supervisor, watched by descriptors, ended within a bounded time."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from typing import IO, Self
+
+#: Seconds that a process gets to end after it was asked to, each time.
+GRACE = 3.0
+
+#: What they are called in what is said to people.
+TITLES = {"qemu": "QEMU", "vsock": "the vsock device"}
+
+
+class Children:
+    """Children by name.  As a context manager it ends them all, the last one first."""
+
+    def __init__(self, log: IO[bytes], grace: float = GRACE) -> None:
+        """``log`` takes their stdout and stderr."""
+        self._log = log
+        self._grace = grace
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._pidfds: dict[int, str] = {}  # readable when the child has ended
+        self._ask: dict[str, Callable[[], bool]] = {}
+
+    @property
+    def pids(self) -> dict[str, int]:
+        return {name: process.pid for name, process in self._processes.items()}
+
+    @property
+    def pidfds(self) -> list[int]:
+        """Descriptors that become readable when a child has ended."""
+        return list(self._pidfds)
+
+    def spawn(self, name: str, words: Sequence[str], fds: Iterable[int]) -> None:
+        """Start a child that has these descriptors, and that the kernel kills when this process dies."""
+        process = subprocess.Popen(
+            ["setpriv", "--pdeathsig", "KILL", "--", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            pass_fds=list(fds),
+        )
+        self._processes[name] = process
+        self._pidfds[os.pidfd_open(process.pid)] = name
+
+    def ending(self, name: str, ask: Callable[[], bool]) -> None:
+        """Before SIGTERM, this child is to be asked: ``ask`` does so, and returns whether it will end."""
+        self._ask[name] = ask
+
+    def obituary(self, ready: Iterable[object]) -> str | None:
+        """What became of the first child whose descriptor is among those that are readable, in words."""
+        for descriptor in ready:
+            if isinstance(descriptor, int) and descriptor in self._pidfds:
+                return self._obituary(self._pidfds[descriptor])
+        return None
+
+    def _obituary(self, name: str) -> str:
+        status = self._processes[name].wait()
+        title = TITLES.get(name, name)
+        if name == "qemu" and status == 0:
+            return "the guest has powered off"
+        if status < 0:
+            return f"{title} was ended by signal {-status} ({signal.strsignal(-status)})"
+        return f"{title} exited with status {status}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, process in reversed(self._processes.items()):
+            ask = self._ask.get(name)
+            if not (process.poll() is None and ask and ask() and self._ended(name)):
+                process.terminate()
+                if not self._ended(name):
+                    process.kill()
+            process.wait()
+        for pidfd in self._pidfds:
+            os.close(pidfd)
+
+    def _ended(self, name: str) -> bool:
+        """Whether it ends within its time."""
+        mine = [pidfd for pidfd, other in self._pidfds.items() if other == name]
+        ready, _, _ = select.select(mine, [], [], self._grace)
+        return bool(ready)

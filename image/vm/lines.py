@@ -1,0 +1,62 @@
+"""JSON objects, a line each, on a socket: how a supervisor talks with its starter, and QEMU with whoever drives it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from typing import Any
+
+#: Bytes of a line that is still believed to be one.
+LONGEST = 4 << 20
+
+
+class Lines:
+    """One end of such a socket; closing it closes the socket."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._received = b""
+
+    def fileno(self) -> int:
+        return self._connection.fileno()
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send an object.  Raises OSError when the other end has gone."""
+        self._connection.settimeout(None)
+        self._connection.sendall(json.dumps(message).encode() + b"\n")
+
+    def receive(self, timeout: float | None = None) -> dict[str, Any] | None:
+        """The next object, or None at the end.  ``timeout`` in seconds; 0 takes only what is there already.
+
+        Raises TimeoutError, and ValueError for what is no JSON object or too long.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while b"\n" not in self._received:
+            if len(self._received) > LONGEST:
+                raise ValueError(f"a line of more than {LONGEST} bytes")
+            self._connection.settimeout(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            try:
+                data = self._connection.recv(65536)
+            except BlockingIOError:
+                raise TimeoutError from None
+            except ConnectionError:
+                data = b""
+            if not data:
+                return None
+            self._received += data
+        line, _, self._received = self._received.partition(b"\n")
+        message = json.loads(line)
+        if not isinstance(message, dict):
+            raise ValueError(f"not an object: {line[:80]!r}")
+        return message
+
+    def finish(self) -> None:
+        """Say that nothing more will be sent; what the other end sends can still be received."""
+        try:
+            self._connection.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass
+
+    def close(self) -> None:
+        self._connection.close()

@@ -1,0 +1,82 @@
+"""QEMU's machine protocol, as much as a supervisor needs: connect, execute a command, wait for its answer.
+
+Each call is bounded in time.  Source: QEMU, docs/interop/qmp-spec.rst.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from pathlib import Path
+from typing import Any, Self
+
+from image.vm.errors import VMError
+from image.vm.lines import Lines
+
+
+class QMPError(VMError):
+    """QEMU could not be asked, or refused; ``kind`` is the protocol's class of a refusal, else empty."""
+
+    def __init__(self, text: str, kind: str = "") -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+class QMP:
+    """A connection to a QEMU, past its greeting.  Events are passed over."""
+
+    def __init__(self, path: Path, timeout: float = 2.0) -> None:
+        """``timeout``: seconds for the connection, and for each command.  Raises QMPError.
+
+        QEMU serves one client a socket at a time, so a second one waits until its time is over.
+        """
+        self._path = path
+        self._timeout = timeout
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(timeout)
+        self._lines = Lines(connection)
+        try:
+            connection.connect(str(path))
+            if "QMP" not in self._receive(time.monotonic() + timeout):
+                raise QMPError(f"{path}: what answers there is not QEMU")
+            self.execute("qmp_capabilities")
+        except OSError as error:
+            self.close()
+            raise QMPError(f"{path}: {error.strerror or error}") from error
+        except QMPError:
+            self.close()
+            raise
+
+    def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
+        """Run a command and return what it returns.  Raises QMPError."""
+        deadline = time.monotonic() + self._timeout
+        try:
+            self._lines.send({"execute": command} | ({"arguments": arguments} if arguments else {}))
+        except OSError as error:
+            raise QMPError(f"{self._path}: {command}: {error.strerror or error}") from error
+        while True:
+            answer = self._receive(deadline)
+            if "return" in answer:
+                return answer["return"]
+            if "error" in answer:
+                raise QMPError(f"{command}: {answer['error'].get('desc')}", str(answer["error"].get("class")))
+
+    def _receive(self, deadline: float) -> dict[str, Any]:
+        try:
+            message = self._lines.receive(max(0.0, deadline - time.monotonic()))
+        except TimeoutError as error:
+            raise QMPError(f"{self._path}: no answer within {self._timeout:g} s") from error
+        except (OSError, ValueError) as error:
+            raise QMPError(f"{self._path}: {error}") from error
+        if message is None:
+            raise QMPError(f"{self._path}: QEMU has closed the connection")
+        return message
+
+    def close(self) -> None:
+        self._lines.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,100 @@
+"""Plays QEMU for tests of a VM's life without a guest; and looks for what a VM has left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+#: Says its version, prints to the console, and does what the image's command line says.
+PROGRAM = """#!{python} -IS
+import json, os, signal, socket, sys, time
+if "--version" in sys.argv:
+    print("QEMU emulator version 9.9.9")
+    sys.exit()
+def option(start):
+    return next(word for word in sys.argv if word.startswith(start))
+words = sys.argv[sys.argv.index("-append") + 1].split()
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+console = open(option("file,id=console").partition("path=")[2], "w", buffering=1)
+if "mute" not in words:
+    console.write("line one\\x1b[2J\\nlast words of the guest\\n")
+if "stubborn" in words:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if "fail" in words:
+    sys.exit("qemu: no such machine")
+if "poweroff" in words:
+    signal.sigwait([signal.SIGUSR1])
+    sys.exit(0)
+if "qmp" in words:
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(option("unix:")[5:].partition(",")[0])
+    server.listen()
+    stream = server.accept()[0].makefile("rw", buffering=1)
+    stream.write('{{"QMP": {{}}}}\\r\\n')
+    for line in stream:
+        command = json.loads(line)["execute"]
+        console.write(f"monitor: {{command}}\\n")
+        stream.write('{{"event": "STOP"}}\\r\\n{{"return": {{}}}}\\r\\n')
+        if command == "quit":
+            print("quits as it was asked to", file=sys.stderr)
+            sys.exit(0)
+time.sleep(1000)
+"""
+
+
+def install(directory: Path) -> None:
+    """Put it where PATH finds it."""
+    directory.mkdir()
+    program = directory / "qemu-system-x86_64"
+    program.write_text(PROGRAM.format(python=sys.executable))
+    program.chmod(0o755)
+
+
+def make_image(directory: Path, behaviour: str = "") -> Path:
+    """An image whose guest does as told."""
+    directory.mkdir()
+    manifest = {"arch": "amd64", "cmdline": behaviour, "kernel": {"file": "k"}, "initrd": {"file": "i"}}
+    (directory / "image.json").write_text(json.dumps(manifest))
+    for part in ("k", "i"):
+        (directory / part).touch()
+    return directory
+
+
+def wait_until(condition: Callable[[], object], what: Callable[[], object] = lambda: "") -> None:
+    """Poll: for conditions about other processes, which nobody announces."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, what()
+        time.sleep(0.01)
+
+
+def processes_of(run: Path) -> dict[int, str]:
+    """The command lines of living processes, but this one, that were told of this run directory."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (process / "environ").read_bytes()
+            words = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        # A zombie has neither.
+        if (f"CAISSON_RUN={run}\0".encode() in environment or str(run) in words) and int(process.name) != os.getpid():
+            found[int(process.name)] = words
+    return found
+
+
+def lives(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def nothing_left(run: Path) -> None:
+    """Wait until there is no process and no file of a run directory."""
+    wait_until(lambda: not run.exists() or not list(run.rglob("*")), lambda: list(run.rglob("*")))
+    wait_until(lambda: not processes_of(run), lambda: processes_of(run))

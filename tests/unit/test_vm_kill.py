@@ -1,0 +1,115 @@
+"""Every party of a VM killed at any moment: no process, no socket, no directory stays."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from image.vm import VM, VMConfig, find_vm, list_vms
+from tests.unit.fake_qemu import install, lives, make_image, nothing_left, processes_of, wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
+
+STARTER = """
+import sys, time
+from pathlib import Path
+from image.vm import VM, VMConfig
+vm = VM.start(VMConfig(Path(sys.argv[1]), name='v', accel='tcg', vsock='user'), ready=lambda socket: True)
+print('up', flush=True)
+time.sleep(1000)
+"""
+
+#: Seconds after which to kill.  A start takes some 0.3 s here; later ones hit a VM that runs.
+MOMENTS = [step * 0.025 for step in range(16)]
+
+
+@pytest.fixture
+def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    install(tmp_path / "bin")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("CAISSON_RUN", str(tmp_path / "r"))
+    return make_image(tmp_path / "image")
+
+
+def start(image: Path) -> VM:
+    return VM.start(VMConfig(image, name="v", accel="tcg", vsock="user"), ready=lambda _: True)
+
+
+@pytest.mark.parametrize("part", ["supervisor", "qemu", "vsock"])
+def test_a_killed_part_takes_everything_with_it(image: Path, tmp_path: Path, part: str) -> None:
+    vm = start(image)
+    vm.detach()
+    pids = vm.info["pids"]
+    os.kill(pids[part], signal.SIGKILL)
+    nothing_left(tmp_path / "r")
+    for pid in pids.values():
+        wait_until(lambda pid=pid: not lives(pid))
+    again = start(image)  # the name is free
+    again.stop()
+
+
+def test_a_killed_starter_takes_its_vm_with_it(image: Path, tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", STARTER, image], cwd=ROOT, stdout=subprocess.PIPE) as starter:
+        assert starter.stdout is not None
+        assert starter.stdout.readline() == b"up\n"
+        assert [vm.name for vm in list_vms()] == ["v"]
+        starter.kill()
+    nothing_left(tmp_path / "r")
+
+
+@pytest.mark.parametrize("victim", ["-c", "image.vm.supervisor", "vhost_user", "qemu-system"])
+def test_killed_at_any_moment_of_the_start(image: Path, tmp_path: Path, victim: str) -> None:
+    """``victim``: what its command line contains; the starter itself, or one that it has started."""
+    run = tmp_path / "r"
+    words = [sys.executable, "-c", STARTER, str(image)]
+    for moment in MOMENTS:
+        quiet = subprocess.DEVNULL
+        with subprocess.Popen(words, cwd=ROOT, stdout=quiet, stderr=quiet) as starter:
+
+            def victims(starter: subprocess.Popen[bytes] = starter) -> list[int]:
+                if victim == "-c":
+                    return [starter.pid]
+                return [pid for pid, line in processes_of(run).items() if victim in line and "janitor" not in line]
+
+            wait_until(lambda victims=victims, starter=starter: victims() or starter.poll() is not None)
+            time.sleep(moment)  # the moment is the point of the test
+            for pid in victims():
+                os.kill(pid, signal.SIGKILL)
+            if victim != "-c":
+                wait_until(lambda: find_vm("v") is None)
+            starter.kill()
+        nothing_left(run)
+
+
+def test_two_starts_of_one_name_and_a_look_at_all_times(image: Path, tmp_path: Path) -> None:
+    """Of those who want a name at once, one gets it; those who clean up meanwhile take nothing from it."""
+    program = STARTER.replace("time.sleep(1000)", "sys.stdin.read()")
+    words = [sys.executable, "-c", program, str(image)]
+    for _ in range(4):
+        pipe = subprocess.PIPE
+        starters = [
+            subprocess.Popen(words, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True) for _ in range(3)
+        ]
+        try:
+            while sum(starter.poll() is not None for starter in starters) < 2:
+                list_vms()
+            (winner,) = (starter for starter in starters if starter.poll() is None)
+            assert winner.stdout is not None
+            assert winner.stdout.readline() == "up\n"
+            vm = find_vm("v")
+            assert vm is not None
+            assert (vm.directory / "lock").exists()
+            for loser in starters:
+                if loser is not winner:
+                    assert loser.stderr is not None
+                    assert "there is a VM 'v' already" in loser.stderr.read()
+        finally:
+            for starter in starters:
+                starter.communicate("")
+        nothing_left(tmp_path / "r")
