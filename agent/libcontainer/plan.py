@@ -160,14 +160,15 @@ def _filesystem(
         step, bound = _mount(mount, where, bundle, types, cgroup_path)
         dev_is_bound |= bound and os.path.normpath(mount.destination) == "/dev"
         yield step
-    if not dev_is_bound:  # a bound /dev is the host's business: its nodes are there already
-        devices = {device.path: device for device in DEFAULT_DEVICES}
-        devices |= {_absolute(device.path, "linux.devices"): device for device in spec.linux.devices}
-        devices.pop("/dev/ptmx", None)  # the link below
-        for path, device in devices.items():
-            mode = FILE_TYPES[device.type] | device.file_mode
-            numbers = (device.major, device.minor, device.uid, device.gid, devices_bound)
-            yield wire.attribute(DEVICE, pack("=6I", mode, *numbers) + _texts(path))
+    devices = {device.path: device for device in DEFAULT_DEVICES}
+    devices |= {_absolute(device.path, "linux.devices"): device for device in spec.linux.devices}
+    devices.pop("/dev/ptmx", None)  # the link below
+    for path, device in devices.items():
+        if dev_is_bound and path.startswith("/dev/"):
+            continue  # a bound /dev is the host's business: its nodes are there already
+        mode = FILE_TYPES[device.type] | device.file_mode
+        numbers = (device.major, device.minor, device.uid, device.gid, devices_bound)
+        yield wire.attribute(DEVICE, pack("=6I", mode, *numbers) + _texts(path))
     for target, path, replaced in LINKS:
         yield wire.attribute(SYMLINK, pack("=I", replaced) + _texts(target, path))
     if os.path.exists("/proc/kcore"):  # noqa: PTH110 - pathlib is not worth its import here

@@ -113,6 +113,8 @@ def test_devices_follow_the_mounts_unless_dev_is_bound() -> None:
     assert devices(_spec()) == [b"/dev/" + n for n in (b"null", b"zero", b"full", b"random", b"urandom", b"tty")]
     bound = [{"destination": "/dev/", "type": "bind", "source": "/dev", "options": ["rbind"]}]
     assert devices(_spec(mounts=bound)) == []
+    asked = [{"path": path, "type": "c", "major": 1, "minor": 3} for path in ("/dev/there", "/elsewhere/null")]
+    assert devices(_spec(mounts=bound, linux__devices=asked)) == [b"/elsewhere/null"]
 
 
 @pytest.mark.parametrize(
