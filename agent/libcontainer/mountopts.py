@@ -66,7 +66,9 @@ def parse(options: tuple[str, ...], *, type_: str, where: str) -> MountOptions:
             on, off = ATTRIBUTES[option[1:]]
             recursive_set, recursive_clear = (recursive_set & ~off) | on, (recursive_clear & ~on) | off
         elif option in PROPAGATION:
-            propagation |= PROPAGATION[option]
+            if propagation not in (0, PROPAGATION[option]):
+                raise SpecError(where, f"{option!r} is a second propagation type, and a mount has one")
+            propagation = PROPAGATION[option]
         elif option.partition("=")[0] in REFUSED:
             raise SpecError(where, f"{option!r} {REFUSED[option.partition('=')[0]]}")
         elif option in ("", "defaults"):

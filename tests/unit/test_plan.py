@@ -126,6 +126,7 @@ def test_devices_follow_the_mounts_unless_dev_is_bound() -> None:
         ({"destination": "/x", "type": "bind", "source": "/", "options": ["size=1"]}, "no meaning for a bind"),
         ({"destination": "/x", "type": "tmpfs", "options": ["tmpcopyup"]}, "not supported yet"),
         ({"destination": "/x", "type": "tmpfs", "options": ["remount"]}, "cannot be asked for"),
+        ({"destination": "/x", "type": "tmpfs", "options": ["slave", "rshared"]}, "second propagation type"),
         ({"destination": "/x", "type": "overlay", "options": ["lowerdir=" + "x" * 300]}, "longer than the 255"),
         ({"destination": "/x", "type": "cgroup"}, "needs a cgroup namespace"),
         ({"destination": "//proc//sys/", "type": "tmpfs"}, "inside /proc"),
