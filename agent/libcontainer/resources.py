@@ -101,7 +101,7 @@ def _memory(value: object, where: str) -> MemoryLimits:
     for key, what in (("kernel", "kernel memory limits"), ("kernelTCP", "kernel TCP memory limits")):
         if r.raw(key) not in (None, 0, -1):
             raise SpecError(r.name(key), f"{what} do not exist in cgroup v2")
-    r.raw("useHierarchy")  # always so in cgroup v2: asking for it is granted, and not asking cannot be told from false
+    r.flag("useHierarchy")  # always so in cgroup v2: asking for it is granted, and not asking cannot be told from false
     swappiness = r.number("swappiness", 0, U64_MAX)
     if swappiness not in (None, 0, U64_MAX):
         raise SpecError(r.name("swappiness"), "does not exist in cgroup v2")

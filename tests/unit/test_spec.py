@@ -125,6 +125,7 @@ def test_empty_values_are_absent_ones() -> None:
         ("linux.resources.blockIO", {"weight": 10}, "linux.resources.blockIO"),
         ("linux.resources.hugepageLimits", [{"pageSize": "2MB", "limit": 1}], "linux.resources.hugepageLimits"),
         ("linux.resources.memory", {"kernel": 5}, "linux.resources.memory.kernel"),
+        ("linux.resources.memory", {"useHierarchy": "x"}, "linux.resources.memory.useHierarchy"),
         ("linux.resources.memory", {"disableOOMKiller": True}, "linux.resources.memory.disableOOMKiller"),
         ("linux.resources.devices", [{"allow": True, "access": "x"}], "linux.resources.devices[0].access"),
         ("linux.resources.devices", [{"allow": True, "major": 1}], "linux.resources.devices[0]"),
