@@ -32,6 +32,7 @@ class CgroupV2:
 
     def __init__(self, root: str) -> None:
         self.root = root
+        self._made: set[str] = set()  # directories that go with the last cgroup in them
 
     @classmethod
     def find(cls, mountinfo: str = "/proc/self/mountinfo") -> CgroupV2 | None:
@@ -62,21 +63,26 @@ class CgroupV2:
                     made.append(at)
                 except FileExistsError:
                     pass
-            cgroup = Cgroup(at)
+            cgroup = Cgroup(at, self._made)
         except OSError as e:
             _remove_all(made)
             raise CgroupError(f"cgroup {path}: {e.strerror}") from e
         if cgroup.pids():
             cgroup.close()
             raise CgroupError(f"cgroup {path}: has processes in it already")
+        self._made.update(made)
         return cgroup
 
 
 class Cgroup:
-    """One cgroup.  `fd` is its directory, for clone3(CLONE_INTO_CGROUP)."""
+    """One cgroup.  `fd` is its directory, for clone3(CLONE_INTO_CGROUP).
 
-    def __init__(self, path: str) -> None:
+    `made` are directories around it that were made for it and its like: they go with the last.
+    """
+
+    def __init__(self, path: str, made: set[str]) -> None:
         self.path = path
+        self._made = made
         self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._device_program = -1
 
@@ -146,6 +152,15 @@ class Cgroup:
             await asyncio.sleep(pause)
             pause *= 2
         self.close()
+        self._made.discard(self.path)
+        around = os.path.dirname(self.path)  # noqa: PTH120 - no pathlib at start
+        while around in self._made:
+            try:
+                os.rmdir(around)  # noqa: PTH106 - no pathlib at start
+            except OSError:  # another is in it
+                return
+            self._made.discard(around)
+            around = os.path.dirname(around)  # noqa: PTH120 - no pathlib at start
 
     def close(self) -> None:
         """Close descriptors; the cgroup stays.  Idempotent."""

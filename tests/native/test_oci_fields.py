@@ -274,6 +274,23 @@ def test_limits_reach_the_cgroup_or_name_the_controller(box: Box, limit: dict[st
                 cgroup.apply(Resources.from_json(limit))
 
 
+def test_cgroups_around_the_last_container_go_with_it(box: Box) -> None:
+    hierarchy = CgroupV2.find()
+    assert hierarchy is not None
+    around = Path(hierarchy.root, f"caisson-around-{os.getpid()}")
+    one, two = (hierarchy.create(f"{around.name}/deep/{name}") for name in ("one", "two"))
+    box.run(one.delete())
+    assert [path.name for path in (around / "deep").iterdir() if path.is_dir()] == ["two"]
+    box.run(two.delete())
+    assert not around.exists()
+    around.mkdir()  # not ours: it stays
+    try:
+        box.run(hierarchy.create(f"{around.name}/one").delete())
+        assert around.exists()
+    finally:
+        around.rmdir()
+
+
 def test_annotations_are_kept_and_the_cgroup_is_where_it_was_asked_for(agent: RunningAgent) -> None:
     name = f"caisson-fields-{os.getpid()}"
 
