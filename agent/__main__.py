@@ -70,13 +70,19 @@ def _run(options: Options, log: Log) -> None:
 def _private_directory() -> Iterator[str]:
     """A directory that nobody else can enter.  Not by tempfile, which loads much to find a name nobody guesses."""
     path = f"/run/caisson-agent-{os.getpid()}"
-    os.mkdir(path, 0o700)  # noqa: PTH102 - no pathlib at start
+    if os.path.isdir(path):  # noqa: PTH112 - no pathlib at start
+        _remove(path)  # of an agent that was killed, and had this number
+    os.mkdir(path, 0o700)  # noqa: PTH102
     try:
         yield path
     finally:
-        for name in os.listdir(path):  # noqa: PTH208
-            os.unlink(f"{path}/{name}")  # noqa: PTH108
-        os.rmdir(path)  # noqa: PTH106
+        _remove(path)
+
+
+def _remove(directory: str) -> None:
+    for name in os.listdir(directory):  # noqa: PTH208 - no pathlib at start
+        os.unlink(f"{directory}/{name}")  # noqa: PTH108
+    os.rmdir(directory)  # noqa: PTH106
 
 
 async def _serve(options: Options, listener: socket.socket, log: Log) -> None:

@@ -9,9 +9,11 @@ import asyncio
 import signal
 from datetime import UTC, datetime
 
+from agent.aio import regardless
 from agent.errors import AlreadyExists, Ended, NotFound, WrongState
+from agent.libcontainer.errors import LaunchError
 from agent.libcontainer.resources import Resources
-from agent.libcontainer.state import State, start_time
+from agent.libcontainer.state import State, check_id, start_time
 from agent.process import Process
 from agent.reaper import Child
 from agent.stdio import Pipes, Streams
@@ -75,10 +77,12 @@ class Container:
         self._log = log
         self._lock = asyncio.Lock()
         self._processes: dict[str, Process] = {}
-        self._starting: set[str] = set()
+        self._starting: dict[str, asyncio.Event] = {}  # set when it is decided whether there is a process
         self._ended: dict[str, None] = {}  # exec ids in the order in which they ended
         self._watchers: set[asyncio.Task[None]] = set()
         self._init: Process | None = None
+        self._ending = False  # nothing starts in it any more
+        self._gone = False
 
     @property
     def status(self) -> str:
@@ -90,6 +94,7 @@ class Container:
     async def create(self, exec_id: str, join: dict[str, str]) -> None:
         """Set the first process up, to the point before its program runs.  On failure nothing of it is left."""
         assert self.spec.process is not None and self.spec.root is not None
+        check_id(exec_id)
         if self._cgroup is not None:
             self._cgroup.apply(self.spec.linux.resources or Resources())
         root = self.spec.root.path
@@ -121,7 +126,13 @@ class Container:
         state.save(self._directory)
 
     async def start(self) -> None:
-        """Let the program run.  Raises WrongState, or LaunchError when its init died before."""
+        """Let the program run.  Raises WrongState, or LaunchError when its init died before.
+
+        Once begun it is done: an init that has come half-way could not be started again.
+        """
+        await regardless(self._start())
+
+    async def _start(self) -> None:
         async with self._lock:
             if self.status != CREATED:
                 raise WrongState(f"Container {self.id} status {self.status}, should be {CREATED}")
@@ -130,7 +141,8 @@ class Container:
 
     async def exec(self, exec_id: str, process: ProcessSpec) -> Process:
         """Run one more process in it; it runs when this returns.  Raises LaunchError when it cannot."""
-        if self.status == STOPPED:
+        check_id(exec_id)
+        if self._ending or self.status == STOPPED:
             raise WrongState(f"Cannot exec in stopped container {self.id}")
         if exec_id in self._processes or exec_id in self._starting:
             raise AlreadyExists(f"Process {exec_id} already exists (container {self.id})")
@@ -146,14 +158,19 @@ class Container:
                 stdio=stdio,
             )
 
-        self._starting.add(exec_id)
+        decided = self._starting[exec_id] = asyncio.Event()
         try:
             started = await _started(launch, exec_id, process.terminal, self._pipe_size)
+            self._processes[exec_id] = started
+            self._watch(started)
+            return started
+        except LaunchError as error:
+            if self._ending or init.status is not None:  # that is why it could not
+                raise WrongState(f"Cannot exec in stopped container {self.id}") from error
+            raise
         finally:
-            self._starting.discard(exec_id)
-        self._processes[exec_id] = started
-        self._watch(started)
-        return started
+            del self._starting[exec_id]
+            decided.set()
 
     def process(self, exec_id: str) -> Process:
         """A process by its id; an empty one means the first.  Raises NotFound."""
@@ -193,29 +210,34 @@ class Container:
         process.child.signal(number)
 
     async def remove(self) -> None:
-        """End it, whatever its state, and remove all that is left of it.  Another remove waits, then finds nothing."""
+        """End it, whatever its state, and remove all that is left of it.  Another remove waits, then finds nothing.
+
+        Raises CgroupError or OSError; it can be tried again then.
+        """
         async with self._lock:
+            if self._gone:
+                return
+            self._ending = True
             if self._init is not None:
+                if self._cgroup is not None:
+                    self._cgroup.kill()
                 try:
-                    if self._cgroup is not None:
-                        self._cgroup.kill()
                     self._init.child.signal(signal.SIGKILL)
                 except Ended:
                     pass
                 await self._init.wait()
-            await self.discard()
-
-    async def discard(self) -> None:
-        """Remove what is left of a container that has ended, or that did not come into being."""
-        for process in self._processes.values():
-            await process.wait()  # its namespace is gone, and so will it be in a moment
-            process.release()
-        if self._cgroup is not None:
-            await self._cgroup.delete()
-        self._fifo.unlink(missing_ok=True)
-        (self._directory / "state.json").unlink(missing_ok=True)
-        if self._directory.is_dir():
-            self._directory.rmdir()
+            for decided in list(self._starting.values()):
+                await decided.wait()
+            for process in list(self._processes.values()):
+                await process.wait()  # its namespace is gone, and so will it be in a moment
+                process.release()
+            if self._cgroup is not None:
+                await self._cgroup.delete()
+            self._fifo.unlink(missing_ok=True)
+            (self._directory / "state.json").unlink(missing_ok=True)
+            if self._directory.is_dir():
+                self._directory.rmdir()
+            self._gone = True
 
     def _watch(self, process: Process) -> None:
         async def watch() -> None:

@@ -145,8 +145,12 @@ class Relay:
                 connection.close()
                 return
             here, there = _Side(self._buffer), _Side(self._buffer)
-            await loop.create_unix_connection(lambda: there, self._target)
-            await loop.connect_accepted_socket(lambda: here, connection)
+            inward, _ = await loop.create_unix_connection(lambda: there, self._target)
+            try:
+                await loop.connect_accepted_socket(lambda: here, connection)
+            except BaseException:
+                inward.abort()
+                raise
             _Side.join(here, there)
         except OSError as error:
             self._log("warning", "a connection could not be relayed", error=str(error))

@@ -54,9 +54,10 @@ class SharedNamespaces:
         """Let go of them; containers that are in them stay in them."""
         for path in self.paths.values():
             try:
-                syscalls.umount2(path, syscalls.MNT_DETACH)
+                while True:  # an agent that was killed may have left one below
+                    syscalls.umount2(path, syscalls.MNT_DETACH)
             except OSError:
-                pass  # was not made
+                pass  # there is none (any more)
             try:
                 os.unlink(path)  # noqa: PTH108 - no pathlib at start
             except FileNotFoundError:

@@ -94,7 +94,7 @@ class Reaper:
         """From now on this pid's exit goes to the returned Child."""
         child = Child(pid)
         status = self._unclaimed.pop(pid, None)
-        if status is None:
+        if status is None or _is_child(pid):  # a kept status may be an earlier, unrelated process's with this number
             self._children[pid] = child
         else:
             child.status = status
@@ -115,3 +115,12 @@ class Reaper:
                 child._end(status)
             elif self._expecting:
                 self._unclaimed[pid] = status
+
+
+def _is_child(pid: int) -> bool:
+    """Whether there is a child of this number that was not reaped yet."""
+    try:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True

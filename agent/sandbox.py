@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from agent.aio import regardless
 from agent.container import Container
 from agent.errors import AlreadyExists, Invalid, NotFound, TooLate, WrongState
 from agent.libcontainer.spec import Namespace
@@ -57,12 +58,19 @@ class Sandbox:
             try:
                 shared.make(hostname)
             except OSError as error:
-                directory.rmdir()
+                self._forget_directory(directory)
                 raise WrongState(f"failed to create namespace: {error}") from error
             self._id, self._shared = name, shared
 
     async def destroy(self) -> None:
-        """End all containers and the sandbox.  Fine when there is none."""
+        """End all containers and the sandbox.  Fine when there is none.
+
+        Once begun it goes on.  If a container cannot be removed the others are all the same, the sandbox stays, and
+        it can be tried again.
+        """
+        await regardless(self._destroy())
+
+    async def _destroy(self) -> None:
         async with self._lock:
             if self._id is None or self._shared is None:
                 return
@@ -70,12 +78,21 @@ class Sandbox:
             try:
                 for decided in list(self._creating.values()):
                     await decided.wait()
-                await asyncio.gather(*(self.remove(container_id) for container_id in list(self._containers)))
+                removals = [self._remove(container) for container in self._containers.values()]
+                for failure in await asyncio.gather(*removals, return_exceptions=True):
+                    if failure is not None:
+                        raise failure
                 self._shared.release()
-                (self._state / self._id).rmdir()
+                self._forget_directory(self._state / self._id)
                 self._id = self._shared = None
             finally:
                 self._ending = False
+
+    def _forget_directory(self, directory: Path) -> None:
+        try:
+            directory.rmdir()
+        except OSError as error:  # of an agent that was killed, most likely: not ours to delete
+            self._log("warning", "something is left in the sandbox's directory", path=str(directory), error=str(error))
 
     def container(self, container_id: str) -> Container:
         """A container by its id.  Raises NotFound."""
@@ -97,10 +114,13 @@ class Sandbox:
             raise Invalid("the container's spec needs a process and a root path")
         spec, join = self._placed(container_id, spec, self._shared)
         directory = self._state / self._id / container_id
+        try:
+            directory.mkdir(mode=0o711)
+        except FileExistsError:
+            raise AlreadyExists(f"container with id exists: {container_id}") from None
         decided = self._creating[container_id] = asyncio.Event()
         cgroup: Cgroup | None = None
         try:
-            directory.mkdir(mode=0o711)
             if self._cgroups is not None:
                 cgroup = self._cgroups.create(spec.linux.cgroups_path or f"{self._id}/{container_id}")
             container = Container(
@@ -115,7 +135,7 @@ class Sandbox:
             try:
                 await container.create(exec_id or container_id, join)
             except BaseException:
-                await asyncio.shield(container.remove())
+                await regardless(container.remove())
                 raise
             self._containers[container_id] = container
             return container
@@ -146,20 +166,17 @@ class Sandbox:
 
     async def remove(self, container_id: str, timeout: float | None = None) -> None:
         """End a container and forget it.  Raises NotFound, or TooLate: the work goes on then."""
-        container = self.container(container_id)
-
-        async def work() -> None:
-            await container.remove()
-            if self._containers.get(container_id) is container:
-                del self._containers[container_id]
-
-        task = asyncio.ensure_future(work())
+        work = regardless(self._remove(self.container(container_id)))
         try:
-            await asyncio.wait_for(asyncio.shield(task), timeout or None)
+            await asyncio.wait_for(work, timeout or None)
         except TimeoutError:
-            task.add_done_callback(self._finished)
             raise TooLate(f"Timeout reached after {timeout:g}s") from None
 
-    def _finished(self, task: asyncio.Future[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._log("error", "removal failed after its time", error=str(error))
+    async def _remove(self, container: Container) -> None:
+        try:
+            await container.remove()
+        except Exception as error:
+            self._log("error", "a container could not be removed", container_id=container.id, error=str(error))
+            raise
+        if self._containers.get(container.id) is container:
+            del self._containers[container.id]

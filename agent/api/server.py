@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, NoReturn
 
 import grpc
 from google.protobuf import message_factory
+from google.protobuf.message import DecodeError
 
 from agent.api.status import status_of
-from agent.errors import Unsupported
+from agent.errors import Invalid, Unsupported
 from agent.log import Log
 
 Method = Callable[[Any], Awaitable[Any]]
@@ -35,16 +37,26 @@ def _handler(method: Any, implementation: object, log: Log) -> grpc.RpcMethodHan
         raise Unsupported(f"{name} is not implemented by this agent yet")
 
     function: Method = getattr(implementation, name, missing)
+    request_class = message_factory.GetMessageClass(method.input_type)
 
-    async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+    async def handle(data: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         began = time.monotonic()
         code, text = grpc.StatusCode.OK, ""
+        request = request_class()
         try:
+            try:
+                request.ParseFromString(data)  # here, not in grpc, which would answer with a Python exception's text
+            except DecodeError:
+                raise Invalid(f"{name}: the request is no {method.input_type.name}") from None
             return await function(request)
+        except asyncio.CancelledError:
+            code, text = grpc.StatusCode.CANCELLED, "the caller has gone"
+            raise
         except Exception as error:
             status = status_of(error)
             if status is None:
-                status = grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}"
+                text = " ".join(f"{type(error).__name__}: {error}".split())
+                status = grpc.StatusCode.INTERNAL, text
                 log("error", "a bug in a handler", method=name, error=_traceback(error))
             code, text = status
         finally:
@@ -56,7 +68,6 @@ def _handler(method: Any, implementation: object, log: Log) -> grpc.RpcMethodHan
 
     return grpc.unary_unary_rpc_method_handler(
         handle,
-        request_deserializer=message_factory.GetMessageClass(method.input_type).FromString,
         response_serializer=message_factory.GetMessageClass(method.output_type).SerializeToString,
     )
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import grpc
 
 from agent import errors
@@ -26,8 +29,15 @@ CODES: dict[type[Exception], grpc.StatusCode] = {
 }
 
 
+#: The guest has no more of something; no bug, and no fault of the request.
+SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EAGAIN)
+
+
 def status_of(error: Exception) -> tuple[grpc.StatusCode, str] | None:
     """The code and text for an error that a caller can do something about; None for a bug of ours."""
+    if isinstance(error, OSError) and error.errno in SCARCE:
+        where = f": {error.filename}" if error.filename else ""
+        return grpc.StatusCode.RESOURCE_EXHAUSTED, f"the guest has no more of it: {os.strerror(error.errno)}{where}"
     code = CODES.get(type(error))
     if code is None:
         return None
