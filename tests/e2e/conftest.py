@@ -47,7 +47,8 @@ class Caisson:
 
     def leftovers(self) -> list[str]:
         """Processes and files that belong to VMs of this session's directory."""
-        found = [str(path) for path in self.run_directory.rglob("*")]
+        walk = os.walk(self.run_directory)  # passes over what goes meanwhile
+        found = [f"{place}/{name}" for place, names, files in walk for name in names + files]
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 words = (process / "cmdline").read_bytes().split(b"\0")

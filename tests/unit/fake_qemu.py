@@ -94,7 +94,12 @@ def lives(pid: int) -> bool:
         return False
 
 
+def files_of(run: Path) -> list[str]:
+    """All that is below a directory, also while somebody removes it (os.walk passes over what is gone)."""
+    return [f"{place}/{name}" for place, names, files in os.walk(run) for name in names + files]
+
+
 def nothing_left(run: Path) -> None:
     """Wait until there is no process and no file of a run directory."""
-    wait_until(lambda: not run.exists() or not list(run.rglob("*")), lambda: list(run.rglob("*")))
+    wait_until(lambda: not files_of(run), lambda: files_of(run))
     wait_until(lambda: not processes_of(run), lambda: processes_of(run))
