@@ -123,6 +123,8 @@ class Sandbox:
         try:
             if self._cgroups is not None:
                 cgroup = self._cgroups.create(spec.linux.cgroups_path or f"{self._id}/{container_id}")
+            elif spec.linux.resources is not None:
+                raise WrongState("linux.resources: there is no cgroup v2 hierarchy in this guest")
             container = Container(
                 container_id,
                 spec,
