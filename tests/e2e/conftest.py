@@ -45,6 +45,10 @@ class Caisson:
     def info(self, name: str) -> dict[str, Any]:
         return dict(json.loads((self.run_directory / name / "vm.json").read_text()))
 
+    def manifest(self, name: str) -> dict[str, Any]:
+        """What a VM's image is made of."""
+        return dict(json.loads((self.run_directory / name / "image.json").read_text()))
+
     def leftovers(self) -> list[str]:
         """Processes and files that belong to VMs of this session's directory."""
         walk = os.walk(self.run_directory)  # passes over what goes meanwhile

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from agent import client
@@ -37,8 +35,7 @@ def test_the_containers_root_is_read_only_and_scratch_is_not(vm: Caisson) -> Non
 
 async def guest_root(vm: Caisson, *words: str) -> tuple[int, bytes]:
     """Run a program in a container whose root is the guest's own."""
-    manifest = json.loads((vm.run_directory / "default" / "image.json").read_text())
-    busybox = manifest["containers"]["busybox"] + "/bin/busybox"
+    busybox = vm.manifest("default")["containers"]["busybox"] + "/bin/busybox"
     spec = client.default_spec("/", [busybox, *words])
     spec.Root.Readonly = False
     del spec.Mounts[:]  # all is there, and nothing of it may be mounted over
