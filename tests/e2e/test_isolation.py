@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from agent import client
@@ -34,9 +36,8 @@ def test_the_containers_root_is_read_only_and_scratch_is_not(vm: Caisson) -> Non
 
 
 async def guest_root(vm: Caisson, *words: str) -> tuple[int, bytes]:
-    """Run a program in a container whose root is the guest's own."""
-    busybox = vm.manifest("default")["containers"]["busybox"] + "/bin/busybox"
-    spec = client.default_spec("/", [busybox, *words])
+    """Run a program of the guest's own in a container whose root is the guest's; its status and errors."""
+    spec = client.default_spec("/", words)
     spec.Root.Readonly = False
     del spec.Mounts[:]  # all is there, and nothing of it may be mounted over
     async with client.Agent.connect(vm.run_directory / "default" / "agent.sock") as agent:
@@ -50,16 +51,35 @@ async def guest_root(vm: Caisson, *words: str) -> tuple[int, bytes]:
             await container.remove()
 
 
-async def _touch(vm: Caisson) -> None:
-    status, output = await guest_root(vm, "touch", "/usr/x")
-    assert status == 1
-    assert b"Read-only file system" in output
-
-
 def test_the_guests_root_is_read_only(vm: Caisson) -> None:
-    import asyncio
+    busybox = vm.manifest("default")["containers"]["busybox"] + "/bin/busybox"
+    status, errors = asyncio.run(guest_root(vm, busybox, "touch", "/usr/x"))
+    assert status == 1
+    assert b"Read-only file system" in errors
 
-    asyncio.run(_touch(vm))
+
+KNOCK = """
+import socket, sys
+for cid in (1, 2, 3, 0xFFFFFFFF):
+    knocker = socket.socket(socket.AF_VSOCK)
+    knocker.settimeout(10)
+    try:
+        knocker.connect((cid, 1024))
+        knocker.sendall(b"PRI * HTTP/2.0\\r\\n\\r\\nSM\\r\\n\\r\\n")
+        if knocker.recv(1):
+            sys.exit(f"somebody answers at {cid}")
+    except OSError as error:
+        print(cid, error, file=sys.stderr)
+"""
+
+
+def test_a_container_cannot_drive_the_agent(vm: Caisson) -> None:
+    # vsock is not divided by any namespace: only the agent itself can tell a container from the host.
+    busybox = vm.manifest("default")["containers"]["busybox"] + "/bin/busybox"
+    words = [busybox, "sh", "-c", 'exec /usr/bin/python3.* -IS -c "$0"', KNOCK]
+    status, errors = asyncio.run(guest_root(vm, *words))
+    assert status == 0, errors
+    assert errors.count(b"\n") >= 1, errors
 
 
 def test_two_containers_do_not_see_each_other(vm: Caisson) -> None:
