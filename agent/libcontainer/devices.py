@@ -28,6 +28,7 @@ ALWAYS = (
 )  # fmt: skip
 
 BPF_PROG_LOAD, BPF_PROG_ATTACH = 5, 8
+LOAD_TRIES = 100
 PROG_TYPE_CGROUP_DEVICE, ATTACH_CGROUP_DEVICE, ALLOW_MULTI, REPLACE = 15, 6, 2, 4
 TYPES = {"b": 1, "c": 2}
 ACCESS = {"m": 1, "r": 2, "w": 4}
@@ -104,7 +105,13 @@ def attach(cgroup: int, rules: Iterable[DeviceRule], replaces: int = -1) -> int:
         "=IIQQIIQ", PROG_TYPE_CGROUP_DEVICE, len(code) // 8, ctypes.addressof(instructions), ctypes.addressof(licence),
         0, 0, 0,
     )  # fmt: skip
-    fd = bpf(BPF_PROG_LOAD, ctypes.create_string_buffer(load, len(load)))
+    for attempt in range(LOAD_TRIES):
+        try:
+            fd = bpf(BPF_PROG_LOAD, ctypes.create_string_buffer(load, len(load)))
+            break
+        except BlockingIOError:  # EAGAIN: a signal (SIGCHLD, mostly) interrupted the verifier; bpf(2) says to ask again
+            if attempt == LOAD_TRIES - 1:
+                raise
     flags = ALLOW_MULTI | (REPLACE if replaces >= 0 else 0)
     request = pack("=IIIII", cgroup, fd, ATTACH_CGROUP_DEVICE, flags, max(replaces, 0))
     try:

@@ -1,0 +1,39 @@
+"""Loading a device program while signals come in (bpf(2), EAGAIN)."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Any
+
+import pytest
+
+from agent import syscalls
+from agent.libcontainer import devices
+
+
+def fake_bpf(monkeypatch: pytest.MonkeyPatch, interrupted: int) -> list[int]:
+    """Let so many loads be interrupted; the commands that were asked for."""
+    commands: list[int] = []
+
+    def bpf(command: int, attributes: Any) -> int:
+        commands.append(command)
+        if command == devices.BPF_PROG_LOAD and len(commands) <= interrupted:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN), "bpf")
+        return 12345
+
+    monkeypatch.setattr(syscalls, "bpf", bpf)
+    return commands
+
+
+def test_an_interrupted_load_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = fake_bpf(monkeypatch, interrupted=3)
+    assert devices.attach(3, []) == 12345
+    assert commands == [devices.BPF_PROG_LOAD] * 4 + [devices.BPF_PROG_ATTACH]
+
+
+def test_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = fake_bpf(monkeypatch, interrupted=10**6)
+    with pytest.raises(BlockingIOError):
+        devices.attach(3, [])
+    assert len(commands) == devices.LOAD_TRIES
