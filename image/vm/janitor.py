@@ -20,7 +20,7 @@ from image.vm.directory import VMDirectory
 SCRIPT = """
 IFS= read -r word
 [ "$word" = done ] && exit
-kill -KILL -- "-$2"
+kill -KILL "-$2"
 [ -e "$1/lock" ] || exec flock -- "$3" rmdir -- "$1"
 flock --wait 2 -- "$1/lock" true && exec flock -- "$3" flock --nonblock -- "$1/lock" rm -rf -- "$1"
 """

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from image.vm.qmp import QMP, QMPError
 
 #: Says its version, prints to the console, and does what the image's command line says.
 PROGRAM = """#!{python} -IS
@@ -97,6 +100,19 @@ def lives(pid: int) -> bool:
 def files_of(run: Path) -> list[str]:
     """All that is below a directory, also while somebody removes it (os.walk passes over what is gone)."""
     return [f"{place}/{name}" for place, names, files in os.walk(run) for name in names + files]
+
+
+def monitor_of(path: Path) -> QMP:
+    """A connection to a QEMU that may be starting still."""
+    connected: list[QMP] = []
+
+    def connect() -> bool:
+        with contextlib.suppress(QMPError):
+            connected.append(QMP(path))
+        return bool(connected)
+
+    wait_until(connect)
+    return connected[0]
 
 
 def nothing_left(run: Path) -> None:

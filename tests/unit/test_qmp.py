@@ -15,7 +15,7 @@ import pytest
 
 from image.vm.lines import LONGEST
 from image.vm.qmp import QMP, QMPError
-from tests.unit.fake_qemu import wait_until
+from tests.unit.fake_qemu import monitor_of
 
 GREETING = b'{"QMP": {"version": {}, "capabilities": []}}\r\n'
 OK = b'{"return": {}}\r\n'
@@ -106,8 +106,7 @@ def test_a_real_qemu(tmp_path: Path) -> None:
     words = ["qemu-system-x86_64", "-machine", "none", "-nodefaults", "-display", "none"]
     with subprocess.Popen([*words, "-qmp", f"unix:{path},server=on,wait=off"]) as qemu:
         try:
-            wait_until(path.exists)
-            with QMP(path) as monitor:
+            with monitor_of(path) as monitor:
                 assert monitor.execute("query-status")["running"] is True
                 with pytest.raises(QMPError, match="nonsense") as caught:
                     monitor.execute("nonsense")

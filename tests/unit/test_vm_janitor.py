@@ -1,0 +1,108 @@
+"""The janitor, after a process that was killed at one precise moment."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from image.vm.directory import VMDirectory, living
+
+ROOT = Path(__file__).resolve().parents[2]
+
+#: Is killed in the middle, and then waits for all that it has started: they become its parent's children.
+PROGRAM = """
+import ctypes, os, signal, subprocess, sys
+from pathlib import Path
+from image.vm.directory import VMDirectory
+from image.vm.janitor import janitor
+PR_SET_CHILD_SUBREAPER = 36
+ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+if os.fork() == 0:
+    os.setsid()
+    directory = VMDirectory(Path(sys.argv[1]))
+    with janitor(directory):
+        {then}
+        os.kill(os.getpid(), signal.SIGKILL)
+try:
+    while True:
+        os.wait()
+except ChildProcessError:
+    pass
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "r"
+    path.mkdir(mode=0o700)
+    monkeypatch.setenv("CAISSON_RUN", str(path))
+    return path
+
+
+def killed(directory: Path, then: str) -> None:
+    """Run a program that is killed after doing something, and wait until all that it has started has ended, too."""
+    program = PROGRAM.format(then=then)
+    subprocess.run([sys.executable, "-c", program, directory], cwd=ROOT, check=True, timeout=30)
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        "pass",
+        "directory.path.mkdir()",
+        "lock = directory.create()",
+        "lock = directory.create(); (directory.path / 'a/b').mkdir(parents=True); (directory.path / 'a/.b').touch()",
+        "lock = directory.create(); directory.agent_socket.touch(); directory._lock.unlink(); directory._lock.touch()",
+        "lock = directory.create(); child = subprocess.Popen(['sleep', '1000'])",
+    ],
+    ids=["nothing", "made", "locked", "full", "half removed", "child"],
+)
+def test_nothing_stays(run: Path, then: str) -> None:
+    killed(run / "v", then)
+    assert list(run.iterdir()) == []
+
+
+def test_a_new_vm_of_the_same_name_is_not_touched(run: Path) -> None:
+    directory = VMDirectory.of("v")
+    with directory.create():
+        directory.agent_socket.touch()
+        killed(directory.path, "pass")
+        assert directory.agent_socket.exists()
+
+
+def test_somebody_elses_directory_is_not_touched(run: Path) -> None:
+    (run / "documents").mkdir()
+    (run / "documents/thesis").touch()
+    killed(run / "documents", "pass")
+    assert (run / "documents/thesis").exists()
+
+
+def test_directories_are_made_and_removed_one_at_a_time(run: Path) -> None:
+    """A VM that is being made looks stale for a moment: who cleans up waits for that to be over."""
+    program = (
+        "import sys; from pathlib import Path; from image.vm import directory\n"
+        "with directory._alone(Path(sys.argv[1])):\n"
+        "    print('in', flush=True); sys.stdin.read()"
+    )
+    VMDirectory.of("stale").create().close()
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", program, run], cwd=ROOT, stdin=pipe, stdout=pipe) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"in\n"
+        threads = [
+            threading.Thread(target=lambda: list(living())),
+            threading.Thread(target=lambda: VMDirectory.of("new").create().close()),
+        ]
+        for thread in threads:
+            thread.start()
+            thread.join(0.2)
+            assert thread.is_alive()
+        assert [path.name for path in run.iterdir()] == ["stale"]
+        holder.communicate(b"")
+    for thread in threads:
+        thread.join(30)
+    assert [path.name for path in run.iterdir() if path.name != "new"] == []
