@@ -43,10 +43,10 @@ def _run_as_init() -> None:
     except BaseException as error:
         import traceback
 
-        print(f"caisson agent: {type(error).__name__}: {error}", flush=True)
-        if not isinstance(error, pid1.DutyFailed):
-            traceback.print_exc()
-    pid1.power_off(lambda line: print(f"caisson agent: {line}", flush=True))
+        told = isinstance(error, (pid1.DutyFailed, SystemExit))  # says all there is to say
+        for line in [str(error)] if told else traceback.format_exception(error):
+            pid1.say(line.rstrip().removeprefix("caisson agent: "))
+    pid1.power_off()
 
 
 def _run(options: Options, log: Log) -> None:
@@ -97,6 +97,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log) -> None:
     from agent.libcontainer.cgroups import CgroupV2
     from agent.libcontainer.launcher import Launcher
     from agent.libcontainer.nsexec import Nsexec
+    from agent.limits import raise_open_files
     from agent.listener import Relay
     from agent.reaper import Reaper
     from agent.sandbox import Sandbox
@@ -110,7 +111,14 @@ async def _serve(options: Options, listener: socket.socket, log: Log) -> None:
     reaper.start(loop)
     nsexec = Nsexec.seal(Path(options.nsexec))
     launcher = Launcher(nsexec, reaper, log)
-    sandbox = Sandbox(launcher, CgroupV2.find(), Path(options.state), log, pipe_size=options.pipe_size)
+    sandbox = Sandbox(
+        launcher,
+        CgroupV2.find(),
+        Path(options.state),
+        log,
+        open_files=raise_open_files(),
+        pipe_size=options.pipe_size,
+    )
     with _private_directory() as private:
         services: list[tuple[object, object]] = [
             (agent_pb2.DESCRIPTOR.services_by_name["AgentService"], AgentService(sandbox, init=os.getpid() == 1)),

@@ -14,7 +14,6 @@ from agent.syscalls import MS_BIND, MS_MOVE, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import NoReturn
 
 MODULES = "/lib/modules/caisson.list"
@@ -43,7 +42,7 @@ class DutyFailed(Exception):
 def prepare() -> None:
     """All duties, in order.  Raises DutyFailed."""
     os.environ["PATH"] = PATH
-    for duty in (leave_rootfs, mount_all, load_modules, mount_cgroups, seal_root, loopback_up):
+    for duty in DUTIES:
         try:
             duty()
         except OSError as error:
@@ -75,6 +74,37 @@ def mount_all() -> None:
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         os.symlink(f"/proc/self/fd/{number}", f"/dev/{name}")  # noqa: PTH211
     os.symlink("/proc/self/fd", "/dev/fd")  # noqa: PTH211
+
+
+def open_console() -> None:
+    """Let descriptors 0 to 2 lead to the console, or nowhere: what is opened next must not become one of them."""
+    try:
+        for fd in range(3):
+            os.fstat(fd)
+        return
+    except OSError:
+        pass  # the kernel found no console when it started this program
+    try:
+        console = os.open("/dev/console", os.O_RDWR | os.O_NOCTTY)
+    except OSError:
+        console = os.open("/dev/null", os.O_RDWR)
+    for fd in range(3):
+        os.dup2(console, fd)
+    if console > 2:
+        os.close(console)
+
+
+def say(line: str) -> None:
+    """A line for whoever looks at the machine: on the console, or where there is none in the kernel's log."""
+    try:
+        os.write(1, f"caisson agent: {line}\n".encode(errors="replace"))
+    except OSError:
+        try:
+            fd = os.open("/dev/kmsg", os.O_WRONLY | os.O_CLOEXEC)
+            os.write(fd, f"<2>caisson agent: {line}".encode(errors="replace")[:900])
+            os.close(fd)
+        except OSError:
+            pass  # there is nobody to talk to
 
 
 def load_modules() -> None:
@@ -128,7 +158,30 @@ def loopback_up() -> None:
         fcntl.ioctl(control, 0x8914, struct.pack("16sH14x", b"lo", 0x1 | 0x40))  # IFF_UP | IFF_RUNNING
 
 
-def power_off(say: Callable[[str], None]) -> NoReturn:
+def name_host() -> None:
+    """The guest's own name, which a sandbox without one has, too: what /etc/hostname says, or localhost."""
+    import socket
+
+    try:
+        with open("/etc/hostname") as file:  # noqa: PTH123
+            words = file.read().split()
+    except FileNotFoundError:
+        words = []
+    socket.sethostname(words[0] if words else "localhost")
+
+
+def handle_keyboard() -> None:
+    """Have Ctrl-Alt-Delete tell this process (SIGINT) instead of resetting the machine.  Source: reboot(2)."""
+    syscalls.reboot(syscalls.RB_DISABLE_CAD)
+
+
+DUTIES = (
+    leave_rootfs, mount_all, open_console, handle_keyboard, name_host, load_modules, mount_cgroups, seal_root,
+    loopback_up,
+)  # fmt: skip
+
+
+def power_off() -> NoReturn:
     """End the machine."""
     say("powering off")
     os.sync()

@@ -7,7 +7,7 @@ import asyncio
 from agent.aio import regardless
 from agent.container import Container
 from agent.errors import AlreadyExists, Invalid, NotFound, TooLate, WrongState
-from agent.libcontainer.spec import Namespace
+from agent.libcontainer.spec import Namespace, Rlimit
 from agent.libcontainer.state import check_id
 from agent.namespaces import SHARED, SharedNamespaces
 
@@ -28,12 +28,21 @@ class Sandbox:
     """There is one in a guest.  It runs between ``start`` and ``destroy``, and may run again."""
 
     def __init__(
-        self, launcher: Launcher, cgroups: CgroupV2 | None, state: Path, log: Log, *, pipe_size: int = 0
+        self,
+        launcher: Launcher,
+        cgroups: CgroupV2 | None,
+        state: Path,
+        log: Log,
+        *,
+        open_files: tuple[int, int],
+        pipe_size: int = 0,
     ) -> None:
+        """``open_files`` is RLIMIT_NOFILE, soft and hard, for containers whose spec does not set it."""
         self._launcher = launcher
         self._cgroups = cgroups
         self._state = state
         self._log = log
+        self._open_files = open_files
         self._pipe_size = pipe_size
         self._lock = asyncio.Lock()
         self._id: str | None = None
@@ -150,7 +159,7 @@ class Sandbox:
             decided.set()
 
     def _placed(self, container_id: str, spec: Spec, shared: SharedNamespaces) -> tuple[Spec, dict[str, str]]:
-        """The spec with the namespaces that this guest gives a container, and the paths to join.
+        """The spec with the namespaces and limits that this guest gives a container, and the paths to join.
 
         IPC and UTS are the sandbox's, processes are its own, the network is the guest's unless a new one is asked for;
         paths that a host sends mean nothing in a guest.
@@ -164,7 +173,12 @@ class Sandbox:
             del kinds["network"]
         kinds |= {"pid": "", "mount": "", **dict.fromkeys(SHARED, "")}
         namespaces = tuple(Namespace(kind) for kind in kinds)
-        return spec.but(linux=spec.linux.but(namespaces=namespaces)), dict(shared.paths)
+        process = spec.process
+        if process is not None and all(limit.type != "RLIMIT_NOFILE" for limit in process.rlimits):
+            soft, hard = self._open_files
+            process = process.but(rlimits=(*process.rlimits, Rlimit("RLIMIT_NOFILE", soft=soft, hard=hard)))
+        placed = spec.but(process=process, linux=spec.linux.but(namespaces=namespaces))
+        return placed, dict(shared.paths)
 
     async def remove(self, container_id: str, timeout: float | None = None) -> None:
         """End a container and forget it.  Raises NotFound, or TooLate: the work goes on then."""
