@@ -54,12 +54,12 @@ class Children:
 
     def obituary(self, ready: Iterable[object]) -> str | None:
         """What became of the first child whose descriptor is among those that are readable, in words."""
-        for descriptor in ready:
-            if isinstance(descriptor, int) and descriptor in self._pidfds:
-                return self._obituary(self._pidfds[descriptor])
-        return None
-
-    def _obituary(self, name: str) -> str:
+        names = {self._pidfds[descriptor] for descriptor in ready if descriptor in self._pidfds}
+        if not names:
+            return None
+        if "vsock" in names and self._processes["vsock"].wait() == 0 and self._ended("qemu"):
+            names = {"qemu"}  # the device ends well when QEMU has let go of it
+        name = min(names)  # qemu rather than vsock
         status = self._processes[name].wait()
         title = TITLES.get(name, name)
         if name == "qemu" and status == 0:

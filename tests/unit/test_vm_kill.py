@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from image.vm import VM, VMConfig, find_vm, list_vms
+from image.vm import VM, VMConfig, VMError, find_vm, list_vms
 from tests.unit.fake_qemu import install, lives, make_image, nothing_left, processes_of, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +52,22 @@ def test_a_killed_part_takes_everything_with_it(image: Path, tmp_path: Path, par
         wait_until(lambda pid=pid: not lives(pid))
     again = start(image)  # the name is free
     again.stop()
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("supervisor", "its supervisor died"),
+        ("qemu", "QEMU was ended by signal 9"),
+        ("vsock", "the vsock device was ended by signal 9"),
+    ],
+)
+def test_the_starter_hears_what_was_killed(image: Path, tmp_path: Path, part: str, words: str) -> None:
+    with start(image) as vm:
+        os.kill(vm.info["pids"][part], signal.SIGKILL)
+        with pytest.raises(VMError, match=words):
+            vm.wait()
+    nothing_left(tmp_path / "r")
 
 
 def test_a_killed_starter_takes_its_vm_with_it(image: Path, tmp_path: Path) -> None:
