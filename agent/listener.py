@@ -33,10 +33,10 @@ def listen(address: str) -> socket.socket:
     """A listening socket for ``vsock:PORT`` or ``unix:PATH`` (mode 0600).  Raises AddressError."""
     kind, _, place = address.partition(":")
     try:
-        if kind == "vsock":
+        if kind == "vsock" and place.isascii() and place.isdecimal():
             listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
             listener.bind((ANY_CID, int(place)))
-        elif kind == "unix":
+        elif kind == "unix" and place:  # an empty path would be an address that anybody can connect to (unix(7))
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             before = os.umask(0o177)
             try:
@@ -46,7 +46,7 @@ def listen(address: str) -> socket.socket:
         else:
             raise AddressError(f"{address!r} is no address: vsock:PORT or unix:PATH")
         listener.listen(BACKLOG)
-    except (OSError, ValueError) as error:
+    except (OSError, OverflowError, ValueError) as error:
         raise AddressError(f"cannot listen on {address}: {error}") from error
     listener.setblocking(False)
     return listener
