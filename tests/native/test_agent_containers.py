@@ -291,7 +291,7 @@ def test_what_is_not_there_yet_says_so(agent: RunningAgent) -> None:
     run(work())
 
 
-def test_a_slow_removal_is_reported_in_time_and_goes_on(agent: RunningAgent) -> None:
+def test_several_are_removed_at_a_time(agent: RunningAgent) -> None:
     async def work() -> None:
         async with agent.connect() as client:
             await client.create_sandbox()

@@ -1,0 +1,182 @@
+"""The sandbox with a launcher of the test's own, for what no real container does when it is wanted: taking long."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.errors import NotFound, TooLate, WrongState
+from agent.libcontainer.errors import LaunchError
+from agent.libcontainer.launcher import Launched
+from agent.libcontainer.spec import Spec
+from agent.log import Log
+from agent.reaper import Child
+from agent.sandbox import Sandbox
+from tests.native.agent_support import run
+
+pytestmark = pytest.mark.root
+SPEC = Spec.from_json({"ociVersion": "1.2.0", "root": {"path": "/r"}, "process": {"args": ["x"], "cwd": "/"}})
+
+
+class Launcher:
+    """Makes containers of which the test says when they are created and when they end."""
+
+    def __init__(self) -> None:
+        self.inits: dict[str, Child] = {}
+        self.decided = asyncio.Event()
+        self.decided.set()
+
+    async def create(self, spec: Spec, *, container_id: str, **rest: Any) -> Launched:
+        await self.decided.wait()
+        if container_id.startswith("bad"):
+            raise LaunchError("it was not meant to be")
+        pid = os.posix_spawn("/bin/sleep", ["sleep", "1000"], {})  # noqa: ASYNC221 - it does not wait
+        self.inits[container_id] = Child(pid)
+        return Launched(self.inits[container_id], None)
+
+    def ends(self, container_id: str) -> None:
+        """Let an init that was killed have ended."""
+        child = self.inits.pop(container_id)
+        _, status = os.waitpid(child.pid, 0)
+        child._end(128 - os.waitstatus_to_exitcode(status))
+
+
+class Setting:
+    """A running sandbox over such a launcher."""
+
+    def __init__(self, state: Path) -> None:
+        self.state = state
+        self.launcher = Launcher()
+        self.sandbox = Sandbox(self.launcher, None, state, Log("fatal"), open_files=(1024, 4096))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Iterator[Path]:
+    yield tmp_path / "state"
+    assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
+
+
+async def settled(task: asyncio.Future[Any]) -> asyncio.Future[Any]:
+    """A task that has got as far as it can, and waits."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert not task.done()
+    return task
+
+
+def test_a_removal_that_takes_too_long_is_told_in_time_and_goes_on(state: Path) -> None:
+    async def work() -> None:
+        setting = Setting(state)
+        sandbox, launcher = setting.sandbox, setting.launcher
+        await sandbox.start("", "")
+        await sandbox.create("slow", "", SPEC)
+        with pytest.raises(TooLate, match=r"^Timeout reached after 0\.05s$"):
+            await sandbox.remove("slow", 0.05)
+        assert sandbox.container("slow").status == "running"  # it is still there
+        await sandbox.create("other", "", SPEC)  # and holds up nobody
+        removal = await settled(asyncio.ensure_future(sandbox.remove("other")))
+        launcher.ends("other")
+        await removal
+        again = await settled(asyncio.ensure_future(sandbox.remove("slow")))
+        launcher.ends("slow")
+        await again
+        for name in ("slow", "other"):
+            with pytest.raises(NotFound):
+                sandbox.container(name)
+        await sandbox.destroy()
+        assert list(state.iterdir()) == []
+
+    run(work())
+
+
+def test_removals_of_one_container_at_the_same_time(state: Path) -> None:
+    async def work() -> None:
+        setting = Setting(state)
+        await setting.sandbox.start("", "")
+        await setting.sandbox.create("box", "", SPEC)
+        removals = [await settled(asyncio.ensure_future(setting.sandbox.remove("box"))) for _ in range(3)]
+        removals[0].cancel()  # its caller has gone
+        setting.launcher.ends("box")
+        assert await asyncio.gather(*removals[1:]) == [None, None]
+        with pytest.raises(NotFound, match="Container box not found"):
+            await setting.sandbox.remove("box")
+        await setting.sandbox.destroy()
+
+    run(work())
+
+
+def test_an_end_waits_for_what_is_in_the_making_and_lets_nothing_new_in(state: Path) -> None:
+    async def work() -> None:
+        setting = Setting(state)
+        sandbox, launcher = setting.sandbox, setting.launcher
+        await sandbox.start("pod", "")
+        launcher.decided.clear()
+        made = await settled(asyncio.ensure_future(sandbox.create("made", "", SPEC)))
+        failed = await settled(asyncio.ensure_future(sandbox.create("bad", "", SPEC)))
+        end = await settled(asyncio.ensure_future(sandbox.destroy()))
+        assert not sandbox.running
+        with pytest.raises(WrongState, match="Sandbox not started"):
+            await sandbox.create("new", "", SPEC)
+        launcher.decided.set()
+        await made
+        with pytest.raises(LaunchError):
+            await failed
+        await settled(end)
+        launcher.ends("made")
+        await end
+        assert list(state.iterdir()) == []
+        await sandbox.start("pod", "")
+        await sandbox.destroy()
+
+    run(work())
+
+
+def test_a_container_that_cannot_be_removed_keeps_the_sandbox_but_no_other(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        setting = Setting(state)
+        sandbox = setting.sandbox
+        await sandbox.start("", "")
+        stuck = await sandbox.create("stuck", "", SPEC)
+        await sandbox.create("fine", "", SPEC)
+
+        async def fail() -> None:
+            raise OSError(16, "busy")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(stuck, "remove", fail)
+            end = await settled(asyncio.ensure_future(sandbox.destroy()))
+            setting.launcher.ends("fine")
+            with pytest.raises(OSError, match="busy"):
+                await end
+        assert sandbox.running
+        assert sandbox.container("stuck") is stuck
+        with pytest.raises(NotFound):
+            sandbox.container("fine")
+        end = await settled(asyncio.ensure_future(sandbox.destroy()))
+        setting.launcher.ends("stuck")
+        await end
+        assert list(state.iterdir()) == []
+
+    run(work())
+
+
+def test_a_failed_start_is_as_if_it_had_not_been_tried(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        sandbox = Setting(state).sandbox
+        with monkeypatch.context() as patch:
+            patch.setattr("agent.syscalls.unshare", lambda flags: (_ for _ in ()).throw(OSError(1, "not permitted")))
+            with pytest.raises(WrongState, match=r"failed to create namespace: .*not permitted"):
+                await sandbox.start("pod", "name")
+        assert not sandbox.running
+        assert list(state.iterdir()) == []
+        await sandbox.start("pod", "name")
+        await sandbox.destroy()
+
+    run(work())
