@@ -69,6 +69,18 @@ def test_execs_that_meet_a_removal_run_or_are_refused_and_leave_nothing(agent: R
     run(work())
 
 
+def test_removals_that_meet_all_succeed_or_find_nothing(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            await client.create_sandbox()
+            for _ in range(5):
+                container = await running(client, agent)
+                for result in await asyncio.gather(*(container.remove() for _ in range(5)), return_exceptions=True):
+                    assert result is None or (isinstance(result, AgentError) and result.code is Code.NOT_FOUND), result
+
+    run(work())
+
+
 def test_calls_broken_off_at_any_moment_leave_all_or_nothing(agent: RunningAgent) -> None:
     async def work() -> None:
         async with agent.connect() as client:

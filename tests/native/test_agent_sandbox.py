@@ -13,7 +13,7 @@ import pytest
 from agent.errors import NotFound, TooLate, WrongState
 from agent.libcontainer.errors import LaunchError
 from agent.libcontainer.launcher import Launched
-from agent.libcontainer.spec import Spec
+from agent.libcontainer.spec import Rlimit, Spec
 from agent.log import Log
 from agent.reaper import Child
 from agent.sandbox import Sandbox
@@ -28,11 +28,13 @@ class Launcher:
 
     def __init__(self) -> None:
         self.inits: dict[str, Child] = {}
+        self.specs: dict[str, Spec] = {}
         self.decided = asyncio.Event()
         self.decided.set()
 
     async def create(self, spec: Spec, *, container_id: str, **rest: Any) -> Launched:
         await self.decided.wait()
+        self.specs[container_id] = spec
         if container_id.startswith("bad"):
             raise LaunchError("it was not meant to be")
         pid = os.posix_spawn("/bin/sleep", ["sleep", "1000"], {})  # noqa: ASYNC221 - it does not wait
@@ -178,5 +180,42 @@ def test_a_failed_start_is_as_if_it_had_not_been_tried(state: Path, monkeypatch:
         assert list(state.iterdir()) == []
         await sandbox.start("pod", "name")
         await sandbox.destroy()
+
+    run(work())
+
+
+def test_an_end_that_is_broken_off_goes_on(state: Path) -> None:
+    async def work() -> None:
+        setting = Setting(state)
+        await setting.sandbox.start("", "")
+        await setting.sandbox.create("box", "", SPEC)
+        end = await settled(asyncio.ensure_future(setting.sandbox.destroy()))
+        end.cancel()
+        await asyncio.wait([end])
+        assert not setting.sandbox.running
+        setting.launcher.ends("box")
+        await setting.sandbox.start("next", "")  # waits for that end
+        assert [path.name for path in state.iterdir()] == ["next"]
+        await setting.sandbox.destroy()
+
+    run(work())
+
+
+def test_open_files_are_limited_as_usual_unless_the_spec_says_otherwise(state: Path) -> None:
+    limits = (Rlimit("RLIMIT_CORE", soft=0, hard=0), Rlimit("RLIMIT_NOFILE", soft=7, hard=8))
+    assert SPEC.process is not None
+    asked = SPEC.but(process=SPEC.process.but(rlimits=limits))
+
+    async def work() -> None:
+        setting = Setting(state)
+        await setting.sandbox.start("", "")
+        for name, spec in (("usual", SPEC), ("asked", asked)):
+            await setting.sandbox.create(name, "", spec)
+        seen = {name: spec.process and spec.process.rlimits for name, spec in setting.launcher.specs.items()}
+        assert seen == {"usual": (Rlimit("RLIMIT_NOFILE", soft=1024, hard=4096),), "asked": limits}
+        end = await settled(asyncio.ensure_future(setting.sandbox.destroy()))
+        for name in seen:
+            setting.launcher.ends(name)
+        await end
 
     run(work())
