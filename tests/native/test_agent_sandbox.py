@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from agent.libcontainer.spec import Rlimit, Spec
 from agent.log import Log
 from agent.reaper import Child
 from agent.sandbox import Sandbox
+from agent.syscalls import MNT_DETACH, umount2
 from tests.native.agent_support import run
 
 pytestmark = pytest.mark.root
@@ -58,9 +60,18 @@ class Setting:
 
 
 @pytest.fixture
-def state(tmp_path: Path) -> Iterator[Path]:
-    yield tmp_path / "state"
-    assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
+def setting(tmp_path: Path) -> Iterator[Setting]:
+    """Leaves no mount and no process, or fails; also takes away what a failed test has left."""
+    setting = Setting(tmp_path / "state")
+    yield setting
+    left = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(tmp_path) in line]
+    for mount in left:
+        umount2(mount, MNT_DETACH)
+    processes = list(setting.launcher.inits.items())
+    for name, child in processes:
+        os.kill(child.pid, signal.SIGKILL)
+        setting.launcher.ends(name)
+    assert (left, processes) == ([], [])
 
 
 async def settled(task: asyncio.Future[Any]) -> asyncio.Future[Any]:
@@ -71,9 +82,8 @@ async def settled(task: asyncio.Future[Any]) -> asyncio.Future[Any]:
     return task
 
 
-def test_a_removal_that_takes_too_long_is_told_in_time_and_goes_on(state: Path) -> None:
+def test_a_removal_that_takes_too_long_is_told_in_time_and_goes_on(setting: Setting) -> None:
     async def work() -> None:
-        setting = Setting(state)
         sandbox, launcher = setting.sandbox, setting.launcher
         await sandbox.start("", "")
         await sandbox.create("slow", "", SPEC)
@@ -91,14 +101,13 @@ def test_a_removal_that_takes_too_long_is_told_in_time_and_goes_on(state: Path) 
             with pytest.raises(NotFound):
                 sandbox.container(name)
         await sandbox.destroy()
-        assert list(state.iterdir()) == []
+        assert list(setting.state.iterdir()) == []
 
     run(work())
 
 
-def test_removals_of_one_container_at_the_same_time(state: Path) -> None:
+def test_removals_of_one_container_at_the_same_time(setting: Setting) -> None:
     async def work() -> None:
-        setting = Setting(state)
         await setting.sandbox.start("", "")
         await setting.sandbox.create("box", "", SPEC)
         removals = [await settled(asyncio.ensure_future(setting.sandbox.remove("box"))) for _ in range(3)]
@@ -112,9 +121,8 @@ def test_removals_of_one_container_at_the_same_time(state: Path) -> None:
     run(work())
 
 
-def test_an_end_waits_for_what_is_in_the_making_and_lets_nothing_new_in(state: Path) -> None:
+def test_an_end_waits_for_what_is_in_the_making_and_lets_nothing_new_in(setting: Setting) -> None:
     async def work() -> None:
-        setting = Setting(state)
         sandbox, launcher = setting.sandbox, setting.launcher
         await sandbox.start("pod", "")
         launcher.decided.clear()
@@ -131,7 +139,7 @@ def test_an_end_waits_for_what_is_in_the_making_and_lets_nothing_new_in(state: P
         await settled(end)
         launcher.ends("made")
         await end
-        assert list(state.iterdir()) == []
+        assert list(setting.state.iterdir()) == []
         await sandbox.start("pod", "")
         await sandbox.destroy()
 
@@ -139,10 +147,9 @@ def test_an_end_waits_for_what_is_in_the_making_and_lets_nothing_new_in(state: P
 
 
 def test_a_container_that_cannot_be_removed_keeps_the_sandbox_but_no_other(
-    state: Path, monkeypatch: pytest.MonkeyPatch
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def work() -> None:
-        setting = Setting(state)
         sandbox = setting.sandbox
         await sandbox.start("", "")
         stuck = await sandbox.create("stuck", "", SPEC)
@@ -164,29 +171,28 @@ def test_a_container_that_cannot_be_removed_keeps_the_sandbox_but_no_other(
         end = await settled(asyncio.ensure_future(sandbox.destroy()))
         setting.launcher.ends("stuck")
         await end
-        assert list(state.iterdir()) == []
+        assert list(setting.state.iterdir()) == []
 
     run(work())
 
 
-def test_a_failed_start_is_as_if_it_had_not_been_tried(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_start_is_as_if_it_had_not_been_tried(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     async def work() -> None:
-        sandbox = Setting(state).sandbox
+        sandbox = setting.sandbox
         with monkeypatch.context() as patch:
             patch.setattr("agent.syscalls.unshare", lambda flags: (_ for _ in ()).throw(OSError(1, "not permitted")))
             with pytest.raises(WrongState, match=r"failed to create namespace: .*not permitted"):
                 await sandbox.start("pod", "name")
         assert not sandbox.running
-        assert list(state.iterdir()) == []
+        assert list(setting.state.iterdir()) == []
         await sandbox.start("pod", "name")
         await sandbox.destroy()
 
     run(work())
 
 
-def test_an_end_that_is_broken_off_goes_on(state: Path) -> None:
+def test_an_end_that_is_broken_off_goes_on(setting: Setting) -> None:
     async def work() -> None:
-        setting = Setting(state)
         await setting.sandbox.start("", "")
         await setting.sandbox.create("box", "", SPEC)
         end = await settled(asyncio.ensure_future(setting.sandbox.destroy()))
@@ -195,19 +201,18 @@ def test_an_end_that_is_broken_off_goes_on(state: Path) -> None:
         assert not setting.sandbox.running
         setting.launcher.ends("box")
         await setting.sandbox.start("next", "")  # waits for that end
-        assert [path.name for path in state.iterdir()] == ["next"]
+        assert [path.name for path in setting.state.iterdir()] == ["next"]
         await setting.sandbox.destroy()
 
     run(work())
 
 
-def test_open_files_are_limited_as_usual_unless_the_spec_says_otherwise(state: Path) -> None:
+def test_open_files_are_limited_as_usual_unless_the_spec_says_otherwise(setting: Setting) -> None:
     limits = (Rlimit("RLIMIT_CORE", soft=0, hard=0), Rlimit("RLIMIT_NOFILE", soft=7, hard=8))
     assert SPEC.process is not None
     asked = SPEC.but(process=SPEC.process.but(rlimits=limits))
 
     async def work() -> None:
-        setting = Setting(state)
         await setting.sandbox.start("", "")
         for name, spec in (("usual", SPEC), ("asked", asked)):
             await setting.sandbox.create(name, "", spec)
