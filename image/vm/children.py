@@ -16,6 +16,10 @@ GRACE = 3.0
 TITLES = {"qemu": "QEMU", "vsock": "the vsock device"}
 
 
+#: The end of a VM that nothing is wrong with.
+POWERED_OFF = "the guest has powered off"
+
+
 class Children:
     """Children by name.  As a context manager it ends them all, the last one first."""
 
@@ -63,7 +67,7 @@ class Children:
         status = self._processes[name].wait()
         title = TITLES.get(name, name)
         if name == "qemu" and status == 0:
-            return "the guest has powered off"
+            return POWERED_OFF
         if status < 0:
             return f"{title} was ended by signal {-status} ({signal.strsignal(-status)})"
         return f"{title} exited with status {status}"

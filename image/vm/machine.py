@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from image.vm import qemu
 from image.vm.accel import Choice, Host, choose_accelerator, choose_vsock
+from image.vm.children import POWERED_OFF
 from image.vm.directory import VMDirectory, living, owned_run_root
 from image.vm.errors import VMError
 from image.vm.follower import Follower
@@ -201,7 +202,7 @@ class VM:
                 while True:
                     self._message()
             except VMError as end:
-                if not str(end).startswith("the guest has powered off"):
+                if not str(end).startswith(POWERED_OFF):
                     raise VMError(f"VM {self.name!r}: {end}") from None
 
     def detach(self) -> None:

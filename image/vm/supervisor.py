@@ -27,7 +27,7 @@ from typing import Any
 
 from image.vm import qemu, vsock
 from image.vm.accel import Choice
-from image.vm.children import Children
+from image.vm.children import POWERED_OFF, Children
 from image.vm.directory import VMDirectory
 from image.vm.errors import VMError
 from image.vm.janitor import janitor
@@ -63,6 +63,9 @@ class Supervisor:
                     self._keep()
                 except (Ended, VMError) as end:
                     why = str(end)
+                    # To QEMU, the reboot that follows a panic is an end like another.
+                    if why == POWERED_OFF and "Kernel panic" in self._directory.console_tail(60):
+                        why = "the guest's kernel panicked"
                 finally:
                     why += self._evidence()
                     self._directory.remove()

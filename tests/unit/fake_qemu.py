@@ -31,6 +31,8 @@ if "fail" in words:
     sys.exit("qemu: no such machine")
 if "poweroff" in words:
     signal.sigwait([signal.SIGUSR1])
+    if "panic" in words:
+        console.write("[    1.79] Kernel panic - not syncing: Fatal exception\\n" + "[    3.65] more\\n" * 20)
     sys.exit(0)
 if "qmp" in words:
     server = socket.socket(socket.AF_UNIX)

@@ -19,10 +19,16 @@ MANIFEST: dict[str, Any] = {
 }
 
 
-def render(arch: str = "amd64", accelerator: str = "tcg", vsock: str = "user", cpus: int = 1) -> Sequence[str]:
+def render(
+    arch: str = "amd64",
+    accelerator: str = "tcg",
+    vsock: str = "user",
+    cpus: int = 1,
+    version: tuple[int, int] = (10, 0),
+) -> Sequence[str]:
     devices = qemu.Devices(Path("/vm/console,1.log"), Path("/vm/qmp.sock"), vsock, vsock_fd=9, cid=77)
     return qemu.command(
-        "qemu", Path("/image"), MANIFEST | {"arch": arch}, devices,
+        qemu.Program("qemu", version), Path("/image"), MANIFEST | {"arch": arch}, devices,
         name="v", accelerator=accelerator, memory=256, cpus=cpus,
     )  # fmt: skip
 
@@ -82,6 +88,23 @@ def test_all_have_what_every_vm_has(arch: str, accelerator: str, vsock: str) -> 
     assert after(words, "-m") == ["256M"]
 
 
+@pytest.mark.parametrize(
+    ("accelerator", "cpus", "version", "option"),
+    [
+        ("tcg", 2, (7, 2), "tcg,thread=single"),
+        ("tcg", 2, (8, 0), "tcg,thread=single"),
+        ("tcg", 2, (8, 1), "tcg"),
+        ("tcg", 2, (10, 0), "tcg"),
+        ("tcg", 1, (7, 2), "tcg"),
+        ("kvm", 2, (7, 2), "kvm"),
+    ],
+)
+def test_old_emulation_runs_no_cpus_in_parallel(
+    accelerator: str, cpus: int, version: tuple[int, int], option: str
+) -> None:
+    assert after(render(accelerator=accelerator, cpus=cpus, version=version), "-accel") == [option]
+
+
 def test_an_unknown_architecture_is_refused() -> None:
     with pytest.raises(VMError, match="riscv64"):
         render(arch="riscv64")
@@ -93,14 +116,18 @@ def test_a_missing_program_names_its_package(monkeypatch: pytest.MonkeyPatch) ->
         qemu.probe(qemu.ARCHITECTURES["amd64"])
 
 
-@pytest.mark.parametrize(("answer", "fits"), [("7.2.22 (Debian)", True), ("10.0.1", True), ("6.2.0", False)])
-def test_old_versions_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: str, fits: bool) -> None:
+@pytest.mark.parametrize(
+    ("answer", "version"), [("7.2.22 (Debian)", (7, 2)), ("10.0.1", (10, 0)), ("6.2.0", None), ("unknown", None)]
+)
+def test_old_versions_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: str, version: tuple[int, int] | None
+) -> None:
     program = tmp_path / "qemu-system-x86_64"
     program.write_text(f"#!/bin/sh\necho 'QEMU emulator version {answer}'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    if fits:
-        assert qemu.probe(qemu.ARCHITECTURES["amd64"]) == str(program)
+    if version:
+        assert qemu.probe(qemu.ARCHITECTURES["amd64"]) == qemu.Program(str(program), version)
     else:
         with pytest.raises(VMError, match=r"7\.2 or newer"):
             qemu.probe(qemu.ARCHITECTURES["amd64"])

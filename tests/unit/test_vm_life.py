@@ -191,6 +191,14 @@ def test_a_stale_directory_makes_room(image: Images) -> None:
         assert vm.agent_socket.is_socket()
 
 
+def test_a_guest_that_panics_has_not_powered_off(image: Images) -> None:
+    with start(image("poweroff panic")) as vm:
+        wait_until((vm.directory / "console.log").exists)
+        os.kill(vm.info["pids"]["qemu"], signal.SIGUSR1)
+        with pytest.raises(VMError, match="kernel panicked"):
+            vm.wait()
+
+
 def test_a_directory_without_an_image_is_refused(image: Images, tmp_path: Path) -> None:
     with pytest.raises(VMError, match=r"holds no image.*invoke build-image"):
         start(tmp_path)
