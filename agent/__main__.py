@@ -113,7 +113,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log) -> None:
     launcher = Launcher(nsexec, reaper, log)
     sandbox = Sandbox(
         launcher,
-        CgroupV2.find(),
+        CgroupV2.find(options.cgroup_parent),
         Path(options.state),
         log,
         open_files=raise_open_files(),

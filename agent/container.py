@@ -1,6 +1,7 @@
 """A container: a first process in namespaces of its own, more processes beside it, and what they may use.
 
-created → running → stopped; each change of state under the container's own lock, never a wider one.
+created → running → stopped, and paused in between; each change of state under the container's own lock, never a wider
+one.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import signal
 from datetime import UTC, datetime
 
 from agent.aio import regardless
-from agent.errors import AlreadyExists, Ended, NotFound, WrongState
+from agent.errors import AlreadyExists, Ended, NotFound, Refused, Unsupported, WrongState
 from agent.libcontainer.errors import LaunchError
 from agent.libcontainer.resources import Resources
 from agent.libcontainer.state import State, check_id, start_time
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 #: Ended execs whose status and output are kept for whoever comes late; the oldest go first.
 KEPT = 256
 
-CREATED, RUNNING, STOPPED = "created", "running", "stopped"
+CREATED, RUNNING, PAUSED, STOPPED = "created", "running", "paused", "stopped"
 
 
 async def _started(
@@ -81,14 +82,17 @@ class Container:
         self._ended: dict[str, None] = {}  # exec ids in the order in which they ended
         self._watchers: set[asyncio.Task[None]] = set()
         self._init: Process | None = None
+        self._paused = False
         self._ending = False  # nothing starts in it any more
         self._gone = False
 
     @property
     def status(self) -> str:
-        """created, running or stopped."""
+        """created, running, paused or stopped."""
         if self._init is None or self._init.child.status is not None:
             return STOPPED
+        if self._paused:
+            return PAUSED
         return CREATED if self._fifo.exists() else RUNNING  # starting it takes the fifo away
 
     async def create(self, exec_id: str, join: dict[str, str]) -> None:
@@ -144,6 +148,8 @@ class Container:
         check_id(exec_id)
         if self._ending or self.status == STOPPED:
             raise WrongState(f"Cannot exec in stopped container {self.id}")
+        if self._paused:  # a process that is born into it would stand still before it says anything
+            raise WrongState(f"Cannot exec in paused container {self.id}")
         if exec_id in self._processes or exec_id in self._starting:
             raise AlreadyExists(f"Process {exec_id} already exists (container {self.id})")
         assert self._init is not None
@@ -172,6 +178,30 @@ class Container:
             del self._starting[exec_id]
             decided.set()
 
+    async def pause(self) -> None:
+        """Let everything in it stand still.  Raises Refused when it does already, or has ended."""
+        async with self._lock:
+            if self.status not in (CREATED, RUNNING):
+                raise Refused(f"container not running or created: {self.status}")
+            if self._cgroup is None:
+                raise Unsupported("a container is paused by its cgroup, and this machine has no cgroup v2")
+            await self._cgroup.freeze()
+            self._paused = True
+
+    async def resume(self) -> None:
+        """Let everything in it go on.  Raises Refused when it does not stand still."""
+        async with self._lock:
+            if self.status != PAUSED or self._cgroup is None:
+                raise Refused("container not paused")
+            await self._cgroup.thaw()
+            self._paused = False
+
+    def pids(self) -> list[int]:
+        """Everything that runs in it, by the agent's numbers; without cgroups only what the agent started."""
+        if self._cgroup is not None:
+            return sorted(self._cgroup.pids())
+        return sorted(process.child.pid for process in self._processes.values() if process.child.status is None)
+
     def process(self, exec_id: str) -> Process:
         """A process by its id; an empty one means the first.  Raises NotFound."""
         process = self._init if not exec_id else self._processes.get(exec_id)
@@ -180,7 +210,7 @@ class Container:
         return process
 
     async def signal_all(self, number: int) -> None:
-        """Signal every process in it; one that has just ended is no failure."""
+        """Signal every process in it; one that has just ended is no failure.  A paused container goes on after it."""
         if self._cgroup is None:
             if self._init is not None and self.status != STOPPED:
                 self._init.child.signal(number)
@@ -197,6 +227,7 @@ class Container:
                     continue
         finally:
             await self._cgroup.thaw()
+            self._paused = False
 
     def signal(self, exec_id: str, number: int) -> None:
         """Signal one process.  A first process without a handler for SIGTERM gets SIGKILL instead.

@@ -19,6 +19,10 @@ class WrongState(ModelError):
     """Not now: the sandbox, container or process is not in a state for it."""
 
 
+class Refused(ModelError):
+    """Not now, either; in words that hosts know, which come without a status of their own."""
+
+
 class Invalid(ModelError):
     """Never: the request makes no sense."""
 

@@ -27,13 +27,17 @@ TRUE, FALSE = ("1", "t", "T", "TRUE", "true", "True"), ("0", "f", "F", "FALSE", 
 
 
 class Options(Record):
-    """``listen`` is ``vsock:PORT`` or ``unix:PATH``; ``pipe_size`` in bytes, 0 for the kernel's choice."""
+    """``listen`` is ``vsock:PORT`` or ``unix:PATH``; ``pipe_size`` in bytes, 0 for the kernel's choice.
+
+    ``cgroup_parent`` is where in the hierarchy the containers' cgroups are made; empty: at its root.
+    """
 
     listen: str = "vsock:1024"
     nsexec: str = "/usr/lib/caisson/nsexec"
     state: str = "/run/libcontainer"
     log: str = "info"
     pipe_size: int = 0
+    cgroup_parent: str = ""
     complaints: tuple[str, ...] = ()
 
 
@@ -80,4 +84,5 @@ def from_arguments(arguments: list[str]) -> Options:
     parser.add_argument("--nsexec", default=default.nsexec, help="the nsexec program (default: %(default)s)")
     parser.add_argument("--state", default=default.state, help="where containers are kept (default: %(default)s)")
     parser.add_argument("--log", default=default.log, choices=LEVELS, help="least level logged (default: %(default)s)")
+    parser.add_argument("--cgroup-parent", default="", help="the cgroup that all others are made in")
     return Options(**vars(parser.parse_args(arguments)))

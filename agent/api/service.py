@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from typing import Any
 
@@ -10,7 +11,7 @@ from google.protobuf import empty_pb2
 from agent import __version__
 from agent.api import oci
 from agent.container import Container
-from agent.errors import Ended, Invalid, NotFound, Unsupported, WrongState
+from agent.errors import Ended, Invalid, NotFound, Refused, Unsupported, WrongState
 from agent.guest import details
 from agent.libcontainer.spec import Process as ProcessSpec
 from agent.libcontainer.spec import Spec
@@ -74,6 +75,22 @@ class AgentService:
         await self._sandbox.remove(request.container_id, request.timeout or None)
         return EMPTY
 
+    async def PauseContainer(self, request: Any) -> Any:
+        await self._sandbox.container(request.container_id).pause()
+        return EMPTY
+
+    async def ResumeContainer(self, request: Any) -> Any:
+        await self._sandbox.container(request.container_id).resume()
+        return EMPTY
+
+    async def ListProcesses(self, request: Any) -> Any:
+        container = self._sandbox.container(request.container_id)
+        if request.format == "table":
+            raise Unsupported("ListProcesses: the format table is not supported yet; ask for json")
+        if request.format != "json":
+            raise Refused("invalid format option")
+        return agent_pb2.ListProcessesResponse(process_list=json.dumps(container.pids()).encode())
+
     async def ExecProcess(self, request: Any) -> Any:
         container = self._container(request)
         if not request.HasField("process"):
@@ -95,7 +112,7 @@ class AgentService:
             raise Invalid(f"{request.signal} is not a signal")
         if container.status == "stopped":
             return EMPTY  # what was to be stopped has stopped
-        if not request.exec_id:
+        if not request.exec_id or container.status == "paused":  # one of them would not hear it
             await container.signal_all(request.signal)
             return EMPTY
         try:

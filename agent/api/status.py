@@ -20,6 +20,7 @@ CODES: dict[type[Exception], grpc.StatusCode] = {
     errors.Unsupported: grpc.StatusCode.UNIMPLEMENTED,
     errors.TooLate: grpc.StatusCode.DEADLINE_EXCEEDED,
     # Kata 1.x has no status for these: whatever its handlers return as a plain error is UNKNOWN.
+    errors.Refused: grpc.StatusCode.UNKNOWN,
     errors.EndOfStream: grpc.StatusCode.UNKNOWN,
     errors.BrokenStream: grpc.StatusCode.UNKNOWN,
     errors.Ended: grpc.StatusCode.UNKNOWN,

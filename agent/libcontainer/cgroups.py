@@ -30,22 +30,26 @@ class CgroupError(Exception):
 class CgroupV2:
     """The cgroup v2 hierarchy of this machine."""
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, parent: str = "") -> None:
         self.root = root
+        self._parent = parent
         self._made: set[str] = set()  # directories that go with the last cgroup in them
 
     @classmethod
-    def find(cls, mountinfo: str = "/proc/self/mountinfo") -> CgroupV2 | None:
-        """Where cgroup2 is mounted; None if it is not.  On a hybrid host that is /sys/fs/cgroup/unified."""
+    def find(cls, parent: str = "", mountinfo: str = "/proc/self/mountinfo") -> CgroupV2 | None:
+        """Where cgroup2 is mounted; None if it is not.  On a hybrid host that is /sys/fs/cgroup/unified.
+
+        All cgroups are made below the cgroup `parent`, which is made with the first and goes with the last.
+        """
         with open(mountinfo, encoding="utf-8", errors="surrogateescape") as lines:  # noqa: PTH123 - no pathlib at start
             for line in lines:
                 before, _, after = line.partition(" - ")
                 if after.startswith("cgroup2 "):
-                    return cls(before.split(" ")[4].encode().decode("unicode_escape"))
+                    return cls(before.split(" ")[4].encode().decode("unicode_escape"), parent)
         return None
 
     def create(self, path: str) -> Cgroup:
-        """Make the cgroup `path` (as in linux.cgroupsPath, below the root) with all controllers that there are.
+        """Make the cgroup `path` (as in linux.cgroupsPath, below the parent) with all controllers that there are.
 
         Raises CgroupError, also if it is in use.
         """
@@ -55,7 +59,7 @@ class CgroupV2:
         at = self.root
         made: list[str] = []
         try:
-            for part in parts:
+            for part in [*self._parent.split("/"), *parts] if self._parent else parts:
                 _enable_controllers(at)
                 at = f"{at}/{part}"
                 try:

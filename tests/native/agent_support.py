@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import time
@@ -30,10 +31,12 @@ class RunningAgent:
         self.state = directory / "state"
         self.rootfs = rootfs
         self.log = directory / "log"
+        # Of its own: tests of another checkout may run on this machine, too.
+        self.cgroup_parent = f"caisson-test-{os.getpid()}"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "agent", "--listen", f"unix:{self.socket}", "--nsexec", str(nsexec),
-                 "--state", str(self.state), "--log", "debug"],
+                 "--state", str(self.state), "--log", "debug", "--cgroup-parent", self.cgroup_parent],
                 cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
             )  # fmt: skip
         assert self.process.stdout is not None
@@ -47,6 +50,10 @@ class RunningAgent:
 
     def connect(self) -> Agent:
         return Agent.connect(self.socket)
+
+    def cgroups(self) -> list[Path]:
+        """The cgroups that it has made, its parent included."""
+        return [path for path in Path("/sys/fs/cgroup").glob(f"**/{self.cgroup_parent}/**") if path.is_dir()]
 
     def fds(self) -> int:
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))

@@ -55,4 +55,5 @@ def agent(tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path) -> Iterator[R
     assert not running.socket.exists()
     assert list(running.state.rglob("*")) == []
     assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
+    assert running.cgroups() == []
     assert "a bug in a handler" not in running.log.read_text()

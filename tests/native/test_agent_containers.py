@@ -214,7 +214,7 @@ def test_removal_in_any_state_leaves_nothing(agent: RunningAgent, state: str) ->
             assert sorted(path.name for path in (agent.state / "sandbox").iterdir()) == [".namespaces"]
             assert agent.children() == children
             assert agent.fds() <= fds + 1  # the connection's own
-            assert not list(Path("/sys/fs/cgroup").glob("**/sandbox/box"))
+            assert not agent.cgroups()
             await client.ensure_container("box", agent.spec())
 
     run(work())

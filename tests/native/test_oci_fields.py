@@ -63,9 +63,7 @@ def test_attributes_of_a_mount(box: Box, kind: str, options: str, flags: set[str
     (box.path / "source").mkdir()
     with mounted(box.path / "source"):
         value = config()
-        value["mounts"].append(
-            {"destination": "/mnt", "type": kind, "source": "source", "options": options.split(",")}
-        )
+        value["mounts"].append({"destination": "/mnt", "type": kind, "source": "source", "options": options.split(",")})
         assert attributes(box.sh("cat /proc/self/mountinfo", value), "/mnt") == flags
 
 
@@ -305,7 +303,7 @@ def test_annotations_are_kept_and_the_cgroup_is_where_it_was_asked_for(agent: Ru
             state = json.loads(file.read_text())
             assert "org.example/key=a value=1" in json.dumps(state)
             groups = Path(f"/proc/{state['init_process_pid']}/cgroup").read_text()
-            assert f"0::/{name}\n" in groups
+            assert f"0::/{agent.cgroup_parent}/{name}\n" in groups
             await container.remove()
 
     run(work())

@@ -21,10 +21,10 @@ def test_finds_the_hierarchy(tmp_path: Path) -> None:
         "32 31 0:29 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n"
         "41 31 0:38 / /sys/fs/cgroup/uni\\040fied rw,relatime shared:4 - cgroup2 cgroup2 rw\n"
     )
-    found = CgroupV2.find(str(info))
+    found = CgroupV2.find(mountinfo=str(info))
     assert found is not None and found.root == "/sys/fs/cgroup/uni fied"
     info.write_text("31 23 0:28 / / rw - ext4 /dev/vda rw\n")
-    assert CgroupV2.find(str(info)) is None
+    assert CgroupV2.find(mountinfo=str(info)) is None
 
 
 @pytest.mark.parametrize("path", ["", "/", "../x", "a/../../b", "a/./b", "a\nb", "a/" + "x" * 256])

@@ -1,0 +1,94 @@
+"""Containers that stand still, and who is in a container."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import grpc
+import pytest
+
+from proto import agent_pb2
+from tests.native.agent_support import RunningAgent, refused, run, sh
+
+pytestmark = pytest.mark.root
+Code = grpc.StatusCode
+PAUSE, RESUME = (
+    agent_pb2.PauseContainerRequest(container_id="box"),
+    agent_pb2.ResumeContainerRequest(container_id="box"),
+)
+
+
+def test_a_paused_container_stands_still(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            await client.create_sandbox()
+            container = await client.ensure_container("box", agent.spec())
+            assert await refused(client.rpc.ResumeContainer(RESUME)) == (Code.UNKNOWN, "container not paused")
+            process = await sh(container, "while read line; do echo got $line; done")
+            await client.rpc.PauseContainer(PAUSE)
+            code, text = await refused(client.rpc.PauseContainer(PAUSE))
+            assert (code, text) == (Code.UNKNOWN, "container not running or created: paused")
+            code, text = await refused(container.exec(["/bin/true"]))
+            assert (code, text) == (Code.FAILED_PRECONDITION, "Cannot exec in paused container box")
+            code, text = await refused(container.start())
+            assert text == "Container box status paused, should be created"
+            await process.write(b"it\n")
+            read = asyncio.ensure_future(anext(process.stdout()))
+            await asyncio.sleep(0.1)
+            assert not read.done()
+            await client.rpc.ResumeContainer(RESUME)
+            assert await read == b"got it\n"
+            await container.exec(["/bin/true"])
+
+    run(work())
+
+
+def test_a_signal_wakes_a_paused_container(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            await client.create_sandbox()
+            container = await client.ensure_container("box", agent.spec())
+            processes = [await container.exec(["/bin/sleep", "1000"]) for _ in range(2)]
+            await client.rpc.PauseContainer(PAUSE)
+            await processes[0].signal(15)
+            assert [await process.wait() for process in processes] == [143, 143]
+            assert await refused(client.rpc.ResumeContainer(RESUME)) == (Code.UNKNOWN, "container not paused")
+
+    run(work())
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_paused_container_can_be_removed(agent: RunningAgent, started: bool) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            await client.create_sandbox()
+            container = await client.create_container("box", agent.spec())
+            if started:
+                await container.start()
+            await client.rpc.PauseContainer(PAUSE)
+            await container.remove(timeout=20)
+            assert agent.children() == set()
+            assert (await refused(client.rpc.PauseContainer(PAUSE)))[0] is Code.NOT_FOUND
+
+    run(work())
+
+
+def test_who_is_in_a_container(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            request = agent_pb2.ListProcessesRequest(container_id="box", format="json")
+            assert await refused(client.rpc.ListProcesses(request)) == (Code.NOT_FOUND, "Container box not found")
+            await client.create_sandbox()
+            container = await client.ensure_container("box", agent.spec("/bin/sleep", "1000"))
+            for _ in range(2):
+                await container.exec(["/bin/sleep", "1000"])
+            pids: list[int] = []
+            while len(pids) != 3:  # nsexec's own stages may be on their way out
+                pids = json.loads((await client.rpc.ListProcesses(request)).process_list)
+            assert set(pids) == agent.children()
+            for form, code in (("", Code.UNKNOWN), ("yaml", Code.UNKNOWN), ("table", Code.UNIMPLEMENTED)):
+                request.format = form
+                assert (await refused(client.rpc.ListProcesses(request)))[0] is code
+
+    run(work())
