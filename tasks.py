@@ -80,7 +80,7 @@ TO_BUILD = {
     "zstd": "zstd",
 }
 TO_BOOT = {"qemu-system-x86_64": "qemu-system-x86", "setpriv": "util-linux"}
-TO_TEST = TO_BUILD | TO_BOOT | {"busybox": "busybox-static", "cpio": "cpio"}
+TO_TEST = TO_BUILD | TO_BOOT | {"busybox": "busybox-static", "cpio": "cpio", "ip": "iproute2"}
 
 #: The VM that commands mean when they name none.
 DEFAULT_VM = "default"

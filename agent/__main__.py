@@ -91,9 +91,12 @@ async def _serve(options: Options, listener: socket.socket, log: Log) -> None:
     import signal
     from pathlib import Path
 
+    from agent.api.guest import GuestService
     from agent.api.health import Health
     from agent.api.server import serve
     from agent.api.service import AgentService
+    from agent.guest.files import Files
+    from agent.guest.network import Network
     from agent.libcontainer.cgroups import CgroupV2
     from agent.libcontainer.launcher import Launcher
     from agent.libcontainer.nsexec import Nsexec
@@ -119,10 +122,12 @@ async def _serve(options: Options, listener: socket.socket, log: Log) -> None:
         open_files=raise_open_files(),
         pipe_size=options.pipe_size,
     )
+    files = Files()
     with _private_directory() as private:
-        services: list[tuple[object, object]] = [
-            (agent_pb2.DESCRIPTOR.services_by_name["AgentService"], AgentService(sandbox, init=os.getpid() == 1)),
-            (health_pb2.DESCRIPTOR.services_by_name["Health"], Health()),
+        methods = [AgentService(sandbox, init=os.getpid() == 1), GuestService(Network(), files, log)]
+        services: list[tuple[object, list[object]]] = [
+            (agent_pb2.DESCRIPTOR.services_by_name["AgentService"], methods),
+            (health_pb2.DESCRIPTOR.services_by_name["Health"], [Health()]),
         ]
         server = serve(services, f"{private}/grpc.sock", log)
         await server.start()
@@ -132,6 +137,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log) -> None:
         relay.cancel()
         await server.stop(grace=1.0)
         await sandbox.destroy()
+    files.close()
     launcher.close()
     nsexec.close()
     reaper.stop(loop)

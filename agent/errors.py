@@ -23,6 +23,10 @@ class Refused(ModelError):
     """Not now, either; in words that hosts know, which come without a status of their own."""
 
 
+class Failed(ModelError):
+    """It was tried, and the kernel would not."""
+
+
 class Invalid(ModelError):
     """Never: the request makes no sense."""
 

@@ -20,23 +20,23 @@ Method = Callable[[Any], Awaitable[Any]]
 OPTIONS = [("grpc.so_reuseport", 0), ("grpc.max_concurrent_streams", 4096)]
 
 
-def serve(services: list[tuple[Any, object]], path: str, log: Log) -> grpc.aio.Server:
-    """A server (not started) on a Unix socket for services, each a descriptor with the object that has its methods."""
+def serve(services: list[tuple[Any, list[object]]], path: str, log: Log) -> grpc.aio.Server:
+    """A server (not started) on a Unix socket for services, each a descriptor with the objects of its methods."""
     server = grpc.aio.server(options=OPTIONS)
-    for descriptor, implementation in services:
-        handlers = {method.name: _handler(method, implementation, log) for method in descriptor.methods}
+    for descriptor, implementations in services:
+        handlers = {method.name: _handler(method, implementations, log) for method in descriptor.methods}
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(descriptor.full_name, handlers),))
     server.add_insecure_port(f"unix:{path}")
     return server
 
 
-def _handler(method: Any, implementation: object, log: Log) -> grpc.RpcMethodHandler:
+def _handler(method: Any, implementations: list[object], log: Log) -> grpc.RpcMethodHandler:
     name = method.name
 
     async def missing(request: Any) -> NoReturn:
         raise Unsupported(f"{name} is not implemented by this agent yet")
 
-    function: Method = getattr(implementation, name, missing)
+    function: Method = next((getattr(one, name) for one in implementations if hasattr(one, name)), missing)
     request_class = message_factory.GetMessageClass(method.input_type)
 
     async def handle(data: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:

@@ -19,6 +19,7 @@ CODES: dict[type[Exception], grpc.StatusCode] = {
     errors.Invalid: grpc.StatusCode.INVALID_ARGUMENT,
     errors.Unsupported: grpc.StatusCode.UNIMPLEMENTED,
     errors.TooLate: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.Failed: grpc.StatusCode.INTERNAL,
     # Kata 1.x has no status for these: whatever its handlers return as a plain error is UNKNOWN.
     errors.Refused: grpc.StatusCode.UNKNOWN,
     errors.EndOfStream: grpc.StatusCode.UNKNOWN,

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +26,8 @@ PATIENCE = 60.0
 class RunningAgent:
     """An agent process and the directory that it works in."""
 
-    def __init__(self, directory: Path, nsexec: Path, rootfs: Path) -> None:
+    def __init__(self, directory: Path, nsexec: Path, rootfs: Path, *, within: Sequence[str] = ()) -> None:
+        """`within` is a command that runs another: unshare(1)."""
         self.socket = directory / "agent.sock"
         self.state = directory / "state"
         self.rootfs = rootfs
@@ -35,7 +36,7 @@ class RunningAgent:
         self.cgroup_parent = f"caisson-test-{os.getpid()}"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "agent", "--listen", f"unix:{self.socket}", "--nsexec", str(nsexec),
+                [*within, sys.executable, "-m", "agent", "--listen", f"unix:{self.socket}", "--nsexec", str(nsexec),
                  "--state", str(self.state), "--log", "debug", "--cgroup-parent", self.cgroup_parent],
                 cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
             )  # fmt: skip

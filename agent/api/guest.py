@@ -1,0 +1,148 @@
+"""The methods of grpc.AgentService that are about the guest itself: network, hot-plug, clock, files."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from google.protobuf import empty_pb2
+
+from agent.errors import Invalid, ModelError
+from agent.guest import clock, hotplug
+from agent.guest.files import Files, Piece
+from agent.guest.network import Address, Interface, Neighbour, Network, Route
+from agent.log import Log
+from proto import agent_pb2, types_pb2
+
+EMPTY = empty_pb2.Empty()
+
+
+class GuestService:
+    """None of these needs a sandbox: hosts set the network up before there is one."""
+
+    def __init__(self, network: Network, files: Files, log: Log) -> None:
+        self._network = network
+        self._files = files
+        self._log = log
+        self._background: set[asyncio.Task[None]] = set()
+
+    async def UpdateInterface(self, request: Any) -> Any:
+        if not request.HasField("interface"):
+            raise Invalid("Need network interface")
+        wanted = request.interface
+        addresses = tuple(Address(one.address, _prefix(one)) for one in wanted.IPAddresses)
+        interface = Interface(
+            name=wanted.name, mac=wanted.hwAddr, mtu=wanted.mtu, addresses=addresses, flags=wanted.raw_flags
+        )
+        await self._network.update_interface(interface, plugged=bool(wanted.pciPath))
+        return wanted
+
+    async def ListInterfaces(self, request: Any) -> Any:
+        found = [
+            types_pb2.Interface(
+                name=one.name,
+                mtu=one.mtu,
+                hwAddr=one.mac,
+                IPAddresses=[
+                    types_pb2.IPAddress(family=_family(a.version), address=a.address, mask=str(a.prefix))
+                    for a in one.addresses
+                ],
+            )
+            for one in await self._network.interfaces()
+        ]
+        return agent_pb2.Interfaces(Interfaces=found)
+
+    async def UpdateRoutes(self, request: Any) -> Any:
+        if not request.HasField("routes"):
+            raise Invalid("Need network routes")
+        await self._network.update_routes(
+            [
+                Route(destination=one.dest, gateway=one.gateway, device=one.device, source=one.source, scope=one.scope)
+                for one in request.routes.Routes
+            ]
+        )
+        return request.routes
+
+    async def ListRoutes(self, request: Any) -> Any:
+        found = [
+            types_pb2.Route(
+                dest=one.destination, gateway=one.gateway, device=one.device, source=one.source, scope=one.scope
+            )
+            for one in await self._network.routes()
+        ]
+        return agent_pb2.Routes(Routes=found)
+
+    async def AddARPNeighbors(self, request: Any) -> Any:
+        if not request.HasField("neighbors"):
+            raise Invalid("Need ARP neighbors")
+        neighbours = []
+        for one in request.neighbors.ARPNeighbors:
+            if not one.HasField("toIPAddress"):
+                raise Invalid("an ARP neighbor needs toIPAddress")
+            neighbours.append(
+                Neighbour(
+                    address=one.toIPAddress.address, device=one.device, mac=one.lladdr, state=one.state, flags=one.flags
+                )
+            )
+        await self._network.add_neighbours(neighbours)
+        return EMPTY
+
+    async def OnlineCPUMem(self, request: Any) -> Any:
+        hotplug.check_count(request.nb_cpus, request.cpu_only)
+        work = self._online(request.nb_cpus, request.cpu_only)
+        if request.wait:
+            await work
+        else:
+            task = asyncio.ensure_future(self._without_answer(work))
+            self._background.add(task)
+            task.add_done_callback(self._background.discard)
+        return EMPTY
+
+    async def _online(self, cpus: int, cpu_only: bool) -> None:
+        if cpus:
+            await hotplug.online_cpus(cpus)
+        if not cpu_only:
+            await asyncio.to_thread(hotplug.online_memory)  # the kernel takes its time over large blocks
+
+    async def _without_answer(self, work: Any) -> None:
+        try:
+            await work
+        except ModelError as error:
+            self._log("error", "what was plugged in could not be brought into use", error=str(error))
+
+    async def MemHotplugByProbe(self, request: Any) -> Any:
+        await asyncio.to_thread(hotplug.probe_memory, list(request.memHotplugProbeAddr))
+        return EMPTY
+
+    async def ReseedRandomDev(self, request: Any) -> Any:
+        clock.reseed(request.data)
+        return EMPTY
+
+    async def SetGuestDateTime(self, request: Any) -> Any:
+        clock.set_time(request.Sec, request.Usec)
+        return EMPTY
+
+    async def CopyFile(self, request: Any) -> Any:
+        self._files.write(
+            Piece(
+                path=request.path,
+                size=request.file_size,
+                offset=request.offset,
+                data=request.data,
+                mode=request.file_mode,
+                directory_mode=request.dir_mode,
+                uid=request.uid,
+                gid=request.gid,
+            )
+        )
+        return EMPTY
+
+
+def _family(version: int) -> int:
+    return int(types_pb2.v6 if version == 6 else types_pb2.v4)
+
+
+def _prefix(address: Any) -> int:
+    if not (address.mask.isascii() and address.mask.isdecimal()) or int(address.mask) > 128:
+        raise Invalid(f'Could not parse "{address.address}/{address.mask}"')
+    return int(address.mask)

@@ -1,0 +1,44 @@
+"""The guest's clock and its random numbers, which a host sets after it has stopped or copied a guest."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from agent.errors import Failed, Invalid, Refused
+
+RNDADDTOENTCNT, RNDRESEEDCRNG = 0x40045201, 0x5207  # random(4)
+
+
+def set_time(seconds: int, microseconds: int) -> None:
+    """Set the clock, to a time since the epoch.  Raises Invalid or Failed."""
+    if not 0 <= microseconds < 1_000_000:
+        raise Invalid(f"Could not set guest time: {microseconds} is no number of microseconds within a second")
+    try:
+        time.clock_settime_ns(time.CLOCK_REALTIME, (seconds * 1_000_000 + microseconds) * 1000)
+    except OverflowError:
+        raise Invalid(f"Could not set guest time: {seconds} seconds are beyond what the kernel can count") from None
+    except OSError as error:
+        raise Failed(f"Could not set guest time: {os.strerror(error.errno or 0).lower()}") from error
+
+
+def reseed(data: bytes) -> None:
+    """Stir entropy from outside into the kernel's random numbers, and have them begin anew.  Raises Refused or Failed.
+
+    All of it counts: what the host sends is random, or the guest is lost anyway.
+    """
+    import fcntl
+    import struct
+
+    if not data:
+        raise Refused("missing entropy data")
+    try:
+        fd = os.open("/dev/random", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, data)
+            fcntl.ioctl(fd, RNDADDTOENTCNT, struct.pack("i", min(len(data), 4096) * 8))
+            fcntl.ioctl(fd, RNDRESEEDCRNG)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise Failed(f"Could not reseed the random numbers: {os.strerror(error.errno or 0).lower()}") from error

@@ -1,0 +1,122 @@
+"""rtnetlink(7): requests to the kernel about links, addresses, routes and neighbours, and its answers.
+
+pyroute2 would be the library for it, but needs ssl, unittest and multiprocessing, which a guest does not have, and a
+hundred modules of its own for four kinds of messages.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from struct import Struct
+
+from agent.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from typing import Self
+
+# What to do with which kind of thing.  include/uapi/linux/rtnetlink.h
+NEWLINK, GETLINK, NEWADDR, DELADDR, GETADDR, NEWROUTE, DELROUTE, GETROUTE, NEWNEIGH = 16, 18, 20, 21, 22, 24, 25, 26, 28
+# How.  include/uapi/linux/netlink.h
+REQUEST, ACK, REPLACE, EXCL, DUMP, CREATE = 0x1, 0x4, 0x100, 0x200, 0x300, 0x400
+# Attributes, each within its kind.
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU = 1, 3, 4
+IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS = 1, 2, 8
+RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PREFSRC, RTA_CACHEINFO, RTA_TABLE = 1, 4, 5, 7, 12, 15
+NDA_DST, NDA_LLADDR = 1, 2
+
+#: The fixed part that each kind begins with: ifinfomsg, ifaddrmsg, rtmsg, ndmsg.
+LINK, ADDRESS, ROUTE, NEIGHBOUR = Struct("=BxHiII"), Struct("=BBBBI"), Struct("=8BI"), Struct("=B3xiHBB")
+_FIXED = {NEWLINK: LINK, NEWADDR: ADDRESS, NEWROUTE: ROUTE}
+
+_HEADER, _ATTRIBUTE, _ERROR = Struct("=IHHII"), Struct("=HH"), Struct("=i")
+_ERROR_TYPE, _DONE_TYPE = 2, 3
+_TYPE_MASK = 0x3FFF  # without the flags "nested" and "network byte order"
+_BUFFER = 1 << 16  # the kernel's largest part of a dump is 32 KiB
+
+
+class Message(Record):
+    """An answer: its fixed part as numbers, and its attributes as bytes."""
+
+    fixed: tuple[int, ...]
+    attributes: Mapping[int, bytes]
+
+    def number(self, attribute: int) -> int:
+        """An attribute that is a number; 0 if it is not there."""
+        return int.from_bytes(self.attributes.get(attribute, b""), "little")
+
+    def text(self, attribute: int) -> str:
+        """An attribute that is a string; empty if it is not there."""
+        return self.attributes.get(attribute, b"").rstrip(b"\0").decode(errors="replace")
+
+
+class Rtnetlink:
+    """A connection to the kernel.  It answers while one asks; nothing here waits for anything else."""
+
+    def __enter__(self) -> Self:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+        self._socket.bind((0, 0))
+        self._sequence = 0
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def change(self, kind: int, fixed: bytes, attributes: Mapping[int, bytes], flags: int = 0) -> None:
+        """Ask for a change.  Raises OSError with the kernel's reason."""
+        self._send(kind, REQUEST | ACK | flags, fixed + b"".join(_attribute(*one) for one in attributes.items()))
+        for _ in self._answers():
+            pass
+
+    def dump(self, kind: int, family: int = 0) -> list[Message]:
+        """All there is of a kind (one of GET…), of an address family or of all.  Raises OSError."""
+        fixed = _FIXED[kind - 2]  # GETLINK is NEWLINK + 2, and so on
+        self._send(kind, REQUEST | DUMP, bytes([family]).ljust(fixed.size, b"\0"))
+        return [Message(fixed.unpack_from(body), dict(_attributes(body[fixed.size :]))) for _, body in self._answers()]
+
+    def _send(self, kind: int, flags: int, body: bytes) -> None:
+        self._sequence += 1
+        self._socket.send(_HEADER.pack(_HEADER.size + len(body), kind, flags, self._sequence, 0) + body)
+
+    def _answers(self) -> Iterator[tuple[int, bytes]]:
+        """The parts of an answer, up to its end.  Raises OSError if that is an error."""
+        while True:
+            data = self._socket.recv(_BUFFER)
+            while len(data) >= _HEADER.size:
+                length, kind, _, sequence, _ = _HEADER.unpack_from(data)
+                if not _HEADER.size <= length <= len(data):
+                    raise OSError(0, "an answer of the kernel's network that is cut off")
+                body, data = data[_HEADER.size : length], data[_aligned(length) :]
+                if sequence != self._sequence:
+                    continue
+                if kind in (_ERROR_TYPE, _DONE_TYPE):
+                    code = -_ERROR.unpack_from(body)[0]
+                    if code:
+                        raise OSError(code, os.strerror(code))
+                    return
+                yield kind, body
+
+
+def number(value: int) -> bytes:
+    """A number as an attribute's value."""
+    return value.to_bytes(4, "little")
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    length = _ATTRIBUTE.size + len(value)
+    return (_ATTRIBUTE.pack(length, kind) + value).ljust(_aligned(length), b"\0")
+
+
+def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    while len(data) >= _ATTRIBUTE.size:
+        length, kind = _ATTRIBUTE.unpack_from(data)
+        if not _ATTRIBUTE.size <= length <= len(data):
+            return
+        yield kind & _TYPE_MASK, data[_ATTRIBUTE.size : length]
+        data = data[_aligned(length) :]
+
+
+def _aligned(length: int) -> int:
+    return length + 3 & ~3

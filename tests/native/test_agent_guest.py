@@ -1,0 +1,90 @@
+"""Methods about the guest itself, as far as this machine may stand in for one."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+
+import grpc
+import pytest
+
+from proto import agent_pb2
+from tests.native.agent_support import RunningAgent, refused, run
+
+pytestmark = pytest.mark.root
+Code = grpc.StatusCode
+
+
+def test_files_come_in_pieces(agent: RunningAgent) -> None:
+    name = f"caisson-test-{uuid.uuid4().hex}"
+    path = Path("/run", name, "inner/file")
+    content = os.urandom(2_500_000)
+
+    async def work() -> None:
+        async with agent.connect() as client:
+            await client.version()  # connected
+            fds = agent.fds()
+            for offset in (2_000_000, 0, 1_000_000):
+                assert not path.exists()
+                request = agent_pb2.CopyFileRequest(
+                    path=str(path),
+                    file_size=len(content),
+                    file_mode=0o100640,
+                    dir_mode=0o750,
+                    uid=7,
+                    gid=8,
+                    offset=offset,
+                    data=content[offset : offset + 1_000_000],
+                )
+                await client.rpc.CopyFile(request)
+            assert path.read_bytes() == content
+            status = path.stat()
+            assert (status.st_mode, status.st_uid, status.st_gid) == (0o100640, 7, 8)
+            request.path = "/etc/passwd"
+            assert await refused(client.rpc.CopyFile(request)) == (
+                Code.UNKNOWN,
+                "Only is possible to copy files into the /run directory",
+            )
+            assert agent.fds() == fds
+
+    try:
+        run(work())
+    finally:
+        path.unlink(missing_ok=True)
+        for directory in (path.parent, path.parent.parent):
+            if directory.is_dir():
+                directory.rmdir()
+
+
+def test_what_makes_no_sense(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            rpc = client.rpc
+            for call, code, text in (
+                (rpc.ReseedRandomDev(agent_pb2.ReseedRandomDevRequest()), Code.UNKNOWN, "missing entropy data"),
+                (
+                    rpc.SetGuestDateTime(agent_pb2.SetGuestDateTimeRequest(Sec=1, Usec=1_000_000)),
+                    Code.INVALID_ARGUMENT,
+                    "Could not set guest time",
+                ),
+                (
+                    rpc.SetGuestDateTime(agent_pb2.SetGuestDateTimeRequest(Sec=1 << 62)),
+                    Code.INVALID_ARGUMENT,
+                    "Could not set guest time",
+                ),
+                (
+                    rpc.OnlineCPUMem(agent_pb2.OnlineCPUMemRequest(wait=True, cpu_only=True)),
+                    Code.UNKNOWN,
+                    "requested number of CPUs '0' must be greater than 0",
+                ),
+                (
+                    rpc.MemHotplugByProbe(agent_pb2.MemHotplugByProbeRequest(memHotplugProbeAddr=[1])),
+                    Code.INTERNAL,
+                    "Could not probe memory at 0x1",
+                ),
+            ):
+                found, message = await refused(call)
+                assert (found, message[: len(text)]) == (code, text)
+
+    run(work())

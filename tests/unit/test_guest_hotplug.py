@@ -1,0 +1,69 @@
+"""CPUs and memory that are plugged in, in a tree like sysfs."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from agent.errors import Failed, Refused
+from agent.guest import hotplug
+
+
+def switch(system: Path, name: str, value: str = "0") -> Path:
+    kind = name.rstrip("0123456789")
+    (system / kind / name).mkdir(parents=True)
+    (system / kind / name / "online").write_text(f"{value}\n")
+    return system / kind / name / "online"
+
+
+def test_as_many_cpus_as_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "cpu/cpu0").mkdir(parents=True)  # the first cannot be switched off and has no switch
+    switch(tmp_path, "cpu1", "1")
+    off = [switch(tmp_path, f"cpu{number}") for number in (10, 2, 3)]
+    (tmp_path / "cpu/cpufreq").mkdir()
+    asyncio.run(hotplug.online_cpus(2, str(tmp_path)))
+    assert [path.read_text().strip() for path in off] == ["0", "1", "1"]
+
+
+def test_a_cpu_that_comes_late(tmp_path: Path) -> None:
+    async def work() -> None:
+        (tmp_path / "cpu").mkdir()
+        waiting = asyncio.ensure_future(hotplug.online_cpus(1, str(tmp_path)))
+        while not waiting.done():
+            await asyncio.sleep(0)
+            if not (tmp_path / "cpu/cpu1").exists():
+                switch(tmp_path, "cpu1")
+        await waiting
+
+    asyncio.run(work())
+    assert (tmp_path / "cpu/cpu1/online").read_text() == "1"
+
+
+def test_too_few_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hotplug, "PATIENCE", 0.0)
+    switch(tmp_path, "cpu1")
+    with pytest.raises(Failed, match="only 1 of 2 were connected"):
+        asyncio.run(hotplug.online_cpus(2, str(tmp_path)))
+
+
+def test_memory(tmp_path: Path) -> None:
+    off = [switch(tmp_path, f"memory{number}") for number in (32, 33)]
+    hotplug.online_memory(str(tmp_path))
+    assert [path.read_text() for path in off] == ["1", "1"]
+    hotplug.online_memory(str(tmp_path / "nowhere"))
+
+
+def test_probing(tmp_path: Path) -> None:
+    with pytest.raises(Failed, match="Could not probe memory at 0x40000000: no such file"):
+        hotplug.probe_memory([0x40000000], str(tmp_path))
+    (tmp_path / "memory").mkdir()
+    hotplug.probe_memory([0x40000000, 0x48000000], str(tmp_path))
+    assert (tmp_path / "memory/probe").read_text() == "0x48000000"
+
+
+def test_what_asks_for_nothing() -> None:
+    with pytest.raises(Refused, match="requested number of CPUs '0' must be greater than 0"):
+        hotplug.check_count(0, True)
+    hotplug.check_count(0, False)
