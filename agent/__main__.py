@@ -11,10 +11,12 @@ from agent.options import Options
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import asyncio
     import socket
     from collections.abc import Iterator
 
     from agent.log import Log
+    from agent.reaper import Reaper
 
 
 def main() -> None:
@@ -25,7 +27,10 @@ def main() -> None:
         _run_as_init()
     else:
         options = options_module.from_arguments(sys.argv[1:])
-        _run(options, Log(options.log))
+        log = Log(options.log)
+        for complaint in options.complaints:
+            log("warning", complaint)
+        _run(options, log)
 
 
 def _run_as_init() -> None:
@@ -124,23 +129,56 @@ async def _serve(options: Options, listener: socket.socket, log: Log) -> None:
     )
     files = Files()
     with _private_directory() as private:
-        methods = [AgentService(sandbox, init=os.getpid() == 1), GuestService(Network(), files, log)]
+        methods = [
+            AgentService(sandbox, init=os.getpid() == 1),
+            GuestService(Network(options.hotplug_timeout), files, log),
+        ]
         services: list[tuple[object, list[object]]] = [
             (agent_pb2.DESCRIPTOR.services_by_name["AgentService"], methods),
             (health_pb2.DESCRIPTOR.services_by_name["Health"], [Health()]),
         ]
         server = serve(services, f"{private}/grpc.sock", log)
         await server.start()
-        relay = loop.create_task(Relay(listener, f"{private}/grpc.sock", log).run())
+        tasks = [loop.create_task(Relay(listener, f"{private}/grpc.sock", log).run())]
+        tasks += _extras(options, reaper, log)
         print(f"caisson agent ready on {options.listen}", flush=True)
         await stop.wait()
-        relay.cancel()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await server.stop(grace=1.0)
         await sandbox.destroy()
     files.close()
     launcher.close()
     nsexec.close()
     reaper.stop(loop)
+
+
+def _extras(options: Options, reaper: Reaper, log: Log) -> list[asyncio.Task[None]]:
+    """What some guests offer beside the API (agent/ports.py)."""
+    if not (options.log_listen or options.console_listen or options.console):
+        return []
+    import asyncio
+
+    from agent.listener import AddressError, listen
+    from agent.ports import LogStream, Port, Shells
+
+    loop = asyncio.get_running_loop()
+    shells = Shells(reaper, log)
+    tasks = []
+    if options.console:
+        tasks.append(loop.create_task(shells.on_console()))
+    stream = LogStream()
+    if options.log_listen:
+        log.listeners.append(stream.add)
+    for address, serve in ((options.log_listen, stream.serve), (options.console_listen, shells.serve)):
+        if not address:
+            continue
+        try:
+            tasks.append(loop.create_task(Port(listen(address), serve, log).run()))
+        except AddressError as error:
+            log("error", "a port is not there", error=str(error))
+    return tasks
 
 
 if __name__ == "__main__":

@@ -1,72 +1,180 @@
-"""What the agent is told: by its command line, and in a guest by the kernel's (agent.name=value)."""
+"""What the agent is told: by its command line, in a guest by the kernel's (agent.name=value), or by a file (TOML).
+
+Each option is declared once, below; all three ways, their help and their complaints come from there.
+"""
 
 from __future__ import annotations
+
+import re
 
 from agent.log import LEVELS
 from agent.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-#: Kata's other names for levels.
-SYNONYMS = {"warn": "warning", "panic": "fatal"}
-
-#: Options of Kata agents that this one does not have yet.  Their absence is said, not passed over.
-NOT_YET = (
-    "agent.debug_console",
-    "agent.debug_console_vport",
-    "agent.devmode",
-    "agent.hotplug_timeout",
-    "agent.log_vport",
-    "agent.trace",
-    "agent.use_vsock",
-)
-
-TRUE, FALSE = ("1", "t", "T", "TRUE", "true", "True"), ("0", "f", "F", "FALSE", "false", "False")
+    from collections.abc import Callable, Iterable
 
 
 class Options(Record):
-    """``listen`` is ``vsock:PORT`` or ``unix:PATH``; ``pipe_size`` in bytes, 0 for the kernel's choice.
-
-    ``cgroup_parent`` is where in the hierarchy the containers' cgroups are made; empty: at its root.
-    """
+    """Addresses are ``vsock:PORT`` or ``unix:PATH``, empty for none."""
 
     listen: str = "vsock:1024"
     nsexec: str = "/usr/lib/caisson/nsexec"
     state: str = "/run/libcontainer"
     log: str = "info"
+    log_listen: str = ""
+    console_listen: str = ""
+    console: bool = False
     pipe_size: int = 0
+    hotplug_timeout: float = 3.0
     cgroup_parent: str = ""
     complaints: tuple[str, ...] = ()
 
 
+#: Kata's other names for levels.
+SYNONYMS = {"warn": "warning", "panic": "fatal"}
+TRUE, FALSE = ("1", "t", "T", "TRUE", "true", "True"), ("0", "f", "F", "FALSE", "false", "False")
+UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9}
+
+
+def _level(text: str) -> str:
+    level = SYNONYMS.get(text, text)
+    if level not in LEVELS:
+        raise ValueError(f"a level is one of {', '.join(LEVELS)}")
+    return level
+
+
+def _number(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise ValueError("it is a number")
+    return int(text)
+
+
+def _flag(text: str) -> bool:
+    if text not in TRUE + FALSE:
+        raise ValueError("it is true or false")
+    return text in TRUE
+
+
+def _port(text: str) -> str:
+    """A port of the guest as an address; 0 is none."""
+    port = _number(text)
+    if port >= 1 << 32:
+        raise ValueError("a vsock port has 32 bits")
+    return f"vsock:{port}" if port else ""
+
+
+def _duration(text: str) -> float:
+    """Seconds, from the way in which Go writes durations: 1m30s, 500ms."""
+    parts = re.findall(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(h|ms|m|s|us|µs|ns)", text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        raise ValueError("it is a time like 3s, 500ms or 1m30s")
+    seconds = sum(float(number) * UNITS[unit] for number, unit in parts)
+    if seconds <= 0:
+        raise ValueError("it is a time above zero")
+    return seconds
+
+
+class _Option(Record):
+    """`name` is what it is called on the kernel's command line and in a file, `argument` on the agent's own."""
+
+    field: str
+    parse: Callable[[str], object]
+    help: str
+    argument: str = ""
+    name: str = ""
+
+
+OPTIONS = (
+    _Option("listen", str, "vsock:PORT or unix:PATH", argument="--listen"),
+    _Option("nsexec", str, "the nsexec program", argument="--nsexec"),
+    _Option("state", str, "where containers are kept", argument="--state"),
+    _Option("log", _level, "the least level that is logged", argument="--log", name="log"),
+    _Option("log_listen", str, "where whoever connects gets the log: vsock:PORT or unix:PATH", argument="--log-listen"),
+    _Option("log_listen", _port, "the vsock port of the log", name="log_vport"),
+    _Option(
+        "console_listen",
+        str,
+        "where whoever connects gets a shell: vsock:PORT or unix:PATH",
+        argument="--debug-console",
+    ),
+    _Option("console_listen", _port, "the vsock port of the debug console", name="debug_console_vport"),
+    _Option("console", _flag, "whether a shell runs on /dev/console", name="debug_console"),
+    _Option(
+        "pipe_size",
+        _number,
+        "bytes in the pipes of standard output and error; 0 for the kernel's choice",
+        argument="--container-pipe-size",
+        name="container_pipe_size",
+    ),
+    _Option(
+        "hotplug_timeout",
+        _duration,
+        "how long a device is waited for",
+        argument="--hotplug-timeout",
+        name="hotplug_timeout",
+    ),
+    _Option("cgroup_parent", str, "the cgroup that all others are made in", argument="--cgroup-parent"),
+)
+BY_NAME = {option.name: option for option in OPTIONS if option.name}
+
+#: Options of Kata agents that mean something else here, or nothing; a value that asks for more is a complaint.
+UNDERSTOOD: dict[str, tuple[Callable[[str], object], object, str]] = {
+    "unified_cgroup_hierarchy": (_flag, True, "cgroup v1 is not supported yet; it is v2"),
+    "use_vsock": (_flag, True, "serial ports are not supported; it is vsock"),
+    "trace": (str, "false", "not supported yet"),
+}
+
+
 def from_kernel(words: Iterable[str], options: Options | None = None) -> Options:
-    """Options from the kernel's command line.
+    """Options from the kernel's command line, and from the file that it names with agent.config_file.
 
     A value that makes no sense and an option that is not known are complaints, for the log: a guest that does not boot
     over a typo helps nobody.
     """
+    pairs = [word.removeprefix("agent.").partition("=") for word in words if word.startswith("agent.")]
     options = options or Options()
-    complaints: list[str] = []
-    for word in words:
-        name, _, value = word.partition("=")
-        if not name.startswith("agent."):
-            continue
-        if name == "agent.log" and SYNONYMS.get(value, value) in LEVELS:
-            options = options.but(log=SYNONYMS.get(value, value))
-        elif name == "agent.container_pipe_size" and value.isascii() and value.isdecimal():
-            options = options.but(pipe_size=int(value))
-        elif name == "agent.unified_cgroup_hierarchy" and value in TRUE:
-            pass  # the only hierarchy that there is
-        elif name == "agent.unified_cgroup_hierarchy" and value in FALSE:
-            complaints.append(f"{word}: cgroup v1 is not supported yet; it is v2")
-        elif name in ("agent.log", "agent.container_pipe_size", "agent.unified_cgroup_hierarchy"):
-            complaints.append(f"{word}: the value makes no sense")
-        elif name in NOT_YET:
-            complaints.append(f"{word}: not supported yet")
-        else:
-            complaints.append(f"Unknown option {name}")
+    for name, _, value in pairs:
+        if name == "config_file":
+            options = from_file(value, options)
+    return _told(
+        ((name, value if equals else "true") for name, equals, value in pairs if name != "config_file"), options
+    )
+
+
+def from_file(path: str, options: Options) -> Options:
+    """Options from a TOML file: the names of the kernel's command line without "agent.".
+
+    What cannot be read or makes no sense is a complaint.
+    """
+    import tomllib
+
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123 - no pathlib at start
+            found = tomllib.load(file)
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        return options.but(complaints=(*options.complaints, f"the configuration {path} cannot be read: {error}"))
+    spelled = ((name, str(value).lower() if isinstance(value, bool) else str(value)) for name, value in found.items())
+    return _told(spelled, options)
+
+
+def _told(pairs: Iterable[tuple[str, str]], options: Options) -> Options:
+    complaints = list(options.complaints)
+    for name, value in pairs:
+        option = BY_NAME.get(name)
+        try:
+            if option is not None:
+                options = options.but(**{option.field: option.parse(value)})
+            elif name == "devmode":
+                options = options.but(log="debug")
+            elif name in UNDERSTOOD:
+                parse, wanted, complaint = UNDERSTOOD[name]
+                if parse(value) != wanted:
+                    complaints.append(f"agent.{name}={value}: {complaint}")
+            else:
+                complaints.append(f"Unknown option agent.{name}")
+        except ValueError as error:
+            complaints.append(f"agent.{name}={value}: the value makes no sense: {error}")
     return options.but(complaints=tuple(complaints))
 
 
@@ -74,15 +182,24 @@ def from_arguments(arguments: list[str]) -> Options:
     """Options from the command line of an agent that is not PID 1.  Exits with a message for what it does not know."""
     import argparse
 
-    default = Options()
     parser = argparse.ArgumentParser(
         prog="python -m agent",
         description="Run containers on this machine, driven over gRPC.",
         epilog="example: python -m agent --listen unix:/tmp/agent.sock --nsexec build/nsexec --state /tmp/state",
     )
-    parser.add_argument("--listen", default=default.listen, help="vsock:PORT or unix:PATH (default: %(default)s)")
-    parser.add_argument("--nsexec", default=default.nsexec, help="the nsexec program (default: %(default)s)")
-    parser.add_argument("--state", default=default.state, help="where containers are kept (default: %(default)s)")
-    parser.add_argument("--log", default=default.log, choices=LEVELS, help="least level logged (default: %(default)s)")
-    parser.add_argument("--cgroup-parent", default="", help="the cgroup that all others are made in")
-    return Options(**vars(parser.parse_args(arguments)))
+    parser.add_argument("--config", help="a TOML file with options by their names on a kernel's command line")
+    default = Options()
+    for option in OPTIONS:
+        if option.argument:
+            value = getattr(default, option.field)
+            text = f"{option.help} (default: {value if value != '' else 'none'})"
+            parser.add_argument(option.argument, dest=option.field, help=text)
+    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    options = from_file(given.pop("config"), default) if "config" in given else default
+    for option in OPTIONS:
+        if option.argument and option.field in given:
+            try:
+                options = options.but(**{option.field: option.parse(given[option.field])})
+            except ValueError as error:
+                parser.error(f"{option.argument} {given[option.field]}: {error}")
+    return options

@@ -26,8 +26,8 @@ PATIENCE = 60.0
 class RunningAgent:
     """An agent process and the directory that it works in."""
 
-    def __init__(self, directory: Path, nsexec: Path, rootfs: Path, *, within: Sequence[str] = ()) -> None:
-        """`within` is a command that runs another: unshare(1)."""
+    def __init__(self, directory: Path, nsexec: Path, rootfs: Path, *options: str, within: Sequence[str] = ()) -> None:
+        """`options` are more of its own; `within` is a command that runs another: unshare(1)."""
         self.socket = directory / "agent.sock"
         self.state = directory / "state"
         self.rootfs = rootfs
@@ -37,7 +37,7 @@ class RunningAgent:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*within, sys.executable, "-m", "agent", "--listen", f"unix:{self.socket}", "--nsexec", str(nsexec),
-                 "--state", str(self.state), "--log", "debug", "--cgroup-parent", self.cgroup_parent],
+                 "--state", str(self.state), "--log", "debug", "--cgroup-parent", self.cgroup_parent, *options],
                 cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
             )  # fmt: skip
         assert self.process.stdout is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from agent.options import Options, from_arguments, from_kernel
@@ -17,8 +19,17 @@ def test_defaults_are_those_of_a_guest() -> None:
         ("agent.log=debug", "log", "debug"),
         ("agent.log=warn", "log", "warning"),
         ("agent.log=panic", "log", "fatal"),
+        ("agent.devmode", "log", "debug"),
+        ("agent.log_vport=1025", "log_listen", "vsock:1025"),
+        ("agent.log_vport=0", "log_listen", ""),
+        ("agent.debug_console", "console", True),
+        ("agent.debug_console_vport=1026", "console_listen", "vsock:1026"),
+        ("agent.hotplug_timeout=1m1.5s", "hotplug_timeout", 61.5),
+        ("agent.hotplug_timeout=500ms", "hotplug_timeout", 0.5),
         ("agent.container_pipe_size=2097152", "pipe_size", 2097152),
         ("agent.unified_cgroup_hierarchy=true", "complaints", ()),
+        ("agent.use_vsock=T", "complaints", ()),
+        ("agent.trace=false", "complaints", ()),
     ],
 )
 def test_known_options(word: str, field: str, value: object) -> None:
@@ -35,9 +46,16 @@ def test_known_options(word: str, field: str, value: object) -> None:
         ("agent.container_pipe_size=4k", "makes no sense"),
         ("agent.unified_cgroup_hierarchy=perhaps", "makes no sense"),
         ("agent.unified_cgroup_hierarchy=0", "cgroup v1 is not supported yet"),
-        ("agent.debug_console", "not supported yet"),
-        ("agent.hotplug_timeout=3s", "not supported yet"),
+        ("agent.debug_console=maybe", "makes no sense"),
+        ("agent.log_vport=4294967296", "makes no sense"),
+        ("agent.hotplug_timeout=0s", "makes no sense"),
+        ("agent.hotplug_timeout=3", "makes no sense"),
+        ("agent.hotplug_timeout=-3s", "makes no sense"),
+        ("agent.trace=isolated", "not supported yet"),
+        ("agent.use_vsock=false", "serial ports are not supported"),
+        ("agent.listen=unix:/x", "Unknown option agent.listen"),
         ("agent.frobnicate=1", "Unknown option agent.frobnicate"),
+        ("agent.config_file=/no/such", "cannot be read"),
     ],
 )
 def test_what_is_not_understood_is_said_and_boots_all_the_same(word: str, complaint: str) -> None:
@@ -47,8 +65,24 @@ def test_what_is_not_understood_is_said_and_boots_all_the_same(word: str, compla
     assert options.but(complaints=()) == Options()
 
 
-def test_arguments() -> None:
+def test_a_file_and_words_that_win_over_it(tmp_path: Path) -> None:
+    file = tmp_path / "agent.toml"
+    file.write_text('log = "debug"\ncontainer_pipe_size = 4096\ndebug_console = true\nlog_vport = 7\nfoo = 1\n')
+    options = from_kernel([f"agent.config_file={file}", "agent.log=error"])
+    assert options == Options(
+        log="error", pipe_size=4096, console=True, log_listen="vsock:7", complaints=("Unknown option agent.foo",)
+    )
+    options = from_arguments(["--config", str(file), "--log-listen", "unix:/l"])
+    assert (options.log, options.log_listen, options.pipe_size) == ("debug", "unix:/l", 4096)
+    file.write_text("log =")
+    (said,) = from_kernel([f"agent.config_file={file}"]).complaints
+    assert "cannot be read" in said and str(file) in said
+
+
+def test_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     options = from_arguments(["--listen", "unix:/x", "--nsexec", "/n", "--state", "/s", "--log", "debug"])
     assert options == Options(listen="unix:/x", nsexec="/n", state="/s", log="debug")
-    with pytest.raises(SystemExit):
-        from_arguments(["--frobnicate"])
+    for wrong, why in ((["--frobnicate"], "--frobnicate"), (["--hotplug-timeout", "x"], "a time like 3s")):
+        with pytest.raises(SystemExit):
+            from_arguments(wrong)
+        assert why in capsys.readouterr().err
