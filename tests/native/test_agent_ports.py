@@ -77,7 +77,8 @@ def test_a_shell_on_a_terminal(talkative: RunningAgent) -> None:
             seen += connection.recv(4096)
         assert found[1] == found[2]
         assert b"/dev/pts/" in seen and b"24 80" in seen
-        connection.sendall(b"sleep 1000\n")
+        connection.sendall(b"sh -c 'echo sleeping-$((1 + 1)); exec sleep 1000'\n")
+        read_until(connection, b"sleeping-2")
         connection.sendall(b"\x03")  # ^C reaches what runs in the foreground
         connection.sendall(b"echo still-$((1 + 1))\nexit\n")
         read_until(connection, b"still-2")
