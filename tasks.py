@@ -180,6 +180,7 @@ def build_image(_: Context, definition: str = "", suite: str = "") -> None:
         "vsock": "auto, vhost (the kernel's) or user (our own device)",
         "memory": "MiB",
         "cpus": "virtual CPUs",
+        "append": "more of the kernel's command line, for example agent.log=debug",
         "detach": "leave it running in the background",
         "timeout": "seconds to wait for the agent (default: 60 with KVM, 240 with TCG)",
     }
@@ -193,6 +194,7 @@ def boot_vm(
     vsock: str = "auto",
     memory: int = 512,
     cpus: int = 1,
+    append: str = "",
     detach: bool = False,
     timeout: float = 0.0,
 ) -> None:
@@ -202,7 +204,7 @@ def boot_vm(
     """
     directory = _image_directory(image, _say)
     _need(TO_BOOT)
-    config = VMConfig(image=directory, name=name, accel=accel, vsock=vsock, memory=memory, cpus=cpus)
+    config = VMConfig(image=directory, name=name, accel=accel, vsock=vsock, memory=memory, cpus=cpus, append=append)
     console = None if detach else _console
     began = time.monotonic()
     with VM.start(config, ready=_answers, report=_say, console=console, timeout=timeout or None) as vm:

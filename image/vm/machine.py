@@ -38,7 +38,7 @@ STOPPING = 20.0
 
 @dataclass(frozen=True)
 class VMConfig:
-    """What to boot and how: ``image`` is the directory of an image, ``memory`` in MiB."""
+    """What to boot and how: ``image`` is an image's directory, ``memory`` in MiB, ``append`` for the kernel."""
 
     image: Path
     name: str = "default"
@@ -46,6 +46,7 @@ class VMConfig:
     vsock: str = "auto"
     memory: int = 512
     cpus: int = 1
+    append: str = ""
 
     def __post_init__(self) -> None:
         if self.memory < 128:

@@ -107,12 +107,12 @@ def probe(architecture: Architecture) -> Program:
     return Program(program, version)
 
 
-def parameters(manifest: Mapping[str, Any], architecture: Architecture, accelerator: str) -> str:
-    """The kernel's command line: the image's, the machine's and the accelerator's."""
+def parameters(manifest: Mapping[str, Any], architecture: Architecture, accelerator: str, append: str = "") -> str:
+    """The kernel's command line: the image's, the machine's, the accelerator's and, to win over these, the user's."""
     words = [f"console={architecture.console}", str(manifest["cmdline"])]
     if accelerator == "tcg":
         words += architecture.tcg_parameters
-    return " ".join(words)
+    return " ".join([*words, append]).rstrip()
 
 
 def acceleration(accelerator: str, cpus: int, version: tuple[int, int]) -> str:
@@ -132,8 +132,9 @@ def command(
     accelerator: str,
     memory: int,
     cpus: int,
+    append: str = "",
 ) -> Sequence[str]:
-    """The command that boots an image.  ``memory`` in MiB."""
+    """The command that boots an image.  ``memory`` in MiB; ``append`` goes to the kernel."""
     architecture = architecture_of(manifest)
     vhost_user = devices.vsock == "user"
     machine = architecture.machine + (",memory-backend=ram" if vhost_user else "")
@@ -150,7 +151,7 @@ def command(
         "-m", f"{memory}M",
         "-kernel", str(image / manifest["kernel"]["file"]),
         "-initrd", str(image / manifest["initrd"]["file"]),
-        "-append", parameters(manifest, architecture, accelerator),
+        "-append", parameters(manifest, architecture, accelerator, append),
         "-chardev", f"file,id=console,path={_escaped(devices.console)}",
         "-serial", "chardev:console",
         "-qmp", f"unix:{_escaped(devices.qmp)},server=on,wait=off",

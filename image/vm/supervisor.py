@@ -107,6 +107,7 @@ class Supervisor:
                 command = qemu.command(
                     program, image, manifest, devices,
                     name=directory.name, accelerator=accelerator.name, memory=config["memory"], cpus=config["cpus"],
+                    append=config["append"],
                 )  # fmt: skip
                 # Side by side: QEMU waits for the device by itself, on their socket.
                 children.spawn("vsock", device.command, device.backend_fds)

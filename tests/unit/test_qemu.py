@@ -55,6 +55,15 @@ def test_emulation_with_our_own_device() -> None:
     assert "-nic" not in words
 
 
+def test_the_users_words_come_last() -> None:
+    devices = qemu.Devices(Path("/c"), Path("/q"), "user", vsock_fd=9, cid=77)
+    words = qemu.command(
+        qemu.Program("qemu", (10, 0)), Path("/image"), MANIFEST, devices,
+        name="v", accelerator="kvm", memory=256, cpus=1, append="agent.log=debug loglevel=7",
+    )  # fmt: skip
+    assert after(words, "-append") == ["console=ttyS0 quiet panic=-1 agent.log=debug loglevel=7"]
+
+
 def test_kvm_with_the_kernels_device() -> None:
     words = render(accelerator="kvm", vsock="vhost")
     assert after(words, "-cpu") == ["host"]
