@@ -12,7 +12,7 @@ from agent import __version__
 from agent.api import oci
 from agent.container import Container
 from agent.errors import Ended, Invalid, NotFound, Refused, Unsupported, WrongState
-from agent.guest import details
+from agent.guest import details, ps
 from agent.libcontainer.spec import Process as ProcessSpec
 from agent.libcontainer.spec import Spec
 from agent.process import Process
@@ -85,11 +85,15 @@ class AgentService:
 
     async def ListProcesses(self, request: Any) -> Any:
         container = self._sandbox.container(request.container_id)
-        if request.format == "table":
-            raise Unsupported("ListProcesses: the format table is not supported yet; ask for json")
-        if request.format != "json":
+        if request.format == "json":
+            listed = json.dumps(container.pids())
+        elif request.format == "table":
+            if list(request.args) not in ([], ["-ef"]):
+                raise Unsupported(f"ListProcesses: ps {' '.join(request.args)}: only -ef is known in this guest")
+            listed = ps.table(container.pids())
+        else:
             raise Refused("invalid format option")
-        return agent_pb2.ListProcessesResponse(process_list=json.dumps(container.pids()).encode())
+        return agent_pb2.ListProcessesResponse(process_list=listed.encode())
 
     async def ExecProcess(self, request: Any) -> Any:
         container = self._container(request)

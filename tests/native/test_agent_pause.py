@@ -87,8 +87,18 @@ def test_who_is_in_a_container(agent: RunningAgent) -> None:
             while len(pids) != 3:  # nsexec's own stages may be on their way out
                 pids = json.loads((await client.rpc.ListProcesses(request)).process_list)
             assert set(pids) == agent.children()
-            for form, code in (("", Code.UNKNOWN), ("yaml", Code.UNKNOWN), ("table", Code.UNIMPLEMENTED)):
+            for form in ("", "yaml"):
                 request.format = form
-                assert (await refused(client.rpc.ListProcesses(request)))[0] is code
+                answer = await refused(client.rpc.ListProcesses(request))
+                assert answer == (Code.UNKNOWN, "invalid format option")
+            request.format = "table"
+            heading, *lines = (await client.rpc.ListProcesses(request)).process_list.decode().splitlines()
+            column = heading.split().index("PID")  # as hosts find it
+            assert {int(line.split()[column]) for line in lines} == set(pids)
+            assert all(line.endswith("/bin/sleep 1000") and len(line.split()) == 9 for line in lines)
+            request.args.append("-ef")
+            assert b"sleep" in (await client.rpc.ListProcesses(request)).process_list
+            request.args[0] = "aux"
+            assert (await refused(client.rpc.ListProcesses(request)))[0] is Code.UNIMPLEMENTED
 
     run(work())
