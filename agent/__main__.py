@@ -102,7 +102,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log) -> None:
     from agent.api.service import AgentService
     from agent.guest.files import Files
     from agent.guest.network import Network
-    from agent.libcontainer.cgroups import CgroupV2
+    from agent.libcontainer import cgroups
     from agent.libcontainer.launcher import Launcher
     from agent.libcontainer.nsexec import Nsexec
     from agent.limits import raise_open_files
@@ -121,7 +121,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log) -> None:
     launcher = Launcher(nsexec, reaper, log)
     sandbox = Sandbox(
         launcher,
-        CgroupV2.find(options.cgroup_parent),
+        cgroups.find(options.cgroup_parent),
         Path(options.state),
         log,
         open_files=raise_open_files(),

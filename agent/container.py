@@ -76,6 +76,7 @@ class Container:
         self._fifo = directory / "exec.fifo"
         self._pipe_size = pipe_size
         self._log = log
+        self._resources = spec.linux.resources or Resources()
         self._lock = asyncio.Lock()
         self._processes: dict[str, Process] = {}
         self._starting: dict[str, asyncio.Event] = {}  # set when it is decided whether there is a process
@@ -100,7 +101,7 @@ class Container:
         assert self.spec.process is not None and self.spec.root is not None
         check_id(exec_id)
         if self._cgroup is not None:
-            self._cgroup.apply(self.spec.linux.resources or Resources())
+            self._cgroup.apply(self._resources)
         root = self.spec.root.path
 
         def launch(stdio: Stdio | None) -> Awaitable[Launched]:
@@ -184,7 +185,7 @@ class Container:
             if self.status not in (CREATED, RUNNING):
                 raise Refused(f"container not running or created: {self.status}")
             if self._cgroup is None:
-                raise Unsupported("a container is paused by its cgroup, and this machine has no cgroup v2")
+                raise Unsupported("a container is paused by its cgroup, and this machine has no cgroup hierarchy")
             await self._cgroup.freeze()
             self._paused = True
 
@@ -195,6 +196,23 @@ class Container:
                 raise Refused("container not paused")
             await self._cgroup.thaw()
             self._paused = False
+
+    async def update(self, resources: Resources) -> None:
+        """Change what it may use: what `resources` gives, and all of that or nothing.
+
+        Raises Refused when it has ended, SpecError or CgroupError for what cannot be set.
+        """
+        await regardless(self._update(resources))
+
+    async def _update(self, resources: Resources) -> None:
+        async with self._lock:
+            if self.status == STOPPED:
+                raise Refused("container not running")
+            if self._cgroup is None:
+                raise Unsupported("limits are set in a container's cgroup, and this machine has no cgroup hierarchy")
+            wanted = self._resources.updated(resources)
+            await self._cgroup.update(wanted)
+            self._resources = wanted
 
     def pids(self) -> list[int]:
         """Everything that runs in it, by the agent's numbers; without cgroups only what the agent started."""
@@ -216,7 +234,7 @@ class Container:
                 self._init.child.signal(number)
             return
         if number == signal.SIGKILL:
-            self._cgroup.kill()
+            await self._cgroup.kill()
             return
         await self._cgroup.freeze()  # so that nobody forks away while the list is read
         try:
@@ -251,7 +269,7 @@ class Container:
             self._ending = True
             if self._init is not None:
                 if self._cgroup is not None:
-                    self._cgroup.kill()
+                    await self._cgroup.kill()
                 try:
                     self._init.child.signal(signal.SIGKILL)
                 except Ended:

@@ -68,4 +68,4 @@ else:
 
 
 #: A mapping's default: there is nothing in it, and nothing can be put there.
-NOTHING: Mapping[str, Any] = MappingProxyType({})
+NOTHING: Mapping[Any, Any] = MappingProxyType({})

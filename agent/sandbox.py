@@ -7,6 +7,7 @@ import asyncio
 from agent.aio import regardless
 from agent.container import Container
 from agent.errors import AlreadyExists, Invalid, NotFound, TooLate, WrongState
+from agent.guest.resources import fit
 from agent.libcontainer.spec import Namespace, Rlimit
 from agent.libcontainer.state import check_id
 from agent.namespaces import SHARED, SharedNamespaces
@@ -15,8 +16,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from agent.libcontainer.cgroups import Cgroup, CgroupV2
+    from agent.libcontainer.cgroups import Cgroup, Hierarchy
     from agent.libcontainer.launcher import Launcher
+    from agent.libcontainer.resources import Resources
     from agent.libcontainer.spec import Spec
     from agent.log import Log
 
@@ -30,7 +32,7 @@ class Sandbox:
     def __init__(
         self,
         launcher: Launcher,
-        cgroups: CgroupV2 | None,
+        cgroups: Hierarchy | None,
         state: Path,
         log: Log,
         *,
@@ -133,7 +135,7 @@ class Sandbox:
             if self._cgroups is not None:
                 cgroup = self._cgroups.create(spec.linux.cgroups_path or f"{self._id}/{container_id}")
             elif spec.linux.resources is not None:
-                raise WrongState("linux.resources: there is no cgroup v2 hierarchy in this guest")
+                raise WrongState("linux.resources: there is no cgroup hierarchy in this guest")
             container = Container(
                 container_id,
                 spec,
@@ -177,8 +179,13 @@ class Sandbox:
         if process is not None and all(limit.type != "RLIMIT_NOFILE" for limit in process.rlimits):
             soft, hard = self._open_files
             process = process.but(rlimits=(*process.rlimits, Rlimit("RLIMIT_NOFILE", soft=soft, hard=hard)))
-        placed = spec.but(process=process, linux=spec.linux.but(namespaces=namespaces))
+        resources = spec.linux.resources and fit(spec.linux.resources)
+        placed = spec.but(process=process, linux=spec.linux.but(namespaces=namespaces, resources=resources))
         return placed, dict(shared.paths)
+
+    async def update(self, container_id: str, resources: Resources) -> None:
+        """Change what a container may use.  Raises NotFound, and as Container.update."""
+        await self.container(container_id).update(fit(resources))
 
     async def remove(self, container_id: str, timeout: float | None = None) -> None:
         """End a container and forget it.  Raises NotFound, or TooLate: the work goes on then."""

@@ -23,11 +23,24 @@ def spec_to_json(spec: Any) -> dict[str, Any]:
     document = _to_json(spec)
     if "version" in document:
         document["ociVersion"] = document.pop("version")
-    for rule in document.get("linux", {}).get("resources", {}).get("devices", []):
+    _correct_resources(document.get("linux", {}).get("resources", {}))
+    return document
+
+
+def resources_to_json(resources: Any) -> dict[str, Any]:
+    """A grpc.LinuxResources as the object `linux.resources`."""
+    document = _to_json(resources)
+    _correct_resources(document)
+    return document
+
+
+def _correct_resources(resources: dict[str, Any]) -> None:
+    for rule in resources.get("devices", []):
         if rule.get("type", "a") == "a":  # "all" has no numbers, and the wire sends zeros
             rule.pop("major", None)
             rule.pop("minor", None)
-    return document
+    for limit in resources.get("hugepageLimits", []):
+        limit["pageSize"] = limit.pop("pagesize", "")
 
 
 def exec_to_json(process: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from agent.api import oci
 from agent.container import Container
 from agent.errors import Ended, Invalid, NotFound, Refused, Unsupported, WrongState
 from agent.guest import details, ps
+from agent.libcontainer.resources import Resources
 from agent.libcontainer.spec import Process as ProcessSpec
 from agent.libcontainer.spec import Spec
 from agent.process import Process
@@ -81,6 +82,14 @@ class AgentService:
 
     async def ResumeContainer(self, request: Any) -> Any:
         await self._sandbox.container(request.container_id).resume()
+        return EMPTY
+
+    async def UpdateContainer(self, request: Any) -> Any:
+        self._sandbox.container(request.container_id)
+        if not request.HasField("resources"):
+            raise Refused("Resources in the request are nil")
+        wanted = Resources.from_json(oci.resources_to_json(request.resources))
+        await self._sandbox.update(request.container_id, wanted)
         return EMPTY
 
     async def ListProcesses(self, request: Any) -> Any:

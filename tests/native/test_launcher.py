@@ -240,7 +240,7 @@ def test_exec_is_born_in_the_cgroup(box: Box) -> None:
 
     try:
         assert box.run(run()) == (0, f"0::/caisson-exec-{os.getpid()}\n", "")
-        cgroup.kill()
+        box.run(cgroup.kill())
         box.run(box.created[0].child.wait())
     finally:
         box.run(cgroup.delete())

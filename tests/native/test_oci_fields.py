@@ -19,6 +19,7 @@ from tests.native.agent_support import RunningAgent, run
 from tests.native.nsexec_support import CAPABILITIES, Box, config
 
 pytestmark = pytest.mark.root
+THROTTLES = {"ReadBps": "rbps", "WriteBps": "wbps", "ReadIOPS": "riops", "WriteIOPS": "wiops"}
 
 
 def test_environment_has_no_duplicates_and_a_home(box: Box) -> None:
@@ -259,6 +260,16 @@ def test_joins_a_namespace_whose_path_the_configuration_gives(box: Box) -> None:
         ({"cpu": {"cpus": "0"}}, "cpuset.cpus", "0"),
         ({"cpu": {"mems": "0"}}, "cpuset.mems", "0"),
         ({"pids": {"limit": 77}}, "pids.max", "77"),
+        ({"hugepageLimits": [{"pageSize": "2MB", "limit": 4194304}]}, "hugetlb.2MB.max", "4194304"),
+        ({"hugepageLimits": [{"pageSize": "2MB", "limit": 4194304}]}, "hugetlb.2MB.rsvd.max", "4194304"),
+        *(
+            (
+                {"blockIO": {f"throttle{kind}Device": [{"major": 1, "minor": 0, "rate": 1048576}]}},
+                "io.max",
+                " ".join(["1:0", *(f"{name}={1048576 if name == key else 'max'}" for name in THROTTLES.values())]),
+            )
+            for kind, key in THROTTLES.items()
+        ),
     ],
 )
 def test_limits_reach_the_cgroup_or_name_the_controller(box: Box, limit: dict[str, Any], file: str, value: str) -> None:

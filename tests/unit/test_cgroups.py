@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from struct import iter_unpack
+from typing import Any
 
 import pytest
 
 from agent.libcontainer import devices
-from agent.libcontainer.cgroups import CgroupError, CgroupV2, settings, weight
+from agent.libcontainer.cgroups import CgroupError, CgroupV2
+from agent.libcontainer.cgroups.v2_settings import io_weight, settings, weight
 from agent.libcontainer.resources import DeviceRule, Resources
 from agent.libcontainer.spec import SpecError
 from agent.libcontainer.state import State, check_id
@@ -34,29 +36,65 @@ def test_paths_that_are_none(path: str, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def values(document: dict[str, Any], **now: str) -> list[tuple[str, str]]:
+    """Files and values that a configuration comes to."""
+    found = settings(Resources.from_json(document), lambda file: now.get(file.replace(".", "_")))
+    return [(setting.file, setting.value) for setting in found]
+
+
 def test_settings() -> None:
-    resources = Resources.from_json(
-        {
-            "memory": {"limit": 100, "swap": 150, "reservation": 50},
-            "cpu": {"shares": 1024, "quota": 5000, "period": 0, "cpus": "0", "mems": "0"},
-            "pids": {"limit": -1},
-            "unified": {"memory.high": "7", "io.max": "1:2 rbps=3\n4:5 wbps=6"},
-        }
-    )
-    assert [(file, value) for _, file, value in settings(resources)] == [
+    resources = {
+        "memory": {"limit": 100, "swap": 150, "reservation": 50, "kernel": 0, "kernelTCP": -1, "swappiness": 0},
+        "cpu": {"shares": 1024, "quota": 5000, "period": 0, "burst": 7, "cpus": "0", "mems": "0"},
+        "pids": {"limit": -1},
+        "blockIO": {
+            "weight": 505,
+            "weightDevice": [{"major": 8, "minor": 16, "weight": 1000}],
+            "throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 9}],
+            "throttleWriteIOPSDevice": [{"major": 8, "minor": 0, "rate": 0}],
+        },
+        "hugepageLimits": [{"pageSize": "2MB", "limit": 4194304}],
+        "network": {"classID": 0, "priorities": []},
+        "rdma": {"mlx5_0": {"hcaHandles": 3}, "none": {}},
+        "unified": {"memory.high": "7", "io.max": "1:2 rbps=3\n4:5 wbps=6"},
+    }
+    assert values(resources) == [
         ("memory.swap.max", "50"), ("memory.max", "100"), ("memory.low", "50"), ("cpu.weight", "100"),
-        ("cpu.max", "5000 100000"), ("cpuset.cpus", "0"), ("cpuset.mems", "0"), ("pids.max", "max"),
+        ("cpu.max", "5000 100000"), ("cpu.max.burst", "7"), ("cpuset.cpus", "0"), ("cpuset.mems", "0"),
+        ("pids.max", "max"), ("io.bfq.weight", "default 505"), ("io.bfq.weight", "8:16 1000"),
+        ("io.max", "8:0 rbps=9"), ("io.max", "8:0 wiops=max"),
+        ("hugetlb.2MB.max", "4194304"), ("hugetlb.2MB.rsvd.max", "4194304"), ("rdma.max", "mlx5_0 hca_handle=3"),
         ("memory.high", "7"), ("io.max", "1:2 rbps=3"), ("io.max", "4:5 wbps=6"),
     ]  # fmt: skip
-    assert (
-        list(settings(Resources.from_json({"pids": {"limit": 0}, "memory": {"limit": 0}, "cpu": {"quota": 0}}))) == []
-    )
+    assert values({"pids": {"limit": 0}, "memory": {"limit": 0}, "cpu": {"quota": 0}}) == []
+
+
+def test_a_burst_is_never_above_its_quota() -> None:
+    document = {"cpu": {"quota": 5000, "burst": 4000}}
+    assert [file for file, _ in values(document, cpu_max_burst="0\n")] == ["cpu.max", "cpu.max.burst"]
+    assert [file for file, _ in values(document, cpu_max_burst="9000\n")] == ["cpu.max.burst", "cpu.max"]
+
+
+def test_an_idle_group_has_no_weight() -> None:
+    assert values({"cpu": {"idle": 1, "shares": 5}}) == [("cpu.idle", "1")]
+    assert values({"cpu": {"idle": 0, "shares": 1024}}) == [("cpu.idle", "0"), ("cpu.weight", "100")]
+
+
+@pytest.mark.parametrize(("shares", "expected"), [(10, 1), (505, 5000), (1000, 10000)])
+def test_io_weight(shares: int, expected: int) -> None:
+    assert io_weight(shares) == expected
+
+
+@pytest.mark.parametrize("memory", [{"swap": 10}, {"swap": 10, "limit": 11}, {"swap": 10, "limit": -1}])
+def test_swap_without_a_limit_below_it_makes_no_sense(memory: dict[str, int]) -> None:
+    with pytest.raises(CgroupError, match=r"linux\.resources\.memory\.swap: is memory plus swap"):
+        values({"memory": memory})
 
 
 @pytest.mark.parametrize("file", ["../x", "cgroup.procs", "", "a/b"])
 def test_unified_is_for_limits(file: str) -> None:
     with pytest.raises(CgroupError):
-        list(settings(Resources(unified={file: "1"})))
+        values({"unified": {file: "1"}})
 
 
 @pytest.mark.parametrize(("shares", "expected"), [(0, 1), (2, 1), (1024, 100), (262144, 10000)])

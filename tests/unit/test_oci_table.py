@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from agent.api.oci import json_name
-from agent.libcontainer import cgroups, fields, mountopts, plan, spec
+from agent.libcontainer import fields, mountopts, plan, spec
+from agent.libcontainer.cgroups import v2_settings
 from agent.libcontainer.fields import SpecError
 from agent.libcontainer.spec import Spec
 from proto import oci_pb2
@@ -111,9 +112,16 @@ WHOLE: dict[str, Any] = {
         "readonlyPaths": ["/r"],
         "resources": {
             "devices": [{"allow": True, "type": "c", "major": 1, "minor": 3, "access": "r"}],
-            "memory": {"limit": 1, "reservation": 1, "swap": 2, "useHierarchy": True},
+            "memory": {"limit": 1, "reservation": 1, "swap": 2, "useHierarchy": True, "checkBeforeUpdate": True},
             "cpu": {"shares": 2, "quota": 3, "burst": 4, "period": 5, "cpus": "0", "mems": "0", "idle": 1},
             "pids": {"limit": 6},
+            "blockIO": {
+                "weight": 10,
+                "weightDevice": [{"major": 1, "minor": 2, "weight": 10}],
+                **{f"throttle{kind}Device": [{"major": 1, "minor": 2, "rate": 3}] for kind in THROTTLES},
+            },
+            "hugepageLimits": [{"pageSize": "2MB", "limit": 0}],
+            "rdma": {"<name>": {"hcaHandles": 1, "hcaObjects": 2}},
             "unified": {"memory.high": "7"},
         },
     },
@@ -156,6 +164,8 @@ def document_with(field: str) -> dict[str, Any]:
         at = at.setdefault(key, [{}])[0] if part.endswith("[]") else at.setdefault(key, {})
     flags = ("linux.resources.memory.disableOOMKiller", "linux.resources.memory.checkBeforeUpdate")
     at[last] = [word] if equals else True if field in flags else 1
+    if path.startswith("linux.resources.network.priorities"):
+        at.update(name="eth0", priority=1)
     if path == "process.user.username":
         at[last] = "root"
     if path == "mounts[].options":
@@ -167,8 +177,13 @@ def carry_out(document: dict[str, Any]) -> None:
     """All of the way on which a field can be refused before anything is made."""
     parsed = Spec.from_json(document)
     plan.init_messages(parsed, rootfs="/r", bundle=Path("/b"), join={}, cgroup_path=None)
-    if parsed.linux.resources is not None:
-        list(cgroups.settings(parsed.linux.resources))
+
+
+def limit_v2(document: dict[str, Any]) -> None:
+    """What is found out only where limits are set."""
+    resources = Spec.from_json(document).linux.resources
+    if resources is not None:
+        list(v2_settings.settings(resources))
 
 
 def leaves(value: Any, name: str = "") -> set[str]:
@@ -256,6 +271,7 @@ def test_options_that_are_done_are_accepted(row: Row) -> None:
 def test_what_is_refused_is_refused_in_these_words(row: Row) -> None:
     with pytest.raises(SpecError) as caught:
         carry_out(document_with(row.field))
+        limit_v2(document_with(row.field))
     assert str(caught.value) == row.text
 
 

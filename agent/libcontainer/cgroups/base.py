@@ -1,0 +1,216 @@
+"""What both versions of cgroups have in common: the interface, and limits that are set all or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+from agent.libcontainer.cgroups import files
+from agent.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+    from typing import Protocol
+
+    from agent.libcontainer.resources import DeviceRule, Resources
+
+    class Hierarchy(Protocol):
+        """Where cgroups are made."""
+
+        def create(self, path: str) -> Cgroup:
+            """Make the cgroup `path` (as in linux.cgroupsPath, below the parent).
+
+            Raises CgroupError, also if it is in use.
+            """
+            ...
+else:
+    Hierarchy = object
+
+DELETE_TRIES = 10
+FREEZE_SECONDS = 10.0
+WHERE = "linux.resources"
+
+
+class CgroupError(Exception):
+    """A cgroup that could not be made, limited or removed; str() is the sentence for the user."""
+
+
+class Setting(Record):
+    """A value that a field of the configuration asks for, and the file that it goes to.
+
+    `instead` are other files with their values for kernels without the first.  `needless`: what is asked for is so
+    anyway on a kernel that has none of the files.  `kept`: the kernel may take the value and do something else.
+    """
+
+    field: str
+    file: str
+    value: str
+    instead: tuple[tuple[str, str], ...] = ()
+    needless: bool = False
+    kept: bool = False
+
+
+class Cgroup:
+    """One cgroup of a container, in one hierarchy or in several."""
+
+    #: The directory that stands for it in messages, and the one that its processes are counted in.
+    path: str
+    #: A directory for clone3(CLONE_INTO_CGROUP), -1 where processes cannot be born in it.
+    fd: int
+
+    def __init__(self) -> None:
+        self._devices: tuple[DeviceRule, ...] | None = None
+
+    @property
+    def paths(self) -> Mapping[str, str]:
+        """Its directories by controllers ("cpu,cpuacct"); the one of cgroup v2 is by ""."""
+        raise NotImplementedError
+
+    def pids(self) -> list[int]:
+        """All processes in it and below, none if it is gone."""
+        return files.pids_in(self.path)
+
+    async def kill(self) -> None:
+        """SIGKILL to everything in it, without a race against forks.  Raises CgroupError."""
+        raise NotImplementedError
+
+    async def freeze(self) -> None:
+        """Stop everything in it; returns once it stands still.  Raises CgroupError."""
+        raise NotImplementedError
+
+    async def thaw(self) -> None:
+        """Let it go on.  Raises CgroupError."""
+        raise NotImplementedError
+
+    async def delete(self) -> None:
+        """Remove it and all below.  Retries while the kernel still tears down dead processes.  Raises CgroupError."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Close descriptors; the cgroup stays.  Idempotent."""
+
+    def settings(self, resources: Resources) -> Iterable[Setting]:
+        """The limits in an order in which the kernel takes them.  Raises SpecError for what this version has not."""
+        raise NotImplementedError
+
+    def file(self, name: str) -> str | None:
+        """The path of a file of the cgroup; None if its controller is not there."""
+        raise NotImplementedError
+
+    def controllers(self) -> frozenset[str]:
+        """The controllers that there are for it."""
+        raise NotImplementedError
+
+    def read(self, name: str) -> str | None:
+        """What a file says, None without it."""
+        path = self.file(name)
+        try:
+            return None if path is None else files.read(path)
+        except OSError:
+            return None
+
+    def allow_devices(self, rules: tuple[DeviceRule, ...]) -> None:
+        """Put device rules in force, in the place of those before.  Raises CgroupError."""
+        raise NotImplementedError
+
+    def apply(self, resources: Resources) -> None:
+        """Set limits and device rules of a new cgroup.  Raises CgroupError naming what this machine cannot do."""
+        self._check_usage(resources)
+        for setting in self.settings(resources):
+            self._set(setting, None)
+        self.allow_devices(resources.devices)
+        self._devices = resources.devices
+
+    async def update(self, resources: Resources) -> None:
+        """Change limits and device rules, all or none: after a failure the values before are in force again.
+
+        Raises SpecError or CgroupError, which name the field that cannot be set.
+        """
+        undo: list[tuple[str, str]] = []
+        try:
+            self._check_usage(resources)
+            for setting in self.settings(resources):
+                self._set(setting, undo)
+            if resources.devices != self._devices:
+                await self._change_devices(resources.devices)
+                self._devices = resources.devices
+        except BaseException as error:
+            lost = self._take_back(undo)
+            if lost and isinstance(error, CgroupError):
+                raise CgroupError(f"{error}; and what was before could not be set again: {', '.join(lost)}") from error
+            raise
+
+    async def _change_devices(self, rules: tuple[DeviceRule, ...]) -> None:
+        self.allow_devices(rules)
+
+    def _check_usage(self, resources: Resources) -> None:
+        """memory.checkBeforeUpdate: a limit below what is in use would end processes, and is refused."""
+        memory = resources.memory
+        if not memory.check_before_update:
+            return
+        usage, swap = self._memory_in_use()
+        for field, limit, used in (("limit", memory.limit, usage), ("swap", memory.swap, usage + swap)):
+            if limit is not None and 0 < limit < used:
+                raise CgroupError(f"{WHERE}.memory.{field}: {limit} is below the {used} bytes in use")
+
+    def _memory_in_use(self) -> tuple[int, int]:
+        """Bytes of memory, and of swap."""
+        raise NotImplementedError
+
+    def _set(self, setting: Setting, undo: list[tuple[str, str]] | None) -> None:
+        """Write one value; what was before goes to `undo`, and what is so already is left alone then."""
+        field = setting.field
+        for file, value in ((setting.file, setting.value), *setting.instead):
+            path = self.file(file)
+            try:
+                if path is None or not os.path.exists(path):  # noqa: PTH110 - no pathlib at start
+                    continue
+                before = None if undo is None else files.restoring(file, value, files.read(path))
+                if before == value:
+                    return
+                files.write(path, value)
+                if undo is not None and before is not None:
+                    undo.append((path, before))
+                if setting.kept and files.read(path).strip() != value:
+                    raise CgroupError(f"{field}: {file} = {value!r}: this kernel does not do it")
+            except OSError as e:
+                raise CgroupError(f"{field}: {file} = {value!r}: {e.strerror}") from e
+            return
+        if not setting.needless:
+            self._missing(field, setting.file)
+
+    def _missing(self, field: str, file: str) -> None:
+        controller = file.partition(".")[0]
+        if controller in self.controllers():
+            raise CgroupError(f"{field}: this kernel has no {file}")
+        raise CgroupError(f"{field}: the cgroup controller {controller!r} is not available here")
+
+    def _take_back(self, undo: list[tuple[str, str]]) -> list[str]:
+        """Write what was before, the last first.  Returns the files that do not take it."""
+        lost = []
+        for path, before in reversed(undo):
+            try:
+                files.write(path, before)
+            except OSError as e:
+                lost.append(f"{os.path.basename(path)} = {before!r} ({e.strerror})")  # noqa: PTH119
+        return lost
+
+    async def _wait(self, condition: Callable[[], bool], seconds: float) -> bool:
+        """Poll for what the kernel does not tell; whether it came true in time."""
+        pause = 0.0005
+        deadline = asyncio.get_running_loop().time() + seconds
+        while not condition():
+            if asyncio.get_running_loop().time() > deadline:
+                return False
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 0.05)
+        return True
+
+
+def parts_of(path: str) -> list[str]:
+    """The parts of linux.cgroupsPath.  Raises CgroupError for a path that leads elsewhere."""
+    parts = [part for part in path.split("/") if part]
+    if not parts or any(part in (".", "..") or "\0" in part or "\n" in part or len(part) > 255 for part in parts):
+        raise CgroupError(f"cgroup path {path!r} is not one")
+    return parts

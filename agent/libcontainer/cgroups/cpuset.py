@@ -1,0 +1,45 @@
+"""Which CPUs there are, and what becomes of a configuration that names others.
+
+A host writes the CPUs of its own machine into a configuration; a guest has as many as the VM was given.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from agent.libcontainer.resources import Resources
+
+ONLINE = "/sys/devices/system/cpu/online"
+
+
+def numbers(text: str) -> frozenset[int] | None:
+    """The CPUs of a list such as 0-3,7; None for what is none (cpuset(7), "List format")."""
+    found: set[int] = set()
+    for part in text.split(","):
+        low, dash, high = part.partition("-")
+        if not (low.isascii() and low.isdecimal()) or (dash and not (high.isascii() and high.isdecimal())):
+            return None
+        if int(high or low) < int(low) or int(high or low) > 1 << 16:
+            return None
+        found.update(range(int(low), int(high or low) + 1))
+    return frozenset(found)
+
+
+def online(file: str = ONLINE) -> str:
+    """The CPUs that can be used, as the kernel writes them."""
+    with open(file, encoding="ascii") as stream:  # noqa: PTH123 - no pathlib at start
+        return stream.read().strip()
+
+
+def available(resources: Resources, file: str = ONLINE) -> Resources:
+    """The limits with all CPUs that there are in the place of a list with some that are not.
+
+    What is not a list is left to the kernel to refuse.
+    """
+    wanted = numbers(resources.cpu.cpus) if resources.cpu.cpus else None
+    if wanted is None:
+        return resources
+    there = online(file)
+    if wanted <= (numbers(there) or frozenset()):
+        return resources
+    return resources.but(cpu=resources.cpu.but(cpus=there))

@@ -1,0 +1,120 @@
+"""Limits of a living container: changed, refused, and set back, over the API."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import grpc
+import pytest
+
+from agent.client import Agent
+from proto import agent_pb2, oci_pb2
+from tests.native.agent_support import RunningAgent, refused, run
+
+pytestmark = pytest.mark.root
+Code = grpc.StatusCode
+MEBIBYTE = 1 << 20
+
+
+async def update(client: Agent, resources: oci_pb2.LinuxResources) -> None:
+    await client.rpc.UpdateContainer(agent_pb2.UpdateContainerRequest(container_id="box", resources=resources))
+
+
+def huge(limit: int) -> oci_pb2.LinuxResources:
+    """The one limit that this machine's cgroup v2 hierarchy is sure to have."""
+    return oci_pb2.LinuxResources(HugepageLimits=[oci_pb2.LinuxHugepageLimit(Pagesize="2MB", Limit=limit)])
+
+
+def test_a_limit_is_changed_or_all_stay(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            await client.create_sandbox()
+            spec = agent.spec()
+            spec.Linux.Resources.CopyFrom(huge(4 * MEBIBYTE))
+            container = await client.ensure_container("box", spec)
+            (directory,) = (path for path in agent.cgroups() if path.name == "box")
+            file = directory / "hugetlb.2MB.max"
+            assert int(file.read_text()) == 4 * MEBIBYTE
+            await update(client, huge(8 * MEBIBYTE))
+            assert int(file.read_text()) == 8 * MEBIBYTE
+            wrong = huge(16 * MEBIBYTE)
+            wrong.HugepageLimits.add(Pagesize="3MB", Limit=1)
+            code, text = await refused(update(client, wrong))
+            assert code is Code.INTERNAL
+            assert text == "linux.resources.hugepageLimits: this kernel has no hugetlb.3MB.max"
+            assert int(file.read_text()) == 8 * MEBIBYTE
+            await container.remove()
+
+    run(work())
+
+
+def test_updates_that_cannot_be(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            assert await refused(update(client, huge(1))) == (Code.NOT_FOUND, "Container box not found")
+            await client.create_sandbox()
+            container = await client.ensure_container("box", agent.spec())
+            nothing = agent_pb2.UpdateContainerRequest(container_id="box")
+            assert await refused(client.rpc.UpdateContainer(nothing)) == (
+                Code.UNKNOWN, "Resources in the request are nil",
+            )  # fmt: skip
+            swappy = oci_pb2.LinuxResources(Memory=oci_pb2.LinuxMemory(Swappiness=60))
+            assert await refused(update(client, swappy)) == (
+                Code.INVALID_ARGUMENT, "linux.resources.memory.swappiness: does not exist in cgroup v2",
+            )  # fmt: skip
+            await update(client, oci_pb2.LinuxResources())  # nothing is asked for
+            await container.init().signal(9)
+            await container.init().wait()
+            assert await refused(update(client, huge(1))) == (Code.UNKNOWN, "container not running")
+
+    run(work())
+
+
+def test_device_rules_follow_an_update_and_survive_others(agent: RunningAgent) -> None:
+    """GHSA-g54h-m393-cpwq: rules are what is allowed, before and after a change of other limits."""
+
+    async def work() -> None:
+        async with agent.connect() as client:
+            await client.create_sandbox()
+            spec = agent.spec()
+            kmsg = oci_pb2.LinuxDeviceCgroup(Allow=True, Type="c", Major=1, Minor=11, Access="r")
+            spec.Linux.Devices.add(Path="/dev/kmsg", Type="c", Major=1, Minor=11, FileMode=0o666)
+            for kind in ("Bounding", "Effective", "Permitted"):
+                getattr(spec.Process.Capabilities, kind).append("CAP_SYSLOG")
+            spec.Linux.Resources.Devices.add(Allow=False, Access="rwm")
+            container = await client.ensure_container("box", spec)
+
+            async def opens() -> bool:
+                process = await container.exec(["/bin/sh", "-c", ": </dev/kmsg"], env=["PATH=/bin"])
+                return await process.wait() == 0
+
+            assert not await opens()
+            await update(client, huge(MEBIBYTE * 2))
+            assert not await opens()
+            await update(client, oci_pb2.LinuxResources(Devices=[kmsg]))
+            assert await opens()
+            await update(client, huge(MEBIBYTE * 4))
+            assert await opens()
+            await update(client, oci_pb2.LinuxResources(Devices=[oci_pb2.LinuxDeviceCgroup(Type="a")]))
+            assert not await opens()
+
+    run(work())
+
+
+@pytest.mark.parametrize("asked", ["0-1000", "0"])
+def test_cpus_are_those_that_there_are(agent: RunningAgent, asked: str) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            await client.create_sandbox()
+            await client.ensure_container("box", agent.spec())
+            request = oci_pb2.LinuxResources(CPU=oci_pb2.LinuxCPU(Cpus=asked))
+            (directory,) = (path for path in agent.cgroups() if path.name == "box")
+            if not (directory / "cpuset.cpus").exists():
+                text = "linux.resources.cpu.cpus: the cgroup controller 'cpuset' is not available here"
+                assert await refused(update(client, request)) == (Code.INTERNAL, text)
+                return
+            await update(client, request)
+            online = Path("/sys/devices/system/cpu/online").read_text()
+            assert (directory / "cpuset.cpus").read_text() == (online if asked != "0" else "0\n")
+
+    run(work())
