@@ -21,13 +21,13 @@ from agent.stdio import Pipes, Streams
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable
     from pathlib import Path
 
     from agent.libcontainer.cgroups import Cgroup
     from agent.libcontainer.launcher import Launched, Launcher, Stdio
+    from agent.libcontainer.spec import Hook, Spec
     from agent.libcontainer.spec import Process as ProcessSpec
-    from agent.libcontainer.spec import Spec
     from agent.log import Log
 
 #: Ended execs whose status and output are kept for whoever comes late; the oldest go first.
@@ -84,6 +84,8 @@ class Container:
         self._watchers: set[asyncio.Task[None]] = set()
         self._init: Process | None = None
         self._paused = False
+        self._began = False  # hooks may have run for it
+        self._poststart: asyncio.Task[None] | None = None
         self._ending = False  # nothing starts in it any more
         self._gone = False
 
@@ -116,6 +118,7 @@ class Container:
                 fifo=self._fifo,
             )
 
+        self._began = True
         init = await _started(launch, exec_id, self.spec.process.terminal, self._pipe_size)
         self._init = self._processes[exec_id] = init
         self._watch(init)
@@ -143,6 +146,22 @@ class Container:
                 raise WrongState(f"Container {self.id} status {self.status}, should be {CREATED}")
             assert self._init is not None
             await self._launcher.start(self._fifo, self._init.child)
+            if self.spec.hooks.poststart and not self._ending:
+                hooks = self._run_hooks("poststart", self.spec.hooks.poststart, RUNNING, self._init.child.pid)
+                self._poststart = asyncio.ensure_future(hooks)
+        if self._poststart is not None:  # not under the lock: they may take long, and it may be removed meanwhile
+            await asyncio.wait([self._poststart])
+
+    async def _run_hooks(self, point: str, hooks: Iterable[Hook], status: str, pid: int = 0) -> None:
+        """Run hooks whose failures change nothing (runtime.md, "Lifecycle", steps 9 and 13): they are logged."""
+        from agent.libcontainer.hooks import state
+
+        document = state(self.id, str(self._directory), self.spec.annotations, status, pid)
+        for hook in hooks:
+            try:
+                await self._launcher.run_hooks(point, (hook,), document)
+            except LaunchError as error:
+                self._log("warning", "a hook failed", error=str(error))
 
     async def exec(self, exec_id: str, process: ProcessSpec) -> Process:
         """Run one more process in it; it runs when this returns.  Raises LaunchError when it cannot."""
@@ -267,6 +286,9 @@ class Container:
             if self._gone:
                 return
             self._ending = True
+            if self._poststart is not None:
+                self._poststart.cancel()
+                await asyncio.wait([self._poststart])
             if self._init is not None:
                 if self._cgroup is not None:
                     await self._cgroup.kill()
@@ -287,6 +309,8 @@ class Container:
             if self._directory.is_dir():
                 self._directory.rmdir()
             self._gone = True
+            if self._began and self.spec.hooks.poststop:
+                await self._run_hooks("poststop", self.spec.hooks.poststop, STOPPED)
 
     def _watch(self, process: Process) -> None:
         async def watch() -> None:

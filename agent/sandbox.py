@@ -8,7 +8,7 @@ from agent.aio import regardless
 from agent.container import Container
 from agent.errors import AlreadyExists, Invalid, NotFound, TooLate, WrongState
 from agent.guest.resources import fit
-from agent.libcontainer.spec import Namespace, Rlimit
+from agent.libcontainer.spec import Hooks, Namespace, Rlimit
 from agent.libcontainer.state import check_id
 from agent.namespaces import SHARED, SharedNamespaces
 
@@ -16,6 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from agent.guest.hooks import GuestHooks
     from agent.libcontainer.cgroups import Cgroup, Hierarchy
     from agent.libcontainer.launcher import Launcher
     from agent.libcontainer.resources import Resources
@@ -49,6 +50,7 @@ class Sandbox:
         self._lock = asyncio.Lock()
         self._id: str | None = None
         self._shared: SharedNamespaces | None = None
+        self._hooks: GuestHooks | None = None
         self._containers: dict[str, Container] = {}
         self._creating: dict[str, asyncio.Event] = {}  # set when it is decided whether there is a container
         self._ending = False
@@ -57,12 +59,16 @@ class Sandbox:
     def running(self) -> bool:
         return self._id is not None and not self._ending
 
-    async def start(self, sandbox_id: str, hostname: str) -> None:
-        """Start it.  Raises AlreadyExists; a failure leaves it as if it had not been tried."""
+    async def start(self, sandbox_id: str, hostname: str, *, hook_path: str = "") -> None:
+        """Start it; `hook_path` is where the guest has hooks of its own (guest/hooks.py).
+
+        Raises AlreadyExists or Invalid; a failure leaves it as if it had not been tried.
+        """
         async with self._lock:
             if self._id is not None:
                 raise AlreadyExists("Sandbox already started, impossible to start again")
             name = check_id(sandbox_id or UNNAMED)
+            hooks = _guest_hooks(hook_path) if hook_path else None
             directory = self._state / name
             directory.mkdir(mode=0o711, parents=True, exist_ok=True)
             shared = SharedNamespaces(directory / ".namespaces")
@@ -71,7 +77,7 @@ class Sandbox:
             except OSError as error:
                 self._forget_directory(directory)
                 raise WrongState(f"failed to create namespace: {error}") from error
-            self._id, self._shared = name, shared
+            self._id, self._shared, self._hooks = name, shared, hooks
 
     async def destroy(self) -> None:
         """End all containers and the sandbox.  Fine when there is none.
@@ -179,6 +185,8 @@ class Sandbox:
         if process is not None and all(limit.type != "RLIMIT_NOFILE" for limit in process.rlimits):
             soft, hard = self._open_files
             process = process.but(rlimits=(*process.rlimits, Rlimit("RLIMIT_NOFILE", soft=soft, hard=hard)))
+        if self._hooks is not None or spec.hooks != Hooks():
+            spec = (self._hooks or _guest_hooks("")).added_to(spec)
         resources = spec.linux.resources and fit(spec.linux.resources)
         placed = spec.but(process=process, linux=spec.linux.but(namespaces=namespaces, resources=resources))
         return placed, dict(shared.paths)
@@ -203,3 +211,15 @@ class Sandbox:
             raise
         if self._containers.get(container.id) is container:
             del self._containers[container.id]
+
+
+def _guest_hooks(path: str) -> GuestHooks:
+    """The guest's own hooks, of which most guests have none."""
+    from agent.guest.hooks import GuestHooks
+
+    if path and not path.startswith("/"):
+        raise Invalid(f"guest_hook_path: {path!r} must be an absolute path")
+    try:
+        return GuestHooks(path)
+    except OSError as error:
+        raise Invalid(f"guest_hook_path: {error.filename}: {error.strerror}") from error

@@ -33,10 +33,10 @@ class AgentService:
     # The sandbox and the guest
 
     async def CreateSandbox(self, request: Any) -> Any:
-        for field in ("dns", "storages", "kernel_modules", "guest_hook_path", "sandbox_pidns"):
+        for field in ("dns", "storages", "kernel_modules", "sandbox_pidns"):
             if getattr(request, field):
                 raise Unsupported(f"CreateSandbox: {field} is not supported yet")
-        await self._sandbox.start(request.sandbox_id, request.hostname)
+        await self._sandbox.start(request.sandbox_id, request.hostname, hook_path=request.guest_hook_path)
         return EMPTY
 
     async def DestroySandbox(self, request: Any) -> Any:

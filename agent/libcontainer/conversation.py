@@ -28,8 +28,9 @@ INT_SIZE = array.array("i").itemsize
 class Conversation:
     """Both ends of the channels to one nsexec.
 
-    `pids` is called with (stage 1 or 0, stage 2) as soon as they are known.  `ready` is done when the process is set
-    up, `ended` when nobody holds the sync socket any more: after execve, or after the end of all stages.
+    `pids` is called with (stage 1 or 0, stage 2) as soon as they are known.  `halfway` is done when nsexec waits for
+    the agent's hooks to have run, and for `go_on`; `ready` when the process is set up, `ended` when nobody holds the
+    sync socket any more: after execve, or after the end of all stages.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Conversation:
         self._doomed = False
         self.error: LaunchError | None = None
         self.ready: asyncio.Future[None] = loop.create_future()
+        self.halfway: asyncio.Future[None] = loop.create_future()
         self.ended: asyncio.Future[None] = loop.create_future()
         self._theirs: list[socket.socket | int] = []
         self._init = self._pair(socket.SOCK_STREAM)
@@ -139,6 +141,10 @@ class Conversation:
                 self._settle()
                 if not self.ready.done():
                     self.ready.set_result(None)
+            elif found.get("type") == "procHooks":
+                self._settle()
+                if not self.halfway.done():
+                    self.halfway.set_result(None)
             elif found.get("type") == "procError" and self.error is None:
                 step, path, why = (_text(found.get(key)) for key in ("step", "path", "why"))
                 errno = found.get("errno")
@@ -191,6 +197,13 @@ class Conversation:
         if self.pidfd >= 0:
             kill(self.pidfd)
 
+    def go_on(self) -> None:
+        """The agent's hooks have run."""
+        try:
+            self._sync.send(b"1")
+        except OSError:  # it is gone; `ended` tells
+            pass
+
     def take_console(self) -> int | None:
         """The terminal's master, from now on the caller's; None if there is none."""
         fd, self.console = self.console, -1
@@ -217,7 +230,7 @@ class Conversation:
             if fd >= 0:
                 os.close(fd)
         self.pidfd = self.console = -1
-        for future in (self.ready, self.ended):
+        for future in (self.halfway, self.ready, self.ended):
             future.cancel()
 
 

@@ -9,7 +9,8 @@ class LaunchError(Exception):
     """A process that could not be started: `step`, `path` and `errno` say where; str() is the sentence for the user."""
 
     def __init__(self, message: str, *, step: str = "", path: str = "", errno: int = 0) -> None:
-        super().__init__(message)
+        # Names of files and what hooks write may be any bytes; a sentence is text.
+        super().__init__(message.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
         self.step = step
         self.path = path
         self.errno = errno

@@ -9,17 +9,19 @@ from agent.libcontainer import plan
 from agent.libcontainer.bootstrap import EncodingError
 from agent.libcontainer.conversation import Conversation, kill
 from agent.libcontainer.errors import LaunchError, reason
+from agent.libcontainer.spec import Hooks
 from agent.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from contextlib import AbstractContextManager
     from pathlib import Path
     from typing import Protocol
 
+    from agent.libcontainer.hooks import CreateHooks
     from agent.libcontainer.nsexec import Nsexec
-    from agent.libcontainer.spec import Process, Spec
+    from agent.libcontainer.spec import Hook, Process, Spec
 else:
     Protocol = object
 
@@ -153,12 +155,21 @@ class Launcher:
         """Set up a container's first process up to where it waits on `fifo` (made here) to be started.
 
         `stdio` is None iff the process has a terminal; `join` maps namespace types to paths to join; `cgroup` is a v2
-        directory to be born in.  On failure nothing is left.  Raises SpecError, or LaunchError.
+        directory to be born in.  Hooks run as the configuration wants them.  On failure nothing is left.  Raises
+        SpecError, or LaunchError.
         """
         process = spec.process
+        hooks = None if spec.hooks == Hooks() else self._create_hooks(spec, container_id, bundle)
         cgroup_path = None if cgroup is None else os.readlink(f"/proc/self/fd/{cgroup}")  # noqa: PTH115 - a link of procfs
         messages = _encode(
-            lambda: plan.init_messages(spec, rootfs=rootfs, bundle=bundle, join=join, cgroup_path=cgroup_path)
+            lambda: plan.init_messages(
+                spec,
+                rootfs=rootfs,
+                bundle=bundle,
+                join=join,
+                cgroup_path=cgroup_path,
+                hook_state="" if hooks is None else hooks.state,
+            )
         )
         terminal = process is not None and process.terminal
         _check_stdio(terminal, stdio)
@@ -172,7 +183,14 @@ class Launcher:
         try:
             passed = {"_LIBCONTAINER_FIFOFD": fifo_fd, **_optional("_CAISSON_CGROUP", cgroup)}
             launch = await self._launch(
-                messages, "standard", stdio, passed, container_id=container_id, terminal=terminal, until_exec=False
+                messages,
+                "standard",
+                stdio,
+                passed,
+                container_id=container_id,
+                terminal=terminal,
+                until_exec=False,
+                hooks=hooks,
             )
         except BaseException:
             fifo.unlink(missing_ok=True)
@@ -261,6 +279,7 @@ class Launcher:
         container_id: str,
         terminal: bool,
         until_exec: bool,
+        hooks: CreateHooks | None = None,
     ) -> _Launch:
         """Spawn nsexec and follow it until it is ready (and has executed its program).  Nothing is left on failure."""
         with self._children.expecting():
@@ -276,10 +295,15 @@ class Launcher:
                     launch.spawned(self._nsexec.spawn(ends, fds.values(), env))
                 except OSError as e:
                     raise LaunchError(f"spawn nsexec: {reason(e.errno or 0)}", step="spawn", errno=e.errno or 0) from e
-                wanted = [talk.ended] if until_exec else [talk.ready, talk.ended]
-                done, _ = await asyncio.wait(wanted, timeout=self._patience, return_when=asyncio.FIRST_COMPLETED)
-                if not done:
-                    raise LaunchError(f"nsexec took longer than {self._patience:g} s and was killed", step="nsexec")
+                patience: float | None = self._patience
+                if hooks is not None:
+                    if hooks.outside:
+                        await _first([talk.halfway, talk.ended], patience)
+                    if talk.halfway.done() and launch.child is not None:
+                        await hooks.run(launch.child.pid)
+                        talk.go_on()
+                    patience = None if hooks.seconds is None else self._patience + hooks.seconds
+                await _first([talk.ended] if until_exec else [talk.ready, talk.ended], patience)
                 if talk.error is not None:
                     raise talk.error
                 if not talk.ready.done() or launch.child is None or talk.pidfd < 0:
@@ -292,6 +316,17 @@ class Launcher:
         talk.close_setup()
         launch.close_stage0()
         return launch
+
+    def _create_hooks(self, spec: Spec, container_id: str, bundle: Path) -> CreateHooks:
+        from agent.libcontainer.hooks import CreateHooks  # here: most containers have none
+
+        return CreateHooks(self._children, spec, container_id, str(bundle))
+
+    async def run_hooks(self, point: str, hooks: Iterable[Hook], document: str) -> None:
+        """Run hooks that belong to the agent.  Raises LaunchError at the first that fails."""
+        from agent.libcontainer import hooks as module
+
+        await module.run(self._children, point, hooks, document)
 
     async def _obituary(self, launch: _Launch) -> str:
         """What happened to an nsexec that ended without a word."""
@@ -318,6 +353,13 @@ class Launcher:
         task = asyncio.get_running_loop().create_task(watch())
         self._watchers.add(task)
         task.add_done_callback(self._watchers.discard)
+
+
+async def _first(futures: Iterable[asyncio.Future[None]], seconds: float | None) -> None:
+    """Wait for one of them.  Raises LaunchError when none comes."""
+    done, _ = await asyncio.wait(futures, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    if not done:
+        raise LaunchError(f"nsexec took longer than {seconds:g} s and was killed", step="nsexec")
 
 
 def _encode(make: Callable[[], bytes]) -> bytes:

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-    from agent.libcontainer.spec import Linux, Mount, Process, Spec
+    from agent.libcontainer.spec import Hook, Hooks, Linux, Mount, Process, Spec
 
 VERSION = 1
 (
-    PLAN_VERSION, PROPAGATION, ROOTFS, MOUNT, DEVICE, SYMLINK, PIVOT, ROOT_PROPAGATION, CONSOLE, REMOUNT, ROOT_READONLY,
-    HOSTNAME, DOMAINNAME, SYSCTL, READONLY, MASK, UMASK, RLIMIT, NO_NEW_PRIVS, SECCOMP, GROUPS, USER, CAPABILITIES, CWD,
-    STRINGS,
-) = range(27400, 27425)  # fmt: skip
+    PLAN_VERSION, PROPAGATION, ROOTFS, MOUNT, DEVICE, SYMLINK, HOOK_STATE, RUNTIME_HOOKS, CREATE_HOOK, PIVOT,
+    ROOT_PROPAGATION, CONSOLE, REMOUNT, ROOT_READONLY, HOSTNAME, DOMAINNAME, SYSCTL, READONLY, MASK, UMASK, RLIMIT,
+    NO_NEW_PRIVS, SECCOMP, GROUPS, USER, CAPABILITIES, CWD, START_HOOK, STRINGS,
+) = range(27400, 27429)  # fmt: skip
 
 MOUNT_BIND, MOUNT_RECURSIVE, MOUNT_ORDINARY_DIR, MOUNT_OVER_PROC_FILE = 1, 2, 4, 8
 
@@ -57,12 +57,20 @@ PROC_FILES = {
 FILE_TYPES = {"c": S_IFCHR, "u": S_IFCHR, "b": S_IFBLK, "p": S_IFIFO}
 
 
-def init_messages(spec: Spec, *, rootfs: str, bundle: Path, join: Mapping[str, str], cgroup_path: str | None) -> bytes:
+def init_messages(
+    spec: Spec,
+    *,
+    rootfs: str,
+    bundle: Path,
+    join: Mapping[str, str],
+    cgroup_path: str | None,
+    hook_state: str = "{",
+) -> bytes:
     """The messages for a container's first process.
 
     `join` maps OCI namespace types to paths that are entered instead of making a new one; `cgroup_path` is the
-    container's cgroup v2 directory, shown at its cgroup mount where it has no cgroup namespace.  Raises SpecError or
-    EncodingError.
+    container's cgroup v2 directory, shown at its cgroup mount where it has no cgroup namespace; `hook_state` is
+    the beginning of the state that hooks get (hooks.py).  Raises SpecError or EncodingError.
     """
     process = spec.process
     if process is None:
@@ -80,6 +88,7 @@ def init_messages(spec: Spec, *, rootfs: str, bundle: Path, join: Mapping[str, s
         wire.number(PROPAGATION, mountopts.MS_SLAVE | mountopts.MS_REC),
         wire.text(ROOTFS, rootfs, "root.path"),
         *_filesystem(spec, bundle, types, cgroup_path, devices_bound="user" in types),
+        *_early_hooks(spec.hooks, hook_state),
         wire.number(PIVOT, 0),
         *_root_propagation(spec.linux.rootfs_propagation),
         *_console(process, bind=True),
@@ -88,7 +97,7 @@ def init_messages(spec: Spec, *, rootfs: str, bundle: Path, join: Mapping[str, s
         *sysctl.steps(SYSCTL, spec.linux.sysctl, types),
         *(wire.text(READONLY, _absolute(path, "linux.readonlyPaths")) for path in spec.linux.readonly_paths),
         *(wire.text(MASK, _absolute(p, "linux.maskedPaths")) for p in dict.fromkeys(spec.linux.masked_paths)),
-        *_process(process, DEFAULT_UMASK),
+        *_process(process, DEFAULT_UMASK, spec.hooks.start_container),
     ]
     head = wire.bootstrap(
         create=create,
@@ -254,8 +263,23 @@ def _names(spec: Spec, types: set[str]) -> Iterable[bytes]:
         yield wire.text(step, value)
 
 
-def _process(process: Process, default_umask: int | None) -> Iterable[bytes]:
-    """The steps that make a process what it is, the same for an init and an exec."""
+def _early_hooks(hooks: Hooks, state: str) -> Iterable[bytes]:
+    """Those that run before the root is changed, and the state that all of nsexec's get."""
+    if hooks.create_container or hooks.start_container:
+        yield wire.text(HOOK_STATE, state, "the state for hooks")
+    if hooks.prestart or hooks.create_runtime:
+        yield wire.truth(RUNTIME_HOOKS, True)
+    yield from (_hook(CREATE_HOOK, hook) for hook in hooks.create_container)
+
+
+def _hook(step: int, hook: Hook) -> bytes:
+    args = hook.args or (hook.path,)
+    numbers = pack("=3I", hook.timeout or 0, len(args), len(hook.env))
+    return wire.attribute(step, numbers + _texts(hook.path, *args, *hook.env), f"the hook {hook.path}")
+
+
+def _process(process: Process, default_umask: int | None, hooks: Iterable[Hook] = ()) -> Iterable[bytes]:
+    """The steps that make a process what it is, the same for an init and an exec; `hooks` run right before it."""
     user = process.user
     umask = user.umask if user.umask is not None else default_umask
     if umask is not None:
@@ -281,6 +305,7 @@ def _process(process: Process, default_umask: int | None) -> Iterable[bytes]:
         ),
     )
     yield wire.text(CWD, process.cwd, "process.cwd")
+    yield from (_hook(START_HOOK, hook) for hook in hooks)
     yield wire.attribute(STRINGS, pack("=II", len(process.args), len(environment(process))))
 
 

@@ -21,6 +21,7 @@ __all__ = [
 
 NAMESPACE_TYPES = ("pid", "network", "mount", "ipc", "uts", "user", "cgroup", "time")
 NOT_YET = "is not supported yet"
+HOOK_SECONDS_MAX = 0x7FFF_FFFF // 1000  # poll(2) counts milliseconds
 
 
 class Root(Record):
@@ -198,7 +199,7 @@ class Hook(Record):
 
 
 class Hooks(Record):
-    """`hooks` by point of the lifecycle.  All are refused while there is nothing that runs them."""
+    """`hooks` by point of the lifecycle, each list in the order in which they run."""
 
     prestart: tuple[Hook, ...] = ()
     create_runtime: tuple[Hook, ...] = ()
@@ -351,7 +352,19 @@ def _device(value: object, where: str) -> Device:
 
 def _hooks(value: object, where: str) -> Hooks:
     r = Reader(value, where)
-    for key in ("prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"):
-        r.refuse(key, "hooks are not supported yet")
+    points = ("prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop")
+    hooks = Hooks(*(r.each(point, _hook) for point in points))
     r.done()
-    return Hooks()
+    return hooks
+
+
+def _hook(value: object, where: str) -> Hook:
+    r = Reader(value, where)
+    hook = Hook(r.text("path"), r.texts("args"), r.texts("env"), r.number("timeout", 1, HOOK_SECONDS_MAX))
+    r.done()
+    if not hook.path.startswith("/"):
+        raise SpecError(r.name("path"), f"must be an absolute path, not {hook.path!r}")
+    for variable in hook.env:
+        if not variable.partition("=")[0] or "=" not in variable:
+            raise SpecError(r.name("env"), f"{variable!r} is not of the form NAME=value")
+    return hook

@@ -80,7 +80,7 @@ int main(int argc, char **argv)
 		memcpy(input, seed, size);
 		for (long changes = random() % 6; changes >= 0; changes--) {
 			size_t at = (size_t)random() % size;
-			static const uint16_t words[] = {0, 1, 2, 3, 4, 5, 0x7fff, 0xffff, 27281, 27290, 27350, 27400, 27424};
+			static const uint16_t words[] = {0, 1, 2, 3, 4, 5, 0x7fff, 0xffff, 27281, 27290, 27350, 27400, 27414, 27428};
 
 			if (random() % 3 == 0)
 				input[at] = (uint8_t)random();

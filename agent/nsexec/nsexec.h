@@ -38,6 +38,7 @@ void report_stage(int stage);
 void log_debug(const char *text, const char *detail);
 void log_close(void);
 void report_ready(void);
+void report_hooks(void);
 NORETURN void fail(const char *step, const char *path, int error, const char *why);
 
 /* --- tlv.c --- */
@@ -82,6 +83,9 @@ enum {
 	PLAN_MOUNT,   /* * */
 	PLAN_DEVICE,  /* * */
 	PLAN_SYMLINK, /* * */
+	PLAN_HOOK_STATE,
+	PLAN_RUNTIME_HOOKS,
+	PLAN_CREATE_HOOK, /* * */
 	PLAN_PIVOT,
 	PLAN_ROOT_PROPAGATION,
 	PLAN_CONSOLE,
@@ -100,6 +104,7 @@ enum {
 	PLAN_USER,
 	PLAN_CAPABILITIES,
 	PLAN_CWD,
+	PLAN_START_HOOK, /* * */
 	PLAN_STRINGS,
 	PLAN_END
 };
@@ -132,6 +137,12 @@ struct rlimit_step {
 	uint64_t soft, hard;
 };
 
+struct hook_step {
+	uint32_t timeout, argc, envc; /* seconds, 0 for any time */
+	const char *path;
+	struct cursor strings; /* argv, then envp */
+};
+
 struct capability_sets {
 	uint64_t bounding, effective, permitted, inheritable, ambient;
 };
@@ -151,7 +162,7 @@ struct plan {
 	struct console_step console;
 	const uint8_t *filter; /* struct sock_filter, after a uint32_t of flags */
 	size_t filter_size;
-	const char *cwd;
+	const char *cwd, *hook_state; /* JSON up to the members that nsexec adds */
 	char **argv, **envp;
 	size_t vectors_size; /* bytes mapped for both */
 };
@@ -163,6 +174,7 @@ void decode_mount(const struct attribute *a, struct mount_step *out);
 void decode_device(const struct attribute *a, struct device_step *out);
 void decode_link(const struct attribute *a, struct link_step *out);
 void decode_rlimit(const struct attribute *a, struct rlimit_step *out);
+void decode_hook(const struct attribute *a, struct hook_step *out);
 void decode_pair(const struct attribute *a, const char **first, const char **second);
 void decode_remount(const struct attribute *a, uint64_t *set, const char **path);
 
@@ -193,6 +205,10 @@ void set_attributes(int fd, uint64_t set, uint64_t clear, bool recursive, const 
 /* --- console.c --- */
 void open_console(int root, const struct console_step *console, int socket);
 void replace_null_stdio(int root);
+
+/* --- hooks.c --- */
+void run_hooks(const struct plan *plan, uint16_t type, int sync, int cwd);
+void wait_for_runtime_hooks(int sync);
 
 /* --- process.c --- */
 void close_all_but(const int *kept, size_t count);

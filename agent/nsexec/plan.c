@@ -156,6 +156,23 @@ void decode_rlimit(const struct attribute *a, struct rlimit_step *out)
 	take_end(&c, "rlimit");
 }
 
+void decode_hook(const struct attribute *a, struct hook_step *out)
+{
+	struct cursor c = attribute_cursor(a), rest;
+
+	take(&c, &out->timeout, 4, "hook");
+	take(&c, &out->argc, 4, "hook");
+	take(&c, &out->envc, 4, "hook");
+	out->path = take_text(&c, "hook");
+	out->strings = c;
+	if (out->path[0] != '/' || out->argc == 0 || out->argc > a->size || out->envc > a->size || out->timeout > INT_MAX / 1000)
+		malformed("hook", "no absolute path, no arguments or an impossible number");
+	rest = c;
+	for (uint32_t i = 0; i < out->argc + out->envc; i++)
+		(void)take_text(&rest, "hook");
+	take_end(&rest, "hook");
+}
+
 void decode_pair(const struct attribute *a, const char **first, const char **second)
 {
 	struct cursor c = attribute_cursor(a);
@@ -180,6 +197,8 @@ static bool may_repeat(uint16_t type)
 	case PLAN_MOUNT:
 	case PLAN_DEVICE:
 	case PLAN_SYMLINK:
+	case PLAN_CREATE_HOOK:
+	case PLAN_START_HOOK:
 	case PLAN_REMOUNT:
 	case PLAN_SYSCTL:
 	case PLAN_READONLY:
@@ -221,6 +240,7 @@ static void check_rootfs_step(const struct attribute *a)
 	struct device_step device;
 	struct link_step link;
 	struct rlimit_step limit;
+	struct hook_step hook;
 	const char *first, *second;
 	uint64_t set;
 
@@ -252,7 +272,12 @@ static void check_rootfs_step(const struct attribute *a)
 		(void)attribute_u32(a);
 		break;
 	case PLAN_ROOT_READONLY:
+	case PLAN_RUNTIME_HOOKS:
 		(void)attribute_bool(a);
+		break;
+	case PLAN_CREATE_HOOK:
+	case PLAN_START_HOOK:
+		decode_hook(a, &hook);
 		break;
 	default: /* PLAN_ROOTFS, PLAN_HOSTNAME, PLAN_DOMAINNAME, PLAN_READONLY, PLAN_MASK */
 		(void)attribute_text(a);
@@ -304,6 +329,9 @@ static void decode_plan_step(const struct attribute *a, struct plan *out)
 	case PLAN_CWD:
 		out->cwd = attribute_text(a);
 		break;
+	case PLAN_HOOK_STATE:
+		out->hook_state = attribute_text(a);
+		break;
 	case PLAN_STRINGS:
 		make_vectors(a, out);
 		break;
@@ -329,11 +357,13 @@ void decode_plan(struct cursor message, bool joins, struct plan *out)
 			malformed("plan", "an unknown step");
 		if (a.type < previous || (a.type == previous && !may_repeat(a.type)))
 			malformed("plan", "a step that is out of order or there twice");
-		if (joins && a.type < PLAN_UMASK && a.type != PLAN_CONSOLE)
+		if (joins && ((a.type < PLAN_UMASK && a.type != PLAN_CONSOLE) || a.type == PLAN_START_HOOK))
 			malformed("plan", "a step that an exec cannot have");
 		has_rootfs |= a.type == PLAN_ROOTFS;
 		has_pivot |= a.type == PLAN_PIVOT;
 		previous = a.type;
+		if ((a.type == PLAN_CREATE_HOOK || a.type == PLAN_START_HOOK) && out->hook_state == NULL)
+			malformed("plan", "hooks without a state for them");
 		decode_plan_step(&a, out);
 	}
 	if (!out->has_user || !out->has_capabilities || out->cwd == NULL || out->argv == NULL)

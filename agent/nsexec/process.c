@@ -312,6 +312,7 @@ NORETURN void become_process(const struct plan *plan, const struct channels *fds
 		report_ready();
 	}
 	close_all_but(&fds->sync, 1);
+	run_hooks(plan, PLAN_START_HOOK, fds->sync, -1);
 	execve(program, plan->argv, plan->envp);
 	fail("execve", program, errno, NULL);
 }

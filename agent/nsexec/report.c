@@ -132,6 +132,14 @@ void report_ready(void)
 	send_all(sync_fd, &t, true);
 }
 
+void report_hooks(void)
+{
+	struct text t = {.used = 0};
+
+	put(&t, "{\"type\":\"procHooks\"}");
+	send_all(sync_fd, &t, true);
+}
+
 NORETURN void fail(const char *step, const char *path, int error, const char *why)
 {
 	struct text t = {.used = 0};

@@ -212,6 +212,7 @@ struct state {
 	const struct plan *plan;
 	const struct channels *fds;
 	int null, empty;
+	bool hooked; /* createContainer hooks have run, all of them */
 };
 
 static void do_step(const struct attribute *a, struct state *s)
@@ -235,6 +236,14 @@ static void do_step(const struct attribute *a, struct state *s)
 	case PLAN_DEVICE:
 	case PLAN_SYMLINK:
 		do_device_or_link(*root, a);
+		break;
+	case PLAN_RUNTIME_HOOKS:
+		wait_for_runtime_hooks(s->fds->sync);
+		break;
+	case PLAN_CREATE_HOOK:
+		if (!s->hooked)
+			run_hooks(s->plan, PLAN_CREATE_HOOK, s->fds->sync, *root);
+		s->hooked = true;
 		break;
 	case PLAN_PIVOT:
 		pivot(*root, attribute_u32(a));

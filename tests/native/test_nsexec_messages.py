@@ -56,8 +56,13 @@ def _plan(*attributes: bytes) -> bytes:
     return wire.bootstrap() + pack("=IHHII", 16 + len(body), wire.MESSAGE_PLAN, 1, 1, 0) + body
 
 
+def _hook(timeout: int, argc: int, envc: int, strings: bytes) -> bytes:
+    return wire.attribute(plan.CREATE_HOOK, pack("=3I", timeout, argc, envc) + strings)
+
+
 FLAGS = wire.number(wire.CLONE_FLAGS, 0)
 VERSION = wire.number(plan.PLAN_VERSION, plan.VERSION)
+STATE = wire.text(plan.HOOK_STATE, "{")
 BAD = {
     "nothing": b"",
     "half a header": b"\x20\0\0\0\x30\xf2",
@@ -98,6 +103,14 @@ BAD = {
     "short mount": _plan(VERSION, wire.attribute(plan.MOUNT, bytes(20))),
     "mount without texts": _plan(VERSION, wire.attribute(plan.MOUNT, bytes(40) + b"abc")),
     "mount with an empty option": _plan(VERSION, wire.attribute(plan.MOUNT, bytes(40) + b"/a\0b\0c\0\0")),
+    "hook without a state": _plan(VERSION, _hook(0, 1, 0, b"/h\0h\0")),
+    "hook with a relative path": _plan(VERSION, STATE, _hook(0, 1, 0, b"h\0h\0")),
+    "hook without arguments": _plan(VERSION, STATE, _hook(0, 0, 0, b"/h\0")),
+    "hook with fewer strings": _plan(VERSION, STATE, _hook(0, 1, 1, b"/h\0h\0")),
+    "hook with more strings": _plan(VERSION, STATE, _hook(0, 1, 0, b"/h\0h\0x\0")),
+    "hook with a billion strings": _plan(VERSION, STATE, _hook(0, 1 << 31, 1 << 31, b"/h\0h\0")),
+    "hook of a century": _plan(VERSION, STATE, _hook(0x7FFFFFFF, 1, 0, b"/h\0h\0")),
+    "hook of half a number": _plan(VERSION, STATE, wire.attribute(plan.CREATE_HOOK, bytes(10))),
     "filter of half an instruction": _plan(VERSION, wire.attribute(plan.SECCOMP, bytes(8))),
     "groups of half a number": _plan(VERSION, wire.attribute(plan.GROUPS, bytes(6))),
     "strings without a program": _plan(VERSION, wire.attribute(plan.STRINGS, pack("=II", 0, 0))),

@@ -93,6 +93,7 @@ WHOLE: dict[str, Any] = {
     "hostname": "h",
     "domainname": "d",
     "annotations": {"k": "v"},
+    "hooks": {point: [{"path": "/h", "args": ["h"], "env": ["A=b"], "timeout": 1}] for point in HOOKS},
     "mounts": [{"destination": "/mnt", "source": "tmpfs", "type": "tmpfs", "options": ["ro"]}],
     "linux": {
         "namespaces": [

@@ -1,0 +1,406 @@
+"""Hooks of a configuration: where and when they run, what they get, and what becomes of those that fail or hang."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from agent.container import Container
+from agent.libcontainer.launcher import LaunchError
+from agent.libcontainer.spec import Spec
+from agent.log import Log
+from agent.reaper import Reaper as AgentsReaper
+from proto import agent_pb2, oci_pb2
+from tests.native.agent_support import RunningAgent, refused, run, until
+from tests.native.nsexec_support import Box, children, config
+
+pytestmark = pytest.mark.root
+CREATE = ("prestart", "createRuntime", "createContainer")
+AGENTS = ("prestart", "createRuntime", "poststart", "poststop")
+
+
+def sh(script: str, **more: Any) -> dict[str, Any]:
+    """A hook that is a shell script of the guest, or of the container."""
+    return {"path": "/bin/sh", "args": ["sh", "-c", script], **more}
+
+
+def note(box: Box, what: str) -> dict[str, Any]:
+    """A hook that writes a word to where all hooks can: the directory of the test, or inside the container /tmp."""
+    return sh(f"echo {what} >> {box.path}/order")
+
+
+def with_hooks(*args: str, **hooks: Any) -> dict[str, Any]:
+    value = config(*args)
+    value["hooks"] = hooks
+    value["annotations"] = {"who": "a test"}
+    return value
+
+
+def life(box: Box, value: dict[str, Any]) -> Container:
+    """A container on the launcher of a box, as the sandbox makes it."""
+    directory = box.path / "box"
+    directory.mkdir(exist_ok=True)
+    spec = Spec.from_json(value)
+    assert spec.root is not None
+    spec = spec.but(root=spec.root.but(path=str(box.rootfs)))
+    return Container(
+        "box", spec, launcher=box.launcher, cgroup=None, directory=directory, pipe_size=0, log=Log("debug")
+    )
+
+
+@pytest.fixture
+def agents_box(box: Box) -> Iterator[Box]:
+    """A box whose children are reaped by the agent's own reaper."""
+    reaper = AgentsReaper()
+    reaper.start(box.loop)
+    box.launcher._children = reaper
+    yield box
+    box.run(asyncio.sleep(0))
+    assert children() == []
+    assert not (box.path / "box").exists()
+
+
+def test_each_at_its_point_and_in_order(agents_box: Box) -> None:
+    box = agents_box
+    (box.rootfs / "tmp" / "order").touch()
+    hooks = {
+        point: [note(box, f"{point}-{number}") for number in (1, 2)] for point in (*CREATE, "poststart", "poststop")
+    }
+    hooks["startContainer"] = [sh(f"echo startContainer-{number} >> /tmp/order") for number in (1, 2)]
+    value = with_hooks("sh", "-c", "echo program >> /tmp/order; sleep 1000", **hooks)
+    inside, outside = box.rootfs / "tmp" / "order", box.path / "order"
+
+    async def work() -> None:
+        container = life(box, value)
+        await container.create("box", {})
+        assert outside.read_text().split() == [f"{point}-{number}" for point in CREATE for number in (1, 2)]
+        assert inside.read_text() == ""
+        outside.unlink()
+        await container.start()
+        assert outside.read_text().split() == ["poststart-1", "poststart-2"]
+        await until(lambda: "program" in inside.read_text(), "the program runs")
+        assert inside.read_text().split() == ["startContainer-1", "startContainer-2", "program"]
+        outside.unlink()
+        await container.remove()
+        assert outside.read_text().split() == ["poststop-1", "poststop-2"]
+
+    box.run(work())
+
+
+def test_each_gets_the_state(agents_box: Box) -> None:
+    box = agents_box
+    hooks: dict[str, Any] = {point: [sh(f"cat > {box.path}/{point}")] for point in (*CREATE, "poststart", "poststop")}
+    hooks["startContainer"] = [sh("cat > /tmp/startContainer")]
+
+    async def work() -> int:
+        container = life(box, with_hooks("sleep", "1000", **hooks))
+        await container.create("box", {})
+        pid = container.process("").child.pid
+        await container.start()
+        await container.remove()
+        return pid
+
+    pid = box.run(work())
+    common = {"ociVersion": "1.2.0", "id": "box", "bundle": str(box.path / "box"), "annotations": {"who": "a test"}}
+    for point, status, number in (
+        ("prestart", "creating", pid),
+        ("createRuntime", "creating", pid),
+        ("createContainer", "creating", 1),
+        ("../rootfs/tmp/startContainer", "created", 1),
+        ("poststart", "running", pid),
+    ):
+        path = box.path / point if "/" not in point else box.rootfs / "tmp" / "startContainer"
+        assert json.loads(path.read_text()) == {**common, "status": status, "pid": number}, point
+    assert json.loads((box.path / "poststop").read_text()) == {**common, "status": "stopped"}
+
+
+def test_namespaces_and_roots(agents_box: Box) -> None:
+    """The agent's or the container's namespaces; the guest's root, or the container's."""
+    box = agents_box
+    look = "readlink /proc/self/ns/mnt /proc/self/ns/uts"
+    hooks: dict[str, Any] = {
+        "prestart": [sh(f"{look} > {box.path}/prestart")],
+        "createRuntime": [sh(f"{look} > {box.path}/createRuntime")],
+        "createContainer": [sh(f"({look}; pwd; grep -c {box.path} /proc/self/mounts) > {box.path}/createContainer")],
+        "startContainer": [sh("hostname > /tmp/start; ls /bin/busybox >> /tmp/start; id -u >> /tmp/start")],
+        "poststart": [sh(f"{look} > {box.path}/poststart")],
+    }  # fmt: skip
+    value = with_hooks("sleep", "1000", **hooks)
+    value["process"]["user"] = {"uid": 7, "gid": 7}
+    (box.rootfs / "tmp").chmod(0o777)
+
+    async def work() -> None:
+        container = life(box, value)
+        await container.create("box", {})
+        await container.start()
+        await container.remove()
+
+    box.run(work())
+    ours = [str(Path(f"/proc/self/ns/{name}").readlink()) for name in ("mnt", "uts")]
+    for point in ("prestart", "createRuntime", "poststart"):
+        assert (box.path / point).read_text().split() == ours, point
+    *theirs, cwd, mounts = (box.path / "createContainer").read_text().split()
+    assert not set(ours) & set(theirs)
+    assert cwd == str(box.rootfs)
+    assert int(mounts) > 3  # the container's, still below the guest's root
+    assert (box.rootfs / "tmp" / "start").read_text().split() == ["box", "/bin/busybox", "7"]
+
+
+def test_arguments_environment_and_descriptors_are_exact(box: Box) -> None:
+    script = 'echo "$0 $1"; env | sort | tr "\\n" " "; echo; ls /proc/self/fd | tr "\\n" " "; exit 3'
+    hook = {
+        "path": "/bin/busybox",
+        "args": ["sh", "-c", f"export PATH=/bin; {script}", "zero", "one"],
+        "env": ["A=b=c"],
+    }
+    said = {}
+    for point in ("createRuntime", "createContainer", "startContainer"):
+        value = with_hooks("true", **{point: [hook]})
+        with pytest.raises(LaunchError, match=f"{point} hook /bin/busybox: ended with status 3: ") as caught:
+            box.run(box.running(value))
+        said[point] = str(caught.value).partition("status 3: ")[2].split("\n")
+    for point, lines in said.items():
+        assert lines[0] == "zero one", point
+        assert lines[1].startswith("A=b=c "), lines
+        names = {word.partition("=")[0] for word in lines[1].split()}
+        assert names <= {"A", "PATH", "PWD", "SHLVL", "OLDPWD"}, lines  # the rest is the shell's own
+        assert lines[2].split() == ["0", "1", "2", "3"], lines  # 3 is the directory that ls reads
+
+
+def test_arguments_default_to_the_path(box: Box) -> None:
+    with pytest.raises(LaunchError, match=r"createContainer hook /bin/false: ended with status 1$"):
+        box.run(box.create(with_hooks("true", createContainer=[{"path": "/bin/false"}])))
+    with pytest.raises(LaunchError, match=r"prestart hook /bin/false: ended with status 1$"):
+        box.run(box.create(with_hooks("true", prestart=[{"path": "/bin/false"}])))
+
+
+@pytest.mark.parametrize("point", CREATE)
+@pytest.mark.parametrize(
+    ("hook", "why"),
+    [
+        (sh("echo some words; echo of complaint >&2; exit 9"), "ended with status 9: some words\nof complaint"),
+        (sh("kill -TERM $$"), "was killed by signal 15"),
+        ({"path": "/no/such/hook"}, "no such file or directory"),
+        ({"path": "/etc/passwd"}, "permission denied"),
+        (sh("printf 'not \\377 text\\000 at all'; exit 1"), "not \N{REPLACEMENT CHARACTER} text"),
+        (sh("yes | head -c 300000; echo the end; exit 1"), "y\ny\nthe end"),
+    ],
+    ids=["status", "signal", "missing", "not-executable", "not-text", "much"],
+)
+def test_a_hook_that_fails_fails_the_create(agents_box: Box, point: str, hook: dict[str, Any], why: str) -> None:
+    box = agents_box
+    later = [note(box, "later")]
+    hooks: dict[str, Any] = {point: [note(box, "earlier"), hook, *later], "poststop": [note(box, "poststop")]}
+    if point != "createContainer":
+        hooks["createContainer"] = later
+
+    async def work() -> str:
+        container = life(box, with_hooks("true", **hooks))
+        with pytest.raises(LaunchError) as caught:
+            await container.create("box", {})
+        await container.remove()
+        return str(caught.value)
+
+    message = box.run(work())
+    assert message.startswith(f"{point} hook {hook['path']}: ")
+    assert why in message
+    assert len(message) < 1200
+    assert (box.path / "order").read_text().split() == ["earlier", "poststop"]
+
+
+@pytest.mark.parametrize("point", [*CREATE, "startContainer"])
+def test_a_hook_that_takes_too_long_is_killed_with_its_group(agents_box: Box, point: str) -> None:
+    box = agents_box
+    # In the container's own pid namespace its end takes everything along; the agent's hooks have only their group.
+    hang = sh("echo began; sleep 4321 & sleep 4321", timeout=1)
+
+    async def work() -> str:
+        container = life(box, with_hooks("true", **{point: [hang]}))
+        with pytest.raises(LaunchError) as caught:
+            await container.create("box", {})
+            await container.start()
+        await container.remove()
+        return str(caught.value)
+
+    began = time.monotonic()
+    assert box.run(work()) == f"{point} hook /bin/sh: did not end within 1 s and was killed: began"
+    assert 1 <= time.monotonic() - began < 10
+    assert sleepers() == []
+
+
+def sleepers() -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes()
+        except OSError:
+            continue
+        if line.startswith(b"sleep\0004321"):
+            found.append(path.parent.name)
+    return found
+
+
+@pytest.mark.parametrize("point", CREATE)
+def test_a_hook_without_a_timeout_is_waited_for_until_nobody_wants_it(agents_box: Box, point: str) -> None:
+    box = agents_box
+    box.launcher._patience = 0.5  # nsexec's own time, of which hooks take nothing
+    value = with_hooks("true", **{point: [sh(f"touch {box.path}/began; sleep 4321 & wait")]})
+
+    async def work() -> None:
+        container = life(box, value)
+        creating = asyncio.ensure_future(container.create("box", {}))
+        await until(lambda: (box.path / "began").exists(), "the hook runs")
+        await asyncio.wait([creating], timeout=0.7)
+        assert not creating.done()
+        creating.cancel()
+        await asyncio.wait([creating])
+        await container.remove()
+        await until(lambda: sleepers() == [], "nothing of the hook is left")
+
+    box.run(work())
+
+
+def test_a_hook_need_not_read_and_may_leave_somebody_behind(agents_box: Box) -> None:
+    """A state that no pipe holds, and a daemon that keeps the output open."""
+    box = agents_box
+    daemon = sh(f"sh -c 'echo $$ > {box.path}/daemon; exec sleep 4321' & while ! [ -s {box.path}/daemon ]; do :; done")
+    value = with_hooks("sleep", "1000", prestart=[daemon], createRuntime=[sh("wc -c"), sh("exec <&-")])
+    value["annotations"] = {"long": "x" * 300_000}
+
+    async def work() -> None:
+        container = life(box, value)
+        await container.create("box", {})
+        await container.remove()
+
+    box.run(work())
+    pid = int((box.path / "daemon").read_text())
+    os.kill(pid, 9)
+    os.waitpid(pid, 0) if pid in children() else None
+
+
+def test_a_state_that_does_not_fit_for_those_inside(box: Box) -> None:
+    value = with_hooks("true", createContainer=[sh("true")])
+    value["annotations"] = {"long": "x" * 70_000}
+    with pytest.raises(LaunchError, match="the state for hooks takes"):
+        box.run(box.create(value))
+    value["annotations"] = {"long": "x" * 60_000}
+    value["hooks"]["createContainer"] = [sh("exec <&-"), sh("wc -c; exit 1")]
+    with pytest.raises(LaunchError, match=r"ended with status 1: 60\d\d\d"):
+        box.run(box.create(value))
+
+
+def test_poststart_and_poststop_hooks_that_fail_are_only_told(
+    agents_box: Box, capfd: pytest.CaptureFixture[str]
+) -> None:
+    box = agents_box
+    bad = [sh("echo bad; exit 1"), note(box, "next")]
+
+    async def work() -> None:
+        container = life(box, with_hooks("sleep", "1000", poststart=bad, poststop=bad))
+        await container.create("box", {})
+        await container.start()
+        assert container.status == "running"
+        await container.remove()
+
+    box.run(work())
+    said = [line for line in capfd.readouterr().err.splitlines() if "a hook failed" in line]
+    assert ["poststart hook" in said[0], "poststop hook" in said[1]] == [True, True]
+    assert (box.path / "order").read_text().split() == ["next", "next"]
+
+
+def test_a_poststart_hook_that_hangs_does_not_keep_the_container(agents_box: Box) -> None:
+    box = agents_box
+
+    async def work() -> None:
+        container = life(box, with_hooks("sleep", "1000", poststart=[sh("sleep 4321 & wait")]))
+        await container.create("box", {})
+        starting = asyncio.ensure_future(container.start())
+        await until(lambda: sleepers() != [], "the hook runs")
+        await container.remove()
+        await starting
+        await until(lambda: sleepers() == [], "nothing of the hook is left")
+
+    box.run(work())
+
+
+def test_a_start_container_hook_that_fails_stops_the_container(agents_box: Box) -> None:
+    box = agents_box
+
+    async def work() -> None:
+        container = life(box, with_hooks("touch", "/tmp/ran", startContainer=[sh("echo no; exit 4")]))
+        await container.create("box", {})
+        with pytest.raises(LaunchError, match=r"^startContainer hook /bin/sh: ended with status 4: no$"):
+            await container.start()
+        await container.process("").wait()
+        assert container.status == "stopped"
+        await container.remove()
+
+    box.run(work())
+    assert not (box.rootfs / "tmp" / "ran").exists()
+
+
+def test_hooks_from_the_wire(agent: RunningAgent, tmp_path: Path) -> None:
+    """CVE-2020-27151: a host's configuration does not choose programs of the guest, but those meant to be hooks."""
+    guest = tmp_path / "hooks"
+    for point in ("prestart", "poststart", "poststop"):
+        (guest / point).mkdir(parents=True)
+        (guest / point / "20-note").write_text(f'#!/bin/sh\necho "$1" >> {tmp_path}/notes\ncat >> {tmp_path}/states\n')
+        (guest / point / "20-note").chmod(0o755)
+        (guest / point / "10-no-program").touch()
+        (guest / point / "30-link").symlink_to("/bin/false")
+    (guest / "extra").write_text(f"#!/bin/sh\necho extra >> {tmp_path}/notes\n")
+    (guest / "extra").chmod(0o755)
+    (guest / "out").symlink_to("/bin/touch")
+
+    async def work() -> None:
+        async with agent.connect() as connection:
+            await connection.create_sandbox()
+            for path in ("/bin/touch", str(guest / "extra")):
+                spec = agent.spec("true")
+                spec.Hooks.Prestart.append(oci_pb2.Hook(Path=path, Args=["touch", str(tmp_path / "bad")]))
+                code, text = await refused(connection.create_container("c", spec))
+                assert code is grpc.StatusCode.INVALID_ARGUMENT
+                assert text == f"hooks.prestart[0].path: {path!r} is not one of the guest's hooks"
+            await connection.destroy_sandbox()
+            await connection.rpc.CreateSandbox(agent_pb2.CreateSandboxRequest(guest_hook_path=str(guest)))
+            for path in ("/bin/touch", str(guest / "out"), f"{guest}/../bad", str(guest) + "x/extra"):
+                spec = agent.spec("true")
+                spec.Hooks.Poststop.append(oci_pb2.Hook(Path=path))
+                assert (await refused(connection.create_container("c", spec)))[0] is grpc.StatusCode.INVALID_ARGUMENT
+            spec = agent.spec("sleep", "1000")
+            spec.Hooks.Prestart.append(oci_pb2.Hook(Path=str(guest / "extra"), Timeout=5))
+            container = await connection.create_container("c", spec)
+            await container.start()
+            await container.remove()
+            (guest / "prestart" / "20-note").write_text("#!/bin/sh\necho no luck >&2; exit 1\n")
+            code, text = await refused(connection.create_container("c", agent.spec("true")))
+            assert code is grpc.StatusCode.INTERNAL
+            assert text.endswith(f"prestart hook {guest}/prestart/20-note: ended with status 1: no luck")
+            (guest / "prestart" / "20-note").write_text("#!/bin/sh\n")
+            await (await connection.create_container("c", agent.spec("true"))).remove()
+            code, text = await refused(
+                connection.rpc.CreateSandbox(agent_pb2.CreateSandboxRequest(guest_hook_path="x"))
+            )
+            assert code is grpc.StatusCode.ALREADY_EXISTS
+            await connection.destroy_sandbox()
+            code, text = await refused(
+                connection.rpc.CreateSandbox(agent_pb2.CreateSandboxRequest(guest_hook_path="x"))
+            )
+            assert (code, text) == (grpc.StatusCode.INVALID_ARGUMENT, "guest_hook_path: 'x' must be an absolute path")
+
+    run(work())
+    assert not (tmp_path / "bad").exists()
+    # The argument is the point; links and files that are no programs are passed over.
+    lines = (tmp_path / "notes").read_text().splitlines()
+    assert lines[:4] == ["extra", "prestart", "poststart", "poststop"], lines
+    assert set(lines[4:]) == {"poststop"}  # of containers whose create failed, too
+    states = (tmp_path / "states").read_text()
+    assert [word in states for word in ('"creating"', '"running"', '"stopped"')] == [True] * 3
