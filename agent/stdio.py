@@ -101,6 +101,12 @@ class Output(_End):
             raise EndOfStream
 
 
+    def exited(self) -> None:
+        """The process has ended: an empty pipe is done with, whether somebody ever reads it or not."""
+        if self._fd >= 0 and _waiting(self._fd) == 0:
+            self.release()
+
+
 class Input(_End):
     """The writing end of standard input."""
 
@@ -159,7 +165,10 @@ class Streams:
     def exited(self) -> None:
         """The process has ended: nobody needs its input any more, nor its size.  Output waits for its reader."""
         self.stdin.release()
-        if self._terminal is not None and self._terminal >= 0:
+        if self._terminal is None:
+            self.stdout.exited()
+            self.stderr.exited()
+        elif self._terminal >= 0:
             os.close(self._terminal)
             self._terminal = -1
 
@@ -217,6 +226,17 @@ def _capacity(fd: int) -> int:
         return fcntl.fcntl(fd, F_GETPIPE_SZ)
     except OSError:
         return TERMINAL_CAPACITY
+
+
+def _waiting(pipe: int) -> int:
+    """Bytes in a pipe (FIONREAD, pipe(7)).  Of a terminal it would not tell those that are still on their way."""
+    import array
+    import fcntl
+    import termios
+
+    count = array.array("i", [0])
+    fcntl.ioctl(pipe, termios.FIONREAD, count)
+    return count[0]
 
 
 async def _event_or_exit(fd: int, child: Child, *, writing: bool) -> None:

@@ -50,7 +50,7 @@ def _line(pid: int, now: float, uptime: float) -> str:
 
 
 def _terminal(number: int) -> str:
-    """A terminal's name from its device number, as far as numbers tell: pty slaves are majors 136 to 143 (devices.txt)."""
+    """A terminal's name, as far as its device number tells: pty slaves are majors 136 to 143 (devices.txt)."""
     major, minor = os.major(number), os.minor(number)
     if not number:
         return "?"

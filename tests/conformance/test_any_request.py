@@ -1,0 +1,239 @@
+"""Requests of any shape: each gets a status in time, and the agent serves on.
+
+They are made from the descriptors, so a new field or method is asked about without a change here.  The agent runs with
+a network of its own; values that would change this machine (its clock, files outside of the test's) are not made.
+`CAISSON_FUZZ_SECONDS` says for how long (default: 20).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf import message_factory
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from hypothesis import HealthCheck, Phase, Verbosity, given, settings
+from hypothesis import strategies as st
+
+from proto import agent_pb2, health_pb2, oci_pb2
+from tests.native.agent_support import RunningAgent
+
+pytestmark = pytest.mark.root
+Code = grpc.StatusCode
+
+SECONDS = float(os.environ.get("CAISSON_FUZZ_SECONDS", "20"))
+
+#: Methods that may wait for something to happen: the caller hangs up instead.
+WAIT = {"WaitProcess", "ReadStdout", "ReadStderr", "WriteStdin", "GetOOMEvent", "CloseStdin", "OnlineCPUMem"}
+HANG_UP, DEADLINE = 0.05, 30.0
+
+SERVICES = {
+    "grpc.AgentService": agent_pb2.DESCRIPTOR.services_by_name["AgentService"],
+    "grpc.Health": health_pb2.DESCRIPTOR.services_by_name["Health"],
+}
+METHODS = [(name, method) for name, service in SERVICES.items() for method in service.methods]
+BOUNDS = {
+    FieldDescriptor.TYPE_INT32: (-(1 << 31), (1 << 31) - 1),
+    FieldDescriptor.TYPE_INT64: (-(1 << 63), (1 << 63) - 1),
+    FieldDescriptor.TYPE_UINT32: (0, (1 << 32) - 1),
+    FieldDescriptor.TYPE_UINT64: (0, (1 << 64) - 1),
+}
+TEXTS = st.one_of(
+    st.sampled_from(
+        ["", "\0", "a\0b", "..", ".", "/", "x" * 300, "café", "\n", "-1", "0", "1" * 40, "a/../b", "%s", "{}"]
+    ),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
+)
+IDS = st.one_of(st.sampled_from(["box", "a", "b", "sandbox"]), TEXTS)
+
+
+class Requests:
+    """Strategies for messages; `root` is a directory that a container may have as its root."""
+
+    def __init__(self, root: Path) -> None:
+        paths = st.one_of(st.sampled_from([str(root), "/bin/true", "/proc", "/dev", "tmpfs", "/nonexistent/x"]), TEXTS)
+        self._by_name: dict[str, st.SearchStrategy[Any]] = {
+            "container_id": IDS,
+            "exec_id": IDS,
+            "sandbox_id": IDS,
+            "timeout": st.integers(0, 5),
+            "signal": st.integers(0, 100),
+            "Args": st.lists(st.sampled_from(["/bin/true", "sleep", "100", "", "no\0"]), max_size=3),
+            "Sec": st.just((1 << 63) - 1),  # beyond any clock
+            "Usec": st.integers(1_000_000, (1 << 63) - 1),
+            "type": st.one_of(
+                st.sampled_from(["pid", "mount", "ipc", "uts", "network", "user", "time", "tmpfs"]), TEXTS
+            ),
+            "nb_cpus": st.integers(0, 1),
+        }
+        self._by_message: dict[tuple[str, str], st.SearchStrategy[Any]] = {
+            ("Root", "Path"): st.one_of(st.just(str(root)), paths),
+            ("CopyFileRequest", "path"): st.one_of(st.sampled_from(["/etc/x", "/run/../x", "/run", "/runx/y"]), TEXTS),
+            ("Mount", "destination"): st.one_of(st.sampled_from(["/tmp", "/mnt/a", "/proc", "/dev", "/.."]), TEXTS),
+            ("Storage", "mount_point"): st.one_of(st.sampled_from(["", "/nonexistent/x", "relative"])),
+            ("Hook", "Path"): st.sampled_from(["", "/nonexistent", "relative", "/bin/true"]),
+            ("Linux", "CgroupsPath"): st.sampled_from(["", "/../x", "a:b:c"]),
+        }
+
+    def nearly(self, sound: Any) -> st.SearchStrategy[Any]:
+        """A sound message, and variants of it with something else merged into it."""
+
+        @st.composite
+        def build(draw: Any) -> Any:
+            message = type(sound)()
+            message.CopyFrom(sound)
+            if draw(st.booleans()):
+                message.MergeFrom(draw(self.message(sound.DESCRIPTOR, depth=2)))
+            if not message.container_id.isalnum() or draw(st.booleans()):
+                message.container_id = draw(st.sampled_from(["box", "a", "b"]))
+            return message
+
+        return build()
+
+    def message(self, descriptor: Descriptor, depth: int = 0) -> st.SearchStrategy[Any]:
+        """Messages of a type; the deeper, the emptier."""
+        kind = message_factory.GetMessageClass(descriptor)
+        fields = {field.name: self._field(field, depth) for field in descriptor.fields}
+
+        @st.composite
+        def build(draw: Any) -> Any:
+            few = st.integers(0, max(len(fields) // (depth + 1), 1))
+            names = draw(st.permutations(list(fields)))[: draw(few)] if fields else []
+            message = kind()
+            for name in names:
+                value = draw(fields[name])
+                if isinstance(value, (list, dict)):
+                    getattr(message, name).clear() if isinstance(value, dict) else None
+                    getattr(message, name).update(value) if isinstance(value, dict) else getattr(message, name).extend(
+                        value
+                    )
+                elif hasattr(value, "DESCRIPTOR"):
+                    getattr(message, name).CopyFrom(value)
+                else:
+                    setattr(message, name, value)
+            return message
+
+        return build()
+
+    def _field(self, field: FieldDescriptor, depth: int) -> st.SearchStrategy[Any]:
+        special = self._by_message.get((field.containing_type.name, field.name), self._by_name.get(field.name))
+        plain = field.message_type is None and field.type not in (field.TYPE_BOOL, field.TYPE_ENUM, field.TYPE_BYTES)
+        if special is not None and plain and (not field.is_repeated or field.name == "Args"):
+            return special
+        if field.message_type is not None and field.message_type.GetOptions().map_entry:
+            return st.dictionaries(TEXTS, TEXTS, max_size=3)
+        one = self._value(field, depth)
+        return st.lists(one, max_size=3) if field.is_repeated else one
+
+    def _value(self, field: FieldDescriptor, depth: int) -> st.SearchStrategy[Any]:
+        if field.message_type is not None:
+            inner = field.message_type
+            return st.deferred(lambda: self.message(inner, depth + 1))
+        if field.type in BOUNDS:
+            low, high = BOUNDS[field.type]
+            return st.one_of(st.sampled_from([low, 0, 1, high]), st.integers(low, high))
+        if field.type == field.TYPE_STRING:
+            return TEXTS
+        if field.type == field.TYPE_BYTES:
+            return st.binary(max_size=64)
+        if field.type == field.TYPE_BOOL:
+            return st.booleans()
+        if field.type == field.TYPE_ENUM:
+            return st.sampled_from([value.number for value in field.enum_type.values])
+        return st.floats(allow_nan=False, width=32)
+
+
+@pytest.fixture
+def secluded(tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path) -> Iterator[RunningAgent]:
+    """An agent that cannot change this machine's network."""
+    running = RunningAgent(
+        tmp_path, nsexec_path, busybox_rootfs, "--hotplug-timeout=100ms", within=("unshare", "--net", "--mount")
+    )
+    yield running
+    running.stop()
+    assert running.cgroups() == []
+
+
+@pytest.mark.timeout(SECONDS + 280)
+def test_any_request_gets_a_status(secluded: RunningAgent) -> None:
+    requests = Requests(secluded.rootfs)
+    counts: dict[str, int] = {}
+    done: dict[str, int] = {}
+
+    async def ask(channel: grpc.aio.Channel, service: str, method: Any, request: Any) -> None:
+        counts[method.name] = counts.get(method.name, 0) + 1
+        call = channel.unary_unary(f"/{service}/{method.name}")
+        patience = HANG_UP if method.name in WAIT else DEADLINE
+        try:
+            await call(request.SerializeToString(), timeout=patience)
+            done[method.name] = done.get(method.name, 0) + 1
+        except grpc.aio.AioRpcError as error:
+            text = error.details() or ""
+            assert "calling application" not in text, (method.name, request)
+            late = error.code() is Code.DEADLINE_EXCEEDED and "Timeout reached after" in text  # the agent's own
+            if method.name not in WAIT and not late:
+                gone = (Code.DEADLINE_EXCEEDED, Code.UNAVAILABLE, Code.CANCELLED)
+                assert error.code() not in gone, (method.name, request, text)
+
+    with asyncio.Runner() as runner:
+
+        async def connect() -> grpc.aio.Channel:
+            return grpc.aio.insecure_channel(f"unix:{secluded.socket}")
+
+        channel = runner.run(connect())
+        until = time.monotonic() + SECONDS
+        weights = [pair for pair in METHODS for _ in range(3 if "Container" in pair[1].name else 1)]
+        strategies = {pair[1].name: requests.message(pair[1].input_type) for pair in METHODS}
+        process = oci_pb2.Process(Args=["/bin/sleep", "100"], Cwd="/")
+        sound = [
+            agent_pb2.CreateContainerRequest(OCI=secluded.spec("/bin/sleep", "100")),
+            agent_pb2.StartContainerRequest(),
+            agent_pb2.ExecProcessRequest(exec_id="x", process=process),
+            agent_pb2.SignalProcessRequest(signal=9),
+            agent_pb2.UpdateContainerRequest(resources=oci_pb2.LinuxResources()),
+        ]
+        for one in sound:
+            name = type(one).__name__.removesuffix("Request")
+            strategies[name] = st.one_of(strategies[name], requests.nearly(one))
+        asked = st.sampled_from(weights).flatmap(
+            lambda pair: st.tuples(st.just(pair[0]), st.just(pair[1]), strategies[pair[1].name])
+        )
+
+        @settings(
+            max_examples=500,
+            deadline=None,
+            database=None,
+            phases=[Phase.generate],
+            verbosity=Verbosity.quiet,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(st.lists(asked, min_size=1, max_size=12))
+        def several(some: list[tuple[str, Any, Any]]) -> None:
+            if time.monotonic() < until:
+                begin = agent_pb2.CreateSandboxRequest(sandbox_id="s")
+                service = SERVICES["grpc.AgentService"].methods_by_name["CreateSandbox"]
+                runner.run(ask(channel, "grpc.AgentService", service, begin))
+                for one in some:
+                    runner.run(ask(channel, *one))
+
+        while time.monotonic() < until:
+            several()
+
+        async def serving() -> Any:
+            check = channel.unary_unary(
+                "/grpc.Health/Check", response_deserializer=health_pb2.HealthCheckResponse.FromString
+            )
+            return await check(b"", timeout=DEADLINE)
+
+        assert runner.run(serving()).status == health_pb2.HealthCheckResponse.SERVING
+        runner.run(channel.close())
+    log = secluded.log.read_text()
+    assert "a bug in a handler" not in log, [line for line in log.splitlines() if "a bug in a handler" in line][:3]
+    print(f"{sum(counts.values())} requests: {counts}; of these done: {done}")
+    assert {"CreateContainer", "StartContainer", "ExecProcess"} <= set(done), done

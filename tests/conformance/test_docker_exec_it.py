@@ -1,0 +1,97 @@
+"""`docker exec -it` as a Kata 1.x host says it to the agent, call by call as it was recorded.
+
+The host writes what is typed one byte at a time, and sends SIGURG (23) after each: the Go runtime of its client uses
+that signal for itself, and passes on all that it gets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+import pytest
+
+from agent.client import Agent, AgentError
+from proto import agent_pb2, oci_pb2
+from tests.native.agent_support import RunningAgent, run
+
+pytestmark = pytest.mark.root
+Code = grpc.StatusCode
+
+SIGURG = 23
+LEN = 32 << 10
+KEY = {"container_id": "c", "exec_id": "e"}
+
+
+class Terminal:
+    """The host's side of the output: one read is always pending, and what it got is kept."""
+
+    def __init__(self, client: Agent) -> None:
+        self.seen = b""
+        self.end: AgentError | None = None
+        self._changed = asyncio.Event()
+        self.task = asyncio.ensure_future(self._read(client))
+
+    async def _read(self, client: Agent) -> None:
+        while self.end is None:
+            try:
+                self.seen += (await client.rpc.ReadStdout(agent_pb2.ReadStreamRequest(len=LEN, **KEY))).data
+            except AgentError as error:
+                self.end = error
+            self._changed.set()
+
+    async def until(self, text: bytes, start: int = 0) -> None:
+        """Wait for a text, after what was seen before."""
+        while text not in self.seen[start:]:
+            assert self.end is None, (self.seen, self.end)
+            self._changed.clear()
+            await self._changed.wait()
+
+
+def test_the_recorded_conversation(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            rpc = client.rpc
+            await client.create_sandbox()
+            container = await client.ensure_container("c", agent.spec("/bin/sleep", "1000"))
+            fds, children = agent.fds(), agent.children()
+
+            process = oci_pb2.Process(
+                Terminal=True,
+                Args=["/bin/sh"],
+                Env=["PATH=/bin", "TERM=xterm", "PS1=$ "],
+                Cwd="/",
+                User=oci_pb2.User(UID=0, GID=0),
+            )
+            await rpc.ExecProcess(agent_pb2.ExecProcessRequest(process=process, **KEY))
+            terminal = Terminal(client)
+            await rpc.TtyWinResize(agent_pb2.TtyWinResizeRequest(row=50, column=132, **KEY))
+            await terminal.until(b"$ ")
+
+            async def type_in(text: bytes) -> None:
+                for byte in text:
+                    before = len(terminal.seen)
+                    written = await rpc.WriteStdin(agent_pb2.WriteStreamRequest(data=bytes([byte]), **KEY))
+                    assert written.len == 1
+                    await rpc.SignalProcess(agent_pb2.SignalProcessRequest(signal=SIGURG, **KEY))
+                    await terminal.until(b"\r\n" if byte == ord("\r") else bytes([byte]), before)  # its echo
+
+            await type_in(b"stty size; echo $((6 * 7)) >&2\r")
+            await terminal.until(b"\r\n42\r\n")
+            assert b"stty size; echo $((6 * 7)) >&2\r\n50 132\r\n42\r\n" in terminal.seen
+            await type_in(b"exit")
+            await rpc.WriteStdin(agent_pb2.WriteStreamRequest(data=b"\r", **KEY))
+            await terminal.task
+            assert terminal.end is not None
+            assert terminal.end.code is Code.UNKNOWN
+            assert terminal.end.details == "EOF" or "input/output error" in terminal.end.details
+            assert (await rpc.WaitProcess(agent_pb2.WaitProcessRequest(**KEY))).status == 0
+            assert agent.children() == children
+            assert agent.fds() == fds
+
+            await container.remove()
+            with pytest.raises(AgentError) as caught:
+                await rpc.WaitProcess(agent_pb2.WaitProcessRequest(**KEY))
+            assert caught.value.code is Code.NOT_FOUND
+
+    run(work())
