@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from agent.libcontainer.cgroups import Cgroup
+    from agent.libcontainer.cgroups.stats import CgroupStats
     from agent.libcontainer.launcher import Launched, Launcher, Stdio
     from agent.libcontainer.spec import Hook, Spec
     from agent.libcontainer.spec import Process as ProcessSpec
@@ -67,8 +68,11 @@ class Container:
         directory: Path,
         pipe_size: int,
         log: Log,
+        oom: Callable[[], object],
     ) -> None:
+        """``oom`` is called when the kernel has ended a process of it for want of memory."""
         self.id = container_id
+        self._oom = oom
         self.spec = spec
         self._launcher = launcher
         self._cgroup = cgroup
@@ -104,6 +108,7 @@ class Container:
         check_id(exec_id)
         if self._cgroup is not None:
             self._cgroup.apply(self._resources)
+            self._cgroup.watch_oom(self._oom)
         root = self.spec.root.path
 
         def launch(stdio: Stdio | None) -> Awaitable[Launched]:
@@ -119,7 +124,12 @@ class Container:
             )
 
         self._began = True
-        init = await _started(launch, exec_id, self.spec.process.terminal, self._pipe_size)
+        try:
+            init = await _started(launch, exec_id, self.spec.process.terminal, self._pipe_size)
+        except LaunchError as error:
+            if self._cgroup is not None and self._cgroup.oom_kills():
+                raise LaunchError("container init was OOM-killed (memory limit too low?)", step="oom") from error
+            raise
         self._init = self._processes[exec_id] = init
         self._watch(init)
         pid = init.child.pid
@@ -222,6 +232,14 @@ class Container:
         Raises Refused when it has ended, SpecError or CgroupError for what cannot be set.
         """
         await regardless(self._update(resources))
+
+    async def stats(self) -> CgroupStats:
+        """What it has used so far.  Takes no lock, and no time of others: the files are read in a thread."""
+        if self._cgroup is None:
+            raise Unsupported(
+                "what a container uses is counted by its cgroup, and this machine has no cgroup hierarchy"
+            )
+        return await asyncio.to_thread(self._cgroup.stats)
 
     async def _update(self, resources: Resources) -> None:
         async with self._lock:

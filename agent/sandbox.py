@@ -11,6 +11,7 @@ from agent.guest.resources import fit
 from agent.libcontainer.spec import Hooks, Namespace, Rlimit
 from agent.libcontainer.state import check_id
 from agent.namespaces import SHARED, SharedNamespaces
+from agent.oom import OomEvents
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Sandbox:
         self._containers: dict[str, Container] = {}
         self._creating: dict[str, asyncio.Event] = {}  # set when it is decided whether there is a container
         self._ending = False
+        self.oom_events = OomEvents()
 
     @property
     def running(self) -> bool:
@@ -102,6 +104,7 @@ class Sandbox:
                 self._shared.release()
                 self._forget_directory(self._state / self._id)
                 self._id = self._shared = None
+                self.oom_events.end()
             finally:
                 self._ending = False
 
@@ -150,6 +153,7 @@ class Sandbox:
                 directory=directory,
                 pipe_size=self._pipe_size,
                 log=self._log.bind(container_id=container_id),
+                oom=lambda: self._out_of_memory(container_id),
             )
             try:
                 await container.create(exec_id or container_id, join)
@@ -194,6 +198,10 @@ class Sandbox:
     async def update(self, container_id: str, resources: Resources) -> None:
         """Change what a container may use.  Raises NotFound, and as Container.update."""
         await self.container(container_id).update(fit(resources))
+
+    def _out_of_memory(self, container_id: str) -> None:
+        self._log("warning", "the kernel ended a process for want of memory", container_id=container_id)
+        self.oom_events.add(container_id)
 
     async def remove(self, container_id: str, timeout: float | None = None) -> None:
         """End a container and forget it.  Raises NotFound, or TooLate: the work goes on then."""

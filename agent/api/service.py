@@ -9,7 +9,7 @@ from typing import Any
 from google.protobuf import empty_pb2
 
 from agent import __version__
-from agent.api import oci
+from agent.api import oci, stats
 from agent.container import Container
 from agent.errors import Ended, Invalid, NotFound, Refused, Unsupported, WrongState
 from agent.guest import details, ps
@@ -91,6 +91,13 @@ class AgentService:
         wanted = Resources.from_json(oci.resources_to_json(request.resources))
         await self._sandbox.update(request.container_id, wanted)
         return EMPTY
+
+    async def StatsContainer(self, request: Any) -> Any:
+        used = await self._sandbox.container(request.container_id).stats()
+        return agent_pb2.StatsContainerResponse(cgroup_stats=stats.to_wire(used))
+
+    async def GetOOMEvent(self, request: Any) -> Any:
+        return agent_pb2.OOMEvent(container_id=await self._sandbox.oom_events.next())
 
     async def ListProcesses(self, request: Any) -> Any:
         container = self._sandbox.container(request.container_id)

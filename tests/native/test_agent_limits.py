@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+from itertools import count
 from pathlib import Path
 
 import grpc
@@ -9,7 +12,7 @@ import pytest
 
 from agent.client import Agent
 from proto import agent_pb2, oci_pb2
-from tests.native.agent_support import RunningAgent, refused, run
+from tests.native.agent_support import RunningAgent, errors, refused, run
 
 pytestmark = pytest.mark.root
 Code = grpc.StatusCode
@@ -101,6 +104,43 @@ def test_device_rules_follow_an_update_and_survive_others(agent: RunningAgent) -
     run(work())
 
 
+def test_the_disk_that_the_guest_runs_from_is_out_of_reach(agent: RunningAgent) -> None:
+    """CVE-2020-2023: whatever the rules allow, the root disk can be named, and not be opened."""
+    root = Path("/").stat().st_dev
+    number = count()
+    assert os.major(root), "this machine's root is on no disk"
+    others = [path.name for path in Path("/sys/dev/block").iterdir() if "loop" in str(path.readlink())]
+    assert others, "this machine has no loop device to compare with"
+
+    async def work() -> None:
+        async with agent.connect() as client:
+            await client.create_sandbox()
+            spec = agent.spec()
+            for kind in ("Bounding", "Effective", "Permitted"):
+                getattr(spec.Process.Capabilities, kind).append("CAP_MKNOD")
+            spec.Linux.Resources.Devices.add(Allow=True, Type="a", Access="rwm")
+            container = await client.ensure_container("box", spec)
+
+            async def opens(major: int, minor: int, how: str) -> bool:
+                node = f"/dev/disk{next(number)}"
+                script = f"busybox mknod {node} b {major} {minor} || exit 3; (: {how} {node}) || exit 4"
+                process = await container.exec(["/bin/sh", "-c", script], env=["PATH=/bin"])
+                status = await process.wait()
+                assert status in (0, 4), await errors(process)
+                return status == 0
+
+            assert not await opens(os.major(root), os.minor(root), "<")
+            assert not await opens(os.major(root), os.minor(root), ">>")
+            major, minor = map(int, others[0].split(":"))
+            assert await opens(major, minor, "<")
+            await update(client, huge(MEBIBYTE * 2))
+            assert not await opens(os.major(root), os.minor(root), "<")
+            await update(client, oci_pb2.LinuxResources(Devices=[oci_pb2.LinuxDeviceCgroup(Allow=True, Type="a")]))
+            assert not await opens(os.major(root), os.minor(root), "<")
+
+    run(work())
+
+
 @pytest.mark.parametrize("asked", ["0-1000", "0"])
 def test_cpus_are_those_that_there_are(agent: RunningAgent, asked: str) -> None:
     async def work() -> None:
@@ -116,5 +156,45 @@ def test_cpus_are_those_that_there_are(agent: RunningAgent, asked: str) -> None:
             await update(client, request)
             online = Path("/sys/devices/system/cpu/online").read_text()
             assert (directory / "cpuset.cpus").read_text() == (online if asked != "0" else "0\n")
+
+    run(work())
+
+
+def test_what_a_container_uses_is_counted(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            request = agent_pb2.StatsContainerRequest(container_id="box")
+            assert await refused(client.rpc.StatsContainer(request)) == (Code.NOT_FOUND, "Container box not found")
+            await client.create_sandbox()
+            container = await client.ensure_container("box", agent.spec("/bin/sleep", "1000"))
+            before = (await client.rpc.StatsContainer(request)).cgroup_stats
+            work = await container.exec(["/bin/sh", "-c", "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done"])
+            await work.wait()
+            after = (await client.rpc.StatsContainer(request)).cgroup_stats
+            assert after.cpu_stats.cpu_usage.total_usage > before.cpu_stats.cpu_usage.total_usage + 1_000_000
+            assert after.pids_stats.current == 1
+            assert after.hugetlb_stats["2MB"].usage == 0
+            await container.init().signal(9)
+            await container.init().wait()
+            ended = (await client.rpc.StatsContainer(request)).cgroup_stats
+            assert ended.cpu_stats.cpu_usage.total_usage >= after.cpu_stats.cpu_usage.total_usage
+            assert ended.pids_stats.current == 0
+
+    run(work())
+
+
+def test_a_call_that_waits_for_memory_events_takes_no_time_of_others(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            waiting = [asyncio.ensure_future(client.rpc.GetOOMEvent(agent_pb2.GetOOMEventRequest())) for _ in range(3)]
+            await client.create_sandbox()
+            container = await client.ensure_container("box", agent.spec())
+            waiting.pop().cancel()
+            await container.exec(["/bin/true"])
+            await container.remove()
+            assert not any(call.done() for call in waiting)
+            await client.rpc.DestroySandbox(agent_pb2.DestroySandboxRequest())
+            for call in waiting:
+                assert (await refused(call))[0] is Code.NOT_FOUND
 
     run(work())

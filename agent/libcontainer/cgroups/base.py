@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from typing import Protocol
 
+    from agent.libcontainer.cgroups.stats import CgroupStats
     from agent.libcontainer.resources import DeviceRule, Resources
 
     class Hierarchy(Protocol):
@@ -143,6 +144,21 @@ class Cgroup:
 
     async def _change_devices(self, rules: tuple[DeviceRule, ...]) -> None:
         self.allow_devices(rules)
+
+    def stats(self) -> CgroupStats:
+        """What it has used so far; zeros where nobody counts.  Reads many files, and may be called in a thread."""
+        raise NotImplementedError
+
+    def oom_kills(self) -> int:
+        """How many of its processes the kernel has ended for want of memory."""
+        raise NotImplementedError
+
+    def watch_oom(self, killed: Callable[[], object]) -> None:
+        """Have a callback called when the kernel ends processes of it for want of memory, until it is closed.
+
+        A machine on which nobody counts memory says nothing.  Raises CgroupError.
+        """
+        raise NotImplementedError
 
     def _check_usage(self, resources: Resources) -> None:
         """memory.checkBeforeUpdate: a limit below what is in use would end processes, and is refused."""

@@ -16,9 +16,11 @@ from agent.libcontainer.cgroups.v2_settings import settings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from agent.libcontainer.cgroups.base import Setting
+    from agent.libcontainer.cgroups.oom import Changes
+    from agent.libcontainer.cgroups.stats import CgroupStats
     from agent.libcontainer.resources import DeviceRule, Resources
 
 
@@ -83,6 +85,7 @@ class CgroupOfV2(Cgroup):
         self._made = made
         self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._device_program = -1
+        self._changes: Changes | None = None
 
     @property
     def paths(self) -> Mapping[str, str]:
@@ -142,7 +145,31 @@ class CgroupOfV2(Cgroup):
         self._made.discard(self.path)
         files.remove_around(self.path, self._made)
 
+    def stats(self) -> CgroupStats:
+        from agent.libcontainer.cgroups import v2_stats
+
+        return v2_stats.read(self.path, lambda: len(self.pids()))
+
+    def oom_kills(self) -> int:
+        from agent.libcontainer.cgroups.oom import kills
+        from agent.libcontainer.cgroups.stats import Directory
+
+        return kills(Directory(self.path), "memory.events")
+
+    def watch_oom(self, killed: Callable[[], object]) -> None:
+        from agent.libcontainer.cgroups.oom import Changes, Kills
+
+        try:
+            self._changes = Changes(self.file("memory.events"), Kills(self.oom_kills, killed).look)
+        except FileNotFoundError:
+            return
+        except OSError as e:
+            raise CgroupError(f"cgroup {self.path}: memory.events: {e.strerror}") from e
+
     def close(self) -> None:
+        if self._changes is not None:
+            self._changes.close()
+            self._changes = None
         for fd in (self.fd, self._device_program):
             if fd >= 0:
                 os.close(fd)
