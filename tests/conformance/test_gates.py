@@ -1,0 +1,139 @@
+"""What each method answers without a sandbox, to an unknown container and to an unknown process.
+
+Row by row the table of Kata 1.x: hosts see codes and texts, and some compare them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+import pytest
+
+from agent.client import Agent
+from proto import agent_pb2, oci_pb2, types_pb2
+from tests.native.agent_support import RunningAgent, refused, run
+
+pytestmark = pytest.mark.root
+Code = grpc.StatusCode
+
+PROCESS = oci_pb2.Process(Args=["/bin/true"], Cwd="/")
+
+#: With what each method is called; container "no" and process "no" are never there.
+REQUESTS: dict[str, Any] = {
+    "CreateContainer": agent_pb2.CreateContainerRequest(OCI=oci_pb2.Spec(Process=PROCESS)),
+    "StartContainer": agent_pb2.StartContainerRequest(),
+    "ExecProcess": agent_pb2.ExecProcessRequest(exec_id="no", process=PROCESS),
+    "SignalProcess": agent_pb2.SignalProcessRequest(exec_id="no", signal=9),
+    "WaitProcess": agent_pb2.WaitProcessRequest(exec_id="no"),
+    "WriteStdin": agent_pb2.WriteStreamRequest(exec_id="no", data=b"x"),
+    "ReadStdout": agent_pb2.ReadStreamRequest(exec_id="no", len=1),
+    "ReadStderr": agent_pb2.ReadStreamRequest(exec_id="no", len=1),
+    "CloseStdin": agent_pb2.CloseStdinRequest(exec_id="no"),
+    "TtyWinResize": agent_pb2.TtyWinResizeRequest(exec_id="no", row=1, column=1),
+    "ListProcesses": agent_pb2.ListProcessesRequest(format="json"),
+    "UpdateContainer": agent_pb2.UpdateContainerRequest(resources=oci_pb2.LinuxResources()),
+    "StatsContainer": agent_pb2.StatsContainerRequest(),
+    "PauseContainer": agent_pb2.PauseContainerRequest(),
+    "ResumeContainer": agent_pb2.ResumeContainerRequest(),
+    "RemoveContainer": agent_pb2.RemoveContainerRequest(),
+}
+OF_A_PROCESS = ("WaitProcess", "WriteStdin", "ReadStdout", "ReadStderr", "CloseStdin", "TtyWinResize")
+UNGATED = ("ListProcesses", "UpdateContainer", "StatsContainer", "PauseContainer", "ResumeContainer", "RemoveContainer")
+NOT_STARTED = {
+    "CreateContainer": "Sandbox not started, impossible to run a new container",
+    "SignalProcess": "Sandbox not started, impossible to signal the container",
+}
+
+
+async def ask(client: Agent, method: str, container_id: str) -> tuple[grpc.StatusCode, str]:
+    request = type(REQUESTS[method])()
+    request.CopyFrom(REQUESTS[method])
+    request.container_id = container_id
+    return await refused(getattr(client.rpc, method)(request))
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_without_a_sandbox(agent: RunningAgent, ended: bool) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            if ended:
+                await client.create_sandbox()
+                await client.destroy_sandbox()
+            for method in REQUESTS:
+                if method in UNGATED:
+                    wanted = Code.NOT_FOUND, "Container no not found"
+                else:
+                    wanted = Code.FAILED_PRECONDITION, NOT_STARTED.get(method, "Sandbox not started")
+                assert await ask(client, method, "no") == wanted, method
+
+    run(work())
+
+
+def test_unknown_containers(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            await client.create_sandbox()
+            for method in REQUESTS:
+                if method == "CreateContainer":
+                    continue
+                wanted = Code.NOT_FOUND, "Container no not found"
+                if method == "SignalProcess":
+                    text = "Could not signal process no: rpc error: code = NotFound desc = Container no not found"
+                    wanted = Code.FAILED_PRECONDITION, text
+                assert await ask(client, method, "no") == wanted, method
+
+    run(work())
+
+
+def test_unknown_processes(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            await client.create_sandbox()
+            await client.ensure_container("box", agent.spec())
+            for method in OF_A_PROCESS:
+                wanted = Code.NOT_FOUND, "Process no not found (container box)"
+                assert await ask(client, method, "box") == wanted, method
+            assert await ask(client, "SignalProcess", "box") == (
+                Code.NOT_FOUND,
+                "Could not signal process: rpc error: code = NotFound desc = Process no not found (container box)",
+            )
+
+    run(work())
+
+
+def test_what_is_there_already(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            begin = agent_pb2.CreateSandboxRequest()
+            await client.rpc.CreateSandbox(begin)
+            assert await refused(client.rpc.CreateSandbox(begin)) == (
+                Code.ALREADY_EXISTS,
+                "Sandbox already started, impossible to start again",
+            )
+            await client.create_container("box", agent.spec())
+            assert await refused(client.create_container("box", agent.spec())) == (
+                Code.ALREADY_EXISTS,
+                "Container box already exists, impossible to create",
+            )
+
+    run(work())
+
+
+def test_what_needs_no_sandbox(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            rpc = client.rpc
+            await rpc.DestroySandbox(agent_pb2.DestroySandboxRequest())
+            assert await client.version()
+            assert (await rpc.GetGuestDetails(agent_pb2.GuestDetailsRequest())).agent_details.version
+            assert (await rpc.ListInterfaces(agent_pb2.ListInterfacesRequest())).Interfaces
+            await rpc.ListRoutes(agent_pb2.ListRoutesRequest())
+            for call in (
+                rpc.UpdateInterface(agent_pb2.UpdateInterfaceRequest(interface=types_pb2.Interface())),
+                rpc.CopyFile(agent_pb2.CopyFileRequest(path="/no")),
+                rpc.ReseedRandomDev(agent_pb2.ReseedRandomDevRequest()),
+            ):
+                assert "Sandbox not started" not in (await refused(call))[1]
+
+    run(work())
