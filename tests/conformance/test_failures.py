@@ -62,7 +62,7 @@ def test_03_a_background_job_on_the_pipes_does_not_hold_the_end(agent: RunningAg
     async def work() -> None:
         async with agent.connect() as client:
             container = await box(client, agent)
-            process = await sh(container, "nohup tail -f /dev/null & head -c 50000 /dev/zero; exit 6")
+            process = await sh(container, "tail -f /dev/null & head -c 50000 /dev/zero; exit 6")
             assert await process.wait() == 6
             said, seconds = await rest(process)
             assert said == bytes(50000)
