@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from agent.libcontainer.spec import Process as ProcessSpec
     from agent.log import Log
 
+#: For so long the end of processes that were killed is waited for before their cgroup is removed.
+EMPTY_SECONDS = 8.0
+
 #: Ended execs whose status and output are kept for whoever comes late; the oldest go first.
 KEPT = 256
 
@@ -88,6 +91,7 @@ class Container:
         self._watchers: set[asyncio.Task[None]] = set()
         self._init: Process | None = None
         self._paused = False
+        self._shares_pids = False  # the end of its first process does not end the others
         self._began = False  # hooks may have run for it
         self._poststart: asyncio.Task[None] | None = None
         self._ending = False  # nothing starts in it any more
@@ -102,8 +106,11 @@ class Container:
             return PAUSED
         return CREATED if self._fifo.exists() else RUNNING  # starting it takes the fifo away
 
-    async def create(self, exec_id: str, join: dict[str, str]) -> None:
-        """Set the first process up, to the point before its program runs.  On failure nothing of it is left."""
+    async def create(self, exec_id: str, join: dict[str, str], procfs: str | None = None) -> None:
+        """Set the first process up, to the point before its program runs.  On failure nothing of it is left.
+
+        `join` and `procfs` are as for Launcher.create.
+        """
         assert self.spec.process is not None and self.spec.root is not None
         check_id(exec_id)
         if self._cgroup is not None:
@@ -121,9 +128,11 @@ class Container:
                 cgroup=None if self._cgroup is None else self._cgroup.fd,
                 stdio=stdio,
                 fifo=self._fifo,
+                procfs=procfs,
             )
 
         self._began = True
+        self._shares_pids = "pid" in join
         try:
             init = await _started(launch, exec_id, self.spec.process.terminal, self._pipe_size)
         except LaunchError as error:
@@ -308,19 +317,13 @@ class Container:
                 self._poststart.cancel()
                 await asyncio.wait([self._poststart])
             if self._init is not None:
-                if self._cgroup is not None:
-                    await self._cgroup.kill()
-                try:
-                    self._init.child.signal(signal.SIGKILL)
-                except Ended:
-                    pass
-                await self._init.wait()
-            for decided in list(self._starting.values()):
-                await decided.wait()
+                await self._end_all()
             for process in list(self._processes.values()):
-                await process.wait()  # its namespace is gone, and so will it be in a moment
+                await process.wait()
                 process.release()
             if self._cgroup is not None:
+                if self._shares_pids:
+                    await self._emptied(self._cgroup)
                 await self._cgroup.delete()
             self._fifo.unlink(missing_ok=True)
             (self._directory / "state.json").unlink(missing_ok=True)
@@ -330,12 +333,38 @@ class Container:
             if self._began and self.spec.hooks.poststop:
                 await self._run_hooks("poststop", self.spec.hooks.poststop, STOPPED)
 
+    async def _end_all(self) -> None:
+        """SIGKILL to all in it, also to what is being started; without a cgroup, to all that the agent knows."""
+        if self._cgroup is not None:
+            await self._cgroup.kill()
+        self._kill_known()
+        for decided in list(self._starting.values()):
+            await decided.wait()
+        self._kill_known()
+
+    def _kill_known(self) -> None:
+        for process in self._processes.values():
+            try:
+                process.child.signal(signal.SIGKILL)
+            except Ended:
+                continue
+
+    @staticmethod
+    async def _emptied(cgroup: Cgroup) -> None:
+        """Wait for what was killed and is nobody's child here; in a pid namespace of its own the kernel does that."""
+        pause = 0.001
+        while cgroup.pids() and pause < EMPTY_SECONDS:
+            await asyncio.sleep(pause)
+            pause *= 2
+
     def _watch(self, process: Process) -> None:
         async def watch() -> None:
             status = await process.wait()
             process.exited()
             self._log("debug", "process ended", exec_id=process.exec_id, status=status)
             if process is self._init:
+                if self._shares_pids and not self._ending:
+                    await self._end_all()
                 return
             self._ended[process.exec_id] = None
             while len(self._ended) > KEPT:

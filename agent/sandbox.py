@@ -8,6 +8,7 @@ from agent.aio import regardless
 from agent.container import Container
 from agent.errors import AlreadyExists, Invalid, NotFound, TooLate, WrongState
 from agent.guest.resources import fit
+from agent.libcontainer.errors import LaunchError
 from agent.libcontainer.spec import Hooks, Namespace, Rlimit
 from agent.libcontainer.state import check_id
 from agent.namespaces import SHARED, SharedNamespaces
@@ -58,11 +59,17 @@ class Sandbox:
         self.oom_events = OomEvents()
 
     @property
+    def shares_pids(self) -> bool:
+        """Whether its containers are in one pid namespace."""
+        return self._shared is not None and self._shared.procfs is not None
+
+    @property
     def running(self) -> bool:
         return self._id is not None and not self._ending
 
-    async def start(self, sandbox_id: str, hostname: str, *, hook_path: str = "") -> None:
-        """Start it; `hook_path` is where the guest has hooks of its own (guest/hooks.py).
+    async def start(self, sandbox_id: str, hostname: str, *, hook_path: str = "", shared_pids: bool = False) -> None:
+        """Start it; `hook_path` is where the guest has hooks of its own (guest/hooks.py), with `shared_pids` its
+        containers see each other's processes.
 
         Raises AlreadyExists or Invalid; a failure leaves it as if it had not been tried.
         """
@@ -75,8 +82,8 @@ class Sandbox:
             directory.mkdir(mode=0o711, parents=True, exist_ok=True)
             shared = SharedNamespaces(directory / ".namespaces")
             try:
-                shared.make(hostname)
-            except OSError as error:
+                await shared.make(hostname, self._launcher if shared_pids else None)
+            except (OSError, LaunchError) as error:
                 self._forget_directory(directory)
                 raise WrongState(f"failed to create namespace: {error}") from error
             self._id, self._shared, self._hooks = name, shared, hooks
@@ -101,7 +108,7 @@ class Sandbox:
                 for failure in await asyncio.gather(*removals, return_exceptions=True):
                     if failure is not None:
                         raise failure
-                self._shared.release()
+                await self._shared.release()
                 self._forget_directory(self._state / self._id)
                 self._id = self._shared = None
                 self.oom_events.end()
@@ -156,7 +163,7 @@ class Sandbox:
                 oom=lambda: self._out_of_memory(container_id),
             )
             try:
-                await container.create(exec_id or container_id, join)
+                await container.create(exec_id or container_id, join, self._shared.procfs)
             except BaseException:
                 await regardless(container.remove())
                 raise
@@ -173,8 +180,8 @@ class Sandbox:
     def _placed(self, container_id: str, spec: Spec, shared: SharedNamespaces) -> tuple[Spec, dict[str, str]]:
         """The spec with the namespaces and limits that this guest gives a container, and the paths to join.
 
-        IPC and UTS are the sandbox's, processes are its own, the network is the guest's unless a new one is asked for;
-        paths that a host sends mean nothing in a guest.
+        IPC and UTS are the sandbox's, processes its own or the sandbox's, the network is the guest's unless a new one
+        is asked for; paths that a host sends mean nothing in a guest.
         """
         kinds = {namespace.type: namespace.path for namespace in spec.linux.namespaces}
         if "pid" in kinds:

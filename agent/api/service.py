@@ -33,10 +33,15 @@ class AgentService:
     # The sandbox and the guest
 
     async def CreateSandbox(self, request: Any) -> Any:
-        for field in ("dns", "storages", "kernel_modules", "sandbox_pidns"):
+        for field in ("dns", "storages", "kernel_modules"):
             if getattr(request, field):
                 raise Unsupported(f"CreateSandbox: {field} is not supported yet")
-        await self._sandbox.start(request.sandbox_id, request.hostname, hook_path=request.guest_hook_path)
+        await self._sandbox.start(
+            request.sandbox_id,
+            request.hostname,
+            hook_path=request.guest_hook_path,
+            shared_pids=request.sandbox_pidns,
+        )
         return EMPTY
 
     async def DestroySandbox(self, request: Any) -> Any:
@@ -61,9 +66,11 @@ class AgentService:
         self._need_sandbox("Sandbox not started, impossible to run a new container")
         if not request.HasField("OCI") or not request.OCI.HasField("Process"):
             raise Invalid("CreateContainer needs OCI and OCI.Process")
-        for field in ("devices", "storages", "sandbox_pidns", "agent_pidns"):
+        for field in ("devices", "storages", "agent_pidns"):
             if getattr(request, field):
                 raise Unsupported(f"CreateContainer: {field} is not supported yet")
+        if request.sandbox_pidns and not self._sandbox.shares_pids:
+            raise Unsupported("CreateContainer: sandbox_pidns needs a sandbox that was created with it")
         spec = Spec.from_json(oci.spec_to_json(request.OCI))
         await self._sandbox.create(request.container_id, request.exec_id, spec)
         return EMPTY

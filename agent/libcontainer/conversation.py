@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import socket
+import sys
 
 from agent.libcontainer.errors import LaunchError, launch_error
 
@@ -22,13 +23,14 @@ if TYPE_CHECKING:
 
 PACKET_MAX = 16384
 LINE_MAX = 8192
+SCM_CREDENTIALS = 2  # unix(7): struct ucred, filled in by the kernel
 INT_SIZE = array.array("i").itemsize
 
 
 class Conversation:
     """Both ends of the channels to one nsexec.
 
-    `pids` is called with (stage 1 or 0, stage 2) as soon as they are known.  `halfway` is done when nsexec waits for
+    `pids` is called with (stage 1 or 0, stage 2 or 0) for each that is made.  `halfway` is done when nsexec waits for
     the agent's hooks to have run, and for `go_on`; `ready` when the process is set up, `ended` when nobody holds the
     sync socket any more: after execve, or after the end of all stages.
     """
@@ -46,8 +48,8 @@ class Conversation:
         self._log = log
         self._line = b""
         self._unsent = memoryview(b"")
-        self._greeting = b""
-        self.pidfd = -1
+        self.pidfd = self._pidfd1 = -1
+        self._makers: set[int] = set()  # stages outside of the container: nobody else says who was made
         self.console = -1
         self._doomed = False
         self.error: LaunchError | None = None
@@ -56,6 +58,8 @@ class Conversation:
         self.ended: asyncio.Future[None] = loop.create_future()
         self._theirs: list[socket.socket | int] = []
         self._init = self._pair(socket.SOCK_STREAM)
+        # A process that is born into a namespace with others has this socket for a moment, and they may take it then.
+        self._init.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._sync = self._pair(socket.SOCK_SEQPACKET)
         self._console = self._pair(socket.SOCK_STREAM) if terminal else None
         self._log_fd, log_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -83,8 +87,9 @@ class Conversation:
         self._unsent = memoryview(messages)
         self._send()
 
-    def listen(self) -> None:
+    def listen(self, pid: int) -> None:
         """To be called right after the spawn: close the other side's ends and follow what it says."""
+        self._makers.add(pid)
         self.close_theirs()
         self._loop.add_reader(self._init, self._on_init)
         self._loop.add_reader(self._sync, self._on_sync)
@@ -109,24 +114,35 @@ class Conversation:
             self._loop.remove_writer(self._init)
 
     def _on_init(self) -> None:
-        data, fds = _receive(self._init, 256)
-        if data is None:
-            return
-        for fd in fds:
-            if self.pidfd < 0:
-                self.pidfd = fd
-                if self._doomed:
-                    self.doom()
-            else:
+        """Messages as they were sent: those with descriptors are not merged (unix(7))."""
+        while True:
+            data, fds, sender = _receive(self._init, 256)
+            if data is None:
+                return
+            if not data or self.pidfd >= 0:
+                self._loop.remove_reader(self._init)
+            if data and self.pidfd < 0 and sender in self._makers and len(fds) == 1:
+                self._made(_object(data), fds)
+            for fd in fds:
                 os.close(fd)
-        self._greeting += data
-        if not data or b"\n" in self._greeting or len(self._greeting) > 256:
-            self._loop.remove_reader(self._init)
-        if b"\n" in self._greeting:
-            found = _object(self._greeting)
-            stage1, stage2 = found.get("stage1_pid"), found.get("stage2_pid")
-            if isinstance(stage1, int) and isinstance(stage2, int) and stage1 >= 0 and stage2 > 0:
-                self._pids(stage1, stage2)
+            if not data:
+                return
+
+    def _made(self, found: dict[str, object], fds: list[int]) -> None:
+        """A maker's news: who was made last, and its pidfd, which is taken out of `fds`."""
+        stage1, stage2 = found.get("stage1_pid"), found.get("stage2_pid")
+        if not isinstance(stage1, int) or not isinstance(stage2, int) or stage1 < 0 or stage2 < 0:
+            return
+        if stage2 > 0:
+            self.pidfd = fds.pop()
+        elif stage1 > 0 and self._pidfd1 < 0:
+            self._pidfd1 = fds.pop()
+            self._makers.add(stage1)
+        else:
+            return
+        if self._doomed:
+            self.doom()
+        self._pids(stage1, stage2)
 
     def _on_sync(self) -> None:
         try:
@@ -157,10 +173,10 @@ class Conversation:
 
     def _settle(self) -> None:
         """Read what was sent before the packet just seen: the loop may not have got to it."""
-        if self._greeting == b"":
+        if self.pidfd < 0:
             self._on_init()
         if self._console is not None and self.console < 0:
-            _, fds = _receive(self._console, 16)
+            _, fds, _ = _receive(self._console, 16)
             self.console = fds.pop(0) if fds else -1
             for fd in fds:
                 os.close(fd)
@@ -192,13 +208,14 @@ class Conversation:
             self._log_fd = -1
 
     def doom(self) -> None:
-        """Kill stage 2, now or as soon as it is known."""
+        """Kill stages 1 and 2, now or as soon as they are known."""
         self._doomed = True
-        if self.pidfd >= 0:
-            kill(self.pidfd)
+        for pidfd in (self._pidfd1, self.pidfd):
+            if pidfd >= 0:
+                kill(pidfd)
 
     def go_on(self) -> None:
-        """The agent's hooks have run."""
+        """The agent's hooks have run; or the process is to be started, that has no fifo to wait on."""
         try:
             self._sync.send(b"1")
         except OSError:  # it is gone; `ended` tells
@@ -226,10 +243,10 @@ class Conversation:
             self._sync.close()
         if self._init.fileno() >= 0:
             self.close_setup()
-        for fd in (self.pidfd, self.console):
+        for fd in (self.pidfd, self._pidfd1, self.console):
             if fd >= 0:
                 os.close(fd)
-        self.pidfd = self.console = -1
+        self.pidfd = self._pidfd1 = self.console = -1
         for future in (self.halfway, self.ready, self.ended):
             future.cancel()
 
@@ -242,19 +259,22 @@ def kill(pidfd: int) -> None:
         pass
 
 
-def _receive(sock: socket.socket, size: int) -> tuple[bytes | None, list[int]]:
-    """Data and descriptors; None when there is nothing yet."""
+def _receive(sock: socket.socket, size: int) -> tuple[bytes | None, list[int], int]:
+    """Data, descriptors and the sender's pid if the socket wants it; None when there is nothing yet."""
+    room = socket.CMSG_SPACE(4 * INT_SIZE) + socket.CMSG_SPACE(3 * INT_SIZE)
     try:
-        data, ancillary, _, _ = sock.recvmsg(size, socket.CMSG_SPACE(4 * INT_SIZE), socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, _, _ = sock.recvmsg(size, room, socket.MSG_CMSG_CLOEXEC)
     except BlockingIOError:
-        return None, []
+        return None, [], 0
     except OSError:
-        return b"", []
-    fds = array.array("i")
+        return b"", [], 0
+    fds, sender = array.array("i"), 0
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(payload[: len(payload) - len(payload) % INT_SIZE])
-    return data, list(fds)
+        elif level == socket.SOL_SOCKET and kind == SCM_CREDENTIALS:
+            sender = int.from_bytes(payload[:INT_SIZE], sys.byteorder)
+    return data, list(fds), sender
 
 
 def _object(data: bytes) -> dict[str, object]:

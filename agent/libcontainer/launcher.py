@@ -7,51 +7,24 @@ import os
 
 from agent.libcontainer import plan
 from agent.libcontainer.bootstrap import EncodingError
-from agent.libcontainer.conversation import Conversation, kill
 from agent.libcontainer.errors import LaunchError, reason
+from agent.libcontainer.launch import CLEANUP_SECONDS, Child, Children, Launch
 from agent.libcontainer.spec import Hooks
 from agent.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
-    from contextlib import AbstractContextManager
     from pathlib import Path
-    from typing import Protocol
 
     from agent.libcontainer.hooks import CreateHooks
     from agent.libcontainer.nsexec import Nsexec
     from agent.libcontainer.spec import Hook, Process, Spec
-else:
-    Protocol = object
 
 __all__ = ["Child", "Children", "LaunchError", "Launched", "Launcher", "Stdio"]
 
 FIFO_MODE = 0o622  # an init that has become another user must be able to open it for writing
-CLEANUP_SECONDS = 5.0
 LOG_DEBUG = "5"
-
-
-class Child(Protocol):
-    """A child process of the agent, until its end (agent/reaper.py)."""
-
-    pid: int
-
-    async def wait(self) -> int:
-        """The exit status 0-255, or 128 + signal.  Any number of waiters."""
-        ...
-
-
-class Children(Protocol):
-    """Who waits for children (agent/reaper.py)."""
-
-    def expecting(self) -> AbstractContextManager[None]:
-        """While inside, exit statuses of unknown pids are kept for claim()."""
-        ...
-
-    def claim(self, pid: int) -> Child:
-        """From now on this pid's exit goes to the returned Child."""
-        ...
 
 
 class Stdio(Record):
@@ -69,63 +42,6 @@ class Launched(Record):
     console: int | None
 
 
-class _Launch:
-    """One nsexec: its conversation and its stages, as far as they are known."""
-
-    def __init__(self, children: Children, log: Callable[..., None], container_id: str, *, terminal: bool) -> None:
-        self._children = children
-        self.container_id = container_id
-        self.stages: list[Child] = []
-        self.child: Child | None = None
-        self.pidfd0 = -1
-        self.joined: Mapping[str, str] = {}  # namespaces that the first process joined, beyond its configuration's
-        loop = asyncio.get_running_loop()
-        self.talk = Conversation(
-            loop,
-            terminal=terminal,
-            pids=self._on_pids,
-            log=lambda level, message: log(level, message, container=container_id),
-        )
-
-    def spawned(self, pid: int) -> None:
-        """Take note of stage 0.  No await since the spawn: the pid is still its own, even if it is dead."""
-        self.pidfd0 = os.pidfd_open(pid)
-        self.stages.append(self._children.claim(pid))
-        self.talk.listen()
-
-    def _on_pids(self, stage1: int, stage2: int) -> None:
-        if self.child is None:
-            if stage1:
-                self.stages.append(self._children.claim(stage1))
-            self.child = self._children.claim(stage2)
-
-    async def destroy(self) -> None:
-        """Kill what there is of it, wait for all of it, close everything."""
-        if self.pidfd0 >= 0:
-            kill(self.pidfd0)
-        self.talk.doom()
-        known = [*self.stages, *([self.child] if self.child is not None else [])]
-        # Stages not known by pid see their makers' end and follow; the sync socket closes with the last of them.
-        waits = [asyncio.ensure_future(child.wait()) for child in known]
-        if waits:
-            await asyncio.wait([self.talk.ended], timeout=CLEANUP_SECONDS)
-            _, late = await asyncio.wait(waits, timeout=CLEANUP_SECONDS)
-            for wait in late:
-                wait.cancel()
-        self.close()
-
-    def close(self) -> None:
-        """Close everything.  Idempotent."""
-        self.talk.close()
-        self.close_stage0()
-
-    def close_stage0(self) -> None:
-        """Forget stage 0, which has done its work."""
-        if self.pidfd0 >= 0:
-            os.close(self.pidfd0)
-            self.pidfd0 = -1
-
-
 class Launcher:
     """Makes processes in containers.  `log(level, message, container=…)` gets nsexec's own lines.
 
@@ -137,7 +53,7 @@ class Launcher:
         self._children = children
         self._log = log
         self._patience = patience
-        self._inits: dict[Child, _Launch] = {}
+        self._inits: dict[Child, Launch] = {}
         self._watchers: set[asyncio.Task[None]] = set()
 
     async def create(
@@ -151,12 +67,13 @@ class Launcher:
         cgroup: int | None,
         stdio: Stdio | None,
         fifo: Path,
+        procfs: str | None = None,
     ) -> Launched:
         """Set up a container's first process up to where it waits on `fifo` (made here) to be started.
 
         `stdio` is None iff the process has a terminal; `join` maps namespace types to paths to join; `cgroup` is a v2
-        directory to be born in.  Hooks run as the configuration wants them.  On failure nothing is left.  Raises
-        SpecError, or LaunchError.
+        directory to be born in, `procfs` a mount of the pid namespace's procfs, if one is joined.  Hooks run as the
+        configuration wants them.  On failure nothing is left.  Raises SpecError, or LaunchError.
         """
         process = spec.process
         hooks = None if spec.hooks == Hooks() else self._create_hooks(spec, container_id, bundle)
@@ -168,6 +85,7 @@ class Launcher:
                 bundle=bundle,
                 join=join,
                 cgroup_path=cgroup_path,
+                procfs=procfs,
                 hook_state="" if hooks is None else hooks.state,
             )
         )
@@ -181,7 +99,11 @@ class Launcher:
                 f"exec fifo {fifo}: {reason(e.errno or 0)}", step="exec fifo", path=str(fifo), errno=e.errno or 0
             ) from e
         try:
-            passed = {"_LIBCONTAINER_FIFOFD": fifo_fd, **_optional("_CAISSON_CGROUP", cgroup)}
+            # Where others may look at it while it waits, it is not given anything that is the guest's.
+            by_word = "pid" in plan.joined_paths(spec.linux, join)
+            passed = _optional("_LIBCONTAINER_FIFOFD", None if by_word else fifo_fd) | _optional(
+                "_CAISSON_CGROUP", cgroup
+            )
             launch = await self._launch(
                 messages,
                 "standard",
@@ -199,7 +121,7 @@ class Launcher:
             os.close(fifo_fd)
         child = launch.child
         assert child is not None
-        launch.joined = dict(join)
+        launch.joined, launch.by_word = dict(join), by_word
         self._inits[child] = launch
         self._watch(child)
         return Launched(child, launch.talk.take_console())
@@ -212,6 +134,21 @@ class Launcher:
         launch = self._inits.get(init)
         if launch is None:
             raise LaunchError("the container's init is gone", step="start")
+        if launch.by_word:
+            if launch.talk.ended.done():
+                raise launch.talk.error or LaunchError("the container's init died before it was started", step="start")
+            if not fifo.exists():
+                raise LaunchError("the container was started before", step="start", path=str(fifo))
+            fifo.unlink()
+            launch.talk.go_on()
+        else:
+            await self._open(fifo, launch)
+        await asyncio.wait([launch.talk.ended])
+        if launch.talk.error is not None:
+            raise launch.talk.error
+
+    async def _open(self, fifo: Path, launch: Launch) -> None:
+        """Open the fifo on which an init waits to be started, and take it away."""
         loop = asyncio.get_running_loop()
         try:
             fd = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -228,9 +165,6 @@ class Launcher:
         finally:
             loop.remove_reader(fd)
             os.close(fd)
-        await asyncio.wait([launch.talk.ended])
-        if launch.talk.error is not None:
-            raise launch.talk.error
 
     async def exec(
         self, process: Process, *, spec: Spec, init: Child, cgroup: int | None, stdio: Stdio | None
@@ -261,6 +195,30 @@ class Launcher:
         started.close()
         return Launched(child, console)
 
+    async def pause(self, procfs: str, rootfs: str) -> Child:
+        """Start the first process of a new pid namespace, which only reaps; it ends by SIGKILL, or with the agent.
+
+        The namespace's procfs is mounted on the directory `procfs`; `rootfs` is an empty one.  Raises LaunchError.
+        """
+        target = os.open(procfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        ends = os.pipe2(os.O_CLOEXEC)  # for stdio, which it closes
+        try:
+            launch = await self._launch(
+                plan.pause_messages(rootfs),
+                "pause",
+                Stdio(ends[0], ends[1], ends[1]),
+                {"_CAISSON_PROCFS": target},
+                container_id="pause",
+                terminal=False,
+                until_exec=True,
+            )
+        finally:
+            for fd in (target, *ends):
+                os.close(fd)
+        launch.close()
+        assert launch.child is not None
+        return launch.child
+
     def close(self) -> None:
         """Let go of all containers; their processes are not touched."""
         for watcher in self._watchers:
@@ -280,10 +238,10 @@ class Launcher:
         terminal: bool,
         until_exec: bool,
         hooks: CreateHooks | None = None,
-    ) -> _Launch:
+    ) -> Launch:
         """Spawn nsexec and follow it until it is ready (and has executed its program).  Nothing is left on failure."""
         with self._children.expecting():
-            launch = _Launch(self._children, self._log, container_id, terminal=terminal)
+            launch = Launch(self._children, self._log, container_id, terminal=terminal)
             talk = launch.talk
             try:
                 fds = {**talk.passed, **passed}
@@ -299,8 +257,8 @@ class Launcher:
                 if hooks is not None:
                     if hooks.outside:
                         await _first([talk.halfway, talk.ended], patience)
-                    if talk.halfway.done() and launch.child is not None:
-                        await hooks.run(launch.child.pid)
+                    if talk.halfway.done():
+                        await hooks.run((launch.child or launch.stages[-1]).pid)
                         talk.go_on()
                     patience = None if hooks.seconds is None else self._patience + hooks.seconds
                 await _first([talk.ended] if until_exec else [talk.ready, talk.ended], patience)
@@ -328,9 +286,9 @@ class Launcher:
 
         await module.run(self._children, point, hooks, document)
 
-    async def _obituary(self, launch: _Launch) -> str:
+    async def _obituary(self, launch: Launch) -> str:
         """What happened to an nsexec that ended without a word."""
-        last = launch.child or (launch.stages[0] if launch.stages else None)
+        last = launch.child or (launch.stages[-1] if launch.stages else None)
         if last is None:
             return "nsexec could not be started"
         try:

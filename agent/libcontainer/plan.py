@@ -14,14 +14,14 @@ from agent.libcontainer import bootstrap as wire
 from agent.libcontainer import mountopts, sysctl
 from agent.libcontainer.fields import SpecError
 from agent.libcontainer.names import capability_mask, rlimit_number
-from agent.libcontainer.spec import Capabilities, Device
+from agent.libcontainer.spec import Capabilities, Device, Process, User
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-    from agent.libcontainer.spec import Hook, Hooks, Linux, Mount, Process, Spec
+    from agent.libcontainer.spec import Hook, Hooks, Linux, Mount, Spec
 
 VERSION = 1
 (
@@ -33,6 +33,7 @@ VERSION = 1
 MOUNT_BIND, MOUNT_RECURSIVE, MOUNT_ORDINARY_DIR, MOUNT_OVER_PROC_FILE = 1, 2, 4, 8
 
 DEFAULT_UMASK = 0o022
+NOBODY = 65534
 DEFAULT_DEVICES = tuple(
     Device(path=f"/dev/{name}", type="c", major=major, minor=minor, file_mode=0o666)
     for name, major, minor in (
@@ -54,6 +55,7 @@ PROC_FILES = {
         "sys/crypto/fips_enabled",
     )
 }  # fmt: skip
+PAUSE = Process(args=("pause",), user=User(uid=NOBODY, gid=NOBODY), no_new_privileges=True)
 FILE_TYPES = {"c": S_IFCHR, "u": S_IFCHR, "b": S_IFBLK, "p": S_IFIFO}
 
 
@@ -64,12 +66,14 @@ def init_messages(
     bundle: Path,
     join: Mapping[str, str],
     cgroup_path: str | None,
+    procfs: str | None = None,
     hook_state: str = "{",
 ) -> bytes:
     """The messages for a container's first process.
 
     `join` maps OCI namespace types to paths that are entered instead of making a new one; `cgroup_path` is the
-    container's cgroup v2 directory, shown at its cgroup mount where it has no cgroup namespace; `hook_state` is
+    container's cgroup v2 directory, shown at its cgroup mount where it has no cgroup namespace; `procfs` is a
+    mount of procfs of the pid namespace that is joined, of which proc mounts become copies; `hook_state` is
     the beginning of the state that hooks get (hooks.py).  Raises SpecError or EncodingError.
     """
     process = spec.process
@@ -87,7 +91,9 @@ def init_messages(
         wire.number(PLAN_VERSION, VERSION),
         wire.number(PROPAGATION, mountopts.MS_SLAVE | mountopts.MS_REC),
         wire.text(ROOTFS, rootfs, "root.path"),
-        *_filesystem(spec, bundle, types, cgroup_path, devices_bound="user" in types),
+        *_filesystem(
+            spec, bundle, types, cgroup_path, procfs if "pid" in joined else "", devices_bound="user" in types
+        ),
         *_early_hooks(spec.hooks, hook_state),
         wire.number(PIVOT, 0),
         *_root_propagation(spec.linux.rootfs_propagation),
@@ -108,6 +114,20 @@ def init_messages(
         time_offsets=spec.linux.time_offsets,
     )
     return head + wire.message(wire.MESSAGE_PLAN, b"".join(steps), "the plan") + _strings(process)
+
+
+def pause_messages(rootfs: str) -> bytes:
+    """The messages for the first process of a pid namespace that containers share: in `rootfs`, as nobody."""
+    steps = [
+        wire.number(PLAN_VERSION, VERSION),
+        wire.number(PROPAGATION, mountopts.MS_SLAVE | mountopts.MS_REC),
+        wire.text(ROOTFS, rootfs),
+        wire.number(PIVOT, 0),
+        wire.truth(ROOT_READONLY, True),
+        *_process(PAUSE, DEFAULT_UMASK),
+    ]
+    head = wire.bootstrap(create=_mask(("pid", "mount")))
+    return head + wire.message(wire.MESSAGE_PLAN, b"".join(steps), "the plan") + _strings(PAUSE)
 
 
 def exec_messages(process: Process, spec: Spec, join: Mapping[str, str]) -> bytes:
@@ -160,13 +180,13 @@ def _check_maps(linux: Linux, new_user: bool) -> None:
 
 
 def _filesystem(
-    spec: Spec, bundle: Path, types: set[str], cgroup_path: str | None, *, devices_bound: bool
+    spec: Spec, bundle: Path, types: set[str], cgroup_path: str | None, procfs: str | None, *, devices_bound: bool
 ) -> Iterable[bytes]:
     """Mounts, device nodes and the links of /dev, in this order."""
     dev_is_bound = False
     for index, mount in enumerate(spec.mounts):
         where = f"mounts[{index}]"
-        step, bound = _mount(mount, where, bundle, types, cgroup_path)
+        step, bound = _mount(mount, where, bundle, types, cgroup_path, procfs)
         dev_is_bound |= bound and os.path.normpath(mount.destination) == "/dev"
         yield step
     devices = {device.path: device for device in DEFAULT_DEVICES}
@@ -184,7 +204,9 @@ def _filesystem(
         yield wire.attribute(SYMLINK, pack("=I", 0) + _texts("/proc/kcore", "/dev/core"))
 
 
-def _mount(mount: Mount, where: str, bundle: Path, types: set[str], cgroup_path: str | None) -> tuple[bytes, bool]:
+def _mount(
+    mount: Mount, where: str, bundle: Path, types: set[str], cgroup_path: str | None, procfs: str | None
+) -> tuple[bytes, bool]:
     """One MOUNT step, and whether it is a bind mount."""
     target = _absolute(mount.destination, f"{where}.destination")
     options = mountopts.parse(mount.options, type_=mount.type, where=f"{where}.options")
@@ -198,6 +220,14 @@ def _mount(mount: Mount, where: str, bundle: Path, types: set[str], cgroup_path:
         raise SpecError(f"{where}.destination", f"{target} is inside /proc")
     elif target == "/proc" and (bind or type_ != "proc"):
         raise SpecError(f"{where}.destination", "only a proc filesystem can be mounted on /proc")
+    if not bind and type_ == "proc" and procfs != "":
+        # A new one would be that of the pid namespace where it is made, and that is not yet the one that is joined.
+        if procfs is None:
+            raise SpecError(where, "a procfs of the pid namespace that is joined is not at hand")
+        if data:
+            raise SpecError(f"{where}.options", f"{data[0]!r} cannot be asked for in a shared pid namespace")
+        flags |= MOUNT_ORDINARY_DIR
+        bind, source = True, procfs
     if not bind and type_ in ("cgroup", "cgroup2"):
         if "cgroup" in types:
             type_, source = "cgroup2", "cgroup2"

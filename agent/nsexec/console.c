@@ -106,6 +106,11 @@ void open_console(int root, const struct console_step *console, int socket)
 		if (dup3(peer, fd, 0) < 0)
 			fail("console", "terminal", errno, NULL);
 	close(peer);
+}
+
+/* Standard input becomes the controlling terminal of the session that this process leads. */
+void take_terminal(void)
+{
 	if (ioctl(0, TIOCSCTTY, 0) < 0)
 		fail("console", "terminal", errno, NULL);
 }

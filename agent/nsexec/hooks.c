@@ -15,7 +15,6 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
-#include <sys/socket.h>
 #include <sys/wait.h>
 #include <time.h>
 
@@ -215,13 +214,6 @@ void run_hooks(const struct plan *plan, uint16_t type, int sync, int cwd)
 /* Let the agent run its hooks: everything is made, the root is not changed yet. */
 void wait_for_runtime_hooks(int sync)
 {
-	char go;
-	ssize_t got;
-
 	report_hooks();
-	do
-		got = recv(sync, &go, 1, 0);
-	while (got < 0 && errno == EINTR);
-	if (got != 1)
-		_exit(1); /* the agent knows why */
+	wait_for_word(sync);
 }

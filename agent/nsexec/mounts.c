@@ -69,6 +69,8 @@ int private_procfs(bool processes_only)
 
 	if (fs < 0)
 		fail("private procfs", "", errno, NULL);
+	if (sys_fsconfig(fs, FSCONFIG_SET_STRING, "source", "proc") < 0)
+		fail_filesystem(fs, "private procfs");
 	if (processes_only && sys_fsconfig(fs, FSCONFIG_SET_STRING, "subset", "pid") < 0)
 		fail_filesystem(fs, "private procfs");
 	if (sys_fsconfig(fs, FSCONFIG_CMD_CREATE, NULL, NULL) < 0)

@@ -3,12 +3,17 @@
  *
  *   stage 0  reads everything, then joins and makes namespaces in one clone3 whose child is the container's process.
  *   stage 1  only where one is needed in between: a user namespace needs somebody outside to write its maps, time offsets
- *            are written before the first process enters, and a descriptor of a guest cgroup must not come along into
- *            a pid namespace where others could reach it through /proc.
+ *            are written before the first process enters, and a process is born in its cgroup by a descriptor that nobody
+ *            else may see.
  *   stage 2  carries the plan out and becomes the program.
  *
- * All are children of the agent (CLONE_PARENT).  Whoever makes stage 2 tells the agent {"stage1_pid", "stage2_pid"} and passes a
- * pidfd of it; stage 2 does nothing before that is sent, and nothing at all when its maker dies first.
+ * A pid namespace that is joined has others in it, who see each of its processes from its first moment; with CAP_SYS_PTRACE they may do
+ * with it what they want, dumpable or not (CVE-2016-9962).  So it is entered last: there, the stage before (the last one outside)
+ * carries out all of the plan, and stage 2 is born with the container's root, user and rights, with its standard streams and a socket
+ * or two, and has only to execute the program.
+ *
+ * All are children of the agent (CLONE_PARENT).  Whoever makes one tells the agent {"stage1_pid", "stage2_pid"} (0 for what there is not)
+ * and passes a pidfd of the last; the new one does nothing before that is sent, and nothing at all when its maker dies first.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -30,7 +35,7 @@
 #define LIMIT_STRINGS ((2u << 20) - 4096)
 
 /* Values between stage 0 and stage 1, runc's. */
-enum { USERMAP_PLS = 0x40, USERMAP_ACK = 0x41, FINISH = 0x45, TIMEOFFSETS_PLS = 0x46, TIMEOFFSETS_ACK = 0x47 };
+enum { USERMAP_PLS = 0x40, USERMAP_ACK = 0x41, ANNOUNCED = 0x44, FINISH = 0x45, TIMEOFFSETS_PLS = 0x46, TIMEOFFSETS_ACK = 0x47 };
 
 static const struct namespace_name {
 	const char *name;
@@ -86,9 +91,11 @@ static void read_environment(void)
 	fds.fifo = descriptor_from("_LIBCONTAINER_FIFOFD");
 	fds.cgroup = descriptor_from("_CAISSON_CGROUP");
 	fds.pidfd = descriptor_from("_CAISSON_PIDFD");
-	if (type == NULL || (strcmp(type, "standard") != 0 && strcmp(type, "setns") != 0))
-		fail("environment", "_LIBCONTAINER_INITTYPE", EINVAL, "is neither standard nor setns");
+	fds.procfs = descriptor_from("_CAISSON_PROCFS");
+	if (type == NULL || (strcmp(type, "standard") != 0 && strcmp(type, "setns") != 0 && strcmp(type, "pause") != 0))
+		fail("environment", "_LIBCONTAINER_INITTYPE", EINVAL, "is none of standard, setns and pause");
 	fds.joins = strcmp(type, "setns") == 0;
+	fds.pauses = strcmp(type, "pause") == 0;
 }
 
 /*
@@ -175,6 +182,12 @@ static uint32_t joined_mask(void)
 	return mask;
 }
 
+/* Whether others are in the container's pid namespace already. */
+static bool enters_last(void)
+{
+	return (joined_mask() & NS_PID) != 0;
+}
+
 static void become_root_of_namespace(void)
 {
 	if (syscall(SYS_setresgid, 0, 0, 0) < 0 || syscall(SYS_setresuid, 0, 0, 0) < 0)
@@ -230,41 +243,42 @@ static void loopback_up(void)
 
 /* --- stages --- */
 
-/* A child of the agent, like this process.  clone3 inherits the exit signal with CLONE_PARENT and wants none given. */
+/*
+ * A child of the agent, like this process.  clone3 inherits the exit signal with CLONE_PARENT and wants none given.  Where it need not be
+ * clone3, it is clone: a container's filter may be in force already, and common ones deny what they cannot look into.
+ */
 static int clone_sibling(uint32_t namespaces, int cgroup, int *pidfd)
 {
-	struct clone3_args args = {.flags = CLONE3_PARENT | namespaces};
+	struct clone3_args args = {.flags = CLONE3_PARENT | CLONE3_PIDFD | namespaces, .pidfd = (uint64_t)(uintptr_t)pidfd};
 	int pid;
 
-	if (pidfd != NULL) {
-		args.flags |= CLONE3_PIDFD;
-		args.pidfd = (uint64_t)(uintptr_t)pidfd;
-	}
 	if (cgroup >= 0) {
 		args.flags |= CLONE3_INTO_CGROUP;
 		args.cgroup = (uint64_t)cgroup;
+		pid = sys_clone3(&args);
+	} else {
+		pid = (int)syscall(SYS_clone, (unsigned long)args.flags | SIGCHLD, NULL, pidfd, NULL, NULL);
 	}
-	pid = sys_clone3(&args);
 	if (pid < 0)
 		fail(cgroup >= 0 ? "clone into cgroup" : "clone", "", errno, NULL);
 	return pid;
 }
 
-NORETURN static void stage_two(int gate)
+static void pass_gate(int gate)
 {
-	struct handles handles = {.root = -1, .processes = -1, .sysctl = -1};
 	char go;
 
 	report_stage(2);
 	prctl(PR_SET_NAME, "nsexec:[2:INIT]", 0, 0, 0);
-	if (fds.cgroup >= 0)
-		close(fds.cgroup);
 	close(fds.init);
 	if (read(gate, &go, 1) != 1)
 		_exit(1); /* whoever should have told the agent of this process is gone */
 	close(gate);
-	if (setsid() < 0)
-		fail("setsid", "", errno, NULL);
+}
+
+/* All that is done in the container's namespaces before its process is what it shall be. */
+static void set_up(struct handles *handles)
+{
 	umask(DEFAULT_UMASK);
 	/* The agent's session keyring stays the agent's. */
 	if (syscall(SYS_keyctl, KEYCTL_JOIN_SESSION, NULL) < 0 && errno != ENOSYS)
@@ -274,16 +288,53 @@ NORETURN static void stage_two(int gate)
 	if ((boot.create & NS_NET) != 0)
 		loopback_up();
 	if (fds.joins) {
-		handles.root = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
-		if (handles.root < 0)
+		handles->root = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
+		if (handles->root < 0)
 			fail("root", "/", errno, NULL);
-		replace_null_stdio(handles.root);
+		replace_null_stdio(handles->root);
 		if (plan.has_console)
-			open_console(handles.root, &plan.console, fds.console);
+			open_console(handles->root, &plan.console, fds.console);
 	} else {
-		build_rootfs(&plan, &fds, &handles);
+		build_rootfs(&plan, &fds, handles);
 	}
-	become_process(&plan, &fds, &handles);
+}
+
+NORETURN static void stage_two(int gate)
+{
+	struct handles handles = {.root = -1, .processes = -1, .sysctl = -1};
+
+	if (fds.cgroup >= 0)
+		close(fds.cgroup);
+	pass_gate(gate);
+	if (setsid() < 0)
+		fail("setsid", "", errno, NULL);
+	if (fds.pauses) {
+		offer_procfs(fds.procfs);
+		if (syscall(SYS_unshare, NS_MNT) < 0)
+			fail("unshare", "mnt", errno, NULL);
+	}
+	set_up(&handles);
+	if (plan.has_console)
+		take_terminal();
+	set_limits(&plan);
+	prepare_process(&plan, &fds, &handles);
+	if (fds.pauses)
+		become_pause(fds.sync);
+	run_program(&plan, &fds, &handles);
+}
+
+/* Stage 2 in a pid namespace that was joined. */
+NORETURN static void last_stage(int gate)
+{
+	struct handles handles = {.root = -1, .processes = -1, .sysctl = -1};
+
+	pass_gate(gate);
+	if (setsid() < 0)
+		fail("setsid", "", errno, NULL);
+	if (plan.has_console)
+		take_terminal();
+	set_limits(&plan); /* of which the number of processes would have counted against the stages outside, too */
+	run_program(&plan, &fds, &handles);
 }
 
 static void tell_agent(int stage1, int stage2, int pidfd)
@@ -309,7 +360,7 @@ static void tell_agent(int stage1, int stage2, int pidfd)
 }
 
 /* Make stage 2, tell the agent, let it go. */
-static void launch(uint32_t namespaces, int cgroup, int stage1)
+static void launch(uint32_t namespaces, int cgroup, int stage1, void (*stage)(int gate))
 {
 	int gate[2], pidfd = -1, pid;
 
@@ -318,11 +369,29 @@ static void launch(uint32_t namespaces, int cgroup, int stage1)
 	pid = clone_sibling(namespaces, cgroup, &pidfd);
 	if (pid == 0) {
 		close(gate[1]);
-		stage_two(gate[0]);
+		stage(gate[0]);
+		_exit(1);
 	}
 	tell_agent(stage1, pid, pidfd);
 	if (write(gate[1], "", 1) != 1)
 		fail("pipe", "", errno, NULL);
+}
+
+/* Do everything here, outside of the pid namespace, and let only the outcome in. */
+static void finish_outside(uint32_t namespaces, int stage1)
+{
+	struct handles handles = {.root = -1, .processes = -1, .sysctl = -1};
+
+	if (namespaces != 0 && syscall(SYS_unshare, namespaces) < 0)
+		fail("unshare", "", errno, NULL);
+	if (fds.cgroup >= 0)
+		close(fds.cgroup);
+	fds.cgroup = -1;
+	set_up(&handles);
+	prepare_process(&plan, &fds, &handles);
+	const int kept[] = {fds.sync, fds.init};
+	close_all_but(kept, ARRAY_SIZE(kept));
+	launch(0, -1, stage1, last_stage);
 }
 
 static void ask(int peer, uint32_t question, uint32_t answer, const char *step)
@@ -337,11 +406,13 @@ static void ask(int peer, uint32_t question, uint32_t answer, const char *step)
 
 NORETURN static void stage_one(int peer)
 {
-	uint32_t finish = FINISH;
+	uint32_t finish = FINISH, word;
 	uint32_t rest = boot.create & ~(NS_USER | NS_CGROUP | NS_TIME);
 
 	report_stage(1);
 	prctl(PR_SET_NAME, "nsexec:[1:CHILD]", 0, 0, 0);
+	if (read(peer, &word, sizeof(word)) != sizeof(word))
+		_exit(1); /* stage 0 is gone, before it told the agent of this process */
 	if (fds.cgroup >= 0)
 		close(fds.cgroup);
 	fds.cgroup = -1;
@@ -358,8 +429,12 @@ NORETURN static void stage_one(int peer)
 		if (boot.time_offsets != NULL)
 			ask(peer, TIMEOFFSETS_PLS, TIMEOFFSETS_ACK, "time offsets");
 	}
-	launch(rest, -1, getpid());
 	(void)!write(peer, &finish, sizeof(finish));
+	close(peer);
+	if (enters_last())
+		finish_outside(rest, getpid());
+	else
+		launch(rest, -1, getpid(), stage_two);
 	_exit(0);
 }
 
@@ -390,22 +465,29 @@ NORETURN static void stage_zero(void)
 	bool guarded = fds.cgroup >= 0 && (joined_mask() & (NS_PID | NS_USER)) != 0;
 
 	if ((boot.create & NS_USER) != 0 || boot.time_offsets != NULL || guarded) {
-		int pair[2], pid;
+		int pair[2], pid, pidfd = -1;
+		uint32_t announced = ANNOUNCED;
 
 		if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) < 0)
 			fail("socketpair", "", errno, NULL);
-		pid = clone_sibling(0, fds.cgroup, NULL);
+		pid = clone_sibling(0, fds.cgroup, &pidfd);
 		if (pid == 0) {
 			close(pair[0]);
 			stage_one(pair[1]);
 		}
 		close(pair[1]);
+		tell_agent(pid, 0, pidfd);
+		if (write(pair[0], &announced, sizeof(announced)) != sizeof(announced))
+			_exit(1);
 		serve_stage_one(pair[0], pid);
 	}
 	join_namespaces();
 	if ((boot.create & NS_TIME) != 0 && syscall(SYS_unshare, NS_TIME) < 0)
 		fail("unshare", "time", errno, NULL);
-	launch(boot.create & ~(NS_CGROUP | NS_TIME), fds.cgroup, 0);
+	if (enters_last())
+		finish_outside(boot.create & ~(NS_CGROUP | NS_TIME), 0);
+	else /* the pause process shows the agent something first, in the agent's own mount namespace */
+		launch(boot.create & ~(NS_CGROUP | NS_TIME | (fds.pauses ? NS_MNT : 0)), fds.cgroup, 0, stage_two);
 	_exit(0);
 }
 
@@ -421,7 +503,7 @@ int main(void)
 	}
 	read_environment();
 	prctl(PR_SET_NAME, "nsexec:[0:PAR]", 0, 0, 0);
-	const int given[] = {fds.init, fds.sync, fds.log, fds.console, fds.fifo, fds.cgroup, fds.pidfd};
+	const int given[] = {fds.init, fds.sync, fds.log, fds.console, fds.fifo, fds.cgroup, fds.pidfd, fds.procfs};
 	close_all_but(given, ARRAY_SIZE(given));
 	reset_signals();
 	decode_bootstrap(read_message(fds.init, MESSAGE_BOOTSTRAP, LIMIT_BOOTSTRAP), &boot);
@@ -431,7 +513,8 @@ int main(void)
 	/* An init without a mount namespace of its own would rearrange the guest's mounts. */
 	if (fds.joins ? boot.join == 0 && boot.paths == NULL : (boot.create & NS_MNT) == 0)
 		fail("bootstrap", "namespaces", EINVAL, "those to make or to join do not fit what is to be started");
-	if ((boot.join != 0) != (fds.pidfd >= 0) || (fds.joins && fds.fifo >= 0))
+	if ((boot.join != 0) != (fds.pidfd >= 0) || (fds.joins && fds.fifo >= 0) || fds.pauses != (fds.procfs >= 0) ||
+	    (fds.pauses && ((boot.create & NS_PID) == 0 || boot.paths != NULL)))
 		fail("bootstrap", "descriptors", EINVAL, "those given do not fit what is asked for");
 	report_stage(0);
 	log_debug("starting", plan.argv[0]);

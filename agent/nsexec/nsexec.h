@@ -29,7 +29,9 @@ struct channels {
 	int fifo;    /* O_PATH exec.fifo */
 	int cgroup;  /* cgroup v2 directory to start in */
 	int pidfd;   /* process whose namespaces are joined */
+	int procfs;  /* O_PATH directory on which the pause process shows its pid namespace */
 	bool joins;  /* an exec into a container, rather than its init */
+	bool pauses; /* the pause process: an init that runs no program */
 };
 
 /* --- report.c --- */
@@ -203,6 +205,7 @@ int clone_mount(int fd, const char *step, const char *path, bool recursive);
 void set_attributes(int fd, uint64_t set, uint64_t clear, bool recursive, const char *step, const char *path);
 
 /* --- console.c --- */
+void take_terminal(void);
 void open_console(int root, const struct console_step *console, int socket);
 void replace_null_stdio(int root);
 
@@ -213,6 +216,13 @@ void wait_for_runtime_hooks(int sync);
 /* --- process.c --- */
 void close_all_but(const int *kept, size_t count);
 void raise_hard_limits(const struct plan *plan);
-NORETURN void become_process(const struct plan *plan, const struct channels *fds, struct handles *handles);
+void wait_for_word(int sync);
+void set_limits(const struct plan *plan);
+void prepare_process(const struct plan *plan, const struct channels *fds, const struct handles *handles);
+NORETURN void run_program(const struct plan *plan, const struct channels *fds, const struct handles *handles);
+
+/* --- pause.c --- */
+void offer_procfs(int target);
+NORETURN void become_pause(int sync);
 
 #endif

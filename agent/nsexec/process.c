@@ -11,6 +11,7 @@
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 
 #include "nsexec.h"
@@ -65,7 +66,7 @@ void raise_hard_limits(const struct plan *plan)
 	}
 }
 
-static void set_limits(const struct plan *plan)
+void set_limits(const struct plan *plan)
 {
 	struct cursor steps = plan->steps;
 	struct rlimit_step step;
@@ -284,21 +285,40 @@ static void wait_for_start(const struct channels *fds, int procfs)
 		fail("exec fifo", "", errno, NULL);
 }
 
-NORETURN void become_process(const struct plan *plan, const struct channels *fds, struct handles *handles)
+/* One byte from the agent, who has done something or wants this process to go on. */
+void wait_for_word(int sync)
 {
-	const char *program;
+	char word;
+	ssize_t got;
 
+	do
+		got = recv(sync, &word, 1, 0);
+	while (got < 0 && errno == EINTR);
+	if (got != 1)
+		_exit(1); /* the agent is gone, or has let go of it */
+}
+
+/* argv[0] as found by prepare_process */
+static const char *program;
+
+/* All that takes privileges, or others in the pid namespace should not see: afterwards this process has the container's rights only. */
+void prepare_process(const struct plan *plan, const struct channels *fds, const struct handles *handles)
+{
 	if (plan->has_umask)
 		umask(plan->umask);
 	if (plan->no_new_privs && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
 		fail("no_new_privs", "", errno, NULL);
 	if (plan->filter != NULL && !plan->no_new_privs) /* needs privileges that are about to go */
 		load_filter(plan);
-	set_limits(plan);
 	drop_privileges(plan, handles->root, !fds->joins);
-	program = look_up(plan);
+	program = fds->pauses ? "" : look_up(plan);
 	log_debug("ready to execute", program);
 	log_close();
+}
+
+/* Say that it is ready, wait to be started if that is how it is, execute it. */
+NORETURN void run_program(const struct plan *plan, const struct channels *fds, const struct handles *handles)
+{
 	if (plan->filter != NULL && plan->no_new_privs)
 		load_filter(plan);
 	if (fds->fifo >= 0) {
@@ -310,6 +330,8 @@ NORETURN void become_process(const struct plan *plan, const struct channels *fds
 		wait_for_start(fds, handles->processes);
 	} else {
 		report_ready();
+		if (!fds->joins) /* with others in its pid namespace it holds nothing of the guest through the wait */
+			wait_for_word(fds->sync);
 	}
 	close_all_but(&fds->sync, 1);
 	run_hooks(plan, PLAN_START_HOOK, fds->sync, -1);

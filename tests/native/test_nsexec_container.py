@@ -10,6 +10,7 @@ import pytest
 
 from agent.libcontainer.fields import SpecError
 from agent.libcontainer.launcher import LaunchError
+from agent.syscalls import umount2
 from tests.native.nsexec_support import (
     CAPABILITIES,
     Box,
@@ -278,14 +279,23 @@ def test_time_namespace_with_offsets(box: Box) -> None:
 def test_joins_namespaces_by_path(box: Box) -> None:
     async def run() -> tuple[int, str, str]:
         first = await box.running()
-        value = config("sh", "-c", "ps | grep -c 'sleep 1000'; hostname")
+        value = config("sh", "-c", "cat /proc/1/comm; hostname")
         value["hostname"] = ""
-        join = {"pid": f"/proc/{first.child.pid}/ns/pid", "uts": f"/proc/{first.child.pid}/ns/uts"}
-        return await box.output(value, join=join)
+        procfs, empty = box.path / "proc", box.path / "empty"
+        procfs.mkdir()
+        empty.mkdir()
+        pause = await box.launcher.pause(str(procfs), str(empty))
+        join = {"pid": f"/proc/{pause.pid}/ns/pid", "uts": f"/proc/{first.child.pid}/ns/uts"}
+        with pytest.raises(SpecError, match="a procfs of the pid namespace that is joined is not at hand"):
+            await box.create(value, join=join)
+        try:
+            return await box.output(value, join=join, procfs=str(procfs))
+        finally:
+            os.kill(pause.pid, signal.SIGKILL)
+            assert await pause.wait() == 137
+            umount2(procfs)
 
-    status, out, err = box.run(run())
-    assert (status, out.split()[1], err) == (0, "box", "")
-    assert int(out.split()[0]) >= 1
+    assert box.run(run()) == (0, "pause\nbox\n", "")
 
 
 def test_log_lines_name_stage_and_pid(box: Box) -> None:

@@ -1,0 +1,207 @@
+"""A sandbox whose containers share a pid namespace: its first process, what ends when, and who can reach whom."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from agent.client import Agent, Container
+from proto import agent_pb2, oci_pb2
+from tests.native.agent_support import RunningAgent, output, refused, run, sh, until
+
+pytestmark = pytest.mark.root
+
+
+async def shared(client: Agent) -> None:
+    await client.rpc.CreateSandbox(agent_pb2.CreateSandboxRequest(sandbox_id="pod", sandbox_pidns=True))
+
+
+async def container(client: Agent, agent: RunningAgent, name: str, *args: str, **options: Any) -> Container:
+    made = await client.create_container(name, agent.spec(*args, **options))
+    await made.start()
+    return made
+
+
+def pause_of(agent: RunningAgent) -> int:
+    [pid] = [pid for pid in agent.children() if Path(f"/proc/{pid}/comm").read_text() == "pause\n"]
+    return pid
+
+
+def namespace(pid: int) -> str:
+    return str(Path(f"/proc/{pid}/ns/pid").readlink())
+
+
+def inside(agent: RunningAgent) -> dict[int, str]:
+    """What lives in the shared pid namespace: pids outside of it, and names."""
+    wanted, found = namespace(pause_of(agent)), {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str((path / "ns/pid").readlink()) == wanted:
+                found[int(path.name)] = (path / "comm").read_text().strip()
+    return found
+
+
+def test_containers_see_each_other_and_a_first_process_that_reaps(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            await shared(client)
+            one = await container(client, agent, "one", "sleep", "1111")
+            two = await container(client, agent, "two", "sleep", "2222")
+            names = (await output(await sh(one, "cat /proc/[0-9]*/comm"))).decode().split()
+            assert names.count("sleep") == 2
+            assert (await output(await sh(two, "cat /proc/1/comm"))) == b"pause\n"
+            # An orphan's end, and many orphans': the pause process takes them.
+            script = "for n in 1 2 3 4 5; do (sleep 0.1 &) ; done; sleep 0.3; grep -l '^State:.Z' /proc/[0-9]*/status"
+            assert (await output(await sh(one, script))) == b""
+            pause = pause_of(agent)
+            assert set(inside(agent).values()) == {"pause", "sleep"}
+            status = Path(f"/proc/{pause}/status").read_text()
+            for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+                assert f"{name}:\t{0:016x}" in status
+            assert "Uid:\t65534" in status and "NoNewPrivs:\t1" in status
+            assert list(Path(f"/proc/{pause}/fd").iterdir()) == []
+            assert list(Path(f"/proc/{pause}/root").iterdir()) == []
+            await client.destroy_sandbox()
+            assert not Path(f"/proc/{pause}").exists()
+
+    run(work())
+    assert agent.children() == set()
+
+
+def test_each_container_still_has_its_own_mounts_and_its_masks(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            await shared(client)
+            one = await container(client, agent, "one")
+            two = await container(client, agent, "two")
+            ours = (await output(await sh(one, "for n in mnt pid; do readlink /proc/self/ns/$n; done"))).split()
+            theirs = (await output(await sh(two, "for n in mnt pid; do readlink /proc/self/ns/$n; done"))).split()
+            assert ours[0] != theirs[0] and ours[1] == theirs[1]
+            assert (await output(await sh(one, "wc -c < /proc/keys"))) == b"0\n"
+            assert b"proc /proc proc rw,nosuid,nodev,noexec" in await output(await sh(one, "cat /proc/mounts"))
+            assert await (await sh(one, "echo 0 > /proc/sys/kernel/sysrq")).wait() != 0
+            await client.destroy_sandbox()
+
+    run(work())
+
+
+def test_terminals_exit_statuses_and_errors_are_as_ever(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            await shared(client)
+            one = await container(client, agent, "one", "sh", "-c", "tty; stty size; exec sleep 1000", terminal=True)
+            assert b"/dev/pts/0" in await anext(aiter(one.init().stdout()))
+            shell = await one.exec(["sh", "-c", "tty; kill -9 $$"], env=["PATH=/bin"], terminal=True)
+            assert b"/dev/pts/" in await output(shell)
+            assert await shell.wait() == 137
+            for args, text in ((["nothere"], "executable file not found in $PATH"), (["/etc"], "is a directory")):
+                code, said = await refused(one.exec(args, env=["PATH=/bin"]))
+                assert code is grpc.StatusCode.INTERNAL and text in said
+                code, said = await refused(client.create_container("bad", agent.spec(*args)))
+                assert code is grpc.StatusCode.INTERNAL and text in said
+            two = await client.create_container("two", agent.spec("sh", "-c", "exit 7"))
+            code, said = await refused(client.create_container("two", agent.spec("true")))
+            assert code is grpc.StatusCode.ALREADY_EXISTS
+            await two.start()
+            assert await two.init().wait() == 7
+            code, said = await refused(two.start())
+            assert code is grpc.StatusCode.FAILED_PRECONDITION
+            three = await client.create_container("three", agent.spec("true"))
+            await three.signal(signal.SIGKILL)
+            assert await three.init().wait() == 137
+            await client.destroy_sandbox()
+
+    run(work())
+    assert agent.children() == set()
+
+
+def test_the_end_of_a_container_is_the_end_of_all_in_it(agent: RunningAgent) -> None:
+    """Of its orphans, of what was executed in it, of what ignores signals; not of others."""
+    leaves = "(trap '' TERM HUP; setsid sleep 4444 &) ; (sleep 4444 &)"
+
+    async def work() -> None:
+        async with agent.connect() as client:
+            await shared(client)
+            other = await container(client, agent, "other", "sleep", "1111")
+            for remove in (False, True):
+                one = await container(client, agent, "one", "sh", "-c", f"{leaves}; read x; exit 3")
+                await (await sh(one, leaves)).wait()
+                execed = await one.exec(["sleep", "4444"], env=["PATH=/bin"])
+                await until(lambda: len(inside(agent)) == 8, "all are there")
+                if remove:
+                    await one.remove()
+                    assert sorted(inside(agent).values()) == ["pause", "sleep"]
+                else:
+                    await one.init().write(b"\n")
+                    assert await one.init().wait() == 3
+                    assert await execed.wait() == 137
+                    await until(lambda: len(inside(agent)) == 2, "all are gone")
+                    await one.remove()
+            assert await (await sh(other, "true")).wait() == 0
+            await client.destroy_sandbox()
+
+    run(work())
+    assert agent.children() == set()
+
+
+def test_destroying_leaves_nothing_and_it_can_be_made_again(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            for _ in range(3):
+                await shared(client)
+                for number in range(4):
+                    await container(client, agent, f"c{number}", "sh", "-c", "(setsid sleep 4444 &) ; sleep 4444")
+                await client.create_container("never-started", agent.spec("true"))
+                there = inside(agent)
+                await client.destroy_sandbox()
+                assert agent.children() == set()
+                assert not any(Path(f"/proc/{pid}").exists() for pid in there)
+                assert list(agent.state.rglob("*")) == []
+            await client.create_sandbox()
+            request = agent_pb2.CreateContainerRequest(container_id="c", OCI=agent.spec(), sandbox_pidns=True)
+            code, text = await refused(client.rpc.CreateContainer(request))
+            assert code is grpc.StatusCode.UNIMPLEMENTED
+            assert text == "CreateContainer: sandbox_pidns needs a sandbox that was created with it"
+            await client.destroy_sandbox()
+
+    run(work())
+
+
+def test_a_pid_namespace_from_the_wire_is_refused_here_too(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            await shared(client)
+            spec = agent.spec()
+            spec.Linux.Namespaces.append(oci_pb2.LinuxNamespace(Type="pid", Path="/proc/1/ns/pid"))
+            code, text = await refused(client.create_container("box", spec))
+            assert code is grpc.StatusCode.FAILED_PRECONDITION
+            assert text.startswith("Unexpected PID namespace received for container box")
+            spec = agent.spec()
+            spec.Mounts[0].options.append("hidepid=2")
+            code, text = await refused(client.create_container("box", spec))
+            assert text == "mounts[0].options: 'hidepid=2' cannot be asked for in a shared pid namespace"
+            await client.destroy_sandbox()
+
+    run(work())
+
+
+def test_the_first_process_ends_with_the_agent(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            await shared(client)
+            await container(client, agent, "one", "sleep", "1000")
+
+    run(work())
+    there = inside(agent)
+    assert sorted(there.values()) == ["pause", "sleep"]
+    # Nobody but the agent ends it, and not by what a program could ask for politely.
+    pause = pause_of(agent)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        os.kill(pause, number)
+    assert "State:\tS" in Path(f"/proc/{pause}/status").read_text()
