@@ -52,7 +52,14 @@ def life(box: Box, value: dict[str, Any]) -> Container:
     assert spec.root is not None
     spec = spec.but(root=spec.root.but(path=str(box.rootfs)))
     return Container(
-        "box", spec, launcher=box.launcher, cgroup=None, directory=directory, pipe_size=0, log=Log("debug")
+        "box",
+        spec,
+        launcher=box.launcher,
+        cgroup=None,
+        directory=directory,
+        pipe_size=0,
+        log=Log("debug"),
+        oom=lambda: None,
     )
 
 
