@@ -6,7 +6,8 @@ import asyncio
 
 from agent.aio import regardless
 from agent.container import Container
-from agent.errors import AlreadyExists, Invalid, NotFound, TooLate, WrongState
+from agent.errors import AlreadyExists, Failed, Invalid, NotFound, TooLate, WrongState
+from agent.guest.dns import Resolver
 from agent.guest.resources import fit
 from agent.libcontainer.errors import LaunchError
 from agent.libcontainer.spec import Hooks, Namespace, Rlimit
@@ -16,6 +17,7 @@ from agent.oom import OomEvents
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from agent.guest.hooks import GuestHooks
@@ -56,6 +58,7 @@ class Sandbox:
         self._containers: dict[str, Container] = {}
         self._creating: dict[str, asyncio.Event] = {}  # set when it is decided whether there is a container
         self._ending = False
+        self._resolver = Resolver()
         self.oom_events = OomEvents()
 
     @property
@@ -67,11 +70,19 @@ class Sandbox:
     def running(self) -> bool:
         return self._id is not None and not self._ending
 
-    async def start(self, sandbox_id: str, hostname: str, *, hook_path: str = "", shared_pids: bool = False) -> None:
+    async def start(
+        self,
+        sandbox_id: str,
+        hostname: str,
+        *,
+        hook_path: str = "",
+        shared_pids: bool = False,
+        dns: Sequence[str] = (),
+    ) -> None:
         """Start it; `hook_path` is where the guest has hooks of its own (guest/hooks.py), with `shared_pids` its
-        containers see each other's processes.
+        containers see each other's processes, `dns` are the lines of the guest's resolv.conf.
 
-        Raises AlreadyExists or Invalid; a failure leaves it as if it had not been tried.
+        Raises AlreadyExists, Invalid or Failed; a failure leaves it as if it had not been tried.
         """
         async with self._lock:
             if self._id is not None:
@@ -86,6 +97,13 @@ class Sandbox:
             except (OSError, LaunchError) as error:
                 self._forget_directory(directory)
                 raise WrongState(f"failed to create namespace: {error}") from error
+            try:
+                if not self._resolver.set(dns):
+                    self._log("warning", "the guest has no resolv.conf to replace")
+            except Failed:
+                await shared.release()
+                self._forget_directory(directory)
+                raise
             self._id, self._shared, self._hooks = name, shared, hooks
 
     async def destroy(self) -> None:
@@ -108,6 +126,7 @@ class Sandbox:
                 for failure in await asyncio.gather(*removals, return_exceptions=True):
                     if failure is not None:
                         raise failure
+                self._resolver.release()
                 await self._shared.release()
                 self._forget_directory(self._state / self._id)
                 self._id = self._shared = None

@@ -100,7 +100,6 @@ class Output(_End):
                 return data
             raise EndOfStream
 
-
     def exited(self) -> None:
         """The process has ended: an empty pipe is done with, whether somebody ever reads it or not."""
         if self._fd >= 0 and _waiting(self._fd) == 0:

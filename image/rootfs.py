@@ -20,6 +20,9 @@ HOME = "usr/lib/caisson"
 LINKS = {"bin": "usr/bin", "sbin": "usr/sbin", "lib": "usr/lib", "lib64": "usr/lib64"}
 DIRECTORIES = ("dev", "etc", "proc", "run", "sys", "tmp", "usr/bin", "usr/lib", "usr/lib64", "usr/sbin", "var", "mnt")
 
+#: Where a host's name servers are bound to (agent/guest/dns.py).
+RESOLV_CONF = "etc/resolv.conf"
+
 
 def skeleton(tree: Path) -> None:
     """The directories and links of an empty guest."""
@@ -27,6 +30,7 @@ def skeleton(tree: Path) -> None:
         (tree / name).mkdir(parents=True, exist_ok=True)
     for name, target in LINKS.items():
         (tree / name).symlink_to(target)
+    (tree / RESOLV_CONF).touch()
 
 
 def fetch_wheels(python: Path, definition: Definition, directory: Path) -> list[Package]:

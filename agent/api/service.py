@@ -33,7 +33,7 @@ class AgentService:
     # The sandbox and the guest
 
     async def CreateSandbox(self, request: Any) -> Any:
-        for field in ("dns", "storages", "kernel_modules"):
+        for field in ("storages", "kernel_modules"):
             if getattr(request, field):
                 raise Unsupported(f"CreateSandbox: {field} is not supported yet")
         await self._sandbox.start(
@@ -41,6 +41,7 @@ class AgentService:
             request.hostname,
             hook_path=request.guest_hook_path,
             shared_pids=request.sandbox_pidns,
+            dns=request.dns,
         )
         return EMPTY
 

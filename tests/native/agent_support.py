@@ -45,9 +45,13 @@ class RunningAgent:
 
     def stop(self) -> None:
         self.process.terminate()
-        assert self.process.wait(PATIENCE) == 0
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+        try:
+            assert self.process.wait(PATIENCE) == 0
+        finally:
+            self.process.kill()  # one that hangs is a failure, and nothing else
+            self.process.wait()
+            assert self.process.stdout is not None
+            self.process.stdout.close()
 
     def connect(self) -> Agent:
         return Agent.connect(self.socket)

@@ -57,6 +57,28 @@ def test_files_come_in_pieces(agent: RunningAgent) -> None:
                 directory.rmdir()
 
 
+def test_name_servers(tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path) -> None:
+    own = Path("/etc/resolv.conf").read_bytes()
+    agent = RunningAgent(tmp_path, nsexec_path, busybox_rootfs, within=("unshare", "--mount"))
+    seen = Path(f"/proc/{agent.process.pid}/root/etc/resolv.conf")
+
+    async def work() -> None:
+        async with agent.connect() as client:
+            request = agent_pb2.CreateSandboxRequest(dns=[" nameserver 192.0.2.53 ", "search example.org"])
+            for _ in range(2):
+                await client.rpc.CreateSandbox(request)
+                assert seen.read_text() == "nameserver 192.0.2.53\nsearch example.org\n"
+                await client.destroy_sandbox()
+                assert seen.read_bytes() == own
+
+    try:
+        run(work())
+    finally:
+        agent.stop()
+    assert Path("/etc/resolv.conf").read_bytes() == own
+    assert not Path("/run/kata-containers").exists()
+
+
 def test_what_makes_no_sense(agent: RunningAgent) -> None:
     async def work() -> None:
         async with agent.connect() as client:

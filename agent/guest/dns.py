@@ -1,0 +1,63 @@
+"""Name servers for the guest: a resolv.conf of the host's making, over the guest's own."""
+
+from __future__ import annotations
+
+import os
+
+from agent import syscalls
+from agent.errors import Failed
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+TARGET = "/etc/resolv.conf"
+SOURCE = "/run/kata-containers/sandbox/resolv.conf"
+
+
+class Resolver:
+    """The guest's resolv.conf.  It is read-only, so another one is bound over it: containers that mount it see that."""
+
+    def __init__(self, target: str = TARGET, source: str = SOURCE) -> None:
+        self._target = target
+        self._source = source
+        self._set = False
+
+    def set(self, lines: Sequence[str]) -> bool:
+        """Have these lines; nothing changes when there are none.  False when the guest has no such file to begin with.
+
+        Raises Failed; nothing is left then.
+        """
+        if not lines:
+            return True
+        if not os.path.lexists(self._target):
+            return False
+        try:
+            os.makedirs(os.path.dirname(self._source), mode=0o755, exist_ok=True)  # noqa: PTH103, PTH120
+            fd = os.open(self._source, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            with open(fd, "w") as file:  # noqa: PTH123 - no pathlib at start
+                file.write("\n".join(line.strip() for line in lines) + "\n")
+            syscalls.mount(self._source, self._target, None, syscalls.MS_BIND)
+        except OSError as error:
+            self._forget_source()
+            raise Failed(f"{self._target}: {os.strerror(error.errno or 0).lower()}") from error
+        self._set = True
+        return True
+
+    def release(self) -> None:
+        """The guest's own again.  Idempotent."""
+        if not self._set:
+            return
+        self._set = False
+        try:
+            syscalls.umount2(self._target, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
+        except OSError:
+            pass  # somebody else has taken it away
+        self._forget_source()
+
+    def _forget_source(self) -> None:
+        try:
+            os.unlink(self._source)  # noqa: PTH108
+            os.removedirs(os.path.dirname(self._source))  # noqa: PTH120 - those that are empty now
+        except OSError:
+            pass
