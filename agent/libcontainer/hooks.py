@@ -55,7 +55,7 @@ class CreateHooks:
     """What a configuration's hooks mean while its container is created.
 
     `outside` is whether there are some that run in the agent's namespaces.  `state` is what those inside get (see
-    `state`), `seconds` how long they may take, one after the other: None for any time.
+    `state`), `create_seconds` and `start_seconds` how long they may take, one after the other: None for any time.
     """
 
     def __init__(self, children: Children, spec: Spec, container_id: str, bundle: str) -> None:
@@ -65,14 +65,19 @@ class CreateHooks:
         self._bundle = bundle
         self.outside = bool(spec.hooks.prestart or spec.hooks.create_runtime)
         self.state = state(container_id, bundle, spec.annotations)
-        times = [hook.timeout for hook in spec.hooks.create_container]
-        self.seconds = None if None in times else sum(time for time in times if time)
+        self.create_seconds = _seconds(spec.hooks.create_container)
+        self.start_seconds = _seconds(spec.hooks.start_container)
 
     async def run(self, pid: int) -> None:
         """Run those of the agent's namespaces, once the container's exist.  Raises LaunchError."""
         document = state(self._id, self._bundle, self._spec.annotations, "creating", pid)
         await run(self._children, "prestart", self._spec.hooks.prestart, document)
         await run(self._children, "createRuntime", self._spec.hooks.create_runtime, document)
+
+
+def _seconds(hooks: Iterable[Hook]) -> int | None:
+    times = [hook.timeout for hook in hooks]
+    return None if None in times else sum(time for time in times if time is not None)
 
 
 class _Run:

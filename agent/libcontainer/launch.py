@@ -50,6 +50,7 @@ class Launch:
         self.child: Child | None = None
         self.pidfd0 = -1
         self.by_word = False  # it has no fifo to be started by
+        self.start_seconds: float | None = 0.0  # what its program may take to be executed once it is started
         self.joined: Mapping[str, str] = {}  # namespaces that the first process joined, beyond its configuration's
         loop = asyncio.get_running_loop()
         self.talk = Conversation(

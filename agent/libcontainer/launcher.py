@@ -7,6 +7,7 @@ import os
 
 from agent.libcontainer import plan
 from agent.libcontainer.bootstrap import EncodingError
+from agent.libcontainer.conversation import kill
 from agent.libcontainer.errors import LaunchError, reason
 from agent.libcontainer.launch import CLEANUP_SECONDS, Child, Children, Launch
 from agent.libcontainer.spec import Hooks
@@ -122,6 +123,7 @@ class Launcher:
         child = launch.child
         assert child is not None
         launch.joined, launch.by_word = dict(join), by_word
+        launch.start_seconds = self._patience if hooks is None else _more(self._patience, hooks.start_seconds)
         self._inits[child] = launch
         self._watch(child)
         return Launched(child, launch.talk.take_console())
@@ -143,7 +145,11 @@ class Launcher:
             launch.talk.go_on()
         else:
             await self._open(fifo, launch)
-        await asyncio.wait([launch.talk.ended])
+        try:
+            await _first([launch.talk.ended], launch.start_seconds)
+        except LaunchError:
+            kill(launch.talk.pidfd)
+            raise
         if launch.talk.error is not None:
             raise launch.talk.error
 
@@ -260,7 +266,7 @@ class Launcher:
                     if talk.halfway.done():
                         await hooks.run((launch.child or launch.stages[-1]).pid)
                         talk.go_on()
-                    patience = None if hooks.seconds is None else self._patience + hooks.seconds
+                    patience = _more(self._patience, hooks.create_seconds)
                 await _first([talk.ended] if until_exec else [talk.ready, talk.ended], patience)
                 if talk.error is not None:
                     raise talk.error
@@ -318,6 +324,11 @@ async def _first(futures: Iterable[asyncio.Future[None]], seconds: float | None)
     done, _ = await asyncio.wait(futures, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
     if not done:
         raise LaunchError(f"nsexec took longer than {seconds:g} s and was killed", step="nsexec")
+
+
+def _more(seconds: float, hooks: float | None) -> float | None:
+    """A time with that of hooks added, of which None is any time."""
+    return None if hooks is None else seconds + hooks
 
 
 def _encode(make: Callable[[], bytes]) -> bytes:

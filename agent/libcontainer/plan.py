@@ -83,6 +83,9 @@ def init_messages(
     types = {namespace.type for namespace in spec.linux.namespaces} | set(joined)
     if "mount" not in types or "mount" in joined:
         raise SpecError("linux.namespaces", "a container needs a new mount namespace")
+    if "pid" in joined and spec.hooks.create_container:
+        # They would be born into it, with the guest's root, for whoever may trace processes there to use.
+        raise SpecError("hooks.createContainer", "cannot run in a pid namespace with others in it")
     create = _mask(types - set(joined))
     _check_maps(spec.linux, "user" in types - set(joined))
     if spec.linux.time_offsets and ("time" not in types or "time" in joined):

@@ -1,0 +1,89 @@
+"""A container's process that tries to reach the guest through what is being made beside it (tests/native/spy.c)."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from agent.client.defaults import CAPABILITIES
+from agent.libcontainer.names import capability_mask
+from proto import oci_pb2
+from tests.native.agent_support import RunningAgent, output, run
+from tests.native.test_shared_pids import container, shared
+
+pytestmark = pytest.mark.root
+
+
+@pytest.fixture(scope="module")
+def spy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the spy in it."""
+    directory = tmp_path_factory.mktemp("spy")
+    source = Path(__file__).with_name("spy.c")
+    subprocess.run(
+        ["musl-gcc", "-O2", "-Wall", "-Wextra", "-static", "-s", "-o", directory / "spy", source], check=True
+    )
+    directory.chmod(0o755)
+    return directory
+
+
+#: How often a container is entered, and how many are made, while a spy looks on.
+EXECS, CREATES = 1000, 40
+
+
+@pytest.mark.parametrize("kind", ["root", "CAP_SYS_PTRACE"])
+def test_nobody_reaches_the_guest_through_a_process_that_is_being_made(
+    agent: RunningAgent, spy: Path, kind: str
+) -> None:  # CVE-2016-9962
+    """Root sees that they are there, and is denied everything; with CAP_SYS_PTRACE nothing is denied by the kernel, but
+    there is nothing of the guest to be had: the container's root and rights, a socket or pipe, and the program that
+    cannot be written to.
+    """
+    mask = capability_mask(CAPABILITIES, "") | capability_mask(["CAP_SYS_PTRACE"], "")
+    spec = agent.spec("/mnt/spy", f"{mask:x}")
+    spec.Mounts.append(oci_pb2.Mount(destination="/mnt", type="bind", source=str(spy), options=["rbind", "ro"]))
+    if kind != "root":
+        for name in ("Bounding", "Effective", "Permitted"):
+            getattr(spec.Process.Capabilities, name).append(kind)
+
+    async def work() -> list[str]:
+        async with agent.connect() as client:
+            await shared(client)
+            watched = await container(client, agent, "watched", "sleep", "1000")
+            watcher = await client.create_container("spy", spec)
+            await watcher.start()
+            said = output(watcher.init())
+
+            async def some() -> None:
+                for _ in range(EXECS // 4):
+                    process = await watched.exec(["true"], env=["PATH=/bin"])
+                    assert await process.wait() == 0
+
+            async def more(number: int) -> None:
+                for _ in range(CREATES // 2):
+                    made = await container(client, agent, f"made-{number}", "true")
+                    assert await made.init().wait() == 0
+                    await made.remove()
+
+            await asyncio.gather(*(some() for _ in range(4)), *(more(number) for number in range(2)))
+            await watcher.init().signal(signal.SIGTERM)
+            lines = (await said).decode().splitlines()
+            await client.destroy_sandbox()
+            return lines
+
+    first, *found, last = run(work())
+    assert first == "ready"
+    counted = dict(word.split("=") for word in last.split()[1:])
+    assert int(counted["nsexec"]) > 10, "the spy was too slow to see anything"
+    assert int(counted["denied"]) > 10 or kind != "root"
+    kinds = {line.split()[0] for line in found}
+    if kind == "root":
+        assert found == [], found
+    else:
+        assert "exe" in kinds, "the spy could not look"
+        assert kinds <= {"empty", "exe", "fd", "maps", "mem"}, found
+        assert {line for line in found if line.startswith("empty")} <= {"empty pause root", "empty pause cwd"}
+        assert {line.split()[-1] for line in found if line.startswith("fd")} <= {"pipe:", "socket:"}, found
