@@ -71,7 +71,7 @@ import image  # noqa: E402
 from agent import client  # noqa: E402
 from image.vm import VM, VMConfig, VMError, find_vm, list_vms  # noqa: E402
 
-#: Programs that a command needs, and the Debian package of each.
+#: Programs that a command needs, and the Debian packages of each.
 TO_BUILD = {
     "gcc": "gcc",
     "make": "make",
@@ -80,7 +80,12 @@ TO_BUILD = {
     "zstd": "zstd",
 }
 TO_BOOT = {"qemu-system-x86_64": "qemu-system-x86", "setpriv": "util-linux"}
-TO_TEST = TO_BUILD | TO_BOOT | {"busybox": "busybox-static", "cpio": "cpio", "ip": "iproute2"}
+TO_TEST = (
+    TO_BUILD
+    | TO_BOOT
+    | {"busybox": "busybox-static", "clang": "clang libclang-rt-dev", "cpio": "cpio", "ip": "iproute2"}
+    | {"crun": "crun", "runc": "runc"}  # to compare with
+)
 
 #: The VM that commands mean when they name none.
 DEFAULT_VM = "default"
@@ -115,7 +120,8 @@ def command(failed: int) -> Callable[[Callable[..., None]], Callable[..., None]]
 
 def _need(programs: dict[str, str]) -> None:
     """Have these programs: installed by apt for root, else one line says how."""
-    packages = sorted({package for program, package in programs.items() if shutil.which(program) is None})
+    missing = (names.split() for program, names in programs.items() if shutil.which(program) is None)
+    packages = sorted({package for names in missing for package in names})
     if not packages:
         return
     install = ["apt-get", "install", "--yes", "--no-install-recommends", *packages]

@@ -1,0 +1,75 @@
+"""Where a fuzzer of nsexec's parser begins: real messages of rich configurations, and messages known to be bad."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from agent.libcontainer import plan
+from agent.libcontainer.spec import Process, Spec
+from tests.native.nsexec_support import config
+from tests.native.test_nsexec_messages import BAD
+
+#: An input begins with the kind of plan that follows.
+INIT, EXEC = b"\0", b"\1"
+
+
+def rich() -> dict[str, Any]:
+    """A configuration with something of nearly everything."""
+    value = config("sh", "-c", "true", cwd="/tmp", noNewPrivileges=True, oomScoreAdj=100)
+    value["process"] |= {
+        "user": {"uid": 7, "gid": 8, "additionalGids": [1, 2, 3], "umask": 0o27},
+        "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 10, "hard": 20}],
+    }
+    value["domainname"] = "example"
+    value["root"]["readonly"] = True
+    value["mounts"] += [
+        {"destination": "/mnt", "type": "bind", "source": "/tmp", "options": ["rbind", "rro", "rslave", "nosuid"]},
+        {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nosuid", "noexec"]},
+        {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"]},
+    ]
+    value["linux"] |= {
+        "sysctl": {"kernel.msgmax": "8192", "net.ipv4.ip_forward": "1"},
+        "devices": [
+            {"path": "/dev/kmsg2", "type": "c", "major": 1, "minor": 11, "fileMode": 0o600, "uid": 1, "gid": 2}
+        ],
+        "rootfsPropagation": "slave",
+        "uidMappings": [{"containerID": n, "hostID": 100000 + n, "size": 1} for n in range(300)],
+        "gidMappings": [{"containerID": 0, "hostID": 100000, "size": 65536}],
+        "timeOffsets": {"monotonic": {"secs": 10, "nanosecs": 5}, "boottime": {"secs": 7}},
+    }
+    value["linux"]["namespaces"] += [{"type": name} for name in ("user", "time", "cgroup")]
+    return value
+
+
+def hooked() -> dict[str, Any]:
+    """One with hooks that nsexec runs, and a terminal."""
+    value = config("true", terminal=True, consoleSize={"height": 24, "width": 80})
+    hook = {"path": "/bin/hook", "args": ["hook", "x"], "env": ["A=b"], "timeout": 3}
+    value["hooks"] = {"createContainer": [hook, hook], "startContainer": [hook]}
+    return value
+
+
+def seeds() -> dict[str, bytes]:
+    """Inputs by name; the good ones begin with "good"."""
+    found = {f"bad {name}": INIT + data for name, data in BAD.items()}
+    for name, value in (("plain", config("true")), ("rich", rich()), ("hooked", hooked())):
+        spec = Spec.from_json(value)
+        messages = plan.init_messages(
+            spec, rootfs="/rootfs", bundle=Path("/bundle"), join={}, cgroup_path="/sys/fs/cgroup/x", hook_state='{"a":1'
+        )
+        found[f"good {name}"] = INIT + messages
+        process = Process.from_json(value["process"])
+        found[f"good exec {name}"] = EXEC + plan.exec_messages(process, spec, {"ipc": "/proc/1/ns/ipc"})
+    found["good joined"] = INIT + plan.init_messages(
+        Spec.from_json(config("true")), rootfs="/r", bundle=Path("/"), join={"uts": "/proc/1/ns/uts"}, cgroup_path=None
+    )
+    found["good pause"] = INIT + plan.pause_messages("/r")
+    return found
+
+
+def write(directory: Path) -> int:
+    """Write the seeds as files; returns the length of the longest."""
+    for number, data in enumerate(seeds().values()):
+        (directory / f"{number:03}").write_bytes(data)
+    return max(map(len, seeds().values()))

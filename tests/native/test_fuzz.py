@@ -1,0 +1,81 @@
+"""The parser of nsexec's messages under a fuzzer, AddressSanitizer and UndefinedBehaviorSanitizer.
+
+`CAISSON_FUZZ_SECONDS` says for how long (default: 30).  With clang that is libFuzzer, which finds its way by coverage;
+where there is only gcc, the mutator in fuzz.c.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.native import fuzz_corpus
+from tests.native.agent_support import ROOT
+
+pytestmark = pytest.mark.root
+
+SECONDS = int(os.environ.get("CAISSON_FUZZ_SECONDS", "30"))
+
+#: Branches that are reached when every kind of attribute is: far fewer would mean that it is stuck at a header.
+EDGES = 300
+
+
+def build(target: str, directory: Path) -> Path:
+    """A target of nsexec's Makefile."""
+    made = ["make", "-s", "-C", str(ROOT / "agent/nsexec"), f"BUILD={directory}", target]
+    done = subprocess.run(made, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return directory / target
+
+
+def finished(command: list[str], directory: Path) -> str:
+    """What a fuzzer says; a finding fails, with the input that leads to it."""
+    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    done = subprocess.run(
+        command, capture_output=True, cwd=directory, env=environment, timeout=SECONDS + 200, errors="replace", text=True
+    )
+    found = {path.name: path.read_bytes()[:4096].hex() for path in directory.glob("found-*")}
+    assert done.returncode == 0, f"{done.stderr[-6000:]}\n{done.stdout[-1000:]}\ninputs: {found}"
+    return done.stderr + done.stdout
+
+
+@pytest.mark.timeout(SECONDS + 280)
+def test_nothing_is_found(tmp_path: Path) -> None:
+    seeds, corpus = tmp_path / "seeds", tmp_path / "corpus"
+    for directory in (seeds, corpus):
+        directory.mkdir()
+    longest = fuzz_corpus.write(seeds)
+    if shutil.which("clang") is None:
+        assert "CI" not in os.environ, "CI fuzzes with clang: apt-get install clang libclang-rt-dev"
+        program = build("fuzz-gcc", tmp_path)
+        good = [str(path) for path in sorted(seeds.iterdir()) if 200 < path.stat().st_size < 1 << 16]
+        assert "accepted" in finished([str(program), str(SECONDS * 10_000), "1", *good], tmp_path)
+        return
+    program = build("fuzz", tmp_path)
+    said = finished(
+        [str(program), f"-max_total_time={SECONDS}", f"-max_len={longest}", "-timeout=10", "-rss_limit_mb=2048",
+         "-print_final_stats=1", "-use_value_profile=1", "-artifact_prefix=found-", str(corpus), str(seeds)],
+        tmp_path,
+    )  # fmt: skip
+    edges = max(map(int, re.findall(r"cov: (\d+)", said)))
+    runs = int(re.findall(r"stat::number_of_executed_units: (\d+)", said)[0])
+    print(f"{runs} inputs, {edges} edges")
+    assert edges > EDGES, said[-2000:]
+    assert runs > 1000 * SECONDS / 10
+
+
+def test_good_messages_are_accepted(tmp_path: Path) -> None:
+    """What the fuzzer begins with is what the agent says; else it would look for errors in the wrong place."""
+    program = build("fuzz-gcc", tmp_path)
+    files = []
+    for name, data in fuzz_corpus.seeds().items():
+        if name.startswith("good"):
+            files.append(tmp_path / name.replace(" ", "-"))
+            files[-1].write_bytes(data)
+    said = finished([str(program), "0", "1", *map(str, files)], tmp_path)
+    assert said == f"{len(files)} accepted\n"
