@@ -39,8 +39,7 @@ def _run_as_init() -> None:
 
     try:
         pid1.prepare()
-        with open("/proc/cmdline") as file:  # noqa: PTH123 - no pathlib at start
-            options = options_module.from_kernel(file.read().split())
+        options = options_module.from_kernel(options_module.kernel_words())
         log = Log(options.log)
         for complaint in options.complaints:
             log("warning", complaint)
@@ -121,7 +120,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log) -> None:
     launcher = Launcher(nsexec, reaper, log)
     sandbox = Sandbox(
         launcher,
-        cgroups.find(options.cgroup_parent),
+        cgroups.find(options.cgroup, options.cgroup_parent),
         Path(options.state),
         log,
         open_files=raise_open_files(),

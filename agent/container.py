@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 
 from agent.aio import regardless
 from agent.errors import AlreadyExists, Ended, NotFound, Refused, Unsupported, WrongState
+from agent.libcontainer.cgroups.base import signal_pid
 from agent.libcontainer.errors import LaunchError
 from agent.libcontainer.resources import Resources
 from agent.libcontainer.state import State, check_id, start_time
@@ -125,7 +126,7 @@ class Container:
                 bundle=self._directory,
                 rootfs=root,
                 join=join,
-                cgroup=None if self._cgroup is None else self._cgroup.fd,
+                cgroup=self._cgroup,
                 stdio=stdio,
                 fifo=self._fifo,
                 procfs=procfs,
@@ -147,7 +148,7 @@ class Container:
             init_process_pid=pid,
             init_process_start=start_time(pid),
             created=datetime.now(UTC).isoformat().replace("+00:00", "Z"),
-            cgroup_path="" if self._cgroup is None else self._cgroup.path,
+            cgroup_paths=_by_controller(self._cgroup),
             labels=self.spec.annotations,
         )
         state.save(self._directory)
@@ -199,7 +200,7 @@ class Container:
                 process,
                 spec=self.spec,
                 init=init,
-                cgroup=None if self._cgroup is None else self._cgroup.fd,
+                cgroup=self._cgroup,
                 stdio=stdio,
             )
 
@@ -377,15 +378,10 @@ class Container:
         task.add_done_callback(self._watchers.discard)
 
 
-def signal_pid(pid: int, number: int) -> None:
-    """Signal a process that is not a child, by way of its pidfd.  Raises ProcessLookupError."""
-    import os
-
-    pidfd = os.pidfd_open(pid)
-    try:
-        signal.pidfd_send_signal(pidfd, number)
-    finally:
-        os.close(pidfd)
+def _by_controller(cgroup: Cgroup | None) -> dict[str, str]:
+    """A cgroup's directories, as state.json has them: every controller of a hierarchy by itself."""
+    paths = {} if cgroup is None else cgroup.paths
+    return {controller: path for name, path in paths.items() for controller in name.split(",")}
 
 
 def catches(pid: int, number: int) -> bool:

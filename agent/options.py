@@ -27,6 +27,7 @@ class Options(Record):
     console: bool = False
     pipe_size: int = 0
     hotplug_timeout: float = 3.0
+    cgroup: str = "v2"
     cgroup_parent: str = ""
     complaints: tuple[str, ...] = ()
 
@@ -54,6 +55,16 @@ def _flag(text: str) -> bool:
     if text not in TRUE + FALSE:
         raise ValueError("it is true or false")
     return text in TRUE
+
+
+def _version(text: str) -> str:
+    if text not in ("v1", "v2"):
+        raise ValueError("it is v1 or v2")
+    return text
+
+
+def _unified(text: str) -> str:
+    return "v2" if _flag(text) else "v1"
 
 
 def _port(text: str) -> str:
@@ -114,16 +125,23 @@ OPTIONS = (
         argument="--hotplug-timeout",
         name="hotplug_timeout",
     ),
+    _Option("cgroup", _version, "which cgroups limit containers: v1 or v2", argument="--cgroup"),
+    _Option("cgroup", _unified, "whether that is v2", name="unified_cgroup_hierarchy"),
     _Option("cgroup_parent", str, "the cgroup that all others are made in", argument="--cgroup-parent"),
 )
 BY_NAME = {option.name: option for option in OPTIONS if option.name}
 
 #: Options of Kata agents that mean something else here, or nothing; a value that asks for more is a complaint.
 UNDERSTOOD: dict[str, tuple[Callable[[str], object], object, str]] = {
-    "unified_cgroup_hierarchy": (_flag, True, "cgroup v1 is not supported yet; it is v2"),
     "use_vsock": (_flag, True, "serial ports are not supported; it is vsock"),
     "trace": (str, "false", "not supported yet"),
 }
+
+
+def kernel_words() -> list[str]:
+    """The kernel's command line."""
+    with open("/proc/cmdline") as file:  # noqa: PTH123 - no pathlib at start
+        return file.read().split()
 
 
 def from_kernel(words: Iterable[str], options: Options | None = None) -> Options:

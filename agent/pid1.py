@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 MODULES = "/lib/modules/caisson.list"
-CGROUPS = "/sys/fs/cgroup"
 PATH = "/bin:/sbin:/usr/bin:/usr/sbin"
 
 #: Where the root is bound to on its way to becoming a mount of its own.
@@ -127,19 +126,14 @@ def load_modules() -> None:
 
 
 def mount_cgroups() -> None:
-    """cgroup v2, with every controller handed down.
+    """The cgroups that the kernel's command line asks for."""
+    from agent.guest import cgroupfs
+    from agent.options import from_kernel, kernel_words
 
-    favordynmods (Linux 6.0) spares each new process a grace period of some 15 ms on its way into its cgroup.
-    """
-    flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
-    try:
-        syscalls.mount("cgroup2", CGROUPS, "cgroup2", flags, "nsdelegate,favordynmods")
-    except OSError:
-        syscalls.mount("cgroup2", CGROUPS, "cgroup2", flags, "nsdelegate")
-    with open(f"{CGROUPS}/cgroup.controllers") as file:  # noqa: PTH123
-        controllers = file.read().split()
-    with open(f"{CGROUPS}/cgroup.subtree_control", "w") as file:  # noqa: PTH123
-        file.write(" ".join(f"+{name}" for name in controllers))
+    if from_kernel(kernel_words()).cgroup == "v1":
+        cgroupfs.mount_v1()
+    else:
+        cgroupfs.mount_v2()
 
 
 def seal_root() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from contextlib import nullcontext
 
 from agent.libcontainer import plan
 from agent.libcontainer.bootstrap import EncodingError
@@ -16,8 +17,10 @@ from agent.record import Record
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
+    from agent.libcontainer.cgroups import Cgroup
     from agent.libcontainer.hooks import CreateHooks
     from agent.libcontainer.nsexec import Nsexec
     from agent.libcontainer.spec import Hook, Process, Spec
@@ -65,27 +68,26 @@ class Launcher:
         bundle: Path,
         rootfs: str,
         join: Mapping[str, str],
-        cgroup: int | None,
+        cgroup: Cgroup | None,
         stdio: Stdio | None,
         fifo: Path,
         procfs: str | None = None,
     ) -> Launched:
         """Set up a container's first process up to where it waits on `fifo` (made here) to be started.
 
-        `stdio` is None iff the process has a terminal; `join` maps namespace types to paths to join; `cgroup` is a v2
-        directory to be born in, `procfs` a mount of the pid namespace's procfs, if one is joined.  Hooks run as the
-        configuration wants them.  On failure nothing is left.  Raises SpecError, or LaunchError.
+        `stdio` is None iff the process has a terminal; `join` maps namespace types to paths to join; it is in `cgroup`
+        from its first instruction on; `procfs` is a mount of the pid namespace's procfs, if one is joined.  Hooks run
+        as the configuration wants them.  On failure nothing is left.  Raises SpecError, or LaunchError.
         """
         process = spec.process
         hooks = None if spec.hooks == Hooks() else self._create_hooks(spec, container_id, bundle)
-        cgroup_path = None if cgroup is None else os.readlink(f"/proc/self/fd/{cgroup}")  # noqa: PTH115 - a link of procfs
         messages = _encode(
             lambda: plan.init_messages(
                 spec,
                 rootfs=rootfs,
                 bundle=bundle,
                 join=join,
-                cgroup_path=cgroup_path,
+                cgroups={} if cgroup is None else cgroup.paths,
                 procfs=procfs,
                 hook_state="" if hooks is None else hooks.state,
             )
@@ -102,14 +104,12 @@ class Launcher:
         try:
             # Where others may look at it while it waits, it is not given anything that is the guest's.
             by_word = "pid" in plan.joined_paths(spec.linux, join)
-            passed = _optional("_LIBCONTAINER_FIFOFD", None if by_word else fifo_fd) | _optional(
-                "_CAISSON_CGROUP", cgroup
-            )
             launch = await self._launch(
                 messages,
                 "standard",
                 stdio,
-                passed,
+                {} if by_word else {"_LIBCONTAINER_FIFOFD": fifo_fd},
+                cgroup=cgroup,
                 container_id=container_id,
                 terminal=terminal,
                 until_exec=False,
@@ -173,7 +173,7 @@ class Launcher:
             os.close(fd)
 
     async def exec(
-        self, process: Process, *, spec: Spec, init: Child, cgroup: int | None, stdio: Stdio | None
+        self, process: Process, *, spec: Spec, init: Child, cgroup: Cgroup | None, stdio: Stdio | None
     ) -> Launched:
         """Run another process in all namespaces of a container; returns when execve has happened.
 
@@ -185,12 +185,12 @@ class Launcher:
             raise LaunchError("the container is not running", step="exec")
         _check_stdio(process.terminal, stdio)
         messages = _encode(lambda: plan.exec_messages(process, spec, launch.joined))
-        passed = {"_CAISSON_PIDFD": launch.talk.pidfd, **_optional("_CAISSON_CGROUP", cgroup)}
         started = await self._launch(
             messages,
             "setns",
             stdio,
-            passed,
+            {"_CAISSON_PIDFD": launch.talk.pidfd},
+            cgroup=cgroup,
             container_id=launch.container_id,
             terminal=process.terminal,
             until_exec=True,
@@ -214,6 +214,7 @@ class Launcher:
                 "pause",
                 Stdio(ends[0], ends[1], ends[1]),
                 {"_CAISSON_PROCFS": target},
+                cgroup=None,
                 container_id="pause",
                 terminal=False,
                 until_exec=True,
@@ -240,17 +241,19 @@ class Launcher:
         stdio: Stdio | None,
         passed: Mapping[str, int],
         *,
+        cgroup: Cgroup | None,
         container_id: str,
         terminal: bool,
         until_exec: bool,
         hooks: CreateHooks | None = None,
     ) -> Launch:
         """Spawn nsexec and follow it until it is ready (and has executed its program).  Nothing is left on failure."""
-        with self._children.expecting():
+        entered: AbstractContextManager[dict[str, int]] = nullcontext({}) if cgroup is None else cgroup.entered()
+        with self._children.expecting(), entered as ways:
             launch = Launch(self._children, self._log, container_id, terminal=terminal)
             talk = launch.talk
             try:
-                fds = {**talk.passed, **passed}
+                fds = {**talk.passed, **passed, **ways}
                 env = {name: str(fd) for name, fd in fds.items()}
                 env |= {"_LIBCONTAINER_INITTYPE": kind, "_LIBCONTAINER_LOGLEVEL": LOG_DEBUG}
                 talk.say(messages)
@@ -341,10 +344,6 @@ def _encode(make: Callable[[], bytes]) -> bytes:
 def _settle(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
-
-
-def _optional(name: str, fd: int | None) -> dict[str, int]:
-    return {} if fd is None else {name: fd}
 
 
 def _make_fifo(fifo: Path) -> None:

@@ -11,7 +11,7 @@ from stat import S_IFBLK, S_IFCHR, S_IFIFO
 from struct import pack
 
 from agent.libcontainer import bootstrap as wire
-from agent.libcontainer import mountopts, sysctl
+from agent.libcontainer import cgroupmounts, mountopts, sysctl
 from agent.libcontainer.fields import SpecError
 from agent.libcontainer.names import capability_mask, rlimit_number
 from agent.libcontainer.spec import Capabilities, Device, Process, User
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from agent.libcontainer.spec import Hook, Hooks, Linux, Mount, Spec
+
+    Mounts = Iterable[tuple[str, Mount]]
 
 VERSION = 1
 (
@@ -65,14 +67,14 @@ def init_messages(
     rootfs: str,
     bundle: Path,
     join: Mapping[str, str],
-    cgroup_path: str | None,
+    cgroups: Mapping[str, str],
     procfs: str | None = None,
     hook_state: str = "{",
 ) -> bytes:
     """The messages for a container's first process.
 
-    `join` maps OCI namespace types to paths that are entered instead of making a new one; `cgroup_path` is the
-    container's cgroup v2 directory, shown at its cgroup mount where it has no cgroup namespace; `procfs` is a
+    `join` maps OCI namespace types to paths that are entered instead of making a new one; `cgroups` are
+    the container's directories by controllers ("" for v2), shown at its cgroup mount; `procfs` is a
     mount of procfs of the pid namespace that is joined, of which proc mounts become copies; `hook_state` is
     the beginning of the state that hooks get (hooks.py).  Raises SpecError or EncodingError.
     """
@@ -90,18 +92,17 @@ def init_messages(
     _check_maps(spec.linux, "user" in types - set(joined))
     if spec.linux.time_offsets and ("time" not in types or "time" in joined):
         raise SpecError("linux.timeOffsets", "need a new time namespace")
+    mounts, links = cgroupmounts.expand_all(spec.mounts, cgroups, namespace="cgroup" in types)
     steps = [
         wire.number(PLAN_VERSION, VERSION),
         wire.number(PROPAGATION, mountopts.MS_SLAVE | mountopts.MS_REC),
         wire.text(ROOTFS, rootfs, "root.path"),
-        *_filesystem(
-            spec, bundle, types, cgroup_path, procfs if "pid" in joined else "", devices_bound="user" in types
-        ),
+        *_filesystem(spec, bundle, mounts, links, procfs if "pid" in joined else "", devices_bound="user" in types),
         *_early_hooks(spec.hooks, hook_state),
         wire.number(PIVOT, 0),
         *_root_propagation(spec.linux.rootfs_propagation),
         *_console(process, bind=True),
-        *_late_readonly(spec),
+        *_late_readonly(spec, mounts),
         *_names(spec, types),
         *sysctl.steps(SYSCTL, spec.linux.sysctl, types),
         *(wire.text(READONLY, _absolute(path, "linux.readonlyPaths")) for path in spec.linux.readonly_paths),
@@ -183,13 +184,18 @@ def _check_maps(linux: Linux, new_user: bool) -> None:
 
 
 def _filesystem(
-    spec: Spec, bundle: Path, types: set[str], cgroup_path: str | None, procfs: str | None, *, devices_bound: bool
+    spec: Spec,
+    bundle: Path,
+    mounts: Mounts,
+    links: Iterable[tuple[str, str]],
+    procfs: str | None,
+    *,
+    devices_bound: bool,
 ) -> Iterable[bytes]:
-    """Mounts, device nodes and the links of /dev, in this order."""
+    """Mounts, device nodes and links, those of /dev among them, in this order."""
     dev_is_bound = False
-    for index, mount in enumerate(spec.mounts):
-        where = f"mounts[{index}]"
-        step, bound = _mount(mount, where, bundle, types, cgroup_path, procfs)
+    for where, mount in mounts:
+        step, bound = _mount(mount, where, bundle, procfs)
         dev_is_bound |= bound and os.path.normpath(mount.destination) == "/dev"
         yield step
     devices = {device.path: device for device in DEFAULT_DEVICES}
@@ -201,15 +207,13 @@ def _filesystem(
         mode = FILE_TYPES[device.type] | device.file_mode
         numbers = (device.major, device.minor, device.uid, device.gid, devices_bound)
         yield wire.attribute(DEVICE, pack("=6I", mode, *numbers) + _texts(path))
-    for target, path, replaced in LINKS:
+    for target, path, replaced in (*LINKS, *((target, path, False) for target, path in links)):
         yield wire.attribute(SYMLINK, pack("=I", replaced) + _texts(target, path))
     if os.path.exists("/proc/kcore"):  # noqa: PTH110 - pathlib is not worth its import here
         yield wire.attribute(SYMLINK, pack("=I", 0) + _texts("/proc/kcore", "/dev/core"))
 
 
-def _mount(
-    mount: Mount, where: str, bundle: Path, types: set[str], cgroup_path: str | None, procfs: str | None
-) -> tuple[bytes, bool]:
+def _mount(mount: Mount, where: str, bundle: Path, procfs: str | None) -> tuple[bytes, bool]:
     """One MOUNT step, and whether it is a bind mount."""
     target = _absolute(mount.destination, f"{where}.destination")
     options = mountopts.parse(mount.options, type_=mount.type, where=f"{where}.options")
@@ -231,15 +235,6 @@ def _mount(
             raise SpecError(f"{where}.options", f"{data[0]!r} cannot be asked for in a shared pid namespace")
         flags |= MOUNT_ORDINARY_DIR
         bind, source = True, procfs
-    if not bind and type_ in ("cgroup", "cgroup2"):
-        if "cgroup" in types:
-            type_, source = "cgroup2", "cgroup2"
-        elif cgroup_path is not None:
-            bind, source = True, cgroup_path
-        else:
-            raise SpecError(where, "a cgroup mount needs a cgroup namespace or a cgroup of the container's own")
-        if data:
-            raise SpecError(f"{where}.options", f"{data[0]!r} is not an option of cgroup v2")
     if bind:
         if not source:
             raise SpecError(f"{where}.source", "is missing")
@@ -261,8 +256,8 @@ def _is_late_readonly(type_: str, set_: int) -> bool:
     return type_ == "tmpfs" and bool(set_ & mountopts.RDONLY)
 
 
-def _late_readonly(spec: Spec) -> Iterable[bytes]:
-    for mount in spec.mounts:
+def _late_readonly(spec: Spec, mounts: Mounts) -> Iterable[bytes]:
+    for _, mount in mounts:
         options = mountopts.parse(mount.options, type_=mount.type, where="mounts")
         if not options.bind and _is_late_readonly(mount.type, options.set):
             path = os.path.normpath(mount.destination)

@@ -42,13 +42,13 @@ def start_time(pid: int) -> int:
 
 
 class State(Record):
-    """One container.  `created` is RFC 3339 in UTC; `cgroup_path` is the v2 directory."""
+    """One container.  `created` is RFC 3339 in UTC; `cgroup_paths` is by controller, that of cgroup v2 by ""."""
 
     id: str
     init_process_pid: int
     init_process_start: int
     created: str
-    cgroup_path: str = ""
+    cgroup_paths: Mapping[str, str] = NOTHING
     labels: Mapping[str, str] = NOTHING
 
     def to_json(self) -> dict[str, object]:
@@ -59,7 +59,7 @@ class State(Record):
             "init_process_pid": pid,
             "init_process_start": self.init_process_start,
             "created": self.created,
-            "cgroup_paths": {"": self.cgroup_path} if self.cgroup_path else {},
+            "cgroup_paths": dict(self.cgroup_paths),
             "namespace_paths": {key: f"/proc/{pid}/ns/{file}" for key, file in NAMESPACE_FILES.items()},
             "external_descriptors": [],
             "config": {"labels": [f"{key}={value}" for key, value in self.labels.items()]},
@@ -87,6 +87,6 @@ class State(Record):
             init_process_pid=r.number("init_process_pid", -1, 1 << 22) or 0,
             init_process_start=r.number("init_process_start", 0, 1 << 63) or 0,
             created=r.text("created"),
-            cgroup_path=r.table("cgroup_paths").get("", ""),
+            cgroup_paths=r.table("cgroup_paths"),
             labels=dict(label.partition("=")[::2] for label in labels),
         )

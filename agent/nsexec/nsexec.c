@@ -92,6 +92,12 @@ static void read_environment(void)
 	fds.cgroup = descriptor_from("_CAISSON_CGROUP");
 	fds.pidfd = descriptor_from("_CAISSON_PIDFD");
 	fds.procfs = descriptor_from("_CAISSON_PROCFS");
+	for (unsigned i = 0; i < CGROUPS_MAX; i++) {
+		char name[32];
+
+		snprintf(name, sizeof(name), "_CAISSON_CGROUP_%u", i);
+		fds.joined[i] = descriptor_from(name);
+	}
 	if (type == NULL || (strcmp(type, "standard") != 0 && strcmp(type, "setns") != 0 && strcmp(type, "pause") != 0))
 		fail("environment", "_LIBCONTAINER_INITTYPE", EINVAL, "is none of standard, setns and pause");
 	fds.joins = strcmp(type, "setns") == 0;
@@ -138,6 +144,31 @@ static void write_maps(int pid)
 		write_proc("id maps", pid, "uid_map", boot.uid_map);
 	if (boot.gid_map != NULL)
 		write_proc("id maps", pid, "gid_map", boot.gid_map);
+}
+
+/*
+ * cgroup v1 has no clone into a cgroup: this process goes into each, and what it makes is in them from the start.  The descriptors
+ * end here, outside of all namespaces of the container.
+ */
+static void join_cgroups(void)
+{
+	for (unsigned i = 0; i < CGROUPS_MAX; i++) {
+		int fd = fds.joined[i];
+
+		if (fd < 0)
+			continue;
+		if (write(fd, "0", 1) != 1) {
+			char link[64], path[PATH_MAX];
+			int error = errno;
+			ssize_t length;
+
+			snprintf(link, sizeof(link), "/proc/self/fd/%d", fd);
+			length = readlink(link, path, sizeof(path) - 1);
+			path[length < 0 ? 0 : length] = '\0';
+			fail("cgroup", path, error, NULL);
+		}
+		close(fd);
+	}
 }
 
 /* --- namespaces --- */
@@ -503,7 +534,8 @@ int main(void)
 	}
 	read_environment();
 	prctl(PR_SET_NAME, "nsexec:[0:PAR]", 0, 0, 0);
-	const int given[] = {fds.init, fds.sync, fds.log, fds.console, fds.fifo, fds.cgroup, fds.pidfd, fds.procfs};
+	int given[8 + CGROUPS_MAX] = {fds.init, fds.sync, fds.log, fds.console, fds.fifo, fds.cgroup, fds.pidfd, fds.procfs};
+	memcpy(given + 8, fds.joined, sizeof(fds.joined));
 	close_all_but(given, ARRAY_SIZE(given));
 	reset_signals();
 	decode_bootstrap(read_message(fds.init, MESSAGE_BOOTSTRAP, LIMIT_BOOTSTRAP), &boot);
@@ -524,5 +556,6 @@ int main(void)
 		fail("dumpable", "", errno, NULL);
 	raise_hard_limits(&plan);
 	open_namespaces();
+	join_cgroups();
 	stage_zero();
 }

@@ -18,6 +18,7 @@
 
 #define NORETURN _Noreturn
 #define DEFAULT_UMASK 022u
+#define CGROUPS_MAX 16 /* there are not more controllers of cgroup v1 */
 #define ARRAY_SIZE(a) (sizeof(a) / sizeof((a)[0]))
 
 /* --- descriptors given by the agent; -1 where there is none --- */
@@ -28,6 +29,7 @@ struct channels {
 	int console; /* stream socket: the pty master up */
 	int fifo;    /* O_PATH exec.fifo */
 	int cgroup;  /* cgroup v2 directory to start in */
+	int joined[CGROUPS_MAX]; /* cgroup.procs of cgroup v1, to be in before anything is made; -1 after the last */
 	int pidfd;   /* process whose namespaces are joined */
 	int procfs;  /* O_PATH directory on which the pause process shows its pid namespace */
 	bool joins;  /* an exec into a container, rather than its init */

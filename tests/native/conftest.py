@@ -47,9 +47,15 @@ def busybox_rootfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def agent(tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path) -> Iterator[RunningAgent]:
-    """A fresh agent; at the end it stops when told to, and leaves no mount, cgroup or file."""
-    running = RunningAgent(tmp_path, nsexec_path, busybox_rootfs)
+def agent(
+    tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path, request: pytest.FixtureRequest
+) -> Iterator[RunningAgent]:
+    """A fresh agent; at the end it stops when told to, and leaves no mount, cgroup or file.
+
+    Parametrized indirectly, with v1 or v2 it is one whose containers are in cgroups of that version.
+    """
+    options = ["--cgroup", request.param] if hasattr(request, "param") else []
+    running = RunningAgent(tmp_path, nsexec_path, busybox_rootfs, *options)
     yield running
     running.stop()
     assert not running.socket.exists()

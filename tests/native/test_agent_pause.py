@@ -11,7 +11,7 @@ import pytest
 from proto import agent_pb2
 from tests.native.agent_support import RunningAgent, refused, run, sh
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.parametrize("agent", ["v2", "v1"], indirect=True)]
 Code = grpc.StatusCode
 PAUSE, RESUME = (
     agent_pb2.PauseContainerRequest(container_id="box"),
@@ -48,7 +48,8 @@ def test_a_signal_wakes_a_paused_container(agent: RunningAgent) -> None:
     async def work() -> None:
         async with agent.connect() as client:
             await client.create_sandbox()
-            container = await client.ensure_container("box", agent.spec())
+            # A first process that the signal does not end: its end would be everybody's, by SIGKILL.
+            container = await client.ensure_container("box", agent.spec("/bin/sleep", "1000"))
             processes = [await container.exec(["/bin/sleep", "1000"]) for _ in range(2)]
             await client.rpc.PauseContainer(PAUSE)
             await processes[0].signal(15)

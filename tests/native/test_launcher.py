@@ -234,9 +234,9 @@ def test_exec_is_born_in_the_cgroup(box: Box) -> None:
     cgroup = hierarchy.create(f"caisson-exec-{os.getpid()}")
 
     async def run() -> tuple[int, str, str]:
-        init = await box.running(cgroup=cgroup.fd)
+        init = await box.running(cgroup=cgroup)
         assert cgroup.pids() == [init.child.pid]
-        return await box.exec(init, {"args": ["grep", "^0:", "/proc/self/cgroup"]}, cgroup=cgroup.fd)
+        return await box.exec(init, {"args": ["grep", "^0:", "/proc/self/cgroup"]}, cgroup=cgroup)
 
     try:
         assert box.run(run()) == (0, f"0::/caisson-exec-{os.getpid()}\n", "")

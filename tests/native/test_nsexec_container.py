@@ -251,7 +251,7 @@ def test_a_cgroup_namespace_has_the_containers_cgroup_as_its_root(box: Box) -> N
         value["mounts"].append(
             {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro", "nosuid"]}
         )
-        status, out, err = box.run(box.output(value, cgroup=cgroup.fd))
+        status, out, err = box.run(box.output(value, cgroup=cgroup))
         assert out.splitlines()[:2] == ["0::/", "2"], (status, out, err)
         assert "Operation not permitted" in out  # /dev/kmsg is not on the list
     finally:

@@ -127,7 +127,7 @@ def test_malformed_messages(nsexec_path: Path, data: bytes) -> None:
 
 def _good() -> bytes:
     return plan.init_messages(
-        Spec.from_json(config("true")), rootfs="/no/such/root", bundle=Path("/"), join={}, cgroup_path=None
+        Spec.from_json(config("true")), rootfs="/no/such/root", bundle=Path("/"), join={}, cgroups={}
     )
 
 

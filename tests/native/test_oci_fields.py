@@ -211,7 +211,7 @@ def test_device_rules_on_the_cgroup(box: Box, allow: bool, opened: list[str]) ->
     }
     value["linux"]["devices"] = [{"path": "/mnt/kmsg", "type": "c", "major": 1, "minor": 11}]
     with own_cgroup(box, {"devices": rules}) as cgroup:
-        status, out, err = box.run(box.output(value, cgroup=cgroup.fd))
+        status, out, err = box.run(box.output(value, cgroup=cgroup))
     assert (status, out.split()) == (0, opened), err
     assert "Operation not permitted" in err
 

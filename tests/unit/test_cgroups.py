@@ -166,7 +166,7 @@ def test_device_rules(rules: list[DeviceRule], access: tuple[str, int, int, str]
 
 
 def test_state_round_trip(tmp_path: Path) -> None:
-    state = State("c1", 42, 1234, "2026-11-23T12:35:44.6Z", "/sys/fs/cgroup/x", {"bundle": "/b=c"})
+    state = State("c1", 42, 1234, "2026-11-23T12:35:44.6Z", {"": "/sys/fs/cgroup/x"}, {"bundle": "/b=c"})
     state.save(tmp_path)
     assert State.load(tmp_path) == state
     assert (tmp_path / "state.json").stat().st_mode & 0o777 == 0o600

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +12,10 @@ import pytest
 
 from agent.api.oci import json_name
 from agent.libcontainer import fields, mountopts, plan, spec
-from agent.libcontainer.cgroups import v2_settings
+from agent.libcontainer.cgroups import v1_settings, v2_settings
+from agent.libcontainer.cgroups.base import Setting
 from agent.libcontainer.fields import SpecError
+from agent.libcontainer.resources import Resources
 from agent.libcontainer.spec import Spec
 from proto import oci_pb2
 
@@ -113,8 +116,15 @@ WHOLE: dict[str, Any] = {
         "readonlyPaths": ["/r"],
         "resources": {
             "devices": [{"allow": True, "type": "c", "major": 1, "minor": 3, "access": "r"}],
-            "memory": {"limit": 1, "reservation": 1, "swap": 2, "useHierarchy": True, "checkBeforeUpdate": True},
-            "cpu": {"shares": 2, "quota": 3, "burst": 4, "period": 5, "cpus": "0", "mems": "0", "idle": 1},
+            "memory": {
+                "limit": 1, "reservation": 1, "swap": 2, "useHierarchy": True, "checkBeforeUpdate": True,
+                "kernel": 3, "kernelTCP": 4, "swappiness": 5, "disableOOMKiller": True,
+            },
+            "cpu": {
+                "shares": 2, "quota": 3, "burst": 4, "period": 5, "cpus": "0", "mems": "0", "idle": 1,
+                "realtimeRuntime": 6, "realtimePeriod": 7,
+            },
+            "network": {"classID": 1, "priorities": [{"name": "lo", "priority": 1}]},
             "pids": {"limit": 6},
             "blockIO": {
                 "weight": 10,
@@ -177,14 +187,13 @@ def document_with(field: str) -> dict[str, Any]:
 def carry_out(document: dict[str, Any]) -> None:
     """All of the way on which a field can be refused before anything is made."""
     parsed = Spec.from_json(document)
-    plan.init_messages(parsed, rootfs="/r", bundle=Path("/b"), join={}, cgroup_path=None)
+    plan.init_messages(parsed, rootfs="/r", bundle=Path("/b"), join={}, cgroups={})
 
 
-def limit_v2(document: dict[str, Any]) -> None:
+def limits(version: str, document: dict[str, Any]) -> list[Setting]:
     """What is found out only where limits are set."""
-    resources = Spec.from_json(document).linux.resources
-    if resources is not None:
-        list(v2_settings.settings(resources))
+    resources = Spec.from_json(document).linux.resources or Resources()
+    return list((v1_settings if version == "v1" else v2_settings).settings(resources))
 
 
 def leaves(value: Any, name: str = "") -> set[str]:
@@ -272,16 +281,47 @@ def test_options_that_are_done_are_accepted(row: Row) -> None:
 def test_what_is_refused_is_refused_in_these_words(row: Row) -> None:
     with pytest.raises(SpecError) as caught:
         carry_out(document_with(row.field))
-        limit_v2(document_with(row.field))
+        limits("v2", document_with(row.field))
     assert str(caught.value) == row.text
+
+
+def of_one_version() -> list[Row]:
+    return [row for row in rows(DOCUMENT) if row.verdict.startswith("done in")]
+
+
+@pytest.mark.parametrize("row", of_one_version(), ids=lambda row: row.field)
+def test_what_one_version_of_cgroups_has_the_other_refuses(row: Row) -> None:
+    version = row.verdict.removeprefix("done in ")
+    document = document_with(row.field)
+    if row.field == "linux.resources.unified":
+        document["linux"]["resources"]["unified"] = {"memory.high": "1"}
+    assert limits(version, document)
+    with pytest.raises(SpecError) as caught:
+        limits("v1" if version == "v2" else "v2", document)
+    assert str(caught.value) == row.text
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_what_is_done_in_both_versions_of_cgroups(version: str) -> None:
+    document = copy.deepcopy(WHOLE)
+    for row in of_one_version():
+        if row.verdict == f"done in {version}":
+            continue
+        *parents, last = row.field.partition("[]")[0].split(".")
+        at = document
+        for parent in parents:
+            at = at[parent]
+        at.pop(last, None)
+    fields = {setting.field for setting in limits(version, document)}
+    assert len(fields) >= 17, fields
 
 
 def test_verdicts_are_complete_and_their_tests_exist() -> None:
     known: dict[str, set[str]] = {}
     for row in rows(DOCUMENT):
-        assert row.verdict in ("done", "refused", "not applicable"), row
-        assert row.verdict != "done" or row.tests, row
-        assert row.verdict != "refused" or row.text, row
+        assert row.verdict in ("done", "done in v1", "done in v2", "refused", "not applicable"), row
+        assert not row.verdict.startswith("done") or row.tests, row
+        assert row.verdict in ("done", "not applicable") or row.text, row
         for test in row.tests:
             file, _, name = test.partition("::")
             if file not in known:

@@ -12,6 +12,10 @@ from agent.libcontainer.cgroups.v2 import CgroupV2
 __all__ = ["Cgroup", "CgroupError", "CgroupV2", "Hierarchy", "find"]
 
 
-def find(parent: str = "") -> Hierarchy | None:
-    """The cgroups of this machine; None where there are none.  All are made below the cgroup `parent`."""
-    return CgroupV2.find(parent)
+def find(version: str = "v2", parent: str = "") -> Hierarchy | None:
+    """The cgroups of this machine, "v1" or "v2"; None where there are none.  All are made below the cgroup `parent`."""
+    if version == "v2":
+        return CgroupV2.find(parent)
+    from agent.libcontainer.cgroups.v1 import CgroupV1
+
+    return CgroupV1.find(parent)

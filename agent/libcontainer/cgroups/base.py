@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+from contextlib import contextmanager
 
 from agent.libcontainer.cgroups import files
 from agent.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from typing import Protocol
 
     from agent.libcontainer.cgroups.stats import CgroupStats
@@ -41,7 +42,7 @@ class Setting(Record):
     """A value that a field of the configuration asks for, and the file that it goes to.
 
     `instead` are other files with their values for kernels without the first.  `needless`: what is asked for is so
-    anyway on a kernel that has none of the files.  `kept`: the kernel may take the value and do something else.
+    anyway on a kernel that has none of the files.  `kept`: some kernels take the value and do nothing.
     """
 
     field: str
@@ -67,6 +68,31 @@ class Cgroup:
     def paths(self) -> Mapping[str, str]:
         """Its directories by controllers ("cpu,cpuacct"); the one of cgroup v2 is by ""."""
         raise NotImplementedError
+
+    def entrances(self) -> list[str]:
+        """Files into which a process writes itself to be in it; none where processes are born in it, by `fd`."""
+        return []
+
+    @contextmanager
+    def entered(self) -> Iterator[dict[str, int]]:
+        """Descriptors by which nsexec gets into it, by the names that it has for them.  Raises CgroupError."""
+        if self.fd >= 0:
+            yield {"_CAISSON_CGROUP": self.fd}
+            return
+        fds: dict[str, int] = {}
+        entrances = self.entrances()
+        if not entrances:
+            raise CgroupError(f"cgroup {self.path}: is closed")
+        try:
+            for number, path in enumerate(entrances):
+                try:
+                    fds[f"_CAISSON_CGROUP_{number}"] = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+                except OSError as e:
+                    raise CgroupError(f"cgroup {path}: {e.strerror}") from e
+            yield fds
+        finally:
+            for fd in fds.values():
+                os.close(fd)
 
     def pids(self) -> list[int]:
         """All processes in it and below, none if it is gone."""
@@ -188,7 +214,7 @@ class Cgroup:
                 files.write(path, value)
                 if undo is not None and before is not None:
                     undo.append((path, before))
-                if setting.kept and files.read(path).strip() != value:
+                if setting.kept and int(files.read(path)) > int(value):
                     raise CgroupError(f"{field}: {file} = {value!r}: this kernel does not do it")
             except OSError as e:
                 raise CgroupError(f"{field}: {file} = {value!r}: {e.strerror}") from e
@@ -222,6 +248,17 @@ class Cgroup:
             await asyncio.sleep(pause)
             pause = min(pause * 2, 0.05)
         return True
+
+
+def signal_pid(pid: int, number: int) -> None:
+    """Signal a process that is not a child, by way of its pidfd.  Raises ProcessLookupError."""
+    import signal
+
+    pidfd = os.pidfd_open(pid)
+    try:
+        signal.pidfd_send_signal(pidfd, number)
+    finally:
+        os.close(pidfd)
 
 
 def parts_of(path: str) -> list[str]:

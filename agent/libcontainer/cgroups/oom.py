@@ -66,3 +66,52 @@ class Kills:
         if grown:
             self._killed()
         return grown
+
+
+class Notices:
+    """Looks at a cgroup of version 1 when the kernel says that it ran out of memory, until it is closed.
+
+    The word comes by an eventfd, before anything was ended, and once more when the cgroup is removed
+    (cgroup-v1/memory.rst, "OOM Control"): so `look`, which tells whether it found something, is called a few times.
+    """
+
+    AFTER = (0.0, 0.01, 0.1, 1.0)  # seconds
+
+    def __init__(self, directory: str, look: Callable[[], bool]) -> None:
+        from agent.libcontainer.cgroups import files
+
+        self._loop = asyncio.get_running_loop()
+        self._look = look
+        self._timer: asyncio.TimerHandle | None = None
+        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            control = os.open(f"{directory}/memory.oom_control", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                files.write(f"{directory}/cgroup.event_control", f"{self._event} {control}")
+            finally:
+                os.close(control)
+        except OSError:
+            os.close(self._event)
+            raise
+        self._loop.add_reader(self._event, self._ready)
+
+    def _ready(self) -> None:
+        os.eventfd_read(self._event)
+        self._try(0)
+
+    def _try(self, attempt: int) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if attempt < len(self.AFTER) and not self._look():
+            self._timer = self._loop.call_later(self.AFTER[attempt], self._try, attempt + 1)
+
+    def close(self) -> None:
+        """Hear no more.  Idempotent."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._event >= 0:
+            self._loop.remove_reader(self._event)
+            os.close(self._event)
+            self._event = -1

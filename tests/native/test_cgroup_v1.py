@@ -1,0 +1,409 @@
+"""cgroup v1: the controllers that this machine really has, and an agent that uses them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from agent.client import Agent
+from agent.libcontainer.cgroups import CgroupError
+from agent.libcontainer.cgroups.v1 import CgroupOfV1, CgroupV1
+from agent.libcontainer.resources import Resources
+from proto import agent_pb2, oci_pb2
+from tests.native.agent_support import RunningAgent, errors, output, refused, run, sh
+
+pytestmark = pytest.mark.root
+with_v1 = pytest.mark.parametrize("agent", ["v1"], indirect=True)
+Code = grpc.StatusCode
+MEBIBYTE = 1 << 20
+DISK = f"{os.major(Path('/').stat().st_dev)}:{os.minor(Path('/').stat().st_dev)}"
+MAJOR, MINOR = map(int, DISK.split(":"))
+
+
+@pytest.fixture
+def hierarchies() -> CgroupV1:
+    found = CgroupV1.find(f"caisson-v1-{os.getpid()}")
+    assert found is not None, "this machine has no cgroup v1 hierarchies"
+    return found
+
+
+@pytest.fixture
+def cgroup(hierarchies: CgroupV1) -> Iterator[CgroupOfV1]:
+    made = hierarchies.create("test")
+    yield made
+    asyncio.run(made.kill())
+    asyncio.run(made.delete())
+    for root in hierarchies.roots.values():
+        assert not Path(root, f"caisson-v1-{os.getpid()}").exists()
+
+
+def content(cgroup: CgroupOfV1, file: str) -> str:
+    path = cgroup.file(file)
+    assert path is not None
+    return Path(path).read_text().strip()
+
+
+def put_in(cgroup: CgroupOfV1, *argv: str, **options: Any) -> subprocess.Popen[bytes]:
+    """A process in all of the cgroup's hierarchies."""
+
+    def enter() -> None:
+        for path in cgroup.entrances():
+            Path(path).write_text("0")
+
+    return subprocess.Popen(argv, preexec_fn=enter, **options)
+
+
+def test_finds_every_hierarchy_with_a_controller(tmp_path: Path) -> None:
+    info = tmp_path / "mountinfo"
+    info.write_text(
+        "31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n"
+        "32 31 0:29 / /sys/fs/cgroup/cpu,cpuacct rw shared:9 - cgroup cgroup rw,cpu,cpuacct\n"
+        "33 31 0:30 / /mnt/m\\040y rw - cgroup cgroup rw,xattr,memory,release_agent=/x\n"
+        "34 31 0:30 / /again rw - cgroup cgroup rw,memory\n"
+        "40 31 0:37 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,xattr,name=systemd\n"
+        "41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n"
+    )
+    found = CgroupV1.find(mountinfo=str(info))
+    assert found is not None
+    assert found.roots == {"cpu,cpuacct": "/sys/fs/cgroup/cpu,cpuacct", "memory": "/mnt/m y"}
+    info.write_text("41 31 0:38 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n")
+    assert CgroupV1.find(mountinfo=str(info)) is None
+
+
+@pytest.mark.parametrize(
+    ("limit", "values"),
+    [
+        ({"memory": {"limit": 64 * MEBIBYTE}}, {"memory.limit_in_bytes": "67108864"}),
+        (
+            {"memory": {"limit": 64 * MEBIBYTE, "swap": 96 * MEBIBYTE}},
+            {"memory.limit_in_bytes": "67108864", "memory.memsw.limit_in_bytes": "100663296"},
+        ),
+        ({"memory": {"reservation": 32 * MEBIBYTE}}, {"memory.soft_limit_in_bytes": "33554432"}),
+        ({"memory": {"kernelTCP": 4 * MEBIBYTE}}, {"memory.kmem.tcp.limit_in_bytes": "4194304"}),
+        ({"memory": {"swappiness": 7}}, {"memory.swappiness": "7"}),
+        ({"memory": {"disableOOMKiller": True}}, {"memory.oom_control": "oom_kill_disable 1\nunder_oom 0\noom_kill 0"}),
+        ({"cpu": {"shares": 512}}, {"cpu.shares": "512"}),
+        ({"cpu": {"shares": 1}}, {"cpu.shares": "2"}),
+        ({"cpu": {"quota": 20000, "period": 40000}}, {"cpu.cfs_quota_us": "20000", "cpu.cfs_period_us": "40000"}),
+        ({"cpu": {"quota": 20000, "burst": 10000}}, {"cpu.cfs_burst_us": "10000"}),
+        ({"cpu": {"idle": 1}}, {"cpu.idle": "1"}),
+        (
+            {"cpu": {"realtimeRuntime": 1000, "realtimePeriod": 500000}},
+            {"cpu.rt_runtime_us": "1000", "cpu.rt_period_us": "500000"},
+        ),
+        ({"cpu": {"cpus": "0", "mems": "0"}}, {"cpuset.cpus": "0", "cpuset.mems": "0"}),
+        ({"pids": {"limit": 77}}, {"pids.max": "77"}),
+        (
+            {"blockIO": {"throttleReadBpsDevice": [{"major": MAJOR, "minor": MINOR, "rate": 1048576}]}},
+            {"blkio.throttle.read_bps_device": f"{DISK} 1048576"},
+        ),
+        (
+            {"blockIO": {"throttleWriteBpsDevice": [{"major": MAJOR, "minor": MINOR, "rate": 1048576}]}},
+            {"blkio.throttle.write_bps_device": f"{DISK} 1048576"},
+        ),
+        (
+            {"blockIO": {"throttleReadIOPSDevice": [{"major": MAJOR, "minor": MINOR, "rate": 99}]}},
+            {"blkio.throttle.read_iops_device": f"{DISK} 99"},
+        ),
+        (
+            {"blockIO": {"throttleWriteIOPSDevice": [{"major": MAJOR, "minor": MINOR, "rate": 99}]}},
+            {"blkio.throttle.write_iops_device": f"{DISK} 99"},
+        ),
+        ({"blockIO": {"weight": 20}}, {"blkio.bfq.weight": "20"}),
+        ({"hugepageLimits": [{"pageSize": "2MB", "limit": 4194304}]}, {"hugetlb.2MB.limit_in_bytes": "4194304"}),
+        ({"network": {"classID": 1048577}}, {"net_cls.classid": "1048577"}),
+        ({"network": {"priorities": [{"name": "lo", "priority": 3}]}}, {"net_prio.ifpriomap": "lo 3"}),
+    ],
+    ids=lambda value: re.sub(r"\W+", "_", json.dumps(value)).strip("_")[:60],
+)
+def test_limits_reach_their_files_or_name_the_controller(
+    cgroup: CgroupOfV1, limit: dict[str, Any], values: dict[str, str]
+) -> None:
+    missing = {file for file in values if cgroup.file(file) is None or not Path(cgroup.file(file) or "").exists()}
+    if missing:
+        file = min(missing)
+        words = "this kernel has no" if file.partition(".")[0] in cgroup.controllers() else "is not available here"
+        with pytest.raises(CgroupError, match=words):
+            cgroup.apply(Resources.from_json(limit))
+        return
+    before = {file: content(cgroup, file) for file in values}
+    cgroup.apply(Resources.from_json(limit))
+    assert {file: content(cgroup, file) for file in values} == values
+    asyncio.run(_updated_in_vain(cgroup, limit))
+    assert {file: content(cgroup, file) for file in values} == values != before
+
+
+async def _updated_in_vain(cgroup: CgroupOfV1, limit: dict[str, Any]) -> None:
+    """An update that changes nothing and fails at the end."""
+    resources = Resources.from_json(limit).updated(Resources.from_json({"rdma": {"none": {"hcaHandles": 1}}}))
+    with pytest.raises(CgroupError, match=r"linux\.resources\.rdma\.none: the cgroup controller 'rdma'"):
+        await cgroup.update(resources)
+
+
+def test_kernel_memory_is_refused_by_a_kernel_that_takes_the_value_and_does_nothing(cgroup: CgroupOfV1) -> None:
+    document = {"memory": {"kernel": 8 * MEBIBYTE}}
+    try:
+        cgroup.apply(Resources.from_json(document))
+    except CgroupError as error:
+        assert re.match(r"linux\.resources\.memory\.kernel: .*(this kernel|not supported)", str(error))
+    else:
+        assert content(cgroup, "memory.kmem.limit_in_bytes") == str(8 * MEBIBYTE)
+
+
+def test_what_v1_has_not_is_refused() -> None:
+    from agent.libcontainer.cgroups.v1_settings import settings
+    from agent.libcontainer.fields import SpecError
+
+    with pytest.raises(SpecError) as caught:
+        list(settings(Resources.from_json({"unified": {"memory.high": "1"}})))
+    assert str(caught.value) == "linux.resources.unified: is for cgroup v2, and this guest has v1"
+
+
+def test_memory_and_swap_move_up_and_down_together(cgroup: CgroupOfV1) -> None:
+    cgroup.apply(Resources())
+    for limit, swap in ((10, 20), (30, 40), (5, 6), (50, 50), (-1, -1), (7, 7)):
+        document = {
+            "memory": {"limit": limit * MEBIBYTE if limit > 0 else -1, "swap": swap * MEBIBYTE if swap > 0 else -1}
+        }
+        asyncio.run(cgroup.update(Resources.from_json(document)))
+        for file, value in (("memory.limit_in_bytes", limit), ("memory.memsw.limit_in_bytes", swap)):
+            assert int(content(cgroup, file)) == (value * MEBIBYTE if value > 0 else 9223372036854771712)
+
+
+def test_an_update_that_fails_leaves_all_as_it_was(cgroup: CgroupOfV1) -> None:
+    before = {"memory": {"limit": 64 * MEBIBYTE, "swap": 64 * MEBIBYTE}, "cpu": {"quota": 10000, "period": 20000}}
+    cgroup.apply(Resources.from_json(before))
+    files = (
+        "memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "cpu.cfs_quota_us", "cpu.cfs_period_us", "cpu.shares",
+        "cpuset.cpus", "pids.max", "blkio.throttle.read_bps_device", "devices.list",
+    )  # fmt: skip
+    state = {file: content(cgroup, file) for file in files}
+    wanted = {
+        "memory": {"limit": 128 * MEBIBYTE, "swap": 256 * MEBIBYTE},
+        "cpu": {"quota": 50000, "period": 100000, "shares": 99, "cpus": "0"},
+        "pids": {"limit": 9},
+        "blockIO": {"throttleReadBpsDevice": [{"major": MAJOR, "minor": MINOR, "rate": 5}]},
+        # The last to be set, and impossible: a part of what is allowed as a whole.
+        "devices": [
+            {"allow": True, "type": "b", "access": "rw"},
+            {"allow": False, "type": "b", "major": 1, "minor": 2, "access": "r"},
+        ],
+    }
+    with pytest.raises(CgroupError, match=r"cgroup v1 cannot allow b \*:\* and deny b 1:2 of it"):
+        asyncio.run(cgroup.update(Resources.from_json(before).updated(Resources.from_json(wanted))))
+    assert {file: content(cgroup, file) for file in files} == state
+
+
+def test_device_rules_are_what_the_kernel_has(cgroup: CgroupOfV1) -> None:
+    always = {
+        "c *:* m", "b *:* m", "c 1:3 rwm", "c 1:5 rwm", "c 1:7 rwm", "c 1:8 rwm", "c 1:9 rwm", "c 5:0 rwm",
+        "c 5:2 rwm", "c 136:* rwm",
+    }  # fmt: skip
+
+    def listed() -> set[str]:
+        return set(content(cgroup, "devices.list").splitlines())
+
+    async def update(*rules: dict[str, Any]) -> None:
+        await cgroup.update(Resources.from_json({"devices": list(rules)}))
+
+    tuntap = {"allow": True, "type": "c", "major": 10, "minor": 200, "access": "rw"}
+    everything = {"allow": True, "type": "a"}
+    cgroup.apply(Resources())
+    assert listed() == always
+    asyncio.run(update(tuntap))
+    assert listed() == always | {"c 10:200 rw"}
+    asyncio.run(update({**tuntap, "access": "r"}))
+    assert listed() == always | {"c 10:200 r"}
+    asyncio.run(update(everything, {"allow": False, "type": "b", "major": MAJOR, "minor": MINOR, "access": "rw"}))
+    assert listed() == {"a *:* rwm"}
+    asyncio.run(update({"allow": False, "type": "a"}))
+    assert listed() == always
+
+
+def test_everything_in_it_is_ended_even_what_forks_and_what_is_frozen(cgroup: CgroupOfV1) -> None:
+    bomb = put_in(cgroup, "/bin/sh", "-c", "while :; do (sleep 100 &) ; done", stderr=subprocess.DEVNULL)
+    while len(cgroup.pids()) < 30:
+        assert bomb.poll() is None
+
+    async def work() -> None:
+        await cgroup.freeze()
+        assert cgroup.frozen
+        still = set(cgroup.pids())
+        await asyncio.sleep(0.05)
+        assert set(cgroup.pids()) == still
+        await cgroup.kill()
+
+    asyncio.run(work())
+    assert bomb.wait() == -9
+    for _ in range(100):  # the rest are the reaper's of this machine
+        if not cgroup.pids():
+            break
+        asyncio.run(asyncio.sleep(0.02))
+    assert cgroup.pids() == []
+
+
+def test_what_is_in_use_is_not_taken(hierarchies: CgroupV1, cgroup: CgroupOfV1) -> None:
+    process = put_in(cgroup, "/bin/sleep", "100")
+    with pytest.raises(CgroupError, match="has processes in it already"):
+        hierarchies.create("test")
+    process.kill()
+    process.wait()
+
+
+async def resources(client: Agent, **fields: Any) -> None:
+    request = agent_pb2.UpdateContainerRequest(container_id="box", resources=oci_pb2.LinuxResources(**fields))
+    await client.rpc.UpdateContainer(request)
+
+
+@with_v1
+def test_containers_are_in_every_hierarchy_from_their_first_instruction(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            await client.create_sandbox()
+            spec = agent.spec("/bin/sh", "-c", "cat /proc/self/cgroup; exec sleep 1000")
+            del spec.Linux.Namespaces[:]
+            spec.Linux.Namespaces.extend(oci_pb2.LinuxNamespace(Type=kind) for kind in ("mount", "ipc", "uts"))
+            container = await client.create_container("box", spec)
+            (file,) = agent.state.rglob("state.json")
+            paths = json.loads(file.read_text())["cgroup_paths"]
+            assert {"memory", "cpu", "cpuacct", "devices", "pids", "freezer"} <= set(paths)
+            await container.start()
+            first = (await anext(container.init().stdout())).decode()
+            process = await sh(container, "cat /proc/self/cgroup")
+            second = (await output(process)).decode()
+            for text in (first, second):
+                found = {}
+                for line in text.splitlines():
+                    _, names, path = line.split(":")
+                    found |= dict.fromkeys(names.split(","), path)
+                for controller in paths:
+                    assert found[controller] == f"/{agent.cgroup_parent}/sandbox/box", controller
+                assert found.get("name=systemd", "/") == "/"
+
+    run(work())
+
+
+@with_v1
+def test_a_fork_bomb_in_an_exec_counts(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            await client.create_sandbox()
+            spec = agent.spec()
+            spec.Linux.Resources.Pids.Limit = 12
+            container = await client.ensure_container("box", spec)
+            process = await sh(container, "i=0; while [ $i -lt 30 ]; do sleep 1000 & i=$((i+1)); done")
+            assert b"can't fork" in await errors(process)
+            (directory,) = (path for path in agent.cgroups() if path.name == "box" and "pids" in path.parts)
+            assert int((directory / "pids.current").read_text()) <= 12
+            await container.remove()
+
+    run(work())
+
+
+@with_v1
+def test_limits_devices_stats_and_their_changes_over_the_api(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            await client.create_sandbox()
+            spec = agent.spec("/bin/sleep", "1000")
+            spec.Linux.Resources.Memory.Limit = 64 * MEBIBYTE
+            spec.Linux.Resources.Devices.add(Allow=True, Type="a", Access="rwm")
+            for kind in ("Bounding", "Effective", "Permitted"):
+                getattr(spec.Process.Capabilities, kind).extend(["CAP_MKNOD"])
+            container = await client.ensure_container("box", spec)
+            request = agent_pb2.StatsContainerRequest(container_id="box")
+            before = (await client.rpc.StatsContainer(request)).cgroup_stats
+            assert before.memory_stats.usage.limit == 64 * MEBIBYTE
+            assert before.memory_stats.usage.usage > 0 and before.memory_stats.stats["rss"] >= 0
+            node = f"busybox mknod /dev/disk b {MAJOR} {MINOR} || exit 3; (: </dev/disk) 2>/dev/null || exit 4"
+            assert await (await sh(container, node)).wait() == 4  # the guest's own disk (CVE-2020-2023)
+            await (await sh(container, "i=0; while [ $i -lt 50000 ]; do i=$((i+1)); done")).wait()
+            after = (await client.rpc.StatsContainer(request)).cgroup_stats
+            assert after.cpu_stats.cpu_usage.total_usage > before.cpu_stats.cpu_usage.total_usage
+            assert len(after.cpu_stats.cpu_usage.percpu_usage) == os.cpu_count()
+            assert sum(after.cpu_stats.cpu_usage.percpu_usage) >= before.cpu_stats.cpu_usage.total_usage
+            assert (after.pids_stats.current, after.pids_stats.limit) == (1, 0)
+            await resources(client, Memory=oci_pb2.LinuxMemory(Limit=128 * MEBIBYTE), CPU=oci_pb2.LinuxCPU(Quota=5000))
+            (directory,) = (path for path in agent.cgroups() if path.name == "box" and "cpu" in path.parts)
+            assert (directory / "cpu.cfs_quota_us").read_text() == "5000\n"
+            unified = {"Memory": oci_pb2.LinuxMemory(Limit=2 * MEBIBYTE, Swap=MEBIBYTE)}
+            code, text = await refused(resources(client, **unified))
+            assert (code, text) == (
+                Code.INTERNAL,
+                "linux.resources.memory.swap: is memory plus swap, and needs a limit that is not above it",
+            )
+            assert (await client.rpc.StatsContainer(request)).cgroup_stats.memory_stats.usage.limit == 128 * MEBIBYTE
+
+    run(work())
+
+
+@with_v1
+def test_a_process_that_the_kernel_ends_for_want_of_memory_is_told_of(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            await client.create_sandbox()
+            spec = agent.spec()
+            spec.Linux.Resources.Memory.Limit = spec.Linux.Resources.Memory.Swap = 8 * MEBIBYTE
+            container = await client.ensure_container("box", spec)
+            event = asyncio.ensure_future(client.rpc.GetOOMEvent(agent_pb2.GetOOMEventRequest()))
+            assert await (await sh(container, "true")).wait() == 0
+            assert not event.done()
+            assert await (await sh(container, "exec tail /dev/zero")).wait() == 137
+            assert (await event).container_id == "box"
+            again = asyncio.ensure_future(client.rpc.GetOOMEvent(agent_pb2.GetOOMEventRequest()))
+            await container.remove()  # which the kernel tells on the same eventfd
+            await asyncio.sleep(0.2)
+            assert not again.done()
+            again.cancel()
+
+    run(work())
+
+
+@with_v1
+@pytest.mark.parametrize("namespace", [True, False])
+@pytest.mark.parametrize("access", ["ro", "rw"])
+def test_the_containers_own_cgroup_filesystem(agent: RunningAgent, namespace: bool, access: str) -> None:
+    """CVE-2023-25809: read-only is read-only in every line, and nothing above the container's own is to be seen."""
+
+    async def work() -> None:
+        async with agent.connect() as client:
+            await client.create_sandbox()
+            spec = agent.spec()
+            if not namespace:
+                kinds = [item.Type for item in spec.Linux.Namespaces if item.Type != "cgroup"]
+                del spec.Linux.Namespaces[:]
+                spec.Linux.Namespaces.extend(oci_pb2.LinuxNamespace(Type=kind) for kind in kinds)
+            options = [access, "nosuid", "nodev", "noexec", "relatime"]
+            spec.Mounts.add(destination="/sys/fs/cgroup", type="cgroup", source="cgroup", options=options)
+            container = await client.ensure_container("box", spec)
+            script = """
+                grep ' /sys/fs/cgroup' /proc/mounts; echo --
+                ls /sys/fs/cgroup; echo --
+                cat /sys/fs/cgroup/pids/cgroup.procs | wc -l; echo --
+                mkdir /sys/fs/cgroup/pids/new 2>&1 && rmdir /sys/fs/cgroup/pids/new; echo --
+                mkdir /sys/fs/cgroup/new 2>&1 && rmdir /sys/fs/cgroup/new; echo --
+                ls /sys/fs/cgroup/*/release_agent 2>&1"""
+            process = await sh(container, script)
+            mounts, names, count, mkdir, above, release = (await output(process)).decode().split("--\n")
+            lines = [line.split() for line in mounts.splitlines()]
+            assert {line[2] for line in lines} == {"tmpfs", "cgroup"}
+            for line in lines:
+                assert {access, "nosuid", "nodev", "noexec"} <= set(line[3].split(",")), line
+            assert {"pids", "memory", "freezer", "devices"} <= set(names.split())
+            assert int(count) >= 2  # those of the container, and no others
+            (directory,) = (path for path in agent.cgroups() if path.name == "box" and "pids" in path.parts)
+            assert int(count) <= len((directory / "cgroup.procs").read_text().split()) + 4
+            assert ("Read-only file system" in mkdir) is (access == "ro"), mkdir
+            assert ("Read-only file system" in above) is (access == "ro"), above
+            assert "No such file" in release
+
+    run(work())
