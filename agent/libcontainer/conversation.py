@@ -31,8 +31,9 @@ class Conversation:
     """Both ends of the channels to one nsexec.
 
     `pids` is called with (stage 1 or 0, stage 2 or 0) for each that is made.  `halfway` is done when nsexec waits for
-    the agent's hooks to have run, and for `go_on`; `ready` when the process is set up, `ended` when nobody holds the
-    sync socket any more: after execve, or after the end of all stages.
+    the agent's hooks to have run, and for `go_on`; `ready` when the process is set up, `running` when one without a
+    fifo was told to start, `ended` when nobody holds the sync socket any more: after execve, or after the end of all
+    stages.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Conversation:
         self.error: LaunchError | None = None
         self.ready: asyncio.Future[None] = loop.create_future()
         self.halfway: asyncio.Future[None] = loop.create_future()
+        self.running: asyncio.Future[None] = loop.create_future()
         self.ended: asyncio.Future[None] = loop.create_future()
         self._theirs: list[socket.socket | int] = []
         self._init = self._pair(socket.SOCK_STREAM)
@@ -153,18 +155,16 @@ class Conversation:
             packet = b""
         if packet:
             found = _object(packet)
-            if found.get("type") == "procReady":
+            steps = {"procReady": self.ready, "procHooks": self.halfway, "procRun": self.running}
+            step = steps.get(_text(found.get("type")))
+            if step is not None:
                 self._settle()
-                if not self.ready.done():
-                    self.ready.set_result(None)
-            elif found.get("type") == "procHooks":
-                self._settle()
-                if not self.halfway.done():
-                    self.halfway.set_result(None)
+                if not step.done():
+                    step.set_result(None)
             elif found.get("type") == "procError" and self.error is None:
-                step, path, why = (_text(found.get(key)) for key in ("step", "path", "why"))
+                where, path, why = (_text(found.get(key)) for key in ("step", "path", "why"))
                 errno = found.get("errno")
-                self.error = launch_error(step, path, errno if isinstance(errno, int) else 0, why)
+                self.error = launch_error(where, path, errno if isinstance(errno, int) else 0, why)
             return
         self._loop.remove_reader(self._sync)
         self._settle()
@@ -247,7 +247,7 @@ class Conversation:
             if fd >= 0:
                 os.close(fd)
         self.pidfd = self._pidfd1 = self.console = -1
-        for future in (self.halfway, self.ready, self.ended):
+        for future in (self.halfway, self.ready, self.running, self.ended):
             future.cancel()
 
 

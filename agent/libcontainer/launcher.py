@@ -136,15 +136,7 @@ class Launcher:
         launch = self._inits.get(init)
         if launch is None:
             raise LaunchError("the container's init is gone", step="start")
-        if launch.by_word:
-            if launch.talk.ended.done():
-                raise launch.talk.error or LaunchError("the container's init died before it was started", step="start")
-            if not fifo.exists():
-                raise LaunchError("the container was started before", step="start", path=str(fifo))
-            fifo.unlink()
-            launch.talk.go_on()
-        else:
-            await self._open(fifo, launch)
+        await (self._tell(fifo, launch) if launch.by_word else self._open(fifo, launch))
         try:
             await _first([launch.talk.ended], launch.start_seconds)
         except LaunchError:
@@ -152,6 +144,17 @@ class Launcher:
             raise
         if launch.talk.error is not None:
             raise launch.talk.error
+
+    async def _tell(self, fifo: Path, launch: Launch) -> None:
+        """Let an init go on that has no fifo to wait on; the file stands for it."""
+        if not fifo.exists():
+            raise LaunchError("the container was started before", step="start", path=str(fifo))
+        talk = launch.talk
+        talk.go_on()
+        await asyncio.wait([talk.running, talk.ended], timeout=self._patience, return_when=asyncio.FIRST_COMPLETED)
+        if not talk.running.done():
+            raise talk.error or LaunchError("the container's init died before it was started", step="start")
+        fifo.unlink(missing_ok=True)
 
     async def _open(self, fifo: Path, launch: Launch) -> None:
         """Open the fifo on which an init waits to be started, and take it away."""

@@ -214,6 +214,6 @@ void run_hooks(const struct plan *plan, uint16_t type, int sync, int cwd)
 /* Let the agent run its hooks: everything is made, the root is not changed yet. */
 void wait_for_runtime_hooks(int sync)
 {
-	report_hooks();
+	report_progress(PROGRESS_HOOKS);
 	wait_for_word(sync);
 }

@@ -41,8 +41,10 @@ void report_to(int sync, int log, int level);
 void report_stage(int stage);
 void log_debug(const char *text, const char *detail);
 void log_close(void);
-void report_ready(void);
-void report_hooks(void);
+#define PROGRESS_READY "procReady" /* all is done but to execute the program */
+#define PROGRESS_HOOKS "procHooks" /* the agent's hooks may run; a word is waited for */
+#define PROGRESS_RUN "procRun"     /* the word to start has come */
+void report_progress(const char *what);
 NORETURN void fail(const char *step, const char *path, int error, const char *why);
 
 /* --- tlv.c --- */

@@ -38,7 +38,7 @@ NORETURN void become_pause(int sync)
 		fail("pause", "parent", errno, NULL);
 	if (recv(sync, &none, 1, MSG_DONTWAIT) == 0)
 		_exit(1); /* the agent ended before it was asked to tell */
-	report_ready();
+	report_progress(PROGRESS_READY);
 	if (sys_close_range(0, ~0u) < 0)
 		_exit(1);
 	for (;;) {

@@ -326,12 +326,14 @@ NORETURN void run_program(const struct plan *plan, const struct channels *fds, c
 
 		/* Only what the wait needs stays open through it. */
 		close_all_but(kept, ARRAY_SIZE(kept));
-		report_ready();
+		report_progress(PROGRESS_READY);
 		wait_for_start(fds, handles->processes);
 	} else {
-		report_ready();
-		if (!fds->joins) /* with others in its pid namespace it holds nothing of the guest through the wait */
+		report_progress(PROGRESS_READY);
+		if (!fds->joins) { /* with others in its pid namespace it holds nothing of the guest through the wait */
 			wait_for_word(fds->sync);
+			report_progress(PROGRESS_RUN);
+		}
 	}
 	close_all_but(&fds->sync, 1);
 	run_hooks(plan, PLAN_START_HOOK, fds->sync, -1);

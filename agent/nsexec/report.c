@@ -124,19 +124,13 @@ void log_close(void)
 	log_fd = -1;
 }
 
-void report_ready(void)
+void report_progress(const char *what)
 {
 	struct text t = {.used = 0};
 
-	put(&t, "{\"type\":\"procReady\"}");
-	send_all(sync_fd, &t, true);
-}
-
-void report_hooks(void)
-{
-	struct text t = {.used = 0};
-
-	put(&t, "{\"type\":\"procHooks\"}");
+	put(&t, "{\"type\":\"");
+	put(&t, what);
+	put(&t, "\"}");
 	send_all(sync_fd, &t, true);
 }
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +15,8 @@ import grpc
 import pytest
 
 from agent.client import Agent, Container
-from agent.container import Container as SomeContainer
-from agent.libcontainer.conversation import Conversation
-from agent.libcontainer.fields import SpecError
-from agent.libcontainer.spec import Process, Spec
-from agent.log import Log
-from agent.reaper import Reaper
-from agent.syscalls import umount2
 from proto import agent_pb2, oci_pb2
 from tests.native.agent_support import ROOT, RunningAgent, output, refused, run, sh, until
-from tests.native.nsexec_support import Box, config
 
 pytestmark = pytest.mark.root
 
@@ -251,115 +240,3 @@ def test_the_first_process_ends_with_an_agent_that_is_killed(nsexec_path: Path, 
         agent.kill()
     assert select.select([pidfd], [], [], 10)[0], "it lives on"
     os.close(pidfd)
-
-
-@contextlib.asynccontextmanager
-async def joined(box: Box) -> AsyncIterator[dict[str, Any]]:
-    """A pid namespace with a pause process, as arguments for Launcher.create."""
-    procfs, empty = box.path / "proc", box.path / "empty"
-    procfs.mkdir()
-    empty.mkdir()
-    pause = await box.launcher.pause(str(procfs), str(empty))
-    try:
-        yield {"join": {"pid": f"/proc/{pause.pid}/ns/pid"}, "procfs": str(procfs)}
-    finally:
-        os.kill(pause.pid, signal.SIGKILL)
-        assert await pause.wait() == 137
-        umount2(procfs)
-
-
-def test_with_every_other_namespace(box: Box) -> None:
-    """User with maps, time with offsets, cgroup, network: all of it is made before the pid namespace is entered."""
-    kinds = ("pid", "ipc", "uts", "mount", "network", "user", "time", "cgroup")
-    value = config("sh", "-c", "id -u; cut -d. -f1 /proc/uptime; cat /proc/1/comm; ip -o link; hostname; echo $$")
-    value["linux"]["namespaces"] = [{"type": kind} for kind in kinds]
-    value["linux"]["uidMappings"] = [{"containerID": 0, "hostID": 100000, "size": 65536}]
-    value["linux"]["gidMappings"] = [{"containerID": 0, "hostID": 100000, "size": 65536}]
-    value["linux"]["timeOffsets"] = {"boottime": {"secs": 1_000_000_000}}
-
-    async def work() -> tuple[int, str, str]:
-        async with joined(box) as arguments:
-            return await box.output(value, **arguments)
-
-    status, out, err = box.run(work())
-    assert (status, err) == (0, "")
-    uid, uptime, first, link, host, pid = out.splitlines()
-    assert (uid, first, host, pid) == ("0", "pause", "box", "2")
-    assert int(uptime) > 1_000_000_000
-    assert ": lo: <LOOPBACK,UP" in link
-
-
-def test_hooks_and_rights(box: Box) -> None:
-    """Of hooks in the container, those of its own programs run; those of the guest would be in the others' reach."""
-    script = "ulimit -u; umask; id -u; grep -e NoNew -e CapEff /proc/self/status"
-    value = config("sh", "-c", script, user={"uid": 7})
-    value["process"].update(rlimits=[{"type": "RLIMIT_NPROC", "soft": 3, "hard": 3}], noNewPrivileges=True)
-    early = {"path": "/bin/sh", "args": ["sh", "-c", f"cat > {box.path}/early"]}
-    value["hooks"] = {"createContainer": [early]}
-    (box.rootfs / "tmp").chmod(0o777)
-
-    async def work() -> tuple[int, str, str]:
-        async with joined(box) as arguments:
-            with pytest.raises(SpecError, match="createContainer: cannot run in a pid namespace with others in it"):
-                await box.create(value, **arguments)
-            late = {"path": "/bin/sh", "args": ["sh", "-c", "(readlink /proc/self/ns/pid; cat) > /tmp/late"]}
-            value["hooks"] = {"prestart": [early], "startContainer": [late]}
-            return await box.output(value, **arguments)
-
-    assert box.run(work()) == (0, f"3\n0022\n7\nCapEff:\t{0:016x}\nNoNewPrivs:\t1\n", "")
-    assert '"status": "creating", "pid": ' in (box.path / "early").read_text()
-    link, state = (box.rootfs / "tmp" / "late").read_text().split("\n", 1)
-    assert link != str(Path("/proc/self/ns/pid").readlink())
-    assert '"status":"created","pid":2}' in state
-
-
-def test_without_cgroups_what_the_agent_started_ends_with_the_container(box: Box) -> None:
-    reaper = Reaper()
-    reaper.start(box.loop)
-    box.launcher._children = reaper
-    (box.path / "box").mkdir()
-    spec = Spec.from_json(config("sh", "-c", "read x"))
-    assert spec.root is not None
-    spec = spec.but(root=spec.root.but(path=str(box.rootfs)))
-    one = SomeContainer(
-        "box", spec, launcher=box.launcher, cgroup=None, directory=box.path / "box", pipe_size=0, log=Log("fatal"),
-        oom=lambda: None,
-    )  # fmt: skip
-
-    async def work() -> None:
-        async with joined(box) as arguments:
-            await one.create("box", arguments["join"], arguments["procfs"])
-            await one.start()
-            execs = [await one.exec(f"x{n}", Process(("sleep", "1000"), env=("PATH=/bin",))) for n in range(3)]
-            await one.process("").close_stdin()
-            assert await one.process("").wait() == 1
-            assert [await process.wait() for process in execs] == [137] * 3
-            await one.remove()
-
-    box.run(work())
-
-
-def test_only_the_makers_of_a_process_say_who_it_is() -> None:
-    """A process in a shared namespace may have taken the socket out of one that was just made."""
-
-    async def work() -> None:
-        news: list[tuple[int, int]] = []
-        talk = Conversation(
-            asyncio.get_running_loop(), terminal=False, pids=lambda *pids: news.append(pids), log=lambda *_: None
-        )
-        theirs = talk._theirs[0]
-        assert isinstance(theirs, socket.socket)
-        line, fd = b'{"stage1_pid":0,"stage2_pid":1}\n', os.pidfd_open(os.getpid())
-        with socket.socket(fileno=os.dup(theirs.fileno())) as taken:
-            talk.listen(1)  # the maker is somebody else
-            socket.send_fds(taken, [line], [fd])
-            talk._on_init()
-            assert (news, talk.pidfd) == ([], -1)
-            talk._makers.add(os.getpid())
-            socket.send_fds(taken, [line], [fd])
-            talk._on_init()
-            assert news == [(0, 1)] and talk.pidfd >= 0
-        os.close(fd)
-        talk.close()
-
-    asyncio.run(work())
