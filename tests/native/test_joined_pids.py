@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 
-from agent.container import Container as SomeContainer
+from agent.container import Container
 from agent.libcontainer.conversation import Conversation
 from agent.libcontainer.fields import SpecError
 from agent.libcontainer.launcher import Launched, LaunchError, Stdio
-from agent.libcontainer.spec import Process as SomeProcess
-from agent.libcontainer.spec import Spec
+from agent.libcontainer.spec import Process, Spec
 from agent.log import Log
 from agent.reaper import Reaper
 from agent.syscalls import umount2
@@ -122,7 +121,7 @@ def test_giving_up_at_any_moment_leaves_nothing(box: Box, user: bool) -> None:
 
             def execs() -> Coroutine[Any, Any, Launched]:
                 return box.launcher.exec(
-                    SomeProcess(("sleep", "1000"), env=("PATH=/bin",)), spec=Spec.from_json(value), init=init.child,
+                    Process(("sleep", "1000"), env=("PATH=/bin",)), spec=Spec.from_json(value), init=init.child,
                     cgroup=None, stdio=Stdio(null, null, null),
                 )  # fmt: skip
 
@@ -159,7 +158,7 @@ def test_without_cgroups_what_the_agent_started_ends_with_the_container(box: Box
     spec = Spec.from_json(config("sh", "-c", "read x"))
     assert spec.root is not None
     spec = spec.but(root=spec.root.but(path=str(box.rootfs)))
-    one = SomeContainer(
+    one = Container(
         "box", spec, launcher=box.launcher, cgroup=None, directory=box.path / "box", pipe_size=0, log=Log("fatal"),
         oom=lambda: None,
     )  # fmt: skip
@@ -168,7 +167,7 @@ def test_without_cgroups_what_the_agent_started_ends_with_the_container(box: Box
         async with joined(box) as arguments:
             await one.create("box", arguments["join"], arguments["procfs"])
             await one.start()
-            execs = [await one.exec(f"x{n}", SomeProcess(("sleep", "1000"), env=("PATH=/bin",))) for n in range(3)]
+            execs = [await one.exec(f"x{n}", Process(("sleep", "1000"), env=("PATH=/bin",))) for n in range(3)]
             await one.process("").close_stdin()
             assert await one.process("").wait() == 1
             assert [await process.wait() for process in execs] == [137] * 3
