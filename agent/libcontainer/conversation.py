@@ -93,11 +93,11 @@ class Conversation:
         """To be called right after the spawn: close the other side's ends and follow what it says."""
         self._makers.add(pid)
         self.close_theirs()
-        self._loop.add_reader(self._init, self._on_init)
-        self._loop.add_reader(self._sync, self._on_sync)
+        self._loop.add_reader(self._init.fileno(), self._on_init)
+        self._loop.add_reader(self._sync.fileno(), self._on_sync)
         self._loop.add_reader(self._log_fd, self._on_log)
         if self._unsent:
-            self._loop.add_writer(self._init, self._send)
+            self._loop.add_writer(self._init.fileno(), self._send)
 
     def close_theirs(self) -> None:
         """Close the ends that were for nsexec."""
@@ -113,7 +113,7 @@ class Conversation:
         except OSError:  # it is gone; the sync socket tells why
             self._unsent = memoryview(b"")
         if not self._unsent:
-            self._loop.remove_writer(self._init)
+            self._loop.remove_writer(self._init.fileno())
 
     def _on_init(self) -> None:
         """Messages as they were sent: those with descriptors are not merged (unix(7))."""
@@ -122,7 +122,7 @@ class Conversation:
             if data is None:
                 return
             if not data or self.pidfd >= 0:
-                self._loop.remove_reader(self._init)
+                self._loop.remove_reader(self._init.fileno())
             if data and self.pidfd < 0 and sender in self._makers and len(fds) == 1:
                 self._made(_object(data), fds)
             for fd in fds:
@@ -166,7 +166,7 @@ class Conversation:
                 errno = found.get("errno")
                 self.error = launch_error(where, path, errno if isinstance(errno, int) else 0, why)
             return
-        self._loop.remove_reader(self._sync)
+        self._loop.remove_reader(self._sync.fileno())
         self._settle()
         if not self.ended.done():
             self.ended.set_result(None)
@@ -228,8 +228,8 @@ class Conversation:
 
     def close_setup(self) -> None:
         """Close what is of no use once the process is ready: all but the sync socket and the pidfd."""
-        self._loop.remove_reader(self._init)
-        self._loop.remove_writer(self._init)
+        self._loop.remove_reader(self._init.fileno())
+        self._loop.remove_writer(self._init.fileno())
         self._init.close()
         if self._console is not None:
             self._console.close()
@@ -239,7 +239,7 @@ class Conversation:
         """Close everything.  Idempotent."""
         self.close_theirs()
         if self._sync.fileno() >= 0:
-            self._loop.remove_reader(self._sync)
+            self._loop.remove_reader(self._sync.fileno())
             self._sync.close()
         if self._init.fileno() >= 0:
             self.close_setup()

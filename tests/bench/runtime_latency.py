@@ -1,0 +1,320 @@
+"""How long a container takes, and a process in one: ours beside crun, runc and the least that the kernel asks for.
+
+All of them run the same program (busybox's true) in the same root by the same config.json, in turn and in one run, from
+the request to the moment at which the runtime knows that the program has ended.  Ours is what the agent does without an
+RPC: the launcher of agent/libcontainer and nsexec.  The others are spawned as a host would spawn them.  Nobody uses
+cgroups: crun 1.8 refuses the layout that many machines have, so all run in a mount namespace without cgroup v2, and the
+others with cgroups disabled where they can be.
+
+`exec` is a process in a running container; `create+start` a container from nothing to its end; `private memory` is what
+the process that sets the container up has of its own while it waits to be started.
+
+    python -m tests.bench.runtime_latency [--samples N] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from agent.libcontainer.launcher import Launcher, Stdio
+from agent.libcontainer.nsexec import Nsexec
+from agent.libcontainer.spec import Process, Spec
+from agent.reaper import Child, Reaper
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLES = 60
+EXEC_BUDGET, RUN_BUDGET, MEMORY_BUDGET = 0.5, 0.6, 1.0
+TRUE = ["/bin/true"]
+CAPABILITIES = ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]
+FLAGS = ["nosuid", "noexec", "nodev"]
+CONFIG: dict[str, Any] = {
+    "ociVersion": "1.0.2",
+    "process": {
+        "user": {"uid": 0, "gid": 0},
+        "args": TRUE,
+        "env": ["PATH=/bin"],
+        "cwd": "/",
+        "capabilities": {kind: CAPABILITIES for kind in ("bounding", "effective", "permitted")},
+        "noNewPrivileges": True,
+    },
+    "root": {"path": "rootfs", "readonly": True},
+    "hostname": "bench",
+    "mounts": [
+        {"destination": "/proc", "type": "proc", "source": "proc", "options": FLAGS},
+        {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755", "size=64k"]},
+        {
+            "destination": "/dev/pts",
+            "type": "devpts",
+            "source": "devpts",
+            "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+        },
+        {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": [*FLAGS, "mode=1777", "size=64k"]},
+        {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": FLAGS},
+        {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": [*FLAGS, "ro"]},
+    ],
+    "linux": {
+        "namespaces": [{"type": kind} for kind in ("pid", "network", "ipc", "uts", "mount")],
+        "maskedPaths": ["/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/timer_list", "/proc/scsi", "/sys/firmware"],
+        "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
+    },
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.  Times are medians in milliseconds, memory is in KiB; `ratio` is ours to the peer's."""
+
+    what: str
+    ours: float
+    peer: float
+    limit: float | None
+    ratio: float
+    budget: float | None
+
+    @property
+    def passed(self) -> bool:
+        return self.budget is None or self.ratio <= self.budget
+
+
+class Ours:
+    """The agent's own way, in this process's event loop."""
+
+    def __init__(self, work: Path, bundle: Path) -> None:
+        subprocess.run(["make", "-s", "-C", ROOT / "agent/nsexec", f"BUILD={work}"], check=True)
+        self._loop = asyncio.new_event_loop()
+        self._reaper = Reaper()
+        self._reaper.start(self._loop)
+        self._nsexec = Nsexec.seal(work / "nsexec")
+        self._launcher = Launcher(self._nsexec, self._reaper, lambda *_, **__: None)
+        self._null = os.open("/dev/null", os.O_RDWR)
+        self._bundle = bundle
+        self._fifo = work / "exec.fifo"
+        self._spec = Spec.from_json(CONFIG)  # of the container that processes are run in: an agent knows it
+        self.target: Child | None = None
+
+    async def _create(self, config: dict[str, Any]) -> Child:
+        launched = await self._launcher.create(
+            Spec.from_json(config),
+            container_id="bench",
+            bundle=self._bundle,
+            rootfs=str(self._bundle / "rootfs"),
+            join={},
+            cgroup=None,
+            stdio=Stdio(self._null, self._null, self._null),
+            fifo=self._fifo,
+        )
+        assert isinstance(launched.child, Child)
+        return launched.child
+
+    async def _run(self, config: dict[str, Any]) -> Child:
+        child = await self._create(config)
+        await self._launcher.start(self._fifo, child)
+        return child
+
+    async def _exec(self) -> None:
+        assert self.target is not None
+        launched = await self._launcher.exec(
+            Process.from_json(CONFIG["process"]),
+            spec=self._spec,
+            init=self.target,
+            cgroup=None,
+            stdio=Stdio(self._null, self._null, self._null),
+        )
+        assert await launched.child.wait() == 0
+
+    def begin(self) -> None:
+        """Have a container in which processes can be run."""
+        config = CONFIG | {"process": CONFIG["process"] | {"args": ["/bin/sleep", "1000000"]}}
+        self.target = self._loop.run_until_complete(self._run(config))
+
+    def exec(self) -> None:
+        self._loop.run_until_complete(self._exec())
+
+    def run(self) -> None:
+        async def whole() -> None:
+            child = await self._run(CONFIG)
+            assert await child.wait() == 0
+
+        self._loop.run_until_complete(whole())
+
+    def memory(self) -> int:
+        async def waiting() -> int:
+            child = await self._create(CONFIG)
+            found = private_memory(child.pid)
+            child.signal(9)
+            await child.wait()
+            self._fifo.unlink()
+            return found
+
+        return self._loop.run_until_complete(waiting())
+
+    def close(self) -> None:
+        if self.target is not None:
+            self.target.signal(9)
+            self._loop.run_until_complete(self.target.wait())
+        self._launcher.close()
+        self._nsexec.close()
+        self._reaper.stop(self._loop)
+        os.close(self._null)
+        self._loop.close()
+
+
+class Peer:
+    """Another runtime, as a command."""
+
+    def __init__(self, program: str, work: Path, bundle: Path, options: tuple[str, ...] = ()) -> None:
+        self.program = program
+        self._bundle = bundle
+        self._words = [shutil.which(program) or program, "--root", str(work / program), *options]
+        self._number = 0
+
+    def _do(self, *words: str) -> None:
+        # Not by the subprocess module: it would wait for its child itself, and here the reaper does.
+        pid = os.posix_spawn(
+            self._words[0],
+            [*self._words, *words],
+            os.environ,
+            file_actions=[(os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_RDWR, 0) for fd in range(3)],
+        )
+        _, status = os.waitpid(pid, 0)
+        if status:
+            raise SystemExit(f"{self.program} {' '.join(words)}: status {status}")
+
+    def _created(self, words: tuple[str, ...]) -> str:
+        self._number += 1
+        name = f"b{self._number}"
+        self._do(*words, "--bundle", str(self._bundle), name)
+        return name
+
+    def begin(self) -> None:
+        config = CONFIG | {"process": CONFIG["process"] | {"args": ["/bin/sleep", "1000000"]}}
+        (self._bundle / "config.json").write_text(json.dumps(config))
+        self._target = self._created(("run", "--detach"))
+        (self._bundle / "config.json").write_text(json.dumps(CONFIG))
+
+    def exec(self) -> None:
+        self._do("exec", self._target, *TRUE)
+
+    def run(self) -> None:
+        self._created(("run",))
+
+    def memory(self) -> int:
+        file = self._bundle / "pid"
+        name = self._created(("create", "--pid-file", str(file)))
+        try:
+            return private_memory(int(file.read_text()))
+        finally:
+            self._do("delete", "--force", name)
+
+    def close(self) -> None:
+        self._do("delete", "--force", self._target)
+
+
+def private_memory(pid: int) -> int:
+    """KiB that no other process shares (smaps_rollup, proc(5))."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+
+
+def timed(work: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    work()
+    return (time.perf_counter() - began) * 1000
+
+
+def limit(program: Path, kind: str, where: str, samples: int) -> float:
+    """The C program's median, in milliseconds."""
+    command = [str(program), kind, where, str(samples), *TRUE]
+    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return statistics.median(map(int, out.split())) / 1000
+
+
+def measure(samples: int) -> list[Row]:
+    """The rows, in a mount namespace that is private and has no cgroup v2 (see `main`)."""
+    for program in ("crun", "runc", "gcc", "busybox"):
+        if shutil.which(program) is None:
+            raise SystemExit(f"{program} is not installed; run: sudo apt-get install crun runc gcc busybox-static")
+    with tempfile.TemporaryDirectory(prefix="caisson-bench-") as directory:
+        work = Path(directory)
+        bundle = work / "bundle"
+        rootfs = bundle / "rootfs"
+        for name in ("bin", "dev", "proc", "sys", "tmp"):
+            (rootfs / name).mkdir(parents=True)
+        shutil.copy(shutil.which("busybox") or "", rootfs / "bin/busybox")
+        for name in ("true", "sleep", "sh"):
+            (rootfs / "bin" / name).symlink_to("busybox")
+        (bundle / "config.json").write_text(json.dumps(CONFIG))
+        subprocess.run(["gcc", "-O2", "-static", "-o", work / "limit", ROOT / "tests/bench/limit.c"], check=True)
+        ours = Ours(work, bundle)
+        crun = Peer("crun", work, bundle, ("--cgroup-manager=disabled",))
+        runc = Peer("runc", work, bundle)
+        everyone = {"ours": ours, "crun": crun, "runc": runc}
+        times: dict[tuple[str, str], list[float]] = {}
+        try:
+            for one in everyone.values():
+                one.begin()  # type: ignore[attr-defined]
+            for number in range(samples + 3):
+                for name, one in everyone.items():
+                    for kind in ("exec", "run"):
+                        took = timed(getattr(one, kind))
+                        if number >= 3:  # the first ones warm caches
+                            times.setdefault((name, kind), []).append(took)
+            memory = {name: statistics.median(one.memory() for _ in range(5)) for name, one in everyone.items()}  # type: ignore[attr-defined]
+            assert ours.target is not None
+            limits = {
+                "exec": limit(work / "limit", "exec", str(ours.target.pid), samples),
+                "run": limit(work / "limit", "run", str(rootfs), samples),
+            }
+        finally:
+            for one in everyone.values():
+                one.close()  # type: ignore[attr-defined]
+    medians = {key: statistics.median(values) for key, values in times.items()}
+    rows = []
+    for kind, what, budget in (("exec", "exec", EXEC_BUDGET), ("run", "create+start", RUN_BUDGET)):
+        own = medians["ours", kind]
+        for peer, bound in (("crun", budget), ("runc", None)):
+            theirs = medians[peer, kind]
+            rows.append(Row(f"{what}, beside {peer} (ms)", own, theirs, limits[kind], own / theirs, bound))
+    own_memory, theirs = memory["ours"], memory["crun"]
+    rows.append(Row("private memory, beside crun (KiB)", own_memory, theirs, None, own_memory / theirs, MEMORY_BUDGET))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.runtime_latency", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="of each kind (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print a list of rows")
+    options = parser.parse_args()
+    if "CAISSON_BENCH_INSIDE" not in os.environ:
+        script = 'umount -l /sys/fs/cgroup/unified 2>/dev/null; CAISSON_BENCH_INSIDE=1 exec "$@"'
+        inside = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "bench"]
+        os.execvp("unshare", [*inside, sys.executable, "-m", "tests.bench.runtime_latency", *sys.argv[1:]])
+    rows = measure(options.samples)
+    if options.json:
+        print(json.dumps([asdict(row) | {"pass": row.passed} for row in rows], indent=1))
+    else:
+        print(f"{'what':36} {'ours':>8} {'peer':>8} {'limit':>8} {'ratio':>7} {'budget':>7}")
+        for row in rows:
+            least = f"{row.limit:8.2f}" if row.limit is not None else f"{'-':>8}"
+            verdict = "" if row.budget is None else f"{row.budget:7.2f} {'pass' if row.passed else 'FAIL'}"
+            print(f"{row.what:36} {row.ours:8.2f} {row.peer:8.2f} {least} {row.ratio:7.2f} {verdict}")
+    sys.exit(not all(row.passed for row in rows))
+
+
+if __name__ == "__main__":
+    main()
