@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 
 from agent.aio import regardless
 from agent.errors import AlreadyExists, Ended, NotFound, Refused, Unsupported, WrongState
-from agent.libcontainer.cgroups.base import signal_pid
+from agent.libcontainer.cgroups.base import CgroupError, signal_pid
 from agent.libcontainer.errors import LaunchError
 from agent.libcontainer.resources import Resources
 from agent.libcontainer.state import State, check_id, start_time
@@ -180,7 +180,7 @@ class Container:
         for hook in hooks:
             try:
                 await self._launcher.run_hooks(point, (hook,), document)
-            except LaunchError as error:
+            except (LaunchError, OSError) as error:
                 self._log("warning", "a hook failed", error=str(error))
 
     async def exec(self, exec_id: str, process: ProcessSpec) -> Process:
@@ -365,7 +365,10 @@ class Container:
             self._log("debug", "process ended", exec_id=process.exec_id, status=status)
             if process is self._init:
                 if self._shares_pids and not self._ending:
-                    await self._end_all()
+                    try:
+                        await self._end_all()
+                    except CgroupError as error:  # its removal tries again, and has somebody to tell
+                        self._log("error", "what is left in a container could not be ended", error=str(error))
                 return
             self._ended[process.exec_id] = None
             while len(self._ended) > KEPT:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 VERSION = "1.2.0"  # of the state document
 OUTPUT_KEPT = 800  # bytes of what a hook wrote last, for the error's text
+PIPE_MAX, READ = 1 << 20, 1 << 16  # what a process may let a pipe hold (pipe(7)), and what is read at once
 #: A Python process ignores some signals, and ignored signals survive execve.  32 and 33 are the C library's own.
 DEFAULTS = sorted(set(range(1, signal.SIGRTMAX + 1)) - {signal.SIGKILL, signal.SIGSTOP, 32, 33})
 
@@ -103,7 +104,8 @@ class _Run:
         except TimeoutError:
             _kill_group(child.pid)
             await child.wait()
-            self._drain()
+            if self._stdout >= 0:
+                self._drain()
             raise self._error(f"did not end within {self._hook.timeout} s and was killed") from None
         except BaseException:
             _kill_group(child.pid)
@@ -117,9 +119,12 @@ class _Run:
     def _spawn(self) -> Child:
         """Start it, as the leader of its own session.  By posix_spawn: the agent has threads and must not fork."""
         hook = self._hook
-        theirs_in, self._stdin = os.pipe2(os.O_CLOEXEC)
-        self._stdout, theirs_out = os.pipe2(os.O_CLOEXEC)
+        theirs: list[int] = []
         try:
+            theirs_in, self._stdin = os.pipe2(os.O_CLOEXEC)
+            theirs.append(theirs_in)
+            self._stdout, theirs_out = os.pipe2(os.O_CLOEXEC)
+            theirs.append(theirs_out)
             os.set_blocking(self._stdin, False)
             os.set_blocking(self._stdout, False)
             pid = os.posix_spawn(
@@ -143,8 +148,8 @@ class _Run:
                 errno=error.errno or 0,
             ) from error
         finally:
-            os.close(theirs_in)
-            os.close(theirs_out)
+            for fd in theirs:
+                os.close(fd)
         return self._children.claim(pid)  # nothing was awaited since: it is still there
 
     def _feed(self) -> None:
@@ -158,12 +163,13 @@ class _Run:
             self._close_stdin()
 
     def _drain(self) -> None:
-        """Take what there is; the last of it is kept."""
+        """Take what fits into a pipe, not all that may be written meanwhile; the last of it is kept."""
         with suppress(BlockingIOError):
-            while self._stdout >= 0:
-                data = os.read(self._stdout, 1 << 16)
+            for _ in range(PIPE_MAX // READ):
+                data = os.read(self._stdout, READ)
                 if not data:
                     self._close_stdout()
+                    return
                 self._output = (self._output + data)[-OUTPUT_KEPT:]
 
     def _error(self, how: str) -> LaunchError:

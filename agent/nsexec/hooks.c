@@ -70,13 +70,13 @@ NORETURN static void become_hook(const struct run *run, int parent, int input, i
 	fail(run->point, hook->path, errno, NULL);
 }
 
-/* Take what there is; the last of it is kept. */
+/* Take what fits into a pipe (pipe(7)), not all that may be written meanwhile; the last of it is kept. */
 static void drain(struct run *run, int fd)
 {
-	static char chunk[4096];
+	static char chunk[1 << 16];
 	ssize_t got;
 
-	while ((got = read(fd, chunk, sizeof(chunk))) > 0) {
+	for (int i = 0; i < 16 && (got = read(fd, chunk, sizeof(chunk))) > 0; i++) {
 		size_t fresh = (size_t)got < OUTPUT_KEPT ? (size_t)got : OUTPUT_KEPT;
 		size_t old = run->kept < OUTPUT_KEPT - fresh ? run->kept : OUTPUT_KEPT - fresh;
 

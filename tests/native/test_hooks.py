@@ -243,6 +243,22 @@ def test_a_hook_that_takes_too_long_is_killed_with_its_group(agents_box: Box, po
     assert sleepers() == []
 
 
+@pytest.mark.parametrize("point", CREATE)
+def test_a_hook_that_never_stops_talking_is_not_listened_to_for_longer(agents_box: Box, point: str) -> None:
+    box = agents_box
+
+    async def work() -> str:
+        container = life(box, with_hooks("true", **{point: [sh("yes & yes & exec yes", timeout=1)]}))
+        with pytest.raises(LaunchError) as caught:
+            await container.create("box", {})
+        await container.remove()
+        return str(caught.value)
+
+    began = time.monotonic()
+    assert "did not end within 1 s and was killed: " in box.run(work())
+    assert time.monotonic() - began < 10
+
+
 def sleepers() -> list[str]:
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
