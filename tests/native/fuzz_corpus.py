@@ -56,13 +56,18 @@ def seeds() -> dict[str, bytes]:
     for name, value in (("plain", config("true")), ("rich", rich()), ("hooked", hooked())):
         spec = Spec.from_json(value)
         messages = plan.init_messages(
-            spec, rootfs="/rootfs", bundle=Path("/bundle"), join={}, cgroup_path="/sys/fs/cgroup/x", hook_state='{"a":1'
+            spec,
+            rootfs="/rootfs",
+            bundle=Path("/bundle"),
+            join={},
+            cgroups={"": "/sys/fs/cgroup/x"},
+            hook_state='{"a":1',
         )
         found[f"good {name}"] = INIT + messages
         process = Process.from_json(value["process"])
         found[f"good exec {name}"] = EXEC + plan.exec_messages(process, spec, {"ipc": "/proc/1/ns/ipc"})
     found["good joined"] = INIT + plan.init_messages(
-        Spec.from_json(config("true")), rootfs="/r", bundle=Path("/"), join={"uts": "/proc/1/ns/uts"}, cgroup_path=None
+        Spec.from_json(config("true")), rootfs="/r", bundle=Path("/"), join={"uts": "/proc/1/ns/uts"}, cgroups={}
     )
     found["good pause"] = INIT + plan.pause_messages("/r")
     return found
