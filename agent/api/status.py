@@ -31,12 +31,16 @@ CODES: dict[type[Exception], grpc.StatusCode] = {
 }
 
 
-#: The guest has no more of something; no bug, and no fault of the request.
-SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EAGAIN)
+#: The guest has no more of something; no bug, and no fault of the request.  A cgroup's ENOSPC and EAGAIN mean others.
+USED_UP = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+SCARCE = (*USED_UP, errno.ENOSPC, errno.EAGAIN)
 
 
 def status_of(error: Exception) -> tuple[grpc.StatusCode, str] | None:
     """The code and text for an error that a caller can do something about; None for a bug of ours."""
+    cause = error.__cause__ if isinstance(error, CgroupError) else None
+    if isinstance(cause, OSError) and cause.errno in USED_UP:
+        return grpc.StatusCode.RESOURCE_EXHAUSTED, f"the guest has no more of it: {error}"
     if isinstance(error, OSError) and error.errno in SCARCE:
         where = f": {error.filename}" if error.filename else ""
         return grpc.StatusCode.RESOURCE_EXHAUSTED, f"the guest has no more of it: {os.strerror(error.errno)}{where}"

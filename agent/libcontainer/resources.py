@@ -11,8 +11,12 @@ from agent.record import NOTHING, Record
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from typing import Any
+    from typing import Any, TypeVar
 
+    T = TypeVar("T")
+
+#: Entries of one list: each is a rule of a program or a write to a file, and other calls wait meanwhile.
+MOST = 1024
 LEAF_WEIGHTS = "leaf weights went with the CFQ scheduler in Linux 5.0"
 SIZE_UNITS = ("KB", "MB", "GB")
 
@@ -100,12 +104,12 @@ class Resources(Record):
         """Parse `linux.resources`.  Raises SpecError."""
         r = Reader(value, where)
         result = cls(
-            devices=r.each("devices", _device_rule),
+            devices=_some(r, "devices", _device_rule),
             memory=r.one("memory", _memory) or MemoryLimits(),
             cpu=r.one("cpu", _cpu) or CpuLimits(),
             pids_limit=r.one("pids", _pids),
             block_io=r.one("blockIO", _block_io) or BlockIO(),
-            huge_pages=dict(r.each("hugepageLimits", _huge_pages)),
+            huge_pages=dict(_some(r, "hugepageLimits", _huge_pages)),
             network=r.one("network", _network) or Network(),
             rdma=r.one("rdma", _rdma) or {},
             unified=dict(r.table("unified")),
@@ -120,6 +124,14 @@ class Resources(Record):
         """
         result: Resources = _merged(self, new)
         return result
+
+
+def _some(r: Reader, key: str, parse: Callable[[Any, str], T]) -> tuple[T, ...]:
+    """A list of at most MOST."""
+    found = r.each(key, parse)
+    if len(found) > MOST:
+        raise SpecError(r.name(key), f"has {len(found)} entries, and {MOST} are the most")
+    return found
 
 
 def _merged(old: Any, new: Any) -> Any:
@@ -207,10 +219,10 @@ def _block_io(value: object, where: str) -> BlockIO:
         ("throttleReadIOPSDevice", "read_iops"),
         ("throttleWriteIOPSDevice", "write_iops"),
     ):
-        throttles |= {(what, *device): rate for device, rate in r.each(key, _device_value("rate", 0, U64_MAX))}
+        throttles |= {(what, *device): rate for device, rate in _some(r, key, _device_value("rate", 0, U64_MAX))}
     result = BlockIO(
         weight=_weight(r),
-        device_weights=dict(r.each("weightDevice", _device_value("weight", 10, 1000))),
+        device_weights=dict(_some(r, "weightDevice", _device_value("weight", 10, 1000))),
         throttles=throttles,
     )
     r.done()
@@ -253,7 +265,7 @@ def _huge_pages(value: object, where: str) -> tuple[str, int]:
 
 def _network(value: object, where: str) -> Network:
     r = Reader(value, where)
-    result = Network(r.number("classID", 0, U32_MAX), dict(r.each("priorities", _priority)))
+    result = Network(r.number("classID", 0, U32_MAX), dict(_some(r, "priorities", _priority)))
     r.done()
     return result
 

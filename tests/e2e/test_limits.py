@@ -20,12 +20,13 @@ MEBIBYTE = 1 << 20
 NAME = "limited"
 FILES = (
     "memory.max memory.swap.max memory.low cpu.weight cpu.max cpuset.cpus cpuset.mems pids.max hugetlb.2MB.max "
-    "hugetlb.2MB.rsvd.max"
+    "hugetlb.2MB.rsvd.max io.weight"
 )
 EVERYTHING: dict[str, Any] = {
     "Memory": {"Limit": 64 * MEBIBYTE, "Swap": 96 * MEBIBYTE, "Reservation": 16 * MEBIBYTE},
     "CPU": {"Shares": 1024, "Quota": 50_000, "Period": 100_000, "Cpus": "0-63", "Mems": "0"},
     "Pids": {"Limit": 10},
+    "BlockIO": {"Weight": 505},
     "HugepageLimits": [{"Pagesize": "2MB", "Limit": 4 * MEBIBYTE}],
 }
 
@@ -116,6 +117,7 @@ def test_every_limit_reaches_its_file(vm: Caisson) -> None:
                 "pids.max": "10",
                 "hugetlb.2MB.max": str(4 * MEBIBYTE),
                 "hugetlb.2MB.rsvd.max": str(4 * MEBIBYTE),
+                "io.weight": "default 5000",
             }
 
     run(work())

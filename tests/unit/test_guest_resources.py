@@ -17,6 +17,7 @@ from agent.libcontainer.resources import DeviceRule, Resources
     [
         ("0", {0}), ("0-3", {0, 1, 2, 3}), ("7,0-1", {0, 1, 7}), ("", None), ("3-1", None), ("a", None), ("0-", None),
         ("-1", None), ("0,,1", None), ("٣", None), ("0-99999999999", None),
+        ("0-9," * 2000 + "0", None),
     ],
 )  # fmt: skip
 def test_lists_of_cpus(text: str, expected: set[int] | None) -> None:

@@ -139,6 +139,7 @@ def test_empty_values_are_absent_ones() -> None:
         ("linux.resources.memory", {"disableOOMKiller": 1}, "linux.resources.memory.disableOOMKiller"),
         ("linux.resources.rdma", {"a b": {}}, "linux.resources.rdma"),
         ("linux.resources.network", {"priorities": [{"name": "lo 1"}]}, "linux.resources.network.priorities[0].name"),
+        ("linux.resources.devices", [{"allow": True}] * 1025, "linux.resources.devices"),
         ("linux.resources.cpu", {"cpus": "0 1"}, "linux.resources.cpu.cpus"),
         ("linux.resources.memory", {"swappiness": 101}, "linux.resources.memory.swappiness"),
         ("linux.resources.devices", [{"allow": True, "access": "x"}], "linux.resources.devices[0].access"),

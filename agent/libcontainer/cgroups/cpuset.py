@@ -11,15 +11,20 @@ if TYPE_CHECKING:
 
 ONLINE = "/sys/devices/system/cpu/online"
 
+#: Characters of a list, and numbers of a CPU, beyond which nobody means it; the kernel's own bound on CPUs is 8192.
+LONGEST, HIGHEST = 4096, 1 << 14
+
 
 def numbers(text: str) -> frozenset[int] | None:
-    """The CPUs of a list such as 0-3,7; None for what is none (cpuset(7), "List format")."""
+    """The CPUs of a list such as 0-3,7; None for what is none, or absurd (cpuset(7), "List format")."""
     found: set[int] = set()
+    if len(text) > LONGEST:
+        return None
     for part in text.split(","):
         low, dash, high = part.partition("-")
         if not (low.isascii() and low.isdecimal()) or (dash and not (high.isascii() and high.isdecimal())):
             return None
-        if int(high or low) < int(low) or int(high or low) > 1 << 16:
+        if int(high or low) < int(low) or int(high or low) > HIGHEST:
             return None
         found.update(range(int(low), int(high or low) + 1))
     return frozenset(found)

@@ -28,8 +28,12 @@ class Changes:
     def __init__(self, path: str, changed: Callable[[], object]) -> None:
         self._loop = asyncio.get_running_loop()
         self._changed = changed
-        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._epoll = select.epoll()
+        try:
+            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            self._epoll.close()
+            raise
         self._epoll.register(self._file, select.EPOLLPRI)
         self._loop.add_reader(self._epoll.fileno(), self._ready)
 
