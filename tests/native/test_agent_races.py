@@ -266,16 +266,21 @@ def test_what_an_earlier_agent_left_is_neither_used_nor_deleted(agent: RunningAg
 def test_bytes_that_are_no_request_get_a_status(agent: RunningAgent) -> None:
     chance = random.Random(5)
     garbage = [b"\xff" * 50, b"\x0a\xff\xff\xff\xff\x0f", b"\x0a\x02\xff\xfe", chance.randbytes(1000)]
-    methods = [method.name for method in agent_pb2.DESCRIPTOR.services_by_name["AgentService"].methods]
+    methods = {method.name for method in agent_pb2.DESCRIPTOR.services_by_name["AgentService"].methods}
+    # Garbage of unknown fields is an empty request, and these would do as it says to this machine, or wait.
+    methods -= {"SetGuestDateTime", "OnlineCPUMem", "MemHotplugByProbe", "ReseedRandomDev", "GetOOMEvent"}
 
     async def work() -> None:
         async with grpc.aio.insecure_channel(f"unix:{agent.socket}") as channel:
-            for method in methods:
+            for method in sorted(methods):
                 for data in garbage:
                     try:
                         await channel.unary_unary(f"/grpc.AgentService/{method}")(data, timeout=20)
                         # fields that nobody knows are no error
-                        assert method in ("DestroySandbox", "GetGuestDetails"), (method, data)
+                        assert method in ("DestroySandbox", "GetGuestDetails", "ListInterfaces", "ListRoutes"), (
+                            method,
+                            data,
+                        )
                     except grpc.aio.AioRpcError as error:
                         assert "calling application" not in error.details(), (method, data)
                         assert "<class" not in error.details(), (method, data)
