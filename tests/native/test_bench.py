@@ -1,4 +1,4 @@
-"""The benchmark of container latency runs, and ours is not slower than its peer.  What the ratios are is its own to say."""
+"""The benchmark of container latency runs, and ours is not slower than its peers.  What the ratios are, it says."""
 
 from __future__ import annotations
 
