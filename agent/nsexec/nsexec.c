@@ -302,9 +302,11 @@ static void pass_gate(int gate)
 	report_stage(2);
 	prctl(PR_SET_NAME, "nsexec:[2:INIT]", 0, 0, 0);
 	close(fds.init);
+	FAULT(stage2_entry);
 	if (read(gate, &go, 1) != 1)
 		_exit(1); /* whoever should have told the agent of this process is gone */
 	close(gate);
+	FAULT(stage2_gone_on);
 }
 
 /* All that is done in the container's namespaces before its process is what it shall be. */
@@ -328,6 +330,7 @@ static void set_up(struct handles *handles)
 	} else {
 		build_rootfs(&plan, &fds, handles);
 	}
+	FAULT(set_up);
 }
 
 NORETURN static void stage_two(int gate)
@@ -397,13 +400,16 @@ static void launch(uint32_t namespaces, int cgroup, int stage1, void (*stage)(in
 
 	if (pipe2(gate, O_CLOEXEC) < 0)
 		fail("pipe", "", errno, NULL);
+	FAULT(stage2_making);
 	pid = clone_sibling(namespaces, cgroup, &pidfd);
 	if (pid == 0) {
 		close(gate[1]);
 		stage(gate[0]);
 		_exit(1);
 	}
+	FAULT(stage2_cloned);
 	tell_agent(stage1, pid, pidfd);
+	FAULT(stage2_told);
 	if (write(gate[1], "", 1) != 1)
 		fail("pipe", "", errno, NULL);
 }
@@ -442,21 +448,26 @@ NORETURN static void stage_one(int peer)
 
 	report_stage(1);
 	prctl(PR_SET_NAME, "nsexec:[1:CHILD]", 0, 0, 0);
+	FAULT(stage1_entry);
 	if (read(peer, &word, sizeof(word)) != sizeof(word))
 		_exit(1); /* stage 0 is gone, before it told the agent of this process */
 	if (fds.cgroup >= 0)
 		close(fds.cgroup);
 	fds.cgroup = -1;
 	join_namespaces();
+	FAULT(stage1_joined);
 	if ((boot.create & NS_USER) != 0) {
 		if (syscall(SYS_unshare, NS_USER) < 0)
 			fail("unshare", "user", errno, NULL);
+		FAULT(stage1_unmapped);
 		ask(peer, USERMAP_PLS, USERMAP_ACK, "id maps");
 		become_root_of_namespace();
+		FAULT(stage1_mapped);
 	}
 	if ((boot.create & NS_TIME) != 0) {
 		if (syscall(SYS_unshare, NS_TIME) < 0)
 			fail("unshare", "time", errno, NULL);
+		FAULT(stage1_offsets);
 		if (boot.time_offsets != NULL)
 			ask(peer, TIMEOFFSETS_PLS, TIMEOFFSETS_ACK, "time offsets");
 	}
@@ -479,6 +490,7 @@ NORETURN static void serve_stage_one(int peer, int pid)
 			_exit(1);
 		if (word == FINISH)
 			_exit(0);
+		FAULT(stage0_maps);
 		if (word == USERMAP_PLS)
 			write_maps(pid);
 		else if (word == TIMEOFFSETS_PLS)
@@ -507,7 +519,9 @@ NORETURN static void stage_zero(void)
 			stage_one(pair[1]);
 		}
 		close(pair[1]);
+		FAULT(stage1_cloned);
 		tell_agent(pid, 0, pidfd);
+		FAULT(stage1_told);
 		if (write(pair[0], &announced, sizeof(announced)) != sizeof(announced))
 			_exit(1);
 		serve_stage_one(pair[0], pid);
@@ -532,12 +546,14 @@ int main(void)
 		(void)!write(2, words, sizeof(words) - 1);
 		return 1;
 	}
+	faults_from_environment();
 	read_environment();
 	prctl(PR_SET_NAME, "nsexec:[0:PAR]", 0, 0, 0);
 	int given[8 + CGROUPS_MAX] = {fds.init, fds.sync, fds.log, fds.console, fds.fifo, fds.cgroup, fds.pidfd, fds.procfs};
 	memcpy(given + 8, fds.joined, sizeof(fds.joined));
 	close_all_but(given, ARRAY_SIZE(given));
 	reset_signals();
+	FAULT(entry);
 	decode_bootstrap(read_message(fds.init, MESSAGE_BOOTSTRAP, LIMIT_BOOTSTRAP), &boot);
 	decode_plan(read_message(fds.init, MESSAGE_PLAN, LIMIT_PLAN), fds.joins, &plan);
 	strings = read_message(fds.init, MESSAGE_STRINGS, LIMIT_STRINGS);
@@ -557,5 +573,6 @@ int main(void)
 	raise_hard_limits(&plan);
 	open_namespaces();
 	join_cgroups();
+	FAULT(messages);
 	stage_zero();
 }

@@ -14,6 +14,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "faults.h"
 #include "sys.h"
 
 #define NORETURN _Noreturn

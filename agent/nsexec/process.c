@@ -314,6 +314,7 @@ void prepare_process(const struct plan *plan, const struct channels *fds, const 
 	program = fds->pauses ? "" : look_up(plan);
 	log_debug("ready to execute", program);
 	log_close();
+	FAULT(prepared);
 }
 
 /* Say that it is ready, wait to be started if that is how it is, execute it. */
@@ -327,6 +328,7 @@ NORETURN void run_program(const struct plan *plan, const struct channels *fds, c
 		/* Only what the wait needs stays open through it. */
 		close_all_but(kept, ARRAY_SIZE(kept));
 		report_progress(PROGRESS_READY);
+		FAULT(ready);
 		wait_for_start(fds, handles->processes);
 	} else {
 		report_progress(PROGRESS_READY);
@@ -337,6 +339,7 @@ NORETURN void run_program(const struct plan *plan, const struct channels *fds, c
 	}
 	close_all_but(&fds->sync, 1);
 	run_hooks(plan, PLAN_START_HOOK, fds->sync, -1);
+	FAULT(executing);
 	execve(program, plan->argv, plan->envp);
 	fail("execve", program, errno, NULL);
 }

@@ -246,6 +246,7 @@ static void do_step(const struct attribute *a, struct state *s)
 		s->hooked = true;
 		break;
 	case PLAN_PIVOT:
+		FAULT(root_mounted);
 		pivot(*root, attribute_u32(a));
 		replace_null_stdio(*root);
 		break;

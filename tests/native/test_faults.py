@@ -1,0 +1,300 @@
+"""kill -9 of nsexec's stages at each point at which they depend on one another, and at any other moment.
+
+A test build stands still at a named point (agent/nsexec/faults.h), and is killed there from outside, or never goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import re
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.client import AgentError
+from agent.libcontainer.errors import LaunchError
+from agent.libcontainer.nsexec import Nsexec
+from agent.libcontainer.spec import Process, Spec
+from tests.native.agent_support import ROOT, RunningAgent, until
+from tests.native.nsexec_support import Box, config, make_rootfs
+
+pytestmark = pytest.mark.root
+
+POINTS = re.findall(r"^\tPOINT\((\w+)\)", (ROOT / "agent/nsexec/faults.h").read_text(), re.MULTILINE)
+BEFORE_READY = POINTS[: POINTS.index("ready")]
+
+#: Where one that never goes on is tried: each costs the agent's patience.
+HANGS = ["entry", "stage1_told", "stage0_maps", "stage2_cloned", "stage2_entry", "prepared"]
+STANDS_STILL = "nsexec:fault"
+
+#: Seconds for a call to fail after its stage was killed; most of it is the machine's being busy.
+PROMPTLY = 1.0
+
+
+class FaultyNsexec(Nsexec):
+    """One that is told where to stand still: only a test build listens, and only tests tell it."""
+
+    point = ""
+
+    def spawn(self, stdio: tuple[int, int, int] | None, passed: Iterable[int], env: Mapping[str, str]) -> int:
+        return super().spawn(stdio, passed, {**env, "_CAISSON_FAULT": self.point})
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyNsexec]:
+    build = tmp_path_factory.mktemp("faults")
+    subprocess.run(["make", "-s", "-C", ROOT / "agent/nsexec", f"BUILD={build}", "FAULTS=1"], check=True)
+    nsexec = FaultyNsexec.seal(build / "nsexec")
+    assert isinstance(nsexec, FaultyNsexec)
+    yield nsexec
+    nsexec.close()
+
+
+@pytest.fixture
+def fault_box(faulty: FaultyNsexec) -> Iterator[Box]:
+    """A box with such a nsexec, that does not wait long."""
+    with tempfile.TemporaryDirectory(prefix="caisson-box-") as directory:
+        path = Path(directory)
+        path.chmod(0o755)
+        box = Box(path, make_rootfs(path / "rootfs"), faulty, patience=1.0)
+        faulty.point = ""
+        yield box
+        faulty.point = ""
+        box.close()
+
+
+def kinds() -> dict[str, dict[str, Any]]:
+    """Containers whose making goes through different stages."""
+    ids = {name: [{"containerID": 0, "hostID": 100000, "size": 1000}] for name in ("uidMappings", "gidMappings")}
+    user, ahead = config("true"), config("true")
+    user["linux"] |= ids
+    user["linux"]["namespaces"].append({"type": "user"})
+    ahead["linux"]["timeOffsets"] = {"monotonic": {"secs": 100, "nanosecs": 0}}
+    ahead["linux"]["namespaces"].append({"type": "time"})
+    return {
+        "plain": config("true"),
+        "user namespace": user,
+        "time offsets": ahead,
+        "terminal": config("true", terminal=True),
+    }
+
+
+def standing_still(parent: int) -> list[int]:
+    """Children that have come to their point."""
+    found = []
+    for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        try:
+            if Path(f"/proc/{pid}/comm").read_text().strip() == STANDS_STILL:
+                found.append(int(pid))
+        except OSError:
+            continue
+    return found
+
+
+async def interrupted(call: asyncio.Task[Any], *, kill: bool) -> bool:
+    """Wait until a stage stands still, or the call is done without; kill that stage and nothing else."""
+    while not call.done():
+        for pid in standing_still(os.getpid()):
+            if kill:
+                os.kill(pid, signal.SIGKILL)
+            return True
+        await asyncio.sleep(0.001)
+    return False
+
+
+def left(box: Box) -> list[str]:
+    """What a failed call must not leave."""
+    found = [path.name for path in box.path.iterdir() if path.name == "exec.fifo"]
+    if str(box.path) in Path("/proc/self/mountinfo").read_text():
+        found.append("a mount")
+    return found
+
+
+async def fails_cleanly(box: Box, call: asyncio.Task[Any], *, kill: bool) -> bool:
+    """Whether the point was come by; if it was the call has failed in time, with a reason, and left nothing."""
+    if not await interrupted(call, kill=kill):
+        return False
+    began = time.monotonic()
+    with pytest.raises(LaunchError) as caught:
+        await call
+    assert time.monotonic() - began < PROMPTLY + (0 if kill else 1.5)
+    assert re.search("killed|gone|ended|broke off|longer than|could not|died", str(caught.value)), caught.value
+    assert left(box) == []
+    return True
+
+
+@pytest.mark.parametrize("kill", [True, False], ids=["killed", "hangs"])
+@pytest.mark.parametrize("kind", kinds())
+def test_create(fault_box: Box, faulty: FaultyNsexec, kind: str, kill: bool) -> None:
+    met = set()
+
+    async def work() -> None:
+        for point in BEFORE_READY if kill else HANGS:
+            faulty.point = point
+            call = asyncio.ensure_future(fault_box.create(kinds()[kind]))
+            if await fails_cleanly(fault_box, call, kill=kill):
+                met.add(point)
+            else:
+                await end(fault_box, await call)
+        faulty.point = ""
+        await end(fault_box, await fault_box.create(kinds()[kind]))  # the next one works
+
+    fault_box.run(work())
+    with_stage_one = {point for point in POINTS if point.startswith("stage1") or point == "stage0_maps"}
+    wanted = set(BEFORE_READY if kill else HANGS)
+    if kind in ("plain", "terminal"):
+        wanted -= with_stage_one
+    elif kind == "time offsets":
+        wanted -= {"stage1_unmapped", "stage1_mapped"}
+    else:
+        wanted -= {"stage1_offsets"}
+    assert met == wanted
+
+
+async def on_a_terminal(box: Box, init: Any, value: dict[str, Any]) -> int:
+    """The status of a process on a terminal of its own."""
+    process = Process.from_json({"args": ["true"], "cwd": "/", "env": ["PATH=/bin"], "terminal": True})
+    launched = await box.launcher.exec(process, spec=Spec.from_json(value), init=init.child, cgroup=None, stdio=None)
+    assert launched.console is not None
+    try:
+        return await launched.child.wait()
+    finally:
+        os.close(launched.console)
+
+
+async def end(box: Box, launched: Any) -> None:
+    """Let a created container run to its end."""
+    await box.launcher.start(box.fifo, launched.child)
+    assert await launched.child.wait() == 0
+
+
+@pytest.mark.parametrize("point", ["ready", "executing"])
+def test_start(fault_box: Box, faulty: FaultyNsexec, point: str) -> None:
+    """One that is killed when it is ready cannot be started; one killed later has run, as far as anybody can tell."""
+
+    async def work() -> None:
+        faulty.point = point
+        launched = await fault_box.create(config("true"))
+        call = asyncio.ensure_future(fault_box.launcher.start(fault_box.fifo, launched.child))
+        assert await interrupted(call, kill=True)
+        began = time.monotonic()
+        if point == "ready":
+            with pytest.raises(LaunchError, match="died before it was started"):
+                await call
+        else:
+            await call
+        assert await launched.child.wait() == 137
+        assert time.monotonic() - began < PROMPTLY
+        fault_box.fifo.unlink(missing_ok=True)
+        faulty.point = ""
+        await end(fault_box, await fault_box.create(config("true")))
+
+    fault_box.run(work())
+
+
+@pytest.mark.parametrize("kill", [True, False], ids=["killed", "hangs"])
+@pytest.mark.parametrize("kind", ["plain", "user namespace", "terminal"])
+def test_exec(fault_box: Box, faulty: FaultyNsexec, kind: str, kill: bool) -> None:
+    met = set()
+
+    async def work() -> None:
+        faulty.point = ""
+        value = kinds()[kind]
+        value["process"] |= {"args": ["sleep", "1000"], "terminal": False}
+        init = await fault_box.running(value)
+        process: dict[str, Any] = {"args": ["true"]}
+
+        async def run() -> int:
+            if kind != "terminal":
+                return (await fault_box.exec(init, process, value))[0]
+            return await on_a_terminal(fault_box, init, value)
+
+        for point in POINTS if kill else HANGS:
+            faulty.point = point
+            call = asyncio.ensure_future(run())
+            if await interrupted(call, kill=kill):
+                met.add(point)
+                if point == "executing" and kill:  # it has run, as far as anybody can tell
+                    assert await call == 137
+                    continue
+                with pytest.raises(LaunchError):
+                    await asyncio.wait_for(call, PROMPTLY + 1.5)
+            else:
+                assert await call == 0, point
+        faulty.point = ""
+        assert await run() == 0
+        assert init.child.pid in map(
+            int, Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+        )  # the container is as it was
+
+    fault_box.run(work())
+    assert {"entry", "stage2_cloned", "stage2_entry", "prepared"} <= met
+
+
+def test_the_program_that_is_shipped_has_no_such_points(nsexec_path: Path) -> None:
+    program = nsexec_path.read_bytes()
+    assert b"_CAISSON_FAULT" not in program
+    assert STANDS_STILL.encode() not in program
+
+
+@pytest.mark.timeout(200)
+def test_stages_killed_at_any_moment(agent: RunningAgent) -> None:
+    """From outside and by chance, as by the kernel when memory is short."""
+    chance = random.Random(11)
+
+    def kill_one() -> int:
+        stages = []
+        for pid in agent.children():
+            try:
+                if Path(f"/proc/{pid}/comm").read_text().startswith("nsexec"):
+                    stages.append(pid)
+            except OSError:
+                continue
+        for pid in chance.sample(stages, min(1, len(stages))):
+            try:
+                os.kill(pid, signal.SIGKILL)
+                return 1
+            except ProcessLookupError:
+                pass
+        return 0
+
+    async def work() -> None:
+        async with agent.connect() as client:
+            await client.create_sandbox()
+            base = await client.ensure_container("base", agent.spec("/bin/sh", "-c", "while :; do sleep 1000; done"))
+            await client.version()
+            fds, killed, failed = agent.fds(), 0, 0
+
+            async def one(number: int) -> None:
+                nonlocal failed
+                try:
+                    if number % 2:
+                        await (await base.exec(["/bin/true"])).wait()
+                    else:
+                        container = await client.create_container("again", agent.spec("/bin/true"))
+                        try:
+                            await container.start()
+                        finally:
+                            await container.remove()
+                except AgentError as error:
+                    failed += 1
+                    assert "bug" not in error.details and "Error:" not in error.details, error.details
+
+            for number in range(200):
+                call = asyncio.ensure_future(one(number))
+                await asyncio.sleep(chance.random() * 0.006)
+                killed += kill_one()
+                await asyncio.wait_for(call, 20)
+            assert killed > 20 and failed > 10, (killed, failed)
+            await until(lambda: len(agent.children()) == 1 and agent.fds() <= fds, "nothing is left")
+            assert sorted(path.name for path in (agent.state / "sandbox").iterdir()) == [".namespaces", "base"]
+
+    asyncio.run(asyncio.wait_for(work(), 180))
