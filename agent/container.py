@@ -275,10 +275,12 @@ class Container:
         return process
 
     async def signal_all(self, number: int) -> None:
-        """Signal every process in it; one that has just ended is no failure.  A paused container goes on after it."""
+        """Signal every process in it; one that has just ended is no failure.  A paused container goes on after it.
+
+        Without a cgroup that is what the agent has started.
+        """
         if self._cgroup is None:
-            if self._init is not None and self.status != STOPPED:
-                self._init.child.signal(number)
+            self._signal_known(number)
             return
         if number == signal.SIGKILL:
             await self._cgroup.kill()
@@ -338,15 +340,16 @@ class Container:
         """SIGKILL to all in it, also to what is being started; without a cgroup, to all that the agent knows."""
         if self._cgroup is not None:
             await self._cgroup.kill()
-        self._kill_known()
+        self._signal_known(signal.SIGKILL)
         for decided in list(self._starting.values()):
             await decided.wait()
-        self._kill_known()
+        self._signal_known(signal.SIGKILL)
 
-    def _kill_known(self) -> None:
+    def _signal_known(self, number: int) -> None:
+        """Signal what the agent itself has started in it and still runs."""
         for process in self._processes.values():
             try:
-                process.child.signal(signal.SIGKILL)
+                process.child.signal(number)
             except Ended:
                 continue
 

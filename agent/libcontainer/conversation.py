@@ -116,18 +116,17 @@ class Conversation:
             self._loop.remove_writer(self._init.fileno())
 
     def _on_init(self) -> None:
-        """Messages as they were sent: those with descriptors are not merged (unix(7))."""
-        while True:
+        """Messages as they were sent: those with descriptors are not merged (unix(7)).  Two are expected at most."""
+        for _ in range(4):  # and whoever sends more must not keep the loop from others
             data, fds, sender = _receive(self._init, 256)
             if data is None:
                 return
-            if not data or self.pidfd >= 0:
-                self._loop.remove_reader(self._init.fileno())
-            if data and self.pidfd < 0 and sender in self._makers and len(fds) == 1:
+            if data and sender in self._makers and len(fds) == 1:
                 self._made(_object(data), fds)
             for fd in fds:
                 os.close(fd)
-            if not data:
+            if not data or self.pidfd >= 0:
+                self._loop.remove_reader(self._init.fileno())
                 return
 
     def _made(self, found: dict[str, object], fds: list[int]) -> None:
