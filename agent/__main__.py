@@ -130,7 +130,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log) -> None:
     with _private_directory() as private:
         methods = [
             AgentService(sandbox, init=os.getpid() == 1),
-            GuestService(Network(options.hotplug_timeout), files, log),
+            GuestService(Network(options.hotplug_timeout), files, log, sandbox.offer_cpus),
         ]
         services: list[tuple[object, list[object]]] = [
             (agent_pb2.DESCRIPTOR.services_by_name["AgentService"], methods),

@@ -261,6 +261,15 @@ class Container:
             await self._cgroup.update(wanted)
             self._resources = wanted
 
+    def offer_cpus(self) -> None:
+        """Let it use CPUs that were plugged in, unless it is to use certain ones only.  A failure is logged."""
+        if self._cgroup is None:
+            return
+        try:
+            self._cgroup.offer_cpus(above_only=bool(self._resources.cpu.cpus))
+        except CgroupError as error:
+            self._log("warning", "a container gets no part of new CPUs", error=str(error))
+
     def pids(self) -> list[int]:
         """Everything that runs in it, by the agent's numbers; without cgroups only what the agent started."""
         if self._cgroup is not None:

@@ -225,6 +225,11 @@ class Sandbox:
         """Change what a container may use.  Raises NotFound, and as Container.update."""
         await self.container(container_id).update(fit(resources))
 
+    def offer_cpus(self) -> None:
+        """Let containers use CPUs that were plugged in, but for those that are to use certain ones only."""
+        for container in self._containers.values():
+            container.offer_cpus()
+
     def _out_of_memory(self, container_id: str) -> None:
         self._log("warning", "the kernel ended a process for want of memory", container_id=container_id)
         self.oom_events.add(container_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from google.protobuf import empty_pb2
@@ -20,7 +21,9 @@ EMPTY = empty_pb2.Empty()
 class GuestService:
     """None of these needs a sandbox: hosts set the network up before there is one."""
 
-    def __init__(self, network: Network, files: Files, log: Log) -> None:
+    def __init__(self, network: Network, files: Files, log: Log, cpus_came: Callable[[], object]) -> None:
+        """``cpus_came`` is called when CPUs that were plugged in are in use."""
+        self._cpus_came = cpus_came
         self._network = network
         self._files = files
         self._log = log
@@ -103,6 +106,8 @@ class GuestService:
             await hotplug.online_cpus(cpus)
         if not cpu_only:
             await asyncio.to_thread(hotplug.online_memory)  # the kernel takes its time over large blocks
+        if cpus:
+            self._cpus_came()
 
     async def _without_answer(self, work: Any) -> None:
         try:

@@ -251,6 +251,21 @@ def test_everything_in_it_is_ended_even_what_forks_and_what_is_frozen(cgroup: Cg
     assert cgroup.pids() == []
 
 
+def test_cpus_that_are_plugged_in_are_offered(hierarchies: CgroupV1, cgroup: CgroupOfV1) -> None:
+    cgroup.apply(Resources.from_json({"cpu": {"cpus": "0"}}))
+    above = Path(cgroup.file("cpuset.cpus") or "").parent.parent / "cpuset.cpus"
+    everything = Path(hierarchies.roots["cpuset"], "cpuset.cpus").read_text()
+    above.write_text("0")  # as it was before the others came
+    cgroup.offer_cpus(above_only=True)
+    assert (above.read_text(), content(cgroup, "cpuset.cpus")) == (everything, "0")
+    cgroup.offer_cpus(above_only=False)
+    assert content(cgroup, "cpuset.cpus") == everything.strip()
+    asyncio.run(cgroup.update(Resources.from_json({"cpu": {"cpus": "0"}})))
+    above.write_text("0")
+    asyncio.run(cgroup.update(Resources.from_json({"cpu": {"cpus": everything.strip()}})))
+    assert (above.read_text(), content(cgroup, "cpuset.cpus")) == (everything, everything.strip())
+
+
 def test_what_is_in_use_is_not_taken(hierarchies: CgroupV1, cgroup: CgroupOfV1) -> None:
     process = put_in(cgroup, "/bin/sleep", "100")
     with pytest.raises(CgroupError, match="has processes in it already"):

@@ -10,7 +10,7 @@ import pytest
 from agent.api.stats import to_wire
 from agent.errors import NotFound
 from agent.libcontainer.cgroups import v2_stats
-from agent.libcontainer.cgroups.oom import Kills
+from agent.libcontainer.cgroups.events import Kills
 from agent.libcontainer.cgroups.stats import UNLIMITED, BlkioEntry, CgroupStats, HugetlbStats, MemoryData
 from agent.oom import KEPT, OomEvents
 

@@ -171,6 +171,12 @@ class Cgroup:
     async def _change_devices(self, rules: tuple[DeviceRule, ...]) -> None:
         self.allow_devices(rules)
 
+    def offer_cpus(self, *, above_only: bool) -> None:
+        """New CPUs have come: they are for it, or only for the cgroups above it.  Raises CgroupError.
+
+        In cgroup v2 there is nothing to do: who is given no CPUs by number has all of those above.
+        """
+
     def stats(self) -> CgroupStats:
         """What it has used so far; zeros where nobody counts.  Reads many files, and may be called in a thread."""
         raise NotImplementedError

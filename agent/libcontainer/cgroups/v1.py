@@ -21,7 +21,7 @@ from agent.libcontainer.cgroups.base import (
     parts_of,
     signal_pid,
 )
-from agent.libcontainer.cgroups.v1_ancestors import fill_cpuset, raise_realtime, widen_cpuset
+from agent.libcontainer.cgroups.v1_ancestors import chain, fill_cpuset, raise_realtime, widen_cpuset
 from agent.libcontainer.cgroups.v1_settings import settings
 
 TYPE_CHECKING = False
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from agent.libcontainer.cgroups.base import Setting
-    from agent.libcontainer.cgroups.oom import Notices
+    from agent.libcontainer.cgroups.events import Notices
     from agent.libcontainer.cgroups.stats import CgroupStats
     from agent.libcontainer.resources import DeviceRule, Resources
 
@@ -251,6 +251,17 @@ class CgroupOfV1(Cgroup):
             if still:
                 await self.thaw()
 
+    def offer_cpus(self, *, above_only: bool) -> None:
+        root, directory = self._roots.get("cpuset"), self._directories.get("cpuset")
+        if root is None or directory is None or not os.path.exists(f"{directory}/cpuset.cpus"):  # noqa: PTH110
+            return
+        try:
+            everything = files.read(f"{root}/cpuset.cpus").strip()
+            for path in [*chain(root, directory), *([] if above_only else [directory])]:
+                files.write(f"{path}/cpuset.cpus", everything)
+        except OSError as e:
+            raise CgroupError(f"cgroup {directory}: cpuset.cpus: {e.strerror}") from e
+
     def _memory_in_use(self) -> tuple[int, int]:
         usage = int(self.read("memory.usage_in_bytes") or 0)
         return usage, max(0, int(self.read("memory.memsw.usage_in_bytes") or usage) - usage)
@@ -261,13 +272,13 @@ class CgroupOfV1(Cgroup):
         return v1_stats.read(self._directories, lambda: len(self.pids()))
 
     def oom_kills(self) -> int:
-        from agent.libcontainer.cgroups.oom import kills
+        from agent.libcontainer.cgroups.events import kills
         from agent.libcontainer.cgroups.stats import Directory
 
         return kills(Directory(self._directories.get("memory")), "memory.oom_control")
 
     def watch_oom(self, killed: Callable[[], object]) -> None:
-        from agent.libcontainer.cgroups.oom import Kills, Notices
+        from agent.libcontainer.cgroups.events import Kills, Notices
 
         directory = self._directories.get("memory")
         if directory is None or not os.path.exists(f"{directory}/memory.oom_control"):  # noqa: PTH110

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from agent.libcontainer.cgroups.base import Setting
-    from agent.libcontainer.cgroups.oom import Changes
+    from agent.libcontainer.cgroups.events import Changes
     from agent.libcontainer.cgroups.stats import CgroupStats
     from agent.libcontainer.resources import DeviceRule, Resources
 
@@ -121,11 +121,22 @@ class CgroupOfV2(Cgroup):
         return "frozen 1" in (self.read("cgroup.events") or "").splitlines()
 
     async def _freezer(self, value: str) -> None:
+        from agent.libcontainer.cgroups.events import Changes
+
+        changed = asyncio.Event()
         try:
-            files.write(self.file("cgroup.freeze"), value)
-            if not await self._wait(lambda: self.frozen == (value == "1"), FREEZE_SECONDS):
+            changes = Changes(self.file("cgroup.events"), changed.set)
+            try:
+                files.write(self.file("cgroup.freeze"), value)
+                async with asyncio.timeout(FREEZE_SECONDS):
+                    while self.frozen != (value == "1"):
+                        await changed.wait()
+                        changed.clear()
+            except TimeoutError:
                 files.write(self.file("cgroup.freeze"), "0")
-                raise CgroupError(f"cgroup {self.path}: did not freeze within {FREEZE_SECONDS:g} s")
+                raise CgroupError(f"cgroup {self.path}: did not freeze within {FREEZE_SECONDS:g} s") from None
+            finally:
+                changes.close()
         except OSError as e:
             raise CgroupError(f"cgroup {self.path}: freezer: {e.strerror}") from e
 
@@ -151,13 +162,13 @@ class CgroupOfV2(Cgroup):
         return v2_stats.read(self.path, lambda: len(self.pids()))
 
     def oom_kills(self) -> int:
-        from agent.libcontainer.cgroups.oom import kills
+        from agent.libcontainer.cgroups.events import kills
         from agent.libcontainer.cgroups.stats import Directory
 
         return kills(Directory(self.path), "memory.events")
 
     def watch_oom(self, killed: Callable[[], object]) -> None:
-        from agent.libcontainer.cgroups.oom import Changes, Kills
+        from agent.libcontainer.cgroups.events import Changes, Kills
 
         try:
             self._changes = Changes(self.file("memory.events"), Kills(self.oom_kills, killed).look)

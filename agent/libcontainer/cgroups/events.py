@@ -1,4 +1,4 @@
-"""Hearing that the kernel ended processes of a cgroup for want of memory."""
+"""What the kernel says of a cgroup by itself: that a file has changed, that processes were ended for want of memory."""
 
 from __future__ import annotations
 
@@ -42,7 +42,6 @@ class Changes:
             os.pread(self._file, 4096, 0)  # makes it quiet again
         except OSError:  # ENODEV: the cgroup is gone
             self.close()
-            return
         self._changed()
 
     def close(self) -> None:
