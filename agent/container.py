@@ -148,7 +148,7 @@ class Container:
             init_process_pid=pid,
             init_process_start=start_time(pid),
             created=datetime.now(UTC).isoformat().replace("+00:00", "Z"),
-            cgroup_paths=_by_controller(self._cgroup),
+            cgroup_paths={} if self._cgroup is None else self._cgroup.by_controller,
             labels=self.spec.annotations,
         )
         state.save(self._directory)
@@ -391,12 +391,6 @@ class Container:
         task = asyncio.get_running_loop().create_task(watch())
         self._watchers.add(task)
         task.add_done_callback(self._watchers.discard)
-
-
-def _by_controller(cgroup: Cgroup | None) -> dict[str, str]:
-    """A cgroup's directories, as state.json has them: every controller of a hierarchy by itself."""
-    paths = {} if cgroup is None else cgroup.paths
-    return {controller: path for name, path in paths.items() for controller in name.split(",")}
 
 
 def catches(pid: int, number: int) -> bool:

@@ -58,7 +58,11 @@ class RunningAgent:
 
     def cgroups(self) -> list[Path]:
         """The cgroups that it has made, its parent included."""
-        return [path for path in Path("/sys/fs/cgroup").glob(f"**/{self.cgroup_parent}/**") if path.is_dir()]
+        found = []
+        for root in (Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir()):
+            walk = os.walk(root / self.cgroup_parent)  # passes over what goes meanwhile, and over others' cgroups
+            found += [Path(place) for place, _, _ in walk]
+        return found
 
     def fds(self) -> int:
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))

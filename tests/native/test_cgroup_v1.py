@@ -15,11 +15,13 @@ import grpc
 import pytest
 
 from agent.client import Agent
-from agent.libcontainer.cgroups import CgroupError
+from agent.libcontainer.cgroups import CgroupError, files
 from agent.libcontainer.cgroups.v1 import CgroupOfV1, CgroupV1
+from agent.libcontainer.errors import LaunchError
 from agent.libcontainer.resources import Resources
 from proto import agent_pb2, oci_pb2
 from tests.native.agent_support import RunningAgent, errors, output, refused, run, sh
+from tests.native.nsexec_support import Box, children, config
 
 pytestmark = pytest.mark.root
 with_v1 = pytest.mark.parametrize("agent", ["v1"], indirect=True)
@@ -272,6 +274,21 @@ def test_what_is_in_use_is_not_taken(hierarchies: CgroupV1, cgroup: CgroupOfV1) 
         hierarchies.create("test")
     process.kill()
     process.wait()
+
+
+def test_a_cgroup_that_cannot_be_entered_is_named_and_nothing_is_left(box: Box, cgroup: CgroupOfV1) -> None:
+    Path(cgroup.file("cpuset.mems") or "").write_text("\n")  # without memory nodes nobody gets in
+    with pytest.raises(LaunchError) as caught:
+        box.run(box.create(config("true"), cgroup=cgroup))
+    assert str(caught.value) == f"cgroup {cgroup.paths['cpuset']}/cgroup.procs: no space left on device"
+    assert not box.fifo.exists() and children() == []
+    assert all(not files.pids_in(path) for path in cgroup.paths.values())
+
+
+def test_who_is_started_has_no_descriptor_of_it(box: Box, cgroup: CgroupOfV1) -> None:
+    cgroup.apply(Resources())
+    script = "ls -l /proc/self/fd | grep -c cgroup"
+    assert box.run(box.output(config("sh", "-c", script), cgroup=cgroup))[1].split()[0] == "0"
 
 
 async def resources(client: Agent, **fields: Any) -> None:

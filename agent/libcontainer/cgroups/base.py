@@ -69,6 +69,11 @@ class Cgroup:
         """Its directories by controllers ("cpu,cpuacct"); the one of cgroup v2 is by ""."""
         raise NotImplementedError
 
+    @property
+    def by_controller(self) -> dict[str, str]:
+        """Its directories by every single controller, as state.json has them."""
+        return {controller: path for name, path in self.paths.items() for controller in name.split(",")}
+
     def entrances(self) -> list[str]:
         """Files into which a process writes itself to be in it; none where processes are born in it, by `fd`."""
         return []
