@@ -88,6 +88,40 @@ def test_joined_namespaces_are_not_made() -> None:
     assert steps[wire.NS_PATHS] == b"pid:/p,uts:/u\0"
 
 
+def _plan_of(data: bytes) -> list[tuple[int, bytes]]:
+    return _steps(next(body for kind, body in _messages(data) if kind == wire.MESSAGE_PLAN))
+
+
+def test_procfs_of_a_pid_namespace_that_is_joined() -> None:
+    spec = _spec(mounts=[{"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid"]}])
+    own = dict(_plan_of(_init(spec)))[plan.MOUNT]
+    flags, texts = unpack_from("=I", own)[0], own[40:].split(b"\0")
+    assert (flags, texts[:3]) == (plan.MOUNT_ORDINARY_DIR, [b"/proc", b"proc", b"proc"])
+    copied = dict(_plan_of(_init(spec, join={"pid": "/p"}, procfs="/shared/proc")))[plan.MOUNT]
+    flags, texts = unpack_from("=I", copied)[0], copied[40:].split(b"\0")
+    assert (flags, texts[:2]) == (plan.MOUNT_ORDINARY_DIR | plan.MOUNT_BIND, [b"/proc", b"/shared/proc"])
+    with pytest.raises(SpecError, match=r"mounts\[0\]: a procfs of the pid namespace that is joined is not at hand"):
+        _init(spec, join={"pid": "/p"})
+
+
+def test_hooks_of_nsexec_and_of_the_agent() -> None:
+    hook = {"path": "/h", "args": ["h", "a"], "env": ["A=b"], "timeout": 5}
+    steps = _plan_of(_init(_spec(hooks={"poststart": [hook], "poststop": [hook]})))
+    assert not {plan.HOOK_STATE, plan.RUNTIME_HOOKS, plan.CREATE_HOOK, plan.START_HOOK} & dict(steps).keys()
+    spec = _spec(hooks={"prestart": [hook], "createContainer": [{"path": "/1"}, hook], "startContainer": [hook]})
+    steps = _plan_of(_init(spec, hook_state='{"id":"x"'))
+    kinds = [kind for kind, _ in steps]
+    assert kinds == sorted(kinds)
+    assert dict(steps)[plan.HOOK_STATE] == b'{"id":"x"\0'
+    assert dict(steps)[plan.RUNTIME_HOOKS] == b"\1\0\0\0"
+    first, second = (body for kind, body in steps if kind == plan.CREATE_HOOK)
+    assert (unpack_from("=3I", first), first[12:]) == ((0, 1, 0), b"/1\0/1\0")
+    assert (unpack_from("=3I", second), second[12:]) == ((5, 2, 1), b"/h\0h\0a\0A=b\0")
+    assert dict(steps)[plan.START_HOOK] == second
+    with pytest.raises(SpecError, match=r"hooks.createContainer: cannot run in a pid namespace with others in it"):
+        _init(spec, join={"pid": "/p"}, procfs="/shared/proc")
+
+
 def test_an_exec_takes_what_it_does_not_name_from_the_container() -> None:
     spec = _spec(
         process__capabilities={"bounding": ["CAP_KILL"]},
