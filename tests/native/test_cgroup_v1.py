@@ -18,6 +18,7 @@ from agent.client import Agent
 from agent.libcontainer.cgroups import CgroupError, files
 from agent.libcontainer.cgroups.v1 import CgroupOfV1, CgroupV1
 from agent.libcontainer.errors import LaunchError
+from agent.libcontainer.fields import SpecError
 from agent.libcontainer.resources import Resources
 from proto import agent_pb2, oci_pb2
 from tests.native.agent_support import RunningAgent, errors, output, refused, run, sh
@@ -163,7 +164,6 @@ def test_kernel_memory_is_refused_by_a_kernel_that_takes_the_value_and_does_noth
 
 def test_what_v1_has_not_is_refused() -> None:
     from agent.libcontainer.cgroups.v1_settings import settings
-    from agent.libcontainer.fields import SpecError
 
     with pytest.raises(SpecError) as caught:
         list(settings(Resources.from_json({"unified": {"memory.high": "1"}})))
@@ -200,7 +200,7 @@ def test_an_update_that_fails_leaves_all_as_it_was(cgroup: CgroupOfV1) -> None:
             {"allow": False, "type": "b", "major": 1, "minor": 2, "access": "r"},
         ],
     }
-    with pytest.raises(CgroupError, match=r"cgroup v1 cannot allow b \*:\* and deny b 1:2 of it"):
+    with pytest.raises(SpecError, match=r"cgroup v1 cannot allow b \*:\* and deny b 1:2 of it"):
         asyncio.run(cgroup.update(Resources.from_json(before).updated(Resources.from_json(wanted))))
     assert {file: content(cgroup, file) for file in files} == state
 
@@ -370,7 +370,7 @@ def test_limits_devices_stats_and_their_changes_over_the_api(agent: RunningAgent
             unified = {"Memory": oci_pb2.LinuxMemory(Limit=2 * MEBIBYTE, Swap=MEBIBYTE)}
             code, text = await refused(resources(client, **unified))
             assert (code, text) == (
-                Code.INTERNAL,
+                Code.INVALID_ARGUMENT,
                 "linux.resources.memory.swap: is memory plus swap, and needs a limit that is not above it",
             )
             assert (await client.rpc.StatsContainer(request)).cgroup_stats.memory_stats.usage.limit == 128 * MEBIBYTE

@@ -202,6 +202,7 @@ def test_a_weight_goes_where_the_kernel_has_one(kernel: Kernel) -> None:
         ("cpuset.cpus", "0", "\n", ""),
         ("io.max", "8:0 rbps=3", "8:0 rbps=1 wbps=max\n8:1 rbps=2\n", "8:0 rbps=1 wbps=max"),
         ("io.max", "8:0 rbps=3 wiops=4", "8:1 rbps=2\n", "8:0 rbps=max wiops=max"),
+        ("io.latency", "8:0 target=75", "", "8:0 target=0"),
         ("io.weight", "default 7", "default 100\n8:0 5\n", "default 100"),
         ("io.weight", "8:1 7", "default 100\n8:0 5\n", "8:1 default"),
         ("io.bfq.weight", "7", "default 100\n8:0 5\n", "default 100"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from agent.libcontainer import cgroupmounts
-from agent.libcontainer.cgroups import CgroupError, v1_stats
+from agent.libcontainer.cgroups import v1_stats
 from agent.libcontainer.cgroups.stats import UNLIMITED, BlkioEntry, CgroupStats, HugetlbStats, MemoryData
 from agent.libcontainer.cgroups.v1_ancestors import chain, fill_cpuset, raise_realtime, widen_cpuset
 from agent.libcontainer.cgroups.v1_devices import DeviceList, changes, resolve
@@ -62,7 +62,7 @@ def test_what_rules_come_to(rules: list[DeviceRule], default: bool, exceptions: 
 )
 def test_what_a_list_cannot_hold_is_refused(rules: list[DeviceRule], text: str) -> None:
     """GHSA-g54h-m393-cpwq: the kernel would take the rule without a word, and the device would stay open."""
-    with pytest.raises(CgroupError, match=rf"^linux\.resources\.devices: cgroup v1 cannot {text}$"):
+    with pytest.raises(SpecError, match=rf"^linux\.resources\.devices: cgroup v1 cannot {text}$"):
         resolve(rules)
 
 

@@ -87,13 +87,13 @@ def test_io_weight(shares: int, expected: int) -> None:
 
 @pytest.mark.parametrize("memory", [{"swap": 10}, {"swap": 10, "limit": 11}, {"swap": 10, "limit": -1}])
 def test_swap_without_a_limit_below_it_makes_no_sense(memory: dict[str, int]) -> None:
-    with pytest.raises(CgroupError, match=r"linux\.resources\.memory\.swap: is memory plus swap"):
+    with pytest.raises(SpecError, match=r"linux\.resources\.memory\.swap: is memory plus swap"):
         values({"memory": memory})
 
 
 @pytest.mark.parametrize("file", ["../x", "cgroup.procs", "", "a/b"])
 def test_unified_is_for_limits(file: str) -> None:
-    with pytest.raises(CgroupError):
+    with pytest.raises(SpecError):
         values({"unified": {file: "1"}})
 
 

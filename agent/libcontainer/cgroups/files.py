@@ -46,7 +46,8 @@ def restoring(file: str, value: str, before: str) -> str:
         if line.split()[:1] == [key]:
             return line
     if "=" in rest:
-        return " ".join([key, *(f"{word.partition('=')[0]}=max" for word in rest.split())])
+        names = (word.partition("=")[0] for word in rest.split())
+        return " ".join([key, *(f"{name}={'0' if name == 'target' else 'max'}" for name in names)])
     return f"{key} {'default' if 'weight' in file else '0'}"
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from agent.libcontainer.cgroups import files
 from agent.libcontainer.cgroups.base import WHERE, CgroupError
 from agent.libcontainer.devices import ALWAYS, DENY_ALL
+from agent.libcontainer.fields import SpecError
 from agent.record import NOTHING, Record
 
 TYPE_CHECKING = False
@@ -36,7 +37,7 @@ class DeviceList(Record):
 
 
 def resolve(rules: Iterable[DeviceRule]) -> DeviceList:
-    """What rules come to, with those that are always in force.  Raises CgroupError for what a list cannot hold."""
+    """What rules come to, with those that are always in force.  Raises SpecError for what a list cannot hold."""
     default = False
     found: dict[Key, frozenset[str]] = {}
     for rule in (DENY_ALL, *rules, *ALWAYS):
@@ -52,9 +53,8 @@ def resolve(rules: Iterable[DeviceRule]) -> DeviceList:
                 continue
             if not _holds(key, other):
                 words = ("deny", "allow") if default else ("allow", "deny")
-                raise CgroupError(
-                    f"{WHERE}.devices: cgroup v1 cannot {words[0]} {_device(other)} and {words[1]} {_device(key)} of it"
-                )
+                why = f"cgroup v1 cannot {words[0]} {_device(other)} and {words[1]} {_device(key)} of it"
+                raise SpecError(f"{WHERE}.devices", why)
             found[other] -= access
             if not found[other]:
                 del found[other]

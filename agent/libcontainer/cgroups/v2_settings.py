@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agent.libcontainer.cgroups.base import WHERE, CgroupError, Setting
+from agent.libcontainer.cgroups.base import WHERE, Setting
 from agent.libcontainer.fields import SpecError
 
 TYPE_CHECKING = False
@@ -56,19 +56,19 @@ def settings(resources: Resources, now: Callable[[str], str | None] = lambda fil
     yield from rdma(resources)
     for file, value in resources.unified.items():
         if "/" in file or "." not in file.strip(".") or file.startswith("cgroup."):
-            raise CgroupError(f"{WHERE}.unified: {file!r} is not a limit")
+            raise SpecError(f"{WHERE}.unified", f"{file!r} is not a limit")
         for line in value.splitlines():
             yield Setting(f"{WHERE}.unified[{file}]", file, line)
 
 
 def memory_and_swap(memory: MemoryLimits) -> int | None:
-    """The limit of swap alone, -1 for none; None where memory.swap is not given.  Raises CgroupError."""
+    """The limit of swap alone, -1 for none; None where memory.swap is not given.  Raises SpecError."""
     if not memory.swap:
         return None
     if memory.swap < 0:
         return -1
     if not memory.limit or memory.limit < 0 or memory.swap < memory.limit:
-        raise CgroupError(f"{WHERE}.memory.swap: is memory plus swap, and needs a limit that is not above it")
+        raise SpecError(f"{WHERE}.memory.swap", "is memory plus swap, and needs a limit that is not above it")
     return memory.swap - memory.limit
 
 
