@@ -66,7 +66,7 @@ class SharedNamespaces:
         procfs, root = str(self._directory / "proc"), str(self._directory / "empty")
         for path in (procfs, root):
             os.makedirs(path, 0o755, exist_ok=True)  # noqa: PTH103 - no pathlib at start
-        pause = await launcher.pause(procfs, root)
+        pause = await launcher.pause(procfs, root, self.paths)
         assert isinstance(pause, Child)  # the launcher's children are the reaper's
         self._pause, self.procfs = pause, procfs
         path = str(self._directory / "pid")

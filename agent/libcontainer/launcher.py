@@ -204,16 +204,17 @@ class Launcher:
         started.close()
         return Launched(child, console)
 
-    async def pause(self, procfs: str, rootfs: str) -> Child:
+    async def pause(self, procfs: str, rootfs: str, join: Mapping[str, str]) -> Child:
         """Start the first process of a new pid namespace, which only reaps; it ends by SIGKILL, or with the agent.
 
-        The namespace's procfs is mounted on the directory `procfs`; `rootfs` is an empty one.  Raises LaunchError.
+        The namespace's procfs is mounted on the directory `procfs`; `rootfs` is an empty one; `join` maps namespace
+        types to paths to join.  Raises LaunchError.
         """
         target = os.open(procfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         ends = os.pipe2(os.O_CLOEXEC)  # for stdio, which it closes
         try:
             launch = await self._launch(
-                plan.pause_messages(rootfs),
+                plan.pause_messages(rootfs, join),
                 "pause",
                 Stdio(ends[0], ends[1], ends[1]),
                 {"_CAISSON_PROCFS": target},

@@ -14,7 +14,7 @@ from agent.libcontainer import bootstrap as wire
 from agent.libcontainer import cgroupmounts, mountopts, sysctl
 from agent.libcontainer.fields import SpecError
 from agent.libcontainer.names import capability_mask, rlimit_number
-from agent.libcontainer.spec import Capabilities, Device, Process, User
+from agent.libcontainer.spec import Capabilities, Device, Process, Rlimit, User
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,7 +57,15 @@ PROC_FILES = {
         "sys/crypto/fips_enabled",
     )
 }  # fmt: skip
-PAUSE = Process(args=("pause",), user=User(uid=NOBODY, gid=NOBODY), no_new_privileges=True)
+PAUSE = Process(
+    args=("pause",),
+    user=User(uid=NOBODY, gid=NOBODY),
+    no_new_privileges=True,
+    rlimits=tuple(
+        Rlimit(f"RLIMIT_{name}", limit, limit)
+        for name, limit in (("NPROC", 1), ("AS", 16 << 20), ("NOFILE", 16), ("FSIZE", 0), ("MSGQUEUE", 0), ("CORE", 0))
+    ),
+)
 FILE_TYPES = {"c": S_IFCHR, "u": S_IFCHR, "b": S_IFBLK, "p": S_IFIFO}
 
 
@@ -120,8 +128,12 @@ def init_messages(
     return head + wire.message(wire.MESSAGE_PLAN, b"".join(steps), "the plan") + _strings(process)
 
 
-def pause_messages(rootfs: str) -> bytes:
-    """The messages for the first process of a pid namespace that containers share: in `rootfs`, as nobody."""
+def pause_messages(rootfs: str, join: Mapping[str, str]) -> bytes:
+    """The messages for the first process of a pid namespace that containers share: in `rootfs`, as nobody.
+
+    Whoever may trace it there can make it do things: it has nothing of the guest, and limits to keep it from growing.
+    `join` maps namespace types to paths as for an init; the network is one of its own, with nothing in it.
+    """
     steps = [
         wire.number(PLAN_VERSION, VERSION),
         wire.number(PROPAGATION, mountopts.MS_SLAVE | mountopts.MS_REC),
@@ -130,7 +142,7 @@ def pause_messages(rootfs: str) -> bytes:
         wire.truth(ROOT_READONLY, True),
         *_process(PAUSE, DEFAULT_UMASK),
     ]
-    head = wire.bootstrap(create=_mask(("pid", "mount")))
+    head = wire.bootstrap(create=_mask(("pid", "mount", "network", "cgroup")), paths=join.items())
     return head + wire.message(wire.MESSAGE_PLAN, b"".join(steps), "the plan") + _strings(PAUSE)
 
 

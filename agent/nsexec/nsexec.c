@@ -562,7 +562,7 @@ int main(void)
 	if (fds.joins ? boot.join == 0 && boot.paths == NULL : (boot.create & NS_MNT) == 0)
 		fail("bootstrap", "namespaces", EINVAL, "those to make or to join do not fit what is to be started");
 	if ((boot.join != 0) != (fds.pidfd >= 0) || (fds.joins && fds.fifo >= 0) || fds.pauses != (fds.procfs >= 0) ||
-	    (fds.pauses && ((boot.create & NS_PID) == 0 || boot.paths != NULL)))
+	    (fds.pauses && (boot.create & NS_PID) == 0))
 		fail("bootstrap", "descriptors", EINVAL, "those given do not fit what is asked for");
 	report_stage(0);
 	log_debug("starting", plan.argv[0]);

@@ -69,7 +69,7 @@ def seeds() -> dict[str, bytes]:
     found["good joined"] = INIT + plan.init_messages(
         Spec.from_json(config("true")), rootfs="/r", bundle=Path("/"), join={"uts": "/proc/1/ns/uts"}, cgroups={}
     )
-    found["good pause"] = INIT + plan.pause_messages("/r")
+    found["good pause"] = INIT + plan.pause_messages("/r", {"ipc": "/proc/1/ns/ipc"})
     return found
 
 

@@ -33,7 +33,7 @@ async def joined(box: Box) -> AsyncIterator[dict[str, Any]]:
     procfs, empty = box.path / "proc", box.path / "empty"
     procfs.mkdir()
     empty.mkdir()
-    pause = await box.launcher.pause(str(procfs), str(empty))
+    pause = await box.launcher.pause(str(procfs), str(empty), {})
     try:
         yield {"join": {"pid": f"/proc/{pause.pid}/ns/pid"}, "procfs": str(procfs)}
     finally:

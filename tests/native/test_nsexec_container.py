@@ -284,7 +284,7 @@ def test_joins_namespaces_by_path(box: Box) -> None:
         procfs, empty = box.path / "proc", box.path / "empty"
         procfs.mkdir()
         empty.mkdir()
-        pause = await box.launcher.pause(str(procfs), str(empty))
+        pause = await box.launcher.pause(str(procfs), str(empty), {})
         join = {"pid": f"/proc/{pause.pid}/ns/pid", "uts": f"/proc/{first.child.pid}/ns/uts"}
         with pytest.raises(SpecError, match="a procfs of the pid namespace that is joined is not at hand"):
             await box.create(value, join=join)

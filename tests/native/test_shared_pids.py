@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import signal
 import subprocess
@@ -63,12 +64,18 @@ def test_containers_see_each_other_and_a_first_process_that_reaps(agent: Running
             script = "for n in 1 2 3 4 5; do (sleep 0.1 &) ; done; sleep 0.3; grep -l '^State:.Z' /proc/[0-9]*/status"
             assert (await output(await sh(one, script))) == b""
             pause = pause_of(agent)
-            assert set(inside(agent).values()) == {"pause", "sleep"}
+            await until(lambda: set(inside(agent).values()) == {"pause", "sleep"}, "only those stay")
             status = Path(f"/proc/{pause}/status").read_text()
             for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
                 assert f"{name}:\t{0:016x}" in status
             assert "Uid:\t65534" in status and "NoNewPrivs:\t1" in status
             assert list(Path(f"/proc/{pause}/fd").iterdir()) == []
+            limits = Path(f"/proc/{pause}/limits").read_text()
+            assert re.search(r"Max processes +1 +1 ", limits) and re.search(r"Max address space +\d{8} +\d{8} ", limits)
+            # Of its namespaces none is the guest's own but those that it would take privileges to use.
+            for kind in ("ipc", "uts", "net", "mnt", "pid", "cgroup"):
+                ours, its = (Path(f"/proc/{pid}/ns/{kind}").readlink() for pid in (agent.process.pid, pause))
+                assert ours != its, kind
             assert list(Path(f"/proc/{pause}/root").iterdir()) == []
             await client.destroy_sandbox()
             assert not Path(f"/proc/{pause}").exists()
@@ -139,7 +146,7 @@ def test_the_end_of_a_container_is_the_end_of_all_in_it(agent: RunningAgent) -> 
                 await until(lambda: len(inside(agent)) == 8, "all are there")
                 if remove:
                     await one.remove()
-                    assert sorted(inside(agent).values()) == ["pause", "sleep"]
+                    await until(lambda: sorted(inside(agent).values()) == ["pause", "sleep"], "only the other is left")
                 else:
                     await one.init().write(b"\n")
                     assert await one.init().wait() == 3
@@ -203,7 +210,7 @@ def test_the_first_process_hears_only_the_agent(agent: RunningAgent) -> None:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.SIGUSR1):
                 os.kill(pause, number)
             await (await sh(one, "kill -9 1; kill -TERM 1; true")).wait()
-            assert sorted(inside(agent).values()) == ["pause", "sleep"]
+            await until(lambda: sorted(inside(agent).values()) == ["pause", "sleep"], "both live on")
             assert "State:\tS" in Path(f"/proc/{pause}/status").read_text()
 
     run(work())
@@ -219,7 +226,7 @@ async def main():
     reaper = Reaper()
     reaper.start(asyncio.get_running_loop())
     launcher = Launcher(Nsexec.seal(Path(sys.argv[1])), reaper, print)
-    print((await launcher.pause(sys.argv[2], sys.argv[3])).pid, flush=True)
+    print((await launcher.pause(sys.argv[2], sys.argv[3], {})).pid, flush=True)
     await asyncio.sleep(1000)
 asyncio.run(main())
 """
