@@ -8,7 +8,6 @@ from agent.aio import regardless
 from agent.container import Container
 from agent.errors import AlreadyExists, Failed, Invalid, NotFound, TooLate, WrongState
 from agent.guest.dns import Resolver
-from agent.guest.resources import fit
 from agent.libcontainer.errors import LaunchError
 from agent.libcontainer.spec import Hooks, Namespace, Rlimit
 from agent.libcontainer.state import check_id
@@ -217,12 +216,16 @@ class Sandbox:
             process = process.but(rlimits=(*process.rlimits, Rlimit("RLIMIT_NOFILE", soft=soft, hard=hard)))
         if self._hooks is not None or spec.hooks != Hooks():
             spec = (self._hooks or _guest_hooks("")).added_to(spec)
+        from agent.guest.resources import fit
+
         resources = spec.linux.resources and fit(spec.linux.resources)
         placed = spec.but(process=process, linux=spec.linux.but(namespaces=namespaces, resources=resources))
         return placed, dict(shared.paths)
 
     async def update(self, container_id: str, resources: Resources) -> None:
         """Change what a container may use.  Raises NotFound, and as Container.update."""
+        from agent.guest.resources import fit
+
         await self.container(container_id).update(fit(resources))
 
     def offer_cpus(self) -> None:

@@ -15,6 +15,7 @@ from proto import agent_pb2, oci_pb2
 from tests.native.agent_support import RunningAgent, errors, output, refused, run, sh
 
 pytestmark = pytest.mark.root
+in_both = pytest.mark.parametrize("agent", ["v2", "v1"], indirect=True)
 Code = grpc.StatusCode
 MEBIBYTE = 1 << 20
 
@@ -26,6 +27,13 @@ async def update(client: Agent, resources: oci_pb2.LinuxResources) -> None:
 def huge(limit: int) -> oci_pb2.LinuxResources:
     """The one limit that this machine's cgroup v2 hierarchy is sure to have."""
     return oci_pb2.LinuxResources(HugepageLimits=[oci_pb2.LinuxHugepageLimit(Pagesize="2MB", Limit=limit)])
+
+
+def unrelated(agent: RunningAgent, number: int) -> oci_pb2.LinuxResources:
+    """A limit that has nothing to do with anything else, in either version of cgroups."""
+    if "v1" in str(agent.process.args):
+        return oci_pb2.LinuxResources(Pids=oci_pb2.LinuxPids(Limit=100 + number))
+    return huge(number * 2 * MEBIBYTE)
 
 
 def test_a_limit_is_changed_or_all_stay(agent: RunningAgent) -> None:
@@ -73,6 +81,7 @@ def test_updates_that_cannot_be(agent: RunningAgent) -> None:
     run(work())
 
 
+@in_both
 def test_device_rules_follow_an_update_and_survive_others(agent: RunningAgent) -> None:
     """GHSA-g54h-m393-cpwq: rules are what is allowed, before and after a change of other limits."""
 
@@ -92,11 +101,11 @@ def test_device_rules_follow_an_update_and_survive_others(agent: RunningAgent) -
                 return await process.wait() == 0
 
             assert not await opens()
-            await update(client, huge(MEBIBYTE * 2))
+            await update(client, unrelated(agent, 1))
             assert not await opens()
             await update(client, oci_pb2.LinuxResources(Devices=[kmsg]))
             assert await opens()
-            await update(client, huge(MEBIBYTE * 4))
+            await update(client, unrelated(agent, 2))
             assert await opens()
             await update(client, oci_pb2.LinuxResources(Devices=[oci_pb2.LinuxDeviceCgroup(Type="a")]))
             assert not await opens()
@@ -104,6 +113,7 @@ def test_device_rules_follow_an_update_and_survive_others(agent: RunningAgent) -
     run(work())
 
 
+@in_both
 def test_the_disk_that_the_guest_runs_from_is_out_of_reach(agent: RunningAgent) -> None:
     """CVE-2020-2023: whatever the rules allow, the root disk can be named, and not be opened."""
     root = Path("/").stat().st_dev
@@ -133,7 +143,7 @@ def test_the_disk_that_the_guest_runs_from_is_out_of_reach(agent: RunningAgent) 
             assert not await opens(os.major(root), os.minor(root), ">>")
             major, minor = map(int, others[0].split(":"))
             assert await opens(major, minor, "<")
-            await update(client, huge(MEBIBYTE * 2))
+            await update(client, unrelated(agent, 1))
             assert not await opens(os.major(root), os.minor(root), "<")
             await update(client, oci_pb2.LinuxResources(Devices=[oci_pb2.LinuxDeviceCgroup(Allow=True, Type="a")]))
             assert not await opens(os.major(root), os.minor(root), "<")

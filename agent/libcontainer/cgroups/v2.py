@@ -9,10 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 
-from agent.libcontainer import devices
 from agent.libcontainer.cgroups import files
 from agent.libcontainer.cgroups.base import DELETE_TRIES, FREEZE_SECONDS, Cgroup, CgroupError, Hierarchy, parts_of
-from agent.libcontainer.cgroups.v2_settings import settings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -98,6 +96,8 @@ class CgroupOfV2(Cgroup):
         return frozenset((self.read("cgroup.controllers") or "").split())
 
     def settings(self, resources: Resources) -> Iterable[Setting]:
+        from agent.libcontainer.cgroups.v2_settings import settings
+
         return settings(resources, self.read)
 
     async def kill(self) -> None:
@@ -188,6 +188,8 @@ class CgroupOfV2(Cgroup):
 
     def allow_devices(self, rules: tuple[DeviceRule, ...]) -> None:
         """One program takes the place of the other: there is no moment without rules."""
+        from agent.libcontainer import devices
+
         try:
             program = devices.attach(self.fd, rules, self._device_program)
         except OSError as e:
