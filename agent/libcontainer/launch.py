@@ -52,6 +52,7 @@ class Launch:
         self.by_word = False  # it has no fifo to be started by
         self.start_seconds: float | None = 0.0  # what its program may take to be executed once it is started
         self.joined: Mapping[str, str] = {}  # namespaces that the first process joined, beyond its configuration's
+        self.filter = b""  # of system calls, for every process of the container
         loop = asyncio.get_running_loop()
         self.talk = Conversation(
             loop,

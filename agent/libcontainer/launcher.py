@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
+    from agent.libcontainer.bpf import Filters
     from agent.libcontainer.cgroups import Cgroup
     from agent.libcontainer.hooks import CreateHooks
     from agent.libcontainer.nsexec import Nsexec
+    from agent.libcontainer.seccomp import Seccomp
     from agent.libcontainer.spec import Hook, Process, Spec
 
 __all__ = ["Child", "Children", "LaunchError", "Launched", "Launcher", "Stdio"]
@@ -58,6 +60,7 @@ class Launcher:
         self._log = log
         self._patience = patience
         self._inits: dict[Child, Launch] = {}
+        self._filters: Filters | None = None
         self._watchers: set[asyncio.Task[None]] = set()
 
     async def create(
@@ -80,6 +83,7 @@ class Launcher:
         as the configuration wants them.  On failure nothing is left.  Raises SpecError, or LaunchError.
         """
         process = spec.process
+        filter = b"" if spec.linux.seccomp is None else await self._filter(spec.linux.seccomp)
         hooks = None if spec.hooks == Hooks() else self._create_hooks(spec, container_id, bundle)
         messages = _encode(
             lambda: plan.init_messages(
@@ -90,6 +94,7 @@ class Launcher:
                 cgroups={} if cgroup is None else cgroup.paths,
                 procfs=procfs,
                 hook_state="" if hooks is None else hooks.state,
+                filter=filter,
             )
         )
         terminal = process is not None and process.terminal
@@ -122,7 +127,7 @@ class Launcher:
             os.close(fifo_fd)
         child = launch.child
         assert child is not None
-        launch.joined, launch.by_word = dict(join), by_word
+        launch.joined, launch.by_word, launch.filter = dict(join), by_word, filter
         launch.start_seconds = self._patience if hooks is None else _more(self._patience, hooks.start_seconds)
         self._inits[child] = launch
         self._watch(child)
@@ -187,7 +192,7 @@ class Launcher:
         if launch is None:
             raise LaunchError("the container is not running", step="exec")
         _check_stdio(process.terminal, stdio)
-        messages = _encode(lambda: plan.exec_messages(process, spec, launch.joined))
+        messages = _encode(lambda: plan.exec_messages(process, spec, launch.joined, launch.filter))
         started = await self._launch(
             messages,
             "setns",
@@ -287,6 +292,13 @@ class Launcher:
         talk.close_setup()
         launch.close_stage0()
         return launch
+
+    async def _filter(self, profile: Seccomp) -> bytes:
+        from agent.libcontainer.bpf import Filters  # here: a container without a profile does not need it
+
+        if self._filters is None:
+            self._filters = Filters()
+        return await self._filters.program(profile)
 
     def _create_hooks(self, spec: Spec, container_id: str, bundle: Path) -> CreateHooks:
         from agent.libcontainer.hooks import CreateHooks  # here: most containers have none

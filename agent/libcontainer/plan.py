@@ -78,13 +78,15 @@ def init_messages(
     cgroups: Mapping[str, str],
     procfs: str | None = None,
     hook_state: str = "{",
+    filter: bytes = b"",
 ) -> bytes:
     """The messages for a container's first process.
 
     `join` maps OCI namespace types to paths that are entered instead of making a new one; `cgroups` are
     the container's directories by controllers ("" for v2), shown at its cgroup mount; `procfs` is a
     mount of procfs of the pid namespace that is joined, of which proc mounts become copies; `hook_state` is
-    the beginning of the state that hooks get (hooks.py).  Raises SpecError or EncodingError.
+    the beginning of the state that hooks get (hooks.py), `filter` flags and program of the system call filter
+    (bpf.py).  Raises SpecError or EncodingError.
     """
     process = spec.process
     if process is None:
@@ -115,7 +117,7 @@ def init_messages(
         *sysctl.steps(SYSCTL, spec.linux.sysctl, types),
         *(wire.text(READONLY, _absolute(path, "linux.readonlyPaths")) for path in spec.linux.readonly_paths),
         *(wire.text(MASK, _absolute(p, "linux.maskedPaths")) for p in dict.fromkeys(spec.linux.masked_paths)),
-        *_process(process, DEFAULT_UMASK, spec.hooks.start_container),
+        *_process(process, DEFAULT_UMASK, filter, spec.hooks.start_container),
     ]
     head = wire.bootstrap(
         create=create,
@@ -146,8 +148,11 @@ def pause_messages(rootfs: str, join: Mapping[str, str]) -> bytes:
     return head + wire.message(wire.MESSAGE_PLAN, b"".join(steps), "the plan") + _strings(PAUSE)
 
 
-def exec_messages(process: Process, spec: Spec, join: Mapping[str, str]) -> bytes:
-    """The messages for another process in a running container, into all namespaces that the container was given."""
+def exec_messages(process: Process, spec: Spec, join: Mapping[str, str], filter: bytes = b"") -> bytes:
+    """The messages for another process in a running container, into all namespaces that the container was given.
+
+    `filter` is the container's (bpf.py).
+    """
     own = spec.process
     if own is not None:
         process = process.but(
@@ -160,7 +165,7 @@ def exec_messages(process: Process, spec: Spec, join: Mapping[str, str]) -> byte
     steps = [
         wire.number(PLAN_VERSION, VERSION),
         *_console(process, bind=False),
-        *_process(process, None),
+        *_process(process, None, filter),
     ]
     head = wire.bootstrap(join=_mask(types), oom_score_adj=process.oom_score_adj)
     return head + wire.message(wire.MESSAGE_PLAN, b"".join(steps), "the plan") + _strings(process)
@@ -318,7 +323,9 @@ def _hook(step: int, hook: Hook) -> bytes:
     return wire.attribute(step, numbers + _texts(hook.path, *args, *hook.env), f"the hook {hook.path}")
 
 
-def _process(process: Process, default_umask: int | None, hooks: Iterable[Hook] = ()) -> Iterable[bytes]:
+def _process(
+    process: Process, default_umask: int | None, filter: bytes = b"", hooks: Iterable[Hook] = ()
+) -> Iterable[bytes]:
     """The steps that make a process what it is, the same for an init and an exec; `hooks` run right before it."""
     user = process.user
     umask = user.umask if user.umask is not None else default_umask
@@ -329,6 +336,8 @@ def _process(process: Process, default_umask: int | None, hooks: Iterable[Hook] 
         yield wire.attribute(RLIMIT, pack("=IIQQ", resource, 0, limit.soft, limit.hard))
     if process.no_new_privileges:
         yield wire.truth(NO_NEW_PRIVS, True)
+    if filter:
+        yield wire.attribute(SECCOMP, filter, "linux.seccomp")
     if user.additional_gids:
         groups = pack(f"={len(user.additional_gids)}I", *user.additional_gids)
         yield wire.attribute(GROUPS, groups, "process.user.additionalGids")

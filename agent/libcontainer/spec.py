@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from agent.libcontainer.fields import U32_MAX, U64_MAX, Reader, SpecError
 from agent.libcontainer.resources import Resources
+from agent.libcontainer.seccomp import Seccomp
 from agent.record import NOTHING, Record
 
 TYPE_CHECKING = False
@@ -162,12 +163,13 @@ class Linux(Record):
     rootfs_propagation: str = ""
     masked_paths: tuple[str, ...] = ()
     readonly_paths: tuple[str, ...] = ()
+    seccomp: Seccomp | None = None
 
     @classmethod
     def from_json(cls, value: object, where: str = "linux") -> Linux:
         """Parse `linux`.  Raises SpecError."""
         r = Reader(value, where)
-        for key in ("seccomp", "mountLabel", "intelRdt", "personality", "netDevices", "memoryPolicy"):
+        for key in ("mountLabel", "intelRdt", "personality", "netDevices", "memoryPolicy"):
             r.refuse(key, NOT_YET)
         result = cls(
             namespaces=r.each("namespaces", _namespace),
@@ -181,6 +183,7 @@ class Linux(Record):
             rootfs_propagation=r.text("rootfsPropagation"),
             masked_paths=r.texts("maskedPaths"),
             readonly_paths=r.texts("readonlyPaths"),
+            seccomp=r.one("seccomp", Seccomp.from_json),
         )
         r.done()
         types = [namespace.type for namespace in result.namespaces]

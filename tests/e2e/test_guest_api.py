@@ -9,8 +9,8 @@ from typing import Any
 import grpc
 import pytest
 
-from agent.client import Agent, AgentError
-from proto import agent_pb2, types_pb2
+from agent.client import Agent, AgentError, default_spec
+from proto import agent_pb2, oci_pb2, types_pb2
 from tests.e2e.conftest import Caisson
 
 pytestmark = [pytest.mark.root, pytest.mark.vm]
@@ -91,5 +91,24 @@ def test_a_file_arrives(vm: Caisson) -> None:
             Code.INTERNAL,
             "/run/caisson-e2e/file/below: Not a directory",
         )
+
+    talk(vm, work)
+
+
+def test_a_container_with_a_profile_of_system_calls(vm: Caisson) -> None:
+    async def work(client: Agent) -> None:
+        root = vm.manifest("default")["containers"]["busybox"]
+        spec = default_spec(root, ["/bin/sh", "-c", "grep Seccomp: /proc/self/status; mkdir /tmp/x"])
+        rule = oci_pb2.LinuxSyscall(Names=["mkdir", "mkdirat"], Action="SCMP_ACT_ERRNO")
+        spec.Linux.Seccomp.CopyFrom(oci_pb2.LinuxSeccomp(DefaultAction="SCMP_ACT_ALLOW", Syscalls=[rule]))
+        await client.create_sandbox()
+        container = await client.create_container("filtered", spec)
+        try:
+            await container.start()
+            assert b"".join([data async for data in container.init().stdout()]) == b"Seccomp:\t2\n"
+            assert b"Operation not permitted" in b"".join([data async for data in container.init().stderr()])
+            assert await container.init().wait() == 1
+        finally:
+            await container.remove()
 
     talk(vm, work)

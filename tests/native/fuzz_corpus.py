@@ -62,10 +62,11 @@ def seeds() -> dict[str, bytes]:
             join={},
             cgroups={"": "/sys/fs/cgroup/x"},
             hook_state='{"a":1',
+            filter=bytes(28),
         )
         found[f"good {name}"] = INIT + messages
         process = Process.from_json(value["process"])
-        found[f"good exec {name}"] = EXEC + plan.exec_messages(process, spec, {"ipc": "/proc/1/ns/ipc"})
+        found[f"good exec {name}"] = EXEC + plan.exec_messages(process, spec, {"ipc": "/proc/1/ns/ipc"}, bytes(12))
     found["good joined"] = INIT + plan.init_messages(
         Spec.from_json(config("true")), rootfs="/r", bundle=Path("/"), join={"uts": "/proc/1/ns/uts"}, cgroups={}
     )

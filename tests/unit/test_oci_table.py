@@ -114,6 +114,16 @@ WHOLE: dict[str, Any] = {
         "sysctl": {"net.ipv4.ip_forward": "1"},
         "maskedPaths": ["/m"],
         "readonlyPaths": ["/r"],
+        "seccomp": {
+            "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 1, "architectures": ["SCMP_ARCH_X86"],
+            "flags": ["SECCOMP_FILTER_FLAG_LOG"],
+            "syscalls": [
+                {
+                    "names": ["read"], "action": "SCMP_ACT_ERRNO", "errnoRet": 2,
+                    "args": [{"index": 1, "value": 2, "valueTwo": 3, "op": "SCMP_CMP_EQ"}],
+                }
+            ],
+        },
         "resources": {
             "devices": [{"allow": True, "type": "c", "major": 1, "minor": 3, "access": "r"}],
             "memory": {

@@ -6,6 +6,7 @@ import pytest
 
 from agent.api.oci import exec_to_json, json_name, spec_to_json
 from agent.client import default_spec
+from agent.libcontainer.seccomp import ALLOW, ERRNO, MASKED_EQ, Condition, Rule, Seccomp
 from agent.libcontainer.spec import Process, Spec, SpecError
 from proto import oci_pb2
 
@@ -71,9 +72,18 @@ def test_root_may_be_mapped() -> None:
 
 
 def test_what_is_not_done_is_refused_by_its_name() -> None:
-    wire = oci_pb2.Spec(Linux=oci_pb2.Linux(Seccomp=oci_pb2.LinuxSeccomp(DefaultAction="SCMP_ACT_ERRNO")))
-    with pytest.raises(SpecError, match=r"linux\.seccomp"):
+    wire = oci_pb2.Spec(Linux=oci_pb2.Linux(IntelRdt=oci_pb2.LinuxIntelRdt(L3CacheSchema="x")))
+    with pytest.raises(SpecError, match=r"linux\.intelRdt"):
         Spec.from_json(spec_to_json(wire))
+
+
+def test_a_profile_of_system_calls() -> None:
+    masked = oci_pb2.LinuxSeccompArg(Index=1, Value=0xF0, ValueTwo=0x10, Op="SCMP_CMP_MASKED_EQ")
+    rule = oci_pb2.LinuxSyscall(Names=["clone"], Action="SCMP_ACT_ALLOW", Args=[masked])
+    wire = oci_pb2.LinuxSeccomp(DefaultAction="SCMP_ACT_ERRNO", Architectures=["SCMP_ARCH_X86"], Syscalls=[rule])
+    parsed = Spec.from_json(spec_to_json(oci_pb2.Spec(Linux=oci_pb2.Linux(Seccomp=wire)))).linux.seccomp
+    condition = Condition(1, MASKED_EQ, value=0x10, mask=0xF0)
+    assert parsed == Seccomp(ERRNO | 1, ("SCMP_ARCH_X86",), 0, (Rule(("clone",), ALLOW, (condition,)),))
 
 
 def test_an_exec_takes_what_kata_takes() -> None:

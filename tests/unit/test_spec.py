@@ -90,6 +90,10 @@ def test_empty_values_are_absent_ones() -> None:
     assert spec.process == Process(args=("x",))
 
 
+ALLOW = {"defaultAction": "SCMP_ACT_ALLOW"}
+RULE = {"names": ["read"], "action": "SCMP_ACT_KILL"}
+
+
 @pytest.mark.parametrize(
     ("path", "value", "field"),
     [
@@ -121,7 +125,24 @@ def test_empty_values_are_absent_ones() -> None:
         ("hooks.prepare", [{"path": "/x"}], "hooks.prepare"),
         ("mounts", [{"destination": "/a", "uidMappings": [{}]}], "mounts[0].uidMappings"),
         ("mounts", [{"destination": "/a", "label": "x"}], "mounts[0].label"),
-        ("linux.seccomp", {"defaultAction": "SCMP_ACT_ERRNO"}, "linux.seccomp"),
+        ("linux.seccomp", {"defaultAction": "ERRNO"}, "linux.seccomp.defaultAction"),
+        ("linux.seccomp", {"architectures": ["X86"]}, "linux.seccomp.defaultAction"),
+        ("linux.seccomp", {"defaultAction": "SCMP_ACT_NOTIFY"}, "linux.seccomp.defaultAction"),
+        ("linux.seccomp", ALLOW | {"architectures": ["X86"]}, "linux.seccomp.architectures[0]"),
+        ("linux.seccomp", ALLOW | {"flags": ["SECCOMP_FILTER_FLAG_NEW_LISTENER"]}, "linux.seccomp.flags[0]"),
+        ("linux.seccomp", ALLOW | {"listenerPath": "/x"}, "linux.seccomp.listenerPath"),
+        ("linux.seccomp", ALLOW | {"defaultErrnoRet": 1}, "linux.seccomp.defaultErrnoRet"),
+        ("linux.seccomp", ALLOW | {"syscalls": [{"action": "SCMP_ACT_KILL"}]}, "linux.seccomp.syscalls[0].names"),
+        (
+            "linux.seccomp",
+            ALLOW | {"syscalls": [RULE | {"args": [{"index": 6}]}]},
+            "linux.seccomp.syscalls[0].args[0].index",
+        ),
+        (
+            "linux.seccomp",
+            ALLOW | {"syscalls": [RULE | {"args": [{"op": "="}]}]},
+            "linux.seccomp.syscalls[0].args[0].op",
+        ),
         ("linux.intelRdt", {"closID": "x"}, "linux.intelRdt"),
         ("linux.personality", {"domain": "LINUX32"}, "linux.personality"),
         ("linux.namespaces", [{"type": "nope"}], "linux.namespaces[0].type"),
