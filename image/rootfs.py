@@ -84,13 +84,18 @@ def is_elf(file: Path) -> bool:
 def drop_unused_libraries(tree: Path, definition: Definition) -> None:
     """Remove shared libraries that no program, extension module or kept library names as needed.
 
-    The dynamic section says it all (readelf -d); what is loaded by name at run time is not needed by an agent.
+    The dynamic section says it all (readelf -d), but for what is loaded by its name at run time: the definition keeps
+    that.
     """
     place = tree / "usr/lib" / definition.triplet
     needed: set[str] = set()
     elves = [file for file in tree.rglob("*") if is_elf(file)]
     needs = {file: _needs(file) for file in elves}
     todo = [file for file in elves if file.parent != place]
+    for file in place.iterdir():
+        if any(fnmatch.fnmatch(str(file.relative_to(tree)), kept) for kept in definition.keep):
+            needed.add(file.name)
+            todo.append(file.resolve())
     while todo:
         for name in needs[todo.pop()]:
             if name not in needed:
