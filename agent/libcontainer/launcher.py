@@ -6,7 +6,7 @@ import asyncio
 import os
 from contextlib import nullcontext
 
-from agent.libcontainer import plan
+from agent.libcontainer import plan, users
 from agent.libcontainer.bootstrap import EncodingError
 from agent.libcontainer.conversation import kill
 from agent.libcontainer.errors import LaunchError, reason
@@ -83,6 +83,8 @@ class Launcher:
         as the configuration wants them.  On failure nothing is left.  Raises SpecError, or LaunchError.
         """
         process = spec.process
+        if process is not None and process.user.username:
+            spec = spec.but(process=users.resolved(process, rootfs))
         filter = b"" if spec.linux.seccomp is None else await self._filter(spec.linux.seccomp)
         hooks = None if spec.hooks == Hooks() else self._create_hooks(spec, container_id, bundle)
         messages = _encode(
@@ -192,6 +194,8 @@ class Launcher:
         if launch is None:
             raise LaunchError("the container is not running", step="exec")
         _check_stdio(process.terminal, stdio)
+        if process.user.username:  # its root as it is now; nobody else can have the pid while it is not reaped
+            process = users.resolved(process, f"/proc/{init.pid}/root")
         messages = _encode(lambda: plan.exec_messages(process, spec, launch.joined, launch.filter))
         started = await self._launch(
             messages,

@@ -29,8 +29,9 @@ VERSION = 1
 (
     PLAN_VERSION, PROPAGATION, ROOTFS, MOUNT, DEVICE, SYMLINK, HOOK_STATE, RUNTIME_HOOKS, CREATE_HOOK, PIVOT,
     ROOT_PROPAGATION, CONSOLE, REMOUNT, ROOT_READONLY, HOSTNAME, DOMAINNAME, SYSCTL, READONLY, MASK, UMASK, RLIMIT,
-    NO_NEW_PRIVS, SECCOMP, GROUPS, USER, CAPABILITIES, CWD, START_HOOK, STRINGS,
-) = range(27400, 27429)  # fmt: skip
+    CPUS, FINAL_CPUS, SCHEDULER, IO_PRIORITY, PERSONALITY, LABEL, NO_NEW_PRIVS, SECCOMP, GROUPS, USER, CAPABILITIES,
+    CWD, START_HOOK, STRINGS,
+) = range(27400, 27435)  # fmt: skip
 
 MOUNT_BIND, MOUNT_RECURSIVE, MOUNT_ORDINARY_DIR, MOUNT_OVER_PROC_FILE = 1, 2, 4, 8
 
@@ -117,7 +118,13 @@ def init_messages(
         *sysctl.steps(SYSCTL, spec.linux.sysctl, types),
         *(wire.text(READONLY, _absolute(path, "linux.readonlyPaths")) for path in spec.linux.readonly_paths),
         *(wire.text(MASK, _absolute(p, "linux.maskedPaths")) for p in dict.fromkeys(spec.linux.masked_paths)),
-        *_process(process, DEFAULT_UMASK, filter, spec.hooks.start_container),
+        *_process(
+            process.but(exec_cpu_affinity=None),
+            DEFAULT_UMASK,
+            spec.linux.personality,
+            filter,
+            spec.hooks.start_container,
+        ),
     ]
     head = wire.bootstrap(
         create=create,
@@ -160,12 +167,16 @@ def exec_messages(process: Process, spec: Spec, join: Mapping[str, str], filter:
             rlimits=process.rlimits or own.rlimits,
             no_new_privileges=process.no_new_privileges or own.no_new_privileges,
             oom_score_adj=process.oom_score_adj if process.oom_score_adj is not None else own.oom_score_adj,
+            scheduler=process.scheduler if process.scheduler is not None else own.scheduler,
+            io_priority=process.io_priority if process.io_priority is not None else own.io_priority,
+            apparmor_profile=process.apparmor_profile or own.apparmor_profile,
+            selinux_label=process.selinux_label or own.selinux_label,
         )
     types = {namespace.type for namespace in spec.linux.namespaces} | set(join)
     steps = [
         wire.number(PLAN_VERSION, VERSION),
         *_console(process, bind=False),
-        *_process(process, None, filter),
+        *_process(process, None, spec.linux.personality, filter),
     ]
     head = wire.bootstrap(join=_mask(types), oom_score_adj=process.oom_score_adj)
     return head + wire.message(wire.MESSAGE_PLAN, b"".join(steps), "the plan") + _strings(process)
@@ -324,7 +335,11 @@ def _hook(step: int, hook: Hook) -> bytes:
 
 
 def _process(
-    process: Process, default_umask: int | None, filter: bytes = b"", hooks: Iterable[Hook] = ()
+    process: Process,
+    default_umask: int | None,
+    personality: int | None = None,
+    filter: bytes = b"",
+    hooks: Iterable[Hook] = (),
 ) -> Iterable[bytes]:
     """The steps that make a process what it is, the same for an init and an exec; `hooks` run right before it."""
     user = process.user
@@ -334,6 +349,21 @@ def _process(
     for limit in process.rlimits:
         resource = rlimit_number(limit.type, "process.rlimits")
         yield wire.attribute(RLIMIT, pack("=IIQQ", resource, 0, limit.soft, limit.hard))
+    cpus = process.exec_cpu_affinity
+    if cpus is not None and cpus.initial is not None:
+        yield wire.attribute(CPUS, cpus.initial)
+    if cpus is not None and cpus.final is not None:
+        yield wire.attribute(FINAL_CPUS, cpus.final)
+    if process.scheduler is not None:
+        yield wire.attribute(SCHEDULER, process.scheduler)
+    if process.io_priority is not None:
+        yield wire.number(IO_PRIORITY, process.io_priority)
+    if personality is not None:
+        yield wire.number(PERSONALITY, personality)
+    if process.apparmor_profile:
+        yield wire.attribute(LABEL, _texts("apparmor/exec", f"exec {process.apparmor_profile}"))
+    elif process.selinux_label:
+        yield wire.attribute(LABEL, _texts("exec", process.selinux_label))
     if process.no_new_privileges:
         yield wire.truth(NO_NEW_PRIVS, True)
     if filter:

@@ -6,8 +6,10 @@ options, capability names, sysctls …) is decided where they are used, in `plan
 
 from __future__ import annotations
 
+from agent.libcontainer import labels, scheduling
 from agent.libcontainer.fields import U32_MAX, U64_MAX, Reader, SpecError
 from agent.libcontainer.resources import Resources
+from agent.libcontainer.scheduling import Affinity
 from agent.libcontainer.seccomp import Seccomp
 from agent.record import NOTHING, Record
 
@@ -33,12 +35,16 @@ class Root(Record):
 
 
 class User(Record):
-    """`process.user`: numeric ids inside the container.  `umask` None leaves the default (022 for an init)."""
+    """`process.user`: ids inside the container, or a name that stands for them (users.py).
+
+    `umask` None leaves the default (022 for an init).
+    """
 
     uid: int = 0
     gid: int = 0
     additional_gids: tuple[int, ...] = ()
     umask: int | None = None
+    username: str = ""
 
 
 class Capabilities(Record):
@@ -72,6 +78,11 @@ class Process(Record):
     rlimits: tuple[Rlimit, ...] = ()
     no_new_privileges: bool = False
     oom_score_adj: int | None = None
+    scheduler: bytes | None = None  # struct sched_attr
+    io_priority: int | None = None
+    exec_cpu_affinity: Affinity | None = None  # of a process that joins a container
+    apparmor_profile: str = ""
+    selinux_label: str = ""
 
     @classmethod
     def from_json(cls, value: object, where: str = "process") -> Process:
@@ -81,11 +92,6 @@ class Process(Record):
         if not args or not args[0]:
             raise SpecError(r.name("args"), "must name a program to run")
         r.refuse("commandLine", "is for Windows; give args")
-        r.refuse("apparmorProfile", NOT_YET)
-        r.refuse("selinuxLabel", NOT_YET)
-        r.refuse("scheduler", NOT_YET)
-        r.refuse("ioPriority", NOT_YET)
-        r.refuse("execCPUAffinity", NOT_YET)
         result = cls(
             args=args,
             cwd=r.text("cwd") or "/",
@@ -97,12 +103,21 @@ class Process(Record):
             rlimits=r.each("rlimits", _rlimit),
             no_new_privileges=r.flag("noNewPrivileges"),
             oom_score_adj=r.number("oomScoreAdj", -1000, 1000),
+            scheduler=r.one("scheduler", scheduling.scheduler),
+            io_priority=r.one("ioPriority", scheduling.io_priority),
+            exec_cpu_affinity=r.one("execCPUAffinity", scheduling.affinity),
+            apparmor_profile=r.text("apparmorProfile"),
+            selinux_label=r.text("selinuxLabel"),
         )
         r.done()
         if not result.cwd.startswith("/"):
             raise SpecError(r.name("cwd"), f"must be an absolute path, not {result.cwd!r}")
         if len({limit.type for limit in result.rlimits}) != len(result.rlimits):
             raise SpecError(r.name("rlimits"), "names a limit twice")
+        if result.apparmor_profile and not labels.has_apparmor():
+            raise SpecError(r.name("apparmorProfile"), "this kernel has no AppArmor")
+        if result.selinux_label and not labels.has_selinux():
+            raise SpecError(r.name("selinuxLabel"), "this kernel has no SELinux")
         return result
 
 
@@ -164,12 +179,13 @@ class Linux(Record):
     masked_paths: tuple[str, ...] = ()
     readonly_paths: tuple[str, ...] = ()
     seccomp: Seccomp | None = None
+    personality: int | None = None  # as for personality(2)
 
     @classmethod
     def from_json(cls, value: object, where: str = "linux") -> Linux:
         """Parse `linux`.  Raises SpecError."""
         r = Reader(value, where)
-        for key in ("mountLabel", "intelRdt", "personality", "netDevices", "memoryPolicy"):
+        for key in ("mountLabel", "intelRdt", "netDevices", "memoryPolicy"):
             r.refuse(key, NOT_YET)
         result = cls(
             namespaces=r.each("namespaces", _namespace),
@@ -184,6 +200,7 @@ class Linux(Record):
             masked_paths=r.texts("maskedPaths"),
             readonly_paths=r.texts("readonlyPaths"),
             seccomp=r.one("seccomp", Seccomp.from_json),
+            personality=r.one("personality", scheduling.personality),
         )
         r.done()
         types = [namespace.type for namespace in result.namespaces]
@@ -257,14 +274,12 @@ def _root(value: object, where: str) -> Root:
 
 def _user(value: object, where: str) -> User:
     r = Reader(value, where)
-    # Names would have to be looked up in the container's own /etc/passwd, and a number that is taken for a name has
-    # given root away before (containerd CVE-2024-40635, crun CVE-2026-30892): ids only.
-    r.refuse("username", "user names are not looked up; give uid and gid")
     user = User(
         uid=r.number("uid", 0, U32_MAX - 1) or 0,
         gid=r.number("gid", 0, U32_MAX - 1) or 0,
         additional_gids=r.numbers("additionalGids", 0, U32_MAX - 1),
         umask=r.number("umask", 0, 0o777),
+        username=r.text("username"),
     )
     r.done()
     return user

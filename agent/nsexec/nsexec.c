@@ -571,6 +571,7 @@ int main(void)
 	if (prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0)
 		fail("dumpable", "", errno, NULL);
 	raise_hard_limits(&plan);
+	set_first_cpus(&plan);
 	open_namespaces();
 	join_cgroups();
 	FAULT(messages);

@@ -105,6 +105,12 @@ enum {
 	PLAN_MASK,     /* * */
 	PLAN_UMASK,
 	PLAN_RLIMIT, /* * */
+	PLAN_CPUS,
+	PLAN_FINAL_CPUS,
+	PLAN_SCHEDULER,
+	PLAN_IO_PRIORITY,
+	PLAN_PERSONALITY,
+	PLAN_LABEL,
 	PLAN_NO_NEW_PRIVS,
 	PLAN_SECCOMP,
 	PLAN_GROUPS,
@@ -116,6 +122,8 @@ enum {
 	PLAN_END
 };
 #define PLAN_FORMAT 1
+#define CPU_MASK_MAX 1024 /* bytes */
+#define SCHEDULER_SIZE 48 /* SCHED_ATTR_SIZE_VER0 */
 
 #define MOUNT_BIND 1u          /* source is a path, not a filesystem */
 #define MOUNT_RECURSIVE 2u     /* … with what is mounted below it */
@@ -167,6 +175,12 @@ struct plan {
 	size_t group_count;
 	struct capability_sets capabilities;
 	struct console_step console;
+	const uint8_t *cpus, *final_cpus; /* masks of whole words; NULL: not given */
+	size_t cpus_size, final_cpus_size;
+	const uint8_t *scheduler; /* struct sched_attr */
+	bool has_io_priority, has_personality;
+	uint32_t io_priority, personality;
+	const char *label_file, *label; /* below /proc/thread-self/attr, and what to write there */
 	const uint8_t *filter; /* struct sock_filter, after a uint32_t of flags */
 	size_t filter_size;
 	const char *cwd, *hook_state; /* JSON up to the members that nsexec adds */
@@ -208,6 +222,11 @@ void attach_rootfs(const char *path, int *root);
 void do_mount(int root, const struct mount_step *step);
 int clone_mount(int fd, const char *step, const char *path, bool recursive);
 void set_attributes(int fd, uint64_t set, uint64_t clear, bool recursive, const char *step, const char *path);
+
+/* --- sharing.c --- */
+void set_first_cpus(const struct plan *plan);
+void set_sharing(const struct plan *plan);
+void set_label(const struct plan *plan, int procfs);
 
 /* --- console.c --- */
 void take_terminal(void);

@@ -284,6 +284,13 @@ static void check_rootfs_step(const struct attribute *a)
 	}
 }
 
+static const uint8_t *decode_cpus(const struct attribute *a)
+{
+	if (a->size == 0 || a->size % 8 != 0 || a->size > CPU_MASK_MAX)
+		malformed("cpus", "not a mask of whole words");
+	return a->data;
+}
+
 static void decode_plan_step(const struct attribute *a, struct plan *out)
 {
 	struct cursor c = attribute_cursor(a);
@@ -299,6 +306,36 @@ static void decode_plan_step(const struct attribute *a, struct plan *out)
 	case PLAN_UMASK:
 		out->umask = attribute_u32(a);
 		out->has_umask = true;
+		break;
+	case PLAN_CPUS:
+		out->cpus = decode_cpus(a);
+		out->cpus_size = a->size;
+		break;
+	case PLAN_FINAL_CPUS:
+		out->final_cpus = decode_cpus(a);
+		out->final_cpus_size = a->size;
+		break;
+	case PLAN_SCHEDULER: {
+		uint32_t size;
+
+		take(&c, &size, 4, "scheduler");
+		if (a->size != SCHEDULER_SIZE || size != SCHEDULER_SIZE)
+			malformed("scheduler", "not of the one size that is known");
+		out->scheduler = a->data;
+		break;
+	}
+	case PLAN_IO_PRIORITY:
+		out->io_priority = attribute_u32(a);
+		out->has_io_priority = true;
+		break;
+	case PLAN_PERSONALITY:
+		out->personality = attribute_u32(a);
+		out->has_personality = true;
+		break;
+	case PLAN_LABEL:
+		decode_pair(a, &out->label_file, &out->label);
+		if (strcmp(out->label_file, "exec") != 0 && strcmp(out->label_file, "apparmor/exec") != 0)
+			malformed("label", "for no security module that is known");
 		break;
 	case PLAN_NO_NEW_PRIVS:
 		out->no_new_privs = attribute_bool(a);

@@ -306,6 +306,9 @@ void prepare_process(const struct plan *plan, const struct channels *fds, const 
 {
 	if (plan->has_umask)
 		umask(plan->umask);
+	set_sharing(plan);
+	if (plan->label != NULL)
+		set_label(plan, handles->processes);
 	if (plan->no_new_privs && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
 		fail("no_new_privs", "", errno, NULL);
 	if (plan->filter != NULL && !plan->no_new_privs) /* needs privileges that are about to go */

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import socket
 
 import pytest
 
+from agent.client import Agent, AgentError, default_spec
 from tests.e2e.conftest import Caisson
 
 pytestmark = [pytest.mark.root, pytest.mark.vm]
@@ -47,3 +49,27 @@ def test_a_log_port_and_a_shell_in_the_guest(own: Caisson) -> None:
     assert "Unknown option agent.frobnicate" in (own.run_directory / "open/console.log").read_text()
     stopped = own("stop-vm", "--name", "open")
     assert stopped.returncode == 0, stopped.stderr.decode()
+
+
+def test_a_profile_of_apparmor(own: Caisson) -> None:
+    """Debian's kernel has AppArmor, and a guest uses it when told to; no profile but the empty one is loaded here."""
+    booted = own("boot-vm", "--name", "labels", "--detach", "--append", "lsm=apparmor apparmor=1")
+    assert booted.returncode == 0, booted.stderr.decode()
+    root = own.manifest("labels")["containers"]["busybox"]
+
+    async def run(profile: str) -> bytes:
+        spec = default_spec(root, ["/bin/cat", "/proc/self/attr/apparmor/current"])
+        spec.Process.ApparmorProfile = profile
+        async with Agent.connect(own.run_directory / "labels/agent.sock") as client:
+            await client.create_sandbox()
+            container = await client.create_container("labelled", spec)
+            try:
+                await container.start()
+                return b"".join([data async for data in container.init().stdout()])
+            finally:
+                await container.remove()
+
+    assert asyncio.run(run("unconfined")).strip() == b"unconfined"
+    with pytest.raises(AgentError, match=r"label.*exec missing.*no such file"):
+        asyncio.run(run("missing"))
+    assert own("stop-vm", "--name", "labels").returncode == 0

@@ -20,6 +20,9 @@ def rich() -> dict[str, Any]:
     value["process"] |= {
         "user": {"uid": 7, "gid": 8, "additionalGids": [1, 2, 3], "umask": 0o27},
         "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 10, "hard": 20}],
+        "scheduler": {"policy": "SCHED_BATCH", "nice": 3},
+        "ioPriority": {"class": "IOPRIO_CLASS_BE", "priority": 1},
+        "execCPUAffinity": {"initial": "0-70", "final": "1"},
     }
     value["domainname"] = "example"
     value["root"]["readonly"] = True
@@ -34,6 +37,7 @@ def rich() -> dict[str, Any]:
             {"path": "/dev/kmsg2", "type": "c", "major": 1, "minor": 11, "fileMode": 0o600, "uid": 1, "gid": 2}
         ],
         "rootfsPropagation": "slave",
+        "personality": {"domain": "LINUX32"},
         "uidMappings": [{"containerID": n, "hostID": 100000 + n, "size": 1} for n in range(300)],
         "gidMappings": [{"containerID": 0, "hostID": 100000, "size": 65536}],
         "timeOffsets": {"monotonic": {"secs": 10, "nanosecs": 5}, "boottime": {"secs": 7}},

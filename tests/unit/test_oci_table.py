@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from agent.api.oci import json_name
-from agent.libcontainer import fields, mountopts, plan, spec
+from agent.libcontainer import fields, labels, mountopts, plan, spec
 from agent.libcontainer.cgroups import v1_settings, v2_settings
 from agent.libcontainer.cgroups.base import Setting
 from agent.libcontainer.fields import SpecError
@@ -84,7 +84,7 @@ WHOLE: dict[str, Any] = {
     "process": {
         "terminal": True,
         "consoleSize": {"height": 24, "width": 80},
-        "user": {"uid": 1, "gid": 2, "umask": 0o27, "additionalGids": [3]},
+        "user": {"uid": 1, "gid": 2, "umask": 0o27, "additionalGids": [3], "username": "u"},
         "args": ["sh"],
         "env": ["A=b"],
         "cwd": "/w",
@@ -92,6 +92,14 @@ WHOLE: dict[str, Any] = {
         "rlimits": [{"type": "RLIMIT_CORE", "soft": 1, "hard": 2}],
         "noNewPrivileges": True,
         "oomScoreAdj": 5,
+        "apparmorProfile": "p",
+        "selinuxLabel": "l",
+        "scheduler": {
+            "policy": "SCHED_OTHER", "nice": 1, "priority": 2, "flags": ["SCHED_FLAG_RECLAIM"],
+            "runtime": 3, "deadline": 4, "period": 5,
+        },
+        "ioPriority": {"class": "IOPRIO_CLASS_BE", "priority": 1},
+        "execCPUAffinity": {"initial": "0", "final": "1"},
     },
     "hostname": "h",
     "domainname": "d",
@@ -114,6 +122,7 @@ WHOLE: dict[str, Any] = {
         "sysctl": {"net.ipv4.ip_forward": "1"},
         "maskedPaths": ["/m"],
         "readonlyPaths": ["/r"],
+        "personality": {"domain": "LINUX32"},
         "seccomp": {
             "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 1, "architectures": ["SCMP_ARCH_X86"],
             "flags": ["SECCOMP_FILTER_FLAG_LOG"],
@@ -148,6 +157,13 @@ WHOLE: dict[str, Any] = {
     },
 }  # fmt: skip
 TABLES = {"annotations", "linux.sysctl", "linux.resources.unified"}  # objects whose keys are no fields
+
+
+@pytest.fixture(autouse=True)
+def security_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the kernel had them."""
+    for name in ("has_apparmor", "has_selinux"):
+        monkeypatch.setattr(labels, name, lambda: True)
 
 
 class Row(NamedTuple):

@@ -1,0 +1,114 @@
+"""Names of users, by what an image says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from agent.libcontainer.fields import SpecError
+from agent.libcontainer.spec import Process, User
+from agent.libcontainer.users import FILE_MAX, resolved
+
+PASSWD = """root:x:0:0:root:/root:/bin/sh
+app:x:1000:100:An app:/srv/app:/bin/sh
+1000abc:x:0:0::/:/bin/sh
+4294967296:x:0:0::/:/bin/sh
+short:x:5
+wrong:x:-1:0::/:/bin/sh
+"""
+GROUP = "root:x:0:\nusers:x:100:\naudio:x:29:app,root\nvideo:x:44:other,app\n7:x:0:app\nbroken\n"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/passwd").write_text(PASSWD)
+    (tmp_path / "etc/group").write_text(GROUP)
+    return tmp_path
+
+
+def who(root: Path, username: str, **fields: object) -> Process:
+    user = User(uid=5, gid=6, username=username)
+    return resolved(Process(args=("x",), user=user, **fields), str(root))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "username, uid, gid, groups",
+    [
+        ("app", 1000, 100, (29, 44, 0)),
+        ("root", 0, 0, (29,)),
+        ("1000", 1000, 100, (29, 44, 0)),  # an entry about this number
+        ("77", 77, 0, ()),
+        ("4294967294", 4294967294, 0, ()),
+        ("app:audio", 1000, 29, ()),
+        ("app:77", 1000, 77, ()),
+        ("77:users", 77, 100, ()),
+        ("77:7", 77, 7, ()),  # a number, whatever a group is called
+    ],
+)
+def test_who_that_is(root: Path, username: str, uid: int, gid: int, groups: tuple[int, ...]) -> None:
+    found = who(root, username).user
+    assert (found.uid, found.gid, found.additional_gids, found.username) == (uid, gid, groups, "")
+
+
+@pytest.mark.parametrize(
+    "username",
+    [
+        "+0", "0x3e8", "1000abc", "4294967295", "4294967296", "-1", "1000:", ":5", ":", "app:", "wrong", "short",
+        "nobody", "app:nogroup", "app:-1", "app:broken", " 0", "0 ", "٣", "app:4294967295", "a/b", "app:x:y",
+    ],
+)  # fmt: skip
+def test_who_is_nobody(root: Path, username: str) -> None:
+    with pytest.raises(SpecError, match=r"process\.user\.username"):
+        who(root, username)
+
+
+def test_texts_as_of_runc(root: Path) -> None:
+    with pytest.raises(SpecError, match="unable to find user nobody: no matching entries in passwd file"):
+        who(root, "nobody")
+    with pytest.raises(SpecError, match="unable to find group nogroup: no matching entries in group file"):
+        who(root, "app:nogroup")
+
+
+def test_home(root: Path) -> None:
+    assert who(root, "app").env == ("HOME=/srv/app",)
+    assert who(root, "app", env=("HOME=/x",)).env == ("HOME=/x",)
+    assert who(root, "77").env == ()
+
+
+def test_more_groups_stay(root: Path) -> None:
+    process = Process(args=("x",), user=User(additional_gids=(3, 29), username="app"))
+    assert resolved(process, str(root)).user.additional_gids == (3, 29, 44, 0)
+
+
+def test_files_are_the_images_own(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    outside = tmp_path_factory.mktemp("outside") / "passwd"
+    outside.write_text("app:x:0:0::/:/bin/sh\n")
+    passwd = root / "etc/passwd"
+    passwd.unlink()
+    for target in (outside, f"../../../../../../..{outside}"):
+        passwd.symlink_to(target)
+        with pytest.raises(SpecError, match="unable to find user app"):
+            who(root, "app")
+        passwd.unlink()
+    passwd.symlink_to("/etc/other")  # inside
+    (root / "etc/other").write_text(PASSWD)
+    assert who(root, "app").user.uid == 1000
+
+
+def test_what_is_no_file(root: Path) -> None:
+    import os
+
+    for path in (root / "etc/passwd", root / "etc/group"):
+        path.unlink()
+        os.mkfifo(path)  # opening one could wait for ever
+    assert who(root, "77").user.uid == 77
+    with pytest.raises(SpecError, match="unable to find user"):
+        who(root, "app")
+
+
+def test_a_file_without_end(root: Path) -> None:
+    (root / "etc/passwd").write_bytes(b"x" * (FILE_MAX + 1))
+    with pytest.raises(SpecError, match="larger than"):
+        who(root, "app")
