@@ -31,9 +31,8 @@ PROPAGATION: dict[str, int] = {
 
 REFUSED = {
     "remount": "cannot be asked for: a container's mounts are new",
-    "tmpcopyup": "is not supported yet",
-    "idmap": "is not supported yet",
-    "ridmap": "is not supported yet",
+    "idmap": "is not supported",
+    "ridmap": "is not supported",
     "loop": "is not supported: attach the image to a loop device first",
 }
 
@@ -49,11 +48,12 @@ class MountOptions(Record):
     recursive_clear: int
     propagation: int
     data: tuple[str, ...]
+    copy_up: bool = False
 
 
 def parse(options: tuple[str, ...], *, type_: str, where: str) -> MountOptions:
     """Take options apart; later ones win, as in mount(8).  Raises SpecError for what would be ignored."""
-    bind, recursive = type_ == "bind", False
+    bind, recursive, copy_up = type_ == "bind", False, False
     set_ = clear = recursive_set = recursive_clear = propagation = 0
     data: list[str] = []
     for option in options:
@@ -71,6 +71,10 @@ def parse(options: tuple[str, ...], *, type_: str, where: str) -> MountOptions:
             propagation = PROPAGATION[option]
         elif option.partition("=")[0] in REFUSED:
             raise SpecError(where, f"{option!r} {REFUSED[option.partition('=')[0]]}")
+        elif option == "tmpcopyup" and type_ == "tmpfs":
+            copy_up = True
+        elif option == "tmpcopyup":
+            raise SpecError(where, f"{option!r} is for tmpfs alone")
         elif option in ("", "defaults"):
             pass
         else:
@@ -80,4 +84,4 @@ def parse(options: tuple[str, ...], *, type_: str, where: str) -> MountOptions:
     for option in data:
         if len(option.partition("=")[2]) > 255:
             raise SpecError(where, f"the value of {option.partition('=')[0]!r} is longer than the 255 bytes that fit")
-    return MountOptions(bind, recursive, set_, clear, recursive_set, recursive_clear, propagation, tuple(data))
+    return MountOptions(bind, recursive, set_, clear, recursive_set, recursive_clear, propagation, tuple(data), copy_up)

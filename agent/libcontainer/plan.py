@@ -33,7 +33,7 @@ VERSION = 1
     CWD, START_HOOK, STRINGS,
 ) = range(27400, 27435)  # fmt: skip
 
-MOUNT_BIND, MOUNT_RECURSIVE, MOUNT_ORDINARY_DIR, MOUNT_OVER_PROC_FILE = 1, 2, 4, 8
+MOUNT_BIND, MOUNT_RECURSIVE, MOUNT_ORDINARY_DIR, MOUNT_OVER_PROC_FILE, MOUNT_COPY_UP = 1, 2, 4, 8, 16
 
 DEFAULT_UMASK = 0o022
 NOBODY = 65534
@@ -246,7 +246,7 @@ def _mount(mount: Mount, where: str, bundle: Path, procfs: str | None) -> tuple[
     target = _absolute(mount.destination, f"{where}.destination")
     options = mountopts.parse(mount.options, type_=mount.type, where=f"{where}.options")
     source, type_, bind = mount.source, mount.type, options.bind
-    flags, set_, data = 0, options.set, options.data
+    flags, set_, data = MOUNT_COPY_UP if options.copy_up else 0, options.set, options.data
     if target == "/":
         raise SpecError(f"{where}.destination", "must not be the container's root")
     if target in PROC_FILES:

@@ -312,7 +312,7 @@ def _console_size(value: object, where: str) -> tuple[int, int]:
 def _mount(value: object, where: str) -> Mount:
     r = Reader(value, where)
     for key in ("uidMappings", "gidMappings"):
-        r.refuse(key, "id-mapped mounts are not supported yet")
+        r.refuse(key, "id-mapped mounts are not supported")
     mount = Mount(r.text("destination"), r.text("source"), r.text("type"), r.texts("options"))
     r.done()
     return mount

@@ -241,6 +241,8 @@ void do_mount(int root, const struct mount_step *step)
 	}
 	set_attributes(tree, step->recursive_set, step->recursive_clear, true, "mount", step->target);
 	target = mount_target(root, step, directory);
+	if ((step->flags & MOUNT_COPY_UP) != 0)
+		copy_up(target, tree, step->target);
 	if (sys_move_mount(tree, target) < 0)
 		fail("mount", step->target, errno, NULL);
 	set_propagation(tree, step->propagation, step->target);

@@ -128,6 +128,7 @@ enum {
 #define MOUNT_BIND 1u          /* source is a path, not a filesystem */
 #define MOUNT_RECURSIVE 2u     /* … with what is mounted below it */
 #define MOUNT_ORDINARY_DIR 4u  /* the target must be a directory reached without a symbolic link */
+#define MOUNT_COPY_UP 16u      /* it begins with what is in the directory that it covers */
 #define MOUNT_OVER_PROC_FILE 8u /* the target may be (only) a regular file of procfs */
 
 struct mount_step {
@@ -222,6 +223,9 @@ void attach_rootfs(const char *path, int *root);
 void do_mount(int root, const struct mount_step *step);
 int clone_mount(int fd, const char *step, const char *path, bool recursive);
 void set_attributes(int fd, uint64_t set, uint64_t clear, bool recursive, const char *step, const char *path);
+
+/* --- copyup.c --- */
+void copy_up(int covered, int mount, const char *path);
 
 /* --- sharing.c --- */
 void set_first_cpus(const struct plan *plan);

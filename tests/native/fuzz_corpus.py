@@ -28,6 +28,7 @@ def rich() -> dict[str, Any]:
     value["root"]["readonly"] = True
     value["mounts"] += [
         {"destination": "/mnt", "type": "bind", "source": "/tmp", "options": ["rbind", "rro", "rslave", "nosuid"]},
+        {"destination": "/srv", "type": "tmpfs", "source": "tmpfs", "options": ["tmpcopyup", "size=1m", "ro"]},
         {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nosuid", "noexec"]},
         {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"]},
     ]

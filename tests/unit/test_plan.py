@@ -158,7 +158,7 @@ def test_devices_follow_the_mounts_unless_dev_is_bound() -> None:
         ({"destination": "/x"}, "type: is missing"),
         ({"destination": "/x", "type": "bind"}, "source: is missing"),
         ({"destination": "/x", "type": "bind", "source": "/", "options": ["size=1"]}, "no meaning for a bind"),
-        ({"destination": "/x", "type": "tmpfs", "options": ["tmpcopyup"]}, "not supported yet"),
+        ({"destination": "/x", "type": "tmpfs", "options": ["idmap"]}, "is not supported"),
         ({"destination": "/x", "type": "tmpfs", "options": ["remount"]}, "cannot be asked for"),
         ({"destination": "/x", "type": "tmpfs", "options": ["slave", "rshared"]}, "second propagation type"),
         ({"destination": "/x", "type": "overlay", "options": ["lowerdir=" + "x" * 300]}, "longer than the 255"),
