@@ -222,7 +222,8 @@ static int mount_target(int root, const struct mount_step *step, bool directory)
 	return fd;
 }
 
-void do_mount(int root, const struct mount_step *step)
+/* Returns the mount's root. */
+int do_mount(int root, const struct mount_step *step)
 {
 	bool directory = true;
 	int tree, target;
@@ -247,5 +248,5 @@ void do_mount(int root, const struct mount_step *step)
 		fail("mount", step->target, errno, NULL);
 	set_propagation(tree, step->propagation, step->target);
 	close(target);
-	close(tree);
+	return tree;
 }

@@ -220,7 +220,7 @@ void build_rootfs(const struct plan *plan, const struct channels *fds, struct ha
 /* --- mounts.c --- */
 int private_procfs(bool processes_only);
 void attach_rootfs(const char *path, int *root);
-void do_mount(int root, const struct mount_step *step);
+int do_mount(int root, const struct mount_step *step);
 int clone_mount(int fd, const char *step, const char *path, bool recursive);
 void set_attributes(int fd, uint64_t set, uint64_t clear, bool recursive, const char *step, const char *path);
 

@@ -110,9 +110,44 @@ static void set_sysctl(int procfs, const char *path, const char *value)
 	close(fd);
 }
 
-static void make_readonly(int root, const char *path)
+/* procfs and sysfs of the container, by descriptors: their names may be exchanged by others who have the image. */
+struct kernel_mounts {
+	struct {
+		int fd;
+		char target[64];
+	} list[4];
+	size_t count;
+};
+
+static void remember(struct kernel_mounts *mounts, int fd, const char *target)
 {
-	int target = open_in(root, path, O_PATH, 0), tree;
+	if (mounts->count == ARRAY_SIZE(mounts->list) || strlen(target) >= sizeof(mounts->list[0].target)) {
+		close(fd); /* an unusual place, or one of many: found by its name */
+		return;
+	}
+	mounts->list[mounts->count].fd = fd;
+	strcpy(mounts->list[mounts->count].target, target);
+	mounts->count++;
+}
+
+/*
+ * What is to be hidden or read-only.  Below a mount that is known it is looked for there: a name that leads elsewhere for a moment
+ * would leave it bare (CVE-2019-19921).
+ */
+static int open_hidden(const struct kernel_mounts *mounts, int root, const char *path)
+{
+	for (size_t i = mounts->count; i-- > 0;) {
+		size_t length = strlen(mounts->list[i].target);
+
+		if (strncmp(path, mounts->list[i].target, length) == 0 && (path[length] == '/' || path[length] == '\0'))
+			return open_in(mounts->list[i].fd, path[length] == '\0' ? "." : path + length, O_PATH, 0);
+	}
+	return open_in(root, path, O_PATH, 0);
+}
+
+static void make_readonly(const struct kernel_mounts *mounts, int root, const char *path)
+{
+	int target = open_hidden(mounts, root, path), tree;
 
 	if (target < 0 && errno == ENOENT)
 		return;
@@ -147,10 +182,10 @@ static int empty_directory(int *cached)
 	return dup(*cached);
 }
 
-static void mask(int root, const char *path, int *null, int *empty)
+static void mask(const struct kernel_mounts *mounts, int root, const char *path, int *null, int *empty)
 {
 	struct stat st;
-	int target = open_in(root, path, O_PATH, 0), tree;
+	int target = open_hidden(mounts, root, path), tree;
 
 	if (target < 0 && (errno == ENOENT || errno == ENOTDIR))
 		return;
@@ -211,6 +246,7 @@ struct state {
 	struct handles *handles;
 	const struct plan *plan;
 	const struct channels *fds;
+	struct kernel_mounts mounts;
 	int null, empty;
 	bool hooked; /* createContainer hooks have run, all of them */
 };
@@ -219,7 +255,7 @@ static void do_step(const struct attribute *a, struct state *s)
 {
 	struct mount_step step;
 	const char *first, *second;
-	int *root = &s->handles->root;
+	int *root = &s->handles->root, fd;
 
 	switch (a->type) {
 	case PLAN_PROPAGATION:
@@ -231,7 +267,11 @@ static void do_step(const struct attribute *a, struct state *s)
 		break;
 	case PLAN_MOUNT:
 		decode_mount(a, &step);
-		do_mount(*root, &step);
+		fd = do_mount(*root, &step);
+		if ((step.flags & MOUNT_ORDINARY_DIR) != 0)
+			remember(&s->mounts, fd, step.target);
+		else
+			close(fd);
 		break;
 	case PLAN_DEVICE:
 	case PLAN_SYMLINK:
@@ -279,10 +319,10 @@ static void do_step(const struct attribute *a, struct state *s)
 		set_sysctl(s->handles->sysctl, first, second);
 		break;
 	case PLAN_READONLY:
-		make_readonly(*root, attribute_text(a));
+		make_readonly(&s->mounts, *root, attribute_text(a));
 		break;
 	case PLAN_MASK:
-		mask(*root, attribute_text(a), &s->null, &s->empty);
+		mask(&s->mounts, *root, attribute_text(a), &s->null, &s->empty);
 		break;
 	default: /* what belongs to the process is process.c's */
 		break;
@@ -308,5 +348,7 @@ void build_rootfs(const struct plan *plan, const struct channels *fds, struct ha
 		close(state.null);
 	if (state.empty >= 0)
 		close(state.empty);
+	for (size_t i = 0; i < state.mounts.count; i++)
+		close(state.mounts.list[i].fd);
 	handles->sysctl = -1;
 }
