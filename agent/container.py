@@ -16,7 +16,7 @@ from agent.libcontainer.cgroups.base import CgroupError, signal_pid
 from agent.libcontainer.errors import LaunchError
 from agent.libcontainer.resources import Resources
 from agent.libcontainer.state import State, check_id, start_time
-from agent.process import Process
+from agent.process import Process, catches
 from agent.reaper import Child
 from agent.stdio import Pipes, Streams
 
@@ -391,13 +391,3 @@ class Container:
         task = asyncio.get_running_loop().create_task(watch())
         self._watchers.add(task)
         task.add_done_callback(self._watchers.discard)
-
-
-def catches(pid: int, number: int) -> bool:
-    """Whether a process has a handler for a signal (SigCgt in /proc/<pid>/status, proc(5))."""
-    try:
-        with open(f"/proc/{pid}/status") as lines:  # noqa: PTH123 - a procfs file
-            caught = next((line for line in lines if line.startswith("SigCgt:")), "SigCgt: 0")
-    except OSError:
-        return False
-    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)

@@ -52,3 +52,13 @@ class Process:
     def release(self) -> None:
         """Give back everything; unread output is lost."""
         self._streams.close()
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal (SigCgt in /proc/<pid>/status, proc(5))."""
+    try:
+        with open(f"/proc/{pid}/status") as lines:  # noqa: PTH123 - a procfs file
+            caught = next((line for line in lines if line.startswith("SigCgt:")), "SigCgt: 0")
+    except OSError:
+        return False
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)

@@ -6,58 +6,57 @@ order of their numbers, which is the order of execution (nsexec.h); nsexec refus
 
 from __future__ import annotations
 
-import os.path
-from stat import S_IFBLK, S_IFCHR, S_IFIFO
 from struct import pack
 
 from agent.libcontainer import bootstrap as wire
 from agent.libcontainer import cgroupmounts, mountopts, sysctl
 from agent.libcontainer.fields import SpecError
+from agent.libcontainer.filesystem import absolute, filesystem, late_readonly, root_propagation, texts
 from agent.libcontainer.names import capability_mask, rlimit_number
-from agent.libcontainer.spec import Capabilities, Device, Process, Rlimit, User
+from agent.libcontainer.spec import Capabilities, Process, Rlimit, User
+from agent.libcontainer.steps import (
+    CAPABILITIES,
+    CONSOLE,
+    CPUS,
+    CREATE_HOOK,
+    CWD,
+    DOMAINNAME,
+    FINAL_CPUS,
+    GROUPS,
+    HOOK_STATE,
+    HOSTNAME,
+    IO_PRIORITY,
+    LABEL,
+    MASK,
+    NO_NEW_PRIVS,
+    PERSONALITY,
+    PIVOT,
+    PLAN_VERSION,
+    PROPAGATION,
+    READONLY,
+    RLIMIT,
+    ROOT_READONLY,
+    ROOTFS,
+    RUNTIME_HOOKS,
+    SCHEDULER,
+    SECCOMP,
+    START_HOOK,
+    STRINGS,
+    SYSCTL,
+    UMASK,
+    USER,
+    VERSION,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-    from agent.libcontainer.spec import Hook, Hooks, Linux, Mount, Spec
-
-    Mounts = Iterable[tuple[str, Mount]]
-
-VERSION = 1
-(
-    PLAN_VERSION, PROPAGATION, ROOTFS, MOUNT, DEVICE, SYMLINK, HOOK_STATE, RUNTIME_HOOKS, CREATE_HOOK, PIVOT,
-    ROOT_PROPAGATION, CONSOLE, REMOUNT, ROOT_READONLY, HOSTNAME, DOMAINNAME, SYSCTL, READONLY, MASK, UMASK, RLIMIT,
-    CPUS, FINAL_CPUS, SCHEDULER, IO_PRIORITY, PERSONALITY, LABEL, NO_NEW_PRIVS, SECCOMP, GROUPS, USER, CAPABILITIES,
-    CWD, START_HOOK, STRINGS,
-) = range(27400, 27435)  # fmt: skip
-
-MOUNT_BIND, MOUNT_RECURSIVE, MOUNT_ORDINARY_DIR, MOUNT_OVER_PROC_FILE, MOUNT_COPY_UP = 1, 2, 4, 8, 16
+    from agent.libcontainer.spec import Hook, Hooks, Linux, Spec
 
 DEFAULT_UMASK = 0o022
 NOBODY = 65534
-DEFAULT_DEVICES = tuple(
-    Device(path=f"/dev/{name}", type="c", major=major, minor=minor, file_mode=0o666)
-    for name, major, minor in (
-        ("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0),
-    )
-)  # fmt: skip
-LINKS = (
-    ("pts/ptmx", "/dev/ptmx", True),
-    ("/proc/self/fd", "/dev/fd", False),
-    ("/proc/self/fd/0", "/dev/stdin", False),
-    ("/proc/self/fd/1", "/dev/stdout", False),
-    ("/proc/self/fd/2", "/dev/stderr", False),
-)
-# What lxcfs and the like put over files of proc; everything else below /proc is out of bounds for mounts.
-PROC_FILES = {
-    f"/proc/{name}"
-    for name in (
-        "cpuinfo", "diskstats", "meminfo", "stat", "swaps", "uptime", "loadavg", "slabinfo", "sys/kernel/ns_last_pid",
-        "sys/crypto/fips_enabled",
-    )
-}  # fmt: skip
 PAUSE = Process(
     args=("pause",),
     user=User(uid=NOBODY, gid=NOBODY),
@@ -67,7 +66,6 @@ PAUSE = Process(
         for name, limit in (("NPROC", 1), ("AS", 16 << 20), ("NOFILE", 16), ("FSIZE", 0), ("MSGQUEUE", 0), ("CORE", 0))
     ),
 )
-FILE_TYPES = {"c": S_IFCHR, "u": S_IFCHR, "b": S_IFBLK, "p": S_IFIFO}
 
 
 def init_messages(
@@ -108,16 +106,16 @@ def init_messages(
         wire.number(PLAN_VERSION, VERSION),
         wire.number(PROPAGATION, mountopts.MS_SLAVE | mountopts.MS_REC),
         wire.text(ROOTFS, rootfs, "root.path"),
-        *_filesystem(spec, bundle, mounts, links, procfs if "pid" in joined else "", devices_bound="user" in types),
+        *filesystem(spec, bundle, mounts, links, procfs if "pid" in joined else "", devices_bound="user" in types),
         *_early_hooks(spec.hooks, hook_state),
         wire.number(PIVOT, 0),
-        *_root_propagation(spec.linux.rootfs_propagation),
+        *root_propagation(spec.linux.rootfs_propagation),
         *_console(process, bind=True),
-        *_late_readonly(spec, mounts),
+        *late_readonly(spec, mounts),
         *_names(spec, types),
         *sysctl.steps(SYSCTL, spec.linux.sysctl, types),
-        *(wire.text(READONLY, _absolute(path, "linux.readonlyPaths")) for path in spec.linux.readonly_paths),
-        *(wire.text(MASK, _absolute(p, "linux.maskedPaths")) for p in dict.fromkeys(spec.linux.masked_paths)),
+        *(wire.text(READONLY, absolute(path, "linux.readonlyPaths")) for path in spec.linux.readonly_paths),
+        *(wire.text(MASK, absolute(p, "linux.maskedPaths")) for p in dict.fromkeys(spec.linux.masked_paths)),
         *_process(
             process.but(exec_cpu_affinity=None),
             DEFAULT_UMASK,
@@ -211,97 +209,6 @@ def _check_maps(linux: Linux, new_user: bool) -> None:
             raise SpecError(name, f"holds {len(mappings)} mappings, and the kernel takes 340")
 
 
-def _filesystem(
-    spec: Spec,
-    bundle: Path,
-    mounts: Mounts,
-    links: Iterable[tuple[str, str]],
-    procfs: str | None,
-    *,
-    devices_bound: bool,
-) -> Iterable[bytes]:
-    """Mounts, device nodes and links, those of /dev among them, in this order."""
-    dev_is_bound = False
-    for where, mount in mounts:
-        step, bound = _mount(mount, where, bundle, procfs)
-        dev_is_bound |= bound and os.path.normpath(mount.destination) == "/dev"
-        yield step
-    devices = {device.path: device for device in DEFAULT_DEVICES}
-    devices |= {_absolute(device.path, "linux.devices"): device for device in spec.linux.devices}
-    devices.pop("/dev/ptmx", None)  # the link below
-    for path, device in devices.items():
-        if dev_is_bound and path.startswith("/dev/"):
-            continue  # a bound /dev is the host's business: its nodes are there already
-        mode = FILE_TYPES[device.type] | device.file_mode
-        numbers = (device.major, device.minor, device.uid, device.gid, devices_bound)
-        yield wire.attribute(DEVICE, pack("=6I", mode, *numbers) + _texts(path))
-    for target, path, replaced in (*LINKS, *((target, path, False) for target, path in links)):
-        yield wire.attribute(SYMLINK, pack("=I", replaced) + _texts(target, path))
-    if os.path.exists("/proc/kcore"):  # noqa: PTH110 - pathlib is not worth its import here
-        yield wire.attribute(SYMLINK, pack("=I", 0) + _texts("/proc/kcore", "/dev/core"))
-
-
-def _mount(mount: Mount, where: str, bundle: Path, procfs: str | None) -> tuple[bytes, bool]:
-    """One MOUNT step, and whether it is a bind mount."""
-    target = _absolute(mount.destination, f"{where}.destination")
-    options = mountopts.parse(mount.options, type_=mount.type, where=f"{where}.options")
-    source, type_, bind = mount.source, mount.type, options.bind
-    flags, set_, data = MOUNT_COPY_UP if options.copy_up else 0, options.set, options.data
-    if target == "/":
-        raise SpecError(f"{where}.destination", "must not be the container's root")
-    if target in PROC_FILES:
-        flags |= MOUNT_OVER_PROC_FILE
-    elif target.startswith("/proc/"):
-        raise SpecError(f"{where}.destination", f"{target} is inside /proc")
-    elif target == "/proc" and (bind or type_ != "proc"):
-        raise SpecError(f"{where}.destination", "only a proc filesystem can be mounted on /proc")
-    if not bind and type_ == "proc" and procfs != "":
-        # A new one would be that of the pid namespace where it is made, and that is not yet the one that is joined.
-        if procfs is None:
-            raise SpecError(where, "a procfs of the pid namespace that is joined is not at hand")
-        if data:
-            raise SpecError(f"{where}.options", f"{data[0]!r} cannot be asked for in a shared pid namespace")
-        flags |= MOUNT_ORDINARY_DIR
-        bind, source = True, procfs
-    if bind:
-        if not source:
-            raise SpecError(f"{where}.source", "is missing")
-        source = os.path.join(bundle, source)  # noqa: PTH118 - absolute, or below the bundle (OCI mounts)
-        flags |= MOUNT_BIND | (MOUNT_RECURSIVE if options.recursive else 0)
-    else:
-        if not type_:
-            raise SpecError(f"{where}.type", "is missing")
-        flags |= MOUNT_ORDINARY_DIR if type_ in ("proc", "sysfs") else 0
-        set_ &= ~(mountopts.RDONLY if _is_late_readonly(type_, set_) else 0)
-    head = pack(
-        "=IIQQQQ", flags, options.propagation, set_, options.clear, options.recursive_set, options.recursive_clear
-    )
-    return wire.attribute(MOUNT, head + _texts(target, source or type_, type_, *data), where), bind
-
-
-def _is_late_readonly(type_: str, set_: int) -> bool:
-    """A read-only tmpfs gets so last: later mounts and devices need their mount points made in it."""
-    return type_ == "tmpfs" and bool(set_ & mountopts.RDONLY)
-
-
-def _late_readonly(spec: Spec, mounts: Mounts) -> Iterable[bytes]:
-    for _, mount in mounts:
-        options = mountopts.parse(mount.options, type_=mount.type, where="mounts")
-        if not options.bind and _is_late_readonly(mount.type, options.set):
-            path = os.path.normpath(mount.destination)
-            yield wire.attribute(REMOUNT, pack("=Q", mountopts.RDONLY) + _texts(path))
-    if spec.root is not None and spec.root.readonly:
-        yield wire.truth(ROOT_READONLY, True)
-
-
-def _root_propagation(name: str) -> Iterable[bytes]:
-    if not name:
-        return
-    if name not in mountopts.PROPAGATION:
-        raise SpecError("linux.rootfsPropagation", f"{name!r} is not a propagation type")
-    yield wire.number(ROOT_PROPAGATION, mountopts.PROPAGATION[name])
-
-
 def _console(process: Process, *, bind: bool) -> Iterable[bytes]:
     if process.terminal:
         rows, columns = process.console_size or (0, 0)
@@ -331,7 +238,7 @@ def _early_hooks(hooks: Hooks, state: str) -> Iterable[bytes]:
 def _hook(step: int, hook: Hook) -> bytes:
     args = hook.args or (hook.path,)
     numbers = pack("=3I", hook.timeout or 0, len(args), len(hook.env))
-    return wire.attribute(step, numbers + _texts(hook.path, *args, *hook.env), f"the hook {hook.path}")
+    return wire.attribute(step, numbers + texts(hook.path, *args, *hook.env), f"the hook {hook.path}")
 
 
 def _process(
@@ -361,9 +268,9 @@ def _process(
     if personality is not None:
         yield wire.number(PERSONALITY, personality)
     if process.apparmor_profile:
-        yield wire.attribute(LABEL, _texts("apparmor/exec", f"exec {process.apparmor_profile}"))
+        yield wire.attribute(LABEL, texts("apparmor/exec", f"exec {process.apparmor_profile}"))
     elif process.selinux_label:
-        yield wire.attribute(LABEL, _texts("exec", process.selinux_label))
+        yield wire.attribute(LABEL, texts("exec", process.selinux_label))
     if process.no_new_privileges:
         yield wire.truth(NO_NEW_PRIVS, True)
     if filter:
@@ -402,14 +309,3 @@ def environment(process: Process) -> tuple[str, ...]:
 
 def _strings(process: Process) -> bytes:
     return wire.strings((*process.args, *environment(process)))
-
-
-def _texts(*values: str) -> bytes:
-    return b"".join(wire.encode(value) + b"\0" for value in values)
-
-
-def _absolute(path: str, where: str) -> str:
-    """A path of the container, cleaned.  It is resolved inside the container's root, whatever it says."""
-    if not path.startswith("/"):
-        raise SpecError(where, f"{path!r} must be an absolute path")
-    return os.path.normpath("/" + path.lstrip("/"))

@@ -11,7 +11,7 @@ from struct import pack
 import pytest
 
 from agent.libcontainer import bootstrap as wire
-from agent.libcontainer import plan
+from agent.libcontainer import plan, steps
 from agent.libcontainer.fields import SpecError
 from agent.libcontainer.launcher import LaunchError
 from agent.libcontainer.spec import Spec
@@ -57,12 +57,12 @@ def _plan(*attributes: bytes) -> bytes:
 
 
 def _hook(timeout: int, argc: int, envc: int, strings: bytes) -> bytes:
-    return wire.attribute(plan.CREATE_HOOK, pack("=3I", timeout, argc, envc) + strings)
+    return wire.attribute(steps.CREATE_HOOK, pack("=3I", timeout, argc, envc) + strings)
 
 
 FLAGS = wire.number(wire.CLONE_FLAGS, 0)
-VERSION = wire.number(plan.PLAN_VERSION, plan.VERSION)
-STATE = wire.text(plan.HOOK_STATE, "{")
+VERSION = wire.number(steps.PLAN_VERSION, steps.VERSION)
+STATE = wire.text(steps.HOOK_STATE, "{")
 BAD = {
     "nothing": b"",
     "half a header": b"\x20\0\0\0\x30\xf2",
@@ -93,16 +93,16 @@ BAD = {
     "empty text": _boot(wire.attribute(wire.OOM_SCORE_ADJ, b"")),
     "maps without a user namespace": _boot(wire.text(wire.UID_MAP, "0 0 1\n")),
     "no plan": wire.bootstrap(),
-    "plan without version": _plan(wire.number(plan.PIVOT, 0)),
-    "plan of another version": _plan(wire.number(plan.PLAN_VERSION, 2)),
+    "plan without version": _plan(wire.number(steps.PIVOT, 0)),
+    "plan of another version": _plan(wire.number(steps.PLAN_VERSION, 2)),
     "empty plan": _plan(VERSION),
-    "steps out of order": _plan(VERSION, wire.number(plan.PIVOT, 0), wire.text(plan.ROOTFS, "/")),
-    "propagation with other flags": _plan(VERSION, wire.number(plan.PROPAGATION, 0x1000)),
-    "step twice": _plan(VERSION, wire.number(plan.PIVOT, 0), wire.number(plan.PIVOT, 0)),
-    "unknown step": _plan(VERSION, wire.number(plan.STRINGS + 1, 0)),
-    "short mount": _plan(VERSION, wire.attribute(plan.MOUNT, bytes(20))),
-    "mount without texts": _plan(VERSION, wire.attribute(plan.MOUNT, bytes(40) + b"abc")),
-    "mount with an empty option": _plan(VERSION, wire.attribute(plan.MOUNT, bytes(40) + b"/a\0b\0c\0\0")),
+    "steps out of order": _plan(VERSION, wire.number(steps.PIVOT, 0), wire.text(steps.ROOTFS, "/")),
+    "propagation with other flags": _plan(VERSION, wire.number(steps.PROPAGATION, 0x1000)),
+    "step twice": _plan(VERSION, wire.number(steps.PIVOT, 0), wire.number(steps.PIVOT, 0)),
+    "unknown step": _plan(VERSION, wire.number(steps.STRINGS + 1, 0)),
+    "short mount": _plan(VERSION, wire.attribute(steps.MOUNT, bytes(20))),
+    "mount without texts": _plan(VERSION, wire.attribute(steps.MOUNT, bytes(40) + b"abc")),
+    "mount with an empty option": _plan(VERSION, wire.attribute(steps.MOUNT, bytes(40) + b"/a\0b\0c\0\0")),
     "hook without a state": _plan(VERSION, _hook(0, 1, 0, b"/h\0h\0")),
     "hook with a relative path": _plan(VERSION, STATE, _hook(0, 1, 0, b"h\0h\0")),
     "hook without arguments": _plan(VERSION, STATE, _hook(0, 0, 0, b"/h\0")),
@@ -110,11 +110,11 @@ BAD = {
     "hook with more strings": _plan(VERSION, STATE, _hook(0, 1, 0, b"/h\0h\0x\0")),
     "hook with a billion strings": _plan(VERSION, STATE, _hook(0, 1 << 31, 1 << 31, b"/h\0h\0")),
     "hook of a century": _plan(VERSION, STATE, _hook(0x7FFFFFFF, 1, 0, b"/h\0h\0")),
-    "hook of half a number": _plan(VERSION, STATE, wire.attribute(plan.CREATE_HOOK, bytes(10))),
-    "filter of half an instruction": _plan(VERSION, wire.attribute(plan.SECCOMP, bytes(8))),
-    "groups of half a number": _plan(VERSION, wire.attribute(plan.GROUPS, bytes(6))),
-    "strings without a program": _plan(VERSION, wire.attribute(plan.STRINGS, pack("=II", 0, 0))),
-    "a billion strings": _plan(VERSION, wire.attribute(plan.STRINGS, pack("=II", 1 << 30, 1 << 30))),
+    "hook of half a number": _plan(VERSION, STATE, wire.attribute(steps.CREATE_HOOK, bytes(10))),
+    "filter of half an instruction": _plan(VERSION, wire.attribute(steps.SECCOMP, bytes(8))),
+    "groups of half a number": _plan(VERSION, wire.attribute(steps.GROUPS, bytes(6))),
+    "strings without a program": _plan(VERSION, wire.attribute(steps.STRINGS, pack("=II", 0, 0))),
+    "a billion strings": _plan(VERSION, wire.attribute(steps.STRINGS, pack("=II", 1 << 30, 1 << 30))),
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from agent.libcontainer import bootstrap as wire
-from agent.libcontainer import mountopts, names, plan, sysctl
+from agent.libcontainer import mountopts, names, plan, steps, sysctl
 from agent.libcontainer.fields import SpecError
 from agent.libcontainer.spec import Process, Spec
 
@@ -58,8 +58,8 @@ def test_three_messages_in_order() -> None:
     steps = _steps(messages[1][1])
     kinds = [kind for kind, _ in steps]
     assert kinds == sorted(kinds)
-    assert dict(steps)[plan.STRINGS] == (3).to_bytes(4, "little") + (2).to_bytes(4, "little")
-    assert dict(steps)[plan.ROOTFS] == b"/r\0"
+    assert dict(steps)[steps.STRINGS] == (3).to_bytes(4, "little") + (2).to_bytes(4, "little")
+    assert dict(steps)[steps.ROOTFS] == b"/r\0"
 
 
 def test_what_is_missing_says_so() -> None:
@@ -94,12 +94,12 @@ def _plan_of(data: bytes) -> list[tuple[int, bytes]]:
 
 def test_procfs_of_a_pid_namespace_that_is_joined() -> None:
     spec = _spec(mounts=[{"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid"]}])
-    own = dict(_plan_of(_init(spec)))[plan.MOUNT]
+    own = dict(_plan_of(_init(spec)))[steps.MOUNT]
     flags, texts = unpack_from("=I", own)[0], own[40:].split(b"\0")
-    assert (flags, texts[:3]) == (plan.MOUNT_ORDINARY_DIR, [b"/proc", b"proc", b"proc"])
-    copied = dict(_plan_of(_init(spec, join={"pid": "/p"}, procfs="/shared/proc")))[plan.MOUNT]
+    assert (flags, texts[:3]) == (steps.MOUNT_ORDINARY_DIR, [b"/proc", b"proc", b"proc"])
+    copied = dict(_plan_of(_init(spec, join={"pid": "/p"}, procfs="/shared/proc")))[steps.MOUNT]
     flags, texts = unpack_from("=I", copied)[0], copied[40:].split(b"\0")
-    assert (flags, texts[:2]) == (plan.MOUNT_ORDINARY_DIR | plan.MOUNT_BIND, [b"/proc", b"/shared/proc"])
+    assert (flags, texts[:2]) == (steps.MOUNT_ORDINARY_DIR | steps.MOUNT_BIND, [b"/proc", b"/shared/proc"])
     with pytest.raises(SpecError, match=r"mounts\[0\]: a procfs of the pid namespace that is joined is not at hand"):
         _init(spec, join={"pid": "/p"})
 
@@ -107,17 +107,17 @@ def test_procfs_of_a_pid_namespace_that_is_joined() -> None:
 def test_hooks_of_nsexec_and_of_the_agent() -> None:
     hook = {"path": "/h", "args": ["h", "a"], "env": ["A=b"], "timeout": 5}
     steps = _plan_of(_init(_spec(hooks={"poststart": [hook], "poststop": [hook]})))
-    assert not {plan.HOOK_STATE, plan.RUNTIME_HOOKS, plan.CREATE_HOOK, plan.START_HOOK} & dict(steps).keys()
+    assert not {steps.HOOK_STATE, steps.RUNTIME_HOOKS, steps.CREATE_HOOK, steps.START_HOOK} & dict(steps).keys()
     spec = _spec(hooks={"prestart": [hook], "createContainer": [{"path": "/1"}, hook], "startContainer": [hook]})
     steps = _plan_of(_init(spec, hook_state='{"id":"x"'))
     kinds = [kind for kind, _ in steps]
     assert kinds == sorted(kinds)
-    assert dict(steps)[plan.HOOK_STATE] == b'{"id":"x"\0'
-    assert dict(steps)[plan.RUNTIME_HOOKS] == b"\1\0\0\0"
-    first, second = (body for kind, body in steps if kind == plan.CREATE_HOOK)
+    assert dict(steps)[steps.HOOK_STATE] == b'{"id":"x"\0'
+    assert dict(steps)[steps.RUNTIME_HOOKS] == b"\1\0\0\0"
+    first, second = (body for kind, body in steps if kind == steps.CREATE_HOOK)
     assert (unpack_from("=3I", first), first[12:]) == ((0, 1, 0), b"/1\0/1\0")
     assert (unpack_from("=3I", second), second[12:]) == ((5, 2, 1), b"/h\0h\0a\0A=b\0")
-    assert dict(steps)[plan.START_HOOK] == second
+    assert dict(steps)[steps.START_HOOK] == second
     with pytest.raises(SpecError, match=r"hooks.createContainer: cannot run in a pid namespace with others in it"):
         _init(spec, join={"pid": "/p"}, procfs="/shared/proc")
 
@@ -134,15 +134,15 @@ def test_an_exec_takes_what_it_does_not_name_from_the_container() -> None:
     mask = wire.NAMESPACES["mount"][0] | wire.NAMESPACES["pid"][0] | wire.NAMESPACES["uts"][0]
     assert int.from_bytes(boot[wire.JOIN_MASK], "little") == mask
     assert boot[wire.OOM_SCORE_ADJ] == b"7\0"
-    assert {plan.RLIMIT, plan.NO_NEW_PRIVS} <= steps.keys()
-    assert unpack_from("=5Q", steps[plan.CAPABILITIES]) == (1 << 5, 0, 0, 0, 0)
-    assert plan.ROOTFS not in steps and plan.UMASK not in steps
+    assert {steps.RLIMIT, steps.NO_NEW_PRIVS} <= steps.keys()
+    assert unpack_from("=5Q", steps[steps.CAPABILITIES]) == (1 << 5, 0, 0, 0, 0)
+    assert steps.ROOTFS not in steps and steps.UMASK not in steps
 
 
 def test_devices_follow_the_mounts_unless_dev_is_bound() -> None:
     def devices(spec: Spec) -> list[bytes]:
         body = next(body for kind, body in _messages(_init(spec)) if kind == wire.MESSAGE_PLAN)
-        return [payload[24:-1] for kind, payload in _steps(body) if kind == plan.DEVICE]
+        return [payload[24:-1] for kind, payload in _steps(body) if kind == steps.DEVICE]
 
     assert devices(_spec()) == [b"/dev/" + n for n in (b"null", b"zero", b"full", b"random", b"urandom", b"tty")]
     bound = [{"destination": "/dev/", "type": "bind", "source": "/dev", "options": ["rbind"]}]
