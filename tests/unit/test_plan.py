@@ -55,11 +55,11 @@ def test_three_messages_in_order() -> None:
     messages = list(_messages(_init(_spec())))
     assert [kind for kind, _ in messages] == [wire.MESSAGE_BOOTSTRAP, wire.MESSAGE_PLAN, wire.MESSAGE_STRINGS]
     assert messages[2][1] == b"sh\0-c\0x\0A=2\0HOME=/root\0"
-    steps = _steps(messages[1][1])
-    kinds = [kind for kind, _ in steps]
+    found = _steps(messages[1][1])
+    kinds = [kind for kind, _ in found]
     assert kinds == sorted(kinds)
-    assert dict(steps)[steps.STRINGS] == (3).to_bytes(4, "little") + (2).to_bytes(4, "little")
-    assert dict(steps)[steps.ROOTFS] == b"/r\0"
+    assert dict(found)[steps.STRINGS] == (3).to_bytes(4, "little") + (2).to_bytes(4, "little")
+    assert dict(found)[steps.ROOTFS] == b"/r\0"
 
 
 def test_what_is_missing_says_so() -> None:
@@ -83,9 +83,9 @@ def test_what_is_missing_says_so() -> None:
 
 def test_joined_namespaces_are_not_made() -> None:
     boot = next(body for kind, body in _messages(_init(_spec(), join={"pid": "/p", "uts": "/u"})))
-    steps = dict(_steps(boot))
-    assert int.from_bytes(steps[wire.CLONE_FLAGS], "little") == wire.NAMESPACES["mount"][0]
-    assert steps[wire.NS_PATHS] == b"pid:/p,uts:/u\0"
+    found = dict(_steps(boot))
+    assert int.from_bytes(found[wire.CLONE_FLAGS], "little") == wire.NAMESPACES["mount"][0]
+    assert found[wire.NS_PATHS] == b"pid:/p,uts:/u\0"
 
 
 def _plan_of(data: bytes) -> list[tuple[int, bytes]]:
@@ -106,18 +106,18 @@ def test_procfs_of_a_pid_namespace_that_is_joined() -> None:
 
 def test_hooks_of_nsexec_and_of_the_agent() -> None:
     hook = {"path": "/h", "args": ["h", "a"], "env": ["A=b"], "timeout": 5}
-    steps = _plan_of(_init(_spec(hooks={"poststart": [hook], "poststop": [hook]})))
-    assert not {steps.HOOK_STATE, steps.RUNTIME_HOOKS, steps.CREATE_HOOK, steps.START_HOOK} & dict(steps).keys()
+    found = _plan_of(_init(_spec(hooks={"poststart": [hook], "poststop": [hook]})))
+    assert not {steps.HOOK_STATE, steps.RUNTIME_HOOKS, steps.CREATE_HOOK, steps.START_HOOK} & dict(found).keys()
     spec = _spec(hooks={"prestart": [hook], "createContainer": [{"path": "/1"}, hook], "startContainer": [hook]})
-    steps = _plan_of(_init(spec, hook_state='{"id":"x"'))
-    kinds = [kind for kind, _ in steps]
+    found = _plan_of(_init(spec, hook_state='{"id":"x"'))
+    kinds = [kind for kind, _ in found]
     assert kinds == sorted(kinds)
-    assert dict(steps)[steps.HOOK_STATE] == b'{"id":"x"\0'
-    assert dict(steps)[steps.RUNTIME_HOOKS] == b"\1\0\0\0"
-    first, second = (body for kind, body in steps if kind == steps.CREATE_HOOK)
+    assert dict(found)[steps.HOOK_STATE] == b'{"id":"x"\0'
+    assert dict(found)[steps.RUNTIME_HOOKS] == b"\1\0\0\0"
+    first, second = (body for kind, body in found if kind == steps.CREATE_HOOK)
     assert (unpack_from("=3I", first), first[12:]) == ((0, 1, 0), b"/1\0/1\0")
     assert (unpack_from("=3I", second), second[12:]) == ((5, 2, 1), b"/h\0h\0a\0A=b\0")
-    assert dict(steps)[steps.START_HOOK] == second
+    assert dict(found)[steps.START_HOOK] == second
     with pytest.raises(SpecError, match=r"hooks.createContainer: cannot run in a pid namespace with others in it"):
         _init(spec, join={"pid": "/p"}, procfs="/shared/proc")
 
@@ -130,13 +130,13 @@ def test_an_exec_takes_what_it_does_not_name_from_the_container() -> None:
         process__rlimits=[{"type": "RLIMIT_CORE", "soft": 0, "hard": 0}],
     )
     messages = list(_messages(plan.exec_messages(Process(args=("x",)), spec, {"uts": "/u"})))
-    boot, steps = dict(_steps(messages[0][1])), dict(_steps(messages[1][1]))
+    boot, found = dict(_steps(messages[0][1])), dict(_steps(messages[1][1]))
     mask = wire.NAMESPACES["mount"][0] | wire.NAMESPACES["pid"][0] | wire.NAMESPACES["uts"][0]
     assert int.from_bytes(boot[wire.JOIN_MASK], "little") == mask
     assert boot[wire.OOM_SCORE_ADJ] == b"7\0"
-    assert {steps.RLIMIT, steps.NO_NEW_PRIVS} <= steps.keys()
-    assert unpack_from("=5Q", steps[steps.CAPABILITIES]) == (1 << 5, 0, 0, 0, 0)
-    assert steps.ROOTFS not in steps and steps.UMASK not in steps
+    assert {steps.RLIMIT, steps.NO_NEW_PRIVS} <= found.keys()
+    assert unpack_from("=5Q", found[steps.CAPABILITIES]) == (1 << 5, 0, 0, 0, 0)
+    assert steps.ROOTFS not in found and steps.UMASK not in found
 
 
 def test_devices_follow_the_mounts_unless_dev_is_bound() -> None:
