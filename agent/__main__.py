@@ -125,6 +125,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log) -> None:
         log,
         open_files=raise_open_files(),
         pipe_size=options.pipe_size,
+        hotplug_timeout=options.hotplug_timeout,
     )
     files = Files()
     with _private_directory() as private:

@@ -6,8 +6,10 @@ import asyncio
 
 from agent.aio import regardless
 from agent.container import Container
-from agent.errors import AlreadyExists, Failed, Invalid, NotFound, TooLate, WrongState
+from agent.errors import AlreadyExists, Invalid, NotFound, TooLate, WrongState
+from agent.guest.blockdevices import BlockDevices
 from agent.guest.dns import Resolver
+from agent.guest.storage import Storages
 from agent.libcontainer.errors import LaunchError
 from agent.libcontainer.spec import Hooks, Namespace, Rlimit
 from agent.libcontainer.state import check_id
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from agent.guest.hooks import GuestHooks
+    from agent.guest.storage import Storage
     from agent.libcontainer.cgroups import Cgroup, Hierarchy
     from agent.libcontainer.launcher import Launcher
     from agent.libcontainer.resources import Resources
@@ -42,8 +45,11 @@ class Sandbox:
         *,
         open_files: tuple[int, int],
         pipe_size: int = 0,
+        hotplug_timeout: float = 3.0,
     ) -> None:
-        """``open_files`` is RLIMIT_NOFILE, soft and hard, for containers whose spec does not set it."""
+        """``open_files`` is RLIMIT_NOFILE, soft and hard, for containers whose spec does not set it; a device that is
+        plugged in is waited for ``hotplug_timeout`` seconds.
+        """
         self._launcher = launcher
         self._cgroups = cgroups
         self._state = state
@@ -58,6 +64,8 @@ class Sandbox:
         self._creating: dict[str, asyncio.Event] = {}  # set when it is decided whether there is a container
         self._ending = False
         self._resolver = Resolver()
+        self._storages = Storages(BlockDevices(hotplug_timeout), log)
+        self._mounts: dict[str, list[str]] = {}  # by container; "" are the sandbox's own
         self.oom_events = OomEvents()
 
     @property
@@ -77,11 +85,13 @@ class Sandbox:
         hook_path: str = "",
         shared_pids: bool = False,
         dns: Sequence[str] = (),
+        storages: Sequence[Storage] = (),
     ) -> None:
         """Start it; `hook_path` is where the guest has hooks of its own (guest/hooks.py), with `shared_pids` its
-        containers see each other's processes, `dns` are the lines of the guest's resolv.conf.
+        containers see each other's processes, `dns` are the lines of the guest's resolv.conf, and
+        `storages` are mounted.
 
-        Raises AlreadyExists, Invalid or Failed; a failure leaves it as if it had not been tried.
+        Raises AlreadyExists, Invalid, Failed or TooLate; a failure leaves it as if it had not been tried.
         """
         async with self._lock:
             if self._id is not None:
@@ -97,9 +107,11 @@ class Sandbox:
                 self._forget_directory(directory)
                 raise WrongState(f"failed to create namespace: {error}") from error
             try:
+                self._mounts[""] = await self._storages.mount(storages)
                 if not self._resolver.set(dns):
                     self._log("warning", "the guest has no resolv.conf to replace")
-            except Failed:
+            except BaseException:
+                await self._release()
                 await shared.release()
                 self._forget_directory(directory)
                 raise
@@ -126,12 +138,18 @@ class Sandbox:
                     if failure is not None:
                         raise failure
                 self._resolver.release()
+                await self._release()
                 await self._shared.release()
                 self._forget_directory(self._state / self._id)
                 self._id = self._shared = None
                 self.oom_events.end()
             finally:
                 self._ending = False
+
+    async def _release(self) -> None:
+        """Unmount what the sandbox itself has mounted."""
+        await self._storages.unmount(self._mounts.pop("", []))
+        await self._storages.release()
 
     def _forget_directory(self, directory: Path) -> None:
         try:
@@ -146,8 +164,8 @@ class Sandbox:
             raise NotFound(f"Container {container_id} not found")
         return container
 
-    async def create(self, container_id: str, exec_id: str, spec: Spec) -> Container:
-        """Create a container.  On failure nothing is left and the id is free."""
+    async def create(self, container_id: str, exec_id: str, spec: Spec, storages: Sequence[Storage] = ()) -> Container:
+        """Create a container, with `storages` mounted for it before.  On failure nothing is left and the id is free."""
         while container_id in self._creating:
             await self._creating[container_id].wait()  # whoever is told that it exists may use it
         if self._id is None or self._shared is None or self._ending:
@@ -166,6 +184,7 @@ class Sandbox:
         decided = self._creating[container_id] = asyncio.Event()
         cgroup: Cgroup | None = None
         try:
+            self._mounts[container_id] = await self._storages.mount(storages)
             if self._cgroups is not None:
                 cgroup = self._cgroups.create(spec.linux.cgroups_path or f"{self._id}/{container_id}")
             elif spec.linux.resources is not None:
@@ -190,6 +209,7 @@ class Sandbox:
         except BaseException:
             if cgroup is None and directory.is_dir():
                 directory.rmdir()
+            await regardless(self._storages.unmount(self._mounts.pop(container_id, [])))
             raise
         finally:
             del self._creating[container_id]
@@ -252,6 +272,7 @@ class Sandbox:
             self._log("error", "a container could not be removed", container_id=container.id, error=str(error))
             raise
         if self._containers.get(container.id) is container:
+            await self._storages.unmount(self._mounts.pop(container.id, []))
             del self._containers[container.id]
 
 

@@ -12,7 +12,7 @@ from agent import __version__
 from agent.api import oci, stats
 from agent.container import Container
 from agent.errors import Ended, Invalid, NotFound, Refused, Unsupported, WrongState
-from agent.guest import details, ps
+from agent.guest import details, ps, storage
 from agent.libcontainer.resources import Resources
 from agent.libcontainer.spec import Process as ProcessSpec
 from agent.libcontainer.spec import Spec
@@ -33,15 +33,15 @@ class AgentService:
     # The sandbox and the guest
 
     async def CreateSandbox(self, request: Any) -> Any:
-        for field in ("storages", "kernel_modules"):
-            if getattr(request, field):
-                raise Unsupported(f"CreateSandbox: {field} is not supported yet")
+        if request.kernel_modules:
+            raise Unsupported("CreateSandbox: kernel_modules is not supported yet")
         await self._sandbox.start(
             request.sandbox_id,
             request.hostname,
             hook_path=request.guest_hook_path,
             shared_pids=request.sandbox_pidns,
             dns=request.dns,
+            storages=_storages(request),
         )
         return EMPTY
 
@@ -52,7 +52,10 @@ class AgentService:
     async def GetGuestDetails(self, request: Any) -> Any:
         answer = agent_pb2.GuestDetailsResponse(
             agent_details=agent_pb2.AgentDetails(
-                version=__version__, init_daemon=self._init, supports_seccomp=details.supports_seccomp()
+                version=__version__,
+                init_daemon=self._init,
+                supports_seccomp=details.supports_seccomp(),
+                storage_handlers=storage.DRIVERS,
             )
         )
         if request.mem_block_size:
@@ -67,13 +70,13 @@ class AgentService:
         self._need_sandbox("Sandbox not started, impossible to run a new container")
         if not request.HasField("OCI") or not request.OCI.HasField("Process"):
             raise Invalid("CreateContainer needs OCI and OCI.Process")
-        for field in ("devices", "storages", "agent_pidns"):
+        for field in ("devices", "agent_pidns"):
             if getattr(request, field):
                 raise Unsupported(f"CreateContainer: {field} is not supported yet")
         if request.sandbox_pidns and not self._sandbox.shares_pids:
             raise Unsupported("CreateContainer: sandbox_pidns needs a sandbox that was created with it")
         spec = Spec.from_json(oci.spec_to_json(request.OCI))
-        await self._sandbox.create(request.container_id, request.exec_id, spec)
+        await self._sandbox.create(request.container_id, request.exec_id, spec, _storages(request))
         return EMPTY
 
     async def StartContainer(self, request: Any) -> Any:
@@ -183,3 +186,16 @@ class AgentService:
 
     def _process(self, request: Any) -> Process:
         return self._container(request).process(request.exec_id)
+
+
+def _storages(request: Any) -> list[storage.Storage]:
+    return [
+        storage.Storage(
+            driver=one.driver,
+            source=one.source,
+            fstype=one.fstype,
+            mount_point=one.mount_point,
+            options=tuple(one.options),
+        )
+        for one in request.storages
+    ]

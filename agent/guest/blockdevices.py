@@ -1,0 +1,125 @@
+"""Disks that the host plugs in: from what it calls them to the node in /dev.
+
+sysfs is looked at until it is there, instead of listening to uevents: what came before somebody listened is found as
+well, and a disk that has a node in /dev is complete.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import stat
+
+from agent.errors import Invalid, TooLate
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+INTERVAL = 0.02
+PCI_PATH = re.compile(r"[0-9a-f]{2}(/[0-9a-f]{2})*")
+SCSI_ADDRESS = re.compile(r"[0-9]+:[0-9]+")
+PMEM = re.compile(r"/dev/pmem[0-9]+")
+CCW = re.compile(r"[0-9a-f]\.[0-9a-f]\.[0-9a-f]{4}")
+
+
+class BlockDevices:
+    """Finds disks, waiting up to `seconds` for one that is on its way."""
+
+    def __init__(self, seconds: float = 3.0, *, sys: str = "/sys", dev: str = "/dev") -> None:
+        self._seconds = seconds
+        self._sys = sys
+        self._dev = dev
+
+    def node(self, path: str) -> str:
+        """A node that is there already.  Raises Invalid."""
+        try:
+            mode = os.stat(path).st_mode  # noqa: PTH116 - no pathlib at start
+        except OSError:
+            raise Invalid(f"invalid device {path}") from None
+        if not (stat.S_ISBLK(mode) or stat.S_ISCHR(mode)):
+            raise Invalid(f"invalid device {path}")
+        return path
+
+    async def pci(self, path: str) -> str:
+        """The disk at a PCI path: slots, in hexadecimal, from the root bus down ("02" or "02/01").  Raises TooLate."""
+        if not PCI_PATH.fullmatch(path):
+            raise Invalid(f"invalid PCI path {path}")
+        self._write("bus/pci/rescan", "1")
+        return await self._wait(lambda: self._below_pci(path.split("/")), path)
+
+    def _below_pci(self, slots: list[str]) -> str | None:
+        place, bus = f"{self._sys}/devices/pci0000:00", "0000:00"
+        for number, slot in enumerate(slots):
+            place = f"{place}/{bus}:{slot}.0"
+            if number < len(slots) - 1:
+                buses = _names(f"{place}/pci_bus")
+                if not buses:
+                    return None
+                if len(buses) > 1:
+                    raise Invalid(f"Expected exactly one PCI bus in {place}/pci_bus, got {len(buses)} instead")
+                bus = buses[0]
+        return self._disk_in([f"{place}/{name}" for name in _names(place) if name.startswith("virtio")])
+
+    async def scsi(self, address: str) -> str:
+        """The disk at "ID:LUN" of any SCSI host.  Raises TooLate."""
+        if not SCSI_ADDRESS.fullmatch(address):
+            raise Invalid(f"invalid SCSI address {address}")
+        for host in _names(f"{self._sys}/class/scsi_host"):
+            self._write(f"class/scsi_host/{host}/scan", f"0 {address.replace(':', ' ')}")
+        return await self._wait(lambda: self._of_scsi(address), address)
+
+    def _of_scsi(self, address: str) -> str | None:
+        place = f"{self._sys}/class/scsi_device"
+        names = [name for name in _names(place) if name.partition(":")[2] == f"0:{address}"]
+        return self._disk_in([f"{place}/{name}/device" for name in names])
+
+    async def pmem(self, path: str) -> str:
+        """A persistent memory device by its node.  Raises Invalid or TooLate."""
+        if not PMEM.fullmatch(path):
+            raise Invalid(f"invalid nvdimm source path: {path}")
+        name = path.rpartition("/")[2]
+        return await self._wait(lambda: self._node_of(name), path)
+
+    async def ccw(self, address: str) -> str:
+        """A disk on the channel bus of s390x.  Raises Invalid or TooLate."""
+        if not CCW.fullmatch(address):
+            raise Invalid(f"invalid CCW device {address}")
+        place = f"{self._sys}/bus/ccw/devices/{address}"
+        found = lambda: self._disk_in([f"{place}/{name}" for name in _names(place) if name.startswith("virtio")])  # noqa: E731
+        return await self._wait(found, address)
+
+    def _disk_in(self, devices: list[str]) -> str | None:
+        for device in devices:
+            for name in _names(f"{device}/block"):
+                return self._node_of(name)
+        return None
+
+    def _node_of(self, name: str) -> str | None:
+        node = f"{self._dev}/{name}"
+        return node if os.path.exists(node) else None  # noqa: PTH110 - no pathlib at start
+
+    async def _wait(self, find: Callable[[], str | None], what: str) -> str:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._seconds
+        while (found := find()) is None:
+            if loop.time() >= deadline:
+                raise TooLate(f"Timeout reached after {self._seconds:g}s waiting for device {what}")
+            await asyncio.sleep(INTERVAL)
+        return found
+
+    def _write(self, file: str, text: str) -> None:
+        """Have the kernel look for what was plugged in; where there is no such bus there is nothing to look at."""
+        try:
+            with open(f"{self._sys}/{file}", "w") as stream:  # noqa: PTH123 - a sysfs file
+                stream.write(text)
+        except OSError:
+            pass
+
+
+def _names(directory: str) -> list[str]:
+    try:
+        return sorted(os.listdir(directory))  # noqa: PTH208 - no pathlib at start
+    except OSError:
+        return []
