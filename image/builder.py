@@ -199,8 +199,12 @@ class _Build:
             manifest.write(document, layer / rootfs.HOME / "image.json")
             place = layer / "usr/lib/modules"
             place.mkdir(parents=True)
-            for name in kernel.modules:
-                shutil.copy(kernel.directory / "modules" / name, place / name)
+            for file in (kernel.directory / "modules").iterdir():
+                shutil.copy(file, place / file.name)
+            lines = [
+                " ".join([name, *(f"/lib/modules/{file}" for file in files)]) for name, files in kernel.later.items()
+            ]
+            (place / "caisson.later").write_text("".join(f"{line}\n" for line in lines))
             (place / "caisson.list").write_text("".join(f"/lib/modules/{name}\n" for name in kernel.modules))
             archive = io.BytesIO()
             initrd.write_cpio(archive, initrd.overlaid([base / "tree", layer], [initrd.CONSOLE]))

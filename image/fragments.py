@@ -2,8 +2,10 @@
 
     CONFIG_VIRTIO_VSOCKETS=y module vmw_vsock_virtio_transport: how the host reaches the agent
     CONFIG_TIME_NS=y optional: clocks of a container's own
+    CONFIG_VIRTIO_BLK=y later virtio_blk: disks, when one is plugged in
 
-The syntax is that of a .config with a tail: ``optional``, ``module NAME…`` and, after a colon, why.  A reason is not
+The syntax is that of a .config with a tail: ``optional``, ``module NAME…`` (loaded at boot) or ``later NAME…`` (in the
+image, and loaded when something needs it) and, after a colon, why.  A reason is not
 optional: whoever drops a symbol must know what breaks.
 """
 
@@ -18,7 +20,7 @@ from image.errors import ImageError
 
 LINE = re.compile(
     r"(?P<symbol>CONFIG_[A-Za-z0-9_]+)=(?P<value>y|m|n|-?\d+|0x[0-9a-fA-F]+|\"[^\"]*\")"
-    r"(?P<optional> optional)?(?P<modules> module(?: [a-z0-9_-]+)+)?: *(?P<reason>\S.*)"
+    r"(?P<optional> optional)?(?P<modules> (?:module|later)(?: [a-z0-9_-]+)+)?: *(?P<reason>\S.*)"
 )
 
 
@@ -40,6 +42,7 @@ class Request:
     where: str
     optional: bool = False
     modules: tuple[str, ...] = ()
+    later: bool = False
 
 
 def parse(file: Path) -> list[Request]:
@@ -56,7 +59,8 @@ def parse(file: Path) -> list[Request]:
         found = LINE.fullmatch(line.rstrip())
         if not found:
             raise FragmentError(
-                f"{file.name}:{number}: expected CONFIG_NAME=value [optional] [module NAME…]: reason, not {line!r}"
+                f"{file.name}:{number}: expected CONFIG_NAME=value [optional] [module NAME…|later NAME…]: reason, "
+                f"not {line!r}"
             )
         requests.append(
             Request(
@@ -66,6 +70,7 @@ def parse(file: Path) -> list[Request]:
                 where=f"{file.name}:{number}",
                 optional=bool(found["optional"]),
                 modules=tuple((found["modules"] or "").split()[1:]),
+                later=(found["modules"] or "").startswith(" later"),
             )
         )
     return requests
@@ -91,10 +96,13 @@ def parse_config(text: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a kernel satisfies the requests: which modules it takes, and which optional symbols it lacks."""
+    """How a kernel satisfies the requests: which modules it takes, which of them later, and which optional symbols it
+    lacks.
+    """
 
     modules: tuple[str, ...]
     missing: tuple[Request, ...]
+    later: tuple[str, ...] = ()
 
 
 def check(requests: Iterable[Request], config: Mapping[str, str]) -> Verdict:
@@ -103,14 +111,13 @@ def check(requests: Iterable[Request], config: Mapping[str, str]) -> Verdict:
     ``y`` is satisfied by ``y``, or by ``m`` where the request names the modules; ``n`` by absence.  Raises Unsatisfied.
     """
     modules: list[str] = []
+    later: list[str] = []
     missing: list[Request] = []
     complaints: list[str] = []
     for request in requests:
         actual = config.get(request.symbol, "n")
-        if actual == request.value:
-            modules += request.modules if actual == "m" else ()
-        elif request.value == "y" and actual == "m" and request.modules:
-            modules += request.modules
+        if actual == request.value or (request.value == "y" and actual == "m" and request.modules):
+            (later if request.later else modules).extend(request.modules if actual == "m" else ())
         elif request.optional:
             missing.append(request)
         else:
@@ -118,4 +125,4 @@ def check(requests: Iterable[Request], config: Mapping[str, str]) -> Verdict:
             complaints.append(f"  {request.symbol}={request.value} ({request.where}: {request.reason}): it {why}")
     if complaints:
         raise Unsatisfied("the kernel lacks what the fragments ask for:\n" + "\n".join(complaints))
-    return Verdict(tuple(dict.fromkeys(modules)), tuple(missing))
+    return Verdict(tuple(dict.fromkeys(modules)), tuple(missing), tuple(dict.fromkeys(later)))

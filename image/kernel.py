@@ -27,7 +27,8 @@ from image.run import run
 class Kernel:
     """A kernel ready for an image, in a directory: ``vmlinux``, ``modules/`` and ``kernel.json``.
 
-    ``modules`` are file names in load order; ``missing`` are optional symbols that it lacks.
+    ``modules`` are file names in load order, ``later`` those that are loaded on demand, by what is asked for;
+    ``missing`` are optional symbols that it lacks.
     """
 
     directory: Path
@@ -35,6 +36,7 @@ class Kernel:
     config_sha256: str
     modules: tuple[str, ...]
     missing: tuple[str, ...]
+    later: dict[str, tuple[str, ...]]
     packages: tuple[dict[str, str], ...]
 
     @property
@@ -47,7 +49,8 @@ class Kernel:
         """A kernel that was made before."""
         document = json.loads((directory / "kernel.json").read_text())
         sequences = {name: tuple(document[name]) for name in ("modules", "missing", "packages")}
-        return cls(directory, document["release"], document["config_sha256"], **sequences)
+        later = {name: tuple(files) for name, files in document["later"].items()}
+        return cls(directory, document["release"], document["config_sha256"], later=later, **sequences)
 
 
 class Prebuilt:
@@ -81,12 +84,14 @@ class Prebuilt:
             path for path in (tree / "usr/lib/modules" / release, tree / "lib/modules" / release) if path.is_dir()
         )
         modules = load_order(place, verdict.modules)
-        for name, data in modules:
+        later = {name.replace("-", "_"): load_order(place, [name]) for name in verdict.later}
+        for name, data in [*modules, *(one for order in later.values() for one in order)]:
             (target / "modules" / name).write_bytes(data)
         document = {
             "release": release,
             "config_sha256": hashlib.sha256(config.read_bytes()).hexdigest(),
             "modules": [name for name, _ in modules],
+            "later": {name: [file for file, _ in order] for name, order in later.items()},
             "missing": [request.symbol for request in verdict.missing],
             "packages": [deb.record()],
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 from typing import Any
@@ -12,7 +13,7 @@ from agent import __version__
 from agent.api import oci, stats
 from agent.container import Container
 from agent.errors import Ended, Invalid, NotFound, Refused, Unsupported, WrongState
-from agent.guest import details, ps, storage
+from agent.guest import details, modules, ps, storage
 from agent.libcontainer.resources import Resources
 from agent.libcontainer.spec import Process as ProcessSpec
 from agent.libcontainer.spec import Spec
@@ -33,8 +34,8 @@ class AgentService:
     # The sandbox and the guest
 
     async def CreateSandbox(self, request: Any) -> Any:
-        if request.kernel_modules:
-            raise Unsupported("CreateSandbox: kernel_modules is not supported yet")
+        for module in request.kernel_modules:
+            await asyncio.to_thread(modules.load, module.name, tuple(module.parameters))
         await self._sandbox.start(
             request.sandbox_id,
             request.hostname,

@@ -13,6 +13,7 @@ import stat
 
 from agent import syscalls
 from agent.errors import Failed, Invalid, Refused
+from agent.guest import modules
 from agent.guest.blockdevices import BlockDevices
 from agent.record import Record
 
@@ -35,6 +36,15 @@ PROPAGATION = {
     "rshared": 1 << 20 | 0x4000,
 }  # fmt: skip
 NAMED_BY_A_TAG = ("9p", "virtiofs", "tmpfs", "hugetlbfs")
+#: Of the kernel, for what a driver is about.
+MODULES = {
+    "9p": ("9pnet_virtio", "9p"),
+    "virtio-fs": ("virtiofs",),
+    "blk": ("virtio_blk",),
+    "mmioblk": ("virtio_blk",),
+    "scsi": ("virtio_scsi", "sd_mod"),
+    "nvdimm": ("virtio_pmem", "nd_pmem"),
+}
 HUGE_PAGES = "/sys/kernel/mm/hugepages"
 DRIVERS = ("9p", "virtio-fs", "blk", "blk-ccw", "mmioblk", "scsi", "ephemeral", "local", "nvdimm")
 
@@ -72,6 +82,7 @@ class Storages:
                 if storage.driver in ("ephemeral", "local") and storage.fstype != "bind":
                     await self._share(storage)
                 else:
+                    await asyncio.to_thread(modules.need, MODULES.get(storage.driver, ()), storage.fstype)
                     source = await self._source(storage)
                     work = asyncio.ensure_future(asyncio.to_thread(_mount, storage.but(source=source)))
                     try:

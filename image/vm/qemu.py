@@ -43,6 +43,9 @@ ARCHITECTURES = {
     "arm64": Architecture("aarch64", "qemu-system-aarch64", "virt,gic-version=max", "ttyAMA0"),
 }
 
+#: Slots of the root bus, in hexadecimal, with ports that something can be plugged into: a disk, an interface.
+PORTS = ("10", "11")
+
 #: The Debian package of each program.
 PACKAGES = {"qemu-system-x86_64": "qemu-system-x86", "qemu-system-aarch64": "qemu-system-arm"}
 
@@ -157,6 +160,8 @@ def command(
         "-qmp", f"unix:{_escaped(devices.qmp)},server=on,wait=off",
         "-device", "virtio-rng-pci",
     ]  # fmt: skip
+    for number, slot in enumerate(PORTS):
+        words += ["-device", f"pcie-root-port,id=port{number},chassis={number + 1},addr={slot}"]
     if vhost_user:
         # The device reads and writes the guest's memory: a memfd that both map.
         words += [

@@ -20,19 +20,21 @@ def read(tmp_path: Path, text: str, name: str = "some.conf") -> list[Request]:
 
 
 def test_a_line_says_what_where_and_why(tmp_path: Path) -> None:
-    (vsock, clocks, name, count) = read(
+    (vsock, clocks, name, count, disks) = read(
         tmp_path,
         "# About something.\n\n"
         "CONFIG_VSOCKETS=y module vsock vsock-diag: the address family\n"
         "CONFIG_TIME_NS=y optional: clocks: a container's own\n"
         'CONFIG_LSM="landlock": one is enough\n'
-        "CONFIG_NR_CPUS=64: no more than a host has\n",
+        "CONFIG_NR_CPUS=64: no more than a host has\n"
+        "CONFIG_VIRTIO_BLK=y optional later virtio_blk: disks\n",
     )
     assert vsock == Request(
         "CONFIG_VSOCKETS", "y", "the address family", "some.conf:3", modules=("vsock", "vsock-diag")
     )
     assert (clocks.optional, clocks.reason, clocks.where) == (True, "clocks: a container's own", "some.conf:4")
     assert (name.value, count.value) == ('"landlock"', "64")
+    assert (disks.optional, disks.later, disks.modules) == (True, True, ("virtio_blk",))
 
 
 @pytest.mark.parametrize(

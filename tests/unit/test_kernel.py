@@ -119,8 +119,9 @@ def package(tmp_path: Path) -> Path:
     (place / "modules.builtin").touch()
     put(place, "vsock")
     put(place, "transport", "vsock")
+    put(place, "late-one", "vsock")
     (tree / "boot").mkdir()
-    (tree / "boot/config-6.0-test").write_text("CONFIG_NET=y\nCONFIG_VIRTIO_VSOCKETS=m\n")
+    (tree / "boot/config-6.0-test").write_text("CONFIG_NET=y\nCONFIG_VIRTIO_VSOCKETS=m\nCONFIG_VSOCKETS=m\n")
     (tree / "boot/vmlinuz-6.0-test").write_bytes(b"boots on other architectures as it is")
     (tree / "DEBIAN").mkdir()
     (tree / "DEBIAN/control").write_text(
@@ -134,14 +135,17 @@ def package(tmp_path: Path) -> Path:
 
 
 VSOCK = Request("CONFIG_VIRTIO_VSOCKETS", "y", "the device", "vsock.conf:1", modules=("transport",))
+LATER = Request("CONFIG_VSOCKETS", "y", "the family", "vsock.conf:2", modules=("late-one",), later=True)
 KVM = Request("CONFIG_KVM_GUEST", "y", "the clock", "base.conf:1", optional=True)
 
 
 def test_a_kernel_from_a_package(package: Path, tmp_path: Path) -> None:
     target = tmp_path / "result"
     target.mkdir()
-    Prebuilt(FakeApt({"linux-image-6.0-test": package}), "linux-image-cloud").make(target, [VSOCK, KVM])
+    Prebuilt(FakeApt({"linux-image-6.0-test": package}), "linux-image-cloud").make(target, [VSOCK, LATER, KVM])
     made = Kernel.load(target)
+    assert made.later == {"late_one": ("vsock.ko", "late_one.ko")}
+    assert (target / "modules/late_one.ko").is_file()
     assert (made.release, made.modules, made.missing) == (
         "6.0-test",
         ("vsock.ko", "transport.ko"),

@@ -1,0 +1,62 @@
+"""Modules of the kernel that are in the image and loaded when something needs them.
+
+There is no modprobe in a guest: the image says what belongs to a module, in the order in which it loads.
+"""
+
+from __future__ import annotations
+
+import os
+
+from agent import syscalls
+from agent.errors import Refused
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+#: A line a module: its name, and the files that make it work.
+LISTED = "/lib/modules/caisson.later"
+LOADED = "/sys/module"
+
+
+def need(names: Iterable[str], filesystem: str = "") -> None:
+    """Load what is in the image of these, and of a file system by its name.  What is built in, or not there, is not
+    this function's business: whoever uses it will say.
+    """
+    listed = _listed()
+    for name in (*names, filesystem):
+        if name in listed:
+            load(name)
+
+
+def load(name: str, parameters: Sequence[str] = ()) -> None:
+    """Load a module, with parameters as in "debug=1".  Fine when it is loaded, or built in.  Raises Refused."""
+    if not name:
+        raise Refused("Kernel module name is empty")
+    spelled = name.replace("-", "_")
+    if not spelled.replace("_", "").isalnum():
+        raise Refused(f"could not load module: {name}: it is no name of one")
+    if os.path.isdir(f"{LOADED}/{spelled}"):  # noqa: PTH112 - no pathlib at start
+        return
+    files = _listed().get(spelled)
+    if files is None:
+        raise Refused(f"could not load module: {name}: the image does not have it")
+    for file in files:
+        try:
+            fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                syscalls.finit_module(fd, " ".join(parameters) if file == files[-1] else "")
+            finally:
+                os.close(fd)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise Refused(f"could not load module: {name}: {file}: {os.strerror(error.errno or 0).lower()}") from error
+
+
+def _listed() -> dict[str, list[str]]:
+    try:
+        with open(LISTED) as file:  # noqa: PTH123 - no pathlib at start
+            return {words[0]: words[1:] for words in (line.split() for line in file) if words}
+    except OSError:
+        return {}

@@ -1,0 +1,99 @@
+"""A disk that is plugged into a running guest, by QEMU's monitor, and used as a storage."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from agent.client import Agent, AgentError, default_spec
+from image.vm.qmp import QMP
+from proto import agent_pb2, oci_pb2
+from tests.e2e.conftest import Caisson
+
+pytestmark = [pytest.mark.root, pytest.mark.vm]
+Code = grpc.StatusCode
+MOUNT_POINT = "/run/kata-containers/shared/containers/disk"
+
+
+def disk(directory: Path) -> Path:
+    """A file system with a file in it."""
+    (directory / "tree").mkdir()
+    (directory / "tree/hello").write_text("from the host\n")
+    image = directory / "disk.img"
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", directory / "tree", image, "4M"], check=True)
+    return image
+
+
+def plug(vm: Caisson, image: Path) -> None:
+    with QMP(vm.run_directory / "plug/qmp.sock", 30) as monitor:
+        file = {"driver": "file", "filename": str(image)}
+        monitor.execute("blockdev-add", {"driver": "raw", "node-name": "disk", "read-only": True, "file": file})
+        monitor.execute("device_add", {"driver": "virtio-blk-pci", "id": "d", "drive": "disk", "bus": "port0"})
+
+
+def storage(slot: str) -> Any:
+    return agent_pb2.Storage(
+        driver="blk", source=f"{slot}/00", fstype="ext4", mount_point=MOUNT_POINT, options=["ro", "noload"]
+    )
+
+
+def test_a_disk(own: Caisson, tmp_path: Path) -> None:
+    booted = own("boot-vm", "--name", "plug", "--detach", "--append", "agent.hotplug_timeout=60s")
+    assert booted.returncode == 0, booted.stderr.decode()
+    root = own.manifest("plug")["containers"]["busybox"]
+    image = disk(tmp_path)
+
+    def spec() -> Any:
+        made = default_spec(root, ["/bin/sh", "-c", "cat /mnt/hello; touch /mnt/x"])
+        made.Mounts.append(oci_pb2.Mount(destination="/mnt", source=MOUNT_POINT, type="bind", options=["rbind"]))
+        return made
+
+    async def create(client: Agent) -> None:
+        request = agent_pb2.CreateContainerRequest(container_id="c", OCI=spec(), storages=[storage("10")])
+        await client.rpc.CreateContainer(request, 120)
+
+    async def work() -> None:
+        async with Agent.connect(own.run_directory / "plug/agent.sock") as client:
+            await client.create_sandbox()
+            creating = asyncio.ensure_future(create(client))
+            await client.version()  # by then it waits
+            await asyncio.to_thread(plug, own, image)
+            await creating
+            for _ in range(2):  # the disk comes while it is waited for, and is there before
+                container = client.container("c")
+                await container.start()
+                assert b"".join([data async for data in container.init().stdout()]) == b"from the host\n"
+                assert b"Read-only file system" in b"".join([data async for data in container.init().stderr()])
+                await container.remove()
+                await create(client)
+            await client.container("c").remove()
+
+    asyncio.run(asyncio.wait_for(work(), 240))
+    assert own("stop-vm", "--name", "plug").returncode == 0
+
+
+def test_a_disk_that_does_not_come(vm: Caisson) -> None:
+    async def work() -> None:
+        async with Agent.connect(vm.run_directory / "default/agent.sock") as client:
+            await client.create_sandbox()
+            spec = default_spec(vm.manifest("default")["containers"]["busybox"], ["/bin/true"])
+            request = agent_pb2.CreateContainerRequest(container_id="late", OCI=spec, storages=[storage("11")])
+            with pytest.raises(AgentError) as caught:
+                await client.rpc.CreateContainer(request, 60)
+            assert (caught.value.code, caught.value.details) == (
+                Code.DEADLINE_EXCEEDED,
+                "Timeout reached after 3s waiting for device 11/00",
+            )
+            loaded = agent_pb2.CreateSandboxRequest(kernel_modules=[agent_pb2.KernelModule(name="no-such-module")])
+            await client.destroy_sandbox()
+            with pytest.raises(AgentError, match="could not load module: no-such-module"):
+                await client.rpc.CreateSandbox(loaded)
+            loaded.kernel_modules[0].name = "erofs"
+            await client.rpc.CreateSandbox(loaded)
+
+    asyncio.run(asyncio.wait_for(work(), 120))

@@ -1,0 +1,60 @@
+"""Modules of the kernel that are loaded later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from agent.errors import Refused
+from agent.guest import modules
+
+
+@pytest.fixture
+def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What has been given to the kernel: file and parameters."""
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.ko").write_text(name)
+    (tmp_path / "list").write_text(
+        f"b_mod {tmp_path}/a.ko {tmp_path}/b.ko\nc {tmp_path}/c.ko\nbroken {tmp_path}/no.ko\n"
+    )
+    (tmp_path / "sys/there").mkdir(parents=True)
+    monkeypatch.setattr(modules, "LISTED", str(tmp_path / "list"))
+    monkeypatch.setattr(modules, "LOADED", str(tmp_path / "sys"))
+    given: list[tuple[str, str]] = []
+
+    def finit_module(fd: int, parameters: str = "") -> None:
+        name = Path(f"/proc/self/fd/{fd}").readlink().stem
+        if any(one == name for one, _ in given):
+            raise FileExistsError(17, "exists")
+        given.append((name, parameters))
+
+    monkeypatch.setattr(modules.syscalls, "finit_module", finit_module)
+    return given
+
+
+def test_with_what_it_needs_first(loaded: list[tuple[str, str]]) -> None:
+    modules.load("b-mod", ("debug=1", "x=2"))
+    modules.load("b_mod")
+    assert loaded == [("a", ""), ("b", "debug=1 x=2")]
+
+
+def test_what_is_needed_and_not_there_is_passed_over(loaded: list[tuple[str, str]]) -> None:
+    modules.need(("no_such", "c"), "tmpfs")
+    assert loaded == [("c", "")]
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("", "Kernel module name is empty"),
+        ("no", "could not load module: no: the image does not have it"),
+        ("../x", "no name of one"),
+        ("broken", "could not load module: broken: .*no such file"),
+    ],
+)
+def test_what_cannot_be_loaded(loaded: list[tuple[str, str]], name: str, text: str) -> None:
+    with pytest.raises(Refused, match=text):
+        modules.load(name)
+    modules.load("there")  # it is already
+    assert loaded == []
