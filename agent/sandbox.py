@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from agent.guest.devices import GuestDevice
     from agent.guest.hooks import GuestHooks
     from agent.guest.storage import Storage
     from agent.libcontainer.cgroups import Cgroup, Hierarchy
@@ -64,7 +65,8 @@ class Sandbox:
         self._creating: dict[str, asyncio.Event] = {}  # set when it is decided whether there is a container
         self._ending = False
         self._resolver = Resolver()
-        self._storages = Storages(BlockDevices(hotplug_timeout), log)
+        self._blocks = BlockDevices(hotplug_timeout)
+        self._storages = Storages(self._blocks, log)
         self._mounts: dict[str, list[str]] = {}  # by container; "" are the sandbox's own
         self.oom_events = OomEvents()
 
@@ -164,8 +166,18 @@ class Sandbox:
             raise NotFound(f"Container {container_id} not found")
         return container
 
-    async def create(self, container_id: str, exec_id: str, spec: Spec, storages: Sequence[Storage] = ()) -> Container:
-        """Create a container, with `storages` mounted for it before.  On failure nothing is left and the id is free."""
+    async def create(
+        self,
+        container_id: str,
+        exec_id: str,
+        spec: Spec,
+        storages: Sequence[Storage] = (),
+        devices: Sequence[GuestDevice] = (),
+    ) -> Container:
+        """Create a container, with `storages` mounted for it before and the guest's numbers for its `devices`.
+
+        On failure nothing is left and the id is free.
+        """
         while container_id in self._creating:
             await self._creating[container_id].wait()  # whoever is told that it exists may use it
         if self._id is None or self._shared is None or self._ending:
@@ -184,6 +196,10 @@ class Sandbox:
         decided = self._creating[container_id] = asyncio.Event()
         cgroup: Cgroup | None = None
         try:
+            if devices:
+                from agent.guest.devices import placed
+
+                spec = await placed(spec, devices, self._blocks)
             self._mounts[container_id] = await self._storages.mount(storages)
             if self._cgroups is not None:
                 cgroup = self._cgroups.create(spec.linux.cgroups_path or f"{self._id}/{container_id}")

@@ -13,7 +13,7 @@ from agent import __version__
 from agent.api import oci, stats
 from agent.container import Container
 from agent.errors import Ended, Invalid, NotFound, Refused, Unsupported, WrongState
-from agent.guest import details, modules, ps, storage
+from agent.guest import details, devices, modules, ps, storage
 from agent.libcontainer.resources import Resources
 from agent.libcontainer.spec import Process as ProcessSpec
 from agent.libcontainer.spec import Spec
@@ -56,6 +56,7 @@ class AgentService:
                 version=__version__,
                 init_daemon=self._init,
                 supports_seccomp=details.supports_seccomp(),
+                device_handlers=devices.TYPES,
                 storage_handlers=storage.DRIVERS,
             )
         )
@@ -71,13 +72,13 @@ class AgentService:
         self._need_sandbox("Sandbox not started, impossible to run a new container")
         if not request.HasField("OCI") or not request.OCI.HasField("Process"):
             raise Invalid("CreateContainer needs OCI and OCI.Process")
-        for field in ("devices", "agent_pidns"):
-            if getattr(request, field):
-                raise Unsupported(f"CreateContainer: {field} is not supported yet")
+        if request.agent_pidns:
+            raise Unsupported("CreateContainer: agent_pidns is not supported: containers do not see the agent")
         if request.sandbox_pidns and not self._sandbox.shares_pids:
             raise Unsupported("CreateContainer: sandbox_pidns needs a sandbox that was created with it")
         spec = Spec.from_json(oci.spec_to_json(request.OCI))
-        await self._sandbox.create(request.container_id, request.exec_id, spec, _storages(request))
+        plugged = [devices.GuestDevice(one.id, one.type, one.vm_path, one.container_path) for one in request.devices]
+        await self._sandbox.create(request.container_id, request.exec_id, spec, _storages(request), plugged)
         return EMPTY
 
     async def StartContainer(self, request: Any) -> Any:

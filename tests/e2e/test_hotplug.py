@@ -73,6 +73,21 @@ def test_a_disk(own: Caisson, tmp_path: Path) -> None:
                 await create(client)
             await client.container("c").remove()
 
+            # The same disk as a device, which the host knows by other numbers.
+            made = default_spec(root, ["/bin/sh", "-c", "grep -c 'from the host' /dev/data; : >/dev/data"])
+            made.Linux.Devices.append(oci_pb2.LinuxDevice(Path="/dev/data", Type="b", Major=99, Minor=7))
+            made.Linux.Resources.Devices.append(
+                oci_pb2.LinuxDeviceCgroup(Allow=True, Type="b", Major=99, Minor=7, Access="r")
+            )
+            request = agent_pb2.CreateContainerRequest(container_id="d", OCI=made)
+            request.devices.append(agent_pb2.Device(id="10/00", type="blk", container_path="/dev/data"))
+            await client.rpc.CreateContainer(request, 120)
+            container = client.container("d")
+            await container.start()
+            assert b"".join([data async for data in container.init().stdout()]) == b"1\n"
+            assert b"Operation not permitted" in b"".join([data async for data in container.init().stderr()])
+            await container.remove()
+
     asyncio.run(asyncio.wait_for(work(), 240))
     assert own("stop-vm", "--name", "plug").returncode == 0
 
