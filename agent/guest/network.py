@@ -12,6 +12,7 @@ import socket
 from contextlib import contextmanager
 
 from agent.errors import Failed, Invalid, TooLate
+from agent.guest import modules
 from agent.guest import rtnetlink as rt
 from agent.guest.rtnetlink import Message, Rtnetlink
 from agent.record import Record
@@ -117,6 +118,7 @@ class Network:
     async def _wait_for(self, mac: str) -> None:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._hotplug_seconds
+        await asyncio.to_thread(modules.need, ("virtio_net",))
         _rescan_pci()
         while not await asyncio.to_thread(_present, mac):
             if loop.time() >= deadline:

@@ -1,4 +1,4 @@
-"""A disk that is plugged into a running guest, by QEMU's monitor, and used as a storage."""
+"""Disks and interfaces that are plugged into a running guest, by QEMU's monitor, and used."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from agent.client import Agent, AgentError, default_spec
 from image.vm.qmp import QMP
-from proto import agent_pb2, oci_pb2
+from proto import agent_pb2, oci_pb2, types_pb2
 from tests.e2e.conftest import Caisson
 
 pytestmark = [pytest.mark.root, pytest.mark.vm]
@@ -89,6 +89,40 @@ def test_a_disk(own: Caisson, tmp_path: Path) -> None:
             await container.remove()
 
     asyncio.run(asyncio.wait_for(work(), 240))
+    assert own("stop-vm", "--name", "plug").returncode == 0
+
+
+def test_an_interface(own: Caisson) -> None:
+    booted = own("boot-vm", "--name", "plug", "--detach", "--append", "agent.hotplug_timeout=60s")
+    assert booted.returncode == 0, booted.stderr.decode()
+    mac = "52:54:00:00:00:77"
+
+    def plug_in() -> None:
+        with QMP(own.run_directory / "plug/qmp.sock", 30) as monitor:
+            monitor.execute("netdev_add", {"type": "user", "id": "n", "restrict": True})
+            interface = {"driver": "virtio-net-pci", "id": "i", "netdev": "n", "mac": mac, "bus": "port1"}
+            monitor.execute("device_add", interface)
+
+    async def work() -> bytes:
+        async with Agent.connect(own.run_directory / "plug/agent.sock") as client:
+            address = types_pb2.IPAddress(address="10.0.2.15", mask="24")
+            wanted = types_pb2.Interface(name="eth0", hwAddr=mac, mtu=1500, IPAddresses=[address], pciPath="11/00")
+            call = asyncio.ensure_future(
+                client.rpc.UpdateInterface(agent_pb2.UpdateInterfaceRequest(interface=wanted), 120)
+            )
+            await client.version()
+            await asyncio.to_thread(plug_in)
+            assert (await call).name == "eth0"
+            route = types_pb2.Route(gateway="10.0.2.2", device="eth0")
+            await client.rpc.UpdateRoutes(agent_pb2.UpdateRoutesRequest(routes=agent_pb2.Routes(Routes=[route])))
+            await client.create_sandbox()
+            root = own.manifest("plug")["containers"]["busybox"]
+            spec = default_spec(root, ["/bin/ping", "-c", "1", "-W", "30", "10.0.2.2"])
+            container = await client.create_container("net", spec)
+            await container.start()
+            return b"".join([data async for data in container.init().stdout()])
+
+    assert b"1 packets received" in asyncio.run(asyncio.wait_for(work(), 240))
     assert own("stop-vm", "--name", "plug").returncode == 0
 
 
