@@ -73,7 +73,7 @@ for cid in (1, 2, 3, 0xFFFFFFFF):
 """
 
 
-def test_a_container_cannot_drive_the_agent(vm: Caisson) -> None:
+def test_a_container_cannot_drive_the_agent(vm: Caisson) -> None:  # CVE-2020-15257
     # vsock is not divided by any namespace: only the agent itself can tell a container from the host.
     busybox = vm.manifest("default")["containers"]["busybox"] + "/bin/busybox"
     words = [busybox, "sh", "-c", 'exec /usr/bin/python3.* -IS -c "$0"', KNOCK]

@@ -202,7 +202,7 @@ def test_sysctl_goes_to_the_real_procfs(box: Box) -> None:  # CVE-2025-52881
     assert (box.rootfs / "proc" / "sys" / "net" / "ipv4" / "ip_forward").read_text() == "trap"
 
 
-def test_exec_inherits_no_capabilities(box: Box) -> None:  # CVE-2022-29162, 2022-27650
+def test_exec_inherits_no_capabilities(box: Box) -> None:  # CVE-2022-29162, 2022-27650, 2022-24769
     async def run() -> tuple[int, str, str]:
         init = await box.running()
         own = {name: ["CAP_KILL"] for name in ("bounding", "effective", "permitted")}

@@ -93,7 +93,7 @@ def test_paths_elsewhere(root: Path, files: Files, path: str) -> None:
 
 
 @pytest.mark.parametrize("where", ["link/file", "link/sub/file", "a/link/file"])
-def test_links_are_not_followed(root: Path, files: Files, where: str) -> None:
+def test_links_are_not_followed(root: Path, files: Files, where: str) -> None:  # CVE-2026-41326, GHSA-q49m-57vm-c8cc
     outside = root.parent / "outside"
     outside.mkdir()
     (root / "a").mkdir()

@@ -221,6 +221,6 @@ def test_sysctls_that_are_refused(key: str, value: str, why: str) -> None:
         list(sysctl.steps(1, {key: value}, {"mount", "pid"}))
 
 
-def test_sysctl_values_have_no_second_line() -> None:
+def test_sysctl_values_have_no_second_line() -> None:  # CVE-2022-0811
     with pytest.raises(SpecError, match="newline"):
         list(sysctl.steps(1, {"net.ipv4.ip_forward": "1\nx"}, {"network"}))

@@ -82,7 +82,7 @@ def test_more_groups_stay(root: Path) -> None:
     assert resolved(process, str(root)).user.additional_gids == (3, 29, 44, 0)
 
 
-def test_files_are_the_images_own(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_files_are_the_images_own(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:  # CVE-2025-24965
     outside = tmp_path_factory.mktemp("outside") / "passwd"
     outside.write_text("app:x:0:0::/:/bin/sh\n")
     passwd = root / "etc/passwd"
