@@ -117,7 +117,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log) -> None:
     reaper = Reaper()
     reaper.start(loop)
     nsexec = Nsexec.seal(Path(options.nsexec))
-    launcher = Launcher(nsexec, reaper, log)
+    launcher = Launcher(nsexec, reaper, log, verbose=log.enabled("debug"))
     sandbox = Sandbox(
         launcher,
         cgroups.find(options.cgroup, options.cgroup_parent),

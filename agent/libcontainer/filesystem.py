@@ -131,8 +131,8 @@ def _is_late_readonly(type_: str, set_: int) -> bool:
 
 
 def late_readonly(spec: Spec, mounts: Mounts) -> Iterable[bytes]:
-    for _, mount in mounts:
-        options = mountopts.parse(mount.options, type_=mount.type, where="mounts")
+    for where, mount in mounts:
+        options = mountopts.parse(mount.options, type_=mount.type, where=f"{where}.options")
         if not options.bind and _is_late_readonly(mount.type, options.set):
             path = os.path.normpath(mount.destination)
             yield wire.attribute(REMOUNT, pack("=Q", mountopts.RDONLY) + texts(path))

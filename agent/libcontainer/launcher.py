@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Child", "Children", "LaunchError", "Launched", "Launcher", "Stdio"]
 
 FIFO_MODE = 0o622  # an init that has become another user must be able to open it for writing
-LOG_DEBUG = "5"
+LOG_INFO, LOG_DEBUG = "4", "5"  # logrus's, which nsexec is told in
 
 
 class Stdio(Record):
@@ -49,16 +49,26 @@ class Launched(Record):
 
 
 class Launcher:
-    """Makes processes in containers.  `log(level, message, container=…)` gets nsexec's own lines.
+    """Makes processes in containers.  `log(level, message, container=…)` gets nsexec's own lines, without
+    `verbose` none of the level debug.
 
     `patience` (seconds) bounds how long nsexec may take before it is killed.
     """
 
-    def __init__(self, nsexec: Nsexec, children: Children, log: Callable[..., None], *, patience: float = 30.0) -> None:
+    def __init__(
+        self,
+        nsexec: Nsexec,
+        children: Children,
+        log: Callable[..., None],
+        *,
+        patience: float = 30.0,
+        verbose: bool = True,
+    ) -> None:
         self._nsexec = nsexec
         self._children = children
         self._log = log
         self._patience = patience
+        self._verbose = verbose
         self._inits: dict[Child, Launch] = {}
         self._filters: Filters | None = None
         self._watchers: set[asyncio.Task[None]] = set()
@@ -268,7 +278,10 @@ class Launcher:
             try:
                 fds = {**talk.passed, **passed, **ways}
                 env = {name: str(fd) for name, fd in fds.items()}
-                env |= {"_LIBCONTAINER_INITTYPE": kind, "_LIBCONTAINER_LOGLEVEL": LOG_DEBUG}
+                env |= {
+                    "_LIBCONTAINER_INITTYPE": kind,
+                    "_LIBCONTAINER_LOGLEVEL": LOG_DEBUG if self._verbose else LOG_INFO,
+                }
                 talk.say(messages)
                 ends = None if stdio is None else (stdio.stdin, stdio.stdout, stdio.stderr)
                 try:

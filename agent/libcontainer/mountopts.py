@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from agent.libcontainer.fields import SpecError
 from agent.record import Record
 
@@ -51,6 +53,7 @@ class MountOptions(Record):
     copy_up: bool = False
 
 
+@lru_cache(maxsize=512)  # the same few for every container
 def parse(options: tuple[str, ...], *, type_: str, where: str) -> MountOptions:
     """Take options apart; later ones win, as in mount(8).  Raises SpecError for what would be ignored."""
     bind, recursive, copy_up = type_ == "bind", False, False

@@ -98,7 +98,7 @@ class Ours:
         self._reaper = Reaper()
         self._reaper.start(self._loop)
         self._nsexec = Nsexec.seal(work / "nsexec")
-        self._launcher = Launcher(self._nsexec, self._reaper, lambda *_, **__: None)
+        self._launcher = Launcher(self._nsexec, self._reaper, lambda *_, **__: None, verbose=False)
         self._null = os.open("/dev/null", os.O_RDWR)
         self._bundle = bundle
         self._fifo = work / "exec.fifo"
