@@ -100,7 +100,6 @@ async def _serve(options: Options, listener: socket.socket, log: Log) -> None:
     from agent.api.server import serve
     from agent.api.service import AgentService
     from agent.guest.files import Files
-    from agent.guest.network import Network
     from agent.libcontainer import cgroups
     from agent.libcontainer.launcher import Launcher
     from agent.libcontainer.nsexec import Nsexec
@@ -131,7 +130,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log) -> None:
     with _private_directory() as private:
         methods = [
             AgentService(sandbox, init=os.getpid() == 1),
-            GuestService(Network(options.hotplug_timeout), files, log, sandbox.offer_cpus),
+            GuestService(options.hotplug_timeout, files, log, sandbox.offer_cpus),
         ]
         services: list[tuple[object, list[object]]] = [
             (agent_pb2.DESCRIPTOR.services_by_name["AgentService"], methods),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 from google.protobuf import empty_pb2
@@ -11,9 +12,12 @@ from google.protobuf import empty_pb2
 from agent.errors import Invalid, ModelError
 from agent.guest import clock, hotplug
 from agent.guest.files import Files, Piece
-from agent.guest.network import Address, Interface, Neighbour, Network, Route
 from agent.log import Log
 from proto import agent_pb2, types_pb2
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from agent.guest.network import Network
 
 EMPTY = empty_pb2.Empty()
 
@@ -21,15 +25,25 @@ EMPTY = empty_pb2.Empty()
 class GuestService:
     """None of these needs a sandbox: hosts set the network up before there is one."""
 
-    def __init__(self, network: Network, files: Files, log: Log, cpus_came: Callable[[], object]) -> None:
-        """``cpus_came`` is called when CPUs that were plugged in are in use."""
+    def __init__(self, hotplug_timeout: float, files: Files, log: Log, cpus_came: Callable[[], object]) -> None:
+        """An interface that is plugged in is waited for ``hotplug_timeout`` seconds; ``cpus_came`` is called when CPUs
+        that were plugged in are in use.
+        """
         self._cpus_came = cpus_came
-        self._network = network
+        self._hotplug_timeout = hotplug_timeout
         self._files = files
         self._log = log
         self._background: set[asyncio.Task[None]] = set()
 
+    @cached_property
+    def _network(self) -> Network:
+        from agent.guest.network import Network  # here, as below: most guests have no network
+
+        return Network(self._hotplug_timeout)
+
     async def UpdateInterface(self, request: Any) -> Any:
+        from agent.guest.network import Address, Interface
+
         if not request.HasField("interface"):
             raise Invalid("Need network interface")
         wanted = request.interface
@@ -56,6 +70,8 @@ class GuestService:
         return agent_pb2.Interfaces(Interfaces=found)
 
     async def UpdateRoutes(self, request: Any) -> Any:
+        from agent.guest.network import Route
+
         if not request.HasField("routes"):
             raise Invalid("Need network routes")
         await self._network.update_routes(
@@ -76,6 +92,8 @@ class GuestService:
         return agent_pb2.Routes(Routes=found)
 
     async def AddARPNeighbors(self, request: Any) -> Any:
+        from agent.guest.network import Neighbour
+
         if not request.HasField("neighbors"):
             raise Invalid("Need ARP neighbors")
         neighbours = []

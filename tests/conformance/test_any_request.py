@@ -108,11 +108,10 @@ class Requests:
             message = kind()
             for name in names:
                 value = draw(fields[name])
-                if isinstance(value, (list, dict)):
-                    getattr(message, name).clear() if isinstance(value, dict) else None
-                    getattr(message, name).update(value) if isinstance(value, dict) else getattr(message, name).extend(
-                        value
-                    )
+                if isinstance(value, dict):
+                    getattr(message, name).update(value)
+                elif isinstance(value, list):
+                    getattr(message, name).extend(value)
                 elif hasattr(value, "DESCRIPTOR"):
                     getattr(message, name).CopyFrom(value)
                 else:
