@@ -84,7 +84,7 @@ TO_TEST = (
     TO_BUILD
     | TO_BOOT
     | {"busybox": "busybox-static", "clang": "clang libclang-rt-dev", "cpio": "cpio", "ip": "iproute2"}
-    | {"mke2fs": "e2fsprogs"}
+    | {"gcc": "gcc libc6-dev", "mke2fs": "e2fsprogs"}
     | {"crun": "crun", "runc": "runc"}  # to compare with
 )
 
