@@ -62,14 +62,17 @@ import json  # noqa: E402
 import shutil  # noqa: E402
 import subprocess  # noqa: E402
 import time  # noqa: E402
-from collections.abc import Callable, Iterator  # noqa: E402
-from typing import Any  # noqa: E402
+from collections.abc import Awaitable, Callable, Iterable, Iterator  # noqa: E402
+from typing import Any, TypeVar  # noqa: E402
 
-from invoke import Collection, Context, Exit, Program, task  # noqa: E402
+from invoke import Argument, Collection, Context, Exit, Program, Task, task  # noqa: E402
 
 import image  # noqa: E402
 from agent import client  # noqa: E402
+from agent.client import listing  # noqa: E402
 from image.vm import VM, VMConfig, VMError, find_vm, list_vms  # noqa: E402
+
+T = TypeVar("T")
 
 #: Programs that a command needs, and the Debian packages of each.
 TO_BUILD = {
@@ -99,6 +102,32 @@ class Refused(Exception):
     """This cannot be done; the text says why, and the way out."""
 
 
+class Command(Task[Any]):
+    """A task with words of its own; `--help` in place of one is help, where invoke would take it for the word."""
+
+    def get_arguments(self, ignore_unknown_help: bool | None = None) -> list[Argument]:
+        arguments: list[Argument] = super().get_arguments(ignore_unknown_help)
+        for argument in arguments:
+            if argument.positional:
+                argument.__class__ = _Word
+                assert isinstance(argument, _Word)
+                argument.task = self.name
+        return arguments
+
+
+class _Word(Argument):
+    task = ""
+
+    def set_value(self, value: Any, cast: bool = True) -> None:
+        if value in ("--help", "-h"):
+            os.execv(sys.executable, [sys.executable, str(ROOT / "tasks.py"), "--help", self.task])
+        super().set_value(value, cast)
+
+
+#: What is a user's to know, not a bug.
+FAILURES = (Refused, image.ImageError, VMError, client.AgentError, client.OutputError, client.Mistake)
+
+
 def command(failed: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Turn what can go wrong for a user into one line and an exit status; bugs keep their traceback."""
 
@@ -109,7 +138,7 @@ def command(failed: int) -> Callable[[Callable[..., None]], Callable[..., None]]
                 function(*args, **kwargs)
             except client.ProgramError as error:
                 raise Exit(f"caisson: {error}", code=error.exit_status) from None
-            except (Refused, image.ImageError, VMError, client.AgentError, client.OutputError) as error:
+            except FAILURES as error:
                 raise Exit(f"caisson: {error}", code=failed) from None
             except KeyboardInterrupt:
                 raise Exit(code=130) from None
@@ -280,19 +309,41 @@ def _ids(user: str) -> tuple[int, int]:
 @contextlib.contextmanager
 def _vm_for(name: str, report: Callable[[str], None]) -> Iterator[VM]:
     """The VM of this name; with no name the running default one, or else a VM for the time of this block."""
-    vm = find_vm(name or DEFAULT_VM)
-    if vm is not None:
-        if not client.answers(vm.agent_socket, timeout=60.0):
-            raise Refused(f"the agent of VM {vm.name!r} does not answer; see {vm.directory / 'console.log'}")
-        yield vm
-    elif name:
-        raise Refused(f"there is no VM {name!r}; start it: invoke boot-vm --name {name} --detach")
+    if find_vm(name or DEFAULT_VM) is not None or name:
+        yield _running(name or DEFAULT_VM)
     else:
         directory = _image_directory("", report)
         _need(TO_BOOT)
         config = VMConfig(image=directory, name=f"exec-{os.getpid()}")
         with VM.start(config, ready=_answers, report=report) as vm:
             yield vm
+
+
+def _running(name: str) -> VM:
+    """The running VM of this name, whose agent answers."""
+    vm = find_vm(name)
+    if vm is None:
+        names = ", ".join(other.name for other in list_vms()) or "none"
+        start = f"invoke boot-vm --name {name} --detach"
+        raise Refused(f"there is no VM {name!r}; running: {names}; start it: {start}")
+    if not client.answers(vm.agent_socket, timeout=60.0):
+        raise Refused(f"the agent of VM {vm.name!r} does not answer; see {vm.directory / 'console.log'}")
+    return vm
+
+
+def _ask(vm: VM, work: Callable[[client.Agent], Awaitable[T]]) -> T:
+    """What a VM's agent answers."""
+
+    async def ask() -> T:
+        async with client.Agent.connect(vm.agent_socket) as agent:
+            return await work(agent)
+
+    return asyncio.run(ask())
+
+
+def _known(vm: VM) -> client.Known:
+    """The containers that commands have made in a VM."""
+    return client.Known(vm.directory / "containers")
 
 
 async def _run(
@@ -306,6 +357,7 @@ async def _run(
         await agent.create_sandbox()
         spec = client.default_spec(contents["containers"]["busybox"])
         container = await agent.ensure_container(container_id, spec)
+        _known(vm).add(container_id)
         process = await container.exec(words, env=[*environment, *env], cwd=cwd, uid=uid, gid=gid, terminal=tty)
         return await client.attach(process)
 
@@ -323,14 +375,9 @@ def stop_vm(_: Context, name: str = DEFAULT_VM, all: bool = False) -> None:
             names = ", ".join(other.name for other in list_vms()) or "none"
             raise Refused(f"there is no VM {name!r}; running: {names}")
         with contextlib.suppress(client.AgentError):
-            asyncio.run(_destroy_sandbox(vm))
+            _ask(vm, lambda agent: agent.destroy_sandbox(timeout=5.0))
         vm.stop()
         _say(f"{vm.name}: stopped")
-
-
-async def _destroy_sandbox(vm: VM) -> None:
-    async with client.Agent.connect(vm.agent_socket) as agent:
-        await agent.destroy_sandbox(timeout=5.0)
 
 
 @task(name="list-vms", help={"json": "as a JSON array"})
@@ -341,28 +388,102 @@ def list_vms_(_: Context, json: bool = False) -> None:
     Example: invoke list-vms --json
     """
     infos = [vm.info for vm in list_vms()]
-    if json:
-        print(_json(infos))
+    shown = (
+        info | {"uptime": f"{time.time() - info['started']:.0f} s", "memory": f"{info['memory']} MiB"} for info in infos
+    )
+    _show(("name", "state", "accel", "vsock", "cpus", "memory", "uptime"), infos, shown, as_json=json)
+
+
+def _show(columns: tuple[str, ...], data: list[Any], rows: Iterable[dict[str, Any]], *, as_json: bool) -> None:
+    """Print data as JSON, or rows about it as a table."""
+    if as_json:
+        print(json.dumps(data, indent=2))
         return
-    columns = ("name", "state", "accel", "vsock", "cpus", "memory", "uptime")
-    rows = [[str(value) for value in _row(info, columns)] for info in infos]
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    for row in (columns, *rows):
-        print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+    table = [columns, *(["-" if row.get(column) is None else str(row[column]) for column in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
 
 
-def _json(value: object) -> str:
-    return json.dumps(value, indent=2)
+CONTAINER = {"container": "its name", "name": "the VM"}
 
 
-def _row(info: dict[str, Any], columns: tuple[str, ...]) -> Iterator[Any]:
-    for column in columns:
-        if column == "uptime":
-            yield f"{time.time() - info['started']:.0f} s"
-        elif column == "memory":
-            yield f"{info['memory']} MiB"
-        else:
-            yield info[column]
+@task(help={"container": "only this one (default: all that commands have made)", "name": "the VM", "json": "as JSON"})
+@command(failed=1)
+def ps(_: Context, container: str = "", name: str = DEFAULT_VM, json: bool = False) -> None:
+    """List the processes of containers; pids are the guest's. One without any has ended.
+
+    Example: invoke ps --container web --json
+    """
+    vm = _running(name)
+    found = _ask(vm, lambda agent: listing.processes(agent, _known(vm), container))
+    rows = ({"container": one["container"]} | row for one in found for row in one["processes"] or [{}])
+    _show(("container", *listing.COLUMNS), found, rows, as_json=json)
+
+
+@task(
+    help={
+        "container": "only this one (default: all that commands have made)",
+        "name": "the VM",
+        "interval": "seconds over which CPU usage is measured",
+        "json": "as JSON",
+    }
+)
+@command(failed=1)
+def stats(_: Context, container: str = "", name: str = DEFAULT_VM, interval: float = 1.0, json: bool = False) -> None:
+    """Show what containers use: CPU, memory (bytes), number of processes.
+
+    Example: invoke stats --interval 5
+    """
+    vm = _running(name)
+    found = _ask(vm, lambda agent: listing.stats(agent, _known(vm), container, interval))
+    _show(listing.USAGE, found, found, as_json=json)
+
+
+@task(
+    klass=Command,
+    help=CONTAINER | {"signal": "its number or name", "all": "signal all its processes, not only the first one"},
+)
+@command(failed=1)
+def kill(_: Context, container: str, signal: str = "TERM", all: bool = False, name: str = DEFAULT_VM) -> None:
+    """Send a signal to a container.
+
+    Example: invoke kill web --signal HUP
+    """
+    number = listing.signal_number(signal)
+    _ask(_running(name), lambda agent: listing.signal_container(agent.container(container), number, everything=all))
+
+
+@task(klass=Command, help=CONTAINER | {"timeout": "seconds that it may take; 0 for as long as it takes"})
+@command(failed=1)
+def rm(_: Context, container: str, timeout: int = 30, name: str = DEFAULT_VM) -> None:
+    """End a container and remove it.
+
+    Example: invoke rm web
+    """
+    vm = _running(name)
+    _ask(vm, lambda agent: agent.container(container).remove(timeout))
+    _known(vm).discard(container)
+
+
+@task(klass=Command, help=CONTAINER)
+@command(failed=1)
+def pause(_: Context, container: str, name: str = DEFAULT_VM) -> None:
+    """Let all processes of a container stand still.
+
+    Example: invoke pause web
+    """
+    _ask(_running(name), lambda agent: agent.container(container).pause())
+
+
+@task(klass=Command, help=CONTAINER)
+@command(failed=1)
+def resume(_: Context, container: str, name: str = DEFAULT_VM) -> None:
+    """Let a paused container go on.
+
+    Example: invoke resume web
+    """
+    _ask(_running(name), lambda agent: agent.container(container).resume())
 
 
 @task

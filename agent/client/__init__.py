@@ -13,6 +13,8 @@ async with Agent.connect("/run/caisson/default/agent.sock") as agent:
 from agent.client.attach import OutputError, attach
 from agent.client.connection import Agent, AgentError, AgentGone, Container, Process, ProgramError, answers
 from agent.client.defaults import PATH, default_spec, keep_alive
+from agent.client.errors import Mistake
+from agent.client.known import Known
 
 __all__ = [
     "PATH",
@@ -20,6 +22,8 @@ __all__ = [
     "AgentError",
     "AgentGone",
     "Container",
+    "Known",
+    "Mistake",
     "OutputError",
     "Process",
     "ProgramError",

@@ -203,6 +203,14 @@ class Container:
         """Signal every process in it."""
         await self.agent.rpc.SignalProcess(agent_pb2.SignalProcessRequest(container_id=self.id, signal=number))
 
+    async def pause(self) -> None:
+        """Let everything in it stand still."""
+        await self.agent.rpc.PauseContainer(agent_pb2.PauseContainerRequest(container_id=self.id))
+
+    async def resume(self) -> None:
+        """Let everything in it go on."""
+        await self.agent.rpc.ResumeContainer(agent_pb2.ResumeContainerRequest(container_id=self.id))
+
     async def remove(self, timeout: int = 0) -> None:
         """End it and forget it; timeout in seconds, 0 for as long as it takes."""
         await self.agent.rpc.RemoveContainer(agent_pb2.RemoveContainerRequest(container_id=self.id, timeout=timeout))

@@ -1,0 +1,120 @@
+"""What runs in containers, and what they use."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import grpc
+
+from agent.client.connection import Agent, AgentError, Container
+from agent.client.errors import Mistake
+from agent.client.known import Known
+from proto import agent_pb2
+
+T = TypeVar("T")
+
+#: The columns of `ps -ef`, by the names they get here; the last one holds spaces.
+COLUMNS = ("uid", "pid", "ppid", "cpu", "started", "tty", "time", "command")
+NUMBERS = ("uid", "pid", "ppid", "cpu")
+
+#: The fields of what a container uses.
+USAGE = ("container", "cpu_percent", "cpu_seconds", "memory", "memory_limit", "pids", "pids_limit")
+
+#: From here on a limit is none: cgroups have several numbers for "no limit", all of them beyond any machine.
+UNLIMITED = 1 << 60
+
+
+async def processes(agent: Agent, known: Known, container: str = "") -> list[dict[str, Any]]:
+    """What runs in a container, or in all known ones: {"container", "processes": [{"uid", "pid", …}]} each.
+
+    Numbers of processes are the guest's.  A container whose list is empty has ended.
+    """
+
+    async def listed(container_id: str) -> dict[str, Any]:
+        request = agent_pb2.ListProcessesRequest(container_id=container_id, format="table")
+        answer = await agent.rpc.ListProcesses(request)
+        return {"container": container_id, "processes": parse_table(answer.process_list.decode())}
+
+    return await _each(known, container, listed)
+
+
+def parse_table(text: str) -> list[dict[str, Any]]:
+    """The lines of `ps -ef` as dictionaries; ``cpu`` is a percentage."""
+    found = []
+    for line in text.splitlines()[1:]:
+        row: dict[str, Any] = dict(zip(COLUMNS, line.split(None, len(COLUMNS) - 1), strict=False))
+        found.append(row | {name: int(row[name]) for name in NUMBERS})
+    return found
+
+
+async def stats(agent: Agent, known: Known, container: str = "", interval: float = 1.0) -> list[dict[str, Any]]:
+    """What a container uses, or all known ones: {"container", "cpu_percent", "cpu_seconds", "memory", "memory_limit",
+    "pids", "pids_limit"} each.
+
+    Memory in bytes; 100 % is one CPU, over ``interval`` seconds; a limit that is not there is None.
+    """
+
+    async def sampled(container_id: str) -> tuple[str, float, Any]:
+        answer = await agent.rpc.StatsContainer(agent_pb2.StatsContainerRequest(container_id=container_id))
+        return container_id, time.monotonic(), answer.cgroup_stats
+
+    before = await _each(known, container, sampled)
+    await asyncio.sleep(interval)
+    first = {container_id: (when, used) for container_id, when, used in before}
+    after = await _each(known, container, sampled)
+    return [usage(name, *first[name], when, used) for name, when, used in after if name in first]
+
+
+def usage(container_id: str, before: float, first: Any, after: float, last: Any) -> dict[str, Any]:
+    """Two samples of a container (grpc.CgroupStats) and their times, in seconds, as what people want to know."""
+    busy = last.cpu_stats.cpu_usage.total_usage - first.cpu_stats.cpu_usage.total_usage
+    return {
+        "container": container_id,
+        "cpu_percent": round(busy / 1e7 / max(after - before, 1e-3), 1),  # nanoseconds a second
+        "cpu_seconds": round(last.cpu_stats.cpu_usage.total_usage / 1e9, 3),
+        "memory": last.memory_stats.usage.usage,
+        "memory_limit": _limit(last.memory_stats.usage.limit),
+        "pids": last.pids_stats.current,
+        "pids_limit": _limit(last.pids_stats.limit),
+    }
+
+
+def _limit(value: int) -> int | None:
+    return value if 0 < value < UNLIMITED else None
+
+
+async def _each(known: Known, container: str, ask: Callable[[str], Awaitable[T]]) -> list[T]:
+    """Ask about one container, or about all that are known: those that are no more are forgotten on the way."""
+    if container:
+        return [await ask(container)]
+    found = []
+    for name in known.names():
+        try:
+            found.append(await ask(name))
+        except AgentError as error:
+            if error.code is not grpc.StatusCode.NOT_FOUND:
+                raise
+            known.discard(name)
+    return found
+
+
+async def signal_container(container: Container, number: int, *, everything: bool = False) -> None:
+    """Signal its first process, or every process in it."""
+    await (container.signal(number) if everything else container.init().signal(number))
+
+
+def signal_number(text: str) -> int:
+    """A signal from its number or its name: "9", "KILL", "SIGKILL", "RTMIN+3".  Raises Mistake."""
+    name, plus, more = text.upper().removeprefix("SIG").partition("+")
+    try:
+        number = int(name) if name.isdecimal() else int(signal.Signals[f"SIG{name}"])
+        number += int(more) if plus else 0
+    except (KeyError, ValueError):
+        raise Mistake(f"{text!r} is not a signal; they are called HUP, INT, KILL, TERM, USR1 … or 1 to 64") from None
+    if not 1 <= number <= signal.SIGRTMAX:
+        raise Mistake(f"{text!r} is not a signal; their numbers are 1 to {int(signal.SIGRTMAX)}")
+    return number

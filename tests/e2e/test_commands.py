@@ -1,0 +1,76 @@
+"""The commands about containers that run: ps, stats, kill, pause, resume, rm."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import Caisson, wait_until
+
+pytestmark = pytest.mark.vm
+
+
+def run(vm: Caisson, *words: str) -> bytes:
+    done = vm(*words)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout
+
+
+def listed(vm: Caisson, command: str, *options: str) -> dict[str, Any]:
+    return {one["container"]: one for one in json.loads(run(vm, command, "--json", *options))}
+
+
+def test_a_containers_days(vm: Caisson) -> None:
+    run(vm, "exec", "--container", "days", "--", "sh", "-c", "sleep 4242 & echo $!")
+    run(vm, "exec", "--container", "days-2", "--", "true")
+
+    found = listed(vm, "ps")
+    assert {"days", "days-2"} <= found.keys()
+    (sleeping,) = [one for one in found["days"]["processes"] if one["command"] == "sleep 4242"]
+    assert sleeping["pid"] > 1 and sleeping["uid"] == 0
+    assert listed(vm, "ps", "--container", "days").keys() == {"days"}
+    lines = run(vm, "ps", "--container", "days").decode().splitlines()
+    assert lines[0].split() == ["container", "uid", "pid", "ppid", "cpu", "started", "tty", "time", "command"]
+    assert any(line.startswith("days ") and line.endswith("sleep 4242") for line in lines)
+
+    used = listed(vm, "stats", "--container", "days", "--interval", "0.2")["days"]
+    assert used["pids"] == len(found["days"]["processes"]) and used["memory"] > 0 and used["cpu_seconds"] > 0
+
+    run(vm, "pause", "days")
+    refused = vm("exec", "--container", "days", "--", "true")
+    assert refused.returncode == 125 and b"paused" in refused.stderr
+    assert vm("pause", "days").returncode == 1
+    run(vm, "resume", "days")
+    run(vm, "exec", "--container", "days", "--", "true")
+
+    run(vm, "kill", "days")  # its first process ends at SIGTERM, and with it the container
+    wait_until(lambda: listed(vm, "ps")["days"]["processes"] == [], "it ends")
+    run(vm, "kill", "days-2", "--signal", "9", "--all")
+    wait_until(lambda: listed(vm, "ps")["days-2"]["processes"] == [], "it ends")
+    run(vm, "rm", "days")
+    run(vm, "rm", "days-2")
+    assert not {"days", "days-2"} & listed(vm, "ps").keys()
+
+
+@pytest.mark.parametrize("command", ["kill", "rm", "pause", "resume", "ps --container", "stats --container"])
+def test_a_container_that_is_not_there(vm: Caisson, command: str) -> None:
+    done = vm(*command.split(), "nobody")
+    assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (1, b"", 1)
+    assert b"nobody not found" in done.stderr
+
+
+def test_a_vm_that_is_not_there(vm: Caisson) -> None:
+    done = vm("ps", "--name", "nowhere")
+    assert done.returncode == 1
+    assert done.stderr == (
+        b"caisson: there is no VM 'nowhere'; running: default; start it: invoke boot-vm --name nowhere --detach\n"
+    )
+
+
+@pytest.mark.parametrize("command", ["ps", "stats", "kill", "rm", "pause", "resume"])
+def test_help_has_an_example(caisson: Caisson, command: str) -> None:
+    done = caisson(command, "--help")
+    assert done.returncode == 0
+    assert f"Example: invoke {command}" in done.stdout.decode()

@@ -1,0 +1,118 @@
+"""What the host makes of the agent's answers about containers: tables, samples, signals, and which there are."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import pytest
+
+from agent.client import AgentError, Known, Mistake, listing
+from agent.guest import ps
+from proto import agent_pb2
+
+TABLE = """UID          PID    PPID  C STIME TTY          TIME CMD
+0            132       1  0 14:41 ?        00:00:00 /bin/sh -c a   b; c
+1000         137     132 42 Nov24 pts/0    01:02:03 sleep 1
+"""
+
+
+def test_a_table_of_ps() -> None:
+    first, second = listing.parse_table(TABLE)
+    assert first["command"] == "/bin/sh -c a   b; c"
+    assert second == {
+        "uid": 1000, "pid": 137, "ppid": 132, "cpu": 42, "started": "Nov24", "tty": "pts/0", "time": "01:02:03",
+        "command": "sleep 1",
+    }  # fmt: skip
+    assert listing.parse_table(TABLE.splitlines()[0]) == []
+
+
+def test_the_agents_own_table_can_be_read() -> None:
+    import os
+
+    (row,) = listing.parse_table(ps.table([os.getpid()]))
+    assert (row["pid"], row["ppid"], row["uid"]) == (os.getpid(), os.getppid(), os.geteuid())
+
+
+def sample(busy: int, memory: int = 4096, limit: int = (1 << 63) - 4096, pids: int = 3, most: int = 0) -> Any:
+    return agent_pb2.CgroupStats(
+        cpu_stats=agent_pb2.CpuStats(cpu_usage=agent_pb2.CpuUsage(total_usage=busy)),
+        memory_stats=agent_pb2.MemoryStats(usage=agent_pb2.MemoryData(usage=memory, limit=limit)),
+        pids_stats=agent_pb2.PidsStats(current=pids, limit=most),
+    )
+
+
+def test_usage_is_a_share_of_the_time_between_two_samples() -> None:
+    used = listing.usage("web", 10.0, sample(1_000_000_000), 12.0, sample(2_500_000_000))
+    assert used == {
+        "container": "web", "cpu_percent": 75.0, "cpu_seconds": 2.5, "memory": 4096, "memory_limit": None, "pids": 3,
+        "pids_limit": None,
+    }  # fmt: skip
+    assert tuple(used) == listing.USAGE
+    limited = listing.usage("web", 0.0, sample(0), 1.0, sample(0, limit=1 << 20, most=10))
+    assert (limited["memory_limit"], limited["pids_limit"]) == (1 << 20, 10)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("9", 9), ("KILL", 9), ("SIGkill", 9), ("usr1", signal.SIGUSR1), ("RTMIN+3", signal.SIGRTMIN + 3)],
+)
+def test_signals(text: str, number: int) -> None:
+    assert listing.signal_number(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "0", "65", "-1", "FOO", "SIG", "KILL+x", "1.5", "RTMAX+1"])
+def test_what_is_no_signal(text: str) -> None:
+    with pytest.raises(Mistake, match="is not a signal"):
+        listing.signal_number(text)
+
+
+class FakeAgent:
+    """Answers about some containers, and knows no others."""
+
+    def __init__(self, *containers: str, code: grpc.StatusCode = grpc.StatusCode.NOT_FOUND) -> None:
+        self.containers = containers
+        self.code = code
+        self.rpc = SimpleNamespace(ListProcesses=self.list_processes)
+
+    async def list_processes(self, request: Any) -> Any:
+        if request.container_id not in self.containers:
+            raise AgentError(self.code, f"Container {request.container_id} not found")
+        return agent_pb2.ListProcessesResponse(process_list=TABLE.encode())
+
+
+def ask(agent: Any, known: Known, container: str = "") -> list[str]:
+    return [one["container"] for one in asyncio.run(listing.processes(agent, known, container))]
+
+
+def test_containers_that_are_no_more_are_forgotten(tmp_path: Path) -> None:
+    known = Known(tmp_path / "containers")
+    assert known.names() == []
+    for name in ("web", "db", "gone"):
+        known.add(name, disk=f"disk-{name}")
+    assert ask(FakeAgent("web", "db"), known) == ["db", "web"]
+    assert known.names() == ["db", "web"]
+    assert known.about("web") == {"disk": "disk-web"}
+    assert known.about("gone") == {}
+    known.discard("web")
+    known.discard("web")
+    assert ask(FakeAgent("web", "db"), known) == ["db"]
+
+
+def test_one_that_was_asked_for_by_name_need_not_be_known_but_must_exist(tmp_path: Path) -> None:
+    known = Known(tmp_path / "containers")
+    assert ask(FakeAgent("web"), known, "web") == ["web"]
+    with pytest.raises(AgentError, match="db not found"):
+        ask(FakeAgent("web"), known, "db")
+
+
+def test_another_failure_forgets_nothing(tmp_path: Path) -> None:
+    known = Known(tmp_path / "containers")
+    known.add("web")
+    with pytest.raises(AgentError):
+        ask(FakeAgent(code=grpc.StatusCode.UNAVAILABLE), known)
+    assert known.names() == ["web"]
