@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None, limits: Limits | None = None) -> int
     """Run the device; returns the exit status: 0, 1 for a broken control socket, 2 for wrong arguments."""
     options = arguments(argv)
     limits = limits or Limits()
-    log = Log(f"vsock {options.cid}")
+    log = Log(f"vsock {options.cid}", limits.complaints)
     if sys.byteorder != "little":
         log("virtio is little-endian, this machine is not")
         return 2

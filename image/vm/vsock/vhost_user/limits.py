@@ -32,6 +32,8 @@ class Limits:
         self.linger = 600.0
         #: Before a listener that ran out of descriptors or connections looks again.
         self.pause = 0.1
+        #: Lines that may be complained at once; then one a second.
+        self.complaints = 20
 
 
 class Pool:

@@ -9,7 +9,7 @@ import time
 class Log:
     """Callable that writes a line.  A burst of ``burst`` lines, then one a second; what was left out is counted."""
 
-    def __init__(self, name: str, burst: int = 20) -> None:
+    def __init__(self, name: str, burst: int) -> None:
         self._name = name
         self._burst = float(burst)
         self._tokens = float(burst)

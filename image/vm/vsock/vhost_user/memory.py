@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import stat
 from collections.abc import Iterable, Sequence
 
 
@@ -46,8 +47,11 @@ class Memory:
         for (guest, size, user, offset), fd in zip(table, fds, strict=True):
             if size == 0 or guest + size > 1 << 64 or user + size > 1 << 64:
                 raise AddressError(f"memory region at {guest:#x} of {size:#x} bytes makes no sense")
-            held = os.fstat(fd).st_size
-            if held and offset + size > held:  # a page behind the end of the file would be SIGBUS
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise AddressError(f"memory region at {guest:#x} is not in a file")
+            held = status.st_size
+            if offset + size > held:  # a page behind the end of the file would be SIGBUS
                 raise AddressError(f"memory region at {guest:#x} ends at {offset + size:#x} in a file of {held:#x}")
             # From the file's start, as huge pages ask for aligned offsets.
             mapping = mmap.mmap(fd, offset + size)

@@ -144,8 +144,8 @@ class Ring:
         if wanted and self.call >= 0:
             try:
                 os.write(self.call, ONE)
-            except BlockingIOError:
-                pass  # the counter is full: as good as a signal
+            except OSError:
+                pass  # the counter is full: as good as a signal; or it is no eventfd, and nobody waits for one
 
     def ask_kick(self) -> bool:
         """Ask the driver for a kick when it adds a chain; True if one came meanwhile."""

@@ -185,11 +185,11 @@ class Session:
 
     def _set_call(self, message: Message) -> None:
         ring, fd = self._vring_fd(message)
-        ring.call = replace(ring.call, fd)
+        ring.call = replace(ring.call, patient(fd))
 
     def _set_error(self, message: Message) -> None:
         ring, fd = self._vring_fd(message)
-        ring.error = replace(ring.error, fd)
+        ring.error = replace(ring.error, patient(fd))
 
     def _enable(self, message: Message) -> None:
         number, enabled = message.unpack(STATE)
@@ -231,6 +231,13 @@ class Session:
         if ring.kick >= 0:
             self._loop.remove(ring.kick)
         ring.kick = replace(ring.kick, -1)
+
+
+def patient(fd: int) -> int:
+    """The descriptor, made so that no write to it waits.  QEMU's eventfds are like that already."""
+    if fd >= 0:
+        os.set_blocking(fd, False)
+    return fd
 
 
 def replace(old: int, new: int) -> int:

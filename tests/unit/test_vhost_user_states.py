@@ -1,0 +1,154 @@
+"""The vhost-user vsock device through very many states that no driver would make, beside connections that go on.
+
+100,000 of them (40 s) in CI, else a few; ``CAISSON_VSOCK_STATES`` says how many, ``CAISSON_VSOCK_SEED`` which.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import select
+import socket
+import struct
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from image.vm.vsock.vhost_user import protocol as p
+from tests.unit.fake_guest import Backend, Guest, Start, starter
+from tests.unit.hostile_guest import PORT, Hostile
+
+STATES = int(os.environ.get("CAISSON_VSOCK_STATES", "100000" if "CI" in os.environ else "10000"))
+SEED = int(os.environ.get("CAISSON_VSOCK_SEED", "6"))
+
+#: All that the device may have to say; anything else is a case that nobody thought of.
+COMPLAINTS = re.compile(
+    r"vsock 42: (the guest broke its (rx|tx) ring, the device is off until the guest restarts it: (rx|tx): .*"
+    r"|the guest broke a connection, its port \d+ to port \d+: .*"
+    r"|the guest sent a packet (from CID \d+ to CID \d+|shorter than its header)"
+    r"|the guest has too many connections: one to port \d+ refused"
+    r"|QEMU's request \d+ failed: .*)"
+)
+#: KiB that the device may have of its own; seconds of processor time that it may take for a state, at most.
+MEMORY = 24 << 10
+TIME = 0.01
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    with starter(tmp_path) as start:
+        yield start
+
+
+class Program:
+    """A program of the host that the guest may connect to: takes what comes, answers, hangs up."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(f"{backend.hybrid}_{PORT}")
+        self._listener.listen(64)
+        self._listener.setblocking(False)
+        self._socks: list[socket.socket] = []
+
+    def work(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except BlockingIOError:
+                break
+            with contextlib.suppress(OSError):  # the guest has broken it already
+                sock.send(b"hello")
+            self._socks.append(sock)
+        while len(self._socks) > 8:
+            self._socks.pop(0).close()
+
+    def close(self) -> None:
+        for sock in (*self._socks, self._listener):
+            sock.close()
+
+
+def unknown_complaints(backend: Backend) -> list[str]:
+    return [line for line in backend.lines().splitlines() if not COMPLAINTS.fullmatch(line)]
+
+
+def call(sock: socket.socket, backend: Backend) -> None:
+    with contextlib.suppress(BrokenPipeError):  # one ring is broken already
+        sock.connect(backend.raw)
+        sock.send(bytes(1000))
+
+
+def packets(backend: Backend, guest: Guest, hostile: Hostile, program: Program, count: int) -> None:
+    """Packets of nonsense, beside an honest connection that does not notice."""
+    guest.reboot()
+    guest.listen()
+    sock, stream = guest.pair()
+    guest.handler = lambda header: header[3] != stream.port or header[2] != stream.host_port
+    for number in range(count):
+        hostile.packet((stream.port, stream.host_port))
+        if number % 32 == 31:
+            guest.process()
+            program.work()
+            guest.echo(sock, stream)
+    guest.echo(sock, stream)
+    guest.handler = None
+    sock.close()
+
+
+def rings(backend: Backend, guest: Guest, hostile: Hostile, program: Program, count: int) -> None:
+    """Rings of nonsense; some with a program that wants to connect, some with another set of features."""
+    guest.pause()
+    features = hostile.chance.choice([-1, -1, ~p.F_EVENT_IDX, ~p.F_INDIRECT_DESC, p.F_VERSION_1])
+    guest.tell(p.SET_FEATURES, struct.pack("<Q", guest.features & features | p.F_PROTOCOL_FEATURES))
+    hostile.share_memory()
+    for number in (0, 1):
+        guest.tell(p.SET_VRING_ENABLE, struct.pack("<II", number, 1))
+    for number in range(count):
+        if number % 8 == 0:
+            with socket.socket(socket.AF_UNIX) as sock:
+                hostile.ring_state(partial(call, sock, backend))
+        else:
+            hostile.ring_state()
+        if number % 32 == 0:
+            program.work()
+    assert hostile.intact()
+
+
+def requests(backend: Backend, guest: Guest, hostile: Hostile, program: Program, count: int) -> None:
+    """Requests of nonsense on the control socket."""
+    for _ in range(count):
+        hostile.request()
+    guest.tell(p.SET_PROTOCOL_FEATURES, struct.pack("<Q", guest.ask_u64(p.GET_PROTOCOL_FEATURES)))
+    assert len(list(Path(f"/proc/{backend.process.pid}/fd").iterdir())) < 60, "descriptors that came along are closed"
+
+
+@pytest.mark.timeout(1800)
+def test_very_many_states(start: Start) -> None:
+    backend, guest = start(complaints=1e9, answer=0.5, close=0.5)
+    chance = random.Random(SEED)
+    hostile = Hostile(guest, chance)
+    program = Program(backend)
+    done = 0
+    while done < STATES:
+        before = backend.cpu()
+        for kind, count in ((packets, 200), (rings, 250), (requests, 50)):
+            kind(backend, guest, hostile, program, count)
+            done += count
+            assert backend.process.poll() is None
+        used = backend.cpu() - before
+        assert used < 500 * TIME, f"{used} s of processor time for 500 states; the seed is {SEED}"
+        assert backend.rss() < MEMORY
+    assert unknown_complaints(backend) == []
+    guest.reboot()
+    guest.listen()
+    sock, stream = guest.pair()
+    guest.echo(sock, stream)
+    before = backend.cpu()
+    assert select.select([sock], [], [], 0.5)[0] == []
+    assert backend.cpu() - before < 0.05, "all is quiet, and costs nothing"
+    hostile.close()
+    program.close()
+    sock.close()
