@@ -82,9 +82,12 @@ TO_BUILD = {
     "strip": "binutils",
     "zstd": "zstd",
 }
+#: And with a kernel from source.
+TO_COMPILE = {"flex": "flex libelf-dev", "bison": "bison", "bc": "bc", "xz": "xz-utils", "gcc": "gcc libc6-dev"}
 TO_BOOT = {"qemu-system-x86_64": "qemu-system-x86", "setpriv": "util-linux"}
 TO_TEST = (
     TO_BUILD
+    | TO_COMPILE
     | TO_BOOT
     | {"busybox": "busybox-static", "clang": "clang libclang-rt-dev", "cpio": "cpio", "ip": "iproute2"}
     | {"gcc": "gcc libc6-dev", "mke2fs": "e2fsprogs"}
@@ -192,23 +195,56 @@ def _image_directory(path: str, report: Callable[[str], None]) -> Path:
 
 
 @task(
+    iterable=["set"],
     help={
-        "definition": "the YAML definition (default: rootfs-templates/debian/image.yaml)",
+        "template": "what to build: debian, lean, systemd…, or a definition of your own (a file or its directory)",
         "suite": "another suite than the definition's, e.g. bookworm",
-    }
+        "set": "KEY=VALUE over the definition's, KEY+=VALUE adds to a list; may be repeated",
+        "dry-run": "print the whole definition and what each step would do; build nothing",
+        "settings": "print every setting with its type, default and meaning (with --json: the JSON schema)",
+        "json": "print JSON",
+    },
 )
 @command(failed=1)
-def build_image(_: Context, definition: str = "", suite: str = "") -> None:
+def build_image(
+    _: Context,
+    set: list[str],
+    template: str = "debian",
+    suite: str = "",
+    dry_run: bool = False,
+    settings: bool = False,
+    json: bool = False,
+) -> None:
     """Build a guest image: rootfs, kernel and agent; prints its directory.
 
-    Example: invoke build-image --suite bookworm
+    Examples: invoke build-image --template lean
+              invoke build-image --set packages+=strace --set limits.image="60 MB" --dry-run
     """
-    _need(TO_BUILD)
-    built = image.build(Path(definition) if definition else None, suite=suite or None, report=_say)
-    print(built.directory)
+    if settings:
+        print(_json(image.schema()) if json else "\n".join(image.describe()))
+        return
+    loaded = image.load(image.find(template), suite=suite or None, settings=set)
+    build = image.Build(loaded, report=_say)
+    if dry_run:
+        document, steps = image.plain(loaded.definition), build.plan()
+        print(
+            _json({"definition": document, "steps": [vars(step) for step in steps]})
+            if json
+            else image.planned(document, steps)
+        )
+        return
+    _need(TO_BUILD | (TO_COMPILE if loaded.definition.kernel.source else {}))
+    directory = build.image().directory
+    if json:
+        print(_json({"directory": str(directory), "steps": [vars(step) for step in build.done]}))
+        return
+    for line in image.summary(build.done):
+        _say(line)
+    print(directory)
 
 
 @task(
+    iterable=["share"],
     help={
         "name": "what to call the VM",
         "image": "directory of an image (default: the default image, built if need be)",
@@ -216,20 +252,26 @@ def build_image(_: Context, definition: str = "", suite: str = "") -> None:
         "vsock": "auto, vhost (the kernel's) or user (our own device)",
         "memory": "MiB",
         "cpus": "virtual CPUs",
+        "max-memory": "MiB that can be reached by plugging in",
+        "max-cpus": "virtual CPUs that can be reached by plugging in",
+        "share": "TAG=DIR or TAG=DIR:rw, a directory of this machine that the guest can mount by 9p; may be repeated",
         "append": "more of the kernel's command line, for example agent.log=debug",
         "detach": "leave it running in the background",
         "timeout": "seconds to wait for the agent (default: 60 with KVM, 240 with TCG)",
-    }
+    },
 )
 @command(failed=1)
 def boot_vm(
     _: Context,
+    share: list[str],
     name: str = DEFAULT_VM,
     image: str = "",
     accel: str = "auto",
     vsock: str = "auto",
     memory: int = 512,
     cpus: int = 1,
+    max_memory: int = 0,
+    max_cpus: int = 0,
     append: str = "",
     detach: bool = False,
     timeout: float = 0.0,
@@ -240,7 +282,10 @@ def boot_vm(
     """
     directory = _image_directory(image, _say)
     _need(TO_BOOT)
-    config = VMConfig(image=directory, name=name, accel=accel, vsock=vsock, memory=memory, cpus=cpus, append=append)
+    config = VMConfig(
+        image=directory, name=name, accel=accel, vsock=vsock, memory=memory, cpus=cpus, append=append,
+        max_memory=max_memory, max_cpus=max_cpus, shares=dict(_share(text) for text in share),
+    )  # fmt: skip
     console = None if detach else _console
     began = time.monotonic()
     with VM.start(config, ready=_answers, report=_say, console=console, timeout=timeout or None) as vm:
@@ -249,6 +294,13 @@ def boot_vm(
             vm.detach()
         else:
             vm.wait(_console)
+
+
+def _share(text: str) -> tuple[str, tuple[str, bool]]:
+    tag, equals, path = text.partition("=")
+    if not equals or not path:
+        raise Refused(f"--share takes TAG=DIR or TAG=DIR:rw, not {text!r}")
+    return tag, (path.removesuffix(":rw"), path.endswith(":rw"))
 
 
 def _console(data: bytes) -> None:

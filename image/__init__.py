@@ -6,19 +6,29 @@ jinja2 and YAML, when they are first asked for: a VM's supervisor and its vsock 
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from image.errors import ImageError
 
 if TYPE_CHECKING:
-    from image.builder import Image, build
+    from image.builder import Build, Image, build
+    from image.definition import find, load, schema
+    from image.manifest import plain
+    from image.summary import describe, planned, summary
 
-__all__ = ["Image", "ImageError", "build"]
+__all__ = ["Build", "Image", "ImageError", "build", "describe", "find", "load", "plain", "planned", "schema", "summary"]
+
+_FROM = {
+    "image.builder": ("Build", "Image", "build"),
+    "image.definition": ("find", "load", "schema"),
+    "image.manifest": ("plain",),
+    "image.summary": ("describe", "planned", "summary"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Image", "build"):
-        from image import builder
-
-        return getattr(builder, name)
+    for module, names in _FROM.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
     raise AttributeError(name)

@@ -2,36 +2,44 @@
 
 base        packages, wheels and container rootfs, pruned and compiled    (minutes old, or years: changes rarely)
 kernel      the kernel and its modules
-images      the whole image: base + kernel + agent + nsexec + manifest    (after every change of the agent: seconds)
+agent       the agent and nsexec, compiled for this guest                 (after every change of the agent: a second)
+images      the whole image: base + kernel + agent + the template's files + manifest
 """
 
 from __future__ import annotations
 
-import io
 import json
+import os
 import shutil
 import sys
 import tempfile
+import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from image import apt, initrd, manifest, rootfs
+from image import apt, kernelsource, manifest, pack, rootfs
 from image.cache import Cache, default_root, digest_of, digest_of_files
-from image.definition import DEFAULT, TEMPLATES, load
+from image.definition import DEFAULT, TEMPLATES, Loaded, load
 from image.errors import ImageError
 from image.fragments import Request, merge, parse
 from image.kernel import Kernel, Prebuilt
+from image.kernelsource import Compiled, SourcePackage, SourceTree
 from image.run import run
 
 ROOT = Path(__file__).resolve().parent.parent
 
 #: How many results of each step are kept; those used longest ago go when a new image is made.
-KEEP = {"images": 4, "base": 2, "kernel": 2}
+KEEP = {"images": 4, "agent": 4, "base": 4, "kernel": 4}
+
+#: The modules that decide what a step makes: a change of one is a change of what it makes.
+BASE_CODE = ("apt.py", "package.py", "rootfs.py")
+KERNEL_CODE = ("apt.py", "bzimage.py", "kernel.py", "package.py")
+COMPILED_CODE = ("kernelsource.py",)
 
 
 class SourcesChanged(ImageError):
@@ -40,7 +48,7 @@ class SourcesChanged(ImageError):
 
 @dataclass(frozen=True)
 class Image:
-    """A built image: ``directory`` holds the kernel, the initrd and image.json."""
+    """A built image: ``directory`` holds the kernel, the root and image.json."""
 
     directory: Path
     manifest: dict[str, Any]
@@ -57,10 +65,22 @@ class Image:
         return cls(directory.resolve(), document)
 
 
+@dataclass(frozen=True)
+class Done:
+    """What became of a step: ``seconds`` it took, and the ``bytes`` of its result."""
+
+    step: str
+    key: str
+    cached: bool
+    seconds: float
+    bytes: int
+
+
 def build(
     definition: Path | None = None,
     *,
     suite: str | None = None,
+    settings: Sequence[str] = (),
     cache: Cache | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Image:
@@ -69,7 +89,8 @@ def build(
     ``report`` gets a line for each step that takes time.  Raises ImageError; whatever happens, the cache holds only
     whole results.
     """
-    return _Build(definition or DEFAULT, suite, cache or Cache(default_root()), report).image()
+    loaded = load(definition or DEFAULT, suite=suite, settings=settings)
+    return Build(loaded, cache, report).image()
 
 
 def agent_files() -> list[Path]:
@@ -91,45 +112,75 @@ def agent_version() -> str:
     return str(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"])
 
 
-class _Build:
-    def __init__(self, file: Path, suite: str | None, cache: Cache, report: Callable[[str], None]) -> None:
-        self.definition, self.template = load(file, suite=suite)
-        self.cache = cache
+class Build:
+    """The steps of one definition.  ``done`` tells what became of those that were taken."""
+
+    def __init__(
+        self, loaded: Loaded, cache: Cache | None = None, report: Callable[[str], None] = lambda line: None
+    ) -> None:
+        self.loaded = loaded
+        self.definition = loaded.definition
+        self.cache = cache or Cache(default_root())
         self.report = report
-        self.fragment_files = [TEMPLATES / "kernel" / f"{name}.conf" for name in self.definition.kernel.fragments]
-        self.requests: list[Request] = merge(parse(file) for file in self.fragment_files)
-        # What the steps do is in these modules; a change there is a change of what they make.
-        builder = sorted((ROOT / "image").glob("*.py"))
-        self.builder = digest_of_files(ROOT, builder)
-        self.files = [file for file in (self.template / "files").rglob("*.j2") if file.is_file()]
+        self.done: list[Done] = []
+        self.requests: list[Request] = merge(parse(self._fragment(name)) for name in self.definition.kernel.fragments)
         self._apt: apt.Apt | None = None
 
     def image(self) -> Image:
-        directory = self.cache.get("images", self.key())
-        if directory is None:
-            try:
-                directory = self._made()
-            except SourcesChanged:  # what takes long is in the cache by now
-                directory = self._made()
+        """The image.  Raises ImageError."""
+        try:
+            directory = self._step("images", self.key(), self._make_image)
+        except SourcesChanged:  # what takes long is in the cache by now
+            directory = self._step("images", self.key(), self._make_image)
+        if not self.done[-1].cached:
             for step, keep in KEEP.items():
                 self.cache.trim(step, keep)
         return Image.load(directory)
 
-    def _made(self) -> Path:
-        key = self.key()
-        return self.cache.get_or_make("images", key, lambda target: self._make_image(key, target))
+    def plan(self) -> list[Done]:
+        """Each step with its key and whether it is in the cache; nothing is made."""
+        keys = {"base": self.base_key(), "kernel": self.kernel_key(), "agent": self.agent_key(), "images": self.key()}
+        return [Done(step, key, self.cache.get(step, key) is not None, 0.0, 0) for step, key in keys.items()]
+
+    def _step(self, step: str, key: str, make: Callable[[Path], None]) -> Path:
+        began = time.monotonic()
+        cached = self.cache.get(step, key) is not None
+        result = self.cache.get_or_make(step, key, make)
+        self.done.append(Done(step, key, cached, time.monotonic() - began, _size(result)))
+        return result
 
     def key(self) -> str:
         """The digest of all that goes into the image."""
-        nsexec = [path for path in (ROOT / "agent/nsexec").iterdir() if path.is_file()]
         return digest_of(
-            "image", asdict(self.definition), self.base_key(), self.kernel_key(), agent_version(),
-            digest_of_files(ROOT, agent_files()),
-            digest_of_files(ROOT, nsexec),
-            digest_of_files(self.template, self.files),
+            "image", manifest.plain(self.definition), self.base_key(), self.kernel_key(), self.agent_key(),
+            _code(path.name for path in (ROOT / "image").glob("*.py")),
+            [[name, digest_of_files(source.parent, [source])] for name, source in self._own_files()],
+            [digest_of_files(hook.parent, [hook]) for hook in self._hooks()],
         )  # fmt: skip
 
-    def apt(self) -> apt.Apt:
+    def base_key(self) -> str:
+        """The digest of what the packages' part is made of."""
+        d = manifest.plain(self.definition)
+        names = ("suite", "arch", "python", "packages", "wheels", "busybox", "sources", "prune", "keep", "init")
+        etc = list((TEMPLATES / "busybox/etc").iterdir())
+        return digest_of("base", {name: d[name] for name in names}, _code(BASE_CODE), digest_of_files(TEMPLATES, etc))
+
+    def kernel_key(self) -> str:
+        """The digest of what decides the kernel.  A package's newest version is taken once, and then kept."""
+        d = self.definition
+        requests = [asdict(request) for request in self.requests]
+        if d.kernel.source:
+            source = self._kernel_source().key(), kernelsource.compiler_version()
+            return digest_of("compiled", d.arch, source, requests, _code(COMPILED_CODE))
+        return digest_of("kernel", d.suite, d.arch, d.kernel.package, requests, _code(KERNEL_CODE))
+
+    def agent_key(self) -> str:
+        """The digest of the agent's sources, and of the interpreter that compiles them."""
+        nsexec = [path for path in (ROOT / "agent/nsexec").iterdir() if path.is_file()]
+        sources = digest_of_files(ROOT, agent_files()), digest_of_files(ROOT, nsexec)
+        return digest_of("agent", agent_version(), self.base_key(), sources)
+
+    def _apt_of_suite(self) -> apt.Apt:
         """apt for the suite, with a fresh index."""
         if self._apt is None:
             d = self.definition
@@ -138,29 +189,32 @@ class _Build:
             self._apt.update()
         return self._apt
 
-    def base_key(self) -> str:
-        d = asdict(self.definition)
-        inputs = {
-            name: d[name]
-            for name in ("suite", "arch", "python", "packages", "wheels", "busybox", "sources", "prune", "keep")
-        }
-        etc = list((TEMPLATES / "busybox/etc").iterdir())
-        return digest_of("base", inputs, self.builder, digest_of_files(TEMPLATES, etc))
+    def _fragment(self, name: str) -> Path:
+        return self.loaded.beside(name) if name.endswith(".conf") else TEMPLATES / "kernel" / f"{name}.conf"
 
-    def kernel_key(self) -> str:
-        d = self.definition
-        requests = [asdict(request) for request in self.requests]
-        return digest_of("kernel", d.suite, d.arch, d.kernel.package, requests, self.builder)
+    def _hooks(self) -> list[Path]:
+        return [self.loaded.beside(name) for name in self.definition.hooks]
+
+    def _own_files(self) -> list[tuple[str, Path]]:
+        """What the templates put into the guest: (path in it, file); the last template to name a path wins."""
+        found = {}
+        for template in self.loaded.templates:
+            for file in sorted((template / "files").rglob("*")):
+                if file.is_file():
+                    found[str(file.relative_to(template / "files")).removesuffix(".j2")] = file
+        found |= {name.lstrip("/"): self.loaded.beside(file) for name, file in self.definition.files.items()}
+        return sorted(found.items())
 
     def base(self) -> Path:
-        return self.cache.get_or_make("base", self.base_key(), self._make_base)
+        """The tree of packages, wheels and container rootfs."""
+        return self._step("base", self.base_key(), self._make_base)
 
     def _make_base(self, target: Path) -> None:
         d = self.definition
         self.report(f"fetching packages of {d.suite}")
         tree = target / "tree"
         rootfs.skeleton(tree)
-        debs = self.apt().fetch_all(d.packages)
+        debs = self._apt_of_suite().fetch_all(d.packages)
         apt.extract(debs, tree)
         self.report("fetching wheels")
         wheels = rootfs.fetch_wheels(Path(sys.executable), d, target / "wheels")
@@ -172,7 +226,7 @@ class _Build:
         rootfs.strip(tree)
         for place in (f"usr/lib/python{d.python}", rootfs.HOME):
             rootfs.compile_python(tree, d, tree / place, prefix=tree)
-        busybox = self.apt().fetch([d.busybox])
+        busybox = self._apt_of_suite().fetch([d.busybox])
         with tempfile.TemporaryDirectory(dir=target) as scratch:
             apt.extract(busybox, Path(scratch))
             container = tree / rootfs.HOME / "containers/busybox"
@@ -181,55 +235,100 @@ class _Build:
         (target / "packages.json").write_text(json.dumps(records))
 
     def kernel(self) -> Kernel:
-        return Kernel.load(self.cache.get_or_make("kernel", self.kernel_key(), self._make_kernel))
+        """The kernel with the modules that the fragments name."""
+        return Kernel.load(self._step("kernel", self.kernel_key(), self._make_kernel))
 
     def _make_kernel(self, target: Path) -> None:
-        self.report(f"fetching {self.definition.kernel.package}")
-        Prebuilt(self.apt(), self.definition.kernel.package).make(target, self.requests)
+        kernel = self.definition.kernel
+        if kernel.source:
+            Compiled(self._kernel_source(), self.definition.arch, self.report).make(target, self.requests)
+        else:
+            self.report(f"fetching {kernel.package}")
+            Prebuilt(self._apt_of_suite(), kernel.package).make(target, self.requests)
 
-    def _make_image(self, key: str, target: Path) -> None:
-        d = self.definition
-        base, kernel = self.base(), self.kernel()
-        self.report("packing the image")
-        with tempfile.TemporaryDirectory(dir=target) as scratch:
-            layer = Path(scratch)
-            self._make_layer(layer)
-            packages = [*json.loads((base / "packages.json").read_text()), *kernel.packages]
-            document = manifest.contents(d, key, kernel, packages, agent_version())
-            manifest.write(document, layer / rootfs.HOME / "image.json")
-            place = layer / "usr/lib/modules"
-            place.mkdir(parents=True)
-            for file in (kernel.directory / "modules").iterdir():
-                shutil.copy(file, place / file.name)
-            lines = [
-                " ".join([name, *(f"/lib/modules/{file}" for file in files)]) for name, files in kernel.later.items()
-            ]
-            (place / "caisson.later").write_text("".join(f"{line}\n" for line in lines))
-            (place / "caisson.list").write_text("".join(f"/lib/modules/{name}\n" for name in kernel.modules))
-            archive = io.BytesIO()
-            initrd.write_cpio(archive, initrd.overlaid([base / "tree", layer], [initrd.CONSOLE]))
-        packed = initrd.pack(archive.getvalue(), d.compression)
-        (target / "initrd.img").write_bytes(packed)
-        (target / "vmlinux").hardlink_to(kernel.file)
-        manifest.write(manifest.with_initrd(document, packed, d.compression), target / "image.json")
-        if self.key() != key:
-            raise SourcesChanged("the agent's sources changed while the image was built from them; build it again")
+    def _kernel_source(self) -> SourcePackage | SourceTree:
+        source = self.definition.kernel.source
+        if "/" in source:
+            return SourceTree(Path(source).expanduser().resolve())
+        return SourcePackage(self._apt_of_suite, source)
 
-    def _make_layer(self, layer: Path) -> None:
-        """What changes with our own sources: the agent, nsexec, and the template's files."""
-        d = self.definition
-        home = layer / rootfs.HOME
+    def agent(self, base: Path) -> Path:
+        """The layer of our own sources: the agent's byte code, and nsexec."""
+        return self._step("agent", self.agent_key(), lambda target: self._make_agent(base, target))
+
+    def _make_agent(self, base: Path, target: Path) -> None:
+        self.report("compiling the agent")
+        key = self.agent_key()
+        home = target / rootfs.HOME
         for source in agent_files():
             place = home / source.relative_to(ROOT)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, place)
-        rootfs.compile_python(self.base() / "tree", d, home, prefix=layer)
-        run(["make", "-s", "-C", ROOT / "agent/nsexec", f"BUILD={layer / 'build'}"])
-        shutil.move(layer / "build/nsexec", home / "nsexec")
-        shutil.rmtree(layer / "build")
-        for source in self.files:
-            text = jinja2.Template(source.read_text(), undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-            place = layer / source.relative_to(self.template / "files").with_suffix("")
+        rootfs.compile_python(base / "tree", self.definition, home, prefix=target)
+        run(["make", "-s", "-C", ROOT / "agent/nsexec", f"BUILD={target / 'build'}"])
+        shutil.move(target / "build/nsexec", home / "nsexec")
+        shutil.rmtree(target / "build")
+        if self.agent_key() != key:
+            raise SourcesChanged("the agent's sources changed while they were compiled; build it again")
+
+    def _make_image(self, target: Path) -> None:
+        d = self.definition
+        base, kernel = self.base(), self.kernel()
+        agent = self.agent(base)
+        pack.check_kernel(d, kernel)
+        self.report("packing the image")
+        with tempfile.TemporaryDirectory(dir=target) as scratch:
+            layer = Path(scratch)
+            packages = [*json.loads((base / "packages.json").read_text()), *kernel.packages]
+            document = manifest.contents(d, self.key(), kernel, packages, agent_version())
+            (layer / rootfs.HOME).mkdir(parents=True)
+            manifest.write(document, layer / rootfs.HOME / "image.json")
+            self._render_files(layer)
+            kernel.put_modules(layer / "usr/lib/modules")
+            trees = [base / "tree", agent, layer]
+            if d.hooks:
+                trees = [self._hooked(trees, Path(scratch + ".hooked"))]
+            root = pack.root(d, trees, kernel, target)
+            if d.hooks:
+                shutil.rmtree(trees[0])
+        for name in ("vmlinux", "bzImage"):
+            if (kernel.directory / name).is_file():
+                (target / name).hardlink_to(kernel.directory / name)
+        manifest.write(document | {"root": root}, target / "image.json")
+
+    def _hooked(self, trees: Iterable[Path], whole: Path) -> Path:
+        """All layers as one tree, after the hooks have changed it."""
+        for tree in trees:
+            shutil.copytree(tree, whole, symlinks=True, dirs_exist_ok=True)
+        for hook in self._hooks():
+            self.report(f"running {hook.name}")
+            run([hook, whole], cwd=hook.parent)
+        return whole
+
+    def _render_files(self, layer: Path) -> None:
+        """The templates' own files: *.j2 are rendered with the definition, others are taken as they are."""
+        values = manifest.plain(self.definition)
+        for name, source in self._own_files():
+            place = layer / name
             place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_text(text.render(asdict(d)))
-            place.chmod(0o755 if place.read_text().startswith("#!") else 0o644)
+            if source.suffix == ".j2":
+                text = jinja2.Template(source.read_text(), undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+                place.write_text(text.render(values))
+            else:
+                shutil.copyfile(source, place)
+            with place.open("rb") as start:
+                script = start.read(2) == b"#!"
+            place.chmod(0o755 if script or os.access(source, os.X_OK) else 0o644)
+
+
+def _code(names: Iterable[str]) -> str:
+    return digest_of_files(ROOT / "image", [ROOT / "image" / name for name in names])
+
+
+def _size(result: Path) -> int:
+    """Bytes of all files in a result."""
+    return sum(
+        os.lstat(os.path.join(directory, name)).st_size  # noqa: PTH118 - thousands of files
+        for directory, _, names in os.walk(result)
+        for name in names
+    )

@@ -1,21 +1,22 @@
 """Results of build steps, kept by the digest of what went into them.
 
 <root>/<step>/<key>/        a finished result: it appears by rename, so whatever is there is whole
-<root>/<step>/.lock         held while one is being made; a second builder waits and then finds it
-<root>/<step>/.making-*     being made; left only by a build that was killed, and removed by the next one
+<root>/<step>/.lock-<key>   held while one is being made; a second builder of the same waits and then finds it
+<root>/<step>/.making-<key> being made; left only by a build that was killed, and removed by the next one
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from image.errors import ImageError
 
@@ -67,44 +68,62 @@ class Cache:
         found = self.get(step, key)
         if found is not None:
             return found
-        with self._locked(step):
+        with self._locked(step, key):
             found = self.get(step, key)  # by whoever held the lock before
             if found is not None:
                 return found
-            place = self.root / step
-            for left in place.glob(".making-*"):
-                shutil.rmtree(left, ignore_errors=True)
-            making = Path(tempfile.mkdtemp(prefix=".making-", dir=place))
+            making = self.root / step / f".making-{key}"
             try:
+                shutil.rmtree(making, ignore_errors=True)
+                making.mkdir()
                 making.chmod(0o755)
                 make(making)
                 (making / ".used").touch()
-                making.rename(place / key)
+                making.rename(self.root / step / key)
             except BaseException as error:
                 shutil.rmtree(making, ignore_errors=True)
                 if isinstance(error, OSError):
                     raise ImageError(f"{step}: {error}") from error
                 raise
-        return place / key
+        return self.root / step / key
 
     def trim(self, step: str, keep: int) -> None:
-        """Forget all but the results of a step that were used last."""
-        with self._locked(step):
-            results = [path for path in (self.root / step).iterdir() if not path.name.startswith(".")]
-            for old in sorted(results, key=_last_use, reverse=True)[keep:]:
-                shutil.rmtree(old, ignore_errors=True)
+        """Forget all but the results of a step that were used last, and what killed builds have left."""
+        place = self.root / step
+        results = [path for path in place.iterdir() if not path.name.startswith(".")]
+        for old in sorted(results, key=_last_use, reverse=True)[keep:]:
+            shutil.rmtree(old, ignore_errors=True)
+        for lock in place.glob(".lock-*"):
+            key = lock.name.removeprefix(".lock-")
+            with contextlib.suppress(BlockingIOError), self._locked(step, key, wait=False):
+                shutil.rmtree(place / f".making-{key}", ignore_errors=True)
+                lock.unlink(missing_ok=True)
 
     @contextmanager
-    def _locked(self, step: str) -> Iterator[None]:
+    def _locked(self, step: str, key: str, *, wait: bool = True) -> Iterator[None]:
         place = self.root / step
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-            lock = (place / ".lock").open("w")
-        except OSError as error:
-            raise ImageError(f"the cache {self.root} is not usable: {error}; CAISSON_CACHE names another") from error
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        file = place / f".lock-{key}"
+        while True:
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+                lock = file.open("w")
+            except OSError as error:
+                raise ImageError(
+                    f"the cache {self.root} is not usable: {error}; CAISSON_CACHE names another"
+                ) from error
+            with lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                if _is_still(lock, file):
+                    yield
+                    return
+
+
+def _is_still(lock: IO[str], file: Path) -> bool:
+    """Whether an open file is what its name leads to: trim() removes locks that nobody holds."""
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), file.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _last_use(result: Path) -> float:

@@ -1,18 +1,20 @@
-"""The image definition: a YAML file, rendered by jinja2, then checked into a frozen Definition."""
+"""The image definition: YAML, rendered by jinja2, laid over what it extends, then checked into a frozen Definition."""
 
 from __future__ import annotations
 
-import difflib
 import platform
-from dataclasses import MISSING, dataclass, fields
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import yaml
 
-from image.errors import ImageError
+from image import settings as declared
 from image.initrd import COMPRESSORS
+from image.settings import DefinitionError, checked, merged, override, section, setting
 
 TEMPLATES = Path(__file__).resolve().parent.parent / "rootfs-templates"
 DEFAULT = TEMPLATES / "debian" / "image.yaml"
@@ -21,41 +23,84 @@ DEFAULT_SUITE = "trixie"
 #: Debian's names for what `uname -m` says.
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
+#: How the guest's root may be packed; all but the first are disks.
+FORMATS = ("initrd", "erofs", "erofs-lz4hc", "squashfs", "ext4")
 
-class DefinitionError(ImageError):
-    """A definition says something that is not understood; the text names the file, the key and what would be right."""
+#: Bytes in a unit of a limit.
+UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 @dataclass(frozen=True)
 class KernelDefinition:
-    """``kernel``: the package that brings it, and the fragments that it must satisfy."""
+    """``kernel``: the fragments that it must satisfy, and where it comes from."""
 
-    package: str
-    fragments: tuple[str, ...]
+    fragments: tuple[str, ...] = setting("what is asked of it: names of rootfs-templates/kernel/*.conf, or paths")
+    package: str = setting("a package that brings it ready to boot", default="")
+    source: str = setting("or a package with its source, or a directory, from which it is compiled", default="")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """``limits``: sizes like 24 MB; a build that exceeds one fails, and names the largest files."""
+
+    image: str = setting("of the packed root", default="")
+    tree: str = setting("of all files in it, unpacked", default="")
+    kernel: str = setting("of the compressed kernel", default="")
+
+    def bytes_of(self, name: str) -> int | None:
+        """A limit in bytes, or None where there is none.  Raises DefinitionError for what is no size."""
+        text = getattr(self, name)
+        if not text:
+            return None
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(kB|MB|GB|)", text)
+        if not found:
+            raise DefinitionError(f"limits.{name} is a size like 24 MB, not {text!r}")
+        return int(float(found[1]) * UNITS[found[2]])
 
 
 @dataclass(frozen=True)
 class Definition:
-    """What an image is made of; the comments in rootfs-templates/debian/image.yaml say what each key means."""
+    """What an image is made of; rootfs-templates/debian/image.yaml shows each key with its reasons."""
 
-    name: str
-    suite: str
-    arch: str
-    python: str
-    packages: tuple[str, ...]
-    wheels: tuple[str, ...]
-    busybox: str
-    kernel: KernelDefinition
-    compression: str
-    cmdline: str
-    sources: bool = False
-    prune: tuple[str, ...] = ()
-    keep: tuple[str, ...] = ()
+    name: str = setting("what the image is called")
+    suite: str = setting("the distribution's release")
+    arch: str = setting("the machine's architecture, in Debian's words")
+    python: str = setting("the version of the guest's interpreter, for example 3.13")
+    packages: tuple[str, ...] = setting("unpacked with all that they depend on")
+    wheels: tuple[str, ...] = setting("from PyPI, pinned, for the guest's interpreter")
+    busybox: str = setting("the package with a static busybox, for the container rootfs of `invoke exec`")
+    kernel: KernelDefinition = section(KernelDefinition, "the kernel")
+    cmdline: str = setting("the kernel's command line, less what the machine adds")
+    init: str = setting("who is process 1", default="agent", choices=("agent", "systemd"))
+    format: str = setting("how the root is packed", default="initrd", choices=FORMATS)
+    compression: str = setting("of an initrd", default="none", choices=tuple(COMPRESSORS))
+    verity: bool = setting("check every block of a disk's root against a hash tree (dm-verity)", default=False)
+    files: Mapping[str, str] = setting("more files: path in the guest → path beside the definition", default={})
+    hooks: tuple[str, ...] = setting("programs beside the definition, run with the tree as their argument", default=())
+    limits: Limits = section(Limits, "sizes that must not be exceeded")
+    sources: bool = setting("keep Python sources beside the byte code", default=False)
+    prune: tuple[str, ...] = setting("paths in the guest, as shell patterns, that are removed again", default=())
+    keep: tuple[str, ...] = setting("exceptions from prune, and libraries that are loaded by name", default=())
 
     @property
     def triplet(self) -> str:
         """The directory of libraries below /usr/lib."""
         return {"amd64": "x86_64-linux-gnu", "arm64": "aarch64-linux-gnu"}[self.arch]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A definition with the directories of the files that it was read from, what is extended first."""
+
+    definition: Definition
+    templates: tuple[Path, ...]
+
+    def beside(self, name: str) -> Path:
+        """A file that a definition names: the last template that has it wins.  Raises DefinitionError."""
+        for place in reversed(self.templates):
+            if (place / name).exists():
+                return place / name
+        raise DefinitionError(f"{name} is not in {' or '.join(map(str, self.templates))}")
 
 
 def host_architecture() -> str:
@@ -66,11 +111,55 @@ def host_architecture() -> str:
     return ARCHITECTURES[machine]
 
 
-def load(file: Path = DEFAULT, *, suite: str | None = None) -> tuple[Definition, Path]:
-    """Read a definition; returns it with the template directory it is in.  Raises DefinitionError."""
+def schema() -> dict[str, Any]:
+    """The JSON schema of a definition (after jinja2, and with what it extends laid under it)."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | declared.schema(Definition)
+
+
+def find(name: str) -> Path:
+    """The definition that a user names: a template of ours, a directory with an image.yaml, or a file.
+
+    Raises DefinitionError.
+    """
+    ours = {file.parent.name: file for file in TEMPLATES.glob("*/image.yaml")}
+    if name in ours:
+        return ours[name]
+    for file in (Path(name), Path(name) / "image.yaml"):
+        if file.is_file():
+            return file
+    raise DefinitionError(
+        f"there is no template {name!r}: it is a file, a directory, or one of {', '.join(sorted(ours))}"
+    )
+
+
+def load(file: Path = DEFAULT, *, suite: str | None = None, settings: Sequence[str] = ()) -> Loaded:
+    """Read a definition; ``settings`` are like KEY=VALUE and win over the file.  Raises DefinitionError."""
+    document, templates = _read(file, suite or DEFAULT_SUITE, ())
+    for assignment in settings:
+        document = merged(document, override(assignment))
+    where = str(file)
+    definition: Definition = checked(Definition, document, where)
+    if bool(definition.kernel.package) == bool(definition.kernel.source):
+        raise DefinitionError(f"{file}: a kernel has either a package or a source; name one, and not both")
+    if definition.arch != (arch := host_architecture()):
+        raise DefinitionError(f"{file}: arch is {definition.arch!r}, but this machine makes images for {arch}")
+    if suite and definition.suite != suite:
+        raise DefinitionError(f"{file}: its suite is fixed to {definition.suite}; `{{{{ suite }}}}` would take {suite}")
+    if definition.verity and definition.format == "initrd":
+        raise DefinitionError(f"{file}: verity checks a disk; choose a format of {', '.join(FORMATS[1:])}")
+    for name in ("image", "tree", "kernel"):
+        definition.limits.bytes_of(name)
+    return Loaded(definition, templates)
+
+
+def _read(file: Path, suite: str, below: tuple[Path, ...]) -> tuple[dict[str, Any], tuple[Path, ...]]:
+    """A file's mapping over that of the template it extends, and the directories of both."""
+    file = file.resolve()
+    if file in below:
+        raise DefinitionError(f"{file} extends itself, by {' → '.join(map(str, below))}")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
     try:
-        text = environment.from_string(file.read_text()).render(suite=suite or DEFAULT_SUITE, arch=host_architecture())
+        text = environment.from_string(file.read_text()).render(suite=suite, arch=host_architecture())
         document = yaml.safe_load(text)
     except OSError as error:
         raise DefinitionError(f"the definition cannot be read: {error}") from error
@@ -79,39 +168,11 @@ def load(file: Path = DEFAULT, *, suite: str | None = None) -> tuple[Definition,
         raise DefinitionError(f"{file}: {error}{known}") from error
     except yaml.YAMLError as error:
         raise DefinitionError(f"{file}: {error}") from error
-    values = _checked(Definition, document, str(file), "")
-    values["kernel"] = KernelDefinition(**_checked(KernelDefinition, values["kernel"], str(file), "kernel."))
-    if values["compression"] not in COMPRESSORS:
-        raise DefinitionError(f"{file}: compression is one of {', '.join(COMPRESSORS)}, not {values['compression']!r}")
-    if values["arch"] != (arch := host_architecture()):
-        raise DefinitionError(f"{file}: arch is {values['arch']!r}, but this machine makes images for {arch}")
-    if suite and values["suite"] != suite:
-        raise DefinitionError(f"{file}: its suite is fixed to {values['suite']}; `{{{{ suite }}}}` would take {suite}")
-    return Definition(**values), file.parent
-
-
-def _checked(kind: type, document: object, file: str, prefix: str) -> dict[str, Any]:
-    """The keys of a mapping against a dataclass's fields: names, presence and types."""
     if not isinstance(document, dict):
-        raise DefinitionError(f"{file}: {prefix.rstrip('.') or 'the definition'} must be a mapping")
-    known = {field.name: field for field in fields(kind)}
-    values: dict[str, Any] = {}
-    for key, value in document.items():
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known are: {', '.join(known)}"
-            raise DefinitionError(f"{file}: {prefix}{key} is not a key of a definition{hint}")
-        wanted = str(known[key].type)
-        if wanted.startswith("tuple"):
-            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-                raise DefinitionError(f"{file}: {prefix}{key} must be a list of strings, not {value!r}")
-            value = tuple(value)
-        elif wanted == "str" and not isinstance(value, str):
-            raise DefinitionError(f"{file}: {prefix}{key} must be a string, not {value!r}; quotes make it one")
-        elif wanted == "bool" and not isinstance(value, bool):
-            raise DefinitionError(f"{file}: {prefix}{key} must be true or false, not {value!r}")
-        values[key] = value
-    for name, field in known.items():
-        if name not in values and field.default is MISSING:
-            raise DefinitionError(f"{file}: {prefix}{name} is missing")
-    return values
+        raise DefinitionError(f"{file}: the definition must be a mapping")
+    parent = document.pop("extends", None)
+    if parent is None:
+        return document, (file.parent,)
+    beside = file.parent / str(parent)
+    base, templates = _read(find(str(beside if beside.exists() else parent)), suite, (*below, file))
+    return merged(base, document), (*templates, file.parent)

@@ -44,6 +44,20 @@ class Kernel:
         """What QEMU boots."""
         return self.directory / "vmlinux"
 
+    def config(self) -> dict[str, str]:
+        """Its configuration: the symbols that have a value."""
+        return fragments.parse_config((self.directory / "config").read_text())
+
+    def put_modules(self, place: Path) -> None:
+        """Write its modules into a guest's tree, with the lists that the agent loads them by."""
+        place.mkdir(parents=True)
+        for file in (self.directory / "modules").iterdir():
+            shutil.copy(file, place / file.name)
+        paths = {name: [f"/lib/modules/{file}" for file in files] for name, files in self.later.items()}
+        lines = [" ".join([name, *files]) for name, files in paths.items()]
+        (place / "caisson.later").write_text("".join(f"{line}\n" for line in lines))
+        (place / "caisson.list").write_text("".join(f"/lib/modules/{name}\n" for name in self.modules))
+
     @classmethod
     def load(cls, directory: Path) -> Kernel:
         """A kernel that was made before."""
@@ -78,6 +92,7 @@ class Prebuilt:
         with contextlib.suppress(bzimage.NotUsable):  # other architectures boot what is there
             image = bzimage.extract(image)
         (target / "vmlinux").write_bytes(image)
+        shutil.copyfile(config, target / "config")
         (target / "modules").mkdir()
         # /lib is a link to /usr/lib in a guest, and newer packages know that.
         place = next(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,20 @@ from image.definition import Definition
 from image.kernel import Kernel
 from image.rootfs import HOME
 
-FORMAT = 1
+FORMAT = 2
+
+
+def plain(definition: Definition) -> dict[str, Any]:
+    """A definition as JSON values."""
+
+    def value(item: Any) -> Any:
+        if dataclasses.is_dataclass(item):
+            return {field.name: value(getattr(item, field.name)) for field in dataclasses.fields(item)}
+        if isinstance(item, Mapping):
+            return dict(item)
+        return list(item) if isinstance(item, tuple) else item
+
+    return dict(value(definition))
 
 
 def contents(
@@ -24,7 +39,7 @@ def contents(
         "key": key,
         "suite": definition.suite,
         "arch": definition.arch,
-        "init": "agent",
+        "init": definition.init,
         "cmdline": definition.cmdline,
         "agent": {"version": agent},
         "kernel": {
@@ -38,17 +53,6 @@ def contents(
         "packages": sorted(packages, key=lambda package: (package["type"], package["name"])),
         "containers": {"busybox": f"/{HOME}/containers/busybox"},
     }
-
-
-def with_initrd(document: dict[str, Any], initrd: bytes, compression: str) -> dict[str, Any]:
-    """The document that stands beside the image: with the initrd, too."""
-    entry = {
-        "file": "initrd.img",
-        "compression": compression,
-        "bytes": len(initrd),
-        "sha256": hashlib.sha256(initrd).hexdigest(),
-    }
-    return document | {"initrd": entry}
 
 
 def write(document: dict[str, Any], file: Path) -> None:

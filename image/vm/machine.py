@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import select
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -36,9 +37,17 @@ ASKING = 0.02
 STOPPING = 20.0
 
 
+#: What a share may be called: QEMU and the guest's kernel know it by that.
+TAG = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,30}")
+
+
 @dataclass(frozen=True)
 class VMConfig:
-    """What to boot and how: ``image`` is an image's directory, ``memory`` in MiB, ``append`` for the kernel."""
+    """What to boot and how: ``image`` is an image's directory, ``memory`` in MiB, ``append`` for the kernel.
+
+    ``max_memory`` and ``max_cpus`` are what image.vm.plug can reach (0: nothing can be plugged in); ``shares`` are
+    directories of the host, by tag, with whether the guest may write to them.
+    """
 
     image: Path
     name: str = "default"
@@ -47,12 +56,24 @@ class VMConfig:
     memory: int = 512
     cpus: int = 1
     append: str = ""
+    max_memory: int = 0
+    max_cpus: int = 0
+    shares: Mapping[str, tuple[str, bool]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.memory < 128:
             raise VMError(f"--memory is in MiB, at least 128; {self.memory} is too little for a guest")
         if not 1 <= self.cpus <= 255:
             raise VMError(f"--cpus is 1 to 255, not {self.cpus}")
+        if self.max_cpus and not self.cpus <= self.max_cpus <= 255:
+            raise VMError(f"--max-cpus is {self.cpus} (--cpus) to 255, not {self.max_cpus}")
+        if self.max_memory and self.max_memory < self.memory:
+            raise VMError(f"--max-memory is in MiB, at least {self.memory} (--memory), not {self.max_memory}")
+        for tag, (path, _) in self.shares.items():
+            if not TAG.fullmatch(tag):
+                raise VMError(f"a share's tag is up to 31 letters, digits, - and _, not {tag!r}")
+            if not Path(path).is_dir():
+                raise VMError(f"{path} is no directory that could be shared")
 
 
 class VM:
@@ -147,7 +168,16 @@ class VM:
         choices = {"accel": dataclasses.astuple(accelerator), "vsock": dataclasses.astuple(transport)}
         document = dataclasses.asdict(config) | choices
         with contextlib.suppress(OSError):  # what has become of it is received below
-            self._line.send(document | {"image": str(config.image), "directory": str(self.directory)})
+            self._line.send(
+                document
+                | {
+                    "image": str(config.image),
+                    "shares": {
+                        tag: [str(Path(path).resolve()), writable] for tag, (path, writable) in config.shares.items()
+                    },
+                    "directory": str(self.directory),
+                }
+            )
         self._info = self._message()["info"]
 
     def _await(self, ready: Callable[[Path], bool], began: float, limit: float, accelerator: Choice) -> None:

@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,9 @@ ARCHITECTURES = {
 #: Slots of the root bus, in hexadecimal, with ports that something can be plugged into: a disk, an interface.
 PORTS = ("10", "11")
 
+#: How many times memory can be added.
+MEMORY_SLOTS = 8
+
 #: The Debian package of each program.
 PACKAGES = {"qemu-system-x86_64": "qemu-system-x86", "qemu-system-aarch64": "qemu-system-arm"}
 
@@ -69,13 +72,37 @@ class Devices:
     cid: int
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What a VM is to be: ``memory`` in MiB; ``max_memory`` and ``max_cpus`` are what can be reached by plugging in,
+    0 for no more than at the start.  ``shares`` are directories of the host by the tag that the guest mounts (9p).
+    """
+
+    name: str
+    accelerator: str
+    memory: int
+    cpus: int
+    max_memory: int = 0
+    max_cpus: int = 0
+    append: str = ""
+    shares: Mapping[str, Share] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Share:
+    """A directory of the host."""
+
+    path: Path
+    writable: bool = False
+
+
 def read_manifest(image: Path) -> tuple[str, dict[str, Any]]:
     """An image's image.json, as text and as what it says.  Raises VMError where there is no image to boot."""
     try:
         text = (image / "image.json").read_text()
         manifest = dict(json.loads(text))
         architecture_of(manifest)
-        for part in (manifest["kernel"]["file"], manifest["initrd"]["file"]):
+        for part in (manifest["kernel"]["file"], manifest["root"]["file"]):
             if not (image / part).is_file():
                 raise VMError(f"the image in {image} lacks {part}; build it again: invoke build-image")
         str(manifest["cmdline"])
@@ -111,8 +138,11 @@ def probe(architecture: Architecture) -> Program:
 
 
 def parameters(manifest: Mapping[str, Any], architecture: Architecture, accelerator: str, append: str = "") -> str:
-    """The kernel's command line: the image's, the machine's, the accelerator's and, to win over these, the user's."""
+    """The kernel's command line: the image's, its root's, the machine's, the accelerator's and, to win over these, the
+    user's.
+    """
     words = [f"console={architecture.console}", str(manifest["cmdline"])]
+    words += manifest["root"].get("cmdline", [])
     if accelerator == "tcg":
         words += architecture.tcg_parameters
     return " ".join([*words, append]).rstrip()
@@ -125,36 +155,52 @@ def acceleration(accelerator: str, cpus: int, version: tuple[int, int]) -> str:
     return accelerator
 
 
+def processors(wanted: Wanted) -> str:
+    """The value of -smp.  Each CPU that can be plugged in is a socket: a kernel that sees no hypervisor, as under
+    emulation, passes over empty places in a package that has a CPU (Linux 6.9, topo_register_apic).
+    """
+    most = max(wanted.cpus, wanted.max_cpus)
+    return str(wanted.cpus) if most == wanted.cpus else f"{wanted.cpus},maxcpus={most},sockets={most},cores=1,threads=1"
+
+
+def memory(wanted: Wanted) -> str:
+    """The value of -m.  Room for more memory makes a guest set 64 MiB aside for DMA, so there is none unasked."""
+    more = wanted.max_memory > wanted.memory
+    return f"{wanted.memory}M" + (f",slots={MEMORY_SLOTS},maxmem={wanted.max_memory}M" if more else "")
+
+
+def root(image: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """The options for an image's root: an initrd, or a disk that nobody can write to."""
+    file = image / manifest["root"]["file"]
+    if manifest["root"]["format"] == "initrd":
+        return ["-initrd", str(file)]
+    return [
+        "-drive", f"if=none,id=root,format=raw,readonly=on,file={_escaped(file)}",
+        "-device", "virtio-blk-pci,drive=root",
+    ]  # fmt: skip
+
+
 def command(
-    program: Program,
-    image: Path,
-    manifest: Mapping[str, Any],
-    devices: Devices,
-    *,
-    name: str,
-    accelerator: str,
-    memory: int,
-    cpus: int,
-    append: str = "",
+    program: Program, image: Path, manifest: Mapping[str, Any], devices: Devices, wanted: Wanted
 ) -> Sequence[str]:
-    """The command that boots an image.  ``memory`` in MiB; ``append`` goes to the kernel."""
+    """The command that boots an image."""
     architecture = architecture_of(manifest)
     vhost_user = devices.vsock == "user"
     machine = architecture.machine + (",memory-backend=ram" if vhost_user else "")
     words = [
         program.path,
-        "-name", f"caisson-{name}",
+        "-name", f"caisson-{wanted.name}",
         "-nodefaults", "-no-user-config", "-no-reboot",
         "-display", "none",
         "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         "-machine", machine,
-        "-accel", acceleration(accelerator, cpus, program.version),
-        "-cpu", "max" if accelerator == "tcg" else "host",
-        "-smp", str(cpus),
-        "-m", f"{memory}M",
+        "-accel", acceleration(wanted.accelerator, max(wanted.cpus, wanted.max_cpus), program.version),
+        "-cpu", "max" if wanted.accelerator == "tcg" else "host",
+        "-smp", processors(wanted),
+        "-m", memory(wanted),
         "-kernel", str(image / manifest["kernel"]["file"]),
-        "-initrd", str(image / manifest["initrd"]["file"]),
-        "-append", parameters(manifest, architecture, accelerator, append),
+        *root(image, manifest),
+        "-append", parameters(manifest, architecture, wanted.accelerator, wanted.append),
         "-chardev", f"file,id=console,path={_escaped(devices.console)}",
         "-serial", "chardev:console",
         "-qmp", f"unix:{_escaped(devices.qmp)},server=on,wait=off",
@@ -162,10 +208,16 @@ def command(
     ]  # fmt: skip
     for number, slot in enumerate(PORTS):
         words += ["-device", f"pcie-root-port,id=port{number},chassis={number + 1},addr={slot}"]
+    for tag, share in wanted.shares.items():
+        mode = "off" if share.writable else "on"
+        words += [
+            "-fsdev", f"local,id={tag},path={_escaped(share.path)},security_model=none,multidevs=remap,readonly={mode}",
+            "-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}",
+        ]  # fmt: skip
     if vhost_user:
         # The device reads and writes the guest's memory: a memfd that both map.
         words += [
-            "-object", f"memory-backend-memfd,id=ram,size={memory}M,share=on",
+            "-object", f"memory-backend-memfd,id=ram,size={wanted.memory}M,share=on",
             "-chardev", f"socket,id=vsock,fd={devices.vsock_fd}",
             "-device", "vhost-user-vsock-pci,chardev=vsock",
         ]  # fmt: skip

@@ -104,11 +104,12 @@ class Supervisor:
                     vsock_fd=device.fd,
                     cid=device.cid,
                 )
-                command = qemu.command(
-                    program, image, manifest, devices,
-                    name=directory.name, accelerator=accelerator.name, memory=config["memory"], cpus=config["cpus"],
-                    append=config["append"],
+                wanted = qemu.Wanted(
+                    directory.name, accelerator.name, config["memory"], config["cpus"],
+                    max_memory=config["max_memory"], max_cpus=config["max_cpus"], append=config["append"],
+                    shares={tag: qemu.Share(Path(path), bool(w)) for tag, (path, w) in config["shares"].items()},
                 )  # fmt: skip
+                command = qemu.command(program, image, manifest, devices, wanted)
                 # Side by side: QEMU waits for the device by itself, on their socket.
                 children.spawn("vsock", device.command, device.backend_fds)
                 children.spawn("qemu", command, [device.fd])
@@ -126,6 +127,9 @@ class Supervisor:
                 "cid": device.cid,
                 "memory": config["memory"],
                 "cpus": config["cpus"],
+                "max_memory": config["max_memory"],
+                "max_cpus": config["max_cpus"],
+                "shares": config["shares"],
                 "started": time.time(),
                 "command": list(command),
                 "pids": {"supervisor": os.getpid()} | children.pids,

@@ -62,7 +62,12 @@ def install(directory: Path) -> None:
 def make_image(directory: Path, behaviour: str = "") -> Path:
     """An image whose guest does as told."""
     directory.mkdir()
-    manifest = {"arch": "amd64", "cmdline": behaviour, "kernel": {"file": "k"}, "initrd": {"file": "i"}}
+    manifest = {
+        "arch": "amd64",
+        "cmdline": behaviour,
+        "kernel": {"file": "k"},
+        "root": {"file": "i", "format": "initrd"},
+    }
     (directory / "image.json").write_text(json.dumps(manifest))
     for part in ("k", "i"):
         (directory / part).touch()

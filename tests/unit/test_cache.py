@@ -28,8 +28,8 @@ def never(target: Path) -> None:
 
 def contents(cache: Cache) -> list[str]:
     """Every file of a cache, but for locks and times of use."""
-    found = (path for path in cache.root.rglob("*") if path.is_file() and path.name not in (".lock", ".used"))
-    return sorted(str(path.relative_to(cache.root)) for path in found)
+    found = (path for path in cache.root.rglob("*") if path.is_file() and path.name != ".used")
+    return sorted(str(path.relative_to(cache.root)) for path in found if not path.name.startswith(".lock-"))
 
 
 def test_a_result_is_made_once(cache: Cache) -> None:
@@ -105,6 +105,32 @@ def test_two_builders_make_it_once(cache: Cache) -> None:
     second.join(30)
     assert made == ["first"]
     assert results[0] == results[1]
+
+
+def test_builders_of_different_results_do_not_wait_for_each_other(cache: Cache) -> None:
+    def make(target: Path) -> None:
+        other = threading.Thread(target=lambda: cache.get_or_make("step", "other", lambda target: None))
+        other.start()
+        other.join(30)
+        assert not other.is_alive()
+
+    cache.get_or_make("step", "k", make)
+    assert cache.get("step", "other") is not None
+
+
+def test_trimming_removes_what_killed_builds_left_and_nothing_of_running_ones(cache: Cache) -> None:
+    def make(target: Path) -> None:
+        left = cache.root / "step/.making-dead"
+        left.mkdir()
+        (cache.root / "step/.lock-dead").touch()
+        cache.trim("step", 1)
+        assert not left.exists()
+        (target / "f").touch()
+
+    cache.get_or_make("step", "k", make)
+    assert contents(cache) == ["step/k/f"]
+    cache.trim("step", 1)
+    assert list((cache.root / "step").glob(".lock-*")) == []
 
 
 def test_those_used_last_are_kept(cache: Cache) -> None:

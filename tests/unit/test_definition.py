@@ -35,25 +35,27 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(("suite", "python"), [(None, "3.13"), ("trixie", "3.13"), ("bookworm", "3.11")])
 def test_the_default_is_valid_for_each_suite(suite: str | None, python: str) -> None:
-    read, template = load(suite=suite)
+    loaded = load(suite=suite)
+    read = loaded.definition
     assert (read.suite, read.python, read.arch) == (suite or "trixie", python, host_architecture())
     assert f"python{python}-minimal" in read.packages
-    assert template == DEFAULT.parent
+    assert loaded.templates == (DEFAULT.parent,)
 
 
 def test_the_guest_has_the_protobuf_that_compiles_the_protocol() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     for name in ("grpcio", "protobuf"):
         pin = next(line for line in project if re.match(rf"{name}\b==", line))
-        assert pin in load()[0].wheels
+        assert pin in load().definition.wheels
 
 
 def test_a_definition_of_ones_own(file: Path) -> None:
     file.write_text(WHOLE)
-    read, template = load(file, suite="bookworm")
+    loaded = load(file, suite="bookworm")
+    read = loaded.definition
     assert (read.name, read.suite, read.kernel.fragments, read.prune) == ("small", "bookworm", ("base",), ())
     assert read.sources is False
-    assert template == file.parent
+    assert loaded.templates == (file.parent,)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def built() -> image.Image:
 
 @pytest.fixture(scope="session")
 def archive(built: image.Image) -> bytes:
-    assert built.manifest["initrd"]["compression"] == "none"
+    assert built.manifest["root"]["compression"] == "none"
     return (built.directory / "initrd.img").read_bytes()
 
 
@@ -52,7 +52,7 @@ def guest(archive: bytes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 def python(guest: Path, program: str) -> str:
     """Run a program in the guest's interpreter, with the guest's libraries, on this machine."""
-    triplet, version = load()[0].triplet, load()[0].python
+    triplet, version = load().definition.triplet, load().definition.python
     library = guest / "usr/lib" / triplet
     (loader,) = library.glob("ld-linux-*.so.*")
     argv: list[str | Path] = [
@@ -80,10 +80,10 @@ def test_a_second_build_is_a_hit(built: image.Image) -> None:
 def test_the_manifest_says_what_is_there(built: image.Image) -> None:
     document = built.manifest
     assert document == json.loads((built.directory / "image.json").read_text())
-    for part in ("kernel", "initrd"):
+    for part in ("kernel", "root"):
         data = (built.directory / document[part]["file"]).read_bytes()
         assert hashlib.sha256(data).hexdigest() == document[part]["sha256"]
-    assert document["initrd"]["bytes"] == len(data)
+    assert document["root"]["bytes"] == len(data)
     assert re.match(r"\d+\.\d+\.", document["kernel"]["release"])
     assert "panic=-1" in document["cmdline"]
     assert document["init"] == "agent"
@@ -91,7 +91,7 @@ def test_the_manifest_says_what_is_there(built: image.Image) -> None:
     for kind, name in [
         ("deb", "busybox-static"),
         ("deb", "libc6"),
-        ("deb", f"python{load()[0].python}-minimal"),
+        ("deb", f"python{load().definition.python}-minimal"),
         ("deb", f"linux-image-{document['kernel']['release']}"),
         ("wheel", "grpcio"),
         ("wheel", "protobuf"),
@@ -102,7 +102,7 @@ def test_the_manifest_says_what_is_there(built: image.Image) -> None:
 
 def test_the_image_knows_itself(built: image.Image, guest: Path) -> None:
     inside: dict[str, Any] = json.loads((guest / HOME / "image.json").read_text())
-    assert inside | {"initrd": built.manifest["initrd"]} == built.manifest
+    assert inside | {"root": built.manifest["root"]} == built.manifest
     assert built.manifest["containers"] == {"busybox": f"/{HOME}/containers/busybox"}
 
 
@@ -113,7 +113,7 @@ def test_what_a_guest_needs_is_there(names: set[str], guest: Path) -> None:
     interpreter, flags = (guest / "init").read_text().splitlines()[0].split()
     assert interpreter.removeprefix("#!/") in names
     assert flags == "-IS"
-    for program in ("init", f"{HOME}/nsexec", "usr/bin/python" + load()[0].python):
+    for program in ("init", f"{HOME}/nsexec", "usr/bin/python" + load().definition.python):
         assert os.access(guest / program, os.X_OK)
 
 
@@ -156,7 +156,7 @@ def test_the_guests_python_imports_all_that_the_agent_builds_on(guest: Path) -> 
 
 def test_tracebacks_name_files_as_they_are_in_the_guest(guest: Path) -> None:
     shown = python(guest, "import asyncio, proto.agent_pb2, agent\nprint(asyncio.run.__code__.co_filename)")
-    assert shown.strip() == f"/usr/lib/python{load()[0].python}/asyncio/runners.py"
+    assert shown.strip() == f"/usr/lib/python{load().definition.python}/asyncio/runners.py"
     paths = [*(guest / HOME).rglob("*.pyc"), *(guest / "usr/lib").glob("python*/*.pyc")]
     assert len(paths) > 200
     assert [path for path in paths if str(default_root()).encode() in path.read_bytes()] == []
@@ -172,9 +172,11 @@ def test_libraries_are_complete_and_all_used(guest: Path) -> None:
     elves = [path for path in elves if path.open("rb").read(4) == b"\x7fELF"]
     output = subprocess.run(["readelf", "-dW", *elves], capture_output=True, text=True).stdout
     needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", output)) | {LIBRARY}  # which is loaded by name
-    there = {path.name for path in (guest / "usr/lib" / load()[0].triplet).iterdir()}
+    there = {path.name for path in (guest / "usr/lib" / load().definition.triplet).iterdir()}
     assert needed <= there
-    targets = {path.resolve().name for path in (guest / "usr/lib" / load()[0].triplet).iterdir() if path.name in needed}
+    targets = {
+        path.resolve().name for path in (guest / "usr/lib" / load().definition.triplet).iterdir() if path.name in needed
+    }
     assert there - needed - targets == {path for path in there if path.startswith("ld-linux")} - needed
 
 

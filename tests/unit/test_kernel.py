@@ -154,7 +154,7 @@ def test_a_kernel_from_a_package(package: Path, tmp_path: Path) -> None:
     assert made.file.read_bytes() == b"boots on other architectures as it is"
     assert (target / "modules/transport.ko").read_bytes() == module("vsock")
     assert made.packages == ({"type": "deb", "name": "linux-image-6.0-test", "version": "1", "sha256": "abc"},)
-    assert {path.name for path in target.iterdir()} == {"kernel.json", "modules", made.file.name}
+    assert {path.name for path in target.iterdir()} == {"config", "kernel.json", "modules", made.file.name}
     assert json.loads((target / "kernel.json").read_text())["config_sha256"] == made.config_sha256
 
 

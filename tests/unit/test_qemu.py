@@ -15,7 +15,7 @@ MANIFEST: dict[str, Any] = {
     "arch": "amd64",
     "cmdline": "quiet panic=-1",
     "kernel": {"file": "vmlinux"},
-    "initrd": {"file": "initrd.img"},
+    "root": {"file": "initrd.img", "format": "initrd"},
 }
 
 
@@ -25,11 +25,13 @@ def render(
     vsock: str = "user",
     cpus: int = 1,
     version: tuple[int, int] = (10, 0),
+    more: dict[str, Any] = {},  # noqa: B006 - read only
+    **wanted: Any,
 ) -> Sequence[str]:
     devices = qemu.Devices(Path("/vm/console,1.log"), Path("/vm/qmp.sock"), vsock, vsock_fd=9, cid=77)
     return qemu.command(
-        qemu.Program("qemu", version), Path("/image"), MANIFEST | {"arch": arch}, devices,
-        name="v", accelerator=accelerator, memory=256, cpus=cpus,
+        qemu.Program("qemu", version), Path("/image"), MANIFEST | {"arch": arch} | more, devices,
+        qemu.Wanted("v", accelerator, memory=256, cpus=cpus, **wanted),
     )  # fmt: skip
 
 
@@ -60,7 +62,7 @@ def test_the_users_words_come_last() -> None:
     devices = qemu.Devices(Path("/c"), Path("/q"), "user", vsock_fd=9, cid=77)
     words = qemu.command(
         qemu.Program("qemu", (10, 0)), Path("/image"), MANIFEST, devices,
-        name="v", accelerator="kvm", memory=256, cpus=1, append="agent.log=debug loglevel=7",
+        qemu.Wanted("v", "kvm", memory=256, cpus=1, append="agent.log=debug loglevel=7"),
     )  # fmt: skip
     assert after(words, "-append") == ["console=ttyS0 quiet panic=-1 agent.log=debug loglevel=7"]
 
@@ -141,3 +143,36 @@ def test_old_versions_are_refused(
     else:
         with pytest.raises(VMError, match=r"7\.2 or newer"):
             qemu.probe(qemu.ARCHITECTURES["amd64"])
+
+
+def test_room_for_more() -> None:
+    words = render(cpus=2, max_cpus=6, max_memory=1024)
+    assert after(words, "-smp") == ["2,maxcpus=6,sockets=6,cores=1,threads=1"]
+    assert after(words, "-m") == ["256M,slots=8,maxmem=1024M"]
+    assert after(render(cpus=2, max_cpus=2), "-smp") == ["2"]
+    assert after(render(max_memory=256), "-m") == ["256M"]
+
+
+def test_room_for_more_cpus_on_an_old_qemu_keeps_one_thread_for_all() -> None:
+    assert after(render(version=(7, 2), max_cpus=2), "-accel") == ["tcg,thread=single"]
+
+
+def test_shares() -> None:
+    words = render(shares={"data": qemu.Share(Path("/a,b")), "out": qemu.Share(Path("/out"), writable=True)})
+    local = "security_model=none,multidevs=remap"
+    assert after(words, "-fsdev") == [
+        f"local,id=data,path=/a,,b,{local},readonly=on",
+        f"local,id=out,path=/out,{local},readonly=off",
+    ]
+    assert {"virtio-9p-pci,fsdev=data,mount_tag=data", "virtio-9p-pci,fsdev=out,mount_tag=out"} < set(
+        after(words, "-device")
+    )
+
+
+def test_a_root_on_a_disk() -> None:
+    root = {"file": "root.img", "format": "erofs", "cmdline": ["root=/dev/vda", "ro"]}
+    words = render(more={"root": root})
+    assert after(words, "-initrd") == []
+    assert after(words, "-drive") == ["if=none,id=root,format=raw,readonly=on,file=/image/root.img"]
+    assert "virtio-blk-pci,drive=root" in after(words, "-device")
+    assert after(words, "-append")[0].startswith("console=ttyS0 quiet panic=-1 root=/dev/vda ro ")
