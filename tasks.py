@@ -81,6 +81,8 @@ TO_BUILD = {
     "musl-gcc": "musl-tools",
     "strip": "binutils",
     "zstd": "zstd",
+    "mkfs.erofs": "erofs-utils",
+    "mksquashfs": "squashfs-tools",
 }
 #: And with a kernel from source.
 TO_COMPILE = {"flex": "flex libelf-dev", "bison": "bison", "bc": "bc", "xz": "xz-utils", "gcc": "gcc libc6-dev"}
@@ -91,6 +93,7 @@ TO_TEST = (
     | TO_BOOT
     | {"busybox": "busybox-static", "clang": "clang libclang-rt-dev", "cpio": "cpio", "ip": "iproute2"}
     | {"gcc": "gcc libc6-dev", "mke2fs": "e2fsprogs"}
+    | {"faketime": "faketime", "sfdisk": "fdisk", "veritysetup": "cryptsetup-bin"}
     | {"crun": "crun", "runc": "runc"}  # to compare with
 )
 

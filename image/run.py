@@ -16,6 +16,8 @@ PACKAGES = {
     "apt-config": "apt",
     "apt-get": "apt",
     "dpkg-deb": "dpkg",
+    "mkfs.erofs": "erofs-utils",
+    "mksquashfs": "squashfs-tools",
     "musl-gcc": "musl-tools",
     "readelf": "binutils",
 }

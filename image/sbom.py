@@ -1,0 +1,100 @@
+"""A software bill of materials: SPDX 2.3 as JSON, out of an image's manifest and nothing else, so the same each time.
+
+Sources: the SPDX 2.3 specification (spdx.github.io/spdx-spec/v2.3) and its JSON schema; the package-URL specification.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+#: Names a document of an image nobody has to publish: .invalid is reserved, the digest makes it unique (RFC 2606).
+NAMESPACE = "https://caisson.invalid/spdx"
+
+#: For what a manifest knows nothing of.
+_UNKNOWN = "NOASSERTION"
+
+
+def document(manifest: Mapping[str, Any], *, created: int = 0) -> dict[str, Any]:
+    """The SPDX document of an image whose image.json is ``manifest``; ``created`` is in seconds since 1970."""
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    name = f"{manifest['name']}-{manifest['suite']}-{manifest['arch']}"
+    image = _package("image", name, manifest["key"], None, None, "OPERATING-SYSTEM")
+    kernel = manifest["kernel"]
+    contents = [_package("kernel", "linux", kernel["release"], kernel["sha256"], None, "OPERATING-SYSTEM")]
+    contents.append(_package("agent", "caisson-agent", manifest["agent"]["version"], None, None, "APPLICATION"))
+    for record in manifest["packages"]:
+        locator = _purl(record, manifest)
+        purpose = "LIBRARY" if record["type"] == "wheel" else None
+        contents.append(_package(record["type"], record["name"], record["version"], record["sha256"], locator, purpose))
+    # By identifier: sorted, and once what a manifest has twice.
+    contents = [package for _, package in sorted({str(package["SPDXID"]): package for package in contents}.items())]
+    return {
+        "spdxVersion": "SPDX-2.3",
+        "dataLicense": "CC0-1.0",
+        "SPDXID": "SPDXRef-DOCUMENT",
+        "name": name,
+        "documentNamespace": f"{NAMESPACE}/{name}-{digest}",
+        "creationInfo": {
+            "created": datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "creators": ["Tool: caisson"],
+        },
+        "packages": [image, *contents],
+        "relationships": [
+            _relation("SPDXRef-DOCUMENT", "DESCRIBES", image["SPDXID"]),
+            *(_relation(image["SPDXID"], "CONTAINS", package["SPDXID"]) for package in contents),
+        ],
+    }
+
+
+def write(manifest: Mapping[str, Any], file: Path, *, created: int = 0) -> None:
+    """Write the document, as JSON that a person can read."""
+    file.write_text(json.dumps(document(manifest, created=created), indent=2) + "\n", encoding="utf-8")
+
+
+def _package(
+    kind: str, name: str, version: str, sha256: str | None, locator: str | None, purpose: str | None
+) -> dict[str, Any]:
+    # An identifier has letters, digits, dots and hyphens only; what else a name has would make two names one.
+    readable = re.sub(r"[^A-Za-z0-9.-]", "-", f"{kind}-{name}")
+    unique = hashlib.sha256(f"{kind} {name} {version}".encode()).hexdigest()[:8]
+    package: dict[str, Any] = {
+        "SPDXID": f"SPDXRef-Package-{readable}-{unique}",
+        "name": name,
+        "versionInfo": version,
+        "downloadLocation": _UNKNOWN,
+        "filesAnalyzed": False,
+        "licenseConcluded": _UNKNOWN,
+        "licenseDeclared": _UNKNOWN,
+        "copyrightText": _UNKNOWN,
+    }
+    if purpose:
+        package["primaryPackagePurpose"] = purpose
+    if sha256:
+        package["checksums"] = [{"algorithm": "SHA256", "checksumValue": sha256}]
+    if locator:
+        package["externalRefs"] = [
+            {"referenceCategory": "PACKAGE-MANAGER", "referenceType": "purl", "referenceLocator": locator}
+        ]
+    return package
+
+
+def _purl(record: Mapping[str, str], manifest: Mapping[str, Any]) -> str:
+    """A package URL: what scanners look vulnerabilities up by."""
+    if record["type"] == "wheel":
+        name = re.sub(r"[-_.]+", "-", record["name"]).lower()
+        return f"pkg:pypi/{name}@{quote(record['version'], safe='~')}"
+    distribution = quote(manifest.get("distribution", "debian"))
+    where = f"arch={quote(manifest['arch'])}&distro={quote(manifest['suite'])}"
+    name = quote(record["name"], safe="")
+    return f"pkg:{quote(record['type'])}/{distribution}/{name}@{quote(record['version'], safe='~')}?{where}"
+
+
+def _relation(element: str, kind: str, other: str) -> dict[str, str]:
+    return {"spdxElementId": element, "relationshipType": kind, "relatedSpdxElement": other}
