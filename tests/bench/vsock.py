@@ -1,0 +1,302 @@
+"""Our vsock device beside a virtio-serial port and QEMU's user-mode network, in one guest and in one run.
+
+Latency is the time of one request of 64 bytes and its answer of 64 bytes; bulk is one stream of some MB in one
+direction.  All three are measured in turn, round by round, and a ratio is the median of the rounds' ratios: the
+machine's other work slows all of them at a time.  A virtio-serial port is inside QEMU, and one stream: it is what the
+guest and QEMU can do at best.  Then many connections are opened at once, used, and left idle.
+
+    python -m tests.bench.vsock [--rounds N] [--mb N] [--connections N] [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import select
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from agent.client import Agent, default_spec
+from image.vm.qmp import QMP
+from proto import agent_pb2, oci_pb2, types_pb2
+from tests.e2e.conftest import Caisson, fresh
+from tests.e2e.vsock_host import ECHO, REQUEST, SINK, SOURCE, compile_peer, dial
+
+VSOCK_PORT, TCP_PORT = 2000, 2001
+MAC = "52:54:00:00:00:77"
+MESSAGE = 64
+PIECE = 1 << 18
+ROUNDS, MEGABYTES, MESSAGES, CONNECTIONS = 7, 32, 300, 1800
+SERIAL_BULK, SERIAL_LATENCY, PEER = 0.8, 1.3, 1.0
+MEMORY_KIB, IDLE = 24 << 10, 0.0
+TRANSPORTS = ("vsock", "virtio-serial", "user-net TCP")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: a figure, what it is compared with, and the bound (`>=` or `<=`) of the ratio or figure."""
+
+    what: str
+    figure: float
+    peer: float | None
+    ratio: float | None
+    bound: str
+    budget: float
+
+    @property
+    def passed(self) -> bool:
+        value = self.figure if self.ratio is None else self.ratio
+        return value >= self.budget if self.bound == ">=" else value <= self.budget
+
+
+class Machine:
+    """A booted VM with all three transports, and the program that serves them."""
+
+    def __init__(self, caisson: Caisson, work: Path) -> None:
+        self._directory = caisson.run_directory / "bench"
+        self._serial_path = work / "serial.sock"
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self._port = probe.getsockname()[1]
+        command = ("boot-vm", "--name", "bench", "--detach", "--memory", "1024")
+        booted = caisson(*command, "--append", "agent.hotplug_timeout=60s")
+        if booted.returncode:
+            raise SystemExit(booted.stderr.decode())
+        self.pids = caisson.info("bench")["pids"]
+        root = caisson.manifest("bench")["containers"]["busybox"]
+        program = compile_peer(work).read_bytes()
+        asyncio.run(asyncio.wait_for(self._prepare(root, program), 240))
+        serial = socket.socket(socket.AF_UNIX)
+        serial.connect(str(self._serial_path))
+        self._streams = {"virtio-serial": serial}
+
+    def stream(self, transport: str) -> socket.socket:
+        """The connection that a transport is measured on."""
+        if transport not in self._streams:
+            self._streams[transport] = self.dial() if transport == "vsock" else self._dial_tcp()
+        return self._streams[transport]
+
+    def dial(self) -> socket.socket:
+        return dial(self._directory / "vsock.sock", VSOCK_PORT)
+
+    def close(self) -> None:
+        for stream in self._streams.values():
+            stream.close()
+
+    def _dial_tcp(self) -> socket.socket:
+        stream = socket.create_connection(("127.0.0.1", self._port))
+        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return stream
+
+    async def _prepare(self, root: str, program: bytes) -> None:
+        async with Agent.connect(self._directory / "agent.sock") as client:
+            await client.create_sandbox()
+            address = types_pb2.IPAddress(address="10.0.2.15", mask="24")
+            wanted = types_pb2.Interface(name="eth0", hwAddr=MAC, mtu=1500, IPAddresses=[address], pciPath="11/00")
+            request = agent_pb2.UpdateInterfaceRequest(interface=wanted)
+            waiting = asyncio.ensure_future(client.rpc.UpdateInterface(request, 120))
+            await client.version()  # by then it waits
+            await asyncio.to_thread(self._plug)
+            await waiting
+            finding = default_spec(root, ["/bin/sh", "-c", FIND_SERIAL])
+            container = await client.create_container("find", finding)
+            await container.start()
+            major, minor = b"".join([data async for data in container.init().stdout()]).decode().split(":")
+            await container.remove()
+            copy = agent_pb2.CopyFileRequest(
+                path="/run/caisson-bench/peer", file_size=len(program), file_mode=0o100755, dir_mode=0o755, data=program
+            )
+            await client.rpc.CopyFile(copy)
+            words = ["/tmp/peer", f"vsock:{VSOCK_PORT}", f"tcp:{TCP_PORT}", "file:/dev/serial"]
+            spec = default_spec(root, words)
+            mount = oci_pb2.Mount(destination="/tmp/peer", source=copy.path, type="bind", options=["rbind", "exec"])
+            spec.Mounts.append(mount)
+            device = {"Type": "c", "Major": int(major), "Minor": int(minor)}
+            spec.Linux.Devices.append(oci_pb2.LinuxDevice(Path="/dev/serial", **device))
+            spec.Linux.Resources.Devices.append(oci_pb2.LinuxDeviceCgroup(Allow=True, Access="rw", **device))
+            await (await client.create_container("peer", spec)).start()
+
+    def _plug(self) -> None:
+        with QMP(self._directory / "qmp.sock", 30) as monitor:
+            address = {"type": "unix", "data": {"path": str(self._serial_path)}}
+            backend = {"type": "socket", "data": {"addr": address, "server": True, "wait": False}}
+            monitor.execute("chardev-add", {"id": "serial", "backend": backend})
+            monitor.execute("device_add", {"driver": "virtio-serial-pci", "id": "s", "bus": "port0"})
+            port = {"driver": "virtserialport", "id": "p", "chardev": "serial", "bus": "s.0"}
+            monitor.execute("device_add", port)
+            forward = [{"str": f"tcp:127.0.0.1:{self._port}-:{TCP_PORT}"}]
+            monitor.execute("netdev_add", {"type": "user", "id": "n", "hostfwd": forward})
+            interface = {"driver": "virtio-net-pci", "id": "i", "netdev": "n", "mac": MAC, "bus": "port1"}
+            monitor.execute("device_add", interface)
+
+
+#: Waits until the port is there, and prints its device number.
+FIND_SERIAL = "until cat /sys/class/virtio-ports/*/dev 2>/dev/null; do sleep 0.1; done"
+
+
+def exactly(sock: socket.socket, size: int, buffer: memoryview) -> None:
+    while size:
+        got = sock.recv_into(buffer, min(size, len(buffer)))
+        if not got:
+            raise SystemExit("the guest's end has ended")
+        size -= got
+
+
+def ping_pong(sock: socket.socket, count: int) -> list[float]:
+    """The microseconds of each of ``count`` round trips."""
+    buffer, message = memoryview(bytearray(MESSAGE)), bytes(MESSAGE)
+    sock.sendall(REQUEST.pack(ECHO, 0, 0, MESSAGE, count * MESSAGE, 0, 0))
+    took = []
+    for _ in range(count):
+        began = time.perf_counter()
+        sock.sendall(message)
+        exactly(sock, MESSAGE, buffer)
+        took.append((time.perf_counter() - began) * 1e6)
+    return took
+
+
+def to_guest(sock: socket.socket, size: int) -> float:
+    """MB/s into the guest; its answer says that it has read all."""
+    data, buffer = bytes(PIECE), memoryview(bytearray(1))
+    began = time.perf_counter()
+    sock.sendall(REQUEST.pack(SINK, 0, 0, 0, size, 0, 0))
+    for _ in range(size // PIECE):
+        sock.sendall(data)
+    exactly(sock, 1, buffer)
+    return size / (time.perf_counter() - began) / 1e6
+
+
+def from_guest(sock: socket.socket, size: int) -> float:
+    """MB/s out of the guest."""
+    buffer = memoryview(bytearray(PIECE))
+    began = time.perf_counter()
+    sock.sendall(REQUEST.pack(SOURCE, 0, 0, 0, 0, size, 0))
+    exactly(sock, size, buffer)
+    return size / (time.perf_counter() - began) / 1e6
+
+
+def cpu(pid: int) -> float:
+    """Seconds of processor time of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def memory(pid: int) -> int:
+    """KiB of a process without the guest's memory, which it shares."""
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssFile"))
+
+
+@dataclass
+class Samples:
+    """What was measured of one transport: a list of round trips and two rates for each round."""
+
+    trips: list[list[float]]
+    down: list[float]
+    up: list[float]
+
+
+def measure(machine: Machine, rounds: int, size: int) -> dict[str, Samples]:
+    """All transports in turn; the first round warms caches and is thrown away."""
+    found = {transport: Samples([], [], []) for transport in TRANSPORTS}
+    for number in range(rounds + 1):
+        for transport, samples in found.items():
+            stream = machine.stream(transport)
+            trips, down, up = ping_pong(stream, MESSAGES), to_guest(stream, size), from_guest(stream, size)
+            if number:
+                samples.trips.append(trips)
+                samples.down.append(down)
+                samples.up.append(up)
+    return found
+
+
+def compare(found: dict[str, Samples]) -> Iterator[Row]:
+    """Our device beside each of the others."""
+
+    def p99(trips: list[float]) -> float:
+        return statistics.quantiles(trips, n=100)[98]
+
+    figures: list[tuple[str, Callable[[Samples], list[float]], str]] = [
+        ("round trip, median (us)", lambda each: [statistics.median(trips) for trips in each.trips], "<="),
+        ("round trip, p99 (us)", lambda each: [p99(trips) for trips in each.trips], ""),
+        ("to the guest (MB/s)", lambda each: each.down, ">="),
+        ("from the guest (MB/s)", lambda each: each.up, ">="),
+    ]
+    for what, figure, bound in figures:
+        ours = figure(found["vsock"])
+        for peer, samples in list(found.items())[1:]:
+            theirs = figure(samples)
+            ratio = statistics.median(own / other for own, other in zip(ours, theirs, strict=True))
+            serial = SERIAL_LATENCY if bound == "<=" else SERIAL_BULK
+            budget = PEER if peer != "virtio-serial" else serial
+            yield Row(
+                f"{what}, beside {peer}", statistics.median(ours), statistics.median(theirs), ratio,
+                bound or "<=", budget if bound else float("inf"),
+            )  # fmt: skip
+
+
+def crowd(machine: Machine, count: int) -> Iterator[Row]:
+    """Many connections at once: each is used, then all are idle."""
+    device = machine.pids["vsock"]
+    with ExitStack() as ends:
+        began = time.perf_counter()
+        socks = [ends.enter_context(machine.dial()) for _ in range(count)]
+        yield Row(
+            f"{count} connections opened (ms each)", (time.perf_counter() - began) * 1e3 / count, None, None, "<=", 100
+        )
+        for sock in socks:
+            ping_pong(sock, 1)
+        trips = ping_pong(machine.stream("vsock"), MESSAGES)
+        yield Row("round trip among them (us)", statistics.median(trips), None, None, "<=", float("inf"))
+        yield Row("memory of the device with them (KiB)", memory(device), None, None, "<=", MEMORY_KIB)
+        before = cpu(device)
+        select.select([], [], [], 3)
+        yield Row("processor time in 3 s of idleness (s)", cpu(device) - before, None, None, "<=", IDLE)
+
+
+@contextmanager
+def machine() -> Iterator[Machine]:
+    with tempfile.TemporaryDirectory(prefix="caisson-bench-") as work, fresh() as caisson, ExitStack() as ends:
+        ends.callback(caisson, "stop-vm", "--all")
+        booted = Machine(caisson, Path(work))
+        ends.callback(booted.close)
+        yield booted
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.vsock", description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of everything (default: %(default)s)")
+    parser.add_argument("--mb", type=int, default=MEGABYTES, help="of a bulk transfer (default: %(default)s)")
+    parser.add_argument("--connections", type=int, default=CONNECTIONS, help="open at once (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print a list of rows")
+    options = parser.parse_args()
+    with machine() as booted:
+        before = {name: cpu(booted.pids[name]) for name in ("vsock", "qemu")}
+        rows = list(compare(measure(booted, options.rounds, options.mb << 20)))
+        used = {name: cpu(booted.pids[name]) - start for name, start in before.items()}
+        rows += crowd(booted, options.connections)
+    if options.json:
+        print(json.dumps([asdict(row) | {"pass": row.passed} for row in rows], indent=1))
+    else:
+        print(f"{'what':54} {'ours':>9} {'peer':>9} {'ratio':>7}")
+        for row in rows:
+            peer = f"{row.peer:9.1f}" if row.peer is not None else f"{'-':>9}"
+            ratio = f"{row.ratio:7.2f}" if row.ratio is not None else f"{'-':>7}"
+            verdict = (
+                "" if row.budget == float("inf") else f"{row.bound} {row.budget:g} {'pass' if row.passed else 'FAIL'}"
+            )
+            print(f"{row.what:54} {row.figure:9.1f} {peer} {ratio} {verdict}")
+        print(f"processor time of all rounds: device {used['vsock']:.1f} s, QEMU {used['qemu']:.1f} s")
+    sys.exit(not all(row.passed for row in rows))
+
+
+if __name__ == "__main__":
+    main()
