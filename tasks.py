@@ -189,6 +189,10 @@ def _answers(socket: Path) -> bool:
     return client.answers(socket, timeout=1.0)
 
 
+def _json(value: object) -> str:
+    return json.dumps(value, indent=2)
+
+
 def _image_directory(path: str, report: Callable[[str], None]) -> Path:
     """The image in a directory, or the default one, built if need be."""
     if path:

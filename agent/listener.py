@@ -53,40 +53,64 @@ def listen(address: str) -> socket.socket:
 
 
 class _Side(asyncio.BufferedProtocol):
-    """One side of a relayed connection.  What comes in goes out at the other side, as fast as that takes it."""
+    """One side of a relayed connection.  What comes in goes out at the other side, as fast as that takes it.
+
+    Until there is another side it is kept.  (Pausing a transport while it is being made does not hold with every
+    Python that asyncio comes with: 3.11.2 reads on.)
+    """
 
     def __init__(self, buffer: memoryview) -> None:
         self._buffer = buffer  # of all sides: what comes in is copied on before anything else can come in
         self.transport: asyncio.Transport | None = None
         self.other: _Side | None = None
+        self._early: list[bytes] = []
         self._done = False
+        self._lost = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
-        transport.pause_reading()  # until there is another side
 
     @staticmethod
     def join(one: _Side, another: _Side) -> None:
-        """Let two connected sides exchange what comes in."""
+        """Let two connected sides exchange what comes in, and what has come."""
         one.other, another.other = another, one
         for side in (one, another):
-            assert side.transport is not None
-            side.transport.resume_reading()
+            side._catch_up()
+
+    def _catch_up(self) -> None:
+        assert self.other is not None and self.other.transport is not None
+        for data in self._early:
+            self.other.transport.write(data)
+        self._early.clear()
+        if self._lost:
+            self.other.transport.close()
+        elif self._done:
+            self._pass_end()
+            if self.other._done:
+                self.other.transport.close()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._buffer
 
     def buffer_updated(self, count: int) -> None:
-        assert self.other is not None and self.other.transport is not None
-        self.other.transport.write(bytes(self._buffer[:count]))
+        data = bytes(self._buffer[:count])
+        if self.other is None or self.other.transport is None:
+            self._early.append(data)
+        else:
+            self.other.transport.write(data)
 
     def eof_received(self) -> bool:
-        assert self.other is not None and self.other.transport is not None
         self._done = True
+        if self.other is None:
+            return True
+        self._pass_end()
+        return not self.other._done  # keep this side open for what still comes the other way
+
+    def _pass_end(self) -> None:
+        assert self.other is not None and self.other.transport is not None
         if self.other.transport.can_write_eof() and not self.other.transport.is_closing():
             self.other.transport.write_eof()
-        return not self.other._done  # keep this side open for what still comes the other way
 
     def pause_writing(self) -> None:
         if self.other is not None and self.other.transport is not None:
@@ -97,6 +121,7 @@ class _Side(asyncio.BufferedProtocol):
             self.other.transport.resume_reading()
 
     def connection_lost(self, error: Exception | None) -> None:
+        self._lost = True
         if self.other is not None and self.other.transport is not None:
             if error is not None:
                 self.other.transport.abort()

@@ -46,6 +46,10 @@ ARCHITECTURES = {
 #: Slots of the root bus, in hexadecimal, with ports that something can be plugged into: a disk, an interface.
 PORTS = ("10", "11")
 
+#: Since this version Linux takes a CPU that is not enabled in ACPI's tables for one that never will be, unless it sees
+#: a hypervisor (acpi_is_processor_usable() in arch/x86/kernel/acpi/boot.c).
+NEEDS_A_HYPERVISOR = (6, 3)
+
 #: How many times memory can be added.
 MEMORY_SLOTS = 8
 
@@ -155,12 +159,18 @@ def acceleration(accelerator: str, cpus: int, version: tuple[int, int]) -> str:
     return accelerator
 
 
-def processors(wanted: Wanted) -> str:
-    """The value of -smp.  Each CPU that can be plugged in is a socket: a kernel that sees no hypervisor, as under
-    emulation, passes over empty places in a package that has a CPU (Linux 6.9, topo_register_apic).
-    """
-    most = max(wanted.cpus, wanted.max_cpus)
-    return str(wanted.cpus) if most == wanted.cpus else f"{wanted.cpus},maxcpus={most},sockets={most},cores=1,threads=1"
+def processors(wanted: Wanted, manifest: Mapping[str, Any]) -> str:
+    """The value of -smp.  Raises VMError for room that the guest's kernel would not see."""
+    if wanted.max_cpus <= wanted.cpus:
+        return str(wanted.cpus)
+    release = str(manifest["kernel"].get("release", ""))
+    found = re.match(r"(\d+)\.(\d+)", release)
+    if wanted.accelerator == "tcg" and found and (int(found[1]), int(found[2])) >= NEEDS_A_HYPERVISOR:
+        raise VMError(
+            f"--max-cpus: without a hypervisor that it knows, as under emulation, Linux {release} counts no CPUs that "
+            "are not there at the start; use KVM, an image of --suite bookworm (Linux 6.1), or boot with all: --cpus"
+        )
+    return f"{wanted.cpus},maxcpus={wanted.max_cpus}"
 
 
 def memory(wanted: Wanted) -> str:
@@ -196,7 +206,7 @@ def command(
         "-machine", machine,
         "-accel", acceleration(wanted.accelerator, max(wanted.cpus, wanted.max_cpus), program.version),
         "-cpu", "max" if wanted.accelerator == "tcg" else "host",
-        "-smp", processors(wanted),
+        "-smp", processors(wanted, manifest),
         "-m", memory(wanted),
         "-kernel", str(image / manifest["kernel"]["file"]),
         *root(image, manifest),

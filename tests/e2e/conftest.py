@@ -21,6 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Seconds within which anything here is done, on a busy machine without hardware virtualization.
 PATIENCE = 280.0
 
+#: Seconds within which a kernel is compiled there, too.
+COMPILING = 2400
+
 
 class Caisson:
     """The command line, with run-time files in a directory of this session's own."""
@@ -99,6 +102,20 @@ def own() -> Iterator[Caisson]:
     """A command line for one test alone."""
     with fresh() as caisson:
         yield caisson
+
+
+def built(*words: str) -> Path:
+    """The directory of an image, built if need be: a kernel from source takes minutes, once."""
+    words = (sys.executable, str(ROOT / "tasks.py"), "build-image", *words)
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.strip())
+
+
+@pytest.fixture(scope="session")
+def lean() -> Path:
+    """An image with a kernel of our own.  A test that uses it has COMPILING seconds."""
+    return built("--template", "lean")
 
 
 @pytest.fixture(scope="session")

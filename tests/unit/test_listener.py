@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from agent.listener import AddressError, Relay, listen
+from agent.listener import AddressError, Relay, _Side, listen
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
@@ -103,6 +103,38 @@ def test_bytes_go_both_ways_and_each_way_ends_by_itself(tmp_path: Path) -> None:
             assert await reader.read(-1) == data  # after our own end
             await sending
             writer.close()
+
+    run(work())
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_what_comes_before_there_is_another_side_is_kept(ended: bool) -> None:
+    async def work() -> None:
+        loop = asyncio.get_running_loop()
+        buffer = memoryview(bytearray(64))
+        ends, sides = [], []
+        for _ in range(2):
+            ours, theirs = socket.socketpair()
+            ends.append(ours)
+            ours.setblocking(False)
+            await loop.sock_sendall(ours, b"early")
+            if ended:
+                ours.shutdown(socket.SHUT_WR)
+            _, side = await loop.connect_accepted_socket(lambda: _Side(buffer), theirs)
+            sides.append(side)
+        while not all(side._early and side._done is ended for side in sides):
+            await asyncio.sleep(0)  # noqa: ASYNC110 - nothing announces it
+        _Side.join(*sides)
+        for end in ends:
+            if not ended:
+                await loop.sock_sendall(end, b" and late")
+                end.shutdown(socket.SHUT_WR)
+        for end in ends:
+            whole = b""
+            while data := await loop.sock_recv(end, 64):
+                whole += data
+            assert whole == (b"early" if ended else b"early and late")
+            end.close()
 
     run(work())
 

@@ -147,10 +147,19 @@ def test_old_versions_are_refused(
 
 def test_room_for_more() -> None:
     words = render(cpus=2, max_cpus=6, max_memory=1024)
-    assert after(words, "-smp") == ["2,maxcpus=6,sockets=6,cores=1,threads=1"]
+    assert after(words, "-smp") == ["2,maxcpus=6"]
     assert after(words, "-m") == ["256M,slots=8,maxmem=1024M"]
     assert after(render(cpus=2, max_cpus=2), "-smp") == ["2"]
     assert after(render(max_memory=256), "-m") == ["256M"]
+
+
+def test_room_for_cpus_that_the_kernel_would_not_see_is_refused() -> None:
+    kernel = {"kernel": {"file": "vmlinux", "release": "6.12.9-cloud"}}
+    with pytest.raises(VMError, match=r"--max-cpus: .*Linux 6\.12\.9-cloud counts no CPUs"):
+        render(max_cpus=2, more=kernel)
+    assert after(render(max_cpus=2, more=kernel, accelerator="kvm"), "-smp") == ["1,maxcpus=2"]
+    old = {"kernel": {"file": "vmlinux", "release": "6.1.0-50-cloud"}}
+    assert after(render(max_cpus=2, more=old), "-smp") == ["1,maxcpus=2"]
 
 
 def test_room_for_more_cpus_on_an_old_qemu_keeps_one_thread_for_all() -> None:
