@@ -1,0 +1,322 @@
+"""Root file systems as disk images: read back by each format's own tools, and the same bytes whoever makes them."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import re
+import shutil
+import stat
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from image import disk, ext4
+from image.errors import ImageError
+from image.initrd import CONSOLE, Entry
+from image.run import CommandFailed, MissingProgram
+
+NOBODY = 65534
+DIRECTORY, FILE, LINK = stat.S_IFDIR, stat.S_IFREG, stat.S_IFLNK
+FORMATS = sorted(disk.FORMATS)
+
+
+def noise(size: int, seed: str = "") -> bytes:
+    return hashlib.shake_256(seed.encode()).digest(size)
+
+
+#: A guest in small: every kind of member, modes that a umask would change, and more names than a block holds.
+MEMBERS = [
+    CONSOLE,
+    Entry("bin", LINK | 0o777, b"usr/bin"),
+    Entry("dev", DIRECTORY | 0o755),
+    Entry("etc", DIRECTORY | 0o755),
+    Entry("etc/empty", FILE | 0o644),
+    Entry("etc/secret", FILE | 0o600, b"secret\n"),
+    Entry("etc/a name with spaces, größe", FILE | 0o644, b"x" * 4096),
+    Entry("etc/just more than a block", FILE | 0o644, noise(4097)),
+    Entry("tmp", DIRECTORY | 0o1777),
+    Entry("usr", DIRECTORY | 0o755),
+    Entry("usr/bin", DIRECTORY | 0o755),
+    Entry("usr/bin/program", FILE | 0o755, noise(300_000) + bytes(300_000)),
+    Entry("usr/lib", DIRECTORY | 0o755),
+    *(Entry(f"usr/lib/{'module' * 10}-{number:03}.pyc", FILE | 0o644, b"%d" % number) for number in range(150)),
+    Entry("usr/short", LINK | 0o777, b"s" * 59),
+    Entry("usr/sixty", LINK | 0o777, b"m" * 60),
+    Entry("usr/long", LINK | 0o777, b"/l" * 500),
+    Entry("usr/share/made/on/the/way", FILE | 0o644, b"deep"),
+]
+MADE = ["usr/share", "usr/share/made", "usr/share/made/on", "usr/share/made/on/the"]
+
+
+def tool(*words: str | Path) -> str:
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def unpack(image: Path, format: str, target: Path) -> None:
+    """By the tools of the format, which check it, too."""
+    if format == "ext4":
+        tool("e2fsck", "-f", "-n", image)
+        target.mkdir()
+        tool("debugfs", "-R", f"rdump / {target}", image)
+        (target / "lost+found").rmdir()
+        for mode, name in re.findall(
+            r"^/\d+/04(\d+)/0/0/(\w+)/", tool("debugfs", "-R", "ls -p /", image), re.MULTILINE
+        ):
+            (target / name).chmod(int(mode, 8))  # rdump leaves the sticky bit out
+    elif format == "squashfs":
+        tool("unsquashfs", "-no-xattrs", "-d", target, image)
+    else:
+        tool("fsck.erofs", f"--extract={target}", "--preserve-perms", image)
+
+
+def owner_and_time(image: Path, format: str, path: str) -> tuple[int, int, bool]:
+    """User, group, and whether the time is that of 1970."""
+    if format == "ext4":
+        said = tool("debugfs", "-R", f"stat /{path}", image)
+        found = re.search(r"User:\s+(\d+)\s+Group:\s+(\d+)", said)
+        times = re.findall(r"(?:c|a|m|cr)time: (0x[0-9a-f]{8}:[0-9a-f]{8}) ", said)
+        recent = times != ["0x00000000:00000000"] * 4
+    elif format == "squashfs":
+        said = tool("unsquashfs", "-lln", "-UTC", image, path)
+        found = re.search(rf" (\d+)/(\d+) .*/{path}( ->|$)", said, re.MULTILINE)
+        recent = " 1970-01-01 00:00 " not in said.splitlines()[-1]
+    else:
+        said = tool("dump.erofs", f"--path=/{path}", image)
+        found = re.search(r"Uid:\s+(\d+)\s+Gid:\s+(\d+)", said)
+        recent = "1970-01-01 00:00:00" not in said
+    assert found is not None, said
+    return int(found[1]), int(found[2]), not recent
+
+
+def members(tree: Path) -> dict[str, tuple[int, bytes]]:
+    found = {}
+    for path in tree.rglob("*"):
+        mode = path.lstat().st_mode
+        data = os.fsencode(path.readlink()) if path.is_symlink() else path.read_bytes() if path.is_file() else b""
+        found[str(path.relative_to(tree))] = (mode, data)
+    return found
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_member_is_there_and_nothing_else(tmp_path: Path, format: str) -> None:
+    image, tree = tmp_path / "image", tmp_path / "tree"
+    disk.write_filesystem(image, MEMBERS, format)
+    unpack(image, format, tree)
+    wanted = {entry.path: (entry.mode, entry.data) for entry in MEMBERS if entry != CONSOLE}
+    wanted |= {path: (DIRECTORY | 0o755, b"") for path in MADE}
+    assert members(tree) == wanted
+    assert stat.S_IMODE(tree.stat().st_mode) == 0o755
+    assert list(tmp_path.glob(".*")) == []
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_all_of_it_is_roots_and_from_1970(tmp_path: Path, format: str) -> None:
+    image = tmp_path / "image"
+    disk.write_filesystem(image, MEMBERS, format)
+    for path in ("usr/bin", "usr/bin/program", "tmp", "usr/long", "usr/share/made"):
+        assert owner_and_time(image, format, path) == (0, 0, True)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_image_is_whole_blocks_and_no_more_than_it_needs(tmp_path: Path, format: str) -> None:
+    image = tmp_path / "image"
+    disk.write_filesystem(image, MEMBERS, format)
+    size = image.stat().st_size
+    assert size % 4096 == 0
+    blocks = sum(-(-len(entry.data) // 4096) for entry in MEMBERS)
+    # A block for every 16 inodes, some for directories, and what a file system says of itself.
+    assert size <= (blocks + len(MEMBERS) // 16 + 24) * 4096
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_image_replaces_what_was_there(tmp_path: Path, format: str) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    disk.write_filesystem(first, MEMBERS, format)
+    second.write_bytes(noise(1 << 21))
+    disk.write_filesystem(second, MEMBERS, format)
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_the_uuid_follows_from_the_members(tmp_path: Path) -> None:
+    def uuid(name: str, format: str, entries: list[Entry]) -> str:
+        disk.write_filesystem(tmp_path / name, entries, format)
+        return tool("blkid", "-o", "value", "-s", "UUID", tmp_path / name)
+
+    same = [uuid(name, "ext4", MEMBERS[:4]) for name in ("a", "b")]
+    assert same[0] == same[1] and re.fullmatch(r"[0-9a-f-]{36}", same[0].strip())
+    others = [uuid("c", "ext4", MEMBERS[:3]), uuid("d", "erofs", MEMBERS[:4]), uuid("e", "erofs-lz4hc", MEMBERS[:4])]
+    assert len({same[0], *others}) == 4
+
+
+# The same bytes, whoever makes it.
+
+Change = Callable[[Path], Path]
+
+
+def as_another_user(place: Path) -> Path:
+    os.setgroups([])
+    os.setresgid(NOBODY, NOBODY, NOBODY)
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+    return place
+
+
+def with_another_umask(place: Path) -> Path:
+    os.umask(0o077)
+    return place
+
+
+def elsewhere_on_earth(place: Path) -> Path:
+    os.environ["TZ"] = "Pacific/Kiritimati"
+    time.tzset()
+    return place
+
+
+def with_another_temporary_directory(place: Path) -> Path:
+    (place / "temporary").mkdir()
+    os.environ["TMPDIR"] = str(place / "temporary")
+    return place
+
+
+def at_another_path(place: Path) -> Path:
+    other = place / ("another path" * 10)
+    other.mkdir()
+    other.chmod(0o2777)  # its group is given to what is made in it
+    return other
+
+
+def in_memory(place: Path) -> Path:
+    """Another file system lists files in another order."""
+    return Path(tempfile.mkdtemp(dir="/dev/shm"))
+
+
+def in_another_year(place: Path) -> Path:
+    """The tools are told another date: this process's own environment does not reach them."""
+    (place / "bin").mkdir()
+    for name in ("mkfs.erofs", "mksquashfs"):
+        wrapper = place / "bin" / name
+        wrapper.write_text(f"#!/bin/sh\nexec faketime '2031-05-06 07:08:09' {shutil.which(name)} \"$@\"\n")
+        wrapper.chmod(0o755)
+    os.environ["PATH"] = f"{place / 'bin'}:{os.environ['PATH']}"
+    assert b"2031" in subprocess.run(["faketime", "2031-05-06", "date"], check=True, capture_output=True).stdout
+    return place
+
+
+@pytest.fixture
+def open_place() -> Iterator[Path]:
+    """A directory that other users reach, too."""
+    place = Path(tempfile.mkdtemp())
+    place.chmod(0o777)
+    yield place
+    shutil.rmtree(place)
+
+
+def _digest(change: Change, place: Path, format: str, answer: Path) -> None:
+    answer.touch(0o666)
+    with answer.open("w") as stream:  # before the user changes
+        target = change(place) / "image"
+        disk.write_filesystem(target, MEMBERS, format)
+        stream.write(hashlib.sha256(target.read_bytes()).hexdigest())
+        target.unlink()
+        if target.parent.parent == Path("/dev/shm"):
+            target.parent.rmdir()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(as_another_user, marks=pytest.mark.root),
+        with_another_umask,
+        elsewhere_on_earth,
+        with_another_temporary_directory,
+        at_another_path,
+        in_memory,
+        in_another_year,
+    ],
+)
+def test_the_bytes_depend_on_the_members_alone(tmp_path: Path, open_place: Path, change: Change, format: str) -> None:
+    image, answer = tmp_path / "image", tmp_path / "answer"
+    disk.write_filesystem(image, MEMBERS, format)
+    child = multiprocessing.get_context("fork").Process(target=_digest, args=(change, open_place, format, answer))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    assert answer.read_text() == hashlib.sha256(image.read_bytes()).hexdigest()
+
+
+# What cannot be.
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (Entry("bin/sh", FILE | 0o755), "bin is no directory"),
+        (Entry("etc/secret/x", FILE | 0o755), "etc/secret is no directory"),
+        (Entry("../x", FILE | 0o644), "no path inside an image"),
+        (Entry("/etc/x", FILE | 0o644), "no path inside an image"),
+        (Entry("etc//x", FILE | 0o644), "no path inside an image"),
+        (Entry("etc/fifo", stat.S_IFIFO | 0o644), "etc/fifo is no file, directory or link"),
+    ],
+)
+@pytest.mark.parametrize("format", FORMATS)
+def test_members_that_make_no_sense_are_refused(tmp_path: Path, entry: Entry, words: str, format: str) -> None:
+    with pytest.raises(ImageError, match=words):
+        disk.write_filesystem(tmp_path / "image", [*MEMBERS, entry], format)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("format", "package"), [("erofs", "erofs-utils"), ("squashfs", "squashfs-tools")])
+def test_a_missing_tool_is_named_with_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, package: str
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MissingProgram, match=f"apt-get install {package}"):
+        disk.write_filesystem(tmp_path / "image", MEMBERS, format)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_tool_complains_of_is_told(tmp_path: Path) -> None:
+    with pytest.raises(CommandFailed, match="nonsense"):
+        disk._write_erofs(tmp_path / "image", MEMBERS[1:-1], disk.UUID(int=0), options=["-znonsense"])
+    assert list(tmp_path.glob(".*")) == []
+
+
+# ext4, of which we make every byte.
+
+
+def test_an_ext4_of_several_groups_is_sound(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    large = [Entry("large", FILE | 0o644, bytes(129 << 20)), Entry("z", FILE | 0o644, b"behind it")]
+    disk.write_filesystem(image, [*MEMBERS, *large], "ext4")
+    said = tool("e2fsck", "-f", "-n", image)
+    assert re.search(r"(\d+)/\1 blocks", said)  # not one that is free
+    assert tool("debugfs", "-R", "cat /z", image).startswith("behind it")
+    assert "Group 1" in tool("dumpe2fs", image)
+
+
+def test_e2fsck_would_notice_a_wrong_ext4(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    disk.write_filesystem(image, MEMBERS, "ext4")
+    with image.open("r+b") as stream:
+        stream.seek(2 * 4096)
+        stream.write(bytes(8))  # which blocks are in use
+    assert subprocess.run(["e2fsck", "-f", "-n", image], capture_output=True).returncode != 0
+
+
+def test_a_file_of_more_than_512_mib_is_refused_by_ext4(tmp_path: Path) -> None:
+    class Huge(bytes):
+        def __len__(self) -> int:
+            return (512 << 20) + 1
+
+    with pytest.raises(ImageError, match="huge is larger than 512 MiB"):
+        ext4.write_ext4(tmp_path / "image", [Entry("huge", FILE | 0o644, Huge())], disk.UUID(int=1))
+    with pytest.raises(ImageError, match=r"lost\+found"):
+        ext4.write_ext4(tmp_path / "image", [Entry("lost+found", DIRECTORY | 0o755)], disk.UUID(int=1))
+    assert list(tmp_path.iterdir()) == []
