@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from agent.log import Log
     from agent.reaper import Reaper
+    from agent.tracing import Tracing
 
 
 def main() -> None:
@@ -107,6 +108,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log) -> None:
     from agent.listener import Relay
     from agent.reaper import Reaper
     from agent.sandbox import Sandbox
+    from agent.tracing import Tracing
     from proto import agent_pb2, health_pb2
 
     loop = asyncio.get_running_loop()
@@ -127,16 +129,19 @@ async def _serve(options: Options, listener: socket.socket, log: Log) -> None:
         hotplug_timeout=options.hotplug_timeout,
     )
     files = Files()
+    tracing = Tracing(options.trace_target)
+    if options.trace:
+        _trace(tracing, log)
     with _private_directory() as private:
         methods = [
             AgentService(sandbox, init=os.getpid() == 1),
-            GuestService(options.hotplug_timeout, files, log, sandbox.offer_cpus),
+            GuestService(options.hotplug_timeout, files, log, sandbox.offer_cpus, tracing),
         ]
         services: list[tuple[object, list[object]]] = [
             (agent_pb2.DESCRIPTOR.services_by_name["AgentService"], methods),
             (health_pb2.DESCRIPTOR.services_by_name["Health"], [Health()]),
         ]
-        server = serve(services, f"{private}/grpc.sock", log)
+        server = serve(services, f"{private}/grpc.sock", log, tracing)
         await server.start()
         tasks = [loop.create_task(Relay(listener, f"{private}/grpc.sock", log).run())]
         tasks += _extras(options, reaper, log)
@@ -147,10 +152,21 @@ async def _serve(options: Options, listener: socket.socket, log: Log) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
         await server.stop(grace=1.0)
         await sandbox.destroy()
+        if tracing.enabled:
+            await asyncio.to_thread(tracing.stop)
     files.close()
     launcher.close()
     nsexec.close()
     reaper.stop(loop)
+
+
+def _trace(tracing: Tracing, log: Log) -> None:
+    from agent.errors import Unsupported
+
+    try:
+        tracing.start()
+    except Unsupported as error:
+        log("warning", "requests are not traced", error=str(error))
 
 
 def _extras(options: Options, reaper: Reaper, log: Log) -> list[asyncio.Task[None]]:

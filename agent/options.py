@@ -29,6 +29,8 @@ class Options(Record):
     hotplug_timeout: float = 3.0
     cgroup: str = "v2"
     cgroup_parent: str = ""
+    trace: bool = False
+    trace_target: str = "vsock:6831"
     complaints: tuple[str, ...] = ()
 
 
@@ -65,6 +67,10 @@ def _version(text: str) -> str:
 
 def _unified(text: str) -> str:
     return "v2" if _flag(text) else "v1"
+
+
+def _tracing(text: str) -> bool:
+    return text == "isolated" or _flag(text)
 
 
 def _port(text: str) -> str:
@@ -127,6 +133,9 @@ OPTIONS = (
     ),
     _Option("cgroup", _version, "which cgroups limit containers: v1 or v2", argument="--cgroup"),
     _Option("cgroup", _unified, "whether that is v2", name="unified_cgroup_hierarchy"),
+    _Option("trace", _tracing, "whether requests are traced from the start", argument="--trace", name="trace"),
+    _Option("trace_target", str, "where traces go: vsock:PORT of the host, or unix:PATH", argument="--trace-target"),
+    _Option("trace_target", _port, "the host's vsock port that traces go to", name="trace_vport"),
     _Option("cgroup_parent", str, "the cgroup that all others are made in", argument="--cgroup-parent"),
 )
 BY_NAME = {option.name: option for option in OPTIONS if option.name}
@@ -134,7 +143,6 @@ BY_NAME = {option.name: option for option in OPTIONS if option.name}
 #: Options of Kata agents that mean something else here, or nothing; a value that asks for more is a complaint.
 UNDERSTOOD: dict[str, tuple[Callable[[str], object], object, str]] = {
     "use_vsock": (_flag, True, "serial ports are not supported; it is vsock"),
-    "trace": (str, "false", "not supported yet"),
 }
 
 

@@ -13,6 +13,7 @@ from agent.errors import Invalid, ModelError
 from agent.guest import clock, hotplug
 from agent.guest.files import Files, Piece
 from agent.log import Log
+from agent.tracing import Tracing
 from proto import agent_pb2, types_pb2
 
 TYPE_CHECKING = False
@@ -25,11 +26,14 @@ EMPTY = empty_pb2.Empty()
 class GuestService:
     """None of these needs a sandbox: hosts set the network up before there is one."""
 
-    def __init__(self, hotplug_timeout: float, files: Files, log: Log, cpus_came: Callable[[], object]) -> None:
+    def __init__(
+        self, hotplug_timeout: float, files: Files, log: Log, cpus_came: Callable[[], object], tracing: Tracing
+    ) -> None:
         """An interface that is plugged in is waited for ``hotplug_timeout`` seconds; ``cpus_came`` is called when CPUs
         that were plugged in are in use.
         """
         self._cpus_came = cpus_came
+        self._tracing = tracing
         self._hotplug_timeout = hotplug_timeout
         self._files = files
         self._log = log
@@ -40,6 +44,14 @@ class GuestService:
         from agent.guest.network import Network  # here, as below: most guests have no network
 
         return Network(self._hotplug_timeout)
+
+    async def StartTracing(self, request: Any) -> Any:
+        await asyncio.to_thread(self._tracing.start)  # imports a hundred modules
+        return EMPTY
+
+    async def StopTracing(self, request: Any) -> Any:
+        await asyncio.to_thread(self._tracing.stop)
+        return EMPTY
 
     async def UpdateInterface(self, request: Any) -> Any:
         from agent.guest.network import Address, Interface

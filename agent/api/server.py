@@ -14,23 +14,24 @@ from google.protobuf.message import DecodeError
 from agent.api.status import status_of
 from agent.errors import Invalid, Unsupported
 from agent.log import Log
+from agent.tracing import Tracing
 
 Method = Callable[[Any], Awaitable[Any]]
 
 OPTIONS = [("grpc.so_reuseport", 0), ("grpc.max_concurrent_streams", 4096)]
 
 
-def serve(services: list[tuple[Any, list[object]]], path: str, log: Log) -> grpc.aio.Server:
+def serve(services: list[tuple[Any, list[object]]], path: str, log: Log, tracing: Tracing) -> grpc.aio.Server:
     """A server (not started) on a Unix socket for services, each a descriptor with the objects of its methods."""
     server = grpc.aio.server(options=OPTIONS)
     for descriptor, implementations in services:
-        handlers = {method.name: _handler(method, implementations, log) for method in descriptor.methods}
+        handlers = {method.name: _handler(method, implementations, log, tracing) for method in descriptor.methods}
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(descriptor.full_name, handlers),))
     server.add_insecure_port(f"unix:{path}")
     return server
 
 
-def _handler(method: Any, implementations: list[object], log: Log) -> grpc.RpcMethodHandler:
+def _handler(method: Any, implementations: list[object], log: Log, tracing: Tracing) -> grpc.RpcMethodHandler:
     name = method.name
 
     async def missing(request: Any) -> NoReturn:
@@ -60,10 +61,12 @@ def _handler(method: Any, implementations: list[object], log: Log) -> grpc.RpcMe
                 log("error", "a bug in a handler", method=name, error=_traceback(error))
             code, text = status
         finally:
-            if log.enabled("debug"):
+            if tracing.enabled or log.enabled("debug"):
                 ids = {key: getattr(request, key) for key in ("container_id", "exec_id") if hasattr(request, key)}
-                seconds = round(time.monotonic() - began, 6)
-                log("debug", "request", method=name, status=code.name, error=text, seconds=seconds, **ids)
+                seconds = time.monotonic() - began
+                log("debug", "request", method=name, status=code.name, error=text, seconds=round(seconds, 6), **ids)
+                now = time.time_ns()
+                tracing.request(name, now - int(seconds * 1e9), now, code.name, ids)
         await context.abort(code, text)
 
     return grpc.unary_unary_rpc_method_handler(

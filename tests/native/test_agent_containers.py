@@ -277,9 +277,6 @@ def test_what_is_not_there_yet_says_so(agent: RunningAgent) -> None:
     async def work() -> None:
         async with agent.connect() as client:
             await client.create_sandbox()
-            code, text = await refused(client.rpc.StartTracing(agent_pb2.StartTracingRequest()))
-            assert code is Code.UNIMPLEMENTED
-            assert "StartTracing" in text
             request = agent_pb2.CreateContainerRequest(container_id="box", OCI=agent.spec(), sandbox_pidns=True)
             assert (await refused(client.rpc.CreateContainer(request)))[0] is Code.UNIMPLEMENTED
             pid = agent.spec()

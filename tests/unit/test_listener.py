@@ -122,8 +122,8 @@ def test_what_comes_before_there_is_another_side_is_kept(ended: bool) -> None:
                 ours.shutdown(socket.SHUT_WR)
             _, side = await loop.connect_accepted_socket(lambda: _Side(buffer), theirs)
             sides.append(side)
-        while not all(side._early and side._done is ended for side in sides):
-            await asyncio.sleep(0)  # noqa: ASYNC110 - nothing announces it
+        while not all(side._early and side._done is ended for side in sides):  # noqa: ASYNC110 - nothing announces it
+            await asyncio.sleep(0)
         _Side.join(*sides)
         for end in ends:
             if not ended:

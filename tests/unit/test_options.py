@@ -30,7 +30,10 @@ def test_defaults_are_those_of_a_guest() -> None:
         ("agent.unified_cgroup_hierarchy=true", "cgroup", "v2"),
         ("agent.unified_cgroup_hierarchy=0", "cgroup", "v1"),
         ("agent.use_vsock=T", "complaints", ()),
-        ("agent.trace=false", "complaints", ()),
+        ("agent.trace=false", "trace", False),
+        ("agent.trace=isolated", "trace", True),
+        ("agent.trace", "trace", True),
+        ("agent.trace_vport=77", "trace_target", "vsock:77"),
     ],
 )
 def test_known_options(word: str, field: str, value: object) -> None:
@@ -51,7 +54,7 @@ def test_known_options(word: str, field: str, value: object) -> None:
         ("agent.hotplug_timeout=0s", "makes no sense"),
         ("agent.hotplug_timeout=3", "makes no sense"),
         ("agent.hotplug_timeout=-3s", "makes no sense"),
-        ("agent.trace=isolated", "not supported yet"),
+        ("agent.trace=somehow", "it is true or false"),
         ("agent.use_vsock=false", "serial ports are not supported"),
         ("agent.listen=unix:/x", "Unknown option agent.listen"),
         ("agent.frobnicate=1", "Unknown option agent.frobnicate"),
