@@ -60,6 +60,7 @@ import contextlib  # noqa: E402
 import functools  # noqa: E402
 import json  # noqa: E402
 import shutil  # noqa: E402
+import signal  # noqa: E402
 import subprocess  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Awaitable, Callable, Iterable, Iterator  # noqa: E402
@@ -69,7 +70,8 @@ from invoke import Argument, Collection, Context, Exit, Program, Task, task  # n
 
 import image  # noqa: E402
 from agent import client  # noqa: E402
-from agent.client import listing  # noqa: E402
+from agent.client import console, copy, listing, logs  # noqa: E402
+from agent.client import forward as forwarding  # noqa: E402
 from image.vm import VM, VMConfig, VMError, find_vm, list_vms  # noqa: E402
 
 T = TypeVar("T")
@@ -99,6 +101,9 @@ TO_TEST = (
 
 #: The VM that commands mean when they name none.
 DEFAULT_VM = "default"
+
+#: An interactive shell, the better one where there are two.
+SHELL = ["/bin/sh", "-c", "command -v bash >/dev/null && exec bash; exec sh"]
 
 #: Exit status when a command could not be run at all; 126, 127 and 128+n are those of a shell.
 NOT_RUN = 125
@@ -382,12 +387,15 @@ def _running(name: str) -> VM:
     """The running VM of this name, whose agent answers."""
     vm = find_vm(name)
     if vm is None:
-        names = ", ".join(other.name for other in list_vms()) or "none"
-        start = f"invoke boot-vm --name {name} --detach"
-        raise Refused(f"there is no VM {name!r}; running: {names}; start it: {start}")
+        raise _no_vm(name)
     if not client.answers(vm.agent_socket, timeout=60.0):
         raise Refused(f"the agent of VM {vm.name!r} does not answer; see {vm.directory / 'console.log'}")
     return vm
+
+
+def _no_vm(name: str) -> Refused:
+    names = ", ".join(other.name for other in list_vms()) or "none"
+    return Refused(f"there is no VM {name!r}; running: {names}; start it: invoke boot-vm --name {name} --detach")
 
 
 def _ask(vm: VM, work: Callable[[client.Agent], Awaitable[T]]) -> T:
@@ -408,17 +416,22 @@ def _known(vm: VM) -> client.Known:
 async def _run(
     vm: VM, container_id: str, words: list[str], env: list[str], cwd: str, uid: int, gid: int, tty: bool
 ) -> int:
-    contents = json.loads((vm.directory / "image.json").read_text())
     environment = [client.PATH, "HOME=/root" if uid == 0 else "HOME=/"]
     if tty:
         environment.append(f"TERM={os.environ.get('TERM', 'xterm')}")
     async with client.Agent.connect(vm.agent_socket) as agent:
-        await agent.create_sandbox()
-        spec = client.default_spec(contents["containers"]["busybox"])
-        container = await agent.ensure_container(container_id, spec)
-        _known(vm).add(container_id)
+        container = await _ensure(vm, agent, container_id)
         process = await container.exec(words, env=[*environment, *env], cwd=cwd, uid=uid, gid=gid, terminal=tty)
         return await client.attach(process)
+
+
+async def _ensure(vm: VM, agent: client.Agent, container_id: str) -> client.Container:
+    """The container of this name, or a new one with the rootfs that is in the image."""
+    contents = json.loads((vm.directory / "image.json").read_text())
+    await agent.create_sandbox()
+    container = await agent.ensure_container(container_id, client.default_spec(contents["containers"]["busybox"]))
+    _known(vm).add(container_id)
+    return container
 
 
 @task(help={"name": "the VM", "all": "every VM"})
@@ -431,8 +444,7 @@ def stop_vm(_: Context, name: str = DEFAULT_VM, all: bool = False) -> None:
     vms = list_vms() if all else [find_vm(name)]
     for vm in vms:
         if vm is None:
-            names = ", ".join(other.name for other in list_vms()) or "none"
-            raise Refused(f"there is no VM {name!r}; running: {names}")
+            raise _no_vm(name)
         with contextlib.suppress(client.AgentError):
             _ask(vm, lambda agent: agent.destroy_sandbox(timeout=5.0))
         vm.stop()
@@ -462,6 +474,98 @@ def _show(columns: tuple[str, ...], data: list[Any], rows: Iterable[dict[str, An
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
         print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+@task(
+    name="logs", help={"name": "the VM", "agent": "only the agent's lines, JSON objects", "follow": "until the VM ends"}
+)
+@command(failed=1)
+def logs_(_: Context, name: str = DEFAULT_VM, agent: bool = False, follow: bool = False) -> None:
+    """Show what a guest has printed: its kernel's messages and its agent's log.
+
+    Example: invoke logs --agent --follow
+    """
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as cat(1) ends when nobody reads on
+    vm = find_vm(name)
+    if vm is None:
+        raise _no_vm(name)
+    vm.show(logs.AgentLines(_console) if agent else _console, follow=follow)
+
+
+@task(
+    klass=Command, help={"source": "a path, or CONTAINER:PATH", "target": "a path, or CONTAINER:PATH", "name": "the VM"}
+)
+@command(failed=1)
+def cp(_: Context, source: str, target: str, name: str = DEFAULT_VM) -> None:
+    """Copy a file or a directory into a container or out of it; it needs `sh` and `tar` in the container.
+
+    Example: invoke cp build/app default:/tmp && invoke cp default:/etc/passwd .
+    """
+    for left_out in _ask(_running(name), lambda agent: copy.copy(agent, source, target)):
+        _say(f"not copied: {left_out}")
+
+
+@task(
+    help={
+        "container": "the container; made on first use and kept",
+        "guest": "outside of all containers",
+        "name": "the VM",
+    }
+)
+@command(failed=NOT_RUN)
+def shell(_: Context, container: str = "default", guest: bool = False, name: str = DEFAULT_VM) -> None:
+    """Work in a container, or with --guest in the guest itself; the exit status is the container's shell's.
+
+    The guest's shell is there if it was booted with agent.debug_console_vport=PORT; the size of its terminal is told
+    once.
+
+    Example: invoke shell --container web
+    """
+    vm = _running(name)
+    if guest:
+        asyncio.run(console.console(vm.vsock_socket, console.console_port(vm.kernel_words)))
+        if not client.answers(vm.agent_socket, timeout=1.0):
+            raise Refused(f"VM {name!r} has ended")
+    else:
+        raise Exit(code=asyncio.run(_run(vm, container, SHELL, [], "/", 0, 0, sys.stdin.isatty())))
+
+
+@task(
+    klass=Command,
+    help={
+        "ports": "[ADDRESS:]PORT:PORT, the host's TCP port first (0: any that is free), or [ADDRESS:]PORT:vsock:PORT",
+        "reverse": "connections of the guest to the host's vsock port go to the host's TCP port",
+        "container": "its `nc` reaches the guest's TCP port; made on first use",
+        "name": "the VM",
+    },
+)
+@command(failed=1)
+def forward(_: Context, ports: str, reverse: bool = False, container: str = "default", name: str = DEFAULT_VM) -> None:
+    """Join a TCP port of the host to a port of the guest, until Ctrl-C or the VM's end.
+
+    Example: invoke forward 8080:80
+    """
+    vm = _running(name)
+    rule = forwarding.Rule.parse(ports)
+    asyncio.run(_forward(vm, rule, container, reverse))
+
+
+async def _forward(vm: VM, rule: forwarding.Rule, container_id: str, reverse: bool) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        where: forwarding.Rule | Path = rule
+        if rule.kind == "tcp":
+            agent = await stack.enter_async_context(client.Agent.connect(vm.agent_socket))
+            serve = forwarding.to_container(await _ensure(vm, agent, container_id), rule.guest)
+        elif reverse:
+            where, serve = vm.host_port(rule.guest), forwarding.to_tcp(rule.address, rule.host)
+        else:
+            serve = forwarding.to_vsock(vm.vsock_socket, rule.guest)
+        if reverse and rule.kind != "vsock":
+            raise Refused("--reverse is for vsock ports: PORT:vsock:PORT")
+        port = await stack.enter_async_context(forwarding.listening(where, serve, _say))
+        arrow = "←" if reverse else "→"
+        _say(f"{rule.address}:{rule.host if reverse else port} {arrow} {rule.kind} port {rule.guest} of {vm.name}")
+        await forwarding.ended(stack.enter_context(vm.lifeline()))
 
 
 CONTAINER = {"container": "its name", "name": "the VM"}

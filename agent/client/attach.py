@@ -35,7 +35,7 @@ async def attach(process: Process, *, stdin: int = 0, stdout: int = 1, stderr: i
 
     Raises OutputError when they cannot be written to for another reason, and AgentGone.
     """
-    with _raw(stdin) if process.terminal else contextlib.nullcontext():
+    with raw(stdin) if process.terminal else contextlib.nullcontext():
         async with _signals(process, stdin):
             feeder = asyncio.create_task(_feed(process, stdin))
             try:
@@ -60,10 +60,11 @@ async def attach(process: Process, *, stdin: int = 0, stdout: int = 1, stderr: i
 async def _copy(stream: AsyncIterator[bytes], target: int) -> None:
     async for data in stream:
         # In a thread: a reader that takes its time must not hold up the other streams.
-        await asyncio.to_thread(_write_all, target, data)
+        await asyncio.to_thread(write_all, target, data)
 
 
-def _write_all(target: int, data: bytes) -> None:
+def write_all(target: int, data: bytes) -> None:
+    """Write all of it to a descriptor.  Raises OSError."""
     view = memoryview(data)
     while view:
         view = view[os.write(target, view) :]
@@ -71,7 +72,7 @@ def _write_all(target: int, data: bytes) -> None:
 
 async def _feed(process: Process, source: int) -> None:
     try:
-        async for data in _read(source):
+        async for data in read(source):
             await process.write(data)
         await process.close_stdin()
     except AgentError:
@@ -79,7 +80,7 @@ async def _feed(process: Process, source: int) -> None:
         pass
 
 
-async def _read(source: int) -> AsyncIterator[bytes]:
+async def read(source: int) -> AsyncIterator[bytes]:
     """Read a descriptor of any kind until its end.
 
     In a thread of its own, as regular files and terminals shared with others cannot be polled; a daemon, because a
@@ -109,7 +110,8 @@ async def _read(source: int) -> AsyncIterator[bytes]:
 
 
 @contextmanager
-def _raw(terminal: int) -> Iterator[None]:
+def raw(terminal: int) -> Iterator[None]:
+    """A terminal in raw mode; one that is none is left alone."""
     if not os.isatty(terminal):
         yield
         return

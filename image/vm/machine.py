@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -99,6 +99,21 @@ class VM:
     def agent_socket(self) -> Path:
         """Where any gRPC client dials the agent."""
         return self._directory.agent_socket
+
+    @property
+    def vsock_socket(self) -> Path:
+        """Where CONNECT <port> reaches a port of the guest."""
+        return self._directory.vsock_socket
+
+    def host_port(self, port: int) -> Path:
+        """Where the guest's connections to a vsock port of the host arrive, once somebody listens there."""
+        return self.vsock_socket.with_name(f"{self.vsock_socket.name}_{port}")
+
+    @property
+    def kernel_words(self) -> list[str]:
+        """The kernel's command line."""
+        command = list(self.info.get("command", ()))
+        return str(command[command.index("-append") + 1]).split() if "-append" in command else []
 
     @property
     def info(self) -> dict[str, Any]:
@@ -236,6 +251,12 @@ class VM:
                 if not str(end).startswith(POWERED_OFF):
                     raise VMError(f"VM {self.name!r}: {end}") from None
 
+    def show(self, console: Callable[[bytes], None], *, follow: bool) -> None:
+        """Hand on what the guest has printed, and with ``follow`` what it prints until the VM ends."""
+        with Follower(self._directory.console, console), self.lifeline() as supervisor:
+            if follow and supervisor is not None:
+                select.select([supervisor], [], [])
+
     def detach(self) -> None:
         """Let it live on without its starter.  Raises VMError when it has ended meanwhile."""
         assert self._line is not None, "only its starter can detach a VM"
@@ -254,25 +275,32 @@ class VM:
         if self._line is not None:
             self._abandon()
             return
-        pid = self.info.get("pids", {}).get("supervisor")
-        if pid is None:
-            return
-        try:
-            pidfd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            return
-        try:
-            # Held by somebody, so the process is the one that was read about, and not one that got its number.
-            if not self._directory.alive() or self._directory.read().get("pids", {}).get("supervisor") != pid:
+        with self.lifeline() as supervisor:
+            if supervisor is None:
                 return
             with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(pidfd, signal.SIGTERM)
-            ended, _, _ = select.select([pidfd], [], [], timeout)
-        finally:
-            os.close(pidfd)
+                signal.pidfd_send_signal(supervisor, signal.SIGTERM)
+            ended, _, _ = select.select([supervisor], [], [], timeout)
         if not ended:
+            pid = self._info["pids"]["supervisor"]
             raise VMError(f"VM {self.name!r} did not stop within {timeout:.0f} s; its supervisor is process {pid}")
         self._reap()
+
+    @contextlib.contextmanager
+    def lifeline(self) -> Iterator[int | None]:
+        """A descriptor that becomes readable when the VM has ended; None when it has already."""
+        pid = self.info.get("pids", {}).get("supervisor")
+        try:
+            pidfd = None if pid is None else os.pidfd_open(pid)
+        except ProcessLookupError:
+            pidfd = None
+        try:
+            # Held by somebody, so the process is the one that was read about, and not one that got its number.
+            held = self._directory.alive() and self._directory.read().get("pids", {}).get("supervisor") == pid
+            yield pidfd if held else None
+        finally:
+            if pidfd is not None:
+                os.close(pidfd)
 
     def __enter__(self) -> Self:
         return self

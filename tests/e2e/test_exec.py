@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import os
-import pty
 import random
-import select
 import signal
-import struct
-import termios
-import time
 
 import pytest
 
 from tests.e2e.conftest import PATIENCE, Caisson, wait_until
+from tests.e2e.terminal import Terminal
 
 pytestmark = pytest.mark.vm
 
@@ -91,65 +85,24 @@ def test_a_closed_pipe_ends_the_program(vm: Caisson) -> None:
     wait_until(lambda: b"yes" not in vm("exec", "--", "ps", "-o", "comm").stdout, "`yes` ends in the guest")
 
 
-class Terminal:
-    """A command under a pseudo-terminal of a given size."""
-
-    def __init__(self, caisson: Caisson, *words: str, rows: int = 31, columns: int = 97) -> None:
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.execve(caisson.argv()[0], caisson.argv("exec", "--tty", "--", *words), caisson.environment)
-        self.output = b""
-        self.resize(rows, columns)
-
-    def resize(self, rows: int, columns: int) -> None:
-        fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-
-    def type(self, text: bytes) -> None:
-        os.write(self.fd, text)
-
-    def expect(self, text: bytes, timeout: float = 120.0) -> None:
-        """Read until ``text`` was shown; what came before it is dropped."""
-        deadline = time.monotonic() + timeout
-        while text not in self.output:
-            ready, _, _ = select.select([self.fd], [], [], max(0, deadline - time.monotonic()))
-            try:
-                data = os.read(self.fd, 65536) if ready else b""
-            except OSError:
-                data = b""
-            assert data, f"{text!r} was not shown, but {self.output!r}"
-            self.output += data
-        self.output = self.output.split(text, 1)[1]
-
-    def status(self) -> int:
-        while True:
-            try:
-                if not os.read(self.fd, 65536):
-                    break
-            except OSError:
-                break
-        _, status = os.waitpid(self.pid, 0)
-        os.close(self.fd)
-        return os.waitstatus_to_exitcode(status)
-
-
 def test_a_terminal_is_one(vm: Caisson) -> None:
-    terminal = Terminal(vm, "sh")
-    terminal.expect(b"# ")
-    terminal.type(b"tty; stty size\r")
-    terminal.expect(b"/dev/pts/")
-    terminal.expect(b"31 97")
-    terminal.resize(44, 120)
-    terminal.type(b"while [ \"$(stty size)\" != '44 120' ]; do sleep 0.1; done; echo resiz''ed\r")
-    terminal.expect(b"resized")
-    terminal.type(b"sleep 1000 || echo interrup''ted\r")
-    time.sleep(0.5)  # until the shell has started it; too early a Ctrl-C only clears the line
-    terminal.type(b"\x03")
-    terminal.expect(b"# ")
-    terminal.type(b"exit 5\r")
-    assert terminal.status() == 5
+    with Terminal(vm, "exec", "--tty", "--", "sh") as terminal:
+        terminal.expect(b"# ")
+        terminal.type(b"tty; stty size\r")
+        terminal.expect(b"/dev/pts/")
+        terminal.expect(b"31 97")
+        terminal.resize(44, 120)
+        terminal.type(b"while [ \"$(stty size)\" != '44 120' ]; do sleep 0.1; done; echo resiz''ed\r")
+        terminal.expect(b"resized")
+        terminal.type(b"sh -c 'echo read''y; exec sleep 1000' || echo interrup''ted\r")
+        terminal.expect(b"ready")
+        terminal.type(b"\x03")
+        terminal.expect(b"# ")
+        terminal.type(b"exit 5\r")
+        assert terminal.status() == 5
 
 
 def test_a_background_job_on_the_terminal_does_not_hold_it(vm: Caisson) -> None:
-    terminal = Terminal(vm, "sh", "-c", "trap '' HUP; sleep 1000 & echo started; exit 6")
-    terminal.expect(b"started")
-    assert terminal.status() == 6
+    with Terminal(vm, "exec", "--tty", "--", "sh", "-c", "trap '' HUP; sleep 1000 & echo started; exit 6") as terminal:
+        terminal.expect(b"started")
+        assert terminal.status() == 6

@@ -1,0 +1,155 @@
+"""TCP ports of the host joined to ports of a guest.
+
+A guest has no network that the host could reach, so a TCP port of it is reached from within: by `nc` in a container,
+which shares the guest's network with all the others.  vsock ports need nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.client.connection import CHUNK, AgentError, Container
+from agent.client.defaults import PATH
+from agent.client.errors import Mistake
+from agent.client.vsock import LAST_PORT, Streams, dial
+
+RULE = re.compile(
+    r"(?:(?P<address>[0-9.]+|\[[0-9a-fA-F:]+\]):)?(?P<host>[0-9]+):(?:(?P<kind>tcp|vsock):)?(?P<guest>[0-9]+)"
+)
+LAST_TCP_PORT = 65535
+
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is joined: a TCP port of the host, 0 for any free one, and a port of the guest (``kind`` tcp or vsock)."""
+
+    address: str
+    host: int
+    kind: str
+    guest: int
+
+    @classmethod
+    def parse(cls, text: str) -> Rule:
+        """[ADDRESS:]PORT:[vsock:|tcp:]PORT, the host's first.  Raises Mistake."""
+        found = RULE.fullmatch(text)
+        if not found:
+            raise Mistake(f"{text!r} is not [ADDRESS:]PORT:PORT or [ADDRESS:]PORT:vsock:PORT")
+        address = (found["address"] or "127.0.0.1").strip("[]")
+        rule = cls(address, int(found["host"]), found["kind"] or "tcp", int(found["guest"]))
+        if rule.host > LAST_TCP_PORT or rule.guest > (LAST_TCP_PORT if rule.kind == "tcp" else LAST_PORT):
+            raise Mistake(f"{text!r}: there is no such port")
+        return rule
+
+
+def to_vsock(socket: Path, port: int) -> Serve:
+    """What joins a connection to a vsock port of the guest."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await _join((reader, writer), await dial(socket, port))
+
+    return serve
+
+
+def to_tcp(address: str, port: int) -> Serve:
+    """What joins a connection to a TCP port that the host can reach."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await _join((reader, writer), await asyncio.open_connection(address, port))
+
+    return serve
+
+
+def to_container(container: Container, port: int) -> Serve:
+    """What joins a connection to a TCP port of the guest, through a process in a container."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        process = await container.exec(["nc", "127.0.0.1", str(port)], env=[PATH])
+
+        async def inward() -> None:
+            with contextlib.suppress(AgentError):  # it has ended: its output has, too
+                while data := await reader.read(CHUNK):
+                    await process.write(data)
+                await process.close_stdin()
+
+        async def outward() -> None:
+            async for data in process.stdout():
+                writer.write(data)
+                await writer.drain()
+
+        feeder = asyncio.create_task(inward())
+        try:
+            await outward()
+        finally:
+            feeder.cancel()
+            with contextlib.suppress(AgentError):
+                await process.signal(9)  # whoever has hung up waits for nothing
+
+    return serve
+
+
+@contextlib.asynccontextmanager
+async def listening(where: Rule | Path, serve: Serve, report: Callable[[str], None]) -> AsyncIterator[int]:
+    """Join all that connect, while the block runs, to a TCP port of the host or a Unix socket; the block gets the port.
+
+    What goes wrong with one connection closes that one, and is reported.  Raises Mistake when it cannot listen there.
+    """
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await serve(reader, writer)
+        except (Mistake, AgentError) as error:
+            report(str(error))
+        except OSError as error:
+            report(error.strerror or str(error))
+        finally:
+            writer.close()
+
+    try:
+        if isinstance(where, Rule):
+            server = await asyncio.start_server(handle, where.address, where.host)
+        else:
+            server = await asyncio.start_unix_server(handle, where)
+    except OSError as error:
+        raise Mistake(f"cannot listen: {error.strerror or error}") from error
+    try:
+        name = server.sockets[0].getsockname()
+        yield name[1] if isinstance(where, Rule) else 0
+    finally:
+        server.close()
+        if isinstance(where, Path):
+            where.unlink(missing_ok=True)
+
+
+async def ended(lifeline: int | None) -> None:
+    """Wait until a descriptor becomes readable; None is one that has been all the time."""
+    if lifeline is None:
+        return
+    happened = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(lifeline, happened.set)
+    try:
+        await happened.wait()
+    finally:
+        loop.remove_reader(lifeline)
+
+
+async def _join(one: Streams, other: Streams) -> None:
+    """Carry bytes both ways until both ways have ended."""
+    try:
+        await asyncio.gather(_carry(one[0], other[1]), _carry(other[0], one[1]))
+    finally:
+        other[1].close()
+
+
+async def _carry(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+    while data := await source.read(CHUNK):
+        target.write(data)
+        await target.drain()
+    target.write_eof()

@@ -1,0 +1,141 @@
+"""What a container sends as an archive is unpacked in one place, or refused."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.client import Mistake
+from agent.client.copy import Place
+from agent.client.logs import AgentLines
+from agent.client.unpack import unpack
+
+
+def archive(*members: tuple[str, dict[str, Any]]) -> tarfile.TarFile:
+    """A stream of members: a name, its fields, and `data` for a file's contents."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as made:
+        for name, fields in members:
+            member = tarfile.TarInfo(name)
+            data = fields.pop("data", b"")
+            member.size = len(data)
+            member.mode = 0o644
+            for field, value in fields.items():
+                setattr(member, field, value)
+            made.addfile(member, io.BytesIO(data))
+    return tarfile.open(fileobj=io.BytesIO(stream.getvalue()), mode="r|")
+
+
+FOLDER = {"type": tarfile.DIRTYPE, "mode": 0o755}
+
+
+def link(target: str) -> dict[str, Any]:
+    return {"type": tarfile.SYMTYPE, "linkname": target}
+
+
+def hard_link(target: str) -> dict[str, Any]:
+    return {"type": tarfile.LNKTYPE, "linkname": target}
+
+
+def test_a_tree(tmp_path: Path) -> None:
+    made = archive(
+        ("./etc", {"type": tarfile.DIRTYPE, "mode": 0o500, "mtime": 1000}),
+        ("./etc/passwd", {"data": b"root\n", "mode": 0o4755, "mtime": 2000, "uid": 12345}),
+        ("./etc/same", hard_link("./etc/passwd")),
+        ("./etc/link", link("/nowhere")),
+        ("./etc/pipe", {"type": tarfile.FIFOTYPE}),
+        ("./etc/null", {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 3}),
+    )
+    assert unpack(made, tmp_path, "etc", "copy") == ["./etc/null"]
+    copied = tmp_path / "copy"
+    assert stat.S_IMODE(copied.stat().st_mode) == 0o500 and copied.stat().st_mtime == 1000
+    passwd = (copied / "passwd").stat()
+    assert (copied / "passwd").read_bytes() == b"root\n"
+    # Not set-uid, not somebody else's.
+    assert (stat.S_IMODE(passwd.st_mode), passwd.st_uid, passwd.st_mtime) == (0o755, os.geteuid(), 2000)
+    assert passwd.st_ino == (copied / "same").stat().st_ino
+    assert (copied / "link").readlink() == Path("/nowhere")
+    assert (copied / "pipe").is_fifo()
+    assert not (copied / "null").exists()
+
+
+def test_all_of_a_root(tmp_path: Path) -> None:
+    made = archive(("./", FOLDER), ("./bin", FOLDER), ("./bin/sh", {"data": b"x"}))
+    unpack(made, tmp_path, ".", "root")
+    assert (tmp_path / "root/bin/sh").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [("/a", {"data": b"x"})],
+        [("../a", {"data": b"x"})],
+        [("a/../../b", {"data": b"x"})],
+        [("b", {"data": b"x"})],
+        [("a", FOLDER), ("a/x", hard_link("/etc/passwd"))],
+        [("a", FOLDER), ("a/x", hard_link("../outside"))],
+        [("a", FOLDER), ("a/d", FOLDER), ("a/x", hard_link("a/d"))],
+    ],
+)
+def test_what_was_not_asked_for(tmp_path: Path, members: list[tuple[str, dict[str, Any]]]) -> None:
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (tmp_path / "outside").write_text("mine")
+    with pytest.raises(Mistake):
+        unpack(archive(*members), inside, "a", "a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["inside", "outside"]
+    assert (tmp_path / "outside").read_text() == "mine"
+
+
+@pytest.mark.parametrize("target", ["..", "/", "../outside"])
+def test_a_link_is_not_followed(tmp_path: Path, target: str) -> None:
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    inside.mkdir()
+    outside.mkdir()
+    made = archive(("a", FOLDER), ("a/way", link(target)), ("a/way/out", {"data": b"x"}))
+    with pytest.raises(OSError):
+        unpack(made, inside, "a", "a")
+    assert list(outside.iterdir()) == [] and not (tmp_path / "out").exists()
+
+
+def test_a_link_that_was_there_is_replaced_and_not_written_through(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / "a").symlink_to(victim)
+    unpack(archive(("a", {"data": b"theirs"})), tmp_path, "a", "a")
+    assert victim.read_text() == "mine" and (tmp_path / "a").read_text() == "theirs"
+    assert not (tmp_path / "a").is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("web:/etc/passwd", Place("web", "/etc/passwd")),
+        ("web:etc/", Place("web", "/etc/")),
+        ("/a:b", Place("", "/a:b")),
+        ("./web:x", Place("", "./web:x")),
+        ("file", Place("", "file")),
+    ],
+)
+def test_places(text: str, place: Place) -> None:
+    assert Place.parse(text) == place
+
+
+@pytest.mark.parametrize("text", ["", "web:"])
+def test_what_is_no_place(text: str) -> None:
+    with pytest.raises(Mistake):
+        Place.parse(text)
+
+
+def test_the_agents_lines_on_a_console() -> None:
+    seen: list[bytes] = []
+    lines = AgentLines(seen.append)
+    for piece in (b'[    0.1] Linux\r\n{"level": "in', b'fo", "msg": "one"}\r\n[1]\n{"a": 1}\n{\n', b"rest"):
+        lines(piece)
+    assert seen == [b'{"level": "info", "msg": "one"}\n']
