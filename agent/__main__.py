@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from agent.tracing import Tracing
 
 
+#: Calls that may be blocked in the kernel at once before others wait for them.
+BLOCKED_AT_MOST = 64
+
+
 def main() -> None:
     """Run as PID 1 of a guest, or as a program with options."""
     from agent.log import Log
@@ -94,6 +98,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log) -> None:
     """Serve until SIGTERM (or SIGINT: Ctrl-Alt-Delete of a guest); then end every container."""
     import asyncio
     import signal
+    from concurrent.futures import ThreadPoolExecutor
     from pathlib import Path
 
     from agent.api.guest import GuestService
@@ -112,6 +117,8 @@ async def _serve(options: Options, listener: socket.socket, log: Log) -> None:
     from proto import agent_pb2, health_pb2
 
     loop = asyncio.get_running_loop()
+    # Mounts and the like that do not come back hold a thread each; the next container's must not wait for them.
+    loop.set_default_executor(ThreadPoolExecutor(BLOCKED_AT_MOST, "blocking"))
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)

@@ -214,6 +214,9 @@ def from_arguments(arguments: list[str]) -> Options:
         epilog="example: python -m agent --listen unix:/tmp/agent.sock --nsexec build/nsexec --state /tmp/state",
     )
     parser.add_argument("--config", help="a TOML file with options by their names on a kernel's command line")
+    parser.add_argument(
+        "--kernel-options", action="store_true", help="take agent.NAME=VALUE from the kernel's command line, too"
+    )
     default = Options()
     for option in OPTIONS:
         if option.argument:
@@ -222,6 +225,8 @@ def from_arguments(arguments: list[str]) -> Options:
             parser.add_argument(option.argument, dest=option.field, help=text)
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     options = from_file(given.pop("config"), default) if "config" in given else default
+    if given.pop("kernel_options"):
+        options = from_kernel(kernel_words(), options)
     for option in OPTIONS:
         if option.argument and option.field in given:
             try:
