@@ -5,9 +5,11 @@
     squashfs       zstd: the smallest, the slowest to make
     ext4           for hosts and kernels that have nothing else; can be mapped, too
 
-What is in an image follows from its members alone (and, but for ext4, from the version of the tool that packs it): not
-from who builds, where, when, or under which umask.  Device nodes are left out: the kernel mounts devtmpfs over /dev
-before it starts an init from a disk, and mkfs.erofs can only take them from a tree that root made.
+What is in an image follows from its members alone, and, but for ext4, from the version of the tool that packs it (see
+image/tools.py): not from who builds, where, when, or under which umask.
+
+Device nodes are left out: the kernel mounts devtmpfs over /dev before it starts an init from a disk, and mkfs.erofs can
+only take them from a tree that root made.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from image.errors import ImageError
 from image.ext4 import write_ext4
 from image.initrd import Entry
 from image.run import run
+from image.tools import HOST, Tools
 
 #: All times in an image, in seconds since 1970.
 EPOCH = 0
@@ -40,10 +43,10 @@ class Format:
 
     kernel_name: str
     dax: bool
-    write: Callable[[Path, Sequence[Entry], UUID], None]
+    write: Callable[[Path, Sequence[Entry], UUID, Tools], None]
 
 
-def write_filesystem(target: Path, entries: Iterable[Entry], format: str) -> None:
+def write_filesystem(target: Path, entries: Iterable[Entry], format: str, tools: Tools = HOST) -> None:
     """Write an image of one of FORMATS; a file that is there already is replaced.
 
     Directories that have members and are none themselves are made (root's, 0755).  Its UUID follows from the members.
@@ -57,7 +60,7 @@ def write_filesystem(target: Path, entries: Iterable[Entry], format: str) -> Non
         identity.update(b"%d %o %d\n" % (len(name), entry.mode, len(entry.data)) + name + entry.data)
     uuid = UUID(bytes=identity.digest()[:16], version=4)
     target.unlink(missing_ok=True)
-    FORMATS[format].write(target, members, uuid)
+    FORMATS[format].write(target, members, uuid, tools)
 
 
 def _checked(entries: Iterable[Entry]) -> list[Entry]:
@@ -94,23 +97,29 @@ def _stage(tree: Path, entries: Sequence[Entry]) -> None:
     tree.chmod(0o755)
 
 
-def _write_erofs(target: Path, entries: Sequence[Entry], uuid: UUID, *, options: Sequence[str]) -> None:
+def _write_erofs(target: Path, entries: Sequence[Entry], uuid: UUID, tools: Tools, *, options: Sequence[str]) -> None:
+    settings = ["--quiet", "--all-root", f"-T{EPOCH}", f"-U{uuid}", "-x-1", *options]
     with tempfile.TemporaryDirectory(prefix=".tree-", dir=target.parent) as place:
         _stage(Path(place), entries)
-        run(["mkfs.erofs", "--quiet", "--all-root", f"-T{EPOCH}", f"-U{uuid}", "-x-1", *options, target, place])
+        run([*tools.command("mkfs.erofs"), *settings, target, place])
 
 
-def _write_squashfs(target: Path, entries: Sequence[Entry], uuid: UUID) -> None:
+def _write_squashfs(target: Path, entries: Sequence[Entry], uuid: UUID, tools: Tools) -> None:
     del uuid  # a squashfs has none
     with tempfile.TemporaryDirectory(prefix=".tree-", dir=target.parent) as place:
         _stage(Path(place), entries)
         run(
             [
-                "mksquashfs", place, target, "-noappend", "-quiet", "-no-progress", "-exit-on-error",
+                *tools.command("mksquashfs"), place, target, "-noappend", "-quiet", "-no-progress", "-exit-on-error",
                 "-comp", "zstd", "-Xcompression-level", str(ZSTD_LEVEL), "-all-root", "-no-xattrs", "-no-exports",
                 "-reproducible", "-mkfs-time", str(EPOCH), "-all-time", str(EPOCH),
             ]
         )  # fmt: skip
+
+
+def _write_ext4(target: Path, entries: Sequence[Entry], uuid: UUID, tools: Tools) -> None:
+    del tools  # none is needed
+    write_ext4(target, entries, uuid)
 
 
 #: What a definition can ask for.
@@ -119,5 +128,5 @@ FORMATS = {
     "erofs": Format("erofs", True, partial(_write_erofs, options=["-Enoinline_data"])),
     "erofs-lz4hc": Format("erofs", False, partial(_write_erofs, options=["-zlz4hc"])),
     "squashfs": Format("squashfs", False, _write_squashfs),
-    "ext4": Format("ext4", True, write_ext4),
+    "ext4": Format("ext4", True, _write_ext4),
 }

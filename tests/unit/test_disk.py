@@ -20,6 +20,7 @@ from image import disk, ext4
 from image.errors import ImageError
 from image.initrd import CONSOLE, Entry
 from image.run import CommandFailed, MissingProgram
+from image.tools import HOST, Tools
 
 NOBODY = 65534
 DIRECTORY, FILE, LINK = stat.S_IFDIR, stat.S_IFREG, stat.S_IFLNK
@@ -251,6 +252,49 @@ def test_the_bytes_depend_on_the_members_alone(tmp_path: Path, open_place: Path,
     assert answer.read_text() == hashlib.sha256(image.read_bytes()).hexdigest()
 
 
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tools and their libraries, as if their packages had been unpacked somewhere."""
+    tree = tmp_path_factory.mktemp("snapshot")
+    libraries = tree / "usr/lib/some-triplet"
+    libraries.mkdir(parents=True)
+    (tree / "usr/bin").mkdir()
+    for name in ("mkfs.erofs", "mksquashfs"):
+        program = shutil.which(name)
+        assert program is not None
+        shutil.copy(program, tree / "usr/bin")
+        for library in re.findall(r"(/\S+) \(0x", tool("ldd", program)):
+            shutil.copy(library, libraries)
+    return tree
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_tools_of_a_snapshot_need_nothing_of_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, snapshot: Path, format: str
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    disk.write_filesystem(first, MEMBERS, format)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    disk.write_filesystem(second, MEMBERS, format, Tools(snapshot))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_snapshot_runs_its_own_programs_with_its_own_libraries(snapshot: Path) -> None:
+    loader, option, libraries, program = Tools(snapshot).command("mkfs.erofs")
+    assert Path(loader).parent == snapshot / "usr/lib/some-triplet"
+    assert (option, program) == ("--library-path", str(snapshot / "usr/bin/mkfs.erofs"))
+    assert str(snapshot / "usr/lib/some-triplet") in libraries.split(":")
+    maps = subprocess.run([loader, option, libraries, "--list", program], capture_output=True, text=True, check=True)
+    assert str(snapshot) in maps.stdout and " => /lib/" not in maps.stdout and " => /usr/lib/" not in maps.stdout
+
+
+def test_what_a_snapshot_lacks_is_named(tmp_path: Path, snapshot: Path) -> None:
+    with pytest.raises(ImageError, match=r"mkfs\.xfs is not among the tools"):
+        Tools(snapshot).command("mkfs.xfs")
+    with pytest.raises(ImageError, match="a program loader is not among the tools"):
+        Tools(tmp_path).command("mkfs.erofs")
+
+
 # What cannot be.
 
 
@@ -284,7 +328,7 @@ def test_a_missing_tool_is_named_with_its_package(
 
 def test_what_a_tool_complains_of_is_told(tmp_path: Path) -> None:
     with pytest.raises(CommandFailed, match="nonsense"):
-        disk._write_erofs(tmp_path / "image", MEMBERS[1:-1], disk.UUID(int=0), options=["-znonsense"])
+        disk._write_erofs(tmp_path / "image", MEMBERS[1:-1], disk.UUID(int=0), HOST, options=["-znonsense"])
     assert list(tmp_path.glob(".*")) == []
 
 
