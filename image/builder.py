@@ -22,7 +22,7 @@ from typing import Any
 
 import jinja2
 
-from image import apt, kernelsource, manifest, pack, rootfs
+from image import apt, kernelsource, lock, manifest, pack, rootfs, sbom
 from image.cache import Cache, default_root, digest_of, digest_of_files
 from image.definition import DEFAULT, TEMPLATES, Loaded, load
 from image.errors import ImageError
@@ -294,7 +294,10 @@ class Build:
         for name in ("vmlinux", "bzImage"):
             if (kernel.directory / name).is_file():
                 (target / name).hardlink_to(kernel.directory / name)
-        manifest.write(document | {"root": root}, target / "image.json")
+        document |= {"root": root}
+        manifest.write(document, target / "image.json")
+        sbom.write(document, target / "image.spdx.json")
+        lock.write(lock.Lock.of(d.suite, d.arch, packages), target / "image.lock")
 
     def _hooked(self, trees: Iterable[Path], whole: Path) -> Path:
         """All layers as one tree, after the hooks have changed it."""

@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from image import disk
 from image import settings as declared
 from image.initrd import COMPRESSORS
 from image.settings import DefinitionError, checked, merged, override, section, setting
@@ -23,8 +24,11 @@ DEFAULT_SUITE = "trixie"
 #: Debian's names for what `uname -m` says.
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
-#: How the guest's root may be packed; all but the first are disks.
-FORMATS = ("initrd", "erofs", "erofs-lz4hc", "squashfs", "ext4")
+#: How the guest's root may be packed; all but the first are file systems on a disk.
+FORMATS = ("initrd", *disk.FORMATS)
+
+#: How a disk is laid out: the file system alone, with a partition table, or as Kata's hosts map it into the guest.
+LAYOUTS = ("plain", "gpt", "dax")
 
 #: Bytes in a unit of a limit.
 UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -74,6 +78,7 @@ class Definition:
     init: str = setting("who is process 1", default="agent", choices=("agent", "systemd"))
     format: str = setting("how the root is packed", default="initrd", choices=FORMATS)
     compression: str = setting("of an initrd", default="none", choices=tuple(COMPRESSORS))
+    layout: str = setting("of a disk", default="plain", choices=LAYOUTS)
     verity: bool = setting("check every block of a disk's root against a hash tree (dm-verity)", default=False)
     files: Mapping[str, str] = setting("more files: path in the guest → path beside the definition", default={})
     hooks: tuple[str, ...] = setting("programs beside the definition, run with the tree as their argument", default=())
@@ -145,8 +150,11 @@ def load(file: Path = DEFAULT, *, suite: str | None = None, settings: Sequence[s
         raise DefinitionError(f"{file}: arch is {definition.arch!r}, but this machine makes images for {arch}")
     if suite and definition.suite != suite:
         raise DefinitionError(f"{file}: its suite is fixed to {definition.suite}; `{{{{ suite }}}}` would take {suite}")
-    if definition.verity and definition.format == "initrd":
-        raise DefinitionError(f"{file}: verity checks a disk; choose a format of {', '.join(FORMATS[1:])}")
+    if definition.format == "initrd" and (definition.verity or definition.layout != "plain"):
+        raise DefinitionError(f"{file}: verity and layout are a disk's; choose a format of {', '.join(FORMATS[1:])}")
+    if definition.layout == "dax" and not disk.FORMATS[definition.format].dax:
+        able = ", ".join(name for name, format in disk.FORMATS.items() if format.dax)
+        raise DefinitionError(f"{file}: layout dax needs a format that can be mapped: {able}, not {definition.format}")
     for name in ("image", "tree", "kernel"):
         definition.limits.bytes_of(name)
     return Loaded(definition, templates)

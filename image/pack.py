@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from image import initrd
+from image import dax, disk, gpt, initrd, verity
 from image.definition import Definition
 from image.errors import ImageError
 from image.kernel import Kernel
@@ -21,6 +21,7 @@ BUILT_IN = {
     "ext4": ("CONFIG_EXT4_FS",),
 }
 DISK = ("CONFIG_VIRTIO_PCI", "CONFIG_VIRTIO_BLK")
+PARTITIONS = {"plain": (), "gpt": ("CONFIG_EFI_PARTITION",), "dax": ("CONFIG_MSDOS_PARTITION",)}
 VERITY = ("CONFIG_DM_VERITY", "CONFIG_DM_INIT", "CONFIG_CRYPTO_SHA256")
 
 #: How many of the largest files are named when a limit is exceeded.
@@ -35,7 +36,12 @@ def check_kernel(definition: Definition, kernel: Kernel) -> None:
     """Raises ImageError when the kernel could not mount the root that the definition asks for."""
     if definition.format == "initrd":
         return
-    wanted = [*DISK, *BUILT_IN[definition.format], *(VERITY if definition.verity else ())]
+    wanted = [
+        *DISK,
+        *BUILT_IN[definition.format],
+        *PARTITIONS[definition.layout],
+        *(VERITY if definition.verity else ()),
+    ]
     config = kernel.config()
     lacking = [symbol for symbol in wanted if config.get(symbol) != "y"]
     if lacking:
@@ -53,17 +59,64 @@ def root(definition: Definition, trees: Sequence[Path], kernel: Kernel, target: 
     """
     entries = list(initrd.overlaid(trees, [initrd.CONSOLE]))
     _check_limit(definition, "tree", sum(len(entry.data) for entry in entries), entries)
-    archive = io.BytesIO()
-    initrd.write_cpio(archive, iter(entries))
-    file = target / "initrd.img"
-    file.write_bytes(initrd.pack(archive.getvalue(), definition.compression))
-    said: dict[str, Any] = {"file": file.name, "format": definition.format, "compression": definition.compression}
+    said = _initrd(definition, entries, target) if definition.format == "initrd" else _disk(definition, entries, target)
+    file = target / said["file"]
     _check_limit(definition, "image", file.stat().st_size, entries)
     if (kernel.directory / "bzImage").is_file():
         _check_limit(definition, "kernel", (kernel.directory / "bzImage").stat().st_size, [])
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return said | {"bytes": file.stat().st_size, "sha256": digest}
+    return said | {"format": definition.format, "bytes": file.stat().st_size, "sha256": digest}
+
+
+def _initrd(definition: Definition, entries: Sequence[initrd.Entry], target: Path) -> dict[str, Any]:
+    archive = io.BytesIO()
+    initrd.write_cpio(archive, iter(entries))
+    (target / "initrd.img").write_bytes(initrd.pack(archive.getvalue(), definition.compression))
+    return {"file": "initrd.img", "compression": definition.compression}
+
+
+def _disk(definition: Definition, entries: Sequence[initrd.Entry], target: Path) -> dict[str, Any]:
+    """A disk in the definition's layout.  ``cmdline`` is what the kernel must be told to mount it."""
+    filesystem, image = target / "root.filesystem", target / "root.img"
+    disk.write_filesystem(filesystem, entries, definition.format)
+    said: dict[str, Any] = {"file": image.name, "layout": definition.layout}
+    data, hashes = "/dev/vda" if definition.layout == "plain" else "/dev/vda1", None
+    mount = f"root={data} ro"
+    tree = None
+    if definition.verity:
+        if definition.layout == "gpt":
+            tree, hashes = verity.hash_tree(filesystem), "/dev/vda2"
+        else:
+            tree = verity.append(filesystem)
+        # Nothing of a root that is not what was built may run: not even the part that is.
+        mount = tree.command_line(data, hashes, on_corruption="panic")
+        said["verity"] = tree.record()
+    if definition.layout == "plain":
+        filesystem.rename(image)
+    elif definition.layout == "dax":
+        dax.write_dax(image, filesystem)
+    else:
+        _write_gpt(definition, filesystem, tree, image)
+    filesystem.unlink(missing_ok=True)
+    kind = disk.FORMATS[definition.format].kernel_name
+    return said | {"cmdline": [mount, f"rootfstype={kind}", "init=/init"]}
+
+
+def _write_gpt(definition: Definition, filesystem: Path, tree: verity.HashTree | None, image: Path) -> None:
+    root_type, verity_type = gpt.ROOT[definition.arch], gpt.ROOT_VERITY[definition.arch]
+    if tree is None:
+        gpt.write_disk(image, [gpt.Partition(root_type, "root", filesystem)])
+        return
+    stored = image.with_suffix(".hashes")
+    stored.write_bytes(tree.stored)
+    root_guid, verity_guid = gpt.verity_guids(tree.root_hash)
+    parts = [
+        gpt.Partition(root_type, "root", filesystem, root_guid),
+        gpt.Partition(verity_type, "root-verity", stored, verity_guid),
+    ]
+    gpt.write_disk(image, parts)
+    stored.unlink()
 
 
 def _check_limit(definition: Definition, name: str, size: int, entries: Sequence[initrd.Entry]) -> None:
