@@ -10,6 +10,9 @@ from proto import generate
 
 generate.ensure()
 
+# mke2fs, sfdisk and the like need no root for files, but Debian keeps them out of an ordinary user's PATH.
+os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("root") and os.geteuid() != 0:
