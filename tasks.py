@@ -255,6 +255,17 @@ def build_image(
     print(directory)
 
 
+@task(help={"all": "everything: downloaded packages, too"})
+@command(failed=1)
+def clean(_: Context, all: bool = False) -> None:
+    """Empty the cache of images and of the steps on the way to them; running VMs keep what they have.
+
+    Example: invoke clean --all
+    """
+    freed = image.clean(everything=all)
+    _say(f"{freed / 1e6:.0f} MB are free again")
+
+
 @task(
     iterable=["share"],
     help={

@@ -13,14 +13,29 @@ from image.errors import ImageError
 
 if TYPE_CHECKING:
     from image.builder import Build, Image, build
+    from image.cache import clean
     from image.definition import find, load, schema
     from image.manifest import plain
     from image.summary import describe, planned, summary
 
-__all__ = ["Build", "Image", "ImageError", "build", "describe", "find", "load", "plain", "planned", "schema", "summary"]
+__all__ = [
+    "Build",
+    "Image",
+    "ImageError",
+    "build",
+    "clean",
+    "describe",
+    "find",
+    "load",
+    "plain",
+    "planned",
+    "schema",
+    "summary",
+]
 
 _FROM = {
     "image.builder": ("Build", "Image", "build"),
+    "image.cache": ("clean",),
     "image.definition": ("find", "load", "schema"),
     "image.manifest": ("plain",),
     "image.summary": ("describe", "planned", "summary"),

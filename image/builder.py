@@ -23,7 +23,7 @@ from typing import Any
 import jinja2
 
 from image import apt, kernelsource, lock, manifest, pack, rootfs, sbom
-from image.cache import Cache, default_root, digest_of, digest_of_files
+from image.cache import Cache, cap, default_root, digest_of, digest_of_files, size_of
 from image.definition import DEFAULT, TEMPLATES, Loaded, load
 from image.errors import ImageError
 from image.fragments import Request, merge, parse
@@ -32,9 +32,6 @@ from image.kernelsource import Compiled, SourcePackage, SourceTree
 from image.run import run
 
 ROOT = Path(__file__).resolve().parent.parent
-
-#: How many results of each step are kept; those used longest ago go when a new image is made.
-KEEP = {"images": 4, "agent": 4, "base": 4, "kernel": 4}
 
 #: The modules that decide what a step makes: a change of one is a change of what it makes.
 BASE_CODE = ("apt.py", "package.py", "rootfs.py")
@@ -133,8 +130,7 @@ class Build:
         except SourcesChanged:  # what takes long is in the cache by now
             directory = self._step("images", self.key(), self._make_image)
         if not self.done[-1].cached:
-            for step, keep in KEEP.items():
-                self.cache.trim(step, keep)
+            self.cache.trim(cap())
         return Image.load(directory)
 
     def plan(self) -> list[Done]:
@@ -146,7 +142,7 @@ class Build:
         began = time.monotonic()
         cached = self.cache.get(step, key) is not None
         result = self.cache.get_or_make(step, key, make)
-        self.done.append(Done(step, key, cached, time.monotonic() - began, _size(result)))
+        self.done.append(Done(step, key, cached, time.monotonic() - began, size_of(result)))
         return result
 
     def key(self) -> str:
@@ -326,12 +322,3 @@ class Build:
 
 def _code(names: Iterable[str]) -> str:
     return digest_of_files(ROOT / "image", [ROOT / "image" / name for name in names])
-
-
-def _size(result: Path) -> int:
-    """Bytes of all files in a result."""
-    return sum(
-        os.lstat(os.path.join(directory, name)).st_size  # noqa: PTH118 - thousands of files
-        for directory, _, names in os.walk(result)
-        for name in names
-    )

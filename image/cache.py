@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,18 @@ def default_root() -> Path:
         return Path(chosen).resolve()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "caisson"
+
+
+#: Bytes of results that are kept, unless $CAISSON_CACHE_SIZE says otherwise.
+CAP = 4 * 10**9
+
+
+def cap() -> int:
+    """``$CAISSON_CACHE_SIZE`` in bytes, else 4 GB.  Raises ImageError for what is no number."""
+    text = os.environ.get("CAISSON_CACHE_SIZE", str(CAP))
+    if not text.isascii() or not text.isdecimal():
+        raise ImageError(f"CAISSON_CACHE_SIZE is a number of bytes, not {text!r}")
+    return int(text)
 
 
 def digest_of(*inputs: object) -> str:
@@ -78,7 +91,7 @@ class Cache:
                 making.mkdir()
                 making.chmod(0o755)
                 make(making)
-                (making / ".used").touch()
+                (making / ".used").write_text(str(size_of(making)))
                 making.rename(self.root / step / key)
             except BaseException as error:
                 shutil.rmtree(making, ignore_errors=True)
@@ -87,17 +100,29 @@ class Cache:
                 raise
         return self.root / step / key
 
-    def trim(self, step: str, keep: int) -> None:
-        """Forget all but the results of a step that were used last, and what killed builds have left."""
-        place = self.root / step
-        results = [path for path in place.iterdir() if not path.name.startswith(".")]
-        for old in sorted(results, key=_last_use, reverse=True)[keep:]:
-            shutil.rmtree(old, ignore_errors=True)
-        for lock in place.glob(".lock-*"):
-            key = lock.name.removeprefix(".lock-")
+    def trim(self, cap: int, *, spare: float = 3600.0) -> int:
+        """Forget results, those used longest ago first, until all steps together have ``cap`` bytes or less; but none
+        that was used within the last ``spare`` seconds.  Removes what killed builds have left, too.  Returns the bytes
+        that it freed.
+        """
+        results = [path for path in self.root.glob("*/*/") if (path / ".used").is_file()]
+        sizes = {path: _recorded_size(path) for path in results}
+        total, freed, now = sum(sizes.values()), 0, time.time()
+        for path in sorted(results, key=_last_use):
+            if total - freed <= cap or now - _last_use(path) < spare:
+                break
+            # Out of sight first: a result is whole, or not there.
+            gone = path.with_name(f".making-{path.name}")
+            with contextlib.suppress(BlockingIOError), self._locked(path.parent.name, path.name, wait=False):
+                path.rename(gone)
+                shutil.rmtree(gone, ignore_errors=True)
+                freed += sizes[path]
+        for lock in self.root.glob("*/.lock-*"):
+            step, key = lock.parent.name, lock.name.removeprefix(".lock-")
             with contextlib.suppress(BlockingIOError), self._locked(step, key, wait=False):
-                shutil.rmtree(place / f".making-{key}", ignore_errors=True)
+                shutil.rmtree(lock.parent / f".making-{key}", ignore_errors=True)
                 lock.unlink(missing_ok=True)
+        return freed
 
     @contextmanager
     def _locked(self, step: str, key: str, *, wait: bool = True) -> Iterator[None]:
@@ -126,8 +151,38 @@ def _is_still(lock: IO[str], file: Path) -> bool:
         return False
 
 
+def size_of(directory: Path) -> int:
+    """Bytes of all files below a directory."""
+    return sum(
+        os.lstat(os.path.join(place, name)).st_size  # noqa: PTH118 - thousands of files
+        for place, _, names in os.walk(directory)
+        for name in names
+    )
+
+
+def _recorded_size(result: Path) -> int:
+    try:
+        return int((result / ".used").read_text())
+    except (OSError, ValueError):
+        return size_of(result)
+
+
 def _last_use(result: Path) -> float:
     try:
         return (result / ".used").stat().st_mtime
     except FileNotFoundError:
         return 0.0
+
+
+def clean(root: Path | None = None, *, everything: bool = False) -> int:
+    """Remove all results, and with ``everything`` all downloads; returns the bytes that it freed.
+
+    What is being made meanwhile stays.
+    """
+    cache = Cache(root or default_root())
+    freed = cache.trim(0, spare=0)
+    downloads = cache.root / "apt"
+    if everything and downloads.is_dir():
+        freed += size_of(downloads)
+        shutil.rmtree(downloads)
+    return freed

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from image.cache import Cache, default_root, digest_of, digest_of_files
+from image.cache import Cache, cap, default_root, digest_of, digest_of_files
 from image.errors import ImageError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,25 +123,35 @@ def test_trimming_removes_what_killed_builds_left_and_nothing_of_running_ones(ca
         left = cache.root / "step/.making-dead"
         left.mkdir()
         (cache.root / "step/.lock-dead").touch()
-        cache.trim("step", 1)
+        cache.trim(0)
         assert not left.exists()
         (target / "f").touch()
 
     cache.get_or_make("step", "k", make)
     assert contents(cache) == ["step/k/f"]
-    cache.trim("step", 1)
+    cache.trim(1 << 30)
     assert list((cache.root / "step").glob(".lock-*")) == []
 
 
 def test_those_used_last_are_kept(cache: Cache) -> None:
-    for number, key in enumerate("abcd"):
-        result = cache.get_or_make("step", key, lambda target: None)
+    for number, (step, key) in enumerate([("one", "a"), ("two", "b"), ("one", "c"), ("two", "d")]):
+        result = cache.get_or_make(step, key, lambda target: (target / "f").write_bytes(bytes(1000)) and None)
         os.utime(result / ".used", (1000 + number, 1000 + number))
-    cache.get_or_make("other", "a", lambda target: None)
-    cache.get("step", "a")  # used just now
-    cache.trim("step", 2)
-    assert [key for key in "abcd" if cache.get("step", key)] == ["a", "d"]
-    assert cache.get("other", "a")
+    cache.get("one", "a")  # used just now
+    assert cache.trim(2500) == 2000
+    assert contents(cache) == ["one/a/f", "two/d/f"]
+    assert cache.trim(0) == 1000  # what may be in use stays
+    assert contents(cache) == ["one/a/f"]
+    assert cache.trim(0, spare=0) == 1000
+    assert contents(cache) == []
+
+
+def test_the_cap_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAISSON_CACHE_SIZE", "2000")
+    assert cap() == 2000
+    monkeypatch.setenv("CAISSON_CACHE_SIZE", "2 GB")
+    with pytest.raises(ImageError, match="CAISSON_CACHE_SIZE is a number of bytes"):
+        cap()
 
 
 def test_a_cache_that_cannot_be_written_names_the_way_out(tmp_path: Path) -> None:
