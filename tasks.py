@@ -63,16 +63,19 @@ import shutil  # noqa: E402
 import signal  # noqa: E402
 import subprocess  # noqa: E402
 import time  # noqa: E402
+import uuid  # noqa: E402
 from collections.abc import Awaitable, Callable, Iterable, Iterator  # noqa: E402
 from typing import Any, TypeVar  # noqa: E402
 
 from invoke import Argument, Collection, Context, Exit, Program, Task, task  # noqa: E402
 
 import image  # noqa: E402
+import image.oci  # noqa: E402
 from agent import client  # noqa: E402
-from agent.client import console, copy, listing, logs  # noqa: E402
+from agent.client import console, copy, listing, logs, ocispec, rootdisk  # noqa: E402
 from agent.client import forward as forwarding  # noqa: E402
 from image.vm import VM, VMConfig, VMError, find_vm, list_vms  # noqa: E402
+from image.vm.disks import plug_disk, unplug_disk  # noqa: E402
 
 T = TypeVar("T")
 
@@ -89,10 +92,12 @@ TO_BUILD = {
 #: And with a kernel from source.
 TO_COMPILE = {"flex": "flex libelf-dev", "bison": "bison", "bc": "bc", "xz": "xz-utils", "gcc": "gcc libc6-dev"}
 TO_BOOT = {"qemu-system-x86_64": "qemu-system-x86", "setpriv": "util-linux"}
+TO_PACK = {"sqfstar": "squashfs-tools", "zstd": "zstd"}
 TO_TEST = (
     TO_BUILD
     | TO_COMPILE
     | TO_BOOT
+    | TO_PACK
     | {"busybox": "busybox-static", "clang": "clang libclang-rt-dev", "cpio": "cpio", "ip": "iproute2"}
     | {"gcc": "gcc libc6-dev", "mke2fs": "e2fsprogs"}
     | {"faketime": "faketime", "sfdisk": "fdisk", "veritysetup": "cryptsetup-bin"}
@@ -366,12 +371,16 @@ def exec_(
     if not words:
         raise Refused("what to run comes after --, e.g.: invoke exec -- uname -a")
     uid, gid = _ids(user)
-    for setting in env:
-        if "=" not in setting:
-            raise Refused(f"--env takes NAME=value, not {setting!r}")
+    _check_settings(env)
     with _vm_for(name, _reporter(verbose)) as vm:
         status = asyncio.run(_run(vm, container, words, env, workdir, uid, gid, tty))
     raise Exit(code=status)
+
+
+def _check_settings(env: list[str]) -> None:
+    for setting in env:
+        if "=" not in setting:
+            raise Refused(f"--env takes NAME=value, not {setting!r}")
 
 
 def _ids(user: str) -> tuple[int, int]:
@@ -443,6 +452,113 @@ async def _ensure(vm: VM, agent: client.Agent, container_id: str) -> client.Cont
     container = await agent.ensure_container(container_id, client.default_spec(contents["containers"]["busybox"]))
     _known(vm).add(container_id)
     return container
+
+
+@task(
+    klass=Command,
+    iterable=["env"],
+    help={
+        "path": "an OCI image layout, what `docker save` writes, an OCI bundle, a root file system; directory or tar",
+        "name": "the VM (default: the running VM `default`, else one booted for this command)",
+        "container": "what to call it (default: a name of its own)",
+        "tty": "give it a terminal",
+        "detach": "leave it running in the background; prints its name",
+        "env": "NAME=value, over those of the image; may be given more than once",
+        "user": "USER[:GROUP], by names or numbers, in place of the image's",
+        "workdir": "its working directory, in place of the image's",
+        "verbose": "say what happens, also when stderr is no terminal",
+    },
+)
+@command(failed=NOT_RUN)
+def run(
+    _: Context,
+    path: str,
+    env: list[str],
+    name: str = "",
+    container: str = "",
+    tty: bool = False,
+    detach: bool = False,
+    user: str = "",
+    workdir: str = "",
+    verbose: bool = False,
+) -> None:
+    """Run an image as a container: invoke run PATH [options] [-- ARG…]
+
+    Its entrypoint, environment, user and working directory are the image's; what follows -- takes the place of its
+    command. It may write to its root; that is gone when it is removed, at its end unless detached.
+
+    Example: invoke run alpine.tar -- cat /etc/os-release
+    """
+    _need(TO_PACK)
+    _check_settings(env)
+    report = _reporter(verbose)
+    container = container or f"run-{uuid.uuid4().hex[:8]}"
+    with _vm_for(name or (DEFAULT_VM if detach else ""), report) as vm:
+        if container in _known(vm).names():
+            raise Refused(f"there is a container {container!r} already; remove it: invoke rm {container}")
+        architecture = json.loads((vm.directory / "image.json").read_text())["arch"]
+        with image.oci.packed(Path(path), architecture) as packed:
+            spec = _spec_of(packed, env, user, workdir, tty)
+            disk = packed.name or uuid.uuid4().hex[:24]
+            _known(vm).add(container, disk=disk)
+            try:
+                slot = plug_disk(vm, packed.disk, disk)
+            except BaseException:
+                _forget(vm, container)
+                raise
+        raise Exit(code=asyncio.run(_run_image(vm, container, spec, slot, disk, detach)))
+
+
+def _spec_of(packed: image.oci.Packed, env: list[str], user: str, workdir: str, tty: bool) -> Any:
+    """What an image is to run, with what was asked for on the command line."""
+    if packed.bundle:
+        spec = ocispec.spec_from_bundle(packed.bundle)
+        del spec.Process.Args[: len(spec.Process.Args) if _words() else 0]
+        spec.Process.Args.extend(_words())
+        spec.Process.Env.extend(env)
+        spec.Process.Terminal |= tty
+        spec.Process.User.Username = user or spec.Process.User.Username
+        spec.Process.Cwd = workdir or spec.Process.Cwd
+        return spec
+    config = packed.config
+    terminal = [f"TERM={os.environ.get('TERM', 'xterm')}"] if tty else []
+    return rootdisk.image_spec(
+        config.words(_words()),
+        env=[*terminal, *config.env, *env],
+        user=user or config.user,
+        cwd=workdir or config.workdir,
+        terminal=tty,
+    )
+
+
+async def _run_image(vm: VM, container_id: str, spec: Any, slot: str, disk: str, detach: bool) -> int:
+    async with client.Agent.connect(vm.agent_socket) as agent:
+        container = agent.container(container_id)
+        keep = False
+        try:
+            await rootdisk.create(agent, container_id, spec, slot, "squashfs")
+            _known(vm).add(container_id, disk=disk)
+            await container.start()
+            if detach:
+                keep = True
+                print(container_id)
+                return 0
+            return await client.attach(container.init(terminal=spec.Process.Terminal))
+        finally:
+            if not keep:
+                with contextlib.suppress(client.AgentError):
+                    await container.remove()
+                _forget(vm, container_id)
+
+
+def _forget(vm: VM, container_id: str) -> None:
+    """Forget a container that has gone, and take out its disk if no other has it."""
+    known = _known(vm)
+    disk = known.about(container_id).get("disk")
+    known.discard(container_id)
+    if disk and all(known.about(other).get("disk") != disk for other in known.names()):
+        with contextlib.suppress(VMError):  # it ends with the VM
+            unplug_disk(vm, disk)
 
 
 @task(help={"name": "the VM", "all": "every VM"})
@@ -637,7 +753,7 @@ def rm(_: Context, container: str, timeout: int = 30, name: str = DEFAULT_VM) ->
     """
     vm = _running(name)
     _ask(vm, lambda agent: agent.container(container).remove(timeout))
-    _known(vm).discard(container)
+    _forget(vm, container)
 
 
 @task(klass=Command, help=CONTAINER)

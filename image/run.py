@@ -20,6 +20,7 @@ PACKAGES = {
     "mksquashfs": "squashfs-tools",
     "musl-gcc": "musl-tools",
     "readelf": "binutils",
+    "sqfstar": "squashfs-tools",
 }
 
 #: What is passed on of the caller's environment: where things are, and how the network is reached.

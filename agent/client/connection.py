@@ -174,9 +174,9 @@ class Container:
         """Let the created container's program run."""
         await self.agent.rpc.StartContainer(agent_pb2.StartContainerRequest(container_id=self.id))
 
-    def init(self) -> Process:
-        """Its first process."""
-        return Process(self, self.id, terminal=False)
+    def init(self, *, terminal: bool = False) -> Process:
+        """Its first process, which has a terminal if its specification says so."""
+        return Process(self, self.id, terminal=terminal)
 
     async def exec(
         self,

@@ -1,0 +1,79 @@
+"""Disks for a running VM: plugged into its empty ports, read only, by QEMU's monitor, and taken out again.
+
+A disk has a name of the caller's, so that who comes second uses the one that is there.  QEMU serves one client of its
+monitor at a time: whoever is connected has the ports for itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from image.vm.errors import VMError
+from image.vm.machine import VM
+from image.vm.qemu import PORTS
+from image.vm.qmp import QMP, QMPError
+
+#: Seconds for the monitor, with others before us.
+PATIENCE = 30.0
+
+PREFIX = "disk-"
+
+
+def plug_disk(vm: VM, file: Path, name: str) -> str:
+    """Plug a disk in, unless one of this name is; returns its PCI path, slots from the root bus on ("10/00").
+
+    ``name``: at most 26 letters, digits and '-'.  The file may be removed afterwards.  Raises VMError when no port is
+    empty.
+    """
+    identity = f"{PREFIX}{name}"
+    with QMP(vm.directory / "qmp.sock", PATIENCE) as monitor:
+        ports = plugged(monitor)
+        for port, devices in ports.items():
+            if identity in devices:
+                return _path(port)
+        empty = next((port for port, devices in ports.items() if not devices), None)
+        if empty is None:
+            raise VMError(f"VM {vm.name!r} has {len(PORTS)} ports for disks, and all are in use; remove a container")
+        # One that is left of a disk that the guest has let go of since.
+        with contextlib.suppress(QMPError):
+            monitor.execute("blockdev-del", {"node-name": identity})
+        opened = {"driver": "file", "filename": str(file), "read-only": True}
+        node = {"driver": "raw", "node-name": identity, "read-only": True, "file": opened}
+        monitor.execute("blockdev-add", node)
+        try:
+            device = {"driver": "virtio-blk-pci", "id": identity, "drive": identity, "bus": empty}
+            monitor.execute("device_add", device)
+        except QMPError:
+            monitor.execute("blockdev-del", {"node-name": identity})
+            raise
+        return _path(empty)
+
+
+def unplug_disk(vm: VM, name: str) -> None:
+    """Have the guest let go of a disk; the port is empty once it has.  Fine when there is none of this name."""
+    identity = f"{PREFIX}{name}"
+    with QMP(vm.directory / "qmp.sock", PATIENCE) as monitor:
+        if any(identity in devices for devices in plugged(monitor).values()):
+            with contextlib.suppress(QMPError):  # the guest is at it already
+                monitor.execute("device_del", {"id": identity})
+
+
+def plugged(monitor: QMP) -> dict[str, set[str]]:
+    """What is plugged into each port, by the names of devices."""
+    found: dict[str, set[str]] = {f"port{number}": set() for number in range(len(PORTS))}
+    for bus in monitor.execute("query-pci"):
+        for device in bus["devices"]:
+            if device["qdev_id"] in found:
+                found[device["qdev_id"]] = set(map(_identity, device["pci_bridge"].get("devices", ())))
+    return found
+
+
+def _identity(device: Mapping[str, Any]) -> str:
+    return str(device["qdev_id"])
+
+
+def _path(port: str) -> str:
+    return f"{PORTS[int(port.removeprefix('port'))]}/00"
