@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,6 +100,19 @@ class Cache:
                     raise ImageError(f"{step}: {error}") from error
                 raise
         return self.root / step / key
+
+    @contextmanager
+    def scratch(self, step: str) -> Iterator[Path]:
+        """An empty directory for the time of a block; what a killed one leaves is removed by ``trim``."""
+        key = uuid.uuid4().hex
+        with self._locked(step, key):
+            making = self.root / step / f".making-{key}"
+            try:
+                making.mkdir()
+                yield making
+            finally:
+                shutil.rmtree(making, ignore_errors=True)
+                (making.parent / f".lock-{key}").unlink()
 
     def trim(self, cap: int, *, spare: float = 3600.0) -> int:
         """Forget results, those used longest ago first, until all steps together have ``cap`` bytes or less; but none

@@ -14,14 +14,13 @@ import contextlib
 import json
 import re
 import tarfile
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from image.archives import Archive, Directory, Whole, check, plain, sha256_of, unpack
-from image.cache import Cache, default_root, digest_of
+from image.cache import Cache, cap, default_root, digest_of
 from image.errors import ImageError
 from image.layers import Malformed, Tree, from_directory
 from image.squashfs import write_squashfs
@@ -36,9 +35,8 @@ DEEPEST = 4
 #: A document that is larger is not read into memory.
 LARGEST_DOCUMENT = 16 << 20
 
-#: Disks of images that are kept; bump VERSION when the same image is to become another disk.
+#: Disks of images are kept; bump VERSION when the same image is to become another disk.
 STEP = "containers"
-KEEP = 8
 VERSION = 1
 
 #: What is run when nothing says what.
@@ -81,11 +79,9 @@ def packed(path: Path, architecture: str, cache: Cache | None = None) -> Iterato
     that is damaged or reaches out of its root.
     """
     cache = cache or Cache(default_root())
-    place = cache.root / STEP
-    place.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=place) as scratch:
+    with cache.scratch(STEP) as scratch:
         try:
-            image = _packed(path, architecture, cache, Path(scratch))
+            image = _packed(path, architecture, cache, scratch)
         except OSError as error:
             raise ImageError(f"{path}: {error}") from error
         yield image
@@ -118,7 +114,7 @@ def _packed(path: Path, architecture: str, cache: Cache, scratch: Path) -> Packe
             image = _Image([_Layer("", "", digest)], Config(), digest)
         name = digest_of(VERSION, image.identity)
         made = cache.get_or_make(STEP, name, lambda target: _make(files, image, scratch, target / "disk"))
-        cache.trim(STEP, KEEP)
+        cache.trim(cap())
         return Packed(made / "disk", name, image.config)
 
 
