@@ -240,3 +240,35 @@ def test_idle_costs_nothing(start: Start) -> None:
     assert backend.cpu() - before < 0.02
     for sock in socks:
         sock.close()
+
+
+def test_small_packets_are_given_back_together(start: Start) -> None:
+    _, guest = start(keep=1000, kept=16, kept_bytes=4096)
+    sock, stream = guest.pair()
+    guest.pause()
+    assert guest.tx.used[1] == guest.tx.index, "nothing is kept while the rings stand still"
+    guest.resume()
+
+    def missing() -> int:
+        return (guest.tx.index - guest.tx.used[1]) & 0xFFFF
+
+    for count in range(1, 16):
+        stream.packet(packet.CREDIT_UPDATE)
+        guest.settle()
+        assert missing() == count
+    stream.packet(packet.CREDIT_UPDATE)
+    guest.until(lambda: not missing())
+    stream.send(b"small")
+    assert guest.host_receives(sock, 5) == b"small"
+    assert missing() == 1
+    stream.send(bytes(5000))
+    guest.until(lambda: not missing())
+    sock.close()
+
+
+def test_a_small_packet_is_given_back_soon(start: Start) -> None:
+    _, guest = start()
+    sock, stream = guest.pair()
+    stream.packet(packet.CREDIT_UPDATE)
+    guest.until(lambda: guest.tx.used[1] == guest.tx.index)
+    sock.close()

@@ -313,12 +313,16 @@ class Connection:
         else:
             self._batch = 1
             if not self._hang_up:
-                # Emptied, it seems.  Set again, the edge trigger tells if not: more, or the end, may have come since.
                 self._readable = False
-                self._device.loop.change(self.fd, MASK | select.EPOLLOUT if self._host_is_full else MASK)
+                self._device.emptied(self)
                 return True
         self._device.line_up(self)
         return True
+
+    def watch(self) -> None:
+        """Emptied, it seems.  Set again, the edge trigger tells if not: more, or the end, may have come since."""
+        if self.state in (CONNECTED, FLUSHING):
+            self._device.loop.change(self.fd, MASK | select.EPOLLOUT if self._host_is_full else MASK)
 
     def _hand_over(self, receiver: Receiver, buffers: list[Buffer], size: int) -> None:
         header, filled = b"", 0

@@ -44,7 +44,10 @@ class Device:
         self._waiting: dict[Connection, None] = {}  # for the driver, in order of arrival
         self._line: deque[Connection] = deque()  # for receive buffers
         self._refusals: deque[bytes] = deque()  # RSTs
+        self._emptied: list[Connection] = []  # their sockets have nothing more to read, it seems
         self._packets_wait = False
+        self._returning = False  # a timer is set for what was taken from the tx ring
+        self._kept_bytes = 0  # of data in it
         self._count = 0
         self._count_from_guest = 0
         self._next_port = FIRST_PORT
@@ -87,6 +90,10 @@ class Device:
         if not connection.queued:
             connection.queued = True
             self._line.append(connection)
+
+    def emptied(self, connection: Connection) -> None:
+        """Have a connection's socket watched again when the guest knows what has come from it."""
+        self._emptied.append(connection)
 
     def reset(self, connection: Connection) -> None:
         """End a connection, by RST if the guest knows of it."""
@@ -175,6 +182,7 @@ class Device:
                 self._take()
             ring = self.rx
             more = self._give()
+            self._return_packets()
         except RingError as error:
             self._break(ring, error)
             return False
@@ -209,7 +217,22 @@ class Device:
             except Exception as error:
                 self.log(f"a packet could not be handled: {describe(error)}")
             tx.push(chain[0], 0)
-        tx.publish()
+
+    def _return_packets(self) -> None:
+        """Tell the guest which packets were taken: not one by one, and not before it has got what it waits for."""
+        waiting = self.tx.unpublished()
+        if waiting >= min(self.limits.kept, self.tx.size // 4) or self._kept_bytes > self.limits.kept_bytes:
+            self._kept_bytes = 0
+            self.tx.publish()
+        elif waiting and not self._returning:
+            self._returning = True
+            self.loop.after(self.limits.keep, self._return_rest)
+
+    def _return_rest(self) -> None:
+        self._returning = False
+        self._kept_bytes = 0
+        if self.tx.running:
+            self.tx.publish()
 
     def _give(self) -> bool:
         """Packets to the guest: refusals first, then one turn for each connection in the line."""
@@ -225,6 +248,8 @@ class Device:
             else:
                 return False
             self.rx.publish()
+            while self._emptied:  # only now: the guest has something to do meanwhile
+                self._emptied.pop().watch()
             if not fed and receiver.starved():
                 return False  # until a kick
         return bool(self._refusals or self._line)
@@ -281,9 +306,11 @@ class Device:
             payload: list[memoryview] = []
             if op == packet.RW and length:
                 payload = behind(pieces, packet.SIZE)
-                if length > sum(map(len, payload)):
-                    raise Violation(f"{length} bytes announced, {sum(map(len, payload))} sent")
-                payload = cut(payload, length)
+                if len(payload) != 1 or len(payload[0]) != length:
+                    if length > sum(map(len, payload)):
+                        raise Violation(f"{length} bytes announced, {sum(map(len, payload))} sent")
+                    payload = cut(payload, length)
+                self._kept_bytes += length
             connection.handle(op, flags, payload, length)
         except Violation as error:
             self.log(f"the guest broke a connection, its port {guest_port} to port {host_port}: {error}")

@@ -21,6 +21,11 @@ class Limits:
         self.refusals = 256
         #: Packets handled before other descriptors have their turn.
         self.turn = 64
+        #: Packets taken from the guest before it is told that it may have their memory back, bytes of data in them, and
+        #: how long it may wait: to tell is to interrupt, and what the guest has to say next would wait for that.
+        self.kept = 16
+        self.kept_bytes = 4096
+        self.keep = 0.002
         #: A host program's CONNECT line.
         self.line = 32
         self.handshake = 5.0

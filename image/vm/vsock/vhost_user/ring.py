@@ -94,6 +94,7 @@ class Ring:
     def stop(self) -> int:
         """End; returns the next entry that would have been taken."""
         if self.running:
+            self.publish()
             self.running = False
             self.base = self._next
             empty = memoryview(b"")
@@ -126,6 +127,10 @@ class Ring:
         self._elements[position] = head
         self._elements[position + 1] = written
         self._used_next = (self._used_next + 1) & 0xFFFF
+
+    def unpublished(self) -> int:
+        """How many chains were pushed since the last ``publish``."""
+        return (self._used_next - self._published) & 0xFFFF
 
     def publish(self) -> None:
         """Show the driver what was pushed, with an interrupt if it wants one."""
