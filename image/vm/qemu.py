@@ -24,7 +24,11 @@ PARALLEL = (8, 1)
 #: Kernel parameters for emulation.  Timers tick late there, so checking them fails or takes long; and patching every
 #: LOCK prefix out of a kernel on one CPU costs more than it saves.  Together some 0.3 s of a boot; `tsc=reliable`, a
 #: given TSC frequency and `nolapic_timer` changed nothing that could be told from chance (6.12, QEMU 7.2).
-TCG_PARAMETERS = ("no_timer_check", "noreplace-smp")
+#:
+#: To clear each page that the kernel hands out costs a third of all that moves data: vsock from the guest 128 -> 180
+#: MB/s, to it 137 -> 166.  It is a second line of defence inside the guest, and emulation is no line of defence itself
+#: (QEMU, docs/system/security.rst); `--append init_on_alloc=1` has it back.
+TCG_PARAMETERS = ("no_timer_check", "noreplace-smp", "init_on_alloc=0")
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def test_emulation_with_our_own_device() -> None:
     assert "socket,id=vsock,fd=9" in after(words, "-chardev")
     assert "vhost-user-vsock-pci,chardev=vsock" in after(words, "-device")
     assert "pcie-root-port,id=port0,chassis=1,addr=10" in after(words, "-device")
-    assert after(words, "-append") == ["console=ttyS0 quiet panic=-1 no_timer_check noreplace-smp"]
+    assert after(words, "-append") == ["console=ttyS0 quiet panic=-1 no_timer_check noreplace-smp init_on_alloc=0"]
     assert "file,id=console,path=/vm/console,,1.log" in after(words, "-chardev")
     assert "-netdev" not in words
     assert "-nic" not in words
