@@ -75,7 +75,7 @@ from agent import client  # noqa: E402
 from agent.client import console, copy, listing, logs, ocispec, rootdisk  # noqa: E402
 from agent.client import forward as forwarding  # noqa: E402
 from image.vm import VM, VMConfig, VMError, find_vm, list_vms  # noqa: E402
-from image.vm.disks import plug_disk, unplug_disk  # noqa: E402
+from image.vm.disks import plug_disk, unplug_unused  # noqa: E402
 
 T = TypeVar("T")
 
@@ -500,8 +500,8 @@ def run(
         with image.oci.packed(Path(path), architecture) as packed:
             spec = _spec_of(packed, env, user, workdir, tty)
             disk = packed.name or uuid.uuid4().hex[:24]
-            _known(vm).add(container, disk=disk)
             try:
+                _known(vm).add(container, disk=disk)
                 slot = plug_disk(vm, packed.disk, disk)
             except BaseException:
                 _forget(vm, container)
@@ -552,13 +552,11 @@ async def _run_image(vm: VM, container_id: str, spec: Any, slot: str, disk: str,
 
 
 def _forget(vm: VM, container_id: str) -> None:
-    """Forget a container that has gone, and take out its disk if no other has it."""
+    """Forget a container that has gone, and take out the disks that no other has."""
     known = _known(vm)
-    disk = known.about(container_id).get("disk")
     known.discard(container_id)
-    if disk and all(known.about(other).get("disk") != disk for other in known.names()):
-        with contextlib.suppress(VMError):  # it ends with the VM
-            unplug_disk(vm, disk)
+    with contextlib.suppress(VMError):  # they end with the VM
+        unplug_unused(vm, lambda: {str(known.about(other).get("disk")) for other in known.names()})
 
 
 @task(help={"name": "the VM", "all": "every VM"})

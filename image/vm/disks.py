@@ -7,7 +7,8 @@ monitor at a time: whoever is connected has the ports for itself.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from image.vm.qmp import QMP, QMPError
 
 #: Seconds for the monitor, with others before us.
 PATIENCE = 30.0
+
+#: Seconds for a guest to let go of a disk, and between looks.
+LETTING_GO = 10.0
+INTERVAL = 0.05
 
 PREFIX = "disk-"
 
@@ -52,13 +57,32 @@ def plug_disk(vm: VM, file: Path, name: str) -> str:
         return _path(empty)
 
 
-def unplug_disk(vm: VM, name: str) -> None:
-    """Have the guest let go of a disk; the port is empty once it has.  Fine when there is none of this name."""
-    identity = f"{PREFIX}{name}"
+def unplug_unused(vm: VM, used: Callable[[], Container[str]]) -> None:
+    """Take out the disks that are not among those that are used, by their names.
+
+    ``used`` is asked when nobody can plug one in: who plugs a disk in says before that it is used.  A guest that does
+    not let go of a disk in time keeps it.  Raises VMError.
+    """
     with QMP(vm.directory / "qmp.sock", PATIENCE) as monitor:
-        if any(identity in devices for devices in plugged(monitor).values()):
+        names = used()
+        unused = {
+            identity
+            for devices in plugged(monitor).values()
+            for identity in devices
+            if identity.startswith(PREFIX) and identity.removeprefix(PREFIX) not in names
+        }
+        for identity in unused:
             with contextlib.suppress(QMPError):  # the guest is at it already
                 monitor.execute("device_del", {"id": identity})
+        deadline = time.monotonic() + LETTING_GO
+        while unused and time.monotonic() < deadline:
+            there = set().union(*plugged(monitor).values())
+            for identity in unused - there:
+                # Seen to be gone before it is: the disk's last part goes a moment later.
+                with contextlib.suppress(QMPError):
+                    monitor.execute("blockdev-del", {"node-name": identity})
+                    unused.discard(identity)
+            time.sleep(INTERVAL)
 
 
 def plugged(monitor: QMP) -> dict[str, set[str]]:

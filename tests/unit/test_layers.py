@@ -1,0 +1,204 @@
+"""Layers laid over each other: what hides what, what is refused, and that all of it reaches the archive."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from image.errors import ImageError
+from image.layers import Malformed, Tree, from_directory, walk
+from image.squashfs import write_archive
+from tests.unit.container_images import FOLDER, Member, file, hard_link, layer, link
+
+
+def laid(*layers: bytes) -> Tree:
+    """A tree of layers; their archives stay open as long as it is there."""
+    tree = Tree()
+    for data in layers:
+        tree.add(tarfile.open(fileobj=io.BytesIO(data), mode="r:", errors="surrogateescape"))  # noqa: SIM115
+    return tree
+
+
+def names(tree: Tree) -> list[str]:
+    return [path.decode() for path, _ in walk(tree.root)]
+
+
+def written(tree: Tree) -> dict[str, tuple[tarfile.TarInfo, bytes]]:
+    """What is in the archive that is written of a tree, by name."""
+    stream = io.BytesIO()
+    write_archive(tree, stream)
+    stream.seek(0)
+    found = {}
+    with tarfile.open(fileobj=stream, errors="surrogateescape") as archive:
+        for member in archive:
+            source = archive.extractfile(member) if member.isfile() else None
+            found[member.name] = member, source.read() if source else b""
+    return found
+
+
+LOWER = layer(
+    ("a", FOLDER | {"mode": 0o700, "uid": 5}),
+    ("a/b", file(b"lower b")),
+    ("a/c", file(b"lower c")),
+    ("a/d/e", file(b"lower e")),
+    ("link", link("a/d")),
+    ("f", file(b"f")),
+)
+
+
+@pytest.mark.parametrize(
+    ("upper", "expected"),
+    [
+        ([], ["a", "a/b", "a/c", "a/d", "a/d/e", "f", "link"]),
+        ([("a/.wh.b", file())], ["a", "a/c", "a/d", "a/d/e", "f", "link"]),
+        ([(".wh.a", file())], ["f", "link"]),
+        ([(".wh.a", file()), ("a/new", file())], ["a", "a/new", "f", "link"]),
+        # In any order: only what is below is hidden.
+        ([("a/new", file()), ("a/.wh..wh..opq", file())], ["a", "a/new", "f", "link"]),
+        ([("a/.wh..wh..opq", file()), ("a/b", file())], ["a", "a/b", "f", "link"]),
+        ([("a/b", file()), ("a/.wh.b", file())], ["a", "a/b", "a/c", "a/d", "a/d/e", "f", "link"]),
+        ([(".wh.nothing", file()), ("no/.wh.where", file())], ["a", "a/b", "a/c", "a/d", "a/d/e", "f", "link"]),
+        ([(".wh..wh.plnk", FOLDER)], ["a", "a/b", "a/c", "a/d", "a/d/e", "f", "link"]),
+        # A directory goes with all in it for something else, and stays for a directory.
+        ([("a", file())], ["a", "f", "link"]),
+        ([("a", FOLDER)], ["a", "a/b", "a/c", "a/d", "a/d/e", "f", "link"]),
+        ([("f", FOLDER), ("f/x", file())], ["a", "a/b", "a/c", "a/d", "a/d/e", "f", "f/x", "link"]),
+        # Links to directories are followed on the way, and replaced at its end.
+        ([("link/x", file())], ["a", "a/b", "a/c", "a/d", "a/d/e", "a/d/x", "f", "link"]),
+        ([("link", FOLDER), ("link/x", file())], ["a", "a/b", "a/c", "a/d", "a/d/e", "f", "link", "link/x"]),
+        ([("link/.wh.e", file())], ["a", "a/b", "a/c", "a/d", "f", "link"]),
+        ([("/abs", file()), ("./dot", file())], ["a", "a/b", "a/c", "a/d", "a/d/e", "abs", "dot", "f", "link"]),
+    ],
+)
+def test_what_is_seen(upper: list[Member], expected: list[str]) -> None:
+    assert names(laid(LOWER, layer(*upper))) == expected
+
+
+def test_directories_keep_or_change_what_they_are() -> None:
+    kept = dict(walk(laid(LOWER, layer(("a/x", file()))).root))[b"a"]
+    assert (stat.S_IMODE(kept.mode), kept.uid) == (0o700, 5)
+    changed = dict(walk(laid(LOWER, layer(("a", FOLDER))).root))[b"a"]
+    assert (stat.S_IMODE(changed.mode), changed.uid) == (0o755, 0)
+    implied = dict(walk(laid(LOWER).root))[b"a/d"]
+    assert (stat.S_IMODE(implied.mode), implied.uid) == (0o755, 0)
+
+
+OUT = "leads out of the root"
+
+
+@pytest.mark.parametrize(
+    ("members", "why"),
+    [
+        ([("../x", file())], OUT),
+        ([("a/../../x", file())], OUT),
+        ([("a/../x", file())], OUT),
+        ([("..", FOLDER)], OUT),
+        ([("../.wh.x", file())], OUT),
+        ([("x", hard_link("../../etc/passwd"))], OUT),
+        ([("up", link("..")), ("up/x", file())], OUT),
+        ([("up", link("a/../../..")), ("up/x", file())], OUT),
+        ([("x", hard_link("missing"))], "not there"),
+        ([("x", hard_link("."))], "not there"),
+        ([("x", hard_link("a"))], "is a directory"),
+        ([("f/x", file())], "no directory"),
+        ([("loop", link("loop")), ("loop/x", file())], "too many links"),
+        ([("one", link("two")), ("two", link("one")), ("one/x", file())], "too many links"),
+        ([(".", file())], "the root"),
+        ([("a/.wh.", file())], "hides nothing"),
+        ([("a/.wh...", file())], "hides nothing"),
+        ([("x", {"type": tarfile.CHRTYPE})], "hides files"),
+        ([("x", {"type": b"Q"})], "kind"),
+        ([("x", link(""))], "nowhere"),
+        ([("n" * 256, file())], "not a name"),
+        ([("x", file(xattrs={"trusted.overlay.opaque": b"y"}))], "overlayfs"),
+    ],
+)
+def test_what_is_refused(members: list[Member], why: str) -> None:
+    with pytest.raises(Malformed, match=why):
+        laid(LOWER, layer(*members))
+
+
+@pytest.mark.parametrize("cut", [1, 511, 512, 600, 1024, 1500])
+def test_an_archive_that_is_cut_short(cut: int) -> None:
+    data = layer(("a", file(b"x" * 1000)), ("b", file(b"y")))
+    whole = len(data.rstrip(b"\0")) // 512 * 512 + 512  # without the zeros that fill its last record
+    with pytest.raises((Malformed, tarfile.ReadError)):
+        laid(data[: whole - cut])
+
+
+def test_an_archive_with_a_damaged_header() -> None:
+    data = bytearray(layer(("a", file(b"x")), ("b", file(b"y"))))
+    data[1024 + 100] ^= 0xFF
+    with pytest.raises(Malformed):
+        laid(bytes(data))
+
+
+def test_all_of_a_file_reaches_the_archive() -> None:
+    attribute = b"\xff\0\n=x"
+    long_name, far = "d/" + "n" * 200, "/" + "t" * 200
+    upper = layer(
+        ("one", file(b"contents", mode=0o4755, uid=3_000_000, gid=7, mtime=1234)),
+        ("two", hard_link("one")),
+        ("attributes", file(xattrs={"user.x": attribute, "security.capability": b"\1\0\0\2"})),
+        (long_name, file(b"long")),
+        ("far", link(far)),
+        ("up", link("../" + "u" * 120)),
+        ("null", {"type": tarfile.CHRTYPE, "devmajor": 1, "devminor": 3}),
+        ("pipe", {"type": tarfile.FIFOTYPE}),
+        ("old", file(mtime=-5)),
+        (b"caf\xe9".decode("utf-8", "surrogateescape"), file()),
+    )
+    found = written(laid(LOWER, upper))
+    one, contents = found["one"]
+    assert (one.mode, one.uid, one.gid, one.mtime, contents) == (0o4755, 3_000_000, 7, 1234, b"contents")
+    assert found["two"][0].islnk() and found["two"][0].linkname == "one"
+    headers = found["attributes"][0].pax_headers
+    assert headers["SCHILY.xattr.user.x"].encode("utf-8", "surrogateescape") == attribute
+    assert found[long_name][1] == b"long"
+    assert found["far"][0].linkname == far and found["up"][0].linkname == "../" + "u" * 120
+    assert (found["null"][0].devmajor, found["null"][0].devminor) == (1, 3)
+    assert found["pipe"][0].isfifo() and found["old"][0].mtime == 0
+    assert b"caf\xe9" in map(os.fsencode, found)
+    assert found["a/b"][1] == b"lower b"
+
+
+def test_a_link_to_what_a_lower_layer_has() -> None:
+    found = written(laid(LOWER, layer(("g", hard_link("f"))), layer((".wh.f", file()))))
+    assert found["g"][1] == b"f" and "f" not in found
+
+
+@pytest.mark.root
+def test_a_directory_of_this_machine(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "sub").mkdir(parents=True, mode=0o711)
+    (root / "file").write_bytes(b"data")
+    os.chown(root / "file", 12, 34)
+    os.link(root / "file", root / "sub/same")
+    (root / "sub/link").symlink_to("/nowhere")
+    os.mkfifo(root / "pipe")
+    os.mknod(root / "zero", stat.S_IFCHR | 0o600, os.makedev(1, 5))
+    os.setxattr(root / "file", "trusted.x", b"\0")
+    found = written(from_directory(root))
+    assert (found["file"][0].uid, found["file"][0].gid, found["file"][1]) == (12, 34, b"data")
+    assert found["file"][0].pax_headers["SCHILY.xattr.trusted.x"] == "\0"
+    assert found["sub/same"][0].islnk() and found["sub/link"][0].linkname == "/nowhere"
+    assert found["pipe"][0].isfifo() and found["zero"][0].devminor == 5 and found["sub"][0].mode == 0o711
+    with pytest.raises(ImageError, match="No such file"):
+        from_directory(tmp_path / "missing")
+
+
+def test_a_file_that_changes_while_it_is_packed(tmp_path: Path) -> None:
+    (tmp_path / "log").write_bytes(b"x" * 100)
+    tree = from_directory(tmp_path)
+    (tmp_path / "log").write_bytes(b"x" * 50)
+    with pytest.raises(ImageError, match="shorter than it said"):
+        write_archive(tree, io.BytesIO())
+    (tmp_path / "log").write_bytes(b"x" * 200)
+    stream = io.BytesIO()
+    write_archive(tree, stream)
+    assert len(stream.getvalue()) == 512 + 512 + 1024
