@@ -47,13 +47,16 @@ def _fill(message: Any, document: Any, where: str) -> None:
 
 def _set(message: Any, field: FieldDescriptor, value: Any, place: str) -> None:
     target = getattr(message, field.name)
+    is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
+    if field.is_repeated and not isinstance(value, dict if is_map else list):
+        raise Mistake(f"config.json: {place} is to be {'an object' if is_map else 'a list'}")
     try:
         if field.message_type is None:
             if field.is_repeated:
                 target.extend(value)
             else:
                 setattr(message, field.name, value)
-        elif field.message_type.GetOptions().map_entry:
+        elif is_map:
             for key, one in value.items():
                 target[key] = one
         elif field.is_repeated:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container
 from pathlib import Path
-from typing import Any
 
 from image.vm.errors import VMError
 from image.vm.machine import VM
@@ -25,6 +24,9 @@ LETTING_GO = 10.0
 INTERVAL = 0.05
 
 PREFIX = "disk-"
+
+#: Where QEMU has the devices that were given a name.
+PERIPHERAL = "/machine/peripheral"
 
 
 def plug_disk(vm: VM, file: Path, name: str) -> str:
@@ -86,17 +88,18 @@ def unplug_unused(vm: VM, used: Callable[[], Container[str]]) -> None:
 
 
 def plugged(monitor: QMP) -> dict[str, set[str]]:
-    """What is plugged into each port, by the names of devices."""
+    """What is plugged into each port, by the names of devices.
+
+    By QEMU's own objects: what query-pci says depends on how the guest numbers its buses.
+    """
     found: dict[str, set[str]] = {f"port{number}": set() for number in range(len(PORTS))}
-    for bus in monitor.execute("query-pci"):
-        for device in bus["devices"]:
-            if device["qdev_id"] in found:
-                found[device["qdev_id"]] = set(map(_identity, device["pci_bridge"].get("devices", ())))
+    for item in monitor.execute("qom-list", {"path": PERIPHERAL}):
+        if not item["type"].startswith("child<"):
+            continue
+        with contextlib.suppress(QMPError):  # it has gone just now
+            bus = monitor.execute("qom-get", {"path": f"{PERIPHERAL}/{item['name']}", "property": "parent_bus"})
+            found.get(str(bus).rpartition("/")[2], set()).add(item["name"])
     return found
-
-
-def _identity(device: Mapping[str, Any]) -> str:
-    return str(device["qdev_id"])
 
 
 def _path(port: str) -> str:

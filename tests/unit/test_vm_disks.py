@@ -1,0 +1,82 @@
+"""Disks for a VM that runs: into which port, under which name, and out again."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from image.vm import disks
+from image.vm.errors import VMError
+from image.vm.qmp import QMP
+from tests.unit.fake_qemu import monitor_of
+
+pytestmark = pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="needs QEMU")
+
+
+@pytest.fixture
+def vm(tmp_path: Path) -> Iterator[Any]:
+    """A machine with two ports, in which no guest runs: it lets go of nothing."""
+    words = ["qemu-system-x86_64", "-machine", "q35", "-m", "64M", "-nodefaults", "-display", "none", "-S"]
+    for number, slot in enumerate(("10", "11")):
+        words += ["-device", f"pcie-root-port,id=port{number},chassis={number + 1},addr={slot}"]
+    with subprocess.Popen([*words, "-qmp", f"unix:{tmp_path / 'qmp.sock'},server=on,wait=off"]) as qemu:
+        try:
+            monitor_of(tmp_path / "qmp.sock").close()
+            yield SimpleNamespace(directory=tmp_path, name="test")
+        finally:
+            qemu.kill()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "disk").write_bytes(bytes(4096))
+    return tmp_path / "disk"
+
+
+def plugged(vm: Any) -> dict[str, set[str]]:
+    with QMP(vm.directory / "qmp.sock", 10) as monitor:
+        return disks.plugged(monitor)
+
+
+def test_each_port_takes_one_and_a_name_is_plugged_in_once(vm: Any, file: Path) -> None:
+    assert plugged(vm) == {"port0": set(), "port1": set()}
+    assert disks.plug_disk(vm, file, "one") == "10/00"
+    assert disks.plug_disk(vm, file, "two") == "11/00"
+    assert disks.plug_disk(vm, file, "one") == "10/00"
+    with pytest.raises(VMError, match="2 ports for disks, and all are in use"):
+        disks.plug_disk(vm, file, "three")
+    assert plugged(vm) == {"port0": {"disk-one"}, "port1": {"disk-two"}}
+
+
+def test_a_file_that_is_not_there_leaves_nothing(vm: Any, file: Path) -> None:
+    with pytest.raises(VMError, match="No such file"):
+        disks.plug_disk(vm, file.with_name("missing"), "one")
+    assert disks.plug_disk(vm, file, "one") == "10/00"
+
+
+def test_what_others_have_plugged_in_stays(vm: Any, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disks, "LETTING_GO", 0.2)
+    with QMP(vm.directory / "qmp.sock", 10) as monitor:
+        monitor.execute("device_add", {"driver": "virtio-rng-pci", "id": "mine", "bus": "port0"})
+    assert disks.plug_disk(vm, file, "one") == "11/00"
+    asked: list[str] = []
+    monkeypatch.setattr(QMP, "execute", _noting(asked, QMP.execute))
+    disks.unplug_unused(vm, lambda: {"one"})
+    assert "device_del" not in asked
+    disks.unplug_unused(vm, set)  # the guest keeps it: that is waited for, but not forever
+    assert asked.count("device_del") == 1
+    assert plugged(vm) == {"port0": {"mine"}, "port1": {"disk-one"}}
+
+
+def _noting(asked: list[str], execute: Any) -> Any:
+    def noted(self: QMP, command: str, arguments: dict[str, Any] | None = None) -> Any:
+        asked.append(command)
+        return execute(self, command, arguments)
+
+    return noted
