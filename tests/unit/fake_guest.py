@@ -212,10 +212,8 @@ class Guest:
         self.packets: list[tuple[int, ...]] = []  # for no stream
         self.handler: Callable[[tuple[int, ...]], bool] | None = None  # sees packets first
         self.rx = self.tx = DriverRing(self.memory, 0)
-        offered = self.ask_u64(p.GET_FEATURES)
-        self.features = offered & features | p.F_PROTOCOL_FEATURES
-        self.tell(p.SET_PROTOCOL_FEATURES, struct.pack("<Q", self.ask_u64(p.GET_PROTOCOL_FEATURES)))
-        self.tell(p.SET_OWNER)
+        self.wanted = features
+        self.greet()
         self.boot()
 
     # The front end.
@@ -236,6 +234,19 @@ class Guest:
 
     def acknowledged(self, request: int, payload: bytes, fds: tuple[int, ...] = ()) -> bool:
         return self.ask(request, payload, fds, 1 | p.NEED_REPLY) == bytes(8)
+
+    def greet(self) -> None:
+        """What QEMU says first to a device."""
+        self.features = self.ask_u64(p.GET_FEATURES) & self.wanted | p.F_PROTOCOL_FEATURES
+        self.tell(p.SET_PROTOCOL_FEATURES, struct.pack("<Q", self.ask_u64(p.GET_PROTOCOL_FEATURES)))
+        self.tell(p.SET_OWNER)
+
+    def move(self, backend: Backend) -> None:
+        """Go on with another device, where the rings are."""
+        self.backend, self.control = backend, backend.control
+        self.control.settimeout(10)
+        self.greet()
+        self.resume()
 
     def boot(self) -> None:
         """A driver starts: empty rings, no sockets."""

@@ -92,6 +92,48 @@ def test_reset_drops_connections(start: Start) -> None:
     assert backend.lines() == ""
 
 
+def test_a_device_that_is_unplugged_and_plugged_in_again(start: Start) -> None:
+    """On the same socket: QEMU stops the rings, greets anew, and the driver begins anew."""
+    _, guest = start()
+    for _ in range(3):
+        sock, stream = guest.pair()
+        guest.echo(sock, stream)
+        guest.pause()
+        guest.greet()
+        guest.streams.clear()
+        guest.boot()
+        guest.listen()
+        assert guest.ended(sock)
+    sock, stream = guest.pair()
+    guest.echo(sock, stream)
+    sock.close()
+
+
+def test_another_device_goes_on_where_one_has_died(tmp_path: Path) -> None:
+    """The guest's driver need not know: its connections are reset one by one, new ones work."""
+    first = Backend(tmp_path)
+    guest = Guest(first)
+    guest.listen()
+    old, stream = guest.pair()
+    guest.pause()
+    first.process.kill()
+    assert first.process.wait(10) == -signal.SIGKILL
+    second = Backend(tmp_path)
+    guest.move(second)
+    assert old.recv(1) == b""
+    sock, new = guest.pair()
+    guest.echo(sock, new)
+    stream.send(b"is anybody there?")
+    guest.until(lambda: stream.reset)
+    guest.echo(sock, new)
+    assert second.lines() == ""
+    for each in (old, sock):
+        each.close()
+    for backend in (first, second):
+        backend.close()
+    guest.close()
+
+
 def test_sigusr1_drops_connections_before_the_driver_is_back(start: Start) -> None:
     backend, guest = start()
     sock, _ = guest.pair()

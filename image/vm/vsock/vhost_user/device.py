@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 from collections import deque
@@ -50,7 +51,8 @@ class Device:
         self._kept_bytes = 0  # of data in it
         self._count = 0
         self._count_from_guest = 0
-        self._next_port = FIRST_PORT
+        # Not where a device before this one began: the guest may remember connections of that one's.
+        self._next_port = FIRST_PORT + int.from_bytes(os.urandom(3), "little")
 
     # Host programs.
 
