@@ -11,11 +11,13 @@ import selectors
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from image.vm.qmp import QMP
 from tests.e2e.conftest import Caisson
 from tests.e2e.vsock_host import Connection, Plan, Streams, compile_peer, dial, start_peer
 
@@ -71,9 +73,21 @@ class Guest:
             found[int(number)] = line
         return found
 
+    def surprises(self) -> dict[int, str]:
+        """The connections whose outcome is not what it should be."""
+        outcomes = self.outcomes()
+        return {
+            number: f"{connection.plan}: {verdict}"
+            for number, connection in self.connections.items()
+            if (verdict := connection.verdict(outcomes[number]))
+        }
 
-def move(guests: list[Guest], selector: selectors.BaseSelector) -> int:
-    """Everything there is to be moved; returns the most memory that a device had.  Raises AssertionError if stuck."""
+
+def move(guests: list[Guest], selector: selectors.BaseSelector, meanwhile: Callable[[], object] = lambda: None) -> int:
+    """Everything there is to be moved; returns the most memory that a device had.  Raises AssertionError if stuck.
+
+    ``meanwhile`` is done several times a second.
+    """
     everything = [connection for guest in guests for connection in guest.connections.values()]
     most = 0
     slow = True
@@ -90,6 +104,7 @@ def move(guests: list[Guest], selector: selectors.BaseSelector) -> int:
                 connection.hurry()
         if now - looked > 0.2:
             looked = now
+            meanwhile()
             most = max(most, *(private_memory(guest.device) for guest in guests))
     moved = sum(connection.sent + connection.received for connection in everything)
     print(f"{moved >> 20} MB in {time.monotonic() - then:.1f} s, at most {most} KiB in a device")
@@ -109,13 +124,29 @@ def test_two_guests_with_200_connections_each(own: Caisson, tmp_path: Path) -> N
         for guest in guests:
             guest.connect(chance, streams, selector)
         most = move(guests, selector)
-        for guest in guests:
-            outcomes = guest.outcomes()
-            verdicts = {
-                number: f"{connection.plan}: {verdict}"
-                for number, connection in guest.connections.items()
-                if (verdict := connection.verdict(outcomes[number]))
-            }
-            assert verdicts == {}, f"seed {SEED}"
+        assert [guest.surprises() for guest in guests] == [{}, {}], f"seed {SEED}"
         assert most < MEMORY
         assert own("exec", "--name", GUESTS[0], "--", "echo", "fine").stdout == b"fine\n"
+
+
+def test_a_guest_that_is_paused_again_and_again(own: Caisson, tmp_path: Path) -> None:
+    pauses = 0
+    with ExitStack() as ends:
+        ends.callback(own, "stop-vm", "--all")
+        assert own("boot-vm", "--name", "one", "--detach").returncode == 0
+        selector = ends.enter_context(selectors.DefaultSelector())
+        guest = Guest(own, "one", compile_peer(tmp_path), ends)
+        guest.connect(random.Random(SEED), Streams(), selector)
+        monitor = ends.enter_context(QMP(own.run_directory / "one/qmp.sock", 30))
+
+        def pause() -> None:
+            nonlocal pauses
+            pauses += 1
+            monitor.execute("stop")
+            waiting = ends.enter_context(socket.socket(socket.AF_UNIX))
+            waiting.connect(str(own.run_directory / "one/agent.sock"))  # a device at rest takes connections, too
+            monitor.execute("cont")
+
+        move([guest], selector, pause)
+        assert guest.surprises() == {}
+        assert pauses > 2, "the pauses came in the middle"
