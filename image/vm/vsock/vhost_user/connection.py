@@ -12,7 +12,7 @@ import socket
 
 from . import packet
 from .loop import Timer, describe
-from .packet import COUNT, HEADER, NO_RECEIVE, NO_SEND, NOTHING_MORE
+from .packet import COUNT, HEADER, NO_RECEIVE, NO_SEND, NOTHING_MORE, cut
 from .receive import Buffer, Receiver
 from .sink import Sink
 
@@ -166,8 +166,8 @@ class Connection:
         if length and not self._sink.write(pieces, length):
             self._host_refuses()
         if self._sink.pending and not self._host_is_full:
-            self._host_is_full = True  # only then watched: else each read of the program would wake us
-            self._device.loop.change(self.fd, MASK | select.EPOLLOUT)
+            self._host_is_full = True
+            self._set_mask()
 
     def _shutdown(self, flags: int) -> None:
         self._guest_said |= flags & NOTHING_MORE
@@ -214,7 +214,7 @@ class Connection:
                 self.close()
                 return
             self._host_is_full = False
-            self._device.loop.change(self.fd, MASK)
+            self._set_mask()
             if self._guest_said & NO_SEND:
                 self._shut(socket.SHUT_WR)
         if self.state == CONNECTED:
@@ -322,7 +322,11 @@ class Connection:
     def watch(self) -> None:
         """Emptied, it seems.  Set again, the edge trigger tells if not: more, or the end, may have come since."""
         if self.state in (CONNECTED, FLUSHING):
-            self._device.loop.change(self.fd, MASK | select.EPOLLOUT if self._host_is_full else MASK)
+            self._set_mask()
+
+    def _set_mask(self) -> None:
+        # Only while something is pending: else each read of the host program would wake us.
+        self._device.loop.change(self.fd, MASK | select.EPOLLOUT if self._host_is_full else MASK)
 
     def _hand_over(self, receiver: Receiver, buffers: list[Buffer], size: int) -> None:
         header, filled = b"", 0
@@ -389,14 +393,3 @@ class Connection:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-
-
-def cut(pieces: list[memoryview], size: int) -> list[memoryview]:
-    """The first ``size`` bytes of ``pieces``."""
-    kept = []
-    for piece in pieces:
-        if size <= 0:
-            break
-        kept.append(piece[:size])
-        size -= len(piece)
-    return kept

@@ -9,12 +9,12 @@ from collections import deque
 from collections.abc import Callable
 
 from . import packet
-from .connection import WAITING, Connection, Violation, cut
+from .connection import WAITING, Connection, Violation
 from .limits import Limits, Pool
 from .log import Log
 from .loop import Loop, describe
 from .memory import Memory
-from .packet import HEADER, HOST_CID
+from .packet import HEADER, HOST_CID, behind, cut
 from .receive import Receiver
 from .ring import Ring, RingError
 
@@ -335,17 +335,6 @@ class Device:
         self._table[host_port, guest_port] = connection
         connection.credit(window, forwarded)
         connection.accept(host_port)
-
-
-def behind(pieces: list[memoryview], size: int) -> list[memoryview]:
-    """What follows the first ``size`` bytes of ``pieces``."""
-    for number, piece in enumerate(pieces):
-        if len(piece) > size:
-            return [piece[size:], *pieces[number + 1 :]]
-        size -= len(piece)
-        if not size:
-            return pieces[number + 1 :]
-    return []
 
 
 #: Each kick is an edge: nothing needs to be read from the descriptor.

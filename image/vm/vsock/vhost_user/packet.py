@@ -1,4 +1,4 @@
-"""The header of a vsock packet and its numbers (virtio 1.2, section 5.10.6)."""
+"""The header of a vsock packet and its numbers (virtio 1.2, section 5.10.6); pieces of memory that hold packets."""
 
 from __future__ import annotations
 
@@ -26,3 +26,25 @@ NOTHING_MORE = NO_RECEIVE | NO_SEND
 
 #: Counters (fwd_cnt, and what is compared with it) wrap at 32 bits.
 COUNT = 0xFFFFFFFF
+
+
+def cut(pieces: list[memoryview], size: int) -> list[memoryview]:
+    """The first ``size`` bytes of ``pieces``."""
+    kept = []
+    for piece in pieces:
+        if size <= 0:
+            break
+        kept.append(piece[:size])
+        size -= len(piece)
+    return kept
+
+
+def behind(pieces: list[memoryview], size: int) -> list[memoryview]:
+    """What follows the first ``size`` bytes of ``pieces``."""
+    for number, piece in enumerate(pieces):
+        if len(piece) > size:
+            return [piece[size:], *pieces[number + 1 :]]
+        size -= len(piece)
+        if not size:
+            return pieces[number + 1 :]
+    return []
