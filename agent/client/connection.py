@@ -20,7 +20,8 @@ CHUNK = 1 << 20
 #: A guest's agent is one hop away: a lost connection is tried again at once, not after gRPC's second.
 CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
+    # By its name a pause; to gRPC it is also how long an attempt may take, and a busy guest without KVM takes its time.
+    ("grpc.min_reconnect_backoff_ms", 20_000),
     ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.enable_http_proxy", 0),
     # The peer of a Unix socket has no name; without this the path itself becomes the :authority.

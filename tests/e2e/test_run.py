@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import struct
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -123,6 +125,22 @@ def test_attributes_are_on_the_disk(tmp_path: Path) -> None:
         )
         assert listed.returncode == 0, listed.stderr
         assert os.getxattr(tmp_path / "out/data/attributes", "user.test") == ATTRIBUTE
+
+
+def test_attributes_count_in_the_guest(vm: Caisson, tmp_path: Path) -> None:
+    """A program whose file has the capability CAP_DAC_OVERRIDE reads what its user may not."""
+    program = Path(shutil.which("busybox") or "").read_bytes()
+    capability = struct.pack("<5I", 0x02000001, 1 << 1, 0, 0, 0)  # version 2, effective (capabilities(7))
+    more = layer(
+        ("secret", file(b"open to few\n", mode=0o600)),
+        ("bin/busybox-plain", file(program, mode=0o755)),
+        ("bin/busybox-able", file(program, mode=0o755, xattrs={"security.capability": capability})),
+    )
+    image = docker_archive(tmp_path / "able.tar", [LAYERS[0], more], User="web", Env=["PATH=/bin"])
+    script = "for kind in plain able; do busybox-$kind cat /secret; done"
+    done = run(vm, image, "--", "sh", "-c", script)
+    assert done.stdout == b"open to few\n", done.stderr
+    assert done.stderr.count(b"Permission denied") == 1
 
 
 def test_a_root_file_system(vm: Caisson, tmp_path: Path) -> None:

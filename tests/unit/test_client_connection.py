@@ -1,0 +1,53 @@
+"""The client's connection to an agent that takes its time."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import grpc
+
+from agent.client import Agent
+from proto import health_pb2
+
+#: Seconds for an agent's first answer: more than the client's longest pause between two attempts.
+SLOWNESS = 1.5
+
+
+async def _version(request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+    return health_pb2.VersionCheckResponse(agent_version="slow").SerializeToString()
+
+
+async def _carry(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+    while data := await source.read(65536):
+        target.write(data)
+    target.close()
+
+
+def test_an_agent_that_is_slow_to_answer_is_waited_for(tmp_path: Path) -> None:
+    """A busy guest without KVM: whoever connected and heard nothing for half a second was told that nobody answers."""
+    attempts = 0
+
+    async def delayed(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal attempts
+        attempts += 1
+        await asyncio.sleep(SLOWNESS)  # what this is about
+        inner, outer = await asyncio.open_unix_connection(str(tmp_path / "server"))
+        await asyncio.gather(_carry(reader, outer), _carry(inner, writer), return_exceptions=True)
+
+    async def work() -> str:
+        server = grpc.aio.server()
+        handlers = {"Version": grpc.unary_unary_rpc_method_handler(_version)}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("grpc.Health", handlers),))
+        server.add_insecure_port(f"unix:{tmp_path / 'server'}")
+        await server.start()
+        relay = await asyncio.start_unix_server(delayed, tmp_path / "agent.sock")
+        try:
+            async with Agent.connect(tmp_path / "agent.sock") as agent:
+                return await agent.version()
+        finally:
+            relay.close()
+            await server.stop(None)
+
+    assert asyncio.run(asyncio.wait_for(work(), 60)) == "slow"
+    assert attempts == 1
