@@ -450,7 +450,9 @@ async def _ensure(vm: VM, agent: client.Agent, container_id: str) -> client.Cont
     contents = json.loads((vm.directory / "image.json").read_text())
     await agent.create_sandbox()
     container = await agent.ensure_container(container_id, client.default_spec(contents["containers"]["busybox"]))
-    _known(vm).add(container_id)
+    known = _known(vm)
+    if container_id not in known.names():  # what is known of one of `run` says which disk it is on
+        known.add(container_id)
     return container
 
 

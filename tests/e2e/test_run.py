@@ -72,10 +72,15 @@ def run(vm: Caisson, image: Path, *words: str) -> subprocess.CompletedProcess[by
     return vm("run", str(image), *words)
 
 
+def ports(vm: Caisson) -> dict[str, set[str]]:
+    """What is plugged in."""
+    with QMP(vm.run_directory / "default/qmp.sock", 30) as monitor:
+        return plugged(monitor)
+
+
 def free_ports(vm: Caisson) -> bool:
     """Whether nothing is plugged in: the guest takes its time to let go."""
-    with QMP(vm.run_directory / "default/qmp.sock", 30) as monitor:
-        return not any(plugged(monitor).values())
+    return not any(ports(vm).values())
 
 
 def test_an_image_runs_as_it_says_in_every_form(vm: Caisson, layout: Path, tmp_path: Path) -> None:
@@ -226,6 +231,7 @@ def test_several_at_once_and_no_port_for_more(vm: Caisson, tmp_path: Path) -> No
     assert done.stdout == b"1", done.stderr
     for name in ("b", "a"):
         assert vm("rm", name).returncode == 0
+    assert sorted(map(len, ports(vm).values())) == [0, 1]  # c is on the disk that b was on
     done = vm("exec", "--container", "c", "--", "/bin/cat", "/number")
     assert done.stdout == b"1", done.stderr
     assert vm("rm", "c").returncode == 0

@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -80,21 +79,16 @@ def test_a_guest_without_a_shell_of_its_own(vm: Caisson) -> None:
     assert b"boot it with: invoke boot-vm --append agent.debug_console_vport=1026" in done.stderr
 
 
-def _at_prompts(caisson: Caisson, words: tuple[str, ...]) -> Iterator[Terminal]:
-    """Two shells in a container and one of the guest, each waiting for a command."""
-    for more in ((), (), ("--guest",)):
-        terminal = Terminal(caisson, *words, *more)
-        terminal.expect(b"# ")
-        yield terminal
-
-
 @pytest.mark.parametrize("victim", ["qemu", "supervisor"])
 def test_a_vm_that_is_killed_leaves_terminals_as_they_were(own: Caisson, victim: str) -> None:
     booted = own("boot-vm", "--name", "dies", "--detach", "--append", "agent.debug_console_vport=1026")
     assert booted.returncode == 0, booted.stderr.decode()
     words = ("shell", "--name", "dies")
     with contextlib.ExitStack() as stack:
-        inside, full, guest = (stack.enter_context(terminal) for terminal in _at_prompts(own, words))
+        # All at once, as nothing but a machine types: a busy guest takes its time for each.
+        inside, full, guest = (stack.enter_context(Terminal(own, *words, *more)) for more in ((), (), ("--guest",)))
+        for terminal in (inside, full, guest):
+            terminal.expect(b"# ")
         full.type(b"vi\r")
         full.expect(b"~\x1b[")
         guest.expect(b"# ")  # the first command is ours: its size
