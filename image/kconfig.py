@@ -105,6 +105,9 @@ def _unmet(expression: Any, depth: int) -> Iterator[str]:
     for part in _operands(expression, kconfiglib.AND):
         if kconfiglib.expr_value(part):
             continue
+        if isinstance(part, kconfiglib.Choice):
+            yield from _unmet(part.direct_dep, depth)  # a choice has no name
+            continue
         text = _name(part)
         if isinstance(part, kconfiglib.Symbol):
             if not part.nodes:
