@@ -217,6 +217,7 @@ def _image_directory(path: str, report: Callable[[str], None]) -> Path:
         "template": "what to build: debian, lean, systemd…, or a definition of your own (a file or its directory)",
         "suite": "another suite than the definition's, e.g. bookworm",
         "set": "KEY=VALUE over the definition's, KEY+=VALUE adds to a list; may be repeated",
+        "locked": "an image.lock: refuse packages that are not those it names",
         "dry-run": "print the whole definition and what each step would do; build nothing",
         "settings": "print every setting with its type, default and meaning (with --json: the JSON schema)",
         "json": "print JSON",
@@ -228,6 +229,7 @@ def build_image(
     set: list[str],
     template: str = "debian",
     suite: str = "",
+    locked: str = "",
     dry_run: bool = False,
     settings: bool = False,
     json: bool = False,
@@ -241,7 +243,7 @@ def build_image(
         print(_json(image.schema()) if json else "\n".join(image.describe()))
         return
     loaded = image.load(image.find(template), suite=suite or None, settings=set)
-    build = image.Build(loaded, report=_say)
+    build = image.Build(loaded, report=_say, locked=image.read_lock(Path(locked)) if locked else None)
     if dry_run:
         document, steps = image.plain(loaded.definition), build.plan()
         print(
@@ -258,6 +260,29 @@ def build_image(
     for line in image.summary(build.done):
         _say(line)
     print(directory)
+
+
+@task(
+    iterable=["set"],
+    help={
+        "directory": "the image's",
+        "template": "what it was built from, as for build-image",
+        "suite": "as for build-image",
+        "set": "as for build-image",
+    },
+)
+@command(failed=1)
+def verify_image(_: Context, directory: str, set: list[str], template: str = "debian", suite: str = "") -> None:
+    """Build an image's definition once more, from its packages to the end, and compare byte for byte.
+
+    Example: invoke verify-image "$(invoke build-image)"
+    """
+    loaded = image.load(image.find(template), suite=suite or None, settings=set)
+    _need(TO_BUILD | (TO_COMPILE if loaded.definition.kernel.source else {}))
+    differing = image.verify(loaded, image.Image.load(Path(directory)), report=_say)
+    if differing:
+        raise Refused(f"not the same: {', '.join(differing)}")
+    _say("the same, byte for byte")
 
 
 @task(help={"all": "everything: downloaded packages, too"})

@@ -12,38 +12,37 @@ from typing import TYPE_CHECKING, Any
 from image.errors import ImageError
 
 if TYPE_CHECKING:
-    from image.builder import Build, Image, build
+    from image.builder import Build, Image, build, verify
     from image.cache import clean
     from image.definition import find, load, schema
+    from image.lock import read as read_lock
     from image.manifest import plain
     from image.summary import describe, planned, summary
 
-__all__ = [
-    "Build",
-    "Image",
-    "ImageError",
-    "build",
-    "clean",
-    "describe",
-    "find",
-    "load",
-    "plain",
-    "planned",
-    "schema",
-    "summary",
-]
-
 _FROM = {
-    "image.builder": ("Build", "Image", "build"),
-    "image.cache": ("clean",),
-    "image.definition": ("find", "load", "schema"),
-    "image.manifest": ("plain",),
-    "image.summary": ("describe", "planned", "summary"),
+    "Build": "image.builder.Build",
+    "Image": "image.builder.Image",
+    "build": "image.builder.build",
+    "clean": "image.cache.clean",
+    "describe": "image.summary.describe",
+    "find": "image.definition.find",
+    "load": "image.definition.load",
+    "plain": "image.manifest.plain",
+    "planned": "image.summary.planned",
+    "read_lock": "image.lock.read",
+    "schema": "image.definition.schema",
+    "summary": "image.summary.summary",
+    "verify": "image.builder.verify",
 }
+
+__all__ = [
+    "Build", "Image", "ImageError", "build", "clean", "describe", "find", "load", "plain", "planned", "read_lock",
+    "schema", "summary", "verify",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _FROM.items():
-        if name in names:
-            return getattr(importlib.import_module(module), name)
-    raise AttributeError(name)
+    if name not in _FROM:
+        raise AttributeError(name)
+    module, _, attribute = _FROM[name].rpartition(".")
+    return getattr(importlib.import_module(module), attribute)

@@ -8,6 +8,7 @@ images      the whole image: base + kernel + agent + the template's files + mani
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import shutil
@@ -30,6 +31,8 @@ from image.fragments import Request, merge, parse
 from image.kernel import Kernel, Prebuilt
 from image.kernelsource import Compiled, SourcePackage, SourceTree
 from image.run import run
+from image.tools import HOST, Tools
+from image.tools import PACKAGES as TOOLS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -90,6 +93,23 @@ def build(
     return Build(loaded, cache, report).image()
 
 
+def verify(loaded: Loaded, image: Image, report: Callable[[str], None] = lambda line: None) -> list[str]:
+    """Build a definition once more, from packages to the end, and compare with an image of it.
+
+    Returns the names of the files that differ.  Nothing of it stays in the cache.  Raises ImageError.
+    """
+    root = default_root()
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root, prefix="verify-") as scratch:
+        again = Build(loaded, Cache(Path(scratch)), report, downloads=root / "apt").image()
+        names = {path.name for one in (image, again) for path in one.directory.iterdir() if path.name != ".used"}
+        return sorted(name for name in names if not _same(image.directory / name, again.directory / name))
+
+
+def _same(one: Path, another: Path) -> bool:
+    return one.is_file() and another.is_file() and filecmp.cmp(one, another, shallow=False)
+
+
 def agent_files() -> list[Path]:
     """The sources that go into a guest: the agent without its host side, and the compiled protocol.
 
@@ -113,24 +133,35 @@ class Build:
     """The steps of one definition.  ``done`` tells what became of those that were taken."""
 
     def __init__(
-        self, loaded: Loaded, cache: Cache | None = None, report: Callable[[str], None] = lambda line: None
+        self,
+        loaded: Loaded,
+        cache: Cache | None = None,
+        report: Callable[[str], None] = lambda line: None,
+        *,
+        downloads: Path | None = None,
+        locked: lock.Lock | None = None,
     ) -> None:
+        """``downloads`` is where packages are kept (default: in the cache); with ``locked`` others are refused."""
         self.loaded = loaded
         self.definition = loaded.definition
         self.cache = cache or Cache(default_root())
+        self.downloads = downloads or self.cache.root / "apt"
+        self.locked = locked
         self.report = report
         self.done: list[Done] = []
         self.requests: list[Request] = merge(parse(self._fragment(name)) for name in self.definition.kernel.fragments)
         self._apt: apt.Apt | None = None
 
     def image(self) -> Image:
-        """The image.  Raises ImageError."""
+        """The image.  Raises ImageError, and Drift when its packages are not those of the lock."""
         try:
             directory = self._step("images", self.key(), self._make_image)
         except SourcesChanged:  # what takes long is in the cache by now
             directory = self._step("images", self.key(), self._make_image)
         if not self.done[-1].cached:
             self.cache.trim(cap())
+        if self.locked is not None:
+            lock.check(self.locked, lock.read(directory / "image.lock"))
         return Image.load(directory)
 
     def plan(self) -> list[Done]:
@@ -176,13 +207,13 @@ class Build:
         """The digest of the agent's sources, and of the interpreter that compiles them."""
         nsexec = [path for path in (ROOT / "agent/nsexec").iterdir() if path.is_file()]
         sources = digest_of_files(ROOT, agent_files()), digest_of_files(ROOT, nsexec)
-        return digest_of("agent", agent_version(), self.base_key(), sources)
+        return digest_of("agent layer", agent_version(), self.base_key(), sources)
 
     def _apt_of_suite(self) -> apt.Apt:
         """apt for the suite, with a fresh index."""
         if self._apt is None:
             d = self.definition
-            place = self.cache.root / "apt" / f"{d.suite}-{d.arch}"
+            place = self.downloads / f"{d.suite}-{d.arch}"
             self._apt = apt.Apt(place, d.suite, d.arch, apt.host_mirror())
             self._apt.update()
         return self._apt
@@ -252,10 +283,11 @@ class Build:
 
     def agent(self, base: Path) -> Path:
         """The layer of our own sources: the agent's byte code, and nsexec."""
-        return self._step("agent", self.agent_key(), lambda target: self._make_agent(base, target))
+        return self._step("agent", self.agent_key(), lambda target: self._make_agent(base, target / "tree")) / "tree"
 
     def _make_agent(self, base: Path, target: Path) -> None:
         self.report("compiling the agent")
+        target.mkdir()
         key = self.agent_key()
         home = target / rootfs.HOME
         for source in agent_files():
@@ -268,6 +300,19 @@ class Build:
         shutil.rmtree(target / "build")
         if self.agent_key() != key:
             raise SourcesChanged("the agent's sources changed while they were compiled; build it again")
+
+    def tools(self) -> Tools:
+        """What packs a disk: the programs of the suite itself, so that this machine's versions play no part."""
+        d = self.definition
+        if d.format == "initrd":
+            return HOST
+        key = digest_of("tools", d.suite, d.arch, TOOLS)
+        return Tools(self._step("tools", key, self._make_tools) / "tree")
+
+    def _make_tools(self, target: Path) -> None:
+        self.report("fetching the programs that pack a disk")
+        (target / "tree").mkdir()
+        apt.extract(self._apt_of_suite().fetch_all(TOOLS), target / "tree")
 
     def _make_image(self, target: Path) -> None:
         d = self.definition
@@ -286,7 +331,7 @@ class Build:
             trees = [base / "tree", agent, layer]
             if d.hooks:
                 trees = [self._hooked(trees, Path(scratch + ".hooked"))]
-            root = pack.root(d, trees, kernel, target)
+            root = pack.root(d, trees, kernel, target, self.tools())
             if d.hooks:
                 shutil.rmtree(trees[0])
         for name in ("vmlinux", "bzImage"):

@@ -12,6 +12,7 @@ from image import dax, disk, gpt, initrd, verity
 from image.definition import Definition
 from image.errors import ImageError
 from image.kernel import Kernel
+from image.tools import Tools
 
 #: What a kernel must have built in to mount a root of a format from a disk, with nothing to load modules before.
 BUILT_IN = {
@@ -52,14 +53,18 @@ def check_kernel(definition: Definition, kernel: Kernel) -> None:
         )
 
 
-def root(definition: Definition, trees: Sequence[Path], kernel: Kernel, target: Path) -> dict[str, Any]:
+def root(definition: Definition, trees: Sequence[Path], kernel: Kernel, target: Path, tools: Tools) -> dict[str, Any]:
     """Pack the trees, laid over each other, into ``target``; returns what the manifest says of it.
 
     Raises TooLarge, and ImageError for a tool that fails.
     """
     entries = list(initrd.overlaid(trees, [initrd.CONSOLE]))
     _check_limit(definition, "tree", sum(len(entry.data) for entry in entries), entries)
-    said = _initrd(definition, entries, target) if definition.format == "initrd" else _disk(definition, entries, target)
+    said = (
+        _initrd(definition, entries, target)
+        if definition.format == "initrd"
+        else _disk(definition, entries, target, tools)
+    )
     file = target / said["file"]
     _check_limit(definition, "image", file.stat().st_size, entries)
     if (kernel.directory / "bzImage").is_file():
@@ -76,10 +81,10 @@ def _initrd(definition: Definition, entries: Sequence[initrd.Entry], target: Pat
     return {"file": "initrd.img", "compression": definition.compression}
 
 
-def _disk(definition: Definition, entries: Sequence[initrd.Entry], target: Path) -> dict[str, Any]:
+def _disk(definition: Definition, entries: Sequence[initrd.Entry], target: Path, tools: Tools) -> dict[str, Any]:
     """A disk in the definition's layout.  ``cmdline`` is what the kernel must be told to mount it."""
     filesystem, image = target / "root.filesystem", target / "root.img"
-    disk.write_filesystem(filesystem, entries, definition.format)
+    disk.write_filesystem(filesystem, entries, definition.format, tools=tools)
     said: dict[str, Any] = {"file": image.name, "layout": definition.layout}
     data, hashes = "/dev/vda" if definition.layout == "plain" else "/dev/vda1", None
     mount = f"root={data} ro"

@@ -13,7 +13,7 @@ from image import apt
 from image.cache import default_root
 from image.definition import TEMPLATES, find, host_architecture, load
 from image.errors import ImageError
-from image.fragments import Request, Unsatisfied, merge, parse
+from image.fragments import FragmentError, Request, Unsatisfied, merge, parse
 from image.kernelsource import SourcePackage, SourceTree, configure
 
 ARCH = host_architecture()
@@ -86,7 +86,6 @@ WRONG = {
     "CONFIG_XFS_QUOTA=y: a chain": r"needs CONFIG_XFS_FS \(fs/xfs/Kconfig:\d+\), which is n",
     "CONFIG_VIRTIO=n: selected by others": r"it is y, because CONFIG_VIRTIO_\w+.* selects it",
     "CONFIG_NR_CPUS=999999: out of range": r"it is \d+",
-    "CONFIG_HZ_1000=y: the other of a choice": r"because of its choice CONFIG_HZ_100 was taken",
 }
 
 
@@ -104,6 +103,20 @@ def test_wrong_fragments_say_why(tree: Path, tmp_path: Path) -> None:
         symbol = line.partition("=")[0]
         assert f"wrong.conf:{number}" in said[symbol]
         assert re.search(words, said[symbol]), said[symbol]
+
+
+def test_of_a_choice_the_one_that_was_not_taken_is_named(newest: Path, tmp_path: Path) -> None:
+    file = tmp_path / "wrong.conf"
+    file.write_text("CONFIG_HZ_1000=y: the other of a choice\n")
+    with pytest.raises(Unsatisfied, match=r"CONFIG_HZ_100=y .* because of its choice CONFIG_HZ_1000 was taken"):
+        configured(newest, tmp_path, *parse(file))
+
+
+def test_one_symbol_with_two_values_names_both_lines(tmp_path: Path) -> None:
+    file = tmp_path / "wrong.conf"
+    file.write_text("CONFIG_SMP=n: one CPU\n")
+    with pytest.raises(FragmentError, match=r"wrong\.conf:1 asks for CONFIG_SMP=n \(one CPU\), but base\.conf:\d+ for"):
+        merge([FOUNDATION, parse(file)])
 
 
 def test_katas_symbols_are_judged_and_those_unmet_are_named(tree: Path, tmp_path: Path) -> None:

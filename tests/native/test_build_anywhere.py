@@ -1,0 +1,152 @@
+"""The same image, whoever builds it, where and when; and a build that was cut short harms no later one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from image.cache import default_root
+
+ROOT = Path(__file__).resolve().parents[2]
+NOBODY = 65534
+SUITE = "trixie-amd64"
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+
+
+def seed(cache: Path) -> None:
+    """Packages that were downloaded before, without the kernel's source."""
+    debs = default_root() / "apt" / SUITE / "debs"
+    target = cache / "apt" / SUITE / "debs"
+    target.mkdir(parents=True)
+    for deb in debs.glob("*.deb"):
+        if not deb.name.startswith("linux-source"):
+            shutil.copy(deb, target)
+
+
+def checkout(place: Path) -> None:
+    """The sources, elsewhere."""
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
+    files = [Path(name) for name in names.split("\0") if name and (ROOT / name).is_file()]
+    files += [file.relative_to(ROOT) for file in (ROOT / "proto").glob("*_pb2.py*")]
+    for file in files:
+        (place / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / file, place / file)
+
+
+def builder(root: Path, python: str = sys.executable) -> list[str]:
+    script = f"import sys; sys.path.insert(0, {str(root)!r}); import image; print(image.build().directory)"
+    return [python, "-c", script]
+
+
+def everyones_python() -> tuple[str, dict[str, str]]:
+    """An interpreter that an ordinary user may run, and what it needs to find our libraries: ours may be below /root."""
+    drop = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    if subprocess.run([*drop, sys.executable, "-c", ""], capture_output=True).returncode == 0:
+        return sys.executable, {}
+    return "/usr/bin/python3", {"PYTHONPATH": sysconfig.get_path("purelib")}
+
+
+def environment(cache: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME") or name.startswith("PIP_")}
+    mirror = {name: value for name, value in os.environ.items() if "proxy" in name.lower() or name == "CAISSON_MIRROR"}
+    return kept | mirror | {"CAISSON_CACHE": str(cache)}
+
+
+def digests(directory: Path) -> dict[str, str]:
+    files = [path for path in directory.iterdir() if path.name != ".used"]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[Path]:
+    """A directory that an ordinary user may enter."""
+    for place in (tmp_path, *tmp_path.parents[:2]):
+        place.chmod(0o755)
+    yield tmp_path
+
+
+def test_an_ordinary_user_elsewhere_at_another_time_builds_the_same(elsewhere: Path) -> None:
+    ours, theirs, place = elsewhere / "ours", elsewhere / "theirs", elsewhere / "another place/to build"
+    seed(ours)
+    mine = subprocess.run(builder(ROOT), env=environment(ours), capture_output=True, text=True)
+    assert mine.returncode == 0, mine.stderr
+
+    seed(theirs)
+    checkout(place)
+    temporary = elsewhere / "temporary"
+    temporary.mkdir()
+    for top in (theirs, place.parent, temporary):
+        subprocess.run(["chown", "-R", f"{NOBODY}:{NOBODY}", top], check=True)
+    settings = {"TMPDIR": str(temporary), "TZ": "Pacific/Auckland", "HOME": str(temporary), "LANG": "de_DE.UTF-8"}
+    script = 'umask 077; exec "$@"'
+    words = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "faketime", "-f", "+2d"]
+    python, libraries = everyones_python()
+    argv = [*words, "sh", "-c", script, "sh", *builder(place, python)]
+    other = subprocess.run(argv, env=environment(theirs) | settings | libraries, capture_output=True, text=True, cwd=temporary)
+    assert other.returncode == 0, other.stderr
+    assert digests(Path(other.stdout.strip())) == digests(Path(mine.stdout.strip()))
+    assert list(temporary.glob("tmp*")) == []
+
+
+def test_a_build_that_was_killed_at_any_moment_is_followed_by_a_whole_one(elsewhere: Path) -> None:
+    cache = elsewhere / "cache"
+    seed(cache)
+    began = time.monotonic()
+    whole = subprocess.run(builder(ROOT), env=environment(cache), capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    lasted, wanted = time.monotonic() - began, digests(Path(whole.stdout.strip()))
+    killed = 0
+    for number, how in enumerate([signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGKILL]):
+        for step in ("base", "kernel", "agent", "images"):
+            shutil.rmtree(cache / step)
+        build = subprocess.Popen(
+            builder(ROOT),
+            env=environment(cache),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        try:
+            build.wait(lasted * (number + 0.7) / 4.5)
+        except subprocess.TimeoutExpired:
+            killed += 1
+            os.killpg(build.pid, how)
+        build.communicate()
+        again = subprocess.run(builder(ROOT), env=environment(cache), capture_output=True, text=True)
+        assert again.returncode == 0, again.stderr
+        assert digests(Path(again.stdout.strip())) == wanted
+        assert list(cache.glob("*/.making-*")) == []
+    assert killed >= 2, "or this test tests nothing"
+
+
+def test_a_full_disk_is_said_and_later_forgotten(elsewhere: Path) -> None:
+    cache = elsewhere / "small"
+    cache.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=90m", "tmpfs", cache], check=True)
+    try:
+        seed(cache)
+        full = subprocess.run(
+            builder(ROOT),
+            env=environment(cache),
+            capture_output=True,
+            text=True,
+        )
+        assert full.returncode == 1
+        assert "No space left on device" in full.stderr
+        assert list(cache.glob("*/.making-*")) == []
+        subprocess.run(["mount", "-o", "remount,size=900m", cache], check=True)
+        after = subprocess.run(builder(ROOT), env=environment(cache), capture_output=True, text=True)
+        assert after.returncode == 0, after.stderr
+    finally:
+        subprocess.run(["umount", cache], check=True)
