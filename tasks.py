@@ -100,7 +100,7 @@ TO_TEST = (
     | TO_PACK
     | {"busybox": "busybox-static", "clang": "clang libclang-rt-dev", "cpio": "cpio", "ip": "iproute2"}
     | {"gcc": "gcc libc6-dev", "mke2fs": "e2fsprogs"}
-    | {"faketime": "faketime", "sfdisk": "fdisk", "veritysetup": "cryptsetup-bin"}
+    | {"faketime": "faketime", "/usr/bin/python3": "python3", "sfdisk": "fdisk", "veritysetup": "cryptsetup-bin"}
     | {"crun": "crun", "runc": "runc"}  # to compare with
 )
 

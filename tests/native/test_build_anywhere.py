@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,9 +51,10 @@ def builder(root: Path, python: str = sys.executable) -> list[str]:
 
 
 def everyones_python() -> tuple[str, dict[str, str]]:
-    """An interpreter that an ordinary user may run, and what it needs to find our libraries: ours may be below /root."""
-    drop = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-    if subprocess.run([*drop, sys.executable, "-c", ""], capture_output=True).returncode == 0:
+    """An interpreter that an ordinary user may run (ours may be below /root), and where it finds our libraries."""
+    # setpriv itself has root's rights until it has become another program.
+    drop = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "sh", "-c", 'exec "$0" -c ""']
+    if subprocess.run([*drop, sys.executable], capture_output=True).returncode == 0:
         return sys.executable, {}
     return "/usr/bin/python3", {"PYTHONPATH": sysconfig.get_path("purelib")}
 
@@ -69,11 +71,11 @@ def digests(directory: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def elsewhere(tmp_path: Path) -> Iterator[Path]:
-    """A directory that an ordinary user may enter."""
-    for place in (tmp_path, *tmp_path.parents[:2]):
-        place.chmod(0o755)
-    yield tmp_path
+def elsewhere() -> Iterator[Path]:
+    """A directory that an ordinary user may enter; pytest's own are root's alone."""
+    with tempfile.TemporaryDirectory(prefix="caisson-build-") as place:
+        Path(place).chmod(0o755)
+        yield Path(place)
 
 
 def test_an_ordinary_user_elsewhere_at_another_time_builds_the_same(elsewhere: Path) -> None:
@@ -93,7 +95,9 @@ def test_an_ordinary_user_elsewhere_at_another_time_builds_the_same(elsewhere: P
     words = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "faketime", "-f", "+2d"]
     python, libraries = everyones_python()
     argv = [*words, "sh", "-c", script, "sh", *builder(place, python)]
-    other = subprocess.run(argv, env=environment(theirs) | settings | libraries, capture_output=True, text=True, cwd=temporary)
+    other = subprocess.run(
+        argv, env=environment(theirs) | settings | libraries, capture_output=True, text=True, cwd=temporary
+    )
     assert other.returncode == 0, other.stderr
     assert digests(Path(other.stdout.strip())) == digests(Path(mine.stdout.strip()))
     assert list(temporary.glob("tmp*")) == []
