@@ -36,6 +36,9 @@ from image.tools import PACKAGES as TOOLS
 
 ROOT = Path(__file__).resolve().parent.parent
 
+#: Where Kata's tools look for what an image is made of.
+OSBUILDER = "var/lib/osbuilder/osbuilder.yaml"
+
 #: The modules that decide what a step makes: a change of one is a change of what it makes.
 BASE_CODE = ("apt.py", "package.py", "rootfs.py")
 KERNEL_CODE = ("apt.py", "bzimage.py", "kernel.py", "package.py")
@@ -155,14 +158,18 @@ class Build:
     def image(self) -> Image:
         """The image.  Raises ImageError, and Drift when its packages are not those of the lock."""
         try:
-            directory = self._step("images", self.key(), self._make_image)
+            directory = self._made()
         except SourcesChanged:  # what takes long is in the cache by now
-            directory = self._step("images", self.key(), self._make_image)
+            directory = self._made()
         if not self.done[-1].cached:
             self.cache.trim(cap())
         if self.locked is not None:
             lock.check(self.locked, lock.read(directory / "image.lock"))
         return Image.load(directory)
+
+    def _made(self) -> Path:
+        key = self.key()
+        return self._step("images", key, lambda target: self._make_image(key, target))
 
     def plan(self) -> list[Done]:
         """Each step with its key and whether it is in the cache; nothing is made."""
@@ -314,7 +321,7 @@ class Build:
         (target / "tree").mkdir()
         apt.extract(self._apt_of_suite().fetch_all(TOOLS), target / "tree")
 
-    def _make_image(self, target: Path) -> None:
+    def _make_image(self, key: str, target: Path) -> None:
         d = self.definition
         base, kernel = self.base(), self.kernel()
         agent = self.agent(base)
@@ -323,9 +330,11 @@ class Build:
         with tempfile.TemporaryDirectory(dir=target) as scratch:
             layer = Path(scratch)
             packages = [*json.loads((base / "packages.json").read_text()), *kernel.packages]
-            document = manifest.contents(d, self.key(), kernel, packages, agent_version())
+            document = manifest.contents(d, key, kernel, packages, agent_version())
             (layer / rootfs.HOME).mkdir(parents=True)
             manifest.write(document, layer / rootfs.HOME / "image.json")
+            (layer / OSBUILDER).parent.mkdir(parents=True)
+            (layer / OSBUILDER).write_text(manifest.osbuilder(document, d))
             self._render_files(layer)
             kernel.put_modules(layer / "usr/lib/modules")
             trees = [base / "tree", agent, layer]
@@ -341,6 +350,8 @@ class Build:
         manifest.write(document, target / "image.json")
         sbom.write(document, target / "image.spdx.json")
         lock.write(lock.Lock.of(d.suite, d.arch, packages), target / "image.lock")
+        if self.key() != key:
+            raise SourcesChanged("the agent's sources changed while the image was built from them; build it again")
 
     def _hooked(self, trees: Iterable[Path], whole: Path) -> Path:
         """All layers as one tree, after the hooks have changed it."""

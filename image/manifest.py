@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from image.definition import Definition
 from image.kernel import Kernel
 from image.rootfs import HOME
@@ -53,6 +55,32 @@ def contents(
         "packages": sorted(packages, key=lambda package: (package["type"], package["name"])),
         "containers": {"busybox": f"/{HOME}/containers/busybox"},
     }
+
+
+def osbuilder(document: Mapping[str, Any], definition: Definition) -> str:
+    """osbuilder.yaml, format 0.0.2, which Kata's tools look for in /var/lib/osbuilder (kata-collect-data.sh)."""
+    said = {
+        "osbuilder": {"url": "", "version": document["agent"]["version"]},
+        "rootfs-creation-time": "1970-01-01T00:00:00+00:00",
+        "description": f"caisson image {document['name']}, {document['key']}",
+        "file-format-version": "0.0.2",
+        "architecture": {"amd64": "x86_64", "arm64": "aarch64"}[document["arch"]],
+        "base-distro": {
+            "name": "Debian",
+            "version": document["suite"],
+            "packages": {
+                "default": [f"{one['name']}={one['version']}" for one in document["packages"] if one["type"] == "deb"],
+                "extra": [f"{one['name']}={one['version']}" for one in document["packages"] if one["type"] == "wheel"],
+            },
+        },
+        "agent": {
+            "url": "",
+            "name": "caisson-agent",
+            "version": document["agent"]["version"],
+            "agent-is-init-daemon": "yes" if definition.init == "agent" else "no",
+        },
+    }
+    return yaml.safe_dump(said, sort_keys=False)
 
 
 def write(document: dict[str, Any], file: Path) -> None:
