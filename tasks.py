@@ -801,6 +801,19 @@ def resume(_: Context, container: str, name: str = DEFAULT_VM) -> None:
     _ask(_running(name), lambda agent: agent.container(container).resume())
 
 
+@task(help={"quick": "fewer samples: less than five minutes", "json": "as a list of rows"})
+@command(failed=1)
+def bench(_: Context, quick: bool = False, json: bool = False) -> None:
+    """Measure everything beside its peer and its limit; fails when a budget is exceeded. docs/performance.md explains.
+
+    Example: invoke bench --quick
+    """
+    _need(TO_TEST)
+    words = [f"--{name}" for name, wanted in (("quick", quick), ("json", json)) if wanted]
+    os.chdir(ROOT)
+    os.execv(sys.executable, [sys.executable, "-m", "tests.bench", *words])
+
+
 @task
 @command(failed=1)
 def test(_: Context) -> None:

@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from agent.libcontainer.launcher import Launcher, Stdio
 from agent.libcontainer.nsexec import Nsexec
 from agent.libcontainer.spec import Process, Spec
 from agent.reaper import Child, Reaper
+from tests.bench.rows import Row, table
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = 60
@@ -71,22 +71,6 @@ CONFIG: dict[str, Any] = {
         "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
     },
 }
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table.  Times are medians in milliseconds, memory is in KiB; `ratio` is ours to the peer's."""
-
-    what: str
-    ours: float
-    peer: float
-    limit: float | None
-    ratio: float
-    budget: float | None
-
-    @property
-    def passed(self) -> bool:
-        return self.budget is None or self.ratio <= self.budget
 
 
 class Ours:
@@ -287,9 +271,9 @@ def measure(samples: int) -> list[Row]:
         own = medians["ours", kind]
         for peer, bound in (("crun", budget), ("runc", None)):
             theirs = medians[peer, kind]
-            rows.append(Row(f"{what}, beside {peer} (ms)", own, theirs, limits[kind], own / theirs, bound))
+            rows.append(Row.beside(f"{what}, beside {peer} (ms)", own, theirs, bound, limits[kind]))
     own_memory, theirs = memory["ours"], memory["crun"]
-    rows.append(Row("private memory, beside crun (KiB)", own_memory, theirs, None, own_memory / theirs, MEMORY_BUDGET))
+    rows.append(Row.beside("private memory, beside crun (KiB)", own_memory, theirs, MEMORY_BUDGET))
     return rows
 
 
@@ -305,15 +289,8 @@ def main() -> None:
         inside = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "bench"]
         os.execvp("unshare", [*inside, sys.executable, "-m", "tests.bench.runtime_latency", *sys.argv[1:]])
     rows = measure(options.samples)
-    if options.json:
-        print(json.dumps([asdict(row) | {"pass": row.passed} for row in rows], indent=1))
-    else:
-        print(f"{'what':36} {'ours':>8} {'peer':>8} {'limit':>8} {'ratio':>7} {'budget':>7}")
-        for row in rows:
-            least = f"{row.limit:8.2f}" if row.limit is not None else f"{'-':>8}"
-            verdict = "" if row.budget is None else f"{row.budget:7.2f} {'pass' if row.passed else 'FAIL'}"
-            print(f"{row.what:36} {row.ours:8.2f} {row.peer:8.2f} {least} {row.ratio:7.2f} {verdict}")
-    sys.exit(not all(row.passed for row in rows))
+    print(json.dumps([row.plain() for row in rows], indent=1) if options.json else "\n".join(table(rows)))
+    sys.exit(any(row.passed is False for row in rows))
 
 
 if __name__ == "__main__":

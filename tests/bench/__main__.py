@@ -1,0 +1,52 @@
+"""Every benchmark beside its peer and its limit, in one run and one table.
+
+    python -m tests.bench [--quick] [--json]
+
+Each part is a program of its own that prints its rows as JSON: some need a mount namespace of their own, and none
+leaves anything in the next one's process.  A part that fails is a row that says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+
+from tests.bench.rows import Row, table
+from tests.bench.runtime_latency import ROOT
+
+#: Modules, with what makes each of them quick.
+PARTS = {
+    "runtime_latency": (["--json"], ["--json", "--samples", "15"]),
+    "native": ([], ["--quick"]),
+}
+
+
+def measured(quick: bool) -> Iterator[Row]:
+    """The rows, part by part."""
+    for name, (whole, short) in PARTS.items():
+        command = [sys.executable, "-m", f"tests.bench.{name}", *(short if quick else whole)]
+        done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+        try:
+            yield from map(Row.from_plain, json.loads(done.stdout))
+        except ValueError:
+            yield Row.missing(name, f"python -m tests.bench.{name} failed with status {done.returncode}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer samples: some minutes in all")
+    parser.add_argument("--json", action="store_true", help="print a list of rows")
+    options = parser.parse_args()
+    rows = []
+    for row in measured(options.quick):
+        print(f"measured: {row.what}", file=sys.stderr)
+        rows.append(row)
+    print(json.dumps([row.plain() for row in rows], indent=1) if options.json else "\n".join(table(rows)))
+    sys.exit(any(row.passed is False for row in rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""A line of the benchmarks' table, and how the table is printed.
+
+Every figure is one that is better when it is smaller: times, memory, shares of a processor.  So a budget is always a
+ceiling: of the ratio to the peer, or, where there is no peer, of the figure itself.  A row that could not be measured
+says why in `skipped`; it neither passes nor fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+#: A figure and its unit.
+HEAD = ("what", "ours", "peer", "limit", "ratio", "budget", "pass")
+
+
+@dataclass(frozen=True)
+class Row:
+    """`limit` is the least that the machine and the kernel ask for; `ratio` is ours to the peer's."""
+
+    what: str
+    ours: float | None
+    peer: float | None = None
+    limit: float | None = None
+    ratio: float | None = None
+    budget: float | None = None
+    skipped: str = ""
+
+    @classmethod
+    def beside(cls, what: str, ours: float, peer: float, budget: float | None, limit: float | None = None) -> Row:
+        """A row with a peer."""
+        return cls(what, ours, peer, limit, ours / peer, budget)
+
+    @classmethod
+    def missing(cls, what: str, why: str) -> Row:
+        """A row that could not be measured."""
+        return cls(what, None, skipped=why)
+
+    @property
+    def excess(self) -> float | None:
+        """How often the budget is used up: up to 1 is within it.  None without a budget or a figure."""
+        value = self.ours if self.ratio is None else self.ratio
+        return None if value is None or self.budget is None else value / self.budget
+
+    @property
+    def passed(self) -> bool | None:
+        return None if self.excess is None else self.excess <= 1
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        what = f"{self.what} [not measured: {self.skipped}]" if self.skipped else self.what
+        return {
+            "what": what,
+            "ours": self.ours,
+            "peer": self.peer,
+            "limit": self.limit,
+            "ratio": self.ratio,
+            "budget": self.budget,
+            "pass": self.passed,
+        }
+
+    @classmethod
+    def from_plain(cls, document: dict[str, Any]) -> Row:
+        """What `plain` made."""
+        what, _, why = str(document["what"]).partition(" [not measured: ")
+        figures = {name: document[name] for name in ("ours", "peer", "limit", "ratio", "budget")}
+        return cls(what, **figures, skipped=why.removesuffix("]"))
+
+
+def table(rows: Iterable[Row]) -> Iterable[str]:
+    """The lines of the table."""
+
+    def figure(value: float | None) -> str:
+        return "-" if value is None else f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+    verdicts = {None: "", True: "pass", False: "FAIL"}
+    lines = [HEAD]
+    for row in rows:
+        figures = [figure(value) for value in (row.ours, row.peer, row.limit, row.ratio, row.budget)]
+        lines.append((row.what, *figures, f"- {row.skipped}" if row.skipped else verdicts[row.passed]))  # type: ignore[arg-type]
+    width = max(len(line[0]) for line in lines)
+    for what, *rest, verdict in lines:
+        yield f"{what:{width}}" + "".join(f" {text:>7}" for text in rest) + f"  {verdict}".rstrip()
