@@ -21,6 +21,7 @@ from tests.bench.runtime_latency import ROOT
 PARTS = {
     "runtime_latency": (["--json"], ["--json", "--samples", "15"]),
     "native": ([], ["--quick"]),
+    "boot": ([], ["--rounds", "2"]),
 }
 
 

@@ -1,0 +1,153 @@
+"""From QEMU's start to the first answer: our guests beside a static C init on the same kernel and machine.
+
+    python -m tests.bench.boot [--rounds N]
+
+Prints rows as JSON.  The time is that of the user: from the start of the QEMU process, as the kernel has it, to the
+answer of Health.Check through the VM's agent.sock; of the C init to the answer through the same socket, or to its
+marker on the serial console where the kernel has vsock as a module.  Guests boot in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from agent import client
+from image import initrd
+from image.vm import VM, VMConfig
+from tests.bench.rows import Row
+from tests.bench.runtime_latency import ROOT
+from tests.e2e.conftest import built
+
+ROUNDS = 7
+SOURCE_BUDGET, PREBUILT_BUDGET = 5.0, 2.0
+MARKER = b"caisson-bench-init"
+
+#: The image with a kernel of our own: as small and as fast as any, and with runtimes to compare with in it.
+LEAN = (
+    "--template", "lean", "--set", "format=erofs",
+    "--set", "packages+=[crun, runc]", "--set", "keep+=[usr/bin/crun, usr/bin/runc, usr/sbin/runc]",
+)  # fmt: skip
+
+
+def minimal(image: Path, work: Path) -> Path:
+    """An image with the kernel and the kernel's parameters of another, and nothing but the C init."""
+    target = work / f"minimal-{image.name}"
+    target.mkdir()
+    program = work / "init"
+    command = ["musl-gcc", "-static", "-O2", "-idirafter", "/usr/include", *headers(), "-o", program]
+    subprocess.run([*command, ROOT / "tests/bench/init.c"], check=True)
+    document = json.loads((image / "image.json").read_text())
+    shutil.copy(image / document["kernel"]["file"], target)
+    document["root"] = {"file": "initrd.img", "format": "initrd"}
+    entries = [initrd.Entry("dev", 0o040755), initrd.CONSOLE, initrd.Entry("init", 0o100755, program.read_bytes())]
+    with (target / "initrd.img").open("wb") as archive:
+        initrd.write_cpio(archive, iter(entries))
+    (target / "image.json").write_text(json.dumps(document))
+    return target
+
+
+def headers() -> list[str]:
+    """Where the kernel's headers are for musl's compiler: those of an architecture are apart in Debian."""
+    triplet = subprocess.run(["gcc", "-print-multiarch"], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    return ["-idirafter", f"/usr/include/{triplet}"] if triplet else []
+
+
+def agent_answers(path: Path) -> bool:
+    return client.answers(path, timeout=1.0)
+
+
+def init_answers(path: Path) -> bool:
+    """Whether the C init sends a byte back."""
+    with socket.socket(socket.AF_UNIX) as stream, contextlib.suppress(OSError):
+        stream.settimeout(1.0)
+        stream.connect(str(path))
+        stream.sendall(b"P")
+        return stream.recv(1) == b"P"
+    return False
+
+
+def init_prints(path: Path) -> bool:
+    """Whether the C init's marker is on the console."""
+    console = path.parent / "console.log"
+    return console.exists() and MARKER in console.read_bytes()
+
+
+def since_start(pid: int) -> float:
+    """Seconds since a process was started (proc(5), field 22)."""
+    ticks = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+@contextlib.contextmanager
+def booted(image: Path, ready: Callable[[Path], bool], append: str = "") -> Iterator[tuple[VM, float]]:
+    """A VM, and the seconds until it was ready."""
+    answered = 0.0
+
+    def asked(path: Path) -> bool:
+        nonlocal answered
+        if ready(path):
+            answered = time.clock_gettime(time.CLOCK_BOOTTIME)
+        return bool(answered)
+
+    with VM.start(VMConfig(image=image, name="bench", append=append), ready=asked) as vm:
+        took = since_start(vm.info["pids"]["qemu"])
+        yield vm, took - (time.clock_gettime(time.CLOCK_BOOTTIME) - answered)
+
+
+def measure(rounds: int, work: Path) -> list[Row]:
+    """The rows."""
+    lean, prebuilt = built(*LEAN), built()
+    guests: dict[str, tuple[Path, Callable[[Path], bool]]] = {
+        "lean": (lean, agent_answers),
+        "lean-limit": (minimal(lean, work), init_answers),
+        "prebuilt": (prebuilt, agent_answers),
+        "prebuilt-limit": (minimal(prebuilt, work), init_prints),
+    }
+    times: dict[str, list[float]] = {name: [] for name in guests}
+    for _ in range(rounds):
+        for name, (image, ready) in guests.items():
+            with booted(image, ready) as (_, seconds):
+                times[name].append(seconds)
+    found = {name: statistics.median(each) for name, each in times.items()}
+    rows = [
+        Row.beside(what, found[name], found[f"{name}-limit"], budget, found[f"{name}-limit"])
+        for name, what, budget in (
+            ("lean", "boot to Health.Check, own kernel, beside a C init (s)", SOURCE_BUDGET),
+            ("prebuilt", "boot to Health.Check, Debian's kernel, beside a C init (s)", PREBUILT_BUDGET),
+        )
+    ]
+    what = "boot to Health.Check from a template, beside a cold C init (s)"
+    return [rows[0], Row.missing(what, "there are no templates of running guests yet"), rows[1]]
+
+
+@contextlib.contextmanager
+def own_run_directory() -> Iterator[Path]:
+    """A place for VMs of this run alone; short, since the path of a Unix socket holds 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="caisson-", dir="/tmp") as directory:
+        os.environ["CAISSON_RUN"] = directory
+        yield Path(directory)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.boot", description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="boots of each guest (default: %(default)s)")
+    options = parser.parse_args()
+    with own_run_directory(), tempfile.TemporaryDirectory(prefix="caisson-bench-") as work:
+        rows = measure(options.rounds, Path(work))
+    json.dump([row.plain() for row in rows], sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
