@@ -76,6 +76,7 @@ from agent.client import console, copy, listing, logs, ocispec, rootdisk  # noqa
 from agent.client import forward as forwarding  # noqa: E402
 from image.vm import VM, VMConfig, VMError, find_vm, list_vms  # noqa: E402
 from image.vm.disks import plug_disk, unplug_unused  # noqa: E402
+from image.vm.template import Template, checked, says_ready  # noqa: E402
 
 T = TypeVar("T")
 
@@ -300,11 +301,12 @@ def clean(_: Context, all: bool = False) -> None:
     iterable=["share"],
     help={
         "name": "what to call the VM",
+        "template": "start it from this template (see save-template), as the guest was when that was saved",
         "image": "directory of an image (default: the default image, built if need be)",
         "accel": "auto, kvm or tcg; auto picks by evidence and says why",
         "vsock": "auto, vhost (the kernel's) or user (our own device)",
-        "memory": "MiB",
-        "cpus": "virtual CPUs",
+        "memory": "MiB (default: 512)",
+        "cpus": "virtual CPUs (default: 1)",
         "max-memory": "MiB that can be reached by plugging in",
         "max-cpus": "virtual CPUs that can be reached by plugging in",
         "share": "TAG=DIR or TAG=DIR:rw, a directory of this machine that the guest can mount by 9p; may be repeated",
@@ -318,11 +320,12 @@ def boot_vm(
     _: Context,
     share: list[str],
     name: str = DEFAULT_VM,
+    template: str = "",
     image: str = "",
     accel: str = "auto",
     vsock: str = "auto",
-    memory: int = 512,
-    cpus: int = 1,
+    memory: int = 0,
+    cpus: int = 0,
     max_memory: int = 0,
     max_cpus: int = 0,
     append: str = "",
@@ -333,20 +336,84 @@ def boot_vm(
 
     Example: invoke boot-vm --name web --memory 1024 --detach
     """
-    directory = _image_directory(image, _say)
     _need(TO_BOOT)
-    config = VMConfig(
-        image=directory, name=name, accel=accel, vsock=vsock, memory=memory, cpus=cpus, append=append,
-        max_memory=max_memory, max_cpus=max_cpus, shares=dict(_share(text) for text in share),
-    )  # fmt: skip
+    ready = _answers
+    if template:
+        if image or memory or cpus or append or max_memory or max_cpus or share:
+            raise Refused("a guest from a template is as that was saved: --template goes with --name, --accel, --vsock")
+        config = VMConfig.clone(_template(template), name=name, accel=accel, vsock=vsock)
+        ready = functools.partial(client.settled, hostname=name)
+    else:
+        config = VMConfig(
+            image=_image_directory(image, _say), name=name, accel=accel, vsock=vsock, memory=memory or 512,
+            cpus=cpus or 1, append=append, max_memory=max_memory, max_cpus=max_cpus,
+            shares=dict(_share(text) for text in share),
+        )  # fmt: skip
     console = None if detach else _console
     began = time.monotonic()
-    with VM.start(config, ready=_answers, report=_say, console=console, timeout=timeout or None) as vm:
+    with VM.start(config, ready=ready, report=_say, console=console, timeout=timeout or None) as vm:
         _say(f"{name}: the agent answers after {time.monotonic() - began:.1f} s; {vm.agent_socket}")
         if detach:
             vm.detach()
         else:
             vm.wait(_console)
+
+
+@task(
+    help={
+        "name": "what to call the template; one of this name is replaced",
+        "image": "directory of an image (default: the lean one on a disk, erofs, built if need be)",
+        "accel": "auto, kvm or tcg",
+        "vsock": "auto, vhost (the kernel's) or user (our own device)",
+        "memory": "MiB",
+        "cpus": "virtual CPUs",
+        "append": "more of the kernel's command line",
+    }
+)
+@command(failed=1)
+def save_template(
+    _: Context,
+    name: str = DEFAULT_VM,
+    image: str = "",
+    accel: str = "auto",
+    vsock: str = "auto",
+    memory: int = 512,
+    cpus: int = 1,
+    append: str = "",
+) -> None:
+    """Boot a guest and save it, its agent listening: `boot-vm --template` starts clones of it in a part of the time.
+
+    It fits the image, the version of QEMU and the CPU it was saved with; `invoke clean` removes it.
+
+    Example: invoke save-template --name small --memory 256 && invoke boot-vm --template small --detach
+    """
+    _need(TO_BOOT)
+    checked(name)
+    directory = _lean_image() if not image else _image_directory(image, _say)
+    config = VMConfig(
+        image=directory, name=f"save-{os.getpid()}", accel=accel, vsock=vsock, memory=memory, cpus=cpus, append=append,
+        savable=True,
+    )  # fmt: skip
+    began = time.monotonic()
+    with VM.start(config, ready=says_ready, report=_say) as vm:
+        booted = time.monotonic() - began
+        size = vm.save(name)
+    saved = time.monotonic() - began - booted
+    _say(f"template {name}: {size / 1e6:.0f} MB, booted in {booted:.1f} s, saved in {saved:.1f} s")
+
+
+def _lean_image() -> Path:
+    """The image that templates are made of: all is built into its kernel, and its root is no part of its memory."""
+    _need(TO_BUILD | TO_COMPILE)
+    loaded = image.load(image.find("lean"), settings=["format=erofs"])
+    return image.Build(loaded, report=_say).image().directory
+
+
+def _template(name: str) -> Template:
+    found = Template.load(name)
+    if found is None:
+        raise Refused(f"there is no template {name!r}; save one: invoke save-template --name {name}")
+    return found
 
 
 def _share(text: str) -> tuple[str, tuple[str, bool]]:

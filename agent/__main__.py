@@ -101,6 +101,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log) -> None:
     from concurrent.futures import ThreadPoolExecutor
     from pathlib import Path
 
+    from agent.api.clone import Clone
     from agent.api.guest import GuestService
     from agent.api.health import Health
     from agent.api.server import serve
@@ -114,7 +115,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log) -> None:
     from agent.reaper import Reaper
     from agent.sandbox import Sandbox
     from agent.tracing import Tracing
-    from proto import agent_pb2, health_pb2
+    from proto import agent_pb2, caisson_pb2, health_pb2
 
     loop = asyncio.get_running_loop()
     # Mounts and the like that do not come back hold a thread each; the next container's must not wait for them.
@@ -147,6 +148,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log) -> None:
         services: list[tuple[object, list[object]]] = [
             (agent_pb2.DESCRIPTOR.services_by_name["AgentService"], methods),
             (health_pb2.DESCRIPTOR.services_by_name["Health"], [Health()]),
+            (caisson_pb2.DESCRIPTOR.services_by_name["Guest"], [Clone()]),
         ]
         server = serve(services, f"{private}/grpc.sock", log, tracing)
         await server.start()

@@ -11,6 +11,7 @@ async with Agent.connect("/run/caisson/default/agent.sock") as agent:
 """
 
 from agent.client.attach import OutputError, attach
+from agent.client.clone import settle, settled
 from agent.client.connection import Agent, AgentError, AgentGone, Container, Process, ProgramError, answers
 from agent.client.defaults import PATH, default_spec, keep_alive
 from agent.client.errors import Mistake
@@ -31,4 +32,6 @@ __all__ = [
     "attach",
     "default_spec",
     "keep_alive",
+    "settle",
+    "settled",
 ]

@@ -12,7 +12,7 @@ from typing import Any, Self
 import grpc
 from google.protobuf import message_factory
 
-from proto import agent_pb2, health_pb2, oci_pb2
+from proto import agent_pb2, caisson_pb2, health_pb2, oci_pb2
 
 #: Bytes asked for or sent in one call.  A pipe holds 64 KiB by default, a gRPC message 4 MiB.
 CHUNK = 1 << 20
@@ -98,6 +98,7 @@ class Agent:
         self._channel = channel
         self.rpc = _Service(channel, agent_pb2.DESCRIPTOR.services_by_name["AgentService"])
         self.health = _Service(channel, health_pb2.DESCRIPTOR.services_by_name["Health"])
+        self.guest = _Service(channel, caisson_pb2.DESCRIPTOR.services_by_name["Guest"])
 
     @classmethod
     def connect(cls, socket: str | os.PathLike[str]) -> Self:

@@ -52,6 +52,10 @@ class Children:
         self._processes[name] = process
         self._pidfds[os.pidfd_open(process.pid)] = name
 
+    def lives(self, name: str) -> bool:
+        """Whether a child runs."""
+        return self._processes[name].poll() is None
+
     def ending(self, name: str, ask: Callable[[], bool]) -> None:
         """Before SIGTERM, this child is to be asked: ``ask`` does so, and returns whether it will end."""
         self._ask[name] = ask

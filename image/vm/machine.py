@@ -24,6 +24,7 @@ from image.vm.directory import VMDirectory, living, owned_run_root
 from image.vm.errors import VMError
 from image.vm.follower import Follower
 from image.vm.lines import Lines
+from image.vm.template import Bond, Template, place
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,7 +47,8 @@ class VMConfig:
     """What to boot and how: ``image`` is an image's directory, ``memory`` in MiB, ``append`` for the kernel.
 
     ``max_memory`` and ``max_cpus`` are what image.vm.plug can reach (0: nothing can be plugged in); ``shares`` are
-    directories of the host, by tag, with whether the guest may write to them.
+    directories of the host, by tag, with whether the guest may write to them.  One made from a ``template`` is what the
+    template was; one that is ``savable`` can become a template, and nobody can talk to it (image.vm.template).
     """
 
     image: Path
@@ -59,6 +61,8 @@ class VMConfig:
     max_memory: int = 0
     max_cpus: int = 0
     shares: Mapping[str, tuple[str, bool]] = dataclasses.field(default_factory=dict)
+    template: Template | None = None
+    savable: bool = False
 
     def __post_init__(self) -> None:
         if self.memory < 128:
@@ -74,6 +78,14 @@ class VMConfig:
                 raise VMError(f"a share's tag is up to 31 letters, digits, - and _, not {tag!r}")
             if not Path(path).is_dir():
                 raise VMError(f"{path} is no directory that could be shared")
+        if (self.template or self.savable) and (self.shares or self.max_memory or self.max_cpus):
+            raise VMError("a template has neither shared directories nor room for more memory or CPUs")
+
+    @classmethod
+    def clone(cls, template: Template, **changes: Any) -> Self:
+        """A clone of a template: by its name, ``accel`` and ``vsock`` it may differ from others."""
+        size: dict[str, Any] = {"memory": template.memory, "cpus": template.cpus, "append": template.append}
+        return cls(image=template.image, template=template, **size | changes)
 
 
 class VM:
@@ -83,6 +95,7 @@ class VM:
         self._directory = directory
         self._info = info or {}
         self._supervisor: subprocess.Popen[bytes] | None = None
+        self._config: VMConfig | None = None  # of one that was started here
         self._line: Lines | None = None  # to the supervisor, while this is the VM's starter
         self._end: str | None = None  # why it has ended, once the supervisor has said so
         self._shown = 0  # bytes of the console that were handed on
@@ -147,10 +160,13 @@ class VM:
         accelerator = choose_accelerator(config.accel, qemu.architecture_of(manifest).uname, host)
         transport = choose_vsock(config.vsock, host)
         report(f"{accelerator.reason}; {transport.reason}")
+        if config.template:
+            config.template.check(Bond.here(image, accelerator.name, transport.name))
         limit = timeout or READY[accelerator.name]
         vm = cls(directory)
+        vm._config = dataclasses.replace(config, image=image)
         try:
-            vm._launch(dataclasses.replace(config, image=image), accelerator, transport)
+            vm._launch(vm._config, accelerator, transport)
             follower = Follower(directory.console, console)
             with follower:
                 vm._await(ready, began, limit, accelerator)
@@ -181,12 +197,13 @@ class VM:
                 start_new_session=True,
             )
         choices = {"accel": dataclasses.astuple(accelerator), "vsock": dataclasses.astuple(transport)}
-        document = dataclasses.asdict(config) | choices
+        document = dataclasses.asdict(dataclasses.replace(config, template=None)) | choices
         with contextlib.suppress(OSError):  # what has become of it is received below
             self._line.send(
                 document
                 | {
                     "image": str(config.image),
+                    "template": str(config.template.directory) if config.template else None,
                     "shares": {
                         tag: [str(Path(path).resolve()), writable] for tag, (path, writable) in config.shares.items()
                     },
@@ -266,6 +283,25 @@ class VM:
             raise VMError(f"VM {self.name!r}: it has ended{self._abandon()}") from None
         self._line.close()
         self._line = None
+
+    def save(self, name: str) -> int:
+        """Store a savable guest as a template, in the place of an older one, and end it; returns the bytes on disk.
+
+        Raises VMError.
+        """
+        config = self._config
+        assert self._line is not None and config is not None and config.savable, "only a savable VM's starter saves it"
+        bond = Bond.here(config.image, self._info["accel"], self._info["vsock"])
+        template = Template(name, place(name), config.image, bond, config.memory, config.cpus, config.append)
+        document = dataclasses.asdict(template) | {"directory": str(template.directory), "image": str(template.image)}
+        try:
+            self._line.send({"save": document})
+            size = int(self._message()["saved"])
+        except (OSError, VMError) as error:
+            raise VMError(f"template {name!r}: {self._end or error}") from error
+        finally:
+            self._abandon()
+        return size
 
     def stop(self, timeout: float = STOPPING) -> None:
         """End it; returns when nothing of it is left.  Raises VMError when that takes longer than ``timeout`` seconds.

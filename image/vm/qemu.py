@@ -54,6 +54,12 @@ PORTS = ("10", "11")
 #: a hypervisor (acpi_is_processor_usable() in arch/x86/kernel/acpi/boot.c).
 NEEDS_A_HYPERVISOR = (6, 3)
 
+#: The slot of the port that a guest made from a template gets its vsock device in.
+VSOCK_PORT = "12"
+
+#: The model of the virtual CPUs.
+CPUS = {"tcg": "max", "kvm": "host"}
+
 #: How many times memory can be added.
 MEMORY_SLOTS = 8
 
@@ -63,21 +69,28 @@ PACKAGES = {"qemu-system-x86_64": "qemu-system-x86", "qemu-system-aarch64": "qem
 
 @dataclass(frozen=True)
 class Program:
-    """A QEMU."""
+    """A QEMU; ``title`` is the version as it says it, with the distribution's."""
 
     path: str
     version: tuple[int, int]
+    title: str = ""
 
 
 @dataclass(frozen=True)
 class Devices:
-    """What the supervisor prepared for QEMU: ``vsock_fd`` is the vhost-user socket, or a /dev/vhost-vsock."""
+    """What the supervisor prepared for QEMU: ``vsock_fd`` is the vhost-user socket, or a /dev/vhost-vsock.
+
+    ``ram`` is a file that is to be the memory, of a guest that becomes a template or is made from one (``clone``);
+    one that becomes a template has no vhost-user device (``vsock_fd`` < 0), and a clone gets it later (vsock_plug).
+    """
 
     console: Path
     qmp: Path
     vsock: str
     vsock_fd: int
     cid: int
+    ram: Path | None = None
+    clone: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,7 +155,7 @@ def probe(architecture: Architecture) -> Program:
     version = int(found[1]), int(found[2])
     if version < OLDEST:
         raise VMError(f"{program} is {found[0]}; QEMU {OLDEST[0]}.{OLDEST[1]} or newer is needed")
-    return Program(program, version)
+    return Program(program, version, answer.partition("version ")[2].splitlines()[0].strip())
 
 
 def parameters(manifest: Mapping[str, Any], architecture: Architecture, accelerator: str, append: str = "") -> str:
@@ -200,7 +213,7 @@ def command(
     """The command that boots an image."""
     architecture = architecture_of(manifest)
     vhost_user = devices.vsock == "user"
-    machine = architecture.machine + (",memory-backend=ram" if vhost_user else "")
+    machine = architecture.machine + (",memory-backend=ram" if vhost_user or devices.ram else "")
     words = [
         program.path,
         "-name", f"caisson-{wanted.name}",
@@ -209,7 +222,7 @@ def command(
         "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         "-machine", machine,
         "-accel", acceleration(wanted.accelerator, max(wanted.cpus, wanted.max_cpus), program.version),
-        "-cpu", "max" if wanted.accelerator == "tcg" else "host",
+        "-cpu", CPUS[wanted.accelerator],
         "-smp", processors(wanted, manifest),
         "-m", memory(wanted),
         "-kernel", str(image / manifest["kernel"]["file"]),
@@ -228,6 +241,8 @@ def command(
             "-fsdev", f"local,id={tag},path={_escaped(share.path)},security_model=none,multidevs=remap,readonly={mode}",
             "-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}",
         ]  # fmt: skip
+    if devices.ram:
+        return [*words, *_template(architecture, devices, wanted)]
     if vhost_user:
         # The device reads and writes the guest's memory: a memfd that both map.
         words += [
@@ -238,6 +253,37 @@ def command(
     else:
         words += ["-device", f"vhost-vsock-pci,guest-cid={devices.cid},vhostfd={devices.vsock_fd}"]
     return words
+
+
+def _template(architecture: Architecture, devices: Devices, wanted: Wanted) -> list[str]:
+    """What a guest has that becomes a template or is made from one: memory in a file, and a number of its own by which
+    its kernel sees that it is a copy (vmgenid).
+
+    QEMU cannot save a vhost-user device, so such a guest is saved without and has it plugged in later.  The kernel's it
+    saves and restores with another CID; that device also does without shared memory, so a clone maps the template's.
+    """
+    assert devices.ram is not None
+    vhost_user = devices.vsock == "user"
+    share = "off" if devices.clone and not vhost_user else "on"
+    words = [
+        "-object",
+        f"memory-backend-file,id=ram,size={wanted.memory}M,mem-path={_escaped(devices.ram)},share={share}",
+    ]
+    if architecture.uname == "x86_64":
+        words += ["-device", "vmgenid,guid=auto"]
+    words += ["-device", f"pcie-root-port,id=vsockport,chassis={len(PORTS) + 1},addr={VSOCK_PORT}"]
+    if not vhost_user:
+        words += ["-device", f"vhost-vsock-pci,guest-cid={devices.cid},vhostfd={devices.vsock_fd}"]
+    elif devices.clone:
+        words += ["-chardev", f"socket,id=vsock,fd={devices.vsock_fd}"]
+    return [*words, "-incoming", "defer"] if devices.clone else words
+
+
+def vsock_plug(kind: str) -> dict[str, str] | None:
+    """The vsock device that a clone has to be given, in the monitor's words."""
+    if kind != "user":
+        return None
+    return {"driver": "vhost-user-vsock-pci", "id": "vsock", "chardev": "vsock", "bus": "vsockport"}
 
 
 def _escaped(path: Path) -> str:

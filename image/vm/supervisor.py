@@ -3,8 +3,10 @@
     python -m image.vm.supervisor FD     FD: a socket to whoever starts the VM
 
 What is said on the socket, a JSON object a line:
-    starter → supervisor    the configuration; {"ready": seconds} when the agent answers; {"detach": true}
-    supervisor → starter    {"info": …vm.json…} when the VM is started, and again when it is ready; {"ended": "why"}
+    starter → supervisor    the configuration; {"ready": seconds} when the agent answers; {"detach": true};
+                            {"save": …template.json…} of one that can become a template
+    supervisor → starter    {"info": …vm.json…} when the VM is started, and again when it is ready; {"ended": "why"};
+                            {"saved": bytes}
 
 The end comes when QEMU or the back end ends, on SIGTERM, or when the starter goes away undetached (end of file on the
 socket).  A killed supervisor cannot clean up, so others do: its children have the kernel's parent-death signal, and
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import select
 import shutil
 import signal
@@ -22,10 +25,11 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from image.vm import qemu, vsock
+from image.vm import migration, qemu, ram, vsock
 from image.vm.accel import Choice
 from image.vm.children import POWERED_OFF, Children
 from image.vm.directory import VMDirectory
@@ -33,6 +37,8 @@ from image.vm.errors import VMError
 from image.vm.janitor import janitor
 from image.vm.lines import Lines
 from image.vm.qmp import QMP, QMPError
+from image.vm.template import Bond, Template, store
+from image.vm.vsock import vhost
 
 #: Seconds that QEMU gets to answer a `quit`.
 ASKING = 1.0
@@ -53,6 +59,7 @@ class Supervisor:
         self._starter = starter
         self._stop = stop
         self._info: dict[str, Any] = {}
+        self._ram: IO[bytes] | None = None  # the guest's memory, if that is a file of ours
 
     def run(self) -> str:
         """Returns why it has ended.  Nothing is left then."""
@@ -94,25 +101,40 @@ class Supervisor:
         program = qemu.probe(qemu.architecture_of(manifest))
         if shutil.which("setpriv") is None:
             raise VMError("setpriv is not installed; run: sudo apt-get install util-linux")
-        with directory.qemu_log.open("wb") as log, Children(log) as children:
+        with directory.qemu_log.open("wb") as log, Children(log) as children, contextlib.ExitStack() as stack:
             children.ending("qemu", self._quit_qemu)
-            with vsock.prepare(transport.name, directory) as device:
-                devices = qemu.Devices(
-                    console=directory.console,
-                    qmp=directory.qmp_socket,
-                    vsock=transport.name,
-                    vsock_fd=device.fd,
-                    cid=device.cid,
-                )
-                wanted = qemu.Wanted(
-                    directory.name, accelerator.name, config["memory"], config["cpus"],
-                    max_memory=config["max_memory"], max_cpus=config["max_cpus"], append=config["append"],
-                    shares={tag: qemu.Share(Path(path), bool(w)) for tag, (path, w) in config["shares"].items()},
-                )  # fmt: skip
-                command = qemu.command(program, image, manifest, devices, wanted)
-                # Side by side: QEMU waits for the device by itself, on their socket.
+            source = Path(config["template"]) if config["template"] else None
+            if config["savable"] or (source and transport.name == "user"):
+                self._ram = stack.enter_context(memory_file(config["memory"], source))
+            device = None
+            if transport.name == "vhost" or not config["savable"]:
+                # A clone must be told from its siblings by its CID, also where nobody else would mind.
+                cid = random.randint(vhost.FIRST_CID, vhost.LAST_CID) if source else vsock.USER_CID
+                device = stack.enter_context(vsock.prepare(transport.name, directory, cid))
+            memory = Path(f"/proc/self/fd/{self._ram.fileno()}") if self._ram else None
+            if source and transport.name == "vhost":
+                memory = source / "ram"  # of which QEMU makes a private mapping
+            devices = qemu.Devices(
+                console=directory.console,
+                qmp=directory.qmp_socket,
+                vsock=transport.name,
+                vsock_fd=device.fd if device else -1,
+                cid=device.cid if device else 0,
+                ram=memory,
+                clone=source is not None,
+            )
+            wanted = qemu.Wanted(
+                directory.name, accelerator.name, config["memory"], config["cpus"],
+                max_memory=config["max_memory"], max_cpus=config["max_cpus"], append=config["append"],
+                shares={tag: qemu.Share(Path(path), bool(w)) for tag, (path, w) in config["shares"].items()},
+            )  # fmt: skip
+            command = qemu.command(program, image, manifest, devices, wanted)
+            # Side by side: QEMU waits for the device by itself, on their socket.
+            if device:
                 children.spawn("vsock", device.command, device.backend_fds)
-                children.spawn("qemu", command, [device.fd])
+            fds = ([device.fd] if device else []) + ([self._ram.fileno()] if self._ram else [])
+            children.spawn("qemu", command, fds)
+            if device:
                 device.hand_over()
                 device.wait()
             self._info = {
@@ -120,11 +142,12 @@ class Supervisor:
                 "state": "starting",
                 "directory": str(directory.path),
                 "image": str(image),
+                "template": source.name if source else None,
                 "accel": accelerator.name,
                 "accel_reason": accelerator.reason,
                 "vsock": transport.name,
                 "vsock_reason": transport.reason,
-                "cid": device.cid,
+                "cid": device.cid if device else None,
                 "memory": config["memory"],
                 "cpus": config["cpus"],
                 "max_memory": config["max_memory"],
@@ -135,7 +158,26 @@ class Supervisor:
                 "pids": {"supervisor": os.getpid()} | children.pids,
             }
             self._publish()
+            if source:
+                state = (source / "state").read_bytes()
+                plug = qemu.vsock_plug(transport.name)
+                migration.restore(directory.qmp_socket, self._scratch, state, lambda: children.lives("qemu"), plug)
+                if self._ram:
+                    self._ram.close()  # QEMU has it, and the device
+                    self._ram = None
             self._watch(children)
+
+    @property
+    def _scratch(self) -> Path:
+        return self._directory.path / "state.sock"
+
+    def _save(self, document: dict[str, Any], alive: Callable[[], bool]) -> None:
+        """Stop the guest and store it as a template."""
+        assert self._ram is not None, "only a guest that was started as savable is saved"
+        document |= {"directory": Path(document["directory"]), "image": Path(document["image"])}
+        template = Template(**document | {"bond": Bond(**document["bond"])})
+        state = migration.save(self._directory.qmp_socket, self._scratch, alive)
+        tell(self._starter, {"saved": store(template, self._ram.fileno(), state)})
 
     def _publish(self) -> None:
         self._directory.write(self._info)
@@ -150,10 +192,10 @@ class Supervisor:
                 raise Ended("it was stopped")
             if obituary := children.obituary(ready):
                 raise Ended(obituary)
-            if self._starter in ready and not self._heed():
+            if self._starter in ready and not self._heed(children):
                 watched.remove(self._starter)
 
-    def _heed(self) -> bool:
+    def _heed(self, children: Children) -> bool:
         """Do what the starter says; whether there is more to come.  Raises Ended when it has gone."""
         while True:
             try:
@@ -164,6 +206,8 @@ class Supervisor:
                 raise Ended("the command that started it has ended")
             if "detach" in message:
                 return False
+            if "save" in message:
+                self._save(message["save"], lambda: children.lives("qemu"))
             if "ready" in message:
                 self._info |= {"state": "running", "boot_seconds": message["ready"]}
                 self._publish()
@@ -176,6 +220,21 @@ class Supervisor:
         except QMPError:
             return False
         return True
+
+
+@contextlib.contextmanager
+def memory_file(mebibytes: int, template: Path | None) -> Iterator[IO[bytes]]:
+    """A file in memory for a guest's memory, with that of a template in it.  Raises VMError."""
+    with open(os.memfd_create("caisson-ram"), "r+b", buffering=0) as file:  # noqa: PTH123
+        try:
+            if template is None:
+                os.ftruncate(file.fileno(), mebibytes << 20)
+            else:
+                with (template / "ram").open("rb") as saved:
+                    ram.copy(saved.fileno(), file.fileno())
+        except OSError as error:
+            raise VMError(f"the template's memory cannot be copied: {error.strerror or error}") from error
+        yield file
 
 
 def tell(starter: Lines, message: dict[str, Any]) -> None:

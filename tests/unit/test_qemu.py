@@ -139,7 +139,7 @@ def test_old_versions_are_refused(
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     if version:
-        assert qemu.probe(qemu.ARCHITECTURES["amd64"]) == qemu.Program(str(program), version)
+        assert qemu.probe(qemu.ARCHITECTURES["amd64"]) == qemu.Program(str(program), version, answer)
     else:
         with pytest.raises(VMError, match=r"7\.2 or newer"):
             qemu.probe(qemu.ARCHITECTURES["amd64"])

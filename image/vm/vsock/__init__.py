@@ -54,7 +54,7 @@ class Device:
 
 
 @contextlib.contextmanager
-def prepare(kind: str, directory: VMDirectory) -> Iterator[Device]:
+def prepare(kind: str, directory: VMDirectory, user_cid: int = USER_CID) -> Iterator[Device]:
     """A device of a kind (``user`` or ``vhost``) for the VM in a directory.  Raises VMError."""
     with contextlib.ExitStack() as stack:
         ready, ready_there = os.pipe()
@@ -67,7 +67,7 @@ def prepare(kind: str, directory: VMDirectory) -> Iterator[Device]:
             ours, theirs = socket.socketpair()
             handed_over.enter_context(ours)
             handed_over.enter_context(theirs)
-            program, fd, cid = HERE / "vhost_user", ours.fileno(), USER_CID
+            program, fd, cid = HERE / "vhost_user", ours.fileno(), user_cid
             backend_fds.append(theirs.fileno())
             words = ["--fd", str(theirs.fileno())]
         else:

@@ -1,0 +1,60 @@
+"""A guest made from a template is told who it is and what time it is, and gets random numbers of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+import uuid
+from pathlib import Path
+
+from agent.client.connection import Agent, AgentError, answers
+from proto import agent_pb2, caisson_pb2
+
+#: Bytes of entropy: what the kernel's generator is keyed with, twice.
+ENTROPY = 64
+
+#: Seconds that a clock may be off, and how often it is set again where a busy machine takes longer than that.
+PRECISION = 0.5
+ATTEMPTS = 5
+
+#: Seconds for each call.
+PATIENCE = 60.0
+
+
+async def settle(agent: Agent, hostname: str, machine_id: str = "") -> None:
+    """Make a clone a machine of its own: to be done before its first container starts.
+
+    ``machine_id``: 32 hexadecimal digits, by default random ones.  Raises AgentError.
+    """
+    identity = caisson_pb2.IdentifyRequest(hostname=hostname, machine_id=machine_id or uuid.uuid4().hex)
+    await asyncio.gather(
+        agent.rpc.ReseedRandomDev(agent_pb2.ReseedRandomDevRequest(data=os.urandom(ENTROPY)), PATIENCE),
+        agent.guest.Identify(identity, PATIENCE),
+        _set_clock(agent),
+    )
+
+
+async def _set_clock(agent: Agent) -> None:
+    for _ in range(ATTEMPTS):
+        now = time.time_ns()
+        seconds, rest = divmod(now, 10**9)
+        await agent.rpc.SetGuestDateTime(agent_pb2.SetGuestDateTimeRequest(Sec=seconds, Usec=rest // 1000), PATIENCE)
+        if time.time_ns() - now < PRECISION * 1e9:
+            return
+
+
+def settled(socket: Path, hostname: str) -> bool:
+    """Whether the agent of a clone answers, and if so, it is a machine of its own now: a `ready` for VM.start."""
+    if not answers(socket, timeout=1.0):
+        return False
+
+    async def work() -> None:
+        async with Agent.connect(socket) as agent:
+            await settle(agent, hostname)
+
+    try:
+        asyncio.run(work())
+    except AgentError:
+        return False
+    return True

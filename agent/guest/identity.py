@@ -1,0 +1,30 @@
+"""Who a guest is: its host name and its machine id (machine-id(5)).  One that was copied is told anew."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+
+from agent import syscalls
+from agent.errors import Failed, Invalid
+from agent.syscalls import MS_BIND
+
+#: Where programs look for the id, and where it is kept: the guest's root cannot be written to.
+MACHINE_ID, KEPT = "/etc/machine-id", "/run/machine-id"
+
+
+def identify(hostname: str, machine_id: str, where: str = MACHINE_ID, kept: str = KEPT) -> None:
+    """Give the guest a name and an id.  Raises Invalid or Failed."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", hostname):
+        raise Invalid(f"{hostname!r} is no host name")
+    if not re.fullmatch(r"[0-9a-f]{32}", machine_id) or not machine_id.strip("0"):
+        raise Invalid(f"{machine_id!r} is no machine id: 32 hexadecimal digits")
+    try:
+        socket.sethostname(hostname)
+        with open(kept, "w") as file:  # noqa: PTH123 - as everywhere in the guest
+            file.write(f"{machine_id}\n")
+        if os.path.exists(where) and not os.path.samefile(where, kept):  # noqa: PTH110, PTH121
+            syscalls.mount(kept, where, None, MS_BIND)
+    except OSError as error:
+        raise Failed(f"the guest could not be identified: {os.strerror(error.errno or 0).lower()}") from error

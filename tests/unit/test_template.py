@@ -1,0 +1,206 @@
+"""Templates: files with holes, names, bonds; and a guest of three instructions saved and cloned by the real QEMU."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from image.cache import clean
+from image.vm import VM, VMConfig, VMError, qemu, ram
+from image.vm.template import BONDS, Bond, Template, place, says_ready, store
+from tests.unit.fake_qemu import make_image, nothing_left
+from tests.unit.test_qemu import MANIFEST, after
+from tests.unit.test_vm_qemu import sleeping_kernel
+
+BOND = Bond("0123", "7.2.22 (Debian)", "q35", "tcg", "max", "user")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CAISSON_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def stored(name: str, tmp_path: Path, text: bytes = b"memory") -> Template:
+    """A template in the cache, of a guest without one."""
+    with (tmp_path / "guest").open("w+b", buffering=0) as file:
+        file.truncate(1 << 20)
+        file.write(text)
+        store(Template(name, place(name), tmp_path, BOND, 256, 1, ""), file.fileno(), b"state")
+    found = Template.load(name)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("copy", [ram.copy, ram.pack])
+def test_memory_is_copied_with_its_holes(tmp_path: Path, copy: Callable[[int, int], int]) -> None:
+    size = 64 << 20
+    with (tmp_path / "a").open("w+b", buffering=0) as source, (tmp_path / "b").open("w+b", buffering=0) as target:
+        source.truncate(size)
+        for position in (0, 4096 * 3 + 17, (40 << 20) - 1, size - 5):
+            source.seek(position)
+            source.write(b"12345")
+        source.seek(20 << 20)
+        source.write(bytes(1 << 20))  # zeros that are there
+        copied = copy(source.fileno(), target.fileno())
+        digests = {hashlib.sha256(os.pread(file.fileno(), size, 0)).digest() for file in (source, target)}
+    assert len(digests) == 1
+    assert (tmp_path / "b").stat().st_blocks * 512 < 3 << 20
+    assert copied < (1 << 20) if copy is ram.pack else copied >= (1 << 20)
+
+
+def test_it_is_found_by_its_name_replaced_and_cleaned(tmp_path: Path, cache: Path) -> None:
+    assert Template.load("t") is None
+    first = stored("t", tmp_path)
+    assert (first.memory, first.bond, first.directory) == (256, BOND, cache / "templates/t")
+    again = stored("t", tmp_path, b"other memory")
+    assert (again.directory / "ram").read_bytes().startswith(b"other memory")
+    assert (again.directory / "state").read_bytes() == b"state"
+    assert clean(cache) > 0
+    assert Template.load("t") is None
+    assert [path.name for path in (cache / "templates").iterdir()] == []
+
+
+def test_one_that_cannot_be_stored_leaves_the_older_one(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored("t", tmp_path)
+
+    def fail(source: int, target: int) -> int:
+        os.write(target, b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ram, "pack", fail)
+    with pytest.raises(VMError, match="template 't' could not be stored: No space left on device"):
+        stored("t", tmp_path, b"never")
+    found = Template.load("t")
+    assert found is not None
+    assert (found.directory / "ram").read_bytes().startswith(b"memory")
+    assert [path.name for path in (cache / "templates").iterdir()] == ["t"]
+
+
+@pytest.mark.parametrize("field", list(BONDS))
+def test_what_does_not_fit_is_named(tmp_path: Path, cache: Path, field: str) -> None:
+    template = stored("t", tmp_path)
+    template.check(BOND)
+    with pytest.raises(VMError, match=rf"'t' does not fit: {BONDS[field]} was {'.*'}, and is another; .*save-template"):
+        template.check(dataclasses.replace(BOND, **{field: "another"}))
+
+
+@pytest.mark.parametrize("name", ["", "../x", ".hidden", "a/b", "x" * 101])
+def test_a_name_is_no_path(name: str) -> None:
+    with pytest.raises(VMError, match="a template's name is made of letters"):
+        Template.load(name)
+
+
+def test_one_of_another_time_says_the_way_out(tmp_path: Path, cache: Path) -> None:
+    (stored("t", tmp_path).directory / "template.json").write_text('{"format": 0}')
+    with pytest.raises(VMError, match="save it again: invoke save-template --name t"):
+        Template.load("t")
+
+
+def rendered(vsock: str, fd: int, *, clone: bool) -> list[str]:
+    devices = qemu.Devices(Path("/c"), Path("/q"), vsock, vsock_fd=fd, cid=77, ram=Path("/r,1"), clone=clone)
+    wanted = qemu.Wanted("v", "tcg", memory=256, cpus=1)
+    return list(qemu.command(qemu.Program("qemu", (10, 0)), Path("/image"), MANIFEST, devices, wanted))
+
+
+def test_the_machine_of_a_template_lacks_what_cannot_be_saved() -> None:
+    words = rendered("user", -1, clone=False)
+    assert after(words, "-object") == ["memory-backend-file,id=ram,size=256M,mem-path=/r,,1,share=on"]
+    assert after(words, "-machine") == ["q35,memory-backend=ram"]
+    assert "vmgenid,guid=auto" in after(words, "-device")
+    assert not [word for word in words if "vsock-pci" in word or "id=vsock,fd" in word]
+    assert "-incoming" not in words
+
+
+def test_the_machine_of_a_clone_waits_and_gets_its_vsock_device_later() -> None:
+    saved, words = rendered("user", -1, clone=False), rendered("user", 9, clone=True)
+    assert words == [*saved, "-chardev", "socket,id=vsock,fd=9", "-incoming", "defer"]
+    plug = qemu.vsock_plug("user")
+    assert plug is not None
+    assert [word for word in words if word.startswith(f"pcie-root-port,id={plug['bus']},")]
+
+
+def test_the_kernels_device_is_saved_and_the_memory_of_a_clone_is_private() -> None:
+    saved, words = rendered("vhost", 9, clone=False), rendered("vhost", 8, clone=True)
+    assert "vhost-vsock-pci,guest-cid=77,vhostfd=9" in after(saved, "-device")
+    assert "vhost-vsock-pci,guest-cid=77,vhostfd=8" in after(words, "-device")
+    assert after(saved, "-object")[0].endswith("share=on")
+    assert after(words, "-object")[0].endswith("share=off")
+    assert qemu.vsock_plug("vhost") is None
+
+
+def test_a_clone_is_what_the_template_is(tmp_path: Path, cache: Path) -> None:
+    config = VMConfig.clone(stored("t", tmp_path), name="c")
+    assert (config.memory, config.cpus, config.name, config.image) == (256, 1, "c", tmp_path)
+    with pytest.raises(VMError, match="neither shared directories nor room for more"):
+        dataclasses.replace(config, max_cpus=4)
+
+
+def test_it_is_ready_when_the_agent_has_said_so(tmp_path: Path) -> None:
+    assert not says_ready(tmp_path / "agent.sock")
+    (tmp_path / "console.log").write_text("[ 0.1] Linux\n")
+    assert not says_ready(tmp_path / "agent.sock")
+    (tmp_path / "console.log").write_text("[ 0.1] Linux\ncaisson agent ready on vsock:1024\n")
+    assert says_ready(tmp_path / "agent.sock")
+
+
+@pytest.fixture
+def image(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    if shutil.which("qemu-system-x86_64") is None:
+        pytest.skip("needs QEMU")
+    monkeypatch.setenv("CAISSON_RUN", str(tmp_path / "r"))
+    directory = make_image(tmp_path / "image")
+    (directory / "k").write_bytes(sleeping_kernel())
+    (directory / "i").write_bytes(b"\0" * 512)
+    return directory
+
+
+def saved_guest(image: Path) -> Template:
+    config = VMConfig(image, name="s", accel="tcg", vsock="user", memory=128, savable=True)
+    with VM.start(config, ready=lambda _: True, timeout=60) as vm:
+        assert vm.info["cid"] is None
+        vm.save("t")
+    found = Template.load("t")
+    assert found is not None
+    return found
+
+
+def test_a_saved_guest_runs_on_in_clones(image: Path, tmp_path: Path) -> None:
+    template = saved_guest(image)
+    nothing_left(tmp_path / "r")
+    before = hashlib.sha256((template.directory / "ram").read_bytes()).digest()
+    configs = [VMConfig.clone(template, name=name, accel="tcg", vsock="user") for name in ("a", "b")]
+    with (
+        VM.start(configs[0], ready=Path.is_socket, timeout=60) as one,
+        VM.start(configs[1], ready=Path.is_socket, timeout=60) as two,
+    ):
+        assert one.info["template"] == two.info["template"] == "t"
+        assert one.info["cid"] != two.info["cid"]
+        assert not one.agent_socket.with_name("state.sock").exists()
+    nothing_left(tmp_path / "r")
+    assert hashlib.sha256((template.directory / "ram").read_bytes()).digest() == before
+
+
+def test_another_image_is_refused(image: Path, tmp_path: Path) -> None:
+    template = saved_guest(image)
+    text = (image / "image.json").read_text()
+    (image / "image.json").write_text(text.replace('"cmdline": ""', '"cmdline": "other"'))
+    with pytest.raises(VMError, match="'t' does not fit: the image was"):
+        VM.start(VMConfig.clone(template, accel="tcg", vsock="user"), ready=lambda _: True)
+    nothing_left(tmp_path / "r")
+
+
+def test_a_state_that_is_none_is_an_end_and_leaves_nothing(image: Path, tmp_path: Path) -> None:
+    template = saved_guest(image)
+    (template.directory / "state").write_bytes(b"no state at all" * 100)
+    with pytest.raises(VMError, match=r"could not be restored|QEMU"):
+        VM.start(VMConfig.clone(template, accel="tcg", vsock="user"), ready=lambda _: False, timeout=60)
+    nothing_left(tmp_path / "r")
