@@ -1,0 +1,192 @@
+"""In a booted guest: exec beside crun and runc there, bulk output beside raw vsock, memory and processor time at rest.
+
+    python -m tests.bench.guest [--quick]
+
+Prints rows as JSON.  The guest has the kernel of our own, and crun and runc in its image (tests.bench.boot.LEAN).
+Whatever runs beside the agent is started by a shell of the guest's own, on a vsock port.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import re
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from agent.client import Agent, default_spec
+from image.vm import VM
+from proto import agent_pb2
+from tests.bench.boot import LEAN, agent_answers, booted, own_run_directory
+from tests.bench.native import MIB, bulk, first_byte
+from tests.bench.rows import Row
+from tests.bench.runtime_latency import CONFIG, ROOT
+from tests.bench.vsock import cpu, from_guest
+from tests.e2e.conftest import built
+from tests.e2e.vsock_host import compile_peer, dial
+
+CONSOLE, RAW = 1026, 2000
+EXEC_BUDGET, BULK_BUDGET, MEMORY_BUDGET, MEMORY_RATIO, IDLE_BUDGET = 1.0, 2.0, 40.0, 1.3, 1.0
+PLACE = "/run/caisson-bench"
+BUSYBOX = "/usr/lib/caisson/containers/busybox"
+PATIENCE = 240.0
+PEERS = ("crun", "runc")
+
+
+class Shell:
+    """A shell of the guest's own."""
+
+    def __init__(self, vm: VM) -> None:
+        self._socket = dial(vm.vsock_socket, CONSOLE)
+        self._socket.settimeout(PATIENCE)
+        self._got = b""
+        self(f"PATH=$PATH:{BUSYBOX}/bin PS1= PS2=; stty -echo")
+
+    def __call__(self, script: str) -> str:
+        """Run a script; returns what it prints."""
+        # The marker is written so that the terminal's echo of it is not taken for it.
+        self.begin(f"{script}\necho do'ne'-$?-")
+        return self._until(rb"done-\d+-\r\n")
+
+    def begin(self, text: str) -> None:
+        """Give it a line, or a program that it runs."""
+        self._socket.sendall(text.encode() + b"\n")
+
+    def line(self) -> str:
+        """The next line."""
+        return self._until(rb"\r\n")
+
+    def ask(self, question: str) -> str:
+        """A line for a line."""
+        self.begin(question)
+        return self.line()
+
+    def _until(self, end: bytes) -> str:
+        while not (found := re.search(end, self._got)):
+            data = self._socket.recv(1 << 16)
+            if not data:
+                raise SystemExit("the guest's shell has ended")
+            self._got += data
+        said, self._got = self._got[: found.start()], self._got[found.end() :]
+        return said.decode().replace("\r\n", "\n")
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def kib(text: str, field: str) -> int:
+    """A line of smaps_rollup (proc(5))."""
+    found = re.search(rf"^{field}: +(\d+) kB", text, re.M)
+    if found is None:
+        raise SystemExit(f"no {field} in {text!r}")
+    return int(found[1])
+
+
+def idle(vm: VM, seconds: float) -> float:
+    """Percent of a processor that a VM with nothing to do takes: QEMU, the vsock device and the supervisor."""
+    pids = vm.info["pids"].values()
+    before, began = sum(map(cpu, pids)), time.monotonic()
+    time.sleep(seconds)
+    return 100 * (sum(map(cpu, pids)) - before) / (time.monotonic() - began)
+
+
+def memory(shell: Shell, agent_alone: str) -> list[Row]:
+    """The agent's memory, and that of a server that does nothing, which shares its pages: alone it would have all."""
+    own = kib(agent_alone, "Pss") / 1024
+    start = f"sys.path.append('/usr/lib/caisson'); sys.argv[1:] = ['vsock:1030', '{PLACE}/bare', 'relayed']"
+    script = f"import sys, runpy; {start}; runpy.run_path('{PLACE}/bare.py', run_name='__main__')"
+    python = "$(ls /usr/bin/python3.* | head -n1)"
+    log = f"{PLACE}/bare.log"
+    shell(f"{python} -IS -c {shlex.quote(script)} >{log} 2>&1 & until grep -q ready {log}; do sleep 0.1; done")
+    bare = kib(shell("cat /proc/$!/smaps_rollup"), "Rss") / 1024
+    shell("kill -9 $!")
+    return [
+        Row("memory of the idle agent in the guest, PSS (MiB)", own, None, bare, None, MEMORY_BUDGET),
+        Row.beside("the same, beside a bare grpc.aio server behind the relay", own, bare, MEMORY_RATIO),
+    ]
+
+
+async def calls(vm: VM, shell: Shell, program: bytes, samples: int, size: int) -> list[Row]:
+    """Exec and bulk output through the API."""
+    async with Agent.connect(vm.agent_socket) as agent:
+        await agent.create_sandbox()
+        container = await agent.create_container("bench", default_spec(BUSYBOX))
+        await container.start()
+        config = CONFIG | {"process": CONFIG["process"] | {"args": ["/bin/sleep", "1000000"]}}
+        words = shlex.join([f"{PLACE}/runtimes.py", BUSYBOX, json.dumps(config)])
+        peers = Shell(vm)
+        peers.begin(f"$(ls /usr/bin/python3.* | head -n1) -IS {words}")
+        assert peers.line() == "ready"
+        ours, theirs = [], {name: [] for name in PEERS}  # type: ignore[var-annotated]
+        for number in range(samples + 2):
+            took = await first_byte(container)
+            said = {name: await asyncio.to_thread(peers.ask, name) for name in PEERS}
+            if number >= 2:  # the first ones translate code
+                ours.append(took)
+                for name, text in said.items():
+                    theirs[name].append(text)
+        peers.close()
+        rows = []
+        for name, texts in theirs.items():
+            what = f"ExecProcess in the guest to first byte, beside {name} exec there (ms)"
+            try:
+                peer = statistics.median(map(float, texts))
+            except ValueError:
+                rows.append(Row.missing(what, texts[0]))
+            else:
+                rows.append(Row.beside(what, statistics.median(ours), peer, EXEC_BUDGET))
+        shell(f"mount -o remount,exec /run; {PLACE}/peer vsock:{RAW} >/dev/null 2>&1 &")
+        raw = dial(vm.vsock_socket, RAW)
+        pairs = []
+        for _ in range(4):
+            rate = await asyncio.to_thread(from_guest, raw, size)  # MB/s
+            pairs.append((await bulk(container, size), MIB / 1e3 / rate))
+        raw.close()
+        medians = [statistics.median(column) for column in zip(*pairs[1:], strict=True)]
+        rows.append(Row.beside("stdout by gRPC from the guest, beside raw vsock (ms/MiB)", *medians, BULK_BUDGET))
+        await container.remove()
+    return rows
+
+
+async def copy_in(vm: VM, files: dict[str, bytes]) -> None:
+    async with Agent.connect(vm.agent_socket) as agent:
+        for name, data in files.items():
+            copy = agent_pb2.CopyFileRequest(
+                path=f"{PLACE}/{name}", file_size=len(data), file_mode=0o100755, dir_mode=0o755, data=data
+            )
+            await agent.rpc.CopyFile(copy)
+
+
+def measure(quick: bool, work: Path) -> list[Row]:
+    """All rows."""
+    program = compile_peer(work).read_bytes()
+    with booted(built(*LEAN), agent_answers, f"agent.debug_console_vport={CONSOLE}") as (vm, _):
+        shell = Shell(vm)
+        agent_alone = shell("cat /proc/1/smaps_rollup")
+        used = idle(vm, 10 if quick else 30)
+        here = ROOT / "tests/bench"
+        files = {name: (here / name).read_bytes() for name in ("bare.py", "runtimes.py")}
+        asyncio.run(copy_in(vm, files | {"peer": program}))
+        rows = asyncio.run(calls(vm, shell, program, 8 if quick else 25, (16 if quick else 64) * MIB))
+        rows += memory(shell, agent_alone)
+        shell.close()
+    rows.append(Row("processor time of an idle VM (%)", used, budget=IDLE_BUDGET))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.guest", description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer samples")
+    options = parser.parse_args()
+    with own_run_directory(), tempfile.TemporaryDirectory(prefix="caisson-bench-") as work:
+        rows = measure(options.quick, Path(work))
+    json.dump([row.plain() for row in rows], sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
