@@ -16,9 +16,7 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import time
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -158,17 +156,6 @@ def store(template: Template, ram: int, state: bytes) -> int:
 def place(name: str, root: Path | None = None) -> Path:
     """Where the template of this name is, or would be."""
     return _cache(root).root / STEP / checked(name)
-
-
-def remove(name: str) -> None:
-    """Forget a template.  Clones that run keep what they have."""
-    gone = place(name)
-    hidden = gone.with_name(f".making-{uuid.uuid4().hex}")
-    try:
-        gone.rename(hidden)
-    except FileNotFoundError:
-        raise VMError(f"there is no template {name!r}") from None
-    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _cache(root: Path | None) -> Cache:
