@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -99,7 +100,9 @@ class Compiled:
         """
         if self.arch not in ARCHITECTURES:
             raise ImageError(f"kernels are compiled for {' and '.join(ARCHITECTURES)}, not for {self.arch}")
-        with tempfile.TemporaryDirectory(dir=target, prefix=".kernel-") as scratch:
+        # The kernel's build takes no directory with a space or a colon in its name.
+        place = None if re.search(r"[\s:]", str(target)) else target
+        with tempfile.TemporaryDirectory(dir=place, prefix=".kernel-") as scratch:
             self.report("unpacking the kernel's source")
             with self.source.tree(Path(scratch)) as (tree, packages):
                 build = Path(scratch) / "build"
