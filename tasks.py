@@ -102,6 +102,7 @@ TO_TEST = (
     | {"busybox": "busybox-static", "clang": "clang libclang-rt-dev", "cpio": "cpio", "ip": "iproute2"}
     | {"gcc": "gcc libc6-dev", "mke2fs": "e2fsprogs"}
     | {"faketime": "faketime", "/usr/bin/python3": "python3", "sfdisk": "fdisk", "veritysetup": "cryptsetup-bin"}
+    | {"openssl": "openssl", "gpg": "gnupg"}  # to sign repositories with
     | {"crun": "crun", "runc": "runc"}  # to compare with
 )
 

@@ -1,4 +1,4 @@
-"""Debian packages of any suite, resolved and fetched by apt itself, in a directory of its own.
+"""Packages of any suite of Debian or a relative, resolved and fetched by apt itself, in a directory of its own.
 
 apt gets a configuration that shares nothing with the host's but the mirror, how it is reached (a proxy, certificates)
 and the archive keys: no root is needed, the host's packages play no part, and what a package needs is for apt to say.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -17,7 +18,18 @@ from image.errors import ImageError
 from image.package import Package
 from image.run import CommandFailed, run
 
-KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+
+@dataclass(frozen=True)
+class Keyring:
+    """The keys that a suite may be signed by; ``hint`` says where such a file is had from."""
+
+    file: Path
+    hint: str
+
+
+DEBIAN = Keyring(
+    Path("/usr/share/keyrings/debian-archive-keyring.gpg"), "run: sudo apt-get install debian-archive-keyring"
+)
 
 
 def host_mirror() -> str:
@@ -46,24 +58,39 @@ def host_mirror() -> str:
 
 
 class Apt:
-    """The packages of one suite, with apt's files in ``directory`` (kept between runs: it is a cache)."""
+    """The packages of one suite, with apt's files in ``directory`` (kept between runs: it is a cache).
 
-    def __init__(self, directory: Path, suite: str, architecture: str, mirror: str) -> None:
+    ``pockets`` are the suite's parts, by what is added to its name.  ``variable`` names another mirror.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        suite: str,
+        architecture: str,
+        mirror: str,
+        keyring: Keyring = DEBIAN,
+        pockets: Sequence[str] = ("",),
+        variable: str = "CAISSON_MIRROR",
+    ) -> None:
         self.directory = directory
         self.suite = suite
         self.architecture = architecture
         self.mirror = mirror
+        self.keyring = keyring
+        self.pockets = pockets
+        self.variable = variable
 
     def update(self) -> None:
         """Fetch the suite's index.  Raises ImageError when the mirror or its signature is no good."""
-        if not KEYRING.exists():
-            raise ImageError(f"{KEYRING} is missing; run: sudo apt-get install debian-archive-keyring")
+        if not self.keyring.file.exists():
+            raise ImageError(f"{self.keyring.file} is missing; {self.keyring.hint}")
         for name in ("lists/partial", "archives/partial", "state", "debs"):
             (self.directory / name).mkdir(parents=True, exist_ok=True)
         (self.directory / "state/status").touch()
-        (self.directory / "sources.list").write_text(
-            f"deb [arch={self.architecture} signed-by={KEYRING}] {self.mirror} {self.suite} main\n"
-        )
+        whence = f"deb [arch={self.architecture} signed-by={self.keyring.file}] {self.mirror}"
+        sources = "".join(f"{whence} {self.suite}{pocket} main\n" for pocket in self.pockets)
+        (self.directory / "sources.list").write_text(sources)
         settings = {
             "Dir::State": self.directory / "state",
             "Dir::State::Lists": self.directory / "lists",
@@ -90,7 +117,7 @@ class Apt:
             self._apt("apt-get", "update", "--error-on=any", "-qq")
         except CommandFailed as error:
             raise ImageError(
-                f"{error}\nif {self.mirror} is not the right mirror, CAISSON_MIRROR names another"
+                f"{error}\nif {self.mirror} is not the right mirror, {self.variable} names another"
             ) from error
 
     def resolve(self, packages: Iterable[str]) -> list[tuple[str, str]]:
@@ -115,13 +142,22 @@ class Apt:
         """Download the packages and all they depend on."""
         return self.fetch(unquote(name).split("_")[0] for name, _ in self.resolve(packages))
 
+    def fetch_kernel(self, package: str) -> list[Package]:
+        """Download the newest kernel that a package depends on.  Raises ImageError unless it is one kernel."""
+        names = [name.split("_")[0] for name, _ in self.resolve([package])]
+        images = [name for name in names if re.match(r"linux-image-\d", name)]
+        if len(images) != 1:
+            raise ImageError(f"{package} was to bring one kernel, but brings {', '.join(images) or 'none'}")
+        # Ubuntu has a kernel's modules, and its config, in packages of their own.
+        return self.fetch([*images, *(name for name in names if re.match(r"linux-modules-(extra-)?\d", name))])
+
     def _apt(self, *argv: str, cwd: Path | None = None) -> bytes:
         return run(argv, cwd=cwd, env={"APT_CONFIG": str(self.directory / "apt.conf")})
 
 
 def _printed(output: bytes) -> list[tuple[str, str]]:
     """What --print-uris says, as (file name, URI), sorted."""
-    found = re.findall(r"^'([^']+)' (\S+) \d+ \S+$", output.decode(), re.MULTILINE)
+    found = re.findall(r"^'([^']+)' (\S+) \d+(?: \S*)?$", output.decode(), re.MULTILINE)
     return sorted((name, uri) for uri, name in found)
 
 

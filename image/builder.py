@@ -26,6 +26,7 @@ import jinja2
 from image import apt, kernelsource, lock, manifest, pack, rootfs, sbom
 from image.cache import Cache, cap, default_root, digest_of, digest_of_files, size_of
 from image.definition import DEFAULT, TEMPLATES, Loaded, load
+from image.distribution import DISTRIBUTIONS, Packages, extract
 from image.errors import ImageError
 from image.fragments import Request, merge, parse
 from image.kernel import Kernel, Prebuilt
@@ -40,8 +41,8 @@ ROOT = Path(__file__).resolve().parent.parent
 OSBUILDER = "var/lib/osbuilder/osbuilder.yaml"
 
 #: The modules that decide what a step makes: a change of one is a change of what it makes.
-BASE_CODE = ("apt.py", "package.py", "rootfs.py")
-KERNEL_CODE = ("apt.py", "bzimage.py", "kernel.py", "package.py")
+BASE_CODE = ("apk.py", "apkindex.py", "apt.py", "distribution.py", "package.py", "rootfs.py")
+KERNEL_CODE = ("apk.py", "apkindex.py", "apt.py", "bzimage.py", "distribution.py", "kernel.py", "package.py")
 COMPILED_CODE = ("kernelsource.py",)
 
 
@@ -153,7 +154,7 @@ class Build:
         self.report = report
         self.done: list[Done] = []
         self.requests: list[Request] = merge(parse(self._fragment(name)) for name in self.definition.kernel.fragments)
-        self._apt: apt.Apt | None = None
+        self._packages: Packages | None = None
 
     def image(self) -> Image:
         """The image.  Raises ImageError, and Drift when its packages are not those of the lock."""
@@ -195,7 +196,10 @@ class Build:
     def base_key(self) -> str:
         """The digest of what the packages' part is made of."""
         d = manifest.plain(self.definition)
-        names = ("suite", "arch", "python", "packages", "wheels", "busybox", "sources", "prune", "keep", "init")
+        names = (
+            "distribution", "suite", "arch", "python", "packages", "wheels", "busybox", "sources", "prune", "keep",
+            "init",
+        )  # fmt: skip
         etc = list((TEMPLATES / "busybox/etc").iterdir())
         return digest_of("base", {name: d[name] for name in names}, _code(BASE_CODE), digest_of_files(TEMPLATES, etc))
 
@@ -208,7 +212,7 @@ class Build:
             asked = sorted((one.symbol, one.value, one.optional, one.since, one.until) for one in self.requests)
             return digest_of("compiled", d.arch, source, asked, _code(COMPILED_CODE))
         requests = [asdict(request) for request in self.requests]
-        return digest_of("kernel", d.suite, d.arch, d.kernel.package, requests, _code(KERNEL_CODE))
+        return digest_of("kernel", d.distribution, d.suite, d.arch, d.kernel.package, requests, _code(KERNEL_CODE))
 
     def agent_key(self) -> str:
         """The digest of the agent's sources, and of the interpreter that compiles them."""
@@ -216,14 +220,14 @@ class Build:
         sources = digest_of_files(ROOT, agent_files()), digest_of_files(ROOT, nsexec)
         return digest_of("agent layer", agent_version(), self.base_key(), sources)
 
-    def _apt_of_suite(self) -> apt.Apt:
-        """apt for the suite, with a fresh index."""
-        if self._apt is None:
+    def _packages_of_suite(self) -> Packages:
+        """The packages of the suite, with a fresh index."""
+        if self._packages is None:
             d = self.definition
             place = self.downloads / f"{d.suite}-{d.arch}"
-            self._apt = apt.Apt(place, d.suite, d.arch, apt.host_mirror())
-            self._apt.update()
-        return self._apt
+            self._packages = DISTRIBUTIONS[d.distribution].packages(place, d.suite, d.arch)
+            self._packages.update()
+        return self._packages
 
     def _fragment(self, name: str) -> Path:
         return self.loaded.beside(name) if name.endswith(".conf") else TEMPLATES / "kernel" / f"{name}.conf"
@@ -250,8 +254,8 @@ class Build:
         self.report(f"fetching packages of {d.suite}")
         tree = target / "tree"
         rootfs.skeleton(tree)
-        debs = self._apt_of_suite().fetch_all(d.packages)
-        apt.extract(debs, tree)
+        debs = self._packages_of_suite().fetch_all(d.packages)
+        extract(debs, tree)
         self.report("fetching wheels")
         wheels = rootfs.fetch_wheels(Path(sys.executable), d, target / "wheels")
         rootfs.unpack_wheels(wheels, tree / rootfs.HOME)
@@ -262,9 +266,9 @@ class Build:
         rootfs.strip(tree)
         for place in (f"usr/lib/python{d.python}", rootfs.HOME):
             rootfs.compile_python(tree, d, tree / place, prefix=tree)
-        busybox = self._apt_of_suite().fetch([d.busybox])
+        busybox = self._packages_of_suite().fetch([d.busybox])
         with tempfile.TemporaryDirectory(dir=target) as scratch:
-            apt.extract(busybox, Path(scratch))
+            extract(busybox, Path(scratch))
             container = tree / rootfs.HOME / "containers/busybox"
             rootfs.busybox_rootfs(Path(scratch), container, TEMPLATES / "busybox/etc")
         records = [package.record() for package in (*debs, *busybox, *wheels)]
@@ -280,13 +284,18 @@ class Build:
             Compiled(self._kernel_source(), self.definition.arch, self.report).make(target, self.requests)
         else:
             self.report(f"fetching {kernel.package}")
-            Prebuilt(self._apt_of_suite(), kernel.package).make(target, self.requests)
+            Prebuilt(self._packages_of_suite(), kernel.package).make(target, self.requests)
 
     def _kernel_source(self) -> SourcePackage | SourceTree:
         source = self.definition.kernel.source
         if "/" in source:
             return SourceTree(Path(source).expanduser().resolve())
-        return SourcePackage(self._apt_of_suite, source)
+        return SourcePackage(self._sources, source)
+
+    def _sources(self) -> apt.Apt:
+        packages = self._packages_of_suite()
+        assert isinstance(packages, apt.Apt)  # load() takes no name of a package with sources elsewhere
+        return packages
 
     def agent(self, base: Path) -> Path:
         """The layer of our own sources: the agent's byte code, and nsexec."""
@@ -319,7 +328,7 @@ class Build:
     def _make_tools(self, target: Path) -> None:
         self.report("fetching the programs that pack a disk")
         (target / "tree").mkdir()
-        apt.extract(self._apt_of_suite().fetch_all(TOOLS), target / "tree")
+        extract(self._packages_of_suite().fetch_all(TOOLS), target / "tree")
 
     def _make_image(self, key: str, target: Path) -> None:
         d = self.definition

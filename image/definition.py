@@ -14,6 +14,7 @@ import yaml
 
 from image import disk
 from image import settings as declared
+from image.distribution import DISTRIBUTIONS
 from image.initrd import COMPRESSORS
 from image.settings import DefinitionError, checked, merged, override, section, setting
 
@@ -75,6 +76,7 @@ class Definition:
     busybox: str = setting("the package with a static busybox, for the container rootfs of `invoke exec`")
     kernel: KernelDefinition = section(KernelDefinition, "the kernel")
     cmdline: str = setting("the kernel's command line, less what the machine adds")
+    distribution: str = setting("whose packages these are", default="debian", choices=tuple(DISTRIBUTIONS))
     init: str = setting("who is process 1", default="agent", choices=("agent", "systemd"))
     format: str = setting("how the root is packed", default="initrd", choices=FORMATS)
     compression: str = setting("of an initrd", default="none", choices=tuple(COMPRESSORS))
@@ -89,8 +91,13 @@ class Definition:
 
     @property
     def triplet(self) -> str:
-        """The directory of libraries below /usr/lib."""
+        """The architecture as GNU's tools call it."""
         return {"amd64": "x86_64-linux-gnu", "arm64": "aarch64-linux-gnu"}[self.arch]
+
+    @property
+    def libraries(self) -> str:
+        """The directory of the C library in a tree."""
+        return DISTRIBUTIONS[self.distribution].libraries.format(triplet=self.triplet)
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,7 @@ def find(name: str) -> Path:
 
 def load(file: Path = DEFAULT, *, suite: str | None = None, settings: Sequence[str] = ()) -> Loaded:
     """Read a definition; ``settings`` are like KEY=VALUE and win over the file.  Raises DefinitionError."""
-    document, templates = _read(file, suite or DEFAULT_SUITE, ())
+    document, templates = _read(file, {"suite": suite or DEFAULT_SUITE, "chosen": suite or ""}, ())
     for assignment in settings:
         document = merged(document, override(assignment))
     where = str(file)
@@ -155,19 +162,25 @@ def load(file: Path = DEFAULT, *, suite: str | None = None, settings: Sequence[s
     if definition.layout == "dax" and not disk.FORMATS[definition.format].dax:
         able = ", ".join(name for name, format in disk.FORMATS.items() if format.dax)
         raise DefinitionError(f"{file}: layout dax needs a format that can be mapped: {able}, not {definition.format}")
+    if definition.kernel.source and "/" not in definition.kernel.source and not _kernel_sources(definition):
+        raise DefinitionError(f"{file}: {definition.distribution} has no kernel sources in packages; name a directory")
     for name in ("image", "tree", "kernel"):
         definition.limits.bytes_of(name)
     return Loaded(definition, templates)
 
 
-def _read(file: Path, suite: str, below: tuple[Path, ...]) -> tuple[dict[str, Any], tuple[Path, ...]]:
+def _kernel_sources(definition: Definition) -> bool:
+    return DISTRIBUTIONS[definition.distribution].kernel_sources
+
+
+def _read(file: Path, given: Mapping[str, str], below: tuple[Path, ...]) -> tuple[dict[str, Any], tuple[Path, ...]]:
     """A file's mapping over that of the template it extends, and the directories of both."""
     file = file.resolve()
     if file in below:
         raise DefinitionError(f"{file} extends itself, by {' → '.join(map(str, below))}")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
     try:
-        text = environment.from_string(file.read_text()).render(suite=suite, arch=host_architecture())
+        text = environment.from_string(file.read_text()).render(given, arch=host_architecture())
         document = yaml.safe_load(text)
     except OSError as error:
         raise DefinitionError(f"the definition cannot be read: {error}") from error
@@ -182,5 +195,9 @@ def _read(file: Path, suite: str, below: tuple[Path, ...]) -> tuple[dict[str, An
     if parent is None:
         return document, (file.parent,)
     beside = file.parent / str(parent)
-    base, templates = _read(find(str(beside if beside.exists() else parent)), suite, (*below, file))
+    # What a definition says of these, what it extends is rendered with.
+    said = {name: document[name] for name in ("suite", "python") if isinstance(document.get(name), str)}
+    if "suite" in said:
+        said["chosen"] = said["suite"]
+    base, templates = _read(find(str(beside if beside.exists() else parent)), {**given, **said}, (*below, file))
     return merged(base, document), (*templates, file.parent)

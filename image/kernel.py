@@ -8,6 +8,7 @@ compiled from the same fragments fills a directory of the same shape.
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import json
 import lzma
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from image import bzimage, fragments
-from image.apt import Apt
+from image.distribution import Packages, extract
 from image.errors import ImageError
 from image.run import run
 
@@ -70,25 +71,23 @@ class Kernel:
 class Prebuilt:
     """A kernel from a distribution's package."""
 
-    def __init__(self, apt: Apt, package: str) -> None:
-        self.apt = apt
+    def __init__(self, packages: Packages, package: str) -> None:
+        self.packages = packages
         self.package = package
 
     def make(self, target: Path, requests: Sequence[fragments.Request]) -> None:
         """Fetch the newest kernel that the package depends on, check it against the fragments, and put what they ask
         for into ``target``.  Raises Unsatisfied.
         """
-        names = [name.split("_")[0] for name, _ in self.apt.resolve([self.package])]
-        images = [name for name in names if re.match(r"linux-image-\d", name)]
-        if len(images) != 1:
-            raise ImageError(f"{self.package} was to bring one kernel, but brings {', '.join(images) or 'none'}")
-        (deb,) = self.apt.fetch(images)
+        packages = self.packages.fetch_kernel(self.package)
         tree = target / "package"
-        run(["dpkg-deb", "--extract", deb.file, tree])
+        tree.mkdir()
+        extract(packages, tree)
         (config,) = tree.glob("boot/config-*")
         release = config.name.removeprefix("config-")
         verdict = fragments.check(requests, fragments.parse_config(config.read_text()))
-        image = (tree / f"boot/vmlinuz-{release}").read_bytes()
+        (vmlinuz,) = tree.glob("boot/vmlinuz-*")  # Alpine calls it by its flavour, not by its release
+        image = vmlinuz.read_bytes()
         with contextlib.suppress(bzimage.NotUsable):  # other architectures boot what is there
             image = bzimage.extract(image)
         (target / "vmlinux").write_bytes(image)
@@ -108,7 +107,7 @@ class Prebuilt:
             "modules": [name for name, _ in modules],
             "later": {name: [file for file, _ in order] for name, order in later.items()},
             "missing": [request.symbol for request in verdict.missing],
-            "packages": [deb.record()],
+            "packages": [package.record() for package in packages],
         }
         (target / "kernel.json").write_text(json.dumps(document, indent=2))
         shutil.rmtree(tree)
@@ -123,6 +122,8 @@ def read_module(file: Path) -> bytes:
     """A module's contents, unpacked."""
     if file.suffix == ".xz":
         return lzma.decompress(file.read_bytes())
+    if file.suffix == ".gz":
+        return gzip.decompress(file.read_bytes())
     if file.suffix == ".zst":
         return run(["zstd", "-d", "-q", "-c", file])
     return file.read_bytes()

@@ -35,12 +35,15 @@ def contents(
     definition: Definition, key: str, kernel: Kernel, packages: list[dict[str, str]], agent: str
 ) -> dict[str, Any]:
     """The document, as far as it is known before the image is packed."""
+    # Whoever reads this takes an image that does not say whose it is for Debian's.
+    whose = {} if definition.distribution == "debian" else {"distribution": definition.distribution}
     return {
         "format": FORMAT,
         "name": definition.name,
         "key": key,
         "suite": definition.suite,
         "arch": definition.arch,
+        **whose,
         "init": definition.init,
         "cmdline": definition.cmdline,
         "agent": {"version": agent},

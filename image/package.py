@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Package:
-    """A fetched package: ``kind`` is deb or wheel."""
+    """A fetched package: ``kind`` is deb, apk or wheel."""
 
     kind: str
     name: str

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from image.definition import Definition
+from image.distribution import DISTRIBUTIONS
 from image.errors import ImageError
 from image.package import Package
 from image.run import run
@@ -36,7 +37,10 @@ def skeleton(tree: Path) -> None:
 def fetch_wheels(python: Path, definition: Definition, directory: Path) -> list[Package]:
     """Download the definition's wheels for the guest's interpreter with pip.  Raises ImageError."""
     machine = definition.triplet.split("-")[0]
-    platforms = [f"manylinux2014_{machine}", *(f"manylinux_2_{minor}_{machine}" for minor in (17, 24, 27, 28, 34, 36))]
+    platforms = [name.format(machine=machine) for name in DISTRIBUTIONS[definition.distribution].wheels]
+    directory.mkdir(exist_ok=True)
+    if not definition.wheels:
+        return []  # which pip takes for a mistake
     run(
         [
             python, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
@@ -87,7 +91,7 @@ def drop_unused_libraries(tree: Path, definition: Definition) -> None:
     The dynamic section says it all (readelf -d), but for what is loaded by its name at run time: the definition keeps
     that.
     """
-    place = tree / "usr/lib" / definition.triplet
+    place = tree / definition.libraries
     needed: set[str] = set()
     elves = [file for file in tree.rglob("*") if is_elf(file)]
     needs = {file: _needs(file) for file in elves}
@@ -137,10 +141,10 @@ def compile_python(tree: Path, definition: Definition, place: Path, *, prefix: P
     Compiling at every boot would take four times as long as starting; byte code that is not checked against a source
     needs no source.  Tracebacks keep line numbers, and file names as they are in the guest: less ``prefix``.
     """
-    library = tree / "usr/lib" / definition.triplet
-    loader = next(iter(sorted(library.glob("ld-linux-*.so.*"))), None)
+    library = tree / definition.libraries
+    loader = next(iter(sorted(library.glob(DISTRIBUTIONS[definition.distribution].loader))), None)
     if loader is None:
-        raise ImageError(f"the guest's libc has no program loader in /usr/lib/{definition.triplet}")
+        raise ImageError(f"the guest's libc has no program loader in /{definition.libraries}")
     interpreter = tree / f"usr/bin/python{definition.python}"
     run(
         [
@@ -157,7 +161,8 @@ def compile_python(tree: Path, definition: Definition, place: Path, *, prefix: P
 
 def busybox_rootfs(tree: Path, target: Path, etc: Path) -> None:
     """A small container rootfs out of an unpacked busybox package."""
-    program = next(path for path in (tree / "bin/busybox", tree / "usr/bin/busybox") if path.exists())
+    names = ("bin/busybox", "usr/bin/busybox", "bin/busybox.static", "usr/bin/busybox.static")  # the latter: Alpine's
+    program = next(tree / name for name in names if (tree / name).exists())
     for name in ("bin", "dev", "etc", "home", "mnt", "proc", "root", "run", "sys", "tmp", "usr", "var"):
         (target / name).mkdir(parents=True)
     (target / "tmp").chmod(0o1777)

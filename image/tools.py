@@ -14,6 +14,9 @@ from image.errors import ImageError
 #: The Debian packages of what packs file systems; what they depend on has to be unpacked with them.
 PACKAGES = ("erofs-utils", "squashfs-tools")
 
+#: Where program loaders are, in a directory of libraries: glibc's, and musl's.
+LOADERS = ("*/ld-linux-*.so.*", "ld-musl-*.so.1")
+
 
 @dataclass(frozen=True)
 class Tools:
@@ -29,10 +32,11 @@ class Tools:
         if self.tree is None:
             return [program]
         file = _first(self.tree, f"usr/bin/{program}", f"usr/sbin/{program}", f"bin/{program}", f"sbin/{program}")
-        loader = _first(self.tree, "usr/lib/*/ld-linux-*.so.*", "lib/*/ld-linux-*.so.*")
+        loader = _first(self.tree, *(f"{place}/{name}" for name in LOADERS for place in ("usr/lib", "lib")))
         if file is None or loader is None:
             raise ImageError(f"{program if loader else 'a program loader'} is not among the tools in {self.tree}")
-        libraries = ":".join(str(self.tree / place / loader.parent.name) for place in ("usr/lib", "lib"))
+        triplet = loader.parent.name if loader.parent.name != "lib" else ""
+        libraries = ":".join(str(self.tree / place / triplet) for place in ("usr/lib", "lib"))
         return [str(loader), "--library-path", libraries, str(file)]
 
 

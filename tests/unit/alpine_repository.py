@@ -94,7 +94,7 @@ class Repository:
         for name, records in self.records.items():
             index = segment({"DESCRIPTION": b"a test", "APKINDEX": "\n".join(records).encode()}, end=True)
             digest = {"RSA": "-sha1", "RSA256": "-sha256"}[algorithm]
-            sign = ["openssl", "dgst", digest, "-sign", self.private]
+            sign = ["openssl", "dgst", digest, "-sign", str(self.private)]
             signature = subprocess.run(sign, input=index, check=True, capture_output=True).stdout
             signed = segment({f".SIGN.{algorithm}.{key}": signature}) + index
             (self.place(name) / "APKINDEX.tar.gz").write_bytes(signed)
