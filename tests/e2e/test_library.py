@@ -1,0 +1,27 @@
+"""The example in docs/library.md, outside of this repository."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import PATIENCE, ROOT, Caisson
+
+pytestmark = pytest.mark.vm
+
+
+def test_the_example_passes_from_outside(own: Caisson, tmp_path: Path) -> None:
+    found = re.search(r"```python\n(.*?)```", (ROOT / "docs/library.md").read_text(), re.DOTALL)
+    assert found
+    (tmp_path / "test_guest.py").write_text(found[1])
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "agent.client.pytest_plugin", "test_guest.py"]
+    environment = {name: value for name, value in own.environment.items() if not name.startswith("PYTEST_")}
+    environment |= {"PYTHONPATH": os.fspath(ROOT)}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
