@@ -23,6 +23,7 @@ PARTS = {
     "native": ([], ["--quick"]),
     "boot": ([], ["--rounds", "2"]),
     "guest": ([], ["--quick"]),
+    "build_time": ([], ["--quick"]),
 }
 
 

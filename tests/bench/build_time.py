@@ -1,0 +1,100 @@
+"""Seconds to build an image, whole and after a change of the agent, beside mkosi where that is installed.
+
+    python -m tests.bench.build_time [--quick]
+
+Packages are downloaded before (both keep a cache of them), and the kernel is made before: mkosi's image, a directory
+with Python alone, has none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+from image import builder
+from image.cache import Cache, default_root
+from image.definition import load
+from tests.bench.rows import Row
+
+FULL_BUDGET, AGAIN_BUDGET = 0.4, 0.5
+WHOLE, AGAIN = "full build, packages cached, beside mkosi (s)", "build after a change of the agent, beside mkosi (s)"
+
+
+class NotMeasured(Exception):
+    """The peer has no figure; the text says why."""
+
+
+def timed(work: Callable[[], object]) -> float:
+    began = time.monotonic()
+    work()
+    return time.monotonic() - began
+
+
+def ours() -> tuple[float, float]:
+    """Seconds for the whole image in an empty cache, and for the next one, with another version of the agent."""
+    downloads = default_root() / "apt"
+    builder.Build(load()).image()  # packages and kernel are there then
+    with tempfile.TemporaryDirectory(dir=default_root(), prefix="bench-") as scratch:
+        cache = Cache(Path(scratch))
+        key = builder.Build(load()).kernel_key()
+        shutil.copytree(default_root() / "kernel" / key, cache.root / "kernel" / key)
+        whole = timed(lambda: builder.Build(load(), cache, downloads=downloads).image())
+        with mock.patch.object(builder, "agent_version", lambda: "0.0.0"):
+            again = timed(lambda: builder.Build(load(), cache, downloads=downloads).image())
+    return whole, again
+
+
+def mkosis() -> tuple[float, float]:
+    """The same of mkosi: a directory with Python, and that once more from its own cache."""
+    with tempfile.TemporaryDirectory(prefix="mkosi-") as scratch:
+        for name in ("cache", "output"):
+            (Path(scratch) / name).mkdir()
+        words = [
+            "mkosi", "--distribution=debian", "--release=bookworm", "--format=directory", "--package=python3-minimal",
+            "--bootable=no", "--output-dir=output", f"--cache-dir={scratch}/cache", "--force",
+        ]  # fmt: skip
+
+        def build(*more: str) -> float:
+            return timed(lambda: subprocess.run([*words, *more], cwd=scratch, capture_output=True, check=True))
+
+        try:
+            build()  # downloads
+            whole = build()
+            build("--incremental")
+            return whole, build("--incremental")
+        except subprocess.CalledProcessError as error:
+            # Version 14 wants a system bus; 15 and newer need none.
+            raise NotMeasured(f"mkosi fails here: {error.stderr.decode(errors='replace').strip()[-200:]}") from error
+
+
+def rows(quick: bool) -> list[Row]:
+    mine = ours()
+    try:
+        if quick:
+            raise NotMeasured("minutes of mkosi are not quick")
+        if shutil.which("mkosi") is None:
+            raise NotMeasured("mkosi is not installed")
+        theirs = mkosis()
+    except NotMeasured as why:
+        return [Row(f"{what}: {why}", seconds) for what, seconds in zip((WHOLE, AGAIN), mine, strict=True)]
+    return [
+        Row.beside(WHOLE, mine[0], theirs[0], FULL_BUDGET),
+        Row.beside(AGAIN, mine[1], theirs[1], AGAIN_BUDGET),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.build_time", description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="without mkosi")
+    print(json.dumps([row.plain() for row in rows(parser.parse_args().quick)]))
+
+
+if __name__ == "__main__":
+    main()
