@@ -688,7 +688,7 @@ def list_vms_(_: Context, json: bool = False) -> None:
 def _show(columns: tuple[str, ...], data: list[Any], rows: Iterable[dict[str, Any]], *, as_json: bool) -> None:
     """Print data as JSON, or rows about it as a table."""
     if as_json:
-        print(json.dumps(data, indent=2))
+        print(_json(data))
         return
     table = [columns, *(["-" if row.get(column) is None else str(row[column]) for column in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]

@@ -1,6 +1,6 @@
-"""A VM and its agent together: what tasks.py is for the command line, for tests and programs of one's own.
+"""A guest for tests and programs of one's own: its agent, and a container to run programs in.
 
-Beside tasks.py the only place that uses both halves; nothing else of agent.client knows of image/.
+Whoever uses it has booted the guest (image.vm.VM, or a VM of another maker) and ends it: docs/library.md.
 """
 
 from __future__ import annotations
@@ -8,20 +8,23 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import uuid
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
-from proto import generate
+from agent import client
 
-generate.ensure()
 
-import image  # noqa: E402
-from agent import client  # noqa: E402
-from image.vm import VM, VMConfig, VMError  # noqa: E402
-from image.vm.template import Template  # noqa: E402
+class Machine(Protocol):
+    """What is asked of a VM: image.vm.VM has it."""
+
+    @property
+    def agent_socket(self) -> Path:
+        """The Unix socket of its agent."""
+
+    @property
+    def directory(self) -> Path:
+        """Where image.json says what is in it."""
 
 
 @dataclass(frozen=True)
@@ -34,42 +37,23 @@ class Done:
 
 
 class Guest:
-    """A guest from an image's directory (by default the default image, built if need be) or from a template's name.
+    """The guest of a running VM, for the time of a block."""
 
-    ``options`` are VMConfig's: memory, cpus, accel, vsock…  The VM ends with the block, or with this process.
-    """
-
-    def __init__(self, image: Path | None = None, *, template: str = "", name: str = "", **options: object) -> None:
-        self._image = image
-        self._template = template
-        self._name = name or f"guest-{uuid.uuid4().hex[:8]}"
-        self._options = options
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
 
     async def __aenter__(self) -> Self:
-        """Raises VMError and ImageError."""
-        self.vm: VM = await asyncio.to_thread(self._start)
-        self.agent = client.Agent.connect(self.vm.agent_socket)
+        """Raises AgentError when there is no agent."""
+        self.agent = client.Agent.connect(self.machine.agent_socket)
         await self.agent.create_sandbox()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.agent.__aexit__()
-        await asyncio.to_thread(self.vm.stop)
-
-    def _start(self) -> VM:
-        if self._template:
-            template = Template.load(self._template)
-            if template is None:
-                raise VMError(f"there is no template {self._template!r}")
-            config = VMConfig.clone(template, name=self._name, **self._options)
-            return VM.start(config, ready=partial(client.settled, hostname=self._name))
-        directory = self._image or image.build(report=lambda line: None).directory
-        config = VMConfig(directory, name=self._name, **self._options)  # type: ignore[arg-type]
-        return VM.start(config, ready=partial(client.answers, timeout=1.0))
 
     async def container(self, container_id: str = "default") -> client.Container:
         """The container of this id, made from the root file system in the image on first use."""
-        contents = json.loads((self.vm.directory / "image.json").read_text())
+        contents = json.loads((self.machine.directory / "image.json").read_text())
         return await self.agent.ensure_container(container_id, client.default_spec(contents["containers"]["busybox"]))
 
     async def run(self, *words: str | os.PathLike[str], container: str = "default", stdin: bytes = b"") -> Done:

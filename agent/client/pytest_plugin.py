@@ -1,17 +1,16 @@
 """pytest -p agent.client.pytest_plugin: tests that run programs inside a guest, one for the session.
 
-CAISSON_TEMPLATE names a template that it is made from; without, it boots the default image.
+Which guest that is, a fixture `caisson_machine` of the project's own says (docs/library.md).
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Iterator
 
 import pytest
 
-from agent.client.guest import Done, Guest
+from agent.client.guest import Done, Guest, Machine
 
 
 class GuestRunner:
@@ -27,10 +26,10 @@ class GuestRunner:
 
 
 @pytest.fixture(scope="session")
-def caisson_guest() -> Iterator[GuestRunner]:
-    """A guest that lives as long as the session."""
+def caisson_guest(caisson_machine: Machine) -> Iterator[GuestRunner]:
+    """The guest of the session's VM."""
     with asyncio.Runner() as runner:
-        guest = Guest(template=os.environ.get("CAISSON_TEMPLATE", ""))
+        guest = Guest(caisson_machine)
         runner.run(guest.__aenter__())
         try:
             yield GuestRunner(runner, guest)

@@ -16,9 +16,10 @@ pytestmark = pytest.mark.vm
 
 
 def test_the_example_passes_from_outside(own: Caisson, tmp_path: Path) -> None:
-    found = re.search(r"```python\n(.*?)```", (ROOT / "docs/library.md").read_text(), re.DOTALL)
-    assert found
-    (tmp_path / "test_guest.py").write_text(found[1])
+    files = re.findall(r"```python (\S+)\n(.*?)```", (ROOT / "docs/library.md").read_text(), re.DOTALL)
+    assert [name for name, _ in files] == ["conftest.py", "test_guest.py"]
+    for name, text in files:
+        (tmp_path / name).write_text(text)
     words = [sys.executable, "-m", "pytest", "-q", "-p", "agent.client.pytest_plugin", "test_guest.py"]
     environment = {name: value for name, value in own.environment.items() if not name.startswith("PYTEST_")}
     environment |= {"PYTHONPATH": os.fspath(ROOT)}
