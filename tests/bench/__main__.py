@@ -22,6 +22,7 @@ PARTS = {
     "runtime_latency": (["--json"], ["--json", "--samples", "15"]),
     "native": ([], ["--quick"]),
     "boot": ([], ["--rounds", "2"]),
+    "clones": ([], ["--rounds", "3"]),
     "guest": ([], ["--quick"]),
     "build_time": ([], ["--quick"]),
 }

@@ -1,7 +1,10 @@
-"""How much sooner a clone of a template answers than a guest that boots: python -m tests.bench.clones
+"""From a template of a running guest to the first answer, beside a cold boot of a static C init on the same kernel.
 
-Seconds from VM.start to the first answer of Health.Check (for a clone also with its identity, clock and random numbers
-set), both in turn, so that what else the machine does hits both.
+    python -m tests.bench.clones [--rounds N] [--memory MIB]
+
+Prints rows as JSON.  The time is the user's, as in tests.bench.boot: from the start of the QEMU process to the answer
+of Health.Check; for a settled clone also with its identity, clock and random numbers set.  A boot of the same image
+shows what the template saves.  All of them in turn, so that what else the machine does hits all.
 """
 
 from __future__ import annotations
@@ -11,55 +14,71 @@ import json
 import os
 import shutil
 import statistics
+import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import image
 from agent import client
 from image.vm import VM, VMConfig
 from image.vm.template import Template, says_ready
+from tests.bench.boot import LEAN, agent_answers, booted, init_answers, minimal, own_run_directory
+from tests.bench.rows import Row
+from tests.e2e.conftest import built
+
+ROUNDS, MEMORY = 7, 256
+BUDGET = 1.6
+
+
+@contextmanager
+def saved(image: Path, memory: int) -> Iterator[Template]:
+    """A template of an image's running guest."""
+    name = f"bench-{os.getpid()}"
+    with VM.start(VMConfig(image, name="saved", memory=memory, savable=True), ready=says_ready) as vm:
+        vm.save(name)
+    template = Template.load(name)
+    assert template is not None
+    try:
+        yield template
+    finally:
+        shutil.rmtree(template.directory)
+
+
+def measure(rounds: int, memory: int, work: Path) -> list[Row]:
+    """The rows."""
+    lean = built(*LEAN)
+    with saved(lean, memory) as template:
+        clone = VMConfig.clone(template, name="bench")
+        guests: dict[str, tuple[VMConfig, Callable[[Path], bool]]] = {
+            "limit": (VMConfig(minimal(lean, work), name="bench", memory=memory), init_answers),
+            "boot": (VMConfig(lean, name="bench", memory=memory), agent_answers),
+            "clone": (clone, agent_answers),
+            "settled": (clone, partial(client.settled, hostname="bench")),
+        }
+        times: dict[str, list[float]] = {name: [] for name in guests}
+        for _ in range(rounds):
+            for name, (config, ready) in guests.items():
+                with booted(config, ready) as (_vm, seconds):
+                    times[name].append(seconds)
+    found = {name: statistics.median(each) for name, each in times.items()}
+    limit = found["limit"]
+    what = "template to Health.Check"
+    return [
+        Row.beside(f"{what}, beside a C init that boots (s)", found["clone"], limit, BUDGET, limit),
+        Row.beside(f"{what} of a settled clone, beside a boot (s)", found["settled"], found["boot"], None, limit),
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--memory", type=int, default=256, help="MiB")
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.clones", description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of each (default: %(default)s)")
+    parser.add_argument("--memory", type=int, default=MEMORY, help="MiB (default: %(default)s)")
     options = parser.parse_args()
-    directory = image.Build(image.load(image.find("lean"), settings=["format=erofs"])).image().directory
-    name = f"bench-{os.getpid()}"
-    run = Path(tempfile.mkdtemp(prefix="caisson-", dir="/tmp"))
-    os.environ["CAISSON_RUN"] = str(run)
-    template = None
-    try:
-        saved = VMConfig(directory, name="s", memory=options.memory, savable=True)
-        with VM.start(saved, ready=says_ready) as vm:
-            vm.save(name)
-        template = Template.load(name)
-        assert template is not None
-        booted = VMConfig(directory, name="b", memory=options.memory)
-        clone = VMConfig.clone(template, name="c")
-        answers = partial(client.answers, timeout=1.0)
-        ways: dict[str, tuple[VMConfig, Callable[[Path], bool]]] = {
-            "boot": (booted, answers),
-            "clone": (clone, answers),
-            "clone, settled": (clone, partial(client.settled, hostname="c")),
-        }
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(options.rounds):
-            for way, (config, ready) in ways.items():
-                began = time.monotonic()
-                with VM.start(config, ready=ready):
-                    seconds[way].append(time.monotonic() - began)
-        for way, found in seconds.items():
-            figures = {"median": statistics.median(found), "best": min(found), "worst": max(found)}
-            print(json.dumps({"way": way, "rounds": len(found)} | {k: round(v, 3) for k, v in figures.items()}))
-    finally:
-        if template is not None:
-            shutil.rmtree(template.directory)
-        shutil.rmtree(run)
+    with own_run_directory(), tempfile.TemporaryDirectory(prefix="caisson-bench-") as work:
+        rows = measure(options.rounds, options.memory, Path(work))
+    json.dump([row.plain() for row in rows], sys.stdout)
 
 
 if __name__ == "__main__":

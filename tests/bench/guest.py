@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from agent.client import Agent, default_spec
-from image.vm import VM
+from image.vm import VM, VMConfig
 from proto import agent_pb2
 from tests.bench.boot import LEAN, agent_answers, booted, own_run_directory
 from tests.bench.native import MIB, bulk, first_byte
@@ -165,7 +165,8 @@ async def copy_in(vm: VM, files: dict[str, bytes]) -> None:
 def measure(quick: bool, work: Path) -> list[Row]:
     """All rows."""
     program = compile_peer(work).read_bytes()
-    with booted(built(*LEAN), agent_answers, f"agent.debug_console_vport={CONSOLE}") as (vm, _):
+    config = VMConfig(built(*LEAN), name="bench", append=f"agent.debug_console_vport={CONSOLE}")
+    with booted(config, agent_answers) as (vm, _):
         shell = Shell(vm)
         agent_alone = shell("cat /proc/1/smaps_rollup")
         used = idle(vm, 10 if quick else 30)
