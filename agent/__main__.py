@@ -164,7 +164,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log) -> None:
         if tracing.enabled:
             await asyncio.to_thread(tracing.stop)
     files.close()
-    launcher.close()
+    await launcher.close()
     nsexec.close()
     reaper.stop(loop)
 

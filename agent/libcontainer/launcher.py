@@ -249,10 +249,12 @@ class Launcher:
         assert launch.child is not None
         return launch.child
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Let go of all containers; their processes are not touched."""
-        for watcher in self._watchers:
+        watchers = list(self._watchers)
+        for watcher in watchers:
             watcher.cancel()
+        await asyncio.gather(*watchers, return_exceptions=True)  # nothing of it runs in the loop any more
         for launch in self._inits.values():
             launch.close()
         self._inits.clear()

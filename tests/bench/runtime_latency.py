@@ -149,7 +149,7 @@ class Ours:
         if self.target is not None:
             self.target.signal(9)
             self._loop.run_until_complete(self.target.wait())
-        self._launcher.close()
+        self._loop.run_until_complete(self._launcher.close())
         self._nsexec.close()
         self._reaper.stop(self._loop)
         os.close(self._null)
@@ -250,18 +250,16 @@ def measure(samples: int) -> list[Row]:
         try:
             for one in everyone.values():
                 one.begin()  # type: ignore[attr-defined]
+            assert ours.target is not None
             for number in range(samples + 3):
                 for name, one in everyone.items():
                     for kind in ("exec", "run"):
                         took = timed(getattr(one, kind))
                         if number >= 3:  # the first ones warm caches
                             times.setdefault((name, kind), []).append(took)
+                for kind, where in (("exec", str(ours.target.pid)), ("run", str(rootfs))):
+                    times.setdefault(("limit", kind), []).append(limit(work / "limit", kind, where, 1))
             memory = {name: statistics.median(one.memory() for _ in range(5)) for name, one in everyone.items()}  # type: ignore[attr-defined]
-            assert ours.target is not None
-            limits = {
-                "exec": limit(work / "limit", "exec", str(ours.target.pid), samples),
-                "run": limit(work / "limit", "run", str(rootfs), samples),
-            }
         finally:
             for one in everyone.values():
                 one.close()  # type: ignore[attr-defined]
@@ -271,7 +269,7 @@ def measure(samples: int) -> list[Row]:
         own = medians["ours", kind]
         for peer, bound in (("crun", budget), ("runc", None)):
             theirs = medians[peer, kind]
-            rows.append(Row.beside(f"{what}, beside {peer} (ms)", own, theirs, bound, limits[kind]))
+            rows.append(Row.beside(f"{what}, beside {peer} (ms)", own, theirs, bound, medians["limit", kind]))
     own_memory, theirs = memory["ours"], memory["crun"]
     rows.append(Row.beside("private memory, beside crun (KiB)", own_memory, theirs, MEMORY_BUDGET))
     return rows

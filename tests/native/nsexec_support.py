@@ -217,7 +217,7 @@ class Box:
             if launched.console is not None:
                 os.close(launched.console)
         self.run(self._settle())
-        self.launcher.close()
+        self.run(self.launcher.close())
         left = children()
         self.loop.remove_signal_handler(signal.SIGCHLD)
         self.loop.close()

@@ -396,3 +396,13 @@ def test_the_program_is_sealed(nsexec_path: Path) -> None:
         os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_TRUNC)
     assert struct.unpack("4s", os.pread(fd, 4, 0))[0] == b"\x7fELF"
     nsexec.close()
+
+
+def test_letting_go_of_a_container_that_runs(box: Box) -> None:
+    async def tasks_left() -> int:
+        await box.launcher.close()
+        return len(asyncio.all_tasks()) - 1
+
+    init = box.run(box.running())
+    assert box.run(tasks_left()) == 0
+    os.kill(init.child.pid, 0)
