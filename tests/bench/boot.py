@@ -46,8 +46,8 @@ def minimal(image: Path, work: Path) -> Path:
     target = work / f"minimal-{image.name}"
     target.mkdir()
     program = work / "init"
-    command = ["musl-gcc", "-static", "-O2", "-idirafter", "/usr/include", *headers(), "-o", program]
-    subprocess.run([*command, ROOT / "tests/bench/init.c"], check=True)
+    command = ["musl-gcc", "-static", "-O2", "-idirafter", "/usr/include", *headers(), "-o"]
+    subprocess.run([*command, program, ROOT / "tests/bench/init.c"], check=True)
     document = json.loads((image / "image.json").read_text())
     shutil.copy(image / document["kernel"]["file"], target)
     document["root"] = {"file": "initrd.img", "format": "initrd"}

@@ -159,7 +159,8 @@ async def flat(
     async def median() -> float:
         return statistics.median([await first_byte(container) for _ in range(40)])
 
-    found, more = {}, []
+    found: dict[str, float] = {}
+    more: list[Container] = []
     before = await median()
     for count in counts:
         while len(more) + 1 < count:
@@ -198,10 +199,11 @@ async def measure(work: Path, running: RunningAgent, crun: Crun, samples: int, q
             async with bare_calls(path) as call:
                 echoes = await echo_times(container, samples * 10, lambda: call("Nothing", b""))
                 what = "WriteStdin to echo in ReadStdout, beside an empty call (ms)"
-                rows.append(Row.beside(what, *map(statistics.median, echoes), ECHO_BUDGET))
+                own, peer = map(statistics.median, echoes)
+                rows.append(Row.beside(what, own, peer, ECHO_BUDGET))
                 pairs = [(await bulk(container, size), await raw_bulk(call, size)) for _ in range(5)]
-                medians = [statistics.median(column) for column in zip(*pairs, strict=True)]
-                rows.append(Row.beside("stdout by gRPC, beside bare unary calls (ms/MiB)", *medians, BULK_BUDGET))
+                own, peer = (statistics.median(column) for column in zip(*pairs, strict=True))
+                rows.append(Row.beside("stdout by gRPC, beside bare unary calls (ms/MiB)", own, peer, BULK_BUDGET))
         rows += await flat(agent, running, container, (10,) if quick else (10, 100), 200 if quick else 1000)
         await container.remove()
     return rows

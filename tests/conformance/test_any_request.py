@@ -121,6 +121,7 @@ class Requests:
         return build()
 
     def _field(self, field: FieldDescriptor, depth: int) -> st.SearchStrategy[Any]:
+        assert field.containing_type is not None
         special = self._by_message.get((field.containing_type.name, field.name), self._by_name.get(field.name))
         plain = field.message_type is None and field.type not in (field.TYPE_BOOL, field.TYPE_ENUM, field.TYPE_BYTES)
         if special is not None and plain and (not field.is_repeated or field.name == "Args"):
@@ -144,6 +145,7 @@ class Requests:
         if field.type == field.TYPE_BOOL:
             return st.booleans()
         if field.type == field.TYPE_ENUM:
+            assert field.enum_type is not None
             return st.sampled_from([value.number for value in field.enum_type.values])
         return st.floats(allow_nan=False, width=32)
 

@@ -10,7 +10,6 @@ import struct
 import subprocess
 import termios
 import time
-from types import TracebackType
 from typing import Any, Self
 
 from tests.e2e.conftest import Caisson
@@ -74,7 +73,7 @@ class Terminal:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.wait()
         os.close(self.fd)

@@ -34,7 +34,12 @@ def forwarding(vm: Caisson, *words: str) -> Iterator[int]:
 def exchange(port: int, data: bytes) -> bytes:
     """Send all of it, say so, and return all that comes."""
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
-        sender = threading.Thread(target=lambda: (connection.sendall(data), connection.shutdown(socket.SHUT_WR)))
+
+        def send() -> None:
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
+
+        sender = threading.Thread(target=send)
         sender.start()
         received = b""
         while piece := connection.recv(65536):

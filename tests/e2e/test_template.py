@@ -87,7 +87,7 @@ async def ask(caisson: Caisson, name: str) -> Answer:
         output = b"".join([data async for data in process.stdout()])
         assert await process.wait() == 0
         lines = output.decode().split("\n")
-        return Answer(*lines[:5], int(lines[5]), (began, time.time()))  # type: ignore[arg-type]
+        return Answer(*lines[:5], int(lines[5]), (began, time.time()))  # type: ignore[arg-type, call-arg]
 
 
 async def ask_all(caisson: Caisson, names: list[str]) -> list[Answer]:

@@ -27,8 +27,8 @@ PIECE = 1 << 17
 def compile_peer(directory: Path) -> Path:
     """The guest's program, for any guest of this machine's architecture."""
     program = directory / "peer"
-    command = ["musl-gcc", "-O2", "-static", "-Wall", "-Wextra", "-Werror", "-o", program, ROOT / "tests/guest/peer.c"]
-    subprocess.run(command, check=True)
+    command = ["musl-gcc", "-O2", "-static", "-Wall", "-Wextra", "-Werror", "-o"]
+    subprocess.run([*command, program, ROOT / "tests/guest/peer.c"], check=True)
     return program
 
 

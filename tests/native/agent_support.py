@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -98,7 +98,7 @@ async def sh(container: Container, script: str, **options: Any) -> Process:
     return await container.exec(["/bin/sh", "-c", script], env=["PATH=/bin"], **options)
 
 
-async def refused(call: Coroutine[Any, Any, Any]) -> tuple[grpc.StatusCode, str]:
+async def refused(call: Awaitable[Any]) -> tuple[grpc.StatusCode, str]:
     """The status and text of a call that must fail."""
     try:
         await call

@@ -108,7 +108,7 @@ def test_an_interface_gets_its_name_and_addresses(alone: RunningAgent) -> None:
         (wanted(name="a b"), Code.INVALID_ARGUMENT, "'a b' is no interface's name: 1 to 15 bytes"),
     ],
 )
-def test_an_interface_that_cannot_be_made(alone: RunningAgent, request_: Any, code: Code, text: str) -> None:
+def test_an_interface_that_cannot_be_made(alone: RunningAgent, request_: Any, code: grpc.StatusCode, text: str) -> None:
     async def work() -> None:
         async with alone.connect() as client:
             found, message = await refused(client.rpc.UpdateInterface(request_))

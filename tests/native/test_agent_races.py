@@ -184,7 +184,7 @@ def test_one_that_does_not_read_does_not_hold_up_others(agent: RunningAgent) -> 
             container = await running(client, agent)
             deaf = await container.exec(["/bin/sleep", "1000"])
             write = asyncio.ensure_future(deaf.write(bytes(1 << 20)))
-            waits = [asyncio.ensure_future(deaf.wait()) for _ in range(50)]
+            waits: list[asyncio.Future[Any]] = [asyncio.ensure_future(deaf.wait()) for _ in range(50)]
             waits += [asyncio.ensure_future(anext(deaf.stdout())) for _ in range(50)]
             for name in ("box", "other"):
                 process = await sh(await running(client, agent, name), "cat")

@@ -152,7 +152,7 @@ def test_of_the_sandbox_itself(agent: RunningAgent, place: Path) -> None:
     ],
 )
 def test_a_failure_takes_back_what_was_mounted(
-    agent: RunningAgent, place: Path, bad: dict[str, Any], code: Code, text: str
+    agent: RunningAgent, place: Path, bad: dict[str, Any], code: grpc.StatusCode, text: str
 ) -> None:
     async def work() -> None:
         async with agent.connect() as client:

@@ -313,7 +313,7 @@ def test_containers_are_in_every_hierarchy_from_their_first_instruction(agent: R
             process = await sh(container, "cat /proc/self/cgroup")
             second = (await output(process)).decode()
             for text in (first, second):
-                found = {}
+                found: dict[str, str] = {}
                 for line in text.splitlines():
                     _, names, path = line.split(":")
                     found |= dict.fromkeys(names.split(","), path)

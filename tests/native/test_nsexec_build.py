@@ -17,7 +17,7 @@ def readelf(program: Path) -> str:
 
 
 def test_flags(tmp_path: Path) -> None:
-    command = ["make", "-n", "-C", ROOT / "agent/nsexec", f"BUILD={tmp_path}"]
+    command = ["make", "-n", "-C", str(ROOT / "agent/nsexec"), f"BUILD={tmp_path}"]
     words = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     strict = {"-std=c11", "-Wall", "-Wextra", "-Werror"}
     hardened = {"-fstack-protector-strong", "-D_FORTIFY_SOURCE=2", "-fstack-clash-protection", "-fcf-protection"}

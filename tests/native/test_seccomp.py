@@ -54,8 +54,8 @@ NOT_YET = 10_000  # a number that no kernel has
 def caller(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("caller")
     (directory / "caller.c").write_text(CALLER)
-    command = ["musl-gcc", "-static", "-O1", "-o", directory / "caller", directory / "caller.c"]
-    subprocess.run(command, check=True)
+    command = ["musl-gcc", "-static", "-O1", "-o"]
+    subprocess.run([*command, directory / "caller", directory / "caller.c"], check=True)
     return directory / "caller"
 
 

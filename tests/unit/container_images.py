@@ -37,7 +37,7 @@ def layer(*members: Member) -> bytes:
             fields = dict(fields)
             data = fields.pop("data", b"")
             member = tarfile.TarInfo(name)
-            member.size, member.mode = len(data), 0o644
+            member.size, member.mode, member.pax_headers = len(data), 0o644, {}
             for attribute, value in fields.pop("xattrs", {}).items():
                 member.pax_headers[f"SCHILY.xattr.{attribute}"] = value.decode("utf-8", "surrogateescape")
             for field, value in fields.items():

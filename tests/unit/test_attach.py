@@ -26,7 +26,7 @@ class Pretended:
 
     async def write(self, data: bytes) -> None:
         if self.endless:
-            raise AgentError(None, "write |1: broken pipe")  # type: ignore[arg-type]
+            raise AgentError(None, "write |1: broken pipe")
         await self.input.put(data)
 
     async def close_stdin(self) -> None:

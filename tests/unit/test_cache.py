@@ -134,8 +134,11 @@ def test_trimming_removes_what_killed_builds_left_and_nothing_of_running_ones(ca
 
 
 def test_those_used_last_are_kept(cache: Cache) -> None:
+    def make(target: Path) -> None:
+        (target / "f").write_bytes(bytes(1000))
+
     for number, (step, key) in enumerate([("one", "a"), ("two", "b"), ("one", "c"), ("two", "d")]):
-        result = cache.get_or_make(step, key, lambda target: (target / "f").write_bytes(bytes(1000)) and None)
+        result = cache.get_or_make(step, key, make)
         os.utime(result / ".used", (1000 + number, 1000 + number))
     cache.get("one", "a")  # used just now
     assert cache.trim(2500) == 2000

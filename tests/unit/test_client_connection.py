@@ -15,7 +15,8 @@ SLOWNESS = 1.5
 
 
 async def _version(request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
-    return health_pb2.VersionCheckResponse(agent_version="slow").SerializeToString()
+    answer: bytes = health_pb2.VersionCheckResponse(agent_version="slow").SerializeToString()
+    return answer
 
 
 async def _carry(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:

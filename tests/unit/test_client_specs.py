@@ -132,7 +132,8 @@ class SlowGuest:
 def test_a_disk_is_waited_for() -> None:
     guest: Any = SlowGuest()
     spec = rootdisk.image_spec(["/x"])
-    assert asyncio.run(rootdisk.create(guest, "web", spec, "10/00", "squashfs")) == "web"
+    container: Any = asyncio.run(rootdisk.create(guest, "web", spec, "10/00", "squashfs"))
+    assert container == "web"
     request = guest.requests[-1]
     assert len(guest.requests) == 3 and request.container_id == "web"
     disk, *_, root = request.storages

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from image.definition import DEFAULT, DefinitionError, host_architecture, load
+from image.definition import DEFAULT, host_architecture, load
+from image.settings import DefinitionError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 
@@ -328,7 +329,7 @@ def test_a_missing_tool_is_named_with_its_package(
 
 def test_what_a_tool_complains_of_is_told(tmp_path: Path) -> None:
     with pytest.raises(CommandFailed, match="nonsense"):
-        disk._write_erofs(tmp_path / "image", MEMBERS[1:-1], disk.UUID(int=0), HOST, options=["-znonsense"])
+        disk._write_erofs(tmp_path / "image", MEMBERS[1:-1], UUID(int=0), HOST, options=["-znonsense"])
     assert list(tmp_path.glob(".*")) == []
 
 
@@ -360,7 +361,7 @@ def test_a_file_of_more_than_512_mib_is_refused_by_ext4(tmp_path: Path) -> None:
             return (512 << 20) + 1
 
     with pytest.raises(ImageError, match="huge is larger than 512 MiB"):
-        ext4.write_ext4(tmp_path / "image", [Entry("huge", FILE | 0o644, Huge())], disk.UUID(int=1))
+        ext4.write_ext4(tmp_path / "image", [Entry("huge", FILE | 0o644, Huge())], UUID(int=1))
     with pytest.raises(ImageError, match=r"lost\+found"):
-        ext4.write_ext4(tmp_path / "image", [Entry("lost+found", DIRECTORY | 0o755)], disk.UUID(int=1))
+        ext4.write_ext4(tmp_path / "image", [Entry("lost+found", DIRECTORY | 0o755)], UUID(int=1))
     assert list(tmp_path.iterdir()) == []

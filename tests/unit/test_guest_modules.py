@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from agent import syscalls
 from agent.errors import Refused
 from agent.guest import modules
 
@@ -29,7 +30,7 @@ def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, s
             raise FileExistsError(17, "exists")
         given.append((name, parameters))
 
-    monkeypatch.setattr(modules.syscalls, "finit_module", finit_module)
+    monkeypatch.setattr(syscalls, "finit_module", finit_module)
     return given
 
 

@@ -237,7 +237,7 @@ def test_on_vsock_only_the_host_is_welcome(cid: int, welcome: bool) -> None:
             joined.set()
 
         guest._join = join  # type: ignore[method-assign]
-        asyncio.get_running_loop().sock_accept = accept  # type: ignore[method-assign]
+        asyncio.get_running_loop().sock_accept = accept  # type: ignore[assignment, method-assign]
         task = asyncio.ensure_future(guest.run())
         await asyncio.wait([asyncio.ensure_future(joined.wait() if welcome else log.said.wait())])
         assert (joined.is_set(), connection.closed) == (welcome, not welcome)
@@ -264,7 +264,7 @@ def test_a_lack_of_descriptors_passes(tmp_path: Path) -> None:
                     raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
                 return connection
 
-            loop.sock_accept = failing  # type: ignore[method-assign]
+            loop.sock_accept = failing  # type: ignore[assignment, method-assign]
             data = b""
             while failures or data != PREFACE:
                 reader, writer = await asyncio.open_unix_connection(front)

@@ -57,6 +57,13 @@ async def is_reaped(pid: int) -> None:
         await asyncio.sleep(0.001)
 
 
+async def until_it_has_ended(child: Child) -> None:
+    """Let a process that stops itself go on: again and again, since it may not have stopped yet."""
+    while child.status is None:
+        child.signal(signal.SIGCONT)
+        await asyncio.sleep(0.001)
+
+
 @alone
 async def test_statuses(reaper: Reaper) -> None:
     wanted = {"exit 0": 0, "exit 7": 7, "exit 255": 255, "kill -9 $$": 137, "kill -TERM $$": 143, "kill -SEGV $$": 139}
@@ -72,10 +79,7 @@ async def test_any_number_of_waiters_before_and_after(reaper: Reaper) -> None:
     waiters[0].cancel()
     await asyncio.gather(waiters[0], return_exceptions=True)
     assert child.status is None
-    child.signal(signal.SIGCONT)
-    while child.status is None:  # it may not have stopped yet
-        child.signal(signal.SIGCONT)
-        await asyncio.sleep(0.001)
+    await until_it_has_ended(child)
     assert await asyncio.gather(*waiters[1:]) == [3] * 9
     assert await child.wait() == 3
 
@@ -106,9 +110,7 @@ async def test_a_kept_status_is_not_given_to_a_later_process_of_the_same_number(
         reaper._unclaimed[pid] = 1  # as if an orphan of this number had ended before
         child = reaper.claim(pid)
         assert child.status is None
-        while child.status is None:
-            child.signal(signal.SIGCONT)
-            await asyncio.sleep(0.001)
+        await until_it_has_ended(child)
         assert child.status == 8
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from agent.record import NOTHING, Record
@@ -14,6 +16,10 @@ class Point(Record):
 
 class Point3(Point):
     z: int = 3
+
+
+#: As a program without types sees it.
+POINT: Any = Point
 
 
 def test_fields_and_defaults() -> None:
@@ -36,7 +42,7 @@ def test_a_change_is_another_record() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: Point(), lambda: Point(1, 2, 3), lambda: Point(1, x=1), lambda: Point(1, q=1)]
+    "make", [lambda: POINT(), lambda: POINT(1, 2, 3), lambda: POINT(1, x=1), lambda: POINT(1, q=1)]
 )
 def test_wrong_fields_are_refused(make: object) -> None:
     with pytest.raises(TypeError):

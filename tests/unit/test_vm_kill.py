@@ -49,7 +49,7 @@ def test_a_killed_part_takes_everything_with_it(image: Path, tmp_path: Path, par
     os.kill(pids[part], signal.SIGKILL)
     nothing_left(tmp_path / "r")
     for pid in pids.values():
-        wait_until(lambda pid=pid: not lives(pid))
+        wait_until(lambda gone=pid: not lives(gone))  # type: ignore[misc]
     again = start(image)  # the name is free
     again.stop()
 
@@ -93,7 +93,7 @@ def test_killed_at_any_moment_of_the_start(image: Path, tmp_path: Path, victim: 
                     return [starter.pid]
                 return [pid for pid, line in processes_of(run).items() if victim in line and "janitor" not in line]
 
-            wait_until(lambda victims=victims, starter=starter: victims() or starter.poll() is not None)
+            wait_until(lambda victims=victims, starter=starter: victims() or starter.poll() is not None)  # type: ignore[misc]
             time.sleep(moment)  # the moment is the point of the test
             for pid in victims():
                 os.kill(pid, signal.SIGKILL)

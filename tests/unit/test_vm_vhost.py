@@ -229,8 +229,8 @@ def test_one_side_that_breaks_ends_the_other(tmp_path: Path) -> None:
 
 def test_the_program_serves_and_cleans_up(tmp_path: Path) -> None:
     reading, writing = os.pipe()
-    script = Path(relay.__file__)
-    words = [sys.executable, "-I", "-S", script, "--cid", "1234567", "--socket", tmp_path / "h"]
+    script = str(Path(relay.__file__))
+    words = [sys.executable, "-I", "-S", script, "--cid", "1234567", "--socket", str(tmp_path / "h")]
     with subprocess.Popen(
         [*words, "--raw", f"{tmp_path / 'a'}=1024", "--ready-fd", str(writing)], pass_fds=[writing]
     ) as program:

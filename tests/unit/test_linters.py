@@ -1,0 +1,55 @@
+"""The tree is typed and formatted as pyproject.toml says, and imports run one way (design: tasks → image, agent.client;
+agent.api → model → libcontainer, guest)."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+#: Packages and modules, and what nothing in them may import.  The longest name that fits a module is its rule.
+FORBIDDEN = {
+    "image": ("agent", "tasks", "tests"),
+    "agent": ("image", "tasks", "tests", "agent.client", "agent.api"),
+    "agent.__main__": ("image", "tasks", "tests", "agent.client"),
+    "agent.api": ("image", "tasks", "tests", "agent.client"),
+    "agent.client": ("image", "tasks", "tests", "agent.api"),
+    "agent.libcontainer": ("image", "tasks", "tests", "agent.client", "agent.api", "agent.sandbox", "proto", "grpc"),
+    "agent.guest": ("image", "tasks", "tests", "agent.client", "agent.api", "agent.sandbox", "proto", "grpc"),
+    "proto": ("agent", "image", "tasks", "tests"),
+}
+
+
+@pytest.mark.parametrize("words", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]], ids=" ".join)
+def test_a_linter_finds_nothing(words: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", *words, "."], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The modules that a file names in imports, also those inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def under(module: str, package: str) -> bool:
+    return f"{module}.".startswith(f"{package}.")
+
+
+@pytest.mark.parametrize("package", ["agent", "image", "proto"])
+def test_imports_run_one_way(package: str) -> None:
+    wrong = []
+    for path in (ROOT / package).rglob("*.py"):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        rule = max((name for name in FORBIDDEN if under(module, name)), key=len)
+        wrong += [f"{module} imports {name}" for name in imported(path) for bad in FORBIDDEN[rule] if under(name, bad)]
+    assert wrong == []
