@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from image.layers import Malformed
+from image.programs import which
 from image.run import MissingProgram
 
 BLOCK = 1 << 20
@@ -137,7 +138,7 @@ def unpack(source: IO[bytes], target: Path, shown: str) -> str:
 @contextlib.contextmanager
 def _zstd(source: IO[bytes], beside: Path, shown: str) -> Iterator[IO[bytes]]:
     """What is in a file that zstd has compressed: Python has it only from 3.14 on."""
-    program = shutil.which("zstd")
+    program = which("zstd")
     if program is None:
         raise MissingProgram("zstd")
     with beside.open("w+b") as file:  # a member of an archive is no file that a program could read

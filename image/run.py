@@ -10,18 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from image.errors import ImageError
-
-#: Which Debian package brings a program, where the names differ.
-PACKAGES = {
-    "apt-config": "apt",
-    "apt-get": "apt",
-    "dpkg-deb": "dpkg",
-    "mkfs.erofs": "erofs-utils",
-    "mksquashfs": "squashfs-tools",
-    "musl-gcc": "musl-tools",
-    "readelf": "binutils",
-    "sqfstar": "squashfs-tools",
-}
+from image.programs import package_of, search_path
 
 #: What is passed on of the caller's environment: where things are, and how the network is reached.
 KEPT = re.compile(r"PATH|HOME|TMPDIR|XDG_\w+_HOME|PIP_\w+|(?i:https?|ftp|all|no)_(?i:proxy)|(?:REQUESTS|SSL|CURL)_C\w+")
@@ -31,8 +20,7 @@ class MissingProgram(ImageError):
     """A program is not installed."""
 
     def __init__(self, program: str) -> None:
-        package = PACKAGES.get(program, program)
-        super().__init__(f"{program} is not installed; run: sudo apt-get install {package}")
+        super().__init__(f"{program} is not installed; run: sudo apt-get install {package_of(program)}")
         self.program = program
 
 
@@ -59,7 +47,7 @@ def run(
     """
     words = [os.fspath(word) for word in argv]
     settings = {name: value for name, value in os.environ.items() if KEPT.fullmatch(name)}
-    settings |= {"LC_ALL": "C.UTF-8", **(env or {})}
+    settings |= {"PATH": search_path(), "LC_ALL": "C.UTF-8", **(env or {})}
     try:
         done = subprocess.run(words, cwd=cwd, env=settings, input=stdin, capture_output=True)
     except FileNotFoundError as error:

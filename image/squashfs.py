@@ -7,7 +7,6 @@ only since 1.7, which Debian 12 does not have.  Nothing is compressed: emulated 
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 import subprocess
 import tarfile
@@ -16,6 +15,7 @@ from typing import IO
 
 from image.errors import ImageError
 from image.layers import Node, Tree, walk
+from image.programs import which
 from image.run import KEPT, CommandFailed, MissingProgram
 
 PROGRAM = "sqfstar"
@@ -44,7 +44,7 @@ def write_squashfs(tree: Tree, target: Path) -> None:
 
     Raises ImageError: a program that is missing or fails, or a file that changes meanwhile.
     """
-    program = shutil.which(PROGRAM)
+    program = which(PROGRAM)
     if program is None:
         raise MissingProgram(PROGRAM)
     words = [program, *OPTIONS, str(target)]

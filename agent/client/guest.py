@@ -8,11 +8,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 from agent import client
+
+T = TypeVar("T")
 
 
 class Machine(Protocol):
@@ -25,6 +28,21 @@ class Machine(Protocol):
     @property
     def directory(self) -> Path:
         """Where image.json says what is in it."""
+
+
+def known(machine: Machine) -> client.Known:
+    """The containers that were made in a VM."""
+    return client.Known(machine.directory / "containers")
+
+
+def ask(machine: Machine, work: Callable[[client.Agent], Awaitable[T]]) -> T:
+    """What a VM's agent answers, for callers that are no coroutines.  Raises AgentError."""
+
+    async def asked() -> T:
+        async with client.Agent.connect(machine.agent_socket) as agent:
+            return await work(agent)
+
+    return asyncio.run(asked())
 
 
 @dataclass(frozen=True)
@@ -54,7 +72,12 @@ class Guest:
     async def container(self, container_id: str = "default") -> client.Container:
         """The container of this id, made from the root file system in the image on first use."""
         contents = json.loads((self.machine.directory / "image.json").read_text())
-        return await self.agent.ensure_container(container_id, client.default_spec(contents["containers"]["busybox"]))
+        spec = client.default_spec(contents["containers"]["busybox"])
+        container = await self.agent.ensure_container(container_id, spec)
+        made = known(self.machine)
+        if container_id not in made.names():  # what is known of one from an image says which disk it is on
+            made.add(container_id)
+        return container
 
     async def run(self, *words: str | os.PathLike[str], container: str = "default", stdin: bytes = b"") -> Done:
         """Run a program in a container to its end.  Raises ProgramError when it cannot be run."""

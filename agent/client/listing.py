@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import grpc
@@ -118,3 +119,14 @@ def signal_number(text: str) -> int:
     if not 1 <= number <= signal.SIGRTMAX:
         raise Mistake(f"{text!r} is not a signal; their numbers are 1 to {int(signal.SIGRTMAX)}")
     return number
+
+
+def show(columns: Sequence[str], data: object, rows: Iterable[Mapping[str, Any]], *, as_json: bool) -> None:
+    """Print data as JSON, or rows about it as a table."""
+    if as_json:
+        print(json.dumps(data, indent=2))
+        return
+    table = [columns, *(["-" if row.get(column) is None else str(row[column]) for column in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())

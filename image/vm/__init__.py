@@ -1,10 +1,10 @@
-"""Virtual machines: `VM.start` boots an image, `find_vm` and `list_vms` find what runs.
+"""Virtual machines: `VM.start` boots an image, `find_vm`, `get_vm` and `list_vms` find what runs.
 
 with VM.start(VMConfig(image), ready=lambda socket: …) as vm:
     …                                   # vm.agent_socket leads to the agent
 """
 
 from image.vm.errors import VMError
-from image.vm.machine import VM, VMConfig, find_vm, list_vms
+from image.vm.machine import VM, VMConfig, find_vm, get_vm, list_vms
 
-__all__ = ["VM", "VMConfig", "VMError", "find_vm", "list_vms"]
+__all__ = ["VM", "VMConfig", "VMError", "find_vm", "get_vm", "list_vms"]

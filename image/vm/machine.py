@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
 import select
@@ -121,6 +122,11 @@ class VM:
     def host_port(self, port: int) -> Path:
         """Where the guest's connections to a vsock port of the host arrive, once somebody listens there."""
         return self.vsock_socket.with_name(f"{self.vsock_socket.name}_{port}")
+
+    @property
+    def architecture(self) -> str:
+        """The guest's, in the words of Go and Debian: amd64."""
+        return str(json.loads((self.directory / "image.json").read_text())["arch"])
 
     @property
     def kernel_words(self) -> list[str]:
@@ -353,6 +359,15 @@ def find_vm(name: str) -> VM | None:
         return None
     info = directory.read()
     return VM(directory, info) if info else None
+
+
+def get_vm(name: str) -> VM:
+    """The same, where there has to be one.  Raises VMError that says which there are."""
+    vm = find_vm(name)
+    if vm is None:
+        names = ", ".join(other.name for other in list_vms()) or "none"
+        raise VMError(f"there is no VM {name!r}; running: {names}; start it: invoke boot-vm --name {name} --detach")
+    return vm
 
 
 def list_vms() -> list[VM]:

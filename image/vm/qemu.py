@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from image.programs import package_of, which
 from image.vm.errors import VMError
 
 #: QEMU before it does not tell vhost-user devices to enable their rings, and lacks options used here.
@@ -62,9 +62,6 @@ CPUS = {"tcg": "max", "kvm": "host"}
 
 #: How many times memory can be added.
 MEMORY_SLOTS = 8
-
-#: The Debian package of each program.
-PACKAGES = {"qemu-system-x86_64": "qemu-system-x86", "qemu-system-aarch64": "qemu-system-arm"}
 
 
 @dataclass(frozen=True)
@@ -144,9 +141,9 @@ def architecture_of(manifest: Mapping[str, Any]) -> Architecture:
 
 def probe(architecture: Architecture) -> Program:
     """A usable QEMU.  Raises VMError that says what to install."""
-    program = shutil.which(architecture.program)
+    program = which(architecture.program)
     if program is None:
-        package = PACKAGES[architecture.program]
+        package = package_of(architecture.program)
         raise VMError(f"{architecture.program} is not installed; run: sudo apt-get install {package}")
     answer = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
     found = re.search(r"version (\d+)\.(\d+)", answer)

@@ -80,6 +80,14 @@ class Template:
     created: float = 0.0
 
     @classmethod
+    def named(cls, name: str) -> Self:
+        """The template of this name.  Raises VMError when there is none."""
+        found = cls.load(name)
+        if found is None:
+            raise VMError(f"there is no template {name!r}; save one: invoke save-template --name {name}")
+        return found
+
+    @classmethod
     def load(cls, name: str, root: Path | None = None) -> Self | None:
         """The template of this name, if there is one.  Raises VMError for a name that cannot be one's."""
         directory = _cache(root).get(STEP, checked(name))
