@@ -58,6 +58,8 @@ generate.ensure()
 import asyncio  # noqa: E402
 import contextlib  # noqa: E402
 import functools  # noqa: E402
+import json as jsonlib  # noqa: E402
+import shlex  # noqa: E402
 import signal  # noqa: E402
 import subprocess  # noqa: E402
 import time  # noqa: E402
@@ -76,6 +78,8 @@ from image.commands import image_directory  # noqa: E402
 from image.programs import TO_BOOT, TO_BUILD, TO_COMPILE, TO_PACK, need  # noqa: E402
 from image.vm import VM, VMConfig, VMError, find_vm, get_vm, list_vms  # noqa: E402
 from image.vm.disks import plug_disk, unplug_unused  # noqa: E402
+from image.vm.dryrun import DryRun  # noqa: E402
+from image.vm.dryrun import dry_run as planned  # noqa: E402
 from image.vm.template import Template  # noqa: E402
 
 #: Exit status when a command could not be run at all; 126, 127 and 128+n are those of a shell.
@@ -181,6 +185,8 @@ def _vm_for(name: str, report: Callable[[str], None]) -> Iterator[VM]:
         "share": "TAG=DIR or TAG=DIR:rw, a directory of this machine that the guest can mount by 9p; may be repeated",
         "append": "more of the kernel's command line, for example agent.log=debug",
         "detach": "leave it running in the background",
+        "dry-run": "print QEMU's command, quoted for a shell, and start nothing; why it is so goes to stderr",
+        "json": "with --dry-run: the command as a list",
         "timeout": "seconds to wait for the agent (default: 60 with KVM, 240 with TCG)",
     },
 )
@@ -198,12 +204,16 @@ def boot_vm(
     max_cpus: int = 0,
     append: str = "",
     detach: bool = False,
+    dry_run: bool = False,
+    json: bool = False,
     timeout: float = 0.0,
 ) -> None:
     """Boot a VM and wait for its agent; shows the console until Ctrl-C unless detached.
 
     Example: invoke boot-vm --name web --memory 1024 --detach
     """
+    if json and not dry_run:
+        raise client.Mistake("--json goes with --dry-run; what runs is told by: invoke list-vms --json")
     need(TO_BOOT, _say)
     ready = functools.partial(client.answers, timeout=1.0)
     if template:
@@ -219,6 +229,9 @@ def boot_vm(
             cpus=cpus or 1, append=append, max_memory=max_memory, max_cpus=max_cpus,
             shares=dict(_share(text) for text in share),
         )  # fmt: skip
+    if dry_run:
+        _show_dry_run(planned(config), as_json=json)
+        return
     console = None if detach else _console
     began = time.monotonic()
     with VM.start(config, ready=ready, report=_say, console=console, timeout=timeout or None) as vm:
@@ -227,6 +240,12 @@ def boot_vm(
             vm.detach()
         else:
             vm.wait(_console)
+
+
+def _show_dry_run(dry: DryRun, *, as_json: bool) -> None:
+    _say(dry.reasons)
+    _say(f"before QEMU, in another shell: {dry.beside}")
+    print(jsonlib.dumps(list(dry.command), indent=2) if as_json else shlex.join(dry.command))
 
 
 def _share(text: str) -> tuple[str, tuple[str, bool]]:

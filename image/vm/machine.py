@@ -6,21 +6,19 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import select
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from image.vm import qemu
-from image.vm.accel import Choice, Host, choose_accelerator, choose_vsock
+from image.vm.accel import Choice
 from image.vm.children import POWERED_OFF
+from image.vm.config import VMConfig
 from image.vm.directory import VMDirectory, living, owned_run_root
 from image.vm.errors import VMError
 from image.vm.follower import Follower
@@ -37,56 +35,6 @@ ASKING = 0.02
 
 #: Seconds for a supervisor to take everything down: it asks, terminates and kills two processes.
 STOPPING = 20.0
-
-
-#: What a share may be called: QEMU and the guest's kernel know it by that.
-TAG = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,30}")
-
-
-@dataclass(frozen=True)
-class VMConfig:
-    """What to boot and how: ``image`` is an image's directory, ``memory`` in MiB, ``append`` for the kernel.
-
-    ``max_memory`` and ``max_cpus`` are what image.vm.plug can reach (0: nothing can be plugged in); ``shares`` are
-    directories of the host, by tag, with whether the guest may write to them.  One made from a ``template`` is what the
-    template was; one that is ``savable`` can become a template, and nobody can talk to it (image.vm.template).
-    """
-
-    image: Path
-    name: str = "default"
-    accel: str = "auto"
-    vsock: str = "auto"
-    memory: int = 512
-    cpus: int = 1
-    append: str = ""
-    max_memory: int = 0
-    max_cpus: int = 0
-    shares: Mapping[str, tuple[str, bool]] = dataclasses.field(default_factory=dict)
-    template: Template | None = None
-    savable: bool = False
-
-    def __post_init__(self) -> None:
-        if self.memory < 128:
-            raise VMError(f"--memory is in MiB, at least 128; {self.memory} is too little for a guest")
-        if not 1 <= self.cpus <= 255:
-            raise VMError(f"--cpus is 1 to 255, not {self.cpus}")
-        if self.max_cpus and not self.cpus <= self.max_cpus <= 255:
-            raise VMError(f"--max-cpus is {self.cpus} (--cpus) to 255, not {self.max_cpus}")
-        if self.max_memory and self.max_memory < self.memory:
-            raise VMError(f"--max-memory is in MiB, at least {self.memory} (--memory), not {self.max_memory}")
-        for tag, (path, _) in self.shares.items():
-            if not TAG.fullmatch(tag):
-                raise VMError(f"a share's tag is up to 31 letters, digits, - and _, not {tag!r}")
-            if not Path(path).is_dir():
-                raise VMError(f"{path} is no directory that could be shared")
-        if (self.template or self.savable) and (self.shares or self.max_memory or self.max_cpus):
-            raise VMError("a template has neither shared directories nor room for more memory or CPUs")
-
-    @classmethod
-    def clone(cls, template: Template, **changes: Any) -> Self:
-        """A clone of a template: by its name, ``accel`` and ``vsock`` it may differ from others."""
-        size: dict[str, Any] = {"memory": template.memory, "cpus": template.cpus, "append": template.append}
-        return cls(image=template.image, template=template, **size | changes)
 
 
 class VM:
@@ -161,10 +109,7 @@ class VM:
         owned_run_root(make=True)
         directory = VMDirectory.of(config.name)
         image = Path(config.image).resolve()
-        _, manifest = qemu.read_manifest(image)
-        host = Host.here()
-        accelerator = choose_accelerator(config.accel, qemu.architecture_of(manifest).uname, host)
-        transport = choose_vsock(config.vsock, host)
+        accelerator, transport = config.choices()
         report(f"{accelerator.reason}; {transport.reason}")
         if config.template:
             config.template.check(Bond.here(image, accelerator.name, transport.name))
@@ -202,20 +147,8 @@ class VM:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
-        choices = {"accel": dataclasses.astuple(accelerator), "vsock": dataclasses.astuple(transport)}
-        document = dataclasses.asdict(dataclasses.replace(config, template=None)) | choices
         with contextlib.suppress(OSError):  # what has become of it is received below
-            self._line.send(
-                document
-                | {
-                    "image": str(config.image),
-                    "template": str(config.template.directory) if config.template else None,
-                    "shares": {
-                        tag: [str(Path(path).resolve()), writable] for tag, (path, writable) in config.shares.items()
-                    },
-                    "directory": str(self.directory),
-                }
-            )
+            self._line.send(config.document(accelerator, transport) | {"directory": str(self.directory)})
         self._info = self._message()["info"]
 
     def _await(self, ready: Callable[[Path], bool], began: float, limit: float, accelerator: Choice) -> None:

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from image.programs import package_of, which
 from image.vm.errors import VMError
@@ -75,7 +75,8 @@ class Program:
 
 @dataclass(frozen=True)
 class Devices:
-    """What the supervisor prepared for QEMU: ``vsock_fd`` is the vhost-user socket, or a /dev/vhost-vsock.
+    """What the supervisor prepared for QEMU: ``vsock_fd`` is the vhost-user socket, or a /dev/vhost-vsock; a QEMU that
+    is to open them itself has the socket's path instead.
 
     ``ram`` is a file that is to be the memory, of a guest that becomes a template or is made from one (``clone``);
     one that becomes a template has no vhost-user device (``vsock_fd`` < 0), and a clone gets it later (vsock_plug).
@@ -88,6 +89,19 @@ class Devices:
     cid: int
     ram: Path | None = None
     clone: bool = False
+    vsock_path: Path | None = None
+
+    @property
+    def vsock_chardev(self) -> str:
+        """The socket of the vhost-user device."""
+        where = f"path={_escaped(self.vsock_path)}" if self.vsock_path else f"fd={self.vsock_fd}"
+        return f"socket,id=vsock,{where}"
+
+    @property
+    def vhost_vsock(self) -> str:
+        """The kernel's device."""
+        opened = f",vhostfd={self.vsock_fd}" if self.vsock_fd >= 0 else ""
+        return f"vhost-vsock-pci,guest-cid={self.cid}{opened}"
 
 
 @dataclass(frozen=True)
@@ -104,6 +118,13 @@ class Wanted:
     max_cpus: int = 0
     append: str = ""
     shares: Mapping[str, Share] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, name: str, accelerator: str, document: Mapping[str, Any]) -> Self:
+        """What VMConfig.document says."""
+        shares = {tag: Share(Path(path), writable) for tag, (path, writable) in document["shares"].items()}
+        same = ("memory", "cpus", "max_memory", "max_cpus", "append")
+        return cls(name, accelerator, shares=shares, **{key: document[key] for key in same})
 
 
 @dataclass(frozen=True)
@@ -244,11 +265,11 @@ def command(
         # The device reads and writes the guest's memory: a memfd that both map.
         words += [
             "-object", f"memory-backend-memfd,id=ram,size={wanted.memory}M,share=on",
-            "-chardev", f"socket,id=vsock,fd={devices.vsock_fd}",
+            "-chardev", devices.vsock_chardev,
             "-device", "vhost-user-vsock-pci,chardev=vsock",
         ]  # fmt: skip
     else:
-        words += ["-device", f"vhost-vsock-pci,guest-cid={devices.cid},vhostfd={devices.vsock_fd}"]
+        words += ["-device", devices.vhost_vsock]
     return words
 
 
@@ -270,9 +291,9 @@ def _template(architecture: Architecture, devices: Devices, wanted: Wanted) -> l
         words += ["-device", "vmgenid,guid=auto"]
     words += ["-device", f"pcie-root-port,id=vsockport,chassis={len(PORTS) + 1},addr={VSOCK_PORT}"]
     if not vhost_user:
-        words += ["-device", f"vhost-vsock-pci,guest-cid={devices.cid},vhostfd={devices.vsock_fd}"]
+        words += ["-device", devices.vhost_vsock]
     elif devices.clone:
-        words += ["-chardev", f"socket,id=vsock,fd={devices.vsock_fd}"]
+        words += ["-chardev", devices.vsock_chardev]
     return [*words, "-incoming", "defer"] if devices.clone else words
 
 

@@ -123,11 +123,7 @@ class Supervisor:
                 ram=memory,
                 clone=source is not None,
             )
-            wanted = qemu.Wanted(
-                directory.name, accelerator.name, config["memory"], config["cpus"],
-                max_memory=config["max_memory"], max_cpus=config["max_cpus"], append=config["append"],
-                shares={tag: qemu.Share(Path(path), bool(w)) for tag, (path, w) in config["shares"].items()},
-            )  # fmt: skip
+            wanted = qemu.Wanted.of(directory.name, accelerator.name, config)
             command = qemu.command(program, image, manifest, devices, wanted)
             # Side by side: QEMU waits for the device by itself, on their socket.
             if device:

@@ -1,6 +1,6 @@
 """The two ways to a guest's vsock behind one interface: a process that keeps the VM's sockets, and an fd for QEMU.
 
-Both processes have the same command line: ``… --cid CID --socket S --raw A=PORT --ready-fd N``, and need the standard
+Both processes have the same command line: ``… --cid CID --socket S --raw A=PORT [--ready-fd N]``, and need the standard
 library alone.
 """
 
@@ -20,6 +20,9 @@ from image.vm.errors import VMError
 from image.vm.vsock import vhost
 
 HERE = Path(__file__).resolve().parent
+
+#: The program of each kind of device.
+BACKENDS = {"user": "vhost_user", "vhost": "relay.py"}
 
 #: The port that the agent listens on, and so where agent.sock leads.
 AGENT_PORT = 1024
@@ -53,6 +56,17 @@ class Device:
             raise VMError("the vsock device did not start")
 
 
+def backend(kind: str, directory: VMDirectory, cid: int, more: Sequence[str]) -> list[str]:
+    """The command of the back end for the VM in a directory."""
+    return [
+        # Isolated and without site: it starts in half the time.
+        sys.executable, "-I", "-S", str(HERE / BACKENDS[kind]), *more,
+        "--cid", str(cid),
+        "--socket", str(directory.vsock_socket),
+        "--raw", f"{directory.agent_socket}={AGENT_PORT}",
+    ]  # fmt: skip
+
+
 @contextlib.contextmanager
 def prepare(kind: str, directory: VMDirectory, user_cid: int = USER_CID) -> Iterator[Device]:
     """A device of a kind (``user`` or ``vhost``) for the VM in a directory.  Raises VMError."""
@@ -62,24 +76,16 @@ def prepare(kind: str, directory: VMDirectory, user_cid: int = USER_CID) -> Iter
         handed_over = stack.enter_context(contextlib.ExitStack())
         handed_over.callback(os.close, ready_there)
         backend_fds = [ready_there]
-        words: list[str] = []
+        words = ["--ready-fd", str(ready_there)]
         if kind == "user":
             ours, theirs = socket.socketpair()
             handed_over.enter_context(ours)
             handed_over.enter_context(theirs)
-            program, fd, cid = HERE / "vhost_user", ours.fileno(), user_cid
+            fd, cid = ours.fileno(), user_cid
             backend_fds.append(theirs.fileno())
-            words = ["--fd", str(theirs.fileno())]
+            words += ["--fd", str(theirs.fileno())]
         else:
             fd, cid = vhost.allocate()
             handed_over.callback(os.close, fd)
-            program = HERE / "relay.py"
-        command = [
-            # Isolated and without site: it starts in half the time.
-            sys.executable, "-I", "-S", str(program), *words,
-            "--cid", str(cid),
-            "--socket", str(directory.vsock_socket),
-            "--raw", f"{directory.agent_socket}={AGENT_PORT}",
-            "--ready-fd", str(ready_there),
-        ]  # fmt: skip
+        command = backend(kind, directory, cid, words)
         yield Device(command, backend_fds, fd, cid, ready, handed_over)

@@ -153,13 +153,14 @@ async def main() -> None:
     parser.add_argument("--cid", type=int, required=True)
     parser.add_argument("--socket", required=True)
     parser.add_argument("--raw", action="append", default=[], metavar="PATH=PORT")
-    parser.add_argument("--ready-fd", type=int, required=True)
+    parser.add_argument("--ready-fd", type=int)
     options = parser.parse_args()
     raw = {path: int(port) for path, _, port in (entry.rpartition("=") for entry in options.raw)}
 
     def ready() -> None:
-        os.write(options.ready_fd, b"\n")
-        os.close(options.ready_fd)
+        if options.ready_fd is not None:
+            os.write(options.ready_fd, b"\n")
+            os.close(options.ready_fd)
 
     task = asyncio.ensure_future(relay(options.socket, raw, dialler(options.cid), ready))
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)

@@ -1,7 +1,8 @@
 """``python -m image.vm.vsock.vhost_user --fd N --cid CID --socket DIR/vsock.sock --raw DIR/agent.sock=1024``
 
-Serves QEMU on descriptor N until it closes it (exit status 0) or SIGTERM comes, and removes its sockets.  SIGUSR1 says
-that the guest was reset: its connections are closed now instead of when its driver starts again.
+Serves QEMU on descriptor N, or as who first connects to --listen PATH, until it closes it (exit status 0) or SIGTERM
+comes, and removes its sockets.  SIGUSR1 says that the guest was reset: its connections are closed now instead of when
+its driver starts again.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ def main(argv: Sequence[str] | None = None, limits: Limits | None = None) -> int
         return 2
     more_descriptors()
     try:
-        control = socket.socket(fileno=options.fd)
+        control = socket.socket(fileno=options.fd) if options.listen is None else accepted(options.listen)
     except OSError as error:
-        log(f"--fd {options.fd}: {error.strerror}")
+        log(f"{options.listen or f'--fd {options.fd}'}: {error.strerror}")
         return 2
     loop = Loop(log)
     device = Device(options.cid, loop, log, limits, lambda port: dial(f"{options.socket}_{port}"))
@@ -75,12 +76,25 @@ def main(argv: Sequence[str] | None = None, limits: Limits | None = None) -> int
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="vhost_user", description="A virtio-vsock device for QEMU, in user space.")
-    parser.add_argument("--fd", type=int, required=True, help="connected socket to QEMU's vhost-user chardev")
+    control = parser.add_mutually_exclusive_group(required=True)
+    control.add_argument("--fd", type=int, help="connected socket to QEMU's vhost-user chardev")
+    control.add_argument("--listen", metavar="PATH", help="or where QEMU is to connect")
     parser.add_argument("--cid", type=cid, required=True, help="the guest's context id, 3 or more")
     parser.add_argument("--socket", required=True, help="hybrid socket; the guest's connections go to SOCKET_PORT")
     parser.add_argument("--raw", type=raw, action="append", default=[], metavar="PATH=PORT", help="for one guest port")
     parser.add_argument("--ready-fd", type=int, help="gets a newline, and is closed, when the sockets listen")
     return parser.parse_args(argv)
+
+
+def accepted(path: str) -> socket.socket:
+    """The first connection to a Unix socket of this path, which is gone then.  Raises OSError."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        try:
+            server.listen(1)
+            return server.accept()[0]
+        finally:
+            os.unlink(path)  # noqa: PTH108
 
 
 def cid(text: str) -> int:

@@ -1,0 +1,85 @@
+"""What a VM is to be, as whoever starts it says it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from image.vm import qemu
+from image.vm.accel import Choice, Host, choose_accelerator, choose_vsock
+from image.vm.errors import VMError
+from image.vm.template import Template
+
+#: What a share may be called: QEMU and the guest's kernel know it by that.
+TAG = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,30}")
+
+
+@dataclass(frozen=True)
+class VMConfig:
+    """What to boot and how: ``image`` is an image's directory, ``memory`` in MiB, ``append`` for the kernel.
+
+    ``max_memory`` and ``max_cpus`` are what image.vm.plug can reach (0: nothing can be plugged in); ``shares`` are
+    directories of the host, by tag, with whether the guest may write to them.  One made from a ``template`` is what the
+    template was; one that is ``savable`` can become a template, and nobody can talk to it (image.vm.template).
+    """
+
+    image: Path
+    name: str = "default"
+    accel: str = "auto"
+    vsock: str = "auto"
+    memory: int = 512
+    cpus: int = 1
+    append: str = ""
+    max_memory: int = 0
+    max_cpus: int = 0
+    shares: Mapping[str, tuple[str, bool]] = dataclasses.field(default_factory=dict)
+    template: Template | None = None
+    savable: bool = False
+
+    def __post_init__(self) -> None:
+        if self.memory < 128:
+            raise VMError(f"--memory is in MiB, at least 128; {self.memory} is too little for a guest")
+        if not 1 <= self.cpus <= 255:
+            raise VMError(f"--cpus is 1 to 255, not {self.cpus}")
+        if self.max_cpus and not self.cpus <= self.max_cpus <= 255:
+            raise VMError(f"--max-cpus is {self.cpus} (--cpus) to 255, not {self.max_cpus}")
+        if self.max_memory and self.max_memory < self.memory:
+            raise VMError(f"--max-memory is in MiB, at least {self.memory} (--memory), not {self.max_memory}")
+        for tag, (path, _) in self.shares.items():
+            if not TAG.fullmatch(tag):
+                raise VMError(f"a share's tag is up to 31 letters, digits, - and _, not {tag!r}")
+            if not Path(path).is_dir():
+                raise VMError(f"{path} is no directory that could be shared")
+        if (self.template or self.savable) and (self.shares or self.max_memory or self.max_cpus):
+            raise VMError("a template has neither shared directories nor room for more memory or CPUs")
+
+    @classmethod
+    def clone(cls, template: Template, **changes: Any) -> Self:
+        """A clone of a template: by its name, ``accel`` and ``vsock`` it may differ from others."""
+        size: dict[str, Any] = {"memory": template.memory, "cpus": template.cpus, "append": template.append}
+        return cls(image=template.image, template=template, **size | changes)
+
+    def choices(self) -> tuple[Choice, Choice]:
+        """The accelerator and the vsock device on this machine.  Raises VMError."""
+        _, manifest = qemu.read_manifest(self.image)
+        host = Host.here()
+        accelerator = choose_accelerator(self.accel, qemu.architecture_of(manifest).uname, host)
+        return accelerator, choose_vsock(self.vsock, host)
+
+    def document(self, accelerator: Choice, transport: Choice) -> dict[str, Any]:
+        """What a supervisor is told, in words of JSON."""
+        choices = {"accel": dataclasses.astuple(accelerator), "vsock": dataclasses.astuple(transport)}
+        shares = {tag: [str(Path(path).resolve()), writable] for tag, (path, writable) in self.shares.items()}
+        return (
+            dataclasses.asdict(dataclasses.replace(self, template=None))
+            | choices
+            | {
+                "image": str(Path(self.image).resolve()),
+                "template": str(self.template.directory) if self.template else None,
+                "shares": shares,
+            }
+        )
