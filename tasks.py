@@ -325,7 +325,8 @@ def run(
     """Run an image as a container: invoke run PATH [options] [-- ARG…]
 
     Its entrypoint, environment, user and working directory are the image's; what follows -- takes the place of its
-    command. It may write to its root; that is gone when it is removed, at its end unless detached.
+    command. It may write to its root; that is gone when it is removed, at its end unless detached. If this command is
+    killed, the container runs on until the next `run`.
 
     Example: invoke run alpine.tar -- cat /etc/os-release
     """
@@ -336,6 +337,7 @@ def run(
         known = guest.known(vm)
         if container in known.names():
             raise client.Mistake(f"there is a container {container!r} already; remove it: invoke rm {container}")
+        _clear(vm)
         with contextlib.ExitStack() as stack:
             with image.oci.packed(Path(path), vm.architecture) as packed:
                 spec = foreground.image_spec(
@@ -343,13 +345,26 @@ def run(
                 )
                 disk = packed.name or uuid.uuid4().hex[:24]
                 stack.callback(_forget, vm, container)
-                known.add(container, disk=disk)
+                stack.enter_context(known.hold(container, disk=disk))
                 slot = plug_disk(vm, packed.disk, disk)
-            status = asyncio.run(foreground.run_image(vm, container, spec, slot, disk, detach=detach))
+            status = asyncio.run(foreground.run_image(vm, container, spec, slot, detach=detach))
             if status is None:
+                known.add(container, disk=disk)
                 stack.pop_all()
                 print(container)
     raise Exit(code=status or 0)
+
+
+def _clear(vm: VM) -> None:
+    """Remove the containers whose `run` was killed."""
+    for container in guest.known(vm).abandoned():
+        with contextlib.suppress(client.AgentError):  # it may not have got so far
+            _remove(vm, container, timeout=30)
+        _forget(vm, container)
+
+
+def _remove(vm: VM, container: str, timeout: int) -> None:
+    guest.ask(vm, lambda agent: agent.container(container).remove(timeout))
 
 
 def _forget(vm: VM, container: str) -> None:
@@ -379,11 +394,15 @@ def list_vms_(_: Context, json: bool = False) -> None:
 
     Example: invoke list-vms --json
     """
-    infos = [vm.info for vm in list_vms()]
+    infos = [vm.info | {"ports": guest.forwarded(vm)} for vm in list_vms()]
     shown = (
-        info | {"uptime": f"{time.time() - info['started']:.0f} s", "memory": f"{info['memory']} MiB"} for info in infos
+        info
+        | {"uptime": f"{time.time() - info['started']:.0f} s", "memory": f"{info['memory']} MiB"}
+        | {"ports": ", ".join(info["ports"]) or None}
+        for info in infos
     )
-    listing.show(("name", "state", "accel", "vsock", "cpus", "memory", "uptime"), infos, shown, as_json=json)
+    columns = ("name", "state", "accel", "vsock", "cpus", "memory", "uptime", "ports")
+    listing.show(columns, infos, shown, as_json=json)
 
 
 @task(
@@ -411,7 +430,7 @@ def rm(_: Context, container: str, timeout: int = 30, name: str = "default") -> 
     Example: invoke rm web
     """
     vm = _running(name)
-    guest.ask(vm, lambda agent: agent.container(container).remove(timeout))
+    _remove(vm, container, timeout)
     _forget(vm, container)
 
 

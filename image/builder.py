@@ -103,9 +103,8 @@ def verify(loaded: Loaded, image: Image, report: Callable[[str], None] = lambda 
     Returns the names of the files that differ.  Nothing of it stays in the cache.  Raises ImageError.
     """
     root = default_root()
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root, prefix="verify-") as scratch:
-        again = Build(loaded, Cache(Path(scratch)), report, downloads=root / "apt").image()
+    with Cache(root).scratch("verify") as scratch:
+        again = Build(loaded, Cache(scratch), report, downloads=root / "apt").image()
         names = {path.name for one in (image, again) for path in one.directory.iterdir() if path.name != ".used"}
         return sorted(name for name in names if not _same(image.directory / name, again.directory / name))
 

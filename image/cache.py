@@ -2,7 +2,7 @@
 
 <root>/<step>/<key>/        a finished result: it appears by rename, so whatever is there is whole
 <root>/<step>/.lock-<key>   held while one is being made; a second builder of the same waits and then finds it
-<root>/<step>/.making-<key> being made; left only by a build that was killed, and removed by the next one
+<root>/<step>/.making-<key> being made; left only by a build that was killed, and removed by the next one of its step
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ class Cache:
 
     @contextmanager
     def scratch(self, step: str) -> Iterator[Path]:
-        """An empty directory for the time of a block; what a killed one leaves is removed by ``trim``."""
+        """An empty directory for the time of a block; what a killed one leaves is removed by the next of its step."""
+        self._sweep(step)
         key = uuid.uuid4().hex
         with self._locked(step, key):
             making = self.root / step / f".making-{key}"
@@ -131,12 +132,16 @@ class Cache:
                 path.rename(gone)
                 shutil.rmtree(gone, ignore_errors=True)
                 freed += sizes[path]
-        for lock in self.root.glob("*/.lock-*"):
+        self._sweep("*")
+        return freed
+
+    def _sweep(self, steps: str) -> None:
+        """Remove what killed makers have left, of a step or (``*``) of all."""
+        for lock in self.root.glob(f"{steps}/.lock-*"):
             step, key = lock.parent.name, lock.name.removeprefix(".lock-")
             with contextlib.suppress(BlockingIOError), self._locked(step, key, wait=False):
                 shutil.rmtree(lock.parent / f".making-{key}", ignore_errors=True)
                 lock.unlink(missing_ok=True)
-        return freed
 
     @contextmanager
     def _locked(self, step: str, key: str, *, wait: bool = True) -> Iterator[None]:

@@ -18,7 +18,7 @@ from agent.client import forward as forwarding
 from agent.client.connection import Agent, answers
 from agent.client.errors import Mistake
 from agent.client.foreground import execute
-from agent.client.guest import Guest, Machine, ask, known
+from agent.client.guest import Guest, Machine, ask, forwards, known
 
 #: An interactive shell, the better one where there are two.
 SHELL = ["/bin/sh", "-c", "command -v bash >/dev/null && exec bash; exec sh"]
@@ -116,7 +116,10 @@ def forward(
             port = await stack.enter_async_context(forwarding.listening(where, serve, context.say))
             arrow = "←" if reverse else "→"
             address = f"{rule.address}:{rule.host if reverse else port}"
-            context.say(f"{address} {arrow} {rule.kind} port {rule.guest} of {vm.name}")
+            what = f"{address} {arrow} {rule.kind} port {rule.guest}"
+            stack.enter_context(forwards(vm).hold(what))
+            stack.callback(forwards(vm).discard, what)
+            context.say(f"{what} of {vm.name}")
             await forwarding.ended(stack.enter_context(vm.lifeline()))
 
     asyncio.run(work())

@@ -12,7 +12,7 @@ from agent.client.attach import attach
 from agent.client.connection import Agent, AgentError
 from agent.client.defaults import PATH
 from agent.client.errors import Mistake
-from agent.client.guest import Guest, Machine, known
+from agent.client.guest import Guest, Machine
 from proto import oci_pb2
 
 
@@ -105,9 +105,9 @@ def image_spec(
 
 
 async def run_image(
-    machine: Machine, container_id: str, spec: oci_pb2.Spec, pci_path: str, disk: str, *, detach: bool
+    machine: Machine, container_id: str, spec: oci_pb2.Spec, pci_path: str, *, detach: bool
 ) -> int | None:
-    """Run a container whose root is on a disk that is plugged in, called ``disk``; returns its exit status.
+    """Run a container whose root is on a disk that is plugged in; returns its exit status.
 
     It is removed then, unless it is detached: it runs on, and there is no status yet.  Raises AgentError.
     """
@@ -116,7 +116,6 @@ async def run_image(
         running = False
         try:
             await rootdisk.create(agent, container_id, spec, pci_path, "squashfs")
-            known(machine).add(container_id, disk=disk)
             await container.start()
             if detach:
                 running = True

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self, TypeVar
 
+import grpc
+
 from agent import client
 
 T = TypeVar("T")
@@ -33,6 +35,19 @@ class Machine(Protocol):
 def known(machine: Machine) -> client.Known:
     """The containers that were made in a VM."""
     return client.Known(machine.directory / "containers")
+
+
+def forwards(machine: Machine) -> client.Known:
+    """The ports that are forwarded, for as long as they are."""
+    return client.Known(machine.directory / "ports")
+
+
+def forwarded(machine: Machine) -> list[str]:
+    """The ports that are forwarded now, in words: "127.0.0.1:8080 → tcp port 80"."""
+    known = forwards(machine)
+    for name in known.abandoned():
+        known.discard(name)
+    return known.names()
 
 
 def ask(machine: Machine, work: Callable[[client.Agent], Awaitable[T]]) -> T:
@@ -71,7 +86,10 @@ class Guest:
 
     async def container(self, container_id: str = "default") -> client.Container:
         """The container of this id, made from the root file system in the image on first use."""
-        contents = json.loads((self.machine.directory / "image.json").read_text())
+        try:
+            contents = json.loads((self.machine.directory / "image.json").read_text())
+        except FileNotFoundError as error:
+            raise client.AgentGone(grpc.StatusCode.UNAVAILABLE, "the VM has ended") from error
         spec = client.default_spec(contents["containers"]["busybox"])
         container = await self.agent.ensure_container(container_id, spec)
         made = known(self.machine)

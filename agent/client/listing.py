@@ -89,7 +89,10 @@ def _limit(value: int) -> int | None:
 
 
 async def _each(known: Known, container: str, ask: Callable[[str], Awaitable[T]]) -> list[T]:
-    """Ask about one container, or about all that are known: those that are no more are forgotten on the way."""
+    """Ask about one container, or about all that are known.
+
+    Those that are no more are forgotten on the way, but not one that a command is making just now.
+    """
     if container:
         return [await ask(container)]
     found = []
@@ -99,7 +102,8 @@ async def _each(known: Known, container: str, ask: Callable[[str], Awaitable[T]]
         except AgentError as error:
             if error.code is not grpc.StatusCode.NOT_FOUND:
                 raise
-            known.discard(name)
+            if not known.held(name):
+                known.discard(name)
     return found
 
 

@@ -73,8 +73,11 @@ class VM:
 
     @property
     def architecture(self) -> str:
-        """The guest's, in the words of Go and Debian: amd64."""
-        return str(json.loads((self.directory / "image.json").read_text())["arch"])
+        """The guest's, in the words of Go and Debian: amd64.  Raises VMError when the VM has ended."""
+        try:
+            return str(json.loads((self.directory / "image.json").read_text())["arch"])
+        except FileNotFoundError:
+            raise VMError(f"VM {self.name!r} has ended") from None
 
     @property
     def kernel_words(self) -> list[str]:

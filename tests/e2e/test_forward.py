@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import socket
 import subprocess
@@ -71,6 +72,10 @@ def test_a_vsock_port_of_the_guest(vm: Caisson) -> None:
             assert connection.recv(9)[3] == 4  # SETTINGS
     with forwarding(vm, "0:vsock:4242") as port:
         assert exchange(port, b"") == b""
+        what = f"127.0.0.1:{port} → vsock port 4242"
+        assert json.loads(vm("list-vms", "--json").stdout)[0]["ports"] == [what]
+        assert vm("list-vms").stdout.decode().splitlines()[1].endswith(what)
+    assert json.loads(vm("list-vms", "--json").stdout)[0]["ports"] == []
 
 
 def test_a_port_of_the_host(vm: Caisson) -> None:

@@ -133,6 +133,20 @@ def test_trimming_removes_what_killed_builds_left_and_nothing_of_running_ones(ca
     assert list((cache.root / "step").glob(".lock-*")) == []
 
 
+def test_who_works_in_a_step_removes_what_was_killed_there(cache: Cache) -> None:
+    program = (
+        "import os, signal, sys; from pathlib import Path; from image.cache import Cache\n"
+        "with Cache(Path(sys.argv[1])).scratch('step') as place:\n"
+        "    (place / 'f').touch(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed = subprocess.run([sys.executable, "-c", program, cache.root], cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
+    assert killed.returncode == -9
+    assert len(list((cache.root / "step").glob(".making-*/f"))) == 1
+    with cache.scratch("step") as mine, cache.scratch("step") as another:
+        assert {mine, another} == set((cache.root / "step").glob(".making-*"))
+    assert list((cache.root / "step").iterdir()) == []
+
+
 def test_those_used_last_are_kept(cache: Cache) -> None:
     def make(target: Path) -> None:
         (target / "f").write_bytes(bytes(1000))

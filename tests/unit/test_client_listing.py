@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +13,11 @@ from typing import Any
 import grpc
 import pytest
 
-from agent.client import AgentError, Known, Mistake, listing
+from agent.client import AgentError, AgentGone, Known, Mistake, listing
 from agent.guest import ps
 from proto import agent_pb2
+
+ROOT = Path(__file__).resolve().parents[2]
 
 TABLE = """UID          PID    PPID  C STIME TTY          TIME CMD
 0            132       1  0 14:41 ?        00:00:00 /bin/sh -c a   b; c
@@ -108,6 +112,44 @@ def test_one_that_was_asked_for_by_name_need_not_be_known_but_must_exist(tmp_pat
     assert ask(FakeAgent("web"), known, "web") == ["web"]
     with pytest.raises(AgentError, match="db not found"):
         ask(FakeAgent("web"), known, "db")
+
+
+MAKER = """
+import sys
+from pathlib import Path
+from agent.client import Known
+held = Known(Path(sys.argv[1])).hold("run-1", disk="d")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_what_a_command_holds_is_its_own_until_it_is_killed(tmp_path: Path) -> None:
+    directory = tmp_path / "containers"
+    known = Known(directory)
+    known.add("web")
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", MAKER, directory], cwd=ROOT, stdin=pipe, stdout=pipe) as maker:
+        assert maker.stdout is not None
+        assert maker.stdout.readline() == b"held\n"
+        assert known.held("run-1") and not known.held("web") and not known.held("nobody")
+        assert known.abandoned() == []
+        assert ask(FakeAgent("web"), known) == ["web"]
+        assert known.names() == ["run-1", "web"]  # it is being made
+        maker.kill()
+    assert known.abandoned() == ["run-1"]
+    assert known.about("run-1")["disk"] == "d"
+    known.add("run-1", disk="d")  # it lives on without its command
+    assert known.abandoned() == []
+    assert ask(FakeAgent("web"), known) == ["web"]
+    assert known.names() == ["web"]
+
+
+def test_a_vm_that_has_gone_takes_no_note(tmp_path: Path) -> None:
+    known = Known(tmp_path / "vm/containers")
+    with pytest.raises(AgentGone, match="the VM has ended"):
+        known.add("web")
+    assert known.names() == [] and known.abandoned() == []
 
 
 def test_another_failure_forgets_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,219 @@
+"""kill -9 of every party of a VM's life, at random moments: nothing is left, and the next command works.
+
+CAISSON_KILLS says how many times (3, so that it is done in CI within a minute; 50 is what was promised), and
+CAISSON_SEED which: the same number makes the same choices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import tarfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from image.cache import default_root
+from tests.e2e.conftest import COMPILING, Caisson, built, wait_until
+from tests.unit.container_images import busybox_layer
+from tests.unit.fake_qemu import files_of, processes_of
+
+KILLS = int(os.environ.get("CAISSON_KILLS", "3"))
+SEED = int(os.environ.get("CAISSON_SEED", str(random.randrange(10**6))))
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(COMPILING + 60 * KILLS)]
+
+#: Whom to kill, by what the command line of each contains; the client is the command itself.
+VICTIMS = {"client": "", "supervisor": "image.vm.supervisor", "qemu": "qemu-system-", "vsock": "/vsock/"}
+
+#: Seconds for all others to notice, on a busy machine.
+NOTICED = 60.0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A command in whose course somebody is killed.
+
+    It says ``up`` when it has got to where it stays until its input ends (or SIGINT, where it has no use for input);
+    without, it ends by itself.  ``vm``: it needs the VM `v`, and leaves it alone.
+    """
+
+    words: tuple[str, ...]
+    up: bytes = b""
+    interrupt: bool = False
+    vm: bool = True
+
+
+STAYS = ("sh", "-c", "echo u''p; cat")
+
+SCENES = {
+    "boot": Scene(("boot-vm", "--name", "v"), b"the agent answers", interrupt=True, vm=False),
+    "boot, detached": Scene(("boot-vm", "--name", "v", "--detach"), vm=False),
+    "exec in a VM of its own": Scene(("exec", "--", *STAYS), b"up\n", vm=False),
+    "save a template": Scene(("save-template", "--name", "TEMPLATE", "--memory", "192"), vm=False),
+    "clone": Scene(("boot-vm", "--template", "TEMPLATE", "--name", "v", "--detach"), vm=False),
+    "exec": Scene(("exec", "--name", "v", "--", *STAYS), b"up\n"),
+    "run": Scene(("run", "ROOT", "--name", "v", "--", *STAYS), b"up\n"),
+    "shell": Scene(("shell", "--name", "v"), b"up\n"),
+    "cp there": Scene(("cp", "ROOT", "default:/tmp", "--name", "v")),
+    "cp back": Scene(("cp", "default:/bin/busybox", "COPY", "--name", "v")),
+    "forward": Scene(("forward", "0:vsock:1024", "--name", "v"), b"vsock port", interrupt=True),
+    "stop": Scene(("stop-vm", "--name", "v")),
+}
+
+#: Steps of the cache in which these commands work.
+STEPS = ("containers", "templates")
+
+
+class Stage:
+    """Where scenes are played: a command line with directories of its own for whatever a command may leave."""
+
+    def __init__(self, caisson: Caisson, place: Path) -> None:
+        self.template = f"kills-{os.getpid()}"
+        self._caisson = caisson
+        self._run = caisson.run_directory
+        self._scratch = place / "tmp"
+        self._scratch.mkdir()
+        caisson.environment |= {"TMPDIR": str(self._scratch)}
+        with tarfile.open(fileobj=io.BytesIO(busybox_layer())) as archive:
+            archive.extractall(place / "root", filter="fully_trusted")
+        self._names = {"TEMPLATE": self.template, "ROOT": str(place / "root"), "COPY": str(place / "copy")}
+        self._took: dict[str, float] = {}
+
+    def play(self, name: str, victim: str, when: float) -> None:
+        """Kill one party of a scene, ``when`` of the way through it; and then see it through."""
+        scene = SCENES[name]
+        if name not in self._took:
+            self._through(name)
+        self._prepare(scene)
+        moment = when * self._took[name]
+        print(f"{name}: {victim} after {moment:.2f} of {self._took[name]:.2f} s", flush=True)
+        with self._started(scene) as command:
+            time.sleep(moment)  # the moment is the point of the test
+            wait_until(lambda: self._pids(victim, command) or command.poll() is not None, f"{victim} is there")
+            for pid in self._pids(victim, command):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            command.wait(NOTICED)
+            assert command.stdout is not None
+            said = command.stdout.read().decode(errors="replace")
+        assert "Traceback" not in said, said
+        assert command.returncode in ((-signal.SIGKILL, 0) if victim == "client" else (0, 1, 125)), said
+        if victim == "client" and scene.vm and name != "stop":
+            assert self._vms() == ["v"]
+        else:
+            if victim == "client":  # whether it got so far that there is a VM is a matter of chance
+                self._do("stop-vm", "--all")
+            self._nothing_left()
+        self._through(name)
+
+    def _through(self, name: str) -> None:
+        """Play a scene undisturbed."""
+        scene = SCENES[name]
+        self._prepare(scene)
+        began = time.monotonic()
+        with self._started(scene) as command:
+            assert command.stdout is not None
+            said = b""
+            while scene.up not in said or not scene.up:
+                line = command.stdout.readline()
+                said += line
+                if not line:
+                    break
+            self._took[name] = time.monotonic() - began
+            if scene.up and scene.interrupt:
+                command.send_signal(signal.SIGINT)
+            rest, _ = command.communicate(timeout=NOTICED)
+        assert command.returncode == (130 if scene.interrupt else 0), (said + rest).decode(errors="replace")
+        assert scene.up in said, said
+        if not scene.vm or name == "stop":
+            self._do("stop-vm", "--all")
+            self._nothing_left()
+        else:
+            assert self._vms() == ["v"]
+        assert list(self._scratch.iterdir()) == []
+        assert [str(stale) for step in STEPS for stale in stale_work(default_root() / step)] == []
+
+    def _prepare(self, scene: Scene) -> None:
+        """Have the VM that a scene needs, or none."""
+        lives = self._vms() == ["v"]
+        if scene.vm and not lives:
+            self._do("boot-vm", "--name", "v", "--detach")
+            self._do("exec", "--name", "v", "--", "true")
+        elif lives and not scene.vm:
+            self._do("stop-vm", "--name", "v")
+        if "--template" in scene.words and not (default_root() / "templates" / self.template).exists():
+            self._through("save a template")
+
+    @contextlib.contextmanager
+    def _started(self, scene: Scene) -> Iterator[subprocess.Popen[bytes]]:
+        words = [self._names.get(word, word) for word in scene.words]
+        pipe = subprocess.PIPE
+        with self._caisson.start(*words, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT) as command:
+            assert command.stdin is not None
+            if scene.words[0] == "shell":
+                command.stdin.write(b"echo u''p\n")
+                command.stdin.flush()
+            try:
+                yield command
+            finally:
+                command.kill()
+
+    def _pids(self, victim: str, command: subprocess.Popen[bytes]) -> list[int]:
+        if victim == "client":
+            return [command.pid]
+        found = processes_of(self._run).items()
+        return [pid for pid, line in found if VICTIMS[victim] in line and "setpriv" not in line]
+
+    def _vms(self) -> list[str]:
+        return [one["name"] for one in json.loads(self._do("list-vms", "--json"))]
+
+    def _do(self, *words: str) -> bytes:
+        done = self._caisson(*words)
+        assert done.returncode == 0, done.stderr.decode()
+        return done.stdout
+
+    def _nothing_left(self) -> None:
+        wait_until(lambda: not files_of(self._run), "no file is left", NOTICED, lambda: files_of(self._run))
+        wait_until(lambda: not processes_of(self._run), "no process", NOTICED, lambda: processes_of(self._run))
+
+
+def stale_work(step: Path) -> Iterator[Path]:
+    """What somebody was making in the cache who does not live any more."""
+    for making in step.glob(".making-*"):
+        lock = making.with_name(f".lock-{making.name.removeprefix('.making-')}")
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            if making.exists():
+                yield making
+
+
+@pytest.fixture
+def stage(own: Caisson, tmp_path: Path) -> Iterator[Stage]:
+    built("--template", "lean", "--set", "format=erofs")  # of which templates are: it may have to be compiled
+    stage = Stage(own, tmp_path)
+    try:
+        yield stage
+    finally:
+        own("stop-vm", "--all")
+        shutil.rmtree(default_root() / "templates" / stage.template, ignore_errors=True)
+
+
+def test_killed_at_any_moment(stage: Stage) -> None:
+    print(f"CAISSON_KILLS={KILLS} CAISSON_SEED={SEED}")
+    chance = random.Random(SEED)
+    pairs = [(scene, victim) for scene in SCENES for victim in VICTIMS]
+    chance.shuffle(pairs)
+    for scene, victim in itertools.islice(itertools.cycle(pairs), KILLS):
+        stage.play(scene, victim, chance.uniform(0, 1.2))
