@@ -29,6 +29,10 @@ Code = grpc.StatusCode
 
 SECONDS = float(os.environ.get("CAISSON_FUZZ_SECONDS", "20"))
 
+#: Methods that must have done their work at least once, and how many seconds more chance may take to get there.
+FAR = {"CreateContainer", "StartContainer", "ExecProcess"}
+EXTRA = 200
+
 #: Methods that may wait for something to happen: the caller hangs up instead.
 WAIT = {"WaitProcess", "ReadStdout", "ReadStderr", "WriteStdin", "GetOOMEvent", "CloseStdin", "OnlineCPUMem"}
 HANG_UP, DEADLINE = 0.05, 30.0
@@ -161,7 +165,7 @@ def secluded(tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path) -> Iterato
     assert running.cgroups() == []
 
 
-@pytest.mark.timeout(SECONDS + 280)
+@pytest.mark.timeout(SECONDS + EXTRA + 80)
 def test_any_request_gets_a_status(secluded: RunningAgent) -> None:
     requests = Requests(secluded.rootfs)
     counts: dict[str, int] = {}
@@ -189,6 +193,11 @@ def test_any_request_gets_a_status(secluded: RunningAgent) -> None:
 
         channel = runner.run(connect())
         until = time.monotonic() + SECONDS
+
+        def goes_on() -> bool:
+            """Chance has to get as far as to a process in a container, however slow the machine is."""
+            return time.monotonic() < until + (0 if set(done) >= FAR else EXTRA)
+
         weights = [pair for pair in METHODS for _ in range(3 if "Container" in pair[1].name else 1)]
         strategies = {pair[1].name: requests.message(pair[1].input_type) for pair in METHODS}
         process = oci_pb2.Process(Args=["/bin/sleep", "100"], Cwd="/")
@@ -216,14 +225,14 @@ def test_any_request_gets_a_status(secluded: RunningAgent) -> None:
         )
         @given(st.lists(asked, min_size=1, max_size=12))
         def several(some: list[tuple[str, Any, Any]]) -> None:
-            if time.monotonic() < until:
+            if goes_on():
                 begin = agent_pb2.CreateSandboxRequest(sandbox_id="s")
                 service = SERVICES["grpc.AgentService"].methods_by_name["CreateSandbox"]
                 runner.run(ask(channel, "grpc.AgentService", service, begin))
                 for one in some:
                     runner.run(ask(channel, *one))
 
-        while time.monotonic() < until:
+        while goes_on():
             several()
 
         async def serving() -> Any:
@@ -237,4 +246,4 @@ def test_any_request_gets_a_status(secluded: RunningAgent) -> None:
     log = secluded.log.read_text()
     assert "a bug in a handler" not in log, [line for line in log.splitlines() if "a bug in a handler" in line][:3]
     print(f"{sum(counts.values())} requests: {counts}; of these done: {done}")
-    assert {"CreateContainer", "StartContainer", "ExecProcess"} <= set(done), done
+    assert set(done) >= FAR, done
