@@ -77,10 +77,16 @@ from agent.client import foreground, guest, listing, logs  # noqa: E402
 from image.commands import image_directory  # noqa: E402
 from image.programs import TO_BOOT, TO_BUILD, TO_COMPILE, TO_PACK, need  # noqa: E402
 from image.vm import VM, VMConfig, VMError, find_vm, get_vm, list_vms  # noqa: E402
+from image.vm import timeline as timelines  # noqa: E402
 from image.vm.disks import plug_disk, unplug_unused  # noqa: E402
+from image.vm.drawing import svg  # noqa: E402
 from image.vm.dryrun import DryRun  # noqa: E402
 from image.vm.dryrun import dry_run as planned  # noqa: E402
 from image.vm.template import Template  # noqa: E402
+from image.vm.timeline import Timeline  # noqa: E402
+
+#: Kernel parameters of a boot that is measured.
+TIMED = f"{timelines.PARAMETERS} agent.timeline"
 
 #: Exit status when a command could not be run at all; 126, 127 and 128+n are those of a shell.
 NOT_RUN = 125
@@ -170,6 +176,17 @@ def _vm_for(name: str, report: Callable[[str], None]) -> Iterator[VM]:
             yield vm
 
 
+def _timeline(vm: VM, began: float, spoke: list[float], answered: float) -> Timeline:
+    """Where the time of a boot went, from those who know it: this machine, the guest's kernel and its agent."""
+    times = asyncio.run(client.boot_times(vm.agent_socket))
+    info = vm.info
+    host = timelines.Host(began, info["spawned"], (spoke[0], spoke[-1]) if spoke else None, answered)
+    guest = timelines.Guest(times.marks, times.imports, times.kernel_log, times.ahead, times.error)
+    manifest = vm.manifest
+    what = f"{manifest['name']}, Linux {manifest['kernel']['release']}, {info['accel'].upper()}: from boot-vm to ready"
+    return timelines.timeline(what, host, guest)
+
+
 @task(
     iterable=["share"],
     help={
@@ -188,6 +205,7 @@ def _vm_for(name: str, report: Callable[[str], None]) -> Iterator[VM]:
         "dry-run": "print QEMU's command, quoted for a shell, and start nothing; why it is so goes to stderr",
         "json": "with --dry-run: the command as a list",
         "timeout": "seconds to wait for the agent (default: 60 with KVM, 240 with TCG)",
+        "timeline": "FILE.svg or FILE.json, for where the time of the boot went; measuring costs some 2 % of it",
     },
 )
 def boot_vm(
@@ -207,11 +225,18 @@ def boot_vm(
     dry_run: bool = False,
     json: bool = False,
     timeout: float = 0.0,
+    timeline: str = "",
 ) -> None:
     """Boot a VM and wait for its agent; shows the console until Ctrl-C unless detached.
 
-    Example: invoke boot-vm --name web --memory 1024 --detach
+    Examples: invoke boot-vm --name web --memory 1024 --detach
+              invoke boot-vm --detach --timeline boot.svg
     """
+    told = Path(timeline) if timeline else None
+    if told and told.suffix not in (".svg", ".json"):
+        raise client.Mistake(f"--timeline draws FILE.svg or writes FILE.json, not {told.name!r}")
+    if template and told:
+        raise client.Mistake("a guest from a template does not boot: --timeline goes without --template")
     if json and not dry_run:
         raise client.Mistake("--json goes with --dry-run; what runs is told by: invoke list-vms --json")
     need(TO_BOOT, _say)
@@ -226,16 +251,25 @@ def boot_vm(
     else:
         config = VMConfig(
             image=image_directory(image, _say), name=name, accel=accel, vsock=vsock, memory=memory or 512,
-            cpus=cpus or 1, append=append, max_memory=max_memory, max_cpus=max_cpus,
-            shares=dict(_share(text) for text in share),
+            cpus=cpus or 1, append=f"{append} {TIMED}" if told else append, max_memory=max_memory, max_cpus=max_cpus,
+            shares=dict(_share(text) for text in share), firmware=bool(told),
         )  # fmt: skip
     if dry_run:
         _show_dry_run(planned(config), as_json=json)
         return
     console = None if detach else _console
     began = time.monotonic()
-    with VM.start(config, ready=ready, report=_say, console=console, timeout=timeout or None) as vm:
-        _say(f"{name}: the agent answers after {time.monotonic() - began:.1f} s; {vm.agent_socket}")
+    spoke: list[float] = []  # when the firmware did
+    with VM.start(
+        config, ready=ready, report=_say, console=console, firmware=lambda _: spoke.append(time.monotonic()),
+        timeout=timeout or None,
+    ) as vm:  # fmt: skip
+        answered = time.monotonic()
+        _say(f"{name}: the agent answers after {answered - began:.1f} s; {vm.agent_socket}")
+        if told:
+            found = _timeline(vm, began, spoke, answered)
+            told.write_text(found.json() if told.suffix == ".json" else svg(found))
+            _say(f"{told}: where the time went")
         if detach:
             vm.detach()
         else:

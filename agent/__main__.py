@@ -7,6 +7,7 @@ import sys
 from contextlib import contextmanager
 
 from agent import options as options_module
+from agent.marks import Marks
 from agent.options import Options
 
 TYPE_CHECKING = False
@@ -28,27 +29,29 @@ def main() -> None:
     """Run as PID 1 of a guest, or as a program with options."""
     from agent.log import Log
 
+    marks = Marks()
+    marks("python")
     if os.getpid() == 1:
-        _run_as_init()
+        _run_as_init(marks)
     else:
         options = options_module.from_arguments(sys.argv[1:])
         log = Log(options.log)
         for complaint in options.complaints:
             log("warning", complaint)
-        _run(options, log)
+        _run(options, log, marks)
 
 
-def _run_as_init() -> None:
+def _run_as_init(marks: Marks) -> None:
     from agent import pid1
     from agent.log import Log
 
     try:
-        pid1.prepare()
+        pid1.prepare(marks)
         options = options_module.from_kernel(options_module.kernel_words())
         log = Log(options.log)
         for complaint in options.complaints:
             log("warning", complaint)
-        _run(options, log)
+        _run(options, log, marks)
     except BaseException as error:
         import traceback
 
@@ -58,17 +61,20 @@ def _run_as_init() -> None:
     pid1.power_off()
 
 
-def _run(options: Options, log: Log) -> None:
+def _run(options: Options, log: Log, marks: Marks) -> None:
+    if options.timeline:
+        marks.time_imports()
     from agent.listener import AddressError, listen
 
     try:
         listener = listen(options.listen)  # first: a host that connects early waits
     except AddressError as error:
         sys.exit(f"caisson agent: {error}")
+    marks("listening")
     try:
         import asyncio
 
-        asyncio.run(_serve(options, listener, log))
+        asyncio.run(_serve(options, listener, log, marks))
     finally:
         listener.close()
         if options.listen.startswith("unix:"):
@@ -94,13 +100,14 @@ def _remove(directory: str) -> None:
     os.rmdir(directory)  # noqa: PTH106
 
 
-async def _serve(options: Options, listener: socket.socket, log: Log) -> None:
+async def _serve(options: Options, listener: socket.socket, log: Log, marks: Marks) -> None:
     """Serve until SIGTERM (or SIGINT: Ctrl-Alt-Delete of a guest); then end every container."""
     import asyncio
     import signal
     from concurrent.futures import ThreadPoolExecutor
     from pathlib import Path
 
+    from agent.api.boottimes import BootTimes
     from agent.api.clone import Clone
     from agent.api.guest import GuestService
     from agent.api.health import Health
@@ -117,6 +124,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log) -> None:
     from agent.tracing import Tracing
     from proto import agent_pb2, caisson_pb2, health_pb2
 
+    marks("imports")
     loop = asyncio.get_running_loop()
     # Mounts and the like that do not come back hold a thread each; the next container's must not wait for them.
     loop.set_default_executor(ThreadPoolExecutor(BLOCKED_AT_MOST, "blocking"))
@@ -147,11 +155,13 @@ async def _serve(options: Options, listener: socket.socket, log: Log) -> None:
         ]
         services: list[tuple[object, list[object]]] = [
             (agent_pb2.DESCRIPTOR.services_by_name["AgentService"], methods),
-            (health_pb2.DESCRIPTOR.services_by_name["Health"], [Health()]),
-            (caisson_pb2.DESCRIPTOR.services_by_name["Guest"], [Clone()]),
+            (health_pb2.DESCRIPTOR.services_by_name["Health"], [Health(marks)]),
+            (caisson_pb2.DESCRIPTOR.services_by_name["Guest"], [Clone(), BootTimes(marks)]),
         ]
+        marks("model")
         server = serve(services, f"{private}/grpc.sock", log, tracing)
         await server.start()
+        marks("server")
         tasks = [loop.create_task(Relay(listener, f"{private}/grpc.sock", log).run())]
         tasks += _extras(options, reaper, log)
         print(f"caisson agent ready on {options.listen}", flush=True)

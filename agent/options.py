@@ -36,6 +36,7 @@ class Options(Record):
     cgroup_parent: str = ""
     trace: bool = False
     trace_target: str = "vsock:6831"
+    timeline: bool = False
     complaints: tuple[str, ...] = ()
 
 
@@ -141,6 +142,7 @@ OPTIONS = (
     _Option("trace", _tracing, "whether requests are traced from the start", argument="--trace", name="trace"),
     _Option("trace_target", str, "where traces go: vsock:PORT of the host, or unix:PATH", argument="--trace-target"),
     _Option("trace_target", _port, "the host's vsock port that traces go to", name="trace_vport"),
+    _Option("timeline", _flag, "whether the imports of the start are timed", name="timeline"),
     _Option("cgroup_parent", str, "the cgroup that all others are made in", argument="--cgroup-parent"),
 )
 BY_NAME = {option.name: option for option in OPTIONS if option.name}

@@ -14,6 +14,7 @@ from agent.syscalls import MS_BIND, MS_MOVE, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import NoReturn
 
 MODULES = "/lib/modules/caisson.list"
@@ -38,15 +39,16 @@ class DutyFailed(Exception):
     """Something without which a guest is none; the text names it."""
 
 
-def prepare() -> None:
-    """All duties, in order.  Raises DutyFailed."""
+def prepare(done: Callable[[str], object] = lambda duty: None) -> None:
+    """All duties, in order; ``done`` is told of each.  Raises DutyFailed."""
     os.environ["PATH"] = PATH
     for duty in DUTIES:
+        what = duty.__name__.replace("_", " ")
         try:
             duty()
         except OSError as error:
-            what = duty.__name__.replace("_", " ")
             raise DutyFailed(f"{what}: {error.filename or ''}: {os.strerror(error.errno or 0)}") from error
+        done(what)
 
 
 def leave_rootfs() -> None:

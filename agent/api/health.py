@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from agent import __version__
+from agent.marks import Marks
 from proto import health_pb2
 
 #: The version of this API that Kata 1.x agents report.
@@ -14,7 +15,14 @@ API_VERSION = "0.0.1"
 class Health:
     """Answers as soon as the agent serves at all, before and after there is a sandbox."""
 
+    def __init__(self, marks: Marks) -> None:
+        self._marks = marks
+        self._asked = False
+
     async def Check(self, request: Any) -> Any:
+        if not self._asked:
+            self._asked = True
+            self._marks("first request")
         return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
 
     async def Version(self, request: Any) -> Any:

@@ -11,6 +11,7 @@ async with Agent.connect("/run/caisson/default/agent.sock") as agent:
 """
 
 from agent.client.attach import OutputError, attach
+from agent.client.boottimes import BootTimes, boot_times
 from agent.client.clone import settle, settled
 from agent.client.connection import Agent, AgentError, AgentGone, Container, Process, ProgramError, answers
 from agent.client.defaults import PATH, default_spec, keep_alive
@@ -22,6 +23,7 @@ __all__ = [
     "Agent",
     "AgentError",
     "AgentGone",
+    "BootTimes",
     "Container",
     "Known",
     "Mistake",
@@ -30,6 +32,7 @@ __all__ = [
     "ProgramError",
     "answers",
     "attach",
+    "boot_times",
     "default_spec",
     "keep_alive",
     "settle",

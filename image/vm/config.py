@@ -25,6 +25,7 @@ class VMConfig:
     ``max_memory`` and ``max_cpus`` are what image.vm.plug can reach (0: nothing can be plugged in); ``shares`` are
     directories of the host, by tag, with whether the guest may write to them.  One made from a ``template`` is what the
     template was; one that is ``savable`` can become a template, and nobody can talk to it (image.vm.template).
+    With ``firmware`` the firmware tells what it does, in a file of the VM's directory (x86).
     """
 
     image: Path
@@ -39,6 +40,7 @@ class VMConfig:
     shares: Mapping[str, tuple[str, bool]] = dataclasses.field(default_factory=dict)
     template: Template | None = None
     savable: bool = False
+    firmware: bool = False
 
     def __post_init__(self) -> None:
         if self.memory < 128:

@@ -4,6 +4,7 @@
              image.json    what runs in it
              lock          held by the supervisor: a directory whose lock is free is stale
              console.log   what the guest printed
+             firmware.log  what the firmware printed, if that was asked for
              qemu.log      what QEMU and the vsock device complained about
              agent.sock    any gRPC client dials the agent here
              vsock.sock    CONNECT <port> reaches any other port of the guest; vsock.sock_<port> is the way back
@@ -84,6 +85,7 @@ class VMDirectory:
         self.path = path
         self.name = path.name
         self.console = path / "console.log"
+        self.firmware = path / "firmware.log"
         self.agent_socket = path / "agent.sock"
         self.vsock_socket = path / "vsock.sock"
         self.qmp_socket = path / "qmp.sock"

@@ -45,6 +45,7 @@ def dry_run(config: VMConfig) -> DryRun:
         vsock_fd=-1,
         cid=cid,
         vsock_path=socket if user else None,
+        firmware=directory.firmware if config.firmware else None,
     )
     wanted = qemu.Wanted.of(config.name, accelerator.name, config.document(accelerator, transport))
     command = qemu.command(qemu.probe(qemu.architecture_of(manifest)), image, manifest, devices, wanted)

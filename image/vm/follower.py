@@ -17,8 +17,11 @@ class Follower:
     #: Seconds between looks: inotify would save little, and the file may not be there yet.
     INTERVAL = 0.05
 
-    def __init__(self, file: Path, callback: Callable[[bytes], None] | None, position: int = 0) -> None:
+    def __init__(
+        self, file: Path, callback: Callable[[bytes], None] | None, position: int = 0, interval: float = INTERVAL
+    ) -> None:
         self._file = file
+        self._interval = interval
         self._stream: IO[bytes] | None = None  # kept open: what was printed last is read when the file has gone
         self._callback = callback
         self.position = position
@@ -26,7 +29,7 @@ class Follower:
         self._thread = threading.Thread(target=self._follow, name="console", daemon=True)
 
     def _follow(self) -> None:
-        while not self._stop.wait(self.INTERVAL):
+        while not self._stop.wait(self._interval):
             self._look()
 
     def _look(self) -> None:

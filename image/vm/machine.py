@@ -33,6 +33,9 @@ READY = {"kvm": 60.0, "tcg": 240.0}
 #: Seconds between two times that the agent is asked, if asking takes no time itself.
 ASKING = 0.02
 
+#: Seconds to the firmware's messages: whoever wants them wants to know when they came.
+AT_ONCE = 0.002
+
 #: Seconds for a supervisor to take everything down: it asks, terminates and kills two processes.
 STOPPING = 20.0
 
@@ -72,12 +75,17 @@ class VM:
         return self.vsock_socket.with_name(f"{self.vsock_socket.name}_{port}")
 
     @property
-    def architecture(self) -> str:
-        """The guest's, in the words of Go and Debian: amd64.  Raises VMError when the VM has ended."""
+    def manifest(self) -> dict[str, Any]:
+        """What the guest's image is made of.  Raises VMError when the VM has ended."""
         try:
-            return str(json.loads((self.directory / "image.json").read_text())["arch"])
+            return dict(json.loads((self.directory / "image.json").read_text()))
         except FileNotFoundError:
             raise VMError(f"VM {self.name!r} has ended") from None
+
+    @property
+    def architecture(self) -> str:
+        """The guest's, in the words of Go and Debian: amd64.  Raises VMError when the VM has ended."""
+        return str(self.manifest["arch"])
 
     @property
     def kernel_words(self) -> list[str]:
@@ -89,7 +97,7 @@ class VM:
     def info(self) -> dict[str, Any]:
         """vm.json as it is now, or was last: name, state (starting or running), directory, image, accel and vsock with
         their reasons, cid, memory (MiB), cpus, started (seconds since the epoch), boot_seconds once it is running,
-        command, pids."""
+        command, pids.  And spawned: when QEMU was, in seconds of this machine's CLOCK_MONOTONIC."""
         self._info = self._directory.read() or self._info
         return self._info
 
@@ -101,12 +109,14 @@ class VM:
         ready: Callable[[Path], bool],
         report: Callable[[str], None] = lambda line: None,
         console: Callable[[bytes], None] | None = None,
+        firmware: Callable[[bytes], None] | None = None,
         timeout: float | None = None,
     ) -> Self:
         """Boot a VM and wait until ``ready(agent_socket)`` says so; it is asked again and again, and may wait a little.
 
-        ``report`` gets one line on what was picked and why, ``console`` what the guest prints meanwhile.  Raises
-        VMError when the VM ends, or is not ready within ``timeout`` seconds; nothing is left then.
+        ``report`` gets one line on what was picked and why, ``console`` what the guest prints meanwhile, ``firmware``
+        at once what its firmware does, if the configuration asks for that.  Raises VMError when the VM ends, or is not
+        ready within ``timeout`` seconds; nothing is left then.
         """
         began = time.monotonic()
         owned_run_root(make=True)
@@ -122,7 +132,7 @@ class VM:
         try:
             vm._launch(vm._config, accelerator, transport)
             follower = Follower(directory.console, console)
-            with follower:
+            with follower, Follower(directory.firmware, firmware, interval=AT_ONCE):
                 vm._await(ready, began, limit, accelerator)
             vm._shown = follower.position
         except VMError as error:

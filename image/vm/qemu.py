@@ -80,6 +80,7 @@ class Devices:
 
     ``ram`` is a file that is to be the memory, of a guest that becomes a template or is made from one (``clone``);
     one that becomes a template has no vhost-user device (``vsock_fd`` < 0), and a clone gets it later (vsock_plug).
+    What the firmware says goes to the file ``firmware``, where it says something (SeaBIOS: on I/O port 0x402).
     """
 
     console: Path
@@ -89,6 +90,7 @@ class Devices:
     cid: int
     ram: Path | None = None
     clone: bool = False
+    firmware: Path | None = None
     vsock_path: Path | None = None
 
     @property
@@ -253,6 +255,11 @@ def command(
     ]  # fmt: skip
     for number, slot in enumerate(PORTS):
         words += ["-device", f"pcie-root-port,id=port{number},chassis={number + 1},addr={slot}"]
+    if devices.firmware and architecture.uname == "x86_64":
+        words += [
+            "-chardev", f"file,id=firmware,path={_escaped(devices.firmware)}",
+            "-device", "isa-debugcon,iobase=0x402,chardev=firmware",
+        ]  # fmt: skip
     for tag, share in wanted.shares.items():
         mode = "off" if share.writable else "on"
         words += [

@@ -122,6 +122,7 @@ class Supervisor:
                 cid=device.cid if device else 0,
                 ram=memory,
                 clone=source is not None,
+                firmware=directory.firmware if config["firmware"] else None,
             )
             wanted = qemu.Wanted.of(directory.name, accelerator.name, config)
             command = qemu.command(program, image, manifest, devices, wanted)
@@ -129,6 +130,7 @@ class Supervisor:
             if device:
                 children.spawn("vsock", device.command, device.backend_fds)
             fds = ([device.fd] if device else []) + ([self._ram.fileno()] if self._ram else [])
+            spawned = time.monotonic()
             children.spawn("qemu", command, fds)
             if device:
                 device.hand_over()
@@ -150,6 +152,7 @@ class Supervisor:
                 "max_cpus": config["max_cpus"],
                 "shares": config["shares"],
                 "started": time.time(),
+                "spawned": spawned,
                 "command": list(command),
                 "pids": {"supervisor": os.getpid()} | children.pids,
             }

@@ -1,0 +1,219 @@
+"""Where the time of a boot went, from the request for a VM to its agent's first answer: spans that follow each other.
+
+Three clocks tell it.  This machine's saw QEMU start, the firmware speak and the answer come.  The guest's monotonic
+clock was compared with it afterwards, by whoever asked the agent.  The kernel's log has a third one, which the agent's
+own line in it ties to the second.  Spans are on this machine's, in seconds from the request.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from image.vm.errors import VMError
+
+#: Kernel parameters: initcalls are named and timed, in a log that holds all of them.  Nothing more is printed.
+PARAMETERS = "initcall_debug log_buf_len=2M"
+
+#: The agent's line in the kernel's log: what its other clock was then, in microseconds.
+CLOCK = re.compile(r"caisson agent: clock (\d+)")
+
+#: A line that initcall_debug makes: ``initcall NAME+0x0/0x10 [MODULE] returned 0 after 23 usecs``.
+INITCALL = re.compile(r"initcall (\w+)\+\S+(?: \[\w+\])? returned .* after (\d+) usecs.*")
+
+#: Parts below this share of the whole are left out.
+SHARE = 0.008
+
+
+class TimelineError(VMError):
+    """What a guest told is no account of its boot; the text says what is missing."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Something that took time, with its parts that took much of it; ``kind`` is whose it is."""
+
+    name: str
+    kind: str
+    start: float
+    seconds: float
+    parts: tuple[Span, ...] = ()
+
+    @property
+    def end(self) -> float:
+        return self.start + self.seconds
+
+
+@dataclass(frozen=True)
+class Host:
+    """This machine's times (CLOCK_MONOTONIC, seconds): the VM asked for, QEMU started, the firmware's first and last
+    message (None where it says nothing), the agent's answer."""
+
+    asked: float
+    spawned: float
+    firmware: tuple[float, float] | None
+    answered: float
+
+
+@dataclass(frozen=True)
+class Guest:
+    """The guest's times (its CLOCK_MONOTONIC, seconds): places that the agent came by, and imports with begin and end;
+    and its kernel's log, as records of /dev/kmsg.  This machine's clock is ``ahead`` of the guest's, give or take
+    ``error``."""
+
+    marks: Sequence[tuple[str, float]]
+    imports: Sequence[tuple[str, float, float]]
+    kernel_log: str
+    ahead: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A boot.  ``error`` is how far the guest's spans may be off, together, to either side (seconds)."""
+
+    what: str
+    spans: tuple[Span, ...]
+    error: float
+
+    @property
+    def seconds(self) -> float:
+        return self.spans[-1].end
+
+    def json(self) -> str:
+        """As a document: seconds, error and spans, each with name, kind, start, seconds and parts."""
+        document: dict[str, Any] = {"what": self.what, "seconds": self.seconds, "error": self.error}
+        return json.dumps(_rounded(document | {"spans": [asdict(span) for span in self.spans]}), indent=1) + "\n"
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 6)
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    return [_rounded(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+@dataclass(frozen=True)
+class Record:
+    """A record of the kernel's log: when, by the log's clock (seconds), and what."""
+
+    at: float
+    text: str
+
+
+def records(log: str) -> Iterator[Record]:
+    """The records of /dev/kmsg: ``priority,sequence,microseconds,flags;text``; lines of dictionaries are indented."""
+    for line in log.splitlines():
+        if found := re.match(r"\d+,\d+,(\d+),[^;]*;(.*)", line):
+            yield Record(int(found[1]) / 1e6, found[2])
+
+
+def timeline(what: str, host: Host, guest: Guest) -> Timeline:
+    """The spans of a boot.  Raises TimelineError."""
+    log = list(records(guest.kernel_log))
+    kernel = _Kernel(log, guest.ahead - host.asked)
+    reached = {place: at + guest.ahead - host.asked for place, at in guest.marks}
+    imports = _nested([Span(name, "agent", a + guest.ahead - host.asked, b - a) for name, a, b in guest.imports])
+    firmware = [None, None] if host.firmware is None else [at - host.asked for at in host.firmware]
+    duties = [place for place in reached if place not in PLACES]
+    ends: list[tuple[str, str, float | None, Sequence[Span]]] = [
+        ("supervisor", "host", host.spawned - host.asked, ()),
+        ("QEMU", "host", firmware[0], ()),
+        ("firmware", "firmware", firmware[1], ()),
+        ("kernel", "kernel", kernel.init, kernel.parts(firmware[1])),
+        ("Python's start", "agent", reached.get("python"), ()),
+    ]
+    if duties and "python" in reached:
+        parts = [
+            Span(duty, "agent", reached[before], reached[duty] - reached[before])
+            for before, duty in zip(["python", *duties], duties, strict=False)
+        ]
+        ends.append(("duties of PID 1", "agent", reached[duties[-1]], parts))
+    ends += [(name, "agent", reached.get(place), imports) for place, name in PLACES.items()]
+    ends.append(("first answer", "agent", host.answered - host.asked, imports))
+    return Timeline(what, tuple(_joined(ends)), guest.error)
+
+
+#: The places on the agent's way to its first answer, and what it does until there; others are duties of PID 1.
+PLACES = {
+    "python": "Python's start",
+    "listening": "options, a socket that listens",
+    "imports": "imports",
+    "model": "the agent's own objects",
+    "server": "gRPC server's start",
+    "first request": "the first request arrives",
+}
+
+
+def _joined(ends: Sequence[tuple[str, str, float | None, Sequence[Span]]]) -> Iterator[Span]:
+    """Spans that follow each other, from their names, kinds, ends and parts.
+
+    An end before the one before it is the clocks' error; one that is not known is not told from the next.
+    """
+    start, last = 0.0, ends[-1][2] or 0.0
+    for name, kind, end, parts in ends:
+        if end is not None and (end > start or end == last):
+            end = min(end, last)
+            yield Span(name, kind, start, end - start, tuple(_notable(parts, start, end, SHARE * last)))
+            start = end
+
+
+def _notable(parts: Sequence[Span], start: float, end: float, least: float) -> Iterator[Span]:
+    """The parts that begin within a span and take a notable time, and of these again."""
+    for part in sorted(parts, key=lambda part: part.start):
+        if start <= part.start < end and part.seconds >= least:
+            yield replace(part, parts=tuple(_notable(part.parts, part.start, part.end, least)))
+
+
+def _nested(spans: Sequence[Span]) -> list[Span]:
+    """Spans with those inside them as their parts."""
+    found: list[Span] = []
+    inside: list[Span] = []
+    for span in sorted(spans, key=lambda span: (span.start, -span.end)):
+        if found and span.end <= found[-1].end:
+            inside.append(span)
+            continue
+        if found:
+            found[-1] = replace(found[-1], parts=tuple(_nested(inside)))
+        inside = []
+        found.append(span)
+    if found:
+        found[-1] = replace(found[-1], parts=tuple(_nested(inside)))
+    return found
+
+
+class _Kernel:
+    """What the kernel's log tells, on this machine's clock.  ``init`` is when it started init."""
+
+    def __init__(self, log: Sequence[Record], ahead: float) -> None:
+        """``ahead``: this machine's clock, less the guest's monotonic one.  Raises TimelineError."""
+        self._log = log
+        clocks = [(record.at, int(found[1]) / 1e6) for record in log if (found := CLOCK.fullmatch(record.text))]
+        if not clocks:
+            raise TimelineError("the kernel's log lacks the agent's line that ties its clock to another")
+        self._ahead = max(clock - at for at, clock in clocks) + ahead  # each was read before it was written
+        self.init = self._time_of("Run ")
+        if self.init is None:
+            raise TimelineError("the kernel's log does not say when init was started")
+
+    def _time_of(self, text: str) -> float | None:
+        return next((record.at + self._ahead for record in self._log if record.text.startswith(text)), None)
+
+    def parts(self, entered: float | None) -> list[Span]:
+        """What takes the kernel its time; ``entered`` is when the firmware left off, where that is known."""
+        steps = [
+            ("until its clock runs", entered, self._ahead),
+            ("setup before initcalls", self._ahead, self._time_of("calling ")),
+            ("initrd unpacked", self._time_of("Trying to unpack rootfs"), self._time_of("Freeing initrd memory")),
+            ("its memory freed, protected", self._time_of("Freeing unused"), self.init),
+        ]
+        found = [Span(name, "kernel", a, b - a) for name, a, b in steps if a is not None and b is not None]
+        for record in self._log:
+            if told := INITCALL.fullmatch(record.text):
+                seconds = int(told[2]) / 1e6
+                found.append(Span(told[1], "kernel", record.at + self._ahead - seconds, seconds))
+        return found
