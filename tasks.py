@@ -91,6 +91,10 @@ TIMED = f"{timelines.PARAMETERS} agent.timeline"
 #: Exit status when a command could not be run at all; 126, 127 and 128+n are those of a shell.
 NOT_RUN = 125
 
+#: Seconds for the agent of a VM that runs to answer, and after which it is looked whether the VM still runs.
+PATIENCE = 60.0
+LOOKING = 3.0
+
 #: The commands whose exit status is a program's.
 RUN_PROGRAMS = ("exec", "run", "shell")
 
@@ -158,8 +162,11 @@ def _console(data: bytes) -> None:
 def _running(name: str) -> VM:
     """The running VM of this name, whose agent answers."""
     vm = get_vm(name)
-    if not client.answers(vm.agent_socket, timeout=60.0):
-        raise VMError(f"the agent of VM {vm.name!r} does not answer; see {vm.directory / 'console.log'}")
+    deadline = time.monotonic() + PATIENCE
+    while not client.answers(vm.agent_socket, timeout=LOOKING):
+        get_vm(name)  # it may have ended since
+        if time.monotonic() > deadline:
+            raise VMError(f"the agent of VM {vm.name!r} does not answer; see {vm.directory / 'console.log'}")
     return vm
 
 

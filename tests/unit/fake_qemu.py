@@ -38,15 +38,25 @@ if "qmp" in words:
     server = socket.socket(socket.AF_UNIX)
     server.bind(option("unix:")[5:].partition(",")[0])
     server.listen()
-    stream = server.accept()[0].makefile("rw", buffering=1)
-    stream.write('{{"QMP": {{}}}}\\r\\n')
-    for line in stream:
-        command = json.loads(line)["execute"]
-        console.write(f"monitor: {{command}}\\n")
-        stream.write('{{"event": "STOP"}}\\r\\n{{"return": {{}}}}\\r\\n')
-        if command == "quit":
-            print("quits as it was asked to", file=sys.stderr)
-            sys.exit(0)
+    states = socket.socket(socket.AF_UNIX)
+    while True:
+        stream = server.accept()[0].makefile("rw", buffering=1)
+        stream.write('{{"QMP": {{}}}}\\r\\n')
+        for line in stream:
+            request = json.loads(line)
+            command, path = request["execute"], request.get("arguments", {{}}).get("uri", "")[5:]
+            console.write(f"monitor: {{command}}\\n")
+            if command == "migrate":
+                states.connect(path)
+                states.sendall(b"state")
+                states.close()
+            elif command == "migrate-incoming":
+                states.bind(path)
+                states.listen()
+            stream.write('{{"event": "STOP"}}\\r\\n{{"return": {{"status": "completed"}}}}\\r\\n')
+            if command == "quit":
+                print("quits as it was asked to", file=sys.stderr)
+                sys.exit(0)
 time.sleep(1000)
 """
 

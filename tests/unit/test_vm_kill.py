@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -25,8 +27,32 @@ print('up', flush=True)
 time.sleep(1000)
 """
 
-#: Seconds after which to kill.  A start takes some 0.3 s here; later ones hit a VM that runs.
-MOMENTS = [step * 0.025 for step in range(16)]
+#: A guest that is started and then detached and stopped, saved as a template, or made from one.
+LIFE = """
+import sys
+from pathlib import Path
+from image.vm import VM, VMConfig, find_vm
+from image.vm.template import Template
+image, life = Path(sys.argv[1]), sys.argv[2]
+if life == 'clone':
+    config = VMConfig.clone(Template.named('t'), name='v', accel='tcg', vsock='user')
+else:
+    config = VMConfig(image, name='v', accel='tcg', vsock='user', savable=life == 'save')
+with VM.start(config, ready=lambda _: True) as vm:
+    if life == 'save':
+        vm.save('t')
+    else:
+        vm.detach()
+        find_vm('v').stop()
+"""
+
+#: Kills of each party in each life, at moments that the seed chooses.
+ROUNDS = 5
+SEED = os.environ.get("CAISSON_SEED") or str(random.randrange(10**6))
+
+
+def life_of(image: Path, life: str) -> list[str]:
+    return [sys.executable, "-c", LIFE, str(image), life]
 
 
 @pytest.fixture
@@ -34,7 +60,8 @@ def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     install(tmp_path / "bin")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("CAISSON_RUN", str(tmp_path / "r"))
-    return make_image(tmp_path / "image")
+    monkeypatch.setenv("CAISSON_CACHE", str(tmp_path / "cache"))
+    return make_image(tmp_path / "image", "qmp")
 
 
 def start(image: Path) -> VM:
@@ -79,28 +106,40 @@ def test_a_killed_starter_takes_its_vm_with_it(image: Path, tmp_path: Path) -> N
     nothing_left(tmp_path / "r")
 
 
-@pytest.mark.parametrize("victim", ["-c", "image.vm.supervisor", "vhost_user", "qemu-system"])
-def test_killed_at_any_moment_of_the_start(image: Path, tmp_path: Path, victim: str) -> None:
-    """``victim``: what its command line contains; the starter itself, or one that it has started."""
-    run = tmp_path / "r"
-    words = [sys.executable, "-c", STARTER, str(image)]
-    for moment in MOMENTS:
-        quiet = subprocess.DEVNULL
-        with subprocess.Popen(words, cwd=ROOT, stdout=quiet, stderr=quiet) as starter:
+def killed(image: Path, run: Path, life: str, victim: str, moment: float) -> None:
+    """Kill one party, ``moment`` seconds into a life; whatever has come of it by then, nothing is left."""
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(life_of(image, life), cwd=ROOT, stdout=quiet, stderr=quiet) as starter:
 
-            def victims(starter: subprocess.Popen[bytes] = starter) -> list[int]:
-                if victim == "-c":
-                    return [starter.pid]
-                return [pid for pid, line in processes_of(run).items() if victim in line and "janitor" not in line]
+        def victims() -> list[int]:
+            if victim == "starter":
+                return [starter.pid]
+            return [pid for pid, line in processes_of(run).items() if victim in line and "janitor" not in line]
 
-            wait_until(lambda victims=victims, starter=starter: victims() or starter.poll() is not None)  # type: ignore[misc]
-            time.sleep(moment)  # the moment is the point of the test
-            for pid in victims():
+        wait_until(lambda: victims() or starter.poll() is not None)
+        time.sleep(moment)  # the moment is the point of the test
+        for pid in victims():
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            if victim != "-c":
-                wait_until(lambda: find_vm("v") is None)
-            starter.kill()
-        nothing_left(run)
+        starter.wait(30)
+    if victim == "starter" and (vm := find_vm("v")):  # it may have been detached before
+        vm.stop()
+    nothing_left(run)
+
+
+@pytest.mark.parametrize("victim", ["starter", "image.vm.supervisor", "vhost_user", "qemu-system"])
+@pytest.mark.parametrize("life", ["stop", "save", "clone"])
+def test_killed_at_any_moment(image: Path, tmp_path: Path, life: str, victim: str) -> None:
+    print(f"CAISSON_SEED={SEED}")
+    chance = random.Random(f"{SEED} {life} {victim}")
+    if life == "clone":
+        subprocess.run(life_of(image, "save"), cwd=ROOT, check=True)
+    for _ in range(ROUNDS):
+        began = time.monotonic()
+        subprocess.run(life_of(image, life), cwd=ROOT, check=True)  # and it works after each kill, too
+        took = time.monotonic() - began
+        assert list((tmp_path / "cache/templates").glob(".[lm]*")) == []
+        killed(image, tmp_path / "r", life, victim, chance.uniform(0, took))
 
 
 def test_two_starts_of_one_name_and_a_look_at_all_times(image: Path, tmp_path: Path) -> None:
