@@ -74,9 +74,11 @@ import image.commands  # noqa: E402
 import image.oci  # noqa: E402
 from agent import client  # noqa: E402
 from agent.client import foreground, guest, listing, logs  # noqa: E402
+from agent.client import share as share_in  # noqa: E402
 from image.commands import image_directory  # noqa: E402
 from image.programs import TO_BOOT, TO_BUILD, TO_COMPILE, TO_PACK, need  # noqa: E402
 from image.vm import VM, VMConfig, VMError, find_vm, get_vm, list_vms  # noqa: E402
+from image.vm import share as sharing  # noqa: E402
 from image.vm import timeline as timelines  # noqa: E402
 from image.vm.disks import plug_disk, unplug_unused  # noqa: E402
 from image.vm.drawing import svg  # noqa: E402
@@ -414,6 +416,61 @@ def _forget(vm: VM, container: str) -> None:
     known.discard(container)
     with contextlib.suppress(VMError):  # they end with the VM
         unplug_unused(vm, lambda: {str(known.about(other).get("disk")) for other in known.names()})
+
+
+@task(
+    help={
+        "directory": "of this machine",
+        "name": "the VM",
+        "container": "where it is mounted; made on first use and kept",
+        "at": "where in it (default: /run/shared/TAG)",
+        "tag": "what to call it (default: the directory's name)",
+        "writable": "the guest may write to it",
+        "only-plug": "do not mount it: the guest has a virtiofs device with this tag",
+    }
+)
+def share(
+    _: Context,
+    directory: str,
+    name: str = "default",
+    container: str = "default",
+    at: str = "",
+    tag: str = "",
+    writable: bool = False,
+    only_plug: bool = False,
+) -> None:
+    """Share a directory with a guest, read-only unless said otherwise, and mount it in a container; prints where.
+
+    It is plugged in as virtiofs, unless the VM was booted with the same share (9p).
+
+    Example: invoke share . --writable && invoke exec -- ls /run/shared
+    """
+    vm = _running(name)
+    shared = sharing.share(vm, Path(directory), tag or sharing.tag_of(Path(directory)), writable=writable)
+    if only_plug:
+        print(shared.tag)
+        return
+    place = at or f"{share_in.SHARED}/{shared.tag}"
+    try:
+        asyncio.run(share_in.mount(vm, container, shared.fstype, shared.tag, place, writable=writable))
+    except BaseException:
+        if shared.new:
+            sharing.unshare(vm, shared.tag)
+        raise
+    mode = "writable" if writable else "read-only"
+    _say(f"{directory}: {shared.fstype}, {mode}, until: invoke unshare {shared.tag}")
+    print(place)
+
+
+@task(help={"tag": "what it is called", "name": "the VM"})
+def unshare(_: Context, tag: str, name: str = "default") -> None:
+    """Take a shared directory away from all containers, and out of the VM.
+
+    Example: invoke unshare src
+    """
+    vm = _running(name)
+    guest.ask(vm, lambda agent: share_in.unmount(agent, tag))
+    sharing.unshare(vm, tag)
 
 
 @task(help={"name": "the VM", "all": "every VM"})

@@ -108,9 +108,9 @@ async def _serve(options: Options, listener: socket.socket, log: Log, marks: Mar
     from pathlib import Path
 
     from agent.api.boottimes import BootTimes
-    from agent.api.clone import Clone
     from agent.api.guest import GuestService
     from agent.api.health import Health
+    from agent.api.own import Own
     from agent.api.server import serve
     from agent.api.service import AgentService
     from agent.guest.files import Files
@@ -153,10 +153,11 @@ async def _serve(options: Options, listener: socket.socket, log: Log, marks: Mar
             AgentService(sandbox, init=os.getpid() == 1),
             GuestService(options.hotplug_timeout, files, log, sandbox.offer_cpus, tracing),
         ]
+        own = [Own(sandbox.container, options.hotplug_timeout), BootTimes(marks)]
         services: list[tuple[object, list[object]]] = [
             (agent_pb2.DESCRIPTOR.services_by_name["AgentService"], methods),
             (health_pb2.DESCRIPTOR.services_by_name["Health"], [Health(marks)]),
-            (caisson_pb2.DESCRIPTOR.services_by_name["Guest"], [Clone(), BootTimes(marks)]),
+            (caisson_pb2.DESCRIPTOR.services_by_name["Guest"], own),
         ]
         marks("model")
         server = serve(services, f"{private}/grpc.sock", log, tracing)

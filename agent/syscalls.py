@@ -19,12 +19,13 @@ _NUMBERS = {
     "x86_64": {"bpf": 321, "finit_module": 313},
     "aarch64": {"bpf": 280, "finit_module": 273},
 }  # fmt: skip
-_OPENAT2 = 437
+_MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _OPENAT2 = 429, 430, 431, 432, 437
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 0x1, 0x2, 0x4, 0x8
 MS_REMOUNT, MS_NOATIME, MS_BIND, MS_MOVE, MS_REC = 0x20, 0x400, 0x1000, 0x2000, 0x4000
 MS_UNBINDABLE, MS_PRIVATE, MS_SLAVE, MS_SHARED = 1 << 17, 1 << 18, 1 << 19, 1 << 20
 MNT_FORCE, MNT_DETACH, UMOUNT_NOFOLLOW = 0x1, 0x2, 0x8
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 0x1, 0x2, 0x4
 RESOLVE_NO_XDEV, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH, RESOLVE_IN_ROOT = 0x1, 0x2, 0x4, 0x8, 0x10
 RB_AUTOBOOT, RB_POWER_OFF, RB_HALT_SYSTEM, RB_DISABLE_CAD = 0x01234567, 0x4321FEDC, 0xCDEF0123, 0
 
@@ -85,6 +86,29 @@ def openat2(dir_fd: int, path: str | os.PathLike[str], flags: int, mode: int = 0
     how = pack("=QQQ", flags | os.O_CLOEXEC, mode, resolve)
     result = _libc().syscall(_OPENAT2, dir_fd, _bytes(path), how, ctypes.c_size_t(len(how)))
     return _check(result, os.fspath(path))
+
+
+def fsopen(fstype: str) -> int:
+    """fsopen(2): a file system that is being set up, close-on-exec.  Raises OSError."""
+    return _check(_libc().syscall(_FSOPEN, fstype.encode(), 1), "fsopen")
+
+
+def fsconfig(fd: int, key: str = "", value: str | None = None) -> None:
+    """fsconfig(2): set a parameter of it, without a value a flag; without a key make it.  Raises OSError."""
+    command = (0 if value is None else 1) if key else 6  # FSCONFIG_SET_FLAG, _SET_STRING, _CMD_CREATE
+    text = None if value is None else value.encode()
+    _check(_libc().syscall(_FSCONFIG, fd, command, key.encode() or None, text, 0), key or "fsconfig")
+
+
+def fsmount(fd: int, attributes: int = 0) -> int:
+    """fsmount(2): mount what was made, nowhere yet; close-on-exec.  Raises OSError."""
+    return _check(_libc().syscall(_FSMOUNT, fd, 1, attributes), "fsmount")
+
+
+def move_mount(mount_fd: int, point_fd: int) -> None:
+    """move_mount(2): put a mount on a directory or a file.  Raises OSError."""
+    empty_paths = 0x4 | 0x40  # MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH
+    _check(_libc().syscall(_MOVE_MOUNT, mount_fd, b"", point_fd, b"", empty_paths), "move_mount")
 
 
 def reboot(command: int) -> None:

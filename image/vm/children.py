@@ -29,6 +29,7 @@ class Children:
         self._grace = grace
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._pidfds: dict[int, str] = {}  # readable when the child has ended
+        self._helpers: set[str] = set()
         self._ask: dict[str, Callable[[], bool]] = {}
 
     @property
@@ -37,11 +38,14 @@ class Children:
 
     @property
     def pidfds(self) -> list[int]:
-        """Descriptors that become readable when a child has ended."""
-        return list(self._pidfds)
+        """Descriptors that become readable when a child has ended without which the others are of no use."""
+        return [pidfd for pidfd, name in self._pidfds.items() if name not in self._helpers]
 
-    def spawn(self, name: str, words: Sequence[str], fds: Iterable[int]) -> None:
-        """Start a child that has these descriptors, and that the kernel kills when this process dies."""
+    def spawn(self, name: str, words: Sequence[str], fds: Iterable[int], *, helper: bool = False) -> None:
+        """Start a child that has these descriptors, and that the kernel kills when this process dies.
+
+        The end of a ``helper`` is nobody's business.
+        """
         process = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", "--", *words],
             stdin=subprocess.DEVNULL,
@@ -50,6 +54,8 @@ class Children:
             pass_fds=list(fds),
         )
         self._processes[name] = process
+        if helper:
+            self._helpers.add(name)
         self._pidfds[os.pidfd_open(process.pid)] = name
 
     def lives(self, name: str) -> bool:
@@ -80,14 +86,20 @@ class Children:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name, process in reversed(self._processes.items()):
-            ask = self._ask.get(name)
-            if not (process.poll() is None and ask and ask() and self._ended(name)):
-                process.terminate()
-                if not self._ended(name):
-                    process.kill()
-            process.wait()
-        for pidfd in self._pidfds:
+        for name in reversed(list(self._processes)):
+            self.end(name)
+
+    def end(self, name: str) -> None:
+        """End a child; fine when it has."""
+        process, ask = self._processes[name], self._ask.get(name)
+        if not (process.poll() is None and ask and ask() and self._ended(name)):
+            process.terminate()
+            if not self._ended(name):
+                process.kill()
+        process.wait()
+        del self._processes[name]
+        for pidfd in [pidfd for pidfd, other in self._pidfds.items() if other == name]:
+            del self._pidfds[pidfd]
             os.close(pidfd)
 
     def _ended(self, name: str) -> bool:

@@ -9,6 +9,8 @@
              agent.sock    any gRPC client dials the agent here
              vsock.sock    CONNECT <port> reaches any other port of the guest; vsock.sock_<port> is the way back
              qmp.sock      QEMU's monitor
+             control.sock  the supervisor's, for what it does while the VM runs (supervisor.py)
+             fsN.sock      a virtiofsd's (virtiofs.py)
 """
 
 from __future__ import annotations
@@ -89,6 +91,7 @@ class VMDirectory:
         self.agent_socket = path / "agent.sock"
         self.vsock_socket = path / "vsock.sock"
         self.qmp_socket = path / "qmp.sock"
+        self.control_socket = path / "control.sock"
         self.qemu_log = path / "qemu.log"
         self._lock = path / "lock"
         self._json = path / "vm.json"

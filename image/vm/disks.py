@@ -41,9 +41,7 @@ def plug_disk(vm: VM, file: Path, name: str) -> str:
         for port, devices in ports.items():
             if identity in devices:
                 return _path(port)
-        empty = next((port for port, devices in ports.items() if not devices), None)
-        if empty is None:
-            raise VMError(f"VM {vm.name!r} has {len(PORTS)} ports for disks, and all are in use; remove a container")
+        empty = empty_port(monitor, vm.name)
         # One that is left of a disk that the guest has let go of since.
         with contextlib.suppress(QMPError):
             monitor.execute("blockdev-del", {"node-name": identity})
@@ -85,6 +83,26 @@ def unplug_unused(vm: VM, used: Callable[[], Container[str]]) -> None:
                     monitor.execute("blockdev-del", {"node-name": identity})
                     unused.discard(identity)
             time.sleep(INTERVAL)
+
+
+def empty_port(monitor: QMP, name: str) -> str:
+    """A port that nothing is plugged into.  Raises VMError when there is none."""
+    for port, devices in plugged(monitor).items():
+        if not devices:
+            return port
+    raise VMError(
+        f"VM {name!r} has {len(PORTS)} ports for disks and shares, and all are in use; remove a container, or a share"
+    )
+
+
+def unplugged(monitor: QMP, identity: str) -> bool:
+    """Wait for a device that was asked for; whether the guest has let go of it in time."""
+    deadline = time.monotonic() + LETTING_GO
+    while any(identity in devices for devices in plugged(monitor).values()):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(INTERVAL)
+    return True
 
 
 def plugged(monitor: QMP) -> dict[str, set[str]]:

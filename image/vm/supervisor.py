@@ -8,6 +8,10 @@ What is said on the socket, a JSON object a line:
     supervisor → starter    {"info": …vm.json…} when the VM is started, and again when it is ready; {"ended": "why"};
                             {"saved": bytes}
 
+and on control.sock, one question a connection, from whoever may enter the VM's directory:
+    {"share": tag, "path": directory, "writable": bool}     a virtiofsd for it: {"socket": path}, or {"error": "why"}
+    {"unshare": tag}                                        and the end of it: {}
+
 The end comes when QEMU or the back end ends, on SIGTERM, or when the starter goes away undetached (end of file on the
 socket).  A killed supervisor cannot clean up, so others do: its children have the kernel's parent-death signal, and
 there is a janitor.
@@ -38,6 +42,7 @@ from image.vm.janitor import janitor
 from image.vm.lines import Lines
 from image.vm.qmp import QMP, QMPError
 from image.vm.template import Bond, Template, store
+from image.vm.virtiofs import Shares
 from image.vm.vsock import vhost
 
 #: Seconds that QEMU gets to answer a `quit`.
@@ -156,6 +161,11 @@ class Supervisor:
                 "command": list(command),
                 "pids": {"supervisor": os.getpid()} | children.pids,
             }
+            control = stack.enter_context(socket.socket(socket.AF_UNIX))
+            control.bind(str(directory.control_socket))
+            control.listen()
+            shares = Shares(directory, children)
+            self._info["virtiofs"] = shares.served
             self._publish()
             if source:
                 state = (source / "state").read_bytes()
@@ -164,7 +174,7 @@ class Supervisor:
                 if self._ram:
                     self._ram.close()  # QEMU has it, and the device
                     self._ram = None
-            self._watch(children)
+            self._watch(children, control, shares)
 
     @property
     def _scratch(self) -> Path:
@@ -182,9 +192,9 @@ class Supervisor:
         self._directory.write(self._info)
         tell(self._starter, {"info": self._info})
 
-    def _watch(self, children: Children) -> None:
+    def _watch(self, children: Children, control: socket.socket, shares: Shares) -> None:
         """Wait for whatever ends the VM; raises Ended."""
-        watched: list[Any] = [self._starter, self._stop, *children.pidfds]
+        watched: list[Any] = [self._starter, self._stop, control, *children.pidfds]
         while True:
             ready, _, _ = select.select(watched, [], [])
             if self._stop in ready:
@@ -193,6 +203,21 @@ class Supervisor:
                 raise Ended(obituary)
             if self._starter in ready and not self._heed(children):
                 watched.remove(self._starter)
+            if control in ready:
+                self._answer(control, shares)
+
+    def _answer(self, control: socket.socket, shares: Shares) -> None:
+        """Answer one question; whoever does not ask in time gets no answer."""
+        connection, _ = control.accept()
+        with connection, contextlib.suppress(OSError, ValueError):
+            lines = Lines(connection)
+            question = lines.receive(ASKING) or {}
+            try:
+                answer = shares.answer(question)
+            except VMError as error:
+                answer = {"error": str(error)}
+            self._publish()
+            lines.send(answer)
 
     def _heed(self, children: Children) -> bool:
         """Do what the starter says; whether there is more to come.  Raises Ended when it has gone."""

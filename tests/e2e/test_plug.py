@@ -98,6 +98,17 @@ def test_a_share_by_9p(own: Caisson, lean: Path, tmp_path: Path) -> None:
     asyncio.run(asyncio.wait_for(work(), PATIENCE))
     assert (out / "reply").read_text() == "from the guest\n"
     assert not (tmp_path / "x").exists()
+
+    # And for people: what a VM was booted with is mounted, where it could not be plugged in.
+    placed = own("share", str(out), "--writable", "--at", "/home/out")
+    assert (placed.returncode, placed.stdout) == (0, b"/home/out\n"), placed.stderr.decode()
+    assert (
+        own("exec", "--", "sh", "-c", "cat /home/out/reply; echo again >/home/out/reply").stdout == b"from the guest\n"
+    )
+    assert (out / "reply").read_text() == "again\n"
+    kept = own("unshare", "out")
+    assert kept.returncode == 1 and b"stays until its end" in kept.stderr
+    assert b"9p" not in own("exec", "--", "cat", "/proc/self/mounts").stdout
     assert own("stop-vm").returncode == 0
 
 

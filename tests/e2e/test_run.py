@@ -226,7 +226,7 @@ def test_several_at_once_and_no_port_for_more(vm: Caisson, tmp_path: Path) -> No
         done = run(vm, image, "--detach", "--container", name)
         assert done.returncode == 0, done.stderr
     full = run(vm, images[2])
-    assert full.returncode == 125 and b"2 ports for disks, and all are in use" in full.stderr
+    assert full.returncode == 125 and b"2 ports for disks and shares, and all are in use" in full.stderr
     done = vm("exec", "--container", "c", "--", "/bin/cat", "/number")
     assert done.stdout == b"1", done.stderr
     for name in ("b", "a"):

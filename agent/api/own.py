@@ -1,0 +1,46 @@
+"""caisson.Guest: what this agent offers beside Kata's API."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+from google.protobuf import empty_pb2
+
+from agent.container import Container
+from agent.guest.identity import identify
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from agent.guest.inside import InsideMounts
+
+EMPTY = empty_pb2.Empty()
+
+
+class Own:
+    """For guests that were made from a template, and for containers that run."""
+
+    def __init__(self, container: Callable[[str], Container], hotplug_timeout: float) -> None:
+        self._container = container
+        self._hotplug_timeout = hotplug_timeout
+
+    async def Identify(self, request: Any) -> Any:
+        identify(request.hostname, request.machine_id)
+        return EMPTY
+
+    @cached_property
+    def _mounts(self) -> InsideMounts:
+        from agent.guest.inside import InsideMounts  # here: few guests need it
+
+        return InsideMounts(self._container, self._hotplug_timeout)
+
+    async def Mount(self, request: Any) -> Any:
+        await self._mounts.mount(
+            request.container_id, request.source, request.fstype, request.mount_point, tuple(request.options)
+        )
+        return EMPTY
+
+    async def Unmount(self, request: Any) -> Any:
+        await self._mounts.unmount(request.source)
+        return EMPTY

@@ -1,0 +1,98 @@
+"""virtiofsd: a process that serves one directory of the host to a guest, as a child of the VM's supervisor.
+
+There are two programs of this name: QEMU's own, in C, up to version 7.2 (Debian: qemu-system-common), and the one in
+Rust that came after it (Debian: virtiofsd).  Source: QEMU, docs/tools/virtiofsd.rst; virtiofsd's README.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from image.programs import search_path
+from image.vm.children import Children
+from image.vm.directory import VMDirectory
+from image.vm.errors import VMError
+
+#: Where distributions put it, out of PATH: the one in Rust, and QEMU's.
+PLACES = ("/usr/libexec", "/usr/lib/virtiofsd", "/usr/lib/qemu")
+
+#: Makes $1 read-only for this process alone, and becomes the rest.  What is mounted below it is not there then.
+READ_ONLY = 'mount --bind -- "$1" "$1" && mount -o remount,bind,ro -- "$1" && shift && exec "$@"'
+
+
+def program() -> str:
+    """Where virtiofsd is.  Raises VMError that says what to do instead."""
+    found = shutil.which("virtiofsd", path=os.pathsep.join((search_path(), *PLACES)))
+    if found is None:
+        raise VMError(
+            "virtiofsd is not installed; run: sudo apt-get install virtiofsd (with QEMU 7.2: qemu-system-common); "
+            "or share by 9p, from the start: invoke boot-vm --share TAG=DIR"
+        )
+    if os.geteuid() != 0:
+        raise VMError("virtiofsd needs root; share by 9p, from the start: invoke boot-vm --share TAG=DIR")
+    return found
+
+
+def command(virtiofsd: str, directory: Path, fd: int, *, writable: bool) -> list[str]:
+    """The command that serves a directory on a listening socket.  No guest can write to one that is read-only."""
+    usage = subprocess.run([virtiofsd, "--help"], capture_output=True, text=True).stdout
+    if "--shared-dir" in usage:
+        words = [virtiofsd, f"--fd={fd}", f"--shared-dir={directory}"]
+        if writable or "--readonly" in usage:
+            return words if writable else [*words, "--readonly"]
+    else:
+        escaped = str(directory).replace("\\", "\\\\").replace(",", "\\,")
+        words = [virtiofsd, f"--fd={fd}", "-o", f"source={escaped}"]
+        if writable:
+            return words
+    return ["unshare", "--mount", "--", "/bin/sh", "-c", READ_ONLY, "sh", str(directory), *words]
+
+
+class Shares:
+    """The directories of one VM that are served so: ``served`` has path and writability by their tags."""
+
+    def __init__(self, directory: VMDirectory, children: Children) -> None:
+        self.served: dict[str, tuple[str, bool]] = {}
+        self._directory = directory
+        self._children = children
+        self._sockets: dict[str, Path] = {}
+
+    def answer(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """What the supervisor is asked to do.  Raises VMError."""
+        if "share" in question:
+            tag, path = str(question["share"]), Path(str(question.get("path")))
+            return {"socket": str(self._share(tag, path, bool(question.get("writable"))))}
+        if "unshare" in question:
+            self._end(str(question["unshare"]))
+            return {}
+        raise VMError("the supervisor does not know what that is")
+
+    def _share(self, tag: str, path: Path, writable: bool) -> Path:
+        if tag in self.served:
+            raise VMError(f"something is shared as {tag!r} already: {self.served[tag][0]}")
+        place = next(
+            place
+            for number in range(len(self._sockets) + 1)
+            if (place := self._directory.path / f"fs{number}.sock") not in self._sockets.values()
+        )
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(place))
+            listener.listen(1)  # so that QEMU can connect at once
+            words = command(program(), path, listener.fileno(), writable=writable)
+            self._children.spawn(f"virtiofsd {tag}", words, [listener.fileno()], helper=True)
+        self._sockets[tag], self.served[tag] = place, (str(path), writable)
+        return place
+
+    def _end(self, tag: str) -> None:
+        if tag in self.served:
+            self._children.end(f"virtiofsd {tag}")
+            del self.served[tag]
+            with contextlib.suppress(FileNotFoundError):
+                self._sockets.pop(tag).unlink()

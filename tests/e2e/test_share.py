@@ -1,0 +1,124 @@
+"""Directories of the host, shared with a guest while it runs: virtiofs, through a virtiofsd of the VM's own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent.client import Agent
+from proto import caisson_pb2
+from tests.e2e.conftest import PATIENCE, Caisson, wait_until
+
+pytestmark = [pytest.mark.root, pytest.mark.vm]
+
+
+def run(vm: Caisson, *words: str) -> str:
+    done = vm(*words)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode()
+
+
+def servers(directory: Path) -> list[int]:
+    """The processes that serve a directory."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if b"virtiofsd" in words and os.fsencode(directory) in words.replace(b"\\", b""):  # a comma is escaped
+            found.append(int(process.name))
+    return found
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Iterator[Path]:
+    """A directory with a comma in its name; at the end nobody serves it."""
+    path = tmp_path / "src, of mine"
+    path.mkdir()
+    (path / "hello").write_text("from the host\n")
+    yield path
+    wait_until(lambda: not servers(path), "nobody serves it any more", found=lambda: servers(path))
+
+
+def test_read_only(vm: Caisson, shared: Path) -> None:
+    assert run(vm, "share", str(shared)) == "/run/shared/src--of-mine\n"
+    place = "/run/shared/src--of-mine"
+    assert run(vm, "exec", "--", "cat", f"{place}/hello") == "from the host\n"
+    (shared / "later").write_text("later\n")
+    assert run(vm, "exec", "--", "cat", f"{place}/later") == "later\n"
+    refused = vm("exec", "--", "touch", f"{place}/x")
+    assert refused.returncode == 1 and b"Read-only file system" in refused.stderr
+    assert vm.info("default")["virtiofs"] == {"src--of-mine": [str(shared), False]}
+
+    # In a second container it is the same share; and one that asks for more than there is does not get it.
+    assert run(vm, "share", str(shared), "--container", "second", "--at", "/home/src") == "/home/src\n"
+    assert run(vm, "exec", "--container", "second", "--", "cat", "/home/src/hello") == "from the host\n"
+
+    async def write() -> bytes:
+        async with Agent.connect(vm.run_directory / "default/agent.sock") as client:
+            request = caisson_pb2.MountRequest(
+                container_id="second", source="src--of-mine", fstype="virtiofs", mount_point="/home/rw"
+            )
+            await client.guest.Mount(request)
+            process = await client.container("second").exec(["/bin/touch", "/home/rw/x"])
+            return b"".join([data async for data in process.stderr()])
+
+    assert b"Read-only file system" in asyncio.run(write())
+    assert not (shared / "x").exists()
+
+    run(vm, "unshare", "src--of-mine")
+    for container in ("default", "second"):
+        assert "virtiofs" not in run(vm, "exec", "--container", container, "--", "cat", "/proc/self/mounts")
+    assert vm.info("default")["virtiofs"] == {}
+    run(vm, "rm", "second")
+
+
+def test_writable(vm: Caisson, shared: Path) -> None:
+    place = run(vm, "share", str(shared), "--writable", "--tag", "work").strip()
+    script = (
+        f"cd {place}; echo more >>hello; mkdir -p deep/er; mv hello deep/er; ln -s er deep/link; chmod 640 deep/link/*"
+    )
+    run(vm, "exec", "--", "sh", "-c", script)
+    assert (shared / "deep/link/hello").read_text() == "from the host\nmore\n"
+    assert (shared / "deep/er/hello").stat().st_mode & 0o777 == 0o640
+    data = os.urandom(3 << 20)
+    (shared / "large").write_bytes(data)
+    back = vm("exec", "--", "sh", "-c", f"cp {place}/large {place}/copy; cat {place}/copy")
+    assert back.stdout == data == (shared / "copy").read_bytes()
+
+    taken = vm("share", str(shared.parent), "--tag", "work")
+    assert taken.returncode == 1 and b"is shared as 'work' already" in taken.stderr
+    nowhere = vm("share", str(shared.parent), "--at", "/etc/src")
+    assert nowhere.returncode == 1 and b"read-only file system" in nowhere.stderr
+    assert vm.info("default")["virtiofs"].keys() == {"work"}  # what could not be mounted is out again
+    run(vm, "unshare", "work")
+
+
+def test_it_ends_with_its_vm(own: Caisson, shared: Path) -> None:
+    run(own, "boot-vm", "--detach")
+    assert run(own, "share", str(shared), "--only-plug") == "src--of-mine\n"
+    assert servers(shared)
+    (listed,) = json.loads(run(own, "list-vms", "--json"))
+    os.kill(listed["pids"]["supervisor"], signal.SIGKILL)
+    wait_until(lambda: not servers(shared), "its virtiofsd has ended", PATIENCE)
+    assert run(own, "list-vms").count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("share", "/nowhere"), b"/nowhere is no directory that could be shared"),
+        (("share", "/tmp", "--tag", "1 2"), b"a share's tag is up to 31 letters, digits, - and _, not '1 2'"),
+        (("unshare", "nothing"), b"nothing is shared as 'nothing' with VM 'default'; there are: none"),
+    ],
+)
+def test_what_cannot_be(vm: Caisson, words: tuple[str, ...], why: bytes) -> None:
+    done = vm(*words)
+    assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"caisson: " + why + b"\n")
