@@ -17,8 +17,10 @@ NEITHER = "flags\t\t: fpu sse2\nbugs\t\t: svm_looks_like_a_flag\nmodel name\t: v
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Host:
-    """A machine that has everything."""
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    """A machine that has everything, where nobody has decided what `auto` is."""
+    monkeypatch.delenv("CAISSON_ACCEL", raising=False)
+    monkeypatch.delenv("CAISSON_VSOCK", raising=False)
     for name in ("kvm", "vhost-vsock"):
         (tmp_path / name).touch()
     return Host("x86_64", VMX, kvm=tmp_path / "kvm", vhost_vsock=tmp_path / "vhost-vsock")
@@ -75,15 +77,51 @@ def test_what_cannot_be_done_names_the_way_out(host: Host, tmp_path: Path) -> No
         accel.choose_vsock("vhost", none)
 
 
-def test_a_device_that_one_may_not_open_names_the_way_in(host: Host, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("uid", "group", "mode", "way_in"),
+    [
+        (1000, "kvm", 0o660, "sudo usermod -aG kvm"),
+        (1000, "kvm", 0o600, "sudo setfacl -m u:"),
+        (1000, "root", 0o660, "sudo setfacl -m u:"),  # nobody should join that one
+        (1000, None, 0o660, "sudo setfacl -m u:"),
+        (0, "kvm", 0o660, "docker run --device"),
+    ],
+)
+def test_a_device_that_one_may_not_open_names_the_way_in(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uid: int, group: str | None, mode: int, way_in: str
+) -> None:
+    def group_of(_: Path) -> str:
+        if group is None:
+            raise KeyError
+        return group
+
+    monkeypatch.setattr("os.geteuid", lambda: uid)
+    monkeypatch.setattr(Path, "group", group_of)
     # A directory cannot be opened for writing, by root neither.
-    closed = replace(host, kvm=tmp_path, vhost_vsock=tmp_path)
-    with pytest.raises(VMError, match="sudo usermod -aG"):
+    closed = replace(host, kvm=tmp_path / "d", vhost_vsock=tmp_path / "d")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d").chmod(mode)
+    with pytest.raises(VMError, match=way_in):
         accel.choose_accelerator("kvm", "x86_64", closed)
-    with pytest.raises(VMError, match="sudo usermod -aG"):
+    with pytest.raises(VMError, match=way_in):
         accel.choose_vsock("vhost", closed)
     assert accel.choose_accelerator("auto", "x86_64", closed).name == "tcg"
     assert accel.choose_vsock("auto", closed).name == "user"
+
+
+def test_ci_says_what_auto_is(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAISSON_ACCEL", "tcg")
+    monkeypatch.setenv("CAISSON_VSOCK", "user")
+    assert accel.choose_accelerator("auto", "x86_64", host).name == "tcg"
+    assert accel.choose_accelerator("kvm", "x86_64", host).name == "kvm"  # who asks for one gets that
+    assert accel.choose_vsock("auto", host).name == "user"
+    monkeypatch.setenv("CAISSON_ACCEL", "kvm")
+    monkeypatch.setenv("CAISSON_VSOCK", "vhost")
+    none = replace(host, kvm=tmp_path / "none", vhost_vsock=tmp_path / "none")
+    with pytest.raises(VMError, match="--accel kvm"):
+        accel.choose_accelerator("auto", "x86_64", none)
+    with pytest.raises(VMError, match="--vsock vhost"):
+        accel.choose_vsock("auto", none)
 
 
 def test_other_words_are_refused(host: Host) -> None:

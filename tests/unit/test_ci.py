@@ -1,0 +1,83 @@
+"""What is written down for CI is there: workflows and the examples of docs/ci.md name files, commands and variables."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def jobs() -> Iterator[tuple[str, dict[str, Any]]]:
+    """All jobs of the workflows, and of the examples for GitHub."""
+    page = (ROOT / "docs/ci.md").read_text()
+    texts = [path.read_text() for path in WORKFLOWS] + re.findall(r"```yaml\n(jobs:.*?)```", page, re.DOTALL)
+    assert len(texts) == len(WORKFLOWS) + 1
+    for text in texts:
+        yield from yaml.safe_load(text)["jobs"].items()
+
+
+def sources() -> str:
+    """All code that could ask for a variable."""
+    return "".join(path.read_text() for name in ("image", "agent", "tests") for path in (ROOT / name).rglob("*.py"))
+
+
+@pytest.mark.parametrize(("name", "job"), list(jobs()))
+def test_a_job_names_what_is_there(name: str, job: dict[str, Any]) -> None:
+    commands = [step["run"] for step in job["steps"] if "run" in step]
+    (run,) = [command for command in commands if ".ci/run" in command or "tasks.py" in command]
+    for file in re.findall(r"(?:caisson/)?((?:tests|\.ci|\.github)/[\w./-]+|tasks\.py)", " ".join(commands)):
+        assert (ROOT / file).exists(), f"{name}: {file}"
+    if "sudo" in run:  # which passes on only what it is told to
+        (passed,) = re.findall(r"--preserve-env=(\S+)", run)
+        assert set(passed.split(",")) == {"CI", *job["env"]}, name
+    for variable in job["env"]:
+        assert f'"{variable}"' in sources(), f"{name}: nobody asks for {variable}"
+
+
+def test_scripts_can_be_run_and_are_shell() -> None:
+    for script in (ROOT / ".ci/run", ROOT / ".github/enable-kvm"):
+        assert os.access(script, os.X_OK)
+        shell = "bash" if "bash" in script.read_text().partition("\n")[0] else "sh"
+        subprocess.run([shell, "-n", script], check=True)
+
+
+def test_the_example_for_gitlab() -> None:
+    (text,) = re.findall(r"```yaml\n(caisson:.*?)```", (ROOT / "docs/ci.md").read_text(), re.DOTALL)
+    job = yaml.safe_load(text)["caisson"]
+    assert job["script"] == ".ci/run"
+    for file in job["cache"]["key"]["files"]:
+        assert (ROOT / file).is_file()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_name_variables_that_are_asked_for(page: Path) -> None:
+    known = sources()
+    for variable in sorted(set(re.findall(r"\bCAISSON_[A-Z_]*[A-Z]\b", page.read_text()))):
+        assert f'"{variable}"' in known, variable
+
+
+def test_pages_name_commands_that_there_are() -> None:
+    """Those in code: `invoke NAME`, or indented lines of them; with the options that each has."""
+    words = [sys.executable, "tasks.py"]
+    listing = subprocess.run([*words, "--list"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    there = set(re.findall(r"^  ([a-z][a-z-]*)", listing, re.MULTILINE))
+    options: dict[str, str] = {}
+    for page in PAGES:
+        for command, rest in re.findall(r"(?:invoke|tasks\.py) ([a-z][a-z-]*)([^\n`#|&;)]*)", page.read_text()):
+            assert command in there, f"{page.name}: {command}"
+            if command not in options:
+                shown = subprocess.run([*words, "--help", command], cwd=ROOT, capture_output=True, text=True)
+                options[command] = shown.stdout
+            for option in re.findall(r"--[a-z][a-z-]*", rest.partition(" -- ")[0]):
+                assert option in options[command] or option == "--help", f"{page.name}: {command} {option}"
