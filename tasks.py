@@ -93,6 +93,9 @@ TIMED = f"{timelines.PARAMETERS} agent.timeline"
 #: Exit status when a command could not be run at all; 126, 127 and 128+n are those of a shell.
 NOT_RUN = 125
 
+#: What is run when this machine was suspended: guests' clocks stood still meanwhile.
+ON_RESUME = (sys.executable, "-m", "agent.client.clock")
+
 #: Seconds for the agent of a VM that runs to answer, and after which it is looked whether the VM still runs.
 PATIENCE = 60.0
 LOOKING = 3.0
@@ -180,7 +183,7 @@ def _vm_for(name: str, report: Callable[[str], None]) -> Iterator[VM]:
     else:
         directory = image_directory("", report)
         need(TO_BOOT, report)
-        config = VMConfig(image=directory, name=f"exec-{os.getpid()}")
+        config = VMConfig(image=directory, name=f"exec-{os.getpid()}", on_resume=ON_RESUME)
         with VM.start(config, ready=functools.partial(client.answers, timeout=1.0), report=report) as vm:
             yield vm
 
@@ -255,13 +258,13 @@ def boot_vm(
             raise client.Mistake(
                 "a guest from a template is as it was saved: --template goes with --name, --accel, --vsock"
             )
-        config = VMConfig.clone(Template.named(template), name=name, accel=accel, vsock=vsock)
+        config = VMConfig.clone(Template.named(template), name=name, accel=accel, vsock=vsock, on_resume=ON_RESUME)
         ready = functools.partial(client.settled, hostname=name)
     else:
         config = VMConfig(
             image=image_directory(image, _say), name=name, accel=accel, vsock=vsock, memory=memory or 512,
             cpus=cpus or 1, append=f"{append} {TIMED}" if told else append, max_memory=max_memory, max_cpus=max_cpus,
-            shares=dict(_share(text) for text in share), firmware=bool(told),
+            shares=dict(_share(text) for text in share), firmware=bool(told), on_resume=ON_RESUME,
         )  # fmt: skip
     if dry_run:
         _show_dry_run(planned(config), as_json=json)

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 import uuid
 from pathlib import Path
 
+from agent.client.clock import set_clock
 from agent.client.connection import Agent, AgentError, answers
 from proto import agent_pb2, caisson_pb2
 
 #: Bytes of entropy: what the kernel's generator is keyed with, twice.
 ENTROPY = 64
-
-#: Seconds that a clock may be off, and how often it is set again where a busy machine takes longer than that.
-PRECISION = 0.5
-ATTEMPTS = 5
 
 #: Seconds for each call.
 PATIENCE = 60.0
@@ -31,17 +27,8 @@ async def settle(agent: Agent, hostname: str, machine_id: str = "") -> None:
     await asyncio.gather(
         agent.rpc.ReseedRandomDev(agent_pb2.ReseedRandomDevRequest(data=os.urandom(ENTROPY)), PATIENCE),
         agent.guest.Identify(identity, PATIENCE),
-        _set_clock(agent),
+        set_clock(agent),
     )
-
-
-async def _set_clock(agent: Agent) -> None:
-    for _ in range(ATTEMPTS):
-        now = time.time_ns()
-        seconds, rest = divmod(now, 10**9)
-        await agent.rpc.SetGuestDateTime(agent_pb2.SetGuestDateTimeRequest(Sec=seconds, Usec=rest // 1000), PATIENCE)
-        if time.time_ns() - now < PRECISION * 1e9:
-            return
 
 
 def settled(socket: Path, hostname: str) -> bool:

@@ -90,7 +90,9 @@ class Children:
             self.end(name)
 
     def end(self, name: str) -> None:
-        """End a child; fine when it has."""
+        """End a child; fine when it has, or there never was one."""
+        if name not in self._processes:
+            return
         process, ask = self._processes[name], self._ask.get(name)
         if not (process.poll() is None and ask and ask() and self._ended(name)):
             process.terminate()

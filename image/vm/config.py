@@ -26,6 +26,8 @@ class VMConfig:
     directories of the host, by tag, with whether the guest may write to them.  One made from a ``template`` is what the
     template was; one that is ``savable`` can become a template, and nobody can talk to it (image.vm.template).
     With ``firmware`` the firmware tells what it does, in a file of the VM's directory (x86).
+    ``on_resume`` is a command that is run, with the agent's socket as its last word, when the host was suspended: then
+    the guest's clock is behind.
     """
 
     image: Path
@@ -41,6 +43,7 @@ class VMConfig:
     template: Template | None = None
     savable: bool = False
     firmware: bool = False
+    on_resume: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.memory < 128:

@@ -45,6 +45,10 @@ from image.vm.template import Bond, Template, store
 from image.vm.virtiofs import Shares
 from image.vm.vsock import vhost
 
+#: Seconds between looks whether the host was suspended, and for how long it has to have been: clocks are not exact.
+LOOKING = 10.0
+SUSPENDED = 1.0
+
 #: Seconds that QEMU gets to answer a `quit`.
 ASKING = 1.0
 
@@ -55,11 +59,24 @@ class Ended(Exception):
     """The VM is to end, or has; the text says why."""
 
 
+def seconds_suspended() -> float:
+    """How long this machine was suspended since it was booted (clock_gettime(2))."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
+
+
 class Supervisor:
     """Keeps one VM, from its directory's beginning to its end."""
 
-    def __init__(self, config: dict[str, Any], starter: Lines, stop: socket.socket) -> None:
+    def __init__(
+        self,
+        config: dict[str, Any],
+        starter: Lines,
+        stop: socket.socket,
+        suspended: Callable[[], float] = seconds_suspended,
+    ) -> None:
         self._config = config
+        self._suspended = suspended
+        self._noticed = suspended()  # how much of that is dealt with
         self._directory = VMDirectory(Path(config["directory"]))
         self._starter = starter
         self._stop = stop
@@ -196,7 +213,8 @@ class Supervisor:
         """Wait for whatever ends the VM; raises Ended."""
         watched: list[Any] = [self._starter, self._stop, control, *children.pidfds]
         while True:
-            ready, _, _ = select.select(watched, [], [])
+            ready, _, _ = select.select(watched, [], [], LOOKING)
+            self._look_at_clocks(children)
             if self._stop in ready:
                 raise Ended("it was stopped")
             if obituary := children.obituary(ready):
@@ -205,6 +223,14 @@ class Supervisor:
                 watched.remove(self._starter)
             if control in ready:
                 self._answer(control, shares)
+
+    def _look_at_clocks(self, children: Children) -> None:
+        """Run what was asked for if the host was suspended."""
+        words, suspended = self._config["on_resume"], self._suspended()
+        if words and suspended - self._noticed > SUSPENDED:
+            self._noticed = suspended
+            children.end("on resume")
+            children.spawn("on resume", [*words, str(self._directory.agent_socket)], [], helper=True)
 
     def _answer(self, control: socket.socket, shares: Shares) -> None:
         """Answer one question; whoever does not ask in time gets no answer."""

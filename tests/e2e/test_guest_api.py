@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 from agent.client import Agent, AgentError, default_spec
 from proto import agent_pb2, oci_pb2, types_pb2
-from tests.e2e.conftest import Caisson
+from tests.e2e.conftest import ROOT, Caisson
 
 pytestmark = [pytest.mark.root, pytest.mark.vm]
 Code = grpc.StatusCode
@@ -52,8 +54,11 @@ def test_the_clock_is_set(vm: Caisson) -> None:
         talk(vm, lambda client: set_to(client, 2_000_000_000))
         assert 2_000_000_000 <= guests_time() < 2_000_000_300
     finally:
-        talk(vm, lambda client: set_to(client, time.time()))
-    assert abs(guests_time() - time.time()) < 300
+        # What a supervisor runs after its host was suspended.
+        socket = vm.run_directory / "default/agent.sock"
+        subprocess.run([sys.executable, "-m", "agent.client.clock", socket], cwd=ROOT, check=True)
+    began = time.time()
+    assert began - 1 <= guests_time() <= time.time() + 1
 
 
 def test_random_numbers_are_reseeded(vm: Caisson) -> None:

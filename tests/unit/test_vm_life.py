@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from image.vm import VM, VMConfig, VMError, find_vm, list_vms
-from image.vm.directory import VMDirectory
+from image.vm import VM, VMConfig, VMError, find_vm, list_vms, supervisor
+from image.vm.directory import VMDirectory, owned_run_root
+from image.vm.lines import Lines
 from tests.unit.fake_qemu import install, lives, make_image, nothing_left, wait_until
 
 Images = Callable[[str], Path]
@@ -194,6 +196,32 @@ def test_a_stale_directory_makes_room(image: Images) -> None:
     (stale.path / "agent.sock").touch()
     with start(image("")) as vm:
         assert vm.agent_socket.is_socket()
+
+
+def test_a_host_that_was_suspended(image: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine cannot be suspended for a test, so its clocks are played."""
+    monkeypatch.setattr(supervisor, "LOOKING", 0.05)
+    told, seconds = tmp_path / "told", [5.0]
+    config = VMConfig(
+        image(""), name="v", accel="tcg", vsock="user", on_resume=("/bin/sh", "-c", 'echo "$1" >>"$0"', str(told))
+    )
+    owned_run_root(make=True)
+    directory = VMDirectory.of("v")
+    document = config.document(*config.choices()) | {"directory": str(directory.path)}
+    starter, theirs = socket.socketpair()
+    stop, wake = socket.socketpair()
+    keeper = supervisor.Supervisor(document, Lines(theirs), stop, lambda: seconds[0])
+    thread = threading.Thread(target=keeper.run)
+    thread.start()
+    assert (Lines(starter).receive(30) or {})["info"]["name"] == "v"
+    for number in (1, 2):
+        seconds[0] += 3600
+        wait_until(lambda number=number: told.exists() and told.read_text().count("\n") == number)  # type: ignore[misc]
+    wake.send(b".")
+    thread.join(30)
+    assert told.read_text() == f"{directory.agent_socket}\n" * 2
+    for end in (starter, theirs, stop, wake):
+        end.close()
 
 
 def test_a_guest_that_panics_has_not_powered_off(image: Images) -> None:
