@@ -578,4 +578,9 @@ for _module in (globals(), vars(image.commands), vars(agent.client.commands)):
         namespace.add_task(Command(_made))
 
 if __name__ == "__main__":
-    Program(name="caisson", binary="invoke", namespace=namespace).run()
+    try:
+        Program(name="caisson", binary="invoke", namespace=namespace).run()
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads on, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)

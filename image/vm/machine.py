@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
+from image.vm import lastwords
 from image.vm.accel import Choice
 from image.vm.children import POWERED_OFF
 from image.vm.config import VMConfig
@@ -121,6 +122,7 @@ class VM:
         began = time.monotonic()
         owned_run_root(make=True)
         directory = VMDirectory.of(config.name)
+        lastwords.forget(directory)
         image = Path(config.image).resolve()
         accelerator, transport = config.choices()
         report(f"{accelerator.reason}; {transport.reason}")
@@ -312,7 +314,11 @@ def get_vm(name: str) -> VM:
     vm = find_vm(name)
     if vm is None:
         names = ", ".join(other.name for other in list_vms()) or "none"
-        raise VMError(f"there is no VM {name!r}; running: {names}; start it: invoke boot-vm --name {name} --detach")
+        why = lastwords.of(VMDirectory.of(name))
+        raise VMError(
+            f"there is no VM {name!r}; running: {names}; start it: invoke boot-vm --name {name} --detach"
+            + (f"\n{why}" if why else "")
+        )
     return vm
 
 

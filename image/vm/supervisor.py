@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from image.vm import migration, qemu, ram, vsock
+from image.vm import lastwords, migration, qemu, ram, vsock
 from image.vm.accel import Choice
 from image.vm.children import POWERED_OFF, Children
 from image.vm.directory import VMDirectory
@@ -51,6 +51,9 @@ SUSPENDED = 1.0
 
 #: Seconds that QEMU gets to answer a `quit`.
 ASKING = 1.0
+
+#: The end that somebody wanted.
+STOPPED = "it was stopped"
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -79,6 +82,7 @@ class Supervisor:
         self._noticed = suspended()  # how much of that is dealt with
         self._directory = VMDirectory(Path(config["directory"]))
         self._starter = starter
+        self._detached = False
         self._stop = stop
         self._info: dict[str, Any] = {}
         self._ram: IO[bytes] | None = None  # the guest's memory, if that is a file of ours
@@ -102,6 +106,8 @@ class Supervisor:
             why = str(error)
         except Exception:  # nobody sees this process's stderr
             why = f"its supervisor failed: {traceback.format_exc()}"
+        if self._detached and not why.startswith((STOPPED, POWERED_OFF)):
+            lastwords.keep(self._directory, why)
         return why
 
     def _evidence(self) -> str:
@@ -216,7 +222,7 @@ class Supervisor:
             ready, _, _ = select.select(watched, [], [], LOOKING)
             self._look_at_clocks(children)
             if self._stop in ready:
-                raise Ended("it was stopped")
+                raise Ended(STOPPED)
             if obituary := children.obituary(ready):
                 raise Ended(obituary)
             if self._starter in ready and not self._heed(children):
@@ -255,6 +261,7 @@ class Supervisor:
             if message is None:
                 raise Ended("the command that started it has ended")
             if "detach" in message:
+                self._detached = True
                 return False
             if "save" in message:
                 self._save(message["save"], lambda: children.lives("qemu"))

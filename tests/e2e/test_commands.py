@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from typing import Any
 
 import pytest
@@ -74,3 +76,14 @@ def test_help_has_an_example(caisson: Caisson, command: str) -> None:
     done = caisson(command, "--help")
     assert done.returncode == 0
     assert f"Example: invoke {command}" in done.stdout.decode()
+
+
+def test_nobody_who_reads_on(caisson: Caisson) -> None:
+    """`invoke ps --help | head -1`: no traceback."""
+    for words in (("ps", "--help"), ("list-vms", "--json")):
+        reading, writing = os.pipe()
+        os.close(reading)
+        with caisson.start(*words, stdout=writing, stderr=subprocess.PIPE) as command:
+            os.close(writing)
+            _, said = command.communicate()
+        assert (command.returncode, said) == (141, b"")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from image.vm import VM, VMConfig, VMError, find_vm, list_vms, supervisor
+from image.vm import VM, VMConfig, VMError, find_vm, get_vm, list_vms, supervisor
 from image.vm.directory import VMDirectory, owned_run_root
 from image.vm.lines import Lines
 from tests.unit.fake_qemu import install, lives, make_image, nothing_left, wait_until
@@ -25,6 +26,7 @@ def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Images]:
     """Makes images whose guest does as told, in a run directory of the test's own."""
     install(tmp_path / "bin")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("CAISSON_CACHE", str(tmp_path / "cache"))
     run = tmp_path / "r"
     monkeypatch.setenv("CAISSON_RUN", str(run))
     yield lambda behaviour: make_image(tmp_path / f"image-{behaviour}", behaviour)
@@ -196,6 +198,27 @@ def test_a_stale_directory_makes_room(image: Images) -> None:
     (stale.path / "agent.sock").touch()
     with start(image("")) as vm:
         assert vm.agent_socket.is_socket()
+
+
+def test_why_a_vm_in_the_background_has_ended(image: Images) -> None:
+    vm = start(image("poweroff panic"))
+    vm.detach()
+    wait_until((vm.directory / "console.log").exists)
+    os.kill(vm.info["pids"]["qemu"], signal.SIGUSR1)
+    wait_until(lambda: find_vm("v") is None)
+    wait_until(lambda: "ended" in said())
+    assert re.match(r"there is no VM 'v'; running: none; start it: .*\nthe last one ended \d s ago: .*panicked", said())
+    assert "the console's last lines:\n" in said() and "more" in said()
+    vm = start(image(""))
+    vm.detach()
+    vm.stop()
+    assert "ended" not in said()  # somebody wanted it to
+
+
+def said() -> str:
+    with pytest.raises(VMError) as caught:
+        get_vm("v")
+    return str(caught.value)
 
 
 def test_a_host_that_was_suspended(image: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
