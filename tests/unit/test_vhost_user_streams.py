@@ -6,6 +6,7 @@ import hashlib
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -400,3 +401,19 @@ def test_connections_before_the_driver_wait_for_it(tmp_path: Path) -> None:
     early.close()
     backend.close()
     guest.close()
+
+
+def test_no_packet_is_missed_between_looking_and_sleeping(start: Start) -> None:
+    """The guest tells of a packet only if it was asked to, and answers just when the device gives up looking."""
+    _backend, guest = start(patience=0.0004)
+    sock, stream = guest.pair()
+    for number in range(1500):
+        sock.send(b"?")
+        guest.until(lambda: len(stream.data) == 1)
+        stream.data.clear()
+        until = time.perf_counter() + number % 600 * 1e-6
+        while time.perf_counter() < until:
+            pass
+        stream.send(b"!")
+        assert guest.host_receives(sock, 1) == b"!"
+    sock.close()

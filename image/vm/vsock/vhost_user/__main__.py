@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None, limits: Limits | None = None) -> int
     except OSError as error:
         log(f"{options.listen or f'--fd {options.fd}'}: {error.strerror}")
         return 2
-    loop = Loop(log)
+    loop = Loop(log, limits.patience)
     device = Device(options.cid, loop, log, limits, lambda port: dial(f"{options.socket}_{port}"))
     handshakes = Handshakes(loop, log, limits, partial(device.connect, greet=True))
     listeners: list[Listener] = []
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None, limits: Limits | None = None) -> int
             listen(path, partial(device.connect, port=port, greet=False))
         if options.ready_fd is not None:
             announce(options.ready_fd)
-        return loop.run(device.turn)
+        return loop.run(device)
     except HostError as error:
         log(str(error))
         return 2

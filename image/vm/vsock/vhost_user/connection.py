@@ -290,8 +290,11 @@ class Connection:
         buffers = receiver.get(self._batch)
         if not buffers:
             return False
-        pieces = buffers[0].payload if len(buffers) == 1 else [piece for buffer in buffers for piece in buffer.payload]
-        room = sum([buffer.room for buffer in buffers])
+        if len(buffers) == 1:
+            pieces, room = buffers[0].payload, buffers[0].room
+        else:
+            pieces = [piece for buffer in buffers for piece in buffer.payload]
+            room = sum([buffer.room for buffer in buffers])
         if room > credit:
             pieces, room = cut(pieces, credit), credit
         try:
@@ -307,6 +310,7 @@ class Connection:
             self._ended()
             return True
         self._sent = (self._sent + done) & COUNT
+        self._device.moved += done
         self._hand_over(receiver, buffers, done)
         if done == room:
             self._batch = min(2 * self._batch, MAX_BATCH)

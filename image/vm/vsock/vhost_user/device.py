@@ -38,6 +38,7 @@ class Device:
         self.rx = Ring("rx", writable=True)
         self.tx = Ring("tx", writable=False)
         self.running = False
+        self.moved = 0  # bytes of data in the last turn, both ways
         self._broken = False
         self._dial = dial
         self._receiver = Receiver(self.rx)
@@ -47,6 +48,7 @@ class Device:
         self._refusals: deque[bytes] = deque()  # RSTs
         self._emptied: list[Connection] = []  # their sockets have nothing more to read, it seems
         self._packets_wait = False
+        self._untold = False  # the guest would not tell of a packet
         self._returning = False  # a timer is set for what was taken from the tx ring
         self._kept_bytes = 0  # of data in it
         self._count = 0
@@ -180,15 +182,41 @@ class Device:
             return False
         ring = self.tx
         try:
-            if self._packets_wait:
+            self.moved = 0
+            if self._packets_wait or self.tx.stirs():
                 self._take()
             ring = self.rx
+            returning = self._may_return()
+            if returning:  # seen with what it is interrupted for below, it mostly needs no interrupt of its own
+                self.tx.show()
             more = self._give()
-            self._return_packets()
+            if returning:
+                self.tx.signal()
+            if not more:
+                self._receiver.prepare()
         except RingError as error:
             self._break(ring, error)
             return False
         return more or (self._packets_wait and len(self._refusals) < self.limits.refusals)
+
+    def talks(self) -> bool:
+        """Whether the last turn was about messages, not bulk."""
+        return self.moved <= self.limits.small
+
+    def stirs(self) -> bool:
+        """Whether the guest has sent something without telling."""
+        return self.running and not self._packets_wait and self.tx.stirs()
+
+    def rest(self) -> bool:
+        """Have the guest tell of what it sends from now on; True if something is there already."""
+        if not self.running or self._packets_wait or not self._untold:
+            return False
+        self._untold = False
+        try:
+            self._packets_wait = self.tx.ask_kick()
+        except RingError as error:
+            self._break(self.tx, error)
+        return self._packets_wait
 
     def _break(self, ring: Ring, error: Exception) -> None:
         self.log(f"the guest broke its {ring.name} ring, the device is off until the guest restarts it: {error}")
@@ -205,13 +233,12 @@ class Device:
         """Packets from the guest.  While refusals pile up, for want of receive buffers, no more are taken."""
         tx = self.tx
         tx.refuse_kicks()
+        self._packets_wait = self._untold = True
         for _ in range(self.limits.turn):
             if len(self._refusals) >= self.limits.refusals:
                 break
             chain = tx.take()
             if chain is None:
-                if tx.ask_kick():
-                    continue
                 self._packets_wait = False
                 break
             try:
@@ -220,15 +247,16 @@ class Device:
                 self.log(f"a packet could not be handled: {describe(error)}")
             tx.push(chain[0], 0)
 
-    def _return_packets(self) -> None:
-        """Tell the guest which packets were taken: not one by one, and not before it has got what it waits for."""
-        waiting = self.tx.unpublished()
-        if waiting >= min(self.limits.kept, self.tx.size // 4) or self._kept_bytes > self.limits.kept_bytes:
+    def _may_return(self) -> bool:
+        """Whether it is time to tell the guest which packets were taken: not one by one; the rest in a while."""
+        kept = self.tx.kept()
+        if kept >= min(self.limits.kept, self.tx.size // 4) or self._kept_bytes > self.limits.kept_bytes:
             self._kept_bytes = 0
-            self.tx.publish()
-        elif waiting and not self._returning:
+            return True
+        if kept and not self._returning:
             self._returning = True
             self.loop.after(self.limits.keep, self._return_rest)
+        return False
 
     def _return_rest(self) -> None:
         self._returning = False
@@ -313,6 +341,7 @@ class Device:
                         raise Violation(f"{length} bytes announced, {sum(map(len, payload))} sent")
                     payload = cut(payload, length)
                 self._kept_bytes += length
+                self.moved += length
             connection.handle(op, flags, payload, length)
         except Violation as error:
             self.log(f"the guest broke a connection, its port {guest_port} to port {host_port}: {error}")

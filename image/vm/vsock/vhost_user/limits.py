@@ -22,10 +22,15 @@ class Limits:
         #: Packets handled before other descriptors have their turn.
         self.turn = 64
         #: Packets taken from the guest before it is told that it may have their memory back, bytes of data in them, and
-        #: how long it may wait: to tell is to interrupt, and what the guest has to say next would wait for that.
+        #: how long it may wait: to tell is to interrupt, and what the guest has to say next would wait for that.  Linux
+        #: wakes a sender that has credit again only while less than half its send buffer (208 KiB) is with us.
         self.kept = 16
-        self.kept_bytes = 4096
+        self.kept_bytes = 64 << 10
         self.keep = 0.002
+        #: Looking for what comes next before sleeping, while it comes that fast (an emulated guest answers within it),
+        #: and the bytes of a turn above which there is no looking: the guest needs the processor then.
+        self.patience = 0.0004
+        self.small = 4096
         #: A host program's CONNECT line.
         self.line = 32
         self.handshake = 5.0

@@ -1,4 +1,4 @@
-"""An epoll loop: descriptors, timers, and a promise that no single event can end it."""
+"""An epoll loop: descriptors, timers, work that nobody tells of, and a promise that no single event can end it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,39 @@ import os
 import select
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from .log import Log
 
+TYPE_CHECKING = False  # saves importing typing
+if TYPE_CHECKING:
+    from typing import Protocol
+else:
+    Protocol = object
+
 Action = Callable[[], None]
 Ready = Callable[[int], None]
 Broken = Callable[[Exception], None]
+
+#: Short sleeps before the next look, after one that was in vain.
+DOUBTS = 8
+
+
+class Work(Protocol):
+    """What is done between waits, and how it hears of more."""
+
+    def turn(self) -> bool:
+        """Follows each batch of events; True to have another at once."""
+
+    def talks(self) -> bool:
+        """Whether what comes next is likely to be an answer, so that it is worth looking for it."""
+
+    def stirs(self) -> bool:
+        """Whether there is something to do that no descriptor tells of.  Asked often, while waits are short."""
+
+    def rest(self) -> bool:
+        """Have a descriptor tell of what comes from now on; True if something has come already."""
 
 
 class Timer:
@@ -30,9 +55,12 @@ class Timer:
 
 
 class Loop:
-    """Waits for descriptors and timers.  An exception that leaves a handler goes to its ``broken``, and no further."""
+    """Waits for descriptors and timers.  An exception that leaves a handler goes to its ``broken``, and no further.
 
-    def __init__(self, log: Log) -> None:
+    ``patience``: seconds to look for an event before the process sleeps until one wakes it, while they come that fast.
+    """
+
+    def __init__(self, log: Log, patience: float = 0.0) -> None:
         self._log = log
         self._epoll = select.epoll()
         self._handlers: dict[int, tuple[Ready, Broken]] = {}
@@ -40,6 +68,8 @@ class Loop:
         # One queue for each delay: the next to fall due is always at a head, cancelled ones are skipped there.
         self._timers: dict[float, deque[Timer]] = {}
         self._status: int | None = None
+        self._patience = patience if len(os.sched_getaffinity(0)) > 1 else 0.0
+        self._doubts = 1  # so many short sleeps are to come before it is worth looking
 
     def add(self, fd: int, mask: int, ready: Ready, broken: Broken) -> None:
         """Watch ``fd`` for ``mask`` (EPOLL*)."""
@@ -67,14 +97,14 @@ class Loop:
         if self._status is None:
             self._status = status
 
-    def run(self, turn: Callable[[], bool]) -> int:
-        """Loop until ``stop``.  ``turn`` follows each batch of events, and says whether it wants another at once."""
+    def run(self, work: Work) -> int:
+        """Loop until ``stop``; returns its status."""
         poll = self._epoll.poll
         handlers = self._handlers
         gone = self._gone
         busy = False
         while self._status is None:
-            events = poll(0 if busy else self._timeout(), 64)
+            events = poll(0, 64) if busy else self._wait(work)
             gone.clear()
             for fd, mask in events:
                 handler = handlers.get(fd)
@@ -85,14 +115,42 @@ class Loop:
                     handler[0](mask)
                 except Exception as error:
                     self._guard(partial(handler[1], error))
-            if self._timers:
-                self._expire()
             try:
-                busy = turn()
+                busy = work.turn()
             except Exception as error:
                 busy = False
                 self._log(f"internal error: {describe(error)}")
+            if self._timers and self._expire():
+                busy = True
         return self._status
+
+    def _wait(self, work: Work) -> Sequence[tuple[int, int]]:
+        """The next events; none when a timer is due, or when there is work without them.
+
+        To sleep and be woken, to cold caches, takes about as long as the other side's answer.  So after a short sleep
+        the next wait begins with looking; whoever else wants this processor gets it in between.  When nothing came in
+        time, it is idle or crowded here: some more short sleeps have to come first.
+        """
+        poll, clock = self._epoll.poll, time.perf_counter
+        if self._doubts <= 0 and work.talks():
+            until = clock() + self._patience
+            while clock() < until:
+                if work.stirs():
+                    return ()
+                events = poll(0, 64)
+                if events:
+                    return events
+                os.sched_yield()
+            self._doubts = DOUBTS
+        if work.rest():
+            return ()
+        began = clock()
+        events = poll(self._timeout(), 64)
+        if clock() - began < self._patience:
+            self._doubts -= 1
+        else:
+            self._doubts = max(self._doubts, 1)
+        return events
 
     def close(self) -> None:
         self._epoll.close()
@@ -112,13 +170,17 @@ class Loop:
                 due = queue[0].due
         return -1 if due is None else max(0.0, due - time.monotonic())
 
-    def _expire(self) -> None:
+    def _expire(self) -> bool:
+        """Run what is due; whether there was any."""
         now = time.monotonic()
+        some = False
         for queue in list(self._timers.values()):
             while queue and (queue[0].action is None or queue[0].due <= now):
                 action = queue.popleft().action
                 if action is not None:
                     self._guard(action)
+                    some = True
+        return some
 
 
 def describe(error: BaseException) -> str:

@@ -63,6 +63,13 @@ class Receiver:
             spare.append(Buffer(*chain))
         return [spare.popleft() for _ in range(min(count, len(spare)))]
 
+    def prepare(self) -> None:
+        """Have a buffer ready, so that less is to be done when there is something to put into it.  Raises RingError."""
+        if not self._spare:
+            chain = self.ring.take()
+            if chain is not None:
+                self._spare.append(Buffer(*chain))
+
     def unget(self, buffers: list[Buffer]) -> None:
         self._spare.extendleft(reversed(buffers))
 

@@ -59,7 +59,8 @@ class Ring:
         self._next = 0  # next entry of avail to take
         self._seen = 0  # avail.idx when last looked at
         self._used_next = 0
-        self._published = 0
+        self._shown = 0
+        self._signalled = 0
 
     def start(self, memory: Memory, *, event_idx: bool, indirect: bool) -> None:
         """Begin at ``base``.  Raises RingError if size or addresses are wrong."""
@@ -67,7 +68,7 @@ class Ring:
         self._indirect = indirect
         self._next = self._seen = self.base
         self.map(memory)
-        self._used_next = self._published = self._used[1]
+        self._used_next = self._shown = self._signalled = self._used[1]
         self.running = True
 
     def map(self, memory: Memory) -> None:
@@ -122,25 +123,28 @@ class Ring:
         self._next = (self._next - count) & 0xFFFF
 
     def push(self, head: int, written: int) -> None:
-        """Return a chain to the driver, visible to it after the next ``publish``."""
+        """Return a chain to the driver, visible to it after the next ``show``."""
         position = (self._used_next & self._mask) * 2 + 1
         self._elements[position] = head
         self._elements[position + 1] = written
         self._used_next = (self._used_next + 1) & 0xFFFF
 
-    def unpublished(self) -> int:
-        """How many chains were pushed since the last ``publish``."""
-        return (self._used_next - self._published) & 0xFFFF
+    def kept(self) -> int:
+        """How many chains were pushed since the last ``show``."""
+        return (self._used_next - self._shown) & 0xFFFF
 
-    def publish(self) -> None:
-        """Show the driver what was pushed, with an interrupt if it wants one."""
-        new, old = self._used_next, self._published
-        if new == old:
-            return
+    def show(self) -> None:
+        """Let the driver see what was pushed when it looks next."""
         if not STRONG:
             os.sched_yield()
-        self._used[1] = new
-        self._published = new
+        self._used[1] = self._shown = self._used_next
+
+    def signal(self) -> None:
+        """Interrupt the driver for what was shown since the last time, if it wants that and has not seen it yet."""
+        new, old = self._shown, self._signalled
+        if new == old:
+            return
+        self._signalled = new
         self._fence()
         if self._event_idx:
             wanted = (new - self._avail[2 + self.size] - 1) & 0xFFFF < (new - old) & 0xFFFF
@@ -151,6 +155,15 @@ class Ring:
                 os.write(self.call, ONE)
             except OSError:
                 pass  # the counter is full: as good as a signal; or it is no eventfd, and nobody waits for one
+
+    def stirs(self) -> bool:
+        """Whether the driver has added something since ``take`` found nothing."""
+        return self._avail[1] != self._next
+
+    def publish(self) -> None:
+        """``show`` and ``signal``."""
+        self.show()
+        self.signal()
 
     def ask_kick(self) -> bool:
         """Ask the driver for a kick when it adds a chain; True if one came meanwhile."""
