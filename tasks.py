@@ -80,6 +80,7 @@ from image.programs import TO_BOOT, TO_BUILD, TO_COMPILE, TO_PACK, need  # noqa:
 from image.vm import VM, VMConfig, VMError, find_vm, get_vm, list_vms  # noqa: E402
 from image.vm import share as sharing  # noqa: E402
 from image.vm import timeline as timelines  # noqa: E402
+from image.vm.balloon import memory_now, set_memory  # noqa: E402
 from image.vm.disks import plug_disk, unplug_unused  # noqa: E402
 from image.vm.drawing import svg  # noqa: E402
 from image.vm.dryrun import DryRun  # noqa: E402
@@ -495,15 +496,30 @@ def list_vms_(_: Context, json: bool = False) -> None:
 
     Example: invoke list-vms --json
     """
-    infos = [vm.info | {"ports": guest.forwarded(vm)} for vm in list_vms()]
+    infos = [vm.info | {"memory_now": memory_now(vm), "ports": guest.forwarded(vm)} for vm in list_vms()]
     shown = (
         info
-        | {"uptime": f"{time.time() - info['started']:.0f} s", "memory": f"{info['memory']} MiB"}
+        | {"uptime": f"{time.time() - info['started']:.0f} s", "memory": f"{info['memory_now'] or info['memory']} MiB"}
         | {"ports": ", ".join(info["ports"]) or None}
         for info in infos
     )
     columns = ("name", "state", "accel", "vsock", "cpus", "memory", "uptime", "ports")
     listing.show(columns, infos, shown, as_json=json)
+
+
+@task(help={"size": "MiB that the guest keeps, 128 to what it was booted with", "name": "the VM"})
+def balloon(_: Context, size: str, name: str = "default") -> None:
+    """Have a guest hand memory back, or let it have it again; prints the MiB that it has then.
+
+    It keeps what it needs. What is free in a guest with a kernel of our own (lean) goes back without being asked.
+
+    Example: invoke balloon 256
+    """
+    if not size.isdecimal():
+        raise client.Mistake(f"a size is a number of MiB, not {size!r}")
+    vm = _running(name)
+    guest.ask(vm, lambda agent: agent.load_module("virtio_balloon"))
+    print(set_memory(vm, int(size)))
 
 
 @task(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -27,6 +28,12 @@ class Own:
 
     async def Identify(self, request: Any) -> Any:
         identify(request.hostname, request.machine_id)
+        return EMPTY
+
+    async def LoadModule(self, request: Any) -> Any:
+        from agent.guest import modules
+
+        await asyncio.to_thread(modules.need, (request.name,))
         return EMPTY
 
     @cached_property

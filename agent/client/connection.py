@@ -125,6 +125,10 @@ class Agent:
         """End every container."""
         await self.rpc.DestroySandbox(agent_pb2.DestroySandboxRequest(), timeout)
 
+    async def load_module(self, name: str) -> None:
+        """Load a module of the guest's kernel that is in its image; fine when it is loaded, or built in."""
+        await self.guest.LoadModule(caisson_pb2.LoadModuleRequest(name=name))
+
     def container(self, container_id: str) -> Container:
         """A handle on a container that exists."""
         return Container(self, container_id)

@@ -252,6 +252,7 @@ def command(
         "-serial", "chardev:console",
         "-qmp", f"unix:{_escaped(devices.qmp)},server=on,wait=off",
         "-device", "virtio-rng-pci",
+        "-device", "virtio-balloon-pci,free-page-reporting=on,deflate-on-oom=on",
     ]  # fmt: skip
     for number, slot in enumerate(PORTS):
         words += ["-device", f"pcie-root-port,id=port{number},chassis={number + 1},addr={slot}"]

@@ -30,7 +30,7 @@ STEP = "templates"
 #: What the agent prints when it listens: there is no vsock device yet through which it could be asked.
 READY = b"caisson agent ready on"
 
-FORMAT = 1
+FORMAT = 2
 
 #: What each bond is called when it does not hold.
 BONDS = {
