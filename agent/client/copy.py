@@ -12,8 +12,8 @@ import posixpath
 import re
 import signal
 import tarfile
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,14 +78,15 @@ async def put(container: Container, source: Path, path: str) -> list[str]:
     read_end, write_end = os.pipe()
     packing = asyncio.create_task(asyncio.to_thread(_pack, write_end, source, name))
     feeding = asyncio.create_task(_feed(process, read_end))
-    complaints = await _complaints(process)
-    await feeding
-    try:
-        left_out = await packing
-    except BrokenPipeError:  # tar has ended first: it says why
-        left_out = []
-    except OSError as error:
-        raise Mistake(f"{error.filename or source}: {error.strerror}") from error
+    async with _ending(feeding, packing):
+        complaints = await _complaints(process)
+        await feeding
+        try:
+            left_out = await packing
+        except BrokenPipeError:  # tar has ended first: it says why
+            left_out = []
+        except OSError as error:
+            raise Mistake(f"{error.filename or source}: {error.strerror}") from error
     if status := await process.wait():
         raise Mistake(complaints or f"tar ended with status {status}")
     return left_out
@@ -107,20 +108,31 @@ async def get(container: Container, path: str, target: Path, into: bool = False)
     read_end, write_end = os.pipe()
     unpacking = asyncio.create_task(asyncio.to_thread(_unpack, read_end, directory, old, new or "."))
     draining = asyncio.create_task(_drain(process, write_end))
-    complaints = await _complaints(process)
-    await draining
-    try:
-        left_out = await unpacking
-    except OSError as error:
-        raise Mistake(f"{target}: {error.filename or ''}: {error.strerror or error}") from error
-    except tarfile.TarError as error:
-        status = await process.wait()
-        raise Mistake(
-            complaints if status and complaints else f"what the container sent is no archive: {error}"
-        ) from error
+    async with _ending(draining, unpacking):
+        complaints = await _complaints(process)
+        await draining
+        try:
+            left_out = await unpacking
+        except OSError as error:
+            raise Mistake(f"{target}: {error.filename or ''}: {error.strerror or error}") from error
+        except tarfile.TarError as error:
+            status = await process.wait()
+            raise Mistake(
+                complaints if status and complaints else f"what the container sent is no archive: {error}"
+            ) from error
     if status := await process.wait():
         raise Mistake(complaints or f"tar ended with status {status}")
     return left_out
+
+
+@asynccontextmanager
+async def _ending(moving: asyncio.Task[None], working: asyncio.Task[list[str]]) -> AsyncIterator[None]:
+    """See to it that both have ended: when ``moving`` does, it closes the pipe that ``working``'s thread is at."""
+    try:
+        yield
+    finally:
+        moving.cancel()
+        await asyncio.gather(moving, working, return_exceptions=True)
 
 
 async def _tar(container: Container, *words: str) -> Process:

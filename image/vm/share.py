@@ -7,15 +7,17 @@ map: what a VM with our own vsock device has.  Source: QEMU, docs/interop/vhost-
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import re
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from image.vm import virtiofs
 from image.vm.config import TAG
-from image.vm.disks import PATIENCE, empty_port, unplugged
+from image.vm.disks import PATIENCE, empty_port, plugged, unplugged
 from image.vm.errors import VMError
 from image.vm.lines import Lines
 from image.vm.machine import VM
@@ -55,10 +57,19 @@ def share(vm: VM, directory: Path, tag: str, *, writable: bool) -> Shared:
         raise VMError(f"a share's tag is up to 31 letters, digits, - and _, not {tag!r}")
     if not path.is_dir():
         raise VMError(f"{directory} is no directory that could be shared")
+    with _alone(vm):
+        return _share(vm, path, directory, tag, writable)
+
+
+def _share(vm: VM, path: Path, directory: Path, tag: str, writable: bool) -> Shared:
     there = shares(vm)
     for other, (fstype, shared, may_write) in there.items():
         if (shared, may_write) == (str(path), writable):
-            return Shared(fstype, other, writable)
+            if fstype == "9p" or _is_plugged(vm, other):
+                return Shared(fstype, other, writable)
+            _ask(vm, {"unshare": other})  # who began with it was killed
+            del there[other]
+            break
     if tag in there:
         raise VMError(f"{there[tag][1]} is shared as {tag!r} already; choose another name: --tag NAME")
     if vm.info["vsock"] != "user":
@@ -77,10 +88,29 @@ def share(vm: VM, directory: Path, tag: str, *, writable: bool) -> Shared:
     return Shared("virtiofs", tag, writable, new=True)
 
 
+@contextlib.contextmanager
+def _alone(vm: VM) -> Iterator[None]:
+    """Shares come and go in here, one at a time: what is half there was left so by somebody who died."""
+    try:
+        lock = (vm.directory / "shares.lock").open("w")
+    except FileNotFoundError:
+        raise VMError(f"VM {vm.name!r} has ended") from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _is_plugged(vm: VM, tag: str) -> bool:
+    with QMP(vm.directory / "qmp.sock", PATIENCE) as monitor:
+        return any(f"share-{tag}" in devices for devices in plugged(monitor).values())
+
+
 def _plug(monitor: QMP, vm: VM, tag: str, path: str) -> None:
     bus = empty_port(monitor, vm.name)
     address = {"type": "unix", "data": {"path": path}}
     backend = {"type": "socket", "data": {"addr": address, "server": False}}
+    with contextlib.suppress(QMPError):  # left by somebody who was killed
+        monitor.execute("chardev-remove", {"id": f"chardev-{tag}"})
     monitor.execute("chardev-add", {"id": f"chardev-{tag}", "backend": backend})
     device = {"driver": "vhost-user-fs-pci", "id": f"share-{tag}", "chardev": f"chardev-{tag}", "tag": tag, "bus": bus}
     try:
@@ -92,6 +122,11 @@ def _plug(monitor: QMP, vm: VM, tag: str, path: str) -> None:
 
 def unshare(vm: VM, tag: str) -> None:
     """Take a share out that nothing in the guest has mounted any more.  Raises VMError."""
+    with _alone(vm):
+        _unshare(vm, tag)
+
+
+def _unshare(vm: VM, tag: str) -> None:
     there = shares(vm)
     if tag not in there:
         raise VMError(

@@ -25,6 +25,7 @@ from pathlib import Path
 import pytest
 
 from image.cache import default_root
+from image.vm.accel import Host, choose_vsock
 from tests.e2e.conftest import COMPILING, Caisson, built, wait_until
 from tests.unit.container_images import busybox_layer
 from tests.unit.fake_qemu import files_of, processes_of
@@ -46,13 +47,14 @@ class Scene:
     """A command in whose course somebody is killed.
 
     It says ``up`` when it has got to where it stays until its input ends (or SIGINT, where it has no use for input);
-    without, it ends by itself.  ``vm``: it needs the VM `v`, and leaves it alone.
+    without, it ends by itself.  ``vm``: it needs the VM `v`, and leaves it alone.  ``undo`` takes back what it did.
     """
 
     words: tuple[str, ...]
     up: bytes = b""
     interrupt: bool = False
     vm: bool = True
+    undo: tuple[str, ...] = ()
 
 
 STAYS = ("sh", "-c", "echo u''p; cat")
@@ -68,6 +70,7 @@ SCENES = {
     "shell": Scene(("shell", "--name", "v"), b"up\n"),
     "cp there": Scene(("cp", "ROOT", "default:/tmp", "--name", "v")),
     "cp back": Scene(("cp", "default:/bin/busybox", "COPY", "--name", "v")),
+    "share": Scene(("share", "ROOT", "--name", "v"), undo=("unshare", "root", "--name", "v")),
     "forward": Scene(("forward", "0:vsock:1024", "--name", "v"), b"vsock port", interrupt=True),
     "stop": Scene(("stop-vm", "--name", "v")),
 }
@@ -137,6 +140,8 @@ class Stage:
             rest, _ = command.communicate(timeout=NOTICED)
         assert command.returncode == (130 if scene.interrupt else 0), (said + rest).decode(errors="replace")
         assert scene.up in said, said
+        if scene.undo:
+            self._do(*scene.undo)
         if not scene.vm or name == "stop":
             self._do("stop-vm", "--all")
             self._nothing_left()
@@ -213,7 +218,11 @@ def stage(own: Caisson, tmp_path: Path) -> Iterator[Stage]:
 def test_killed_at_any_moment(stage: Stage) -> None:
     print(f"CAISSON_KILLS={KILLS} CAISSON_SEED={SEED}")
     chance = random.Random(SEED)
-    pairs = [(scene, victim) for scene in SCENES for victim in VICTIMS]
+    # With our own vsock device a guest is saved without; with the kernel's nothing can be shared while it runs.
+    without = {"user": ("save a template", "vsock"), "vhost": ("share", None)}[choose_vsock("auto", Host.here()).name]
+    pairs = [
+        (scene, victim) for scene in SCENES for victim in VICTIMS if without not in ((scene, victim), (scene, None))
+    ]
     chance.shuffle(pairs)
     for scene, victim in itertools.islice(itertools.cycle(pairs), KILLS):
         stage.play(scene, victim, chance.uniform(0, 1.2))

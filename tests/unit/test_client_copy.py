@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import io
 import os
 import stat
 import tarfile
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
-from agent.client import Mistake
-from agent.client.copy import Place
+from agent.client import AgentGone, Mistake
+from agent.client.copy import Place, get, put
 from agent.client.logs import AgentLines
 from agent.client.unpack import unpack
 
@@ -131,6 +135,64 @@ def test_places(text: str, place: Place) -> None:
 def test_what_is_no_place(text: str) -> None:
     with pytest.raises(Mistake):
         Place.parse(text)
+
+
+class DyingGuest:
+    """A container, and every process in it, until the guest is gone: after a few blocks."""
+
+    def __init__(self) -> None:
+        self._blocks = 0
+        self._gone = asyncio.Event()
+
+    async def exec(self, words: list[str], env: list[str]) -> Any:
+        return self
+
+    async def wait(self) -> int:
+        return 0
+
+    async def write(self, data: bytes) -> None:
+        self._blocks += 1
+        if self._blocks > 3:
+            self._gone.set()
+            raise AgentGone(grpc.StatusCode.UNAVAILABLE, "the agent does not answer")
+
+    async def stdout(self) -> AsyncIterator[bytes]:
+        while True:
+            await self.write(b"")
+            yield bytes(65536)
+
+    async def stderr(self) -> AsyncIterator[bytes]:
+        while True:
+            await self._gone.wait()
+            await self.write(b"")
+            yield b""
+
+
+def descriptors() -> set[str]:
+    return {path.name for path in Path("/proc/self/fd").iterdir()}
+
+
+@pytest.mark.parametrize("way", ["there", "back"])
+def test_a_guest_that_dies_meanwhile(tmp_path: Path, way: str) -> None:
+    (tmp_path / "big").write_bytes(bytes(4 << 20))
+    (tmp_path / "target").mkdir()
+    before = descriptors()
+    complaints: list[dict[str, Any]] = []
+
+    async def work() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        guest: Any = DyingGuest()
+        with pytest.raises(AgentGone):
+            if way == "there":
+                await put(guest, tmp_path / "big", "/tmp")
+            else:
+                await get(guest, "/big", tmp_path / "target")
+        assert len(asyncio.all_tasks()) == 1
+        gc.collect()
+
+    asyncio.run(work())
+    assert complaints == []
+    assert descriptors() <= before
 
 
 def test_the_agents_lines_on_a_console() -> None:
