@@ -24,6 +24,7 @@ PARTS = {
     "boot": ([], ["--rounds", "2"]),
     "clones": ([], ["--rounds", "3"]),
     "guest": ([], ["--quick"]),
+    "vsock": (["--json"], ["--json", "--quick"]),
     "build_time": ([], ["--quick"]),
 }
 
