@@ -61,7 +61,6 @@ import functools  # noqa: E402
 import json as jsonlib  # noqa: E402
 import shlex  # noqa: E402
 import signal  # noqa: E402
-import subprocess  # noqa: E402
 import time  # noqa: E402
 import uuid  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
@@ -72,15 +71,17 @@ from invoke import Argument, Collection, Context, Exit, Program, Task, task  # n
 import agent.client.commands  # noqa: E402
 import image.commands  # noqa: E402
 import image.oci  # noqa: E402
+import tests.commands  # noqa: E402
 from agent import client  # noqa: E402
 from agent.client import foreground, guest, listing, logs  # noqa: E402
 from agent.client import share as share_in  # noqa: E402
 from image.commands import image_directory  # noqa: E402
-from image.programs import TO_BOOT, TO_BUILD, TO_COMPILE, TO_PACK, need  # noqa: E402
+from image.programs import TO_BOOT, TO_PACK, need  # noqa: E402
 from image.vm import VM, VMConfig, VMError, find_vm, get_vm, list_vms  # noqa: E402
 from image.vm import share as sharing  # noqa: E402
 from image.vm import timeline as timelines  # noqa: E402
 from image.vm.balloon import memory_now, set_memory  # noqa: E402
+from image.vm.config import parse_share  # noqa: E402
 from image.vm.disks import plug_disk, unplug_unused  # noqa: E402
 from image.vm.drawing import svg  # noqa: E402
 from image.vm.dryrun import DryRun  # noqa: E402
@@ -265,7 +266,7 @@ def boot_vm(
         config = VMConfig(
             image=image_directory(image, _say), name=name, accel=accel, vsock=vsock, memory=memory or 512,
             cpus=cpus or 1, append=f"{append} {TIMED}" if told else append, max_memory=max_memory, max_cpus=max_cpus,
-            shares=dict(_share(text) for text in share), firmware=bool(told), on_resume=ON_RESUME,
+            shares=dict(parse_share(text) for text in share), firmware=bool(told), on_resume=ON_RESUME,
         )  # fmt: skip
     if dry_run:
         _show_dry_run(planned(config), as_json=json)
@@ -293,13 +294,6 @@ def _show_dry_run(dry: DryRun, *, as_json: bool) -> None:
     _say(dry.reasons)
     _say(f"before QEMU, in another shell: {dry.beside}")
     print(jsonlib.dumps(list(dry.command), indent=2) if as_json else shlex.join(dry.command))
-
-
-def _share(text: str) -> tuple[str, tuple[str, bool]]:
-    tag, equals, path = text.partition("=")
-    if not equals or not path:
-        raise client.Mistake(f"--share takes TAG=DIR or TAG=DIR:rw, not {text!r}")
-    return tag, (path.removesuffix(":rw"), path.endswith(":rw"))
 
 
 @task(
@@ -551,45 +545,9 @@ def rm(_: Context, container: str, timeout: int = 30, name: str = "default") -> 
     _forget(vm, container)
 
 
-#: What the tests need besides: to make and read images, to sign repositories with, to compare with.
-TO_TEST = (
-    *TO_BUILD, *TO_COMPILE, *TO_BOOT, *TO_PACK, "/usr/bin/python3", "busybox", "clang", "cpio", "crun", "faketime",
-    "gpg", "ip", "mke2fs", "openssl", "runc", "sfdisk", "veritysetup",
-)  # fmt: skip
-
-
-@task(help={"quick": "fewer samples: less than five minutes", "json": "as a list of rows"})
-def bench(_: Context, quick: bool = False, json: bool = False) -> None:
-    """Measure everything beside its peer and its limit; fails when a budget is exceeded. docs/performance.md explains.
-
-    Example: invoke bench --quick
-    """
-    need(TO_TEST, _say)
-    words = [f"--{name}" for name, wanted in (("quick", quick), ("json", json)) if wanted]
-    os.chdir(ROOT)
-    os.execv(sys.executable, [sys.executable, "-m", "tests.bench", *words])
-
-
-@task
-def test(_: Context) -> None:
-    """Set up what the tests need and run them: invoke test [-- PYTEST ARGUMENTS]
-
-    Example: invoke test -- tests/unit -k definition
-    """
-    need(TO_TEST, _say)
-    import tomllib
-
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["test"]
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *extras]
-    if subprocess.run(pip).returncode != 0:
-        raise client.Mistake("pip could not install what the tests need; its message is above")
-    os.chdir(ROOT)
-    os.execv(sys.executable, [sys.executable, "-m", "pytest", *_words()])
-
-
 namespace = Collection()
-namespace.configure({"running": _running, "say": _say})
-for _module in (globals(), vars(image.commands), vars(agent.client.commands)):
+namespace.configure({"running": _running, "say": _say, "words": _words})
+for _module in (globals(), vars(image.commands), vars(agent.client.commands), vars(tests.commands)):
     for _made in [value for value in _module.values() if isinstance(value, Task)]:
         namespace.add_task(Command(_made))
 

@@ -18,6 +18,14 @@ from image.vm.template import Template
 TAG = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,30}")
 
 
+def parse_share(text: str) -> tuple[str, tuple[str, bool]]:
+    """TAG=DIR or TAG=DIR:rw, as VMConfig has it.  Raises VMError."""
+    tag, equals, path = text.partition("=")
+    if not equals or not path:
+        raise VMError(f"--share takes TAG=DIR or TAG=DIR:rw, not {text!r}")
+    return tag, (path.removesuffix(":rw"), path.endswith(":rw"))
+
+
 @dataclass(frozen=True)
 class VMConfig:
     """What to boot and how: ``image`` is an image's directory, ``memory`` in MiB, ``append`` for the kernel.
