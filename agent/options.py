@@ -15,11 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 
-#: Bytes in a pipe of output: enough for a program to go on while the agent answers.  In a guest without KVM its output
-#: comes two to three times as fast as through the 64 KiB of the kernel, and no faster through more.
-PIPE_SIZE = 1 << 18
-
-
 class Options(Record):
     """Addresses are ``vsock:PORT`` or ``unix:PATH``, empty for none."""
 
@@ -30,7 +25,7 @@ class Options(Record):
     log_listen: str = ""
     console_listen: str = ""
     console: bool = False
-    pipe_size: int = PIPE_SIZE
+    pipe_size: int = 0
     hotplug_timeout: float = 3.0
     cgroup: str = "v2"
     cgroup_parent: str = ""
@@ -126,7 +121,7 @@ OPTIONS = (
     _Option(
         "pipe_size",
         _number,
-        "bytes in the pipes of standard output and error; 0 for the kernel's choice",
+        "bytes in the pipes of standard output and error; 0 for the kernel's choice, and more for streams read in bulk",
         argument="--container-pipe-size",
         name="container_pipe_size",
     ),

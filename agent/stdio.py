@@ -3,7 +3,8 @@
 The rules, each learned from a failure that users of container runtimes have met:
 * output is complete before its end is reported, and the end follows the process's own exit, whoever else (a background
   job) still holds the pipe or terminal;
-* nothing is read before somebody asks: a slow reader slows the writer, the agent buffers nothing;
+* nothing is read before somebody asks: a slow reader slows the writer, the agent buffers nothing.  Who reads in bulk
+  gets a larger pipe;
 * closing standard input never touches output.
 """
 
@@ -22,8 +23,12 @@ if TYPE_CHECKING:
 
     from agent.reaper import Child
 
-#: Bytes given out by one read: more would not fit into a message, and a pipe holds 64 KiB unless told otherwise.
+#: Bytes given out by one read, and what the pipe of a stream that is read in bulk grows to: four fit into a message.
 LARGEST_READ = 1 << 20
+
+#: A read that takes so much and finds its pipe half full or fuller asks for more than the pipe can hold.  (Not all of a
+#: pipe's bytes can be used: a write that does not fit into the last page begins a new one.)
+BULK = 1 << 15
 
 #: What a terminal's two buffers can hold at most (tty_buffer.c, n_tty.c); a pipe is asked.
 TERMINAL_CAPACITY = 1 << 17
@@ -66,8 +71,9 @@ class _End:
 class Output(_End):
     """The reading end of one output stream."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, *, grows: bool = False) -> None:
         super().__init__(fd)
+        self._grows = grows
         self._left: int | None = None  # bytes that may still come, once the process has exited
 
     async def read(self, size: int, child: Child) -> bytes:
@@ -97,8 +103,20 @@ class Output(_End):
                     break
                 if self._left is not None:
                     self._left -= len(data)
+                elif self._grows and len(data) >= BULK:
+                    self._grow(size, len(data))
                 return data
             raise EndOfStream
+
+    def _grow(self, wanted: int, taken: int) -> None:
+        """Let the pipe hold what the reader would take at once: the fewer calls, the faster.
+
+        So there is as much room as was shown to be of use, in the kernel, where it is the writer's (its pages are
+        charged to the container) and slows the writer when it is full.
+        """
+        room = _capacity(self._fd)
+        if room < wanted and taken * 2 >= room:
+            self._grows = resize_pipe(self._fd, wanted)
 
     def exited(self) -> None:
         """The process has ended: an empty pipe is done with, whether somebody ever reads it or not."""
@@ -179,7 +197,10 @@ class Streams:
 
 
 class Pipes:
-    """The three pipes of a process about to start: ``theirs`` for the child, the rest for Streams."""
+    """The three pipes of a process about to start: ``theirs`` for the child, the rest for Streams.
+
+    ``size`` is that of the pipes of output, in bytes; 0 begins with the kernel's, and a stream read in bulk gets more.
+    """
 
     def __init__(self, size: int = 0) -> None:
         pairs: list[tuple[int, int]] = []
@@ -193,19 +214,16 @@ class Pipes:
             raise
         (stdin, self._stdin), (self._stdout, stdout), (self._stderr, stderr) = pairs
         self.theirs = Stdio(stdin, stdout, stderr)
+        self._grow = size == 0
         if size > 0:
-            import fcntl
-
             for fd in (stdout, stderr):
-                try:
-                    fcntl.fcntl(fd, F_SETPIPE_SZ, size)
-                except OSError:
-                    pass  # more than /proc/sys/fs/pipe-max-size: the default does as well
+                resize_pipe(fd, size)
 
     def started(self) -> Streams:
         """The child has its ends: keep ours."""
         self._close_theirs()
-        return Streams(Input(self._stdin), Output(self._stdout), Output(self._stderr), None)
+        stdout, stderr = (Output(fd, grows=self._grow) for fd in (self._stdout, self._stderr))
+        return Streams(Input(self._stdin), stdout, stderr, None)
 
     def failed(self) -> None:
         """There is no child: close everything."""
@@ -225,6 +243,17 @@ def _capacity(fd: int) -> int:
         return fcntl.fcntl(fd, F_GETPIPE_SZ)
     except OSError:
         return TERMINAL_CAPACITY
+
+
+def resize_pipe(pipe: int, size: int) -> bool:
+    """Let a pipe hold so many bytes.  False where the kernel refuses: more than /proc/sys/fs/pipe-max-size."""
+    import fcntl
+
+    try:
+        fcntl.fcntl(pipe, F_SETPIPE_SZ, size)
+    except OSError:
+        return False
+    return True
 
 
 def _waiting(pipe: int) -> int:

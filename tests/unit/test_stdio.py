@@ -279,6 +279,85 @@ def test_pipes_of_a_child_that_did_not_start_and_of_a_given_size() -> None:
     Pipes(size=1 << 40).failed()  # more than there can be: said by nobody, the default does
 
 
+def fill(fd: int) -> int:
+    """Write until nothing more goes in; returns how much did."""
+    os.set_blocking(fd, False)
+    total = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            total += os.write(fd, bytes(PIPE))
+    return total
+
+
+@pytest.mark.parametrize(
+    ("size", "taken", "room"),
+    [
+        (0, LARGEST_READ, LARGEST_READ),
+        (0, 2 * PIPE, 2 * PIPE),
+        (0, PIPE // 2, PIPE),
+        (2 * PIPE, LARGEST_READ, 2 * PIPE),
+    ],
+    ids=["all there is", "twice as much", "Kata's size", "a given size"],
+)
+def test_a_pipe_holds_what_its_reader_takes_at_once_and_never_more(size: int, taken: int, room: int) -> None:
+    async def work() -> None:
+        pipes = Pipes(size)
+        writer = os.dup(pipes.theirs.stdout)
+        streams, child = pipes.started(), running()
+        assert fill(writer) == (size or PIPE)  # nobody has read anything yet
+        total = 0
+        for _ in range(40):
+            total += len(await streams.stdout.read(taken, child))
+            fill(writer)
+            assert waiting(streams.stdout._fd) <= room
+        assert waiting(streams.stdout._fd) == fcntl.fcntl(writer, 1032) == room
+        assert fcntl.fcntl(streams.stderr._fd, 1032) == (size or PIPE)
+        child._end(0)  # while a job holds the pipe
+        assert len(await all_of(streams.stdout, child)) == room
+        streams.close()
+        os.close(writer)
+
+    run(work())
+
+
+def test_a_pipe_that_is_never_half_full_stays_as_it_is() -> None:
+    async def work() -> None:
+        pipes = Pipes()
+        writer = os.dup(pipes.theirs.stdout)
+        streams, child = pipes.started(), running()
+        for _ in range(10):
+            os.write(writer, bytes(PIPE // 2 - 1))
+            await streams.stdout.read(LARGEST_READ, child)
+        assert fcntl.fcntl(writer, 1032) == PIPE
+        streams.close()
+        os.close(writer)
+
+    run(work())
+
+
+def test_a_kernel_that_grants_no_larger_pipe_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refuse(pipe: int, size: int) -> bool:
+        asked.append(size)
+        return False
+
+    monkeypatch.setattr("agent.stdio.resize_pipe", refuse)
+
+    async def work() -> None:
+        pipes = Pipes()
+        writer = os.dup(pipes.theirs.stdout)
+        streams, child = pipes.started(), running()
+        for _ in range(3):
+            fill(writer)
+            assert len(await streams.stdout.read(LARGEST_READ, child)) == PIPE
+        assert asked == [LARGEST_READ]
+        streams.close()
+        os.close(writer)
+
+    run(work())
+
+
 def test_ends_that_were_read_are_given_back_before_anybody_asks() -> None:
     async def work() -> None:
         pipes = Pipes()
