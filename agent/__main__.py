@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import contextmanager
 
 from agent import options as options_module
 from agent.marks import Marks
@@ -14,12 +13,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import asyncio
     import socket
-    from collections.abc import Iterator
 
     from agent.log import Log
     from agent.reaper import Reaper
     from agent.tracing import Tracing
 
+
+#: Bytes of the largest blocks that the agent needs all the time: a read of output, and what goes with it.
+LARGEST_BLOCK = 2 << 20
 
 #: Calls that may be blocked in the kernel at once before others wait for them.
 BLOCKED_AT_MOST = 64
@@ -81,25 +82,6 @@ def _run(options: Options, log: Log, marks: Marks) -> None:
             os.unlink(options.listen.removeprefix("unix:"))  # noqa: PTH108 - no pathlib at start
 
 
-@contextmanager
-def _private_directory() -> Iterator[str]:
-    """A directory that nobody else can enter.  Not by tempfile, which loads much to find a name nobody guesses."""
-    path = f"/run/caisson-agent-{os.getpid()}"
-    if os.path.isdir(path):  # noqa: PTH112 - no pathlib at start
-        _remove(path)  # of an agent that was killed, and had this number
-    os.mkdir(path, 0o700)  # noqa: PTH102
-    try:
-        yield path
-    finally:
-        _remove(path)
-
-
-def _remove(directory: str) -> None:
-    for name in os.listdir(directory):  # noqa: PTH208 - no pathlib at start
-        os.unlink(f"{directory}/{name}")  # noqa: PTH108
-    os.rmdir(directory)  # noqa: PTH106
-
-
 async def _serve(options: Options, listener: socket.socket, log: Log, marks: Marks) -> None:
     """Serve until SIGTERM (or SIGINT: Ctrl-Alt-Delete of a guest); then end every container."""
     import asyncio
@@ -111,14 +93,14 @@ async def _serve(options: Options, listener: socket.socket, log: Log, marks: Mar
     from agent.api.guest import GuestService
     from agent.api.health import Health
     from agent.api.own import Own
-    from agent.api.server import serve
+    from agent.api.server import Server
     from agent.api.service import AgentService
     from agent.guest.files import Files
     from agent.libcontainer import cgroups
     from agent.libcontainer.launcher import Launcher
     from agent.libcontainer.nsexec import Nsexec
     from agent.limits import raise_open_files
-    from agent.listener import Relay
+    from agent.listener import accept
     from agent.reaper import Reaper
     from agent.sandbox import Sandbox
     from agent.tracing import Tracing
@@ -148,36 +130,44 @@ async def _serve(options: Options, listener: socket.socket, log: Log, marks: Mar
     tracing = Tracing(options.trace_target)
     if options.trace:
         _trace(tracing, log)
-    with _private_directory() as private:
-        methods = [
-            AgentService(sandbox, init=os.getpid() == 1),
-            GuestService(options.hotplug_timeout, files, log, sandbox.offer_cpus, tracing),
-        ]
-        own = [Own(sandbox.container, options.hotplug_timeout), BootTimes(marks)]
-        services: list[tuple[object, list[object]]] = [
-            (agent_pb2.DESCRIPTOR.services_by_name["AgentService"], methods),
-            (health_pb2.DESCRIPTOR.services_by_name["Health"], [Health(marks)]),
-            (caisson_pb2.DESCRIPTOR.services_by_name["Guest"], own),
-        ]
-        marks("model")
-        server = serve(services, f"{private}/grpc.sock", log, tracing)
-        await server.start()
-        marks("server")
-        tasks = [loop.create_task(Relay(listener, f"{private}/grpc.sock", log).run())]
-        tasks += _extras(options, reaper, log)
-        print(f"caisson agent ready on {options.listen}", flush=True)
-        await stop.wait()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await server.stop(grace=1.0)
-        await sandbox.destroy()
-        if tracing.enabled:
-            await asyncio.to_thread(tracing.stop)
+    methods = [
+        AgentService(sandbox, init=os.getpid() == 1),
+        GuestService(options.hotplug_timeout, files, log, sandbox.offer_cpus, tracing),
+    ]
+    own = [Own(sandbox.container, options.hotplug_timeout), BootTimes(marks)]
+    services: list[tuple[object, list[object]]] = [
+        (agent_pb2.DESCRIPTOR.services_by_name["AgentService"], methods),
+        (health_pb2.DESCRIPTOR.services_by_name["Health"], [Health(marks)]),
+        (caisson_pb2.DESCRIPTOR.services_by_name["Guest"], own),
+    ]
+    marks("model")
+    server = Server(services, log, tracing)
+    _keep_heap()
+    marks("server")
+    tasks = [loop.create_task(accept(listener, server.connection, log))]
+    tasks += _extras(options, reaper, log)
+    print(f"caisson agent ready on {options.listen}", flush=True)
+    await stop.wait()
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await server.stop(grace=1.0)
+    await sandbox.destroy()
+    if tracing.enabled:
+        await asyncio.to_thread(tracing.stop)
     files.close()
     await launcher.close()
     nsexec.close()
     reaper.stop(loop)
+
+
+def _keep_heap() -> None:
+    """Let glibc keep memory that is freed: else each MiB of output is mapped, cleared and unmapped anew.
+
+    It learns from what is freed: blocks of up to that size come from the heap from then on, which keeps twice as much
+    that is unused (mallopt(3), M_MMAP_THRESHOLD).  This one is never touched, so it costs nothing.
+    """
+    bytearray(LARGEST_BLOCK)
 
 
 def _trace(tracing: Tracing, log: Log) -> None:

@@ -4,30 +4,46 @@ from __future__ import annotations
 
 import errno
 import os
-
-import grpc
+from enum import IntEnum
 
 from agent import errors
 from agent.libcontainer.cgroups import CgroupError
 from agent.libcontainer.errors import LaunchError
 from agent.libcontainer.fields import SpecError
 
-CODES: dict[type[Exception], grpc.StatusCode] = {
-    errors.NotFound: grpc.StatusCode.NOT_FOUND,
-    errors.AlreadyExists: grpc.StatusCode.ALREADY_EXISTS,
-    errors.WrongState: grpc.StatusCode.FAILED_PRECONDITION,
-    errors.Invalid: grpc.StatusCode.INVALID_ARGUMENT,
-    errors.Unsupported: grpc.StatusCode.UNIMPLEMENTED,
-    errors.TooLate: grpc.StatusCode.DEADLINE_EXCEEDED,
-    errors.Failed: grpc.StatusCode.INTERNAL,
+
+class StatusCode(IntEnum):
+    """gRPC's (doc/statuscodes.md of grpc/grpc)."""
+
+    OK = 0
+    CANCELLED = 1
+    UNKNOWN = 2
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+
+
+CODES: dict[type[Exception], StatusCode] = {
+    errors.NotFound: StatusCode.NOT_FOUND,
+    errors.AlreadyExists: StatusCode.ALREADY_EXISTS,
+    errors.WrongState: StatusCode.FAILED_PRECONDITION,
+    errors.Invalid: StatusCode.INVALID_ARGUMENT,
+    errors.Unsupported: StatusCode.UNIMPLEMENTED,
+    errors.TooLate: StatusCode.DEADLINE_EXCEEDED,
+    errors.Failed: StatusCode.INTERNAL,
     # Kata 1.x has no status for these: whatever its handlers return as a plain error is UNKNOWN.
-    errors.Refused: grpc.StatusCode.UNKNOWN,
-    errors.EndOfStream: grpc.StatusCode.UNKNOWN,
-    errors.BrokenStream: grpc.StatusCode.UNKNOWN,
-    errors.Ended: grpc.StatusCode.UNKNOWN,
-    SpecError: grpc.StatusCode.INVALID_ARGUMENT,
-    LaunchError: grpc.StatusCode.INTERNAL,
-    CgroupError: grpc.StatusCode.INTERNAL,
+    errors.Refused: StatusCode.UNKNOWN,
+    errors.EndOfStream: StatusCode.UNKNOWN,
+    errors.BrokenStream: StatusCode.UNKNOWN,
+    errors.Ended: StatusCode.UNKNOWN,
+    SpecError: StatusCode.INVALID_ARGUMENT,
+    LaunchError: StatusCode.INTERNAL,
+    CgroupError: StatusCode.INTERNAL,
 }
 
 
@@ -36,14 +52,14 @@ USED_UP = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 SCARCE = (*USED_UP, errno.ENOSPC, errno.EAGAIN)
 
 
-def status_of(error: Exception) -> tuple[grpc.StatusCode, str] | None:
+def status_of(error: Exception) -> tuple[StatusCode, str] | None:
     """The code and text for an error that a caller can do something about; None for a bug of ours."""
     cause = error.__cause__ if isinstance(error, CgroupError) else None
     if isinstance(cause, OSError) and cause.errno in USED_UP:
-        return grpc.StatusCode.RESOURCE_EXHAUSTED, f"the guest has no more of it: {error}"
+        return StatusCode.RESOURCE_EXHAUSTED, f"the guest has no more of it: {error}"
     if isinstance(error, OSError) and error.errno in SCARCE:
         where = f": {error.filename}" if error.filename else ""
-        return grpc.StatusCode.RESOURCE_EXHAUSTED, f"the guest has no more of it: {os.strerror(error.errno)}{where}"
+        return StatusCode.RESOURCE_EXHAUSTED, f"the guest has no more of it: {os.strerror(error.errno)}{where}"
     code = CODES.get(type(error))
     if code is None:
         return None

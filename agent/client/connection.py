@@ -26,6 +26,9 @@ CHANNEL_OPTIONS = [
     ("grpc.enable_http_proxy", 0),
     # The peer of a Unix socket has no name; without this the path itself becomes the :authority.
     ("grpc.default_authority", "agent"),
+    # An answer with a MiB of output comes in one piece: the agent need not wait for room, nor cut it into 16 KiB.
+    ("grpc.http2.lookahead_bytes", 4 * CHUNK),
+    ("grpc.http2.max_frame_size", 2 * CHUNK),
 ]
 
 

@@ -98,7 +98,7 @@ def idle(vm: VM, seconds: float) -> float:
 def memory(shell: Shell, agent_alone: str) -> list[Row]:
     """The agent's memory, and that of a server that does nothing, which shares its pages: alone it would have all."""
     own = kib(agent_alone, "Pss") / 1024
-    start = f"sys.path.append('/usr/lib/caisson'); sys.argv[1:] = ['vsock:1030', '{PLACE}/bare', 'relayed']"
+    start = f"sys.path.append('/usr/lib/caisson'); sys.argv[1:] = ['{PLACE}/bare']"
     script = f"import sys, runpy; {start}; runpy.run_path('{PLACE}/bare.py', run_name='__main__')"
     python = "$(ls /usr/bin/python3.* | head -n1)"
     log = f"{PLACE}/bare.log"
@@ -107,7 +107,7 @@ def memory(shell: Shell, agent_alone: str) -> list[Row]:
     shell("kill -9 $!")
     return [
         Row("memory of the idle agent in the guest, PSS (MiB)", own, None, bare, None, MEMORY_BUDGET),
-        Row.beside("the same, beside a bare grpc.aio server behind the relay", own, bare, MEMORY_RATIO),
+        Row.beside("the same, beside a bare grpc.aio server", own, bare, MEMORY_RATIO),
     ]
 
 
