@@ -217,8 +217,8 @@ def test_a_client_with_another_http2(tmp_path: Path) -> None:
         async with served(tmp_path) as one:
             command = [
                 "curl", "--silent", "--show-error", "--include", "--http2-prior-knowledge",
-                "--unix-socket", str(one.path), "--header", "content-type: application/grpc", "--header", "te: trailers",
-                "--data-binary", "@-", "http://agent/grpc.Health/Check",
+                "--unix-socket", str(one.path), "--data-binary", "@-", "--header", "te: trailers",
+                "--header", "content-type: application/grpc", "http://agent/grpc.Health/Check",
             ]  # fmt: skip
             program = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, stderr=PIPE)
             said, errors = await program.communicate(bytes(5))
