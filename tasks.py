@@ -186,7 +186,7 @@ def _vm_for(name: str, report: Callable[[str], None]) -> Iterator[VM]:
         directory = image_directory("", report)
         need(TO_BOOT, report)
         config = VMConfig(image=directory, name=f"exec-{os.getpid()}", on_resume=ON_RESUME)
-        with VM.start(config, ready=functools.partial(client.answers, timeout=1.0), report=report) as vm:
+        with VM.start(config, ready=client.FirstAnswer(), report=report) as vm:
             yield vm
 
 
@@ -254,7 +254,7 @@ def boot_vm(
     if json and not dry_run:
         raise client.Mistake("--json goes with --dry-run; what runs is told by: invoke list-vms --json")
     need(TO_BOOT, _say)
-    ready = functools.partial(client.answers, timeout=1.0)
+    ready: Callable[[Path], bool] = client.FirstAnswer()
     if template:
         if image or memory or cpus or append or max_memory or max_cpus or share:
             raise client.Mistake(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from agent.log import Log
     from agent.reaper import Reaper
+    from agent.services import Services
     from agent.tracing import Tracing
 
 
@@ -24,6 +25,9 @@ LARGEST_BLOCK = 2 << 20
 
 #: Calls that may be blocked in the kernel at once before others wait for them.
 BLOCKED_AT_MOST = 64
+
+#: Seconds that everything else waits for a host's first question to be answered.
+WAITING = 1.0
 
 
 def main() -> None:
@@ -87,24 +91,14 @@ async def _serve(options: Options, listener: socket.socket, log: Log, marks: Mar
     import asyncio
     import signal
     from concurrent.futures import ThreadPoolExecutor
-    from pathlib import Path
+    from functools import cache
 
-    from agent.api.boottimes import BootTimes
-    from agent.api.guest import GuestService
     from agent.api.health import Health
-    from agent.api.own import Own
     from agent.api.server import Server
-    from agent.api.service import AgentService
-    from agent.guest.files import Files
-    from agent.libcontainer import cgroups
-    from agent.libcontainer.launcher import Launcher
-    from agent.libcontainer.nsexec import Nsexec
-    from agent.limits import raise_open_files
     from agent.listener import accept
     from agent.reaper import Reaper
-    from agent.sandbox import Sandbox
     from agent.tracing import Tracing
-    from proto import agent_pb2, caisson_pb2, health_pb2
+    from proto import health_pb2
 
     marks("imports")
     loop = asyncio.get_running_loop()
@@ -115,50 +109,41 @@ async def _serve(options: Options, listener: socket.socket, log: Log, marks: Mar
         loop.add_signal_handler(number, stop.set)
     reaper = Reaper()
     reaper.start(loop)
-    nsexec = Nsexec.seal(Path(options.nsexec))
-    launcher = Launcher(nsexec, reaper, log, verbose=log.enabled("debug"))
-    sandbox = Sandbox(
-        launcher,
-        cgroups.find(options.cgroup, options.cgroup_parent),
-        Path(options.state),
-        log,
-        open_files=raise_open_files(),
-        pipe_size=options.pipe_size,
-        hotplug_timeout=options.hotplug_timeout,
-    )
-    files = Files()
     tracing = Tracing(options.trace_target)
     if options.trace:
         _trace(tracing, log)
-    methods = [
-        AgentService(sandbox, init=os.getpid() == 1),
-        GuestService(options.hotplug_timeout, files, log, sandbox.offer_cpus, tracing),
-    ]
-    own = [Own(sandbox.container, options.hotplug_timeout), BootTimes(marks)]
-    services: list[tuple[object, list[object]]] = [
-        (agent_pb2.DESCRIPTOR.services_by_name["AgentService"], methods),
-        (health_pb2.DESCRIPTOR.services_by_name["Health"], [Health(marks)]),
-        (caisson_pb2.DESCRIPTOR.services_by_name["Guest"], own),
-    ]
-    marks("model")
-    server = Server(services, log, tracing)
+
+    @cache
+    def services() -> Services:
+        from agent.services import Services
+
+        return Services(options, reaper, log, tracing, marks)
+
+    health = Health(marks)
+    first: list[tuple[object, list[object]]] = [(health_pb2.DESCRIPTOR.services_by_name["Health"], [health])]
+    server = Server(first, log, tracing, others=lambda: services().tables)
     _keep_heap()
     marks("server")
     tasks = [loop.create_task(accept(listener, server.connection, log))]
     tasks += _extras(options, reaper, log)
+    if _somebody_waits(listener):
+        await health.answered(WAITING)
+    services()
     print(f"caisson agent ready on {options.listen}", flush=True)
     await stop.wait()
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     await server.stop(grace=1.0)
-    await sandbox.destroy()
-    if tracing.enabled:
-        await asyncio.to_thread(tracing.stop)
-    files.close()
-    await launcher.close()
-    nsexec.close()
+    await services().end()
     reaper.stop(loop)
+
+
+def _somebody_waits(listener: socket.socket) -> bool:
+    """Whether a host has connected already: it wants to hear as soon as can be that there is an agent."""
+    import select
+
+    return bool(select.select([listener], [], [], 0)[0])
 
 
 def _keep_heap() -> None:

@@ -1,16 +1,17 @@
 """The agent's address: a socket on vsock (or a Unix socket), and who may connect.
 
-Listening comes before everything else: a host that connects early waits in the kernel's queue instead of failing.
+Listening comes before everything else, asyncio included: a host that connects early waits in the kernel's queue instead
+of failing.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
 import socket
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from asyncio import BaseProtocol
     from collections.abc import Callable
 
     from agent.log import Log
@@ -49,8 +50,10 @@ def listen(address: str) -> socket.socket:
     return listener
 
 
-async def accept(listener: socket.socket, protocol: Callable[[], asyncio.BaseProtocol], log: Log) -> None:
+async def accept(listener: socket.socket, protocol: Callable[[], BaseProtocol], log: Log) -> None:
     """Give each connection a protocol of its own, until cancelled."""
+    import asyncio
+
     loop = asyncio.get_running_loop()
     while True:
         try:

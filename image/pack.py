@@ -25,6 +25,11 @@ DISK = ("CONFIG_VIRTIO_PCI", "CONFIG_VIRTIO_BLK")
 PARTITIONS = {"plain": (), "gpt": ("CONFIG_EFI_PARTITION",), "dax": ("CONFIG_MSDOS_PARTITION",)}
 VERITY = ("CONFIG_DM_VERITY", "CONFIG_DM_INIT", "CONFIG_CRYPTO_SHA256")
 
+#: An initrd is unpacked into a ramfs, not into a tmpfs: nobody writes to it later, so what tmpfs can do more (limits,
+#: swapping, extended attributes) is for nothing, and costs 0.5 s of 5 where 45 MB are unpacked under emulation.
+#: Source: Documentation/filesystems/ramfs-rootfs-initramfs.rst.
+INITRD_ROOT = "rootfstype=ramfs"
+
 #: How many of the largest files are named when a limit is exceeded.
 CULPRITS = 10
 
@@ -78,7 +83,7 @@ def _initrd(definition: Definition, entries: Sequence[initrd.Entry], target: Pat
     archive = io.BytesIO()
     initrd.write_cpio(archive, iter(entries))
     (target / "initrd.img").write_bytes(initrd.pack(archive.getvalue(), definition.compression))
-    return {"file": "initrd.img", "compression": definition.compression}
+    return {"file": "initrd.img", "compression": definition.compression, "cmdline": [INITRD_ROOT]}
 
 
 def _disk(definition: Definition, entries: Sequence[initrd.Entry], target: Path, tools: Tools) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from agent import __version__
@@ -11,17 +12,28 @@ from proto import health_pb2
 #: The version of this API that Kata 1.x agents report.
 API_VERSION = "0.0.1"
 
+#: Seconds within which an answer is on its way to the host, also where everything is slow.
+LEAVING = 0.1
+
 
 class Health:
     """Answers as soon as the agent serves at all, before and after there is a sandbox."""
 
     def __init__(self, marks: Marks) -> None:
         self._marks = marks
-        self._asked = False
+        self._asked = asyncio.Event()
+
+    async def answered(self, timeout: float) -> None:
+        """Wait until somebody has got an answer, for ``timeout`` seconds at most."""
+        try:
+            await asyncio.wait_for(self._asked.wait(), timeout)
+            await asyncio.sleep(LEAVING)
+        except TimeoutError:
+            pass
 
     async def Check(self, request: Any) -> Any:
-        if not self._asked:
-            self._asked = True
+        if not self._asked.is_set():
+            self._asked.set()
             self._marks("first request")
         return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
 

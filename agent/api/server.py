@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from google.protobuf import message_factory
 from google.protobuf.message import DecodeError
 
-from agent.api.status import StatusCode, status_of
+from agent.api.codes import StatusCode
 from agent.errors import Invalid, Unsupported
 from agent.http2 import hpack
 from agent.http2.connection import Connection, Request, Response
@@ -31,6 +31,11 @@ PREFIX = 5
 #: What is received at once.
 BLOCK = 1 << 18
 
+#: Services: descriptors, each with the objects of its methods.
+Tables = list[tuple[Any, list[object]]]
+
+Call = Callable[[bytes], Awaitable[Response]]
+
 _CONTENT_TYPE = b"application/grpc"
 _HEADERS = ((b":status", b"200"), (b"content-type", _CONTENT_TYPE))
 _HEAD = hpack.encode(*_HEADERS)
@@ -40,16 +45,29 @@ _OK = hpack.encode((b"grpc-status", b"0"))
 class Server:
     """Answers on any number of connections."""
 
-    def __init__(self, services: list[tuple[Any, list[object]]], log: Log, tracing: Tracing) -> None:
-        """``services``: descriptors, each with the objects of its methods."""
+    def __init__(
+        self, services: Tables, log: Log, tracing: Tracing, others: Callable[[], Tables] | None = None
+    ) -> None:
+        """``others`` makes more services, when a method is called that the first ones do not have."""
         self._log = log
-        self._calls = {
-            f"/{descriptor.full_name}/{method.name}".encode(): _call(method, implementations, log, tracing)
-            for descriptor, implementations in services
-            for method in descriptor.methods
-        }
+        self._tracing = tracing
+        self._others = others
+        self._calls: dict[bytes, Call] = {}
+        self._add(services)
         self._buffer = memoryview(bytearray(BLOCK))
         self._connections: set[Connection] = set()
+
+    def _add(self, services: Tables) -> None:
+        for descriptor, implementations in services:
+            for method in descriptor.methods:
+                path = f"/{descriptor.full_name}/{method.name}".encode()
+                self._calls[path] = _call(method, implementations, self._log, self._tracing)
+
+    def _call_of(self, path: bytes) -> Call | None:
+        if path not in self._calls and self._others is not None:
+            self._add(self._others())
+            self._others = None
+        return self._calls.get(path)
 
     def connection(self) -> Connection:
         """The protocol of one more connection."""
@@ -74,7 +92,7 @@ class Server:
         headers = request.headers
         if headers[b":method"] != b"POST" or not headers.get(b"content-type", b"").startswith(_CONTENT_TYPE):
             return Response(hpack.encode((b":status", b"415")))
-        call = self._calls.get(headers[b":path"])
+        call = self._call_of(headers[b":path"])
         if call is None:
             return _failure(StatusCode.UNIMPLEMENTED, "Method not found!")
         length = int.from_bytes(request.body[1:PREFIX], "big")
@@ -100,9 +118,7 @@ def _failure(code: StatusCode, text: str) -> Response:
     return Response(hpack.encode(*_HEADERS, *trailers))
 
 
-def _call(
-    method: Any, implementations: list[object], log: Log, tracing: Tracing
-) -> Callable[[bytes], Awaitable[Response]]:
+def _call(method: Any, implementations: list[object], log: Log, tracing: Tracing) -> Call:
     name = method.name
 
     async def missing(request: Any) -> NoReturn:
@@ -126,6 +142,8 @@ def _call(
             code, text = StatusCode.CANCELLED, "the caller has gone"
             raise
         except Exception as error:
+            from agent.api.status import status_of
+
             status = status_of(error)
             if status is None:
                 text = " ".join(f"{type(error).__name__}: {error}".split())

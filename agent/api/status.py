@@ -4,29 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-from enum import IntEnum
 
 from agent import errors
+from agent.api.codes import StatusCode
 from agent.libcontainer.cgroups import CgroupError
 from agent.libcontainer.errors import LaunchError
 from agent.libcontainer.fields import SpecError
-
-
-class StatusCode(IntEnum):
-    """gRPC's (doc/statuscodes.md of grpc/grpc)."""
-
-    OK = 0
-    CANCELLED = 1
-    UNKNOWN = 2
-    INVALID_ARGUMENT = 3
-    DEADLINE_EXCEEDED = 4
-    NOT_FOUND = 5
-    ALREADY_EXISTS = 6
-    RESOURCE_EXHAUSTED = 8
-    FAILED_PRECONDITION = 9
-    UNIMPLEMENTED = 12
-    INTERNAL = 13
-
 
 CODES: dict[type[Exception], StatusCode] = {
     errors.NotFound: StatusCode.NOT_FOUND,

@@ -13,7 +13,16 @@ async with Agent.connect("/run/caisson/default/agent.sock") as agent:
 from agent.client.attach import OutputError, attach
 from agent.client.boottimes import BootTimes, boot_times
 from agent.client.clone import settle, settled
-from agent.client.connection import Agent, AgentError, AgentGone, Container, Process, ProgramError, answers
+from agent.client.connection import (
+    Agent,
+    AgentError,
+    AgentGone,
+    Container,
+    FirstAnswer,
+    Process,
+    ProgramError,
+    answers,
+)
 from agent.client.defaults import PATH, default_spec, keep_alive
 from agent.client.errors import Mistake
 from agent.client.known import Known
@@ -25,6 +34,7 @@ __all__ = [
     "AgentGone",
     "BootTimes",
     "Container",
+    "FirstAnswer",
     "Known",
     "Mistake",
     "OutputError",

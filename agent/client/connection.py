@@ -277,17 +277,51 @@ class Process:
         return int(answer.status)
 
 
+def _health_check(channel: grpc.Channel) -> grpc.UnaryUnaryMultiCallable[Any, Any]:
+    return channel.unary_unary(
+        f"/{health_pb2.DESCRIPTOR.services_by_name['Health'].full_name}/Check",
+        request_serializer=health_pb2.CheckRequest.SerializeToString,
+        response_deserializer=health_pb2.HealthCheckResponse.FromString,
+    )
+
+
 def answers(socket: str | os.PathLike[str], timeout: float) -> bool:
     """Whether an agent serves on a socket; waits up to ``timeout`` seconds for one that is starting."""
-    descriptor = health_pb2.DESCRIPTOR.services_by_name["Health"]
     with grpc.insecure_channel(f"unix:{Path(socket).resolve()}", options=CHANNEL_OPTIONS) as channel:
-        check = channel.unary_unary(
-            f"/{descriptor.full_name}/Check",
-            request_serializer=health_pb2.CheckRequest.SerializeToString,
-            response_deserializer=health_pb2.HealthCheckResponse.FromString,
-        )
         try:
-            answer = check(health_pb2.CheckRequest(), timeout=timeout, wait_for_ready=True)
+            answer = _health_check(channel)(health_pb2.CheckRequest(), timeout=timeout, wait_for_ready=True)
         except grpc.RpcError:
             return False
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+#: A guest that is starting refuses for long, and takes a connection from the moment at which its agent listens.
+STARTING = {"grpc.initial_reconnect_backoff_ms": 20, "grpc.max_reconnect_backoff_ms": 50}
+
+
+class FirstAnswer:
+    """A `ready` for VM.start: whether a guest's agent has answered; each call waits up to ``timeout`` seconds.
+
+    It asks once, on a connection that is tried again in short turns until the guest takes it.  That is as soon as the
+    agent listens, long before it serves: it finds the question waiting.
+    """
+
+    def __init__(self, timeout: float = 1.0) -> None:
+        self._timeout = timeout
+        self._channel: grpc.Channel | None = None
+        self._answer: Any = None
+
+    def __call__(self, socket: Path) -> bool:
+        if self._channel is None:
+            options = {**dict(CHANNEL_OPTIONS), **STARTING}
+            self._channel = grpc.insecure_channel(f"unix:{socket.resolve()}", options=list(options.items()))
+            self._answer = _health_check(self._channel).future(health_pb2.CheckRequest(), wait_for_ready=True)
+        try:
+            answer = self._answer.result(self._timeout)
+        except grpc.FutureTimeoutError:
+            return False
+        except grpc.RpcError:
+            answer = None
+        self._channel.close()
+        self._channel = None
+        return answer is not None and bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

@@ -143,8 +143,7 @@ PLACES = {
     "python": "Python's start",
     "listening": "options, a socket that listens",
     "imports": "imports",
-    "model": "the agent's own objects",
-    "server": "gRPC server's start",
+    "server": "its server",
     "first request": "the first request arrives",
 }
 

@@ -65,10 +65,6 @@ def headers() -> list[str]:
     return ["-idirafter", f"/usr/include/{triplet}"] if triplet else []
 
 
-def agent_answers(path: Path) -> bool:
-    return client.answers(path, timeout=1.0)
-
-
 def init_answers(path: Path) -> bool:
     """Whether the C init sends a byte back."""
     with socket.socket(socket.AF_UNIX) as stream, contextlib.suppress(OSError):
@@ -111,9 +107,9 @@ def measure(rounds: int, work: Path) -> list[Row]:
     """The rows."""
     lean, prebuilt = built(*LEAN), built()
     guests: dict[str, tuple[Path, Callable[[Path], bool]]] = {
-        "lean": (lean, agent_answers),
+        "lean": (lean, client.FirstAnswer()),
         "lean-limit": (minimal(lean, work), init_answers),
-        "prebuilt": (prebuilt, agent_answers),
+        "prebuilt": (prebuilt, client.FirstAnswer()),
         "prebuilt-limit": (minimal(prebuilt, work), init_prints),
     }
     times: dict[str, list[float]] = {name: [] for name in guests}

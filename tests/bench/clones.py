@@ -24,7 +24,7 @@ from pathlib import Path
 from agent import client
 from image.vm import VM, VMConfig
 from image.vm.template import Template, says_ready
-from tests.bench.boot import LEAN, agent_answers, booted, init_answers, minimal, own_run_directory
+from tests.bench.boot import LEAN, booted, init_answers, minimal, own_run_directory
 from tests.bench.rows import Row
 from tests.e2e.conftest import built
 
@@ -53,8 +53,8 @@ def measure(rounds: int, memory: int, work: Path) -> list[Row]:
         clone = VMConfig.clone(template, name="bench")
         guests: dict[str, tuple[VMConfig, Callable[[Path], bool]]] = {
             "limit": (VMConfig(minimal(lean, work), name="bench", memory=memory), init_answers),
-            "boot": (VMConfig(lean, name="bench", memory=memory), agent_answers),
-            "clone": (clone, agent_answers),
+            "boot": (VMConfig(lean, name="bench", memory=memory), client.FirstAnswer()),
+            "clone": (clone, client.FirstAnswer()),
             "settled": (clone, partial(client.settled, hostname="bench")),
         }
         times: dict[str, list[float]] = {name: [] for name in guests}

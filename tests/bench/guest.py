@@ -19,10 +19,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from agent import client
 from agent.client import Agent, default_spec
 from image.vm import VM, VMConfig
 from proto import agent_pb2
-from tests.bench.boot import LEAN, agent_answers, booted, own_run_directory
+from tests.bench.boot import LEAN, booted, own_run_directory
 from tests.bench.native import MIB, bulk, first_byte
 from tests.bench.rows import Row
 from tests.bench.runtime_latency import CONFIG, ROOT
@@ -166,7 +167,7 @@ def measure(quick: bool, work: Path) -> list[Row]:
     """All rows."""
     program = compile_peer(work).read_bytes()
     config = VMConfig(built(*LEAN), name="bench", append=f"agent.debug_console_vport={CONSOLE}")
-    with booted(config, agent_answers) as (vm, _):
+    with booted(config, client.FirstAnswer()) as (vm, _):
         shell = Shell(vm)
         agent_alone = shell("cat /proc/1/smaps_rollup")
         used = idle(vm, 10 if quick else 30)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import grpc
 
-from agent.client import Agent
+from agent.client import Agent, FirstAnswer
 from proto import health_pb2
 
 #: Seconds for an agent's first answer: more than the client's longest pause between two attempts.
@@ -16,6 +16,12 @@ SLOWNESS = 1.5
 
 async def _version(request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
     answer: bytes = health_pb2.VersionCheckResponse(agent_version="slow").SerializeToString()
+    return answer
+
+
+async def _check(request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+    serving = health_pb2.HealthCheckResponse.SERVING
+    answer: bytes = health_pb2.HealthCheckResponse(status=serving).SerializeToString()
     return answer
 
 
@@ -52,3 +58,42 @@ def test_an_agent_that_is_slow_to_answer_is_waited_for(tmp_path: Path) -> None:
 
     assert asyncio.run(asyncio.wait_for(work(), 60)) == "slow"
     assert attempts == 1
+
+
+def test_a_guests_first_answer_comes_on_the_first_connection_that_the_guest_takes(tmp_path: Path) -> None:
+    """A starting guest refuses, then lets the question wait, and then answers it: it is asked once, and not again."""
+    attempts = 0
+    refusing, serving = 3, asyncio.Event()
+
+    async def starting(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal attempts
+        attempts += 1
+        if attempts <= refusing:
+            writer.close()
+            return
+        await serving.wait()
+        inner, outer = await asyncio.open_unix_connection(str(tmp_path / "server"))
+        await asyncio.gather(_carry(reader, outer), _carry(inner, writer), return_exceptions=True)
+
+    async def work() -> list[bool]:
+        server = grpc.aio.server()
+        handlers = {"Check": grpc.unary_unary_rpc_method_handler(_check)}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("grpc.Health", handlers),))
+        server.add_insecure_port(f"unix:{tmp_path / 'server'}")
+        await server.start()
+        ready, told = FirstAnswer(timeout=0.2), []
+        told.append(await asyncio.to_thread(ready, tmp_path / "agent.sock"))  # nobody is there yet
+        guest = await asyncio.start_unix_server(starting, tmp_path / "agent.sock")
+        while attempts <= refusing:
+            told.append(await asyncio.to_thread(ready, tmp_path / "agent.sock"))
+        told.append(await asyncio.to_thread(ready, tmp_path / "agent.sock"))
+        serving.set()
+        while not told[-1]:
+            told.append(await asyncio.to_thread(ready, tmp_path / "agent.sock"))
+        guest.close()
+        await server.stop(None)
+        return told
+
+    told = asyncio.run(asyncio.wait_for(work(), 60))
+    assert told[-1] and not any(told[:-1])
+    assert attempts == refusing + 1

@@ -13,13 +13,15 @@ from typing import Any
 import grpc
 import pytest
 
-from agent.api.server import LARGEST_MESSAGE, Server
+from agent.api.health import Health as FirstHealth
+from agent.api.server import LARGEST_MESSAGE, Server, Tables
 from agent.api.service import _read_response
 from agent.errors import Refused
 from agent.http2 import hpack
 from agent.http2.connection import Request, Response
 from agent.listener import accept, listen
 from agent.log import Log
+from agent.marks import Marks
 from agent.tracing import Tracing
 from proto import agent_pb2, health_pb2
 
@@ -229,3 +231,40 @@ def test_a_client_with_another_http2(tmp_path: Path) -> None:
             assert b"grpc-status: 0" in said
 
     run(work())
+
+
+def test_other_services_are_made_when_one_of_their_methods_is_called() -> None:
+    made = 0
+
+    def others() -> Tables:
+        nonlocal made
+        made += 1
+        return [(agent_pb2.DESCRIPTOR.services_by_name["AgentService"], [])]
+
+    async def work() -> list[int]:
+        server = Server([(HEALTH, [Health()])], Log("fatal"), Tracing(""), others)
+        seen = []
+        for path in (b"/grpc.Health/Check", b"/grpc.AgentService/Nothing", b"/grpc.AgentService/CreateSandbox"):
+            headers = {b":method": b"POST", b":path": path, b"content-type": b"application/grpc"}
+            request = Request(headers)
+            request.body += bytes(5)
+            await server._answer(request)
+            seen.append(made)
+        assert b"/grpc.AgentService/CreateSandbox" in server._calls
+        return seen
+
+    assert asyncio.run(work()) == [0, 1, 1]
+
+
+def test_the_first_answer_is_waited_for_but_not_for_ever() -> None:
+    async def work() -> bool:
+        health = FirstHealth(Marks())
+        await health.answered(timeout=0.01)  # nobody asks
+        waiting = asyncio.ensure_future(health.answered(timeout=60))
+        await asyncio.sleep(0)
+        early = waiting.done()
+        await health.Check(health_pb2.CheckRequest())
+        await waiting
+        return early
+
+    assert asyncio.run(asyncio.wait_for(work(), 30)) is False
