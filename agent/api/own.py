@@ -9,6 +9,7 @@ from typing import Any
 
 from google.protobuf import empty_pb2
 
+from agent.aio import regardless
 from agent.container import Container
 from agent.guest.identity import identify
 
@@ -43,11 +44,10 @@ class Own:
         return InsideMounts(self._container, self._hotplug_timeout)
 
     async def Mount(self, request: Any) -> Any:
-        await self._mounts.mount(
-            request.container_id, request.source, request.fstype, request.mount_point, tuple(request.options)
-        )
+        where = request.container_id, request.source, request.fstype, request.mount_point
+        await regardless(self._mounts.mount(*where, tuple(request.options)))
         return EMPTY
 
     async def Unmount(self, request: Any) -> Any:
-        await self._mounts.unmount(request.source)
+        await regardless(self._mounts.unmount(request.source))
         return EMPTY

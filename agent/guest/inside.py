@@ -14,6 +14,7 @@ import threading
 import time
 
 from agent import syscalls
+from agent.container import STOPPED
 from agent.errors import Failed, Invalid, TooLate, WrongState
 from agent.guest import modules
 from agent.guest.storage import open_point
@@ -51,9 +52,7 @@ class InsideMounts:
         ``options`` are as for mount(8), of the file system; nosuid and nodev it is always.
         """
         if fstype not in KINDS:
-            raise Invalid(
-                f"a file system of type {fstype!r} cannot be mounted inside a container; {', '.join(KINDS)} can"
-            )
+            raise Invalid(f"{fstype!r} cannot be mounted inside a container; file systems that can: {', '.join(KINDS)}")
         container = self._container(container_id)
         await asyncio.to_thread(modules.need, KINDS[fstype])
         deadline = time.monotonic() + self._timeout
@@ -83,11 +82,14 @@ class InsideMounts:
             raise Failed(f"Could not mount {source} on {mount_point} of {container_id}: {_why(error)}") from error
         finally:
             os.close(made)
-        self._mounted.setdefault(source, []).append((container, mount_point))
+        lasting = [one for one in self._mounted.get(source, ()) if one[0].status != STOPPED]
+        self._mounted[source] = [*lasting, (container, mount_point)]
 
     async def unmount(self, source: str) -> None:
         """Let go of all that was mounted of a source; fine when there is nothing.  Raises Failed."""
-        for container, mount_point in self._mounted.pop(source, []):
+        mounted = self._mounted.get(source, [])
+        while mounted:
+            container, mount_point = one = mounted[-1]
 
             def detach(mount_point: str = mount_point) -> None:
                 parent, _, name = mount_point.rstrip("/").rpartition("/")
@@ -101,10 +103,12 @@ class InsideMounts:
             try:
                 await asyncio.to_thread(_inside, container, detach)
             except WrongState:
-                continue  # it has ended, and its mounts with it
+                pass  # it has ended, and its mounts with it
             except OSError as error:
                 if error.errno not in (errno.EINVAL, errno.ENOENT):  # somebody inside has done it
                     raise Failed(f"Could not unmount {mount_point} of {container.id}: {_why(error)}") from error
+            if one in mounted:  # two at once may have done it
+                mounted.remove(one)
 
 
 def _why(error: OSError) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import grpc
@@ -54,6 +55,11 @@ def test_it_is_there_for_all_processes_and_gone_again(agent: RunningAgent) -> No
             assert await said(client, "grep -c scratch /proc/self/mounts || true") == "0\n"
             assert "sealed" in await said(client, "cat /proc/self/mounts")
             await unmount(client)  # there is nothing
+
+            await mount(client, "/tmp/again")
+            await mount(client, "/tmp/again", container_id="other")
+            await asyncio.gather(unmount(client), unmount(client))
+            assert await said(client, "grep -c scratch /proc/self/mounts || true", "other") == "0\n"
 
             await mount(client, "/tmp/again")
             await client.container("box").remove()
