@@ -42,8 +42,8 @@ PACKAGES = {
     "xz": "xz-utils",
 }
 
-#: Where Debian has programs that an ordinary user can run, but does not find in PATH.
-SYSTEM = ("/usr/local/sbin", "/usr/sbin", "/sbin")
+#: Where Debian has programs that an ordinary user can run, but does not find in PATH; virtiofsd is in the last two.
+SYSTEM = ("/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/libexec", "/usr/lib/qemu")
 
 
 def search_path() -> str:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from image.vm import virtiofs
 from image.vm.config import TAG
 from image.vm.disks import PATIENCE, empty_port, plugged, unplugged
 from image.vm.errors import VMError
@@ -77,7 +76,6 @@ def _share(vm: VM, path: Path, directory: Path, tag: str, writable: bool) -> Sha
             f"VM {vm.name!r} has no memory that virtiofsd could map, and 9p cannot be added while it runs; boot it "
             f"with --vsock user, or with the share: invoke boot-vm --share {tag}={directory}"
         )
-    virtiofs.program()
     answer = _ask(vm, {"share": tag, "path": str(path), "writable": writable})
     try:
         with QMP(vm.directory / "qmp.sock", PATIENCE) as monitor:

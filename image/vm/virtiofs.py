@@ -1,58 +1,58 @@
 """virtiofsd: a process that serves one directory of the host to a guest, as a child of the VM's supervisor.
 
-There are two programs of this name: QEMU's own, in C, up to version 7.2 (Debian: qemu-system-common), and the one in
-Rust that came after it (Debian: virtiofsd).  Source: QEMU, docs/tools/virtiofsd.rst; virtiofsd's README.
+There are two programs of this name: QEMU's own, in C, up to version 7.2 (Debian: qemu-system-common), which only root
+can run, and the one in Rust that came after it (Debian: virtiofsd), for anyone.  Sources: QEMU,
+docs/tools/virtiofsd.rst; virtiofsd's README.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import socket
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from image.programs import search_path
+from image.programs import which
 from image.vm.children import Children
 from image.vm.directory import VMDirectory
 from image.vm.errors import VMError
 
-#: Where distributions put it, out of PATH: the one in Rust, and QEMU's.
-PLACES = ("/usr/libexec", "/usr/lib/virtiofsd", "/usr/lib/qemu")
+#: What there is without it.
+ELSE = "or share by 9p, which the lean image has: invoke boot-vm --share TAG=DIR"
 
 #: Makes $1 read-only for this process alone, and becomes the rest.  What is mounted below it is not there then.
 READ_ONLY = 'mount --bind -- "$1" "$1" && mount -o remount,bind,ro -- "$1" && shift && exec "$@"'
 
 
-def program() -> str:
-    """Where virtiofsd is.  Raises VMError that says what to do instead."""
-    found = shutil.which("virtiofsd", path=os.pathsep.join((search_path(), *PLACES)))
-    if found is None:
+def command(directory: Path, fd: int, *, writable: bool) -> list[str]:
+    """The command that serves a directory on a listening socket; no guest can write to one that is read-only.
+
+    Raises VMError that says what to do instead.
+    """
+    program = which("virtiofsd")
+    if program is None:
         raise VMError(
-            "virtiofsd is not installed; run: sudo apt-get install virtiofsd (with QEMU 7.2: qemu-system-common); "
-            "or share by 9p, from the start: invoke boot-vm --share TAG=DIR"
+            "virtiofsd is not installed; run: sudo apt-get install virtiofsd "
+            f"(in Debian 12 it is in qemu-system-common); {ELSE}"
         )
-    if os.geteuid() != 0:
-        raise VMError("virtiofsd needs root; share by 9p, from the start: invoke boot-vm --share TAG=DIR")
-    return found
-
-
-def command(virtiofsd: str, directory: Path, fd: int, *, writable: bool) -> list[str]:
-    """The command that serves a directory on a listening socket.  No guest can write to one that is read-only."""
-    usage = subprocess.run([virtiofsd, "--help"], capture_output=True, text=True).stdout
+    usage = subprocess.run([program, "--help"], capture_output=True, text=True).stdout
     if "--shared-dir" in usage:
-        words = [virtiofsd, f"--fd={fd}", f"--shared-dir={directory}"]
-        if writable or "--readonly" in usage:
-            return words if writable else [*words, "--readonly"]
+        words = [program, f"--fd={fd}", f"--shared-dir={directory}"]
+        sealed = [*words, "--readonly"] if "--readonly" in usage else None
+    elif os.geteuid() != 0:
+        raise VMError(f"{program}, QEMU's own, needs root; run: sudo apt-get install virtiofsd; {ELSE}")
     else:
         escaped = str(directory).replace("\\", "\\\\").replace(",", "\\,")
-        words = [virtiofsd, f"--fd={fd}", "-o", f"source={escaped}"]
-        if writable:
-            return words
-    return ["unshare", "--mount", "--", "/bin/sh", "-c", READ_ONLY, "sh", str(directory), *words]
+        words = [program, f"--fd={fd}", "-o", f"source={escaped}"]
+        sealed = None
+    if writable:
+        return words
+    if sealed is None and os.geteuid() != 0:
+        raise VMError(f"{program} is too old to share read-only without root; share --writable; {ELSE}")
+    return sealed or ["unshare", "--mount", "--", "/bin/sh", "-c", READ_ONLY, "sh", str(directory), *words]
 
 
 class Shares:
@@ -83,9 +83,9 @@ class Shares:
             if (place := self._directory.path / f"fs{number}.sock") not in self._sockets.values()
         )
         with socket.socket(socket.AF_UNIX) as listener:
+            words = command(path, listener.fileno(), writable=writable)
             listener.bind(str(place))
             listener.listen(1)  # so that QEMU can connect at once
-            words = command(program(), path, listener.fileno(), writable=writable)
             self._children.spawn(f"virtiofsd {tag}", words, [listener.fileno()], helper=True)
         self._sockets[tag], self.served[tag] = place, (str(path), writable)
         return place

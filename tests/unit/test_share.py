@@ -9,15 +9,28 @@ from typing import Any
 
 import pytest
 
+from image import programs
 from image.vm import VMError, virtiofs
 from image.vm import share as sharing
 
+OLD, RUST, OLDER_RUST = "-o source=PATH  directory", "--shared-dir <DIR> --readonly", "--shared-dir <DIR>"
 
-def program(directory: Path, usage: str) -> str:
+
+def installed(directory: Path, usage: str) -> str:
+    """A virtiofsd that says how it is used."""
     path = directory / "virtiofsd"
     path.write_text(f"#!/bin/sh\necho '{usage}'\n")
     path.chmod(0o755)
     return str(path)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The only place where a virtiofsd is looked for, by root."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(programs, "SYSTEM", ())
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    return tmp_path
 
 
 def test_a_tag_is_made_of_a_directorys_name(tmp_path: Path) -> None:
@@ -28,30 +41,40 @@ def test_a_tag_is_made_of_a_directorys_name(tmp_path: Path) -> None:
     assert len(sharing.tag_of(tmp_path / ("x" * 99))) == 31
 
 
-def test_qemus_own_and_the_one_in_rust(tmp_path: Path) -> None:
-    ours = program(tmp_path, "-o source=PATH  shared directory tree")
-    words = virtiofs.command(ours, Path("/a,b"), 9, writable=True)
-    assert words == [ours, "--fd=9", "-o", "source=/a\\,b"]
-    sealed = virtiofs.command(ours, Path("/a"), 9, writable=False)
-    assert sealed[:2] == ["unshare", "--mount"] and sealed[-5:] == ["/a", ours, "--fd=9", "-o", "source=/a"]
-
-    rust = program(tmp_path, "--shared-dir <SHARED_DIR> --readonly")
-    assert virtiofs.command(rust, Path("/a,b"), 9, writable=True) == [rust, "--fd=9", "--shared-dir=/a,b"]
-    assert virtiofs.command(rust, Path("/a"), 9, writable=False)[-1] == "--readonly"
-    older = program(tmp_path, "--shared-dir <SHARED_DIR>")
-    assert virtiofs.command(older, Path("/a"), 9, writable=False)[0] == "unshare"
+def test_qemus_own_and_the_one_in_rust(place: Path) -> None:
+    program = installed(place, OLD)
+    assert virtiofs.command(Path("/a,b"), 9, writable=True) == [program, "--fd=9", "-o", "source=/a\\,b"]
+    sealed = virtiofs.command(Path("/a"), 9, writable=False)
+    assert sealed[:2] == ["unshare", "--mount"] and sealed[-5:] == ["/a", program, "--fd=9", "-o", "source=/a"]
+    installed(place, RUST)
+    assert virtiofs.command(Path("/a,b"), 9, writable=True) == [program, "--fd=9", "--shared-dir=/a,b"]
+    assert virtiofs.command(Path("/a"), 9, writable=False) == [program, "--fd=9", "--shared-dir=/a", "--readonly"]
+    installed(place, OLDER_RUST)
+    assert virtiofs.command(Path("/a"), 9, writable=False)[0] == "unshare"
 
 
-def test_what_is_missing_is_told_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(virtiofs, "search_path", lambda: str(tmp_path))
-    monkeypatch.setattr(virtiofs, "PLACES", ())
-    with pytest.raises(VMError, match=r"not installed; run: sudo apt-get install virtiofsd .*invoke boot-vm --share"):
-        virtiofs.program()
-    program(tmp_path, "")
+@pytest.mark.parametrize(
+    ("usage", "writable", "why"),
+    [
+        (OLD, True, "QEMU's own, needs root; run: sudo apt-get install virtiofsd; or share by 9p"),
+        (OLDER_RUST, False, "too old to share read-only without root; share --writable; or share by 9p"),
+        (OLDER_RUST, True, ""),
+        (RUST, False, ""),
+    ],
+)
+def test_an_ordinary_user(place: Path, monkeypatch: pytest.MonkeyPatch, usage: str, writable: bool, why: str) -> None:
+    program = installed(place, usage)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    with pytest.raises(VMError, match="needs root; share by 9p"):
-        virtiofs.program()
+    if why:
+        with pytest.raises(VMError, match=why):
+            virtiofs.command(Path("/a"), 9, writable=writable)
+    else:
+        assert virtiofs.command(Path("/a"), 9, writable=writable)[0] == program
+
+
+def test_without_any(place: Path) -> None:
+    with pytest.raises(VMError, match=r"not installed; run: sudo apt-get install virtiofsd .*invoke boot-vm --share"):
+        virtiofs.command(Path("/a"), 9, writable=True)
 
 
 def test_a_vm_without_memory_to_share(tmp_path: Path) -> None:
