@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,18 @@ from image.programs import package_of, search_path
 
 #: What is passed on of the caller's environment: where things are, and how the network is reached.
 KEPT = re.compile(r"PATH|HOME|TMPDIR|XDG_\w+_HOME|PIP_\w+|(?i:https?|ftp|all|no)_(?i:proxy)|(?:REQUESTS|SSL|CURL)_C\w+")
+
+
+#: Runs a program and kills it with its whole session when nobody holds the other end of the pipe $1 any more: a build's
+#: jobs would go on for minutes, in the way of the next one.
+LEASH = """
+{ read -r _; kill -KILL 0; } <"$1" >/dev/null 2>&1 &
+shift
+"$@"
+status=$?
+kill -KILL $!
+exit $status
+"""
 
 
 class MissingProgram(ImageError):
@@ -43,17 +56,23 @@ def run(
 ) -> bytes:
     """Run a program to its end and return what it printed.  ``env`` is added to a minimal environment.
 
-    Raises MissingProgram, or CommandFailed with what it wrote to stderr.
+    It and all that it starts end with this process, also when that is killed.  Raises MissingProgram, or CommandFailed
+    with what it wrote to stderr; 128+n is the status of one that signal n ended.
     """
     words = [os.fspath(word) for word in argv]
     settings = {name: value for name, value in os.environ.items() if KEPT.fullmatch(name)}
     settings |= {"PATH": search_path(), "LC_ALL": "C.UTF-8", **(env or {})}
+    if shutil.which(words[0], path=settings["PATH"]) is None:
+        raise MissingProgram(words[0])
+    reading, writing = os.pipe()
     try:
-        done = subprocess.run(words, cwd=cwd, env=settings, input=stdin, capture_output=True)
-    except FileNotFoundError as error:
-        if error.filename == words[0]:
-            raise MissingProgram(words[0]) from error
-        raise
+        leashed = ["/bin/sh", "-c", LEASH, words[0], f"/dev/fd/{reading}", *words]
+        done = subprocess.run(
+            leashed, cwd=cwd, env=settings, input=stdin, capture_output=True, pass_fds=[reading], start_new_session=True
+        )
+    finally:
+        os.close(reading)
+        os.close(writing)
     if done.returncode != 0:
         raise CommandFailed(words, done.returncode, (done.stderr or done.stdout).decode(errors="replace"))
     return done.stdout

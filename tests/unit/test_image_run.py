@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from image.run import CommandFailed, MissingProgram, run
+from tests.unit.fake_qemu import lives, wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_what_a_program_prints_comes_back(tmp_path: Path) -> None:
@@ -46,3 +51,22 @@ def test_the_environment_is_a_small_one(monkeypatch: pytest.MonkeyPatch) -> None
     names = {line.partition("=")[0] for line in lines}
     assert {"https_proxy", "HTTPS_PROXY", "PIP_INDEX_URL", "SSL_CERT_FILE", "PATH", "EXTRA", "LC_ALL"} <= names
     assert not names & {"PYTHONPATH", "LANG", "SECRET"}
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_nothing_outlives_who_runs_it(tmp_path: Path, how: signal.Signals) -> None:
+    """As with make: a program whose own children go on when it is gone."""
+    jobs = "sleep 1000 & sleep 1000 & echo $$ $! > new; mv new pids; wait"
+    program = f"from image.run import run; run(['sh', '-c', {jobs!r}], cwd={str(tmp_path)!r})"
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.DEVNULL) as runner:
+        wait_until((tmp_path / "pids").exists)
+        pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+        assert all(map(lives, pids))
+        runner.send_signal(how)
+    wait_until(lambda: not any(map(lives, pids)))
+
+
+def test_a_program_that_a_signal_ends() -> None:
+    with pytest.raises(CommandFailed) as caught:
+        run(["sh", "-c", "kill -TERM $$"])
+    assert caught.value.status == 128 + signal.SIGTERM
