@@ -232,8 +232,7 @@ def command(
 ) -> Sequence[str]:
     """The command that boots an image."""
     architecture = architecture_of(manifest)
-    vhost_user = devices.vsock == "user"
-    machine = architecture.machine + (",memory-backend=ram" if vhost_user or devices.ram else "")
+    machine = f"{architecture.machine},memory-backend=ram"
     words = [
         program.path,
         "-name", f"caisson-{wanted.name}",
@@ -269,13 +268,10 @@ def command(
         ]  # fmt: skip
     if devices.ram:
         return [*words, *_template(architecture, devices, wanted)]
-    if vhost_user:
-        # The device reads and writes the guest's memory: a memfd that both map.
-        words += [
-            "-object", f"memory-backend-memfd,id=ram,size={wanted.memory}M,share=on",
-            "-chardev", devices.vsock_chardev,
-            "-device", "vhost-user-vsock-pci,chardev=vsock",
-        ]  # fmt: skip
+    # Our own vsock device reads and writes the guest's memory, as virtiofsd does: a memfd that they map, too.
+    words += ["-object", f"memory-backend-memfd,id=ram,size={wanted.memory}M,share=on"]
+    if devices.vsock == "user":
+        words += ["-chardev", devices.vsock_chardev, "-device", "vhost-user-vsock-pci,chardev=vsock"]
     else:
         words += ["-device", devices.vhost_vsock]
     return words

@@ -1,7 +1,8 @@
 """Directories of the host for the guest of a running VM, plugged in by QEMU's monitor and taken out again.
 
 That is virtiofs: QEMU adds no 9p while it runs (there is no command for an fsdev).  It needs memory that virtiofsd can
-map: what a VM with our own vsock device has.  Source: QEMU, docs/interop/vhost-user.rst; qapi/char.json.
+map: what all VMs have but clones with the kernel's vsock device.  Source: QEMU, docs/interop/vhost-user.rst;
+qapi/char.json.
 """
 
 from __future__ import annotations
@@ -71,10 +72,10 @@ def _share(vm: VM, path: Path, directory: Path, tag: str, writable: bool) -> Sha
             break
     if tag in there:
         raise VMError(f"{there[tag][1]} is shared as {tag!r} already; choose another name: --tag NAME")
-    if vm.info["vsock"] != "user":
+    if vm.info["template"] and vm.info["vsock"] != "user":
         raise VMError(
-            f"VM {vm.name!r} has no memory that virtiofsd could map, and 9p cannot be added while it runs; boot it "
-            f"with --vsock user, or with the share: invoke boot-vm --share {tag}={directory}"
+            f"VM {vm.name!r} has its template's memory, which virtiofsd must not map, and 9p cannot be added while it "
+            f"runs; make a clone with --vsock user, or boot with the share: invoke boot-vm --share {tag}={directory}"
         )
     answer = _ask(vm, {"share": tag, "path": str(path), "writable": writable})
     try:

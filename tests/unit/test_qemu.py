@@ -71,7 +71,7 @@ def test_kvm_with_the_kernels_device() -> None:
     words = render(accelerator="kvm", vsock="vhost")
     assert after(words, "-cpu") == ["host"]
     assert "vhost-vsock-pci,guest-cid=77,vhostfd=9" in after(words, "-device")
-    assert after(words, "-object") == []
+    assert after(words, "-object") == ["memory-backend-memfd,id=ram,size=256M,share=on"]  # virtiofsd maps it
     assert after(words, "-append") == ["console=ttyS0 quiet panic=-1"]
 
 

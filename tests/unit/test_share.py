@@ -78,9 +78,14 @@ def test_without_any(place: Path) -> None:
 
 
 def test_a_vm_without_memory_to_share(tmp_path: Path) -> None:
-    info: dict[str, Any] = {"vsock": "vhost", "shares": {"data": [str(tmp_path), True]}, "virtiofs": {}}
+    info: dict[str, Any] = {
+        "vsock": "vhost",
+        "template": "t",
+        "shares": {"data": [str(tmp_path), True]},
+        "virtiofs": {},
+    }
     vm: Any = SimpleNamespace(name="v", info=info, directory=tmp_path)
-    with pytest.raises(VMError, match="--vsock user, or with the share: invoke boot-vm --share src=/tmp"):
+    with pytest.raises(VMError, match="--vsock user, or boot with the share: invoke boot-vm --share src=/tmp"):
         sharing.share(vm, Path("/tmp"), "src", writable=False)
     # What it was booted with is there whatever it is asked to be called, but not read-only.
     assert sharing.share(vm, tmp_path, "other", writable=True) == sharing.Shared("9p", "data", True)

@@ -227,6 +227,63 @@ def test_one_side_that_breaks_ends_the_other(tmp_path: Path) -> None:
     run(body())
 
 
+def test_what_the_guest_connects_to_on_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port of the host is a Unix socket here; another VM has it at first."""
+    monkeypatch.setattr(relay, "LOOKING", 0.01)
+    busy, ours = [True], [True]
+
+    def bind(port: int) -> socket.socket:
+        if busy[0]:
+            raise OSError(errno.EADDRINUSE, "no")
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(tmp_path / f"port-{port}"))
+        return listener
+
+    async def connected() -> Streams:
+        while True:
+            with contextlib.suppress(OSError):
+                return await asyncio.open_unix_connection(str(tmp_path / "port-5000"))
+            await asyncio.sleep(0.01)
+
+    async def exchange() -> bytes:
+        reader, writer = await connected()
+        writer.write(b"from the guest")
+        with contextlib.suppress(OSError):
+            writer.write_eof()
+        try:
+            return await reader.read(-1)
+        except ConnectionError:
+            return b""
+        finally:
+            writer.close()
+
+    async def body() -> None:
+        (tmp_path / "h_other").touch()
+        async with await asyncio.start_unix_server(echo, str(tmp_path / "h_5000")):
+            task = asyncio.create_task(relay.inward(str(tmp_path / "h"), relay.HostPorts(bind, lambda _: ours[0])))
+            waiting = asyncio.create_task(exchange())
+            done, _ = await asyncio.wait([waiting], timeout=0.1)
+            assert not done
+            busy[0] = False
+            assert await waiting == b"from the guestend"
+            ours[0] = False
+            assert await exchange() == b""
+            ours[0] = True
+        (tmp_path / "h_5000").unlink(missing_ok=True)
+        while True:  # nobody listens there any more, so the port is free for others
+            try:
+                _, writer = await asyncio.open_unix_connection(str(tmp_path / "port-5000"))
+            except ConnectionRefusedError:
+                break
+            writer.close()
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    run(body())
+
+
 def test_the_program_serves_and_cleans_up(tmp_path: Path) -> None:
     reading, writing = os.pipe()
     script = str(Path(relay.__file__))

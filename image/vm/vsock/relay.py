@@ -3,8 +3,9 @@
     python -I -S relay.py --cid CID --socket S --raw PATH=PORT --ready-fd N
 
 The kernel moves the bytes between guest and host; this gives a VM the same sockets as our own device does: ``S`` takes
-``CONNECT <port>``, answered with ``OK <port>``, and each PATH leads to its port right away.  Ends on SIGTERM.
-Standard library alone, imported from nowhere.  Source: vsock(7).
+``CONNECT <port>``, answered with ``OK <port>``, each PATH leads to its port right away, and what the guest connects to
+on the host arrives at ``S_<port>``: the ports of the host are one for all VMs, so one VM at a time has each.  Ends on
+SIGTERM.  Standard library alone, imported from nowhere.  Source: vsock(7).
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ LONGEST_LINE = 20
 #: What connect(2) says while the guest's driver is not up yet: then a client waits, as it does with our own device.
 NOT_YET = (errno.ETIMEDOUT, errno.ENODEV, errno.EHOSTUNREACH, errno.ENETUNREACH)
 AGAIN = 0.2
+
+#: Seconds between looks for sockets to which the guest may connect.
+LOOKING = 0.5
 
 BLOCK = 1 << 18
 
@@ -105,41 +109,120 @@ async def serve(client: socket.socket, port: int | None, dial: Dial) -> None:
                 hello = f"OK {port}\n".encode()
             guest = stack.enter_context(await patiently(dial, port, client))
             await loop.sock_sendall(client, hello)
-            async with asyncio.TaskGroup() as group:  # one that breaks ends the other
-                group.create_task(pump(client, guest))
-                group.create_task(pump(guest, client))
+            await join(client, guest)
         except* (OSError, HandshakeError):
             pass
 
 
+async def join(one: socket.socket, other: socket.socket) -> None:
+    """Pump both ways until both have ended.  Raises a group of OSErrors when either breaks, which ends the other."""
+    async with asyncio.TaskGroup() as group:
+        group.create_task(pump(one, other))
+        group.create_task(pump(other, one))
+
+
+async def accept(listener: socket.socket, serve: Callable[[socket.socket], Awaitable[None]]) -> None:
+    """Serve what connects, until cancelled."""
+    loop = asyncio.get_running_loop()
+    clients: set[asyncio.Future[None]] = set()
+    listener.listen(128)
+    listener.setblocking(False)
+    while True:
+        try:
+            client, _ = await loop.sock_accept(listener)
+        except OSError:  # no descriptor to spare: it waits in the listener's queue
+            await asyncio.sleep(AGAIN)
+            continue
+        client.setblocking(False)
+        task = asyncio.ensure_future(serve(client))
+        clients.add(task)
+        task.add_done_callback(clients.discard)
+
+
 async def listen(path: str, port: int | None, dial: Dial) -> None:
     """Serve what connects to a Unix socket of this path, until cancelled; the socket is there when this first waits."""
-    loop = asyncio.get_running_loop()
-    clients: set[asyncio.Task[None]] = set()
     with socket.socket(socket.AF_UNIX) as listener:
         before = os.umask(0o177)
         listener.bind(path)
         os.umask(before)
-        listener.listen(128)
-        listener.setblocking(False)
         try:
-            while True:
-                try:
-                    client, _ = await loop.sock_accept(listener)
-                except OSError:  # no descriptor to spare: it waits in the listener's queue
-                    await asyncio.sleep(AGAIN)
-                    continue
-                client.setblocking(False)
-                task = loop.create_task(serve(client, port, dial))
-                clients.add(task)
-                task.add_done_callback(clients.discard)
+            await accept(listener, lambda client: serve(client, port, dial))
         finally:
             os.unlink(path)  # noqa: PTH108 - pathlib costs as much to import as all the rest
 
 
-async def relay(hybrid: str, raw: dict[str, int], dial: Dial, ready: Callable[[], None]) -> None:
-    """Serve all sockets until cancelled; ``ready`` is called when they take connections."""
+class HostPorts:
+    """The host's side of a guest's own connections.  ``bind`` takes a port of the host, and raises OSError when another
+    VM has it: all share them.  ``is_ours`` says whether a connection is from our guest.
+    """
+
+    def __init__(self, bind: Callable[[int], socket.socket], is_ours: Callable[[socket.socket], bool]) -> None:
+        self.bind = bind
+        self.is_ours = is_ours
+
+
+def host_ports(cid: int) -> HostPorts:
+    """Those of the kernel, for a guest."""
+
+    def bind(port: int) -> socket.socket:
+        with contextlib.ExitStack() as stack:
+            listener = stack.enter_context(socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM))
+            listener.bind((socket.VMADDR_CID_ANY, port))
+            stack.pop_all()
+            return listener
+
+    return HostPorts(bind, lambda connection: connection.getpeername()[0] == cid)
+
+
+async def inward(hybrid: str, ports: HostPorts) -> None:
+    """Join what the guest connects to on the host with whoever listens at ``hybrid``_<port>, until cancelled.
+
+    A port is taken while there is such a socket: it is looked for now and then, as nobody tells.
+    """
+    directory, name = os.path.split(hybrid)
+    taken: dict[int, asyncio.Task[None]] = {}
+    try:
+        while True:
+            entries = [entry.partition(f"{name}_") for entry in os.listdir(directory)]  # noqa: PTH208
+            wanted = {int(port) for before, _, port in entries if not before and port.isdecimal()}
+            for port in wanted - taken.keys():
+                with contextlib.suppress(OSError):  # its turn comes
+                    taken[port] = asyncio.create_task(take_in(ports.bind(port), f"{hybrid}_{port}", ports))
+            for port in taken.keys() - wanted:
+                taken.pop(port).cancel()
+            await asyncio.sleep(LOOKING)
+    finally:
+        for task in taken.values():
+            task.cancel()
+
+
+async def take_in(listener: socket.socket, path: str, ports: HostPorts) -> None:
+    """Join what connects to a port of the host with a Unix socket, if it is from our guest."""
+    loop = asyncio.get_running_loop()
+
+    async def serve(guest: socket.socket) -> None:
+        with guest, socket.socket(socket.AF_UNIX) as client:
+            client.setblocking(False)
+            try:
+                if ports.is_ours(guest):
+                    await loop.sock_connect(client, path)
+                    await join(guest, client)
+            except* OSError:
+                pass
+
+    with listener:
+        await accept(listener, serve)
+
+
+async def relay(
+    hybrid: str, raw: dict[str, int], dial: Dial, ready: Callable[[], None], ports: HostPorts | None = None
+) -> None:
+    """Serve all sockets until cancelled; ``ready`` is called when they take connections.  With ``ports``, the guest's
+    own connections, too.
+    """
     async with asyncio.TaskGroup() as group:
+        if ports:
+            group.create_task(inward(hybrid, ports))
         group.create_task(listen(hybrid, None, dial))
         for path, port in raw.items():
             group.create_task(listen(path, port, dial))
@@ -162,7 +245,7 @@ async def main() -> None:
             os.write(options.ready_fd, b"\n")
             os.close(options.ready_fd)
 
-    task = asyncio.ensure_future(relay(options.socket, raw, dialler(options.cid), ready))
+    task = asyncio.ensure_future(relay(options.socket, raw, dialler(options.cid), ready, host_ports(options.cid)))
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     with contextlib.suppress(asyncio.CancelledError):
         await task
