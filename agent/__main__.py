@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from agent.tracing import Tracing
 
 
-#: Bytes of the largest blocks that the agent needs all the time: a read of output, and what goes with it.
-LARGEST_BLOCK = 2 << 20
-
 #: Calls that may be blocked in the kernel at once before others wait for them.
 BLOCKED_AT_MOST = 64
 
@@ -93,6 +90,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log, marks: Mar
     from concurrent.futures import ThreadPoolExecutor
     from functools import cache
 
+    from agent import heap
     from agent.api.health import Health
     from agent.api.server import Server
     from agent.listener import accept
@@ -122,7 +120,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log, marks: Mar
     health = Health(marks)
     first: list[tuple[object, list[object]]] = [(health_pb2.DESCRIPTOR.services_by_name["Health"], [health])]
     server = Server(first, log, tracing, others=lambda: services().tables)
-    _keep_heap()
+    heap.keep()
     marks("server")
     tasks = [loop.create_task(accept(listener, server.connection, log))]
     tasks += _extras(options, reaper, log)
@@ -144,15 +142,6 @@ def _somebody_waits(listener: socket.socket) -> bool:
     import select
 
     return bool(select.select([listener], [], [], 0)[0])
-
-
-def _keep_heap() -> None:
-    """Let glibc keep memory that is freed: else each MiB of output is mapped, cleared and unmapped anew.
-
-    It learns from what is freed: blocks of up to that size come from the heap from then on, which keeps twice as much
-    that is unused (mallopt(3), M_MMAP_THRESHOLD).  This one is never touched, so it costs nothing.
-    """
-    bytearray(LARGEST_BLOCK)
 
 
 def _trace(tracing: Tracing, log: Log) -> None:

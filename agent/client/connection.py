@@ -12,6 +12,7 @@ from typing import Any, Self
 import grpc
 from google.protobuf import message_factory
 
+from agent import heap
 from proto import agent_pb2, caisson_pb2, health_pb2, oci_pb2
 
 #: Bytes asked for or sent in one call.  A pipe holds 64 KiB by default, a gRPC message 4 MiB.
@@ -98,6 +99,7 @@ class Agent:
     """One connection to the agent in a guest.  ``rpc`` and ``health`` give every method of the API by its name."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
+        heap.keep()
         self._channel = channel
         self.rpc = _Service(channel, agent_pb2.DESCRIPTOR.services_by_name["AgentService"])
         self.health = _Service(channel, health_pb2.DESCRIPTOR.services_by_name["Health"])

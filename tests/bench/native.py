@@ -161,24 +161,25 @@ async def flat(
     That is measured before and after: the machine's other work comes and goes.
     """
 
-    async def median() -> float:
-        return statistics.median([await first_byte(container) for _ in range(40)])
+    async def lowest() -> float:
+        # Of a busy machine the median is the other work's: what grows here, grows at the best of times, too.
+        return statistics.quantiles([await first_byte(container) for _ in range(60)], n=10)[0]
 
     found: dict[str, float] = {}
     more: list[Container] = []
-    before = await median()
+    before = await lowest()
     for count in counts:
         while len(more) + 1 < count:
             one = await agent.create_container(f"c{len(more)}", running.spec("/bin/sleep", "1000000"))
             await one.start()
             more.append(one)
-        found[f"exec latency at {count} containers, beside 1 (ms)"] = await median()
+        found[f"exec latency at {count} containers, beside 1 (ms)"] = await lowest()
     for one in more:
         await one.remove()
-    base = statistics.mean([before, await median()])
+    base = statistics.mean([before, await lowest()])
     for _ in range(execs):
         await first_byte(container)
-    found[f"exec latency after {execs} execs, beside the first (ms)"] = await median()
+    found[f"exec latency after {execs} execs, beside the first (ms)"] = await lowest()
     return [Row.beside(what, figure, base, FLAT_BUDGET) for what, figure in found.items()]
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from agent.errors import BrokenStream, EndOfStream
 from agent.reaper import Child
-from agent.stdio import LARGEST_READ, Input, Output, Pipes, Streams
+from agent.stdio import LARGEST_READ, PAGE, Input, Output, Pipes, Streams
 
 PIPE = 65536
 
@@ -331,6 +331,52 @@ def test_a_pipe_that_is_never_half_full_stays_as_it_is() -> None:
         assert fcntl.fcntl(writer, 1032) == PIPE
         streams.close()
         os.close(writer)
+
+    run(work())
+
+
+def test_a_stream_that_flows_is_read_when_more_has_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.stdio.GATHER", 0.3)
+
+    async def work() -> None:
+        ours, theirs = os.pipe()
+        output, child = Output(ours), running()
+        page = bytes(PAGE)
+        os.write(theirs, page)
+        assert await output.read(LARGEST_READ, child) == page  # the first one waits for nothing more
+        for _ in range(2):
+            read = await pending(output.read(LARGEST_READ, child))
+            for _ in range(3):
+                os.write(theirs, page)
+                for _ in range(5):
+                    await asyncio.sleep(0)
+            assert await read == 3 * page
+        read = await pending(output.read(LARGEST_READ, child))
+        os.write(theirs, page)
+        for _ in range(5):
+            await asyncio.sleep(0)
+        read.cancel()  # while it gathers
+        await asyncio.wait([read])
+        os.write(theirs, page)
+        child._end(0)
+        assert await all_of(output, child) == 2 * page
+        os.close(theirs)
+
+    run(work())
+
+
+def test_a_stream_of_small_pieces_waits_for_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.stdio.GATHER", 3600)
+
+    async def work() -> None:
+        ours, theirs = os.pipe()
+        output, child = Output(ours), running()
+        for _ in range(3):
+            read = await pending(output.read(LARGEST_READ, child))
+            os.write(theirs, bytes(PAGE - 1))
+            assert len(await read) == PAGE - 1
+        os.close(theirs)
+        assert await all_of(output, child) == b""
 
     run(work())
 
