@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import select
 import shutil
 import signal
@@ -97,8 +98,9 @@ class Supervisor:
                 except (Ended, VMError) as end:
                     why = str(end)
                     # To QEMU, the reboot that follows a panic is an end like another.
-                    if why == POWERED_OFF and "Kernel panic" in self._directory.console_tail(60):
-                        why = "the guest's kernel panicked"
+                    panic = re.search(r"Kernel panic - not syncing: (.*)", self._directory.console_tail(200))
+                    if why == POWERED_OFF and panic:
+                        why = f"the guest's kernel panicked: {panic[1]}"
                 finally:
                     why += self._evidence()
                     self._directory.remove()

@@ -251,7 +251,7 @@ def test_a_guest_that_panics_has_not_powered_off(image: Images) -> None:
     with start(image("poweroff panic")) as vm:
         wait_until((vm.directory / "console.log").exists)
         os.kill(vm.info["pids"]["qemu"], signal.SIGUSR1)
-        with pytest.raises(VMError, match="kernel panicked"):
+        with pytest.raises(VMError, match="kernel panicked: Fatal exception\n"):
             vm.wait()
 
 
