@@ -30,6 +30,10 @@ PARALLEL = (8, 1)
 #: (QEMU, docs/system/security.rst); `--append init_on_alloc=1` has it back.
 TCG_PARAMETERS = ("no_timer_check", "noreplace-smp", "init_on_alloc=0")
 
+#: "Enhanced rep movsb" tells Linux to copy by bytes; emulated, that is one byte each time around.  Without it the guest
+#: copies eight: file reads and writes of a guest took 0.2 to 0.5 times as long, vsock 1.5 (to it) and 2 times as fast.
+TCG_CPU = "max,-erms"
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -39,11 +43,16 @@ class Architecture:
     program: str
     machine: str
     console: str
+    tcg_cpu: str = "max"
     tcg_parameters: tuple[str, ...] = ()
+
+    def cpu(self, accelerator: str) -> str:
+        """The model of the virtual CPUs."""
+        return self.tcg_cpu if accelerator == "tcg" else "host"
 
 
 ARCHITECTURES = {
-    "amd64": Architecture("x86_64", "qemu-system-x86_64", "q35", "ttyS0", TCG_PARAMETERS),
+    "amd64": Architecture("x86_64", "qemu-system-x86_64", "q35", "ttyS0", TCG_CPU, TCG_PARAMETERS),
     "arm64": Architecture("aarch64", "qemu-system-aarch64", "virt,gic-version=max", "ttyAMA0"),
 }
 
@@ -56,9 +65,6 @@ NEEDS_A_HYPERVISOR = (6, 3)
 
 #: The slot of the port that a guest made from a template gets its vsock device in.
 VSOCK_PORT = "12"
-
-#: The model of the virtual CPUs.
-CPUS = {"tcg": "max", "kvm": "host"}
 
 #: How many times memory can be added.
 MEMORY_SLOTS = 8
@@ -241,7 +247,7 @@ def command(
         "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         "-machine", machine,
         "-accel", acceleration(wanted.accelerator, max(wanted.cpus, wanted.max_cpus), program.version),
-        "-cpu", CPUS[wanted.accelerator],
+        "-cpu", architecture.cpu(wanted.accelerator),
         "-smp", processors(wanted, manifest),
         "-m", memory(wanted),
         "-kernel", str(image / manifest["kernel"]["file"]),

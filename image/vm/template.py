@@ -61,7 +61,7 @@ class Bond:
         """What a guest of this image would be bound to.  Raises VMError."""
         text, manifest = qemu.read_manifest(image)
         architecture = qemu.architecture_of(manifest)
-        cpu = qemu.CPUS[accel] + (f", {_host_cpu()}" if accel == "kvm" else "")
+        cpu = architecture.cpu(accel) + (f", {_host_cpu()}" if accel == "kvm" else "")
         digest = hashlib.sha256(text.encode()).hexdigest()[:24]
         return cls(digest, qemu.probe(architecture).title, architecture.machine, accel, cpu, vsock)
 

@@ -44,7 +44,7 @@ def test_emulation_with_our_own_device() -> None:
     assert after(words, "-kernel") == ["/image/vmlinux"]
     assert after(words, "-initrd") == ["/image/initrd.img"]
     assert after(words, "-accel") == ["tcg"]
-    assert after(words, "-cpu") == ["max"]
+    assert after(words, "-cpu") == ["max,-erms"]
     assert after(words, "-smp") == ["2"]
     assert after(words, "-machine") == ["q35,memory-backend=ram"]
     # vhost-user works with shared memory only, and fails without a word when it is not.
@@ -77,6 +77,7 @@ def test_kvm_with_the_kernels_device() -> None:
 
 def test_aarch64() -> None:
     words = render(arch="arm64")
+    assert after(words, "-cpu") == ["max"]
     assert after(words, "-machine")[0].startswith("virt,")
     assert after(words, "-append") == ["console=ttyAMA0 quiet panic=-1"]
 
