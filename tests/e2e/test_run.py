@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 import struct
 import subprocess
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 from image.cache import Cache
 from image.oci import packed
 from image.vm.disks import plugged
+from image.vm.qemu import PORTS
 from image.vm.qmp import QMP
 from tests.e2e.conftest import Caisson, wait_until
 from tests.e2e.terminal import Terminal
@@ -93,6 +96,23 @@ def test_an_image_runs_as_it_says_in_every_form(vm: Caisson, layout: Path, tmp_p
     assert done.stdout == b"my own|mine|root:web|/data|/root\n", done.stderr
     wait_until(lambda: free_ports(vm), "its disk is taken out")
     assert b"run-" not in vm("ps").stdout
+
+
+def test_runs_that_were_killed_make_room(vm: Caisson, tmp_path: Path) -> None:
+    """Each has a disk of its own, as directories do, and a guest has not many ports for disks."""
+    with tarfile.open(fileobj=io.BytesIO(busybox_layer())) as archive:
+        archive.extractall(tmp_path / "root", filter="fully_trusted")
+    words = ("run", str(tmp_path / "root"), "--name", "default", "--", "sh", "-c", "echo up; cat")
+    for _ in (*PORTS, "one more"):
+        with vm.start(*words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as command:
+            assert command.stdout is not None
+            assert command.stdout.readline() == b"up\n"
+            command.kill()
+    assert vm("ps").stdout.count(b"run-") == 1  # it runs on until the next comes
+    done = vm(*words)
+    assert (done.returncode, done.stdout) == (0, b"up\n"), done.stderr
+    assert b"run-" not in vm("ps").stdout
+    wait_until(lambda: free_ports(vm), "their disks are taken out")
 
 
 def test_layers(vm: Caisson, tmp_path: Path) -> None:
