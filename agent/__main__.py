@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import asyncio
     import socket
 
+    from agent.later import Later
     from agent.log import Log
     from agent.reaper import Reaper
     from agent.services import Services
@@ -64,8 +65,7 @@ def _run_as_init(marks: Marks) -> None:
 
 
 def _run(options: Options, log: Log, marks: Marks) -> None:
-    if options.timeline:
-        marks.time_imports()
+    from agent.later import Later
     from agent.listener import AddressError, listen
 
     try:
@@ -73,17 +73,21 @@ def _run(options: Options, log: Log, marks: Marks) -> None:
     except AddressError as error:
         sys.exit(f"caisson agent: {error}")
     marks("listening")
+    later = Later()
+    sys.meta_path.insert(0, later)
+    if options.timeline:
+        marks.time_imports()
     try:
         import asyncio
 
-        asyncio.run(_serve(options, listener, log, marks))
+        asyncio.run(_serve(options, listener, log, marks, later))
     finally:
         listener.close()
         if options.listen.startswith("unix:"):
             os.unlink(options.listen.removeprefix("unix:"))  # noqa: PTH108 - no pathlib at start
 
 
-async def _serve(options: Options, listener: socket.socket, log: Log, marks: Marks) -> None:
+async def _serve(options: Options, listener: socket.socket, log: Log, marks: Marks, later: Later) -> None:
     """Serve until SIGTERM (or SIGINT: Ctrl-Alt-Delete of a guest); then end every container."""
     import asyncio
     import signal
@@ -103,10 +107,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log, marks: Mar
     # Mounts and the like that do not come back hold a thread each; the next container's must not wait for them.
     loop.set_default_executor(ThreadPoolExecutor(BLOCKED_AT_MOST, "blocking"))
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
     reaper = Reaper()
-    reaper.start(loop)
     tracing = Tracing(options.trace_target)
     if options.trace:
         _trace(tracing, log)
@@ -115,6 +116,8 @@ async def _serve(options: Options, listener: socket.socket, log: Log, marks: Mar
     def services() -> Services:
         from agent.services import Services
 
+        later.load()
+        reaper.start(loop)
         return Services(options, reaper, log, tracing, marks)
 
     health = Health(marks)
@@ -123,10 +126,14 @@ async def _serve(options: Options, listener: socket.socket, log: Log, marks: Mar
     heap.keep()
     marks("server")
     tasks = [loop.create_task(accept(listener, server.connection, log))]
-    tasks += _extras(options, reaper, log)
-    if _somebody_waits(listener):
+    extras = options.log_listen or options.console_listen or options.console
+    if not extras and _somebody_waits(listener):
         await health.answered(WAITING)
     services()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    if extras:
+        tasks += _extras(options, reaper, log)
     print(f"caisson agent ready on {options.listen}", flush=True)
     await stop.wait()
     for task in tasks:
@@ -155,8 +162,6 @@ def _trace(tracing: Tracing, log: Log) -> None:
 
 def _extras(options: Options, reaper: Reaper, log: Log) -> list[asyncio.Task[None]]:
     """What some guests offer beside the API (agent/ports.py)."""
-    if not (options.log_listen or options.console_listen or options.console):
-        return []
     import asyncio
 
     from agent.listener import AddressError, listen
