@@ -47,7 +47,7 @@ with VM.start(config, ready=lambda _: True) as vm:
 """
 
 #: Kills of each party in each life, at moments that the seed chooses.
-ROUNDS = 5
+ROUNDS = 4
 SEED = os.environ.get("CAISSON_SEED") or str(random.randrange(10**6))
 
 
