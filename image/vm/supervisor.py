@@ -103,13 +103,13 @@ class Supervisor:
                         why = f"the guest's kernel panicked: {panic[1]}"
                 finally:
                     why += self._evidence()
+                    if self._detached and not why.startswith((STOPPED, POWERED_OFF)):
+                        lastwords.keep(self._directory, why)
                     self._directory.remove()
         except VMError as error:
             why = str(error)
         except Exception:  # nobody sees this process's stderr
             why = f"its supervisor failed: {traceback.format_exc()}"
-        if self._detached and not why.startswith((STOPPED, POWERED_OFF)):
-            lastwords.keep(self._directory, why)
         return why
 
     def _evidence(self) -> str:
