@@ -18,7 +18,7 @@ from agent.client import forward as forwarding
 from agent.client.connection import Agent, answers
 from agent.client.errors import Mistake
 from agent.client.foreground import execute
-from agent.client.guest import Guest, Machine, ask, forwards, known
+from agent.client.guest import Guest, Machine, ask, forwarded, forwards, known
 
 #: An interactive shell, the better one where there are two.
 SHELL = ["/bin/sh", "-c", "command -v bash >/dev/null && exec bash; exec sh"]
@@ -102,6 +102,8 @@ def forward(
     rule = forwarding.Rule.parse(ports)
     if reverse and rule.kind != "vsock":
         raise Mistake("--reverse is for vsock ports: PORT:vsock:PORT")
+    if reverse and (taken := [one for one in forwarded(vm) if one.endswith(f"← vsock port {rule.guest}")]):
+        raise Mistake(f"there is a forward of that port already: {taken[0]}")  # whose socket this would take away
 
     async def work() -> None:
         async with contextlib.AsyncExitStack() as stack:

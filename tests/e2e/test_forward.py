@@ -93,6 +93,8 @@ def test_a_port_of_the_host(vm: Caisson) -> None:
                     connection.shutdown(socket.SHUT_WR)
                     assert guest.recv(100) == b"answer"
                     assert guest.recv(100) == b""
+            second = vm("forward", "1:vsock:5000", "--reverse")
+            assert second.returncode == 1 and b"already: 127.0.0.1:" in second.stderr
     assert not (vm.run_directory / "default/vsock.sock_5000").exists()
 
 
