@@ -104,10 +104,7 @@ class Stage:
         print(f"{name}: {victim} after {moment:.2f} of {self._took[name]:.2f} s", flush=True)
         with self._started(scene) as command:
             time.sleep(moment)  # the moment is the point of the test
-            wait_until(lambda: self._pids(victim, command) or command.poll() is not None, f"{victim} is there")
-            for pid in self._pids(victim, command):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            wait_until(lambda: self._kill(victim, command) or command.poll() is not None, f"{victim} is there")
             command.wait(NOTICED)
             assert command.stdout is not None
             said = command.stdout.read().decode(errors="replace")
@@ -116,7 +113,7 @@ class Stage:
         if victim == "client" and scene.vm and name != "stop":
             assert self._vms() == ["v"]
         else:
-            if victim == "client":  # whether it got so far that there is a VM is a matter of chance
+            if victim == "client" or command.returncode == 0:  # whether there is a VM now is a matter of chance
                 self._do("stop-vm", "--all")
             self._nothing_left()
         self._through(name)
@@ -175,11 +172,18 @@ class Stage:
             finally:
                 command.kill()
 
-    def _pids(self, victim: str, command: subprocess.Popen[bytes]) -> list[int]:
+    def _kill(self, victim: str, command: subprocess.Popen[bytes]) -> bool:
+        """Kill somebody; whether there was anybody to kill."""
         if victim == "client":
-            return [command.pid]
-        found = processes_of(self._run).items()
-        return [pid for pid, line in found if VICTIMS[victim] in line and "setpriv" not in line]
+            command.kill()
+            return True
+        hit = False
+        for pid, line in processes_of(self._run).items():
+            if VICTIMS[victim] in line and "setpriv" not in line and "--version" not in line:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    hit = True
+        return hit
 
     def _vms(self) -> list[str]:
         return [one["name"] for one in json.loads(self._do("list-vms", "--json"))]
