@@ -6,7 +6,6 @@ everything that is logged in it.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 
@@ -45,6 +44,8 @@ class Log:
         """Write a line, if its level is enough.  A log that cannot be written to is nobody's failure."""
         if not self.enabled(level):
             return
+        import json  # here: it compiles patterns, and a guest gets to its first answer without a line
+
         line = {"time": round(time.time(), 6), "level": level, "msg": message, **self._fields, **fields}
         data = json.dumps(line, default=str).encode() + b"\n"
         try:

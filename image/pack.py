@@ -26,7 +26,7 @@ PARTITIONS = {"plain": (), "gpt": ("CONFIG_EFI_PARTITION",), "dax": ("CONFIG_MSD
 VERITY = ("CONFIG_DM_VERITY", "CONFIG_DM_INIT", "CONFIG_CRYPTO_SHA256")
 
 #: An initrd is unpacked into a ramfs, not into a tmpfs: nobody writes to it later, so what tmpfs can do more (limits,
-#: swapping, extended attributes) is for nothing, and costs 0.5 s of 5 where 45 MB are unpacked under emulation.
+#: swapping, extended attributes) is for nothing, and 4 % of a boot that unpacks 45 MB under emulation.
 #: Source: Documentation/filesystems/ramfs-rootfs-initramfs.rst.
 INITRD_ROOT = "rootfstype=ramfs"
 
