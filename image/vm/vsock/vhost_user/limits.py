@@ -25,7 +25,7 @@ class Limits:
         #: how long it may wait: to tell is to interrupt, and what the guest has to say next would wait for that.  Linux
         #: wakes a sender that has credit again only while less than half its send buffer (208 KiB) is with us.
         self.kept = 16
-        self.kept_bytes = 64 << 10
+        self.kept_bytes = 32 << 10
         self.keep = 0.002
         #: Looking for what comes next before sleeping, while it comes that fast (an emulated guest answers within it),
         #: and the bytes of a turn above which there is no looking: the guest needs the processor then.

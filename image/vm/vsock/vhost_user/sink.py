@@ -70,7 +70,9 @@ class Sink:
     def report_due(self, peer_window: int) -> bool:
         """Whether the guest should hear of what was taken, lest it run out of credit.
 
-        Half of the smaller window: Linux has no more in flight than its own receive buffer holds, whatever we announce.
+        A quarter of the smaller window: Linux has no more in flight than its own receive buffer holds, whatever we
+        announce.  And a sender that ran out is not woken before most of what it sent was given back, so it had better
+        not: reported by halves, bulk came 0.8 times as fast.
         """
         unreported = (self.taken - self.reported) & COUNT
-        return bool(unreported) and 2 * unreported >= min(self.window, peer_window)
+        return bool(unreported) and 4 * unreported >= min(self.window, peer_window)
