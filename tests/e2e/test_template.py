@@ -139,7 +139,7 @@ def test_a_template_that_is_not_there(own: Caisson, words: list[str], complaint:
 def test_what_it_was_saved_with_is_not_changed_unnoticed(own: Caisson, template: str) -> None:
     more = own("boot-vm", "--detach", "--template", template, "--memory", "512")
     assert more.returncode == 1
-    assert b"a guest from a template is as that was saved" in more.stderr
+    assert b"a guest from a template is as it was saved" in more.stderr
     file = default_root() / "templates" / template / "template.json"
     text = file.read_text()
     bond = json.loads(text)["bond"]
