@@ -126,6 +126,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log, marks: Mar
     heap.keep()
     marks("server")
     tasks = [loop.create_task(accept(listener, server.connection, log))]
+    # Whoever has asked for more ports finds them there with the first answer.
     extras = options.log_listen or options.console_listen or options.console
     if not extras and _somebody_waits(listener):
         await health.answered(WAITING)
