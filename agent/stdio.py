@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 #: Bytes given out by one read, and what the pipe of a stream that is read in bulk grows to: four fit into a message.
 LARGEST_READ = 1 << 20
 
-#: A read that takes so much and finds its pipe half full or fuller asks for more than the pipe can hold.  (Not all of a
-#: pipe's bytes can be used: a write that does not fit into the last page begins a new one.)
+#: Who takes half of what the kernel gives a pipe, and would take more, gets a larger one.  (Not all of its bytes can be
+#: used: a write that does not fit into the last page begins a new one.)
 BULK = 1 << 15
 
 #: Seconds for a stream that flows (a page came with the last read) to gather more before it is read again.  Programs
@@ -112,19 +112,18 @@ class Output(_End):
                 if self._left is not None:
                     self._left -= len(data)
                 elif self._grows and len(data) >= BULK:
-                    self._grow(size, len(data))
+                    self._grow(size)
                 self._flows = len(data) >= PAGE
                 return data
             raise EndOfStream
 
-    def _grow(self, wanted: int, taken: int) -> None:
+    def _grow(self, wanted: int) -> None:
         """Let the pipe hold what the reader would take at once: the fewer calls, the faster.
 
         So there is as much room as was shown to be of use, in the kernel, where it is the writer's (its pages are
         charged to the container) and slows the writer when it is full.
         """
-        room = _capacity(self._fd)
-        if room < wanted and taken * 2 >= room:
+        if _capacity(self._fd) < wanted:
             self._grows = resize_pipe(self._fd, wanted)
 
     def exited(self) -> None:

@@ -240,9 +240,9 @@ class Connection(asyncio.BufferedProtocol):
             taker(self, flags, number, payload)
 
     def _data(self, flags: int, number: int, payload: bytearray) -> None:
+        # No more than a frame waits to be taken, and of a request only what the server wants is kept: so there is room
+        # again at once, and who sends without asking is no danger.
         self._incoming -= len(payload)
-        if self._incoming < 0:
-            raise _Violation(Code.FLOW_CONTROL_ERROR, "more data than there was room for")
         if self._incoming < WINDOW // 2:
             self._output.append(frames.number(frames.WINDOW_UPDATE, 0, WINDOW - self._incoming))
             self._incoming = WINDOW

@@ -100,7 +100,7 @@ def test_answers_and_errors(tmp_path: Path) -> None:
     async def work() -> None:
         async with served(tmp_path) as one:
             assert await one.raw(b"") == SERVING
-            for text in ("plain", "100 % of \t it,\nand ö", "EOF"):
+            for text in ("plain", "100 %41 of \t it,\nand ö", "EOF"):
                 assert await refused(one.check(text)) == (Code.UNKNOWN, text)
             assert await refused(one.check("bug")) == (Code.INTERNAL, "ZeroDivisionError: of ours")
             assert await refused(one.raw(b"", "/grpc.Health/Nothing")) == (Code.UNIMPLEMENTED, "Method not found!")
