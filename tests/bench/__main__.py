@@ -12,7 +12,6 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 
 from tests.bench.rows import Row, table
 from tests.bench.runtime_latency import ROOT
@@ -29,15 +28,15 @@ PARTS = {
 }
 
 
-def measured(quick: bool) -> Iterator[Row]:
-    """The rows, part by part."""
-    for name, (whole, short) in PARTS.items():
-        command = [sys.executable, "-m", f"tests.bench.{name}", *(short if quick else whole)]
-        done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
-        try:
-            yield from map(Row.from_plain, json.loads(done.stdout))
-        except ValueError:
-            yield Row.missing(name, f"python -m tests.bench.{name} failed with status {done.returncode}")
+def measured(part: str, quick: bool) -> list[Row]:
+    """The rows of one part."""
+    whole, short = PARTS[part]
+    command = [sys.executable, "-m", f"tests.bench.{part}", *(short if quick else whole)]
+    done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    try:
+        return [Row.from_plain(row) for row in json.loads(done.stdout)]
+    except ValueError:
+        return [Row.missing(part, f"python -m tests.bench.{part} failed with status {done.returncode}")]
 
 
 def main() -> None:
@@ -45,10 +44,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer samples: some minutes in all")
     parser.add_argument("--json", action="store_true", help="print a list of rows")
     options = parser.parse_args()
-    rows = []
-    for row in measured(options.quick):
-        print(f"measured: {row.what}", file=sys.stderr)
-        rows.append(row)
+    rows: list[Row] = []
+    for part in PARTS:
+        print(f"measuring: {part}", file=sys.stderr)
+        rows += measured(part, options.quick)
     print(json.dumps([row.plain() for row in rows], indent=1) if options.json else "\n".join(table(rows)))
     sys.exit(any(row.passed is False for row in rows))
 

@@ -1,0 +1,37 @@
+"""The quick form of every benchmark: no row is more than half as bad again as its budget.  Which are met, it prints.
+
+What is over that is measured again before it counts: the machine's other work comes and goes, and the two sides of a
+ratio seldom meet it alike.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.bench.__main__ import PARTS, measured
+from tests.bench.rows import table
+from tests.e2e.conftest import COMPILING
+
+pytestmark = [pytest.mark.root, pytest.mark.vm, pytest.mark.timeout(COMPILING)]
+
+#: How often a budget may be used up, and what of it is not met (docs/performance.md says why): it is not to get worse.
+FAR = 1.5
+MISSED = {"stdout by gRPC from the guest, beside raw vsock (ms/MiB)": 5.0}
+
+TRIES = 3
+
+
+def far_over(part: str) -> set[str]:
+    rows = measured(part, quick=True)
+    print("\n".join(table(rows)))
+    missing = {row.what for row in rows if row.ours is None}
+    return missing | {row.what for row in rows if row.excess and row.excess > MISSED.get(row.what, FAR)}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_no_row_is_far_over_its_budget(part: str) -> None:
+    over = far_over(part)
+    for _ in range(TRIES - 1):
+        if over:
+            over &= far_over(part)
+    assert not over
