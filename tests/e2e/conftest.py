@@ -87,6 +87,8 @@ def fresh() -> Iterator[Caisson]:
         yield caisson
         wait_until(lambda: not caisson.leftovers(), "nothing is left", found=caisson.leftovers)
     finally:
+        if caisson.leftovers():  # a test failed before it came to that
+            caisson("stop-vm", "--all")
         shutil.rmtree(path)
 
 
