@@ -18,7 +18,8 @@ from google.protobuf.message import DecodeError
 from agent.api.codes import StatusCode
 from agent.errors import Invalid, Unsupported
 from agent.http2 import hpack
-from agent.http2.connection import Connection, Request, Response
+from agent.http2.connection import Connection
+from agent.http2.messages import Request, Response
 from agent.log import Log
 from agent.tracing import Tracing
 

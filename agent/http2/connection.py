@@ -11,16 +11,16 @@ import asyncio
 from collections import deque
 
 from agent.http2 import frames
-from agent.http2.frames import Code
+from agent.http2.frames import Code, StreamError, Violation, unpadded
 from agent.http2.hpack import Decoder, HpackError
+from agent.http2.messages import Request, Response, checked
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable
 
+    from agent.http2.messages import Buffer
     from agent.log import Log
-
-    Buffer = bytes | bytearray | memoryview
 
 #: Requests that may be under way.
 STREAMS = 4096
@@ -33,43 +33,6 @@ FRAME = 1 << 20
 
 #: Bytes of header fields, as they are sent and as they count (section 6.5.2).
 HEADERS = 1 << 16
-
-_FORBIDDEN = {b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"}
-_PSEUDO = (b":method", b":scheme", b":path", b":authority")
-
-
-class Request:
-    """A request.  ``body`` is cut where it is longer than the server wants."""
-
-    def __init__(self, headers: dict[bytes, bytes]) -> None:
-        self.headers = headers
-        self.body = bytearray()
-
-
-class Response:
-    """An answer: blocks of header fields (hpack.encode) around the body; without body and trailers, the head alone."""
-
-    def __init__(self, head: bytes, body: Sequence[Buffer] = (), trailers: bytes = b"") -> None:
-        self.head = head
-        self.body = body
-        self.trailers = trailers
-
-
-class _StreamError(Exception):
-    """One stream cannot go on."""
-
-    def __init__(self, stream: int, code: Code) -> None:
-        super().__init__(stream, code)
-        self.stream = stream
-        self.code = code
-
-
-class _Violation(Exception):
-    """The connection cannot go on."""
-
-    def __init__(self, code: Code, text: str) -> None:
-        super().__init__(text)
-        self.code = code
 
 
 class _Stream:
@@ -147,7 +110,7 @@ class Connection(asyncio.BufferedProtocol):
         self._input += self._buffer[:count]
         try:
             self._take()
-        except _Violation as violation:
+        except Violation as violation:
             self._log("warning", "closed a connection that breaks HTTP/2", error=str(violation))
             self._output.append(frames.goaway(self._last, violation.code, str(violation)))
             self._flush()
@@ -213,13 +176,13 @@ class Connection(asyncio.BufferedProtocol):
         while len(data) - at >= frames.HEAD_SIZE:
             size, kind, flags, number = frames.parse_head(data, at)
             if size > FRAME:
-                raise _Violation(Code.FRAME_SIZE_ERROR, "a larger frame than was agreed upon")
+                raise Violation(Code.FRAME_SIZE_ERROR, "a larger frame than was agreed upon")
             begin, end = at + frames.HEAD_SIZE, at + frames.HEAD_SIZE + size
             if len(data) < end:
                 break
             try:
                 self._frame_in(kind, flags, number, data[begin:end])
-            except _StreamError as error:
+            except StreamError as error:
                 self._output.append(frames.number(frames.RST_STREAM, error.stream, error.code))
                 self._forget(error.stream)
             at = end
@@ -227,14 +190,14 @@ class Connection(asyncio.BufferedProtocol):
 
     def _frame_in(self, kind: int, flags: int, number: int, payload: bytearray) -> None:
         if not self._settled and (kind != frames.SETTINGS or flags & frames.ACK):
-            raise _Violation(Code.PROTOCOL_ERROR, "the first frame is not SETTINGS")
+            raise Violation(Code.PROTOCOL_ERROR, "the first frame is not SETTINGS")
         if self._block is not None and (kind != frames.CONTINUATION or number != self._block[0]):
-            raise _Violation(Code.PROTOCOL_ERROR, "a header block is broken off")
+            raise Violation(Code.PROTOCOL_ERROR, "a header block is broken off")
         if kind in (frames.SETTINGS, frames.PING, frames.GOAWAY):
             if number:
-                raise _Violation(Code.PROTOCOL_ERROR, "a frame of the connection's on a stream")
+                raise Violation(Code.PROTOCOL_ERROR, "a frame of the connection's on a stream")
         elif kind not in (frames.WINDOW_UPDATE, *_UNKNOWN) and not number:
-            raise _Violation(Code.PROTOCOL_ERROR, "a frame of a stream's on none")
+            raise Violation(Code.PROTOCOL_ERROR, "a frame of a stream's on none")
         taker = _TAKERS.get(kind)
         if taker is not None:
             taker(self, flags, number, payload)
@@ -249,8 +212,8 @@ class Connection(asyncio.BufferedProtocol):
         self._not_idle(number)
         stream = self._streams.get(number)
         if stream is None or stream.ended:
-            raise _StreamError(number, Code.STREAM_CLOSED)
-        payload = _unpadded(flags, payload)
+            raise StreamError(number, Code.STREAM_CLOSED)
+        payload = unpadded(flags, payload)
         request = stream.request
         if stream.answering is None:  # else it is too long, and being answered for that
             request.body = request.body + payload if request.body else payload
@@ -261,8 +224,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def _headers(self, flags: int, number: int, payload: bytearray) -> None:
         if not number & 1:
-            raise _Violation(Code.PROTOCOL_ERROR, "a client's streams have odd numbers")
-        payload = _unpadded(flags, payload)
+            raise Violation(Code.PROTOCOL_ERROR, "a client's streams have odd numbers")
+        payload = unpadded(flags, payload)
         if flags & frames.PRIORITIZED:
             self._priority(0, number, payload[:5])
             payload = payload[5:]
@@ -271,11 +234,11 @@ class Connection(asyncio.BufferedProtocol):
 
     def _continuation(self, flags: int, number: int, payload: bytearray) -> None:
         if self._block is None:
-            raise _Violation(Code.PROTOCOL_ERROR, "CONTINUATION of nothing")
+            raise Violation(Code.PROTOCOL_ERROR, "CONTINUATION of nothing")
         _, first, block = self._block
         block += payload
         if len(block) > HEADERS:
-            raise _Violation(Code.ENHANCE_YOUR_CALM, "a larger header block than anybody needs")
+            raise Violation(Code.ENHANCE_YOUR_CALM, "a larger header block than anybody needs")
         if flags & frames.END_HEADERS:
             self._block = None
             self._fields(number, bool(first & frames.END_STREAM), bytes(block))
@@ -285,23 +248,23 @@ class Connection(asyncio.BufferedProtocol):
         try:
             fields = self._decoder.decode(block)  # also of what is refused: the table has to keep up
         except HpackError as error:
-            raise _Violation(Code.COMPRESSION_ERROR, str(error)) from None
+            raise Violation(Code.COMPRESSION_ERROR, str(error)) from None
         stream = self._streams.get(number)
         if stream is not None:
             if stream.ended:
-                raise _StreamError(number, Code.STREAM_CLOSED)
+                raise StreamError(number, Code.STREAM_CLOSED)
             if not ends or any(name.startswith(b":") for name, _ in fields):
-                raise _StreamError(number, Code.PROTOCOL_ERROR)
+                raise StreamError(number, Code.PROTOCOL_ERROR)
             self._end(stream)
             return
         if number <= self._last:
-            raise _Violation(Code.STREAM_CLOSED, "HEADERS on a stream that has ended")
+            raise Violation(Code.STREAM_CLOSED, "HEADERS on a stream that has ended")
         self._last = number
         if self._leaving or len(self._streams) >= STREAMS:
-            raise _StreamError(number, Code.REFUSED_STREAM)
-        headers = _checked(fields)
+            raise StreamError(number, Code.REFUSED_STREAM)
+        headers = checked(fields)
         if headers is None:
-            raise _StreamError(number, Code.PROTOCOL_ERROR)
+            raise StreamError(number, Code.PROTOCOL_ERROR)
         stream = self._streams[number] = _Stream(number, Request(headers), self._stream_window)
         if ends:
             self._end(stream)
@@ -309,28 +272,28 @@ class Connection(asyncio.BufferedProtocol):
     def _priority(self, flags: int, number: int, payload: bytearray) -> None:
         """Priorities are deprecated, and mean nothing here."""
         if len(payload) != 5:
-            raise _StreamError(number, Code.FRAME_SIZE_ERROR)
+            raise StreamError(number, Code.FRAME_SIZE_ERROR)
         if int.from_bytes(payload[:4], "big") & frames.LARGEST_WINDOW == number:
-            raise _StreamError(number, Code.PROTOCOL_ERROR)
+            raise StreamError(number, Code.PROTOCOL_ERROR)
 
     def _rst_stream(self, flags: int, number: int, payload: bytearray) -> None:
         if len(payload) != 4:
-            raise _Violation(Code.FRAME_SIZE_ERROR, "RST_STREAM of a wrong size")
+            raise Violation(Code.FRAME_SIZE_ERROR, "RST_STREAM of a wrong size")
         self._not_idle(number)
         self._forget(number)
 
     def _settings(self, flags: int, number: int, payload: bytearray) -> None:
         self._settled = True
         if len(payload) % 6 or (flags & frames.ACK and payload):
-            raise _Violation(Code.FRAME_SIZE_ERROR, "SETTINGS of a wrong size")
+            raise Violation(Code.FRAME_SIZE_ERROR, "SETTINGS of a wrong size")
         if flags & frames.ACK:
             return
         for name, value in frames.parse_settings(payload):
             if name == frames.ENABLE_PUSH and value > 1:
-                raise _Violation(Code.PROTOCOL_ERROR, "ENABLE_PUSH is neither 0 nor 1")
+                raise Violation(Code.PROTOCOL_ERROR, "ENABLE_PUSH is neither 0 nor 1")
             if name == frames.MAX_FRAME_SIZE:
                 if not frames.FRAME_SIZE <= value <= frames.LARGEST_FRAME_SIZE:
-                    raise _Violation(Code.PROTOCOL_ERROR, "MAX_FRAME_SIZE out of its range")
+                    raise Violation(Code.PROTOCOL_ERROR, "MAX_FRAME_SIZE out of its range")
                 self._frame = value
             if name == frames.INITIAL_WINDOW_SIZE:
                 more, self._stream_window = value - self._stream_window, value
@@ -339,28 +302,28 @@ class Connection(asyncio.BufferedProtocol):
                 if value > frames.LARGEST_WINDOW or any(
                     stream.window > frames.LARGEST_WINDOW for stream in self._streams.values()
                 ):
-                    raise _Violation(Code.FLOW_CONTROL_ERROR, "a window larger than any can be")
+                    raise Violation(Code.FLOW_CONTROL_ERROR, "a window larger than any can be")
         self._output.append(frames.head(0, frames.SETTINGS, frames.ACK))
         self._go_on()
 
     def _ping(self, flags: int, number: int, payload: bytearray) -> None:
         if len(payload) != 8:
-            raise _Violation(Code.FRAME_SIZE_ERROR, "PING of a wrong size")
+            raise Violation(Code.FRAME_SIZE_ERROR, "PING of a wrong size")
         if not flags & frames.ACK:
             self._output += frames.head(8, frames.PING, frames.ACK), payload
 
     def _push_promise(self, flags: int, number: int, payload: bytearray) -> None:
-        raise _Violation(Code.PROTOCOL_ERROR, "a client promises nothing")
+        raise Violation(Code.PROTOCOL_ERROR, "a client promises nothing")
 
     def _window_update(self, flags: int, number: int, payload: bytearray) -> None:
         if len(payload) != 4:
-            raise _Violation(Code.FRAME_SIZE_ERROR, "WINDOW_UPDATE of a wrong size")
+            raise Violation(Code.FRAME_SIZE_ERROR, "WINDOW_UPDATE of a wrong size")
         more = int.from_bytes(payload, "big") & frames.LARGEST_WINDOW
         if not number:
             self._window += more
             if not more or self._window > frames.LARGEST_WINDOW:
                 code = Code.FLOW_CONTROL_ERROR if more else Code.PROTOCOL_ERROR
-                raise _Violation(code, "a window that grows by nothing, or beyond what it can be")
+                raise Violation(code, "a window that grows by nothing, or beyond what it can be")
             self._go_on()
             return
         self._not_idle(number)
@@ -369,13 +332,13 @@ class Connection(asyncio.BufferedProtocol):
             return  # it has just ended
         stream.window += more
         if not more or stream.window > frames.LARGEST_WINDOW:
-            raise _StreamError(number, Code.FLOW_CONTROL_ERROR if more else Code.PROTOCOL_ERROR)
+            raise StreamError(number, Code.FLOW_CONTROL_ERROR if more else Code.PROTOCOL_ERROR)
         if number in self._waiting:
             self._send(stream)
 
     def _not_idle(self, number: int) -> None:
         if number > self._last or not number & 1:
-            raise _Violation(Code.PROTOCOL_ERROR, "a frame on a stream that was never opened")
+            raise Violation(Code.PROTOCOL_ERROR, "a frame on a stream that was never opened")
 
     # Answers
 
@@ -386,7 +349,7 @@ class Connection(asyncio.BufferedProtocol):
             return
         length = stream.request.headers.get(b"content-length")
         if length is not None and length != b"%d" % len(stream.request.body):
-            raise _StreamError(stream.number, Code.PROTOCOL_ERROR)
+            raise StreamError(stream.number, Code.PROTOCOL_ERROR)
         self._answer(stream)
 
     def _answer(self, stream: _Stream) -> None:
@@ -456,27 +419,6 @@ class Connection(asyncio.BufferedProtocol):
         self._waiting.pop(number, None)
         if stream is not None and stream.answering is not None:
             stream.answering.cancel()
-
-
-def _unpadded(flags: int, payload: bytearray) -> bytearray:
-    if not flags & frames.PADDED:
-        return payload
-    if not payload or payload[0] >= len(payload):
-        raise _Violation(Code.PROTOCOL_ERROR, "more padding than frame")
-    return payload[1 : len(payload) - payload[0]]
-
-
-def _checked(fields: list[tuple[bytes, bytes]]) -> dict[bytes, bytes] | None:
-    """A request's fields by name, or None where they are malformed (sections 8.2 and 8.3)."""
-    headers: dict[bytes, bytes] = {}
-    for name, value in fields:
-        if name.startswith(b":"):
-            if name not in _PSEUDO or name in headers or any(one[:1] != b":" for one in headers):
-                return None
-        elif name != name.lower() or name in _FORBIDDEN or (name == b"te" and value != b"trailers"):
-            return None
-        headers[name] = value
-    return headers if all(headers.get(name) for name in _PSEUDO[:3]) else None
 
 
 #: Frames of types that nobody has thought of yet are passed over (section 4.1).

@@ -1,4 +1,4 @@
-"""HTTP/2's frames and settings, by their names.  Source: RFC 9113, sections 4, 6 and 7."""
+"""HTTP/2's frames and settings by their names, and what is wrong with them.  Source: RFC 9113, sections 4, 6 and 7."""
 
 from __future__ import annotations
 
@@ -72,3 +72,29 @@ def goaway(last: int, code: Code, text: str = "") -> bytes:
     """The frame that ends a connection: the last stream that was looked at, and why."""
     detail = text.encode()
     return head(8 + len(detail), GOAWAY) + last.to_bytes(4, "big") + code.to_bytes(4, "big") + detail
+
+
+class StreamError(Exception):
+    """One stream cannot go on."""
+
+    def __init__(self, stream: int, code: Code) -> None:
+        super().__init__(stream, code)
+        self.stream = stream
+        self.code = code
+
+
+class Violation(Exception):
+    """The connection cannot go on."""
+
+    def __init__(self, code: Code, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def unpadded(flags: int, payload: bytearray) -> bytearray:
+    """A payload without its padding (section 6.1).  Raises Violation."""
+    if not flags & PADDED:
+        return payload
+    if not payload or payload[0] >= len(payload):
+        raise Violation(Code.PROTOCOL_ERROR, "more padding than frame")
+    return payload[1 : len(payload) - payload[0]]

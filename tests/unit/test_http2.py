@@ -13,9 +13,10 @@ import pytest
 
 from agent.http2 import connection as module
 from agent.http2 import frames
-from agent.http2.connection import Connection, Request, Response
+from agent.http2.connection import Connection
 from agent.http2.frames import Code
 from agent.http2.hpack import Decoder, encode
+from agent.http2.messages import Request, Response
 from agent.log import Log
 
 FIELDS = (b":method", b"POST"), (b":scheme", b"http"), (b":path", b"/echo"), (b":authority", b"x")

@@ -18,7 +18,7 @@ from agent.api.server import LARGEST_MESSAGE, Server, Tables
 from agent.api.service import _read_response
 from agent.errors import Refused
 from agent.http2 import hpack
-from agent.http2.connection import Request, Response
+from agent.http2.messages import Request, Response
 from agent.listener import accept, listen
 from agent.log import Log
 from agent.marks import Marks
