@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
@@ -211,7 +210,6 @@ def test_an_answer_with_output_is_what_protobuf_would_write(size: int) -> None:
     assert b"".join(_read_response(data)) == agent_pb2.ReadStreamResponse(data=data).SerializeToString()
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="a client that is not gRPC's own: curl")
 def test_a_client_with_another_http2(tmp_path: Path) -> None:
     """curl's HTTP/2 is nghttp2's."""
 
