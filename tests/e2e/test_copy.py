@@ -77,6 +77,10 @@ def test_what_cannot_be_copied(vm: Caisson, source: str, target: str, why: bytes
 def test_logs(own: Caisson) -> None:
     booted = own("boot-vm", "--name", "talks", "--detach", "--append", "agent.log=debug")
     assert booted.returncode == 0, booted.stderr.decode()
+    with own.start("logs", "--name", "talks", "--follow", stdout=subprocess.PIPE) as follower:
+        assert follower.stdout is not None
+        assert any(b"agent ready" in line for line in follower.stdout)  # it may come after the first answer
+        follower.kill()
     assert b"agent ready" in run(own, "logs", "--name", "talks")
     for line in run(own, "logs", "--name", "talks", "--agent").splitlines():
         assert json.loads(line)["level"]
