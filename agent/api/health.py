@@ -12,9 +12,6 @@ from proto import health_pb2
 #: The version of this API that Kata 1.x agents report.
 API_VERSION = "0.0.1"
 
-#: Seconds within which an answer is on its way to the host, also where everything is slow.
-LEAVING = 0.1
-
 
 class Health:
     """Answers as soon as the agent serves at all, before and after there is a sandbox."""
@@ -26,8 +23,7 @@ class Health:
     async def answered(self, timeout: float) -> None:
         """Wait until somebody has got an answer, for ``timeout`` seconds at most."""
         try:
-            await asyncio.wait_for(self._asked.wait(), timeout)
-            await asyncio.sleep(LEAVING)
+            await asyncio.wait_for(self._asked.wait(), timeout)  # who set it has sent the answer before this goes on
         except TimeoutError:
             pass
 
