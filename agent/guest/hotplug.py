@@ -44,12 +44,6 @@ def online_memory(system: str = SYSTEM) -> None:
         raise Failed(f"Could not online memory: {refused[0]}")
 
 
-def online_set(system: str = SYSTEM) -> str:
-    """The CPUs that are on, as a list like "0-3,6".  Raises OSError."""
-    with open(f"{system}/cpu/online") as file:  # noqa: PTH123 - a sysfs file
-        return file.read().strip()
-
-
 def probe_memory(addresses: Iterable[int], system: str = SYSTEM) -> None:
     """Tell the kernel of memory at these physical addresses.  Raises Failed at the first that it does not take."""
     for address in addresses:
