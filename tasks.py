@@ -14,6 +14,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 
+#: The directories that are packages of `caisson`.
+PACKAGES = ("agent", "commands", "image", "proto")
+
 
 def _enter_environment() -> None:
     """Continue inside .venv, made first where it is missing or older than what pyproject.toml asks for.
@@ -31,7 +34,7 @@ def _enter_environment() -> None:
     python = environment / "bin" / "python"
     project = ROOT / "pyproject.toml"
     wanted = tomllib.loads(project.read_text())["project"]["dependencies"]
-    stamp = environment / f"caisson-{hashlib.sha256(repr(wanted).encode()).hexdigest()[:16]}"
+    stamp = environment / f"caisson-{hashlib.sha256(repr((wanted, PACKAGES)).encode()).hexdigest()[:16]}"
     if not stamp.exists():
         with project.open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two first runs at once
@@ -42,16 +45,32 @@ def _enter_environment() -> None:
                     if subprocess.run(command, stdout=sys.stderr).returncode != 0:
                         hint = "" if command is pip else "; on Debian: apt-get install python3-venv"
                         sys.exit(f"caisson: `{' '.join(command)}` failed{hint}")
+                _link_packages(environment)
                 stamp.touch()
     if Path(sys.prefix).resolve() != environment.resolve():
         os.execv(python, [str(python), str(ROOT / "tasks.py"), *sys.argv[1:]])
 
 
+def _link_packages(environment: Path) -> None:
+    """Let the environment import this checkout as `caisson`: links to its directories, in a directory on sys.path.
+
+    Plain links, not the import hook of an editable install: it costs no start time, and type checkers follow it.
+    """
+    source = environment / "src"
+    namespace = source / "caisson"
+    namespace.mkdir(parents=True, exist_ok=True)
+    for name in PACKAGES:
+        link = namespace / name
+        if not link.is_symlink():
+            link.symlink_to(Path("../../..") / name)
+    for place in environment.glob("lib/python3.*/site-packages"):
+        (place / "caisson.pth").write_text(f"{source}\n")
+
+
 _enter_environment()
-sys.path.insert(0, str(ROOT))
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its log would end up in a command's stderr
 
-from proto import generate  # noqa: E402
+from caisson.proto import generate  # noqa: E402
 
 generate.ensure()
 
@@ -68,26 +87,27 @@ from typing import Any  # noqa: E402
 
 from invoke import Argument, Collection, Context, Exit, Program, Task, task  # noqa: E402
 
-import agent.client.commands  # noqa: E402
-import image.commands  # noqa: E402
-import image.oci  # noqa: E402
 import tests.commands  # noqa: E402
-from agent import client  # noqa: E402
-from agent.client import foreground, guest, listing, logs  # noqa: E402
-from agent.client import share as share_in  # noqa: E402
-from image.commands import image_directory  # noqa: E402
-from image.programs import TO_BOOT, TO_PACK, need  # noqa: E402
-from image.vm import VM, VMConfig, VMError, find_vm, get_vm, list_vms  # noqa: E402
-from image.vm import share as sharing  # noqa: E402
-from image.vm import timeline as timelines  # noqa: E402
-from image.vm.balloon import memory_now, set_memory  # noqa: E402
-from image.vm.config import parse_share  # noqa: E402
-from image.vm.disks import plug_disk, unplug_unused  # noqa: E402
-from image.vm.drawing import svg  # noqa: E402
-from image.vm.dryrun import DryRun  # noqa: E402
-from image.vm.dryrun import dry_run as planned  # noqa: E402
-from image.vm.template import Template  # noqa: E402
-from image.vm.timeline import Timeline  # noqa: E402
+from caisson.agent import client  # noqa: E402
+from caisson.agent.client import foreground, guest, listing, logs  # noqa: E402
+from caisson.agent.client import share as share_in  # noqa: E402
+from caisson.commands import container as container_commands  # noqa: E402
+from caisson.commands import image as image_commands  # noqa: E402
+from caisson.commands.image import image_directory  # noqa: E402
+from caisson.image import ImageError  # noqa: E402
+from caisson.image.containers.oci import packed as packed_image  # noqa: E402
+from caisson.image.programs import TO_BOOT, TO_PACK, need  # noqa: E402
+from caisson.image.vm import VM, VMConfig, VMError, find_vm, get_vm, list_vms  # noqa: E402
+from caisson.image.vm import timeline as timelines  # noqa: E402
+from caisson.image.vm.config import parse_share  # noqa: E402
+from caisson.image.vm.drawing import svg  # noqa: E402
+from caisson.image.vm.dryrun import DryRun  # noqa: E402
+from caisson.image.vm.dryrun import dry_run as planned  # noqa: E402
+from caisson.image.vm.hotplug import share as sharing  # noqa: E402
+from caisson.image.vm.hotplug.balloon import memory_now, set_memory  # noqa: E402
+from caisson.image.vm.hotplug.disks import plug_disk, unplug_unused  # noqa: E402
+from caisson.image.vm.snapshot.snapshot import Template  # noqa: E402
+from caisson.image.vm.timeline import Timeline  # noqa: E402
 
 #: Kernel parameters of a boot that is measured.
 TIMED = f"{timelines.PARAMETERS} agent.timeline"
@@ -96,7 +116,7 @@ TIMED = f"{timelines.PARAMETERS} agent.timeline"
 NOT_RUN = 125
 
 #: What is run when this machine was suspended: guests' clocks stood still meanwhile.
-ON_RESUME = (sys.executable, "-m", "agent.client.clock")
+ON_RESUME = (sys.executable, "-m", "caisson.agent.client.clock")
 
 #: Seconds for the agent of a VM that runs to answer, and after which it is looked whether the VM still runs.
 PATIENCE = 60.0
@@ -106,7 +126,7 @@ LOOKING = 3.0
 RUN_PROGRAMS = ("exec", "run", "shell")
 
 #: What is a user's to know, not a bug.
-FAILURES = (image.ImageError, VMError, client.AgentError, client.OutputError, client.Mistake)
+FAILURES = (ImageError, VMError, client.AgentError, client.OutputError, client.Mistake)
 
 
 class Command(Task[Any]):
@@ -380,7 +400,7 @@ def run(
             raise client.Mistake(f"there is a container {container!r} already; remove it: invoke rm {container}")
         _clear(vm)
         with contextlib.ExitStack() as stack:
-            with image.oci.packed(Path(path), vm.architecture) as packed:
+            with packed_image(Path(path), vm.architecture) as packed:
                 spec = foreground.image_spec(
                     packed.config, packed.bundle, _words(), env=env, user=user, cwd=workdir, terminal=tty
                 )
@@ -547,7 +567,7 @@ def rm(_: Context, container: str, timeout: int = 30, name: str = "default") -> 
 
 namespace = Collection()
 namespace.configure({"running": _running, "say": _say, "words": _words})
-for _module in (globals(), vars(image.commands), vars(agent.client.commands), vars(tests.commands)):
+for _module in (globals(), vars(image_commands), vars(container_commands), vars(tests.commands)):
     for _made in [value for value in _module.values() if isinstance(value, Task)]:
         namespace.add_task(Command(_made))
 

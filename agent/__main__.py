@@ -5,20 +5,20 @@ from __future__ import annotations
 import os
 import sys
 
-from agent import options as options_module
-from agent.marks import Marks
-from agent.options import Options
+from caisson.agent import options as options_module
+from caisson.agent.base.boot_timestamps import Marks
+from caisson.agent.options import Options
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import asyncio
     import socket
 
-    from agent.later import Later
-    from agent.log import Log
-    from agent.reaper import Reaper
-    from agent.services import Services
-    from agent.tracing import Tracing
+    from caisson.agent.base.lazyimport import Later
+    from caisson.agent.base.log import Log
+    from caisson.agent.base.tracing import Tracing
+    from caisson.agent.model.reaper import Reaper
+    from caisson.agent.services import Services
 
 
 #: Calls that may be blocked in the kernel at once before others wait for them.
@@ -30,7 +30,7 @@ WAITING = 1.0
 
 def main() -> None:
     """Run as PID 1 of a guest, or as a program with options."""
-    from agent.log import Log
+    from caisson.agent.base.log import Log
 
     marks = Marks()
     marks("python")
@@ -45,8 +45,8 @@ def main() -> None:
 
 
 def _run_as_init(marks: Marks) -> None:
-    from agent import pid1
-    from agent.log import Log
+    from caisson.agent.base.log import Log
+    from caisson.agent.guest import init as pid1
 
     try:
         pid1.prepare(marks)
@@ -65,8 +65,8 @@ def _run_as_init(marks: Marks) -> None:
 
 
 def _run(options: Options, log: Log, marks: Marks) -> None:
-    from agent.later import Later
-    from agent.listener import AddressError, listen
+    from caisson.agent.base.lazyimport import Later
+    from caisson.agent.rpc.listener import AddressError, listen
 
     try:
         listener = listen(options.listen)  # first: a host that connects early waits
@@ -94,13 +94,13 @@ async def _serve(options: Options, listener: socket.socket, log: Log, marks: Mar
     from concurrent.futures import ThreadPoolExecutor
     from functools import cache
 
-    from agent import heap
-    from agent.api.health import Health
-    from agent.api.server import Server
-    from agent.listener import accept
-    from agent.reaper import Reaper
-    from agent.tracing import Tracing
-    from proto import health_pb2
+    from caisson.agent.api.health import Health
+    from caisson.agent.base import heap
+    from caisson.agent.base.tracing import Tracing
+    from caisson.agent.model.reaper import Reaper
+    from caisson.agent.rpc.listener import accept
+    from caisson.agent.rpc.server import Server
+    from caisson.proto.kata1 import health_pb2
 
     marks("imports")
     loop = asyncio.get_running_loop()
@@ -114,7 +114,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log, marks: Mar
 
     @cache
     def services() -> Services:
-        from agent.services import Services
+        from caisson.agent.services import Services
 
         later.load()
         reaper.start(loop)
@@ -153,7 +153,7 @@ def _somebody_waits(listener: socket.socket) -> bool:
 
 
 def _trace(tracing: Tracing, log: Log) -> None:
-    from agent.errors import Unsupported
+    from caisson.agent.base.errors import Unsupported
 
     try:
         tracing.start()
@@ -162,11 +162,11 @@ def _trace(tracing: Tracing, log: Log) -> None:
 
 
 def _extras(options: Options, reaper: Reaper, log: Log) -> list[asyncio.Task[None]]:
-    """What some guests offer beside the API (agent/ports.py)."""
+    """What some guests offer beside the API (agent/debug_ports.py)."""
     import asyncio
 
-    from agent.listener import AddressError, listen
-    from agent.ports import LogStream, Port, Shells
+    from caisson.agent.debug_ports import LogStream, Port, Shells
+    from caisson.agent.rpc.listener import AddressError, listen
 
     loop = asyncio.get_running_loop()
     shells = Shells(reaper, log)

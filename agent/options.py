@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 
-from agent.log import LEVELS
-from agent.record import Record
+from caisson.agent.base.log import LEVELS
+from caisson.agent.base.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -211,9 +211,9 @@ def from_arguments(arguments: list[str]) -> Options:
     import argparse
 
     parser = argparse.ArgumentParser(
-        prog="python -m agent",
+        prog="python -m caisson.agent",
         description="Run containers on this machine, driven over gRPC.",
-        epilog="example: python -m agent --listen unix:/tmp/agent.sock --nsexec build/nsexec --state /tmp/state",
+        epilog="example: python -m caisson.agent --listen unix:/tmp/agent.sock --nsexec build/nsexec --state /tmp/s",
     )
     parser.add_argument("--config", help="a TOML file with options by their names on a kernel's command line")
     parser.add_argument(

@@ -9,29 +9,30 @@ import asyncio
 import os
 from pathlib import Path
 
-from agent.api.boottimes import BootTimes
-from agent.api.guest import GuestService
-from agent.api.own import Own
-from agent.api.service import AgentService
-from agent.errors import Refused
-from agent.guest import modules
-from agent.guest.files import Files
-from agent.libcontainer import cgroups
-from agent.libcontainer.launcher import Launcher
-from agent.libcontainer.nsexec import Nsexec
-from agent.limits import raise_open_files
-from agent.sandbox import Sandbox
-from proto import agent_pb2, caisson_pb2
+from caisson.agent.api.boot_times import BootTimes
+from caisson.agent.api.caisson import Own
+from caisson.agent.api.kata1.guest import GuestService
+from caisson.agent.api.kata1.service import AgentService
+from caisson.agent.base.errors import Refused
+from caisson.agent.base.limits import raise_open_files
+from caisson.agent.guest import modules
+from caisson.agent.guest.files import Files
+from caisson.agent.libcontainer import cgroups
+from caisson.agent.libcontainer.process.launcher import Launcher
+from caisson.agent.libcontainer.process.nsexec import Nsexec
+from caisson.agent.model.sandbox import Sandbox
+from caisson.proto.caisson import caisson_pb2
+from caisson.proto.kata1 import agent_pb2
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from agent.log import Log
-    from agent.marks import Marks
-    from agent.options import Options
-    from agent.reaper import Reaper
-    from agent.tracing import Tracing
+    from caisson.agent.base.boot_timestamps import Marks
+    from caisson.agent.base.log import Log
+    from caisson.agent.base.tracing import Tracing
+    from caisson.agent.model.reaper import Reaper
+    from caisson.agent.options import Options
 
 #: Modules of the kernel that are to be there before the first container: layers of file systems, and random numbers
 #: that a guest made from a copy does not share with its siblings.

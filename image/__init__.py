@@ -9,30 +9,30 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from image.errors import ImageError
+from caisson.image.errors import ImageError
 
 if TYPE_CHECKING:
-    from image.builder import Build, Image, build, verify
-    from image.cache import clean
-    from image.definition import find, load, schema
-    from image.lock import read as read_lock
-    from image.manifest import plain
-    from image.summary import describe, planned, summary
+    from caisson.image.build.builder import Build, Image, build, verify
+    from caisson.image.build.cache import clean
+    from caisson.image.build.definition import find, load, schema
+    from caisson.image.build.lock import read as read_lock
+    from caisson.image.build.manifest import plain
+    from caisson.image.build.summary import describe, planned, summary
 
 _FROM = {
-    "Build": "image.builder.Build",
-    "Image": "image.builder.Image",
-    "build": "image.builder.build",
-    "clean": "image.cache.clean",
-    "describe": "image.summary.describe",
-    "find": "image.definition.find",
-    "load": "image.definition.load",
-    "plain": "image.manifest.plain",
-    "planned": "image.summary.planned",
-    "read_lock": "image.lock.read",
-    "schema": "image.definition.schema",
-    "summary": "image.summary.summary",
-    "verify": "image.builder.verify",
+    "Build": "caisson.image.build.builder.Build",
+    "Image": "caisson.image.build.builder.Image",
+    "build": "caisson.image.build.builder.build",
+    "clean": "caisson.image.build.cache.clean",
+    "describe": "caisson.image.build.summary.describe",
+    "find": "caisson.image.build.definition.find",
+    "load": "caisson.image.build.definition.load",
+    "plain": "caisson.image.build.manifest.plain",
+    "planned": "caisson.image.build.summary.planned",
+    "read_lock": "caisson.image.build.lock.read",
+    "schema": "caisson.image.build.definition.schema",
+    "summary": "caisson.image.build.summary.summary",
+    "verify": "caisson.image.build.builder.verify",
 }
 
 __all__ = [

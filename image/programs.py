@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterable
 
-from image.errors import ImageError
+from caisson.image.errors import ImageError
 
 #: What it takes to build an image, and more with a kernel from source; to boot one; to make a container's disk.
 TO_BUILD = ("gcc", "make", "musl-gcc", "strip", "zstd", "mkfs.erofs", "mksquashfs")

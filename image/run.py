@@ -10,8 +10,8 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from image.errors import ImageError
-from image.programs import package_of, search_path
+from caisson.image.errors import ImageError
+from caisson.image.programs import package_of, search_path
 
 #: What is passed on of the caller's environment: where things are, and how the network is reached.
 KEPT = re.compile(r"PATH|HOME|TMPDIR|XDG_\w+_HOME|PIP_\w+|(?i:https?|ftp|all|no)_(?i:proxy)|(?:REQUESTS|SSL|CURL)_C\w+")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from invoke import Context, task
 
-from agent.client import Mistake
-from image.programs import TO_BOOT, TO_BUILD, TO_COMPILE, TO_PACK, need
+from caisson.agent.client import Mistake
+from caisson.image.programs import TO_BOOT, TO_BUILD, TO_COMPILE, TO_PACK, need
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from proto import generate
+from caisson.proto import generate
 
 generate.ensure()
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from agent import __version__
-from agent.marks import Marks
-from proto import health_pb2
+from caisson.agent import __version__
+from caisson.agent.base.boot_timestamps import Marks
+from caisson.proto.kata1 import health_pb2
 
 #: The version of this API that Kata 1.x agents report.
 API_VERSION = "0.0.1"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from agent.libcontainer.cgroups.stats import CgroupStats
-from agent.record import Record
-from proto import agent_pb2
+from caisson.agent.base.record import Record
+from caisson.agent.libcontainer.cgroups.stats import CgroupStats
+from caisson.proto.kata1 import agent_pb2
 
 
 def to_wire(stats: CgroupStats) -> Any:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import os
 
-from agent import errors
-from agent.api.codes import StatusCode
-from agent.libcontainer.cgroups import CgroupError
-from agent.libcontainer.errors import LaunchError
-from agent.libcontainer.fields import SpecError
+from caisson.agent.base import errors
+from caisson.agent.libcontainer.cgroups import CgroupError
+from caisson.agent.libcontainer.config.reader import SpecError
+from caisson.agent.libcontainer.errors import LaunchError
+from caisson.agent.rpc.codes import StatusCode
 
 CODES: dict[type[Exception], StatusCode] = {
     errors.NotFound: StatusCode.NOT_FOUND,

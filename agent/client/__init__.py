@@ -10,10 +10,10 @@ async with Agent.connect("/run/caisson/default/agent.sock") as agent:
     status = await process.wait()
 """
 
-from agent.client.attach import OutputError, attach
-from agent.client.boottimes import BootTimes, boot_times
-from agent.client.clone import settle, settled
-from agent.client.connection import (
+from caisson.agent.client.attach import OutputError, attach
+from caisson.agent.client.boot_times import BootTimes, boot_times
+from caisson.agent.client.clone import settle, settled
+from caisson.agent.client.connection import (
     Agent,
     AgentError,
     AgentGone,
@@ -23,9 +23,9 @@ from agent.client.connection import (
     ProgramError,
     answers,
 )
-from agent.client.defaults import PATH, default_spec, keep_alive
-from agent.client.errors import Mistake
-from agent.client.known import Known
+from caisson.agent.client.defaults import PATH, default_spec, keep_alive
+from caisson.agent.client.errors import Mistake
+from caisson.agent.client.registry import Known
 
 __all__ = [
     "PATH",

@@ -13,7 +13,7 @@ import tty
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 
-from agent.client.connection import CHUNK, AgentError, Process
+from caisson.agent.client.connection import CHUNK, AgentError, Process
 
 #: Signals that somebody who wants this command to stop or to know something sends to it.
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)

@@ -1,6 +1,6 @@
 """A guest's clock, set to this machine's.
 
-    python -m agent.client.clock SOCKET     SOCKET: a VM's agent.sock
+    python -m caisson.agent.client.clock SOCKET     SOCKET: a VM's agent.sock
 
 A clone's clock is at the time of its template; that of any guest stands still while its host is suspended.
 """
@@ -11,8 +11,8 @@ import asyncio
 import sys
 import time
 
-from agent.client.connection import Agent, AgentError
-from proto import agent_pb2
+from caisson.agent.client.connection import Agent, AgentError
+from caisson.proto.kata1 import agent_pb2
 
 #: Seconds that a clock may be off, and how often it is set again where a busy machine takes longer than that.
 PRECISION = 0.5

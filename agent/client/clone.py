@@ -7,9 +7,10 @@ import os
 import uuid
 from pathlib import Path
 
-from agent.client.clock import set_clock
-from agent.client.connection import Agent, AgentError, answers
-from proto import agent_pb2, caisson_pb2
+from caisson.agent.client.clock import set_clock
+from caisson.agent.client.connection import Agent, AgentError, answers
+from caisson.proto.caisson import caisson_pb2
+from caisson.proto.kata1 import agent_pb2
 
 #: Bytes of entropy: what the kernel's generator is keyed with, twice.
 ENTROPY = 64

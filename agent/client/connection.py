@@ -12,8 +12,9 @@ from typing import Any, Self
 import grpc
 from google.protobuf import message_factory
 
-from agent import heap
-from proto import agent_pb2, caisson_pb2, health_pb2, oci_pb2
+from caisson.agent.base import heap
+from caisson.proto.caisson import caisson_pb2
+from caisson.proto.kata1 import agent_pb2, health_pb2, oci_pb2
 
 #: Bytes asked for or sent in one call.  A pipe holds 64 KiB by default, a gRPC message 4 MiB.
 CHUNK = 1 << 20

@@ -9,11 +9,11 @@ import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from agent.client.attach import raw, read, write_all
-from agent.client.connection import CHUNK
-from agent.client.errors import Mistake
-from agent.client.vsock import dial
-from agent.options import from_kernel
+from caisson.agent.client.attach import raw, read, write_all
+from caisson.agent.client.connection import CHUNK
+from caisson.agent.client.errors import Mistake
+from caisson.agent.client.vsock import dial
+from caisson.agent.options import from_kernel
 
 #: What a terminal takes for the end of its input (termios(3), VEOF).
 END = b"\x04"

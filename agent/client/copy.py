@@ -17,11 +17,11 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.client.attach import write_all
-from agent.client.connection import CHUNK, Agent, AgentError, Container, Process, ProgramError
-from agent.client.defaults import PATH
-from agent.client.errors import Mistake
-from agent.client.unpack import unpack
+from caisson.agent.client.attach import write_all
+from caisson.agent.client.connection import CHUNK, Agent, AgentError, Container, Process, ProgramError
+from caisson.agent.client.defaults import PATH
+from caisson.agent.client.errors import Mistake
+from caisson.agent.client.unpack import unpack
 
 #: A container's name and a path in it; what begins with "/" or "." is a path of the host's, whatever is in it.
 PLACE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]*):(.+)", re.DOTALL)

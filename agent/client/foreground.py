@@ -7,13 +7,13 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from agent.client import ocispec, rootdisk
-from agent.client.attach import attach
-from agent.client.connection import Agent, AgentError
-from agent.client.defaults import PATH
-from agent.client.errors import Mistake
-from agent.client.guest import Guest, Machine
-from proto import oci_pb2
+from caisson.agent.client import ocispec, rootdisk
+from caisson.agent.client.attach import attach
+from caisson.agent.client.connection import Agent, AgentError
+from caisson.agent.client.defaults import PATH
+from caisson.agent.client.errors import Mistake
+from caisson.agent.client.guest import Guest, Machine
+from caisson.proto.kata1 import oci_pb2
 
 
 def user_ids(text: str) -> tuple[int, int]:

@@ -13,10 +13,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.client.connection import CHUNK, AgentError, Container
-from agent.client.defaults import PATH
-from agent.client.errors import Mistake
-from agent.client.vsock import LAST_PORT, Streams, dial
+from caisson.agent.client.connection import CHUNK, AgentError, Container
+from caisson.agent.client.defaults import PATH
+from caisson.agent.client.errors import Mistake
+from caisson.agent.client.vsock import LAST_PORT, Streams, dial
 
 RULE = re.compile(
     r"(?:(?P<address>[0-9.]+|\[[0-9a-fA-F:]+\]):)?(?P<host>[0-9]+):(?:(?P<kind>tcp|vsock):)?(?P<guest>[0-9]+)"

@@ -15,7 +15,7 @@ from typing import Protocol, Self, TypeVar
 
 import grpc
 
-from agent import client
+from caisson.agent import client
 
 T = TypeVar("T")
 

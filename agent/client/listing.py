@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 
 import grpc
 
-from agent.client.connection import Agent, AgentError, Container
-from agent.client.errors import Mistake
-from agent.client.known import Known
-from proto import agent_pb2
+from caisson.agent.client.connection import Agent, AgentError, Container
+from caisson.agent.client.errors import Mistake
+from caisson.agent.client.registry import Known
+from caisson.proto.kata1 import agent_pb2
 
 T = TypeVar("T")
 

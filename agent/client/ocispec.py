@@ -9,8 +9,8 @@ from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
 
-from agent.client.errors import Mistake
-from proto import oci_pb2
+from caisson.agent.client.errors import Mistake
+from caisson.proto.kata1 import oci_pb2
 
 #: The one name that is another on the wire; the others differ in capital letters at most, of which Go takes any.
 RENAMED = {"ociversion": "version"}

@@ -1,4 +1,4 @@
-"""pytest -p agent.client.pytest_plugin: tests that run programs inside a guest, one for the session.
+"""pytest -p caisson.agent.client.pytest_plugin: tests that run programs inside a guest, one for the session.
 
 Which guest that is, a fixture `caisson_machine` of the project's own says (docs/library.md).
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from agent.client.guest import Done, Guest, Machine
+from caisson.agent.client.guest import Done, Guest, Machine
 
 
 class GuestRunner:

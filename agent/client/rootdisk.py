@@ -10,9 +10,9 @@ from typing import Any
 
 import grpc
 
-from agent.client.connection import Agent, AgentError, Container
-from agent.client.defaults import PATH, default_spec
-from proto import agent_pb2, oci_pb2
+from caisson.agent.client.connection import Agent, AgentError, Container
+from caisson.agent.client.defaults import PATH, default_spec
+from caisson.proto.kata1 import agent_pb2, oci_pb2
 
 #: Where the guest mounts what is for containers, as Kata's hosts have it.
 SHARED = "/run/kata-containers/shared/containers"

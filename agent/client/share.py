@@ -7,9 +7,9 @@ import time
 
 import grpc
 
-from agent.client.connection import Agent, AgentError
-from agent.client.guest import Guest, Machine
-from proto import caisson_pb2
+from caisson.agent.client.connection import Agent, AgentError
+from caisson.agent.client.guest import Guest, Machine
+from caisson.proto.caisson import caisson_pb2
 
 #: Below here a container sees what is shared with it, unless somebody says otherwise: /run can be written in most.
 SHARED = "/run/shared"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from agent.client.errors import Mistake
+from caisson.agent.client.errors import Mistake
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 

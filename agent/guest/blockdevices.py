@@ -11,7 +11,7 @@ import os
 import re
 import stat
 
-from agent.errors import Invalid, TooLate
+from caisson.agent.base.errors import Invalid, TooLate
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

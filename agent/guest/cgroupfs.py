@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 
-from agent import syscalls
-from agent.syscalls import MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, MS_REMOUNT
+from caisson.agent.base import syscalls
+from caisson.agent.base.syscalls import MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, MS_REMOUNT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

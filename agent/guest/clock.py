@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from agent.errors import Failed, Invalid, Refused
+from caisson.agent.base.errors import Failed, Invalid, Refused
 
 RNDADDTOENTCNT, RNDRESEEDCRNG = 0x40045201, 0x5207  # random(4)
 

@@ -10,17 +10,17 @@ from __future__ import annotations
 import os
 import stat
 
-from agent.errors import Failed, Invalid
-from agent.guest import modules
-from agent.guest.blockdevices import BlockDevices
-from agent.guest.storage import MODULES
-from agent.record import Record
+from caisson.agent.base.errors import Failed, Invalid
+from caisson.agent.base.record import Record
+from caisson.agent.guest import modules
+from caisson.agent.guest.blockdevices import BlockDevices
+from caisson.agent.guest.storage import MODULES
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from agent.libcontainer.spec import Spec
+    from caisson.agent.libcontainer.config.spec import Spec
 
 TYPES = ("mmioblk", "blk", "blk-ccw", "scsi", "nvdimm")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from agent import syscalls
-from agent.errors import Failed
+from caisson.agent.base import syscalls
+from caisson.agent.base.errors import Failed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

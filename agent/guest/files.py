@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import stat
 
-from agent import syscalls
-from agent.errors import Failed, Invalid, Refused
-from agent.record import Record
+from caisson.agent.base import syscalls
+from caisson.agent.base.errors import Failed, Invalid, Refused
+from caisson.agent.base.record import Record
 
 ROOT = "/run"
 RESOLVE = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS

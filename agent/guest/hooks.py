@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import stat
 
-from agent.libcontainer.fields import SpecError
-from agent.libcontainer.spec import Hook, Hooks
+from caisson.agent.libcontainer.config.reader import SpecError
+from caisson.agent.libcontainer.config.spec import Hook, Hooks
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from agent.libcontainer.spec import Spec
+    from caisson.agent.libcontainer.config.spec import Spec
 
 
 class GuestHooks:

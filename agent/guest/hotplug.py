@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 
-from agent.errors import Failed, Refused
+from caisson.agent.base.errors import Failed, Refused
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

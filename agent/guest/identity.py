@@ -6,9 +6,9 @@ import os
 import re
 import socket
 
-from agent import syscalls
-from agent.errors import Failed, Invalid
-from agent.syscalls import MS_BIND
+from caisson.agent.base import syscalls
+from caisson.agent.base.errors import Failed, Invalid
+from caisson.agent.base.syscalls import MS_BIND
 
 #: Where programs look for the id, and where it is kept: the guest's root cannot be written to.
 MACHINE_ID, KEPT = "/etc/machine-id", "/run/machine-id"

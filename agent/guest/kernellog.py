@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from agent.marks import now
+from caisson.agent.base.boot_timestamps import now
 
 DEVICE = "/dev/kmsg"
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 
-from agent import syscalls
-from agent.errors import Refused
+from caisson.agent.base import syscalls
+from caisson.agent.base.errors import Refused
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ import os
 import socket
 from contextlib import contextmanager
 
-from agent.errors import Failed, Invalid, TooLate
-from agent.guest import modules
-from agent.guest import rtnetlink as rt
-from agent.guest.rtnetlink import Message, Rtnetlink
-from agent.record import Record
+from caisson.agent.base.errors import Failed, Invalid, TooLate
+from caisson.agent.base.record import Record
+from caisson.agent.guest import modules
+from caisson.agent.guest import rtnetlink as rt
+from caisson.agent.guest.rtnetlink import Message, Rtnetlink
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from agent.guest.rootdisk import root_disks
-from agent.libcontainer.cgroups.cpuset import available
-from agent.libcontainer.resources import DeviceRule
+from caisson.agent.guest.rootdisk import root_disks
+from caisson.agent.libcontainer.cgroups.cpuset import available
+from caisson.agent.libcontainer.config.resources import DeviceRule
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from agent.libcontainer.resources import Resources
+    from caisson.agent.libcontainer.config.resources import Resources
 
 
 def fit(resources: Resources) -> Resources:

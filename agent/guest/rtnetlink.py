@@ -10,7 +10,7 @@ import os
 import socket
 from struct import Struct
 
-from agent.record import Record
+from caisson.agent.base.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -11,17 +11,17 @@ import asyncio
 import os
 import stat
 
-from agent import syscalls
-from agent.errors import Failed, Invalid, Refused
-from agent.guest import modules
-from agent.guest.blockdevices import BlockDevices
-from agent.record import Record
+from caisson.agent.base import syscalls
+from caisson.agent.base.errors import Failed, Invalid, Refused
+from caisson.agent.base.record import Record
+from caisson.agent.guest import modules
+from caisson.agent.guest.blockdevices import BlockDevices
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from agent.log import Log
+    from caisson.agent.base.log import Log
 
 #: Words of fstab(5) that are flags of mount(2); all others are for the file system.
 FLAGS = {

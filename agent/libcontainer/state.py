@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import os
 
-from agent.libcontainer.fields import Reader, SpecError
-from agent.record import NOTHING, Record
+from caisson.agent.base.record import NOTHING, Record
+from caisson.agent.libcontainer.config.reader import Reader, SpecError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from image.vm.errors import VMError
+from caisson.image.vm.errors import VMError
 
 KVM = Path("/dev/kvm")
 VHOST_VSOCK = Path("/dev/vhost-vsock")

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from image.vm import qemu
-from image.vm.accel import Choice, Host, choose_accelerator, choose_vsock
-from image.vm.errors import VMError
-from image.vm.template import Template
+from caisson.image.vm import qemu
+from caisson.image.vm.accel import Choice, Host, choose_accelerator, choose_vsock
+from caisson.image.vm.errors import VMError
+from caisson.image.vm.snapshot.snapshot import Template
 
 #: What a share may be called: QEMU and the guest's kernel know it by that.
 TAG = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,30}")
@@ -30,9 +30,9 @@ def parse_share(text: str) -> tuple[str, tuple[str, bool]]:
 class VMConfig:
     """What to boot and how: ``image`` is an image's directory, ``memory`` in MiB, ``append`` for the kernel.
 
-    ``max_memory`` and ``max_cpus`` are what image.vm.plug can reach (0: nothing can be plugged in); ``shares`` are
+    ``max_memory`` and ``max_cpus`` are what vm/hotplug/plug.py can reach (0: nothing can be plugged in); ``shares`` are
     directories of the host, by tag, with whether the guest may write to them.  One made from a ``template`` is what the
-    template was; one that is ``savable`` can become a template, and nobody can talk to it (image.vm.template).
+    template was; one that is ``savable`` can become a template, and nobody can talk to it (vm/snapshot/snapshot.py).
     With ``firmware`` the firmware tells what it does, in a file of the VM's directory (x86).
     ``on_resume`` is a command that is run, with the agent's socket as its last word, when the host was suspended: then
     the guest's clock is behind.

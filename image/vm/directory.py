@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from image.vm.errors import VMError
+from caisson.image.vm.errors import VMError
 
 #: sockaddr_un holds 107 bytes and a terminating NUL (unix(7)); `vsock.sock_4294967295` is the longest of ours.
 LONGEST_SOCKET = 107

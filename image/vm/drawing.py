@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from html import escape
 
-from image.vm.timeline import Span, Timeline
+from caisson.image.vm.timeline import Span, Timeline
 
 #: Pixels: the names' column, the bars', and the figures'; a row, the head and the foot.
 NAMES, BARS, FIGURES = 270, 600, 90

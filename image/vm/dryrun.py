@@ -7,11 +7,11 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from image.vm import qemu, vsock
-from image.vm.config import VMConfig
-from image.vm.directory import VMDirectory
-from image.vm.errors import VMError
-from image.vm.vsock import vhost
+from caisson.image.vm import qemu, vsock
+from caisson.image.vm.config import VMConfig
+from caisson.image.vm.directory import VMDirectory
+from caisson.image.vm.errors import VMError
+from caisson.image.vm.vsock import vhost
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 
-from image.vm.directory import VMDirectory
+from caisson.image.vm.directory import VMDirectory
 
 #: $1 the VM's directory, $2 the supervisor's process group, $3 the directory of all VMs.  `done` on the pipe: there is
 #: nothing to clean.  The kernel may close the pipe of a dying process before its lock, hence the first flock(1).  The

@@ -16,17 +16,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from image.vm import lastwords
-from image.vm.accel import Choice
-from image.vm.children import POWERED_OFF
-from image.vm.config import VMConfig
-from image.vm.directory import VMDirectory, living, owned_run_root
-from image.vm.errors import VMError
-from image.vm.follower import Follower
-from image.vm.lines import Lines
-from image.vm.template import Bond, Template, place
-
-ROOT = Path(__file__).resolve().parents[2]
+from caisson.image.vm import exit_reason as lastwords
+from caisson.image.vm.accel import Choice
+from caisson.image.vm.children import POWERED_OFF
+from caisson.image.vm.config import VMConfig
+from caisson.image.vm.directory import VMDirectory, living, owned_run_root
+from caisson.image.vm.errors import VMError
+from caisson.image.vm.follower import Follower
+from caisson.image.vm.lines import Lines
+from caisson.image.vm.snapshot.snapshot import Bond, Template, place
 
 #: Seconds until the agent has to answer: native, and emulated on a busy machine.
 READY = {"kvm": 60.0, "tcg": 240.0}
@@ -153,9 +151,8 @@ class VM:
         self._line = Lines(ours)
         with theirs:
             self._supervisor = subprocess.Popen(
-                [sys.executable, "-m", "image.vm.supervisor", str(theirs.fileno())],
-                cwd=ROOT,
-                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                [sys.executable, "-m", "caisson.image.vm.supervisor", str(theirs.fileno())],
+                cwd="/",
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from image.programs import package_of, which
-from image.vm.errors import VMError
+from caisson.image.programs import package_of, which
+from caisson.image.vm.errors import VMError
 
 #: QEMU before it does not tell vhost-user devices to enable their rings, and lacks options used here.
 OLDEST = (7, 2)

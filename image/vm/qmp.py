@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
-from image.vm.errors import VMError
-from image.vm.lines import Lines
+from caisson.image.vm.errors import VMError
+from caisson.image.vm.lines import Lines
 
 
 class QMPError(VMError):

@@ -1,6 +1,6 @@
 """The one process that keeps a VM: it starts QEMU and the vsock back end, and takes everything down with it.
 
-    python -m image.vm.supervisor FD     FD: a socket to whoever starts the VM
+    python -m caisson.image.vm.supervisor FD     FD: a socket to whoever starts the VM
 
 What is said on the socket, a JSON object a line:
     starter → supervisor    the configuration; {"ready": seconds} when the agent answers; {"detach": true};
@@ -34,17 +34,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from image.vm import lastwords, migration, qemu, ram, vsock
-from image.vm.accel import Choice
-from image.vm.children import POWERED_OFF, Children
-from image.vm.directory import VMDirectory
-from image.vm.errors import VMError
-from image.vm.janitor import janitor
-from image.vm.lines import Lines
-from image.vm.qmp import QMP, QMPError
-from image.vm.template import Bond, Template, store
-from image.vm.virtiofs import Shares
-from image.vm.vsock import vhost
+from caisson.image.vm import exit_reason as lastwords
+from caisson.image.vm import qemu, vsock
+from caisson.image.vm.accel import Choice
+from caisson.image.vm.children import POWERED_OFF, Children
+from caisson.image.vm.directory import VMDirectory
+from caisson.image.vm.errors import VMError
+from caisson.image.vm.hotplug.virtiofs import Shares
+from caisson.image.vm.janitor import janitor
+from caisson.image.vm.lines import Lines
+from caisson.image.vm.qmp import QMP, QMPError
+from caisson.image.vm.snapshot import migration, ram
+from caisson.image.vm.snapshot.snapshot import Bond, Template, store
+from caisson.image.vm.vsock import vhost
 
 #: Seconds between looks whether the host was suspended, and for how long it has to have been: clocks are not exact.
 LOOKING = 10.0

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from image.vm.errors import VMError
+from caisson.image.vm.errors import VMError
 
 #: Kernel parameters: initcalls are named and timed, in a log that holds all of them.  Nothing more is printed.
 PARAMETERS = "initcall_debug log_buf_len=2M"

@@ -23,9 +23,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from agent import client
-from image import initrd
-from image.vm import VM, VMConfig
+from caisson.agent import client
+from caisson.image.formats import initrd
+from caisson.image.vm import VM, VMConfig
 from tests.bench.rows import Row
 from tests.bench.runtime_latency import ROOT
 from tests.e2e.conftest import built

@@ -19,9 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-from image import builder
-from image.cache import Cache, default_root
-from image.definition import load
+from caisson.image.build import builder
+from caisson.image.build.cache import Cache, default_root
+from caisson.image.build.definition import load
 from tests.bench.rows import Row
 
 FULL_BUDGET, AGAIN_BUDGET = 0.4, 0.5

@@ -21,9 +21,9 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from agent import client
-from image.vm import VM, VMConfig
-from image.vm.template import Template, says_ready
+from caisson.agent import client
+from caisson.image.vm import VM, VMConfig
+from caisson.image.vm.snapshot.snapshot import Template, says_ready
 from tests.bench.boot import LEAN, booted, init_answers, minimal, own_run_directory
 from tests.bench.rows import Row
 from tests.e2e.conftest import built

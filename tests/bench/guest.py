@@ -19,10 +19,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from agent import client
-from agent.client import Agent, default_spec
-from image.vm import VM, VMConfig
-from proto import agent_pb2
+from caisson.agent import client
+from caisson.agent.client import Agent, default_spec
+from caisson.image.vm import VM, VMConfig
+from caisson.proto.kata1 import agent_pb2
 from tests.bench.boot import LEAN, booted, own_run_directory
 from tests.bench.native import MIB, bulk, first_byte
 from tests.bench.rows import Row

@@ -24,9 +24,9 @@ from typing import Any
 
 import grpc
 
-from agent.client import Agent, Container
-from agent.client.connection import CHANNEL_OPTIONS, CHUNK
-from proto import agent_pb2
+from caisson.agent.client import Agent, Container
+from caisson.agent.client.connection import CHANNEL_OPTIONS, CHUNK
+from caisson.proto.kata1 import agent_pb2
 from tests.bench.bare import SERVICE
 from tests.bench.rows import Row
 from tests.bench.runtime_latency import CONFIG, ROOT, limit

@@ -28,10 +28,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from agent.libcontainer.launcher import Launcher, Stdio
-from agent.libcontainer.nsexec import Nsexec
-from agent.libcontainer.spec import Process, Spec
-from agent.reaper import Child, Reaper
+from caisson.agent.libcontainer.config.spec import Process, Spec
+from caisson.agent.libcontainer.process.launcher import Launcher, Stdio
+from caisson.agent.libcontainer.process.nsexec import Nsexec
+from caisson.agent.model.reaper import Child, Reaper
 from tests.bench.rows import Row, table
 
 ROOT = Path(__file__).resolve().parents[2]

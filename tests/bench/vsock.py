@@ -24,10 +24,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from agent.client import Agent, default_spec
-from image.vm.qmp import QMP
-from proto import agent_pb2, oci_pb2, types_pb2
+from caisson.agent.client import Agent, default_spec
+from caisson.image.vm.qmp import QMP
+from caisson.proto.kata1 import agent_pb2, oci_pb2, types_pb2
 from tests.bench.rows import Row, table
 from tests.e2e.conftest import Caisson, fresh
 from tests.e2e.vsock_host import ECHO, REQUEST, SINK, SOURCE, compile_peer, dial
@@ -119,7 +120,7 @@ class Machine:
             spec = default_spec(root, words)
             mount = oci_pb2.Mount(destination="/tmp/peer", source=copy.path, type="bind", options=["rbind", "exec"])
             spec.Mounts.append(mount)
-            device = {"Type": "c", "Major": int(major), "Minor": int(minor)}
+            device: dict[str, Any] = {"Type": "c", "Major": int(major), "Minor": int(minor)}
             spec.Linux.Devices.append(oci_pb2.LinuxDevice(Path="/dev/serial", **device))
             spec.Linux.Resources.Devices.append(oci_pb2.LinuxDeviceCgroup(Allow=True, Access="rw", **device))
             await (await client.create_container("peer", spec)).start()

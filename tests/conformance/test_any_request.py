@@ -21,7 +21,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import strategies as st
 
-from proto import agent_pb2, health_pb2, oci_pb2
+from caisson.proto.kata1 import agent_pb2, health_pb2, oci_pb2
 from tests.native.agent_support import RunningAgent
 
 pytestmark = pytest.mark.root

@@ -7,12 +7,13 @@ that signal for itself, and passes on all that it gets.
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import grpc
 import pytest
 
-from agent.client import Agent, AgentError
-from proto import agent_pb2, oci_pb2
+from caisson.agent.client import Agent, AgentError
+from caisson.proto.kata1 import agent_pb2, oci_pb2
 from tests.native.agent_support import RunningAgent, run
 
 pytestmark = pytest.mark.root
@@ -20,7 +21,7 @@ Code = grpc.StatusCode
 
 SIGURG = 23
 LEN = 32 << 10
-KEY = {"container_id": "c", "exec_id": "e"}
+KEY: dict[str, Any] = {"container_id": "c", "exec_id": "e"}
 
 
 class Terminal:

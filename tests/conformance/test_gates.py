@@ -10,8 +10,8 @@ from typing import Any
 import grpc
 import pytest
 
-from agent.client import Agent
-from proto import agent_pb2, oci_pb2, types_pb2
+from caisson.agent.client import Agent
+from caisson.proto.kata1 import agent_pb2, oci_pb2, types_pb2
 from tests.native.agent_support import RunningAgent, refused, run
 
 pytestmark = pytest.mark.root

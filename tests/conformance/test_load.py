@@ -7,7 +7,7 @@ import hashlib
 
 import pytest
 
-from agent.client import Agent, Container
+from caisson.agent.client import Agent, Container
 from tests.native.agent_support import RunningAgent, output, sh
 
 pytestmark = pytest.mark.root

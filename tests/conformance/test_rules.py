@@ -8,7 +8,7 @@ import time
 import grpc
 import pytest
 
-from proto import agent_pb2, oci_pb2
+from caisson.proto.kata1 import agent_pb2, oci_pb2
 from tests.native.agent_support import RunningAgent, output, refused, run, sh
 
 pytestmark = pytest.mark.root

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from agent import client
-from proto import agent_pb2, oci_pb2
+from caisson.agent import client
+from caisson.proto.kata1 import agent_pb2, oci_pb2
 from tests.e2e.conftest import PATIENCE, Caisson
 
 pytestmark = pytest.mark.vm
@@ -47,7 +48,8 @@ async def life(guest: Caisson) -> None:
 
         async def stats() -> agent_pb2.CgroupStats:
             request = agent_pb2.StatsContainerRequest(container_id="box")
-            return (await agent.rpc.StatsContainer(request)).cgroup_stats
+            answer: agent_pb2.StatsContainerResponse = await agent.rpc.StatsContainer(request)
+            return answer.cgroup_stats
 
         names = ["cpu.cfs_quota_us", "cpu.shares", "net_cls.classid", "hugetlb.2MB.limit_in_bytes", "pids.max"]
         files = " ".join(f"/sys/fs/cgroup/{name.split('.')[0]}/{name}" for name in names)
@@ -58,7 +60,7 @@ async def life(guest: Caisson) -> None:
         assert len(mounts) > 6 and all("ro" in line[3].split(",") for line in mounts)
         assert "cpu,cpuacct" in await sh("readlink /sys/fs/cgroup/cpu")
 
-        async def update(**fields: object) -> None:
+        async def update(**fields: Any) -> None:
             resources = oci_pb2.LinuxResources(**fields)
             await agent.rpc.UpdateContainer(agent_pb2.UpdateContainerRequest(container_id="box", resources=resources))
 

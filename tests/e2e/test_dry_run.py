@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 
-from agent import client
+from caisson.agent import client
 from tests.e2e.conftest import PATIENCE, Caisson, wait_until
 
 pytestmark = pytest.mark.vm

@@ -11,8 +11,8 @@ from typing import Any
 import grpc
 import pytest
 
-from agent.client import Agent, AgentError, default_spec
-from proto import agent_pb2, oci_pb2, types_pb2
+from caisson.agent.client import Agent, AgentError, default_spec
+from caisson.proto.kata1 import agent_pb2, oci_pb2, types_pb2
 from tests.e2e.conftest import ROOT, Caisson
 
 pytestmark = [pytest.mark.root, pytest.mark.vm]
@@ -56,7 +56,7 @@ def test_the_clock_is_set(vm: Caisson) -> None:
     finally:
         # What a supervisor runs after its host was suspended.
         socket = vm.run_directory / "default/agent.sock"
-        subprocess.run([sys.executable, "-m", "agent.client.clock", socket], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "-m", "caisson.agent.client.clock", socket], cwd=ROOT, check=True)
     began = time.time()
     assert began - 1 <= guests_time() <= time.time() + 1
 

@@ -9,7 +9,7 @@ import socket
 
 import pytest
 
-from agent.client import Agent, AgentError, default_spec
+from caisson.agent.client import Agent, AgentError, default_spec
 from tests.e2e.conftest import Caisson
 
 pytestmark = [pytest.mark.root, pytest.mark.vm]

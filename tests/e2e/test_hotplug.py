@@ -10,9 +10,9 @@ from typing import Any
 import grpc
 import pytest
 
-from agent.client import Agent, AgentError, default_spec
-from image.vm.qmp import QMP
-from proto import agent_pb2, oci_pb2, types_pb2
+from caisson.agent.client import Agent, AgentError, default_spec
+from caisson.image.vm.qmp import QMP
+from caisson.proto.kata1 import agent_pb2, oci_pb2, types_pb2
 from tests.e2e.conftest import Caisson
 
 pytestmark = [pytest.mark.root, pytest.mark.vm]

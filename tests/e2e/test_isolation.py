@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from agent import client
+from caisson.agent import client
 from tests.e2e.conftest import Caisson
 
 pytestmark = pytest.mark.vm

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import pytest
 
-from image.cache import default_root
-from image.vm.accel import Host, choose_vsock
+from caisson.image.build.cache import default_root
+from caisson.image.vm.accel import Host, choose_vsock
 from tests.e2e.conftest import COMPILING, Caisson, built, wait_until
 from tests.unit.container_images import busybox_layer
 from tests.unit.fake_qemu import files_of, processes_of
@@ -36,7 +36,7 @@ SEED = int(os.environ.get("CAISSON_SEED", str(random.randrange(10**6))))
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(COMPILING + 60 * KILLS)]
 
 #: Whom to kill, by what the command line of each contains; the client is the command itself.
-VICTIMS = {"client": "", "supervisor": "image.vm.supervisor", "qemu": "qemu-system-", "vsock": "/vsock/"}
+VICTIMS = {"client": "", "supervisor": "caisson.image.vm.supervisor", "qemu": "qemu-system-", "vsock": "/vsock/"}
 
 #: Seconds for all others to notice, on a busy machine.
 NOTICED = 60.0

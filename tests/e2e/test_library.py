@@ -20,7 +20,7 @@ def test_the_example_passes_from_outside(own: Caisson, tmp_path: Path) -> None:
     assert [name for name, _ in files] == ["conftest.py", "test_guest.py"]
     for name, text in files:
         (tmp_path / name).write_text(text)
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "agent.client.pytest_plugin", "test_guest.py"]
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "caisson.agent.client.pytest_plugin", "test_guest.py"]
     environment = {name: value for name, value in own.environment.items() if not name.startswith("PYTEST_")}
     environment |= {"PYTHONPATH": os.fspath(ROOT)}
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE)

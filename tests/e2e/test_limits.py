@@ -10,8 +10,8 @@ from typing import Any
 import grpc
 import pytest
 
-from agent import client
-from proto import agent_pb2, oci_pb2
+from caisson.agent import client
+from caisson.proto.kata1 import agent_pb2, oci_pb2
 from tests.e2e.conftest import PATIENCE, Caisson
 
 pytestmark = pytest.mark.vm
@@ -63,7 +63,8 @@ class Limited:
         await self.agent.rpc.UpdateContainer(request)
 
     async def stats(self) -> agent_pb2.CgroupStats:
-        answer = await self.agent.rpc.StatsContainer(agent_pb2.StatsContainerRequest(container_id=NAME))
+        request = agent_pb2.StatsContainerRequest(container_id=NAME)
+        answer: agent_pb2.StatsContainerResponse = await self.agent.rpc.StatsContainer(request)
         return answer.cgroup_stats
 
 

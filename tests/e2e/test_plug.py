@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from agent.client import Agent, default_spec
-from image.vm import find_vm
-from image.vm.errors import VMError
-from image.vm.plug import plug_cpus, plug_memory
-from proto import agent_pb2, oci_pb2
+from caisson.agent.client import Agent, default_spec
+from caisson.image.vm import find_vm
+from caisson.image.vm.errors import VMError
+from caisson.image.vm.hotplug.plug import plug_cpus, plug_memory
+from caisson.proto.kata1 import agent_pb2, oci_pb2
 from tests.e2e.conftest import COMPILING, PATIENCE, Caisson, built
 
 pytestmark = [pytest.mark.root, pytest.mark.vm]

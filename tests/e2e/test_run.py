@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from image.cache import Cache
-from image.oci import packed
-from image.vm.disks import plugged
-from image.vm.qemu import PORTS
-from image.vm.qmp import QMP
+from caisson.image.build.cache import Cache
+from caisson.image.containers.oci import packed
+from caisson.image.vm.hotplug.disks import plugged
+from caisson.image.vm.qemu import PORTS
+from caisson.image.vm.qmp import QMP
 from tests.e2e.conftest import Caisson, wait_until
 from tests.e2e.terminal import Terminal
 from tests.unit.container_images import (

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.client import Agent
-from proto import caisson_pb2
+from caisson.agent.client import Agent
+from caisson.proto.caisson import caisson_pb2
 from tests.e2e.conftest import PATIENCE, Caisson, wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.vm]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.client import Agent, Container, default_spec
-from proto import agent_pb2
+from caisson.agent.client import Agent, Container, default_spec
+from caisson.proto.kata1 import agent_pb2
 from tests.e2e.conftest import Caisson
 
 pytestmark = [pytest.mark.root, pytest.mark.vm]

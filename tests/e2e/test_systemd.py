@@ -7,8 +7,8 @@ import socket
 
 import pytest
 
-from agent.client import Agent, default_spec
-from proto import agent_pb2, oci_pb2
+from caisson.agent.client import Agent, default_spec
+from caisson.proto.kata1 import agent_pb2, oci_pb2
 from tests.e2e.conftest import PATIENCE, Caisson, built, wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.vm]

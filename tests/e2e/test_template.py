@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from agent import client
-from image.cache import default_root
-from proto import oci_pb2
+from caisson.agent import client
+from caisson.image.build.cache import default_root
+from caisson.proto.kata1 import oci_pb2
 from tests.e2e.conftest import COMPILING, Caisson, fresh
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(COMPILING)]

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from agent.client import Agent, AgentError
-from proto import agent_pb2
+from caisson.agent.client import Agent, AgentError
+from caisson.proto.kata1 import agent_pb2
 from tests.e2e.conftest import PATIENCE, Caisson, built
 from tests.native.test_tracing import receiver
 

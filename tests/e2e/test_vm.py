@@ -28,7 +28,7 @@ def test_a_plain_grpc_channel_reaches_the_agent(vm: Caisson) -> None:
     program = textwrap.dedent(
         """
         import sys, grpc
-        from proto import health_pb2
+        from caisson.proto.kata1 import health_pb2
         channel = grpc.insecure_channel("unix:" + sys.argv[1])
         check = channel.unary_unary("/grpc.Health/Check",
             request_serializer=health_pb2.CheckRequest.SerializeToString,

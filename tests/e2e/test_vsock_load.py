@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from image.vm.qmp import QMP
+from caisson.image.vm.qmp import QMP
 from tests.e2e.conftest import Caisson
 from tests.e2e.vsock_host import Connection, Plan, Streams, compile_peer, dial, start_peer
 

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 import grpc
 
-from agent.client import Agent, AgentError, Container, Process, default_spec
-from proto import oci_pb2
+from caisson.agent.client import Agent, AgentError, Container, Process, default_spec
+from caisson.proto.kata1 import oci_pb2
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +36,8 @@ class RunningAgent:
         self.cgroup_parent = f"caisson-test-{os.getpid()}"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [*within, sys.executable, "-m", "agent", "--listen", f"unix:{self.socket}", "--nsexec", str(nsexec),
+                [*within, sys.executable, "-m", "caisson.agent", "--listen", f"unix:{self.socket}",
+                 "--nsexec", str(nsexec),
                  "--state", str(self.state), "--log", "debug", "--cgroup-parent", self.cgroup_parent, *options],
                 cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
             )  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.libcontainer.nsexec import Nsexec
+from caisson.agent.libcontainer.process.nsexec import Nsexec
 from tests.native.agent_support import ROOT, RunningAgent
 from tests.native.nsexec_support import Box, make_rootfs
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from agent.libcontainer import plan
-from agent.libcontainer.spec import Process, Spec
+from caisson.agent.libcontainer.config.spec import Process, Spec
+from caisson.agent.libcontainer.plan import plan
 from tests.native.nsexec_support import config
 from tests.native.test_nsexec_messages import BAD
 

@@ -13,9 +13,9 @@ from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from agent.libcontainer.launcher import Launched, Launcher, Stdio
-from agent.libcontainer.nsexec import Nsexec
-from agent.libcontainer.spec import Process, Spec
+from caisson.agent.libcontainer.config.spec import Process, Spec
+from caisson.agent.libcontainer.process.launcher import Launched, Launcher, Stdio
+from caisson.agent.libcontainer.process.nsexec import Nsexec
 
 T = TypeVar("T")
 HERE = Path(__file__).resolve().parent

@@ -11,14 +11,14 @@ from typing import Any
 import grpc
 import pytest
 
-from agent import __version__
-from agent.client import AgentError
-from proto import agent_pb2, health_pb2, oci_pb2
+from caisson.agent import __version__
+from caisson.agent.client import AgentError
+from caisson.proto.kata1 import agent_pb2, health_pb2, oci_pb2
 from tests.native.agent_support import RunningAgent, output, refused, run, sh
 
 pytestmark = pytest.mark.root
 Code = grpc.StatusCode
-IDS = {"container_id": "box", "exec_id": "box"}
+IDS: dict[str, Any] = {"container_id": "box", "exec_id": "box"}
 
 
 def test_health_before_there_is_a_sandbox(agent: RunningAgent) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from proto import agent_pb2
+from caisson.proto.kata1 import agent_pb2
 from tests.native.agent_support import RunningAgent, refused, run
 
 pytestmark = pytest.mark.root

@@ -8,7 +8,7 @@ import json
 import grpc
 import pytest
 
-from proto import agent_pb2
+from caisson.proto.kata1 import agent_pb2
 from tests.native.agent_support import RunningAgent, refused, run, sh
 
 pytestmark = [pytest.mark.root, pytest.mark.parametrize("agent", ["v2", "v1"], indirect=True)]

@@ -10,8 +10,8 @@ import signal
 import grpc
 import pytest
 
-from agent.client import Agent, Container, ProgramError
-from proto import agent_pb2
+from caisson.agent.client import Agent, Container, ProgramError
+from caisson.proto.kata1 import agent_pb2
 from tests.native.agent_support import RunningAgent, errors, output, refused, run, sh, until
 
 pytestmark = pytest.mark.root

@@ -12,8 +12,8 @@ from typing import Any
 import grpc
 import pytest
 
-from agent.client import Agent, AgentError, Container
-from proto import agent_pb2
+from caisson.agent.client import Agent, AgentError, Container
+from caisson.proto.kata1 import agent_pb2
 from tests.native.agent_support import RunningAgent, output, refused, run, sh, until
 
 pytestmark = pytest.mark.root

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from agent.errors import NotFound, TooLate, WrongState
-from agent.libcontainer.errors import LaunchError
-from agent.libcontainer.launcher import Launched
-from agent.libcontainer.spec import Rlimit, Spec
-from agent.log import Log
-from agent.reaper import Child
-from agent.sandbox import Sandbox
-from agent.syscalls import MNT_DETACH, umount2
+from caisson.agent.base.errors import NotFound, TooLate, WrongState
+from caisson.agent.base.log import Log
+from caisson.agent.base.syscalls import MNT_DETACH, umount2
+from caisson.agent.libcontainer.config.spec import Rlimit, Spec
+from caisson.agent.libcontainer.errors import LaunchError
+from caisson.agent.libcontainer.process.launcher import Launched
+from caisson.agent.model.reaper import Child
+from caisson.agent.model.sandbox import Sandbox
 from tests.native.agent_support import run
 
 pytestmark = pytest.mark.root
@@ -180,7 +180,9 @@ def test_a_failed_start_is_as_if_it_had_not_been_tried(setting: Setting, monkeyp
     async def work() -> None:
         sandbox = setting.sandbox
         with monkeypatch.context() as patch:
-            patch.setattr("agent.syscalls.unshare", lambda flags: (_ for _ in ()).throw(OSError(1, "not permitted")))
+            patch.setattr(
+                "caisson.agent.base.syscalls.unshare", lambda flags: (_ for _ in ()).throw(OSError(1, "not permitted"))
+            )
             with pytest.raises(WrongState, match=r"failed to create namespace: .*not permitted"):
                 await sandbox.start("pod", "name")
         assert not sandbox.running

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from image.cache import default_root
+from caisson.image.build.cache import default_root
 
 ROOT = Path(__file__).resolve().parents[2]
 NOBODY = 65534
@@ -46,7 +46,7 @@ def checkout(place: Path) -> None:
 
 
 def builder(root: Path, python: str = sys.executable) -> list[str]:
-    script = f"import sys; sys.path.insert(0, {str(root)!r}); import image; print(image.build().directory)"
+    script = f"import sys; sys.path.insert(0, {str(root)!r}); import caisson.image; print(image.build().directory)"
     return [python, "-c", script]
 
 

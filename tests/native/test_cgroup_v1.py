@@ -14,13 +14,13 @@ from typing import Any
 import grpc
 import pytest
 
-from agent.client import Agent
-from agent.libcontainer.cgroups import CgroupError, files
-from agent.libcontainer.cgroups.v1 import CgroupOfV1, CgroupV1
-from agent.libcontainer.errors import LaunchError
-from agent.libcontainer.fields import SpecError
-from agent.libcontainer.resources import Resources
-from proto import agent_pb2, oci_pb2
+from caisson.agent.client import Agent
+from caisson.agent.libcontainer.cgroups import CgroupError, files
+from caisson.agent.libcontainer.cgroups.v1.cgroup import CgroupOfV1, CgroupV1
+from caisson.agent.libcontainer.config.reader import SpecError
+from caisson.agent.libcontainer.config.resources import Resources
+from caisson.agent.libcontainer.errors import LaunchError
+from caisson.proto.kata1 import agent_pb2, oci_pb2
 from tests.native.agent_support import RunningAgent, errors, output, refused, run, sh
 from tests.native.nsexec_support import Box, children, config
 
@@ -163,7 +163,7 @@ def test_kernel_memory_is_refused_by_a_kernel_that_takes_the_value_and_does_noth
 
 
 def test_what_v1_has_not_is_refused() -> None:
-    from agent.libcontainer.cgroups.v1_settings import settings
+    from caisson.agent.libcontainer.cgroups.v1.settings import settings
 
     with pytest.raises(SpecError) as caught:
         list(settings(Resources.from_json({"unified": {"memory.high": "1"}})))

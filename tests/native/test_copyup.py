@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from agent.libcontainer.fields import SpecError
-from agent.libcontainer.launcher import LaunchError
-from agent.libcontainer.spec import Spec
+from caisson.agent.libcontainer.config.reader import SpecError
+from caisson.agent.libcontainer.config.spec import Spec
+from caisson.agent.libcontainer.process.launcher import LaunchError
 from tests.native.nsexec_support import Box, config
 
 pytestmark = pytest.mark.root
@@ -89,7 +89,7 @@ def test_directories_without_end(box: Box) -> None:
 def test_for_tmpfs_alone() -> None:
     made = config()
     made["mounts"].append({"destination": "/x", "type": "bind", "source": "/tmp", "options": ["tmpcopyup"]})
-    from agent.libcontainer import plan
+    from caisson.agent.libcontainer.plan import plan
 
     with pytest.raises(SpecError, match=r"mounts\[4\].options: 'tmpcopyup' is for tmpfs alone"):
         plan.init_messages(Spec.from_json(made), rootfs="/r", bundle=Path("/"), join={}, cgroups={})

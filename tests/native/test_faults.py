@@ -19,10 +19,10 @@ from typing import Any
 
 import pytest
 
-from agent.client import AgentError
-from agent.libcontainer.errors import LaunchError
-from agent.libcontainer.nsexec import Nsexec
-from agent.libcontainer.spec import Process, Spec
+from caisson.agent.client import AgentError
+from caisson.agent.libcontainer.config.spec import Process, Spec
+from caisson.agent.libcontainer.errors import LaunchError
+from caisson.agent.libcontainer.process.nsexec import Nsexec
 from tests.native.agent_support import ROOT, RunningAgent, until
 from tests.native.nsexec_support import Box, config, make_rootfs
 

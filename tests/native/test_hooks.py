@@ -13,12 +13,12 @@ from typing import Any
 import grpc
 import pytest
 
-from agent.container import Container
-from agent.libcontainer.launcher import LaunchError
-from agent.libcontainer.spec import Spec
-from agent.log import Log
-from agent.reaper import Reaper as AgentsReaper
-from proto import agent_pb2, oci_pb2
+from caisson.agent.base.log import Log
+from caisson.agent.libcontainer.config.spec import Spec
+from caisson.agent.libcontainer.process.launcher import LaunchError
+from caisson.agent.model.container import Container
+from caisson.agent.model.reaper import Reaper as AgentsReaper
+from caisson.proto.kata1 import agent_pb2, oci_pb2
 from tests.native.agent_support import RunningAgent, refused, run, until
 from tests.native.nsexec_support import Box, children, config
 

@@ -8,8 +8,8 @@ from typing import Any
 import grpc
 import pytest
 
-from agent.client import Agent
-from proto import caisson_pb2
+from caisson.agent.client import Agent
+from caisson.proto.caisson import caisson_pb2
 from tests.native.agent_support import RunningAgent, output, refused, run, sh
 
 pytestmark = pytest.mark.root

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from agent.container import Container
-from agent.libcontainer.conversation import Conversation
-from agent.libcontainer.fields import SpecError
-from agent.libcontainer.launcher import Launched, LaunchError, Stdio
-from agent.libcontainer.spec import Process, Spec
-from agent.log import Log
-from agent.reaper import Reaper
-from agent.syscalls import umount2
+from caisson.agent.base.log import Log
+from caisson.agent.base.syscalls import umount2
+from caisson.agent.libcontainer.config.reader import SpecError
+from caisson.agent.libcontainer.config.spec import Process, Spec
+from caisson.agent.libcontainer.process.channel import Conversation
+from caisson.agent.libcontainer.process.launcher import Launched, LaunchError, Stdio
+from caisson.agent.model.container import Container
+from caisson.agent.model.reaper import Reaper
 from tests.native.agent_support import until
 from tests.native.nsexec_support import Box, children, config
 

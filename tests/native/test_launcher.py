@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from agent.libcontainer.launcher import Launched, LaunchError, Stdio
-from agent.libcontainer.nsexec import Nsexec
-from agent.libcontainer.spec import Process, Spec
+from caisson.agent.libcontainer.config.spec import Process, Spec
+from caisson.agent.libcontainer.process.launcher import Launched, LaunchError, Stdio
+from caisson.agent.libcontainer.process.nsexec import Nsexec
 from tests.native.nsexec_support import Box, children, config
 
 pytestmark = pytest.mark.root
@@ -227,7 +227,7 @@ def test_exec_into_a_user_namespace(box: Box) -> None:
 
 
 def test_exec_is_born_in_the_cgroup(box: Box) -> None:
-    from agent.libcontainer.cgroups import CgroupV2
+    from caisson.agent.libcontainer.cgroups import CgroupV2
 
     hierarchy = CgroupV2.find()
     assert hierarchy is not None

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from agent.libcontainer.fields import SpecError
-from agent.libcontainer.launcher import LaunchError
-from agent.syscalls import umount2
+from caisson.agent.base.syscalls import umount2
+from caisson.agent.libcontainer.config.reader import SpecError
+from caisson.agent.libcontainer.process.launcher import LaunchError
 from tests.native.nsexec_support import (
     CAPABILITIES,
     Box,
@@ -231,8 +231,8 @@ def test_sysctl_of_the_guest_is_refused(box: Box) -> None:
 
 
 def test_a_cgroup_namespace_has_the_containers_cgroup_as_its_root(box: Box) -> None:
-    from agent.libcontainer.cgroups import CgroupV2
-    from agent.libcontainer.resources import Resources
+    from caisson.agent.libcontainer.cgroups import CgroupV2
+    from caisson.agent.libcontainer.config.resources import Resources
 
     hierarchy = CgroupV2.find()
     assert hierarchy is not None

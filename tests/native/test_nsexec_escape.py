@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from agent.libcontainer.fields import SpecError
-from agent.libcontainer.launcher import LaunchError
+from caisson.agent.libcontainer.config.reader import SpecError
+from caisson.agent.libcontainer.process.launcher import LaunchError
 from tests.native.nsexec_support import (
     CAPABILITIES,
     Box,
@@ -229,7 +229,7 @@ def test_what_waits_to_be_started_holds_nothing_of_the_guest(box: Box) -> None: 
 
 
 def test_users_that_are_neither_names_nor_ids_are_refused(box: Box) -> None:  # CVE-2026-30892, 2024-40635
-    from agent.libcontainer.spec import Process
+    from caisson.agent.libcontainer.config.spec import Process
 
     (box.rootfs / "etc").mkdir(exist_ok=True)
     names = ("+0", "0x3e8", "1000abc", "4294967296", "-1", "1000:", ":5", "nobody")

@@ -10,11 +10,12 @@ from struct import pack
 
 import pytest
 
-from agent.libcontainer import bootstrap as wire
-from agent.libcontainer import plan, steps
-from agent.libcontainer.fields import SpecError
-from agent.libcontainer.launcher import LaunchError
-from agent.libcontainer.spec import Spec
+from caisson.agent.libcontainer.config.reader import SpecError
+from caisson.agent.libcontainer.config.spec import Spec
+from caisson.agent.libcontainer.plan import bootstrap as wire
+from caisson.agent.libcontainer.plan import plan
+from caisson.agent.libcontainer.plan import wire as steps
+from caisson.agent.libcontainer.process.launcher import LaunchError
 from tests.native.nsexec_support import Box, children, config
 
 pytestmark = pytest.mark.root

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from agent.libcontainer.cgroups import Cgroup, CgroupError, CgroupV2
-from agent.libcontainer.launcher import LaunchError
-from agent.libcontainer.resources import Resources
+from caisson.agent.libcontainer.cgroups import Cgroup, CgroupError, CgroupV2
+from caisson.agent.libcontainer.config.resources import Resources
+from caisson.agent.libcontainer.process.launcher import LaunchError
 from tests.native.agent_support import RunningAgent, run
 from tests.native.nsexec_support import CAPABILITIES, Box, config
 

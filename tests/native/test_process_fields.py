@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from agent.libcontainer.fields import SpecError
-from agent.libcontainer.launcher import LaunchError
-from agent.libcontainer.spec import Process, Spec
+from caisson.agent.libcontainer.config.reader import SpecError
+from caisson.agent.libcontainer.config.spec import Process, Spec
+from caisson.agent.libcontainer.process.launcher import LaunchError
 from tests.native.nsexec_support import Box, config
 
 pytestmark = pytest.mark.root
@@ -35,7 +35,7 @@ async def both(box: Box, value: dict[str, Any], process: dict[str, Any] | None =
     init = await box.running(value)
     null = os.open("/dev/null", os.O_RDWR)
     try:
-        from agent.libcontainer.launcher import Stdio
+        from caisson.agent.libcontainer.process.launcher import Stdio
 
         other = await box.launcher.exec(
             Process.from_json({"args": ["sleep", "1000"], "env": ["PATH=/bin"], **(process or {})}),
@@ -160,7 +160,7 @@ def test_a_name_of_a_user(box: Box) -> None:
 
 
 def test_labels_that_this_kernel_cannot_give(box: Box) -> None:
-    from agent.libcontainer.labels import has_apparmor, has_selinux
+    from caisson.agent.libcontainer.plan.lsm import has_apparmor, has_selinux
 
     for field, module, there in (
         ("apparmorProfile", "AppArmor", has_apparmor()),

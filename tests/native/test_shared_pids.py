@@ -15,8 +15,8 @@ from typing import Any
 import grpc
 import pytest
 
-from agent.client import Agent, Container
-from proto import agent_pb2, oci_pb2
+from caisson.agent.client import Agent, Container
+from caisson.proto.kata1 import agent_pb2, oci_pb2
 from tests.native.agent_support import ROOT, RunningAgent, output, refused, run, sh, until
 
 pytestmark = pytest.mark.root
@@ -219,9 +219,9 @@ def test_the_first_process_hears_only_the_agent(agent: RunningAgent) -> None:
 ORPHAN = """
 import asyncio, os, sys
 from pathlib import Path
-from agent.libcontainer.launcher import Launcher
-from agent.libcontainer.nsexec import Nsexec
-from agent.reaper import Reaper
+from caisson.agent.libcontainer.process.launcher import Launcher
+from caisson.agent.libcontainer.process.nsexec import Nsexec
+from caisson.agent.model.reaper import Reaper
 async def main():
     reaper = Reaper()
     reaper.start(asyncio.get_running_loop())

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.client import Agent, AgentError, Container
-from proto import oci_pb2
+from caisson.agent.client import Agent, AgentError, Container
+from caisson.proto.kata1 import oci_pb2
 from tests.native.agent_support import RunningAgent, errors, output, sh, until
 
 pytestmark = pytest.mark.root

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from agent.client.defaults import CAPABILITIES
-from agent.libcontainer.names import capability_mask
-from proto import oci_pb2
+from caisson.agent.client.defaults import CAPABILITIES
+from caisson.agent.libcontainer.plan.capabilities import capability_mask
+from caisson.proto.kata1 import oci_pb2
 from tests.native.agent_support import RunningAgent, output, run
 from tests.native.test_shared_pids import container, shared
 

@@ -13,9 +13,9 @@ from typing import Any
 import grpc
 import pytest
 
-from agent.errors import Unsupported
-from agent.tracing import Tracing
-from proto import agent_pb2
+from caisson.agent.base.errors import Unsupported
+from caisson.agent.base.tracing import Tracing
+from caisson.proto.kata1 import agent_pb2
 from tests.native.agent_support import RunningAgent, refused, run
 
 Code = grpc.StatusCode

@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import image.vm.vsock.vhost_user as package
-from image.vm.vsock.vhost_user import packet
-from image.vm.vsock.vhost_user import protocol as p
+import caisson.image.vm.vsock.vhost_user as package
+from caisson.image.vm.vsock.vhost_user import packet
+from caisson.image.vm.vsock.vhost_user import protocol as p
 
 CID = 42
 AGENT = 1024

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from image.vm.qmp import QMP, QMPError
+from caisson.image.vm.qmp import QMP, QMPError
 
 #: Says its version, prints to the console, and does what the image's command line says.
 PROGRAM = """#!{python} -IS

@@ -13,8 +13,8 @@ import socket
 import struct
 from collections.abc import Callable
 
-from image.vm.vsock.vhost_user import packet
-from image.vm.vsock.vhost_user import protocol as p
+from caisson.image.vm.vsock.vhost_user import packet
+from caisson.image.vm.vsock.vhost_user import protocol as p
 from tests.unit.fake_guest import AGENT, CID, GUEST, RING_SIZE, USER, DriverRing, Guest
 
 MB = 1 << 20

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from image.vm import accel
-from image.vm.accel import Host
-from image.vm.errors import VMError
+from caisson.image.vm import accel
+from caisson.image.vm.accel import Host
+from caisson.image.vm.errors import VMError
 
 VMX = "flags\t\t: fpu vme vmx sse2\n"
 SVM = "flags\t\t: fpu svm sse2\n"

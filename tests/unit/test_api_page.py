@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from proto import agent_pb2, health_pb2
+from caisson.proto.kata1 import agent_pb2, health_pb2
 from tests.conformance.test_any_request import METHODS
 from tests.native.agent_support import ROOT
 

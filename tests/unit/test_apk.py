@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from image.apk import Apk, Untrusted, extract, split
-from image.apkindex import Dependency, Entry, Index, Unresolvable, compare, parse
-from image.errors import ImageError
+from caisson.image.errors import ImageError
+from caisson.image.packages.apk import Apk, Untrusted, extract, split
+from caisson.image.packages.apk_index import Dependency, Entry, Index, Unresolvable, compare, parse
 from tests.unit.alpine_repository import KEY, Repository, make_key, segment
 
 #: Oldest first; each is older than all after it.

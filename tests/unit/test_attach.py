@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from agent.client import AgentError, OutputError, attach
+from caisson.agent.client import AgentError, OutputError, attach
 
 
 class Pretended:

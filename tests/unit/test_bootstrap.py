@@ -6,9 +6,9 @@ from struct import unpack_from
 
 import pytest
 
-from agent.libcontainer import bootstrap as wire
-from agent.libcontainer.bootstrap import NAMESPACES, EncodingError, bootstrap
-from agent.libcontainer.spec import IdMapping, TimeOffset
+from caisson.agent.libcontainer.config.spec import IdMapping, TimeOffset
+from caisson.agent.libcontainer.plan import bootstrap as wire
+from caisson.agent.libcontainer.plan.bootstrap import NAMESPACES, EncodingError, bootstrap
 
 
 def test_create_as_runc_encodes_it() -> None:

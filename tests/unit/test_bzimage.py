@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
-from image import bzimage
+from caisson.image.kernel import bzimage
 
 
 def elf(note_type: int = bzimage.PVH_ENTRY) -> bytes:

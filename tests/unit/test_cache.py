@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from image.cache import Cache, cap, default_root, digest_of, digest_of_files
-from image.errors import ImageError
+from caisson.image.build.cache import Cache, cap, default_root, digest_of, digest_of_files
+from caisson.image.errors import ImageError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -67,7 +67,7 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(cache: Cache) -> 
     program = f"""
 import os, signal
 from pathlib import Path
-from image.cache import Cache
+from caisson.image.build.cache import Cache
 def make(target):
     (target / "half").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -135,7 +135,7 @@ def test_trimming_removes_what_killed_builds_left_and_nothing_of_running_ones(ca
 
 def test_who_works_in_a_step_removes_what_was_killed_there(cache: Cache) -> None:
     program = (
-        "import os, signal, sys; from pathlib import Path; from image.cache import Cache\n"
+        "import os, signal, sys; from pathlib import Path; from caisson.image.build.cache import Cache\n"
         "with Cache(Path(sys.argv[1])).scratch('step') as place:\n"
         "    (place / 'f').touch(); os.kill(os.getpid(), signal.SIGKILL)"
     )

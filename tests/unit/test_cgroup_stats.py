@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from agent.api.stats import to_wire
-from agent.errors import NotFound
-from agent.libcontainer.cgroups import v2_stats
-from agent.libcontainer.cgroups.events import Kills
-from agent.libcontainer.cgroups.stats import UNLIMITED, BlkioEntry, CgroupStats, HugetlbStats, MemoryData
-from agent.oom import KEPT, OomEvents
+from caisson.agent.api.stats import to_wire
+from caisson.agent.base.errors import NotFound
+from caisson.agent.libcontainer.cgroups.events import Kills
+from caisson.agent.libcontainer.cgroups.stats import UNLIMITED, BlkioEntry, CgroupStats, HugetlbStats, MemoryData
+from caisson.agent.libcontainer.cgroups.v2 import stats as v2_stats
+from caisson.agent.model.oom import KEPT, OomEvents
 
 V2 = {
     "cpu.stat": "usage_usec 7\nuser_usec 4\nsystem_usec 3\nnr_periods 10\nnr_throttled 2\nthrottled_usec 5\n",

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from agent.libcontainer import devices
-from agent.libcontainer.cgroups import CgroupError, files
-from agent.libcontainer.cgroups.files import restoring
-from agent.libcontainer.cgroups.v2 import CgroupOfV2
-from agent.libcontainer.resources import DeviceRule, Resources
+from caisson.agent.libcontainer.cgroups import CgroupError, files
+from caisson.agent.libcontainer.cgroups import device_program as devices
+from caisson.agent.libcontainer.cgroups.files import restoring
+from caisson.agent.libcontainer.cgroups.v2.cgroup import CgroupOfV2
+from caisson.agent.libcontainer.config.resources import DeviceRule, Resources
 
 FILES = {
     "cgroup.controllers": "cpuset cpu io memory pids hugetlb",

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from agent.libcontainer import cgroupmounts
-from agent.libcontainer.cgroups import v1_stats
-from agent.libcontainer.cgroups.stats import UNLIMITED, BlkioEntry, CgroupStats, HugetlbStats, MemoryData
-from agent.libcontainer.cgroups.v1_ancestors import chain, fill_cpuset, raise_realtime, widen_cpuset
-from agent.libcontainer.cgroups.v1_devices import DeviceList, changes, resolve
-from agent.libcontainer.cgroups.v1_settings import settings
-from agent.libcontainer.fields import SpecError
-from agent.libcontainer.resources import DeviceRule, Resources
-from agent.libcontainer.spec import Mount
+from caisson.agent.libcontainer.cgroups.stats import UNLIMITED, BlkioEntry, CgroupStats, HugetlbStats, MemoryData
+from caisson.agent.libcontainer.cgroups.v1 import stats as v1_stats
+from caisson.agent.libcontainer.cgroups.v1.ancestors import chain, fill_cpuset, raise_realtime, widen_cpuset
+from caisson.agent.libcontainer.cgroups.v1.devices import DeviceList, changes, resolve
+from caisson.agent.libcontainer.cgroups.v1.settings import settings
+from caisson.agent.libcontainer.config.reader import SpecError
+from caisson.agent.libcontainer.config.resources import DeviceRule, Resources
+from caisson.agent.libcontainer.config.spec import Mount
+from caisson.agent.libcontainer.plan import cgroup_mounts as cgroupmounts
 
 ALLOW_ALL, DENY_ALL = (DeviceRule(allow, "a", None, None, "rwm") for allow in (True, False))
 ALWAYS = resolve(()).exceptions

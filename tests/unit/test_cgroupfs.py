@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from agent import syscalls
-from agent.guest.cgroupfs import hierarchies, mount_v2
+from caisson.agent.base import syscalls
+from caisson.agent.guest.cgroupfs import hierarchies, mount_v2
 
 PROC_CGROUPS = """\
 #subsys_name\thierarchy\tnum_cgroups\tenabled

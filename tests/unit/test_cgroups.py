@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from agent.libcontainer import devices
-from agent.libcontainer.cgroups import CgroupError, CgroupV2
-from agent.libcontainer.cgroups.v2_settings import io_weight, settings, weight
-from agent.libcontainer.resources import DeviceRule, Resources
-from agent.libcontainer.spec import SpecError
-from agent.libcontainer.state import State, check_id
+from caisson.agent.libcontainer.cgroups import CgroupError, CgroupV2
+from caisson.agent.libcontainer.cgroups import device_program as devices
+from caisson.agent.libcontainer.cgroups.v2.settings import io_weight, settings, weight
+from caisson.agent.libcontainer.config.resources import DeviceRule, Resources
+from caisson.agent.libcontainer.config.spec import SpecError
+from caisson.agent.libcontainer.state import State, check_id
 
 
 def test_finds_the_hierarchy(tmp_path: Path) -> None:

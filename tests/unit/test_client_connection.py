@@ -7,8 +7,8 @@ from pathlib import Path
 
 import grpc
 
-from agent.client import Agent, FirstAnswer
-from proto import health_pb2
+from caisson.agent.client import Agent, FirstAnswer
+from caisson.proto.kata1 import health_pb2
 
 #: Seconds for an agent's first answer: more than the client's longest pause between two attempts.
 SLOWNESS = 1.5

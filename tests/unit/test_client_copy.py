@@ -15,10 +15,10 @@ from typing import Any
 import grpc
 import pytest
 
-from agent.client import AgentGone, Mistake
-from agent.client.copy import Place, get, put
-from agent.client.logs import AgentLines
-from agent.client.unpack import unpack
+from caisson.agent.client import AgentGone, Mistake
+from caisson.agent.client.copy import Place, get, put
+from caisson.agent.client.logs import AgentLines
+from caisson.agent.client.unpack import unpack
 
 
 def archive(*members: tuple[str, dict[str, Any]]) -> tarfile.TarFile:

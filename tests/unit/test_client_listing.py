@@ -13,9 +13,9 @@ from typing import Any
 import grpc
 import pytest
 
-from agent.client import AgentError, AgentGone, Known, Mistake, listing
-from agent.guest import ps
-from proto import agent_pb2
+from caisson.agent.client import AgentError, AgentGone, Known, Mistake, listing
+from caisson.agent.guest import ps
+from caisson.proto.kata1 import agent_pb2
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -117,7 +117,7 @@ def test_one_that_was_asked_for_by_name_need_not_be_known_but_must_exist(tmp_pat
 MAKER = """
 import sys
 from pathlib import Path
-from agent.client import Known
+from caisson.agent.client import Known
 held = Known(Path(sys.argv[1])).hold("run-1", disk="d")
 print("held", flush=True)
 sys.stdin.read()

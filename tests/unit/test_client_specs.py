@@ -10,10 +10,10 @@ from typing import Any
 import grpc
 import pytest
 
-from agent.client import AgentError, Mistake, rootdisk
-from agent.client.console import console_port
-from agent.client.forward import Rule
-from agent.client.ocispec import spec_from_bundle
+from caisson.agent.client import AgentError, Mistake, rootdisk
+from caisson.agent.client.console import console_port
+from caisson.agent.client.forward import Rule
+from caisson.agent.client.ocispec import spec_from_bundle
 
 #: What `runc spec` writes, shortened.
 BUNDLE = {

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from image import dax
-from image.errors import ImageError
+from caisson.image.errors import ImageError
+from caisson.image.formats import dax
 
 MIB = 1 << 20
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from image.definition import DEFAULT, host_architecture, load
-from image.settings import DefinitionError
+from caisson.image.build.definition import DEFAULT, host_architecture, load
+from caisson.image.build.settings import DefinitionError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from agent import syscalls
-from agent.libcontainer import devices
+from caisson.agent.base import syscalls
+from caisson.agent.libcontainer.cgroups import device_program as devices
 
 
 def fake_bpf(monkeypatch: pytest.MonkeyPatch, interrupted: int) -> list[int]:

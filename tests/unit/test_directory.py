@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from image.vm.directory import VMDirectory, living, owned_run_root
-from image.vm.errors import VMError
+from caisson.image.vm.directory import VMDirectory, living, owned_run_root
+from caisson.image.vm.errors import VMError
 
 
 @pytest.fixture

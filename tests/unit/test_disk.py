@@ -17,11 +17,11 @@ from uuid import UUID
 
 import pytest
 
-from image import disk, ext4
-from image.errors import ImageError
-from image.initrd import CONSOLE, Entry
-from image.run import CommandFailed, MissingProgram
-from image.tools import HOST, Tools
+from caisson.image.build.tools import HOST, Tools
+from caisson.image.errors import ImageError
+from caisson.image.formats import disk, ext4
+from caisson.image.formats.initrd import CONSOLE, Entry
+from caisson.image.run import CommandFailed, MissingProgram
 
 NOBODY = 65534
 DIRECTORY, FILE, LINK = stat.S_IFDIR, stat.S_IFREG, stat.S_IFLNK

@@ -14,17 +14,18 @@ from pathlib import Path
 
 import pytest
 
-from image import apt, rootfs
-from image.apk import Apk
-from image.builder import Build, Image
-from image.cache import Cache
-from image.definition import Loaded, find, load
-from image.distribution import DISTRIBUTIONS, extract
-from image.errors import ImageError
-from image.kernel import Kernel, Prebuilt
-from image.package import Package
-from image.run import run
-from image.settings import DefinitionError
+from caisson.image.build import rootfs
+from caisson.image.build.builder import Build, Image
+from caisson.image.build.cache import Cache
+from caisson.image.build.definition import Loaded, find, load
+from caisson.image.build.settings import DefinitionError
+from caisson.image.errors import ImageError
+from caisson.image.kernel.kernel import Kernel, Prebuilt
+from caisson.image.packages import apt
+from caisson.image.packages.apk import Apk
+from caisson.image.packages.distribution import DISTRIBUTIONS, extract
+from caisson.image.packages.package import Package
+from caisson.image.run import run
 from tests.unit import alpine_repository, debian_repository
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "rootfs-templates"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from image import fragments
-from image.definition import TEMPLATES, load
-from image.fragments import FragmentError, Request, Unsatisfied
+from caisson.image.build.definition import TEMPLATES, load
+from caisson.image.kernel import fragments
+from caisson.image.kernel.fragments import FragmentError, Request, Unsatisfied
 
 SHIPPED = sorted((TEMPLATES / "kernel").glob("*.conf"))
 

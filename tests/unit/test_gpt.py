@@ -12,9 +12,9 @@ from uuid import UUID
 
 import pytest
 
-from image import gpt
-from image.errors import ImageError
-from image.gpt import Partition
+from caisson.image.errors import ImageError
+from caisson.image.formats import gpt
+from caisson.image.formats.gpt import Partition
 
 MIB = 1 << 20
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.errors import Invalid, TooLate
-from agent.guest.blockdevices import BlockDevices
+from caisson.agent.base.errors import Invalid, TooLate
+from caisson.agent.guest.blockdevices import BlockDevices
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from agent.errors import Failed, Invalid
-from agent.guest import devices
-from agent.guest.blockdevices import BlockDevices
-from agent.guest.devices import GuestDevice
-from agent.libcontainer.spec import Spec
+from caisson.agent.base.errors import Failed, Invalid
+from caisson.agent.guest import devices
+from caisson.agent.guest.blockdevices import BlockDevices
+from caisson.agent.guest.devices import GuestDevice
+from caisson.agent.libcontainer.config.spec import Spec
 
 
 def spec(*numbers: tuple[str, str, int, int], rules: list[dict[str, Any]] | None = None) -> Spec:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.errors import Failed, Invalid, Refused
-from agent.guest.files import UNFINISHED, Files, Piece
+from caisson.agent.base.errors import Failed, Invalid, Refused
+from caisson.agent.guest.files import UNFINISHED, Files, Piece
 
 
 @pytest.fixture

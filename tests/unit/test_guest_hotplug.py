@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.errors import Failed, Refused
-from agent.guest import hotplug
+from caisson.agent.base.errors import Failed, Refused
+from caisson.agent.guest import hotplug
 
 
 def switch(system: Path, name: str, value: str = "0") -> Path:

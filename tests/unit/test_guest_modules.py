@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from agent import syscalls
-from agent.errors import Refused
-from agent.guest import modules
+from caisson.agent.base import syscalls
+from caisson.agent.base.errors import Refused
+from caisson.agent.guest import modules
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from agent.guest import resources as guest_resources
-from agent.guest.rootdisk import root_disks
-from agent.libcontainer.cgroups.cpuset import available, numbers
-from agent.libcontainer.resources import DeviceRule, Resources
+from caisson.agent.guest import resources as guest_resources
+from caisson.agent.guest.rootdisk import root_disks
+from caisson.agent.libcontainer.cgroups.cpuset import available, numbers
+from caisson.agent.libcontainer.config.resources import DeviceRule, Resources
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.http2.hpack import TABLE_SIZE, Decoder, HpackError, encode
+from caisson.agent.rpc.http2.hpack import TABLE_SIZE, Decoder, HpackError, encode
 
 LIMIT = 1 << 16
 

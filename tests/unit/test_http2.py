@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from agent.http2 import connection as module
-from agent.http2 import frames
-from agent.http2.connection import Connection
-from agent.http2.frames import Code
-from agent.http2.hpack import Decoder, encode
-from agent.http2.messages import Request, Response
-from agent.log import Log
+from caisson.agent.base.log import Log
+from caisson.agent.rpc.http2 import connection as module
+from caisson.agent.rpc.http2 import frames
+from caisson.agent.rpc.http2.connection import Connection
+from caisson.agent.rpc.http2.frames import Code
+from caisson.agent.rpc.http2.hpack import Decoder, encode
+from caisson.agent.rpc.http2.messages import Request, Response
 
 FIELDS = (b":method", b"POST"), (b":scheme", b"http"), (b":path", b"/echo"), (b":authority", b"x")
 BLOCK = encode(*FIELDS)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.errors import Invalid
-from agent.guest.identity import identify
+from caisson.agent.base.errors import Invalid
+from caisson.agent.guest.identity import identify
 
 ID = "0123456789abcdef" * 2
 

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import yaml
 
-import image
-from agent.libcontainer.bpf import LIBRARY
-from image.builder import Build
-from image.cache import Cache, default_root
-from image.definition import load
-from image.rootfs import HOME
+from caisson import image
+from caisson.agent.libcontainer.process.seccomp_bpf import LIBRARY
+from caisson.image.build.builder import Build
+from caisson.image.build.cache import Cache, default_root
+from caisson.image.build.definition import load
+from caisson.image.build.rootfs import HOME
 
 
 @pytest.fixture(scope="session")
@@ -146,7 +146,7 @@ def test_the_guests_python_imports_all_that_the_agent_builds_on(guest: Path) -> 
     program = (
         "import asyncio, array, fcntl, hashlib, json, random, resource, select, socket, struct, termios, uuid\n"
         "import ctypes, google.protobuf, google._upb._message, sys\n"
-        "from proto import agent_pb2, health_pb2, oci_pb2\n"
+        "from caisson.proto import agent_pb2, health_pb2, oci_pb2\n"
         "agent_pb2.CreateContainerRequest(container_id='x').SerializeToString()\n"
         "assert hashlib.sha256(b'').hexdigest().startswith('e3b0c442')\n"
         "print(asyncio.__file__, google.protobuf.__cached__, 'ssl' in sys.modules)\n"
@@ -240,7 +240,7 @@ def test_sources_that_change_meanwhile_are_not_taken_for_those_of_the_key(
         elif said[-1] == "packing the image" and version == "0.0.2":
             version = "0.0.3"  # while the image is packed
 
-    monkeypatch.setattr(sys.modules["image.builder"], "agent_version", lambda: version)
+    monkeypatch.setattr(sys.modules["caisson.image.build.builder"], "agent_version", lambda: version)
     made = image.build(cache=cache, report=report)
     assert said == ["compiling the agent", "packing the image"] * 2
     assert made.manifest["agent"]["version"] == "0.0.3"
@@ -309,7 +309,7 @@ def test_what_katas_tools_look_for(guest: Path, built: image.Image) -> None:
 
 def test_an_agent_that_has_changed_costs_the_last_layers_only(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     image.build(cache=cache)
-    monkeypatch.setattr(sys.modules["image.builder"], "agent_version", lambda: "9.9.9")
+    monkeypatch.setattr(sys.modules["caisson.image.build.builder"], "agent_version", lambda: "9.9.9")
     said: list[str] = []
     image.build(cache=cache, report=said.append)
     assert said == ["compiling the agent", "packing the image"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from image.run import CommandFailed, MissingProgram, run
+from caisson.image.run import CommandFailed, MissingProgram, run
 from tests.unit.fake_qemu import lives, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +57,7 @@ def test_the_environment_is_a_small_one(monkeypatch: pytest.MonkeyPatch) -> None
 def test_nothing_outlives_who_runs_it(tmp_path: Path, how: signal.Signals) -> None:
     """As with make: a program whose own children go on when it is gone."""
     jobs = "sleep 1000 & sleep 1000 & echo $$ $! > new; mv new pids; wait"
-    program = f"from image.run import run; run(['sh', '-c', {jobs!r}], cwd={str(tmp_path)!r})"
+    program = f"from caisson.image.run import run; run(['sh', '-c', {jobs!r}], cwd={str(tmp_path)!r})"
     with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.DEVNULL) as runner:
         wait_until((tmp_path / "pids").exists)
         pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from image import initrd
-from image.initrd import Entry
+from caisson.image.formats import initrd
+from caisson.image.formats.initrd import Entry
 
 
 def archive(*entries: Entry) -> bytes:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from image.apt import Apt
-from image.errors import ImageError
-from image.fragments import Request, Unsatisfied
-from image.kernel import Kernel, Prebuilt, load_order, modinfo
-from image.package import Package
-from image.run import run
+from caisson.image.errors import ImageError
+from caisson.image.kernel.fragments import Request, Unsatisfied
+from caisson.image.kernel.kernel import Kernel, Prebuilt, load_order, modinfo
+from caisson.image.packages.apt import Apt
+from caisson.image.packages.package import Package
+from caisson.image.run import run
 
 
 def module(depends: str = "", *softdeps: str) -> bytes:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from image import apt
-from image.cache import default_root
-from image.definition import TEMPLATES, find, host_architecture, load
-from image.errors import ImageError
-from image.fragments import FragmentError, Request, Unsatisfied, merge, parse
-from image.kernelsource import SourcePackage, SourceTree, configure
+from caisson.image.build.cache import default_root
+from caisson.image.build.definition import TEMPLATES, find, host_architecture, load
+from caisson.image.errors import ImageError
+from caisson.image.kernel.fragments import FragmentError, Request, Unsatisfied, merge, parse
+from caisson.image.kernel.source import SourcePackage, SourceTree, configure
+from caisson.image.packages import apt
 
 ARCH = host_architecture()
 FRAGMENTS = {file.stem: parse(file) for file in sorted((TEMPLATES / "kernel").glob("*.conf"))}

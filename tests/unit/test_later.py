@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from agent.later import Later
+from caisson.agent.base.lazyimport import Later
 
 CODE = "import sys\nsys.late_runs = getattr(sys, 'late_runs', 0) + 1\nvalue = 7\ndef double():\n    return 2 * value\n"
 
@@ -61,11 +61,11 @@ def test_the_agent_gets_to_its_first_answer_without_them() -> None:
     """Of the libraries as they are here; a new version that uses these at once would make them a detour."""
     code = """if True:
         import sys
-        from agent.later import Later
+        from caisson.agent.base.lazyimport import Later
         later = Later()
         sys.meta_path.insert(0, later)
         import asyncio
-        import agent.api.health, agent.api.server, agent.listener
+        import caisson.agent.api.health, caisson.agent.rpc.server, agent.listener
         asyncio.run(asyncio.sleep(0))
         assert not {"ast", "google.protobuf.text_format"} & set(sys.modules), sorted(sys.modules)
         later.load()

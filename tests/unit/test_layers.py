@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from image.errors import ImageError
-from image.layers import Malformed, Tree, from_directory, walk
-from image.squashfs import write_archive
+from caisson.image.containers.layers import Malformed, Tree, from_directory, walk
+from caisson.image.errors import ImageError
+from caisson.image.formats.squashfs import write_archive
 from tests.unit.container_images import FOLDER, Member, file, hard_link, layer, link
 
 

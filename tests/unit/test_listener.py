@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from agent.listener import AddressError, accept, listen
+from caisson.agent.rpc.listener import AddressError, accept, listen
 
 
 class Lines:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from image import lock
-from image.errors import ImageError
-from image.lock import Lock
+from caisson.image.build import lock
+from caisson.image.build.lock import Lock
+from caisson.image.errors import ImageError
 
 A, B = "a" * 64, "b" * 64
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from image.cache import Cache
-from image.errors import ImageError
-from image.layers import Malformed
-from image.oci import Config, Packed, packed
+from caisson.image.build.cache import Cache
+from caisson.image.containers.layers import Malformed
+from caisson.image.containers.oci import Config, Packed, packed
+from caisson.image.errors import ImageError
 from tests.unit.container_images import (
     FOLDER,
     configuration,

@@ -10,14 +10,19 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from agent.api.oci import json_name
-from agent.libcontainer import fields, labels, mountopts, plan, spec
-from agent.libcontainer.cgroups import v1_settings, v2_settings
-from agent.libcontainer.cgroups.base import Setting
-from agent.libcontainer.fields import SpecError
-from agent.libcontainer.resources import Resources
-from agent.libcontainer.spec import Spec
-from proto import oci_pb2
+from caisson.agent.api.kata1.oci import json_name
+from caisson.agent.libcontainer.cgroups.base import Setting
+from caisson.agent.libcontainer.cgroups.v1 import settings as v1_settings
+from caisson.agent.libcontainer.cgroups.v2 import settings as v2_settings
+from caisson.agent.libcontainer.config import reader as fields
+from caisson.agent.libcontainer.config import spec
+from caisson.agent.libcontainer.config.reader import SpecError
+from caisson.agent.libcontainer.config.resources import Resources
+from caisson.agent.libcontainer.config.spec import Spec
+from caisson.agent.libcontainer.plan import lsm as labels
+from caisson.agent.libcontainer.plan import mount_options as mountopts
+from caisson.agent.libcontainer.plan import plan
+from caisson.proto.kata1 import oci_pb2
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = (ROOT / "docs/oci.md").read_text()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from agent.api.oci import exec_to_json, json_name, spec_to_json
-from agent.client import default_spec
-from agent.libcontainer.seccomp import ALLOW, ERRNO, MASKED_EQ, Condition, Rule, Seccomp
-from agent.libcontainer.spec import Process, Spec, SpecError
-from proto import oci_pb2
+from caisson.agent.api.kata1.oci import exec_to_json, json_name, spec_to_json
+from caisson.agent.client import default_spec
+from caisson.agent.libcontainer.config.seccomp import ALLOW, ERRNO, MASKED_EQ, Condition, Rule, Seccomp
+from caisson.agent.libcontainer.config.spec import Process, Spec, SpecError
+from caisson.proto.kata1 import oci_pb2
 
 
 @pytest.mark.parametrize(

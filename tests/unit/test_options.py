@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.options import Options, from_arguments, from_kernel
+from caisson.agent.options import Options, from_arguments, from_kernel
 
 
 def test_defaults_are_those_of_a_guest() -> None:

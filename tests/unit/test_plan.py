@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 
-from agent.libcontainer import bootstrap as wire
-from agent.libcontainer import mountopts, names, plan, steps, sysctl
-from agent.libcontainer.fields import SpecError
-from agent.libcontainer.spec import Process, Spec
+from caisson.agent.libcontainer.config.reader import SpecError
+from caisson.agent.libcontainer.config.spec import Process, Spec
+from caisson.agent.libcontainer.plan import bootstrap as wire
+from caisson.agent.libcontainer.plan import capabilities as names
+from caisson.agent.libcontainer.plan import mount_options as mountopts
+from caisson.agent.libcontainer.plan import plan, sysctl
+from caisson.agent.libcontainer.plan import wire as steps
 
 
 def _spec(**changes: Any) -> Spec:

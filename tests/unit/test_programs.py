@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from image import programs
-from image.errors import ImageError
-from image.run import run
+from caisson.image import programs
+from caisson.image.errors import ImageError
+from caisson.image.run import run
 
 
 def program(directory: Path, name: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
 
-from proto import agent_pb2, health_pb2, oci_pb2, types_pb2
+from caisson.proto.kata1 import agent_pb2, health_pb2, oci_pb2, types_pb2
 
 TABLE = Path(__file__).with_name("wire-1.x.txt")
 FILES = [oci_pb2.DESCRIPTOR, types_pb2.DESCRIPTOR, agent_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR]

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from image.vm import qemu
-from image.vm.errors import VMError
+from caisson.image.vm import qemu
+from caisson.image.vm.errors import VMError
 
 MANIFEST: dict[str, Any] = {
     "arch": "amd64",

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from image.vm.lines import LONGEST
-from image.vm.qmp import QMP, QMPError
+from caisson.image.vm.lines import LONGEST
+from caisson.image.vm.qmp import QMP, QMPError
 from tests.unit.fake_qemu import monitor_of
 
 GREETING = b'{"QMP": {"version": {}, "capabilities": []}}\r\n'

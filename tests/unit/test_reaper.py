@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.errors import Ended
-from agent.reaper import Child, Reaper
+from caisson.agent.base.errors import Ended
+from caisson.agent.model.reaper import Child, Reaper
 
 ROOT = Path(__file__).resolve().parents[2]
 Scenario = Callable[[Reaper], Coroutine[None, None, None]]

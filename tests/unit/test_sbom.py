@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from image import sbom
+from caisson.image.build import sbom
 
 SHA = "0123456789abcdef" * 4
 

@@ -12,17 +12,17 @@ from typing import Any
 import grpc
 import pytest
 
-from agent.api.health import Health as FirstHealth
-from agent.api.server import LARGEST_MESSAGE, Server, Tables
-from agent.api.service import _read_response
-from agent.errors import Refused
-from agent.http2 import hpack
-from agent.http2.messages import Request, Response
-from agent.listener import accept, listen
-from agent.log import Log
-from agent.marks import Marks
-from agent.tracing import Tracing
-from proto import agent_pb2, health_pb2
+from caisson.agent.api.health import Health as FirstHealth
+from caisson.agent.api.kata1.service import _read_response
+from caisson.agent.base.boot_timestamps import Marks
+from caisson.agent.base.errors import Refused
+from caisson.agent.base.log import Log
+from caisson.agent.base.tracing import Tracing
+from caisson.agent.rpc.http2 import hpack
+from caisson.agent.rpc.http2.messages import Request, Response
+from caisson.agent.rpc.listener import accept, listen
+from caisson.agent.rpc.server import LARGEST_MESSAGE, Server, Tables
+from caisson.proto.kata1 import agent_pb2, health_pb2
 
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
 Code = grpc.StatusCode

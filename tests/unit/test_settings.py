@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from image.definition import Definition, find, load, schema
-from image.settings import DefinitionError, checked, described, merged, override, section, setting
-from image.summary import describe
+from caisson.image.build.definition import Definition, find, load, schema
+from caisson.image.build.settings import DefinitionError, checked, described, merged, override, section, setting
+from caisson.image.build.summary import describe
 
 
 @dataclass(frozen=True)

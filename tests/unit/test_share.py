@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from image import programs
-from image.vm import VMError, virtiofs
-from image.vm import share as sharing
+from caisson.image import programs
+from caisson.image.vm import VMError
+from caisson.image.vm.hotplug import share as sharing
+from caisson.image.vm.hotplug import virtiofs
 
 OLD, RUST, OLDER_RUST = "-o source=PATH  directory", "--shared-dir <DIR> --readonly", "--shared-dir <DIR>"
 

@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 
-from agent.libcontainer.spec import Capabilities, Device, Mount, Namespace, Process, Rlimit, Spec, SpecError, User
+from caisson.agent.libcontainer.config.spec import (
+    Capabilities,
+    Device,
+    Mount,
+    Namespace,
+    Process,
+    Rlimit,
+    Spec,
+    SpecError,
+    User,
+)
 
 
 def test_a_whole_configuration() -> None:

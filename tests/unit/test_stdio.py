@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from agent.errors import BrokenStream, EndOfStream
-from agent.reaper import Child
-from agent.stdio import LARGEST_READ, PAGE, Input, Output, Pipes, Streams
+from caisson.agent.base.errors import BrokenStream, EndOfStream
+from caisson.agent.model.reaper import Child
+from caisson.agent.model.stdio import LARGEST_READ, PAGE, Input, Output, Pipes, Streams
 
 PIPE = 65536
 
@@ -336,7 +336,7 @@ def test_a_pipe_that_is_never_half_full_stays_as_it_is() -> None:
 
 
 def test_a_stream_that_flows_is_read_when_more_has_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent.stdio.GATHER", 0.3)
+    monkeypatch.setattr("caisson.agent.model.stdio.GATHER", 0.3)
 
     async def work() -> None:
         ours, theirs = os.pipe()
@@ -366,7 +366,7 @@ def test_a_stream_that_flows_is_read_when_more_has_gathered(monkeypatch: pytest.
 
 
 def test_a_stream_of_small_pieces_waits_for_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent.stdio.GATHER", 3600)
+    monkeypatch.setattr("caisson.agent.model.stdio.GATHER", 3600)
 
     async def work() -> None:
         ours, theirs = os.pipe()
@@ -388,7 +388,7 @@ def test_a_kernel_that_grants_no_larger_pipe_is_asked_once(monkeypatch: pytest.M
         asked.append(size)
         return False
 
-    monkeypatch.setattr("agent.stdio.resize_pipe", refuse)
+    monkeypatch.setattr("caisson.agent.model.stdio.resize_pipe", refuse)
 
     async def work() -> None:
         pipes = Pipes()

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from image.cache import clean
-from image.vm import VM, VMConfig, VMError, qemu, ram
-from image.vm.template import BONDS, Bond, Template, place, says_ready, store
+from caisson.image.build.cache import clean
+from caisson.image.vm import VM, VMConfig, VMError, qemu
+from caisson.image.vm.snapshot import ram
+from caisson.image.vm.snapshot.snapshot import BONDS, Bond, Template, place, says_ready, store
 from tests.unit.fake_qemu import make_image, nothing_left
 from tests.unit.test_qemu import MANIFEST, after
 from tests.unit.test_vm_qemu import sleeping_kernel

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from image.vm.drawing import svg
-from image.vm.timeline import Guest, Host, Span, Timeline, TimelineError, timeline
+from caisson.image.vm.drawing import svg
+from caisson.image.vm.timeline import Guest, Host, Span, Timeline, TimelineError, timeline
 from tests.native.agent_support import ROOT
 
 RECORDED: dict[str, Any] = json.loads((ROOT / "tests/unit/data/boot.json").read_text())

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from agent.libcontainer.fields import SpecError
-from agent.libcontainer.spec import Process, User
-from agent.libcontainer.users import FILE_MAX, resolved
+from caisson.agent.libcontainer.config.reader import SpecError
+from caisson.agent.libcontainer.config.spec import Process, User
+from caisson.agent.libcontainer.plan.users import FILE_MAX, resolved
 
 PASSWD = """root:x:0:0:root:/root:/bin/sh
 app:x:1000:100:An app:/srv/app:/bin/sh

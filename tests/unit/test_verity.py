@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from image import verity
-from image.errors import ImageError
+from caisson.image.errors import ImageError
+from caisson.image.formats import verity
 
 BLOCK = 4096
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from image.vm.vsock.vhost_user import packet
-from image.vm.vsock.vhost_user import protocol as p
+from caisson.image.vm.vsock.vhost_user import packet
+from caisson.image.vm.vsock.vhost_user import protocol as p
 from tests.unit.fake_guest import CID, GUEST, RING_SIZE, Backend, Guest, Start, starter
 
 BASE = GUEST + 0x200000

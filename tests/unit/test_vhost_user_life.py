@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from image.vm.vsock.vhost_user import packet
-from image.vm.vsock.vhost_user import protocol as p
-from image.vm.vsock.vhost_user.memory import AddressError, Memory
+from caisson.image.vm.vsock.vhost_user import packet
+from caisson.image.vm.vsock.vhost_user import protocol as p
+from caisson.image.vm.vsock.vhost_user.memory import AddressError, Memory
 from tests.unit.fake_guest import CID, GUEST, USER, Backend, Guest, Start, starter
 
 

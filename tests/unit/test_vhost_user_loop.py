@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from image.vm.vsock.vhost_user.log import Log
-from image.vm.vsock.vhost_user.loop import DOUBTS, Loop
+from caisson.image.vm.vsock.vhost_user.log import Log
+from caisson.image.vm.vsock.vhost_user.loop import DOUBTS, Loop
 
 
 class Calls:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from image.vm.vsock.vhost_user import protocol as p
+from caisson.image.vm.vsock.vhost_user import protocol as p
 from tests.unit.fake_guest import Backend, Guest, Start, starter
 from tests.unit.hostile_guest import PORT, Hostile
 

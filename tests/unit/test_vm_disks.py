@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from image.vm import disks
-from image.vm.errors import VMError
-from image.vm.qmp import QMP
+from caisson.image.vm.errors import VMError
+from caisson.image.vm.hotplug import disks
+from caisson.image.vm.qmp import QMP
 from tests.unit.fake_qemu import monitor_of
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="needs QEMU")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from image.vm.directory import VMDirectory, living
+from caisson.image.vm.directory import VMDirectory, living
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import ctypes, os, signal, subprocess, sys
 from pathlib import Path
-from image.vm.directory import VMDirectory
-from image.vm.janitor import janitor
+from caisson.image.vm.directory import VMDirectory
+from caisson.image.vm.janitor import janitor
 PR_SET_CHILD_SUBREAPER = 36
 ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 if os.fork() == 0:
@@ -84,7 +84,7 @@ def test_somebody_elses_directory_is_not_touched(run: Path) -> None:
 def test_directories_are_made_and_removed_one_at_a_time(run: Path) -> None:
     """A VM that is being made looks stale for a moment: who cleans up waits for that to be over."""
     program = (
-        "import sys; from pathlib import Path; from image.vm import directory\n"
+        "import sys; from pathlib import Path; from caisson.image.vm import directory\n"
         "with directory._alone(Path(sys.argv[1])):\n"
         "    print('in', flush=True); sys.stdin.read()"
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from image.vm import VM, VMConfig, VMError, find_vm, list_vms
+from caisson.image.vm import VM, VMConfig, VMError, find_vm, list_vms
 from tests.unit.fake_qemu import install, lives, make_image, nothing_left, processes_of, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STARTER = """
 import sys, time
 from pathlib import Path
-from image.vm import VM, VMConfig
+from caisson.image.vm import VM, VMConfig
 vm = VM.start(VMConfig(Path(sys.argv[1]), name='v', accel='tcg', vsock='user'), ready=lambda socket: True)
 print('up', flush=True)
 time.sleep(1000)
@@ -31,8 +31,8 @@ time.sleep(1000)
 LIFE = """
 import sys
 from pathlib import Path
-from image.vm import VM, VMConfig, find_vm
-from image.vm.template import Template
+from caisson.image.vm import VM, VMConfig, find_vm
+from caisson.image.vm.snapshot.snapshot import Template
 image, life = Path(sys.argv[1]), sys.argv[2]
 if life == 'clone':
     config = VMConfig.clone(Template.named('t'), name='v', accel='tcg', vsock='user')
@@ -127,7 +127,7 @@ def killed(image: Path, run: Path, life: str, victim: str, moment: float) -> Non
     nothing_left(run)
 
 
-@pytest.mark.parametrize("victim", ["starter", "image.vm.supervisor", "vhost_user", "qemu-system"])
+@pytest.mark.parametrize("victim", ["starter", "caisson.image.vm.supervisor", "vhost_user", "qemu-system"])
 @pytest.mark.parametrize("life", ["stop", "save", "clone"])
 def test_killed_at_any_moment(image: Path, tmp_path: Path, life: str, victim: str) -> None:
     print(f"CAISSON_SEED={SEED}")

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from image.vm import VM, VMConfig, VMError, find_vm, get_vm, list_vms, supervisor
-from image.vm.directory import VMDirectory, owned_run_root
-from image.vm.lines import Lines
+from caisson.image.vm import VM, VMConfig, VMError, find_vm, get_vm, list_vms, supervisor
+from caisson.image.vm.directory import VMDirectory, owned_run_root
+from caisson.image.vm.lines import Lines
 from tests.unit.fake_qemu import install, lives, make_image, nothing_left, wait_until
 
 Images = Callable[[str], Path]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from image.vm import VM, VMConfig, VMError, find_vm
+from caisson.image.vm import VM, VMConfig, VMError, find_vm
 from tests.unit.fake_qemu import make_image, monitor_of, nothing_left
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="needs QEMU")

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from image.vm.errors import VMError
-from image.vm.vsock import relay, vhost
+from caisson.image.vm.errors import VMError
+from caisson.image.vm.vsock import relay, vhost
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Guest = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]

@@ -6,8 +6,8 @@ the one that was asked for.  v2 is the rule and imported with this package, v1 i
 
 from __future__ import annotations
 
-from agent.libcontainer.cgroups.base import Cgroup, CgroupError, Hierarchy
-from agent.libcontainer.cgroups.v2 import CgroupV2
+from caisson.agent.libcontainer.cgroups.base import Cgroup, CgroupError, Hierarchy
+from caisson.agent.libcontainer.cgroups.v2.cgroup import CgroupV2
 
 __all__ = ["Cgroup", "CgroupError", "CgroupV2", "Hierarchy", "find"]
 
@@ -16,6 +16,6 @@ def find(version: str = "v2", parent: str = "") -> Hierarchy | None:
     """The cgroups of this machine, "v1" or "v2"; None where there are none.  All are made below the cgroup `parent`."""
     if version == "v2":
         return CgroupV2.find(parent)
-    from agent.libcontainer.cgroups.v1 import CgroupV1
+    from caisson.agent.libcontainer.cgroups.v1.cgroup import CgroupV1
 
     return CgroupV1.find(parent)

@@ -6,16 +6,16 @@ import asyncio
 import os
 from contextlib import contextmanager
 
-from agent.libcontainer.cgroups import files
-from agent.record import Record
+from caisson.agent.base.record import Record
+from caisson.agent.libcontainer.cgroups import files
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from typing import Protocol
 
-    from agent.libcontainer.cgroups.stats import CgroupStats
-    from agent.libcontainer.resources import DeviceRule, Resources
+    from caisson.agent.libcontainer.cgroups.stats import CgroupStats
+    from caisson.agent.libcontainer.config.resources import DeviceRule, Resources
 
     class Hierarchy(Protocol):
         """Where cgroups are made."""

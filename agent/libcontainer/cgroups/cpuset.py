@@ -7,7 +7,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from agent.libcontainer.resources import Resources
+    from caisson.agent.libcontainer.config.resources import Resources
 
 ONLINE = "/sys/devices/system/cpu/online"
 

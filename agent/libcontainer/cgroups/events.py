@@ -10,7 +10,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from agent.libcontainer.cgroups.stats import Directory
+    from caisson.agent.libcontainer.cgroups.stats import Directory
 
 
 def kills(files: Directory, name: str) -> int:
@@ -81,7 +81,7 @@ class Notices:
     AFTER = (0.0, 0.01, 0.1, 1.0)  # seconds
 
     def __init__(self, directory: str, look: Callable[[], bool]) -> None:
-        from agent.libcontainer.cgroups import files
+        from caisson.agent.libcontainer.cgroups import files
 
         self._loop = asyncio.get_running_loop()
         self._look = look

@@ -5,8 +5,8 @@ A file that is not there (a controller that is missing, a container that is gone
 
 from __future__ import annotations
 
-from agent.libcontainer.cgroups import files
-from agent.record import NOTHING, Record
+from caisson.agent.base.record import NOTHING, Record
+from caisson.agent.libcontainer.cgroups import files
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

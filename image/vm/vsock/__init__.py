@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from image.vm.directory import VMDirectory
-from image.vm.errors import VMError
-from image.vm.vsock import vhost
+from caisson.image.vm.directory import VMDirectory
+from caisson.image.vm.errors import VMError
+from caisson.image.vm.vsock import vhost
 
 HERE = Path(__file__).resolve().parent
 

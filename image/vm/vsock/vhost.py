@@ -13,8 +13,8 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-from image.vm.accel import VHOST_VSOCK
-from image.vm.errors import VMError
+from caisson.image.vm.accel import VHOST_VSOCK
+from caisson.image.vm.errors import VMError
 
 #: _IOW(VHOST_VIRTIO, 0x60, __u64)
 VHOST_VSOCK_SET_GUEST_CID = 0x4008AF60

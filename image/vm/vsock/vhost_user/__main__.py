@@ -1,4 +1,4 @@
-"""``python -m image.vm.vsock.vhost_user --fd N --cid CID --socket DIR/vsock.sock --raw DIR/agent.sock=1024``
+"""``python -m caisson.image.vm.vsock.vhost_user --fd N --cid CID --socket DIR/vsock.sock --raw DIR/agent.sock=1024``
 
 Serves QEMU on descriptor N, or as who first connects to --listen PATH, until it closes it (exit status 0) or SIGTERM
 comes, and removes its sockets.  SIGUSR1 says that the guest was reset: its connections are closed now instead of when

@@ -1,6 +1,6 @@
 import sys
 
 sys.path.append("/usr/lib/caisson")
-from agent.__main__ import main
+from caisson.agent.__main__ import main
 
 main()

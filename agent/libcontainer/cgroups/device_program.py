@@ -1,0 +1,122 @@
+"""Device rules of a container as an eBPF program on its cgroup (BPF_PROG_TYPE_CGROUP_DEVICE), assembled here.
+
+Semantics are those of the cgroup v1 device controller, which the OCI configuration describes: rules apply one after the
+other to a list that starts as "deny all", and a rule for everything replaces the list.  The program therefore looks at
+the last rule first.  https://docs.kernel.org/admin-guide/cgroup-v1/devices.html
+"""
+
+from __future__ import annotations
+
+from struct import pack
+
+from caisson.agent.libcontainer.config.resources import DeviceRule
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+DENY_ALL = DeviceRule(False, "a", None, None, "rwm")
+
+# What every container may use, whatever its rules say, as in runc: making nodes, and the nodes that it is given.
+ALWAYS = (
+    DeviceRule(True, "c", None, None, "m"),
+    DeviceRule(True, "b", None, None, "m"),
+    *(
+        DeviceRule(True, "c", major, minor, "rwm")
+        for major, minor in ((1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 2), (136, None))
+    ),
+)  # fmt: skip
+
+BPF_PROG_LOAD, BPF_PROG_ATTACH = 5, 8
+LOAD_TRIES = 100
+PROG_TYPE_CGROUP_DEVICE, ATTACH_CGROUP_DEVICE, ALLOW_MULTI, REPLACE = 15, 6, 2, 4
+TYPES = {"b": 1, "c": 2}
+ACCESS = {"m": 1, "r": 2, "w": 4}
+
+# eBPF opcodes: class | source | operation (include/uapi/linux/bpf.h)
+LOAD_WORD = 0x61
+MOVE_REG, MOVE_IMM, AND_IMM, SHIFT_RIGHT_IMM = 0xBF, 0xB7, 0x57, 0x77
+JUMP_EQ_IMM, JUMP_NE_IMM, EXIT = 0x15, 0x55, 0x95
+R0, R1, R2, R3, R4, R5 = range(6)  # R1 is the context at entry
+
+
+def _instruction(opcode: int, dst: int = 0, src: int = 0, offset: int = 0, imm: int = 0) -> bytes:
+    return pack("=BBhi", opcode, src << 4 | dst, offset, imm)
+
+
+def program(rules: Iterable[DeviceRule]) -> bytes:
+    """The instructions that answer 1 for an access that the rules allow and 0 for any other."""
+    code = [
+        _instruction(LOAD_WORD, R2, R1, 0),
+        _instruction(MOVE_REG, R3, R2),
+        _instruction(AND_IMM, R2, imm=0xFFFF),  # device type
+        _instruction(SHIFT_RIGHT_IMM, R3, imm=16),  # what is wanted
+        _instruction(LOAD_WORD, R4, R1, 4),
+        _instruction(LOAD_WORD, R5, R1, 8),
+    ]
+    for rule in reversed([DENY_ALL, *rules, *ALWAYS]):
+        code += _rule(rule)
+        if rule.type == "a":
+            break  # nothing before it counts
+    return b"".join(code)
+
+
+def _rule(rule: DeviceRule) -> list[bytes]:
+    """Answer and stop if the rule decides; else fall through to what comes next.
+
+    R3 holds what is wanted and not granted yet: an allowing rule takes its part out of it and decides when nothing is
+    left, a denying one decides when any of its part is still in it.
+    """
+    answer = [_instruction(MOVE_IMM, R0, imm=rule.allow), _instruction(EXIT)]
+    if rule.type == "a":
+        return answer
+    part = sum(ACCESS[letter] for letter in set(rule.access))
+    if rule.allow:
+        decide = [_instruction(AND_IMM, R3, imm=~part), _instruction(JUMP_NE_IMM, R3, offset=len(answer))]
+    else:
+        decide = [
+            _instruction(MOVE_REG, R1, R3),
+            _instruction(AND_IMM, R1, imm=part),
+            _instruction(JUMP_EQ_IMM, R1, offset=len(answer)),
+        ]
+    tests = [(R2, TYPES[rule.type])]
+    tests += [(register, number) for register, number in ((R4, rule.major), (R5, rule.minor)) if number is not None]
+    rest = decide + answer
+    for register, number in reversed(tests):
+        rest.insert(0, _instruction(JUMP_NE_IMM, register, offset=len(rest), imm=number))
+    return rest
+
+
+def attach(cgroup: int, rules: Iterable[DeviceRule], replaces: int = -1) -> int:
+    """Load the program for `rules` and attach it to the cgroup directory `cgroup`.
+
+    Returns the program's descriptor, to be given as `replaces` when the rules change.  Raises OSError.
+    """
+    import ctypes
+    import os
+
+    from caisson.agent.base.syscalls import bpf
+
+    code = program(rules)
+    instructions = ctypes.create_string_buffer(code, len(code))
+    licence = ctypes.create_string_buffer(b"Apache")
+    # union bpf_attr: program type, number of instructions, the two addresses; the rest, a log, is zero
+    load = pack(
+        "=IIQQIIQ", PROG_TYPE_CGROUP_DEVICE, len(code) // 8, ctypes.addressof(instructions), ctypes.addressof(licence),
+        0, 0, 0,
+    )  # fmt: skip
+    for attempt in range(LOAD_TRIES):
+        try:
+            fd = bpf(BPF_PROG_LOAD, ctypes.create_string_buffer(load, len(load)))
+            break
+        except BlockingIOError:  # EAGAIN: a signal (SIGCHLD, mostly) interrupted the verifier; bpf(2) says to ask again
+            if attempt == LOAD_TRIES - 1:
+                raise
+    flags = ALLOW_MULTI | (REPLACE if replaces >= 0 else 0)
+    request = pack("=IIIII", cgroup, fd, ATTACH_CGROUP_DEVICE, flags, max(replaces, 0))
+    try:
+        bpf(BPF_PROG_ATTACH, ctypes.create_string_buffer(request, len(request)))
+    except OSError:
+        os.close(fd)
+        raise
+    return fd

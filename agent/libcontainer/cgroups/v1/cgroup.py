@@ -1,0 +1,303 @@
+"""cgroup v1: a container's cgroup in every hierarchy.  https://docs.kernel.org/admin-guide/cgroup-v1/index.html
+
+A process cannot be born in a cgroup of v1 by clone3.  nsexec's first stage therefore writes itself into each before it
+makes anything: what it makes is in them from its first instruction on, and no descriptor of them gets any further.
+Hierarchies without a controller (name=systemd) limit nothing, and are left alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+from caisson.agent.libcontainer.cgroups import files
+from caisson.agent.libcontainer.cgroups.base import (
+    DELETE_TRIES,
+    FREEZE_SECONDS,
+    WHERE,
+    Cgroup,
+    CgroupError,
+    Hierarchy,
+    parts_of,
+    signal_pid,
+)
+from caisson.agent.libcontainer.cgroups.v1 import devices as v1_devices
+from caisson.agent.libcontainer.cgroups.v1.ancestors import chain, fill_cpuset, raise_realtime, widen_cpuset
+from caisson.agent.libcontainer.cgroups.v1.settings import settings
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from caisson.agent.libcontainer.cgroups.base import Setting
+    from caisson.agent.libcontainer.cgroups.events import Notices
+    from caisson.agent.libcontainer.cgroups.stats import CgroupStats
+    from caisson.agent.libcontainer.config.resources import DeviceRule, Resources
+
+#: What is among the options of a hierarchy's superblock and is no controller.
+FLAGS = frozenset(("rw", "ro", "none", "noprefix", "xattr", "clone_children", "cpuset_v2_mode", "favordynmods"))
+
+#: The one that stands for all, if it is there: it is the freezer in which processes are counted while nobody forks.
+FIRST = ("freezer", "pids", "memory", "cpu", "devices")
+KILL_ROUNDS = 50
+
+
+class CgroupV1(Hierarchy):
+    """The cgroup v1 hierarchies of this machine: mount points by their controllers ("cpu,cpuacct")."""
+
+    def __init__(self, roots: Mapping[str, str], parent: str = "") -> None:
+        self.roots = roots
+        self._parent = parent
+        self._made: set[str] = set()  # directories that go with the last cgroup in them
+
+    @classmethod
+    def find(cls, parent: str = "", mountinfo: str = "/proc/self/mountinfo") -> CgroupV1 | None:
+        """Where hierarchies with controllers are mounted; None if none is.
+
+        All cgroups are made below the cgroup `parent`, which is made with the first and goes with the last.
+        """
+        roots: dict[str, str] = {}
+        with open(mountinfo, encoding="utf-8", errors="surrogateescape") as lines:  # noqa: PTH123 - no pathlib at start
+            for line in lines:
+                before, _, after = line.rstrip("\n").partition(" - ")
+                if not after.startswith("cgroup "):
+                    continue
+                options = after.split(" ")[-1].split(",")
+                name = ",".join(option for option in options if option not in FLAGS and "=" not in option)
+                if name:
+                    roots.setdefault(name, before.split(" ")[4].encode().decode("unicode_escape"))
+        return cls(roots, parent) if roots else None
+
+    def create(self, path: str) -> CgroupOfV1:
+        """Make the cgroup `path` (as in linux.cgroupsPath, below the parent) in every hierarchy.
+
+        Raises CgroupError, also if it is in use.
+        """
+        parts = [*(part for part in self._parent.split("/") if part), *parts_of(path)]
+        made: list[str] = []
+        directories = {}
+        try:
+            for name, root in self.roots.items():
+                directories[name] = _make(root, parts, made, fill_cpuset if "cpuset" in name.split(",") else None)
+            cgroup = CgroupOfV1(directories, self.roots, self._made)
+            for name, directory in directories.items():
+                if files.pids_in(directory):
+                    raise CgroupError(f"cgroup {path}: has processes in it already ({name})")
+        except OSError as e:
+            files.remove_all(made)
+            raise CgroupError(f"cgroup {path}: {e.filename}: {e.strerror}") from e
+        except CgroupError:
+            files.remove_all(made)
+            raise
+        self._made.update(made)
+        return cgroup
+
+
+def _make(root: str, parts: list[str], made: list[str], fill: Callable[[str, str], None] | None) -> str:
+    """Make a directory in one hierarchy, level by level; what is new goes to `made`."""
+    at = root
+    for part in parts:
+        above, at = at, f"{at}/{part}"
+        try:
+            os.mkdir(at, 0o755)  # noqa: PTH102 - no pathlib at start
+            made.append(at)
+        except FileExistsError:
+            pass
+        if fill is not None:
+            fill(above, at)
+    return at
+
+
+class CgroupOfV1(Cgroup):
+    """One cgroup in several hierarchies: `directories` and `roots` are by their controllers."""
+
+    fd = -1
+
+    def __init__(self, directories: Mapping[str, str], roots: Mapping[str, str], made: set[str]) -> None:
+        super().__init__()
+        self._directories = {controller: path for name, path in directories.items() for controller in name.split(",")}
+        self._roots = {controller: path for name, path in roots.items() for controller in name.split(",")}
+        self._paths = dict(directories)
+        self._made = made
+        first = next((name for name in FIRST if name in self._directories), next(iter(self._directories)))
+        self.path = self._directories[first]
+        self._oom: Notices | None = None
+
+    @property
+    def paths(self) -> Mapping[str, str]:
+        return self._paths
+
+    def entrances(self) -> list[str]:
+        # The freezer is last: who enters one that is frozen goes no further.
+        return [
+            f"{path}/cgroup.procs" for _, path in sorted(self._paths.items(), key=lambda item: "freezer" in item[0])
+        ]
+
+    def file(self, name: str) -> str | None:
+        directory = self._directories.get(name.partition(".")[0])
+        return None if directory is None else f"{directory}/{name}"
+
+    def controllers(self) -> frozenset[str]:
+        return frozenset(self._directories)
+
+    def settings(self, resources: Resources) -> Iterable[Setting]:
+        for setting in settings(resources, self.read):
+            controller = setting.file.partition(".")[0]
+            directory, root = self._directories.get(controller), self._roots.get(controller)
+            if directory is not None and root is not None:
+                try:
+                    if controller == "cpuset":
+                        widen_cpuset(root, directory, setting.file, setting.value)
+                    elif setting.file.startswith("cpu.rt_"):
+                        raise_realtime(root, directory, resources.cpu.realtime_runtime, resources.cpu.realtime_period)
+                except OSError as e:
+                    raise CgroupError(f"{setting.field}: {e.filename}: {e.strerror}") from e
+            yield setting
+
+    async def freeze(self) -> None:
+        """Stop everything in it; asked for again and again, because who forks meanwhile escapes the kernel's list."""
+        if "freezer" not in self._directories:
+            raise CgroupError(f"cgroup {self.path}: the cgroup controller 'freezer' is not available here")
+        if not await self._freezer("FROZEN", FREEZE_SECONDS):
+            self._write_freezer("THAWED")
+            raise CgroupError(f"cgroup {self.path}: did not freeze within {FREEZE_SECONDS:g} s")
+
+    async def thaw(self) -> None:
+        if "freezer" in self._directories:
+            await self._freezer("THAWED", FREEZE_SECONDS)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether all of it stands still."""
+        return (self.read("freezer.state") or "").strip() == "FROZEN"
+
+    async def _freezer(self, state: str, seconds: float) -> bool:
+        def reached() -> bool:
+            self._write_freezer(state)
+            return (self.read("freezer.state") or "").strip() == state
+
+        return await self._wait(reached, seconds)
+
+    def _write_freezer(self, state: str) -> None:
+        path = self.file("freezer.state")
+        if path is None:
+            return
+        try:
+            files.write(path, state)
+        except OSError as e:
+            raise CgroupError(f"cgroup {self.path}: freezer: {e.strerror}") from e
+
+    async def kill(self) -> None:
+        """SIGKILL to everything in it: while it is frozen, so that nobody forks away, and then it is thawed to die."""
+        frozen = False
+        for _ in range(KILL_ROUNDS):
+            if not os.path.isdir(self.path) or not self.pids():  # noqa: PTH112 - no pathlib at start
+                break
+            if "freezer" in self._directories:
+                frozen = await self._freezer("FROZEN", 0.2)
+            for pid in self.pids():
+                try:
+                    signal_pid(pid, 9)
+                except ProcessLookupError:
+                    continue
+            if "freezer" in self._directories:
+                self._write_freezer("THAWED")
+            if frozen:
+                break
+            await asyncio.sleep(0.005)
+        if "freezer" in self._directories and os.path.isdir(self.path):  # noqa: PTH112
+            self._write_freezer("THAWED")
+
+    async def delete(self) -> None:
+        left = dict(self._paths)
+        pause = 0.001
+        for attempt in range(DELETE_TRIES):
+            for name, path in list(left.items()):
+                try:
+                    if files.remove_tree(path):
+                        del left[name]
+                except OSError as e:
+                    raise CgroupError(f"cgroup {path}: cannot be removed: {e.strerror}") from e
+            if not left:
+                break
+            if attempt == DELETE_TRIES - 1:
+                raise CgroupError(f"cgroup {next(iter(left.values()))}: cannot be removed: there are processes in it")
+            await asyncio.sleep(pause)
+            pause *= 2
+        self.close()
+        for path in self._paths.values():
+            self._made.discard(path)
+            files.remove_around(path, self._made)
+
+    def allow_devices(self, rules: tuple[DeviceRule, ...]) -> None:
+        """Change the kernel's list step by step to what the rules come to, and look whether it is that then."""
+        directory = self._directories.get("devices")
+        if directory is None:
+            raise CgroupError(f"{WHERE}.devices: the cgroup controller 'devices' is not available here")
+        before = None if self._devices is None else v1_devices.resolve(self._devices)
+        v1_devices.apply(directory, before, v1_devices.resolve(rules))
+
+    async def _change_devices(self, rules: tuple[DeviceRule, ...]) -> None:
+        before = v1_devices.resolve(self._devices or ())
+        # From "all but" to "none but" and back there is a moment with neither; nobody shall run in it.
+        still = before.default != v1_devices.resolve(rules).default and not self.frozen
+        if still:
+            await self.freeze()
+        try:
+            self.allow_devices(rules)
+        except CgroupError:
+            v1_devices.apply(self._directories["devices"], None, before)
+            raise
+        finally:
+            if still:
+                await self.thaw()
+
+    def offer_cpus(self, *, above_only: bool) -> None:
+        root, directory = self._roots.get("cpuset"), self._directories.get("cpuset")
+        if root is None or directory is None or not os.path.exists(f"{directory}/cpuset.cpus"):  # noqa: PTH110
+            return
+        try:
+            everything = files.read(f"{root}/cpuset.cpus").strip()
+            for path in [*chain(root, directory), *([] if above_only else [directory])]:
+                files.write(f"{path}/cpuset.cpus", everything)
+        except OSError as e:
+            raise CgroupError(f"cgroup {directory}: cpuset.cpus: {e.strerror}") from e
+
+    def _memory_in_use(self) -> tuple[int, int]:
+        usage = int(self.read("memory.usage_in_bytes") or 0)
+        return usage, max(0, int(self.read("memory.memsw.usage_in_bytes") or usage) - usage)
+
+    def stats(self) -> CgroupStats:
+        from caisson.agent.libcontainer.cgroups.v1 import stats as v1_stats
+
+        return v1_stats.read(self._directories, lambda: len(self.pids()))
+
+    def oom_kills(self) -> int:
+        from caisson.agent.libcontainer.cgroups.events import kills
+        from caisson.agent.libcontainer.cgroups.stats import Directory
+
+        return kills(Directory(self._directories.get("memory")), "memory.oom_control")
+
+    def watch_oom(self, killed: Callable[[], object]) -> None:
+        from caisson.agent.libcontainer.cgroups.events import Kills, Notices
+
+        directory = self._directories.get("memory")
+        if directory is None or not os.path.exists(f"{directory}/memory.oom_control"):  # noqa: PTH110
+            return
+        counter = Kills(self.oom_kills, killed)
+
+        def look() -> bool:
+            if "oom_kill_disable 1\nunder_oom 1" in (self.read("memory.oom_control") or ""):
+                killed()  # nobody is ended, as was asked for, and all stand still
+                return True
+            return counter.look()
+
+        try:
+            self._oom = Notices(directory, look)
+        except OSError as e:
+            raise CgroupError(f"cgroup {directory}: memory.oom_control: {e.strerror}") from e
+
+    def close(self) -> None:
+        if self._oom is not None:
+            self._oom.close()
+            self._oom = None

@@ -1,0 +1,1 @@
+"""The OCI configuration: JSON read into frozen records."""

@@ -1,0 +1,143 @@
+"""linux.seccomp: which system calls a container's processes may make.
+
+Source: OCI runtime specification, config-linux.md, "Seccomp"; seccomp(2), seccomp_rule_add(3).
+"""
+
+from __future__ import annotations
+
+from caisson.agent.base.record import Record
+from caisson.agent.libcontainer.config.reader import U32_MAX, U64_MAX, Reader, SpecError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+#: Actions by name: the kernel's SECCOMP_RET_ values.
+KILL_PROCESS, KILL_THREAD, TRAP, ERRNO, TRACE, LOG, ALLOW = (
+    0x80000000, 0x00000000, 0x00030000, 0x00050000, 0x7FF00000, 0x7FFC0000, 0x7FFF0000,
+)  # fmt: skip
+ACTIONS = {
+    "SCMP_ACT_KILL": KILL_THREAD,
+    "SCMP_ACT_KILL_THREAD": KILL_THREAD,
+    "SCMP_ACT_KILL_PROCESS": KILL_PROCESS,
+    "SCMP_ACT_TRAP": TRAP,
+    "SCMP_ACT_ERRNO": ERRNO,
+    "SCMP_ACT_TRACE": TRACE,
+    "SCMP_ACT_ALLOW": ALLOW,
+    "SCMP_ACT_LOG": LOG,
+}
+EPERM = 1
+
+#: Comparisons by name: libseccomp's enum scmp_compare.
+COMPARISONS = {
+    "SCMP_CMP_NE": 1,
+    "SCMP_CMP_LT": 2,
+    "SCMP_CMP_LE": 3,
+    "SCMP_CMP_EQ": 4,
+    "SCMP_CMP_GE": 5,
+    "SCMP_CMP_GT": 6,
+    "SCMP_CMP_MASKED_EQ": 7,
+}
+MASKED_EQ = COMPARISONS["SCMP_CMP_MASKED_EQ"]
+
+#: seccomp(2), of those that mean something for a filter nobody listens to.
+FLAGS = {"SECCOMP_FILTER_FLAG_TSYNC": 1, "SECCOMP_FILTER_FLAG_LOG": 2, "SECCOMP_FILTER_FLAG_SPEC_ALLOW": 4}
+
+#: By the specification's names; libseccomp knows them in lower case.
+ARCHITECTURES = tuple(
+    f"SCMP_ARCH_{name}"
+    for name in (
+        "X86", "X86_64", "X32", "ARM", "AARCH64", "MIPS", "MIPS64", "MIPS64N32", "MIPSEL", "MIPSEL64", "MIPSEL64N32",
+        "PPC", "PPC64", "PPC64LE", "S390", "S390X", "PARISC", "PARISC64", "RISCV64",
+    )
+)  # fmt: skip
+
+
+class Condition(Record):
+    """One comparison with argument `index` of a system call; `mask` is for MASKED_EQ alone."""
+
+    index: int
+    comparison: int
+    value: int
+    mask: int = 0
+
+
+class Rule(Record):
+    """`action` (with its errno, as the kernel wants it) for system calls of these names, if all conditions hold."""
+
+    names: tuple[str, ...]
+    action: int
+    conditions: tuple[Condition, ...] = ()
+
+
+class Seccomp(Record):
+    """A whole profile; `default` is the action for what no rule is about."""
+
+    default: int
+    architectures: tuple[str, ...] = ()
+    flags: int = 0
+    rules: tuple[Rule, ...] = ()
+
+    @classmethod
+    def from_json(cls, value: object, where: str) -> Seccomp:
+        """Parse `linux.seccomp`.  Raises SpecError."""
+        r = Reader(value, where)
+        for key in ("listenerPath", "listenerMetadata"):
+            r.refuse(key, "a listener of system calls is not supported")
+        profile = cls(
+            default=_action(r, "defaultAction", "defaultErrnoRet"),
+            architectures=r.each("architectures", _one_of(ARCHITECTURES, "an architecture")),
+            flags=sum({FLAGS[name] for name in r.each("flags", _one_of(FLAGS, "a flag of a filter without listener"))}),
+            rules=r.each("syscalls", _rule),
+        )
+        r.done()
+        return profile
+
+
+def _action(r: Reader, key: str, errno_key: str) -> int:
+    name = r.text(key)
+    errno = r.number(errno_key, 0, 4095)  # MAX_ERRNO
+    if name == "SCMP_ACT_NOTIFY":
+        raise SpecError(r.name(key), "SCMP_ACT_NOTIFY is not supported: nobody would be told")
+    if name not in ACTIONS:
+        raise SpecError(r.name(key), f"{name!r} is not one of {', '.join(ACTIONS)}")
+    action = ACTIONS[name]
+    if action in (ERRNO, TRACE):
+        return action | (EPERM if errno is None else errno)
+    if errno:
+        raise SpecError(r.name(errno_key), f"{name} has no errno")
+    return action
+
+
+def _one_of(known: dict[str, int] | tuple[str, ...], what: str) -> Callable[[object, str], str]:
+    def parse(value: object, where: str) -> str:
+        if value not in known:
+            raise SpecError(where, f"{value!r} is not {what}")
+        return str(value)
+
+    return parse
+
+
+def _rule(value: object, where: str) -> Rule:
+    r = Reader(value, where)
+    rule = Rule(r.texts("names"), _action(r, "action", "errnoRet"), r.each("args", _condition))
+    r.done()
+    if not rule.names:
+        raise SpecError(r.name("names"), "is missing: a rule is about system calls")
+    return rule
+
+
+def _condition(value: object, where: str) -> Condition:
+    r = Reader(value, where)
+    index = r.number("index", 0, U32_MAX) or 0
+    first, second = (r.number(key, 0, U64_MAX) or 0 for key in ("value", "valueTwo"))
+    name = r.text("op")
+    r.done()
+    if index > 5:
+        raise SpecError(r.name("index"), f"system calls have arguments 0 to 5, not {index}")
+    if name not in COMPARISONS:
+        raise SpecError(r.name("op"), f"{name!r} is not one of {', '.join(COMPARISONS)}")
+    # Of MASKED_EQ the first is the mask (seccomp_rule_add(3)).
+    if COMPARISONS[name] == MASKED_EQ:
+        return Condition(index, MASKED_EQ, value=second, mask=first)
+    return Condition(index, COMPARISONS[name], value=first)

@@ -1,0 +1,389 @@
+"""The OCI runtime configuration (config.json, runtime-spec 1.2, Linux) as frozen data.
+
+`Spec.from_json` is strict: a field is understood, or refused by a SpecError that names it.  What values mean (mount
+options, capability names, sysctls …) is decided where they are used, in `plan`.
+"""
+
+from __future__ import annotations
+
+from caisson.agent.base.record import NOTHING, Record
+from caisson.agent.libcontainer.config import scheduling
+from caisson.agent.libcontainer.config.reader import U32_MAX, U64_MAX, Reader, SpecError
+from caisson.agent.libcontainer.config.resources import Resources
+from caisson.agent.libcontainer.config.scheduling import Affinity
+from caisson.agent.libcontainer.config.seccomp import Seccomp
+from caisson.agent.libcontainer.plan import lsm as labels
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = [
+    "Capabilities", "Device", "Hook", "Hooks", "IdMapping", "Linux", "Mount", "Namespace", "Process", "Rlimit", "Root",
+    "Spec", "SpecError", "TimeOffset", "User",
+]  # fmt: skip
+
+NAMESPACE_TYPES = ("pid", "network", "mount", "ipc", "uts", "user", "cgroup", "time")
+NOT_YET = "is not supported yet"
+HOOK_SECONDS_MAX = 0x7FFF_FFFF // 1000  # poll(2) counts milliseconds
+
+
+class Root(Record):
+    """`root`: where the container's "/" comes from."""
+
+    path: str
+    readonly: bool = False
+
+
+class User(Record):
+    """`process.user`: ids inside the container, or a name that stands for them (users.py).
+
+    `umask` None leaves the default (022 for an init).
+    """
+
+    uid: int = 0
+    gid: int = 0
+    additional_gids: tuple[int, ...] = ()
+    umask: int | None = None
+    username: str = ""
+
+
+class Capabilities(Record):
+    """`process.capabilities`: the five sets by name ("CAP_KILL"), exactly as the process shall have them."""
+
+    bounding: tuple[str, ...] = ()
+    effective: tuple[str, ...] = ()
+    inheritable: tuple[str, ...] = ()
+    permitted: tuple[str, ...] = ()
+    ambient: tuple[str, ...] = ()
+
+
+class Rlimit(Record):
+    """One of `process.rlimits`; U64_MAX is unlimited (setrlimit(2))."""
+
+    type: str
+    soft: int
+    hard: int
+
+
+class Process(Record):
+    """`process`: what runs, as whom and with which rights.  None means "not given"."""
+
+    args: tuple[str, ...]
+    cwd: str = "/"
+    env: tuple[str, ...] = ()
+    terminal: bool = False
+    console_size: tuple[int, int] | None = None  # rows, columns
+    user: User = User()
+    capabilities: Capabilities | None = None
+    rlimits: tuple[Rlimit, ...] = ()
+    no_new_privileges: bool = False
+    oom_score_adj: int | None = None
+    scheduler: bytes | None = None  # struct sched_attr
+    io_priority: int | None = None
+    exec_cpu_affinity: Affinity | None = None  # of a process that joins a container
+    apparmor_profile: str = ""
+    selinux_label: str = ""
+
+    @classmethod
+    def from_json(cls, value: object, where: str = "process") -> Process:
+        """Parse an OCI process object.  Raises SpecError."""
+        r = Reader(value, where)
+        args = r.texts("args")
+        if not args or not args[0]:
+            raise SpecError(r.name("args"), "must name a program to run")
+        r.refuse("commandLine", "is for Windows; give args")
+        result = cls(
+            args=args,
+            cwd=r.text("cwd") or "/",
+            env=r.texts("env"),
+            terminal=r.flag("terminal"),
+            console_size=r.one("consoleSize", _console_size),
+            user=r.one("user", _user) or User(),
+            capabilities=r.one("capabilities", _capabilities),
+            rlimits=r.each("rlimits", _rlimit),
+            no_new_privileges=r.flag("noNewPrivileges"),
+            oom_score_adj=r.number("oomScoreAdj", -1000, 1000),
+            scheduler=r.one("scheduler", scheduling.scheduler),
+            io_priority=r.one("ioPriority", scheduling.io_priority),
+            exec_cpu_affinity=r.one("execCPUAffinity", scheduling.affinity),
+            apparmor_profile=r.text("apparmorProfile"),
+            selinux_label=r.text("selinuxLabel"),
+        )
+        r.done()
+        if not result.cwd.startswith("/"):
+            raise SpecError(r.name("cwd"), f"must be an absolute path, not {result.cwd!r}")
+        if len({limit.type for limit in result.rlimits}) != len(result.rlimits):
+            raise SpecError(r.name("rlimits"), "names a limit twice")
+        if result.apparmor_profile and not labels.has_apparmor():
+            raise SpecError(r.name("apparmorProfile"), "this kernel has no AppArmor")
+        if result.selinux_label and not labels.has_selinux():
+            raise SpecError(r.name("selinuxLabel"), "this kernel has no SELinux")
+        return result
+
+
+class Mount(Record):
+    """One of `mounts`, in the order of the list."""
+
+    destination: str
+    source: str = ""
+    type: str = ""
+    options: tuple[str, ...] = ()
+
+
+class Namespace(Record):
+    """One of `linux.namespaces`; an empty path asks for a new one."""
+
+    type: str
+    path: str = ""
+
+
+class IdMapping(Record):
+    """`size` ids from `container_id` inside stand for those from `host_id` outside (user_namespaces(7))."""
+
+    container_id: int
+    host_id: int
+    size: int
+
+
+class TimeOffset(Record):
+    """Seconds and nanoseconds by which a clock of a time namespace is ahead (time_namespaces(7))."""
+
+    secs: int
+    nanosecs: int
+
+
+class Device(Record):
+    """One of `linux.devices`: a node to make.  `type` is c, b, u or p; `file_mode` holds permission bits."""
+
+    path: str
+    type: str
+    major: int = 0
+    minor: int = 0
+    file_mode: int = 0o666
+    uid: int = 0
+    gid: int = 0
+
+
+class Linux(Record):
+    """`linux`: namespaces, limits and what is hidden."""
+
+    namespaces: tuple[Namespace, ...] = ()
+    uid_mappings: tuple[IdMapping, ...] = ()
+    gid_mappings: tuple[IdMapping, ...] = ()
+    time_offsets: Mapping[str, TimeOffset] = NOTHING
+    devices: tuple[Device, ...] = ()
+    resources: Resources | None = None
+    cgroups_path: str = ""
+    sysctl: Mapping[str, str] = NOTHING
+    rootfs_propagation: str = ""
+    masked_paths: tuple[str, ...] = ()
+    readonly_paths: tuple[str, ...] = ()
+    seccomp: Seccomp | None = None
+    personality: int | None = None  # as for personality(2)
+
+    @classmethod
+    def from_json(cls, value: object, where: str = "linux") -> Linux:
+        """Parse `linux`.  Raises SpecError."""
+        r = Reader(value, where)
+        for key in ("mountLabel", "intelRdt", "netDevices", "memoryPolicy"):
+            r.refuse(key, NOT_YET)
+        result = cls(
+            namespaces=r.each("namespaces", _namespace),
+            uid_mappings=r.each("uidMappings", _id_mapping),
+            gid_mappings=r.each("gidMappings", _id_mapping),
+            time_offsets=r.one("timeOffsets", _time_offsets) or {},
+            devices=r.each("devices", _device),
+            resources=r.one("resources", Resources.from_json),
+            cgroups_path=r.text("cgroupsPath"),
+            sysctl=r.table("sysctl"),
+            rootfs_propagation=r.text("rootfsPropagation"),
+            masked_paths=r.texts("maskedPaths"),
+            readonly_paths=r.texts("readonlyPaths"),
+            seccomp=r.one("seccomp", Seccomp.from_json),
+            personality=r.one("personality", scheduling.personality),
+        )
+        r.done()
+        types = [namespace.type for namespace in result.namespaces]
+        if len(set(types)) != len(types):
+            raise SpecError(r.name("namespaces"), "names a type twice")
+        return result
+
+
+class Hook(Record):
+    """A program of `hooks`; `timeout` in seconds."""
+
+    path: str
+    args: tuple[str, ...] = ()
+    env: tuple[str, ...] = ()
+    timeout: int | None = None
+
+
+class Hooks(Record):
+    """`hooks` by point of the lifecycle, each list in the order in which they run."""
+
+    prestart: tuple[Hook, ...] = ()
+    create_runtime: tuple[Hook, ...] = ()
+    create_container: tuple[Hook, ...] = ()
+    start_container: tuple[Hook, ...] = ()
+    poststart: tuple[Hook, ...] = ()
+    poststop: tuple[Hook, ...] = ()
+
+
+class Spec(Record):
+    """A whole config.json.  `process` and `root` may be absent in one that is only kept, never run."""
+
+    oci_version: str = ""
+    root: Root | None = None
+    process: Process | None = None
+    hostname: str = ""
+    domainname: str = ""
+    mounts: tuple[Mount, ...] = ()
+    hooks: Hooks = Hooks()
+    annotations: Mapping[str, str] = NOTHING
+    linux: Linux = Linux()
+
+    @classmethod
+    def from_json(cls, value: object) -> Spec:
+        """Parse a decoded config.json.  Raises SpecError naming the field that is wrong or cannot be honoured."""
+        r = Reader(value, "")
+        for key in ("solaris", "windows", "vm", "zos", "freebsd"):
+            r.refuse(key, "is for another platform")
+        result = cls(
+            oci_version=r.text("ociVersion"),
+            root=r.one("root", _root),
+            process=r.one("process", Process.from_json),
+            hostname=r.text("hostname"),
+            domainname=r.text("domainname"),
+            mounts=r.each("mounts", _mount),
+            hooks=r.one("hooks", _hooks) or Hooks(),
+            annotations=r.table("annotations"),
+            linux=r.one("linux", Linux.from_json) or Linux(),
+        )
+        r.done()
+        if result.oci_version and not result.oci_version.startswith("1."):
+            raise SpecError("ociVersion", f"must be 1.x, not {result.oci_version!r}")
+        return result
+
+
+def _root(value: object, where: str) -> Root:
+    r = Reader(value, where)
+    root = Root(r.text("path"), r.flag("readonly"))
+    r.done()
+    return root
+
+
+def _user(value: object, where: str) -> User:
+    r = Reader(value, where)
+    user = User(
+        uid=r.number("uid", 0, U32_MAX - 1) or 0,
+        gid=r.number("gid", 0, U32_MAX - 1) or 0,
+        additional_gids=r.numbers("additionalGids", 0, U32_MAX - 1),
+        umask=r.number("umask", 0, 0o777),
+        username=r.text("username"),
+    )
+    r.done()
+    return user
+
+
+def _capabilities(value: object, where: str) -> Capabilities:
+    r = Reader(value, where)
+    sets = [r.texts(name) for name in ("bounding", "effective", "inheritable", "permitted", "ambient")]
+    r.done()
+    return Capabilities(*sets)
+
+
+def _rlimit(value: object, where: str) -> Rlimit:
+    r = Reader(value, where)
+    soft, hard = (r.number(key, 0, U64_MAX) or 0 for key in ("soft", "hard"))
+    limit = Rlimit(r.text("type"), soft, hard)
+    r.done()
+    if limit.soft > limit.hard:
+        raise SpecError(where, f"the soft limit {limit.soft} is above the hard limit {limit.hard}")
+    return limit
+
+
+def _console_size(value: object, where: str) -> tuple[int, int]:
+    r = Reader(value, where)
+    size = (r.number("height", 0, 0xFFFF) or 0, r.number("width", 0, 0xFFFF) or 0)
+    r.done()
+    return size
+
+
+def _mount(value: object, where: str) -> Mount:
+    r = Reader(value, where)
+    for key in ("uidMappings", "gidMappings"):
+        r.refuse(key, "id-mapped mounts are not supported")
+    mount = Mount(r.text("destination"), r.text("source"), r.text("type"), r.texts("options"))
+    r.done()
+    return mount
+
+
+def _namespace(value: object, where: str) -> Namespace:
+    r = Reader(value, where)
+    namespace = Namespace(r.text("type"), r.text("path"))
+    r.done()
+    if namespace.type not in NAMESPACE_TYPES:
+        raise SpecError(r.name("type"), f"must be one of {', '.join(NAMESPACE_TYPES)}, not {namespace.type!r}")
+    if namespace.path and not namespace.path.startswith("/"):
+        raise SpecError(r.name("path"), f"must be an absolute path, not {namespace.path!r}")
+    return namespace
+
+
+def _id_mapping(value: object, where: str) -> IdMapping:
+    r = Reader(value, where)
+    mapping = IdMapping(r.u32("containerID"), r.u32("hostID"), r.u32("size"))
+    r.done()
+    return mapping
+
+
+def _time_offsets(value: object, where: str) -> dict[str, TimeOffset]:
+    r = Reader(value, where)
+    offsets = {name: r.one(name, _time_offset) for name in ("monotonic", "boottime")}
+    r.done()
+    return {name: offset for name, offset in offsets.items() if offset is not None}
+
+
+def _time_offset(value: object, where: str) -> TimeOffset:
+    r = Reader(value, where)
+    offset = TimeOffset(r.number("secs", -(1 << 62), 1 << 62) or 0, r.number("nanosecs", 0, 999_999_999) or 0)
+    r.done()
+    return offset
+
+
+def _device(value: object, where: str) -> Device:
+    r = Reader(value, where)
+    mode = r.number("fileMode", 0, 0o7777)
+    device = Device(
+        path=r.text("path"),
+        type=r.text("type"),
+        major=r.number("major", 0, 0xFFF) or 0,
+        minor=r.number("minor", 0, 0xF_FFFF) or 0,
+        file_mode=0o666 if mode is None else mode,
+        uid=r.number("uid", 0, U32_MAX - 1) or 0,
+        gid=r.number("gid", 0, U32_MAX - 1) or 0,
+    )
+    r.done()
+    if device.type not in ("c", "b", "u", "p"):
+        raise SpecError(r.name("type"), f"must be c, b, u or p, not {device.type!r}")
+    return device
+
+
+def _hooks(value: object, where: str) -> Hooks:
+    r = Reader(value, where)
+    points = ("prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop")
+    hooks = Hooks(*(r.each(point, _hook) for point in points))
+    r.done()
+    return hooks
+
+
+def _hook(value: object, where: str) -> Hook:
+    r = Reader(value, where)
+    hook = Hook(r.text("path"), r.texts("args"), r.texts("env"), r.number("timeout", 1, HOOK_SECONDS_MAX))
+    r.done()
+    if not hook.path.startswith("/"):
+        raise SpecError(r.name("path"), f"must be an absolute path, not {hook.path!r}")
+    for variable in hook.env:
+        if not variable.partition("=")[0] or "=" not in variable:
+            raise SpecError(r.name("env"), f"{variable!r} is not of the form NAME=value")
+    return hook

@@ -1,0 +1,1 @@
+"""Configuration records turned into the messages that nsexec carries out."""

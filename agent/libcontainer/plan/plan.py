@@ -1,0 +1,313 @@
+"""An OCI configuration turned into what nsexec carries out: three messages, bootstrap, plan and strings.
+
+All policy is here: which mounts, devices and links a container gets, what is refused.  The plan's steps stand in the
+order of their numbers, which is the order of execution (nsexec.h); nsexec refuses any other.
+"""
+
+from __future__ import annotations
+
+from struct import pack
+
+from caisson.agent.libcontainer.config.reader import SpecError
+from caisson.agent.libcontainer.config.spec import Capabilities, Process, Rlimit, User
+from caisson.agent.libcontainer.plan import bootstrap as wire
+from caisson.agent.libcontainer.plan import cgroup_mounts as cgroupmounts
+from caisson.agent.libcontainer.plan import mount_options as mountopts
+from caisson.agent.libcontainer.plan import sysctl
+from caisson.agent.libcontainer.plan.capabilities import capability_mask, rlimit_number
+from caisson.agent.libcontainer.plan.filesystem import absolute, filesystem, late_readonly, root_propagation, texts
+from caisson.agent.libcontainer.plan.wire import (
+    CAPABILITIES,
+    CONSOLE,
+    CPUS,
+    CREATE_HOOK,
+    CWD,
+    DOMAINNAME,
+    FINAL_CPUS,
+    GROUPS,
+    HOOK_STATE,
+    HOSTNAME,
+    IO_PRIORITY,
+    LABEL,
+    MASK,
+    NO_NEW_PRIVS,
+    PERSONALITY,
+    PIVOT,
+    PLAN_VERSION,
+    PROPAGATION,
+    READONLY,
+    RLIMIT,
+    ROOT_READONLY,
+    ROOTFS,
+    RUNTIME_HOOKS,
+    SCHEDULER,
+    SECCOMP,
+    START_HOOK,
+    STRINGS,
+    SYSCTL,
+    UMASK,
+    USER,
+    VERSION,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from caisson.agent.libcontainer.config.spec import Hook, Hooks, Linux, Spec
+
+DEFAULT_UMASK = 0o022
+NOBODY = 65534
+PAUSE = Process(
+    args=("pause",),
+    user=User(uid=NOBODY, gid=NOBODY),
+    no_new_privileges=True,
+    rlimits=tuple(
+        Rlimit(f"RLIMIT_{name}", limit, limit)
+        for name, limit in (("NPROC", 1), ("AS", 16 << 20), ("NOFILE", 16), ("FSIZE", 0), ("MSGQUEUE", 0), ("CORE", 0))
+    ),
+)
+
+
+def init_messages(
+    spec: Spec,
+    *,
+    rootfs: str,
+    bundle: Path,
+    join: Mapping[str, str],
+    cgroups: Mapping[str, str],
+    procfs: str | None = None,
+    hook_state: str = "{",
+    filter: bytes = b"",
+) -> bytes:
+    """The messages for a container's first process.
+
+    `join` maps OCI namespace types to paths that are entered instead of making a new one; `cgroups` are
+    the container's directories by controllers ("" for v2), shown at its cgroup mount; `procfs` is a
+    mount of procfs of the pid namespace that is joined, of which proc mounts become copies; `hook_state` is
+    the beginning of the state that hooks get (hooks.py), `filter` flags and program of the system call filter
+    (bpf.py).  Raises SpecError or EncodingError.
+    """
+    process = spec.process
+    if process is None:
+        raise SpecError("process", "is missing: there is nothing to run")
+    joined = joined_paths(spec.linux, join)
+    types = {namespace.type for namespace in spec.linux.namespaces} | set(joined)
+    if "mount" not in types or "mount" in joined:
+        raise SpecError("linux.namespaces", "a container needs a new mount namespace")
+    if "pid" in joined and spec.hooks.create_container:
+        # They would be born into it, with the guest's root, for whoever may trace processes there to use.
+        raise SpecError("hooks.createContainer", "cannot run in a pid namespace with others in it")
+    create = _mask(types - set(joined))
+    _check_maps(spec.linux, "user" in types - set(joined))
+    if spec.linux.time_offsets and ("time" not in types or "time" in joined):
+        raise SpecError("linux.timeOffsets", "need a new time namespace")
+    mounts, links = cgroupmounts.expand_all(spec.mounts, cgroups, namespace="cgroup" in types)
+    steps = [
+        wire.number(PLAN_VERSION, VERSION),
+        wire.number(PROPAGATION, mountopts.MS_SLAVE | mountopts.MS_REC),
+        wire.text(ROOTFS, rootfs, "root.path"),
+        *filesystem(spec, bundle, mounts, links, procfs if "pid" in joined else "", devices_bound="user" in types),
+        *_early_hooks(spec.hooks, hook_state),
+        wire.number(PIVOT, 0),
+        *root_propagation(spec.linux.rootfs_propagation),
+        *_console(process, bind=True),
+        *late_readonly(spec, mounts),
+        *_names(spec, types),
+        *sysctl.steps(SYSCTL, spec.linux.sysctl, types),
+        *(wire.text(READONLY, absolute(path, "linux.readonlyPaths")) for path in spec.linux.readonly_paths),
+        *(wire.text(MASK, absolute(p, "linux.maskedPaths")) for p in dict.fromkeys(spec.linux.masked_paths)),
+        *_process(
+            process.but(exec_cpu_affinity=None),
+            DEFAULT_UMASK,
+            spec.linux.personality,
+            filter,
+            spec.hooks.start_container,
+        ),
+    ]
+    head = wire.bootstrap(
+        create=create,
+        paths=joined.items(),
+        uid_map=spec.linux.uid_mappings,
+        gid_map=spec.linux.gid_mappings,
+        oom_score_adj=process.oom_score_adj,
+        time_offsets=spec.linux.time_offsets,
+    )
+    return head + wire.message(wire.MESSAGE_PLAN, b"".join(steps), "the plan") + _strings(process)
+
+
+def pause_messages(rootfs: str, join: Mapping[str, str]) -> bytes:
+    """The messages for the first process of a pid namespace that containers share: in `rootfs`, as nobody.
+
+    Whoever may trace it there can make it do things: it has nothing of the guest, and limits to keep it from growing.
+    `join` maps namespace types to paths as for an init; the network is one of its own, with nothing in it.
+    """
+    steps = [
+        wire.number(PLAN_VERSION, VERSION),
+        wire.number(PROPAGATION, mountopts.MS_SLAVE | mountopts.MS_REC),
+        wire.text(ROOTFS, rootfs),
+        wire.number(PIVOT, 0),
+        wire.truth(ROOT_READONLY, True),
+        *_process(PAUSE, DEFAULT_UMASK),
+    ]
+    head = wire.bootstrap(create=_mask(("pid", "mount", "network", "cgroup")), paths=join.items())
+    return head + wire.message(wire.MESSAGE_PLAN, b"".join(steps), "the plan") + _strings(PAUSE)
+
+
+def exec_messages(process: Process, spec: Spec, join: Mapping[str, str], filter: bytes = b"") -> bytes:
+    """The messages for another process in a running container, into all namespaces that the container was given.
+
+    `filter` is the container's (bpf.py).
+    """
+    own = spec.process
+    if own is not None:
+        process = process.but(
+            capabilities=process.capabilities if process.capabilities is not None else own.capabilities,
+            rlimits=process.rlimits or own.rlimits,
+            no_new_privileges=process.no_new_privileges or own.no_new_privileges,
+            oom_score_adj=process.oom_score_adj if process.oom_score_adj is not None else own.oom_score_adj,
+            scheduler=process.scheduler if process.scheduler is not None else own.scheduler,
+            io_priority=process.io_priority if process.io_priority is not None else own.io_priority,
+            apparmor_profile=process.apparmor_profile or own.apparmor_profile,
+            selinux_label=process.selinux_label or own.selinux_label,
+        )
+    types = {namespace.type for namespace in spec.linux.namespaces} | set(join)
+    steps = [
+        wire.number(PLAN_VERSION, VERSION),
+        *_console(process, bind=False),
+        *_process(process, None, spec.linux.personality, filter),
+    ]
+    head = wire.bootstrap(join=_mask(types), oom_score_adj=process.oom_score_adj)
+    return head + wire.message(wire.MESSAGE_PLAN, b"".join(steps), "the plan") + _strings(process)
+
+
+def joined_paths(linux: Linux, join: Mapping[str, str]) -> dict[str, str]:
+    """Namespaces entered by path: the configuration's, and `join` over them.  Raises SpecError."""
+    paths = {namespace.type: namespace.path for namespace in linux.namespaces if namespace.path} | dict(join)
+    for type_, path in paths.items():
+        if type_ not in wire.NAMESPACES:
+            raise SpecError("linux.namespaces", f"{type_!r} is not a namespace type")
+        if not path.startswith("/") or "," in path or "\0" in path:
+            raise SpecError("linux.namespaces", f"{path!r} must be an absolute path without a comma")
+    return paths
+
+
+def _mask(types: Iterable[str]) -> int:
+    mask = 0
+    for type_ in types:
+        mask |= wire.NAMESPACES[type_][0]
+    return mask
+
+
+def _check_maps(linux: Linux, new_user: bool) -> None:
+    maps = {"linux.uidMappings": linux.uid_mappings, "linux.gidMappings": linux.gid_mappings}
+    for name, mappings in maps.items():
+        if mappings and not new_user:
+            raise SpecError(name, "needs a new user namespace")
+        if new_user and not mappings:
+            raise SpecError(name, "is needed by a new user namespace")
+        if len(mappings) > 340:
+            raise SpecError(name, f"holds {len(mappings)} mappings, and the kernel takes 340")
+
+
+def _console(process: Process, *, bind: bool) -> Iterable[bytes]:
+    if process.terminal:
+        rows, columns = process.console_size or (0, 0)
+        yield wire.attribute(CONSOLE, pack("=HHI", rows, columns, bind))
+
+
+def _names(spec: Spec, types: set[str]) -> Iterable[bytes]:
+    for field, value, step in (("hostname", spec.hostname, HOSTNAME), ("domainname", spec.domainname, DOMAINNAME)):
+        if not value:
+            continue
+        if "uts" not in types:
+            raise SpecError(field, "needs a uts namespace")
+        if len(value.encode()) > 64:
+            raise SpecError(field, "is longer than 64 bytes")
+        yield wire.text(step, value)
+
+
+def _early_hooks(hooks: Hooks, state: str) -> Iterable[bytes]:
+    """Those that run before the root is changed, and the state that all of nsexec's get."""
+    if hooks.create_container or hooks.start_container:
+        yield wire.text(HOOK_STATE, state, "the state for hooks")
+    if hooks.prestart or hooks.create_runtime:
+        yield wire.truth(RUNTIME_HOOKS, True)
+    yield from (_hook(CREATE_HOOK, hook) for hook in hooks.create_container)
+
+
+def _hook(step: int, hook: Hook) -> bytes:
+    args = hook.args or (hook.path,)
+    numbers = pack("=3I", hook.timeout or 0, len(args), len(hook.env))
+    return wire.attribute(step, numbers + texts(hook.path, *args, *hook.env), f"the hook {hook.path}")
+
+
+def _process(
+    process: Process,
+    default_umask: int | None,
+    personality: int | None = None,
+    filter: bytes = b"",
+    hooks: Iterable[Hook] = (),
+) -> Iterable[bytes]:
+    """The steps that make a process what it is, the same for an init and an exec; `hooks` run right before it."""
+    user = process.user
+    umask = user.umask if user.umask is not None else default_umask
+    if umask is not None:
+        yield wire.number(UMASK, umask)
+    for limit in process.rlimits:
+        resource = rlimit_number(limit.type, "process.rlimits")
+        yield wire.attribute(RLIMIT, pack("=IIQQ", resource, 0, limit.soft, limit.hard))
+    cpus = process.exec_cpu_affinity
+    if cpus is not None and cpus.initial is not None:
+        yield wire.attribute(CPUS, cpus.initial)
+    if cpus is not None and cpus.final is not None:
+        yield wire.attribute(FINAL_CPUS, cpus.final)
+    if process.scheduler is not None:
+        yield wire.attribute(SCHEDULER, process.scheduler)
+    if process.io_priority is not None:
+        yield wire.number(IO_PRIORITY, process.io_priority)
+    if personality is not None:
+        yield wire.number(PERSONALITY, personality)
+    if process.apparmor_profile:
+        yield wire.attribute(LABEL, texts("apparmor/exec", f"exec {process.apparmor_profile}"))
+    elif process.selinux_label:
+        yield wire.attribute(LABEL, texts("exec", process.selinux_label))
+    if process.no_new_privileges:
+        yield wire.truth(NO_NEW_PRIVS, True)
+    if filter:
+        yield wire.attribute(SECCOMP, filter, "linux.seccomp")
+    if user.additional_gids:
+        groups = pack(f"={len(user.additional_gids)}I", *user.additional_gids)
+        yield wire.attribute(GROUPS, groups, "process.user.additionalGids")
+    yield wire.attribute(USER, pack("=II", user.uid, user.gid))
+    sets = process.capabilities or Capabilities()
+    yield wire.attribute(
+        CAPABILITIES,
+        pack(
+            "=5Q",
+            *(
+                capability_mask(getattr(sets, name), f"process.capabilities.{name}")
+                for name in ("bounding", "effective", "permitted", "inheritable", "ambient")
+            ),
+        ),
+    )
+    yield wire.text(CWD, process.cwd, "process.cwd")
+    yield from (_hook(START_HOOK, hook) for hook in hooks)
+    yield wire.attribute(STRINGS, pack("=II", len(process.args), len(environment(process))))
+
+
+def environment(process: Process) -> tuple[str, ...]:
+    """The environment without duplicates (the last one wins) and with a HOME.  Raises SpecError."""
+    variables: dict[str, str] = {}
+    for variable in process.env:
+        name, equals, value = variable.partition("=")
+        if not equals or not name:
+            raise SpecError("process.env", f"{variable!r} is not of the form NAME=value")
+        variables[name] = value
+    variables.setdefault("HOME", "/root" if process.user.uid == 0 else "/")
+    return tuple(f"{name}={value}" for name, value in variables.items())
+
+
+def _strings(process: Process) -> bytes:
+    return wire.strings((*process.args, *environment(process)))

@@ -1,0 +1,58 @@
+"""Which kernel parameters a container may set: those that belong to a namespace it has, and no others."""
+
+from __future__ import annotations
+
+from caisson.agent.libcontainer.config.reader import SpecError
+from caisson.agent.libcontainer.plan import bootstrap as wire
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+IPC = {
+    f"kernel/{name}"
+    for name in ("msgmax", "msgmnb", "msgmni", "sem", "shmall", "shmmax", "shmmni", "shm_rmid_forced")
+}  # fmt: skip
+
+
+def path_of(key: str) -> str:
+    """`net.ipv4.ip_forward` or `net/ipv4/ip_forward` as a path below /proc/sys.
+
+    As in sysctl(8): the first separator says which of the two it is, and the other character stands for itself inside a
+    name (`net.ipv4.conf.eth0/1.rp_filter` is about eth0.1).  Raises SpecError.
+    """
+    dot, slash = key.find("."), key.find("/")
+    path = key.translate({ord("."): "/", ord("/"): "."}) if dot >= 0 and (slash < 0 or dot < slash) else key
+    if any(part in ("", ".", "..") for part in path.split("/")):
+        raise SpecError(f"linux.sysctl[{key}]", "is not a kernel parameter")
+    return path
+
+
+def needed_namespace(path: str) -> str | None:
+    """The namespace type that a parameter is part of; None for parameters of the whole guest."""
+    if path in IPC or path.startswith("fs/mqueue/"):
+        return "ipc"
+    if path == "kernel/domainname":
+        return "uts"
+    if path.startswith("net/"):
+        return "network"
+    if path.startswith("user/"):
+        return "user"
+    return None
+
+
+def steps(kind: int, values: Mapping[str, str], types: set[str]) -> Iterable[bytes]:
+    """SYSCTL steps for what is allowed.  Raises SpecError for what is not."""
+    for key, value in values.items():
+        where = f"linux.sysctl[{key}]"
+        path = path_of(key)
+        if path == "kernel/hostname":
+            raise SpecError(where, "is set by hostname")
+        namespace = needed_namespace(path)
+        if namespace is None:
+            raise SpecError(where, "is not a parameter of a namespace: it would change the whole guest")
+        if namespace not in types:
+            raise SpecError(where, f"needs a {namespace} namespace")
+        if "\n" in value:
+            raise SpecError(where, "must not contain a newline")
+        yield wire.attribute(kind, b"\0".join((wire.encode(path), wire.encode(value), b"")), where)

@@ -1,0 +1,94 @@
+"""process.user.username: who a container's /etc/passwd and /etc/group say that is.
+
+As runc has it: "user" or "user:group", each a number or a name.  What looks like a number never becomes a name: an
+image that has an entry for it would choose who that is (containerd CVE-2024-40635, crun CVE-2026-30892).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+
+from caisson.agent.base import syscalls
+from caisson.agent.libcontainer.config.reader import U32_MAX, SpecError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from caisson.agent.libcontainer.config.spec import Process
+
+FIELD = "process.user.username"
+RESOLVE = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
+FILE_MAX = 1 << 20  # bytes
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*\$?")
+
+
+def resolved(process: Process, root: str) -> Process:
+    """The process with the ids, the groups and (where it has none) the HOME of its user's name in the root directory.
+
+    Raises SpecError for a name that is none, and one that the container does not know.
+    """
+    user, colon, group = process.user.username.partition(":")
+    if not user or (colon and not group):
+        raise SpecError(FIELD, f"{process.user.username!r} is neither USER nor USER:GROUP")
+    try:
+        root_fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise SpecError(FIELD, f"the container's root cannot be looked into: {error.strerror}") from None
+    try:
+        entry = _entry(_table(root_fd, "etc/passwd", 7), user)
+        groups = _table(root_fd, "etc/group", 4)
+    finally:
+        os.close(root_fd)
+    if entry is None and not user.isdecimal():
+        raise SpecError(FIELD, f"unable to find user {user}: no matching entries in passwd file")
+    uid = _id(user) if entry is None else _id(entry[2])
+    gid, more = 0 if entry is None else _id(entry[3]), process.user.additional_gids
+    if group:
+        found = _entry(groups, group)
+        if found is None and not group.isdecimal():
+            raise SpecError(FIELD, f"unable to find group {group}: no matching entries in group file")
+        gid = _id(group) if found is None else _id(found[2])
+    elif entry is not None:
+        more = (*more, *(_id(one[2]) for one in groups if entry[0] in one[3].split(",")))
+    who = process.user.but(username="", uid=uid, gid=gid, additional_gids=tuple(dict.fromkeys(more)))
+    if entry is not None and entry[5].startswith("/") and not any(value.startswith("HOME=") for value in process.env):
+        return process.but(user=who, env=(*process.env, f"HOME={entry[5]}"))
+    return process.but(user=who)
+
+
+def _entry(table: list[list[str]], wanted: str) -> list[str] | None:
+    """The first line about a number or a name.  Raises SpecError for what is neither."""
+    if wanted.isascii() and wanted.isdecimal():
+        number = _id(wanted)
+        return next((line for line in table if line[2].isdecimal() and int(line[2]) == number), None)
+    if not NAME.fullmatch(wanted):
+        raise SpecError(FIELD, f"{wanted!r} is neither a number nor a name")
+    return next((line for line in table if line[0] == wanted), None)
+
+
+def _id(text: str) -> int:
+    if (
+        not (text.isascii() and text.isdecimal()) or int(text) >= U32_MAX
+    ):  # the last one means "no change" to the kernel
+        raise SpecError(FIELD, f"{text!r} is not an id: 0 to {U32_MAX - 1}")
+    return int(text)
+
+
+def _table(root: int, path: str, columns: int) -> list[list[str]]:
+    """The lines of passwd(5) or group(5) that have all their columns; none if there is no such file.
+
+    It is the image's: found inside its root whatever links say, only if it is a file, and only up to a size.
+    """
+    try:
+        fd = syscalls.openat2(root, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY, resolve=RESOLVE)
+    except OSError:
+        return []
+    with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return []
+        data = file.read(FILE_MAX + 1)
+    if len(data) > FILE_MAX:
+        raise SpecError(FIELD, f"the container's /{path} is larger than {FILE_MAX} bytes")
+    lines = (line.split(":") for line in data.decode(errors="surrogateescape").splitlines())
+    return [line for line in lines if len(line) >= columns]

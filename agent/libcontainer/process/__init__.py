@@ -1,0 +1,1 @@
+"""Processes in containers: nsexec, its setup channel, hooks and seccomp programs."""

@@ -1,0 +1,200 @@
+"""Seccomp profiles → programs for the kernel, by libseccomp.
+
+libseccomp is loaded with the first profile.  What it cannot say is put before its program: system calls that are newer
+than all a profile knows get ENOSYS, not what it has for the forbidden.  A C library that tries a new call first takes
+ENOSYS for "use the old one", and EPERM for a failure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import OrderedDict
+from struct import pack
+
+from caisson.agent.libcontainer.config.reader import SpecError
+from caisson.agent.libcontainer.config.seccomp import ALLOW, ERRNO, LOG, MASKED_EQ, Rule, Seccomp
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import ctypes
+
+LIBRARY = "libseccomp.so.2"
+KEPT = 32
+ENOSYS = 38
+INSTRUCTIONS_MAX = 4096  # BPF_MAXINSNS
+
+#: With more rules than this a binary tree is searched instead of a list (seccomp_attr_set(3)).
+TREE_FROM, OPTIMIZE, TREE = 32, 8, 2
+
+#: Classic BPF (include/uapi/linux/bpf_common.h), and where seccomp_data has number and architecture.
+LOAD, JUMP, JUMP_EQUAL, JUMP_GREATER, JUMP_AT_LEAST, RETURN = 0x20, 0x05, 0x15, 0x25, 0x35, 0x06
+NUMBER_AT, ARCHITECTURE_AT = 0, 4
+
+X86_64, X32 = 0xC000003E, 0x4000003E
+X32_BIT = 0x40000000
+
+
+class Filters:
+    """Compiles profiles, and keeps the last programs: that takes up to 20 ms, and containers have the same ones."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Seccomp, bytes] = OrderedDict()
+
+    async def program(self, profile: Seccomp) -> bytes:
+        """The filter's flags (32 bits) and instructions.  Raises SpecError.
+
+        Compiled in a thread: nobody else has to wait.
+        """
+        found = self._kept.get(profile)
+        if found is None:
+            found = await asyncio.to_thread(_program, profile)
+            self._kept[profile] = found
+            if len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        else:
+            self._kept.move_to_end(profile)
+        return found
+
+
+def _program(profile: Seccomp) -> bytes:
+    compiled = _Library().compile(profile)
+    if len(compiled) > INSTRUCTIONS_MAX * 8:
+        raise SpecError(
+            "linux.seccomp", f"makes {len(compiled) // 8} instructions; the kernel takes {INSTRUCTIONS_MAX}"
+        )
+    return pack("=I", profile.flags) + compiled
+
+
+class _Library:
+    """libseccomp, as far as it is needed.  https://github.com/seccomp/libseccomp, seccomp.h"""
+
+    def __init__(self) -> None:
+        import ctypes
+
+        try:
+            library = ctypes.CDLL(LIBRARY)
+        except OSError as error:
+            raise SpecError("linux.seccomp", f"needs {LIBRARY} (Debian: libseccomp2): {error}") from None
+
+        class Comparison(ctypes.Structure):
+            _fields_ = (
+                ("arg", ctypes.c_uint),
+                ("op", ctypes.c_int),
+                ("datum_a", ctypes.c_uint64),
+                ("datum_b", ctypes.c_uint64),
+            )
+
+        library.seccomp_init.restype = ctypes.c_void_p
+        library.seccomp_arch_native.restype = ctypes.c_uint32
+        library.seccomp_arch_resolve_name.restype = ctypes.c_uint32
+        self._ctypes = ctypes
+        self._comparison = Comparison
+        self._library = library
+
+    def compile(self, profile: Seccomp) -> bytes:
+        """The instructions of a profile.  Raises SpecError."""
+        context = self._library.seccomp_init(self._ctypes.c_uint32(profile.default))
+        if not context:
+            raise SpecError("linux.seccomp.defaultAction", "is not one that libseccomp takes")
+        filter_ = self._ctypes.c_void_p(context)
+        try:
+            architectures = self._architectures(filter_, profile)
+            if sum(len(rule.names) for rule in profile.rules) > TREE_FROM:
+                tree = self._ctypes.c_uint32(TREE)
+                _check(self._library.seccomp_attr_set(filter_, OPTIMIZE, tree), "linux.seccomp")
+            for index, rule in enumerate(profile.rules):
+                if rule.action != profile.default:
+                    self._add(filter_, rule, f"linux.seccomp.syscalls[{index}]")
+            return self._newer(profile, architectures) + self._export(filter_)
+        finally:
+            self._library.seccomp_release(filter_)
+
+    def _architectures(self, filter_: ctypes.c_void_p, profile: Seccomp) -> list[int]:
+        found = [int(self._library.seccomp_arch_native())]
+        for index, name in enumerate(profile.architectures):
+            where = f"linux.seccomp.architectures[{index}]"
+            token = int(self._library.seccomp_arch_resolve_name(name.removeprefix("SCMP_ARCH_").lower().encode()))
+            if not token:
+                raise SpecError(where, f"{name} is not known to this guest's libseccomp")
+            if token not in found:
+                _check(self._library.seccomp_arch_add(filter_, self._ctypes.c_uint32(token)), where)
+                found.append(token)
+        return found
+
+    def _add(self, filter_: ctypes.c_void_p, rule: Rule, where: str) -> None:
+        conditions = []
+        for one in rule.conditions:
+            data = (one.mask, one.value) if one.comparison == MASKED_EQ else (one.value, 0)
+            conditions.append(self._comparison(one.index, one.comparison, *data))
+        # libseccomp takes one condition an argument; several are alternatives then, each a rule, as for runc.
+        several = len({one.index for one in rule.conditions}) != len(conditions)
+        groups = [[one] for one in conditions] if several else [conditions]
+        for name in rule.names:
+            number = self._library.seccomp_syscall_resolve_name(name.encode())
+            if number == -1:  # a call that this library does not know yet: no rule can be about it
+                continue
+            for group in groups:
+                array = (self._comparison * len(group))(*group)
+                count, action = self._ctypes.c_uint(len(group)), self._ctypes.c_uint32(rule.action)
+                result = self._library.seccomp_rule_add_array(filter_, action, number, count, array)
+                _check(result, f"{where}: {name}")
+
+    def _export(self, filter_: ctypes.c_void_p) -> bytes:
+        fd = os.memfd_create("seccomp", os.MFD_CLOEXEC)
+        try:
+            _check(self._library.seccomp_export_bpf(filter_, fd), "linux.seccomp")
+            return os.pread(fd, 8 * INSTRUCTIONS_MAX + 8, 0)
+        finally:
+            os.close(fd)
+
+    def _newer(self, profile: Seccomp, architectures: list[int]) -> bytes:
+        """Instructions that answer ENOSYS for numbers above the last one which the profile knows."""
+        if profile.default in (ALLOW, LOG, ERRNO | ENOSYS):
+            return b""
+        last = {token: self._last(profile, token) for token in architectures}
+        blocks = [
+            _block(token, number, last.get(X32, -1))
+            for token, number in last.items()
+            if token != X32 and number >= 0  # x32 is a part of x86_64 to the kernel
+        ]
+        program = _instruction(LOAD, ARCHITECTURE_AT)
+        for index, block in enumerate(blocks):
+            rest = sum(len(one) for one in blocks[index + 1 :]) // 8
+            program += block + _instruction(JUMP, rest + (len(blocks) - index - 1) * 2 + 1) + _enosys()
+        return program if blocks else b""
+
+    def _last(self, profile: Seccomp, architecture: int) -> int:
+        """The highest number that the profile says something of, on an architecture; -1 if there is none."""
+        resolve = self._library.seccomp_syscall_resolve_name_arch
+        token = self._ctypes.c_uint32(architecture)
+        return max((resolve(token, name.encode()) for rule in profile.rules for name in rule.names), default=-1)
+
+
+def _check(result: int, where: str) -> None:
+    if result < 0:
+        raise SpecError(where, f"libseccomp refuses it: {os.strerror(-result).lower()}")
+
+
+def _instruction(code: int, value: int, true: int = 0, false: int = 0) -> bytes:
+    return pack("=HBBI", code, true, false, value)
+
+
+def _enosys() -> bytes:
+    return _instruction(RETURN, ERRNO | ENOSYS)
+
+
+def _block(architecture: int, last: int, last_x32: int) -> bytes:
+    """For one architecture: go to the second instruction after this for a number above the last, else to the first.
+
+    That is a jump over what follows; and for another architecture it is the third.
+    """
+    body = _instruction(LOAD, NUMBER_AT)
+    if architecture == X86_64:
+        # Numbers with this bit are x32's: those of a profile without it are for libseccomp's program to refuse.
+        if last_x32 >= 0:
+            body += _instruction(JUMP_AT_LEAST, X32_BIT, true=0, false=1) + _instruction(JUMP_GREATER, last_x32, 2, 1)
+        else:
+            body += _instruction(JUMP_AT_LEAST, X32_BIT, true=1, false=0)
+    body += _instruction(JUMP_GREATER, last, true=1, false=0)
+    return _instruction(JUMP_EQUAL, architecture, true=0, false=len(body) // 8 + 2) + body

@@ -1,0 +1,1 @@
+"""Sandbox, containers and processes: asyncio supervision over libcontainer."""

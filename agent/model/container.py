@@ -1,0 +1,393 @@
+"""A container: a first process in namespaces of its own, more processes beside it, and what they may use.
+
+created → running → stopped, and paused in between; each change of state under the container's own lock, never a wider
+one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from datetime import UTC, datetime
+
+from caisson.agent.base.aio import regardless
+from caisson.agent.base.errors import AlreadyExists, Ended, NotFound, Refused, Unsupported, WrongState
+from caisson.agent.libcontainer.cgroups.base import CgroupError, signal_pid
+from caisson.agent.libcontainer.config.resources import Resources
+from caisson.agent.libcontainer.errors import LaunchError
+from caisson.agent.libcontainer.state import State, check_id, start_time
+from caisson.agent.model.process import Process, catches
+from caisson.agent.model.reaper import Child
+from caisson.agent.model.stdio import Pipes, Streams
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable
+    from pathlib import Path
+
+    from caisson.agent.base.log import Log
+    from caisson.agent.libcontainer.cgroups import Cgroup
+    from caisson.agent.libcontainer.cgroups.stats import CgroupStats
+    from caisson.agent.libcontainer.config.spec import Hook, Spec
+    from caisson.agent.libcontainer.config.spec import Process as ProcessSpec
+    from caisson.agent.libcontainer.process.launcher import Launched, Launcher, Stdio
+
+#: For so long the end of processes that were killed is waited for before their cgroup is removed.
+EMPTY_SECONDS = 8.0
+
+#: Ended execs whose status and output are kept for whoever comes late; the oldest go first.
+KEPT = 256
+
+CREATED, RUNNING, PAUSED, STOPPED = "created", "running", "paused", "stopped"
+
+
+async def _started(
+    launch: Callable[[Stdio | None], Awaitable[Launched]], exec_id: str, terminal: bool, pipe_size: int
+) -> Process:
+    """Start a process with pipes or a terminal around it; on failure nothing of them is left."""
+    pipes = None if terminal else Pipes(pipe_size)
+    try:
+        launched = await launch(None if pipes is None else pipes.theirs)
+    except BaseException:
+        if pipes is not None:
+            pipes.failed()
+        raise
+    assert isinstance(launched.child, Child)  # the launcher's children are the reaper's
+    if pipes is not None:
+        return Process(exec_id, launched.child, pipes.started())
+    assert launched.console is not None
+    return Process(exec_id, launched.child, Streams.of_terminal(launched.console))
+
+
+class Container:
+    """One container of the sandbox."""
+
+    def __init__(
+        self,
+        container_id: str,
+        spec: Spec,
+        *,
+        launcher: Launcher,
+        cgroup: Cgroup | None,
+        directory: Path,
+        pipe_size: int,
+        log: Log,
+        oom: Callable[[], object],
+    ) -> None:
+        """``oom`` is called when the kernel has ended a process of it for want of memory."""
+        self.id = container_id
+        self._oom = oom
+        self.spec = spec
+        self._launcher = launcher
+        self._cgroup = cgroup
+        self._directory = directory
+        self._fifo = directory / "exec.fifo"
+        self._pipe_size = pipe_size
+        self._log = log
+        self._resources = spec.linux.resources or Resources()
+        self._lock = asyncio.Lock()
+        self._processes: dict[str, Process] = {}
+        self._starting: dict[str, asyncio.Event] = {}  # set when it is decided whether there is a process
+        self._ended: dict[str, None] = {}  # exec ids in the order in which they ended
+        self._watchers: set[asyncio.Task[None]] = set()
+        self._init: Process | None = None
+        self._paused = False
+        self._shares_pids = False  # the end of its first process does not end the others
+        self._began = False  # hooks may have run for it
+        self._poststart: asyncio.Task[None] | None = None
+        self._ending = False  # nothing starts in it any more
+        self._gone = False
+
+    @property
+    def status(self) -> str:
+        """created, running, paused or stopped."""
+        if self._init is None or self._init.child.status is not None:
+            return STOPPED
+        if self._paused:
+            return PAUSED
+        return CREATED if self._fifo.exists() else RUNNING  # starting it takes the fifo away
+
+    async def create(self, exec_id: str, join: dict[str, str], procfs: str | None = None) -> None:
+        """Set the first process up, to the point before its program runs.  On failure nothing of it is left.
+
+        `join` and `procfs` are as for Launcher.create.
+        """
+        assert self.spec.process is not None and self.spec.root is not None
+        check_id(exec_id)
+        if self._cgroup is not None:
+            self._cgroup.apply(self._resources)
+            self._cgroup.watch_oom(self._oom)
+        root = self.spec.root.path
+
+        def launch(stdio: Stdio | None) -> Awaitable[Launched]:
+            return self._launcher.create(
+                self.spec,
+                container_id=self.id,
+                bundle=self._directory,
+                rootfs=root,
+                join=join,
+                cgroup=self._cgroup,
+                stdio=stdio,
+                fifo=self._fifo,
+                procfs=procfs,
+            )
+
+        self._began = True
+        self._shares_pids = "pid" in join
+        try:
+            init = await _started(launch, exec_id, self.spec.process.terminal, self._pipe_size)
+        except LaunchError as error:
+            if self._cgroup is not None and self._cgroup.oom_kills():
+                raise LaunchError("container init was OOM-killed (memory limit too low?)", step="oom") from error
+            raise
+        self._init = self._processes[exec_id] = init
+        self._watch(init)
+        pid = init.child.pid
+        state = State(
+            id=self.id,
+            init_process_pid=pid,
+            init_process_start=start_time(pid),
+            created=datetime.now(UTC).isoformat().replace("+00:00", "Z"),
+            cgroup_paths={} if self._cgroup is None else self._cgroup.by_controller,
+            labels=self.spec.annotations,
+        )
+        state.save(self._directory)
+
+    async def start(self) -> None:
+        """Let the program run.  Raises WrongState, or LaunchError when its init died before.
+
+        Once begun it is done: an init that has come half-way could not be started again.
+        """
+        await regardless(self._start())
+
+    async def _start(self) -> None:
+        async with self._lock:
+            if self.status != CREATED:
+                raise WrongState(f"Container {self.id} status {self.status}, should be {CREATED}")
+            assert self._init is not None
+            await self._launcher.start(self._fifo, self._init.child)
+            if self.spec.hooks.poststart and not self._ending:
+                hooks = self._run_hooks("poststart", self.spec.hooks.poststart, RUNNING, self._init.child.pid)
+                self._poststart = asyncio.ensure_future(hooks)
+        if self._poststart is not None:  # not under the lock: they may take long, and it may be removed meanwhile
+            await asyncio.wait([self._poststart])
+
+    async def _run_hooks(self, point: str, hooks: Iterable[Hook], status: str, pid: int = 0) -> None:
+        """Run hooks whose failures change nothing (runtime.md, "Lifecycle", steps 9 and 13): they are logged."""
+        from caisson.agent.libcontainer.process.hooks import state
+
+        document = state(self.id, str(self._directory), self.spec.annotations, status, pid)
+        for hook in hooks:
+            try:
+                await self._launcher.run_hooks(point, (hook,), document)
+            except (LaunchError, OSError) as error:
+                self._log("warning", "a hook failed", error=str(error))
+
+    async def exec(self, exec_id: str, process: ProcessSpec) -> Process:
+        """Run one more process in it; it runs when this returns.  Raises LaunchError when it cannot."""
+        check_id(exec_id)
+        if self._ending or self.status == STOPPED:
+            raise WrongState(f"Cannot exec in stopped container {self.id}")
+        if self._paused:  # a process that is born into it would stand still before it says anything
+            raise WrongState(f"Cannot exec in paused container {self.id}")
+        if exec_id in self._processes or exec_id in self._starting:
+            raise AlreadyExists(f"Process {exec_id} already exists (container {self.id})")
+        assert self._init is not None
+        init = self._init.child
+
+        def launch(stdio: Stdio | None) -> Awaitable[Launched]:
+            return self._launcher.exec(
+                process,
+                spec=self.spec,
+                init=init,
+                cgroup=self._cgroup,
+                stdio=stdio,
+            )
+
+        decided = self._starting[exec_id] = asyncio.Event()
+        try:
+            started = await _started(launch, exec_id, process.terminal, self._pipe_size)
+            self._processes[exec_id] = started
+            self._watch(started)
+            return started
+        except LaunchError as error:
+            if self._ending or init.status is not None:  # that is why it could not
+                raise WrongState(f"Cannot exec in stopped container {self.id}") from error
+            raise
+        finally:
+            del self._starting[exec_id]
+            decided.set()
+
+    async def pause(self) -> None:
+        """Let everything in it stand still.  Raises Refused when it does already, or has ended."""
+        async with self._lock:
+            if self.status not in (CREATED, RUNNING):
+                raise Refused(f"container not running or created: {self.status}")
+            if self._cgroup is None:
+                raise Unsupported("a container is paused by its cgroup, and this machine has no cgroup hierarchy")
+            await self._cgroup.freeze()
+            self._paused = True
+
+    async def resume(self) -> None:
+        """Let everything in it go on.  Raises Refused when it does not stand still."""
+        async with self._lock:
+            if self.status != PAUSED or self._cgroup is None:
+                raise Refused("container not paused")
+            await self._cgroup.thaw()
+            self._paused = False
+
+    async def update(self, resources: Resources) -> None:
+        """Change what it may use: what `resources` gives, and all of that or nothing.
+
+        Raises Refused when it has ended, SpecError or CgroupError for what cannot be set.
+        """
+        await regardless(self._update(resources))
+
+    async def stats(self) -> CgroupStats:
+        """What it has used so far.  Takes no lock, and no time of others: the files are read in a thread."""
+        if self._cgroup is None:
+            raise Unsupported(
+                "what a container uses is counted by its cgroup, and this machine has no cgroup hierarchy"
+            )
+        return await asyncio.to_thread(self._cgroup.stats)
+
+    async def _update(self, resources: Resources) -> None:
+        async with self._lock:
+            if self.status == STOPPED:
+                raise Refused("container not running")
+            if self._cgroup is None:
+                raise Unsupported("limits are set in a container's cgroup, and this machine has no cgroup hierarchy")
+            wanted = self._resources.updated(resources)
+            await self._cgroup.update(wanted)
+            self._resources = wanted
+
+    def offer_cpus(self) -> None:
+        """Let it use CPUs that were plugged in, unless it is to use certain ones only.  A failure is logged."""
+        if self._cgroup is None:
+            return
+        try:
+            self._cgroup.offer_cpus(above_only=bool(self._resources.cpu.cpus))
+        except CgroupError as error:
+            self._log("warning", "a container gets no part of new CPUs", error=str(error))
+
+    def pids(self) -> list[int]:
+        """Everything that runs in it, by the agent's numbers; without cgroups only what the agent started."""
+        if self._cgroup is not None:
+            return sorted(self._cgroup.pids())
+        return sorted(process.child.pid for process in self._processes.values() if process.child.status is None)
+
+    def process(self, exec_id: str) -> Process:
+        """A process by its id; an empty one means the first.  Raises NotFound."""
+        process = self._init if not exec_id else self._processes.get(exec_id)
+        if process is None:
+            raise NotFound(f"Process {exec_id} not found (container {self.id})")
+        return process
+
+    async def signal_all(self, number: int) -> None:
+        """Signal every process in it; one that has just ended is no failure.  A paused container goes on after it.
+
+        Without a cgroup that is what the agent has started.
+        """
+        if self._cgroup is None:
+            self._signal_known(number)
+            return
+        if number == signal.SIGKILL:
+            await self._cgroup.kill()
+            return
+        await self._cgroup.freeze()  # so that nobody forks away while the list is read
+        try:
+            for pid in self._cgroup.pids():
+                try:
+                    signal_pid(pid, number)
+                except ProcessLookupError:
+                    continue
+        finally:
+            await self._cgroup.thaw()
+            self._paused = False
+
+    def signal(self, exec_id: str, number: int) -> None:
+        """Signal one process.  A first process without a handler for SIGTERM gets SIGKILL instead.
+
+        The kernel drops signals that PID 1 of a namespace does not handle (pid_namespaces(7)), and who stops a
+        container should not have to wait for nothing.  Raises Ended.
+        """
+        process = self.process(exec_id)
+        if process is self._init and number == signal.SIGTERM and not catches(process.child.pid, number):
+            number = signal.SIGKILL
+        process.child.signal(number)
+
+    async def remove(self) -> None:
+        """End it, whatever its state, and remove all that is left of it.  Another remove waits, then finds nothing.
+
+        Raises CgroupError or OSError; it can be tried again then.
+        """
+        async with self._lock:
+            if self._gone:
+                return
+            self._ending = True
+            if self._poststart is not None:
+                self._poststart.cancel()
+                await asyncio.wait([self._poststart])
+            if self._init is not None:
+                await self._end_all()
+            for process in list(self._processes.values()):
+                await process.wait()
+                process.release()
+            if self._cgroup is not None:
+                if self._shares_pids:
+                    await self._emptied(self._cgroup)
+                await self._cgroup.delete()
+            self._fifo.unlink(missing_ok=True)
+            (self._directory / "state.json").unlink(missing_ok=True)
+            if self._directory.is_dir():
+                self._directory.rmdir()
+            self._gone = True
+            if self._began and self.spec.hooks.poststop:
+                await self._run_hooks("poststop", self.spec.hooks.poststop, STOPPED)
+
+    async def _end_all(self) -> None:
+        """SIGKILL to all in it, also to what is being started; without a cgroup, to all that the agent knows."""
+        if self._cgroup is not None:
+            await self._cgroup.kill()
+        self._signal_known(signal.SIGKILL)
+        for decided in list(self._starting.values()):
+            await decided.wait()
+        self._signal_known(signal.SIGKILL)
+
+    def _signal_known(self, number: int) -> None:
+        """Signal what the agent itself has started in it and still runs."""
+        for process in self._processes.values():
+            try:
+                process.child.signal(number)
+            except Ended:
+                continue
+
+    @staticmethod
+    async def _emptied(cgroup: Cgroup) -> None:
+        """Wait for what was killed and is nobody's child here; in a pid namespace of its own the kernel does that."""
+        pause = 0.001
+        while cgroup.pids() and pause < EMPTY_SECONDS:
+            await asyncio.sleep(pause)
+            pause *= 2
+
+    def _watch(self, process: Process) -> None:
+        async def watch() -> None:
+            status = await process.wait()
+            process.exited()
+            self._log("debug", "process ended", exec_id=process.exec_id, status=status)
+            if process is self._init:
+                if self._shares_pids and not self._ending:
+                    try:
+                        await self._end_all()
+                    except CgroupError as error:  # its removal tries again, and has somebody to tell
+                        self._log("error", "what is left in a container could not be ended", error=str(error))
+                return
+            self._ended[process.exec_id] = None
+            while len(self._ended) > KEPT:
+                oldest = next(iter(self._ended))
+                del self._ended[oldest]
+                self._processes.pop(oldest).release()
+
+        task = asyncio.get_running_loop().create_task(watch())
+        self._watchers.add(task)
+        task.add_done_callback(self._watchers.discard)

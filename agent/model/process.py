@@ -1,0 +1,64 @@
+"""A process in a container, from the moment it runs until nobody asks for it any more."""
+
+from __future__ import annotations
+
+from caisson.agent.base.errors import WrongState
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from caisson.agent.model.reaper import Child
+    from caisson.agent.model.stdio import Streams
+
+
+class Process:
+    """A started process: its streams, its signals, its end."""
+
+    def __init__(self, exec_id: str, child: Child, streams: Streams) -> None:
+        self.exec_id = exec_id
+        self.child = child
+        self._streams = streams
+
+    async def wait(self) -> int:
+        """Its exit status; any number of waiters, any number of times."""
+        return await self.child.wait()
+
+    async def read_stdout(self, size: int) -> bytes:
+        """Output, or EndOfStream."""
+        return await self._streams.stdout.read(size, self.child)
+
+    async def read_stderr(self, size: int) -> bytes:
+        """Error output, or EndOfStream.  A terminal has only one output, which is read here, too."""
+        return await self._streams.stderr.read(size, self.child)
+
+    async def write(self, data: bytes) -> int:
+        """Give it input; returns how many bytes were taken.  Raises BrokenStream."""
+        return await self._streams.stdin.write(data, self.child)
+
+    async def close_stdin(self) -> None:
+        """End its input; a terminal's is ended by typing ^D."""
+        if not self._streams.is_terminal:
+            await self._streams.stdin.close()
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Set its terminal's size.  Raises WrongState when it has none."""
+        if not self._streams.is_terminal:
+            raise WrongState("Terminal is not set, impossible to resize it")
+        self._streams.resize(rows, columns)
+
+    def exited(self) -> None:
+        """Give back what a process that has ended does not need."""
+        self._streams.exited()
+
+    def release(self) -> None:
+        """Give back everything; unread output is lost."""
+        self._streams.close()
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal (SigCgt in /proc/<pid>/status, proc(5))."""
+    try:
+        with open(f"/proc/{pid}/status") as lines:  # noqa: PTH123 - a procfs file
+            caught = next((line for line in lines if line.startswith("SigCgt:")), "SigCgt: 0")
+    except OSError:
+        return False
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)

@@ -1,0 +1,126 @@
+"""The one owner of children: whatever waits for a process waits here.
+
+The agent is the parent of every container's processes, and as PID 1 or subreaper also of what they leave behind.  All
+of it runs in the event loop's thread, which gives two guarantees without a lock: between a spawn and its ``claim``
+nothing is reaped if nothing is awaited, and a pid that was not reaped yet cannot have been reused, so signals go to it
+alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from contextlib import contextmanager
+
+from caisson.agent.base import syscalls
+from caisson.agent.base.errors import Ended
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+class Child:
+    """A child process, until its end and after it."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.status: int | None = None
+        self._callbacks: dict[object, Callable[[], object]] = {}
+
+    async def wait(self) -> int:
+        """The exit status 0-255, or 128 + signal.  Any number of waiters, before and after the end."""
+        if self.status is None:
+            ended = asyncio.Event()
+            with self.on_exit(ended.set):
+                await ended.wait()
+        assert self.status is not None
+        return self.status
+
+    @contextmanager
+    def on_exit(self, callback: Callable[[], object]) -> Iterator[None]:
+        """Have a callback called at the end, if that comes while the block runs."""
+        key = object()
+        self._callbacks[key] = callback
+        try:
+            yield
+        finally:
+            self._callbacks.pop(key, None)
+
+    def signal(self, number: int) -> None:
+        """Send a signal.  Raises Ended when it was reaped, and OSError for a number that is none."""
+        if self.status is not None:
+            raise Ended("no such process")
+        os.kill(self.pid, number)
+
+    def _end(self, status: int) -> None:
+        self.status = status
+        for callback in list(self._callbacks.values()):
+            callback()
+
+
+class Reaper:
+    """Reaps everything, and hands statuses to whoever claimed the pid."""
+
+    def __init__(self) -> None:
+        self._children: dict[int, Child] = {}
+        self._expecting = 0
+        self._unclaimed: dict[int, int] = {}
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin; orphans come to this process from now on (PR_SET_CHILD_SUBREAPER, prctl(2))."""
+        if os.getpid() != 1:
+            syscalls.set_child_subreaper()
+        loop.add_signal_handler(signal.SIGCHLD, self._reap)
+        self._reap()
+
+    def stop(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Stop reaping."""
+        loop.remove_signal_handler(signal.SIGCHLD)
+
+    @contextmanager
+    def expecting(self) -> Iterator[None]:
+        """While inside, exit statuses of pids that nobody has claimed yet are kept for ``claim``."""
+        self._expecting += 1
+        try:
+            yield
+        finally:
+            self._expecting -= 1
+            if not self._expecting:
+                self._unclaimed.clear()
+
+    def claim(self, pid: int) -> Child:
+        """From now on this pid's exit goes to the returned Child."""
+        child = Child(pid)
+        status = self._unclaimed.pop(pid, None)
+        if status is None or _is_child(pid):  # a kept status may be an earlier, unrelated process's with this number
+            self._children[pid] = child
+        else:
+            child.status = status
+        return child
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, wait_status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            code = os.waitstatus_to_exitcode(wait_status)
+            status = code if code >= 0 else 128 - code
+            child = self._children.pop(pid, None)
+            if child is not None:
+                child._end(status)
+            elif self._expecting:
+                self._unclaimed[pid] = status
+
+
+def _is_child(pid: int) -> bool:
+    """Whether there is a child of this number that was not reaped yet."""
+    try:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True

@@ -1,0 +1,304 @@
+"""The sandbox: what all containers of this guest share, and the containers themselves."""
+
+from __future__ import annotations
+
+import asyncio
+
+from caisson.agent.base.aio import regardless
+from caisson.agent.base.errors import AlreadyExists, Invalid, NotFound, TooLate, WrongState
+from caisson.agent.guest.blockdevices import BlockDevices
+from caisson.agent.guest.dns import Resolver
+from caisson.agent.guest.storage import Storages
+from caisson.agent.libcontainer.config.spec import Hooks, Namespace, Rlimit
+from caisson.agent.libcontainer.errors import LaunchError
+from caisson.agent.libcontainer.state import check_id
+from caisson.agent.model.container import Container
+from caisson.agent.model.namespaces import SHARED, SharedNamespaces
+from caisson.agent.model.oom import OomEvents
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from caisson.agent.base.log import Log
+    from caisson.agent.guest.devices import GuestDevice
+    from caisson.agent.guest.hooks import GuestHooks
+    from caisson.agent.guest.storage import Storage
+    from caisson.agent.libcontainer.cgroups import Cgroup, Hierarchy
+    from caisson.agent.libcontainer.config.resources import Resources
+    from caisson.agent.libcontainer.config.spec import Spec
+    from caisson.agent.libcontainer.process.launcher import Launcher
+
+#: A sandbox's name where the host gives none.
+UNNAMED = "sandbox"
+
+
+class Sandbox:
+    """There is one in a guest.  It runs between ``start`` and ``destroy``, and may run again."""
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        cgroups: Hierarchy | None,
+        state: Path,
+        log: Log,
+        *,
+        open_files: tuple[int, int],
+        pipe_size: int = 0,
+        hotplug_timeout: float = 3.0,
+    ) -> None:
+        """``open_files`` is RLIMIT_NOFILE, soft and hard, for containers whose spec does not set it; a device that is
+        plugged in is waited for ``hotplug_timeout`` seconds.
+        """
+        self._launcher = launcher
+        self._cgroups = cgroups
+        self._state = state
+        self._log = log
+        self._open_files = open_files
+        self._pipe_size = pipe_size
+        self._lock = asyncio.Lock()
+        self._id: str | None = None
+        self._shared: SharedNamespaces | None = None
+        self._hooks: GuestHooks | None = None
+        self._containers: dict[str, Container] = {}
+        self._creating: dict[str, asyncio.Event] = {}  # set when it is decided whether there is a container
+        self._ending = False
+        self._resolver = Resolver()
+        self._blocks = BlockDevices(hotplug_timeout)
+        self._storages = Storages(self._blocks, log)
+        self._mounts: dict[str, list[str]] = {}  # by container; "" are the sandbox's own
+        self.oom_events = OomEvents()
+
+    @property
+    def shares_pids(self) -> bool:
+        """Whether its containers are in one pid namespace."""
+        return self._shared is not None and self._shared.procfs is not None
+
+    @property
+    def running(self) -> bool:
+        return self._id is not None and not self._ending
+
+    async def start(
+        self,
+        sandbox_id: str,
+        hostname: str,
+        *,
+        hook_path: str = "",
+        shared_pids: bool = False,
+        dns: Sequence[str] = (),
+        storages: Sequence[Storage] = (),
+    ) -> None:
+        """Start it; `hook_path` is where the guest has hooks of its own (guest/hooks.py), with `shared_pids` its
+        containers see each other's processes, `dns` are the lines of the guest's resolv.conf, and
+        `storages` are mounted.
+
+        Raises AlreadyExists, Invalid, Failed or TooLate; a failure leaves it as if it had not been tried.
+        """
+        async with self._lock:
+            if self._id is not None:
+                raise AlreadyExists("Sandbox already started, impossible to start again")
+            name = check_id(sandbox_id or UNNAMED)
+            hooks = _guest_hooks(hook_path) if hook_path else None
+            directory = self._state / name
+            directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+            shared = SharedNamespaces(directory / ".namespaces")
+            try:
+                await shared.make(hostname, self._launcher if shared_pids else None)
+            except (OSError, LaunchError) as error:
+                self._forget_directory(directory)
+                raise WrongState(f"failed to create namespace: {error}") from error
+            try:
+                self._mounts[""] = await self._storages.mount(storages)
+                if not self._resolver.set(dns):
+                    self._log("warning", "the guest has no resolv.conf to replace")
+            except BaseException:
+                await self._release()
+                await shared.release()
+                self._forget_directory(directory)
+                raise
+            self._id, self._shared, self._hooks = name, shared, hooks
+
+    async def destroy(self) -> None:
+        """End all containers and the sandbox.  Fine when there is none.
+
+        Once begun it goes on.  If a container cannot be removed the others are all the same, the sandbox stays, and
+        it can be tried again.
+        """
+        await regardless(self._destroy())
+
+    async def _destroy(self) -> None:
+        async with self._lock:
+            if self._id is None or self._shared is None:
+                return
+            self._ending = True  # no new containers from here on
+            try:
+                for decided in list(self._creating.values()):
+                    await decided.wait()
+                removals = [self._remove(container) for container in self._containers.values()]
+                for failure in await asyncio.gather(*removals, return_exceptions=True):
+                    if failure is not None:
+                        raise failure
+                self._resolver.release()
+                await self._release()
+                await self._shared.release()
+                self._forget_directory(self._state / self._id)
+                self._id = self._shared = None
+                self.oom_events.end()
+            finally:
+                self._ending = False
+
+    async def _release(self) -> None:
+        """Unmount what the sandbox itself has mounted."""
+        await self._storages.unmount(self._mounts.pop("", []))
+        await self._storages.release()
+
+    def _forget_directory(self, directory: Path) -> None:
+        try:
+            directory.rmdir()
+        except OSError as error:  # of an agent that was killed, most likely: not ours to delete
+            self._log("warning", "something is left in the sandbox's directory", path=str(directory), error=str(error))
+
+    def container(self, container_id: str) -> Container:
+        """A container by its id.  Raises NotFound."""
+        container = self._containers.get(container_id)
+        if container is None:
+            raise NotFound(f"Container {container_id} not found")
+        return container
+
+    async def create(
+        self,
+        container_id: str,
+        exec_id: str,
+        spec: Spec,
+        storages: Sequence[Storage] = (),
+        devices: Sequence[GuestDevice] = (),
+    ) -> Container:
+        """Create a container, with `storages` mounted for it before and the guest's numbers for its `devices`.
+
+        On failure nothing is left and the id is free.
+        """
+        while container_id in self._creating:
+            await self._creating[container_id].wait()  # whoever is told that it exists may use it
+        if self._id is None or self._shared is None or self._ending:
+            raise WrongState("Sandbox not started, impossible to run a new container")
+        check_id(container_id)
+        if container_id in self._containers:
+            raise AlreadyExists(f"Container {container_id} already exists, impossible to create")
+        if spec.process is None or spec.root is None or not spec.root.path:
+            raise Invalid("the container's spec needs a process and a root path")
+        spec, join = self._placed(container_id, spec, self._shared)
+        directory = self._state / self._id / container_id
+        try:
+            directory.mkdir(mode=0o711)
+        except FileExistsError:
+            raise AlreadyExists(f"container with id exists: {container_id}") from None
+        decided = self._creating[container_id] = asyncio.Event()
+        cgroup: Cgroup | None = None
+        try:
+            if devices:
+                from caisson.agent.guest.devices import placed
+
+                spec = await placed(spec, devices, self._blocks)
+            self._mounts[container_id] = await self._storages.mount(storages)
+            if self._cgroups is not None:
+                cgroup = self._cgroups.create(spec.linux.cgroups_path or f"{self._id}/{container_id}")
+            elif spec.linux.resources is not None:
+                raise WrongState("linux.resources: there is no cgroup hierarchy in this guest")
+            container = Container(
+                container_id,
+                spec,
+                launcher=self._launcher,
+                cgroup=cgroup,
+                directory=directory,
+                pipe_size=self._pipe_size,
+                log=self._log.bind(container_id=container_id),
+                oom=lambda: self._out_of_memory(container_id),
+            )
+            try:
+                await container.create(exec_id or container_id, join, self._shared.procfs)
+            except BaseException:
+                await regardless(container.remove())
+                raise
+            self._containers[container_id] = container
+            return container
+        except BaseException:
+            if cgroup is None and directory.is_dir():
+                directory.rmdir()
+            await regardless(self._storages.unmount(self._mounts.pop(container_id, [])))
+            raise
+        finally:
+            del self._creating[container_id]
+            decided.set()
+
+    def _placed(self, container_id: str, spec: Spec, shared: SharedNamespaces) -> tuple[Spec, dict[str, str]]:
+        """The spec with the namespaces and limits that this guest gives a container, and the paths to join.
+
+        IPC and UTS are the sandbox's, processes its own or the sandbox's, the network is the guest's unless a new one
+        is asked for; paths that a host sends mean nothing in a guest.
+        """
+        kinds = {namespace.type: namespace.path for namespace in spec.linux.namespaces}
+        if "pid" in kinds:
+            raise WrongState(
+                f"Unexpected PID namespace received for container {container_id}, should have been cleared out"
+            )
+        if kinds.get("network"):
+            del kinds["network"]
+        kinds |= {"pid": "", "mount": "", **dict.fromkeys(SHARED, "")}
+        namespaces = tuple(Namespace(kind) for kind in kinds)
+        process = spec.process
+        if process is not None and all(limit.type != "RLIMIT_NOFILE" for limit in process.rlimits):
+            soft, hard = self._open_files
+            process = process.but(rlimits=(*process.rlimits, Rlimit("RLIMIT_NOFILE", soft=soft, hard=hard)))
+        if self._hooks is not None or spec.hooks != Hooks():
+            spec = (self._hooks or _guest_hooks("")).added_to(spec)
+        from caisson.agent.guest.resources import fit
+
+        resources = spec.linux.resources and fit(spec.linux.resources)
+        placed = spec.but(process=process, linux=spec.linux.but(namespaces=namespaces, resources=resources))
+        return placed, dict(shared.paths)
+
+    async def update(self, container_id: str, resources: Resources) -> None:
+        """Change what a container may use.  Raises NotFound, and as Container.update."""
+        from caisson.agent.guest.resources import fit
+
+        await self.container(container_id).update(fit(resources))
+
+    def offer_cpus(self) -> None:
+        """Let containers use CPUs that were plugged in, but for those that are to use certain ones only."""
+        for container in self._containers.values():
+            container.offer_cpus()
+
+    def _out_of_memory(self, container_id: str) -> None:
+        self._log("warning", "the kernel ended a process for want of memory", container_id=container_id)
+        self.oom_events.add(container_id)
+
+    async def remove(self, container_id: str, timeout: float | None = None) -> None:
+        """End a container and forget it.  Raises NotFound, or TooLate: the work goes on then."""
+        work = regardless(self._remove(self.container(container_id)))
+        try:
+            await asyncio.wait_for(work, timeout or None)
+        except TimeoutError:
+            raise TooLate(f"Timeout reached after {timeout:g}s") from None
+
+    async def _remove(self, container: Container) -> None:
+        try:
+            await container.remove()
+        except Exception as error:
+            self._log("error", "a container could not be removed", container_id=container.id, error=str(error))
+            raise
+        if self._containers.get(container.id) is container:
+            await self._storages.unmount(self._mounts.pop(container.id, []))
+            del self._containers[container.id]
+
+
+def _guest_hooks(path: str) -> GuestHooks:
+    """The guest's own hooks, of which most guests have none."""
+    from caisson.agent.guest.hooks import GuestHooks
+
+    if path and not path.startswith("/"):
+        raise Invalid(f"guest_hook_path: {path!r} must be an absolute path")
+    try:
+        return GuestHooks(path)
+    except OSError as error:
+        raise Invalid(f"guest_hook_path: {error.filename}: {error.strerror}") from error

@@ -1,0 +1,292 @@
+"""A process's standard streams: pipes, or a terminal.
+
+The rules, each learned from a failure that users of container runtimes have met:
+* output is complete before its end is reported, and the end follows the process's own exit, whoever else (a background
+  job) still holds the pipe or terminal;
+* nothing is read before somebody asks: a slow reader slows the writer, the agent buffers nothing.  Who reads in bulk
+  gets a larger pipe;
+* closing standard input never touches output.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import asynccontextmanager
+
+from caisson.agent.base.errors import BrokenStream, EndOfStream
+from caisson.agent.libcontainer.process.launcher import Stdio
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from caisson.agent.model.reaper import Child
+
+#: Bytes given out by one read, and what the pipe of a stream that is read in bulk grows to: four fit into a message.
+LARGEST_READ = 1 << 20
+
+#: Who takes half of what the kernel gives a pipe, and would take more, gets a larger one.  (Not all of its bytes can be
+#: used: a write that does not fit into the last page begins a new one.)
+BULK = 1 << 15
+
+#: Seconds for a stream that flows (a page came with the last read) to gather more before it is read again.  Programs
+#: write a page at a time (stdio(3) to a pipe), and a call for each takes more than twice the processor time.
+GATHER = 0.001
+PAGE = 1 << 12
+
+#: What a terminal's two buffers can hold at most (tty_buffer.c, n_tty.c); a pipe is asked.
+TERMINAL_CAPACITY = 1 << 17
+F_SETPIPE_SZ, F_GETPIPE_SZ = 1031, 1032
+
+
+class _End:
+    """The agent's end of a stream: a descriptor that is used by one caller at a time, and closed by nobody else.
+
+    Closing it under a waiting caller would let its number come back as something else's.
+    """
+
+    def __init__(self, fd: int) -> None:
+        os.set_blocking(fd, False)
+        self._fd = fd
+        self._lock = asyncio.Lock()
+        self._released = False
+
+    @asynccontextmanager
+    async def _use(self) -> AsyncIterator[None]:
+        async with self._lock:
+            try:
+                yield
+            finally:
+                if self._released:
+                    self._close()
+
+    def release(self) -> None:
+        """Give the descriptor back, as soon as nobody uses it.  Idempotent."""
+        self._released = True
+        if not self._lock.locked():
+            self._close()
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class Output(_End):
+    """The reading end of one output stream."""
+
+    def __init__(self, fd: int, *, grows: bool = False) -> None:
+        super().__init__(fd)
+        self._grows = grows
+        self._flows = False
+        self._left: int | None = None  # bytes that may still come, once the process has exited
+
+    async def read(self, size: int, child: Child) -> bytes:
+        """What is there, at most ``size`` bytes; waits for something.  A cancelled read takes nothing.
+
+        Raises EndOfStream.
+        """
+        size = min(size, LARGEST_READ)
+        if size == 0:
+            return b""
+        async with self._use():
+            while not self._released:
+                exited = child.status is not None  # looked at first: what it wrote before is in the buffer by now
+                if exited and self._left is None:
+                    self._left = _capacity(self._fd)
+                try:
+                    data = os.read(self._fd, size if self._left is None else min(size, self._left))
+                except BlockingIOError:
+                    if not exited:
+                        await _event_or_exit(self._fd, child, writing=False)
+                        if self._flows:
+                            await asyncio.sleep(GATHER)
+                        continue
+                    data = b""
+                except OSError:  # EIO: the last holder of the terminal has closed it
+                    data = b""
+                if not data:  # also when all was taken that can have been there at the exit
+                    self.release()
+                    break
+                if self._left is not None:
+                    self._left -= len(data)
+                elif self._grows and len(data) >= BULK:
+                    self._grow(size)
+                self._flows = len(data) >= PAGE
+                return data
+            raise EndOfStream
+
+    def _grow(self, wanted: int) -> None:
+        """Let the pipe hold what the reader would take at once: the fewer calls, the faster.
+
+        So there is as much room as was shown to be of use, in the kernel, where it is the writer's (its pages are
+        charged to the container) and slows the writer when it is full.
+        """
+        if _capacity(self._fd) < wanted:
+            self._grows = resize_pipe(self._fd, wanted)
+
+    def exited(self) -> None:
+        """The process has ended: an empty pipe is done with, whether somebody ever reads it or not."""
+        if self._fd >= 0 and _waiting(self._fd) == 0:
+            self.release()
+
+
+class Input(_End):
+    """The writing end of standard input."""
+
+    async def write(self, data: bytes, child: Child) -> int:
+        """Write all of it; returns how much was taken: nothing, after ``close``.  Raises BrokenStream."""
+        async with self._use():
+            if self._released and child.status is None:
+                return 0
+            view = memoryview(data)
+            while view:
+                if self._released:
+                    raise BrokenStream("write |1: broken pipe")
+                try:
+                    view = view[os.write(self._fd, view) :]
+                except BlockingIOError:
+                    await _event_or_exit(self._fd, child, writing=True)
+                except OSError:
+                    raise BrokenStream("write |1: broken pipe") from None
+            return len(data)
+
+    async def close(self) -> None:
+        """Let the process read end-of-file, after what was written before.  Idempotent."""
+        async with self._use():
+            self._released = True
+
+
+class Streams:
+    """What the agent holds of one process's stdio.  With a terminal the three are its master."""
+
+    def __init__(self, stdin: Input, stdout: Output, stderr: Output, terminal: int | None) -> None:
+        self.stdin = stdin
+        self.stdout = stdout
+        self.stderr = stderr
+        self._terminal = terminal
+
+    @classmethod
+    def of_terminal(cls, master: int) -> Streams:
+        """Take over a terminal's master."""
+        output = Output(master)
+        return cls(Input(os.dup(master)), output, output, os.dup(master))
+
+    @property
+    def is_terminal(self) -> bool:
+        return self._terminal is not None
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Set the terminal's size; the kernel tells its foreground processes.  Values are 16 bits wide."""
+        import fcntl
+        import struct
+        import termios
+
+        if self._terminal is not None and self._terminal >= 0:
+            size = struct.pack("HHHH", rows & 0xFFFF, columns & 0xFFFF, 0, 0)
+            fcntl.ioctl(self._terminal, termios.TIOCSWINSZ, size)
+
+    def exited(self) -> None:
+        """The process has ended: nobody needs its input any more, nor its size.  Output waits for its reader."""
+        self.stdin.release()
+        if self._terminal is None:
+            self.stdout.exited()
+            self.stderr.exited()
+        elif self._terminal >= 0:
+            os.close(self._terminal)
+            self._terminal = -1
+
+    def close(self) -> None:
+        """Give everything back.  Idempotent."""
+        self.exited()
+        self.stdout.release()
+        self.stderr.release()
+
+
+class Pipes:
+    """The three pipes of a process about to start: ``theirs`` for the child, the rest for Streams.
+
+    ``size`` is that of the pipes of output, in bytes; 0 begins with the kernel's, and a stream read in bulk gets more.
+    """
+
+    def __init__(self, size: int = 0) -> None:
+        pairs: list[tuple[int, int]] = []
+        try:
+            for _ in range(3):
+                pairs.append(os.pipe2(os.O_CLOEXEC))
+        except OSError:
+            for pair in pairs:
+                for fd in pair:
+                    os.close(fd)
+            raise
+        (stdin, self._stdin), (self._stdout, stdout), (self._stderr, stderr) = pairs
+        self.theirs = Stdio(stdin, stdout, stderr)
+        self._grow = size == 0
+        if size > 0:
+            for fd in (stdout, stderr):
+                resize_pipe(fd, size)
+
+    def started(self) -> Streams:
+        """The child has its ends: keep ours."""
+        self._close_theirs()
+        stdout, stderr = (Output(fd, grows=self._grow) for fd in (self._stdout, self._stderr))
+        return Streams(Input(self._stdin), stdout, stderr, None)
+
+    def failed(self) -> None:
+        """There is no child: close everything."""
+        self._close_theirs()
+        for fd in (self._stdin, self._stdout, self._stderr):
+            os.close(fd)
+
+    def _close_theirs(self) -> None:
+        for fd in (self.theirs.stdin, self.theirs.stdout, self.theirs.stderr):
+            os.close(fd)
+
+
+def _capacity(fd: int) -> int:
+    import fcntl
+
+    try:
+        return fcntl.fcntl(fd, F_GETPIPE_SZ)
+    except OSError:
+        return TERMINAL_CAPACITY
+
+
+def resize_pipe(pipe: int, size: int) -> bool:
+    """Let a pipe hold so many bytes.  False where the kernel refuses: more than /proc/sys/fs/pipe-max-size."""
+    import fcntl
+
+    try:
+        fcntl.fcntl(pipe, F_SETPIPE_SZ, size)
+    except OSError:
+        return False
+    return True
+
+
+def _waiting(pipe: int) -> int:
+    """Bytes in a pipe (FIONREAD, pipe(7)).  Of a terminal it would not tell those that are still on their way."""
+    import array
+    import fcntl
+    import termios
+
+    count = array.array("i", [0])
+    fcntl.ioctl(pipe, termios.FIONREAD, count)
+    return count[0]
+
+
+async def _event_or_exit(fd: int, child: Child, *, writing: bool) -> None:
+    """Wait until a descriptor can be read (or written), or the process has ended."""
+    loop = asyncio.get_running_loop()
+    happened = loop.create_future()
+
+    def wake() -> None:
+        if not happened.done():
+            happened.set_result(None)
+
+    (loop.add_writer if writing else loop.add_reader)(fd, wake)
+    try:
+        with child.on_exit(wake):
+            await happened
+    finally:
+        (loop.remove_writer if writing else loop.remove_reader)(fd)

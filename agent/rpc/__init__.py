@@ -1,0 +1,1 @@
+"""Remote procedure calls: sockets, HTTP/2, and the dispatch of methods to services."""

@@ -1,0 +1,1 @@
+"""The composition root: user commands over both halves."""

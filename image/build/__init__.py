@@ -1,0 +1,1 @@
+"""Build guest images: definition, steps, cache, lock, manifest."""

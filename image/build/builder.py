@@ -1,0 +1,404 @@
+"""Building an image: the steps, each kept in the cache by the digest of what it reads.
+
+base        packages, wheels and container rootfs, pruned and compiled    (minutes old, or years: changes rarely)
+kernel      the kernel and its modules
+agent       the agent and nsexec, compiled for this guest                 (after every change of the agent: a second)
+images      the whole image: base + kernel + agent + the template's files + manifest
+"""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from caisson.image.build import lock, manifest, pack, rootfs, sbom
+from caisson.image.build.cache import Cache, cap, default_root, digest_of, digest_of_files, size_of
+from caisson.image.build.definition import DEFAULT, TEMPLATES, Loaded, load
+from caisson.image.build.tools import HOST, Tools
+from caisson.image.build.tools import PACKAGES as TOOLS
+from caisson.image.errors import ImageError
+from caisson.image.kernel import source as kernelsource
+from caisson.image.kernel.fragments import Request, merge, parse
+from caisson.image.kernel.kernel import Kernel, Prebuilt
+from caisson.image.kernel.source import Compiled, SourcePackage, SourceTree
+from caisson.image.packages import apt
+from caisson.image.packages.distribution import DISTRIBUTIONS, Packages, extract
+from caisson.image.run import run
+
+#: The directory of the packages: a checkout, or the installed `caisson`.
+ROOT = Path(__file__).resolve().parents[2]
+
+#: Rooms of agent/ that no guest needs.
+HOST_ROOMS = ("client", "nsexec", "runtime", "shim")
+
+#: The import name: a namespace package, so a directory without a file of its own.
+PACKAGE = "caisson"
+
+#: Where Kata's tools look for what an image is made of.
+OSBUILDER = "var/lib/osbuilder/osbuilder.yaml"
+
+#: The modules that decide what a step makes: a change of one is a change of what it makes.
+PACKAGES_CODE = tuple(f"packages/{name}.py" for name in ("apk", "apk_index", "apt", "distribution", "package"))
+BASE_CODE = (*PACKAGES_CODE, "build/rootfs.py")
+KERNEL_CODE = (*PACKAGES_CODE, "kernel/bzimage.py", "kernel/kernel.py")
+COMPILED_CODE = ("kernel/source.py",)
+
+
+class SourcesChanged(ImageError):
+    """Someone is editing."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """A built image: ``directory`` holds the kernel, the root and image.json."""
+
+    directory: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def load(cls, directory: Path) -> Image:
+        """An image that was built before.  Raises ImageError when the directory holds none."""
+        try:
+            document = json.loads((directory / "image.json").read_text())
+        except (OSError, ValueError) as error:
+            raise ImageError(f"{directory} holds no image: {error}; make one: invoke build-image") from error
+        if document.get("format") != manifest.FORMAT:
+            raise ImageError(f"the image in {directory} has another format; build it again: invoke build-image")
+        return cls(directory.resolve(), document)
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of a step: ``seconds`` it took, and the ``bytes`` of its result."""
+
+    step: str
+    key: str
+    cached: bool
+    seconds: float
+    bytes: int
+
+
+def build(
+    definition: Path | None = None,
+    *,
+    suite: str | None = None,
+    settings: Sequence[str] = (),
+    cache: Cache | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> Image:
+    """The image of a definition: from the cache when nothing that goes into it has changed, else built.
+
+    ``report`` gets a line for each step that takes time.  Raises ImageError; whatever happens, the cache holds only
+    whole results.
+    """
+    loaded = load(definition or DEFAULT, suite=suite, settings=settings)
+    return Build(loaded, cache, report).image()
+
+
+def verify(loaded: Loaded, image: Image, report: Callable[[str], None] = lambda line: None) -> list[str]:
+    """Build a definition once more, from packages to the end, and compare with an image of it.
+
+    Returns the names of the files that differ.  Nothing of it stays in the cache.  Raises ImageError.
+    """
+    root = default_root()
+    with Cache(root).scratch("verify") as scratch:
+        again = Build(loaded, Cache(scratch), report, downloads=root / "apt").image()
+        names = {path.name for one in (image, again) for path in one.directory.iterdir() if path.name != ".used"}
+        return sorted(name for name in names if not _same(image.directory / name, again.directory / name))
+
+
+def _same(one: Path, another: Path) -> bool:
+    return one.is_file() and another.is_file() and filecmp.cmp(one, another, shallow=False)
+
+
+def agent_files() -> list[Path]:
+    """The sources that go into a guest: the agent without its host side, and the compiled protocol.
+
+    Raises ImageError when the protocol is not compiled yet.
+    """
+    protocol = sorted((ROOT / "proto").rglob("*.py"))
+    if not any(file.name.endswith("_pb2.py") for file in protocol):
+        raise ImageError(f"{ROOT / 'proto'} is not compiled; run: python3 -m caisson.proto.generate")
+    agent = [file for file in (ROOT / "agent").rglob("*.py") if file.relative_to(ROOT).parts[1] not in HOST_ROOMS]
+    return sorted([*agent, *(file for file in protocol if file.name != "generate.py")])
+
+
+def agent_version() -> str:
+    """The version of the agent, which is that of the whole project."""
+    return str(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"])
+
+
+class Build:
+    """The steps of one definition.  ``done`` tells what became of those that were taken."""
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        cache: Cache | None = None,
+        report: Callable[[str], None] = lambda line: None,
+        *,
+        downloads: Path | None = None,
+        locked: lock.Lock | None = None,
+    ) -> None:
+        """``downloads`` is where packages are kept (default: in the cache); with ``locked`` others are refused."""
+        self.loaded = loaded
+        self.definition = loaded.definition
+        self.cache = cache or Cache(default_root())
+        self.downloads = downloads or self.cache.root / "apt"
+        self.locked = locked
+        self.report = report
+        self.done: list[Done] = []
+        self.requests: list[Request] = merge(parse(self._fragment(name)) for name in self.definition.kernel.fragments)
+        self._packages: Packages | None = None
+
+    def image(self) -> Image:
+        """The image.  Raises ImageError, and Drift when its packages are not those of the lock."""
+        try:
+            directory = self._made()
+        except SourcesChanged:  # what takes long is in the cache by now
+            directory = self._made()
+        if not self.done[-1].cached:
+            self.cache.trim(cap())
+        if self.locked is not None:
+            lock.check(self.locked, lock.read(directory / "image.lock"))
+        return Image.load(directory)
+
+    def _made(self) -> Path:
+        key = self.key()
+        return self._step("images", key, lambda target: self._make_image(key, target))
+
+    def plan(self) -> list[Done]:
+        """Each step with its key and whether it is in the cache; nothing is made."""
+        keys = {"base": self.base_key(), "kernel": self.kernel_key(), "agent": self.agent_key(), "images": self.key()}
+        return [Done(step, key, self.cache.get(step, key) is not None, 0.0, 0) for step, key in keys.items()]
+
+    def _step(self, step: str, key: str, make: Callable[[Path], None]) -> Path:
+        began = time.monotonic()
+        cached = self.cache.get(step, key) is not None
+        result = self.cache.get_or_make(step, key, make)
+        self.done.append(Done(step, key, cached, time.monotonic() - began, size_of(result)))
+        return result
+
+    def key(self) -> str:
+        """The digest of all that goes into the image."""
+        return digest_of(
+            "image", manifest.plain(self.definition), self.base_key(), self.kernel_key(), self.agent_key(),
+            _code(_image_code()),
+            [[name, digest_of_files(source.parent, [source])] for name, source in self._own_files()],
+            [digest_of_files(hook.parent, [hook]) for hook in self._hooks()],
+        )  # fmt: skip
+
+    def base_key(self) -> str:
+        """The digest of what the packages' part is made of."""
+        d = manifest.plain(self.definition)
+        names = (
+            "distribution", "suite", "arch", "python", "packages", "wheels", "busybox", "sources", "prune", "keep",
+            "init",
+        )  # fmt: skip
+        etc = list((TEMPLATES / "busybox/etc").iterdir())
+        return digest_of("base", {name: d[name] for name in names}, _code(BASE_CODE), digest_of_files(TEMPLATES, etc))
+
+    def kernel_key(self) -> str:
+        """The digest of what decides the kernel.  A package's newest version is taken once, and then kept."""
+        d = self.definition
+        if d.kernel.source:
+            source = self._kernel_source().key(), kernelsource.compiler_version()
+            # Not the reasons, or the lines they are in: compiling takes minutes.
+            asked = sorted((one.symbol, one.value, one.optional, one.since, one.until) for one in self.requests)
+            return digest_of("compiled", d.arch, source, asked, _code(COMPILED_CODE))
+        requests = [asdict(request) for request in self.requests]
+        return digest_of("kernel", d.distribution, d.suite, d.arch, d.kernel.package, requests, _code(KERNEL_CODE))
+
+    def agent_key(self) -> str:
+        """The digest of the agent's sources, and of the interpreter that compiles them."""
+        nsexec = [path for path in (ROOT / "agent/nsexec").iterdir() if path.is_file()]
+        sources = digest_of_files(ROOT, agent_files()), digest_of_files(ROOT, nsexec)
+        return digest_of("agent layer", agent_version(), self.base_key(), sources)
+
+    def _packages_of_suite(self) -> Packages:
+        """The packages of the suite, with a fresh index."""
+        if self._packages is None:
+            d = self.definition
+            place = self.downloads / f"{d.suite}-{d.arch}"
+            self._packages = DISTRIBUTIONS[d.distribution].packages(place, d.suite, d.arch)
+            self._packages.update()
+        return self._packages
+
+    def _fragment(self, name: str) -> Path:
+        return self.loaded.beside(name) if name.endswith(".conf") else TEMPLATES / "kernel" / f"{name}.conf"
+
+    def _hooks(self) -> list[Path]:
+        return [self.loaded.beside(name) for name in self.definition.hooks]
+
+    def _own_files(self) -> list[tuple[str, Path]]:
+        """What the templates put into the guest: (path in it, file); the last template to name a path wins."""
+        found = {}
+        for template in self.loaded.templates:
+            for file in sorted((template / "files").rglob("*")):
+                if file.is_file():
+                    found[str(file.relative_to(template / "files")).removesuffix(".j2")] = file
+        found |= {name.lstrip("/"): self.loaded.beside(file) for name, file in self.definition.files.items()}
+        return sorted(found.items())
+
+    def base(self) -> Path:
+        """The tree of packages, wheels and container rootfs."""
+        return self._step("base", self.base_key(), self._make_base)
+
+    def _make_base(self, target: Path) -> None:
+        d = self.definition
+        self.report(f"fetching packages of {d.suite}")
+        tree = target / "tree"
+        rootfs.skeleton(tree)
+        debs = self._packages_of_suite().fetch_all(d.packages)
+        extract(debs, tree)
+        self.report("fetching wheels")
+        wheels = rootfs.fetch_wheels(Path(sys.executable), d, target / "wheels")
+        rootfs.unpack_wheels(wheels, tree / rootfs.HOME)
+        shutil.rmtree(target / "wheels")
+        self.report("pruning and compiling")
+        rootfs.prune(tree, d.prune, d.keep)
+        rootfs.drop_unused_libraries(tree, d)
+        rootfs.strip(tree)
+        for place in (f"usr/lib/python{d.python}", rootfs.HOME):
+            rootfs.compile_python(tree, d, tree / place, prefix=tree)
+        busybox = self._packages_of_suite().fetch([d.busybox])
+        with tempfile.TemporaryDirectory(dir=target) as scratch:
+            extract(busybox, Path(scratch))
+            container = tree / rootfs.HOME / "containers/busybox"
+            rootfs.busybox_rootfs(Path(scratch), container, TEMPLATES / "busybox/etc")
+        records = [package.record() for package in (*debs, *busybox, *wheels)]
+        (target / "packages.json").write_text(json.dumps(records))
+
+    def kernel(self) -> Kernel:
+        """The kernel with the modules that the fragments name."""
+        return Kernel.load(self._step("kernel", self.kernel_key(), self._make_kernel))
+
+    def _make_kernel(self, target: Path) -> None:
+        kernel = self.definition.kernel
+        if kernel.source:
+            Compiled(self._kernel_source(), self.definition.arch, self.report).make(target, self.requests)
+        else:
+            self.report(f"fetching {kernel.package}")
+            Prebuilt(self._packages_of_suite(), kernel.package).make(target, self.requests)
+
+    def _kernel_source(self) -> SourcePackage | SourceTree:
+        source = self.definition.kernel.source
+        if "/" in source:
+            return SourceTree(Path(source).expanduser().resolve())
+        return SourcePackage(self._sources, source)
+
+    def _sources(self) -> apt.Apt:
+        packages = self._packages_of_suite()
+        assert isinstance(packages, apt.Apt)  # load() takes no name of a package with sources elsewhere
+        return packages
+
+    def agent(self, base: Path) -> Path:
+        """The layer of our own sources: the agent's byte code, and nsexec."""
+        return self._step("agent", self.agent_key(), lambda target: self._make_agent(base, target / "tree")) / "tree"
+
+    def _make_agent(self, base: Path, target: Path) -> None:
+        self.report("compiling the agent")
+        target.mkdir()
+        key = self.agent_key()
+        home = target / rootfs.HOME
+        for source in agent_files():
+            place = home / PACKAGE / source.relative_to(ROOT)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, place)
+        rootfs.compile_python(base / "tree", self.definition, home, prefix=target)
+        run(["make", "-s", "-C", ROOT / "agent/nsexec", f"BUILD={target / 'build'}"])
+        shutil.move(target / "build/nsexec", home / "nsexec")
+        shutil.rmtree(target / "build")
+        if self.agent_key() != key:
+            raise SourcesChanged("the agent's sources changed while they were compiled; build it again")
+
+    def tools(self) -> Tools:
+        """What packs a disk: the programs of the suite itself, so that this machine's versions play no part."""
+        d = self.definition
+        if d.format == "initrd":
+            return HOST
+        key = digest_of("tools", d.suite, d.arch, TOOLS)
+        return Tools(self._step("tools", key, self._make_tools) / "tree")
+
+    def _make_tools(self, target: Path) -> None:
+        self.report("fetching the programs that pack a disk")
+        (target / "tree").mkdir()
+        extract(self._packages_of_suite().fetch_all(TOOLS), target / "tree")
+
+    def _make_image(self, key: str, target: Path) -> None:
+        d = self.definition
+        base, kernel = self.base(), self.kernel()
+        agent = self.agent(base)
+        pack.check_kernel(d, kernel)
+        self.report("packing the image")
+        with tempfile.TemporaryDirectory(dir=target) as scratch:
+            layer = Path(scratch)
+            packages = [*json.loads((base / "packages.json").read_text()), *kernel.packages]
+            document = manifest.contents(d, key, kernel, packages, agent_version())
+            (layer / rootfs.HOME).mkdir(parents=True)
+            manifest.write(document, layer / rootfs.HOME / "image.json")
+            (layer / OSBUILDER).parent.mkdir(parents=True)
+            (layer / OSBUILDER).write_text(manifest.osbuilder(document, d))
+            self._render_files(layer)
+            kernel.put_modules(layer / "usr/lib/modules")
+            trees = [base / "tree", agent, layer]
+            if d.hooks:
+                trees = [self._hooked(trees, Path(scratch + ".hooked"))]
+            root = pack.root(d, trees, kernel, target, self.tools())
+            if d.hooks:
+                shutil.rmtree(trees[0])
+        for name in ("vmlinux", "bzImage"):
+            if (kernel.directory / name).is_file():
+                (target / name).hardlink_to(kernel.directory / name)
+        document |= {"root": root}
+        manifest.write(document, target / "image.json")
+        sbom.write(document, target / "image.spdx.json")
+        lock.write(lock.Lock.of(d.suite, d.arch, packages), target / "image.lock")
+        if self.key() != key:
+            raise SourcesChanged("the agent's sources changed while the image was built from them; build it again")
+
+    def _hooked(self, trees: Iterable[Path], whole: Path) -> Path:
+        """All layers as one tree, after the hooks have changed it."""
+        for tree in trees:
+            shutil.copytree(tree, whole, symlinks=True, dirs_exist_ok=True)
+        for hook in self._hooks():
+            self.report(f"running {hook.name}")
+            run([hook, whole], cwd=hook.parent)
+        return whole
+
+    def _render_files(self, layer: Path) -> None:
+        """The templates' own files: *.j2 are rendered with the definition, others are taken as they are."""
+        values = manifest.plain(self.definition)
+        for name, source in self._own_files():
+            place = layer / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if source.suffix == ".j2":
+                text = jinja2.Template(source.read_text(), undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+                place.write_text(text.render(values))
+            else:
+                shutil.copyfile(source, place)
+            with place.open("rb") as start:
+                script = start.read(2) == b"#!"
+            place.chmod(0o755 if script or os.access(source, os.X_OK) else 0o644)
+
+
+def _image_code() -> Iterable[str]:
+    """Name every module of this half that a build runs."""
+    files = (path.relative_to(ROOT / "image") for path in (ROOT / "image").rglob("*.py"))
+    return sorted(str(path) for path in files if path.parts[0] not in ("containers", "vm"))
+
+
+def _code(names: Iterable[str]) -> str:
+    return digest_of_files(ROOT / "image", [ROOT / "image" / name for name in names])

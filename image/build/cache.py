@@ -1,0 +1,207 @@
+"""Results of build steps, kept by the digest of what went into them.
+
+<root>/<step>/<key>/        a finished result: it appears by rename, so whatever is there is whole
+<root>/<step>/.lock-<key>   held while one is being made; a second builder of the same waits and then finds it
+<root>/<step>/.making-<key> being made; left only by a build that was killed, and removed by the next one of its step
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from caisson.image.errors import ImageError
+
+
+def default_root() -> Path:
+    """``$CAISSON_CACHE``, else ``$XDG_CACHE_HOME/caisson``, else ``~/.cache/caisson``."""
+    if chosen := os.environ.get("CAISSON_CACHE"):
+        return Path(chosen).resolve()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "caisson"
+
+
+#: Bytes of results that are kept, unless $CAISSON_CACHE_SIZE says otherwise.
+CAP = 4 * 10**9
+
+
+def cap() -> int:
+    """``$CAISSON_CACHE_SIZE`` in bytes, else 4 GB.  Raises ImageError for what is no number."""
+    text = os.environ.get("CAISSON_CACHE_SIZE", str(CAP))
+    if not text.isascii() or not text.isdecimal():
+        raise ImageError(f"CAISSON_CACHE_SIZE is a number of bytes, not {text!r}")
+    return int(text)
+
+
+def digest_of(*inputs: object) -> str:
+    """A key for these inputs (JSON values): 24 hex digits."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def digest_of_files(root: Path, files: list[Path]) -> str:
+    """The digest of files' names below ``root``, modes and contents, in an order of its own."""
+    state = hashlib.sha256()
+    for file in sorted(files):
+        mode = file.stat().st_mode & 0o111
+        data = file.read_bytes()
+        state.update(f"{file.relative_to(root)}\0{mode:o}\0{len(data)}\0".encode())
+        state.update(data)
+    return state.hexdigest()[:24]
+
+
+class Cache:
+    """Finished results below one directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def get(self, step: str, key: str) -> Path | None:
+        """The result, if there is one."""
+        result = self.root / step / key
+        if not result.is_dir():
+            return None
+        with_time = result / ".used"
+        with_time.touch()  # what trim() goes by
+        return result
+
+    def get_or_make(self, step: str, key: str, make: Callable[[Path], None]) -> Path:
+        """The result of a step: found, or made by ``make`` in an empty directory.
+
+        A failure or an interruption leaves nothing that could be taken for a result.
+        """
+        found = self.get(step, key)
+        if found is not None:
+            return found
+        with self._locked(step, key):
+            found = self.get(step, key)  # by whoever held the lock before
+            if found is not None:
+                return found
+            making = self.root / step / f".making-{key}"
+            try:
+                shutil.rmtree(making, ignore_errors=True)
+                making.mkdir()
+                making.chmod(0o755)
+                make(making)
+                (making / ".used").write_text(str(size_of(making)))
+                making.rename(self.root / step / key)
+            except BaseException as error:
+                shutil.rmtree(making, ignore_errors=True)
+                if isinstance(error, OSError):
+                    raise ImageError(f"{step}: {error}") from error
+                raise
+        return self.root / step / key
+
+    @contextmanager
+    def scratch(self, step: str) -> Iterator[Path]:
+        """An empty directory for the time of a block; what a killed one leaves is removed by the next of its step."""
+        self._sweep(step)
+        key = uuid.uuid4().hex
+        with self._locked(step, key):
+            making = self.root / step / f".making-{key}"
+            try:
+                making.mkdir()
+                yield making
+            finally:
+                shutil.rmtree(making, ignore_errors=True)
+                (making.parent / f".lock-{key}").unlink()
+
+    def trim(self, cap: int, *, spare: float = 3600.0) -> int:
+        """Forget results, those used longest ago first, until all steps together have ``cap`` bytes or less; but none
+        that was used within the last ``spare`` seconds.  Removes what killed builds have left, too.  Returns the bytes
+        that it freed.
+        """
+        results = [path for path in self.root.glob("*/*/") if (path / ".used").is_file()]
+        sizes = {path: _recorded_size(path) for path in results}
+        total, freed, now = sum(sizes.values()), 0, time.time()
+        for path in sorted(results, key=_last_use):
+            if total - freed <= cap or now - _last_use(path) < spare:
+                break
+            # Out of sight first: a result is whole, or not there.
+            gone = path.with_name(f".making-{path.name}")
+            with contextlib.suppress(BlockingIOError), self._locked(path.parent.name, path.name, wait=False):
+                path.rename(gone)
+                shutil.rmtree(gone, ignore_errors=True)
+                freed += sizes[path]
+        self._sweep("*")
+        return freed
+
+    def _sweep(self, steps: str) -> None:
+        """Remove what killed makers have left, of a step or (``*``) of all."""
+        for lock in self.root.glob(f"{steps}/.lock-*"):
+            step, key = lock.parent.name, lock.name.removeprefix(".lock-")
+            with contextlib.suppress(BlockingIOError), self._locked(step, key, wait=False):
+                shutil.rmtree(lock.parent / f".making-{key}", ignore_errors=True)
+                lock.unlink(missing_ok=True)
+
+    @contextmanager
+    def _locked(self, step: str, key: str, *, wait: bool = True) -> Iterator[None]:
+        place = self.root / step
+        file = place / f".lock-{key}"
+        while True:
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+                lock = file.open("w")
+            except OSError as error:
+                raise ImageError(
+                    f"the cache {self.root} is not usable: {error}; CAISSON_CACHE names another"
+                ) from error
+            with lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                if _is_still(lock, file):
+                    yield
+                    return
+
+
+def _is_still(lock: IO[str], file: Path) -> bool:
+    """Whether an open file is what its name leads to: trim() removes locks that nobody holds."""
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), file.stat())
+    except FileNotFoundError:
+        return False
+
+
+def size_of(directory: Path) -> int:
+    """Bytes of all files below a directory."""
+    return sum(
+        os.lstat(os.path.join(place, name)).st_size  # noqa: PTH118 - thousands of files
+        for place, _, names in os.walk(directory)
+        for name in names
+    )
+
+
+def _recorded_size(result: Path) -> int:
+    try:
+        return int((result / ".used").read_text())
+    except (OSError, ValueError):
+        return size_of(result)
+
+
+def _last_use(result: Path) -> float:
+    try:
+        return (result / ".used").stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def clean(root: Path | None = None, *, everything: bool = False) -> int:
+    """Remove all results, and with ``everything`` all downloads; returns the bytes that it freed.
+
+    What is being made meanwhile stays.
+    """
+    cache = Cache(root or default_root())
+    freed = cache.trim(0, spare=0)
+    downloads = cache.root / "apt"
+    if everything and downloads.is_dir():
+        freed += size_of(downloads)
+        shutil.rmtree(downloads)
+    return freed

@@ -1,0 +1,203 @@
+"""The image definition: YAML, rendered by jinja2, laid over what it extends, then checked into a frozen Definition."""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from caisson.image.build import settings as declared
+from caisson.image.build.settings import DefinitionError, checked, merged, override, section, setting
+from caisson.image.formats import disk
+from caisson.image.formats.initrd import COMPRESSORS
+from caisson.image.packages.distribution import DISTRIBUTIONS
+
+TEMPLATES = Path(__file__).resolve().parents[2] / "rootfs-templates"
+DEFAULT = TEMPLATES / "debian" / "image.yaml"
+DEFAULT_SUITE = "trixie"
+
+#: Debian's names for what `uname -m` says.
+ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
+
+#: How the guest's root may be packed; all but the first are file systems on a disk.
+FORMATS = ("initrd", *disk.FORMATS)
+
+#: How a disk is laid out: the file system alone, with a partition table, or as Kata's hosts map it into the guest.
+LAYOUTS = ("plain", "gpt", "dax")
+
+#: Bytes in a unit of a limit.
+UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+@dataclass(frozen=True)
+class KernelDefinition:
+    """``kernel``: the fragments that it must satisfy, and where it comes from."""
+
+    fragments: tuple[str, ...] = setting("what is asked of it: names of rootfs-templates/kernel/*.conf, or paths")
+    package: str = setting("a package that brings it ready to boot", default="")
+    source: str = setting("or a package with its source, or a directory, from which it is compiled", default="")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """``limits``: sizes like 24 MB; a build that exceeds one fails, and names the largest files."""
+
+    image: str = setting("of the packed root", default="")
+    tree: str = setting("of all files in it, unpacked", default="")
+    kernel: str = setting("of the compressed kernel", default="")
+
+    def bytes_of(self, name: str) -> int | None:
+        """A limit in bytes, or None where there is none.  Raises DefinitionError for what is no size."""
+        text = getattr(self, name)
+        if not text:
+            return None
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(kB|MB|GB|)", text)
+        if not found:
+            raise DefinitionError(f"limits.{name} is a size like 24 MB, not {text!r}")
+        return int(float(found[1]) * UNITS[found[2]])
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What an image is made of; rootfs-templates/debian/image.yaml shows each key with its reasons."""
+
+    name: str = setting("what the image is called")
+    suite: str = setting("the distribution's release")
+    arch: str = setting("the machine's architecture, in Debian's words")
+    python: str = setting("the version of the guest's interpreter, for example 3.13")
+    packages: tuple[str, ...] = setting("unpacked with all that they depend on")
+    wheels: tuple[str, ...] = setting("from PyPI, pinned, for the guest's interpreter")
+    busybox: str = setting("the package with a static busybox, for the container rootfs of `invoke exec`")
+    kernel: KernelDefinition = section(KernelDefinition, "the kernel")
+    cmdline: str = setting("the kernel's command line, less what the machine adds")
+    distribution: str = setting("whose packages these are", default="debian", choices=tuple(DISTRIBUTIONS))
+    init: str = setting("who is process 1", default="agent", choices=("agent", "systemd"))
+    format: str = setting("how the root is packed", default="initrd", choices=FORMATS)
+    compression: str = setting("of an initrd", default="none", choices=tuple(COMPRESSORS))
+    layout: str = setting("of a disk", default="plain", choices=LAYOUTS)
+    verity: bool = setting("check every block of a disk's root against a hash tree (dm-verity)", default=False)
+    files: Mapping[str, str] = setting("more files: path in the guest → path beside the definition", default={})
+    hooks: tuple[str, ...] = setting("programs beside the definition, run with the tree as their argument", default=())
+    limits: Limits = section(Limits, "sizes that must not be exceeded")
+    sources: bool = setting("keep Python sources beside the byte code", default=False)
+    prune: tuple[str, ...] = setting("paths in the guest, as shell patterns, that are removed again", default=())
+    keep: tuple[str, ...] = setting("exceptions from prune, and libraries that are loaded by name", default=())
+
+    @property
+    def triplet(self) -> str:
+        """The architecture as GNU's tools call it."""
+        return {"amd64": "x86_64-linux-gnu", "arm64": "aarch64-linux-gnu"}[self.arch]
+
+    @property
+    def libraries(self) -> str:
+        """The directory of the C library in a tree."""
+        return DISTRIBUTIONS[self.distribution].libraries.format(triplet=self.triplet)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A definition with the directories of the files that it was read from, what is extended first."""
+
+    definition: Definition
+    templates: tuple[Path, ...]
+
+    def beside(self, name: str) -> Path:
+        """A file that a definition names: the last template that has it wins.  Raises DefinitionError."""
+        for place in reversed(self.templates):
+            if (place / name).exists():
+                return place / name
+        raise DefinitionError(f"{name} is not in {' or '.join(map(str, self.templates))}")
+
+
+def host_architecture() -> str:
+    """Debian's name for this machine's architecture.  Raises DefinitionError for one that is not supported."""
+    machine = platform.machine()
+    if machine not in ARCHITECTURES:
+        raise DefinitionError(f"images are made for {' and '.join(ARCHITECTURES)}, not for {machine}")
+    return ARCHITECTURES[machine]
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a definition (after jinja2, and with what it extends laid under it)."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | declared.schema(Definition)
+
+
+def find(name: str) -> Path:
+    """The definition that a user names: a template of ours, a directory with an image.yaml, or a file.
+
+    Raises DefinitionError.
+    """
+    ours = {file.parent.name: file for file in TEMPLATES.glob("*/image.yaml")}
+    if name in ours:
+        return ours[name]
+    for file in (Path(name), Path(name) / "image.yaml"):
+        if file.is_file():
+            return file
+    raise DefinitionError(
+        f"there is no template {name!r}: it is a file, a directory, or one of {', '.join(sorted(ours))}"
+    )
+
+
+def load(file: Path = DEFAULT, *, suite: str | None = None, settings: Sequence[str] = ()) -> Loaded:
+    """Read a definition; ``settings`` are like KEY=VALUE and win over the file.  Raises DefinitionError."""
+    document, templates = _read(file, {"suite": suite or DEFAULT_SUITE, "chosen": suite or ""}, ())
+    for assignment in settings:
+        document = merged(document, override(assignment))
+    where = str(file)
+    definition: Definition = checked(Definition, document, where)
+    if bool(definition.kernel.package) == bool(definition.kernel.source):
+        raise DefinitionError(f"{file}: a kernel has either a package or a source; name one, and not both")
+    if definition.arch != (arch := host_architecture()):
+        raise DefinitionError(f"{file}: arch is {definition.arch!r}, but this machine makes images for {arch}")
+    if suite and definition.suite != suite:
+        raise DefinitionError(f"{file}: its suite is fixed to {definition.suite}; `{{{{ suite }}}}` would take {suite}")
+    if definition.format == "initrd" and (definition.verity or definition.layout != "plain"):
+        raise DefinitionError(f"{file}: verity and layout are a disk's; choose a format of {', '.join(FORMATS[1:])}")
+    if definition.layout == "dax" and not disk.FORMATS[definition.format].dax:
+        able = ", ".join(name for name, format in disk.FORMATS.items() if format.dax)
+        raise DefinitionError(f"{file}: layout dax needs a format that can be mapped: {able}, not {definition.format}")
+    if definition.kernel.source and "/" not in definition.kernel.source and not _kernel_sources(definition):
+        raise DefinitionError(f"{file}: {definition.distribution} has no kernel sources in packages; name a directory")
+    for name in ("image", "tree", "kernel"):
+        definition.limits.bytes_of(name)
+    return Loaded(definition, templates)
+
+
+def _kernel_sources(definition: Definition) -> bool:
+    return DISTRIBUTIONS[definition.distribution].kernel_sources
+
+
+def _read(file: Path, given: Mapping[str, str], below: tuple[Path, ...]) -> tuple[dict[str, Any], tuple[Path, ...]]:
+    """A file's mapping over that of the template it extends, and the directories of both."""
+    file = file.resolve()
+    if file in below:
+        raise DefinitionError(f"{file} extends itself, by {' → '.join(map(str, below))}")
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
+    try:
+        text = environment.from_string(file.read_text()).render(given, arch=host_architecture())
+        document = yaml.safe_load(text)
+    except OSError as error:
+        raise DefinitionError(f"the definition cannot be read: {error}") from error
+    except jinja2.TemplateError as error:
+        known = " (is the suite one that the template knows?)" if isinstance(error, jinja2.UndefinedError) else ""
+        raise DefinitionError(f"{file}: {error}{known}") from error
+    except yaml.YAMLError as error:
+        raise DefinitionError(f"{file}: {error}") from error
+    if not isinstance(document, dict):
+        raise DefinitionError(f"{file}: the definition must be a mapping")
+    parent = document.pop("extends", None)
+    if parent is None:
+        return document, (file.parent,)
+    beside = file.parent / str(parent)
+    # What a definition says of these, what it extends is rendered with.
+    said = {name: document[name] for name in ("suite", "python") if isinstance(document.get(name), str)}
+    if "suite" in said:
+        said["chosen"] = said["suite"]
+    base, templates = _read(find(str(beside if beside.exists() else parent)), {**given, **said}, (*below, file))
+    return merged(base, document), (*templates, file.parent)

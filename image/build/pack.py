@@ -1,0 +1,141 @@
+"""Packing a guest's root: from the layers of a build to one file that a kernel can mount, within its limits."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from caisson.image.build.definition import Definition
+from caisson.image.build.tools import Tools
+from caisson.image.errors import ImageError
+from caisson.image.formats import dax, disk, gpt, initrd, verity
+from caisson.image.kernel.kernel import Kernel
+
+#: What a kernel must have built in to mount a root of a format from a disk, with nothing to load modules before.
+BUILT_IN = {
+    "erofs": ("CONFIG_EROFS_FS",),
+    "erofs-lz4hc": ("CONFIG_EROFS_FS", "CONFIG_EROFS_FS_ZIP"),
+    "squashfs": ("CONFIG_SQUASHFS", "CONFIG_SQUASHFS_ZSTD"),
+    "ext4": ("CONFIG_EXT4_FS",),
+}
+DISK = ("CONFIG_VIRTIO_PCI", "CONFIG_VIRTIO_BLK")
+PARTITIONS = {"plain": (), "gpt": ("CONFIG_EFI_PARTITION",), "dax": ("CONFIG_MSDOS_PARTITION",)}
+VERITY = ("CONFIG_DM_VERITY", "CONFIG_DM_INIT", "CONFIG_CRYPTO_SHA256")
+
+#: An initrd is unpacked into a ramfs, not into a tmpfs: nobody writes to it later, so what tmpfs can do more (limits,
+#: swapping, extended attributes) is for nothing, and 4 % of a boot that unpacks 45 MB under emulation.
+#: Source: Documentation/filesystems/ramfs-rootfs-initramfs.rst.
+INITRD_ROOT = "rootfstype=ramfs"
+
+#: How many of the largest files are named when a limit is exceeded.
+CULPRITS = 10
+
+
+class TooLarge(ImageError):
+    """A limit of the definition is exceeded; the text names the largest files."""
+
+
+def check_kernel(definition: Definition, kernel: Kernel) -> None:
+    """Raises ImageError when the kernel could not mount the root that the definition asks for."""
+    if definition.format == "initrd":
+        return
+    wanted = [
+        *DISK,
+        *BUILT_IN[definition.format],
+        *PARTITIONS[definition.layout],
+        *(VERITY if definition.verity else ()),
+    ]
+    config = kernel.config()
+    lacking = [symbol for symbol in wanted if config.get(symbol) != "y"]
+    if lacking:
+        raise ImageError(
+            f"a root of format {definition.format}{' with verity' if definition.verity else ''} needs a kernel with "
+            f"{', '.join(lacking)} built in, and {kernel.release} has them as modules or not at all; compile one "
+            "(--template lean, or kernel.source), or choose --set format=initrd"
+        )
+
+
+def root(definition: Definition, trees: Sequence[Path], kernel: Kernel, target: Path, tools: Tools) -> dict[str, Any]:
+    """Pack the trees, laid over each other, into ``target``; returns what the manifest says of it.
+
+    Raises TooLarge, and ImageError for a tool that fails.
+    """
+    entries = list(initrd.overlaid(trees, [initrd.CONSOLE]))
+    _check_limit(definition, "tree", sum(len(entry.data) for entry in entries), entries)
+    said = (
+        _initrd(definition, entries, target)
+        if definition.format == "initrd"
+        else _disk(definition, entries, target, tools)
+    )
+    file = target / said["file"]
+    _check_limit(definition, "image", file.stat().st_size, entries)
+    if (kernel.directory / "bzImage").is_file():
+        _check_limit(definition, "kernel", (kernel.directory / "bzImage").stat().st_size, [])
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return said | {"format": definition.format, "bytes": file.stat().st_size, "sha256": digest}
+
+
+def _initrd(definition: Definition, entries: Sequence[initrd.Entry], target: Path) -> dict[str, Any]:
+    archive = io.BytesIO()
+    initrd.write_cpio(archive, iter(entries))
+    (target / "initrd.img").write_bytes(initrd.pack(archive.getvalue(), definition.compression))
+    return {"file": "initrd.img", "compression": definition.compression, "cmdline": [INITRD_ROOT]}
+
+
+def _disk(definition: Definition, entries: Sequence[initrd.Entry], target: Path, tools: Tools) -> dict[str, Any]:
+    """A disk in the definition's layout.  ``cmdline`` is what the kernel must be told to mount it."""
+    filesystem, image = target / "root.filesystem", target / "root.img"
+    disk.write_filesystem(filesystem, entries, definition.format, tools=tools)
+    said: dict[str, Any] = {"file": image.name, "layout": definition.layout}
+    data, hashes = "/dev/vda" if definition.layout == "plain" else "/dev/vda1", None
+    mount = f"root={data} ro"
+    tree = None
+    if definition.verity:
+        if definition.layout == "gpt":
+            tree, hashes = verity.hash_tree(filesystem), "/dev/vda2"
+        else:
+            tree = verity.append(filesystem)
+        # Nothing of a root that is not what was built may run: not even the part that is.
+        mount = tree.command_line(data, hashes, on_corruption="panic")
+        said["verity"] = tree.record()
+    if definition.layout == "plain":
+        filesystem.rename(image)
+    elif definition.layout == "dax":
+        dax.write_dax(image, filesystem)
+    else:
+        _write_gpt(definition, filesystem, tree, image)
+    filesystem.unlink(missing_ok=True)
+    kind = disk.FORMATS[definition.format].kernel_name
+    return said | {"cmdline": [mount, f"rootfstype={kind}", "init=/init"]}
+
+
+def _write_gpt(definition: Definition, filesystem: Path, tree: verity.HashTree | None, image: Path) -> None:
+    root_type, verity_type = gpt.ROOT[definition.arch], gpt.ROOT_VERITY[definition.arch]
+    if tree is None:
+        gpt.write_disk(image, [gpt.Partition(root_type, "root", filesystem)])
+        return
+    stored = image.with_suffix(".hashes")
+    stored.write_bytes(tree.stored)
+    root_guid, verity_guid = gpt.verity_guids(tree.root_hash)
+    parts = [
+        gpt.Partition(root_type, "root", filesystem, root_guid),
+        gpt.Partition(verity_type, "root-verity", stored, verity_guid),
+    ]
+    gpt.write_disk(image, parts)
+    stored.unlink()
+
+
+def _check_limit(definition: Definition, name: str, size: int, entries: Sequence[initrd.Entry]) -> None:
+    limit = definition.limits.bytes_of(name)
+    if limit is None or size <= limit:
+        return
+    largest = sorted(entries, key=lambda entry: len(entry.data), reverse=True)[:CULPRITS]
+    lines = [f"\n  {len(entry.data) / 1e6:7.2f} MB  /{entry.path}" for entry in largest]
+    raise TooLarge(
+        f"limits.{name} is {getattr(definition.limits, name)}, but the {name} has {size / 1e6:.2f} MB"
+        + ("; the largest files are:" + "".join(lines) if lines else "")
+    )

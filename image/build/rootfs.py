@@ -1,0 +1,176 @@
+"""The guest's root file system, from packages and wheels to a tree in which everything is used by something."""
+
+from __future__ import annotations
+
+import fnmatch
+import shutil
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from caisson.image.build.definition import Definition
+from caisson.image.errors import ImageError
+from caisson.image.packages.distribution import DISTRIBUTIONS
+from caisson.image.packages.package import Package
+from caisson.image.run import run
+
+#: Where everything of ours is in a guest.
+HOME = "usr/lib/caisson"
+
+#: A merged /usr, and what the agent mounts over or looks for.
+LINKS = {"bin": "usr/bin", "sbin": "usr/sbin", "lib": "usr/lib", "lib64": "usr/lib64"}
+DIRECTORIES = ("dev", "etc", "proc", "run", "sys", "tmp", "usr/bin", "usr/lib", "usr/lib64", "usr/sbin", "var", "mnt")
+
+#: Where a host's name servers are bound to (agent/guest/dns.py).
+RESOLV_CONF = "etc/resolv.conf"
+
+
+def skeleton(tree: Path) -> None:
+    """The directories and links of an empty guest."""
+    for name in DIRECTORIES:
+        (tree / name).mkdir(parents=True, exist_ok=True)
+    for name, target in LINKS.items():
+        (tree / name).symlink_to(target)
+    (tree / RESOLV_CONF).touch()
+
+
+def fetch_wheels(python: Path, definition: Definition, directory: Path) -> list[Package]:
+    """Download the definition's wheels for the guest's interpreter with pip.  Raises ImageError."""
+    machine = definition.triplet.split("-")[0]
+    platforms = [name.format(machine=machine) for name in DISTRIBUTIONS[definition.distribution].wheels]
+    directory.mkdir(exist_ok=True)
+    if not definition.wheels:
+        return []  # which pip takes for a mistake
+    run(
+        [
+            python, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
+            "--only-binary", ":all:", "--no-deps", "--dest", directory,
+            "--implementation", "cp", "--python-version", definition.python,
+            *(word for name in platforms for word in ("--platform", name)),
+            *definition.wheels,
+        ]
+    )  # fmt: skip
+    wheels = []
+    for file in sorted(directory.glob("*.whl")):
+        name, version = file.name.split("-")[:2]
+        wheels.append(Package.of("wheel", name, version, file))
+    return wheels
+
+
+def unpack_wheels(wheels: Iterable[Package], target: Path) -> None:
+    """Put wheels beside each other where the agent looks for them."""
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel.file) as archive:
+            archive.extractall(target)  # names are checked by zipfile: none leads out of the target
+
+
+def prune(tree: Path, patterns: Sequence[str], keep: Sequence[str]) -> None:
+    """Remove what matches a pattern and is not kept; a kept path keeps the directories above it."""
+    for pattern in patterns:
+        for path in sorted(tree.glob(pattern)):
+            name = str(path.relative_to(tree))
+            if any(fnmatch.fnmatch(name, kept) for kept in keep):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def is_elf(file: Path) -> bool:
+    """Whether a file is an ELF object (a program or a library)."""
+    if file.is_symlink() or not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return stream.read(4) == b"\x7fELF"
+
+
+def drop_unused_libraries(tree: Path, definition: Definition) -> None:
+    """Remove shared libraries that no program, extension module or kept library names as needed.
+
+    The dynamic section says it all (readelf -d), but for what is loaded by its name at run time: the definition keeps
+    that.
+    """
+    place = tree / definition.libraries
+    needed: set[str] = set()
+    elves = [file for file in tree.rglob("*") if is_elf(file)]
+    needs = {file: _needs(file) for file in elves}
+    todo = [file for file in elves if file.parent != place]
+    for file in place.iterdir():
+        if any(fnmatch.fnmatch(str(file.relative_to(tree)), kept) for kept in definition.keep):
+            needed.add(file.name)
+            todo.append(file.resolve())
+    while todo:
+        for name in needs[todo.pop()]:
+            if name not in needed:
+                needed.add(name)
+                target = (place / name).resolve()
+                if target in needs:
+                    todo.append(target)
+    used = {(place / name).resolve() for name in needed}
+    for file in list(place.iterdir()):
+        if file.is_dir() and not file.is_symlink():
+            continue
+        # A library is found by the name in the dynamic section; the file behind that link stays, other links go.
+        if (file.name not in needed and file.resolve() not in used) or (file.is_symlink() and file.name not in needed):
+            file.unlink()
+
+
+def _needs(file: Path) -> set[str]:
+    output = run(["readelf", "--dynamic", "--program-headers", "--wide", file]).decode(errors="replace")
+    names = {line.rsplit("[", 1)[1].rstrip("]") for line in output.splitlines() if "(NEEDED)" in line}
+    names |= {
+        line.rsplit("/", 1)[1].rstrip("]").strip() for line in output.splitlines() if "program interpreter:" in line
+    }
+    return names
+
+
+def strip(tree: Path) -> None:
+    """Remove symbols that nothing at run time reads."""
+    files = [file for file in tree.rglob("*") if is_elf(file)]
+    for file in files:
+        file.chmod(file.stat().st_mode | 0o200)
+    if files:
+        run(["strip", "--strip-unneeded", "--preserve-dates", *files])
+
+
+def compile_python(tree: Path, definition: Definition, place: Path, *, prefix: Path) -> None:
+    """Replace every .py below ``place`` by byte code (or, with ``sources``, put that beside it), made by the guest's
+    own interpreter in ``tree``.
+
+    Compiling at every boot would take four times as long as starting; byte code that is not checked against a source
+    needs no source.  Tracebacks keep line numbers, and file names as they are in the guest: less ``prefix``.
+    """
+    library = tree / definition.libraries
+    loader = next(iter(sorted(library.glob(DISTRIBUTIONS[definition.distribution].loader))), None)
+    if loader is None:
+        raise ImageError(f"the guest's libc has no program loader in /{definition.libraries}")
+    interpreter = tree / f"usr/bin/python{definition.python}"
+    run(
+        [
+            loader, "--library-path", library, interpreter, "-P", "-S", "-B", "-m", "compileall", "-q", "-f",
+            *(() if definition.sources else ("-b",)), "--invalidation-mode", "unchecked-hash",
+            "-s", prefix, "-p", "/", place,
+        ],
+        env={"PYTHONHOME": str(tree / "usr"), "PYTHONHASHSEED": "0"},
+    )  # fmt: skip
+    if not definition.sources:
+        for source in list(place.rglob("*.py")):
+            source.unlink()
+
+
+def busybox_rootfs(tree: Path, target: Path, etc: Path) -> None:
+    """A small container rootfs out of an unpacked busybox package."""
+    names = ("bin/busybox", "usr/bin/busybox", "bin/busybox.static", "usr/bin/busybox.static")  # the latter: Alpine's
+    program = next(tree / name for name in names if (tree / name).exists())
+    for name in ("bin", "dev", "etc", "home", "mnt", "proc", "root", "run", "sys", "tmp", "usr", "var"):
+        (target / name).mkdir(parents=True)
+    (target / "tmp").chmod(0o1777)
+    shutil.copy(program, target / "bin/busybox")
+    for applet in run([target / "bin/busybox", "--list"]).decode().split():
+        if applet != "busybox":
+            (target / "bin" / applet).symlink_to("busybox")
+    for name in ("sbin", "usr/bin", "usr/sbin"):
+        (target / name).symlink_to("bin" if name == "sbin" else "../bin")
+    for file in etc.iterdir():
+        shutil.copy(file, target / "etc" / file.name)

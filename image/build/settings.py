@@ -1,0 +1,169 @@
+"""Settings declared once: a frozen dataclass whose fields carry their help gives the check of a mapping, the help text,
+the JSON schema and what `--set KEY=VALUE` may name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from caisson.image.errors import ImageError
+
+
+class DefinitionError(ImageError):
+    """A setting is not understood; the text names where it is written, its key, and what would be right."""
+
+
+def setting(help: str, *, default: Any = dataclasses.MISSING, choices: Sequence[str] = ()) -> Any:
+    """A field of a class of settings.  ``help`` is a phrase; one without a default has to be given."""
+    metadata = {"help": help, "choices": tuple(choices)}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: types.MappingProxyType(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def section(kind: type, help: str) -> Any:
+    """A field that is a class of settings in its turn; left out, it has that class's defaults, if all have one."""
+    metadata = {"help": help, "choices": ()}
+    if any(_required(field) for field in dataclasses.fields(kind)):
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default_factory=kind, metadata=metadata)
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def checked(kind: type, document: object, where: str, prefix: str = "") -> Any:
+    """The settings in a mapping, as ``kind``.  Raises DefinitionError for unknown keys, types, omissions."""
+    if not isinstance(document, dict):
+        raise DefinitionError(f"{where}: {prefix.rstrip('.') or 'the definition'} must be a mapping")
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for key, value in document.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known are: {', '.join(known)}"
+            raise DefinitionError(f"{where}: {prefix}{key} is not a key of a definition{hint}")
+        values[key] = _value(hints[key], value, where, f"{prefix}{key}")
+        choices = known[key].metadata["choices"]
+        if choices and values[key] not in choices:
+            raise DefinitionError(f"{where}: {prefix}{key} is one of {', '.join(choices)}, not {value!r}")
+    for name, field in known.items():
+        if name not in values and _required(field):
+            raise DefinitionError(f"{where}: {prefix}{name} is missing")
+    return kind(**values)
+
+
+def _value(hint: Any, value: object, where: str, key: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return checked(typing.cast(type, hint), value, where, f"{key}.")
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise DefinitionError(f"{where}: {key} must be a list of strings, not {value!r}")
+        return tuple(value)
+    if hint is not str and hint is not bool:
+        if not isinstance(value, dict) or not all(isinstance(item, str) for pair in value.items() for item in pair):
+            raise DefinitionError(f"{where}: {key} must be a mapping of strings to strings, not {value!r}")
+        return types.MappingProxyType(dict(value))
+    if hint is str and not isinstance(value, str):
+        raise DefinitionError(f"{where}: {key} must be a string, not {value!r}; quotes make it one")
+    if hint is bool and not isinstance(value, bool):
+        raise DefinitionError(f"{where}: {key} must be true or false, not {value!r}")
+    return value
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping laid over another: mappings are merged, everything else is replaced, and ``key+`` adds to a list."""
+    result = dict(base)
+    for key, value in over.items():
+        name = key.removesuffix("+") if isinstance(key, str) else key
+        before = result.get(name)
+        if name != key and isinstance(value, list) and isinstance(before, list | None):
+            result[name] = [*(before or []), *value]
+        elif isinstance(value, Mapping) and isinstance(before, Mapping):
+            result[name] = merged(before, value)
+        else:
+            result[key] = value
+    return result
+
+
+def override(assignment: str) -> dict[str, Any]:
+    """The mapping that `KEY=VALUE` stands for: a dot goes into a section, VALUE is YAML, and `KEY+=VALUE` adds to a
+    list.  Raises DefinitionError.
+    """
+    key, equals, text = assignment.partition("=")
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*\+?", key):
+        raise DefinitionError(f"--set takes KEY=VALUE, for example kernel.source=linux-source-6.12, not {assignment!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise DefinitionError(f"--set {key}: {error}") from error
+    if value is None:
+        value = ""
+    if key.endswith("+") and not isinstance(value, list):
+        value = [value]
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return typing.cast(dict[str, Any], value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """A setting as its help tells of it."""
+
+    key: str
+    type: str
+    help: str
+    default: Any
+    choices: tuple[str, ...]
+
+
+def described(kind: type, prefix: str = "") -> Iterator[Described]:
+    """All settings of a class and its sections, in their order.  ``default`` is None for those that must be given."""
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            yield from described(typing.cast(type, hint), f"{prefix}{field.name}.")
+            continue
+        default = None if field.default is dataclasses.MISSING else field.default
+        meta = field.metadata
+        yield Described(f"{prefix}{field.name}", _type_name(hint), meta["help"], default, meta["choices"])
+
+
+def _type_name(hint: Any) -> str:
+    if typing.get_origin(hint) is tuple:
+        return "list"
+    return {str: "string", bool: "boolean"}.get(hint, "mapping")
+
+
+def schema(kind: type) -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of a class of settings, for editors."""
+    hints = typing.get_type_hints(kind)
+    properties: dict[str, Any] = {}
+    required = []
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            entry = schema(typing.cast(type, hint))
+        elif typing.get_origin(hint) is tuple:
+            entry = {"type": "array", "items": {"type": "string"}}
+        elif hint in (str, bool):
+            entry = {"type": _type_name(hint)}
+        else:
+            entry = {"type": "object", "additionalProperties": {"type": "string"}}
+        if field.metadata["choices"]:
+            entry["enum"] = list(field.metadata["choices"])
+        properties[field.name] = entry | {"description": field.metadata["help"]}
+        if _required(field):
+            required.append(field.name)
+    return {"type": "object", "additionalProperties": False, "properties": properties, "required": required}

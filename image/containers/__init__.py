@@ -1,0 +1,1 @@
+"""Container images: layouts, archives, layers."""

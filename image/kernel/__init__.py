@@ -1,0 +1,1 @@
+"""The guest's kernel: packages, sources, configuration fragments."""

@@ -1,0 +1,168 @@
+"""A kernel of our own: configured from nothing but the fragments, and compiled without modules.
+
+It starts from ``allnoconfig``, so what no fragment asks for is off.  Whatever was asked for and did not come out is an
+error that says why.  Sources: Documentation/kbuild/{kconfig,kbuild,reproducible-builds}.rst.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from caisson.image.errors import ImageError
+from caisson.image.kernel import fragments
+from caisson.image.kernel.kconfig import Explainer
+from caisson.image.packages.apt import Apt
+from caisson.image.run import CommandFailed, run
+
+#: Our names of architectures → the kernel's, and what its build makes that a boot loader takes.
+ARCHITECTURES = {"amd64": ("x86", "arch/x86/boot/bzImage"), "arm64": ("arm64", "arch/arm64/boot/Image")}
+
+#: What would otherwise tell in the kernel's bytes who built it, where and when.
+REPRODUCIBLE = {
+    "KBUILD_BUILD_TIMESTAMP": "Thu Jan  1 00:00:00 UTC 1970",
+    "KBUILD_BUILD_USER": "caisson",
+    "KBUILD_BUILD_HOST": "caisson",
+    "KBUILD_BUILD_VERSION": "1",
+}
+
+
+@dataclass(frozen=True)
+class SourcePackage:
+    """Debian's kernel source: a package whose one tar archive is the patched tree."""
+
+    apt: Callable[[], Apt]
+    package: str
+
+    def key(self) -> str:
+        """What decides which tree it is: the newest version is taken once, and then kept."""
+        return self.package
+
+    @contextmanager
+    def tree(self, scratch: Path) -> Iterator[tuple[Path, list[dict[str, str]]]]:
+        """The unpacked tree, and the package's record."""
+        (deb,) = self.apt().fetch([self.package])
+        run(["dpkg-deb", "--extract", deb.file, scratch / "deb"])
+        archives = list((scratch / "deb/usr/src").glob("linux-source-*.tar.*"))
+        if len(archives) != 1:
+            raise ImageError(f"{self.package} holds {len(archives)} kernel trees, not one")
+        place = scratch / "tree"
+        place.mkdir()
+        run(["tar", "--extract", "--file", archives[0], "--strip-components=1", "--no-same-owner", "-C", place])
+        yield place, [deb.record()]
+
+
+@dataclass(frozen=True)
+class SourceTree:
+    """A tree of the user's own; nothing is written to it."""
+
+    place: Path
+
+    def key(self) -> str:
+        """The newest change of any of its files stands for all of them: reading a gigabyte would take too long."""
+        newest = 0
+        for directory, names, files in os.walk(self.place):
+            names[:] = [name for name in names if name != ".git"]
+            for name in files:
+                newest = max(newest, os.lstat(os.path.join(directory, name)).st_mtime_ns)  # noqa: PTH118
+        return f"{self.place}@{newest}"
+
+    @contextmanager
+    def tree(self, scratch: Path) -> Iterator[tuple[Path, list[dict[str, str]]]]:
+        """The tree as it is."""
+        if not (self.place / "Kconfig").is_file():
+            raise ImageError(f"{self.place} is no kernel tree: it has no Kconfig")
+        if (self.place / ".config").exists():
+            raise ImageError(f"{self.place} has been built in; the kernel's build wants it clean: make mrproper")
+        yield self.place, []
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel to be compiled from ``source`` for ``arch`` (amd64 or arm64)."""
+
+    source: SourcePackage | SourceTree
+    arch: str
+    report: Callable[[str], None]
+
+    def make(self, target: Path, requests: Sequence[fragments.Request]) -> None:
+        """Configure and compile; ``target`` gets vmlinux (for a direct start by PVH), bzImage, config, kernel.json.
+
+        Raises Unsatisfied with the reason for every symbol that did not come out, CommandFailed for the compiler.
+        """
+        if self.arch not in ARCHITECTURES:
+            raise ImageError(f"kernels are compiled for {' and '.join(ARCHITECTURES)}, not for {self.arch}")
+        # The kernel's build takes no directory with a space or a colon in its name.
+        place = None if re.search(r"[\s:]", str(target)) else target
+        with tempfile.TemporaryDirectory(dir=place, prefix=".kernel-") as scratch:
+            self.report("unpacking the kernel's source")
+            with self.source.tree(Path(scratch)) as (tree, packages):
+                build = Path(scratch) / "build"
+                build.mkdir()
+                verdict = configure(tree, build, self.arch, requests)
+                self.report("compiling the kernel: minutes, once")
+                _make(tree, build, self.arch, "all" if self.arch == "arm64" else "bzImage", jobs=os.cpu_count() or 1)
+                self._take(build, target, packages, verdict)
+
+    def _take(self, build: Path, target: Path, packages: list[dict[str, str]], verdict: fragments.Verdict) -> None:
+        bootable = build / ARCHITECTURES[self.arch][1]
+        shutil.copyfile(bootable, target / bootable.name)
+        if self.arch == "amd64":
+            run(["strip", "--strip-all", "-o", target / "vmlinux", build / "vmlinux"])
+        else:
+            shutil.copyfile(bootable, target / "vmlinux")
+        shutil.copyfile(build / ".config", target / "config")
+        (target / "modules").mkdir()
+        document = {
+            "release": (build / "include/config/kernel.release").read_text().strip(),
+            "config_sha256": hashlib.sha256((target / "config").read_bytes()).hexdigest(),
+            "modules": [],
+            "later": {},
+            "missing": [request.symbol for request in verdict.missing],
+            "packages": packages,
+        }
+        (target / "kernel.json").write_text(json.dumps(document, indent=2))
+
+
+def configure(tree: Path, build: Path, arch: str, requests: Sequence[fragments.Request]) -> fragments.Verdict:
+    """Write ``build``/.config from the requests that concern this kernel, and judge it.  Raises Unsatisfied."""
+    release = run(["make", "-s", "-C", tree, "kernelversion"]).decode().strip()
+    asked = [request for request in requests if request.concerns(fragments.version_of(release))]
+    lines = [f"# {one.symbol} is not set\n" if one.value == "n" else f"{one.symbol}={one.value}\n" for one in asked]
+    (build / "requests").write_text("".join(lines))
+    _make(tree, build, arch, f"KCONFIG_ALLCONFIG={build / 'requests'}", "allnoconfig")
+    config = build / ".config"
+    try:
+        return fragments.check(asked, fragments.parse_config(config.read_text()))
+    except fragments.Unsatisfied as error:
+        explainer = Explainer(tree, ARCHITECTURES[arch][0], release, config)
+        raise error.explained(lambda one: explainer.why(one.symbol, one.value)) from None
+
+
+def _make(tree: Path, build: Path, arch: str, *words: str, jobs: int = 1) -> None:
+    compiler = "ccache gcc" if shutil.which("ccache") else "gcc"
+    settings = [f"ARCH={ARCHITECTURES[arch][0]}", f"CC={compiler}", f"HOSTCC={compiler}"]
+    settings += [f"{name}={value}" for name, value in REPRODUCIBLE.items()]
+    try:
+        run(
+            ["make", "-s", "-C", tree, f"O={build}", f"-j{jobs}", *settings, *words], env={"CCACHE_BASEDIR": str(build)}
+        )
+    except CommandFailed as error:
+        if "gelf.h" in str(error) or "libelf" in str(error):
+            raise ImageError(
+                f"{error}\nthe headers of libelf are missing; run: sudo apt-get install libelf-dev"
+            ) from error
+        raise
+
+
+def compiler_version() -> str:
+    """The compiler's own words: another one makes other bytes."""
+    return run(["gcc", "--version"]).decode().partition("\n")[0]

@@ -1,0 +1,1 @@
+"""Packages of distributions and of PyPI: resolved, fetched, verified, unpacked."""

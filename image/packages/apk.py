@@ -1,0 +1,207 @@
+"""Alpine packages: an index whose signature holds, and packages that are what it says, unpacked without root.
+
+Debian (bookworm, trixie) has no apk-tools, so this does what `apk fetch` would, for the format that Alpine's
+repositories have (apk-v2(5)).  A package is three gzip streams, one after another: signature, control, data.  The
+signed index has the digest of a package's control part, and that part has the digest of the data: with both checked
+a package needs no signature of its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import io
+import re
+import tarfile
+import tempfile
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from caisson.image.errors import ImageError
+from caisson.image.packages.apk_index import Entry, Index, parse
+from caisson.image.packages.package import Package
+from caisson.image.run import CommandFailed, run
+
+#: Alpine's names of architectures, by Debian's.
+ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
+
+REPOSITORIES = ("main", "community")
+
+#: How a signature's digest is called in its name, and by openssl.
+DIGESTS = {"RSA": "sha1", "RSA256": "sha256", "RSA512": "sha512"}
+
+#: Seconds in which a server must say something.
+TIMEOUT = 60
+
+
+class Untrusted(ImageError):
+    """An index or a package is not what someone whose key we have has signed."""
+
+
+class Apk:
+    """The packages of one release, with downloads in ``directory`` (kept between runs: it is a cache).
+
+    ``keys`` is a directory with the public keys that an index may be signed by, in files that are called as in
+    /etc/apk/keys.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        suite: str,
+        architecture: str,
+        mirror: str,
+        keys: Path,
+        repositories: Sequence[str] = REPOSITORIES,
+    ) -> None:
+        self.directory = directory
+        self.suite = suite
+        self.architecture = ARCHITECTURES[architecture]
+        self.mirror = mirror.rstrip("/")
+        self.keys = keys
+        self.repositories = repositories
+        self._index = Index([])
+
+    def update(self) -> None:
+        """Fetch the indexes.  Raises ImageError when the mirror is no good, and Untrusted when a signature is not."""
+        (self.directory / "apks").mkdir(parents=True, exist_ok=True)
+        entries: list[Entry] = []
+        for name in self.repositories:
+            place = f"{self.mirror}/{self.suite}/{name}/{self.architecture}"
+            found = read_index(_get(f"{place}/APKINDEX.tar.gz"), self.keys, f"{place}/APKINDEX.tar.gz")
+            entries += (
+                entry for entry in parse(found, place) if entry.architecture in (self.architecture, "noarch", "")
+            )
+        self._index = Index(entries)
+
+    def fetch(self, packages: Iterable[str]) -> list[Package]:
+        """Download exactly these packages, or take them from before.  Raises ImageError."""
+        return [self._fetch(self._index.newest(package)) for package in packages]
+
+    def fetch_all(self, packages: Iterable[str]) -> list[Package]:
+        """Download the packages and all they depend on.  Raises ImageError."""
+        return [self._fetch(entry) for entry in self._index.resolve(packages)]
+
+    def fetch_kernel(self, package: str) -> list[Package]:
+        """The package with a kernel and its modules: with Alpine that is the one of this name."""
+        return self.fetch([package])
+
+    def _fetch(self, entry: Entry) -> Package:
+        file = self.directory / "apks" / entry.file
+        if not file.is_file() or _wrong(file.read_bytes(), entry):
+            data = _get(f"{entry.repository}/{entry.file}")
+            if complaint := _wrong(data, entry):
+                raise Untrusted(f"{entry.repository}/{entry.file}: {complaint}")
+            with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as stream:
+                stream.write(data)
+            Path(stream.name).rename(file)
+        return Package.of("apk", entry.name, entry.version, file)
+
+
+def extract(apks: Iterable[Package], tree: Path) -> None:
+    """Unpack packages over each other; none of their scripts runs.  Files belong to whoever runs this."""
+    for apk in apks:
+        archive = gzip.decompress(split(apk.file.read_bytes(), str(apk.file))[-1])
+        # /lib and the like are links in a guest.  The unknown keywords are checksums, which `_wrong` has no need of.
+        options = ["--keep-directory-symlink", "--no-same-owner", "--no-same-permissions", "--mode=u+rwX"]
+        run(["tar", "--extract", "--warning=no-unknown-keyword", *options, "--directory", tree], stdin=archive)
+
+
+def read_index(data: bytes, keys: Path, shown: str) -> str:
+    """The text of a signed index.  Raises Untrusted unless one of the keys has signed it."""
+    streams = split(data, shown)
+    if len(streams) < 2:
+        raise Untrusted(f"{shown} is not signed")
+    _verify(_files(streams[0], shown), data[len(streams[0]) :], keys, shown)
+    files = _files(b"".join(streams[1:]), shown)
+    if "APKINDEX" not in files:
+        raise ImageError(f"{shown} has no index in it")
+    return files["APKINDEX"].decode(errors="replace")
+
+
+def split(data: bytes, shown: str) -> list[bytes]:
+    """The gzip streams that follow each other in a file, still compressed.  Raises ImageError for a damaged one."""
+    streams = []
+    while data:
+        unpacker = zlib.decompressobj(wbits=31)
+        try:
+            unpacker.decompress(data)
+        except zlib.error as error:
+            raise ImageError(f"{shown} is damaged: {error}") from error
+        if not unpacker.eof:
+            raise ImageError(f"{shown} is damaged: it ends too early")
+        streams.append(data[: len(data) - len(unpacker.unused_data)])
+        data = unpacker.unused_data
+    return streams
+
+
+def _verify(signatures: dict[str, bytes], signed: bytes, keys: Path, shown: str) -> None:
+    """Raises Untrusted unless there is a signature by a key that we have, and it holds."""
+    names = []
+    for name, signature in signatures.items():
+        found = re.fullmatch(r"\.SIGN\.(RSA|RSA256|RSA512)\.([^/]+)", name)
+        if not found:
+            continue
+        names.append(found[2])
+        if not (keys / found[2]).is_file():
+            continue
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(signature)
+            file.flush()
+            digest, key = f"-{DIGESTS[found[1]]}", keys / found[2]
+            try:
+                run(["openssl", "dgst", digest, "-verify", key, "-signature", file.name], stdin=signed)
+            except CommandFailed as error:
+                raise Untrusted(f"{shown}: the signature by {found[2]} does not hold: {error}") from error
+            return
+    if names:
+        raise Untrusted(f"{shown} is signed by {', '.join(names)}, and {keys} has no such key")
+    raise Untrusted(f"{shown} is not signed")
+
+
+def _wrong(data: bytes, entry: Entry) -> str:
+    """What is wrong with a package's file; empty when it is the one that the index means."""
+    if len(data) != entry.size:
+        return f"it has {len(data)} bytes, and the index says {entry.size}"
+    try:
+        streams = split(data, entry.file)
+        # Signatures are optional: the index vouches for the control part.
+        *_, control, contents = streams
+        information = _files(control, entry.file)[".PKGINFO"].decode(errors="replace")
+    except (ImageError, KeyError, ValueError) as error:
+        return f"it is no package: {error}"
+    algorithm = {"Q1": hashlib.sha1, "Q2": hashlib.sha256}.get(entry.checksum[:2])
+    if algorithm is None:
+        return f"the index has a checksum of an unknown kind, {entry.checksum}"
+    if base64.b64encode(algorithm(control).digest()).decode() != entry.checksum[2:]:
+        return "its control part is not the one that the index means"
+    digest = re.search(r"^datahash = ([0-9a-f]{64})$", information, re.MULTILINE)
+    if not digest or digest[1] != hashlib.sha256(contents).hexdigest():
+        return "its data are not those that its control part means"
+    return ""
+
+
+def _files(segment: bytes, shown: str) -> dict[str, bytes]:
+    """The regular files of a compressed tar segment, which may lack the end that an archive has."""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(gzip.decompress(segment))) as archive:
+            members = [member for member in archive if member.isfile()]
+            return {member.name: archive.extractfile(member).read() for member in members}  # type: ignore[union-attr]
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise ImageError(f"{shown} is damaged: {error}") from error
+
+
+def _get(url: str) -> bytes:
+    """What a server (or, by file:, a directory) has.  Raises ImageError."""
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+            data: bytes = answer.read()
+            return data
+    except (OSError, ValueError) as error:
+        raise ImageError(
+            f"{url}: {error}\nif that is not the right mirror, CAISSON_ALPINE_MIRROR names another"
+        ) from error

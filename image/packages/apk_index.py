@@ -1,0 +1,260 @@
+"""What an Alpine repository says of its packages, and which of them a set of names needs.
+
+An index is a text of records, a line `LETTER:value` each (apk-v2(5), apk-package(5)):
+
+    C:Q1…   the checksum of the control part      P: V: A:   name, version, architecture     S: bytes
+    D:      what it depends on                    p:         what it provides                k: priority as a provider
+
+A dependency is a name (of a package, or provided: so:libc.musl-x86_64.so.1, cmd:sh, pc:zlib) with a constraint of its
+version; with a ! in front it must not be there.  `install_if` (i:) is not followed: it brings what is merely useful.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from caisson.image.errors import ImageError
+
+#: Suffixes before a release, and after it, in their order (apk-package(5)).
+BEFORE = ("alpha", "beta", "pre", "rc")
+AFTER = ("cvs", "svn", "git", "hg", "p")
+
+VERSION = re.compile(
+    r"(?P<digits>\d+(?:\.\d+)*)(?P<letter>[a-z]?)(?P<suffixes>(?:_(?:alpha|beta|pre|rc|cvs|svn|git|hg|p)\d*)*)"
+    r"(?:~(?P<commit>[0-9a-f]+))?(?:-r(?P<revision>\d+))?"
+)
+DEPENDENCY = re.compile(
+    r"(?P<no>!?)(?P<name>[^=<>~@\s]+)(?:@\S+?)?(?:(?P<how>>=|<=|=~|~=|[=<>~])(?P<version>[^<>=~\s].*))?"
+)
+
+#: What a part of a version is worth against another part in its place: nothing at all is more than a release candidate,
+#: and a further number more than a letter.
+_PRE, _END, _REVISION, _COMMIT, _NUMBER, _POST, _LETTER, _DIGITS = range(8)
+
+_Part = tuple[int, str]
+
+
+class Unresolvable(ImageError):
+    """Packages cannot be had together, or one is not there; the text says which, and who asks for it."""
+
+
+@dataclass(frozen=True)
+class Dependency:
+    """A name with a constraint; ``how`` is empty, or one of = < > <= >= ~.  ``conflict``: it must not be there."""
+
+    name: str
+    how: str = ""
+    version: str = ""
+    conflict: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Dependency:
+        """Raises ImageError for what is none."""
+        found = DEPENDENCY.fullmatch(text)
+        if not found:
+            raise ImageError(f"{text!r} is no dependency that an Alpine package can have")
+        how = found["how"] or ""
+        return cls(found["name"], "~" if "~" in how else how, found["version"] or "", bool(found["no"]))
+
+    def accepts(self, version: str) -> bool:
+        """Whether a version will do; one that is empty (something provided without a version) only where any does."""
+        if not self.how:
+            return True
+        if not version:
+            return False
+        if self.how == "~":
+            wanted = list(_parts(self.version))[:-1]
+            return list(_parts(version))[: len(wanted)] == wanted
+        order = compare(version, self.version)
+        return (order < 0 and "<" in self.how) or (order > 0 and ">" in self.how) or (order == 0 and "=" in self.how)
+
+    def __str__(self) -> str:
+        return f"{'!' if self.conflict else ''}{self.name}{self.how}{self.version}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A package of an index.  ``repository`` is the URL that its file is below."""
+
+    name: str
+    version: str
+    checksum: str
+    size: int
+    architecture: str = ""
+    dependencies: tuple[Dependency, ...] = ()
+    provides: tuple[tuple[str, str], ...] = ()
+    priority: int = 0
+    repository: str = field(default="", compare=False)
+
+    @property
+    def file(self) -> str:
+        """The name of its file."""
+        return f"{self.name}-{self.version}.apk"
+
+    def owns(self) -> Iterator[str]:
+        """Names that no other package may have beside it: its own, and what it provides in a version."""
+        yield self.name
+        yield from (name for name, version in self.provides if version)
+
+    def satisfies(self, dependency: Dependency) -> bool:
+        """Whether it is, or provides, what is asked for (or refused)."""
+        names = ((self.name, self.version), *self.provides)
+        return any(name == dependency.name and dependency.accepts(version) for name, version in names)
+
+
+def parse(text: str, repository: str = "") -> Iterator[Entry]:
+    """The packages of an index.  Raises ImageError for one that is malformed."""
+    for record in re.split(r"\n{2,}", text.strip("\n")):
+        fields = dict(line.split(":", 1) for line in record.splitlines() if re.match("[A-Za-z]:", line))
+        if not fields:
+            continue
+        try:
+            name, version, checksum, size = fields["P"], fields["V"], fields["C"], int(fields["S"])
+            priority = int(fields.get("k", "0"))
+        except (KeyError, ValueError) as error:
+            raise ImageError(
+                f"an entry of {repository or 'the index'} is malformed: {error}: {record[:80]!r}"
+            ) from error
+        # The name of a file on this machine is made of these.
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+-]*", name) or not VERSION.fullmatch(version):
+            raise ImageError(f"{name!r} {version!r} is no name and version that an Alpine package can have")
+        yield Entry(
+            name, version, checksum, size, fields.get("A", ""),
+            tuple(Dependency.parse(word) for word in fields.get("D", "").split()),
+            tuple(_provided(word) for word in fields.get("p", "").split()),
+            priority, repository,
+        )  # fmt: skip
+
+
+def _provided(text: str) -> tuple[str, str]:
+    name, _, version = text.partition("=")
+    return name, version
+
+
+def compare(first: str, second: str) -> int:
+    """Less than, equal to or greater than 0, as the first version is older, the same or newer.  Raises ImageError."""
+    for (kind, value), (other_kind, other) in zip(_parts(first), _parts(second), strict=False):
+        if kind != other_kind:
+            return kind - other_kind
+        if value == other:
+            continue
+        # After the first, a number with a leading zero is a fraction: 1.05 is older than 1.5.
+        if kind in (_COMMIT, _LETTER) or (kind == _DIGITS and "." in value and ".0" in (value[:2], other[:2])):
+            return 1 if value > other else -1
+        if int(value.lstrip(".")) != int(other.lstrip(".")):
+            return int(value.lstrip(".")) - int(other.lstrip("."))
+    return 0
+
+
+def _parts(version: str) -> Iterator[_Part]:
+    """A version's parts in order, each with its kind; numbers after the first begin with a dot."""
+    found = VERSION.fullmatch(version)
+    if not found:
+        raise ImageError(f"{version!r} is no version that an Alpine package can have")
+    for number, digits in enumerate(found["digits"].split(".")):
+        yield _DIGITS, f".{digits}" if number else digits
+    if found["letter"]:
+        yield _LETTER, found["letter"]
+    for name, number in re.findall(r"_([a-z]+)(\d*)", found["suffixes"]):
+        yield (_PRE, str(BEFORE.index(name))) if name in BEFORE else (_POST, str(AFTER.index(name)))
+        if number:
+            yield _NUMBER, number
+    if found["commit"]:
+        yield _COMMIT, found["commit"]
+    if found["revision"]:
+        yield _REVISION, found["revision"]
+    yield _END, "0"
+
+
+class Index:
+    """The packages of some repositories together."""
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self._by_name: dict[str, list[Entry]] = {}
+        for entry in entries:
+            for name in dict.fromkeys((entry.name, *(name for name, _ in entry.provides))):
+                self._by_name.setdefault(name, []).append(entry)
+
+    def candidates(self, dependency: Dependency) -> list[Entry]:
+        """What satisfies a dependency, the best first: of this name, of the highest priority, the newest."""
+        found = [entry for entry in self._by_name.get(dependency.name, []) if entry.satisfies(dependency)]
+        found.sort(key=lambda entry: entry.name)
+        found.sort(key=_Newest)
+        found.sort(key=lambda entry: (entry.name != dependency.name, -entry.priority))
+        return found
+
+    def newest(self, package: str) -> Entry:
+        """The package of exactly this name (a constraint may follow it).  Raises Unresolvable."""
+        wanted = Dependency.parse(package)
+        found = [entry for entry in self.candidates(wanted) if entry.name == wanted.name]
+        if not found:
+            raise Unresolvable(f"there is no package {package} in the repositories")
+        return found[0]
+
+    def resolve(self, packages: Iterable[str]) -> list[Entry]:
+        """The packages and all they depend on, sorted by name.
+
+        Goes back on a choice that leads nowhere.  Raises Unresolvable with what stood in the way at the best try.
+        """
+        todo: _Todo | None = None
+        for package in reversed([Dependency.parse(package) for package in packages]):
+            if package.conflict:
+                raise Unresolvable(f"{package}: a definition names what it wants, not what it does not")
+            todo = (package, "the definition", todo)
+        chosen: dict[str, Entry] = {}
+        untried: list[tuple[dict[str, Entry], list[Entry], _Todo | None]] = []
+        furthest, obstacle = -1, ""
+        while todo is not None:
+            dependency, who, rest = todo
+            if dependency.conflict or any(entry.satisfies(dependency) for entry in chosen.values()):
+                todo = rest  # conflicts are heeded when something is chosen
+                continue
+            options, reason = [], f"{who} needs {dependency}, which no package is or provides"
+            for entry in self.candidates(dependency):
+                if clash := _clash(entry, chosen):
+                    reason = f"{who} needs {dependency}, but {clash}"
+                else:
+                    options.append(entry)
+            if len(chosen) > furthest and not options:
+                furthest, obstacle = len(chosen), reason
+            untried.append((chosen, options[::-1], rest))
+            while untried and not untried[-1][1]:
+                untried.pop()
+            if not untried:
+                raise Unresolvable(obstacle)
+            before, options, rest = untried[-1]
+            entry = options.pop()
+            chosen = before | {entry.name: entry}
+            todo = rest
+            for need in reversed(entry.dependencies):
+                todo = (need, entry.name, todo)
+        return sorted(chosen.values(), key=lambda entry: entry.name)
+
+
+#: What is still to be satisfied, by whose wish, as a list that many tries share.
+_Todo = tuple[Dependency, str, "_Todo | None"]
+
+
+@dataclass(frozen=True)
+class _Newest:
+    """For sorting: the newest version first."""
+
+    entry: Entry
+
+    def __lt__(self, other: _Newest) -> bool:
+        return compare(self.entry.version, other.entry.version) > 0
+
+
+def _clash(entry: Entry, chosen: Mapping[str, Entry]) -> str:
+    """Why a package cannot be beside those that are chosen; empty when it can."""
+    owned = set(entry.owns())
+    for other in chosen.values():
+        if both := owned.intersection(other.owns()):
+            return f"{entry.name}-{entry.version} and {other.name}-{other.version} cannot both be {min(both)}"
+        for one, two in ((entry, other), (other, entry)):
+            for dependency in one.dependencies:
+                if dependency.conflict and two.satisfies(dependency):
+                    return f"{one.name} excludes {dependency.name}, which is {two.name}-{two.version}"
+    return ""

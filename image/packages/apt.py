@@ -1,0 +1,170 @@
+"""Packages of any suite of Debian or a relative, resolved and fetched by apt itself, in a directory of its own.
+
+apt gets a configuration that shares nothing with the host's but the mirror, how it is reached (a proxy, certificates)
+and the archive keys: no root is needed, the host's packages play no part, and what a package needs is for apt to say.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote
+
+from caisson.image.errors import ImageError
+from caisson.image.packages.package import Package
+from caisson.image.run import CommandFailed, run
+
+
+@dataclass(frozen=True)
+class Keyring:
+    """The keys that a suite may be signed by; ``hint`` says where such a file is had from."""
+
+    file: Path
+    hint: str
+
+
+DEBIAN = Keyring(
+    Path("/usr/share/keyrings/debian-archive-keyring.gpg"), "run: sudo apt-get install debian-archive-keyring"
+)
+
+
+def host_mirror() -> str:
+    """A Debian mirror: ``$CAISSON_MIRROR``, the host's own apt sources, or debootstrap's built-in default.
+
+    Raises ImageError when none of them knows one.
+    """
+    if chosen := os.environ.get("CAISSON_MIRROR"):
+        return chosen
+    targets = subprocess.run(
+        ["apt-get", "indextargets", "--format", "$(ORIGIN) $(CREATED_BY) $(REPO_URI)"], capture_output=True, text=True
+    )
+    for line in targets.stdout.splitlines():
+        origin, created_by, uri = (*line.split(), "", "", "")[:3]
+        if origin == "Debian" and created_by == "Packages" and "security" not in uri:
+            return uri
+    for source in [*Path("/etc/apt/sources.list.d").glob("*"), Path("/etc/apt/sources.list")]:
+        # Before the first `apt-get update` apt does not say what the sources are the origin of.
+        text = source.read_text(errors="replace") if source.is_file() else ""
+        if found := re.search(r"^(?:URIs:|deb(?: \[.*?\])?)\s+(\S+/debian/?)(?:\s|$)", text, re.MULTILINE):
+            return found[1]
+    script = Path("/usr/share/debootstrap/scripts/debian-common")
+    if script.is_file() and (found := re.search(r"default_mirror (\S+)", script.read_text())):
+        return found[1]
+    raise ImageError("no Debian mirror is known on this machine; name one in CAISSON_MIRROR")
+
+
+class Apt:
+    """The packages of one suite, with apt's files in ``directory`` (kept between runs: it is a cache).
+
+    ``pockets`` are the suite's parts, by what is added to its name.  ``variable`` names another mirror.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        suite: str,
+        architecture: str,
+        mirror: str,
+        keyring: Keyring = DEBIAN,
+        pockets: Sequence[str] = ("",),
+        variable: str = "CAISSON_MIRROR",
+    ) -> None:
+        self.directory = directory
+        self.suite = suite
+        self.architecture = architecture
+        self.mirror = mirror
+        self.keyring = keyring
+        self.pockets = pockets
+        self.variable = variable
+
+    def update(self) -> None:
+        """Fetch the suite's index.  Raises ImageError when the mirror or its signature is no good."""
+        if not self.keyring.file.exists():
+            raise ImageError(f"{self.keyring.file} is missing; {self.keyring.hint}")
+        for name in ("lists/partial", "archives/partial", "state", "debs"):
+            (self.directory / name).mkdir(parents=True, exist_ok=True)
+        (self.directory / "state/status").touch()
+        whence = f"deb [arch={self.architecture} signed-by={self.keyring.file}] {self.mirror}"
+        sources = "".join(f"{whence} {self.suite}{pocket} main\n" for pocket in self.pockets)
+        (self.directory / "sources.list").write_text(sources)
+        settings = {
+            "Dir::State": self.directory / "state",
+            "Dir::State::Lists": self.directory / "lists",
+            "Dir::State::status": self.directory / "state/status",
+            "Dir::Cache": self.directory,
+            "Dir::Cache::archives": self.directory / "archives",
+            "Dir::Etc::SourceList": self.directory / "sources.list",
+            "Dir::Etc::SourceParts": "/dev/null",
+            "Dir::Etc::Parts": "/dev/null",
+            "Dir::Etc::Preferences": "/dev/null",
+            "Dir::Etc::PreferencesParts": "/dev/null",
+            "APT::Architecture": self.architecture,
+            "APT::Architectures": self.architecture,
+            "APT::Install-Recommends": "false",
+            "APT::Sandbox::User": "root" if os.geteuid() == 0 else "",
+            "Acquire::Languages": "none",
+            "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled": "false",
+            "Acquire::Retries": "3",
+        }
+        lines = [run(["apt-config", "dump", "Acquire::http", "Acquire::https"]).decode()]
+        lines += [f'{name} "{value}";\n' for name, value in settings.items() if value != ""]
+        (self.directory / "apt.conf").write_text("".join(lines))
+        try:
+            self._apt("apt-get", "update", "--error-on=any", "-qq")
+        except CommandFailed as error:
+            raise ImageError(
+                f"{error}\nif {self.mirror} is not the right mirror, {self.variable} names another"
+            ) from error
+
+    def resolve(self, packages: Iterable[str]) -> list[tuple[str, str]]:
+        """The packages and all they depend on, as (file name in the pool, URI), sorted."""
+        return _printed(self._apt("apt-get", "install", "--print-uris", "--yes", "-qq", *packages))
+
+    def fetch(self, packages: Iterable[str]) -> list[Package]:
+        """Download exactly these packages (verified by apt against the signed index), or take them from before."""
+        output = self._apt("apt-get", "download", "--print-uris", "-qq", *packages)
+        files = {unquote(name).split("_")[0]: name for name, _ in _printed(output)}
+        missing = [package for package, name in files.items() if not (self.directory / "debs" / name).exists()]
+        if missing:
+            self._apt("apt-get", "download", "-qq", *missing, cwd=self.directory / "debs")
+        debs = []
+        for package, name in files.items():
+            file = self.directory / "debs" / name
+            version = run(["dpkg-deb", "--field", file, "Version"]).decode().strip()
+            debs.append(Package.of("deb", package, version, file))
+        return debs
+
+    def fetch_all(self, packages: Iterable[str]) -> list[Package]:
+        """Download the packages and all they depend on."""
+        return self.fetch(unquote(name).split("_")[0] for name, _ in self.resolve(packages))
+
+    def fetch_kernel(self, package: str) -> list[Package]:
+        """Download the newest kernel that a package depends on.  Raises ImageError unless it is one kernel."""
+        names = [name.split("_")[0] for name, _ in self.resolve([package])]
+        images = [name for name in names if re.match(r"linux-image-\d", name)]
+        if len(images) != 1:
+            raise ImageError(f"{package} was to bring one kernel, but brings {', '.join(images) or 'none'}")
+        # Ubuntu has a kernel's modules, and its config, in packages of their own.
+        return self.fetch([*images, *(name for name in names if re.match(r"linux-modules-(extra-)?\d", name))])
+
+    def _apt(self, *argv: str, cwd: Path | None = None) -> bytes:
+        return run(argv, cwd=cwd, env={"APT_CONFIG": str(self.directory / "apt.conf")})
+
+
+def _printed(output: bytes) -> list[tuple[str, str]]:
+    """What --print-uris says, as (file name, URI), sorted."""
+    found = re.findall(r"^'([^']+)' (\S+) \d+(?: \S*)?$", output.decode(), re.MULTILINE)
+    return sorted((name, uri) for uri, name in found)
+
+
+def extract(debs: Iterable[Package], tree: Path) -> None:
+    """Unpack packages over each other; no maintainer script runs.  Files belong to whoever runs this."""
+    for deb in debs:
+        archive = run(["dpkg-deb", "--fsys-tarfile", deb.file])
+        # A merged /usr: /lib and the like are links here, and some packages still name them as directories.
+        options = ["--keep-directory-symlink", "--no-same-owner", "--no-same-permissions", "--mode=u+rwX"]
+        run(["tar", "--extract", *options, "--directory", tree], stdin=archive)

@@ -1,0 +1,1 @@
+"""Devices added to and removed from a running VM."""

@@ -1,0 +1,124 @@
+"""Disks for a running VM: plugged into its empty ports, read only, by QEMU's monitor, and taken out again.
+
+A disk has a name of the caller's, so that who comes second uses the one that is there.  QEMU serves one client of its
+monitor at a time: whoever is connected has the ports for itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Container
+from pathlib import Path
+
+from caisson.image.vm.errors import VMError
+from caisson.image.vm.machine import VM
+from caisson.image.vm.qemu import PORTS
+from caisson.image.vm.qmp import QMP, QMPError
+
+#: Seconds for the monitor, with others before us.
+PATIENCE = 30.0
+
+#: Seconds for a guest to let go of a disk, and between looks.
+LETTING_GO = 10.0
+INTERVAL = 0.05
+
+PREFIX = "disk-"
+
+#: Where QEMU has the devices that were given a name.
+PERIPHERAL = "/machine/peripheral"
+
+
+def plug_disk(vm: VM, file: Path, name: str) -> str:
+    """Plug a disk in, unless one of this name is; returns its PCI path, slots from the root bus on ("10/00").
+
+    ``name``: at most 26 letters, digits and '-'.  The file may be removed afterwards.  Raises VMError when no port is
+    empty.
+    """
+    identity = f"{PREFIX}{name}"
+    with QMP(vm.directory / "qmp.sock", PATIENCE) as monitor:
+        ports = plugged(monitor)
+        for port, devices in ports.items():
+            if identity in devices:
+                return _path(port)
+        empty = empty_port(monitor, vm.name)
+        # One that is left of a disk that the guest has let go of since.
+        with contextlib.suppress(QMPError):
+            monitor.execute("blockdev-del", {"node-name": identity})
+        opened = {"driver": "file", "filename": str(file), "read-only": True}
+        node = {"driver": "raw", "node-name": identity, "read-only": True, "file": opened}
+        monitor.execute("blockdev-add", node)
+        try:
+            device = {"driver": "virtio-blk-pci", "id": identity, "drive": identity, "bus": empty}
+            monitor.execute("device_add", device)
+        except QMPError:
+            monitor.execute("blockdev-del", {"node-name": identity})
+            raise
+        return _path(empty)
+
+
+def unplug_unused(vm: VM, used: Callable[[], Container[str]]) -> None:
+    """Take out the disks that are not among those that are used, by their names.
+
+    ``used`` is asked when nobody can plug one in: who plugs a disk in says before that it is used.  A guest that does
+    not let go of a disk in time keeps it.  Raises VMError.
+    """
+    with QMP(vm.directory / "qmp.sock", PATIENCE) as monitor:
+        names = used()
+        unused = {
+            identity
+            for devices in plugged(monitor).values()
+            for identity in devices
+            if identity.startswith(PREFIX) and identity.removeprefix(PREFIX) not in names
+        }
+        for identity in unused:
+            with contextlib.suppress(QMPError):  # the guest is at it already
+                monitor.execute("device_del", {"id": identity})
+        deadline = time.monotonic() + LETTING_GO
+        while unused and time.monotonic() < deadline:
+            there = set().union(*plugged(monitor).values())
+            for identity in unused - there:
+                # Seen to be gone before it is: the disk's last part goes a moment later.
+                with contextlib.suppress(QMPError):
+                    monitor.execute("blockdev-del", {"node-name": identity})
+                    unused.discard(identity)
+            time.sleep(INTERVAL)
+
+
+def empty_port(monitor: QMP, name: str) -> str:
+    """A port that nothing is plugged into.  Raises VMError when there is none."""
+    for port, devices in plugged(monitor).items():
+        if not devices:
+            return port
+    raise VMError(
+        f"VM {name!r} has {len(PORTS)} ports for disks and shares, and all are in use; remove a container, or a share"
+    )
+
+
+def unplugged(monitor: QMP, identity: str) -> bool:
+    """Wait for a device that was asked for; whether the guest has let go of it in time."""
+    deadline = time.monotonic() + LETTING_GO
+    while any(identity in devices for devices in plugged(monitor).values()):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(INTERVAL)
+    return True
+
+
+def plugged(monitor: QMP) -> dict[str, set[str]]:
+    """What is plugged into each port, by the names of devices.
+
+    By QEMU's own objects: what query-pci says depends on how the guest numbers its buses.
+    """
+    found: dict[str, set[str]] = {f"port{number}": set() for number in range(len(PORTS))}
+    for item in monitor.execute("qom-list", {"path": PERIPHERAL}):
+        if not item["type"].startswith("child<"):
+            continue
+        with contextlib.suppress(QMPError):  # it has gone just now
+            bus = monitor.execute("qom-get", {"path": f"{PERIPHERAL}/{item['name']}", "property": "parent_bus"})
+            found.get(str(bus).rpartition("/")[2], set()).add(item["name"])
+    return found
+
+
+def _path(port: str) -> str:
+    return f"{PORTS[int(port.removeprefix('port'))]}/00"

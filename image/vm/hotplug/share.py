@@ -1,0 +1,158 @@
+"""Directories of the host for the guest of a running VM, plugged in by QEMU's monitor and taken out again.
+
+That is virtiofs: QEMU adds no 9p while it runs (there is no command for an fsdev).  It needs memory that virtiofsd can
+map: what all VMs have but clones with the kernel's vsock device.  Source: QEMU, docs/interop/vhost-user.rst;
+qapi/char.json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import re
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from caisson.image.vm.config import TAG
+from caisson.image.vm.errors import VMError
+from caisson.image.vm.hotplug.disks import PATIENCE, empty_port, plugged, unplugged
+from caisson.image.vm.lines import Lines
+from caisson.image.vm.machine import VM
+from caisson.image.vm.qmp import QMP, QMPError
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What a guest can mount: a file system's type and tag.  ``new``: it was not there before."""
+
+    fstype: str
+    tag: str
+    writable: bool
+    new: bool = False
+
+
+def tag_of(path: Path) -> str:
+    """What a directory is called when nobody says: its name, as far as a tag can have it."""
+    name = re.sub(r"[^A-Za-z0-9_-]", "-", path.resolve().name).lstrip("-_0123456789")
+    return name[:31] or "share"
+
+
+def shares(vm: VM) -> dict[str, tuple[str, str, bool]]:
+    """What is shared with a VM, by its tag: the file system, the directory, and whether the guest may write to it."""
+    info = vm.info
+    return {
+        tag: (fstype, path, writable)
+        for fstype, found in (("9p", info["shares"]), ("virtiofs", info["virtiofs"]))
+        for tag, (path, writable) in found.items()
+    }
+
+
+def share(vm: VM, directory: Path, tag: str, *, writable: bool) -> Shared:
+    """Have a guest see a directory: the share that there is, or a new one.  Raises VMError."""
+    path = directory.resolve()
+    if not TAG.fullmatch(tag):
+        raise VMError(f"a share's tag is up to 31 letters, digits, - and _, not {tag!r}")
+    if not path.is_dir():
+        raise VMError(f"{directory} is no directory that could be shared")
+    with _alone(vm):
+        return _share(vm, path, directory, tag, writable)
+
+
+def _share(vm: VM, path: Path, directory: Path, tag: str, writable: bool) -> Shared:
+    there = shares(vm)
+    for other, (fstype, shared, may_write) in there.items():
+        if (shared, may_write) == (str(path), writable):
+            if fstype == "9p" or _is_plugged(vm, other):
+                return Shared(fstype, other, writable)
+            _ask(vm, {"unshare": other})  # who began with it was killed
+            del there[other]
+            break
+    if tag in there:
+        raise VMError(f"{there[tag][1]} is shared as {tag!r} already; choose another name: --tag NAME")
+    if vm.info["template"] and vm.info["vsock"] != "user":
+        raise VMError(
+            f"VM {vm.name!r} has its template's memory, which virtiofsd must not map, and 9p cannot be added while it "
+            f"runs; make a clone with --vsock user, or boot with the share: invoke boot-vm --share {tag}={directory}"
+        )
+    answer = _ask(vm, {"share": tag, "path": str(path), "writable": writable})
+    try:
+        with QMP(vm.directory / "qmp.sock", PATIENCE) as monitor:
+            _plug(monitor, vm, tag, answer["socket"])
+    except BaseException:
+        _ask(vm, {"unshare": tag})
+        raise
+    return Shared("virtiofs", tag, writable, new=True)
+
+
+@contextlib.contextmanager
+def _alone(vm: VM) -> Iterator[None]:
+    """Shares come and go in here, one at a time: what is half there was left so by somebody who died."""
+    try:
+        lock = (vm.directory / "shares.lock").open("w")
+    except FileNotFoundError:
+        raise VMError(f"VM {vm.name!r} has ended") from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _is_plugged(vm: VM, tag: str) -> bool:
+    with QMP(vm.directory / "qmp.sock", PATIENCE) as monitor:
+        return any(f"share-{tag}" in devices for devices in plugged(monitor).values())
+
+
+def _plug(monitor: QMP, vm: VM, tag: str, path: str) -> None:
+    bus = empty_port(monitor, vm.name)
+    address = {"type": "unix", "data": {"path": path}}
+    backend = {"type": "socket", "data": {"addr": address, "server": False}}
+    with contextlib.suppress(QMPError):  # left by somebody who was killed
+        monitor.execute("chardev-remove", {"id": f"chardev-{tag}"})
+    monitor.execute("chardev-add", {"id": f"chardev-{tag}", "backend": backend})
+    device = {"driver": "vhost-user-fs-pci", "id": f"share-{tag}", "chardev": f"chardev-{tag}", "tag": tag, "bus": bus}
+    try:
+        monitor.execute("device_add", device)
+    except QMPError:
+        monitor.execute("chardev-remove", {"id": f"chardev-{tag}"})
+        raise
+
+
+def unshare(vm: VM, tag: str) -> None:
+    """Take a share out that nothing in the guest has mounted any more.  Raises VMError."""
+    with _alone(vm):
+        _unshare(vm, tag)
+
+
+def _unshare(vm: VM, tag: str) -> None:
+    there = shares(vm)
+    if tag not in there:
+        raise VMError(
+            f"nothing is shared as {tag!r} with VM {vm.name!r}; there are: {', '.join(sorted(there)) or 'none'}"
+        )
+    if there[tag][0] == "9p":
+        raise VMError(f"{tag!r} was there when VM {vm.name!r} booted, and stays until its end")
+    with QMP(vm.directory / "qmp.sock", PATIENCE) as monitor:
+        with contextlib.suppress(QMPError):  # it has gone, or is about to
+            monitor.execute("device_del", {"id": f"share-{tag}"})
+        if not unplugged(monitor, f"share-{tag}"):
+            raise VMError(f"the guest of VM {vm.name!r} does not let go of {tag!r}: something in it has it mounted")
+        with contextlib.suppress(QMPError):
+            monitor.execute("chardev-remove", {"id": f"chardev-{tag}"})
+    _ask(vm, {"unshare": tag})
+
+
+def _ask(vm: VM, question: dict[str, Any]) -> dict[str, Any]:
+    """What a VM's supervisor does.  Raises VMError."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        try:
+            connection.connect(str(vm.directory / "control.sock"))
+            lines = Lines(connection)
+            lines.send(question)
+            answer = lines.receive(PATIENCE)
+        except OSError as error:
+            raise VMError(f"VM {vm.name!r}: its supervisor does not answer: {error.strerror or error}") from error
+    if answer is None or "error" in answer:
+        raise VMError(str(answer["error"]) if answer else f"VM {vm.name!r} has ended")
+    return answer

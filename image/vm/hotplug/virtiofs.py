@@ -1,0 +1,98 @@
+"""virtiofsd: a process that serves one directory of the host to a guest, as a child of the VM's supervisor.
+
+There are two programs of this name: QEMU's own, in C, up to version 7.2 (Debian: qemu-system-common), which only root
+can run, and the one in Rust that came after it (Debian: virtiofsd), for anyone.  Sources: QEMU,
+docs/tools/virtiofsd.rst; virtiofsd's README.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from caisson.image.programs import which
+from caisson.image.vm.children import Children
+from caisson.image.vm.directory import VMDirectory
+from caisson.image.vm.errors import VMError
+
+#: What there is without it.
+ELSE = "or share by 9p, which the lean image has: invoke boot-vm --share TAG=DIR"
+
+#: Makes $1 read-only for this process alone, and becomes the rest.  What is mounted below it is not there then.
+READ_ONLY = 'mount --bind -- "$1" "$1" && mount -o remount,bind,ro -- "$1" && shift && exec "$@"'
+
+
+def command(directory: Path, fd: int, *, writable: bool) -> list[str]:
+    """The command that serves a directory on a listening socket; no guest can write to one that is read-only.
+
+    Raises VMError that says what to do instead.
+    """
+    program = which("virtiofsd")
+    if program is None:
+        raise VMError(
+            "virtiofsd is not installed; run: sudo apt-get install virtiofsd "
+            f"(in Debian 12 it is in qemu-system-common); {ELSE}"
+        )
+    usage = subprocess.run([program, "--help"], capture_output=True, text=True).stdout
+    if "--shared-dir" in usage:
+        words = [program, f"--fd={fd}", f"--shared-dir={directory}"]
+        sealed = [*words, "--readonly"] if "--readonly" in usage else None
+    elif os.geteuid() != 0:
+        raise VMError(f"{program}, QEMU's own, needs root; run: sudo apt-get install virtiofsd; {ELSE}")
+    else:
+        escaped = str(directory).replace("\\", "\\\\").replace(",", "\\,")
+        words = [program, f"--fd={fd}", "-o", f"source={escaped}"]
+        sealed = None
+    if writable:
+        return words
+    if sealed is None and os.geteuid() != 0:
+        raise VMError(f"{program} is too old to share read-only without root; share --writable; {ELSE}")
+    return sealed or ["unshare", "--mount", "--", "/bin/sh", "-c", READ_ONLY, "sh", str(directory), *words]
+
+
+class Shares:
+    """The directories of one VM that are served so: ``served`` has path and writability by their tags."""
+
+    def __init__(self, directory: VMDirectory, children: Children) -> None:
+        self.served: dict[str, tuple[str, bool]] = {}
+        self._directory = directory
+        self._children = children
+        self._sockets: dict[str, Path] = {}
+
+    def answer(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        """What the supervisor is asked to do.  Raises VMError."""
+        if "share" in question:
+            tag, path = str(question["share"]), Path(str(question.get("path")))
+            return {"socket": str(self._share(tag, path, bool(question.get("writable"))))}
+        if "unshare" in question:
+            self._end(str(question["unshare"]))
+            return {}
+        raise VMError("the supervisor does not know what that is")
+
+    def _share(self, tag: str, path: Path, writable: bool) -> Path:
+        if tag in self.served:
+            raise VMError(f"something is shared as {tag!r} already: {self.served[tag][0]}")
+        place = next(
+            place
+            for number in range(len(self._sockets) + 1)
+            if (place := self._directory.path / f"fs{number}.sock") not in self._sockets.values()
+        )
+        with socket.socket(socket.AF_UNIX) as listener:
+            words = command(path, listener.fileno(), writable=writable)
+            listener.bind(str(place))
+            listener.listen(1)  # so that QEMU can connect at once
+            self._children.spawn(f"virtiofsd {tag}", words, [listener.fileno()], helper=True)
+        self._sockets[tag], self.served[tag] = place, (str(path), writable)
+        return place
+
+    def _end(self, tag: str) -> None:
+        if tag in self.served:
+            self._children.end(f"virtiofsd {tag}")
+            del self.served[tag]
+            with contextlib.suppress(FileNotFoundError):
+                self._sockets.pop(tag).unlink()

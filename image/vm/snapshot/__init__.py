@@ -1,0 +1,1 @@
+"""Snapshots: the saved state of a running guest, and clones of it."""

@@ -1,0 +1,100 @@
+"""Saving a guest's state and bringing it back, by QEMU's migration, without its memory: that is a file of its own.
+
+The state goes through a Unix socket, which every QEMU takes and which its sandbox lets it have; `exec:` is denied there
+and `file:` came with 8.2.  Source: QEMU, docs/devel/migration (x-ignore-shared), qapi/migration.json.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from caisson.image.vm.errors import VMError
+from caisson.image.vm.qmp import QMP, QMPError
+
+#: Seconds for QEMU to answer, and to save or restore: the state is less than a MiB, the machine may be busy.
+PATIENCE = 60.0
+
+#: Seconds between looks at something that QEMU does not announce to whoever is not connected yet.
+INTERVAL = 0.005
+
+CAPABILITIES = {"capabilities": [{"capability": "x-ignore-shared", "state": True}]}
+
+
+def save(monitor: Path, scratch: Path, alive: Callable[[], bool]) -> bytes:
+    """Stop a guest whose memory is shared, and return the state of everything else.
+
+    ``scratch`` is a path for a socket, ``alive`` says whether there is a QEMU still.  Raises VMError.
+    """
+    with _connect(monitor, alive) as qemu, socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(scratch))
+        try:
+            server.listen(1)
+            server.settimeout(PATIENCE)
+            qemu.execute("stop")
+            qemu.execute("migrate-set-capabilities", CAPABILITIES)
+            qemu.execute("migrate", {"uri": f"unix:{scratch}"})
+            connection, _ = server.accept()
+            with connection:
+                connection.settimeout(PATIENCE)
+                parts = list(iter(lambda: connection.recv(1 << 20), b""))
+            _completed(qemu, "saved")
+        except OSError as error:
+            raise VMError(f"the guest's state could not be saved: {error.strerror or error}") from error
+        finally:
+            scratch.unlink(missing_ok=True)
+    return b"".join(parts)
+
+
+def restore(
+    monitor: Path, scratch: Path, state: bytes, alive: Callable[[], bool], plug: dict[str, Any] | None = None
+) -> None:
+    """Have a QEMU that waits for it (-incoming defer) continue from a state.
+
+    ``plug`` is a device that it gets before the guest runs on; the others are as above.  Raises VMError.
+    """
+    with _connect(monitor, alive) as qemu:
+        qemu.execute("migrate-set-capabilities", CAPABILITIES)
+        qemu.execute("migrate-incoming", {"uri": f"unix:{scratch}"})
+        try:
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.settimeout(PATIENCE)
+                connection.connect(str(scratch))
+                connection.sendall(state)
+        except OSError as error:
+            raise VMError(f"QEMU did not take the template's state: {error.strerror or error}") from error
+        finally:
+            scratch.unlink(missing_ok=True)
+        _completed(qemu, "restored")
+        if plug is not None:
+            qemu.execute("device_add", plug)
+        qemu.execute("cont")
+
+
+def _connect(monitor: Path, alive: Callable[[], bool]) -> QMP:
+    """A connection to a QEMU that is starting."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return QMP(monitor, PATIENCE)
+        except QMPError:
+            if not alive() or time.monotonic() > deadline:
+                raise
+        time.sleep(INTERVAL)
+
+
+def _completed(qemu: QMP, what: str) -> None:
+    """Wait for a migration's end.  Raises VMError when it is not a good one."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        found = qemu.execute("query-migrate")
+        status = found.get("status")
+        if status == "completed":
+            return
+        if status in ("failed", "cancelled") or time.monotonic() > deadline:
+            why = found.get("error-desc") or f"its status is {status}"
+            raise VMError(f"the guest could not be {what}: {why}")
+        time.sleep(INTERVAL)

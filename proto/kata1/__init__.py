@@ -1,0 +1,1 @@
+"""The agent API of Kata Containers 1.x."""
