@@ -25,7 +25,7 @@ def image_directory(path: str, report: Report) -> Path:
     if path:
         return images.Image.load(Path(path)).directory
     need(TO_BUILD, report)
-    return images.build(report=report).directory
+    return images.build_image(report=report).directory
 
 
 def _lean_image(report: Report) -> Path:

@@ -1,7 +1,7 @@
-"""Making and booting guests.  This half knows nothing of containers: it meets the agent only in proto/ and tasks.py.
+"""Making and booting guests.  This half does not know the agent: they meet in proto/, commands/ and tasks.py.
 
-`image.build(…)` makes an image, `image.Image.load(directory)` finds one that was made.  Both load the builder, with
-jinja2 and YAML, when they are first asked for: a VM's supervisor and its vsock device start without.
+`build_image(…)` builds an image, `Image.load(directory)` loads a built one.  Both import the builder, with jinja2 and
+YAML, when they are first used: a VM's supervisor and its vsock device start without.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from caisson.image.errors import ImageError
 
 if TYPE_CHECKING:
-    from caisson.image.build.builder import Build, Image, build, verify
+    from caisson.image.build.builder import Build, Image, build_image, verify
     from caisson.image.build.cache import clean
     from caisson.image.build.definition import find, load, schema
     from caisson.image.build.lock import read as read_lock
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _FROM = {
     "Build": "caisson.image.build.builder.Build",
     "Image": "caisson.image.build.builder.Image",
-    "build": "caisson.image.build.builder.build",
+    "build_image": "caisson.image.build.builder.build_image",
     "clean": "caisson.image.build.cache.clean",
     "describe": "caisson.image.build.summary.describe",
     "find": "caisson.image.build.definition.find",
@@ -36,7 +36,7 @@ _FROM = {
 }
 
 __all__ = [
-    "Build", "Image", "ImageError", "build", "clean", "describe", "find", "load", "plain", "planned", "read_lock",
+    "Build", "Image", "ImageError", "build_image", "clean", "describe", "find", "load", "plain", "planned", "read_lock",
     "schema", "summary", "verify",
 ]  # fmt: skip
 

@@ -90,7 +90,7 @@ class Done:
     bytes: int
 
 
-def build(
+def build_image(
     definition: Path | None = None,
     *,
     suite: str | None = None,

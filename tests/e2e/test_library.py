@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -22,7 +21,6 @@ def test_the_example_passes_from_outside(own: Caisson, tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     words = [sys.executable, "-m", "pytest", "-q", "-p", "caisson.agent.client.pytest_plugin", "test_guest.py"]
     environment = {name: value for name, value in own.environment.items() if not name.startswith("PYTEST_")}
-    environment |= {"PYTHONPATH": os.fspath(ROOT)}
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout

@@ -16,9 +16,12 @@ from pathlib import Path
 
 import pytest
 
+from caisson import image
 from caisson.image.build.cache import default_root
 
 ROOT = Path(__file__).resolve().parents[2]
+#: This checkout under its import name.
+OURS = Path(image.__file__).parents[1]
 NOBODY = 65534
 SUITE = "trixie-amd64"
 
@@ -39,14 +42,16 @@ def checkout(place: Path) -> None:
     """The sources, elsewhere."""
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
     files = [Path(name) for name in names.split("\0") if name and (ROOT / name).is_file()]
-    files += [file.relative_to(ROOT) for file in (ROOT / "proto").glob("*_pb2.py*")]
+    files += [file.relative_to(ROOT) for file in (ROOT / "proto").rglob("*_pb2.py*")]
     for file in files:
         (place / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / file, place / file)
 
 
 def builder(root: Path, python: str = sys.executable) -> list[str]:
-    script = f"import sys; sys.path.insert(0, {str(root)!r}); import caisson.image; print(image.build().directory)"
+    script = (
+        f"import sys; sys.path.insert(0, {str(root)!r}); import caisson.image; print(image.build_image().directory)"
+    )
     return [python, "-c", script]
 
 
@@ -79,9 +84,9 @@ def elsewhere() -> Iterator[Path]:
 
 
 def test_an_ordinary_user_elsewhere_at_another_time_builds_the_same(elsewhere: Path) -> None:
-    ours, theirs, place = elsewhere / "ours", elsewhere / "theirs", elsewhere / "another place/to build"
+    ours, theirs, place = elsewhere / "ours", elsewhere / "theirs", elsewhere / "another place/caisson"
     seed(ours)
-    mine = subprocess.run(builder(ROOT), env=environment(ours), capture_output=True, text=True)
+    mine = subprocess.run(builder(OURS), env=environment(ours), capture_output=True, text=True)
     assert mine.returncode == 0, mine.stderr
 
     seed(theirs)
@@ -107,7 +112,7 @@ def test_a_build_that_was_killed_at_any_moment_is_followed_by_a_whole_one(elsewh
     cache = elsewhere / "cache"
     seed(cache)
     began = time.monotonic()
-    whole = subprocess.run(builder(ROOT), env=environment(cache), capture_output=True, text=True)
+    whole = subprocess.run(builder(OURS), env=environment(cache), capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr
     lasted, wanted = time.monotonic() - began, digests(Path(whole.stdout.strip()))
     killed = 0
@@ -115,7 +120,7 @@ def test_a_build_that_was_killed_at_any_moment_is_followed_by_a_whole_one(elsewh
         for step in ("base", "kernel", "agent", "images"):
             shutil.rmtree(cache / step)
         build = subprocess.Popen(
-            builder(ROOT),
+            builder(OURS),
             env=environment(cache),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -127,7 +132,7 @@ def test_a_build_that_was_killed_at_any_moment_is_followed_by_a_whole_one(elsewh
             killed += 1
             os.killpg(build.pid, how)
         build.communicate()
-        again = subprocess.run(builder(ROOT), env=environment(cache), capture_output=True, text=True)
+        again = subprocess.run(builder(OURS), env=environment(cache), capture_output=True, text=True)
         assert again.returncode == 0, again.stderr
         assert digests(Path(again.stdout.strip())) == wanted
         assert list(cache.glob("*/.making-*")) == []
@@ -141,7 +146,7 @@ def test_a_full_disk_is_said_and_later_forgotten(elsewhere: Path) -> None:
     try:
         seed(cache)
         full = subprocess.run(
-            builder(ROOT),
+            builder(OURS),
             env=environment(cache),
             capture_output=True,
             text=True,
@@ -150,7 +155,7 @@ def test_a_full_disk_is_said_and_later_forgotten(elsewhere: Path) -> None:
         assert "No space left on device" in full.stderr
         assert list(cache.glob("*/.making-*")) == []
         subprocess.run(["mount", "-o", "remount,size=900m", cache], check=True)
-        after = subprocess.run(builder(ROOT), env=environment(cache), capture_output=True, text=True)
+        after = subprocess.run(builder(OURS), env=environment(cache), capture_output=True, text=True)
         assert after.returncode == 0, after.stderr
     finally:
         subprocess.run(["umount", cache], check=True)

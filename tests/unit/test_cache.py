@@ -73,7 +73,7 @@ def make(target):
     os.kill(os.getpid(), signal.SIGKILL)
 Cache(Path({str(cache.root)!r})).get_or_make("step", "k", make)
 """
-    killed = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
+    killed = subprocess.run([sys.executable, "-c", program], cwd=ROOT)
     assert killed.returncode == -9
     assert any(name.endswith("/half") for name in contents(cache)), "or this test tests nothing"
     assert cache.get("step", "k") is None
@@ -139,7 +139,7 @@ def test_who_works_in_a_step_removes_what_was_killed_there(cache: Cache) -> None
         "with Cache(Path(sys.argv[1])).scratch('step') as place:\n"
         "    (place / 'f').touch(); os.kill(os.getpid(), signal.SIGKILL)"
     )
-    killed = subprocess.run([sys.executable, "-c", program, cache.root], cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
+    killed = subprocess.run([sys.executable, "-c", program, cache.root], cwd=ROOT)
     assert killed.returncode == -9
     assert len(list((cache.root / "step").glob(".making-*/f"))) == 1
     with cache.scratch("step") as mine, cache.scratch("step") as another:

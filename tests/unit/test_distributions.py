@@ -212,7 +212,7 @@ def check_image(image: Image, kind: str, distribution: str, suite: str, packages
         "init",
         f"usr/bin/python{PYTHON}",
         f"usr/lib/python{PYTHON}/os.pyc",
-        "usr/lib/caisson/agent/pid1.pyc",
+        "usr/lib/caisson/caisson/agent/guest/init.pyc",
     } <= names
     assert {"usr/lib/caisson/containers/busybox/bin/sh", "usr/lib/modules/vsock.ko"} <= names
     assert not [name for name in names if name.endswith(".py") or "libunused" in name or name.startswith("usr/share/")]

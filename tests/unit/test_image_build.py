@@ -27,7 +27,7 @@ from caisson.image.build.rootfs import HOME
 
 @pytest.fixture(scope="session")
 def built() -> image.Image:
-    return image.build(report=print)
+    return image.build_image(report=print)
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +76,7 @@ def python(guest: Path, program: str) -> str:
 
 def test_a_second_build_is_a_hit(built: image.Image) -> None:
     said: list[str] = []
-    assert image.build(report=said.append) == built
+    assert image.build_image(report=said.append) == built
     assert said == []
 
 
@@ -110,7 +110,11 @@ def test_the_image_knows_itself(built: image.Image, guest: Path) -> None:
 
 def test_what_a_guest_needs_is_there(names: set[str], guest: Path) -> None:
     needed = {"init", "dev/console", "proc", "sys", "dev", "run", "tmp", "lib", "bin", f"{HOME}/nsexec"}
-    needed |= {f"{HOME}/proto/agent_pb2.pyc", f"{HOME}/agent/libcontainer/spec.pyc", "usr/lib/modules/caisson.list"}
+    needed |= {
+        f"{HOME}/caisson/proto/kata1/agent_pb2.pyc",
+        f"{HOME}/caisson/agent/model/sandbox.pyc",
+        "usr/lib/modules/caisson.list",
+    }
     assert needed <= names
     interpreter, flags = (guest / "init").read_text().splitlines()[0].split()
     assert interpreter.removeprefix("#!/") in names
@@ -122,7 +126,7 @@ def test_what_a_guest_needs_is_there(names: set[str], guest: Path) -> None:
 def test_what_a_guest_does_not_need_is_not_there(names: set[str]) -> None:
     unwanted = re.compile(
         r"\.py$|__pycache__|\.dist-info|^usr/share/.|^var/.|^etc/.|/man\d?/|/doc/|/locale/|gconv|/test/|"
-        rf"^usr/bin/(?!python)|^usr/sbin/.|libcrypto|{HOME}/agent/client|{HOME}/agent/nsexec"
+        rf"^usr/bin/(?!python)|^usr/sbin/.|libcrypto|{HOME}/caisson/agent/(client|nsexec)"
     )
     for_kata = {"var/lib", "var/lib/osbuilder", "var/lib/osbuilder/osbuilder.yaml"}
     assert [name for name in names - for_kata if unwanted.search(name)] == []
@@ -146,7 +150,7 @@ def test_the_guests_python_imports_all_that_the_agent_builds_on(guest: Path) -> 
     program = (
         "import asyncio, array, fcntl, hashlib, json, random, resource, select, socket, struct, termios, uuid\n"
         "import ctypes, google.protobuf, google._upb._message, sys\n"
-        "from caisson.proto import agent_pb2, health_pb2, oci_pb2\n"
+        "from caisson.proto.kata1 import agent_pb2, health_pb2, oci_pb2\n"
         "agent_pb2.CreateContainerRequest(container_id='x').SerializeToString()\n"
         "assert hashlib.sha256(b'').hexdigest().startswith('e3b0c442')\n"
         "print(asyncio.__file__, google.protobuf.__cached__, 'ssl' in sys.modules)\n"
@@ -158,7 +162,9 @@ def test_the_guests_python_imports_all_that_the_agent_builds_on(guest: Path) -> 
 
 
 def test_tracebacks_name_files_as_they_are_in_the_guest(guest: Path) -> None:
-    shown = python(guest, "import asyncio, proto.agent_pb2, agent\nprint(asyncio.run.__code__.co_filename)")
+    shown = python(
+        guest, "import asyncio, caisson.proto.kata1.agent_pb2, caisson.agent\nprint(asyncio.run.__code__.co_filename)"
+    )
     assert shown.strip() == f"/usr/lib/python{load().definition.python}/asyncio/runners.py"
     paths = [*(guest / HOME).rglob("*.pyc"), *(guest / "usr/lib").glob("python*/*.pyc")]
     assert len(paths) > 200
@@ -210,7 +216,7 @@ def test_the_same_sources_give_the_same_bytes_under_another_umask(
     said: list[str] = []
     before = os.umask(0o077)
     try:
-        again = image.build(cache=cache, report=said.append)
+        again = image.build_image(cache=cache, report=said.append)
     finally:
         os.umask(before)
     assert said == ["compiling the agent", "packing the image"]
@@ -241,19 +247,19 @@ def test_sources_that_change_meanwhile_are_not_taken_for_those_of_the_key(
             version = "0.0.3"  # while the image is packed
 
     monkeypatch.setattr(sys.modules["caisson.image.build.builder"], "agent_version", lambda: version)
-    made = image.build(cache=cache, report=report)
+    made = image.build_image(cache=cache, report=report)
     assert said == ["compiling the agent", "packing the image"] * 2
     assert made.manifest["agent"]["version"] == "0.0.3"
     assert len([path for path in (cache.root / "images").iterdir() if not path.name.startswith(".")]) == 1
     version = "0.0.4"
     said.clear()
-    assert image.build(cache=cache, report=said.append).manifest["agent"]["version"] == "0.0.4"
+    assert image.build_image(cache=cache, report=said.append).manifest["agent"]["version"] == "0.0.4"
     assert said == ["compiling the agent", "packing the image"]
 
 
 def rebuilt(cache: Cache, template: Path) -> dict[str, bytes]:
     """An image of a template of one's own, as its files' contents by name."""
-    made = image.build(template, cache=cache)
+    made = image.build_image(template, cache=cache)
     with tempfile.TemporaryDirectory() as place:
         unpack = ["cpio", "-id", "--quiet", "--no-absolute-filenames", "--nonmatching", "dev/*"]
         subprocess.run(unpack, input=(made.directory / "initrd.img").read_bytes(), cwd=place, check=True)
@@ -282,18 +288,18 @@ def test_files_and_hooks_of_a_template_of_ones_own(cache: Cache, tmp_path: Path)
     assert "etc/plain" not in files
     hook.write_text("#!/bin/sh\necho no such luck >&2; exit 3\n")
     with pytest.raises(image.ImageError, match=r"hook .* exited with status 3:\nno such luck"):
-        image.build(definition, cache=cache)
+        image.build_image(definition, cache=cache)
     assert not list((cache.root / "images").glob(".making-*"))
 
 
 def test_a_limit_that_is_exceeded_names_the_largest_files(cache: Cache) -> None:
     with pytest.raises(image.ImageError, match=r"limits\.tree is 1 MB, but the tree has \d+\.\d\d MB") as caught:
-        image.build(settings=["limits.tree=1 MB"], cache=cache)
+        image.build_image(settings=["limits.tree=1 MB"], cache=cache)
     lines = str(caught.value).splitlines()[1:]
     assert len(lines) == 10
     assert "/usr/bin/python" in lines[0]
     with pytest.raises(image.ImageError, match=r"limits\.image is 2 MB"):
-        image.build(settings=["limits.image=2 MB", "compression=zstd"], cache=cache)
+        image.build_image(settings=["limits.image=2 MB", "compression=zstd"], cache=cache)
 
 
 def test_what_katas_tools_look_for(guest: Path, built: image.Image) -> None:
@@ -308,8 +314,8 @@ def test_what_katas_tools_look_for(guest: Path, built: image.Image) -> None:
 
 
 def test_an_agent_that_has_changed_costs_the_last_layers_only(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    image.build(cache=cache)
+    image.build_image(cache=cache)
     monkeypatch.setattr(sys.modules["caisson.image.build.builder"], "agent_version", lambda: "9.9.9")
     said: list[str] = []
-    image.build(cache=cache, report=said.append)
+    image.build_image(cache=cache, report=said.append)
     assert said == ["compiling the agent", "packing the image"]

@@ -65,7 +65,7 @@ def test_the_agent_gets_to_its_first_answer_without_them() -> None:
         later = Later()
         sys.meta_path.insert(0, later)
         import asyncio
-        import caisson.agent.api.health, caisson.agent.rpc.server, agent.listener
+        import caisson.agent.api.health, caisson.agent.rpc.server, caisson.agent.rpc.listener
         asyncio.run(asyncio.sleep(0))
         assert not {"ast", "google.protobuf.text_format"} & set(sys.modules), sorted(sys.modules)
         later.load()
