@@ -2,5 +2,3 @@
 
 Start-up is paid under emulation at 10-20 times its native price, so modules here import little, and late.
 """
-
-__version__ = "0.1.0"

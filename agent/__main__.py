@@ -8,6 +8,7 @@ import sys
 from caisson.agent import options as options_module
 from caisson.agent.base.boot_timestamps import Marks
 from caisson.agent.options import Options
+from caisson.proto.contract import CONSOLE_PREFIX, READY_LINE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def _run_as_init(marks: Marks) -> None:
 
         told = isinstance(error, (pid1.DutyFailed, SystemExit))  # says all there is to say
         for line in [str(error)] if told else traceback.format_exception(error):
-            pid1.say(line.rstrip().removeprefix("caisson agent: "))
+            pid1.say(line.rstrip().removeprefix(CONSOLE_PREFIX))
     pid1.power_off()
 
 
@@ -71,7 +72,7 @@ def _run(options: Options, log: Log, marks: Marks) -> None:
     try:
         listener = listen(options.listen)  # first: a host that connects early waits
     except AddressError as error:
-        sys.exit(f"caisson agent: {error}")
+        sys.exit(f"{CONSOLE_PREFIX}{error}")
     marks("listening")
     later = Later()
     sys.meta_path.insert(0, later)
@@ -135,7 +136,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log, marks: Mar
         loop.add_signal_handler(number, stop.set)
     if extras:
         tasks += _extras(options, reaper, log)
-    print(f"caisson agent ready on {options.listen}", flush=True)
+    print(f"{READY_LINE} {options.listen}", flush=True)
     await stop.wait()
     for task in tasks:
         task.cancel()

@@ -14,6 +14,7 @@ from collections import deque
 from caisson.agent.base.errors import BrokenStream, EndOfStream
 from caisson.agent.model.stdio import Streams
 from caisson.agent.rpc.listener import HOST_CID
+from caisson.proto.contract import BUSYBOX_ROOTFS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ KEPT = 1 << 18
 BLOCK = 1 << 16
 
 #: The first of these that exists; the last is the one in the guest's container image, which needs nothing else.
-SHELLS = (("/bin/bash",), ("/bin/sh",), ("/usr/lib/caisson/containers/busybox/bin/busybox", "sh"))
+SHELLS = (("/bin/bash",), ("/bin/sh",), (f"{BUSYBOX_ROOTFS}/bin/busybox", "sh"))
 ENVIRONMENT = {"PATH": "/bin:/sbin:/usr/bin:/usr/sbin", "HOME": "/", "TERM": "linux"}
 RESTART_SECONDS = 1.0
 

@@ -9,6 +9,7 @@ import re
 
 from caisson.agent.base.log import LEVELS
 from caisson.agent.base.record import Record
+from caisson.proto.contract import AGENT_PORT, GUEST_HOME, TRACE_PORT
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 class Options(Record):
     """Addresses are ``vsock:PORT`` or ``unix:PATH``, empty for none."""
 
-    listen: str = "vsock:1024"
-    nsexec: str = "/usr/lib/caisson/nsexec"
+    listen: str = f"vsock:{AGENT_PORT}"
+    nsexec: str = f"{GUEST_HOME}/nsexec"
     state: str = "/run/libcontainer"
     log: str = "info"
     log_listen: str = ""
@@ -30,7 +31,7 @@ class Options(Record):
     cgroup: str = "v2"
     cgroup_parent: str = ""
     trace: bool = False
-    trace_target: str = "vsock:6831"
+    trace_target: str = f"vsock:{TRACE_PORT}"
     timeline: bool = False
     complaints: tuple[str, ...] = ()
 

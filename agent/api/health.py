@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from caisson.agent import __version__
 from caisson.agent.base.boot_timestamps import Marks
+from caisson.proto.contract import VERSION
 from caisson.proto.kata1 import health_pb2
 
 #: The version of this API that Kata 1.x agents report.
@@ -34,4 +34,4 @@ class Health:
         return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
 
     async def Version(self, request: Any) -> Any:
-        return health_pb2.VersionCheckResponse(grpc_version=API_VERSION, agent_version=__version__)
+        return health_pb2.VersionCheckResponse(grpc_version=API_VERSION, agent_version=VERSION)

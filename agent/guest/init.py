@@ -11,6 +11,7 @@ import time
 
 from caisson.agent.base import syscalls
 from caisson.agent.base.syscalls import MS_BIND, MS_MOVE, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, MS_REMOUNT
+from caisson.proto.contract import CONSOLE_PREFIX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -98,11 +99,11 @@ def open_console() -> None:
 def say(line: str) -> None:
     """A line for whoever looks at the machine: on the console, or where there is none in the kernel's log."""
     try:
-        os.write(1, f"caisson agent: {line}\n".encode(errors="replace"))
+        os.write(1, f"{CONSOLE_PREFIX}{line}\n".encode(errors="replace"))
     except OSError:
         try:
             fd = os.open("/dev/kmsg", os.O_WRONLY | os.O_CLOEXEC)
-            os.write(fd, f"<2>caisson agent: {line}".encode(errors="replace")[:900])
+            os.write(fd, f"<2>{CONSOLE_PREFIX}{line}".encode(errors="replace")[:900])
             os.close(fd)
         except OSError:
             pass  # there is nobody to talk to

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from caisson.agent.base.boot_timestamps import now
+from caisson.proto.contract import CLOCK_LINE
 
 DEVICE = "/dev/kmsg"
 
@@ -23,7 +24,7 @@ def read_kernel_log(device: str = DEVICE) -> str:
     fd = os.open(device, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         for _ in range(TOLD):
-            os.write(fd, b"<7>caisson agent: clock %d\n" % now())
+            os.write(fd, f"<7>{CLOCK_LINE} {now()}\n".encode())
         records = []
         while True:
             try:

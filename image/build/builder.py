@@ -15,7 +15,6 @@ import shutil
 import sys
 import tempfile
 import time
-import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from caisson.image.kernel.source import Compiled, SourcePackage, SourceTree
 from caisson.image.packages import apt
 from caisson.image.packages.distribution import DISTRIBUTIONS, Packages, extract
 from caisson.image.run import run
+from caisson.proto.contract import BUSYBOX_ROOTFS, VERSION
 
 #: The directory of the packages: a checkout, or the installed `caisson`.
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,7 +137,7 @@ def agent_files() -> list[Path]:
 
 def agent_version() -> str:
     """The version of the agent, which is that of the whole project."""
-    return str(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"])
+    return VERSION
 
 
 class Build:
@@ -276,7 +276,7 @@ class Build:
         busybox = self._packages_of_suite().fetch([d.busybox])
         with tempfile.TemporaryDirectory(dir=target) as scratch:
             extract(busybox, Path(scratch))
-            container = tree / rootfs.HOME / "containers/busybox"
+            container = tree / BUSYBOX_ROOTFS.lstrip("/")
             rootfs.busybox_rootfs(Path(scratch), container, TEMPLATES / "busybox/etc")
         records = [package.record() for package in (*debs, *busybox, *wheels)]
         (target / "packages.json").write_text(json.dumps(records))

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from caisson.image.build.definition import Definition
-from caisson.image.build.rootfs import HOME
 from caisson.image.kernel.kernel import Kernel
+from caisson.proto.contract import BUSYBOX_ROOTFS
 
 FORMAT = 2
 
@@ -56,7 +56,7 @@ def contents(
             "missing": list(kernel.missing),
         },
         "packages": sorted(packages, key=lambda package: (package["type"], package["name"])),
-        "containers": {"busybox": f"/{HOME}/containers/busybox"},
+        "containers": {"busybox": BUSYBOX_ROOTFS},
     }
 
 

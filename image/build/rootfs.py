@@ -13,9 +13,10 @@ from caisson.image.errors import ImageError
 from caisson.image.packages.distribution import DISTRIBUTIONS
 from caisson.image.packages.package import Package
 from caisson.image.run import run
+from caisson.proto.contract import GUEST_HOME
 
 #: Where everything of ours is in a guest.
-HOME = "usr/lib/caisson"
+HOME = GUEST_HOME.lstrip("/")
 
 #: A merged /usr, and what the agent mounts over or looks for.
 LINKS = {"bin": "usr/bin", "sbin": "usr/sbin", "lib": "usr/lib", "lib64": "usr/lib64"}

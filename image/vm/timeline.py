@@ -14,12 +14,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from caisson.image.vm.errors import VMError
+from caisson.proto.contract import CLOCK_LINE
 
 #: Kernel parameters: initcalls are named and timed, in a log that holds all of them.  Nothing more is printed.
 PARAMETERS = "initcall_debug log_buf_len=2M"
 
 #: The agent's line in the kernel's log: what its other clock was then, in microseconds.
-CLOCK = re.compile(r"caisson agent: clock (\d+)")
+CLOCK = re.compile(rf"{CLOCK_LINE} (\d+)")
 
 #: A line that initcall_debug makes: ``initcall NAME+0x0/0x10 [MODULE] returned 0 after 23 usecs``.
 INITCALL = re.compile(r"initcall (\w+)\+\S+(?: \[\w+\])? returned .* after (\d+) usecs.*")

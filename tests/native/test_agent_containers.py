@@ -11,8 +11,8 @@ from typing import Any
 import grpc
 import pytest
 
-from caisson.agent import __version__
 from caisson.agent.client import AgentError
+from caisson.proto.contract import VERSION
 from caisson.proto.kata1 import agent_pb2, health_pb2, oci_pb2
 from tests.native.agent_support import RunningAgent, output, refused, run, sh
 
@@ -24,11 +24,11 @@ IDS: dict[str, Any] = {"container_id": "box", "exec_id": "box"}
 def test_health_before_there_is_a_sandbox(agent: RunningAgent) -> None:
     async def work() -> None:
         async with agent.connect() as client:
-            assert await client.version() == __version__
+            assert await client.version() == VERSION
             answer = await client.health.Check(health_pb2.CheckRequest())
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
             details = await client.rpc.GetGuestDetails(agent_pb2.GuestDetailsRequest(mem_block_size=True))
-            assert details.agent_details.version == __version__
+            assert details.agent_details.version == VERSION
             assert not details.agent_details.init_daemon
 
     run(work())

@@ -9,7 +9,6 @@ from typing import Any
 
 from google.protobuf import empty_pb2
 
-from caisson.agent import __version__
 from caisson.agent.api import stats
 from caisson.agent.api.kata1 import oci
 from caisson.agent.base.errors import Ended, Invalid, NotFound, Refused, Unsupported, WrongState
@@ -20,6 +19,7 @@ from caisson.agent.libcontainer.config.spec import Spec
 from caisson.agent.model.container import Container
 from caisson.agent.model.process import Process
 from caisson.agent.model.sandbox import Sandbox
+from caisson.proto.contract import VERSION
 from caisson.proto.kata1 import agent_pb2
 
 EMPTY = empty_pb2.Empty()
@@ -54,7 +54,7 @@ class AgentService:
     async def GetGuestDetails(self, request: Any) -> Any:
         answer = agent_pb2.GuestDetailsResponse(
             agent_details=agent_pb2.AgentDetails(
-                version=__version__,
+                version=VERSION,
                 init_daemon=self._init,
                 supports_seccomp=details.supports_seccomp(),
                 device_handlers=devices.TYPES,

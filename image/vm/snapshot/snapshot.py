@@ -24,11 +24,11 @@ from typing import Any, Self
 from caisson.image.build.cache import Cache, default_root
 from caisson.image.vm import qemu
 from caisson.image.vm.errors import VMError
+from caisson.proto.contract import READY_LINE
 
 STEP = "templates"
 
 #: What the agent prints when it listens: there is no vsock device yet through which it could be asked.
-READY = b"caisson agent ready on"
 
 FORMAT = 2
 
@@ -126,7 +126,7 @@ def way_out(name: str) -> str:
 def says_ready(agent_socket: Path) -> bool:
     """Whether the guest has printed that its agent listens: the `ready` of a guest that is to be saved."""
     try:
-        return READY in agent_socket.with_name("console.log").read_bytes()
+        return READY_LINE.encode() in agent_socket.with_name("console.log").read_bytes()
     except FileNotFoundError:
         return False
 
