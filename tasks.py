@@ -89,7 +89,7 @@ from invoke import Argument, Collection, Context, Exit, Program, Task, task  # n
 
 import tests.commands  # noqa: E402
 from caisson.agent import client  # noqa: E402
-from caisson.agent.client import foreground, guest, listing, logs  # noqa: E402
+from caisson.agent.client import foreground, guest, listing, logs, specs  # noqa: E402
 from caisson.agent.client import share as share_in  # noqa: E402
 from caisson.commands import container as container_commands  # noqa: E402
 from caisson.commands import image as image_commands  # noqa: E402
@@ -116,7 +116,7 @@ TIMED = f"{timelines.PARAMETERS} agent.timeline"
 NOT_RUN = 125
 
 #: What is run when this machine was suspended: guests' clocks stood still meanwhile.
-ON_RESUME = (sys.executable, "-m", "caisson.agent.client.clock")
+ON_RESUME = (sys.executable, "-m", "caisson.agent.client.identity")
 
 #: Seconds for the agent of a VM that runs to answer, and after which it is looked whether the VM still runs.
 PATIENCE = 60.0
@@ -126,7 +126,7 @@ LOOKING = 3.0
 RUN_PROGRAMS = ("exec", "run", "shell")
 
 #: What is a user's to know, not a bug.
-FAILURES = (ImageError, VMError, client.AgentError, client.OutputError, client.Mistake)
+FAILURES = (ImageError, VMError, client.AgentError, client.OutputError, client.UsageError)
 
 
 class Command(Task[Any]):
@@ -190,7 +190,7 @@ def _running(name: str) -> VM:
     """The running VM of this name, whose agent answers."""
     vm = get_vm(name)
     deadline = time.monotonic() + PATIENCE
-    while not client.answers(vm.agent_socket, timeout=LOOKING):
+    while not client.is_serving(vm.agent_socket, timeout=LOOKING):
         get_vm(name)  # it may have ended since
         if time.monotonic() > deadline:
             raise VMError(f"the agent of VM {vm.name!r} does not answer; see {vm.directory / 'console.log'}")
@@ -206,7 +206,7 @@ def _vm_for(name: str, report: Callable[[str], None]) -> Iterator[VM]:
         directory = image_directory("", report)
         need(TO_BOOT, report)
         config = VMConfig(image=directory, name=f"exec-{os.getpid()}", on_resume=ON_RESUME)
-        with VM.start(config, ready=client.FirstAnswer(), report=report) as vm:
+        with VM.start(config, ready=client.ReadinessProbe(), report=report) as vm:
             yield vm
 
 
@@ -268,20 +268,20 @@ def boot_vm(
     """
     told = Path(timeline) if timeline else None
     if told and told.suffix not in (".svg", ".json"):
-        raise client.Mistake(f"--timeline draws FILE.svg or writes FILE.json, not {told.name!r}")
+        raise client.UsageError(f"--timeline draws FILE.svg or writes FILE.json, not {told.name!r}")
     if template and told:
-        raise client.Mistake("a guest from a template does not boot: --timeline goes without --template")
+        raise client.UsageError("a guest from a template does not boot: --timeline goes without --template")
     if json and not dry_run:
-        raise client.Mistake("--json goes with --dry-run; what runs is told by: invoke list-vms --json")
+        raise client.UsageError("--json goes with --dry-run; what runs is told by: invoke list-vms --json")
     need(TO_BOOT, _say)
-    ready: Callable[[Path], bool] = client.FirstAnswer()
+    ready: Callable[[Path], bool] = client.ReadinessProbe()
     if template:
         if image or memory or cpus or append or max_memory or max_cpus or share:
-            raise client.Mistake(
+            raise client.UsageError(
                 "a guest from a template is as it was saved: --template goes with --name, --accel, --vsock"
             )
         config = VMConfig.clone(Template.named(template), name=name, accel=accel, vsock=vsock, on_resume=ON_RESUME)
-        ready = functools.partial(client.settled, hostname=name)
+        ready = functools.partial(client.is_personalized, hostname=name)
     else:
         config = VMConfig(
             image=image_directory(image, _say), name=name, accel=accel, vsock=vsock, memory=memory or 512,
@@ -348,9 +348,9 @@ def exec_(
     """
     words = _words()
     if not words:
-        raise client.Mistake("what to run comes after --, e.g.: invoke exec -- uname -a")
-    ids = foreground.user_ids(user)
-    foreground.check_settings(env)
+        raise client.UsageError("what to run comes after --, e.g.: invoke exec -- uname -a")
+    ids = specs.user_ids(user)
+    specs.check_settings(env)
     with _vm_for(name, _reporter(verbose)) as vm:
         work = foreground.execute(vm, container, words, env=env, cwd=workdir, user=ids, terminal=tty)
         status = asyncio.run(work)
@@ -392,21 +392,21 @@ def run(
     Example: invoke run alpine.tar -- cat /etc/os-release
     """
     need(TO_PACK, _say)
-    foreground.check_settings(env)
+    specs.check_settings(env)
     container = container or f"run-{uuid.uuid4().hex[:8]}"
     with _vm_for(name or ("default" if detach else ""), _reporter(verbose)) as vm:
-        known = guest.known(vm)
+        known = guest.container_registry(vm)
         if container in known.names():
-            raise client.Mistake(f"there is a container {container!r} already; remove it: invoke rm {container}")
+            raise client.UsageError(f"there is a container {container!r} already; remove it: invoke rm {container}")
         _clear(vm)
         with contextlib.ExitStack() as stack:
             with packed_image(Path(path), vm.architecture) as packed:
-                spec = foreground.image_spec(
+                spec = specs.image_spec(
                     packed.config, packed.bundle, _words(), env=env, user=user, cwd=workdir, terminal=tty
                 )
                 disk = packed.name or uuid.uuid4().hex[:24]
                 stack.callback(_forget, vm, container)
-                stack.enter_context(known.hold(container, disk=disk))
+                stack.enter_context(known.lease(container, disk=disk))
                 slot = plug_disk(vm, packed.disk, disk)
             status = asyncio.run(foreground.run_image(vm, container, spec, slot, detach=detach))
             if status is None:
@@ -418,22 +418,22 @@ def run(
 
 def _clear(vm: VM) -> None:
     """Remove the containers whose `run` was killed."""
-    for container in guest.known(vm).abandoned():
+    for container in guest.container_registry(vm).orphaned():
         with contextlib.suppress(client.AgentError):  # it may not have got so far
             _remove(vm, container, timeout=30)
         _forget(vm, container)
 
 
 def _remove(vm: VM, container: str, timeout: int) -> None:
-    guest.ask(vm, lambda agent: agent.container(container).remove(timeout))
+    guest.call_sync(vm, lambda agent: agent.container(container).remove(timeout))
 
 
 def _forget(vm: VM, container: str) -> None:
     """Forget a container that has gone, and take out the disks that no other has."""
-    known = guest.known(vm)
+    known = guest.container_registry(vm)
     known.discard(container)
     with contextlib.suppress(VMError):  # they end with the VM
-        unplug_unused(vm, lambda: {str(known.about(other).get("disk")) for other in known.names()})
+        unplug_unused(vm, lambda: {str(known.metadata(other).get("disk")) for other in known.names()})
 
 
 @task(
@@ -487,7 +487,7 @@ def unshare(_: Context, tag: str, name: str = "default") -> None:
     Example: invoke unshare src
     """
     vm = _running(name)
-    guest.ask(vm, lambda agent: share_in.unmount(agent, tag))
+    guest.call_sync(vm, lambda agent: share_in.unmount(agent, tag))
     sharing.unshare(vm, tag)
 
 
@@ -499,7 +499,7 @@ def stop_vm(_: Context, name: str = "default", all: bool = False) -> None:
     """
     for vm in list_vms() if all else [get_vm(name)]:
         with contextlib.suppress(client.AgentError):
-            guest.ask(vm, lambda agent: agent.destroy_sandbox(timeout=5.0))
+            guest.call_sync(vm, lambda agent: agent.destroy_sandbox(timeout=5.0))
         vm.stop()
         _say(f"{vm.name}: stopped")
 
@@ -510,7 +510,7 @@ def list_vms_(_: Context, json: bool = False) -> None:
 
     Example: invoke list-vms --json
     """
-    infos = [vm.info | {"memory_now": memory_now(vm), "ports": guest.forwarded(vm)} for vm in list_vms()]
+    infos = [vm.info | {"memory_now": memory_now(vm), "ports": guest.active_forwards(vm)} for vm in list_vms()]
     shown = (
         info
         | {"uptime": f"{time.time() - info['started']:.0f} s", "memory": f"{info['memory_now'] or info['memory']} MiB"}
@@ -530,9 +530,9 @@ def balloon(_: Context, size: str, name: str = "default") -> None:
     Example: invoke balloon 256
     """
     if not size.isdecimal():
-        raise client.Mistake(f"a size is a number of MiB, not {size!r}")
+        raise client.UsageError(f"a size is a number of MiB, not {size!r}")
     vm = _running(name)
-    guest.ask(vm, lambda agent: agent.load_module("virtio_balloon"))
+    guest.call_sync(vm, lambda agent: agent.load_module("virtio_balloon"))
     print(set_memory(vm, int(size)))
 
 

@@ -15,10 +15,10 @@ from invoke import Context, Exit, task
 
 from caisson.agent.client import console, copy, listing
 from caisson.agent.client import forward as forwarding
-from caisson.agent.client.connection import Agent, answers
-from caisson.agent.client.errors import Mistake
+from caisson.agent.client.connection import Agent, is_serving
+from caisson.agent.client.errors import UsageError
 from caisson.agent.client.foreground import execute
-from caisson.agent.client.guest import Guest, Machine, ask, forwarded, forwards, known
+from caisson.agent.client.guest import Guest, Machine, active_forwards, call_sync, container_registry, forward_registry
 
 #: An interactive shell, the better one where there are two.
 SHELL = ["/bin/sh", "-c", "command -v bash >/dev/null && exec bash; exec sh"]
@@ -56,7 +56,7 @@ def cp(context: Context, source: str, target: str, name: str = "default") -> Non
 
     Example: invoke cp build/app default:/tmp && invoke cp default:/etc/passwd .
     """
-    for left_out in ask(_vm(context, name), lambda agent: copy.copy(agent, source, target)):
+    for left_out in call_sync(_vm(context, name), lambda agent: copy.copy(agent, source, target)):
         context.say(f"not copied: {left_out}")
 
 
@@ -79,8 +79,8 @@ def shell(context: Context, container: str = "default", guest: bool = False, nam
     if not guest:
         raise Exit(code=asyncio.run(execute(vm, container, SHELL, terminal=sys.stdin.isatty())))
     asyncio.run(console.console(vm.vsock_socket, console.console_port(vm.kernel_words)))
-    if not answers(vm.agent_socket, timeout=1.0):
-        raise Mistake(f"VM {name!r} has ended")
+    if not is_serving(vm.agent_socket, timeout=1.0):
+        raise UsageError(f"VM {name!r} has ended")
 
 
 @task(
@@ -101,9 +101,9 @@ def forward(
     vm = _vm(context, name)
     rule = forwarding.Rule.parse(ports)
     if reverse and rule.kind != "vsock":
-        raise Mistake("--reverse is for vsock ports: PORT:vsock:PORT")
-    if reverse and (taken := [one for one in forwarded(vm) if one.endswith(f"← vsock port {rule.guest}")]):
-        raise Mistake(f"there is a forward of that port already: {taken[0]}")  # whose socket this would take away
+        raise UsageError("--reverse is for vsock ports: PORT:vsock:PORT")
+    if reverse and (taken := [one for one in active_forwards(vm) if one.endswith(f"← vsock port {rule.guest}")]):
+        raise UsageError(f"there is a forward of that port already: {taken[0]}")  # whose socket this would take away
 
     async def work() -> None:
         async with contextlib.AsyncExitStack() as stack:
@@ -119,8 +119,8 @@ def forward(
             arrow = "←" if reverse else "→"
             address = f"{rule.address}:{rule.host if reverse else port}"
             what = f"{address} {arrow} {rule.kind} port {rule.guest}"
-            stack.enter_context(forwards(vm).hold(what))
-            stack.callback(forwards(vm).discard, what)
+            stack.enter_context(forward_registry(vm).lease(what))
+            stack.callback(forward_registry(vm).discard, what)
             context.say(f"{what} of {vm.name}")
             await forwarding.ended(stack.enter_context(vm.lifeline()))
 
@@ -138,7 +138,7 @@ def ps(context: Context, container: str = "", name: str = "default", json: bool 
     Example: invoke ps --container web --json
     """
     vm = _vm(context, name)
-    found = ask(vm, lambda agent: listing.processes(agent, known(vm), container))
+    found = call_sync(vm, lambda agent: listing.processes(agent, container_registry(vm), container))
     rows = ({"container": one["container"]} | row for one in found for row in one["processes"] or [{}])
     listing.show(("container", *listing.COLUMNS), found, rows, as_json=json)
 
@@ -152,7 +152,7 @@ def stats(
     Example: invoke stats --interval 5
     """
     vm = _vm(context, name)
-    found = ask(vm, lambda agent: listing.stats(agent, known(vm), container, interval))
+    found = call_sync(vm, lambda agent: listing.stats(agent, container_registry(vm), container, interval))
     listing.show(listing.USAGE, found, found, as_json=json)
 
 
@@ -167,7 +167,7 @@ def kill(context: Context, container: str, signal: str = "TERM", all: bool = Fal
     async def work(agent: Agent) -> None:
         await listing.signal_container(agent.container(container), number, everything=all)
 
-    ask(_vm(context, name), work)
+    call_sync(_vm(context, name), work)
 
 
 @task(help=CONTAINER)
@@ -176,7 +176,7 @@ def pause(context: Context, container: str, name: str = "default") -> None:
 
     Example: invoke pause web
     """
-    ask(_vm(context, name), lambda agent: agent.container(container).pause())
+    call_sync(_vm(context, name), lambda agent: agent.container(container).pause())
 
 
 @task(help=CONTAINER)
@@ -185,4 +185,4 @@ def resume(context: Context, container: str, name: str = "default") -> None:
 
     Example: invoke resume web
     """
-    ask(_vm(context, name), lambda agent: agent.container(container).resume())
+    call_sync(_vm(context, name), lambda agent: agent.container(container).resume())

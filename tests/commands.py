@@ -10,7 +10,7 @@ from pathlib import Path
 
 from invoke import Context, task
 
-from caisson.agent.client import Mistake
+from caisson.agent.client import UsageError
 from caisson.image.programs import TO_BOOT, TO_BUILD, TO_COMPILE, TO_PACK, need
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,6 +49,6 @@ def test(context: Context) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["test"]
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *extras]
     if subprocess.run(pip).returncode != 0:
-        raise Mistake("pip could not install what the tests need; its message is above")
+        raise UsageError("pip could not install what the tests need; its message is above")
     os.chdir(ROOT)
     os.execv(sys.executable, [sys.executable, "-m", "pytest", *context.words()])

@@ -12,20 +12,20 @@ async with Agent.connect("/run/caisson/default/agent.sock") as agent:
 
 from caisson.agent.client.attach import OutputError, attach
 from caisson.agent.client.boot_times import BootTimes, boot_times
-from caisson.agent.client.clone import settle, settled
 from caisson.agent.client.connection import (
     Agent,
     AgentError,
     AgentGone,
     Container,
-    FirstAnswer,
     Process,
     ProgramError,
-    answers,
+    ReadinessProbe,
+    is_serving,
 )
-from caisson.agent.client.defaults import PATH, default_spec, keep_alive
-from caisson.agent.client.errors import Mistake
-from caisson.agent.client.registry import Known
+from caisson.agent.client.errors import UsageError
+from caisson.agent.client.identity import is_personalized, personalize
+from caisson.agent.client.registry import Registry
+from caisson.agent.client.specs import PATH, default_spec, keep_alive
 
 __all__ = [
     "PATH",
@@ -34,17 +34,17 @@ __all__ = [
     "AgentGone",
     "BootTimes",
     "Container",
-    "FirstAnswer",
-    "Known",
-    "Mistake",
     "OutputError",
     "Process",
     "ProgramError",
-    "answers",
+    "ReadinessProbe",
+    "Registry",
+    "UsageError",
     "attach",
     "boot_times",
     "default_spec",
+    "is_personalized",
+    "is_serving",
     "keep_alive",
-    "settle",
-    "settled",
+    "personalize",
 ]

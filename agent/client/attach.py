@@ -1,4 +1,4 @@
-"""Join a process in a container to the caller's own standard streams, byte for byte."""
+"""Attach the caller's standard streams to a process in a container, byte for byte."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from contextlib import contextmanager
 
 from caisson.agent.client.connection import CHUNK, AgentError, Process
 
-#: Signals that somebody who wants this command to stop or to know something sends to it.
+#: Signals that are passed on to the process.
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
-#: So many requests to stop, and the process is killed.
-PATIENCE = 3
+#: Requests to stop after which the process is killed.
+MAX_STOPS = 3
 
 
 class OutputError(Exception):
-    """What a process writes cannot be passed on: a full disk, for example."""
+    """Output cannot be written, for example to a full disk."""
 
 
 async def attach(process: Process, *, stdin: int = 0, stdout: int = 1, stderr: int = 2) -> int:
-    """Run until the process has ended and all its output is delivered; returns its exit status.
+    """Attach until the process has ended and all its output is delivered; returns its exit status.
 
-    With a terminal, ``stdin`` is put into raw mode meanwhile and its size follows; it is restored whatever happens.
-    Without, signals that reach the caller are passed on.  When the reader of ``stdout`` or ``stderr`` goes away the
-    process gets SIGPIPE, as it would in a pipeline, and the status is 141.
+    With a terminal, ``stdin`` is in raw mode meanwhile and its size is followed; it is always restored.  Signals are
+    passed on.  When the reader of ``stdout`` or ``stderr`` goes away the process gets SIGPIPE, as in a pipeline, and
+    the status is 141.
 
-    Raises OutputError when they cannot be written to for another reason, and AgentGone.
+    Raises OutputError when they cannot be written for another reason, and AgentGone.
     """
     with raw(stdin) if process.terminal else contextlib.nullcontext():
         async with _signals(process, stdin):
@@ -59,7 +59,7 @@ async def attach(process: Process, *, stdin: int = 0, stdout: int = 1, stderr: i
 
 async def _copy(stream: AsyncIterator[bytes], target: int) -> None:
     async for data in stream:
-        # In a thread: a reader that takes its time must not hold up the other streams.
+        # In a thread: a slow reader must not hold up the other streams.
         await asyncio.to_thread(write_all, target, data)
 
 
@@ -76,7 +76,7 @@ async def _feed(process: Process, source: int) -> None:
             await process.write(data)
         await process.close_stdin()
     except AgentError:
-        # It has ended, or closed its input: what it did not want to read is nobody's error.
+        # It has ended or closed its input: unread input is no error.
         pass
 
 
@@ -84,7 +84,7 @@ async def read(source: int) -> AsyncIterator[bytes]:
     """Read a descriptor of any kind until its end.
 
     In a thread of its own, as regular files and terminals shared with others cannot be polled; a daemon, because a
-    read that never returns must not keep the command alive.
+    read that blocks for ever must not keep the command alive.
     """
     loop = asyncio.get_running_loop()
     ready: asyncio.Queue[bytes] = asyncio.Queue()
@@ -111,7 +111,7 @@ async def read(source: int) -> AsyncIterator[bytes]:
 
 @contextmanager
 def raw(terminal: int) -> Iterator[None]:
-    """A terminal in raw mode; one that is none is left alone."""
+    """Put a terminal into raw mode for a block; a no-op on other files."""
     if not os.isatty(terminal):
         yield
         return
@@ -125,7 +125,7 @@ def raw(terminal: int) -> Iterator[None]:
 
 @contextlib.asynccontextmanager
 async def _signals(process: Process, stdin: int) -> AsyncIterator[None]:
-    """Pass signals on to the process, and the size of the caller's terminal where it has one."""
+    """Pass signals and the size of the caller's terminal on to the process."""
     loop = asyncio.get_running_loop()
     tasks: set[asyncio.Task[None]] = set()
     stops = 0
@@ -147,7 +147,7 @@ async def _signals(process: Process, stdin: int) -> AsyncIterator[None]:
     def on_signal(number: int) -> None:
         nonlocal stops
         stops += number in (signal.SIGINT, signal.SIGTERM)
-        start(forward(signal.SIGKILL if stops >= PATIENCE else number))
+        start(forward(signal.SIGKILL if stops >= MAX_STOPS else number))
 
     for number in FORWARDED:
         loop.add_signal_handler(number, on_signal, number)

@@ -1,4 +1,4 @@
-"""Where the time of a guest's boot went, as its kernel and its agent tell it."""
+"""Read when a guest's kernel and agent reached each step of the boot."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pathlib import Path
 from caisson.agent.client.connection import Agent
 from caisson.proto.caisson import caisson_pb2
 
-#: Times that the clocks are compared: the quickest answer tells most.
-COMPARISONS = 10
+#: Round trips to compare the clocks: the quickest one has the least error.
+MAX_COMPARISONS = 10
 
 #: Seconds for each call.
-PATIENCE = 60.0
+CALL_TIMEOUT = 60.0
 
 
 @dataclass(frozen=True)
 class BootTimes:
     """All times are seconds, of the guest's CLOCK_MONOTONIC.
 
-    ``marks`` are the places that the agent came by, ``imports`` its modules with begin and end (none but of a guest
-    booted with agent.timeline), ``kernel_log`` the records of /dev/kmsg; this machine's CLOCK_MONOTONIC is ``ahead`` of
-    the guest's, give or take ``error``.
+    ``marks`` are named points of the agent's start, ``imports`` its modules with begin and end (only of a guest booted
+    with agent.timeline), ``kernel_log`` the records of /dev/kmsg; this host's CLOCK_MONOTONIC is ``ahead`` of the
+    guest's, give or take ``error``.
     """
 
     marks: list[tuple[str, float]]
@@ -33,17 +33,17 @@ class BootTimes:
 
 
 async def boot_times(socket: Path) -> BootTimes:
-    """Ask an agent.  Raises AgentError."""
+    """Read the boot times from an agent.  Raises AgentError."""
     async with Agent.connect(socket) as agent:
         best: tuple[float, float] | None = None
-        for _ in range(COMPARISONS):
+        for _ in range(MAX_COMPARISONS):
             asked = time.monotonic()
-            answer = await agent.guest.GetBootTimes(caisson_pb2.GetBootTimesRequest(only_now=True), PATIENCE)
+            answer = await agent.guest.GetBootTimes(caisson_pb2.GetBootTimesRequest(only_now=True), CALL_TIMEOUT)
             took = time.monotonic() - asked
             if best is None or took < best[0]:
                 best = took, asked + took / 2 - answer.now / 1e6
         assert best is not None
-        answer = await agent.guest.GetBootTimes(caisson_pb2.GetBootTimesRequest(), PATIENCE)
+        answer = await agent.guest.GetBootTimes(caisson_pb2.GetBootTimesRequest(), CALL_TIMEOUT)
     return BootTimes(
         [(mark.place, mark.reached / 1e6) for mark in answer.marks],
         [(one.module, one.began / 1e6, one.ended / 1e6) for one in answer.imports],

@@ -1,4 +1,4 @@
-"""A connection to an agent, and handles on what it runs: Agent → Container → Process."""
+"""Connect to an agent and drive it through handles: Agent → Container → Process."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _error(failure: grpc.RpcError) -> AgentError:
 
 
 class _Service:
-    """The methods of one service as coroutines, made from its descriptor: ``await service.ReadStdout(request)``."""
+    """Call the methods of one service as coroutines: ``await service.ReadStdout(request)``."""
 
     def __init__(self, channel: grpc.aio.Channel, descriptor: Any) -> None:
         self._calls: dict[str, Callable[..., Awaitable[Any]]] = {
@@ -108,7 +108,7 @@ class Agent:
 
     @classmethod
     def connect(cls, socket: str | os.PathLike[str]) -> Self:
-        """A lazy connection to the Unix socket of a VM (its ``agent.sock``); nothing is sent yet."""
+        """Return a lazy connection to a VM's ``agent.sock``; nothing is sent yet."""
         return cls(grpc.aio.insecure_channel(f"unix:{Path(socket).resolve()}", options=CHANNEL_OPTIONS))
 
     async def __aenter__(self) -> Self:
@@ -118,7 +118,7 @@ class Agent:
         await self._channel.close()
 
     async def version(self) -> str:
-        """The agent's version."""
+        """Return the agent's version."""
         answer = await self.health.Version(health_pb2.CheckRequest())
         return str(answer.agent_version)
 
@@ -132,11 +132,11 @@ class Agent:
         await self.rpc.DestroySandbox(agent_pb2.DestroySandboxRequest(), timeout)
 
     async def load_module(self, name: str) -> None:
-        """Load a module of the guest's kernel that is in its image; fine when it is loaded, or built in."""
+        """Load a module of the guest's kernel from its image; a no-op when it is loaded or built in."""
         await self.guest.LoadModule(caisson_pb2.LoadModuleRequest(name=name))
 
     def container(self, container_id: str) -> Container:
-        """A handle on a container that exists."""
+        """Return a handle on a container that exists."""
         return Container(self, container_id)
 
     async def create_container(self, container_id: str, spec: oci_pb2.Spec) -> Container:
@@ -146,9 +146,9 @@ class Agent:
         return Container(self, container_id)
 
     async def ensure_container(self, container_id: str, spec: oci_pb2.Spec) -> Container:
-        """A running container of this id: the one that is there, or a new one made from the spec.
+        """Return a running container of this id, created from the spec where there is none.
 
-        One that has ended makes room for a new one.  Several callers at the same moment all get it.
+        A stopped one is replaced.  Concurrent callers all get the same container.
         """
         container = Container(self, container_id)
         while True:
@@ -183,11 +183,11 @@ class Container:
         self.id = container_id
 
     async def start(self) -> None:
-        """Let the created container's program run."""
+        """Start the program of a created container."""
         await self.agent.rpc.StartContainer(agent_pb2.StartContainerRequest(container_id=self.id))
 
     def init(self, *, terminal: bool = False) -> Process:
-        """Its first process, which has a terminal if its specification says so."""
+        """Return its first process; ``terminal`` as in its spec."""
         return Process(self, self.id, terminal=terminal)
 
     async def exec(
@@ -201,7 +201,7 @@ class Container:
         terminal: bool = False,
         exec_id: str | None = None,
     ) -> Process:
-        """Run one more process; it is running when this returns.
+        """Execute another process and return once it runs.
 
         ``env`` holds ``NAME=value`` strings.  Raises ProgramError when the program cannot be run.
         """
@@ -216,15 +216,15 @@ class Container:
         await self.agent.rpc.SignalProcess(agent_pb2.SignalProcessRequest(container_id=self.id, signal=number))
 
     async def pause(self) -> None:
-        """Let everything in it stand still."""
+        """Freeze all processes."""
         await self.agent.rpc.PauseContainer(agent_pb2.PauseContainerRequest(container_id=self.id))
 
     async def resume(self) -> None:
-        """Let everything in it go on."""
+        """Thaw all processes."""
         await self.agent.rpc.ResumeContainer(agent_pb2.ResumeContainerRequest(container_id=self.id))
 
     async def remove(self, timeout: int = 0) -> None:
-        """End it and forget it; timeout in seconds, 0 for as long as it takes."""
+        """Kill and remove it; ``timeout`` in seconds, 0 waits forever."""
         await self.agent.rpc.RemoveContainer(agent_pb2.RemoveContainerRequest(container_id=self.id, timeout=timeout))
 
 
@@ -239,19 +239,19 @@ class Process:
         self._key = {"container_id": container.id, "exec_id": exec_id}
 
     async def write(self, data: bytes) -> None:
-        """Give it standard input; returns when the process's pipe has taken all of it."""
+        """Write to standard input; returns when the process's pipe has taken all of it."""
         await self._rpc.WriteStdin(agent_pb2.WriteStreamRequest(data=data, **self._key))
 
     async def close_stdin(self) -> None:
-        """Let it read end-of-file; nothing happens on a terminal."""
+        """Close standard input; a no-op on a terminal."""
         await self._rpc.CloseStdin(agent_pb2.CloseStdinRequest(**self._key))
 
     def stdout(self) -> AsyncIterator[bytes]:
-        """What it writes to standard output (with a terminal: everything), until its end."""
+        """Yield standard output (with a terminal: all output) until its end."""
         return self._stream(self._rpc.ReadStdout)
 
     def stderr(self) -> AsyncIterator[bytes]:
-        """What it writes to standard error, until its end."""
+        """Yield standard error until its end."""
         return self._stream(self._rpc.ReadStderr)
 
     async def _stream(self, read: Callable[..., Awaitable[Any]]) -> AsyncIterator[bytes]:
@@ -267,7 +267,7 @@ class Process:
             yield answer.data
 
     async def resize(self, rows: int, columns: int) -> None:
-        """Tell its terminal the size, in characters."""
+        """Set the size of its terminal, in characters."""
         await self._rpc.TtyWinResize(agent_pb2.TtyWinResizeRequest(row=rows, column=columns, **self._key))
 
     async def signal(self, number: int) -> None:
@@ -275,7 +275,7 @@ class Process:
         await self._rpc.SignalProcess(agent_pb2.SignalProcessRequest(signal=number, **self._key))
 
     async def wait(self) -> int:
-        """Its exit status: 0-255, or 128 + the signal that ended it."""
+        """Wait for its exit status: 0-255, or 128 + the signal that killed it."""
         answer = await self._rpc.WaitProcess(agent_pb2.WaitProcessRequest(**self._key))
         return int(answer.status)
 
@@ -288,8 +288,8 @@ def _health_check(channel: grpc.Channel) -> grpc.UnaryUnaryMultiCallable[Any, An
     )
 
 
-def answers(socket: str | os.PathLike[str], timeout: float) -> bool:
-    """Whether an agent serves on a socket; waits up to ``timeout`` seconds for one that is starting."""
+def is_serving(socket: str | os.PathLike[str], timeout: float) -> bool:
+    """Check whether an agent serves on a socket, waiting up to ``timeout`` seconds for one that starts."""
     with grpc.insecure_channel(f"unix:{Path(socket).resolve()}", options=CHANNEL_OPTIONS) as channel:
         try:
             answer = _health_check(channel)(health_pb2.CheckRequest(), timeout=timeout, wait_for_ready=True)
@@ -298,15 +298,15 @@ def answers(socket: str | os.PathLike[str], timeout: float) -> bool:
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-#: A guest that is starting refuses for long, and takes a connection from the moment at which its agent listens.
-STARTING = {"grpc.initial_reconnect_backoff_ms": 20, "grpc.max_reconnect_backoff_ms": 50}
+#: A starting guest refuses connections until its agent listens: retry often.
+STARTING_OPTIONS = {"grpc.initial_reconnect_backoff_ms": 20, "grpc.max_reconnect_backoff_ms": 50}
 
 
-class FirstAnswer:
-    """A `ready` for VM.start: whether a guest's agent has answered; each call waits up to ``timeout`` seconds.
+class ReadinessProbe:
+    """Probe whether a guest's agent serves; the `ready` of VM.start.  Each call waits up to ``timeout`` seconds.
 
-    It asks once, on a connection that is tried again in short turns until the guest takes it.  That is as soon as the
-    agent listens, long before it serves: it finds the question waiting.
+    One Health.Check is sent on a connection that is retried at short intervals.  The guest accepts as soon as the
+    agent listens, long before it serves, and answers the request that waits there.
     """
 
     def __init__(self, timeout: float = 1.0) -> None:
@@ -316,7 +316,7 @@ class FirstAnswer:
 
     def __call__(self, socket: Path) -> bool:
         if self._channel is None:
-            options = {**dict(CHANNEL_OPTIONS), **STARTING}
+            options = {**dict(CHANNEL_OPTIONS), **STARTING_OPTIONS}
             self._channel = grpc.insecure_channel(f"unix:{socket.resolve()}", options=list(options.items()))
             self._answer = _health_check(self._channel).future(health_pb2.CheckRequest(), wait_for_ready=True)
         try:

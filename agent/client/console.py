@@ -1,4 +1,4 @@
-"""The guest's own shell, outside of all containers: the agent's debug console, on a vsock port."""
+"""Attach to the agent's debug console: a shell of the guest, outside all containers, on a vsock port."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from pathlib import Path
 
 from caisson.agent.client.attach import raw, read, write_all
 from caisson.agent.client.connection import CHUNK
-from caisson.agent.client.errors import Mistake
+from caisson.agent.client.errors import UsageError
 from caisson.agent.client.vsock import dial
 from caisson.agent.options import from_kernel
 
 #: What a terminal takes for the end of its input (termios(3), VEOF).
 END = b"\x04"
-END_SECONDS = 0.5
+END_INTERVAL = 0.5
 
 
 def console_port(kernel_words: Iterable[str]) -> int:
-    """The port on which the agent offers a shell, by its kernel's command line.  Raises Mistake when it offers none."""
+    """Return the vsock port of the debug console, from the kernel's command line.  Raises UsageError without one."""
     kind, _, port = from_kernel(kernel_words).console_listen.partition(":")
     if kind != "vsock":
         option = "--append agent.debug_console_vport=1026"
-        raise Mistake(f"this guest offers no shell of its own; boot it with: invoke boot-vm {option}")
+        raise UsageError(f"this guest has no debug console; boot it with: invoke boot-vm {option}")
     return int(port)
 
 
 async def console(socket: Path, port: int, *, stdin: int = 0, stdout: int = 1) -> None:
-    """Join a shell of the guest and these descriptors until it ends, or the guest does.
+    """Attach these descriptors to a shell of the guest until it or the guest ends.
 
-    A terminal is in raw mode meanwhile, and restored whatever happens.  Its size is told once, as a command: the
-    port carries what is typed and shown, and nothing else.
+    A terminal is in raw mode meanwhile and is always restored.  Its size is sent once, as a command: the port carries
+    typed and shown bytes only.
     """
     reader, writer = await dial(socket, port)
 
@@ -48,10 +48,10 @@ async def console(socket: Path, port: int, *, stdin: int = 0, stdout: int = 1) -
             while True:  # again and again: a line editor that is just being entered or left loses it
                 writer.write(END)
                 await writer.drain()
-                await asyncio.sleep(END_SECONDS)
+                await asyncio.sleep(END_INTERVAL)
 
     try:
-        with raw(stdin), _ended_by_signals():
+        with raw(stdin), _cancelled_by_signals():
             feeder = asyncio.create_task(feed())
             try:
                 while data := await _received(reader):
@@ -65,8 +65,8 @@ async def console(socket: Path, port: int, *, stdin: int = 0, stdout: int = 1) -
 
 
 @contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Signals that end a program end this block, so that what it has changed is changed back."""
+def _cancelled_by_signals() -> Iterator[None]:
+    """Cancel the block on SIGTERM and SIGHUP, so that it restores the terminal."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
     for number in (signal.SIGTERM, signal.SIGHUP):

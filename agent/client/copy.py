@@ -19,15 +19,15 @@ from pathlib import Path
 
 from caisson.agent.client.attach import write_all
 from caisson.agent.client.connection import CHUNK, Agent, AgentError, Container, Process, ProgramError
-from caisson.agent.client.defaults import PATH
-from caisson.agent.client.errors import Mistake
+from caisson.agent.client.errors import UsageError
+from caisson.agent.client.specs import PATH
 from caisson.agent.client.unpack import unpack
 
 #: A container's name and a path in it; what begins with "/" or "." is a path of the host's, whatever is in it.
 PLACE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]*):(.+)", re.DOTALL)
 
 #: What tar complains of is short, or of no use.
-COMPLAINTS = 4096
+MAX_STDERR = 4096
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Place:
 
     @classmethod
     def parse(cls, text: str) -> Place:
-        """CONTAINER:PATH, or a path of the host's.  Raises Mistake."""
+        """CONTAINER:PATH, or a path of the host's.  Raises UsageError."""
         found = PLACE.fullmatch(text)
         if not text or text.endswith(":"):
-            raise Mistake(f"{text!r} is neither a path nor CONTAINER:PATH")
+            raise UsageError(f"{text!r} is neither a path nor CONTAINER:PATH")
         return cls(found[1], posixpath.join("/", found[2])) if found else cls("", text)
 
 
@@ -51,23 +51,23 @@ async def copy(agent: Agent, source: str, target: str) -> list[str]:
 
     Into a directory that exists, else under the target's name, as with cp(1).  Modes and times are kept; owners are
     root in the container, and the caller on the host.  Returns the names of what was left out: devices.
-    Raises Mistake, AgentError.
+    Raises UsageError, AgentError.
     """
     from_, to = Place.parse(source), Place.parse(target)
     if bool(from_.container) == bool(to.container):
-        raise Mistake("one of the two is a path in a container, CONTAINER:PATH, and the other one of the host's")
+        raise UsageError("one of the two is a path in a container, CONTAINER:PATH, and the other one of the host's")
     try:
         if to.container:
             return await put(agent.container(to.container), Path(from_.path), to.path)
         return await get(agent.container(from_.container), from_.path, Path(to.path), to.path.endswith("/"))
     except ProgramError as error:
-        raise Mistake(f"copying needs `sh` and `tar` in the container: {error}") from error
+        raise UsageError(f"copying needs `sh` and `tar` in the container: {error}") from error
 
 
 async def put(container: Container, source: Path, path: str) -> list[str]:
     """Copy from the host into a container; as `copy`."""
     if not source.exists() and not source.is_symlink():
-        raise Mistake(f"{source}: No such file or directory")
+        raise UsageError(f"{source}: No such file or directory")
     name = source.resolve().name if source.name in ("", "..") else source.name
     path, into = posixpath.normpath(path), path.endswith("/")
     if into or await _status(container, ["sh", "-c", '[ -d "$1" ]', "sh", path]) == 0:
@@ -86,9 +86,9 @@ async def put(container: Container, source: Path, path: str) -> list[str]:
         except BrokenPipeError:  # tar has ended first: it says why
             left_out = []
         except OSError as error:
-            raise Mistake(f"{error.filename or source}: {error.strerror}") from error
+            raise UsageError(f"{error.filename or source}: {error.strerror}") from error
     if status := await process.wait():
-        raise Mistake(complaints or f"tar ended with status {status}")
+        raise UsageError(complaints or f"tar ended with status {status}")
     return left_out
 
 
@@ -99,11 +99,11 @@ async def get(container: Container, path: str, target: Path, into: bool = False)
     if target.is_dir():
         directory, new = target, name
     elif into:
-        raise Mistake(f"{target}: there is no such directory")
+        raise UsageError(f"{target}: there is no such directory")
     else:
         directory, new = target.parent, target.name
     if not directory.is_dir():
-        raise Mistake(f"{directory}: there is no such directory")
+        raise UsageError(f"{directory}: there is no such directory")
     process = await _tar(container, "c", "-f", "-", "-C", parent, f"./{name}")
     read_end, write_end = os.pipe()
     unpacking = asyncio.create_task(asyncio.to_thread(_unpack, read_end, directory, old, new or "."))
@@ -114,14 +114,14 @@ async def get(container: Container, path: str, target: Path, into: bool = False)
         try:
             left_out = await unpacking
         except OSError as error:
-            raise Mistake(f"{target}: {error.filename or ''}: {error.strerror or error}") from error
+            raise UsageError(f"{target}: {error.filename or ''}: {error.strerror or error}") from error
         except tarfile.TarError as error:
             status = await process.wait()
-            raise Mistake(
+            raise UsageError(
                 complaints if status and complaints else f"what the container sent is no archive: {error}"
             ) from error
     if status := await process.wait():
-        raise Mistake(complaints or f"tar ended with status {status}")
+        raise UsageError(complaints or f"tar ended with status {status}")
     return left_out
 
 
@@ -147,7 +147,7 @@ async def _complaints(process: Process) -> str:
     """What a process writes to standard error until its end, in one line."""
     said = b""
     async for data in process.stderr():
-        said = (said + data)[:COMPLAINTS]
+        said = (said + data)[:MAX_STDERR]
     return "; ".join(said.decode(errors="replace").split("\n")).rstrip("; ")
 
 

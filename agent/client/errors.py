@@ -1,7 +1,7 @@
-"""What callers of the host's side get wrong."""
+"""Errors of the host's side that the caller can fix."""
 
 from __future__ import annotations
 
 
-class Mistake(Exception):
-    """What was asked for makes no sense, or cannot be done; the text says why, and what would be right."""
+class UsageError(Exception):
+    """Report a request that cannot be served, in one line: object, problem, remedy."""

@@ -1,34 +1,27 @@
-"""Programs that somebody runs from a command line: their streams and exit status are the caller's."""
+"""Run programs in containers for a command line: their streams and exit status are the caller's."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
 
-from caisson.agent.client import ocispec, rootdisk
+import grpc
+
 from caisson.agent.client.attach import attach
-from caisson.agent.client.connection import Agent, AgentError
-from caisson.agent.client.defaults import PATH
-from caisson.agent.client.errors import Mistake
+from caisson.agent.client.connection import Agent, AgentError, Container
 from caisson.agent.client.guest import Guest, Machine
-from caisson.proto.kata1 import oci_pb2
+from caisson.agent.client.specs import PATH, terminal_env
+from caisson.proto.kata1 import agent_pb2, oci_pb2
 
+#: Where the guest mounts storages of containers, as Kata's hosts do.
+SHARED = "/run/kata-containers/shared/containers"
 
-def user_ids(text: str) -> tuple[int, int]:
-    """uid[:gid] as numbers; without one the group is 0.  Raises Mistake."""
-    uid, _, gid = text.partition(":")
-    if not uid.isascii() or not uid.isdecimal() or (gid and not (gid.isascii() and gid.isdecimal())):
-        raise Mistake(f"--user takes numbers, uid or uid:gid, not {text!r}")
-    return int(uid), int(gid or 0)
-
-
-def check_settings(env: Iterable[str]) -> None:
-    """Raises Mistake for what is not NAME=value."""
-    for setting in env:
-        if "=" not in setting:
-            raise Mistake(f"--env takes NAME=value, not {setting!r}")
+#: Seconds for a plugged disk to show up: an emulated guest is slow, and its agent gives up sooner.
+PLUG_TIMEOUT = 90.0
 
 
 async def execute(
@@ -41,81 +34,29 @@ async def execute(
     user: tuple[int, int] = (0, 0),
     terminal: bool = False,
 ) -> int:
-    """Run a program in a container, which is made on first use; returns its exit status.
+    """Run a program in a container, created on first use; returns its exit status.
 
     Raises ProgramError when it cannot be run, and as `attach` does.
     """
     uid, gid = user
-    environment = [PATH, "HOME=/root" if uid == 0 else "HOME=/", *_terminal(terminal), *env]
+    environment = [PATH, "HOME=/root" if uid == 0 else "HOME=/", *terminal_env(terminal), *env]
     async with Guest(machine) as guest:
         container = await guest.container(container_id)
         return await attach(await container.exec(words, env=environment, cwd=cwd, uid=uid, gid=gid, terminal=terminal))
 
 
-def _terminal(terminal: bool) -> list[str]:
-    return [f"TERM={os.environ.get('TERM', 'xterm')}"] if terminal else []
-
-
-class ImageConfig(Protocol):
-    """What an image says is to run: image.oci has it."""
-
-    @property
-    def env(self) -> Sequence[str]: ...
-
-    @property
-    def user(self) -> str: ...
-
-    @property
-    def workdir(self) -> str: ...
-
-    def words(self, given: Sequence[str]) -> list[str]:
-        """The program and its arguments; what is given takes the place of the image's command."""
-
-
-def image_spec(
-    config: ImageConfig,
-    bundle: Mapping[str, Any],
-    words: Sequence[str],
-    *,
-    env: Sequence[str],
-    user: str,
-    cwd: str,
-    terminal: bool,
-) -> oci_pb2.Spec:
-    """What to run of an image, or of a bundle, if its config.json is not empty.  What is asked for takes the place of
-    what they say.  Raises Mistake.
-    """
-    if not bundle:
-        return rootdisk.image_spec(
-            config.words(words),
-            env=[*_terminal(terminal), *config.env, *env],
-            user=user or config.user,
-            cwd=cwd or config.workdir,
-            terminal=terminal,
-        )
-    spec = ocispec.spec_from_bundle(dict(bundle))
-    process = spec.Process
-    if words:
-        process.Args[:] = words
-    process.Env.extend(env)
-    process.Terminal |= terminal
-    process.User.Username = user or process.User.Username
-    process.Cwd = cwd or process.Cwd
-    return spec
-
-
 async def run_image(
     machine: Machine, container_id: str, spec: oci_pb2.Spec, pci_path: str, *, detach: bool
 ) -> int | None:
-    """Run a container whose root is on a disk that is plugged in; returns its exit status.
+    """Run a container whose root is on a plugged disk; returns its exit status, None when detached.
 
-    It is removed then, unless it is detached: it runs on, and there is no status yet.  Raises AgentError.
+    Unless detached, the container is removed at its end.  Raises AgentError.
     """
     async with Agent.connect(machine.agent_socket) as agent:
         container = agent.container(container_id)
         running = False
         try:
-            await rootdisk.create(agent, container_id, spec, pci_path, "squashfs")
+            await create_on_disk(agent, container_id, spec, pci_path, "squashfs")
             await container.start()
             if detach:
                 running = True
@@ -125,3 +66,43 @@ async def run_image(
             if not running:
                 with contextlib.suppress(AgentError):
                     await container.remove()
+
+
+async def create_on_disk(agent: Agent, container_id: str, spec: oci_pb2.Spec, pci_path: str, fstype: str) -> Container:
+    """Create a container on a disk, waiting for the disk to show up.  Raises AgentError."""
+    # Unique: the agent keeps "local" directories until the sandbox's end, a layer ends with its container.
+    place = f"{SHARED}/{uuid.uuid4().hex}"
+    spec.Root.Path = f"{place}/root"
+    request = agent_pb2.CreateContainerRequest(
+        container_id=container_id, exec_id=container_id, OCI=spec, storages=storages(pci_path, place, fstype)
+    )
+    await agent.create_sandbox()
+    deadline = time.monotonic() + PLUG_TIMEOUT
+    while True:
+        try:
+            await agent.rpc.CreateContainer(request)
+            return agent.container(container_id)
+        except AgentError as error:
+            if error.code is not grpc.StatusCode.DEADLINE_EXCEEDED or time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(0)  # the agent has waited
+
+
+def storages(pci_path: str, place: str, fstype: str) -> list[Any]:
+    """Return the mounts of a writable root: the disk at ``place``/lower, an overlay with a tmpfs at ``place``/root.
+
+    The drivers are ones whose source the agent takes as it is; "local" makes directories.
+    """
+    lower, upper, work = f"{place}/lower", f"{place}/layer/upper", f"{place}/layer/work"
+    layers = [f"lowerdir={lower}", f"upperdir={upper}", f"workdir={work}"]
+    wanted = (
+        ("blk", pci_path, fstype, lower, ["ro", "nodev"]),
+        ("mmioblk", "tmpfs", "tmpfs", f"{place}/layer", ["mode=0700"]),
+        ("local", "local", "local", upper, ["mode=0755"]),
+        ("local", "local", "local", work, ["mode=0755"]),
+        ("mmioblk", "overlay", "overlay", f"{place}/root", layers),
+    )
+    return [
+        agent_pb2.Storage(driver=driver, source=source, fstype=kind, mount_point=point, options=options)
+        for driver, source, kind, point, options in wanted
+    ]

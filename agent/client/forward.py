@@ -1,7 +1,7 @@
-"""TCP ports of the host joined to ports of a guest.
+"""Forward TCP ports of the host to ports of a guest, and back.
 
-A guest has no network that the host could reach, so a TCP port of it is reached from within: by `nc` in a container,
-which shares the guest's network with all the others.  vsock ports need nothing.
+The host cannot reach a guest's network, so a TCP port is reached from within: by `nc` in a container, which shares the
+guest's network namespace.  vsock ports need nothing.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from caisson.agent.client.connection import CHUNK, AgentError, Container
-from caisson.agent.client.defaults import PATH
-from caisson.agent.client.errors import Mistake
-from caisson.agent.client.vsock import LAST_PORT, Streams, dial
+from caisson.agent.client.errors import UsageError
+from caisson.agent.client.specs import PATH
+from caisson.agent.client.vsock import MAX_PORT, Streams, dial
 
 RULE = re.compile(
     r"(?:(?P<address>[0-9.]+|\[[0-9a-fA-F:]+\]):)?(?P<host>[0-9]+):(?:(?P<kind>tcp|vsock):)?(?P<guest>[0-9]+)"
 )
-LAST_TCP_PORT = 65535
+MAX_TCP_PORT = 65535
 
 Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What is joined: a TCP port of the host, 0 for any free one, and a port of the guest (``kind`` tcp or vsock)."""
+    """A TCP port of the host (0: any free one) and a port of the guest (``kind`` tcp or vsock)."""
 
     address: str
     host: int
@@ -37,19 +37,19 @@ class Rule:
 
     @classmethod
     def parse(cls, text: str) -> Rule:
-        """[ADDRESS:]PORT:[vsock:|tcp:]PORT, the host's first.  Raises Mistake."""
+        """Parse [ADDRESS:]PORT:[vsock:|tcp:]PORT, the host's first.  Raises UsageError."""
         found = RULE.fullmatch(text)
         if not found:
-            raise Mistake(f"{text!r} is not [ADDRESS:]PORT:PORT or [ADDRESS:]PORT:vsock:PORT")
+            raise UsageError(f"{text!r} is not [ADDRESS:]PORT:PORT or [ADDRESS:]PORT:vsock:PORT")
         address = (found["address"] or "127.0.0.1").strip("[]")
         rule = cls(address, int(found["host"]), found["kind"] or "tcp", int(found["guest"]))
-        if rule.host > LAST_TCP_PORT or rule.guest > (LAST_TCP_PORT if rule.kind == "tcp" else LAST_PORT):
-            raise Mistake(f"{text!r}: there is no such port")
+        if rule.host > MAX_TCP_PORT or rule.guest > (MAX_TCP_PORT if rule.kind == "tcp" else MAX_PORT):
+            raise UsageError(f"{text!r}: port out of range; TCP ports end at {MAX_TCP_PORT}")
         return rule
 
 
 def to_vsock(socket: Path, port: int) -> Serve:
-    """What joins a connection to a vsock port of the guest."""
+    """Serve a connection by a vsock port of the guest."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await _join((reader, writer), await dial(socket, port))
@@ -58,7 +58,7 @@ def to_vsock(socket: Path, port: int) -> Serve:
 
 
 def to_tcp(address: str, port: int) -> Serve:
-    """What joins a connection to a TCP port that the host can reach."""
+    """Serve a connection by a TCP port that the host can reach."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await _join((reader, writer), await asyncio.open_connection(address, port))
@@ -67,7 +67,7 @@ def to_tcp(address: str, port: int) -> Serve:
 
 
 def to_container(container: Container, port: int) -> Serve:
-    """What joins a connection to a TCP port of the guest, through a process in a container."""
+    """Serve a connection by a TCP port of the guest, through `nc` in a container."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         process = await container.exec(["nc", "127.0.0.1", str(port)], env=[PATH])
@@ -89,22 +89,22 @@ def to_container(container: Container, port: int) -> Serve:
         finally:
             feeder.cancel()
             with contextlib.suppress(AgentError):
-                await process.signal(9)  # whoever has hung up waits for nothing
+                await process.signal(9)  # the peer has hung up
 
     return serve
 
 
 @contextlib.asynccontextmanager
 async def listening(where: Rule | Path, serve: Serve, report: Callable[[str], None]) -> AsyncIterator[int]:
-    """Join all that connect, while the block runs, to a TCP port of the host or a Unix socket; the block gets the port.
+    """Listen on a TCP port of the host or a Unix socket while the block runs, and yield the port.
 
-    What goes wrong with one connection closes that one, and is reported.  Raises Mistake when it cannot listen there.
+    A connection that fails is closed and reported.  Raises UsageError when listening fails.
     """
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             await serve(reader, writer)
-        except (Mistake, AgentError) as error:
+        except (UsageError, AgentError) as error:
             report(str(error))
         except OSError as error:
             report(error.strerror or str(error))
@@ -117,7 +117,7 @@ async def listening(where: Rule | Path, serve: Serve, report: Callable[[str], No
         else:
             server = await asyncio.start_unix_server(handle, where)
     except OSError as error:
-        raise Mistake(f"cannot listen: {error.strerror or error}") from error
+        raise UsageError(f"cannot listen: {error.strerror or error}") from error
     try:
         name = server.sockets[0].getsockname()
         yield name[1] if isinstance(where, Rule) else 0
@@ -128,7 +128,7 @@ async def listening(where: Rule | Path, serve: Serve, report: Callable[[str], No
 
 
 async def ended(lifeline: int | None) -> None:
-    """Wait until a descriptor becomes readable; None is one that has been all the time."""
+    """Wait until a descriptor becomes readable; None counts as readable."""
     if lifeline is None:
         return
     happened = asyncio.Event()
@@ -141,14 +141,14 @@ async def ended(lifeline: int | None) -> None:
 
 
 async def _join(one: Streams, other: Streams) -> None:
-    """Carry bytes both ways until both ways have ended."""
+    """Relay bytes both ways until both have ended."""
     try:
-        await asyncio.gather(_carry(one[0], other[1]), _carry(other[0], one[1]))
+        await asyncio.gather(_relay(one[0], other[1]), _relay(other[0], one[1]))
     finally:
         other[1].close()
 
 
-async def _carry(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+async def _relay(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
     while data := await source.read(CHUNK):
         target.write(data)
         await target.drain()

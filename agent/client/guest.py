@@ -1,6 +1,6 @@
-"""A guest for tests and programs of one's own: its agent, and a container to run programs in.
+"""Drive a guest from tests and programs: its agent, and a container to run programs in.
 
-Whoever uses it has booted the guest (image.vm.VM, or a VM of another maker) and ends it: docs/library.md.
+The caller boots and ends the guest (image.vm.VM, or another VMM's): docs/library.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Machine(Protocol):
-    """What is asked of a VM: image.vm.VM has it."""
+    """The part of a VM that the client needs; image.vm.VM has it."""
 
     @property
     def agent_socket(self) -> Path:
@@ -32,26 +32,26 @@ class Machine(Protocol):
         """Where image.json says what is in it."""
 
 
-def known(machine: Machine) -> client.Known:
-    """The containers that were made in a VM."""
-    return client.Known(machine.directory / "containers")
+def container_registry(machine: Machine) -> client.Registry:
+    """Return the registry of a VM's containers."""
+    return client.Registry(machine.directory / "containers")
 
 
-def forwards(machine: Machine) -> client.Known:
-    """The ports that are forwarded, for as long as they are."""
-    return client.Known(machine.directory / "ports")
+def forward_registry(machine: Machine) -> client.Registry:
+    """Return the registry of a VM's forwarded ports."""
+    return client.Registry(machine.directory / "ports")
 
 
-def forwarded(machine: Machine) -> list[str]:
-    """The ports that are forwarded now, in words: "127.0.0.1:8080 → tcp port 80"."""
-    known = forwards(machine)
-    for name in known.abandoned():
+def active_forwards(machine: Machine) -> list[str]:
+    """List the ports that are forwarded now: "127.0.0.1:8080 → tcp port 80"."""
+    known = forward_registry(machine)
+    for name in known.orphaned():
         known.discard(name)
     return known.names()
 
 
-def ask(machine: Machine, work: Callable[[client.Agent], Awaitable[T]]) -> T:
-    """What a VM's agent answers, for callers that are no coroutines.  Raises AgentError."""
+def call_sync(machine: Machine, work: Callable[[client.Agent], Awaitable[T]]) -> T:
+    """Run a coroutine with a VM's agent to its end.  Raises AgentError."""
 
     async def asked() -> T:
         async with client.Agent.connect(machine.agent_socket) as agent:
@@ -62,7 +62,7 @@ def ask(machine: Machine, work: Callable[[client.Agent], Awaitable[T]]) -> T:
 
 @dataclass(frozen=True)
 class Done:
-    """A program that has ended: its exit status (128+n for signal n) and what it wrote."""
+    """The exit status (128+n for signal n) and the output of a program."""
 
     status: int
     stdout: bytes
@@ -70,13 +70,13 @@ class Done:
 
 
 class Guest:
-    """The guest of a running VM, for the time of a block."""
+    """Connect to the guest of a running VM for the time of a block."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
 
     async def __aenter__(self) -> Self:
-        """Raises AgentError when there is no agent."""
+        """Connect and create the sandbox.  Raises AgentError without an agent."""
         self.agent = client.Agent.connect(self.machine.agent_socket)
         await self.agent.create_sandbox()
         return self
@@ -85,15 +85,15 @@ class Guest:
         await self.agent.__aexit__()
 
     async def container(self, container_id: str = "default") -> client.Container:
-        """The container of this id, made from the root file system in the image on first use."""
+        """Return the container of this id, created on first use from the image's own root file system."""
         try:
             contents = json.loads((self.machine.directory / "image.json").read_text())
         except FileNotFoundError as error:
             raise client.AgentGone(grpc.StatusCode.UNAVAILABLE, "the VM has ended") from error
         spec = client.default_spec(contents["containers"]["busybox"])
         container = await self.agent.ensure_container(container_id, spec)
-        made = known(self.machine)
-        if container_id not in made.names():  # what is known of one from an image says which disk it is on
+        made = container_registry(self.machine)
+        if container_id not in made.names():  # the entry of one from a container image names its disk
             made.add(container_id)
         return container
 

@@ -1,4 +1,4 @@
-"""What runs in containers, and what they use."""
+"""List the processes of containers, sample their resource usage, and signal them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import grpc
 
 from caisson.agent.client.connection import Agent, AgentError, Container
-from caisson.agent.client.errors import Mistake
-from caisson.agent.client.registry import Known
+from caisson.agent.client.errors import UsageError
+from caisson.agent.client.registry import Registry
 from caisson.proto.kata1 import agent_pb2
 
 T = TypeVar("T")
@@ -29,10 +29,10 @@ USAGE = ("container", "cpu_percent", "cpu_seconds", "memory", "memory_limit", "p
 UNLIMITED = 1 << 60
 
 
-async def processes(agent: Agent, known: Known, container: str = "") -> list[dict[str, Any]]:
-    """What runs in a container, or in all known ones: {"container", "processes": [{"uid", "pid", …}]} each.
+async def processes(agent: Agent, known: Registry, container: str = "") -> list[dict[str, Any]]:
+    """List the processes of a container, or of all: {"container", "processes": [{"uid", "pid", …}]} each.
 
-    Numbers of processes are the guest's.  A container whose list is empty has ended.
+    pids are the guest's.  An empty list means that the container has exited.
     """
 
     async def listed(container_id: str) -> dict[str, Any]:
@@ -44,7 +44,7 @@ async def processes(agent: Agent, known: Known, container: str = "") -> list[dic
 
 
 def parse_table(text: str) -> list[dict[str, Any]]:
-    """The lines of `ps -ef` as dictionaries; ``cpu`` is a percentage."""
+    """Parse the output of `ps -ef`; ``cpu`` is a percentage."""
     found = []
     for line in text.splitlines()[1:]:
         row: dict[str, Any] = dict(zip(COLUMNS, line.split(None, len(COLUMNS) - 1), strict=False))
@@ -52,11 +52,11 @@ def parse_table(text: str) -> list[dict[str, Any]]:
     return found
 
 
-async def stats(agent: Agent, known: Known, container: str = "", interval: float = 1.0) -> list[dict[str, Any]]:
-    """What a container uses, or all known ones: {"container", "cpu_percent", "cpu_seconds", "memory", "memory_limit",
+async def stats(agent: Agent, known: Registry, container: str = "", interval: float = 1.0) -> list[dict[str, Any]]:
+    """Sample the usage of a container, or of all: {"container", "cpu_percent", "cpu_seconds", "memory", "memory_limit",
     "pids", "pids_limit"} each.
 
-    Memory in bytes; 100 % is one CPU, over ``interval`` seconds; a limit that is not there is None.
+    Memory in bytes; 100 % is one CPU, over ``interval`` seconds; no limit is None.
     """
 
     async def sampled(container_id: str) -> tuple[str, float, Any]:
@@ -71,7 +71,7 @@ async def stats(agent: Agent, known: Known, container: str = "", interval: float
 
 
 def usage(container_id: str, before: float, first: Any, after: float, last: Any) -> dict[str, Any]:
-    """Two samples of a container (grpc.CgroupStats) and their times, in seconds, as what people want to know."""
+    """Compute usage from two samples (grpc.CgroupStats) and their times in seconds."""
     busy = last.cpu_stats.cpu_usage.total_usage - first.cpu_stats.cpu_usage.total_usage
     return {
         "container": container_id,
@@ -88,10 +88,10 @@ def _limit(value: int) -> int | None:
     return value if 0 < value < UNLIMITED else None
 
 
-async def _each(known: Known, container: str, ask: Callable[[str], Awaitable[T]]) -> list[T]:
-    """Ask about one container, or about all that are known.
+async def _each(known: Registry, container: str, ask: Callable[[str], Awaitable[T]]) -> list[T]:
+    """Query one container, or all in the registry.
 
-    Those that are no more are forgotten on the way, but not one that a command is making just now.
+    Entries of containers that no longer exist are removed, except those that a command is creating.
     """
     if container:
         return [await ask(container)]
@@ -108,25 +108,25 @@ async def _each(known: Known, container: str, ask: Callable[[str], Awaitable[T]]
 
 
 async def signal_container(container: Container, number: int, *, everything: bool = False) -> None:
-    """Signal its first process, or every process in it."""
+    """Signal the first process of a container, or all of them."""
     await (container.signal(number) if everything else container.init().signal(number))
 
 
 def signal_number(text: str) -> int:
-    """A signal from its number or its name: "9", "KILL", "SIGKILL", "RTMIN+3".  Raises Mistake."""
+    """Parse a signal: "9", "KILL", "SIGKILL", "RTMIN+3".  Raises UsageError."""
     name, plus, more = text.upper().removeprefix("SIG").partition("+")
     try:
         number = int(name) if name.isdecimal() else int(signal.Signals[f"SIG{name}"])
         number += int(more) if plus else 0
     except (KeyError, ValueError):
-        raise Mistake(f"{text!r} is not a signal; they are called HUP, INT, KILL, TERM, USR1 … or 1 to 64") from None
+        raise UsageError(f"{text!r} is not a signal; use HUP, INT, KILL, TERM, USR1 … or 1 to 64") from None
     if not 1 <= number <= signal.SIGRTMAX:
-        raise Mistake(f"{text!r} is not a signal; their numbers are 1 to {int(signal.SIGRTMAX)}")
+        raise UsageError(f"{text!r} is not a signal; use 1 to {int(signal.SIGRTMAX)}")
     return number
 
 
 def show(columns: Sequence[str], data: object, rows: Iterable[Mapping[str, Any]], *, as_json: bool) -> None:
-    """Print data as JSON, or rows about it as a table."""
+    """Print data as JSON, or rows as a table."""
     if as_json:
         print(json.dumps(data, indent=2))
         return

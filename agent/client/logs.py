@@ -1,4 +1,4 @@
-"""The agent's log, which a guest without a port for it prints on its console."""
+"""Extract the agent's log from a console: a guest without a log port prints it there."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class AgentLines:
-    """Takes what a console prints, piece by piece, and hands on the lines that are the agent's: JSON, with a level."""
+    """Pass on the agent's lines of a console's output (JSON with a level), which may come in any pieces."""
 
     def __init__(self, write: Callable[[bytes], None]) -> None:
         self._write = write

@@ -1,10 +1,10 @@
-"""What commands on this host have made of a VM: files in a directory that goes when the VM goes.
+"""Register what commands on this host have created in a VM: its containers and forwarded ports.
 
-Its containers: the agent's API cannot list them.  A file only says where to look; what is true the agent says.  And the
-ports that are forwarded.
+One JSON file per entry, in a directory that is removed with the VM.  The agent's API cannot list containers; an entry
+only says which names to ask the agent about.
 
-Some things are no more than the command that made them, such as a forwarded port.  The file of such a thing is held: it
-is locked (flock(2)) until that command lets go of it, or dies in whatever way.
+An entry that must not outlive its command, such as a forwarded port, is leased: its file is locked (flock(2)) until
+that command closes it or dies.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ import grpc
 from caisson.agent.client.connection import AgentGone
 
 
-class Known:
-    """Things by name, each with JSON values about it."""
+class Registry:
+    """Entries by name, each with JSON metadata."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
     def add(self, name: str, **about: Any) -> None:
-        """Remember a thing, in place of an older one of this name.  Raises AgentGone when the VM has gone."""
+        """Add or replace an entry.  Raises AgentGone when the VM has ended."""
         self._put(name, about).close()
 
-    def hold(self, name: str, **about: Any) -> IO[str]:
-        """Remember a thing that is there for as long as its maker keeps open what this returns.  Raises AgentGone."""
+    def lease(self, name: str, **about: Any) -> IO[str]:
+        """Add an entry that is valid while the returned file is open.  Raises AgentGone."""
         return self._put(name, about | {"held": True})
 
     def _put(self, name: str, about: dict[str, Any]) -> IO[str]:
@@ -52,25 +52,25 @@ class Known:
             raise AgentGone(grpc.StatusCode.UNAVAILABLE, "the VM has ended") from error
 
     def discard(self, name: str) -> None:
-        """Forget a thing; fine when it is not known."""
+        """Remove an entry, if there is one."""
         (self._directory / name).unlink(missing_ok=True)
 
     def names(self) -> list[str]:
-        """Their names, in order."""
+        """Return the names, sorted."""
         try:
             return sorted(path.name for path in self._directory.iterdir() if not path.name.startswith("."))
         except FileNotFoundError:
             return []
 
-    def about(self, name: str) -> dict[str, Any]:
-        """What was said about a thing when it was made; nothing about one that is not known."""
+    def metadata(self, name: str) -> dict[str, Any]:
+        """Return the metadata of an entry, empty where there is none."""
         try:
             return dict(json.loads((self._directory / name).read_text()))
         except FileNotFoundError:
             return {}
 
     def held(self, name: str) -> bool:
-        """Whether a command that lives has it."""
+        """Check whether a living command holds its lease."""
         try:
             with (self._directory / name).open() as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -80,6 +80,6 @@ class Known:
             return True
         return False
 
-    def abandoned(self) -> list[str]:
-        """The names of things whose maker has died and has not put them away."""
-        return [name for name in self.names() if self.about(name).get("held") and not self.held(name)]
+    def orphaned(self) -> list[str]:
+        """Return the names of leased entries whose command has died."""
+        return [name for name in self.names() if self.metadata(name).get("held") and not self.held(name)]

@@ -14,7 +14,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from caisson.agent.client.errors import Mistake
+from caisson.agent.client.errors import UsageError
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -26,7 +26,7 @@ MODE = 0o777
 def unpack(archive: tarfile.TarFile, directory: Path, old: str, new: str) -> list[str]:
     """Unpack an archive whose names all begin with ``old``, as ``new`` in the directory; what is there is replaced.
 
-    Owners are the caller's.  Returns the names of what is left out: devices.  Raises Mistake for an archive with
+    Owners are the caller's.  Returns the names of what is left out: devices.  Raises UsageError for an archive with
     other names, OSError, and tarfile.TarError.
     """
     left_out: list[str] = []
@@ -65,7 +65,7 @@ def _make(
         *others, target = _parts(member.linkname, old, new)
         with _directory(root, tuple(others)) as there:
             if stat.S_ISDIR(os.stat(target, dir_fd=there, follow_symlinks=False).st_mode):
-                raise Mistake(f"{member.name!r}: a hard link to a directory")
+                raise UsageError(f"{member.name!r}: a hard link to a directory")
             os.link(target, name, src_dir_fd=there, dst_dir_fd=place, follow_symlinks=False)
     elif member.isfifo():
         os.mkfifo(name, member.mode & MODE, dir_fd=place)
@@ -81,12 +81,12 @@ def _make(
 
 
 def _parts(name: str, old: str, new: str) -> tuple[str, ...]:
-    """The components of a member's name, with the first one renamed.  Raises Mistake."""
+    """The components of a member's name, with the first one renamed.  Raises UsageError."""
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if old in ("", "."):
         parts = [old, *parts]
     if name.startswith("/") or ".." in parts or "\0" in name or not parts or parts[0] != old:
-        raise Mistake(f"the container sent {name!r}, which was not asked for")
+        raise UsageError(f"the container sent {name!r}, which was not asked for")
     return (new, *parts[1:])
 
 

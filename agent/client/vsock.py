@@ -1,6 +1,6 @@
-"""Ports of a guest, by the socket that a VM has for them: CONNECT <port>, and OK <port> when somebody listens there.
+"""Connect to vsock ports of a guest through the VM's Unix socket.
 
-The handshake is that of Firecracker and Cloud Hypervisor.
+The hybrid handshake of Firecracker and Cloud Hypervisor: CONNECT <port>, answered by OK <port>.
 """
 
 from __future__ import annotations
@@ -8,27 +8,27 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from caisson.agent.client.errors import Mistake
+from caisson.agent.client.errors import UsageError
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
-LAST_PORT = (1 << 32) - 2  # the last one means "any" (vsock(7))
+MAX_PORT = (1 << 32) - 2  # the last one means "any" (vsock(7))
 
 #: Seconds for a guest to accept.
-PATIENCE = 30.0
+CONNECT_TIMEOUT = 30.0
 
 
 async def dial(socket: Path, port: int) -> Streams:
-    """Connect to a port of the guest.  Raises Mistake when nobody listens there, or there is no VM."""
-    if not 0 <= port <= LAST_PORT:
-        raise Mistake(f"vsock ports are 0 to {LAST_PORT}, not {port}")
+    """Connect to a vsock port of the guest.  Raises UsageError when nothing listens, or the VM has ended."""
+    if not 0 <= port <= MAX_PORT:
+        raise UsageError(f"vsock port {port}: out of range; ports are 0 to {MAX_PORT}")
     try:
         reader, writer = await asyncio.open_unix_connection(str(socket))
     except OSError as error:
-        raise Mistake(f"{socket}: {error.strerror or error}; the VM has ended") from error
+        raise UsageError(f"{socket}: {error.strerror or error}; the VM has ended") from error
     try:
         writer.write(f"CONNECT {port}\n".encode())
-        async with asyncio.timeout(PATIENCE):
+        async with asyncio.timeout(CONNECT_TIMEOUT):
             answer = await reader.readline()
     except (OSError, TimeoutError):
         answer = b""
@@ -37,5 +37,5 @@ async def dial(socket: Path, port: int) -> Streams:
         raise
     if not answer.startswith(b"OK "):
         writer.close()
-        raise Mistake(f"nobody listens on vsock port {port} of the guest")
+        raise UsageError(f"vsock port {port}: nothing listens there in the guest")
     return reader, writer

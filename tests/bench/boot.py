@@ -107,9 +107,9 @@ def measure(rounds: int, work: Path) -> list[Row]:
     """The rows."""
     lean, prebuilt = built(*LEAN), built()
     guests: dict[str, tuple[Path, Callable[[Path], bool]]] = {
-        "lean": (lean, client.FirstAnswer()),
+        "lean": (lean, client.ReadinessProbe()),
         "lean-limit": (minimal(lean, work), init_answers),
-        "prebuilt": (prebuilt, client.FirstAnswer()),
+        "prebuilt": (prebuilt, client.ReadinessProbe()),
         "prebuilt-limit": (minimal(prebuilt, work), init_prints),
     }
     times: dict[str, list[float]] = {name: [] for name in guests}

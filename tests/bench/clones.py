@@ -53,9 +53,9 @@ def measure(rounds: int, memory: int, work: Path) -> list[Row]:
         clone = VMConfig.clone(template, name="bench")
         guests: dict[str, tuple[VMConfig, Callable[[Path], bool]]] = {
             "limit": (VMConfig(minimal(lean, work), name="bench", memory=memory), init_answers),
-            "boot": (VMConfig(lean, name="bench", memory=memory), client.FirstAnswer()),
-            "clone": (clone, client.FirstAnswer()),
-            "settled": (clone, partial(client.settled, hostname="bench")),
+            "boot": (VMConfig(lean, name="bench", memory=memory), client.ReadinessProbe()),
+            "clone": (clone, client.ReadinessProbe()),
+            "settled": (clone, partial(client.is_personalized, hostname="bench")),
         }
         times: dict[str, list[float]] = {name: [] for name in guests}
         for _ in range(rounds):

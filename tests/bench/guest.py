@@ -176,7 +176,7 @@ def measure(quick: bool, work: Path) -> list[Row]:
     """All rows."""
     program = compile_peer(work).read_bytes()
     config = VMConfig(built(*LEAN), name="bench", append=f"agent.debug_console_vport={CONSOLE}")
-    with booted(config, client.FirstAnswer()) as (vm, _):
+    with booted(config, client.ReadinessProbe()) as (vm, _):
         shell = Shell(vm)
         agent_alone = shell("cat /proc/1/smaps_rollup")
         used = idle(vm, 10 if quick else 30)

@@ -40,7 +40,7 @@ def test_it_runs_by_hand(own: Caisson) -> None:
             wait_until(sockets.exists, "the device waits for QEMU")
             with subprocess.Popen(["/bin/sh", "-c", f"exec {shown.stdout.decode()}"]) as qemu:
                 try:
-                    wait_until(lambda: client.answers(directory / "agent.sock", 1.0), "the agent answers", PATIENCE)
+                    wait_until(lambda: client.is_serving(directory / "agent.sock", 1.0), "the agent answers", PATIENCE)
                 finally:
                     qemu.terminate()
         finally:

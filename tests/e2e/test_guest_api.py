@@ -56,7 +56,7 @@ def test_the_clock_is_set(vm: Caisson) -> None:
     finally:
         # What a supervisor runs after its host was suspended.
         socket = vm.run_directory / "default/agent.sock"
-        subprocess.run([sys.executable, "-m", "caisson.agent.client.clock", socket], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "-m", "caisson.agent.client.identity", socket], cwd=ROOT, check=True)
     began = time.time()
     assert began - 1 <= guests_time() <= time.time() + 1
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from caisson.agent.client.defaults import CAPABILITIES
+from caisson.agent.client.specs import CAPABILITIES
 from caisson.agent.libcontainer.plan.capabilities import capability_mask
 from caisson.proto.kata1 import oci_pb2
 from tests.native.agent_support import RunningAgent, output, run

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import grpc
 
-from caisson.agent.client import Agent, FirstAnswer
+from caisson.agent.client import Agent, ReadinessProbe
 from caisson.proto.kata1 import health_pb2
 
 #: Seconds for an agent's first answer: more than the client's longest pause between two attempts.
@@ -81,7 +81,7 @@ def test_a_guests_first_answer_comes_on_the_first_connection_that_the_guest_take
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("grpc.Health", handlers),))
         server.add_insecure_port(f"unix:{tmp_path / 'server'}")
         await server.start()
-        ready, told = FirstAnswer(timeout=0.2), []
+        ready, told = ReadinessProbe(timeout=0.2), []
         told.append(await asyncio.to_thread(ready, tmp_path / "agent.sock"))  # nobody is there yet
         guest = await asyncio.start_unix_server(starting, tmp_path / "agent.sock")
         while attempts <= refusing:

@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import pytest
 
-from caisson.agent.client import AgentGone, Mistake
+from caisson.agent.client import AgentGone, UsageError
 from caisson.agent.client.copy import Place, get, put
 from caisson.agent.client.logs import AgentLines
 from caisson.agent.client.unpack import unpack
@@ -91,7 +91,7 @@ def test_what_was_not_asked_for(tmp_path: Path, members: list[tuple[str, dict[st
     inside = tmp_path / "inside"
     inside.mkdir()
     (tmp_path / "outside").write_text("mine")
-    with pytest.raises(Mistake):
+    with pytest.raises(UsageError):
         unpack(archive(*members), inside, "a", "a")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["inside", "outside"]
     assert (tmp_path / "outside").read_text() == "mine"
@@ -133,7 +133,7 @@ def test_places(text: str, place: Place) -> None:
 
 @pytest.mark.parametrize("text", ["", "web:"])
 def test_what_is_no_place(text: str) -> None:
-    with pytest.raises(Mistake):
+    with pytest.raises(UsageError):
         Place.parse(text)
 
 

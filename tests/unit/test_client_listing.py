@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 import pytest
 
-from caisson.agent.client import AgentError, AgentGone, Known, Mistake, listing
+from caisson.agent.client import AgentError, AgentGone, Registry, UsageError, listing
 from caisson.agent.guest import ps
 from caisson.proto.kata1 import agent_pb2
 
@@ -71,7 +71,7 @@ def test_signals(text: str, number: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "65", "-1", "FOO", "SIG", "KILL+x", "1.5", "RTMAX+1"])
 def test_what_is_no_signal(text: str) -> None:
-    with pytest.raises(Mistake, match="is not a signal"):
+    with pytest.raises(UsageError, match="is not a signal"):
         listing.signal_number(text)
 
 
@@ -89,26 +89,26 @@ class FakeAgent:
         return agent_pb2.ListProcessesResponse(process_list=TABLE.encode())
 
 
-def ask(agent: Any, known: Known, container: str = "") -> list[str]:
+def ask(agent: Any, known: Registry, container: str = "") -> list[str]:
     return [one["container"] for one in asyncio.run(listing.processes(agent, known, container))]
 
 
 def test_containers_that_are_no_more_are_forgotten(tmp_path: Path) -> None:
-    known = Known(tmp_path / "containers")
+    known = Registry(tmp_path / "containers")
     assert known.names() == []
     for name in ("web", "db", "gone"):
         known.add(name, disk=f"disk-{name}")
     assert ask(FakeAgent("web", "db"), known) == ["db", "web"]
     assert known.names() == ["db", "web"]
-    assert known.about("web") == {"disk": "disk-web"}
-    assert known.about("gone") == {}
+    assert known.metadata("web") == {"disk": "disk-web"}
+    assert known.metadata("gone") == {}
     known.discard("web")
     known.discard("web")
     assert ask(FakeAgent("web", "db"), known) == ["db"]
 
 
 def test_one_that_was_asked_for_by_name_need_not_be_known_but_must_exist(tmp_path: Path) -> None:
-    known = Known(tmp_path / "containers")
+    known = Registry(tmp_path / "containers")
     assert ask(FakeAgent("web"), known, "web") == ["web"]
     with pytest.raises(AgentError, match="db not found"):
         ask(FakeAgent("web"), known, "db")
@@ -117,8 +117,8 @@ def test_one_that_was_asked_for_by_name_need_not_be_known_but_must_exist(tmp_pat
 MAKER = """
 import sys
 from pathlib import Path
-from caisson.agent.client import Known
-held = Known(Path(sys.argv[1])).hold("run-1", disk="d")
+from caisson.agent.client import Registry
+held = Registry(Path(sys.argv[1])).lease("run-1", disk="d")
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -126,34 +126,34 @@ sys.stdin.read()
 
 def test_what_a_command_holds_is_its_own_until_it_is_killed(tmp_path: Path) -> None:
     directory = tmp_path / "containers"
-    known = Known(directory)
+    known = Registry(directory)
     known.add("web")
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", MAKER, directory], cwd=ROOT, stdin=pipe, stdout=pipe) as maker:
         assert maker.stdout is not None
         assert maker.stdout.readline() == b"held\n"
         assert known.held("run-1") and not known.held("web") and not known.held("nobody")
-        assert known.abandoned() == []
+        assert known.orphaned() == []
         assert ask(FakeAgent("web"), known) == ["web"]
         assert known.names() == ["run-1", "web"]  # it is being made
         maker.kill()
-    assert known.abandoned() == ["run-1"]
-    assert known.about("run-1")["disk"] == "d"
+    assert known.orphaned() == ["run-1"]
+    assert known.metadata("run-1")["disk"] == "d"
     known.add("run-1", disk="d")  # it lives on without its command
-    assert known.abandoned() == []
+    assert known.orphaned() == []
     assert ask(FakeAgent("web"), known) == ["web"]
     assert known.names() == ["web"]
 
 
 def test_a_vm_that_has_gone_takes_no_note(tmp_path: Path) -> None:
-    known = Known(tmp_path / "vm/containers")
+    known = Registry(tmp_path / "vm/containers")
     with pytest.raises(AgentGone, match="the VM has ended"):
         known.add("web")
-    assert known.names() == [] and known.abandoned() == []
+    assert known.names() == [] and known.orphaned() == []
 
 
 def test_another_failure_forgets_nothing(tmp_path: Path) -> None:
-    known = Known(tmp_path / "containers")
+    known = Registry(tmp_path / "containers")
     known.add("web")
     with pytest.raises(AgentError):
         ask(FakeAgent(code=grpc.StatusCode.UNAVAILABLE), known)

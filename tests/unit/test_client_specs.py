@@ -10,10 +10,10 @@ from typing import Any
 import grpc
 import pytest
 
-from caisson.agent.client import AgentError, Mistake, rootdisk
+from caisson.agent.client import AgentError, UsageError, foreground
 from caisson.agent.client.console import console_port
 from caisson.agent.client.forward import Rule
-from caisson.agent.client.ocispec import spec_from_bundle
+from caisson.agent.client.specs import spec_from_bundle, writable_spec
 
 #: What `runc spec` writes, shortened.
 BUNDLE = {
@@ -77,36 +77,42 @@ def test_a_bundle() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "why"),
     [
-        ("process.args", [], "process.args: says nothing to run"),
-        ("process.args", "sh", "process.args is to be a list"),
-        ("linux.sysctl", [], "linux.sysctl is to be an object"),
+        ("process.args", [], "process.args: empty; name a program"),
+        ("process.args", "sh", "process.args must be a list"),
+        ("linux.sysctl", [], "linux.sysctl must be an object"),
         ("process.args", [1], "process.args"),
-        ("process.scheduler", {"policy": "SCHED_OTHER"}, r"process\.scheduler: cannot be said to a guest"),
-        ("linux.intelRdt", [], r"linux\.intelRdt is to be an object"),
-        ("linux.resources.unified", {"memory.high": "1"}, r"linux\.resources\.unified: cannot be said"),
-        ("mounts", [{"destination": "/x", "source": "/y", "type": "bind"}], r"mounts\[0\]: /y is of the host"),
-        ("mounts", [{"destination": "/x", "source": "/y", "options": ["rbind"]}], r"mounts\[0\]: /y is of the host"),
+        ("process.scheduler", {"policy": "SCHED_OTHER"}, r"process\.scheduler: not supported in a guest"),
+        ("linux.intelRdt", [], r"linux\.intelRdt must be an object"),
+        ("linux.resources.unified", {"memory.high": "1"}, r"linux\.resources\.unified: not supported"),
+        (
+            "mounts",
+            [{"destination": "/x", "source": "/y", "type": "bind"}],
+            r"mounts\[0\]: bind source /y is a path of the host",
+        ),
+        (
+            "mounts",
+            [{"destination": "/x", "source": "/y", "options": ["rbind"]}],
+            r"mounts\[0\]: bind source /y is a path of the host",
+        ),
         ("process.user.uid", -1, r"process\.user\.uid"),
-        ("process", 5, "process is to be an object"),
+        ("process", 5, "process must be an object"),
         ("annotations", {"a": 1}, "annotations"),
     ],
 )
 def test_what_a_bundle_cannot_ask_for(path: str, value: object, why: str) -> None:
-    with pytest.raises(Mistake, match=f"config.json: {why}"):
+    with pytest.raises(UsageError, match=f"config.json: {why}"):
         spec_from_bundle(changed(path, value))
 
 
 def test_an_images_wishes() -> None:
-    spec = rootdisk.image_spec(
-        ["/x", "y"], env=["A=1", "PATH=/opt", "A=2=3"], user="web:logs", cwd="/srv", terminal=True
-    )
+    spec = writable_spec(["/x", "y"], env=["A=1", "PATH=/opt", "A=2=3"], user="web:logs", cwd="/srv", terminal=True)
     assert list(spec.Process.Args) == ["/x", "y"] and spec.Process.Cwd == "/srv" and spec.Process.Terminal
     assert sorted(spec.Process.Env) == ["A=2=3", "PATH=/opt"]
     assert spec.Process.User.Username == "web:logs"
     assert not spec.Root.Readonly and not spec.Process.NoNewPrivileges
     assert all(mount.destination not in ("/tmp", "/home") for mount in spec.Mounts)
-    assert rootdisk.image_spec(["/x"]).Process.User.Username == "0"
-    assert any(setting.startswith("PATH=") for setting in rootdisk.image_spec(["/x"]).Process.Env)
+    assert writable_spec(["/x"]).Process.User.Username == "0"
+    assert any(setting.startswith("PATH=") for setting in writable_spec(["/x"]).Process.Env)
 
 
 class SlowGuest:
@@ -131,8 +137,8 @@ class SlowGuest:
 
 def test_a_disk_is_waited_for() -> None:
     guest: Any = SlowGuest()
-    spec = rootdisk.image_spec(["/x"])
-    container: Any = asyncio.run(rootdisk.create(guest, "web", spec, "10/00", "squashfs"))
+    spec = writable_spec(["/x"])
+    container: Any = asyncio.run(foreground.create_on_disk(guest, "web", spec, "10/00", "squashfs"))
     assert container == "web"
     request = guest.requests[-1]
     assert len(guest.requests) == 3 and request.container_id == "web"
@@ -145,7 +151,7 @@ def test_a_disk_is_waited_for() -> None:
 def test_another_refusal_is_told_at_once() -> None:
     guest: Any = SlowGuest(grpc.StatusCode.INVALID_ARGUMENT)
     with pytest.raises(AgentError):
-        asyncio.run(rootdisk.create(guest, "web", rootdisk.image_spec(["/x"]), "10/00", "squashfs"))
+        asyncio.run(foreground.create_on_disk(guest, "web", writable_spec(["/x"]), "10/00", "squashfs"))
     assert len(guest.requests) == 1
 
 
@@ -167,12 +173,12 @@ def test_rules(text: str, rule: Rule) -> None:
     "text", ["", "80", ":80", "80:", "x:80", "1:udp:2", "1:2:3:4", "65536:1", "1:65536", "1:vsock:4294967295", "-1:2"]
 )
 def test_what_is_no_rule(text: str) -> None:
-    with pytest.raises(Mistake):
+    with pytest.raises(UsageError):
         Rule.parse(text)
 
 
 def test_the_port_of_a_guests_shell() -> None:
     assert console_port(["quiet", "agent.debug_console_vport=1026"]) == 1026
     for words in ([], ["agent.debug_console_vport=0"], ["agent.log_vport=1025"]):
-        with pytest.raises(Mistake, match="boot it with"):
+        with pytest.raises(UsageError, match="boot it with"):
             console_port(words)
