@@ -18,7 +18,7 @@ from caisson.agent.base.limits import raise_open_files
 from caisson.agent.guest import modules
 from caisson.agent.guest.files import Files
 from caisson.agent.libcontainer import cgroups
-from caisson.agent.libcontainer.process.launcher import Launcher
+from caisson.agent.libcontainer.process.launcher import ProcessLauncher
 from caisson.agent.libcontainer.process.nsexec import Nsexec
 from caisson.agent.model.sandbox import Sandbox
 from caisson.proto.caisson import caisson_pb2
@@ -50,7 +50,7 @@ class Services:
             log("error", "some containers will not work", error=str(error))
         self._tracing = tracing
         self._nsexec = Nsexec.seal(Path(options.nsexec))
-        self._launcher = Launcher(self._nsexec, reaper, log, verbose=log.enabled("debug"))
+        self._launcher = ProcessLauncher(self._nsexec, reaper, log, verbose=log.enabled("debug"))
         self._sandbox = Sandbox(
             self._launcher,
             cgroups.find(options.cgroup, options.cgroup_parent),
@@ -63,7 +63,7 @@ class Services:
         self._files = Files()
         methods = [
             AgentService(self._sandbox, init=os.getpid() == 1),
-            GuestService(options.hotplug_timeout, self._files, log, self._sandbox.offer_cpus, tracing),
+            GuestService(options.hotplug_timeout, self._files, log, self._sandbox.allow_hotplugged_cpus, tracing),
         ]
         own = [Own(self._sandbox.container, options.hotplug_timeout), BootTimes(marks)]
         self.tables: list[tuple[Any, list[object]]] = [

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from caisson.agent.model.container import Container
 
-CLONE_FS, CLONE_NEWNS = 0x00000200, 0x00020000
-
 #: File systems of the host's by a tag, and memory; with the modules of the kernel that they need.
 KINDS: dict[str, tuple[str, ...]] = {"virtiofs": ("virtiofs",), "9p": ("9pnet_virtio", "9p"), "tmpfs": ()}
 
@@ -136,10 +134,10 @@ def _inside(container: Container, work: Callable[[], None]) -> None:
 
     def enter() -> None:
         try:
-            syscalls.unshare(CLONE_FS)  # root and current directory of this thread alone
+            syscalls.unshare(syscalls.CLONE_FS)  # root and current directory of this thread alone
             namespace = _namespace(container)
             try:
-                syscalls.setns(namespace, CLONE_NEWNS)
+                syscalls.setns(namespace, syscalls.CLONE_NEWNS)
             finally:
                 os.close(namespace)
             work()

@@ -30,18 +30,18 @@ if TYPE_CHECKING:
     from caisson.agent.libcontainer.cgroups.stats import CgroupStats
     from caisson.agent.libcontainer.config.spec import Hook, Spec
     from caisson.agent.libcontainer.config.spec import Process as ProcessSpec
-    from caisson.agent.libcontainer.process.launcher import Launched, Launcher, Stdio
+    from caisson.agent.libcontainer.process.launcher import Launched, ProcessLauncher, Stdio
 
 #: For so long the end of processes that were killed is waited for before their cgroup is removed.
-EMPTY_SECONDS = 8.0
+EMPTY_TIMEOUT = 8.0
 
 #: Ended execs whose status and output are kept for whoever comes late; the oldest go first.
-KEPT = 256
+MAX_ENDED_EXECS = 256
 
 CREATED, RUNNING, PAUSED, STOPPED = "created", "running", "paused", "stopped"
 
 
-async def _started(
+async def _start_process(
     launch: Callable[[Stdio | None], Awaitable[Launched]], exec_id: str, terminal: bool, pipe_size: int
 ) -> Process:
     """Start a process with pipes or a terminal around it; on failure nothing of them is left."""
@@ -67,7 +67,7 @@ class Container:
         container_id: str,
         spec: Spec,
         *,
-        launcher: Launcher,
+        launcher: ProcessLauncher,
         cgroup: Cgroup | None,
         directory: Path,
         pipe_size: int,
@@ -93,10 +93,10 @@ class Container:
         self._init: Process | None = None
         self._paused = False
         self._shares_pids = False  # the end of its first process does not end the others
-        self._began = False  # hooks may have run for it
+        self._hooks_may_have_run = False  # hooks may have run for it
         self._poststart: asyncio.Task[None] | None = None
         self._ending = False  # nothing starts in it any more
-        self._gone = False
+        self._removed = False
 
     @property
     def status(self) -> str:
@@ -110,7 +110,7 @@ class Container:
     async def create(self, exec_id: str, join: dict[str, str], procfs: str | None = None) -> None:
         """Set the first process up, to the point before its program runs.  On failure nothing of it is left.
 
-        `join` and `procfs` are as for Launcher.create.
+        `join` and `procfs` are as for ProcessLauncher.create.
         """
         assert self.spec.process is not None and self.spec.root is not None
         check_id(exec_id)
@@ -132,10 +132,10 @@ class Container:
                 procfs=procfs,
             )
 
-        self._began = True
+        self._hooks_may_have_run = True
         self._shares_pids = "pid" in join
         try:
-            init = await _started(launch, exec_id, self.spec.process.terminal, self._pipe_size)
+            init = await _start_process(launch, exec_id, self.spec.process.terminal, self._pipe_size)
         except LaunchError as error:
             if self._cgroup is not None and self._cgroup.oom_kills():
                 raise LaunchError("container init was OOM-killed (memory limit too low?)", step="oom") from error
@@ -206,7 +206,7 @@ class Container:
 
         decided = self._starting[exec_id] = asyncio.Event()
         try:
-            started = await _started(launch, exec_id, process.terminal, self._pipe_size)
+            started = await _start_process(launch, exec_id, process.terminal, self._pipe_size)
             self._processes[exec_id] = started
             self._watch(started)
             return started
@@ -261,12 +261,12 @@ class Container:
             await self._cgroup.update(wanted)
             self._resources = wanted
 
-    def offer_cpus(self) -> None:
+    def allow_hotplugged_cpus(self) -> None:
         """Let it use CPUs that were plugged in, unless it is to use certain ones only.  A failure is logged."""
         if self._cgroup is None:
             return
         try:
-            self._cgroup.offer_cpus(above_only=bool(self._resources.cpu.cpus))
+            self._cgroup.allow_hotplugged_cpus(above_only=bool(self._resources.cpu.cpus))
         except CgroupError as error:
             self._log("warning", "a container gets no part of new CPUs", error=str(error))
 
@@ -289,7 +289,7 @@ class Container:
         Without a cgroup that is what the agent has started.
         """
         if self._cgroup is None:
-            self._signal_known(number)
+            self._signal_children(number)
             return
         if number == signal.SIGKILL:
             await self._cgroup.kill()
@@ -322,39 +322,39 @@ class Container:
         Raises CgroupError or OSError; it can be tried again then.
         """
         async with self._lock:
-            if self._gone:
+            if self._removed:
                 return
             self._ending = True
             if self._poststart is not None:
                 self._poststart.cancel()
                 await asyncio.wait([self._poststart])
             if self._init is not None:
-                await self._end_all()
+                await self._kill_all()
             for process in list(self._processes.values()):
                 await process.wait()
                 process.release()
             if self._cgroup is not None:
                 if self._shares_pids:
-                    await self._emptied(self._cgroup)
+                    await self._wait_until_empty(self._cgroup)
                 await self._cgroup.delete()
             self._fifo.unlink(missing_ok=True)
             (self._directory / "state.json").unlink(missing_ok=True)
             if self._directory.is_dir():
                 self._directory.rmdir()
-            self._gone = True
-            if self._began and self.spec.hooks.poststop:
+            self._removed = True
+            if self._hooks_may_have_run and self.spec.hooks.poststop:
                 await self._run_hooks("poststop", self.spec.hooks.poststop, STOPPED)
 
-    async def _end_all(self) -> None:
+    async def _kill_all(self) -> None:
         """SIGKILL to all in it, also to what is being started; without a cgroup, to all that the agent knows."""
         if self._cgroup is not None:
             await self._cgroup.kill()
-        self._signal_known(signal.SIGKILL)
+        self._signal_children(signal.SIGKILL)
         for decided in list(self._starting.values()):
             await decided.wait()
-        self._signal_known(signal.SIGKILL)
+        self._signal_children(signal.SIGKILL)
 
-    def _signal_known(self, number: int) -> None:
+    def _signal_children(self, number: int) -> None:
         """Signal what the agent itself has started in it and still runs."""
         for process in self._processes.values():
             try:
@@ -363,10 +363,10 @@ class Container:
                 continue
 
     @staticmethod
-    async def _emptied(cgroup: Cgroup) -> None:
+    async def _wait_until_empty(cgroup: Cgroup) -> None:
         """Wait for what was killed and is nobody's child here; in a pid namespace of its own the kernel does that."""
         pause = 0.001
-        while cgroup.pids() and pause < EMPTY_SECONDS:
+        while cgroup.pids() and pause < EMPTY_TIMEOUT:
             await asyncio.sleep(pause)
             pause *= 2
 
@@ -378,12 +378,12 @@ class Container:
             if process is self._init:
                 if self._shares_pids and not self._ending:
                     try:
-                        await self._end_all()
+                        await self._kill_all()
                     except CgroupError as error:  # its removal tries again, and has somebody to tell
                         self._log("error", "what is left in a container could not be ended", error=str(error))
                 return
             self._ended[process.exec_id] = None
-            while len(self._ended) > KEPT:
+            while len(self._ended) > MAX_ENDED_EXECS:
                 oldest = next(iter(self._ended))
                 del self._ended[oldest]
                 self._processes.pop(oldest).release()

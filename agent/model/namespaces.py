@@ -18,10 +18,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from caisson.agent.libcontainer.process.launcher import Launcher
+    from caisson.agent.libcontainer.process.launcher import ProcessLauncher
 
-CLONE_NEWUTS, CLONE_NEWIPC = 0x04000000, 0x08000000
-SHARED = {"ipc": CLONE_NEWIPC, "uts": CLONE_NEWUTS}
+SHARED = ("ipc", "uts")
 
 
 class SharedNamespaces:
@@ -33,7 +32,7 @@ class SharedNamespaces:
         self.procfs: str | None = None  # a mount of the shared pid namespace's, where there is one
         self._pause: Child | None = None
 
-    async def make(self, hostname: str, pids: Launcher | None = None) -> None:
+    async def make(self, hostname: str, pids: ProcessLauncher | None = None) -> None:
         """Make them; `pids` makes the pid namespace.  Raises OSError or LaunchError; nothing is left then."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         failures: list[BaseException] = []
@@ -52,7 +51,7 @@ class SharedNamespaces:
 
     def _unshare(self, hostname: str, failures: list[BaseException]) -> None:
         try:
-            syscalls.unshare(CLONE_NEWIPC | CLONE_NEWUTS)
+            syscalls.unshare(syscalls.CLONE_NEWIPC | syscalls.CLONE_NEWUTS)
             if hostname:
                 import socket
 
@@ -62,7 +61,7 @@ class SharedNamespaces:
         except OSError as error:
             failures.append(error)
 
-    async def _make_pid(self, launcher: Launcher) -> None:
+    async def _make_pid(self, launcher: ProcessLauncher) -> None:
         procfs, root = str(self._directory / "proc"), str(self._directory / "empty")
         for path in (procfs, root):
             os.makedirs(path, 0o755, exist_ok=True)  # noqa: PTH103 - no pathlib at start

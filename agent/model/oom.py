@@ -8,14 +8,14 @@ from collections import deque
 from caisson.agent.base.errors import NotFound
 
 #: Events kept while nobody asks; the oldest go first.
-KEPT = 100
+MAX_EVENTS = 100
 
 
 class OomEvents:
     """A queue of container ids.  Who stops waiting takes no event along."""
 
     def __init__(self) -> None:
-        self._events: deque[str] = deque(maxlen=KEPT)
+        self._events: deque[str] = deque(maxlen=MAX_EVENTS)
         self._waiters: set[asyncio.Future[None]] = set()
 
     def add(self, container_id: str) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from caisson.agent.libcontainer.cgroups import Cgroup, Hierarchy
     from caisson.agent.libcontainer.config.resources import Resources
     from caisson.agent.libcontainer.config.spec import Spec
-    from caisson.agent.libcontainer.process.launcher import Launcher
+    from caisson.agent.libcontainer.process.launcher import ProcessLauncher
 
 #: A sandbox's name where the host gives none.
 UNNAMED = "sandbox"
@@ -39,7 +39,7 @@ class Sandbox:
 
     def __init__(
         self,
-        launcher: Launcher,
+        launcher: ProcessLauncher,
         cgroups: Hierarchy | None,
         state: Path,
         log: Log,
@@ -187,7 +187,7 @@ class Sandbox:
             raise AlreadyExists(f"Container {container_id} already exists, impossible to create")
         if spec.process is None or spec.root is None or not spec.root.path:
             raise Invalid("the container's spec needs a process and a root path")
-        spec, join = self._placed(container_id, spec, self._shared)
+        spec, join = self._adapt(container_id, spec, self._shared)
         directory = self._state / self._id / container_id
         try:
             directory.mkdir(mode=0o711)
@@ -231,7 +231,7 @@ class Sandbox:
             del self._creating[container_id]
             decided.set()
 
-    def _placed(self, container_id: str, spec: Spec, shared: SharedNamespaces) -> tuple[Spec, dict[str, str]]:
+    def _adapt(self, container_id: str, spec: Spec, shared: SharedNamespaces) -> tuple[Spec, dict[str, str]]:
         """The spec with the namespaces and limits that this guest gives a container, and the paths to join.
 
         IPC and UTS are the sandbox's, processes its own or the sandbox's, the network is the guest's unless a new one
@@ -264,10 +264,10 @@ class Sandbox:
 
         await self.container(container_id).update(fit(resources))
 
-    def offer_cpus(self) -> None:
+    def allow_hotplugged_cpus(self) -> None:
         """Let containers use CPUs that were plugged in, but for those that are to use certain ones only."""
         for container in self._containers.values():
-            container.offer_cpus()
+            container.allow_hotplugged_cpus()
 
     def _out_of_memory(self, container_id: str) -> None:
         self._log("warning", "the kernel ended a process for want of memory", container_id=container_id)

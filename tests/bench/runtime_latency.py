@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from caisson.agent.libcontainer.config.spec import Process, Spec
-from caisson.agent.libcontainer.process.launcher import Launcher, Stdio
+from caisson.agent.libcontainer.process.launcher import ProcessLauncher, Stdio
 from caisson.agent.libcontainer.process.nsexec import Nsexec
 from caisson.agent.model.reaper import Child, Reaper
 from tests.bench.rows import Row, table
@@ -82,7 +82,7 @@ class Ours:
         self._reaper = Reaper()
         self._reaper.start(self._loop)
         self._nsexec = Nsexec.seal(work / "nsexec")
-        self._launcher = Launcher(self._nsexec, self._reaper, lambda *_, **__: None, verbose=False)
+        self._launcher = ProcessLauncher(self._nsexec, self._reaper, lambda *_, **__: None, verbose=False)
         self._null = os.open("/dev/null", os.O_RDWR)
         self._bundle = bundle
         self._fifo = work / "exec.fifo"

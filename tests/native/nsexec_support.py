@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from caisson.agent.libcontainer.config.spec import Process, Spec
-from caisson.agent.libcontainer.process.launcher import Launched, Launcher, Stdio
+from caisson.agent.libcontainer.process.launcher import Launched, ProcessLauncher, Stdio
 from caisson.agent.libcontainer.process.nsexec import Nsexec
 
 T = TypeVar("T")
@@ -118,17 +118,17 @@ class Reaper:
 class Box:
     """A bundle, a launcher, an event loop; and a look at what is left behind."""
 
-    def __init__(self, path: Path, rootfs: Path, nsexec: Nsexec, *, patience: float = 20.0) -> None:
+    def __init__(self, path: Path, rootfs: Path, nsexec: Nsexec, *, timeout: float = 20.0) -> None:
         self.path = path
         self.rootfs = rootfs
         self.loop = asyncio.new_event_loop()
         self.reaper = Reaper(self.loop)
         self.lines: list[str] = []
-        self.launcher = Launcher(
+        self.launcher = ProcessLauncher(
             nsexec,
             self.reaper,
             lambda level, text, container: self.lines.append(f"{container} {level} {text}"),
-            patience=patience,
+            timeout=timeout,
         )
         self.fifo = path / "exec.fifo"
         self.created: list[Launched] = []

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.root
 SPEC = Spec.from_json({"ociVersion": "1.2.0", "root": {"path": "/r"}, "process": {"args": ["x"], "cwd": "/"}})
 
 
-class Launcher:
+class ProcessLauncher:
     """Makes containers of which the test says when they are created and when they end."""
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class Setting:
 
     def __init__(self, state: Path) -> None:
         self.state = state
-        self.launcher = Launcher()
+        self.launcher = ProcessLauncher()
         self.sandbox = Sandbox(self.launcher, None, state, Log("fatal"), open_files=(1024, 4096))  # type: ignore[arg-type]
 
 

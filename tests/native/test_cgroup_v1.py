@@ -59,7 +59,7 @@ def put_in(cgroup: CgroupOfV1, *argv: str, **options: Any) -> subprocess.Popen[b
     """A process in all of the cgroup's hierarchies."""
 
     def enter() -> None:
-        for path in cgroup.entrances():
+        for path in cgroup.join_files():
             Path(path).write_text("0")
 
     return subprocess.Popen(argv, preexec_fn=enter, **options)
@@ -167,7 +167,7 @@ def test_what_v1_has_not_is_refused() -> None:
 
     with pytest.raises(SpecError) as caught:
         list(settings(Resources.from_json({"unified": {"memory.high": "1"}})))
-    assert str(caught.value) == "linux.resources.unified: is for cgroup v2, and this guest has v1"
+    assert str(caught.value) == "linux.resources.unified: is for cgroup v2, and this machine has v1"
 
 
 def test_memory_and_swap_move_up_and_down_together(cgroup: CgroupOfV1) -> None:
@@ -258,9 +258,9 @@ def test_cpus_that_are_plugged_in_are_offered(hierarchies: CgroupV1, cgroup: Cgr
     above = Path(cgroup.file("cpuset.cpus") or "").parent.parent / "cpuset.cpus"
     everything = Path(hierarchies.roots["cpuset"], "cpuset.cpus").read_text()
     above.write_text("0")  # as it was before the others came
-    cgroup.offer_cpus(above_only=True)
+    cgroup.allow_hotplugged_cpus(above_only=True)
     assert (above.read_text(), content(cgroup, "cpuset.cpus")) == (everything, "0")
-    cgroup.offer_cpus(above_only=False)
+    cgroup.allow_hotplugged_cpus(above_only=False)
     assert content(cgroup, "cpuset.cpus") == everything.strip()
     asyncio.run(cgroup.update(Resources.from_json({"cpu": {"cpus": "0"}})))
     above.write_text("0")

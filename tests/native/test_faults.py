@@ -31,7 +31,7 @@ pytestmark = pytest.mark.root
 POINTS = re.findall(r"^\tPOINT\((\w+)\)", (ROOT / "agent/nsexec/faults.h").read_text(), re.MULTILINE)
 BEFORE_READY = POINTS[: POINTS.index("ready")]
 
-#: Where one that never goes on is tried: each costs the agent's patience.
+#: Where one that never goes on is tried: each costs the agent's timeout.
 HANGS = ["entry", "stage1_told", "stage0_maps", "stage2_cloned", "stage2_entry", "prepared"]
 STANDS_STILL = "nsexec:fault"
 
@@ -64,7 +64,7 @@ def fault_box(faulty: FaultyNsexec) -> Iterator[Box]:
     with tempfile.TemporaryDirectory(prefix="caisson-box-") as directory:
         path = Path(directory)
         path.chmod(0o755)
-        box = Box(path, make_rootfs(path / "rootfs"), faulty, patience=1.0)
+        box = Box(path, make_rootfs(path / "rootfs"), faulty, timeout=1.0)
         faulty.point = ""
         yield box
         faulty.point = ""

@@ -17,7 +17,7 @@ from caisson.agent.base.log import Log
 from caisson.agent.base.syscalls import umount2
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.config.spec import Process, Spec
-from caisson.agent.libcontainer.process.channel import Conversation
+from caisson.agent.libcontainer.process.channel import SetupChannel
 from caisson.agent.libcontainer.process.launcher import Launched, LaunchError, Stdio
 from caisson.agent.model.container import Container
 from caisson.agent.model.reaper import Reaper
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.root
 
 @contextlib.asynccontextmanager
 async def joined(box: Box) -> AsyncIterator[dict[str, Any]]:
-    """A pid namespace with a pause process, as arguments for Launcher.create."""
+    """A pid namespace with a pause process, as arguments for ProcessLauncher.create."""
     procfs, empty = box.path / "proc", box.path / "empty"
     procfs.mkdir()
     empty.mkdir()
@@ -181,10 +181,10 @@ def test_only_the_makers_of_a_process_say_who_it_is() -> None:
 
     async def work() -> None:
         news: list[tuple[int, int]] = []
-        talk = Conversation(
+        talk = SetupChannel(
             asyncio.get_running_loop(), terminal=False, pids=lambda *pids: news.append(pids), log=lambda *_: None
         )
-        theirs = talk._theirs[0]
+        theirs = talk._child_ends[0]
         assert isinstance(theirs, socket.socket)
         line, fd = b'{"stage1_pid":0,"stage2_pid":1}\n', os.pidfd_open(os.getpid())
         with socket.socket(fileno=os.dup(theirs.fileno())) as taken:

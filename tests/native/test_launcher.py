@@ -327,7 +327,7 @@ def _fake(tmp_path: Path, text: str) -> Nsexec:
 def test_an_nsexec_that_dies_or_hangs(tmp_path: Path, body: str, message: str) -> None:
     program = f"#include <signal.h>\n#include <stdlib.h>\n#include <unistd.h>\nint main(void) {{ {body} return 0; }}\n"
     nsexec = _fake(tmp_path, program)
-    box = Box(tmp_path, tmp_path, nsexec, patience=0.5)
+    box = Box(tmp_path, tmp_path, nsexec, timeout=0.5)
     start = time.monotonic()
     try:
         assert message in str(_fails(box, config()))

@@ -226,7 +226,7 @@ def test_sysctl_of_its_namespaces(box: Box) -> None:
 def test_sysctl_of_the_guest_is_refused(box: Box) -> None:
     value = config()
     value["linux"]["sysctl"] = {"kernel.core_pattern": "|/evil"}
-    with pytest.raises(SpecError, match="would change the whole guest"):
+    with pytest.raises(SpecError, match="would change the whole machine"):
         box.run(box.create(value))
 
 

@@ -12,8 +12,7 @@ import pytest
 
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.config.spec import Spec
-from caisson.agent.libcontainer.plan import bootstrap as wire
-from caisson.agent.libcontainer.plan import plan
+from caisson.agent.libcontainer.plan import plan, wire
 from caisson.agent.libcontainer.plan import wire as steps
 from caisson.agent.libcontainer.process.launcher import LaunchError
 from tests.native.nsexec_support import Box, children, config

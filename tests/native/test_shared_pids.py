@@ -219,13 +219,13 @@ def test_the_first_process_hears_only_the_agent(agent: RunningAgent) -> None:
 ORPHAN = """
 import asyncio, os, sys
 from pathlib import Path
-from caisson.agent.libcontainer.process.launcher import Launcher
+from caisson.agent.libcontainer.process.launcher import ProcessLauncher
 from caisson.agent.libcontainer.process.nsexec import Nsexec
 from caisson.agent.model.reaper import Reaper
 async def main():
     reaper = Reaper()
     reaper.start(asyncio.get_running_loop())
-    launcher = Launcher(Nsexec.seal(Path(sys.argv[1])), reaper, print)
+    launcher = ProcessLauncher(Nsexec.seal(Path(sys.argv[1])), reaper, print)
     print((await launcher.pause(sys.argv[2], sys.argv[3], {})).pid, flush=True)
     await asyncio.sleep(1000)
 asyncio.run(main())

@@ -7,8 +7,8 @@ from struct import unpack_from
 import pytest
 
 from caisson.agent.libcontainer.config.spec import IdMapping, TimeOffset
-from caisson.agent.libcontainer.plan import bootstrap as wire
-from caisson.agent.libcontainer.plan.bootstrap import NAMESPACES, EncodingError, bootstrap
+from caisson.agent.libcontainer.plan import wire
+from caisson.agent.libcontainer.plan.wire import NAMESPACES, EncodingError, bootstrap
 
 
 def test_create_as_runc_encodes_it() -> None:

@@ -9,10 +9,10 @@ import pytest
 
 from caisson.agent.api.stats import to_wire
 from caisson.agent.base.errors import NotFound
-from caisson.agent.libcontainer.cgroups.events import Kills
+from caisson.agent.libcontainer.cgroups.events import OomCounter
 from caisson.agent.libcontainer.cgroups.stats import UNLIMITED, BlkioEntry, CgroupStats, HugetlbStats, MemoryData
 from caisson.agent.libcontainer.cgroups.v2 import stats as v2_stats
-from caisson.agent.model.oom import KEPT, OomEvents
+from caisson.agent.model.oom import MAX_EVENTS, OomEvents
 
 V2 = {
     "cpu.stat": "usage_usec 7\nuser_usec 4\nsystem_usec 3\nnr_periods 10\nnr_throttled 2\nthrottled_usec 5\n",
@@ -91,7 +91,7 @@ def test_the_message_has_it_all(tmp_path: Path) -> None:
 
 def test_kills_are_told_once() -> None:
     counts, told = [2], []
-    kills = Kills(lambda: counts[-1], lambda: told.append(counts[-1]))
+    kills = OomCounter(lambda: counts[-1], lambda: told.append(counts[-1]))
     for count in (2, 3, 3, 0, 5):
         counts.append(count)
         kills.look()
@@ -108,7 +108,7 @@ def test_an_event_goes_to_one_who_waits_and_none_is_lost() -> None:
         assert await patient == "one"
         events.add("two")
         assert await events.next() == "two"
-        for number in range(KEPT + 5):
+        for number in range(MAX_EVENTS + 5):
             events.add(str(number))
         assert await events.next() == "5"
 

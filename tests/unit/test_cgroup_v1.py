@@ -15,7 +15,7 @@ from caisson.agent.libcontainer.cgroups.v1.settings import settings
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.config.resources import DeviceRule, Resources
 from caisson.agent.libcontainer.config.spec import Mount
-from caisson.agent.libcontainer.plan import cgroup_mounts as cgroupmounts
+from caisson.agent.libcontainer.plan.mounts import PlannedMount, expand_cgroups, plan_mount
 
 ALLOW_ALL, DENY_ALL = (DeviceRule(allow, "a", None, None, "rwm") for allow in (True, False))
 ALWAYS = resolve(()).exceptions
@@ -243,36 +243,44 @@ MOUNT = Mount("/sys/fs/cgroup", "cgroup", "cgroup", ("ro", "nosuid", "rprivate")
 PATHS = {"cpu,cpuacct": "/sys/fs/cgroup/cpu,cpuacct/x", "memory": "/sys/fs/cgroup/memory/x"}
 
 
+def _expand(
+    mount: Mount, paths: dict[str, str], *, namespace: bool
+) -> tuple[list[PlannedMount], list[tuple[str, str]]]:
+    return expand_cgroups(plan_mount(mount, "mounts[0]"), paths, namespace=namespace)
+
+
 def test_a_mount_of_v1_is_one_for_each_hierarchy_and_links() -> None:
-    mounts, links = cgroupmounts.expand(MOUNT, "mounts[0]", PATHS, namespace=True)
-    assert [(mount.destination, mount.type, mount.options) for mount in mounts] == [
-        ("/sys/fs/cgroup", "tmpfs", ("ro", "nosuid", "mode=755", "size=64k")),
-        ("/sys/fs/cgroup/cpu,cpuacct", "cgroup", ("ro", "nosuid", "cpu", "cpuacct")),
-        ("/sys/fs/cgroup/memory", "cgroup", ("ro", "nosuid", "memory")),
+    own = plan_mount(MOUNT, "").options
+    mounts, links = _expand(MOUNT, PATHS, namespace=True)
+    assert [(mount.target, mount.type, mount.options) for mount in mounts] == [
+        ("/sys/fs/cgroup", "tmpfs", own.but(data=("mode=755", "size=64k"))),
+        ("/sys/fs/cgroup/cpu,cpuacct", "cgroup", own.but(propagation=0, data=("cpu", "cpuacct"))),
+        ("/sys/fs/cgroup/memory", "cgroup", own.but(propagation=0, data=("memory",))),
     ]
     assert links == [("cpu,cpuacct", "/sys/fs/cgroup/cpu"), ("cpu,cpuacct", "/sys/fs/cgroup/cpuacct")]
-    mounts, _ = cgroupmounts.expand(MOUNT, "mounts[0]", PATHS, namespace=False)
+    mounts, _ = _expand(MOUNT, PATHS, namespace=False)
     assert [(mount.type, mount.source, mount.options) for mount in mounts[1:]] == [
-        ("bind", path, ("bind", "ro", "nosuid")) for path in PATHS.values()
+        ("bind", path, own.but(propagation=0, bind=True)) for path in PATHS.values()
     ]
 
 
 def test_a_mount_of_v2_is_one() -> None:
-    (mount,), links = cgroupmounts.expand(MOUNT, "mounts[0]", {"": "/c"}, namespace=True)
-    assert (mount.type, mount.options, links) == ("cgroup2", MOUNT.options, [])
-    (mount,), _ = cgroupmounts.expand(MOUNT, "mounts[0]", {"": "/c"}, namespace=False)
-    assert (mount.type, mount.source, mount.options) == ("bind", "/c", ("bind", *MOUNT.options))
+    own = plan_mount(MOUNT, "").options
+    (mount,), links = _expand(MOUNT, {"": "/c"}, namespace=True)
+    assert (mount.type, mount.options, links) == ("cgroup2", own, [])
+    (mount,), _ = _expand(MOUNT, {"": "/c"}, namespace=False)
+    assert (mount.type, mount.source, mount.options) == ("bind", "/c", own.but(bind=True))
 
 
 @pytest.mark.parametrize(
     ("mount", "paths", "text"),
     [
         (MOUNT.but(options=("memory",)), PATHS, "mounts[0].options: 'memory' is not an option"),
-        (MOUNT.but(type="cgroup2"), PATHS, "mounts[0].type: the cgroups of this guest are of version 1"),
+        (MOUNT.but(type="cgroup2"), PATHS, "mounts[0].type: the cgroups of this machine are of version 1"),
         (MOUNT, {}, "mounts[0]: a cgroup mount needs a cgroup namespace or a cgroup"),
     ],
 )
 def test_mounts_that_cannot_be(mount: Mount, paths: dict[str, str], text: str) -> None:
     with pytest.raises(SpecError) as caught:
-        cgroupmounts.expand(mount, "mounts[0]", paths, namespace=False)
+        _expand(mount, paths, namespace=False)
     assert str(caught.value).startswith(text)

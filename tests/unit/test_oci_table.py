@@ -20,8 +20,7 @@ from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.config.resources import Resources
 from caisson.agent.libcontainer.config.spec import Spec
 from caisson.agent.libcontainer.plan import lsm as labels
-from caisson.agent.libcontainer.plan import mount_options as mountopts
-from caisson.agent.libcontainer.plan import plan
+from caisson.agent.libcontainer.plan import mounts, plan
 from caisson.proto.kata1 import oci_pb2
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -254,9 +253,9 @@ def problems(document: str, read: set[str]) -> list[str]:
     """What a document lacks or says twice, given the keys that the parser reads."""
     table = rows(document)
     names = [row.field for row in table]
-    words = {f"mounts[].options={word}" for word in (*OPTIONS.split(), *mountopts.ATTRIBUTES, *mountopts.PROPAGATION)}
-    words |= {f"mounts[].options=r{word}" for word in mountopts.ATTRIBUTES}
-    words |= {f"mounts[].options={word}" for word in mountopts.REFUSED}
+    words = {f"mounts[].options={word}" for word in (*OPTIONS.split(), *mounts.ATTRIBUTES, *mounts.PROPAGATION)}
+    words |= {f"mounts[].options=r{word}" for word in mounts.ATTRIBUTES}
+    words |= {f"mounts[].options={word}" for word in mounts.REFUSED}
     words |= {f"linux.namespaces[].type={kind}" for kind in spec.NAMESPACE_TYPES}
     required = FIELDS | words
     beginnings = {part for name in names for part in _beginnings(name)}

@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 
+from caisson.agent.base import syscalls
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.config.spec import Process, Spec
-from caisson.agent.libcontainer.plan import bootstrap as wire
 from caisson.agent.libcontainer.plan import capabilities as names
-from caisson.agent.libcontainer.plan import mount_options as mountopts
-from caisson.agent.libcontainer.plan import plan, sysctl
+from caisson.agent.libcontainer.plan import mounts, plan, sysctl, wire
 from caisson.agent.libcontainer.plan import wire as steps
 
 
@@ -160,7 +159,6 @@ def test_devices_follow_the_mounts_unless_dev_is_bound() -> None:
         ({"destination": "relative", "type": "tmpfs"}, "absolute"),
         ({"destination": "/x"}, "type: is missing"),
         ({"destination": "/x", "type": "bind"}, "source: is missing"),
-        ({"destination": "/x", "type": "bind", "source": "/", "options": ["size=1"]}, "no meaning for a bind"),
         ({"destination": "/x", "type": "tmpfs", "options": ["idmap"]}, "is not supported"),
         ({"destination": "/x", "type": "tmpfs", "options": ["remount"]}, "cannot be asked for"),
         ({"destination": "/x", "type": "tmpfs", "options": ["slave", "rshared"]}, "second propagation type"),
@@ -177,13 +175,17 @@ def test_mounts_that_are_refused(mount: dict[str, Any], why: str) -> None:
 
 def test_options_become_attributes() -> None:
     options = ("nosuid", "ro", "rw", "rro", "noatime", "rslave", "mode=755", "defaults")
-    parsed = mountopts.parse(options, type_="tmpfs", where="x")
-    assert parsed.set == mountopts.NOSUID | mountopts.NOATIME
-    assert parsed.clear == mountopts.RDONLY | mountopts.ATIME
-    assert parsed.recursive_set == mountopts.RDONLY
-    assert parsed.propagation == mountopts.MS_SLAVE | mountopts.MS_REC
+    parsed = mounts.parse_options(options, type_="tmpfs", where="x")
+    assert parsed.set == syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NOATIME
+    assert parsed.clear == syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR__ATIME
+    assert parsed.recursive_set == syscalls.MOUNT_ATTR_RDONLY
+    assert parsed.propagation == syscalls.MS_SLAVE | syscalls.MS_REC
     assert parsed.data == ("mode=755",)
     assert not parsed.bind
+
+
+def test_data_of_a_bind_mount_is_ignored() -> None:
+    assert mounts.parse_options(("rbind", "size=1"), type_="none", where="x").data == ()
 
 
 def test_names_have_kernel_numbers() -> None:
@@ -211,7 +213,7 @@ def test_sysctl_keys(key: str, path: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "why"),
     [
-        ("kernel.core_pattern", "x", "whole guest"),
+        ("kernel.core_pattern", "x", "whole machine"),
         ("kernel.hostname", "x", "set by hostname"),
         ("net/../kernel/core_pattern", "x", "not a kernel parameter"),
         ("net.ipv4.ip_forward", "1", "needs a network namespace"),

@@ -41,16 +41,16 @@ class CgroupError(Exception):
 class Setting(Record):
     """A value that a field of the configuration asks for, and the file that it goes to.
 
-    `instead` are other files with their values for kernels without the first.  `needless`: what is asked for is so
-    anyway on a kernel that has none of the files.  `kept`: some kernels take the value and do nothing.
+    `fallbacks` are other files with their values for kernels without the first.  `optional`: what is asked for is so
+    anyway on a kernel that has none of the files.  `unreliable`: some kernels take the value and do nothing.
     """
 
     field: str
     file: str
     value: str
-    instead: tuple[tuple[str, str], ...] = ()
-    needless: bool = False
-    kept: bool = False
+    fallbacks: tuple[tuple[str, str], ...] = ()
+    optional: bool = False
+    unreliable: bool = False
 
 
 class Cgroup:
@@ -74,22 +74,22 @@ class Cgroup:
         """Its directories by every single controller, as state.json has them."""
         return {controller: path for name, path in self.paths.items() for controller in name.split(",")}
 
-    def entrances(self) -> list[str]:
+    def join_files(self) -> list[str]:
         """Files into which a process writes itself to be in it; none where processes are born in it, by `fd`."""
         return []
 
     @contextmanager
-    def entered(self) -> Iterator[dict[str, int]]:
+    def join_fds(self) -> Iterator[dict[str, int]]:
         """Descriptors by which nsexec gets into it, by the names that it has for them.  Raises CgroupError."""
         if self.fd >= 0:
             yield {"_CAISSON_CGROUP": self.fd}
             return
         fds: dict[str, int] = {}
-        entrances = self.entrances()
-        if not entrances:
+        join_files = self.join_files()
+        if not join_files:
             raise CgroupError(f"cgroup {self.path}: is closed")
         try:
-            for number, path in enumerate(entrances):
+            for number, path in enumerate(join_files):
                 try:
                     fds[f"_CAISSON_CGROUP_{number}"] = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
                 except OSError as e:
@@ -176,7 +176,7 @@ class Cgroup:
     async def _change_devices(self, rules: tuple[DeviceRule, ...]) -> None:
         self.allow_devices(rules)
 
-    def offer_cpus(self, *, above_only: bool) -> None:
+    def allow_hotplugged_cpus(self, *, above_only: bool) -> None:
         """New CPUs have come: they are for it, or only for the cgroups above it.  Raises CgroupError.
 
         In cgroup v2 there is nothing to do: who is given no CPUs by number has all of those above.
@@ -214,7 +214,7 @@ class Cgroup:
     def _set(self, setting: Setting, undo: list[tuple[str, str]] | None) -> None:
         """Write one value; what was before goes to `undo`, and what is so already is left alone then."""
         field = setting.field
-        for file, value in ((setting.file, setting.value), *setting.instead):
+        for file, value in ((setting.file, setting.value), *setting.fallbacks):
             path = self.file(file)
             try:
                 if path is None or not os.path.exists(path):  # noqa: PTH110 - no pathlib at start
@@ -225,12 +225,12 @@ class Cgroup:
                 files.write(path, value)
                 if undo is not None and before is not None:
                     undo.append((path, before))
-                if setting.kept and int(files.read(path)) > int(value):
+                if setting.unreliable and int(files.read(path)) > int(value):
                     raise CgroupError(f"{field}: {file} = {value!r}: this kernel does not do it")
             except OSError as e:
                 raise CgroupError(f"{field}: {file} = {value!r}: {e.strerror}") from e
             return
-        if not setting.needless:
+        if not setting.optional:
             self._missing(field, setting.file)
 
     def _missing(self, field: str, file: str) -> None:

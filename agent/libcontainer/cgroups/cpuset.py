@@ -1,6 +1,6 @@
 """Which CPUs there are, and what becomes of a configuration that names others.
 
-A host writes the CPUs of its own machine into a configuration; a guest has as many as the VM was given.
+Whoever writes a configuration may have the CPUs of another machine in mind: a VM has as many as it was given.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ def kills(files: Directory, name: str) -> int:
     return files.table(name).get("oom_kill", 0)
 
 
-class Changes:
+class FileWatch:
     """Calls back whenever the kernel says that a file of a cgroup has changed, until its cgroup goes.
 
     Such a file is always readable; that it has changed is EPOLLPRI (cgroup-v2.rst, "poll and [id]notify events"),
@@ -53,7 +53,7 @@ class Changes:
             self._file = -1
 
 
-class Kills:
+class OomCounter:
     """Calls back when a counter of killed processes has grown."""
 
     def __init__(self, count: Callable[[], int], killed: Callable[[], object]) -> None:
@@ -71,7 +71,7 @@ class Kills:
         return grown
 
 
-class Notices:
+class EventFdNotifier:
     """Looks at a cgroup of version 1 when the kernel says that it ran out of memory, until it is closed.
 
     The word comes by an eventfd, before anything was ended, and once more when the cgroup is removed

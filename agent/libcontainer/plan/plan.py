@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from struct import pack
 
+from caisson.agent.base import syscalls
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.config.spec import Capabilities, Process, Rlimit, User
-from caisson.agent.libcontainer.plan import bootstrap as wire
-from caisson.agent.libcontainer.plan import cgroup_mounts as cgroupmounts
-from caisson.agent.libcontainer.plan import mount_options as mountopts
-from caisson.agent.libcontainer.plan import sysctl
+from caisson.agent.libcontainer.plan import sysctl, wire
 from caisson.agent.libcontainer.plan.capabilities import capability_mask, rlimit_number
-from caisson.agent.libcontainer.plan.filesystem import absolute, filesystem, late_readonly, root_propagation, texts
+from caisson.agent.libcontainer.plan.mounts import FileSystem, absolute, root_propagation
 from caisson.agent.libcontainer.plan.wire import (
     CAPABILITIES,
     CONSOLE,
@@ -97,23 +95,23 @@ def init_messages(
     if "mount" not in types or "mount" in joined:
         raise SpecError("linux.namespaces", "a container needs a new mount namespace")
     if "pid" in joined and spec.hooks.create_container:
-        # They would be born into it, with the guest's root, for whoever may trace processes there to use.
+        # They would be born into it, with the runtime's root, for whoever may trace processes there to use.
         raise SpecError("hooks.createContainer", "cannot run in a pid namespace with others in it")
     create = _mask(types - set(joined))
     _check_maps(spec.linux, "user" in types - set(joined))
     if spec.linux.time_offsets and ("time" not in types or "time" in joined):
         raise SpecError("linux.timeOffsets", "need a new time namespace")
-    mounts, links = cgroupmounts.expand_all(spec.mounts, cgroups, namespace="cgroup" in types)
+    files = FileSystem(spec, str(bundle), cgroups, types)
     steps = [
         wire.number(PLAN_VERSION, VERSION),
-        wire.number(PROPAGATION, mountopts.MS_SLAVE | mountopts.MS_REC),
+        wire.number(PROPAGATION, syscalls.MS_SLAVE | syscalls.MS_REC),
         wire.text(ROOTFS, rootfs, "root.path"),
-        *filesystem(spec, bundle, mounts, links, procfs if "pid" in joined else "", devices_bound="user" in types),
+        *files.steps(procfs if "pid" in joined else ""),
         *_early_hooks(spec.hooks, hook_state),
         wire.number(PIVOT, 0),
         *root_propagation(spec.linux.rootfs_propagation),
         *_console(process, bind=True),
-        *late_readonly(spec, mounts),
+        *files.readonly_steps(),
         *_names(spec, types),
         *sysctl.steps(SYSCTL, spec.linux.sysctl, types),
         *(wire.text(READONLY, absolute(path, "linux.readonlyPaths")) for path in spec.linux.readonly_paths),
@@ -140,12 +138,12 @@ def init_messages(
 def pause_messages(rootfs: str, join: Mapping[str, str]) -> bytes:
     """The messages for the first process of a pid namespace that containers share: in `rootfs`, as nobody.
 
-    Whoever may trace it there can make it do things: it has nothing of the guest, and limits to keep it from growing.
+    Whoever may trace it there can make it do things: it has nothing of the machine, and limits to keep it from growing.
     `join` maps namespace types to paths as for an init; the network is one of its own, with nothing in it.
     """
     steps = [
         wire.number(PLAN_VERSION, VERSION),
-        wire.number(PROPAGATION, mountopts.MS_SLAVE | mountopts.MS_REC),
+        wire.number(PROPAGATION, syscalls.MS_SLAVE | syscalls.MS_REC),
         wire.text(ROOTFS, rootfs),
         wire.number(PIVOT, 0),
         wire.truth(ROOT_READONLY, True),
@@ -240,7 +238,7 @@ def _early_hooks(hooks: Hooks, state: str) -> Iterable[bytes]:
 def _hook(step: int, hook: Hook) -> bytes:
     args = hook.args or (hook.path,)
     numbers = pack("=3I", hook.timeout or 0, len(args), len(hook.env))
-    return wire.attribute(step, numbers + texts(hook.path, *args, *hook.env), f"the hook {hook.path}")
+    return wire.attribute(step, numbers + wire.texts(hook.path, *args, *hook.env), f"the hook {hook.path}")
 
 
 def _process(
@@ -270,9 +268,9 @@ def _process(
     if personality is not None:
         yield wire.number(PERSONALITY, personality)
     if process.apparmor_profile:
-        yield wire.attribute(LABEL, texts("apparmor/exec", f"exec {process.apparmor_profile}"))
+        yield wire.attribute(LABEL, wire.texts("apparmor/exec", f"exec {process.apparmor_profile}"))
     elif process.selinux_label:
-        yield wire.attribute(LABEL, texts("exec", process.selinux_label))
+        yield wire.attribute(LABEL, wire.texts("exec", process.selinux_label))
     if process.no_new_privileges:
         yield wire.truth(NO_NEW_PRIVS, True)
     if filter:

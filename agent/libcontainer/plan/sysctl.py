@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from caisson.agent.libcontainer.config.reader import SpecError
-from caisson.agent.libcontainer.plan import bootstrap as wire
+from caisson.agent.libcontainer.plan import wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def path_of(key: str) -> str:
 
 
 def needed_namespace(path: str) -> str | None:
-    """The namespace type that a parameter is part of; None for parameters of the whole guest."""
+    """The namespace type that a parameter is part of; None for parameters of the whole machine."""
     if path in IPC or path.startswith("fs/mqueue/"):
         return "ipc"
     if path == "kernel/domainname":
@@ -50,7 +50,7 @@ def steps(kind: int, values: Mapping[str, str], types: set[str]) -> Iterable[byt
             raise SpecError(where, "is set by hostname")
         namespace = needed_namespace(path)
         if namespace is None:
-            raise SpecError(where, "is not a parameter of a namespace: it would change the whole guest")
+            raise SpecError(where, "is not a parameter of a namespace: it would change the whole machine")
         if namespace not in types:
             raise SpecError(where, f"needs a {namespace} namespace")
         if "\n" in value:

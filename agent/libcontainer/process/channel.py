@@ -27,11 +27,11 @@ SCM_CREDENTIALS = 2  # unix(7): struct ucred, filled in by the kernel
 INT_SIZE = array.array("i").itemsize
 
 
-class Conversation:
+class SetupChannel:
     """Both ends of the channels to one nsexec.
 
-    `pids` is called with (stage 1 or 0, stage 2 or 0) for each that is made.  `halfway` is done when nsexec waits for
-    the agent's hooks to have run, and for `go_on`; `ready` when the process is set up, `running` when one without a
+    `pids` is called with (stage 1 or 0, stage 2 or 0) for each that is made.  `at_hooks` is done when nsexec waits for
+    the agent's hooks to have run, and for `release_init`; `ready` when the process is set up, `running` when one without a
     fifo was told to start, `ended` when nobody holds the sync socket any more: after execve, or after the end of all
     stages.
     """
@@ -52,13 +52,13 @@ class Conversation:
         self.pidfd = self._pidfd1 = -1
         self._makers: set[int] = set()  # stages outside of the container: nobody else says who was made
         self.console = -1
-        self._doomed = False
+        self._killed = False
         self.error: LaunchError | None = None
         self.ready: asyncio.Future[None] = loop.create_future()
-        self.halfway: asyncio.Future[None] = loop.create_future()
+        self.at_hooks: asyncio.Future[None] = loop.create_future()
         self.running: asyncio.Future[None] = loop.create_future()
         self.ended: asyncio.Future[None] = loop.create_future()
-        self._theirs: list[socket.socket | int] = []
+        self._child_ends: list[socket.socket | int] = []
         self._init = self._pair(socket.SOCK_STREAM)
         # A process that is born into a namespace with others has this socket for a moment, and they may take it then.
         self._init.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
@@ -66,9 +66,9 @@ class Conversation:
         self._console = self._pair(socket.SOCK_STREAM) if terminal else None
         self._log_fd, log_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(log_end, True)
-        self._theirs.append(log_end)
-        fds = [end if isinstance(end, int) else end.fileno() for end in self._theirs]
-        self.passed = dict(
+        self._child_ends.append(log_end)
+        fds = [end if isinstance(end, int) else end.fileno() for end in self._child_ends]
+        self.child_fds = dict(
             zip(
                 ["_LIBCONTAINER_INITPIPE", "_LIBCONTAINER_SYNCPIPE"]
                 + (["_LIBCONTAINER_CONSOLE"] if terminal else [])
@@ -81,10 +81,10 @@ class Conversation:
     def _pair(self, kind: socket.SocketKind) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
         ours.setblocking(False)
-        self._theirs.append(theirs)
+        self._child_ends.append(theirs)
         return ours
 
-    def say(self, messages: bytes) -> None:
+    def send(self, messages: bytes) -> None:
         """Put as much as fits into the init socket; `listen` sends the rest.  To be called before the spawn."""
         self._unsent = memoryview(messages)
         self._send()
@@ -92,18 +92,18 @@ class Conversation:
     def listen(self, pid: int) -> None:
         """To be called right after the spawn: close the other side's ends and follow what it says."""
         self._makers.add(pid)
-        self.close_theirs()
+        self.close_child_ends()
         self._loop.add_reader(self._init.fileno(), self._on_init)
         self._loop.add_reader(self._sync.fileno(), self._on_sync)
         self._loop.add_reader(self._log_fd, self._on_log)
         if self._unsent:
             self._loop.add_writer(self._init.fileno(), self._send)
 
-    def close_theirs(self) -> None:
+    def close_child_ends(self) -> None:
         """Close the ends that were for nsexec."""
-        for end in self._theirs:
+        for end in self._child_ends:
             os.close(end) if isinstance(end, int) else end.close()
-        self._theirs.clear()
+        self._child_ends.clear()
 
     def _send(self) -> None:
         try:
@@ -141,8 +141,8 @@ class Conversation:
             self._makers.add(stage1)
         else:
             return
-        if self._doomed:
-            self.doom()
+        if self._killed:
+            self.kill_stages()
         self._pids(stage1, stage2)
 
     def _on_sync(self) -> None:
@@ -154,7 +154,7 @@ class Conversation:
             packet = b""
         if packet:
             found = _object(packet)
-            steps = {"procReady": self.ready, "procHooks": self.halfway, "procRun": self.running}
+            steps = {"procReady": self.ready, "procHooks": self.at_hooks, "procRun": self.running}
             step = steps.get(_text(found.get("type")))
             if step is not None:
                 self._settle()
@@ -206,14 +206,14 @@ class Conversation:
             os.close(self._log_fd)
             self._log_fd = -1
 
-    def doom(self) -> None:
+    def kill_stages(self) -> None:
         """Kill stages 1 and 2, now or as soon as they are known."""
-        self._doomed = True
+        self._killed = True
         for pidfd in (self._pidfd1, self.pidfd):
             if pidfd >= 0:
                 kill(pidfd)
 
-    def go_on(self) -> None:
+    def release_init(self) -> None:
         """The agent's hooks have run; or the process is to be started, that has no fifo to wait on."""
         try:
             self._sync.send(b"1")
@@ -236,7 +236,7 @@ class Conversation:
 
     def close(self) -> None:
         """Close everything.  Idempotent."""
-        self.close_theirs()
+        self.close_child_ends()
         if self._sync.fileno() >= 0:
             self._loop.remove_reader(self._sync.fileno())
             self._sync.close()
@@ -246,7 +246,7 @@ class Conversation:
             if fd >= 0:
                 os.close(fd)
         self.pidfd = self._pidfd1 = self.console = -1
-        for future in (self.halfway, self.ready, self.running, self.ended):
+        for future in (self.at_hooks, self.ready, self.running, self.ended):
             future.cancel()
 
 

@@ -1,6 +1,6 @@
 """Hooks: programs that a configuration has run at points of a container's life (OCI runtime spec 1.2, config.md).
 
-prestart, createRuntime, poststart and poststop hooks are programs of the guest and run here, in the agent's own
+prestart, createRuntime, poststart and poststop hooks run here, in the runtime's own
 namespaces; createContainer and startContainer hooks run in the container's and are nsexec's (hooks.c).
 """
 

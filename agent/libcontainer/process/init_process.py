@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 
-from caisson.agent.libcontainer.process.channel import Conversation, kill
+from caisson.agent.libcontainer.process.channel import SetupChannel, kill
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Children(Protocol):
         ...
 
 
-class Launch:
+class InitProcess:
     """One nsexec: its conversation and its stages, as far as they are known."""
 
     def __init__(self, children: Children, log: Callable[..., None], container_id: str, *, terminal: bool) -> None:
@@ -49,12 +49,12 @@ class Launch:
         self.stages: list[Child] = []
         self.child: Child | None = None
         self.pidfd0 = -1
-        self.by_word = False  # it has no fifo to be started by
+        self.starts_by_socket = False  # it has no fifo to be started by
         self.start_seconds: float | None = 0.0  # what its program may take to be executed once it is started
         self.joined: Mapping[str, str] = {}  # namespaces that the first process joined, beyond its configuration's
         self.filter = b""  # of system calls, for every process of the container
         loop = asyncio.get_running_loop()
-        self.talk = Conversation(
+        self.channel = SetupChannel(
             loop,
             terminal=terminal,
             pids=self._on_pids,
@@ -65,7 +65,7 @@ class Launch:
         """Take note of stage 0.  No await since the spawn: the pid is still its own, even if it is dead."""
         self.pidfd0 = os.pidfd_open(pid)
         self.stages.append(self._children.claim(pid))
-        self.talk.listen(pid)
+        self.channel.listen(pid)
 
     def _on_pids(self, stage1: int, stage2: int) -> None:
         if stage2 == 0:
@@ -77,12 +77,12 @@ class Launch:
         """Kill what there is of it, wait for all of it, close everything."""
         if self.pidfd0 >= 0:
             kill(self.pidfd0)
-        self.talk.doom()
+        self.channel.kill_stages()
         known = [*self.stages, *([self.child] if self.child is not None else [])]
         # A stage that is not known by pid yet sees its maker's end and follows; the sync socket closes with the last.
         waits = [asyncio.ensure_future(child.wait()) for child in known]
         if waits:
-            await asyncio.wait([self.talk.ended], timeout=CLEANUP_SECONDS)
+            await asyncio.wait([self.channel.ended], timeout=CLEANUP_SECONDS)
             _, late = await asyncio.wait(waits, timeout=CLEANUP_SECONDS)
             for wait in late:
                 wait.cancel()
@@ -90,7 +90,7 @@ class Launch:
 
     def close(self) -> None:
         """Close everything.  Idempotent."""
-        self.talk.close()
+        self.channel.close()
         self.close_stage0()
 
     def close_stage0(self) -> None:

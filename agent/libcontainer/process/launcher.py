@@ -10,9 +10,9 @@ from caisson.agent.base.record import Record
 from caisson.agent.libcontainer.config.spec import Hooks
 from caisson.agent.libcontainer.errors import LaunchError, reason
 from caisson.agent.libcontainer.plan import plan, users
-from caisson.agent.libcontainer.plan.bootstrap import EncodingError
+from caisson.agent.libcontainer.plan.wire import EncodingError
 from caisson.agent.libcontainer.process.channel import kill
-from caisson.agent.libcontainer.process.init_process import CLEANUP_SECONDS, Child, Children, Launch
+from caisson.agent.libcontainer.process.init_process import CLEANUP_SECONDS, Child, Children, InitProcess
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from caisson.agent.libcontainer.process.nsexec import Nsexec
     from caisson.agent.libcontainer.process.seccomp_bpf import Filters
 
-__all__ = ["Child", "Children", "LaunchError", "Launched", "Launcher", "Stdio"]
+__all__ = ["Child", "Children", "LaunchError", "Launched", "ProcessLauncher", "Stdio"]
 
 FIFO_MODE = 0o622  # an init that has become another user must be able to open it for writing
 LOG_INFO, LOG_DEBUG = "4", "5"  # logrus's, which nsexec is told in
@@ -48,11 +48,11 @@ class Launched(Record):
     console: int | None
 
 
-class Launcher:
+class ProcessLauncher:
     """Makes processes in containers.  `log(level, message, container=…)` gets nsexec's own lines, without
     `verbose` none of the level debug.
 
-    `patience` (seconds) bounds how long nsexec may take before it is killed.
+    `timeout` (seconds) bounds how long nsexec may take before it is killed.
     """
 
     def __init__(
@@ -61,15 +61,15 @@ class Launcher:
         children: Children,
         log: Callable[..., None],
         *,
-        patience: float = 30.0,
+        timeout: float = 30.0,
         verbose: bool = True,
     ) -> None:
         self._nsexec = nsexec
         self._children = children
         self._log = log
-        self._patience = patience
+        self._patience = timeout
         self._verbose = verbose
-        self._inits: dict[Child, Launch] = {}
+        self._inits: dict[Child, InitProcess] = {}
         self._filters: Filters | None = None
         self._watchers: set[asyncio.Task[None]] = set()
 
@@ -119,13 +119,13 @@ class Launcher:
                 f"exec fifo {fifo}: {reason(e.errno or 0)}", step="exec fifo", path=str(fifo), errno=e.errno or 0
             ) from e
         try:
-            # Where others may look at it while it waits, it is not given anything that is the guest's.
-            by_word = "pid" in plan.joined_paths(spec.linux, join)
+            # Where others may look at it while it waits, it is not given anything that is the runtime's.
+            starts_by_socket = "pid" in plan.joined_paths(spec.linux, join)
             launch = await self._launch(
                 messages,
                 "standard",
                 stdio,
-                {} if by_word else {"_LIBCONTAINER_FIFOFD": fifo_fd},
+                {} if starts_by_socket else {"_LIBCONTAINER_FIFOFD": fifo_fd},
                 cgroup=cgroup,
                 container_id=container_id,
                 terminal=terminal,
@@ -139,11 +139,11 @@ class Launcher:
             os.close(fifo_fd)
         child = launch.child
         assert child is not None
-        launch.joined, launch.by_word, launch.filter = dict(join), by_word, filter
+        launch.joined, launch.starts_by_socket, launch.filter = dict(join), starts_by_socket, filter
         launch.start_seconds = self._patience if hooks is None else _more(self._patience, hooks.start_seconds)
         self._inits[child] = launch
         self._watch(child)
-        return Launched(child, launch.talk.take_console())
+        return Launched(child, launch.channel.take_console())
 
     async def start(self, fifo: Path, init: Child) -> None:
         """Let a created init go on to its program, and return once it has.
@@ -153,27 +153,29 @@ class Launcher:
         launch = self._inits.get(init)
         if launch is None:
             raise LaunchError("the container's init is gone", step="start")
-        await (self._tell(fifo, launch) if launch.by_word else self._open(fifo, launch))
+        await (self._tell(fifo, launch) if launch.starts_by_socket else self._open(fifo, launch))
         try:
-            await _first([launch.talk.ended], launch.start_seconds)
+            await _first([launch.channel.ended], launch.start_seconds)
         except LaunchError:
-            kill(launch.talk.pidfd)
+            kill(launch.channel.pidfd)
             raise
-        if launch.talk.error is not None:
-            raise launch.talk.error
+        if launch.channel.error is not None:
+            raise launch.channel.error
 
-    async def _tell(self, fifo: Path, launch: Launch) -> None:
+    async def _tell(self, fifo: Path, launch: InitProcess) -> None:
         """Let an init go on that has no fifo to wait on; the file stands for it."""
         if not fifo.exists():
             raise LaunchError("the container was started before", step="start", path=str(fifo))
-        talk = launch.talk
-        talk.go_on()
-        await asyncio.wait([talk.running, talk.ended], timeout=self._patience, return_when=asyncio.FIRST_COMPLETED)
-        if not talk.running.done():
-            raise talk.error or LaunchError("the container's init died before it was started", step="start")
+        channel = launch.channel
+        channel.release_init()
+        await asyncio.wait(
+            [channel.running, channel.ended], timeout=self._patience, return_when=asyncio.FIRST_COMPLETED
+        )
+        if not channel.running.done():
+            raise channel.error or LaunchError("the container's init died before it was started", step="start")
         fifo.unlink(missing_ok=True)
 
-    async def _open(self, fifo: Path, launch: Launch) -> None:
+    async def _open(self, fifo: Path, launch: InitProcess) -> None:
         """Open the fifo on which an init waits to be started, and take it away."""
         loop = asyncio.get_running_loop()
         try:
@@ -184,9 +186,11 @@ class Launcher:
         opened: asyncio.Future[None] = loop.create_future()
         loop.add_reader(fd, _settle, opened)
         try:
-            await asyncio.wait([opened, launch.talk.ended], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([opened, launch.channel.ended], return_when=asyncio.FIRST_COMPLETED)
             if not opened.done() or not os.read(fd, 1):
-                raise launch.talk.error or LaunchError("the container's init died before it was started", step="start")
+                raise launch.channel.error or LaunchError(
+                    "the container's init died before it was started", step="start"
+                )
             fifo.unlink(missing_ok=True)
         finally:
             loop.remove_reader(fd)
@@ -211,7 +215,7 @@ class Launcher:
             messages,
             "setns",
             stdio,
-            {"_CAISSON_PIDFD": launch.talk.pidfd},
+            {"_CAISSON_PIDFD": launch.channel.pidfd},
             cgroup=cgroup,
             container_id=launch.container_id,
             terminal=process.terminal,
@@ -219,7 +223,7 @@ class Launcher:
         )
         child = started.child
         assert child is not None
-        console = started.talk.take_console()
+        console = started.channel.take_console()
         started.close()
         return Launched(child, console)
 
@@ -264,51 +268,51 @@ class Launcher:
         messages: bytes,
         kind: str,
         stdio: Stdio | None,
-        passed: Mapping[str, int],
+        child_fds: Mapping[str, int],
         *,
         cgroup: Cgroup | None,
         container_id: str,
         terminal: bool,
         until_exec: bool,
         hooks: CreateHooks | None = None,
-    ) -> Launch:
+    ) -> InitProcess:
         """Spawn nsexec and follow it until it is ready (and has executed its program).  Nothing is left on failure."""
-        entered: AbstractContextManager[dict[str, int]] = nullcontext({}) if cgroup is None else cgroup.entered()
+        entered: AbstractContextManager[dict[str, int]] = nullcontext({}) if cgroup is None else cgroup.join_fds()
         with self._children.expecting(), entered as ways:
-            launch = Launch(self._children, self._log, container_id, terminal=terminal)
-            talk = launch.talk
+            launch = InitProcess(self._children, self._log, container_id, terminal=terminal)
+            channel = launch.channel
             try:
-                fds = {**talk.passed, **passed, **ways}
+                fds = {**channel.child_fds, **child_fds, **ways}
                 env = {name: str(fd) for name, fd in fds.items()}
                 env |= {
                     "_LIBCONTAINER_INITTYPE": kind,
                     "_LIBCONTAINER_LOGLEVEL": LOG_DEBUG if self._verbose else LOG_INFO,
                 }
-                talk.say(messages)
+                channel.send(messages)
                 ends = None if stdio is None else (stdio.stdin, stdio.stdout, stdio.stderr)
                 try:
                     launch.spawned(self._nsexec.spawn(ends, fds.values(), env))
                 except OSError as e:
                     raise LaunchError(f"spawn nsexec: {reason(e.errno or 0)}", step="spawn", errno=e.errno or 0) from e
-                patience: float | None = self._patience
+                timeout: float | None = self._patience
                 if hooks is not None:
                     if hooks.outside:
-                        await _first([talk.halfway, talk.ended], patience)
-                    if talk.halfway.done():
+                        await _first([channel.at_hooks, channel.ended], timeout)
+                    if channel.at_hooks.done():
                         await hooks.run((launch.child or launch.stages[-1]).pid)
-                        talk.go_on()
-                    patience = _more(self._patience, hooks.create_seconds)
-                await _first([talk.ended] if until_exec else [talk.ready, talk.ended], patience)
-                if talk.error is not None:
-                    raise talk.error
-                if not talk.ready.done() or launch.child is None or talk.pidfd < 0:
+                        channel.release_init()
+                    timeout = _more(self._patience, hooks.create_seconds)
+                await _first([channel.ended] if until_exec else [channel.ready, channel.ended], timeout)
+                if channel.error is not None:
+                    raise channel.error
+                if not channel.ready.done() or launch.child is None or channel.pidfd < 0:
                     raise LaunchError(await self._obituary(launch), step="nsexec")
-                if terminal and talk.console < 0:
+                if terminal and channel.console < 0:
                     raise LaunchError("console: no terminal came", step="console")
             except BaseException:
                 await launch.destroy()
                 raise
-        talk.close_setup()
+        channel.close_setup()
         launch.close_stage0()
         return launch
 
@@ -330,7 +334,7 @@ class Launcher:
 
         await module.run(self._children, point, hooks, document)
 
-    async def _obituary(self, launch: Launch) -> str:
+    async def _obituary(self, launch: InitProcess) -> str:
         """What happened to an nsexec that ended without a word."""
         last = launch.child or (launch.stages[-1] if launch.stages else None)
         if last is None:
@@ -349,7 +353,7 @@ class Launcher:
             launch = self._inits.pop(child, None)
             if launch is not None:
                 # A start in progress still wants to hear of the end.
-                await asyncio.wait([launch.talk.ended], timeout=CLEANUP_SECONDS)
+                await asyncio.wait([launch.channel.ended], timeout=CLEANUP_SECONDS)
                 launch.close()
 
         task = asyncio.get_running_loop().create_task(watch())

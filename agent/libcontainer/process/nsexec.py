@@ -45,8 +45,8 @@ class Nsexec:
             os.close(self._fd)
             self._fd = -1
 
-    def spawn(self, stdio: tuple[int, int, int] | None, passed: Iterable[int], env: Mapping[str, str]) -> int:
-        """Start it and return its pid.  `stdio` None is /dev/null; `passed` descriptors keep their numbers (see `env`).
+    def spawn(self, stdio: tuple[int, int, int] | None, child_fds: Iterable[int], env: Mapping[str, str]) -> int:
+        """Start it and return its pid.  `stdio` None is /dev/null; `child_fds` descriptors keep their numbers (see `env`).
 
         By posix_spawn: the agent has threads and must never fork.  Raises OSError.
         """
@@ -66,7 +66,7 @@ class Nsexec:
                         moved.append(fd)
                     actions.append((os.POSIX_SPAWN_DUP2, fd, target))
             # Onto itself: the number stays, close-on-exec goes (posix_spawn_file_actions_adddup2(3)).
-            actions += [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in passed]
+            actions += [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in child_fds]
             return os.posix_spawn(f"/proc/self/fd/{self._fd}", ["nsexec"], env, file_actions=actions)
         finally:
             for fd in moved:

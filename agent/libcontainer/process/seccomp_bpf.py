@@ -116,7 +116,7 @@ class _Library:
             where = f"linux.seccomp.architectures[{index}]"
             token = int(self._library.seccomp_arch_resolve_name(name.removeprefix("SCMP_ARCH_").lower().encode()))
             if not token:
-                raise SpecError(where, f"{name} is not known to this guest's libseccomp")
+                raise SpecError(where, f"{name} is not known to this machine's libseccomp")
             if token not in found:
                 _check(self._library.seccomp_arch_add(filter_, self._ctypes.c_uint32(token)), where)
                 found.append(token)

@@ -29,7 +29,7 @@ def chain(root: str, directory: str) -> list[str]:
 
 
 def widen_cpuset(root: str, directory: str, name: str, value: str) -> None:
-    """Give everything that the root has to those above that have less than is wanted: CPUs come while a guest runs.
+    """Give everything that the root has to those above that have less than is wanted: CPUs may be plugged in.
 
     Raises OSError.
     """

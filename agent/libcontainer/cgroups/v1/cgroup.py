@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from caisson.agent.libcontainer.cgroups.base import Setting
-    from caisson.agent.libcontainer.cgroups.events import Notices
+    from caisson.agent.libcontainer.cgroups.events import EventFdNotifier
     from caisson.agent.libcontainer.cgroups.stats import CgroupStats
     from caisson.agent.libcontainer.config.resources import DeviceRule, Resources
 
@@ -121,13 +121,13 @@ class CgroupOfV1(Cgroup):
         self._made = made
         first = next((name for name in FIRST if name in self._directories), next(iter(self._directories)))
         self.path = self._directories[first]
-        self._oom: Notices | None = None
+        self._oom: EventFdNotifier | None = None
 
     @property
     def paths(self) -> Mapping[str, str]:
         return self._paths
 
-    def entrances(self) -> list[str]:
+    def join_files(self) -> list[str]:
         # The freezer is last: who enters one that is frozen goes no further.
         return [
             f"{path}/cgroup.procs" for _, path in sorted(self._paths.items(), key=lambda item: "freezer" in item[0])
@@ -252,7 +252,7 @@ class CgroupOfV1(Cgroup):
             if still:
                 await self.thaw()
 
-    def offer_cpus(self, *, above_only: bool) -> None:
+    def allow_hotplugged_cpus(self, *, above_only: bool) -> None:
         root, directory = self._roots.get("cpuset"), self._directories.get("cpuset")
         if root is None or directory is None or not os.path.exists(f"{directory}/cpuset.cpus"):  # noqa: PTH110
             return
@@ -279,12 +279,12 @@ class CgroupOfV1(Cgroup):
         return kills(Directory(self._directories.get("memory")), "memory.oom_control")
 
     def watch_oom(self, killed: Callable[[], object]) -> None:
-        from caisson.agent.libcontainer.cgroups.events import Kills, Notices
+        from caisson.agent.libcontainer.cgroups.events import EventFdNotifier, OomCounter
 
         directory = self._directories.get("memory")
         if directory is None or not os.path.exists(f"{directory}/memory.oom_control"):  # noqa: PTH110
             return
-        counter = Kills(self.oom_kills, killed)
+        counter = OomCounter(self.oom_kills, killed)
 
         def look() -> bool:
             if "oom_kill_disable 1\nunder_oom 1" in (self.read("memory.oom_control") or ""):
@@ -293,7 +293,7 @@ class CgroupOfV1(Cgroup):
             return counter.look()
 
         try:
-            self._oom = Notices(directory, look)
+            self._oom = EventFdNotifier(directory, look)
         except OSError as e:
             raise CgroupError(f"cgroup {directory}: memory.oom_control: {e.strerror}") from e
 

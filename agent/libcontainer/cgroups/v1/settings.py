@@ -22,7 +22,7 @@ def settings(resources: Resources, now: Callable[[str], str | None] = lambda fil
     Raises SpecError for what v1 cannot do.
     """
     if resources.unified:
-        raise SpecError(f"{WHERE}.unified", "is for cgroup v2, and this guest has v1")
+        raise SpecError(f"{WHERE}.unified", "is for cgroup v2, and this machine has v1")
     yield from _memory(resources.memory, f"{WHERE}.memory", now)
     yield from _cpu(resources.cpu, f"{WHERE}.cpu", now)
     if resources.pids_limit:
@@ -32,7 +32,7 @@ def settings(resources: Resources, now: Callable[[str], str | None] = lambda fil
     for size, bytes_ in resources.huge_pages.items():
         field = f"{WHERE}.hugepageLimits"
         yield Setting(field, f"hugetlb.{size}.limit_in_bytes", str(bytes_))
-        yield Setting(field, f"hugetlb.{size}.rsvd.limit_in_bytes", str(bytes_), needless=True)
+        yield Setting(field, f"hugetlb.{size}.rsvd.limit_in_bytes", str(bytes_), optional=True)
     yield from _network(resources.network, f"{WHERE}.network")
     yield from rdma(resources)
 
@@ -46,7 +46,7 @@ def _memory(memory: MemoryLimits, where: str, now: Callable[[str], str | None]) 
     if limit:
         pair.append(Setting(f"{where}.limit", "memory.limit_in_bytes", str(limit)))
     if swap:
-        setting = Setting(f"{where}.swap", "memory.memsw.limit_in_bytes", str(swap), needless=swap < 0)
+        setting = Setting(f"{where}.swap", "memory.memsw.limit_in_bytes", str(swap), optional=swap < 0)
         # The sum may never be the smaller one: it goes up before, and down after.
         grows = _bytes(limit) > int(now("memory.memsw.limit_in_bytes") or NO_LIMIT)
         pair.insert(0 if grows else len(pair), setting)
@@ -58,7 +58,7 @@ def _memory(memory: MemoryLimits, where: str, now: Callable[[str], str | None]) 
         ("kernelTCP", "memory.kmem.tcp.limit_in_bytes", memory.kernel_tcp),
     ):
         if number:
-            yield Setting(f"{where}.{field}", file, str(number), needless=number < 0, kept=number > 0)
+            yield Setting(f"{where}.{field}", file, str(number), optional=number < 0, unreliable=number > 0)
     if memory.swappiness:
         yield Setting(f"{where}.swappiness", "memory.swappiness", str(memory.swappiness))
     if memory.disable_oom_killer:
@@ -72,7 +72,7 @@ def _bytes(limit: int | None) -> int:
 
 def _cpu(cpu: CpuLimits, where: str, now: Callable[[str], str | None]) -> Iterator[Setting]:
     if cpu.idle is not None:
-        yield Setting(f"{where}.idle", "cpu.idle", str(cpu.idle), needless=not cpu.idle)
+        yield Setting(f"{where}.idle", "cpu.idle", str(cpu.idle), optional=not cpu.idle)
     if cpu.shares and not cpu.idle:  # an idle group has no weight
         yield Setting(f"{where}.shares", "cpu.shares", str(min(max(cpu.shares, SHARES[0]), SHARES[1])))
     yield from _bandwidth(cpu, where, now)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from caisson.agent.libcontainer.cgroups.base import Setting
-    from caisson.agent.libcontainer.cgroups.events import Changes
+    from caisson.agent.libcontainer.cgroups.events import FileWatch
     from caisson.agent.libcontainer.cgroups.stats import CgroupStats
     from caisson.agent.libcontainer.config.resources import DeviceRule, Resources
 
@@ -90,7 +90,7 @@ class CgroupOfV2(Cgroup):
         self._made = made
         self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._device_program = -1
-        self._changes: Changes | None = None
+        self._changes: FileWatch | None = None
 
     @property
     def paths(self) -> Mapping[str, str]:
@@ -128,11 +128,11 @@ class CgroupOfV2(Cgroup):
         return "frozen 1" in (self.read("cgroup.events") or "").splitlines()
 
     async def _freezer(self, value: str) -> None:
-        from caisson.agent.libcontainer.cgroups.events import Changes
+        from caisson.agent.libcontainer.cgroups.events import FileWatch
 
         changed = asyncio.Event()
         try:
-            changes = Changes(self.file("cgroup.events"), changed.set)
+            changes = FileWatch(self.file("cgroup.events"), changed.set)
             try:
                 files.write(self.file("cgroup.freeze"), value)
                 async with asyncio.timeout(FREEZE_SECONDS):
@@ -175,10 +175,10 @@ class CgroupOfV2(Cgroup):
         return kills(Directory(self.path), "memory.events")
 
     def watch_oom(self, killed: Callable[[], object]) -> None:
-        from caisson.agent.libcontainer.cgroups.events import Changes, Kills
+        from caisson.agent.libcontainer.cgroups.events import FileWatch, OomCounter
 
         try:
-            self._changes = Changes(self.file("memory.events"), Kills(self.oom_kills, killed).look)
+            self._changes = FileWatch(self.file("memory.events"), OomCounter(self.oom_kills, killed).look)
         except FileNotFoundError:
             return
         except OSError as e:

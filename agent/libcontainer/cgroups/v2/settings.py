@@ -52,7 +52,7 @@ def settings(resources: Resources, now: Callable[[str], str | None] = lambda fil
     for size, bytes_ in resources.huge_pages.items():
         field = f"{WHERE}.hugepageLimits"
         yield Setting(field, f"hugetlb.{size}.max", str(bytes_))
-        yield Setting(field, f"hugetlb.{size}.rsvd.max", str(bytes_), needless=True)
+        yield Setting(field, f"hugetlb.{size}.rsvd.max", str(bytes_), optional=True)
     yield from rdma(resources)
     for file, value in resources.unified.items():
         if "/" in file or "." not in file.strip(".") or file.startswith("cgroup."):
@@ -76,7 +76,7 @@ def _memory(memory: MemoryLimits, where: str) -> Iterator[Setting]:
     swap = memory_and_swap(memory)
     if swap is not None:
         # A kernel that does not count swap has none to give, or no limit for it: then only -1 is what is asked for.
-        yield Setting(f"{where}.swap", "memory.swap.max", _or_max(swap), needless=swap < 0)
+        yield Setting(f"{where}.swap", "memory.swap.max", _or_max(swap), optional=swap < 0)
     if memory.limit:
         yield Setting(f"{where}.limit", "memory.max", _or_max(memory.limit))
     if memory.reservation:
@@ -85,7 +85,7 @@ def _memory(memory: MemoryLimits, where: str) -> Iterator[Setting]:
 
 def _cpu(cpu: CpuLimits, where: str, now: Callable[[str], str | None]) -> Iterator[Setting]:
     if cpu.idle is not None:
-        yield Setting(f"{where}.idle", "cpu.idle", str(cpu.idle), needless=not cpu.idle)
+        yield Setting(f"{where}.idle", "cpu.idle", str(cpu.idle), optional=not cpu.idle)
     if cpu.shares and not cpu.idle:  # an idle group has no weight
         yield Setting(f"{where}.shares", "cpu.weight", str(weight(cpu.shares)))
     bandwidth = []

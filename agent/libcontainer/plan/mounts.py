@@ -1,0 +1,324 @@
+"""Plan a container's file system: mounts, devices, links, and what is read-only in the end.
+
+Options of fstab(5) become attributes of the mount API (mount_setattr(2)), propagation and data, once for every mount.
+The type `cgroup` stands for whatever cgroups the machine has: version 2 is one mount; version 1 is a small tmpfs with a
+directory for every hierarchy, and links for controllers that share one (config-linux.md, "Control groups").  Each of
+these has the options of the one line: what is read-only is so everywhere (CVE-2023-25809).
+"""
+
+from __future__ import annotations
+
+import os.path
+from stat import S_IFBLK, S_IFCHR, S_IFIFO
+from struct import pack
+
+from caisson.agent.base.record import Record
+from caisson.agent.base.syscalls import (
+    MOUNT_ATTR__ATIME,
+    MOUNT_ATTR_NOATIME,
+    MOUNT_ATTR_NODEV,
+    MOUNT_ATTR_NODIRATIME,
+    MOUNT_ATTR_NOEXEC,
+    MOUNT_ATTR_NOSUID,
+    MOUNT_ATTR_NOSYMFOLLOW,
+    MOUNT_ATTR_RDONLY,
+    MOUNT_ATTR_STRICTATIME,
+    MS_PRIVATE,
+    MS_REC,
+    MS_SHARED,
+    MS_SLAVE,
+    MS_UNBINDABLE,
+)
+from caisson.agent.libcontainer.config.reader import SpecError
+from caisson.agent.libcontainer.config.spec import Device, Mount
+from caisson.agent.libcontainer.plan import wire
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from caisson.agent.libcontainer.config.spec import Spec
+
+#: Option: (attributes to set, attributes to clear).  With an `r` before it, it is for all mounts below, too.
+ATTRIBUTES: dict[str, tuple[int, int]] = {
+    "ro": (MOUNT_ATTR_RDONLY, 0), "rw": (0, MOUNT_ATTR_RDONLY),
+    "nosuid": (MOUNT_ATTR_NOSUID, 0), "suid": (0, MOUNT_ATTR_NOSUID),
+    "nodev": (MOUNT_ATTR_NODEV, 0), "dev": (0, MOUNT_ATTR_NODEV),
+    "noexec": (MOUNT_ATTR_NOEXEC, 0), "exec": (0, MOUNT_ATTR_NOEXEC),
+    "noatime": (MOUNT_ATTR_NOATIME, MOUNT_ATTR__ATIME), "atime": (0, MOUNT_ATTR__ATIME),
+    "relatime": (0, MOUNT_ATTR__ATIME), "norelatime": (0, MOUNT_ATTR__ATIME),
+    "strictatime": (MOUNT_ATTR_STRICTATIME, MOUNT_ATTR__ATIME), "nostrictatime": (0, MOUNT_ATTR__ATIME),
+    "nodiratime": (MOUNT_ATTR_NODIRATIME, 0), "diratime": (0, MOUNT_ATTR_NODIRATIME),
+    "nosymfollow": (MOUNT_ATTR_NOSYMFOLLOW, 0), "symfollow": (0, MOUNT_ATTR_NOSYMFOLLOW),
+}  # fmt: skip
+
+PROPAGATION: dict[str, int] = {
+    "shared": MS_SHARED, "rshared": MS_SHARED | MS_REC,
+    "slave": MS_SLAVE, "rslave": MS_SLAVE | MS_REC,
+    "private": MS_PRIVATE, "rprivate": MS_PRIVATE | MS_REC,
+    "unbindable": MS_UNBINDABLE, "runbindable": MS_UNBINDABLE | MS_REC,
+}  # fmt: skip
+
+REFUSED = {
+    "remount": "cannot be asked for: a container's mounts are new",
+    "idmap": "is not supported",
+    "ridmap": "is not supported",
+    "loop": "is not supported: attach the image to a loop device first",
+}
+#: Options of mount(8) that say what is so anyway, or nothing to the kernel.
+WITHOUT_EFFECT = ("", "defaults", "acl", "noacl", "iversion", "noiversion", "loud", "silent")
+DATA_MAX = 255  # bytes of a value that fsconfig(2) takes
+
+CGROUP_TYPES = ("cgroup", "cgroup2")
+DEFAULT_DEVICES = tuple(
+    Device(path=f"/dev/{name}", type="c", major=major, minor=minor, file_mode=0o666)
+    for name, major, minor in (
+        ("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0),
+    )
+)  # fmt: skip
+#: Links in /dev: target, path, whether it takes the place of a file.
+LINKS = (
+    ("pts/ptmx", "/dev/ptmx", True),
+    ("/proc/self/fd", "/dev/fd", False),
+    ("/proc/self/fd/0", "/dev/stdin", False),
+    ("/proc/self/fd/1", "/dev/stdout", False),
+    ("/proc/self/fd/2", "/dev/stderr", False),
+)
+#: What lxcfs and the like put over files of proc; everything else below /proc is out of bounds for mounts.
+PROC_FILES = {
+    f"/proc/{name}"
+    for name in (
+        "cpuinfo", "diskstats", "meminfo", "stat", "swaps", "uptime", "loadavg", "slabinfo", "sys/kernel/ns_last_pid",
+        "sys/crypto/fips_enabled",
+    )
+}  # fmt: skip
+FILE_TYPES = {"c": S_IFCHR, "u": S_IFCHR, "b": S_IFBLK, "p": S_IFIFO}
+
+
+class MountOptions(Record):
+    """A mount's options taken apart; `data` goes to the filesystem as it is."""
+
+    bind: bool
+    recursive: bool = False
+    set: int = 0
+    clear: int = 0
+    recursive_set: int = 0
+    recursive_clear: int = 0
+    propagation: int = 0
+    data: tuple[str, ...] = ()
+    copy_up: bool = False
+
+
+def parse_options(options: tuple[str, ...], *, type_: str, where: str) -> MountOptions:
+    """Take options apart; later ones win, as in mount(8).  Raises SpecError for those that cannot be honoured."""
+    bind, recursive, copy_up = type_ == "bind", False, False
+    set_ = clear = recursive_set = recursive_clear = propagation = 0
+    data: list[str] = []
+    for option in options:
+        if option in ("bind", "rbind"):
+            bind, recursive = True, recursive or option == "rbind"
+        elif option in ATTRIBUTES:
+            on, off = ATTRIBUTES[option]
+            set_, clear = (set_ & ~off) | on, (clear & ~on) | off
+        elif option.startswith("r") and option[1:] in ATTRIBUTES:
+            on, off = ATTRIBUTES[option[1:]]
+            recursive_set, recursive_clear = (recursive_set & ~off) | on, (recursive_clear & ~on) | off
+        elif option in PROPAGATION:
+            if propagation not in (0, PROPAGATION[option]):
+                raise SpecError(where, f"{option!r} is a second propagation type, and a mount has one")
+            propagation = PROPAGATION[option]
+        elif option.partition("=")[0] in REFUSED:
+            raise SpecError(where, f"{option!r} {REFUSED[option.partition('=')[0]]}")
+        elif option == "tmpcopyup" and type_ == "tmpfs":
+            copy_up = True
+        elif option == "tmpcopyup":
+            raise SpecError(where, f"{option!r} is for tmpfs alone")
+        elif option not in WITHOUT_EFFECT:
+            data.append(option)
+    for option in data:
+        if len(option.partition("=")[2]) > DATA_MAX:
+            name = option.partition("=")[0]
+            raise SpecError(where, f"the value of {name!r} is longer than the {DATA_MAX} bytes that fit")
+    # A bind mount has no file system to give data to, and the kernel ignores it.
+    found = MountOptions(bind, recursive, set_, clear, recursive_set, recursive_clear, propagation, copy_up=copy_up)
+    return found if bind else found.but(data=tuple(data))
+
+
+class PlannedMount(Record):
+    """A mount to make: `where` is its field, `target` a cleaned path of the container."""
+
+    where: str
+    target: str
+    source: str
+    type: str
+    options: MountOptions
+
+    @property
+    def late_readonly(self) -> bool:
+        """Whether it becomes read-only last: in a tmpfs later mounts and devices need their mount points made."""
+        return not self.options.bind and self.type == "tmpfs" and bool(self.options.set & MOUNT_ATTR_RDONLY)
+
+
+class FileSystem:
+    """A container's mounts, devices and links, as steps of its plan.  All raise SpecError."""
+
+    def __init__(self, spec: Spec, bundle: str, cgroups: Mapping[str, str], types: Iterable[str]) -> None:
+        """`cgroups` are the container's directories by controllers, `types` the namespaces that it gets."""
+        self._spec = spec
+        self._bundle = bundle
+        self._types = frozenset(types)
+        self._links: list[tuple[str, str]] = []
+        self.mounts: list[PlannedMount] = []
+        for index, mount in enumerate(spec.mounts):
+            planned = plan_mount(mount, f"mounts[{index}]")
+            if planned.type in CGROUP_TYPES and not planned.options.bind:
+                some, links = expand_cgroups(planned, cgroups, namespace="cgroup" in self._types)
+                self.mounts += some
+                self._links += links
+            else:
+                self.mounts.append(planned)
+
+    def steps(self, procfs: str | None) -> Iterable[bytes]:
+        """Make mounts, device nodes and links, those of /dev among them, in this order.
+
+        `procfs` is as for `mount_step`.
+        """
+        for mount in self.mounts:
+            yield mount_step(mount, self._bundle, procfs)
+        yield from self._device_steps()
+        for target, path, replaced in (*LINKS, *((target, path, False) for target, path in self._links)):
+            yield wire.attribute(wire.SYMLINK, pack("=I", replaced) + wire.texts(target, path))
+        if os.path.exists("/proc/kcore"):  # noqa: PTH110 - pathlib is not worth its import here
+            yield wire.attribute(wire.SYMLINK, pack("=I", 0) + wire.texts("/proc/kcore", "/dev/core"))
+
+    def _device_steps(self) -> Iterable[bytes]:
+        dev_is_bound = any(mount.options.bind and mount.target == "/dev" for mount in self.mounts)
+        devices = {device.path: device for device in DEFAULT_DEVICES}
+        devices |= {absolute(device.path, "linux.devices"): device for device in self._spec.linux.devices}
+        devices.pop("/dev/ptmx", None)  # the link below
+        for path, device in devices.items():
+            if dev_is_bound and path.startswith("/dev/"):
+                continue  # a bound /dev has its nodes already
+            mode = FILE_TYPES[device.type] | device.file_mode
+            numbers = (device.major, device.minor, device.uid, device.gid, "user" in self._types)
+            yield wire.attribute(wire.DEVICE, pack("=6I", mode, *numbers) + wire.texts(path))
+
+    def readonly_steps(self) -> Iterable[bytes]:
+        """Make read-only what becomes so last."""
+        for mount in self.mounts:
+            if mount.late_readonly:
+                yield wire.attribute(wire.REMOUNT, pack("=Q", MOUNT_ATTR_RDONLY) + wire.texts(mount.target))
+        if self._spec.root is not None and self._spec.root.readonly:
+            yield wire.truth(wire.ROOT_READONLY, True)
+
+
+def plan_mount(mount: Mount, where: str) -> PlannedMount:
+    """Take a mount of the configuration apart.  Raises SpecError."""
+    return PlannedMount(
+        where,
+        absolute(mount.destination, f"{where}.destination"),
+        mount.source,
+        mount.type,
+        parse_options(mount.options, type_=mount.type, where=f"{where}.options"),
+    )
+
+
+def mount_step(mount: PlannedMount, bundle: str, procfs: str | None) -> bytes:
+    """Encode one MOUNT step.
+
+    `procfs` is a mount of procfs of the pid namespace that is joined, "" if none is.  Raises SpecError.
+    """
+    target, options = mount.target, mount.options
+    source, bind, set_ = mount.source, options.bind, options.set
+    flags = wire.MOUNT_COPY_UP if options.copy_up else 0
+    if target == "/":
+        raise SpecError(f"{mount.where}.destination", "must not be the container's root")
+    if target in PROC_FILES:
+        flags |= wire.MOUNT_OVER_PROC_FILE
+    elif target.startswith("/proc/"):
+        raise SpecError(f"{mount.where}.destination", f"{target} is inside /proc")
+    elif target == "/proc" and (bind or mount.type != "proc"):
+        raise SpecError(f"{mount.where}.destination", "only a proc filesystem can be mounted on /proc")
+    if not bind and mount.type == "proc" and procfs != "":
+        # A new one would be that of the pid namespace where it is made, and that is not yet the one that is joined.
+        if procfs is None:
+            raise SpecError(mount.where, "a procfs of the pid namespace that is joined is not at hand")
+        if options.data:
+            raise SpecError(
+                f"{mount.where}.options", f"{options.data[0]!r} cannot be asked for in a shared pid namespace"
+            )
+        flags |= wire.MOUNT_ORDINARY_DIR
+        bind, source = True, procfs
+    if bind:
+        if not source:
+            raise SpecError(f"{mount.where}.source", "is missing")
+        source = os.path.join(bundle, source)  # noqa: PTH118 - absolute, or below the bundle (OCI mounts)
+        flags |= wire.MOUNT_BIND | (wire.MOUNT_RECURSIVE if options.recursive else 0)
+    else:
+        if not mount.type:
+            raise SpecError(f"{mount.where}.type", "is missing")
+        flags |= wire.MOUNT_ORDINARY_DIR if mount.type in ("proc", "sysfs") else 0
+        set_ &= ~(MOUNT_ATTR_RDONLY if mount.late_readonly else 0)
+    head = pack(
+        "=IIQQQQ", flags, options.propagation, set_, options.clear, options.recursive_set, options.recursive_clear
+    )
+    texts = wire.texts(target, source or mount.type, mount.type, *options.data)
+    return wire.attribute(wire.MOUNT, head + texts, mount.where)
+
+
+def expand_cgroups(
+    mount: PlannedMount, cgroups: Mapping[str, str], *, namespace: bool
+) -> tuple[list[PlannedMount], list[tuple[str, str]]]:
+    """Plan the mounts for a mount of cgroups, and links as (target, path) to be made in them.
+
+    `cgroups` are the container's directories by controllers, "" for version 2.  In a cgroup namespace of its own the
+    filesystem itself shows the container's part; without one that directory is bound.  Raises SpecError.
+    """
+    where, options = mount.where, mount.options
+    if options.data:
+        raise SpecError(f"{where}.options", f"{options.data[0]!r} is not an option of a container's cgroups")
+    if not namespace and not cgroups:
+        raise SpecError(where, "a cgroup mount needs a cgroup namespace or a cgroup of the container's own")
+    if not cgroups or "" in cgroups:
+        if namespace:
+            return [mount.but(type="cgroup2", source="cgroup2")], []
+        return [_bound(mount, mount.target, cgroups[""])], []
+    if mount.type == "cgroup2":
+        raise SpecError(f"{where}.type", "the cgroups of this machine are of version 1")
+    tmpfs = options.but(data=("mode=755", "size=64k"))
+    mounts = [mount.but(type="tmpfs", source="tmpfs", options=tmpfs)]
+    links = []
+    own = options.but(propagation=0)
+    for name, path in cgroups.items():
+        one = mount.but(target=f"{mount.target}/{name}", options=own)
+        controllers = tuple(name.split(","))
+        if namespace:
+            mounts.append(one.but(type="cgroup", source="cgroup", options=own.but(data=controllers)))
+        else:
+            mounts.append(_bound(one, one.target, path))
+        if len(controllers) > 1:
+            links += [(name, f"{mount.target}/{controller}") for controller in controllers]
+    return mounts, links
+
+
+def _bound(mount: PlannedMount, target: str, path: str) -> PlannedMount:
+    return mount.but(target=target, type="bind", source=path, options=mount.options.but(bind=True))
+
+
+def root_propagation(name: str) -> Iterable[bytes]:
+    """Encode linux.rootfsPropagation.  Raises SpecError."""
+    if not name:
+        return
+    if name not in PROPAGATION:
+        raise SpecError("linux.rootfsPropagation", f"{name!r} is not a propagation type")
+    yield wire.number(wire.ROOT_PROPAGATION, PROPAGATION[name])
+
+
+def absolute(path: str, where: str) -> str:
+    """Clean a path of the container, which is resolved inside the container's root, whatever it says.
+
+    Raises SpecError for one that is not absolute.
+    """
+    if not path.startswith("/"):
+        raise SpecError(where, f"{path!r} must be an absolute path")
+    return os.path.normpath("/" + path.lstrip("/"))
