@@ -6,7 +6,7 @@ import os
 import sys
 
 from caisson.agent import options as options_module
-from caisson.agent.base.boot_timestamps import Marks
+from caisson.agent.base.boot_timestamps import BootTimestamps
 from caisson.agent.options import Options
 from caisson.proto.contract import CONSOLE_PREFIX, READY_LINE
 
@@ -15,81 +15,83 @@ if TYPE_CHECKING:
     import asyncio
     import socket
 
-    from caisson.agent.base.lazyimport import Later
+    from caisson.agent.base.lazyimport import LazyImporter
     from caisson.agent.base.log import Log
     from caisson.agent.base.tracing import Tracing
     from caisson.agent.model.reaper import Reaper
     from caisson.agent.services import Services
 
 
-#: Calls that may be blocked in the kernel at once before others wait for them.
-BLOCKED_AT_MOST = 64
+#: System calls that may block in threads at once before others queue.
+MAX_BLOCKED_CALLS = 64
 
-#: Seconds that everything else waits for a host's first question to be answered.
-WAITING = 1.0
+#: Seconds that the rest of the start waits for the first Health answer to be sent.
+FIRST_ANSWER_TIMEOUT = 1.0
 
 
 def main() -> None:
-    """Run as PID 1 of a guest, or as a program with options."""
+    """Run as PID 1 of a guest, or as a program with command-line options."""
     from caisson.agent.base.log import Log
 
-    marks = Marks()
-    marks("python")
+    timestamps = BootTimestamps()
+    timestamps("python")
     if os.getpid() == 1:
-        _run_as_init(marks)
+        _run_as_init(timestamps)
     else:
         options = options_module.from_arguments(sys.argv[1:])
         log = Log(options.log)
         for complaint in options.complaints:
             log("warning", complaint)
-        _run(options, log, marks)
+        _run(options, log, timestamps)
 
 
-def _run_as_init(marks: Marks) -> None:
+def _run_as_init(timestamps: BootTimestamps) -> None:
     from caisson.agent.base.log import Log
-    from caisson.agent.guest import init as pid1
+    from caisson.agent.guest import init
 
     try:
-        pid1.prepare(marks)
+        init.prepare(timestamps)
         options = options_module.from_kernel(options_module.kernel_words())
         log = Log(options.log)
         for complaint in options.complaints:
             log("warning", complaint)
-        _run(options, log, marks)
+        _run(options, log, timestamps)
     except BaseException as error:
         import traceback
 
-        told = isinstance(error, (pid1.DutyFailed, SystemExit))  # says all there is to say
-        for line in [str(error)] if told else traceback.format_exception(error):
-            pid1.say(line.rstrip().removeprefix(CONSOLE_PREFIX))
-    pid1.power_off()
+        expected = isinstance(error, (init.DutyFailed, SystemExit))  # the text says all
+        for line in [str(error)] if expected else traceback.format_exception(error):
+            init.print_line(line.rstrip().removeprefix(CONSOLE_PREFIX))
+    init.power_off()
 
 
-def _run(options: Options, log: Log, marks: Marks) -> None:
-    from caisson.agent.base.lazyimport import Later
+def _run(options: Options, log: Log, timestamps: BootTimestamps) -> None:
+    from caisson.agent.base.lazyimport import LazyImporter
     from caisson.agent.rpc.listener import AddressError, listen
 
     try:
-        listener = listen(options.listen)  # first: a host that connects early waits
+        listener = listen(options.listen)  # first of all: a host that connects early waits in the queue
     except AddressError as error:
         sys.exit(f"{CONSOLE_PREFIX}{error}")
-    marks("listening")
-    later = Later()
-    sys.meta_path.insert(0, later)
+    timestamps("listening")
+    lazy = LazyImporter()
+    sys.meta_path.insert(0, lazy)
     if options.timeline:
-        marks.time_imports()
+        timestamps.time_imports()
     try:
         import asyncio
 
-        asyncio.run(_serve(options, listener, log, marks, later))
+        asyncio.run(_serve(options, listener, log, timestamps, lazy))
     finally:
         listener.close()
         if options.listen.startswith("unix:"):
             os.unlink(options.listen.removeprefix("unix:"))  # noqa: PTH108 - no pathlib at start
 
 
-async def _serve(options: Options, listener: socket.socket, log: Log, marks: Marks, later: Later) -> None:
-    """Serve until SIGTERM (or SIGINT: Ctrl-Alt-Delete of a guest); then end every container."""
+async def _serve(
+    options: Options, listener: socket.socket, log: Log, timestamps: BootTimestamps, lazy: LazyImporter
+) -> None:
+    """Serve until SIGTERM (or SIGINT: a guest's Ctrl-Alt-Delete); then kill every container."""
     import asyncio
     import signal
     from concurrent.futures import ThreadPoolExecutor
@@ -103,10 +105,10 @@ async def _serve(options: Options, listener: socket.socket, log: Log, marks: Mar
     from caisson.agent.rpc.server import Server
     from caisson.proto.kata1 import health_pb2
 
-    marks("imports")
+    timestamps("imports")
     loop = asyncio.get_running_loop()
-    # Mounts and the like that do not come back hold a thread each; the next container's must not wait for them.
-    loop.set_default_executor(ThreadPoolExecutor(BLOCKED_AT_MOST, "blocking"))
+    # A mount that hangs holds a thread; the next container's mounts must not queue behind it.
+    loop.set_default_executor(ThreadPoolExecutor(MAX_BLOCKED_CALLS, "blocking"))
     stop = asyncio.Event()
     reaper = Reaper()
     tracing = Tracing(options.trace_target)
@@ -117,20 +119,20 @@ async def _serve(options: Options, listener: socket.socket, log: Log, marks: Mar
     def services() -> Services:
         from caisson.agent.services import Services
 
-        later.load()
+        lazy.load()
         reaper.start(loop)
-        return Services(options, reaper, log, tracing, marks)
+        return Services(options, reaper, log, tracing, timestamps)
 
-    health = Health(marks)
+    health = Health(timestamps)
     first: list[tuple[object, list[object]]] = [(health_pb2.DESCRIPTOR.services_by_name["Health"], [health])]
     server = Server(first, log, tracing, others=lambda: services().tables)
-    heap.keep()
-    marks("server")
+    heap.raise_mmap_threshold()
+    timestamps("server")
     tasks = [loop.create_task(accept(listener, server.connection, log))]
-    # Whoever has asked for more ports finds them there with the first answer.
+    # Hosts that enabled further ports find them open with the first answer.
     extras = options.log_listen or options.console_listen or options.console
-    if not extras and _somebody_waits(listener):
-        await health.answered(WAITING)
+    if not extras and _host_is_connected(listener):
+        await health.answered(FIRST_ANSWER_TIMEOUT)
     services()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
@@ -146,8 +148,8 @@ async def _serve(options: Options, listener: socket.socket, log: Log, marks: Mar
     reaper.stop(loop)
 
 
-def _somebody_waits(listener: socket.socket) -> bool:
-    """Whether a host has connected already: it wants to hear as soon as can be that there is an agent."""
+def _host_is_connected(listener: socket.socket) -> bool:
+    """Return whether a host is in the listen queue already, waiting for the first answer."""
     import select
 
     return bool(select.select([listener], [], [], 0)[0])
@@ -163,27 +165,27 @@ def _trace(tracing: Tracing, log: Log) -> None:
 
 
 def _extras(options: Options, reaper: Reaper, log: Log) -> list[asyncio.Task[None]]:
-    """What some guests offer beside the API (agent/debug_ports.py)."""
+    """Start the enabled debugging services (agent/debug_ports.py)."""
     import asyncio
 
-    from caisson.agent.debug_ports import LogStream, Port, Shells
+    from caisson.agent.debug_ports import DebugConsole, LogStream, VsockListener
     from caisson.agent.rpc.listener import AddressError, listen
 
     loop = asyncio.get_running_loop()
-    shells = Shells(reaper, log)
+    console = DebugConsole(reaper, log)
     tasks = []
     if options.console:
-        tasks.append(loop.create_task(shells.on_console()))
+        tasks.append(loop.create_task(console.on_console()))
     stream = LogStream()
     if options.log_listen:
         log.listeners.append(stream.add)
-    for address, serve in ((options.log_listen, stream.serve), (options.console_listen, shells.serve)):
+    for address, serve in ((options.log_listen, stream.serve), (options.console_listen, console.serve)):
         if not address:
             continue
         try:
-            tasks.append(loop.create_task(Port(listen(address), serve, log).run()))
+            tasks.append(loop.create_task(VsockListener(listen(address), serve, log).run()))
         except AddressError as error:
-            log("error", "a port is not there", error=str(error))
+            log("error", "cannot listen on a debugging port", error=str(error))
     return tasks
 
 

@@ -1,6 +1,6 @@
-"""What the guest offers beside the API, where it is told to: its log, and a shell.
+"""Debugging services beside the API: the agent's log and a debug console.
 
-Each on a port of its own, for the host alone; none of it is there unless an option asks for it.
+Each has a vsock port of its own, for the host alone, and is off unless an option enables it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from caisson.agent.base.log import Log
     from caisson.agent.model.reaper import Child, Reaper
 
-#: Bytes of log kept for whoever connects late or reads slowly.
-KEPT = 1 << 18
+#: Bytes of the log that are buffered for late or slow readers.
+MAX_BUFFERED = 1 << 18
 BLOCK = 1 << 16
 
 #: The first of these that exists; the last is the one in the guest's container image, which needs nothing else.
@@ -33,8 +33,8 @@ ENVIRONMENT = {"PATH": "/bin:/sbin:/usr/bin:/usr/sbin", "HOME": "/", "TERM": "li
 RESTART_SECONDS = 1.0
 
 
-class Port:
-    """Accepts connections of the host, and does something with each until it ends."""
+class VsockListener:
+    """Accept connections from the host and serve each until it ends."""
 
     def __init__(self, listener: socket.socket, serve: Callable[[socket.socket], Awaitable[None]], log: Log) -> None:
         self._listener = listener
@@ -69,7 +69,7 @@ class Port:
 
 
 class LogStream:
-    """The log as it is written, with what was written last before; who reads too slowly loses the oldest lines."""
+    """Stream the log, starting with buffered lines; a reader that is too slow loses the oldest."""
 
     def __init__(self) -> None:
         self._lines: deque[bytes] = deque()
@@ -78,21 +78,21 @@ class LogStream:
         self._news = asyncio.Event()
 
     def add(self, line: bytes) -> None:
-        """Take a line."""
+        """Append a line."""
         self._lines.append(line)
         self._end += 1
         self._size += len(line)
-        while self._size > KEPT:
+        while self._size > MAX_BUFFERED:
             self._size -= len(self._lines.popleft())
         self._news.set()
 
     async def serve(self, connection: socket.socket) -> None:
-        """Send lines until the other side has gone."""
+        """Send lines until the peer disconnects."""
         loop = asyncio.get_running_loop()
-        gone = asyncio.ensure_future(loop.sock_recv(connection, 1))
+        closed = asyncio.ensure_future(loop.sock_recv(connection, 1))
         at = self._end - len(self._lines)
         try:
-            while not gone.done():
+            while not closed.done():
                 oldest = self._end - len(self._lines)
                 data = b""
                 if at < oldest:
@@ -108,22 +108,22 @@ class LogStream:
                 self._news.clear()
                 news = asyncio.ensure_future(self._news.wait())
                 try:
-                    await asyncio.wait([news, gone], return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait([news, closed], return_when=asyncio.FIRST_COMPLETED)
                 finally:
                     news.cancel()
         finally:
-            gone.cancel()
+            closed.cancel()
 
 
-class Shells:
-    """Shells of the guest itself, each on a terminal of its own."""
+class DebugConsole:
+    """Serve shells in the guest itself, each on a terminal of its own."""
 
     def __init__(self, reaper: Reaper, log: Log) -> None:
         self._reaper = reaper
         self._log = log
 
     async def serve(self, connection: socket.socket) -> None:
-        """Join a connection and a shell until one of them ends; nothing of the shell's session is left then."""
+        """Connect a shell to a connection until either ends; then kill the shell's whole session."""
         master, terminal = os.openpty()
         try:
             child = self._spawn(os.ttyname(terminal))
@@ -142,13 +142,13 @@ class Shells:
             for way in ways:
                 way.cancel()
             await asyncio.gather(*ways, return_exceptions=True)
-            streams.close()  # hangs up on the session
+            streams.close()  # SIGHUP to the session
             if child.status is None:
                 child.signal(signal.SIGKILL)
             await child.wait()
 
     async def on_console(self, path: str = "/dev/console") -> None:
-        """Keep a shell on the machine's console, until cancelled."""
+        """Run a shell on the machine's console, restarting it until cancelled."""
         while True:
             try:
                 await self._spawn(path).wait()
@@ -158,7 +158,7 @@ class Shells:
             await asyncio.sleep(RESTART_SECONDS)
 
     def _spawn(self, terminal: str) -> Child:
-        """Start a shell in a session of its own, whose terminal is the first that it opens (setsid(2), tty(4))."""
+        """Start a shell in a new session, whose controlling terminal is the first it opens (setsid(2), tty(4))."""
         shell = next((words for words in SHELLS if os.access(words[0], os.X_OK)), None)
         if shell is None:
             raise FileNotFoundError(f"the image has none of {', '.join(words[0] for words in SHELLS)}")

@@ -1,6 +1,6 @@
-"""What the agent serves beside Health: the model of sandbox and containers, and the API in front of it.
+"""Compose the services beside Health: the model of sandbox and containers, and the API adapters over it.
 
-Most of what an agent imports is imported here, and nothing of it is needed for the first answer.
+Most of the agent's imports are here; none is needed for the first Health answer.
 """
 
 from __future__ import annotations
@@ -28,26 +28,28 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from caisson.agent.base.boot_timestamps import Marks
+    from caisson.agent.base.boot_timestamps import BootTimestamps
     from caisson.agent.base.log import Log
     from caisson.agent.base.tracing import Tracing
     from caisson.agent.model.reaper import Reaper
     from caisson.agent.options import Options
 
-#: Modules of the kernel that are to be there before the first container: layers of file systems, and random numbers
-#: that a guest made from a copy does not share with its siblings.
+#: Kernel modules loaded before the first container: overlayfs, and the random number generator that keeps clones of a
+#: snapshot from sharing their random numbers.
 MODULES = ("overlay", "virtio_rng")
 
 
 class Services:
     """``tables`` are the services, each with the objects of its methods."""
 
-    def __init__(self, options: Options, reaper: Reaper, log: Log, tracing: Tracing, marks: Marks) -> None:
+    def __init__(
+        self, options: Options, reaper: Reaper, log: Log, tracing: Tracing, timestamps: BootTimestamps
+    ) -> None:
         """Raises OSError where nsexec is not to be had."""
         try:
             modules.need(MODULES)
         except Refused as error:
-            log("error", "some containers will not work", error=str(error))
+            log("error", "kernel modules are missing; some containers will fail", error=str(error))
         self._tracing = tracing
         self._nsexec = Nsexec.seal(Path(options.nsexec))
         self._launcher = ProcessLauncher(self._nsexec, reaper, log, verbose=log.enabled("debug"))
@@ -65,14 +67,14 @@ class Services:
             AgentService(self._sandbox, init=os.getpid() == 1),
             GuestService(options.hotplug_timeout, self._files, log, self._sandbox.allow_hotplugged_cpus, tracing),
         ]
-        own = [Own(self._sandbox.container, options.hotplug_timeout), BootTimes(marks)]
+        own = [Own(self._sandbox.container, options.hotplug_timeout), BootTimes(timestamps)]
         self.tables: list[tuple[Any, list[object]]] = [
             (agent_pb2.DESCRIPTOR.services_by_name["AgentService"], methods),
             (caisson_pb2.DESCRIPTOR.services_by_name["Guest"], own),
         ]
 
     async def end(self) -> None:
-        """End every container, and let go of everything."""
+        """Kill every container and release all resources."""
         await self._sandbox.destroy()
         if self._tracing.enabled:
             await asyncio.to_thread(self._tracing.stop)

@@ -9,13 +9,13 @@ from typing import Any
 
 from google.protobuf import empty_pb2
 
-from caisson.agent.base.aio import regardless
+from caisson.agent.base.aio import run_to_completion
 from caisson.agent.guest.identity import identify
 from caisson.agent.model.container import Container
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from caisson.agent.guest.container_mounts import InsideMounts
+    from caisson.agent.guest.container_mounts import ContainerMounts
 
 EMPTY = empty_pb2.Empty()
 
@@ -38,16 +38,16 @@ class Own:
         return EMPTY
 
     @cached_property
-    def _mounts(self) -> InsideMounts:
-        from caisson.agent.guest.container_mounts import InsideMounts
+    def _mounts(self) -> ContainerMounts:
+        from caisson.agent.guest.container_mounts import ContainerMounts
 
-        return InsideMounts(self._container, self._hotplug_timeout)
+        return ContainerMounts(self._container, self._hotplug_timeout)
 
     async def Mount(self, request: Any) -> Any:
         where = request.container_id, request.source, request.fstype, request.mount_point
-        await regardless(self._mounts.mount(*where, tuple(request.options)))
+        await run_to_completion(self._mounts.mount(*where, tuple(request.options)))
         return EMPTY
 
     async def Unmount(self, request: Any) -> Any:
-        await regardless(self._mounts.unmount(request.source))
+        await run_to_completion(self._mounts.unmount(request.source))
         return EMPTY

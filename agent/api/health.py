@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from caisson.agent.base.boot_timestamps import Marks
+from caisson.agent.base.boot_timestamps import BootTimestamps
 from caisson.proto.contract import VERSION
 from caisson.proto.kata1 import health_pb2
 
@@ -16,8 +16,8 @@ API_VERSION = "0.0.1"
 class Health:
     """Answers as soon as the agent serves at all, before and after there is a sandbox."""
 
-    def __init__(self, marks: Marks) -> None:
-        self._marks = marks
+    def __init__(self, timestamps: BootTimestamps) -> None:
+        self._timestamps = timestamps
         self._asked = asyncio.Event()
 
     async def answered(self, timeout: float) -> None:
@@ -30,7 +30,7 @@ class Health:
     async def Check(self, request: Any) -> Any:
         if not self._asked.is_set():
             self._asked.set()
-            self._marks("first request")
+            self._timestamps("first request")
         return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
 
     async def Version(self, request: Any) -> Any:

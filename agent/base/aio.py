@@ -1,4 +1,4 @@
-"""What asyncio lacks for calls whose caller may go away."""
+"""Complete a coroutine even if its caller is cancelled: what asyncio.shield leaves open."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 
-async def regardless(work: Coroutine[Any, Any, T]) -> T:
-    """Await work that goes on to its end even if whoever waits for it is cancelled: a host that hangs up half-way
-    must not leave half of something.
+async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
+    """Await a coroutine that runs to completion even when the awaiting task is cancelled.
+
+    A host that disconnects in the middle of a request must not leave it half done.
     """
     task = asyncio.ensure_future(work)
-    task.add_done_callback(_seen)
+    task.add_done_callback(_retrieve_exception)
     return await asyncio.shield(task)
 
 
-def _seen(task: asyncio.Future[Any]) -> None:
-    """Nobody may be left to whom a failure could be told."""
+def _retrieve_exception(task: asyncio.Future[Any]) -> None:
+    """Mark an exception as retrieved: the awaiting task may be gone, and asyncio would warn."""
     if not task.cancelled():
         task.exception()

@@ -1,7 +1,7 @@
-"""When this program got where on its way to serving: for whoever asks where the time of a boot went.
+"""Timestamps of the agent's own boot stages, for a timeline of a boot.
 
-Marks cost a reading of the clock each and are always made.  What single imports take is measured only where the option
-`timeline` asks for it.  Times are microseconds of CLOCK_MONOTONIC.
+A stage costs one reading of the clock and is always recorded; single imports are timed only with the option
+`timeline`.  Times are microseconds of CLOCK_MONOTONIC.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ if TYPE_CHECKING:
 
 
 def now() -> int:
-    """The time."""
+    """Return the current time in microseconds of CLOCK_MONOTONIC."""
     return time.monotonic_ns() // 1000
 
 
-class Marks:
-    """``reached`` holds the places and when they were reached; ``imports`` modules, and when each began and ended."""
+class BootTimestamps:
+    """Record ``stages`` with the time each was reached, and ``imports`` with the start and end of each."""
 
     def __init__(self) -> None:
-        self.reached: list[tuple[str, int]] = []
+        self.stages: list[tuple[str, int]] = []
         self.imports: list[tuple[str, int, int]] = []
 
-    def __call__(self, place: str) -> None:
-        self.reached.append((place, now()))
+    def __call__(self, stage: str) -> None:
+        self.stages.append((stage, now()))
 
     def time_imports(self) -> None:
-        """From now on, measure."""
+        """Time every import from now on."""
         sys.meta_path.insert(0, _Finder(self.imports))
 
 
 class _Finder:
-    """Finds modules by all the other finders, and has loading them measured.  Source: importlib.abc."""
+    """Find modules by all other finders, and time loading them.  Source: importlib.abc.MetaPathFinder."""
 
     def __init__(self, times: list[tuple[str, int, int]]) -> None:
         self._times = times
@@ -54,7 +54,7 @@ class _Finder:
 
 
 class _Loader:
-    """Takes the place of a loader until the module is there: a library is loaded when the module is created."""
+    """Wrap a loader until the module is loaded; extension modules load when they are created."""
 
     def __init__(self, loader: Any, times: list[tuple[str, int, int]]) -> None:
         self._loader = loader

@@ -1,15 +1,15 @@
-"""Memory of the C library's that is used again and again."""
+"""Tune glibc's allocator for a process that moves output in large blocks."""
 
 from __future__ import annotations
 
-#: Bytes of the largest blocks that are needed all the time: a MiB of output, and what goes with it.
+#: Bytes of the largest block in regular use: a MiB of output and its framing.
 LARGEST_BLOCK = 2 << 20
 
 
-def keep() -> None:
-    """Let glibc keep memory that is freed: else each MiB of output is mapped, cleared and unmapped anew.
+def raise_mmap_threshold() -> None:
+    """Raise glibc's mmap threshold: otherwise each MiB of output is mapped, cleared and unmapped again.
 
-    It learns from what is freed: blocks of up to that size come from the heap from then on, which keeps twice as much
-    that is unused (mallopt(3), M_MMAP_THRESHOLD).  This one is never touched, so it costs nothing.
+    The threshold grows to the size of a freed block (mallopt(3), M_MMAP_THRESHOLD); the trim threshold follows at twice
+    that size.  The block is never touched, so it costs nothing.
     """
     bytearray(LARGEST_BLOCK)

@@ -1,6 +1,6 @@
-"""Modules that libraries import at once and use late: their code runs when something of them is wanted.
+"""Defer execution of rarely used modules until first attribute access.
 
-What importlib.util.LazyLoader does, but for modules that are imported twice: it takes the second import for a use.
+Like importlib.util.LazyLoader, which however executes a module when it is imported a second time.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from typing import Any
 
-#: What asyncio has for debugging and for TLS, and protobuf for machines without its C library: a tenth of the time from
+#: asyncio's debugging and TLS support, and protobuf's fallback for a missing C library: a tenth of the time from
 #: Python's start to the agent's first answer.
 LATE = ("inspect", "asyncio.sslproto", "google.protobuf.internal.python_message")
 
 
-class Later:
-    """Finds these modules as the path's finder does, and leaves them empty.  Source: importlib.abc."""
+class LazyImporter:
+    """Find modules as the path finder does, but do not execute them yet.  Source: importlib.abc.MetaPathFinder."""
 
     def __init__(self, names: Iterable[str] = LATE) -> None:
         self._names = frozenset(names)
@@ -34,10 +34,10 @@ class Later:
         return spec
 
     def load(self) -> None:
-        """Run the code of those that were imported: before there are threads, which could find one half done."""
+        """Execute the modules imported so far: before threads exist, which could see one half initialized."""
         for name in self._names:
             module = sys.modules.get(name)
-            if isinstance(module, _Empty):
+            if isinstance(module, _LazyModule):
                 module._run()
 
 
@@ -46,18 +46,18 @@ class _Loader:
         self._loader = loader
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return _Empty(spec.name)
+        return _LazyModule(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._loader
 
 
-class _Empty(ModuleType):
-    """A module that was imported and not run."""
+class _LazyModule(ModuleType):
+    """A module that is imported but not executed."""
 
     def __getattr__(self, name: str) -> Any:
-        """Only asked for what is not there yet.  The import system looks whether it has the likes of __path__."""
+        """Execute the module on first access; the import system's own look-ups (__path__) do not count."""
         if name.startswith("__"):
             raise AttributeError(name)
         self._run()

@@ -1,7 +1,7 @@
-"""Log lines: one JSON object each, on stderr (in a guest: the console), and to whoever else listens.
+"""Structured logging: one JSON object per line, on stderr (in a guest: the console) and to listeners.
 
-Payloads of containers are never logged.  Not the standard library's logging: importing it costs more of a boot than
-everything that is logged in it.
+Containers' payloads are never logged.  The standard library's logging is not used: importing it costs more of a boot
+than writing all log lines of it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LEVELS = ("trace", "debug", "info", "warning", "error", "fatal")
 
 
 class Log:
-    """Writes lines of a level and above; ``bind`` adds fields to every line."""
+    """Write lines of a level and above; ``bind`` adds fields to every line."""
 
     def __init__(
         self,
@@ -33,18 +33,18 @@ class Log:
         self.listeners = [] if listeners is None else listeners  # one list for a log and all that are bound to it
 
     def bind(self, **fields: object) -> Log:
-        """A log whose lines carry these fields, too."""
+        """Return a log whose lines carry these fields as well."""
         return Log(self.level, {**self._fields, **fields}, self._fd, self.listeners)
 
     def enabled(self, level: str) -> bool:
-        """Whether lines of this level are written: asked before costly fields are made."""
+        """Return whether lines of this level are written: check before computing costly fields."""
         return LEVELS.index(level) >= self._threshold
 
     def __call__(self, level: str, message: str, **fields: object) -> None:
-        """Write a line, if its level is enough.  A log that cannot be written to is nobody's failure."""
+        """Write a line if its level is enabled.  An error in writing it is ignored."""
         if not self.enabled(level):
             return
-        import json  # here: it compiles patterns, and a guest gets to its first answer without a line
+        import json  # late: it compiles patterns, and a guest reaches its first answer without logging
 
         line = {"time": round(time.time(), 6), "level": level, "msg": message, **self._fields, **fields}
         data = json.dumps(line, default=str).encode() + b"\n"

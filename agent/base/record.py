@@ -1,7 +1,7 @@
-"""Frozen records: what dataclasses are used for here, at a tenth of their price.
+"""Immutable records: frozen dataclasses at a tenth of their cost.
 
-Making a dataclass compiles source text, which for the thirty records of an agent is a tenth of its start-up; under
-emulation that is half a second of every boot.
+Defining a dataclass compiles source text; for the agent's thirty records that is a tenth of its start-up, and under
+emulation half a second of every boot.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
     @dataclass_transform(frozen_default=True)
     class Record:
-        """A class whose annotations are its fields, given by position or name and never changed."""
+        """Base class whose annotations are fields, passed by position or name and immutable."""
 
         def but(self, **changes: Any) -> Self:
-            """The same record with some fields changed."""
+            """Return a copy with some fields replaced."""
             ...
 
 else:
 
     class Record:
-        """A class whose annotations are its fields, given by position or name and never changed."""
+        """Base class whose annotations are fields, passed by position or name and immutable."""
 
         _fields = ()
 
@@ -38,7 +38,7 @@ else:
             state.update(zip(fields, values, strict=False))
             for name, value in named.items():
                 if name in state or name not in fields:
-                    raise TypeError(f"{type(self).__name__}: {name!r} is given twice, or is no field")
+                    raise TypeError(f"{type(self).__name__}: {name!r} is given twice or is not a field")
                 state[name] = value
             for name in fields:
                 if name not in state:
@@ -48,7 +48,7 @@ else:
                         raise TypeError(f"{type(self).__name__} needs {name!r}") from None
 
         def but(self, **changes):
-            """The same record with some fields changed."""
+            """Return a copy with some fields replaced."""
             return type(self)(**{**self.__dict__, **changes})
 
         def __setattr__(self, name, value):
@@ -67,5 +67,5 @@ else:
             return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.__dict__.items())})"
 
 
-#: A mapping's default: there is nothing in it, and nothing can be put there.
+#: An immutable empty mapping, for defaults.
 NOTHING: Mapping[Any, Any] = MappingProxyType({})

@@ -1,6 +1,6 @@
-"""System calls that Python has no function for, by ctypes.  Errors are OSError, as for the functions of `os`.
+"""System calls that Python does not wrap, by ctypes.  Errors are OSError, as for the functions of `os`.
 
-ctypes is loaded at the first call: an agent that never needs one does not pay for it.
+ctypes is imported by the first call (or by `preload`): an agent that makes none does not pay for it.
 """
 
 from __future__ import annotations
@@ -34,6 +34,17 @@ RESOLVE_NO_XDEV, RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH, RE
 RB_AUTOBOOT, RB_POWER_OFF, RB_HALT_SYSTEM, RB_DISABLE_CAD = 0x01234567, 0x4321FEDC, 0xCDEF0123, 0
 
 
+def preload() -> None:
+    """Import all that these functions need, so that a thread in a container's mount namespace imports nothing.
+
+    A late import there would run code from the container's files (CVE-2019-14271).
+    """
+    import ctypes  # noqa: F401
+    import struct  # noqa: F401
+
+    _libc()
+
+
 @cache
 def _libc() -> ctypes.CDLL:
     import ctypes
@@ -63,7 +74,7 @@ def mount(
     flags: int = 0,
     data: str | None = None,
 ) -> None:
-    """mount(2).  Raises OSError with the target as its file name."""
+    """Mount a file system: mount(2).  Raises OSError with the target as its file name."""
     import ctypes
 
     options = None if data is None else data.encode()
@@ -72,18 +83,18 @@ def mount(
 
 
 def umount2(target: str | os.PathLike[str], flags: int = 0) -> None:
-    """umount2(2).  Raises OSError."""
+    """Unmount: umount2(2).  Raises OSError."""
     _check(_libc().umount2(_bytes(target), flags), os.fspath(target))
 
 
 def finit_module(fd: int, parameters: str = "", flags: int = 0) -> None:
-    """finit_module(2): load a kernel module from an open file.  Raises OSError."""
+    """Load a kernel module from an open file: finit_module(2).  Raises OSError."""
     result = _libc().syscall(_number("finit_module"), fd, parameters.encode(), flags)
     _check(result, "finit_module")
 
 
 def openat2(dir_fd: int, path: str | os.PathLike[str], flags: int, mode: int = 0, resolve: int = 0) -> int:
-    """openat2(2), close-on-exec.  Raises OSError."""
+    """Open a file with resolve flags, close-on-exec: openat2(2).  Raises OSError."""
     import ctypes
     from struct import pack
 
@@ -93,52 +104,52 @@ def openat2(dir_fd: int, path: str | os.PathLike[str], flags: int, mode: int = 0
 
 
 def fsopen(fstype: str) -> int:
-    """fsopen(2): a file system that is being set up, close-on-exec.  Raises OSError."""
+    """Open a file system context, close-on-exec: fsopen(2).  Raises OSError."""
     return _check(_libc().syscall(_FSOPEN, fstype.encode(), 1), "fsopen")
 
 
 def fsconfig(fd: int, key: str = "", value: str | None = None) -> None:
-    """fsconfig(2): set a parameter of it, without a value a flag; without a key make it.  Raises OSError."""
+    """Configure a file system context: fsconfig(2).  No value: set a flag; no key: create.  Raises OSError."""
     command = (0 if value is None else 1) if key else 6  # FSCONFIG_SET_FLAG, _SET_STRING, _CMD_CREATE
     text = None if value is None else value.encode()
     _check(_libc().syscall(_FSCONFIG, fd, command, key.encode() or None, text, 0), key or "fsconfig")
 
 
 def fsmount(fd: int, attributes: int = 0) -> int:
-    """fsmount(2): mount what was made, nowhere yet; close-on-exec.  Raises OSError."""
+    """Create a detached mount of a file system context, close-on-exec: fsmount(2).  Raises OSError."""
     return _check(_libc().syscall(_FSMOUNT, fd, 1, attributes), "fsmount")
 
 
 def move_mount(mount_fd: int, point_fd: int) -> None:
-    """move_mount(2): put a mount on a directory or a file.  Raises OSError."""
+    """Attach a mount to a directory or a file: move_mount(2).  Raises OSError."""
     empty_paths = 0x4 | 0x40  # MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH
     _check(_libc().syscall(_MOVE_MOUNT, mount_fd, b"", point_fd, b"", empty_paths), "move_mount")
 
 
 def reboot(command: int) -> None:
-    """reboot(2), one of RB_*.  Does not return when it is PID 1 that powers off.  Raises OSError."""
+    """Reboot, power off, or set Ctrl-Alt-Delete's effect, by one of RB_*: reboot(2).  Raises OSError."""
     import ctypes
 
     _check(_libc().reboot(ctypes.c_int(command - (1 << 32) if command >> 31 else command)), "reboot")
 
 
 def setns(fd: int, flags: int) -> None:
-    """setns(2): the calling thread enters a namespace.  Raises OSError."""
+    """Move the calling thread into a namespace: setns(2).  Raises OSError."""
     _check(_libc().setns(fd, flags), "setns")
 
 
 def unshare(flags: int) -> None:
-    """unshare(2): the calling thread leaves namespaces for new ones.  Raises OSError."""
+    """Move the calling thread into new namespaces: unshare(2).  Raises OSError."""
     _check(_libc().unshare(flags), "unshare")
 
 
 def set_child_subreaper() -> None:
-    """prctl(2) PR_SET_CHILD_SUBREAPER: orphans among this process's descendants become its children."""
+    """Adopt orphaned descendants of this process: prctl(2), PR_SET_CHILD_SUBREAPER.  Raises OSError."""
     _check(_libc().prctl(36, 1, 0, 0, 0), "prctl")
 
 
 def bpf(command: int, attributes: Any) -> int:
-    """bpf(2); `attributes` is a ctypes buffer holding union bpf_attr.  Raises OSError."""
+    """Call bpf(2); `attributes` is a ctypes buffer holding union bpf_attr.  Raises OSError."""
     import ctypes
 
     result = _libc().syscall(_number("bpf"), command, attributes, ctypes.c_uint(ctypes.sizeof(attributes)))

@@ -1,7 +1,7 @@
-"""Traces of requests, in images that have the opentelemetry packages: a span for each, to the host, as lines of JSON.
+"""Trace requests, in images with the opentelemetry packages: a span per request, sent to the host as lines of JSON.
 
-The host listens where hosts of Kata agents expect traces (vsock port 6831); what comes is what the SDK makes of a span
-(ReadableSpan.to_json), one a line, and not Jaeger's Thrift.
+The host listens on the vsock port where Kata's hosts expect traces; a line is the SDK's own form of a span
+(ReadableSpan.to_json), not Jaeger's Thrift.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 #: The host, as vsock addresses it.  Source: vsock(7), VMADDR_CID_HOST.
 HOST_CID = 2
 
-#: Seconds for the host to take a batch of spans; those that it does not take are lost.
-PATIENCE = 2.0
+#: Seconds for the host to receive a batch of spans, which are dropped afterwards.
+EXPORT_TIMEOUT = 2.0
 
 
 class Tracing:
-    """Off until it is started.  ``target`` is where spans go: vsock:PORT of the host, or unix:PATH."""
+    """Record spans of requests once started.  ``target`` receives them: vsock:PORT of the host, or unix:PATH."""
 
     def __init__(self, target: str) -> None:
         self._target = target
@@ -32,7 +32,7 @@ class Tracing:
         self._record: Any = None
 
     def start(self) -> None:
-        """Raises WrongState when it is on, and Unsupported where the packages are missing."""
+        """Start recording.  Raises WrongState when started already, Unsupported where the packages are missing."""
         if self._provider is not None:
             raise WrongState("tracing already enabled")
         try:
@@ -49,7 +49,7 @@ class Tracing:
         self._record = partial(_record, self._provider.get_tracer("agent.api"))
 
     def stop(self) -> None:
-        """Send what is left; takes up to some seconds.  Raises WrongState when it is off."""
+        """Flush and stop; blocks for up to some seconds.  Raises WrongState when not started."""
         if self._provider is None:
             raise WrongState("tracing not enabled")
         provider, self._provider, self._record = self._provider, None, None
@@ -60,7 +60,7 @@ class Tracing:
         return self._record is not None
 
     def request(self, method: str, began: int, ended: int, status: str, ids: Mapping[str, str]) -> None:
-        """Tell of a request.  Times are in nanoseconds since the epoch.  Nothing happens while it is off."""
+        """Record a request; times are nanoseconds since the epoch.  Does nothing while stopped."""
         if self._record is not None:
             self._record(method, began, ended, status, ids)
 
@@ -80,7 +80,7 @@ def _exporter(target: str) -> Any:
     from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
     class Lines(SpanExporter):
-        """Sends spans over one connection, made anew after it broke.  Runs in a thread of the SDK's."""
+        """Send spans over one connection, reconnecting after an error.  Runs in a thread of the SDK."""
 
         def __init__(self) -> None:
             self._socket: socket.socket | None = None
@@ -111,7 +111,7 @@ def _connect(target: str) -> socket.socket:
     kind, _, place = target.partition(":")
     connection = socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_VSOCK, socket.SOCK_STREAM)
     try:
-        connection.settimeout(PATIENCE)
+        connection.settimeout(EXPORT_TIMEOUT)
         connection.connect(place if kind == "unix" else (HOST_CID, int(place)))
     except OSError:
         connection.close()

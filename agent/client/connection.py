@@ -100,7 +100,7 @@ class Agent:
     """One connection to the agent in a guest.  ``rpc`` and ``health`` give every method of the API by its name."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
-        heap.keep()
+        heap.raise_mmap_threshold()
         self._channel = channel
         self.rpc = _Service(channel, agent_pb2.DESCRIPTOR.services_by_name["AgentService"])
         self.health = _Service(channel, health_pb2.DESCRIPTOR.services_by_name["Health"])

@@ -1,8 +1,9 @@
-"""File systems inside containers that run: mounted in their mount namespaces, and let go of.
+"""Mount and unmount file systems inside running containers.
 
-Each is made outside, where the guest's devices are, and goes inside as a descriptor, so the container needs neither the
-device nor the right to mount.  What goes inside is a thread of the agent's, for one path, on which no symbolic link is
-followed.  Source: fsopen(2), fsmount(2), move_mount(2), setns(2).
+A mount is created detached in the guest, which has the device, and attached inside by its descriptor: the container
+needs neither the device nor the right to mount.  A thread of the agent enters the mount namespace for one path, on
+which no symbolic link is followed; it imports nothing there (CVE-2019-14271).
+Source: fsopen(2), fsmount(2), move_mount(2), setns(2).
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ if TYPE_CHECKING:
 
     from caisson.agent.model.container import Container
 
-#: File systems of the host's by a tag, and memory; with the modules of the kernel that they need.
+#: Supported file systems (shares of the host by tag, and tmpfs) with the kernel modules they need.
 KINDS: dict[str, tuple[str, ...]] = {"virtiofs": ("virtiofs",), "9p": ("9pnet_virtio", "9p"), "tmpfs": ()}
 
-#: What is said of a tag that is not there (yet).
+#: Errors for a tag that does not exist (yet).
 UNKNOWN_TAG = (errno.EINVAL, errno.ENOENT)
-INTERVAL = 0.02
+POLL_INTERVAL = 0.02
 
 
-class InsideMounts:
-    """What was mounted so, by its source."""
+class ContainerMounts:
+    """Mounts made inside running containers, by source."""
 
     def __init__(self, container: Callable[[str], Container], timeout: float) -> None:
-        """``container`` finds one by its id, or raises NotFound; a tag is waited for ``timeout`` seconds."""
+        """``container`` returns a container by id or raises NotFound; a tag is awaited for ``timeout`` seconds."""
         self._container = container
         self._timeout = timeout
         self._mounted: dict[str, list[tuple[Container, str]]] = {}
@@ -45,16 +46,16 @@ class InsideMounts:
     async def mount(
         self, container_id: str, source: str, fstype: str, mount_point: str, options: Sequence[str]
     ) -> None:
-        """Mount a file system.  Raises NotFound, Invalid, WrongState, Failed, or TooLate for a tag that does not come.
+        """Mount a file system, always nosuid and nodev; ``options`` are those of the file system, as for mount(8).
 
-        ``options`` are as for mount(8), of the file system; nosuid and nodev it is always.
+        Raises NotFound, Invalid, WrongState, Failed, or TooLate for a tag that does not appear.
         """
         if fstype not in KINDS:
             raise Invalid(f"{fstype!r} cannot be mounted inside a container; file systems that can: {', '.join(KINDS)}")
         container = self._container(container_id)
         await asyncio.to_thread(modules.need, KINDS[fstype])
         deadline = time.monotonic() + self._timeout
-        while True:  # of a tag that comes the kernel says nothing before Linux 6.9
+        while True:  # before Linux 6.9 there is no event for a new tag
             try:
                 made = await asyncio.to_thread(_make, source, fstype, options)
                 break
@@ -65,7 +66,7 @@ class InsideMounts:
                     raise Failed(f"Could not mount {source}: {_why(error)}") from error
                 if time.monotonic() > deadline:
                     raise TooLate(f"Could not mount {source}: no device has this tag") from error
-            await asyncio.sleep(INTERVAL)
+            await asyncio.sleep(POLL_INTERVAL)
 
         def attach() -> None:
             point = open_point(mount_point, 0o755)
@@ -84,7 +85,7 @@ class InsideMounts:
         self._mounted[source] = [*lasting, (container, mount_point)]
 
     async def unmount(self, source: str) -> None:
-        """Let go of all that was mounted of a source; fine when there is nothing.  Raises Failed."""
+        """Unmount everything mounted from a source; does nothing if there is nothing.  Raises Failed."""
         mounted = self._mounted.get(source, [])
         while mounted:
             container, mount_point = one = mounted[-1]
@@ -101,11 +102,11 @@ class InsideMounts:
             try:
                 await asyncio.to_thread(_inside, container, detach)
             except WrongState:
-                pass  # it has ended, and its mounts with it
+                pass  # it has exited, and its mounts with it
             except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.ENOENT):  # somebody inside has done it
+                if error.errno not in (errno.EINVAL, errno.ENOENT):  # unmounted from inside already
                     raise Failed(f"Could not unmount {mount_point} of {container.id}: {_why(error)}") from error
-            if one in mounted:  # two at once may have done it
+            if one in mounted:  # concurrent calls
                 mounted.remove(one)
 
 
@@ -114,7 +115,7 @@ def _why(error: OSError) -> str:
 
 
 def _make(source: str, fstype: str, options: Sequence[str]) -> int:
-    """A file system that is mounted nowhere, as a descriptor.  Raises OSError."""
+    """Create a detached mount; return its descriptor.  Raises OSError."""
     context = syscalls.fsopen(fstype)
     try:
         syscalls.fsconfig(context, "source", source)
@@ -129,36 +130,37 @@ def _make(source: str, fstype: str, options: Sequence[str]) -> int:
 
 
 def _inside(container: Container, work: Callable[[], None]) -> None:
-    """Do something in a container's mount namespace, from its root.  Raises WrongState, and the work's OSError."""
+    """Run a function in a container's mount namespace, at its root.  Raises WrongState and what the function raises."""
+    syscalls.preload()
+    namespace = _namespace(container)
     failures: list[BaseException] = []
 
     def enter() -> None:
         try:
             syscalls.unshare(syscalls.CLONE_FS)  # root and current directory of this thread alone
-            namespace = _namespace(container)
-            try:
-                syscalls.setns(namespace, syscalls.CLONE_NEWNS)
-            finally:
-                os.close(namespace)
+            syscalls.setns(namespace, syscalls.CLONE_NEWNS)
             work()
-        except (OSError, WrongState) as error:
+        except BaseException as error:  # nothing may be printed or lost in there
             failures.append(error)
 
-    thread = threading.Thread(target=enter)  # one that has been inside is of no other use
-    thread.start()
-    thread.join()
+    thread = threading.Thread(target=enter)  # not a pool's: it stays in the container's namespace
+    try:
+        thread.start()
+        thread.join()
+    finally:
+        os.close(namespace)
     if failures:
         raise failures[0]
 
 
 def _namespace(container: Container) -> int:
-    """The mount namespace of a container's first process."""
+    """Open the mount namespace of a container's init process.  Raises WrongState."""
     child = container.process("").child
     try:
         namespace = os.open(f"/proc/{child.pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         namespace = -1
-    # Looked at after that: as long as it has no status it is not reaped, and its number is nobody else's.
+    # Checked after opening: while it has no exit status it is not reaped, and its pid is not reused.
     if namespace < 0 or child.status is not None:
         if namespace >= 0:
             os.close(namespace)

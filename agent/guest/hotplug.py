@@ -1,4 +1,4 @@
-"""CPUs and memory that the host plugs in: the kernel sees them, and somebody has to switch them on.
+"""Bring hot-plugged CPUs and memory online.
 
 Sources: Documentation/admin-guide/mm/memory-hotplug.rst, Documentation/core-api/cpu_hotplug.rst.
 """
@@ -16,36 +16,36 @@ if TYPE_CHECKING:
 
 SYSTEM = "/sys/devices/system"
 
-#: A CPU that was plugged in shows up within this many seconds, or not at all.
-PATIENCE = 10.0
-INTERVAL = 0.05  # sysfs has no event for what is there but off
+#: Seconds to wait for a hot-plugged CPU to appear.
+CPU_TIMEOUT = 10.0
+POLL_INTERVAL = 0.05  # sysfs has no event for a CPU that is present but offline
 
 
 async def online_cpus(count: int, system: str = SYSTEM) -> None:
-    """Switch `count` CPUs on, waiting for those that are not there yet.  Raises Failed when there are fewer."""
+    """Bring `count` CPUs online, waiting for those not present yet.  Raises Failed when there are fewer."""
     loop = asyncio.get_running_loop()
-    deadline = loop.time() + PATIENCE
+    deadline = loop.time() + CPU_TIMEOUT
     done = 0
     while True:
-        for switch in _off(f"{system}/cpu", "cpu"):
-            if done < count and _switch_on(switch):
+        for switch in _offline(f"{system}/cpu", "cpu"):
+            if done < count and _bring_online(switch):
                 done += 1
         if done >= count:
             return
         if loop.time() >= deadline:
             raise Failed(f"only {done} of {count} were connected")
-        await asyncio.sleep(INTERVAL)
+        await asyncio.sleep(POLL_INTERVAL)
 
 
 def online_memory(system: str = SYSTEM) -> None:
-    """Switch on all memory that is off.  Raises Failed, naming the first block that would not."""
-    refused = [switch for switch in _off(f"{system}/memory", "memory") if not _switch_on(switch)]
+    """Bring all offline memory blocks online.  Raises Failed, naming the first block that failed."""
+    refused = [switch for switch in _offline(f"{system}/memory", "memory") if not _bring_online(switch)]
     if refused:
         raise Failed(f"Could not online memory: {refused[0]}")
 
 
 def probe_memory(addresses: Iterable[int], system: str = SYSTEM) -> None:
-    """Tell the kernel of memory at these physical addresses.  Raises Failed at the first that it does not take."""
+    """Probe for memory at these physical addresses.  Raises Failed at the first that the kernel rejects."""
     for address in addresses:
         try:
             with open(f"{system}/memory/probe", "w") as file:  # noqa: PTH123
@@ -55,13 +55,13 @@ def probe_memory(addresses: Iterable[int], system: str = SYSTEM) -> None:
 
 
 def check_count(count: int, cpu_only: bool) -> None:
-    """Raises Refused for a request that asks for nothing."""
+    """Check a request for CPUs.  Raises Refused for one that asks for none."""
     if cpu_only and not count:
         raise Refused("requested number of CPUs '0' must be greater than 0")
 
 
-def _off(directory: str, prefix: str) -> Iterator[str]:
-    """The switches of what is off, in the order of their numbers."""
+def _offline(directory: str, prefix: str) -> Iterator[str]:
+    """Yield the `online` files of offline devices, in the order of their numbers."""
     try:
         names = os.listdir(directory)  # noqa: PTH208 - no pathlib at start
     except FileNotFoundError:
@@ -74,10 +74,10 @@ def _off(directory: str, prefix: str) -> Iterator[str]:
                 if file.read().strip() == "0":
                     yield switch
         except OSError:
-            continue  # it cannot be switched off, or has just been unplugged
+            continue  # it has no such file, or was just unplugged
 
 
-def _switch_on(switch: str) -> bool:
+def _bring_online(switch: str) -> bool:
     try:
         with open(switch, "w") as file:  # noqa: PTH123
             file.write("1")

@@ -1,4 +1,4 @@
-"""Who a guest is: its host name and its machine id (machine-id(5)).  One that was copied is told anew."""
+"""Set the guest's host name and machine id (machine-id(5)), which a clone of a snapshot needs anew."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from caisson.agent.base import syscalls
 from caisson.agent.base.errors import Failed, Invalid
 from caisson.agent.base.syscalls import MS_BIND
 
-#: Where programs look for the id, and where it is kept: the guest's root cannot be written to.
-MACHINE_ID, KEPT = "/etc/machine-id", "/run/machine-id"
+#: Where programs read the id, and the writable file bound over it: the guest's root is read-only.
+MACHINE_ID, WRITABLE = "/etc/machine-id", "/run/machine-id"
 
 
-def identify(hostname: str, machine_id: str, where: str = MACHINE_ID, kept: str = KEPT) -> None:
-    """Give the guest a name and an id.  Raises Invalid or Failed."""
+def identify(hostname: str, machine_id: str, where: str = MACHINE_ID, kept: str = WRITABLE) -> None:
+    """Set host name and machine id.  Raises Invalid or Failed."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", hostname):
-        raise Invalid(f"{hostname!r} is no host name")
+        raise Invalid(f"{hostname!r} is not a valid host name")
     if not re.fullmatch(r"[0-9a-f]{32}", machine_id) or not machine_id.strip("0"):
-        raise Invalid(f"{machine_id!r} is no machine id: 32 hexadecimal digits")
+        raise Invalid(f"{machine_id!r} is not a machine id of 32 hexadecimal digits")
     try:
         socket.sethostname(hostname)
         with open(kept, "w") as file:  # noqa: PTH123 - as everywhere in the guest

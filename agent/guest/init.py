@@ -1,7 +1,7 @@
-"""What an init must do before anything else, and at the very end.
+"""The duties of PID 1: mounts, console, modules, loopback at the start, and power-off at the end.
 
-The guest's root is an initramfs or a read-only disk.  Nothing on it is written to after this: /run and /tmp are the
-only places.  Sources: Documentation/filesystems/ramfs-rootfs-initramfs.rst, cgroup-v2.rst, pivot_root(2).
+The guest's root is an initramfs or a read-only disk and is never written to afterwards; only /run and /tmp are.
+Sources: Documentation/filesystems/ramfs-rootfs-initramfs.rst, cgroup-v2.rst, pivot_root(2).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 MODULES = "/lib/modules/caisson.list"
 PATH = "/bin:/sbin:/usr/bin:/usr/sbin"
 
-#: Where the root is bound to on its way to becoming a mount of its own.
-STEPPING_STONE = "/mnt"
+#: Where the root is bind-mounted before it is moved onto /.
+ROOT_BIND = "/mnt"
 
 #: source, target, type, flags, data; in this order.
 MOUNTS: tuple[tuple[str, str, str, int, str | None], ...] = (
@@ -37,11 +37,11 @@ MOUNTS: tuple[tuple[str, str, str, int, str | None], ...] = (
 
 
 class DutyFailed(Exception):
-    """Something without which a guest is none; the text names it."""
+    """A duty without which the guest cannot run; the text names it."""
 
 
 def prepare(done: Callable[[str], object] = lambda duty: None) -> None:
-    """All duties, in order; ``done`` is told of each.  Raises DutyFailed."""
+    """Perform all duties in order, calling ``done`` after each.  Raises DutyFailed."""
     os.environ["PATH"] = PATH
     for duty in DUTIES:
         what = duty.__name__.replace("_", " ")
@@ -57,15 +57,15 @@ def leave_rootfs() -> None:
 
     A bind mount of the root, moved onto the root, is the same files with the initial mount below it.
     """
-    syscalls.mount("/", STEPPING_STONE, None, MS_BIND)
-    os.chdir(STEPPING_STONE)
+    syscalls.mount("/", ROOT_BIND, None, MS_BIND)
+    os.chdir(ROOT_BIND)
     syscalls.mount(".", "/", None, MS_MOVE)
     os.chroot(".")
     os.chdir("/")
 
 
 def mount_all() -> None:
-    """The file systems of every Linux system."""
+    """Mount proc, sysfs, devtmpfs, devpts and the tmpfs mounts; create the standard links in /dev."""
     for source, target, kind, flags, data in MOUNTS:
         if not os.path.isdir(target):  # noqa: PTH112 - no pathlib at start
             os.mkdir(target)  # noqa: PTH102
@@ -79,7 +79,7 @@ def mount_all() -> None:
 
 
 def open_console() -> None:
-    """Let descriptors 0 to 2 lead to the console, or nowhere: what is opened next must not become one of them."""
+    """Open descriptors 0 to 2 on the console or /dev/null: no later file may become one of them."""
     try:
         for fd in range(3):
             os.fstat(fd)
@@ -96,8 +96,8 @@ def open_console() -> None:
         os.close(console)
 
 
-def say(line: str) -> None:
-    """A line for whoever looks at the machine: on the console, or where there is none in the kernel's log."""
+def print_line(line: str) -> None:
+    """Print a line on the console, or, where there is none, in the kernel's log."""
     try:
         os.write(1, f"{CONSOLE_PREFIX}{line}\n".encode(errors="replace"))
     except OSError:
@@ -106,16 +106,16 @@ def say(line: str) -> None:
             os.write(fd, f"<2>{CONSOLE_PREFIX}{line}".encode(errors="replace")[:900])
             os.close(fd)
         except OSError:
-            pass  # there is nobody to talk to
+            pass  # no console and no kernel log
 
 
 def load_modules() -> None:
-    """Load the modules that the image lists, in its order."""
+    """Load the kernel modules that the image lists, in its order."""
     try:
         with open(MODULES) as lines:  # noqa: PTH123
             names = lines.read().split()
     except FileNotFoundError:
-        return  # everything is built in
+        return  # all are built in
     for name in names:
         fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -129,7 +129,7 @@ def load_modules() -> None:
 
 
 def mount_cgroups() -> None:
-    """The cgroups that the kernel's command line asks for."""
+    """Mount the cgroup version selected on the kernel command line."""
     from caisson.agent.guest import cgroupfs
     from caisson.agent.options import from_kernel, kernel_words
 
@@ -140,7 +140,7 @@ def mount_cgroups() -> None:
 
 
 def seal_root() -> None:
-    """Nobody writes to the root any more: not through this mount, and not through any other of the same files."""
+    """Make the root read-only: this mount, and the file system below it."""
     syscalls.mount(None, "/", None, MS_REMOUNT | MS_BIND | MS_RDONLY)
     syscalls.mount(None, "/", None, MS_REMOUNT | MS_RDONLY)
 
@@ -156,7 +156,7 @@ def loopback_up() -> None:
 
 
 def name_host() -> None:
-    """The guest's own name, which a sandbox without one has, too: what /etc/hostname says, or localhost."""
+    """Set the host name from /etc/hostname, or to localhost; sandboxes without a name keep it."""
     import socket
 
     try:
@@ -168,7 +168,7 @@ def name_host() -> None:
 
 
 def handle_keyboard() -> None:
-    """Have Ctrl-Alt-Delete tell this process (SIGINT) instead of resetting the machine.  Source: reboot(2)."""
+    """Make Ctrl-Alt-Delete send SIGINT to this process instead of resetting the machine.  Source: reboot(2)."""
     syscalls.reboot(syscalls.RB_DISABLE_CAD)
 
 
@@ -179,8 +179,8 @@ DUTIES = (
 
 
 def power_off() -> NoReturn:
-    """End the machine."""
-    say("powering off")
+    """Sync and power the machine off."""
+    print_line("powering off")
     os.sync()
     syscalls.reboot(syscalls.RB_POWER_OFF)
     while True:  # PID 1 must not return

@@ -1,4 +1,7 @@
-"""The kernel's log, and what its clock has to do with others.  Source: Documentation/ABI/testing/dev-kmsg."""
+"""Read the kernel's log, with records that relate its clock to CLOCK_MONOTONIC.
+
+Source: Documentation/ABI/testing/dev-kmsg.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +15,18 @@ DEVICE = "/dev/kmsg"
 #: Bytes of a record at most (the kernel's PRINTKRB_RECORD_MAX), with room to spare.
 RECORD = 8192
 
-#: Times that the clock is told: what comes between reading and writing it is least in one of them.
-TOLD = 3
+#: Number of clock records: the delay between reading the clock and writing it is least in one of them.
+CLOCK_RECORDS = 3
 
 
 def read_kernel_log(device: str = DEVICE) -> str:
-    """All records, from the oldest that is still there to some of our own that say when they were written.
+    """Return all records, from the oldest still in the buffer to our own clock records.
 
     Raises OSError.
     """
     fd = os.open(device, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        for _ in range(TOLD):
+        for _ in range(CLOCK_RECORDS):
             os.write(fd, f"<7>{CLOCK_LINE} {now()}\n".encode())
         records = []
         while True:
@@ -32,6 +35,6 @@ def read_kernel_log(device: str = DEVICE) -> str:
             except BlockingIOError:
                 return b"".join(records).decode(errors="replace")
             except BrokenPipeError:
-                pass  # what would have come next was overwritten; reading goes on with what is there
+                pass  # the next records were overwritten; go on with the oldest still there
     finally:
         os.close(fd)

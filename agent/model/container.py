@@ -10,7 +10,7 @@ import asyncio
 import signal
 from datetime import UTC, datetime
 
-from caisson.agent.base.aio import regardless
+from caisson.agent.base.aio import run_to_completion
 from caisson.agent.base.errors import AlreadyExists, Ended, NotFound, Refused, Unsupported, WrongState
 from caisson.agent.libcontainer.cgroups.base import CgroupError, signal_pid
 from caisson.agent.libcontainer.config.resources import Resources
@@ -158,7 +158,7 @@ class Container:
 
         Once begun it is done: an init that has come half-way could not be started again.
         """
-        await regardless(self._start())
+        await run_to_completion(self._start())
 
     async def _start(self) -> None:
         async with self._lock:
@@ -241,7 +241,7 @@ class Container:
 
         Raises Refused when it has ended, SpecError or CgroupError for what cannot be set.
         """
-        await regardless(self._update(resources))
+        await run_to_completion(self._update(resources))
 
     async def stats(self) -> CgroupStats:
         """What it has used so far.  Takes no lock, and no time of others: the files are read in a thread."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from caisson.agent.base.aio import regardless
+from caisson.agent.base.aio import run_to_completion
 from caisson.agent.base.errors import AlreadyExists, Invalid, NotFound, TooLate, WrongState
 from caisson.agent.guest.blockdevices import BlockDevices
 from caisson.agent.guest.dns import Resolver
@@ -125,7 +125,7 @@ class Sandbox:
         Once begun it goes on.  If a container cannot be removed the others are all the same, the sandbox stays, and
         it can be tried again.
         """
-        await regardless(self._destroy())
+        await run_to_completion(self._destroy())
 
     async def _destroy(self) -> None:
         async with self._lock:
@@ -218,14 +218,14 @@ class Sandbox:
             try:
                 await container.create(exec_id or container_id, join, self._shared.procfs)
             except BaseException:
-                await regardless(container.remove())
+                await run_to_completion(container.remove())
                 raise
             self._containers[container_id] = container
             return container
         except BaseException:
             if cgroup is None and directory.is_dir():
                 directory.rmdir()
-            await regardless(self._storages.unmount(self._mounts.pop(container_id, [])))
+            await run_to_completion(self._storages.unmount(self._mounts.pop(container_id, [])))
             raise
         finally:
             del self._creating[container_id]
@@ -275,7 +275,7 @@ class Sandbox:
 
     async def remove(self, container_id: str, timeout: float | None = None) -> None:
         """End a container and forget it.  Raises NotFound, or TooLate: the work goes on then."""
-        work = regardless(self._remove(self.container(container_id)))
+        work = run_to_completion(self._remove(self.container(container_id)))
         try:
             await asyncio.wait_for(work, timeout or None)
         except TimeoutError:

@@ -42,7 +42,7 @@ def test_a_cpu_that_comes_late(tmp_path: Path) -> None:
 
 
 def test_too_few_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hotplug, "PATIENCE", 0.0)
+    monkeypatch.setattr(hotplug, "CPU_TIMEOUT", 0.0)
     switch(tmp_path, "cpu1")
     with pytest.raises(Failed, match="only 1 of 2 were connected"):
         asyncio.run(hotplug.online_cpus(2, str(tmp_path)))

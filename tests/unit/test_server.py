@@ -14,7 +14,7 @@ import pytest
 
 from caisson.agent.api.health import Health as FirstHealth
 from caisson.agent.api.kata1.service import _read_response
-from caisson.agent.base.boot_timestamps import Marks
+from caisson.agent.base.boot_timestamps import BootTimestamps
 from caisson.agent.base.errors import Refused
 from caisson.agent.base.log import Log
 from caisson.agent.base.tracing import Tracing
@@ -256,7 +256,7 @@ def test_other_services_are_made_when_one_of_their_methods_is_called() -> None:
 
 def test_the_first_answer_is_waited_for_but_not_for_ever() -> None:
     async def work() -> bool:
-        health = FirstHealth(Marks())
+        health = FirstHealth(BootTimestamps())
         await health.answered(timeout=0.01)  # nobody asks
         waiting = asyncio.ensure_future(health.answered(timeout=60))
         await asyncio.sleep(0)

@@ -10,19 +10,19 @@ from types import ModuleType
 
 import pytest
 
-from caisson.agent.base.lazyimport import Later
+from caisson.agent.base.lazyimport import LazyImporter
 
 CODE = "import sys\nsys.late_runs = getattr(sys, 'late_runs', 0) + 1\nvalue = 7\ndef double():\n    return 2 * value\n"
 
 
 @pytest.fixture
-def later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Later]:
+def lazy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LazyImporter]:
     (tmp_path / "late_module.py").write_text(CODE)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "late_runs", 0, raising=False)
-    later = Later(["late_module", "late_and_missing"])
-    monkeypatch.setattr(sys, "meta_path", [later, *sys.meta_path])
-    yield later
+    lazy = LazyImporter(["late_module", "late_and_missing"])
+    monkeypatch.setattr(sys, "meta_path", [lazy, *sys.meta_path])
+    yield lazy
     sys.modules.pop("late_module", None)
 
 
@@ -30,7 +30,7 @@ def runs() -> int:
     return int(sys.late_runs)  # type: ignore[attr-defined]
 
 
-def test_a_module_runs_when_something_of_it_is_used_and_once(later: Later) -> None:
+def test_a_module_runs_when_something_of_it_is_used_and_once(lazy: LazyImporter) -> None:
     import late_module  # type: ignore[import-not-found]
     import late_module as again
 
@@ -40,19 +40,19 @@ def test_a_module_runs_when_something_of_it_is_used_and_once(later: Later) -> No
     assert late_module.double() == 14
     assert type(late_module) is ModuleType
     assert str(late_module.__file__).endswith("late_module.py")
-    later.load()
+    lazy.load()
     assert runs() == 1
 
 
-def test_what_was_imported_is_run_together(later: Later) -> None:
+def test_what_was_imported_is_run_together(lazy: LazyImporter) -> None:
     import late_module
 
-    later.load()
+    lazy.load()
     assert runs() == 1
     assert late_module.value == 7
 
 
-def test_a_module_that_is_not_there_is_not_there(later: Later) -> None:
+def test_a_module_that_is_not_there_is_not_there(lazy: LazyImporter) -> None:
     with pytest.raises(ModuleNotFoundError, match="late_and_missing"):
         import late_and_missing  # type: ignore[import-not-found]  # noqa: F401
 
@@ -61,14 +61,14 @@ def test_the_agent_gets_to_its_first_answer_without_them() -> None:
     """Of the libraries as they are here; a new version that uses these at once would make them a detour."""
     code = """if True:
         import sys
-        from caisson.agent.base.lazyimport import Later
-        later = Later()
-        sys.meta_path.insert(0, later)
+        from caisson.agent.base.lazyimport import LazyImporter
+        lazy = LazyImporter()
+        sys.meta_path.insert(0, lazy)
         import asyncio
         import caisson.agent.api.health, caisson.agent.rpc.server, caisson.agent.rpc.listener
         asyncio.run(asyncio.sleep(0))
         assert not {"ast", "google.protobuf.text_format"} & set(sys.modules), sorted(sys.modules)
-        later.load()
+        lazy.load()
         assert {"ast", "google.protobuf.text_format"} <= set(sys.modules)
     """
     subprocess.run([sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {sys.path!r}\n{code}"], check=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from typing import Any
 
 import grpc
@@ -117,3 +119,32 @@ def test_an_option_that_is_none_and_a_container_that_has_ended(agent: RunningAge
             assert (code, text) == (Code.INTERNAL, "Could not mount scratch: invalid argument")
 
     run(work())
+
+
+def test_a_thread_in_a_container_imports_nothing() -> None:
+    """A fresh interpreter has imported everything that the thread calls before it enters."""
+    program = """if True:
+        import os, sys, threading
+        from caisson.agent.guest import container_mounts
+        from caisson.agent.guest.storage import open_point
+
+        class Watch:
+            seen = []
+            def find_spec(self, name, path, target=None):
+                if threading.current_thread() is not threading.main_thread():
+                    self.seen.append(name)
+
+        def work():
+            os.close(open_point("/run/caisson-test/a/b", 0o755))
+            raise KeyError("handed out")
+
+        container_mounts._namespace = lambda container: os.open("/proc/self/ns/mnt", os.O_RDONLY)
+        sys.meta_path.insert(0, Watch())
+        try:
+            container_mounts._inside(None, work)
+        except KeyError as error:
+            print("raised", error, Watch.seen)
+    """
+    words = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs /run && exec "$@"', "sh", sys.executable, "-c"]
+    done = subprocess.run([*words, program], capture_output=True, text=True)
+    assert done.stdout == "raised 'handed out' []\n", done.stderr
