@@ -31,8 +31,8 @@ class SetupChannel:
     """Both ends of the channels to one nsexec.
 
     `pids` is called with (stage 1 or 0, stage 2 or 0) for each that is made.  `at_hooks` is done when nsexec waits for
-    the agent's hooks to have run, and for `release_init`; `ready` when the process is set up, `running` when one without
-    a fifo was told to start, `ended` when nobody holds the sync socket any more: after execve, or after the end of all
+    the agent's hooks to have run, and for `release_init`; `ready` when the process is set up, `running` when one
+    without a fifo was told to start, `ended` when nobody holds the sync socket any more: after execve, or after the end of all
     stages.
     """
 

@@ -46,7 +46,7 @@ class Nsexec:
             self._fd = -1
 
     def spawn(self, stdio: tuple[int, int, int] | None, child_fds: Iterable[int], env: Mapping[str, str]) -> int:
-        """Start it and return its pid.  `stdio` None is /dev/null; `child_fds` descriptors keep their numbers 
+        """Start it and return its pid.  `stdio` None is /dev/null; `child_fds` descriptors keep their numbers
         (see `env`).
 
         By posix_spawn: the agent has threads and must never fork.  Raises OSError.
