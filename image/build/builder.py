@@ -42,6 +42,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 #: Rooms of agent/ that no guest needs.
 HOST_ROOMS = ("client", "nsexec", "runtime", "shim")
+#: What of proto/ no guest needs.
+HOST_PROTOCOLS = ("containerd/", "generate.py", "kata3/hypervisor_", "kata3/confidential_data_hub_")
 
 #: The import name: a namespace package, so a directory without a file of its own.
 PACKAGE = "caisson"
@@ -128,11 +130,12 @@ def agent_files() -> list[Path]:
 
     Raises ImageError when the protocol is not compiled yet.
     """
-    protocol = sorted((ROOT / "proto").rglob("*.py"))
+    proto = ROOT / "proto"
+    protocol = [file for file in proto.rglob("*.py") if not str(file.relative_to(proto)).startswith(HOST_PROTOCOLS)]
     if not any(file.name.endswith("_pb2.py") for file in protocol):
         raise ImageError(f"{ROOT / 'proto'} is not compiled; run: python3 -m caisson.proto.generate")
     agent = [file for file in (ROOT / "agent").rglob("*.py") if file.relative_to(ROOT).parts[1] not in HOST_ROOMS]
-    return sorted([*agent, *(file for file in protocol if file.name != "generate.py")])
+    return sorted([*agent, *protocol])
 
 
 def agent_version() -> str:

@@ -1,0 +1,1 @@
+"""What containerd and a shim say to each other."""
