@@ -99,14 +99,13 @@ from caisson.image.containers.oci import packed as packed_image  # noqa: E402
 from caisson.image.programs import TO_BOOT, TO_PACK, need  # noqa: E402
 from caisson.image.vm import VM, VMConfig, VMError, find_vm, get_vm, list_vms  # noqa: E402
 from caisson.image.vm import timeline as timelines  # noqa: E402
-from caisson.image.vm.config import parse_share  # noqa: E402
+from caisson.image.vm.config import DryRun, parse_share  # noqa: E402
 from caisson.image.vm.drawing import svg  # noqa: E402
-from caisson.image.vm.dryrun import DryRun  # noqa: E402
-from caisson.image.vm.dryrun import dry_run as planned  # noqa: E402
+from caisson.image.vm.config import dry_run as planned  # noqa: E402
 from caisson.image.vm.hotplug import share as sharing  # noqa: E402
-from caisson.image.vm.hotplug.balloon import memory_now, set_memory  # noqa: E402
+from caisson.image.vm.hotplug.resources import memory_now, set_memory  # noqa: E402
 from caisson.image.vm.hotplug.disks import plug_disk, unplug_unused  # noqa: E402
-from caisson.image.vm.snapshot.snapshot import Template  # noqa: E402
+from caisson.image.vm.snapshot.snapshot import Snapshot  # noqa: E402
 from caisson.image.vm.timeline import Timeline  # noqa: E402
 
 #: Kernel parameters of a boot that is measured.
@@ -280,7 +279,7 @@ def boot_vm(
             raise client.UsageError(
                 "a guest from a template is as it was saved: --template goes with --name, --accel, --vsock"
             )
-        config = VMConfig.clone(Template.named(template), name=name, accel=accel, vsock=vsock, on_resume=ON_RESUME)
+        config = VMConfig.clone(Snapshot.named(template), name=name, accel=accel, vsock=vsock, on_resume=ON_RESUME)
         ready = functools.partial(client.is_personalized, hostname=name)
     else:
         config = VMConfig(

@@ -41,7 +41,7 @@ class RunningVM(Machine, Protocol):
     def host_port(self, port: int) -> Path:
         """Where the guest's connections to a port of the host arrive."""
 
-    def lifeline(self) -> contextlib.AbstractContextManager[int | None]:
+    def exit_fd(self) -> contextlib.AbstractContextManager[int | None]:
         """A descriptor that becomes readable when the VM has ended; None when it has already."""
 
 
@@ -122,7 +122,7 @@ def forward(
             stack.enter_context(forward_registry(vm).lease(what))
             stack.callback(forward_registry(vm).discard, what)
             context.say(f"{what} of {vm.name}")
-            await forwarding.ended(stack.enter_context(vm.lifeline()))
+            await forwarding.ended(stack.enter_context(vm.exit_fd()))
 
     asyncio.run(work())
 

@@ -11,22 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from caisson.image.errors import ImageError
+from caisson.image.parent_death import session_killed_with_parent
 from caisson.image.programs import package_of, search_path
 
 #: What is passed on of the caller's environment: where things are, and how the network is reached.
 KEPT = re.compile(r"PATH|HOME|TMPDIR|XDG_\w+_HOME|PIP_\w+|(?i:https?|ftp|all|no)_(?i:proxy)|(?:REQUESTS|SSL|CURL)_C\w+")
-
-
-#: Runs a program and kills it with its whole session when nobody holds the other end of the pipe $1 any more: a build's
-#: jobs would go on for minutes, in the way of the next one.
-LEASH = """
-{ read -r _; kill -KILL 0; } <"$1" >/dev/null 2>&1 &
-shift
-"$@"
-status=$?
-kill -KILL $!
-exit $status
-"""
 
 
 class MissingProgram(ImageError):
@@ -64,15 +53,10 @@ def run(
     settings |= {"PATH": search_path(), "LC_ALL": "C.UTF-8", **(env or {})}
     if shutil.which(words[0], path=settings["PATH"]) is None:
         raise MissingProgram(words[0])
-    reading, writing = os.pipe()
-    try:
-        leashed = ["/bin/sh", "-c", LEASH, words[0], f"/dev/fd/{reading}", *words]
+    with session_killed_with_parent(words) as (command, fd):
         done = subprocess.run(
-            leashed, cwd=cwd, env=settings, input=stdin, capture_output=True, pass_fds=[reading], start_new_session=True
+            command, cwd=cwd, env=settings, input=stdin, capture_output=True, pass_fds=[fd], start_new_session=True
         )
-    finally:
-        os.close(reading)
-        os.close(writing)
     if done.returncode != 0:
         raise CommandFailed(words, done.returncode, (done.stderr or done.stdout).decode(errors="replace"))
     return done.stdout

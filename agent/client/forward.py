@@ -127,17 +127,17 @@ async def listening(where: Rule | Path, serve: Serve, report: Callable[[str], No
             where.unlink(missing_ok=True)
 
 
-async def ended(lifeline: int | None) -> None:
+async def ended(exit_fd: int | None) -> None:
     """Wait until a descriptor becomes readable; None counts as readable."""
-    if lifeline is None:
+    if exit_fd is None:
         return
     happened = asyncio.Event()
     loop = asyncio.get_running_loop()
-    loop.add_reader(lifeline, happened.set)
+    loop.add_reader(exit_fd, happened.set)
     try:
         await happened.wait()
     finally:
-        loop.remove_reader(lifeline)
+        loop.remove_reader(exit_fd)
 
 
 async def _join(one: Streams, other: Streams) -> None:

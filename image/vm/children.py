@@ -9,8 +9,10 @@ import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from typing import IO, Self
 
+from caisson.image.parent_death import process_killed_with_parent
+
 #: Seconds that a process gets to end after it was asked to, each time.
-GRACE = 3.0
+TERM_TIMEOUT = 3.0
 
 #: What they are called in what is said to people.
 TITLES = {"qemu": "QEMU", "vsock": "the vsock device"}
@@ -23,7 +25,7 @@ POWERED_OFF = "the guest has powered off"
 class Children:
     """Children by name.  As a context manager it ends them all, the last one first."""
 
-    def __init__(self, log: IO[bytes], grace: float = GRACE) -> None:
+    def __init__(self, log: IO[bytes], grace: float = TERM_TIMEOUT) -> None:
         """``log`` takes their stdout and stderr."""
         self._log = log
         self._grace = grace
@@ -47,7 +49,7 @@ class Children:
         The end of a ``helper`` is nobody's business.
         """
         process = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", "--", *words],
+            process_killed_with_parent(words),
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
@@ -58,15 +60,15 @@ class Children:
             self._helpers.add(name)
         self._pidfds[os.pidfd_open(process.pid)] = name
 
-    def lives(self, name: str) -> bool:
+    def is_running(self, name: str) -> bool:
         """Whether a child runs."""
         return self._processes[name].poll() is None
 
-    def ending(self, name: str, ask: Callable[[], bool]) -> None:
+    def set_quit(self, name: str, ask: Callable[[], bool]) -> None:
         """Before SIGTERM, this child is to be asked: ``ask`` does so, and returns whether it will end."""
         self._ask[name] = ask
 
-    def obituary(self, ready: Iterable[object]) -> str | None:
+    def exit_reason(self, ready: Iterable[object]) -> str | None:
         """What became of the first child whose descriptor is among those that are readable, in words."""
         names = {self._pidfds[descriptor] for descriptor in ready if descriptor in self._pidfds}
         if not names:

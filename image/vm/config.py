@@ -1,18 +1,22 @@
-"""What a VM is to be, as whoever starts it says it."""
+"""The configuration of a VM, as its starter gives it, and what booting it would run."""
 
 from __future__ import annotations
 
 import dataclasses
+import random
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from caisson.image.vm import qemu
+from caisson.image.vm import qemu, vsock
 from caisson.image.vm.accel import Choice, Host, choose_accelerator, choose_vsock
+from caisson.image.vm.directory import VMDirectory
 from caisson.image.vm.errors import VMError
-from caisson.image.vm.snapshot.snapshot import Template
+from caisson.image.vm.snapshot.snapshot import Snapshot
+from caisson.image.vm.vsock import FIRST_CID, LAST_CID
 
 #: What a share may be called: QEMU and the guest's kernel know it by that.
 TAG = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,30}")
@@ -31,8 +35,8 @@ class VMConfig:
     """What to boot and how: ``image`` is an image's directory, ``memory`` in MiB, ``append`` for the kernel.
 
     ``max_memory`` and ``max_cpus`` are what vm/hotplug/plug.py can reach (0: nothing can be plugged in); ``shares`` are
-    directories of the host, by tag, with whether the guest may write to them.  One made from a ``template`` is what the
-    template was; one that is ``savable`` can become a template, and nobody can talk to it (vm/snapshot/snapshot.py).
+    directories of the host, by tag, with whether the guest may write to them.  One made from a ``snapshot`` is what the
+    snapshot was; one that is ``savable`` can become a snapshot, and nobody can talk to it (vm/snapshot/snapshot.py).
     With ``firmware`` the firmware tells what it does, in a file of the VM's directory (x86).
     ``on_resume`` is a command that is run, with the agent's socket as its last word, when the host was suspended: then
     the guest's clock is behind.
@@ -48,7 +52,7 @@ class VMConfig:
     max_memory: int = 0
     max_cpus: int = 0
     shares: Mapping[str, tuple[str, bool]] = dataclasses.field(default_factory=dict)
-    template: Template | None = None
+    snapshot: Snapshot | None = None
     savable: bool = False
     firmware: bool = False
     on_resume: tuple[str, ...] = ()
@@ -67,14 +71,14 @@ class VMConfig:
                 raise VMError(f"a share's tag is up to 31 letters, digits, - and _, not {tag!r}")
             if not Path(path).is_dir():
                 raise VMError(f"{path} is no directory that could be shared")
-        if (self.template or self.savable) and (self.shares or self.max_memory or self.max_cpus):
-            raise VMError("a template has neither shared directories nor room for more memory or CPUs")
+        if (self.snapshot or self.savable) and (self.shares or self.max_memory or self.max_cpus):
+            raise VMError("a snapshot has neither shared directories nor room for more memory or CPUs")
 
     @classmethod
-    def clone(cls, template: Template, **changes: Any) -> Self:
-        """A clone of a template: by its name, ``accel`` and ``vsock`` it may differ from others."""
-        size: dict[str, Any] = {"memory": template.memory, "cpus": template.cpus, "append": template.append}
-        return cls(image=template.image, template=template, **size | changes)
+    def clone(cls, snapshot: Snapshot, **changes: Any) -> Self:
+        """A clone of a snapshot: by its name, ``accel`` and ``vsock`` it may differ from others."""
+        size: dict[str, Any] = {"memory": snapshot.memory, "cpus": snapshot.cpus, "append": snapshot.append}
+        return cls(image=snapshot.image, snapshot=snapshot, **size | changes)
 
     def choices(self) -> tuple[Choice, Choice]:
         """The accelerator and the vsock device on this machine.  Raises VMError."""
@@ -88,11 +92,51 @@ class VMConfig:
         choices = {"accel": dataclasses.astuple(accelerator), "vsock": dataclasses.astuple(transport)}
         shares = {tag: [str(Path(path).resolve()), writable] for tag, (path, writable) in self.shares.items()}
         return (
-            dataclasses.asdict(dataclasses.replace(self, template=None))
+            dataclasses.asdict(dataclasses.replace(self, snapshot=None))
             | choices
             | {
                 "image": str(Path(self.image).resolve()),
-                "template": str(self.template.directory) if self.template else None,
+                "snapshot": str(self.snapshot.directory) if self.snapshot else None,
                 "shares": shares,
             }
         )
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What booting runs: QEMU's ``command``; ``beside``, a line for a shell, has to run with it; ``reasons`` say why."""
+
+    command: tuple[str, ...]
+    beside: str
+    reasons: str
+
+
+def dry_run(config: VMConfig) -> DryRun:
+    """Return what `VM.start` would run.
+
+    A VM hands open sockets to its QEMU; in this command they have names instead, so that QEMU opens them itself.  Raises
+    VMError where no VM could be started, and for a clone: much of that is set up through QEMU's monitor.
+    """
+    if config.snapshot:
+        raise VMError("--dry-run: a clone of a snapshot is more than a command: its memory and state are restored into it")
+    image = Path(config.image).resolve()
+    _, manifest = qemu.read_manifest(image)
+    accelerator, transport = config.choices()
+    directory = VMDirectory.of(config.name)
+    user = transport.name == "user"
+    cid = vsock.USER_CID if user else random.randint(FIRST_CID, LAST_CID)
+    socket = directory.path / "device.sock"
+    devices = qemu.Devices(
+        console=directory.console,
+        qmp=directory.qmp_socket,
+        vsock=transport.name,
+        vsock_fd=-1,
+        cid=cid,
+        vsock_path=socket if user else None,
+        firmware=directory.firmware if config.firmware else None,
+    )
+    wanted = qemu.Wanted.of(config.name, accelerator.name, config.document(accelerator, transport))
+    command = qemu.command(qemu.probe(qemu.architecture_of(manifest)), image, manifest, devices, wanted)
+    backend = vsock.backend(transport.name, directory, cid, ["--listen", str(socket)] if user else [])
+    beside = f"mkdir -p {shlex.quote(str(directory.path))} && {shlex.join(backend)}"
+    return DryRun(tuple(command), beside, f"{accelerator.reason}; {transport.reason}")

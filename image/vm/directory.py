@@ -27,11 +27,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from caisson.image.parent_death import cleaned_up_if_killed
 from caisson.image.vm.errors import VMError
 
 #: sockaddr_un holds 107 bytes and a terminating NUL (unix(7)); `vsock.sock_4294967295` is the longest of ours.
-LONGEST_SOCKET = 107
-LONGEST_NAME = len("/vsock.sock_4294967295")
+MAX_SOCKET_PATH = 107
+MAX_SOCKET_NAME = len("/vsock.sock_4294967295")
 
 
 def run_root() -> Path:
@@ -102,7 +103,7 @@ class VMDirectory:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
             raise VMError(f"a VM's name is made of letters, digits, '_', '.' and '-', and {name!r} is not")
         path = run_root() / name
-        if len(os.fsencode(path)) + LONGEST_NAME > LONGEST_SOCKET:
+        if len(os.fsencode(path)) + MAX_SOCKET_NAME > MAX_SOCKET_PATH:
             raise VMError(f"{path} is too long for the paths of sockets; a shorter name, or CAISSON_RUN, helps")
         return cls(path)
 
@@ -115,7 +116,7 @@ class VMDirectory:
             if self.alive():
                 raise VMError(f"there is a VM {self.name!r} already; stop it: invoke stop-vm --name {self.name}")
             if self._lock.exists():
-                self._clear()
+                self._empty()
             try:
                 self.path.mkdir(mode=0o700)
             except FileExistsError:
@@ -142,17 +143,17 @@ class VMDirectory:
     def remove(self) -> None:
         """Remove it with all that is in it: for the holder of its lock."""
         with _alone(self.path.parent):
-            self._clear()
+            self._empty()
 
     def remove_stale(self) -> bool:
         """Remove it unless a supervisor holds it; says whether it did."""
         with _alone(self.path.parent):
             if self.alive():
                 return False
-            self._clear()
+            self._empty()
             return True
 
-    def _clear(self) -> None:
+    def _empty(self) -> None:
         # The lock goes last: what is left by one who is killed on the way can be told from somebody else's directory.
         for entry in self.path.iterdir():
             if entry.is_dir() and not entry.is_symlink():
@@ -206,7 +207,7 @@ def _tail(file: Path, lines: int) -> str:
     return "\n".join([line for line in kept if line.strip()][-lines:])
 
 
-def living() -> Iterator[VMDirectory]:
+def running_vms() -> Iterator[VMDirectory]:
     """The directories of VMs that live, by name; stale ones are removed on the way.  Raises VMError."""
     root = owned_run_root()
     for path in sorted(root.iterdir()) if root else ():
@@ -215,3 +216,20 @@ def living() -> Iterator[VMDirectory]:
             yield directory
         elif (path / "lock").exists():
             directory.remove_stale()
+
+
+#: Arguments: the VM's directory, the run root.  The kernel may close the pipe of a dying process before its lock, hence
+#: the first flock(1).  The others hold the lock under which directories are made and removed, and look again: what is
+#: locked by now belongs to a new VM of the same name, and what is neither locked nor empty is somebody else's.
+REMOVE = """
+[ -e "$1/lock" ] || exec flock -- "$2" rmdir -- "$1"
+flock --wait 2 -- "$1/lock" true && exec flock -- "$2" flock --nonblock -- "$1/lock" rm -rf -- "$1"
+"""
+
+
+def janitor(directory: VMDirectory) -> contextlib.AbstractContextManager[None]:
+    """Have a VM's directory, and this process's group, cleaned up should this process be killed in the block.
+
+    To be entered before the directory is made, so that there is no moment at which a kill leaves something behind.
+    """
+    return cleaned_up_if_killed(REMOVE, [str(directory.path), str(directory.path.parent)])

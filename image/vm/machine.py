@@ -16,27 +16,27 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from caisson.image.vm import exit_reason as lastwords
+from caisson.image.vm import exit_reason
 from caisson.image.vm.accel import Choice
 from caisson.image.vm.children import POWERED_OFF
 from caisson.image.vm.config import VMConfig
-from caisson.image.vm.directory import VMDirectory, living, owned_run_root
+from caisson.image.vm.directory import VMDirectory, running_vms, owned_run_root
 from caisson.image.vm.errors import VMError
 from caisson.image.vm.follower import Follower
-from caisson.image.vm.lines import Lines
-from caisson.image.vm.snapshot.snapshot import Bond, Template, place
+from caisson.image.vm.jsonsocket import JSONSocket
+from caisson.image.vm.snapshot.snapshot import SnapshotCompatibility, Snapshot, place
 
 #: Seconds until the agent has to answer: native, and emulated on a busy machine.
-READY = {"kvm": 60.0, "tcg": 240.0}
+AGENT_TIMEOUT = {"kvm": 60.0, "tcg": 240.0}
 
 #: Seconds between two times that the agent is asked, if asking takes no time itself.
-ASKING = 0.02
+READY_INTERVAL = 0.02
 
 #: Seconds to the firmware's messages: whoever wants them wants to know when they came.
-AT_ONCE = 0.002
+FIRMWARE_INTERVAL = 0.002
 
 #: Seconds for a supervisor to take everything down: it asks, terminates and kills two processes.
-STOPPING = 20.0
+STOP_TIMEOUT = 20.0
 
 
 class VM:
@@ -47,7 +47,7 @@ class VM:
         self._info = info or {}
         self._supervisor: subprocess.Popen[bytes] | None = None
         self._config: VMConfig | None = None  # of one that was started here
-        self._line: Lines | None = None  # to the supervisor, while this is the VM's starter
+        self._line: JSONSocket | None = None  # to the supervisor, while this is the VM's starter
         self._end: str | None = None  # why it has ended, once the supervisor has said so
         self._shown = 0  # bytes of the console that were handed on
 
@@ -120,19 +120,19 @@ class VM:
         began = time.monotonic()
         owned_run_root(make=True)
         directory = VMDirectory.of(config.name)
-        lastwords.forget(directory)
+        exit_reason.clear(directory)
         image = Path(config.image).resolve()
         accelerator, transport = config.choices()
         report(f"{accelerator.reason}; {transport.reason}")
-        if config.template:
-            config.template.check(Bond.here(image, accelerator.name, transport.name))
-        limit = timeout or READY[accelerator.name]
+        if config.snapshot:
+            config.snapshot.check(SnapshotCompatibility.here(image, accelerator.name, transport.name))
+        limit = timeout or AGENT_TIMEOUT[accelerator.name]
         vm = cls(directory)
         vm._config = dataclasses.replace(config, image=image)
         try:
             vm._launch(vm._config, accelerator, transport)
             follower = Follower(directory.console, console)
-            with follower, Follower(directory.firmware, firmware, interval=AT_ONCE):
+            with follower, Follower(directory.firmware, firmware, interval=FIRMWARE_INTERVAL):
                 vm._await(ready, began, limit, accelerator)
             vm._shown = follower.position
         except VMError as error:
@@ -148,7 +148,7 @@ class VM:
     def _launch(self, config: VMConfig, accelerator: Choice, transport: Choice) -> None:
         """Start a supervisor and have it start the VM."""
         ours, theirs = socket.socketpair()
-        self._line = Lines(ours)
+        self._line = JSONSocket(ours)
         with theirs:
             self._supervisor = subprocess.Popen(
                 [sys.executable, "-m", "caisson.image.vm.supervisor", str(theirs.fileno())],
@@ -167,7 +167,7 @@ class VM:
         assert self._line is not None
         while not ready(self.agent_socket):
             with contextlib.suppress(TimeoutError):
-                self._message(ASKING)
+                self._message(READY_INTERVAL)
             if time.monotonic() - began > limit:
                 silence = self._directory.console_silence()
                 raise VMError(f"the agent did not answer within {limit:.0f} s; {silence} ({accelerator.reason})")
@@ -190,7 +190,7 @@ class VM:
         """Take down what was started here; returns what QEMU and the guest said last."""
         if self._line is not None:
             self._line.finish()
-            deadline = time.monotonic() + STOPPING
+            deadline = time.monotonic() + STOP_TIMEOUT
             with contextlib.suppress(VMError, TimeoutError):
                 while self._end is None:
                     self._message(max(0.0, deadline - time.monotonic()))
@@ -203,7 +203,7 @@ class VM:
         """Wait for the supervisor that was started here."""
         if self._supervisor is not None:
             try:
-                self._supervisor.wait(STOPPING)
+                self._supervisor.wait(STOP_TIMEOUT)
             except subprocess.TimeoutExpired:
                 self._supervisor.kill()  # its children and the janitor know what to do
                 self._supervisor.wait()
@@ -221,7 +221,7 @@ class VM:
 
     def show(self, console: Callable[[bytes], None], *, follow: bool) -> None:
         """Hand on what the guest has printed, and with ``follow`` what it prints until the VM ends."""
-        with Follower(self._directory.console, console), self.lifeline() as supervisor:
+        with Follower(self._directory.console, console), self.exit_fd() as supervisor:
             if follow and supervisor is not None:
                 select.select([supervisor], [], [])
 
@@ -236,25 +236,25 @@ class VM:
         self._line = None
 
     def save(self, name: str) -> int:
-        """Store a savable guest as a template, in the place of an older one, and end it; returns the bytes on disk.
+        """Store a savable guest as a snapshot, in the place of an older one, and end it; returns the bytes on disk.
 
         Raises VMError.
         """
         config = self._config
         assert self._line is not None and config is not None and config.savable, "only a savable VM's starter saves it"
-        bond = Bond.here(config.image, self._info["accel"], self._info["vsock"])
-        template = Template(name, place(name), config.image, bond, config.memory, config.cpus, config.append)
-        document = dataclasses.asdict(template) | {"directory": str(template.directory), "image": str(template.image)}
+        compatibility = SnapshotCompatibility.here(config.image, self._info["accel"], self._info["vsock"])
+        snapshot = Snapshot(name, place(name), config.image, compatibility, config.memory, config.cpus, config.append)
+        document = dataclasses.asdict(snapshot) | {"directory": str(snapshot.directory), "image": str(snapshot.image)}
         try:
             self._line.send({"save": document})
             size = int(self._message()["saved"])
         except (OSError, VMError) as error:
-            raise VMError(f"template {name!r}: {self._end or error}") from error
+            raise VMError(f"snapshot {name!r}: {self._end or error}") from error
         finally:
             self._abandon()
         return size
 
-    def stop(self, timeout: float = STOPPING) -> None:
+    def stop(self, timeout: float = STOP_TIMEOUT) -> None:
         """End it; returns when nothing of it is left.  Raises VMError when that takes longer than ``timeout`` seconds.
 
         A VM that has ended already is no error.
@@ -262,7 +262,7 @@ class VM:
         if self._line is not None:
             self._abandon()
             return
-        with self.lifeline() as supervisor:
+        with self.exit_fd() as supervisor:
             if supervisor is None:
                 return
             with contextlib.suppress(ProcessLookupError):
@@ -274,7 +274,7 @@ class VM:
         self._reap()
 
     @contextlib.contextmanager
-    def lifeline(self) -> Iterator[int | None]:
+    def exit_fd(self) -> Iterator[int | None]:
         """A descriptor that becomes readable when the VM has ended; None when it has already."""
         pid = self.info.get("pids", {}).get("supervisor")
         try:
@@ -298,7 +298,7 @@ class VM:
 
 
 def find_vm(name: str) -> VM | None:
-    """The living VM of this name, if there is one.  Raises VMError for a name that cannot be one."""
+    """The running_vms VM of this name, if there is one.  Raises VMError for a name that cannot be one."""
     directory = VMDirectory.of(name)
     if owned_run_root() is None or not directory.alive():
         return None
@@ -311,7 +311,7 @@ def get_vm(name: str) -> VM:
     vm = find_vm(name)
     if vm is None:
         names = ", ".join(other.name for other in list_vms()) or "none"
-        why = lastwords.of(VMDirectory.of(name))
+        why = exit_reason.describe(VMDirectory.of(name))
         raise VMError(
             f"there is no VM {name!r}; running: {names}; start it: invoke boot-vm --name {name} --detach"
             + (f"\n{why}" if why else "")
@@ -320,6 +320,6 @@ def get_vm(name: str) -> VM:
 
 
 def list_vms() -> list[VM]:
-    """All living VMs of this user, by name."""
-    vms = ((directory, directory.read()) for directory in living())
+    """All running_vms VMs of this user, by name."""
+    vms = ((directory, directory.read()) for directory in running_vms())
     return [VM(directory, info) for directory, info in vms if info]

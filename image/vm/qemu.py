@@ -63,7 +63,7 @@ PORTS = ("10", "11")
 #: a hypervisor (acpi_is_processor_usable() in arch/x86/kernel/acpi/boot.c).
 NEEDS_A_HYPERVISOR = (6, 3)
 
-#: The slot of the port that a guest made from a template gets its vsock device in.
+#: The slot of the port that a guest made from a snapshot gets its vsock device in.
 VSOCK_PORT = "12"
 
 #: How many times memory can be added.
@@ -84,8 +84,8 @@ class Devices:
     """What the supervisor prepared for QEMU: ``vsock_fd`` is the vhost-user socket, or a /dev/vhost-vsock; a QEMU that
     is to open them itself has the socket's path instead.
 
-    ``ram`` is a file that is to be the memory, of a guest that becomes a template or is made from one (``clone``);
-    one that becomes a template has no vhost-user device (``vsock_fd`` < 0), and a clone gets it later (vsock_plug).
+    ``ram`` is a file that is to be the memory, of a guest that becomes a snapshot or is made from one (``clone``);
+    one that becomes a snapshot has no vhost-user device (``vsock_fd`` < 0), and a clone gets it later (vsock_plug).
     What the firmware says goes to the file ``firmware``, where it says something (SeaBIOS: on I/O port 0x402).
     """
 
@@ -273,7 +273,7 @@ def command(
             "-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}",
         ]  # fmt: skip
     if devices.ram:
-        return [*words, *_template(architecture, devices, wanted)]
+        return [*words, *_snapshot(architecture, devices, wanted)]
     # Our own vsock device reads and writes the guest's memory, as virtiofsd does: a memfd that they map, too.
     words += ["-object", f"memory-backend-memfd,id=ram,size={wanted.memory}M,share=on"]
     if devices.vsock == "user":
@@ -283,12 +283,12 @@ def command(
     return words
 
 
-def _template(architecture: Architecture, devices: Devices, wanted: Wanted) -> list[str]:
-    """What a guest has that becomes a template or is made from one: memory in a file, and a number of its own by which
+def _snapshot(architecture: Architecture, devices: Devices, wanted: Wanted) -> list[str]:
+    """What a guest has that becomes a snapshot or is made from one: memory in a file, and a number of its own by which
     its kernel sees that it is a copy (vmgenid).
 
     QEMU cannot save a vhost-user device, so such a guest is saved without and has it plugged in later.  The kernel's it
-    saves and restores with another CID; that device also does without shared memory, so a clone maps the template's.
+    saves and restores with another CID; that device also does without shared memory, so a clone maps the snapshot's.
     """
     assert devices.ram is not None
     vhost_user = devices.vsock == "user"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from caisson.image.vm.errors import VMError
-from caisson.image.vm.lines import Lines
+from caisson.image.vm.jsonsocket import JSONSocket
 
 
 class QMPError(VMError):
@@ -34,7 +34,7 @@ class QMP:
         self._timeout = timeout
         connection = socket.socket(socket.AF_UNIX)
         connection.settimeout(timeout)
-        self._lines = Lines(connection)
+        self._lines = JSONSocket(connection)
         try:
             connection.connect(str(path))
             if "QMP" not in self._receive(time.monotonic() + timeout):

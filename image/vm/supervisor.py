@@ -4,7 +4,7 @@
 
 What is said on the socket, a JSON object a line:
     starter → supervisor    the configuration; {"ready": seconds} when the agent answers; {"detach": true};
-                            {"save": …template.json…} of one that can become a template
+                            {"save": …snapshot.json…} of one that can become a snapshot
     supervisor → starter    {"info": …vm.json…} when the VM is started, and again when it is ready; {"ended": "why"};
                             {"saved": bytes}
 
@@ -30,30 +30,29 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from caisson.image.vm import exit_reason as lastwords
+from caisson.image.vm import exit_reason
 from caisson.image.vm import qemu, vsock
 from caisson.image.vm.accel import Choice
 from caisson.image.vm.children import POWERED_OFF, Children
-from caisson.image.vm.directory import VMDirectory
+from caisson.image.vm.directory import VMDirectory, janitor
 from caisson.image.vm.errors import VMError
 from caisson.image.vm.hotplug.virtiofs import Shares
-from caisson.image.vm.janitor import janitor
-from caisson.image.vm.lines import Lines
+from caisson.image.vm.jsonsocket import JSONSocket
 from caisson.image.vm.qmp import QMP, QMPError
 from caisson.image.vm.snapshot import migration, ram
-from caisson.image.vm.snapshot.snapshot import Bond, Template, store
-from caisson.image.vm.vsock import vhost
+from caisson.image.vm.snapshot.snapshot import SnapshotCompatibility, Snapshot, store
+
 
 #: Seconds between looks whether the host was suspended, and for how long it has to have been: clocks are not exact.
-LOOKING = 10.0
-SUSPENDED = 1.0
+SUSPEND_CHECK_INTERVAL = 10.0
+MIN_SUSPENDED = 1.0
 
 #: Seconds that QEMU gets to answer a `quit`.
-ASKING = 1.0
+QUIT_TIMEOUT = 1.0
 
 #: The end that somebody wanted.
 STOPPED = "it was stopped"
@@ -76,7 +75,7 @@ class Supervisor:
     def __init__(
         self,
         config: dict[str, Any],
-        starter: Lines,
+        starter: JSONSocket,
         stop: socket.socket,
         suspended: Callable[[], float] = seconds_suspended,
     ) -> None:
@@ -104,9 +103,9 @@ class Supervisor:
                     if why == POWERED_OFF and panic:
                         why = f"the guest's kernel panicked: {panic[1]}"
                 finally:
-                    why += self._evidence()
+                    why += self._diagnostics()
                     if self._detached and not why.startswith((STOPPED, POWERED_OFF)):
-                        lastwords.keep(self._directory, why)
+                        exit_reason.record(self._directory, why)
                     self._directory.remove()
         except VMError as error:
             why = str(error)
@@ -114,7 +113,7 @@ class Supervisor:
             why = f"its supervisor failed: {traceback.format_exc()}"
         return why
 
-    def _evidence(self) -> str:
+    def _diagnostics(self) -> str:
         """What QEMU and the guest said last: after the directory is gone nobody can look it up."""
         texts = {
             "QEMU says": self._directory.qemu_tail(),
@@ -134,14 +133,14 @@ class Supervisor:
         if shutil.which("setpriv") is None:
             raise VMError("setpriv is not installed; run: sudo apt-get install util-linux")
         with directory.qemu_log.open("wb") as log, Children(log) as children, contextlib.ExitStack() as stack:
-            children.ending("qemu", self._quit_qemu)
-            source = Path(config["template"]) if config["template"] else None
+            children.set_quit("qemu", self._quit_qemu)
+            source = Path(config["snapshot"]) if config["snapshot"] else None
             if config["savable"] or (source and transport.name == "user"):
-                self._ram = stack.enter_context(memory_file(config["memory"], source))
+                self._ram = stack.enter_context(ram.memory_file(config["memory"], source))
             device = None
             if transport.name == "vhost" or not config["savable"]:
                 # A clone must be told from its siblings by its CID, also where nobody else would mind.
-                cid = random.randint(vhost.FIRST_CID, vhost.LAST_CID) if source else vsock.USER_CID
+                cid = random.randint(vsock.FIRST_CID, vsock.LAST_CID) if source else vsock.USER_CID
                 device = stack.enter_context(vsock.prepare(transport.name, directory, cid))
             memory = Path(f"/proc/self/fd/{self._ram.fileno()}") if self._ram else None
             if source and transport.name == "vhost":
@@ -165,14 +164,14 @@ class Supervisor:
             spawned = time.monotonic()
             children.spawn("qemu", command, fds)
             if device:
-                device.hand_over()
+                device.close_inherited()
                 device.wait()
             self._info = {
                 "name": directory.name,
                 "state": "starting",
                 "directory": str(directory.path),
                 "image": str(image),
-                "template": source.name if source else None,
+                "snapshot": source.name if source else None,
                 "accel": accelerator.name,
                 "accel_reason": accelerator.reason,
                 "vsock": transport.name,
@@ -197,7 +196,7 @@ class Supervisor:
             if source:
                 state = (source / "state").read_bytes()
                 plug = qemu.vsock_plug(transport.name)
-                migration.restore(directory.qmp_socket, self._scratch, state, lambda: children.lives("qemu"), plug)
+                migration.restore(directory.qmp_socket, self._scratch, state, lambda: children.is_running("qemu"), plug)
                 if self._ram:
                     self._ram.close()  # QEMU has it, and the device
                     self._ram = None
@@ -208,36 +207,36 @@ class Supervisor:
         return self._directory.path / "state.sock"
 
     def _save(self, document: dict[str, Any], alive: Callable[[], bool]) -> None:
-        """Stop the guest and store it as a template."""
+        """Stop the guest and store it as a snapshot."""
         assert self._ram is not None, "only a guest that was started as savable is saved"
         document |= {"directory": Path(document["directory"]), "image": Path(document["image"])}
-        template = Template(**document | {"bond": Bond(**document["bond"])})
+        snapshot = Snapshot(**document | {"compatibility": SnapshotCompatibility(**document["compatibility"])})
         state = migration.save(self._directory.qmp_socket, self._scratch, alive)
-        tell(self._starter, {"saved": store(template, self._ram.fileno(), state)})
+        send(self._starter, {"saved": store(snapshot, self._ram.fileno(), state)})
 
     def _publish(self) -> None:
         self._directory.write(self._info)
-        tell(self._starter, {"info": self._info})
+        send(self._starter, {"info": self._info})
 
     def _watch(self, children: Children, control: socket.socket, shares: Shares) -> None:
         """Wait for whatever ends the VM; raises Ended."""
         watched: list[Any] = [self._starter, self._stop, control, *children.pidfds]
         while True:
-            ready, _, _ = select.select(watched, [], [], LOOKING)
-            self._look_at_clocks(children)
+            ready, _, _ = select.select(watched, [], [], SUSPEND_CHECK_INTERVAL)
+            self._check_suspend(children)
             if self._stop in ready:
                 raise Ended(STOPPED)
-            if obituary := children.obituary(ready):
-                raise Ended(obituary)
-            if self._starter in ready and not self._heed(children):
+            if reason := children.exit_reason(ready):
+                raise Ended(reason)
+            if self._starter in ready and not self._handle_starter(children):
                 watched.remove(self._starter)
             if control in ready:
                 self._answer(control, shares)
 
-    def _look_at_clocks(self, children: Children) -> None:
+    def _check_suspend(self, children: Children) -> None:
         """Run what was asked for if the host was suspended."""
         words, suspended = self._config["on_resume"], self._suspended()
-        if words and suspended - self._noticed > SUSPENDED:
+        if words and suspended - self._noticed > MIN_SUSPENDED:
             self._noticed = suspended
             children.end("on resume")
             children.spawn("on resume", [*words, str(self._directory.agent_socket)], [], helper=True)
@@ -246,8 +245,8 @@ class Supervisor:
         """Answer one question; whoever does not ask in time gets no answer."""
         connection, _ = control.accept()
         with connection, contextlib.suppress(OSError, ValueError):
-            lines = Lines(connection)
-            question = lines.receive(ASKING) or {}
+            lines = JSONSocket(connection)
+            question = lines.receive(QUIT_TIMEOUT) or {}
             try:
                 answer = shares.answer(question)
             except VMError as error:
@@ -255,7 +254,7 @@ class Supervisor:
             self._publish()
             lines.send(answer)
 
-    def _heed(self, children: Children) -> bool:
+    def _handle_starter(self, children: Children) -> bool:
         """Do what the starter says; whether there is more to come.  Raises Ended when it has gone."""
         while True:
             try:
@@ -268,7 +267,7 @@ class Supervisor:
                 self._detached = True
                 return False
             if "save" in message:
-                self._save(message["save"], lambda: children.lives("qemu"))
+                self._save(message["save"], lambda: children.is_running("qemu"))
             if "ready" in message:
                 self._info |= {"state": "running", "boot_seconds": message["ready"]}
                 self._publish()
@@ -276,29 +275,14 @@ class Supervisor:
     def _quit_qemu(self) -> bool:
         """Ask QEMU to end; whether it said yes."""
         try:
-            with QMP(self._directory.qmp_socket, ASKING) as monitor:
+            with QMP(self._directory.qmp_socket, QUIT_TIMEOUT) as monitor:
                 monitor.execute("quit")
         except QMPError:
             return False
         return True
 
 
-@contextlib.contextmanager
-def memory_file(mebibytes: int, template: Path | None) -> Iterator[IO[bytes]]:
-    """A file in memory for a guest's memory, with that of a template in it.  Raises VMError."""
-    with open(os.memfd_create("caisson-ram"), "r+b", buffering=0) as file:  # noqa: PTH123
-        try:
-            if template is None:
-                os.ftruncate(file.fileno(), mebibytes << 20)
-            else:
-                with (template / "ram").open("rb") as saved:
-                    ram.copy(saved.fileno(), file.fileno())
-        except OSError as error:
-            raise VMError(f"the template's memory cannot be copied: {error.strerror or error}") from error
-        yield file
-
-
-def tell(starter: Lines, message: dict[str, Any]) -> None:
+def send(starter: JSONSocket, message: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):  # it has gone, or was detached
         starter.send(message)
 
@@ -313,10 +297,10 @@ def main() -> None:
         signal.signal(number, lambda *_: None)
     if os.getpgrp() != os.getpid():  # run by hand: what kills the VM's processes must not kill the shell's
         os.setsid()
-    starter = Lines(socket.socket(fileno=int(sys.argv[1])))
+    starter = JSONSocket(socket.socket(fileno=int(sys.argv[1])))
     config = starter.receive()
     if config is not None:
-        tell(starter, {"ended": Supervisor(config, starter, stop).run()})
+        send(starter, {"ended": Supervisor(config, starter, stop).run()})
 
 
 if __name__ == "__main__":

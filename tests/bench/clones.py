@@ -1,10 +1,10 @@
-"""From a template of a running guest to the first answer, beside a cold boot of a static C init on the same kernel.
+"""From a snapshot of a running guest to the first answer, beside a cold boot of a static C init on the same kernel.
 
     python -m tests.bench.clones [--rounds N] [--memory MIB]
 
 Prints rows as JSON.  The time is the user's, as in tests.bench.boot: from the start of the QEMU process to the answer
 of Health.Check; for a settled clone also with its identity, clock and random numbers set.  A boot of the same image
-shows what the template saves.  All of them in turn, so that what else the machine does hits all.
+shows what the snapshot saves.  All of them in turn, so that what else the machine does hits all.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from caisson.agent import client
 from caisson.image.vm import VM, VMConfig
-from caisson.image.vm.snapshot.snapshot import Template, says_ready
+from caisson.image.vm.snapshot.snapshot import Snapshot, says_ready
 from tests.bench.boot import LEAN, booted, init_answers, minimal, own_run_directory
 from tests.bench.rows import Row
 from tests.e2e.conftest import built
@@ -33,24 +33,24 @@ BUDGET = 1.6
 
 
 @contextmanager
-def saved(image: Path, memory: int) -> Iterator[Template]:
-    """A template of an image's running guest."""
+def saved(image: Path, memory: int) -> Iterator[Snapshot]:
+    """A snapshot of an image's running guest."""
     name = f"bench-{os.getpid()}"
     with VM.start(VMConfig(image, name="saved", memory=memory, savable=True), ready=says_ready) as vm:
         vm.save(name)
-    template = Template.load(name)
-    assert template is not None
+    snapshot = Snapshot.load(name)
+    assert snapshot is not None
     try:
-        yield template
+        yield snapshot
     finally:
-        shutil.rmtree(template.directory)
+        shutil.rmtree(snapshot.directory)
 
 
 def measure(rounds: int, memory: int, work: Path) -> list[Row]:
     """The rows."""
     lean = built(*LEAN)
-    with saved(lean, memory) as template:
-        clone = VMConfig.clone(template, name="bench")
+    with saved(lean, memory) as snapshot:
+        clone = VMConfig.clone(snapshot, name="bench")
         guests: dict[str, tuple[VMConfig, Callable[[Path], bool]]] = {
             "limit": (VMConfig(minimal(lean, work), name="bench", memory=memory), init_answers),
             "boot": (VMConfig(lean, name="bench", memory=memory), client.ReadinessProbe()),
@@ -64,7 +64,7 @@ def measure(rounds: int, memory: int, work: Path) -> list[Row]:
                     times[name].append(seconds)
     found = {name: statistics.median(each) for name, each in times.items()}
     limit = found["limit"]
-    what = "template to Health.Check"
+    what = "snapshot to Health.Check"
     return [
         Row.beside(f"{what}, beside a C init that boots (s)", found["clone"], limit, BUDGET, limit),
         Row.beside(f"{what} of a settled clone, beside a boot (s)", found["settled"], found["boot"], None, limit),

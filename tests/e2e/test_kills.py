@@ -63,8 +63,8 @@ SCENES = {
     "boot": Scene(("boot-vm", "--name", "v"), b"the agent answers", interrupt=True, vm=False),
     "boot, detached": Scene(("boot-vm", "--name", "v", "--detach"), vm=False),
     "exec in a VM of its own": Scene(("exec", "--", *STAYS), b"up\n", vm=False),
-    "save a template": Scene(("save-template", "--name", "TEMPLATE", "--memory", "192"), vm=False),
-    "clone": Scene(("boot-vm", "--template", "TEMPLATE", "--name", "v", "--detach"), vm=False),
+    "save a snapshot": Scene(("save-snapshot", "--name", "SNAPSHOT", "--memory", "192"), vm=False),
+    "clone": Scene(("boot-vm", "--snapshot", "SNAPSHOT", "--name", "v", "--detach"), vm=False),
     "exec": Scene(("exec", "--name", "v", "--", *STAYS), b"up\n"),
     "run": Scene(("run", "ROOT", "--name", "v", "--", *STAYS), b"up\n"),
     "shell": Scene(("shell", "--name", "v"), b"up\n"),
@@ -76,14 +76,14 @@ SCENES = {
 }
 
 #: Steps of the cache in which these commands work.
-STEPS = ("containers", "templates")
+STEPS = ("containers", "snapshots")
 
 
 class Stage:
     """Where scenes are played: a command line with directories of its own for whatever a command may leave."""
 
     def __init__(self, caisson: Caisson, place: Path) -> None:
-        self.template = f"kills-{os.getpid()}"
+        self.snapshot = f"kills-{os.getpid()}"
         self._caisson = caisson
         self._run = caisson.run_directory
         self._scratch = place / "tmp"
@@ -91,7 +91,7 @@ class Stage:
         caisson.environment |= {"TMPDIR": str(self._scratch)}
         with tarfile.open(fileobj=io.BytesIO(busybox_layer())) as archive:
             archive.extractall(place / "root", filter="fully_trusted")
-        self._names = {"TEMPLATE": self.template, "ROOT": str(place / "root"), "COPY": str(place / "copy")}
+        self._names = {"SNAPSHOT": self.snapshot, "ROOT": str(place / "root"), "COPY": str(place / "copy")}
         self._took: dict[str, float] = {}
 
     def play(self, name: str, victim: str, when: float) -> None:
@@ -155,8 +155,8 @@ class Stage:
             self._do("exec", "--name", "v", "--", "true")
         elif lives and not scene.vm:
             self._do("stop-vm", "--name", "v")
-        if "--template" in scene.words and not (default_root() / "templates" / self.template).exists():
-            self._through("save a template")
+        if "--snapshot" in scene.words and not (default_root() / "snapshots" / self.snapshot).exists():
+            self._through("save a snapshot")
 
     @contextlib.contextmanager
     def _started(self, scene: Scene) -> Iterator[subprocess.Popen[bytes]]:
@@ -216,7 +216,7 @@ def stage(own: Caisson, tmp_path: Path) -> Iterator[Stage]:
         yield stage
     finally:
         own("stop-vm", "--all")
-        shutil.rmtree(default_root() / "templates" / stage.template, ignore_errors=True)
+        shutil.rmtree(default_root() / "snapshots" / stage.snapshot, ignore_errors=True)
 
 
 def test_killed_at_any_moment(stage: Stage) -> None:
@@ -224,7 +224,7 @@ def test_killed_at_any_moment(stage: Stage) -> None:
     chance = random.Random(SEED)
     pairs = [(scene, victim) for scene in SCENES for victim in VICTIMS]
     if choose_vsock("auto", Host.here()).name == "user":  # then a guest is saved without
-        pairs.remove(("save a template", "vsock"))
+        pairs.remove(("save a snapshot", "vsock"))
     chance.shuffle(pairs)
     for scene, victim in itertools.islice(itertools.cycle(pairs), KILLS):
         stage.play(scene, victim, chance.uniform(0, 1.2))

@@ -10,7 +10,7 @@ import pytest
 from caisson.agent.client import Agent, default_spec
 from caisson.image.vm import find_vm
 from caisson.image.vm.errors import VMError
-from caisson.image.vm.hotplug.plug import plug_cpus, plug_memory
+from caisson.image.vm.hotplug.resources import plug_cpus, plug_memory
 from caisson.proto.kata1 import agent_pb2, oci_pb2
 from tests.e2e.conftest import COMPILING, PATIENCE, Caisson, built
 

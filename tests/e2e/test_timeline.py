@@ -42,7 +42,7 @@ def test_the_time_of_a_boot_is_accounted_for(own: Caisson, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("words", "complaint"),
-    [(["--timeline", "boot.png"], "FILE.svg or"), (["--timeline", "boot.svg", "--template", "x"], "does not boot")],
+    [(["--timeline", "boot.png"], "FILE.svg or"), (["--timeline", "boot.svg", "--snapshot", "x"], "does not boot")],
 )
 def test_what_cannot_be_drawn_is_refused(own: Caisson, words: list[str], complaint: str) -> None:
     refused = own("boot-vm", *words)

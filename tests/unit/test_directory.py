@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from caisson.image.vm.directory import VMDirectory, living, owned_run_root
+from caisson.image.vm.directory import VMDirectory, running_vms, owned_run_root
 from caisson.image.vm.errors import VMError
 
 
@@ -24,7 +24,7 @@ def test_who_holds_the_lock_lives(run: Path) -> None:
     assert not directory.alive()
     with directory.create():
         assert directory.alive()
-        assert [other.name for other in living()] == ["v"]
+        assert [other.name for other in running_vms()] == ["v"]
         assert not directory.remove_stale()
         with pytest.raises(VMError, match="stop-vm --name v"):
             VMDirectory.of("v").create()
@@ -47,7 +47,7 @@ def test_stale_ones_go_when_somebody_looks(run: Path) -> None:
     VMDirectory.of("old").create().close()
     (run / "else").mkdir()  # nothing says that it was a VM
     (run / "file").touch()
-    assert list(living()) == []
+    assert list(running_vms()) == []
     assert sorted(path.name for path in run.iterdir()) == ["else", "file"]
 
 
@@ -88,13 +88,13 @@ def test_a_place_where_others_write_is_refused(run: Path) -> None:
     with pytest.raises(VMError, match="chmod go-w"):
         owned_run_root()
     with pytest.raises(VMError, match="chmod go-w"):
-        list(living())
+        list(running_vms())
 
 
 def test_a_place_that_is_no_directory_is_refused(run: Path) -> None:
     run.rmdir()
     assert owned_run_root() is None
-    assert list(living()) == []
+    assert list(running_vms()) == []
     run.touch()
     with pytest.raises(VMError, match="not a directory"):
         owned_run_root()

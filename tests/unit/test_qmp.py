@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from caisson.image.vm.lines import LONGEST
+from caisson.image.vm.jsonsocket import MAX_LINE
 from caisson.image.vm.qmp import QMP, QMPError
 from tests.unit.fake_qemu import monitor_of
 
@@ -83,7 +83,7 @@ def test_a_stream_of_events_ends_in_time(serve: Server) -> None:
             monitor.execute("stop")
 
 
-@pytest.mark.parametrize("greeting", [b"HTTP/1.1 400\r\n", b"[]\n", b'{"event": "X"}\n', b"x" * (LONGEST + 100000)])
+@pytest.mark.parametrize("greeting", [b"HTTP/1.1 400\r\n", b"[]\n", b'{"event": "X"}\n', b"x" * (MAX_LINE + 100000)])
 def test_what_is_no_qemu_is_no_qemu(serve: Server, greeting: bytes) -> None:
     with pytest.raises(QMPError):
         QMP(serve(greeting, end=True))

@@ -81,7 +81,7 @@ def test_without_any(place: Path) -> None:
 def test_a_vm_without_memory_to_share(tmp_path: Path) -> None:
     info: dict[str, Any] = {
         "vsock": "vhost",
-        "template": "t",
+        "snapshot": "t",
         "shares": {"data": [str(tmp_path), True]},
         "virtiofs": {},
     }

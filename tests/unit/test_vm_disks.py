@@ -61,7 +61,7 @@ def test_a_file_that_is_not_there_leaves_nothing(vm: Any, file: Path) -> None:
 
 
 def test_what_others_have_plugged_in_stays(vm: Any, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disks, "LETTING_GO", 0.2)
+    monkeypatch.setattr(disks, "UNPLUG_TIMEOUT", 0.2)
     with QMP(vm.directory / "qmp.sock", 10) as monitor:
         monitor.execute("device_add", {"driver": "virtio-rng-pci", "id": "mine", "bus": "port0"})
     assert disks.plug_disk(vm, file, "one") == "11/00"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from caisson.image.vm.directory import VMDirectory, living
+from caisson.image.vm.directory import VMDirectory, running_vms
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,7 +18,7 @@ PROGRAM = """
 import ctypes, os, signal, subprocess, sys
 from pathlib import Path
 from caisson.image.vm.directory import VMDirectory
-from caisson.image.vm.janitor import janitor
+from caisson.image.vm.directory import janitor
 PR_SET_CHILD_SUBREAPER = 36
 ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 if os.fork() == 0:
@@ -94,7 +94,7 @@ def test_directories_are_made_and_removed_one_at_a_time(run: Path) -> None:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"in\n"
         threads = [
-            threading.Thread(target=lambda: list(living())),
+            threading.Thread(target=lambda: list(running_vms())),
             threading.Thread(target=lambda: VMDirectory.of("new").create().close()),
         ]
         for thread in threads:

@@ -27,15 +27,15 @@ print('up', flush=True)
 time.sleep(1000)
 """
 
-#: A guest that is started and then detached and stopped, saved as a template, or made from one.
+#: A guest that is started and then detached and stopped, saved as a snapshot, or made from one.
 LIFE = """
 import sys
 from pathlib import Path
 from caisson.image.vm import VM, VMConfig, find_vm
-from caisson.image.vm.snapshot.snapshot import Template
+from caisson.image.vm.snapshot.snapshot import Snapshot
 image, life = Path(sys.argv[1]), sys.argv[2]
 if life == 'clone':
-    config = VMConfig.clone(Template.named('t'), name='v', accel='tcg', vsock='user')
+    config = VMConfig.clone(Snapshot.named('t'), name='v', accel='tcg', vsock='user')
 else:
     config = VMConfig(image, name='v', accel='tcg', vsock='user', savable=life == 'save')
 with VM.start(config, ready=lambda _: True) as vm:
@@ -138,7 +138,7 @@ def test_killed_at_any_moment(image: Path, tmp_path: Path, life: str, victim: st
         began = time.monotonic()
         subprocess.run(life_of(image, life), cwd=ROOT, check=True)  # and it works after each kill, too
         took = time.monotonic() - began
-        assert list((tmp_path / "cache/templates").glob(".[lm]*")) == []
+        assert list((tmp_path / "cache/snapshots").glob(".[lm]*")) == []
         killed(image, tmp_path / "r", life, victim, chance.uniform(0, took))
 
 

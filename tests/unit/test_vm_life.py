@@ -15,7 +15,7 @@ import pytest
 
 from caisson.image.vm import VM, VMConfig, VMError, find_vm, get_vm, list_vms, supervisor
 from caisson.image.vm.directory import VMDirectory, owned_run_root
-from caisson.image.vm.lines import Lines
+from caisson.image.vm.jsonsocket import JSONSocket
 from tests.unit.fake_qemu import install, lives, make_image, nothing_left, wait_until
 
 Images = Callable[[str], Path]
@@ -231,10 +231,10 @@ def test_a_host_that_was_suspended(image: Images, tmp_path: Path, monkeypatch: p
     document = config.document(*config.choices()) | {"directory": str(directory.path)}
     starter, theirs = socket.socketpair()
     stop, wake = socket.socketpair()
-    keeper = supervisor.Supervisor(document, Lines(theirs), stop, lambda: seconds[0])
+    keeper = supervisor.Supervisor(document, JSONSocket(theirs), stop, lambda: seconds[0])
     thread = threading.Thread(target=keeper.run)
     thread.start()
-    assert (Lines(starter).receive(30) or {})["info"]["name"] == "v"
+    assert (JSONSocket(starter).receive(30) or {})["info"]["name"] == "v"
     for number in (1, 2):
         seconds[0] += 3600
         wait_until(lambda number=number: told.exists() and told.read_text().count("\n") == number)  # type: ignore[misc]

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import pytest
 
+from caisson.image.vm import vsock
 from caisson.image.vm.errors import VMError
-from caisson.image.vm.vsock import relay, vhost
+from caisson.image.vm.vsock import relay
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Guest = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -36,7 +37,7 @@ class Kernel:
         self._failure = failure
 
     def __call__(self, descriptor: int, request: int, argument: bytes) -> int:
-        assert request == vhost.VHOST_VSOCK_SET_GUEST_CID
+        assert request == vsock.VHOST_VSOCK_SET_GUEST_CID
         os.fstat(descriptor)
         self.asked.append(struct.unpack("=Q", argument)[0])
         if len(self.asked) <= self._busy:
@@ -47,7 +48,7 @@ class Kernel:
 def test_an_id_that_is_taken_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "vhost").touch()
     kernel = Kernel(busy=3)
-    descriptor, cid = vhost.allocate(tmp_path / "vhost", kernel)
+    descriptor, cid = vsock.open_vhost(tmp_path / "vhost", kernel)
     os.close(descriptor)
     assert len(kernel.asked) == 4
     assert cid == kernel.asked[-1]
@@ -59,10 +60,10 @@ def test_no_id_is_an_error_that_leaves_nothing_open(tmp_path: Path, failure: int
     (tmp_path / "vhost").touch()
     before = sorted(Path("/proc/self/fd").iterdir())
     with pytest.raises(VMError, match=r"no free guest CID|refuses a guest CID"):
-        vhost.allocate(tmp_path / "vhost", Kernel(10**6, failure))
+        vsock.open_vhost(tmp_path / "vhost", Kernel(10**6, failure))
     assert sorted(Path("/proc/self/fd").iterdir()) == before
     with pytest.raises(VMError, match="cannot be opened"):
-        vhost.allocate(tmp_path / "none")
+        vsock.open_vhost(tmp_path / "none")
 
 
 @contextlib.asynccontextmanager

@@ -17,11 +17,11 @@ from caisson.image.vm.qemu import PORTS
 from caisson.image.vm.qmp import QMP, QMPError
 
 #: Seconds for the monitor, with others before us.
-PATIENCE = 30.0
+MONITOR_TIMEOUT = 30.0
 
 #: Seconds for a guest to let go of a disk, and between looks.
-LETTING_GO = 10.0
-INTERVAL = 0.05
+UNPLUG_TIMEOUT = 10.0
+POLL_INTERVAL = 0.05
 
 PREFIX = "disk-"
 
@@ -36,7 +36,7 @@ def plug_disk(vm: VM, file: Path, name: str) -> str:
     empty.
     """
     identity = f"{PREFIX}{name}"
-    with QMP(vm.directory / "qmp.sock", PATIENCE) as monitor:
+    with QMP(vm.directory / "qmp.sock", MONITOR_TIMEOUT) as monitor:
         ports = plugged(monitor)
         for port, devices in ports.items():
             if identity in devices:
@@ -63,7 +63,7 @@ def unplug_unused(vm: VM, used: Callable[[], Container[str]]) -> None:
     ``used`` is asked when nobody can plug one in: who plugs a disk in says before that it is used.  A guest that does
     not let go of a disk in time keeps it.  Raises VMError.
     """
-    with QMP(vm.directory / "qmp.sock", PATIENCE) as monitor:
+    with QMP(vm.directory / "qmp.sock", MONITOR_TIMEOUT) as monitor:
         names = used()
         unused = {
             identity
@@ -74,7 +74,7 @@ def unplug_unused(vm: VM, used: Callable[[], Container[str]]) -> None:
         for identity in unused:
             with contextlib.suppress(QMPError):  # the guest is at it already
                 monitor.execute("device_del", {"id": identity})
-        deadline = time.monotonic() + LETTING_GO
+        deadline = time.monotonic() + UNPLUG_TIMEOUT
         while unused and time.monotonic() < deadline:
             there = set().union(*plugged(monitor).values())
             for identity in unused - there:
@@ -82,7 +82,7 @@ def unplug_unused(vm: VM, used: Callable[[], Container[str]]) -> None:
                 with contextlib.suppress(QMPError):
                     monitor.execute("blockdev-del", {"node-name": identity})
                     unused.discard(identity)
-            time.sleep(INTERVAL)
+            time.sleep(POLL_INTERVAL)
 
 
 def empty_port(monitor: QMP, name: str) -> str:
@@ -97,11 +97,11 @@ def empty_port(monitor: QMP, name: str) -> str:
 
 def unplugged(monitor: QMP, identity: str) -> bool:
     """Wait for a device that was asked for; whether the guest has let go of it in time."""
-    deadline = time.monotonic() + LETTING_GO
+    deadline = time.monotonic() + UNPLUG_TIMEOUT
     while any(identity in devices for devices in plugged(monitor).values()):
         if time.monotonic() > deadline:
             return False
-        time.sleep(INTERVAL)
+        time.sleep(POLL_INTERVAL)
     return True
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 from caisson.image.vm.config import TAG
 from caisson.image.vm.errors import VMError
-from caisson.image.vm.hotplug.disks import PATIENCE, empty_port, plugged, unplugged
-from caisson.image.vm.lines import Lines
+from caisson.image.vm.hotplug.disks import MONITOR_TIMEOUT, empty_port, plugged, unplugged
+from caisson.image.vm.jsonsocket import JSONSocket
 from caisson.image.vm.machine import VM
 from caisson.image.vm.qmp import QMP, QMPError
 
@@ -72,14 +72,14 @@ def _share(vm: VM, path: Path, directory: Path, tag: str, writable: bool) -> Sha
             break
     if tag in there:
         raise VMError(f"{there[tag][1]} is shared as {tag!r} already; choose another name: --tag NAME")
-    if vm.info["template"] and vm.info["vsock"] != "user":
+    if vm.info["snapshot"] and vm.info["vsock"] != "user":
         raise VMError(
-            f"VM {vm.name!r} has its template's memory, which virtiofsd must not map, and 9p cannot be added while it "
+            f"VM {vm.name!r} has its snapshot's memory, which virtiofsd must not map, and 9p cannot be added while it "
             f"runs; make a clone with --vsock user, or boot with the share: invoke boot-vm --share {tag}={directory}"
         )
     answer = _ask(vm, {"share": tag, "path": str(path), "writable": writable})
     try:
-        with QMP(vm.directory / "qmp.sock", PATIENCE) as monitor:
+        with QMP(vm.directory / "qmp.sock", MONITOR_TIMEOUT) as monitor:
             _plug(monitor, vm, tag, answer["socket"])
     except BaseException:
         _ask(vm, {"unshare": tag})
@@ -100,7 +100,7 @@ def _alone(vm: VM) -> Iterator[None]:
 
 
 def _is_plugged(vm: VM, tag: str) -> bool:
-    with QMP(vm.directory / "qmp.sock", PATIENCE) as monitor:
+    with QMP(vm.directory / "qmp.sock", MONITOR_TIMEOUT) as monitor:
         return any(f"share-{tag}" in devices for devices in plugged(monitor).values())
 
 
@@ -133,7 +133,7 @@ def _unshare(vm: VM, tag: str) -> None:
         )
     if there[tag][0] == "9p":
         raise VMError(f"{tag!r} was there when VM {vm.name!r} booted, and stays until its end")
-    with QMP(vm.directory / "qmp.sock", PATIENCE) as monitor:
+    with QMP(vm.directory / "qmp.sock", MONITOR_TIMEOUT) as monitor:
         with contextlib.suppress(QMPError):  # it has gone, or is about to
             monitor.execute("device_del", {"id": f"share-{tag}"})
         if not unplugged(monitor, f"share-{tag}"):
@@ -148,9 +148,9 @@ def _ask(vm: VM, question: dict[str, Any]) -> dict[str, Any]:
     with socket.socket(socket.AF_UNIX) as connection:
         try:
             connection.connect(str(vm.directory / "control.sock"))
-            lines = Lines(connection)
+            lines = JSONSocket(connection)
             lines.send(question)
-            answer = lines.receive(PATIENCE)
+            answer = lines.receive(MONITOR_TIMEOUT)
         except OSError as error:
             raise VMError(f"VM {vm.name!r}: its supervisor does not answer: {error.strerror or error}") from error
     if answer is None or "error" in answer:

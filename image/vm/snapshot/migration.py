@@ -16,10 +16,10 @@ from caisson.image.vm.errors import VMError
 from caisson.image.vm.qmp import QMP, QMPError
 
 #: Seconds for QEMU to answer, and to save or restore: the state is less than a MiB, the machine may be busy.
-PATIENCE = 60.0
+MIGRATION_TIMEOUT = 60.0
 
 #: Seconds between looks at something that QEMU does not announce to whoever is not connected yet.
-INTERVAL = 0.005
+POLL_INTERVAL = 0.005
 
 CAPABILITIES = {"capabilities": [{"capability": "x-ignore-shared", "state": True}]}
 
@@ -33,13 +33,13 @@ def save(monitor: Path, scratch: Path, alive: Callable[[], bool]) -> bytes:
         server.bind(str(scratch))
         try:
             server.listen(1)
-            server.settimeout(PATIENCE)
+            server.settimeout(MIGRATION_TIMEOUT)
             qemu.execute("stop")
             qemu.execute("migrate-set-capabilities", CAPABILITIES)
             qemu.execute("migrate", {"uri": f"unix:{scratch}"})
             connection, _ = server.accept()
             with connection:
-                connection.settimeout(PATIENCE)
+                connection.settimeout(MIGRATION_TIMEOUT)
                 parts = list(iter(lambda: connection.recv(1 << 20), b""))
             _completed(qemu, "saved")
         except OSError as error:
@@ -61,11 +61,11 @@ def restore(
         qemu.execute("migrate-incoming", {"uri": f"unix:{scratch}"})
         try:
             with socket.socket(socket.AF_UNIX) as connection:
-                connection.settimeout(PATIENCE)
+                connection.settimeout(MIGRATION_TIMEOUT)
                 connection.connect(str(scratch))
                 connection.sendall(state)
         except OSError as error:
-            raise VMError(f"QEMU did not take the template's state: {error.strerror or error}") from error
+            raise VMError(f"QEMU did not take the snapshot's state: {error.strerror or error}") from error
         finally:
             scratch.unlink(missing_ok=True)
         _completed(qemu, "restored")
@@ -76,19 +76,19 @@ def restore(
 
 def _connect(monitor: Path, alive: Callable[[], bool]) -> QMP:
     """A connection to a QEMU that is starting."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + MIGRATION_TIMEOUT
     while True:
         try:
-            return QMP(monitor, PATIENCE)
+            return QMP(monitor, MIGRATION_TIMEOUT)
         except QMPError:
             if not alive() or time.monotonic() > deadline:
                 raise
-        time.sleep(INTERVAL)
+        time.sleep(POLL_INTERVAL)
 
 
 def _completed(qemu: QMP, what: str) -> None:
     """Wait for a migration's end.  Raises VMError when it is not a good one."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + MIGRATION_TIMEOUT
     while True:
         found = qemu.execute("query-migrate")
         status = found.get("status")
@@ -97,4 +97,4 @@ def _completed(qemu: QMP, what: str) -> None:
         if status in ("failed", "cancelled") or time.monotonic() > deadline:
             why = found.get("error-desc") or f"its status is {status}"
             raise VMError(f"the guest could not be {what}: {why}")
-        time.sleep(INTERVAL)
+        time.sleep(POLL_INTERVAL)

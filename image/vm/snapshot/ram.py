@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from caisson.image.vm.errors import VMError
 
 PAGE = 4096
 BLOCK = 1 << 20
@@ -12,8 +17,23 @@ BLOCK = 1 << 20
 ZEROS = bytes(PAGE)
 
 
+@contextlib.contextmanager
+def memory_file(mebibytes: int, snapshot: Path | None) -> Iterator[IO[bytes]]:
+    """Create a memfd for a guest's memory, with that of a snapshot copied into it.  Raises VMError."""
+    with open(os.memfd_create("caisson-ram"), "r+b", buffering=0) as file:  # noqa: PTH123
+        try:
+            if snapshot is None:
+                os.ftruncate(file.fileno(), mebibytes << 20)
+            else:
+                with (snapshot / "ram").open("rb") as saved:
+                    copy(saved.fileno(), file.fileno())
+        except OSError as error:
+            raise VMError(f"snapshot {snapshot}: its memory cannot be copied: {error.strerror or error}") from error
+        yield file
+
+
 def extents(descriptor: int) -> Iterator[tuple[int, int]]:
-    """What of a file is data, not holes: where it begins and ends, in bytes."""
+    """Yield where data, as opposed to holes, begins and ends in a file, in bytes (lseek(2), SEEK_DATA)."""
     end = 0
     while True:
         try:
@@ -27,7 +47,7 @@ def extents(descriptor: int) -> Iterator[tuple[int, int]]:
 
 
 def copy(source: int, target: int) -> int:
-    """Copy a file of memory into another, empty one; returns the bytes of data.  Raises OSError."""
+    """Copy a file of memory into an empty one; returns the bytes of data.  Raises OSError."""
     os.ftruncate(target, os.fstat(source).st_size)
     copied = 0
     for start, end in extents(source):
@@ -42,7 +62,7 @@ def copy(source: int, target: int) -> int:
 
 
 def pack(source: int, target: int) -> int:
-    """The same, and pages of zeros become holes, too: a guest has used many of them at some time."""
+    """Copy as ``copy`` does, and make pages of zeros holes, too: a guest has used many of them at some time."""
     os.ftruncate(target, os.fstat(source).st_size)
     copied = 0
     for start, end in extents(source):

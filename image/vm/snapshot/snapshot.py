@@ -1,6 +1,6 @@
-"""Templates: a guest whose agent listens, saved once, and served to any number of clones.
+"""Snapshots: a guest whose agent listens, saved once, and restored in any number of clones.
 
-<cache>/templates/<name>/template.json   what it is bound to: image, QEMU, accelerator, CPU, vsock device, size
+<cache>/snapshots/<name>/snapshot.json   what it is compatible with: image, QEMU, accelerator, CPU, vsock device, size
                          ram             the guest's memory, with holes; nobody ever writes to it again
                          state           everything else, as QEMU saves it
 
@@ -24,29 +24,23 @@ from typing import Any, Self
 from caisson.image.build.cache import Cache, default_root
 from caisson.image.vm import qemu
 from caisson.image.vm.errors import VMError
+from caisson.image.vm.snapshot import ram as memory
 from caisson.proto.contract import READY_LINE
 
-STEP = "templates"
+STEP = "snapshots"
 
-#: What the agent prints when it listens: there is no vsock device yet through which it could be asked.
+#: Where they were before they were called so.
+FORMER_STEP = "templates"
 
-FORMAT = 2
-
-#: What each bond is called when it does not hold.
-BONDS = {
-    "image": "the image",
-    "qemu": "QEMU",
-    "machine": "the machine type",
-    "accel": "the accelerator",
-    "cpu": "the CPU",
-    "vsock": "the vsock device",
-}
+#: The version of snapshot.json.
+FORMAT = 3
 
 
 @dataclass(frozen=True)
-class Bond:
-    """What a saved guest cannot do without; ``image`` is the digest of its description, ``cpu`` is QEMU's model and,
-    where that is the host's own, the name of that.
+class SnapshotCompatibility:
+    """What a saved guest can only be restored with.
+
+    ``image`` is the digest of its image.json; ``cpu`` is QEMU's model and, where that is the host's own, its name.
     """
 
     image: str
@@ -58,7 +52,7 @@ class Bond:
 
     @classmethod
     def here(cls, image: Path, accel: str, vsock: str) -> Self:
-        """What a guest of this image would be bound to.  Raises VMError."""
+        """Return what a guest of this image has on this machine.  Raises VMError."""
         text, manifest = qemu.read_manifest(image)
         architecture = qemu.architecture_of(manifest)
         cpu = architecture.cpu(accel) + (f", {_host_cpu()}" if accel == "kvm" else "")
@@ -66,14 +60,25 @@ class Bond:
         return cls(digest, qemu.probe(architecture).title, architecture.machine, accel, cpu, vsock)
 
 
+#: What the fields are called in errors.
+TITLES = {
+    "image": "the image",
+    "qemu": "QEMU",
+    "machine": "the machine type",
+    "accel": "the accelerator",
+    "cpu": "the CPU",
+    "vsock": "the vsock device",
+}
+
+
 @dataclass(frozen=True)
-class Template:
-    """A saved guest: ``directory`` holds its files; sizes in MiB, as in VMConfig."""
+class Snapshot:
+    """A saved guest: ``directory`` holds its files; ``memory`` in MiB, ``cpus`` and ``append`` as in VMConfig."""
 
     name: str
     directory: Path
     image: Path
-    bond: Bond
+    compatibility: SnapshotCompatibility
     memory: int
     cpus: int
     append: str
@@ -81,89 +86,98 @@ class Template:
 
     @classmethod
     def named(cls, name: str) -> Self:
-        """The template of this name.  Raises VMError when there is none."""
+        """Return the snapshot of this name.  Raises VMError when there is none."""
         found = cls.load(name)
         if found is None:
-            raise VMError(f"there is no template {name!r}; save one: invoke save-template --name {name}")
+            raise VMError(f"there is no snapshot {name!r}; save one: invoke save-snapshot --name {name}")
         return found
 
     @classmethod
     def load(cls, name: str, root: Path | None = None) -> Self | None:
-        """The template of this name, if there is one.  Raises VMError for a name that cannot be one's."""
-        directory = _cache(root).get(STEP, checked(name))
+        """Return the snapshot of this name, None if there is none.  Raises VMError for one that cannot be used."""
+        cache = _cache(root)
+        directory = cache.get(STEP, checked(name))
         if directory is None:
+            if (cache.root / FORMER_STEP / name).is_dir():
+                raise VMError(f"snapshot {name!r} was saved by an older Caisson; {_way_out(name)}")
             return None
         try:
-            document = json.loads((directory / "template.json").read_text())
-            if document.pop("format") != FORMAT:
-                raise ValueError("an older Caisson's")
-            document |= {"image": Path(document["image"]), "bond": Bond(**document["bond"])}
+            document = json.loads((directory / "snapshot.json").read_text())
+            if (version := document.pop("format")) != FORMAT:
+                age = "an older" if isinstance(version, int) and version < FORMAT else "a newer"
+                raise VMError(f"snapshot {name!r} was saved by {age} Caisson; {_way_out(name)}")
+            compatibility = SnapshotCompatibility(**document["compatibility"])
+            document |= {"image": Path(document["image"]), "compatibility": compatibility}
             return cls(name=name, directory=directory, **document)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise VMError(f"template {name!r} is not readable ({error}); {way_out(name)}") from error
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise VMError(f"snapshot {name!r} cannot be read: {error}; {_way_out(name)}") from error
 
-    def check(self, here: Bond) -> None:
-        """Raises VMError that names what differs between this template's machine and another."""
-        for field, title in BONDS.items():
-            saved, found = getattr(self.bond, field), getattr(here, field)
+    def check(self, here: SnapshotCompatibility) -> None:
+        """Compare what it was saved with and what it would be restored with.  Raises VMError that names a difference."""
+        for field, title in TITLES.items():
+            saved, found = getattr(self.compatibility, field), getattr(here, field)
             if saved != found:
                 raise VMError(
-                    f"template {self.name!r} does not fit: {title} was {saved}, and is {found}; {way_out(self.name)}"
+                    f"snapshot {self.name!r} does not fit: {title} was {saved}, and is {found}; {_way_out(self.name)}"
                 )
 
 
 def checked(name: str) -> str:
-    """A name that a template can have.  Raises VMError."""
+    """Return a name that a snapshot can have.  Raises VMError for any other."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
-        raise VMError(f"a template's name is made of letters, digits, '_', '.' and '-', and {name!r} is not")
+        raise VMError(f"{name!r}: a snapshot's name is made of up to 100 letters, digits, '_', '.' and '-'")
     return name
 
 
-def way_out(name: str) -> str:
-    return f"save it again: invoke save-template --name {name}"
+def place(name: str, root: Path | None = None) -> Path:
+    """Return where the snapshot of this name is, or would be.  Raises VMError for a name that cannot be one's."""
+    return _cache(root).root / STEP / checked(name)
 
 
 def says_ready(agent_socket: Path) -> bool:
-    """Whether the guest has printed that its agent listens: the `ready` of a guest that is to be saved."""
+    """Tell whether the console shows that the agent listens: the `ready` of a guest that is to be saved.
+
+    It has no vsock device yet through which the agent could be asked.
+    """
     try:
         return READY_LINE.encode() in agent_socket.with_name("console.log").read_bytes()
     except FileNotFoundError:
         return False
 
 
-def store(template: Template, ram: int, state: bytes) -> int:
-    """Put a template in its place, whole or not at all, instead of an older one; returns its bytes on disk.
+def store(snapshot: Snapshot, ram: int, state: bytes) -> int:
+    """Put a snapshot in its place, whole or not at all, instead of an older one; returns its bytes on disk.
 
     ``ram`` is a file with the stopped guest's memory.  Raises VMError.
     """
-    from caisson.image.vm.snapshot import ram as memory
-
-    name, cache = template.name, _cache(template.directory.parents[1])
-    document: dict[str, Any] = dataclasses.asdict(template) | {"format": FORMAT, "image": str(template.image)}
+    name, cache = snapshot.name, _cache(snapshot.directory.parents[1])
+    document: dict[str, Any] = dataclasses.asdict(snapshot) | {"format": FORMAT, "image": str(snapshot.image)}
     document |= {"created": time.time()}
     del document["name"], document["directory"]
     try:
         with cache.scratch(STEP) as scratch:
-            made = scratch / "template"
-            made.mkdir(mode=0o755)
-            with (made / "ram").open("wb") as file:
+            made = scratch / "snapshot"
+            made.mkdir(mode=0o700)
+            # What the guest had in its memory is for nobody else.
+            with open(os.open(made / "ram", os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600), "r+b", buffering=0) as file:  # noqa: PTH123
                 memory.pack(ram, file.fileno())
             (made / "state").write_bytes(state)
-            (made / "template.json").write_text(json.dumps(document, indent=2) + "\n")
+            (made / "snapshot.json").write_text(json.dumps(document, indent=2) + "\n")
             size = sum(path.stat().st_blocks * 512 for path in made.iterdir())
             (made / ".used").write_text(str(size))
+            for path in made.iterdir():
+                path.chmod(0o600)
             # A directory cannot be renamed onto one that is not empty.
             with contextlib.suppress(FileNotFoundError):
-                template.directory.rename(scratch / "old")
-            made.rename(template.directory)
+                snapshot.directory.rename(scratch / "old")
+            made.rename(snapshot.directory)
     except OSError as error:
-        raise VMError(f"template {name!r} could not be stored: {error.strerror or error}") from error
+        raise VMError(f"snapshot {name!r} could not be stored: {error.strerror or error}") from error
     return size
 
 
-def place(name: str, root: Path | None = None) -> Path:
-    """Where the template of this name is, or would be."""
-    return _cache(root).root / STEP / checked(name)
+def _way_out(name: str) -> str:
+    return f"save it again: invoke save-snapshot --name {name}"
 
 
 def _cache(root: Path | None) -> Cache:

@@ -42,7 +42,7 @@ class Limits:
         self.linger = 600.0
         #: Before a listener that ran out of descriptors or connections looks again.
         self.pause = 0.1
-        #: Lines that may be complained at once; then one a second.
+        #: JSONSocket that may be complained at once; then one a second.
         self.complaints = 20
 
 

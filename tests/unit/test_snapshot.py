@@ -1,4 +1,4 @@
-"""Templates: files with holes, names, bonds; and a guest of three instructions saved and cloned by the real QEMU."""
+"""Snapshots: files with holes, names, bonds; and a guest of three instructions saved and cloned by the real QEMU."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import pytest
 from caisson.image.build.cache import clean
 from caisson.image.vm import VM, VMConfig, VMError, qemu
 from caisson.image.vm.snapshot import ram
-from caisson.image.vm.snapshot.snapshot import BONDS, Bond, Template, place, says_ready, store
+from caisson.image.vm.snapshot.snapshot import TITLES, SnapshotCompatibility, Snapshot, place, says_ready, store
 from tests.unit.fake_qemu import make_image, nothing_left
 from tests.unit.test_qemu import MANIFEST, after
 from tests.unit.test_vm_qemu import sleeping_kernel
 
-BOND = Bond("0123", "7.2.22 (Debian)", "q35", "tcg", "max", "user")
+COMPATIBILITY = SnapshotCompatibility("0123", "7.2.22 (Debian)", "q35", "tcg", "max", "user")
 
 
 @pytest.fixture
@@ -28,13 +28,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def stored(name: str, tmp_path: Path, text: bytes = b"memory") -> Template:
-    """A template in the cache, of a guest without one."""
+def stored(name: str, tmp_path: Path, text: bytes = b"memory") -> Snapshot:
+    """A snapshot in the cache, of a guest without one."""
     with (tmp_path / "guest").open("w+b", buffering=0) as file:
         file.truncate(1 << 20)
         file.write(text)
-        store(Template(name, place(name), tmp_path, BOND, 256, 1, ""), file.fileno(), b"state")
-    found = Template.load(name)
+        store(Snapshot(name, place(name), tmp_path, COMPATIBILITY, 256, 1, ""), file.fileno(), b"state")
+    found = Snapshot.load(name)
     assert found is not None
     return found
 
@@ -57,15 +57,15 @@ def test_memory_is_copied_with_its_holes(tmp_path: Path, copy: Callable[[int, in
 
 
 def test_it_is_found_by_its_name_replaced_and_cleaned(tmp_path: Path, cache: Path) -> None:
-    assert Template.load("t") is None
+    assert Snapshot.load("t") is None
     first = stored("t", tmp_path)
-    assert (first.memory, first.bond, first.directory) == (256, BOND, cache / "templates/t")
+    assert (first.memory, first.compatibility, first.directory) == (256, COMPATIBILITY, cache / "snapshots/t")
     again = stored("t", tmp_path, b"other memory")
     assert (again.directory / "ram").read_bytes().startswith(b"other memory")
     assert (again.directory / "state").read_bytes() == b"state"
     assert clean(cache) > 0
-    assert Template.load("t") is None
-    assert [path.name for path in (cache / "templates").iterdir()] == []
+    assert Snapshot.load("t") is None
+    assert [path.name for path in (cache / "snapshots").iterdir()] == []
 
 
 def test_one_that_cannot_be_stored_leaves_the_older_one(
@@ -78,32 +78,32 @@ def test_one_that_cannot_be_stored_leaves_the_older_one(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(ram, "pack", fail)
-    with pytest.raises(VMError, match="template 't' could not be stored: No space left on device"):
+    with pytest.raises(VMError, match="snapshot 't' could not be stored: No space left on device"):
         stored("t", tmp_path, b"never")
-    found = Template.load("t")
+    found = Snapshot.load("t")
     assert found is not None
     assert (found.directory / "ram").read_bytes().startswith(b"memory")
-    assert [path.name for path in (cache / "templates").iterdir()] == ["t"]
+    assert [path.name for path in (cache / "snapshots").iterdir()] == ["t"]
 
 
-@pytest.mark.parametrize("field", list(BONDS))
+@pytest.mark.parametrize("field", list(TITLES))
 def test_what_does_not_fit_is_named(tmp_path: Path, cache: Path, field: str) -> None:
-    template = stored("t", tmp_path)
-    template.check(BOND)
-    with pytest.raises(VMError, match=rf"'t' does not fit: {BONDS[field]} was {'.*'}, and is another; .*save-template"):
-        template.check(dataclasses.replace(BOND, **{field: "another"}))
+    snapshot = stored("t", tmp_path)
+    snapshot.check(COMPATIBILITY)
+    with pytest.raises(VMError, match=rf"'t' does not fit: {TITLES[field]} was {'.*'}, and is another; .*save-snapshot"):
+        snapshot.check(dataclasses.replace(COMPATIBILITY, **{field: "another"}))
 
 
 @pytest.mark.parametrize("name", ["", "../x", ".hidden", "a/b", "x" * 101])
 def test_a_name_is_no_path(name: str) -> None:
-    with pytest.raises(VMError, match="a template's name is made of letters"):
-        Template.load(name)
+    with pytest.raises(VMError, match="a snapshot's name is made of"):
+        Snapshot.load(name)
 
 
 def test_one_of_another_time_says_the_way_out(tmp_path: Path, cache: Path) -> None:
-    (stored("t", tmp_path).directory / "template.json").write_text('{"format": 0}')
-    with pytest.raises(VMError, match="save it again: invoke save-template --name t"):
-        Template.load("t")
+    (stored("t", tmp_path).directory / "snapshot.json").write_text('{"format": 0}')
+    with pytest.raises(VMError, match="was saved by an older Caisson; save it again: invoke save-snapshot --name t"):
+        Snapshot.load("t")
 
 
 def rendered(vsock: str, fd: int, *, clone: bool) -> list[str]:
@@ -164,44 +164,44 @@ def image(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return directory
 
 
-def saved_guest(image: Path) -> Template:
+def saved_guest(image: Path) -> Snapshot:
     config = VMConfig(image, name="s", accel="tcg", vsock="user", memory=128, savable=True)
     with VM.start(config, ready=lambda _: True, timeout=60) as vm:
         assert vm.info["cid"] is None
         vm.save("t")
-    found = Template.load("t")
+    found = Snapshot.load("t")
     assert found is not None
     return found
 
 
 def test_a_saved_guest_runs_on_in_clones(image: Path, tmp_path: Path) -> None:
-    template = saved_guest(image)
+    snapshot = saved_guest(image)
     nothing_left(tmp_path / "r")
-    before = hashlib.sha256((template.directory / "ram").read_bytes()).digest()
-    configs = [VMConfig.clone(template, name=name, accel="tcg", vsock="user") for name in ("a", "b")]
+    before = hashlib.sha256((snapshot.directory / "ram").read_bytes()).digest()
+    configs = [VMConfig.clone(snapshot, name=name, accel="tcg", vsock="user") for name in ("a", "b")]
     with (
         VM.start(configs[0], ready=Path.is_socket, timeout=60) as one,
         VM.start(configs[1], ready=Path.is_socket, timeout=60) as two,
     ):
-        assert one.info["template"] == two.info["template"] == "t"
+        assert one.info["snapshot"] == two.info["snapshot"] == "t"
         assert one.info["cid"] != two.info["cid"]
         assert not one.agent_socket.with_name("state.sock").exists()
     nothing_left(tmp_path / "r")
-    assert hashlib.sha256((template.directory / "ram").read_bytes()).digest() == before
+    assert hashlib.sha256((snapshot.directory / "ram").read_bytes()).digest() == before
 
 
 def test_another_image_is_refused(image: Path, tmp_path: Path) -> None:
-    template = saved_guest(image)
+    snapshot = saved_guest(image)
     text = (image / "image.json").read_text()
     (image / "image.json").write_text(text.replace('"cmdline": ""', '"cmdline": "other"'))
     with pytest.raises(VMError, match="'t' does not fit: the image was"):
-        VM.start(VMConfig.clone(template, accel="tcg", vsock="user"), ready=lambda _: True)
+        VM.start(VMConfig.clone(snapshot, accel="tcg", vsock="user"), ready=lambda _: True)
     nothing_left(tmp_path / "r")
 
 
 def test_a_state_that_is_none_is_an_end_and_leaves_nothing(image: Path, tmp_path: Path) -> None:
-    template = saved_guest(image)
-    (template.directory / "state").write_bytes(b"no state at all" * 100)
+    snapshot = saved_guest(image)
+    (snapshot.directory / "state").write_bytes(b"no state at all" * 100)
     with pytest.raises(VMError, match=r"could not be restored|QEMU"):
-        VM.start(VMConfig.clone(template, accel="tcg", vsock="user"), ready=lambda _: False, timeout=60)
+        VM.start(VMConfig.clone(snapshot, accel="tcg", vsock="user"), ready=lambda _: False, timeout=60)
     nothing_left(tmp_path / "r")

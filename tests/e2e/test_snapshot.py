@@ -1,4 +1,4 @@
-"""Many clones of one saved guest at once: each a machine of its own, and the template as it was.
+"""Many clones of one saved guest at once: each a machine of its own, and the snapshot as it was.
 
 CAISSON_CLONES says how many (4, so that it is done in CI as well; 20 is what was promised).
 """
@@ -49,21 +49,21 @@ class Answer:
 
 
 @pytest.fixture(scope="module")
-def template() -> Iterator[str]:
-    """The name of a template of this session's own."""
+def snapshot() -> Iterator[str]:
+    """The name of a snapshot of this session's own."""
     name = f"e2e-{os.getpid()}"
     with fresh() as caisson:
-        saved = caisson("save-template", "--name", name, "--memory", MEMORY, timeout=COMPILING)
+        saved = caisson("save-snapshot", "--name", name, "--memory", MEMORY, timeout=COMPILING)
         assert saved.returncode == 0, saved.stderr.decode()
     yield name
-    shutil.rmtree(default_root() / "templates" / name)
+    shutil.rmtree(default_root() / "snapshots" / name)
 
 
 @contextlib.contextmanager
-def clones(caisson: Caisson, template: str, count: int) -> Iterator[list[str]]:
+def clones(caisson: Caisson, snapshot: str, count: int) -> Iterator[list[str]]:
     names = [f"clone{number}" for number in range(count)]
     try:
-        commands = [caisson.start("boot-vm", "--template", template, "--name", n, "--detach", stderr=-1) for n in names]
+        commands = [caisson.start("boot-vm", "--snapshot", snapshot, "--name", n, "--detach", stderr=-1) for n in names]
         for command in commands:
             _, errors = command.communicate(timeout=280)
             assert command.returncode == 0, errors.decode()
@@ -94,14 +94,14 @@ async def ask_all(caisson: Caisson, names: list[str]) -> list[Answer]:
     return await asyncio.gather(*(ask(caisson, name) for name in names))
 
 
-def digests(template: str) -> list[str]:
-    directory = default_root() / "templates" / template
-    return [hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in ("ram", "state", "template.json")]
+def digests(snapshot: str) -> list[str]:
+    directory = default_root() / "snapshots" / snapshot
+    return [hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in ("ram", "state", "snapshot.json")]
 
 
-def test_each_clone_is_a_machine_of_its_own(own: Caisson, template: str) -> None:
-    before = digests(template)
-    with clones(own, template, CLONES) as names:
+def test_each_clone_is_a_machine_of_its_own(own: Caisson, snapshot: str) -> None:
+    before = digests(snapshot)
+    with clones(own, snapshot, CLONES) as names:
         answers = asyncio.run(ask_all(own, names))
         infos = [own.info(name) for name in names]
     assert [answer.hostname for answer in answers] == names
@@ -109,15 +109,15 @@ def test_each_clone_is_a_machine_of_its_own(own: Caisson, template: str) -> None
         assert len({getattr(answer, field) for answer in answers}) == CLONES, field
     assert all(len(answer.machine_id) == 32 for answer in answers)
     assert len({info["cid"] for info in infos}) == CLONES
-    assert {info["template"] for info in infos} == {template}
+    assert {info["snapshot"] for info in infos} == {snapshot}
     for answer in answers:
         began, ended = answer.window
         assert began - 2 < answer.date <= ended + 1, answer  # right to a second, and what is below one was cut off
-    assert digests(template) == before
+    assert digests(snapshot) == before
 
 
-def test_a_command_in_a_clone_and_its_end(own: Caisson, template: str) -> None:
-    with clones(own, template, 1) as (name,):
+def test_a_command_in_a_clone_and_its_end(own: Caisson, snapshot: str) -> None:
+    with clones(own, snapshot, 1) as (name,):
         done = own("exec", "--name", name, "--", "sh", "-c", "echo out; exit 7")
         assert (done.returncode, done.stdout) == (7, b"out\n")
 
@@ -125,8 +125,8 @@ def test_a_command_in_a_clone_and_its_end(own: Caisson, template: str) -> None:
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["--template", "nobody-saved-this"], b"save one: invoke save-template --name nobody-saved-this"),
-        (["--template", "../x"], b"a template's name"),
+        (["--snapshot", "nobody-saved-this"], b"save one: invoke save-snapshot --name nobody-saved-this"),
+        (["--snapshot", "../x"], b"a snapshot's name"),
     ],
 )
 def test_a_template_that_is_not_there(own: Caisson, words: list[str], complaint: bytes) -> None:
@@ -136,27 +136,27 @@ def test_a_template_that_is_not_there(own: Caisson, words: list[str], complaint:
     assert b"Traceback" not in refused.stderr
 
 
-def test_what_it_was_saved_with_is_not_changed_unnoticed(own: Caisson, template: str) -> None:
-    more = own("boot-vm", "--detach", "--template", template, "--memory", "512")
+def test_what_it_was_saved_with_is_not_changed_unnoticed(own: Caisson, snapshot: str) -> None:
+    more = own("boot-vm", "--detach", "--snapshot", snapshot, "--memory", "512")
     assert more.returncode == 1
-    assert b"a guest from a template is as it was saved" in more.stderr
-    file = default_root() / "templates" / template / "template.json"
+    assert b"cannot be combined with" in more.stderr
+    file = default_root() / "snapshots" / snapshot / "snapshot.json"
     text = file.read_text()
     bond = json.loads(text)["bond"]
     try:
         file.write_text(text.replace(bond["qemu"], "6.66"))
-        other = own("boot-vm", "--detach", "--template", template)
+        other = own("boot-vm", "--detach", "--snapshot", snapshot)
     finally:
         file.write_text(text)
     assert other.returncode == 1
     assert b"QEMU was 6.66, and is " + bond["qemu"].encode() in other.stderr
 
 
-def test_a_template_is_replaced_under_a_running_clone(own: Caisson, template: str) -> None:
-    file: Path = default_root() / "templates" / template / "ram"
+def test_a_template_is_replaced_under_a_running_clone(own: Caisson, snapshot: str) -> None:
+    file: Path = default_root() / "snapshots" / snapshot / "ram"
     before = file.stat().st_ino
-    with clones(own, template, 1) as (name,):
-        saved = own("save-template", "--name", template, "--memory", MEMORY)
+    with clones(own, snapshot, 1) as (name,):
+        saved = own("save-snapshot", "--name", snapshot, "--memory", MEMORY)
         assert saved.returncode == 0, saved.stderr.decode()
         assert file.stat().st_ino != before
         assert own("exec", "--name", name, "--", "true").returncode == 0

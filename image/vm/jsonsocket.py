@@ -8,10 +8,10 @@ import time
 from typing import Any
 
 #: Bytes of a line that is still believed to be one.
-LONGEST = 4 << 20
+MAX_LINE = 4 << 20
 
 
-class Lines:
+class JSONSocket:
     """One end of such a socket; closing it closes the socket."""
 
     def __init__(self, connection: socket.socket) -> None:
@@ -33,8 +33,8 @@ class Lines:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while b"\n" not in self._received:
-            if len(self._received) > LONGEST:
-                raise ValueError(f"a line of more than {LONGEST} bytes")
+            if len(self._received) > MAX_LINE:
+                raise ValueError(f"a line of more than {MAX_LINE} bytes")
             self._connection.settimeout(None if deadline is None else max(0.0, deadline - time.monotonic()))
             try:
                 data = self._connection.recv(65536)

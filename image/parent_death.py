@@ -1,0 +1,70 @@
+"""Kill what a process has started when that process dies, also where it was killed and can do nothing itself.
+
+Three ways, for three extents: one process, by the kernel's parent-death signal; a command with all that it starts, as a
+session of its own; and the caller's own process group, with something to clean up.  The last two are a shell that waits
+for end of file on a pipe whose other end only this process holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+
+#: Runs "$@" as a session and kills that session at the end of file on $1.
+KILL_WITH_PARENT = """
+{ read -r _; kill -KILL 0; } <"$1" >/dev/null 2>&1 &
+shift
+"$@"
+status=$?
+kill -KILL $!
+exit $status
+"""
+
+#: Waits for end of file on stdin, kills the process group $1, and runs the cleanup script $2 with what follows.  A line
+#: `done` before that: there is nothing to do.
+KILL_AND_CLEAN_UP = """
+IFS= read -r word
+[ "$word" = done ] && exit
+kill -KILL "-$1"
+script=$2
+shift 2
+exec /bin/sh -c "$script" caisson-janitor "$@"
+"""
+
+
+def process_killed_with_parent(argv: Sequence[str]) -> list[str]:
+    """Prefix a command so that the kernel kills it when its parent dies (PR_SET_PDEATHSIG).  Needs setpriv(1)."""
+    return ["setpriv", "--pdeathsig", "KILL", "--", *argv]
+
+
+@contextlib.contextmanager
+def session_killed_with_parent(argv: Sequence[str]) -> Iterator[tuple[list[str], int]]:
+    """Wrap a command so that it dies, with all that it started, when this block is left or this process dies.
+
+    Yields the command and the descriptor to pass to it; it has to be started with ``start_new_session=True``.
+    """
+    reading, writing = os.pipe()
+    try:
+        yield ["/bin/sh", "-c", KILL_WITH_PARENT, argv[0], f"/dev/fd/{reading}", *argv], reading
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+@contextlib.contextmanager
+def cleaned_up_if_killed(script: str, arguments: Sequence[str]) -> Iterator[None]:
+    """Have this process's group killed and a shell script run, should this process die before the block is left."""
+    reading, writing = os.pipe()
+    quiet = subprocess.DEVNULL
+    argv = ["/bin/sh", "-c", KILL_AND_CLEAN_UP, "caisson-janitor", str(os.getpgrp()), script, *arguments]
+    shell = subprocess.Popen(argv, stdin=reading, stdout=quiet, stderr=quiet, cwd="/", start_new_session=True)
+    os.close(reading)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(BrokenPipeError):
+            os.write(writing, b"done\n")
+        os.close(writing)
+        shell.wait()

@@ -1,0 +1,100 @@
+"""CPUs and memory of a running VM: plugged in, and, for memory, handed back through the balloon, by QEMU's monitor.
+
+What is plugged in the guest's agent brings online (OnlineCPUMem); a guest that runs out of memory takes from the
+balloon by itself (deflate-on-oom).  Sources: QEMU, docs/system/cpu-hotplug.rst, docs/memory-hotplug.txt,
+qapi/machine.json; virtio 1.2, section 5.5.
+"""
+
+from __future__ import annotations
+
+import time
+
+from caisson.image.vm.errors import VMError
+from caisson.image.vm.machine import VM
+from caisson.image.vm.qmp import QMP, QMPError
+
+#: MiB of one memory block, the unit that Linux brings online (x86, below 64 GiB).
+MEMORY_BLOCK = 128
+
+#: MiB that a guest keeps at least: what one can boot with.
+MIN_MEMORY = 128
+
+#: Seconds for the monitor: to plug, to resize, and where the answer is of interest only.
+PLUG_TIMEOUT = 10.0
+BALLOON_TIMEOUT = 30.0
+QUERY_TIMEOUT = 1.0
+
+#: Seconds without any progress after which a guest has given what it can, and between two looks.
+STALL_TIMEOUT = 10.0
+POLL_INTERVAL = 0.02
+
+
+def plug_cpus(vm: VM, count: int) -> None:
+    """Plug in ``count`` CPUs, all or none.  Raises VMError when the VM has no room for so many."""
+    with QMP(vm.directory / "qmp.sock", PLUG_TIMEOUT) as monitor:
+        places = [place for place in monitor.execute("query-hotpluggable-cpus") if "qom-path" not in place]
+        if len(places) < count:
+            raise VMError(
+                f"VM {vm.name!r}: room for {len(places)} more CPUs, not {count}; "
+                "the most it can have is set when it boots: --max-cpus"
+            )
+        # The list is in descending order; the kernel numbers CPUs as they come.
+        for place in list(reversed(places))[:count]:
+            name = "cpu-" + "-".join(str(value) for value in place["props"].values())
+            monitor.execute("device_add", {"driver": place["type"], "id": name, **place["props"]})
+
+
+def plug_memory(vm: VM, mebibytes: int) -> None:
+    """Plug in memory, a multiple of 128 MiB.  Raises VMError when the VM has no room for it."""
+    if mebibytes <= 0 or mebibytes % MEMORY_BLOCK:
+        raise VMError(f"{mebibytes} MiB: memory is plugged in by multiples of {MEMORY_BLOCK} MiB")
+    with QMP(vm.directory / "qmp.sock", PLUG_TIMEOUT) as monitor:
+        plugged = monitor.execute("query-memory-devices")
+        have = vm.info["memory"] + sum(device["data"]["size"] for device in plugged) // 2**20
+        if have + mebibytes > vm.info["max_memory"]:
+            raise VMError(
+                f"VM {vm.name!r}: it has {have} MiB and can have {max(have, vm.info['max_memory'])}; "
+                "the most it can have is set when it boots: --max-memory"
+            )
+        name = f"memory{len(plugged)}"
+        # Shared, as the memory it booted with: a vhost-user device maps it.
+        backend = {"qom-type": "memory-backend-memfd", "id": f"{name}-ram", "size": mebibytes * 2**20, "share": True}
+        monitor.execute("object-add", backend)
+        try:
+            monitor.execute("device_add", {"driver": "pc-dimm", "id": name, "memdev": f"{name}-ram"})
+        except VMError:
+            monitor.execute("object-del", {"id": f"{name}-ram"})
+            raise
+
+
+def memory_now(vm: VM) -> int | None:
+    """Return the MiB that a guest has at present; None when QEMU does not say."""
+    try:
+        with QMP(vm.directory / "qmp.sock", QUERY_TIMEOUT) as monitor:
+            return _actual(monitor)
+    except QMPError:
+        return None
+
+
+def set_memory(vm: VM, mebibytes: int) -> int:
+    """Inflate or deflate the balloon so that a guest has ``mebibytes``; returns the MiB it has then.
+
+    That is more where the guest needs more.  Raises VMError for a size out of bounds.
+    """
+    with QMP(vm.directory / "qmp.sock", BALLOON_TIMEOUT) as monitor:
+        plugged = monitor.execute("query-memory-devices")
+        most = vm.info["memory"] + sum(device["data"]["size"] >> 20 for device in plugged)
+        if not MIN_MEMORY <= mebibytes <= most:
+            raise VMError(f"VM {vm.name!r}: it can have {MIN_MEMORY} to {most} MiB, not {mebibytes}")
+        monitor.execute("balloon", {"value": mebibytes << 20})
+        found, since = _actual(monitor), time.monotonic()
+        while found != mebibytes and time.monotonic() < since + STALL_TIMEOUT:
+            time.sleep(POLL_INTERVAL)
+            before, found = found, _actual(monitor)
+            if found != before:
+                since = time.monotonic()
+    return found
+
+
+def _actual(monitor: QMP) -> int:
+    return int(monitor.execute("query-balloon")["actual"]) >> 20
