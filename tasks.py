@@ -100,11 +100,11 @@ from caisson.image.programs import TO_BOOT, TO_PACK, need  # noqa: E402
 from caisson.image.vm import VM, VMConfig, VMError, find_vm, get_vm, list_vms  # noqa: E402
 from caisson.image.vm import timeline as timelines  # noqa: E402
 from caisson.image.vm.config import DryRun, parse_share  # noqa: E402
-from caisson.image.vm.drawing import svg  # noqa: E402
 from caisson.image.vm.config import dry_run as planned  # noqa: E402
+from caisson.image.vm.drawing import svg  # noqa: E402
 from caisson.image.vm.hotplug import share as sharing  # noqa: E402
-from caisson.image.vm.hotplug.resources import memory_now, set_memory  # noqa: E402
 from caisson.image.vm.hotplug.disks import plug_disk, unplug_unused  # noqa: E402
+from caisson.image.vm.hotplug.resources import memory_now, set_memory  # noqa: E402
 from caisson.image.vm.snapshot.snapshot import Snapshot  # noqa: E402
 from caisson.image.vm.timeline import Timeline  # noqa: E402
 

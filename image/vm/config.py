@@ -104,7 +104,7 @@ class VMConfig:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What booting runs: QEMU's ``command``; ``beside``, a line for a shell, has to run with it; ``reasons`` say why."""
+    """What booting runs: QEMU's ``command``, a shell line for what runs ``beside`` it, and the ``reasons`` for both."""
 
     command: tuple[str, ...]
     beside: str
@@ -114,11 +114,11 @@ class DryRun:
 def dry_run(config: VMConfig) -> DryRun:
     """Return what `VM.start` would run.
 
-    A VM hands open sockets to its QEMU; in this command they have names instead, so that QEMU opens them itself.  Raises
-    VMError where no VM could be started, and for a clone: much of that is set up through QEMU's monitor.
+    A VM hands open sockets to its QEMU; in this command they have names instead, so that QEMU opens them itself.
+    Raises VMError where no VM could be started, and for a clone: much of that is set up through QEMU's monitor.
     """
     if config.snapshot:
-        raise VMError("--dry-run: a clone of a snapshot is more than a command: its memory and state are restored into it")
+        raise VMError("--dry-run: a clone is more than a command: memory and state of its snapshot are restored")
     image = Path(config.image).resolve()
     _, manifest = qemu.read_manifest(image)
     accelerator, transport = config.choices()

@@ -20,11 +20,11 @@ from caisson.image.vm import exit_reason
 from caisson.image.vm.accel import Choice
 from caisson.image.vm.children import POWERED_OFF
 from caisson.image.vm.config import VMConfig
-from caisson.image.vm.directory import VMDirectory, running_vms, owned_run_root
+from caisson.image.vm.directory import VMDirectory, owned_run_root, running_vms
 from caisson.image.vm.errors import VMError
 from caisson.image.vm.follower import Follower
 from caisson.image.vm.jsonsocket import JSONSocket
-from caisson.image.vm.snapshot.snapshot import SnapshotCompatibility, Snapshot, place
+from caisson.image.vm.snapshot.snapshot import Snapshot, SnapshotCompatibility, place
 
 #: Seconds until the agent has to answer: native, and emulated on a busy machine.
 AGENT_TIMEOUT = {"kvm": 60.0, "tcg": 240.0}

@@ -34,8 +34,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from caisson.image.vm import exit_reason
-from caisson.image.vm import qemu, vsock
+from caisson.image.vm import exit_reason, qemu, vsock
 from caisson.image.vm.accel import Choice
 from caisson.image.vm.children import POWERED_OFF, Children
 from caisson.image.vm.directory import VMDirectory, janitor
@@ -44,8 +43,7 @@ from caisson.image.vm.hotplug.virtiofs import Shares
 from caisson.image.vm.jsonsocket import JSONSocket
 from caisson.image.vm.qmp import QMP, QMPError
 from caisson.image.vm.snapshot import migration, ram
-from caisson.image.vm.snapshot.snapshot import SnapshotCompatibility, Snapshot, store
-
+from caisson.image.vm.snapshot.snapshot import Snapshot, SnapshotCompatibility, store
 
 #: Seconds between looks whether the host was suspended, and for how long it has to have been: clocks are not exact.
 SUSPEND_CHECK_INTERVAL = 10.0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from caisson.image.vm.directory import VMDirectory, running_vms, owned_run_root
+from caisson.image.vm.directory import VMDirectory, owned_run_root, running_vms
 from caisson.image.vm.errors import VMError
 
 

@@ -221,7 +221,7 @@ def said() -> str:
 
 def test_a_host_that_was_suspended(image: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine cannot be suspended for a test, so its clocks are played."""
-    monkeypatch.setattr(supervisor, "LOOKING", 0.05)
+    monkeypatch.setattr(supervisor, "SUSPEND_CHECK_INTERVAL", 0.05)
     told, seconds = tmp_path / "told", [5.0]
     config = VMConfig(
         image(""), name="v", accel="tcg", vsock="user", on_resume=("/bin/sh", "-c", 'echo "$1" >>"$0"', str(told))

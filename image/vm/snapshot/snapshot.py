@@ -113,7 +113,7 @@ class Snapshot:
             raise VMError(f"snapshot {name!r} cannot be read: {error}; {_way_out(name)}") from error
 
     def check(self, here: SnapshotCompatibility) -> None:
-        """Compare what it was saved with and what it would be restored with.  Raises VMError that names a difference."""
+        """Compare what it was saved with and what it would be restored with.  Raises VMError."""
         for field, title in TITLES.items():
             saved, found = getattr(self.compatibility, field), getattr(here, field)
             if saved != found:

@@ -25,14 +25,12 @@ from pathlib import Path
 from caisson.image.vm.accel import VHOST_VSOCK
 from caisson.image.vm.directory import VMDirectory
 from caisson.image.vm.errors import VMError
+from caisson.proto.contract import AGENT_PORT
 
 HERE = Path(__file__).resolve().parent
 
 #: The program of each kind of device.
 BACKENDS = {"user": "vhost_user", "vhost": "relay.py"}
-
-#: The port that the agent listens on, and so where agent.sock leads.
-AGENT_PORT = 1024
 
 #: With our own device each VM is a world of its own, so one context id does for all of them.
 USER_CID = 3
