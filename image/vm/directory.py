@@ -114,7 +114,7 @@ class VMDirectory:
         """
         with _alone(self.path.parent):
             if self.alive():
-                raise VMError(f"there is a VM {self.name!r} already; stop it: invoke stop-vm --name {self.name}")
+                raise VMError(f"there is a VM {self.name!r} already; stop it: caisson stop-vm {self.name}")
             if self._lock.exists():
                 self._empty()
             try:

@@ -313,7 +313,7 @@ def get_vm(name: str) -> VM:
         names = ", ".join(other.name for other in list_vms()) or "none"
         why = exit_reason.describe(VMDirectory.of(name))
         raise VMError(
-            f"there is no VM {name!r}; running: {names}; start it: invoke boot-vm --name {name} --detach"
+            f"there is no VM {name!r}; running: {names}; start it: caisson boot-vm {name} --detach"
             + (f"\n{why}" if why else "")
         )
     return vm

@@ -151,10 +151,10 @@ def read_manifest(image: Path) -> tuple[str, dict[str, Any]]:
         architecture_of(manifest)
         for part in (manifest["kernel"]["file"], manifest["root"]["file"]):
             if not (image / part).is_file():
-                raise VMError(f"the image in {image} lacks {part}; build it again: invoke build-image")
+                raise VMError(f"the image in {image} lacks {part}; build it again: caisson build-image")
         str(manifest["cmdline"])
     except OSError as error:
-        raise VMError(f"{image} holds no image: {error.strerror}; build one: invoke build-image") from error
+        raise VMError(f"{image} holds no image: {error.strerror}; build one: caisson build-image") from error
     except (ValueError, TypeError, KeyError) as error:
         raise VMError(f"{image / 'image.json'} does not describe an image: {error!r}") from error
     return text, manifest

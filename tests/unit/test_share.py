@@ -74,7 +74,7 @@ def test_an_ordinary_user(place: Path, monkeypatch: pytest.MonkeyPatch, usage: s
 
 
 def test_without_any(place: Path) -> None:
-    with pytest.raises(VMError, match=r"not installed; run: sudo apt-get install virtiofsd .*invoke boot-vm --share"):
+    with pytest.raises(VMError, match=r"not installed; run: sudo apt-get install virtiofsd .*caisson boot-vm --share"):
         virtiofs.command(Path("/a"), 9, writable=True)
 
 
@@ -86,7 +86,7 @@ def test_a_vm_without_memory_to_share(tmp_path: Path) -> None:
         "virtiofs": {},
     }
     vm: Any = SimpleNamespace(name="v", info=info, directory=tmp_path)
-    with pytest.raises(VMError, match="--vsock user, or boot with the share: invoke boot-vm --share src=/tmp"):
+    with pytest.raises(VMError, match="--vsock user, or boot with the share: caisson boot-vm --share src=/tmp"):
         sharing.share(vm, Path("/tmp"), "src", writable=False)
     # What it was booted with is there whatever it is asked to be called, but not read-only.
     assert sharing.share(vm, tmp_path, "other", writable=True) == sharing.Shared("9p", "data", True)

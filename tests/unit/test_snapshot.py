@@ -102,7 +102,7 @@ def test_a_name_is_no_path(name: str) -> None:
 
 def test_one_of_another_time_says_the_way_out(tmp_path: Path, cache: Path) -> None:
     (stored("t", tmp_path).directory / "snapshot.json").write_text('{"format": 0}')
-    with pytest.raises(VMError, match="was saved by an older Caisson; save it again: invoke save-snapshot --name t"):
+    with pytest.raises(VMError, match="was saved by an older Caisson; save it again: caisson save-snapshot t"):
         Snapshot.load("t")
 
 

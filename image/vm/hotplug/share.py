@@ -75,7 +75,7 @@ def _share(vm: VM, path: Path, directory: Path, tag: str, writable: bool) -> Sha
     if vm.info["snapshot"] and vm.info["vsock"] != "user":
         raise VMError(
             f"VM {vm.name!r} has its snapshot's memory, which virtiofsd must not map, and 9p cannot be added while it "
-            f"runs; make a clone with --vsock user, or boot with the share: invoke boot-vm --share {tag}={directory}"
+            f"runs; make a clone with --vsock user, or boot with the share: caisson boot-vm --share {tag}={directory}"
         )
     answer = _ask(vm, {"share": tag, "path": str(path), "writable": writable})
     try:

@@ -21,7 +21,7 @@ from caisson.image.vm.directory import VMDirectory
 from caisson.image.vm.errors import VMError
 
 #: What there is without it.
-ELSE = "or share by 9p, which the lean image has: invoke boot-vm --share TAG=DIR"
+ELSE = "or share by 9p, which the lean image has: caisson boot-vm --share TAG=DIR"
 
 #: Makes $1 read-only for this process alone, and becomes the rest.  What is mounted below it is not there then.
 READ_ONLY = 'mount --bind -- "$1" "$1" && mount -o remount,bind,ro -- "$1" && shift && exec "$@"'

@@ -89,7 +89,7 @@ class Snapshot:
         """Return the snapshot of this name.  Raises VMError when there is none."""
         found = cls.load(name)
         if found is None:
-            raise VMError(f"there is no snapshot {name!r}; save one: invoke save-snapshot --name {name}")
+            raise VMError(f"there is no snapshot {name!r}; save one: caisson save-snapshot {name}")
         return found
 
     @classmethod
@@ -177,7 +177,7 @@ def store(snapshot: Snapshot, ram: int, state: bytes) -> int:
 
 
 def _way_out(name: str) -> str:
-    return f"save it again: invoke save-snapshot --name {name}"
+    return f"save it again: caisson save-snapshot {name}"
 
 
 def _cache(root: Path | None) -> Cache:
