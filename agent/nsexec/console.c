@@ -1,6 +1,6 @@
 /*
- * console.c: the terminal of a process, and /dev/null as its stdio.  Both come from the container's /dev, which is the image's or a
- * mount of the host's: everything is verified to be the device it should be before it is opened (CVE-2025-31133, -52565).
+ * console.c: the terminal of a process, and /dev/null as its stdio.  Both come from the container's /dev, which is the
+ * image's or a bind mount: each node is verified to be the expected device before it is opened (CVE-2025-31133, -52565).
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -26,16 +26,16 @@ static int open_ptmx(int root)
 	int dir = open_in(root, "/dev/pts", O_PATH | O_DIRECTORY, RESOLVE_NO_SYMLINKS), master;
 
 	if (dir < 0)
-		fail("console", "/dev/pts", errno, NULL);
+		fail_errno("console", "/dev/pts", NULL);
 	if (fstatfs(dir, &fs) < 0 || fs.f_type != MAGIC_DEVPTS)
-		fail("console", "/dev/pts", ENODEV, "is not a devpts filesystem");
-	/* Inside devpts only the kernel makes nodes; a mount on top of one is excluded. */
+		fail(ENODEV, "console", "/dev/pts", "is not a devpts filesystem");
+	/* In devpts only the kernel creates nodes; RESOLVE_NO_XDEV excludes a mount on top of one. */
 	master = sys_openat2(dir, "ptmx", O_RDWR | O_NOCTTY | O_NOFOLLOW | O_CLOEXEC, 0,
 			     RESOLVE_BENEATH | RESOLVE_NO_XDEV | RESOLVE_NO_SYMLINKS);
 	if (master < 0)
-		fail("console", "/dev/pts/ptmx", errno, NULL);
+		fail_errno("console", "/dev/pts/ptmx", NULL);
 	if (fstat(master, &st) < 0 || !S_ISCHR(st.st_mode) || st.st_rdev != makedev(5, 2))
-		fail("console", "/dev/pts/ptmx", ENODEV, "is not the pseudo-terminal multiplexer");
+		fail(ENODEV, "console", "/dev/pts/ptmx", "is not the pseudo-terminal multiplexer");
 	close(dir);
 	return master;
 }
@@ -56,7 +56,7 @@ static void send_master(int socket, int master)
 	header->cmsg_len = CMSG_LEN(sizeof(int));
 	memcpy(CMSG_DATA(header), &master, sizeof(master));
 	if (sendmsg(socket, &message, MSG_NOSIGNAL) != 4)
-		fail("console", "socket", errno, NULL);
+		fail_errno("console", "socket", NULL);
 }
 
 static void bind_console(int root, int peer)
@@ -65,18 +65,18 @@ static void bind_console(int root, int peer)
 	int dir = open_in(root, "/dev", O_PATH | O_DIRECTORY, RESOLVE_NO_SYMLINKS), target, tree;
 
 	if (dir < 0)
-		fail("console", "/dev", errno, NULL);
+		fail_errno("console", "/dev", NULL);
 	target = openat(dir, "console", O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0666);
 	if (target >= 0)
 		close(target);
 	target = openat(dir, "console", O_PATH | O_NOFOLLOW | O_CLOEXEC);
 	if (target < 0 || fstat(target, &st) < 0)
-		fail("console", CONSOLE_PATH, errno, NULL);
+		fail_errno("console", CONSOLE_PATH, NULL);
 	if (!S_ISREG(st.st_mode) && !S_ISCHR(st.st_mode))
-		fail("console", CONSOLE_PATH, EEXIST, "is neither a file nor a device");
+		fail(EEXIST, "console", CONSOLE_PATH, "is neither a file nor a device");
 	tree = clone_mount(peer, "console", CONSOLE_PATH, false);
 	if (sys_move_mount(tree, target) < 0)
-		fail("console", CONSOLE_PATH, errno, NULL);
+		fail_errno("console", CONSOLE_PATH, NULL);
 	close(tree);
 	close(target);
 	close(dir);
@@ -88,34 +88,34 @@ void open_console(int root, const struct console_step *console, int socket)
 	int master, peer, unlock = 0;
 
 	if (socket < 0)
-		fail("console", "socket", EBADF, "a terminal without the socket to send it through");
+		fail(EBADF, "console", "socket", "a terminal needs a console socket");
 	master = open_ptmx(root);
 	if (ioctl(master, TIOCSPTLCK, &unlock) < 0)
-		fail("console", "/dev/pts/ptmx", errno, NULL);
-	/* The other end without looking up its name. */
+		fail_errno("console", "/dev/pts/ptmx", NULL);
+	/* The other end, without a lookup of its name. */
 	peer = ioctl(master, TIOCGPTPEER, O_RDWR | O_NOCTTY | O_CLOEXEC);
 	if (peer < 0)
-		fail("console", "terminal", errno, NULL);
+		fail_errno("console", "terminal", NULL);
 	if ((console->rows != 0 || console->columns != 0) && ioctl(peer, TIOCSWINSZ, &size) < 0)
-		fail("console", "terminal", errno, NULL);
+		fail_errno("console", "terminal", NULL);
 	if (console->bind != 0)
 		bind_console(root, peer);
 	send_master(socket, master);
 	close(master);
 	for (int fd = 0; fd <= 2; fd++)
 		if (dup3(peer, fd, 0) < 0)
-			fail("console", "terminal", errno, NULL);
+			fail_errno("console", "terminal", NULL);
 	close(peer);
 }
 
-/* Standard input becomes the controlling terminal of the session that this process leads. */
-void take_terminal(void)
+/* Make stdin the controlling terminal of the session that this process leads. */
+void set_controlling_terminal(void)
 {
 	if (ioctl(0, TIOCSCTTY, 0) < 0)
-		fail("console", "terminal", errno, NULL);
+		fail_errno("console", "terminal", NULL);
 }
 
-/* The guest's /dev/null must not be handed in: who has the inode can change its owner and mode. */
+/* Replace the host's /dev/null by the container's: whoever holds the inode can change its owner and mode. */
 void replace_null_stdio(int root)
 {
 	int node = -1, null;
@@ -126,10 +126,10 @@ void replace_null_stdio(int root)
 		if (node < 0)
 			node = open_verified_null(root);
 		if (node < 0)
-			fail("stdio", "/dev/null", errno, "the container has no null device");
+			fail_errno("stdio", "/dev/null", "the container has no null device");
 		null = open_in(root, "/dev/null", O_RDWR | O_NOFOLLOW, RESOLVE_NO_SYMLINKS);
 		if (null < 0 || !is_null_device(null) || dup3(null, fd, 0) < 0)
-			fail("stdio", "/dev/null", errno, NULL);
+			fail_errno("stdio", "/dev/null", NULL);
 		close(null);
 	}
 	if (node >= 0)

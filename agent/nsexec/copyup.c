@@ -1,8 +1,8 @@
 /*
- * copyup.c: a tmpfs begins with what the image has in the directory that it covers (mount option tmpcopyup).
+ * copyup.c: fill a tmpfs with the content of the directory that it will cover (mount option tmpcopyup).
  *
- * By descriptors only, and no symbolic link is followed: what is in the image leads nowhere.  Owners, modes, times and device numbers are
- * kept; a hard link becomes a file of its own, extended attributes stay behind.  The size of the tmpfs is the limit.
+ * By descriptors only, and without following symbolic links.  Owners, modes, times and device numbers are kept; hard links
+ * become separate files, extended attributes are not copied.  The size of the tmpfs is the limit.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -15,7 +15,7 @@
 
 #include "nsexec.h"
 
-#define DEPTH_MAX 64 /* of directories in each other; each has a buffer and two descriptors */
+#define DEPTH_MAX 64 /* nested directories; each takes a buffer and two descriptors */
 
 struct linux_dirent {
 	uint64_t inode;
@@ -25,15 +25,13 @@ struct linux_dirent {
 	char name[];
 };
 
-static const char *whole; /* the mount's path, for errors */
-
-static void keep(int fd, const struct stat *st)
+static void copy_metadata(int fd, const char *name, const struct stat *st)
 {
 	const struct timespec times[2] = {st->st_atim, st->st_mtim};
 
-	/* chown takes setuid bits away: first the owner, then the mode */
+	/* First the owner, then the mode: chown clears setuid bits. */
 	if (fchown(fd, st->st_uid, st->st_gid) < 0 || fchmod(fd, st->st_mode & 07777u) < 0 || futimens(fd, times) < 0)
-		fail("tmpcopyup", whole, errno, NULL);
+		fail_errno("tmpcopyup", name, NULL);
 }
 
 static void copy_file(int from, int to, const char *name, const struct stat *st)
@@ -43,13 +41,14 @@ static void copy_file(int from, int to, const char *name, const struct stat *st)
 	ssize_t copied;
 
 	if (source < 0 || target < 0)
-		fail("tmpcopyup", name, errno, NULL);
+		fail_errno("tmpcopyup", name, NULL);
 	do
 		copied = sendfile(target, source, NULL, 1u << 20);
 	while (copied > 0 || (copied < 0 && errno == EINTR));
 	if (copied < 0)
-		fail("tmpcopyup", name, errno, errno == ENOSPC ? "the tmpfs is too small for what the image has there" : NULL);
-	keep(target, st);
+		fail_errno("tmpcopyup", name,
+			   errno == ENOSPC ? "the tmpfs is too small for what the image has there" : NULL);
+	copy_metadata(target, name, st);
 	close(source);
 	close(target);
 }
@@ -60,34 +59,35 @@ static void copy_link(int from, int to, const char *name, const struct stat *st)
 	ssize_t length = readlinkat(from, name, link, sizeof(link) - 1);
 
 	if (length < 0)
-		fail("tmpcopyup", name, errno, NULL);
+		fail_errno("tmpcopyup", name, NULL);
 	link[length] = '\0';
 	if (symlinkat(link, to, name) < 0 || fchownat(to, name, st->st_uid, st->st_gid, AT_SYMLINK_NOFOLLOW) < 0)
-		fail("tmpcopyup", name, errno, NULL);
+		fail_errno("tmpcopyup", name, NULL);
 }
 
 static void copy_node(int from, int to, const char *name, const struct stat *st)
 {
 	(void)from;
 	if (mknodat(to, name, st->st_mode & (S_IFMT | 0700u), st->st_rdev) < 0 ||
-	    fchownat(to, name, st->st_uid, st->st_gid, AT_SYMLINK_NOFOLLOW) < 0 || fchmodat(to, name, st->st_mode & 07777u, 0) < 0)
-		fail("tmpcopyup", name, errno, NULL);
+	    fchownat(to, name, st->st_uid, st->st_gid, AT_SYMLINK_NOFOLLOW) < 0 ||
+	    fchmodat(to, name, st->st_mode & 07777u, 0) < 0)
+		fail_errno("tmpcopyup", name, NULL);
 }
 
-static void copy_directory(int from, int to, unsigned depth);
+static void copy_directory(int from, int to, const char *name, unsigned depth);
 
 static void copy_below(int from, int to, const char *name, const struct stat *st, unsigned depth)
 {
 	int source, target;
 
 	if (mkdirat(to, name, 0700) < 0)
-		fail("tmpcopyup", name, errno, NULL);
+		fail_errno("tmpcopyup", name, NULL);
 	source = openat(from, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
 	target = openat(to, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
 	if (source < 0 || target < 0)
-		fail("tmpcopyup", name, errno, NULL);
-	copy_directory(source, target, depth + 1);
-	keep(target, st);
+		fail_errno("tmpcopyup", name, NULL);
+	copy_directory(source, target, name, depth + 1);
+	copy_metadata(target, name, st);
 	close(source);
 	close(target);
 }
@@ -99,7 +99,7 @@ static void copy_entry(int from, int to, const char *name, unsigned depth)
 	if (strcmp(name, ".") == 0 || strcmp(name, "..") == 0)
 		return;
 	if (fstatat(from, name, &st, AT_SYMLINK_NOFOLLOW) < 0)
-		fail("tmpcopyup", name, errno, NULL);
+		fail_errno("tmpcopyup", name, NULL);
 	if (S_ISDIR(st.st_mode))
 		copy_below(from, to, name, &st, depth);
 	else if (S_ISREG(st.st_mode))
@@ -110,13 +110,13 @@ static void copy_entry(int from, int to, const char *name, unsigned depth)
 		copy_node(from, to, name, &st);
 }
 
-static void copy_directory(int from, int to, unsigned depth)
+static void copy_directory(int from, int to, const char *name, unsigned depth)
 {
 	_Alignas(struct linux_dirent) char buffer[2048];
 	long got;
 
 	if (depth > DEPTH_MAX)
-		fail("tmpcopyup", whole, ELOOP, "directories that are too deep in each other");
+		fail(ELOOP, "tmpcopyup", name, "more than %d nested directories", DEPTH_MAX);
 	while ((got = syscall(SYS_getdents64, from, buffer, sizeof(buffer))) > 0)
 		for (long at = 0; at < got;) {
 			const struct linux_dirent *entry = (const struct linux_dirent *)(buffer + at);
@@ -125,22 +125,21 @@ static void copy_directory(int from, int to, unsigned depth)
 			at += entry->length;
 		}
 	if (got < 0)
-		fail("tmpcopyup", whole, errno, NULL);
+		fail_errno("tmpcopyup", name, NULL);
 }
 
-/* `covered` is the directory in the image, `mount` the new file system that is not mounted yet. */
+/* `covered` is the directory in the image, `mount` the new file system, not mounted yet. */
 void copy_up(int covered, int mount, const char *path)
 {
 	int from = openat(covered, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	int to = openat(mount, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	struct stat st;
 
-	whole = path;
 	if (from < 0 || to < 0 || fstat(from, &st) < 0)
-		fail("tmpcopyup", path, errno, NULL);
-	copy_directory(from, to, 0);
+		fail_errno("tmpcopyup", path, NULL);
+	copy_directory(from, to, path, 0);
 	if (fchown(to, st.st_uid, st.st_gid) < 0)
-		fail("tmpcopyup", path, errno, NULL);
+		fail_errno("tmpcopyup", path, NULL);
 	close(from);
 	close(to);
 }

@@ -9,7 +9,7 @@
 
 static enum fault_point wanted = FAULT_COUNT;
 
-/* The environment is not the stages' own later. */
+/* To be called before the environment is replaced. */
 void faults_from_environment(void)
 {
 #define POINT(name) #name,

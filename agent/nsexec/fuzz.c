@@ -1,6 +1,6 @@
 /*
- * fuzz.c: the parser of bootstrap and plan under libFuzzer, AddressSanitizer and UBSan (`make fuzz`), and, with -DSTANDALONE, under a
- * mutator of its own for machines that have only gcc (`make fuzz-gcc`).  Nothing is executed: only what reads messages runs.
+ * fuzz.c: the parser of bootstrap and plan under libFuzzer, AddressSanitizer and UBSan (`make fuzz`), and, with
+ * -DSTANDALONE, under a mutator of its own for machines that have only gcc (`make fuzz-gcc`).  No plan is executed.
  *
  * Input: one byte (1: an exec's plan), then the three messages as on the init pipe.
  */
@@ -12,17 +12,17 @@
 #include "plan.c"
 #include "tlv.c"
 
-static jmp_buf refused;
+static jmp_buf rejected;
 static long accepted;
 
-/* Instead of report.c's: a refused input is a good outcome. */
-NORETURN void fail(const char *step, const char *path, int error, const char *why)
+/* Instead of report.c's: to reject an input is a good outcome. */
+NORETURN void fail(int error, const char *step, const char *path, const char *format, ...)
 {
-	(void)step, (void)path, (void)error, (void)why;
-	longjmp(refused, 1);
+	(void)step, (void)path, (void)error, (void)format;
+	longjmp(rejected, 1);
 }
 
-/* What plan.c left for later is decoded as rootfs.c does. */
+/* Decode again what rootfs.c decodes when it executes the plan. */
 static void walk(const struct plan *plan)
 {
 	struct cursor steps = plan->steps;
@@ -30,7 +30,7 @@ static void walk(const struct plan *plan)
 
 	while (next_attribute(&steps, &a))
 		if (a.type < PLAN_UMASK && a.type != PLAN_CONSOLE)
-			check_rootfs_step(&a);
+			check_step(&a);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
@@ -39,6 +39,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
 	static struct bootstrap boot;
 	static struct plan plan;
+	static struct inbox inbox;
 	static int fd;
 
 	if (size < 1)
@@ -46,12 +47,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	fd = memfd_create("input", MFD_CLOEXEC);
 	if (fd < 0 || write(fd, data + 1, size - 1) != (ssize_t)(size - 1) || lseek(fd, 0, SEEK_SET) != 0)
 		abort();
-	stored = 0;
+	inbox.used = 0;
 	memset(&plan, 0, sizeof(plan));
-	if (setjmp(refused) == 0) {
-		decode_bootstrap(read_message(fd, MESSAGE_BOOTSTRAP, 1u << 20), &boot);
-		decode_plan(read_message(fd, MESSAGE_PLAN, 1u << 20), data[0] == 1, &plan);
-		decode_strings(read_message(fd, MESSAGE_STRINGS, (2u << 20) - 4096), &plan);
+	if (setjmp(rejected) == 0) {
+		decode_bootstrap(read_message(&inbox, fd, MESSAGE_BOOTSTRAP, 1u << 20), &boot);
+		decode_plan(read_message(&inbox, fd, MESSAGE_PLAN, 1u << 20), data[0] == 1, &plan);
+		decode_strings(read_message(&inbox, fd, MESSAGE_STRINGS, (2u << 20) - 4096), &plan);
 		walk(&plan);
 		accepted++;
 	}
@@ -73,8 +74,8 @@ static size_t read_file(const char *path, uint8_t *data, size_t room)
 }
 
 /*
- * fuzz-gcc ROUNDS SEED FILE…: mutate the files' bytes, mostly where lengths and types are.  Some must still be accepted.
- * With 0 rounds each file is tried as it is, and all must be accepted.
+ * fuzz-gcc ROUNDS SEED FILE…: mutate the files' bytes, mostly lengths and types.  Some inputs must still be accepted.
+ * With 0 rounds each file is tried unchanged, and all must be accepted.
  */
 int main(int argc, char **argv)
 {
@@ -99,7 +100,8 @@ int main(int argc, char **argv)
 			return 2;
 		for (long changes = random() % 6; changes >= 0; changes--) {
 			size_t at = (size_t)random() % size;
-			static const uint16_t words[] = {0, 1, 2, 3, 4, 5, 0x7fff, 0xffff, 27281, 27290, 27350, 27400, 27414, 27428};
+			static const uint16_t words[] = {0,	 1,	2,     3,     4,     5,	    0x7fff,
+							 0xffff, 27281, 27290, 27350, 27400, 27414, 27428};
 
 			if (random() % 3 == 0)
 				input[at] = (uint8_t)random();

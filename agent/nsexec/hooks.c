@@ -1,10 +1,10 @@
 /*
- * hooks.c: the hooks of a configuration that run in the container's namespaces: createContainer, a program of the guest before the root
- * is changed, and startContainer, one of the container right before its own program (OCI config.md, "POSIX-platform Hooks").
+ * hooks.c: hooks that run in the container's namespaces: createContainer, a program of the host before pivot_root, and
+ * startContainer, a program of the container right before its own (OCI config.md, "POSIX-platform Hooks").
  *
- * A hook is a session of its own, gets the container's state on a pipe as standard input, and must end with status 0 within its time;
- * else its whole process group is killed.  What it wrote last becomes part of the error.  prestart and createRuntime hooks belong to
- * the agent, which runs them while nsexec waits.
+ * A hook runs in a session of its own, reads the container's state from stdin, and must exit with status 0 before its
+ * timeout, at which its process group is killed.  The end of its output becomes part of the error.  prestart and
+ * createRuntime hooks are run by the runtime, while nsexec waits.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -20,30 +20,30 @@
 
 #include "nsexec.h"
 
-#define OUTPUT_KEPT 800u /* of what a hook says; an error's text holds it and a few words */
+#define OUTPUT_MAX 800u /* bytes of output in an error */
 
-struct run {
+struct hook_run {
 	const char *point;
 	const struct hook_step *hook;
-	int sync; /* for the child's own report */
-	int cwd;  /* to run in, -1 for where this process is */
-	char output[OUTPUT_KEPT + 1];
+	int sync; /* for errors of the child */
+	int cwd;  /* descriptor of its working directory, -1 to inherit it */
+	char output[OUTPUT_MAX + 1];
 	size_t kept;
 };
 
-/* The state as JSON: the agent's part of it, then what only this process knows. */
+/* Complete the state that the runtime has begun: JSON, with the members that only this process knows. */
 static const char *finish_state(const char *head, const char *status, size_t *size)
 {
 	static char state[1 << 16];
 	int length = snprintf(state, sizeof(state), "%s,\"status\":\"%s\",\"pid\":%d}", head, status, getpid());
 
 	if (length < 0 || (size_t)length >= sizeof(state))
-		fail("hooks", "state", EMSGSIZE, NULL);
+		fail(EMSGSIZE, "hooks", "state", NULL);
 	*size = (size_t)length;
 	return state;
 }
 
-NORETURN static void become_hook(const struct run *run, int parent, int input, int output)
+NORETURN static void exec_hook(const struct hook_run *run, int parent, int input, int output)
 {
 	const struct hook_step *hook = run->hook;
 	struct cursor strings = hook->strings;
@@ -51,34 +51,34 @@ NORETURN static void become_hook(const struct run *run, int parent, int input, i
 	char **vectors = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
 	if (vectors == MAP_FAILED)
-		fail(run->point, hook->path, errno, NULL);
+		fail_errno(run->point, hook->path, NULL);
 	for (uint32_t i = 0; i < hook->argc; i++)
-		vectors[i] = (char *)(uintptr_t)take_text(&strings, "hook");
+		vectors[i] = (char *)(uintptr_t)read_text(&strings, "hook");
 	for (uint32_t i = 0; i < hook->envc; i++)
-		vectors[hook->argc + 1 + i] = (char *)(uintptr_t)take_text(&strings, "hook");
+		vectors[hook->argc + 1 + i] = (char *)(uintptr_t)read_text(&strings, "hook");
 	signal(SIGPIPE, SIG_DFL);
 	if (setsid() < 0 || prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) < 0)
-		fail(run->point, hook->path, errno, NULL);
+		fail_errno(run->point, hook->path, NULL);
 	if (getppid() != parent)
 		_exit(1);
 	if (run->cwd >= 0 && fchdir(run->cwd) < 0)
-		fail(run->point, hook->path, errno, "the working directory");
+		fail_errno(run->point, hook->path, "chdir");
 	if (dup3(input, 0, 0) < 0 || dup3(output, 1, 0) < 0 || dup3(output, 2, 0) < 0)
-		fail(run->point, hook->path, errno, NULL);
+		fail_errno(run->point, hook->path, NULL);
 	close_all_but(&run->sync, 1);
 	execve(hook->path, vectors, vectors + hook->argc + 1);
-	fail(run->point, hook->path, errno, NULL);
+	fail_errno(run->point, hook->path, NULL);
 }
 
-/* Take what fits into a pipe (pipe(7)), not all that may be written meanwhile; the last of it is kept. */
-static void drain(struct run *run, int fd)
+/* Read at most what a pipe holds (pipe(7)), so that a hook that never stops writing cannot block; keep the end. */
+static void drain(struct hook_run *run, int fd)
 {
 	static char chunk[1 << 16];
 	ssize_t got;
 
 	for (int i = 0; i < 16 && (got = read(fd, chunk, sizeof(chunk))) > 0; i++) {
-		size_t fresh = (size_t)got < OUTPUT_KEPT ? (size_t)got : OUTPUT_KEPT;
-		size_t old = run->kept < OUTPUT_KEPT - fresh ? run->kept : OUTPUT_KEPT - fresh;
+		size_t fresh = (size_t)got < OUTPUT_MAX ? (size_t)got : OUTPUT_MAX;
+		size_t old = run->kept < OUTPUT_MAX - fresh ? run->kept : OUTPUT_MAX - fresh;
 
 		memmove(run->output, run->output + run->kept - old, old);
 		memcpy(run->output + old, chunk + (size_t)got - fresh, fresh);
@@ -86,9 +86,9 @@ static void drain(struct run *run, int fd)
 	}
 }
 
-NORETURN static void fail_hook(struct run *run, const char *before, int number, const char *after)
+NORETURN static void fail_hook(struct hook_run *run, const char *before, int number, const char *after)
 {
-	char why[OUTPUT_KEPT + 128];
+	char why[OUTPUT_MAX + 128];
 
 	for (size_t i = 0; i < run->kept; i++)
 		if (run->output[i] == '\0')
@@ -99,7 +99,7 @@ NORETURN static void fail_hook(struct run *run, const char *before, int number, 
 	snprintf(why, sizeof(why), "%s%d%s", before, number, after);
 	if (run->kept > 0)
 		snprintf(why + strlen(why), sizeof(why) - strlen(why), ": %s", run->output);
-	fail(run->point, run->hook->path, 0, why);
+	fail(0, run->point, run->hook->path, "%s", why);
 }
 
 static long long now_ms(void)
@@ -110,19 +110,20 @@ static long long now_ms(void)
 	return now.tv_sec * 1000ll + now.tv_nsec / 1000000;
 }
 
-/* Feed it, listen to it, until it ends or its time is over.  False: it was killed. */
-static bool follow(struct run *run, int pidfd, int input, int output, const char *state, size_t size)
+/* Write the state, read the output, until it exits (true) or its timeout is over (false). */
+static bool wait_hook(struct hook_run *run, int pidfd, int input, int output, const char *state, size_t size)
 {
 	long long deadline = now_ms() + run->hook->timeout * 1000ll;
 
 	for (;;) {
-		struct pollfd polled[] = {
-			{.fd = pidfd, .events = POLLIN}, {.fd = output, .events = POLLIN}, {.fd = input, .events = POLLOUT}};
+		struct pollfd polled[] = {{.fd = pidfd, .events = POLLIN},
+					  {.fd = output, .events = POLLIN},
+					  {.fd = input, .events = POLLOUT}};
 		long long left = run->hook->timeout == 0 ? -1 : deadline - now_ms();
 		int found = left < 0 && run->hook->timeout != 0 ? 0 : poll(polled, ARRAY_SIZE(polled), (int)left);
 
 		if (found < 0 && errno != EINTR)
-			fail(run->point, run->hook->path, errno, NULL);
+			fail_errno(run->point, run->hook->path, NULL);
 		if (found == 0)
 			return false;
 		if (found < 0)
@@ -130,7 +131,7 @@ static bool follow(struct run *run, int pidfd, int input, int output, const char
 		if (polled[1].revents != 0) {
 			drain(run, output);
 			if ((polled[1].revents & POLLIN) == 0)
-				output = -1; /* closed by all who had it; poll(2) passes over it */
+				output = -1; /* closed by all writers; poll(2) ignores it */
 		}
 		if (polled[2].revents != 0) {
 			ssize_t taken = write(input, state, size);
@@ -150,45 +151,46 @@ static bool follow(struct run *run, int pidfd, int input, int output, const char
 	return true;
 }
 
-static void run_hook(struct run *run, const char *state, size_t size)
+static void run_hook(struct hook_run *run, const char *state, size_t size)
 {
 	int input[2], output[2], pidfd = -1, pid, status, parent = getpid();
 	bool ended;
 
 	if (pipe2(input, O_CLOEXEC) < 0 || pipe2(output, O_CLOEXEC) < 0 || fcntl(input[1], F_SETFL, O_NONBLOCK) < 0 ||
 	    fcntl(output[0], F_SETFL, O_NONBLOCK) < 0)
-		fail(run->point, run->hook->path, errno, "its pipes");
-	/* clone, not clone3: container filters commonly deny what they cannot look into. */
+		fail_errno(run->point, run->hook->path, "pipe");
+	/* clone, not clone3, which most filters deny. */
 	pid = (int)syscall(SYS_clone, (unsigned long)(CLONE3_PIDFD | SIGCHLD), NULL, &pidfd, NULL, NULL);
 	if (pid < 0)
-		fail(run->point, run->hook->path, errno, "cannot be forked");
+		fail_errno(run->point, run->hook->path, "clone");
 	if (pid == 0)
-		become_hook(run, parent, input[0], output[1]);
+		exec_hook(run, parent, input[0], output[1]);
 	close(input[0]);
 	close(output[1]);
-	ended = follow(run, pidfd, input[1], output[0], state, size);
+	ended = wait_hook(run, pidfd, input[1], output[0], state, size);
 	if (!ended) {
-		kill(-pid, SIGKILL); /* its session's first group; the hook itself, should it not have come so far */
+		kill(-pid, SIGKILL); /* its group; if it has not called setsid yet, only itself */
 		kill(pid, SIGKILL);
 	}
 	while (waitpid(pid, &status, 0) < 0)
 		if (errno != EINTR)
-			fail(run->point, run->hook->path, errno, "cannot be waited for");
+			fail_errno(run->point, run->hook->path, "waitpid");
 	drain(run, output[0]);
 	close(output[0]);
 	close(pidfd);
 	if (!ended)
-		fail_hook(run, "did not end within ", (int)run->hook->timeout, " s and was killed");
+		fail_hook(run, "timed out after ", (int)run->hook->timeout, " s and was killed");
 	if (WIFSIGNALED(status))
 		fail_hook(run, "was killed by signal ", WTERMSIG(status), "");
 	if (WEXITSTATUS(status) != 0)
-		fail_hook(run, "ended with status ", WEXITSTATUS(status), "");
+		fail_hook(run, "exited with status ", WEXITSTATUS(status), "");
 }
 
 void run_hooks(const struct plan *plan, uint16_t type, int sync, int cwd)
 {
 	bool creating = type == PLAN_CREATE_HOOK;
-	struct run run = {.point = creating ? "createContainer hook" : "startContainer hook", .sync = sync, .cwd = cwd};
+	struct hook_run run = {
+		.point = creating ? "createContainer hook" : "startContainer hook", .sync = sync, .cwd = cwd};
 	struct cursor steps = plan->steps;
 	struct attribute a;
 	struct hook_step hook;
@@ -211,9 +213,9 @@ void run_hooks(const struct plan *plan, uint16_t type, int sync, int cwd)
 		signal(SIGPIPE, SIG_DFL);
 }
 
-/* Let the agent run its hooks: everything is made, the root is not changed yet. */
+/* Let the runtime run its hooks: after the mounts, before pivot_root. */
 void wait_for_runtime_hooks(int sync)
 {
 	report_progress(PROGRESS_HOOKS);
-	wait_for_word(sync);
+	wait_for_runtime(sync);
 }

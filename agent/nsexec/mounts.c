@@ -1,8 +1,8 @@
 /*
  * mounts.c: single mounts, by descriptor only (fsopen, open_tree, mount_setattr, move_mount).
  *
- * A mount is made detached, gets its attributes, and is then moved onto a target that was resolved inside the container's root:
- * nothing looks a path up twice, and nothing is visible before it is read-only, nosuid … as asked.
+ * A mount is created detached, gets its attributes, and is then attached to a target that was resolved inside the
+ * container's root: no path is looked up twice, and no mount is visible before it is read-only, nosuid … as configured.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -17,7 +17,7 @@
 
 #define OPTION_MAX 4096
 
-/* Fail with what the filesystem itself said about its options, if it said anything. */
+/* Fail with the file system's own message about its options, if there is one (fsconfig(2)). */
 NORETURN static void fail_filesystem(int fs, const char *path)
 {
 	int error = errno;
@@ -27,9 +27,9 @@ NORETURN static void fail_filesystem(int fs, const char *path)
 	if (got > 2) {
 		message[got] = '\0';
 		message[strcspn(message, "\n")] = '\0';
-		fail("mount", path, error, message + 2); /* after "e " */
+		fail(error, "mount", path, "%s", message + 2); /* after "e " */
 	}
-	fail("mount", path, error, NULL);
+	fail(error, "mount", path, NULL);
 }
 
 void set_attributes(int fd, uint64_t set, uint64_t clear, bool recursive, const char *step, const char *path)
@@ -39,7 +39,7 @@ void set_attributes(int fd, uint64_t set, uint64_t clear, bool recursive, const 
 	if ((set | clear) == 0)
 		return;
 	if (sys_mount_setattr(fd, AT_EMPTY_PATH | (recursive ? AT_RECURSIVE_FLAG : 0), &attr) < 0)
-		fail(step, path, errno, NULL);
+		fail_errno(step, path, NULL);
 }
 
 static void set_propagation(int fd, uint32_t propagation, const char *path)
@@ -49,26 +49,27 @@ static void set_propagation(int fd, uint32_t propagation, const char *path)
 	if (propagation == 0)
 		return;
 	if (sys_mount_setattr(fd, AT_EMPTY_PATH | ((propagation & MS_REC) != 0 ? AT_RECURSIVE_FLAG : 0), &attr) < 0)
-		fail("propagation", path, errno, NULL);
+		fail_errno("propagation", path, NULL);
 }
 
-/* A detached copy of what `fd` is. */
+/* A detached clone of the mount at `fd`. */
 int clone_mount(int fd, const char *step, const char *path, bool recursive)
 {
-	int tree = sys_open_tree(fd, "", OPEN_TREE_CLONE | O_CLOEXEC | AT_EMPTY_PATH | (recursive ? AT_RECURSIVE_FLAG : 0));
+	int tree = sys_open_tree(fd, "",
+				 OPEN_TREE_CLONE | O_CLOEXEC | AT_EMPTY_PATH | (recursive ? AT_RECURSIVE_FLAG : 0));
 
 	if (tree < 0)
-		fail(step, path, errno, NULL);
+		fail_errno(step, path, NULL);
 	return tree;
 }
 
-/* procfs that nobody else has a path to, so that nothing can be mounted over or linked into it (CVE-2025-52881). */
+/* A procfs that is attached nowhere: nobody can mount over it or link into it (CVE-2025-52881). */
 int private_procfs(bool processes_only)
 {
 	int fs = sys_fsopen("proc"), mount;
 
 	if (fs < 0)
-		fail("private procfs", "", errno, NULL);
+		fail_errno("private procfs", "", NULL);
 	if (sys_fsconfig(fs, FSCONFIG_SET_STRING, "source", "proc") < 0)
 		fail_filesystem(fs, "private procfs");
 	if (processes_only && sys_fsconfig(fs, FSCONFIG_SET_STRING, "subset", "pid") < 0)
@@ -82,20 +83,20 @@ int private_procfs(bool processes_only)
 	return mount;
 }
 
-/* The mount that `path` lies on gets private, or what happens in the container's root would reach its peers. */
+/* Make the mount that `path` is on private: pivot_root(2) wants that, and mounts must not propagate to its peers. */
 static void isolate_parent_mount(const char *path)
 {
 	char at[PATH_MAX];
 
 	if (strlen(path) >= sizeof(at))
-		fail("rootfs", path, ENAMETOOLONG, NULL);
+		fail(ENAMETOOLONG, "rootfs", path, NULL);
 	strcpy(at, path);
 	while (mount(NULL, at, NULL, MS_PRIVATE, NULL) < 0) {
 		char *slash = strrchr(at, '/');
 
 		/* EINVAL: not a mount point; go up to the one it is on. */
 		if (errno != EINVAL || slash == NULL || strcmp(at, "/") == 0)
-			fail("rootfs", path, errno, "its mount cannot be made private");
+			fail_errno("rootfs", path, "the mount that it is on cannot be made private");
 		slash[slash == at ? 1 : 0] = '\0';
 	}
 }
@@ -105,14 +106,14 @@ void attach_rootfs(const char *path, int *root)
 	int target, tree;
 
 	if (path[0] != '/')
-		fail("rootfs", path, EINVAL, "not an absolute path");
+		fail(EINVAL, "rootfs", path, "not an absolute path");
 	isolate_parent_mount(path);
 	target = open(path, O_PATH | O_DIRECTORY | O_CLOEXEC);
 	if (target < 0)
-		fail("rootfs", path, errno, NULL);
+		fail_errno("rootfs", path, NULL);
 	tree = clone_mount(target, "rootfs", path, true);
 	if (sys_move_mount(tree, target) < 0)
-		fail("rootfs", path, errno, NULL);
+		fail_errno("rootfs", path, NULL);
 	close(target);
 	*root = tree;
 }
@@ -122,7 +123,7 @@ static bool has_option(struct cursor options, const char *key)
 	size_t length = strlen(key);
 
 	while (options.at != options.end) {
-		const char *option = take_text(&options, "mount");
+		const char *option = read_text(&options, "mount");
 
 		if (strncmp(option, key, length) == 0 && (option[length] == '=' || option[length] == '\0'))
 			return true;
@@ -142,7 +143,7 @@ static void set_option(int fs, const char *option, const char *path)
 		size_t length = (size_t)(value - option);
 
 		if (length >= sizeof(key))
-			fail("mount", path, ENAMETOOLONG, "an option name that is too long");
+			fail(ENAMETOOLONG, "mount", path, "an option name that is too long");
 		memcpy(key, option, length);
 		key[length] = '\0';
 		done = sys_fsconfig(fs, FSCONFIG_SET_STRING, key, value + 1);
@@ -151,7 +152,7 @@ static void set_option(int fs, const char *option, const char *path)
 		fail_filesystem(fs, path);
 }
 
-/* A tmpfs over a directory keeps that directory's permissions unless told otherwise. */
+/* A tmpfs without a mode option gets the mode of the directory that it covers. */
 static void inherit_mode(int fs, int root, const struct mount_step *step)
 {
 	struct stat st;
@@ -162,7 +163,7 @@ static void inherit_mode(int fs, int root, const struct mount_step *step)
 		return;
 	dir = open_in(root, step->target, O_PATH | O_DIRECTORY, 0);
 	if (dir < 0)
-		return; /* it will be made, with the usual mode */
+		return; /* it will be created, with the default mode */
 	if (fstat(dir, &st) == 0) {
 		snprintf(mode, sizeof(mode), "%o", st.st_mode & 07777u);
 		if (sys_fsconfig(fs, FSCONFIG_SET_STRING, "mode", mode) < 0)
@@ -177,12 +178,12 @@ static int new_filesystem(int root, const struct mount_step *step)
 	int fs = sys_fsopen(step->type), mount;
 
 	if (fs < 0)
-		fail("mount", step->target, errno, errno == ENODEV ? "the kernel has no such filesystem" : NULL);
+		fail_errno("mount", step->target, errno == ENODEV ? "the kernel has no such file system" : NULL);
 	if (step->source[0] != '\0' && sys_fsconfig(fs, FSCONFIG_SET_STRING, "source", step->source) < 0)
 		fail_filesystem(fs, step->target);
 	inherit_mode(fs, root, step);
 	while (options.at != options.end)
-		set_option(fs, take_text(&options, "mount"), step->target);
+		set_option(fs, read_text(&options, "mount"), step->target);
 	if (sys_fsconfig(fs, FSCONFIG_CMD_CREATE, NULL, NULL) < 0)
 		fail_filesystem(fs, step->target);
 	mount = sys_fsmount(fs, step->set);
@@ -192,7 +193,7 @@ static int new_filesystem(int root, const struct mount_step *step)
 	return mount;
 }
 
-/* Where a mount goes.  Never the root itself, never into procfs (but for the files that may be replaced there). */
+/* Open or create the target.  It is never the root itself, nor in procfs, but for files that may be mounted over there. */
 static int mount_target(int root, const struct mount_step *step, bool directory)
 {
 	struct stat root_stat, st;
@@ -200,29 +201,29 @@ static int mount_target(int root, const struct mount_step *step, bool directory)
 	int fd;
 
 	if ((step->flags & MOUNT_ORDINARY_DIR) != 0) {
-		/* A link here would put procfs elsewhere and leave the masks on something that is not it (CVE-2019-19921). */
+		/* A link would mount procfs elsewhere, and masks would miss it (CVE-2019-19921). */
 		fd = open_in(root, step->target, O_PATH | O_DIRECTORY | O_NOFOLLOW, RESOLVE_NO_SYMLINKS);
 		if (fd < 0 && (errno == ELOOP || errno == ENOTDIR))
-			fail("mount", step->target, errno, "must be mounted on an ordinary directory");
+			fail_errno("mount", step->target, "must be mounted on ordinary directory");
 		if (fd < 0 && errno == ENOENT)
 			fd = make_target_in(root, step->target, true);
 	} else {
 		fd = make_target_in(root, step->target, directory);
 	}
 	if (fd < 0)
-		fail("mount target", step->target, errno, NULL);
+		fail_errno("mount target", step->target, NULL);
 	if (fstat(fd, &st) < 0 || fstat(root, &root_stat) < 0 || fstatfs(fd, &fs) < 0)
-		fail("mount target", step->target, errno, NULL);
+		fail_errno("mount target", step->target, NULL);
 	if (st.st_dev == root_stat.st_dev && st.st_ino == root_stat.st_ino)
-		fail("mount target", step->target, EINVAL, "is the container's root");
+		fail(EINVAL, "mount target", step->target, "is the container's root");
 	if (fs.f_type == MAGIC_PROC && !((step->flags & MOUNT_OVER_PROC_FILE) != 0 && S_ISREG(st.st_mode)))
-		fail("mount target", step->target, EPERM, "is inside proc");
+		fail(EPERM, "mount target", step->target, "is inside procfs");
 	if (S_ISDIR(st.st_mode) != directory)
-		fail("mount target", step->target, directory ? ENOTDIR : EISDIR, NULL);
+		fail(directory ? ENOTDIR : EISDIR, "mount target", step->target, NULL);
 	return fd;
 }
 
-/* Returns the mount's root. */
+/* Execute a mount step.  Returns the descriptor of the mount. */
 int do_mount(int root, const struct mount_step *step)
 {
 	bool directory = true;
@@ -232,9 +233,10 @@ int do_mount(int root, const struct mount_step *step)
 		struct stat st;
 
 		tree = sys_open_tree(AT_FDCWD, step->source,
-				     OPEN_TREE_CLONE | O_CLOEXEC | ((step->flags & MOUNT_RECURSIVE) != 0 ? AT_RECURSIVE_FLAG : 0));
+				     OPEN_TREE_CLONE | O_CLOEXEC |
+					     ((step->flags & MOUNT_RECURSIVE) != 0 ? AT_RECURSIVE_FLAG : 0));
 		if (tree < 0 || fstat(tree, &st) < 0)
-			fail("mount source", step->source, errno, NULL);
+			fail_errno("mount source", step->source, NULL);
 		directory = S_ISDIR(st.st_mode);
 		set_attributes(tree, step->set, step->clear, false, "mount", step->target);
 	} else {
@@ -245,7 +247,7 @@ int do_mount(int root, const struct mount_step *step)
 	if ((step->flags & MOUNT_COPY_UP) != 0)
 		copy_up(target, tree, step->target);
 	if (sys_move_mount(tree, target) < 0)
-		fail("mount", step->target, errno, NULL);
+		fail_errno("mount", step->target, NULL);
 	set_propagation(tree, step->propagation, step->target);
 	close(target);
 	return tree;

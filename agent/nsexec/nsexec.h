@@ -1,10 +1,10 @@
 /*
- * nsexec.h: what the parts of nsexec share.
+ * nsexec.h: declarations shared by the parts of nsexec.
  *
- * nsexec is started by the agent, once per process in a container.  It reads a bootstrap message, a plan and the strings
- * argv and envp from the init pipe, enters or makes namespaces, carries the plan out and becomes the container's process.
- * It decides nothing: policy is the agent's.  It never allocates memory, parses no text but the numbers in its environment,
- * and stops at the first failure, which it reports as {step, path, errno} on the sync socket.
+ * The runtime (libcontainer, in Python) starts nsexec once for each process of a container.  nsexec reads three messages
+ * from the init socket (bootstrap, plan, argv and envp), joins and creates namespaces, executes the plan's steps in order
+ * and becomes the container's process.  Policy is the runtime's: nsexec only executes.  It allocates no memory, parses no
+ * text but numbers in its environment and id maps, and exits at the first failure, reported as {step, path, errno}.
  */
 #ifndef NSEXEC_H
 #define NSEXEC_H
@@ -18,23 +18,25 @@
 #include "sys.h"
 
 #define NORETURN _Noreturn
+#define PRINTF(text, first) __attribute__((__format__(__printf__, text, first)))
 #define DEFAULT_UMASK 022u
-#define CGROUPS_MAX 16 /* there are not more controllers of cgroup v1 */
+#define CGROUPS_MAX 16 /* more than cgroup v1 has controllers */
 #define ARRAY_SIZE(a) (sizeof(a) / sizeof((a)[0]))
 
-/* --- descriptors given by the agent; -1 where there is none --- */
+/* --- descriptors passed by the runtime; -1 where there is none --- */
 struct channels {
 	int init;    /* stream socket: messages down, pids up */
-	int sync;    /* seqpacket socket: readiness and errors up; its end-of-file is the agent's sign that execve happened */
+	int sync;    /* seqpacket socket: progress and errors up; EOF after execve */
 	int log;     /* pipe: JSON lines up */
 	int console; /* stream socket: the pty master up */
 	int fifo;    /* O_PATH exec.fifo */
 	int cgroup;  /* cgroup v2 directory to start in */
-	int joined[CGROUPS_MAX]; /* cgroup.procs of cgroup v1, to be in before anything is made; -1 after the last */
-	int pidfd;   /* process whose namespaces are joined */
-	int procfs;  /* O_PATH directory on which the pause process shows its pid namespace */
-	bool joins;  /* an exec into a container, rather than its init */
-	bool pauses; /* the pause process: an init that runs no program */
+	int cgroup_procs
+		[CGROUPS_MAX]; /* cgroup.procs of cgroup v1, joined before anything is created; -1 after the last */
+	int pidfd;	       /* process whose namespaces are joined */
+	int procfs;	       /* O_PATH directory on which the pause process mounts procfs of its pid namespace */
+	bool joins;	       /* an exec into a container, rather than its init */
+	bool pauses;	       /* the pause process: an init that runs no program */
 };
 
 /* --- report.c --- */
@@ -42,11 +44,13 @@ void report_to(int sync, int log, int level);
 void report_stage(int stage);
 void log_debug(const char *text, const char *detail);
 void log_close(void);
-#define PROGRESS_READY "procReady" /* all is done but to execute the program */
-#define PROGRESS_HOOKS "procHooks" /* the agent's hooks may run; a word is waited for */
-#define PROGRESS_RUN "procRun"     /* the word to start has come */
+#define PROGRESS_READY "procReady" /* everything is set up; only execve is left */
+#define PROGRESS_HOOKS "procHooks" /* the runtime may run its hooks; nsexec waits for one byte */
+#define PROGRESS_RUN "procRun"	   /* the byte that starts the program has come */
 void report_progress(const char *what);
-NORETURN void fail(const char *step, const char *path, int error, const char *why);
+/* Report {step, path, error} with a reason in words (NULL: the error's own words are enough), and exit. */
+NORETURN void fail(int error, const char *step, const char *path, const char *format, ...) PRINTF(4, 5);
+#define fail_errno(...) fail(errno, __VA_ARGS__)
 
 /* --- tlv.c --- */
 #define MESSAGE_BOOTSTRAP 62000
@@ -63,26 +67,31 @@ struct cursor {
 	const uint8_t *at, *end;
 };
 
-struct cursor read_message(int fd, uint16_t type, size_t limit);
+struct inbox { /* all messages, one after the other; pages that are not written to cost nothing */
+	size_t used;
+	_Alignas(8) uint8_t bytes[4u << 20];
+};
+
+struct cursor read_message(struct inbox *inbox, int fd, uint16_t type, size_t limit);
 bool next_attribute(struct cursor *cursor, struct attribute *out);
 uint32_t attribute_u32(const struct attribute *a);
 bool attribute_bool(const struct attribute *a);
 const char *attribute_text(const struct attribute *a);
-void take(struct cursor *cursor, void *into, size_t size, const char *what);
-const char *take_text(struct cursor *cursor, const char *what);
-void take_end(const struct cursor *cursor, const char *what);
+void read_bytes(struct cursor *cursor, void *into, size_t size, const char *what);
+const char *read_text(struct cursor *cursor, const char *what);
+void read_end(const struct cursor *cursor, const char *what);
 struct cursor attribute_cursor(const struct attribute *a);
 
 /* --- plan.c --- */
 struct bootstrap {
-	uint32_t create;   /* NS_* to make */
-	uint32_t join;     /* NS_* to join from the pidfd */
+	uint32_t create;   /* NS_* to create */
+	uint32_t join;	   /* NS_* to join from the pidfd */
 	const char *paths; /* "type:path,…" to join */
 	const char *uid_map, *gid_map, *oom_score_adj, *time_offsets;
 	bool setgroups;
 };
 
-/* Attribute types of a plan.  They stand in this order, which is the order of execution; those marked * may repeat. */
+/* Steps of a plan (types of its attributes), in the order of execution; those marked * may be repeated. */
 enum {
 	PLAN_VERSION = 27400,
 	PLAN_PROPAGATION,
@@ -125,11 +134,11 @@ enum {
 #define CPU_MASK_MAX 1024 /* bytes */
 #define SCHEDULER_SIZE 48 /* SCHED_ATTR_SIZE_VER0 */
 
-#define MOUNT_BIND 1u          /* source is a path, not a filesystem */
-#define MOUNT_RECURSIVE 2u     /* … with what is mounted below it */
-#define MOUNT_ORDINARY_DIR 4u  /* the target must be a directory reached without a symbolic link */
-#define MOUNT_COPY_UP 16u      /* it begins with what is in the directory that it covers */
-#define MOUNT_OVER_PROC_FILE 8u /* the target may be (only) a regular file of procfs */
+#define MOUNT_BIND 1u		/* the source is a path */
+#define MOUNT_RECURSIVE 2u	/* with the mounts below it */
+#define MOUNT_ORDINARY_DIR 4u	/* the target must be a directory reached without a symbolic link */
+#define MOUNT_OVER_PROC_FILE 8u /* the target may be a regular file of procfs, and nothing else */
+#define MOUNT_COPY_UP 16u	/* a tmpfs starts with the content of the directory that it covers */
 
 struct mount_step {
 	uint32_t flags, propagation;
@@ -154,7 +163,7 @@ struct rlimit_step {
 };
 
 struct hook_step {
-	uint32_t timeout, argc, envc; /* seconds, 0 for any time */
+	uint32_t timeout, argc, envc; /* timeout in seconds; 0 waits forever */
 	const char *path;
 	struct cursor strings; /* argv, then envp */
 };
@@ -182,9 +191,9 @@ struct plan {
 	bool has_io_priority, has_personality;
 	uint32_t io_priority, personality;
 	const char *label_file, *label; /* below /proc/thread-self/attr, and what to write there */
-	const uint8_t *filter; /* struct sock_filter, after a uint32_t of flags */
+	const uint8_t *filter;		/* struct sock_filter, after a uint32_t of flags */
 	size_t filter_size;
-	const char *cwd, *hook_state; /* JSON up to the members that nsexec adds */
+	const char *cwd, *hook_state; /* the state as JSON, without the members that nsexec appends */
 	char **argv, **envp;
 	size_t vectors_size; /* bytes mapped for both */
 };
@@ -200,6 +209,40 @@ void decode_hook(const struct attribute *a, struct hook_step *out);
 void decode_pair(const struct attribute *a, const char **first, const char **second);
 void decode_remount(const struct attribute *a, uint64_t *set, const char **path);
 
+/* What the stages share.  A stage is a clone without CLONE_VM: each has a copy. */
+struct context {
+	struct channels fds;
+	struct bootstrap boot;
+	struct plan plan;
+	struct handles {
+		int root;      /* O_PATH of the container's "/" */
+		int processes; /* private procfs with processes only, -1 where not needed */
+		int sysctl;    /* private whole procfs, -1 where not needed */
+	} handles;
+	const char *program; /* argv[0] as found in PATH */
+};
+
+/* --- namespaces.c --- */
+struct namespace_file {
+	int fd;
+	uint32_t flag;
+	const char *name;
+	bool joined;
+};
+#define NAMESPACES 8
+
+struct namespace_files {
+	struct namespace_file list[NAMESPACES];
+	size_t count;
+};
+
+void open_namespaces(const struct bootstrap *boot, struct namespace_files *files);
+void join_namespaces(struct context *ctx, struct namespace_files *files);
+void become_root_of_namespace(void);
+void write_proc(const char *step, int pid, const char *file, const char *text);
+void write_id_maps(const struct bootstrap *boot, int pid);
+void bring_loopback_up(void);
+
 /* --- paths.c: every path of a container is resolved inside its root --- */
 int open_in(int root, const char *path, int flags, uint64_t resolve);
 int make_directory_in(int root, const char *path, unsigned mode);
@@ -209,13 +252,7 @@ int open_verified_null(int root);
 bool is_null_device(int fd);
 
 /* --- rootfs.c --- */
-struct handles {
-	int root;      /* O_PATH of the container's "/" */
-	int processes; /* private procfs with processes only, -1 where not needed */
-	int sysctl;    /* private whole procfs, -1 where not needed */
-};
-
-void build_rootfs(const struct plan *plan, const struct channels *fds, struct handles *handles);
+void build_rootfs(struct context *ctx);
 
 /* --- mounts.c --- */
 int private_procfs(bool processes_only);
@@ -227,13 +264,12 @@ void set_attributes(int fd, uint64_t set, uint64_t clear, bool recursive, const 
 /* --- copyup.c --- */
 void copy_up(int covered, int mount, const char *path);
 
-/* --- sharing.c --- */
-void set_first_cpus(const struct plan *plan);
-void set_sharing(const struct plan *plan);
-void set_label(const struct plan *plan, int procfs);
+/* --- scheduling.c --- */
+void set_initial_cpus(const struct plan *plan);
+void set_scheduling(const struct plan *plan);
 
 /* --- console.c --- */
-void take_terminal(void);
+void set_controlling_terminal(void);
 void open_console(int root, const struct console_step *console, int socket);
 void replace_null_stdio(int root);
 
@@ -244,13 +280,13 @@ void wait_for_runtime_hooks(int sync);
 /* --- process.c --- */
 void close_all_but(const int *kept, size_t count);
 void raise_hard_limits(const struct plan *plan);
-void wait_for_word(int sync);
+void wait_for_runtime(int sync);
 void set_limits(const struct plan *plan);
-void prepare_process(const struct plan *plan, const struct channels *fds, const struct handles *handles);
-NORETURN void run_program(const struct plan *plan, const struct channels *fds, const struct handles *handles);
+void prepare_process(struct context *ctx);
+NORETURN void run_program(const struct context *ctx);
 
 /* --- pause.c --- */
-void offer_procfs(int target);
-NORETURN void become_pause(int sync);
+void attach_pause_procfs(int target);
+NORETURN void pause_main(int sync);
 
 #endif

@@ -1,6 +1,6 @@
 /*
- * paths.c: paths of a container, resolved inside its root by the kernel (openat2, RESOLVE_IN_ROOT) and used as descriptors.
- * Nothing here joins strings into paths outside the root, follows magic links, or creates through a symbolic link.
+ * paths.c: paths of a container, resolved inside its root by the kernel (openat2(2), RESOLVE_IN_ROOT), as descriptors.
+ * No magic link is followed.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -12,9 +12,9 @@
 
 #include "nsexec.h"
 
-#define RACES 64 /* openat2 answers EAGAIN while a concurrent rename makes ".." unsafe to resolve */
+#define RACES 64 /* openat2 fails with EAGAIN while a concurrent rename makes ".." unsafe to resolve */
 
-/* Open `path` as the container would see it.  -1 and errno on failure. */
+/* Open `path` as the container would see it.  -1 and errno on error. */
 int open_in(int root, const char *path, int flags, uint64_t resolve)
 {
 	for (int attempt = 0;; attempt++) {

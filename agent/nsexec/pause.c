@@ -1,7 +1,7 @@
 /*
- * pause.c: the first process of a pid namespace that containers share.  It reaps what they leave behind (pid_namespaces(7)) and does
- * nothing else: no rights, an empty root, no descriptors.  It ends by the agent's SIGKILL, which is the only signal that reaches it, or
- * with the agent; everything in the namespace ends with it.
+ * pause.c: the first process of a pid namespace that containers share.  It reaps orphans (pid_namespaces(7)) and does
+ * nothing else: no capabilities, an empty root, no descriptors.  It ends by the runtime's SIGKILL, the only signal that
+ * reaches it, or with the runtime; all processes of the namespace end with it.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -13,31 +13,31 @@
 #include "nsexec.h"
 
 /*
- * A procfs of this pid namespace for the containers to come, where the agent has its mount namespace.  They mount copies of it: only
- * somebody inside can make one, and nobody with the rights to should be there once they are.
+ * Mount a procfs of this pid namespace on a directory of the runtime's mount namespace.  The namespace's containers get
+ * copies of it: only a privileged member could create one, and once containers are in there must be none.
  */
-void offer_procfs(int target)
+void attach_pause_procfs(int target)
 {
 	int procfs = private_procfs(false);
 
 	if (sys_move_mount(procfs, target) < 0)
-		fail("pause", "procfs", errno, NULL);
+		fail_errno("pause", "procfs", NULL);
 	close(procfs);
 	close(target);
 }
 
-NORETURN void become_pause(int sync)
+NORETURN void pause_main(int sync)
 {
 	static const uint64_t chld = 1ull << (SIGCHLD - 1);
 	char none;
 
 	prctl(PR_SET_NAME, "pause", 0, 0, 0);
 	if (syscall(SYS_rt_sigprocmask, SIG_BLOCK, &chld, NULL, sizeof(chld)) < 0)
-		fail("pause", "signals", errno, NULL);
+		fail_errno("pause", "signals", NULL);
 	if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) < 0)
-		fail("pause", "parent", errno, NULL);
+		fail_errno("pause", "parent", NULL);
 	if (recv(sync, &none, 1, MSG_DONTWAIT) == 0)
-		_exit(1); /* the agent ended before it was asked to tell */
+		_exit(1); /* the runtime exited before prctl took effect */
 	report_progress(PROGRESS_READY);
 	if (sys_close_range(0, ~0u) < 0)
 		_exit(1);

@@ -1,8 +1,8 @@
 /*
- * plan.c: the bootstrap's and the plan's attributes, checked as a whole before anything is done.
+ * plan.c: decoding of bootstrap and plan, completely checked before anything is executed.
  *
- * Bootstrap types are runc's (27281-27290, libcontainer/message_linux.go) and one of ours; a plan's types are in nsexec.h.
- * Unknown, duplicate, misplaced or misshapen attributes end nsexec.
+ * Types of the bootstrap are runc's (27281-27290, libcontainer/message_linux.go) and one of our own; steps of a plan are
+ * declared in nsexec.h.  Unknown, duplicate, misplaced or malformed attributes are errors.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -25,7 +25,7 @@ enum {
 	BOOT_UID_MAP_PATH,
 	BOOT_GID_MAP_PATH,
 	BOOT_TIME_OFFSETS,
-	BOOT_JOIN_MASK = 27350, /* ours: namespaces to join from the pidfd, u32 */
+	BOOT_JOIN_MASK = 27350, /* our own: namespaces to join from the pidfd, u32 */
 };
 
 #define FIRST_BOOT BOOT_CLONE_FLAGS
@@ -33,7 +33,7 @@ enum {
 
 NORETURN static void malformed(const char *what, const char *why)
 {
-	fail("bootstrap", what, EBADMSG, why);
+	fail(EBADMSG, "bootstrap", what, "%s", why);
 }
 
 static uint32_t namespace_mask(const struct attribute *a)
@@ -55,7 +55,7 @@ void decode_bootstrap(struct cursor message, struct bootstrap *out)
 		if (a.type < FIRST_BOOT || a.type > BOOT_JOIN_MASK)
 			malformed("attribute", "an unknown type");
 		if (seen[a.type - FIRST_BOOT])
-			malformed("attribute", "a type that was there already");
+			malformed("attribute", "a duplicate type");
 		seen[a.type - FIRST_BOOT] = true;
 		switch (a.type) {
 		case BOOT_CLONE_FLAGS:
@@ -94,7 +94,7 @@ void decode_bootstrap(struct cursor message, struct bootstrap *out)
 		}
 	}
 	if ((out->create & out->join) != 0)
-		malformed("namespaces", "a namespace to make and to join");
+		malformed("namespaces", "cannot be both created and joined");
 	if ((out->uid_map != NULL || out->gid_map != NULL) && (out->create & NS_USER) == 0)
 		malformed("maps", "id maps without a new user namespace");
 	if (out->time_offsets != NULL && (out->create & NS_TIME) == 0)
@@ -105,18 +105,18 @@ void decode_mount(const struct attribute *a, struct mount_step *out)
 {
 	struct cursor c = attribute_cursor(a), rest;
 
-	take(&c, &out->flags, 4, "mount");
-	take(&c, &out->propagation, 4, "mount");
-	take(&c, &out->set, 8, "mount");
-	take(&c, &out->clear, 8, "mount");
-	take(&c, &out->recursive_set, 8, "mount");
-	take(&c, &out->recursive_clear, 8, "mount");
-	out->target = take_text(&c, "mount");
-	out->source = take_text(&c, "mount");
-	out->type = take_text(&c, "mount");
+	read_bytes(&c, &out->flags, 4, "mount");
+	read_bytes(&c, &out->propagation, 4, "mount");
+	read_bytes(&c, &out->set, 8, "mount");
+	read_bytes(&c, &out->clear, 8, "mount");
+	read_bytes(&c, &out->recursive_set, 8, "mount");
+	read_bytes(&c, &out->recursive_clear, 8, "mount");
+	out->target = read_text(&c, "mount");
+	out->source = read_text(&c, "mount");
+	out->type = read_text(&c, "mount");
 	out->options = c;
 	for (rest = c; rest.at != rest.end;)
-		if (take_text(&rest, "mount")[0] == '\0')
+		if (read_text(&rest, "mount")[0] == '\0')
 			malformed("mount", "an empty option");
 	if ((out->flags & MOUNT_BIND) == 0 && out->type[0] == '\0')
 		malformed("mount", "no filesystem type");
@@ -126,69 +126,70 @@ void decode_device(const struct attribute *a, struct device_step *out)
 {
 	struct cursor c = attribute_cursor(a);
 
-	take(&c, &out->mode, 4, "device");
-	take(&c, &out->major, 4, "device");
-	take(&c, &out->minor, 4, "device");
-	take(&c, &out->uid, 4, "device");
-	take(&c, &out->gid, 4, "device");
-	take(&c, &out->bind, 4, "device");
-	out->path = take_text(&c, "device");
-	take_end(&c, "device");
+	read_bytes(&c, &out->mode, 4, "device");
+	read_bytes(&c, &out->major, 4, "device");
+	read_bytes(&c, &out->minor, 4, "device");
+	read_bytes(&c, &out->uid, 4, "device");
+	read_bytes(&c, &out->gid, 4, "device");
+	read_bytes(&c, &out->bind, 4, "device");
+	out->path = read_text(&c, "device");
+	read_end(&c, "device");
 	if (!S_ISCHR(out->mode) && !S_ISBLK(out->mode) && !S_ISFIFO(out->mode))
-		malformed("device", "neither a character or block device nor a fifo");
+		malformed("device", "not a character device, block device or fifo");
 }
 
 void decode_link(const struct attribute *a, struct link_step *out)
 {
 	struct cursor c = attribute_cursor(a);
 
-	take(&c, &out->replace, 4, "link");
-	out->target = take_text(&c, "link");
-	out->path = take_text(&c, "link");
-	take_end(&c, "link");
+	read_bytes(&c, &out->replace, 4, "link");
+	out->target = read_text(&c, "link");
+	out->path = read_text(&c, "link");
+	read_end(&c, "link");
 }
 
 void decode_rlimit(const struct attribute *a, struct rlimit_step *out)
 {
 	struct cursor c = attribute_cursor(a);
 
-	take(&c, out, sizeof(*out), "rlimit");
-	take_end(&c, "rlimit");
+	read_bytes(&c, out, sizeof(*out), "rlimit");
+	read_end(&c, "rlimit");
 }
 
 void decode_hook(const struct attribute *a, struct hook_step *out)
 {
 	struct cursor c = attribute_cursor(a), rest;
 
-	take(&c, &out->timeout, 4, "hook");
-	take(&c, &out->argc, 4, "hook");
-	take(&c, &out->envc, 4, "hook");
-	out->path = take_text(&c, "hook");
+	read_bytes(&c, &out->timeout, 4, "hook");
+	read_bytes(&c, &out->argc, 4, "hook");
+	read_bytes(&c, &out->envc, 4, "hook");
+	out->path = read_text(&c, "hook");
 	out->strings = c;
-	if (out->path[0] != '/' || out->argc == 0 || out->argc > a->size || out->envc > a->size || out->timeout > INT_MAX / 1000)
-		malformed("hook", "no absolute path, no arguments or an impossible number");
+	if (out->path[0] != '/' || out->argc == 0 || out->argc > a->size || out->envc > a->size ||
+	    out->timeout > INT_MAX / 1000)
+		malformed("hook", "no absolute path, no arguments or a number out of range");
 	rest = c;
 	for (uint32_t i = 0; i < out->argc + out->envc; i++)
-		(void)take_text(&rest, "hook");
-	take_end(&rest, "hook");
+		(void)read_text(&rest, "hook");
+	read_end(&rest, "hook");
 }
 
 void decode_pair(const struct attribute *a, const char **first, const char **second)
 {
 	struct cursor c = attribute_cursor(a);
 
-	*first = take_text(&c, "pair");
-	*second = take_text(&c, "pair");
-	take_end(&c, "pair");
+	*first = read_text(&c, "pair");
+	*second = read_text(&c, "pair");
+	read_end(&c, "pair");
 }
 
 void decode_remount(const struct attribute *a, uint64_t *set, const char **path)
 {
 	struct cursor c = attribute_cursor(a);
 
-	take(&c, set, sizeof(*set), "remount");
-	*path = take_text(&c, "remount");
-	take_end(&c, "remount");
+	read_bytes(&c, set, sizeof(*set), "remount");
+	*path = read_text(&c, "remount");
+	read_end(&c, "remount");
 }
 
 static bool may_repeat(uint16_t type)
@@ -210,31 +211,31 @@ static bool may_repeat(uint16_t type)
 	}
 }
 
-/* argv and envp: pointers into the strings message, which follows.  Mapped, since there is no heap. */
+/* argv and envp: pointers into the strings message, which follows.  Mapped, for there is no heap. */
 static void make_vectors(const struct attribute *a, struct plan *out)
 {
 	struct cursor c = attribute_cursor(a);
 	uint32_t argc, envc;
 	char **vectors;
 
-	take(&c, &argc, 4, "strings");
-	take(&c, &envc, 4, "strings");
-	take_end(&c, "strings");
+	read_bytes(&c, &argc, 4, "strings");
+	read_bytes(&c, &envc, 4, "strings");
+	read_end(&c, "strings");
 	if (argc == 0 || argc > (1u << 20) || envc > (1u << 20))
-		malformed("strings", "an impossible number of them");
+		malformed("strings", "too many, or none");
 	out->vectors_size = ((size_t)argc + envc + 2) * sizeof(char *);
 	vectors = mmap(NULL, out->vectors_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (vectors == MAP_FAILED)
-		fail("bootstrap", "strings", errno, NULL);
+		fail_errno("bootstrap", "strings", NULL);
 	for (uint32_t i = 0; i < argc + envc + 1; i++)
-		vectors[i] = (char *)""; /* places to fill */
+		vectors[i] = (char *)""; /* decode_strings replaces all up to NULL */
 	vectors[argc] = NULL;
 	vectors[argc + 1 + envc] = NULL;
 	out->argv = vectors;
 	out->envp = vectors + argc + 1;
 }
 
-static void check_rootfs_step(const struct attribute *a)
+static void check_step(const struct attribute *a)
 {
 	struct mount_step mount;
 	struct device_step device;
@@ -266,7 +267,7 @@ static void check_rootfs_step(const struct attribute *a)
 	case PLAN_PROPAGATION:
 	case PLAN_ROOT_PROPAGATION:
 		if ((attribute_u32(a) & ~(uint32_t)(MS_REC | MS_SHARED | MS_SLAVE | MS_PRIVATE | MS_UNBINDABLE)) != 0)
-			malformed("propagation", "flags of something else");
+			malformed("propagation", "unknown flags");
 		break;
 	case PLAN_PIVOT:
 		(void)attribute_u32(a);
@@ -297,10 +298,10 @@ static void decode_plan_step(const struct attribute *a, struct plan *out)
 
 	switch (a->type) {
 	case PLAN_CONSOLE:
-		take(&c, &out->console.rows, 2, "console");
-		take(&c, &out->console.columns, 2, "console");
-		take(&c, &out->console.bind, 4, "console");
-		take_end(&c, "console");
+		read_bytes(&c, &out->console.rows, 2, "console");
+		read_bytes(&c, &out->console.columns, 2, "console");
+		read_bytes(&c, &out->console.bind, 4, "console");
+		read_end(&c, "console");
 		out->has_console = true;
 		break;
 	case PLAN_UMASK:
@@ -318,9 +319,9 @@ static void decode_plan_step(const struct attribute *a, struct plan *out)
 	case PLAN_SCHEDULER: {
 		uint32_t size;
 
-		take(&c, &size, 4, "scheduler");
+		read_bytes(&c, &size, 4, "scheduler");
 		if (a->size != SCHEDULER_SIZE || size != SCHEDULER_SIZE)
-			malformed("scheduler", "not of the one size that is known");
+			malformed("scheduler", "an unknown size");
 		out->scheduler = a->data;
 		break;
 	}
@@ -335,7 +336,7 @@ static void decode_plan_step(const struct attribute *a, struct plan *out)
 	case PLAN_LABEL:
 		decode_pair(a, &out->label_file, &out->label);
 		if (strcmp(out->label_file, "exec") != 0 && strcmp(out->label_file, "apparmor/exec") != 0)
-			malformed("label", "for no security module that is known");
+			malformed("label", "an unknown attribute file");
 		break;
 	case PLAN_NO_NEW_PRIVS:
 		out->no_new_privs = attribute_bool(a);
@@ -353,14 +354,14 @@ static void decode_plan_step(const struct attribute *a, struct plan *out)
 		out->group_count = a->size / 4;
 		break;
 	case PLAN_USER:
-		take(&c, &out->uid, 4, "user");
-		take(&c, &out->gid, 4, "user");
-		take_end(&c, "user");
+		read_bytes(&c, &out->uid, 4, "user");
+		read_bytes(&c, &out->gid, 4, "user");
+		read_end(&c, "user");
 		out->has_user = true;
 		break;
 	case PLAN_CAPABILITIES:
-		take(&c, &out->capabilities, sizeof(out->capabilities), "capabilities");
-		take_end(&c, "capabilities");
+		read_bytes(&c, &out->capabilities, sizeof(out->capabilities), "capabilities");
+		read_end(&c, "capabilities");
 		out->has_capabilities = true;
 		break;
 	case PLAN_CWD:
@@ -374,7 +375,7 @@ static void decode_plan_step(const struct attribute *a, struct plan *out)
 		break;
 	default:
 		out->has_sysctl |= a->type == PLAN_SYSCTL;
-		check_rootfs_step(a);
+		check_step(a);
 	}
 }
 
@@ -387,33 +388,33 @@ void decode_plan(struct cursor message, bool joins, struct plan *out)
 	memset(out, 0, sizeof(*out));
 	out->steps = message;
 	if (!next_attribute(&message, &a) || a.type != PLAN_VERSION || attribute_u32(&a) != PLAN_FORMAT)
-		malformed("plan", "not a plan of the version that this nsexec carries out");
+		malformed("plan", "not the version of this nsexec");
 	out->steps = message;
 	while (next_attribute(&message, &a)) {
 		if (a.type <= PLAN_VERSION || a.type >= PLAN_END)
 			malformed("plan", "an unknown step");
 		if (a.type < previous || (a.type == previous && !may_repeat(a.type)))
-			malformed("plan", "a step that is out of order or there twice");
+			malformed("plan", "a step out of order, or duplicate");
 		if (joins && ((a.type < PLAN_UMASK && a.type != PLAN_CONSOLE) || a.type == PLAN_START_HOOK))
 			malformed("plan", "a step that an exec cannot have");
 		has_rootfs |= a.type == PLAN_ROOTFS;
 		has_pivot |= a.type == PLAN_PIVOT;
 		previous = a.type;
 		if ((a.type == PLAN_CREATE_HOOK || a.type == PLAN_START_HOOK) && out->hook_state == NULL)
-			malformed("plan", "hooks without a state for them");
+			malformed("plan", "hooks without a state");
 		decode_plan_step(&a, out);
 	}
 	if (!out->has_user || !out->has_capabilities || out->cwd == NULL || out->argv == NULL)
 		malformed("plan", "no user, capabilities, cwd or strings");
 	if (!joins && (!has_rootfs || !has_pivot))
-		malformed("plan", "an init without a root");
+		malformed("plan", "an init without a root file system");
 }
 
 void decode_strings(struct cursor message, const struct plan *plan)
 {
 	for (char **arg = plan->argv; *arg != NULL; arg++)
-		*arg = (char *)(uintptr_t)take_text(&message, "argv");
+		*arg = (char *)(uintptr_t)read_text(&message, "argv");
 	for (char **variable = plan->envp; *variable != NULL; variable++)
-		*variable = (char *)(uintptr_t)take_text(&message, "envp");
-	take_end(&message, "strings");
+		*variable = (char *)(uintptr_t)read_text(&message, "envp");
+	read_end(&message, "strings");
 }

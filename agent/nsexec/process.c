@@ -1,6 +1,6 @@
 /*
- * process.c: the last part of a plan: limits, filters, the user and exactly the capabilities asked for, the working directory, the
- * program; then "ready", the wait to be started, and execve.
+ * process.c: the last part of a plan: limits, LSM label, seccomp filter, user, capabilities, working directory and program;
+ * then procReady, the wait to be started, and execve.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -31,9 +31,9 @@ struct capability_words {
 };
 
 static const char *const limit_names[] = {
-	"RLIMIT_CPU",	  "RLIMIT_FSIZE",  "RLIMIT_DATA",   "RLIMIT_STACK",	 "RLIMIT_CORE",	    "RLIMIT_RSS",
-	"RLIMIT_NPROC",	  "RLIMIT_NOFILE", "RLIMIT_MEMLOCK", "RLIMIT_AS",	 "RLIMIT_LOCKS",    "RLIMIT_SIGPENDING",
-	"RLIMIT_MSGQUEUE", "RLIMIT_NICE",  "RLIMIT_RTPRIO", "RLIMIT_RTTIME",
+	"RLIMIT_CPU",	   "RLIMIT_FSIZE",  "RLIMIT_DATA",    "RLIMIT_STACK",  "RLIMIT_CORE",  "RLIMIT_RSS",
+	"RLIMIT_NPROC",	   "RLIMIT_NOFILE", "RLIMIT_MEMLOCK", "RLIMIT_AS",     "RLIMIT_LOCKS", "RLIMIT_SIGPENDING",
+	"RLIMIT_MSGQUEUE", "RLIMIT_NICE",   "RLIMIT_RTPRIO",  "RLIMIT_RTTIME",
 };
 
 static const char *limit_name(uint32_t resource)
@@ -42,8 +42,8 @@ static const char *limit_name(uint32_t resource)
 }
 
 /*
- * Hard limits go up in stage 0, which is privileged outside of any user namespace of the container; the exact values, which may
- * be too small for nsexec itself, come last.
+ * Raise hard limits in stage 0, which has CAP_SYS_RESOURCE in the runtime's user namespace.  The exact values, which may be
+ * too small for nsexec itself, are set last.
  */
 void raise_hard_limits(const struct plan *plan)
 {
@@ -57,12 +57,12 @@ void raise_hard_limits(const struct plan *plan)
 			continue;
 		decode_rlimit(&a, &step);
 		if (getrlimit((int)step.resource, &now) < 0)
-			fail("rlimit", limit_name(step.resource), errno, NULL);
+			fail_errno("rlimit", limit_name(step.resource), NULL);
 		if (step.hard <= now.rlim_max)
 			continue;
 		now.rlim_max = step.hard;
 		if (setrlimit((int)step.resource, &now) < 0)
-			fail("rlimit", limit_name(step.resource), errno, "the agent may not raise its own hard limit");
+			fail_errno("rlimit", limit_name(step.resource), "the runtime may not raise its own hard limit");
 	}
 }
 
@@ -78,8 +78,23 @@ void set_limits(const struct plan *plan)
 		decode_rlimit(&a, &step);
 		struct rlimit limit = {.rlim_cur = step.soft, .rlim_max = step.hard};
 		if (setrlimit((int)step.resource, &limit) < 0)
-			fail("rlimit", limit_name(step.resource), errno, NULL);
+			fail_errno("rlimit", limit_name(step.resource), NULL);
 	}
+}
+
+/* Set the LSM label for execve, through a private procfs (CVE-2019-16884). */
+static void set_label(const struct plan *plan, int procfs)
+{
+	int own = procfs < 0 ? private_procfs(true) : -1, fd;
+	char path[64];
+
+	snprintf(path, sizeof(path), "thread-self/attr/%s", plan->label_file);
+	fd = openat(own < 0 ? procfs : own, path, O_WRONLY | O_CLOEXEC | O_NOFOLLOW);
+	if (fd < 0 || write(fd, plan->label, strlen(plan->label)) != (ssize_t)strlen(plan->label))
+		fail_errno("label", plan->label, NULL);
+	close(fd);
+	if (own >= 0)
+		close(own);
 }
 
 static void load_filter(const struct plan *plan)
@@ -91,10 +106,10 @@ static void load_filter(const struct plan *plan)
 	program.length = (unsigned short)((plan->filter_size - sizeof(flags)) / 8);
 	program.instructions = plan->filter + sizeof(flags);
 	if (syscall(SYS_seccomp, SECCOMP_MODE_FILTER_OP, flags, &program) < 0)
-		fail("seccomp", "", errno, NULL);
+		fail_errno("seccomp", "", NULL);
 }
 
-/* The working directory, resolved without magic links: /proc/self/fd/N leads nowhere (CVE-2024-21626).  0 or errno. */
+/* Change to the working directory, resolved without magic links such as /proc/self/fd/N (CVE-2024-21626).  0 or errno. */
 static int enter_cwd(int root, const char *path, bool make)
 {
 	int fd = make ? make_directory_in(root, path, 0755) : open_in(root, path, O_PATH | O_DIRECTORY, 0);
@@ -112,9 +127,9 @@ static void verify_cwd(const char *path)
 	static char current[PATH_MAX];
 
 	if (syscall(SYS_getcwd, current, sizeof(current)) < 0)
-		fail("cwd", path, errno, "cannot be told where it is");
+		fail_errno("cwd", path, "getcwd");
 	if (current[0] != '/')
-		fail("cwd", path, EXDEV, "is outside of the container's root");
+		fail(EXDEV, "cwd", path, "is outside of the container's root");
 }
 
 static void set_bounding(uint64_t wanted)
@@ -123,11 +138,11 @@ static void set_bounding(uint64_t wanted)
 		int held = prctl(PR_CAPBSET_READ, capability, 0, 0, 0);
 
 		if (held < 0)
-			break; /* past the last one that the kernel knows */
+			break; /* past the last capability of this kernel */
 		if (held == 0 && (wanted >> capability & 1) != 0)
-			fail("capabilities", "bounding", EPERM, "a capability that the agent itself does not have");
+			fail(EPERM, "capabilities", "bounding", "a capability that the runtime itself does not have");
 		if (held == 1 && (wanted >> capability & 1) == 0 && prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) < 0)
-			fail("capabilities", "bounding", errno, NULL);
+			fail_errno("capabilities", "bounding", NULL);
 	}
 }
 
@@ -142,17 +157,20 @@ static void set_capabilities(const struct capability_sets *wanted)
 		words[i].inheritable = (uint32_t)(wanted->inheritable >> (32 * i));
 	}
 	if (syscall(SYS_capset, &header, words) < 0)
-		fail("capabilities", "effective, permitted, inheritable", errno,
-		     errno == EPERM ? "a capability that the agent itself does not have, or effective beyond permitted" : NULL);
+		fail_errno("capabilities", "effective, permitted, inheritable",
+			   errno == EPERM
+				   ? "a capability that the runtime itself does not have, or effective beyond permitted"
+				   : NULL);
 	if (prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) < 0)
-		fail("capabilities", "ambient", errno, NULL);
+		fail_errno("capabilities", "ambient", NULL);
 	for (unsigned capability = 0; capability < 64; capability++)
 		if ((wanted->ambient >> capability & 1) != 0 &&
 		    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, capability, 0, 0) < 0)
-			fail("capabilities", "ambient", errno, "an ambient capability must be permitted and inheritable");
+			fail_errno("capabilities", "ambient",
+				   "an ambient capability must be permitted and inheritable");
 }
 
-/* A user other than root must be able to reopen its own stdio.  Files are not ours to give away: pipes and terminals only. */
+/* Give pipes, sockets and terminals to the user, who must be able to reopen its stdio.  Files keep their owner. */
 static void own_stdio(const struct plan *plan)
 {
 	struct stat st;
@@ -163,7 +181,7 @@ static void own_stdio(const struct plan *plan)
 		if (!S_ISFIFO(st.st_mode) && !S_ISSOCK(st.st_mode) && !(plan->has_console && S_ISCHR(st.st_mode)))
 			continue;
 		if (fchown(fd, plan->uid, (gid_t)-1) < 0 && errno != EPERM && errno != EROFS && errno != EINVAL)
-			fail("stdio", "owner", errno, NULL);
+			fail_errno("stdio", "owner", NULL);
 	}
 }
 
@@ -172,16 +190,16 @@ static void become_user(const struct plan *plan)
 	static gid_t groups[NGROUPS_MAX < 65536 ? NGROUPS_MAX : 65536];
 
 	if (plan->group_count > ARRAY_SIZE(groups))
-		fail("groups", "", EINVAL, "more than a process can have");
+		fail(EINVAL, "groups", "", "more than %zu", ARRAY_SIZE(groups));
 	if (plan->group_count > 0)
 		memcpy(groups, plan->groups, plan->group_count * sizeof(gid_t));
-	/* Where a user namespace denies setgroups, having none is all that can be had. */
+	/* A user namespace may deny setgroups: then no groups is the only list there is. */
 	if (syscall(SYS_setgroups, plan->group_count, groups) < 0 && !(errno == EPERM && plan->group_count == 0))
-		fail("groups", "", errno, NULL);
+		fail_errno("groups", "", NULL);
 	if (syscall(SYS_setresgid, plan->gid, plan->gid, plan->gid) < 0)
-		fail("user", "gid", errno, NULL);
+		fail_errno("user", "gid", NULL);
 	if (syscall(SYS_setresuid, plan->uid, plan->uid, plan->uid) < 0)
-		fail("user", "uid", errno, NULL);
+		fail_errno("user", "uid", NULL);
 }
 
 static void drop_privileges(const struct plan *plan, int root, bool make_cwd)
@@ -190,21 +208,22 @@ static void drop_privileges(const struct plan *plan, int root, bool make_cwd)
 
 	set_bounding(plan->capabilities.bounding);
 	if (prctl(PR_SET_KEEPCAPS, 1, 0, 0, 0) < 0)
-		fail("capabilities", "keep", errno, NULL);
+		fail_errno("capabilities", "keep", NULL);
 	own_stdio(plan);
 	cwd_error = enter_cwd(root, plan->cwd, make_cwd);
 	become_user(plan);
-	if (cwd_error == EACCES || cwd_error == EPERM) /* root may be the one who may not: a network filesystem */
+	if (cwd_error == EACCES ||
+	    cwd_error == EPERM) /* root may have less access than the user, on a network file system */
 		cwd_error = enter_cwd(root, plan->cwd, false);
 	if (cwd_error != 0)
-		fail("cwd", plan->cwd, cwd_error, NULL);
+		fail(cwd_error, "cwd", plan->cwd, NULL);
 	verify_cwd(plan->cwd);
 	if (prctl(PR_SET_KEEPCAPS, 0, 0, 0, 0) < 0 || prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0)
-		fail("capabilities", "keep", errno, NULL);
+		fail_errno("capabilities", "keep", NULL);
 	set_capabilities(&plan->capabilities);
 }
 
-/* 0, or errno and in *why what was asked when it failed: the order and the answers are those of Go's exec.LookPath. */
+/* 0, or errno and in *why the call that failed ("" for none); order and answers are those of Go's exec.LookPath. */
 static int executable(const char *path, const char **why)
 {
 	struct stat st;
@@ -212,7 +231,7 @@ static int executable(const char *path, const char **why)
 	*why = "stat";
 	if (stat(path, &st) < 0)
 		return errno;
-	*why = NULL;
+	*why = "";
 	if (S_ISDIR(st.st_mode))
 		return EISDIR;
 	return syscall(SYS_faccessat2, AT_FDCWD, path, X_OK, AT_EACCESS) < 0 ? errno : 0;
@@ -228,7 +247,7 @@ static const char *look_up(const struct plan *plan)
 		int error = executable(program, &why);
 
 		if (error != 0)
-			fail("lookup", program, error, why);
+			fail(error, "lookup", program, "%s", why);
 		return program;
 	}
 	for (char **variable = plan->envp; *variable != NULL; variable++)
@@ -237,7 +256,7 @@ static const char *look_up(const struct plan *plan)
 	while (path != NULL && *path != '\0') {
 		size_t directory = strcspn(path, ":");
 
-		/* A relative entry would find programs wherever cwd happens to be. */
+		/* Relative entries of PATH are ignored, as by Go. */
 		if (path[0] == '/' && directory + length + 2 <= sizeof(candidate)) {
 			memcpy(candidate, path, directory);
 			candidate[directory] = '/';
@@ -247,10 +266,10 @@ static const char *look_up(const struct plan *plan)
 		}
 		path += directory + (path[directory] == ':');
 	}
-	fail("lookup", program, ENOENT, "path");
+	fail(ENOENT, "lookup", program, "path");
 }
 
-/* Close all but stdio and those kept, for real: /proc/self/fd/N must find nothing, not even before execve (CVE-2024-21626). */
+/* Close all descriptors but stdio and those kept, before execve: its path may be /proc/self/fd/N (CVE-2024-21626). */
 void close_all_but(const int *kept, size_t count)
 {
 	unsigned from = 3;
@@ -262,14 +281,14 @@ void close_all_but(const int *kept, size_t count)
 			if (kept[i] >= 0 && (unsigned)kept[i] >= from && (unsigned)kept[i] < next)
 				next = (unsigned)kept[i];
 		if (next > from && sys_close_range(from, next == ~0u ? next : next - 1) < 0)
-			fail("close", "", errno, NULL);
+			fail_errno("close", "", NULL);
 		if (next == ~0u)
 			return;
 		from = next + 1;
 	}
 }
 
-/* Opening the fifo to write blocks until somebody opens it to read: until the container is started. */
+/* Block until the container is started: until the other end of exec.fifo is opened for reading. */
 static void wait_for_start(const struct channels *fds, int procfs)
 {
 	char path[32];
@@ -280,69 +299,70 @@ static void wait_for_start(const struct channels *fds, int procfs)
 		fifo = openat(procfs, path, O_WRONLY | O_CLOEXEC);
 	while (fifo < 0 && errno == EINTR);
 	if (fifo < 0)
-		fail("exec fifo", "", errno, NULL);
+		fail_errno("exec fifo", "", NULL);
 	if (write(fifo, "0", 1) != 1)
-		fail("exec fifo", "", errno, NULL);
+		fail_errno("exec fifo", "", NULL);
 }
 
-/* One byte from the agent, who has done something or wants this process to go on. */
-void wait_for_word(int sync)
+/* Block until the runtime sends a byte: it has run its hooks, or starts the program. */
+void wait_for_runtime(int sync)
 {
-	char word;
+	char byte;
 	ssize_t got;
 
 	do
-		got = recv(sync, &word, 1, 0);
+		got = recv(sync, &byte, 1, 0);
 	while (got < 0 && errno == EINTR);
 	if (got != 1)
-		_exit(1); /* the agent is gone, or has let go of it */
+		_exit(1); /* the runtime has exited, or closed the socket */
 }
 
-/* argv[0] as found by prepare_process */
-static const char *program;
-
-/* All that takes privileges, or others in the pid namespace should not see: afterwards this process has the container's rights only. */
-void prepare_process(const struct plan *plan, const struct channels *fds, const struct handles *handles)
+/* Everything that needs privileges, or must not be done in view of the pid namespace.  It ends with the container's own. */
+void prepare_process(struct context *ctx)
 {
+	const struct plan *plan = &ctx->plan;
+
 	if (plan->has_umask)
 		umask(plan->umask);
-	set_sharing(plan);
+	set_scheduling(plan);
 	if (plan->label != NULL)
-		set_label(plan, handles->processes);
+		set_label(plan, ctx->handles.processes);
 	if (plan->no_new_privs && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
-		fail("no_new_privs", "", errno, NULL);
-	if (plan->filter != NULL && !plan->no_new_privs) /* needs privileges that are about to go */
+		fail_errno("no_new_privs", "", NULL);
+	if (plan->filter != NULL && !plan->no_new_privs) /* needs CAP_SYS_ADMIN */
 		load_filter(plan);
-	drop_privileges(plan, handles->root, !fds->joins);
-	program = fds->pauses ? "" : look_up(plan);
-	log_debug("ready to execute", program);
+	drop_privileges(plan, ctx->handles.root, !ctx->fds.joins);
+	ctx->program = ctx->fds.pauses ? "" : look_up(plan);
+	log_debug("ready to execute", ctx->program);
 	log_close();
 	FAULT(prepared);
 }
 
-/* Say that it is ready, wait to be started if that is how it is, execute it. */
-NORETURN void run_program(const struct plan *plan, const struct channels *fds, const struct handles *handles)
+/* Report that the process is ready, wait to be started where it has to, and execute the program. */
+NORETURN void run_program(const struct context *ctx)
 {
+	const struct channels *fds = &ctx->fds;
+	const struct plan *plan = &ctx->plan;
+
 	if (plan->filter != NULL && plan->no_new_privs)
 		load_filter(plan);
 	if (fds->fifo >= 0) {
-		const int kept[] = {fds->sync, fds->fifo, handles->processes};
+		const int kept[] = {fds->sync, fds->fifo, ctx->handles.processes};
 
-		/* Only what the wait needs stays open through it. */
 		close_all_but(kept, ARRAY_SIZE(kept));
 		report_progress(PROGRESS_READY);
 		FAULT(ready);
-		wait_for_start(fds, handles->processes);
+		wait_for_start(fds, ctx->handles.processes);
 	} else {
 		report_progress(PROGRESS_READY);
-		if (!fds->joins) { /* with others in its pid namespace it holds nothing of the guest through the wait */
-			wait_for_word(fds->sync);
+		if (!fds->joins) { /* in a joined pid namespace it holds nothing of the host while it waits: no fifo */
+			wait_for_runtime(fds->sync);
 			report_progress(PROGRESS_RUN);
 		}
 	}
 	close_all_but(&fds->sync, 1);
 	run_hooks(plan, PLAN_START_HOOK, fds->sync, -1);
 	FAULT(executing);
-	execve(program, plan->argv, plan->envp);
-	fail("execve", program, errno, NULL);
+	execve(ctx->program, plan->argv, plan->envp);
+	fail_errno("execve", ctx->program, NULL);
 }

@@ -1,9 +1,12 @@
 /*
- * report.c: what nsexec says.  JSON lines on the log pipe (best effort), and on the sync socket one packet for "ready" and one
- * for the failure that ended it.  Paths come from images: everything is escaped and bounded.
+ * report.c: progress and errors.  JSON lines on the log pipe (best effort), and on the sync socket a packet for each point
+ * of progress and one for the error that ended nsexec.  Paths come from images: everything is escaped and bounded.
+ *
+ * Where reports go is the one state of the whole program: any function may fail.
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -43,7 +46,7 @@ static void put(struct text *t, const char *s)
 	t->used += length;
 }
 
-/* At most TEXT_MAX bytes of `s` with what JSON cannot carry escaped: six bytes each at worst, so a packet always fits. */
+/* At most TEXT_MAX bytes of `s`, escaped for JSON: six bytes each at worst, so that a packet always fits. */
 static void put_escaped(struct text *t, const char *s)
 {
 	char code[8];
@@ -116,7 +119,7 @@ void log_debug(const char *text, const char *detail)
 		log_line("debug", text, detail, 0);
 }
 
-/* The agent waits for the log's end: it must not stay open in a container that waits to be started. */
+/* The runtime reads the log up to its end: it must not stay open in a container that waits to be started. */
 void log_close(void)
 {
 	if (log_fd >= 0)
@@ -134,10 +137,17 @@ void report_progress(const char *what)
 	send_all(sync_fd, &t, true);
 }
 
-NORETURN void fail(const char *step, const char *path, int error, const char *why)
+NORETURN void fail(int error, const char *step, const char *path, const char *format, ...)
 {
 	struct text t = {.used = 0};
+	char why[TEXT_MAX] = "";
+	va_list arguments;
 
+	if (format != NULL) {
+		va_start(arguments, format);
+		vsnprintf(why, sizeof(why), format, arguments);
+		va_end(arguments);
+	}
 	log_line("fatal", step, path, error);
 	put(&t, "{\"type\":\"procError\",\"step\":\"");
 	put_escaped(&t, step);
@@ -145,7 +155,7 @@ NORETURN void fail(const char *step, const char *path, int error, const char *wh
 	put_escaped(&t, path != NULL ? path : "");
 	put(&t, "\",\"errno\":");
 	put_number(&t, error);
-	if (why != NULL) {
+	if (why[0] != '\0') {
 		put(&t, ",\"why\":\"");
 		put_escaped(&t, why);
 		put(&t, "\"");

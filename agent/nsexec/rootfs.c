@@ -1,6 +1,6 @@
 /*
- * rootfs.c: the filesystem part of a plan, in the order of the OCI runtime: propagation, root, mounts, devices, links, pivot_root,
- * console, then what is made read-only, named, set and hidden.
+ * rootfs.c: the steps of a plan that set up the root file system and the host name: propagation, root, mounts, devices,
+ * links, hooks, pivot_root, console, read-only remounts, sysctls, read-only and masked paths.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -17,15 +17,15 @@ static void bind_device(int root, const struct device_step *device)
 	struct stat st;
 	int node = open(device->path, O_PATH | O_NOFOLLOW | O_CLOEXEC), tree, target;
 
-	/* Where nodes cannot be made (a user namespace), the guest's own is used, if it is the one that is meant. */
+	/* Nodes cannot be created in a user namespace: bind the host's, if it is the right device. */
 	if (node < 0 || fstat(node, &st) < 0)
-		fail("device", device->path, errno, NULL);
+		fail_errno("device", device->path, NULL);
 	if ((st.st_mode & S_IFMT) != (device->mode & S_IFMT) || st.st_rdev != makedev(device->major, device->minor))
-		fail("device", device->path, ENODEV, "the guest's node is another device");
+		fail(ENODEV, "device", device->path, "the host's node is another device");
 	tree = clone_mount(node, "device", device->path, false);
 	target = make_target_in(root, device->path, false);
 	if (target < 0 || sys_move_mount(tree, target) < 0)
-		fail("device", device->path, errno, NULL);
+		fail_errno("device", device->path, NULL);
 	close(target);
 	close(tree);
 	close(node);
@@ -44,19 +44,19 @@ static void make_device(int root, const struct device_step *device)
 	}
 	dir = open_parent_in(root, device->path, name);
 	if (dir < 0)
-		fail("device", device->path, errno, NULL);
-	/* The exact mode at once: a later chmod by name could hit something else. */
+		fail_errno("device", device->path, NULL);
+	/* The exact mode at once: a later chmod by name could reach another file. */
 	umask(0);
 	if (mknodat(dir, name, device->mode, number) < 0 && errno != EEXIST)
-		fail("device", device->path, errno, NULL);
+		fail_errno("device", device->path, NULL);
 	umask(DEFAULT_UMASK);
 	node = openat(dir, name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
 	if (node < 0 || fstat(node, &st) < 0)
-		fail("device", device->path, errno, NULL);
+		fail_errno("device", device->path, NULL);
 	if ((st.st_mode & S_IFMT) != (device->mode & S_IFMT) || (!S_ISFIFO(st.st_mode) && st.st_rdev != number))
-		fail("device", device->path, EEXIST, "something else has that name");
+		fail(EEXIST, "device", device->path, "exists and is not this device");
 	if (fchownat(node, "", device->uid, device->gid, AT_EMPTY_PATH) < 0)
-		fail("device", device->path, errno, NULL);
+		fail_errno("device", device->path, NULL);
 	close(node);
 	close(dir);
 }
@@ -67,30 +67,30 @@ static void make_link(int root, const struct link_step *link)
 	int dir = open_parent_in(root, link->path, name);
 
 	if (dir < 0)
-		fail("link", link->path, errno, NULL);
+		fail_errno("link", link->path, NULL);
 	if (link->replace != 0 && unlinkat(dir, name, 0) < 0 && errno != ENOENT)
-		fail("link", link->path, errno, NULL);
+		fail_errno("link", link->path, NULL);
 	if (symlinkat(link->target, dir, name) < 0 && (errno != EEXIST || link->replace != 0))
-		fail("link", link->path, errno, NULL);
+		fail_errno("link", link->path, NULL);
 	close(dir);
 }
 
-/* pivot_root(2) with new and old root on the same directory, then the old one is let go of. */
-static void pivot(int root, uint32_t way)
+/* pivot_root(2) with new and old root on the same directory; then the old root is unmounted. */
+static void change_root(int root, uint32_t way)
 {
 	int old;
 
 	if (way != 0)
-		fail("pivot_root", "", EINVAL, "an unknown way to change the root");
+		fail(EINVAL, "pivot_root", "", "unknown mode");
 	old = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
 	if (old < 0 || fchdir(root) < 0)
-		fail("pivot_root", "/", errno, NULL);
+		fail_errno("pivot_root", "/", NULL);
 	if (syscall(SYS_pivot_root, ".", ".") < 0)
-		fail("pivot_root", "/", errno, errno == EINVAL ? "the guest's own root must be a mount with a parent" : NULL);
+		fail_errno("pivot_root", "/", errno == EINVAL ? "the host's root is an initramfs" : NULL);
 	if (fchdir(old) < 0 || mount(NULL, ".", NULL, MS_SLAVE | MS_REC, NULL) < 0 || umount2(".", MNT_DETACH) < 0)
-		fail("pivot_root", "old root", errno, NULL);
+		fail_errno("pivot_root", "old root", NULL);
 	if (chdir("/") < 0)
-		fail("pivot_root", "/", errno, NULL);
+		fail_errno("pivot_root", "/", NULL);
 	close(old);
 }
 
@@ -100,17 +100,18 @@ static void set_sysctl(int procfs, const char *path, const char *value)
 	int fd;
 
 	if (strlen(path) + sizeof("sys/") > sizeof(name))
-		fail("sysctl", path, ENAMETOOLONG, NULL);
+		fail(ENAMETOOLONG, "sysctl", path, NULL);
 	strcat(name, path);
-	fd = sys_openat2(procfs, name, O_WRONLY | O_CLOEXEC, 0, RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV);
+	fd = sys_openat2(procfs, name, O_WRONLY | O_CLOEXEC, 0,
+			 RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_XDEV);
 	if (fd < 0)
-		fail("sysctl", path, errno, NULL);
+		fail_errno("sysctl", path, NULL);
 	if (write(fd, value, strlen(value)) != (ssize_t)strlen(value))
-		fail("sysctl", path, errno, NULL);
+		fail_errno("sysctl", path, NULL);
 	close(fd);
 }
 
-/* procfs and sysfs of the container, by descriptors: their names may be exchanged by others who have the image. */
+/* The container's procfs and sysfs, by descriptor: others who share the image may rename the directories. */
 struct kernel_mounts {
 	struct {
 		int fd;
@@ -119,10 +120,10 @@ struct kernel_mounts {
 	size_t count;
 };
 
-static void remember(struct kernel_mounts *mounts, int fd, const char *target)
+static void record_kernel_mount(struct kernel_mounts *mounts, int fd, const char *target)
 {
 	if (mounts->count == ARRAY_SIZE(mounts->list) || strlen(target) >= sizeof(mounts->list[0].target)) {
-		close(fd); /* an unusual place, or one of many: found by its name */
+		close(fd); /* found by path, as other mounts are */
 		return;
 	}
 	mounts->list[mounts->count].fd = fd;
@@ -131,10 +132,10 @@ static void remember(struct kernel_mounts *mounts, int fd, const char *target)
 }
 
 /*
- * What is to be hidden or read-only.  Below a mount that is known it is looked for there: a name that leads elsewhere for a moment
- * would leave it bare (CVE-2019-19921).
+ * Open a path that is masked or read-only.  Below a recorded mount it is looked up from there: a path that is exchanged
+ * for a moment would leave the real one unmasked (CVE-2019-19921).
  */
-static int open_hidden(const struct kernel_mounts *mounts, int root, const char *path)
+static int open_in_kernel_mount(const struct kernel_mounts *mounts, int root, const char *path)
 {
 	for (size_t i = mounts->count; i-- > 0;) {
 		size_t length = strlen(mounts->list[i].target);
@@ -147,21 +148,21 @@ static int open_hidden(const struct kernel_mounts *mounts, int root, const char 
 
 static void make_readonly(const struct kernel_mounts *mounts, int root, const char *path)
 {
-	int target = open_hidden(mounts, root, path), tree;
+	int target = open_in_kernel_mount(mounts, root, path), tree;
 
 	if (target < 0 && errno == ENOENT)
 		return;
 	if (target < 0)
-		fail("read-only path", path, errno, NULL);
+		fail_errno("read-only path", path, NULL);
 	tree = clone_mount(target, "read-only path", path, true);
 	set_attributes(tree, ATTR_RDONLY, 0, false, "read-only path", path);
 	if (sys_move_mount(tree, target) < 0)
-		fail("read-only path", path, errno, NULL);
+		fail_errno("read-only path", path, NULL);
 	close(tree);
 	close(target);
 }
 
-/* An empty read-only directory; one filesystem serves all masked directories. */
+/* An empty read-only directory; all masked directories share one tmpfs. */
 static int empty_directory(int *cached)
 {
 	int fs;
@@ -173,35 +174,35 @@ static int empty_directory(int *cached)
 	    sys_fsconfig(fs, FSCONFIG_SET_STRING, "size", "4k") < 0 ||
 	    sys_fsconfig(fs, FSCONFIG_SET_STRING, "nr_inodes", "2") < 0 ||
 	    sys_fsconfig(fs, FSCONFIG_CMD_CREATE, NULL, NULL) < 0)
-		fail("mask", "empty directory", errno, NULL);
+		fail_errno("mask", "empty directory", NULL);
 	*cached = sys_fsmount(fs, ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV | ATTR_NOEXEC);
 	if (*cached < 0)
-		fail("mask", "empty directory", errno, NULL);
+		fail_errno("mask", "empty directory", NULL);
 	close(fs);
-	/* The first use attaches it; later ones copy the attached mount. */
+	/* The first mask attaches it; later ones attach clones of it. */
 	return dup(*cached);
 }
 
 static void mask(const struct kernel_mounts *mounts, int root, const char *path, int *null, int *empty)
 {
 	struct stat st;
-	int target = open_hidden(mounts, root, path), tree;
+	int target = open_in_kernel_mount(mounts, root, path), tree;
 
 	if (target < 0 && (errno == ENOENT || errno == ENOTDIR))
 		return;
 	if (target < 0 || fstat(target, &st) < 0)
-		fail("mask", path, errno, NULL);
+		fail_errno("mask", path, NULL);
 	if (S_ISDIR(st.st_mode)) {
 		tree = empty_directory(empty);
 	} else {
 		if (*null < 0)
 			*null = open_verified_null(root);
 		if (*null < 0)
-			fail("mask", path, errno, "/dev/null of the container is not the null device");
+			fail_errno("mask", path, "the container's /dev/null is not the null device");
 		tree = clone_mount(*null, "mask", path, false);
 	}
 	if (tree < 0 || sys_move_mount(tree, target) < 0)
-		fail("mask", path, errno, NULL);
+		fail_errno("mask", path, NULL);
 	close(tree);
 	close(target);
 }
@@ -215,7 +216,7 @@ static void remount(int root, const struct attribute *a)
 	decode_remount(a, &set, &path);
 	fd = open_in(root, path, O_PATH, 0);
 	if (fd < 0)
-		fail("remount", path, errno, NULL);
+		fail_errno("remount", path, NULL);
 	set_attributes(fd, set, 0, false, "remount", path);
 	close(fd);
 }
@@ -234,33 +235,34 @@ static void do_device_or_link(int root, const struct attribute *a)
 	}
 }
 
-static void name_host(const struct attribute *a)
+static void set_names(const struct attribute *a)
 {
 	const char *name = attribute_text(a);
 
 	if ((a->type == PLAN_HOSTNAME ? sethostname : setdomainname)(name, strlen(name)) < 0)
-		fail(a->type == PLAN_HOSTNAME ? "hostname" : "domainname", name, errno, NULL);
+		fail_errno(a->type == PLAN_HOSTNAME ? "hostname" : "domainname", name, NULL);
 }
 
-struct state {
-	struct handles *handles;
-	const struct plan *plan;
-	const struct channels *fds;
+struct rootfs_state {
+	struct context *ctx;
 	struct kernel_mounts mounts;
 	int null, empty;
-	bool hooked; /* createContainer hooks have run, all of them */
+	bool hooks_done; /* all createContainer hooks have run at the first of them */
 };
 
-static void do_step(const struct attribute *a, struct state *s)
+static void do_step(const struct attribute *a, struct rootfs_state *s)
 {
 	struct mount_step step;
 	const char *first, *second;
-	int *root = &s->handles->root, fd;
+	struct handles *handles = &s->ctx->handles;
+	const struct plan *plan = &s->ctx->plan;
+	const struct channels *fds = &s->ctx->fds;
+	int *root = &handles->root, fd;
 
 	switch (a->type) {
 	case PLAN_PROPAGATION:
 		if (mount(NULL, "/", NULL, attribute_u32(a), NULL) < 0)
-			fail("propagation", "/", errno, NULL);
+			fail_errno("propagation", "/", NULL);
 		break;
 	case PLAN_ROOTFS:
 		attach_rootfs(attribute_text(a), root);
@@ -269,7 +271,7 @@ static void do_step(const struct attribute *a, struct state *s)
 		decode_mount(a, &step);
 		fd = do_mount(*root, &step);
 		if ((step.flags & MOUNT_ORDINARY_DIR) != 0)
-			remember(&s->mounts, fd, step.target);
+			record_kernel_mount(&s->mounts, fd, step.target);
 		else
 			close(fd);
 		break;
@@ -278,45 +280,45 @@ static void do_step(const struct attribute *a, struct state *s)
 		do_device_or_link(*root, a);
 		break;
 	case PLAN_RUNTIME_HOOKS:
-		wait_for_runtime_hooks(s->fds->sync);
+		wait_for_runtime_hooks(fds->sync);
 		break;
 	case PLAN_CREATE_HOOK:
-		if (!s->hooked)
-			run_hooks(s->plan, PLAN_CREATE_HOOK, s->fds->sync, *root);
-		s->hooked = true;
+		if (!s->hooks_done)
+			run_hooks(plan, PLAN_CREATE_HOOK, fds->sync, *root);
+		s->hooks_done = true;
 		break;
 	case PLAN_PIVOT:
 		FAULT(root_mounted);
-		pivot(*root, attribute_u32(a));
+		change_root(*root, attribute_u32(a));
 		replace_null_stdio(*root);
 		break;
 	case PLAN_ROOT_PROPAGATION:
 		if (mount(NULL, "/", NULL, attribute_u32(a), NULL) < 0)
-			fail("propagation", "/", errno, NULL);
+			fail_errno("propagation", "/", NULL);
 		break;
 	case PLAN_CONSOLE:
-		open_console(*root, &s->plan->console, s->fds->console);
+		open_console(*root, &plan->console, fds->console);
 		break;
 	case PLAN_REMOUNT:
 		remount(*root, a);
 		break;
 	case PLAN_ROOT_READONLY: {
-		/* cwd is made on demand, which is too late once the root is read-only. */
-		int cwd = make_directory_in(*root, s->plan->cwd, 0755);
+		/* The working directory is created if missing, which a read-only root would prevent later. */
+		int cwd = make_directory_in(*root, plan->cwd, 0755);
 
 		if (cwd < 0)
-			fail("cwd", s->plan->cwd, errno, NULL);
+			fail_errno("cwd", plan->cwd, NULL);
 		close(cwd);
 		set_attributes(*root, ATTR_RDONLY, 0, false, "read-only root", "/");
 		break;
 	}
 	case PLAN_HOSTNAME:
 	case PLAN_DOMAINNAME:
-		name_host(a);
+		set_names(a);
 		break;
 	case PLAN_SYSCTL:
 		decode_pair(a, &first, &second);
-		set_sysctl(s->handles->sysctl, first, second);
+		set_sysctl(handles->sysctl, first, second);
 		break;
 	case PLAN_READONLY:
 		make_readonly(&s->mounts, *root, attribute_text(a));
@@ -324,21 +326,22 @@ static void do_step(const struct attribute *a, struct state *s)
 	case PLAN_MASK:
 		mask(&s->mounts, *root, attribute_text(a), &s->null, &s->empty);
 		break;
-	default: /* what belongs to the process is process.c's */
+	default: /* steps of process.c */
 		break;
 	}
 }
 
-void build_rootfs(const struct plan *plan, const struct channels *fds, struct handles *handles)
+void build_rootfs(struct context *ctx)
 {
-	struct state state = {.handles = handles, .plan = plan, .fds = fds, .null = -1, .empty = -1};
-	struct cursor steps = plan->steps;
+	struct rootfs_state state = {.ctx = ctx, .null = -1, .empty = -1};
+	struct handles *handles = &ctx->handles;
+	struct cursor steps = ctx->plan.steps;
 	struct attribute a;
 
-	/* Before anything of the container is reachable, and while the guest's own procfs still allows a new one. */
-	if (fds->fifo >= 0)
+	/* Before anything of the container is reachable, and while the host's procfs still permits a new one. */
+	if (ctx->fds.fifo >= 0)
 		handles->processes = private_procfs(true);
-	if (plan->has_sysctl)
+	if (ctx->plan.has_sysctl)
 		handles->sysctl = private_procfs(false);
 	while (next_attribute(&steps, &a))
 		do_step(&a, &state);

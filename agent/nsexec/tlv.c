@@ -1,9 +1,9 @@
 /*
  * tlv.c: reading the messages of the init pipe, netlink framing (struct nlmsghdr, then struct nlattr each padded to 4 bytes).
  *
- * Every length is hostile until checked (CVE-2021-43784): an attribute is at least its header and fits into what is left,
- * numbers have their exact size, text ends in its only NUL, padding is part of the message.  Reads are looped; a message is
- * at most `limit` bytes.  Anything else ends nsexec.
+ * No length is trusted before it is checked (CVE-2021-43784): an attribute has at least its header and fits into the rest
+ * of the message, numbers have their exact size, text ends in its only NUL, padding is part of the message.  Short reads
+ * are continued; a message has at most `limit` bytes.  Anything else is an error.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -16,10 +16,6 @@
 #define ATTRIBUTE_HEADER 4u
 #define ALIGN4(n) (((n) + 3u) & ~(size_t)3u)
 
-/* All messages, one after the other.  Untouched pages of it cost nothing. */
-static _Alignas(8) uint8_t store[4u << 20];
-static size_t stored;
-
 static void read_fully(int fd, uint8_t *into, size_t size)
 {
 	while (size > 0) {
@@ -28,34 +24,35 @@ static void read_fully(int fd, uint8_t *into, size_t size)
 		if (got < 0 && errno == EINTR)
 			continue;
 		if (got < 0)
-			fail("bootstrap", "init pipe", errno, NULL);
+			fail_errno("bootstrap", "init pipe", NULL);
 		if (got == 0)
-			fail("bootstrap", "init pipe", EBADMSG, "a message ends before its length");
+			fail(EBADMSG, "bootstrap", "init pipe", "a message ends before its length");
 		into += got;
 		size -= (size_t)got;
 	}
 }
 
-struct cursor read_message(int fd, uint16_t type, size_t limit)
+struct cursor read_message(struct inbox *inbox, int fd, uint16_t type, size_t limit)
 {
 	uint32_t length;
 	uint16_t got_type;
-	uint8_t *message = store + stored;
+	uint8_t *message = inbox->bytes + inbox->used;
+	size_t room = sizeof(inbox->bytes) - inbox->used;
 	struct cursor cursor;
 
-	if (sizeof(store) - stored < HEADER_SIZE)
-		fail("bootstrap", "message", EMSGSIZE, NULL);
+	if (room < HEADER_SIZE)
+		fail(EMSGSIZE, "bootstrap", "message", NULL);
 	read_fully(fd, message, HEADER_SIZE);
 	memcpy(&length, message, sizeof(length));
 	memcpy(&got_type, message + 4, sizeof(got_type));
 	if (got_type != type)
-		fail("bootstrap", "message", EBADMSG, "not the type of message that belongs here");
+		fail(EBADMSG, "bootstrap", "message", "an unexpected message type");
 	if (length < HEADER_SIZE)
-		fail("bootstrap", "message", EBADMSG, "a length shorter than the header");
-	if (length > limit || ALIGN4(length) > sizeof(store) - stored)
-		fail("bootstrap", "message", EMSGSIZE, "longer than a message may be");
+		fail(EBADMSG, "bootstrap", "message", "a length shorter than the header");
+	if (length > limit || ALIGN4((size_t)length) > room)
+		fail(EMSGSIZE, "bootstrap", "message", "longer than the limit");
 	read_fully(fd, message + HEADER_SIZE, length - HEADER_SIZE);
-	stored += ALIGN4((size_t)length);
+	inbox->used += ALIGN4((size_t)length);
 	cursor.at = message + HEADER_SIZE;
 	cursor.end = message + length;
 	return cursor;
@@ -69,13 +66,13 @@ bool next_attribute(struct cursor *cursor, struct attribute *out)
 	if (left == 0)
 		return false;
 	if (left < ATTRIBUTE_HEADER)
-		fail("bootstrap", "attribute", EBADMSG, "a truncated header");
+		fail(EBADMSG, "bootstrap", "attribute", "a truncated header");
 	memcpy(&length, cursor->at, sizeof(length));
 	memcpy(&out->type, cursor->at + 2, sizeof(out->type));
 	if (length < ATTRIBUTE_HEADER)
-		fail("bootstrap", "attribute", EBADMSG, "a length shorter than the header");
+		fail(EBADMSG, "bootstrap", "attribute", "a length shorter than the header");
 	if (length > left || ALIGN4((size_t)length) > left)
-		fail("bootstrap", "attribute", EBADMSG, "longer than the rest of the message");
+		fail(EBADMSG, "bootstrap", "attribute", "longer than the rest of the message");
 	out->size = length - ATTRIBUTE_HEADER;
 	out->data = cursor->at + ATTRIBUTE_HEADER;
 	cursor->at += ALIGN4((size_t)length);
@@ -93,52 +90,52 @@ uint32_t attribute_u32(const struct attribute *a)
 	uint32_t value;
 
 	if (a->size != sizeof(value))
-		fail("bootstrap", "attribute", EBADMSG, "a number that is not four bytes");
+		fail(EBADMSG, "bootstrap", "attribute", "a number that is not four bytes");
 	memcpy(&value, a->data, sizeof(value));
 	return value;
 }
 
-/* One byte of truth and three of padding that count as payload, as runc encodes it. */
+/* One byte and three of padding that count as payload, as runc encodes it. */
 bool attribute_bool(const struct attribute *a)
 {
 	if (a->size != 4)
-		fail("bootstrap", "attribute", EBADMSG, "a truth value that is not four bytes");
+		fail(EBADMSG, "bootstrap", "attribute", "a boolean that is not four bytes");
 	if (a->data[0] > 1 || a->data[1] != 0 || a->data[2] != 0 || a->data[3] != 0)
-		fail("bootstrap", "attribute", EBADMSG, "a truth value that is neither 0 nor 1");
+		fail(EBADMSG, "bootstrap", "attribute", "a boolean that is neither 0 nor 1");
 	return a->data[0] == 1;
 }
 
 const char *attribute_text(const struct attribute *a)
 {
 	struct cursor cursor = attribute_cursor(a);
-	const char *text = take_text(&cursor, "attribute");
+	const char *text = read_text(&cursor, "attribute");
 
-	take_end(&cursor, "attribute");
+	read_end(&cursor, "attribute");
 	return text;
 }
 
-void take(struct cursor *cursor, void *into, size_t size, const char *what)
+void read_bytes(struct cursor *cursor, void *into, size_t size, const char *what)
 {
 	if ((size_t)(cursor->end - cursor->at) < size)
-		fail("bootstrap", what, EBADMSG, "too short");
+		fail(EBADMSG, "bootstrap", what, "too short");
 	memcpy(into, cursor->at, size);
 	cursor->at += size;
 }
 
-const char *take_text(struct cursor *cursor, const char *what)
+const char *read_text(struct cursor *cursor, const char *what)
 {
 	const uint8_t *text = cursor->at;
 	size_t left = (size_t)(cursor->end - cursor->at);
 	const uint8_t *nul = left == 0 ? NULL : memchr(text, 0, left);
 
 	if (nul == NULL)
-		fail("bootstrap", what, EBADMSG, "text without its end");
+		fail(EBADMSG, "bootstrap", what, "text without a NUL");
 	cursor->at = nul + 1;
 	return (const char *)text;
 }
 
-void take_end(const struct cursor *cursor, const char *what)
+void read_end(const struct cursor *cursor, const char *what)
 {
 	if (cursor->at != cursor->end)
-		fail("bootstrap", what, EBADMSG, "more bytes than belong there");
+		fail(EBADMSG, "bootstrap", what, "trailing bytes");
 }

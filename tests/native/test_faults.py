@@ -32,7 +32,7 @@ POINTS = re.findall(r"^\tPOINT\((\w+)\)", (ROOT / "agent/nsexec/faults.h").read_
 BEFORE_READY = POINTS[: POINTS.index("ready")]
 
 #: Where one that never goes on is tried: each costs the agent's timeout.
-HANGS = ["entry", "stage1_told", "stage0_maps", "stage2_cloned", "stage2_entry", "prepared"]
+HANGS = ["entry", "stage1_reported", "stage0_maps", "stage2_cloned", "stage2_entry", "prepared"]
 STANDS_STILL = "nsexec:fault"
 
 #: Seconds for a call to fail after its stage was killed; most of it is the machine's being busy.

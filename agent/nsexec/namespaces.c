@@ -1,0 +1,139 @@
+/*
+ * namespaces.c: joining namespaces, and what a new user, time or network namespace needs before it can be used.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <net/if.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+
+#include "nsexec.h"
+
+static const struct namespace_name {
+	const char *name;
+	uint32_t flag;
+} namespace_names[NAMESPACES] = {
+	{"user", NS_USER}, {"ipc", NS_IPC}, {"uts", NS_UTS},   {"net", NS_NET},
+	{"pid", NS_PID},   {"mnt", NS_MNT}, {"time", NS_TIME}, {"cgroup", NS_CGROUP},
+};
+
+static const struct namespace_name *find_name(const char *name, size_t length)
+{
+	for (size_t i = 0; i < NAMESPACES; i++)
+		if (strlen(namespace_names[i].name) == length && memcmp(name, namespace_names[i].name, length) == 0)
+			return &namespace_names[i];
+	return NULL;
+}
+
+/* Open the whole list "type:path,type:path" before joining the first: the paths are those of the runtime's namespaces. */
+void open_namespaces(const struct bootstrap *boot, struct namespace_files *files)
+{
+	char path[PATH_MAX];
+	const char *at = boot->paths;
+
+	files->count = 0;
+	while (at != NULL && *at != '\0') {
+		size_t type = strcspn(at, ":"), length = at[type] == ':' ? strcspn(at + type + 1, ",") : 0;
+		const struct namespace_name *name = find_name(at, type);
+		struct namespace_file *file = &files->list[files->count];
+
+		if (name == NULL || length == 0 || length >= sizeof(path) || files->count == NAMESPACES)
+			fail(EBADMSG, "bootstrap", "namespace paths", NULL);
+		memcpy(path, at + type + 1, length);
+		path[length] = '\0';
+		if ((boot->create & name->flag) != 0)
+			fail(EINVAL, "namespace", path, "cannot be both created and joined");
+		*file = (struct namespace_file){.flag = name->flag, .name = name->name};
+		file->fd = open(path, O_RDONLY | O_CLOEXEC);
+		if (file->fd < 0)
+			fail_errno("namespace", path, NULL);
+		files->count++;
+		at += type + 1 + length;
+		at += *at == ',';
+	}
+}
+
+void become_root_of_namespace(void)
+{
+	if (syscall(SYS_setresgid, 0, 0, 0) < 0 || syscall(SYS_setresuid, 0, 0, 0) < 0)
+		fail_errno("user namespace", "", "id 0 is not mapped");
+}
+
+/* First the namespaces owned by the runtime's user namespace, then the user namespace, then those owned by that one. */
+static void join_files(struct namespace_files *files)
+{
+	for (int pass = 0; pass < 3; pass++) {
+		for (size_t i = 0; i < files->count; i++) {
+			struct namespace_file *file = &files->list[i];
+
+			if (file->joined || (pass == 1) != (file->flag == NS_USER))
+				continue;
+			if (syscall(SYS_setns, file->fd, file->flag) < 0) {
+				if (errno == EPERM && pass == 0)
+					continue;
+				fail_errno("setns", file->name, NULL);
+			}
+			file->joined = true;
+			close(file->fd);
+			if (file->flag == NS_USER)
+				become_root_of_namespace();
+		}
+	}
+}
+
+void join_namespaces(struct context *ctx, struct namespace_files *files)
+{
+	uint32_t mask = ctx->boot.join;
+
+	if (mask != 0 && syscall(SYS_setns, ctx->fds.pidfd, mask) < 0)
+		fail_errno("setns", "the container's init", errno == ESRCH ? "it has exited" : NULL);
+	if ((mask & NS_USER) != 0)
+		become_root_of_namespace();
+	join_files(files);
+	if (ctx->fds.pidfd >= 0)
+		close(ctx->fds.pidfd);
+	ctx->fds.pidfd = -1;
+}
+
+/* Write a file of /proc/PID (0: of this process).  Only for stages that still see the runtime's own procfs. */
+void write_proc(const char *step, int pid, const char *file, const char *text)
+{
+	char path[64];
+	int fd;
+
+	if (pid == 0)
+		snprintf(path, sizeof(path), "/proc/self/%s", file);
+	else
+		snprintf(path, sizeof(path), "/proc/%d/%s", pid, file);
+	fd = open(path, O_WRONLY | O_CLOEXEC);
+	if (fd < 0 || write(fd, text, strlen(text)) != (ssize_t)strlen(text))
+		fail_errno(step, path, NULL);
+	close(fd);
+}
+
+/* The maps of stage 1's user namespace, written from outside of it (user_namespaces(7)). */
+void write_id_maps(const struct bootstrap *boot, int pid)
+{
+	if (!boot->setgroups && boot->gid_map != NULL)
+		write_proc("id maps", pid, "setgroups", "deny");
+	if (boot->uid_map != NULL)
+		write_proc("id maps", pid, "uid_map", boot->uid_map);
+	if (boot->gid_map != NULL)
+		write_proc("id maps", pid, "gid_map", boot->gid_map);
+}
+
+void bring_loopback_up(void)
+{
+	struct ifreq request = {.ifr_name = "lo"};
+	int s = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+
+	if (s < 0 || ioctl(s, SIOCGIFFLAGS, &request) < 0)
+		fail_errno("loopback", "lo", NULL);
+	request.ifr_flags |= IFF_UP;
+	if (ioctl(s, SIOCSIFFLAGS, &request) < 0)
+		fail_errno("loopback", "lo", NULL);
+	close(s);
+}

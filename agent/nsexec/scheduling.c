@@ -1,0 +1,42 @@
+/*
+ * scheduling.c: CPU affinity, scheduler, I/O priority and personality of the process.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <string.h>
+
+#include "nsexec.h"
+
+#define IOPRIO_WHO_PROCESS 1
+
+static void set_cpus(const uint8_t *mask, size_t size)
+{
+	static uint64_t every[CPU_MASK_MAX / 8];
+
+	if (mask == NULL) {
+		memset(every, 0xff, sizeof(every));
+		mask = (const uint8_t *)every;
+		size = sizeof(every);
+	}
+	if (syscall(SYS_sched_setaffinity, 0, size, mask) < 0)
+		fail_errno("cpu affinity", "", errno == EINVAL ? "none of these CPUs is available" : NULL);
+}
+
+/* The runtime's own CPU affinity must not be inherited by the container. */
+void set_initial_cpus(const struct plan *plan)
+{
+	set_cpus(plan->cpus, plan->cpus_size);
+}
+
+/* To be called with all capabilities. */
+void set_scheduling(const struct plan *plan)
+{
+	if (plan->final_cpus != NULL || plan->cpus != NULL)
+		set_cpus(plan->final_cpus, plan->final_cpus_size);
+	if (plan->scheduler != NULL && syscall(SYS_sched_setattr, 0, plan->scheduler, 0) < 0)
+		fail_errno("scheduler", "", NULL);
+	if (plan->has_io_priority && syscall(SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, plan->io_priority) < 0)
+		fail_errno("io priority", "", NULL);
+	if (plan->has_personality && syscall(SYS_personality, (unsigned long)plan->personality) < 0)
+		fail_errno("personality", "", NULL);
+}
