@@ -171,7 +171,7 @@ def test_arguments_environment_and_descriptors_are_exact(box: Box) -> None:
     said = {}
     for point in ("createRuntime", "createContainer", "startContainer"):
         value = with_hooks("true", **{point: [hook]})
-        with pytest.raises(LaunchError, match=f"{point} hook /bin/busybox: ended with status 3: ") as caught:
+        with pytest.raises(LaunchError, match=f"{point} hook /bin/busybox: exited with status 3: ") as caught:
             box.run(box.running(value))
         said[point] = str(caught.value).partition("status 3: ")[2].split("\n")
     for point, lines in said.items():
@@ -183,9 +183,9 @@ def test_arguments_environment_and_descriptors_are_exact(box: Box) -> None:
 
 
 def test_arguments_default_to_the_path(box: Box) -> None:
-    with pytest.raises(LaunchError, match=r"createContainer hook /bin/false: ended with status 1$"):
+    with pytest.raises(LaunchError, match=r"createContainer hook /bin/false: exited with status 1$"):
         box.run(box.create(with_hooks("true", createContainer=[{"path": "/bin/false"}])))
-    with pytest.raises(LaunchError, match=r"prestart hook /bin/false: ended with status 1$"):
+    with pytest.raises(LaunchError, match=r"prestart hook /bin/false: exited with status 1$"):
         box.run(box.create(with_hooks("true", prestart=[{"path": "/bin/false"}])))
 
 
@@ -193,7 +193,7 @@ def test_arguments_default_to_the_path(box: Box) -> None:
 @pytest.mark.parametrize(
     ("hook", "why"),
     [
-        (sh("echo some words; echo of complaint >&2; exit 9"), "ended with status 9: some words\nof complaint"),
+        (sh("echo some words; echo of complaint >&2; exit 9"), "exited with status 9: some words\nof complaint"),
         (sh("kill -TERM $$"), "was killed by signal 15"),
         ({"path": "/no/such/hook"}, "no such file or directory"),
         ({"path": "/etc/passwd"}, "permission denied"),
@@ -238,7 +238,7 @@ def test_a_hook_that_takes_too_long_is_killed_with_its_group(agents_box: Box, po
         return str(caught.value)
 
     began = time.monotonic()
-    assert box.run(work()) == f"{point} hook /bin/sh: did not end within 1 s and was killed: began"
+    assert box.run(work()) == f"{point} hook /bin/sh: timed out after 1 s and was killed: began"
     assert 1 <= time.monotonic() - began < 10
     assert sleepers() == []
 
@@ -255,7 +255,7 @@ def test_a_hook_that_never_stops_talking_is_not_listened_to_for_longer(agents_bo
         return str(caught.value)
 
     began = time.monotonic()
-    assert "did not end within 1 s and was killed: " in box.run(work())
+    assert "timed out after 1 s and was killed: " in box.run(work())
     assert time.monotonic() - began < 10
 
 
@@ -316,7 +316,7 @@ def test_a_state_that_does_not_fit_for_those_inside(box: Box) -> None:
         box.run(box.create(value))
     value["annotations"] = {"long": "x" * 60_000}
     value["hooks"]["createContainer"] = [sh("exec <&-"), sh("wc -c; exit 1")]
-    with pytest.raises(LaunchError, match=r"ended with status 1: 60\d\d\d"):
+    with pytest.raises(LaunchError, match=r"exited with status 1: 60\d\d\d"):
         box.run(box.create(value))
 
 
@@ -360,7 +360,7 @@ def test_a_start_container_hook_that_fails_stops_the_container(agents_box: Box) 
     async def work() -> None:
         container = life(box, with_hooks("touch", "/tmp/ran", startContainer=[sh("echo no; exit 4")]))
         await container.create("box", {})
-        with pytest.raises(LaunchError, match=r"^startContainer hook /bin/sh: ended with status 4: no$"):
+        with pytest.raises(LaunchError, match=r"^startContainer hook /bin/sh: exited with status 4: no$"):
             await container.start()
         await container.process("").wait()
         assert container.status == "stopped"
@@ -406,7 +406,7 @@ def test_hooks_from_the_wire(agent: RunningAgent, tmp_path: Path) -> None:
             (guest / "prestart" / "20-note").write_text("#!/bin/sh\necho no luck >&2; exit 1\n")
             code, text = await refused(connection.create_container("c", agent.spec("true")))
             assert code is grpc.StatusCode.INTERNAL
-            assert text.endswith(f"prestart hook {guest}/prestart/20-note: ended with status 1: no luck")
+            assert text.endswith(f"prestart hook {guest}/prestart/20-note: exited with status 1: no luck")
             (guest / "prestart" / "20-note").write_text("#!/bin/sh\n")
             await (await connection.create_container("c", agent.spec("true"))).remove()
             code, text = await refused(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from caisson.agent.libcontainer.plan import bootstrap, wire
 from tests.native.agent_support import ROOT
 
-SOURCES = sorted((ROOT / "agent/nsexec").glob("*.c"))
+NSEXEC = ROOT / "agent/nsexec"
+SOURCES = sorted(NSEXEC.glob("*.c"))
 
 
 def readelf(program: Path) -> str:
@@ -41,3 +45,56 @@ def test_a_file_says_what_it_is_for_and_is_not_long(source: Path) -> None:
     lines = source.read_text().splitlines()
     assert len(lines) <= 600
     assert source.name in "".join(lines[:2]) and lines[0].startswith("/*")
+
+
+@pytest.mark.skipif(shutil.which("clang-format") is None, reason="clang-format is not installed")
+def test_sources_are_formatted_by_clang_format() -> None:
+    names = [path.name for path in sorted(NSEXEC.glob("*.[ch]"))]
+    command = ["clang-format", "--dry-run", "--Werror", *names]
+    done = subprocess.run(command, cwd=NSEXEC, capture_output=True, text=True)
+    assert done.returncode == 0, f"run clang-format -i {' '.join(names)} in agent/nsexec:\n{done.stderr[:2000]}"
+
+
+def enumerators(source: str, first: str) -> dict[str, int]:
+    """The members of the enum that begins with `first`; none has an expression for a value."""
+    body = re.search(rf"enum \w*\s*{{\s*({first}\b.*?)}}", source, re.DOTALL)
+    assert body is not None, first
+    found: dict[str, int] = {}
+    for member in re.sub(r"/\*.*?\*/", "", body[1], flags=re.DOTALL).split(","):
+        name, _, value = (part.strip() for part in member.partition("="))
+        if name:
+            found[name] = int(value, 0) if value else max(found.values()) + 1
+    return found
+
+
+def defines(source: str, pattern: str) -> dict[str, int]:
+    """Macros of a number whose names match."""
+    found = re.findall(rf"#define ({pattern}) (\w+)", source)
+    return {name: int(value.rstrip("ul"), 0) for name, value in found}
+
+
+def test_numbers_of_a_plan_are_the_same_in_c_and_python() -> None:
+    header = (NSEXEC / "nsexec.h").read_text()
+    steps = enumerators(header, "PLAN_VERSION")
+    last = steps.pop("PLAN_END")
+    python = {name: value for name, value in vars(wire).items() if name.isupper()}
+    assert {name.removeprefix("PLAN_"): value for name, value in steps.items()} == {
+        name.removeprefix("PLAN_"): value for name, value in python.items() if 27400 <= value < last
+    }
+    assert defines(header, "MOUNT_\\w+") == {name: v for name, v in python.items() if name.startswith("MOUNT_")}
+    assert defines(header, "PLAN_FORMAT") == {"PLAN_FORMAT": wire.VERSION}
+
+
+def test_numbers_of_the_bootstrap_are_the_same_in_c_and_python() -> None:
+    source, header, system = ((NSEXEC / name).read_text() for name in ("plan.c", "nsexec.h", "sys.h"))
+    types = {name.removeprefix("BOOT_"): value for name, value in enumerators(source, "BOOT_CLONE_FLAGS").items()}
+    python = {name: v for name, v in vars(bootstrap).items() if name.isupper() and isinstance(v, int)}
+    assert {name: value for name, value in types.items() if name in python} == {
+        name: value for name, value in python.items() if value < 62000 and name in types
+    }
+    assert {name for name, value in python.items() if 27281 <= value < 27400} <= set(types)
+    assert defines(header, "MESSAGE_\\w+") == {name: v for name, v in python.items() if name.startswith("MESSAGE_")}
+    flags = defines(system, "NS_(?!ALL)\\w+")
+    assert {name: flags[f"NS_{file.upper()}"] for name, (_, file) in bootstrap.NAMESPACES.items()} == {
+        name: flag for name, (flag, _) in bootstrap.NAMESPACES.items()
+    }

@@ -66,7 +66,7 @@ def test_proc_and_sys_must_be_ordinary_directories(box: Box, name: str) -> None:
     (box.rootfs / name).rmdir()
     (box.rootfs / f"bad-{name}").mkdir()
     (box.rootfs / name).symlink_to(f"bad-{name}")
-    _refused(box, config(), f"mount /{name}: must be mounted on an ordinary directory")
+    _refused(box, config(), f"mount /{name}: must be mounted on ordinary directory")
 
 
 @pytest.mark.parametrize("target", ["/proc/self", "/proc/sys", "/proc/self/attr", "/proc/../proc/1", "/proc/no-such"])
@@ -80,7 +80,7 @@ def test_nor_by_way_of_a_link(box: Box) -> None:  # CVE-2025-52881
     (box.rootfs / "vol").symlink_to("/proc/sys")
     value = config()
     value["mounts"].append({"destination": "/vol", "type": "tmpfs", "source": "tmpfs"})
-    _refused(box, value, "mount target /vol: is inside proc")
+    _refused(box, value, "mount target /vol: is inside procfs")
 
 
 def test_only_procfs_on_proc(box: Box) -> None:
@@ -186,7 +186,7 @@ def test_a_device_is_not_made_over_something_else(box: Box, canary: Path) -> Non
     (box.rootfs / "dev" / "zero").symlink_to(canary / "ptmx")
     value = config()
     value["mounts"] = [mount for mount in value["mounts"] if not mount["destination"].startswith("/dev")]
-    _refused(box, value, "device /dev/zero: something else has that name")
+    _refused(box, value, "device /dev/zero: exists and is not this device")
     assert _untouched(canary)
 
 

@@ -136,7 +136,7 @@ def test_cpus_of_an_exec(box: Box, initial: str, final: str, result: set[int] | 
 
 def test_cpus_that_are_not_there(box: Box) -> None:
     async def work() -> None:
-        with pytest.raises(LaunchError, match="cpu affinity: none of these CPUs is to be had"):
+        with pytest.raises(LaunchError, match="cpu affinity: none of these CPUs is available"):
             await both(box, config(), {"execCPUAffinity": {"initial": "8000"}})
 
     box.run(work())

@@ -106,14 +106,14 @@ class _Run:
             await child.wait()
             if self._stdout >= 0:
                 self._drain()
-            raise self._error(f"did not end within {self._hook.timeout} s and was killed") from None
+            raise self._error(f"timed out after {self._hook.timeout} s and was killed") from None
         except BaseException:
             _kill_group(child.pid)
             raise
         finally:
             self._close()
         if status != 0:
-            how = f"was killed by signal {status - 128}" if status > 128 else f"ended with status {status}"
+            how = f"was killed by signal {status - 128}" if status > 128 else f"exited with status {status}"
             raise self._error(how)
 
     def _spawn(self) -> Child:
