@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from caisson.agent.libcontainer.plan import bootstrap, wire
+from caisson.agent.libcontainer.plan import wire
 from tests.native.agent_support import ROOT
 
 NSEXEC = ROOT / "agent/nsexec"
@@ -73,28 +73,28 @@ def defines(source: str, pattern: str) -> dict[str, int]:
     return {name: int(value.rstrip("ul"), 0) for name, value in found}
 
 
+PYTHON = {name: v for name, v in vars(wire).items() if name.isupper() and isinstance(v, int)}
+
+
 def test_numbers_of_a_plan_are_the_same_in_c_and_python() -> None:
     header = (NSEXEC / "nsexec.h").read_text()
     steps = enumerators(header, "PLAN_VERSION")
     last = steps.pop("PLAN_END")
-    python = {name: value for name, value in vars(wire).items() if name.isupper()}
     assert {name.removeprefix("PLAN_"): value for name, value in steps.items()} == {
-        name.removeprefix("PLAN_"): value for name, value in python.items() if 27400 <= value < last
+        name.removeprefix("PLAN_"): value for name, value in PYTHON.items() if 27400 <= value < last
     }
-    assert defines(header, "MOUNT_\\w+") == {name: v for name, v in python.items() if name.startswith("MOUNT_")}
+    assert defines(header, "MOUNT_\\w+") == {name: v for name, v in PYTHON.items() if name.startswith("MOUNT_")}
     assert defines(header, "PLAN_FORMAT") == {"PLAN_FORMAT": wire.VERSION}
 
 
 def test_numbers_of_the_bootstrap_are_the_same_in_c_and_python() -> None:
     source, header, system = ((NSEXEC / name).read_text() for name in ("plan.c", "nsexec.h", "sys.h"))
     types = {name.removeprefix("BOOT_"): value for name, value in enumerators(source, "BOOT_CLONE_FLAGS").items()}
-    python = {name: v for name, v in vars(bootstrap).items() if name.isupper() and isinstance(v, int)}
-    assert {name: value for name, value in types.items() if name in python} == {
-        name: value for name, value in python.items() if value < 62000 and name in types
+    assert {name: value for name, value in types.items() if name in PYTHON} == {
+        name: value for name, value in PYTHON.items() if 27281 <= value < 27400
     }
-    assert {name for name, value in python.items() if 27281 <= value < 27400} <= set(types)
-    assert defines(header, "MESSAGE_\\w+") == {name: v for name, v in python.items() if name.startswith("MESSAGE_")}
+    assert defines(header, "MESSAGE_\\w+") == {name: v for name, v in PYTHON.items() if name.startswith("MESSAGE_")}
     flags = defines(system, "NS_(?!ALL)\\w+")
-    assert {name: flags[f"NS_{file.upper()}"] for name, (_, file) in bootstrap.NAMESPACES.items()} == {
-        name: flag for name, (flag, _) in bootstrap.NAMESPACES.items()
+    assert {name: flags[f"NS_{file.upper()}"] for name, (_, file) in wire.NAMESPACES.items()} == {
+        name: flag for name, (flag, _) in wire.NAMESPACES.items()
     }
