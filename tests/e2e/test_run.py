@@ -19,9 +19,7 @@ from caisson.image.containers.oci import packed
 from caisson.image.vm.hotplug.disks import plugged
 from caisson.image.vm.qemu import PORTS
 from caisson.image.vm.qmp import QMP
-from tests.e2e.conftest import Caisson, wait_until
-from tests.e2e.terminal import Terminal
-from tests.unit.container_images import (
+from tests.build.container_images import (
     FOLDER,
     busybox_layer,
     docker_archive,
@@ -32,6 +30,8 @@ from tests.unit.container_images import (
     oci_layout,
     packed_directory,
 )
+from tests.e2e.conftest import Caisson, wait_until
+from tests.e2e.terminal import Terminal
 
 pytestmark = pytest.mark.vm
 

@@ -13,7 +13,7 @@ import pytest
 from caisson.image.containers.layers import Malformed, Tree, from_directory, walk
 from caisson.image.errors import ImageError
 from caisson.image.formats.squashfs import write_archive
-from tests.unit.container_images import FOLDER, Member, file, hard_link, layer, link
+from tests.build.container_images import FOLDER, Member, file, hard_link, layer, link
 
 
 def laid(*layers: bytes) -> Tree:

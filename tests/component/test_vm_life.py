@@ -16,7 +16,7 @@ import pytest
 from caisson.image.vm import VM, VMConfig, VMError, find_vm, get_vm, list_vms, supervisor
 from caisson.image.vm.directory import VMDirectory, owned_run_root
 from caisson.image.vm.jsonsocket import JSONSocket
-from tests.unit.fake_qemu import install, lives, make_image, nothing_left, wait_until
+from tests.component.fake_qemu import install, lives, make_image, nothing_left, wait_until
 
 Images = Callable[[str], Path]
 

@@ -15,7 +15,7 @@ import pytest
 
 from caisson.image.vm.jsonsocket import MAX_LINE
 from caisson.image.vm.qmp import QMP, QMPError
-from tests.unit.fake_qemu import monitor_of
+from tests.component.fake_qemu import monitor_of
 
 GREETING = b'{"QMP": {"version": {}, "capabilities": []}}\r\n'
 OK = b'{"return": {}}\r\n'

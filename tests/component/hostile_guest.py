@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from caisson.image.vm.vsock.vhost_user import packet
 from caisson.image.vm.vsock.vhost_user import protocol as p
-from tests.unit.fake_guest import AGENT, CID, GUEST, RING_SIZE, USER, DriverRing, Guest
+from tests.component.fake_guest import AGENT, CID, GUEST, RING_SIZE, USER, DriverRing, Guest
 
 MB = 1 << 20
 NEXT, WRITE, INDIRECT = 1, 2, 4

@@ -17,7 +17,7 @@ import pytest
 from caisson.image.vm.vsock.vhost_user import packet
 from caisson.image.vm.vsock.vhost_user import protocol as p
 from caisson.image.vm.vsock.vhost_user.memory import AddressError, Memory
-from tests.unit.fake_guest import CID, GUEST, USER, Backend, Guest, Start, starter
+from tests.component.fake_guest import CID, GUEST, USER, Backend, Guest, Start, starter
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 from caisson.image.vm.errors import VMError
 from caisson.image.vm.hotplug import disks
 from caisson.image.vm.qmp import QMP
-from tests.unit.fake_qemu import monitor_of
+from tests.component.fake_qemu import monitor_of
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="needs QEMU")
 

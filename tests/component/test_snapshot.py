@@ -15,9 +15,9 @@ from caisson.image.build.cache import clean
 from caisson.image.vm import VM, VMConfig, VMError, qemu
 from caisson.image.vm.snapshot import ram
 from caisson.image.vm.snapshot.snapshot import TITLES, Snapshot, SnapshotCompatibility, place, says_ready, store
-from tests.unit.fake_qemu import make_image, nothing_left
+from tests.component.fake_qemu import make_image, nothing_left
+from tests.component.test_vm_qemu import sleeping_kernel
 from tests.unit.test_qemu import MANIFEST, after
-from tests.unit.test_vm_qemu import sleeping_kernel
 
 COMPATIBILITY = SnapshotCompatibility("0123", "7.2.22 (Debian)", "q35", "tcg", "max", "user")
 

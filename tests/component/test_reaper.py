@@ -22,7 +22,7 @@ Scenario = Callable[[Reaper], Coroutine[None, None, None]]
 def alone(scenario: Scenario) -> Callable[[], None]:
     """Run a scenario in a fresh process, with a reaper that has started."""
     name = scenario.__name__
-    code = f"from tests.unit import test_reaper; test_reaper.play(test_reaper.SCENARIOS[{name!r}])"
+    code = f"from tests.component import test_reaper; test_reaper.play(test_reaper.SCENARIOS[{name!r}])"
 
     def test() -> None:
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from caisson.image.vm.vsock.vhost_user import packet, protocol
-from tests.unit.fake_guest import AGENT, Backend, Guest, Start, Stream, starter
+from tests.component.fake_guest import AGENT, Backend, Guest, Start, Stream, starter
 
 LAYOUTS = ("two", "one", "indirect")
 

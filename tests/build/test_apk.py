@@ -12,7 +12,7 @@ import pytest
 from caisson.image.errors import ImageError
 from caisson.image.packages.apk import Apk, Untrusted, extract, split
 from caisson.image.packages.apk_index import Dependency, Entry, Index, Unresolvable, compare, parse
-from tests.unit.alpine_repository import KEY, Repository, make_key, segment
+from tests.build.alpine_repository import KEY, Repository, make_key, segment
 
 #: Oldest first; each is older than all after it.
 VERSIONS = [

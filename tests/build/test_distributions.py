@@ -26,7 +26,7 @@ from caisson.image.packages.apk import Apk
 from caisson.image.packages.distribution import DISTRIBUTIONS, extract
 from caisson.image.packages.package import Package
 from caisson.image.run import run
-from tests.unit import alpine_repository, debian_repository
+from tests.build import alpine_repository, debian_repository
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "rootfs-templates"
 

@@ -14,7 +14,7 @@ import pytest
 
 from caisson.image.vm.vsock.vhost_user import packet
 from caisson.image.vm.vsock.vhost_user import protocol as p
-from tests.unit.fake_guest import CID, GUEST, RING_SIZE, Backend, Guest, Start, starter
+from tests.component.fake_guest import CID, GUEST, RING_SIZE, Backend, Guest, Start, starter
 
 BASE = GUEST + 0x200000
 NEXT, WRITE, INDIRECT = 1, 2, 4

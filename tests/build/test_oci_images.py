@@ -18,7 +18,7 @@ from caisson.image.build.cache import Cache
 from caisson.image.containers.layers import Malformed
 from caisson.image.containers.oci import Config, Packed, packed
 from caisson.image.errors import ImageError
-from tests.unit.container_images import (
+from tests.build.container_images import (
     FOLDER,
     configuration,
     docker_archive,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from caisson.image.vm import VM, VMConfig, VMError, find_vm
-from tests.unit.fake_qemu import make_image, monitor_of, nothing_left
+from tests.component.fake_qemu import make_image, monitor_of, nothing_left
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="needs QEMU")
 
