@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from caisson.agent.base.log import Log
     from caisson.agent.base.tracing import Tracing
     from caisson.agent.model.reaper import Reaper
+    from caisson.agent.rpc.codes import StatusCode
     from caisson.agent.services import Services
 
 
@@ -101,6 +102,7 @@ async def _serve(
     from caisson.agent.base import heap
     from caisson.agent.base.tracing import Tracing
     from caisson.agent.model.reaper import Reaper
+    from caisson.agent.rpc.dispatch import Dispatch, Service
     from caisson.agent.rpc.listener import accept
     from caisson.agent.rpc.server import Server
     from caisson.proto.kata1 import health_pb2
@@ -124,11 +126,15 @@ async def _serve(
         return Services(options, reaper, log, tracing, timestamps)
 
     health = Health(timestamps)
-    first: list[tuple[object, list[object]]] = [(health_pb2.DESCRIPTOR.services_by_name["Health"], [health])]
-    server = Server(first, log, tracing, others=lambda: services().tables)
+    first = Service(health_pb2.DESCRIPTOR.services_by_name["Health"], Health).bind(health)
+    server = Server(
+        log,
+        grpc=Dispatch(first, log, tracing, _status_of, lambda: services().grpc),
+        ttrpc=Dispatch(first, log, tracing, _status_of, lambda: services().ttrpc),
+    )
     heap.raise_mmap_threshold()
     timestamps("server")
-    tasks = [loop.create_task(accept(listener, server.connection, log))]
+    tasks = [loop.create_task(accept(listener, server.accept, log))]
     # Hosts that enabled further ports find them open with the first answer.
     extras = options.log_listen or options.console_listen or options.console
     if not extras and _host_is_connected(listener):
@@ -146,6 +152,12 @@ async def _serve(
     await server.stop(grace=1.0)
     await services().end()
     reaper.stop(loop)
+
+
+def _status_of(error: Exception) -> tuple[StatusCode, str] | None:
+    from caisson.agent.api.status import status_of  # here: it imports the whole model
+
+    return status_of(error)
 
 
 def _host_is_connected(listener: socket.socket) -> bool:

@@ -21,26 +21,29 @@ from caisson.agent.libcontainer import cgroups
 from caisson.agent.libcontainer.process.launcher import ProcessLauncher
 from caisson.agent.libcontainer.process.nsexec import Nsexec
 from caisson.agent.model.sandbox import Sandbox
+from caisson.agent.rpc.dispatch import Service
 from caisson.proto.caisson import caisson_pb2
 from caisson.proto.kata1 import agent_pb2
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
     from caisson.agent.base.boot_timestamps import BootTimestamps
     from caisson.agent.base.log import Log
     from caisson.agent.base.tracing import Tracing
     from caisson.agent.model.reaper import Reaper
     from caisson.agent.options import Options
+    from caisson.agent.rpc.dispatch import Method
 
 #: Kernel modules loaded before the first container: overlayfs, and the random number generator that keeps clones of a
 #: snapshot from sharing their random numbers.
 MODULES = ("overlay", "virtio_rng")
 
+KATA1 = Service(agent_pb2.DESCRIPTOR.services_by_name["AgentService"], AgentService, GuestService)
+GUEST = Service(caisson_pb2.DESCRIPTOR.services_by_name["Guest"], Own, BootTimes)
+
 
 class Services:
-    """``tables`` are the services, each with the objects of its methods."""
+    """The methods of the agent: ``grpc`` are those for hosts that speak gRPC, ``ttrpc`` for those that speak ttrpc."""
 
     def __init__(
         self, options: Options, reaper: Reaper, log: Log, tracing: Tracing, timestamps: BootTimestamps
@@ -63,15 +66,13 @@ class Services:
             hotplug_timeout=options.hotplug_timeout,
         )
         self._files = Files()
-        methods = [
+        kata1 = KATA1.bind(
             AgentService(self._sandbox, init=os.getpid() == 1),
             GuestService(options.hotplug_timeout, self._files, log, self._sandbox.allow_hotplugged_cpus, tracing),
-        ]
-        own = [Own(self._sandbox.container, options.hotplug_timeout), BootTimes(timestamps)]
-        self.tables: list[tuple[Any, list[object]]] = [
-            (agent_pb2.DESCRIPTOR.services_by_name["AgentService"], methods),
-            (caisson_pb2.DESCRIPTOR.services_by_name["Guest"], own),
-        ]
+        )
+        guest = GUEST.bind(Own(self._sandbox.container, options.hotplug_timeout), BootTimes(timestamps))
+        self.grpc: dict[str, Method] = {**kata1, **guest}
+        self.ttrpc = self.grpc
 
     async def end(self) -> None:
         """Kill every container and release all resources."""

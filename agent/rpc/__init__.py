@@ -1,1 +1,1 @@
-"""Remote procedure calls: sockets, HTTP/2, and the dispatch of methods to services."""
+"""Unary remote procedure calls on asyncio: gRPC over HTTP/2 and ttrpc, before one dispatch that knows neither."""

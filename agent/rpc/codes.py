@@ -1,4 +1,4 @@
-"""The status codes of gRPC."""
+"""The status codes of gRPC, which ttrpc shares.  Source: grpc/grpc, doc/statuscodes.md."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class StatusCode(IntEnum):
-    """gRPC's (doc/statuscodes.md of grpc/grpc)."""
+    """How a call ended."""
 
     OK = 0
     CANCELLED = 1
@@ -15,7 +15,13 @@ class StatusCode(IntEnum):
     DEADLINE_EXCEEDED = 4
     NOT_FOUND = 5
     ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
     RESOURCE_EXHAUSTED = 8
     FAILED_PRECONDITION = 9
+    ABORTED = 10
+    OUT_OF_RANGE = 11
     UNIMPLEMENTED = 12
     INTERNAL = 13
+    UNAVAILABLE = 14
+    DATA_LOSS = 15
+    UNAUTHENTICATED = 16

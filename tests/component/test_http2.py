@@ -14,7 +14,7 @@ import pytest
 from caisson.agent.base.log import Log
 from caisson.agent.rpc.http2 import connection as module
 from caisson.agent.rpc.http2 import frames
-from caisson.agent.rpc.http2.connection import Connection
+from caisson.agent.rpc.http2.connection import Http2Connection
 from caisson.agent.rpc.http2.frames import Code
 from caisson.agent.rpc.http2.hpack import Decoder, encode
 from caisson.agent.rpc.http2.messages import Request, Response
@@ -34,21 +34,21 @@ class Frame(NamedTuple):
 
 
 def frame(kind: int, payload: bytes = b"", flags: int = 0, stream: int = 0) -> bytes:
-    return frames.head(len(payload), kind, flags, stream) + payload
+    return frames.header(len(payload), kind, flags, stream) + payload
 
 
 def request(stream: int, body: bytes = b"", block: bytes = BLOCK) -> bytes:
     """A request whose body is in frames of 16 KiB."""
     whole = frame(frames.HEADERS, block, frames.END_HEADERS, stream)
-    for at in range(0, len(body), frames.FRAME_SIZE):
-        whole += frame(frames.DATA, body[at : at + frames.FRAME_SIZE], 0, stream)
+    for at in range(0, len(body), frames.DEFAULT_FRAME_SIZE):
+        whole += frame(frames.DATA, body[at : at + frames.DEFAULT_FRAME_SIZE], 0, stream)
     return whole + frame(frames.DATA, b"", frames.END_STREAM, stream)
 
 
 class Peer:
     """A client's end of a connection."""
 
-    def __init__(self, sock: socket.socket, server: Connection, lines: list[tuple[Any, ...]]) -> None:
+    def __init__(self, sock: socket.socket, server: Http2Connection, lines: list[tuple[Any, ...]]) -> None:
         self._sock = sock
         self._got = b""
         self.server = server
@@ -65,11 +65,11 @@ class Peer:
     async def frame(self) -> Frame:
         """The next frame.  Raises EOFError."""
         while True:
-            if len(self._got) >= frames.HEAD_SIZE:
-                size, kind, flags, stream = frames.parse_head(self._got, 0)
-                end = frames.HEAD_SIZE + size
+            if len(self._got) >= frames.HEADER_SIZE:
+                size, kind, flags, stream = frames.parse_header(self._got, 0)
+                end = frames.HEADER_SIZE + size
                 if len(self._got) >= end:
-                    payload, self._got = self._got[frames.HEAD_SIZE : end], self._got[end:]
+                    payload, self._got = self._got[frames.HEADER_SIZE : end], self._got[end:]
                     return Frame(kind, flags, stream, payload)
             try:
                 data = await asyncio.get_running_loop().sock_recv(self._sock, 1 << 16)
@@ -120,12 +120,16 @@ async def connected(serve: Callable[[Request], Awaitable[Response]] = echo) -> A
             lines.append((level, message, fields))
 
     lost = asyncio.Event()
+<<<<<<< HEAD
     connection = Connection(serve, LARGEST, memoryview(bytearray(4096)), JSONSocket(), lambda _: lost.set())
+=======
+    connection = Http2Connection(serve, LARGEST, memoryview(bytearray(4096)), Lines(), lambda _: lost.set())
+>>>>>>> 6d2cd5d (rpc: dispatch without a wire, gRPC as a codec over it, ttrpc beside it on the same address)
     await loop.connect_accepted_socket(lambda: connection, theirs)
     with ours:
         yield Peer(ours, connection, lines)
     await lost.wait()
-    assert not connection._streams and not connection._waiting
+    assert not connection._streams and not connection._sender.blocked
     await asyncio.sleep(0)
     assert asyncio.all_tasks() == before
     assert failures == []
@@ -216,14 +220,14 @@ def test_an_answer_is_sent_as_there_is_room() -> None:
             await peer.send(frames.settings({frames.INITIAL_WINDOW_SIZE: 100_000}))
             assert (await peer.frame()).flags == frames.ACK
             rest = b""
-            while len(rest) < frames.WINDOW - 17:  # what the connection's window lets through
+            while len(rest) < frames.DEFAULT_WINDOW - 17:  # what the connection's window lets through
                 got = await peer.frame()
-                assert 0 < len(got.payload) <= frames.FRAME_SIZE
+                assert 0 < len(got.payload) <= frames.DEFAULT_FRAME_SIZE
                 rest += got.payload
-            assert rest == data[17 : frames.WINDOW]
+            assert rest == data[17 : frames.DEFAULT_WINDOW]
             await peer.still_there()
             await peer.send(frames.number(frames.WINDOW_UPDATE, 0, 100_000))
-            assert (await peer.frame()).payload == data[frames.WINDOW :]
+            assert (await peer.frame()).payload == data[frames.DEFAULT_WINDOW :]
             assert (await peer.frame()).payload == TAIL
 
     run(work())
@@ -326,14 +330,14 @@ def test_a_body_that_is_too_long_is_cut_and_answered() -> None:
         async with connected(look) as peer:
             await peer.hello()
             await peer.send(frame(frames.HEADERS, BLOCK, frames.END_HEADERS, 1))
-            piece = frame(frames.DATA, bytes(frames.FRAME_SIZE), 0, 1)
-            await peer.send(*[piece] * (LARGEST // frames.FRAME_SIZE + 1))
+            piece = frame(frames.DATA, bytes(frames.DEFAULT_FRAME_SIZE), 0, 1)
+            await peer.send(*[piece] * (LARGEST // frames.DEFAULT_FRAME_SIZE + 1))
             assert await peer.frame() == (frames.HEADERS, END, 1, HEAD)
             assert await peer.frame() == (frames.RST_STREAM, 0, 1, bytes(4))
             await peer.send(piece)  # was on its way
             assert await peer.frame() == (frames.RST_STREAM, 0, 1, Code.STREAM_CLOSED.to_bytes(4, "big"))
             await peer.still_there()
-            assert LARGEST < seen[0] <= LARGEST + frames.FRAME_SIZE
+            assert LARGEST < seen[0] <= LARGEST + frames.DEFAULT_FRAME_SIZE
 
     run(work())
 
@@ -358,7 +362,7 @@ def test_room_for_data_is_given_back() -> None:
 
 
 def test_more_requests_than_there_may_be_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "STREAMS", 3)
+    monkeypatch.setattr(module, "MAX_CALLS", 3)
 
     async def work() -> None:
         never = Never()
@@ -389,7 +393,7 @@ def test_a_server_that_leaves_answers_what_has_begun() -> None:
             assert (got.kind, got.payload) == (frames.GOAWAY, (1).to_bytes(4, "big") + bytes(4))
             await peer.send(frame(frames.HEADERS, BLOCK, END, 3))
             assert (await peer.frame()).payload == Code.REFUSED_STREAM.to_bytes(4, "big")
-            assert len(peer.server.answering) == 1
+            assert len(peer.server.calls) == 1
             go.set()
             assert await peer.answer(1) == b"x"
             peer.server.close()
@@ -424,7 +428,7 @@ OPEN = frame(frames.HEADERS, BLOCK, frames.END_HEADERS, 1)
         (frame(frames.DATA, b"x", 0, 1), Code.PROTOCOL_ERROR),
         (OPEN + frame(frames.DATA, b"\2a", frames.PADDED, 1), Code.PROTOCOL_ERROR),
         (OPEN + frame(frames.DATA, b"", frames.PADDED, 1), Code.PROTOCOL_ERROR),
-        (frames.head(module.FRAME + 1, frames.DATA, 0, 1), Code.FRAME_SIZE_ERROR),
+        (frames.header(module.MAX_FRAME_SIZE + 1, frames.DATA, 0, 1), Code.FRAME_SIZE_ERROR),
         (frame(frames.HEADERS, BLOCK, END, 2), Code.PROTOCOL_ERROR),
         (frame(frames.HEADERS, b"\x80", END, 1), Code.COMPRESSION_ERROR),
         (frame(frames.HEADERS, BLOCK, 0, 1) + frame(frames.PING, bytes(8)), Code.PROTOCOL_ERROR),
@@ -458,7 +462,7 @@ def test_what_ends_the_connection(sent: bytes, code: Code) -> None:
             await peer.send(sent)
             assert await peer.goodbye() is code
             ((level, text, _),) = peer.lines
-            assert (level, text) == ("warning", "closed a connection that breaks HTTP/2")
+            assert (level, text) == ("warning", "closed a connection that violates HTTP/2")
 
     run(work())
 
@@ -533,7 +537,7 @@ def test_other_protocols_are_closed_with_a_word_in_the_log(first: bytes) -> None
                 await peer.frame()
             ((level, text, fields),) = peer.lines
             assert (level, fields) == ("warning", {"first_byte": first[0]})
-            assert "does not speak gRPC" in text
+            assert "does not speak HTTP/2" in text
 
     run(work())
 

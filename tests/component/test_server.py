@@ -1,4 +1,4 @@
-"""The gRPC server, by gRPC's own client, by another one, and by requests that no client makes."""
+"""gRPC, by gRPC's own client, by another one, and by requests that no client makes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from caisson.agent.base.boot_timestamps import BootTimestamps
 from caisson.agent.base.errors import Refused
 from caisson.agent.base.log import Log
 from caisson.agent.base.tracing import Tracing
+from caisson.agent.rpc.codes import StatusCode
+from caisson.agent.rpc.dispatch import Dispatch, Service
+from caisson.agent.rpc.http2 import grpc as codec
 from caisson.agent.rpc.http2 import hpack
 from caisson.agent.rpc.http2.messages import Request, Response
 from caisson.agent.rpc.listener import accept, listen
-from caisson.agent.rpc.server import LARGEST_MESSAGE, Server, Tables
+from caisson.agent.rpc.server import Server
 from caisson.proto.kata1 import agent_pb2, health_pb2
 
-HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
 Code = grpc.StatusCode
 
 
@@ -51,6 +53,17 @@ class Health:
         return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
 
 
+SERVICE = Service(health_pb2.DESCRIPTOR.services_by_name["Health"], Health, unimplemented=("Version",))
+
+
+def status_of(error: Exception) -> tuple[StatusCode, str] | None:
+    return (StatusCode.UNKNOWN, str(error)) if isinstance(error, Refused) else None
+
+
+def dispatch(health: Health) -> Dispatch:
+    return Dispatch(SERVICE.bind(health), Log("fatal"), Tracing(""), status_of)
+
+
 class Served:
     """A server, its socket, and a client."""
 
@@ -71,9 +84,9 @@ class Served:
 @contextlib.asynccontextmanager
 async def served(directory: Path) -> AsyncIterator[Served]:
     log, health = Log("fatal"), Health()
-    server = Server([(HEALTH, [health])], log, Tracing(""))
+    server = Server(log, grpc=dispatch(health))
     listener = listen(f"unix:{directory / 's'}")
-    task = asyncio.ensure_future(accept(listener, server.connection, log))
+    task = asyncio.ensure_future(accept(listener, server.accept, log))
     async with grpc.aio.insecure_channel(f"unix:{directory / 's'}") as channel:
         yield Served(server, health, directory / "s", channel)
     task.cancel()
@@ -102,12 +115,12 @@ def test_answers_and_errors(tmp_path: Path) -> None:
             for text in ("plain", "100 %41 of \t it,\nand ö", "EOF"):
                 assert await refused(one.check(text)) == (Code.UNKNOWN, text)
             assert await refused(one.check("bug")) == (Code.INTERNAL, "ZeroDivisionError: of ours")
-            assert await refused(one.raw(b"", "/grpc.Health/Nothing")) == (Code.UNIMPLEMENTED, "Method not found!")
-            assert await refused(one.raw(b"", "/nothing")) == (Code.UNIMPLEMENTED, "Method not found!")
+            for path in ("/grpc.Health/Nothing", "/nothing"):
+                assert await refused(one.raw(b"", path)) == (Code.UNIMPLEMENTED, f"{path}: unknown method")
             code, text = await refused(one.raw(b"", "/grpc.Health/Version"))
             assert (code, "not implemented" in text) == (Code.UNIMPLEMENTED, True)
             code, text = await refused(one.raw(b"\xff"))
-            assert (code, "no CheckRequest" in text) == (Code.INVALID_ARGUMENT, True)
+            assert (code, "not a valid CheckRequest" in text) == (Code.INVALID_ARGUMENT, True)
 
     run(work())
 
@@ -116,13 +129,13 @@ def test_the_largest_message_and_a_larger_one(tmp_path: Path) -> None:
     async def work() -> None:
         async with served(tmp_path) as one:
             unknown = b"\x7a"  # field 15, of bytes: passed over
-            size = LARGEST_MESSAGE - 5
+            size = codec.MAX_MESSAGE - 5
             padded = unknown + bytes(
                 [size & 0x7F | 0x80, size >> 7 & 0x7F | 0x80, size >> 14 & 0x7F | 0x80, size >> 21]
             )
             assert await one.raw(padded + bytes(size)) == SERVING
-            code, text = await refused(one.raw(bytes(LARGEST_MESSAGE + 1)))
-            assert (code, str(LARGEST_MESSAGE + 1) in text) == (Code.RESOURCE_EXHAUSTED, True)
+            code, text = await refused(one.raw(bytes(codec.MAX_MESSAGE + 1)))
+            assert (code, str(codec.MAX_MESSAGE + 1) in text) == (Code.RESOURCE_EXHAUSTED, True)
             assert await one.raw(b"") == SERVING
 
     run(work())
@@ -197,11 +210,11 @@ def test_requests_that_are_not_grpcs(headers: dict[bytes, bytes]) -> None:
 
 
 async def answer(request: Request) -> Response:
-    return await Server([(HEALTH, [Health()])], Log("fatal"), Tracing(""))._answer(request)
+    return await codec.serve(dispatch(Health()), request)
 
 
 def fields(response: Response) -> list[tuple[bytes, bytes]]:
-    return hpack.Decoder(1000).decode(response.head)
+    return hpack.Decoder(1000).decode(response.header)
 
 
 @pytest.mark.parametrize("size", [0, 1, 127, 128, 16383, 16384, 1 << 20])
@@ -229,29 +242,6 @@ def test_a_client_with_another_http2(tmp_path: Path) -> None:
             assert b"grpc-status: 0" in said
 
     run(work())
-
-
-def test_other_services_are_made_when_one_of_their_methods_is_called() -> None:
-    made = 0
-
-    def others() -> Tables:
-        nonlocal made
-        made += 1
-        return [(agent_pb2.DESCRIPTOR.services_by_name["AgentService"], [])]
-
-    async def work() -> list[int]:
-        server = Server([(HEALTH, [Health()])], Log("fatal"), Tracing(""), others)
-        seen = []
-        for path in (b"/grpc.Health/Check", b"/grpc.AgentService/Nothing", b"/grpc.AgentService/CreateSandbox"):
-            headers = {b":method": b"POST", b":path": path, b"content-type": b"application/grpc"}
-            request = Request(headers)
-            request.body += bytes(5)
-            await server._answer(request)
-            seen.append(made)
-        assert b"/grpc.AgentService/CreateSandbox" in server._calls
-        return seen
-
-    assert asyncio.run(work()) == [0, 1, 1]
 
 
 def test_the_first_answer_is_waited_for_but_not_for_ever() -> None:

@@ -1,4 +1,4 @@
-"""HTTP/2's frames and settings by their names, and what is wrong with them.  Source: RFC 9113, sections 4, 6 and 7."""
+"""HTTP/2's frames, settings and error codes.  Source: RFC 9113, sections 4, 6 and 7."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from enum import IntEnum
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
-#: Of the 24 bits of the length the upper eight and the lower sixteen; type, flags, stream.
-_HEAD = struct.Struct(">BHBBL")
-HEAD_SIZE = _HEAD.size
+#: The upper eight and the lower sixteen of the length's 24 bits; type, flags, stream.
+_HEADER = struct.Struct(">BHBBL")
+HEADER_SIZE = _HEADER.size
 
 DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
 
@@ -20,15 +20,15 @@ HEADER_TABLE_SIZE, ENABLE_PUSH, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE, MAX
 )
 _SETTING = struct.Struct(">HL")
 
-#: What holds until a peer says otherwise.
-WINDOW, FRAME_SIZE = (1 << 16) - 1, 1 << 14
+#: The initial values of a window and of the largest frame (section 6.5.2).
+DEFAULT_WINDOW, DEFAULT_FRAME_SIZE = (1 << 16) - 1, 1 << 14
 
-#: What a window, and what a frame can be at most.
+#: The most that a window, and that a frame's size can be set to.
 LARGEST_WINDOW, LARGEST_FRAME_SIZE = (1 << 31) - 1, (1 << 24) - 1
 
 
 class Code(IntEnum):
-    """Why a stream or a connection ends."""
+    """Error codes (section 7): why a stream or a connection is closed."""
 
     NO_ERROR = 0x0
     PROTOCOL_ERROR = 0x1
@@ -42,49 +42,50 @@ class Code(IntEnum):
     ENHANCE_YOUR_CALM = 0xB
 
 
-def head(size: int, kind: int, flags: int = 0, stream: int = 0) -> bytes:
-    """What stands before the payload of a frame."""
-    return _HEAD.pack(size >> 16, size & 0xFFFF, kind, flags, stream)
+def header(size: int, kind: int, flags: int = 0, stream_id: int = 0) -> bytes:
+    """Encode the header of a frame with a payload of so many bytes."""
+    return _HEADER.pack(size >> 16, size & 0xFFFF, kind, flags, stream_id)
 
 
-def parse_head(data: bytes | bytearray, at: int) -> tuple[int, int, int, int]:
-    """Size of the payload, type, flags and stream."""
-    high, low, kind, flags, stream = _HEAD.unpack_from(data, at)
-    return high << 16 | low, kind, flags, stream & LARGEST_WINDOW
+def parse_header(data: bytes | bytearray, at: int) -> tuple[int, int, int, int]:
+    """Decode a frame's header: the payload's size, type, flags and stream id."""
+    high, low, kind, flags, stream_id = _HEADER.unpack_from(data, at)
+    return high << 16 | low, kind, flags, stream_id & LARGEST_WINDOW
 
 
-def number(kind: int, stream: int, value: int) -> bytes:
-    """A frame that holds a number: WINDOW_UPDATE, RST_STREAM."""
-    return head(4, kind, 0, stream) + value.to_bytes(4, "big")
+def number(kind: int, stream_id: int, value: int) -> bytes:
+    """Encode a frame whose payload is a 32-bit number: WINDOW_UPDATE or RST_STREAM."""
+    return header(4, kind, 0, stream_id) + value.to_bytes(4, "big")
 
 
 def settings(values: dict[int, int]) -> bytes:
-    """A frame of settings."""
-    return head(_SETTING.size * len(values), SETTINGS) + b"".join(_SETTING.pack(*pair) for pair in values.items())
+    """Encode a SETTINGS frame."""
+    return header(_SETTING.size * len(values), SETTINGS) + b"".join(_SETTING.pack(*pair) for pair in values.items())
 
 
 def parse_settings(payload: bytes | bytearray) -> list[tuple[int, int]]:
-    """What a frame of settings says, in its order.  Its size is a multiple of six."""
+    """Decode a SETTINGS payload, whose size is a multiple of six, in its order."""
     return list(_SETTING.iter_unpack(payload))
 
 
-def goaway(last: int, code: Code, text: str = "") -> bytes:
-    """The frame that ends a connection: the last stream that was looked at, and why."""
+def goaway(last_stream_id: int, code: Code, text: str = "") -> bytes:
+    """Encode a GOAWAY frame: the last stream that was handled, the error code, and debug data."""
     detail = text.encode()
-    return head(8 + len(detail), GOAWAY) + last.to_bytes(4, "big") + code.to_bytes(4, "big") + detail
+    payload = last_stream_id.to_bytes(4, "big") + code.to_bytes(4, "big") + detail
+    return header(len(payload), GOAWAY) + payload
 
 
 class StreamError(Exception):
-    """One stream cannot go on."""
+    """An error that closes one stream (section 5.4.2)."""
 
-    def __init__(self, stream: int, code: Code) -> None:
-        super().__init__(stream, code)
-        self.stream = stream
+    def __init__(self, stream_id: int, code: Code) -> None:
+        super().__init__(stream_id, code)
+        self.stream_id = stream_id
         self.code = code
 
 
-class Violation(Exception):
-    """The connection cannot go on."""
+class ProtocolError(Exception):
+    """An error that closes the connection (section 5.4.1)."""
 
     def __init__(self, code: Code, text: str) -> None:
         super().__init__(text)
@@ -92,9 +93,9 @@ class Violation(Exception):
 
 
 def unpadded(flags: int, payload: bytearray) -> bytearray:
-    """A payload without its padding (section 6.1).  Raises Violation."""
+    """Return a payload without its padding (section 6.1).  Raises ProtocolError."""
     if not flags & PADDED:
         return payload
     if not payload or payload[0] >= len(payload):
-        raise Violation(Code.PROTOCOL_ERROR, "more padding than frame")
+        raise ProtocolError(Code.PROTOCOL_ERROR, "the padding exceeds the payload")
     return payload[1 : len(payload) - payload[0]]

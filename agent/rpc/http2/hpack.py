@@ -1,17 +1,17 @@
-"""HPACK: how HTTP/2 writes header fields.  Source: RFC 7541.
+"""HPACK, the compression of HTTP/2's header fields.  Source: RFC 7541.
 
-What we send is encoded without a dynamic table and without Huffman's code, so it needs no state and can be made once.
+The encoder uses neither a dynamic table nor the Huffman code: it needs no state, and blocks can be encoded once.
 """
 
 from __future__ import annotations
 
 from functools import cache
 
-#: Bytes of the dynamic table that a peer may fill: the default of SETTINGS_HEADER_TABLE_SIZE.
-TABLE_SIZE = 4096
+#: Bytes of the dynamic table that a peer may fill: the initial value of SETTINGS_HEADER_TABLE_SIZE.
+MAX_TABLE_SIZE = 4096
 
-#: What an entry counts beside its name and value (section 4.1).
-OVERHEAD = 32
+#: Bytes that an entry counts beside its name and value (section 4.1).
+ENTRY_OVERHEAD = 32
 
 #: Appendix A: name, or name=value.
 _STATIC = (
@@ -26,7 +26,7 @@ _STATIC = (
 )
 STATIC = tuple((name.encode(), value.encode()) for name, _, value in (one.partition("=") for one in _STATIC.split("|")))
 
-#: Appendix B, as the lengths of the codes of 0-255 and of the end-of-string, in base 36: the code is canonical.
+#: Appendix B, as the code lengths of 0-255 and of end-of-string, in base 36: the code is canonical.
 LENGTHS = (
     "dnsssssssoussussssssssusssssssss6aacd68baa8b8666555666666678f6cad67777777777777777777777878djde6"
     "f56565666577666567655677777fbedskmkkmmmnmnnnnnonoomnonnnnlmnmnnomlkmmnnlnmmolmnnllmlnmnnkmmmnmmn"
@@ -36,21 +36,21 @@ END_OF_STRING = 256
 
 
 class HpackError(Exception):
-    """A header block that cannot be decoded: the connection is lost, as both sides' tables are (section 2.2)."""
+    """A field block that cannot be decoded: the tables of the two sides differ from then on (section 2.2)."""
 
 
 class Decoder:
-    """Decodes the header blocks of one connection, in their order."""
+    """Decode the field blocks of one connection, in their order."""
 
     def __init__(self, limit: int) -> None:
-        """``limit``: bytes that the fields of one block may come to."""
+        """``limit``: bytes of the fields of one block, as section 4.1 counts them."""
         self._limit = limit
         self._size = 0
-        self._largest = TABLE_SIZE
+        self._max_size = MAX_TABLE_SIZE
         self._table: list[tuple[bytes, bytes]] = []  # newest first
 
     def decode(self, block: bytes) -> list[tuple[bytes, bytes]]:
-        """The fields, names and values.  Raises HpackError, also for more than the limit."""
+        """Return a block's fields, names and values.  Raises HpackError, also beyond the limit."""
         fields: list[tuple[bytes, bytes]] = []
         size = at = 0
         while at < len(block):
@@ -60,10 +60,10 @@ class Decoder:
                 field = self._entry(index)
             elif first & 0xE0 == 0x20:  # the table's size (6.3)
                 if fields:
-                    raise HpackError("the size of the table changes within a block")
-                self._largest, at = _integer(block, at, 5)
-                if self._largest > TABLE_SIZE:
-                    raise HpackError("a larger table than was agreed upon")
+                    raise HpackError("a table size update after a field")
+                self._max_size, at = _integer(block, at, 5)
+                if self._max_size > MAX_TABLE_SIZE:
+                    raise HpackError("a table size update beyond SETTINGS_HEADER_TABLE_SIZE")
                 self._evict()
                 continue
             else:  # literal: with indexing (6.2.1), without, never (6.2.2, 6.2.3)
@@ -82,7 +82,7 @@ class Decoder:
             fields.append(field)
             size += _size(field)
             if size > self._limit:
-                raise HpackError("more header fields than anybody needs")
+                raise HpackError("the fields exceed MAX_HEADER_LIST_SIZE")
         return fields
 
     def _entry(self, index: int) -> tuple[bytes, bytes]:
@@ -90,16 +90,16 @@ class Decoder:
             return STATIC[index - 1]
         index -= len(STATIC) + 1
         if not 0 <= index < len(self._table):
-            raise HpackError("no entry of that index")
+            raise HpackError("invalid index")
         return self._table[index]
 
     def _evict(self) -> None:
-        while self._size > self._largest:
+        while self._size > self._max_size:
             self._size -= _size(self._table.pop())
 
 
 def encode(*fields: tuple[bytes, bytes]) -> bytes:
-    """A header block: each field a literal without indexing, or an index where the static table has all of it."""
+    """Encode a field block: an index where the static table has the field, else a literal without indexing."""
     block = bytearray()
     for name, value in fields:
         if (name, value) in STATIC:
@@ -110,11 +110,11 @@ def encode(*fields: tuple[bytes, bytes]) -> bytes:
 
 
 def _size(field: tuple[bytes, bytes]) -> int:
-    return len(field[0]) + len(field[1]) + OVERHEAD
+    return len(field[0]) + len(field[1]) + ENTRY_OVERHEAD
 
 
 def _length(number: int) -> bytes:
-    """A string's length (5.1, 5.2): seven bits, of which the first byte holds less than 127."""
+    """Encode a string's length: an integer with a prefix of seven bits (5.1, 5.2)."""
     if number < 0x7F:
         return bytes([number])
     number -= 0x7F
@@ -127,7 +127,7 @@ def _length(number: int) -> bytes:
 
 
 def _integer(block: bytes, at: int, bits: int) -> tuple[int, int]:
-    """A number (5.1) and where it ends."""
+    """Decode an integer (5.1); return it and where it ends."""
     most = (1 << bits) - 1
     number = block[at] & most
     at += 1
@@ -141,24 +141,24 @@ def _integer(block: bytes, at: int, bits: int) -> tuple[int, int]:
         number += (byte & 0x7F) << shift
         if byte < 0x80:
             return number, at
-    raise HpackError("a number that does not end, or is too large")
+    raise HpackError("invalid integer: truncated, or too large")
 
 
 def _string(block: bytes, at: int) -> tuple[bytes, int]:
-    """A string (5.2) and where it ends."""
+    """Decode a string (5.2); return it and where it ends."""
     if at >= len(block):
-        raise HpackError("the block ends within a field")
+        raise HpackError("truncated field")
     huffman = block[at] & 0x80
     length, at = _integer(block, at, 7)
     data = block[at : at + length]
     if len(data) < length:
-        raise HpackError("the block ends within a string")
-    return (_expand(data) if huffman else data), at + length
+        raise HpackError("truncated string")
+    return (_huffman_decode(data) if huffman else data), at + length
 
 
-@cache  # made for the first who needs it: at the agent's start every millisecond counts
+@cache  # made when first needed: every millisecond counts at the agent's start
 def _codes() -> dict[int, int]:
-    """Huffman's code (appendix B): code, with a bit set before it that keeps its zeros → symbol."""
+    """Make the Huffman code (appendix B): code, with a bit set before it that keeps its zeros → symbol."""
     codes: dict[int, int] = {}
     code = before = 0
     for length, symbol in sorted((int(digit, 36), symbol) for symbol, digit in enumerate(LENGTHS)):
@@ -169,11 +169,12 @@ def _codes() -> dict[int, int]:
     return codes
 
 
-#: The longest has 30 bits, and the one before them.
+#: The longest code has 30 bits, and the bit before them.
 _TOO_LONG = 1 << 31
 
 
-def _expand(data: bytes) -> bytes:
+def _huffman_decode(data: bytes) -> bytes:
+    """Decode a Huffman-coded string (5.2)."""
     codes = _codes()
     out = bytearray()
     code = 1
@@ -183,12 +184,12 @@ def _expand(data: bytes) -> bytes:
             symbol = codes.get(code)
             if symbol is None:
                 if code >= _TOO_LONG:
-                    raise HpackError("no code of Huffman's")
+                    raise HpackError("invalid Huffman code")
                 continue
             if symbol == END_OF_STRING:
-                raise HpackError("the end of a string within it")
+                raise HpackError("the end-of-string symbol within a string")
             out.append(symbol)
             code = 1
-    if code >= 1 << 8 or code & code + 1:  # the rest: fewer than eight bits, all of them ones
-        raise HpackError("wrong padding of Huffman's code")
+    if code >= 1 << 8 or code & code + 1:  # padding: fewer than eight bits, all of them ones
+        raise HpackError("invalid padding of a Huffman code")
     return bytes(out)

@@ -1,4 +1,4 @@
-"""Requests and answers over HTTP/2, whole.  Source: RFC 9113, section 8."""
+"""HTTP requests and responses, whole.  Source: RFC 9113, section 8."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ if TYPE_CHECKING:
 
     Buffer = bytes | bytearray | memoryview
 
+#: Connection-specific header fields, which HTTP/2 does not have (section 8.2.2).
 _FORBIDDEN = {b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade"}
 _PSEUDO = (b":method", b":scheme", b":path", b":authority")
 
 
 class Request:
-    """A request.  ``body`` is cut where it is longer than the server wants."""
+    """A request.  ``body`` is truncated where it is longer than the server takes."""
 
     def __init__(self, headers: dict[bytes, bytes]) -> None:
         self.headers = headers
@@ -21,16 +22,16 @@ class Request:
 
 
 class Response:
-    """An answer: blocks of header fields (hpack.encode) around the body; without body and trailers, the head alone."""
+    """A response: field blocks (hpack.encode) around the body; without body and trailers, the header alone."""
 
-    def __init__(self, head: bytes, body: Sequence[Buffer] = (), trailers: bytes = b"") -> None:
-        self.head = head
+    def __init__(self, header: bytes, body: Sequence[Buffer] = (), trailers: bytes = b"") -> None:
+        self.header = header
         self.body = body
         self.trailers = trailers
 
 
-def checked(fields: list[tuple[bytes, bytes]]) -> dict[bytes, bytes] | None:
-    """A request's fields by name, or None where they are malformed (sections 8.2 and 8.3)."""
+def request_headers(fields: list[tuple[bytes, bytes]]) -> dict[bytes, bytes] | None:
+    """Return a request's fields by name, or None where the request is malformed (sections 8.2 and 8.3)."""
     headers: dict[bytes, bytes] = {}
     for name, value in fields:
         if name.startswith(b":"):

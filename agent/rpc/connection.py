@@ -1,0 +1,144 @@
+"""A server's end of a connection, whatever its protocol: input in turns, calls under way, output, memory held."""
+
+from __future__ import annotations
+
+import asyncio
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+    from typing import Any
+
+    from caisson.agent.base.log import Log
+
+    Buffer = bytes | bytearray | memoryview
+
+#: Frames handled before other connections have their turn: a buffer can hold tens of thousands of small ones.
+FRAMES_PER_TURN = 64
+
+#: Calls under way on a connection.
+MAX_CALLS = 4096
+
+#: Bytes that a connection's requests and unsent responses may hold: 64 inputs of a MiB each.
+MAX_HELD = 64 << 20
+
+
+class Connection(asyncio.BufferedProtocol):
+    """What a protocol's connection is derived from: it defines ``feed``, ``handle_frame`` and ``leave``.
+
+    ``buffer`` is where input is first put: all connections of a thread can share one.  ``on_lost`` is called at the
+    end.
+    """
+
+    def __init__(self, buffer: memoryview, log: Log, on_lost: Callable[[Any], None]) -> None:
+        self.log = log
+        self.held = 0  # bytes of requests and unsent responses
+        self._buffer = buffer
+        self._on_lost = on_lost
+        self._transport: asyncio.Transport | None = None
+        self._output: list[Buffer] = []
+        self._calls: dict[int, asyncio.Task[None]] = {}
+        self._backlog = False  # frames may be there that were not handled
+        self._blocked = False  # the peer does not read
+        self._turn: asyncio.Handle | None = None
+
+    # What a protocol defines
+
+    def feed(self, data: memoryview) -> None:
+        """Take input; the memory is used again afterwards."""
+        raise NotImplementedError
+
+    def handle_frame(self) -> bool:
+        """Handle the next frame of what was fed; False where there is none that is whole."""
+        raise NotImplementedError
+
+    def leave(self) -> None:
+        """Take no more requests, and tell the peer where the protocol can."""
+        raise NotImplementedError
+
+    # Calls and output
+
+    @property
+    def calls(self) -> list[asyncio.Task[None]]:
+        """The calls under way."""
+        return list(self._calls.values())
+
+    def start_call(self, stream_id: int, work: Coroutine[Any, Any, None]) -> None:
+        """Run a call's coroutine; it is cancelled by ``cancel_call`` and by the connection's end."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._calls[stream_id] = task
+        task.add_done_callback(lambda _: self._calls.pop(stream_id, None))
+
+    def cancel_call(self, stream_id: int) -> None:
+        """Cancel a call if it is under way."""
+        if (task := self._calls.get(stream_id)) is not None:
+            task.cancel()
+
+    def write(self, *data: Buffer) -> None:
+        """Queue output; ``flush`` sends it."""
+        self._output += data
+
+    def flush(self) -> None:
+        """Send what was queued; done after each turn."""
+        if self._output and self._transport is not None and not self._transport.is_closing():
+            self._transport.writelines(self._output)
+        self._output = []  # the transport may keep the other
+
+    def close(self) -> None:
+        """Close the connection, and cancel its calls."""
+        if self._transport is not None:
+            self._transport.close()
+        for task in self.calls:
+            task.cancel()
+
+    # asyncio's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
+
+    def buffer_updated(self, count: int) -> None:
+        self.feed(self._buffer[:count])
+        self._take_turn()
+
+    def pause_writing(self) -> None:
+        # A peer that does not read is not heard, either: answers, also those to pings and errors, do not pile up.
+        self._blocked = True
+        self._schedule()
+
+    def resume_writing(self) -> None:
+        self._blocked = False
+        self._schedule()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._transport = None
+        if self._turn is not None:
+            self._turn.cancel()
+        for task in self.calls:
+            task.cancel()
+        self._on_lost(self)
+
+    def _take_turn(self) -> None:
+        """Handle a bounded number of frames, and leave the rest to the next turn."""
+        self._turn = None
+        for _ in range(FRAMES_PER_TURN):
+            if self._transport is None or self._transport.is_closing():
+                return
+            self._backlog = self.handle_frame()
+            if not self._backlog:
+                break
+        self.flush()
+        self._schedule()
+
+    def _schedule(self) -> None:
+        if self._transport is None or self._transport.is_closing():
+            return
+        if self._backlog or self._blocked:
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
+        if self._backlog and not self._blocked and self._turn is None:
+            self._turn = asyncio.get_running_loop().call_soon(self._take_turn)

@@ -1,0 +1,175 @@
+"""Dispatch of unary calls: decode, deadline, call, map errors, log, trace.
+
+It knows methods by their paths ("/grpc.Health/Check") and messages by their bytes, and nothing of the wire that they
+came by: gRPC (http2/grpc.py) and ttrpc (ttrpc/server.py) are codecs over it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from google.protobuf import message_factory
+from google.protobuf.message import DecodeError
+
+from caisson.agent.rpc.codes import StatusCode
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Mapping
+
+    from caisson.agent.base.log import Log
+    from caisson.agent.base.tracing import Tracing
+
+    #: How a call ended: OK and the pieces of the encoded response, or an error and its text.
+    Outcome = tuple[StatusCode, str | list[bytes]]
+
+    #: Answers a request with a message, or with the pieces of an encoded one.
+    Handler = Callable[[Any], Awaitable[Any]]
+
+    #: The status of an error that a caller can do something about; None for a bug.
+    StatusOf = Callable[[Exception], tuple[StatusCode, str] | None]
+
+#: Characters of an error's text: gRPC's clients give up on a call whose trailers exceed 8 KiB.
+MAX_ERROR_TEXT = 2048
+
+#: Fields of requests that log lines and spans carry, where a request has them.
+ID_FIELDS = ("container_id", "exec_id")
+
+
+class Method:
+    """A unary method: the class of its request, and its handler."""
+
+    def __init__(self, name: str, request_class: Any, handler: Handler | None) -> None:
+        """``handler`` is None for one that is known and not implemented."""
+        self.name = name
+        self.request_class = request_class
+        self.handler = handler
+
+
+class Service:
+    """The methods of a service, tied to the functions that handle them when it is made: at import.
+
+    A handler is a coroutine function of the method's name in one of the classes.
+    """
+
+    def __init__(self, descriptor: Any, *classes: type, unimplemented: Iterable[str] = ()) -> None:
+        """Raises TypeError for a method without a handler that ``unimplemented`` does not name, for a handler of no
+        method (a class's functions in CamelCase are taken for handlers), and for two handlers of one.
+        """
+        self._descriptor = descriptor
+        self._classes = classes
+        methods, missing = {method.name for method in descriptor.methods}, set(unimplemented)
+        self._handlers: dict[str, type] = {}
+        for one in classes:
+            for name in dir(one):
+                if not name[:1].isupper() or not callable(getattr(one, name)):
+                    continue
+                if name not in methods or name in missing or name in self._handlers:
+                    problem = "is handled twice" if name in self._handlers else "is not a method that is to be handled"
+                    raise TypeError(f"{one.__name__}.{name}: {descriptor.full_name}/{name} {problem}")
+                self._handlers[name] = one
+        if unhandled := methods - missing - set(self._handlers):
+            raise TypeError(f"{descriptor.full_name}: no handler for {', '.join(sorted(unhandled))}")
+        if unknown := missing - methods:
+            raise TypeError(f"{descriptor.full_name}: no method {', '.join(sorted(unknown))}")
+
+    def bind(self, *instances: object) -> dict[str, Method]:
+        """Make the table of its methods by their paths, handled by an instance of each class."""
+        by_class = dict(zip(self._classes, instances, strict=True))
+        table = {}
+        for method in self._descriptor.methods:
+            handling = self._handlers.get(method.name)
+            handler = None if handling is None else getattr(by_class[handling], method.name)
+            request_class = message_factory.GetMessageClass(method.input_type)
+            table[f"/{self._descriptor.full_name}/{method.name}"] = Method(method.name, request_class, handler)
+        return table
+
+
+class Dispatch:
+    """Calls methods by their paths."""
+
+    def __init__(
+        self,
+        methods: Mapping[str, Method],
+        log: Log,
+        tracing: Tracing,
+        status_of: StatusOf,
+        more: Callable[[], Mapping[str, Method]] | None = None,
+    ) -> None:
+        """``more`` makes the table of further methods, once, when one is called that is not in the first."""
+        self._methods = dict(methods)
+        self._log = log
+        self._tracing = tracing
+        self._status_of = status_of
+        self._more = more
+
+    async def call(self, path: str, payload: bytes, timeout: float | None = None) -> Outcome:
+        """Call a method with an encoded request; its handler is cancelled after ``timeout`` seconds.
+
+        Cancelling this cancels the handler.  What a handler raises is in the outcome, never raised.
+        """
+        method = self._find(path)
+        if method is None:
+            return StatusCode.UNIMPLEMENTED, _bounded(f"{path}: unknown method")
+        if method.handler is None:
+            return StatusCode.UNIMPLEMENTED, f"{method.name}: not implemented by this agent"
+        began = time.monotonic()
+        request = method.request_class()
+        outcome: Outcome = StatusCode.CANCELLED, "the caller has gone"
+        try:
+            try:
+                request.ParseFromString(payload)
+            except DecodeError:
+                text = f"{method.name}: the request is not a valid {request.DESCRIPTOR.name}"
+                outcome = StatusCode.INVALID_ARGUMENT, text
+            else:
+                del payload  # not kept for as long as the call takes
+                outcome = await self._handle(method.name, method.handler(request), timeout)
+        finally:
+            if self._tracing.enabled or self._log.enabled("debug"):
+                self._record(method.name, request, outcome, time.monotonic() - began)
+        return outcome
+
+    def _find(self, path: str) -> Method | None:
+        if path not in self._methods and self._more is not None:
+            more, self._more = self._more, None
+            self._methods.update(more())
+        return self._methods.get(path)
+
+    async def _handle(self, name: str, handling: Awaitable[Any], timeout: float | None) -> Outcome:
+        deadline = asyncio.timeout(timeout)
+        try:
+            async with deadline:
+                response = await handling
+            return StatusCode.OK, response if isinstance(response, list) else [response.SerializeToString()]
+        except Exception as error:
+            if isinstance(error, TimeoutError) and deadline.expired():
+                return StatusCode.DEADLINE_EXCEEDED, f"{name}: not done within {timeout:g} s"
+            status = self._status_of(error)
+            if status is None:
+                self._log("error", "a bug in a handler", method=name, error=_traceback(error))
+                status = StatusCode.INTERNAL, " ".join(f"{type(error).__name__}: {error}".split())
+            return status[0], _bounded(status[1])
+
+    def _record(self, method: str, request: Any, outcome: Outcome, seconds: float) -> None:
+        code, text = outcome
+        ids = {name: getattr(request, name) for name in ID_FIELDS if hasattr(request, name)}
+        error = text if isinstance(text, str) else ""
+        self._log("debug", "request", method=method, status=code.name, error=error, seconds=round(seconds, 6), **ids)
+        now = time.time_ns()
+        self._tracing.request(method, now - int(seconds * 1e9), now, code.name, ids)
+
+
+def _bounded(text: str) -> str:
+    """Make a text one that any wire can carry: of bounded length, and valid Unicode (paths may hold other bytes)."""
+    if len(text) > MAX_ERROR_TEXT:
+        text = f"{text[: MAX_ERROR_TEXT - 1]}…"
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _traceback(error: Exception) -> str:
+    import traceback
+
+    return "".join(traceback.format_exception(error))

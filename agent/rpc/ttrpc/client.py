@@ -1,0 +1,189 @@
+"""A ttrpc client on asyncio: any number of calls at once over one connection.
+
+The server may be hostile (a guest is): a frame of more than ttrpc's 4 MiB is not kept, texts are cut, and a response
+that nobody waits for is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, Self
+
+from google.protobuf import message_factory
+from google.protobuf.message import DecodeError
+
+from caisson.agent.rpc.codes import StatusCode
+from caisson.agent.rpc.ttrpc import frames
+from caisson.proto.ttrpc import ttrpc_pb2
+
+#: Characters of a server's error text that are kept.
+MAX_ERROR_TEXT = 4096
+
+#: Stream ids are odd and never used again on a connection.
+MAX_STREAM_ID = (1 << 32) - 1
+
+Metadata = Iterable[tuple[str, str]]
+
+
+class RpcError(Exception):
+    """A call that failed: its status code and the server's text."""
+
+    def __init__(self, code: StatusCode, text: str) -> None:
+        super().__init__(text or code.name)
+        self.code = code
+        self.text = text
+
+
+class ConnectionClosed(RpcError):
+    """The connection ended before the response came; whether the call was carried out is not known."""
+
+    def __init__(self, text: str = "the connection is closed") -> None:
+        super().__init__(StatusCode.UNAVAILABLE, text)
+
+
+class Client(asyncio.Protocol):
+    """A connection to a ttrpc server; made by ``connect`` or ``over``."""
+
+    def __init__(self) -> None:
+        self._reader = frames.FrameReader()
+        self._pending: dict[int, asyncio.Future[bytes]] = {}
+        self._transport: asyncio.Transport | None = None
+        self._next_id = 1
+        self._writable = asyncio.Event()
+        self._closed = asyncio.Event()
+
+    @classmethod
+    async def connect(cls, path: str | os.PathLike[str]) -> Self:
+        """Connect to a Unix socket.  Raises OSError."""
+        _, client = await asyncio.get_running_loop().create_unix_connection(cls, os.fspath(path))
+        return client
+
+    @classmethod
+    async def over(cls, connected: socket.socket) -> Self:
+        """Speak over a connected stream socket (vsock, or hybrid vsock after its handshake), which it then owns."""
+        _, client = await asyncio.get_running_loop().create_connection(cls, sock=connected)
+        return client
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection; calls under way raise ConnectionClosed."""
+        if self._transport is not None:
+            self._transport.abort()
+        await self._closed.wait()
+
+    async def call(
+        self, service: str, method: str, payload: bytes, timeout: float | None = None, metadata: Metadata = ()
+    ) -> bytes:
+        """Call a method with an encoded request, and return the encoded response.
+
+        ``timeout`` in seconds holds at the server and here.  Raises RpcError, ConnectionClosed, and ValueError for a
+        request that is too long.
+        """
+        deadline = asyncio.timeout(timeout)
+        try:
+            async with deadline:
+                return await self._call(service, method, payload, timeout, metadata)
+        except TimeoutError:
+            if deadline.expired():
+                raise RpcError(StatusCode.DEADLINE_EXCEEDED, f"{method}: no response within {timeout:g} s") from None
+            raise
+
+    async def _call(
+        self, service: str, method: str, payload: bytes, timeout: float | None, metadata: Metadata
+    ) -> bytes:
+        if self._transport is not None:
+            await self._writable.wait()
+        if self._transport is None or self._transport.is_closing():
+            raise ConnectionClosed
+        stream_id, self._next_id = self._next_id, self._next_id + 2
+        if stream_id > MAX_STREAM_ID:
+            raise ConnectionClosed("the connection has no stream ids left")
+        request = frames.request(stream_id, service, method, payload, timeout, metadata)
+        response: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._pending[stream_id] = response
+        try:
+            self._transport.write(request)
+            return await response
+        finally:
+            del self._pending[stream_id]
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._writable.set()
+
+    def data_received(self, data: bytes) -> None:
+        self._reader.feed(data)
+        while (frame := self._reader.next()) is not None:
+            pending = self._pending.get(frame.stream_id)
+            if frame.kind != frames.RESPONSE or pending is None or pending.done():
+                continue  # of a call that was given up
+            try:
+                pending.set_result(_payload(frame))
+            except RpcError as error:
+                pending.set_exception(error)
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._transport = None
+        self._writable.set()  # whoever waits for it learns that it is closed
+        self._closed.set()
+        for pending in self._pending.values():
+            if not pending.done():
+                pending.set_exception(ConnectionClosed())
+
+
+def _payload(frame: frames.Frame) -> bytes:
+    """Return a response's payload, or raise the RpcError that it is."""
+    if frame.data is None:
+        raise RpcError(StatusCode.RESOURCE_EXHAUSTED, frames.too_long(frame.length))
+    try:
+        response = ttrpc_pb2.Response.FromString(frame.data)
+    except DecodeError:
+        raise RpcError(StatusCode.INTERNAL, "the response is not a valid ttrpc.Response") from None
+    if code := response.status.code:
+        known = StatusCode(code) if code in StatusCode._value2member_map_ else StatusCode.UNKNOWN
+        raise RpcError(known, response.status.message[:MAX_ERROR_TEXT])
+    return bytes(response.payload)
+
+
+class Stub:
+    """A service's methods as coroutines: ``await stub.Check(request, timeout=5)`` returns its response.
+
+    They raise what Client.call raises.
+    """
+
+    def __init__(self, client: Client, descriptor: Any) -> None:
+        self._client = client
+        self._service = descriptor.full_name
+        self._responses = {
+            method.name: message_factory.GetMessageClass(method.output_type) for method in descriptor.methods
+        }
+
+    def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
+        if name not in self._responses:
+            raise AttributeError(f"{self._service}: no method {name}")
+        response_class = self._responses[name]
+
+        async def call(request: Any, timeout: float | None = None, metadata: Metadata = ()) -> Any:
+            payload = await self._client.call(self._service, name, request.SerializeToString(), timeout, metadata)
+            try:
+                return response_class.FromString(payload)
+            except DecodeError:
+                text = f"{name}: the response is not a valid {response_class.DESCRIPTOR.name}"
+                raise RpcError(StatusCode.INTERNAL, text) from None
+
+        return call

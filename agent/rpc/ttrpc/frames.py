@@ -1,0 +1,139 @@
+"""ttrpc's frames and messages, sans-IO.  Source: containerd/ttrpc, PROTOCOL.md and request.proto.
+
+A frame is a header of ten bytes (length of its data, stream, type, flags; big-endian) and data.  A request's data is a
+ttrpc.Request, a response's a ttrpc.Response.  There is no preface, no flow control and no way to cancel.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from caisson.agent.rpc.codes import StatusCode
+from caisson.proto.ttrpc import ttrpc_pb2
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    Buffer = bytes | bytearray | memoryview
+
+_HEADER = struct.Struct(">LLBB")
+HEADER_SIZE = _HEADER.size
+
+#: Bytes of a frame's data: so the first byte of a connection is 0, whatever is sent.
+MAX_DATA = 4 << 20
+
+REQUEST, RESPONSE, DATA = 1, 2, 3
+
+#: Flags of streams that are more than one request and one response.
+REMOTE_CLOSED, REMOTE_OPEN, NO_DATA = 0x1, 0x2, 0x4
+
+#: The field of a Response that holds the method's response, as its first byte on the wire.
+_PAYLOAD = ttrpc_pb2.Response.PAYLOAD_FIELD_NUMBER << 3 | 2
+
+
+class Frame:
+    """A frame; ``data`` is None where it was longer than MAX_DATA, and thrown away."""
+
+    __slots__ = ("data", "flags", "kind", "length", "stream_id")
+
+    def __init__(self, length: int, stream_id: int, kind: int, flags: int, data: bytes | None) -> None:
+        self.length = length
+        self.stream_id = stream_id
+        self.kind = kind
+        self.flags = flags
+        self.data = data
+
+
+class FrameReader:
+    """Cut a byte stream into frames; holds no more than what was fed last and one frame."""
+
+    def __init__(self) -> None:
+        self._input = bytearray()
+        self._discard = 0  # bytes yet to come of a frame that is too long
+
+    def feed(self, data: Buffer) -> None:
+        """Take bytes as they came."""
+        if self._discard:
+            skipped = min(self._discard, len(data))
+            self._discard -= skipped
+            data = memoryview(data)[skipped:]
+        self._input += data
+
+    def next(self) -> Frame | None:
+        """Return the next frame, None until more was fed."""
+        if len(self._input) < HEADER_SIZE:
+            return None
+        length, stream_id, kind, flags = _HEADER.unpack_from(self._input)
+        end = HEADER_SIZE + length
+        if length > MAX_DATA:
+            self._discard = max(0, end - len(self._input))
+            del self._input[:end]
+            return Frame(length, stream_id, kind, flags, None)
+        if len(self._input) < end:
+            return None
+        data = bytes(memoryview(self._input)[HEADER_SIZE:end])
+        del self._input[:end]
+        return Frame(length, stream_id, kind, flags, data)
+
+
+def frame(stream_id: int, kind: int, data: bytes, flags: int = 0) -> bytes:
+    """Encode a frame."""
+    return _HEADER.pack(len(data), stream_id, kind, flags) + data
+
+
+def request(
+    stream_id: int,
+    service: str,
+    method: str,
+    payload: bytes,
+    timeout: float | None = None,
+    metadata: Iterable[tuple[str, str]] = (),
+) -> bytes:
+    """Encode a request's frame; ``timeout`` in seconds.  Raises ValueError where it would exceed MAX_DATA."""
+    data = ttrpc_pb2.Request(
+        service=service,
+        method=method,
+        payload=payload,
+        timeout_nano=0 if timeout is None else max(1, int(timeout * 1e9)),
+        metadata=[ttrpc_pb2.KeyValue(key=key, value=value) for key, value in metadata],
+    ).SerializeToString()
+    if len(data) > MAX_DATA:
+        raise ValueError(f"{service}/{method}: a request of {len(data)} bytes; ttrpc carries {MAX_DATA}")
+    return frame(stream_id, REQUEST, data)
+
+
+def response(stream_id: int, pieces: Sequence[bytes]) -> list[bytes]:
+    """Encode an OK response, given as the pieces of the method's response, without copying them.
+
+    One that would exceed MAX_DATA becomes an error, as no frame can hold it.
+    """
+    size = sum(map(len, pieces))
+    if not size:
+        return [_HEADER.pack(0, stream_id, RESPONSE, 0)]
+    prefix = bytes([_PAYLOAD]) + _varint(size)
+    length = len(prefix) + size
+    if length > MAX_DATA:
+        return [failure(stream_id, StatusCode.INVALID_ARGUMENT, too_long(length))]
+    return [_HEADER.pack(length, stream_id, RESPONSE, 0) + prefix, *pieces]
+
+
+def failure(stream_id: int, code: StatusCode, text: str) -> bytes:
+    """Encode an error response."""
+    status = ttrpc_pb2.Status(code=code, message=text)
+    return frame(stream_id, RESPONSE, ttrpc_pb2.Response(status=status).SerializeToString())
+
+
+def too_long(length: int) -> str:
+    """The error's text for a frame of so many bytes, as ttrpc's other servers write it."""
+    return f"message length {length} exceed maximum message size of {MAX_DATA}"
+
+
+def _varint(number: int) -> bytes:
+    """Encode an integer of seven bits a byte, the lowest first.  Source: protobuf.dev, Encoding."""
+    out = bytearray()
+    while number >= 0x80:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    out.append(number)
+    return bytes(out)

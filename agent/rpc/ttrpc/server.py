@@ -1,0 +1,99 @@
+"""A ttrpc server's connection, on asyncio.  Source: containerd/ttrpc, PROTOCOL.md.
+
+Requests of a connection are handled concurrently and answered in any order.  The protocol cannot refuse or slow down a
+peer, so what exceeds a limit gets an error response, and a peer that does not read its responses is not read from.
+"""
+
+from __future__ import annotations
+
+from google.protobuf.message import DecodeError
+
+from caisson.agent.rpc.codes import StatusCode
+from caisson.agent.rpc.connection import MAX_CALLS, MAX_HELD, Connection
+from caisson.agent.rpc.ttrpc import frames
+from caisson.proto.ttrpc import ttrpc_pb2
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from caisson.agent.base.log import Log
+    from caisson.agent.rpc.dispatch import Dispatch
+
+
+class TtrpcConnection(Connection):
+    """Serves one peer from a dispatch."""
+
+    def __init__(self, dispatch: Dispatch, buffer: memoryview, log: Log, on_lost: Callable[[Any], None]) -> None:
+        super().__init__(buffer, log, on_lost)
+        self._dispatch = dispatch
+        self._reader = frames.FrameReader()
+        self._leaving = False
+
+    def feed(self, data: memoryview) -> None:
+        self._reader.feed(data)
+
+    def handle_frame(self) -> bool:
+        frame = self._reader.next()
+        if frame is None:
+            return False
+        try:
+            self._handle(frame)
+        except _Refused as refused:
+            self.write(frames.failure(frame.stream_id, *refused.status))
+        return True
+
+    def leave(self) -> None:
+        self._leaving = True  # there is no frame to say so
+
+    def _handle(self, frame: frames.Frame) -> None:
+        if frame.kind not in (frames.REQUEST, frames.DATA):
+            return  # a response, or a type of a later version: ignored, as other servers do
+        if not frame.stream_id & 1:
+            raise _Refused(StatusCode.INVALID_ARGUMENT, "stream id must be odd")
+        if frame.data is None:
+            raise _Refused(StatusCode.INVALID_ARGUMENT, frames.too_long(frame.length))
+        if frame.kind == frames.DATA:
+            raise _Refused(StatusCode.INVALID_ARGUMENT, "stream is no longer active")
+        if frame.flags & (frames.REMOTE_OPEN | frames.REMOTE_CLOSED):
+            raise _Refused(StatusCode.UNIMPLEMENTED, "streams are not supported, only unary calls")
+        if frame.stream_id in self._calls:
+            raise _Refused(StatusCode.INVALID_ARGUMENT, "stream id is in use")
+        if self._leaving:
+            raise _Refused(StatusCode.UNAVAILABLE, "the server is stopping")
+        if len(self._calls) >= MAX_CALLS:
+            raise _Refused(StatusCode.RESOURCE_EXHAUSTED, f"more than {MAX_CALLS} calls at once")
+        if self.held + len(frame.data) > MAX_HELD:
+            raise _Refused(StatusCode.RESOURCE_EXHAUSTED, f"requests of more than {MAX_HELD} bytes at once")
+        self._start(frame.stream_id, frame.data)
+
+    def _start(self, stream_id: int, data: bytes) -> None:
+        try:
+            request = ttrpc_pb2.Request.FromString(data)
+        except DecodeError:
+            raise _Refused(StatusCode.INVALID_ARGUMENT, "the frame's data is not a valid ttrpc.Request") from None
+        self.held += len(data)
+        self.start_call(stream_id, self._serve(stream_id, request, len(data)))
+
+    async def _serve(self, stream_id: int, request: Any, size: int) -> None:
+        try:
+            path = f"/{request.service}/{request.method}"
+            timeout = request.timeout_nano / 1e9 if request.timeout_nano > 0 else None
+            payload, request = request.payload, None  # not kept for as long as the call takes
+            code, result = await self._dispatch.call(path, payload, timeout)
+        finally:
+            self.held -= size
+        if isinstance(result, str):
+            self.write(frames.failure(stream_id, code, result))
+        else:
+            self.write(*frames.response(stream_id, result))
+        self.flush()
+
+
+class _Refused(Exception):
+    """A request that is answered with an error at once."""
+
+    def __init__(self, code: StatusCode, text: str) -> None:
+        super().__init__(code, text)
+        self.status = code, text
