@@ -115,16 +115,12 @@ async def connected(serve: Callable[[Request], Awaitable[Response]] = echo) -> A
     before, failures = asyncio.all_tasks(), []
     loop.set_exception_handler(lambda _, context: failures.append(context))
 
-    class JSONSocket(Log):
+    class Lines(Log):
         def __call__(self, level: str, message: str, **fields: object) -> None:
             lines.append((level, message, fields))
 
     lost = asyncio.Event()
-<<<<<<< HEAD
-    connection = Connection(serve, LARGEST, memoryview(bytearray(4096)), JSONSocket(), lambda _: lost.set())
-=======
     connection = Http2Connection(serve, LARGEST, memoryview(bytearray(4096)), Lines(), lambda _: lost.set())
->>>>>>> 6d2cd5d (rpc: dispatch without a wire, gRPC as a codec over it, ttrpc beside it on the same address)
     await loop.connect_accepted_socket(lambda: connection, theirs)
     with ours:
         yield Peer(ours, connection, lines)

@@ -16,7 +16,7 @@ import pytest
 from caisson.agent.rpc.listener import AddressError, accept, listen
 
 
-class JSONSocket:
+class Lines:
     """A log to look into."""
 
     def __init__(self) -> None:
@@ -44,10 +44,10 @@ class Echo(asyncio.Protocol):
 
 
 @contextlib.asynccontextmanager
-async def accepting(directory: Path) -> AsyncIterator[tuple[Path, JSONSocket]]:
+async def accepting(directory: Path) -> AsyncIterator[tuple[Path, Lines]]:
     """An address where everybody gets an echo, and its log.  No descriptor is left."""
     before = len(list(Path("/proc/self/fd").iterdir()))
-    listener, log = listen(f"unix:{directory / 'front'}"), JSONSocket()
+    listener, log = listen(f"unix:{directory / 'front'}"), Lines()
     task = asyncio.ensure_future(accept(listener, Echo, log))  # type: ignore[arg-type]
     yield directory / "front", log
     task.cancel()
@@ -124,7 +124,7 @@ def test_on_vsock_only_the_host_is_welcome(cid: int, welcome: bool) -> None:
             self.closed = True
 
     async def work() -> None:
-        connection, log, joined = Connection(), JSONSocket(), asyncio.Event()
+        connection, log, joined = Connection(), Lines(), asyncio.Event()
         accepted: list[Connection] = []
 
         async def sock_accept(listener: socket.socket) -> tuple[Any, Any]:
