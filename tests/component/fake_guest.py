@@ -182,7 +182,7 @@ class Stream:
 
     def packet(self, op: int, data: bytes | memoryview = b"", flags: int = 0) -> None:
         self.reported = self.forwarded
-        self.guest.packet(op, self.port, self.host_port, data, flags, self.window, self.forwarded & packet.COUNT)
+        self.guest.packet(op, self.port, self.host_port, data, flags, self.window, self.forwarded & packet.COUNTER_MASK)
 
     def shutdown(self, flags: int) -> None:
         self.packet(packet.SHUTDOWN, flags=flags)
@@ -374,7 +374,7 @@ class Guest:
             else:
                 self.packets.append(header)
             return
-        stream.peer_window, stream.peer_forwarded = window, forwarded | stream.sent & ~packet.COUNT
+        stream.peer_window, stream.peer_forwarded = window, forwarded | stream.sent & ~packet.COUNTER_MASK
         if op == packet.RESPONSE:
             stream.connected = True
         elif op == packet.RST:

@@ -214,7 +214,7 @@ def test_broken_stream_is_reset_and_others_go_on(start: Start, name: str) -> Non
 def test_data_after_its_end(start: Start) -> None:
     _backend, guest = start()
     victim, broken = guest.pair()
-    broken.shutdown(packet.NO_SEND)
+    broken.shutdown(packet.SHUTDOWN_SEND)
     broken.packet(packet.RW, b"more")
     guest.until(lambda: broken.reset)
     assert guest.ended(victim)
@@ -250,7 +250,7 @@ def test_credit_lies_do_not_stop_or_overrun_anything(start: Start) -> None:
 
 
 def test_refusals_do_not_pile_up(start: Start) -> None:
-    backend, guest = start(refusals=100)
+    backend, guest = start(pending_rsts=100)
     guest.feeding = False
     flood = 64 + 100 + 60
     for port in range(flood):

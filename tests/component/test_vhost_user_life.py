@@ -271,7 +271,7 @@ def test_without_descriptors_it_waits_and_does_not_spin(start: Start) -> None:
     for sock in (kept, *socks):
         sock.close()
     guest.until(lambda: not guest.streams)
-    assert all(each.reset or each.peer_shut == packet.NOTHING_MORE for each in accepted)
+    assert all(each.reset or each.peer_shut == packet.SHUTDOWN_BOTH for each in accepted)
 
 
 def test_idle_costs_nothing(start: Start) -> None:
@@ -285,7 +285,7 @@ def test_idle_costs_nothing(start: Start) -> None:
 
 
 def test_small_packets_are_given_back_together(start: Start) -> None:
-    _, guest = start(keep=1000, kept=16, kept_bytes=4096)
+    _, guest = start(publish_delay=1000, unpublished=16, unpublished_bytes=4096)
     sock, stream = guest.pair()
     guest.pause()
     assert guest.tx.used[1] == guest.tx.index, "nothing is kept while the rings stand still"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from caisson.image.vm.vsock.vhost_user.log import Log
-from caisson.image.vm.vsock.vhost_user.loop import DOUBTS, Loop
+from caisson.image.vm.vsock.vhost_user.loop import POLL_BACKOFF, Loop
 
 
 class Calls:
@@ -28,20 +28,20 @@ class Calls:
     def hear(self) -> None:
         os.read(self.reader, 1)
 
-    def turn(self) -> bool:
+    def process(self) -> bool:
         self.made.append("turn")
         self.turned()
         return False
 
-    def talks(self) -> bool:
+    def worth_polling(self) -> bool:
         return self.small
 
-    def stirs(self) -> bool:
+    def has_available(self) -> bool:
         if self.made[-1] != "look":
             self.made.append("look")
         return self.stir()
 
-    def rest(self) -> bool:
+    def enable_notifications(self) -> bool:
         self.made.append("rest")
         self.event()
         return False
@@ -93,8 +93,8 @@ def test_it_finds_events_by_looking_too(calls: Calls) -> None:
 
 
 def test_after_it_looked_in_vain_it_sleeps_some_times(calls: Calls) -> None:
-    made = run(calls, 0.2, DOUBTS + 2)
-    assert made == ["rest", "turn", "look", *["rest", "turn"] * DOUBTS, "look", "rest", "turn"]
+    made = run(calls, 0.2, POLL_BACKOFF + 2)
+    assert made == ["rest", "turn", "look", *["rest", "turn"] * POLL_BACKOFF, "look", "rest", "turn"]
 
 
 def test_a_long_sleep_is_followed_by_another(calls: Calls) -> None:

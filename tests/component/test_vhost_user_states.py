@@ -128,7 +128,7 @@ def requests(backend: Backend, guest: Guest, hostile: Hostile, program: Program,
 
 @pytest.mark.timeout(1800)
 def test_very_many_states(start: Start) -> None:
-    backend, guest = start(complaints=1e9, answer=0.5, close=0.5)
+    backend, guest = start(log_burst=1e9, response_timeout=0.5, close_timeout=0.5)
     chance = random.Random(SEED)
     hostile = Hostile(guest, chance)
     program = Program(backend)

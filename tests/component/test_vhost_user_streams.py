@@ -41,11 +41,11 @@ def test_echo_and_half_close_from_the_host(start: Start, layout: str) -> None:
     stream.send(b"world")
     assert guest.host_receives(sock, 5) == b"world"
     sock.shutdown(socket.SHUT_WR)
-    guest.until(lambda: stream.peer_shut == packet.NO_SEND)
+    guest.until(lambda: stream.peer_shut == packet.SHUTDOWN_SEND)
     stream.send(b"still there")
     assert guest.host_receives(sock, 11) == b"still there"
     sock.close()
-    guest.until(lambda: stream.peer_shut == packet.NOTHING_MORE)
+    guest.until(lambda: stream.peer_shut == packet.SHUTDOWN_BOTH)
     assert backend.lines() == ""
 
 
@@ -53,11 +53,11 @@ def test_half_close_from_the_guest(start: Start) -> None:
     _backend, guest = start()
     sock, stream = guest.pair()
     stream.send(b"last words")
-    stream.shutdown(packet.NO_SEND)
+    stream.shutdown(packet.SHUTDOWN_SEND)
     assert guest.host_receives(sock, 100) == b"last words"
     sock.sendall(b"an answer")
     guest.until(lambda: stream.data == b"an answer")
-    stream.shutdown(packet.NO_RECEIVE)
+    stream.shutdown(packet.SHUTDOWN_RCV)
     guest.until(lambda: stream.reset)
     with pytest.raises(BrokenPipeError):
         sock.send(b"x")
@@ -67,14 +67,14 @@ def test_half_close_from_the_guest(start: Start) -> None:
 def test_guest_that_does_not_receive_gives_the_host_epipe(start: Start) -> None:
     _backend, guest = start()
     sock, stream = guest.pair()
-    stream.shutdown(packet.NO_RECEIVE)
-    guest.until(lambda: stream.peer_shut == packet.NO_SEND)
+    stream.shutdown(packet.SHUTDOWN_RCV)
+    guest.until(lambda: stream.peer_shut == packet.SHUTDOWN_SEND)
     with pytest.raises(BrokenPipeError):
         sock.send(b"x")
     stream.send(b"one way")
     assert guest.host_receives(sock, 7) == b"one way"
     sock.close()
-    guest.until(lambda: stream.peer_shut == packet.NOTHING_MORE)
+    guest.until(lambda: stream.peer_shut == packet.SHUTDOWN_BOTH)
 
 
 def test_hybrid_handshake(start: Start) -> None:
@@ -123,7 +123,7 @@ def test_bad_handshakes_are_closed(start: Start, line: str) -> None:
 
 
 def test_slow_handshake_is_closed(start: Start) -> None:
-    backend, _guest = start(handshake=0.2)
+    backend, _guest = start(connect_timeout=0.2)
     sock = backend.connect(backend.hybrid)
     sock.sendall(b"CONNECT 10")
     with pytest.raises(ConnectionResetError):
@@ -140,7 +140,7 @@ def test_closed_port_of_the_guest(start: Start) -> None:
 
 
 def test_request_that_is_never_answered(start: Start) -> None:
-    backend, guest = start(answer=0.2)
+    backend, guest = start(response_timeout=0.2)
     guest.handler = lambda header: header[6] == packet.REQUEST
     sock = backend.connect()
     assert guest.ended(sock)
@@ -159,7 +159,7 @@ def test_guest_connects(start: Start) -> None:
     assert guest.host_receives(sock, 11) == b"to the host"
     sock.sendall(b"to the guest")
     sock.close()
-    guest.until(lambda: stream.data == b"to the guest" and stream.peer_shut == packet.NOTHING_MORE)
+    guest.until(lambda: stream.data == b"to the guest" and stream.peer_shut == packet.SHUTDOWN_BOTH)
     server.close()
     assert guest.connect(7000, 5001).reset, "nobody listens any more"
     assert guest.connect(7001, 5002).reset, "there never was a socket"
@@ -179,7 +179,7 @@ def transfer_to_host(guest: Guest, stream: Stream, sock: socket.socket, size: in
         digests[0].update(block)
         stream.send(block)
         guest.until(lambda: not stream.out)
-    stream.shutdown(packet.NO_SEND)
+    stream.shutdown(packet.SHUTDOWN_SEND)
     reader.join(20)
     assert digests[0].digest() == digests[1].digest()
 
@@ -198,7 +198,7 @@ def transfer_to_guest(guest: Guest, stream: Stream, sock: socket.socket, size: i
 
     writer = threading.Thread(target=write)
     writer.start()
-    guest.until(lambda: stream.peer_shut == packet.NO_SEND, timeout=60)
+    guest.until(lambda: stream.peer_shut == packet.SHUTDOWN_SEND, timeout=60)
     writer.join(20)
     assert stream.received == size
     assert digests[0].digest() == digests[1].digest()
@@ -278,7 +278,7 @@ def test_what_is_buffered_outlives_the_guests_end(start: Start, end: str) -> Non
     if end == "rst":
         stream.packet(packet.RST)
     else:
-        stream.shutdown(packet.NOTHING_MORE)
+        stream.shutdown(packet.SHUTDOWN_BOTH)
         guest.until(lambda: stream.reset)
     other, other_stream = guest.pair()
     other_stream.send(b"x")
@@ -289,11 +289,11 @@ def test_what_is_buffered_outlives_the_guests_end(start: Start, end: str) -> Non
 
 
 def test_unconfirmed_close_ends_with_rst(start: Start) -> None:
-    _backend, guest = start(close=0.2)
+    _backend, guest = start(close_timeout=0.2)
     sock, stream = guest.pair()
     stream.reading = False  # as a program that does not look at its socket: no RST from the guest
     sock.close()
-    guest.until(lambda: stream.peer_shut == packet.NOTHING_MORE)
+    guest.until(lambda: stream.peer_shut == packet.SHUTDOWN_BOTH)
     guest.until(lambda: stream.reset)
 
 
@@ -311,13 +311,13 @@ def test_data_of_a_host_program_that_left_is_delivered(start: Start) -> None:
     writer.start()
     guest.until(lambda: stream.received == stream.window)
     stream.read()
-    guest.until(lambda: stream.received == len(payload) and stream.peer_shut == packet.NOTHING_MORE)
+    guest.until(lambda: stream.received == len(payload) and stream.peer_shut == packet.SHUTDOWN_BOTH)
     assert stream.data == payload
     writer.join(10)
 
 
 def test_guest_that_never_reads_what_a_departed_program_sent(start: Start) -> None:
-    _backend, guest = start(linger=0.2)
+    _backend, guest = start(linger_timeout=0.2)
     sock, stream = guest.pair()
     stream.reading = False
     writer = threading.Thread(target=send_and_leave, args=(sock, bytes(300_000)))
@@ -330,7 +330,7 @@ def test_guest_hears_that_the_host_program_left(start: Start) -> None:
     _backend, guest = start()
     sock, stream = guest.pair()
     sock.close()
-    guest.until(lambda: stream.peer_shut == packet.NOTHING_MORE)
+    guest.until(lambda: stream.peer_shut == packet.SHUTDOWN_BOTH)
     assert not guest.streams
 
 
@@ -364,7 +364,7 @@ def test_the_cap_on_connections_makes_the_next_one_wait(start: Start) -> None:
     socks = [backend.connect() for _ in range(4)]
     guest.until(lambda: len(guest.accepted[AGENT]) == 3)
     streams = [guest.accept() for _ in range(3)]
-    streams[0].shutdown(packet.NOTHING_MORE)
+    streams[0].shutdown(packet.SHUTDOWN_BOTH)
     guest.until(lambda: len(guest.accepted[AGENT]) == 1)
     for sock in socks:
         sock.close()
@@ -405,7 +405,7 @@ def test_connections_before_the_driver_wait_for_it(tmp_path: Path) -> None:
 
 def test_no_packet_is_missed_between_looking_and_sleeping(start: Start) -> None:
     """The guest tells of a packet only if it was asked to, and answers just when the device gives up looking."""
-    _backend, guest = start(patience=0.0004)
+    _backend, guest = start(busy_poll=0.0004)
     sock, stream = guest.pair()
     for number in range(1500):
         sock.send(b"?")

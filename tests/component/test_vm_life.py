@@ -54,7 +54,7 @@ def test_a_vm_is_found_described_and_stopped(image: Images) -> None:
         assert [other.name for other in list_vms()] == ["v"]
         assert vm.agent_socket.is_socket()
         assert vm.directory.stat().st_mode & 0o777 == 0o700
-        with pytest.raises(VMError, match="stop-vm --name v"):
+        with pytest.raises(VMError, match="stop-vm v"):
             start(Path(vm.info["image"]))
         assert find_vm("v") is not None  # the refused one has not harmed it
     assert find_vm("v") is None

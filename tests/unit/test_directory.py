@@ -26,7 +26,7 @@ def test_who_holds_the_lock_lives(run: Path) -> None:
         assert directory.alive()
         assert [other.name for other in running_vms()] == ["v"]
         assert not directory.remove_stale()
-        with pytest.raises(VMError, match="stop-vm --name v"):
+        with pytest.raises(VMError, match="stop-vm v"):
             VMDirectory.of("v").create()
     assert not directory.alive()
     assert directory.remove_stale()

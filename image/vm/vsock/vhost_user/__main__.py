@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None, limits: Limits | None = None) -> int
     """Run the device; returns the exit status: 0, 1 for a broken control socket, 2 for wrong arguments."""
     options = arguments(argv)
     limits = limits or Limits()
-    log = Log(f"vsock {options.cid}", limits.complaints)
+    log = Log(f"vsock {options.cid}", limits.log_burst)
     if sys.byteorder != "little":
         log("virtio is little-endian, this machine is not")
         return 2
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None, limits: Limits | None = None) -> int
     except OSError as error:
         log(f"{options.listen or f'--fd {options.fd}'}: {error.strerror}")
         return 2
-    loop = Loop(log, limits.patience)
+    loop = Loop(log, limits.busy_poll)
     device = Device(options.cid, loop, log, limits, lambda port: dial(f"{options.socket}_{port}"))
     handshakes = Handshakes(loop, log, limits, partial(device.connect, greet=True))
     listeners: list[Listener] = []
@@ -134,7 +134,7 @@ def watch_signals(loop: Loop, device: Device) -> None:
     def ready(mask: int) -> None:
         for number in os.read(reader, 64):
             if number == signal.SIGUSR1:
-                device.forget_all()
+                device.drop_connections()
             else:
                 loop.stop(0)
 

@@ -11,21 +11,25 @@ import select
 import socket
 
 from . import packet
-from .loop import Timer, describe
-from .packet import COUNT, HEADER, NO_RECEIVE, NO_SEND, NOTHING_MORE, cut
-from .receive import Buffer, Receiver
+from .limits import BufferPool, Limits
+from .log import Log, describe
+from .loop import Loop, Timer
+from .packet import COUNTER_MASK, HEADER, SHUTDOWN_BOTH, SHUTDOWN_RCV, SHUTDOWN_SEND, cut
+from .rx import Buffer, RxBuffers, RxQueue
 from .sink import Sink
 
 TYPE_CHECKING = False  # saves importing typing
 if TYPE_CHECKING:
-    from .device import Device
+    from typing import Protocol
+else:
+    Protocol = object
 
-# States.  A connection has a port pair, and is in the device's table, from REQUESTED to CLOSING.
+# States.  A connection has a port pair, and is in the table, from REQUESTED to CLOSING.
 WAITING = "waiting"  # for the guest's driver
 REQUESTED = "requested"
 CONNECTED = "connected"
-CLOSING = "closing"  # all said and the socket closed; the guest's RST is missing
-FLUSHING = "flushing"  # the guest is done with it; the host program has not read everything
+CLOSING = "closing"  # shut down and the socket closed; the guest's RST is missing
+DRAINING = "draining"  # the guest is done with it; the host program has not read everything
 CLOSED = "closed"
 
 HANG_UP = select.EPOLLHUP | select.EPOLLERR
@@ -35,25 +39,47 @@ MASK = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 MAX_BATCH = 16
 
 
-class Violation(Exception):
+class ConnectionProtocolError(Exception):
     """The guest broke the rules of one stream."""
 
 
+class Owner(Protocol):
+    """What a connection needs of the table that it is in."""
+
+    cid: int
+    loop: Loop
+    log: Log
+    limits: Limits
+    pool: BufferPool
+    rx: RxQueue
+    running: bool
+
+    def reset(self, connection: Connection) -> None:
+        """End a connection, by RST if the guest knows of it."""
+
+    def closed(self, connection: Connection, granted: int) -> None:
+        """Count a connection out that has closed its socket and gives ``granted`` bytes of buf_alloc back."""
+
+
 class Connection:
-    """See the module.  ``greet``: the host program expects ``OK <port>`` when the guest has accepted."""
+    """A stream.  ``greet``: the host program expects ``OK <port>`` when the guest has accepted."""
 
     def __init__(
-        self, device: Device, sock: socket.socket, guest_port: int, *, from_guest: bool, greet: bool = False
+        self, table: Owner, sock: socket.socket, guest_port: int, *, from_guest: bool, greet: bool = False
     ) -> None:
         sock.setblocking(False)
-        self._device = device
+        self._table = table
+        self._rx = table.rx
+        self._loop = table.loop
+        self._log = table.log
+        self._limits = table.limits
         self._sock = sock
         self.fd = sock.fileno()
         self.guest_port = guest_port
         self.host_port = 0
         self.from_guest = from_guest
         self.state = WAITING
-        self.queued = False  # in the device's line for receive buffers
+        self.queued = False  # in the line for receive buffers
         self._greet = greet
         self._timer: Timer | None = None
         # Towards the guest.
@@ -61,81 +87,81 @@ class Connection:
         self._eof = False
         self._hang_up = False  # the host program has closed its socket
         self._batch = 1  # receive buffers to fill at once
-        self._sent = 0
-        self._peer_window = 0
-        self._peer_forwarded = 0
-        self._owed = 0  # REQUEST, RESPONSE or CREDIT_UPDATE to be sent
-        self._to_say = 0  # SHUTDOWN flags to be sent
-        self._said = 0  # SHUTDOWN flags that were sent
+        self._tx_cnt = 0
+        self._peer_buf_alloc = 0
+        self._peer_fwd_cnt = 0
+        self._pending_op = 0  # REQUEST, RESPONSE or CREDIT_UPDATE to be sent
+        self._pending_flags = 0  # SHUTDOWN flags to be sent
+        self._sent_flags = 0  # SHUTDOWN flags that were sent
         # Towards the host.
-        self._sink = Sink(self.fd, device.limits.window)
+        self._sink = Sink(self.fd, table.limits.buf_alloc)
         self._granted = 0
         self._host_is_full = False
-        self._guest_said = 0
-        device.loop.add(self.fd, MASK, self._ready, self._broken)
+        self._guest_flags = 0
+        table.loop.add(self.fd, MASK, self._ready, self._broken)
 
     # Opening.
 
     def request(self, host_port: int) -> None:
-        """Ask the guest for the connection."""
+        """Send REQUEST."""
         self.host_port = host_port
         self.state = REQUESTED
-        self._owed = packet.REQUEST
-        self._timer = self._device.loop.after(self._device.limits.answer, self._unanswered)
-        self._device.line_up(self)
+        self._pending_op = packet.REQUEST
+        self._timer = self._loop.after(self._limits.response_timeout, self._unanswered)
+        self._rx.enqueue_rx(self)
 
     def accept(self, host_port: int) -> None:
-        """Tell the guest that its request was accepted."""
+        """Send RESPONSE to the guest's REQUEST."""
         self.host_port = host_port
         self.state = CONNECTED
-        self._owed = packet.RESPONSE
-        self._device.line_up(self)
+        self._pending_op = packet.RESPONSE
+        self._rx.enqueue_rx(self)
 
     def _unanswered(self) -> None:
-        if not self._device.running:
-            self._timer = self._device.loop.after(self._device.limits.answer, self._unanswered)
+        if not self._table.running:
+            self._timer = self._loop.after(self._limits.response_timeout, self._unanswered)
         else:
-            self._device.log(f"the guest did not answer a connection to its port {self.guest_port}")
-            self._device.reset(self)
+            self._log(f"the guest did not answer a connection to its port {self.guest_port}")
+            self.reset()
 
     # From the guest.
 
-    def credit(self, window: int, forwarded: int) -> None:
-        """What every packet says about the guest's receive buffer."""
-        if (forwarded - self._peer_forwarded) & COUNT <= (self._sent - self._peer_forwarded) & COUNT:
+    def update_credit(self, buf_alloc: int, fwd_cnt: int) -> None:
+        """Take buf_alloc and fwd_cnt of a packet: the guest's receive buffer."""
+        if (fwd_cnt - self._peer_fwd_cnt) & COUNTER_MASK <= (self._tx_cnt - self._peer_fwd_cnt) & COUNTER_MASK:
             # Else it is older than one before (two of the guest's CPUs), or a lie: nothing is gained by believing it.
-            self._peer_forwarded = forwarded
-        self._peer_window = window
+            self._peer_fwd_cnt = fwd_cnt
+        self._peer_buf_alloc = buf_alloc
         if self._readable and not self.queued and self.state == CONNECTED:
-            self._device.line_up(self)
+            self._rx.enqueue_rx(self)
 
     def handle(self, op: int, flags: int, pieces: list[memoryview], length: int) -> None:
-        """Handle a packet for this port pair, except RST.  Raises Violation."""
+        """Handle a packet for this port pair, except RST.  Raises ConnectionProtocolError."""
         if op == packet.RW:
             if self.state == CONNECTED:
                 self._data(pieces, length)
             elif self.state == REQUESTED:
-                raise Violation("data before the connection was accepted")
+                raise ConnectionProtocolError("data before the connection was accepted")
         elif op == packet.CREDIT_UPDATE:
             pass
         elif op == packet.CREDIT_REQUEST:
             if self.state == CONNECTED:
-                self._owe(packet.CREDIT_UPDATE)
+                self._queue_op(packet.CREDIT_UPDATE)
         elif op == packet.SHUTDOWN:
             self._shutdown(flags)
         elif op == packet.RESPONSE and self.state == REQUESTED:
             self._accepted()
         else:
-            raise Violation(f"operation {op} while {self.state}")
+            raise ConnectionProtocolError(f"operation {op} while {self.state}")
         if self.state == CONNECTED:
-            self._report()
+            self._update_guest_credit()
 
     def detach(self) -> None:
-        """The guest is done with it, and the port pair free: what the host program has still to read outlives that."""
+        """Give the pair of ports up: the guest is done.  What the host program has still to read outlives that."""
         if self.state == CLOSING:  # the socket is closed already, and its number may be another's by now
             self.close()
             return
-        self.state = FLUSHING
+        self.state = DRAINING
         self._cancel()
         if not self._sink.pending:
             self.close()
@@ -150,34 +176,34 @@ class Connection:
             except OSError:
                 whole = False
             if not whole and not self._hang_up:
-                self._device.reset(self)
+                self.reset()
                 return
         if self._hang_up:
             self._linger()
         # Data may have come before, behind the CONNECT line for example.
         self._readable = True
-        self._device.line_up(self)
+        self._rx.enqueue_rx(self)
 
     def _data(self, pieces: list[memoryview], length: int) -> None:
-        if self._guest_said & NO_SEND:
-            raise Violation("data after its end")
+        if self._guest_flags & SHUTDOWN_SEND:
+            raise ConnectionProtocolError("data after its end")
         if length > self._sink.credit():
-            raise Violation(f"{length} bytes of data with a credit of {self._sink.credit()}")
+            raise ConnectionProtocolError(f"{length} bytes of data with a credit of {self._sink.credit()}")
         if length and not self._sink.write(pieces, length):
-            self._host_refuses()
+            self._shut_receiving()
         if self._sink.pending and not self._host_is_full:
             self._host_is_full = True
             self._set_mask()
 
     def _shutdown(self, flags: int) -> None:
-        self._guest_said |= flags & NOTHING_MORE
-        if self._guest_said == NOTHING_MORE or self.state != CONNECTED:
+        self._guest_flags |= flags & SHUTDOWN_BOTH
+        if self._guest_flags == SHUTDOWN_BOTH or self.state != CONNECTED:
             # The guest has closed.  Answered at once: what is pending for the host needs no port pair.
-            self._device.reset(self)
-        elif self._guest_said & NO_RECEIVE:
+            self.reset()
+        elif self._guest_flags & SHUTDOWN_RCV:
             self._shut(socket.SHUT_RD)
-            self._ended()
-        elif self._guest_said & NO_SEND and not self._sink.pending:
+            self._shut_sending()
+        elif self._guest_flags & SHUTDOWN_SEND and not self._sink.pending:
             self._shut(socket.SHUT_WR)
 
     # From the host.
@@ -187,12 +213,12 @@ class Connection:
         if mask & HANG_UP:
             self._hang_up = True
             if state == WAITING or (state == REQUESTED and not self._unread()):
-                self._device.reset(self)  # it has given up
+                self.reset()  # it has given up
                 return
-            if state == FLUSHING:
+            if state == DRAINING:
                 self.close()
                 return
-            self._host_refuses()
+            self._shut_receiving()
             if state == CONNECTED and self._timer is None:
                 self._linger()
         if mask & select.EPOLLOUT and self._sink.pending:
@@ -200,51 +226,51 @@ class Connection:
         if mask & READABLE:
             self._readable = True
             if self.state == CONNECTED and not self.queued:
-                self._device.line_up(self)
+                self._rx.enqueue_rx(self)
 
     def _broken(self, error: Exception) -> None:
-        self._device.log(f"connection to the guest's port {self.guest_port}: {describe(error)}")
-        self._device.reset(self)
+        self._log(f"connection to the guest's port {self.guest_port}: {describe(error)}")
+        self.reset()
 
     def _flush(self) -> None:
         if not self._sink.flush():
-            self._host_refuses()
+            self._shut_receiving()
         elif not self._sink.pending:
-            if self.state == FLUSHING:
+            if self.state == DRAINING:
                 self.close()
                 return
             self._host_is_full = False
             self._set_mask()
-            if self._guest_said & NO_SEND:
+            if self._guest_flags & SHUTDOWN_SEND:
                 self._shut(socket.SHUT_WR)
         if self.state == CONNECTED:
-            self._report()
+            self._update_guest_credit()
 
-    def _host_refuses(self) -> None:
-        """The host program receives no more: what the guest sends is lost, and it should know."""
+    def _shut_receiving(self) -> None:
+        """Send SHUTDOWN(RCV): the host program receives no more, and what the guest sends is lost."""
         self._sink.discard()
-        if self.state == FLUSHING:
+        if self.state == DRAINING:
             self.close()
         else:
-            self._say(NO_RECEIVE)
+            self._queue_shutdown(SHUTDOWN_RCV)
 
-    def _ended(self) -> None:
-        """The guest will get no more from the host program."""
+    def _shut_sending(self) -> None:
+        """Send SHUTDOWN(SEND): the guest gets no more from the host program."""
         self._eof = True
         self._readable = False
-        self._say(NO_SEND)
+        self._queue_shutdown(SHUTDOWN_SEND)
 
     def _linger(self) -> None:
-        """The host program is gone, the guest has still to take its last data: not for ever, if it takes none."""
-        sent = self._sent
+        """Bound the time for the guest to take the last data of a host program that is gone, if it takes none."""
+        sent = self._tx_cnt
 
         def look() -> None:
-            if self._device.running and self._sent == sent:
-                self._device.reset(self)
+            if self._table.running and self._tx_cnt == sent:
+                self.reset()
             else:
                 self._linger()
 
-        self._timer = self._device.loop.after(self._device.limits.linger, look)
+        self._timer = self._loop.after(self._limits.linger_timeout, look)
 
     def _unread(self) -> bool:
         try:
@@ -260,138 +286,142 @@ class Connection:
 
     # To the guest.
 
-    def emit(self, receiver: Receiver) -> bool:
+    def transmit(self, buffers: RxBuffers) -> bool:
         """Have a turn at the receive buffers; False if they ran out.  Raises RingError."""
-        if self._owed and self.state in (REQUESTED, CONNECTED):
-            buffers = receiver.get(1)
-            if not buffers:
+        if self._pending_op and self.state in (REQUESTED, CONNECTED):
+            found = buffers.get(1)
+            if not found:
                 return False
-            op, self._owed = self._owed, 0
-            receiver.send(buffers[0], self._header(op))
+            op, self._pending_op = self._pending_op, 0
+            buffers.send(found[0], self._header(op))
         if self.state != CONNECTED:
             return True
-        if self._readable and not self._eof and not self._send(receiver):
+        if self._readable and not self._eof and not self._transmit_data(buffers):
             return False
-        flags = self._said | self._to_say
-        if flags != self._said:
-            buffers = receiver.get(1)
-            if not buffers:
+        flags = self._sent_flags | self._pending_flags
+        if flags != self._sent_flags:
+            found = buffers.get(1)
+            if not found:
                 return False
-            self._said = flags
-            receiver.send(buffers[0], self._header(packet.SHUTDOWN, flags=flags))
-            if flags == NOTHING_MORE:
+            self._sent_flags = flags
+            buffers.send(found[0], self._header(packet.SHUTDOWN, flags=flags))
+            if flags == SHUTDOWN_BOTH:
                 self._close_host()
         return True
 
-    def _send(self, receiver: Receiver) -> bool:
-        credit = self._peer_window - ((self._sent - self._peer_forwarded) & COUNT)
+    def _transmit_data(self, buffers: RxBuffers) -> bool:
+        credit = self._peer_buf_alloc - ((self._tx_cnt - self._peer_fwd_cnt) & COUNTER_MASK)
         if credit <= 0:
             return True  # the guest's next packet brings us back
-        buffers = receiver.get(self._batch)
-        if not buffers:
+        found = buffers.get(self._batch)
+        if not found:
             return False
-        if len(buffers) == 1:
-            pieces, room = buffers[0].payload, buffers[0].room
+        if len(found) == 1:
+            pieces, room = found[0].payload, found[0].room
         else:
-            pieces = [piece for buffer in buffers for piece in buffer.payload]
-            room = sum([buffer.room for buffer in buffers])
+            pieces = [piece for buffer in found for piece in buffer.payload]
+            room = sum([buffer.room for buffer in found])
         if room > credit:
             pieces, room = cut(pieces, credit), credit
         try:
             done = os.readv(self.fd, pieces)
         except BlockingIOError:
-            receiver.unget(buffers)
+            buffers.unget(found)
             self._readable = False
             return True
         except OSError:  # ECONNRESET: it closed without reading everything
             done = 0
         if not done:
-            receiver.unget(buffers)
-            self._ended()
+            buffers.unget(found)
+            self._shut_sending()
             return True
-        self._sent = (self._sent + done) & COUNT
-        self._device.moved += done
-        self._hand_over(receiver, buffers, done)
+        self._tx_cnt = (self._tx_cnt + done) & COUNTER_MASK
+        self._rx.moved += done
+        self._send_filled(buffers, found, done)
         if done == room:
             self._batch = min(2 * self._batch, MAX_BATCH)
         else:
             self._batch = 1
             if not self._hang_up:
                 self._readable = False
-                self._device.emptied(self)
+                self._rx.watch_later(self)
                 return True
-        self._device.line_up(self)
+        self._rx.enqueue_rx(self)
         return True
 
     def watch(self) -> None:
-        """Emptied, it seems.  Set again, the edge trigger tells if not: more, or the end, may have come since."""
-        if self.state in (CONNECTED, FLUSHING):
+        """Watch a drained socket.  Set again, the edge trigger tells of what has come since, or the end."""
+        if self.state in (CONNECTED, DRAINING):
             self._set_mask()
 
     def _set_mask(self) -> None:
         # Only while something is pending: else each read of the host program would wake us.
-        self._device.loop.change(self.fd, MASK | select.EPOLLOUT if self._host_is_full else MASK)
+        self._loop.change(self.fd, MASK | select.EPOLLOUT if self._host_is_full else MASK)
 
-    def _hand_over(self, receiver: Receiver, buffers: list[Buffer], size: int) -> None:
+    def _send_filled(self, buffers: RxBuffers, found: list[Buffer], size: int) -> None:
         header, filled = b"", 0
-        for number, buffer in enumerate(buffers):
+        for number, buffer in enumerate(found):
             part = min(buffer.room, size)
             if part != filled:
                 header, filled = self._header(packet.RW, part), part
-            receiver.send(buffer, header, part)
+            buffers.send(buffer, header, part)
             size -= part
             if not size:
-                receiver.unget(buffers[number + 1 :])
+                buffers.unget(found[number + 1 :])
                 return
 
     def _header(self, op: int, length: int = 0, flags: int = 0) -> bytes:
         sink = self._sink
-        sink.reported = sink.taken
-        addresses = (packet.HOST_CID, self._device.cid, self.host_port, self.guest_port)
-        return HEADER.pack(*addresses, length, packet.STREAM, op, flags, sink.window, sink.taken)
+        sink.reported_fwd_cnt = sink.fwd_cnt
+        addresses = (packet.HOST_CID, self._table.cid, self.host_port, self.guest_port)
+        return HEADER.pack(*addresses, length, packet.STREAM, op, flags, sink.buf_alloc, sink.fwd_cnt)
 
-    def _owe(self, op: int) -> None:
-        if not self._owed:  # a RESPONSE not yet sent says all that a CREDIT_UPDATE says
-            self._owed = op
-        self._device.line_up(self)
+    def _queue_op(self, op: int) -> None:
+        if not self._pending_op:  # a RESPONSE not yet sent says all that a CREDIT_UPDATE says
+            self._pending_op = op
+        self._rx.enqueue_rx(self)
 
-    def _say(self, flags: int) -> None:
-        self._to_say |= flags
-        self._device.line_up(self)
+    def _queue_shutdown(self, flags: int) -> None:
+        self._pending_flags |= flags
+        self._rx.enqueue_rx(self)
 
-    def _report(self) -> None:
-        if self._sink.report_due(self._peer_window):
+    def _update_guest_credit(self) -> None:
+        if self._sink.update_due(self._peer_buf_alloc):
             if not self._granted:
-                self._granted = self._device.pool.grant()
-                self._sink.window += self._granted
-            self._owe(packet.CREDIT_UPDATE)
+                self._granted = self._table.pool.allocate()
+                self._sink.buf_alloc += self._granted
+            self._queue_op(packet.CREDIT_UPDATE)
 
     # The end.
 
     def _close_host(self) -> None:
-        """All was said in both directions: the socket is not needed while the guest's RST is awaited."""
+        """Close the socket after SHUTDOWN(RCV|SEND): it is not needed while the guest's RST is awaited."""
         self.state = CLOSING
-        self._device.loop.remove(self.fd)
+        self._loop.remove(self.fd)
         self._sock.close()
         self._cancel()
-        self._timer = self._device.loop.after(self._device.limits.close, self._unconfirmed)
+        self._timer = self._loop.after(self._limits.close_timeout, self._unconfirmed)
 
     def _unconfirmed(self) -> None:
-        if self._device.running:
-            self._device.reset(self)
+        if self._table.running:
+            self.reset()
         else:
-            self._timer = self._device.loop.after(self._device.limits.close, self._unconfirmed)
+            self._timer = self._loop.after(self._limits.close_timeout, self._unconfirmed)
+
+    def reset(self) -> None:
+        """End it, by RST if the guest knows of it."""
+        self._table.reset(self)
 
     def close(self) -> None:
-        """Close the host's socket, at once.  The device calls this after taking it out of its table."""
+        """Close the host's socket, at once.  The table calls this after removing it."""
         if self.state != CLOSED:
             if self.state != CLOSING:
-                self._device.loop.remove(self.fd)
+                self._loop.remove(self.fd)
                 self._sock.close()
             self.state = CLOSED
             self._cancel()
             self._sink.pending.clear()
-            self._device.closed(self, self._granted)
+            self._table.closed(self, self._granted)
 
     def _cancel(self) -> None:
         if self._timer is not None:

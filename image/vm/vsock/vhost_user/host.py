@@ -14,8 +14,8 @@ import stat
 from collections.abc import Callable
 
 from .limits import Limits
-from .log import Log
-from .loop import Loop, describe
+from .log import Log, describe
+from .loop import Loop
 
 Accepted = Callable[[socket.socket], None]
 
@@ -74,7 +74,7 @@ class Listener:
 
     def _pause(self) -> None:
         self._loop.remove(self._sock.fileno())
-        self._loop.after(self._limits.pause, self._resume)
+        self._loop.after(self._limits.accept_pause, self._resume)
 
     def _resume(self) -> None:
         if self._sock.fileno() >= 0:
@@ -96,7 +96,7 @@ class Handshakes:
         self.count += 1
         fd = sock.fileno()
         sock.setblocking(False)
-        timer = self._loop.after(self._limits.handshake, lambda: end())
+        timer = self._loop.after(self._limits.connect_timeout, lambda: end())
 
         def leave() -> None:
             self.count -= 1
@@ -109,13 +109,17 @@ class Handshakes:
 
         def ready(mask: int) -> None:
             try:
-                line = sock.recv(self._limits.line, socket.MSG_PEEK)
+                line = sock.recv(self._limits.connect_line, socket.MSG_PEEK)
             except BlockingIOError:
                 return
             except OSError:
                 line = b""
             size = line.find(b"\n") + 1
-            if not size and 0 < len(line) < self._limits.line and not mask & (select.EPOLLHUP | select.EPOLLERR):
+            if (
+                not size
+                and 0 < len(line) < self._limits.connect_line
+                and not mask & (select.EPOLLHUP | select.EPOLLERR)
+            ):
                 return  # there is more to come
             port = parse(line[:size])
             if port is None:

@@ -1,13 +1,14 @@
-"""One line a problem on stderr, at a bounded rate: what a guest can provoke must not fill the host's disk."""
+"""Log lines on stderr at a bounded rate: what a guest can provoke must not fill the host's disk."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
 
 class Log:
-    """Callable that writes a line.  A burst of ``burst`` lines, then one a second; what was left out is counted."""
+    """Write a line each time it is called: ``burst`` at once, then one a second; what is left out is counted."""
 
     def __init__(self, name: str, burst: int) -> None:
         self._name = name
@@ -25,10 +26,19 @@ class Log:
             return
         self._tokens -= 1
         if self._left_out:
-            text += f" (and {self._left_out} more problems that were not printed)"
+            text += f" (and {self._left_out} more lines that were left out)"
             self._left_out = 0
         try:
             sys.stderr.write(f"{self._name}: {text}\n")
             sys.stderr.flush()
         except (OSError, ValueError):
             pass  # nobody reads it any more: no reason to take the guest's connections down
+
+
+def describe(error: BaseException) -> str:
+    """Return an exception in one line, with the place it came from."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = f" at {os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}" if trace else ""  # noqa: PTH119
+    return f"{type(error).__name__}: {error}{place}"

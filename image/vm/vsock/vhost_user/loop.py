@@ -1,4 +1,4 @@
-"""An epoll loop: descriptors, timers, work that nobody tells of, and a promise that no single event can end it."""
+"""An epoll loop: descriptors, timers, busy polling, and a promise that no single event can end it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from .log import Log
+from .log import Log, describe
 
 TYPE_CHECKING = False  # saves importing typing
 if TYPE_CHECKING:
@@ -21,23 +21,23 @@ Action = Callable[[], None]
 Ready = Callable[[int], None]
 Broken = Callable[[Exception], None]
 
-#: Short sleeps before the next look, after one that was in vain.
-DOUBTS = 8
+#: Short sleeps before the next busy poll, after one that was in vain.
+POLL_BACKOFF = 8
 
 
 class Work(Protocol):
     """What is done between waits, and how it hears of more."""
 
-    def turn(self) -> bool:
-        """Follows each batch of events; True to have another at once."""
+    def process(self) -> bool:
+        """Do what there is, after each batch of events; True to be called again at once."""
 
-    def talks(self) -> bool:
-        """Whether what comes next is likely to be an answer, so that it is worth looking for it."""
+    def worth_polling(self) -> bool:
+        """Tell whether what comes next is likely to be an answer, so that busy polling is worth it."""
 
-    def stirs(self) -> bool:
-        """Whether there is something to do that no descriptor tells of.  Asked often, while waits are short."""
+    def has_available(self) -> bool:
+        """Tell whether there is something to do that no descriptor tells of.  Called often, while polling."""
 
-    def rest(self) -> bool:
+    def enable_notifications(self) -> bool:
         """Have a descriptor tell of what comes from now on; True if something has come already."""
 
 
@@ -57,10 +57,10 @@ class Timer:
 class Loop:
     """Waits for descriptors and timers.  An exception that leaves a handler goes to its ``broken``, and no further.
 
-    ``patience``: seconds to look for an event before the process sleeps until one wakes it, while they come that fast.
+    ``busy_poll``: seconds to poll for an event before the process sleeps until one wakes it, while they come that fast.
     """
 
-    def __init__(self, log: Log, patience: float = 0.0) -> None:
+    def __init__(self, log: Log, busy_poll: float = 0.0) -> None:
         self._log = log
         self._epoll = select.epoll()
         self._handlers: dict[int, tuple[Ready, Broken]] = {}
@@ -68,8 +68,8 @@ class Loop:
         # One queue for each delay: the next to fall due is always at a head, cancelled ones are skipped there.
         self._timers: dict[float, deque[Timer]] = {}
         self._status: int | None = None
-        self._patience = patience if len(os.sched_getaffinity(0)) > 1 else 0.0
-        self._doubts = 1  # so many short sleeps are to come before it is worth looking
+        self._busy_poll = busy_poll if len(os.sched_getaffinity(0)) > 1 else 0.0
+        self._backoff = 1  # so many short sleeps come before the next busy poll
 
     def add(self, fd: int, mask: int, ready: Ready, broken: Broken) -> None:
         """Watch ``fd`` for ``mask`` (EPOLL*)."""
@@ -116,7 +116,7 @@ class Loop:
                 except Exception as error:
                     self._guard(partial(handler[1], error))
             try:
-                busy = work.turn()
+                busy = work.process()
             except Exception as error:
                 busy = False
                 self._log(f"internal error: {describe(error)}")
@@ -125,31 +125,31 @@ class Loop:
         return self._status
 
     def _wait(self, work: Work) -> Sequence[tuple[int, int]]:
-        """The next events; none when a timer is due, or when there is work without them.
+        """Return the next events; none when a timer is due, or when there is work without them.
 
         To sleep and be woken, to cold caches, takes about as long as the other side's answer.  So after a short sleep
-        the next wait begins with looking; whoever else wants this processor gets it in between.  When nothing came in
-        time, it is idle or crowded here: some more short sleeps have to come first.
+        the next wait begins with a busy poll; whoever else wants this processor gets it in between.  When nothing came
+        in time, the machine is idle or crowded: some more short sleeps have to come first.
         """
         poll, clock = self._epoll.poll, time.perf_counter
-        if self._doubts <= 0 and work.talks():
-            until = clock() + self._patience
+        if self._backoff <= 0 and work.worth_polling():
+            until = clock() + self._busy_poll
             while clock() < until:
-                if work.stirs():
+                if work.has_available():
                     return ()
                 events = poll(0, 64)
                 if events:
                     return events
                 os.sched_yield()
-            self._doubts = DOUBTS
-        if work.rest():
+            self._backoff = POLL_BACKOFF
+        if work.enable_notifications():
             return ()
         began = clock()
         events = poll(self._timeout(), 64)
-        if clock() - began < self._patience:
-            self._doubts -= 1
+        if clock() - began < self._busy_poll:
+            self._backoff -= 1
         else:
-            self._doubts = max(self._doubts, 1)
+            self._backoff = max(self._backoff, 1)
         return events
 
     def close(self) -> None:
@@ -171,7 +171,7 @@ class Loop:
         return -1 if due is None else max(0.0, due - time.monotonic())
 
     def _expire(self) -> bool:
-        """Run what is due; whether there was any."""
+        """Run the timers that are due; True if there were any."""
         now = time.monotonic()
         some = False
         for queue in list(self._timers.values()):
@@ -181,12 +181,3 @@ class Loop:
                     self._guard(action)
                     some = True
         return some
-
-
-def describe(error: BaseException) -> str:
-    """An exception in one line, with the place it came from."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    place = f" at {os.path.basename(trace.tb_frame.f_code.co_filename)}:{trace.tb_lineno}" if trace else ""  # noqa: PTH119
-    return f"{type(error).__name__}: {error}{place}"

@@ -19,17 +19,17 @@ RW = 5
 CREDIT_UPDATE = 6
 CREDIT_REQUEST = 7
 
-#: Flags of SHUTDOWN: the sender of the packet will not receive, will not send any more.
-NO_RECEIVE = 1
-NO_SEND = 2
-NOTHING_MORE = NO_RECEIVE | NO_SEND
+#: Flags of SHUTDOWN: the sender of the packet will not receive, will not send any more (5.10.6.5).
+SHUTDOWN_RCV = 1
+SHUTDOWN_SEND = 2
+SHUTDOWN_BOTH = SHUTDOWN_RCV | SHUTDOWN_SEND
 
 #: Counters (fwd_cnt, and what is compared with it) wrap at 32 bits.
-COUNT = 0xFFFFFFFF
+COUNTER_MASK = 0xFFFFFFFF
 
 
 def cut(pieces: list[memoryview], size: int) -> list[memoryview]:
-    """The first ``size`` bytes of ``pieces``."""
+    """Return the first ``size`` bytes of ``pieces``."""
     kept = []
     for piece in pieces:
         if size <= 0:
@@ -40,7 +40,7 @@ def cut(pieces: list[memoryview], size: int) -> list[memoryview]:
 
 
 def behind(pieces: list[memoryview], size: int) -> list[memoryview]:
-    """What follows the first ``size`` bytes of ``pieces``."""
+    """Return what follows the first ``size`` bytes of ``pieces``."""
     for number, piece in enumerate(pieces):
         if len(piece) > size:
             return [piece[size:], *pieces[number + 1 :]]

@@ -26,11 +26,11 @@ STRONG = os.uname().machine in ("x86_64", "i686")
 
 
 class RingError(Exception):
-    """The driver broke the rules of the ring; it has to be stopped."""
+    """The driver broke the rules of the virtqueue; the device has to stop."""
 
 
 class Ring:
-    """One queue: what vhost-user tells about it, and, while it runs, the three shared areas."""
+    """One virtqueue: what vhost-user sets, and, while it runs, its descriptor table, available and used ring."""
 
     def __init__(self, name: str, *, writable: bool) -> None:
         self.name = name
@@ -57,22 +57,22 @@ class Ring:
         self._elements = empty.cast("I")
         self._mask = 0
         self._next = 0  # next entry of avail to take
-        self._seen = 0  # avail.idx when last looked at
+        self._avail_idx = 0  # avail.idx when last looked at
         self._used_next = 0
-        self._shown = 0
-        self._signalled = 0
+        self._published = 0
+        self._notified = 0
 
     def start(self, memory: Memory, *, event_idx: bool, indirect: bool) -> None:
-        """Begin at ``base``.  Raises RingError if size or addresses are wrong."""
+        """Start at ``base``.  Raises RingError for a size or addresses that are not valid."""
         self._event_idx = event_idx
         self._indirect = indirect
-        self._next = self._seen = self.base
+        self._next = self._avail_idx = self.base
         self.map(memory)
-        self._used_next = self._shown = self._signalled = self._used[1]
+        self._used_next = self._published = self._notified = self._used[1]
         self.running = True
 
     def map(self, memory: Memory) -> None:
-        """Find the shared areas, again when memory was plugged.  Raises RingError."""
+        """Map the three areas, again when memory was plugged.  Raises RingError."""
         size = self.size
         if not 0 < size <= MAX_SIZE or size & (size - 1):
             raise RingError(f"{self.name}: a ring of {size} entries")
@@ -93,9 +93,9 @@ class Ring:
         self._mask = size - 1
 
     def stop(self) -> int:
-        """End; returns the next entry that would have been taken."""
+        """Stop; returns the index of the next available entry."""
         if self.running:
-            self.publish()
+            self.publish_and_notify()
             self.running = False
             self.base = self._next
             empty = memoryview(b"")
@@ -105,46 +105,49 @@ class Ring:
             self._memory = Memory()
         return self.base
 
-    def take(self) -> tuple[int, list[memoryview]] | None:
-        """The next chain, as its head and its pieces of memory in order; None if there is none.  Raises RingError."""
+    def pop_available(self) -> tuple[int, list[memoryview]] | None:
+        """Take the next descriptor chain: its head and its pieces of memory in order; None if there is none.
+
+        Raises RingError.
+        """
         position = self._next
-        if position == self._seen and not self._look():
+        if position == self._avail_idx and not self._read_avail_idx():
             return None
         head = self._avail[2 + (position & self._mask)]
         try:
-            pieces = self._gather(head)
+            pieces = self._read_chain(head)
         except AddressError as error:
             raise RingError(f"{self.name}: {error}") from None
         self._next = (position + 1) & 0xFFFF
         return head, pieces
 
-    def give_back(self, count: int) -> None:
-        """Untake the last ``count`` chains."""
+    def unpop(self, count: int) -> None:
+        """Put the last ``count`` chains back, as if they had not been taken."""
         self._next = (self._next - count) & 0xFFFF
 
-    def push(self, head: int, written: int) -> None:
-        """Return a chain to the driver, visible to it after the next ``show``."""
+    def add_used(self, head: int, written: int) -> None:
+        """Add a chain to the used ring; the driver sees it after the next ``publish_used``."""
         position = (self._used_next & self._mask) * 2 + 1
         self._elements[position] = head
         self._elements[position + 1] = written
         self._used_next = (self._used_next + 1) & 0xFFFF
 
-    def kept(self) -> int:
-        """How many chains were pushed since the last ``show``."""
-        return (self._used_next - self._shown) & 0xFFFF
+    def unpublished(self) -> int:
+        """Count the used chains since the last ``publish_used``."""
+        return (self._used_next - self._published) & 0xFFFF
 
-    def show(self) -> None:
-        """Let the driver see what was pushed when it looks next."""
+    def publish_used(self) -> None:
+        """Update the used index: the driver sees what was added when it looks next."""
         if not STRONG:
             os.sched_yield()
-        self._used[1] = self._shown = self._used_next
+        self._used[1] = self._published = self._used_next
 
-    def signal(self) -> None:
-        """Interrupt the driver for what was shown since the last time, if it wants that and has not seen it yet."""
-        new, old = self._shown, self._signalled
+    def notify(self) -> None:
+        """Send a used buffer notification for what was published since the last one, unless suppressed (2.7.7)."""
+        new, old = self._published, self._notified
         if new == old:
             return
-        self._signalled = new
+        self._notified = new
         self._fence()
         if self._event_idx:
             wanted = (new - self._avail[2 + self.size] - 1) & 0xFFFF < (new - old) & 0xFFFF
@@ -154,50 +157,50 @@ class Ring:
             try:
                 os.write(self.call, ONE)
             except OSError:
-                pass  # the counter is full: as good as a signal; or it is no eventfd, and nobody waits for one
+                pass  # the counter is full: as good as a notification; or it is not an eventfd, and nobody waits for it
 
-    def stirs(self) -> bool:
-        """Whether the driver has added something since ``take`` found nothing."""
+    def has_available(self) -> bool:
+        """Tell whether the driver has made a chain available since ``pop_available`` found none."""
         return self._avail[1] != self._next
 
-    def publish(self) -> None:
-        """``show`` and ``signal``."""
-        self.show()
-        self.signal()
+    def publish_and_notify(self) -> None:
+        """Update the used index and notify the driver."""
+        self.publish_used()
+        self.notify()
 
-    def ask_kick(self) -> bool:
-        """Ask the driver for a kick when it adds a chain; True if one came meanwhile."""
+    def enable_notifications(self) -> bool:
+        """Enable available buffer notifications (2.7.10); True if a chain came meanwhile."""
         if self._event_idx:
             self._used[2 + 4 * self.size] = self._next
         else:
             self._used[0] = 0
         self._fence()
-        return self._look()
+        return self._read_avail_idx()
 
-    def refuse_kicks(self) -> None:
-        """No kicks, please.  With the event index nothing needs to be done: the last event asked for lies behind."""
+    def disable_notifications(self) -> None:
+        """Suppress available buffer notifications.  With EVENT_IDX the last event asked for lies behind: no need to."""
         if not self._event_idx:
             self._used[0] = NO_NOTIFY
 
     def fail(self) -> None:
-        """Tell the front end that the ring is broken, if it wants to know."""
+        """Signal a broken ring on the error descriptor, where the front end gave one."""
         if self.error >= 0:
             try:
                 os.write(self.error, ONE)
             except OSError:
                 pass
 
-    def _look(self) -> bool:
+    def _read_avail_idx(self) -> bool:
         seen = self._avail[1]
         waiting = (seen - self._next) & 0xFFFF
         if waiting > self.size:
             raise RingError(f"{self.name}: avail index {seen} is {waiting} ahead in a ring of {self.size}")
-        self._seen = seen
+        self._avail_idx = seen
         if not STRONG:
             os.sched_yield()
         return waiting != 0
 
-    def _gather(self, head: int) -> list[memoryview]:
+    def _read_chain(self, head: int) -> list[memoryview]:
         table, entries = self._descriptors, self.size
         index, count = head, 0
         nested = False

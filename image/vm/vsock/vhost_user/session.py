@@ -8,9 +8,9 @@ import struct
 from collections.abc import Callable
 
 from . import protocol
-from .device import KICK, Device
-from .log import Log
-from .loop import Loop, describe
+from .device import Device
+from .log import Log, describe
+from .loop import Loop
 from .memory import AddressError, Memory
 from .protocol import Channel, Message, ProtocolError
 from .ring import Ring
@@ -22,6 +22,9 @@ TABLE = struct.Struct("<II")
 REGION = struct.Struct("<QQQQ")
 CONFIG = struct.Struct("<III")
 NO_FD = 1 << 8
+
+#: Each kick is an edge: nothing needs to be read from the descriptor.
+KICK = select.EPOLLIN | select.EPOLLET
 
 FEATURES = protocol.F_VERSION_1 | protocol.F_PROTOCOL_FEATURES | protocol.F_EVENT_IDX | protocol.F_INDIRECT_DESC
 PROTOCOL_FEATURES = protocol.PROTOCOL_CONFIG | protocol.PROTOCOL_REPLY_ACK
@@ -165,7 +168,7 @@ class Session:
             raise ProtocolError(f"a base of {base}")
         if ring.returned is not None and ring.returned != base:
             # Not where it stopped: not a pause but a reset.
-            self._device.forget_all()
+            self._device.drop_connections()
         ring.base = base
 
     def _get_base(self, message: Message) -> bytes:
@@ -185,11 +188,11 @@ class Session:
 
     def _set_call(self, message: Message) -> None:
         ring, fd = self._vring_fd(message)
-        ring.call = replace(ring.call, patient(fd))
+        ring.call = replace(ring.call, nonblocking(fd))
 
     def _set_error(self, message: Message) -> None:
         ring, fd = self._vring_fd(message)
-        ring.error = replace(ring.error, patient(fd))
+        ring.error = replace(ring.error, nonblocking(fd))
 
     def _enable(self, message: Message) -> None:
         number, enabled = message.unpack(STATE)
@@ -233,7 +236,7 @@ class Session:
         ring.kick = replace(ring.kick, -1)
 
 
-def patient(fd: int) -> int:
+def nonblocking(fd: int) -> int:
     """The descriptor, made so that no write to it waits.  QEMU's eventfds are like that already."""
     if fd >= 0:
         os.set_blocking(fd, False)

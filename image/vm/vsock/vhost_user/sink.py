@@ -1,36 +1,36 @@
-"""From the guest into a host program's socket: what it does not take yet is kept, never more than the window."""
+"""From the guest into a host program's socket: what it does not take yet is kept, never more than buf_alloc."""
 
 from __future__ import annotations
 
 import os
 
-from .packet import COUNT
+from .packet import COUNTER_MASK
 
 MAX_PIECES = 1000  # writev(2) takes 1024
 
 
 class Sink:
-    """Writes to ``fd`` without blocking.  ``window``: what the guest may have in flight (our buf_alloc); only grows."""
+    """Writes to ``fd`` without blocking.  ``buf_alloc``: what the guest may have in flight; only grows."""
 
-    __slots__ = ("discarding", "fd", "pending", "reported", "taken", "window")
+    __slots__ = ("buf_alloc", "discarding", "fd", "fwd_cnt", "pending", "reported_fwd_cnt")
 
-    def __init__(self, fd: int, window: int) -> None:
+    def __init__(self, fd: int, buf_alloc: int) -> None:
         self.fd = fd
-        self.window = window
+        self.buf_alloc = buf_alloc
         self.pending = bytearray()
         self.discarding = False  # the host program receives no more
-        self.taken = 0  # bytes that the host program took: our fwd_cnt
-        self.reported = 0  # what the guest was told of that
+        self.fwd_cnt = 0  # bytes that the host program took
+        self.reported_fwd_cnt = 0  # what the guest was told of that
 
     def credit(self) -> int:
-        """How many bytes the guest may send, if it has heard of all that was taken."""
-        return self.window - len(self.pending)
+        """Return how many bytes the guest may send, if it has heard of all that was taken."""
+        return self.buf_alloc - len(self.pending)
 
     def write(self, pieces: list[memoryview], length: int) -> bool:
         """Take ``length`` bytes, the sum of ``pieces``; False when the host program turns out to receive no more."""
         pending = self.pending
         if self.discarding:
-            self.taken = (self.taken + length) & COUNT
+            self.fwd_cnt = (self.fwd_cnt + length) & COUNTER_MASK
         elif pending:
             for piece in pieces:
                 pending += piece
@@ -40,9 +40,9 @@ class Sink:
             except BlockingIOError:
                 done = 0
             except OSError:  # it closed, or said that it will not receive
-                self.taken = (self.taken + length) & COUNT
+                self.fwd_cnt = (self.fwd_cnt + length) & COUNTER_MASK
                 return False
-            self.taken = (self.taken + done) & COUNT
+            self.fwd_cnt = (self.fwd_cnt + done) & COUNTER_MASK
             if done < length:
                 for piece in pieces:
                     pending += piece[done:]
@@ -58,21 +58,21 @@ class Sink:
         except OSError:
             return False
         del self.pending[:done]
-        self.taken = (self.taken + done) & COUNT
+        self.fwd_cnt = (self.fwd_cnt + done) & COUNTER_MASK
         return True
 
     def discard(self) -> None:
         """Throw away what is pending, and all that comes."""
         self.discarding = True
-        self.taken = (self.taken + len(self.pending)) & COUNT
+        self.fwd_cnt = (self.fwd_cnt + len(self.pending)) & COUNTER_MASK
         self.pending.clear()
 
-    def report_due(self, peer_window: int) -> bool:
-        """Whether the guest should hear of what was taken, lest it run out of credit.
+    def update_due(self, peer_buf_alloc: int) -> bool:
+        """Tell whether a CREDIT_UPDATE is due, lest the guest run out of credit.
 
-        A quarter of the smaller window: Linux has no more in flight than its own receive buffer holds, whatever we
+        A quarter of the smaller buf_alloc: Linux has no more in flight than its own receive buffer holds, whatever we
         announce.  And a sender that ran out is not woken before most of what it sent was given back, so it had better
         not: reported by halves, bulk came 0.8 times as fast.
         """
-        unreported = (self.taken - self.reported) & COUNT
-        return bool(unreported) and 4 * unreported >= min(self.window, peer_window)
+        unreported = (self.fwd_cnt - self.reported_fwd_cnt) & COUNTER_MASK
+        return bool(unreported) and 4 * unreported >= min(self.buf_alloc, peer_buf_alloc)
