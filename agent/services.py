@@ -13,7 +13,7 @@ from caisson.agent.api.boot_times import BootTimes
 from caisson.agent.api.caisson import Own
 from caisson.agent.api.kata1.guest import GuestService
 from caisson.agent.api.kata1.service import AgentService
-from caisson.agent.base.errors import Refused
+from caisson.agent.base.errors import ModelError
 from caisson.agent.base.limits import raise_open_files
 from caisson.agent.guest import modules
 from caisson.agent.guest.files import Files
@@ -51,7 +51,7 @@ class Services:
         """Raises OSError where nsexec is not to be had."""
         try:
             modules.need(MODULES)
-        except Refused as error:
+        except ModelError as error:
             log("error", "kernel modules are missing; some containers will fail", error=str(error))
         self._tracing = tracing
         self._nsexec = Nsexec.seal(Path(options.nsexec))

@@ -1,54 +1,181 @@
-"""What the model refuses.  The API turns each kind into its gRPC status; the texts are for the user."""
+"""What the model refuses: a kind, and the objects it is about.
+
+Each generation of the API has status codes and sentences of its own, which hosts compare; they stand in its adapter's
+table (api/*/status.py), by kind.  ``str()`` of an error is a sentence for logs, and for adapters without one.
+"""
 
 from __future__ import annotations
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import ClassVar
+
 
 class ModelError(Exception):
-    """A request that cannot be done."""
+    """A request that cannot be carried out."""
+
+    #: What is said of the fields where there is no text.
+    sentence: ClassVar[str] = "the request cannot be carried out"
+
+    def __init__(self, text: str = "", /, **fields: object) -> None:
+        """``fields`` name the objects: a container's id, a path, a number."""
+        self.fields = fields
+        super().__init__(text or self.sentence.format(**fields))
 
 
 class NotFound(ModelError):
-    """There is no such container or process."""
+    """No object of this name."""
+
+
+class ContainerNotFound(NotFound):
+    """No container of this id: ``container_id``."""
+
+    sentence = "container {container_id}: not found"
+
+
+class ProcessNotFound(NotFound):
+    """No process of this id in a container: ``container_id``, ``exec_id``."""
+
+    sentence = "process {exec_id}: not found in container {container_id}"
+
+
+class LinkNotFound(NotFound):
+    """No network interface with this hardware address: ``address``."""
+
+    sentence = "network interface {address}: not found"
+
+
+class DeviceNotFound(NotFound):
+    """No network interface of this name: ``device``."""
+
+    sentence = "network interface {device}: not found"
 
 
 class AlreadyExists(ModelError):
-    """The id is taken."""
+    """The name is taken."""
 
 
-class WrongState(ModelError):
-    """Not now: the sandbox, container or process is not in a state for it."""
+class SandboxExists(AlreadyExists):
+    """The sandbox runs."""
+
+    sentence = "the sandbox runs already; destroy it first"
 
 
-class Refused(ModelError):
-    """Not now, either; in words that hosts know, which come without a status of their own."""
+class ContainerExists(AlreadyExists):
+    """There is a container of this id: ``container_id``."""
+
+    sentence = "container {container_id}: exists already; remove it first, or choose another id"
 
 
-class Failed(ModelError):
-    """It was tried, and the kernel would not."""
+class ProcessExists(AlreadyExists):
+    """There is a process of this id in the container: ``container_id``, ``exec_id``."""
+
+    sentence = "process {exec_id}: exists already in container {container_id}; choose another id"
 
 
-class Invalid(ModelError):
-    """Never: the request makes no sense."""
+class FailedPrecondition(ModelError):
+    """Not in the state that the object is in now."""
+
+
+class SandboxNotRunning(FailedPrecondition):
+    """There is no sandbox, or it is being destroyed."""
+
+    sentence = "the sandbox does not run; create it first"
+
+
+class NotCreated(FailedPrecondition):
+    """Only a container that was created can be started: ``container_id``, ``status``."""
+
+    sentence = "container {container_id}: cannot be started: it is {status}"
+
+
+class CannotExec(FailedPrecondition):
+    """No process can be started in the container now: ``container_id``, ``status``."""
+
+    sentence = "container {container_id}: cannot run another process: it is {status}"
+
+
+class CannotPause(FailedPrecondition):
+    """Only a container that was created, or runs, can be paused: ``container_id``, ``status``."""
+
+    sentence = "container {container_id}: cannot be paused: it is {status}"
+
+
+class NotPaused(FailedPrecondition):
+    """Only a paused container can be resumed: ``container_id``."""
+
+    sentence = "container {container_id}: is not paused"
+
+
+class NotRunning(FailedPrecondition):
+    """The container has stopped: ``container_id``."""
+
+    sentence = "container {container_id}: has stopped"
+
+
+class NoTerminal(FailedPrecondition):
+    """The process has no terminal: ``exec_id``."""
+
+    sentence = "process {exec_id}: has no terminal"
+
+
+class InvalidArgument(ModelError):
+    """A value that makes no sense, whatever the state."""
+
+
+class MissingArgument(InvalidArgument):
+    """A value that must be given and is not."""
+
+
+class PathOutside(InvalidArgument):
+    """A path that is not below the directory it must be in: ``path``, ``root``."""
+
+    sentence = "{path}: is not below {root}"
+
+
+class UnknownStorageDriver(InvalidArgument):
+    """A storage of a kind that this agent does not know: ``driver``."""
+
+    sentence = "storage driver {driver}: is not known"
+
+
+class ModuleNotLoaded(ModelError):
+    """A module of the kernel could not be loaded: ``module``, ``why``."""
+
+    sentence = "kernel module {module}: {why}"
 
 
 class Unsupported(ModelError):
-    """Not by this agent."""
+    """What this agent, or this guest, does not do."""
 
 
-class TooLate(ModelError):
-    """It was not done within the time the caller gave."""
+class Timeout(ModelError):
+    """Not done within the time that was given."""
+
+
+class DeviceTimeout(Timeout):
+    """A device did not appear: ``device``, ``seconds``."""
+
+    sentence = "device {device}: did not appear within {seconds:g} s"
+
+
+class SystemCallFailed(ModelError):
+    """The kernel refused."""
 
 
 class EndOfStream(ModelError):
     """All output was delivered."""
 
-    def __init__(self) -> None:
-        super().__init__("EOF")
+    sentence = "end of the output"
 
 
 class BrokenStream(ModelError):
     """Nobody reads what is written."""
 
+    sentence = "nobody reads the standard input any more"
 
-class Ended(ModelError):
+
+class ProcessExited(ModelError):
     """The process has ended; a signal comes too late."""
+
+    sentence = "the process has ended"

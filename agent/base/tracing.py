@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 from functools import partial
 
-from caisson.agent.base.errors import Unsupported, WrongState
+from caisson.agent.base.errors import FailedPrecondition, Unsupported
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ class Tracing:
         self._record: Any = None
 
     def start(self) -> None:
-        """Start recording.  Raises WrongState when started already, Unsupported where the packages are missing."""
+        """Start recording.  Raises FailedPrecondition when started, Unsupported where the packages are missing."""
         if self._provider is not None:
-            raise WrongState("tracing already enabled")
+            raise FailedPrecondition("tracing already enabled")
         try:
             from opentelemetry.sdk.resources import Resource
             from opentelemetry.sdk.trace import TracerProvider
@@ -49,9 +49,9 @@ class Tracing:
         self._record = partial(_record, self._provider.get_tracer("agent.api"))
 
     def stop(self) -> None:
-        """Flush and stop; blocks for up to some seconds.  Raises WrongState when not started."""
+        """Flush and stop; blocks for up to some seconds.  Raises FailedPrecondition when not started."""
         if self._provider is None:
-            raise WrongState("tracing not enabled")
+            raise FailedPrecondition("tracing not enabled")
         provider, self._provider, self._record = self._provider, None, None
         provider.shutdown()
 

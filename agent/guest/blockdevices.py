@@ -11,7 +11,7 @@ import os
 import re
 import stat
 
-from caisson.agent.base.errors import Invalid, TooLate
+from caisson.agent.base.errors import DeviceTimeout, InvalidArgument
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,19 +33,19 @@ class BlockDevices:
         self._dev = dev
 
     def node(self, path: str) -> str:
-        """A node that is there already.  Raises Invalid."""
+        """A node that is there already.  Raises InvalidArgument."""
         try:
             mode = os.stat(path).st_mode  # noqa: PTH116 - no pathlib at start
         except OSError:
-            raise Invalid(f"invalid device {path}") from None
+            raise InvalidArgument(f"invalid device {path}") from None
         if not (stat.S_ISBLK(mode) or stat.S_ISCHR(mode)):
-            raise Invalid(f"invalid device {path}")
+            raise InvalidArgument(f"invalid device {path}")
         return path
 
     async def pci(self, path: str) -> str:
-        """The disk at a PCI path: slots, in hexadecimal, from the root bus down ("02" or "02/01").  Raises TooLate."""
+        """The disk at a PCI path: slots, in hexadecimal, from the root bus down ("02" or "02/01").  Raises Timeout."""
         if not PCI_PATH.fullmatch(path):
-            raise Invalid(f"invalid PCI path {path}")
+            raise InvalidArgument(f"invalid PCI path {path}")
         self._write("bus/pci/rescan", "1")
         return await self._wait(lambda: self._below_pci(path.split("/")), path)
 
@@ -58,14 +58,14 @@ class BlockDevices:
                 if not buses:
                     return None
                 if len(buses) > 1:
-                    raise Invalid(f"Expected exactly one PCI bus in {place}/pci_bus, got {len(buses)} instead")
+                    raise InvalidArgument(f"Expected exactly one PCI bus in {place}/pci_bus, got {len(buses)} instead")
                 bus = buses[0]
         return self._disk_in([f"{place}/{name}" for name in _names(place) if name.startswith("virtio")])
 
     async def scsi(self, address: str) -> str:
-        """The disk at "ID:LUN" of any SCSI host.  Raises TooLate."""
+        """The disk at "ID:LUN" of any SCSI host.  Raises Timeout."""
         if not SCSI_ADDRESS.fullmatch(address):
-            raise Invalid(f"invalid SCSI address {address}")
+            raise InvalidArgument(f"invalid SCSI address {address}")
         for host in _names(f"{self._sys}/class/scsi_host"):
             self._write(f"class/scsi_host/{host}/scan", f"0 {address.replace(':', ' ')}")
         return await self._wait(lambda: self._of_scsi(address), address)
@@ -76,16 +76,16 @@ class BlockDevices:
         return self._disk_in([f"{place}/{name}/device" for name in names])
 
     async def pmem(self, path: str) -> str:
-        """A persistent memory device by its node.  Raises Invalid or TooLate."""
+        """A persistent memory device by its node.  Raises InvalidArgument or Timeout."""
         if not PMEM.fullmatch(path):
-            raise Invalid(f"invalid nvdimm source path: {path}")
+            raise InvalidArgument(f"invalid nvdimm source path: {path}")
         name = path.rpartition("/")[2]
         return await self._wait(lambda: self._node_of(name), path)
 
     async def ccw(self, address: str) -> str:
-        """A disk on the channel bus of s390x.  Raises Invalid or TooLate."""
+        """A disk on the channel bus of s390x.  Raises InvalidArgument or Timeout."""
         if not CCW.fullmatch(address):
-            raise Invalid(f"invalid CCW device {address}")
+            raise InvalidArgument(f"invalid CCW device {address}")
         place = f"{self._sys}/bus/ccw/devices/{address}"
         found = lambda: self._disk_in([f"{place}/{name}" for name in _names(place) if name.startswith("virtio")])  # noqa: E731
         return await self._wait(found, address)
@@ -105,7 +105,7 @@ class BlockDevices:
         deadline = loop.time() + self._seconds
         while (found := find()) is None:
             if loop.time() >= deadline:
-                raise TooLate(f"Timeout reached after {self._seconds:g}s waiting for device {what}")
+                raise DeviceTimeout(device=what, seconds=self._seconds)
             await asyncio.sleep(INTERVAL)
         return found
 

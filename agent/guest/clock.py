@@ -5,25 +5,29 @@ from __future__ import annotations
 import os
 import time
 
-from caisson.agent.base.errors import Failed, Invalid, Refused
+from caisson.agent.base.errors import InvalidArgument, MissingArgument, SystemCallFailed
 
 RNDADDTOENTCNT, RNDRESEEDCRNG = 0x40045201, 0x5207  # random(4)
 
 
 def set_time(seconds: int, microseconds: int) -> None:
-    """Set the clock, to a time since the epoch.  Raises Invalid or Failed."""
+    """Set the clock, to a time since the epoch.  Raises InvalidArgument or SystemCallFailed."""
     if not 0 <= microseconds < 1_000_000:
-        raise Invalid(f"Could not set guest time: {microseconds} is no number of microseconds within a second")
+        raise InvalidArgument(f"Could not set guest time: {microseconds} is no number of microseconds within a second")
     try:
         time.clock_settime_ns(time.CLOCK_REALTIME, (seconds * 1_000_000 + microseconds) * 1000)
     except OverflowError:
-        raise Invalid(f"Could not set guest time: {seconds} seconds are beyond what the kernel can count") from None
+        raise InvalidArgument(
+            f"Could not set guest time: {seconds} seconds are beyond what the kernel can count"
+        ) from None
     except OSError as error:
-        raise Failed(f"Could not set guest time: {os.strerror(error.errno or 0).lower()}") from error
+        raise SystemCallFailed(f"Could not set guest time: {os.strerror(error.errno or 0).lower()}") from error
 
 
 def reseed(data: bytes) -> None:
-    """Stir entropy from outside into the kernel's random numbers, and have them begin anew.  Raises Refused or Failed.
+    """Stir entropy from outside into the kernel's random numbers, and have them begin anew.
+
+    Raises MissingArgument or SystemCallFailed.
 
     All of it counts: what the host sends is random, or the guest is lost anyway.
     """
@@ -31,7 +35,7 @@ def reseed(data: bytes) -> None:
     import struct
 
     if not data:
-        raise Refused("missing entropy data")
+        raise MissingArgument("missing entropy data")
     try:
         fd = os.open("/dev/random", os.O_WRONLY | os.O_CLOEXEC)
         try:
@@ -41,4 +45,6 @@ def reseed(data: bytes) -> None:
         finally:
             os.close(fd)
     except OSError as error:
-        raise Failed(f"Could not reseed the random numbers: {os.strerror(error.errno or 0).lower()}") from error
+        raise SystemCallFailed(
+            f"Could not reseed the random numbers: {os.strerror(error.errno or 0).lower()}"
+        ) from error

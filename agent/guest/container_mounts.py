@@ -15,7 +15,7 @@ import threading
 import time
 
 from caisson.agent.base import syscalls
-from caisson.agent.base.errors import Failed, Invalid, TooLate, WrongState
+from caisson.agent.base.errors import FailedPrecondition, InvalidArgument, SystemCallFailed, Timeout
 from caisson.agent.guest import modules
 from caisson.agent.guest.storage import open_point
 from caisson.agent.model.container import STOPPED
@@ -48,10 +48,12 @@ class ContainerMounts:
     ) -> None:
         """Mount a file system, always nosuid and nodev; ``options`` are those of the file system, as for mount(8).
 
-        Raises NotFound, Invalid, WrongState, Failed, or TooLate for a tag that does not appear.
+        Raises NotFound, InvalidArgument, FailedPrecondition, SystemCallFailed, or Timeout where no such tag appears.
         """
         if fstype not in KINDS:
-            raise Invalid(f"{fstype!r} cannot be mounted inside a container; file systems that can: {', '.join(KINDS)}")
+            raise InvalidArgument(
+                f"{fstype!r} cannot be mounted inside a container; file systems that can: {', '.join(KINDS)}"
+            )
         container = self._container(container_id)
         await asyncio.to_thread(modules.need, KINDS[fstype])
         deadline = time.monotonic() + self._timeout
@@ -61,11 +63,11 @@ class ContainerMounts:
                 break
             except OSError as error:
                 if error.errno == errno.ENODEV:
-                    raise Failed(f"Could not mount {source}: the guest's kernel has no {fstype}") from error
+                    raise SystemCallFailed(f"Could not mount {source}: the guest's kernel has no {fstype}") from error
                 if error.errno not in UNKNOWN_TAG or fstype == "tmpfs":
-                    raise Failed(f"Could not mount {source}: {_why(error)}") from error
+                    raise SystemCallFailed(f"Could not mount {source}: {_why(error)}") from error
                 if time.monotonic() > deadline:
-                    raise TooLate(f"Could not mount {source}: no device has this tag") from error
+                    raise Timeout(f"Could not mount {source}: no device has this tag") from error
             await asyncio.sleep(POLL_INTERVAL)
 
         def attach() -> None:
@@ -78,14 +80,16 @@ class ContainerMounts:
         try:
             await asyncio.to_thread(_inside, container, attach)
         except OSError as error:
-            raise Failed(f"Could not mount {source} on {mount_point} of {container_id}: {_why(error)}") from error
+            raise SystemCallFailed(
+                f"Could not mount {source} on {mount_point} of {container_id}: {_why(error)}"
+            ) from error
         finally:
             os.close(made)
         lasting = [one for one in self._mounted.get(source, ()) if one[0].status != STOPPED]
         self._mounted[source] = [*lasting, (container, mount_point)]
 
     async def unmount(self, source: str) -> None:
-        """Unmount everything mounted from a source; does nothing if there is nothing.  Raises Failed."""
+        """Unmount everything mounted from a source; does nothing if there is nothing.  Raises SystemCallFailed."""
         mounted = self._mounted.get(source, [])
         while mounted:
             container, mount_point = one = mounted[-1]
@@ -101,11 +105,13 @@ class ContainerMounts:
 
             try:
                 await asyncio.to_thread(_inside, container, detach)
-            except WrongState:
+            except FailedPrecondition:
                 pass  # it has exited, and its mounts with it
             except OSError as error:
                 if error.errno not in (errno.EINVAL, errno.ENOENT):  # unmounted from inside already
-                    raise Failed(f"Could not unmount {mount_point} of {container.id}: {_why(error)}") from error
+                    raise SystemCallFailed(
+                        f"Could not unmount {mount_point} of {container.id}: {_why(error)}"
+                    ) from error
             if one in mounted:  # concurrent calls
                 mounted.remove(one)
 
@@ -130,7 +136,10 @@ def _make(source: str, fstype: str, options: Sequence[str]) -> int:
 
 
 def _inside(container: Container, work: Callable[[], None]) -> None:
-    """Run a function in a container's mount namespace, at its root.  Raises WrongState and what the function raises."""
+    """Run a function in a container's mount namespace, at its root.
+
+    Raises FailedPrecondition and what the function raises.
+    """
     syscalls.preload()
     namespace = _namespace(container)
     failures: list[BaseException] = []
@@ -154,7 +163,7 @@ def _inside(container: Container, work: Callable[[], None]) -> None:
 
 
 def _namespace(container: Container) -> int:
-    """Open the mount namespace of a container's init process.  Raises WrongState."""
+    """Open the mount namespace of a container's init process.  Raises FailedPrecondition."""
     child = container.process("").child
     try:
         namespace = os.open(f"/proc/{child.pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
@@ -164,5 +173,5 @@ def _namespace(container: Container) -> int:
     if namespace < 0 or child.status is not None:
         if namespace >= 0:
             os.close(namespace)
-        raise WrongState(f"Cannot mount in stopped container {container.id}")
+        raise FailedPrecondition(f"Cannot mount in stopped container {container.id}")
     return namespace

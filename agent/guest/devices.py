@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat
 
-from caisson.agent.base.errors import Failed, Invalid
+from caisson.agent.base.errors import InvalidArgument, SystemCallFailed
 from caisson.agent.base.record import Record
 from caisson.agent.guest import modules
 from caisson.agent.guest.blockdevices import BlockDevices
@@ -35,7 +35,7 @@ class GuestDevice(Record):
 
 
 async def placed(spec: Spec, wanted: Sequence[GuestDevice], blocks: BlockDevices) -> Spec:
-    """The configuration with the guest's numbers.  Raises Invalid, Failed or TooLate."""
+    """The configuration with the guest's numbers.  Raises InvalidArgument, SystemCallFailed or Timeout."""
     import asyncio
 
     numbers: dict[str, tuple[str, int, int]] = {}
@@ -49,15 +49,15 @@ async def placed(spec: Spec, wanted: Sequence[GuestDevice], blocks: BlockDevices
 def _check(device: GuestDevice) -> None:
     what = device.id or device.vm_path or device.container_path
     if not device.type:
-        raise Invalid(f"invalid type for device {what}")
+        raise InvalidArgument(f"invalid type for device {what}")
     if not device.id and not device.vm_path:
-        raise Invalid(f"invalid ID and VM path for device {what}")
+        raise InvalidArgument(f"invalid ID and VM path for device {what}")
     if not device.container_path:
-        raise Invalid(f"invalid container path for device {what}")
+        raise InvalidArgument(f"invalid container path for device {what}")
     if device.type not in TYPES:
-        raise Invalid(f'Unknown device type "{device.type}"')
+        raise InvalidArgument(f'Unknown device type "{device.type}"')
     if device.type == "mmioblk" and not device.vm_path:
-        raise Invalid("Invalid path for virtioMmioBlkDevice")
+        raise InvalidArgument("Invalid path for virtioMmioBlkDevice")
 
 
 async def _node(device: GuestDevice, blocks: BlockDevices) -> str:
@@ -77,16 +77,16 @@ def _numbers_of(node: str) -> tuple[str, int, int]:
     try:
         status = os.stat(node)  # noqa: PTH116 - no pathlib at start
     except OSError as error:
-        raise Failed(f"stat {node}: {os.strerror(error.errno or 0).lower()}") from error
+        raise SystemCallFailed(f"stat {node}: {os.strerror(error.errno or 0).lower()}") from error
     kind = "b" if stat.S_ISBLK(status.st_mode) else "c" if stat.S_ISCHR(status.st_mode) else ""
     if not kind:
-        raise Failed(f"{node} is no device")
+        raise SystemCallFailed(f"{node} is no device")
     return kind, os.major(status.st_rdev), os.minor(status.st_rdev)
 
 
 def _renumbered(spec: Spec, numbers: Mapping[str, tuple[str, int, int]]) -> Spec:
     if not spec.linux.devices:
-        raise Failed("No devices found from the spec, cannot update")
+        raise SystemCallFailed("No devices found from the spec, cannot update")
     renumbered: dict[tuple[str, int, int], tuple[str, int, int]] = {}
     devices = []
     for device in spec.linux.devices:
@@ -97,7 +97,7 @@ def _renumbered(spec: Spec, numbers: Mapping[str, tuple[str, int, int]]) -> Spec
         devices.append(device)
     missing = numbers.keys() - {device.path for device in devices}
     if missing:
-        raise Failed(f"Should have found a matching device {min(missing)} in the spec")
+        raise SystemCallFailed(f"Should have found a matching device {min(missing)} in the spec")
     resources = spec.linux.resources
     if resources is not None:
         rules = []

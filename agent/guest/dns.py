@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from caisson.agent.base import syscalls
-from caisson.agent.base.errors import Failed
+from caisson.agent.base.errors import SystemCallFailed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class Resolver:
     def set(self, lines: Sequence[str]) -> bool:
         """Have these lines; nothing changes when there are none.  False when the guest has no such file to begin with.
 
-        Raises Failed; nothing is left then.
+        Raises SystemCallFailed; nothing is left then.
         """
         if not lines:
             return True
@@ -40,7 +40,7 @@ class Resolver:
             syscalls.mount(self._source, self._target, None, syscalls.MS_BIND)
         except OSError as error:
             self._forget_source()
-            raise Failed(f"{self._target}: {os.strerror(error.errno or 0).lower()}") from error
+            raise SystemCallFailed(f"{self._target}: {os.strerror(error.errno or 0).lower()}") from error
         self._set = True
         return True
 

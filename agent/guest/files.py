@@ -11,7 +11,7 @@ import os
 import stat
 
 from caisson.agent.base import syscalls
-from caisson.agent.base.errors import Failed, Invalid, Refused
+from caisson.agent.base.errors import InvalidArgument, PathOutside, SystemCallFailed
 from caisson.agent.base.record import Record
 
 ROOT = "/run"
@@ -81,25 +81,25 @@ class Files:
     def write(self, piece: Piece) -> None:
         """Take a piece, in any order; the file appears with the last of them, in place of what had its name.
 
-        A piece that comes again is fine; one with other contents begins the file anew.  Raises Refused for a path
-        elsewhere, Invalid, or Failed.
+        A piece that comes again is fine; one with other contents begins the file anew.  Raises PathOutside for a path
+        elsewhere, InvalidArgument, or SystemCallFailed.
         """
         path = os.path.normpath(piece.path)  # as hosts expect: "/run/../etc" is a path elsewhere
         if not path.startswith(f"{self._root}/"):
-            raise Refused(f"Only is possible to copy files into the {self._root} directory")
+            raise PathOutside(path=path, root=self._root)
         if "\0" in path:
-            raise Invalid("the path has a NUL in it")
+            raise InvalidArgument("the path has a NUL in it")
         if piece.size < 0 or piece.offset < 0 or piece.offset + len(piece.data) > piece.size:
-            raise Invalid(
+            raise InvalidArgument(
                 f"{path}: {len(piece.data)} bytes at {piece.offset} do not fit into a file of {piece.size} bytes"
             )
         if stat.S_IFMT(piece.mode) not in (0, stat.S_IFREG):
-            raise Invalid(f"{path}: mode {piece.mode:#o} is not a regular file's")
+            raise InvalidArgument(f"{path}: mode {piece.mode:#o} is not a regular file's")
         try:
             self._write(path, piece)
         except OSError as error:
             self._forget(path)
-            raise Failed(f"{path}: {os.strerror(error.errno or 0)}") from error
+            raise SystemCallFailed(f"{path}: {os.strerror(error.errno or 0)}") from error
 
     def _write(self, path: str, piece: Piece) -> None:
         directory, _, name = path.removeprefix(f"{self._root}/").rpartition("/")

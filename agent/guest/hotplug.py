@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 
-from caisson.agent.base.errors import Failed, Refused
+from caisson.agent.base.errors import MissingArgument, SystemCallFailed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ POLL_INTERVAL = 0.05  # sysfs has no event for a CPU that is present but offline
 
 
 async def online_cpus(count: int, system: str = SYSTEM) -> None:
-    """Bring `count` CPUs online, waiting for those not present yet.  Raises Failed when there are fewer."""
+    """Bring `count` CPUs online, waiting for those not present yet.  Raises SystemCallFailed when there are fewer."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + CPU_TIMEOUT
     done = 0
@@ -33,31 +33,33 @@ async def online_cpus(count: int, system: str = SYSTEM) -> None:
         if done >= count:
             return
         if loop.time() >= deadline:
-            raise Failed(f"only {done} of {count} were connected")
+            raise SystemCallFailed(f"only {done} of {count} were connected")
         await asyncio.sleep(POLL_INTERVAL)
 
 
 def online_memory(system: str = SYSTEM) -> None:
-    """Bring all offline memory blocks online.  Raises Failed, naming the first block that failed."""
+    """Bring all offline memory blocks online.  Raises SystemCallFailed, naming the first block that failed."""
     refused = [switch for switch in _offline(f"{system}/memory", "memory") if not _bring_online(switch)]
     if refused:
-        raise Failed(f"Could not online memory: {refused[0]}")
+        raise SystemCallFailed(f"Could not online memory: {refused[0]}")
 
 
 def probe_memory(addresses: Iterable[int], system: str = SYSTEM) -> None:
-    """Probe for memory at these physical addresses.  Raises Failed at the first that the kernel rejects."""
+    """Probe for memory at these physical addresses.  Raises SystemCallFailed at the first that the kernel rejects."""
     for address in addresses:
         try:
             with open(f"{system}/memory/probe", "w") as file:  # noqa: PTH123
                 file.write(f"{address:#x}")
         except OSError as error:
-            raise Failed(f"Could not probe memory at {address:#x}: {os.strerror(error.errno or 0).lower()}") from error
+            raise SystemCallFailed(
+                f"Could not probe memory at {address:#x}: {os.strerror(error.errno or 0).lower()}"
+            ) from error
 
 
 def check_count(count: int, cpu_only: bool) -> None:
-    """Check a request for CPUs.  Raises Refused for one that asks for none."""
+    """Check a request for CPUs.  Raises MissingArgument for one that asks for none."""
     if cpu_only and not count:
-        raise Refused("requested number of CPUs '0' must be greater than 0")
+        raise MissingArgument("requested number of CPUs '0' must be greater than 0")
 
 
 def _offline(directory: str, prefix: str) -> Iterator[str]:

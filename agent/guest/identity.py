@@ -7,7 +7,7 @@ import re
 import socket
 
 from caisson.agent.base import syscalls
-from caisson.agent.base.errors import Failed, Invalid
+from caisson.agent.base.errors import InvalidArgument, SystemCallFailed
 from caisson.agent.base.syscalls import MS_BIND
 
 #: Where programs read the id, and the writable file bound over it: the guest's root is read-only.
@@ -15,11 +15,11 @@ MACHINE_ID, WRITABLE = "/etc/machine-id", "/run/machine-id"
 
 
 def identify(hostname: str, machine_id: str, where: str = MACHINE_ID, kept: str = WRITABLE) -> None:
-    """Set host name and machine id.  Raises Invalid or Failed."""
+    """Set host name and machine id.  Raises InvalidArgument or SystemCallFailed."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", hostname):
-        raise Invalid(f"{hostname!r} is not a valid host name")
+        raise InvalidArgument(f"{hostname!r} is not a valid host name")
     if not re.fullmatch(r"[0-9a-f]{32}", machine_id) or not machine_id.strip("0"):
-        raise Invalid(f"{machine_id!r} is not a machine id of 32 hexadecimal digits")
+        raise InvalidArgument(f"{machine_id!r} is not a machine id of 32 hexadecimal digits")
     try:
         socket.sethostname(hostname)
         with open(kept, "w") as file:  # noqa: PTH123 - as everywhere in the guest
@@ -27,4 +27,4 @@ def identify(hostname: str, machine_id: str, where: str = MACHINE_ID, kept: str 
         if os.path.exists(where) and not os.path.samefile(where, kept):  # noqa: PTH110, PTH121
             syscalls.mount(kept, where, None, MS_BIND)
     except OSError as error:
-        raise Failed(f"the guest could not be identified: {os.strerror(error.errno or 0).lower()}") from error
+        raise SystemCallFailed(f"the guest could not be identified: {os.strerror(error.errno or 0).lower()}") from error

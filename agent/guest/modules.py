@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 
 from caisson.agent.base import syscalls
-from caisson.agent.base.errors import Refused
+from caisson.agent.base.errors import MissingArgument, ModuleNotLoaded
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,17 +30,20 @@ def need(names: Iterable[str], filesystem: str = "") -> None:
 
 
 def load(name: str, parameters: Sequence[str] = ()) -> None:
-    """Load a module, with parameters as in "debug=1".  Fine when it is loaded, or built in.  Raises Refused."""
+    """Load a module, with parameters as in "debug=1".  Fine when it is loaded, or built in.
+
+    Raises ModuleNotLoaded or MissingArgument.
+    """
     if not name:
-        raise Refused("Kernel module name is empty")
+        raise MissingArgument("Kernel module name is empty")
     spelled = name.replace("-", "_")
     if not spelled.replace("_", "").isalnum():
-        raise Refused(f"could not load module: {name}: it is no name of one")
+        raise ModuleNotLoaded(module=name, why="is not a valid name of a module")
     if os.path.isdir(f"{LOADED}/{spelled}"):  # noqa: PTH112 - no pathlib at start
         return
     files = _listed().get(spelled)
     if files is None:
-        raise Refused(f"could not load module: {name}: the image does not have it")
+        raise ModuleNotLoaded(module=name, why="the image does not have it")
     for file in files:
         try:
             fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
@@ -51,7 +54,7 @@ def load(name: str, parameters: Sequence[str] = ()) -> None:
         except FileExistsError:
             continue
         except OSError as error:
-            raise Refused(f"could not load module: {name}: {file}: {os.strerror(error.errno or 0).lower()}") from error
+            raise ModuleNotLoaded(module=name, why=f"{file}: {os.strerror(error.errno or 0).lower()}") from error
 
 
 def _listed() -> dict[str, list[str]]:

@@ -11,7 +11,7 @@ import os
 import socket
 from contextlib import contextmanager
 
-from caisson.agent.base.errors import Failed, Invalid, TooLate
+from caisson.agent.base.errors import DeviceNotFound, DeviceTimeout, InvalidArgument, LinkNotFound, SystemCallFailed
 from caisson.agent.base.record import Record
 from caisson.agent.guest import modules
 from caisson.agent.guest import rtnetlink as rt
@@ -102,14 +102,16 @@ class Network:
     async def update_interface(self, wanted: Interface, *, plugged: bool = False) -> None:
         """Give the interface with this MAC its name, MTU and addresses, and bring it up.
 
-        `plugged`: it may still be on its way, and is waited for.  Raises Invalid, Failed or TooLate.
+        `plugged`: it may still be on its way, and is waited for.  Raises InvalidArgument, SystemCallFailed or Timeout.
         """
         if not wanted.mac:
-            raise Invalid("Interface HwAddr empty")
+            raise InvalidArgument("Interface HwAddr empty")
         if not 0 < len(wanted.name) <= NAME_MAX or "/" in wanted.name or wanted.name.split() != [wanted.name]:
-            raise Invalid(f"{wanted.name!r} is no interface's name: 1 to {NAME_MAX} bytes without spaces and slashes")
+            raise InvalidArgument(
+                f"{wanted.name!r} is no interface's name: 1 to {NAME_MAX} bytes without spaces and slashes"
+            )
         if wanted.mtu >= 1 << 32:
-            raise Failed(f"Could not set MTU {wanted.mtu}: {os.strerror(errno.EINVAL).lower()}")
+            raise SystemCallFailed(f"Could not set MTU {wanted.mtu}: {os.strerror(errno.EINVAL).lower()}")
         async with self._lock:
             if plugged:
                 await self._wait_for(wanted.mac)
@@ -122,19 +124,19 @@ class Network:
         _rescan_pci()
         while not await asyncio.to_thread(_present, mac):
             if loop.time() >= deadline:
-                raise TooLate(f"Timeout reached after {self._hotplug_seconds:g}s waiting for the interface {mac}")
+                raise DeviceTimeout(device=mac, seconds=self._hotplug_seconds)
             await asyncio.sleep(0.05)
 
     async def update_routes(self, wanted: Sequence[Route]) -> None:
         """Have these routes and no others, but for the kernel's own and those of lo.
 
-        Direct routes come first: gateways are reached by them.  Raises Failed; the routes are the old ones then.
+        Direct routes come first: gateways are reached by them.  Raises SystemCallFailed; the old routes stay then.
         """
         async with self._lock:
             await asyncio.to_thread(_update_routes, sorted(wanted, key=lambda route: bool(route.gateway)))
 
     async def add_neighbours(self, neighbours: Sequence[Neighbour]) -> None:
-        """Add entries to the neighbour tables.  Raises Failed, also for one that is there."""
+        """Add entries to the neighbour tables.  Raises SystemCallFailed, also for one that is there."""
         async with self._lock:
             await asyncio.to_thread(_add_neighbours, neighbours)
 
@@ -173,10 +175,7 @@ def _update_interface(wanted: Interface) -> None:
     with Rtnetlink() as netlink:
         link = next((link for link in netlink.dump(rt.GETLINK) if _mac_of(link) == wanted.mac.lower()), None)
         if link is None:
-            raise Failed(
-                "updateInterface: rpc error: code = NotFound desc = "
-                f'Could not find the link corresponding to HwAddr "{wanted.mac}"'
-            )
+            raise LinkNotFound(address=wanted.mac)
         index = link.fixed[2]
 
         def change(what: str, attributes: dict[int, bytes], flags: int = 0, mask: int = 0) -> None:
@@ -262,7 +261,7 @@ def _update_routes(wanted: Sequence[Route]) -> None:
                 with _doing(f"Could not add/replace {request.what}"):
                     _put(netlink, request)
                 undo.append((rt.DELROUTE, request, 0))
-        except Failed:
+        except SystemCallFailed:
             for kind, request, flags in reversed(undo):
                 try:
                     netlink.change(kind, request.fixed, request.attributes, flags)
@@ -287,19 +286,19 @@ def _again(message: Message, names: dict[int, str]) -> _RouteRequest:
 
 
 def _request_of(route: Route, indexes: dict[str, int]) -> _RouteRequest:
-    """A route as rtnetlink's request.  Raises Failed."""
+    """A route as rtnetlink's request.  Raises SystemCallFailed."""
     from ipaddress import ip_network
 
     what = f"route dest({route.destination})/gw({route.gateway})/dev({route.device})"
     if route.device not in indexes:
-        raise Failed(f"Could not find link from device {route.device}: Link not found")
+        raise DeviceNotFound(device=route.device)
     attributes = {rt.RTA_OIF: rt.number(indexes[route.device])}
     length, versions = 0, set()
     if route.destination not in ("", "default"):
         try:
             network = ip_network(route.destination, strict=False)
         except ValueError:
-            raise Failed(f"Could not parse route destination {route.destination}") from None
+            raise SystemCallFailed(f"Could not parse route destination {route.destination}") from None
         attributes[rt.RTA_DST], length = network.network_address.packed, network.prefixlen
         versions.add(network.version)
     for attribute, text in ((rt.RTA_GATEWAY, route.gateway), (rt.RTA_PREFSRC, route.source)):
@@ -308,9 +307,9 @@ def _request_of(route: Route, indexes: dict[str, int]) -> _RouteRequest:
             attributes[attribute] = address.packed
             versions.add(address.version)
     if len(versions) > 1:
-        raise Failed(f"Could not add/replace {what}: IPv4 and IPv6 in one")
+        raise SystemCallFailed(f"Could not add/replace {what}: IPv4 and IPv6 in one")
     if not 0 <= route.scope <= 255:
-        raise Failed(f"Could not add/replace {what}: scope {route.scope} is not between 0 and 255")
+        raise SystemCallFailed(f"Could not add/replace {what}: scope {route.scope} is not between 0 and 255")
     family = FAMILIES[versions.pop() if versions else 4]  # a default of nothing but a device is ipvlan's
     fixed = rt.ROUTE.pack(family, length, 0, 0, RT_TABLE_MAIN, RTPROT_BOOT, route.scope, RTN_UNICAST, 0)
     return _RouteRequest(fixed=fixed, attributes=attributes, what=what)
@@ -321,7 +320,7 @@ def _add_neighbours(neighbours: Sequence[Neighbour]) -> None:
         indexes = {name: index for index, name in _names(netlink).items()}
         for one in neighbours:
             if one.device not in indexes:
-                raise Failed(f"Could not find link from device {one.device}: Link not found")
+                raise DeviceNotFound(device=one.device)
             address = _ip_address(one.address)
             with _doing(f"Could not add ARP neighbor {one.address} on {one.device}"):
                 mac = _mac(one.mac)
@@ -333,11 +332,11 @@ def _add_neighbours(neighbours: Sequence[Neighbour]) -> None:
 
 @contextmanager
 def _doing(what: str) -> Iterator[None]:
-    """A refusal by the kernel becomes Failed with what was tried."""
+    """A refusal by the kernel becomes SystemCallFailed with what was tried."""
     try:
         yield
     except OSError as error:
-        raise Failed(f"{what}: {os.strerror(error.errno or 0).lower()}") from error
+        raise SystemCallFailed(f"{what}: {os.strerror(error.errno or 0).lower()}") from error
 
 
 def _ip_address(text: str) -> IPv4Address | IPv6Address:
@@ -346,7 +345,7 @@ def _ip_address(text: str) -> IPv4Address | IPv6Address:
     try:
         return ip_address(text)
     except ValueError:
-        raise Failed(f'Could not parse "{text}"') from None
+        raise SystemCallFailed(f'Could not parse "{text}"') from None
 
 
 def _mac(text: str) -> bytes:

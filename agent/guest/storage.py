@@ -12,7 +12,7 @@ import os
 import stat
 
 from caisson.agent.base import syscalls
-from caisson.agent.base.errors import Failed, Invalid, Refused
+from caisson.agent.base.errors import InvalidArgument, MissingArgument, SystemCallFailed, UnknownStorageDriver
 from caisson.agent.base.record import Record
 from caisson.agent.guest import modules
 from caisson.agent.guest.blockdevices import BlockDevices
@@ -71,11 +71,11 @@ class Storages:
     async def mount(self, storages: Sequence[Storage]) -> list[str]:
         """Mount all of them, in this order; returns the mount points that `unmount` is to let go of.
 
-        Raises Invalid, Refused, Failed or TooLate; nothing of them is left then, but what is shared.
+        Raises InvalidArgument, SystemCallFailed or Timeout; nothing of them is left then, but what is shared.
         """
         for storage in storages:
             if storage.driver not in DRIVERS and storage.fstype != "bind":
-                raise Invalid(f'Unknown storage driver "{storage.driver}"')
+                raise UnknownStorageDriver(driver=storage.driver)
         done: list[str] = []
         try:
             for storage in storages:
@@ -97,7 +97,7 @@ class Storages:
         return done
 
     async def _source(self, storage: Storage) -> str:
-        """The device, or whatever else is mounted.  Raises Invalid or TooLate."""
+        """The device, or whatever else is mounted.  Raises InvalidArgument or Timeout."""
         source = storage.source
         if storage.fstype == "bind" or storage.driver in ("9p", "virtio-fs", "mmioblk"):
             return source
@@ -172,7 +172,7 @@ def _mount(storage: Storage) -> None:
     source, target, fstype = storage.source, storage.mount_point, storage.fstype
     for value, what in ((source, "source"), (target, "destination"), (fstype, "FS type")):
         if not value:
-            raise Refused(f"need mount {what}")
+            raise MissingArgument(f"need mount {what}")
     flags, propagation, data = _options(storage.options)
     if fstype == "bind":
         flags |= FLAGS["bind"]
@@ -180,13 +180,13 @@ def _mount(storage: Storage) -> None:
         try:
             source = os.path.realpath(source, strict=True)
         except OSError:
-            raise Failed(f"Could not resolve symlink for source {source}") from None
+            raise SystemCallFailed(f"Could not resolve symlink for source {source}") from None
     directory = fstype != "bind" or os.path.isdir(source)  # noqa: PTH112 - no pathlib at start
     try:
         point = open_point(target, 0o755, directory=directory)
     except OSError as error:
         why = os.strerror(error.errno or 0).lower()
-        raise Failed(f"Could not create destination mount point: {target}: {why}") from error
+        raise SystemCallFailed(f"Could not create destination mount point: {target}: {why}") from error
     place = f"/proc/self/fd/{point}"
     try:
         syscalls.mount(source, place, fstype, flags & ~(FLAGS["ro"] if flags & FLAGS["bind"] else 0), data or None)
@@ -196,7 +196,9 @@ def _mount(storage: Storage) -> None:
             _unmount(target)
             raise
     except OSError as error:
-        raise Failed(f"Could not mount {source} to {target}: {os.strerror(error.errno or 0).lower()}") from error
+        raise SystemCallFailed(
+            f"Could not mount {source} to {target}: {os.strerror(error.errno or 0).lower()}"
+        ) from error
     finally:
         os.close(point)
 
@@ -249,9 +251,11 @@ def _make_local(storage: Storage) -> None:
         mode = int(text, 8)
         os.close(open_point(storage.mount_point, mode & 0o7777))
     except ValueError:
-        raise Invalid(f"storage {storage.mount_point}: mode={text} is not an octal number") from None
+        raise InvalidArgument(f"storage {storage.mount_point}: mode={text} is not an octal number") from None
     except OSError as error:
-        raise Failed(f"Could not create {storage.mount_point}: {os.strerror(error.errno or 0).lower()}") from error
+        raise SystemCallFailed(
+            f"Could not create {storage.mount_point}: {os.strerror(error.errno or 0).lower()}"
+        ) from error
 
 
 def _make_ephemeral(storage: Storage) -> None:
@@ -262,17 +266,17 @@ def _make_ephemeral(storage: Storage) -> None:
         os.close(open_point(storage.mount_point, 0o777))
     except OSError as error:
         why = os.strerror(error.errno or 0).lower()
-        raise Failed(f"Could not create destination mount point: {storage.mount_point}: {why}") from error
+        raise SystemCallFailed(f"Could not create destination mount point: {storage.mount_point}: {why}") from error
     _mount(storage.but(source=storage.source or storage.fstype))
 
 
 def _set_huge_pages_aside(storage: Storage) -> None:
     size, page = (_value(storage.options, name) for name in ("size", "pagesize"))
     if not (size.isdecimal() and page.isdecimal() and int(page) >= 1024):
-        raise Invalid(f"storage {storage.mount_point}: hugetlbfs needs size=BYTES and pagesize=BYTES")
+        raise InvalidArgument(f"storage {storage.mount_point}: hugetlbfs needs size=BYTES and pagesize=BYTES")
     file = f"{HUGE_PAGES}/hugepages-{int(page) // 1024}kB/nr_hugepages"
     try:
         with open(file, "w") as pages:  # noqa: PTH123 - a sysfs file
             pages.write(str(int(size) // int(page)))
     except OSError as error:
-        raise Failed(f"{file}: {os.strerror(error.errno or 0).lower()}") from error
+        raise SystemCallFailed(f"{file}: {os.strerror(error.errno or 0).lower()}") from error

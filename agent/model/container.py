@@ -11,7 +11,17 @@ import signal
 from datetime import UTC, datetime
 
 from caisson.agent.base.aio import run_to_completion
-from caisson.agent.base.errors import AlreadyExists, Ended, NotFound, Refused, Unsupported, WrongState
+from caisson.agent.base.errors import (
+    CannotExec,
+    CannotPause,
+    NotCreated,
+    NotPaused,
+    NotRunning,
+    ProcessExists,
+    ProcessExited,
+    ProcessNotFound,
+    Unsupported,
+)
 from caisson.agent.libcontainer.cgroups.base import CgroupError, signal_pid
 from caisson.agent.libcontainer.config.resources import Resources
 from caisson.agent.libcontainer.errors import LaunchError
@@ -154,7 +164,7 @@ class Container:
         state.save(self._directory)
 
     async def start(self) -> None:
-        """Let the program run.  Raises WrongState, or LaunchError when its init died before.
+        """Let the program run.  Raises NotCreated, or LaunchError when its init died before.
 
         Once begun it is done: an init that has come half-way could not be started again.
         """
@@ -163,7 +173,7 @@ class Container:
     async def _start(self) -> None:
         async with self._lock:
             if self.status != CREATED:
-                raise WrongState(f"Container {self.id} status {self.status}, should be {CREATED}")
+                raise NotCreated(container_id=self.id, status=self.status)
             assert self._init is not None
             await self._launcher.start(self._fifo, self._init.child)
             if self.spec.hooks.poststart and not self._ending:
@@ -187,11 +197,11 @@ class Container:
         """Run one more process in it; it runs when this returns.  Raises LaunchError when it cannot."""
         check_id(exec_id)
         if self._ending or self.status == STOPPED:
-            raise WrongState(f"Cannot exec in stopped container {self.id}")
+            raise CannotExec(container_id=self.id, status=STOPPED)
         if self._paused:  # a process that is born into it would stand still before it says anything
-            raise WrongState(f"Cannot exec in paused container {self.id}")
+            raise CannotExec(container_id=self.id, status=PAUSED)
         if exec_id in self._processes or exec_id in self._starting:
-            raise AlreadyExists(f"Process {exec_id} already exists (container {self.id})")
+            raise ProcessExists(container_id=self.id, exec_id=exec_id)
         assert self._init is not None
         init = self._init.child
 
@@ -212,34 +222,34 @@ class Container:
             return started
         except LaunchError as error:
             if self._ending or init.status is not None:  # that is why it could not
-                raise WrongState(f"Cannot exec in stopped container {self.id}") from error
+                raise CannotExec(container_id=self.id, status=STOPPED) from error
             raise
         finally:
             del self._starting[exec_id]
             decided.set()
 
     async def pause(self) -> None:
-        """Let everything in it stand still.  Raises Refused when it does already, or has ended."""
+        """Let everything in it stand still.  Raises CannotPause when it does already, or has ended."""
         async with self._lock:
             if self.status not in (CREATED, RUNNING):
-                raise Refused(f"container not running or created: {self.status}")
+                raise CannotPause(container_id=self.id, status=self.status)
             if self._cgroup is None:
                 raise Unsupported("a container is paused by its cgroup, and this machine has no cgroup hierarchy")
             await self._cgroup.freeze()
             self._paused = True
 
     async def resume(self) -> None:
-        """Let everything in it go on.  Raises Refused when it does not stand still."""
+        """Let everything in it go on.  Raises NotPaused."""
         async with self._lock:
             if self.status != PAUSED or self._cgroup is None:
-                raise Refused("container not paused")
+                raise NotPaused(container_id=self.id)
             await self._cgroup.thaw()
             self._paused = False
 
     async def update(self, resources: Resources) -> None:
         """Change what it may use: what `resources` gives, and all of that or nothing.
 
-        Raises Refused when it has ended, SpecError or CgroupError for what cannot be set.
+        Raises NotRunning when it has ended, SpecError or CgroupError for what cannot be set.
         """
         await run_to_completion(self._update(resources))
 
@@ -254,7 +264,7 @@ class Container:
     async def _update(self, resources: Resources) -> None:
         async with self._lock:
             if self.status == STOPPED:
-                raise Refused("container not running")
+                raise NotRunning(container_id=self.id)
             if self._cgroup is None:
                 raise Unsupported("limits are set in a container's cgroup, and this machine has no cgroup hierarchy")
             wanted = self._resources.updated(resources)
@@ -277,10 +287,10 @@ class Container:
         return sorted(process.child.pid for process in self._processes.values() if process.child.status is None)
 
     def process(self, exec_id: str) -> Process:
-        """A process by its id; an empty one means the first.  Raises NotFound."""
+        """A process by its id; an empty one means the first.  Raises ProcessNotFound."""
         process = self._init if not exec_id else self._processes.get(exec_id)
         if process is None:
-            raise NotFound(f"Process {exec_id} not found (container {self.id})")
+            raise ProcessNotFound(container_id=self.id, exec_id=exec_id)
         return process
 
     async def signal_all(self, number: int) -> None:
@@ -309,7 +319,7 @@ class Container:
         """Signal one process.  A first process without a handler for SIGTERM gets SIGKILL instead.
 
         The kernel drops signals that PID 1 of a namespace does not handle (pid_namespaces(7)), and who stops a
-        container should not have to wait for nothing.  Raises Ended.
+        container should not have to wait for nothing.  Raises ProcessExited.
         """
         process = self.process(exec_id)
         if process is self._init and number == signal.SIGTERM and not catches(process.child.pid, number):
@@ -359,7 +369,7 @@ class Container:
         for process in self._processes.values():
             try:
                 process.child.signal(number)
-            except Ended:
+            except ProcessExited:
                 continue
 
     @staticmethod

@@ -11,7 +11,7 @@ import signal
 import threading
 
 from caisson.agent.base import syscalls
-from caisson.agent.base.errors import Ended
+from caisson.agent.base.errors import ProcessExited
 from caisson.agent.model.reaper import Child
 
 TYPE_CHECKING = False
@@ -77,7 +77,7 @@ class SharedNamespaces:
         if self._pause is not None:
             try:
                 self._pause.signal(signal.SIGKILL)
-            except Ended:
+            except ProcessExited:
                 pass
             await self._pause.wait()  # the kernel lets it go once all others in there have been reaped
             self._pause = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from caisson.agent.base.errors import WrongState
+from caisson.agent.base.errors import NoTerminal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,9 +40,9 @@ class Process:
             await self._streams.stdin.close()
 
     def resize(self, rows: int, columns: int) -> None:
-        """Set its terminal's size.  Raises WrongState when it has none."""
+        """Set its terminal's size.  Raises NoTerminal."""
         if not self._streams.is_terminal:
-            raise WrongState("Terminal is not set, impossible to resize it")
+            raise NoTerminal(exec_id=self.exec_id)
         self._streams.resize(rows, columns)
 
     def exited(self) -> None:

@@ -14,7 +14,7 @@ import signal
 from contextlib import contextmanager
 
 from caisson.agent.base import syscalls
-from caisson.agent.base.errors import Ended
+from caisson.agent.base.errors import ProcessExited
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -49,9 +49,9 @@ class Child:
             self._callbacks.pop(key, None)
 
     def signal(self, number: int) -> None:
-        """Send a signal.  Raises Ended when it was reaped, and OSError for a number that is none."""
+        """Send a signal.  Raises ProcessExited when it was reaped, and OSError for a number that is none."""
         if self.status is not None:
-            raise Ended("no such process")
+            raise ProcessExited
         os.kill(self.pid, number)
 
     def _end(self, status: int) -> None:

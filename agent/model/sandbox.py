@@ -5,7 +5,16 @@ from __future__ import annotations
 import asyncio
 
 from caisson.agent.base.aio import run_to_completion
-from caisson.agent.base.errors import AlreadyExists, Invalid, NotFound, TooLate, WrongState
+from caisson.agent.base.errors import (
+    AlreadyExists,
+    ContainerExists,
+    ContainerNotFound,
+    FailedPrecondition,
+    InvalidArgument,
+    SandboxExists,
+    SandboxNotRunning,
+    Timeout,
+)
 from caisson.agent.guest.blockdevices import BlockDevices
 from caisson.agent.guest.dns import Resolver
 from caisson.agent.guest.storage import Storages
@@ -93,11 +102,11 @@ class Sandbox:
         containers see each other's processes, `dns` are the lines of the guest's resolv.conf, and
         `storages` are mounted.
 
-        Raises AlreadyExists, Invalid, Failed or TooLate; a failure leaves it as if it had not been tried.
+        Raises AlreadyExists, InvalidArgument, SystemCallFailed or Timeout; a failure leaves nothing behind.
         """
         async with self._lock:
             if self._id is not None:
-                raise AlreadyExists("Sandbox already started, impossible to start again")
+                raise SandboxExists
             name = check_id(sandbox_id or UNNAMED)
             hooks = _guest_hooks(hook_path) if hook_path else None
             directory = self._state / name
@@ -107,7 +116,7 @@ class Sandbox:
                 await shared.make(hostname, self._launcher if shared_pids else None)
             except (OSError, LaunchError) as error:
                 self._forget_directory(directory)
-                raise WrongState(f"failed to create namespace: {error}") from error
+                raise FailedPrecondition(f"failed to create namespace: {error}") from error
             try:
                 self._mounts[""] = await self._storages.mount(storages)
                 if not self._resolver.set(dns):
@@ -160,10 +169,10 @@ class Sandbox:
             self._log("warning", "something is left in the sandbox's directory", path=str(directory), error=str(error))
 
     def container(self, container_id: str) -> Container:
-        """A container by its id.  Raises NotFound."""
+        """A container by its id.  Raises ContainerNotFound."""
         container = self._containers.get(container_id)
         if container is None:
-            raise NotFound(f"Container {container_id} not found")
+            raise ContainerNotFound(container_id=container_id)
         return container
 
     async def create(
@@ -181,12 +190,12 @@ class Sandbox:
         while container_id in self._creating:
             await self._creating[container_id].wait()  # whoever is told that it exists may use it
         if self._id is None or self._shared is None or self._ending:
-            raise WrongState("Sandbox not started, impossible to run a new container")
+            raise SandboxNotRunning
         check_id(container_id)
         if container_id in self._containers:
-            raise AlreadyExists(f"Container {container_id} already exists, impossible to create")
+            raise ContainerExists(container_id=container_id)
         if spec.process is None or spec.root is None or not spec.root.path:
-            raise Invalid("the container's spec needs a process and a root path")
+            raise InvalidArgument("the container's spec needs a process and a root path")
         spec, join = self._adapt(container_id, spec, self._shared)
         directory = self._state / self._id / container_id
         try:
@@ -204,7 +213,7 @@ class Sandbox:
             if self._cgroups is not None:
                 cgroup = self._cgroups.create(spec.linux.cgroups_path or f"{self._id}/{container_id}")
             elif spec.linux.resources is not None:
-                raise WrongState("linux.resources: there is no cgroup hierarchy in this guest")
+                raise FailedPrecondition("linux.resources: there is no cgroup hierarchy in this guest")
             container = Container(
                 container_id,
                 spec,
@@ -239,7 +248,7 @@ class Sandbox:
         """
         kinds = {namespace.type: namespace.path for namespace in spec.linux.namespaces}
         if "pid" in kinds:
-            raise WrongState(
+            raise FailedPrecondition(
                 f"Unexpected PID namespace received for container {container_id}, should have been cleared out"
             )
         if kinds.get("network"):
@@ -274,12 +283,12 @@ class Sandbox:
         self.oom_events.add(container_id)
 
     async def remove(self, container_id: str, timeout: float | None = None) -> None:
-        """End a container and forget it.  Raises NotFound, or TooLate: the work goes on then."""
+        """End a container and forget it.  Raises NotFound, or Timeout: the work goes on then."""
         work = run_to_completion(self._remove(self.container(container_id)))
         try:
             await asyncio.wait_for(work, timeout or None)
         except TimeoutError:
-            raise TooLate(f"Timeout reached after {timeout:g}s") from None
+            raise Timeout(f"Timeout reached after {timeout:g}s") from None
 
     async def _remove(self, container: Container) -> None:
         try:
@@ -297,8 +306,8 @@ def _guest_hooks(path: str) -> GuestHooks:
     from caisson.agent.guest.hooks import GuestHooks
 
     if path and not path.startswith("/"):
-        raise Invalid(f"guest_hook_path: {path!r} must be an absolute path")
+        raise InvalidArgument(f"guest_hook_path: {path!r} must be an absolute path")
     try:
         return GuestHooks(path)
     except OSError as error:
-        raise Invalid(f"guest_hook_path: {error.filename}: {error.strerror}") from error
+        raise InvalidArgument(f"guest_hook_path: {error.filename}: {error.strerror}") from error

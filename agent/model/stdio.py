@@ -143,13 +143,13 @@ class Input(_End):
             view = memoryview(data)
             while view:
                 if self._released:
-                    raise BrokenStream("write |1: broken pipe")
+                    raise BrokenStream
                 try:
                     view = view[os.write(self._fd, view) :]
                 except BlockingIOError:
                     await _event_or_exit(self._fd, child, writing=True)
                 except OSError:
-                    raise BrokenStream("write |1: broken pipe") from None
+                    raise BrokenStream from None
             return len(data)
 
     async def close(self) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from caisson.agent.base.errors import Ended
+from caisson.agent.base.errors import ProcessExited
 from caisson.agent.model.reaper import Child, Reaper
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,7 +142,7 @@ async def test_signals_go_to_who_was_claimed_and_to_nobody_after_its_end(reaper:
     child.signal(signal.SIGTERM)
     assert await child.wait() == 143
     for number in (0, signal.SIGKILL):
-        with pytest.raises(Ended):
+        with pytest.raises(ProcessExited):
             child.signal(number)
 
 

@@ -15,7 +15,7 @@ import pytest
 from caisson.agent.api.health import Health as FirstHealth
 from caisson.agent.api.kata1.service import _read_response
 from caisson.agent.base.boot_timestamps import BootTimestamps
-from caisson.agent.base.errors import Refused
+from caisson.agent.base.errors import ModelError
 from caisson.agent.base.log import Log
 from caisson.agent.base.tracing import Tracing
 from caisson.agent.rpc.codes import StatusCode
@@ -49,7 +49,7 @@ class Health:
         elif request.service == "bug":
             raise ZeroDivisionError("of ours")
         elif request.service:
-            raise Refused(request.service)
+            raise ModelError(request.service)
         return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
 
 
@@ -57,7 +57,7 @@ SERVICE = Service(health_pb2.DESCRIPTOR.services_by_name["Health"], Health, unim
 
 
 def status_of(error: Exception) -> tuple[StatusCode, str] | None:
-    return (StatusCode.UNKNOWN, str(error)) if isinstance(error, Refused) else None
+    return (StatusCode.UNKNOWN, str(error)) if isinstance(error, ModelError) else None
 
 
 def dispatch(health: Health) -> Dispatch:

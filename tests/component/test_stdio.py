@@ -232,7 +232,7 @@ def test_a_write_that_nobody_reads_is_broken() -> None:
         write = await pending(stdin.write(bytes(2 * PIPE), child))
         os.close(theirs)
         for attempt in (write, stdin.write(b"x", child)):
-            with pytest.raises(BrokenStream, match=r"write \|1: broken pipe"):
+            with pytest.raises(BrokenStream):
                 await attempt
         stdin.release()
 

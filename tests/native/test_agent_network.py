@@ -125,7 +125,7 @@ def test_an_interface_that_is_still_to_come(alone: RunningAgent) -> None:
             code, text = await refused(client.rpc.UpdateInterface(late))
             assert (code, text) == (
                 Code.DEADLINE_EXCEEDED,
-                "Timeout reached after 3s waiting for the interface 02:00:00:00:00:77",
+                "Timeout reached after 3s waiting for device 02:00:00:00:00:77",
             )
             call = client.rpc.UpdateInterface(late)
             ip(alone, "link", "add", "late", "address", "02:00:00:00:00:77", "type", "veth", "peer", "name", "later")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from caisson.agent.base.errors import NotFound, TooLate, WrongState
+from caisson.agent.base.errors import FailedPrecondition, NotFound, Timeout
 from caisson.agent.base.log import Log
 from caisson.agent.base.syscalls import MNT_DETACH, umount2
 from caisson.agent.libcontainer.config.spec import Rlimit, Spec
@@ -87,7 +87,7 @@ def test_a_removal_that_takes_too_long_is_told_in_time_and_goes_on(setting: Sett
         sandbox, launcher = setting.sandbox, setting.launcher
         await sandbox.start("", "")
         await sandbox.create("slow", "", SPEC)
-        with pytest.raises(TooLate, match=r"^Timeout reached after 0\.05s$"):
+        with pytest.raises(Timeout, match=r"^Timeout reached after 0\.05s$"):
             await sandbox.remove("slow", 0.05)
         assert sandbox.container("slow").status == "running"  # it is still there
         await sandbox.create("other", "", SPEC)  # and holds up nobody
@@ -114,7 +114,7 @@ def test_removals_of_one_container_at_the_same_time(setting: Setting) -> None:
         removals[0].cancel()  # its caller has gone
         setting.launcher.ends("box")
         assert await asyncio.gather(*removals[1:]) == [None, None]
-        with pytest.raises(NotFound, match="Container box not found"):
+        with pytest.raises(NotFound, match="container box: not found"):
             await setting.sandbox.remove("box")
         await setting.sandbox.destroy()
 
@@ -130,7 +130,7 @@ def test_an_end_waits_for_what_is_in_the_making_and_lets_nothing_new_in(setting:
         failed = await settled(asyncio.ensure_future(sandbox.create("bad", "", SPEC)))
         end = await settled(asyncio.ensure_future(sandbox.destroy()))
         assert not sandbox.running
-        with pytest.raises(WrongState, match="Sandbox not started"):
+        with pytest.raises(FailedPrecondition, match="the sandbox does not run"):
             await sandbox.create("new", "", SPEC)
         launcher.decided.set()
         await made
@@ -183,7 +183,7 @@ def test_a_failed_start_is_as_if_it_had_not_been_tried(setting: Setting, monkeyp
             patch.setattr(
                 "caisson.agent.base.syscalls.unshare", lambda flags: (_ for _ in ()).throw(OSError(1, "not permitted"))
             )
-            with pytest.raises(WrongState, match=r"failed to create namespace: .*not permitted"):
+            with pytest.raises(FailedPrecondition, match=r"failed to create namespace: .*not permitted"):
                 await sandbox.start("pod", "name")
         assert not sandbox.running
         assert list(setting.state.iterdir()) == []

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from caisson.agent.base.errors import Failed, Invalid
+from caisson.agent.base.errors import InvalidArgument, SystemCallFailed
 from caisson.agent.guest import devices
 from caisson.agent.guest.blockdevices import BlockDevices
 from caisson.agent.guest.devices import GuestDevice
@@ -57,18 +57,22 @@ def test_a_real_node() -> None:
 @pytest.mark.parametrize(
     "device, error, text",
     [
-        (GuestDevice("x", "", "", "/dev/x"), Invalid, "invalid type for device x"),
-        (GuestDevice("", "blk", "", "/dev/x"), Invalid, "invalid ID and VM path for device /dev/x"),
-        (GuestDevice("x", "blk", "", ""), Invalid, "invalid container path for device x"),
-        (GuestDevice("x", "vfio", "", "/dev/x"), Invalid, 'Unknown device type "vfio"'),
-        (GuestDevice("x", "mmioblk", "", "/dev/x"), Invalid, "Invalid path for virtioMmioBlkDevice"),
+        (GuestDevice("x", "", "", "/dev/x"), InvalidArgument, "invalid type for device x"),
+        (GuestDevice("", "blk", "", "/dev/x"), InvalidArgument, "invalid ID and VM path for device /dev/x"),
+        (GuestDevice("x", "blk", "", ""), InvalidArgument, "invalid container path for device x"),
+        (GuestDevice("x", "vfio", "", "/dev/x"), InvalidArgument, 'Unknown device type "vfio"'),
+        (GuestDevice("x", "mmioblk", "", "/dev/x"), InvalidArgument, "Invalid path for virtioMmioBlkDevice"),
         (
             GuestDevice("", "blk", "/dev/null", "/dev/y"),
-            Failed,
+            SystemCallFailed,
             "Should have found a matching device /dev/y in the spec",
         ),
-        (GuestDevice("", "blk", "/dev/no-such", "/dev/x"), Failed, "stat /dev/no-such: no such file or directory"),
-        (GuestDevice("", "blk", os.fspath(Path(__file__)), "/dev/x"), Failed, "is no device"),
+        (
+            GuestDevice("", "blk", "/dev/no-such", "/dev/x"),
+            SystemCallFailed,
+            "stat /dev/no-such: no such file or directory",
+        ),
+        (GuestDevice("", "blk", os.fspath(Path(__file__)), "/dev/x"), SystemCallFailed, "is no device"),
     ],
 )
 def test_what_makes_no_sense(device: GuestDevice, error: type[Exception], text: str) -> None:
@@ -77,5 +81,5 @@ def test_what_makes_no_sense(device: GuestDevice, error: type[Exception], text: 
 
 
 def test_a_configuration_without_devices() -> None:
-    with pytest.raises(Failed, match="No devices found from the spec, cannot update"):
+    with pytest.raises(SystemCallFailed, match="No devices found from the spec, cannot update"):
         placed(spec(), GuestDevice("", "blk", "/dev/null", "/dev/x"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from caisson.agent.base.errors import Failed, Invalid, Refused
+from caisson.agent.base.errors import InvalidArgument, PathOutside, SystemCallFailed
 from caisson.agent.guest.files import UNFINISHED, Files, Piece
 
 
@@ -87,7 +87,7 @@ def test_other_contents_begin_anew(root: Path, files: Files) -> None:
     "path", ["/etc/passwd", "file", "", "{root}", "{root}/../x", "{root}ning/x", "/", "{root}/a/../../x", "../x"]
 )
 def test_paths_elsewhere(root: Path, files: Files, path: str) -> None:
-    with pytest.raises(Refused, match=f"Only is possible to copy files into the {root} directory"):
+    with pytest.raises(PathOutside, match=f"is not below {root}"):
         files.write(Piece(path=path.format(root=root), size=1, offset=0, data=b"x"))
     assert sorted(path.name for path in root.parent.iterdir()) == ["root"]
 
@@ -98,7 +98,7 @@ def test_links_are_not_followed(root: Path, files: Files, where: str) -> None:  
     outside.mkdir()
     (root / "a").mkdir()
     (root / where.rpartition("link")[0] / "link").symlink_to(outside)
-    with pytest.raises(Failed):
+    with pytest.raises(SystemCallFailed):
         files.write(piece(root, where, b"x"))
     assert list(outside.iterdir()) == []
     outside.rmdir()
@@ -114,12 +114,12 @@ def test_a_link_is_replaced(root: Path, files: Files) -> None:
 
 def test_what_is_in_the_way(root: Path, files: Files) -> None:
     (root / "directory").mkdir()
-    with pytest.raises(Failed, match="directory"):
+    with pytest.raises(SystemCallFailed, match="directory"):
         files.write(piece(root, "directory", b"x"))
     (root / "plain").write_bytes(b"")
-    with pytest.raises(Failed, match="plain/file: Not a directory"):
+    with pytest.raises(SystemCallFailed, match="plain/file: Not a directory"):
         files.write(piece(root, "plain/file", b"x"))
-    with pytest.raises(Failed, match="File name too long"):
+    with pytest.raises(SystemCallFailed, match="File name too long"):
         files.write(piece(root, "n" * 256, b"x"))
 
 
@@ -137,7 +137,7 @@ def test_what_is_in_the_way(root: Path, files: Files) -> None:
 )
 def test_what_makes_no_sense(root: Path, files: Files, change: dict[str, int | str]) -> None:
     values = {name: value.format(root=root) if isinstance(value, str) else value for name, value in change.items()}
-    with pytest.raises(Invalid):
+    with pytest.raises(InvalidArgument):
         files.write(piece(root, "file", b"xyz").but(**values))
     assert list(root.iterdir()) == []
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from caisson.agent.base.errors import Failed, Refused
+from caisson.agent.base.errors import MissingArgument, SystemCallFailed
 from caisson.agent.guest import hotplug
 
 
@@ -44,7 +44,7 @@ def test_a_cpu_that_comes_late(tmp_path: Path) -> None:
 def test_too_few_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hotplug, "CPU_TIMEOUT", 0.0)
     switch(tmp_path, "cpu1")
-    with pytest.raises(Failed, match="only 1 of 2 were connected"):
+    with pytest.raises(SystemCallFailed, match="only 1 of 2 were connected"):
         asyncio.run(hotplug.online_cpus(2, str(tmp_path)))
 
 
@@ -56,7 +56,7 @@ def test_memory(tmp_path: Path) -> None:
 
 
 def test_probing(tmp_path: Path) -> None:
-    with pytest.raises(Failed, match="Could not probe memory at 0x40000000: no such file"):
+    with pytest.raises(SystemCallFailed, match="Could not probe memory at 0x40000000: no such file"):
         hotplug.probe_memory([0x40000000], str(tmp_path))
     (tmp_path / "memory").mkdir()
     hotplug.probe_memory([0x40000000, 0x48000000], str(tmp_path))
@@ -64,6 +64,6 @@ def test_probing(tmp_path: Path) -> None:
 
 
 def test_what_asks_for_nothing() -> None:
-    with pytest.raises(Refused, match="requested number of CPUs '0' must be greater than 0"):
+    with pytest.raises(MissingArgument, match="requested number of CPUs '0' must be greater than 0"):
         hotplug.check_count(0, True)
     hotplug.check_count(0, False)

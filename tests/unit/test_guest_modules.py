@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from caisson.agent.base import syscalls
-from caisson.agent.base.errors import Refused
+from caisson.agent.base.errors import ModelError
 from caisson.agent.guest import modules
 
 
@@ -49,13 +49,13 @@ def test_what_is_needed_and_not_there_is_passed_over(loaded: list[tuple[str, str
     "name, text",
     [
         ("", "Kernel module name is empty"),
-        ("no", "could not load module: no: the image does not have it"),
-        ("../x", "no name of one"),
-        ("broken", "could not load module: broken: .*no such file"),
+        ("no", "kernel module no: the image does not have it"),
+        ("../x", "not a valid name of a module"),
+        ("broken", "kernel module broken: .*no such file"),
     ],
 )
 def test_what_cannot_be_loaded(loaded: list[tuple[str, str]], name: str, text: str) -> None:
-    with pytest.raises(Refused, match=text):
+    with pytest.raises(ModelError, match=text):
         modules.load(name)
     modules.load("there")  # it is already
     assert loaded == []

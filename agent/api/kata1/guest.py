@@ -9,7 +9,7 @@ from typing import Any
 
 from google.protobuf import empty_pb2
 
-from caisson.agent.base.errors import Invalid, ModelError
+from caisson.agent.base.errors import InvalidArgument, ModelError
 from caisson.agent.base.log import Log
 from caisson.agent.base.tracing import Tracing
 from caisson.agent.guest import clock, hotplug
@@ -57,7 +57,7 @@ class GuestService:
         from caisson.agent.guest.network import Address, Interface
 
         if not request.HasField("interface"):
-            raise Invalid("Need network interface")
+            raise InvalidArgument("Need network interface")
         wanted = request.interface
         addresses = tuple(Address(one.address, _prefix(one)) for one in wanted.IPAddresses)
         interface = Interface(
@@ -85,7 +85,7 @@ class GuestService:
         from caisson.agent.guest.network import Route
 
         if not request.HasField("routes"):
-            raise Invalid("Need network routes")
+            raise InvalidArgument("Need network routes")
         await self._network.update_routes(
             [
                 Route(destination=one.dest, gateway=one.gateway, device=one.device, source=one.source, scope=one.scope)
@@ -107,11 +107,11 @@ class GuestService:
         from caisson.agent.guest.network import Neighbour
 
         if not request.HasField("neighbors"):
-            raise Invalid("Need ARP neighbors")
+            raise InvalidArgument("Need ARP neighbors")
         neighbours = []
         for one in request.neighbors.ARPNeighbors:
             if not one.HasField("toIPAddress"):
-                raise Invalid("an ARP neighbor needs toIPAddress")
+                raise InvalidArgument("an ARP neighbor needs toIPAddress")
             neighbours.append(
                 Neighbour(
                     address=one.toIPAddress.address, device=one.device, mac=one.lladdr, state=one.state, flags=one.flags
@@ -179,5 +179,5 @@ def _family(version: int) -> types_pb2.IPFamily:
 
 def _prefix(address: Any) -> int:
     if not (address.mask.isascii() and address.mask.isdecimal()) or int(address.mask) > 128:
-        raise Invalid(f'Could not parse "{address.address}/{address.mask}"')
+        raise InvalidArgument(f'Could not parse "{address.address}/{address.mask}"')
     return int(address.mask)

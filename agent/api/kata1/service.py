@@ -11,7 +11,14 @@ from google.protobuf import empty_pb2
 
 from caisson.agent.api import stats
 from caisson.agent.api.kata1 import oci
-from caisson.agent.base.errors import Ended, Invalid, NotFound, Refused, Unsupported, WrongState
+from caisson.agent.api.status import StatusError
+from caisson.agent.base.errors import (
+    ContainerNotFound,
+    InvalidArgument,
+    ProcessExited,
+    ProcessNotFound,
+    Unsupported,
+)
 from caisson.agent.guest import details, devices, modules, ps, storage
 from caisson.agent.libcontainer.config.resources import Resources
 from caisson.agent.libcontainer.config.spec import Process as ProcessSpec
@@ -19,6 +26,7 @@ from caisson.agent.libcontainer.config.spec import Spec
 from caisson.agent.model.container import Container
 from caisson.agent.model.process import Process
 from caisson.agent.model.sandbox import Sandbox
+from caisson.agent.rpc.codes import StatusCode
 from caisson.proto.contract import VERSION
 from caisson.proto.kata1 import agent_pb2
 
@@ -72,7 +80,7 @@ class AgentService:
     async def CreateContainer(self, request: Any) -> Any:
         self._need_sandbox("Sandbox not started, impossible to run a new container")
         if not request.HasField("OCI") or not request.OCI.HasField("Process"):
-            raise Invalid("CreateContainer needs OCI and OCI.Process")
+            raise InvalidArgument("CreateContainer needs OCI and OCI.Process")
         if request.agent_pidns:
             raise Unsupported("CreateContainer: agent_pidns is not supported: containers do not see the agent")
         if request.sandbox_pidns and not self._sandbox.shares_pids:
@@ -101,7 +109,7 @@ class AgentService:
     async def UpdateContainer(self, request: Any) -> Any:
         self._sandbox.container(request.container_id)
         if not request.HasField("resources"):
-            raise Refused("Resources in the request are nil")
+            raise StatusError(StatusCode.UNKNOWN, "Resources in the request are nil")
         wanted = Resources.from_json(oci.resources_to_json(request.resources))
         await self._sandbox.update(request.container_id, wanted)
         return EMPTY
@@ -122,15 +130,15 @@ class AgentService:
                 raise Unsupported(f"ListProcesses: ps {' '.join(request.args)}: only -ef is known in this guest")
             listed = ps.table(container.pids())
         else:
-            raise Refused("invalid format option")
+            raise StatusError(StatusCode.UNKNOWN, "invalid format option")
         return agent_pb2.ListProcessesResponse(process_list=listed.encode())
 
     async def ExecProcess(self, request: Any) -> Any:
         container = self._container(request)
         if not request.HasField("process"):
-            raise Invalid("ExecProcess needs a process")
+            raise InvalidArgument("ExecProcess needs a process")
         if not request.exec_id:
-            raise Invalid("ExecProcess needs an exec_id")
+            raise InvalidArgument("ExecProcess needs an exec_id")
         await container.exec(request.exec_id, ProcessSpec.from_json(oci.exec_to_json(request.process)))
         return EMPTY
 
@@ -138,12 +146,14 @@ class AgentService:
         self._need_sandbox("Sandbox not started, impossible to signal the container")
         try:
             container = self._sandbox.container(request.container_id)
-        except NotFound as error:
-            raise WrongState(
-                f"Could not signal process {request.exec_id}: rpc error: code = NotFound desc = {error}"
+        except ContainerNotFound as error:
+            raise StatusError(
+                StatusCode.FAILED_PRECONDITION,
+                f"Could not signal process {request.exec_id}: rpc error: "
+                f"code = NotFound desc = Container {request.container_id} not found",
             ) from error
         if not 0 <= request.signal <= signal.SIGRTMAX:
-            raise Invalid(f"{request.signal} is not a signal")
+            raise InvalidArgument(f"{request.signal} is not a signal")
         if container.status == "stopped":
             return EMPTY  # what was to be stopped has stopped
         if not request.exec_id or container.status == "paused":  # one of them would not hear it
@@ -151,9 +161,13 @@ class AgentService:
             return EMPTY
         try:
             container.signal(request.exec_id, request.signal)
-        except NotFound as error:
-            raise NotFound(f"Could not signal process: rpc error: code = NotFound desc = {error}") from error
-        except Ended:
+        except ProcessNotFound as error:
+            raise StatusError(
+                StatusCode.NOT_FOUND,
+                "Could not signal process: rpc error: code = NotFound desc = "
+                f"Process {request.exec_id} not found (container {request.container_id})",
+            ) from error
+        except ProcessExited:
             pass  # it ended a moment ago: no host should fail over that
         return EMPTY
 
@@ -181,7 +195,7 @@ class AgentService:
 
     def _need_sandbox(self, text: str = "Sandbox not started") -> None:
         if not self._sandbox.running:
-            raise WrongState(text)
+            raise StatusError(StatusCode.FAILED_PRECONDITION, text)
 
     def _container(self, request: Any) -> Container:
         self._need_sandbox()
