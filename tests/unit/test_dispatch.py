@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from caisson.agent.base.errors import Refused
+from caisson.agent.base.errors import ModelError
 from caisson.agent.base.log import Log
 from caisson.agent.base.tracing import Tracing
 from caisson.agent.rpc.codes import StatusCode
@@ -37,7 +37,7 @@ class Check:
         if request.service == "timeout":
             raise TimeoutError("of its own")
         if request.service:
-            raise Refused(request.service)
+            raise ModelError(request.service)
         return SERVING
 
 
@@ -47,7 +47,7 @@ class Version:
 
 
 def status_of(error: Exception) -> tuple[StatusCode, str] | None:
-    return (StatusCode.UNKNOWN, str(error)) if isinstance(error, Refused) else None
+    return (StatusCode.UNKNOWN, str(error)) if isinstance(error, ModelError) else None
 
 
 class Lines(Log):
@@ -84,7 +84,7 @@ def test_an_error_of_the_model_becomes_its_status() -> None:
 def test_an_error_text_is_one_that_any_wire_can_carry() -> None:
     class Paths:
         async def Check(self, request: Any) -> Any:
-            raise Refused("\udcff" + "x" * 100_000)
+            raise ModelError("\udcff" + "x" * 100_000)
 
     async def work() -> tuple[StatusCode, Any]:
         methods = Service(HEALTH, Paths, Version).bind(Paths(), Version())

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from caisson.agent.base.errors import Refused
+from caisson.agent.base.errors import ModelError
 from caisson.agent.base.log import Log
 from caisson.agent.base.tracing import Tracing
 from caisson.agent.rpc import connection as connection_module
@@ -51,7 +51,7 @@ class Health:
         elif request.service == "large":
             return [bytes(frames.MAX_DATA)]
         elif request.service:
-            raise Refused(request.service)
+            raise ModelError(request.service)
         return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
 
     async def Version(self, request: Any) -> Any:
@@ -64,7 +64,7 @@ class Health:
 
 
 def status_of(error: Exception) -> tuple[StatusCode, str] | None:
-    return (StatusCode.UNKNOWN, str(error)) if isinstance(error, Refused) else None
+    return (StatusCode.UNKNOWN, str(error)) if isinstance(error, ModelError) else None
 
 
 class Pair:
