@@ -1,8 +1,9 @@
-"""What every test can count on: compiled protocol modules, and a failure (not a skip) in CI where root is missing."""
+"""What every test can count on: compiled protocol modules, markers, and a failure (not a skip) in CI without root."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,17 @@ generate.ensure()
 
 # mke2fs, sfdisk and the like need no root for files, but Debian keeps them out of an ordinary user's PATH.
 os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+
+
+#: The directory whose tests are hermetic.
+UNIT = Path(__file__).parent / "unit"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by the directory that they are in."""
+    for item in items:
+        if item.path.is_relative_to(UNIT):
+            item.add_marker(pytest.mark.quick)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
