@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 
 from caisson.image.errors import ImageError
 
@@ -14,6 +16,13 @@ TO_BUILD = ("gcc", "make", "musl-gcc", "strip", "zstd", "mkfs.erofs", "mksquashf
 TO_COMPILE = ("flex", "bison", "bc", "xz")
 TO_BOOT = ("qemu-system-x86_64", "setpriv")
 TO_PACK = ("sqfstar", "zstd")
+
+Report = Callable[[str], None]
+
+#: What apt and dpkg say when another holds a lock; how long it is waited for, in seconds, and how often tried again.
+LOCKED = re.compile(r"Could not get lock|Unable to acquire the dpkg frontend lock|Unable to lock directory")
+LOCK_TIMEOUT = 1800.0
+LOCK_INTERVAL = 2.0
 
 #: Which Debian packages bring a program, where the names differ.
 PACKAGES = {
@@ -61,18 +70,48 @@ def package_of(program: str) -> str:
     return PACKAGES.get(program, program)
 
 
-def need(programs: Iterable[str], report: Callable[[str], None]) -> None:
-    """Have these programs: for root, apt installs what is missing.  Raises ImageError with the command that would."""
+class MissingPrograms(ImageError):
+    """Programs are missing and could not be installed; the text has the command that installs them."""
+
+
+def packages_of_missing(programs: Iterable[str]) -> list[str]:
+    """The Debian packages that bring those programs that are not there."""
     missing = (package_of(program).split() for program in programs if which(program) is None)
-    packages = sorted({package for names in missing for package in names})
+    return sorted({package for names in missing for package in names})
+
+
+def need(programs: Iterable[str], report: Report) -> None:
+    """Have these programs: for root, apt installs what is missing.  Raises MissingPrograms."""
+    need_packages(packages_of_missing(programs), report)
+
+
+def need_packages(packages: Sequence[str], report: Report) -> None:
+    """Install these packages, for root and with apt.  Raises MissingPrograms, which names them all."""
     if not packages:
         return
     install = ["apt-get", "install", "--yes", "--no-install-recommends", *packages]
     if os.geteuid() != 0 or which("apt-get") is None:
-        raise ImageError(f"this machine lacks {', '.join(packages)}; run: sudo {' '.join(install)}")
+        raise MissingPrograms(f"missing: {', '.join(packages)}; install with: sudo {' '.join(install)}")
     report(f"installing {', '.join(packages)}")
-    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     for step in (["apt-get", "update"], install):
+        _apt(step, report)
+
+
+def _apt(step: Sequence[str], report: Report) -> None:
+    """Run apt-get, as soon as no other apt or dpkg holds a lock.  Raises MissingPrograms."""
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
+    deadline = time.monotonic() + LOCK_TIMEOUT
+    waiting = False
+    while True:
         done = subprocess.run(step, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise ImageError(f"`{' '.join(step)}` failed:\n{done.stderr.strip() or done.stdout.strip()}")
+        if done.returncode == 0:
+            return
+        lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        holder = next((line for line in lines if LOCKED.search(line)), None)
+        if holder is None or time.monotonic() > deadline:
+            reason = "; ".join(line.removeprefix("E: ") for line in lines if line.startswith("E:")) or lines[-1:]
+            raise MissingPrograms(f"`{' '.join(step)}`: failed ({reason}); run it by hand to see all of its output")
+        if not waiting:
+            report(f"another program holds apt's lock ({holder.removeprefix('E: ')}); waiting for it")
+            waiting = True
+        time.sleep(LOCK_INTERVAL)

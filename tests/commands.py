@@ -1,4 +1,4 @@
-"""The commands that test and measure.  tasks.py lends them `say`, and `words` (what follows `--`)."""
+"""The commands for developers, which only a checkout has: test and bench."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import sys
 import tomllib
 from pathlib import Path
 
-from invoke import Context, task
-
-from caisson.agent.client import UsageError
+from caisson.commands.declare import Command, Group, Option, Program
+from caisson.commands.parse import CommandLineError
+from caisson.commands.streams import info
 from caisson.image.programs import TO_BOOT, TO_BUILD, TO_COMPILE, TO_PACK, need
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,34 +21,58 @@ TO_TEST = (
     "curl", "faketime", "gpg", "ip", "mke2fs", "openssl", "runc", "sfdisk", "veritysetup",
 )  # fmt: skip
 
+GROUP = Group(
+    "Development",
+    (
+        Command(
+            "test",
+            "Set up what the tests need and run them.",
+            "tests.commands:test",
+            options=(Option("quick", "only hermetic unit tests, linters and types: less than a minute"),),
+            program=Program("arguments for pytest", metavar="PYTEST-ARGUMENT", required=False),
+            examples=("caisson test", "caisson test --quick", "caisson test -- tests/unit -k definition"),
+        ),
+        Command(
+            "bench",
+            "Measure everything beside its peer and its limit; fails when a budget is exceeded.",
+            "tests.commands:bench",
+            details="docs/performance.md explains the rows.",
+            options=(
+                Option("quick", "fewer samples: less than five minutes"),
+                Option("json", "print a list of rows", dest="as_json"),
+            ),
+            examples=("caisson bench --quick",),
+        ),
+    ),
+)
 
-def _need_all(context: Context) -> None:
-    need(TO_TEST, context.say)
-    need(("virtiofsd",), context.say)  # looked for after QEMU has come, since up to 7.2 QEMU's packages bring it
+
+def test(*, quick: bool, words: list[str]) -> None:
+    """Install what the tests need, and become pytest."""
+    if not quick:
+        _need_all()
+    _install("test")
+    os.chdir(ROOT)
+    os.execv(sys.executable, [sys.executable, "-m", "pytest", *(("-m", "quick") if quick else ()), *words])
 
 
-@task(help={"quick": "fewer samples: less than five minutes", "json": "as a list of rows"})
-def bench(context: Context, quick: bool = False, json: bool = False) -> None:
-    """Measure everything beside its peer and its limit; fails when a budget is exceeded. docs/performance.md explains.
-
-    Example: invoke bench --quick
-    """
-    _need_all(context)
-    words = [f"--{name}" for name, wanted in (("quick", quick), ("json", json)) if wanted]
+def bench(*, quick: bool, as_json: bool) -> None:
+    """Install what measuring needs, and become the benchmark."""
+    _need_all()
+    _install("test")
+    words = [f"--{name}" for name, wanted in (("quick", quick), ("json", as_json)) if wanted]
     os.chdir(ROOT)
     os.execv(sys.executable, [sys.executable, "-m", "tests.bench", *words])
 
 
-@task
-def test(context: Context) -> None:
-    """Set up what the tests need and run them: invoke test [-- PYTEST ARGUMENTS]
+def _need_all() -> None:
+    need(TO_TEST, info)
+    need(("virtiofsd",), info)  # looked for after QEMU has come, since up to 7.2 QEMU's packages bring it
 
-    Example: invoke test -- tests/unit -k definition
-    """
-    _need_all(context)
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["test"]
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *extras]
-    if subprocess.run(pip).returncode != 0:
-        raise UsageError("pip could not install what the tests need; its message is above")
-    os.chdir(ROOT)
-    os.execv(sys.executable, [sys.executable, "-m", "pytest", *context.words()])
+
+def _install(extra: str) -> None:
+    """Install an extra's requirements into .venv, at the versions of constraints.txt."""
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"][extra]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "constraints.txt"]
+    if subprocess.run([*pip, *wanted], cwd=ROOT, env=os.environ | {"PIP_USER": "0"}).returncode != 0:
+        raise CommandLineError("pip: could not install what the tests need; its message is above", 1)

@@ -75,9 +75,9 @@ class Image:
         try:
             document = json.loads((directory / "image.json").read_text())
         except (OSError, ValueError) as error:
-            raise ImageError(f"{directory} holds no image: {error}; make one: invoke build-image") from error
+            raise ImageError(f"{directory} holds no image: {error}; make one: caisson build-image") from error
         if document.get("format") != manifest.FORMAT:
-            raise ImageError(f"the image in {directory} has another format; build it again: invoke build-image")
+            raise ImageError(f"the image in {directory} has another format; build it again: caisson build-image")
         return cls(directory.resolve(), document)
 
 

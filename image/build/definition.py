@@ -73,7 +73,7 @@ class Definition:
     python: str = setting("the version of the guest's interpreter, for example 3.13")
     packages: tuple[str, ...] = setting("unpacked with all that they depend on")
     wheels: tuple[str, ...] = setting("from PyPI, pinned, for the guest's interpreter")
-    busybox: str = setting("the package with a static busybox, for the container rootfs of `invoke exec`")
+    busybox: str = setting("the package with a static busybox, for the container rootfs of `caisson exec`")
     kernel: KernelDefinition = section(KernelDefinition, "the kernel")
     cmdline: str = setting("the kernel's command line, less what the machine adds")
     distribution: str = setting("whose packages these are", default="debian", choices=tuple(DISTRIBUTIONS))

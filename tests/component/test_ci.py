@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from caisson.commands.catalogue import COMMANDS
+from tests.commands import GROUP
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
@@ -68,16 +70,14 @@ def test_pages_name_variables_that_are_asked_for(page: Path) -> None:
 
 
 def test_pages_name_commands_that_there_are() -> None:
-    """Those in code: `invoke NAME`, or indented lines of them; with the options that each has."""
-    words = [sys.executable, "tasks.py"]
-    listing = subprocess.run([*words, "--list"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    there = set(re.findall(r"^  ([a-z][a-z-]*)", listing, re.MULTILINE))
-    options: dict[str, str] = {}
+    """Those in code: `caisson NAME`, or indented lines of them; with the options that each has."""
+    commands = COMMANDS | {command.name: command for command in GROUP.commands}
     for page in PAGES:
-        for command, rest in re.findall(r"(?:invoke|tasks\.py) ([a-z][a-z-]*)([^\n`#|&;)]*)", page.read_text()):
-            assert command in there, f"{page.name}: {command}"
-            if command not in options:
-                shown = subprocess.run([*words, "--help", command], cwd=ROOT, capture_output=True, text=True)
-                options[command] = shown.stdout
-            for option in re.findall(r"--[a-z][a-z-]*", rest.partition(" -- ")[0]):
-                assert option in options[command] or option == "--help", f"{page.name}: {command} {option}"
+        found = re.findall(
+            r"(?:[`|&$(] ?|^ +)(?:caisson|python3 tasks\.py) ([a-z][a-z-]*)([^\n`#|&;)]*)", page.read_text(), re.M
+        )
+        for name, rest in found:
+            assert name in commands, f"{page.name}: {name}"
+            there = {f"--{option.name}" for option in commands[name].parameters()} | {"--help"}
+            for option in re.findall(r"--[a-z][a-z-]*", re.split(r" -- |\$\(", rest)[0]):
+                assert option in there, f"{page.name}: {name} {option}"

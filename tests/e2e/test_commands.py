@@ -67,7 +67,7 @@ def test_a_vm_that_is_not_there(vm: Caisson) -> None:
     done = vm("ps", "--name", "nowhere")
     assert done.returncode == 1
     assert done.stderr == (
-        b"caisson: there is no VM 'nowhere'; running: default; start it: invoke boot-vm --name nowhere --detach\n"
+        b"caisson: there is no VM 'nowhere'; running: default; start it: caisson boot-vm nowhere --detach\n"
     )
 
 
@@ -75,11 +75,11 @@ def test_a_vm_that_is_not_there(vm: Caisson) -> None:
 def test_help_has_an_example(caisson: Caisson, command: str) -> None:
     done = caisson(command, "--help")
     assert done.returncode == 0
-    assert f"Example: invoke {command}" in done.stdout.decode()
+    assert f"  caisson {command}" in done.stdout.decode().partition("Example")[2]
 
 
 def test_nobody_who_reads_on(caisson: Caisson) -> None:
-    """`invoke ps --help | head -1`: no traceback."""
+    """`caisson ps --help | head -1`: no traceback."""
     for words in (("ps", "--help"), ("list-vms", "--json")):
         reading, writing = os.pipe()
         os.close(reading)

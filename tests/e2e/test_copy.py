@@ -1,4 +1,4 @@
-"""`invoke cp` and `invoke logs`."""
+"""`caisson cp` and `caisson logs`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`invoke exec` on a running VM: streams, exit status, words, terminal."""
+"""`caisson exec` on a running VM: streams, exit status, words, terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`invoke forward`: ports of the host and ports of the guest."""
+"""`caisson forward`: ports of the host and ports of the guest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.vm
 
 @contextmanager
 def forwarding(vm: Caisson, *words: str) -> Iterator[int]:
-    """`invoke forward` while the block runs, which gets the host's port."""
+    """`caisson forward` while the block runs, which gets the host's port."""
     with vm.start("forward", *words, stderr=subprocess.PIPE) as command:
         try:
             assert command.stderr is not None

@@ -1,4 +1,4 @@
-"""`invoke run`: images in every form, made here of busybox, as containers."""
+"""`caisson run`: images in every form, made here of busybox, as containers."""
 
 from __future__ import annotations
 

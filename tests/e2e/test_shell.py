@@ -1,4 +1,4 @@
-"""`invoke shell`: a person at a terminal, in a container and in the guest itself."""
+"""`caisson shell`: a person at a terminal, in a container and in the guest itself."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_commands_from_a_pipe(vm: Caisson) -> None:
 def test_a_guest_without_a_shell_of_its_own(vm: Caisson) -> None:
     done = vm("shell", "--guest")
     assert done.returncode == 125
-    assert b"boot it with: invoke boot-vm --append agent.debug_console_vport=1026" in done.stderr
+    assert b"boot it with: caisson boot-vm --append agent.debug_console_vport=1026" in done.stderr
 
 
 @pytest.mark.parametrize("victim", ["qemu", "supervisor"])

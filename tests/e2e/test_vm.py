@@ -76,7 +76,7 @@ def test_a_vm_that_is_not_there_is_one_line_with_the_way_out(vm: Caisson) -> Non
     refused = vm("exec", "--name", "nobody", "--", "true")
     assert refused.returncode == 125
     assert refused.stderr.count(b"\n") == 1
-    assert b"invoke boot-vm --name nobody" in refused.stderr
+    assert b"caisson boot-vm nobody" in refused.stderr
 
 
 @pytest.mark.skipif(can_run_stock_guests(), reason="KVM works on this machine")

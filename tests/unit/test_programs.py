@@ -40,6 +40,6 @@ def test_an_ordinary_user_is_told_the_one_command(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ImageError) as caught:
         programs.need(["mksquashfs", "sqfstar", "flex"], report=pytest.fail)
     assert str(caught.value) == (
-        "this machine lacks flex, libelf-dev, squashfs-tools; "
-        "run: sudo apt-get install --yes --no-install-recommends flex libelf-dev squashfs-tools"
+        "missing: flex, libelf-dev, squashfs-tools; "
+        "install with: sudo apt-get install --yes --no-install-recommends flex libelf-dev squashfs-tools"
     )

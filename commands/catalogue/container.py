@@ -1,0 +1,70 @@
+"""Commands about containers that run."""
+
+from __future__ import annotations
+
+from caisson.commands.catalogue.shared import JSON, VM
+from caisson.commands.declare import CONTAINER, Command, Kind, Option, Positional, integer, name, seconds
+
+ONE = Positional("container", "name of the container", CONTAINER)
+ONE_OR_ALL = Positional("container", "only this one", CONTAINER, default="", optional=True, shown="all of them")
+
+_INTERVAL: Kind = seconds(0.01, 3600)
+
+COMMANDS = (
+    Command(
+        "ps",
+        "List the processes of containers.",
+        "caisson.commands.container:ps",
+        details="Process IDs are the guest's. A container without any process has ended.",
+        positionals=(ONE_OR_ALL,),
+        options=(VM, JSON),
+        examples=("caisson ps", "caisson ps web --json"),
+    ),
+    Command(
+        "stats",
+        "Show how much CPU, memory and processes containers use.",
+        "caisson.commands.container:stats",
+        positionals=(ONE_OR_ALL,),
+        options=(VM, Option("interval", "measure CPU usage over this time", _INTERVAL, default=1.0), JSON),
+        examples=("caisson stats --interval 5", "caisson stats web --json"),
+    ),
+    Command(
+        "kill",
+        "Send a signal to a container.",
+        "caisson.commands.container:kill",
+        positionals=(ONE,),
+        options=(
+            Option("signal", "name or number of the signal", name("SIGNAL", "HUP"), default="TERM", short="s"),
+            Option("all", "signal all its processes, not only the first one", dest="everything"),
+            VM,
+        ),
+        examples=("caisson kill web --signal HUP",),
+    ),
+    Command(
+        "pause",
+        "Freeze all processes of a container.",
+        "caisson.commands.container:pause",
+        positionals=(ONE,),
+        options=(VM,),
+        examples=("caisson pause web",),
+    ),
+    Command(
+        "resume",
+        "Let a paused container continue.",
+        "caisson.commands.container:resume",
+        positionals=(ONE,),
+        options=(VM,),
+        examples=("caisson resume web",),
+    ),
+    Command(
+        "rm",
+        "Kill a container and remove it.",
+        "caisson.commands.container:rm",
+        positionals=(ONE,),
+        options=(
+            Option("timeout", "seconds to wait for its end; 0 waits forever", integer(0, 86400), default=30),
+            VM,
+        ),
+        examples=("caisson rm web",),
+    ),
+)

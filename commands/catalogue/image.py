@@ -1,0 +1,48 @@
+"""Commands that build guest images."""
+
+from __future__ import annotations
+
+from caisson.commands.catalogue.shared import JSON
+from caisson.commands.declare import DIRECTORY, FILE, TEMPLATE, Command, Option, Positional, name, setting
+
+BASE = (
+    Option("template", "what to build: debian, lean, systemd…, or a definition of your own (a file or its directory)",
+           TEMPLATE, default="debian"),
+    Option("suite", "another suite of the distribution", name("SUITE", "bookworm"), default="", shown="the template's"),
+    Option("set", "change a setting of the template; += adds to a list", setting("KEY[+]=VALUE", "packages+=strace"),
+           repeat=True, dest="changes"),
+)  # fmt: skip
+
+COMMANDS = (
+    Command(
+        "build-image",
+        "Build a guest image (root file system, kernel and agent); prints its directory.",
+        "caisson.commands.image:build_image",
+        options=(
+            *BASE,
+            Option("locked", "an image.lock: refuse packages other than those it names", FILE, default=""),
+            Option("dry-run", "print the whole definition and what each step would do, and build nothing"),
+            Option("settings", "print every setting with its type, default and meaning (with --json: a JSON schema)"),
+            JSON,
+        ),
+        examples=(
+            "caisson build-image --template lean",
+            "caisson build-image --set packages+=strace --set limits.image='60 MB' --dry-run",
+        ),
+    ),
+    Command(
+        "verify-image",
+        "Build an image once more and compare the two byte for byte.",
+        "caisson.commands.image:verify_image",
+        positionals=(Positional("directory", "directory of the image", DIRECTORY),),
+        options=BASE,
+        examples=('caisson verify-image "$(caisson build-image)"',),
+    ),
+    Command(
+        "clean",
+        "Remove cached images, snapshots and build steps; running VMs keep what they use.",
+        "caisson.commands.image:clean",
+        options=(Option("all", "remove downloaded packages, too", dest="everything"),),
+        examples=("caisson clean", "caisson clean --all"),
+    ),
+)

@@ -1,0 +1,133 @@
+"""Commands that run programs in containers, and bring files and ports to them."""
+
+from __future__ import annotations
+
+from caisson.commands.catalogue.shared import ENV, IN_CONTAINER, TTY, VERBOSE, VM, VM_OR_OWN
+from caisson.commands.declare import CONTAINER, DIRECTORY, FILE, Command, Option, Positional, Program, name
+
+DIRECTORY_IN_GUEST = name("DIR", "/tmp")
+
+EXEC = Command(
+    "exec",
+    "Run a program in a container in a VM.",
+    "caisson.commands.program:exec_",
+    details="""Its standard streams are this command's; so is its exit status: 128+n if signal n ended it, 127 if there
+        is no such program, 126 if it cannot be executed, 125 if Caisson could not run it at all. With no VM running,
+        one is booted for it and stopped afterwards.""",
+    options=(
+        VM_OR_OWN,
+        IN_CONTAINER,
+        TTY,
+        ENV,
+        Option("user", "run it as this user", name("UID[:GID]", "1000:1000"), default="0", short="u"),
+        Option("workdir", "its working directory in the container", DIRECTORY_IN_GUEST, default="/", short="w"),
+        VERBOSE,
+    ),
+    program=Program("the program and its arguments"),
+    examples=("caisson exec uname -a", "echo hello | caisson exec -- sh -c 'cat; exit 7'", "caisson exec --tty sh"),
+)
+
+RUN = Command(
+    "run",
+    "Run a container image, an OCI bundle or a root file system as a container.",
+    "caisson.commands.program:run",
+    details="""Entry point, environment, user and working directory are the image's; COMMAND takes the place of its own.
+        The container can write to its root; that is gone when it is removed: at its end, or with `caisson rm` if it
+        was detached. If this command is killed, the container is removed by the next `run`.""",
+    positionals=(
+        Positional(
+            "path",
+            "an OCI image layout, what `docker save` writes, an OCI bundle or a root file system; directory or tar",
+            FILE,
+        ),
+    ),
+    options=(
+        VM_OR_OWN,
+        Option("container", "name of the container", CONTAINER, default="", short="c", shown="a new one"),
+        TTY,
+        Option("detach", "leave it running in the background, in the VM `default`; prints its name", short="d"),
+        ENV,
+        Option(
+            "user", "run it as this user", name("USER[:GROUP]", "1000:1000"), default="", short="u", shown="the image's"
+        ),
+        Option("workdir", "its working directory", DIRECTORY_IN_GUEST, default="", short="w", shown="the image's"),
+        VERBOSE,
+    ),
+    program=Program("what to run in place of the image's own command", required=False),
+    examples=(
+        "caisson run alpine.tar",
+        "caisson run alpine.tar cat /etc/os-release",
+        "caisson run --detach --container web site.tar",
+    ),
+)  # fmt: skip
+
+SHELL = Command(
+    "shell",
+    "Work in a container, or with --guest in the guest itself.",
+    "caisson.commands.program:shell",
+    details="""The exit status is the shell's. The guest's own shell is there if the VM was booted with
+        `--append agent.debug_console_vport=1026`.""",
+    positionals=(Positional("container", "the container; made on first use and kept", CONTAINER, default="default"),),
+    options=(Option("guest", "outside all containers"), VM),
+    examples=("caisson shell", "caisson shell web"),
+)
+
+CP = Command(
+    "cp",
+    "Copy files into a container or out of it.",
+    "caisson.commands.program:cp",
+    details="The container needs `sh` and `tar`.",
+    positionals=(
+        Positional("source", "PATH, or CONTAINER:PATH", FILE),
+        Positional("target", "PATH, or CONTAINER:PATH", FILE),
+    ),
+    options=(VM,),
+    examples=("caisson cp build/app default:/tmp", "caisson cp default:/etc/passwd ."),
+)
+
+SHARE = Command(
+    "share",
+    "Share a directory of this machine with a container; prints where it is mounted.",
+    "caisson.commands.program:share",
+    details="""It is read-only unless --writable is given. It comes as virtiofs, or as 9p if the VM was booted with the
+        same share.""",
+    positionals=(Positional("directory", "the directory to share", DIRECTORY),),
+    options=(
+        VM,
+        IN_CONTAINER,
+        Option("at", "where in the container", DIRECTORY_IN_GUEST, default="", shown="/run/shared/TAG"),
+        Option("tag", "name of the share", name("TAG", "src"), default="", shown="the directory's name"),
+        Option("writable", "let the guest write to it"),
+        Option("only-plug", "do not mount it: the guest has a virtiofs device with this tag"),
+    ),
+    examples=("caisson share . --writable && caisson exec ls /run/shared",),
+)
+
+UNSHARE = Command(
+    "unshare",
+    "Unmount a shared directory in all containers and remove it from the VM.",
+    "caisson.commands.program:unshare",
+    positionals=(Positional("tag", "name of the share", name("TAG", "src")),),
+    options=(VM,),
+    examples=("caisson unshare src",),
+)
+
+FORWARD = Command(
+    "forward",
+    "Forward a TCP port of this machine to a port of the guest, until Ctrl-C or the VM's end.",
+    "caisson.commands.program:forward",
+    positionals=(
+        Positional(
+            "ports", "[ADDRESS:]PORT:PORT, this machine's first (0: any free one), or [ADDRESS:]PORT:vsock:PORT",
+            name("PORTS", "8080:80"),
+        ),
+    ),
+    options=(
+        Option("reverse", "forward the guest's connections to this machine's vsock port to the TCP port"),
+        IN_CONTAINER,
+        VM,
+    ),
+    examples=("caisson forward 8080:80", "caisson forward 0.0.0.0:8080:vsock:9000"),
+)  # fmt: skip
+
+COMMANDS = (EXEC, RUN, SHELL, CP, SHARE, UNSHARE, FORWARD)

@@ -1,0 +1,99 @@
+"""Commands about virtual machines."""
+
+from __future__ import annotations
+
+from caisson.commands.catalogue.shared import ACCEL, APPEND, JSON, MEMORY, VM, VSOCK
+from caisson.commands.declare import (
+    DIRECTORY,
+    FILE,
+    SNAPSHOT,
+    VM_NAME,
+    Command,
+    Option,
+    Positional,
+    integer,
+    seconds,
+    setting,
+)
+
+CPUS = integer(1, 255)
+
+BOOT_VM = Command(
+    "boot-vm",
+    "Boot a VM and wait for its agent.",
+    "caisson.commands.vm:boot_vm",
+    details="Shows the VM's console until Ctrl-C, which stops it; with --detach it is left running in the background.",
+    positionals=(Positional("name", "name of the VM; also --name", VM_NAME, default="default"),),
+    options=(
+        Option("detach", "leave it running in the background", short="d"),
+        Option("image", "directory of an image", DIRECTORY, default="", shown="the default image, built if need be"),
+        Option("snapshot", "start from a snapshot (see save-snapshot), as the guest was saved", SNAPSHOT, default=""),
+        Option("memory", "memory of the VM; without a unit: MiB", MEMORY, shown="512M", short="m"),
+        Option("cpus", "virtual CPUs", CPUS, shown="1"),
+        Option("max-memory", "memory that can be reached by hotplug", MEMORY, shown="no hotplug"),
+        Option("max-cpus", "virtual CPUs that can be reached by hotplug", CPUS, shown="no hotplug"),
+        Option(
+            "share", "share a directory of this machine, for the guest to mount by 9p; :rw makes it writable",
+            setting("TAG=DIR[:rw]", "src=./src"), repeat=True,
+        ),
+        APPEND,
+        ACCEL,
+        VSOCK,
+        Option("timeout", "wait this long for the agent", seconds(), default=0.0, shown="60 with KVM, 240 with TCG"),
+        Option(
+            "timeline", "write where the time of the boot went, as .svg or .json; measuring costs some 2 %", FILE,
+            default="",
+        ),
+        Option("dry-run", "print QEMU's command, quoted for a shell, and start nothing; the reasons go to stderr"),
+        Option("json", "with --dry-run: print the command as a JSON list", dest="as_json"),
+    ),
+    examples=(
+        "caisson boot-vm --detach",
+        "caisson boot-vm web --memory 1G --cpus 2 --detach",
+        "caisson boot-vm --detach --timeline boot.svg",
+    ),
+)  # fmt: skip
+
+COMMANDS = (
+    BOOT_VM,
+    Command(
+        "stop-vm",
+        "Stop a VM: its containers, then the machine.",
+        "caisson.commands.vm:stop_vm",
+        positionals=(Positional("name", "name of the VM; also --name", VM_NAME, default="default"),),
+        options=(Option("all", "stop every VM", dest="everything"),),
+        examples=("caisson stop-vm web", "caisson stop-vm --all"),
+    ),
+    Command(
+        "list-vms",
+        "List the running VMs.",
+        "caisson.commands.vm:list_running",
+        options=(JSON,),
+        examples=("caisson list-vms", "caisson list-vms --json"),
+    ),
+    Command(
+        "logs",
+        "Show a guest's console: its kernel's messages and its agent's log.",
+        "caisson.commands.vm:logs",
+        options=(
+            Option("agent", "only the agent's lines, JSON objects", dest="only_agent"),
+            Option("follow", "go on until the VM ends", short="f"),
+            VM,
+        ),
+        examples=("caisson logs --agent --follow",),
+    ),
+    Command(
+        "balloon",
+        "Take memory from a running guest, or give it back; prints the MiB that it has then.",
+        "caisson.commands.vm:balloon",
+        details="""The guest keeps what it needs. One with a kernel of our own (template lean) returns free memory by
+            itself.""",
+        positionals=(
+            Positional(
+                "size", "memory that the guest keeps, at most what it was booted with; without a unit: MiB", MEMORY
+            ),
+        ),
+        options=(VM,),
+        examples=("caisson balloon 256M",),
+    ),
+)  # fmt: skip

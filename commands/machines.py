@@ -1,0 +1,57 @@
+"""Find the VM that a command is about, or boot one for it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from caisson import image as images
+from caisson.agent import client
+from caisson.image.programs import TO_BOOT, TO_BUILD, need
+from caisson.image.vm import VM, VMConfig, VMError, find_vm, get_vm
+
+#: Run by a VM's supervisor when this machine was suspended: guests' clocks stood still meanwhile.
+RESUME_COMMAND = (sys.executable, "-m", "caisson.agent.client.identity")
+
+#: Seconds for the agent of a running VM to answer, and after which to look whether the VM still runs.
+AGENT_TIMEOUT = 60.0
+CHECK_INTERVAL = 3.0
+
+
+def running_vm(name: str) -> VM:
+    """Find the running VM of this name and wait until its agent answers.  Raises VMError."""
+    vm = get_vm(name)
+    deadline = time.monotonic() + AGENT_TIMEOUT
+    while not client.is_serving(vm.agent_socket, timeout=CHECK_INTERVAL):
+        get_vm(name)  # it may have ended since
+        if time.monotonic() > deadline:
+            raise VMError(f"VM {vm.name!r}: its agent does not answer; see {vm.directory / 'console.log'}")
+    return vm
+
+
+@contextlib.contextmanager
+def vm_for(name: str, report: Callable[[str], None]) -> Iterator[VM]:
+    """The VM of this name; with no name the running default one, or else a VM for the time of this block."""
+    if name or find_vm("default") is not None:
+        yield running_vm(name or "default")
+    else:
+        directory = image_directory("", report, also=TO_BOOT)
+        config = VMConfig(image=directory, name=f"exec-{os.getpid()}", on_resume=RESUME_COMMAND)
+        with VM.start(config, ready=client.ReadinessProbe(), report=report) as vm:
+            yield vm
+
+
+def image_directory(path: str, report: Callable[[str], None], also: tuple[str, ...] = ()) -> Path:
+    """The image in a directory, or the default one, built if need be; ``also`` are programs needed later on.
+
+    Raises ImageError, which names all missing programs at once.
+    """
+    if path:
+        need(also, report)
+        return images.Image.load(Path(path)).directory
+    need((*TO_BUILD, *also), report)
+    return images.build_image(report=report).directory

@@ -1,0 +1,154 @@
+"""From argv to an exit status: find the command, read its words, run it, and say in one line what went wrong."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from caisson.commands import streams
+from caisson.commands.catalogue import GROUPS
+from caisson.commands.declare import Command, Group
+from caisson.commands.parse import CommandLineError, HelpWanted, find_command, parse
+from caisson.commands.renamed import OLD_COMMANDS
+from caisson.commands.usage import help_of, overview
+from caisson.proto.contract import VERSION
+
+#: Errors reported as one line, without a traceback: by name, since most commands need only some of their modules.
+EXPECTED_ERRORS = (
+    "caisson.agent.client.attach:OutputError",
+    "caisson.agent.client.connection:AgentError",
+    "caisson.agent.client.errors:UsageError",
+    "caisson.image.errors:ImageError",
+    "caisson.image.vm.errors:VMError",
+)
+
+#: First words that ask for the overview; the last two are those of Invoke.
+OVERVIEW_WORDS = ("--help", "-h", "--list", "-l")
+
+#: Exit statuses of a command that a signal ends: 128 and its number.
+INTERRUPTED, PIPE_CLOSED = 130, 141
+
+
+def main(words: Sequence[str] | None = None, *more: Group) -> int:
+    """Run a command line (sys.argv's, if none is given) and return its exit status; ``more`` are a checkout's own."""
+    streams.occupy_standard_descriptors()
+    streams.write_any_text()
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its log would end up in a command's stderr
+    try:
+        status = CommandLine((*GROUPS, *more)).run(sys.argv[1:] if words is None else words)
+        reason = streams.flush()
+        if reason and status == 0:
+            streams.info(f"stdout: {reason}")
+        return status or int(bool(reason))
+    except BrokenPipeError:  # nobody reads on, as with `| head`
+        streams.give_up_stdout()
+        return PIPE_CLOSED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+class CommandLine:
+    """The commands of these groups, found by name and run."""
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.groups = groups
+        self.commands = {command.name: command for group in groups for command in group.commands}
+        self._own: dict[str, Callable[..., int | None]] = {
+            "help": self._help,
+            "complete": self._complete,
+        }  # these are about the others
+
+    def run(self, words: Sequence[str]) -> int:
+        """Run the command that the first word names; returns its exit status."""
+        try:
+            if not words or words[0] in OVERVIEW_WORDS:
+                words = ["help", *(word for word in words[1:] if not word.startswith("-"))]
+            if words[0] in ("--version", "-V"):
+                print(f"caisson {VERSION}")
+                return 0
+            name = words[0]
+            if name in OLD_COMMANDS:
+                streams.info(f"{name}: the command is {OLD_COMMANDS[name]} now; the old name still works")
+                name = OLD_COMMANDS[name]
+            return self._run_command(find_command(name, self.commands), words[1:])
+        except CommandLineError as error:
+            streams.info(str(error))
+            return error.status
+
+    def _run_command(self, command: Command, words: Sequence[str]) -> int:
+        try:
+            values, old = parse(command, words)
+        except HelpWanted:
+            sys.stdout.write(help_of(command))
+            return 0
+        for line in old:
+            streams.info(line)
+        try:
+            function = self._own[command.name] if command.name in self._own else load(command.run)
+            return int(function(**values) or 0)
+        except (BrokenPipeError, CommandLineError):
+            raise
+        except Exception as error:
+            return _report(error, command)
+
+    def _help(self, *, command: str, man: bool) -> None:
+        if man:
+            from caisson.commands.manpage import manual
+
+            sys.stdout.write(manual(self.groups, VERSION))
+        elif command:
+            name = OLD_COMMANDS.get(command, command)
+            sys.stdout.write(help_of(find_command(name, self.commands)))
+        else:
+            sys.stdout.write(overview(self.groups))
+
+    def _complete(self, *, words: list[str]) -> None:
+        from caisson.commands.completion import complete
+        from caisson.commands.names import lookup
+
+        for line in complete(self.commands, words, lookup):
+            print(line)
+
+
+def load(run: str) -> Callable[..., int | None]:
+    """Import what a declaration's ``run`` names."""
+    module, _, function = run.partition(":")
+    found: Callable[..., int | None] = getattr(importlib.import_module(module), function)
+    return found
+
+
+def _report(error: Exception, command: Command) -> int:
+    """Say what went wrong: in one line where it is the user's to know; a bug keeps its traceback."""
+    text = one_line(error)
+    if not text or os.environ.get("CAISSON_DEBUG"):
+        traceback.print_exc()
+    if text:
+        streams.info(text)
+    status = getattr(error, "exit_status", None)  # a program that could not be run: 126 or 127
+    if isinstance(status, int):
+        return status
+    usage = "caisson.agent.client.errors:UsageError" in _names(error)
+    return command.usage_status if usage else command.error_status
+
+
+def one_line(error: Exception) -> str:
+    """The line for the user, or nothing if this is a bug."""
+    if _names(error) & set(EXPECTED_ERRORS):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # a write knows no name
+        return f"output: {error.strerror}; make room and try again"
+    return ""
+
+
+def _names(error: Exception) -> set[str]:
+    return set(f"{one.__module__}:{one.__qualname__}" for one in type(error).__mro__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""Names of what is there now, for the shells' completion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+
+def lookup(kind: str, values: Mapping[str, str]) -> Sequence[str]:
+    """The names of a kind; ``values`` are options that were given before.  Nothing for what cannot be found out."""
+    finders = {"vm": _vms, "container": _containers, "snapshot": _snapshots, "template": _templates}
+    try:
+        return finders[kind](values)
+    except Exception:  # a shell in the middle of a line is no place for an error
+        return ()
+
+
+def _vms(_: Mapping[str, str]) -> Sequence[str]:
+    from caisson.image.vm import list_vms
+
+    return [vm.name for vm in list_vms()]
+
+
+def _containers(values: Mapping[str, str]) -> Sequence[str]:
+    from caisson.agent.client.guest import container_registry
+    from caisson.image.vm import get_vm
+
+    return container_registry(get_vm(values.get("name", "default"))).names()
+
+
+def _snapshots(_: Mapping[str, str]) -> Sequence[str]:
+    from caisson.image.vm.snapshot.snapshot import place
+
+    return sorted(path.name for path in place("any").parent.iterdir() if not path.name.startswith("."))
+
+
+def _templates(_: Mapping[str, str]) -> Sequence[str]:
+    from caisson.image.build.definition import TEMPLATES
+
+    return sorted(path.parent.name for path in TEMPLATES.glob("*/image.yaml"))

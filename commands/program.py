@@ -1,0 +1,158 @@
+"""Run programs in containers, and bring files and ports to them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import uuid
+from pathlib import Path
+
+from caisson.agent.client import AgentError, console, copy, foreground, is_serving, specs
+from caisson.agent.client import forward as forwarding
+from caisson.agent.client import share as mounting
+from caisson.agent.client.errors import UsageError
+from caisson.agent.client.guest import Guest, active_forwards, call_sync, container_registry, forward_registry
+from caisson.commands.machines import running_vm, vm_for
+from caisson.commands.streams import info, reporter
+from caisson.image.containers.oci import packed as packed_image
+from caisson.image.programs import TO_PACK, need
+from caisson.image.vm import VM, VMError
+from caisson.image.vm.hotplug import share as sharing
+from caisson.image.vm.hotplug.disks import plug_disk, unplug_unused
+
+#: An interactive shell: bash where there is one.
+SHELL = ["/bin/sh", "-c", "command -v bash >/dev/null && exec bash; exec sh"]
+
+
+def exec_(
+    *, words: list[str], name: str, container: str, tty: bool, env: list[str], user: str, workdir: str, verbose: bool
+) -> int:
+    """Run a program in a container; returns its exit status."""
+    ids = specs.user_ids(user)
+    with vm_for(name, reporter(verbose)) as vm:
+        work = foreground.execute(vm, container, words, env=env, cwd=workdir, user=ids, terminal=tty)
+        return asyncio.run(work)
+
+
+def run(
+    *, path: str, words: list[str], name: str, container: str, tty: bool, detach: bool, env: list[str], user: str,
+    workdir: str, verbose: bool,
+) -> int:  # fmt: skip
+    """Run an image as a container; returns its exit status, 0 for one that is detached."""
+    need(TO_PACK, info)
+    container = container or f"run-{uuid.uuid4().hex[:8]}"
+    with vm_for(name or ("default" if detach else ""), reporter(verbose)) as vm:
+        registry = container_registry(vm)
+        if container in registry.names():
+            raise UsageError(f"container {container!r}: exists already; remove it: caisson rm {container}")
+        remove_orphaned(vm)
+        with contextlib.ExitStack() as stack:
+            with packed_image(Path(path), vm.architecture) as packed:
+                spec = specs.image_spec(
+                    packed.config, packed.bundle, words, env=env, user=user, cwd=workdir, terminal=tty
+                )
+                disk = packed.name or uuid.uuid4().hex[:24]
+                stack.callback(release_disk, vm, container)
+                stack.enter_context(registry.lease(container, disk=disk))
+                slot = plug_disk(vm, packed.disk, disk)
+            status = asyncio.run(foreground.run_image(vm, container, spec, slot, detach=detach))
+            if status is None:
+                registry.add(container, disk=disk)
+                stack.pop_all()
+                print(container)
+    return status or 0
+
+
+def remove_orphaned(vm: VM) -> None:
+    """Remove the containers whose `run` was killed."""
+    for container in container_registry(vm).orphaned():
+        with contextlib.suppress(AgentError):  # it may not have got so far
+            remove_container(vm, container, timeout=30)
+        release_disk(vm, container)
+
+
+def remove_container(vm: VM, container: str, timeout: int) -> None:
+    """Kill a container and remove it.  Raises AgentError."""
+    call_sync(vm, lambda agent: agent.container(container).remove(timeout))
+
+
+def release_disk(vm: VM, container: str) -> None:
+    """Forget a removed container, and unplug the disks that no other uses."""
+    registry = container_registry(vm)
+    registry.discard(container)
+    with contextlib.suppress(VMError):  # they end with the VM
+        unplug_unused(vm, lambda: {str(registry.metadata(other).get("disk")) for other in registry.names()})
+
+
+def shell(*, container: str, guest: bool, name: str) -> int:
+    """Open an interactive shell; returns its exit status."""
+    vm = running_vm(name)
+    if not guest:
+        return asyncio.run(foreground.execute(vm, container, SHELL, terminal=sys.stdin.isatty()))
+    asyncio.run(console.console(vm.vsock_socket, console.console_port(vm.kernel_words)))
+    if not is_serving(vm.agent_socket, timeout=1.0):
+        raise UsageError(f"VM {name!r}: has ended; start it: caisson boot-vm {name} --detach")
+    return 0
+
+
+def cp(*, source: str, target: str, name: str) -> None:
+    """Copy a file or a directory into a container or out of it."""
+    for left_out in call_sync(running_vm(name), lambda agent: copy.copy(agent, source, target)):
+        info(f"not copied: {left_out}")
+
+
+def share(*, directory: str, name: str, container: str, at: str, tag: str, writable: bool, only_plug: bool) -> None:
+    """Share a directory and mount it in a container; prints where."""
+    vm = running_vm(name)
+    shared = sharing.share(vm, Path(directory), tag or sharing.tag_of(Path(directory)), writable=writable)
+    if only_plug:
+        print(shared.tag)
+        return
+    place = at or f"{mounting.SHARED}/{shared.tag}"
+    try:
+        asyncio.run(mounting.mount(vm, container, shared.fstype, shared.tag, place, writable=writable))
+    except BaseException:
+        if shared.new:
+            sharing.unshare(vm, shared.tag)
+        raise
+    mode = "writable" if writable else "read-only"
+    info(f"{directory}: {shared.fstype}, {mode}, until: caisson unshare {shared.tag}")
+    print(place)
+
+
+def unshare(*, tag: str, name: str) -> None:
+    """Unmount a share in all containers and unplug it."""
+    vm = running_vm(name)
+    call_sync(vm, lambda agent: mounting.unmount(agent, tag))
+    sharing.unshare(vm, tag)
+
+
+def forward(*, ports: str, reverse: bool, container: str, name: str) -> None:
+    """Join a TCP port of the host to a port of the guest, until Ctrl-C or the VM's end."""
+    rule = forwarding.Rule.parse(ports)
+    if reverse and rule.kind != "vsock":
+        raise UsageError(f"--reverse: is for vsock ports, not {ports!r}; give PORT:vsock:PORT")
+    vm = running_vm(name)
+    if reverse and (taken := [one for one in active_forwards(vm) if one.endswith(f"← vsock port {rule.guest}")]):
+        raise UsageError(f"vsock port {rule.guest}: is forwarded already ({taken[0]}); choose another")
+    asyncio.run(_forward(vm, rule, reverse, container))
+
+
+async def _forward(vm: VM, rule: forwarding.Rule, reverse: bool, container: str) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        where: forwarding.Rule | Path = rule
+        if rule.kind == "tcp":
+            guest = await stack.enter_async_context(Guest(vm))
+            serve = forwarding.to_container(await guest.container(container), rule.guest)
+        elif reverse:
+            where, serve = vm.host_port(rule.guest), forwarding.to_tcp(rule.address, rule.host)
+        else:
+            serve = forwarding.to_vsock(vm.vsock_socket, rule.guest)
+        port = await stack.enter_async_context(forwarding.listening(where, serve, info))
+        arrow = "←" if reverse else "→"
+        what = f"{rule.address}:{rule.host if reverse else port} {arrow} {rule.kind} port {rule.guest}"
+        stack.enter_context(forward_registry(vm).lease(what))
+        stack.callback(forward_registry(vm).discard, what)
+        info(f"{what} of {vm.name}")
+        await forwarding.ended(stack.enter_context(vm.exit_fd()))

@@ -1,0 +1,145 @@
+"""Boot, list, watch and stop virtual machines."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import json
+import shlex
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from caisson.agent import client
+from caisson.agent.client import listing
+from caisson.agent.client.errors import UsageError
+from caisson.agent.client.guest import active_forwards, call_sync
+from caisson.agent.client.logs import AgentLines
+from caisson.commands.machines import RESUME_COMMAND, image_directory, running_vm
+from caisson.commands.streams import info, write_console
+from caisson.image.programs import TO_BOOT, need
+from caisson.image.vm import VM, VMConfig, get_vm, list_vms
+from caisson.image.vm import timeline as timelines
+from caisson.image.vm.config import DryRun, parse_share
+from caisson.image.vm.config import dry_run as dry_run_of
+from caisson.image.vm.drawing import svg
+from caisson.image.vm.hotplug.resources import memory_now, set_memory
+from caisson.image.vm.snapshot.snapshot import Snapshot
+
+#: Kernel parameters of a boot that is measured.
+TIMELINE_PARAMETERS = f"{timelines.PARAMETERS} agent.timeline"
+
+#: Options that a snapshot has settled already.
+SETTLED_BY_SNAPSHOT = ("image", "memory", "cpus", "max-memory", "max-cpus", "share", "append", "timeline")
+
+
+def boot_vm(
+    *, name: str, detach: bool, image: str, snapshot: str, memory: int | None, cpus: int | None, max_memory: int | None,
+    max_cpus: int | None, share: list[str], append: str, accel: str, vsock: str, timeout: float, timeline: str,
+    dry_run: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Boot a VM and wait for its agent; show its console until it ends, unless it is detached."""
+    timeline_path = Path(timeline) if timeline else None
+    if timeline_path and timeline_path.suffix not in (".svg", ".json"):
+        raise UsageError(f"--timeline {timeline}: is neither a .svg nor a .json file; give it one of these endings")
+    if as_json and not dry_run:
+        raise UsageError("--json: needs --dry-run; use `caisson list-vms --json` for running VMs")
+    ready: Callable[[Path], bool]
+    if snapshot:
+        given = (image, memory, cpus, max_memory, max_cpus, share, append, timeline)
+        clashing = [f"--{option}" for option, value in zip(SETTLED_BY_SNAPSHOT, given, strict=True) if value]
+        if clashing:
+            raise UsageError(f"--snapshot: cannot be combined with {', '.join(clashing)}; the snapshot settles these")
+        need(TO_BOOT, info)
+        found = Snapshot.named(snapshot)
+        config = VMConfig.clone(found, name=name, accel=accel, vsock=vsock, on_resume=RESUME_COMMAND)
+        ready = functools.partial(client.is_personalized, hostname=name)
+    else:
+        shares = dict(parse_share(text) for text in share)
+        parameters = f"{append} {TIMELINE_PARAMETERS}" if timeline_path else append
+        config = VMConfig(
+            image=image_directory(image, info, also=TO_BOOT), name=name, accel=accel, vsock=vsock, memory=memory or 512,
+            cpus=cpus or 1, append=parameters, max_memory=max_memory or 0, max_cpus=max_cpus or 0, shares=shares,
+            firmware=bool(timeline_path), on_resume=RESUME_COMMAND,
+        )  # fmt: skip
+        ready = client.ReadinessProbe()
+    if dry_run:
+        _show_dry_run(dry_run_of(config), as_json=as_json)
+    else:
+        _boot(config, ready, detach=detach, timeout=timeout, timeline_path=timeline_path)
+
+
+def _boot(
+    config: VMConfig, ready: Callable[[Path], bool], *, detach: bool, timeout: float, timeline_path: Path | None
+) -> None:
+    began = time.monotonic()
+    firmware_times: list[float] = []
+    with VM.start(
+        config, ready=ready, report=info, console=None if detach else write_console,
+        firmware=lambda _: firmware_times.append(time.monotonic()), timeout=timeout or None,
+    ) as vm:  # fmt: skip
+        answered = time.monotonic()
+        info(f"{config.name}: the agent answers after {answered - began:.1f} s; {vm.agent_socket}")
+        if timeline_path:
+            found = _timeline(vm, began, firmware_times, answered)
+            timeline_path.write_text(found.json() if timeline_path.suffix == ".json" else svg(found))
+            info(f"{timeline_path}: where the time went")
+        if detach:
+            vm.detach()
+        else:
+            vm.wait(write_console)
+
+
+def _timeline(vm: VM, began: float, firmware_times: list[float], answered: float) -> timelines.Timeline:
+    """Join what this machine, the guest's kernel and its agent know of the boot."""
+    times = asyncio.run(client.boot_times(vm.agent_socket))
+    document = vm.info
+    firmware = (firmware_times[0], firmware_times[-1]) if firmware_times else None
+    host = timelines.Host(began, document["spawned"], firmware, answered)
+    guest = timelines.Guest(times.marks, times.imports, times.kernel_log, times.ahead, times.error)
+    release, accel = vm.manifest["kernel"]["release"], document["accel"].upper()
+    return timelines.timeline(f"{vm.manifest['name']}, Linux {release}, {accel}: from boot-vm to ready", host, guest)
+
+
+def _show_dry_run(dry: DryRun, *, as_json: bool) -> None:
+    info(dry.reasons)
+    info(f"before QEMU, in another shell: {dry.beside}")
+    print(json.dumps(list(dry.command), indent=2) if as_json else shlex.join(dry.command))
+
+
+def stop_vm(*, name: str, everything: bool) -> None:
+    """Stop a VM: its containers, then the machine."""
+    for vm in list_vms() if everything else [get_vm(name)]:
+        with contextlib.suppress(client.AgentError):
+            call_sync(vm, lambda agent: agent.destroy_sandbox(timeout=5.0))
+        vm.stop()
+        info(f"{vm.name}: stopped")
+
+
+def list_running(*, as_json: bool) -> None:
+    """List the running VMs."""
+    infos = [vm.info | {"memory_now": memory_now(vm), "ports": active_forwards(vm)} for vm in list_vms()]
+    shown = (
+        document
+        | {"uptime": f"{time.time() - document['started']:.0f} s"}
+        | {"memory": f"{document['memory_now'] or document['memory']} MiB"}
+        | {"ports": ", ".join(document["ports"]) or None}
+        for document in infos
+    )
+    columns = ("name", "state", "accel", "vsock", "cpus", "memory", "uptime", "ports")
+    listing.show(columns, infos, shown, as_json=as_json)
+
+
+def logs(*, only_agent: bool, follow: bool, name: str) -> None:
+    """Show what a guest has printed."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as cat(1) ends when nobody reads on
+    get_vm(name).show(AgentLines(write_console) if only_agent else write_console, follow=follow)
+
+
+def balloon(*, size: int, name: str) -> None:
+    """Set the memory that a guest keeps; prints the MiB that it has then."""
+    vm = running_vm(name)
+    call_sync(vm, lambda agent: agent.load_module("virtio_balloon"))
+    print(set_memory(vm, size))

@@ -1,0 +1,282 @@
+"""The command line: what its words mean, and what is said of those that mean nothing."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import random
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from caisson.agent.client.errors import UsageError
+from caisson.commands import main as command_line
+from caisson.commands.catalogue import COMMANDS, GROUPS
+from caisson.commands.declare import Command, Option
+from caisson.commands.main import EXPECTED_ERRORS, CommandLine, load, one_line
+from caisson.commands.parse import CommandLineError, HelpWanted, parse
+from caisson.commands.renamed import OLD_COMMANDS, OLD_OPTIONS
+from caisson.commands.usage import help_of
+from caisson.proto.contract import VERSION
+
+EXEC, RUN, BOOT_VM, STOP_VM, CP = (COMMANDS[name] for name in ("exec", "run", "boot-vm", "stop-vm", "cp"))
+EVERY = [command for command in COMMANDS.values() if not command.hidden]
+
+
+def refused(command: Command, *words: str) -> str:
+    """What is said of a command line that makes no sense: one line."""
+    with pytest.raises(CommandLineError) as caught:
+        parse(command, words)
+    text = str(caught.value)
+    assert "\n" not in text and text.startswith(f"{command.name}: ")
+    assert caught.value.status == (125 if command.name in ("exec", "run", "shell") else 2)
+    return text
+
+
+@pytest.mark.parametrize(
+    ("words", "program"),
+    [
+        (["uname", "-a"], ["uname", "-a"]),
+        (["--", "uname", "-a"], ["uname", "-a"]),
+        (["-n", "web", "sh", "-c", "exit 7", "--", "--name", "x"], ["sh", "-c", "exit 7", "--", "--name", "x"]),
+        (["--name=web", "--", "--help"], ["--help"]),
+        (["--", "--", "x"], ["--", "x"]),
+        (["echo", ""], ["echo", ""]),
+        (["printf", "a\udcffb"], ["printf", "a\udcffb"]),
+    ],
+)
+def test_exec_passes_the_programs_words_on_as_they_are(words: list[str], program: list[str]) -> None:
+    assert parse(EXEC, words)[0]["words"] == program
+
+
+@pytest.mark.parametrize(
+    ("words", "path", "program", "detach"),
+    [
+        (["a.tar"], "a.tar", [], False),
+        (["a.tar", "--detach"], "a.tar", [], True),
+        (["-d", "a.tar", "cat", "-d"], "a.tar", ["cat", "-d"], True),
+        (["a.tar", "--", "-d"], "a.tar", ["-d"], False),
+        (["--", "a.tar", "cat"], "a.tar", ["cat"], False),
+        (["--path", "a.tar", "cat"], "a.tar", ["cat"], False),
+    ],
+)
+def test_run_takes_options_until_the_programs_first_word(
+    words: list[str], path: str, program: list[str], detach: bool
+) -> None:
+    values, _ = parse(RUN, words)
+    assert (values["path"], values["words"], values["detach"]) == (path, program, detach)
+
+
+def test_options_in_every_form() -> None:
+    values, _ = parse(EXEC, ["-tcbox", "-e", "A=1", "--env=B=", "--user=1:2", "-n=web", "true"])
+    assert (values["tty"], values["container"], values["env"]) == (True, "box", ["A=1", "B="])
+    assert (values["user"], values["name"], values["workdir"]) == ("1:2", "web", "/")
+
+
+@pytest.mark.parametrize(
+    ("word", "size"), [("512", 512), ("512M", 512), ("512MiB", 512), ("1g", 1024), ("1.5G", 1536), ("262144K", 256)]
+)
+def test_memory_has_units(word: str, size: int) -> None:
+    assert parse(BOOT_VM, ["--memory", word])[0]["memory"] == size
+
+
+def test_a_vms_name_is_a_word_or_an_option() -> None:
+    assert parse(STOP_VM, ["web"])[0]["name"] == "web"
+    assert parse(STOP_VM, ["--name", "web"])[0]["name"] == "web"
+    assert parse(STOP_VM, [])[0]["name"] == "default"
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "text"),
+    [
+        (BOOT_VM, ["--memry", "1"], "--memry: unknown option; did you mean --memory?"),
+        (BOOT_VM, ["--memory"], "--memory: a value is missing; for example --memory 512M"),
+        (BOOT_VM, ["--memory", "abc"], "--memory abc: is not a size; for example 512M or 2G (without a unit: MiB)"),
+        (BOOT_VM, ["--memory", "-5"], "--memory -5: is out of range; give 128M to 16T"),
+        (BOOT_VM, ["--memory", "9" * 5000], f"--memory {'9' * 5000}: is not a size; for example 512M or 2G"),
+        (BOOT_VM, ["--cpus", "1e3"], "--cpus 1e3: is not a whole number; give 1 to 255"),
+        (BOOT_VM, ["--cpus", "256"], "--cpus 256: is out of range; give 1 to 255"),
+        (BOOT_VM, ["--accel", "hvf"], "--accel hvf: is unknown; give auto, kvm or tcg"),
+        (BOOT_VM, ["--detach=yes"], "--detach: takes no value; write --detach alone"),
+        (BOOT_VM, ["--image", "--detach"], "--image: a value is missing before --detach"),
+        (BOOT_VM, ["--timeout", "nan"], "--timeout nan: is not a time"),
+        (BOOT_VM, ["--x\ny"], r"'--x\ny': unknown option"),
+        (STOP_VM, ["a", "b"], "b: one word too many; usage: caisson stop-vm [OPTIONS] [NAME]"),
+        (STOP_VM, [""], "NAME '': is empty; for example NAME web"),
+        (CP, ["a"], "TARGET is missing; usage: caisson cp [OPTIONS] SOURCE TARGET"),
+        (EXEC, [], "COMMAND is missing; usage: caisson exec [OPTIONS] [--] COMMAND [ARG…]"),
+        (EXEC, ["--env", "x", "true"], "--env x: is not NAME=value; for example TERM=xterm"),
+        (EXEC, ["-x", "ls"], "-x: unknown option; a program's own words come after --"),
+    ],
+)
+def test_wrong_words_are_named_with_a_remedy(command: Command, words: list[str], text: str) -> None:
+    assert text in refused(command, *words)
+
+
+def test_help_is_a_word_anywhere_before_the_program() -> None:
+    for words in (["--help"], ["web", "-h"], ["--memory", "1G", "--help"]):
+        with pytest.raises(HelpWanted):
+            parse(BOOT_VM, words)
+    assert parse(EXEC, ["ls", "--help"])[0]["words"] == ["ls", "--help"]
+
+
+def test_old_words_still_work_and_say_so_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for (command, old), new in OLD_OPTIONS.items():
+        values, said = parse(COMMANDS[command], [f"--{old}", "small"])
+        assert values[new] == "small" and said == [f"--{old}: the option is --{new} now; the old one still works"]
+    for old, new in OLD_COMMANDS.items():
+        assert CommandLine(GROUPS).run([old, "--help"]) == 0
+        shown = capsys.readouterr()
+        assert f"Usage: caisson {new}" in shown.out
+        assert shown.err == f"caisson: {old}: the command is {new} now; the old name still works\n"
+
+
+@pytest.mark.parametrize("command", [one for one in COMMANDS.values() if one.run], ids=lambda one: one.name)
+def test_a_declaration_fits_its_function(command: Command) -> None:
+    names = [one.parameter for one in command.parameters()] + ([command.program.dest] if command.program else [])
+    parameters = inspect.signature(load(command.run)).parameters
+    assert sorted(names) == sorted(parameters)
+
+
+@pytest.mark.parametrize("command", EVERY, ids=lambda one: one.name)
+def test_help_shows_usage_defaults_and_examples(command: Command) -> None:
+    page = help_of(command)
+    assert page.startswith(f"Usage: caisson {command.name}") and "Example" in page
+    assert all(f"--{option.name}" in page for option in command.options)
+    assert max(map(len, page.splitlines())) <= 100
+    for line in command.examples:
+        first = line.partition("&&")[0].partition("|")[2 if line.startswith("echo") else 0].partition("#")[0].strip()
+        if first.startswith(f"caisson {command.name} ") and '"$(' not in line:
+            parse(command, shlex.split(first)[2:])
+
+
+def test_expected_errors_are_there() -> None:
+    for name in EXPECTED_ERRORS:
+        error: type[Exception] = load(name)  # type: ignore[assignment]
+        assert issubclass(error, Exception) and f"{error.__module__}:{error.__qualname__}" == name
+    assert one_line(UsageError("x: y; z")) == "x: y; z"
+    assert one_line(PermissionError(13, "Permission denied", "/x")) == "/x: Permission denied"
+    assert one_line(KeyError("a bug")) == ""
+
+
+# The whole program, as a process.
+
+
+def caisson(*words: str | bytes, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", "caisson.commands.main", *words],
+        env=os.environ | (environment or {}), stdin=subprocess.DEVNULL, capture_output=True, timeout=60,
+    )  # fmt: skip
+
+
+def test_alone_it_shows_the_commands_in_groups() -> None:
+    for words in ((), ("--help",), ("help",), ("--list",)):
+        done = caisson(*words)
+        assert done.returncode == 0 and done.stderr == b""
+        shown = done.stdout.decode()
+        assert all(f"\n{group.title}:\n" in shown for group in GROUPS)
+        assert all(f"\n  {command.name} " in shown for command in EVERY)
+
+
+def test_the_version_costs_no_library() -> None:
+    done = caisson("--version", environment={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert done.stdout.decode() == f"caisson {VERSION}\n"
+    modules = {line.rpartition(b"|")[2].strip().decode() for line in done.stderr.splitlines()}
+    assert "caisson.commands.parse" in modules
+    for name in ("invoke", "grpc", "jinja2", "yaml", "google.protobuf", "asyncio", "caisson.image", "caisson.agent"):
+        assert name not in modules
+
+
+def test_a_misspelt_command_is_recognised() -> None:
+    done = caisson("boot")
+    assert (done.returncode, done.stderr) == (2, b"caisson: boot: unknown command; did you mean boot-vm?\n")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_traceback(closed: str) -> None:
+    script = f'exec "$@" {closed}'
+    words = ["sh", "-c", script, "sh", sys.executable, "-m", "caisson.commands.main", "help", "exec"]
+    done = subprocess.run(words, capture_output=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == b""
+
+
+def test_a_closed_pipe_ends_it_as_a_signal_would() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [sys.executable, "-m", "caisson.commands.main", "help"]
+    done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, timeout=60)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_full_disk_is_one_line() -> None:
+    with Path("/dev/full").open("wb") as full:
+        words = [sys.executable, "-m", "caisson.commands.main", "help"]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == b"caisson: output: No space left on device; make room and try again\n"
+
+
+def test_a_locale_without_utf_8_is_enough() -> None:
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    done = caisson("exec", environment=ascii_only)
+    assert done.returncode == 125 and done.stderr.endswith(b"COMMAND [ARG?]\n")
+
+
+def test_words_that_are_not_utf_8_come_back_as_they_were() -> None:
+    done = caisson(b"stop-vm", b"--n\xff")
+    assert done.returncode == 2 and b"Traceback" not in done.stderr and done.stderr.count(b"\n") == 1
+
+
+def wrong_lines(seed: int) -> Iterator[tuple[Command, list[str]]]:
+    """Every command with every option, in every kind of mistake."""
+    chance = random.Random(seed)
+    for command in EVERY:
+        yield command, ["--no-such-option"]
+        yield command, ["--" + chance.choice(["\udcff", "x" * 300, "a b", "\n", "é"])]
+        yield command, ["-?"]
+        if not command.program and not any(place.repeat for place in command.positionals):
+            yield command, ["word"] * (len(command.positionals) + 1)
+        for option in command.options:
+            name = f"--{option.name}"
+            letter = chance.randrange(3, len(name))
+            yield command, [name[:letter] + chance.choice("qzj") + name[letter:]]
+            if option.kind is None:
+                yield command, [f"{name}=x"]
+            else:
+                yield command, [name]
+                yield command, [name, "--help"]
+                yield from ((command, [name, word]) for word in wrong_values(option))
+
+
+def wrong_values(option: Option) -> Iterator[str]:
+    """Words that are not values of this option."""
+    assert option.kind is not None
+    for word in ("", "abc", "\udce9", "-1", "1e9", "9" * 30, "nan", "inf", "0x10", "١", "1 2", "\0"[:0] + "\x1b[31m"):
+        try:
+            option.kind.read(word)
+        except ValueError:
+            yield word
+
+
+def test_every_wrong_line_ends_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    seed = int(os.environ.get("CAISSON_SEED", "1"))
+    count = 0
+    for command, words in wrong_lines(seed):
+        status = CommandLine(GROUPS).run([command.name, *words])
+        shown = capsys.readouterr()
+        assert status == command.usage_status, (command.name, words)
+        assert shown.out == "" and shown.err.count("\n") == 1, (command.name, words)
+        assert shown.err.startswith(f"caisson: {command.name}: ") and ";" in shown.err, shown.err
+        assert shown.err[:-1].isprintable(), shown.err
+        count += 1
+    assert count > 300
+
+
+def test_main_runs_the_words_it_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"caisson {VERSION}\n"
