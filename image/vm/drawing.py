@@ -1,4 +1,4 @@
-"""A timeline as a picture: a row for each span, one below the other, so that no text meets another."""
+"""Draw a timeline as SVG: a row for each span, one below the other, so that no text meets another."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ NAMES, BARS, FIGURES = 270, 600, 90
 ROW, HEAD, FOOT = 19, 64, 28
 INDENT = 14
 
-#: Letters that fit into the names' column at its size.
-LONGEST = 36
+#: Pixels that a letter takes, at most, in the fonts below: of one width, so that what fits can be counted.
+LETTER, TITLE_LETTER, NOTE_LETTER = 7.3, 9.1, 6.7
 
 #: Colours by class, on light ground and on dark.  Not by CSS variables: not every program that draws SVG knows them.
 LIGHT = {
@@ -25,8 +25,8 @@ DARK = {
     "host": "#6e7681", "firmware": "#d29922", "kernel": "#3fb68b", "agent": "#6ea0ff",
 }  # fmt: skip
 STYLE = (
-    "text{font:12px system-ui,sans-serif} .title{font-size:15px;font-weight:600} .axis{font-size:11px;"
-    "text-anchor:middle} .figure{text-anchor:end} .part{opacity:.6} "
+    "text{font:12px ui-monospace,monospace} .title{font-size:15px;font-weight:600} .note,.axis{font-size:11px} "
+    ".axis{text-anchor:middle} .figure{text-anchor:end} .part{opacity:.6} "
 )
 
 
@@ -35,19 +35,19 @@ def _colours(palette: Mapping[str, str]) -> str:
 
 
 def svg(timeline: Timeline) -> str:
-    """The picture, readable on light and dark ground."""
+    """Return the picture, readable on light and dark ground."""
     rows = list(_rows(timeline.spans))
     width, bottom = NAMES + BARS + FIGURES, HEAD + ROW * len(rows)
     scale = BARS / timeline.seconds
+    note = f"{timeline.seconds:.2f} s; parts are indented; the guest's clock is known to ± {timeline.error:.3f} s"
     drawn = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{bottom + FOOT}" '
         f'viewBox="0 0 {width} {bottom + FOOT}" role="img">',
         f"<title>{escape(timeline.what)}</title>",
         f"<style>{STYLE}{_colours(LIGHT)} @media (prefers-color-scheme:dark){{{_colours(DARK)}}}</style>",
         f'<rect class="ground" width="{width}" height="{bottom + FOOT}"/>',
-        f'<text class="title ink" x="12" y="24">{escape(timeline.what)}</text>',
-        f'<text class="faint" x="12" y="44">{timeline.seconds:.2f} s; names of parts are set in; '
-        f"the guest's clock is known to ± {timeline.error * 1000:.0f} ms</text>",
+        f'<text class="title ink" x="12" y="24">{escape(_fit(timeline.what, width - 24, TITLE_LETTER))}</text>',
+        f'<text class="note faint" x="12" y="44">{escape(_fit(note, width - 24, NOTE_LETTER))}</text>',
     ]
     step = _step(timeline.seconds)
     for number in range(int(timeline.seconds / step) + 1):
@@ -56,7 +56,7 @@ def svg(timeline: Timeline) -> str:
         drawn.append(f'<text class="axis faint" x="{x:.1f}" y="{bottom + 16}">{number * step:g} s</text>')
     for number, (depth, span) in enumerate(rows):
         y = HEAD + ROW * number
-        name = span.name if len(span.name) <= LONGEST - 2 * depth else span.name[: LONGEST - 2 * depth - 1] + "…"
+        name = _fit(span.name, NAMES - 18 - INDENT * depth, LETTER)
         drawn.append(
             f'<text class="{"faint" if depth else "ink"}" x="{12 + INDENT * depth}" y="{y + 14}">{escape(name)}</text>'
         )
@@ -64,8 +64,14 @@ def svg(timeline: Timeline) -> str:
             f'<rect class="{span.kind}{" part" if depth else ""}" x="{NAMES + span.start * scale:.1f}" y="{y + 4}" '
             f'width="{max(1.0, span.seconds * scale):.1f}" height="{ROW - 7}" rx="1"/>'
         )
-        drawn.append(f'<text class="figure ink" x="{width - 12}" y="{y + 14}">{span.seconds * 1000:.0f} ms</text>')
+        drawn.append(f'<text class="figure ink" x="{width - 12}" y="{y + 14}">{span.seconds:.3f} s</text>')
     return "\n".join([*drawn, "</svg>\n"])
+
+
+def _fit(text: str, pixels: float, letter: float) -> str:
+    """Shorten a text to what fits."""
+    most = max(1, int(pixels / letter))
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _rows(spans: tuple[Span, ...], depth: int = 0) -> Iterator[tuple[int, Span]]:
@@ -75,5 +81,5 @@ def _rows(spans: tuple[Span, ...], depth: int = 0) -> Iterator[tuple[int, Span]]
 
 
 def _step(seconds: float) -> float:
-    """Seconds between two lines of the axis: at most ten of them."""
+    """Return the seconds between two lines of the axis: at most ten of them."""
     return next(step for step in (0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 600) if seconds / step <= 10)

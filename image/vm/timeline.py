@@ -1,6 +1,6 @@
-"""Where the time of a boot went, from the request for a VM to its agent's first answer: spans that follow each other.
+"""The timeline of a boot, from the request for a VM to its agent's first answer: spans that follow each other.
 
-Three clocks tell it.  This machine's saw QEMU start, the firmware speak and the answer come.  The guest's monotonic
+Three clocks measure it.  This machine's saw QEMU start, the firmware speak and the answer come.  The guest's monotonic
 clock was compared with it afterwards, by whoever asked the agent.  The kernel's log has a third one, which the agent's
 own line in it ties to the second.  Spans are on this machine's, in seconds from the request.
 """
@@ -85,9 +85,42 @@ class Timeline:
         return self.spans[-1].end
 
     def json(self) -> str:
-        """As a document: seconds, error and spans, each with name, kind, start, seconds and parts."""
+        """Return a document: seconds, error and spans, each with name, kind, start, seconds and parts.
+
+        The same spans are in it as trace events, so that Perfetto and chrome://tracing open the file as it is.
+        """
         document: dict[str, Any] = {"what": self.what, "seconds": self.seconds, "error": self.error}
-        return json.dumps(_rounded(document | {"spans": [asdict(span) for span in self.spans]}), indent=1) + "\n"
+        document |= {"spans": [asdict(span) for span in self.spans]}
+        trace = {"displayTimeUnit": "ms", "traceEvents": self.trace_events()}
+        return json.dumps(_rounded(document) | trace, indent=1) + "\n"
+
+    def trace_events(self) -> list[dict[str, Any]]:
+        """Return the spans as complete events of the Trace Event Format, in microseconds, a thread for each kind.
+
+        Slices of a thread have to nest: a part ends with its whole, and one that overlaps the part before it, as what
+        the kernel does asynchronously, is on a thread of its own.
+        """
+        threads: dict[str, int] = {}
+        events: list[dict[str, Any]] = [_metadata("process_name", 0, self.what)]
+
+        def add(spans: Sequence[Span], limit: int) -> None:
+            free = 0
+            for span in spans:
+                start, end = round(span.start * 1e6), min(round(span.end * 1e6), limit)
+                thread = span.kind if start >= free else f"{span.kind}, asynchronous"
+                number = threads.setdefault(thread, len(threads) + 1)
+                event = {"name": span.name, "cat": span.kind, "ph": "X", "ts": start, "dur": end - start}
+                events.append(event | {"pid": 1, "tid": number})
+                if start >= free:
+                    free = end
+                    add(span.parts, end)
+
+        add(self.spans, round(self.seconds * 1e6))
+        return events + [_metadata("thread_name", number, name) for name, number in threads.items()]
+
+
+def _metadata(what: str, thread: int, name: str) -> dict[str, Any]:
+    return {"name": what, "ph": "M", "pid": 1, "tid": thread, "args": {"name": name}}
 
 
 def _rounded(value: Any) -> Any:

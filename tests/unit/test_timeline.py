@@ -80,6 +80,33 @@ def test_as_json(boot: Timeline) -> None:
     assert document["spans"][3]["parts"][0].keys() == {"name", "kind", "start", "seconds", "parts"}
 
 
+def test_the_document_opens_as_a_trace(boot: Timeline) -> None:
+    """Trace Event Format: complete events need name, ph, ts, dur, pid and tid; slices of a thread nest."""
+    events = [event for event in json.loads(boot.json())["traceEvents"] if event["ph"] == "X"]
+    assert all(event.keys() >= {"name", "ts", "dur", "pid", "tid"} and event["dur"] >= 0 for event in events)
+    assert sum(event["dur"] for event in events if event["name"] in {span.name for span in boot.spans}) == (
+        pytest.approx(boot.seconds * 1e6, abs=50)
+    )
+    for one in events:
+        for other in events:
+            if one["tid"] == other["tid"] and one["ts"] < other["ts"] < one["ts"] + one["dur"]:
+                assert other["ts"] + other["dur"] <= one["ts"] + one["dur"] + 1
+
+
+def test_labels_stay_inside_and_are_in_seconds() -> None:
+    span = Span("W" * 200, "agent", 0.0, 0.25, (Span("M" * 200, "agent", 0.0, 0.2),))
+    picture = ET.fromstring(svg(Timeline("boot of " + "W" * 300, (span,), 0.001)))
+    width = float(picture.get("width", ""))
+    for text in picture.iter(f"{SVG}text"):
+        said, x, kind = str(text.text), float(text.get("x", "")), str(text.get("class"))
+        size = 9.1 if "title" in kind else 6.7 if "note" in kind or "axis" in kind else 7.3
+        length = len(said) * size
+        left = x - (length if "figure" in kind else length / 2 if "axis" in kind else 0)
+        assert left >= 0 and left + length <= width, said
+        assert "ms" not in said
+    assert "0.250 s" in [text.text for text in picture.iter(f"{SVG}text")]
+
+
 def test_the_picture_has_a_row_for_each_span_and_no_text_meets_another(boot: Timeline) -> None:
     picture = ET.fromstring(svg(boot))
     texts = [
