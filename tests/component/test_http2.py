@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -131,137 +131,112 @@ async def connected(serve: Callable[[Request], Awaitable[Response]] = echo) -> A
     assert failures == []
 
 
-def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(work, 30))
+async def test_a_request_and_its_answer() -> None:
+    async with connected() as peer:
+        await peer.hello()
+        for stream, body in ((1, b"hello"), (3, b""), (5, bytes(range(256)) * 200)):
+            await peer.send(request(stream, body))
+            assert await peer.answer(stream) == body
 
 
-def test_a_request_and_its_answer() -> None:
-    async def work() -> None:
-        async with connected() as peer:
-            await peer.hello()
-            for stream, body in ((1, b"hello"), (3, b""), (5, bytes(range(256)) * 200)):
-                await peer.send(request(stream, body))
-                assert await peer.answer(stream) == body
-
-    run(work())
-
-
-def test_bytes_that_come_one_by_one() -> None:
-    async def work() -> None:
-        async with connected() as peer:
-            for byte in frames.PREFACE + frames.settings({}) + request(1, b"hello"):
-                await peer.send(bytes([byte]))
-                await asyncio.sleep(0)
-            for _ in range(3):
-                await peer.frame()
-            assert await peer.answer(1) == b"hello"
-
-    run(work())
+async def test_bytes_that_come_one_by_one() -> None:
+    async with connected() as peer:
+        for byte in frames.PREFACE + frames.settings({}) + request(1, b"hello"):
+            await peer.send(bytes([byte]))
+            await asyncio.sleep(0)
+        for _ in range(3):
+            await peer.frame()
+        assert await peer.answer(1) == b"hello"
 
 
-def test_headers_in_pieces_with_padding_and_priority_and_fields_after_the_body() -> None:
-    async def work() -> None:
-        async with connected() as peer:
-            await peer.hello()
-            padded = b"\3" + b"\0\0\0\0\x10" + BLOCK[:5] + bytes(3)
-            await peer.send(
-                frame(frames.HEADERS, padded, frames.PADDED | frames.PRIORITIZED, 1),
-                frame(frames.CONTINUATION, BLOCK[5:7], 0, 1),
-                frame(frames.CONTINUATION, BLOCK[7:], frames.END_HEADERS, 1),
-                frame(frames.DATA, b"\2ab\0\0", frames.PADDED, 1),
-                frame(frames.DATA, b"c", 0, 1),
-                frame(0xBE, b"a frame of the future"),
-                frame(frames.PRIORITY, bytes(5), 0, 7),
-                frame(frames.HEADERS, encode((b"x", b"y")), END, 1),
-            )
-            assert await peer.answer(1) == b"abc"
-
-    run(work())
+async def test_headers_in_pieces_with_padding_and_priority_and_fields_after_the_body() -> None:
+    async with connected() as peer:
+        await peer.hello()
+        padded = b"\3" + b"\0\0\0\0\x10" + BLOCK[:5] + bytes(3)
+        await peer.send(
+            frame(frames.HEADERS, padded, frames.PADDED | frames.PRIORITIZED, 1),
+            frame(frames.CONTINUATION, BLOCK[5:7], 0, 1),
+            frame(frames.CONTINUATION, BLOCK[7:], frames.END_HEADERS, 1),
+            frame(frames.DATA, b"\2ab\0\0", frames.PADDED, 1),
+            frame(frames.DATA, b"c", 0, 1),
+            frame(0xBE, b"a frame of the future"),
+            frame(frames.PRIORITY, bytes(5), 0, 7),
+            frame(frames.HEADERS, encode((b"x", b"y")), END, 1),
+        )
+        assert await peer.answer(1) == b"abc"
 
 
-def test_an_answer_of_headers_alone() -> None:
+async def test_an_answer_of_headers_alone() -> None:
     async def no(one: Request) -> Response:
         return Response(HEAD)
 
-    async def work() -> None:
-        async with connected(no) as peer:
-            await peer.hello()
-            await peer.send(request(1))
-            assert await peer.frame() == (frames.HEADERS, END, 1, HEAD)
-            await peer.still_there()
-
-    run(work())
+    async with connected(no) as peer:
+        await peer.hello()
+        await peer.send(request(1))
+        assert await peer.frame() == (frames.HEADERS, END, 1, HEAD)
+        await peer.still_there()
 
 
-def test_an_answer_is_sent_as_there_is_room() -> None:
+async def test_an_answer_is_sent_as_there_is_room() -> None:
     data = random.Random(1).randbytes(70_000)
 
     async def large(one: Request) -> Response:
         return Response(HEAD, [data[:5], b"", data[5:]], TAIL)
 
-    async def work() -> None:
-        async with connected(large) as peer:
-            await peer.hello((frames.INITIAL_WINDOW_SIZE, 10))
-            await peer.send(request(1))
-            assert (await peer.frame()).kind == frames.HEADERS
-            assert (await peer.frame()).payload == data[:10]
-            await peer.still_there()  # and nothing more
-            await peer.send(frames.number(frames.WINDOW_UPDATE, 1, 7))
-            assert (await peer.frame()).payload == data[10:17]
-            # Settings change the window of a stream that is open, too: to less than nothing, and back (6.9.2).
-            await peer.send(frames.settings({frames.INITIAL_WINDOW_SIZE: 5}))
-            assert (await peer.frame()).flags == frames.ACK
-            await peer.send(frames.number(frames.WINDOW_UPDATE, 1, 5))
-            await peer.still_there()
-            await peer.send(frames.settings({frames.INITIAL_WINDOW_SIZE: 100_000}))
-            assert (await peer.frame()).flags == frames.ACK
-            rest = b""
-            while len(rest) < frames.DEFAULT_WINDOW - 17:  # what the connection's window lets through
-                got = await peer.frame()
-                assert 0 < len(got.payload) <= frames.DEFAULT_FRAME_SIZE
-                rest += got.payload
-            assert rest == data[17 : frames.DEFAULT_WINDOW]
-            await peer.still_there()
-            await peer.send(frames.number(frames.WINDOW_UPDATE, 0, 100_000))
-            assert (await peer.frame()).payload == data[frames.DEFAULT_WINDOW :]
-            assert (await peer.frame()).payload == TAIL
-
-    run(work())
+    async with connected(large) as peer:
+        await peer.hello((frames.INITIAL_WINDOW_SIZE, 10))
+        await peer.send(request(1))
+        assert (await peer.frame()).kind == frames.HEADERS
+        assert (await peer.frame()).payload == data[:10]
+        await peer.still_there()  # and nothing more
+        await peer.send(frames.number(frames.WINDOW_UPDATE, 1, 7))
+        assert (await peer.frame()).payload == data[10:17]
+        # Settings change the window of a stream that is open, too: to less than nothing, and back (6.9.2).
+        await peer.send(frames.settings({frames.INITIAL_WINDOW_SIZE: 5}))
+        assert (await peer.frame()).flags == frames.ACK
+        await peer.send(frames.number(frames.WINDOW_UPDATE, 1, 5))
+        await peer.still_there()
+        await peer.send(frames.settings({frames.INITIAL_WINDOW_SIZE: 100_000}))
+        assert (await peer.frame()).flags == frames.ACK
+        rest = b""
+        while len(rest) < frames.DEFAULT_WINDOW - 17:  # what the connection's window lets through
+            got = await peer.frame()
+            assert 0 < len(got.payload) <= frames.DEFAULT_FRAME_SIZE
+            rest += got.payload
+        assert rest == data[17 : frames.DEFAULT_WINDOW]
+        await peer.still_there()
+        await peer.send(frames.number(frames.WINDOW_UPDATE, 0, 100_000))
+        assert (await peer.frame()).payload == data[frames.DEFAULT_WINDOW :]
+        assert (await peer.frame()).payload == TAIL
 
 
-def test_answers_share_the_room_of_their_connection() -> None:
+async def test_answers_share_the_room_of_their_connection() -> None:
     async def large(one: Request) -> Response:
         return Response(HEAD, [bytes(100_000)], TAIL)
 
-    async def work() -> None:
-        async with connected(large) as peer:
-            await peer.hello((frames.INITIAL_WINDOW_SIZE, 1 << 20), (frames.MAX_FRAME_SIZE, 1 << 20))
-            await peer.send(request(1), request(3), request(5))
-            got = {1: 0, 3: 0, 5: 0}
-            turns = []
-            while sum(got.values()) < 300_000:
-                one = await peer.frame()
-                if one.kind == frames.DATA:
-                    got[one.stream] += len(one.payload)
-                    turns.append(one.stream)
-                    await peer.send(frames.number(frames.WINDOW_UPDATE, 0, 1000))
-            assert got == dict.fromkeys(got, 100_000)
-            assert {1, 3, 5} <= set(turns[:10])
-
-    run(work())
+    async with connected(large) as peer:
+        await peer.hello((frames.INITIAL_WINDOW_SIZE, 1 << 20), (frames.MAX_FRAME_SIZE, 1 << 20))
+        await peer.send(request(1), request(3), request(5))
+        got = {1: 0, 3: 0, 5: 0}
+        turns = []
+        while sum(got.values()) < 300_000:
+            one = await peer.frame()
+            if one.kind == frames.DATA:
+                got[one.stream] += len(one.payload)
+                turns.append(one.stream)
+                await peer.send(frames.number(frames.WINDOW_UPDATE, 0, 1000))
+        assert got == dict.fromkeys(got, 100_000)
+        assert {1, 3, 5} <= set(turns[:10])
 
 
-def test_frames_are_as_large_as_the_peer_lets_them_be() -> None:
+async def test_frames_are_as_large_as_the_peer_lets_them_be() -> None:
     async def large(one: Request) -> Response:
         return Response(HEAD, [bytes(60_000)], TAIL)
 
-    async def work() -> None:
-        async with connected(large) as peer:
-            await peer.hello((frames.MAX_FRAME_SIZE, 50_000))
-            await peer.send(request(1))
-            assert [len((await peer.frame()).payload) for _ in range(3)][1:] == [50_000, 10_000]
-
-    run(work())
+    async with connected(large) as peer:
+        await peer.hello((frames.MAX_FRAME_SIZE, 50_000))
+        await peer.send(request(1))
+        assert [len((await peer.frame()).payload) for _ in range(3)][1:] == [50_000, 10_000]
 
 
 class Never:
@@ -287,130 +262,109 @@ class Never:
             await self.changed.wait()
 
 
-def test_who_gives_up_ends_the_work() -> None:
-    async def work() -> None:
-        never = Never()
-        async with connected(never) as peer:
-            await peer.hello()
-            await peer.send(request(1), request(3), request(5))
-            await never.until(3, 0)
-            await peer.send(frames.number(frames.RST_STREAM, 3, Code.CANCEL))
-            await never.until(3, 1)
-            await peer.still_there()
-        await never.until(3, 3)
-
-    run(work())
+async def test_who_gives_up_ends_the_work() -> None:
+    never = Never()
+    async with connected(never) as peer:
+        await peer.hello()
+        await peer.send(request(1), request(3), request(5))
+        await never.until(3, 0)
+        await peer.send(frames.number(frames.RST_STREAM, 3, Code.CANCEL))
+        await never.until(3, 1)
+        await peer.still_there()
+    await never.until(3, 3)
 
 
-def test_an_end_of_file_is_a_peer_that_has_gone() -> None:
-    async def work() -> None:
-        never = Never()
-        async with connected(never) as peer:
-            await peer.hello()
-            await peer.send(request(1))
-            await never.until(1, 0)
-            peer._sock.shutdown(socket.SHUT_WR)
-            await never.until(1, 1)
-
-    run(work())
+async def test_an_end_of_file_is_a_peer_that_has_gone() -> None:
+    never = Never()
+    async with connected(never) as peer:
+        await peer.hello()
+        await peer.send(request(1))
+        await never.until(1, 0)
+        peer._sock.shutdown(socket.SHUT_WR)
+        await never.until(1, 1)
 
 
-def test_a_body_that_is_too_long_is_cut_and_answered() -> None:
+async def test_a_body_that_is_too_long_is_cut_and_answered() -> None:
     seen: list[int] = []
 
     async def look(one: Request) -> Response:
         seen.append(len(one.body))
         return Response(HEAD)
 
-    async def work() -> None:
-        async with connected(look) as peer:
-            await peer.hello()
-            await peer.send(frame(frames.HEADERS, BLOCK, frames.END_HEADERS, 1))
-            piece = frame(frames.DATA, bytes(frames.DEFAULT_FRAME_SIZE), 0, 1)
-            await peer.send(*[piece] * (LARGEST // frames.DEFAULT_FRAME_SIZE + 1))
-            assert await peer.frame() == (frames.HEADERS, END, 1, HEAD)
-            assert await peer.frame() == (frames.RST_STREAM, 0, 1, bytes(4))
-            await peer.send(piece)  # was on its way
-            assert await peer.frame() == (frames.RST_STREAM, 0, 1, Code.STREAM_CLOSED.to_bytes(4, "big"))
-            await peer.still_there()
-            assert LARGEST < seen[0] <= LARGEST + frames.DEFAULT_FRAME_SIZE
-
-    run(work())
+    async with connected(look) as peer:
+        await peer.hello()
+        await peer.send(frame(frames.HEADERS, BLOCK, frames.END_HEADERS, 1))
+        piece = frame(frames.DATA, bytes(frames.DEFAULT_FRAME_SIZE), 0, 1)
+        await peer.send(*[piece] * (LARGEST // frames.DEFAULT_FRAME_SIZE + 1))
+        assert await peer.frame() == (frames.HEADERS, END, 1, HEAD)
+        assert await peer.frame() == (frames.RST_STREAM, 0, 1, bytes(4))
+        await peer.send(piece)  # was on its way
+        assert await peer.frame() == (frames.RST_STREAM, 0, 1, Code.STREAM_CLOSED.to_bytes(4, "big"))
+        await peer.still_there()
+        assert LARGEST < seen[0] <= LARGEST + frames.DEFAULT_FRAME_SIZE
 
 
-def test_room_for_data_is_given_back() -> None:
-    async def work() -> None:
-        async with connected() as peer:
-            await peer.hello((frames.INITIAL_WINDOW_SIZE, 1 << 20))
-            room, sent, stream = module.WINDOW, 0, 1
-            while sent < 2 * module.WINDOW:
-                await peer.send(request(stream, bytes(LARGEST)))
-                sent += LARGEST
-                room -= LARGEST
-                assert room >= 0
-                await peer.send(frames.number(frames.WINDOW_UPDATE, 0, LARGEST))
-                while not ((got := await peer.frame()).kind == frames.HEADERS and got.flags & frames.END_STREAM):
-                    if got.kind == frames.WINDOW_UPDATE:
-                        room += int.from_bytes(got.payload, "big")
-                stream += 2
-
-    run(work())
+async def test_room_for_data_is_given_back() -> None:
+    async with connected() as peer:
+        await peer.hello((frames.INITIAL_WINDOW_SIZE, 1 << 20))
+        room, sent, stream = module.WINDOW, 0, 1
+        while sent < 2 * module.WINDOW:
+            await peer.send(request(stream, bytes(LARGEST)))
+            sent += LARGEST
+            room -= LARGEST
+            assert room >= 0
+            await peer.send(frames.number(frames.WINDOW_UPDATE, 0, LARGEST))
+            while not ((got := await peer.frame()).kind == frames.HEADERS and got.flags & frames.END_STREAM):
+                if got.kind == frames.WINDOW_UPDATE:
+                    room += int.from_bytes(got.payload, "big")
+            stream += 2
 
 
-def test_more_requests_than_there_may_be_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_more_requests_than_there_may_be_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_CALLS", 3)
 
-    async def work() -> None:
-        never = Never()
-        async with connected(never) as peer:
-            await peer.hello()
-            await peer.send(*[request(stream) for stream in (1, 3, 5, 7)])
-            refused = Frame(frames.RST_STREAM, 0, 7, Code.REFUSED_STREAM.to_bytes(4, "big"))
-            assert await peer.frame() == refused
-            await never.until(3, 0)
-
-    run(work())
+    never = Never()
+    async with connected(never) as peer:
+        await peer.hello()
+        await peer.send(*[request(stream) for stream in (1, 3, 5, 7)])
+        refused = Frame(frames.RST_STREAM, 0, 7, Code.REFUSED_STREAM.to_bytes(4, "big"))
+        assert await peer.frame() == refused
+        await never.until(3, 0)
 
 
-def test_a_server_that_leaves_answers_what_has_begun() -> None:
-    async def work() -> None:
-        go = asyncio.Event()
+async def test_a_server_that_leaves_answers_what_has_begun() -> None:
+    go = asyncio.Event()
 
-        async def slow(one: Request) -> Response:
-            await go.wait()
-            return await echo(one)
+    async def slow(one: Request) -> Response:
+        await go.wait()
+        return await echo(one)
 
-        async with connected(slow) as peer:
-            await peer.hello()
-            await peer.send(request(1, b"x"))
-            await peer.still_there()
-            peer.server.leave()
-            got = await peer.frame()
-            assert (got.kind, got.payload) == (frames.GOAWAY, (1).to_bytes(4, "big") + bytes(4))
-            await peer.send(frame(frames.HEADERS, BLOCK, END, 3))
-            assert (await peer.frame()).payload == Code.REFUSED_STREAM.to_bytes(4, "big")
-            assert len(peer.server.calls) == 1
-            go.set()
-            assert await peer.answer(1) == b"x"
-            peer.server.close()
-
-    run(work())
+    async with connected(slow) as peer:
+        await peer.hello()
+        await peer.send(request(1, b"x"))
+        await peer.still_there()
+        peer.server.leave()
+        got = await peer.frame()
+        assert (got.kind, got.payload) == (frames.GOAWAY, (1).to_bytes(4, "big") + bytes(4))
+        await peer.send(frame(frames.HEADERS, BLOCK, END, 3))
+        assert (await peer.frame()).payload == Code.REFUSED_STREAM.to_bytes(4, "big")
+        assert len(peer.server.calls) == 1
+        go.set()
+        assert await peer.answer(1) == b"x"
+        peer.server.close()
 
 
-def test_who_does_not_read_is_not_heard() -> None:
-    async def work() -> None:
-        async with connected() as peer:
-            await peer.hello()
-            ping, sent = frame(frames.PING, bytes(8)) * 1000, 0
-            with pytest.raises(TimeoutError):
-                while sent < 1 << 26:
-                    async with asyncio.timeout(1):
-                        await peer.send(ping)
-                    sent += len(ping)
-            # What the sockets take, and some.
-            assert sent < 1 << 23
-
-    run(work())
+async def test_who_does_not_read_is_not_heard() -> None:
+    async with connected() as peer:
+        await peer.hello()
+        ping, sent = frame(frames.PING, bytes(8)) * 1000, 0
+        with pytest.raises(TimeoutError):
+            while sent < 1 << 26:
+                async with asyncio.timeout(1):
+                    await peer.send(ping)
+                sent += len(ping)
+        # What the sockets take, and some.
+        assert sent < 1 << 23
 
 
 LARGE = (1 << 31) - 1
@@ -451,25 +405,19 @@ OPEN = frame(frames.HEADERS, BLOCK, frames.END_HEADERS, 1)
         (frames.number(frames.WINDOW_UPDATE, 1, 1), Code.PROTOCOL_ERROR),
     ],
 )  # fmt: skip
-def test_what_ends_the_connection(sent: bytes, code: Code) -> None:
-    async def work() -> None:
-        async with connected() as peer:
-            await peer.hello()
-            await peer.send(sent)
-            assert await peer.goodbye() is code
-            ((level, text, _),) = peer.lines
-            assert (level, text) == ("warning", "closed a connection that violates HTTP/2")
-
-    run(work())
+async def test_what_ends_the_connection(sent: bytes, code: Code) -> None:
+    async with connected() as peer:
+        await peer.hello()
+        await peer.send(sent)
+        assert await peer.goodbye() is code
+        ((level, text, _),) = peer.lines
+        assert (level, text) == ("warning", "closed a connection that violates HTTP/2")
 
 
-def test_settings_come_first() -> None:
-    async def work() -> None:
-        async with connected() as peer:
-            await peer.send(frames.PREFACE, frame(frames.PING, bytes(8)))
-            assert await peer.goodbye() is Code.PROTOCOL_ERROR
-
-    run(work())
+async def test_settings_come_first() -> None:
+    async with connected() as peer:
+        await peer.send(frames.PREFACE, frame(frames.PING, bytes(8)))
+        assert await peer.goodbye() is Code.PROTOCOL_ERROR
 
 
 def with_fields(*fields: tuple[bytes, bytes]) -> bytes:
@@ -496,49 +444,40 @@ def with_fields(*fields: tuple[bytes, bytes]) -> bytes:
         (with_fields(*FIELDS, (b"content-length", b"1")), Code.PROTOCOL_ERROR),
     ],
 )
-def test_what_ends_a_stream_alone(sent: bytes, code: Code) -> None:
-    async def work() -> None:
-        async with connected() as peer:
-            await peer.hello()
-            await peer.send(sent)
-            assert await peer.frame() == (frames.RST_STREAM, 0, 1, code.to_bytes(4, "big"))
-            await peer.send(request(3, b"x"))
-            assert await peer.answer(3) == b"x"
-            assert peer.lines == []
-
-    run(work())
+async def test_what_ends_a_stream_alone(sent: bytes, code: Code) -> None:
+    async with connected() as peer:
+        await peer.hello()
+        await peer.send(sent)
+        assert await peer.frame() == (frames.RST_STREAM, 0, 1, code.to_bytes(4, "big"))
+        await peer.send(request(3, b"x"))
+        assert await peer.answer(3) == b"x"
+        assert peer.lines == []
 
 
-def test_a_stream_that_has_ended_takes_nothing_more() -> None:
-    async def work() -> None:
-        never = Never()
-        async with connected(never) as peer:
-            await peer.hello()
-            await peer.send(request(1), frame(frames.DATA, b"x", 0, 1))
-            assert (await peer.frame()).payload == Code.STREAM_CLOSED.to_bytes(4, "big")
-            await peer.send(frames.number(frames.WINDOW_UPDATE, 1, 1))
-            await peer.still_there()
-            await peer.send(frame(frames.HEADERS, BLOCK, END, 1))
-            assert await peer.goodbye() is Code.STREAM_CLOSED
-
-    run(work())
+async def test_a_stream_that_has_ended_takes_nothing_more() -> None:
+    never = Never()
+    async with connected(never) as peer:
+        await peer.hello()
+        await peer.send(request(1), frame(frames.DATA, b"x", 0, 1))
+        assert (await peer.frame()).payload == Code.STREAM_CLOSED.to_bytes(4, "big")
+        await peer.send(frames.number(frames.WINDOW_UPDATE, 1, 1))
+        await peer.still_there()
+        await peer.send(frame(frames.HEADERS, BLOCK, END, 1))
+        assert await peer.goodbye() is Code.STREAM_CLOSED
 
 
 @pytest.mark.parametrize("first", [b"\0", b"G", b"\x16\x03\x01", b"PRI * HTTP/1.1"], ids=["ttrpc", "1", "tls", "1.1"])
-def test_other_protocols_are_closed_with_a_word_in_the_log(first: bytes) -> None:
-    async def work() -> None:
-        async with connected() as peer:
-            await peer.send(first)
-            with pytest.raises(EOFError):
-                await peer.frame()
-            ((level, text, fields),) = peer.lines
-            assert (level, fields) == ("warning", {"first_byte": first[0]})
-            assert "does not speak HTTP/2" in text
-
-    run(work())
+async def test_other_protocols_are_closed_with_a_word_in_the_log(first: bytes) -> None:
+    async with connected() as peer:
+        await peer.send(first)
+        with pytest.raises(EOFError):
+            await peer.frame()
+        ((level, text, fields),) = peer.lines
+        assert (level, fields) == ("warning", {"first_byte": first[0]})
+        assert "does not speak HTTP/2" in text
 
 
-def test_anything_at_all_is_survived() -> None:
+async def test_anything_at_all_is_survived() -> None:
     """Frames of chance, most of them wrong somewhere: there are answers, or an end, and no exception."""
     chance = random.Random(7)
 
@@ -550,32 +489,26 @@ def test_anything_at_all_is_survived() -> None:
         whole = frame(kind, payload, chance.choice([0, 1, 4, 5, 8, 0x20, chance.randrange(256)]), chance.randrange(9))
         return whole if chance.random() < 0.9 else whole[: chance.randrange(len(whole))]
 
-    async def work() -> None:
-        for _ in range(1000):
-            async with connected() as peer:
-                with contextlib.suppress(ConnectionError):
-                    await peer.send(frames.PREFACE, frames.settings({}), *[some() for _ in range(8)])
-                    peer._sock.shutdown(socket.SHUT_WR)
-                with contextlib.suppress(EOFError):
-                    while True:
-                        await peer.frame()
-
-    run(work())
+    for _ in range(1000):
+        async with connected() as peer:
+            with contextlib.suppress(ConnectionError):
+                await peer.send(frames.PREFACE, frames.settings({}), *[some() for _ in range(8)])
+                peer._sock.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(EOFError):
+                while True:
+                    await peer.frame()
 
 
-def test_headers_are_what_was_sent() -> None:
+async def test_headers_are_what_was_sent() -> None:
     seen: list[dict[bytes, bytes]] = []
 
     async def look(one: Request) -> Response:
         seen.append(one.headers)
         return Response(HEAD)
 
-    async def work() -> None:
-        async with connected(look) as peer:
-            await peer.hello()
-            await peer.send(with_fields(*FIELDS, (b"content-type", b"application/grpc")))
-            got = await peer.frame()
-            assert Decoder(1000).decode(got.payload) == [(b":status", b"200")]
-            assert seen == [{**dict(FIELDS), b"content-type": b"application/grpc"}]
-
-    run(work())
+    async with connected(look) as peer:
+        await peer.hello()
+        await peer.send(with_fields(*FIELDS, (b"content-type", b"application/grpc")))
+        got = await peer.frame()
+        assert Decoder(1000).decode(got.payload) == [(b":status", b"200")]
+        assert seen == [{**dict(FIELDS), b"content-type": b"application/grpc"}]

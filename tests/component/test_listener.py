@@ -7,7 +7,7 @@ import contextlib
 import errno
 import os
 import socket
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,6 @@ class Lines:
     def __call__(self, level: str, message: str, **fields: object) -> None:
         self.lines.append((level, message, fields))
         self.said.set()
-
-
-def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(work, 30))
 
 
 class Echo(asyncio.Protocol):
@@ -86,36 +82,30 @@ def test_an_address_that_is_taken(tmp_path: Path) -> None:
     first.close()
 
 
-def test_each_connection_has_a_protocol_of_its_own(tmp_path: Path) -> None:
-    async def work() -> None:
-        async with accepting(tmp_path) as (front, log):
-            streams = [await asyncio.open_unix_connection(front) for _ in range(50)]
-            for number, (_, writer) in enumerate(streams):
-                writer.write(b"%03d" % number)
-            for number, (reader, writer) in enumerate(streams):
-                assert await reader.readexactly(3) == b"%03d" % number
-                writer.close()
-            assert log.lines == []
-
-    run(work())
+async def test_each_connection_has_a_protocol_of_its_own(tmp_path: Path) -> None:
+    async with accepting(tmp_path) as (front, log):
+        streams = [await asyncio.open_unix_connection(front) for _ in range(50)]
+        for number, (_, writer) in enumerate(streams):
+            writer.write(b"%03d" % number)
+        for number, (reader, writer) in enumerate(streams):
+            assert await reader.readexactly(3) == b"%03d" % number
+            writer.close()
+        assert log.lines == []
 
 
-def test_connections_that_say_nothing_or_break_off_leave_nothing(tmp_path: Path) -> None:
-    async def work() -> None:
-        async with accepting(tmp_path) as (front, log):
-            for opening in (b"", b"x"):
-                for _ in range(20):
-                    _, writer = await asyncio.open_unix_connection(front)
-                    writer.write(opening)
-                    await asyncio.sleep(0)
-                    writer.transport.abort()
-            assert log.lines == []
-
-    run(work())
+async def test_connections_that_say_nothing_or_break_off_leave_nothing(tmp_path: Path) -> None:
+    async with accepting(tmp_path) as (front, log):
+        for opening in (b"", b"x"):
+            for _ in range(20):
+                _, writer = await asyncio.open_unix_connection(front)
+                writer.write(opening)
+                await asyncio.sleep(0)
+                writer.transport.abort()
+        assert log.lines == []
 
 
 @pytest.mark.parametrize(("cid", "welcome"), [(2, True), (1, False), (3, False), (0xFFFFFFFF, False)])
-def test_on_vsock_only_the_host_is_welcome(cid: int, welcome: bool) -> None:
+async def test_on_vsock_only_the_host_is_welcome(cid: int, welcome: bool) -> None:
     class Connection:
         family = socket.AF_VSOCK
         closed = False
@@ -123,57 +113,51 @@ def test_on_vsock_only_the_host_is_welcome(cid: int, welcome: bool) -> None:
         def close(self) -> None:
             self.closed = True
 
-    async def work() -> None:
-        connection, log, joined = Connection(), Lines(), asyncio.Event()
-        accepted: list[Connection] = []
+    connection, log, joined = Connection(), Lines(), asyncio.Event()
+    accepted: list[Connection] = []
 
-        async def sock_accept(listener: socket.socket) -> tuple[Any, Any]:
-            if accepted:
-                await asyncio.Event().wait()
-            accepted.append(connection)
-            return connection, (cid, 1234)
+    async def sock_accept(listener: socket.socket) -> tuple[Any, Any]:
+        if accepted:
+            await asyncio.Event().wait()
+        accepted.append(connection)
+        return connection, (cid, 1234)
 
-        async def connect(protocol: Any, connection: Any) -> None:
-            joined.set()
+    async def connect(protocol: Any, connection: Any) -> None:
+        joined.set()
 
-        loop = asyncio.get_running_loop()
-        loop.sock_accept = sock_accept  # type: ignore[assignment]
-        loop.connect_accepted_socket = connect  # type: ignore[assignment]
-        with socket.socket() as listener:
-            task = asyncio.ensure_future(accept(listener, Echo, log))  # type: ignore[arg-type]
-            await (joined.wait() if welcome else log.said.wait())
-            task.cancel()
-        assert (joined.is_set(), connection.closed) == (welcome, not welcome)
-        if not welcome:
-            assert log.lines == [("warning", "refused a connection that is not the host's", {"cid": cid})]
-
-    run(work())
+    loop = asyncio.get_running_loop()
+    loop.sock_accept = sock_accept  # type: ignore[assignment]
+    loop.connect_accepted_socket = connect  # type: ignore[assignment]
+    with socket.socket() as listener:
+        task = asyncio.ensure_future(accept(listener, Echo, log))  # type: ignore[arg-type]
+        await (joined.wait() if welcome else log.said.wait())
+        task.cancel()
+    assert (joined.is_set(), connection.closed) == (welcome, not welcome)
+    if not welcome:
+        assert log.lines == [("warning", "refused a connection that is not the host's", {"cid": cid})]
 
 
-def test_a_lack_of_descriptors_passes(tmp_path: Path) -> None:
-    async def work() -> None:
-        async with accepting(tmp_path) as (front, log):
-            loop, failures = asyncio.get_running_loop(), 2
-            sock_accept = loop.sock_accept
+async def test_a_lack_of_descriptors_passes(tmp_path: Path) -> None:
+    async with accepting(tmp_path) as (front, log):
+        loop, failures = asyncio.get_running_loop(), 2
+        sock_accept = loop.sock_accept
 
-            async def failing(listener: socket.socket) -> Any:
-                nonlocal failures
-                connection = await sock_accept(listener)
-                if failures:
-                    failures -= 1
-                    connection[0].close()
-                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-                return connection
+        async def failing(listener: socket.socket) -> Any:
+            nonlocal failures
+            connection = await sock_accept(listener)
+            if failures:
+                failures -= 1
+                connection[0].close()
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            return connection
 
-            loop.sock_accept = failing  # type: ignore[assignment]
-            data = b""
-            while failures or data != b"x":
-                reader, writer = await asyncio.open_unix_connection(front)
-                with contextlib.suppress(ConnectionError):
-                    writer.write(b"x")
-                    writer.write_eof()
-                    data = await reader.read(-1)
-                writer.close()
-            assert [message for _, message, _ in log.lines] == ["accept failed"] * 2
-
-    run(work())
+        loop.sock_accept = failing  # type: ignore[assignment]
+        data = b""
+        while failures or data != b"x":
+            reader, writer = await asyncio.open_unix_connection(front)
+            with contextlib.suppress(ConnectionError):
+                writer.write(b"x")
+                writer.write_eof()
+                data = await reader.read(-1)
+            writer.close()
+        assert [message for _, message, _ in log.lines] == ["accept failed"] * 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from asyncio.subprocess import PIPE
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +95,6 @@ async def served(directory: Path) -> AsyncIterator[Served]:
     listener.close()
 
 
-def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(work, 30))
-
-
 async def refused(call: Any) -> tuple[grpc.StatusCode, str]:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
@@ -108,82 +104,65 @@ async def refused(call: Any) -> tuple[grpc.StatusCode, str]:
 SERVING = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING).SerializeToString()
 
 
-def test_answers_and_errors(tmp_path: Path) -> None:
-    async def work() -> None:
-        async with served(tmp_path) as one:
-            assert await one.raw(b"") == SERVING
-            for text in ("plain", "100 %41 of \t it,\nand ö", "EOF"):
-                assert await refused(one.check(text)) == (Code.UNKNOWN, text)
-            assert await refused(one.check("bug")) == (Code.INTERNAL, "ZeroDivisionError: of ours")
-            for path in ("/grpc.Health/Nothing", "/nothing"):
-                assert await refused(one.raw(b"", path)) == (Code.UNIMPLEMENTED, f"{path}: unknown method")
-            code, text = await refused(one.raw(b"", "/grpc.Health/Version"))
-            assert (code, "not implemented" in text) == (Code.UNIMPLEMENTED, True)
-            code, text = await refused(one.raw(b"\xff"))
-            assert (code, "not a valid CheckRequest" in text) == (Code.INVALID_ARGUMENT, True)
-
-    run(work())
+async def test_answers_and_errors(tmp_path: Path) -> None:
+    async with served(tmp_path) as one:
+        assert await one.raw(b"") == SERVING
+        for text in ("plain", "100 %41 of \t it,\nand ö", "EOF"):
+            assert await refused(one.check(text)) == (Code.UNKNOWN, text)
+        assert await refused(one.check("bug")) == (Code.INTERNAL, "ZeroDivisionError: of ours")
+        for path in ("/grpc.Health/Nothing", "/nothing"):
+            assert await refused(one.raw(b"", path)) == (Code.UNIMPLEMENTED, f"{path}: unknown method")
+        code, text = await refused(one.raw(b"", "/grpc.Health/Version"))
+        assert (code, "not implemented" in text) == (Code.UNIMPLEMENTED, True)
+        code, text = await refused(one.raw(b"\xff"))
+        assert (code, "not a valid CheckRequest" in text) == (Code.INVALID_ARGUMENT, True)
 
 
-def test_the_largest_message_and_a_larger_one(tmp_path: Path) -> None:
-    async def work() -> None:
-        async with served(tmp_path) as one:
-            unknown = b"\x7a"  # field 15, of bytes: passed over
-            size = codec.MAX_MESSAGE - 5
-            padded = unknown + bytes(
-                [size & 0x7F | 0x80, size >> 7 & 0x7F | 0x80, size >> 14 & 0x7F | 0x80, size >> 21]
-            )
-            assert await one.raw(padded + bytes(size)) == SERVING
-            code, text = await refused(one.raw(bytes(codec.MAX_MESSAGE + 1)))
-            assert (code, str(codec.MAX_MESSAGE + 1) in text) == (Code.RESOURCE_EXHAUSTED, True)
-            assert await one.raw(b"") == SERVING
-
-    run(work())
+async def test_the_largest_message_and_a_larger_one(tmp_path: Path) -> None:
+    async with served(tmp_path) as one:
+        unknown = b"\x7a"  # field 15, of bytes: passed over
+        size = codec.MAX_MESSAGE - 5
+        padded = unknown + bytes([size & 0x7F | 0x80, size >> 7 & 0x7F | 0x80, size >> 14 & 0x7F | 0x80, size >> 21])
+        assert await one.raw(padded + bytes(size)) == SERVING
+        code, text = await refused(one.raw(bytes(codec.MAX_MESSAGE + 1)))
+        assert (code, str(codec.MAX_MESSAGE + 1) in text) == (Code.RESOURCE_EXHAUSTED, True)
+        assert await one.raw(b"") == SERVING
 
 
-def test_many_calls_at_once(tmp_path: Path) -> None:
-    async def work() -> None:
-        async with served(tmp_path) as one:
-            waiting = [one.check("wait") for _ in range(500)]
-            assert await one.raw(b"") == SERVING
-            one.health.go.set()
-            assert await asyncio.gather(*waiting) == [SERVING] * 500
-
-    run(work())
+async def test_many_calls_at_once(tmp_path: Path) -> None:
+    async with served(tmp_path) as one:
+        waiting = [one.check("wait") for _ in range(500)]
+        assert await one.raw(b"") == SERVING
+        one.health.go.set()
+        assert await asyncio.gather(*waiting) == [SERVING] * 500
 
 
-def test_who_gives_up_or_runs_out_of_time_ends_the_work(tmp_path: Path) -> None:
-    async def work() -> None:
-        async with served(tmp_path) as one:
-            call = one.check("wait")
-            await one.health.waiting.wait()
-            call.cancel()
-            await one.health.gone.wait()
-            one.health.gone.clear()
-            assert (await refused(one.check("wait", timeout=0.05)))[0] is Code.DEADLINE_EXCEEDED
-            await one.health.gone.wait()
-
-    run(work())
+async def test_who_gives_up_or_runs_out_of_time_ends_the_work(tmp_path: Path) -> None:
+    async with served(tmp_path) as one:
+        call = one.check("wait")
+        await one.health.waiting.wait()
+        call.cancel()
+        await one.health.gone.wait()
+        one.health.gone.clear()
+        assert (await refused(one.check("wait", timeout=0.05)))[0] is Code.DEADLINE_EXCEEDED
+        await one.health.gone.wait()
 
 
-def test_a_stop_waits_for_what_has_begun(tmp_path: Path) -> None:
-    async def work() -> None:
-        async with served(tmp_path) as one:
-            call = asyncio.ensure_future(one.check("wait"))
-            await one.health.waiting.wait()
-            stop = asyncio.ensure_future(one.server.stop(grace=20))
-            await asyncio.sleep(0)
-            one.health.go.set()
-            assert await call == SERVING
-            await stop
-            again = asyncio.ensure_future(one.check("wait"))
-            one.health.go.clear()
-            one.health.waiting.clear()
-            await one.health.waiting.wait()
-            await one.server.stop(grace=0.01)
-            assert (await refused(again))[0] is Code.UNAVAILABLE
-
-    run(work())
+async def test_a_stop_waits_for_what_has_begun(tmp_path: Path) -> None:
+    async with served(tmp_path) as one:
+        call = asyncio.ensure_future(one.check("wait"))
+        await one.health.waiting.wait()
+        stop = asyncio.ensure_future(one.server.stop(grace=20))
+        await asyncio.sleep(0)
+        one.health.go.set()
+        assert await call == SERVING
+        await stop
+        again = asyncio.ensure_future(one.check("wait"))
+        one.health.go.clear()
+        one.health.waiting.clear()
+        await one.health.waiting.wait()
+        await one.server.stop(grace=0.01)
+        assert (await refused(again))[0] is Code.UNAVAILABLE
 
 
 @pytest.mark.parametrize(
@@ -191,22 +170,16 @@ def test_a_stop_waits_for_what_has_begun(tmp_path: Path) -> None:
     [(b"", b"13"), (b"\0\0\0", b"13"), (b"\0\0\0\0\1", b"13"), (b"\0\0\0\0\0x", b"13"), (b"\1\0\0\0\0", b"12")],
     ids=["none", "cut", "short", "two", "compressed"],
 )
-def test_messages_that_are_none(body: bytes, status: bytes) -> None:
-    async def work() -> None:
-        request = Request({b":method": b"POST", b":path": b"/grpc.Health/Check", b"content-type": b"application/grpc"})
-        request.body += body
-        assert dict(fields(await answer(request)))[b"grpc-status"] == status
-
-    run(work())
+async def test_messages_that_are_none(body: bytes, status: bytes) -> None:
+    request = Request({b":method": b"POST", b":path": b"/grpc.Health/Check", b"content-type": b"application/grpc"})
+    request.body += body
+    assert dict(fields(await answer(request)))[b"grpc-status"] == status
 
 
 @pytest.mark.parametrize("headers", [{b":method": b"GET"}, {b"content-type": b"text/html"}, {b"content-type": b""}])
-def test_requests_that_are_not_grpcs(headers: dict[bytes, bytes]) -> None:
-    async def work() -> None:
-        good = {b":method": b"POST", b":path": b"/grpc.Health/Check", b"content-type": b"application/grpc"}
-        assert fields(await answer(Request(good | headers))) == [(b":status", b"415")]
-
-    run(work())
+async def test_requests_that_are_not_grpcs(headers: dict[bytes, bytes]) -> None:
+    good = {b":method": b"POST", b":path": b"/grpc.Health/Check", b"content-type": b"application/grpc"}
+    assert fields(await answer(Request(good | headers))) == [(b":status", b"415")]
 
 
 async def answer(request: Request) -> Response:
@@ -223,36 +196,30 @@ def test_an_answer_with_output_is_what_protobuf_would_write(size: int) -> None:
     assert b"".join(_read_response(data)) == agent_pb2.ReadStreamResponse(data=data).SerializeToString()
 
 
-def test_a_client_with_another_http2(tmp_path: Path) -> None:
+async def test_a_client_with_another_http2(tmp_path: Path) -> None:
     """curl's HTTP/2 is nghttp2's."""
 
-    async def work() -> None:
-        async with served(tmp_path) as one:
-            command = [
-                "curl", "--silent", "--show-error", "--include", "--http2-prior-knowledge",
-                "--unix-socket", str(one.path), "--data-binary", "@-", "--header", "te: trailers",
-                "--header", "content-type: application/grpc", "http://agent/grpc.Health/Check",
-            ]  # fmt: skip
-            program = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, stderr=PIPE)
-            said, errors = await program.communicate(bytes(5))
-            assert (program.returncode, errors) == (0, b"")
-            head, body = said.split(b"\r\n\r\n", 1)
-            assert head.splitlines()[0].split() == [b"HTTP/2", b"200"]
-            assert body.startswith(b"\0\0\0\0\2" + SERVING)
-            assert b"grpc-status: 0" in said
-
-    run(work())
+    async with served(tmp_path) as one:
+        command = [
+            "curl", "--silent", "--show-error", "--include", "--http2-prior-knowledge",
+            "--unix-socket", str(one.path), "--data-binary", "@-", "--header", "te: trailers",
+            "--header", "content-type: application/grpc", "http://agent/grpc.Health/Check",
+        ]  # fmt: skip
+        program = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, stderr=PIPE)
+        said, errors = await program.communicate(bytes(5))
+        assert (program.returncode, errors) == (0, b"")
+        head, body = said.split(b"\r\n\r\n", 1)
+        assert head.splitlines()[0].split() == [b"HTTP/2", b"200"]
+        assert body.startswith(b"\0\0\0\0\2" + SERVING)
+        assert b"grpc-status: 0" in said
 
 
-def test_the_first_answer_is_waited_for_but_not_for_ever() -> None:
-    async def work() -> bool:
-        health = FirstHealth(BootTimestamps())
-        await health.answered(timeout=0.01)  # nobody asks
-        waiting = asyncio.ensure_future(health.answered(timeout=60))
-        await asyncio.sleep(0)
-        early = waiting.done()
-        await health.Check(health_pb2.CheckRequest())
-        await waiting
-        return early
-
-    assert asyncio.run(asyncio.wait_for(work(), 30)) is False
+async def test_the_first_answer_is_waited_for_but_not_for_ever() -> None:
+    health = FirstHealth(BootTimestamps())
+    await health.answered(timeout=0.01)  # nobody asks
+    waiting = asyncio.ensure_future(health.answered(timeout=60))
+    await asyncio.sleep(0)
+    early = waiting.done()
+    await health.Check(health_pb2.CheckRequest())
+    await waiting
+    assert early is False

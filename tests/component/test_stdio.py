@@ -30,10 +30,6 @@ def descriptors() -> Iterator[None]:
     assert sorted(Path("/proc/self/fd").iterdir()) == before
 
 
-def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(work, 30))
-
-
 def running() -> Child:
     """A child of whose end the test decides."""
     return Child(0)
@@ -64,212 +60,173 @@ def waiting(fd: int) -> int:
     return value[0]
 
 
-def test_a_read_waits_for_something_and_takes_no_more_than_asked_for() -> None:
-    async def work() -> None:
-        ours, theirs = os.pipe()
-        output, child = Output(ours), running()
-        assert await output.read(0, child) == b""
-        read = await pending(output.read(3, child))
-        os.write(theirs, b"abcdef")
-        assert await read == b"abc"
-        assert waiting(ours) == 3
-        assert await output.read(10, child) == b"def"
-        os.close(theirs)
-        assert await all_of(output, child) == b""
-
-    run(work())
+async def test_a_read_waits_for_something_and_takes_no_more_than_asked_for() -> None:
+    ours, theirs = os.pipe()
+    output, child = Output(ours), running()
+    assert await output.read(0, child) == b""
+    read = await pending(output.read(3, child))
+    os.write(theirs, b"abcdef")
+    assert await read == b"abc"
+    assert waiting(ours) == 3
+    assert await output.read(10, child) == b"def"
+    os.close(theirs)
+    assert await all_of(output, child) == b""
 
 
 @pytest.mark.parametrize("size", [1, 1000, PIPE])
-def test_all_that_was_written_before_the_exit_comes_before_the_end_whoever_holds_the_pipe(size: int) -> None:
-    async def work() -> None:
-        ours, theirs = os.pipe()  # theirs stays open: a background job
-        output, child = Output(ours), running()
-        os.write(theirs, bytes(size))
-        child._end(0)
-        assert await all_of(output, child) == bytes(size)
-        os.close(theirs)
-
-    run(work())
+async def test_all_that_was_written_before_the_exit_comes_before_the_end_whoever_holds_the_pipe(size: int) -> None:
+    ours, theirs = os.pipe()  # theirs stays open: a background job
+    output, child = Output(ours), running()
+    os.write(theirs, bytes(size))
+    child._end(0)
+    assert await all_of(output, child) == bytes(size)
+    os.close(theirs)
 
 
-def test_the_exit_ends_a_read_that_waits_and_every_later_one() -> None:
-    async def work() -> None:
-        ours, theirs = os.pipe()
-        output, child = Output(ours), running()
-        read = await pending(output.read(10, child))
-        child._end(0)
-        for attempt in (read, output.read(10, child), output.read(10, child)):
-            with pytest.raises(EndOfStream):
-                await attempt
-        os.close(theirs)
-
-    run(work())
-
-
-def test_a_job_that_writes_for_ever_does_not_hold_back_the_end() -> None:
-    async def work() -> None:
-        ours, theirs = os.pipe()
-        os.set_blocking(theirs, False)
-        output, child = Output(ours), running()
-        os.write(theirs, bytes(PIPE))
-        child._end(0)
-        total = 0
+async def test_the_exit_ends_a_read_that_waits_and_every_later_one() -> None:
+    ours, theirs = os.pipe()
+    output, child = Output(ours), running()
+    read = await pending(output.read(10, child))
+    child._end(0)
+    for attempt in (read, output.read(10, child), output.read(10, child)):
         with pytest.raises(EndOfStream):
-            while total < 100 * PIPE:
-                total += len(await output.read(1000, child))
-                with contextlib.suppress(BlockingIOError):  # no page of it is free yet
-                    os.write(theirs, bytes(1000))
-        assert PIPE <= total <= 2 * PIPE
-        os.close(theirs)
-
-    run(work())
+            await attempt
+    os.close(theirs)
 
 
-def test_nothing_is_read_ahead() -> None:
-    async def work() -> None:
-        ours, theirs = os.pipe()
-        output, child = Output(ours), running()
-        os.write(theirs, bytes(PIPE))
-        for _ in range(5):
-            await asyncio.sleep(0)
-        assert waiting(ours) == PIPE
-        assert len(await output.read(100, child)) == 100
-        assert waiting(ours) == PIPE - 100
-        output.release()
-        os.close(theirs)
-
-    run(work())
-
-
-def test_a_cancelled_read_takes_nothing() -> None:
-    async def work() -> None:
-        ours, theirs = os.pipe()
-        output, child = Output(ours), running()
-        read = await pending(output.read(10, child))
-        os.write(theirs, b"kept")
-        read.cancel()
-        await asyncio.wait([read])
-        assert read.cancelled()
-        late = await output.read(10, child)
-        assert late == b"kept"
-        output.release()
-        os.close(theirs)
-
-    run(work())
+async def test_a_job_that_writes_for_ever_does_not_hold_back_the_end() -> None:
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    output, child = Output(ours), running()
+    os.write(theirs, bytes(PIPE))
+    child._end(0)
+    total = 0
+    with pytest.raises(EndOfStream):
+        while total < 100 * PIPE:
+            total += len(await output.read(1000, child))
+            with contextlib.suppress(BlockingIOError):  # no page of it is free yet
+                os.write(theirs, bytes(1000))
+    assert PIPE <= total <= 2 * PIPE
+    os.close(theirs)
 
 
-def test_reads_of_one_stream_take_turns() -> None:
-    async def work() -> None:
-        ours, theirs = os.pipe()
-        output, child = Output(ours), running()
-        reads = [await pending(output.read(2, child)) for _ in range(5)]
-        os.write(theirs, b"aabbccddee")
-        assert await asyncio.gather(*reads) == [b"aa", b"bb", b"cc", b"dd", b"ee"]
-        output.release()
-        os.close(theirs)
-
-    run(work())
-
-
-def test_a_descriptor_is_not_closed_under_who_waits_for_it() -> None:
-    async def work() -> None:
-        ours, theirs = os.pipe()
-        output, child = Output(ours), running()
-        read = await pending(output.read(2, child))
-        output.release()
-        os.fstat(ours)  # still there
-        child._end(0)
-        with pytest.raises(EndOfStream):
-            await read
-        with pytest.raises(OSError):
-            os.fstat(ours)
-        os.close(theirs)
-
-    run(work())
+async def test_nothing_is_read_ahead() -> None:
+    ours, theirs = os.pipe()
+    output, child = Output(ours), running()
+    os.write(theirs, bytes(PIPE))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert waiting(ours) == PIPE
+    assert len(await output.read(100, child)) == 100
+    assert waiting(ours) == PIPE - 100
+    output.release()
+    os.close(theirs)
 
 
-def test_a_write_waits_for_room_and_lets_others_go_on() -> None:
-    async def work() -> None:
-        theirs, ours = os.pipe()
-        stdin, child = Input(ours), running()
-        data = os.urandom(5 * PIPE + 17)
-        write = await pending(stdin.write(data, child))
-        close = await pending(stdin.close())
-        seen = b""
-        while len(seen) < len(data):
-            seen += os.read(theirs, 1000)
-            await asyncio.sleep(0)
-        assert await write == len(data)
-        await close
-        assert (seen, os.read(theirs, 1)) == (data, b"")
-        assert await stdin.write(b"late", child) == 0
-        await stdin.close()
-        os.close(theirs)
-
-    run(work())
+async def test_a_cancelled_read_takes_nothing() -> None:
+    ours, theirs = os.pipe()
+    output, child = Output(ours), running()
+    read = await pending(output.read(10, child))
+    os.write(theirs, b"kept")
+    read.cancel()
+    await asyncio.wait([read])
+    assert read.cancelled()
+    late = await output.read(10, child)
+    assert late == b"kept"
+    output.release()
+    os.close(theirs)
 
 
-def test_a_cancelled_write_makes_way() -> None:
-    async def work() -> None:
-        theirs, ours = os.pipe()
-        stdin, child = Input(ours), running()
-        write = await pending(stdin.write(bytes(2 * PIPE), child))
-        write.cancel()
-        await asyncio.wait([write])
-        await stdin.close()
-        assert len(os.read(theirs, 2 * PIPE)) == PIPE
-        assert os.read(theirs, 1) == b""
-        os.close(theirs)
-
-    run(work())
+async def test_reads_of_one_stream_take_turns() -> None:
+    ours, theirs = os.pipe()
+    output, child = Output(ours), running()
+    reads = [await pending(output.read(2, child)) for _ in range(5)]
+    os.write(theirs, b"aabbccddee")
+    assert await asyncio.gather(*reads) == [b"aa", b"bb", b"cc", b"dd", b"ee"]
+    output.release()
+    os.close(theirs)
 
 
-def test_a_write_that_nobody_reads_is_broken() -> None:
-    async def work() -> None:
-        theirs, ours = os.pipe()
-        stdin, child = Input(ours), running()
-        write = await pending(stdin.write(bytes(2 * PIPE), child))
-        os.close(theirs)
-        for attempt in (write, stdin.write(b"x", child)):
-            with pytest.raises(BrokenStream):
-                await attempt
-        stdin.release()
-
-    run(work())
-
-
-def test_the_exit_breaks_a_write_that_waits() -> None:
-    async def work() -> None:
-        theirs, ours = os.pipe()  # theirs stays open: a background job
-        stdin, child = Input(ours), running()
-        write = await pending(stdin.write(bytes(2 * PIPE), child))
-        child._end(0)
-        stdin.release()
-        for attempt in (write, stdin.write(b"x", child)):
-            with pytest.raises(BrokenStream):
-                await attempt
-        os.close(theirs)
-
-    run(work())
+async def test_a_descriptor_is_not_closed_under_who_waits_for_it() -> None:
+    ours, theirs = os.pipe()
+    output, child = Output(ours), running()
+    read = await pending(output.read(2, child))
+    output.release()
+    os.fstat(ours)  # still there
+    child._end(0)
+    with pytest.raises(EndOfStream):
+        await read
+    with pytest.raises(OSError):
+        os.fstat(ours)
+    os.close(theirs)
 
 
-def test_a_childs_ends_block_and_ours_do_not() -> None:
-    async def work() -> None:
-        pipes = Pipes()
-        theirs = pipes.theirs
-        copies = [os.dup(fd) for fd in (theirs.stdin, theirs.stdout, theirs.stderr)]
-        streams = pipes.started()
-        assert [os.get_blocking(fd) for fd in copies] == [True] * 3
-        ours = [end._fd for end in (streams.stdin, streams.stdout, streams.stderr)]
-        assert [os.get_blocking(fd) for fd in ours] == [False] * 3
-        assert not any(os.get_inheritable(fd) for fd in ours)
-        streams.close()
-        streams.close()
-        for fd in copies:
-            os.close(fd)
+async def test_a_write_waits_for_room_and_lets_others_go_on() -> None:
+    theirs, ours = os.pipe()
+    stdin, child = Input(ours), running()
+    data = os.urandom(5 * PIPE + 17)
+    write = await pending(stdin.write(data, child))
+    close = await pending(stdin.close())
+    seen = b""
+    while len(seen) < len(data):
+        seen += os.read(theirs, 1000)
+        await asyncio.sleep(0)
+    assert await write == len(data)
+    await close
+    assert (seen, os.read(theirs, 1)) == (data, b"")
+    assert await stdin.write(b"late", child) == 0
+    await stdin.close()
+    os.close(theirs)
 
-    run(work())
+
+async def test_a_cancelled_write_makes_way() -> None:
+    theirs, ours = os.pipe()
+    stdin, child = Input(ours), running()
+    write = await pending(stdin.write(bytes(2 * PIPE), child))
+    write.cancel()
+    await asyncio.wait([write])
+    await stdin.close()
+    assert len(os.read(theirs, 2 * PIPE)) == PIPE
+    assert os.read(theirs, 1) == b""
+    os.close(theirs)
+
+
+async def test_a_write_that_nobody_reads_is_broken() -> None:
+    theirs, ours = os.pipe()
+    stdin, child = Input(ours), running()
+    write = await pending(stdin.write(bytes(2 * PIPE), child))
+    os.close(theirs)
+    for attempt in (write, stdin.write(b"x", child)):
+        with pytest.raises(BrokenStream):
+            await attempt
+    stdin.release()
+
+
+async def test_the_exit_breaks_a_write_that_waits() -> None:
+    theirs, ours = os.pipe()  # theirs stays open: a background job
+    stdin, child = Input(ours), running()
+    write = await pending(stdin.write(bytes(2 * PIPE), child))
+    child._end(0)
+    stdin.release()
+    for attempt in (write, stdin.write(b"x", child)):
+        with pytest.raises(BrokenStream):
+            await attempt
+    os.close(theirs)
+
+
+async def test_a_childs_ends_block_and_ours_do_not() -> None:
+    pipes = Pipes()
+    theirs = pipes.theirs
+    copies = [os.dup(fd) for fd in (theirs.stdin, theirs.stdout, theirs.stderr)]
+    streams = pipes.started()
+    assert [os.get_blocking(fd) for fd in copies] == [True] * 3
+    ours = [end._fd for end in (streams.stdin, streams.stdout, streams.stderr)]
+    assert [os.get_blocking(fd) for fd in ours] == [False] * 3
+    assert not any(os.get_inheritable(fd) for fd in ours)
+    streams.close()
+    streams.close()
+    for fd in copies:
+        os.close(fd)
 
 
 def test_pipes_of_a_child_that_did_not_start_and_of_a_given_size() -> None:
@@ -299,89 +256,77 @@ def fill(fd: int) -> int:
     ],
     ids=["all there is", "twice as much", "Kata's size", "a given size"],
 )
-def test_a_pipe_holds_what_its_reader_takes_at_once_and_never_more(size: int, taken: int, room: int) -> None:
-    async def work() -> None:
-        pipes = Pipes(size)
-        writer = os.dup(pipes.theirs.stdout)
-        streams, child = pipes.started(), running()
-        assert fill(writer) == (size or PIPE)  # nobody has read anything yet
-        total = 0
-        for _ in range(40):
-            total += len(await streams.stdout.read(taken, child))
-            fill(writer)
-            assert waiting(streams.stdout._fd) <= room
-        assert waiting(streams.stdout._fd) == fcntl.fcntl(writer, 1032) == room
-        assert fcntl.fcntl(streams.stderr._fd, 1032) == (size or PIPE)
-        child._end(0)  # while a job holds the pipe
-        assert len(await all_of(streams.stdout, child)) == room
-        streams.close()
-        os.close(writer)
-
-    run(work())
+async def test_a_pipe_holds_what_its_reader_takes_at_once_and_never_more(size: int, taken: int, room: int) -> None:
+    pipes = Pipes(size)
+    writer = os.dup(pipes.theirs.stdout)
+    streams, child = pipes.started(), running()
+    assert fill(writer) == (size or PIPE)  # nobody has read anything yet
+    total = 0
+    for _ in range(40):
+        total += len(await streams.stdout.read(taken, child))
+        fill(writer)
+        assert waiting(streams.stdout._fd) <= room
+    assert waiting(streams.stdout._fd) == fcntl.fcntl(writer, 1032) == room
+    assert fcntl.fcntl(streams.stderr._fd, 1032) == (size or PIPE)
+    child._end(0)  # while a job holds the pipe
+    assert len(await all_of(streams.stdout, child)) == room
+    streams.close()
+    os.close(writer)
 
 
-def test_a_pipe_that_is_never_half_full_stays_as_it_is() -> None:
-    async def work() -> None:
-        pipes = Pipes()
-        writer = os.dup(pipes.theirs.stdout)
-        streams, child = pipes.started(), running()
-        for _ in range(10):
-            os.write(writer, bytes(PIPE // 2 - 1))
-            await streams.stdout.read(LARGEST_READ, child)
-        assert fcntl.fcntl(writer, 1032) == PIPE
-        streams.close()
-        os.close(writer)
-
-    run(work())
+async def test_a_pipe_that_is_never_half_full_stays_as_it_is() -> None:
+    pipes = Pipes()
+    writer = os.dup(pipes.theirs.stdout)
+    streams, child = pipes.started(), running()
+    for _ in range(10):
+        os.write(writer, bytes(PIPE // 2 - 1))
+        await streams.stdout.read(LARGEST_READ, child)
+    assert fcntl.fcntl(writer, 1032) == PIPE
+    streams.close()
+    os.close(writer)
 
 
-def test_a_stream_that_flows_is_read_when_more_has_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stream_that_flows_is_read_when_more_has_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("caisson.agent.model.stdio.GATHER", 0.3)
 
-    async def work() -> None:
-        ours, theirs = os.pipe()
-        output, child = Output(ours), running()
-        page = bytes(PAGE)
-        os.write(theirs, page)
-        assert await output.read(LARGEST_READ, child) == page  # the first one waits for nothing more
-        for _ in range(2):
-            read = await pending(output.read(LARGEST_READ, child))
-            for _ in range(3):
-                os.write(theirs, page)
-                for _ in range(5):
-                    await asyncio.sleep(0)
-            assert await read == 3 * page
+    ours, theirs = os.pipe()
+    output, child = Output(ours), running()
+    page = bytes(PAGE)
+    os.write(theirs, page)
+    assert await output.read(LARGEST_READ, child) == page  # the first one waits for nothing more
+    for _ in range(2):
         read = await pending(output.read(LARGEST_READ, child))
-        os.write(theirs, page)
-        for _ in range(5):
-            await asyncio.sleep(0)
-        read.cancel()  # while it gathers
-        await asyncio.wait([read])
-        os.write(theirs, page)
-        child._end(0)
-        assert await all_of(output, child) == 2 * page
-        os.close(theirs)
+        for _ in range(3):
+            os.write(theirs, page)
+            for _ in range(5):
+                await asyncio.sleep(0)
+        assert await read == 3 * page
+    read = await pending(output.read(LARGEST_READ, child))
+    os.write(theirs, page)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    read.cancel()  # while it gathers
+    await asyncio.wait([read])
+    os.write(theirs, page)
+    child._end(0)
+    assert await all_of(output, child) == 2 * page
+    os.close(theirs)
 
-    run(work())
 
-
-def test_a_stream_of_small_pieces_waits_for_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stream_of_small_pieces_waits_for_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("caisson.agent.model.stdio.GATHER", 3600)
 
-    async def work() -> None:
-        ours, theirs = os.pipe()
-        output, child = Output(ours), running()
-        for _ in range(3):
-            read = await pending(output.read(LARGEST_READ, child))
-            os.write(theirs, bytes(PAGE - 1))
-            assert len(await read) == PAGE - 1
-        os.close(theirs)
-        assert await all_of(output, child) == b""
-
-    run(work())
+    ours, theirs = os.pipe()
+    output, child = Output(ours), running()
+    for _ in range(3):
+        read = await pending(output.read(LARGEST_READ, child))
+        os.write(theirs, bytes(PAGE - 1))
+        assert len(await read) == PAGE - 1
+    os.close(theirs)
+    assert await all_of(output, child) == b""
 
 
-def test_a_kernel_that_grants_no_larger_pipe_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_kernel_that_grants_no_larger_pipe_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def refuse(pipe: int, size: int) -> bool:
@@ -390,62 +335,50 @@ def test_a_kernel_that_grants_no_larger_pipe_is_asked_once(monkeypatch: pytest.M
 
     monkeypatch.setattr("caisson.agent.model.stdio.resize_pipe", refuse)
 
-    async def work() -> None:
-        pipes = Pipes()
-        writer = os.dup(pipes.theirs.stdout)
-        streams, child = pipes.started(), running()
-        for _ in range(3):
-            fill(writer)
-            assert len(await streams.stdout.read(LARGEST_READ, child)) == PIPE
-        assert asked == [LARGEST_READ]
-        streams.close()
-        os.close(writer)
-
-    run(work())
+    pipes = Pipes()
+    writer = os.dup(pipes.theirs.stdout)
+    streams, child = pipes.started(), running()
+    for _ in range(3):
+        fill(writer)
+        assert len(await streams.stdout.read(LARGEST_READ, child)) == PIPE
+    assert asked == [LARGEST_READ]
+    streams.close()
+    os.close(writer)
 
 
-def test_ends_that_were_read_are_given_back_before_anybody_asks() -> None:
-    async def work() -> None:
-        pipes = Pipes()
-        streams, child = pipes.started(), running()
-        child._end(0)
-        streams.exited()
-        assert await all_of(streams.stdout, child) == b""
-        assert await all_of(streams.stderr, child) == b""
-        assert [end._fd for end in (streams.stdin, streams.stdout, streams.stderr)] == [-1] * 3
-
-    run(work())
+async def test_ends_that_were_read_are_given_back_before_anybody_asks() -> None:
+    pipes = Pipes()
+    streams, child = pipes.started(), running()
+    child._end(0)
+    streams.exited()
+    assert await all_of(streams.stdout, child) == b""
+    assert await all_of(streams.stderr, child) == b""
+    assert [end._fd for end in (streams.stdin, streams.stdout, streams.stderr)] == [-1] * 3
 
 
 @pytest.mark.parametrize("held", [False, True], ids=["closed", "held by a job"])
-def test_a_terminals_output_is_complete_before_its_end(held: bool) -> None:
-    async def work() -> None:
-        master, slave = os.openpty()
-        streams, child = Streams.of_terminal(master), running()
-        assert streams.stdout is streams.stderr
-        os.write(slave, b"x" * 3000 + b"\n")
-        if not held:
-            os.close(slave)
-        child._end(0)
-        streams.exited()
-        assert await all_of(streams.stdout, child) == b"x" * 3000 + b"\r\n"
-        if held:
-            os.close(slave)
-        streams.close()
-
-    run(work())
-
-
-def test_a_terminals_size() -> None:
-    async def work() -> None:
-        master, slave = os.openpty()
-        streams = Streams.of_terminal(master)
-        for rows, columns, seen in ((33, 99, (33, 99)), (0x10001, 0xFFFF, (1, 0xFFFF))):
-            streams.resize(rows, columns)
-            assert struct.unpack("HHHH", fcntl.ioctl(slave, termios.TIOCGWINSZ, bytes(8)))[:2] == seen
-        streams.exited()
-        streams.resize(1, 1)  # too late, and no failure
-        streams.close()
+async def test_a_terminals_output_is_complete_before_its_end(held: bool) -> None:
+    master, slave = os.openpty()
+    streams, child = Streams.of_terminal(master), running()
+    assert streams.stdout is streams.stderr
+    os.write(slave, b"x" * 3000 + b"\n")
+    if not held:
         os.close(slave)
+    child._end(0)
+    streams.exited()
+    assert await all_of(streams.stdout, child) == b"x" * 3000 + b"\r\n"
+    if held:
+        os.close(slave)
+    streams.close()
 
-    run(work())
+
+async def test_a_terminals_size() -> None:
+    master, slave = os.openpty()
+    streams = Streams.of_terminal(master)
+    for rows, columns, seen in ((33, 99, (33, 99)), (0x10001, 0xFFFF, (1, 0xFFFF))):
+        streams.resize(rows, columns)
+        assert struct.unpack("HHHH", fcntl.ioctl(slave, termios.TIOCGWINSZ, bytes(8)))[:2] == seen
+    streams.exited()
+    streams.resize(1, 1)  # too late, and no failure
+    streams.close()
+    os.close(slave)

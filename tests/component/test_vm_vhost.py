@@ -104,131 +104,103 @@ async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
     writer.close()
 
 
-def run(test: Awaitable[None]) -> None:
-    async def bounded() -> None:
-        await asyncio.wait_for(test, 30)
-
-    asyncio.run(bounded())
-
-
-def test_both_ways_with_half_close(tmp_path: Path) -> None:
-    async def body() -> None:
-        async with relayed(tmp_path, echo) as ports:
-            for path in ("a", "h"):
-                assert (tmp_path / path).stat().st_mode & 0o777 == 0o600
-            reader, writer = await asyncio.open_unix_connection(str(tmp_path / "a"))
-            sent = os.urandom(3_000_000)
-            feeding = asyncio.create_task(feed(writer, sent))
-            received = await reader.read(-1)
-            await feeding
-            assert hashlib.sha256(received).digest() == hashlib.sha256(sent + b"end").digest()
-            writer.close()
-            assert ports == [1024]
-
+async def test_both_ways_with_half_close(tmp_path: Path) -> None:
     async def feed(writer: asyncio.StreamWriter, data: bytes) -> None:
         writer.write(data)
         await writer.drain()
         writer.write_eof()
 
-    run(body())
+    async with relayed(tmp_path, echo) as ports:
+        for path in ("a", "h"):
+            assert (tmp_path / path).stat().st_mode & 0o777 == 0o600
+        reader, writer = await asyncio.open_unix_connection(str(tmp_path / "a"))
+        sent = os.urandom(3_000_000)
+        feeding = asyncio.create_task(feed(writer, sent))
+        received = await reader.read(-1)
+        await feeding
+        assert hashlib.sha256(received).digest() == hashlib.sha256(sent + b"end").digest()
+        writer.close()
+        assert ports == [1024]
 
 
-def test_the_handshake_takes_no_byte_beyond_its_line(tmp_path: Path) -> None:
-    async def body() -> None:
-        async with relayed(tmp_path, echo) as ports:
-            reader, writer = await asyncio.open_unix_connection(str(tmp_path / "h"))
-            writer.write(b"CONNECT 77\npipelined")
-            writer.write_eof()
-            assert await reader.read(-1) == b"OK 77\npipelinedend"
-            writer.close()
-            assert ports == [77]
-
-    run(body())
+async def test_the_handshake_takes_no_byte_beyond_its_line(tmp_path: Path) -> None:
+    async with relayed(tmp_path, echo) as ports:
+        reader, writer = await asyncio.open_unix_connection(str(tmp_path / "h"))
+        writer.write(b"CONNECT 77\npipelined")
+        writer.write_eof()
+        assert await reader.read(-1) == b"OK 77\npipelinedend"
+        writer.close()
+        assert ports == [77]
 
 
 @pytest.mark.parametrize(
     "line",
     [b"CONNECT\n", b"CONNECT x\n", b"CONNECT -1\n", b"CONNECT 4294967295\n", b"GET / HTTP/1.1\r\n", b"C" * 99, b""],
 )
-def test_other_handshakes_are_hung_up_on(tmp_path: Path, line: bytes) -> None:
-    async def body() -> None:
-        async with relayed(tmp_path, echo) as ports:
-            reader, writer = await asyncio.open_unix_connection(str(tmp_path / "h"))
-            writer.write(line)
-            if not line:
-                writer.write_eof()
-            with contextlib.suppress(ConnectionError):
-                assert await reader.read(-1) == b""
-            writer.close()
-            assert ports == []
-
-    run(body())
-
-
-def test_a_client_waits_for_the_guest(tmp_path: Path) -> None:
-    async def body() -> None:
-        async with relayed(tmp_path, echo, (errno.ENODEV, errno.ETIMEDOUT)) as ports:
-            reader, writer = await asyncio.open_unix_connection(str(tmp_path / "a"))
-            writer.write(b"early")
+async def test_other_handshakes_are_hung_up_on(tmp_path: Path, line: bytes) -> None:
+    async with relayed(tmp_path, echo) as ports:
+        reader, writer = await asyncio.open_unix_connection(str(tmp_path / "h"))
+        writer.write(line)
+        if not line:
             writer.write_eof()
-            assert await reader.read(-1) == b"earlyend"
-            writer.close()
-            assert ports == [1024] * 3
+        with contextlib.suppress(ConnectionError):
+            assert await reader.read(-1) == b""
+        writer.close()
+        assert ports == []
 
-    run(body())
+
+async def test_a_client_waits_for_the_guest(tmp_path: Path) -> None:
+    async with relayed(tmp_path, echo, (errno.ENODEV, errno.ETIMEDOUT)) as ports:
+        reader, writer = await asyncio.open_unix_connection(str(tmp_path / "a"))
+        writer.write(b"early")
+        writer.write_eof()
+        assert await reader.read(-1) == b"earlyend"
+        writer.close()
+        assert ports == [1024] * 3
 
 
-def test_who_gives_up_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_who_gives_up_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relay, "AGAIN", 0.01)
 
-    async def body() -> None:
-        async with relayed(tmp_path, echo, (errno.ENODEV,) * 10**5) as ports:
-            _, writer = await asyncio.open_unix_connection(str(tmp_path / "a"))
-            while not ports:  # noqa: ASYNC110 - the relay announces nothing
-                await asyncio.sleep(0)
-            writer.close()
-            await asyncio.sleep(0.1)
-            dialled = len(ports)
-            await asyncio.sleep(0.3)
-            assert len(ports) == dialled
-
-    run(body())
+    async with relayed(tmp_path, echo, (errno.ENODEV,) * 10**5) as ports:
+        _, writer = await asyncio.open_unix_connection(str(tmp_path / "a"))
+        while not ports:  # noqa: ASYNC110 - the relay announces nothing
+            await asyncio.sleep(0)
+        writer.close()
+        await asyncio.sleep(0.1)
+        dialled = len(ports)
+        await asyncio.sleep(0.3)
+        assert len(ports) == dialled
 
 
-def test_a_port_where_nobody_listens_is_an_end(tmp_path: Path) -> None:
-    async def body() -> None:
-        async with relayed(tmp_path, echo, (errno.ECONNRESET,)):
-            reader, writer = await asyncio.open_unix_connection(str(tmp_path / "h"))
-            writer.write(b"CONNECT 5\n")
-            assert await reader.read(-1) == b""
-            writer.close()
-
-    run(body())
+async def test_a_port_where_nobody_listens_is_an_end(tmp_path: Path) -> None:
+    async with relayed(tmp_path, echo, (errno.ECONNRESET,)):
+        reader, writer = await asyncio.open_unix_connection(str(tmp_path / "h"))
+        writer.write(b"CONNECT 5\n")
+        assert await reader.read(-1) == b""
+        writer.close()
 
 
-def test_one_side_that_breaks_ends_the_other(tmp_path: Path) -> None:
+async def test_one_side_that_breaks_ends_the_other(tmp_path: Path) -> None:
     """A guest's reset reaches a client that only waits, and a client's one that only sends."""
 
     async def breaks(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readexactly(1)
         writer.transport.abort()  # the rest that was sent lies unread: a reset
 
-    async def body() -> None:
-        async with relayed(tmp_path, breaks):
-            reader, writer = await asyncio.open_unix_connection(str(tmp_path / "a"))
-            writer.write(b"x" * 100_000)
-            with contextlib.suppress(ConnectionError):
-                assert await reader.read(-1) == b""
-            with pytest.raises(ConnectionError):
-                while True:
-                    writer.write(b"x" * 100_000)
-                    await writer.drain()
-            writer.close()
-
-    run(body())
+    async with relayed(tmp_path, breaks):
+        reader, writer = await asyncio.open_unix_connection(str(tmp_path / "a"))
+        writer.write(b"x" * 100_000)
+        with contextlib.suppress(ConnectionError):
+            assert await reader.read(-1) == b""
+        with pytest.raises(ConnectionError):
+            while True:
+                writer.write(b"x" * 100_000)
+                await writer.drain()
+        writer.close()
 
 
-def test_what_the_guest_connects_to_on_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_the_guest_connects_to_on_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A port of the host is a Unix socket here; another VM has it at first."""
     monkeypatch.setattr(relay, "LOOKING", 0.01)
     busy, ours = [True], [True]
@@ -258,31 +230,28 @@ def test_what_the_guest_connects_to_on_the_host(tmp_path: Path, monkeypatch: pyt
         finally:
             writer.close()
 
-    async def body() -> None:
-        (tmp_path / "h_other").touch()
-        async with await asyncio.start_unix_server(echo, str(tmp_path / "h_5000")):
-            task = asyncio.create_task(relay.inward(str(tmp_path / "h"), relay.HostPorts(bind, lambda _: ours[0])))
-            waiting = asyncio.create_task(exchange())
-            done, _ = await asyncio.wait([waiting], timeout=0.1)
-            assert not done
-            busy[0] = False
-            assert await waiting == b"from the guestend"
-            ours[0] = False
-            assert await exchange() == b""
-            ours[0] = True
-        (tmp_path / "h_5000").unlink(missing_ok=True)
-        while True:  # nobody listens there any more, so the port is free for others
-            try:
-                _, writer = await asyncio.open_unix_connection(str(tmp_path / "port-5000"))
-            except ConnectionRefusedError:
-                break
-            writer.close()
-            await asyncio.sleep(0.01)
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-
-    run(body())
+    (tmp_path / "h_other").touch()
+    async with await asyncio.start_unix_server(echo, str(tmp_path / "h_5000")):
+        task = asyncio.create_task(relay.inward(str(tmp_path / "h"), relay.HostPorts(bind, lambda _: ours[0])))
+        waiting = asyncio.create_task(exchange())
+        done, _ = await asyncio.wait([waiting], timeout=0.1)
+        assert not done
+        busy[0] = False
+        assert await waiting == b"from the guestend"
+        ours[0] = False
+        assert await exchange() == b""
+        ours[0] = True
+    (tmp_path / "h_5000").unlink(missing_ok=True)
+    while True:  # nobody listens there any more, so the port is free for others
+        try:
+            _, writer = await asyncio.open_unix_connection(str(tmp_path / "port-5000"))
+        except ConnectionRefusedError:
+            break
+        writer.close()
+        await asyncio.sleep(0.01)
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
 
 
 def test_the_program_serves_and_cleans_up(tmp_path: Path) -> None:

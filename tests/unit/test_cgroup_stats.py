@@ -98,33 +98,27 @@ def test_kills_are_told_once() -> None:
     assert told == [3, 5]
 
 
-def test_an_event_goes_to_one_who_waits_and_none_is_lost() -> None:
-    async def work() -> None:
-        events = OomEvents()
-        impatient, patient = (asyncio.ensure_future(events.next()) for _ in range(2))
-        await asyncio.sleep(0)
-        events.add("one")
-        impatient.cancel()  # woken, and gone before it looks
-        assert await patient == "one"
-        events.add("two")
-        assert await events.next() == "two"
-        for number in range(MAX_EVENTS + 5):
-            events.add(str(number))
-        assert await events.next() == "5"
-
-    asyncio.run(work())
+async def test_an_event_goes_to_one_who_waits_and_none_is_lost() -> None:
+    events = OomEvents()
+    impatient, patient = (asyncio.ensure_future(events.next()) for _ in range(2))
+    await asyncio.sleep(0)
+    events.add("one")
+    impatient.cancel()  # woken, and gone before it looks
+    assert await patient == "one"
+    events.add("two")
+    assert await events.next() == "two"
+    for number in range(MAX_EVENTS + 5):
+        events.add(str(number))
+    assert await events.next() == "5"
 
 
-def test_nobody_waits_beyond_the_sandbox() -> None:
-    async def work() -> None:
-        events = OomEvents()
-        waiting = [asyncio.ensure_future(events.next()) for _ in range(3)]
-        await asyncio.sleep(0)
-        events.end()
-        for wait in waiting:
-            with pytest.raises(NotFound):
-                await wait
-        events.add("later")
-        assert await events.next() == "later"
-
-    asyncio.run(work())
+async def test_nobody_waits_beyond_the_sandbox() -> None:
+    events = OomEvents()
+    waiting = [asyncio.ensure_future(events.next()) for _ in range(3)]
+    await asyncio.sleep(0)
+    events.end()
+    for wait in waiting:
+        with pytest.raises(NotFound):
+            await wait
+    events.add("later")
+    assert await events.next() == "later"

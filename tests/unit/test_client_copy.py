@@ -173,24 +173,21 @@ def descriptors() -> set[str]:
 
 
 @pytest.mark.parametrize("way", ["there", "back"])
-def test_a_guest_that_dies_meanwhile(tmp_path: Path, way: str) -> None:
+async def test_a_guest_that_dies_meanwhile(tmp_path: Path, way: str) -> None:
     (tmp_path / "big").write_bytes(bytes(4 << 20))
     (tmp_path / "target").mkdir()
     before = descriptors()
     complaints: list[dict[str, Any]] = []
 
-    async def work() -> None:
-        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
-        guest: Any = DyingGuest()
-        with pytest.raises(AgentGone):
-            if way == "there":
-                await put(guest, tmp_path / "big", "/tmp")
-            else:
-                await get(guest, "/big", tmp_path / "target")
-        assert len(asyncio.all_tasks()) == 1
-        gc.collect()
-
-    asyncio.run(work())
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    guest: Any = DyingGuest()
+    with pytest.raises(AgentGone):
+        if way == "there":
+            await put(guest, tmp_path / "big", "/tmp")
+        else:
+            await get(guest, "/big", tmp_path / "target")
+    assert len(asyncio.all_tasks()) == 1
+    gc.collect()
     assert complaints == []
     assert descriptors() <= before
 

@@ -81,16 +81,13 @@ def test_an_error_of_the_model_becomes_its_status() -> None:
     assert call("no such thing") == (StatusCode.UNKNOWN, "no such thing")
 
 
-def test_an_error_text_is_one_that_any_wire_can_carry() -> None:
+async def test_an_error_text_is_one_that_any_wire_can_carry() -> None:
     class Paths:
         async def Check(self, request: Any) -> Any:
             raise ModelError("\udcff" + "x" * 100_000)
 
-    async def work() -> tuple[StatusCode, Any]:
-        methods = Service(HEALTH, Paths, Version).bind(Paths(), Version())
-        return await Dispatch(methods, Log("fatal"), Tracing(""), status_of).call("/grpc.Health/Check", b"")
-
-    _, text = asyncio.run(work())
+    methods = Service(HEALTH, Paths, Version).bind(Paths(), Version())
+    _, text = await Dispatch(methods, Log("fatal"), Tracing(""), status_of).call("/grpc.Health/Check", b"")
     assert text.startswith("\\udcffxx") and text.endswith("x…")
     assert len(text) <= MAX_ERROR_TEXT + 5
     assert text.encode()
@@ -111,41 +108,35 @@ def test_a_deadline_cancels_the_handler() -> None:
     assert call("", 20)[0] is StatusCode.OK
 
 
-def test_cancelling_a_call_cancels_its_handler_and_is_logged() -> None:
-    async def work() -> None:
-        check, log = Check(), Lines()
-        dispatch = Dispatch(Service(HEALTH, Check, Version).bind(check, Version()), log, Tracing(""), status_of)
-        payload = health_pb2.CheckRequest(service="wait").SerializeToString()
-        task = asyncio.ensure_future(dispatch.call("/grpc.Health/Check", payload))
-        await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert check.cancelled.is_set()
-        assert [fields["status"] for _, _, fields in log.lines] == ["CANCELLED"]
-
-    asyncio.run(work())
+async def test_cancelling_a_call_cancels_its_handler_and_is_logged() -> None:
+    check, log = Check(), Lines()
+    dispatch = Dispatch(Service(HEALTH, Check, Version).bind(check, Version()), log, Tracing(""), status_of)
+    payload = health_pb2.CheckRequest(service="wait").SerializeToString()
+    task = asyncio.ensure_future(dispatch.call("/grpc.Health/Check", payload))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert check.cancelled.is_set()
+    assert [fields["status"] for _, _, fields in log.lines] == ["CANCELLED"]
 
 
 def test_a_request_that_does_not_decode_is_an_invalid_argument() -> None:
     assert call(b"\xff") == (StatusCode.INVALID_ARGUMENT, "Check: the request is not a valid CheckRequest")
 
 
-def test_unknown_and_unimplemented_methods_are_told_apart() -> None:
-    async def work() -> None:
-        methods = Service(HEALTH, Check, unimplemented=("Version",)).bind(Check())
-        dispatch = Dispatch(methods, Log("fatal"), Tracing(""), status_of)
-        for path, text in (
-            ("/grpc.Health/Version", "Version: not implemented by this agent"),
-            ("/grpc.Health/No", "/grpc.Health/No: unknown method"),
-            ("", ": unknown method"),
-        ):
-            assert await dispatch.call(path, b"") == (StatusCode.UNIMPLEMENTED, text)
-
-    asyncio.run(work())
+async def test_unknown_and_unimplemented_methods_are_told_apart() -> None:
+    methods = Service(HEALTH, Check, unimplemented=("Version",)).bind(Check())
+    dispatch = Dispatch(methods, Log("fatal"), Tracing(""), status_of)
+    for path, text in (
+        ("/grpc.Health/Version", "Version: not implemented by this agent"),
+        ("/grpc.Health/No", "/grpc.Health/No: unknown method"),
+        ("", ": unknown method"),
+    ):
+        assert await dispatch.call(path, b"") == (StatusCode.UNIMPLEMENTED, text)
 
 
-def test_further_methods_are_made_when_one_of_them_is_called() -> None:
+async def test_further_methods_are_made_when_one_of_them_is_called() -> None:
     made = 0
 
     def more() -> Mapping[str, Method]:
@@ -153,19 +144,16 @@ def test_further_methods_are_made_when_one_of_them_is_called() -> None:
         made += 1
         return Service(HEALTH, Version, unimplemented=("Check",)).bind(Version())
 
-    async def work() -> list[int]:
-        first = {
-            path: method for path, method in Service(HEALTH, Check, Version).bind(Check(), Version()).items()
-            if path.endswith("Check")
-        }  # fmt: skip
-        dispatch = Dispatch(first, Log("fatal"), Tracing(""), status_of, more)
-        seen = []
-        for path in ("/grpc.Health/Check", "/grpc.Health/Version", "/grpc.Health/Nothing"):
-            await dispatch.call(path, b"")
-            seen.append(made)
-        return seen
-
-    assert asyncio.run(work()) == [0, 1, 1]
+    first = {
+        path: method for path, method in Service(HEALTH, Check, Version).bind(Check(), Version()).items()
+        if path.endswith("Check")
+    }  # fmt: skip
+    dispatch = Dispatch(first, Log("fatal"), Tracing(""), status_of, more)
+    seen = []
+    for path in ("/grpc.Health/Check", "/grpc.Health/Version", "/grpc.Health/Nothing"):
+        await dispatch.call(path, b"")
+        seen.append(made)
+    assert seen == [0, 1, 1]
 
 
 class Typo(Check):

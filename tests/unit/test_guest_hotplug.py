@@ -18,26 +18,23 @@ def switch(system: Path, name: str, value: str = "0") -> Path:
     return system / kind / name / "online"
 
 
-def test_as_many_cpus_as_asked_for(tmp_path: Path) -> None:
+async def test_as_many_cpus_as_asked_for(tmp_path: Path) -> None:
     (tmp_path / "cpu/cpu0").mkdir(parents=True)  # the first cannot be switched off and has no switch
     switch(tmp_path, "cpu1", "1")
     off = [switch(tmp_path, f"cpu{number}") for number in (10, 2, 3)]
     (tmp_path / "cpu/cpufreq").mkdir()
-    asyncio.run(hotplug.online_cpus(2, str(tmp_path)))
+    await hotplug.online_cpus(2, str(tmp_path))
     assert [path.read_text().strip() for path in off] == ["0", "1", "1"]
 
 
-def test_a_cpu_that_comes_late(tmp_path: Path) -> None:
-    async def work() -> None:
-        (tmp_path / "cpu").mkdir()
-        waiting = asyncio.ensure_future(hotplug.online_cpus(1, str(tmp_path)))
-        while not waiting.done():
-            await asyncio.sleep(0)
-            if not (tmp_path / "cpu/cpu1").exists():
-                switch(tmp_path, "cpu1")
-        await waiting
-
-    asyncio.run(work())
+async def test_a_cpu_that_comes_late(tmp_path: Path) -> None:
+    (tmp_path / "cpu").mkdir()
+    waiting = asyncio.ensure_future(hotplug.online_cpus(1, str(tmp_path)))
+    while not waiting.done():
+        await asyncio.sleep(0)
+        if not (tmp_path / "cpu/cpu1").exists():
+            switch(tmp_path, "cpu1")
+    await waiting
     assert (tmp_path / "cpu/cpu1/online").read_text() == "1"
 
 

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import random
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -134,119 +134,91 @@ async def called() -> AsyncIterator[tuple[Client, Any, Pair]]:
             yield client, Stub(client, HEALTH), pair
 
 
-def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(work, 30))
-
-
 async def failed(call: Awaitable[Any]) -> tuple[StatusCode, str]:
     with pytest.raises(RpcError) as caught:
         await call
     return caught.value.code, caught.value.text
 
 
-def test_calls_and_errors() -> None:
-    async def work() -> None:
-        async with called() as (client, health, _):
-            assert (await health.Check(Request())).status == health_pb2.HealthCheckResponse.SERVING
-            assert (await health.Version(Request(service="7"))).agent_version == "7"
-            assert await failed(health.Check(Request(service="söme\ntext"))) == (StatusCode.UNKNOWN, "söme\ntext")
-            for service, method in (("grpc.Health", "No"), ("no", "Check"), ("", "")):
-                wanted = StatusCode.UNIMPLEMENTED, f"/{service}/{method}: unknown method"
-                assert await failed(client.call(service, method, b"")) == wanted
-            code, text = await failed(client.call("grpc.Health", "Check", b"\xff"))
-            assert (code, text) == (StatusCode.INVALID_ARGUMENT, "Check: the request is not a valid CheckRequest")
-            with pytest.raises(AttributeError, match="no method Chekc"):
-                await health.Chekc(Request())
-
-    run(work())
+async def test_calls_and_errors() -> None:
+    async with called() as (client, health, _):
+        assert (await health.Check(Request())).status == health_pb2.HealthCheckResponse.SERVING
+        assert (await health.Version(Request(service="7"))).agent_version == "7"
+        assert await failed(health.Check(Request(service="söme\ntext"))) == (StatusCode.UNKNOWN, "söme\ntext")
+        for service, method in (("grpc.Health", "No"), ("no", "Check"), ("", "")):
+            wanted = StatusCode.UNIMPLEMENTED, f"/{service}/{method}: unknown method"
+            assert await failed(client.call(service, method, b"")) == wanted
+        code, text = await failed(client.call("grpc.Health", "Check", b"\xff"))
+        assert (code, text) == (StatusCode.INVALID_ARGUMENT, "Check: the request is not a valid CheckRequest")
+        with pytest.raises(AttributeError, match="no method Chekc"):
+            await health.Chekc(Request())
 
 
-def test_the_longest_messages() -> None:
-    async def work() -> None:
-        async with called() as (_, health, _):
-            text = "x" * (frames.MAX_DATA - 64)
-            assert (await health.Version(Request(service=text))).agent_version == text
-            with pytest.raises(ValueError, match="ttrpc carries"):
-                await health.Version(Request(service="x" * frames.MAX_DATA))
-            code, text = await failed(health.Check(Request(service="large")))
-            assert (code, "exceed maximum message size" in text) == (StatusCode.INVALID_ARGUMENT, True)
-            await health.Check(Request())
-
-    run(work())
+async def test_the_longest_messages() -> None:
+    async with called() as (_, health, _):
+        text = "x" * (frames.MAX_DATA - 64)
+        assert (await health.Version(Request(service=text))).agent_version == text
+        with pytest.raises(ValueError, match="ttrpc carries"):
+            await health.Version(Request(service="x" * frames.MAX_DATA))
+        code, text = await failed(health.Check(Request(service="large")))
+        assert (code, "exceed maximum message size" in text) == (StatusCode.INVALID_ARGUMENT, True)
+        await health.Check(Request())
 
 
-def test_a_thousand_calls_at_once_are_answered_in_any_order() -> None:
-    async def work() -> None:
-        async with called() as (_, health, pair):
-            waiting = [asyncio.ensure_future(health.Check(Request(service="wait"))) for _ in range(1000)]
-            await pair.health.until_waiting(1000)
-            assert (await health.Version(Request(service="first"))).agent_version == "first"
-            pair.health.go.set()
-            assert len(await asyncio.gather(*waiting)) == 1000
-
-    run(work())
+async def test_a_thousand_calls_at_once_are_answered_in_any_order() -> None:
+    async with called() as (_, health, pair):
+        waiting = [asyncio.ensure_future(health.Check(Request(service="wait"))) for _ in range(1000)]
+        await pair.health.until_waiting(1000)
+        assert (await health.Version(Request(service="first"))).agent_version == "first"
+        pair.health.go.set()
+        assert len(await asyncio.gather(*waiting)) == 1000
 
 
-def test_a_deadline_holds_at_the_server() -> None:
-    async def work() -> None:
-        async with connected() as pair:
-            await pair.send(check(1, "wait", 0.01), check(3, "wait"))
-            assert await pair.error() == (1, StatusCode.DEADLINE_EXCEEDED, "Check: not done within 0.01 s")
-            assert pair.health.waiting == 1
-            await pair.send(frames.frame(5, frames.REQUEST, ttrpc_pb2.Request(timeout_nano=-1).SerializeToString()))
-            assert (await pair.error())[:2] == (5, StatusCode.UNIMPLEMENTED)
-
-    run(work())
+async def test_a_deadline_holds_at_the_server() -> None:
+    async with connected() as pair:
+        await pair.send(check(1, "wait", 0.01), check(3, "wait"))
+        assert await pair.error() == (1, StatusCode.DEADLINE_EXCEEDED, "Check: not done within 0.01 s")
+        assert pair.health.waiting == 1
+        await pair.send(frames.frame(5, frames.REQUEST, ttrpc_pb2.Request(timeout_nano=-1).SerializeToString()))
+        assert (await pair.error())[:2] == (5, StatusCode.UNIMPLEMENTED)
 
 
-def test_a_deadline_holds_at_the_client_whatever_the_server_does() -> None:
-    async def work() -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            async with await Client.over(ours) as client:
-                code, text = await failed(client.call("grpc.Health", "Check", b"", 0.01))
-                assert (code, text) == (StatusCode.DEADLINE_EXCEEDED, "Check: no response within 0.01 s")
-                assert not client._pending
-
-    run(work())
+async def test_a_deadline_holds_at_the_client_whatever_the_server_does() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        async with await Client.over(ours) as client:
+            code, text = await failed(client.call("grpc.Health", "Check", b"", 0.01))
+            assert (code, text) == (StatusCode.DEADLINE_EXCEEDED, "Check: no response within 0.01 s")
+            assert not client._pending
 
 
-def test_the_end_of_a_connection_cancels_its_calls() -> None:
-    async def work() -> None:
-        async with connected() as pair:
-            await pair.send(check(1, "wait"), check(3, "wait"))
-            await pair.health.until_waiting(2)
-            pair.sock.shutdown(socket.SHUT_WR)
-            await pair.health.until_waiting(0)
-
-    run(work())
+async def test_the_end_of_a_connection_cancels_its_calls() -> None:
+    async with connected() as pair:
+        await pair.send(check(1, "wait"), check(3, "wait"))
+        await pair.health.until_waiting(2)
+        pair.sock.shutdown(socket.SHUT_WR)
+        await pair.health.until_waiting(0)
 
 
-def test_calls_on_a_connection_that_ends_fail() -> None:
-    async def work() -> None:
-        async with called() as (_, health, pair):
-            waiting = [asyncio.ensure_future(health.Check(Request(service="wait"))) for _ in range(3)]
-            await pair.health.until_waiting(3)
-            await pair.server.stop(grace=0.01)
-            for call in (*waiting, health.Check(Request())):
-                with pytest.raises(ConnectionClosed):
-                    await call
-
-    run(work())
+async def test_calls_on_a_connection_that_ends_fail() -> None:
+    async with called() as (_, health, pair):
+        waiting = [asyncio.ensure_future(health.Check(Request(service="wait"))) for _ in range(3)]
+        await pair.health.until_waiting(3)
+        await pair.server.stop(grace=0.01)
+        for call in (*waiting, health.Check(Request())):
+            with pytest.raises(ConnectionClosed):
+                await call
 
 
-def test_a_stop_waits_for_what_has_begun_and_refuses_the_rest() -> None:
-    async def work() -> None:
-        async with called() as (_, health, pair):
-            call = asyncio.ensure_future(health.Check(Request(service="wait")))
-            await pair.health.until_waiting(1)
-            stop = asyncio.ensure_future(pair.server.stop(grace=20))
-            assert await failed(health.Check(Request())) == (StatusCode.UNAVAILABLE, "the server is stopping")
-            pair.health.go.set()
-            assert await call
-            await stop
-
-    run(work())
+async def test_a_stop_waits_for_what_has_begun_and_refuses_the_rest() -> None:
+    async with called() as (_, health, pair):
+        call = asyncio.ensure_future(health.Check(Request(service="wait")))
+        await pair.health.until_waiting(1)
+        stop = asyncio.ensure_future(pair.server.stop(grace=20))
+        assert await failed(health.Check(Request())) == (StatusCode.UNAVAILABLE, "the server is stopping")
+        pair.health.go.set()
+        assert await call
+        await stop
 
 
 BROKEN = [
@@ -275,108 +247,87 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("sent", "stream_id", "code", "text"), BROKEN)
-def test_what_breaks_the_protocol_gets_an_error_and_the_connection_goes_on(
+async def test_what_breaks_the_protocol_gets_an_error_and_the_connection_goes_on(
     sent: bytes, stream_id: int, code: StatusCode, text: str
 ) -> None:
-    async def work() -> None:
-        async with connected() as pair:
-            await pair.send(sent)
-            assert await pair.error() == (stream_id, code, text)
-            await pair.still_serves()
-
-    run(work())
+    async with connected() as pair:
+        await pair.send(sent)
+        assert await pair.error() == (stream_id, code, text)
+        await pair.still_serves()
 
 
 @pytest.mark.parametrize("kind", [frames.RESPONSE, 0, 4, 255])
-def test_frames_of_other_types_are_ignored(kind: int) -> None:
-    async def work() -> None:
-        async with connected() as pair:
-            await pair.send(frames.frame(1, kind, b"anything", 0xFF))
-            await pair.still_serves()
-
-    run(work())
+async def test_frames_of_other_types_are_ignored(kind: int) -> None:
+    async with connected() as pair:
+        await pair.send(frames.frame(1, kind, b"anything", 0xFF))
+        await pair.still_serves()
 
 
-def test_a_stream_id_in_use_is_refused_and_its_call_goes_on() -> None:
-    async def work() -> None:
-        async with connected() as pair:
-            await pair.send(check(5, "wait"), check(5))
-            assert await pair.error() == (5, StatusCode.INVALID_ARGUMENT, "stream id is in use")
-            await pair.still_serves(3)  # a lower id than the last: clients with several threads send them out of order
-            pair.health.go.set()
-            assert (await pair.receive())[0] == 5
-
-    run(work())
+async def test_a_stream_id_in_use_is_refused_and_its_call_goes_on() -> None:
+    async with connected() as pair:
+        await pair.send(check(5, "wait"), check(5))
+        assert await pair.error() == (5, StatusCode.INVALID_ARGUMENT, "stream id is in use")
+        await pair.still_serves(3)  # a lower id than the last: clients with several threads send them out of order
+        pair.health.go.set()
+        assert (await pair.receive())[0] == 5
 
 
-def test_more_calls_than_there_may_be_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_more_calls_than_there_may_be_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "MAX_CALLS", 3)
 
-    async def work() -> None:
-        async with connected() as pair:
-            await pair.send(*(check(stream_id, "wait") for stream_id in (1, 3, 5, 7)))
-            assert await pair.error() == (7, StatusCode.RESOURCE_EXHAUSTED, "more than 3 calls at once")
-            pair.health.go.set()
-            assert {(await pair.receive())[0] for _ in range(3)} == {1, 3, 5}
-            await pair.still_serves()
-
-    run(work())
+    async with connected() as pair:
+        await pair.send(*(check(stream_id, "wait") for stream_id in (1, 3, 5, 7)))
+        assert await pair.error() == (7, StatusCode.RESOURCE_EXHAUSTED, "more than 3 calls at once")
+        pair.health.go.set()
+        assert {(await pair.receive())[0] for _ in range(3)} == {1, 3, 5}
+        await pair.still_serves()
 
 
-def test_requests_under_way_hold_a_bounded_number_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_requests_under_way_hold_a_bounded_number_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "MAX_HELD", 1 << 20)
 
-    async def work() -> None:
-        async with connected() as pair:
-            large = "wait" + "x" * (500 << 10)
-            await pair.send(check(1, large), check(3, large), check(5, large))
-            stream_id, code, _ = await pair.error()
-            assert (stream_id, code) == (5, StatusCode.RESOURCE_EXHAUSTED)
-            assert pair.connection.held <= 1 << 20
-            pair.health.go.set()
-            assert {(await pair.receive())[0] for _ in range(2)} == {1, 3}
-            assert pair.connection.held == 0
-            await pair.still_serves()
-
-    run(work())
+    async with connected() as pair:
+        large = "wait" + "x" * (500 << 10)
+        await pair.send(check(1, large), check(3, large), check(5, large))
+        stream_id, code, _ = await pair.error()
+        assert (stream_id, code) == (5, StatusCode.RESOURCE_EXHAUSTED)
+        assert pair.connection.held <= 1 << 20
+        pair.health.go.set()
+        assert {(await pair.receive())[0] for _ in range(2)} == {1, 3}
+        assert pair.connection.held == 0
+        await pair.still_serves()
 
 
-def test_who_does_not_read_is_not_heard() -> None:
-    async def work() -> None:
-        async with connected() as pair:
-            sent, block = 0, frames.frame(2, frames.REQUEST, b"") * 1000
-            with pytest.raises(TimeoutError):
-                while sent < 1 << 26:
-                    async with asyncio.timeout(1):
-                        await pair.send(block)
-                    sent += len(block)
-            assert sent < 1 << 23  # what the sockets take, and some
-
-    run(work())
+async def test_who_does_not_read_is_not_heard() -> None:
+    async with connected() as pair:
+        sent, block = 0, frames.frame(2, frames.REQUEST, b"") * 1000
+        with pytest.raises(TimeoutError):
+            while sent < 1 << 26:
+                async with asyncio.timeout(1):
+                    await pair.send(block)
+                sent += len(block)
+        assert sent < 1 << 23  # what the sockets take, and some
 
 
-def test_a_flood_of_frames_leaves_turns_to_other_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_flood_of_frames_leaves_turns_to_other_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     """One turn of the event loop handles no more than so many frames of a connection."""
     monkeypatch.setattr(connection_module, "FRAMES_PER_TURN", 8)
 
-    async def work() -> None:
-        async with connected() as pair:
-            loop, seen = asyncio.get_running_loop(), []
-            await pair.send(*(check(stream_id, "wait") for stream_id in range(1, 201, 2)))
+    async with connected() as pair:
+        loop, seen = asyncio.get_running_loop(), []
+        await pair.send(*(check(stream_id, "wait") for stream_id in range(1, 201, 2)))
 
-            def look() -> None:
-                seen.append(len(pair.connection.calls) if pair.server._connections else 0)
-                if seen[-1] < 100:
-                    loop.call_soon(look)
+        def look() -> None:
+            seen.append(len(pair.connection.calls) if pair.server._connections else 0)
+            if seen[-1] < 100:
+                loop.call_soon(look)
 
-            loop.call_soon(look)
-            await pair.health.until_waiting(100)
-            assert max(after - before for before, after in itertools.pairwise(seen)) <= 8
-
-    run(work())
+        loop.call_soon(look)
+        await pair.health.until_waiting(100)
+        assert max(after - before for before, after in itertools.pairwise(seen)) <= 8
 
 
-def test_anything_at_all_is_survived() -> None:
+async def test_anything_at_all_is_survived() -> None:
     """Frames of chance, most of them wrong somewhere: there are answers, and no exception."""
     chance = random.Random(7)
 
@@ -386,16 +337,13 @@ def test_anything_at_all_is_survived() -> None:
         whole = frames.frame(chance.randrange(9), kind, data, chance.choice([0, 0, 1, 2, chance.randrange(256)]))
         return whole if chance.random() < 0.9 else whole[: chance.randrange(1, len(whole))]
 
-    async def work() -> None:
-        for _ in range(300):
-            async with connected() as pair:
-                await pair.send(check(99), *[some() for _ in range(8)])
-                pair.sock.shutdown(socket.SHUT_WR)
-                with contextlib.suppress(EOFError, ConnectionError):
-                    while True:
-                        await pair.receive()
-
-    run(work())
+    for _ in range(300):
+        async with connected() as pair:
+            await pair.send(check(99), *[some() for _ in range(8)])
+            pair.sock.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(EOFError, ConnectionError):
+                while True:
+                    await pair.receive()
 
 
 # The client, by a server that says exactly what a test wants it to
@@ -453,38 +401,29 @@ def response(**fields: Any) -> Callable[[int], bytes]:
         ),
     ],
 )
-def test_what_a_client_makes_of_a_response(
+async def test_what_a_client_makes_of_a_response(
     respond: Callable[[int], bytes], outcome: tuple[StatusCode, str] | bytes
 ) -> None:
-    async def work() -> None:
-        assert await answered(respond) == outcome
-
-    run(work())
+    assert await answered(respond) == outcome
 
 
-def test_a_response_to_a_call_that_was_given_up_is_dropped() -> None:
-    async def work() -> None:
-        async with called() as (_, health, pair):
-            call = asyncio.ensure_future(health.Check(Request(service="wait")))
-            await pair.health.until_waiting(1)
-            call.cancel()
-            await asyncio.wait([call])
-            pair.health.go.set()
-            assert (await health.Version(Request(service="next"))).agent_version == "next"
-
-    run(work())
+async def test_a_response_to_a_call_that_was_given_up_is_dropped() -> None:
+    async with called() as (_, health, pair):
+        call = asyncio.ensure_future(health.Check(Request(service="wait")))
+        await pair.health.until_waiting(1)
+        call.cancel()
+        await asyncio.wait([call])
+        pair.health.go.set()
+        assert (await health.Version(Request(service="next"))).agent_version == "next"
 
 
-def test_a_client_waits_for_a_server_that_does_not_read() -> None:
-    async def work() -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            async with await Client.over(ours) as client:
-                calls = [asyncio.ensure_future(client.call("s", "m", bytes(1 << 20))) for _ in range(20)]
-                await asyncio.sleep(0.05)
-                assert client._transport is not None
-                assert client._transport.get_write_buffer_size() < 3 << 20
-            for call in calls:
-                assert await failed(call) == (StatusCode.UNAVAILABLE, "the connection is closed")
-
-    run(work())
+async def test_a_client_waits_for_a_server_that_does_not_read() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        async with await Client.over(ours) as client:
+            calls = [asyncio.ensure_future(client.call("s", "m", bytes(1 << 20))) for _ in range(20)]
+            await asyncio.sleep(0.05)
+            assert client._transport is not None
+            assert client._transport.get_write_buffer_size() < 3 << 20
+        for call in calls:
+            assert await failed(call) == (StatusCode.UNAVAILABLE, "the connection is closed")
