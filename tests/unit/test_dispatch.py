@@ -88,6 +88,7 @@ async def test_an_error_text_is_one_that_any_wire_can_carry() -> None:
 
     methods = Service(HEALTH, Paths, Version).bind(Paths(), Version())
     _, text = await Dispatch(methods, Log("fatal"), Tracing(""), status_of).call("/grpc.Health/Check", b"")
+    assert isinstance(text, str)
     assert text.startswith("\\udcffxx") and text.endswith("x…")
     assert len(text) <= MAX_ERROR_TEXT + 5
     assert text.encode()
