@@ -37,6 +37,7 @@ def main(words: Sequence[str] | None = None, *more: Group) -> int:
     """Run a command line (sys.argv's, if none is given) and return its exit status; ``more`` are a checkout's own."""
     streams.occupy_standard_descriptors()
     streams.write_any_text()
+    streams.filter_terminals()
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its log would end up in a command's stderr
     try:
         status = CommandLine((*GROUPS, *more)).run(sys.argv[1:] if words is None else words)

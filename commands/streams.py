@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import io
 import os
 import sys
 from collections.abc import Callable
+
+from caisson.proto.foreign_text import TerminalFilter, printable
 
 STANDARD = (0, 1, 2)
 
@@ -67,7 +70,32 @@ def reporter(verbose: bool) -> Callable[[str], None]:
     return info if verbose or sys.stderr.isatty() else lambda line: None
 
 
-def write_console(data: bytes) -> None:
-    """Write a guest's output as it comes."""
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
+class _TerminalText(io.TextIOWrapper):
+    """A terminal that gets text only: names, messages and logs are a guest's, and may hold escape sequences."""
+
+    def write(self, text: str) -> int:
+        super().write(printable(text))
+        return len(text)
+
+
+def filter_terminals() -> None:
+    """Keep control characters from stdout and stderr where these are terminals.  Bytes written below them pass."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and stream.isatty():
+            encoding, errors = stream.encoding, stream.errors
+            stream.flush()
+            text = _TerminalText(stream.detach(), encoding=encoding, errors=errors, line_buffering=True)
+            setattr(sys, name, text)
+            setattr(sys, f"__{name}__", text)
+
+
+def console_writer() -> Callable[[bytes], None]:
+    """Return what writes a guest's output to stdout as it comes: as it is, or to a terminal without its controls."""
+    filtered = TerminalFilter() if sys.stdout.isatty() else None
+
+    def write(data: bytes) -> None:
+        sys.stdout.buffer.write(filtered(data) if filtered else data)
+        sys.stdout.buffer.flush()
+
+    return write

@@ -18,7 +18,7 @@ from caisson.agent.client.errors import UsageError
 from caisson.agent.client.guest import active_forwards, call_sync
 from caisson.agent.client.logs import AgentLines
 from caisson.commands.machines import RESUME_COMMAND, image_directory, running_vm
-from caisson.commands.streams import info, write_console
+from caisson.commands.streams import console_writer, info
 from caisson.image.programs import TO_BOOT, need
 from caisson.image.vm import VM, VMConfig, get_vm, list_vms
 from caisson.image.vm import timeline as timelines
@@ -76,6 +76,7 @@ def _boot(
 ) -> None:
     began = time.monotonic()
     firmware_times: list[float] = []
+    write_console = console_writer()
     with VM.start(
         config, ready=ready, report=info, console=None if detach else write_console,
         firmware=lambda _: firmware_times.append(time.monotonic()), timeout=timeout or None,
@@ -135,6 +136,7 @@ def list_running(*, as_json: bool) -> None:
 def logs(*, only_agent: bool, follow: bool, name: str) -> None:
     """Show what a guest has printed."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as cat(1) ends when nobody reads on
+    write_console = console_writer()
     get_vm(name).show(AgentLines(write_console) if only_agent else write_console, follow=follow)
 
 
