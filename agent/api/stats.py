@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from caisson.agent.base.record import Record
-from caisson.agent.libcontainer.cgroups.stats import CgroupStats
-from caisson.proto.kata1 import agent_pb2
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from google.protobuf.message import Message
 
 
-def to_wire(stats: CgroupStats) -> Any:
-    """The message grpc.CgroupStats."""
-    message = agent_pb2.CgroupStats()
-    _fill(message, stats)
-    return message
-
-
-def _fill(message: Any, record: Record) -> None:
+def fill(message: Message, record: Record) -> None:
+    """Set the fields of a message from a record's, nested ones and maps included."""
     for name, value in vars(record).items():
         field: Any = getattr(message, name)
         if isinstance(value, Record):
             field.SetInParent()
-            _fill(field, value)
+            fill(field, value)
         elif isinstance(value, tuple):
             for item in value:
                 if isinstance(item, Record):
-                    _fill(field.add(), item)
+                    fill(field.add(), item)
                 else:
                     field.append(item)
         elif isinstance(value, (int, str)):
@@ -33,6 +29,6 @@ def _fill(message: Any, record: Record) -> None:
         else:
             for key, item in value.items():
                 if isinstance(item, Record):
-                    _fill(field[key], item)
+                    fill(field[key], item)
                 else:
                     field[key] = item

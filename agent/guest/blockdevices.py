@@ -42,6 +42,12 @@ class BlockDevices:
             raise InvalidArgument(f"invalid device {path}")
         return path
 
+    async def appearing(self, path: str) -> str:
+        """Return a node by its path, as soon as it is there.  Raises InvalidArgument or DeviceTimeout."""
+        if path.startswith(f"{self._dev}/"):
+            await self._wait(lambda: path if os.path.exists(path) else None, path)  # noqa: PTH110 - no pathlib at start
+        return path
+
     async def pci(self, path: str) -> str:
         """The disk at a PCI path: slots, in hexadecimal, from the root bus down ("02" or "02/01").  Raises Timeout."""
         if not PCI_PATH.fullmatch(path):

@@ -12,8 +12,8 @@ from typing import Any
 import grpc
 import pytest
 
+from caisson.agent.api.containers import read_response
 from caisson.agent.api.health import Health as FirstHealth
-from caisson.agent.api.kata1.service import _read_response
 from caisson.agent.base.boot_timestamps import BootTimestamps
 from caisson.agent.base.errors import ModelError
 from caisson.agent.base.log import Log
@@ -193,7 +193,7 @@ def fields(response: Response) -> list[tuple[bytes, bytes]]:
 @pytest.mark.parametrize("size", [0, 1, 127, 128, 16383, 16384, 1 << 20])
 def test_an_answer_with_output_is_what_protobuf_would_write(size: int) -> None:
     data = bytes(range(256)) * (size // 256) + bytes(size % 256)
-    assert b"".join(_read_response(data)) == agent_pb2.ReadStreamResponse(data=data).SerializeToString()
+    assert b"".join(read_response(data)) == agent_pb2.ReadStreamResponse(data=data).SerializeToString()
 
 
 async def test_a_client_with_another_http2(tmp_path: Path) -> None:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from caisson.agent.api.stats import to_wire
+from caisson.agent.api.stats import fill
 from caisson.agent.base.errors import NotFound
 from caisson.agent.libcontainer.cgroups.events import OomCounter
 from caisson.agent.libcontainer.cgroups.stats import UNLIMITED, BlkioEntry, CgroupStats, HugetlbStats, MemoryData
 from caisson.agent.libcontainer.cgroups.v2 import stats as v2_stats
 from caisson.agent.model.oom import MAX_EVENTS, OomEvents
+from caisson.proto.kata1 import agent_pb2
 
 V2 = {
     "cpu.stat": "usage_usec 7\nuser_usec 4\nsystem_usec 3\nnr_periods 10\nnr_throttled 2\nthrottled_usec 5\n",
@@ -77,7 +78,8 @@ def test_what_is_not_there_is_zero(tmp_path: Path) -> None:
 
 
 def test_the_message_has_it_all(tmp_path: Path) -> None:
-    message = to_wire(v2_stats.read(directory(tmp_path, V2), lambda: 99))
+    message = agent_pb2.CgroupStats()
+    fill(message, v2_stats.read(directory(tmp_path, V2), lambda: 99))
     assert message.cpu_stats.throttling_data.throttled_time == 5000
     assert message.memory_stats.swap_usage.limit == UNLIMITED
     assert dict(message.memory_stats.stats) == {"anon": 5, "file": 77, "kernel": 88}
@@ -85,7 +87,8 @@ def test_the_message_has_it_all(tmp_path: Path) -> None:
         (8, 0, "Read", 3), (8, 0, "Write", 4), (8, 0, "Discard", 6),
     ]  # fmt: skip
     assert message.hugetlb_stats["2MB"].failcnt == 8 and message.hugetlb_stats["1GB"].usage == 0
-    empty = to_wire(CgroupStats())
+    empty = agent_pb2.CgroupStats()
+    fill(empty, CgroupStats())
     assert empty.HasField("memory_stats") and empty.cpu_stats.HasField("cpu_usage")
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from caisson.agent.api.kata1.oci import exec_to_json, json_name, spec_to_json
+from caisson.agent.api.kata1.service import AgentService
+from caisson.agent.api.oci import exec_to_json, json_name, spec_to_json
 from caisson.agent.client import default_spec
 from caisson.agent.libcontainer.config.seccomp import ALLOW, ERRNO, MASKED_EQ, Condition, Rule, Seccomp
 from caisson.agent.libcontainer.config.spec import Process, Spec, SpecError
@@ -14,7 +15,7 @@ from caisson.proto.kata1 import oci_pb2
 @pytest.mark.parametrize(
     ("wire", "config"),
     [
-        ("Version", "version"),
+        ("Version", "ociVersion"),
         ("OOMScoreAdj", "oomScoreAdj"),
         ("UID", "uid"),
         ("UIDMappings", "uidMappings"),
@@ -95,7 +96,7 @@ def test_an_exec_takes_what_kata_takes() -> None:
         Capabilities=oci_pb2.LinuxCapabilities(Bounding=["CAP_SYS_ADMIN"]),
         NoNewPrivileges=True,
     )
-    process = Process.from_json(exec_to_json(wire))
+    process = Process.from_json(exec_to_json(wire, AgentService.EXEC_FIELDS))
     assert (process.args, process.cwd, process.terminal) == (("x",), "/tmp", True)
     assert (process.user.uid, process.user.gid, process.user.additional_gids) == (5, 6, (7,))
     assert process.capabilities is None  # the container's own apply

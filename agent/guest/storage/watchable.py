@@ -1,0 +1,191 @@
+"""Small directories of the host whose changes containers are to see: config maps and secrets.
+
+A virtiofs says nothing of changes that the host makes (inotify(7) is for one's own), so a directory is read again and
+again, and copied.  What is too large to be copied is bound instead: it is current, and nobody is told when it changes.
+Kubernetes changes such a directory by a rename of the link ``..data``; links are changed last here, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import stat
+
+from caisson.agent.base import syscalls
+from caisson.agent.base.errors import SystemCallFailed
+from caisson.agent.guest.storage import mounts
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from caisson.agent.base.log import Log
+
+#: Seconds between two looks.
+POLL_INTERVAL = 2.0
+
+#: What is copied: so many files, and so many bytes in all.  Kubernetes allows a config map 1 MiB.
+MAX_FILES = 16
+MAX_BYTES = 1 << 20
+
+#: What tells whether a file has changed.
+Stamp = tuple[int, int, int, int, int]
+
+
+class TooLarge(Exception):
+    """More than is copied."""
+
+
+class Watched:
+    """A directory or file that is kept like another one."""
+
+    def __init__(self, source: str, target: str, log: Log, interval: float = POLL_INTERVAL) -> None:
+        self._source = source
+        self._target = target
+        self._log = log
+        self._interval = interval
+        self._seen: dict[str, Stamp] = {}
+        self._task: asyncio.Task[None] | None = None
+        self._bound = False
+
+    async def start(self) -> None:
+        """Copy it, and go on doing so.  Raises SystemCallFailed."""
+        await asyncio.to_thread(self._begin)
+        if not self._bound:
+            self._task = asyncio.get_running_loop().create_task(self._watch())
+
+    async def stop(self) -> None:
+        """Stop, and take the copy away."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        await asyncio.to_thread(self._remove)
+
+    def _begin(self) -> None:
+        try:
+            self._update()
+        except TooLarge:
+            self._bind()
+        except OSError as error:
+            raise SystemCallFailed(f"Could not copy {self._source}: {mounts.reason(error)}") from error
+
+    async def _watch(self) -> None:
+        while not self._bound:
+            await asyncio.sleep(self._interval)
+            try:
+                await asyncio.to_thread(self._update)
+            except TooLarge:
+                await asyncio.to_thread(self._bind)
+            except OSError as error:  # in the middle of a change, most likely: the next look will tell
+                self._log("debug", "a watched directory could not be copied", source=self._source, error=str(error))
+
+    def _update(self) -> None:
+        """Copy what has changed, and remove what has gone.  Raises TooLarge, or OSError."""
+        found = dict(_files(self._source))
+        if found == self._seen:
+            return
+        directory = stat.S_ISDIR(os.stat(self._source).st_mode)  # noqa: PTH116 - no pathlib at start
+        if not directory:
+            os.close(mounts.open_point(self._target, 0o755, directory=False))
+        root = mounts.open_point(self._target if directory else os.path.dirname(self._target), 0o755)  # noqa: PTH120
+        try:
+            links = [name for name in found if stat.S_ISLNK(found[name][0])]
+            for name in [*(name for name in found if name not in links), *links]:
+                if self._seen.get(name) != found[name]:
+                    where = name if directory else os.path.basename(self._target)  # noqa: PTH119
+                    _copy(f"{self._source}/{name}" if directory else self._source, root, where, found[name][0])
+            for name in sorted(self._seen.keys() - found.keys(), reverse=True):
+                _delete(root, name)
+        finally:
+            os.close(root)
+        self._seen = found
+
+    def _bind(self) -> None:
+        from caisson.agent.guest.storage.storages import Storage
+
+        mounts.mount(Storage("watchable-bind", self._source, "bind", self._target))
+        self._bound = True
+
+    def _remove(self) -> None:
+        if self._bound:
+            try:
+                mounts.unmount(self._target)
+            except OSError as error:
+                self._log("error", "a storage could not be unmounted", mount_point=self._target, error=str(error))
+                return
+        if os.path.isdir(self._target):  # noqa: PTH112
+            shutil.rmtree(self._target, ignore_errors=True)
+        elif os.path.lexists(self._target):
+            os.unlink(self._target)  # noqa: PTH108
+
+
+def _files(source: str) -> Iterator[tuple[str, Stamp]]:
+    """Yield what is below a path, directories before what is in them.  Raises TooLarge, or OSError."""
+    count = size = 0
+    waiting = [""]
+    while waiting:
+        name = waiting.pop()
+        status = os.lstat(f"{source}/{name}" if name else source)
+        if not name and stat.S_ISLNK(status.st_mode):
+            status = os.stat(source)  # noqa: PTH116
+        count += not stat.S_ISDIR(status.st_mode)
+        size += status.st_size if stat.S_ISREG(status.st_mode) else 0
+        if count > MAX_FILES or size > MAX_BYTES:
+            raise TooLarge
+        if name or not stat.S_ISDIR(status.st_mode):
+            yield name, (status.st_mode, status.st_uid, status.st_gid, status.st_size, status.st_mtime_ns)
+        if stat.S_ISDIR(status.st_mode):
+            inner = sorted(os.listdir(f"{source}/{name}"), reverse=True)  # noqa: PTH208
+            if len(inner) > 2 * MAX_FILES:
+                raise TooLarge
+            waiting += [f"{name}/{one}".lstrip("/") for one in inner]
+
+
+def _copy(source: str, root: int, name: str, mode: int) -> None:
+    """Make a copy in place of what is there.  Raises OSError."""
+    parent, _, last = name.rpartition("/")
+    at = syscalls.openat2(root, parent or ".", os.O_PATH | os.O_DIRECTORY, resolve=_BENEATH)
+    try:
+        if stat.S_ISDIR(mode):
+            try:
+                os.mkdir(last, stat.S_IMODE(mode), dir_fd=at)
+            except FileExistsError:
+                pass
+            return
+        passing = f".caisson-{last[:200]}"
+        _delete(at, passing)
+        status = os.lstat(source)
+        if stat.S_ISLNK(mode):
+            os.symlink(os.readlink(source), passing, dir_fd=at)  # noqa: PTH115
+            os.chown(passing, status.st_uid, status.st_gid, dir_fd=at, follow_symlinks=False)
+        elif stat.S_ISREG(mode):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            with open(os.open(passing, flags, 0o600, dir_fd=at), "wb") as copy, open(source, "rb") as file:  # noqa: PTH123
+                copy.write(file.read(MAX_BYTES + 1))
+                os.fchown(copy.fileno(), status.st_uid, status.st_gid)
+                os.fchmod(copy.fileno(), stat.S_IMODE(mode))
+        else:
+            return  # a socket, or the like: nothing that a config map holds
+        os.rename(passing, last, src_dir_fd=at, dst_dir_fd=at)
+    finally:
+        os.close(at)
+
+
+def _delete(root: int, name: str) -> None:
+    parent, _, last = name.rpartition("/")
+    try:
+        at = syscalls.openat2(root, parent or ".", os.O_PATH | os.O_DIRECTORY, resolve=_BENEATH)
+    except OSError:
+        return  # it has gone with its directory
+    try:
+        os.unlink(last, dir_fd=at)
+    except IsADirectoryError:
+        shutil.rmtree(last, ignore_errors=True, dir_fd=at)
+    except FileNotFoundError:
+        pass
+    finally:
+        os.close(at)
+
+
+_BENEATH = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS
