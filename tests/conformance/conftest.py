@@ -1,5 +1,38 @@
-"""Conformance tests run on an agent of this machine, as the native ones do."""
+"""Conformance tests run on an agent of this machine, as the native ones do, and over every transport."""
 
-from tests.native.conftest import agent, busybox_rootfs, nsexec_path
+from __future__ import annotations
 
-__all__ = ["agent", "busybox_rootfs", "nsexec_path"]
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conformance.transports import MemoryAgent, TtrpcAgent, run_in_child
+from tests.native.agent_support import RunningAgent
+from tests.native.conftest import busybox_rootfs, check_nothing_is_left, nsexec_path
+
+__all__ = ["busybox_rootfs", "nsexec_path"]
+
+TRANSPORTS = {"http2": RunningAgent, "ttrpc": TtrpcAgent, "memory": MemoryAgent}
+
+
+@pytest.fixture(params=TRANSPORTS)
+def agent(
+    request: pytest.FixtureRequest, tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path
+) -> Iterator[RunningAgent]:
+    """A fresh agent behind each transport; at the end nothing is left of it."""
+    running = TRANSPORTS[request.param](tmp_path, nsexec_path, busybox_rootfs)
+    yield running
+    running.stop()
+    check_nothing_is_left(running, tmp_path)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test of an agent in this process in a process of its own."""
+    if not isinstance(pyfuncitem.funcargs.get("agent"), MemoryAgent):
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+    if failure := run_in_child(pyfuncitem.obj, arguments):
+        pytest.fail(failure, pytrace=False)
+    return True

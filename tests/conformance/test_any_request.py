@@ -21,7 +21,9 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import strategies as st
 
+from caisson.agent.rpc.ttrpc.client import Client
 from caisson.proto.kata1 import agent_pb2, health_pb2, oci_pb2
+from tests.conformance.transports import ttrpc_channel
 from tests.native.agent_support import RunningAgent
 
 pytestmark = pytest.mark.root
@@ -166,12 +168,13 @@ def secluded(tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path) -> Iterato
 
 
 @pytest.mark.timeout(SECONDS + EXTRA + 80)
-def test_any_request_gets_a_status(secluded: RunningAgent) -> None:
+@pytest.mark.parametrize("transport", ["http2", "ttrpc"])
+def test_any_request_gets_a_status(secluded: RunningAgent, transport: str) -> None:
     requests = Requests(secluded.rootfs)
     counts: dict[str, int] = {}
     done: dict[str, int] = {}
 
-    async def ask(channel: grpc.aio.Channel, service: str, method: Any, request: Any) -> None:
+    async def ask(channel: Any, service: str, method: Any, request: Any) -> None:
         counts[method.name] = counts.get(method.name, 0) + 1
         call = channel.unary_unary(f"/{service}/{method.name}")
         patience = HANG_UP if method.name in WAIT else DEADLINE
@@ -188,7 +191,9 @@ def test_any_request_gets_a_status(secluded: RunningAgent) -> None:
 
     with asyncio.Runner() as runner:
 
-        async def connect() -> grpc.aio.Channel:
+        async def connect() -> Any:
+            if transport == "ttrpc":
+                return ttrpc_channel(await Client.connect(secluded.socket))
             return grpc.aio.insecure_channel(f"unix:{secluded.socket}")
 
         channel = runner.run(connect())

@@ -44,6 +44,10 @@ class RunningAgent:
         assert self.process.stdout is not None
         assert b"ready" in self.process.stdout.readline(), self.log.read_text()
 
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
     def stop(self) -> None:
         self.process.terminate()
         try:
@@ -66,14 +70,14 @@ class RunningAgent:
         return found
 
     def fds(self) -> int:
-        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+        return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
 
     def memory(self) -> int:
         """Resident bytes."""
-        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * 4096
+        return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * 4096
 
     def children(self) -> set[int]:
-        return set(map(int, Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()))
+        return set(map(int, Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()))
 
     def spec(self, *args: str, **options: Any) -> oci_pb2.Spec:
         return default_spec(str(self.rootfs), args, **options)

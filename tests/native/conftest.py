@@ -58,8 +58,13 @@ def agent(
     running = RunningAgent(tmp_path, nsexec_path, busybox_rootfs, *options)
     yield running
     running.stop()
+    check_nothing_is_left(running, tmp_path)
+
+
+def check_nothing_is_left(running: RunningAgent, directory: Path) -> None:
+    """What an agent has to clean up before it ends."""
     assert not running.socket.exists()
     assert list(running.state.rglob("*")) == []
-    assert str(tmp_path) not in Path("/proc/self/mountinfo").read_text()
+    assert str(directory) not in Path("/proc/self/mountinfo").read_text()
     assert running.cgroups() == []
     assert "a bug in a handler" not in running.log.read_text()
