@@ -11,6 +11,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -23,10 +24,11 @@
 #define OUTPUT_MAX 800u /* bytes of output in an error */
 
 struct hook_run {
-	const char *point;
+	const struct context *ctx;
+	bool creating;	/* createContainer, not startContainer */
+	char point[40]; /* the hook's name and number, for errors */
 	const struct hook_step *hook;
-	int sync; /* for errors of the child */
-	int cwd;  /* descriptor of its working directory, -1 to inherit it */
+	int cwd; /* descriptor of its working directory, -1 to inherit it */
 	char output[OUTPUT_MAX + 1];
 	size_t kept;
 };
@@ -46,6 +48,7 @@ static const char *finish_state(const char *head, const char *status, size_t *si
 NORETURN static void exec_hook(const struct hook_run *run, int parent, int input, int output)
 {
 	const struct hook_step *hook = run->hook;
+	const struct plan *plan = &run->ctx->plan;
 	struct cursor strings = hook->strings;
 	size_t size = ((size_t)hook->argc + hook->envc + 2) * sizeof(char *);
 	char **vectors = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -65,8 +68,12 @@ NORETURN static void exec_hook(const struct hook_run *run, int parent, int input
 		fail_errno(run->point, hook->path, "chdir");
 	if (dup3(input, 0, 0) < 0 || dup3(output, 1, 0) < 0 || dup3(output, 2, 0) < 0)
 		fail_errno(run->point, hook->path, NULL);
-	close_all_but(&run->sync, 1);
-	execve(hook->path, vectors, vectors + hook->argc + 1);
+	if (run->creating)
+		close_all_but(&run->ctx->fds.sync, 1);
+	else if (plan->filter != NULL && !run->ctx->filtered)
+		load_filter(plan);
+	/* As by runc, a startContainer hook without an environment gets that of the container's process. */
+	execve(hook->path, vectors, run->creating || hook->envc > 0 ? vectors + hook->argc + 1 : plan->envp);
 	fail_errno(run->point, hook->path, NULL);
 }
 
@@ -86,20 +93,24 @@ static void drain(struct hook_run *run, int fd)
 	}
 }
 
-NORETURN static void fail_hook(struct hook_run *run, const char *before, int number, const char *after)
-{
-	char why[OUTPUT_MAX + 128];
+NORETURN static void fail_hook(struct hook_run *run, const char *format, ...) PRINTF(2, 3);
 
+/* Fail with a reason and the end of the hook's output. */
+NORETURN static void fail_hook(struct hook_run *run, const char *format, ...)
+{
+	char why[128];
+	va_list arguments;
+
+	va_start(arguments, format);
+	vsnprintf(why, sizeof(why), format, arguments);
+	va_end(arguments);
 	for (size_t i = 0; i < run->kept; i++)
 		if (run->output[i] == '\0')
 			run->output[i] = '?';
 	while (run->kept > 0 && strchr(" \r\n\t", run->output[run->kept - 1]) != NULL)
 		run->kept--;
 	run->output[run->kept] = '\0';
-	snprintf(why, sizeof(why), "%s%d%s", before, number, after);
-	if (run->kept > 0)
-		snprintf(why + strlen(why), sizeof(why) - strlen(why), ": %s", run->output);
-	fail(0, run->point, run->hook->path, "%s", why);
+	fail(0, run->point, run->hook->path, "%s%s%s", why, run->kept > 0 ? ": " : "", run->output);
 }
 
 static long long now_ms(void)
@@ -179,37 +190,39 @@ static void run_hook(struct hook_run *run, const char *state, size_t size)
 	close(output[0]);
 	close(pidfd);
 	if (!ended)
-		fail_hook(run, "timed out after ", (int)run->hook->timeout, " s and was killed");
+		fail_hook(run, "timed out after %u s and was killed", run->hook->timeout);
 	if (WIFSIGNALED(status))
-		fail_hook(run, "was killed by signal ", WTERMSIG(status), "");
+		fail_hook(run, "was killed by signal %d (%s)", WTERMSIG(status), strsignal(WTERMSIG(status)));
 	if (WEXITSTATUS(status) != 0)
-		fail_hook(run, "exited with status ", WEXITSTATUS(status), "");
+		fail_hook(run, "exited with status %d", WEXITSTATUS(status));
 }
 
-void run_hooks(const struct plan *plan, uint16_t type, int sync, int cwd)
+void run_hooks(const struct context *ctx, uint16_t type, int cwd)
 {
 	bool creating = type == PLAN_CREATE_HOOK;
-	struct hook_run run = {
-		.point = creating ? "createContainer hook" : "startContainer hook", .sync = sync, .cwd = cwd};
-	struct cursor steps = plan->steps;
+	struct hook_run run = {.ctx = ctx, .creating = creating, .cwd = cwd};
+	struct cursor steps = ctx->plan.steps;
 	struct attribute a;
 	struct hook_step hook;
 	const char *state = NULL;
 	size_t size = 0;
+	int number = 0;
 
 	while (next_attribute(&steps, &a)) {
 		if (a.type != type)
 			continue;
 		if (state == NULL) {
-			state = finish_state(plan->hook_state, creating ? "creating" : "created", &size);
-			signal(SIGPIPE, SIG_IGN); /* a hook need not read */
+			state = finish_state(ctx->plan.hook_state, creating ? "creating" : "created", &size);
+			signal(SIGPIPE, SIG_IGN); /* a hook need not read it */
 		}
 		decode_hook(&a, &hook);
+		snprintf(run.point, sizeof(run.point), "%s hook #%d", creating ? "createContainer" : "startContainer",
+			 number++);
 		run.hook = &hook;
 		run.kept = 0;
 		run_hook(&run, state, size);
 	}
-	if (state != NULL)
+	if (state != NULL && ctx->filtered)
 		signal(SIGPIPE, SIG_DFL);
 }
 

@@ -126,6 +126,7 @@ static void reset_signals(void)
 			(void)!syscall(SYS_rt_sigaction, number, defaults, NULL, sizeof(none));
 	if (syscall(SYS_rt_sigprocmask, SIG_SETMASK, &none, NULL, sizeof(none)) < 0)
 		fail_errno("signals", "", NULL);
+	signal(SIGPIPE, SIG_IGN); /* until the program is executed */
 }
 
 static void read_messages(struct context *ctx, struct inbox *inbox)
@@ -338,6 +339,8 @@ static void setup_before_pidns(struct context *ctx, uint32_t namespaces, int sta
 	set_up(ctx);
 	prepare_process(ctx);
 	close_all_but(kept, ARRAY_SIZE(kept));
+	if (needs_early_filter(&ctx->plan))
+		load_early_filter(ctx);
 	spawn_child(ctx, 0, -1, stage1, late_child_main);
 }
 

@@ -48,6 +48,8 @@ void log_close(void);
 #define PROGRESS_HOOKS "procHooks" /* the runtime may run its hooks; nsexec waits for one byte */
 #define PROGRESS_RUN "procRun"	   /* the byte that starts the program has come */
 void report_progress(const char *what);
+void report_listener(int fd); /* "procSeccomp": the number of the filter's listener here; nsexec waits for one byte */
+void report_to_stderr_if_closed(void);
 /* Report {step, path, error} with a reason in words (NULL: the error's own words are enough), and exit. */
 NORETURN void fail(int error, const char *step, const char *path, const char *format, ...) PRINTF(4, 5);
 #define fail_errno(...) fail(errno, __VA_ARGS__)
@@ -122,7 +124,7 @@ enum {
 	PLAN_LABEL,
 	PLAN_NO_NEW_PRIVS,
 	PLAN_SECCOMP,
-	PLAN_GROUPS,
+	PLAN_GROUPS, /* * */
 	PLAN_USER,
 	PLAN_CAPABILITIES,
 	PLAN_CWD,
@@ -131,6 +133,7 @@ enum {
 	PLAN_END
 };
 #define PLAN_FORMAT 1
+#define GROUPS_MAX 65536  /* NGROUPS_MAX of the kernel; that of musl is 32 */
 #define CPU_MASK_MAX 1024 /* bytes */
 #define SCHEDULER_SIZE 48 /* SCHED_ATTR_SIZE_VER0 */
 
@@ -181,8 +184,7 @@ struct plan {
 	struct cursor steps; /* all attributes, checked */
 	bool has_user, has_capabilities, has_umask, no_new_privs, has_console, has_sysctl;
 	uint32_t umask, uid, gid;
-	const uint8_t *groups; /* uint32_t each, unaligned */
-	size_t group_count;
+	size_t group_count; /* in all PLAN_GROUPS */
 	struct capability_sets capabilities;
 	struct console_step console;
 	const uint8_t *cpus, *final_cpus; /* masks of whole words; NULL: not given */
@@ -220,6 +222,7 @@ struct context {
 		int sysctl;    /* private whole procfs, -1 where not needed */
 	} handles;
 	const char *program; /* argv[0] as found in PATH */
+	bool filtered;	     /* the seccomp filter is active */
 };
 
 /* --- namespaces.c --- */
@@ -274,7 +277,7 @@ void open_console(int root, const struct console_step *console, int socket);
 void replace_null_stdio(int root);
 
 /* --- hooks.c --- */
-void run_hooks(const struct plan *plan, uint16_t type, int sync, int cwd);
+void run_hooks(const struct context *ctx, uint16_t type, int cwd);
 void wait_for_runtime_hooks(int sync);
 
 /* --- process.c --- */
@@ -283,7 +286,10 @@ void raise_hard_limits(const struct plan *plan);
 void wait_for_runtime(int sync);
 void set_limits(const struct plan *plan);
 void prepare_process(struct context *ctx);
-NORETURN void run_program(const struct context *ctx);
+int load_filter(const struct plan *plan);
+bool needs_early_filter(const struct plan *plan);
+void load_early_filter(struct context *ctx);
+NORETURN void run_program(struct context *ctx);
 
 /* --- pause.c --- */
 void attach_pause_procfs(int target);

@@ -205,6 +205,7 @@ static bool may_repeat(uint16_t type)
 	case PLAN_READONLY:
 	case PLAN_MASK:
 	case PLAN_RLIMIT:
+	case PLAN_GROUPS:
 		return true;
 	default:
 		return false;
@@ -350,8 +351,9 @@ static void decode_plan_step(const struct attribute *a, struct plan *out)
 	case PLAN_GROUPS:
 		if (a->size % 4 != 0)
 			malformed("groups", "not whole numbers");
-		out->groups = a->data;
-		out->group_count = a->size / 4;
+		out->group_count += a->size / 4;
+		if (out->group_count > GROUPS_MAX)
+			malformed("groups", "more than a process can have");
 		break;
 	case PLAN_USER:
 		read_bytes(&c, &out->uid, 4, "user");

@@ -5,7 +5,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
-#include <grp.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -97,16 +97,29 @@ static void set_label(const struct plan *plan, int procfs)
 		close(own);
 }
 
-static void load_filter(const struct plan *plan)
+/* Returns the listener's descriptor, if the filter's flags ask for one. */
+int load_filter(const struct plan *plan)
 {
 	struct filter_program program;
 	uint32_t flags;
+	int result;
 
 	memcpy(&flags, plan->filter, sizeof(flags));
 	program.length = (unsigned short)((plan->filter_size - sizeof(flags)) / 8);
 	program.instructions = plan->filter + sizeof(flags);
-	if (syscall(SYS_seccomp, SECCOMP_MODE_FILTER_OP, flags, &program) < 0)
+	result = (int)syscall(SYS_seccomp, SECCOMP_MODE_FILTER_OP, flags, &program);
+	if (result < 0)
 		fail_errno("seccomp", "", NULL);
+	return result;
+}
+
+static bool has_listener(const struct plan *plan)
+{
+	uint32_t flags = 0;
+
+	if (plan->filter != NULL)
+		memcpy(&flags, plan->filter, sizeof(flags));
+	return (flags & SECCOMP_NEW_LISTENER) != 0;
 }
 
 /* Change to the working directory, resolved without magic links such as /proc/self/fd/N (CVE-2024-21626).  0 or errno. */
@@ -161,10 +174,14 @@ static void set_capabilities(const struct capability_sets *wanted)
 			   errno == EPERM
 				   ? "a capability that the runtime itself does not have, or effective beyond permitted"
 				   : NULL);
+}
+
+static void set_ambient(uint64_t wanted)
+{
 	if (prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) < 0)
 		fail_errno("capabilities", "ambient", NULL);
 	for (unsigned capability = 0; capability < 64; capability++)
-		if ((wanted->ambient >> capability & 1) != 0 &&
+		if ((wanted >> capability & 1) != 0 &&
 		    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, capability, 0, 0) < 0)
 			fail_errno("capabilities", "ambient",
 				   "an ambient capability must be permitted and inheritable");
@@ -185,17 +202,26 @@ static void own_stdio(const struct plan *plan)
 	}
 }
 
+static void set_groups(const struct plan *plan)
+{
+	static gid_t groups[GROUPS_MAX];
+	struct cursor steps = plan->steps;
+	struct attribute a;
+	size_t count = 0;
+
+	while (next_attribute(&steps, &a))
+		if (a.type == PLAN_GROUPS) {
+			memcpy(groups + count, a.data, a.size);
+			count += a.size / sizeof(gid_t);
+		}
+	/* A user namespace may deny setgroups: then no groups is the only list there is. */
+	if (syscall(SYS_setgroups, count, groups) < 0 && !(errno == EPERM && count == 0))
+		fail_errno("groups", "", NULL);
+}
+
 static void become_user(const struct plan *plan)
 {
-	static gid_t groups[NGROUPS_MAX < 65536 ? NGROUPS_MAX : 65536];
-
-	if (plan->group_count > ARRAY_SIZE(groups))
-		fail(EINVAL, "groups", "", "more than %zu", ARRAY_SIZE(groups));
-	if (plan->group_count > 0)
-		memcpy(groups, plan->groups, plan->group_count * sizeof(gid_t));
-	/* A user namespace may deny setgroups: then no groups is the only list there is. */
-	if (syscall(SYS_setgroups, plan->group_count, groups) < 0 && !(errno == EPERM && plan->group_count == 0))
-		fail_errno("groups", "", NULL);
+	set_groups(plan);
 	if (syscall(SYS_setresgid, plan->gid, plan->gid, plan->gid) < 0)
 		fail_errno("user", "gid", NULL);
 	if (syscall(SYS_setresuid, plan->uid, plan->uid, plan->uid) < 0)
@@ -220,7 +246,13 @@ static void drop_privileges(const struct plan *plan, int root, bool make_cwd)
 	verify_cwd(plan->cwd);
 	if (prctl(PR_SET_KEEPCAPS, 0, 0, 0, 0) < 0 || prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0)
 		fail_errno("capabilities", "keep", NULL);
-	set_capabilities(&plan->capabilities);
+	struct capability_sets held = plan->capabilities;
+	if (plan->filter != NULL && !plan->no_new_privs) { /* until load_early_filter */
+		held.effective |= CAPABILITY_SYS_ADMIN;
+		held.permitted |= CAPABILITY_SYS_ADMIN;
+	}
+	set_capabilities(&held);
+	set_ambient(plan->capabilities.ambient);
 }
 
 /* 0, or errno and in *why the call that failed ("" for none); order and answers are those of Go's exec.LookPath. */
@@ -300,7 +332,7 @@ static void wait_for_start(const struct channels *fds, int procfs)
 	while (fifo < 0 && errno == EINTR);
 	if (fifo < 0)
 		fail_errno("exec fifo", "", NULL);
-	if (write(fifo, "0", 1) != 1)
+	if (write(fifo, "0", 1) != 1 || close(fifo) < 0 || close(fds->fifo) < 0 || close(procfs) < 0)
 		fail_errno("exec fifo", "", NULL);
 }
 
@@ -311,7 +343,7 @@ void wait_for_runtime(int sync)
 	ssize_t got;
 
 	do
-		got = recv(sync, &byte, 1, 0);
+		got = read(sync, &byte, 1);
 	while (got < 0 && errno == EINTR);
 	if (got != 1)
 		_exit(1); /* the runtime has exited, or closed the socket */
@@ -329,8 +361,6 @@ void prepare_process(struct context *ctx)
 		set_label(plan, ctx->handles.processes);
 	if (plan->no_new_privs && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
 		fail_errno("no_new_privs", "", NULL);
-	if (plan->filter != NULL && !plan->no_new_privs) /* needs CAP_SYS_ADMIN */
-		load_filter(plan);
 	drop_privileges(plan, ctx->handles.root, !ctx->fds.joins);
 	ctx->program = ctx->fds.pauses ? "" : look_up(plan);
 	log_debug("ready to execute", ctx->program);
@@ -338,31 +368,63 @@ void prepare_process(struct context *ctx)
 	FAULT(prepared);
 }
 
+/*
+ * The filter is loaded last, so that it need permit only execve, and write for an error.  Two kinds cannot wait: without
+ * no_new_privs it needs CAP_SYS_ADMIN, which a process that waits to be started must not have; and its listener must reach
+ * the runtime while there is one.  They must permit what follows in run_program, of system calls that all profiles know.
+ */
+bool needs_early_filter(const struct plan *plan)
+{
+	return plan->filter != NULL && (!plan->no_new_privs || has_listener(plan));
+}
+
+void load_early_filter(struct context *ctx)
+{
+	const struct plan *plan = &ctx->plan;
+	int listener;
+
+	signal(SIGPIPE, SIG_DFL);
+	listener = load_filter(plan);
+	ctx->filtered = true;
+	if (!plan->no_new_privs &&
+	    (plan->capabilities.permitted & plan->capabilities.effective & CAPABILITY_SYS_ADMIN) == 0)
+		set_capabilities(&plan->capabilities);
+	if (has_listener(plan)) {
+		report_listener(listener);
+		wait_for_runtime(ctx->fds.sync);
+		close(listener);
+	}
+}
+
 /* Report that the process is ready, wait to be started where it has to, and execute the program. */
-NORETURN void run_program(const struct context *ctx)
+NORETURN void run_program(struct context *ctx)
 {
 	const struct channels *fds = &ctx->fds;
 	const struct plan *plan = &ctx->plan;
+	const int kept[] = {fds->sync, fds->fifo, fds->fifo < 0 ? -1 : ctx->handles.processes};
 
-	if (plan->filter != NULL && plan->no_new_privs)
-		load_filter(plan);
-	if (fds->fifo >= 0) {
-		const int kept[] = {fds->sync, fds->fifo, ctx->handles.processes};
-
+	if (!ctx->filtered) { /* a filter of the stage before: that one has closed the rest, too */
 		close_all_but(kept, ARRAY_SIZE(kept));
-		report_progress(PROGRESS_READY);
+		if (needs_early_filter(plan))
+			load_early_filter(ctx);
+	}
+	report_progress(PROGRESS_READY);
+	if (fds->fifo >= 0) {
 		FAULT(ready);
 		wait_for_start(fds, ctx->handles.processes);
-	} else {
-		report_progress(PROGRESS_READY);
-		if (!fds->joins) { /* in a joined pid namespace it holds nothing of the host while it waits: no fifo */
-			wait_for_runtime(fds->sync);
-			report_progress(PROGRESS_RUN);
-		}
+	} else if (!fds->joins) { /* in a joined pid namespace it holds nothing of the host while it waits: no fifo */
+		wait_for_runtime(fds->sync);
+		report_progress(PROGRESS_RUN);
 	}
-	close_all_but(&fds->sync, 1);
-	run_hooks(plan, PLAN_START_HOOK, fds->sync, -1);
+	if (!fds->joins)
+		report_to_stderr_if_closed();
+	run_hooks(ctx, PLAN_START_HOOK, -1);
 	FAULT(executing);
+	if (!ctx->filtered) {
+		signal(SIGPIPE, SIG_DFL);
+		if (plan->filter != NULL)
+			load_filter(plan);
+	}
 	execve(ctx->program, plan->argv, plan->envp);
 	fail_errno("execve", ctx->program, NULL);
 }

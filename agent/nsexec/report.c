@@ -6,10 +6,10 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <poll.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/socket.h>
 #include <unistd.h>
 
 #include "nsexec.h"
@@ -76,13 +76,10 @@ static void put_number(struct text *t, long number)
 	put(t, digits);
 }
 
-static void send_all(int fd, const struct text *t, bool is_socket)
+/* By write(2) also to the socket, since every seccomp filter permits that.  SIGPIPE is ignored (reset_signals). */
+static void send_all(int fd, const struct text *t)
 {
-	if (fd < 0)
-		return;
-	if (is_socket)
-		(void)!send(fd, t->bytes, t->used, MSG_NOSIGNAL);
-	else
+	if (fd >= 0)
 		(void)!write(fd, t->bytes, t->used);
 }
 
@@ -110,7 +107,7 @@ static void log_line(const char *level, const char *text, const char *detail, in
 		put_escaped(&t, strerror(error));
 	}
 	put(&t, "\"}\n");
-	send_all(log_fd, &t, false);
+	send_all(log_fd, &t);
 }
 
 void log_debug(const char *text, const char *detail)
@@ -134,7 +131,33 @@ void report_progress(const char *what)
 	put(&t, "{\"type\":\"");
 	put(&t, what);
 	put(&t, "\"}");
-	send_all(sync_fd, &t, true);
+	send_all(sync_fd, &t);
+}
+
+void report_listener(int fd)
+{
+	struct text t = {.used = 0};
+
+	put(&t, "{\"type\":\"procSeccomp\",\"fd\":");
+	put_number(&t, fd);
+	put(&t, "}");
+	send_all(sync_fd, &t);
+}
+
+/* A runtime that created the container and exited reads no more: later errors are for the container's stderr. */
+void report_to_stderr_if_closed(void)
+{
+	struct pollfd polled = {.fd = sync_fd};
+
+	if (poll(&polled, 1, 0) == 1 && (polled.revents & (POLLHUP | POLLERR)) != 0)
+		sync_fd = -1;
+}
+
+/* exit_group(2) or, if the filter denies it, a signal that cannot be ignored. */
+NORETURN static void end(void)
+{
+	(void)syscall(SYS_exit_group, 1);
+	__builtin_trap();
 }
 
 NORETURN void fail(int error, const char *step, const char *path, const char *format, ...)
@@ -149,6 +172,13 @@ NORETURN void fail(int error, const char *step, const char *path, const char *fo
 		va_end(arguments);
 	}
 	log_line("fatal", step, path, error);
+	if (sync_fd < 0) {
+		const char *words = why[0] != '\0' ? why : strerror(error); /* uncapitalised, as by Go */
+
+		dprintf(2, "%s %s: %c%s\n", strcmp(step, "execve") == 0 ? "exec" : step, path, words[0] | 0x20,
+			words + 1);
+		end();
+	}
 	put(&t, "{\"type\":\"procError\",\"step\":\"");
 	put_escaped(&t, step);
 	put(&t, "\",\"path\":\"");
@@ -161,6 +191,6 @@ NORETURN void fail(int error, const char *step, const char *path, const char *fo
 		put(&t, "\"");
 	}
 	put(&t, "}");
-	send_all(sync_fd, &t, true);
-	_exit(1);
+	send_all(sync_fd, &t);
+	end();
 }

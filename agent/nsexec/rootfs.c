@@ -284,7 +284,7 @@ static void do_step(const struct attribute *a, struct rootfs_state *s)
 		break;
 	case PLAN_CREATE_HOOK:
 		if (!s->hooks_done)
-			run_hooks(plan, PLAN_CREATE_HOOK, fds->sync, *root);
+			run_hooks(s->ctx, PLAN_CREATE_HOOK, *root);
 		s->hooks_done = true;
 		break;
 	case PLAN_PIVOT:

@@ -62,9 +62,11 @@ struct mount_attr_args {
 #define MAGIC_PROC 0x9fa0
 #define MAGIC_DEVPTS 0x1cd1
 
-/* prctl(2) PR_CAP_AMBIENT, seccomp(2), capset(2), keyctl(2) */
+/* capset(2), seccomp(2), keyctl(2) */
 #define CAPABILITY_VERSION_3 0x20080522u
 #define SECCOMP_MODE_FILTER_OP 1u
+#define SECCOMP_NEW_LISTENER 8u
+#define CAPABILITY_SYS_ADMIN (1ull << 21)
 #define KEYCTL_JOIN_SESSION 1
 
 static inline int sys_clone3(struct clone3_args *args)

@@ -171,7 +171,7 @@ def test_arguments_environment_and_descriptors_are_exact(box: Box) -> None:
     said = {}
     for point in ("createRuntime", "createContainer", "startContainer"):
         value = with_hooks("true", **{point: [hook]})
-        with pytest.raises(LaunchError, match=f"{point} hook /bin/busybox: exited with status 3: ") as caught:
+        with pytest.raises(LaunchError, match=f"{point} hook #0 /bin/busybox: exited with status 3: ") as caught:
             box.run(box.running(value))
         said[point] = str(caught.value).partition("status 3: ")[2].split("\n")
     for point, lines in said.items():
@@ -183,9 +183,9 @@ def test_arguments_environment_and_descriptors_are_exact(box: Box) -> None:
 
 
 def test_arguments_default_to_the_path(box: Box) -> None:
-    with pytest.raises(LaunchError, match=r"createContainer hook /bin/false: exited with status 1$"):
+    with pytest.raises(LaunchError, match=r"createContainer hook #0 /bin/false: exited with status 1$"):
         box.run(box.create(with_hooks("true", createContainer=[{"path": "/bin/false"}])))
-    with pytest.raises(LaunchError, match=r"prestart hook /bin/false: exited with status 1$"):
+    with pytest.raises(LaunchError, match=r"prestart hook #0 /bin/false: exited with status 1$"):
         box.run(box.create(with_hooks("true", prestart=[{"path": "/bin/false"}])))
 
 
@@ -217,7 +217,7 @@ def test_a_hook_that_fails_fails_the_create(agents_box: Box, point: str, hook: d
         return str(caught.value)
 
     message = box.run(work())
-    assert message.startswith(f"{point} hook {hook['path']}: ")
+    assert message.startswith(f"{point} hook #1 {hook['path']}: ")
     assert why in message
     assert len(message) < 1200
     assert (box.path / "order").read_text().split() == ["earlier", "poststop"]
@@ -238,7 +238,7 @@ def test_a_hook_that_takes_too_long_is_killed_with_its_group(agents_box: Box, po
         return str(caught.value)
 
     began = time.monotonic()
-    assert box.run(work()) == f"{point} hook /bin/sh: timed out after 1 s and was killed: began"
+    assert box.run(work()) == f"{point} hook #0 /bin/sh: timed out after 1 s and was killed: began"
     assert 1 <= time.monotonic() - began < 10
     assert sleepers() == []
 
@@ -360,7 +360,7 @@ def test_a_start_container_hook_that_fails_stops_the_container(agents_box: Box) 
     async def work() -> None:
         container = life(box, with_hooks("touch", "/tmp/ran", startContainer=[sh("echo no; exit 4")]))
         await container.create("box", {})
-        with pytest.raises(LaunchError, match=r"^startContainer hook /bin/sh: exited with status 4: no$"):
+        with pytest.raises(LaunchError, match=r"^startContainer hook #0 /bin/sh: exited with status 4: no$"):
             await container.start()
         await container.process("").wait()
         assert container.status == "stopped"
@@ -406,7 +406,7 @@ def test_hooks_from_the_wire(agent: RunningAgent, tmp_path: Path) -> None:
             (guest / "prestart" / "20-note").write_text("#!/bin/sh\necho no luck >&2; exit 1\n")
             code, text = await refused(connection.create_container("c", agent.spec("true")))
             assert code is grpc.StatusCode.INTERNAL
-            assert text.endswith(f"prestart hook {guest}/prestart/20-note: exited with status 1: no luck")
+            assert text.endswith(f"prestart hook #0 {guest}/prestart/20-note: exited with status 1: no luck")
             (guest / "prestart" / "20-note").write_text("#!/bin/sh\n")
             await (await connection.create_container("c", agent.spec("true"))).remove()
             code, text = await refused(

@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     from caisson.agent.libcontainer.config.spec import Hook, Hooks, Linux, Spec
 
 DEFAULT_UMASK = 0o022
+GROUPS_AT_ONCE = 16000  # in one attribute, whose length has 16 bits
+GROUPS_MAX = 65536  # of a process (setgroups(2))
 NOBODY = 65534
 PAUSE = Process(
     args=("pause",),
@@ -250,6 +252,8 @@ def _process(
 ) -> Iterable[bytes]:
     """The steps that make a process what it is, the same for an init and an exec; `hooks` run right before it."""
     user = process.user
+    if len(user.additional_gids) > GROUPS_MAX:
+        raise SpecError("process.user.additionalGids", f"must be at most {GROUPS_MAX}, not {len(user.additional_gids)}")
     umask = user.umask if user.umask is not None else default_umask
     if umask is not None:
         yield wire.number(UMASK, umask)
@@ -275,9 +279,9 @@ def _process(
         yield wire.truth(NO_NEW_PRIVS, True)
     if filter:
         yield wire.attribute(SECCOMP, filter, "linux.seccomp")
-    if user.additional_gids:
-        groups = pack(f"={len(user.additional_gids)}I", *user.additional_gids)
-        yield wire.attribute(GROUPS, groups, "process.user.additionalGids")
+    for start in range(0, len(user.additional_gids), GROUPS_AT_ONCE):
+        groups = user.additional_gids[start : start + GROUPS_AT_ONCE]
+        yield wire.attribute(GROUPS, pack(f"={len(groups)}I", *groups))
     yield wire.attribute(USER, pack("=II", user.uid, user.gid))
     sets = process.capabilities or Capabilities()
     yield wire.attribute(

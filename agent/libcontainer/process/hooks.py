@@ -48,8 +48,8 @@ async def run(children: Children, point: str, hooks: Iterable[Hook], document: s
     Raises LaunchError at the first that cannot be executed, does not end with status 0, or not within its time (it is
     killed then, with its process group).  A caller that is cancelled kills the hook that runs.
     """
-    for hook in hooks:
-        await _Run(children, f"{point} hook", hook).run(document.encode())
+    for index, hook in enumerate(hooks):
+        await _Run(children, f"{point} hook #{index}", hook).run(document.encode())
 
 
 class CreateHooks:

@@ -1,0 +1,157 @@
+"""What a process gets last: its filter, after which it needs no more than write and execve, its groups, its hooks."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from caisson.agent.libcontainer.config.reader import SpecError
+from caisson.agent.libcontainer.process.launcher import LaunchError
+from tests.native.nsexec_support import Box, config
+from tests.native.test_seccomp import NATIVE
+
+pytestmark = pytest.mark.root
+
+PROGRAM = """
+#include <unistd.h>
+int main(void)
+{
+	return write(1, "fine\\n", 5) == 5 ? 0 : 1;
+}
+"""
+#: What musl needs to start and end a program that writes; and what nsexec needs.
+FEWEST = ["arch_prctl", "set_tid_address", "exit_group", "write", "execve"]
+#: Of Linux 4.18 and later: what the profiles of docker 19.03.9 and 20.10.0 do not know.
+NEWER = [
+    "clone3", "close_range", "faccessat2", "fsconfig", "fsmount", "fsopen", "fspick", "io_uring_enter",
+    "io_uring_register", "io_uring_setup", "mount_setattr", "move_mount", "open_tree", "openat2", "pidfd_getfd",
+    "pidfd_open", "pidfd_send_signal", "process_madvise",
+]  # fmt: skip
+#: Of old ones, what they deny without CAP_SYS_ADMIN and the like.
+PRIVILEGED = [
+    "keyctl", "mount", "personality", "pivot_root", "ptrace", "setdomainname", "sethostname", "setns", "umount2",
+    "unshare",
+]  # fmt: skip
+
+
+@pytest.fixture
+def writer(box: Box) -> str:
+    """A program that needs the fewest system calls."""
+    (box.path / "writer.c").write_text(PROGRAM)
+    target = box.rootfs / "bin/writer"
+    subprocess.run(["musl-gcc", "-static", "-O1", "-o", target, box.path / "writer.c"], check=True)
+    target.chmod(0o755)
+    return "/bin/writer"
+
+
+def profile(default: str, action: str, names: list[str]) -> dict[str, Any]:
+    return {
+        "defaultAction": default,
+        "architectures": [NATIVE],
+        "syscalls": [{"names": names, "action": action}],
+    }
+
+
+@pytest.mark.parametrize("default", ["SCMP_ACT_ERRNO", "SCMP_ACT_KILL_PROCESS"])
+def test_a_filter_need_permit_only_write_and_execve(box: Box, writer: str, default: str) -> None:
+    value = config(writer, noNewPrivileges=True)
+    value["linux"]["seccomp"] = profile(default, "SCMP_ACT_ALLOW", FEWEST)
+    assert box.run(box.output(value)) == (0, "fine\n", "")
+
+
+@pytest.mark.parametrize("default", ["SCMP_ACT_ERRNO", "SCMP_ACT_KILL_PROCESS"])
+def test_nor_does_that_of_an_exec(box: Box, writer: str, default: str) -> None:
+    value = config("sleep", "1000")
+
+    async def work() -> tuple[int, str, str]:
+        init = await box.running(value)
+        filtered = config(noNewPrivileges=True)
+        filtered["linux"]["seccomp"] = profile(default, "SCMP_ACT_ALLOW", FEWEST)
+        launch = box.launcher._inits[init.child]
+        launch.filter = await box.launcher._filter(_seccomp(filtered))
+        return await box.exec(init, {"args": [writer], "noNewPrivileges": True}, value)
+
+    assert box.run(work()) == (0, "fine\n", "")
+
+
+def _seccomp(value: dict[str, Any]) -> Any:
+    from caisson.agent.libcontainer.config.spec import Spec
+
+    return Spec.from_json(value).linux.seccomp
+
+
+@pytest.mark.parametrize("no_new_privs", [False, True])
+@pytest.mark.parametrize("user", [0, 1000])
+def test_old_profiles_of_docker(box: Box, user: int, no_new_privs: bool) -> None:
+    value = config("sh", "-c", "grep -E 'Seccomp:|NoNewPrivs|CapEff|CapPrm' /proc/self/status")
+    value["process"] |= {"noNewPrivileges": no_new_privs, "user": {"uid": user, "gid": user}}
+    value["linux"]["seccomp"] = profile("SCMP_ACT_ALLOW", "SCMP_ACT_ERRNO", [*NEWER, *PRIVILEGED, "sendto"])
+    status, out, err = box.run(box.output(value))
+    assert (status, err) == (0, "")
+    assert dict(line.split() for line in out.splitlines())["Seccomp:"] == "2"
+
+    async def execute() -> tuple[int, str, str]:
+        init = await box.running(value | {"process": value["process"] | {"args": ["sleep", "1000"]}})
+        return await box.exec(init, {"args": ["grep", "Seccomp:", "/proc/self/status"]}, value)
+
+    assert box.run(execute())[:2] == (0, "Seccomp:\t2\n")
+
+
+def test_a_process_that_waits_with_its_filter_has_no_more_capabilities_than_configured(box: Box) -> None:
+    value = config("sleep", "1000", user={"uid": 1000, "gid": 1000})
+    value["linux"]["seccomp"] = profile("SCMP_ACT_ALLOW", "SCMP_ACT_ERRNO", PRIVILEGED)
+
+    async def work() -> dict[str, str]:
+        launched = await box.create(value)
+        lines = Path(f"/proc/{launched.child.pid}/status").read_text().splitlines()
+        return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+
+    status = box.run(work())
+    assert status["Seccomp"] == "2"
+    assert status["CapPrm"] == status["CapEff"] == status["CapBnd"] != "0" * 16
+
+
+def test_an_exec_that_fails_after_its_filter_is_reported(box: Box) -> None:
+    (box.rootfs / "bin/bad").write_text("#!/no/such/interpreter\n")
+    (box.rootfs / "bin/bad").chmod(0o755)
+    value = config("/bin/bad", noNewPrivileges=True)
+    value["linux"]["seccomp"] = profile("SCMP_ACT_ERRNO", "SCMP_ACT_ALLOW", ["execve", "write"])
+    with pytest.raises(LaunchError, match=r"^exec /bin/bad: no such file or directory$"):
+        box.run(box.output(value))
+
+
+@pytest.mark.parametrize("count", [33, 20_000, 65_536])
+def test_supplementary_groups_up_to_the_kernels_limit(box: Box, count: int) -> None:
+    groups = list(range(1000, 1000 + count))
+    value = config(user={"uid": 1000, "gid": 1000, "additionalGids": groups})
+    assert [int(gid) for gid in box.sh("grep Groups /proc/self/status", value).split()[1:]] == groups
+
+
+def test_more_groups_than_that_are_rejected(box: Box) -> None:
+    with pytest.raises(SpecError, match=r"process\.user\.additionalGids: must be at most 65536, not 65537"):
+        box.run(box.output(config(user={"uid": 1, "additionalGids": list(range(65_537))})))
+
+
+def _with_hook(box: Box, script: str, **hook: Any) -> dict[str, Any]:
+    value = config("true", env=["PATH=/bin", "COLOUR=green"])
+    value["mounts"].append({"destination": "/out", "type": "bind", "source": str(box.path), "options": ["rbind"]})
+    value["hooks"] = {"startContainer": [{"path": "/bin/sh", "args": ["sh", "-c", script], **hook}]}
+    return value
+
+
+@pytest.mark.parametrize(("env", "expected"), [([], "green\n"), (["PATH=/bin"], "\n")])
+def test_a_start_container_hook_without_env_gets_that_of_the_process(box: Box, env: list[str], expected: str) -> None:
+    assert box.run(box.output(_with_hook(box, "echo $COLOUR > /out/said", env=env)))[0] == 0
+    assert (box.path / "said").read_text() == expected
+
+
+@pytest.mark.parametrize("no_new_privs", [False, True])
+def test_a_start_container_hook_is_under_the_filter(box: Box, no_new_privs: bool) -> None:
+    value = _with_hook(box, "mkdir /tmp/made", env=["PATH=/bin"])
+    value["process"]["noNewPrivileges"] = no_new_privs
+    value["linux"]["seccomp"] = profile("SCMP_ACT_ALLOW", "SCMP_ACT_KILL_PROCESS", ["mkdir", "mkdirat"])
+    with pytest.raises(LaunchError, match=r"startContainer hook #0 /bin/sh: .*(signal 31|bad system call|status 159)"):
+        box.run(box.output(value))
