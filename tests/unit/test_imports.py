@@ -1,0 +1,126 @@
+"""Imports run one way: which rooms the modules of a room may import from, and nothing else of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.source import PACKAGES, Module, modules, within
+
+#: What both halves have to agree on, the protocols of the agent's API aside.
+CONTRACT = "proto.contract"
+FOREIGN_TEXT = "proto.foreign_text"
+API = ("proto.kata1", "proto.kata3", "proto.caisson")
+
+#: Package or module → what it may import of `caisson`, besides itself.  The longest name that fits is a module's rule.
+ALLOWED: dict[str, tuple[str, ...]] = {
+    # The ground floor, and the library on it, which a host's command line uses as well as the agent
+    "agent.base": (),
+    "agent.libcontainer": ("agent.base",),
+    "agent.runtime": ("agent.base", "agent.libcontainer"),
+    # Transport and dispatch: neither model nor API
+    "agent.rpc": ("agent.base", "proto.ttrpc"),
+    # The model and what a guest does: no API
+    "agent.model": ("agent.base", "agent.libcontainer", "agent.guest"),
+    "agent.guest": ("agent.base", "agent.libcontainer", "agent.options", CONTRACT),
+    "agent.options": ("agent.base", CONTRACT),
+    "agent.debug_ports": ("agent.base", "agent.model", "agent.rpc", CONTRACT),
+    # Adapters, one for each generation of the API
+    "agent.api": ("agent.base", "agent.guest", "agent.libcontainer", "agent.model", "agent.rpc", *API, CONTRACT),
+    "agent.api.kata1": (
+        "agent.api", "agent.base", "agent.guest", "agent.libcontainer", "agent.model", "agent.rpc", "proto.kata1",
+    ),
+    "agent.api.kata3": (
+        "agent.api", "agent.base", "agent.guest", "agent.libcontainer", "agent.model", "agent.rpc", "proto.kata3",
+    ),
+    # The guest's composition root
+    "agent.services": (
+        "agent.api", "agent.base", "agent.guest", "agent.libcontainer", "agent.model", "agent.options", "agent.rpc",
+        *API,
+    ),
+    "agent.__main__": (
+        "agent.api", "agent.base", "agent.debug_ports", "agent.guest", "agent.libcontainer", "agent.model",
+        "agent.options", "agent.rpc", "agent.services", *API, CONTRACT,
+    ),
+    "agent": (),
+    # The host's side of the API; a shim, which is given its VMs
+    "agent.client": ("agent.base", "agent.rpc", *API, CONTRACT, FOREIGN_TEXT),
+    "agent.shim": ("agent.base", "agent.client", "agent.rpc", "proto"),
+    # The host's half
+    "image": ("image", CONTRACT, FOREIGN_TEXT),
+    "proto": ("proto",),
+    # Composition roots: the only importers of both halves
+    "commands": ("agent.client", "agent.runtime", "agent.shim", "image", "proto"),
+}  # fmt: skip
+
+#: Imports against the rules that are still to go: module → what it imports.
+PENDING: dict[str, tuple[str, ...]] = {
+    "agent.guest.container_mounts": ("agent.model.container",),
+    "agent.client.console": ("agent.options",),
+}
+
+#: Third-party modules, and the only rooms that may import them: the guest's start path pays for each.
+THIRD_PARTY = {
+    "google": ("agent.api", "agent.client", "agent.rpc", "agent.shim", "agent.__main__", "proto", "image", "commands"),
+    "grpc": ("agent.client", "agent.shim", "commands"),
+    "grpc_tools": ("proto",),
+    "jinja2": ("image.build",),
+    "yaml": ("image.build",),
+    "invoke": (),
+}
+
+
+def rule(module: str) -> str:
+    """The name under which a module's rule stands."""
+    rules = [name for name in ALLOWED if within(module, name) and (name != "agent" or module == "agent")]
+    assert rules, f"{module}: no rule says what it may import"
+    return max(rules, key=len)
+
+
+def broken(module: Module) -> set[str]:
+    """What a module imports although it may not."""
+    name = rule(module.name)
+    ours = {found.removeprefix("caisson.") for found in module.imports() if within(found, "caisson")}
+    return {one for one in ours if not any(within(one, place) for place in (name, *ALLOWED[name]))}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_modules_import_only_from_the_rooms_that_they_may(package: str) -> None:
+    found = {module.name: broken(module) for module in modules() if within(module.name, package)}
+    for name, pending in PENDING.items():
+        if within(name, package):
+            gone = [one for one in pending if not any(within(bad, one) for bad in found[name])]
+            assert gone == [], f"{name}: remove {gone} from PENDING"
+            found[name] = {bad for bad in found[name] if not any(within(bad, one) for one in pending)}
+    assert {name: sorted(bad) for name, bad in found.items() if bad} == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("def late():\n    from caisson.agent import model", {"agent.model"}),
+        ("if TYPE_CHECKING:\n    from caisson.agent.api.status import Table", {"agent.api.status.Table"}),
+        ("import caisson.image", {"image"}),
+        ("from ..model import process", {"agent.model.process"}),
+        ("from caisson.agent.base import log\nimport os", set()),
+    ],
+)
+def test_a_forbidden_import_is_found_wherever_it_stands(text: str, found: set[str]) -> None:
+    assert broken(Module("agent.libcontainer.state", Path(), text)) == found
+
+
+def test_a_room_without_a_rule_is_refused() -> None:
+    with pytest.raises(AssertionError, match=r"agent\.elsewhere: no rule"):
+        rule("agent.elsewhere")
+
+
+def test_third_party_modules_are_imported_where_they_may_be() -> None:
+    wrong = []
+    for module in modules():
+        for name in module.imports():
+            top = name.partition(".")[0]
+            if top in THIRD_PARTY and not any(within(module.name, place) for place in THIRD_PARTY[top]):
+                wrong.append(f"{module.name} imports {name}")
+            assert top not in (*PACKAGES, "tasks", "tests"), f"{module.name}: {name} is nothing that is installed"
+    assert wrong == []

@@ -1,0 +1,178 @@
+"""Packages hold several files and files several definitions; names are unique; each room keeps to its own words."""
+
+from __future__ import annotations
+
+import ast
+import collections
+import re
+from collections.abc import Set
+from pathlib import Path
+
+from caisson.agent.api.kata1 import status
+from tests.support.source import ROOT, Module, modules, within
+
+#: Fewest lines of a file, and fewest files of a package.
+SHORT = 60
+FEW = 3
+
+#: Why a file is short.
+EVERYBODY_IMPORTS_IT = "the ground floor: imported everywhere, so it imports next to nothing"
+LATE = "imported late: the guest's start does not pay for it"
+OWN_PROGRAM = "an entry point"
+TABLE = "a table and nothing else"
+
+#: Files that may be short, and why.
+SHORT_FILES = {
+    "agent.base.aio": LATE,
+    "agent.base.heap": LATE,
+    "agent.base.limits": EVERYBODY_IMPORTS_IT,
+    "agent.base.log": EVERYBODY_IMPORTS_IT,
+    "agent.api.caisson": LATE,
+    "agent.api.health": "the first answer: nothing else is imported before it",
+    "agent.api.kata1.status": TABLE,
+    "agent.api.status": EVERYBODY_IMPORTS_IT,
+    "agent.client.errors": EVERYBODY_IMPORTS_IT,
+    "agent.client.pytest_plugin": OWN_PROGRAM,
+    "agent.guest.clock": LATE,
+    "agent.guest.kernellog": LATE,
+    "agent.guest.rootdisk": LATE,
+    "agent.libcontainer.errors": EVERYBODY_IMPORTS_IT,
+    "agent.libcontainer.plan.capabilities": TABLE,
+    "agent.rpc.codes": TABLE,
+    "agent.rpc.http2.messages": EVERYBODY_IMPORTS_IT,
+    "commands.renamed": TABLE,
+    "image.errors": EVERYBODY_IMPORTS_IT,
+    "image.vm.errors": EVERYBODY_IMPORTS_IT,
+    "image.vm.vsock.vhost_user.packet": EVERYBODY_IMPORTS_IT,
+    "proto.contract": EVERYBODY_IMPORTS_IT,
+    "proto.foreign_text": EVERYBODY_IMPORTS_IT,
+}
+
+#: Short files that are still to grow, be joined with others, or get a reason.
+PENDING_SHORT_FILES = {
+    "agent.api.boot_times", "agent.api.stats", "agent.client.boot_times", "agent.client.logs", "agent.client.share",
+    "agent.client.vsock", "agent.guest.details", "agent.guest.identity", "agent.guest.resources",
+    "agent.libcontainer.cgroups.cpuset", "agent.libcontainer.plan.lsm", "agent.libcontainer.plan.sysctl",
+    "agent.model.oom", "commands.catalogue.host", "commands.catalogue.image", "commands.catalogue.shared",
+    "commands.catalogue.snapshot", "commands.container", "commands.host", "commands.machines", "commands.names",
+    "commands.snapshot", "image.build.summary", "image.build.tools", "image.packages.package", "image.vm.exit_reason",
+    "image.vm.vsock.vhost_user.log",
+}  # fmt: skip
+
+#: Packages of fewer files.
+PENDING_PACKAGES = {"image.vm.vsock"}
+
+#: One thing seen from two sides, which is why it has one name.
+SAME_THING = {
+    "BootTimes": "measured in the guest, read on the host",
+    "Child": "the protocol, and what implements it",
+    "Connection": "a connection of a protocol, each in its own",
+    "Container": "the host's handle, and the guest's object",
+    "Log": "the agent's, and that of a program of its own",
+    "Process": "the specification's object, the guest's and the host's handle",
+    "Program": "a command's words that are for a program, and QEMU's",
+    "ProtocolError": "a violation of a protocol, each of its own",
+}
+
+#: Names that still stand for two things.
+PENDING_CLASSES = {
+    "AddressError", "Children", "Device", "Directory", "Done", "Entry", "Guest", "Host", "Limits", "Message", "Network",
+    "Record", "Request", "Rule", "Sender", "TooLarge",
+}  # fmt: skip
+
+#: Modules of libcontainer that still have an event loop.
+PENDING_ASYNCIO = {
+    "agent.libcontainer.cgroups.base", "agent.libcontainer.cgroups.events", "agent.libcontainer.cgroups.v1.cgroup",
+    "agent.libcontainer.cgroups.v2.cgroup", "agent.libcontainer.process.channel", "agent.libcontainer.process.hooks",
+    "agent.libcontainer.process.init_process", "agent.libcontainer.process.launcher",
+    "agent.libcontainer.process.seccomp_bpf",
+}  # fmt: skip
+
+
+#: Sentences that still stand outside.
+PENDING_SENTENCES = {("agent.model.sandbox", "Timeout reached after")}
+
+
+def check(found: Set[object], allowed: Set[object], pending: Set[object]) -> None:
+    """Fail for what is found and neither allowed nor pending, and for entries of either that are found no more."""
+    assert found - allowed - pending == set(), "new"
+    assert (allowed | pending) - found == set(), "found no more: remove the entry"
+
+
+def libcontainer() -> list[Module]:
+    return [module for module in modules() if within(module.name, "agent.libcontainer")]
+
+
+def test_files_are_not_short_without_a_reason() -> None:
+    short = {m.name for m in modules() if m.path.name != "__init__.py" and len(m.text.splitlines()) < SHORT}
+    check(short, set(SHORT_FILES), PENDING_SHORT_FILES)
+
+
+def test_packages_hold_several_files() -> None:
+    """Files and packages; `__init__` and what is generated do not count.  The schemas are a package for each."""
+    few = set()
+    for package in {module.path.parent for module in modules()} - {
+        path.parent for path in ROOT.glob("proto/*/*.proto")
+    }:
+        files = [path for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
+        if len([path for path in files if path.name != "__init__.py" and not path.stem.endswith("_pb2")]) < FEW:
+            few.add(".".join(package.relative_to(ROOT).parts))
+    check(few, set(), PENDING_PACKAGES)
+
+
+def test_no_two_classes_have_one_name() -> None:
+    places = collections.defaultdict(set)
+    for module in modules():
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].add(module.name)
+    twice = {name for name, where in places.items() if len(where) > 1}
+    check(twice, set(SAME_THING), PENDING_CLASSES)
+
+
+def test_libcontainer_does_not_say_guest() -> None:
+    """It runs on a host as well."""
+    assert [m.name for m in libcontainer() if re.search(r"\bguests?\b", m.text, re.IGNORECASE)] == []
+
+
+def test_libcontainer_has_no_event_loop() -> None:
+    loops = {
+        module.name
+        for module in libcontainer()
+        if any(isinstance(node, ast.AsyncFunctionDef | ast.Await) for node in ast.walk(module.tree))
+        or any(within(name, "asyncio") for name in module.imports())
+    }
+    check(loops, set(), PENDING_ASYNCIO)
+
+
+def sentences() -> set[str]:
+    """The longest plain piece of each sentence that Kata's hosts are told; what is ours is left out."""
+    pieces = [max(re.split(r"{[^}]*}", text), key=len).strip() for _, text in status.TABLE.values()]
+    return {piece for piece in pieces if " " in piece} | {"rpc error", "impossible to"}
+
+
+def test_no_sentence_of_katas_stands_outside_its_adapter() -> None:
+    outside = set()
+    for module in modules():
+        if within(module.name, "agent") and not within(module.name, "agent.api"):
+            text = "\n".join(module.strings())
+            outside |= {(module.name, piece) for piece in sentences() if piece in text}
+    check(outside, set(), PENDING_SENTENCES)
+
+
+def test_sentences_are_found() -> None:
+    module = Module("agent.model.x", Path(), 'def f(n):\n    """Sandbox not started"""\n    raise E(f"rpc error: {n}")')
+    assert {"Sandbox not started", "rpc error"} <= sentences()
+    assert list(module.strings()) == ["rpc error: "]
+
+
+def test_only_adapters_and_the_composition_root_name_a_generation_of_the_api() -> None:
+    """The host's library speaks one of them, too."""
+    may = ("agent.api", "agent.services", "agent.__main__", "agent.client", "agent.shim")
+    wrong = [
+        module.name
+        for module in modules()
+        if within(module.name, "agent") and not any(within(module.name, place) for place in may)
+        if re.search(r"kata[13]\b|Kata (Containers )?[13]\.", "\n".join((*module.strings(), *module.imports())))
+    ]
+    assert wrong == []
