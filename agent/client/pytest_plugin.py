@@ -1,16 +1,19 @@
-"""pytest -p caisson.agent.client.pytest_plugin: tests that run programs inside a guest, one for the session.
+"""The pytest plugin `caisson`: tests that run programs inside a guest, one for the session.
 
-Which guest that is, a fixture `caisson_machine` of the project's own says (docs/library.md).
+Which guest that is, a fixture `caisson_machine` of the project's own says (docs/library.md).  pytest loads this in
+every project of an environment, so it imports what it needs when a guest is asked for.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
-from caisson.agent.client.guest import Done, Guest, Machine
+if TYPE_CHECKING:
+    from caisson.agent.client.guest import Done, Guest, Machine
 
 
 class GuestRunner:
@@ -28,6 +31,8 @@ class GuestRunner:
 @pytest.fixture(scope="session")
 def caisson_guest(caisson_machine: Machine) -> Iterator[GuestRunner]:
     """The guest of the session's VM."""
+    from caisson.agent.client.guest import Guest
+
     with asyncio.Runner() as runner:
         guest = Guest(caisson_machine)
         runner.run(guest.__aenter__())

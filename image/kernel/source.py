@@ -19,7 +19,6 @@ from pathlib import Path
 
 from caisson.image.errors import ImageError
 from caisson.image.kernel import fragments
-from caisson.image.kernel.kconfig import Explainer
 from caisson.image.packages.apt import Apt
 from caisson.image.run import CommandFailed, run
 
@@ -143,6 +142,10 @@ def configure(tree: Path, build: Path, arch: str, requests: Sequence[fragments.R
     try:
         return fragments.check(asked, fragments.parse_config(config.read_text()))
     except fragments.Unsatisfied as error:
+        try:
+            from caisson.image.kernel.kconfig import Explainer
+        except ModuleNotFoundError:  # an install without the extra "build"
+            raise error.explained(lambda _: "and why, this says after: pip install 'caisson-vm[build]'") from None
         explainer = Explainer(tree, ARCHITECTURES[arch][0], release, config)
         raise error.explained(lambda one: explainer.why(one.symbol, one.value)) from None
 
