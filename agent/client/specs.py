@@ -139,7 +139,7 @@ def writable_spec(
 
 
 class ImageConfig(Protocol):
-    """The configuration of a container image; image.containers.oci has it."""
+    """The configuration of a container image; image.containers.documents has it."""
 
     @property
     def env(self) -> Sequence[str]: ...

@@ -1,4 +1,4 @@
-"""The files that an image of a container comes in, by name: in a directory or an archive, checked, uncompressed."""
+"""The files of a container image by their names: in a directory or an archive, checked, uncompressed, bounded."""
 
 from __future__ import annotations
 
@@ -6,22 +6,53 @@ import bz2
 import contextlib
 import gzip
 import hashlib
-import lzma
-import shutil
+import io
+import os
+import stat
 import subprocess
-import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from caisson.image.containers.layers import Malformed
+from caisson.image.containers.tar import members
+from caisson.image.formats.tree import Malformed
 from caisson.image.programs import which
 from caisson.image.run import MissingProgram
 
 BLOCK = 1 << 20
 
 GZIP, XZ, BZIP2, ZSTD = b"\x1f\x8b", b"\xfd7zXZ\0", b"BZh", b"\x28\xb5\x2f\xfd"
+
+#: Frames that carry no data and may come first: 0x184D2A50 to 0x184D2A5F (RFC 8878, section 3.1.2).
+SKIPPABLE = b"\x2a\x4d\x18"
+
+#: Programs that decompress, each with a bound on the memory it takes.
+DECOMPRESSORS = {
+    "zstd": ["zstd", "-dcq", "--memory=256MB"],
+    "xz": ["xz", "-dcq", "--memlimit-decompress=256MiB"],
+}
+
+#: Files in an archive of an image: blobs and documents.
+MAX_FILES = 65_536
+
+#: Links from one name in an archive to the next.
+MAX_LINKS = 8
+
+
+class Budget:
+    """Counts the bytes of an image's data.  Raises Malformed when there are more than ``most``."""
+
+    def __init__(self, most: int, advance: Callable[[int], None] = lambda count: None) -> None:
+        self.most = most
+        self._left = most
+        self._advance = advance
+
+    def take(self, count: int) -> None:
+        self._left -= count
+        if self._left < 0:
+            raise Malformed(f"the image has more than {self.most / 2**30:.1f} GiB of data; --max-size raises the limit")
+        self._advance(count)
 
 
 class Directory:
@@ -32,7 +63,7 @@ class Directory:
         self.shown = str(root)
 
     def has(self, name: str) -> bool:
-        return (self._root / name).is_file()
+        return "\0" not in name and (self._root / name).is_file()
 
     def open(self, name: str) -> IO[bytes]:
         if not self.has(name):
@@ -43,34 +74,40 @@ class Directory:
 class Archive:
     """The same, in a tar archive."""
 
-    def __init__(self, archive: tarfile.TarFile, shown: str) -> None:
-        self._archive = archive
+    def __init__(self, stream: IO[bytes], shown: str) -> None:
+        self._file = stream.fileno()
         self.shown = shown
-        self._members = {member.name.removeprefix("./"): member for member in archive if not member.isdir()}
+        self._members: dict[str, tuple[int, int, str]] = {}  # offset, size, target of a link
+        for member in members(stream, shown, 1 << 62):
+            if member.kind == stat.S_IFDIR:
+                continue
+            link = os.fsdecode(member.link) if member.kind != stat.S_IFREG else ""
+            if member.kind == stat.S_IFLNK:  # as older `docker save` spares itself a layer that it has had
+                link = f"{os.path.dirname(os.fsdecode(member.name))}/{link}"  # noqa: PTH120 - not of this machine
+            if member.extents is None:
+                self._members[_normal(os.fsdecode(member.name))] = member.data, member.size, _normal(link)
+            if len(self._members) > MAX_FILES:
+                raise Malformed(f"{shown}: more than {MAX_FILES} files")
 
     @classmethod
     @contextlib.contextmanager
     def of(cls, file: Path, shown: str) -> Iterator[Archive]:
-        """An archive's files, while the block runs.  Raises Malformed."""
-        try:
-            with tarfile.open(file, mode="r:", errors="surrogateescape") as archive:
-                yield cls(archive, shown)
-        except tarfile.TarError as error:
-            raise Malformed(f"{shown}: not a tar archive, or a damaged one: {error}") from error
+        """Open an archive for the time of a block.  Raises Malformed."""
+        with file.open("rb") as stream:
+            yield cls(stream, shown)
 
     def has(self, name: str) -> bool:
         return name in self._members
 
     def open(self, name: str) -> IO[bytes]:
         member = self._members.get(name)
-        if member is not None and member.issym():  # as older `docker save` spares itself a layer that it has had
-            parent = name.rpartition("/")[0]
-            member = self._members.get(_normal(f"{parent}/{member.linkname}" if parent else member.linkname))
-        if member is None or not member.isfile():
+        for _ in range(MAX_LINKS):
+            if member is None or not member[2]:
+                break
+            member = self._members.get(member[2])
+        if member is None or member[2]:
             raise Malformed(f"{self.shown} lacks {name}")
-        stream = self._archive.extractfile(member)
-        assert stream is not None  # it is a file
-        return stream
+        return io.BufferedReader(_Window(self._file, member[0], member[1]), BLOCK)
 
 
 class Whole:
@@ -87,6 +124,31 @@ class Whole:
         return self._file.open("rb")
 
 
+class _Window(io.RawIOBase):
+    """A part of a file."""
+
+    def __init__(self, file: int, begin: int, size: int) -> None:
+        self._file, self._begin, self._size, self._at = file, begin, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = max(0, offset + (0, self._at, self._size)[whence])
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        count = os.preadv(self._file, [memoryview(buffer)[: max(0, self._size - self._at)]], self._begin + self._at)
+        self._at += count
+        return count
+
+
 def _normal(name: str) -> str:
     parts: list[str] = []
     for part in name.split("/"):
@@ -97,57 +159,72 @@ def _normal(name: str) -> str:
     return "/".join(parts)
 
 
-def plain(path: Path, target: Path) -> Path:
-    """A file that may be compressed as one that is not: itself, or what it holds, written to another.
-
-    Raises Malformed.
-    """
+def plain(path: Path, target: Path, budget: Budget) -> Path:
+    """Return a file that is not compressed: this one, or its contents written to ``target``.  Raises Malformed."""
     with path.open("rb") as source:
-        if not source.read(6).startswith((GZIP, XZ, BZIP2, ZSTD)):
+        if not compression(source):
             return path
-        source.seek(0)
-        unpack(source, target, str(path))
+        unpack(source, target, str(path), budget)
     return target
 
 
-def unpack(source: IO[bytes], target: Path, shown: str) -> str:
-    """Write what is in a file that may be compressed; returns the SHA-256 of that."""
+def compression(source: IO[bytes]) -> str:
+    """Return how a file is compressed, by its first bytes; empty for one that is not."""
     magic = source.read(6)
     source.seek(0)
+    if magic.startswith(ZSTD) or (magic[1:4] == SKIPPABLE and magic[0] & 0xF0 == 0x50):
+        return "zstd"
+    return next((kind for kind, begin in (("gzip", GZIP), ("xz", XZ), ("bzip2", BZIP2)) if magic.startswith(begin)), "")
+
+
+def unpack(source: IO[bytes], target: Path, shown: str, budget: Budget) -> str:
+    """Write a file's contents, uncompressed; returns their SHA-256.  Raises Malformed."""
+    kind = compression(source)
     with contextlib.ExitStack() as stack:
         stream: IO[bytes] | Any = source
-        if magic.startswith(GZIP):
+        if kind == "gzip":
             stream = stack.enter_context(gzip.GzipFile(fileobj=source))
-        elif magic.startswith(XZ):
-            stream = stack.enter_context(lzma.LZMAFile(source))
-        elif magic.startswith(BZIP2):
+        elif kind == "bzip2":
             stream = stack.enter_context(bz2.BZ2File(source))
-        elif magic.startswith(ZSTD):
-            stream = stack.enter_context(_zstd(source, target.with_suffix(".zst"), shown))
+        elif kind:
+            stream = stack.enter_context(_decompressed(kind, source, target.with_suffix(".compressed"), shown))
         state = hashlib.sha256()
         try:
             with target.open("wb") as file:
                 while data := stream.read(BLOCK):
+                    budget.take(len(data))
                     state.update(data)
                     file.write(data)
-        except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError) as error:
+        except (gzip.BadGzipFile, zlib.error, EOFError, ValueError) as error:
             raise Malformed(f"{shown}: damaged: {error}") from error
+        except OSError as error:
+            if error.errno is None:  # what bz2 says of bad data
+                raise Malformed(f"{shown}: damaged: {error}") from error
+            raise
         return state.hexdigest()
 
 
 @contextlib.contextmanager
-def _zstd(source: IO[bytes], beside: Path, shown: str) -> Iterator[IO[bytes]]:
-    """What is in a file that zstd has compressed: Python has it only from 3.14 on."""
-    program = which("zstd")
+def _decompressed(kind: str, source: IO[bytes], beside: Path, shown: str) -> Iterator[IO[bytes]]:
+    """Decompress by a program of its own: zstd comes with Python from 3.14 on, and lzma's takes any memory."""
+    words = DECOMPRESSORS[kind]
+    program = which(words[0])
     if program is None:
-        raise MissingProgram("zstd")
+        raise MissingProgram(words[0])
     with beside.open("w+b") as file:  # a member of an archive is no file that a program could read
-        shutil.copyfileobj(source, file, BLOCK)
+        while data := source.read(BLOCK):
+            file.write(data)
         file.seek(0)
-        with subprocess.Popen([program, "-dcq"], stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        with subprocess.Popen(
+            [program, *words[1:]], stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
             assert process.stdout is not None and process.stderr is not None
-            yield process.stdout
-            said = process.stderr.read().decode(errors="replace").strip()
+            try:
+                yield process.stdout
+            except BaseException:
+                process.kill()
+                raise
+            said = process.stderr.read(4096).decode(errors="replace").strip()
             if process.wait():
                 raise Malformed(f"{shown}: damaged: {said}")
     beside.unlink()
@@ -162,4 +239,4 @@ def sha256_of(stream: IO[bytes]) -> str:
 
 def check(found: str, wanted: str, what: str) -> None:
     if found != wanted:
-        raise Malformed(f"{what} is damaged: its SHA-256 is {found}, and was to be {wanted}")
+        raise Malformed(f"{what} is damaged: its SHA-256 is {found}, not {wanted}")

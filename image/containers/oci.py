@@ -1,9 +1,11 @@
-"""Images of containers, in the forms that people have them: what is in them, and what they are to run.
+"""Turn container images, in the forms that people have them, into disks for a guest.
 
     an OCI image layout, a directory or a tar archive of one     (image-layout.md)
     what `docker save` writes: a tar archive with manifest.json   (moby, image/tarexport)
+    what skopeo writes to `dir:PATH`                               (containers-transports(5))
     an OCI bundle: a directory with config.json                   (OCI runtime specification, bundle.md)
     a root file system: a directory, or a tar archive
+    a name: of an image that was packed before, or in a registry, fetched by skopeo(1)
 
 What is named by a digest is checked against it, layers by that of their contents, too.
 """
@@ -11,51 +13,45 @@ What is named by a digest is checked against it, layers by that of their content
 from __future__ import annotations
 
 import contextlib
-import json
+import os
 import re
-import tarfile
-from collections.abc import Iterator, Sequence
+import shutil
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from caisson.image.build.cache import Cache, cap, default_root, digest_of
-from caisson.image.containers.archives import Archive, Directory, Whole, check, plain, sha256_of, unpack
-from caisson.image.containers.layers import Malformed, Tree, from_directory
+from caisson.image.containers import documents, store
+from caisson.image.containers.archives import Archive, Budget, Directory, Whole, check, plain, sha256_of, unpack
+from caisson.image.containers.documents import Config, Files, Image, Layer
+from caisson.image.containers.layers import Layers
 from caisson.image.errors import ImageError
 from caisson.image.formats.squashfs import write_squashfs
+from caisson.image.formats.tree import Malformed, Tree, from_directory
+from caisson.image.programs import which
+from caisson.image.run import run
 
-DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
-
-Files = Archive | Directory | Whole
-
-#: How many indexes may lead to a manifest.
-DEEPEST = 4
-
-#: A document that is larger is not read into memory.
-LARGEST_DOCUMENT = 16 << 20
+#: Bytes of data in an image, unless told otherwise or half of the free disk is less; bytes of one file, with its holes.
+MAX_SIZE = 16 << 30
+MAX_FILE = 1 << 40
 
 #: Disks of images are kept; bump VERSION when the same image is to become another disk.
-STEP = "containers"
-VERSION = 1
+STEP = store.STEP
+VERSION = 2
 
-#: What is run when nothing says what.
-SHELL = ("/bin/sh",)
+#: What a root file system has at least one of.
+ROOT_MARKS = ("bin", "sbin", "usr", "etc", "lib", "proc")
 
+#: How the kinds of images are told apart where the path does not say (containers-transports(5)).
+TRANSPORTS = ("oci", "oci-archive", "docker-archive", "dir")
 
-@dataclass(frozen=True)
-class Config:
-    """What an image is to run; ``user`` is USER[:GROUP], by names or numbers."""
+#: Seconds until there is word of progress, and lines about what is not kept.
+PROGRESS_INTERVAL = 2.0
+MAX_WARNINGS = 10
 
-    entrypoint: tuple[str, ...] = ()
-    command: tuple[str, ...] = SHELL
-    env: tuple[str, ...] = ()
-    user: str = ""
-    workdir: str = "/"
-
-    def words(self, given: Sequence[str]) -> list[str]:
-        """The program and its arguments; what is given takes the place of the image's command."""
-        return [*self.entrypoint, *(given or self.command)]
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -72,218 +68,214 @@ class Packed:
 
 
 @contextlib.contextmanager
-def packed(path: Path, architecture: str, cache: Cache | None = None) -> Iterator[Packed]:
-    """An image of any form as a read-only disk (squashfs), which may go after the block unless it is in the cache.
+def packed(
+    source: str | Path,
+    architecture: str,
+    cache: Cache | None = None,
+    *,
+    tag: str = "",
+    max_size: int | None = None,
+    report: Report = lambda line: None,
+) -> Iterator[Packed]:
+    """Pack an image of any form as a read-only disk (squashfs), which may go after the block unless it is cached.
 
-    ``architecture`` is the guest's, in the words of Go and Debian: amd64.  Raises ImageError; Malformed for an archive
-    that is damaged or reaches out of its root.
+    ``architecture`` is the guest's, in the words of Go and Debian: amd64.  Of several images in one place ``tag``
+    chooses; so does PATH:TAG.  ``max_size`` bounds the bytes of data.  ``report`` gets a line about what takes long and
+    what is not kept.  Raises ImageError; Malformed for an image that is damaged, too large, or leaves its root.
     """
     cache = cache or Cache(default_root())
     with cache.scratch(STEP) as scratch:
+        packer = _Packer(str(source), architecture, cache, scratch, tag, max_size, report)
         try:
-            image = _packed(path, architecture, cache, scratch)
+            image = packer.pack()
         except OSError as error:
-            raise ImageError(f"{path}: {error}") from error
+            raise ImageError(f"{source}: {error.strerror or error}") from error
         yield image
 
 
-def _packed(path: Path, architecture: str, cache: Cache, scratch: Path) -> Packed:
-    if path.is_dir() and not (path / "oci-layout").exists():
-        bundle = _document((path / "config.json").open("rb"), "config.json") if (path / "config.json").exists() else {}
-        root = path / str(_of(_of(bundle, "root", dict), "path", str) or "rootfs") if bundle else path
-        disk = scratch / "disk"
-        write_squashfs(from_directory(root), disk)
-        return Packed(disk, "", Config(), bundle)
-    if not path.exists():
-        raise ImageError(f"{path}: there is no such image")
-    with contextlib.ExitStack() as stack:
-        files: Files
-        if path.is_dir():
-            files = Directory(path)
-        else:
-            archive = plain(path, scratch / "archive")
-            files = stack.enter_context(Archive.of(archive, str(path)))
-        if files.has("oci-layout"):
-            image = _read_layout(files, architecture)
-        elif files.has("manifest.json"):
-            image = _read_docker(files, architecture)
-        else:
-            files = Whole(archive)
-            with files.open() as stream:
-                digest = sha256_of(stream)
-            image = _Image([_Layer("", "", digest)], Config(), digest)
-        name = digest_of(VERSION, image.identity)
-        made = cache.get_or_make(STEP, name, lambda target: _make(files, image, scratch, target / "disk"))
-        cache.trim(cap())
-        return Packed(made / "disk", name, image.config)
+class _Packer:
+    def __init__(
+        self,
+        source: str,
+        architecture: str,
+        cache: Cache,
+        scratch: Path,
+        tag: str,
+        max_size: int | None,
+        report: Report,
+    ) -> None:
+        self._source = source
+        self._architecture = architecture
+        self._cache = cache
+        self._scratch = scratch
+        self._tag = tag
+        self._report = report
+        self._max_size = max_size or min(MAX_SIZE, shutil.disk_usage(scratch).free // 2)
+        self._progress = _Progress(source, report)
+
+    def pack(self) -> Packed:
+        place = self._located()
+        if isinstance(place, store.Stored):
+            return Packed(place.disk, place.id, Config(**place.config))
+        if not place.is_dir():
+            return self._archive(place)
+        if (place / "oci-layout").exists():
+            return self._finish(
+                Directory(place), documents.read_layout(Directory(place), self._architecture, self._tag)
+            )
+        if (place / "config.json").exists():
+            return self._bundle(place)
+        if (place / "version").is_file() and (place / "manifest.json").is_file():
+            return self._finish(Directory(place), documents.read_directory(Directory(place), self._architecture))
+        if not any(os.path.lexists(place / name) for name in ROOT_MARKS):
+            kinds = "an OCI layout, skopeo's dir:, a bundle or a root file system"
+            raise ImageError(f"{place}: not an image; expected {kinds} (which has one of {', '.join(ROOT_MARKS)})")
+        return Packed(self._packed_directory(place), "", Config())
+
+    def _located(self) -> Path | store.Stored:
+        """Find what a source names, by its transport, as a path, PATH:TAG, or a name."""
+        source = self._source
+        if source.startswith(("docker://", "docker:/")):
+            return self._pulled(re.sub("^docker:/+", "", source))
+        kind, colon, rest = source.partition(":")
+        if colon and kind in TRANSPORTS and not Path(source).exists():
+            source = rest
+        separator = "@" if "@sha256:" in source else ":"
+        path, colon, tag = source.rpartition(separator)
+        if Path(source).exists():
+            return Path(source)
+        if colon and Path(path).exists():
+            self._tag = self._tag or tag
+            return Path(path)
+        if (stored := store.find(self._cache, source)) is not None:
+            return stored
+        if source.startswith(("/", "./", "../")) or not store.NAME.fullmatch(source) or kind in TRANSPORTS:
+            raise ImageError(f"{source}: there is no such image; name a file, a directory, or a stored image")
+        return self._pulled(source)
+
+    def _pulled(self, name: str) -> Path:
+        if which("skopeo") is None:
+            raise ImageError(f"{name}: no file or stored image of this name; to pull it: sudo apt-get install skopeo")
+        self._report(f"pulling {name}")
+        layout = self._scratch / "pulled"
+        platform = ["--override-os", "linux", "--override-arch", self._architecture]
+        run(["skopeo", *platform, "copy", "--quiet", f"docker://{name}", f"oci:{layout}:{name}"])
+        self._tag = ""
+        return layout
+
+    def _archive(self, path: Path) -> Packed:
+        archive = plain(path, self._scratch / "archive", Budget(self._max_size, self._progress.advance))
+        with Archive.of(archive, str(path)) as files:
+            if files.has("oci-layout"):
+                return self._finish(files, documents.read_layout(files, self._architecture, self._tag))
+            if files.has("manifest.json"):
+                image = documents.read_docker(files, self._architecture, self._tag, digest_of)
+                return self._finish(files, image)
+        if not archive.stat().st_size:
+            raise Malformed(f"{path}: not a tar archive: it is empty")
+        whole = Whole(archive)
+        with whole.open("") as stream:
+            digest = sha256_of(stream)
+        return self._finish(whole, Image([Layer("", "", digest)], Config(), digest))
+
+    def _bundle(self, place: Path) -> Packed:
+        document = documents.read_bundle(place / "config.json")
+        return Packed(self._packed_directory(beneath(place, documents.root_of(document))), "", Config(), document)
+
+    def _packed_directory(self, root: Path) -> Path:
+        disk = self._scratch / "disk"
+        with from_directory(root) as tree, self._warnings() as warn:
+            write_squashfs(tree, disk, warn, Budget(self._max_size, self._progress.advance).take)
+        return disk
+
+    def _finish(self, files: Files, image: Image) -> Packed:
+        """Return the disk of an image: from the cache, or made now."""
+        key = digest_of(VERSION, image.identity)
+        made = self._cache.get_or_make(STEP, key, lambda target: self._make(files, image, target))
+        stem = Path(files.shown).name.partition(".")[0]
+        names = [name if "/" in name or ":" in name else f"{stem}:{name}" for name in image.names] or [stem]
+        store.remember(self._cache, key, map(store.qualified, names))
+        self._cache.trim(cap())
+        return Packed(made / "disk", key, image.config)
+
+    def _make(self, files: Files, image: Image, target: Path) -> None:
+        budget = Budget(self._max_size, self._progress.advance)
+        with Tree() as tree, self._warnings() as warn:
+            layers = Layers(tree, warn, max(MAX_FILE, self._max_size))
+            for number, layer in enumerate(image.layers):
+                self._progress.doing = f"layer {number + 1} of {len(image.layers)}"
+                file = self._scratch / f"layer-{number}"
+                _fetch(files, layer, file, budget)
+                layers.apply(file, layer.name or files.shown)
+            for what, path in (
+                ("WorkingDir", image.config.workdir),
+                *(("Volumes", one) for one in image.config.volumes),
+            ):
+                try:
+                    tree.ensure_directory(os.fsencode(path))
+                except Malformed as error:
+                    raise Malformed(f"{what} {error}") from error
+            self._progress.doing = "the disk"
+            write_squashfs(tree, target / "disk", warn, self._progress.advance)
+        store.describe(target, image.config)
+
+    @contextlib.contextmanager
+    def _warnings(self) -> Iterator[Report]:
+        """Pass on the first lines of many."""
+        count = 0
+
+        def warn(line: str) -> None:
+            nonlocal count
+            count += 1
+            if count <= MAX_WARNINGS:
+                self._report(line)
+
+        yield warn
+        if count > MAX_WARNINGS:
+            self._report(f"… and {count - MAX_WARNINGS} more that are not kept")
 
 
-def _make(files: Files, image: _Image, scratch: Path, target: Path) -> None:
-    """Write an image's disk."""
-    tree = Tree()
-    with contextlib.ExitStack() as stack:
-        for number, layer in enumerate(image.layers):
-            file = scratch / f"layer-{number}"
-            _fetch(files, layer, file)
-            try:
-                archive = stack.enter_context(tarfile.open(file, mode="r:", errors="surrogateescape"))
-            except tarfile.TarError as error:
-                raise Malformed(f"{layer.name or 'it'}: not a tar archive, or a damaged one: {error}") from error
-            tree.add(archive)
-        tree.ensure_directory(image.config.workdir)
-        write_squashfs(tree, target)
+class _Progress:
+    """Says how far a long pack is, now and then."""
+
+    def __init__(self, source: str, report: Report) -> None:
+        self._source = source
+        self._report = report
+        self._said = time.monotonic()
+        self._done = 0
+        self.doing = "unpacking"
+
+    def advance(self, count: int) -> None:
+        self._done += count
+        if time.monotonic() - self._said > PROGRESS_INTERVAL:
+            self._said = time.monotonic()
+            self._report(f"packing {self._source}: {self.doing}, {self._done / 1e6:.0f} MB done")
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """``name`` in the image's files; the digests of the file and of its contents, empty where nothing says them."""
-
-    name: str
-    digest: str
-    contents: str
-
-
-@dataclass(frozen=True)
-class _Image:
-    layers: list[_Layer]
-    config: Config
-    identity: str
-
-
-def _read_layout(files: Files, architecture: str) -> _Image:
-    document = _document(files.open("index.json"), "index.json")
-    digest = ""
-    for _ in range(DEEPEST):
-        digest = _choose(_objects(document, "manifests"), architecture, files.shown)
-        document = _blob(files, digest)
-        if "manifests" not in document:
-            break
-    else:
-        raise Malformed(f"{files.shown}: indexes of indexes of indexes")
-    blobs = [_sha256(_of(layer, "digest", str)) for layer in _objects(document, "layers")]
-    config = _blob(files, _sha256(_of(_of(document, "config", dict), "digest", str)))
-    contents = _contents(config, len(blobs), files.shown)
-    layers = [_Layer(f"blobs/sha256/{blob}", blob, content) for blob, content in zip(blobs, contents, strict=True)]
-    return _Image(layers, _config(config, architecture, files.shown), digest)
+def beneath(directory: Path, path: str) -> Path:
+    """Return a path below a directory, reached through no link and no "..".  Raises ImageError."""
+    shown = f"{directory}: root.path {path!r}"
+    if path.startswith("/"):
+        try:
+            path = str(Path(path).relative_to(directory.resolve()))
+        except ValueError:
+            raise ImageError(f"{shown}: outside of the bundle; copy the root file system into it") from None
+    place = directory
+    for part in Path(path).parts:
+        place = place / part
+        if part == ".." or place.is_symlink():
+            raise ImageError(f"{shown}: leads through a link or '..'; name a directory below the bundle")
+    if not place.is_dir():
+        raise ImageError(f"{shown}: no such directory")
+    return place
 
 
-def _choose(manifests: list[dict[str, Any]], architecture: str, shown: str) -> str:
-    """The digest of the manifest for a guest: the only one, or the first for its platform."""
-    platforms = []
-    for manifest in manifests:
-        platform = _of(manifest, "platform", dict)
-        platforms.append(f"{platform.get('os')}/{platform.get('architecture')}")
-    fitting = [one for one, platform in zip(manifests, platforms, strict=True) if platform == f"linux/{architecture}"]
-    if not fitting and len(manifests) == 1:
-        fitting = manifests
-    if not fitting:
-        raise ImageError(f"{shown} has no image for linux/{architecture}, but {', '.join(platforms) or 'none at all'}")
-    return _sha256(_of(fitting[0], "digest", str))
-
-
-def _read_docker(files: Files, architecture: str) -> _Image:
-    with files.open("manifest.json") as stream:
-        manifests = _json(stream, "manifest.json")
-    if not isinstance(manifests, list) or not manifests or not isinstance(manifests[0], dict):
-        raise Malformed(f"{files.shown}: manifest.json names no image")
-    if len(manifests) > 1:
-        names = ", ".join(str((_list_of_str(one, "RepoTags") or ["?"])[0]) for one in manifests)
-        raise ImageError(f"{files.shown} has several images ({names}); save one at a time")
-    with files.open(_of(manifests[0], "Config", str)) as stream:
-        config = _document(stream, "the image's configuration")
-    members = _list_of_str(manifests[0], "Layers")
-    contents = _contents(config, len(members), files.shown)
-    layers = [_Layer(member, "", content) for member, content in zip(members, contents, strict=True)]
-    return _Image(layers, _config(config, architecture, files.shown), digest_of(config))
-
-
-def _contents(config: dict[str, Any], count: int, shown: str) -> list[str]:
-    """The digests of the layers' contents."""
-    found = [_sha256(one) for one in _list_of_str(_of(config, "rootfs", dict), "diff_ids")]
-    if len(found) != count:
-        raise Malformed(f"{shown}: {count} layers, and {len(found)} in the image's configuration")
-    return found
-
-
-def _config(document: dict[str, Any], architecture: str, shown: str) -> Config:
-    if document.get("architecture", architecture) != architecture or document.get("os", "linux") != "linux":
-        raise ImageError(
-            f"{shown} is for {document.get('os')}/{document.get('architecture')}, the guest for linux/{architecture}"
-        )
-    said = _of(document, "config", dict)
-    entrypoint, command = _list_of_str(said, "Entrypoint"), _list_of_str(said, "Cmd")
-    return Config(
-        entrypoint=tuple(entrypoint),
-        command=tuple(command) if command or entrypoint else SHELL,
-        env=tuple(_list_of_str(said, "Env")),
-        user=_of(said, "User", str),
-        workdir=_of(said, "WorkingDir", str) or "/",
-    )
-
-
-def _fetch(files: Files, layer: _Layer, target: Path) -> None:
-    """A layer's contents in a file of its own, checked."""
+def _fetch(files: Files, layer: Layer, target: Path, budget: Budget) -> None:
+    """Write a layer's contents to a file of its own, checked."""
     with files.open(layer.name) as source:
         if layer.digest and layer.name:
             check(sha256_of(source), layer.digest, layer.name)
             source.seek(0)
-        contents = unpack(source, target, layer.name)
+        contents = unpack(source, target, layer.name or files.shown, budget)
     if layer.contents:
         check(contents, layer.contents, f"{layer.name}, unpacked,")
-
-
-def _blob(files: Files, digest: str) -> dict[str, Any]:
-    name = f"blobs/sha256/{digest}"
-    with files.open(name) as stream:
-        check(sha256_of(stream), digest, name)
-        stream.seek(0)
-        return _document(stream, name)
-
-
-def _sha256(digest: str) -> str:
-    found = DIGEST.fullmatch(digest)
-    if not found:
-        raise Malformed(f"{digest[:80]!r} is no digest of the kind sha256")
-    return found[1]
-
-
-def _json(stream: IO[bytes], what: str) -> Any:
-    data = stream.read(LARGEST_DOCUMENT + 1)
-    try:
-        if len(data) > LARGEST_DOCUMENT:
-            raise ValueError(f"more than {LARGEST_DOCUMENT} bytes")
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise Malformed(f"{what} is no JSON document: {error}") from error
-
-
-def _document(stream: IO[bytes], what: str) -> dict[str, Any]:
-    with stream:
-        document = _json(stream, what)
-    if not isinstance(document, dict):
-        raise Malformed(f"{what} is no JSON object")
-    return document
-
-
-def _of(document: dict[str, Any], name: str, kind: type) -> Any:
-    """A field, or nothing of its kind where there is none."""
-    value = document.get(name)
-    if value is None:
-        return kind()
-    if not isinstance(value, kind):
-        raise Malformed(f"{name} is to be of the type {kind.__name__}")
-    return value
-
-
-def _objects(document: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    found = _of(document, name, list)
-    if not all(isinstance(one, dict) for one in found):
-        raise Malformed(f"{name} is to be a list of objects")
-    return list(found)
-
-
-def _list_of_str(document: dict[str, Any], name: str) -> list[str]:
-    found = _of(document, name, list)
-    if not all(isinstance(one, str) for one in found):
-        raise Malformed(f"{name} is to be a list of strings")
-    return list(found)

@@ -1,4 +1,4 @@
-"""A tree of layers → a read-only disk that a guest can mount, made without root by sqfstar(1), from a stream.
+"""Write a file tree as a read-only disk that a guest can mount, without root: by sqfstar(1), from a stream.
 
 Not erofs: its mkfs takes owners, attributes and devices from a tree on disk that only root could make, and an archive
 only since 1.7, which Debian 12 does not have.  Nothing is compressed: emulated guests pay for that at each read.
@@ -10,11 +10,12 @@ import os
 import stat
 import subprocess
 import tarfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO
 
-from caisson.image.containers.layers import Node, Tree, walk
 from caisson.image.errors import ImageError
+from caisson.image.formats.tree import Extent, Node, Tree, text
 from caisson.image.programs import which
 from caisson.image.run import KEPT, CommandFailed, MissingProgram
 
@@ -31,18 +32,29 @@ TYPES = {
 }
 
 #: What the fields of a header hold (tar(5)): octal digits, and bytes of a name.
-MOST_ID = 0o7777777
-MOST_SIZE = 0o77777777777
-LONGEST = 99
+MAX_ID = 0o7777777
+MAX_SIZE = 0o77777777777
+MAX_FIELD_NAME = 99
 
 #: Times in a squashfs have 32 bits.
-LAST_TIME = (1 << 32) - 1
+MAX_TIME = (1 << 32) - 1
+
+#: The kinds of attributes that a squashfs holds, and those in which overlayfs says which files to show for others.
+XATTRS = ("user.", "trusted.", "security.")
+OVERLAY = ("trusted.overlay.", "user.overlay.")
+MAX_XATTR = 1 << 16
+
+#: Takes a line about what is not kept.
+Warn = Callable[[str], None]
 
 
-def write_squashfs(tree: Tree, target: Path) -> None:
+def write_squashfs(
+    tree: Tree, target: Path, warn: Warn = lambda line: None, count: Callable[[int], None] = lambda size: None
+) -> None:
     """Write a disk with all of a tree; its root directory's own attributes are not kept.
 
-    Raises ImageError: a program that is missing or fails, or a file that changes meanwhile.
+    ``count`` gets the bytes of data that were written.  Raises ImageError: a program that is missing or fails, or a
+    file that changes meanwhile.
     """
     program = which(PROGRAM)
     if program is None:
@@ -55,9 +67,9 @@ def write_squashfs(tree: Tree, target: Path) -> None:
         assert process.stdin is not None and process.stdout is not None
         try:
             with process.stdin as stream:
-                write_archive(tree, stream)
+                write_archive(tree, stream, warn, count)
         except BrokenPipeError:
-            pass  # it says why
+            pass  # its message says why
         except BaseException:
             process.kill()
             raise
@@ -66,73 +78,105 @@ def write_squashfs(tree: Tree, target: Path) -> None:
             raise CommandFailed(words, status, said)
 
 
-def write_archive(tree: Tree, stream: IO[bytes]) -> None:
+def write_archive(
+    tree: Tree, stream: IO[bytes], warn: Warn = lambda line: None, count: Callable[[int], None] = lambda size: None
+) -> None:
     """Write a tree as a tar archive, in the dialect that squashfs-tools reads without loss.
 
-    Attributes are pax records; long names are GNU's, since of pax ones it drops what a link begins with ("/", "..").
+    Attributes are pax records; long names and holes are GNU's: of pax names it drops what a link begins with ("/",
+    "..").
     """
-    first: dict[int, bytes] = {}  # the name under which a file's contents were written
-    for path, node in walk(tree.root):
-        if (there := first.get(id(node))) is not None:
-            stream.write(_header(path, node, link=there))
-            continue
-        if not node.is_directory:
-            first[id(node)] = path
-        stream.write(_header(path, node))
-        if node.open is not None:
-            _write_contents(path, node, stream)
+    for path, node, first in tree.walk():
+        stream.write(_header(path, node, first, kept_xattrs(path, node.xattrs, warn)))
+        if first is None and node.is_file:
+            _write_contents(path, node, stream, count)
     stream.write(bytes(2 * tarfile.BLOCKSIZE))
 
 
-def _write_contents(path: bytes, node: Node, stream: IO[bytes]) -> None:
-    assert node.open is not None
-    left = node.size
+def kept_xattrs(path: bytes, xattrs: Mapping[str, bytes], warn: Warn) -> dict[str, bytes]:
+    """Return the attributes that a disk holds; ``warn`` is told of the others by name."""
+    kept = {}
+    for name, value in xattrs.items():
+        if name.startswith(OVERLAY):
+            warn(f"{text(path)}: attribute {name[:80]}: not kept: it is overlayfs's own")
+        elif name.startswith(XATTRS) and len(value) <= MAX_XATTR and 0 < len(os.fsencode(name.partition(".")[2])) < 256:
+            kept[name] = value
+        else:
+            warn(f"{text(path)}: attribute {name[:80]!r}: not kept: the disk's format cannot hold it")
+    return kept
+
+
+def _write_contents(path: bytes, node: Node, stream: IO[bytes], count: Callable[[int], None]) -> None:
+    written = 0
     try:
-        with node.open() as source:
-            while data := source.read(min(left, 1 << 20)):
-                stream.write(data)
-                left -= len(data)
-    except (tarfile.TarError, EOFError) as error:
-        raise ImageError(f"/{path.decode(errors='replace')}: {error}") from error
-    if left:
-        raise ImageError(f"/{path.decode(errors='replace')}: it is shorter than it said")
-    stream.write(bytes(-node.size % tarfile.BLOCKSIZE))
+        for piece in node.contents():
+            stream.write(piece)
+            written += len(piece)
+            count(len(piece))
+    except ImageError as error:
+        raise ImageError(f"{text(path)}: {error}") from error
+    stream.write(bytes(-written % tarfile.BLOCKSIZE))
 
 
-def _header(path: bytes, node: Node, link: bytes | None = None) -> bytes:
+def _header(path: bytes, node: Node, link: bytes | None, xattrs: Mapping[str, bytes]) -> bytes:
     target = node.target if link is None else link
     kind = TYPES[stat.S_IFMT(node.mode)] if link is None else tarfile.LNKTYPE
-    size = node.size if node.open is not None and link is None else 0
+    sparse = node.extents if kind == tarfile.REGTYPE else None
+    size = 0 if kind != tarfile.REGTYPE else node.size if sparse is None else sum(one.length for one in sparse)
     records, numbers = b"", {}
-    for name, number, most in (("uid", node.uid, MOST_ID), ("gid", node.gid, MOST_ID), ("size", size, MOST_SIZE)):
+    for name, number, most in (("uid", node.uid, MAX_ID), ("gid", node.gid, MAX_ID), ("size", size, MAX_SIZE)):
         numbers[name] = number if number <= most else 0
         if number > most:
             records += _record(name.encode(), b"%d" % number)
     if link is None:
-        for attribute, value in sorted(node.xattrs.items()):
+        for attribute, value in sorted(xattrs.items()):
             records += _record(b"SCHILY.xattr." + os.fsencode(attribute), value)
     blocks = _extra(b"x", records) if records else b""
-    if len(path) > LONGEST:
+    if len(path) > MAX_FIELD_NAME:
         blocks += _extra(b"L", path + b"\0")
-    if len(target) > LONGEST:
+    if len(target) > MAX_FIELD_NAME:
         blocks += _extra(b"K", target + b"\0")
-    header = tarfile.TarInfo(os.fsdecode(path[:LONGEST]))
-    header.type, header.linkname = kind, os.fsdecode(target[:LONGEST])
-    header.mode, header.mtime = stat.S_IMODE(node.mode), min(node.mtime, LAST_TIME)
+    header = tarfile.TarInfo(os.fsdecode(path[:MAX_FIELD_NAME]))
+    header.type, header.linkname = kind, os.fsdecode(target[:MAX_FIELD_NAME])
+    header.mode, header.mtime = stat.S_IMODE(node.mode), min(max(0, node.mtime), MAX_TIME)
     header.uid, header.gid, header.size = numbers["uid"], numbers["gid"], numbers["size"]
     header.devmajor, header.devminor = node.device
-    return blocks + header.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+    block = header.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+    return blocks + (block if sparse is None else _with_map(block, node.size, sparse))
+
+
+def _with_map(header: bytes, size: int, extents: tuple[Extent, ...]) -> bytes:
+    """Return the header of a sparse file, and the blocks with the rest of its map (GNU tar manual, oldgnu_header)."""
+    runs = [_field(one.start) + _field(one.length) for one in (*extents, Extent(size, 0, 0))]
+    first, rest = runs[:4], runs[4:]
+    block = bytearray(header)
+    block[156:157] = tarfile.GNUTYPE_SPARSE
+    block[386:482] = b"".join(first).ljust(96, b"\0")
+    block[482] = bool(rest)
+    block[483:495] = _field(size)
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    more = [b"".join(rest[at : at + 21]) for at in range(0, len(rest), 21)]
+    last = len(more) - 1
+    return bytes(block) + b"".join(
+        part.ljust(504, b"\0") + bytes([number < last]).ljust(8, b"\0") for number, part in enumerate(more)
+    )
+
+
+def _field(number: int) -> bytes:
+    """Return a number of twelve bytes: octal, or two's complement with the highest bit set."""
+    return b"%011o\0" % number if number <= MAX_SIZE else b"\x80" + number.to_bytes(11, "big")
 
 
 def _extra(kind: bytes, data: bytes) -> bytes:
-    """A header that belongs to the next one, with what it carries."""
+    """Return a header that belongs to the next one, with its data."""
     header = tarfile.TarInfo("././@LongLink")
     header.type, header.size = kind, len(data)
     return header.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
 
 
 def _record(name: bytes, value: bytes) -> bytes:
-    """A pax record, which begins with its own length."""
+    """Return a pax record, which begins with its own length."""
     rest = len(name) + len(value) + 3
     length = rest + len(str(rest))
     length = rest + len(str(length))

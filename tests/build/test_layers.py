@@ -6,26 +6,43 @@ import io
 import os
 import stat
 import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from caisson.image.containers.layers import Malformed, Tree, from_directory, walk
+from caisson.image.containers.layers import Layers
 from caisson.image.errors import ImageError
 from caisson.image.formats.squashfs import write_archive
+from caisson.image.formats.tree import Malformed, Node, Tree, from_directory
 from tests.build.container_images import FOLDER, Member, file, hard_link, layer, link
 
 
-def laid(*layers: bytes) -> Tree:
-    """A tree of layers; their archives stay open as long as it is there."""
-    tree = Tree()
-    for data in layers:
-        tree.add(tarfile.open(fileobj=io.BytesIO(data), mode="r:", errors="surrogateescape"))  # noqa: SIM115
-    return tree
+@pytest.fixture
+def laid(tmp_path: Path) -> Iterator[Callable[..., Tree]]:
+    """Make a tree of layers."""
+    with Tree() as tree:
+
+        def lay(*layers: bytes, warn: Callable[[str], None] = pytest.fail) -> Tree:
+            applied = Layers(tree, warn, 1 << 40)
+            for data in layers:
+                file = tmp_path / f"layer-{len(list(tmp_path.iterdir()))}"
+                file.write_bytes(data)
+                applied.apply(file, "layer")
+            return tree
+
+        yield lay
+
+
+Lay = Callable[..., Tree]
 
 
 def names(tree: Tree) -> list[str]:
-    return [path.decode() for path, _ in walk(tree.root)]
+    return [path.decode() for path, _ in tree.files()]
+
+
+def nodes(tree: Tree) -> dict[bytes, Node]:
+    return dict(tree.files())
 
 
 def written(tree: Tree) -> dict[str, tuple[tarfile.TarInfo, bytes]]:
@@ -51,6 +68,9 @@ LOWER = layer(
 )
 
 
+BELOW = ["a", "a/b", "a/c", "a/d", "a/d/e", "f"]
+
+
 @pytest.mark.parametrize(
     ("upper", "expected"),
     [
@@ -67,6 +87,15 @@ LOWER = layer(
         # A directory goes with all in it for something else, and stays for a directory.
         ([("a", file())], ["a", "f", "link"]),
         ([("a", FOLDER)], ["a", "a/b", "a/c", "a/d", "a/d/e", "f", "link"]),
+        ([("f/x", file())], ["a", "a/b", "a/c", "a/d", "a/d/e", "f", "f/x", "link"]),
+        # ".." stays inside, in names and in links, as with the engines.
+        ([("a/../x", file())], ["a", "a/b", "a/c", "a/d", "a/d/e", "f", "link", "x"]),
+        ([("up", link("..")), ("up/x", file())], ["a", "a/b", "a/c", "a/d", "a/d/e", "f", "link", "up", "x"]),
+        # Links of aufs go to files that it keeps beside.
+        (
+            [(".wh..wh.plnk/1.2", file()), ("g", hard_link(".wh..wh.plnk/1.2"))],
+            ["a", "a/b", "a/c", "a/d", "a/d/e", "f", "g", "link"],
+        ),
         ([("f", FOLDER), ("f/x", file())], ["a", "a/b", "a/c", "a/d", "a/d/e", "f", "f/x", "link"]),
         # Links to directories are followed on the way, and replaced at its end.
         ([("link/x", file())], ["a", "a/b", "a/c", "a/d", "a/d/e", "a/d/x", "f", "link"]),
@@ -75,20 +104,20 @@ LOWER = layer(
         ([("/abs", file()), ("./dot", file())], ["a", "a/b", "a/c", "a/d", "a/d/e", "abs", "dot", "f", "link"]),
     ],
 )
-def test_what_is_seen(upper: list[Member], expected: list[str]) -> None:
+def test_what_is_seen(laid: Lay, upper: list[Member], expected: list[str]) -> None:
     assert names(laid(LOWER, layer(*upper))) == expected
 
 
-def test_directories_keep_or_change_what_they_are() -> None:
-    kept = dict(walk(laid(LOWER, layer(("a/x", file()))).root))[b"a"]
+def test_directories_keep_or_change_what_they_are(laid: Lay) -> None:
+    kept = nodes(laid(LOWER, layer(("a/x", file()))))[b"a"]
     assert (stat.S_IMODE(kept.mode), kept.uid) == (0o700, 5)
-    changed = dict(walk(laid(LOWER, layer(("a", FOLDER))).root))[b"a"]
+    changed = nodes(laid(layer(("a", FOLDER))))[b"a"]
     assert (stat.S_IMODE(changed.mode), changed.uid) == (0o755, 0)
-    implied = dict(walk(laid(LOWER).root))[b"a/d"]
+    implied = nodes(laid())[b"a/d"]
     assert (stat.S_IMODE(implied.mode), implied.uid) == (0o755, 0)
 
 
-OUT = "leads out of the root"
+OUT = "leaves the root"
 
 
 @pytest.mark.parametrize(
@@ -96,49 +125,44 @@ OUT = "leads out of the root"
     [
         ([("../x", file())], OUT),
         ([("a/../../x", file())], OUT),
-        ([("a/../x", file())], OUT),
         ([("..", FOLDER)], OUT),
         ([("../.wh.x", file())], OUT),
         ([("x", hard_link("../../etc/passwd"))], OUT),
-        ([("up", link("..")), ("up/x", file())], OUT),
-        ([("up", link("a/../../..")), ("up/x", file())], OUT),
         ([("x", hard_link("missing"))], "not there"),
-        ([("x", hard_link("."))], "not there"),
-        ([("x", hard_link("a"))], "is a directory"),
-        ([("f/x", file())], "no directory"),
+        ([("x", hard_link("."))], "a directory"),
+        ([("x", hard_link("a"))], "a directory"),
         ([("loop", link("loop")), ("loop/x", file())], "too many links"),
         ([("one", link("two")), ("two", link("one")), ("one/x", file())], "too many links"),
         ([(".", file())], "the root"),
-        ([("a/.wh.", file())], "hides nothing"),
-        ([("a/.wh...", file())], "hides nothing"),
-        ([("x", {"type": tarfile.CHRTYPE})], "hides files"),
-        ([("x", {"type": b"Q"})], "kind"),
+        ([("a/.wh.", file())], "whiteout of no valid name"),
+        ([("a/.wh...", file())], "whiteout of no valid name"),
+        ([("x", {"type": tarfile.CHRTYPE})], "whiteout"),
+        ([("x", {"type": b"Q"})], "unknown"),
         ([("x", link(""))], "nowhere"),
-        ([("n" * 256, file())], "not a name"),
-        ([("x", file(xattrs={"trusted.overlay.opaque": b"y"}))], "overlayfs"),
+        ([("n" * 256, file())], "not a valid file name"),
     ],
 )
-def test_what_is_refused(members: list[Member], why: str) -> None:
+def test_what_is_refused(laid: Lay, members: list[Member], why: str) -> None:
     with pytest.raises(Malformed, match=why):
         laid(LOWER, layer(*members))
 
 
-@pytest.mark.parametrize("cut", [1, 511, 512, 600, 1024, 1500])
-def test_an_archive_that_is_cut_short(cut: int) -> None:
+@pytest.mark.parametrize("cut", [1, 200, 600, 1000, 1024, 2047])
+def test_an_archive_that_is_cut_short(laid: Lay, cut: int) -> None:
     data = layer(("a", file(b"x" * 1000)), ("b", file(b"y")))
-    whole = len(data.rstrip(b"\0")) // 512 * 512 + 512  # without the zeros that fill its last record
-    with pytest.raises((Malformed, tarfile.ReadError)):
+    whole = 512 + 1024 + 512 + 1  # up to the last byte of contents
+    with pytest.raises(Malformed):
         laid(data[: whole - cut])
 
 
-def test_an_archive_with_a_damaged_header() -> None:
+def test_an_archive_with_a_damaged_header(laid: Lay) -> None:
     data = bytearray(layer(("a", file(b"x")), ("b", file(b"y"))))
     data[1024 + 100] ^= 0xFF
     with pytest.raises(Malformed):
         laid(bytes(data))
 
 
-def test_all_of_a_file_reaches_the_archive() -> None:
+def test_all_of_a_file_reaches_the_archive(laid: Lay) -> None:
     attribute = b"\xff\0\n=x"
     long_name, far = "d/" + "n" * 200, "/" + "t" * 200
     upper = layer(
@@ -167,7 +191,7 @@ def test_all_of_a_file_reaches_the_archive() -> None:
     assert found["a/b"][1] == b"lower b"
 
 
-def test_a_link_to_what_a_lower_layer_has() -> None:
+def test_a_link_to_what_a_lower_layer_has(laid: Lay) -> None:
     found = written(laid(LOWER, layer(("g", hard_link("f"))), layer((".wh.f", file()))))
     assert found["g"][1] == b"f" and "f" not in found
 
@@ -196,7 +220,7 @@ def test_a_file_that_changes_while_it_is_packed(tmp_path: Path) -> None:
     (tmp_path / "log").write_bytes(b"x" * 100)
     tree = from_directory(tmp_path)
     (tmp_path / "log").write_bytes(b"x" * 50)
-    with pytest.raises(ImageError, match="shorter than it said"):
+    with pytest.raises(ImageError, match="shorter than it was"):
         write_archive(tree, io.BytesIO())
     (tmp_path / "log").write_bytes(b"x" * 200)
     stream = io.BytesIO()

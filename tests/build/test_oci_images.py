@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -15,9 +16,11 @@ from typing import Any
 import pytest
 
 from caisson.image.build.cache import Cache
-from caisson.image.containers.layers import Malformed
-from caisson.image.containers.oci import Config, Packed, packed
+from caisson.image.containers.documents import Config
+from caisson.image.containers.oci import Packed, packed
+from caisson.image.containers.store import images, remove
 from caisson.image.errors import ImageError
+from caisson.image.formats.tree import Malformed
 from tests.build.container_images import (
     FOLDER,
     configuration,
@@ -133,7 +136,7 @@ def test_the_manifest_for_the_guests_platform(tmp_path: Path) -> None:
 
     rewritten(layout, several)
     assert read(layout).config == READ
-    with pytest.raises(ImageError, match=r"no image for linux/s390x, but linux/arm64, linux/amd64"):
+    with pytest.raises(ImageError, match=r"no image for linux/s390x; it has linux/arm64, linux/amd64"):
         read(layout, "s390x")
     # An index in an index.
     inner = (layout / "index.json").read_bytes()
@@ -143,7 +146,7 @@ def test_the_manifest_for_the_guests_platform(tmp_path: Path) -> None:
 
 
 def test_another_architecture(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match=r"is for linux/amd64, the guest for linux/arm64"):
+    with pytest.raises(ImageError, match=r"an image for linux/amd64; the guest is linux/arm64"):
         read(docker_archive(tmp_path / "image.tar", LAYERS), "arm64")
 
 
@@ -179,16 +182,16 @@ def saved(manifest: object, config: bytes = b"{}") -> bytes:
         (saved([]), "names no image"),
         (saved({}), "names no image"),
         (saved(["x"]), "names no image"),
-        (saved([{"Config": "c"}, {"Config": "c", "RepoTags": ["two"]}]), r"several images \(\?, two\)"),
+        (saved([{"Config": "c"}, {"Config": "d", "RepoTags": ["two"]}]), r"several images: \?, two"),
         (saved([{"Config": "missing", "Layers": []}]), "lacks missing"),
         (saved([{"Config": "c", "Layers": ["x"]}]), "1 layers, and 0"),
-        (saved([{"Config": "c", "Layers": "x"}]), "Layers is to be of the type list"),
+        (saved([{"Config": "c", "Layers": "x"}]), "Layers must be of the type list"),
         (saved([{"Config": "c", "Layers": [1]}]), "list of strings"),
         (saved([{"Config": "c", "Layers": []}], b"[]"), "no JSON object"),
         (saved([{"Config": "c", "Layers": []}], b"{"), "no JSON document"),
         (saved([{"Config": "c", "Layers": ["../../etc/passwd"]}], configuration([b""])), "lacks ../../etc/passwd"),
         (saved([{"Config": "c", "Layers": []}], b'{"rootfs": {"diff_ids": ["md5:1"]}}'), "no digest"),
-        (saved([{"Config": "c", "Layers": []}], b'{"config": {"Env": {}}}'), "Env is to be"),
+        (saved([{"Config": "c", "Layers": []}], b'{"config": {"Env": {}}}'), "Env must be"),
         (b"", "not a tar archive"),
         (b"x" * 5000, "not a tar archive"),
     ],
@@ -201,7 +204,7 @@ def test_what_is_refused(tmp_path: Path, data: bytes, why: str) -> None:
 
 def test_a_layer_that_reaches_out_leaves_nothing(tmp_path: Path) -> None:
     image = docker_archive(tmp_path / "image.tar", [LAYERS[0], layer(("../escape", file(b"x")))])
-    with pytest.raises(Malformed, match="leads out of the root"):
+    with pytest.raises(Malformed, match="leaves the root"):
         read(image)
     assert not list(tmp_path.rglob("escape"))
     assert not list((tmp_path / "cache/containers").glob("[!.]*"))
@@ -220,3 +223,269 @@ def test_a_bundle(tmp_path: Path) -> None:
 def test_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="there is no such image"):
         read(tmp_path / "nowhere")
+
+
+def blob(layout: Path, document: object) -> str:
+    data = json.dumps(document).encode()
+    (layout / "blobs/sha256" / sha256(data)).write_bytes(data)
+    return f"sha256:{sha256(data)}"
+
+
+def second(layout: Path, text: bytes) -> str:
+    """Add a manifest with another layer to a layout; returns its digest."""
+    other = layer(("second", file(text)))
+    manifest = {
+        "schemaVersion": 2,
+        "config": {"digest": blob(layout, json.loads(configuration([other])))},
+        "layers": [{"digest": f"sha256:{sha256(other)}"}],
+    }
+    (layout / "blobs/sha256" / sha256(other)).write_bytes(other)
+    return blob(layout, manifest)
+
+
+REF = "org.opencontainers.image.ref.name"
+
+
+def test_index_with_one_manifest_under_two_tags_is_one_image(tmp_path: Path) -> None:
+    layout = oci_layout(tmp_path / "layout", LAYERS, **CONFIG)
+
+    def twice(index: dict[str, Any]) -> None:
+        (mine,) = index["manifests"]
+        index["manifests"] = [mine | {"annotations": {REF: name}} for name in ("1", "latest")]
+
+    rewritten(layout, twice)
+    assert read(layout).config == READ
+    names = {name for image in images(Cache(tmp_path / "cache")) for name in image.names}
+    assert names == {"layout:1", "layout:latest"}
+
+
+def test_index_with_several_images_asks_for_a_tag(tmp_path: Path) -> None:
+    layout = oci_layout(tmp_path / "layout", LAYERS, **CONFIG)
+    digest = second(layout, b"x")
+
+    def several(index: dict[str, Any]) -> None:
+        (mine,) = index["manifests"]
+        index["manifests"] = [
+            mine | {"annotations": {REF: "one"}},
+            {"digest": digest, "annotations": {"io.containerd.image.name": "example.org/x/two:2"}},
+        ]
+
+    rewritten(layout, several)
+    with pytest.raises(ImageError, match=r"several images: one, example.org/x/two:2; choose one with PATH:TAG"):
+        read(layout)
+    cache = Cache(tmp_path / "cache")
+    for source, tag, config in (
+        (f"{layout}:one", "", READ),
+        (f"oci:{layout}:one", "", READ),
+        (str(layout), "2", Config()),
+        (str(layout), "example.org/x/two:2", Config()),
+        (f"{layout}@{digest}", "", Config()),
+    ):
+        with packed(source, "amd64", cache, tag=tag) as image:
+            assert image.config == config, source
+    with pytest.raises(ImageError, match=r"no image 'three'; it has one, example.org/x/two:2"):
+        read(Path(f"{layout}:three"))
+    archive = packed_directory(tmp_path / "layout.tar", layout)
+    with packed(f"{archive}:one", "amd64", cache) as image:
+        assert image.config == READ
+
+
+def test_attestations_signatures_and_artifacts_beside_an_image_are_left_out(tmp_path: Path) -> None:
+    layout = oci_layout(tmp_path / "layout", LAYERS, **CONFIG)
+    unknown = {"os": "unknown", "architecture": "unknown"}
+    in_toto = {"layers": [{"mediaType": "application/vnd.in-toto+json", "digest": f"sha256:{'1' * 64}"}]}
+    signature = {"layers": [{"mediaType": "application/vnd.dev.cosign.simplesigning.v1+json"}]}
+    artifact = {"artifactType": "application/vnd.example", "layers": []}
+
+    def beside(index: dict[str, Any]) -> None:
+        index["manifests"] += [
+            {"digest": f"sha256:{'2' * 64}", "platform": unknown},
+            {"digest": f"sha256:{'3' * 64}", "annotations": {"vnd.docker.reference.type": "attestation-manifest"}},
+            *({"digest": blob(layout, document)} for document in (in_toto, signature, artifact)),
+        ]
+
+    rewritten(layout, beside)
+    assert read(layout).config == READ
+
+
+def test_of_variants_the_one_that_runs_everywhere_is_taken(tmp_path: Path) -> None:
+    layout = oci_layout(tmp_path / "layout", LAYERS, **CONFIG)
+    digest = second(layout, b"x")
+
+    def variants(index: dict[str, Any]) -> None:
+        (mine,) = index["manifests"]
+        platform = {"os": "linux", "architecture": "amd64"}
+        index["manifests"] = [
+            {"digest": digest, "platform": platform | {"variant": "v3"}},
+            mine | {"platform": platform},
+        ]
+
+    rewritten(layout, variants)
+    assert read(layout).config == READ
+
+
+@pytest.mark.parametrize("outer", [True, False])
+def test_a_document_that_is_index_and_manifest_is_refused(tmp_path: Path, outer: bool) -> None:
+    layout = oci_layout(tmp_path / "layout", LAYERS)
+    index = json.loads((layout / "index.json").read_text())
+    (manifest,) = index["manifests"]
+    document = json.loads((layout / "blobs/sha256" / manifest["digest"][7:]).read_text())
+    both = document | {"manifests": index["manifests"]}
+    if outer:
+        (layout / "index.json").write_text(json.dumps(both | {"schemaVersion": 2}))
+    else:
+        rewritten(layout, lambda index: index.update(manifests=[{"digest": blob(layout, both)}]))
+    with pytest.raises(Malformed, match="ambiguous"):
+        read(layout)
+
+
+def test_the_dir_transport_of_skopeo(tmp_path: Path) -> None:
+    layout = oci_layout(tmp_path / "layout", LAYERS, **CONFIG)
+    target = tmp_path / "dir"
+    shutil.copytree(layout / "blobs/sha256", target)
+    (manifest,) = json.loads((layout / "index.json").read_text())["manifests"]
+    (target / manifest["digest"][7:]).rename(target / "manifest.json")
+    (target / "version").write_text("Directory Transport Version: 1.1\n")
+    assert read(target).config == READ
+    with packed(f"dir:{target}", "amd64", Cache(tmp_path / "cache")) as image:
+        assert image.config == READ
+
+
+def test_a_directory_that_is_no_image_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "home/documents").mkdir(parents=True)
+    with pytest.raises(ImageError, match="not an image; expected an OCI layout"):
+        read(tmp_path / "home")
+
+
+@pytest.mark.parametrize("path", ["..", "../outside", "files/../../outside", "link", "link/etc", "/etc"])
+def test_a_bundle_is_read_beneath_its_own_directory(tmp_path: Path, path: str) -> None:
+    (tmp_path / "outside/etc").mkdir(parents=True)
+    bundle = tmp_path / "bundle"
+    (bundle / "files/etc").mkdir(parents=True)
+    (bundle / "link").symlink_to(tmp_path / "outside")
+    (bundle / "config.json").write_text(json.dumps({"root": {"path": path}}))
+    with pytest.raises(ImageError, match=r"root\.path"):
+        read(bundle)
+    (bundle / "config.json").write_text(json.dumps({"root": {"path": str(bundle.resolve() / "files")}}))
+    assert "etc" in listed(bundle)
+
+
+@pytest.mark.parametrize(
+    ("given", "workdir"),
+    [
+        ("/bin/../srv", "/srv"),
+        ("/srv/", "/srv"),
+        ("", "/"),
+        ("srv", "/srv"),
+        ("/../..", "/"),
+        ("//srv//x/.", "/srv/x"),
+    ],
+)
+def test_working_directories(tmp_path: Path, given: str, workdir: str) -> None:
+    image = docker_archive(tmp_path / "image.tar", LAYERS, WorkingDir=given)
+    assert read(image).config.workdir == workdir
+    assert workdir == "/" or workdir[1:] in listed(image)
+
+
+def test_a_working_directory_or_volume_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Malformed, match="WorkingDir /etc/motd: a file"):
+        read(docker_archive(tmp_path / "one.tar", LAYERS, WorkingDir="/etc/motd/"))
+    with pytest.raises(Malformed, match="Volumes /etc/motd: a file"):
+        read(docker_archive(tmp_path / "two.tar", LAYERS, Volumes={"/etc/motd/x": {}}))
+
+
+def test_volumes_are_made(tmp_path: Path) -> None:
+    image = docker_archive(tmp_path / "image.tar", LAYERS, Volumes={"/data": {}, "/var/lib/db/": {}})
+    assert {"data", "var/lib/db"} <= listed(image)
+
+
+def test_empty_layers(tmp_path: Path) -> None:
+    assert "bin/sh" in listed(oci_layout(tmp_path / "gzip", [*LAYERS, b""]))
+    plain = docker_archive(tmp_path / "plain.tar", [*LAYERS, b""])
+    assert "bin/sh" in listed(plain)
+
+
+def test_zstd_with_skippable_frames(tmp_path: Path) -> None:
+    frame = b"\x5a\x2a\x4d\x18" + (7).to_bytes(4, "little") + b"skipped"
+    (tmp_path / "rootfs.tar").write_bytes(frame + zstd(LAYERS[0][:512]) + frame + zstd(LAYERS[0][512:]) + frame)
+    assert "bin/sh" in listed(tmp_path / "rootfs.tar")
+
+
+def test_five_thousand_directories_deep(tmp_path: Path) -> None:
+    deep = "/".join(["d"] * 5000)
+    assert deep in listed(docker_archive(tmp_path / "image.tar", [layer((deep, FOLDER))]))
+    with pytest.raises(Malformed, match="deeper than 10000"):
+        read(docker_archive(tmp_path / "deeper.tar", [layer(("/".join(["d"] * 10001), FOLDER))]))
+
+
+def test_sparse_files_reach_the_disk_by_their_holes(tmp_path: Path) -> None:
+    (tmp_path / "root/etc").mkdir(parents=True)
+    with (tmp_path / "root/log").open("wb") as log:
+        for number in range(30):
+            log.seek(number << 20)
+            log.write(b"%d" % number)
+        log.truncate(1 << 30)
+    for form in ("root", "root.tar"):
+        if form == "root.tar":
+            subprocess.run(["tar", "-S", "-C", tmp_path / "root", "-cf", tmp_path / form, "."], check=True)
+        with packed(tmp_path / form, "amd64", Cache(tmp_path / "cache"), max_size=1 << 20) as image:
+            found = subprocess.run(["unsquashfs", "-cat", image.disk, "log"], capture_output=True, check=True).stdout
+        assert len(found) == 1 << 30 and found[29 << 20 : (29 << 20) + 2] == b"29"
+
+
+def test_data_beyond_the_limit_is_refused_in_one_line(tmp_path: Path) -> None:
+    bomb = docker_archive(tmp_path / "image.tar", [layer(("zeros", file(bytes(8 << 20))))])
+    squeezed = tmp_path / "image.tgz"
+    squeezed.write_bytes(gzip.compress(bomb.read_bytes()))
+    cache = Cache(tmp_path / "cache")
+    for path in (bomb, squeezed):
+        with pytest.raises(Malformed, match=r"more than 0.0 GiB of data; --max-size raises the limit$"):
+            with packed(path, "amd64", cache, max_size=4 << 20):
+                pass
+        with packed(path, "amd64", cache, max_size=16 << 20):
+            pass
+
+
+def test_attributes_that_a_disk_cannot_hold_are_named(tmp_path: Path) -> None:
+    attributes = {"user.kept": b"x", "system.posix_acl_access": b"x", "trusted.overlay.opaque": b"y"}
+    image = docker_archive(tmp_path / "image.tar", [layer(("file", file(xattrs=attributes)))])
+    lines: list[str] = []
+    with packed(image, "amd64", Cache(tmp_path / "cache"), report=lines.append):
+        pass
+    assert len(lines) == 2 and all(line.startswith("/file: attribute ") for line in lines)
+    assert "system.posix_acl_access" in lines[0] and "trusted.overlay.opaque" in lines[1]
+
+
+def test_a_name_means_the_image_that_was_packed_under_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = Cache(tmp_path / "cache")
+    docker = docker_archive(tmp_path / "image.tar", LAYERS, **CONFIG)
+    with packed(docker, "amd64", cache) as image:
+        key = image.name
+    docker.unlink()
+    for name in ("test", "test:latest", key[:12]):
+        with packed(name, "amd64", cache) as image:
+            assert (image.config, image.name) == (READ, key)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ImageError, match="no file or stored image of this name; to pull it"):
+        read(Path("other"))
+    assert remove(cache, "test") > 0 and images(cache) == []
+    with pytest.raises(ImageError, match="no stored image"):
+        remove(cache, "test")
+
+
+def test_a_registrys_image_is_fetched_by_skopeo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = oci_layout(tmp_path / "layout", LAYERS, **CONFIG)
+    (tmp_path / "bin").mkdir()
+    skopeo = tmp_path / "bin/skopeo"
+    skopeo.write_text(
+        "#!/bin/sh\n"
+        f'echo "$@" >{tmp_path}/words\n'
+        "for last; do :; done; rest=${last#oci:}; target=${rest%%:*}\n"
+        f'cp -r {layout} "$target"\n'
+    )
+    skopeo.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    with packed("docker://example.org/a/b:1", "amd64", Cache(tmp_path / "cache")) as image:
+        assert image.config == READ
+    words = (tmp_path / "words").read_text()
+    assert "--override-arch amd64" in words and "docker://example.org/a/b:1 oci:" in words

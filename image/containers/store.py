@@ -1,0 +1,131 @@
+"""The images that were packed before, by name: what `images` lists, `run NAME` takes and `rmi` removes.
+
+<cache>/containers/<id>/disk image.json     a packed image, and what it runs
+<cache>/names/<name, quoted>                the id of the image that has this name now
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+from caisson.image.build.cache import Cache, size_of
+from caisson.image.containers.documents import Config
+from caisson.image.errors import ImageError
+
+STEP = "containers"
+NAMES = "names"
+
+#: A name as registries have it: HOST/PATH:TAG@DIGEST, in lower case but for the tag.
+NAME = re.compile(r"[a-z0-9][a-z0-9._/:-]{0,254}(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?")
+
+#: Digits of an id that are enough to mean it.
+MIN_ID = 6
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An image in the store; ``config`` holds the fields of a Config, ``used`` is in seconds since 1970."""
+
+    id: str
+    names: tuple[str, ...]
+    disk: Path
+    bytes: int
+    used: float
+    config: dict[str, Any]
+
+
+def describe(target: Path, config: Config) -> None:
+    """Write what an image runs beside its disk."""
+    (target / "image.json").write_text(json.dumps(asdict(config)))
+
+
+def qualified(name: str) -> str:
+    """Return a name with its tag, which is "latest" where it has none."""
+    return name if ":" in name.rpartition("/")[2] or "@" in name else f"{name}:latest"
+
+
+def remember(cache: Cache, key: str, names: Iterable[str]) -> None:
+    """Let names mean an image."""
+    place = cache.root / NAMES
+    place.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        new = place / f".{os.getpid()}"
+        new.write_text(key)
+        with contextlib.suppress(OSError):  # a name that no file can have
+            new.rename(place / quote(name, safe=""))
+        new.unlink(missing_ok=True)
+
+
+def images(cache: Cache) -> list[Stored]:
+    """Return the stored images, those used last first."""
+    names: dict[str, list[str]] = {}
+    for file in sorted((cache.root / NAMES).glob("[!.]*")):
+        names.setdefault(file.read_text(), []).append(unquote(file.name))
+    found = []
+    for place in (cache.root / STEP).glob("[!.]*/"):
+        with contextlib.suppress(OSError, ValueError, TypeError):  # removed meanwhile, or of an older version
+            config = json.loads((place / "image.json").read_text())
+            config = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+            Config(**config)
+            used = (place / ".used").stat().st_mtime
+            size = (place / "disk").stat().st_size
+            found.append(Stored(place.name, tuple(names.get(place.name, ())), place / "disk", size, used, config))
+    return sorted(found, key=lambda one: -one.used)
+
+
+def find(cache: Cache, name: str) -> Stored | None:
+    """Return the image of a name, with or without its tag, or of an id's first digits."""
+    stored = images(cache)
+    wanted = qualified(name)
+    found = next((one for one in stored if wanted in one.names), None)
+    if found is None and len(name) >= MIN_ID:
+        matching = [one for one in stored if one.id.startswith(name)]
+        found = matching[0] if len(matching) == 1 else None
+    if found is not None:
+        cache.get(STEP, found.id)  # it was used
+    return found
+
+
+def remove(cache: Cache, name: str) -> int:
+    """Remove an image's name, and the image with its last one; returns the bytes freed.  Raises ImageError.
+
+    VMs that have its disk plugged in keep it.
+    """
+    stored = find(cache, name)
+    if stored is None:
+        raise ImageError(f"{name}: no stored image of this name; list them: caisson images")
+    wanted = qualified(name)
+    forgotten = [wanted] if wanted in stored.names else stored.names
+    for one in forgotten:
+        (cache.root / NAMES / quote(one, safe="")).unlink(missing_ok=True)
+    return 0 if set(stored.names) - set(forgotten) else _removed(cache, stored)
+
+
+def prune(cache: Cache, *, older: float = 0.0) -> list[Stored]:
+    """Remove the images that were not used for ``older`` seconds; returns them."""
+    gone = [one for one in images(cache) if time.time() - one.used >= older]
+    for one in gone:
+        for name in one.names:
+            (cache.root / NAMES / quote(name, safe="")).unlink(missing_ok=True)
+        _removed(cache, one)
+    return gone
+
+
+def _removed(cache: Cache, stored: Stored) -> int:
+    place = stored.disk.parent
+    freed = size_of(place)
+    gone = place.with_name(f".making-{place.name}")
+    place.rename(gone)  # out of sight first: a result is whole, or not there
+    shutil.rmtree(gone, ignore_errors=True)
+    del cache
+    return freed
