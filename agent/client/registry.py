@@ -27,15 +27,15 @@ class Registry:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def add(self, name: str, **about: Any) -> None:
+    def add(self, name: str, **metadata: Any) -> None:
         """Add or replace an entry.  Raises AgentGone when the VM has ended."""
-        self._put(name, about).close()
+        self._put(name, metadata).close()
 
-    def lease(self, name: str, **about: Any) -> IO[str]:
+    def lease(self, name: str, **metadata: Any) -> IO[str]:
         """Add an entry that is valid while the returned file is open.  Raises AgentGone."""
-        return self._put(name, about | {"held": True})
+        return self._put(name, metadata | {"held": True})
 
-    def _put(self, name: str, about: dict[str, Any]) -> IO[str]:
+    def _put(self, name: str, metadata: dict[str, Any]) -> IO[str]:
         # A name that no container can have: nobody sees half a file, or one that is not locked yet.
         new = self._directory / f".{name}.{os.getpid()}"
         try:
@@ -43,7 +43,7 @@ class Registry:
             with contextlib.ExitStack() as stack:
                 file = stack.enter_context(new.open("w"))
                 fcntl.flock(file, fcntl.LOCK_EX)
-                file.write(json.dumps(about))
+                file.write(json.dumps(metadata))
                 file.flush()
                 new.rename(self._directory / name)
                 stack.pop_all()

@@ -13,16 +13,16 @@ C, N, U, E = "tests/conformance/", "tests/native/", "tests/unit/", "tests/e2e/"
 #: Lines of facts/agent-behaviour.md section 17 → the tests that hold the agent to them.
 # ruff: noqa: E501
 LINES = {
-    "the table of gates, row by row": [f"{C}test_gates.py::test_without_a_sandbox", f"{C}test_gates.py::test_unknown_containers"],
-    "create twice": [f"{C}test_gates.py::test_what_is_there_already"],
+    "the table of gates, row by row": [f"{C}test_error_statuses.py::test_without_a_sandbox", f"{C}test_error_statuses.py::test_unknown_containers"],
+    "create twice": [f"{C}test_error_statuses.py::test_what_is_there_already"],
     "create with a missing binary, then again with the same id": [
         f"{N}test_agent_containers.py::test_a_failed_create_leaves_nothing_and_the_id_is_free"
     ],
-    "start twice; after its init has died; exec in stopped": [f"{C}test_rules.py::test_a_start_comes_once"],
-    "exec in created": [f"{C}test_rules.py::test_an_exec_into_one_that_is_not_started"],
-    "exec of a missing binary returns at once": [f"{C}test_rules.py::test_a_program_that_is_none_is_told_at_once"],
-    "exec ignores its own capabilities": [f"{C}test_rules.py::test_an_exec_has_the_containers_rights_whatever_it_asks_for"],
-    "wait before start; after exit; a second time": [f"{C}test_rules.py::test_a_status_is_there_for_whoever_comes_later"],
+    "start twice; after its init has died; exec in stopped": [f"{C}test_lifecycle.py::test_a_start_comes_once"],
+    "exec in created": [f"{C}test_lifecycle.py::test_an_exec_into_one_that_is_not_started"],
+    "exec of a missing binary returns at once": [f"{C}test_lifecycle.py::test_a_program_that_is_none_is_told_at_once"],
+    "exec ignores its own capabilities": [f"{C}test_lifecycle.py::test_an_exec_has_the_containers_rights_whatever_it_asks_for"],
+    "wait before start; after exit; a second time": [f"{C}test_lifecycle.py::test_a_status_is_there_for_whoever_comes_later"],
     "10 waiters": [f"{C}test_failures.py::test_06_all_waiters_get_the_status"],
     "statuses": [f"{N}test_agent_processes.py::test_exit_status", f"{C}test_failures.py::test_13_a_killed_process_is_128_and_its_signal"],
     "output with the exit before the first read": [
@@ -38,7 +38,7 @@ LINES = {
     "read after wait": [f"{C}test_failures.py::test_01_output_is_not_cut_off"],
     "write to a dead process": [f"{N}test_agent_processes.py::test_writing_after_the_end"],
     "write after close; 1 MiB of stdin; resize without a terminal": [
-        f"{C}test_rules.py::test_a_megabyte_of_input_and_what_comes_after_its_end"
+        f"{C}test_lifecycle.py::test_a_megabyte_of_input_and_what_comes_after_its_end"
     ],
     "close twice; close on a terminal": [f"{C}test_failures.py::test_14_closing_stdin_touches_nothing_else"],
     "signal all": [f"{N}test_agent_processes.py::test_signal_to_all"],
@@ -50,7 +50,7 @@ LINES = {
     "remove with a timeout": [f"{N}test_agent_sandbox.py::test_a_removal_that_takes_too_long_is_told_in_time_and_goes_on"],
     "2000 execs without growth": [f"{N}test_soak.py::test_nothing_is_left_of_two_thousand"],
     "orphans, double forks": [f"{C}test_failures.py::test_11_orphans_are_reaped"],
-    "1000 that end at once": [f"{C}test_rules.py::test_a_thousand_at_once_that_end_at_once"],
+    "1000 that end at once": [f"{C}test_lifecycle.py::test_a_thousand_at_once_that_end_at_once"],
     "an OOM event": [f"{E}test_limits.py::test_a_process_that_the_kernel_ends_for_want_of_memory_is_told_of"],
     "cpusets": [f"{N}test_agent_limits.py::test_cpus_are_those_that_there_are"],
     "CopyFile: chunks, reordered, empty, traversal, links, sibling prefix": [
@@ -71,7 +71,7 @@ LINES = {
     "routes with and without gateway, ipvlan's default": [f"{N}test_agent_network.py::test_routes_are_replaced"],
     "ListProcesses": [f"{N}test_agent_pause.py::test_who_is_in_a_container"],
     "options": [f"{U}test_options.py::test_known_options"],
-    "destroy when not running": [f"{C}test_gates.py::test_what_needs_no_sandbox"],
+    "destroy when not running": [f"{C}test_error_statuses.py::test_what_needs_no_sandbox"],
     "create after destroy": [f"{N}test_agent_containers.py::test_a_sandbox_starts_once_and_again_after_its_end"],
 }  # fmt: skip
 
