@@ -21,6 +21,7 @@ from caisson.agent.libcontainer import cgroups
 from caisson.agent.libcontainer.process.launcher import ProcessLauncher
 from caisson.agent.libcontainer.process.nsexec import Nsexec
 from caisson.agent.model.sandbox import Sandbox
+from caisson.agent.model.waits import AsyncioWaits
 from caisson.agent.rpc.dispatch import Service
 from caisson.proto.caisson import caisson_pb2
 from caisson.proto.kata1 import agent_pb2
@@ -55,10 +56,11 @@ class Services:
             log("error", "kernel modules are missing; some containers will fail", error=str(error))
         self._tracing = tracing
         self._nsexec = Nsexec.seal(Path(options.nsexec))
-        self._launcher = ProcessLauncher(self._nsexec, reaper, log, verbose=log.enabled("debug"))
+        waits = AsyncioWaits()
+        self._launcher = ProcessLauncher(self._nsexec, reaper, waits, log, verbose=log.enabled("debug"))
         self._sandbox = Sandbox(
             self._launcher,
-            cgroups.find(options.cgroup, options.cgroup_parent),
+            cgroups.find(options.cgroup, options.cgroup_parent, waits),
             Path(options.state),
             log,
             open_files=raise_open_files(),
@@ -80,5 +82,4 @@ class Services:
         if self._tracing.enabled:
             await asyncio.to_thread(self._tracing.stop)
         self._files.close()
-        await self._launcher.close()
         self._nsexec.close()

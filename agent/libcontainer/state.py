@@ -1,20 +1,19 @@
-"""state.json: what is known of a container, at `<state root>/<sandbox>/<container>/state.json`.
+"""state.json: what is known of a container, at `<root>/<id>/state.json`.
 
-The keys are those of runc's BaseState (libcontainer, `container_linux.go`); the configuration stays with its owner.
+The keys are those of runc's BaseState (libcontainer, `container_linux.go`) as far as it has them.
 """
 
 from __future__ import annotations
 
-import json
 import os
 
+from caisson.agent.base.json import JsonError, dumps, loads
 from caisson.agent.base.record import NOTHING, Record
 from caisson.agent.libcontainer.config.reader import Reader, SpecError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
 FILE = "state.json"
 ID_MAX = 255
@@ -32,17 +31,13 @@ def check_id(name: str) -> str:
     return name
 
 
-def start_time(pid: int) -> int:
-    """When a process started, in clock ticks since boot: tells it from a later one with its pid.  0 if it is gone."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123 - no pathlib at start
-            return int(file.read().rpartition(b")")[2].split()[19])
-    except OSError:
-        return 0
-
-
 class State(Record):
-    """One container.  `created` is RFC 3339 in UTC; `cgroup_paths` is by controller, that of cgroup v2 by ""."""
+    """One container.
+
+    `created` is RFC 3339 in UTC; `cgroup_paths` is by controller, that of cgroup v2 by "".  `joined` are namespaces
+    that its first process joined beyond its configuration, as paths by type; `resources` its limits as they are now, as
+    in the configuration.  A pid of -1: it is being created.
+    """
 
     id: str
     init_process_pid: int
@@ -50,43 +45,76 @@ class State(Record):
     created: str
     cgroup_paths: Mapping[str, str] = NOTHING
     labels: Mapping[str, str] = NOTHING
+    oci_version: str = ""
+    bundle: str = ""
+    rootfs: str = ""
+    joined: Mapping[str, str] = NOTHING
+    resources: Mapping[str, object] = NOTHING
+    rootless: bool = False
 
     def to_json(self) -> dict[str, object]:
         """The document."""
         pid = self.init_process_pid
+        labels = [f"{key}={value}" for key, value in self.labels.items()]
         return {
             "id": self.id,
             "init_process_pid": pid,
             "init_process_start": self.init_process_start,
             "created": self.created,
+            "rootless": self.rootless,
             "cgroup_paths": dict(self.cgroup_paths),
             "namespace_paths": {key: f"/proc/{pid}/ns/{file}" for key, file in NAMESPACE_FILES.items()},
             "external_descriptors": [],
-            "config": {"labels": [f"{key}={value}" for key, value in self.labels.items()]},
+            "config": {
+                "version": self.oci_version,
+                "rootfs": self.rootfs,
+                "labels": [*labels, *([f"bundle={self.bundle}"] if self.bundle else [])],
+            },
+            "joined_namespaces": dict(self.joined),
+            "resources": dict(self.resources),
         }
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: str) -> None:
         """Write state.json, whole or not at all.  Raises OSError."""
-        temporary = directory / f"{FILE}.new"
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        with open(fd, "w", encoding="utf-8") as file:  # noqa: PTH123 - a descriptor
-            json.dump(self.to_json(), file)
-        temporary.replace(directory / FILE)
+        write_whole(f"{directory}/{FILE}", dumps(self.to_json()))
 
     @classmethod
-    def load(cls, directory: Path) -> State:
+    def load(cls, directory: str) -> State:
         """Read it back.  Raises OSError, or SpecError for what is not a state."""
-        try:
-            value = json.loads((directory / FILE).read_text(encoding="utf-8"))
-        except ValueError as e:
-            raise SpecError(str(directory / FILE), "is not JSON") from e
+        value = read_json(f"{directory}/{FILE}")
         r = Reader(value, FILE)
-        labels = Reader(r.raw("config") or {}, f"{FILE}.config").texts("labels")
+        config = Reader(r.raw("config") or {}, f"{FILE}.config")
+        labels = dict(label.partition("=")[::2] for label in config.texts("labels"))
+        resources = r.raw("resources")
         return cls(
             id=check_id(r.text("id")),
             init_process_pid=r.number("init_process_pid", -1, 1 << 22) or 0,
             init_process_start=r.number("init_process_start", 0, 1 << 63) or 0,
             created=r.text("created"),
             cgroup_paths=r.table("cgroup_paths"),
-            labels=dict(label.partition("=")[::2] for label in labels),
+            bundle=labels.pop("bundle", ""),
+            labels=labels,
+            oci_version=config.text("version"),
+            rootfs=config.text("rootfs"),
+            joined=r.table("joined_namespaces"),
+            resources=resources if isinstance(resources, dict) else {},
+            rootless=r.flag("rootless"),
         )
+
+
+def read_json(path: str) -> object:
+    """Decode a file.  Raises OSError, or SpecError for what is not JSON."""
+    try:
+        with open(path, encoding="utf-8") as file:  # noqa: PTH123 - no pathlib at start
+            return loads(file.read())
+    except (JsonError, UnicodeDecodeError) as error:
+        raise SpecError(path, f"is not JSON: {error}") from None
+
+
+def write_whole(path: str, text: str) -> None:
+    """Write a file for the owner alone, whole or not at all.  Raises OSError."""
+    temporary = f"{path}.new"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    with open(fd, "w", encoding="utf-8") as file:  # noqa: PTH123 - a descriptor
+        file.write(text)
+    os.replace(temporary, path)  # noqa: PTH105 - no pathlib at start

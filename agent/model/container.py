@@ -7,6 +7,7 @@ one.
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from datetime import UTC, datetime
 
@@ -24,8 +25,13 @@ from caisson.agent.base.errors import (
 )
 from caisson.agent.libcontainer.cgroups.base import CgroupError, signal_pid
 from caisson.agent.libcontainer.config.resources import Resources
+from caisson.agent.libcontainer.config.spec import Hooks
 from caisson.agent.libcontainer.errors import LaunchError
-from caisson.agent.libcontainer.state import State, check_id, start_time
+from caisson.agent.libcontainer.process import gate
+from caisson.agent.libcontainer.process.launcher import Launch
+from caisson.agent.libcontainer.process.procstat import ProcessStat
+from caisson.agent.libcontainer.state import State, check_id
+from caisson.agent.model.oom import OomWatcher
 from caisson.agent.model.process import Process, catches
 from caisson.agent.model.reaper import Child
 from caisson.agent.model.stdio import Pipes, Streams
@@ -52,21 +58,33 @@ CREATED, RUNNING, PAUSED, STOPPED = "created", "running", "paused", "stopped"
 
 
 async def _start_process(
-    launch: Callable[[Stdio | None], Awaitable[Launched]], exec_id: str, terminal: bool, pipe_size: int
-) -> Process:
-    """Start a process with pipes or a terminal around it; on failure nothing of them is left."""
+    launch: Callable[[Stdio | None, dict[str, int]], Awaitable[Launched]],
+    exec_id: str,
+    terminal: bool,
+    pipe_size: int,
+    cgroup: Cgroup | None,
+) -> tuple[Process, int]:
+    """Start a process in a cgroup with pipes or a terminal around it, and return it with its pidfd.
+
+    On failure nothing of them is left.
+    """
     pipes = None if terminal else Pipes(pipe_size)
+    stdio = None if pipes is None else pipes.child_ends
     try:
-        launched = await launch(None if pipes is None else pipes.theirs)
+        if cgroup is None:
+            launched = await launch(stdio, {})
+        else:
+            with cgroup.join_fds() as cgroup_fds:
+                launched = await launch(stdio, cgroup_fds)
     except BaseException:
         if pipes is not None:
             pipes.failed()
         raise
     assert isinstance(launched.child, Child)  # the launcher's children are the reaper's
     if pipes is not None:
-        return Process(exec_id, launched.child, pipes.started())
+        return Process(exec_id, launched.child, pipes.started()), launched.pidfd
     assert launched.console is not None
-    return Process(exec_id, launched.child, Streams.of_terminal(launched.console))
+    return Process(exec_id, launched.child, Streams.of_terminal(launched.console)), launched.pidfd
 
 
 class Container:
@@ -91,7 +109,7 @@ class Container:
         self._launcher = launcher
         self._cgroup = cgroup
         self._directory = directory
-        self._fifo = directory / "exec.fifo"
+        self._gate = str(directory / "exec.fifo")
         self._pipe_size = pipe_size
         self._log = log
         self._resources = spec.linux.resources or Resources()
@@ -101,6 +119,10 @@ class Container:
         self._ended: dict[str, None] = {}  # exec ids in the order in which they ended
         self._watchers: set[asyncio.Task[None]] = set()
         self._init: Process | None = None
+        self._pidfd = -1  # its
+        self._join: dict[str, str] = {}  # namespaces that it joined beyond its configuration's
+        self._filter = b""  # of system calls
+        self._oom_watcher: OomWatcher | None = None
         self._paused = False
         self._shares_pids = False  # the end of its first process does not end the others
         self._hooks_may_have_run = False  # hooks may have run for it
@@ -115,7 +137,7 @@ class Container:
             return STOPPED
         if self._paused:
             return PAUSED
-        return CREATED if self._fifo.exists() else RUNNING  # starting it takes the fifo away
+        return CREATED if os.path.exists(self._gate) else RUNNING  # noqa: PTH110 - starting it removes the gate
 
     async def create(self, exec_id: str, join: dict[str, str], procfs: str | None = None) -> None:
         """Set the first process up, to the point before its program runs.  On failure nothing of it is left.
@@ -126,26 +148,31 @@ class Container:
         check_id(exec_id)
         if self._cgroup is not None:
             self._cgroup.apply(self._resources)
-            self._cgroup.watch_oom(self._oom)
-        root = self.spec.root.path
+            watch = self._cgroup.oom_watch(self._oom)
+            self._oom_watcher = None if watch is None else OomWatcher(watch)
+        root, bundle, launcher = self.spec.root.path, str(self._directory), self._launcher
+        self._join = join
+        self._filter = await launcher.filter(self.spec.linux.seccomp)
 
-        def launch(stdio: Stdio | None) -> Awaitable[Launched]:
-            return self._launcher.create(
+        def launch(stdio: Stdio | None, cgroup_fds: dict[str, int]) -> Awaitable[Launched]:
+            return launcher.create(
                 self.spec,
-                container_id=self.id,
-                bundle=self._directory,
+                Launch(self.id, stdio, cgroup_fds),
+                bundle=bundle,
                 rootfs=root,
                 join=join,
-                cgroup=self._cgroup,
-                stdio=stdio,
-                fifo=self._fifo,
+                start_gate=self._gate,
+                cgroups={} if self._cgroup is None else self._cgroup.paths,
                 procfs=procfs,
+                filter=self._filter,
+                hooks=None if self.spec.hooks == Hooks() else launcher.runtime_hooks(self.spec, self.id, bundle),
             )
 
         self._hooks_may_have_run = True
         self._shares_pids = "pid" in join
         try:
-            init = await _start_process(launch, exec_id, self.spec.process.terminal, self._pipe_size)
+            terminal = self.spec.process.terminal
+            init, self._pidfd = await _start_process(launch, exec_id, terminal, self._pipe_size, self._cgroup)
         except LaunchError as error:
             if self._cgroup is not None and self._cgroup.oom_kills():
                 raise LaunchError("container init was OOM-killed (memory limit too low?)", step="oom") from error
@@ -153,15 +180,20 @@ class Container:
         self._init = self._processes[exec_id] = init
         self._watch(init)
         pid = init.child.pid
+        found = ProcessStat.read(pid)
         state = State(
             id=self.id,
             init_process_pid=pid,
-            init_process_start=start_time(pid),
+            init_process_start=0 if found is None else found.start_time,
             created=datetime.now(UTC).isoformat().replace("+00:00", "Z"),
             cgroup_paths={} if self._cgroup is None else self._cgroup.by_controller,
             labels=self.spec.annotations,
+            oci_version=self.spec.oci_version,
+            bundle=bundle,
+            rootfs=root,
+            joined=join,
         )
-        state.save(self._directory)
+        state.save(bundle)
 
     async def start(self) -> None:
         """Let the program run.  Raises NotCreated, or LaunchError when its init died before.
@@ -175,7 +207,7 @@ class Container:
             if self.status != CREATED:
                 raise NotCreated(container_id=self.id, status=self.status)
             assert self._init is not None
-            await self._launcher.start(self._fifo, self._init.child)
+            await self._launcher.start(self._gate, self._init.child.pid, self.spec.hooks, self._pidfd)
             if self.spec.hooks.poststart and not self._ending:
                 hooks = self._run_hooks("poststart", self.spec.hooks.poststart, RUNNING, self._init.child.pid)
                 self._poststart = asyncio.ensure_future(hooks)
@@ -189,7 +221,7 @@ class Container:
         document = state(self.id, str(self._directory), self.spec.annotations, status, pid)
         for hook in hooks:
             try:
-                await self._launcher.run_hooks(point, (hook,), document)
+                await self._launcher.hooks.run(point, (hook,), document)
             except (LaunchError, OSError) as error:
                 self._log("warning", "a hook failed", error=str(error))
 
@@ -205,18 +237,21 @@ class Container:
         assert self._init is not None
         init = self._init.child
 
-        def launch(stdio: Stdio | None) -> Awaitable[Launched]:
+        def launch(stdio: Stdio | None, cgroup_fds: dict[str, int]) -> Awaitable[Launched]:
             return self._launcher.exec(
                 process,
+                Launch(self.id, stdio, cgroup_fds),
                 spec=self.spec,
-                init=init,
-                cgroup=self._cgroup,
-                stdio=stdio,
+                init_pid=init.pid,
+                pidfd=self._pidfd,
+                join=self._join,
+                filter=self._filter,
             )
 
         decided = self._starting[exec_id] = asyncio.Event()
         try:
-            started = await _start_process(launch, exec_id, process.terminal, self._pipe_size)
+            started, pidfd = await _start_process(launch, exec_id, process.terminal, self._pipe_size, self._cgroup)
+            os.close(pidfd)
             self._processes[exec_id] = started
             self._watch(started)
             return started
@@ -347,13 +382,23 @@ class Container:
                 if self._shares_pids:
                     await self._wait_until_empty(self._cgroup)
                 await self._cgroup.delete()
-            self._fifo.unlink(missing_ok=True)
+            self._close()
+            gate.remove(self._gate)
             (self._directory / "state.json").unlink(missing_ok=True)
             if self._directory.is_dir():
                 self._directory.rmdir()
             self._removed = True
             if self._hooks_may_have_run and self.spec.hooks.poststop:
                 await self._run_hooks("poststop", self.spec.hooks.poststop, STOPPED)
+
+    def _close(self) -> None:
+        """Close what was held for its first process and its cgroup."""
+        if self._oom_watcher is not None:
+            self._oom_watcher.close()
+            self._oom_watcher = None
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
 
     async def _kill_all(self) -> None:
         """SIGKILL to all in it, also to what is being started; without a cgroup, to all that the agent knows."""

@@ -1,4 +1,4 @@
-"""Containers that ran out of memory, in the order in which it happened, for whoever asks."""
+"""Containers that ran out of memory: watched, and queued in the order in which it happened for whoever asks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import asyncio
 from collections import deque
 
 from caisson.agent.base.errors import NotFound
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from caisson.agent.libcontainer.cgroups.events import OomWatch
 
 #: Events kept while nobody asks; the oldest go first.
 MAX_EVENTS = 100
@@ -44,3 +48,42 @@ class OomEvents:
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None) if error is None else waiter.set_exception(error)
+
+
+class OomWatcher:
+    """Drive a cgroup's watch (libcontainer/cgroups/events.py) by the event loop, until it is closed."""
+
+    def __init__(self, watch: OomWatch) -> None:
+        self._watch = watch
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._fd = watch.fileno()
+        self._loop.add_reader(self._fd, self._ready)
+
+    def _ready(self) -> None:
+        self._watch.on_readable()
+        if self._watch.fileno() < 0:  # its cgroup is gone
+            self.close()
+        else:
+            self._set_timer()
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        delay = self._watch.delay
+        self._timer = None if delay is None else self._loop.call_later(delay, self._on_timeout)
+
+    def _on_timeout(self) -> None:
+        self._timer = None
+        self._watch.on_timeout()
+        self._set_timer()
+
+    def close(self) -> None:
+        """Stop watching.  Idempotent."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._fd >= 0:
+            self._loop.remove_reader(self._fd)
+            self._watch.close()
+            self._fd = -1

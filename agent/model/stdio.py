@@ -205,7 +205,7 @@ class Streams:
 
 
 class Pipes:
-    """The three pipes of a process about to start: ``theirs`` for the child, the rest for Streams.
+    """The three pipes of a process about to start: ``child_ends`` for the child, the rest for Streams.
 
     ``size`` is that of the pipes of output, in bytes; 0 begins with the kernel's, and a stream read in bulk gets more.
     """
@@ -221,7 +221,7 @@ class Pipes:
                     os.close(fd)
             raise
         (stdin, self._stdin), (self._stdout, stdout), (self._stderr, stderr) = pairs
-        self.theirs = Stdio(stdin, stdout, stderr)
+        self.child_ends = Stdio(stdin, stdout, stderr)
         self._grow = size == 0
         if size > 0:
             for fd in (stdout, stderr):
@@ -229,18 +229,18 @@ class Pipes:
 
     def started(self) -> Streams:
         """The child has its ends: keep ours."""
-        self._close_theirs()
+        self._close_child_ends()
         stdout, stderr = (Output(fd, grows=self._grow) for fd in (self._stdout, self._stderr))
         return Streams(Input(self._stdin), stdout, stderr, None)
 
     def failed(self) -> None:
         """There is no child: close everything."""
-        self._close_theirs()
+        self._close_child_ends()
         for fd in (self._stdin, self._stdout, self._stderr):
             os.close(fd)
 
-    def _close_theirs(self) -> None:
-        for fd in (self.theirs.stdin, self.theirs.stdout, self.theirs.stderr):
+    def _close_child_ends(self) -> None:
+        for fd in (self.child_ends.stdin, self.child_ends.stdout, self.child_ends.stderr):
             os.close(fd)
 
 

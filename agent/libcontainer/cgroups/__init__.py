@@ -6,16 +6,34 @@ the one that was asked for.  v2 is the rule and imported with this package, v1 i
 
 from __future__ import annotations
 
+import os
+
 from caisson.agent.libcontainer.cgroups.base import Cgroup, CgroupError, Hierarchy
 from caisson.agent.libcontainer.cgroups.v2.cgroup import CgroupV2
 
-__all__ = ["Cgroup", "CgroupError", "CgroupV2", "Hierarchy", "find"]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from caisson.agent.libcontainer.waits import Waits
+
+__all__ = ["Cgroup", "CgroupError", "CgroupV2", "Hierarchy", "find", "of_host"]
 
 
-def find(version: str = "v2", parent: str = "") -> Hierarchy | None:
-    """The cgroups of this machine, "v1" or "v2"; None where there are none.  All are made below the cgroup `parent`."""
+def find(version: str = "v2", parent: str = "", waits: Waits | None = None) -> Hierarchy | None:
+    """Find the cgroups of this machine, "v1" or "v2"; None where there are none.
+
+    All are made below the cgroup `parent`.
+    """
     if version == "v2":
-        return CgroupV2.find(parent)
+        return CgroupV2.find(parent, waits=waits)
     from caisson.agent.libcontainer.cgroups.v1.cgroup import CgroupV1
 
-    return CgroupV1.find(parent)
+    return CgroupV1.find(parent, waits=waits)
+
+
+def of_host() -> Hierarchy | None:
+    """Find all cgroup hierarchies that the host uses: v2 alone, or those of v1 with v2 beside them."""
+    if os.path.exists("/sys/fs/cgroup/cgroup.controllers"):  # noqa: PTH110 - no pathlib at start
+        return CgroupV2.find()
+    from caisson.agent.libcontainer.cgroups.v1.cgroup import CgroupV1
+
+    return CgroupV1.find(every=True) or CgroupV2.find()

@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-from contextlib import contextmanager
 
 from caisson.agent.base.record import Record
 from caisson.agent.libcontainer.cgroups import files
+from caisson.agent.libcontainer.waits import BlockingWaits
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Mapping
+    from types import TracebackType
     from typing import Protocol
 
+    from caisson.agent.libcontainer.cgroups.events import OomWatch
     from caisson.agent.libcontainer.cgroups.stats import CgroupStats
     from caisson.agent.libcontainer.config.resources import DeviceRule, Resources
+    from caisson.agent.libcontainer.waits import Waits
 
     class Hierarchy(Protocol):
         """Where cgroups are made."""
 
-        def create(self, path: str) -> Cgroup:
-            """Make the cgroup `path` (as in linux.cgroupsPath, below the parent).
+        def create(self, path: str, *, below_own: bool = False) -> Cgroup:
+            """Make the cgroup `path` (as in linux.cgroupsPath): below the parent, or below this process's own cgroups.
 
             Raises CgroupError, also if it is in use.
             """
+            ...
+
+        def open(self, paths: Mapping[str, str]) -> Cgroup:
+            """Open the cgroup with these directories (`Cgroup.paths`), which may be gone."""
             ...
 else:
     Hierarchy = object
 
 DELETE_TRIES = 10
-FREEZE_SECONDS = 10.0
+FREEZE_TIMEOUT = 10.0
 WHERE = "linux.resources"
 
 
@@ -61,7 +67,8 @@ class Cgroup:
     #: A directory for clone3(CLONE_INTO_CGROUP), -1 where processes cannot be born in it.
     fd: int
 
-    def __init__(self) -> None:
+    def __init__(self, waits: Waits | None = None) -> None:
+        self._waits: Waits = waits or BlockingWaits()
         self._devices: tuple[DeviceRule, ...] | None = None
 
     @property
@@ -78,26 +85,12 @@ class Cgroup:
         """Files into which a process writes itself to be in it; none where processes are born in it, by `fd`."""
         return []
 
-    @contextmanager
-    def join_fds(self) -> Iterator[dict[str, int]]:
-        """Descriptors by which nsexec gets into it, by the names that it has for them.  Raises CgroupError."""
-        if self.fd >= 0:
-            yield {"_CAISSON_CGROUP": self.fd}
-            return
-        fds: dict[str, int] = {}
-        join_files = self.join_files()
-        if not join_files:
-            raise CgroupError(f"cgroup {self.path}: is closed")
-        try:
-            for number, path in enumerate(join_files):
-                try:
-                    fds[f"_CAISSON_CGROUP_{number}"] = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-                except OSError as e:
-                    raise CgroupError(f"cgroup {path}: {e.strerror}") from e
-            yield fds
-        finally:
-            for fd in fds.values():
-                os.close(fd)
+    def join_fds(self) -> JoinFds:
+        """Open descriptors by which nsexec gets into it, for a `with` block; by the names that it has for them.
+
+        Raises CgroupError.
+        """
+        return JoinFds(self.path, self.fd, self.join_files())
 
     def pids(self) -> list[int]:
         """All processes in it and below, none if it is gone."""
@@ -190,11 +183,25 @@ class Cgroup:
         """How many of its processes the kernel has ended for want of memory."""
         raise NotImplementedError
 
-    def watch_oom(self, killed: Callable[[], object]) -> None:
-        """Have a callback called when the kernel ends processes of it for want of memory, until it is closed.
+    def oom_watch(self, killed: Callable[[], object]) -> OomWatch | None:
+        """Watch for processes that the kernel ends for want of memory: `killed` is called then.
 
-        A machine on which nobody counts memory says nothing.  Raises CgroupError.
+        None on a machine on which nobody counts memory.  The caller closes it.  Raises CgroupError.
         """
+        raise NotImplementedError
+
+    def known_devices(self, rules: tuple[DeviceRule, ...]) -> None:
+        """Note the device rules that are in force in a cgroup that was opened."""
+        self._devices = rules
+
+    @property
+    def exists(self) -> bool:
+        """Whether it is there."""
+        return os.path.isdir(self.path)  # noqa: PTH112 - no pathlib at start
+
+    @property
+    def frozen(self) -> bool:
+        """Whether all of it stands still."""
         raise NotImplementedError
 
     def _check_usage(self, resources: Resources) -> None:
@@ -249,16 +256,36 @@ class Cgroup:
                 lost.append(f"{os.path.basename(path)} = {before!r} ({e.strerror})")  # noqa: PTH119
         return lost
 
-    async def _wait(self, condition: Callable[[], bool], seconds: float) -> bool:
-        """Poll for what the kernel does not tell; whether it came true in time."""
-        pause = 0.0005
-        deadline = asyncio.get_running_loop().time() + seconds
-        while not condition():
-            if asyncio.get_running_loop().time() > deadline:
-                return False
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, 0.05)
-        return True
+
+class JoinFds:
+    """Descriptors of a cgroup for nsexec, open inside a `with` block."""
+
+    def __init__(self, path: str, fd: int, join_files: list[str]) -> None:
+        self._path = path
+        self._fd = fd
+        self._join_files = join_files
+        self._fds: dict[str, int] = {}
+
+    def __enter__(self) -> dict[str, int]:
+        if self._fd >= 0:
+            return {"_CAISSON_CGROUP": self._fd}
+        if not self._join_files:
+            raise CgroupError(f"cgroup {self._path}: is closed")
+        for number, path in enumerate(self._join_files):
+            try:
+                self._fds[f"_CAISSON_CGROUP_{number}"] = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            except OSError as e:
+                self._close()
+                raise CgroupError(f"cgroup {path}: {e.strerror}") from e
+        return dict(self._fds)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
 
 
 def signal_pid(pid: int, number: int) -> None:
@@ -270,6 +297,21 @@ def signal_pid(pid: int, number: int) -> None:
         signal.pidfd_send_signal(pidfd, number)
     finally:
         os.close(pidfd)
+
+
+def own_cgroups(file: str = "/proc/self/cgroup") -> dict[str, str]:
+    """This process's cgroups by controllers ("cpu,cpuacct", "name=systemd"; "" is version 2)."""
+    with open(file, encoding="utf-8", errors="surrogateescape") as lines:  # noqa: PTH123 - no pathlib at start
+        rows = (line.rstrip("\n").split(":", 2) for line in lines)
+        return {name: path for _, name, path in rows}
+
+
+def check_unused(path: str, pids: list[int], *, frozen: bool) -> None:
+    """Refuse a cgroup that is in use.  Raises CgroupError."""
+    if pids:
+        raise CgroupError(f"cgroup {path}: container's cgroup is not empty: {len(pids)} process(es) found")
+    if frozen:
+        raise CgroupError(f"cgroup {path}: container's cgroup unexpectedly frozen")
 
 
 def parts_of(path: str) -> list[str]:

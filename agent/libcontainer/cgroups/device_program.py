@@ -7,8 +7,10 @@ the last rule first.  https://docs.kernel.org/admin-guide/cgroup-v1/devices.html
 
 from __future__ import annotations
 
-from struct import pack
+import os
+from struct import pack, unpack_from
 
+from caisson.agent.base import syscalls
 from caisson.agent.libcontainer.config.resources import DeviceRule
 
 TYPE_CHECKING = False
@@ -27,8 +29,9 @@ ALWAYS = (
     ),
 )  # fmt: skip
 
-BPF_PROG_LOAD, BPF_PROG_ATTACH = 5, 8
-LOAD_TRIES = 100
+BPF_PROG_LOAD, BPF_PROG_ATTACH, BPF_PROG_DETACH, BPF_PROG_GET_FD_BY_ID, BPF_PROG_QUERY = 5, 8, 9, 13, 16
+MAX_LOAD_TRIES = 100
+PROGRAMS_MAX = 64  # that a cgroup can have
 PROG_TYPE_CGROUP_DEVICE, ATTACH_CGROUP_DEVICE, ALLOW_MULTI, REPLACE = 15, 6, 2, 4
 TYPES = {"b": 1, "c": 2}
 ACCESS = {"m": 1, "r": 2, "w": 4}
@@ -87,17 +90,50 @@ def _rule(rule: DeviceRule) -> list[bytes]:
     return rest
 
 
-def attach(cgroup: int, rules: Iterable[DeviceRule], replaces: int = -1) -> int:
-    """Load the program for `rules` and attach it to the cgroup directory `cgroup`.
+def attach(cgroup: int, rules: Iterable[DeviceRule]) -> None:
+    """Load the program for `rules` and attach it to the cgroup directory `cgroup`, in place of those before.
 
-    Returns the program's descriptor, to be given as `replaces` when the rules change.  Raises OSError.
+    Raises OSError.
     """
+    before = attached(cgroup)
+    fd = _load(program(rules))
+    try:
+        old = _bpf(BPF_PROG_GET_FD_BY_ID, pack("=III", before[0], 0, 0)) if len(before) == 1 else -1
+        try:
+            flags = ALLOW_MULTI | (REPLACE if old >= 0 else 0)
+            _bpf(BPF_PROG_ATTACH, pack("=IIIII", cgroup, fd, ATTACH_CGROUP_DEVICE, flags, max(old, 0)))
+        finally:
+            if old >= 0:
+                os.close(old)
+        for number in before if old < 0 else ():
+            _detach(cgroup, number)
+    finally:
+        os.close(fd)
+
+
+def attached(cgroup: int) -> list[int]:
+    """List the ids of the device programs that are attached to a cgroup directory.  Raises OSError."""
     import ctypes
-    import os
 
-    from caisson.agent.base.syscalls import bpf
+    ids = (ctypes.c_uint32 * PROGRAMS_MAX)()
+    # union bpf_attr: target, attach type, two flags, address and number of the ids
+    query = pack("=IIIIQII", cgroup, ATTACH_CGROUP_DEVICE, 0, 0, ctypes.addressof(ids), PROGRAMS_MAX, 0)
+    buffer = ctypes.create_string_buffer(query, len(query))
+    syscalls.bpf(BPF_PROG_QUERY, buffer)
+    return list(ids[: unpack_from("=I", buffer.raw, 24)[0]])
 
-    code = program(rules)
+
+def _detach(cgroup: int, number: int) -> None:
+    fd = _bpf(BPF_PROG_GET_FD_BY_ID, pack("=III", number, 0, 0))
+    try:
+        _bpf(BPF_PROG_DETACH, pack("=III", cgroup, fd, ATTACH_CGROUP_DEVICE))
+    finally:
+        os.close(fd)
+
+
+def _load(code: bytes) -> int:
+    import ctypes
+
     instructions = ctypes.create_string_buffer(code, len(code))
     licence = ctypes.create_string_buffer(b"Apache")
     # union bpf_attr: program type, number of instructions, the two addresses; the rest, a log, is zero
@@ -105,18 +141,15 @@ def attach(cgroup: int, rules: Iterable[DeviceRule], replaces: int = -1) -> int:
         "=IIQQIIQ", PROG_TYPE_CGROUP_DEVICE, len(code) // 8, ctypes.addressof(instructions), ctypes.addressof(licence),
         0, 0, 0,
     )  # fmt: skip
-    for attempt in range(LOAD_TRIES):
+    for _ in range(MAX_LOAD_TRIES - 1):
         try:
-            fd = bpf(BPF_PROG_LOAD, ctypes.create_string_buffer(load, len(load)))
-            break
+            return _bpf(BPF_PROG_LOAD, load)
         except BlockingIOError:  # EAGAIN: a signal (SIGCHLD, mostly) interrupted the verifier; bpf(2) says to ask again
-            if attempt == LOAD_TRIES - 1:
-                raise
-    flags = ALLOW_MULTI | (REPLACE if replaces >= 0 else 0)
-    request = pack("=IIIII", cgroup, fd, ATTACH_CGROUP_DEVICE, flags, max(replaces, 0))
-    try:
-        bpf(BPF_PROG_ATTACH, ctypes.create_string_buffer(request, len(request)))
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
+            continue
+    return _bpf(BPF_PROG_LOAD, load)
+
+
+def _bpf(command: int, attributes: bytes) -> int:
+    import ctypes
+
+    return syscalls.bpf(command, ctypes.create_string_buffer(attributes, len(attributes)))

@@ -1,8 +1,10 @@
-"""What the kernel says of a cgroup by itself: that a file has changed, that processes were ended for want of memory."""
+"""What the kernel announces of a cgroup: that a file has changed, that processes were ended for want of memory.
+
+Nothing is waited for here: a watch has a descriptor, and whoever holds it calls `on_readable` when that can be read.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import select
 
@@ -13,20 +15,23 @@ if TYPE_CHECKING:
     from caisson.agent.libcontainer.cgroups.stats import Directory
 
 
-def kills(files: Directory, name: str) -> int:
-    """How many processes were ended so far, according to memory.events or memory.oom_control."""
+def oom_kills(files: Directory, name: str) -> int:
+    """Count the processes that were ended so far, according to memory.events or memory.oom_control."""
     return files.table(name).get("oom_kill", 0)
 
 
 class FileWatch:
-    """Calls back whenever the kernel says that a file of a cgroup has changed, until its cgroup goes.
+    """Notice changes of a file of a cgroup, until its cgroup goes.
 
     Such a file is always readable; that it has changed is EPOLLPRI (cgroup-v2.rst, "poll and [id]notify events"),
-    which an event loop does not wait for. An epoll of its own does, and is readable then for the loop.
+    which an event loop does not wait for.  An epoll of its own does, and is readable then.
     """
 
+    #: Seconds after which `on_timeout` is to be called; None for never.
+    delay: float | None = None
+
     def __init__(self, path: str, changed: Callable[[], object]) -> None:
-        self._loop = asyncio.get_running_loop()
+        """Raises OSError."""
         self._changed = changed
         self._epoll = select.epoll()
         try:
@@ -35,26 +40,32 @@ class FileWatch:
             self._epoll.close()
             raise
         self._epoll.register(self._file, select.EPOLLPRI)
-        self._loop.add_reader(self._epoll.fileno(), self._ready)
 
-    def _ready(self) -> None:
+    def fileno(self) -> int:
+        """A descriptor that can be read when the file has changed; -1 once its cgroup is gone."""
+        return self._epoll.fileno() if self._file >= 0 else -1
+
+    def on_readable(self) -> None:
+        """Call back, and arm the watch again."""
         try:
-            os.pread(self._file, 4096, 0)  # makes it quiet again
+            os.pread(self._file, 4096, 0)
         except OSError:  # ENODEV: the cgroup is gone
             self.close()
         self._changed()
 
+    def on_timeout(self) -> None:
+        """Never wanted."""
+
     def close(self) -> None:
-        """Hear no more.  Idempotent."""
+        """Stop watching.  Idempotent."""
         if self._file >= 0:
-            self._loop.remove_reader(self._epoll.fileno())
             self._epoll.close()
             os.close(self._file)
             self._file = -1
 
 
 class OomCounter:
-    """Calls back when a counter of killed processes has grown."""
+    """Call back when a counter of killed processes has grown."""
 
     def __init__(self, count: Callable[[], int], killed: Callable[[], object]) -> None:
         self._count = count
@@ -62,7 +73,7 @@ class OomCounter:
         self._known = count()
 
     def look(self) -> bool:
-        """Whether there were more since the last look; whoever wants to know has been told then."""
+        """Whether the counter has grown since the last look; then the callback was called."""
         now = self._count()
         grown = now > self._known
         self._known = max(now, self._known)
@@ -72,20 +83,20 @@ class OomCounter:
 
 
 class EventFdNotifier:
-    """Looks at a cgroup of version 1 when the kernel says that it ran out of memory, until it is closed.
+    """Look at a cgroup of version 1 when the kernel reports that it ran out of memory, until it is closed.
 
-    The word comes by an eventfd, before anything was ended, and once more when the cgroup is removed
+    The report comes by an eventfd, before anything was ended, and once more when the cgroup is removed
     (cgroup-v1/memory.rst, "OOM Control"): so `look`, which tells whether it found something, is called a few times.
     """
 
-    AFTER = (0.0, 0.01, 0.1, 1.0)  # seconds
+    DELAYS = (0.0, 0.01, 0.1, 1.0)  # seconds
 
     def __init__(self, directory: str, look: Callable[[], bool]) -> None:
+        """Raises OSError."""
         from caisson.agent.libcontainer.cgroups import files
 
-        self._loop = asyncio.get_running_loop()
         self._look = look
-        self._timer: asyncio.TimerHandle | None = None
+        self._attempt = len(self.DELAYS)
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
             control = os.open(f"{directory}/memory.oom_control", os.O_RDONLY | os.O_CLOEXEC)
@@ -96,25 +107,32 @@ class EventFdNotifier:
         except OSError:
             os.close(self._event)
             raise
-        self._loop.add_reader(self._event, self._ready)
 
-    def _ready(self) -> None:
+    @property
+    def delay(self) -> float | None:
+        """Seconds after which `on_timeout` is to be called; None for never."""
+        return self.DELAYS[self._attempt] if self._attempt < len(self.DELAYS) else None
+
+    def fileno(self) -> int:
+        """A descriptor that can be read when the kernel reports something; -1 once it is closed."""
+        return self._event
+
+    def on_readable(self) -> None:
+        """Look, and again later if nothing is found."""
         os.eventfd_read(self._event)
-        self._try(0)
+        self._attempt = 0
+        self.on_timeout()
 
-    def _try(self, attempt: int) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if attempt < len(self.AFTER) and not self._look():
-            self._timer = self._loop.call_later(self.AFTER[attempt], self._try, attempt + 1)
+    def on_timeout(self) -> None:
+        """Look again, after `delay`."""
+        self._attempt = len(self.DELAYS) if self._look() else self._attempt + 1
 
     def close(self) -> None:
-        """Hear no more.  Idempotent."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        """Stop watching.  Idempotent."""
         if self._event >= 0:
-            self._loop.remove_reader(self._event)
             os.close(self._event)
             self._event = -1
+
+
+#: What watches a cgroup for want of memory.
+OomWatch = FileWatch | EventFdNotifier

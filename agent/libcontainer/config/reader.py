@@ -26,6 +26,19 @@ class SpecError(Exception):
         self.why = why
 
 
+class UnknownField(SpecError):
+    """A field that means nothing here: a drop-in for runc ignores it."""
+
+    def __init__(self, field: str, why: str, holder: dict[str, Any], key: str) -> None:
+        super().__init__(field, why)
+        self._holder = holder
+        self._key = key
+
+    def remove(self) -> None:
+        """Take the field out of the document that was being read."""
+        self._holder.pop(self._key, None)
+
+
 class Reader:
     """One JSON object being read.  Every accessor marks its key as read; `done()` refuses what is left.
 
@@ -121,7 +134,13 @@ class Reader:
     def done(self) -> None:
         """Raise if a key was never read: it would be ignored in silence."""
         if self._left:
-            raise SpecError(self.name(sorted(self._left)[0]), "is not a field this runtime knows")
+            key = sorted(self._left)[0]
+            raise UnknownField(self.name(key), "is not a field this runtime knows", self._values, key)
+
+    def unknown(self, key: str, why: str) -> None:
+        """Raise UnknownField if `key` is there and asks for anything."""
+        if self.raw(key) not in (None, "", [], (), {}, False):
+            raise UnknownField(self.name(key), why, self._values, key)
 
 
 def check_text(value: object, name: str) -> str:

@@ -126,6 +126,25 @@ class Resources(Record):
         return result
 
 
+#: What tells the entries of a list apart.
+KEYS = ("major", "minor", "pageSize", "name")
+
+
+def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the limits of one document (linux.resources) over those of another, as `Resources.updated` does."""
+    merged = dict(old)
+    for name, value in new.items():
+        before = merged.get(name)
+        if isinstance(value, dict) and isinstance(before, dict):
+            merged[name] = merge(before, value)
+        elif isinstance(value, list) and isinstance(before, list):
+            entries = {tuple(entry.get(key) for key in KEYS): entry for entry in [*before, *value]}
+            merged[name] = list(entries.values())
+        elif value not in (None, "", 0) or name == "idle":
+            merged[name] = value
+    return merged
+
+
 def _some(r: Reader, key: str, parse: Callable[[Any, str], T]) -> tuple[T, ...]:
     """A list of at most MOST."""
     found = r.each(key, parse)

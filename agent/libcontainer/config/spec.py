@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from caisson.agent.base.record import NOTHING, Record
 from caisson.agent.libcontainer.config import scheduling
-from caisson.agent.libcontainer.config.reader import U32_MAX, U64_MAX, Reader, SpecError
+from caisson.agent.libcontainer.config.reader import U32_MAX, U64_MAX, Reader, SpecError, UnknownField
 from caisson.agent.libcontainer.config.resources import Resources
 from caisson.agent.libcontainer.config.scheduling import Affinity
 from caisson.agent.libcontainer.config.seccomp import Seccomp
@@ -16,7 +16,10 @@ from caisson.agent.libcontainer.plan import lsm as labels
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+    from typing import TypeVar
+
+    T = TypeVar("T")
 
 __all__ = [
     "Capabilities", "Device", "Hook", "Hooks", "IdMapping", "Linux", "Mount", "Namespace", "Process", "Rlimit", "Root",
@@ -92,7 +95,7 @@ class Process(Record):
         args = r.texts("args")
         if not args or not args[0]:
             raise SpecError(r.name("args"), "must name a program to run")
-        r.refuse("commandLine", "is for Windows; give args")
+        r.unknown("commandLine", "is for Windows; give args")
         result = cls(
             args=args,
             cwd=r.text("cwd") or "/",
@@ -248,7 +251,7 @@ class Spec(Record):
         """Parse a decoded config.json.  Raises SpecError naming the field that is wrong or cannot be honoured."""
         r = Reader(value, "")
         for key in ("solaris", "windows", "vm", "zos", "freebsd"):
-            r.refuse(key, "is for another platform")
+            r.unknown(key, "is for another platform")
         result = cls(
             oci_version=r.text("ociVersion"),
             root=r.one("root", _root),
@@ -264,6 +267,19 @@ class Spec(Record):
         if result.oci_version and not result.oci_version.startswith("1."):
             raise SpecError("ociVersion", f"must be 1.x, not {result.oci_version!r}")
         return result
+
+
+def ignoring_unknown(read: Callable[[], T], warn: Callable[[str], object]) -> T:
+    """Read a document, taking out of it every field that means nothing here; each is reported to `warn`.
+
+    Raises SpecError for what is wrong.
+    """
+    while True:
+        try:
+            return read()
+        except UnknownField as field:
+            field.remove()
+            warn(f"ignored: {field}")
 
 
 def _root(value: object, where: str) -> Root:

@@ -7,7 +7,6 @@ image that has an entry for it would choose who that is (containerd CVE-2024-406
 from __future__ import annotations
 
 import os
-import re
 import stat
 
 from caisson.agent.base import syscalls
@@ -20,10 +19,11 @@ if TYPE_CHECKING:
 FIELD = "process.user.username"
 RESOLVE = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
 FILE_MAX = 1 << 20  # bytes
-NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*\$?")
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_"
+NAME_CHARACTERS = frozenset(f"{LETTERS}0123456789.-")
 
 
-def resolved(process: Process, root: str) -> Process:
+def resolve(process: Process, root: str) -> Process:
     """The process with the ids, the groups and (where it has none) the HOME of its user's name in the root directory.
 
     Raises SpecError for a name that is none, and one that the container does not know.
@@ -62,7 +62,8 @@ def _entry(table: list[list[str]], wanted: str) -> list[str] | None:
     if wanted.isascii() and wanted.isdecimal():
         number = _id(wanted)
         return next((line for line in table if line[2].isdecimal() and int(line[2]) == number), None)
-    if not NAME.fullmatch(wanted):
+    name = wanted.removesuffix("$")
+    if not name or name[0] not in LETTERS or not NAME_CHARACTERS.issuperset(name):
         raise SpecError(FIELD, f"{wanted!r} is neither a number nor a name")
     return next((line for line in table if line[0] == wanted), None)
 

@@ -1,63 +1,63 @@
-"""What the agent and one nsexec say to each other, from the spawn to "ready", all on the event loop.
+"""The setup channel: the sockets and the pipe between a runtime and one nsexec, from the spawn to "ready".
 
-Pids and a pidfd come on the init socket, readiness and errors on the sync socket, the terminal on the console socket,
+Pids and pidfds come on the init socket, readiness and errors on the sync socket, the terminal on the console socket,
 lines for the log on the log pipe.  The other side runs before any of the container's own programs, but paths and errors
 in it come from images: everything is bounded and nothing of it is trusted to be well-formed.
+
+No I/O is waited for here: whoever drives the channel waits until `fileno()` can be read and calls `on_readable`.
 """
 
 from __future__ import annotations
 
-import array
-import json
 import os
-import signal
-import socket
+import select
 import sys
 
+from caisson.agent.base.json import JsonError, loads
 from caisson.agent.libcontainer.errors import LaunchError, launch_error
+from caisson.agent.libcontainer.waits import Deadline
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import asyncio
+    import signal
+    import socket
     from collections.abc import Callable
+
+    from caisson.agent.libcontainer.waits import Waits
+else:  # without the enums and selectors around them
+    import _signal as signal
+    import _socket as socket
 
 PACKET_MAX = 16384
 LINE_MAX = 8192
 SCM_CREDENTIALS = 2  # unix(7): struct ucred, filled in by the kernel
-INT_SIZE = array.array("i").itemsize
+INT_SIZE = 4
+SIGKILL = 9
+INIT_MESSAGES = 4  # handled at once: whoever sends more must not keep the caller from others
 
 
 class SetupChannel:
-    """Both ends of the channels to one nsexec.
+    """Our ends of the channels to one nsexec.
 
-    `pids` is called with (stage 1 or 0, stage 2 or 0) for each that is made.  `at_hooks` is done when nsexec waits for
-    the agent's hooks to have run, and for `release_init`; `ready` when the process is set up, `running` when one
-    without a fifo was told to start, `ended` when nobody holds the sync socket any more: after execve, or after the end of all
-    stages.
+    `announced` is called with (stage 1 or 0, stage 2 or 0) for each stage that is made.  `at_hooks`: nsexec waits for
+    the runtime's hooks to have run, and for `release_init`.  `ready`: the process is set up.  `ended`: nobody holds the
+    sync socket any more: after execve, after the start of an init, or after the end of all stages.  `error` is why.
     """
 
     def __init__(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        *,
-        terminal: bool,
-        pids: Callable[[int, int], None],
-        log: Callable[[str, str], None],
+        self, *, terminal: bool, announced: Callable[[int, int], None], log: Callable[[str, str], None]
     ) -> None:
-        self._loop = loop
-        self._pids = pids
+        self._announced = announced
         self._log = log
         self._line = b""
         self._unsent = memoryview(b"")
-        self.pidfd = self._pidfd1 = -1
-        self._makers: set[int] = set()  # stages outside of the container: nobody else says who was made
-        self.console = -1
         self._killed = False
+        self._makers: set[int] = set()  # stages outside of the container: nobody else may announce
+        self.at_hooks = self.ready = self.ended = False
         self.error: LaunchError | None = None
-        self.ready: asyncio.Future[None] = loop.create_future()
-        self.at_hooks: asyncio.Future[None] = loop.create_future()
-        self.running: asyncio.Future[None] = loop.create_future()
-        self.ended: asyncio.Future[None] = loop.create_future()
+        self.pidfd = self.stage1_pidfd = self.console = -1
+        self._handlers: dict[int, Callable[[], None]] = {}
+        self._epoll = select.epoll()
         self._child_ends: list[socket.socket | int] = []
         self._init = self._pair(socket.SOCK_STREAM)
         # A process that is born into a namespace with others has this socket for a moment, and they may take it then.
@@ -67,43 +67,62 @@ class SetupChannel:
         self._log_fd, log_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(log_end, True)
         self._child_ends.append(log_end)
-        fds = [end if isinstance(end, int) else end.fileno() for end in self._child_ends]
-        self.child_fds = dict(
-            zip(
-                ["_LIBCONTAINER_INITPIPE", "_LIBCONTAINER_SYNCPIPE"]
-                + (["_LIBCONTAINER_CONSOLE"] if terminal else [])
-                + ["_LIBCONTAINER_LOGPIPE"],
-                fds,
-                strict=True,
-            )
-        )
+        names = ["INITPIPE", "SYNCPIPE", *(["CONSOLE"] if terminal else []), "LOGPIPE"]
+        ends = [end if isinstance(end, int) else end.fileno() for end in self._child_ends]
+        #: Descriptors for nsexec by the names of environment variables.
+        self.child_fds = {f"_LIBCONTAINER_{name}": fd for name, fd in zip(names, ends, strict=True)}
 
-    def _pair(self, kind: socket.SocketKind) -> socket.socket:
+    def _pair(self, kind: int) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
         ours.setblocking(False)
         self._child_ends.append(theirs)
         return ours
 
+    def fileno(self) -> int:
+        """A descriptor that can be read when there is something for `on_readable`."""
+        return self._epoll.fileno()
+
     def send(self, messages: bytes) -> None:
-        """Put as much as fits into the init socket; `listen` sends the rest.  To be called before the spawn."""
+        """Put as much as fits into the init socket; the rest follows later.  To be called before the spawn."""
         self._unsent = memoryview(messages)
         self._send()
 
-    def listen(self, pid: int) -> None:
-        """To be called right after the spawn: close the other side's ends and follow what it says."""
+    def spawned(self, pid: int) -> None:
+        """Follow stage 0.  To be called right after the spawn."""
         self._makers.add(pid)
         self.close_child_ends()
-        self._loop.add_reader(self._init.fileno(), self._on_init)
-        self._loop.add_reader(self._sync.fileno(), self._on_sync)
-        self._loop.add_reader(self._log_fd, self._on_log)
+        self._handlers = {
+            self._init.fileno(): self._on_init,
+            self._sync.fileno(): self._on_sync,
+            self._log_fd: self._on_log,
+        }
+        for fd in self._handlers:
+            self._epoll.register(fd, select.EPOLLIN)
         if self._unsent:
-            self._loop.add_writer(self._init.fileno(), self._send)
+            self._epoll.modify(self._init.fileno(), select.EPOLLIN | select.EPOLLOUT)
 
     def close_child_ends(self) -> None:
         """Close the ends that were for nsexec."""
         for end in self._child_ends:
             os.close(end) if isinstance(end, int) else end.close()
         self._child_ends.clear()
+
+    def on_readable(self) -> None:
+        """Read what has come, send what has room."""
+        for fd, events in self._epoll.poll(0):
+            if events & select.EPOLLOUT:
+                self._send()
+            if events & ~select.EPOLLOUT and fd in self._handlers:
+                self._handlers[fd]()
+
+    async def follow(self, waits: Waits, reached: Callable[[], bool], seconds: float | None) -> bool:
+        """Drive the channel until a state is reached; False when that takes longer than `seconds`."""
+        deadline = Deadline(seconds)
+        while not reached():
+            if not await waits.readable(self.fileno(), seconds=deadline.left):
+                return False
+            self.on_readable()
+        return True
 
     def _send(self) -> None:
         try:
@@ -112,38 +131,38 @@ class SetupChannel:
             return
         except OSError:  # it is gone; the sync socket tells why
             self._unsent = memoryview(b"")
-        if not self._unsent:
-            self._loop.remove_writer(self._init.fileno())
+        if not self._unsent and self._init.fileno() in self._handlers:
+            self._epoll.modify(self._init.fileno(), select.EPOLLIN)
 
     def _on_init(self) -> None:
         """Messages as they were sent: those with descriptors are not merged (unix(7)).  Two are expected at most."""
-        for _ in range(4):  # and whoever sends more must not keep the loop from others
+        for _ in range(INIT_MESSAGES):
             data, fds, sender = _receive(self._init, 256)
             if data is None:
                 return
             if data and sender in self._makers and len(fds) == 1:
-                self._made(_object(data), fds)
+                self._on_announcement(_object(data), fds)
             for fd in fds:
                 os.close(fd)
             if not data or self.pidfd >= 0:
-                self._loop.remove_reader(self._init.fileno())
+                self._forget(self._init.fileno())
                 return
 
-    def _made(self, found: dict[str, object], fds: list[int]) -> None:
-        """A maker's news: who was made last, and its pidfd, which is taken out of `fds`."""
+    def _on_announcement(self, found: dict[str, object], fds: list[int]) -> None:
+        """Note who was made last; its pidfd is taken out of `fds`."""
         stage1, stage2 = found.get("stage1_pid"), found.get("stage2_pid")
         if not isinstance(stage1, int) or not isinstance(stage2, int) or stage1 < 0 or stage2 < 0:
             return
         if stage2 > 0:
             self.pidfd = fds.pop()
-        elif stage1 > 0 and self._pidfd1 < 0:
-            self._pidfd1 = fds.pop()
+        elif stage1 > 0 and self.stage1_pidfd < 0:
+            self.stage1_pidfd = fds.pop()
             self._makers.add(stage1)
         else:
             return
         if self._killed:
-            self.kill_stages()
-        self._pids(stage1, stage2)
+            self.kill()
+        self._announced(stage1, stage2)
 
     def _on_sync(self) -> None:
         try:
@@ -152,34 +171,30 @@ class SetupChannel:
             return
         except OSError:
             packet = b""
-        if packet:
-            found = _object(packet)
-            steps = {"procReady": self.ready, "procHooks": self.at_hooks, "procRun": self.running}
-            step = steps.get(_text(found.get("type")))
-            if step is not None:
-                self._settle()
-                if not step.done():
-                    step.set_result(None)
-            elif found.get("type") == "procError" and self.error is None:
-                where, path, why = (_text(found.get(key)) for key in ("step", "path", "why"))
-                errno = found.get("errno")
-                self.error = launch_error(where, path, errno if isinstance(errno, int) else 0, why)
-            return
-        self._loop.remove_reader(self._sync.fileno())
-        self._settle()
-        if not self.ended.done():
-            self.ended.set_result(None)
-
-    def _settle(self) -> None:
-        """Read what was sent before the packet just seen: the loop may not have got to it."""
-        if self.pidfd < 0:
+        # What was sent before it may not have been read yet.
+        if self.pidfd < 0 and self._init.fileno() in self._handlers:
             self._on_init()
+        self._on_console()
+        self._on_log()
+        if not packet:
+            self._forget(self._sync.fileno())
+            self.ended = True
+            return
+        found = _object(packet)
+        kind = found.get("type")
+        if kind == "procReady":
+            self.ready = True
+        elif kind == "procHooks":
+            self.at_hooks = True
+        elif kind == "procError" and self.error is None:
+            self.error = report_error(found)
+
+    def _on_console(self) -> None:
         if self._console is not None and self.console < 0:
             _, fds, _ = _receive(self._console, 16)
             self.console = fds.pop(0) if fds else -1
             for fd in fds:
                 os.close(fd)
-        self._on_log()
 
     def _on_log(self) -> None:
         if self._log_fd < 0:
@@ -202,19 +217,23 @@ class SetupChannel:
 
     def _close_log(self) -> None:
         if self._log_fd >= 0:
-            self._loop.remove_reader(self._log_fd)
+            self._forget(self._log_fd)
             os.close(self._log_fd)
             self._log_fd = -1
 
-    def kill_stages(self) -> None:
+    def _forget(self, fd: int) -> None:
+        if self._handlers.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def kill(self) -> None:
         """Kill stages 1 and 2, now or as soon as they are known."""
         self._killed = True
-        for pidfd in (self._pidfd1, self.pidfd):
+        for pidfd in (self.stage1_pidfd, self.pidfd):
             if pidfd >= 0:
                 kill(pidfd)
 
     def release_init(self) -> None:
-        """The agent's hooks have run; or the process is to be started, that has no fifo to wait on."""
+        """Tell the init that the runtime's hooks have run."""
         try:
             self._sync.send(b"1")
         except OSError:  # it is gone; `ended` tells
@@ -225,37 +244,38 @@ class SetupChannel:
         fd, self.console = self.console, -1
         return None if fd < 0 else fd
 
-    def close_setup(self) -> None:
-        """Close what is of no use once the process is ready: all but the sync socket and the pidfd."""
-        self._loop.remove_reader(self._init.fileno())
-        self._loop.remove_writer(self._init.fileno())
-        self._init.close()
-        if self._console is not None:
-            self._console.close()
-        self._close_log()
+    def take_pidfd(self) -> int:
+        """The process's pidfd, from now on the caller's."""
+        fd, self.pidfd = self.pidfd, -1
+        return fd
 
     def close(self) -> None:
         """Close everything.  Idempotent."""
         self.close_child_ends()
-        if self._sync.fileno() >= 0:
-            self._loop.remove_reader(self._sync.fileno())
-            self._sync.close()
-        if self._init.fileno() >= 0:
-            self.close_setup()
-        for fd in (self.pidfd, self._pidfd1, self.console):
+        self._close_log()
+        self._handlers.clear()
+        for end in (self._init, self._sync, self._console, self._epoll):
+            if end is not None:
+                end.close()
+        for fd in (self.pidfd, self.stage1_pidfd, self.console):
             if fd >= 0:
                 os.close(fd)
-        self.pidfd = self._pidfd1 = self.console = -1
-        for future in (self.at_hooks, self.ready, self.running, self.ended):
-            future.cancel()
+        self.pidfd = self.stage1_pidfd = self.console = -1
 
 
 def kill(pidfd: int) -> None:
-    """SIGKILL to a process that may be gone."""
+    """Send SIGKILL to a process that may be gone."""
     try:
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        signal.pidfd_send_signal(pidfd, SIGKILL)
     except ProcessLookupError:
         pass
+
+
+def report_error(found: dict[str, object]) -> LaunchError:
+    """Make the error of a procError packet."""
+    where, path, why = (_text(found.get(key)) for key in ("step", "path", "why"))
+    errno = found.get("errno")
+    return launch_error(where, path, errno if isinstance(errno, int) else 0, why)
 
 
 def _receive(sock: socket.socket, size: int) -> tuple[bytes | None, list[int], int]:
@@ -267,20 +287,22 @@ def _receive(sock: socket.socket, size: int) -> tuple[bytes | None, list[int], i
         return None, [], 0
     except OSError:
         return b"", [], 0
-    fds, sender = array.array("i"), 0
+    fds: list[int] = []
+    sender = 0
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(payload[: len(payload) - len(payload) % INT_SIZE])
+            whole = len(payload) - len(payload) % INT_SIZE
+            fds += [int.from_bytes(payload[at : at + INT_SIZE], sys.byteorder) for at in range(0, whole, INT_SIZE)]
         elif level == socket.SOL_SOCKET and kind == SCM_CREDENTIALS:
             sender = int.from_bytes(payload[:INT_SIZE], sys.byteorder)
-    return data, list(fds), sender
+    return data, fds, sender
 
 
 def _object(data: bytes) -> dict[str, object]:
     """A JSON object, empty if it is not one.  Bytes of file names that are not UTF-8 survive."""
     try:
-        found = json.loads(data.decode("utf-8", "surrogateescape"))
-    except ValueError:
+        found = loads(data.decode("utf-8", "surrogateescape"))
+    except JsonError:
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -7,9 +7,7 @@ ENOSYS for "use the old one", and EPERM for a failure.
 
 from __future__ import annotations
 
-import asyncio
 import os
-from collections import OrderedDict
 from struct import pack
 
 from caisson.agent.libcontainer.config.reader import SpecError
@@ -19,8 +17,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     import ctypes
 
+    from caisson.agent.libcontainer.waits import Waits
+
 LIBRARY = "libseccomp.so.2"
-KEPT = 32
+MAX_PROGRAMS = 32
 ENOSYS = 38
 INSTRUCTIONS_MAX = 4096  # BPF_MAXINSNS
 
@@ -38,22 +38,21 @@ X32_BIT = 0x40000000
 class Filters:
     """Compiles profiles, and keeps the last programs: that takes up to 20 ms, and containers have the same ones."""
 
-    def __init__(self) -> None:
-        self._kept: OrderedDict[Seccomp, bytes] = OrderedDict()
+    def __init__(self, waits: Waits) -> None:
+        self._waits = waits
+        self._kept: dict[Seccomp, bytes] = {}
 
     async def program(self, profile: Seccomp) -> bytes:
         """The filter's flags (32 bits) and instructions.  Raises SpecError.
 
         Compiled in a thread: nobody else has to wait.
         """
-        found = self._kept.get(profile)
+        found = self._kept.pop(profile, None)
         if found is None:
-            found = await asyncio.to_thread(_program, profile)
-            self._kept[profile] = found
-            if len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
-        else:
-            self._kept.move_to_end(profile)
+            found = await self._waits.work(lambda: _program(profile))
+            if len(self._kept) >= MAX_PROGRAMS:
+                del self._kept[next(iter(self._kept))]
+        self._kept[profile] = found  # at the end: the oldest go first
         return found
 
 

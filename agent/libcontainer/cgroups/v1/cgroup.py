@@ -7,90 +7,116 @@ Hierarchies without a controller (name=systemd) limit nothing, and are left alon
 
 from __future__ import annotations
 
-import asyncio
 import os
 
 from caisson.agent.libcontainer.cgroups import files
 from caisson.agent.libcontainer.cgroups.base import (
     DELETE_TRIES,
-    FREEZE_SECONDS,
+    FREEZE_TIMEOUT,
     WHERE,
     Cgroup,
     CgroupError,
     Hierarchy,
+    check_unused,
+    own_cgroups,
     parts_of,
     signal_pid,
 )
 from caisson.agent.libcontainer.cgroups.v1 import devices as v1_devices
 from caisson.agent.libcontainer.cgroups.v1.ancestors import chain, fill_cpuset, raise_realtime, widen_cpuset
 from caisson.agent.libcontainer.cgroups.v1.settings import settings
+from caisson.agent.libcontainer.waits import wait_until
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from caisson.agent.libcontainer.cgroups.base import Setting
-    from caisson.agent.libcontainer.cgroups.events import EventFdNotifier
+    from caisson.agent.libcontainer.cgroups.events import OomWatch
     from caisson.agent.libcontainer.cgroups.stats import CgroupStats
     from caisson.agent.libcontainer.config.resources import DeviceRule, Resources
+    from caisson.agent.libcontainer.waits import Waits
 
 #: What is among the options of a hierarchy's superblock and is no controller.
 FLAGS = frozenset(("rw", "ro", "none", "noprefix", "xattr", "clone_children", "cpuset_v2_mode", "favordynmods"))
 
 #: The one that stands for all, if it is there: it is the freezer in which processes are counted while nobody forks.
 FIRST = ("freezer", "pids", "memory", "cpu", "devices")
-KILL_ROUNDS = 50
+MAX_KILL_ROUNDS = 50
+NAME = "name="  # of a hierarchy without a controller
+KILL_FREEZE_TIMEOUT = 0.2
 
 
 class CgroupV1(Hierarchy):
     """The cgroup v1 hierarchies of this machine: mount points by their controllers ("cpu,cpuacct")."""
 
-    def __init__(self, roots: Mapping[str, str], parent: str = "") -> None:
+    def __init__(self, roots: Mapping[str, str], parent: str = "", waits: Waits | None = None) -> None:
         self.roots = roots
         self._parent = parent
+        self._waits = waits
         self._made: set[str] = set()  # directories that go with the last cgroup in them
 
     @classmethod
-    def find(cls, parent: str = "", mountinfo: str = "/proc/self/mountinfo") -> CgroupV1 | None:
-        """Where hierarchies with controllers are mounted; None if none is.
+    def find(
+        cls,
+        parent: str = "",
+        mountinfo: str = "/proc/self/mountinfo",
+        waits: Waits | None = None,
+        *,
+        every: bool = False,
+    ) -> CgroupV1 | None:
+        """Find where hierarchies with controllers are mounted; None if none is.
 
-        All cgroups are made below the cgroup `parent`, which is made with the first and goes with the last.
+        With `every` those without controllers count, too: "name=systemd", and "" for version 2 of a hybrid host.  All
+        cgroups are made below the cgroup `parent`, which is made with the first and goes with the last.
         """
         roots: dict[str, str] = {}
         with open(mountinfo, encoding="utf-8", errors="surrogateescape") as lines:  # noqa: PTH123 - no pathlib at start
             for line in lines:
                 before, _, after = line.rstrip("\n").partition(" - ")
+                place = before.split(" ")[4].encode().decode("unicode_escape") if " " in before else ""
+                if every and after.startswith("cgroup2 "):
+                    roots.setdefault("", place)
                 if not after.startswith("cgroup "):
                     continue
                 options = after.split(" ")[-1].split(",")
                 name = ",".join(option for option in options if option not in FLAGS and "=" not in option)
+                if not name and every:
+                    name = next((option for option in options if option.startswith(NAME)), "")
                 if name:
-                    roots.setdefault(name, before.split(" ")[4].encode().decode("unicode_escape"))
-        return cls(roots, parent) if roots else None
+                    roots.setdefault(name, place)
+        return cls(roots, parent, waits) if any(name and not name.startswith(NAME) for name in roots) else None
 
-    def create(self, path: str) -> CgroupOfV1:
+    def create(self, path: str, *, below_own: bool = False) -> CgroupOfV1:
         """Make the cgroup `path` (as in linux.cgroupsPath, below the parent) in every hierarchy.
 
         Raises CgroupError, also if it is in use.
         """
-        parts = [*(part for part in self._parent.split("/") if part), *parts_of(path)]
+        parts = parts_of(path)
+        own = own_cgroups() if below_own else {}
         made: list[str] = []
         directories = {}
         try:
             for name, root in self.roots.items():
-                directories[name] = _make(root, parts, made, fill_cpuset if "cpuset" in name.split(",") else None)
-            cgroup = CgroupOfV1(directories, self.roots, self._made)
-            for name, directory in directories.items():
-                if files.pids_in(directory):
-                    raise CgroupError(f"cgroup {path}: has processes in it already ({name})")
+                parent = own.get(name, "") if below_own else self._parent
+                whole = [*(part for part in parent.split("/") if part), *parts]
+                directories[name] = _make(root, whole, made, fill_cpuset if "cpuset" in name.split(",") else None)
+            cgroup = CgroupOfV1(directories, self.roots, self._made, self._waits)
+            for directory in directories.values():
+                check_unused(path, files.pids_in(directory), frozen=cgroup.frozen)
         except OSError as e:
             files.remove_all(made)
-            raise CgroupError(f"cgroup {path}: {e.filename}: {e.strerror}") from e
+            raise CgroupError(f"cgroup {path}: {e.filename}: {(e.strerror or '').lower()}") from e
         except CgroupError:
             files.remove_all(made)
             raise
-        self._made.update(made)
+        if not below_own:
+            self._made.update(made)
         return cgroup
+
+    def open(self, paths: Mapping[str, str]) -> CgroupOfV1:
+        """Open the cgroup with these directories, which may be gone."""
+        return CgroupOfV1(paths, self.roots, set(), self._waits)
 
 
 def _make(root: str, parts: list[str], made: list[str], fill: Callable[[str, str], None] | None) -> str:
@@ -113,15 +139,16 @@ class CgroupOfV1(Cgroup):
 
     fd = -1
 
-    def __init__(self, directories: Mapping[str, str], roots: Mapping[str, str], made: set[str]) -> None:
-        super().__init__()
+    def __init__(
+        self, directories: Mapping[str, str], roots: Mapping[str, str], made: set[str], waits: Waits | None = None
+    ) -> None:
+        super().__init__(waits)
         self._directories = {controller: path for name, path in directories.items() for controller in name.split(",")}
         self._roots = {controller: path for name, path in roots.items() for controller in name.split(",")}
         self._paths = dict(directories)
         self._made = made
         first = next((name for name in FIRST if name in self._directories), next(iter(self._directories)))
         self.path = self._directories[first]
-        self._oom: EventFdNotifier | None = None
 
     @property
     def paths(self) -> Mapping[str, str]:
@@ -138,7 +165,7 @@ class CgroupOfV1(Cgroup):
         return None if directory is None else f"{directory}/{name}"
 
     def controllers(self) -> frozenset[str]:
-        return frozenset(self._directories)
+        return frozenset(name for name in self._directories if name and not name.startswith(NAME))
 
     def settings(self, resources: Resources) -> Iterable[Setting]:
         for setting in settings(resources, self.read):
@@ -158,13 +185,13 @@ class CgroupOfV1(Cgroup):
         """Stop everything in it; asked for again and again, because who forks meanwhile escapes the kernel's list."""
         if "freezer" not in self._directories:
             raise CgroupError(f"cgroup {self.path}: the cgroup controller 'freezer' is not available here")
-        if not await self._freezer("FROZEN", FREEZE_SECONDS):
+        if not await self._freezer("FROZEN", FREEZE_TIMEOUT):
             self._write_freezer("THAWED")
-            raise CgroupError(f"cgroup {self.path}: did not freeze within {FREEZE_SECONDS:g} s")
+            raise CgroupError(f"cgroup {self.path}: did not freeze within {FREEZE_TIMEOUT:g} s")
 
     async def thaw(self) -> None:
         if "freezer" in self._directories:
-            await self._freezer("THAWED", FREEZE_SECONDS)
+            await self._freezer("THAWED", FREEZE_TIMEOUT)
 
     @property
     def frozen(self) -> bool:
@@ -176,7 +203,7 @@ class CgroupOfV1(Cgroup):
             self._write_freezer(state)
             return (self.read("freezer.state") or "").strip() == state
 
-        return await self._wait(reached, seconds)
+        return await wait_until(reached, seconds, self._waits)
 
     def _write_freezer(self, state: str) -> None:
         path = self.file("freezer.state")
@@ -190,11 +217,11 @@ class CgroupOfV1(Cgroup):
     async def kill(self) -> None:
         """SIGKILL to everything in it: while it is frozen, so that nobody forks away, and then it is thawed to die."""
         frozen = False
-        for _ in range(KILL_ROUNDS):
+        for _ in range(MAX_KILL_ROUNDS):
             if not os.path.isdir(self.path) or not self.pids():  # noqa: PTH112 - no pathlib at start
                 break
             if "freezer" in self._directories:
-                frozen = await self._freezer("FROZEN", 0.2)
+                frozen = await self._freezer("FROZEN", KILL_FREEZE_TIMEOUT)
             for pid in self.pids():
                 try:
                     signal_pid(pid, 9)
@@ -204,7 +231,7 @@ class CgroupOfV1(Cgroup):
                 self._write_freezer("THAWED")
             if frozen:
                 break
-            await asyncio.sleep(0.005)
+            await self._waits.sleep(0.005)
         if "freezer" in self._directories and os.path.isdir(self.path):  # noqa: PTH112
             self._write_freezer("THAWED")
 
@@ -222,7 +249,7 @@ class CgroupOfV1(Cgroup):
                 break
             if attempt == DELETE_TRIES - 1:
                 raise CgroupError(f"cgroup {next(iter(left.values()))}: cannot be removed: there are processes in it")
-            await asyncio.sleep(pause)
+            await self._waits.sleep(pause)
             pause *= 2
         self.close()
         for path in self._paths.values():
@@ -273,17 +300,17 @@ class CgroupOfV1(Cgroup):
         return v1_stats.read(self._directories, lambda: len(self.pids()))
 
     def oom_kills(self) -> int:
-        from caisson.agent.libcontainer.cgroups.events import kills
+        from caisson.agent.libcontainer.cgroups.events import oom_kills
         from caisson.agent.libcontainer.cgroups.stats import Directory
 
-        return kills(Directory(self._directories.get("memory")), "memory.oom_control")
+        return oom_kills(Directory(self._directories.get("memory")), "memory.oom_control")
 
-    def watch_oom(self, killed: Callable[[], object]) -> None:
+    def oom_watch(self, killed: Callable[[], object]) -> OomWatch | None:
         from caisson.agent.libcontainer.cgroups.events import EventFdNotifier, OomCounter
 
         directory = self._directories.get("memory")
         if directory is None or not os.path.exists(f"{directory}/memory.oom_control"):  # noqa: PTH110
-            return
+            return None
         counter = OomCounter(self.oom_kills, killed)
 
         def look() -> bool:
@@ -293,11 +320,6 @@ class CgroupOfV1(Cgroup):
             return counter.look()
 
         try:
-            self._oom = EventFdNotifier(directory, look)
+            return EventFdNotifier(directory, look)
         except OSError as e:
             raise CgroupError(f"cgroup {directory}: memory.oom_control: {e.strerror}") from e
-
-    def close(self) -> None:
-        if self._oom is not None:
-            self._oom.close()
-            self._oom = None

@@ -6,40 +6,46 @@ the directory descriptor that `Cgroup.fd` is.
 
 from __future__ import annotations
 
-import asyncio
 import os
 
 from caisson.agent.libcontainer.cgroups import files
 from caisson.agent.libcontainer.cgroups.base import (
     DELETE_TRIES,
-    FREEZE_SECONDS,
+    FREEZE_TIMEOUT,
     Cgroup,
     CgroupError,
     Hierarchy,
+    check_unused,
+    own_cgroups,
     parts_of,
 )
+from caisson.agent.libcontainer.waits import Deadline
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from caisson.agent.libcontainer.cgroups.base import Setting
-    from caisson.agent.libcontainer.cgroups.events import FileWatch
+    from caisson.agent.libcontainer.cgroups.events import OomWatch
     from caisson.agent.libcontainer.cgroups.stats import CgroupStats
     from caisson.agent.libcontainer.config.resources import DeviceRule, Resources
+    from caisson.agent.libcontainer.waits import Waits
 
 
 class CgroupV2(Hierarchy):
     """The cgroup v2 hierarchy of this machine."""
 
-    def __init__(self, root: str, parent: str = "") -> None:
+    def __init__(self, root: str, parent: str = "", waits: Waits | None = None) -> None:
         self.root = root
         self._parent = parent
+        self._waits = waits
         self._made: set[str] = set()  # directories that go with the last cgroup in them
 
     @classmethod
-    def find(cls, parent: str = "", mountinfo: str = "/proc/self/mountinfo") -> CgroupV2 | None:
-        """Where cgroup2 is mounted; None if it is not.  On a hybrid host that is /sys/fs/cgroup/unified.
+    def find(
+        cls, parent: str = "", mountinfo: str = "/proc/self/mountinfo", waits: Waits | None = None
+    ) -> CgroupV2 | None:
+        """Find where cgroup2 is mounted; None if it is not.  On a hybrid host that is /sys/fs/cgroup/unified.
 
         All cgroups are made below the cgroup `parent`, which is made with the first and goes with the last.
         """
@@ -47,19 +53,20 @@ class CgroupV2(Hierarchy):
             for line in lines:
                 before, _, after = line.partition(" - ")
                 if after.startswith("cgroup2 "):
-                    return cls(before.split(" ")[4].encode().decode("unicode_escape"), parent)
+                    return cls(before.split(" ")[4].encode().decode("unicode_escape"), parent, waits)
         return None
 
-    def create(self, path: str) -> CgroupOfV2:
+    def create(self, path: str, *, below_own: bool = False) -> CgroupOfV2:
         """Make the cgroup `path` (as in linux.cgroupsPath, below the parent) with all controllers that there are.
 
         Raises CgroupError, also if it is in use.
         """
         parts = parts_of(path)
+        parent = own_cgroups().get("", "") if below_own else self._parent
         at = self.root
         made: list[str] = []
         try:
-            for part in [*self._parent.split("/"), *parts] if self._parent else parts:
+            for part in [*(part for part in parent.split("/") if part), *parts]:
                 _enable_controllers(at)
                 at = f"{at}/{part}"
                 try:
@@ -67,30 +74,39 @@ class CgroupV2(Hierarchy):
                     made.append(at)
                 except FileExistsError:
                     pass
-            cgroup = CgroupOfV2(at, self._made)
+            cgroup = CgroupOfV2(at, self._made, self._waits)
         except OSError as e:
             files.remove_all(made)
-            raise CgroupError(f"cgroup {path}: {e.strerror}") from e
-        if cgroup.pids():
+            raise CgroupError(f"cgroup {path}: {(e.strerror or '').lower()}") from e
+        try:
+            check_unused(path, cgroup.pids(), frozen=cgroup.frozen)
+        except CgroupError:
             cgroup.close()
-            raise CgroupError(f"cgroup {path}: has processes in it already")
-        self._made.update(made)
+            files.remove_all(made)
+            raise
+        if not below_own:
+            self._made.update(made)
         return cgroup
+
+    def open(self, paths: Mapping[str, str]) -> CgroupOfV2:
+        """Open the cgroup with these directories, which may be gone."""
+        return CgroupOfV2(paths[""], set(), self._waits)
 
 
 class CgroupOfV2(Cgroup):
-    """One cgroup.  `fd` is its directory, for clone3(CLONE_INTO_CGROUP).
+    """One cgroup.  `fd` is its directory, for clone3(CLONE_INTO_CGROUP); -1 if it is gone.
 
     `made` are directories around it that were made for it and its like: they go with the last.
     """
 
-    def __init__(self, path: str, made: set[str]) -> None:
-        super().__init__()
+    def __init__(self, path: str, made: set[str], waits: Waits | None = None) -> None:
+        super().__init__(waits)
         self.path = path
         self._made = made
-        self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._device_program = -1
-        self._changes: FileWatch | None = None
+        try:
+            self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            self.fd = -1
 
     @property
     def paths(self) -> Mapping[str, str]:
@@ -130,20 +146,18 @@ class CgroupOfV2(Cgroup):
     async def _freezer(self, value: str) -> None:
         from caisson.agent.libcontainer.cgroups.events import FileWatch
 
-        changed = asyncio.Event()
+        deadline = Deadline(FREEZE_TIMEOUT)
         try:
-            changes = FileWatch(self.file("cgroup.events"), changed.set)
+            watch = FileWatch(self.file("cgroup.events"), lambda: None)
             try:
                 files.write(self.file("cgroup.freeze"), value)
-                async with asyncio.timeout(FREEZE_SECONDS):
-                    while self.frozen != (value == "1"):
-                        await changed.wait()
-                        changed.clear()
-            except TimeoutError:
-                files.write(self.file("cgroup.freeze"), "0")
-                raise CgroupError(f"cgroup {self.path}: did not freeze within {FREEZE_SECONDS:g} s") from None
+                while self.frozen != (value == "1"):
+                    if watch.fileno() < 0 or not await self._waits.readable(watch.fileno(), seconds=deadline.left):
+                        files.write(self.file("cgroup.freeze"), "0")
+                        raise CgroupError(f"cgroup {self.path}: did not freeze within {FREEZE_TIMEOUT:g} s")
+                    watch.on_readable()
             finally:
-                changes.close()
+                watch.close()
         except OSError as e:
             raise CgroupError(f"cgroup {self.path}: freezer: {e.strerror}") from e
 
@@ -157,7 +171,7 @@ class CgroupOfV2(Cgroup):
                 raise CgroupError(f"cgroup {self.path}: cannot be removed: {e.strerror}") from e
             if attempt == DELETE_TRIES - 1:
                 raise CgroupError(f"cgroup {self.path}: cannot be removed: there are processes in it")
-            await asyncio.sleep(pause)
+            await self._waits.sleep(pause)
             pause *= 2
         self.close()
         self._made.discard(self.path)
@@ -169,41 +183,34 @@ class CgroupOfV2(Cgroup):
         return v2_stats.read(self.path, lambda: len(self.pids()))
 
     def oom_kills(self) -> int:
-        from caisson.agent.libcontainer.cgroups.events import kills
+        from caisson.agent.libcontainer.cgroups.events import oom_kills
         from caisson.agent.libcontainer.cgroups.stats import Directory
 
-        return kills(Directory(self.path), "memory.events")
+        return oom_kills(Directory(self.path), "memory.events")
 
-    def watch_oom(self, killed: Callable[[], object]) -> None:
+    def oom_watch(self, killed: Callable[[], object]) -> OomWatch | None:
         from caisson.agent.libcontainer.cgroups.events import FileWatch, OomCounter
 
         try:
-            self._changes = FileWatch(self.file("memory.events"), OomCounter(self.oom_kills, killed).look)
+            return FileWatch(self.file("memory.events"), OomCounter(self.oom_kills, killed).look)
         except FileNotFoundError:
-            return
+            return None
         except OSError as e:
             raise CgroupError(f"cgroup {self.path}: memory.events: {e.strerror}") from e
 
     def close(self) -> None:
-        if self._changes is not None:
-            self._changes.close()
-            self._changes = None
-        for fd in (self.fd, self._device_program):
-            if fd >= 0:
-                os.close(fd)
-        self.fd = self._device_program = -1
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
     def allow_devices(self, rules: tuple[DeviceRule, ...]) -> None:
-        """One program takes the place of the other: there is no moment without rules."""
-        from caisson.agent.libcontainer.cgroups import device_program as devices
+        """Replace one program by another: there is no moment without rules."""
+        from caisson.agent.libcontainer.cgroups import device_program
 
         try:
-            program = devices.attach(self.fd, rules, self._device_program)
+            device_program.attach(self.fd, rules)
         except OSError as e:
             raise CgroupError(f"linux.resources.devices: eBPF device program: {e.strerror}") from e
-        if self._device_program >= 0:
-            os.close(self._device_program)
-        self._device_program = program
 
     def _memory_in_use(self) -> tuple[int, int]:
         return int(self.read("memory.current") or 0), int(self.read("memory.swap.current") or 0)

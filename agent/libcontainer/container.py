@@ -1,0 +1,433 @@
+"""A container as its state directory, its cgroup and /proc say: nothing of it is known in memory alone.
+
+What one process has created another may start, a third exec into, and any other pause, update, kill and delete; one
+that is killed half-way leaves what the next can remove.  Commands that change a container hold a lock on its directory.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+from caisson.agent.base.json import dumps
+from caisson.agent.base.record import Record
+from caisson.agent.libcontainer import state as files
+from caisson.agent.libcontainer.config.reader import SpecError
+from caisson.agent.libcontainer.config.resources import Resources, merge
+from caisson.agent.libcontainer.config.spec import Hooks, Spec
+from caisson.agent.libcontainer.errors import LaunchError
+from caisson.agent.libcontainer.process import gate
+from caisson.agent.libcontainer.process.procstat import ProcessStat
+from caisson.agent.libcontainer.state import State
+from caisson.agent.libcontainer.waits import wait_until
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import signal
+    from collections.abc import Callable, Iterable, Mapping
+
+    from caisson.agent.libcontainer.cgroups import Cgroup, Hierarchy
+    from caisson.agent.libcontainer.config.spec import Hook, Process
+    from caisson.agent.libcontainer.process.launcher import Launch, Launched, ProcessLauncher
+    from caisson.agent.libcontainer.waits import Waits
+else:
+    import _signal as signal
+
+CONFIG, FILTER, GATE = "config.json", "seccomp", "exec.fifo"
+CREATED, RUNNING, PAUSED, STOPPED = "created", "running", "paused", "stopped"
+SIGKILL = 9
+KILL_TIMEOUT = 10.0  # seconds for what was killed to be gone
+DIRECTORY_MODE = 0o711
+
+
+class ContainerError(Exception):
+    """What a container is not in a state for; str() is the message that callers of runc match."""
+
+
+class DoesNotExist(ContainerError):
+    """There is no such container."""
+
+    def __init__(self) -> None:
+        super().__init__("container does not exist")
+
+
+class Runtime(Record):
+    """What containers are run with: where their state is, and who starts processes, waits and has the cgroups."""
+
+    root: str
+    waits: Waits
+    launcher: Callable[[], ProcessLauncher]
+    hierarchy: Callable[[], Hierarchy | None]
+    warn: Callable[[str], object]
+
+
+class Container:
+    """One container.  Its methods that wait are coroutines over the runtime's waits (waits.py)."""
+
+    def __init__(self, runtime: Runtime, directory: str, state: State, spec: Spec | None = None) -> None:
+        self._runtime = runtime
+        self.directory = directory
+        self.state = state
+        self._spec = spec
+        self._cgroup: Cgroup | None = None
+
+    @classmethod
+    def load(cls, runtime: Runtime, container_id: str) -> Container:
+        """Find a container by its id.  Raises DoesNotExist, or SpecError for a state that cannot be read."""
+        directory = f"{runtime.root}/{files.check_id(container_id)}"
+        try:
+            state = State.load(directory)
+        except FileNotFoundError:
+            raise DoesNotExist from None
+        if state.init_process_pid < 0:
+            raise DoesNotExist
+        return cls(runtime, directory, state)
+
+    @property
+    def id(self) -> str:
+        """Its id."""
+        return self.state.id
+
+    @property
+    def spec(self) -> Spec:
+        """Its configuration, as it was created.  Raises SpecError."""
+        if self._spec is None:
+            self._spec = Spec.from_json(files.read_json(f"{self.directory}/{CONFIG}"))
+        return self._spec
+
+    @property
+    def gate(self) -> str:
+        """The file at which it waits to be started (process/gate.py)."""
+        return f"{self.directory}/{GATE}"
+
+    @property
+    def cgroup(self) -> Cgroup | None:
+        """Its cgroup; None without cgroups."""
+        if self._cgroup is None and self.state.cgroup_paths:
+            hierarchy = self._runtime.hierarchy()
+            self._cgroup = None if hierarchy is None else hierarchy.open(self.state.cgroup_paths)
+        return self._cgroup
+
+    def stat(self) -> ProcessStat | None:
+        """Its first process, if that is alive: one that has its pid by accident is not."""
+        found = ProcessStat.read(self.state.init_process_pid) if self.state.init_process_pid > 0 else None
+        if found is None or not found.alive or found.start_time != self.state.init_process_start:
+            return None
+        return found
+
+    @property
+    def status(self) -> str:
+        """created, running, paused or stopped."""
+        found = self.stat()
+        if found is None:
+            return STOPPED
+        if self.cgroup is not None and self.cgroup.frozen:
+            return PAUSED
+        return RUNNING if found.executed else CREATED
+
+    def pidfd(self) -> int:
+        """Open a pidfd of its first process.  Raises ContainerError if that has ended."""
+        try:
+            pidfd = os.pidfd_open(self.state.init_process_pid)
+        except (ProcessLookupError, ValueError, OSError):
+            raise ContainerError("container not running") from None
+        if self.stat() is None:  # looked at after it was opened: the pid was not another's at that time
+            os.close(pidfd)
+            raise ContainerError("container not running")
+        return pidfd
+
+    # --- create and start ---
+
+    @classmethod
+    async def create(
+        cls,
+        runtime: Runtime,
+        container_id: str,
+        spec: Spec,
+        launch: Launch,
+        *,
+        document: Mapping[str, object],
+        bundle: str,
+        rootfs: str,
+        cgroup: Cgroup | None,
+        join: Mapping[str, str] = {},
+        procfs: str | None = None,
+        rootless: bool = False,
+    ) -> tuple[Container, Launched]:
+        """Make a container in its directory, which is there and empty, up to where its program waits to be started.
+
+        `document` is the configuration that `spec` was read from.  On failure nothing is left but the directory and the
+        cgroup, which are the caller's.  Raises SpecError, CgroupError or LaunchError.
+        """
+        directory = f"{runtime.root}/{container_id}"
+        linux = document.get("linux")
+        limits = linux.get("resources") if isinstance(linux, dict) else None
+        state = State(
+            id=container_id,
+            init_process_pid=-1,
+            init_process_start=0,
+            created=_now(),
+            cgroup_paths={} if cgroup is None else cgroup.by_controller,
+            labels=spec.annotations,
+            oci_version=spec.oci_version,
+            bundle=bundle,
+            rootfs=rootfs,
+            joined=join,
+            resources=limits if isinstance(limits, dict) else {},
+            rootless=rootless,
+        )
+        container = cls(runtime, directory, state, spec)
+        container._cgroup = cgroup
+        files.write_whole(f"{directory}/{CONFIG}", dumps(document))
+        state.save(directory)
+        launcher = runtime.launcher()
+        filter = await launcher.filter(spec.linux.seccomp)
+        if filter:
+            with open(f"{directory}/{FILTER}", "wb") as file:  # noqa: PTH123 - no pathlib at start
+                file.write(filter)
+        launched = await launcher.create(
+            spec,
+            launch.but(announced=container._announced),
+            bundle=bundle,
+            rootfs=rootfs,
+            join=join,
+            start_gate=container.gate,
+            cgroups={} if cgroup is None else cgroup.paths,
+            procfs=procfs,
+            filter=filter,
+            hooks=None if spec.hooks == Hooks() else launcher.runtime_hooks(spec, container_id, bundle),
+        )
+        return container, launched
+
+    def _announced(self, pid: int) -> None:
+        """Save the pid while nsexec works on: whoever is to remove this container must find it."""
+        found = ProcessStat.read(pid)
+        self.state = self.state.but(init_process_pid=pid, init_process_start=0 if found is None else found.start_time)
+        self.state.save(self.directory)
+
+    async def start(self) -> None:
+        """Execute its program.  Raises ContainerError or LaunchError."""
+        status = self.status
+        if status == STOPPED:
+            raise ContainerError("cannot start a container that has stopped")
+        if status != CREATED:
+            raise ContainerError("cannot start an already running container")
+        await self._runtime.launcher().start(self.gate, self.state.init_process_pid, self.spec.hooks)
+        if self.spec.hooks.poststart:
+            await self.run_hooks("poststart", self.spec.hooks.poststart, RUNNING)
+
+    async def run_hooks(self, point: str, hooks: Iterable[Hook], status: str) -> None:
+        """Run hooks in the runtime's namespaces.  Raises LaunchError at the first that fails."""
+        from caisson.agent.libcontainer.process.hooks import state
+
+        pid = self.state.init_process_pid if status != STOPPED else 0
+        document = state(self.id, self.state.bundle, self.state.labels, status, pid)
+        await self._runtime.launcher().hooks.run(point, hooks, document)
+
+    async def exec(self, process: Process, launch: Launch) -> Launched:
+        """Run one more process in it.  Raises ContainerError, SpecError or LaunchError."""
+        pidfd = self.pidfd()
+        try:
+            return await self._runtime.launcher().exec(
+                process,
+                launch,
+                spec=self.spec,
+                init_pid=self.state.init_process_pid,
+                pidfd=pidfd,
+                join=self.state.joined,
+                filter=self._filter(),
+            )
+        finally:
+            os.close(pidfd)
+
+    def _filter(self) -> bytes:
+        try:
+            with open(f"{self.directory}/{FILTER}", "rb") as file:  # noqa: PTH123 - no pathlib at start
+                return file.read()
+        except FileNotFoundError:
+            return b""
+
+    # --- signals and limits ---
+
+    @property
+    def has_own_pids(self) -> bool:
+        """Whether its pid namespace is its own, so that all in it end with the first process."""
+        return "pid" not in self.state.joined and any(
+            namespace.type == "pid" and not namespace.path for namespace in self.spec.linux.namespaces
+        )
+
+    async def kill(self, number: int, *, every: bool = False) -> None:
+        """Signal its first process, or all of them.  A paused one that is killed goes on to die.
+
+        Raises ContainerError, ProcessLookupError or OSError.
+        """
+        cgroup = self.cgroup
+        if cgroup is not None and (every or (number == SIGKILL and not self.has_own_pids)):
+            await self._signal_all(cgroup, number)
+            return
+        pidfd = self.pidfd()
+        try:
+            signal.pidfd_send_signal(pidfd, number)
+        finally:
+            os.close(pidfd)
+        if number == SIGKILL and cgroup is not None and cgroup.frozen:
+            await cgroup.thaw()
+
+    async def _signal_all(self, cgroup: Cgroup, number: int) -> None:
+        from caisson.agent.libcontainer.cgroups.base import signal_pid
+
+        if number == SIGKILL:
+            await cgroup.kill()
+            return
+        frozen = cgroup.frozen
+        if not frozen and cgroup.exists:
+            await cgroup.freeze()  # so that nobody forks away while the list is read
+        try:
+            for pid in cgroup.pids():
+                try:
+                    signal_pid(pid, number)
+                except ProcessLookupError:
+                    continue
+        finally:
+            if not frozen and cgroup.exists:
+                await cgroup.thaw()
+
+    async def pause(self) -> None:
+        """Freeze all processes.  Raises ContainerError or CgroupError."""
+        if self.status not in (RUNNING, CREATED):
+            raise ContainerError("container not running")
+        await self._needed_cgroup().freeze()
+
+    async def resume(self) -> None:
+        """Thaw all processes.  Raises ContainerError or CgroupError."""
+        if self.status != PAUSED:
+            raise ContainerError("container not paused")
+        await self._needed_cgroup().thaw()
+
+    async def update(self, changes: Mapping[str, object]) -> None:
+        """Change limits: those that `changes` (as linux.resources) gives, all or none.  They are kept in the state.
+
+        Raises ContainerError, SpecError or CgroupError.
+        """
+        if self.status == STOPPED:
+            raise ContainerError("container not running")
+        cgroup = self._needed_cgroup()
+        old = Resources.from_json(self.state.resources)
+        changed = Resources.from_json(changes)
+        cgroup.known_devices(old.devices)
+        await cgroup.update(old.updated(changed.but(devices=())))
+        merged = merge(self.state.resources, {key: value for key, value in changes.items() if key != "devices"})
+        self.state = self.state.but(resources=merged)
+        self.state.save(self.directory)
+
+    def _needed_cgroup(self) -> Cgroup:
+        if self.cgroup is None:
+            raise ContainerError("container has no cgroup")
+        return self.cgroup
+
+    def pids(self) -> list[int]:
+        """All its processes, by this namespace's numbers; without a cgroup the first alone."""
+        if self.cgroup is not None:
+            return sorted(self.cgroup.pids())
+        return [] if self.stat() is None else [self.state.init_process_pid]
+
+    # --- the end ---
+
+    async def delete(self, *, force: bool = False) -> None:
+        """Remove a container that has ended, or was not started; with `force` kill it first.
+
+        Raises ContainerError or CgroupError; it can be tried again then.
+        """
+        status = self.status
+        if status not in (STOPPED, CREATED) and not force:
+            raise ContainerError(f"cannot delete container {self.id} that is not stopped: {status}")
+        await self.destroy()
+        try:
+            hooks = self.spec.hooks.poststop
+        except (OSError, SpecError):  # half of a create
+            hooks = ()
+        for hook in hooks:
+            try:
+                await self.run_hooks("poststop", (hook,), STOPPED)
+            except LaunchError as error:
+                self._runtime.warn(str(error))
+        remove_directory(self.directory)
+
+    async def destroy(self) -> None:
+        """Kill what runs in it and remove its cgroup.  Raises ContainerError or CgroupError."""
+        cgroup = self.cgroup
+        try:
+            pidfd = self.pidfd()
+        except ContainerError:
+            pidfd = -1
+        if pidfd >= 0:
+            try:
+                try:
+                    signal.pidfd_send_signal(pidfd, SIGKILL)
+                except ProcessLookupError:
+                    pass
+                if cgroup is not None and cgroup.exists:
+                    await cgroup.kill()
+                if not await self._runtime.waits.readable(pidfd, seconds=KILL_TIMEOUT):
+                    raise ContainerError(f"container {self.id} could not be killed")
+            finally:
+                os.close(pidfd)
+        if cgroup is not None:
+            if cgroup.exists and cgroup.pids():
+                await cgroup.kill()
+                await wait_until(lambda: not cgroup.pids(), KILL_TIMEOUT, self._runtime.waits)
+            await cgroup.delete()
+
+
+class Lock:
+    """A lock on a container's directory, for a `with` block: who changes a container is alone with it."""
+
+    def __init__(self, directory: str) -> None:
+        """Raises DoesNotExist."""
+        import fcntl
+
+        self._fd = -1
+        while True:
+            try:
+                fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                raise DoesNotExist from None
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            try:
+                if os.path.samestat(os.stat(directory), os.fstat(fd)):  # noqa: PTH116 - no pathlib at start
+                    break
+            except FileNotFoundError:
+                pass
+            os.close(fd)  # of one that was removed meanwhile
+        self._fd = fd
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+
+def list_ids(root: str) -> list[str]:
+    """The ids of the containers below a root, in order; half-made ones are left out.  Raises OSError."""
+    names = sorted(os.listdir(root))  # noqa: PTH208 - no pathlib at start
+    return [name for name in names if os.path.exists(f"{root}/{name}/{files.FILE}")]  # noqa: PTH110
+
+
+def remove_directory(directory: str) -> None:
+    """Remove a container's directory and what a container has in it; fine if it is gone.  Raises OSError."""
+    for place, directories, names in os.walk(directory, topdown=False):
+        for name in names:
+            gate.remove(f"{place}/{name}")
+        for name in directories:
+            os.rmdir(f"{place}/{name}")  # noqa: PTH106 - no pathlib at start
+    try:
+        os.rmdir(directory)  # noqa: PTH106 - no pathlib at start
+    except FileNotFoundError:
+        pass
+
+
+def _now() -> str:
+    """This moment as RFC 3339 with nanoseconds, in UTC."""
+    seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{nanoseconds:09d}Z"

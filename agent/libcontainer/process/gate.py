@@ -1,0 +1,143 @@
+"""The start gate: the file at which a created init waits until somebody, in whatever process, starts it.
+
+A fifo: the init opens it for writing, which blocks until a starter opens it for reading; then it writes "0", and should
+it fail before its program is executed, the report of that (a procError packet).  The end of file is execve, or its end.
+
+Where others are in its pid namespace an init holds nothing that leads to the file: there it is a socket that listens,
+of which it has the descriptor alone, and the same is said on the connection.  Sources: fifo(7), unix(7).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from caisson.agent.base.json import JsonError, loads
+from caisson.agent.libcontainer.errors import LaunchError, reason
+from caisson.agent.libcontainer.process.channel import report_error
+from caisson.agent.libcontainer.process.procstat import ProcessStat
+from caisson.agent.libcontainer.waits import Deadline
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+
+    from caisson.agent.libcontainer.waits import Waits
+else:
+    import _socket as socket
+
+FIFO_MODE = 0o622  # an init that has become another user must be able to open it for writing
+REPORT_MAX = 16384
+GONE = "the container's init died before it was started"
+STARTED = "the container was started before"
+
+
+def make(path: str, *, in_company: bool) -> tuple[str, int]:
+    """Make the gate; return the name and the descriptor under which nsexec gets it.  Raises LaunchError."""
+    try:
+        return ("_CAISSON_START_SOCKET", _listen(path)) if in_company else ("_LIBCONTAINER_FIFOFD", _make_fifo(path))
+    except OSError as error:
+        raise LaunchError(
+            f"exec fifo {path}: {reason(error.errno or 0)}", step="exec fifo", path=path, errno=error.errno or 0
+        ) from error
+
+
+def _make_fifo(path: str) -> int:
+    os.mkfifo(path, FIFO_MODE)
+    try:
+        os.chmod(path, FIFO_MODE)  # noqa: PTH101 - whatever the umask is
+        return os.open(path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        os.unlink(path)  # noqa: PTH108 - no pathlib at start
+        raise
+
+
+def _listen(path: str) -> int:
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    directory = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # noqa: PTH120
+    try:  # sun_path holds 107 bytes; the path of a state directory may be longer
+        server.bind(f"/proc/self/fd/{directory}/{os.path.basename(path)}")  # noqa: PTH119
+        server.listen(1)
+        return server.detach()
+    finally:
+        os.close(directory)
+        server.close()
+
+
+def remove(path: str) -> None:
+    """Remove the gate; fine if there is none."""
+    try:
+        os.unlink(path)  # noqa: PTH108 - no pathlib at start
+    except FileNotFoundError:
+        pass
+
+
+async def open_and_follow(path: str, pid: int, pidfd: int, waits: Waits, timeout: float | None) -> None:
+    """Open the gate for the init `pid` (and `pidfd`), remove it, and return once the program has been executed.
+
+    Raises LaunchError, or TimeoutError if that takes longer than `timeout` seconds.
+    """
+    try:
+        is_socket = stat.S_ISSOCK(os.stat(path).st_mode)  # noqa: PTH116 - no pathlib at start
+        fd = _connect(path) if is_socket else os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        message = GONE if isinstance(error, ConnectionRefusedError) else STARTED
+        raise LaunchError(message, step="start", path=path, errno=error.errno or 0) from error
+    deadline = Deadline(timeout)
+    try:
+        if is_socket:
+            os.write(fd, b"1")
+        if not await waits.readable(fd, pidfd, seconds=deadline.left):
+            raise TimeoutError
+        heard = _read(fd)
+        if not heard:  # its end, that of another starter's, or no writer yet of a fifo that was just opened
+            raise LaunchError(GONE, step="start", path=path)
+        remove(path)
+        report = heard[1:] + await _rest(fd, waits, deadline)
+    finally:
+        os.close(fd)
+    if report:
+        raise _report(report)
+    now = ProcessStat.read(pid)
+    if now is not None and not now.executed:
+        raise LaunchError("the container's init died before its program was executed", step="start", path=path)
+
+
+def _connect(path: str) -> int:
+    directory = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # noqa: PTH120
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        connection.connect(f"/proc/self/fd/{directory}/{os.path.basename(path)}")  # noqa: PTH119
+        connection.setblocking(False)
+        return connection.detach()
+    finally:
+        os.close(directory)
+        connection.close()
+
+
+def _read(fd: int) -> bytes:
+    try:
+        return os.read(fd, REPORT_MAX)
+    except (BlockingIOError, ConnectionResetError):
+        return b""
+
+
+async def _rest(fd: int, waits: Waits, deadline: Deadline) -> bytes:
+    """All that comes until the end of file, bounded."""
+    found = b""
+    while len(found) < REPORT_MAX:
+        if not await waits.readable(fd, seconds=deadline.left):
+            raise TimeoutError
+        data = _read(fd)
+        if not data:
+            break
+        found += data
+    return found
+
+
+def _report(report: bytes) -> LaunchError:
+    try:
+        found = loads(report.decode("utf-8", "surrogateescape"))
+    except JsonError:
+        found = {}
+    return report_error(found if isinstance(found, dict) else {})

@@ -1,0 +1,86 @@
+"""How the library waits: the one thing that differs between a command and a program with an event loop.
+
+What takes time here is a coroutine over `Waits`.  An event loop awaits it; a command runs it to its end by `complete`,
+with waits that block.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+    from typing import Any, Protocol, TypeVar
+
+    T = TypeVar("T")
+
+    class Waits(Protocol):
+        """Wait for descriptors and for time."""
+
+        async def readable(self, *fds: int, seconds: float | None = None) -> bool:
+            """Wait until one of the descriptors can be read; False when that takes longer than `seconds`."""
+            ...
+
+        async def sleep(self, seconds: float) -> None:
+            """Let time pass."""
+            ...
+
+        async def work(self, function: Callable[[], T]) -> T:
+            """Call a function that computes for long, without holding up others."""
+            ...
+
+
+class BlockingWaits:
+    """Waits of a program that has nothing else to do."""
+
+    async def readable(self, *fds: int, seconds: float | None = None) -> bool:
+        """Wait by poll(2)."""
+        poll = select.poll()
+        for fd in fds:
+            poll.register(fd, select.POLLIN)
+        return bool(poll.poll(None if seconds is None else max(0, int(seconds * 1000 + 0.999))))
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait by nanosleep(2)."""
+        time.sleep(seconds)  # noqa: ASYNC251 - a program without an event loop
+
+    async def work(self, function: Callable[[], T]) -> T:
+        """Call it here."""
+        return function()
+
+
+def complete(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine over BlockingWaits to its end: it never suspends."""
+    try:
+        work.send(None)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    work.close()
+    raise RuntimeError("the coroutine waits for an event loop; complete() is for BlockingWaits")
+
+
+class Deadline:
+    """A point in time, or none."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._at = None if seconds is None else time.monotonic() + seconds
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until then, not below 0; None for ever."""
+        return None if self._at is None else max(0.0, self._at - time.monotonic())
+
+
+async def wait_until(condition: Callable[[], bool], seconds: float, waits: Waits) -> bool:
+    """Poll for what the kernel does not announce; whether it came true in time."""
+    pause = 0.0005
+    deadline = Deadline(seconds)
+    while not condition():
+        if not deadline.left:
+            return False
+        await waits.sleep(pause)
+        pause = min(pause * 2, 0.05)
+    return True

@@ -1,0 +1,122 @@
+"""Options of the command line as runc (Go's flag package, urfave/cli) reads them.
+
+`-name` and `--name` are the same, a value follows as `=value` or as the next argument, a repeatable option is given
+again.  argparse is not used: importing it takes as long as the whole of `state` may.
+"""
+
+from __future__ import annotations
+
+from caisson.agent.base.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    Value = str | int | bool | list[str]
+
+FLAG, TEXT, NUMBER, LIST = "flag", "text", "number", "list"
+TRUE = ("1", "t", "T", "true", "TRUE", "True")
+FALSE = ("0", "f", "F", "false", "FALSE", "False")
+
+
+class UsageError(Exception):
+    """A command line that cannot be understood; str() follows "Incorrect Usage: "."""
+
+
+class Option(Record):
+    """One option.  `default` is what it is when it is not given; for numbers in text form None shows no default."""
+
+    name: str
+    kind: str
+    help: str
+    short: str = ""
+    default: str | int | bool | None = None
+
+    @property
+    def initial(self) -> Value | None:
+        """The value of an option that is not given."""
+        if self.default is not None:
+            return self.default
+        return {FLAG: False, TEXT: "", NUMBER: 0, LIST: []}[self.kind]
+
+
+class Values:
+    """The options of one command: values by name, and which of them were given."""
+
+    def __init__(self, options: Iterable[Option]) -> None:
+        self._values: dict[str, Value | None] = {option.name: option.initial for option in options}
+        self.given: set[str] = set()
+
+    def set(self, option: Option, text: str) -> None:
+        """Take a value as written.  Raises UsageError."""
+        self.given.add(option.name)
+        if option.kind == LIST:
+            found = self._values[option.name]
+            self._values[option.name] = [*(found if isinstance(found, list) else []), text]
+        elif option.kind == NUMBER:
+            try:
+                self._values[option.name] = int(text, 0)
+            except ValueError:
+                raise UsageError(f'invalid value "{text}" for flag -{option.name}: parse error') from None
+        elif option.kind == FLAG:
+            if text not in TRUE and text not in FALSE:
+                raise UsageError(f'invalid boolean value "{text}" for -{option.name}: parse error')
+            self._values[option.name] = text in TRUE
+        else:
+            self._values[option.name] = text
+
+    def flag(self, name: str) -> bool:
+        """Whether a flag is set."""
+        return bool(self._values[name])
+
+    def text(self, name: str) -> str:
+        """The value of a text option."""
+        return str(self._values[name])
+
+    def number(self, name: str) -> int:
+        """The value of a numeric option."""
+        value = self._values[name]
+        assert isinstance(value, int)
+        return value
+
+    def texts(self, name: str) -> list[str]:
+        """All values of a repeatable option."""
+        value = self._values[name]
+        assert isinstance(value, list)
+        return value
+
+
+def parse(options: Sequence[Option], argv: Sequence[str], *, stop_at_operand: bool) -> tuple[Values, list[str]]:
+    """Read options and operands; with `stop_at_operand` all that follows the first operand is operands, too.
+
+    `--` ends the options.  Raises UsageError.
+    """
+    known = {name: option for option in options for name in (option.name, option.short) if name}
+    values, operands = Values(options), []
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            operands += rest
+            break
+        if not word.startswith("-") or word == "-":
+            operands.append(word)
+            if stop_at_operand:
+                operands += rest
+                break
+            continue
+        name, equals, value = word[2 if word.startswith("--") else 1 :].partition("=")
+        option = known.get(name)
+        if option is None:
+            raise UsageError(
+                "flag: help requested" if name in ("h", "help") else f"flag provided but not defined: -{name}"
+            )
+        if option.kind == FLAG:
+            values.set(option, value if equals else "true")
+        elif equals:
+            values.set(option, value)
+        elif rest:
+            values.set(option, rest.pop(0))
+        else:
+            raise UsageError(f"flag needs an argument: -{name}")
+    return values, operands
