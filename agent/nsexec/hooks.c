@@ -69,7 +69,7 @@ NORETURN static void exec_hook(const struct hook_run *run, int parent, int input
 	if (dup3(input, 0, 0) < 0 || dup3(output, 1, 0) < 0 || dup3(output, 2, 0) < 0)
 		fail_errno(run->point, hook->path, NULL);
 	if (run->creating)
-		close_all_but(&run->ctx->fds.sync, 1);
+		close_all_but(3, &run->ctx->fds.sync, 1);
 	else if (plan->filter != NULL && !run->ctx->filtered)
 		load_filter(plan);
 	/* As by runc, a startContainer hook without an environment gets that of the container's process. */
@@ -192,9 +192,9 @@ static void run_hook(struct hook_run *run, const char *state, size_t size)
 	if (!ended)
 		fail_hook(run, "timed out after %u s and was killed", run->hook->timeout);
 	if (WIFSIGNALED(status))
-		fail_hook(run, "was killed by signal %d (%s)", WTERMSIG(status), strsignal(WTERMSIG(status)));
+		fail_hook(run, "signal: %s", strsignal(WTERMSIG(status)));
 	if (WEXITSTATUS(status) != 0)
-		fail_hook(run, "exited with status %d", WEXITSTATUS(status));
+		fail_hook(run, "exit status %d", WEXITSTATUS(status));
 }
 
 void run_hooks(const struct context *ctx, uint16_t type, int cwd)

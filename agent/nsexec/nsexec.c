@@ -17,7 +17,7 @@
  *      |-- 1 byte, after the runtime's hooks -------------------------------------------->| pivot_root, devices …
  *      |<- pty master (console) ----------------------------------------------------------| user, capabilities
  *      |<- procReady (sync) --------------------------------------------------------------|
- *      |-- exec.fifo is opened (init), or 1 byte (init in a joined pid namespace) ------->| startContainer hooks
+ *      |-- exec.fifo is opened, or the start socket connected to (joined pid namespace) -->| startContainer hooks
  *      |<- EOF, or procError (sync) ------------------------------------------------------| execve
  *
  * Stage 1 exists only where a process is needed in between: the maps of a user namespace are written from outside, time
@@ -80,7 +80,8 @@ static int descriptor_from(const char *name)
 
 static void read_environment(struct channels *fds)
 {
-	const char *level = getenv("_LIBCONTAINER_LOGLEVEL"), *type = getenv("_LIBCONTAINER_INITTYPE");
+	const char *level = getenv("_LIBCONTAINER_LOGLEVEL"), *type = getenv("_LIBCONTAINER_INITTYPE"),
+		   *preserved = getenv("_CAISSON_PRESERVED");
 
 	fds->sync = descriptor_from("_LIBCONTAINER_SYNCPIPE");
 	report_to(fds->sync, -1, 0);
@@ -89,6 +90,8 @@ static void read_environment(struct channels *fds)
 	fds->init = descriptor_from("_LIBCONTAINER_INITPIPE");
 	fds->console = descriptor_from("_LIBCONTAINER_CONSOLE");
 	fds->fifo = descriptor_from("_LIBCONTAINER_FIFOFD");
+	fds->gate = descriptor_from("_CAISSON_START_SOCKET");
+	fds->first_closed = 3 + (preserved == NULL ? 0 : (unsigned)atoi(preserved));
 	fds->cgroup = descriptor_from("_CAISSON_CGROUP");
 	fds->pidfd = descriptor_from("_CAISSON_PIDFD");
 	fds->procfs = descriptor_from("_CAISSON_PROCFS");
@@ -106,11 +109,11 @@ static void read_environment(struct channels *fds)
 
 static void close_unknown_descriptors(const struct channels *fds)
 {
-	int known[8 + CGROUPS_MAX] = {fds->init, fds->sync,   fds->log,	  fds->console,
-				      fds->fifo, fds->cgroup, fds->pidfd, fds->procfs};
+	int known[9 + CGROUPS_MAX] = {fds->init, fds->sync,   fds->log,	  fds->console, fds->fifo,
+				      fds->gate, fds->cgroup, fds->pidfd, fds->procfs};
 
-	memcpy(known + 8, fds->cgroup_procs, sizeof(fds->cgroup_procs));
-	close_all_but(known, ARRAY_SIZE(known));
+	memcpy(known + 9, fds->cgroup_procs, sizeof(fds->cgroup_procs));
+	close_all_but(fds->first_closed, known, ARRAY_SIZE(known));
 }
 
 /*
@@ -140,7 +143,7 @@ static void read_messages(struct context *ctx, struct inbox *inbox)
 	/* An init without a mount namespace of its own would change the host's mounts. */
 	if (fds->joins ? boot->join == 0 && boot->paths == NULL : (boot->create & NS_MNT) == 0)
 		fail(EINVAL, "bootstrap", "namespaces", "do not fit the type of process");
-	if ((boot->join != 0) != (fds->pidfd >= 0) || (fds->joins && fds->fifo >= 0) ||
+	if ((boot->join != 0) != (fds->pidfd >= 0) || (fds->joins && (fds->fifo >= 0 || fds->gate >= 0)) ||
 	    fds->pauses != (fds->procfs >= 0) || (fds->pauses && (boot->create & NS_PID) == 0))
 		fail(EINVAL, "bootstrap", "descriptors", "do not fit the type of process");
 }
@@ -331,14 +334,14 @@ static void spawn_child(struct context *ctx, uint32_t namespaces, int cgroup, in
 /* Execute the whole plan here, outside of the pid namespace that is joined, and let only the result in. */
 static void setup_before_pidns(struct context *ctx, uint32_t namespaces, int stage1)
 {
-	const int kept[] = {ctx->fds.sync, ctx->fds.init};
+	const int kept[] = {ctx->fds.sync, ctx->fds.init, ctx->fds.gate};
 
 	if (namespaces != 0 && syscall(SYS_unshare, namespaces) < 0)
 		fail_errno("unshare", "", NULL);
 	close_cgroup(&ctx->fds);
 	set_up(ctx);
 	prepare_process(ctx);
-	close_all_but(kept, ARRAY_SIZE(kept));
+	close_all_but(ctx->fds.first_closed, kept, ARRAY_SIZE(kept));
 	if (needs_early_filter(&ctx->plan))
 		load_early_filter(ctx);
 	spawn_child(ctx, 0, -1, stage1, late_child_main);

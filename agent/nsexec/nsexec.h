@@ -29,7 +29,8 @@ struct channels {
 	int sync;    /* seqpacket socket: progress and errors up; EOF after execve */
 	int log;     /* pipe: JSON lines up */
 	int console; /* stream socket: the pty master up */
-	int fifo;    /* O_PATH exec.fifo */
+	int fifo;    /* O_PATH exec.fifo, at which an init waits to be started */
+	int gate;    /* socket that listens for the start instead, in a joined pid namespace */
 	int cgroup;  /* cgroup v2 directory to start in */
 	int cgroup_procs
 		[CGROUPS_MAX]; /* cgroup.procs of cgroup v1, joined before anything is created; -1 after the last */
@@ -37,6 +38,7 @@ struct channels {
 	int procfs;	       /* O_PATH directory on which the pause process mounts procfs of its pid namespace */
 	bool joins;	       /* an exec into a container, rather than its init */
 	bool pauses;	       /* the pause process: an init that runs no program */
+	unsigned first_closed; /* descriptors from 3 to below this are the program's */
 };
 
 /* --- report.c --- */
@@ -46,8 +48,8 @@ void log_debug(const char *text, const char *detail);
 void log_close(void);
 #define PROGRESS_READY "procReady" /* everything is set up; only execve is left */
 #define PROGRESS_HOOKS "procHooks" /* the runtime may run its hooks; nsexec waits for one byte */
-#define PROGRESS_RUN "procRun"	   /* the byte that starts the program has come */
 void report_progress(const char *what);
+void report_started(int gate);
 void report_listener(int fd); /* "procSeccomp": the number of the filter's listener here; nsexec waits for one byte */
 void report_to_stderr_if_closed(void);
 /* Report {step, path, error} with a reason in words (NULL: the error's own words are enough), and exit. */
@@ -281,7 +283,7 @@ void run_hooks(const struct context *ctx, uint16_t type, int cwd);
 void wait_for_runtime_hooks(int sync);
 
 /* --- process.c --- */
-void close_all_but(const int *kept, size_t count);
+void close_all_but(unsigned from, const int *kept, size_t count);
 void raise_hard_limits(const struct plan *plan);
 void wait_for_runtime(int sync);
 void set_limits(const struct plan *plan);

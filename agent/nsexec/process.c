@@ -301,11 +301,9 @@ static const char *look_up(const struct plan *plan)
 	fail(ENOENT, "lookup", program, "path");
 }
 
-/* Close all descriptors but stdio and those kept, before execve: its path may be /proc/self/fd/N (CVE-2024-21626). */
-void close_all_but(const int *kept, size_t count)
+/* Close all descriptors from one on but those kept, before execve: its path may be /proc/self/fd/N (CVE-2024-21626). */
+void close_all_but(unsigned from, const int *kept, size_t count)
 {
-	unsigned from = 3;
-
 	for (;;) {
 		unsigned next = ~0u;
 
@@ -320,8 +318,8 @@ void close_all_but(const int *kept, size_t count)
 	}
 }
 
-/* Block until the container is started: until the other end of exec.fifo is opened for reading. */
-static void wait_for_start(const struct channels *fds, int procfs)
+/* Block until exec.fifo is opened for reading. */
+static int open_fifo(const struct channels *fds, int procfs)
 {
 	char path[32];
 	int fifo;
@@ -330,10 +328,38 @@ static void wait_for_start(const struct channels *fds, int procfs)
 	do
 		fifo = openat(procfs, path, O_WRONLY | O_CLOEXEC);
 	while (fifo < 0 && errno == EINTR);
-	if (fifo < 0)
+	if (fifo < 0 || close(fds->fifo) < 0 || close(procfs) < 0)
 		fail_errno("exec fifo", "", NULL);
-	if (write(fifo, "0", 1) != 1 || close(fifo) < 0 || close(fds->fifo) < 0 || close(procfs) < 0)
-		fail_errno("exec fifo", "", NULL);
+	return fifo;
+}
+
+/* Block until somebody connects and sends a byte. */
+static int accept_start(int gate)
+{
+	for (;;) {
+		char byte;
+		int connection = accept4(gate, NULL, NULL, SOCK_CLOEXEC);
+
+		if (connection < 0 && errno != EINTR && errno != ECONNABORTED)
+			fail_errno("start socket", "", NULL);
+		if (connection >= 0 && read(connection, &byte, 1) == 1) {
+			close(gate);
+			return connection;
+		}
+		if (connection >= 0)
+			close(connection); /* who connected is gone */
+	}
+}
+
+/* Wait to be started: in a joined pid namespace with nothing of the host but a socket.  Then the starter is reported to. */
+static void wait_for_start(struct context *ctx)
+{
+	struct channels *fds = &ctx->fds;
+	int started = fds->fifo >= 0 ? open_fifo(fds, ctx->handles.processes) : accept_start(fds->gate);
+
+	close(fds->sync);
+	fds->sync = started;
+	report_started(started);
 }
 
 /* Block until the runtime sends a byte: it has run its hooks, or starts the program. */
@@ -401,20 +427,17 @@ NORETURN void run_program(struct context *ctx)
 {
 	const struct channels *fds = &ctx->fds;
 	const struct plan *plan = &ctx->plan;
-	const int kept[] = {fds->sync, fds->fifo, fds->fifo < 0 ? -1 : ctx->handles.processes};
+	const int kept[] = {fds->sync, fds->fifo, fds->gate, fds->fifo < 0 ? -1 : ctx->handles.processes};
 
 	if (!ctx->filtered) { /* a filter of the stage before: that one has closed the rest, too */
-		close_all_but(kept, ARRAY_SIZE(kept));
+		close_all_but(fds->first_closed, kept, ARRAY_SIZE(kept));
 		if (needs_early_filter(plan))
 			load_early_filter(ctx);
 	}
 	report_progress(PROGRESS_READY);
-	if (fds->fifo >= 0) {
+	if (fds->fifo >= 0 || fds->gate >= 0) {
 		FAULT(ready);
-		wait_for_start(fds, ctx->handles.processes);
-	} else if (!fds->joins) { /* in a joined pid namespace it holds nothing of the host while it waits: no fifo */
-		wait_for_runtime(fds->sync);
-		report_progress(PROGRESS_RUN);
+		wait_for_start(ctx);
 	}
 	if (!fds->joins)
 		report_to_stderr_if_closed();

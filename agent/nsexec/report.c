@@ -131,7 +131,16 @@ void report_progress(const char *what)
 	put(&t, "{\"type\":\"");
 	put(&t, what);
 	put(&t, "\"}");
-	send_all(sync_fd, &t);
+	/* Nobody knows of a process whose runtime was killed before it was ready. */
+	if (write(sync_fd, t.bytes, t.used) < 0)
+		_exit(1);
+}
+
+/* Tell whoever opened the gate that the process goes on; errors are reported there now, and its end of file is execve. */
+void report_started(int gate)
+{
+	sync_fd = gate;
+	(void)!write(gate, "0", 1);
 }
 
 void report_listener(int fd)

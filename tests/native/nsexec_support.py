@@ -13,9 +13,10 @@ from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from caisson.agent.libcontainer.config.spec import Process, Spec
-from caisson.agent.libcontainer.process.launcher import Launched, ProcessLauncher, Stdio
+from caisson.agent.libcontainer.config.spec import Hooks, Process, Spec
+from caisson.agent.libcontainer.process.launcher import Launch, Launched, ProcessLauncher, Stdio
 from caisson.agent.libcontainer.process.nsexec import Nsexec
+from caisson.agent.model.waits import AsyncioWaits
 
 T = TypeVar("T")
 HERE = Path(__file__).resolve().parent
@@ -127,10 +128,12 @@ class Box:
         self.launcher = ProcessLauncher(
             nsexec,
             self.reaper,
+            AsyncioWaits(),
             lambda level, text, container: self.lines.append(f"{container} {level} {text}"),
             timeout=timeout,
         )
         self.fifo = path / "exec.fifo"
+        self.specs: dict[int, tuple[Spec, dict[str, str], bytes]] = {}  # by the pid of an init
         self.created: list[Launched] = []
         self._fds = descriptors()
 
@@ -154,28 +157,52 @@ class Box:
         """Create with this box's paths; stdio is /dev/null unless given."""
         null = os.open("/dev/null", os.O_RDWR)
         terminal = value["process"].get("terminal", False)
+        spec = Spec.from_json(value)
+        cgroup, join = keywords.pop("cgroup", None), keywords.pop("join", {})
+        stdio = keywords.pop("stdio", None if terminal else Stdio(null, null, null))
+        hooks = self.launcher.runtime_hooks(spec, "box", str(self.path)) if spec.hooks != Hooks() else None
         try:
             arguments: dict[str, Any] = {
-                "container_id": "box",
-                "bundle": self.path,
+                "bundle": str(self.path),
                 "rootfs": str(self.rootfs),
-                "join": {},
-                "cgroup": None,
-                "stdio": None if terminal else Stdio(null, null, null),
-                "fifo": self.fifo,
+                "join": join,
+                "start_gate": str(self.fifo),
+                "cgroups": {} if cgroup is None else cgroup.paths,
+                "filter": await self.launcher.filter(spec.linux.seccomp),
+                "hooks": hooks,
                 **keywords,
             }
-            launched = await self.launcher.create(Spec.from_json(value), **arguments)
+            with contextlib.nullcontext({}) if cgroup is None else cgroup.join_fds() as fds:
+                launched = await self.launcher.create(spec, Launch("box", stdio, fds), **arguments)
         finally:
             os.close(null)
         self.created.append(launched)
+        self.specs[launched.child.pid] = (spec, join, arguments["filter"])
+        return launched
+
+    async def start(self, launched: Launched) -> None:
+        """Start a container that was created."""
+        spec, _, _ = self.specs[launched.child.pid]
+        await self.launcher.start(str(self.fifo), launched.child.pid, spec.hooks, launched.pidfd)
+
+    async def launch_exec(
+        self, process: Process, init: Launched, spec: Spec, stdio: Stdio | None, cgroup: Any = None
+    ) -> Launched:
+        """Exec in a running container."""
+        _, join, filter = self.specs[init.child.pid]
+        with contextlib.nullcontext({}) if cgroup is None else cgroup.join_fds() as fds:
+            launched = await self.launcher.exec(
+                process, Launch("box", stdio, fds), spec=spec, init_pid=init.child.pid, pidfd=init.pidfd, join=join,
+                filter=filter,
+            )  # fmt: skip
+        os.close(launched.pidfd)
         return launched
 
     async def output(self, value: dict[str, Any], *, stdin: bytes = b"", **keywords: Any) -> tuple[int, str, str]:
         """Create, start, wait: status, stdout, stderr."""
         with self.stdio(stdin) as (stdio, out, err):
             launched = await self.create(value, stdio=stdio, **keywords)
-            await self.launcher.start(self.fifo, launched.child)
+            await self.start(launched)
             status = await launched.child.wait()
         return status, out.read_text(errors="replace"), err.read_text(errors="replace")
 
@@ -191,7 +218,7 @@ class Box:
         """A container that stays."""
         value = value or config("sleep", "1000")
         launched = await self.create(value, **keywords)
-        await self.launcher.start(self.fifo, launched.child)
+        await self.start(launched)
         return launched
 
     async def exec(
@@ -201,9 +228,7 @@ class Box:
         spec = Spec.from_json(value or config())
         process = {"env": ["PATH=/bin"], "cwd": "/", **process}
         with self.stdio() as (stdio, out, err):
-            launched = await self.launcher.exec(
-                Process.from_json(process), spec=spec, init=init.child, stdio=stdio, **{"cgroup": None, **keywords}
-            )
+            launched = await self.launch_exec(Process.from_json(process), init, spec, stdio, **keywords)
             status = await launched.child.wait()
         return status, out.read_text(), err.read_text()
 
@@ -216,19 +241,12 @@ class Box:
             self.run(launched.child.wait())
             if launched.console is not None:
                 os.close(launched.console)
-        self.run(self._settle())
-        self.run(self.launcher.close())
+            os.close(launched.pidfd)
         left = children()
         self.loop.remove_signal_handler(signal.SIGCHLD)
         self.loop.close()
         assert left == []
         assert descriptors() <= self._fds
-
-    async def _settle(self) -> None:
-        """Let watchers notice the ends that were just waited for."""
-        async with asyncio.timeout(5):
-            while self.launcher._inits or self.launcher._watchers:  # noqa: ASYNC110 - it has no event, and needs none
-                await asyncio.sleep(0.001)
 
 
 def descriptors() -> set[str]:

@@ -116,7 +116,7 @@ class _HookProcess:
         if not ended:
             _kill_group(child.pid)
             await child.wait()
-            raise self._error(f"hook ran past specified timeout of {self._hook.timeout} s and was killed")
+            raise self._error(f"timed out after {self._hook.timeout} s and was killed")
         status = await child.wait()
         if status != 0:
             raise self._error(f"signal: {signal_name(status - 128)}" if status > 128 else f"exit status {status}")
