@@ -10,7 +10,7 @@ import os
 import time
 
 from caisson.agent.base.json import dumps
-from caisson.agent.base.record import Record
+from caisson.agent.base.record import NOTHING, Record
 from caisson.agent.libcontainer import state as files
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.config.resources import Resources, merge
@@ -65,7 +65,7 @@ class Container:
     """One container.  Its methods that wait are coroutines over the runtime's waits (waits.py)."""
 
     def __init__(self, runtime: Runtime, directory: str, state: State, spec: Spec | None = None) -> None:
-        self._runtime = runtime
+        self.runtime = runtime
         self.directory = directory
         self.state = state
         self._spec = spec
@@ -104,7 +104,7 @@ class Container:
     def cgroup(self) -> Cgroup | None:
         """Its cgroup; None without cgroups."""
         if self._cgroup is None and self.state.cgroup_paths:
-            hierarchy = self._runtime.hierarchy()
+            hierarchy = self.runtime.hierarchy()
             self._cgroup = None if hierarchy is None else hierarchy.open(self.state.cgroup_paths)
         return self._cgroup
 
@@ -150,7 +150,7 @@ class Container:
         bundle: str,
         rootfs: str,
         cgroup: Cgroup | None,
-        join: Mapping[str, str] = {},
+        join: Mapping[str, str] = NOTHING,
         procfs: str | None = None,
         rootless: bool = False,
     ) -> tuple[Container, Launched]:
@@ -187,7 +187,7 @@ class Container:
                 file.write(filter)
         launched = await launcher.create(
             spec,
-            launch.but(announced=container._announced),
+            launch.but(announced=lambda pid: container._announced(pid, launch.announced)),
             bundle=bundle,
             rootfs=rootfs,
             join=join,
@@ -199,11 +199,13 @@ class Container:
         )
         return container, launched
 
-    def _announced(self, pid: int) -> None:
+    def _announced(self, pid: int, also: Callable[[int], object] | None) -> None:
         """Save the pid while nsexec works on: whoever is to remove this container must find it."""
         found = ProcessStat.read(pid)
         self.state = self.state.but(init_process_pid=pid, init_process_start=0 if found is None else found.start_time)
         self.state.save(self.directory)
+        if also is not None:
+            also(pid)
 
     async def start(self) -> None:
         """Execute its program.  Raises ContainerError or LaunchError."""
@@ -212,23 +214,28 @@ class Container:
             raise ContainerError("cannot start a container that has stopped")
         if status != CREATED:
             raise ContainerError("cannot start an already running container")
-        await self._runtime.launcher().start(self.gate, self.state.init_process_pid, self.spec.hooks)
-        if self.spec.hooks.poststart:
+        await self.runtime.launcher().start(self.gate, self.state.init_process_pid, self.spec.hooks)
+        try:
             await self.run_hooks("poststart", self.spec.hooks.poststart, RUNNING)
+        except LaunchError:
+            await self.kill(SIGKILL)
+            raise
 
     async def run_hooks(self, point: str, hooks: Iterable[Hook], status: str) -> None:
         """Run hooks in the runtime's namespaces.  Raises LaunchError at the first that fails."""
         from caisson.agent.libcontainer.process.hooks import state
 
+        if not hooks:
+            return
         pid = self.state.init_process_pid if status != STOPPED else 0
         document = state(self.id, self.state.bundle, self.state.labels, status, pid)
-        await self._runtime.launcher().hooks.run(point, hooks, document)
+        await self.runtime.launcher().hooks.run(point, hooks, document)
 
     async def exec(self, process: Process, launch: Launch) -> Launched:
         """Run one more process in it.  Raises ContainerError, SpecError or LaunchError."""
         pidfd = self.pidfd()
         try:
-            return await self._runtime.launcher().exec(
+            return await self.runtime.launcher().exec(
                 process,
                 launch,
                 spec=self.spec,
@@ -350,7 +357,7 @@ class Container:
             try:
                 await self.run_hooks("poststop", (hook,), STOPPED)
             except LaunchError as error:
-                self._runtime.warn(str(error))
+                self.runtime.warn(str(error))
         remove_directory(self.directory)
 
     async def destroy(self) -> None:
@@ -368,14 +375,14 @@ class Container:
                     pass
                 if cgroup is not None and cgroup.exists:
                     await cgroup.kill()
-                if not await self._runtime.waits.readable(pidfd, seconds=KILL_TIMEOUT):
+                if not await self.runtime.waits.readable(pidfd, seconds=KILL_TIMEOUT):
                     raise ContainerError(f"container {self.id} could not be killed")
             finally:
                 os.close(pidfd)
         if cgroup is not None:
             if cgroup.exists and cgroup.pids():
                 await cgroup.kill()
-                await wait_until(lambda: not cgroup.pids(), KILL_TIMEOUT, self._runtime.waits)
+                await wait_until(lambda: not cgroup.pids(), KILL_TIMEOUT, self.runtime.waits)
             await cgroup.delete()
 
 

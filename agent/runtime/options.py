@@ -37,7 +37,8 @@ class Option(Record):
         """The value of an option that is not given."""
         if self.default is not None:
             return self.default
-        return {FLAG: False, TEXT: "", NUMBER: 0, LIST: []}[self.kind]
+        empty: dict[str, Value] = {FLAG: False, TEXT: "", NUMBER: 0, LIST: []}
+        return empty[self.kind]
 
 
 class Values:
@@ -64,6 +65,10 @@ class Values:
             self._values[option.name] = text in TRUE
         else:
             self._values[option.name] = text
+
+    def replace(self, name: str, value: Value) -> None:
+        """Put another value in place of the one that was given."""
+        self._values[name] = value
 
     def flag(self, name: str) -> bool:
         """Whether a flag is set."""

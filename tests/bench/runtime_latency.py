@@ -28,10 +28,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from caisson.agent.libcontainer.config.spec import Process, Spec
-from caisson.agent.libcontainer.process.launcher import ProcessLauncher, Stdio
+from caisson.agent.libcontainer.config.spec import Hooks, Process, Spec
+from caisson.agent.libcontainer.process.launcher import Launch, ProcessLauncher, Stdio
 from caisson.agent.libcontainer.process.nsexec import Nsexec
 from caisson.agent.model.reaper import Child, Reaper
+from caisson.agent.model.waits import AsyncioWaits
 from tests.bench.rows import Row, table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,65 +83,70 @@ class Ours:
         self._reaper = Reaper()
         self._reaper.start(self._loop)
         self._nsexec = Nsexec.seal(work / "nsexec")
-        self._launcher = ProcessLauncher(self._nsexec, self._reaper, lambda *_, **__: None, verbose=False)
+        self._launcher = ProcessLauncher(
+            self._nsexec, self._reaper, AsyncioWaits(), lambda *_, **__: None, verbose=False
+        )
         self._null = os.open("/dev/null", os.O_RDWR)
         self._bundle = bundle
-        self._fifo = work / "exec.fifo"
+        self._gate = work / "exec.fifo"
         self._spec = Spec.from_json(CONFIG)  # of the container that processes are run in: an agent knows it
         self.target: Child | None = None
+        self._pidfd = -1
 
-    async def _create(self, config: dict[str, Any]) -> Child:
+    async def _create(self, config: dict[str, Any]) -> tuple[Child, int]:
         launched = await self._launcher.create(
             Spec.from_json(config),
-            container_id="bench",
-            bundle=self._bundle,
+            Launch("bench", Stdio(self._null, self._null, self._null)),
+            bundle=str(self._bundle),
             rootfs=str(self._bundle / "rootfs"),
             join={},
-            cgroup=None,
-            stdio=Stdio(self._null, self._null, self._null),
-            fifo=self._fifo,
+            start_gate=str(self._gate),
         )
         assert isinstance(launched.child, Child)
-        return launched.child
+        return launched.child, launched.pidfd
 
-    async def _run(self, config: dict[str, Any]) -> Child:
-        child = await self._create(config)
-        await self._launcher.start(self._fifo, child)
-        return child
+    async def _run(self, config: dict[str, Any]) -> tuple[Child, int]:
+        child, pidfd = await self._create(config)
+        await self._launcher.start(str(self._gate), child.pid, Hooks(), pidfd)
+        return child, pidfd
 
     async def _exec(self) -> None:
         assert self.target is not None
         launched = await self._launcher.exec(
             Process.from_json(CONFIG["process"]),
+            Launch("bench", Stdio(self._null, self._null, self._null)),
             spec=self._spec,
-            init=self.target,
-            cgroup=None,
-            stdio=Stdio(self._null, self._null, self._null),
+            init_pid=self.target.pid,
+            pidfd=self._pidfd,
+            join={},
         )
+        os.close(launched.pidfd)
         assert await launched.child.wait() == 0
 
     def begin(self) -> None:
         """Have a container in which processes can be run."""
         config = CONFIG | {"process": CONFIG["process"] | {"args": ["/bin/sleep", "1000000"]}}
-        self.target = self._loop.run_until_complete(self._run(config))
+        self.target, self._pidfd = self._loop.run_until_complete(self._run(config))
 
     def exec(self) -> None:
         self._loop.run_until_complete(self._exec())
 
     def run(self) -> None:
         async def whole() -> None:
-            child = await self._run(CONFIG)
+            child, pidfd = await self._run(CONFIG)
+            os.close(pidfd)
             assert await child.wait() == 0
 
         self._loop.run_until_complete(whole())
 
     def memory(self) -> int:
         async def waiting() -> int:
-            child = await self._create(CONFIG)
+            child, pidfd = await self._create(CONFIG)
+            os.close(pidfd)
             found = private_memory(child.pid)
             child.signal(9)
             await child.wait()
-            self._fifo.unlink()
+            self._gate.unlink()
             return found
 
         return self._loop.run_until_complete(waiting())
@@ -149,7 +155,8 @@ class Ours:
         if self.target is not None:
             self.target.signal(9)
             self._loop.run_until_complete(self.target.wait())
-        self._loop.run_until_complete(self._launcher.close())
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
         self._nsexec.close()
         self._reaper.stop(self._loop)
         os.close(self._null)

@@ -63,7 +63,7 @@ def seeds() -> dict[str, bytes]:
         messages = plan.init_messages(
             spec,
             rootfs="/rootfs",
-            bundle=Path("/bundle"),
+            bundle="/bundle",
             join={},
             cgroups={"": "/sys/fs/cgroup/x"},
             hook_state='{"a":1',
@@ -73,7 +73,7 @@ def seeds() -> dict[str, bytes]:
         process = Process.from_json(value["process"])
         found[f"good exec {name}"] = EXEC + plan.exec_messages(process, spec, {"ipc": "/proc/1/ns/ipc"}, bytes(12))
     found["good joined"] = INIT + plan.init_messages(
-        Spec.from_json(config("true")), rootfs="/r", bundle=Path("/"), join={"uts": "/proc/1/ns/uts"}, cgroups={}
+        Spec.from_json(config("true")), rootfs="/r", bundle="/", join={"uts": "/proc/1/ns/uts"}, cgroups={}
     )
     found["good pause"] = INIT + plan.pause_messages("/r", {"ipc": "/proc/1/ns/ipc"})
     return found

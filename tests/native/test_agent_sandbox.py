@@ -16,7 +16,7 @@ from caisson.agent.base.log import Log
 from caisson.agent.base.syscalls import MNT_DETACH, umount2
 from caisson.agent.libcontainer.config.spec import Rlimit, Spec
 from caisson.agent.libcontainer.errors import LaunchError
-from caisson.agent.libcontainer.process.launcher import Launched
+from caisson.agent.libcontainer.process.launcher import Launch, Launched
 from caisson.agent.model.reaper import Child
 from caisson.agent.model.sandbox import Sandbox
 from tests.native.agent_support import run
@@ -34,14 +34,18 @@ class ProcessLauncher:
         self.decided = asyncio.Event()
         self.decided.set()
 
-    async def create(self, spec: Spec, *, container_id: str, **rest: Any) -> Launched:
+    async def filter(self, profile: object) -> bytes:
+        return b""
+
+    async def create(self, spec: Spec, launch: Launch, **rest: Any) -> Launched:
+        container_id = launch.container_id
         await self.decided.wait()
         self.specs[container_id] = spec
         if container_id.startswith("bad"):
             raise LaunchError("it was not meant to be")
         pid = os.posix_spawn("/bin/sleep", ["sleep", "1000"], {})  # noqa: ASYNC221 - it does not wait
         self.inits[container_id] = Child(pid)
-        return Launched(self.inits[container_id], None)
+        return Launched(self.inits[container_id], None, os.pidfd_open(pid))
 
     def ends(self, container_id: str) -> None:
         """Let an init that was killed have ended."""

@@ -270,7 +270,7 @@ def test_cpus_that_are_plugged_in_are_offered(hierarchies: CgroupV1, cgroup: Cgr
 
 def test_what_is_in_use_is_not_taken(hierarchies: CgroupV1, cgroup: CgroupOfV1) -> None:
     process = put_in(cgroup, "/bin/sleep", "100")
-    with pytest.raises(CgroupError, match="has processes in it already"):
+    with pytest.raises(CgroupError, match="container's cgroup is not empty: 1 process"):
         hierarchies.create("test")
     process.kill()
     process.wait()

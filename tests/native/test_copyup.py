@@ -10,7 +10,7 @@ import pytest
 
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.config.spec import Spec
-from caisson.agent.libcontainer.process.launcher import LaunchError
+from caisson.agent.libcontainer.errors import LaunchError
 from tests.native.nsexec_support import Box, config
 
 pytestmark = pytest.mark.root
@@ -92,4 +92,4 @@ def test_for_tmpfs_alone() -> None:
     from caisson.agent.libcontainer.plan import plan
 
     with pytest.raises(SpecError, match=r"mounts\[4\].options: 'tmpcopyup' is for tmpfs alone"):
-        plan.init_messages(Spec.from_json(made), rootfs="/r", bundle=Path("/"), join={}, cgroups={})
+        plan.init_messages(Spec.from_json(made), rootfs="/r", bundle="/", join={}, cgroups={})

@@ -15,7 +15,7 @@ import pytest
 
 from caisson.agent.base.log import Log
 from caisson.agent.libcontainer.config.spec import Spec
-from caisson.agent.libcontainer.process.launcher import LaunchError
+from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.model.container import Container
 from caisson.agent.model.reaper import Reaper as AgentsReaper
 from caisson.proto.kata1 import agent_pb2, oci_pb2
@@ -171,7 +171,9 @@ def test_arguments_environment_and_descriptors_are_exact(box: Box) -> None:
     said = {}
     for point in ("createRuntime", "createContainer", "startContainer"):
         value = with_hooks("true", **{point: [hook]})
-        with pytest.raises(LaunchError, match=f"{point} hook #0 /bin/busybox: exited with status 3: ") as caught:
+        with pytest.raises(
+            LaunchError, match=f"error running {point} hook #0: /bin/busybox: exit status 3: "
+        ) as caught:
             box.run(box.running(value))
         said[point] = str(caught.value).partition("status 3: ")[2].split("\n")
     for point, lines in said.items():
@@ -183,9 +185,9 @@ def test_arguments_environment_and_descriptors_are_exact(box: Box) -> None:
 
 
 def test_arguments_default_to_the_path(box: Box) -> None:
-    with pytest.raises(LaunchError, match=r"createContainer hook #0 /bin/false: exited with status 1$"):
+    with pytest.raises(LaunchError, match=r"error running createContainer hook #0: /bin/false: exit status 1$"):
         box.run(box.create(with_hooks("true", createContainer=[{"path": "/bin/false"}])))
-    with pytest.raises(LaunchError, match=r"prestart hook #0 /bin/false: exited with status 1$"):
+    with pytest.raises(LaunchError, match=r"error running prestart hook #0: /bin/false: exit status 1$"):
         box.run(box.create(with_hooks("true", prestart=[{"path": "/bin/false"}])))
 
 
@@ -193,8 +195,8 @@ def test_arguments_default_to_the_path(box: Box) -> None:
 @pytest.mark.parametrize(
     ("hook", "why"),
     [
-        (sh("echo some words; echo of complaint >&2; exit 9"), "exited with status 9: some words\nof complaint"),
-        (sh("kill -TERM $$"), "was killed by signal 15"),
+        (sh("echo some words; echo of complaint >&2; exit 9"), "exit status 9: some words\nof complaint"),
+        (sh("kill -TERM $$"), "signal: terminated"),
         ({"path": "/no/such/hook"}, "no such file or directory"),
         ({"path": "/etc/passwd"}, "permission denied"),
         (sh("printf 'not \\377 text\\000 at all'; exit 1"), "not \N{REPLACEMENT CHARACTER} text"),
@@ -217,7 +219,7 @@ def test_a_hook_that_fails_fails_the_create(agents_box: Box, point: str, hook: d
         return str(caught.value)
 
     message = box.run(work())
-    assert message.startswith(f"{point} hook #1 {hook['path']}: ")
+    assert message.startswith(f"error running {point} hook #1: {hook['path']}: ")
     assert why in message
     assert len(message) < 1200
     assert (box.path / "order").read_text().split() == ["earlier", "poststop"]
@@ -238,7 +240,7 @@ def test_a_hook_that_takes_too_long_is_killed_with_its_group(agents_box: Box, po
         return str(caught.value)
 
     began = time.monotonic()
-    assert box.run(work()) == f"{point} hook #0 /bin/sh: timed out after 1 s and was killed: began"
+    assert box.run(work()) == f"error running {point} hook #0: /bin/sh: timed out after 1 s and was killed: began"
     assert 1 <= time.monotonic() - began < 10
     assert sleepers() == []
 
@@ -274,7 +276,7 @@ def sleepers() -> list[str]:
 @pytest.mark.parametrize("point", CREATE)
 def test_a_hook_without_a_timeout_is_waited_for_until_nobody_wants_it(agents_box: Box, point: str) -> None:
     box = agents_box
-    box.launcher._patience = 0.5  # nsexec's own time, of which hooks take nothing
+    box.launcher._timeout = 0.5  # nsexec's own time, of which hooks take nothing
     value = with_hooks("true", **{point: [sh(f"touch {box.path}/began; sleep 4321 & wait")]})
 
     async def work() -> None:
@@ -316,7 +318,7 @@ def test_a_state_that_does_not_fit_for_those_inside(box: Box) -> None:
         box.run(box.create(value))
     value["annotations"] = {"long": "x" * 60_000}
     value["hooks"]["createContainer"] = [sh("exec <&-"), sh("wc -c; exit 1")]
-    with pytest.raises(LaunchError, match=r"exited with status 1: 60\d\d\d"):
+    with pytest.raises(LaunchError, match=r"exit status 1: 60\d\d\d"):
         box.run(box.create(value))
 
 
@@ -360,7 +362,7 @@ def test_a_start_container_hook_that_fails_stops_the_container(agents_box: Box) 
     async def work() -> None:
         container = life(box, with_hooks("touch", "/tmp/ran", startContainer=[sh("echo no; exit 4")]))
         await container.create("box", {})
-        with pytest.raises(LaunchError, match=r"^startContainer hook #0 /bin/sh: exited with status 4: no$"):
+        with pytest.raises(LaunchError, match=r"^error running startContainer hook #0: /bin/sh: exit status 4: no$"):
             await container.start()
         await container.process("").wait()
         assert container.status == "stopped"
@@ -406,7 +408,7 @@ def test_hooks_from_the_wire(agent: RunningAgent, tmp_path: Path) -> None:
             (guest / "prestart" / "20-note").write_text("#!/bin/sh\necho no luck >&2; exit 1\n")
             code, text = await refused(connection.create_container("c", agent.spec("true")))
             assert code is grpc.StatusCode.INTERNAL
-            assert text.endswith(f"prestart hook #0 {guest}/prestart/20-note: exited with status 1: no luck")
+            assert text.endswith(f"prestart hook #0: {guest}/prestart/20-note: exit status 1: no luck")
             (guest / "prestart" / "20-note").write_text("#!/bin/sh\n")
             await (await connection.create_container("c", agent.spec("true"))).remove()
             code, text = await refused(

@@ -17,8 +17,9 @@ from caisson.agent.base.log import Log
 from caisson.agent.base.syscalls import umount2
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.config.spec import Process, Spec
+from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.process.channel import SetupChannel
-from caisson.agent.libcontainer.process.launcher import Launched, LaunchError, Stdio
+from caisson.agent.libcontainer.process.launcher import Launched, Stdio
 from caisson.agent.model.container import Container
 from caisson.agent.model.reaper import Reaper
 from tests.native.agent_support import until
@@ -81,7 +82,7 @@ def test_hooks_and_rights(box: Box) -> None:
             return await box.output(value, **arguments)
 
     assert box.run(work()) == (0, f"3\n0022\n7\nCapEff:\t{0:016x}\nNoNewPrivs:\t1\n", "")
-    assert '"status": "creating", "pid": ' in (box.path / "early").read_text()
+    assert '"status":"creating","pid":' in (box.path / "early").read_text()
     link, state = (box.rootfs / "tmp" / "late").read_text().split("\n", 1)
     assert link != str(Path("/proc/self/ns/pid").readlink())
     assert '"status":"created","pid":2}' in state
@@ -120,10 +121,9 @@ def test_giving_up_at_any_moment_leaves_nothing(box: Box, user: bool) -> None:
             null = os.open("/dev/null", os.O_RDWR)
 
             def execs() -> Coroutine[Any, Any, Launched]:
-                return box.launcher.exec(
-                    Process(("sleep", "1000"), env=("PATH=/bin",)), spec=Spec.from_json(value), init=init.child,
-                    cgroup=None, stdio=Stdio(null, null, null),
-                )  # fmt: skip
+                return box.launch_exec(
+                    Process(("sleep", "1000"), env=("PATH=/bin",)), init, Spec.from_json(value), Stdio(null, null, null)
+                )
 
             await gives_up(execs, {*pause, init.child.pid})
             os.close(null)
@@ -139,11 +139,11 @@ def test_one_that_is_killed_before_its_start(box: Box) -> None:
             init = await box.create(config(), **arguments)
             os.kill(init.child.pid, signal.SIGKILL)
             with pytest.raises(LaunchError, match="init"):
-                await box.launcher.start(box.fifo, init.child)
+                await box.start(init)
             box.fifo.unlink(missing_ok=True)
             init = await box.running(config("sleep", "1000"), **arguments)
             with pytest.raises(LaunchError, match="started before"):
-                await box.launcher.start(box.fifo, init.child)
+                await box.start(init)
             os.kill(init.child.pid, signal.SIGKILL)
             assert await init.child.wait() == 137
 
@@ -159,9 +159,15 @@ def test_without_cgroups_what_the_agent_started_ends_with_the_container(box: Box
     assert spec.root is not None
     spec = spec.but(root=spec.root.but(path=str(box.rootfs)))
     one = Container(
-        "box", spec, launcher=box.launcher, cgroup=None, directory=box.path / "box", pipe_size=0, log=Log("fatal"),
+        "box",
+        spec,
+        launcher=box.launcher,
+        cgroup=None,
+        directory=box.path / "box",
+        pipe_size=0,
+        log=Log("fatal"),
         oom=lambda: None,
-    )  # fmt: skip
+    )
 
     async def work() -> None:
         async with joined(box) as arguments:
@@ -179,24 +185,19 @@ def test_without_cgroups_what_the_agent_started_ends_with_the_container(box: Box
 def test_only_the_makers_of_a_process_say_who_it_is() -> None:
     """A process in a shared namespace may have taken the socket out of one that was just made."""
 
-    async def work() -> None:
-        news: list[tuple[int, int]] = []
-        talk = SetupChannel(
-            asyncio.get_running_loop(), terminal=False, pids=lambda *pids: news.append(pids), log=lambda *_: None
-        )
-        theirs = talk._child_ends[0]
-        assert isinstance(theirs, socket.socket)
-        line, fd = b'{"stage1_pid":0,"stage2_pid":1}\n', os.pidfd_open(os.getpid())
-        with socket.socket(fileno=os.dup(theirs.fileno())) as taken:
-            talk.listen(1)  # the maker is somebody else
-            socket.send_fds(taken, [line], [fd])
-            talk._on_init()
-            assert (news, talk.pidfd) == ([], -1)
-            talk._makers.add(os.getpid())
-            socket.send_fds(taken, [line], [fd])
-            talk._on_init()
-            assert news == [(0, 1)] and talk.pidfd >= 0
-        os.close(fd)
-        talk.close()
-
-    asyncio.run(work())
+    news: list[tuple[int, int]] = []
+    channel = SetupChannel(terminal=False, announced=lambda *pids: news.append(pids), log=lambda *_: None)
+    child_end = channel._child_ends[0]
+    assert not isinstance(child_end, int)
+    line, fd = b'{"stage1_pid":0,"stage2_pid":1}\n', os.pidfd_open(os.getpid())
+    with socket.socket(fileno=os.dup(child_end.fileno())) as taken:
+        channel.spawned(1)  # the maker is somebody else
+        socket.send_fds(taken, [line], [fd])
+        channel.on_readable()
+        assert (news, channel.pidfd) == ([], -1)
+        channel._makers.add(os.getpid())
+        socket.send_fds(taken, [line], [fd])
+        channel.on_readable()
+        assert news == [(0, 1)] and channel.pidfd >= 0
+    os.close(fd)
+    channel.close()

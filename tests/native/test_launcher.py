@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from caisson.agent.libcontainer.config.spec import Process, Spec
-from caisson.agent.libcontainer.process.launcher import Launched, LaunchError, Stdio
+from caisson.agent.libcontainer.errors import LaunchError
+from caisson.agent.libcontainer.process.launcher import Launched, Stdio
 from caisson.agent.libcontainer.process.nsexec import Nsexec
 from tests.native.nsexec_support import Box, children, config
 
@@ -67,7 +68,7 @@ def test_a_program_that_the_kernel_refuses_fails_at_start(box: Box) -> None:
     async def run() -> int:
         launched = await box.create(config("junk"))
         with pytest.raises(LaunchError, match=r"exec /bin/junk: exec format error"):
-            await box.launcher.start(box.fifo, launched.child)
+            await box.start(launched)
         return await launched.child.wait()
 
     assert box.run(run()) == 1
@@ -181,12 +182,8 @@ def test_exec_as_a_user_owns_its_pipes_but_not_the_null_device(box: Box) -> None
         process = {"args": ["sh", "-c", "echo reopened >/dev/stdout"], "cwd": "/", "env": ["PATH=/bin"],
                    "user": {"uid": 1000, "gid": 1000}}  # fmt: skip
         try:
-            launched = await box.launcher.exec(
-                Process.from_json(process),
-                spec=Spec.from_json(config()),
-                init=init.child,
-                cgroup=None,
-                stdio=Stdio(null, sink, null),
+            launched = await box.launch_exec(
+                Process.from_json(process), init, Spec.from_json(config()), Stdio(null, sink, null)
             )
             assert await launched.child.wait() == 0
             return os.read(source, 100)
@@ -251,7 +248,7 @@ def test_terminal_of_an_init(box: Box) -> None:
 
     async def run() -> tuple[str, int]:
         launched = await box.create(value)
-        await box.launcher.start(box.fifo, launched.child)
+        await box.start(launched)
         return await _read_console(launched), await launched.child.wait()
 
     assert box.run(run()) == ("/dev/pts/0\r\n33 99\r\nc\r\nto-console\r\n", 0)
@@ -264,9 +261,7 @@ def test_terminal_of_an_exec_is_controlling(box: Box) -> None:
             {"args": ["sh", "-c", "tty; echo reachable >/dev/tty; sleep 1000"], "cwd": "/", "env": ["PATH=/bin"],
              "terminal": True}
         )  # fmt: skip
-        launched = await box.launcher.exec(
-            process, spec=Spec.from_json(config()), init=init.child, cgroup=None, stdio=None
-        )
+        launched = await box.launch_exec(process, init, Spec.from_json(config()), None)
         assert launched.console is not None
         os.set_blocking(launched.console, True)
         seen = b""
@@ -297,7 +292,7 @@ def test_the_fifo_can_be_opened_by_another_user(box: Box) -> None:
     async def run() -> tuple[int, int]:
         launched = await box.create(config("true", user={"uid": 1000, "gid": 1000}))
         mode = stat.S_IMODE(box.fifo.stat().st_mode)
-        await box.launcher.start(box.fifo, launched.child)
+        await box.start(launched)
         assert not box.fifo.exists()
         return mode, await launched.child.wait()
 
@@ -360,12 +355,11 @@ def test_many_at_once(box: Box) -> None:
         null = os.open("/dev/null", os.O_RDWR)
         args = [["true"], ["false"], ["nothere"], ["sh", "-c", "kill -9 $$"]][number % 4]
         try:
-            launched = await box.launcher.exec(
+            launched = await box.launch_exec(
                 Process.from_json({"args": args, "cwd": "/", "env": ["PATH=/bin"]}),
-                spec=Spec.from_json(config()),
-                init=init.child,
-                cgroup=None,
-                stdio=Stdio(null, null, null),
+                init,
+                Spec.from_json(config()),
+                Stdio(null, null, null),
             )
         except LaunchError:
             return -1
@@ -395,13 +389,3 @@ def test_the_program_is_sealed(nsexec_path: Path) -> None:
         os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_TRUNC)
     assert struct.unpack("4s", os.pread(fd, 4, 0))[0] == b"\x7fELF"
     nsexec.close()
-
-
-def test_letting_go_of_a_container_that_runs(box: Box) -> None:
-    async def tasks_left() -> int:
-        await box.launcher.close()
-        return len(asyncio.all_tasks()) - 1
-
-    init = box.run(box.running())
-    assert box.run(tasks_left()) == 0
-    os.kill(init.child.pid, 0)

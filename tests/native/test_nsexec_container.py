@@ -10,7 +10,7 @@ import pytest
 
 from caisson.agent.base.syscalls import umount2
 from caisson.agent.libcontainer.config.reader import SpecError
-from caisson.agent.libcontainer.process.launcher import LaunchError
+from caisson.agent.libcontainer.errors import LaunchError
 from tests.native.nsexec_support import (
     CAPABILITIES,
     Box,
@@ -163,7 +163,7 @@ def test_null_stdio_is_the_containers_own(box: Box) -> None:
 
     async def run() -> int:
         launched = await box.create(value)  # its stdio is this machine's /dev/null
-        await box.launcher.start(box.fifo, launched.child)
+        await box.start(launched)
         return await launched.child.wait()
 
     assert box.run(run()) == 0
@@ -308,7 +308,7 @@ def test_a_created_container_that_is_killed_cannot_be_started(box: Box) -> None:
     async def run() -> None:
         launched = await box.create(config())
         os.kill(launched.child.pid, signal.SIGKILL)
-        await box.launcher.start(box.fifo, launched.child)
+        await box.start(launched)
 
     with pytest.raises(LaunchError, match="init"):
         box.run(run())
@@ -317,7 +317,7 @@ def test_a_created_container_that_is_killed_cannot_be_started(box: Box) -> None:
 def test_starting_twice(box: Box) -> None:
     async def run() -> None:
         launched = await box.running()
-        await box.launcher.start(box.fifo, launched.child)
+        await box.start(launched)
 
     with pytest.raises(LaunchError, match="started before"):
         box.run(run())

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from caisson.agent.libcontainer.config.reader import SpecError
-from caisson.agent.libcontainer.process.launcher import LaunchError
+from caisson.agent.libcontainer.errors import LaunchError
 from tests.native.nsexec_support import (
     CAPABILITIES,
     Box,

@@ -12,9 +12,9 @@ import pytest
 
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.config.spec import Spec
+from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.plan import plan, wire
 from caisson.agent.libcontainer.plan import wire as steps
-from caisson.agent.libcontainer.process.launcher import LaunchError
 from tests.native.nsexec_support import Box, children, config
 
 pytestmark = pytest.mark.root
@@ -127,7 +127,7 @@ def test_malformed_messages(nsexec_path: Path, data: bytes) -> None:
 
 def _good() -> bytes:
     return plan.init_messages(
-        Spec.from_json(config("true")), rootfs="/no/such/root", bundle=Path("/"), join={}, cgroups={}
+        Spec.from_json(config("true")), rootfs="/no/such/root", bundle="/", join={}, cgroups={}
     )
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from caisson.agent.libcontainer.cgroups import Cgroup, CgroupError, CgroupV2
 from caisson.agent.libcontainer.config.resources import Resources
-from caisson.agent.libcontainer.process.launcher import LaunchError
+from caisson.agent.libcontainer.errors import LaunchError
 from tests.native.agent_support import RunningAgent, run
 from tests.native.nsexec_support import CAPABILITIES, Box, config
 
@@ -162,7 +162,14 @@ def test_options_that_take_back_a_flag_of_the_filesystem(box: Box, option: str) 
     assert {"sync", "lazytime", "mand"} - set(superblock) == {gone}
 
 
-@pytest.mark.parametrize("option", ["iversion", "noiversion", "silent", "loud", "no-such-option"])
+@pytest.mark.parametrize("option", ["iversion", "noiversion", "silent", "loud", "acl"])
+def test_mount_options_without_effect_are_ignored(box: Box, option: str) -> None:
+    value = config()
+    value["mounts"].append({"destination": "/mnt", "type": "tmpfs", "source": "tmpfs", "options": [option]})
+    assert "tmpfs" in box.sh("grep ' /mnt ' /proc/self/mountinfo", value)
+
+
+@pytest.mark.parametrize("option", ["no-such-option"])
 def test_options_that_the_filesystem_does_not_know(box: Box, option: str) -> None:
     value = config()
     value["mounts"].append({"destination": "/mnt", "type": "tmpfs", "source": "tmpfs", "options": [option]})

@@ -10,7 +10,7 @@ import pytest
 
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.config.spec import Process, Spec
-from caisson.agent.libcontainer.process.launcher import LaunchError
+from caisson.agent.libcontainer.errors import LaunchError
 from tests.native.nsexec_support import Box, config
 
 pytestmark = pytest.mark.root
@@ -37,12 +37,11 @@ async def both(box: Box, value: dict[str, Any], process: dict[str, Any] | None =
     try:
         from caisson.agent.libcontainer.process.launcher import Stdio
 
-        other = await box.launcher.exec(
+        other = await box.launch_exec(
             Process.from_json({"args": ["sleep", "1000"], "env": ["PATH=/bin"], **(process or {})}),
-            spec=Spec.from_json(value),
-            init=init.child,
-            cgroup=None,
-            stdio=Stdio(null, null, null),
+            init,
+            Spec.from_json(value),
+            Stdio(null, null, null),
         )
     finally:
         os.close(null)

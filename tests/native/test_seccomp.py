@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from caisson.agent.libcontainer.process.launcher import LaunchError
+from caisson.agent.libcontainer.errors import LaunchError
 from tests.native.nsexec_support import Box, config
 
 pytestmark = pytest.mark.root

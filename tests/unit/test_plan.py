@@ -32,7 +32,7 @@ def _spec(**changes: Any) -> Spec:
 
 
 def _init(spec: Spec, **keywords: Any) -> bytes:
-    arguments: dict[str, Any] = {"rootfs": "/r", "bundle": Path("/b"), "join": {}, "cgroups": {}, **keywords}
+    arguments: dict[str, Any] = {"rootfs": "/r", "bundle": "/b", "join": {}, "cgroups": {}, **keywords}
     return plan.init_messages(spec, **arguments)
 
 

@@ -30,7 +30,7 @@ def root(tmp_path: Path) -> Path:
 
 def who(root: Path, username: str, **fields: object) -> Process:
     user = User(uid=5, gid=6, username=username)
-    return resolved(Process(args=("x",), user=user, **fields), str(root))  # type: ignore[arg-type]
+    return resolve(Process(args=("x",), user=user, **fields), str(root))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_home(root: Path) -> None:
 
 def test_more_groups_stay(root: Path) -> None:
     process = Process(args=("x",), user=User(additional_gids=(3, 29), username="app"))
-    assert resolved(process, str(root)).user.additional_gids == (3, 29, 44, 0)
+    assert resolve(process, str(root)).user.additional_gids == (3, 29, 44, 0)
 
 
 def test_files_are_the_images_own(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:  # CVE-2025-24965

@@ -139,12 +139,16 @@ class Cgroup:
         """Put device rules in force, in the place of those before.  Raises CgroupError."""
         raise NotImplementedError
 
-    def apply(self, resources: Resources) -> None:
-        """Set limits and device rules of a new cgroup.  Raises CgroupError naming what this machine cannot do."""
+    def apply(self, resources: Resources, *, devices: bool = True) -> None:
+        """Set limits and device rules of a new cgroup; in a user namespace there can be no device rules.
+
+        Raises CgroupError naming what this machine cannot do.
+        """
         self._check_usage(resources)
         for setting in self.settings(resources):
             self._set(setting, None)
-        self.allow_devices(resources.devices)
+        if devices:
+            self.allow_devices(resources.devices)
         self._devices = resources.devices
 
     async def update(self, resources: Resources) -> None:

@@ -51,7 +51,6 @@ from caisson.agent.libcontainer.plan.wire import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-    from pathlib import Path
 
     from caisson.agent.libcontainer.config.spec import Hook, Hooks, Linux, Spec
 
@@ -74,7 +73,7 @@ def init_messages(
     spec: Spec,
     *,
     rootfs: str,
-    bundle: Path,
+    bundle: str,
     join: Mapping[str, str],
     cgroups: Mapping[str, str],
     procfs: str | None = None,
@@ -103,7 +102,7 @@ def init_messages(
     _check_maps(spec.linux, "user" in types - set(joined))
     if spec.linux.time_offsets and ("time" not in types or "time" in joined):
         raise SpecError("linux.timeOffsets", "need a new time namespace")
-    files = FileSystem(spec, str(bundle), cgroups, types)
+    files = FileSystem(spec, bundle, cgroups, types)
     steps = [
         wire.number(PLAN_VERSION, VERSION),
         wire.number(PROPAGATION, syscalls.MS_SLAVE | syscalls.MS_REC),

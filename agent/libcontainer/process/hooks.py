@@ -158,7 +158,7 @@ class _HookProcess:
             )
         except OSError as error:
             self._close()
-            raise self._error(f"{hook.path}: {reason(error.errno or 0)}", error.errno or 0) from error
+            raise self._error(reason(error.errno or 0), error.errno or 0) from error
         finally:
             for fd in child_fds:
                 os.close(fd)
@@ -180,7 +180,7 @@ class _HookProcess:
 
     def _error(self, how: str, errno: int = 0) -> LaunchError:
         said = self._output.decode("utf-8", "replace").strip()
-        message = f"error running {self._step}: {how}" + (f": {said}" if said else "")
+        message = f"error running {self._step}: {self._hook.path}: {how}" + (f": {said}" if said else "")
         return LaunchError(message, step=self._step, path=self._hook.path, errno=errno)
 
     def _close(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from caisson.agent.base.record import Record
+from caisson.agent.base.record import NOTHING, Record
 from caisson.agent.libcontainer.errors import LaunchError, reason
 from caisson.agent.libcontainer.plan import plan, users
 from caisson.agent.libcontainer.plan.wire import EncodingError
@@ -57,7 +57,7 @@ class Launch(Record):
 
     container_id: str
     stdio: Stdio | None
-    cgroup_fds: Mapping[str, int] = {}
+    cgroup_fds: Mapping[str, int] = NOTHING
     preserved: int = 0
     announced: Callable[[int], object] | None = None
 
@@ -99,7 +99,7 @@ class ProcessLauncher:
         rootfs: str,
         join: Mapping[str, str],
         start_gate: str,
-        cgroups: Mapping[str, str] = {},
+        cgroups: Mapping[str, str] = NOTHING,
         procfs: str | None = None,
         filter: bytes = b"",
         hooks: RuntimeHooks | None = None,

@@ -1,0 +1,98 @@
+"""The cgroup that an exec'd process joins: the container's, or one below it."""
+
+from __future__ import annotations
+
+import os
+
+from caisson.agent.runtime.errors import CommandError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from types import TracebackType
+
+    from caisson.agent.libcontainer.container import Container
+
+ROOT = "/sys/fs/cgroup"
+JOINING = "exec failed: unable to start container process:"
+
+
+class ExecCgroup:
+    """Descriptors by which nsexec joins cgroups, for a `with` block.
+
+    `wanted` are sub-cgroups: "[CONTROLLER[,CONTROLLER]:]PATH".
+    """
+
+    def __init__(self, container: Container, wanted: list[str]) -> None:
+        """Raises CommandError."""
+        self._container = container
+        self._paths: dict[str, str] = dict(container.state.cgroup_paths)
+        self._chosen = bool(wanted)
+        self._fds: list[int] = []
+        for text in wanted:
+            self._choose(text)
+
+    def _choose(self, text: str) -> None:
+        controllers, colon, path = text.partition(":")
+        if not colon:
+            controllers, path = "", text
+        is_v2 = set(self._paths) <= {""}
+        if controllers and is_v2:
+            raise CommandError("cgroup v2 has a single hierarchy; give --cgroup without a controller")
+        names = controllers.split(",") if controllers else list(self._paths)
+        if ".." in path.split("/"):
+            raise CommandError(f"bad sub cgroup path: {path}")
+        for name in names:
+            key = name if name in self._paths else f"name={name}"
+            if key not in self._paths:
+                raise CommandError(f"unknown controller {name}")
+            self._paths[key] = os.path.normpath(f"{self._container.state.cgroup_paths[key]}/{path}")
+
+    def __enter__(self) -> Mapping[str, int]:
+        if set(self._paths) == {""}:
+            return self._enter_v2()
+        found = {}
+        files = dict.fromkeys(self._paths.values())
+        for number, path in enumerate(sorted(files, key=lambda path: "/freezer/" in path)):
+            fd = self._open(f"{path}/cgroup.procs", os.O_WRONLY)
+            self._fds.append(fd)
+            found[f"_CAISSON_CGROUP_{number}"] = fd
+        return found
+
+    def _enter_v2(self) -> Mapping[str, int]:
+        path = self._paths[""]
+        if not self._chosen and self._is_unusable(path):
+            path = self._of_init()
+        fd = self._open(path, os.O_RDONLY | os.O_DIRECTORY)
+        self._fds.append(fd)
+        return {"_CAISSON_CGROUP": fd}
+
+    def _is_unusable(self, path: str) -> bool:
+        """Whether no process can join: it is gone, or has given controllers to cgroups below it (EBUSY)."""
+        try:
+            with open(f"{path}/cgroup.subtree_control", encoding="ascii") as file:  # noqa: PTH123
+                return bool(file.read().strip())
+        except OSError:
+            return True
+
+    def _of_init(self) -> str:
+        """Where the container's first process is."""
+        try:
+            with open(f"/proc/{self._container.state.init_process_pid}/cgroup", encoding="utf-8") as file:  # noqa: PTH123
+                rows = [line.rstrip("\n").split(":", 2) for line in file]
+        except OSError:
+            return self._paths[""]
+        return next((f"{ROOT}{path}" for number, name, path in rows if number == "0" and not name), self._paths[""])
+
+    def _open(self, path: str, flags: int) -> int:
+        try:
+            return os.open(path, flags | os.O_CLOEXEC)
+        except OSError as error:
+            pid = os.getpid()
+            why = (error.strerror or "").lower()
+            raise CommandError(f"{JOINING} error adding pid {pid} to cgroups: open {path}: {why}") from None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for fd in self._fds:
+            os.close(fd)
+        self._fds = []

@@ -1,0 +1,128 @@
+"""`exec`: another process in a container."""
+
+from __future__ import annotations
+
+from caisson.agent.base.json import JsonError, loads
+from caisson.agent.libcontainer.container import PAUSED, STOPPED
+from caisson.agent.runtime.bundle import read_config, read_process
+from caisson.agent.runtime.errors import CommandError
+from caisson.agent.runtime.main import run
+from caisson.agent.runtime.stdio import ProcessIO, listen_environment
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from caisson.agent.libcontainer.config.spec import Process
+    from caisson.agent.libcontainer.container import Container
+    from caisson.agent.runtime.main import Call
+
+
+def execute(call: Call) -> int:
+    """Run a process in a container; unless detached wait for its end and exit with its status."""
+    if call.options.flag("detach") is False and call.options.text("console-socket"):
+        raise CommandError("cannot use console socket if runc will not detach or allocate tty")
+    container = call.container()
+    status = container.status
+    if status == STOPPED:
+        raise CommandError("cannot exec in a stopped container")
+    if status == PAUSED and not call.options.flag("ignore-paused"):
+        raise CommandError("cannot exec in a paused container (use --ignore-paused to override)")
+    document = _document(call, container)
+    process = read_process(call, document)
+    try:
+        return _run(call, container, process)
+    except CommandError:
+        raise
+    except Exception as error:
+        from caisson.agent.libcontainer.cgroups.base import CgroupError
+        from caisson.agent.runtime.main import EXPECTED
+        from caisson.agent.runtime.texts import sentence
+
+        if not isinstance(error, (*EXPECTED, CgroupError)):
+            raise
+        raise CommandError(f"exec failed: {sentence(error)}") from error
+
+
+def _run(call: Call, container: Container, process: Process) -> int:
+    from caisson.agent.libcontainer.process.launcher import Launch
+    from caisson.agent.runtime.cgroup import ExecCgroup
+
+    detach = call.options.flag("detach")
+    with ProcessIO(call, process, detach=detach) as io:
+        with ExecCgroup(container, call.options.texts("cgroup")) as cgroup_fds:
+            launch = Launch(container.id, io.stdio, cgroup_fds, io.preserved, io.announced)
+            launched = run(container.exec(process, launch))
+        io.launched(launched)
+        return 0 if detach else io.follow(launched.child.pid)
+
+
+def _document(call: Call, container: Container) -> dict[str, Any]:
+    """The process as a document: of the file that was given, or the bundle's with this command line over it."""
+    path = call.options.text("process")
+    if path:
+        document = _read(path)
+    else:
+        config = read_config(container.state.bundle)
+        found = config.get("process")
+        document = dict(found) if isinstance(found, dict) else {}
+        document["args"] = call.operands[1:]
+        document["terminal"] = False
+        _override(call, document)
+    if listen_environment():
+        document["env"] = [*(document.get("env") or []), *listen_environment()]
+    return document
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:  # noqa: PTH123 - no pathlib at start
+            found = loads(file.read())
+    except OSError as error:
+        raise CommandError(f"open {path}: {(error.strerror or '').lower()}") from None
+    except (JsonError, UnicodeDecodeError) as error:
+        raise CommandError(f"{path}: {error}") from None
+    if not isinstance(found, dict):
+        raise CommandError(f"{path}: must be a JSON object")
+    return found
+
+
+def _override(call: Call, document: dict[str, Any]) -> None:
+    options = call.options
+    if options.text("cwd"):
+        document["cwd"] = options.text("cwd")
+    if options.text("apparmor"):
+        document["apparmorProfile"] = options.text("apparmor")
+    if options.text("process-label"):
+        document["selinuxLabel"] = options.text("process-label")
+    if options.texts("cap"):
+        document["capabilities"] = _with_capabilities(document.get("capabilities") or {}, options.texts("cap"))
+    document["env"] = [*(document.get("env") or []), *options.texts("env")]
+    if "tty" in options.given:
+        document["terminal"] = options.flag("tty")
+    if "no-new-privs" in options.given:
+        document["noNewPrivileges"] = options.flag("no-new-privs")
+    user = dict(document.get("user") or {})
+    if options.text("user"):
+        user |= _user(options.text("user"))
+    if options.texts("additional-gids"):
+        user["additionalGids"] = [*(user.get("additionalGids") or []), *map(_number, options.texts("additional-gids"))]
+    document["user"] = user
+
+
+def _with_capabilities(sets: dict[str, Any], more: list[str]) -> dict[str, Any]:
+    """Add capabilities: ambient ones only where the configuration has inheritable ones."""
+    names = ["bounding", "effective", "permitted", *(["ambient"] if sets.get("inheritable") else [])]
+    return sets | {name: [*(sets.get(name) or []), *more] for name in names}
+
+
+def _user(text: str) -> dict[str, int]:
+    uid, colon, gid = text.partition(":")
+    found = {"uid": _number(uid)}
+    return found | {"gid": _number(gid)} if colon else found
+
+
+def _number(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise CommandError(f'strconv.Atoi: parsing "{text}": invalid syntax; give a number')
+    return int(text)

@@ -1,0 +1,62 @@
+"""`features`: what this runtime supports, as the specification has callers ask for it (features.md)."""
+
+from __future__ import annotations
+
+import sys
+
+from caisson.agent.base.json import dumps
+from caisson.agent.libcontainer.config import scheduling
+from caisson.agent.libcontainer.config.seccomp import ACTIONS, ARCHITECTURES, COMPARISONS, FLAGS
+from caisson.agent.libcontainer.config.spec import NAMESPACE_TYPES
+from caisson.agent.libcontainer.plan.capabilities import CAPABILITIES
+from caisson.agent.libcontainer.plan.mounts import ATTRIBUTES, PROPAGATION, REFUSED, WITHOUT_EFFECT
+from caisson.agent.runtime.main import SPEC_VERSION, VERSION
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from caisson.agent.runtime.main import Call
+
+HOOKS = ("prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop")
+FILESYSTEM_FLAGS = ("sync", "async", "dirsync", "lazytime", "nolazytime", "mand", "nomand")
+
+
+def features(call: Call) -> int:
+    """Print the document."""
+    sys.stdout.write(dumps(document(), 4) + "\n")
+    return 0
+
+
+def document() -> dict[str, object]:
+    """Say only what is so."""
+    options = {*ATTRIBUTES, *(f"r{name}" for name in ATTRIBUTES), *PROPAGATION, *WITHOUT_EFFECT, *FILESYSTEM_FLAGS}
+    options |= {"bind", "rbind", "tmpcopyup"}
+    idmap = "idmap" not in REFUSED
+    options |= {"idmap", "ridmap"} if idmap else set()
+    return {
+        "ociVersionMin": "1.0.0",
+        "ociVersionMax": SPEC_VERSION,
+        "hooks": list(HOOKS),
+        "mountOptions": sorted(options - {""}),
+        "linux": {
+            "namespaces": sorted(NAMESPACE_TYPES),
+            "capabilities": list(CAPABILITIES),
+            "cgroup": {"v1": True, "v2": True, "systemd": False, "systemdUser": False, "rdma": True},
+            "seccomp": {
+                "enabled": True,
+                "actions": sorted(ACTIONS),
+                "operators": sorted(COMPARISONS),
+                "archs": sorted(ARCHITECTURES),
+                "knownFlags": sorted(FLAGS),
+                "supportedFlags": sorted(FLAGS),
+            },
+            "apparmor": {"enabled": True},
+            "selinux": {"enabled": True},
+            "intelRdt": {"enabled": False},
+            "mountExtensions": {"idmap": {"enabled": idmap}},
+            "netDevices": {"enabled": hasattr(scheduling, "net_devices")},
+        },
+        "annotations": {
+            "org.opencontainers.runc.version": VERSION,
+            "org.opencontainers.runc.checkpoint.enabled": "false",
+        },
+    }

@@ -1,0 +1,261 @@
+"""Commands of a container's life: create, start, run, kill, delete."""
+
+from __future__ import annotations
+
+import os
+
+from caisson.agent.libcontainer.config.reader import SpecError
+from caisson.agent.libcontainer.container import (
+    STOPPED,
+    Container,
+    ContainerError,
+    DoesNotExist,
+    Lock,
+    remove_directory,
+)
+from caisson.agent.libcontainer.state import State
+from caisson.agent.runtime.errors import CommandError
+from caisson.agent.runtime.main import run as complete
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from caisson.agent.libcontainer.cgroups import Cgroup
+    from caisson.agent.runtime.bundle import Bundle
+    from caisson.agent.runtime.main import Call
+    from caisson.agent.runtime.stdio import ProcessIO
+
+DIRECTORY_MODE, ROOT_MODE = 0o711, 0o700
+RTMIN, RTMAX = 34, 64
+#: signal(7), without the prefix; the same on all architectures that are supported.
+SIGNALS = {
+    name: number
+    for number, names in enumerate(
+        (
+            "", "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT IOT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2", "PIPE",
+            "ALRM", "TERM", "STKFLT", "CHLD CLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG", "XCPU", "XFSZ", "VTALRM",
+            "PROF", "WINCH", "IO POLL", "PWR", "SYS UNUSED",
+        )
+    )
+    for name in names.split()
+} | {"RTMIN": RTMIN, "RTMAX": RTMAX}  # fmt: skip
+
+
+def create(call: Call) -> int:
+    """Create a container whose program waits to be started."""
+    from caisson.agent.runtime.stdio import ProcessIO
+
+    bundle = _bundle(call)
+    with ProcessIO(call, bundle.spec.process, detach=True) as io:
+        _create(call, bundle, io)
+    return 0
+
+
+def start(call: Call) -> int:
+    """Execute the program of a created container."""
+    container = call.container()
+    with Lock(container.directory):
+        _start(container)
+    return 0
+
+
+def _start(container: Container, *, wait: bool = True) -> None:
+    """Execute the program, and with `wait` wait until it is ready where it is to say so."""
+    from caisson.agent.runtime.notify import Listener
+
+    listener = Listener(container)
+    try:
+        complete(container.start())
+        if wait:
+            listener.wait_ready()
+    finally:
+        listener.close()
+
+
+def run(call: Call) -> int:
+    """Create a container, start it, and unless detached wait for its end and delete it."""
+    from caisson.agent.runtime.stdio import ProcessIO
+
+    detach = call.options.flag("detach")
+    if not detach and not call.options.flag("no-subreaper"):
+        from caisson.agent.base.syscalls import set_child_subreaper
+
+        set_child_subreaper()
+    bundle = _bundle(call)
+    with ProcessIO(call, bundle.spec.process, detach=detach) as io:
+        container = _create(call, bundle, io)
+        try:
+            _start(container, wait=detach)
+        except BaseException:
+            complete(container.destroy())
+            remove_directory(container.directory)
+            raise
+        if detach:
+            return 0
+        status = io.follow(container.state.init_process_pid)
+    if not call.options.flag("keep"):
+        with Lock(container.directory):
+            complete(container.delete(force=True))
+    return status
+
+
+def _bundle(call: Call) -> Bundle:
+    from caisson.agent.runtime.bundle import Bundle
+
+    call.id  # noqa: B018 - it is checked first
+    return Bundle(call, call.options.text("bundle"))
+
+
+def _create(call: Call, bundle: Bundle, io: ProcessIO) -> Container:
+    """Make the container; on failure nothing of it is left."""
+    from caisson.agent.runtime import notify
+
+    directory = f"{call.root}/{call.id}"
+    rootfs = bundle.rootfs
+    os.makedirs(call.root, ROOT_MODE, exist_ok=True)  # noqa: PTH103 - no pathlib at start
+    try:
+        os.mkdir(directory, DIRECTORY_MODE)  # noqa: PTH102
+    except FileExistsError:
+        raise ContainerError("container with given ID already exists") from None
+    with Lock(directory):
+        cgroup: Cgroup | None = None
+        container: Container | None = None
+        try:
+            os.chmod(directory, DIRECTORY_MODE)  # noqa: PTH101 - whatever the umask is
+            notify.prepare(call, bundle, directory)
+            cgroup = _make_cgroup(call, bundle)
+            container = _launch(call, bundle, io, rootfs, cgroup)
+            return container
+        except BaseException:
+            _undo(call, directory, cgroup, container)
+            raise
+
+
+def _launch(call: Call, bundle: Bundle, io: ProcessIO, rootfs: str, cgroup: Cgroup | None) -> Container:
+    from caisson.agent.libcontainer.process.launcher import Launch
+
+    def make(cgroup_fds: dict[str, int]) -> Container:
+        launch = Launch(call.id, io.stdio, cgroup_fds, io.preserved, io.announced)
+        container, launched = complete(
+            Container.create(
+                call.runtime,
+                call.id,
+                bundle.spec,
+                launch,
+                document=bundle.document,
+                bundle=bundle.path,
+                rootfs=rootfs,
+                cgroup=cgroup,
+                rootless=os.geteuid() != 0,
+            )
+        )
+        io.launched(launched)
+        return container
+
+    if cgroup is None:
+        return make({})
+    with cgroup.join_fds() as fds:
+        return make(fds)
+
+
+def _undo(call: Call, directory: str, cgroup: Cgroup | None, container: Container | None) -> None:
+    """Remove what a create that failed has made."""
+    try:
+        if container is not None:
+            complete(container.destroy())
+        elif cgroup is not None:
+            if cgroup.pids():
+                complete(cgroup.kill())
+            complete(cgroup.delete())
+    except Exception as error:  # the first failure is the one to report
+        call.warn(str(error))
+    remove_directory(directory)
+
+
+def _make_cgroup(call: Call, bundle: Bundle) -> Cgroup | None:
+    from caisson.agent.libcontainer.cgroups.base import CgroupError
+    from caisson.agent.libcontainer.config.resources import Resources
+
+    hierarchy = call.hierarchy()
+    resources = bundle.spec.linux.resources or Resources()
+    path = bundle.spec.linux.cgroups_path
+    if hierarchy is None:
+        return None
+    if resources.unified and "" not in getattr(hierarchy, "roots", {"": ""}):
+        raise CommandError("invalid configuration: cannot use unified without cgroup v2")
+    try:
+        cgroup = hierarchy.create(path or call.id, below_own=not path.startswith("/"))
+    except CgroupError as error:
+        if call.is_rootless and not path:
+            call.log("debug", str(error))
+            return None
+        why = f"unable to apply cgroup configuration: {error}"
+        raise CommandError(f"unable to start container process: {why}") from error
+    try:
+        in_userns = any(namespace.type == "user" for namespace in bundle.spec.linux.namespaces)
+        cgroup.apply(resources, devices=not in_userns and not call.is_rootless)
+    except (CgroupError, SpecError):
+        complete(cgroup.delete())
+        raise
+    return cgroup
+
+
+def kill(call: Call) -> int:
+    """Signal a container's first process, or all of its processes."""
+    text = call.operands[1] if len(call.operands) > 1 else "SIGTERM"
+    container = call.container()
+    number = signal_number(text)
+    every = call.options.flag("all")
+    try:
+        complete(container.kill(number, every=every))
+    except ProcessLookupError:
+        raise ContainerError("container not running") from None
+    except ContainerError:
+        if not every:
+            raise
+    return 0
+
+
+def signal_number(text: str) -> int:
+    """The number of a signal that is given by number or name.  Raises CommandError."""
+    if text.isascii() and text.isdecimal() and int(text) <= 64:
+        return int(text)
+    name = text.upper().removeprefix("SIG")
+    found = SIGNALS.get(name)
+    base, sign, number = name[:5], name[5:6], name[6:]
+    if found is None and (base, sign) in (("RTMIN", "+"), ("RTMAX", "-")) and number.isdecimal():
+        found = RTMIN + int(number) if sign == "+" else RTMAX - int(number)
+    if found is None or not 0 < found <= RTMAX:
+        raise CommandError(f'unknown signal "{text}"')
+    return found
+
+
+def delete(call: Call) -> int:
+    """Delete a container; one that was half made goes as well."""
+    force = call.options.flag("force")
+    directory = f"{call.root}/{call.id}"
+    try:
+        with Lock(directory):
+            container = _load(call, directory)
+            if container is None:
+                remove_directory(directory)
+                if not force:
+                    raise DoesNotExist
+            elif container.state.init_process_pid < 0:  # a create that was killed
+                complete(container.destroy())
+                remove_directory(directory)
+            else:
+                if not force and container.status == STOPPED and not container.has_own_pids:
+                    force = True  # what is left of it is in its cgroup
+                complete(container.delete(force=force))
+    except DoesNotExist:
+        if not force:
+            raise
+    return 0
+
+
+def _load(call: Call, directory: str) -> Container | None:
+    """The container of a directory, also one without a pid; None if there is no state that can be read."""
+    try:
+        return Container(call.runtime, directory, State.load(directory))
+    except (OSError, SpecError):
+        return None

@@ -1,0 +1,248 @@
+"""The entry of the command line: global options, the command, its errors and its status.
+
+Source: runc's man pages (runc.8 and those of its commands); what callers match is to the letter.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from caisson.agent.libcontainer.config.reader import SpecError
+from caisson.agent.libcontainer.container import Container, ContainerError, Runtime
+from caisson.agent.libcontainer.errors import LaunchError
+from caisson.agent.runtime.errors import CommandError
+from caisson.agent.runtime.log import Log
+from caisson.agent.runtime.options import UsageError, Values, parse
+from caisson.agent.runtime.verbs import GLOBAL, HELP, VERBS
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Sequence
+    from typing import Any, TypeVar
+
+    from caisson.agent.libcontainer.cgroups import Hierarchy
+    from caisson.agent.libcontainer.process.launcher import ProcessLauncher
+    from caisson.agent.runtime.verbs import Verb
+
+    T = TypeVar("T")
+
+#: Of the command line that callers expect, not of this program: they compare it to decide what they may ask for.
+VERSION, SPEC_VERSION = "1.3.0", "1.2.1"
+DEFAULT_ROOT = "/run/runc"
+#: Errors reported as one line, without a traceback.
+EXPECTED = (CommandError, ContainerError, SpecError, LaunchError, OSError)
+
+
+class Call:
+    """One command: its options and operands, and the runtime that it works with."""
+
+    def __init__(self, prog: str, verb: Verb, options: Values, operands: list[str], settings: Values, log: Log) -> None:
+        self.prog = prog
+        self.verb = verb
+        self.options = options
+        self.operands = operands
+        self.log = log
+        self.root_given = "root" in settings.given
+        self.root = settings.text("root") if self.root_given else default_root()
+        self.rootless = settings.text("rootless")
+        self.is_rootless = self.rootless == "true" or (self.rootless == "auto" and os.geteuid() != 0)
+        self._launcher: ProcessLauncher | None = None
+        self._hierarchy: list[Hierarchy | None] = []
+        self.runtime = Runtime(self.root, waits(), self._make_launcher, self.hierarchy, self.warn)
+
+    def warn(self, message: str) -> None:
+        """Log a warning."""
+        self.log("warning", message)
+
+    def container(self) -> Container:
+        """The container that the command is about.  Raises ContainerError or CommandError."""
+        return Container.load(self.runtime, self.id)
+
+    @property
+    def id(self) -> str:
+        """The id of the container.  Raises CommandError for one that cannot be one."""
+        name = self.operands[0]
+        if not name:
+            raise CommandError("container id cannot be empty")
+        from caisson.agent.libcontainer.state import check_id
+
+        try:
+            return check_id(name)
+        except SpecError:
+            raise CommandError("invalid container ID format") from None
+
+    def hierarchy(self) -> Hierarchy | None:
+        """The cgroup hierarchies of this machine."""
+        if not self._hierarchy:
+            from caisson.agent.libcontainer.cgroups import of_host
+
+            self._hierarchy.append(of_host())
+        return self._hierarchy[0]
+
+    def _nsexec_log(self, level: str, message: str, **_: object) -> None:
+        """Log a line of nsexec's; what it fails of is reported by the error that ends the command."""
+        self.log("debug" if level == "fatal" else level, message)
+
+    def _make_launcher(self) -> ProcessLauncher:
+        if self._launcher is None:
+            from caisson.agent.libcontainer.process.children import OwnChildren
+            from caisson.agent.libcontainer.process.launcher import ProcessLauncher
+            from caisson.agent.libcontainer.process.nsexec import Nsexec
+            from caisson.agent.runtime.program import find
+
+            nsexec = Nsexec.seal(find())
+            self._launcher = ProcessLauncher(
+                nsexec, OwnChildren(), self.runtime.waits, self._nsexec_log, verbose=self.log.verbose
+            )
+        return self._launcher
+
+
+def waits() -> Any:
+    """The waits of a program that has nothing else to do."""
+    from caisson.agent.libcontainer.waits import BlockingWaits
+
+    return BlockingWaits()
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine of libcontainer to its end."""
+    from caisson.agent.libcontainer.waits import complete
+
+    return complete(work)
+
+
+def default_root() -> str:
+    """Where state is kept unless --root says otherwise."""
+    directory = os.environ.get("XDG_RUNTIME_DIR", "")
+    return f"{directory}/runc" if os.geteuid() != 0 and directory else DEFAULT_ROOT
+
+
+def version() -> str:
+    """Write what --version prints: lines whose beginnings callers look for."""
+    return f"runc version {VERSION}\ncommit: caisson\nspec: {SPEC_VERSION}\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; return the status to exit with."""
+    words = list(sys.argv if argv is None else argv)
+    prog = os.path.basename(words[0])  # noqa: PTH119 - no pathlib at start
+    try:
+        settings, rest = parse(GLOBAL, words[1:], stop_at_operand=True)
+        if settings.text("log-format") not in ("text", "json"):
+            raise UsageError(f'invalid log-format "{settings.text("log-format")}"')
+    except UsageError as error:
+        _print_usage(f"Incorrect Usage: {error}", _program_help(prog))
+        Log().error(str(error))
+        return 1
+    if settings.flag("version"):
+        sys.stdout.write(version())
+        return 0
+    if settings.flag("help") or not rest or rest[0] in ("help", "h"):
+        verb = VERBS.get(rest[1]) if len(rest) > 1 else None
+        sys.stdout.write(_program_help(prog) if verb is None else _command_help(prog, verb))
+        return 0
+    as_json = settings.text("log-format") == "json"
+    try:
+        log = Log.open(settings.text("log"), json=as_json, debug=settings.flag("debug"))
+    except OSError as error:
+        Log().error(f"open {settings.text('log')}: {(error.strerror or '').lower()}")
+        return 1
+    with log:
+        if "root" in settings.given:
+            root = settings.text("root") and os.path.abspath(settings.text("root"))  # noqa: PTH100
+            if root in ("", "/"):
+                log.error(f"--root: {settings.text('root')!r} cannot hold the state of containers; give a directory")
+                return 1
+            settings.replace("root", root)
+        return _dispatch(prog, settings, rest, log)
+
+
+def _dispatch(prog: str, settings: Values, rest: list[str], log: Log) -> int:
+    verb = VERBS.get(rest[0])
+    if verb is None:
+        log.error(f"No help topic for '{rest[0]}'")
+        return 3
+    try:
+        options, operands = parse((*verb.options, HELP), rest[1:], stop_at_operand=verb.stop_at_operand)
+        if options.flag("help"):
+            sys.stdout.write(_command_help(prog, verb))
+            return 0
+        if verb.name == "exec" and options.text("process"):
+            verb = verb.but(least=1)
+        problem = _check_operands(verb, len(operands))
+    except UsageError as error:
+        _print_usage(f"Incorrect Usage: {error}", _command_help(prog, verb))
+        log.error(str(error))
+        return verb.status
+    if problem:
+        _print_usage("Incorrect Usage.", _command_help(prog, verb))
+        log.error(problem)
+        return verb.status if verb.name == "exec" else 1
+    return _carry_out(Call(prog, verb, options, operands, settings, log), settings)
+
+
+def _carry_out(call: Call, settings: Values) -> int:
+    verb = call.verb
+    try:
+        if settings.flag("systemd-cgroup") and verb.name in ("create", "run", "exec", "update"):
+            check_systemd()
+        return int(_function(verb)(call) or 0)
+    except CommandError as error:
+        call.log.error(verb.prefix + str(error))
+        return verb.status if error.status is None else error.status
+    except EXPECTED as error:
+        from caisson.agent.runtime.texts import sentence
+
+        call.log.error(verb.prefix + sentence(error))
+    except Exception as error:
+        from caisson.agent.libcontainer.cgroups.base import CgroupError
+        from caisson.agent.runtime.texts import sentence
+
+        if not isinstance(error, CgroupError):
+            raise
+        call.log.error(verb.prefix + sentence(error))
+    return verb.status
+
+
+def check_systemd() -> None:
+    """Refuse --systemd-cgroup.  Raises CommandError."""
+    if not os.path.isdir("/run/systemd/system"):  # noqa: PTH112
+        raise CommandError("systemd cgroup flag passed, but systemd support for managing cgroups is not available")
+    raise CommandError("systemd cgroup flag passed, but this runtime manages cgroups by itself; leave the flag out")
+
+
+def _function(verb: Verb) -> Callable[[Call], int | None]:
+    module, _, name = verb.carried_out.partition(":")
+    whole = f"{__package__}.{module}"
+    __import__(whole)
+    function: Callable[[Call], int | None] = getattr(sys.modules[whole], name)
+    return function
+
+
+def _check_operands(verb: Verb, count: int) -> str:
+    """What is wrong with a number of operands; "" if nothing is."""
+    if verb.least == verb.most and count != verb.least:
+        return f'runc: "{verb.name}" requires exactly {verb.least} argument(s)'
+    if count < verb.least:
+        return f'runc: "{verb.name}" requires a minimum of {verb.least} argument(s)'
+    if verb.most is not None and count > verb.most:
+        return f'runc: "{verb.name}" requires a maximum of {verb.most} argument(s)'
+    return ""
+
+
+def _program_help(prog: str) -> str:
+    from caisson.agent.runtime import help
+
+    return help.program(prog, version().strip().replace("\n", "\n   "))
+
+
+def _command_help(prog: str, verb: Verb) -> str:
+    from caisson.agent.runtime import help
+
+    return help.command(prog, verb)
+
+
+def _print_usage(problem: str, text: str) -> None:
+    sys.stdout.write(f"{problem}\n\n{text}")
+    sys.stdout.flush()

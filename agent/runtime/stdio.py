@@ -1,0 +1,165 @@
+"""Standard streams of a container's process, and what callers are told of it: terminal, pipes, pid file, sockets."""
+
+from __future__ import annotations
+
+import os
+
+from caisson.agent.libcontainer.process.launcher import Stdio
+from caisson.agent.runtime.errors import CommandError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from types import TracebackType
+
+    from caisson.agent.libcontainer.config.spec import Process
+    from caisson.agent.libcontainer.process.launcher import Launched
+    from caisson.agent.runtime.main import Call
+else:
+    import _socket as socket
+
+FIRST = 3  # descriptor that is neither of stdio
+TIOCGPTN = 0x80045430
+
+
+class ProcessIO:
+    """What a process gets of this program's descriptors, for a `with` block around its start.
+
+    `stdio` is None for a process with a terminal; `preserved` is how many descriptors from 3 on it keeps.
+    """
+
+    def __init__(self, call: Call, process: Process | None, *, detach: bool) -> None:
+        """Raises CommandError for options that contradict each other."""
+        self._call = call
+        self._detach = detach
+        self._console_socket = call.options.text("console-socket")
+        self._console = self._pidfd = -1
+        self._own: list[int] = []  # our ends of its pipes
+        self._child_ends: list[int] = []
+        terminal = process is not None and process.terminal
+        if terminal and detach and not self._console_socket:
+            raise CommandError("cannot allocate tty if runc will detach without setting console socket")
+        if self._console_socket and not (terminal and detach):
+            raise CommandError("cannot use console socket if runc will not detach or allocate tty")
+        self.preserved = call.options.number("preserve-fds") + listen_fds()
+        check_preserved(self.preserved)
+        self.stdio = None if terminal else self._streams()
+
+    def _streams(self) -> Stdio:
+        if self._detach:
+            return Stdio(0, 1, 2)
+        pairs = [os.pipe2(os.O_CLOEXEC) for _ in range(3)]
+        (stdin, own_in), (own_out, stdout), (own_err, stderr) = pairs
+        self._own = [own_in, own_out, own_err]
+        self._child_ends = [stdin, stdout, stderr]
+        return Stdio(*self._child_ends)
+
+    def __enter__(self) -> ProcessIO:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._close_child_ends()
+        for fd in (*self._own, self._console, self._pidfd):
+            if fd >= 0:
+                os.close(fd)
+        self._own = []
+        self._console = self._pidfd = -1
+
+    def _close_child_ends(self) -> None:
+        for fd in self._child_ends:
+            os.close(fd)
+        self._child_ends = []
+
+    def announced(self, pid: int) -> None:
+        """Send a pidfd to who wants one, before the program runs.  Raises CommandError."""
+        path = self._call.options.text("pidfd-socket")
+        if path:
+            pidfd = os.pidfd_open(pid)
+            try:
+                send_fd(path, pidfd, b"pidfd")
+            finally:
+                os.close(pidfd)
+
+    def launched(self, launched: Launched) -> None:
+        """Take over the terminal and the pidfd of a process that was started.  Raises CommandError."""
+        self._close_child_ends()
+        self._pidfd = launched.pidfd
+        if launched.console is not None:
+            self._console = launched.console
+            if self._console_socket:
+                send_fd(self._console_socket, self._console, pty_name(self._console))
+            else:
+                from caisson.agent.runtime.foreground import keep_newlines
+
+                keep_newlines(self._console)
+        path = self._call.options.text("pid-file")
+        if path:
+            write_pid_file(path, launched.child.pid)
+
+    def follow(self, pid: int, *, reap_all: bool = True) -> int:
+        """Copy the streams and pass on signals until the process ends; return its status."""
+        from caisson.agent.runtime.foreground import Foreground
+
+        own, self._own = self._own, []
+        console, self._console = self._console, -1
+        return Foreground(pid, self._pidfd, own, console).run()
+
+
+def pty_name(master: int) -> bytes:
+    """The name of a terminal in its container, "/dev/pts/0"."""
+    import fcntl
+    from struct import unpack
+
+    (number,) = unpack("I", fcntl.ioctl(master, TIOCGPTN, bytes(4)))
+    return f"/dev/pts/{number}".encode()
+
+
+def send_fd(path: str, fd: int, payload: bytes) -> None:
+    """Send a descriptor to a Unix socket (SCM_RIGHTS).  Raises CommandError."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.connect(path)
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, fd.to_bytes(4, "little"))
+        connection.sendmsg([payload], [rights])
+    except OSError as error:
+        raise CommandError(f"dial unix {path}: {(error.strerror or str(error)).lower()}") from None
+    finally:
+        connection.close()
+
+
+def write_pid_file(path: str, pid: int) -> None:
+    """Write a pid to a file, whole or not at all.  Raises OSError."""
+    path = os.path.abspath(path)  # noqa: PTH100 - no pathlib at start
+    temporary = f"{os.path.dirname(path)}/.{os.path.basename(path)}"  # noqa: PTH119, PTH120
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_SYNC | os.O_CLOEXEC, 0o666)
+    try:
+        os.write(fd, str(pid).encode())
+    finally:
+        os.close(fd)
+    os.replace(temporary, path)  # noqa: PTH105
+
+
+def listen_fds() -> int:
+    """How many sockets this program was started with for the container (sd_listen_fds(3))."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return 0
+    text = os.environ.get("LISTEN_FDS", "")
+    return int(text) if text.isascii() and text.isdecimal() else 0
+
+
+def listen_environment() -> list[str]:
+    """The environment of a process that gets them."""
+    count = listen_fds()
+    return [f"LISTEN_FDS={count}", "LISTEN_PID=1"] if count else []
+
+
+def check_preserved(count: int) -> None:
+    """Check that all descriptors to pass on were given to this program.  Raises CommandError."""
+    for fd in range(FIRST, FIRST + count):
+        try:
+            given = os.get_inheritable(fd)  # what this program opened itself is not
+        except OSError:
+            given = False
+        if not given:
+            where = f"/proc/self/fd/{fd}: no such file or directory"
+            raise CommandError(f"unable to stat preserved-fd {fd - FIRST} (of {count}): {where}")
