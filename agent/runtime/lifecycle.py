@@ -32,8 +32,8 @@ SIGNALS = {
     for number, names in enumerate(
         (
             "", "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT IOT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2", "PIPE",
-            "ALRM", "TERM", "STKFLT", "CHLD CLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG", "XCPU", "XFSZ", "VTALRM",
-            "PROF", "WINCH", "IO POLL", "PWR", "SYS UNUSED",
+            "ALRM", "TERM", "STKFLT", "CHLD CLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG", "XCPU", "XFSZ",
+            "VTALRM", "PROF", "WINCH", "IO POLL", "PWR", "SYS UNUSED",
         )
     )
     for name in names.split()

@@ -186,7 +186,7 @@ def test_start(fault_box: Box, faulty: FaultyNsexec, point: str) -> None:
         call = asyncio.ensure_future(fault_box.start(launched))
         assert await interrupted(call, kill=True)
         began = time.monotonic()
-        with pytest.raises(LaunchError, match="died before (it was started|its program was executed)"):
+        with pytest.raises(LaunchError, match=r"died before (it was started|its program was executed)"):
             await call
         assert await launched.child.wait() == 137
         assert time.monotonic() - began < PROMPTLY
