@@ -76,8 +76,8 @@ SAME_THING = {
 
 #: Names that still stand for two things.
 PENDING_CLASSES = {
-    "AddressError", "Children", "Device", "Directory", "Done", "Entry", "Guest", "Host", "Limits", "Message", "Network",
-    "Record", "Request", "Rule", "Sender", "TooLarge",
+    "AddressError", "Children", "Device", "Directory", "Done", "Entry", "Files", "Guest", "Host", "Image", "Layers",
+    "Limits", "Message", "Network", "Record", "Request", "Rule", "Sender", "TooLarge",
 }  # fmt: skip
 
 #: Modules of libcontainer that still have an event loop.
