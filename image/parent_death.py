@@ -1,8 +1,8 @@
 """Kill what a process has started when that process dies, also where it was killed and can do nothing itself.
 
-Three ways, for three extents: one process, by the kernel's parent-death signal; a command with all that it starts, as a
-session of its own; and the caller's own process group, with something to clean up.  The last two are a shell that waits
-for end of file on a pipe whose other end only this process holds.
+For a command with all that it starts, as a session of its own, and for the caller's own process group, with something
+to clean up: a shell waits for end of file on a pipe whose other end only this process holds.  (For one process there is
+the kernel's parent-death signal: vm/sandbox.py sets it, on the way to exec.)
 """
 
 from __future__ import annotations
@@ -32,11 +32,6 @@ script=$2
 shift 2
 exec /bin/sh -c "$script" caisson-janitor "$@"
 """
-
-
-def process_killed_with_parent(argv: Sequence[str]) -> list[str]:
-    """Prefix a command so that the kernel kills it when its parent dies (PR_SET_PDEATHSIG).  Needs setpriv(1)."""
-    return ["setpriv", "--pdeathsig", "KILL", "--", *argv]
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from caisson.image.errors import ImageError
 #: What it takes to build an image, and more with a kernel from source; to boot one; to make a container's disk.
 TO_BUILD = ("gcc", "make", "musl-gcc", "strip", "zstd", "mkfs.erofs", "mksquashfs")
 TO_COMPILE = ("flex", "bison", "bc", "xz")
-TO_BOOT = ("qemu-system-x86_64", "setpriv")
+TO_BOOT = ("qemu-system-x86_64",)
 TO_PACK = ("sqfstar", "zstd")
 
 Report = Callable[[str], None]
@@ -43,7 +43,6 @@ PACKAGES = {
     "qemu-system-aarch64": "qemu-system-arm",
     "qemu-system-x86_64": "qemu-system-x86",
     "readelf": "binutils",
-    "setpriv": "util-linux",
     "sfdisk": "fdisk",
     "sqfstar": "squashfs-tools",
     "strip": "binutils",

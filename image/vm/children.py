@@ -9,21 +9,22 @@ import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from typing import IO, Self
 
-from caisson.image.parent_death import process_killed_with_parent
+from caisson.image.vm.errors import VMError
+from caisson.image.vm.sandbox import Confinement
 
-#: Seconds that a process gets to end after it was asked to, each time.
+#: Seconds for a process to end after each way to ask it.
 TERM_TIMEOUT = 3.0
 
-#: What they are called in what is said to people.
+#: What they are called in errors.
 TITLES = {"qemu": "QEMU", "vsock": "the vsock device"}
 
 
-#: The end of a VM that nothing is wrong with.
+#: How a VM ends that nothing is wrong with.
 POWERED_OFF = "the guest has powered off"
 
 
 class Children:
-    """Children by name.  As a context manager it ends them all, the last one first."""
+    """Child processes by name.  As a context manager it ends them all, the last one first."""
 
     def __init__(self, log: IO[bytes], grace: float = TERM_TIMEOUT) -> None:
         """``log`` takes their stdout and stderr."""
@@ -40,41 +41,49 @@ class Children:
 
     @property
     def pidfds(self) -> list[int]:
-        """Descriptors that become readable when a child has ended without which the others are of no use."""
+        """Return the pidfds of the children with which the VM ends."""
         return [pidfd for pidfd, name in self._pidfds.items() if name not in self._helpers]
 
-    def spawn(self, name: str, words: Sequence[str], fds: Iterable[int], *, helper: bool = False) -> None:
-        """Start a child that has these descriptors, and that the kernel kills when this process dies.
+    def spawn(
+        self, name: str, words: Sequence[str], fds: Iterable[int], confinement: Confinement, *, helper: bool = False
+    ) -> None:
+        """Start a confined child that has these descriptors, and that the kernel kills when this process dies.
 
-        The end of a ``helper`` is nobody's business.
+        The VM does not end when a ``helper`` does.  Raises VMError.
         """
-        process = subprocess.Popen(
-            process_killed_with_parent(words),
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=self._log,
-            pass_fds=list(fds),
-        )
+        try:
+            process = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                pass_fds=list(fds),
+                preexec_fn=confinement.preexec(),
+            )
+        except OSError as error:
+            raise VMError(f"{words[0]} cannot be started: {error.strerror}") from error
+        except subprocess.SubprocessError as error:
+            raise VMError(f"{TITLES.get(name, name)} cannot be confined: this kernel lacks what it takes") from error
         self._processes[name] = process
         if helper:
             self._helpers.add(name)
         self._pidfds[os.pidfd_open(process.pid)] = name
 
     def is_running(self, name: str) -> bool:
-        """Whether a child runs."""
+        """Tell whether a child runs."""
         return self._processes[name].poll() is None
 
     def set_quit(self, name: str, ask: Callable[[], bool]) -> None:
-        """Before SIGTERM, this child is to be asked: ``ask`` does so, and returns whether it will end."""
+        """Have a child asked to end before it gets SIGTERM: ``ask`` does so, and returns whether it will."""
         self._ask[name] = ask
 
     def exit_reason(self, ready: Iterable[object]) -> str | None:
-        """What became of the first child whose descriptor is among those that are readable, in words."""
+        """Return how the first child ended whose descriptor is among those that are readable, in words."""
         names = {self._pidfds[descriptor] for descriptor in ready if descriptor in self._pidfds}
         if not names:
             return None
         if "vsock" in names and self._processes["vsock"].wait() == 0 and self._ended("qemu"):
-            names = {"qemu"}  # the device ends well when QEMU has let go of it
+            names = {"qemu"}  # the device ends well when QEMU has closed its end
         name = min(names)  # qemu rather than vsock
         status = self._processes[name].wait()
         title = TITLES.get(name, name)
@@ -92,7 +101,7 @@ class Children:
             self.end(name)
 
     def end(self, name: str) -> None:
-        """End a child; fine when it has, or there never was one."""
+        """End a child; nothing to do where it has ended, or there never was one."""
         if name not in self._processes:
             return
         process, ask = self._processes[name], self._ask.get(name)
@@ -107,7 +116,7 @@ class Children:
             os.close(pidfd)
 
     def _ended(self, name: str) -> bool:
-        """Whether it ends within its time."""
+        """Wait for a child; True if it ends within its time."""
         mine = [pidfd for pidfd, other in self._pidfds.items() if other == name]
         ready, _, _ = select.select(mine, [], [], self._grace)
         return bool(ready)

@@ -2,8 +2,8 @@
 
 <run>/<name>/vm.json       what it is
              image.json    what runs in it
-             lock          held by the supervisor: a directory whose lock is free is stale
-             console.log   what the guest printed
+             lock          held by the supervisor: a directory whose lock is free is stale; its text is our mark
+             console.log   what the guest printed, its last MiBs (ring.py)
              firmware.log  what the firmware printed, if that was asked for
              qemu.log      what QEMU and the vsock device complained about
              agent.sock    any gRPC client dials the agent here
@@ -11,6 +11,9 @@
              qmp.sock      QEMU's monitor
              control.sock  the supervisor's, for what it does while the VM runs (supervisor.py)
              fsN.sock      a virtiofsd's (virtiofs.py)
+
+Only what carries our mark and is our own is ever removed, and only by who makes a VM of the same name, who ends one, or
+the janitor of a supervisor that was killed: looking removes nothing.
 """
 
 from __future__ import annotations
@@ -29,54 +32,34 @@ from typing import IO, Any
 
 from caisson.image.parent_death import cleaned_up_if_killed
 from caisson.image.vm.errors import VMError
+from caisson.image.vm.runroot import owned_run_root, run_root
+from caisson.proto.foreign_text import printable
 
 #: sockaddr_un holds 107 bytes and a terminating NUL (unix(7)); `vsock.sock_4294967295` is the longest of ours.
 MAX_SOCKET_PATH = 107
 MAX_SOCKET_NAME = len("/vsock.sock_4294967295")
 
+#: What a lock file says, so that a directory of somebody else's that has a file of this name is not taken for ours.
+MARK = "a VM of Caisson's, format 1\n"
 
-def run_root() -> Path:
-    """Where VMs are: ``$CAISSON_RUN``, ``$XDG_RUNTIME_DIR/caisson``, ``/run/caisson`` for root, else below /tmp."""
-    if chosen := os.environ.get("CAISSON_RUN"):
-        return Path(chosen).resolve()
-    if base := os.environ.get("XDG_RUNTIME_DIR"):
-        return Path(base) / "caisson"
-    return Path("/run/caisson") if os.geteuid() == 0 else Path(f"/tmp/caisson-{os.geteuid()}")
+#: Bytes of vm.json, of the end of a log that is looked at, and letters of a line of it.
+MAX_DOCUMENT = 4 << 20
+MAX_TAIL = 16384
 
-
-def owned_run_root(make: bool = False) -> Path | None:
-    """The same, or None while there is none; ``make`` makes it, for nobody but its owner.
-
-    Raises VMError when others may write in it: they could put sockets of theirs where an agent is looked for.
-    """
-    root = run_root()
-    try:
-        if make:
-            root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        state = root.stat()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise VMError(f"{root} cannot be used: {error.strerror}; CAISSON_RUN names another place") from error
-    if not stat.S_ISDIR(state.st_mode):
-        raise VMError(f"{root} is not a directory; CAISSON_RUN names another place")
-    if state.st_uid != os.geteuid():
-        raise VMError(f"{root} belongs to somebody else; CAISSON_RUN names another place")
-    if state.st_mode & 0o022:
-        raise VMError(f"{root} can be written by others; run: chmod go-w {root}")
-    return root
+#: A new lock on its way into a new directory.  One name for each VM: what a kill leaves is replaced by the next.
+NEW_LOCK = ".lock-"
 
 
 @contextlib.contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """Directories of VMs are made and removed in here, one at a time in all processes.
+def _alone(root: Path) -> Iterator[int]:
+    """Make and remove directories of VMs in here, one at a time in all processes; yields the run root's descriptor.
 
     So a directory without a held lock, seen in here, is stale: its maker is neither at work nor alive.
     """
-    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
 
@@ -99,10 +82,10 @@ class VMDirectory:
 
     @classmethod
     def of(cls, name: str) -> VMDirectory:
-        """The directory of the VM of this name.  Raises VMError for a name that cannot be one."""
+        """Return the directory of the VM of this name.  Raises VMError for a name that cannot be one."""
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
             raise VMError(f"a VM's name is made of letters, digits, '_', '.' and '-', and {name!r} is not")
-        path = run_root() / name
+        path = (owned_run_root() or run_root()) / name
         if len(os.fsencode(path)) + MAX_SOCKET_NAME > MAX_SOCKET_PATH:
             raise VMError(f"{path} is too long for the paths of sockets; a shorter name, or CAISSON_RUN, helps")
         return cls(path)
@@ -110,78 +93,98 @@ class VMDirectory:
     def create(self) -> IO[str]:
         """Make the directory, in place of a stale one; returns the held lock.
 
-        Raises VMError when a VM of this name lives.
+        Raises VMError when a VM of this name is running, or the directory is not one of ours.
         """
-        with _alone(self.path.parent):
-            if self.alive():
+        with _alone(self.path.parent) as root:
+            if self.is_running():
                 raise VMError(f"there is a VM {self.name!r} already; stop it: caisson stop-vm {self.name}")
-            if self._lock.exists():
-                self._empty()
+            self._remove(root)
             try:
-                self.path.mkdir(mode=0o700)
+                lock = self._new_lock(root)
+                os.mkdir(self.name, mode=0o700, dir_fd=root)
+                os.rename(NEW_LOCK + self.name, f"{self.name}/lock", src_dir_fd=root, dst_dir_fd=root)
             except FileExistsError:
                 raise VMError(f"{self.path} is in the way, and is not a VM's") from None
             except OSError as error:
                 raise VMError(f"{self.path} cannot be made: {error.strerror}") from error
-            lock = self._lock.open("w")
-            fcntl.flock(lock, fcntl.LOCK_EX)  # at most it waits for somebody who looks whether it is held
             return lock
 
-    def alive(self) -> bool:
-        """Whether a supervisor holds it."""
+    def _new_lock(self, root: int) -> IO[str]:
+        """Make a lock that is held and carries our mark before it has its place."""
+        name = NEW_LOCK + self.name
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=root)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        lock = os.fdopen(os.open(name, flags, 0o600, dir_fd=root), "w")
+        lock.write(MARK)
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return lock
+
+    def is_running(self) -> bool:
+        """Tell whether a supervisor holds the lock."""
         try:
-            lock = self._lock.open()
-        except (FileNotFoundError, NotADirectoryError):
+            lock = os.open(self._lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
             return False
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            return False
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(lock)
+        return False
 
     def remove(self) -> None:
-        """Remove it with all that is in it: for the holder of its lock."""
-        with _alone(self.path.parent):
-            self._empty()
+        """Remove it with all that is in it: for the holder of its lock.  Raises VMError for one that is not ours."""
+        with _alone(self.path.parent) as root:
+            self._remove(root)
 
-    def remove_stale(self) -> bool:
-        """Remove it unless a supervisor holds it; says whether it did."""
-        with _alone(self.path.parent):
-            if self.alive():
-                return False
-            self._empty()
-            return True
-
-    def _empty(self) -> None:
-        # The lock goes last: what is left by one who is killed on the way can be told from somebody else's directory.
-        for entry in self.path.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry, ignore_errors=True)
-            elif entry != self._lock:
-                entry.unlink(missing_ok=True)
-        self._lock.unlink(missing_ok=True)
-        self.path.rmdir()
+    def _remove(self, root: int) -> None:
+        """Remove what is there, if it carries our mark; beneath ``root``, following no link.  Raises VMError if not."""
+        try:
+            directory = os.open(self.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root)
+        except FileNotFoundError:
+            return
+        except OSError:
+            raise VMError(f"{self.path} is in the way, and is not a VM's") from None
+        try:
+            if not _is_ours(directory):
+                raise VMError(f"{self.path} is in the way, and is not a VM's")
+            # The lock goes last: what is left by one who is killed on the way still carries the mark.
+            for entry in os.scandir(directory):
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.name, ignore_errors=True, dir_fd=directory)
+                elif entry.name != "lock":
+                    os.unlink(entry.name, dir_fd=directory)
+            os.unlink("lock", dir_fd=directory)
+            os.rmdir(self.name, dir_fd=root)
+        finally:
+            os.close(directory)
 
     def read(self) -> dict[str, Any]:
-        """vm.json, or an empty document while there is none yet."""
+        """Return vm.json, an empty document while there is none yet.  Raises VMError for one that cannot be read."""
         try:
-            return dict(json.loads(self._json.read_text()))
-        except FileNotFoundError:
+            with self._json.open() as stream:
+                return dict(json.loads(stream.read(MAX_DOCUMENT)))
+        except (FileNotFoundError, NotADirectoryError):
             return {}
+        except (OSError, ValueError, TypeError) as error:
+            raise VMError(f"{self._json} cannot be read: {error}") from error
 
     def write(self, document: dict[str, Any]) -> None:
         """Replace vm.json: a reader sees the old one or the new one."""
         new = self._json.with_suffix(".new")
-        new.write_text(json.dumps(document, indent=2) + "\n")
+        with open(new, "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
+            stream.write(json.dumps(document, indent=2) + "\n")
         new.replace(self._json)
 
     def console_tail(self, lines: int = 15) -> str:
-        """The last lines that the guest printed, without control characters."""
+        """Return the last lines that the guest printed, without control characters."""
         return _tail(self.console, lines)
 
     def console_silence(self) -> str:
-        """Since when the guest has printed nothing, in words."""
+        """Tell since when the guest has printed nothing, in words."""
         try:
             state = self.console.stat()
         except FileNotFoundError:
@@ -191,39 +194,56 @@ class VMDirectory:
         return f"the guest last printed something {max(0.0, time.time() - state.st_mtime):.0f} s ago"
 
     def qemu_tail(self, lines: int = 5) -> str:
-        """The last lines that QEMU and its helpers wrote to stderr."""
+        """Return the last lines that QEMU and its helpers wrote to stderr."""
         return _tail(self.qemu_log, lines)
+
+
+def running_vms() -> Iterator[VMDirectory]:
+    """Yield the directories of running VMs, by name.  Raises VMError."""
+    root = owned_run_root()
+    for path in sorted(root.iterdir()) if root else ():
+        directory = VMDirectory(path)
+        if directory.is_running():
+            yield directory
+
+
+def _is_ours(directory: int) -> bool:
+    """Tell whether an open directory is this user's and holds a lock file of this user's with our mark."""
+    if os.fstat(directory).st_uid != os.geteuid():
+        return False
+    try:
+        lock = os.open("lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+    except OSError:
+        return False
+    try:
+        state = os.fstat(lock)
+        mark = MARK.encode()
+        return stat.S_ISREG(state.st_mode) and state.st_uid == os.geteuid() and os.read(lock, 100) == mark
+    finally:
+        os.close(lock)
 
 
 def _tail(file: Path, lines: int) -> str:
     try:
         with file.open("rb") as stream:
-            stream.seek(max(0, os.fstat(stream.fileno()).st_size - 16384))
-            text = stream.read().decode(errors="replace")
-    except FileNotFoundError:
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - MAX_TAIL))
+            text = stream.read(MAX_TAIL).lstrip(b"\0").decode(errors="replace")
+    except OSError:
         return ""
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1bc", "", text)
-    kept = ["".join(c for c in line if c.isprintable() or c == "\t") for line in text.splitlines()]
-    return "\n".join([line for line in kept if line.strip()][-lines:])
+    return "\n".join([line for line in printable(text).split("\n") if line.strip()][-lines:])
 
 
-def running_vms() -> Iterator[VMDirectory]:
-    """The directories of VMs that live, by name; stale ones are removed on the way.  Raises VMError."""
-    root = owned_run_root()
-    for path in sorted(root.iterdir()) if root else ():
-        directory = VMDirectory(path)
-        if directory.alive():
-            yield directory
-        elif (path / "lock").exists():
-            directory.remove_stale()
-
-
-#: Arguments: the VM's directory, the run root.  The kernel may close the pipe of a dying process before its lock, hence
-#: the first flock(1).  The others hold the lock under which directories are made and removed, and look again: what is
-#: locked by now belongs to a new VM of the same name, and what is neither locked nor empty is somebody else's.
+#: Arguments: the run root, the VM's name, our mark.  The kernel may close the pipe of a dying process before its lock,
+#: hence the first flock(1).  The others hold the lock under which directories are made and removed, and look again:
+#: what is locked by now belongs to a new VM of the same name, and what has no mark is somebody else's.  A directory
+#: that is empty has just been made: its lock was on its way.
 REMOVE = """
-[ -e "$1/lock" ] || exec flock -- "$2" rmdir -- "$1"
-flock --wait 2 -- "$1/lock" true && exec flock -- "$2" flock --nonblock -- "$1/lock" rm -rf -- "$1"
+cd -P -- "$1" && [ -O . ] || exit
+flock -- . flock --nonblock -- ".lock-$2" rm -f -- ".lock-$2" 2>&-
+[ ! -L "$2" ] && [ -d "$2" ] && [ -O "$2" ] || exit
+[ -e "$2/lock" ] || exec flock -- . rmdir -- "$2"
+[ ! -L "$2/lock" ] && [ -f "$2/lock" ] && [ -O "$2/lock" ] && IFS= read -r mark <"$2/lock" && [ "$mark" = "$3" ] || exit
+flock --wait 2 -- "$2/lock" true && exec flock -- . flock --nonblock -- "$2/lock" rm -rf -- "$2"
 """
 
 
@@ -232,4 +252,5 @@ def janitor(directory: VMDirectory) -> contextlib.AbstractContextManager[None]:
 
     To be entered before the directory is made, so that there is no moment at which a kill leaves something behind.
     """
-    return cleaned_up_if_killed(REMOVE, [str(directory.path), str(directory.path.parent)])
+    arguments = [str(directory.path.parent), directory.name, MARK.rstrip()]
+    return cleaned_up_if_killed(REMOVE, arguments)

@@ -1,17 +1,24 @@
-"""Following a file that somebody else writes: the console of a VM."""
+"""Follow a file that another process appends to: the console of a VM."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
+from caisson.image.vm.ring import ring_start
+
+#: Bytes that are read, and handed on, at once.
+BLOCK = 1 << 16
+
 
 class Follower:
     """Hands what is appended to a file to a callback, in a thread, while the block runs and once more after it.
 
-    The callback is not called again after it has raised an OSError: where it writes to is closed.
+    A reader that is slower than the writer misses what the ring no longer has.  The callback is not called again after
+    it has raised an OSError: where it writes to is closed.
     """
 
     #: Seconds between looks: inotify would save little, and the file may not be there yet.
@@ -30,18 +37,23 @@ class Follower:
 
     def _follow(self) -> None:
         while not self._stop.wait(self._interval):
-            self._look()
+            self._read_appended()
 
-    def _look(self) -> None:
+    def _read_appended(self) -> None:
         if self._callback is None:
             return
         if self._stream is None:
             try:
-                self._stream = self._file.open("rb")
+                self._stream = self._file.open("rb", buffering=0)
             except FileNotFoundError:
                 return
+        end = os.fstat(self._stream.fileno()).st_size  # a flood does not keep us here
+        while self._callback is not None and self.position < end:
+            self.position = max(self.position, ring_start(os.fstat(self._stream.fileno()).st_size))
             self._stream.seek(self.position)
-        if data := self._stream.read():
+            data = self._stream.read(BLOCK)
+            if not data:
+                return
             self.position += len(data)
             try:
                 self._callback(data)
@@ -50,13 +62,13 @@ class Follower:
 
     def __enter__(self) -> None:
         if self._callback is not None:
-            self._look()
+            self._read_appended()
             self._thread.start()
 
     def __exit__(self, *_: object) -> None:
         if self._thread.ident is not None:
             self._stop.set()
             self._thread.join()
-            self._look()
+            self._read_appended()
         if self._stream is not None:
             self._stream.close()

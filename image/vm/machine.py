@@ -20,10 +20,11 @@ from caisson.image.vm import exit_reason
 from caisson.image.vm.accel import Choice
 from caisson.image.vm.children import POWERED_OFF
 from caisson.image.vm.config import VMConfig
-from caisson.image.vm.directory import VMDirectory, owned_run_root, running_vms
+from caisson.image.vm.directory import VMDirectory, running_vms
 from caisson.image.vm.errors import VMError
 from caisson.image.vm.follower import Follower
 from caisson.image.vm.jsonsocket import JSONSocket
+from caisson.image.vm.runroot import owned_run_root
 from caisson.image.vm.snapshot.snapshot import Snapshot, SnapshotCompatibility, place
 
 #: Seconds until the agent has to answer: native, and emulated on a busy machine.
@@ -283,7 +284,7 @@ class VM:
             pidfd = None
         try:
             # Held by somebody, so the process is the one that was read about, and not one that got its number.
-            held = self._directory.alive() and self._directory.read().get("pids", {}).get("supervisor") == pid
+            held = self._directory.is_running() and self._directory.read().get("pids", {}).get("supervisor") == pid
             yield pidfd if held else None
         finally:
             if pidfd is not None:
@@ -300,7 +301,7 @@ class VM:
 def find_vm(name: str) -> VM | None:
     """The running_vms VM of this name, if there is one.  Raises VMError for a name that cannot be one."""
     directory = VMDirectory.of(name)
-    if owned_run_root() is None or not directory.alive():
+    if owned_run_root() is None or not directory.is_running():
         return None
     info = directory.read()
     return VM(directory, info) if info else None

@@ -24,13 +24,12 @@ import os
 import random
 import re
 import select
-import shutil
 import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,12 +41,26 @@ from caisson.image.vm.errors import VMError
 from caisson.image.vm.hotplug.virtiofs import Shares
 from caisson.image.vm.jsonsocket import JSONSocket
 from caisson.image.vm.qmp import QMP, QMPError
+from caisson.image.vm.ring import TRIM_INTERVAL, LogRing
+from caisson.image.vm.sandbox import (
+    CAP_CHOWN,
+    CAP_DAC_OVERRIDE,
+    CAP_DAC_READ_SEARCH,
+    CAP_FOWNER,
+    SUPERVISOR,
+    Confinement,
+    confine_parent,
+)
 from caisson.image.vm.snapshot import migration, ram
 from caisson.image.vm.snapshot.snapshot import Snapshot, SnapshotCompatibility, store
 
 #: Seconds between looks whether the host was suspended, and for how long it has to have been: clocks are not exact.
 SUSPEND_CHECK_INTERVAL = 10.0
 MIN_SUSPENDED = 1.0
+
+#: Bytes of the largest file that QEMU, and the vsock device, may make: of a log, of which the end is kept.
+QEMU_FILE_SIZE = 64 << 30
+VSOCK_FILE_SIZE = 1 << 30
 
 #: Seconds that QEMU gets to answer a `quit`.
 QUIT_TIMEOUT = 1.0
@@ -128,8 +141,6 @@ class Supervisor:
         # What runs here, also when the image has gone from the builder's cache.
         (directory.path / "image.json").write_text(text)
         program = qemu.probe(qemu.architecture_of(manifest))
-        if shutil.which("setpriv") is None:
-            raise VMError("setpriv is not installed; run: sudo apt-get install util-linux")
         with directory.qemu_log.open("wb") as log, Children(log) as children, contextlib.ExitStack() as stack:
             children.set_quit("qemu", self._quit_qemu)
             source = Path(config["snapshot"]) if config["snapshot"] else None
@@ -141,8 +152,11 @@ class Supervisor:
                 cid = random.randint(vsock.FIRST_CID, vsock.LAST_CID) if source else vsock.USER_CID
                 device = stack.enter_context(vsock.prepare(transport.name, directory, cid))
             memory = Path(f"/proc/self/fd/{self._ram.fileno()}") if self._ram else None
+            ram_file: IO[bytes] | None = None
             if source and transport.name == "vhost":
-                memory = source / "ram"  # of which QEMU makes a private mapping
+                # QEMU makes a private mapping of it.  By a descriptor: its own mounts are read-only.
+                ram_file = stack.enter_context((source / "ram").open("rb"))
+                memory = Path(f"/proc/self/fd/{ram_file.fileno()}")
             devices = qemu.Devices(
                 console=directory.console,
                 qmp=directory.qmp_socket,
@@ -157,10 +171,11 @@ class Supervisor:
             command = qemu.command(program, image, manifest, devices, wanted)
             # Side by side: QEMU waits for the device by itself, on their socket.
             if device:
-                children.spawn("vsock", device.command, device.backend_fds)
-            fds = ([device.fd] if device else []) + ([self._ram.fileno()] if self._ram else [])
+                vsock_confinement = Confinement(file_size=VSOCK_FILE_SIZE, writable=[directory.path])
+                children.spawn("vsock", device.command, device.backend_fds, vsock_confinement)
+            fds = ([device.fd] if device else []) + [file.fileno() for file in (self._ram, ram_file) if file]
             spawned = time.monotonic()
-            children.spawn("qemu", command, fds)
+            children.spawn("qemu", command, fds, qemu_confinement(config, directory, image, manifest))
             if device:
                 device.close_inherited()
                 device.wait()
@@ -219,8 +234,11 @@ class Supervisor:
     def _watch(self, children: Children, control: socket.socket, shares: Shares) -> None:
         """Wait for whatever ends the VM; raises Ended."""
         watched: list[Any] = [self._starter, self._stop, control, *children.pidfds]
+        directory = self._directory
+        logs = LogRing([directory.console, directory.firmware, directory.qemu_log])
         while True:
-            ready, _, _ = select.select(watched, [], [], SUSPEND_CHECK_INTERVAL)
+            ready, _, _ = select.select(watched, [], [], min(SUSPEND_CHECK_INTERVAL, TRIM_INTERVAL))
+            logs.trim()
             self._check_suspend(children)
             if self._stop in ready:
                 raise Ended(STOPPED)
@@ -237,7 +255,7 @@ class Supervisor:
         if words and suspended - self._noticed > MIN_SUSPENDED:
             self._noticed = suspended
             children.end("on resume")
-            children.spawn("on resume", [*words, str(self._directory.agent_socket)], [], helper=True)
+            children.spawn("on resume", [*words, str(self._directory.agent_socket)], [], Confinement(), helper=True)
 
     def _answer(self, control: socket.socket, shares: Shares) -> None:
         """Answer one question; whoever does not ask in time gets no answer."""
@@ -280,6 +298,26 @@ class Supervisor:
         return True
 
 
+def qemu_confinement(
+    config: Mapping[str, Any], directory: VMDirectory, image: Path, manifest: Mapping[str, Any]
+) -> Confinement:
+    """Return what QEMU may do: write its logs, read the image, and serve the shares of 9p.
+
+    Its capabilities count where root starts it: none, but for files of other users.
+    """
+    shares = [(Path(path), writable) for path, writable in config["shares"].values()]
+    capabilities = set()
+    if any(writable for _, writable in shares):
+        capabilities |= {CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER}
+    files = [image / manifest[part]["file"] for part in ("kernel", "root")]
+    if shares or any(file.stat().st_uid != os.geteuid() for file in files):
+        capabilities.add(CAP_DAC_READ_SEARCH)
+    writable = [directory.path, *(path for path, writable in shares if writable)]
+    # The guest's memory is a file, too.
+    size = max(QEMU_FILE_SIZE, max(config["memory"], config["max_memory"]) << 20)
+    return Confinement(frozenset(capabilities), None if len(writable) > 1 else size, writable)
+
+
 def send(starter: JSONSocket, message: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):  # it has gone, or was detached
         starter.send(message)
@@ -287,6 +325,8 @@ def send(starter: JSONSocket, message: dict[str, Any]) -> None:
 
 def main() -> None:
     """Keep one VM until its end."""
+    os.umask(0o077)
+    confine_parent(SUPERVISOR)
     stop, wake = socket.socketpair()
     wake.setblocking(False)
     # Signals become events; a handler of Python's has to be there for that.

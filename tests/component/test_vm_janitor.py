@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from caisson.image.vm.directory import VMDirectory, running_vms
+from caisson.image.vm.directory import VMDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,7 +56,7 @@ def killed(directory: Path, then: str) -> None:
         "directory.path.mkdir()",
         "lock = directory.create()",
         "lock = directory.create(); (directory.path / 'a/b').mkdir(parents=True); (directory.path / 'a/.b').touch()",
-        "lock = directory.create(); directory.agent_socket.touch(); directory._lock.unlink(); directory._lock.touch()",
+        "lock = directory.create(); directory.agent_socket.touch(); directory.console.touch()",
         "lock = directory.create(); child = subprocess.Popen(['sleep', '1000'])",
     ],
     ids=["nothing", "made", "locked", "full", "half removed", "child"],
@@ -81,6 +81,17 @@ def test_somebody_elses_directory_is_not_touched(run: Path) -> None:
     assert (run / "documents/thesis").exists()
 
 
+def test_a_directory_without_our_mark_is_not_touched(run: Path, tmp_path: Path) -> None:
+    """As a package manager's, which has a file `lock`; also where a link leads to it."""
+    (run / "dpkg").mkdir()
+    (run / "dpkg/lock").touch()
+    (run / "dpkg/status").touch()
+    (run / "link").symlink_to(run / "dpkg")
+    killed(run / "dpkg", "pass")
+    killed(run / "link", "pass")
+    assert sorted(path.name for path in (run / "dpkg").iterdir()) == ["lock", "status"]
+
+
 def test_directories_are_made_and_removed_one_at_a_time(run: Path) -> None:
     """A VM that is being made looks stale for a moment: who cleans up waits for that to be over."""
     program = (
@@ -94,7 +105,7 @@ def test_directories_are_made_and_removed_one_at_a_time(run: Path) -> None:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"in\n"
         threads = [
-            threading.Thread(target=lambda: list(running_vms())),
+            threading.Thread(target=VMDirectory.of("stale").remove),
             threading.Thread(target=lambda: VMDirectory.of("new").create().close()),
         ]
         for thread in threads:

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from caisson.image.vm import VM, VMConfig, VMError, find_vm, get_vm, list_vms, supervisor
-from caisson.image.vm.directory import VMDirectory, owned_run_root
+from caisson.image.vm.directory import VMDirectory
 from caisson.image.vm.jsonsocket import JSONSocket
+from caisson.image.vm.runroot import owned_run_root
 from tests.component.fake_qemu import install, lives, make_image, nothing_left, wait_until
 
 Images = Callable[[str], Path]
@@ -192,9 +193,9 @@ def test_a_guest_that_powers_off_ends_the_wait(image: Images) -> None:
 
 def test_a_stale_directory_makes_room(image: Images) -> None:
     stale = VMDirectory.of("v")
-    stale.path.mkdir(parents=True)
-    (stale.path / "lock").touch()
-    (stale.path / "agent.sock").touch()
+    owned_run_root(make=True)
+    stale.create().close()
+    stale.agent_socket.touch()
     with start(image("")) as vm:
         assert vm.agent_socket.is_socket()
 

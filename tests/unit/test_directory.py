@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from caisson.image.vm.directory import VMDirectory, owned_run_root, running_vms
+from caisson.image.vm import find_vm, list_vms
+from caisson.image.vm.directory import VMDirectory, running_vms
 from caisson.image.vm.errors import VMError
+from caisson.image.vm.runroot import owned_run_root, run_root
 
 
 @pytest.fixture
@@ -21,15 +24,14 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_who_holds_the_lock_lives(run: Path) -> None:
     directory = VMDirectory.of("v")
-    assert not directory.alive()
+    assert not directory.is_running()
     with directory.create():
-        assert directory.alive()
+        assert directory.is_running()
         assert [other.name for other in running_vms()] == ["v"]
-        assert not directory.remove_stale()
         with pytest.raises(VMError, match="stop-vm v"):
             VMDirectory.of("v").create()
-    assert not directory.alive()
-    assert directory.remove_stale()
+    assert not directory.is_running()
+    directory.remove()
     assert list(run.iterdir()) == []
 
 
@@ -43,12 +45,92 @@ def test_a_stale_one_makes_room(run: Path) -> None:
         assert [path.name for path in directory.path.iterdir()] == ["lock"]
 
 
-def test_stale_ones_go_when_somebody_looks(run: Path) -> None:
+def test_listing_removes_nothing(run: Path, tmp_path: Path) -> None:
+    """A package manager's directory has an unlocked file of this name, too; and a link may lead to such a one."""
+    dpkg = tmp_path / "dpkg"
+    dpkg.mkdir()
+    for name in ("lock", "status"):
+        (dpkg / name).touch()
+    (run / "linked").symlink_to(dpkg)
+    (run / "beside").mkdir()
+    (run / "beside/lock").touch()
+    (run / "beside/file").touch()
     VMDirectory.of("old").create().close()
-    (run / "else").mkdir()  # nothing says that it was a VM
-    (run / "file").touch()
     assert list(running_vms()) == []
-    assert sorted(path.name for path in run.iterdir()) == ["else", "file"]
+    assert list_vms() == []
+    assert find_vm("old") is None
+    assert sorted(path.name for path in run.iterdir()) == ["beside", "linked", "old"]
+    assert sorted(path.name for path in dpkg.iterdir()) == ["lock", "status"]
+
+
+@pytest.mark.parametrize("name", ["linked", "beside", "marked by a link"])
+def test_only_what_carries_our_mark_makes_room(run: Path, tmp_path: Path, name: str) -> None:
+    name = name.replace(" ", "-")
+    place = run / name
+    other = tmp_path / "other"
+    VMDirectory.of("mine").create().close()
+    if name == "linked":
+        (run / "mine").rename(other)
+        place.symlink_to(other)
+    else:
+        place.mkdir()
+        (place / "file").touch()
+        (place / "lock").symlink_to(run / "mine/lock") if "link" in name else (place / "lock").touch()
+    before = sorted(other.iterdir() if name == "linked" else place.iterdir())
+    with pytest.raises(VMError, match="in the way, and is not a VM's"):
+        VMDirectory.of(name).create()
+    assert sorted(other.iterdir() if name == "linked" else place.iterdir()) == before
+
+
+@pytest.mark.parametrize("file", ["lock", "vm.json"])
+def test_files_are_for_their_owner_only(run: Path, file: str) -> None:
+    directory = VMDirectory.of("v")
+    with directory.create():
+        directory.write({"name": "v"})
+        assert (directory.path / file).stat().st_mode & 0o077 == 0
+        assert directory.path.stat().st_mode & 0o777 == 0o700
+
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs another user's files")
+
+
+@as_root
+def test_somebody_elses_link_as_the_run_root_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/tmp/caisson-UID as a link of a neighbour's, to a directory that is ours and private."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    private = tmp_path / "private"
+    private.mkdir(mode=0o700)
+    link = shared / "caisson"
+    link.symlink_to(private)
+    monkeypatch.setenv("CAISSON_RUN", str(link))
+    assert owned_run_root() == private
+    os.chown(link, 12345, 12345, follow_symlinks=False)
+    with pytest.raises(VMError, match="somebody else's link; CAISSON_RUN"):
+        owned_run_root()
+    with pytest.raises(VMError, match="somebody else's link"):
+        VMDirectory.of("v")
+
+
+def test_a_run_root_that_others_can_exchange_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = tmp_path / "shared"
+    (shared / "r").mkdir(parents=True, mode=0o700)
+    monkeypatch.setenv("CAISSON_RUN", str(shared / "r"))
+    shared.chmod(0o777)
+    with pytest.raises(VMError, match=r"others can exchange what is in .*shared; CAISSON_RUN"):
+        owned_run_root()
+    shared.chmod(0o1777)
+    assert owned_run_root() == shared / "r"
+
+
+@as_root
+def test_another_users_runtime_directory_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CAISSON_RUN", raising=False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert run_root() == tmp_path / "caisson"
+    os.chown(tmp_path, 12345, 12345)
+    assert run_root() == Path("/run/caisson")
 
 
 def test_somebody_elses_files_are_not_touched(run: Path) -> None:
@@ -68,7 +150,7 @@ def test_what_a_link_leads_to_stays(run: Path, tmp_path: Path) -> None:
     directory = VMDirectory.of("v")
     directory.create().close()
     (directory.path / "link").symlink_to(kept)
-    assert directory.remove_stale()
+    directory.remove()
     assert (kept / "file").exists()
 
 

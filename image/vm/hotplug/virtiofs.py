@@ -19,9 +19,16 @@ from caisson.image.programs import which
 from caisson.image.vm.children import Children
 from caisson.image.vm.directory import VMDirectory
 from caisson.image.vm.errors import VMError
+from caisson.image.vm.sandbox import VIRTIOFSD, Confinement
 
 #: What there is without it.
 ELSE = "or share by 9p, which the lean image has: caisson boot-vm --share TAG=DIR"
+
+#: It drops the rest itself, as told by MODCAPS; who owns a file, and its set-ID bits, are the guest's to say.
+CONFINEMENT = Confinement(VIRTIOFSD, set_id_bits=True)
+
+#: Beyond the ownership of files: to make device nodes, and to give files capabilities.
+MODCAPS = "-mknod:-setfcap"
 
 #: Makes $1 read-only for this process alone, and becomes the rest.  What is mounted below it is not there then.
 READ_ONLY = 'mount --bind -- "$1" "$1" && mount -o remount,bind,ro -- "$1" && shift && exec "$@"'
@@ -41,12 +48,14 @@ def command(directory: Path, fd: int, *, writable: bool) -> list[str]:
     usage = subprocess.run([program, "--help"], capture_output=True, text=True).stdout
     if "--shared-dir" in usage:
         words = [program, f"--fd={fd}", f"--shared-dir={directory}"]
+        if os.geteuid() == 0 and "--modcaps" in usage:
+            words.append(f"--modcaps={MODCAPS}")
         sealed = [*words, "--readonly"] if "--readonly" in usage else None
     elif os.geteuid() != 0:
         raise VMError(f"{program}, QEMU's own, needs root; run: sudo apt-get install virtiofsd; {ELSE}")
     else:
         escaped = str(directory).replace("\\", "\\\\").replace(",", "\\,")
-        words = [program, f"--fd={fd}", "-o", f"source={escaped}"]
+        words = [program, f"--fd={fd}", "-o", f"source={escaped}", "-o", f"modcaps={MODCAPS}"]
         sealed = None
     if writable:
         return words
@@ -86,7 +95,7 @@ class Shares:
             words = command(path, listener.fileno(), writable=writable)
             listener.bind(str(place))
             listener.listen(1)  # so that QEMU can connect at once
-            self._children.spawn(f"virtiofsd {tag}", words, [listener.fileno()], helper=True)
+            self._children.spawn(f"virtiofsd {tag}", words, [listener.fileno()], CONFINEMENT, helper=True)
         self._sockets[tag], self.served[tag] = place, (str(path), writable)
         return place
 

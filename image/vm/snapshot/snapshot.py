@@ -32,6 +32,9 @@ STEP = "snapshots"
 #: Where they were before they were called so.
 FORMER_STEP = "templates"
 
+#: Bytes of a console in which the ready line is looked for.
+MAX_BOOT_LOG = 4 << 20
+
 #: The version of snapshot.json.
 FORMAT = 3
 
@@ -140,7 +143,8 @@ def says_ready(agent_socket: Path) -> bool:
     It has no vsock device yet through which the agent could be asked.
     """
     try:
-        return READY_LINE.encode() in agent_socket.with_name("console.log").read_bytes()
+        with agent_socket.with_name("console.log").open("rb") as console:
+            return READY_LINE.encode() in console.read(MAX_BOOT_LOG)
     except FileNotFoundError:
         return False
 

@@ -1,0 +1,101 @@
+"""The run root: where the directories of VMs are, and that nobody else can put anything there.
+
+What is found below it is dialled as an agent's socket, read as a VM's console, and removed when it is stale: so it has
+to be this user's own, and so has every directory and link on the way to it that could be exchanged.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from caisson.image.vm.errors import VMError
+
+#: Links that a path may lead through (path_resolution(7) has the same bound).
+MAX_LINKS = 40
+
+ANOTHER = "CAISSON_RUN names another place"
+
+
+def run_root() -> Path:
+    """Return where VMs are: ``$CAISSON_RUN``, ``$XDG_RUNTIME_DIR/caisson``, ``/run/caisson``, /tmp/caisson-UID.
+
+    Absolute, and as it was said: links in it are for ``owned_run_root`` to judge.
+    """
+    if chosen := os.environ.get("CAISSON_RUN"):
+        return Path.cwd() / chosen
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    if base and _is_mine(Path(base)):  # su(1) leaves another user's in the environment
+        return Path(base) / "caisson"
+    return Path("/run/caisson") if os.geteuid() == 0 else Path(f"/tmp/caisson-{os.geteuid()}")
+
+
+def owned_run_root(make: bool = False) -> Path | None:
+    """Return the run root without links, None while there is none; ``make`` makes it, for nobody but its owner.
+
+    Raises VMError where somebody else could exchange it, or write in it.
+    """
+    root = run_root()
+    try:
+        if make:
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = _resolved(root)
+        state = path.lstat()
+    except FileNotFoundError:
+        return None
+    except (OSError, RuntimeError) as error:
+        raise VMError(f"{root} cannot be used: {getattr(error, 'strerror', None) or error}; {ANOTHER}") from error
+    if not stat.S_ISDIR(state.st_mode):
+        raise VMError(f"{root} is not a directory; {ANOTHER}")
+    if state.st_uid != os.geteuid():
+        raise VMError(f"{root} belongs to somebody else; {ANOTHER}")
+    if state.st_mode & 0o022:
+        raise VMError(f"{root} can be written by others; run: chmod go-w {root}")
+    return path
+
+
+def _resolved(path: Path) -> Path:
+    """Follow the links of a path, one by one.  Raises VMError where somebody else could make it lead elsewhere.
+
+    That is where a directory on the way, or a link, is neither root's nor ours, or others may write in a directory that
+    is not sticky (in one that is, they cannot exchange what is ours).
+    """
+    trusted = {0, os.geteuid(), Path("/").lstat().st_uid}  # the last: root, as seen in a user namespace
+    done, parts, links = Path("/"), list(path.parts[1:]), 0
+    while parts:
+        state = done.lstat()
+        open_to_others = state.st_mode & 0o022 and not state.st_mode & stat.S_ISVTX
+        if state.st_uid not in trusted or (open_to_others and not _is_our_group(state)):
+            raise VMError(f"{path}: others can exchange what is in {done}; {ANOTHER}")
+        part = parts.pop(0)
+        if part == "..":
+            done = done.parent
+            continue
+        step = done / part
+        state = step.lstat()
+        if not stat.S_ISLNK(state.st_mode):
+            done = step
+            continue
+        if state.st_uid not in trusted:
+            raise VMError(f"{path}: {step} is somebody else's link; {ANOTHER}")
+        links += 1
+        if links > MAX_LINKS:
+            raise VMError(f"{path}: too many links; {ANOTHER}")
+        target = Path(os.readlink(step))  # noqa: PTH115 - Path.readlink() is the same, and this is beside lstat
+        parts = [*target.parts[target.is_absolute() :], *parts]
+        if target.is_absolute():
+            done = Path("/")
+    return done
+
+
+def _is_mine(path: Path) -> bool:
+    try:
+        return path.lstat().st_uid == os.geteuid()
+    except OSError:
+        return False
+
+
+def _is_our_group(state: os.stat_result) -> bool:
+    """Tell whether none may write but root's or this user's own group, which mostly is a group of one."""
+    return state.st_gid in (0, os.getegid()) and not state.st_mode & 0o002
