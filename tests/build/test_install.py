@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from caisson.proto.contract import VERSION
+from tests.support.unique import unique
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -78,7 +79,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Environment:
 @pytest.fixture
 def run_directory(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where VMs live: a short path, since those of sockets are limited."""
-    directory = Path("/tmp") / f"caisson-install-{os.getpid()}"
+    directory = Path("/tmp") / unique("caisson-install")
     monkeypatch.setenv("CAISSON_RUN", str(directory))
     yield directory
     shutil.rmtree(directory, ignore_errors=True)

@@ -15,6 +15,7 @@ import grpc
 
 from caisson.agent.client import Agent, AgentError, Container, Process, default_spec
 from caisson.proto.kata1 import oci_pb2
+from tests.support.unique import unique
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,8 +33,7 @@ class RunningAgent:
         self.state = directory / "state"
         self.rootfs = rootfs
         self.log = directory / "log"
-        # Of its own: tests of another checkout may run on this machine, too.
-        self.cgroup_parent = f"caisson-test-{os.getpid()}"
+        self.cgroup_parent = unique("caisson-test")
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*within, sys.executable, "-m", "caisson.agent", "--listen", f"unix:{self.socket}",

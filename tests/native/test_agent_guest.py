@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import uuid
 from pathlib import Path
 
 import grpc
@@ -11,14 +10,17 @@ import pytest
 
 from caisson.proto.kata1 import agent_pb2
 from tests.native.agent_support import RunningAgent, refused, run
+from tests.support.unique import unique
 
 pytestmark = pytest.mark.root
+
+#: Runs a command with an empty /run and mounts of its own, as a guest has them.
+PRIVATE_RUN = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs /run && exec "$@"', "sh")
 Code = grpc.StatusCode
 
 
 def test_files_come_in_pieces(agent: RunningAgent) -> None:
-    name = f"caisson-test-{uuid.uuid4().hex}"
-    path = Path("/run", name, "inner/file")
+    path = Path("/run", unique("caisson-test"), "inner/file")
     content = os.urandom(2_500_000)
 
     async def work() -> None:
@@ -59,8 +61,9 @@ def test_files_come_in_pieces(agent: RunningAgent) -> None:
 
 def test_name_servers(tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path) -> None:
     own = Path("/etc/resolv.conf").read_bytes()
-    agent = RunningAgent(tmp_path, nsexec_path, busybox_rootfs, within=("unshare", "--mount"))
-    seen = Path(f"/proc/{agent.process.pid}/root/etc/resolv.conf")
+    agent = RunningAgent(tmp_path, nsexec_path, busybox_rootfs, within=PRIVATE_RUN)
+    root = Path(f"/proc/{agent.process.pid}/root")
+    seen, copies = root / "etc/resolv.conf", root / "run/kata-containers"
 
     async def work() -> None:
         async with agent.connect() as client:
@@ -70,13 +73,13 @@ def test_name_servers(tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path) -
                 assert seen.read_text() == "nameserver 192.0.2.53\nsearch example.org\n"
                 await client.destroy_sandbox()
                 assert seen.read_bytes() == own
+                assert not copies.exists()
 
     try:
         run(work())
     finally:
         agent.stop()
     assert Path("/etc/resolv.conf").read_bytes() == own
-    assert not Path("/run/kata-containers").exists()
 
 
 def test_what_makes_no_sense(agent: RunningAgent) -> None:

@@ -23,6 +23,7 @@ from caisson.agent.libcontainer.errors import LaunchError
 from caisson.proto.kata1 import agent_pb2, oci_pb2
 from tests.native.agent_support import RunningAgent, errors, output, refused, run, sh
 from tests.native.nsexec_support import Box, children, config
+from tests.support.unique import unique
 
 pytestmark = pytest.mark.root
 with_v1 = pytest.mark.parametrize("agent", ["v1"], indirect=True)
@@ -34,7 +35,7 @@ MAJOR, MINOR = map(int, DISK.split(":"))
 
 @pytest.fixture
 def hierarchies() -> CgroupV1:
-    found = CgroupV1.find(f"caisson-v1-{os.getpid()}")
+    found = CgroupV1.find(unique("caisson-v1"))
     assert found is not None, "this machine has no cgroup v1 hierarchies"
     return found
 
@@ -46,7 +47,7 @@ def cgroup(hierarchies: CgroupV1) -> Iterator[CgroupOfV1]:
     asyncio.run(made.kill())
     asyncio.run(made.delete())
     for root in hierarchies.roots.values():
-        assert not Path(root, f"caisson-v1-{os.getpid()}").exists()
+        assert not Path(root, unique("caisson-v1")).exists()
 
 
 def content(cgroup: CgroupOfV1, file: str) -> str:

@@ -21,6 +21,7 @@ from caisson.agent.model.reaper import Reaper as AgentsReaper
 from caisson.proto.kata1 import agent_pb2, oci_pb2
 from tests.native.agent_support import RunningAgent, refused, run, until
 from tests.native.nsexec_support import Box, children, config
+from tests.support.unique import SLEEP, sleepers
 
 pytestmark = pytest.mark.root
 CREATE = ("prestart", "createRuntime", "createContainer")
@@ -229,7 +230,7 @@ def test_a_hook_that_fails_fails_the_create(agents_box: Box, point: str, hook: d
 def test_a_hook_that_takes_too_long_is_killed_with_its_group(agents_box: Box, point: str) -> None:
     box = agents_box
     # In the container's own pid namespace its end takes everything along; the agent's hooks have only their group.
-    hang = sh("echo began; sleep 4321 & sleep 4321", timeout=1)
+    hang = sh(f"echo began; {SLEEP} & {SLEEP}", timeout=1)
 
     async def work() -> str:
         container = life(box, with_hooks("true", **{point: [hang]}))
@@ -261,23 +262,11 @@ def test_a_hook_that_never_stops_talking_is_not_listened_to_for_longer(agents_bo
     assert time.monotonic() - began < 10
 
 
-def sleepers() -> list[str]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = path.read_bytes()
-        except OSError:
-            continue
-        if line.startswith(b"sleep\0004321"):
-            found.append(path.parent.name)
-    return found
-
-
 @pytest.mark.parametrize("point", CREATE)
 def test_a_hook_without_a_timeout_is_waited_for_until_nobody_wants_it(agents_box: Box, point: str) -> None:
     box = agents_box
     box.launcher._timeout = 0.5  # nsexec's own time, of which hooks take nothing
-    value = with_hooks("true", **{point: [sh(f"touch {box.path}/began; sleep 4321 & wait")]})
+    value = with_hooks("true", **{point: [sh(f"touch {box.path}/began; {SLEEP} & wait")]})
 
     async def work() -> None:
         container = life(box, value)
@@ -296,7 +285,7 @@ def test_a_hook_without_a_timeout_is_waited_for_until_nobody_wants_it(agents_box
 def test_a_hook_need_not_read_and_may_leave_somebody_behind(agents_box: Box) -> None:
     """A state that no pipe holds, and a daemon that keeps the output open."""
     box = agents_box
-    daemon = sh(f"sh -c 'echo $$ > {box.path}/daemon; exec sleep 4321' & while ! [ -s {box.path}/daemon ]; do :; done")
+    daemon = sh(f"sh -c 'echo $$ > {box.path}/daemon; exec {SLEEP}' & while ! [ -s {box.path}/daemon ]; do :; done")
     value = with_hooks("sleep", "1000", prestart=[daemon], createRuntime=[sh("wc -c"), sh("exec <&-")])
     value["annotations"] = {"long": "x" * 300_000}
 
@@ -345,7 +334,7 @@ def test_a_poststart_hook_that_hangs_does_not_keep_the_container(agents_box: Box
     box = agents_box
 
     async def work() -> None:
-        container = life(box, with_hooks("sleep", "1000", poststart=[sh("sleep 4321 & wait")]))
+        container = life(box, with_hooks("sleep", "1000", poststart=[sh(f"{SLEEP} & wait")]))
         await container.create("box", {})
         starting = asyncio.ensure_future(container.start())
         await until(lambda: sleepers() != [], "the hook runs")

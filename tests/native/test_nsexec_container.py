@@ -17,6 +17,7 @@ from tests.native.nsexec_support import (
     children,
     config,
 )
+from tests.support.unique import unique
 
 pytestmark = pytest.mark.root
 
@@ -236,7 +237,7 @@ def test_a_cgroup_namespace_has_the_containers_cgroup_as_its_root(box: Box) -> N
 
     hierarchy = CgroupV2.find()
     assert hierarchy is not None
-    cgroup = hierarchy.create(f"caisson-test-{os.getpid()}")
+    cgroup = hierarchy.create(unique("caisson-test"))
     try:
         cgroup.apply(Resources())
         value = config(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from caisson.agent.libcontainer.config.resources import Resources
 from caisson.agent.libcontainer.errors import LaunchError
 from tests.native.agent_support import RunningAgent, run
 from tests.native.nsexec_support import CAPABILITIES, Box, config
+from tests.support.unique import unique
 
 pytestmark = pytest.mark.root
 THROTTLES = {"ReadBps": "rbps", "WriteBps": "wbps", "ReadIOPS": "riops", "WriteIOPS": "wiops"}
@@ -293,7 +293,7 @@ def test_limits_reach_the_cgroup_or_name_the_controller(box: Box, limit: dict[st
 def test_cgroups_around_the_last_container_go_with_it(box: Box) -> None:
     hierarchy = CgroupV2.find()
     assert hierarchy is not None
-    around = Path(hierarchy.root, f"caisson-around-{os.getpid()}")
+    around = Path(hierarchy.root, unique("caisson-around"))
     one, two = (hierarchy.create(f"{around.name}/deep/{name}") for name in ("one", "two"))
     box.run(one.delete())
     assert [path.name for path in (around / "deep").iterdir() if path.is_dir()] == ["two"]
@@ -308,7 +308,7 @@ def test_cgroups_around_the_last_container_go_with_it(box: Box) -> None:
 
 
 def test_annotations_are_kept_and_the_cgroup_is_where_it_was_asked_for(agent: RunningAgent) -> None:
-    name = f"caisson-fields-{os.getpid()}"
+    name = unique("caisson-fields")
 
     async def work() -> None:
         async with agent.connect() as client:
@@ -343,7 +343,7 @@ def own_cgroup(box: Box, resources: dict[str, Any]) -> Iterator[Cgroup]:
     """A cgroup with these limits."""
     hierarchy = CgroupV2.find()
     assert hierarchy is not None, "this machine has no cgroup v2 hierarchy"
-    cgroup = hierarchy.create(f"caisson-fields-{os.getpid()}")
+    cgroup = hierarchy.create(unique("caisson-fields"))
     try:
         cgroup.apply(Resources.from_json(resources))
         yield cgroup
