@@ -14,9 +14,9 @@ from pathlib import Path
 
 from caisson.agent import client
 from caisson.agent.client import listing
+from caisson.agent.client.diagnostics import AgentLines
 from caisson.agent.client.errors import UsageError
 from caisson.agent.client.guest import active_forwards, call_sync
-from caisson.agent.client.logs import AgentLines
 from caisson.commands.machines import RESUME_COMMAND, image_directory, running_vm
 from caisson.commands.streams import console_writer, info
 from caisson.image.programs import TO_BOOT, need

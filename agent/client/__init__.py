@@ -11,7 +11,6 @@ async with Agent.connect("/run/caisson/default/agent.sock") as agent:
 """
 
 from caisson.agent.client.attach import OutputError, attach
-from caisson.agent.client.boot_times import BootTimes, boot_times
 from caisson.agent.client.connection import (
     Agent,
     AgentError,
@@ -22,6 +21,7 @@ from caisson.agent.client.connection import (
     ReadinessProbe,
     is_serving,
 )
+from caisson.agent.client.diagnostics import BootTimes, boot_times
 from caisson.agent.client.errors import UsageError
 from caisson.agent.client.identity import is_personalized, personalize
 from caisson.agent.client.registry import Registry

@@ -1,7 +1,8 @@
 """Forward TCP ports of the host to ports of a guest, and back.
 
 The host cannot reach a guest's network, so a TCP port is reached from within: by `nc` in a container, which shares the
-guest's network namespace.  vsock ports need nothing.
+guest's network namespace.  vsock ports are reached by the hybrid handshake of Firecracker and Cloud Hypervisor on the
+VM's socket: CONNECT <port>, answered by OK <port>.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ from pathlib import Path
 from caisson.agent.client.connection import CHUNK, AgentError, Container
 from caisson.agent.client.errors import UsageError
 from caisson.agent.client.specs import PATH
-from caisson.agent.client.vsock import MAX_PORT, Streams, dial
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+MAX_PORT = (1 << 32) - 2  # the last one means "any" (vsock(7))
+
+#: Seconds for a guest to accept.
+CONNECT_TIMEOUT = 30.0
 
 RULE = re.compile(
     r"(?:(?P<address>[0-9.]+|\[[0-9a-fA-F:]+\]):)?(?P<host>[0-9]+):(?:(?P<kind>tcp|vsock):)?(?P<guest>[0-9]+)"
@@ -46,6 +53,29 @@ class Rule:
         if rule.host > MAX_TCP_PORT or rule.guest > (MAX_TCP_PORT if rule.kind == "tcp" else MAX_PORT):
             raise UsageError(f"{text!r}: port out of range; TCP ports end at {MAX_TCP_PORT}")
         return rule
+
+
+async def dial(socket: Path, port: int) -> Streams:
+    """Connect to a vsock port of the guest.  Raises UsageError when nothing listens, or the VM has ended."""
+    if not 0 <= port <= MAX_PORT:
+        raise UsageError(f"vsock port {port}: out of range; ports are 0 to {MAX_PORT}")
+    try:
+        reader, writer = await asyncio.open_unix_connection(str(socket))
+    except OSError as error:
+        raise UsageError(f"{socket}: {error.strerror or error}; the VM has ended") from error
+    try:
+        writer.write(f"CONNECT {port}\n".encode())
+        async with asyncio.timeout(CONNECT_TIMEOUT):
+            answer = await reader.readline()
+    except (OSError, TimeoutError):
+        answer = b""
+    except BaseException:
+        writer.close()
+        raise
+    if not answer.startswith(b"OK "):
+        writer.close()
+        raise UsageError(f"vsock port {port}: nothing listens there in the guest")
+    return reader, writer
 
 
 def to_vsock(socket: Path, port: int) -> Serve:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from caisson.image.build.definition import Definition
 from caisson.image.build.tools import Tools
 from caisson.image.errors import ImageError
 from caisson.image.formats import dax, disk, gpt, initrd, verity
+from caisson.image.formats.scan import overlaid
+from caisson.image.formats.tree import Tree, text
 from caisson.image.kernel.kernel import Kernel
 
 #: What a kernel must have built in to mount a root of a format from a disk, with nothing to load modules before.
@@ -63,51 +66,50 @@ def root(definition: Definition, trees: Sequence[Path], kernel: Kernel, target: 
 
     Raises TooLarge, and ImageError for a tool that fails.
     """
-    entries = list(initrd.overlaid(trees, [initrd.CONSOLE]))
-    _check_limit(definition, "tree", sum(len(entry.data) for entry in entries), entries)
-    said = (
-        _initrd(definition, entries, target)
-        if definition.format == "initrd"
-        else _disk(definition, entries, target, tools)
-    )
-    file = target / said["file"]
-    _check_limit(definition, "image", file.stat().st_size, entries)
+    with overlaid(trees, initrd.CONSOLE) as tree:
+        _check_limit(definition, "tree", sum(node.length for _, node in tree.files()), tree)
+        if definition.format == "initrd":
+            said = _initrd(definition, tree, target)
+        else:
+            said = _disk(definition, tree, target, tools)
+        file = target / said["file"]
+        _check_limit(definition, "image", file.stat().st_size, tree)
     if (kernel.directory / "bzImage").is_file():
-        _check_limit(definition, "kernel", (kernel.directory / "bzImage").stat().st_size, [])
+        _check_limit(definition, "kernel", (kernel.directory / "bzImage").stat().st_size)
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return said | {"format": definition.format, "bytes": file.stat().st_size, "sha256": digest}
 
 
-def _initrd(definition: Definition, entries: Sequence[initrd.Entry], target: Path) -> dict[str, Any]:
+def _initrd(definition: Definition, tree: Tree, target: Path) -> dict[str, Any]:
     archive = io.BytesIO()
-    initrd.write_cpio(archive, iter(entries))
+    initrd.write_cpio(archive, tree)
     (target / "initrd.img").write_bytes(initrd.pack(archive.getvalue(), definition.compression))
     return {"file": "initrd.img", "compression": definition.compression, "cmdline": [INITRD_ROOT]}
 
 
-def _disk(definition: Definition, entries: Sequence[initrd.Entry], target: Path, tools: Tools) -> dict[str, Any]:
+def _disk(definition: Definition, tree: Tree, target: Path, tools: Tools) -> dict[str, Any]:
     """A disk in the definition's layout.  ``cmdline`` is what the kernel must be told to mount it."""
     filesystem, image = target / "root.filesystem", target / "root.img"
-    disk.write_filesystem(filesystem, entries, definition.format, tools=tools)
+    disk.write_filesystem(filesystem, tree, definition.format, tools=tools)
     said: dict[str, Any] = {"file": image.name, "layout": definition.layout}
     data, hashes = "/dev/vda" if definition.layout == "plain" else "/dev/vda1", None
     mount = f"root={data} ro"
-    tree = None
+    hashed = None
     if definition.verity:
         if definition.layout == "gpt":
-            tree, hashes = verity.hash_tree(filesystem), "/dev/vda2"
+            hashed, hashes = verity.hash_tree(filesystem), "/dev/vda2"
         else:
-            tree = verity.append(filesystem)
+            hashed = verity.append(filesystem)
         # Nothing of a root that is not what was built may run: not even the part that is.
-        mount = tree.command_line(data, hashes, on_corruption="panic")
-        said["verity"] = tree.record()
+        mount = hashed.command_line(data, hashes, on_corruption="panic")
+        said["verity"] = hashed.record()
     if definition.layout == "plain":
         filesystem.rename(image)
     elif definition.layout == "dax":
         dax.write_dax(image, filesystem)
     else:
-        _write_gpt(definition, filesystem, tree, image)
+        _write_gpt(definition, filesystem, hashed, image)
     filesystem.unlink(missing_ok=True)
     kind = disk.FORMATS[definition.format].kernel_name
     return said | {"cmdline": [mount, f"rootfstype={kind}", "init=/init"]}
@@ -129,12 +131,12 @@ def _write_gpt(definition: Definition, filesystem: Path, tree: verity.HashTree |
     stored.unlink()
 
 
-def _check_limit(definition: Definition, name: str, size: int, entries: Sequence[initrd.Entry]) -> None:
+def _check_limit(definition: Definition, name: str, size: int, tree: Tree | None = None) -> None:
     limit = definition.limits.bytes_of(name)
     if limit is None or size <= limit:
         return
-    largest = sorted(entries, key=lambda entry: len(entry.data), reverse=True)[:CULPRITS]
-    lines = [f"\n  {len(entry.data) / 1e6:7.2f} MB  /{entry.path}" for entry in largest]
+    largest = heapq.nlargest(CULPRITS, ((node.length, path) for path, node in tree.files()) if tree else ())
+    lines = [f"\n  {bytes / 1e6:7.2f} MB  {text(path)}" for bytes, path in largest]
     raise TooLarge(
         f"limits.{name} is {getattr(definition.limits, name)}, but the {name} has {size / 1e6:.2f} MB"
         + ("; the largest files are:" + "".join(lines) if lines else "")

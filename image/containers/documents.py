@@ -32,7 +32,7 @@ SHELL = ("/bin/sh",)
 NAMES = ("io.containerd.image.name", "org.opencontainers.image.ref.name")
 
 
-class Files(Protocol):
+class ImageFiles(Protocol):
     """The files of an image by their names."""
 
     shown: str
@@ -68,7 +68,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Image:
+class ContainerImage:
     """An image that was chosen: its layers from the lowest on, a digest that identifies it, and its names."""
 
     layers: list[Layer]
@@ -86,13 +86,13 @@ class _Candidate:
     variant: str
 
 
-def read_layout(files: Files, architecture: str, tag: str) -> Image:
+def read_layout(files: ImageFiles, architecture: str, tag: str) -> ContainerImage:
     """Choose an image of an OCI image layout.  Raises ImageError."""
     index = _document(files.open("index.json"), "index.json")
     return _choose(list(_candidates(files, index, (), 0, [0])), files.shown, architecture, tag, "blobs/sha256/{}")
 
 
-def read_directory(files: Files, architecture: str) -> Image:
+def read_directory(files: ImageFiles, architecture: str) -> ContainerImage:
     """Read skopeo's `dir:`: a manifest, and blobs named by their digests.  Raises ImageError."""
     manifest = _document(files.open("manifest.json"), "manifest.json")
     _check_manifest(manifest, "manifest.json")
@@ -102,7 +102,7 @@ def read_directory(files: Files, architecture: str) -> Image:
 
 
 def _candidates(
-    files: Files, index: dict[str, Any], names: tuple[str, ...], depth: int, seen: list[int]
+    files: ImageFiles, index: dict[str, Any], names: tuple[str, ...], depth: int, seen: list[int]
 ) -> Iterator[_Candidate]:
     """Yield the images of an index and of those in it; what is no image (attestations, signatures) is left out."""
     if depth >= MAX_INDEXES:
@@ -150,7 +150,7 @@ def _is_image(manifest: dict[str, Any], descriptor: dict[str, Any]) -> bool:
     return all(not kind or ".tar" in kind or "diff" in kind for kind in kinds)
 
 
-def _choose(candidates: list[_Candidate], shown: str, architecture: str, tag: str, place: str) -> Image:
+def _choose(candidates: list[_Candidate], shown: str, architecture: str, tag: str, place: str) -> ContainerImage:
     """Choose the image of a tag for a guest: the only one that fits, listed where there are several."""
     if tag:
         named = [one for one in candidates if _is_called(one, tag)]
@@ -173,7 +173,7 @@ def _choose(candidates: list[_Candidate], shown: str, architecture: str, tag: st
         raise Malformed(f"{shown} lacks {place.format(chosen.digest)}")
     image = _image(chosen, shown, architecture, place)
     names = tuple(dict.fromkeys(name for one in candidates if one.digest == chosen.digest for name in one.names))
-    return Image(image.layers, image.config, image.identity, names)
+    return ContainerImage(image.layers, image.config, image.identity, names)
 
 
 def _is_called(candidate: _Candidate, tag: str) -> bool:
@@ -192,16 +192,16 @@ def _platform(config: dict[str, Any]) -> str:
     return f"{config.get('os', 'linux')}/{config.get('architecture', '?')}"
 
 
-def _image(candidate: _Candidate, shown: str, architecture: str, place: str) -> Image:
+def _image(candidate: _Candidate, shown: str, architecture: str, place: str) -> ContainerImage:
     blobs = [_sha256(_of(layer, "digest", str)) for layer in _objects(candidate.manifest, "layers")]
     if any("encrypted" in _of(layer, "mediaType", str) for layer in _objects(candidate.manifest, "layers")):
         raise ImageError(f"{shown}: encrypted layers; decrypt the image first, with skopeo copy --decryption-key")
     contents = _contents(candidate.config, len(blobs), shown)
     layers = [Layer(place.format(blob), blob, content) for blob, content in zip(blobs, contents, strict=True)]
-    return Image(layers, _config(candidate.config, architecture, shown), candidate.digest)
+    return ContainerImage(layers, _config(candidate.config, architecture, shown), candidate.digest)
 
 
-def read_docker(files: Files, architecture: str, tag: str, identify: Any) -> Image:
+def read_docker(files: ImageFiles, architecture: str, tag: str, identify: Any) -> ContainerImage:
     """Choose an image of what `docker save` wrote; ``identify`` digests its configuration.  Raises ImageError."""
     with files.open("manifest.json") as stream:
         manifests = _json(stream, "manifest.json")
@@ -224,7 +224,7 @@ def read_docker(files: Files, architecture: str, tag: str, identify: Any) -> Ima
     members = _strings(manifest, "Layers")
     contents = _contents(config, len(members), files.shown)
     layers = [Layer(member, "", content) for member, content in zip(members, contents, strict=True)]
-    return Image(layers, _config(config, architecture, files.shown), identify(config), tags)
+    return ContainerImage(layers, _config(config, architecture, files.shown), identify(config), tags)
 
 
 def _contents(config: dict[str, Any], count: int, shown: str) -> list[str]:
@@ -265,7 +265,7 @@ def root_of(bundle: dict[str, Any]) -> str:
     return _string(_of(_of(bundle, "root", dict), "path", str), "root.path") or "rootfs"
 
 
-def _checked(files: Files, name: str, digest: str) -> dict[str, Any]:
+def _checked(files: ImageFiles, name: str, digest: str) -> dict[str, Any]:
     with files.open(name) as stream:
         check(sha256_of(stream), digest, name)
         stream.seek(0)

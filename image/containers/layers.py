@@ -24,8 +24,8 @@ AUFS, AUFS_LINKS = b".wh..wh.", b".wh..wh.plnk"
 MAX_ENTRIES = 1 << 22
 
 
-class Layers:
-    """Layers on their way into a tree, from the lowest on."""
+class LayerMerger:
+    """Lay the layers of an image over each other in a tree, from the lowest on."""
 
     def __init__(self, tree: Tree, warn: Warn, max_file: int) -> None:
         self.tree = tree

@@ -25,11 +25,12 @@ from typing import Any
 from caisson.image.build.cache import Cache, cap, default_root, digest_of
 from caisson.image.containers import documents, store
 from caisson.image.containers.archives import Archive, Budget, Directory, Whole, check, plain, sha256_of, unpack
-from caisson.image.containers.documents import Config, Files, Image, Layer
-from caisson.image.containers.layers import Layers
+from caisson.image.containers.documents import Config, ContainerImage, ImageFiles, Layer
+from caisson.image.containers.layers import LayerMerger
 from caisson.image.errors import ImageError
+from caisson.image.formats.scan import from_directory
 from caisson.image.formats.squashfs import write_squashfs
-from caisson.image.formats.tree import Malformed, Tree, from_directory
+from caisson.image.formats.tree import Malformed, Tree
 from caisson.image.programs import which
 from caisson.image.run import run
 
@@ -176,7 +177,7 @@ class _Packer:
         whole = Whole(archive)
         with whole.open("") as stream:
             digest = sha256_of(stream)
-        return self._finish(whole, Image([Layer("", "", digest)], Config(), digest))
+        return self._finish(whole, ContainerImage([Layer("", "", digest)], Config(), digest))
 
     def _bundle(self, place: Path) -> Packed:
         document = documents.read_bundle(place / "config.json")
@@ -188,7 +189,7 @@ class _Packer:
             write_squashfs(tree, disk, warn, Budget(self._max_size, self._progress.advance).take)
         return disk
 
-    def _finish(self, files: Files, image: Image) -> Packed:
+    def _finish(self, files: ImageFiles, image: ContainerImage) -> Packed:
         """Return the disk of an image: from the cache, or made now."""
         key = digest_of(VERSION, image.identity)
         made = self._cache.get_or_make(STEP, key, lambda target: self._make(files, image, target))
@@ -198,10 +199,10 @@ class _Packer:
         self._cache.trim(cap())
         return Packed(made / "disk", key, image.config)
 
-    def _make(self, files: Files, image: Image, target: Path) -> None:
+    def _make(self, files: ImageFiles, image: ContainerImage, target: Path) -> None:
         budget = Budget(self._max_size, self._progress.advance)
         with Tree() as tree, self._warnings() as warn:
-            layers = Layers(tree, warn, max(MAX_FILE, self._max_size))
+            layers = LayerMerger(tree, warn, max(MAX_FILE, self._max_size))
             for number, layer in enumerate(image.layers):
                 self._progress.doing = f"layer {number + 1} of {len(image.layers)}"
                 file = self._scratch / f"layer-{number}"
@@ -270,7 +271,7 @@ def beneath(directory: Path, path: str) -> Path:
     return place
 
 
-def _fetch(files: Files, layer: Layer, target: Path, budget: Budget) -> None:
+def _fetch(files: ImageFiles, layer: Layer, target: Path, budget: Budget) -> None:
     """Write a layer's contents to a file of its own, checked."""
     with files.open(layer.name) as source:
         if layer.digest and layer.name:

@@ -18,7 +18,7 @@ import hashlib
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,11 +27,14 @@ from uuid import UUID
 from caisson.image.build.tools import HOST, Tools
 from caisson.image.errors import ImageError
 from caisson.image.formats.ext4 import write_ext4
-from caisson.image.formats.initrd import Entry
+from caisson.image.formats.tree import Node, Tree, text
 from caisson.image.run import run
 
 #: All times in an image, in seconds since 1970.
 EPOCH = 0
+
+#: What a guest's root has, but for devices.
+KINDS = (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK)
 
 #: How hard zstd tries for a squashfs: 19 takes 2.5 times the CPU time of 15 and saves 1 %, 12 takes half and adds 6 %.
 ZSTD_LEVEL = 15
@@ -43,71 +46,60 @@ class Format:
 
     kernel_name: str
     dax: bool
-    write: Callable[[Path, Sequence[Entry], UUID, Tools], None]
+    write: Callable[[Path, Tree, UUID, Tools], None]
 
 
-def write_filesystem(target: Path, entries: Iterable[Entry], format: str, tools: Tools = HOST) -> None:
+def write_filesystem(target: Path, tree: Tree, format: str, tools: Tools = HOST) -> None:
     """Write an image of one of FORMATS; a file that is there already is replaced.
 
-    Directories that have members and are none themselves are made (root's, 0755).  Its UUID follows from the members.
-    While it is made, a copy of the members is beside the target.
-    Raises ImageError: for members that contradict each other, a missing tool, or what that tool complains of.
+    Its UUID follows from the members.  While it is made, a copy of the members is beside the target.
+    Raises ImageError: for a member of another kind, a missing tool, or what that tool complains of.
     """
-    members = _checked(entries)
     identity = hashlib.sha256(format.encode())
-    for entry in members:
-        name = os.fsencode(entry.path)
-        identity.update(b"%d %o %d\n" % (len(name), entry.mode, len(entry.data)) + name + entry.data)
+    for path, node in members(tree):
+        if stat.S_IFMT(node.mode) not in KINDS:
+            raise ImageError(f"{text(path)} is no file, directory or link (mode {node.mode:o})")
+        identity.update(b"%d %o %d\n" % (len(path), node.mode, node.length) + path + node.read())
     uuid = UUID(bytes=identity.digest()[:16], version=4)
     target.unlink(missing_ok=True)
-    FORMATS[format].write(target, members, uuid, tools)
+    FORMATS[format].write(target, tree, uuid, tools)
 
 
-def _checked(entries: Iterable[Entry]) -> list[Entry]:
-    """The members without devices, and with all directories, parents first and sorted."""
-    members = {entry.path: entry for entry in entries if not stat.S_ISCHR(entry.mode) and not stat.S_ISBLK(entry.mode)}
-    for path in list(members):
-        parts = path.split("/")
-        if any(part in ("", ".", "..") for part in parts):
-            raise ImageError(f"{path!r} is no path inside an image")
-        for depth in range(1, len(parts)):
-            above = "/".join(parts[:depth])
-            if not stat.S_ISDIR(members.setdefault(above, Entry(above, stat.S_IFDIR | 0o755)).mode):
-                raise ImageError(f"{path} cannot be in an image: {above} is no directory there")
-    return [members[path] for path in sorted(members, key=lambda path: path.split("/"))]
+def members(tree: Tree) -> Iterator[tuple[bytes, Node]]:
+    """Yield the members without devices, parents first and sorted."""
+    return (member for member in tree.files() if not stat.S_ISCHR(member[1].mode) and not stat.S_ISBLK(member[1].mode))
 
 
-def _stage(tree: Path, entries: Sequence[Entry]) -> None:
-    """The members as files, for tools that read a tree.  Owners and times are the tools' affair."""
-    for entry in entries:
-        path = tree / entry.path
-        match stat.S_IFMT(entry.mode):
+def _stage(place: Path, tree: Tree) -> None:
+    """Write the members as files, for tools that read a tree.  Owners and times are set by the tools."""
+    directories = [(place, 0o755)]
+    for path, node in members(tree):
+        member = place / os.fsdecode(path)
+        match stat.S_IFMT(node.mode):
             case stat.S_IFDIR:
-                path.mkdir()
+                member.mkdir()
+                directories.append((member, stat.S_IMODE(node.mode)))
             case stat.S_IFLNK:
-                path.symlink_to(os.fsdecode(entry.data))
-            case stat.S_IFREG:
-                path.write_bytes(entry.data)
-                path.chmod(stat.S_IMODE(entry.mode))
+                member.symlink_to(os.fsdecode(node.target))
             case _:
-                raise ImageError(f"{entry.path} is no file, directory or link (mode {entry.mode:o})")
-    for entry in reversed(entries):  # now that nothing more has to be made in them
-        if stat.S_ISDIR(entry.mode):
-            (tree / entry.path).chmod(stat.S_IMODE(entry.mode))
-    tree.chmod(0o755)
+                with member.open("wb") as file:
+                    file.writelines(node.contents())
+                member.chmod(stat.S_IMODE(node.mode))
+    for member, mode in reversed(directories):  # now that nothing more has to be made in them
+        member.chmod(mode)
 
 
-def _write_erofs(target: Path, entries: Sequence[Entry], uuid: UUID, tools: Tools, *, options: Sequence[str]) -> None:
+def _write_erofs(target: Path, tree: Tree, uuid: UUID, tools: Tools, *, options: Sequence[str]) -> None:
     settings = ["--quiet", "--all-root", f"-T{EPOCH}", f"-U{uuid}", "-x-1", *options]
     with tempfile.TemporaryDirectory(prefix=".tree-", dir=target.parent) as place:
-        _stage(Path(place), entries)
+        _stage(Path(place), tree)
         run([*tools.command("mkfs.erofs"), *settings, target, place])
 
 
-def _write_squashfs(target: Path, entries: Sequence[Entry], uuid: UUID, tools: Tools) -> None:
+def _write_squashfs(target: Path, tree: Tree, uuid: UUID, tools: Tools) -> None:
     del uuid  # a squashfs has none
     with tempfile.TemporaryDirectory(prefix=".tree-", dir=target.parent) as place:
-        _stage(Path(place), entries)
+        _stage(Path(place), tree)
         run(
             [
                 *tools.command("mksquashfs"), place, target, "-noappend", "-quiet", "-no-progress", "-exit-on-error",
@@ -117,9 +109,9 @@ def _write_squashfs(target: Path, entries: Sequence[Entry], uuid: UUID, tools: T
         )  # fmt: skip
 
 
-def _write_ext4(target: Path, entries: Sequence[Entry], uuid: UUID, tools: Tools) -> None:
+def _write_ext4(target: Path, tree: Tree, uuid: UUID, tools: Tools) -> None:
     del tools  # none is needed
-    write_ext4(target, entries, uuid)
+    write_ext4(target, members(tree), uuid)
 
 
 #: What a definition can ask for.

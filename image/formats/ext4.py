@@ -1,7 +1,8 @@
 """Writing an ext4 file system that is read and never written: exact-sized, byte for byte the same everywhere.
 
-mke2fs takes owners, times and order from a disk and its layout from /etc and its version; here all of it follows from
-the members.  What is never needed without writing is left out: journal, free blocks, backups of the superblock.
+mke2fs takes owners, times and order from a directory, and from an archive only since 1.47.1, which not every suite that
+images are made of has; its layout is from /etc and its version, and has room to grow.  Here all of it follows from the
+members.  What is never needed without writing is left out: journal, free blocks, backups of the superblock.
 
     block 0      superblock (at byte 1024)
     then         group descriptors, block bitmaps, inode bitmaps, inode tables of all groups (flex_bg)
@@ -12,17 +13,16 @@ Source: Linux Documentation/filesystems/ext4/ (super, group_descr, inodes, ifork
 
 from __future__ import annotations
 
-import os
 import stat
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 from uuid import UUID
 
 from caisson.image.errors import ImageError
-from caisson.image.formats.initrd import Entry
+from caisson.image.formats.tree import Node, directory, text
 
 BLOCK = 4096
 
@@ -43,28 +43,38 @@ _TYPES = {stat.S_IFREG: 1, stat.S_IFDIR: 2, stat.S_IFLNK: 7}
 
 
 @dataclass
-class _Node:
+class _Inode:
+    """A file's place: its number, links and first block; ``records`` are a directory's names and its contents."""
+
     number: int
-    mode: int
-    data: bytes = b""
+    node: Node
     links: int = 1
-    start: int = 0  # first block, once there is a place
-    children: dict[bytes, _Node] = field(default_factory=dict)
+    start: int = 0
+    names: dict[bytes, _Inode] = field(default_factory=dict)
+    records: bytes = b""
+
+    @property
+    def mode(self) -> int:
+        return self.node.mode
+
+    @property
+    def size(self) -> int:
+        return len(self.records) or self.node.length
 
     @property
     def blocks(self) -> int:
-        if stat.S_ISLNK(self.mode) and len(self.data) < _FAST_LINK:
+        if stat.S_ISLNK(self.mode) and self.size < _FAST_LINK:
             return 0
-        return -(-len(self.data) // BLOCK)
+        return -(-self.size // BLOCK)
 
 
-def write_ext4(target: Path, entries: Sequence[Entry], uuid: UUID) -> None:
+def write_ext4(target: Path, members: Iterable[tuple[bytes, Node]], uuid: UUID) -> None:
     """Write the members, each after its directory, into a file system that has room for nothing else.
 
     All of it is root's and has the time 0.  ``uuid`` names the file system and seeds its hashes.
     Raises ImageError for what is no file, directory or link, and for a file of more than 512 MiB.
     """
-    nodes = _tree(entries)
+    nodes = _inodes(members)
     inodes = _FIRST + len(nodes) - 2 - 1  # the last number in use; the root and lost+found have those below
     contents = sum(node.blocks for node in nodes)
     groups = 1
@@ -85,7 +95,7 @@ def write_ext4(target: Path, entries: Sequence[Entry], uuid: UUID) -> None:
         for node in nodes:
             if node.blocks:
                 stream.seek(node.start * BLOCK)
-                stream.write(node.data)
+                stream.write(node.records or node.node.read())
         stream.truncate(plan.blocks * BLOCK)
 
 
@@ -112,37 +122,37 @@ class _Plan:
         return max(0, min(self.inodes_per_group, last - group * self.inodes_per_group))
 
 
-def _tree(entries: Sequence[Entry]) -> list[_Node]:
-    """The nodes in the order of the members, after the root and lost+found; directories with their blocks."""
-    root = _Node(_ROOT, stat.S_IFDIR | 0o755)
-    lost = _Node(_LOST_FOUND, stat.S_IFDIR | 0o700)
-    root.children[b"lost+found"] = lost
+def _inodes(members: Iterable[tuple[bytes, Node]]) -> list[_Inode]:
+    """Return the inodes in the order of the members, after the root and lost+found; directories with their blocks."""
+    root = _Inode(_ROOT, directory())
+    lost = _Inode(_LOST_FOUND, directory(0o700))
+    root.names[b"lost+found"] = lost
     nodes = [root, lost]
-    places = {"": root}
+    places = {b"": root}
     parents = {_ROOT: root, _LOST_FOUND: root}
-    for entry in entries:
-        if stat.S_IFMT(entry.mode) not in _TYPES:
-            raise ImageError(f"{entry.path} is no file, directory or link (mode {entry.mode:o})")
-        if entry.path == "lost+found":
+    for path, node in members:
+        if stat.S_IFMT(node.mode) not in _TYPES:
+            raise ImageError(f"{text(path)} is no file, directory or link (mode {node.mode:o})")
+        if path == b"lost+found":
             raise ImageError("lost+found is there already, in every ext4")
-        node = _Node(_FIRST + len(nodes) - 2, entry.mode, entry.data)
-        if node.blocks > _EXTENTS_IN_INODE * _EXTENT_BLOCKS:
-            raise ImageError(f"{entry.path} is larger than 512 MiB")
-        parent, _, name = entry.path.rpartition("/")
-        places[parent].children[os.fsencode(name)] = node
-        parents[node.number] = places[parent]
-        if stat.S_ISDIR(entry.mode):
-            places[entry.path] = node
-        nodes.append(node)
-    for node in nodes:
-        if stat.S_ISDIR(node.mode):
-            node.data = _directory(node, parents[node.number])
-            node.links = 2 + sum(stat.S_ISDIR(child.mode) for child in node.children.values())
+        inode = _Inode(_FIRST + len(nodes) - 2, node)
+        if inode.blocks > _EXTENTS_IN_INODE * _EXTENT_BLOCKS:
+            raise ImageError(f"{text(path)} is larger than 512 MiB")
+        parent, _, name = path.rpartition(b"/")
+        places[parent].names[name] = inode
+        parents[inode.number] = places[parent]
+        if node.is_directory:
+            places[path] = inode
+        nodes.append(inode)
+    for inode in nodes:
+        if inode.node.is_directory:
+            inode.records = _directory(inode, parents[inode.number])
+            inode.links = 2 + sum(child.node.is_directory for child in inode.names.values())
     return nodes
 
 
-def _directory(node: _Node, parent: _Node) -> bytes:
-    records = [(b".", node), (b"..", parent), *sorted(node.children.items())]
+def _directory(node: _Inode, parent: _Inode) -> bytes:
+    records = [(b".", node), (b"..", parent), *sorted(node.names.items())]
     done, block = b"", b""
     last = 0  # where the last record of the block starts: it takes the rest of the block
     for name, child in records:
@@ -161,17 +171,17 @@ def _filled(block: bytes, last: int) -> bytes:
     return (block[: last + 4] + size + block[last + 6 :]).ljust(BLOCK, b"\0")
 
 
-def _inode(node: _Node) -> bytes:
+def _inode(node: _Inode) -> bytes:
     flags = 0 if stat.S_ISLNK(node.mode) and not node.blocks else _EXTENTS_FLAG
-    content = _extents(node) if flags else node.data
+    content = _extents(node) if flags else node.node.target
     return struct.pack(
         "<HHIIIIIHHIII60sIIII12sH",
-        node.mode, 0, len(node.data), 0, 0, 0, 0, 0, node.links, node.blocks * (BLOCK // 512), flags, 0,
+        node.mode, 0, node.size, 0, 0, 0, 0, 0, node.links, node.blocks * (BLOCK // 512), flags, 0,
         content, 0, 0, 0, 0, b"", 32,
     ).ljust(_INODE_SIZE, b"\0")  # fmt: skip
 
 
-def _extents(node: _Node) -> bytes:
+def _extents(node: _Inode) -> bytes:
     pieces = [
         struct.pack("<IHHI", at, min(_EXTENT_BLOCKS, node.blocks - at), 0, node.start + at)
         for at in range(0, node.blocks, _EXTENT_BLOCKS)
@@ -198,7 +208,7 @@ def _superblock(plan: _Plan, last: int, uuid: UUID) -> bytes:
     return bytes(block)
 
 
-def _descriptors(plan: _Plan, last: int, nodes: Sequence[_Node]) -> bytes:
+def _descriptors(plan: _Plan, last: int, nodes: Sequence[_Inode]) -> bytes:
     directories = [0] * plan.groups
     for node in nodes:
         if stat.S_ISDIR(node.mode):

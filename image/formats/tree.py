@@ -7,14 +7,12 @@ path of this machine, and links are resolved inside it.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sqlite3
 import stat
 from array import array
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Self
 
 from caisson.image.errors import ImageError
@@ -116,7 +114,12 @@ class Node:
 
     def read(self) -> bytes:
         """Return the contents of a regular file without holes, or the target of a link."""
-        return self.target if stat.S_ISLNK(self.mode) else b"".join(self.contents()) if self.is_file else b""
+        return self.target or (b"".join(self.contents()) if self.is_file else b"")
+
+    @property
+    def length(self) -> int:
+        """The number of bytes that `read` returns."""
+        return len(self.target) or self.size
 
 
 def directory(mode: int = 0o755) -> Node:
@@ -151,6 +154,7 @@ class Tree:
         self.close()
 
     def close(self) -> None:
+        """Remove the database."""
         self._db.close()
 
     # Inodes
@@ -358,74 +362,6 @@ def split(path: bytes) -> list[bytes]:
     if any(b"\0" in part or len(part) > MAX_NAME for part in parts):
         raise Malformed(f"{text(path)}: not a valid file name: longer than {MAX_NAME} bytes, or with a NUL")
     return parts
-
-
-def from_directory(root: Path) -> Tree:
-    """Return the tree of a directory of this machine.  Raises ImageError."""
-    tree = Tree()
-    known: dict[tuple[int, int], int] = {}  # files with several names
-    ways: list[tuple[bytes, int]] = [(os.fsencode(root), ROOT)]
-    try:
-        tree.change(ROOT, _scanned(os.fsencode(root)))
-        while ways:
-            place, parent = ways.pop()
-            with os.scandir(place) as entries:
-                for entry in entries:
-                    state = entry.stat(follow_symlinks=False)
-                    if stat.S_ISSOCK(state.st_mode):  # of a running program; an image cannot hold it
-                        continue
-                    identity = state.st_dev, state.st_ino
-                    number = known.get(identity)
-                    if number is None:
-                        number = tree.add(_scanned(entry.path, state))
-                        if stat.S_ISDIR(state.st_mode):
-                            ways.append((entry.path, number))
-                        elif state.st_nlink > 1:
-                            known[identity] = number
-                            tree.share(number)
-                    tree.link(parent, entry.name, number)
-    except OSError as error:
-        tree.close()
-        raise ImageError(f"{os.fsdecode(error.filename or root)}: {error.strerror}") from error
-    return tree
-
-
-def _scanned(path: bytes, state: os.stat_result | None = None) -> Node:
-    state = state or os.lstat(path)
-    node = Node(state.st_mode, state.st_uid, state.st_gid, max(0, int(state.st_mtime)), xattrs=_xattrs(path))
-    if stat.S_ISLNK(state.st_mode):
-        return replace(node, target=os.readlink(path))  # noqa: PTH115 - bytes
-    if stat.S_ISREG(state.st_mode):
-        sparse = state.st_blocks * 512 < state.st_size
-        return replace(node, size=state.st_size, file=path, extents=_extents(path, state.st_size) if sparse else None)
-    if stat.S_ISCHR(state.st_mode) or stat.S_ISBLK(state.st_mode):
-        return replace(node, device=(os.major(state.st_rdev), os.minor(state.st_rdev)))
-    return node
-
-
-def _xattrs(path: bytes) -> dict[str, bytes]:
-    try:
-        return {
-            name: os.getxattr(path, name, follow_symlinks=False) for name in os.listxattr(path, follow_symlinks=False)
-        }
-    except OSError:
-        return {}  # a file system without them
-
-
-def _extents(path: bytes, size: int) -> tuple[Extent, ...] | None:
-    """Return where a file has data (lseek(2), SEEK_DATA)."""
-    found = []
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        at = 0
-        with contextlib.suppress(OSError):  # ENXIO: no more data
-            while at < size:
-                start = os.lseek(descriptor, at, os.SEEK_DATA)
-                at = min(os.lseek(descriptor, start, os.SEEK_HOLE), size)
-                found.append(Extent(start, at - start, start))
-    finally:
-        os.close(descriptor)
-    return tuple(found)
 
 
 def _row(node: Node) -> tuple[object, ...]:

@@ -25,6 +25,8 @@ from pathlib import Path
 
 from caisson.agent import client
 from caisson.image.formats import initrd
+from caisson.image.formats.scan import overlaid
+from caisson.image.formats.tree import Node
 from caisson.image.vm import VM, VMConfig
 from tests.bench.rows import Row
 from tests.bench.runtime_latency import ROOT
@@ -52,9 +54,9 @@ def minimal(image: Path, work: Path) -> Path:
     document = json.loads((image / "image.json").read_text())
     shutil.copy(image / document["kernel"]["file"], target)
     document["root"] = {"file": "initrd.img", "format": "initrd"}
-    entries = [initrd.Entry("dev", 0o040755), initrd.CONSOLE, initrd.Entry("init", 0o100755, program.read_bytes())]
-    with (target / "initrd.img").open("wb") as archive:
-        initrd.write_cpio(archive, iter(entries))
+    files = {**initrd.CONSOLE, "init": Node.of(0o100755, program.read_bytes())}
+    with (target / "initrd.img").open("wb") as archive, overlaid([], files) as tree:
+        initrd.write_cpio(archive, tree)
     (target / "image.json").write_text(json.dumps(document))
     return target
 

@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 
 from caisson.image.formats import initrd
-from caisson.image.formats.initrd import Entry
+from caisson.image.formats.scan import overlaid
+from caisson.image.formats.tree import Node
 
 
-def archive(*entries: Entry) -> bytes:
+def archive(*trees: Path, **extra: Node) -> bytes:
     target = io.BytesIO()
-    initrd.write_cpio(target, iter(entries))
+    with overlaid(trees, initrd.CONSOLE | extra if extra else {}) as tree:
+        initrd.write_cpio(target, tree)
     return target.getvalue()
 
 
@@ -59,7 +61,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def test_a_tree_reads_back_as_it_is(tree: Path) -> None:
-    read = {name: (fields, data) for name, fields, data in members(archive(*initrd.entries_of(tree)))}
+    read = {name: (fields, data) for name, fields, data in members(archive(tree))}
     assert {name: oct(fields[1]) for name, (fields, _) in read.items()} == {
         "a file": oct(stat.S_IFREG | 0o644),
         "bin": oct(stat.S_IFLNK | 0o777),
@@ -81,7 +83,7 @@ def test_a_tree_reads_back_as_it_is(tree: Path) -> None:
 
 
 def test_cpio_agrees(tree: Path) -> None:
-    data = archive(*initrd.entries_of(tree), initrd.CONSOLE)
+    data = archive(tree, dev=Node.of(stat.S_IFDIR | 0o755))
     listed = subprocess.run(["cpio", "-it", "--quiet"], input=data, capture_output=True, check=True)
     assert [os.fsencode(name) for name, _, _ in members(data)] == [
         # cpio shows bytes beyond ASCII as they are when it does not write to a terminal
@@ -102,16 +104,16 @@ def test_the_same_tree_gives_the_same_bytes(tree: Path, tmp_path: Path) -> None:
         os.utime(path, (1, 1), follow_symlinks=False)
     (other / "usr").chmod(0o700)
     (other / "a file").chmod(0o664)
-    assert archive(*initrd.entries_of(tree)) == archive(*initrd.entries_of(other))
+    assert archive(tree) == archive(other)
 
 
 def test_parents_come_before_their_members(tree: Path) -> None:
     (tree / "usr.d").mkdir()  # "." sorts before "/"
     (tree / "usr-x").touch()
     seen: set[str] = {""}
-    for entry in initrd.overlaid([tree], [initrd.CONSOLE, Entry("dev", stat.S_IFDIR | 0o755)]):
-        assert entry.path.rpartition("/")[0] in seen
-        seen.add(entry.path)
+    for name, _, _ in members(archive(tree, dev=Node.of(stat.S_IFDIR | 0o755))):
+        assert name.rpartition("/")[0] in seen
+        seen.add(name)
     assert {"dev/console", "usr.d", "usr/bin/program"} <= seen
 
 
@@ -119,14 +121,14 @@ def test_the_layer_on_top_wins(tree: Path, tmp_path: Path) -> None:
     layer = tmp_path / "layer"
     (layer / "usr/bin").mkdir(parents=True)
     (layer / "usr/bin/program").write_text("#!newer")
-    merged = {entry.path: entry for entry in initrd.overlaid([tree, layer], [])}
-    assert merged["usr/bin/program"].data == b"#!newer"
-    assert merged["usr/bin/link"].data == b"program"
+    merged = {name: data for name, _, data in members(archive(tree, layer))}
+    assert merged["usr/bin/program"] == b"#!newer"
+    assert merged["usr/bin/link"] == b"program"
 
 
 @pytest.mark.parametrize(("compression", "unpack"), [("gzip", ["gzip", "-dc"]), ("zstd", ["zstd", "-dcq"])])
 def test_packing_loses_nothing(compression: str, unpack: list[str]) -> None:
-    data = archive(initrd.CONSOLE, Entry("big", stat.S_IFREG | 0o644, b"x" * 100_000))
+    data = archive(big=Node.of(stat.S_IFREG | 0o644, b"x" * 100_000))
     packed = initrd.pack(data, compression)
     assert len(packed) < 1000
     assert initrd.pack(data, compression) == packed

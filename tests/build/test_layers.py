@@ -1,4 +1,4 @@
-"""Layers laid over each other: what hides what, what is refused, and that all of it reaches the archive."""
+"""LayerMerger laid over each other: what hides what, what is refused, and that all of it reaches the archive."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from caisson.image.containers.layers import Layers
+from caisson.image.containers.layers import LayerMerger
 from caisson.image.errors import ImageError
+from caisson.image.formats.scan import from_directory
 from caisson.image.formats.squashfs import write_archive
-from caisson.image.formats.tree import Malformed, Node, Tree, from_directory
+from caisson.image.formats.tree import Malformed, Node, Tree
 from tests.build.container_images import FOLDER, Member, file, hard_link, layer, link
 
 
@@ -24,7 +25,7 @@ def laid(tmp_path: Path) -> Iterator[Callable[..., Tree]]:
     with Tree() as tree:
 
         def lay(*layers: bytes, warn: Callable[[str], None] = pytest.fail) -> Tree:
-            applied = Layers(tree, warn, 1 << 40)
+            applied = LayerMerger(tree, warn, 1 << 40)
             for data in layers:
                 file = tmp_path / f"layer-{len(list(tmp_path.iterdir()))}"
                 file.write_bytes(data)

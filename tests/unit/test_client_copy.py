@@ -17,7 +17,7 @@ import pytest
 
 from caisson.agent.client import AgentGone, UsageError
 from caisson.agent.client.copy import Place, get, put
-from caisson.agent.client.logs import AgentLines
+from caisson.agent.client.diagnostics import AgentLines
 from caisson.agent.client.unpack import unpack
 
 

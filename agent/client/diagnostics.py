@@ -1,8 +1,10 @@
-"""Read when a guest's kernel and agent reached each step of the boot."""
+"""Read what a guest says of itself: the agent's log on its console, and when each step of its boot was reached."""
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,3 +53,25 @@ async def boot_times(socket: Path) -> BootTimes:
         ahead=best[1],
         error=best[0] / 2,
     )
+
+
+class AgentLines:
+    """Pass on the agent's lines of a console's output (JSON with a level), which may come in any pieces."""
+
+    def __init__(self, write: Callable[[bytes], None]) -> None:
+        self._write = write
+        self._rest = b""
+
+    def __call__(self, data: bytes) -> None:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        found = [line.rstrip(b"\r") for line in lines if _is_logged(line)]
+        if found:
+            self._write(b"\n".join([*found, b""]))
+
+
+def _is_logged(line: bytes) -> bool:
+    try:
+        document = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(document, dict) and {"level", "msg"} <= document.keys()
