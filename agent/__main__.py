@@ -123,14 +123,14 @@ async def _serve(
 
         lazy.load()
         reaper.start(loop)
-        return Services(options, reaper, log, tracing, timestamps)
+        return Services(options, reaper, log, tracing, timestamps, stop.set)
 
     health = Health(timestamps)
     first = Service(health_pb2.DESCRIPTOR.services_by_name["Health"], Health).bind(health)
     server = Server(
         log,
-        grpc=Dispatch(first, log, tracing, _status_of, lambda: services().grpc),
-        ttrpc=Dispatch(first, log, tracing, _status_of, lambda: services().ttrpc),
+        grpc=Dispatch(first, log, tracing, _status_for_grpc, lambda: services().grpc),
+        ttrpc=Dispatch(first, log, tracing, _status_for_ttrpc, lambda: services().ttrpc),
     )
     heap.raise_mmap_threshold()
     timestamps("server")
@@ -154,8 +154,14 @@ async def _serve(
     reaper.stop(loop)
 
 
-def _status_of(error: Exception) -> tuple[StatusCode, str] | None:
-    from caisson.agent.api.status import status_of  # here: it imports the whole model
+def _status_for_grpc(error: Exception) -> tuple[StatusCode, str] | None:
+    from caisson.agent.api.kata1.status import status_of  # here, as below: it imports the whole model
+
+    return status_of(error)
+
+
+def _status_for_ttrpc(error: Exception) -> tuple[StatusCode, str] | None:
+    from caisson.agent.api.kata3.status import status_of
 
     return status_of(error)
 

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+from functools import cached_property
 from pathlib import Path
 
 from caisson.agent.api.boot_times import BootTimes
-from caisson.agent.api.caisson import Own
+from caisson.agent.api.caisson import CaissonService
 from caisson.agent.api.kata1.guest import GuestService
 from caisson.agent.api.kata1.service import AgentService
 from caisson.agent.base.errors import ModelError
 from caisson.agent.base.limits import raise_open_files
 from caisson.agent.guest import modules
-from caisson.agent.guest.files import Files
+from caisson.agent.guest.files import SHARED, Files, Trees
 from caisson.agent.libcontainer import cgroups
 from caisson.agent.libcontainer.process.launcher import ProcessLauncher
 from caisson.agent.libcontainer.process.nsexec import Nsexec
@@ -28,6 +29,8 @@ from caisson.proto.kata1 import agent_pb2
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from caisson.agent.base.boot_timestamps import BootTimestamps
     from caisson.agent.base.log import Log
     from caisson.agent.base.tracing import Tracing
@@ -40,16 +43,22 @@ if TYPE_CHECKING:
 MODULES = ("overlay", "virtio_rng")
 
 KATA1 = Service(agent_pb2.DESCRIPTOR.services_by_name["AgentService"], AgentService, GuestService)
-GUEST = Service(caisson_pb2.DESCRIPTOR.services_by_name["Guest"], Own, BootTimes)
+GUEST = Service(caisson_pb2.DESCRIPTOR.services_by_name["Guest"], CaissonService, BootTimes)
 
 
 class Services:
     """The methods of the agent: ``grpc`` are those for hosts that speak gRPC, ``ttrpc`` for those that speak ttrpc."""
 
     def __init__(
-        self, options: Options, reaper: Reaper, log: Log, tracing: Tracing, timestamps: BootTimestamps
+        self,
+        options: Options,
+        reaper: Reaper,
+        log: Log,
+        tracing: Tracing,
+        timestamps: BootTimestamps,
+        stop: Callable[[], object],
     ) -> None:
-        """Raises OSError where nsexec is not to be had."""
+        """``stop`` has the agent end once all calls are answered.  Raises OSError where nsexec is not to be had."""
         try:
             modules.need(MODULES)
         except ModelError as error:
@@ -67,14 +76,34 @@ class Services:
             pipe_size=options.pipe_size,
             hotplug_timeout=options.hotplug_timeout,
         )
-        self._files = Files()
+        self._files, self._trees = Files(), Trees(SHARED)
+        self._options, self._reaper, self._stop = options, reaper, stop
         kata1 = KATA1.bind(
             AgentService(self._sandbox, init=os.getpid() == 1),
             GuestService(options.hotplug_timeout, self._files, log, self._sandbox.allow_hotplugged_cpus, tracing),
         )
-        guest = GUEST.bind(Own(self._sandbox.container, options.hotplug_timeout), BootTimes(timestamps))
-        self.grpc: dict[str, Method] = {**kata1, **guest}
-        self.ttrpc = self.grpc
+        self._guest = GUEST.bind(CaissonService(self._sandbox, options.hotplug_timeout), BootTimes(timestamps))
+        self.grpc: dict[str, Method] = {**kata1, **self._guest}
+
+    @cached_property
+    def ttrpc(self) -> dict[str, Method]:
+        """The methods for hosts that speak ttrpc: made when the first one asks for more than Health."""
+        from caisson.agent.api.kata3.guest import GuestService
+        from caisson.agent.api.kata3.service import AgentService
+        from caisson.agent.api.kata3.services import AGENT
+        from caisson.agent.guest.blockdevices import BlockDevices
+
+        kata3 = AGENT.bind(
+            AgentService(self._sandbox, init=os.getpid() == 1, end=self._stop),
+            GuestService(
+                self._options.hotplug_timeout,
+                self._trees,
+                self._sandbox.allow_hotplugged_cpus,
+                blocks=BlockDevices(self._options.hotplug_timeout),
+                reaper=self._reaper,
+            ),
+        )
+        return {**kata3, **self._guest}
 
     async def end(self) -> None:
         """Kill every container and release all resources."""
@@ -82,4 +111,5 @@ class Services:
         if self._tracing.enabled:
             await asyncio.to_thread(self._tracing.stop)
         self._files.close()
+        self._trees.close()
         self._nsexec.close()

@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from functools import cached_property
-from typing import Any
 
-from google.protobuf import empty_pb2
+from google.protobuf.message import DecodeError
 
+from caisson.agent.api.containers import EMPTY
 from caisson.agent.base.aio import run_to_completion
+from caisson.agent.base.errors import InvalidArgument
 from caisson.agent.guest.identity import identify
-from caisson.agent.model.container import Container
+from caisson.proto.caisson import caisson_pb2
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from google.protobuf.empty_pb2 import Empty
+
     from caisson.agent.guest.container_mounts import ContainerMounts
+    from caisson.agent.libcontainer.config.spec import Spec
+    from caisson.agent.model.sandbox import Sandbox
 
-EMPTY = empty_pb2.Empty()
 
+class CaissonService:
+    """For clients of our own: containers that are made on first use, clones of a snapshot, mounts in containers."""
 
-class Own:
-    """For guests that were made from a template, and for containers that run."""
-
-    def __init__(self, container: Callable[[str], Container], hotplug_timeout: float) -> None:
-        self._container = container
+    def __init__(self, sandbox: Sandbox, hotplug_timeout: float) -> None:
+        """A device that is plugged in is waited for ``hotplug_timeout`` seconds."""
+        self._sandbox = sandbox
         self._hotplug_timeout = hotplug_timeout
 
-    async def Identify(self, request: Any) -> Any:
+    async def EnsureRunning(self, request: caisson_pb2.EnsureRunningRequest) -> caisson_pb2.EnsureRunningResponse:
+        created = await self._sandbox.ensure_running(request.container_id, lambda: _spec(request.spec))
+        return caisson_pb2.EnsureRunningResponse(created=created)
+
+    async def Identify(self, request: caisson_pb2.IdentifyRequest) -> Empty:
         identify(request.hostname, request.machine_id)
         return EMPTY
 
-    async def LoadModule(self, request: Any) -> Any:
+    async def LoadModule(self, request: caisson_pb2.LoadModuleRequest) -> Empty:
         from caisson.agent.guest import modules
 
         await asyncio.to_thread(modules.need, (request.name,))
@@ -41,13 +48,25 @@ class Own:
     def _mounts(self) -> ContainerMounts:
         from caisson.agent.guest.container_mounts import ContainerMounts
 
-        return ContainerMounts(self._container, self._hotplug_timeout)
+        return ContainerMounts(self._sandbox.container, self._hotplug_timeout)
 
-    async def Mount(self, request: Any) -> Any:
+    async def Mount(self, request: caisson_pb2.MountRequest) -> Empty:
         where = request.container_id, request.source, request.fstype, request.mount_point
         await run_to_completion(self._mounts.mount(*where, tuple(request.options)))
         return EMPTY
 
-    async def Unmount(self, request: Any) -> Any:
+    async def Unmount(self, request: caisson_pb2.UnmountRequest) -> Empty:
         await run_to_completion(self._mounts.unmount(request.source))
         return EMPTY
+
+
+def _spec(data: bytes) -> Spec:
+    """Decode a grpc.Spec.  Raises InvalidArgument, or SpecError."""
+    from caisson.agent.api.oci import spec_to_json
+    from caisson.agent.libcontainer.config.spec import Spec
+    from caisson.proto.kata1 import oci_pb2
+
+    try:
+        return Spec.from_json(spec_to_json(oci_pb2.Spec.FromString(data)))
+    except DecodeError:
+        raise InvalidArgument("EnsureRunning: spec is not a grpc.Spec") from None

@@ -113,7 +113,7 @@ class ContainerService:
 
     # Processes and their streams
 
-    async def ExecProcess(self, request: kata1.ExecProcessRequest | kata3.ExecProcessRequest) -> empty_pb2.Empty:
+    async def _exec(self, request: kata1.ExecProcessRequest | kata3.ExecProcessRequest) -> None:
         container = self._container(request)
         if not request.HasField("process"):
             raise InvalidArgument("ExecProcess needs a process")
@@ -121,7 +121,6 @@ class ContainerService:
             raise InvalidArgument("ExecProcess needs an exec_id")
         process = ProcessSpec.from_json(oci.exec_to_json(request.process, self.EXEC_FIELDS))
         await container.exec(request.exec_id, process)
-        return EMPTY
 
     async def WaitProcess(self, request: OfProcess) -> Any:
         return self.messages.WaitProcessResponse(status=await self._process(request).wait())

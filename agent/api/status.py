@@ -49,10 +49,3 @@ def status_from(table: Table, error: Exception) -> Status | None:
             fields = error.fields if isinstance(error, ModelError) else {}
             return code, sentence.format(error=error, **fields)
     return None
-
-
-def status_of(error: Exception) -> Status | None:
-    """Return the status that a Kata 1.x host expects, which is that of our own services, too."""
-    from caisson.agent.api.kata1.status import TABLE
-
-    return status_from(TABLE, error)

@@ -87,6 +87,11 @@ def umount2(target: str | os.PathLike[str], flags: int = 0) -> None:
     _check(_libc().umount2(_bytes(target), flags), os.fspath(target))
 
 
+def swapon(path: str | os.PathLike[str], flags: int = 0) -> None:
+    """swapon(2).  Raises OSError."""
+    _check(_libc().swapon(_bytes(path), flags), os.fspath(path))
+
+
 def finit_module(fd: int, parameters: str = "", flags: int = 0) -> None:
     """Load a kernel module from an open file: finit_module(2).  Raises OSError."""
     result = _libc().syscall(_number("finit_module"), fd, parameters.encode(), flags)

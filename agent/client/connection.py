@@ -264,6 +264,8 @@ class Process:
                 if error.details == "EOF" or "input/output error" in error.details:
                     return
                 raise
+            if not answer.data:  # over ttrpc, which speaks the later generation
+                return
             yield answer.data
 
     async def resize(self, rows: int, columns: int) -> None:

@@ -14,7 +14,14 @@ from caisson.agent.base import syscalls
 from caisson.agent.base.errors import InvalidArgument, PathOutside, SystemCallFailed
 from caisson.agent.base.record import Record
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import ClassVar
+
 ROOT = "/run"
+
+#: Where a Kata host shares, or copies, what containers use.
+SHARED = "/run/kata-containers/shared/containers"
 RESOLVE = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
 
 #: Files of which some pieces have come; with more the oldest is given up.
@@ -22,7 +29,10 @@ UNFINISHED = 32
 
 
 class Piece(Record):
-    """A piece of a file: `data` is what is at `offset` of its `size` bytes.  Modes are permission bits."""
+    """A piece of a file: `data` is what is at `offset` of its `size` bytes.
+
+    `mode` may have the bits of a type (inode(7)): a directory has no data, that of a symbolic link is its target.
+    """
 
     path: str
     size: int
@@ -73,6 +83,12 @@ class _Unfinished:
 class Files:
     """Files on their way into the guest, all below one directory."""
 
+    #: Types that are taken; 0 is that of a file, too.
+    TYPES: ClassVar[tuple[int, ...]] = (0, stat.S_IFREG)
+
+    #: Bits of a mode that are taken: a host's set-user-ID is not.
+    MODE = 0o777
+
     def __init__(self, root: str = ROOT) -> None:
         self._root = root
         self._unfinished: dict[str, _Unfinished] = {}
@@ -89,46 +105,50 @@ class Files:
             raise PathOutside(path=path, root=self._root)
         if "\0" in path:
             raise InvalidArgument("the path has a NUL in it")
-        if piece.size < 0 or piece.offset < 0 or piece.offset + len(piece.data) > piece.size:
+        kind = stat.S_IFMT(piece.mode)
+        if kind not in self.TYPES:
+            raise InvalidArgument(f"{path}: mode {piece.mode:#o} is of a type that cannot be sent")
+        fits = 0 <= piece.offset <= piece.offset + len(piece.data) <= piece.size
+        if kind in Files.TYPES and not fits:
             raise InvalidArgument(
                 f"{path}: {len(piece.data)} bytes at {piece.offset} do not fit into a file of {piece.size} bytes"
             )
-        if stat.S_IFMT(piece.mode) not in (0, stat.S_IFREG):
-            raise InvalidArgument(f"{path}: mode {piece.mode:#o} is not a regular file's")
+        directory, _, name = path.removeprefix(f"{self._root}/").rpartition("/")
         try:
-            self._write(path, piece)
+            at = self._open_directory(directory, piece)
+            try:
+                self._put(at, name, path, piece)
+            finally:
+                os.close(at)
         except OSError as error:
             self._forget(path)
             raise SystemCallFailed(f"{path}: {os.strerror(error.errno or 0)}") from error
 
-    def _write(self, path: str, piece: Piece) -> None:
-        directory, _, name = path.removeprefix(f"{self._root}/").rpartition("/")
-        directory_fd = self._open_directory(directory, piece.directory_mode & 0o777)
-        try:
-            unfinished = self._unfinished.get(path)
-            if unfinished and (unfinished.size != piece.size or unfinished.contradicts(piece.offset, piece.data)):
-                self._forget(path)
-                unfinished = None
-            if unfinished is None:
-                unfinished = self._unfinished[path] = _Unfinished(directory_fd, piece.size)
-                while len(self._unfinished) > UNFINISHED:
-                    self._forget(next(iter(self._unfinished)))
-            unfinished.write(piece.offset, piece.data)
-            if unfinished.complete:
-                os.fchown(unfinished.fd, piece.uid, piece.gid)
-                os.fchmod(unfinished.fd, piece.mode & 0o777)
-                self._name(unfinished.fd, directory_fd, name)
-                self._forget(path)
-        finally:
-            os.close(directory_fd)
+    def _put(self, directory: int, name: str, path: str, piece: Piece) -> None:
+        """Take a piece of the file of a name in a directory."""
+        unfinished = self._unfinished.get(path)
+        if unfinished and (unfinished.size != piece.size or unfinished.contradicts(piece.offset, piece.data)):
+            self._forget(path)
+            unfinished = None
+        if unfinished is None:
+            unfinished = self._unfinished[path] = _Unfinished(directory, piece.size)
+            while len(self._unfinished) > UNFINISHED:
+                self._forget(next(iter(self._unfinished)))
+        unfinished.write(piece.offset, piece.data)
+        if unfinished.complete:
+            os.fchown(unfinished.fd, piece.uid, piece.gid)
+            os.fchmod(unfinished.fd, piece.mode & self.MODE)
+            self._name(unfinished.fd, directory, name)
+            self._forget(path)
 
-    def _open_directory(self, path: str, mode: int) -> int:
+    def _open_directory(self, path: str, piece: Piece) -> int:
         """Open a directory below the root, and make what is missing of it."""
         at = os.open(self._root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         for name in path.split("/") if path else ():
             try:
                 try:
-                    os.mkdir(name, mode, dir_fd=at)
+                    os.mkdir(name, piece.directory_mode & 0o777, dir_fd=at)
+                    self._made(at, name, piece)
                 except FileExistsError:
                     pass
                 inner = syscalls.openat2(at, name, os.O_PATH | os.O_DIRECTORY, resolve=RESOLVE)
@@ -137,11 +157,21 @@ class Files:
             at = inner
         return at
 
+    def _made(self, at: int, name: str, piece: Piece) -> None:
+        """A directory was made on the way to a file."""
+
     def _name(self, fd: int, directory: int, name: str) -> None:
         """Give the file its name, over whatever has it now: link(2) cannot replace, rename(2) can."""
-        self._count += 1
-        passing = f".caisson-copy-{os.getpid()}-{self._count}"
+        passing = self._passing_name()
         os.link(f"/proc/self/fd/{fd}", passing, dst_dir_fd=directory, follow_symlinks=True)
+        self._rename(directory, passing, name)
+
+    def _passing_name(self) -> str:
+        self._count += 1
+        return f".caisson-copy-{os.getpid()}-{self._count}"
+
+    @staticmethod
+    def _rename(directory: int, passing: str, name: str) -> None:
         try:
             os.rename(passing, name, src_dir_fd=directory, dst_dir_fd=directory)
         except OSError:
@@ -157,3 +187,67 @@ class Files:
         """Give up what is unfinished."""
         for path in list(self._unfinished):
             self._forget(path)
+
+
+class Trees(Files):
+    """Whole trees of files below one directory, which is made when the first file comes: volumes of a pod.
+
+    Directories and symbolic links are taken as well, every mode, and owners also of directories that are made on the
+    way.  What is in the way of a file is removed, be it a directory.
+    """
+
+    TYPES: ClassVar[tuple[int, ...]] = (0, stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK)
+    MODE = 0o7777
+
+    def write(self, piece: Piece) -> None:
+        """Take a directory, a symbolic link, or a piece of a file.  Raises as Files.write."""
+        os.makedirs(self._root, 0o755, exist_ok=True)  # noqa: PTH103 - no pathlib at start
+        super().write(piece)
+
+    def _put(self, directory: int, name: str, path: str, piece: Piece) -> None:
+        kind = stat.S_IFMT(piece.mode)
+        if kind == stat.S_IFDIR:
+            self._put_directory(directory, name, piece)
+        elif kind == stat.S_IFLNK:
+            self._remove_tree(directory, name)
+            passing = self._passing_name()
+            os.symlink(os.fsdecode(piece.data), passing, dir_fd=directory)
+            os.chown(passing, piece.uid, piece.gid, dir_fd=directory, follow_symlinks=False)
+            self._rename(directory, passing, name)
+        else:
+            if piece.offset == 0:
+                self._remove_tree(directory, name)
+            super()._put(directory, name, path, piece)
+
+    def _put_directory(self, directory: int, name: str, piece: Piece) -> None:
+        try:
+            os.mkdir(name, 0o700, dir_fd=directory)
+        except FileExistsError:
+            if not stat.S_ISDIR(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
+                os.unlink(name, dir_fd=directory)
+                os.mkdir(name, 0o700, dir_fd=directory)
+        self._own(directory, name, piece.uid, piece.gid, piece.mode & self.MODE)
+
+    def _made(self, at: int, name: str, piece: Piece) -> None:
+        self._own(at, name, piece.uid, piece.gid, piece.directory_mode & self.MODE)
+
+    @staticmethod
+    def _own(at: int, name: str, uid: int, gid: int, mode: int) -> None:
+        fd = syscalls.openat2(at, name, os.O_RDONLY | os.O_DIRECTORY, resolve=RESOLVE)
+        try:
+            os.fchown(fd, uid, gid)
+            os.fchmod(fd, mode)
+        finally:
+            os.close(fd)
+
+    @staticmethod
+    def _remove_tree(directory: int, name: str) -> None:
+        """Remove a directory that is in the way; anything else is replaced by a rename."""
+        try:
+            if not stat.S_ISDIR(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
+                return
+        except FileNotFoundError:
+            return
+        import shutil  # here: it imports much, and few trees change so
+
+        shutil.rmtree(name, dir_fd=directory)

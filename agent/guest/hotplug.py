@@ -37,6 +37,22 @@ async def online_cpus(count: int, system: str = SYSTEM) -> None:
         await asyncio.sleep(POLL_INTERVAL)
 
 
+async def online_total(total: int, system: str = SYSTEM) -> None:
+    """Bring CPUs online until `total` are, those included that were before.  Raises SystemCallFailed."""
+    await online_cpus(max(total - _count_online(f"{system}/cpu/online"), 0), system)
+
+
+def _count_online(file: str) -> int:
+    """Count the CPUs of a list such as "0-2,5"."""
+    try:
+        with open(file) as stream:  # noqa: PTH123
+            text = stream.read().strip()
+    except OSError:
+        return 0
+    ends = (part.partition("-") for part in text.split(",") if part)
+    return sum(int(last or first) - int(first) + 1 for first, _, last in ends)
+
+
 def online_memory(system: str = SYSTEM) -> None:
     """Bring all offline memory blocks online.  Raises SystemCallFailed, naming the first block that failed."""
     refused = [switch for switch in _offline(f"{system}/memory", "memory") if not _bring_online(switch)]

@@ -9,6 +9,8 @@ import asyncio
 import errno
 import os
 import socket
+import struct
+import sys
 from contextlib import contextmanager
 
 from caisson.agent.base.errors import DeviceNotFound, DeviceTimeout, InvalidArgument, LinkNotFound, SystemCallFailed
@@ -27,6 +29,8 @@ IFA_F_NODAD = 0x02  # the address is ours: do not ask the link whether another h
 RTM_F_CLONED = 0x200
 RT_TABLE_MAIN, RTPROT_KERNEL, RTPROT_BOOT, RTN_UNICAST = 254, 2, 3, 1  # rtnetlink(7)
 NUD_PERMANENT = 0x80
+#: How hosts write the destination of a default route.
+DEFAULT_ROUTES = ("", "default", "0.0.0.0", "::")
 NAME_MAX = 15  # IFNAMSIZ, less the NUL
 FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
 
@@ -54,13 +58,19 @@ class Interface(Record):
 
 
 class Route(Record):
-    """A route of the main table; an empty `destination` is the default route, an empty `gateway` a direct one."""
+    """A route of the main table; an empty `destination` is the default route, an empty `gateway` a direct one.
+
+    `version` of IP is 0 where the addresses tell; `flags` are RTNH_F_ of rtnetlink(7), `mtu` in bytes, 0 for none.
+    """
 
     destination: str
     gateway: str
     device: str
     source: str = ""
     scope: int = 0
+    version: int = 0
+    flags: int = 0
+    mtu: int = 0
 
 
 class Neighbour(Record):
@@ -99,10 +109,11 @@ class Network:
         """The main table, v4 and v6."""
         return await asyncio.to_thread(_routes)
 
-    async def update_interface(self, wanted: Interface, *, plugged: bool = False) -> None:
+    async def update_interface(self, wanted: Interface, *, plugged: bool = False, only: bool = True) -> None:
         """Give the interface with this MAC its name, MTU and addresses, and bring it up.
 
-        `plugged`: it may still be on its way, and is waited for.  Raises InvalidArgument, SystemCallFailed or Timeout.
+        `plugged`: it may still be on its way, and is waited for.  `only`: it loses all other
+        addresses.  Raises InvalidArgument, LinkNotFound, SystemCallFailed or DeviceTimeout.
         """
         if not wanted.mac:
             raise InvalidArgument("Interface HwAddr empty")
@@ -115,7 +126,7 @@ class Network:
         async with self._lock:
             if plugged:
                 await self._wait_for(wanted.mac)
-            await asyncio.to_thread(_update_interface, wanted)
+            await asyncio.to_thread(_update_interface, wanted, only)
 
     async def _wait_for(self, mac: str) -> None:
         loop = asyncio.get_running_loop()
@@ -127,18 +138,18 @@ class Network:
                 raise DeviceTimeout(device=mac, seconds=self._hotplug_seconds)
             await asyncio.sleep(0.05)
 
-    async def update_routes(self, wanted: Sequence[Route]) -> None:
-        """Have these routes and no others, but for the kernel's own and those of lo.
+    async def update_routes(self, wanted: Sequence[Route], *, only: bool = True) -> None:
+        """Have these routes, and with `only` no others but for the kernel's own and those of lo.
 
         Direct routes come first: gateways are reached by them.  Raises SystemCallFailed; the old routes stay then.
         """
         async with self._lock:
-            await asyncio.to_thread(_update_routes, sorted(wanted, key=lambda route: bool(route.gateway)))
+            await asyncio.to_thread(_update_routes, sorted(wanted, key=lambda route: bool(route.gateway)), only)
 
-    async def add_neighbours(self, neighbours: Sequence[Neighbour]) -> None:
-        """Add entries to the neighbour tables.  Raises SystemCallFailed, also for one that is there."""
+    async def add_neighbours(self, neighbours: Sequence[Neighbour], *, replace: bool = False) -> None:
+        """Add entries to the neighbour tables.  Raises SystemCallFailed, or finds one without `replace`."""
         async with self._lock:
-            await asyncio.to_thread(_add_neighbours, neighbours)
+            await asyncio.to_thread(_add_neighbours, neighbours, rt.REPLACE if replace else rt.EXCL)
 
 
 def _interfaces() -> list[Interface]:
@@ -170,7 +181,7 @@ def _present(mac: str) -> bool:
         return any(_mac_of(link) == mac.lower() for link in netlink.dump(rt.GETLINK))
 
 
-def _update_interface(wanted: Interface) -> None:
+def _update_interface(wanted: Interface, only: bool) -> None:
     addresses = [(_ip_address(one.address), one.prefix) for one in wanted.addresses]
     with Rtnetlink() as netlink:
         link = next((link for link in netlink.dump(rt.GETLINK) if _mac_of(link) == wanted.mac.lower()), None)
@@ -186,7 +197,7 @@ def _update_interface(wanted: Interface) -> None:
         try:
             with _doing(f"Could not remove the addresses of {wanted.name}"):
                 for message in netlink.dump(rt.GETADDR):
-                    if message.fixed[4] == index:
+                    if only and message.fixed[4] == index:
                         netlink.change(rt.DELADDR, rt.ADDRESS.pack(*message.fixed), message.attributes)
             for address, prefix in addresses:
                 with _doing(f"Could not add {address}/{prefix} to interface {wanted.name}"):
@@ -197,7 +208,7 @@ def _update_interface(wanted: Interface) -> None:
                         rt.IFA_FLAGS: rt.number(flags),
                     }
                     fixed = rt.ADDRESS.pack(family, min(prefix, 255), 0, 0, index)
-                    netlink.change(rt.NEWADDR, fixed, value, rt.CREATE | rt.EXCL)
+                    netlink.change(rt.NEWADDR, fixed, value, rt.CREATE | (rt.EXCL if only else rt.REPLACE))
             if link.text(rt.IFLA_IFNAME) != wanted.name:
                 change(f"Could not set name {wanted.name}", {rt.IFLA_IFNAME: wanted.name.encode() + b"\0"})
             change(f"Could not set MTU {wanted.mtu}", {rt.IFLA_MTU: rt.number(wanted.mtu)})
@@ -238,10 +249,20 @@ def _route_of(message: Message, names: dict[int, str]) -> Route:
         device=names.get(message.number(rt.RTA_OIF), ""),
         source=address(rt.RTA_PREFSRC),
         scope=scope,
+        version=6 if family == socket.AF_INET6 else 4,
+        mtu=_mtu(message.attributes.get(rt.RTA_METRICS, b"")),
     )
 
 
-def _update_routes(wanted: Sequence[Route]) -> None:
+def _mtu(metrics: bytes) -> int:
+    """The MTU among a route's metrics, which are attributes of 32-bit numbers; 0 where there is none."""
+    for at in range(0, len(metrics) - 7, 8):
+        if int.from_bytes(metrics[at + 2 : at + 4], sys.byteorder) == rt.RTAX_MTU:
+            return int.from_bytes(metrics[at + 4 : at + 8], sys.byteorder)
+    return 0
+
+
+def _update_routes(wanted: Sequence[Route], only: bool) -> None:
     with Rtnetlink() as netlink:
         names = _names(netlink)
         indexes = {name: index for index, name in names.items()}
@@ -249,7 +270,7 @@ def _update_routes(wanted: Sequence[Route]) -> None:
         old = [
             _again(message, names)
             for message in _main_table(netlink)
-            if message.fixed[5] != RTPROT_KERNEL and names.get(message.number(rt.RTA_OIF)) != "lo"
+            if only and message.fixed[5] != RTPROT_KERNEL and names.get(message.number(rt.RTA_OIF)) != "lo"
         ]
         undo: list[tuple[int, _RouteRequest, int]] = []
         try:
@@ -259,8 +280,8 @@ def _update_routes(wanted: Sequence[Route]) -> None:
                 undo.append((rt.NEWROUTE, request, rt.CREATE))
             for request in requests:
                 with _doing(f"Could not add/replace {request.what}"):
-                    _put(netlink, request)
-                undo.append((rt.DELROUTE, request, 0))
+                    if _put(netlink, request):
+                        undo.append((rt.DELROUTE, request, 0))
         except SystemCallFailed:
             for kind, request, flags in reversed(undo):
                 try:
@@ -270,12 +291,14 @@ def _update_routes(wanted: Sequence[Route]) -> None:
             raise
 
 
-def _put(netlink: Rtnetlink, request: _RouteRequest) -> None:
-    """Add a route; one that equals it but for details goes."""
+def _put(netlink: Rtnetlink, request: _RouteRequest) -> bool:
+    """Add a route; one that equals it but for details goes.  Returns whether there was none."""
     try:
         netlink.change(rt.NEWROUTE, request.fixed, request.attributes, rt.CREATE | rt.EXCL)
     except FileExistsError:
         netlink.change(rt.NEWROUTE, request.fixed, request.attributes, rt.CREATE | rt.REPLACE)
+        return False
+    return True
 
 
 def _again(message: Message, names: dict[int, str]) -> _RouteRequest:
@@ -294,7 +317,7 @@ def _request_of(route: Route, indexes: dict[str, int]) -> _RouteRequest:
         raise DeviceNotFound(device=route.device)
     attributes = {rt.RTA_OIF: rt.number(indexes[route.device])}
     length, versions = 0, set()
-    if route.destination not in ("", "default"):
+    if route.destination not in DEFAULT_ROUTES:
         try:
             network = ip_network(route.destination, strict=False)
         except ValueError:
@@ -306,16 +329,21 @@ def _request_of(route: Route, indexes: dict[str, int]) -> _RouteRequest:
             address = _ip_address(text)
             attributes[attribute] = address.packed
             versions.add(address.version)
+    if route.mtu:
+        head = struct.pack("=HH", 8, rt.RTAX_MTU)
+        attributes[rt.RTA_METRICS] = head + rt.number(route.mtu)
     if len(versions) > 1:
         raise SystemCallFailed(f"Could not add/replace {what}: IPv4 and IPv6 in one")
     if not 0 <= route.scope <= 255:
         raise SystemCallFailed(f"Could not add/replace {what}: scope {route.scope} is not between 0 and 255")
-    family = FAMILIES[versions.pop() if versions else 4]  # a default of nothing but a device is ipvlan's
-    fixed = rt.ROUTE.pack(family, length, 0, 0, RT_TABLE_MAIN, RTPROT_BOOT, route.scope, RTN_UNICAST, 0)
+    family = FAMILIES[
+        versions.pop() if versions else route.version or 4
+    ]  # a default of nothing but a device is ipvlan's
+    fixed = rt.ROUTE.pack(family, length, 0, 0, RT_TABLE_MAIN, RTPROT_BOOT, route.scope, RTN_UNICAST, route.flags)
     return _RouteRequest(fixed=fixed, attributes=attributes, what=what)
 
 
-def _add_neighbours(neighbours: Sequence[Neighbour]) -> None:
+def _add_neighbours(neighbours: Sequence[Neighbour], flag: int) -> None:
     with Rtnetlink() as netlink:
         indexes = {name: index for index, name in _names(netlink).items()}
         for one in neighbours:
@@ -327,7 +355,7 @@ def _add_neighbours(neighbours: Sequence[Neighbour]) -> None:
                 state, flags = (one.state or NUD_PERMANENT) & 0xFFFF, one.flags & 0xFF
                 fixed = rt.NEIGHBOUR.pack(FAMILIES[address.version], indexes[one.device], state, flags, 0)
                 attributes = {rt.NDA_DST: address.packed, rt.NDA_LLADDR: mac}
-                netlink.change(rt.NEWNEIGH, fixed, attributes, rt.CREATE | rt.EXCL)
+                netlink.change(rt.NEWNEIGH, fixed, attributes, rt.CREATE | flag)
 
 
 @contextmanager

@@ -24,7 +24,8 @@ REQUEST, ACK, REPLACE, EXCL, DUMP, CREATE = 0x1, 0x4, 0x100, 0x200, 0x300, 0x400
 # Attributes, each within its kind.
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU = 1, 3, 4
 IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS = 1, 2, 8
-RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PREFSRC, RTA_CACHEINFO, RTA_TABLE = 1, 4, 5, 7, 12, 15
+RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PREFSRC, RTA_METRICS, RTA_CACHEINFO, RTA_TABLE = 1, 4, 5, 7, 8, 12, 15
+RTAX_MTU = 2  # within RTA_METRICS
 NDA_DST, NDA_LLADDR = 1, 2
 
 #: The fixed part that each kind begins with: ifinfomsg, ifaddrmsg, rtmsg, ndmsg.

@@ -44,7 +44,7 @@ class SharedNamespaces:
             if failures:
                 raise failures[0]
             if pids is not None:
-                await self._make_pid(pids)
+                await self.add_pid_namespace(pids)
         except BaseException:
             await self.release()
             raise
@@ -61,7 +61,8 @@ class SharedNamespaces:
         except OSError as error:
             failures.append(error)
 
-    async def _make_pid(self, launcher: ProcessLauncher) -> None:
+    async def add_pid_namespace(self, launcher: ProcessLauncher) -> None:
+        """Make the pid namespace, with a first process that reaps.  Raises OSError or LaunchError."""
         procfs, root = str(self._directory / "proc"), str(self._directory / "empty")
         for path in (procfs, root):
             os.makedirs(path, 0o755, exist_ok=True)  # noqa: PTH103 - no pathlib at start

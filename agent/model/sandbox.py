@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 from caisson.agent.base.aio import run_to_completion
 from caisson.agent.base.errors import (
@@ -11,6 +12,7 @@ from caisson.agent.base.errors import (
     ContainerNotFound,
     FailedPrecondition,
     InvalidArgument,
+    NotCreated,
     SandboxExists,
     SandboxNotRunning,
     Timeout,
@@ -21,13 +23,13 @@ from caisson.agent.guest.storage import Storages
 from caisson.agent.libcontainer.config.spec import Hooks, Namespace, Rlimit
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.state import check_id
-from caisson.agent.model.container import Container
+from caisson.agent.model.container import CREATED, STOPPED, Container
 from caisson.agent.model.namespaces import SHARED, SharedNamespaces
 from caisson.agent.model.oom import OomEvents
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from caisson.agent.base.log import Log
@@ -168,6 +170,26 @@ class Sandbox:
         except OSError as error:  # of an agent that was killed, most likely: not ours to delete
             self._log("warning", "something is left in the sandbox's directory", path=str(directory), error=str(error))
 
+    async def _share_pids(self, shared: SharedNamespaces) -> None:
+        """Make the pid namespace that containers share, unless another caller has done it meanwhile."""
+        async with self._lock:
+            if self._shared is not shared:
+                raise SandboxNotRunning
+            if shared.procfs is None:
+                try:
+                    await shared.add_pid_namespace(self._launcher)
+                except (OSError, LaunchError) as error:
+                    raise FailedPrecondition(f"failed to create namespace: {error}") from error
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is no container in it, nor one in the making."""
+        return not self._containers and not self._creating
+
+    async def resize(self, storages: Sequence[Storage]) -> None:
+        """Give tmpfs mounts that were made before new options.  Raises InvalidArgument or SystemCallFailed."""
+        await self._storages.resize(storages)
+
     def container(self, container_id: str) -> Container:
         """A container by its id.  Raises ContainerNotFound."""
         container = self._containers.get(container_id)
@@ -182,10 +204,13 @@ class Sandbox:
         spec: Spec,
         storages: Sequence[Storage] = (),
         devices: Sequence[GuestDevice] = (),
+        *,
+        share_pids: bool | None = None,
     ) -> Container:
         """Create a container, with `storages` mounted for it before and the guest's numbers for its `devices`.
 
-        On failure nothing is left and the id is free.
+        It joins the sandbox's pid namespace, which is made for the first that does, with `share_pids`; None leaves
+        that to the sandbox.  On failure nothing is left and the id is free.
         """
         while container_id in self._creating:
             await self._creating[container_id].wait()  # whoever is told that it exists may use it
@@ -196,7 +221,13 @@ class Sandbox:
             raise ContainerExists(container_id=container_id)
         if spec.process is None or spec.root is None or not spec.root.path:
             raise InvalidArgument("the container's spec needs a process and a root path")
+        if share_pids is None:
+            share_pids = self.shares_pids
+        if share_pids and not self.shares_pids:
+            await self._share_pids(self._shared)
         spec, join = self._adapt(container_id, spec, self._shared)
+        if not share_pids:
+            join.pop("pid", None)
         directory = self._state / self._id / container_id
         try:
             directory.mkdir(mode=0o711)
@@ -209,7 +240,7 @@ class Sandbox:
                 from caisson.agent.guest.devices import placed
 
                 spec = await placed(spec, devices, self._blocks)
-            self._mounts[container_id] = await self._storages.mount(storages)
+            self._mounts[container_id] = await self._storages.mount(storages, container_id)
             if self._cgroups is not None:
                 cgroup = self._cgroups.create(spec.linux.cgroups_path or f"{self._id}/{container_id}")
             elif spec.linux.resources is not None:
@@ -225,7 +256,7 @@ class Sandbox:
                 oom=lambda: self._out_of_memory(container_id),
             )
             try:
-                await container.create(exec_id or container_id, join, self._shared.procfs)
+                await container.create(exec_id or container_id, join, self._shared.procfs if share_pids else None)
             except BaseException:
                 await run_to_completion(container.remove())
                 raise
@@ -239,6 +270,33 @@ class Sandbox:
         finally:
             del self._creating[container_id]
             decided.set()
+
+    async def ensure_running(self, container_id: str, spec: Callable[[], Spec]) -> bool:
+        """Return with a running container of this id: the one that is there, or one made from ``spec``.
+
+        One that has ended makes room; where there is no sandbox, one is started.  Several callers at once all get the
+        same container.  Returns whether it was created for this caller.  Raises as `create` and Container.start.
+        """
+        while True:
+            container = self._containers.get(container_id)
+            created = container is None
+            if container is None:
+                try:
+                    if not self.running:
+                        await self.start("", "")
+                    container = await self.create(container_id, "", spec())
+                except (SandboxExists, ContainerExists):
+                    continue  # another caller was faster
+            if container.status == STOPPED:
+                with suppress(ContainerNotFound):
+                    await self.remove(container_id)
+                continue
+            if container.status == CREATED:
+                try:
+                    await container.start()
+                except NotCreated:
+                    continue
+            return created
 
     def _adapt(self, container_id: str, spec: Spec, shared: SharedNamespaces) -> tuple[Spec, dict[str, str]]:
         """The spec with the namespaces and limits that this guest gives a container, and the paths to join.

@@ -18,7 +18,7 @@ import grpc
 
 from caisson.agent import options as agent_options
 from caisson.agent.api.health import Health
-from caisson.agent.api.status import status_of
+from caisson.agent.api.kata1.status import status_of
 from caisson.agent.base.boot_timestamps import BootTimestamps
 from caisson.agent.base.log import Log
 from caisson.agent.base.tracing import Tracing
@@ -147,7 +147,7 @@ class MemoryAgent(RunningAgent):
         log = Log("debug", fd=os.open(self.log, os.O_WRONLY | os.O_APPEND))
         tracing, timestamps, self._reaper = Tracing(""), BootTimestamps(), Reaper()
         self._reaper.start(asyncio.get_running_loop())
-        self._services = Services(self._options, self._reaper, log, tracing, timestamps)
+        self._services = Services(self._options, self._reaper, log, tracing, timestamps, lambda: None)
         health = Service(health_pb2.DESCRIPTOR.services_by_name["Health"], Health).bind(Health(timestamps))
         self._dispatch = Dispatch({**health, **self._services.grpc}, log, tracing, status_of)
 

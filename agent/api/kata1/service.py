@@ -85,6 +85,10 @@ class AgentService(ContainerService):
             raise StatusError(StatusCode.UNKNOWN, "invalid format option")
         return agent_pb2.ListProcessesResponse(process_list=listed.encode())
 
+    async def ExecProcess(self, request: agent_pb2.ExecProcessRequest) -> Empty:
+        await self._exec(request)
+        return EMPTY
+
     async def SignalProcess(self, request: agent_pb2.SignalProcessRequest) -> Empty:
         self._need_sandbox("Sandbox not started, impossible to signal the container")
         try:

@@ -5,6 +5,7 @@ The reference gives most errors no status, which makes them UNKNOWN; hosts tell 
 
 from __future__ import annotations
 
+from caisson.agent.api.status import status_from
 from caisson.agent.base import errors
 from caisson.agent.libcontainer.cgroups import CgroupError
 from caisson.agent.libcontainer.config.reader import SpecError
@@ -13,7 +14,7 @@ from caisson.agent.rpc.codes import StatusCode as Code
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from caisson.agent.api.status import Table
+    from caisson.agent.api.status import Status, Table
 
 TABLE: Table = {
     errors.NotFound: (Code.NOT_FOUND, "{error}"),
@@ -56,3 +57,8 @@ TABLE: Table = {
     LaunchError: (Code.INTERNAL, "Could not run process: {error}"),
     CgroupError: (Code.INTERNAL, "{error}"),
 }
+
+
+def status_of(error: Exception) -> Status | None:
+    """Return the code and text for an error that a caller can do something about; None for a bug of ours."""
+    return status_from(TABLE, error)
