@@ -7,13 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.conformance.transports import MemoryAgent, TtrpcAgent, run_in_child
+from tests.conformance.generations import KATA1, KATA3, Generation
+from tests.conformance.transports import MemoryAgent, MemoryAgent3, TtrpcAgent, run_in_child
 from tests.native.agent_support import RunningAgent
 from tests.native.conftest import busybox_rootfs, check_nothing_is_left, nsexec_path
 
 __all__ = ["busybox_rootfs", "nsexec_path"]
 
-TRANSPORTS = {"http2": RunningAgent, "ttrpc": TtrpcAgent, "memory": MemoryAgent}
+#: Each with the generation of the API that is spoken over it.
+TRANSPORTS = {
+    "http2": (RunningAgent, KATA1),
+    "ttrpc": (TtrpcAgent, KATA3),
+    "memory-1": (MemoryAgent, KATA1),
+    "memory-3": (MemoryAgent3, KATA3),
+}
 
 
 @pytest.fixture(params=TRANSPORTS)
@@ -21,10 +28,16 @@ def agent(
     request: pytest.FixtureRequest, tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path
 ) -> Iterator[RunningAgent]:
     """A fresh agent behind each transport; at the end nothing is left of it."""
-    running = TRANSPORTS[request.param](tmp_path, nsexec_path, busybox_rootfs)
+    running = TRANSPORTS[request.param][0](tmp_path, nsexec_path, busybox_rootfs)
     yield running
     running.stop()
     check_nothing_is_left(running, tmp_path)
+
+
+@pytest.fixture
+def generation(agent: RunningAgent, request: pytest.FixtureRequest) -> Generation:
+    """What the agent's hosts of its transport are told."""
+    return next(generation for kind, generation in TRANSPORTS.values() if type(agent) is kind)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -14,6 +14,7 @@ import pytest
 
 from caisson.agent.client import Agent, AgentError
 from caisson.proto.kata1 import agent_pb2, oci_pb2
+from tests.conformance.generations import Generation
 from tests.native.agent_support import RunningAgent, run
 
 pytestmark = pytest.mark.root
@@ -29,14 +30,17 @@ class Terminal:
 
     def __init__(self, client: Agent) -> None:
         self.seen = b""
-        self.end: AgentError | None = None
+        self.end: AgentError | bytes | None = None
         self._changed = asyncio.Event()
         self.task = asyncio.ensure_future(self._read(client))
 
     async def _read(self, client: Agent) -> None:
         while self.end is None:
             try:
-                self.seen += (await client.rpc.ReadStdout(agent_pb2.ReadStreamRequest(len=LEN, **KEY))).data
+                data = (await client.rpc.ReadStdout(agent_pb2.ReadStreamRequest(len=LEN, **KEY))).data
+                self.seen += data
+                if not data:
+                    self.end = data
             except AgentError as error:
                 self.end = error
             self._changed.set()
@@ -49,7 +53,7 @@ class Terminal:
             await self._changed.wait()
 
 
-def test_the_recorded_conversation(agent: RunningAgent) -> None:
+def test_the_recorded_conversation(agent: RunningAgent, generation: Generation) -> None:
     async def work() -> None:
         async with agent.connect() as client:
             rpc = client.rpc
@@ -83,9 +87,11 @@ def test_the_recorded_conversation(agent: RunningAgent) -> None:
             await type_in(b"exit")
             await rpc.WriteStdin(agent_pb2.WriteStreamRequest(data=b"\r", **KEY))
             await terminal.task
-            assert terminal.end is not None
-            assert terminal.end.code is Code.UNKNOWN
-            assert terminal.end.details == "EOF" or "input/output error" in terminal.end.details
+            if generation.end_of_output is None:
+                assert terminal.end == b""
+            else:
+                assert isinstance(terminal.end, AgentError)
+                assert (terminal.end.code, terminal.end.details) == generation.end_of_output
             assert (await rpc.WaitProcess(agent_pb2.WaitProcessRequest(**KEY))).status == 0
             assert agent.children() == children
             assert agent.fds() == fds
@@ -93,6 +99,6 @@ def test_the_recorded_conversation(agent: RunningAgent) -> None:
             await container.remove()
             with pytest.raises(AgentError) as caught:
                 await rpc.WaitProcess(agent_pb2.WaitProcessRequest(**KEY))
-            assert caught.value.code is Code.NOT_FOUND
+            assert caught.value.code is generation.container_not_found[0]
 
     run(work())

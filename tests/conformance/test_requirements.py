@@ -21,7 +21,7 @@ LINES = {
     "start twice; after its init has died; exec in stopped": [f"{C}test_lifecycle.py::test_a_start_comes_once"],
     "exec in created": [f"{C}test_lifecycle.py::test_an_exec_into_one_that_is_not_started"],
     "exec of a missing binary returns at once": [f"{C}test_lifecycle.py::test_a_program_that_is_none_is_told_at_once"],
-    "exec ignores its own capabilities": [f"{C}test_lifecycle.py::test_an_exec_has_the_containers_rights_whatever_it_asks_for"],
+    "exec ignores its own capabilities": [f"{C}test_lifecycle.py::test_an_exec_has_the_containers_rights_but_for_capabilities"],
     "wait before start; after exit; a second time": [f"{C}test_lifecycle.py::test_a_status_is_there_for_whoever_comes_later"],
     "10 waiters": [f"{C}test_failures.py::test_06_all_waiters_get_the_status"],
     "statuses": [f"{N}test_agent_processes.py::test_exit_status", f"{C}test_failures.py::test_13_a_killed_process_is_128_and_its_signal"],

@@ -12,23 +12,27 @@ import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 
 from caisson.agent import options as agent_options
 from caisson.agent.api.health import Health
-from caisson.agent.api.kata1.status import status_of
+from caisson.agent.api.kata1 import status as kata1
+from caisson.agent.api.kata3 import status as kata3
 from caisson.agent.base.boot_timestamps import BootTimestamps
 from caisson.agent.base.log import Log
 from caisson.agent.base.tracing import Tracing
 from caisson.agent.client import Agent
 from caisson.agent.model.reaper import Reaper
-from caisson.agent.rpc.dispatch import Dispatch, Service
+from caisson.agent.rpc.dispatch import Dispatch, Method, Service
 from caisson.agent.rpc.ttrpc.client import Client, RpcError
 from caisson.agent.services import Services
 from caisson.proto.kata1 import health_pb2
 from tests.native.agent_support import RunningAgent
+
+if TYPE_CHECKING:
+    from caisson.agent.rpc.dispatch import StatusOf
 
 CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -149,7 +153,18 @@ class MemoryAgent(RunningAgent):
         self._reaper.start(asyncio.get_running_loop())
         self._services = Services(self._options, self._reaper, log, tracing, timestamps, lambda: None)
         health = Service(health_pb2.DESCRIPTOR.services_by_name["Health"], Health).bind(Health(timestamps))
-        self._dispatch = Dispatch({**health, **self._services.grpc}, log, tracing, status_of)
+        methods, status_of = self._generation()
+        self._dispatch = Dispatch({**health, **methods}, log, tracing, status_of)
+
+    def _generation(self) -> tuple[dict[str, Method], StatusOf]:
+        return self._services.grpc, kata1.status_of
+
+
+class MemoryAgent3(MemoryAgent):
+    """The same, in the later generation of the API."""
+
+    def _generation(self) -> tuple[dict[str, Method], StatusOf]:
+        return self._services.ttrpc, kata3.status_of
 
 
 def run_in_child(function: Callable[..., object], arguments: dict[str, Any]) -> str:
