@@ -64,6 +64,7 @@ setup(
         "caisson.proto": ["py.typed", *files_below("proto", "*.proto"), "*/*_pb2.pyi"],
         **{f"caisson.{name}": files_below(name, "*") for name in DATA},
     },
+    scripts=["commands/caisson-oci"],
     cmdclass={"build_py": BuildPackages, "sdist": SourceArchive},
     setup_requires=["grpcio-tools>=1.60"] if PROTOCOL["outdated"]() else [],
 )

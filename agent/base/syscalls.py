@@ -6,7 +6,6 @@ ctypes is imported by the first call (or by `preload`): an agent that makes none
 from __future__ import annotations
 
 import os
-from functools import cache
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,13 +44,17 @@ def preload() -> None:
     _libc()
 
 
-@cache
-def _libc() -> ctypes.CDLL:
-    import ctypes
+_loaded: list[ctypes.CDLL] = []
 
-    library = ctypes.CDLL(None, use_errno=True)
-    library.syscall.restype = ctypes.c_long
-    return library
+
+def _libc() -> ctypes.CDLL:
+    if not _loaded:
+        import ctypes
+
+        library = ctypes.CDLL(None, use_errno=True)
+        library.syscall.restype = ctypes.c_long
+        _loaded.append(library)
+    return _loaded[0]
 
 
 def _check(result: int, what: str) -> int:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from caisson.agent.libcontainer.container import Container
 
 ROOT = "/sys/fs/cgroup"
-JOINING = "exec failed: unable to start container process:"
+JOINING = "unable to start container process:"
 
 
 class ExecCgroup:

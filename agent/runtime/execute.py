@@ -30,18 +30,7 @@ def execute(call: Call) -> int:
         raise CommandError("cannot exec in a paused container (use --ignore-paused to override)")
     document = _document(call, container)
     process = read_process(call, document)
-    try:
-        return _run(call, container, process)
-    except CommandError:
-        raise
-    except Exception as error:
-        from caisson.agent.libcontainer.cgroups.base import CgroupError
-        from caisson.agent.runtime.main import EXPECTED
-        from caisson.agent.runtime.texts import sentence
-
-        if not isinstance(error, (*EXPECTED, CgroupError)):
-            raise
-        raise CommandError(f"exec failed: {sentence(error)}") from error
+    return _run(call, container, process)
 
 
 def _run(call: Call, container: Container, process: Process) -> int:
@@ -118,11 +107,11 @@ def _with_capabilities(sets: dict[str, Any], more: list[str]) -> dict[str, Any]:
 
 def _user(text: str) -> dict[str, int]:
     uid, colon, gid = text.partition(":")
-    found = {"uid": _number(uid)}
-    return found | {"gid": _number(gid)} if colon else found
+    found = {"uid": _number(uid, "uid")}
+    return found | {"gid": _number(gid, "gid")} if colon else found
 
 
-def _number(text: str) -> int:
+def _number(text: str, what: str = "gid") -> int:
     if not (text.isascii() and text.isdecimal()):
-        raise CommandError(f'strconv.Atoi: parsing "{text}": invalid syntax; give a number')
+        raise CommandError(f'parsing {text} as int for {what} failed: strconv.Atoi: parsing "{text}": invalid syntax')
     return int(text)

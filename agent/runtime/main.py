@@ -178,7 +178,7 @@ def _dispatch(prog: str, settings: Values, rest: list[str], log: Log) -> int:
     if problem:
         _print_usage("Incorrect Usage.", _command_help(prog, verb))
         log.error(problem)
-        return verb.status if verb.name == "exec" else 1
+        return 1
     return _carry_out(Call(prog, verb, options, operands, settings, log), settings)
 
 
@@ -192,9 +192,12 @@ def _carry_out(call: Call, settings: Values) -> int:
         call.log.error(verb.prefix + str(error))
         return verb.status if error.status is None else error.status
     except EXPECTED as error:
-        from caisson.agent.runtime.texts import sentence
+        from caisson.agent.runtime.texts import is_of_program, sentence
 
-        call.log.error(verb.prefix + sentence(error))
+        if is_of_program(error) and verb.name == "run":
+            os.write(2, f"{error}\n".encode())  # as the process itself would
+        else:
+            call.log.error(verb.prefix + sentence(error))
     except Exception as error:
         from caisson.agent.libcontainer.cgroups.base import CgroupError
         from caisson.agent.runtime.texts import sentence

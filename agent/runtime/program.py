@@ -6,28 +6,22 @@ import os
 
 from caisson.agent.runtime.errors import CommandError
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from pathlib import Path
-
 VARIABLE = "CAISSON_NSEXEC"
 SOURCES = (".c", ".h", "Makefile")
 
 
-def find() -> Path:
+def find() -> str:
     """Return the path of nsexec.  Raises CommandError."""
-    from pathlib import Path
-
     named = os.environ.get(VARIABLE)
     if named:
-        return Path(named)
+        return named
     sources = f"{os.path.dirname(os.path.dirname(os.path.abspath(__file__)))}/nsexec"  # noqa: PTH100, PTH120
     if os.path.exists(f"{sources}/nsexec"):  # noqa: PTH110 - installed with the package
-        return Path(f"{sources}/nsexec")
+        return f"{sources}/nsexec"
     program = f"{_cache()}/nsexec-{_key(sources)}/nsexec"
     if not os.path.exists(program):  # noqa: PTH110
         _build(sources, os.path.dirname(program))  # noqa: PTH120
-    return Path(program)
+    return program
 
 
 def _cache() -> str:

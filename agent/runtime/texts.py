@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from caisson.agent.libcontainer.config.reader import SpecError
-from caisson.agent.libcontainer.errors import LaunchError
+from caisson.agent.libcontainer.errors import LaunchError, reason
 
-#: Steps whose words are about the program itself, not about the container's set-up.
-OF_THE_PROGRAM = ("lookup", "execve")
+
+def is_of_program(error: BaseException) -> bool:
+    """Whether it is the failure of execve(2), after everything else was done."""
+    return isinstance(error, LaunchError) and error.step == "execve"
 
 
 def sentence(error: BaseException) -> str:
@@ -27,4 +29,7 @@ def launch(error: LaunchError) -> str:
         return str(error)
     if error.step == "lookup" or " hook #" in error.step:
         return f"unable to start container process: {error}"
+    if error.step == "cwd" and error.errno:
+        why = f'chdir to cwd ("{error.path}") set in config.json failed: {reason(error.errno)}'
+        return f"unable to start container process: {why}"
     return f"unable to start container process: error during container init: {error}"

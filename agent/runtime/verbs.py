@@ -125,7 +125,7 @@ VERBS = {
         )),
         Verb("exec", "run another process in a container", "execute:execute", options=EXEC, most=None,
              usage="<container-id> <command> [arguments...] | -p process.json <container-id>", stop_at_operand=True,
-             status=255, prefix="", more="Example:\n\n    PROG exec -t box sh"),
+             status=255, prefix="exec failed: ", more="Example:\n\n    PROG exec -t box sh"),
         Verb("features", "print what this runtime supports, as JSON", "features:features", usage="", least=0,
              most=None),
         Verb("kill", "signal a container's first process (default: SIGTERM)", "lifecycle:kill", options=(

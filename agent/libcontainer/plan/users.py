@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 FIELD = "process.user.username"
 RESOLVE = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
+FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
 FILE_MAX = 1 << 20  # bytes
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_"
 NAME_CHARACTERS = frozenset(f"{LETTERS}0123456789.-")
@@ -57,6 +58,26 @@ def resolve(process: Process, root: str) -> Process:
     return process.but(user=who)
 
 
+def with_home(process: Process, root: str) -> Process:
+    """The process with a HOME: if it has none, or an empty one, that of its uid in the root's /etc/passwd, else "/"."""
+    if any(variable.startswith("HOME=") and variable != "HOME=" for variable in process.env):
+        return process
+    env = tuple(variable for variable in process.env if variable != "HOME=")
+    try:
+        root_fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return process.but(env=(*env, "HOME=/"))
+    try:
+        table = _table(root_fd, "etc/passwd", 7)
+    except SpecError:
+        table = []
+    finally:
+        os.close(root_fd)
+    uid = str(process.user.uid)
+    home = next((line[5] for line in table if line[2] == uid and line[5]), "/")
+    return process.but(env=(*env, f"HOME={home}"))
+
+
 def _entry(table: list[list[str]], wanted: str) -> list[str] | None:
     """The first line about a number or a name.  Raises SpecError for what is neither."""
     if wanted.isascii() and wanted.isdecimal():
@@ -76,15 +97,32 @@ def _id(text: str) -> int:
     return int(text)
 
 
+def _open_plain(root: int, path: str) -> int:
+    """Open a file if no link is on the way, without the price of openat2 (ctypes); -1 if there is one, or no file."""
+    directory, _, name = path.rpartition("/")
+    try:
+        at = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root)
+    except OSError:
+        return -1
+    try:
+        return os.open(name, FLAGS | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
+    except OSError:
+        return -1
+    finally:
+        os.close(at)
+
+
 def _table(root: int, path: str, columns: int) -> list[list[str]]:
     """The lines of passwd(5) or group(5) that have all their columns; none if there is no such file.
 
     It is the image's: found inside its root whatever links say, only if it is a file, and only up to a size.
     """
-    try:
-        fd = syscalls.openat2(root, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY, resolve=RESOLVE)
-    except OSError:
-        return []
+    fd = _open_plain(root, path)
+    if fd < 0:
+        try:
+            fd = syscalls.openat2(root, path, FLAGS, resolve=RESOLVE)
+        except OSError:
+            return []
     with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             return []

@@ -112,7 +112,9 @@ class ProcessLauncher:
         """
         process = spec.process
         if process is not None and process.user.username:
-            spec = spec.but(process=users.resolve(process, rootfs))
+            process = users.resolve(process, rootfs)
+        if process is not None:
+            spec = spec.but(process=users.with_home(process, rootfs))
         messages = _encode(
             lambda: plan.init_messages(
                 spec,
@@ -160,6 +162,7 @@ class ProcessLauncher:
         _check_stdio(process.terminal, launch.stdio)
         if process.user.username:  # its root as it is now; the caller has checked that the pid is still its own
             process = users.resolve(process, f"/proc/{init_pid}/root")
+        process = users.with_home(process, f"/proc/{init_pid}/root")
         messages = _encode(lambda: plan.exec_messages(process, spec, join, filter))
         started = await self._launch(
             messages, "setns", launch, {"_CAISSON_PIDFD": pidfd}, terminal=process.terminal, until_exec=True

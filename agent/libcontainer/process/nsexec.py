@@ -21,9 +21,10 @@ class Nsexec:
         self._fd = fd
 
     @classmethod
-    def seal(cls, path: Path) -> Nsexec:
+    def seal(cls, path: str | Path) -> Nsexec:
         """Copy the program into a sealed memfd.  Raises OSError."""
-        program = path.read_bytes()
+        with open(path, "rb") as file:  # noqa: PTH123 - no pathlib at start
+            program = file.read()
         try:
             fd = os.memfd_create("nsexec", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | MFD_EXEC)
         except OSError:
