@@ -1,4 +1,4 @@
-"""`events`: what a container uses, now and then, and its out-of-memory events; a JSON object a line (types/events.go)."""
+"""`events`: what a container uses, now and then, and its out-of-memory events, in JSON lines (types/events.go)."""
 
 from __future__ import annotations
 
