@@ -65,27 +65,25 @@ def _make_environment(python: Path) -> None:
 
     _link_packages()
     sys.path.insert(0, str(ENVIRONMENT / "src"))
-    from caisson.image.programs import TO_BOOT, TO_BUILD, MissingPrograms, need_packages, packages_of_missing
+    from caisson.image import programs
 
-    programs = (*TO_BUILD, *TO_BOOT) if sys.argv[1:2] and sys.argv[1] in NEED_GUESTS else ()
-    packages = packages_of_missing(programs)
+    needed = (*programs.TO_BUILD, programs.DEBIAN_KEYRING, *programs.TO_BOOT) if _boots_guests() else ()
+    packages = programs.packages_of_missing(needed)
     if importlib.util.find_spec("ensurepip") is None:
         packages.append("python3-venv")
     try:
-        need_packages(packages, _info)
-    except MissingPrograms as error:
+        programs.need_packages(packages, _info)
+    except programs.MissingPrograms as error:
         sys.exit(f"caisson: {error}")
     _info("setting up .venv")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     wanted = [*project["project"]["dependencies"], *project["project"]["optional-dependencies"]["checkout"]]
     whole = python.exists() and any((place / "pip").is_dir() for place in _package_directories(python))
-    venv = (
-        [] if whole else [[getattr(sys, "_base_executable", sys.executable), "-m", "venv", "--clear", str(ENVIRONMENT)]]
-    )
+    venv = [sys._base_executable, "-m", "venv", "--clear", str(ENVIRONMENT)]  # type: ignore[attr-defined]
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "constraints.txt"]
     # A user's settings of pip are about other places: `--user` alone makes pip refuse to work in an environment.
     variables = {name: value for name, value in os.environ.items() if name not in ("PIP_TARGET", "PIP_PREFIX")}
-    for command in (*venv, [*pip, *wanted]):
+    for command in ([*pip, *wanted],) if whole else (venv, [*pip, *wanted]):
         done = subprocess.run(command, cwd=ROOT, env=variables | {"PIP_USER": "0"}, stdout=sys.stderr)
         if done.returncode != 0:
             sys.exit(f"caisson: {ENVIRONMENT}: could not be set up (the reason is above); try again: python3 tasks.py")
@@ -94,6 +92,10 @@ def _make_environment(python: Path) -> None:
         (place / "caisson.pth").write_text(f"{ENVIRONMENT / 'src'}\n")
     _write_launcher(python)
     (ENVIRONMENT / "made-of").write_text(_made_of(python.resolve(strict=True)))
+
+
+def _boots_guests() -> bool:
+    return len(sys.argv) > 1 and sys.argv[1] in NEED_GUESTS
 
 
 def _package_directories(python: Path) -> list[Path]:

@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 
 from caisson.commands.completion import SCRIPTS
+from caisson.commands.streams import info
+
+
+def doctor(*, as_json: bool) -> int:
+    """Show what this machine can do; returns 1 if no guest can be built and booted on it."""
+    from caisson.commands import doctor as examination
+
+    findings = examination.examine()
+    if as_json:
+        print(json.dumps(examination.documents(findings), indent=2))
+    else:
+        print("\n".join(examination.lines(findings)))
+    return int(any(finding.status == "missing" for finding in findings))
+
+
+def report(*, output: str) -> None:
+    """Write an archive for a bug report; prints its path."""
+    from caisson.commands import report as archive
+
+    for name in archive.write(Path(output)):
+        info(f"packed {name}")
+    info("look through it before you send it")
+    print(output)
 
 
 def completion(*, shell: str) -> None:

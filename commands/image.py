@@ -9,7 +9,7 @@ from typing import Any
 from caisson import image as images
 from caisson.commands.streams import info
 from caisson.image.errors import ImageError
-from caisson.image.programs import TO_BUILD, TO_COMPILE, need
+from caisson.image.programs import DEBIAN_KEYRING, TO_BUILD, TO_COMPILE, need
 
 
 def build_image(
@@ -40,7 +40,9 @@ def build_image(
 
 def programs_to_build(loaded: Any) -> tuple[str, ...]:
     """The programs that building this definition takes."""
-    return (*TO_BUILD, *TO_COMPILE) if loaded.definition.kernel.source else TO_BUILD
+    definition = loaded.definition
+    keyring = (DEBIAN_KEYRING,) if definition.distribution == "debian" else ()
+    return (*TO_BUILD, *keyring, *(TO_COMPILE if definition.kernel.source else ()))
 
 
 def _print_json(value: object) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from caisson import image as images
 from caisson.agent import client
-from caisson.image.programs import TO_BOOT, TO_BUILD, need
+from caisson.image.programs import DEBIAN_KEYRING, TO_BOOT, TO_BUILD, need
 from caisson.image.vm import VM, VMConfig, VMError, find_vm, get_vm
 
 #: Run by a VM's supervisor when this machine was suspended: guests' clocks stood still meanwhile.
@@ -53,5 +53,5 @@ def image_directory(path: str, report: Callable[[str], None], also: tuple[str, .
     if path:
         need(also, report)
         return images.Image.load(Path(path)).directory
-    need((*TO_BUILD, *also), report)
+    need((*TO_BUILD, DEBIAN_KEYRING, *also), report)
     return images.build_image(report=report).directory

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from caisson.image.errors import ImageError
 
@@ -16,6 +17,9 @@ TO_BUILD = ("gcc", "make", "musl-gcc", "strip", "zstd", "mkfs.erofs", "mksquashf
 TO_COMPILE = ("flex", "bison", "bc", "xz")
 TO_BOOT = ("qemu-system-x86_64",)
 TO_PACK = ("sqfstar", "zstd")
+
+#: What Debian's packages are verified with: a file where others are programs.
+DEBIAN_KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
 Report = Callable[[str], None]
 
@@ -27,6 +31,7 @@ LOCK_INTERVAL = 2.0
 #: Which Debian packages bring a program, where the names differ.
 PACKAGES = {
     "/usr/bin/python3": "python3",
+    DEBIAN_KEYRING: "debian-archive-keyring",
     "apt-config": "apt",
     "apt-get": "apt",
     "busybox": "busybox-static",
@@ -75,8 +80,17 @@ class MissingPrograms(ImageError):
 
 def packages_of_missing(programs: Iterable[str]) -> list[str]:
     """The Debian packages that bring those programs that are not there."""
-    missing = (package_of(program).split() for program in programs if which(program) is None)
+    missing = (package_of(program).split() for program in programs if not _is_there(program))
     return sorted({package for names in missing for package in names})
+
+
+def _is_there(program: str) -> bool:
+    return Path(program).exists() if program.startswith("/") else which(program) is not None
+
+
+def install_command(packages: Iterable[str]) -> str:
+    """The command by which packages are installed."""
+    return f"sudo apt-get install --yes --no-install-recommends {' '.join(packages)}"
 
 
 def need(programs: Iterable[str], report: Report) -> None:
@@ -88,9 +102,9 @@ def need_packages(packages: Sequence[str], report: Report) -> None:
     """Install these packages, for root and with apt.  Raises MissingPrograms, which names them all."""
     if not packages:
         return
-    install = ["apt-get", "install", "--yes", "--no-install-recommends", *packages]
     if os.geteuid() != 0 or which("apt-get") is None:
-        raise MissingPrograms(f"missing: {', '.join(packages)}; install with: sudo {' '.join(install)}")
+        raise MissingPrograms(f"missing: {', '.join(packages)}; install with: {install_command(packages)}")
+    install = install_command(packages).split()[1:]
     report(f"installing {', '.join(packages)}")
     for step in (["apt-get", "update"], install):
         _apt(step, report)

@@ -16,6 +16,7 @@ from urllib.parse import unquote
 
 from caisson.image.errors import ImageError
 from caisson.image.packages.package import Package
+from caisson.image.programs import DEBIAN_KEYRING
 from caisson.image.run import CommandFailed, run
 
 
@@ -27,9 +28,7 @@ class Keyring:
     hint: str
 
 
-DEBIAN = Keyring(
-    Path("/usr/share/keyrings/debian-archive-keyring.gpg"), "run: sudo apt-get install debian-archive-keyring"
-)
+DEBIAN = Keyring(Path(DEBIAN_KEYRING), "run: sudo apt-get install debian-archive-keyring")
 
 
 def host_mirror() -> str:

@@ -43,3 +43,42 @@ def test_an_ordinary_user_is_told_the_one_command(monkeypatch: pytest.MonkeyPatc
         "missing: flex, libelf-dev, squashfs-tools; "
         "install with: sudo apt-get install --yes --no-install-recommends flex libelf-dev squashfs-tools"
     )
+
+
+def apt(directory: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Path:
+    """A machine of root's where apt-get is this script; returns what it was called with, a line a call."""
+    directory.mkdir()
+    (directory / "apt-get").write_text(f'#!/bin/sh\necho "$@" >> {directory}/calls\n{script}\n')
+    (directory / "apt-get").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory}:/usr/bin:/bin")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(programs, "LOCK_INTERVAL", 0.0)
+    return directory / "calls"
+
+
+def test_another_apt_is_waited_for_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    locked = "E: Could not get lock /var/lib/dpkg/lock-frontend. It is held by process 77 (apt)"
+    count = f"$(wc -l < {tmp_path}/bin/calls)"
+    calls = apt(tmp_path / "bin", monkeypatch, f'if [ {count} -lt 4 ]; then echo "{locked}" >&2; exit 100; fi')
+    said: list[str] = []
+    programs.need_packages(["bc", "xz-utils"], said.append)
+    assert said[0] == "installing bc, xz-utils"
+    assert [line for line in said if "held by process 77" in line and "waiting" in line] == said[1:]
+    assert calls.read_text().splitlines()[-2:] == ["update", "install --yes --no-install-recommends bc xz-utils"]
+
+
+def test_what_apt_cannot_do_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    apt(tmp_path / "bin", monkeypatch, 'echo "Reading…"; echo "E: Unable to locate package bc" >&2; exit 100')
+    with pytest.raises(programs.MissingPrograms) as caught:
+        programs.need_packages(["bc"], lambda line: None)
+    assert str(caught.value) == (
+        "`apt-get update`: failed (Unable to locate package bc); run it by hand to see all of its output"
+    )
+
+
+def test_a_missing_file_is_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keyring = str(tmp_path / "keyring.gpg")
+    monkeypatch.setitem(programs.PACKAGES, keyring, "some-archive-keyring")
+    assert programs.packages_of_missing(["sh", keyring]) == ["some-archive-keyring"]
+    Path(keyring).touch()
+    assert programs.packages_of_missing(["sh", keyring]) == []

@@ -1,0 +1,103 @@
+"""Pack what a bug report needs into one archive, and nothing secret."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+import re
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+from caisson.commands import doctor
+from caisson.image.vm.directory import VMDirectory, run_root
+from caisson.proto.contract import VERSION
+
+#: Bytes of a log's end, and of anything else.
+MAX_TAIL, MAX_FILE = 256 << 10, 1 << 20
+
+#: Files of a VM that say what it is and what it last said; everything else stays.
+TEXTS = ("vm.json", "image.json", "console.log", "qemu.log", "firmware.log")
+
+#: A setting whose name says that its value is secret, on a command line or in JSON.  Bounded: a log is the guest's.
+SECRET = re.compile(
+    r'((?:passw(?:or)?d|secret|token|credential|api[_-]?key)[\w.-]{0,40}"?\s{0,4}[=:]\s{0,4}"?)[^\s",]+', re.IGNORECASE
+)
+
+#: Packages whose versions matter.
+LIBRARIES = ("grpcio", "protobuf", "jinja2", "pyyaml", "kconfiglib", "invoke", "pytest")
+
+
+def write(archive: Path) -> list[str]:
+    """Write a .tar.gz; returns the names of what is in it.  Raises OSError."""
+    names = []
+    with tarfile.open(archive, "x:gz") as tar:
+        for name, text in _texts():
+            data = without_secrets(text).encode(errors="replace")
+            member = tarfile.TarInfo(f"caisson-report/{name}")
+            member.size, member.mtime, member.mode = len(data), int(time.time()), 0o644
+            tar.addfile(member, io.BytesIO(data))
+            names.append(name)
+    return names
+
+
+def without_secrets(text: str) -> str:
+    """Take out values of settings that are secret by their name, and the name of the user's home."""
+    home = str(Path.home())
+    text = text.replace(f"{home}/", "~/") if len(home) > 1 else text
+    return SECRET.sub(r"\1[removed]", text)
+
+
+def _texts() -> Iterator[tuple[str, str]]:
+    parts: dict[str, Callable[[], str]] = {"versions.txt": _versions, "doctor.json": _doctor, "vms.txt": _vms}
+    for name, text in parts.items():
+        yield name, _or_why_not(text)
+    root = run_root()
+    for directory in sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else ():
+        for name in TEXTS:
+            if (directory / name).is_file():
+                yield f"vms/{directory.name}/{name}", _or_why_not(lambda file=directory / name: _tail(file))  # type: ignore[misc]
+
+
+def _or_why_not(text: Callable[[], str]) -> str:
+    """A report is made where things are broken: a part that fails says so, and the others are there."""
+    try:
+        return text()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}\n"
+
+
+def _versions() -> str:
+    lines = [f"caisson {VERSION}", f"Python {platform.python_version()}"]
+    lines.append(f"Linux {platform.release()} {platform.machine()}")
+    lines.append(platform.freedesktop_os_release().get("PRETTY_NAME", ""))
+    for library in LIBRARIES:
+        try:
+            lines.append(f"{library} {metadata.version(library)}")
+        except metadata.PackageNotFoundError:
+            lines.append(f"{library} is not installed")
+    lines += [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("CAISSON_")]
+    return "\n".join(lines) + "\n"
+
+
+def _doctor() -> str:
+    return json.dumps(doctor.documents(doctor.examine()), indent=2) + "\n"
+
+
+def _vms() -> str:
+    """The VMs' directories, and whether a supervisor holds each."""
+    root = run_root()
+    found = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    lines = [f"{path.name}: {'running' if VMDirectory(path).alive() else 'not running'}" for path in found]
+    return "\n".join([f"{root}: {len(found)} VMs", *lines]) + "\n"
+
+
+def _tail(file: Path) -> str:
+    limit = MAX_TAIL if file.suffix == ".log" else MAX_FILE
+    with file.open("rb") as stream:
+        stream.seek(max(0, os.fstat(stream.fileno()).st_size - limit))
+        return stream.read(limit).decode(errors="replace")
