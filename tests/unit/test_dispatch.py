@@ -61,24 +61,20 @@ class Lines(Log):
         self.lines.append((level, message, fields))
 
 
-def call(service: str | bytes, timeout: float | None = None, log: Log | None = None) -> tuple[StatusCode, Any]:
+async def call(service: str | bytes, timeout: float | None = None, log: Log | None = None) -> tuple[StatusCode, Any]:
     payload = service if isinstance(service, bytes) else health_pb2.CheckRequest(service=service).SerializeToString()
-
-    async def work() -> tuple[StatusCode, Any]:
-        methods = Service(HEALTH, Check, Version).bind(Check(), Version())
-        dispatch = Dispatch(methods, log or Log("fatal"), Tracing(""), status_of)
-        return await dispatch.call("/grpc.Health/Check", payload, timeout)
-
-    return asyncio.run(asyncio.wait_for(work(), 30))
+    methods = Service(HEALTH, Check, Version).bind(Check(), Version())
+    dispatch = Dispatch(methods, log or Log("fatal"), Tracing(""), status_of)
+    return await dispatch.call("/grpc.Health/Check", payload, timeout)
 
 
-def test_a_call_returns_the_pieces_of_its_response() -> None:
-    assert call("") == (StatusCode.OK, [SERVING.SerializeToString()])
-    assert call("pieces") == (StatusCode.OK, [b"a", b"b"])
+async def test_a_call_returns_the_pieces_of_its_response() -> None:
+    assert await call("") == (StatusCode.OK, [SERVING.SerializeToString()])
+    assert await call("pieces") == (StatusCode.OK, [b"a", b"b"])
 
 
-def test_an_error_of_the_model_becomes_its_status() -> None:
-    assert call("no such thing") == (StatusCode.UNKNOWN, "no such thing")
+async def test_an_error_of_the_model_becomes_its_status() -> None:
+    assert await call("no such thing") == (StatusCode.UNKNOWN, "no such thing")
 
 
 async def test_an_error_text_is_one_that_any_wire_can_carry() -> None:
@@ -94,19 +90,19 @@ async def test_an_error_text_is_one_that_any_wire_can_carry() -> None:
     assert text.encode()
 
 
-def test_a_bug_is_internal_and_logged_with_its_traceback() -> None:
+async def test_a_bug_is_internal_and_logged_with_its_traceback() -> None:
     log = Lines()
-    assert call("timeout", log=log) == (StatusCode.INTERNAL, "TimeoutError: of its own")
+    assert await call("timeout", log=log) == (StatusCode.INTERNAL, "TimeoutError: of its own")
     (level, _, fields), (_, message, record) = log.lines
     assert level == "error" and "test_dispatch.py" in str(fields["error"])
     assert (message, record["method"], record["status"]) == ("request", "Check", "INTERNAL")
 
 
-def test_a_deadline_cancels_the_handler() -> None:
-    assert call("wait", 0.01) == (StatusCode.DEADLINE_EXCEEDED, "Check: not done within 0.01 s")
+async def test_a_deadline_cancels_the_handler() -> None:
+    assert await call("wait", 0.01) == (StatusCode.DEADLINE_EXCEEDED, "Check: not done within 0.01 s")
     # One of its own that comes before is no deadline.
-    assert call("timeout", 20) == (StatusCode.INTERNAL, "TimeoutError: of its own")
-    assert call("", 20)[0] is StatusCode.OK
+    assert await call("timeout", 20) == (StatusCode.INTERNAL, "TimeoutError: of its own")
+    assert (await call("", 20))[0] is StatusCode.OK
 
 
 async def test_cancelling_a_call_cancels_its_handler_and_is_logged() -> None:
@@ -122,8 +118,8 @@ async def test_cancelling_a_call_cancels_its_handler_and_is_logged() -> None:
     assert [fields["status"] for _, _, fields in log.lines] == ["CANCELLED"]
 
 
-def test_a_request_that_does_not_decode_is_an_invalid_argument() -> None:
-    assert call(b"\xff") == (StatusCode.INVALID_ARGUMENT, "Check: the request is not a valid CheckRequest")
+async def test_a_request_that_does_not_decode_is_an_invalid_argument() -> None:
+    assert await call(b"\xff") == (StatusCode.INVALID_ARGUMENT, "Check: the request is not a valid CheckRequest")
 
 
 async def test_unknown_and_unimplemented_methods_are_told_apart() -> None:

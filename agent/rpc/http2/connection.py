@@ -74,6 +74,7 @@ class Http2Connection(Connection):
         self._block: _FieldBlock | None = None
         self._streams: dict[int, Stream] = {}
         self._sender = Sender(self.write, self._release, self._finish_stream)
+        self._reset_ids: dict[int, None] = {}  # streams that were reset from here a short while ago, oldest first
         self._last_stream_id = 0
         self._incoming_window = WINDOW
 
@@ -147,8 +148,8 @@ class Http2Connection(Connection):
         try:
             self._receive_frame(kind, flags, stream_id, payload)
         except StreamError as error:
-            self.write(frames.number(frames.RST_STREAM, error.stream_id, error.code))
             self._close_stream(error.stream_id)
+            self._reset_stream(error.stream_id, error.code)
         return True
 
     def _receive_frame(self, kind: int, flags: int, stream_id: int, payload: bytearray) -> None:
@@ -175,6 +176,8 @@ class Http2Connection(Connection):
         self._check_not_idle(stream_id)
         stream = self._streams.get(stream_id)
         if stream is None or stream.ended:
+            if stream_id in self._reset_ids:
+                return  # it was on its way (section 5.1, closed)
             raise StreamError(stream_id, Code.STREAM_CLOSED)
         payload = unpadded(flags, payload)
         if not payload and not flags & frames.END_STREAM:
@@ -228,6 +231,8 @@ class Http2Connection(Connection):
             if not block.ends_stream or any(name.startswith(b":") for name, _ in fields):
                 raise StreamError(stream_id, Code.PROTOCOL_ERROR)
             self._end_request(stream)
+            return
+        if stream_id in self._reset_ids:
             return
         if stream_id <= self._last_stream_id:
             raise ProtocolError(Code.STREAM_CLOSED, "HEADERS on a closed stream")
@@ -333,7 +338,7 @@ class Http2Connection(Connection):
         self._release(stream, stream.held)
         del self._streams[stream.id]
         if not stream.ended:  # the rest of the request is not wanted (section 8.1)
-            self.write(frames.number(frames.RST_STREAM, stream.id, Code.NO_ERROR))
+            self._reset_stream(stream.id, Code.NO_ERROR)
 
     def _close_stream(self, stream_id: int) -> None:
         """Forget a stream before its response is sent, and cancel its call."""
@@ -342,6 +347,13 @@ class Http2Connection(Connection):
         if stream is not None:
             self._release(stream, stream.held)
             self.cancel_call(stream_id)
+
+    def _reset_stream(self, stream_id: int, code: Code) -> None:
+        """Send RST_STREAM, and ignore what the peer sends on the stream before it receives that."""
+        self.write(frames.number(frames.RST_STREAM, stream_id, code))
+        self._reset_ids[stream_id] = None
+        if len(self._reset_ids) > MAX_CALLS:
+            del self._reset_ids[next(iter(self._reset_ids))]
 
 
 #: Frames of other types are ignored (section 4.1), and so is GOAWAY.
