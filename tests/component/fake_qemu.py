@@ -6,11 +6,10 @@ import contextlib
 import json
 import os
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from caisson.image.vm.qmp import QMP, QMPError
+from tests.support.poll import wait_until
 
 #: Says its version, prints to the console, and does what the image's command line says.
 PROGRAM = """#!{python} -IS
@@ -84,14 +83,6 @@ def make_image(directory: Path, behaviour: str = "") -> Path:
     return directory
 
 
-def wait_until(condition: Callable[[], object], what: Callable[[], object] = lambda: "") -> None:
-    """Poll: for conditions about other processes, which nobody announces."""
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, what()
-        time.sleep(0.01)
-
-
 def processes_of(run: Path) -> dict[int, str]:
     """The command lines of living processes, but this one, that were told of this run directory."""
     found = {}
@@ -134,5 +125,5 @@ def monitor_of(path: Path) -> QMP:
 
 def nothing_left(run: Path) -> None:
     """Wait until there is no process and no file of a run directory."""
-    wait_until(lambda: not files_of(run), lambda: files_of(run))
-    wait_until(lambda: not processes_of(run), lambda: processes_of(run))
+    wait_until(lambda: not files_of(run), "no file is left", found=lambda: files_of(run))
+    wait_until(lambda: not processes_of(run), "no process is left", found=lambda: processes_of(run))

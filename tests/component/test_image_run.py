@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from caisson.image.run import CommandFailed, MissingProgram, run
-from tests.component.fake_qemu import lives, wait_until
+from tests.component.fake_qemu import lives
+from tests.support.poll import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 

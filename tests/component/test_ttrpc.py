@@ -25,7 +25,7 @@ from caisson.agent.rpc.ttrpc import frames, server
 from caisson.agent.rpc.ttrpc.client import Client, ConnectionClosed, RpcError, Stub
 from caisson.proto.kata1 import health_pb2
 from caisson.proto.ttrpc import ttrpc_pb2
-from tests.native.agent_support import until
+from tests.support.poll import until
 
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
 Request = health_pb2.CheckRequest

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from caisson.image.vm import VM, VMConfig, VMError, find_vm, list_vms
-from tests.component.fake_qemu import install, lives, make_image, nothing_left, processes_of, wait_until
+from tests.component.fake_qemu import install, lives, make_image, nothing_left, processes_of
+from tests.support.poll import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -17,7 +17,8 @@ from caisson.image.vm import VM, VMConfig, VMError, find_vm, get_vm, list_vms, s
 from caisson.image.vm.directory import VMDirectory
 from caisson.image.vm.jsonsocket import JSONSocket
 from caisson.image.vm.runroot import owned_run_root
-from tests.component.fake_qemu import install, lives, make_image, nothing_left, wait_until
+from tests.component.fake_qemu import install, lives, make_image, nothing_left
+from tests.support.poll import wait_until
 
 Images = Callable[[str], Path]
 

@@ -15,7 +15,8 @@ import pytest
 from caisson.agent.client import Agent, Container, Process
 from caisson.proto.kata1 import agent_pb2
 from tests.conformance.generations import Generation
-from tests.native.agent_support import RunningAgent, errors, output, refused, run, sh, until
+from tests.native.agent_support import RunningAgent, errors, output, refused, run, sh
+from tests.support.poll import until
 
 pytestmark = pytest.mark.root
 Code = grpc.StatusCode

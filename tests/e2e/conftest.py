@@ -9,12 +9,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.support.poll import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,17 +65,6 @@ class Caisson:
             if any(str(self.run_directory).encode() in word for word in words):
                 found.append(b" ".join(words).decode(errors="replace"))
         return found
-
-
-def wait_until(
-    condition: Callable[[], object], what: str, timeout: float = 60.0, found: Callable[[], object] = lambda: ""
-) -> None:
-    """Poll: for conditions about other processes, which nobody announces."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"{what}: not within {timeout:.0f} s {found()}")
-        time.sleep(0.05)
 
 
 @contextlib.contextmanager

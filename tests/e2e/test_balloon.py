@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import COMPILING, Caisson, wait_until
+from tests.e2e.conftest import COMPILING, Caisson
+from tests.support.poll import wait_until
 
 pytestmark = pytest.mark.vm
 

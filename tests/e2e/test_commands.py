@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import Caisson, wait_until
+from tests.e2e.conftest import Caisson
+from tests.support.poll import wait_until
 
 pytestmark = pytest.mark.vm
 

@@ -11,7 +11,8 @@ import subprocess
 import pytest
 
 from caisson.agent import client
-from tests.e2e.conftest import PATIENCE, Caisson, wait_until
+from tests.e2e.conftest import PATIENCE, Caisson
+from tests.support.poll import wait_until
 
 pytestmark = pytest.mark.vm
 

@@ -8,8 +8,9 @@ import signal
 
 import pytest
 
-from tests.e2e.conftest import PATIENCE, Caisson, wait_until
+from tests.e2e.conftest import PATIENCE, Caisson
 from tests.e2e.terminal import Terminal
+from tests.support.poll import wait_until
 
 pytestmark = pytest.mark.vm
 

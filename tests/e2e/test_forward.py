@@ -12,7 +12,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.e2e.conftest import PATIENCE, Caisson, wait_until
+from tests.e2e.conftest import PATIENCE, Caisson
+from tests.support.poll import wait_until
 
 pytestmark = pytest.mark.vm
 

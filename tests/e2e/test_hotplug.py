@@ -42,7 +42,7 @@ def storage(slot: str) -> Any:
     )
 
 
-def test_a_disk(own: Caisson, tmp_path: Path) -> None:
+async def test_a_disk(own: Caisson, tmp_path: Path) -> None:
     booted = own("boot-vm", "--name", "plug", "--detach", "--append", "agent.hotplug_timeout=60s")
     assert booted.returncode == 0, booted.stderr.decode()
     root = own.manifest("plug")["containers"]["busybox"]
@@ -57,42 +57,39 @@ def test_a_disk(own: Caisson, tmp_path: Path) -> None:
         request = agent_pb2.CreateContainerRequest(container_id="c", OCI=spec(), storages=[storage("10")])
         await client.rpc.CreateContainer(request, 120)
 
-    async def work() -> None:
-        async with Agent.connect(own.run_directory / "plug/agent.sock") as client:
-            await client.create_sandbox()
-            creating = asyncio.ensure_future(create(client))
-            await client.version()  # by then it waits
-            await asyncio.to_thread(plug, own, image)
-            await creating
-            for _ in range(2):  # the disk comes while it is waited for, and is there before
-                container = client.container("c")
-                await container.start()
-                assert b"".join([data async for data in container.init().stdout()]) == b"from the host\n"
-                assert b"Read-only file system" in b"".join([data async for data in container.init().stderr()])
-                await container.remove()
-                await create(client)
-            await client.container("c").remove()
-
-            # The same disk as a device, which the host knows by other numbers.
-            made = default_spec(root, ["/bin/sh", "-c", "grep -c 'from the host' /dev/data; : >/dev/data"])
-            made.Linux.Devices.append(oci_pb2.LinuxDevice(Path="/dev/data", Type="b", Major=99, Minor=7))
-            made.Linux.Resources.Devices.append(
-                oci_pb2.LinuxDeviceCgroup(Allow=True, Type="b", Major=99, Minor=7, Access="r")
-            )
-            request = agent_pb2.CreateContainerRequest(container_id="d", OCI=made)
-            request.devices.append(agent_pb2.Device(id="10/00", type="blk", container_path="/dev/data"))
-            await client.rpc.CreateContainer(request, 120)
-            container = client.container("d")
+    async with Agent.connect(own.run_directory / "plug/agent.sock") as client:
+        await client.create_sandbox()
+        creating = asyncio.ensure_future(create(client))
+        await client.version()  # by then it waits
+        await asyncio.to_thread(plug, own, image)
+        await creating
+        for _ in range(2):  # the disk comes while it is waited for, and is there before
+            container = client.container("c")
             await container.start()
-            assert b"".join([data async for data in container.init().stdout()]) == b"1\n"
-            assert b"Operation not permitted" in b"".join([data async for data in container.init().stderr()])
+            assert b"".join([data async for data in container.init().stdout()]) == b"from the host\n"
+            assert b"Read-only file system" in b"".join([data async for data in container.init().stderr()])
             await container.remove()
+            await create(client)
+        await client.container("c").remove()
 
-    asyncio.run(asyncio.wait_for(work(), 240))
+        # The same disk as a device, which the host knows by other numbers.
+        made = default_spec(root, ["/bin/sh", "-c", "grep -c 'from the host' /dev/data; : >/dev/data"])
+        made.Linux.Devices.append(oci_pb2.LinuxDevice(Path="/dev/data", Type="b", Major=99, Minor=7))
+        made.Linux.Resources.Devices.append(
+            oci_pb2.LinuxDeviceCgroup(Allow=True, Type="b", Major=99, Minor=7, Access="r")
+        )
+        request = agent_pb2.CreateContainerRequest(container_id="d", OCI=made)
+        request.devices.append(agent_pb2.Device(id="10/00", type="blk", container_path="/dev/data"))
+        await client.rpc.CreateContainer(request, 120)
+        container = client.container("d")
+        await container.start()
+        assert b"".join([data async for data in container.init().stdout()]) == b"1\n"
+        assert b"Operation not permitted" in b"".join([data async for data in container.init().stderr()])
+        await container.remove()
     assert own("stop-vm", "--name", "plug").returncode == 0
 
 
-def test_an_interface(own: Caisson) -> None:
+async def test_an_interface(own: Caisson) -> None:
     booted = own("boot-vm", "--name", "plug", "--detach", "--append", "agent.hotplug_timeout=60s")
     assert booted.returncode == 0, booted.stderr.decode()
     mac = "52:54:00:00:00:77"
@@ -103,46 +100,41 @@ def test_an_interface(own: Caisson) -> None:
             interface = {"driver": "virtio-net-pci", "id": "i", "netdev": "n", "mac": mac, "bus": "port1"}
             monitor.execute("device_add", interface)
 
-    async def work() -> bytes:
-        async with Agent.connect(own.run_directory / "plug/agent.sock") as client:
-            address = types_pb2.IPAddress(address="10.0.2.15", mask="24")
-            wanted = types_pb2.Interface(name="eth0", hwAddr=mac, mtu=1500, IPAddresses=[address], pciPath="11/00")
-            call = asyncio.ensure_future(
-                client.rpc.UpdateInterface(agent_pb2.UpdateInterfaceRequest(interface=wanted), 120)
-            )
-            await client.version()
-            await asyncio.to_thread(plug_in)
-            assert (await call).name == "eth0"
-            route = types_pb2.Route(gateway="10.0.2.2", device="eth0")
-            await client.rpc.UpdateRoutes(agent_pb2.UpdateRoutesRequest(routes=agent_pb2.Routes(Routes=[route])))
-            await client.create_sandbox()
-            root = own.manifest("plug")["containers"]["busybox"]
-            spec = default_spec(root, ["/bin/ping", "-c", "1", "-W", "30", "10.0.2.2"])
-            container = await client.create_container("net", spec)
-            await container.start()
-            return b"".join([data async for data in container.init().stdout()])
-
-    assert b"1 packets received" in asyncio.run(asyncio.wait_for(work(), 240))
+    async with Agent.connect(own.run_directory / "plug/agent.sock") as client:
+        address = types_pb2.IPAddress(address="10.0.2.15", mask="24")
+        wanted = types_pb2.Interface(name="eth0", hwAddr=mac, mtu=1500, IPAddresses=[address], pciPath="11/00")
+        call = asyncio.ensure_future(
+            client.rpc.UpdateInterface(agent_pb2.UpdateInterfaceRequest(interface=wanted), 120)
+        )
+        await client.version()
+        await asyncio.to_thread(plug_in)
+        assert (await call).name == "eth0"
+        route = types_pb2.Route(gateway="10.0.2.2", device="eth0")
+        await client.rpc.UpdateRoutes(agent_pb2.UpdateRoutesRequest(routes=agent_pb2.Routes(Routes=[route])))
+        await client.create_sandbox()
+        root = own.manifest("plug")["containers"]["busybox"]
+        spec = default_spec(root, ["/bin/ping", "-c", "1", "-W", "30", "10.0.2.2"])
+        container = await client.create_container("net", spec)
+        await container.start()
+        said = b"".join([data async for data in container.init().stdout()])
+    assert b"1 packets received" in said
     assert own("stop-vm", "--name", "plug").returncode == 0
 
 
-def test_a_disk_that_does_not_come(vm: Caisson) -> None:
-    async def work() -> None:
-        async with Agent.connect(vm.run_directory / "default/agent.sock") as client:
-            await client.create_sandbox()
-            spec = default_spec(vm.manifest("default")["containers"]["busybox"], ["/bin/true"])
-            request = agent_pb2.CreateContainerRequest(container_id="late", OCI=spec, storages=[storage("11")])
-            with pytest.raises(AgentError) as caught:
-                await client.rpc.CreateContainer(request, 60)
-            assert (caught.value.code, caught.value.details) == (
-                Code.DEADLINE_EXCEEDED,
-                "Timeout reached after 3s waiting for device 11/00",
-            )
-            loaded = agent_pb2.CreateSandboxRequest(kernel_modules=[agent_pb2.KernelModule(name="no-such-module")])
-            await client.destroy_sandbox()
-            with pytest.raises(AgentError, match="could not load module: no-such-module"):
-                await client.rpc.CreateSandbox(loaded)
-            loaded.kernel_modules[0].name = "erofs"
+async def test_a_disk_that_does_not_come(vm: Caisson) -> None:
+    async with Agent.connect(vm.run_directory / "default/agent.sock") as client:
+        await client.create_sandbox()
+        spec = default_spec(vm.manifest("default")["containers"]["busybox"], ["/bin/true"])
+        request = agent_pb2.CreateContainerRequest(container_id="late", OCI=spec, storages=[storage("11")])
+        with pytest.raises(AgentError) as caught:
+            await client.rpc.CreateContainer(request, 60)
+        assert (caught.value.code, caught.value.details) == (
+            Code.DEADLINE_EXCEEDED,
+            "Timeout reached after 3s waiting for device 11/00",
+        )
+        loaded = agent_pb2.CreateSandboxRequest(kernel_modules=[agent_pb2.KernelModule(name="no-such-module")])
+        await client.destroy_sandbox()
+        with pytest.raises(AgentError, match="could not load module: no-such-module"):
             await client.rpc.CreateSandbox(loaded)
-
-    asyncio.run(asyncio.wait_for(work(), 120))
+        loaded.kernel_modules[0].name = "erofs"
+        await client.rpc.CreateSandbox(loaded)

@@ -28,7 +28,8 @@ from caisson.image.build.cache import default_root
 from caisson.image.vm.accel import Host, choose_vsock
 from tests.build.container_images import busybox_layer
 from tests.component.fake_qemu import files_of, processes_of
-from tests.e2e.conftest import COMPILING, Caisson, built, wait_until
+from tests.e2e.conftest import COMPILING, Caisson, built
+from tests.support.poll import wait_until
 
 KILLS = int(os.environ.get("CAISSON_KILLS", "3"))
 SEED = int(os.environ.get("CAISSON_SEED", str(random.randrange(10**6))))

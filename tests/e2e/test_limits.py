@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 
 from caisson.agent import client
 from caisson.proto.kata1 import agent_pb2, oci_pb2
-from tests.e2e.conftest import PATIENCE, Caisson
+from tests.e2e.conftest import Caisson
 
 pytestmark = pytest.mark.vm
 
@@ -86,131 +86,106 @@ async def limited(vm: Caisson, limits: dict[str, Any], *args: str) -> AsyncItera
             await container.remove()
 
 
-def run(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(work, PATIENCE))
-
-
-def test_limits_are_set_and_hold(vm: Caisson) -> None:
+async def test_limits_are_set_and_hold(vm: Caisson) -> None:
     script = "i=0; while [ $i -lt 20 ]; do sleep 1000 & i=$((i+1)); done"
 
-    async def work() -> None:
-        async with limited(vm, EVERYTHING, "/bin/sh", "-c", script) as box:
-            await box.container.start()
-            init = box.container.init()
-            errors = b"".join([data async for data in init.stderr()])
-            assert b"can't fork" in errors  # the eleventh process
-            assert await init.wait() != 0
-
-    run(work())
+    async with limited(vm, EVERYTHING, "/bin/sh", "-c", script) as box:
+        await box.container.start()
+        init = box.container.init()
+        errors = b"".join([data async for data in init.stderr()])
+        assert b"can't fork" in errors  # the eleventh process
+        assert await init.wait() != 0
 
 
-def test_every_limit_reaches_its_file(vm: Caisson) -> None:
-    async def work() -> None:
-        async with limited(vm, EVERYTHING) as box:
-            assert await box.files() == {
-                "memory.max": str(64 * MEBIBYTE),
-                "memory.swap.max": str(32 * MEBIBYTE),
-                "memory.low": str(16 * MEBIBYTE),
-                "cpu.weight": "100",
-                "cpu.max": "50000 100000",
-                "cpuset.cpus": "0",  # all that the guest has
-                "cpuset.mems": "0",
-                "pids.max": "10",
-                "hugetlb.2MB.max": str(4 * MEBIBYTE),
-                "hugetlb.2MB.rsvd.max": str(4 * MEBIBYTE),
-                "io.weight": "default 5000",
-            }
-
-    run(work())
+async def test_every_limit_reaches_its_file(vm: Caisson) -> None:
+    async with limited(vm, EVERYTHING) as box:
+        assert await box.files() == {
+            "memory.max": str(64 * MEBIBYTE),
+            "memory.swap.max": str(32 * MEBIBYTE),
+            "memory.low": str(16 * MEBIBYTE),
+            "cpu.weight": "100",
+            "cpu.max": "50000 100000",
+            "cpuset.cpus": "0",  # all that the guest has
+            "cpuset.mems": "0",
+            "pids.max": "10",
+            "hugetlb.2MB.max": str(4 * MEBIBYTE),
+            "hugetlb.2MB.rsvd.max": str(4 * MEBIBYTE),
+            "io.weight": "default 5000",
+        }
 
 
-def test_limits_of_a_running_container_change_all_or_none(vm: Caisson) -> None:
-    async def work() -> None:
-        async with limited(vm, EVERYTHING) as box:
-            before = await box.files()
-            await box.update(Memory={"Limit": 80 * MEBIBYTE}, CPU={"Quota": -1}, Pids={"Limit": 20})
-            after = await box.files()
-            assert after == before | {
-                "memory.max": str(80 * MEBIBYTE),
-                "memory.swap.max": str(16 * MEBIBYTE),  # memory and swap together stay what they were
-                "cpu.max": "max 100000",
-                "pids.max": "20",
-            }
-            with pytest.raises(client.AgentError) as caught:
-                await box.update(
-                    Memory={"Limit": 40 * MEBIBYTE},
-                    CPU={"Shares": 2, "Quota": 20_000},
-                    Pids={"Limit": 7},
-                    BlockIO={"ThrottleReadBpsDevice": [{"Major": 8, "Minor": 0, "Rate": 1000}]},  # no such disk
-                )
-            assert caught.value.code is grpc.StatusCode.INTERNAL
-            assert caught.value.details == (
-                "linux.resources.blockIO.throttleReadBpsDevice: io.max = '8:0 rbps=1000': No such device"
-            )
-            assert await box.files() == after
-
-    run(work())
-
-
-def test_what_it_uses_is_counted(vm: Caisson) -> None:
-    async def work() -> None:
-        async with limited(vm, EVERYTHING) as box:
-            before = await box.stats()
-            assert before.memory_stats.usage.limit == 64 * MEBIBYTE
-            assert before.memory_stats.swap_usage.limit == 96 * MEBIBYTE
-            assert before.pids_stats.limit == 10
-            status, _ = await box.sh(
-                "dd if=/dev/zero of=/tmp/file bs=1M count=8; i=0; while [ $i -lt 30000 ]; do i=$((i+1)); done"
-            )
-            assert status == 0
-            after = await box.stats()
-            assert 1 <= after.pids_stats.current <= 2  # a shell, and what it waits with
-            assert after.cpu_stats.cpu_usage.total_usage > before.cpu_stats.cpu_usage.total_usage
-            assert after.cpu_stats.cpu_usage.usage_in_usermode > before.cpu_stats.cpu_usage.usage_in_usermode
-            assert after.cpu_stats.throttling_data.periods > before.cpu_stats.throttling_data.periods
-            assert after.memory_stats.usage.usage >= 8 * MEBIBYTE > before.memory_stats.usage.usage
-            assert after.memory_stats.usage.max_usage >= after.memory_stats.usage.usage
-            assert after.memory_stats.stats["shmem"] >= 7 * MEBIBYTE  # a tmpfs; the kernel sums up now and then
-            assert after.memory_stats.use_hierarchy
-            assert after.hugetlb_stats["2MB"].usage == 0
-
-    run(work())
-
-
-def test_a_process_that_the_kernel_ends_for_want_of_memory_is_told_of(vm: Caisson) -> None:
-    async def work() -> None:
-        limits = {"Memory": {"Limit": 24 * MEBIBYTE, "Swap": 24 * MEBIBYTE}}
-        async with limited(vm, limits) as box:
-            event = asyncio.ensure_future(box.agent.rpc.GetOOMEvent(agent_pb2.GetOOMEventRequest()))
-            assert (await box.sh("true"))[0] == 0
-            assert not event.done()
-            status, _ = await box.sh("exec tail /dev/zero")
-            assert status == 137
-            assert (await event).container_id == NAME
-            again = asyncio.ensure_future(box.agent.rpc.GetOOMEvent(agent_pb2.GetOOMEventRequest()))
-            assert (await box.sh("true"))[0] == 0
-            assert not again.done()
-            again.cancel()
-
-    run(work())
-
-
-def test_too_little_memory_to_start_is_said_so(vm: Caisson) -> None:
-    async def work() -> None:
+async def test_limits_of_a_running_container_change_all_or_none(vm: Caisson) -> None:
+    async with limited(vm, EVERYTHING) as box:
+        before = await box.files()
+        await box.update(Memory={"Limit": 80 * MEBIBYTE}, CPU={"Quota": -1}, Pids={"Limit": 20})
+        after = await box.files()
+        assert after == before | {
+            "memory.max": str(80 * MEBIBYTE),
+            "memory.swap.max": str(16 * MEBIBYTE),  # memory and swap together stay what they were
+            "cpu.max": "max 100000",
+            "pids.max": "20",
+        }
         with pytest.raises(client.AgentError) as caught:
-            async with limited(vm, {"Memory": {"Limit": 4096}}):
-                pass
-        assert caught.value.details == "Could not run process: container init was OOM-killed (memory limit too low?)"
+            await box.update(
+                Memory={"Limit": 40 * MEBIBYTE},
+                CPU={"Shares": 2, "Quota": 20_000},
+                Pids={"Limit": 7},
+                BlockIO={"ThrottleReadBpsDevice": [{"Major": 8, "Minor": 0, "Rate": 1000}]},  # no such disk
+            )
+        assert caught.value.code is grpc.StatusCode.INTERNAL
+        assert caught.value.details == (
+            "linux.resources.blockIO.throttleReadBpsDevice: io.max = '8:0 rbps=1000': No such device"
+        )
+        assert await box.files() == after
 
-    run(work())
+
+async def test_what_it_uses_is_counted(vm: Caisson) -> None:
+    async with limited(vm, EVERYTHING) as box:
+        before = await box.stats()
+        assert before.memory_stats.usage.limit == 64 * MEBIBYTE
+        assert before.memory_stats.swap_usage.limit == 96 * MEBIBYTE
+        assert before.pids_stats.limit == 10
+        status, _ = await box.sh(
+            "dd if=/dev/zero of=/tmp/file bs=1M count=8; i=0; while [ $i -lt 30000 ]; do i=$((i+1)); done"
+        )
+        assert status == 0
+        after = await box.stats()
+        assert 1 <= after.pids_stats.current <= 2  # a shell, and what it waits with
+        assert after.cpu_stats.cpu_usage.total_usage > before.cpu_stats.cpu_usage.total_usage
+        assert after.cpu_stats.cpu_usage.usage_in_usermode > before.cpu_stats.cpu_usage.usage_in_usermode
+        assert after.cpu_stats.throttling_data.periods > before.cpu_stats.throttling_data.periods
+        assert after.memory_stats.usage.usage >= 8 * MEBIBYTE > before.memory_stats.usage.usage
+        assert after.memory_stats.usage.max_usage >= after.memory_stats.usage.usage
+        assert after.memory_stats.stats["shmem"] >= 7 * MEBIBYTE  # a tmpfs; the kernel sums up now and then
+        assert after.memory_stats.use_hierarchy
+        assert after.hugetlb_stats["2MB"].usage == 0
 
 
-def test_a_frozen_container_is_ended(vm: Caisson) -> None:
-    async def work() -> None:
-        async with limited(vm, {}) as box:
-            process = await box.container.exec(["/bin/sleep", "1000"])
-            await box.agent.rpc.PauseContainer(agent_pb2.PauseContainerRequest(container_id=NAME))
-            await process.signal(9)
-            assert await process.wait() == 137
+async def test_a_process_that_the_kernel_ends_for_want_of_memory_is_told_of(vm: Caisson) -> None:
+    limits = {"Memory": {"Limit": 24 * MEBIBYTE, "Swap": 24 * MEBIBYTE}}
+    async with limited(vm, limits) as box:
+        event = asyncio.ensure_future(box.agent.rpc.GetOOMEvent(agent_pb2.GetOOMEventRequest()))
+        assert (await box.sh("true"))[0] == 0
+        assert not event.done()
+        status, _ = await box.sh("exec tail /dev/zero")
+        assert status == 137
+        assert (await event).container_id == NAME
+        again = asyncio.ensure_future(box.agent.rpc.GetOOMEvent(agent_pb2.GetOOMEventRequest()))
+        assert (await box.sh("true"))[0] == 0
+        assert not again.done()
+        again.cancel()
 
-    run(work())
+
+async def test_too_little_memory_to_start_is_said_so(vm: Caisson) -> None:
+    with pytest.raises(client.AgentError) as caught:
+        async with limited(vm, {"Memory": {"Limit": 4096}}):
+            pass
+    assert caught.value.details == "Could not run process: container init was OOM-killed (memory limit too low?)"
+
+
+async def test_a_frozen_container_is_ended(vm: Caisson) -> None:
+    async with limited(vm, {}) as box:
+        process = await box.container.exec(["/bin/sleep", "1000"])
+        await box.agent.rpc.PauseContainer(agent_pb2.PauseContainerRequest(container_id=NAME))
+        await process.signal(9)
+        assert await process.wait() == 137

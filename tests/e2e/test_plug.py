@@ -19,7 +19,7 @@ SHARED = "/run/kata-containers/shared/containers"
 
 
 @pytest.mark.timeout(2 * PATIENCE)
-def test_cpus_and_memory(own: Caisson, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_cpus_and_memory(own: Caisson, monkeypatch: pytest.MonkeyPatch) -> None:
     # The kernel of bookworm: newer ones see no CPUs to plug in under emulation.
     image = built("--suite", "bookworm")
     booted = own("boot-vm", "--image", str(image), "--max-cpus", "3", "--max-memory", "1024", "--detach")
@@ -28,44 +28,39 @@ def test_cpus_and_memory(own: Caisson, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = find_vm("default")
     assert machine is not None
 
-    async def work() -> None:
-        async with Agent.connect(machine.agent_socket) as agent:
-            await agent.create_sandbox()
-            spec = default_spec(own.manifest("default")["containers"]["busybox"])
-            container = await agent.create_container("c", spec)
-            await container.start()
+    async with Agent.connect(machine.agent_socket) as agent:
+        await agent.create_sandbox()
+        spec = default_spec(own.manifest("default")["containers"]["busybox"])
+        container = await agent.create_container("c", spec)
+        await container.start()
 
-            async def sh(script: str) -> str:
-                process = await container.exec(["/bin/sh", "-c", script], env=["PATH=/bin"])
-                return b"".join([data async for data in process.stdout()]).decode().strip()
+        async def sh(script: str) -> str:
+            process = await container.exec(["/bin/sh", "-c", script], env=["PATH=/bin"])
+            return b"".join([data async for data in process.stdout()]).decode().strip()
 
-            async def memory() -> int:
-                return int((await sh("grep MemTotal /proc/meminfo")).split()[1]) // 1024
+        async def memory() -> int:
+            return int((await sh("grep MemTotal /proc/meminfo")).split()[1]) // 1024
 
-            assert await sh("nproc") == "1"
-            before = await memory()
-            waiting = asyncio.ensure_future(
-                agent.rpc.OnlineCPUMem(agent_pb2.OnlineCPUMemRequest(wait=True, nb_cpus=2), 60)
-            )
-            await agent.version()  # by then it waits for them
-            await asyncio.to_thread(plug_memory, machine, 256)
-            await asyncio.to_thread(plug_cpus, machine, 2)
-            await waiting
-            assert await sh("nproc") == "3"
-            assert await memory() > before + 200
-            with pytest.raises(VMError, match=r"room for 0 more CPUs, not 1; .*--max-cpus"):
-                await asyncio.to_thread(plug_cpus, machine, 1)
-            with pytest.raises(VMError, match=r"has 768 MiB and can have 1024; .*--max-memory"):
-                await asyncio.to_thread(plug_memory, machine, 512)
-            # The device of the agent's own vsock maps the memory that was added, and goes on.
-            assert await sh("head -c 300000000 /dev/zero | tail -c 300000000 | wc -c") == "300000000"
-
-    asyncio.run(asyncio.wait_for(work(), PATIENCE))
+        assert await sh("nproc") == "1"
+        before = await memory()
+        waiting = asyncio.ensure_future(agent.rpc.OnlineCPUMem(agent_pb2.OnlineCPUMemRequest(wait=True, nb_cpus=2), 60))
+        await agent.version()  # by then it waits for them
+        await asyncio.to_thread(plug_memory, machine, 256)
+        await asyncio.to_thread(plug_cpus, machine, 2)
+        await waiting
+        assert await sh("nproc") == "3"
+        assert await memory() > before + 200
+        with pytest.raises(VMError, match=r"room for 0 more CPUs, not 1; .*--max-cpus"):
+            await asyncio.to_thread(plug_cpus, machine, 1)
+        with pytest.raises(VMError, match=r"has 768 MiB and can have 1024; .*--max-memory"):
+            await asyncio.to_thread(plug_memory, machine, 512)
+        # The device of the agent's own vsock maps the memory that was added, and goes on.
+        assert await sh("head -c 300000000 /dev/zero | tail -c 300000000 | wc -c") == "300000000"
     assert own("stop-vm").returncode == 0
 
 
 @pytest.mark.timeout(COMPILING)
-def test_a_share_by_9p(own: Caisson, lean: Path, tmp_path: Path) -> None:
+async def test_a_share_by_9p(own: Caisson, lean: Path, tmp_path: Path) -> None:
     (tmp_path / "hello").write_text("from the host\n")
     share, out = f"data={tmp_path}", tmp_path / "out"
     out.mkdir()
@@ -76,26 +71,23 @@ def test_a_share_by_9p(own: Caisson, lean: Path, tmp_path: Path) -> None:
         words = ["trans=virtio", "version=9p2000.L", "cache=mmap", *options]
         return agent_pb2.Storage(driver="9p", source=tag, fstype="9p", mount_point=f"{SHARED}/{tag}", options=words)
 
-    async def work() -> None:
-        async with Agent.connect(own.run_directory / "default/agent.sock") as agent:
-            # One for the whole sandbox, one for the container.
-            await agent.rpc.CreateSandbox(agent_pb2.CreateSandboxRequest(storages=[storage("data", "ro")]))
-            spec = default_spec(
-                own.manifest("default")["containers"]["busybox"],
-                ["/bin/sh", "-c", "cat /mnt/hello; echo from the guest >/home/reply; touch /mnt/x"],
-            )
-            for tag, place in (("data", "/mnt"), ("out", "/home")):
-                mount = oci_pb2.Mount(destination=place, source=f"{SHARED}/{tag}", type="bind", options=["rbind"])
-                spec.Mounts.append(mount)
-            request = agent_pb2.CreateContainerRequest(container_id="c", OCI=spec, storages=[storage("out")])
-            await agent.rpc.CreateContainer(request)
-            container = agent.container("c")
-            await container.start()
-            assert b"".join([data async for data in container.init().stdout()]) == b"from the host\n"
-            assert b"Read-only file system" in b"".join([data async for data in container.init().stderr()])
-            await container.remove()
-
-    asyncio.run(asyncio.wait_for(work(), PATIENCE))
+    async with Agent.connect(own.run_directory / "default/agent.sock") as agent:
+        # One for the whole sandbox, one for the container.
+        await agent.rpc.CreateSandbox(agent_pb2.CreateSandboxRequest(storages=[storage("data", "ro")]))
+        spec = default_spec(
+            own.manifest("default")["containers"]["busybox"],
+            ["/bin/sh", "-c", "cat /mnt/hello; echo from the guest >/home/reply; touch /mnt/x"],
+        )
+        for tag, place in (("data", "/mnt"), ("out", "/home")):
+            mount = oci_pb2.Mount(destination=place, source=f"{SHARED}/{tag}", type="bind", options=["rbind"])
+            spec.Mounts.append(mount)
+        request = agent_pb2.CreateContainerRequest(container_id="c", OCI=spec, storages=[storage("out")])
+        await agent.rpc.CreateContainer(request)
+        container = agent.container("c")
+        await container.start()
+        assert b"".join([data async for data in container.init().stdout()]) == b"from the host\n"
+        assert b"Read-only file system" in b"".join([data async for data in container.init().stderr()])
+        await container.remove()
     assert (out / "reply").read_text() == "from the guest\n"
     assert not (tmp_path / "x").exists()
 

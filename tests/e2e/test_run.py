@@ -30,8 +30,9 @@ from tests.build.container_images import (
     oci_layout,
     packed_directory,
 )
-from tests.e2e.conftest import Caisson, wait_until
+from tests.e2e.conftest import Caisson
 from tests.e2e.terminal import Terminal
+from tests.support.poll import wait_until
 
 pytestmark = pytest.mark.vm
 

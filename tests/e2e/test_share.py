@@ -13,7 +13,8 @@ import pytest
 
 from caisson.agent.client import Agent
 from caisson.proto.caisson import caisson_pb2
-from tests.e2e.conftest import PATIENCE, Caisson, wait_until
+from tests.e2e.conftest import PATIENCE, Caisson
+from tests.support.poll import wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.vm]
 

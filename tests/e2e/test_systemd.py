@@ -9,13 +9,14 @@ import pytest
 
 from caisson.agent.client import Agent, default_spec
 from caisson.proto.kata1 import agent_pb2, oci_pb2
-from tests.e2e.conftest import PATIENCE, Caisson, built, wait_until
+from tests.e2e.conftest import PATIENCE, Caisson, built
+from tests.support.poll import wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.vm]
 
 
 @pytest.mark.timeout(2 * PATIENCE)
-def test_the_agent_as_a_service(own: Caisson) -> None:
+async def test_the_agent_as_a_service(own: Caisson) -> None:
     image = built("--template", "systemd")
     options = ["--append", "agent.log=debug agent.log_vport=1025"]
     booted = own("boot-vm", "--image", str(image), *options, "--detach")
@@ -23,34 +24,31 @@ def test_the_agent_as_a_service(own: Caisson) -> None:
     assert own.manifest("default")["init"] == "systemd"
     place = own.run_directory / "default"
 
-    async def work() -> None:
-        async with Agent.connect(place / "agent.sock") as agent:
-            request = agent_pb2.GuestDetailsRequest(mem_block_size=True)
-            assert not (await agent.rpc.GetGuestDetails(request)).agent_details.init_daemon
-            await agent.create_sandbox()
-            spec = default_spec(own.manifest("default")["containers"]["busybox"])
-            spec.Linux.Resources.Pids.Limit = 7
-            spec.Mounts.append(oci_pb2.Mount(destination="/sys/fs/cgroup", type="cgroup", source="cgroup"))
-            container = await agent.create_container("box", spec)
-            await container.start()
-            process = await container.exec(["/bin/cat", "/sys/fs/cgroup/pids.max"])
-            assert b"".join([data async for data in process.stdout()]) == b"7\n"
-            stats = await agent.rpc.StatsContainer(agent_pb2.StatsContainerRequest(container_id="box"))
-            assert stats.cgroup_stats.pids_stats.limit == 7
-            await container.remove()
-            await agent.destroy_sandbox()
-            # What the kernel's command line says reaches an agent that is not process 1.
-            with socket.socket(socket.AF_UNIX) as log:
-                log.settimeout(60)
-                log.connect(str(place / "vsock.sock"))
-                log.sendall(b"CONNECT 1025\n")
-                seen = b""
-                while b"DestroySandbox" not in seen:
-                    data = await asyncio.to_thread(log.recv, 65536)
-                    assert data, seen
-                    seen += data
-
-    asyncio.run(asyncio.wait_for(work(), PATIENCE))
+    async with Agent.connect(place / "agent.sock") as agent:
+        request = agent_pb2.GuestDetailsRequest(mem_block_size=True)
+        assert not (await agent.rpc.GetGuestDetails(request)).agent_details.init_daemon
+        await agent.create_sandbox()
+        spec = default_spec(own.manifest("default")["containers"]["busybox"])
+        spec.Linux.Resources.Pids.Limit = 7
+        spec.Mounts.append(oci_pb2.Mount(destination="/sys/fs/cgroup", type="cgroup", source="cgroup"))
+        container = await agent.create_container("box", spec)
+        await container.start()
+        process = await container.exec(["/bin/cat", "/sys/fs/cgroup/pids.max"])
+        assert b"".join([data async for data in process.stdout()]) == b"7\n"
+        stats = await agent.rpc.StatsContainer(agent_pb2.StatsContainerRequest(container_id="box"))
+        assert stats.cgroup_stats.pids_stats.limit == 7
+        await container.remove()
+        await agent.destroy_sandbox()
+        # What the kernel's command line says reaches an agent that is not process 1.
+        with socket.socket(socket.AF_UNIX) as log:
+            log.settimeout(60)
+            log.connect(str(place / "vsock.sock"))
+            log.sendall(b"CONNECT 1025\n")
+            seen = b""
+            while b"DestroySandbox" not in seen:
+                data = await asyncio.to_thread(log.recv, 65536)
+                assert data, seen
+                seen += data
     assert own("stop-vm").returncode == 0
 
 

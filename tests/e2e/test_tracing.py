@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 
 from caisson.agent.client import Agent, AgentError
@@ -15,29 +13,23 @@ pytestmark = [pytest.mark.root, pytest.mark.vm]
 
 
 @pytest.mark.timeout(2 * PATIENCE)
-def test_spans_arrive_at_the_hosts_port(own: Caisson) -> None:
+async def test_spans_arrive_at_the_hosts_port(own: Caisson) -> None:
     image = built("--template", "tracing")
     booted = own("boot-vm", "--image", str(image), "--detach")
     assert booted.returncode == 0, booted.stderr.decode()
 
-    async def work() -> None:
-        place = own.run_directory / "default"
-        async with receiver(place / "vsock.sock_6831") as spans, Agent.connect(place / "agent.sock") as client:
-            await client.rpc.StartTracing(agent_pb2.StartTracingRequest(), 120)
-            await client.create_sandbox()
-            await client.rpc.StopTracing(agent_pb2.StopTracingRequest(), 120)
-            assert [(await spans.get())["name"] for _ in range(2)] == ["StartTracing", "CreateSandbox"]
-        (place / "vsock.sock_6831").unlink(missing_ok=True)
-
-    asyncio.run(asyncio.wait_for(work(), PATIENCE))
+    place = own.run_directory / "default"
+    async with receiver(place / "vsock.sock_6831") as spans, Agent.connect(place / "agent.sock") as client:
+        await client.rpc.StartTracing(agent_pb2.StartTracingRequest(), 120)
+        await client.create_sandbox()
+        await client.rpc.StopTracing(agent_pb2.StopTracingRequest(), 120)
+        assert [(await spans.get())["name"] for _ in range(2)] == ["StartTracing", "CreateSandbox"]
+    (place / "vsock.sock_6831").unlink(missing_ok=True)
     assert own("stop-vm").returncode == 0
 
 
-def test_a_guest_without_the_packages_says_so(vm: Caisson) -> None:
-    async def work() -> None:
-        async with Agent.connect(vm.run_directory / "default/agent.sock") as client:
-            with pytest.raises(AgentError, match="the template `tracing` has them") as caught:
-                await client.rpc.StartTracing(agent_pb2.StartTracingRequest())
-            assert caught.value.code.name == "UNIMPLEMENTED"
-
-    asyncio.run(asyncio.wait_for(work(), PATIENCE))
+async def test_a_guest_without_the_packages_says_so(vm: Caisson) -> None:
+    async with Agent.connect(vm.run_directory / "default/agent.sock") as client:
+        with pytest.raises(AgentError, match="the template `tracing` has them") as caught:
+            await client.rpc.StartTracing(agent_pb2.StartTracingRequest())
+        assert caught.value.code.name == "UNIMPLEMENTED"

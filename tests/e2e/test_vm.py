@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import ROOT, Caisson, wait_until
+from tests.e2e.conftest import ROOT, Caisson
+from tests.support.poll import wait_until
 
 pytestmark = pytest.mark.vm
 

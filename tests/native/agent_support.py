@@ -6,7 +6,6 @@ import asyncio
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Awaitable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -110,11 +109,3 @@ async def refused(call: Awaitable[Any]) -> tuple[grpc.StatusCode, str]:
     except AgentError as error:
         return error.code, error.details
     raise AssertionError("the call was to be refused")
-
-
-async def until(condition: Any, what: str) -> None:
-    """Poll for what nobody announces."""
-    deadline = time.monotonic() + PATIENCE / 2
-    while not condition():
-        assert time.monotonic() < deadline, what
-        await asyncio.sleep(0.01)

@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from caisson.proto.kata1 import agent_pb2
-from tests.native.agent_support import RunningAgent, refused, run
+from tests.native.agent_support import RunningAgent, refused
 from tests.support.unique import unique
 
 pytestmark = pytest.mark.root
@@ -19,11 +19,11 @@ PRIVATE_RUN = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs /run && e
 Code = grpc.StatusCode
 
 
-def test_files_come_in_pieces(agent: RunningAgent) -> None:
+async def test_files_come_in_pieces(agent: RunningAgent) -> None:
     path = Path("/run", unique("caisson-test"), "inner/file")
     content = os.urandom(2_500_000)
 
-    async def work() -> None:
+    try:
         async with agent.connect() as client:
             await client.version()  # connected
             fds = agent.fds()
@@ -49,9 +49,6 @@ def test_files_come_in_pieces(agent: RunningAgent) -> None:
                 "Only is possible to copy files into the /run directory",
             )
             assert agent.fds() == fds
-
-    try:
-        run(work())
     finally:
         path.unlink(missing_ok=True)
         for directory in (path.parent, path.parent.parent):
@@ -59,13 +56,13 @@ def test_files_come_in_pieces(agent: RunningAgent) -> None:
                 directory.rmdir()
 
 
-def test_name_servers(tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path) -> None:
+async def test_name_servers(tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path) -> None:
     own = Path("/etc/resolv.conf").read_bytes()
     agent = RunningAgent(tmp_path, nsexec_path, busybox_rootfs, within=PRIVATE_RUN)
     root = Path(f"/proc/{agent.process.pid}/root")
     seen, copies = root / "etc/resolv.conf", root / "run/kata-containers"
 
-    async def work() -> None:
+    try:
         async with agent.connect() as client:
             request = agent_pb2.CreateSandboxRequest(dns=[" nameserver 192.0.2.53 ", "search example.org"])
             for _ in range(2):
@@ -74,42 +71,36 @@ def test_name_servers(tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path) -
                 await client.destroy_sandbox()
                 assert seen.read_bytes() == own
                 assert not copies.exists()
-
-    try:
-        run(work())
     finally:
         agent.stop()
     assert Path("/etc/resolv.conf").read_bytes() == own
 
 
-def test_what_makes_no_sense(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            rpc = client.rpc
-            for call, code, text in (
-                (rpc.ReseedRandomDev(agent_pb2.ReseedRandomDevRequest()), Code.UNKNOWN, "missing entropy data"),
-                (
-                    rpc.SetGuestDateTime(agent_pb2.SetGuestDateTimeRequest(Sec=1, Usec=1_000_000)),
-                    Code.INVALID_ARGUMENT,
-                    "Could not set guest time",
-                ),
-                (
-                    rpc.SetGuestDateTime(agent_pb2.SetGuestDateTimeRequest(Sec=1 << 62)),
-                    Code.INVALID_ARGUMENT,
-                    "Could not set guest time",
-                ),
-                (
-                    rpc.OnlineCPUMem(agent_pb2.OnlineCPUMemRequest(wait=True, cpu_only=True)),
-                    Code.UNKNOWN,
-                    "requested number of CPUs '0' must be greater than 0",
-                ),
-                (
-                    rpc.MemHotplugByProbe(agent_pb2.MemHotplugByProbeRequest(memHotplugProbeAddr=[1])),
-                    Code.INTERNAL,
-                    "Could not probe memory at 0x1",
-                ),
-            ):
-                found, message = await refused(call)
-                assert (found, message[: len(text)]) == (code, text)
-
-    run(work())
+async def test_what_makes_no_sense(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        rpc = client.rpc
+        for call, code, text in (
+            (rpc.ReseedRandomDev(agent_pb2.ReseedRandomDevRequest()), Code.UNKNOWN, "missing entropy data"),
+            (
+                rpc.SetGuestDateTime(agent_pb2.SetGuestDateTimeRequest(Sec=1, Usec=1_000_000)),
+                Code.INVALID_ARGUMENT,
+                "Could not set guest time",
+            ),
+            (
+                rpc.SetGuestDateTime(agent_pb2.SetGuestDateTimeRequest(Sec=1 << 62)),
+                Code.INVALID_ARGUMENT,
+                "Could not set guest time",
+            ),
+            (
+                rpc.OnlineCPUMem(agent_pb2.OnlineCPUMemRequest(wait=True, cpu_only=True)),
+                Code.UNKNOWN,
+                "requested number of CPUs '0' must be greater than 0",
+            ),
+            (
+                rpc.MemHotplugByProbe(agent_pb2.MemHotplugByProbeRequest(memHotplugProbeAddr=[1])),
+                Code.INTERNAL,
+                "Could not probe memory at 0x1",
+            ),
+        ):
+            found, message = await refused(call)
+            assert (found, message[: len(text)]) == (code, text)

@@ -13,7 +13,7 @@ import pytest
 
 from caisson.agent.client import Agent
 from caisson.proto.kata1 import agent_pb2, types_pb2
-from tests.native.agent_support import RunningAgent, refused, run
+from tests.native.agent_support import RunningAgent, refused
 
 pytestmark = pytest.mark.root
 Code = grpc.StatusCode
@@ -67,27 +67,24 @@ async def table(client: Agent, device: str = "eth7") -> set[tuple[str, str]]:
     return {(one.dest, one.gateway) for one in listed if one.device == device and not one.dest.startswith("fe80::")}
 
 
-def test_an_interface_gets_its_name_and_addresses(alone: RunningAgent) -> None:
-    async def work() -> None:
-        async with alone.connect() as client:
-            request = wanted(addresses=["192.0.2.10/24", "2001:db8::10/64"], raw_flags=0x80)
-            assert await client.rpc.UpdateInterface(request) == request.interface
-            (link,) = ip(alone, "addr", "show", "dev", "eth7")
-            assert (link["mtu"], link["operstate"], link["address"]) == (1400, "UP", MAC)
-            assert {"UP", "NOARP"} <= set(link["flags"])
-            found = {(one["local"], one["prefixlen"]) for one in link["addr_info"] if one["scope"] == "global"}
-            assert found == {("192.0.2.10", 24), ("2001:db8::10", 64)}
-            assert not any("tentative" in one for one in link["addr_info"] if one["scope"] == "global")
+async def test_an_interface_gets_its_name_and_addresses(alone: RunningAgent) -> None:
+    async with alone.connect() as client:
+        request = wanted(addresses=["192.0.2.10/24", "2001:db8::10/64"], raw_flags=0x80)
+        assert await client.rpc.UpdateInterface(request) == request.interface
+        (link,) = ip(alone, "addr", "show", "dev", "eth7")
+        assert (link["mtu"], link["operstate"], link["address"]) == (1400, "UP", MAC)
+        assert {"UP", "NOARP"} <= set(link["flags"])
+        found = {(one["local"], one["prefixlen"]) for one in link["addr_info"] if one["scope"] == "global"}
+        assert found == {("192.0.2.10", 24), ("2001:db8::10", 64)}
+        assert not any("tentative" in one for one in link["addr_info"] if one["scope"] == "global")
 
-            await client.rpc.UpdateInterface(wanted("eth8", addresses=["198.51.100.1/32"], mtu=1500))
-            interfaces = (await client.rpc.ListInterfaces(agent_pb2.ListInterfacesRequest())).Interfaces
-            by_name = {one.name: one for one in interfaces}
-            assert set(by_name) == {"lo", "eth8", "other"}
-            assert by_name["eth8"].mtu == 1500 and by_name["eth8"].hwAddr == MAC
-            listed = {(a.address, a.mask, a.family) for a in by_name["eth8"].IPAddresses}
-            assert ("198.51.100.1", "32", types_pb2.v4) in listed and len(listed) <= 2  # and a link-local one
-
-    run(work())
+        await client.rpc.UpdateInterface(wanted("eth8", addresses=["198.51.100.1/32"], mtu=1500))
+        interfaces = (await client.rpc.ListInterfaces(agent_pb2.ListInterfacesRequest())).Interfaces
+        by_name = {one.name: one for one in interfaces}
+        assert set(by_name) == {"lo", "eth8", "other"}
+        assert by_name["eth8"].mtu == 1500 and by_name["eth8"].hwAddr == MAC
+        listed = {(a.address, a.mask, a.family) for a in by_name["eth8"].IPAddresses}
+        assert ("198.51.100.1", "32", types_pb2.v4) in listed and len(listed) <= 2  # and a link-local one
 
 
 @pytest.mark.parametrize(
@@ -108,55 +105,48 @@ def test_an_interface_gets_its_name_and_addresses(alone: RunningAgent) -> None:
         (wanted(name="a b"), Code.INVALID_ARGUMENT, "'a b' is no interface's name: 1 to 15 bytes"),
     ],
 )
-def test_an_interface_that_cannot_be_made(alone: RunningAgent, request_: Any, code: grpc.StatusCode, text: str) -> None:
-    async def work() -> None:
-        async with alone.connect() as client:
-            found, message = await refused(client.rpc.UpdateInterface(request_))
-            assert (found, message[: len(text)]) == (code, text)
-            await client.rpc.UpdateInterface(wanted())  # nothing of it stands in the way
-
-    run(work())
-
-
-def test_an_interface_that_is_still_to_come(alone: RunningAgent) -> None:
-    async def work() -> None:
-        async with alone.connect() as client:
-            late = wanted(mac="02:00:00:00:00:77", pciPath="02/01")
-            code, text = await refused(client.rpc.UpdateInterface(late))
-            assert (code, text) == (
-                Code.DEADLINE_EXCEEDED,
-                "Timeout reached after 3s waiting for device 02:00:00:00:00:77",
-            )
-            call = client.rpc.UpdateInterface(late)
-            ip(alone, "link", "add", "late", "address", "02:00:00:00:00:77", "type", "veth", "peer", "name", "later")
-            assert (await call).name == "eth7"
-
-    run(work())
+async def test_an_interface_that_cannot_be_made(
+    alone: RunningAgent, request_: Any, code: grpc.StatusCode, text: str
+) -> None:
+    async with alone.connect() as client:
+        found, message = await refused(client.rpc.UpdateInterface(request_))
+        assert (found, message[: len(text)]) == (code, text)
+        await client.rpc.UpdateInterface(wanted())  # nothing of it stands in the way
 
 
-def test_routes_are_replaced(alone: RunningAgent) -> None:
-    async def work() -> None:
-        async with alone.connect() as client:
-            await client.rpc.UpdateInterface(wanted(addresses=["192.0.2.10/24", "2001:db8::10/64"]))
-            kernels = {("192.0.2.0/24", ""), ("2001:db8::/64", "")}
-            assert await table(client) == kernels
-            first = routes(
-                {"gateway": "203.0.113.1"},  # reached by the next one: the order is not the host's to care about
-                {"dest": "203.0.113.0/24", "scope": 253},
-                {"dest": "2001:db8:1::/48", "gateway": "2001:db8::1"},
-            )
-            assert await client.rpc.UpdateRoutes(first) == first.routes
-            made = {("", "203.0.113.1"), ("203.0.113.0/24", ""), ("2001:db8:1::/48", "2001:db8::1")}
-            assert await table(client) == kernels | made
-            await client.rpc.UpdateRoutes(routes({"dest": "default", "gateway": "192.0.2.1", "source": "192.0.2.10"}))
-            assert await table(client) == kernels | {("", "192.0.2.1")}
-            (default,) = ip(alone, "route", "show", "default")
-            assert (default["gateway"], default["prefsrc"]) == ("192.0.2.1", "192.0.2.10")
-            # One that the kernel has already is not in the way; a default of a device alone is ipvlan's.
-            await client.rpc.UpdateRoutes(routes({"dest": "192.0.2.0/24", "source": "192.0.2.10", "scope": 253}, {}))
-            assert await table(client) == kernels | {("", "")}
+async def test_an_interface_that_is_still_to_come(alone: RunningAgent) -> None:
+    async with alone.connect() as client:
+        late = wanted(mac="02:00:00:00:00:77", pciPath="02/01")
+        code, text = await refused(client.rpc.UpdateInterface(late))
+        assert (code, text) == (
+            Code.DEADLINE_EXCEEDED,
+            "Timeout reached after 3s waiting for device 02:00:00:00:00:77",
+        )
+        call = client.rpc.UpdateInterface(late)
+        ip(alone, "link", "add", "late", "address", "02:00:00:00:00:77", "type", "veth", "peer", "name", "later")
+        assert (await call).name == "eth7"
 
-    run(work())
+
+async def test_routes_are_replaced(alone: RunningAgent) -> None:
+    async with alone.connect() as client:
+        await client.rpc.UpdateInterface(wanted(addresses=["192.0.2.10/24", "2001:db8::10/64"]))
+        kernels = {("192.0.2.0/24", ""), ("2001:db8::/64", "")}
+        assert await table(client) == kernels
+        first = routes(
+            {"gateway": "203.0.113.1"},  # reached by the next one: the order is not the host's to care about
+            {"dest": "203.0.113.0/24", "scope": 253},
+            {"dest": "2001:db8:1::/48", "gateway": "2001:db8::1"},
+        )
+        assert await client.rpc.UpdateRoutes(first) == first.routes
+        made = {("", "203.0.113.1"), ("203.0.113.0/24", ""), ("2001:db8:1::/48", "2001:db8::1")}
+        assert await table(client) == kernels | made
+        await client.rpc.UpdateRoutes(routes({"dest": "default", "gateway": "192.0.2.1", "source": "192.0.2.10"}))
+        assert await table(client) == kernels | {("", "192.0.2.1")}
+        (default,) = ip(alone, "route", "show", "default")
+        assert (default["gateway"], default["prefsrc"]) == ("192.0.2.1", "192.0.2.10")
+        # One that the kernel has already is not in the way; a default of a device alone is ipvlan's.
+        await client.rpc.UpdateRoutes(routes({"dest": "192.0.2.0/24", "source": "192.0.2.10", "scope": 253}, {}))
+        assert await table(client) == kernels | {("", "")}
 
 
 @pytest.mark.parametrize(
@@ -171,23 +161,22 @@ def test_routes_are_replaced(alone: RunningAgent) -> None:
         ({"dest": "10.0.0.0/8", "gateway": "2001:db8::1"}, "Could not add/replace route dest(10.0.0.0/8)/gw(2001:db8"),
     ],
 )
-def test_routes_are_as_before_when_one_cannot_be_made(alone: RunningAgent, bad: dict[str, Any], text: str) -> None:
-    async def work() -> None:
-        async with alone.connect() as client:
-            await client.rpc.UpdateInterface(wanted())
-            await client.rpc.UpdateRoutes(routes({"dest": "203.0.113.0/24", "scope": 253}, {"gateway": "203.0.113.1"}))
-            before = await table(client)
-            assert len(before) == 3
-            code, message = await refused(client.rpc.UpdateRoutes(routes({"dest": "10.1.0.0/16", "scope": 253}, bad)))
-            assert (code, message[: len(text)]) == (Code.INTERNAL, text)
-            assert await table(client) == before
-            code, message = await refused(client.rpc.UpdateRoutes(agent_pb2.UpdateRoutesRequest()))
-            assert (code, message) == (Code.INVALID_ARGUMENT, "Need network routes")
+async def test_routes_are_as_before_when_one_cannot_be_made(
+    alone: RunningAgent, bad: dict[str, Any], text: str
+) -> None:
+    async with alone.connect() as client:
+        await client.rpc.UpdateInterface(wanted())
+        await client.rpc.UpdateRoutes(routes({"dest": "203.0.113.0/24", "scope": 253}, {"gateway": "203.0.113.1"}))
+        before = await table(client)
+        assert len(before) == 3
+        code, message = await refused(client.rpc.UpdateRoutes(routes({"dest": "10.1.0.0/16", "scope": 253}, bad)))
+        assert (code, message[: len(text)]) == (Code.INTERNAL, text)
+        assert await table(client) == before
+        code, message = await refused(client.rpc.UpdateRoutes(agent_pb2.UpdateRoutesRequest()))
+        assert (code, message) == (Code.INVALID_ARGUMENT, "Need network routes")
 
-    run(work())
 
-
-def test_neighbours(alone: RunningAgent) -> None:
+async def test_neighbours(alone: RunningAgent) -> None:
     def request(**fields: Any) -> Any:
         given = {"device": "eth7", "lladdr": "02:00:00:00:00:0b", **fields}
         if "address" in given:
@@ -196,25 +185,22 @@ def test_neighbours(alone: RunningAgent) -> None:
             neighbors=agent_pb2.ARPNeighbors(ARPNeighbors=[types_pb2.ARPNeighbor(**given)])
         )
 
-    async def work() -> None:
-        async with alone.connect() as client:
-            await client.rpc.UpdateInterface(wanted())
-            await client.rpc.AddARPNeighbors(request(address="192.0.2.11"))
-            (entry,) = ip(alone, "neigh", "show", "dev", "eth7", "192.0.2.11")
-            assert (entry["lladdr"], entry["state"]) == ("02:00:00:00:00:0b", ["PERMANENT"])
-            for bad, code, text in (
-                (request(), Code.INVALID_ARGUMENT, "an ARP neighbor needs toIPAddress"),
-                (agent_pb2.AddARPNeighborsRequest(), Code.INVALID_ARGUMENT, "Need ARP neighbors"),
-                (
-                    request(address="192.0.2.11"),
-                    Code.INTERNAL,
-                    "Could not add ARP neighbor 192.0.2.11 on eth7: file exi",
-                ),
-                (request(address="x"), Code.INTERNAL, 'Could not parse "x"'),
-                (request(address="192.0.2.12", device="no"), Code.INTERNAL, "Could not find link from device no"),
-                (request(address="192.0.2.12", lladdr="zz"), Code.INTERNAL, "Could not add ARP neighbor 192.0.2.12 on"),
-            ):
-                found, message = await refused(client.rpc.AddARPNeighbors(bad))
-                assert (found, message[: len(text)]) == (code, text)
-
-    run(work())
+    async with alone.connect() as client:
+        await client.rpc.UpdateInterface(wanted())
+        await client.rpc.AddARPNeighbors(request(address="192.0.2.11"))
+        (entry,) = ip(alone, "neigh", "show", "dev", "eth7", "192.0.2.11")
+        assert (entry["lladdr"], entry["state"]) == ("02:00:00:00:00:0b", ["PERMANENT"])
+        for bad, code, text in (
+            (request(), Code.INVALID_ARGUMENT, "an ARP neighbor needs toIPAddress"),
+            (agent_pb2.AddARPNeighborsRequest(), Code.INVALID_ARGUMENT, "Need ARP neighbors"),
+            (
+                request(address="192.0.2.11"),
+                Code.INTERNAL,
+                "Could not add ARP neighbor 192.0.2.11 on eth7: file exi",
+            ),
+            (request(address="x"), Code.INTERNAL, 'Could not parse "x"'),
+            (request(address="192.0.2.12", device="no"), Code.INTERNAL, "Could not find link from device no"),
+            (request(address="192.0.2.12", lladdr="zz"), Code.INTERNAL, "Could not add ARP neighbor 192.0.2.12 on"),
+        ):
+            found, message = await refused(client.rpc.AddARPNeighbors(bad))
+            assert (found, message[: len(text)]) == (code, text)

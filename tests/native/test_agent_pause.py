@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from caisson.proto.kata1 import agent_pb2
-from tests.native.agent_support import RunningAgent, refused, run, sh
+from tests.native.agent_support import RunningAgent, refused, sh
 
 pytestmark = [pytest.mark.root, pytest.mark.parametrize("agent", ["v2", "v1"], indirect=True)]
 Code = grpc.StatusCode
@@ -19,87 +19,75 @@ PAUSE, RESUME = (
 )
 
 
-def test_a_paused_container_stands_still(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            await client.create_sandbox()
-            container = await client.ensure_container("box", agent.spec())
-            assert await refused(client.rpc.ResumeContainer(RESUME)) == (Code.UNKNOWN, "container not paused")
-            process = await sh(container, "while read line; do echo got $line; done")
-            await client.rpc.PauseContainer(PAUSE)
-            code, text = await refused(client.rpc.PauseContainer(PAUSE))
-            assert (code, text) == (Code.UNKNOWN, "container not running or created: paused")
-            code, text = await refused(container.exec(["/bin/true"]))
-            assert (code, text) == (Code.FAILED_PRECONDITION, "Cannot exec in paused container box")
-            code, text = await refused(container.start())
-            assert text == "Container box status paused, should be created"
-            await process.write(b"it\n")
-            read = asyncio.ensure_future(anext(process.stdout()))
-            await asyncio.sleep(0.1)
-            assert not read.done()
-            await client.rpc.ResumeContainer(RESUME)
-            assert await read == b"got it\n"
-            await container.exec(["/bin/true"])
-
-    run(work())
+async def test_a_paused_container_stands_still(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        await client.create_sandbox()
+        container = await client.ensure_container("box", agent.spec())
+        assert await refused(client.rpc.ResumeContainer(RESUME)) == (Code.UNKNOWN, "container not paused")
+        process = await sh(container, "while read line; do echo got $line; done")
+        await client.rpc.PauseContainer(PAUSE)
+        code, text = await refused(client.rpc.PauseContainer(PAUSE))
+        assert (code, text) == (Code.UNKNOWN, "container not running or created: paused")
+        code, text = await refused(container.exec(["/bin/true"]))
+        assert (code, text) == (Code.FAILED_PRECONDITION, "Cannot exec in paused container box")
+        code, text = await refused(container.start())
+        assert text == "Container box status paused, should be created"
+        await process.write(b"it\n")
+        read = asyncio.ensure_future(anext(process.stdout()))
+        await asyncio.sleep(0.1)
+        assert not read.done()
+        await client.rpc.ResumeContainer(RESUME)
+        assert await read == b"got it\n"
+        await container.exec(["/bin/true"])
 
 
-def test_a_signal_wakes_a_paused_container(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            await client.create_sandbox()
-            # A first process that the signal does not end: its end would be everybody's, by SIGKILL.
-            container = await client.ensure_container("box", agent.spec("/bin/sleep", "1000"))
-            processes = [await container.exec(["/bin/sleep", "1000"]) for _ in range(2)]
-            await client.rpc.PauseContainer(PAUSE)
-            await processes[0].signal(15)
-            assert [await process.wait() for process in processes] == [143, 143]
-            assert await refused(client.rpc.ResumeContainer(RESUME)) == (Code.UNKNOWN, "container not paused")
-
-    run(work())
+async def test_a_signal_wakes_a_paused_container(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        await client.create_sandbox()
+        # A first process that the signal does not end: its end would be everybody's, by SIGKILL.
+        container = await client.ensure_container("box", agent.spec("/bin/sleep", "1000"))
+        processes = [await container.exec(["/bin/sleep", "1000"]) for _ in range(2)]
+        await client.rpc.PauseContainer(PAUSE)
+        await processes[0].signal(15)
+        assert [await process.wait() for process in processes] == [143, 143]
+        assert await refused(client.rpc.ResumeContainer(RESUME)) == (Code.UNKNOWN, "container not paused")
 
 
 @pytest.mark.parametrize("started", [False, True])
-def test_a_paused_container_can_be_removed(agent: RunningAgent, started: bool) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            await client.create_sandbox()
-            container = await client.create_container("box", agent.spec())
-            if started:
-                await container.start()
-            await client.rpc.PauseContainer(PAUSE)
-            await container.remove(timeout=20)
-            assert agent.children() == set()
-            assert (await refused(client.rpc.PauseContainer(PAUSE)))[0] is Code.NOT_FOUND
-
-    run(work())
+async def test_a_paused_container_can_be_removed(agent: RunningAgent, started: bool) -> None:
+    async with agent.connect() as client:
+        await client.create_sandbox()
+        container = await client.create_container("box", agent.spec())
+        if started:
+            await container.start()
+        await client.rpc.PauseContainer(PAUSE)
+        await container.remove(timeout=20)
+        assert agent.children() == set()
+        assert (await refused(client.rpc.PauseContainer(PAUSE)))[0] is Code.NOT_FOUND
 
 
-def test_who_is_in_a_container(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            request = agent_pb2.ListProcessesRequest(container_id="box", format="json")
-            assert await refused(client.rpc.ListProcesses(request)) == (Code.NOT_FOUND, "Container box not found")
-            await client.create_sandbox()
-            container = await client.ensure_container("box", agent.spec("/bin/sleep", "1000"))
-            for _ in range(2):
-                await container.exec(["/bin/sleep", "1000"])
-            pids: list[int] = []
-            while len(pids) != 3:  # nsexec's own stages may be on their way out
-                pids = json.loads((await client.rpc.ListProcesses(request)).process_list)
-            assert set(pids) == agent.children()
-            for form in ("", "yaml"):
-                request.format = form
-                answer = await refused(client.rpc.ListProcesses(request))
-                assert answer == (Code.UNKNOWN, "invalid format option")
-            request.format = "table"
-            heading, *lines = (await client.rpc.ListProcesses(request)).process_list.decode().splitlines()
-            column = heading.split().index("PID")  # as hosts find it
-            assert {int(line.split()[column]) for line in lines} == set(pids)
-            assert all(line.endswith("/bin/sleep 1000") and len(line.split()) == 9 for line in lines)
-            request.args.append("-ef")
-            assert b"sleep" in (await client.rpc.ListProcesses(request)).process_list
-            request.args[0] = "aux"
-            assert (await refused(client.rpc.ListProcesses(request)))[0] is Code.UNIMPLEMENTED
-
-    run(work())
+async def test_who_is_in_a_container(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        request = agent_pb2.ListProcessesRequest(container_id="box", format="json")
+        assert await refused(client.rpc.ListProcesses(request)) == (Code.NOT_FOUND, "Container box not found")
+        await client.create_sandbox()
+        container = await client.ensure_container("box", agent.spec("/bin/sleep", "1000"))
+        for _ in range(2):
+            await container.exec(["/bin/sleep", "1000"])
+        pids: list[int] = []
+        while len(pids) != 3:  # nsexec's own stages may be on their way out
+            pids = json.loads((await client.rpc.ListProcesses(request)).process_list)
+        assert set(pids) == agent.children()
+        for form in ("", "yaml"):
+            request.format = form
+            answer = await refused(client.rpc.ListProcesses(request))
+            assert answer == (Code.UNKNOWN, "invalid format option")
+        request.format = "table"
+        heading, *lines = (await client.rpc.ListProcesses(request)).process_list.decode().splitlines()
+        column = heading.split().index("PID")  # as hosts find it
+        assert {int(line.split()[column]) for line in lines} == set(pids)
+        assert all(line.endswith("/bin/sleep 1000") and len(line.split()) == 9 for line in lines)
+        request.args.append("-ef")
+        assert b"sleep" in (await client.rpc.ListProcesses(request)).process_list
+        request.args[0] = "aux"
+        assert (await refused(client.rpc.ListProcesses(request)))[0] is Code.UNIMPLEMENTED

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.native.agent_support import PATIENCE, RunningAgent, run, until
+from tests.native.agent_support import PATIENCE, RunningAgent, run
+from tests.support.poll import until
 
 pytestmark = pytest.mark.root
 

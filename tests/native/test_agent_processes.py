@@ -12,7 +12,8 @@ import pytest
 
 from caisson.agent.client import Agent, Container, ProgramError
 from caisson.proto.kata1 import agent_pb2
-from tests.native.agent_support import RunningAgent, errors, output, refused, run, sh, until
+from tests.native.agent_support import RunningAgent, errors, output, refused, sh
+from tests.support.poll import until
 
 pytestmark = pytest.mark.root
 
@@ -27,154 +28,121 @@ async def started(agent: Agent, running: RunningAgent, *args: str) -> Container:
     ("script", "status"),
     [("exit 0", 0), ("exit 7", 7), ("kill -9 $$", 137), ("kill -TERM $$", 143), ("kill -SEGV $$", 139)],
 )
-def test_exit_status(agent: RunningAgent, script: str, status: int) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            process = await sh(await started(client, agent), script)
-            assert await process.wait() == status
-            assert await process.wait() == status  # it is kept for those who come late
-
-    run(work())
+async def test_exit_status(agent: RunningAgent, script: str, status: int) -> None:
+    async with agent.connect() as client:
+        process = await sh(await started(client, agent), script)
+        assert await process.wait() == status
+        assert await process.wait() == status  # it is kept for those who come late
 
 
-def test_streams_are_separate_and_complete(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            process = await sh(await started(client, agent), "head -c 1000000 /dev/zero; echo err >&2; exit 3")
-            out, err = await asyncio.gather(output(process), errors(process))
-            assert (len(out), err, await process.wait()) == (1_000_000, b"err\n", 3)
-
-    run(work())
+async def test_streams_are_separate_and_complete(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        process = await sh(await started(client, agent), "head -c 1000000 /dev/zero; echo err >&2; exit 3")
+        out, err = await asyncio.gather(output(process), errors(process))
+        assert (len(out), err, await process.wait()) == (1_000_000, b"err\n", 3)
 
 
-def test_output_written_before_an_exit_nobody_saw_is_still_there(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            process = await sh(await started(client, agent), "echo early; echo late >&2")
-            assert await process.wait() == 0
-            assert (await output(process), await errors(process)) == (b"early\n", b"late\n")
-
-    run(work())
+async def test_output_written_before_an_exit_nobody_saw_is_still_there(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        process = await sh(await started(client, agent), "echo early; echo late >&2")
+        assert await process.wait() == 0
+        assert (await output(process), await errors(process)) == (b"early\n", b"late\n")
 
 
 @pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "terminal"])
-def test_a_background_job_does_not_hold_the_end(agent: RunningAgent, terminal: bool) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            container = await started(client, agent)
-            process = await sh(container, "trap '' HUP; sleep 1000 & echo started; exit 5", terminal=terminal)
-            assert (await output(process)).strip() == b"started"
-            assert await process.wait() == 5
-
-    run(work())
+async def test_a_background_job_does_not_hold_the_end(agent: RunningAgent, terminal: bool) -> None:
+    async with agent.connect() as client:
+        container = await started(client, agent)
+        process = await sh(container, "trap '' HUP; sleep 1000 & echo started; exit 5", terminal=terminal)
+        assert (await output(process)).strip() == b"started"
+        assert await process.wait() == 5
 
 
-def test_a_background_job_that_writes_for_ever_does_not_hold_the_end(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            process = await sh(await started(client, agent), "yes & echo started; exit 5")
-            assert b"started\n" in await output(process)
-            assert await process.wait() == 5
-
-    run(work())
+async def test_a_background_job_that_writes_for_ever_does_not_hold_the_end(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        process = await sh(await started(client, agent), "yes & echo started; exit 5")
+        assert b"started\n" in await output(process)
+        assert await process.wait() == 5
 
 
-def test_a_slow_reader_slows_the_writer(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            process = await sh(await started(client, agent), "yes")
-            stream = process.stdout()
-            assert (await anext(stream)).startswith(b"y\ny\n")
-            await asyncio.sleep(0.3)  # an agent that reads ahead would have read 100 MB by now
-            status = agent.memory()
-            assert status < 120_000_000, status
-            await process.signal(signal.SIGKILL)
-            assert await process.wait() == 137
-
-    run(work())
+async def test_a_slow_reader_slows_the_writer(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        process = await sh(await started(client, agent), "yes")
+        stream = process.stdout()
+        assert (await anext(stream)).startswith(b"y\ny\n")
+        await asyncio.sleep(0.3)  # an agent that reads ahead would have read 100 MB by now
+        status = agent.memory()
+        assert status < 120_000_000, status
+        await process.signal(signal.SIGKILL)
+        assert await process.wait() == 137
 
 
-def test_stdin_reaches_the_program_byte_for_byte(agent: RunningAgent) -> None:
+async def test_stdin_reaches_the_program_byte_for_byte(agent: RunningAgent) -> None:
     data = random.Random(2).randbytes(20_000_000)
 
-    async def work() -> None:
-        async with agent.connect() as client:
-            process = await (await started(client, agent)).exec(["/bin/sha256sum"])
-            for start in range(0, len(data), 1 << 20):
-                await process.write(data[start : start + (1 << 20)])
-            await process.close_stdin()
-            await process.close_stdin()
-            assert (await output(process)).split()[0].decode() == hashlib.sha256(data).hexdigest()
-
-    run(work())
+    async with agent.connect() as client:
+        process = await (await started(client, agent)).exec(["/bin/sha256sum"])
+        for start in range(0, len(data), 1 << 20):
+            await process.write(data[start : start + (1 << 20)])
+        await process.close_stdin()
+        await process.close_stdin()
+        assert (await output(process)).split()[0].decode() == hashlib.sha256(data).hexdigest()
 
 
-def test_writing_after_the_end(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            container = await started(client, agent)
-            ended = await sh(container, "exit 0")
-            await ended.wait()
-            code, text = await refused(ended.write(b"x" * 100_000))
-            assert (code, text) == (grpc.StatusCode.UNKNOWN, "write |1: broken pipe")
-            closed = await container.exec(["/bin/sleep", "1000"])
-            await closed.close_stdin()
-            answer = await client.rpc.WriteStdin(
-                agent_pb2.WriteStreamRequest(container_id="box", exec_id=closed.exec_id, data=b"x")
-            )
-            assert answer.len == 0
-
-    run(work())
+async def test_writing_after_the_end(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        container = await started(client, agent)
+        ended = await sh(container, "exit 0")
+        await ended.wait()
+        code, text = await refused(ended.write(b"x" * 100_000))
+        assert (code, text) == (grpc.StatusCode.UNKNOWN, "write |1: broken pipe")
+        closed = await container.exec(["/bin/sleep", "1000"])
+        await closed.close_stdin()
+        answer = await client.rpc.WriteStdin(
+            agent_pb2.WriteStreamRequest(container_id="box", exec_id=closed.exec_id, data=b"x")
+        )
+        assert answer.len == 0
 
 
-def test_a_terminal_has_a_size_and_one_output(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            container = await started(client, agent)
-            process = await sh(container, "read x; stty size; tty; echo err >&2; cat", terminal=True)
-            await process.resize(33, 99)
-            await process.write(b"go\n")
-            await process.close_stdin()  # cuts nothing off
-            await process.write(b"\x04")
-            text = await output(process)
-            assert b"33 99" in text
-            assert b"/dev/pts/" in text
-            assert b"err" in text
-            assert await process.wait() == 0
-            plain = await container.exec(["/bin/sleep", "1000"])
-            code, message = await refused(plain.resize(1, 1))
-            assert code is grpc.StatusCode.FAILED_PRECONDITION
-            assert message == "Terminal is not set, impossible to resize it"
-
-    run(work())
+async def test_a_terminal_has_a_size_and_one_output(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        container = await started(client, agent)
+        process = await sh(container, "read x; stty size; tty; echo err >&2; cat", terminal=True)
+        await process.resize(33, 99)
+        await process.write(b"go\n")
+        await process.close_stdin()  # cuts nothing off
+        await process.write(b"\x04")
+        text = await output(process)
+        assert b"33 99" in text
+        assert b"/dev/pts/" in text
+        assert b"err" in text
+        assert await process.wait() == 0
+        plain = await container.exec(["/bin/sleep", "1000"])
+        code, message = await refused(plain.resize(1, 1))
+        assert code is grpc.StatusCode.FAILED_PRECONDITION
+        assert message == "Terminal is not set, impossible to resize it"
 
 
-def test_many_waiters_before_and_after(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            process = await sh(await started(client, agent), "read x; exit 4")
-            waiters = [asyncio.create_task(process.wait()) for _ in range(10)]
-            await process.write(b"\n")
-            assert await asyncio.gather(*waiters) == [4] * 10
-            assert await process.wait() == 4
-
-    run(work())
+async def test_many_waiters_before_and_after(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        process = await sh(await started(client, agent), "read x; exit 4")
+        waiters = [asyncio.create_task(process.wait()) for _ in range(10)]
+        await process.write(b"\n")
+        assert await asyncio.gather(*waiters) == [4] * 10
+        assert await process.wait() == 4
 
 
-def test_a_cancelled_wait_or_read_loses_nothing(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            process = await sh(await started(client, agent), "read x; echo out; exit 4")
-            for pending in (process.wait(), anext(process.stdout())):
-                task = asyncio.ensure_future(pending)
-                await asyncio.sleep(0.05)
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
-            await process.write(b"\n")
-            assert await output(process) == b"out\n"
-            assert await process.wait() == 4
-
-    run(work())
+async def test_a_cancelled_wait_or_read_loses_nothing(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        process = await sh(await started(client, agent), "read x; echo out; exit 4")
+        for pending in (process.wait(), anext(process.stdout())):
+            task = asyncio.ensure_future(pending)
+            await asyncio.sleep(0.05)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        await process.write(b"\n")
+        assert await output(process) == b"out\n"
+        assert await process.wait() == 4
 
 
 @pytest.mark.parametrize(
@@ -185,89 +153,71 @@ def test_a_cancelled_wait_or_read_loses_nothing(agent: RunningAgent) -> None:
         ("/etc/passwd", "permission denied", 126),
     ],
 )
-def test_programs_that_cannot_run(agent: RunningAgent, program: str, text: str, status: int) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            container = await started(client, agent)
-            with pytest.raises(ProgramError) as caught:
-                await container.exec([program], env=["PATH=/bin"])
-            assert text in caught.value.details
-            assert (caught.value.exit_status, caught.value.code) == (status, grpc.StatusCode.INTERNAL)
-
-    run(work())
+async def test_programs_that_cannot_run(agent: RunningAgent, program: str, text: str, status: int) -> None:
+    async with agent.connect() as client:
+        container = await started(client, agent)
+        with pytest.raises(ProgramError) as caught:
+            await container.exec([program], env=["PATH=/bin"])
+        assert text in caught.value.details
+        assert (caught.value.exit_status, caught.value.code) == (status, grpc.StatusCode.INTERNAL)
 
 
-def test_signals(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            container = await started(client, agent)
-            process = await sh(container, "trap 'echo told; exit 6' USR1; echo ready; while :; do sleep 0.01; done")
-            stream = process.stdout()
-            assert await anext(stream) == b"ready\n"
-            await process.signal(signal.SIGUSR1)
-            assert await anext(stream) == b"told\n"
-            assert await process.wait() == 6
-            await process.signal(signal.SIGKILL)  # too late: no failure
-            assert (await refused(process.signal(4000)))[0] is grpc.StatusCode.INVALID_ARGUMENT
-
-    run(work())
+async def test_signals(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        container = await started(client, agent)
+        process = await sh(container, "trap 'echo told; exit 6' USR1; echo ready; while :; do sleep 0.01; done")
+        stream = process.stdout()
+        assert await anext(stream) == b"ready\n"
+        await process.signal(signal.SIGUSR1)
+        assert await anext(stream) == b"told\n"
+        assert await process.wait() == 6
+        await process.signal(signal.SIGKILL)  # too late: no failure
+        assert (await refused(process.signal(4000)))[0] is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_term_ends_an_init_without_a_handler_and_a_handler_is_asked(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            await client.create_sandbox()
-            plain = await client.ensure_container("plain", agent.spec("/bin/sleep", "1000"))
-            await plain.init().signal(signal.SIGTERM)
-            assert await plain.init().wait() == 137
-            script = "trap 'exit 8' TERM; echo ready; while :; do sleep 0.01; done"
-            polite = await client.ensure_container("polite", agent.spec("/bin/sh", "-c", script))
-            assert await anext(polite.init().stdout()) == b"ready\n"
-            await polite.init().signal(signal.SIGTERM)
-            assert await polite.init().wait() == 8
-
-    run(work())
+async def test_term_ends_an_init_without_a_handler_and_a_handler_is_asked(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        await client.create_sandbox()
+        plain = await client.ensure_container("plain", agent.spec("/bin/sleep", "1000"))
+        await plain.init().signal(signal.SIGTERM)
+        assert await plain.init().wait() == 137
+        script = "trap 'exit 8' TERM; echo ready; while :; do sleep 0.01; done"
+        polite = await client.ensure_container("polite", agent.spec("/bin/sh", "-c", script))
+        assert await anext(polite.init().stdout()) == b"ready\n"
+        await polite.init().signal(signal.SIGTERM)
+        assert await polite.init().wait() == 8
 
 
-def test_signal_to_all(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            container = await started(client, agent)
-            processes = [await container.exec(["/bin/sleep", "1000"]) for _ in range(3)]
-            await container.signal(signal.SIGKILL)
-            assert [await process.wait() for process in processes] == [137] * 3
-            assert await container.init().wait() == 137
-
-    run(work())
+async def test_signal_to_all(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        container = await started(client, agent)
+        processes = [await container.exec(["/bin/sleep", "1000"]) for _ in range(3)]
+        await container.signal(signal.SIGKILL)
+        assert [await process.wait() for process in processes] == [137] * 3
+        assert await container.init().wait() == 137
 
 
-def test_three_hundred_execs_leave_no_descriptor_and_no_zombie(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            container = await started(client, agent)
+async def test_three_hundred_execs_leave_no_descriptor_and_no_zombie(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        container = await started(client, agent)
 
-            async def one(number: int) -> None:
-                process = await sh(container, f"echo {number}; exit {number % 5}")
-                assert await output(process) == f"{number}\n".encode()
-                assert await errors(process) == b""
-                assert await process.wait() == number % 5
+        async def one(number: int) -> None:
+            process = await sh(container, f"echo {number}; exit {number % 5}")
+            assert await output(process) == f"{number}\n".encode()
+            assert await errors(process) == b""
+            assert await process.wait() == number % 5
 
-            await one(0)
-            fds, children = agent.fds(), agent.children()
-            for batch in range(15):
-                await asyncio.gather(*(one(batch * 20 + number) for number in range(20)))
-            await until(lambda: agent.fds() <= fds and agent.children() == children, "all is given back")
-
-    run(work())
+        await one(0)
+        fds, children = agent.fds(), agent.children()
+        for batch in range(15):
+            await asyncio.gather(*(one(batch * 20 + number) for number in range(20)))
+        await until(lambda: agent.fds() <= fds and agent.children() == children, "all is given back")
 
 
-def test_orphans_are_reaped(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            container = await started(client, agent)
-            before = agent.children()
-            process = await sh(container, "(sleep 0.1 & ) ; exit 0")
-            assert await process.wait() == 0
-            await until(lambda: agent.children() == before, "nobody is left")
-
-    run(work())
+async def test_orphans_are_reaped(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        container = await started(client, agent)
+        before = agent.children()
+        process = await sh(container, "(sleep 0.1 & ) ; exit 0")
+        assert await process.wait() == 0
+        await until(lambda: agent.children() == before, "nobody is left")

@@ -19,7 +19,6 @@ from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.process.launcher import Launch, Launched
 from caisson.agent.model.reaper import Child
 from caisson.agent.model.sandbox import Sandbox
-from tests.native.agent_support import run
 
 pytestmark = pytest.mark.root
 SPEC = Spec.from_json({"ociVersion": "1.2.0", "root": {"path": "/r"}, "process": {"args": ["x"], "cwd": "/"}})
@@ -86,147 +85,126 @@ async def settled(task: asyncio.Future[Any]) -> asyncio.Future[Any]:
     return task
 
 
-def test_a_removal_that_takes_too_long_is_told_in_time_and_goes_on(setting: Setting) -> None:
-    async def work() -> None:
-        sandbox, launcher = setting.sandbox, setting.launcher
-        await sandbox.start("", "")
-        await sandbox.create("slow", "", SPEC)
-        with pytest.raises(Timeout, match=r"^Timeout reached after 0\.05s$"):
-            await sandbox.remove("slow", 0.05)
-        assert sandbox.container("slow").status == "running"  # it is still there
-        await sandbox.create("other", "", SPEC)  # and holds up nobody
-        removal = await settled(asyncio.ensure_future(sandbox.remove("other")))
-        launcher.ends("other")
-        await removal
-        again = await settled(asyncio.ensure_future(sandbox.remove("slow")))
-        launcher.ends("slow")
-        await again
-        for name in ("slow", "other"):
-            with pytest.raises(NotFound):
-                sandbox.container(name)
-        await sandbox.destroy()
-        assert list(setting.state.iterdir()) == []
-
-    run(work())
+async def test_a_removal_that_takes_too_long_is_told_in_time_and_goes_on(setting: Setting) -> None:
+    sandbox, launcher = setting.sandbox, setting.launcher
+    await sandbox.start("", "")
+    await sandbox.create("slow", "", SPEC)
+    with pytest.raises(Timeout, match=r"^Timeout reached after 0\.05s$"):
+        await sandbox.remove("slow", 0.05)
+    assert sandbox.container("slow").status == "running"  # it is still there
+    await sandbox.create("other", "", SPEC)  # and holds up nobody
+    removal = await settled(asyncio.ensure_future(sandbox.remove("other")))
+    launcher.ends("other")
+    await removal
+    again = await settled(asyncio.ensure_future(sandbox.remove("slow")))
+    launcher.ends("slow")
+    await again
+    for name in ("slow", "other"):
+        with pytest.raises(NotFound):
+            sandbox.container(name)
+    await sandbox.destroy()
+    assert list(setting.state.iterdir()) == []
 
 
-def test_removals_of_one_container_at_the_same_time(setting: Setting) -> None:
-    async def work() -> None:
-        await setting.sandbox.start("", "")
-        await setting.sandbox.create("box", "", SPEC)
-        removals = [await settled(asyncio.ensure_future(setting.sandbox.remove("box"))) for _ in range(3)]
-        removals[0].cancel()  # its caller has gone
-        setting.launcher.ends("box")
-        assert await asyncio.gather(*removals[1:]) == [None, None]
-        with pytest.raises(NotFound, match="container box: not found"):
-            await setting.sandbox.remove("box")
-        await setting.sandbox.destroy()
-
-    run(work())
+async def test_removals_of_one_container_at_the_same_time(setting: Setting) -> None:
+    await setting.sandbox.start("", "")
+    await setting.sandbox.create("box", "", SPEC)
+    removals = [await settled(asyncio.ensure_future(setting.sandbox.remove("box"))) for _ in range(3)]
+    removals[0].cancel()  # its caller has gone
+    setting.launcher.ends("box")
+    assert await asyncio.gather(*removals[1:]) == [None, None]
+    with pytest.raises(NotFound, match="container box: not found"):
+        await setting.sandbox.remove("box")
+    await setting.sandbox.destroy()
 
 
-def test_an_end_waits_for_what_is_in_the_making_and_lets_nothing_new_in(setting: Setting) -> None:
-    async def work() -> None:
-        sandbox, launcher = setting.sandbox, setting.launcher
-        await sandbox.start("pod", "")
-        launcher.decided.clear()
-        made = await settled(asyncio.ensure_future(sandbox.create("made", "", SPEC)))
-        failed = await settled(asyncio.ensure_future(sandbox.create("bad", "", SPEC)))
-        end = await settled(asyncio.ensure_future(sandbox.destroy()))
-        assert not sandbox.running
-        with pytest.raises(FailedPrecondition, match="the sandbox does not run"):
-            await sandbox.create("new", "", SPEC)
-        launcher.decided.set()
-        await made
-        with pytest.raises(LaunchError):
-            await failed
-        await settled(end)
-        launcher.ends("made")
-        await end
-        assert list(setting.state.iterdir()) == []
-        await sandbox.start("pod", "")
-        await sandbox.destroy()
-
-    run(work())
+async def test_an_end_waits_for_what_is_in_the_making_and_lets_nothing_new_in(setting: Setting) -> None:
+    sandbox, launcher = setting.sandbox, setting.launcher
+    await sandbox.start("pod", "")
+    launcher.decided.clear()
+    made = await settled(asyncio.ensure_future(sandbox.create("made", "", SPEC)))
+    failed = await settled(asyncio.ensure_future(sandbox.create("bad", "", SPEC)))
+    end = await settled(asyncio.ensure_future(sandbox.destroy()))
+    assert not sandbox.running
+    with pytest.raises(FailedPrecondition, match="the sandbox does not run"):
+        await sandbox.create("new", "", SPEC)
+    launcher.decided.set()
+    await made
+    with pytest.raises(LaunchError):
+        await failed
+    await settled(end)
+    launcher.ends("made")
+    await end
+    assert list(setting.state.iterdir()) == []
+    await sandbox.start("pod", "")
+    await sandbox.destroy()
 
 
-def test_a_container_that_cannot_be_removed_keeps_the_sandbox_but_no_other(
+async def test_a_container_that_cannot_be_removed_keeps_the_sandbox_but_no_other(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def work() -> None:
-        sandbox = setting.sandbox
-        await sandbox.start("", "")
-        stuck = await sandbox.create("stuck", "", SPEC)
-        await sandbox.create("fine", "", SPEC)
+    sandbox = setting.sandbox
+    await sandbox.start("", "")
+    stuck = await sandbox.create("stuck", "", SPEC)
+    await sandbox.create("fine", "", SPEC)
 
-        async def fail() -> None:
-            raise OSError(16, "busy")
+    async def fail() -> None:
+        raise OSError(16, "busy")
 
-        with monkeypatch.context() as patch:
-            patch.setattr(stuck, "remove", fail)
-            end = await settled(asyncio.ensure_future(sandbox.destroy()))
-            setting.launcher.ends("fine")
-            with pytest.raises(OSError, match="busy"):
-                await end
-        assert sandbox.running
-        assert sandbox.container("stuck") is stuck
-        with pytest.raises(NotFound):
-            sandbox.container("fine")
+    with monkeypatch.context() as patch:
+        patch.setattr(stuck, "remove", fail)
         end = await settled(asyncio.ensure_future(sandbox.destroy()))
-        setting.launcher.ends("stuck")
-        await end
-        assert list(setting.state.iterdir()) == []
-
-    run(work())
-
-
-def test_a_failed_start_is_as_if_it_had_not_been_tried(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def work() -> None:
-        sandbox = setting.sandbox
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                "caisson.agent.base.syscalls.unshare", lambda flags: (_ for _ in ()).throw(OSError(1, "not permitted"))
-            )
-            with pytest.raises(FailedPrecondition, match=r"failed to create namespace: .*not permitted"):
-                await sandbox.start("pod", "name")
-        assert not sandbox.running
-        assert list(setting.state.iterdir()) == []
-        await sandbox.start("pod", "name")
-        await sandbox.destroy()
-
-    run(work())
+        setting.launcher.ends("fine")
+        with pytest.raises(OSError, match="busy"):
+            await end
+    assert sandbox.running
+    assert sandbox.container("stuck") is stuck
+    with pytest.raises(NotFound):
+        sandbox.container("fine")
+    end = await settled(asyncio.ensure_future(sandbox.destroy()))
+    setting.launcher.ends("stuck")
+    await end
+    assert list(setting.state.iterdir()) == []
 
 
-def test_an_end_that_is_broken_off_goes_on(setting: Setting) -> None:
-    async def work() -> None:
-        await setting.sandbox.start("", "")
-        await setting.sandbox.create("box", "", SPEC)
-        end = await settled(asyncio.ensure_future(setting.sandbox.destroy()))
-        end.cancel()
-        await asyncio.wait([end])
-        assert not setting.sandbox.running
-        setting.launcher.ends("box")
-        await setting.sandbox.start("next", "")  # waits for that end
-        assert [path.name for path in setting.state.iterdir()] == ["next"]
-        await setting.sandbox.destroy()
-
-    run(work())
+async def test_a_failed_start_is_as_if_it_had_not_been_tried(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    sandbox = setting.sandbox
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "caisson.agent.base.syscalls.unshare", lambda flags: (_ for _ in ()).throw(OSError(1, "not permitted"))
+        )
+        with pytest.raises(FailedPrecondition, match=r"failed to create namespace: .*not permitted"):
+            await sandbox.start("pod", "name")
+    assert not sandbox.running
+    assert list(setting.state.iterdir()) == []
+    await sandbox.start("pod", "name")
+    await sandbox.destroy()
 
 
-def test_open_files_are_limited_as_usual_unless_the_spec_says_otherwise(setting: Setting) -> None:
+async def test_an_end_that_is_broken_off_goes_on(setting: Setting) -> None:
+    await setting.sandbox.start("", "")
+    await setting.sandbox.create("box", "", SPEC)
+    end = await settled(asyncio.ensure_future(setting.sandbox.destroy()))
+    end.cancel()
+    await asyncio.wait([end])
+    assert not setting.sandbox.running
+    setting.launcher.ends("box")
+    await setting.sandbox.start("next", "")  # waits for that end
+    assert [path.name for path in setting.state.iterdir()] == ["next"]
+    await setting.sandbox.destroy()
+
+
+async def test_open_files_are_limited_as_usual_unless_the_spec_says_otherwise(setting: Setting) -> None:
     limits = (Rlimit("RLIMIT_CORE", soft=0, hard=0), Rlimit("RLIMIT_NOFILE", soft=7, hard=8))
     assert SPEC.process is not None
     asked = SPEC.but(process=SPEC.process.but(rlimits=limits))
 
-    async def work() -> None:
-        await setting.sandbox.start("", "")
-        for name, spec in (("usual", SPEC), ("asked", asked)):
-            await setting.sandbox.create(name, "", spec)
-        seen = {name: spec.process and spec.process.rlimits for name, spec in setting.launcher.specs.items()}
-        assert seen == {"usual": (Rlimit("RLIMIT_NOFILE", soft=1024, hard=4096),), "asked": limits}
-        end = await settled(asyncio.ensure_future(setting.sandbox.destroy()))
-        for name in seen:
-            setting.launcher.ends(name)
-        await end
-
-    run(work())
+    await setting.sandbox.start("", "")
+    for name, spec in (("usual", SPEC), ("asked", asked)):
+        await setting.sandbox.create(name, "", spec)
+    seen = {name: spec.process and spec.process.rlimits for name, spec in setting.launcher.specs.items()}
+    assert seen == {"usual": (Rlimit("RLIMIT_NOFILE", soft=1024, hard=4096),), "asked": limits}
+    end = await settled(asyncio.ensure_future(setting.sandbox.destroy()))
+    for name in seen:
+        setting.launcher.ends(name)
+    await end

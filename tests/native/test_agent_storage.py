@@ -11,7 +11,7 @@ import pytest
 
 from caisson.agent.client import Agent
 from caisson.proto.kata1 import agent_pb2
-from tests.native.agent_support import RunningAgent, refused, run
+from tests.native.agent_support import RunningAgent, refused
 
 pytestmark = pytest.mark.root
 Code = grpc.StatusCode
@@ -45,7 +45,7 @@ async def create(client: Agent, agent: RunningAgent, *storages: Any, container_i
     await client.rpc.CreateContainer(request)
 
 
-def test_mounted_for_a_container_and_unmounted_with_it(agent: RunningAgent, place: Path) -> None:
+async def test_mounted_for_a_container_and_unmounted_with_it(agent: RunningAgent, place: Path) -> None:
     source = place / "source"
     source.mkdir()
     (place / "file").write_text("x")
@@ -63,65 +63,56 @@ def test_mounted_for_a_container_and_unmounted_with_it(agent: RunningAgent, plac
     ]
     wanted[0].driver = "mmioblk"
 
-    async def work() -> None:
-        async with agent.connect() as client:
-            await client.create_sandbox()
-            await create(client, agent, *wanted)
-            assert mounts(agent, place / "tmp/deep")[0].startswith("tmpfs rw,nosuid")
-            assert "ro" in mounts(agent, place / "tmp/deep/inner")[0].split()[1].split(",")
-            assert len(mounts(agent, place / "bound")) == len(mounts(agent, place / "overlay")) == 1
-            assert (place / "bound").is_file()
-            await client.container("box").remove()
-            for one in wanted:
-                assert mounts(agent, Path(one.mount_point)) == []
-
-    run(work())
+    async with agent.connect() as client:
+        await client.create_sandbox()
+        await create(client, agent, *wanted)
+        assert mounts(agent, place / "tmp/deep")[0].startswith("tmpfs rw,nosuid")
+        assert "ro" in mounts(agent, place / "tmp/deep/inner")[0].split()[1].split(",")
+        assert len(mounts(agent, place / "bound")) == len(mounts(agent, place / "overlay")) == 1
+        assert (place / "bound").is_file()
+        await client.container("box").remove()
+        for one in wanted:
+            assert mounts(agent, Path(one.mount_point)) == []
 
 
-def test_shared_ones_stay_until_the_end_of_the_sandbox(agent: RunningAgent, place: Path) -> None:
+async def test_shared_ones_stay_until_the_end_of_the_sandbox(agent: RunningAgent, place: Path) -> None:
     shared = [
         storage(place / "memory", "ephemeral", source="tmpfs", fstype="tmpfs"),
         storage(place / "directory", "local", options=["mode=0750"]),
     ]
 
-    async def work() -> None:
-        async with agent.connect() as client:
-            await client.create_sandbox()
-            for name in ("a", "b"):
-                await create(client, agent, *shared, container_id=name)
-                (place / "directory" / name).write_text(name)
-            assert (place / "directory").stat().st_mode & 0o7777 == 0o750
-            for name in ("a", "b"):
-                await client.container(name).remove()
-                assert len(mounts(agent, place / "memory")) == 1
-            assert sorted(path.name for path in (place / "directory").iterdir()) == ["a", "b"]
-            await client.destroy_sandbox()
-            assert not (place / "memory").exists() and not (place / "directory").exists()
-
-    run(work())
+    async with agent.connect() as client:
+        await client.create_sandbox()
+        for name in ("a", "b"):
+            await create(client, agent, *shared, container_id=name)
+            (place / "directory" / name).write_text(name)
+        assert (place / "directory").stat().st_mode & 0o7777 == 0o750
+        for name in ("a", "b"):
+            await client.container(name).remove()
+            assert len(mounts(agent, place / "memory")) == 1
+        assert sorted(path.name for path in (place / "directory").iterdir()) == ["a", "b"]
+        await client.destroy_sandbox()
+        assert not (place / "memory").exists() and not (place / "directory").exists()
 
 
-def test_of_the_sandbox_itself(agent: RunningAgent, place: Path) -> None:
+async def test_of_the_sandbox_itself(agent: RunningAgent, place: Path) -> None:
     request = agent_pb2.CreateSandboxRequest(
         storages=[storage(place / "one", "mmioblk", source="tmpfs", fstype="tmpfs"), storage(place / "bad", "no")]
     )
 
-    async def work() -> None:
-        async with agent.connect() as client:
-            assert (await refused(client.rpc.CreateSandbox(request))) == (
-                Code.INVALID_ARGUMENT,
-                'Unknown storage driver "no"',
-            )
-            request.storages[1].CopyFrom(storage(place / "bad", "mmioblk", source="/no/such", fstype="ext4"))
-            code, text = await refused(client.rpc.CreateSandbox(request))
-            assert (code, text) == (Code.INTERNAL, "Could not resolve symlink for source /no/such")
-            assert mounts(agent, place / "one") == []
-            del request.storages[1]
-            await client.rpc.CreateSandbox(request)
-            assert len(mounts(agent, place / "one")) == 1
-            await client.destroy_sandbox()
-
-    run(work())
+    async with agent.connect() as client:
+        assert (await refused(client.rpc.CreateSandbox(request))) == (
+            Code.INVALID_ARGUMENT,
+            'Unknown storage driver "no"',
+        )
+        request.storages[1].CopyFrom(storage(place / "bad", "mmioblk", source="/no/such", fstype="ext4"))
+        code, text = await refused(client.rpc.CreateSandbox(request))
+        assert (code, text) == (Code.INTERNAL, "Could not resolve symlink for source /no/such")
+        assert mounts(agent, place / "one") == []
+        del request.storages[1]
+        await client.rpc.CreateSandbox(request)
+        assert len(mounts(agent, place / "one")) == 1
+        await client.destroy_sandbox()
 
 
 @pytest.mark.parametrize(
@@ -151,38 +142,32 @@ def test_of_the_sandbox_itself(agent: RunningAgent, place: Path) -> None:
         ({"driver": "ephemeral", "fstype": "hugetlbfs"}, Code.INVALID_ARGUMENT, "storage "),
     ],
 )
-def test_a_failure_takes_back_what_was_mounted(
+async def test_a_failure_takes_back_what_was_mounted(
     agent: RunningAgent, place: Path, bad: dict[str, Any], code: grpc.StatusCode, text: str
 ) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            await client.create_sandbox()
-            good = storage(place / "good", "mmioblk", source="tmpfs", fstype="tmpfs")
-            found, message = await refused(create(client, agent, good, storage(place / "bad", **bad)))
-            assert (found, message[: len(text)]) == (code, text)
-            assert mounts(agent, place / "good") == []
-            # And so does one of the container itself.
-            request = agent_pb2.CreateContainerRequest(container_id="box", OCI=agent.spec("missing"), storages=[good])
-            assert "executable file not found" in (await refused(client.rpc.CreateContainer(request)))[1]
-            assert mounts(agent, place / "good") == []
-            await create(client, agent, good)
-            await client.container("box").remove()
-
-    run(work())
+    async with agent.connect() as client:
+        await client.create_sandbox()
+        good = storage(place / "good", "mmioblk", source="tmpfs", fstype="tmpfs")
+        found, message = await refused(create(client, agent, good, storage(place / "bad", **bad)))
+        assert (found, message[: len(text)]) == (code, text)
+        assert mounts(agent, place / "good") == []
+        # And so does one of the container itself.
+        request = agent_pb2.CreateContainerRequest(container_id="box", OCI=agent.spec("missing"), storages=[good])
+        assert "executable file not found" in (await refused(client.rpc.CreateContainer(request)))[1]
+        assert mounts(agent, place / "good") == []
+        await create(client, agent, good)
+        await client.container("box").remove()
 
 
-def test_links_on_the_way_are_not_followed(agent: RunningAgent, place: Path, tmp_path: Path) -> None:
+async def test_links_on_the_way_are_not_followed(agent: RunningAgent, place: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     (place / "link").symlink_to(outside)
 
-    async def work() -> None:
-        async with agent.connect() as client:
-            await client.create_sandbox()
-            for target in (place / "link/x", place / "link", f"{place}/../outside"):
-                bad = storage(target, "mmioblk", source="tmpfs", fstype="tmpfs")
-                code, text = await refused(create(client, agent, bad))
-                assert (code, text.split(":")[0]) == (Code.INTERNAL, "Could not create destination mount point")
-            assert list(outside.iterdir()) == []
-
-    run(work())
+    async with agent.connect() as client:
+        await client.create_sandbox()
+        for target in (place / "link/x", place / "link", f"{place}/../outside"):
+            bad = storage(target, "mmioblk", source="tmpfs", fstype="tmpfs")
+            code, text = await refused(create(client, agent, bad))
+            assert (code, text.split(":")[0]) == (Code.INTERNAL, "Could not create destination mount point")
+        assert list(outside.iterdir()) == []

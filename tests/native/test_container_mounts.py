@@ -12,7 +12,7 @@ import pytest
 
 from caisson.agent.client import Agent
 from caisson.proto.caisson import caisson_pb2
-from tests.native.agent_support import RunningAgent, output, refused, run, sh
+from tests.native.agent_support import RunningAgent, output, refused, sh
 
 pytestmark = pytest.mark.root
 Code = grpc.StatusCode
@@ -36,52 +36,46 @@ async def said(client: Agent, script: str, container_id: str = "box") -> str:
     return text
 
 
-def test_it_is_there_for_all_processes_and_gone_again(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            await client.create_sandbox()
-            for name in ("box", "other"):
-                await client.ensure_container(name, agent.spec())
-            await mount(client, "/run/deep/scratch", "size=64k", "mode=0700")
-            await said(client, "echo written > /run/deep/scratch/file")
-            assert await said(client, "cat /run/deep/scratch/file") == "written\n"
-            (line,) = (await said(client, "grep /run/deep/scratch /proc/self/mounts")).splitlines()
-            assert {"rw", "nosuid", "nodev", "size=64k", "mode=700"} <= set(line.split()[3].split(","))
-            assert "scratch" not in await said(client, "cat /proc/self/mounts", "other")
+async def test_it_is_there_for_all_processes_and_gone_again(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        await client.create_sandbox()
+        for name in ("box", "other"):
+            await client.ensure_container(name, agent.spec())
+        await mount(client, "/run/deep/scratch", "size=64k", "mode=0700")
+        await said(client, "echo written > /run/deep/scratch/file")
+        assert await said(client, "cat /run/deep/scratch/file") == "written\n"
+        (line,) = (await said(client, "grep /run/deep/scratch /proc/self/mounts")).splitlines()
+        assert {"rw", "nosuid", "nodev", "size=64k", "mode=700"} <= set(line.split()[3].split(","))
+        assert "scratch" not in await said(client, "cat /proc/self/mounts", "other")
 
-            await mount(client, "/tmp/ro", "ro", source="sealed")
-            assert await said(client, "touch /tmp/ro/x 2>&1 || true") == "touch: /tmp/ro/x: Read-only file system\n"
+        await mount(client, "/tmp/ro", "ro", source="sealed")
+        assert await said(client, "touch /tmp/ro/x 2>&1 || true") == "touch: /tmp/ro/x: Read-only file system\n"
 
-            await mount(client, "/tmp/again")
-            await unmount(client)
-            assert await said(client, "grep -c scratch /proc/self/mounts || true") == "0\n"
-            assert "sealed" in await said(client, "cat /proc/self/mounts")
-            await unmount(client)  # there is nothing
+        await mount(client, "/tmp/again")
+        await unmount(client)
+        assert await said(client, "grep -c scratch /proc/self/mounts || true") == "0\n"
+        assert "sealed" in await said(client, "cat /proc/self/mounts")
+        await unmount(client)  # there is nothing
 
-            await mount(client, "/tmp/again")
-            await mount(client, "/tmp/again", container_id="other")
-            await asyncio.gather(unmount(client), unmount(client))
-            assert await said(client, "grep -c scratch /proc/self/mounts || true", "other") == "0\n"
+        await mount(client, "/tmp/again")
+        await mount(client, "/tmp/again", container_id="other")
+        await asyncio.gather(unmount(client), unmount(client))
+        assert await said(client, "grep -c scratch /proc/self/mounts || true", "other") == "0\n"
 
-            await mount(client, "/tmp/again")
-            await client.container("box").remove()
-            await unmount(client)  # gone with its container
-
-    run(work())
+        await mount(client, "/tmp/again")
+        await client.container("box").remove()
+        await unmount(client)  # gone with its container
 
 
-def test_a_link_inside_leads_nowhere(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            await client.create_sandbox()
-            await client.ensure_container("box", agent.spec())
-            await said(client, "mkdir /tmp/real; ln -s /tmp/real /tmp/link")
-            for path in ("/tmp/link", "/tmp/link/deep", "/tmp/real/../x", "relative"):
-                code, text = await refused(mount(client, path))
-                assert (code, path in text) == (Code.INTERNAL, True)
-            assert await said(client, "ls /tmp/real") == ""
-
-    run(work())
+async def test_a_link_inside_leads_nowhere(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        await client.create_sandbox()
+        await client.ensure_container("box", agent.spec())
+        await said(client, "mkdir /tmp/real; ln -s /tmp/real /tmp/link")
+        for path in ("/tmp/link", "/tmp/link/deep", "/tmp/real/../x", "relative"):
+            code, text = await refused(mount(client, path))
+            assert (code, path in text) == (Code.INTERNAL, True)
+        assert await said(client, "ls /tmp/real") == ""
 
 
 @pytest.mark.parametrize(
@@ -93,32 +87,26 @@ def test_a_link_inside_leads_nowhere(agent: RunningAgent) -> None:
         ({"mount_point": "/etc/x"}, Code.INTERNAL, "read-only file system"),
     ],
 )
-def test_what_cannot_be(agent: RunningAgent, fields: dict[str, Any], code: grpc.StatusCode, why: str) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            await client.create_sandbox()
-            await client.ensure_container("box", agent.spec())
-            fds = agent.fds()
-            found, text = await refused(mount(client, **{"mount_point": "/tmp/x"} | fields))
-            assert (found, why in text) == (code, True), text
-            assert agent.fds() == fds
-
-    run(work())
+async def test_what_cannot_be(agent: RunningAgent, fields: dict[str, Any], code: grpc.StatusCode, why: str) -> None:
+    async with agent.connect() as client:
+        await client.create_sandbox()
+        await client.ensure_container("box", agent.spec())
+        fds = agent.fds()
+        found, text = await refused(mount(client, **{"mount_point": "/tmp/x"} | fields))
+        assert (found, why in text) == (code, True), text
+        assert agent.fds() == fds
 
 
-def test_an_option_that_is_none_and_a_container_that_has_ended(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            await client.create_sandbox()
-            container = await client.ensure_container("box", agent.spec("/bin/true"))
-            await container.init().wait()
-            code, text = await refused(mount(client, "/tmp/x"))
-            assert (code, text) == (Code.FAILED_PRECONDITION, "Cannot mount in stopped container box")
-            await client.ensure_container("other", agent.spec())
-            code, text = await refused(mount(client, "/tmp/x", "nonsense=1", container_id="other"))
-            assert (code, text) == (Code.INTERNAL, "Could not mount scratch: invalid argument")
-
-    run(work())
+async def test_an_option_that_is_none_and_a_container_that_has_ended(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        await client.create_sandbox()
+        container = await client.ensure_container("box", agent.spec("/bin/true"))
+        await container.init().wait()
+        code, text = await refused(mount(client, "/tmp/x"))
+        assert (code, text) == (Code.FAILED_PRECONDITION, "Cannot mount in stopped container box")
+        await client.ensure_container("other", agent.spec())
+        code, text = await refused(mount(client, "/tmp/x", "nonsense=1", container_id="other"))
+        assert (code, text) == (Code.INTERNAL, "Could not mount scratch: invalid argument")
 
 
 def test_a_thread_in_a_container_imports_nothing() -> None:

@@ -23,8 +23,9 @@ from caisson.agent.client import AgentError
 from caisson.agent.libcontainer.config.spec import Process, Spec
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.process.nsexec import Nsexec
-from tests.native.agent_support import ROOT, RunningAgent, until
+from tests.native.agent_support import ROOT, RunningAgent
 from tests.native.nsexec_support import Box, config, make_rootfs
+from tests.support.poll import until
 
 pytestmark = pytest.mark.root
 

@@ -19,8 +19,9 @@ from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.model.container import Container
 from caisson.agent.model.reaper import Reaper as AgentsReaper
 from caisson.proto.kata1 import agent_pb2, oci_pb2
-from tests.native.agent_support import RunningAgent, refused, run, until
+from tests.native.agent_support import RunningAgent, refused, run
 from tests.native.nsexec_support import Box, children, config
+from tests.support.poll import until
 from tests.support.unique import SLEEP, sleepers
 
 pytestmark = pytest.mark.root

@@ -22,8 +22,8 @@ from caisson.agent.libcontainer.process.channel import SetupChannel
 from caisson.agent.libcontainer.process.launcher import Launched, Stdio
 from caisson.agent.model.container import Container
 from caisson.agent.model.reaper import Reaper
-from tests.native.agent_support import until
 from tests.native.nsexec_support import Box, children, config
+from tests.support.poll import until
 
 pytestmark = pytest.mark.root
 

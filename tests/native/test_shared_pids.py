@@ -17,7 +17,8 @@ import pytest
 
 from caisson.agent.client import Agent, Container
 from caisson.proto.kata1 import agent_pb2, oci_pb2
-from tests.native.agent_support import ROOT, RunningAgent, output, refused, run, sh, until
+from tests.native.agent_support import ROOT, RunningAgent, output, refused, sh
+from tests.support.poll import until
 
 pytestmark = pytest.mark.root
 
@@ -51,169 +52,148 @@ def inside(agent: RunningAgent) -> dict[int, str]:
     return found
 
 
-def test_containers_see_each_other_and_a_first_process_that_reaps(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            await shared(client)
-            one = await container(client, agent, "one", "sleep", "1111")
-            two = await container(client, agent, "two", "sleep", "2222")
-            names = (await output(await sh(one, "cat /proc/[0-9]*/comm"))).decode().split()
-            assert names.count("sleep") == 2
-            assert (await output(await sh(two, "cat /proc/1/comm"))) == b"pause\n"
-            # An orphan's end, and many orphans': the pause process takes them.
-            script = "for n in 1 2 3 4 5; do (sleep 0.1 &) ; done; sleep 0.3; grep -l '^State:.Z' /proc/[0-9]*/status"
-            assert (await output(await sh(one, script))) == b""
-            pause = pause_of(agent)
-            await until(lambda: set(inside(agent).values()) == {"pause", "sleep"}, "only those stay")
-            status = Path(f"/proc/{pause}/status").read_text()
-            for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
-                assert f"{name}:\t{0:016x}" in status
-            assert "Uid:\t65534" in status and "NoNewPrivs:\t1" in status
-            assert list(Path(f"/proc/{pause}/fd").iterdir()) == []
-            limits = Path(f"/proc/{pause}/limits").read_text()
-            assert re.search(r"Max processes +1 +1 ", limits) and re.search(r"Max address space +\d{8} +\d{8} ", limits)
-            # Of its namespaces none is the guest's own but those that it would take privileges to use.
-            for kind in ("ipc", "uts", "net", "mnt", "pid", "cgroup"):
-                ours, its = (Path(f"/proc/{pid}/ns/{kind}").readlink() for pid in (agent.process.pid, pause))
-                assert ours != its, kind
-            assert list(Path(f"/proc/{pause}/root").iterdir()) == []
-            await client.destroy_sandbox()
-            assert not Path(f"/proc/{pause}").exists()
-
-    run(work())
+async def test_containers_see_each_other_and_a_first_process_that_reaps(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        await shared(client)
+        one = await container(client, agent, "one", "sleep", "1111")
+        two = await container(client, agent, "two", "sleep", "2222")
+        names = (await output(await sh(one, "cat /proc/[0-9]*/comm"))).decode().split()
+        assert names.count("sleep") == 2
+        assert (await output(await sh(two, "cat /proc/1/comm"))) == b"pause\n"
+        # An orphan's end, and many orphans': the pause process takes them.
+        script = "for n in 1 2 3 4 5; do (sleep 0.1 &) ; done; sleep 0.3; grep -l '^State:.Z' /proc/[0-9]*/status"
+        assert (await output(await sh(one, script))) == b""
+        pause = pause_of(agent)
+        await until(lambda: set(inside(agent).values()) == {"pause", "sleep"}, "only those stay")
+        status = Path(f"/proc/{pause}/status").read_text()
+        for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+            assert f"{name}:\t{0:016x}" in status
+        assert "Uid:\t65534" in status and "NoNewPrivs:\t1" in status
+        assert list(Path(f"/proc/{pause}/fd").iterdir()) == []
+        limits = Path(f"/proc/{pause}/limits").read_text()
+        assert re.search(r"Max processes +1 +1 ", limits) and re.search(r"Max address space +\d{8} +\d{8} ", limits)
+        # Of its namespaces none is the guest's own but those that it would take privileges to use.
+        for kind in ("ipc", "uts", "net", "mnt", "pid", "cgroup"):
+            ours, its = (Path(f"/proc/{pid}/ns/{kind}").readlink() for pid in (agent.process.pid, pause))
+            assert ours != its, kind
+        assert list(Path(f"/proc/{pause}/root").iterdir()) == []
+        await client.destroy_sandbox()
+        assert not Path(f"/proc/{pause}").exists()
     assert agent.children() == set()
 
 
-def test_each_container_still_has_its_own_mounts_and_its_masks(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            await shared(client)
-            one = await container(client, agent, "one")
-            two = await container(client, agent, "two")
-            ours = (await output(await sh(one, "for n in mnt pid; do readlink /proc/self/ns/$n; done"))).split()
-            theirs = (await output(await sh(two, "for n in mnt pid; do readlink /proc/self/ns/$n; done"))).split()
-            assert ours[0] != theirs[0] and ours[1] == theirs[1]
-            assert (await output(await sh(one, "wc -c < /proc/keys"))) == b"0\n"
-            assert b"proc /proc proc rw,nosuid,nodev,noexec" in await output(await sh(one, "cat /proc/mounts"))
-            assert await (await sh(one, "echo 0 > /proc/sys/kernel/sysrq")).wait() != 0
-            await client.destroy_sandbox()
-
-    run(work())
+async def test_each_container_still_has_its_own_mounts_and_its_masks(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        await shared(client)
+        one = await container(client, agent, "one")
+        two = await container(client, agent, "two")
+        ours = (await output(await sh(one, "for n in mnt pid; do readlink /proc/self/ns/$n; done"))).split()
+        theirs = (await output(await sh(two, "for n in mnt pid; do readlink /proc/self/ns/$n; done"))).split()
+        assert ours[0] != theirs[0] and ours[1] == theirs[1]
+        assert (await output(await sh(one, "wc -c < /proc/keys"))) == b"0\n"
+        assert b"proc /proc proc rw,nosuid,nodev,noexec" in await output(await sh(one, "cat /proc/mounts"))
+        assert await (await sh(one, "echo 0 > /proc/sys/kernel/sysrq")).wait() != 0
+        await client.destroy_sandbox()
 
 
-def test_terminals_exit_statuses_and_errors_are_as_ever(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            await shared(client)
-            one = await container(client, agent, "one", "sh", "-c", "tty; stty size; exec sleep 1000", terminal=True)
-            assert b"/dev/pts/0" in await anext(aiter(one.init().stdout()))
-            shell = await one.exec(["sh", "-c", "tty; kill -9 $$"], env=["PATH=/bin"], terminal=True)
-            assert b"/dev/pts/" in await output(shell)
-            assert await shell.wait() == 137
-            for args, text in ((["nothere"], "executable file not found in $PATH"), (["/etc"], "is a directory")):
-                code, said = await refused(one.exec(args, env=["PATH=/bin"]))
-                assert code is grpc.StatusCode.INTERNAL and text in said
-                code, said = await refused(client.create_container("bad", agent.spec(*args)))
-                assert code is grpc.StatusCode.INTERNAL and text in said
-            two = await client.create_container("two", agent.spec("sh", "-c", "exit 7"))
-            code, said = await refused(client.create_container("two", agent.spec("true")))
-            assert code is grpc.StatusCode.ALREADY_EXISTS
-            await two.start()
-            assert await two.init().wait() == 7
-            code, said = await refused(two.start())
-            assert code is grpc.StatusCode.FAILED_PRECONDITION
-            three = await client.create_container("three", agent.spec("true"))
-            await three.signal(signal.SIGKILL)
-            assert await three.init().wait() == 137
-            await client.destroy_sandbox()
-
-    run(work())
+async def test_terminals_exit_statuses_and_errors_are_as_ever(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        await shared(client)
+        one = await container(client, agent, "one", "sh", "-c", "tty; stty size; exec sleep 1000", terminal=True)
+        assert b"/dev/pts/0" in await anext(aiter(one.init().stdout()))
+        shell = await one.exec(["sh", "-c", "tty; kill -9 $$"], env=["PATH=/bin"], terminal=True)
+        assert b"/dev/pts/" in await output(shell)
+        assert await shell.wait() == 137
+        for args, text in ((["nothere"], "executable file not found in $PATH"), (["/etc"], "is a directory")):
+            code, said = await refused(one.exec(args, env=["PATH=/bin"]))
+            assert code is grpc.StatusCode.INTERNAL and text in said
+            code, said = await refused(client.create_container("bad", agent.spec(*args)))
+            assert code is grpc.StatusCode.INTERNAL and text in said
+        two = await client.create_container("two", agent.spec("sh", "-c", "exit 7"))
+        code, said = await refused(client.create_container("two", agent.spec("true")))
+        assert code is grpc.StatusCode.ALREADY_EXISTS
+        await two.start()
+        assert await two.init().wait() == 7
+        code, said = await refused(two.start())
+        assert code is grpc.StatusCode.FAILED_PRECONDITION
+        three = await client.create_container("three", agent.spec("true"))
+        await three.signal(signal.SIGKILL)
+        assert await three.init().wait() == 137
+        await client.destroy_sandbox()
     assert agent.children() == set()
 
 
-def test_the_end_of_a_container_is_the_end_of_all_in_it(agent: RunningAgent) -> None:
+async def test_the_end_of_a_container_is_the_end_of_all_in_it(agent: RunningAgent) -> None:
     """Of its orphans, of what was executed in it, of what ignores signals; not of others."""
     leaves = "(trap '' TERM HUP; setsid sleep 4444 &) ; (sleep 4444 &)"
 
-    async def work() -> None:
-        async with agent.connect() as client:
-            await shared(client)
-            other = await container(client, agent, "other", "sleep", "1111")
-            for remove in (False, True):
-                one = await container(client, agent, "one", "sh", "-c", f"{leaves}; read x; exit 3")
-                await (await sh(one, leaves)).wait()
-                execed = await one.exec(["sleep", "4444"], env=["PATH=/bin"])
-                await until(lambda: len(inside(agent)) == 8, "all are there")
-                if remove:
-                    await one.remove()
-                    await until(lambda: sorted(inside(agent).values()) == ["pause", "sleep"], "only the other is left")
-                else:
-                    await one.init().write(b"\n")
-                    assert await one.init().wait() == 3
-                    assert await execed.wait() == 137
-                    await until(lambda: len(inside(agent)) == 2, "all are gone")
-                    await one.remove()
-            assert await (await sh(other, "true")).wait() == 0
-            await client.destroy_sandbox()
-
-    run(work())
+    async with agent.connect() as client:
+        await shared(client)
+        other = await container(client, agent, "other", "sleep", "1111")
+        for remove in (False, True):
+            one = await container(client, agent, "one", "sh", "-c", f"{leaves}; read x; exit 3")
+            await (await sh(one, leaves)).wait()
+            execed = await one.exec(["sleep", "4444"], env=["PATH=/bin"])
+            await until(lambda: len(inside(agent)) == 8, "all are there")
+            if remove:
+                await one.remove()
+                await until(lambda: sorted(inside(agent).values()) == ["pause", "sleep"], "only the other is left")
+            else:
+                await one.init().write(b"\n")
+                assert await one.init().wait() == 3
+                assert await execed.wait() == 137
+                await until(lambda: len(inside(agent)) == 2, "all are gone")
+                await one.remove()
+        assert await (await sh(other, "true")).wait() == 0
+        await client.destroy_sandbox()
     assert agent.children() == set()
 
 
-def test_destroying_leaves_nothing_and_it_can_be_made_again(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            for _ in range(3):
-                await shared(client)
-                for number in range(4):
-                    await container(client, agent, f"c{number}", "sh", "-c", "(setsid sleep 4444 &) ; sleep 4444")
-                await client.create_container("never-started", agent.spec("true"))
-                there = inside(agent)
-                await client.destroy_sandbox()
-                assert agent.children() == set()
-                assert not any(Path(f"/proc/{pid}").exists() for pid in there)
-                assert list(agent.state.rglob("*")) == []
-            await client.create_sandbox()
-            request = agent_pb2.CreateContainerRequest(container_id="c", OCI=agent.spec(), sandbox_pidns=True)
-            code, text = await refused(client.rpc.CreateContainer(request))
-            assert code is grpc.StatusCode.UNIMPLEMENTED
-            assert text == "CreateContainer: sandbox_pidns needs a sandbox that was created with it"
-            await client.destroy_sandbox()
-
-    run(work())
-
-
-def test_a_pid_namespace_from_the_wire_is_refused_here_too(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
+async def test_destroying_leaves_nothing_and_it_can_be_made_again(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        for _ in range(3):
             await shared(client)
-            spec = agent.spec()
-            spec.Linux.Namespaces.append(oci_pb2.LinuxNamespace(Type="pid", Path="/proc/1/ns/pid"))
-            code, text = await refused(client.create_container("box", spec))
-            assert code is grpc.StatusCode.FAILED_PRECONDITION
-            assert text.startswith("Unexpected PID namespace received for container box")
-            spec = agent.spec()
-            spec.Mounts[0].options.append("hidepid=2")
-            code, text = await refused(client.create_container("box", spec))
-            assert text == "mounts[0].options: 'hidepid=2' cannot be asked for in a shared pid namespace"
+            for number in range(4):
+                await container(client, agent, f"c{number}", "sh", "-c", "(setsid sleep 4444 &) ; sleep 4444")
+            await client.create_container("never-started", agent.spec("true"))
+            there = inside(agent)
             await client.destroy_sandbox()
+            assert agent.children() == set()
+            assert not any(Path(f"/proc/{pid}").exists() for pid in there)
+            assert list(agent.state.rglob("*")) == []
+        await client.create_sandbox()
+        request = agent_pb2.CreateContainerRequest(container_id="c", OCI=agent.spec(), sandbox_pidns=True)
+        code, text = await refused(client.rpc.CreateContainer(request))
+        assert code is grpc.StatusCode.UNIMPLEMENTED
+        assert text == "CreateContainer: sandbox_pidns needs a sandbox that was created with it"
+        await client.destroy_sandbox()
 
-    run(work())
+
+async def test_a_pid_namespace_from_the_wire_is_refused_here_too(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        await shared(client)
+        spec = agent.spec()
+        spec.Linux.Namespaces.append(oci_pb2.LinuxNamespace(Type="pid", Path="/proc/1/ns/pid"))
+        code, text = await refused(client.create_container("box", spec))
+        assert code is grpc.StatusCode.FAILED_PRECONDITION
+        assert text.startswith("Unexpected PID namespace received for container box")
+        spec = agent.spec()
+        spec.Mounts[0].options.append("hidepid=2")
+        code, text = await refused(client.create_container("box", spec))
+        assert text == "mounts[0].options: 'hidepid=2' cannot be asked for in a shared pid namespace"
+        await client.destroy_sandbox()
 
 
-def test_the_first_process_hears_only_the_agent(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            await shared(client)
-            one = await container(client, agent, "one", "sleep", "1000")
-            pause = pause_of(agent)
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.SIGUSR1):
-                os.kill(pause, number)
-            await (await sh(one, "kill -9 1; kill -TERM 1; true")).wait()
-            await until(lambda: sorted(inside(agent).values()) == ["pause", "sleep"], "both live on")
-            assert "State:\tS" in Path(f"/proc/{pause}/status").read_text()
-
-    run(work())
+async def test_the_first_process_hears_only_the_agent(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        await shared(client)
+        one = await container(client, agent, "one", "sleep", "1000")
+        pause = pause_of(agent)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.SIGUSR1):
+            os.kill(pause, number)
+        await (await sh(one, "kill -9 1; kill -TERM 1; true")).wait()
+        await until(lambda: sorted(inside(agent).values()) == ["pause", "sleep"], "both live on")
+        assert "State:\tS" in Path(f"/proc/{pause}/status").read_text()
 
 
 ORPHAN = """

@@ -12,7 +12,8 @@ import pytest
 
 from caisson.agent.client import Agent, AgentError, Container
 from caisson.proto.kata1 import oci_pb2
-from tests.native.agent_support import RunningAgent, errors, output, sh, until
+from tests.native.agent_support import RunningAgent, errors, output, sh
+from tests.support.poll import until
 
 pytestmark = pytest.mark.root
 
@@ -122,37 +123,34 @@ class Soak:
 
 
 @pytest.mark.timeout(300)
-def test_nothing_is_left_of_two_thousand(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            await client.create_sandbox()
-            base = await client.ensure_container("base", agent.spec("/bin/sh", "-c", "while :; do sleep 1000; done"))
-            soak = Soak(client, agent, base)
-            await asyncio.gather(*(soak.one(kind) for kind in soak.kinds))
-            await until(lambda: len(agent.children()) == 1, "stages have ended")
-            fds, mounts, cgroups = agent.fds(), own_mounts(agent), len(agent.cgroups())
-            chance = random.Random(7)
-            memory = []
-            for _ in range(ROUNDS):
-                gate = asyncio.Semaphore(AT_ONCE)
+async def test_nothing_is_left_of_two_thousand(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        await client.create_sandbox()
+        base = await client.ensure_container("base", agent.spec("/bin/sh", "-c", "while :; do sleep 1000; done"))
+        soak = Soak(client, agent, base)
+        await asyncio.gather(*(soak.one(kind) for kind in soak.kinds))
+        await until(lambda: len(agent.children()) == 1, "stages have ended")
+        fds, mounts, cgroups = agent.fds(), own_mounts(agent), len(agent.cgroups())
+        chance = random.Random(7)
+        memory = []
+        for _ in range(ROUNDS):
+            gate = asyncio.Semaphore(AT_ONCE)
 
-                async def gated(kind: Callable[[], Awaitable[None]], gate: asyncio.Semaphore) -> None:
-                    async with gate:
-                        await soak.one(kind)
+            async def gated(kind: Callable[[], Awaitable[None]], gate: asyncio.Semaphore) -> None:
+                async with gate:
+                    await soak.one(kind)
 
-                chosen = [chance.choice(soak.kinds) for _ in range(OF_EACH_ROUND)]
-                await asyncio.gather(*(gated(kind, gate) for kind in chosen))
-                await until(lambda: len(agent.children()) == 1, "every process has ended and is reaped")
-                memory.append(agent.memory())
-            assert sum(soak.done.values()) >= ROUNDS * OF_EACH_ROUND
-            assert min(soak.done.values()) > ROUNDS * OF_EACH_ROUND / 30, soak.done
-            await until(lambda: agent.fds() <= fds, "no descriptor is left")
-            assert own_mounts(agent) == mounts
-            assert len(agent.cgroups()) == cgroups
-            assert sorted(path.name for path in (agent.state / "sandbox").iterdir()) == [".namespaces", "base"]
-            assert memory[-1] - memory[len(memory) // 2] < GROWTH, memory
-
-    asyncio.run(asyncio.wait_for(work(), 280))
+            chosen = [chance.choice(soak.kinds) for _ in range(OF_EACH_ROUND)]
+            await asyncio.gather(*(gated(kind, gate) for kind in chosen))
+            await until(lambda: len(agent.children()) == 1, "every process has ended and is reaped")
+            memory.append(agent.memory())
+        assert sum(soak.done.values()) >= ROUNDS * OF_EACH_ROUND
+        assert min(soak.done.values()) > ROUNDS * OF_EACH_ROUND / 30, soak.done
+        await until(lambda: agent.fds() <= fds, "no descriptor is left")
+        assert own_mounts(agent) == mounts
+        assert len(agent.cgroups()) == cgroups
+        assert sorted(path.name for path in (agent.state / "sandbox").iterdir()) == [".namespaces", "base"]
+        assert memory[-1] - memory[len(memory) // 2] < GROWTH, memory
 
 
 def own_mounts(agent: RunningAgent) -> int:

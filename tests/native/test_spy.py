@@ -12,7 +12,7 @@ import pytest
 from caisson.agent.client.specs import CAPABILITIES
 from caisson.agent.libcontainer.plan.capabilities import capability_mask
 from caisson.proto.kata1 import oci_pb2
-from tests.native.agent_support import RunningAgent, output, run
+from tests.native.agent_support import RunningAgent, output
 from tests.native.test_shared_pids import container, shared
 
 pytestmark = pytest.mark.root
@@ -35,7 +35,7 @@ EXECS, CREATES = 1000, 40
 
 
 @pytest.mark.parametrize("kind", ["root", "CAP_SYS_PTRACE"])
-def test_nobody_reaches_the_guest_through_a_process_that_is_being_made(
+async def test_nobody_reaches_the_guest_through_a_process_that_is_being_made(
     agent: RunningAgent, spy: Path, kind: str
 ) -> None:  # CVE-2016-9962
     """Root sees that they are there, and is denied everything; with CAP_SYS_PTRACE nothing is denied by the kernel, but
@@ -49,32 +49,29 @@ def test_nobody_reaches_the_guest_through_a_process_that_is_being_made(
         for name in ("Bounding", "Effective", "Permitted"):
             getattr(spec.Process.Capabilities, name).append(kind)
 
-    async def work() -> list[str]:
-        async with agent.connect() as client:
-            await shared(client)
-            watched = await container(client, agent, "watched", "sleep", "1000")
-            watcher = await client.create_container("spy", spec)
-            await watcher.start()
-            said = output(watcher.init())
+    async with agent.connect() as client:
+        await shared(client)
+        watched = await container(client, agent, "watched", "sleep", "1000")
+        watcher = await client.create_container("spy", spec)
+        await watcher.start()
+        said = output(watcher.init())
 
-            async def some() -> None:
-                for _ in range(EXECS // 4):
-                    process = await watched.exec(["true"], env=["PATH=/bin"])
-                    assert await process.wait() == 0
+        async def some() -> None:
+            for _ in range(EXECS // 4):
+                process = await watched.exec(["true"], env=["PATH=/bin"])
+                assert await process.wait() == 0
 
-            async def more(number: int) -> None:
-                for _ in range(CREATES // 2):
-                    made = await container(client, agent, f"made-{number}", "true")
-                    assert await made.init().wait() == 0
-                    await made.remove()
+        async def more(number: int) -> None:
+            for _ in range(CREATES // 2):
+                made = await container(client, agent, f"made-{number}", "true")
+                assert await made.init().wait() == 0
+                await made.remove()
 
-            await asyncio.gather(*(some() for _ in range(4)), *(more(number) for number in range(2)))
-            await watcher.init().signal(signal.SIGTERM)
-            lines = (await said).decode().splitlines()
-            await client.destroy_sandbox()
-            return lines
-
-    first, *found, last = run(work())
+        await asyncio.gather(*(some() for _ in range(4)), *(more(number) for number in range(2)))
+        await watcher.init().signal(signal.SIGTERM)
+        lines = (await said).decode().splitlines()
+        await client.destroy_sandbox()
+    first, *found, last = lines
     assert first == "ready"
     counted = dict(word.split("=") for word in last.split()[1:])
     assert int(counted["nsexec"]) > 10, "the spy was too slow to see anything"

@@ -16,7 +16,7 @@ import pytest
 from caisson.agent.base.errors import Unsupported
 from caisson.agent.base.tracing import Tracing
 from caisson.proto.kata1 import agent_pb2
-from tests.native.agent_support import RunningAgent, refused, run
+from tests.native.agent_support import RunningAgent, refused
 
 Code = grpc.StatusCode
 
@@ -37,11 +37,11 @@ async def receiver(path: Path) -> AsyncIterator[asyncio.Queue[dict[str, Any]]]:
 
 
 @pytest.mark.root
-def test_requests_are_traced_while_it_is_on(tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path) -> None:
+async def test_requests_are_traced_while_it_is_on(tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path) -> None:
     path = tmp_path / "traces"
     agent = RunningAgent(tmp_path, nsexec_path, busybox_rootfs, "--trace-target", f"unix:{path}")
 
-    async def work() -> None:
+    try:
         async with receiver(path) as spans, agent.connect() as client:
             stop, start = agent_pb2.StopTracingRequest(), agent_pb2.StartTracingRequest()
             assert await refused(client.rpc.StopTracing(stop)) == (Code.FAILED_PRECONDITION, "tracing not enabled")
@@ -69,29 +69,23 @@ def test_requests_are_traced_while_it_is_on(tmp_path: Path, nsexec_path: Path, b
             await client.rpc.StartTracing(start)
             await client.rpc.StopTracing(stop)
             assert (await spans.get())["name"] == "StartTracing"
-
-    try:
-        run(work())
     finally:
         agent.stop()
 
 
 @pytest.mark.root
-def test_a_host_that_does_not_listen_costs_its_spans_and_nothing_else(
+async def test_a_host_that_does_not_listen_costs_its_spans_and_nothing_else(
     tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path
 ) -> None:
     agent = RunningAgent(
         tmp_path, nsexec_path, busybox_rootfs, "--trace", "true", "--trace-target", f"unix:{tmp_path}/nobody"
     )
 
-    async def work() -> None:
+    try:
         async with agent.connect() as client:
             await client.create_sandbox()
             await client.rpc.StopTracing(agent_pb2.StopTracingRequest())
             await client.version()
-
-    try:
-        run(work())
     finally:
         agent.stop()
 

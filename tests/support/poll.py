@@ -1,0 +1,38 @@
+"""Wait for conditions about other processes, which nobody announces.  What can be waited for as an event is."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+Condition = Callable[[], object]
+Found = Callable[[], object] | None
+
+WHAT = "what a test waits for"
+
+#: Seconds within which anything is done on a busy machine, and between two looks.
+TIMEOUT = 60.0
+INTERVAL = 0.01
+
+
+def wait_until(condition: Condition, what: str = WHAT, timeout: float = TIMEOUT, found: Found = None) -> None:
+    """Poll until a condition holds; at a timeout fail with what was waited for, and what ``found`` gives then."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(_complaint(what, timeout, found))
+        time.sleep(INTERVAL)
+
+
+async def until(condition: Condition, what: str = WHAT, timeout: float = TIMEOUT, found: Found = None) -> None:
+    """Do as ``wait_until`` does, and let other tasks run meanwhile."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(_complaint(what, timeout, found))
+        await asyncio.sleep(INTERVAL)
+
+
+def _complaint(what: str, timeout: float, found: Found) -> str:
+    return f"{what}: not within {timeout:.0f} s" + (f": {found()}" if found else "")
