@@ -16,6 +16,7 @@
 #include "nsexec.h"
 
 #define OPTION_MAX 4096
+#define PROC_ROOT_INODE 1
 
 /* Fail with the file system's own message about its options, if there is one (fsconfig(2)). */
 NORETURN static void fail_filesystem(int fs, const char *path)
@@ -216,15 +217,61 @@ static int mount_target(int root, const struct mount_step *step, bool directory)
 		fail_errno("mount target", step->target, NULL);
 	if (st.st_dev == root_stat.st_dev && st.st_ino == root_stat.st_ino)
 		fail(EINVAL, "mount target", step->target, "is the container's root");
-	if (fs.f_type == MAGIC_PROC && !((step->flags & MOUNT_OVER_PROC_FILE) != 0 && S_ISREG(st.st_mode)))
+	if (fs.f_type == MAGIC_PROC && !((step->flags & MOUNT_OVER_PROC_FILE) != 0 && S_ISREG(st.st_mode)) &&
+	    !((step->flags & MOUNT_ORDINARY_DIR) != 0 && st.st_ino == PROC_ROOT_INODE)) /* another procfs over procfs */
 		fail(EPERM, "mount target", step->target, "is inside procfs");
 	if (S_ISDIR(st.st_mode) != directory)
 		fail(directory ? ENOTDIR : EISDIR, "mount target", step->target, NULL);
 	return fd;
 }
 
-/* Execute a mount step.  Returns the descriptor of the mount. */
-int do_mount(int root, const struct mount_step *step)
+/* With the option remount: flags that are not given are cleared, unless a user namespace has locked them. */
+static void clear_other_attributes(int fd, const struct mount_step *step)
+{
+	const uint64_t all = ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV | ATTR_NOEXEC | ATTR_NODIRATIME;
+	struct mount_attr_args attr = {.attr_clr = all & ~step->set};
+
+	if (sys_mount_setattr(fd, AT_EMPTY_PATH, &attr) < 0 && errno != EPERM)
+		fail_errno("mount", step->target, "remount");
+}
+
+/* Change the mount that is there, and its file system's options, if any are given. */
+static int remount(int root, const struct mount_step *step)
+{
+	struct cursor options = step->options;
+	int fd = open_in(root, step->target, O_PATH, 0), fs;
+
+	if (fd < 0)
+		fail_errno("mount target", step->target, NULL);
+	if (options.at != options.end) {
+		fs = sys_fspick(fd);
+		if (fs < 0)
+			fail_errno("mount", step->target, "remount");
+		while (options.at != options.end)
+			set_option(fs, read_text(&options, "mount"), step->target);
+		if (sys_fsconfig(fs, FSCONFIG_CMD_RECONFIGURE, NULL, NULL) < 0)
+			fail_filesystem(fs, step->target);
+		close(fs);
+	}
+	clear_other_attributes(fd, step);
+	set_attributes(fd, step->set, step->clear, false, "mount", step->target);
+	return fd;
+}
+
+/* Nothing but the root of a procfs may be bound over procfs. */
+static void check_procfs(int tree, const struct mount_step *step)
+{
+	struct statfs fs;
+	struct stat st;
+
+	if (fstatfs(tree, &fs) < 0 || fstat(tree, &st) < 0)
+		fail_errno("mount source", step->source, NULL);
+	if (fs.f_type != MAGIC_PROC || st.st_ino != PROC_ROOT_INODE)
+		fail(EPERM, "mount", step->target, "only a procfs can be mounted there");
+}
+
+/* Execute a mount step; `source` is what stage 0 has opened, or -1.  Returns the descriptor of the mount. */
+int do_mount(int root, const struct mount_step *step, int source)
 {
 	bool directory = true;
 	int tree, target;
@@ -232,23 +279,29 @@ int do_mount(int root, const struct mount_step *step)
 	if ((step->flags & MOUNT_BIND) != 0) {
 		struct stat st;
 
-		tree = sys_open_tree(AT_FDCWD, step->source,
-				     OPEN_TREE_CLONE | O_CLOEXEC |
-					     ((step->flags & MOUNT_RECURSIVE) != 0 ? AT_RECURSIVE_FLAG : 0));
-		if (tree < 0 || fstat(tree, &st) < 0)
+		tree = source >= 0 ? source : open_source(step);
+		if (fstat(tree, &st) < 0)
 			fail_errno("mount source", step->source, NULL);
 		directory = S_ISDIR(st.st_mode);
+		if ((step->flags & MOUNT_ORDINARY_DIR) != 0)
+			check_procfs(tree, step);
+		if ((step->flags & MOUNT_REMOUNT) != 0)
+			clear_other_attributes(tree, step);
 		set_attributes(tree, step->set, step->clear, false, "mount", step->target);
+	} else if ((step->flags & MOUNT_REMOUNT) != 0) {
+		tree = remount(root, step);
 	} else {
 		tree = new_filesystem(root, step);
 	}
 	set_attributes(tree, step->recursive_set, step->recursive_clear, true, "mount", step->target);
-	target = mount_target(root, step, directory);
-	if ((step->flags & MOUNT_COPY_UP) != 0)
-		copy_up(target, tree, step->target);
-	if (sys_move_mount(tree, target) < 0)
-		fail_errno("mount", step->target, NULL);
+	if ((step->flags & (MOUNT_BIND | MOUNT_REMOUNT)) != MOUNT_REMOUNT) {
+		target = mount_target(root, step, directory);
+		if ((step->flags & MOUNT_COPY_UP) != 0)
+			copy_up(target, tree, step->target);
+		if (sys_move_mount(tree, target) < 0)
+			fail_errno("mount", step->target, NULL);
+		close(target);
+	}
 	set_propagation(tree, step->propagation, step->target);
-	close(target);
 	return tree;
 }

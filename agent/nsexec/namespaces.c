@@ -137,3 +137,24 @@ void bring_loopback_up(void)
 		fail_errno("loopback", "lo", NULL);
 	close(s);
 }
+
+/* Send a request about an interface of this network namespace (rtnetlink(7)), and wait for its acknowledgement. */
+void request_netlink(const struct netlink_step *step)
+{
+	static uint8_t buffer[1u << 16];
+	size_t size = (size_t)(step->request.end - step->request.at);
+	int s = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, NETLINK_ROUTE_FAMILY), error;
+	uint32_t index = if_nametoindex(step->interface);
+
+	if (s < 0 || index == 0 || size > sizeof(buffer))
+		fail_errno("network device", step->interface, NULL);
+	memcpy(buffer, step->request.at, size);
+	memcpy(buffer + NETLINK_HEADER + 4, &index, sizeof(index));
+	if (send(s, buffer, size, 0) != (ssize_t)size ||
+	    recv(s, buffer, sizeof(buffer), 0) < (ssize_t)(NETLINK_HEADER + sizeof(error)))
+		fail_errno("network device", step->interface, NULL);
+	memcpy(&error, buffer + NETLINK_HEADER, sizeof(error)); /* struct nlmsgerr */
+	if (error != 0)
+		fail(-error, "network device", step->interface, NULL);
+	close(s);
+}

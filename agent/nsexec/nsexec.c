@@ -443,12 +443,18 @@ NORETURN static void stage0_main(struct context *ctx)
 	struct namespace_files files;
 	const struct bootstrap *boot = &ctx->boot;
 	uint32_t joined = boot->join;
+	int userns = -1;
 	bool joins_pidns;
 
 	open_namespaces(boot, &files);
-	for (size_t i = 0; i < files.count; i++)
+	for (size_t i = 0; i < files.count; i++) {
 		joined |= files.list[i].flag;
+		if (files.list[i].flag == NS_USER)
+			userns = files.list[i].fd;
+	}
 	joins_pidns = (joined & NS_PID) != 0;
+	if (!ctx->fds.joins)
+		open_sources(ctx, ((boot->create | joined) & NS_USER) != 0, userns);
 	join_cgroups(&ctx->fds);
 	FAULT(messages);
 	if ((boot->create & NS_USER) != 0 || boot->time_offsets != NULL ||

@@ -105,6 +105,7 @@ enum {
 	PLAN_SYMLINK, /* * */
 	PLAN_HOOK_STATE,
 	PLAN_RUNTIME_HOOKS,
+	PLAN_NETLINK,	  /* * */
 	PLAN_CREATE_HOOK, /* * */
 	PLAN_PIVOT,
 	PLAN_ROOT_PROPAGATION,
@@ -123,6 +124,7 @@ enum {
 	PLAN_SCHEDULER,
 	PLAN_IO_PRIORITY,
 	PLAN_PERSONALITY,
+	PLAN_MEMORY_POLICY,
 	PLAN_LABEL,
 	PLAN_NO_NEW_PRIVS,
 	PLAN_SECCOMP,
@@ -135,20 +137,26 @@ enum {
 	PLAN_END
 };
 #define PLAN_FORMAT 1
+#define PIVOT_ROOT 0u
+#define PIVOT_MOVE 1u	  /* without pivot_root(2): by MS_MOVE and chroot(2) */
 #define GROUPS_MAX 65536  /* NGROUPS_MAX of the kernel; that of musl is 32 */
 #define CPU_MASK_MAX 1024 /* bytes */
 #define SCHEDULER_SIZE 48 /* SCHED_ATTR_SIZE_VER0 */
 
-#define MOUNT_BIND 1u		/* the source is a path */
-#define MOUNT_RECURSIVE 2u	/* with the mounts below it */
-#define MOUNT_ORDINARY_DIR 4u	/* the target must be a directory reached without a symbolic link */
-#define MOUNT_OVER_PROC_FILE 8u /* the target may be a regular file of procfs, and nothing else */
-#define MOUNT_COPY_UP 16u	/* a tmpfs starts with the content of the directory that it covers */
+#define MOUNT_BIND 1u		  /* the source is a path */
+#define MOUNT_RECURSIVE 2u	  /* with the mounts below it */
+#define MOUNT_ORDINARY_DIR 4u	  /* the target must be a directory reached without a symbolic link */
+#define MOUNT_OVER_PROC_FILE 8u	  /* the target may be a regular file of procfs, and nothing else */
+#define MOUNT_COPY_UP 16u	  /* a tmpfs starts with the content of the directory that it covers */
+#define MOUNT_IDMAP 32u		  /* owners are mapped */
+#define MOUNT_IDMAP_RECURSIVE 64u /* … in the mounts below it, too */
+#define MOUNT_REMOUNT 128u /* options that are not given are cleared; not a bind mount: of the mount that is there */
 
 struct mount_step {
 	uint32_t flags, propagation;
 	uint64_t set, clear, recursive_set, recursive_clear; /* MOUNT_ATTR_* */
-	const char *target, *source, *type;
+	const char *target, *source, *type, *uid_map,
+		*gid_map;      /* maps as in /proc/PID/uid_map, "" for the joined user namespace's */
 	struct cursor options; /* "key" or "key=value", each ended by NUL */
 };
 
@@ -165,6 +173,11 @@ struct link_step {
 struct rlimit_step {
 	uint32_t resource, reserved;
 	uint64_t soft, hard;
+};
+
+struct netlink_step {
+	const char *interface;
+	struct cursor request; /* struct nlmsghdr and what follows; nsexec fills in the interface's index */
 };
 
 struct hook_step {
@@ -194,6 +207,9 @@ struct plan {
 	const uint8_t *scheduler; /* struct sched_attr */
 	bool has_io_priority, has_personality;
 	uint32_t io_priority, personality;
+	uint32_t memory_policy;
+	const uint8_t *memory_nodes; /* a mask of whole words, NULL if there is no policy */
+	size_t memory_nodes_size;
 	const char *label_file, *label; /* below /proc/thread-self/attr, and what to write there */
 	const uint8_t *filter;		/* struct sock_filter, after a uint32_t of flags */
 	size_t filter_size;
@@ -210,8 +226,11 @@ void decode_device(const struct attribute *a, struct device_step *out);
 void decode_link(const struct attribute *a, struct link_step *out);
 void decode_rlimit(const struct attribute *a, struct rlimit_step *out);
 void decode_hook(const struct attribute *a, struct hook_step *out);
+void decode_netlink(const struct attribute *a, struct netlink_step *out);
 void decode_pair(const struct attribute *a, const char **first, const char **second);
 void decode_remount(const struct attribute *a, uint64_t *set, const char **path);
+
+#define SOURCES_MAX 512 /* mounts of a plan */
 
 /* What the stages share.  A stage is a clone without CLONE_VM: each has a copy. */
 struct context {
@@ -223,8 +242,9 @@ struct context {
 		int processes; /* private procfs with processes only, -1 where not needed */
 		int sysctl;    /* private whole procfs, -1 where not needed */
 	} handles;
-	const char *program; /* argv[0] as found in PATH */
-	bool filtered;	     /* the seccomp filter is active */
+	int sources[SOURCES_MAX]; /* of the plan's mounts, opened by stage 0; -1 where not */
+	const char *program;	  /* argv[0] as found in PATH */
+	bool filtered;		  /* the seccomp filter is active */
 };
 
 /* --- namespaces.c --- */
@@ -247,6 +267,7 @@ void become_root_of_namespace(void);
 void write_proc(const char *step, int pid, const char *file, const char *text);
 void write_id_maps(const struct bootstrap *boot, int pid);
 void bring_loopback_up(void);
+void request_netlink(const struct netlink_step *step);
 
 /* --- paths.c: every path of a container is resolved inside its root --- */
 int open_in(int root, const char *path, int flags, uint64_t resolve);
@@ -262,9 +283,13 @@ void build_rootfs(struct context *ctx);
 /* --- mounts.c --- */
 int private_procfs(bool processes_only);
 void attach_rootfs(const char *path, int *root);
-int do_mount(int root, const struct mount_step *step);
+int do_mount(int root, const struct mount_step *step, int source);
 int clone_mount(int fd, const char *step, const char *path, bool recursive);
 void set_attributes(int fd, uint64_t set, uint64_t clear, bool recursive, const char *step, const char *path);
+
+/* --- sources.c --- */
+int open_source(const struct mount_step *step);
+void open_sources(struct context *ctx, bool has_userns, int joined_userns);
 
 /* --- copyup.c --- */
 void copy_up(int covered, int mount, const char *path);

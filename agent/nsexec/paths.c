@@ -5,6 +5,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/statfs.h>
@@ -12,7 +13,8 @@
 
 #include "nsexec.h"
 
-#define RACES 64 /* openat2 fails with EAGAIN while a concurrent rename makes ".." unsafe to resolve */
+#define RACES 64     /* openat2 fails with EAGAIN while a concurrent rename makes ".." unsafe to resolve */
+#define LINKS_MAX 40 /* followed in one path, as by the kernel (path_resolution(7)) */
 
 /* Open `path` as the container would see it.  -1 and errno on error. */
 int open_in(int root, const char *path, int flags, uint64_t resolve)
@@ -25,64 +27,109 @@ int open_in(int root, const char *path, int flags, uint64_t resolve)
 	}
 }
 
-/* The next component of *path into `name`; false at the end.  A component ".." ends the walk with EINVAL. */
-static bool next_component(const char **path, char name[NAME_MAX + 1], bool *bad)
+/* The next component of *path into `name`.  False at the end, and with an errno for a component that is too long. */
+static bool next_component(const char **path, char name[NAME_MAX + 1])
 {
 	size_t length;
 
 	*path += strspn(*path, "/");
 	length = strcspn(*path, "/");
-	if (length == 0)
+	errno = length > NAME_MAX ? ENAMETOOLONG : 0;
+	if (length == 0 || length > NAME_MAX)
 		return false;
-	*bad = length > NAME_MAX || (length == 2 && memcmp(*path, "..", 2) == 0);
-	errno = length > NAME_MAX ? ENAMETOOLONG : EINVAL;
-	if (!*bad) {
-		memcpy(name, *path, length);
-		name[length] = '\0';
-	}
+	memcpy(name, *path, length);
+	name[length] = '\0';
 	*path += length;
-	return !*bad;
+	return true;
 }
 
-/* The directory `path`, made with its parents where missing.  Existing parts may be links inside the root; new ones cannot. */
-int make_directory_in(int root, const char *path, unsigned mode)
+/*
+ * Replace, in `path`, the dangling link `name` in `dir` by its target: /parent/name/rest becomes /parent/target/rest.
+ * `parent` and `rest` are parts of `path`.  False and errno on error.
+ */
+static bool follow_link(int dir, const char *name, char path[PATH_MAX], size_t parent, const char *rest)
+{
+	char target[PATH_MAX], result[PATH_MAX];
+	ssize_t length = readlinkat(dir, name, target, sizeof(target) - 1);
+	int size;
+
+	if (length < 0)
+		return false;
+	target[length] = '\0';
+	size = snprintf(result, sizeof(result), "%.*s/%s%s", target[0] == '/' ? 0 : (int)parent, path, target, rest);
+	if (size < 0 || (size_t)size >= sizeof(result)) {
+		errno = ENAMETOOLONG;
+		return false;
+	}
+	memcpy(path, result, (size_t)size + 1);
+	return true;
+}
+
+/*
+ * Walk down `path` once, creating what is missing.  Returns the directory, -1 and errno, or LINK after `path` was changed
+ * at a dangling link.
+ */
+#define LINK (-2)
+static int walk_and_make(int root, char path[PATH_MAX], unsigned mode)
 {
 	char prefix[PATH_MAX], name[NAME_MAX + 1];
 	const char *rest = path;
-	bool bad = false, made = false;
-	int dir, next;
+	bool made = false;
+	int dir = open_in(root, "/", O_PATH | O_DIRECTORY, 0), next;
+	size_t parent = 0;
 
-	dir = open_in(root, path, O_PATH | O_DIRECTORY, 0);
-	if (dir >= 0 || errno != ENOENT)
-		return dir;
-	if (strlen(path) >= sizeof(prefix)) {
-		errno = ENAMETOOLONG;
-		return -1;
-	}
-	dir = open_in(root, "/", O_PATH | O_DIRECTORY, 0);
-	while (dir >= 0 && next_component(&rest, name, &bad)) {
+	while (dir >= 0 && next_component(&rest, name)) {
+		size_t length = (size_t)(rest - path);
+
+		next = -1;
+		errno = made && strcmp(name, "..") == 0 ? EINVAL
+							: ENOENT; /* what was just created has no ".." to mean */
 		if (!made) {
-			memcpy(prefix, path, (size_t)(rest - path));
-			prefix[rest - path] = '\0';
+			memcpy(prefix, path, length);
+			prefix[length] = '\0';
 			next = open_in(root, prefix, O_PATH | O_DIRECTORY, 0);
-		} else {
-			next = -1;
-			errno = ENOENT;
 		}
 		if (next < 0 && errno == ENOENT) {
-			made = true;
 			if (mkdirat(dir, name, mode) == 0 || errno == EEXIST)
 				next = openat(dir, name, O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+			if (next < 0 && (errno == ENOTDIR || errno == ELOOP) && !made)
+				next = follow_link(dir, name, path, parent, rest) ? LINK : -1;
+			made = true;
 		}
 		close(dir);
 		dir = next;
+		parent = length;
 	}
-	if (bad && dir >= 0) {
+	if (dir >= 0 && errno == ENAMETOOLONG) {
 		close(dir);
-		errno = EINVAL;
 		return -1;
 	}
 	return dir;
+}
+
+/*
+ * The directory `path`, created with its parents where missing, inside the root.  A link that leads nowhere is created
+ * where it leads.
+ */
+int make_directory_in(int root, const char *path, unsigned mode)
+{
+	char current[PATH_MAX];
+	int dir = open_in(root, path, O_PATH | O_DIRECTORY, 0);
+
+	if (dir >= 0 || errno != ENOENT)
+		return dir;
+	if (strlen(path) >= sizeof(current)) {
+		errno = ENAMETOOLONG;
+		return -1;
+	}
+	strcpy(current, path);
+	for (int links = 0; links < LINKS_MAX; links++) {
+		dir = walk_and_make(root, current, mode);
+		if (dir != LINK)
+			return dir;
+	}
+	errno = ELOOP;
+	return -1;
 }
 
 /* Open (or make) the directory that holds `path` and copy out the last component. */
@@ -108,27 +155,47 @@ int open_parent_in(int root, const char *path, char name[NAME_MAX + 1])
 	return make_directory_in(root, parent, 0755);
 }
 
-/* Something of the right kind to mount on, O_PATH; made where missing. */
-int make_target_in(int root, const char *path, bool directory)
+static int make_file_in(int root, char path[PATH_MAX])
 {
 	char name[NAME_MAX + 1];
-	int fd, dir;
+	int dir = open_parent_in(root, path, name), fd;
+	size_t parent = strlen(path) - strlen(name);
 
-	if (directory)
-		return make_directory_in(root, path, 0755);
-	fd = open_in(root, path, O_PATH, 0);
-	if (fd >= 0 || errno != ENOENT)
-		return fd;
-	dir = open_parent_in(root, path, name);
 	if (dir < 0)
 		return -1;
 	fd = openat(dir, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0644);
 	if (fd >= 0) {
 		close(fd);
 		fd = openat(dir, name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+	} else if (errno == EEXIST && follow_link(dir, name, path, parent, "")) {
+		fd = LINK;
 	}
 	close(dir);
 	return fd;
+}
+
+/* A directory or file to mount on, O_PATH; created where missing. */
+int make_target_in(int root, const char *path, bool directory)
+{
+	char current[PATH_MAX];
+	int fd;
+
+	if (directory)
+		return make_directory_in(root, path, 0755);
+	if (strlen(path) >= sizeof(current)) {
+		errno = ENAMETOOLONG;
+		return -1;
+	}
+	strcpy(current, path);
+	for (int links = 0; links < LINKS_MAX; links++) {
+		fd = open_in(root, current, O_PATH, 0);
+		if (fd < 0 && errno == ENOENT)
+			fd = make_file_in(root, current);
+		if (fd != LINK)
+			return fd;
+	}
+	errno = ELOOP;
+	return -1;
 }
 
 bool is_null_device(int fd)

@@ -6,6 +6,7 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <net/if.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
@@ -114,12 +115,18 @@ void decode_mount(const struct attribute *a, struct mount_step *out)
 	out->target = read_text(&c, "mount");
 	out->source = read_text(&c, "mount");
 	out->type = read_text(&c, "mount");
+	out->uid_map = read_text(&c, "mount");
+	out->gid_map = read_text(&c, "mount");
 	out->options = c;
 	for (rest = c; rest.at != rest.end;)
 		if (read_text(&rest, "mount")[0] == '\0')
 			malformed("mount", "an empty option");
-	if ((out->flags & MOUNT_BIND) == 0 && out->type[0] == '\0')
-		malformed("mount", "no filesystem type");
+	if ((out->flags & (MOUNT_BIND | MOUNT_REMOUNT)) == 0 && out->type[0] == '\0')
+		malformed("mount", "no file system type");
+	if ((out->flags & MOUNT_IDMAP) != 0 && (out->flags & MOUNT_BIND) == 0)
+		malformed("mount", "id-mapped, but not a bind mount");
+	if ((out->uid_map[0] == '\0') != (out->gid_map[0] == '\0'))
+		malformed("mount", "maps of uids and gids go together");
 }
 
 void decode_device(const struct attribute *a, struct device_step *out)
@@ -174,6 +181,19 @@ void decode_hook(const struct attribute *a, struct hook_step *out)
 	read_end(&rest, "hook");
 }
 
+void decode_netlink(const struct attribute *a, struct netlink_step *out)
+{
+	struct cursor c = attribute_cursor(a);
+	uint32_t length;
+
+	out->interface = read_text(&c, "netlink");
+	out->request = c;
+	read_bytes(&c, &length, sizeof(length), "netlink");
+	/* struct nlmsghdr, and a header in which the index comes after four bytes (ifinfomsg, ifaddrmsg) */
+	if (length < 24 || length != (size_t)(out->request.end - out->request.at) || strlen(out->interface) >= IFNAMSIZ)
+		malformed("netlink", "not a whole request");
+}
+
 void decode_pair(const struct attribute *a, const char **first, const char **second)
 {
 	struct cursor c = attribute_cursor(a);
@@ -198,6 +218,7 @@ static bool may_repeat(uint16_t type)
 	case PLAN_MOUNT:
 	case PLAN_DEVICE:
 	case PLAN_SYMLINK:
+	case PLAN_NETLINK:
 	case PLAN_CREATE_HOOK:
 	case PLAN_START_HOOK:
 	case PLAN_REMOUNT:
@@ -243,6 +264,7 @@ static void check_step(const struct attribute *a)
 	struct link_step link;
 	struct rlimit_step limit;
 	struct hook_step hook;
+	struct netlink_step netlink;
 	const char *first, *second;
 	uint64_t set;
 
@@ -276,6 +298,9 @@ static void check_step(const struct attribute *a)
 	case PLAN_ROOT_READONLY:
 	case PLAN_RUNTIME_HOOKS:
 		(void)attribute_bool(a);
+		break;
+	case PLAN_NETLINK:
+		decode_netlink(a, &netlink);
 		break;
 	case PLAN_CREATE_HOOK:
 	case PLAN_START_HOOK:
@@ -333,6 +358,13 @@ static void decode_plan_step(const struct attribute *a, struct plan *out)
 	case PLAN_PERSONALITY:
 		out->personality = attribute_u32(a);
 		out->has_personality = true;
+		break;
+	case PLAN_MEMORY_POLICY:
+		read_bytes(&c, &out->memory_policy, 4, "memory policy");
+		out->memory_nodes = c.at;
+		out->memory_nodes_size = (size_t)(c.end - c.at);
+		if (out->memory_nodes_size % 8 != 0 || out->memory_nodes_size > CPU_MASK_MAX)
+			malformed("memory policy", "not a mask of whole words");
 		break;
 	case PLAN_LABEL:
 		decode_pair(a, &out->label_file, &out->label);

@@ -75,18 +75,30 @@ static void make_link(int root, const struct link_step *link)
 	close(dir);
 }
 
+/* For a host whose root is an initramfs, which cannot be changed: move the new root over it. */
+static void move_root(int root)
+{
+	if (fchdir(root) < 0 || mount(".", "/", NULL, MS_MOVE, NULL) < 0 || chroot(".") < 0 || chdir("/") < 0)
+		fail_errno("chroot", "/", NULL);
+}
+
 /* pivot_root(2) with new and old root on the same directory; then the old root is unmounted. */
 static void change_root(int root, uint32_t way)
 {
 	int old;
 
-	if (way != 0)
+	if (way == PIVOT_MOVE) {
+		move_root(root);
+		return;
+	}
+	if (way != PIVOT_ROOT)
 		fail(EINVAL, "pivot_root", "", "unknown mode");
 	old = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
 	if (old < 0 || fchdir(root) < 0)
 		fail_errno("pivot_root", "/", NULL);
 	if (syscall(SYS_pivot_root, ".", ".") < 0)
-		fail_errno("pivot_root", "/", errno == EINVAL ? "the host's root is an initramfs" : NULL);
+		fail_errno("pivot_root", "/",
+			   errno == EINVAL ? "the host's root is an initramfs: do without pivot_root" : NULL);
 	if (fchdir(old) < 0 || mount(NULL, ".", NULL, MS_SLAVE | MS_REC, NULL) < 0 || umount2(".", MNT_DETACH) < 0)
 		fail_errno("pivot_root", "old root", NULL);
 	if (chdir("/") < 0)
@@ -207,7 +219,7 @@ static void mask(const struct kernel_mounts *mounts, int root, const char *path,
 	close(target);
 }
 
-static void remount(int root, const struct attribute *a)
+static void make_mount_readonly(int root, const struct attribute *a)
 {
 	const char *path;
 	uint64_t set;
@@ -247,12 +259,14 @@ struct rootfs_state {
 	struct context *ctx;
 	struct kernel_mounts mounts;
 	int null, empty;
-	bool hooks_done; /* all createContainer hooks have run at the first of them */
+	size_t mount_index; /* of the next PLAN_MOUNT */
+	bool hooks_done;    /* all createContainer hooks have run at the first of them */
 };
 
 static void do_step(const struct attribute *a, struct rootfs_state *s)
 {
 	struct mount_step step;
+	struct netlink_step netlink;
 	const char *first, *second;
 	struct handles *handles = &s->ctx->handles;
 	const struct plan *plan = &s->ctx->plan;
@@ -269,7 +283,8 @@ static void do_step(const struct attribute *a, struct rootfs_state *s)
 		break;
 	case PLAN_MOUNT:
 		decode_mount(a, &step);
-		fd = do_mount(*root, &step);
+		fd = do_mount(*root, &step, s->mount_index < SOURCES_MAX ? s->ctx->sources[s->mount_index] : -1);
+		s->mount_index++;
 		if ((step.flags & MOUNT_ORDINARY_DIR) != 0)
 			record_kernel_mount(&s->mounts, fd, step.target);
 		else
@@ -281,6 +296,10 @@ static void do_step(const struct attribute *a, struct rootfs_state *s)
 		break;
 	case PLAN_RUNTIME_HOOKS:
 		wait_for_runtime_hooks(fds->sync);
+		break;
+	case PLAN_NETLINK:
+		decode_netlink(a, &netlink);
+		request_netlink(&netlink);
 		break;
 	case PLAN_CREATE_HOOK:
 		if (!s->hooks_done)
@@ -300,7 +319,7 @@ static void do_step(const struct attribute *a, struct rootfs_state *s)
 		open_console(*root, &plan->console, fds->console);
 		break;
 	case PLAN_REMOUNT:
-		remount(*root, a);
+		make_mount_readonly(*root, a);
 		break;
 	case PLAN_ROOT_READONLY: {
 		/* The working directory is created if missing, which a read-only root would prevent later. */

@@ -1,5 +1,5 @@
 /*
- * scheduling.c: CPU affinity, scheduler, I/O priority and personality of the process.
+ * scheduling.c: CPU affinity, scheduler, I/O priority, personality and memory policy of the process.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -39,4 +39,8 @@ void set_scheduling(const struct plan *plan)
 		fail_errno("io priority", "", NULL);
 	if (plan->has_personality && syscall(SYS_personality, (unsigned long)plan->personality) < 0)
 		fail_errno("personality", "", NULL);
+	if (plan->memory_nodes != NULL &&
+	    syscall(SYS_set_mempolicy, plan->memory_policy, plan->memory_nodes_size == 0 ? NULL : plan->memory_nodes,
+		    plan->memory_nodes_size * 8 + 1) < 0)
+		fail_errno("memory policy", "", NULL);
 }

@@ -47,16 +47,26 @@ struct open_how_args {
 #define FSCONFIG_SET_FLAG 0u
 #define FSCONFIG_SET_STRING 1u
 #define FSCONFIG_CMD_CREATE 6u
+#define FSCONFIG_CMD_RECONFIGURE 7u
+#define FSPICK_CLOEXEC_FLAG 1u
+#define FSPICK_EMPTY_PATH_FLAG 8u
 #define MOVE_F_EMPTY_PATH 0x04u
 #define MOVE_T_EMPTY_PATH 0x40u
 #define ATTR_RDONLY 0x1ull
 #define ATTR_NOSUID 0x2ull
 #define ATTR_NODEV 0x4ull
 #define ATTR_NOEXEC 0x8ull
+#define ATTR_ATIME 0x70ull
+#define ATTR_NODIRATIME 0x80ull
+#define ATTR_IDMAP 0x100000ull
 
 struct mount_attr_args {
 	uint64_t attr_set, attr_clr, propagation, userns_fd;
 };
+
+/* netlink(7) */
+#define NETLINK_ROUTE_FAMILY 0
+#define NETLINK_HEADER 16u /* struct nlmsghdr */
 
 /* statfs(2) f_type */
 #define MAGIC_PROC 0x9fa0
@@ -93,6 +103,11 @@ static inline int sys_move_mount(int from, int to)
 static inline int sys_fsopen(const char *type)
 {
 	return (int)syscall(SYS_fsopen, type, FSOPEN_CLOEXEC);
+}
+
+static inline int sys_fspick(int fd)
+{
+	return (int)syscall(SYS_fspick, fd, "", FSPICK_CLOEXEC_FLAG | FSPICK_EMPTY_PATH_FLAG);
 }
 
 static inline int sys_fsconfig(int fs, unsigned command, const char *key, const char *value)
