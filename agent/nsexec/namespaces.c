@@ -5,12 +5,16 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <net/if.h>
+#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
+#include <sys/wait.h>
 
 #include "nsexec.h"
+
+#define MAP_LINES_MAX 340 /* UID_GID_MAP_MAX_EXTENTS of the kernel */
 
 static const struct namespace_name {
 	const char *name;
@@ -114,14 +118,49 @@ void write_proc(const char *step, int pid, const char *file, const char *text)
 	close(fd);
 }
 
-/* The maps of stage 1's user namespace, written from outside of it (user_namespaces(7)). */
+/* Run newuidmap or newgidmap: PROGRAM PID followed by the numbers of the map. */
+static void run_map_program(const char *program, int pid, const char *map)
+{
+	static char numbers[1u << 15], pid_text[16], *argv[3 + 3 * MAP_LINES_MAX];
+	static char *const envp[] = {NULL};
+	size_t argc = 2;
+	int child, status = 0;
+
+	if (strlen(map) >= sizeof(numbers))
+		fail(E2BIG, "id maps", program, NULL);
+	strcpy(numbers, map);
+	snprintf(pid_text, sizeof(pid_text), "%d", pid);
+	argv[0] = (char *)(uintptr_t)program;
+	argv[1] = pid_text;
+	for (char *next = strtok(numbers, " \n"); next != NULL; next = strtok(NULL, " \n")) {
+		if (argc == ARRAY_SIZE(argv) - 1)
+			fail(E2BIG, "id maps", program, NULL);
+		argv[argc++] = next;
+	}
+	child = (int)syscall(SYS_clone, (unsigned long)SIGCHLD, NULL, NULL, NULL, NULL);
+	if (child == 0) {
+		execve(program, argv, envp);
+		fail_errno("id maps", program, NULL);
+	}
+	while (child > 0 && waitpid(child, &status, 0) < 0)
+		if (errno != EINTR)
+			fail_errno("id maps", program, "waitpid");
+	if (child < 0 || status != 0)
+		fail(EPERM, "id maps", program, "failed for the map %s", map);
+}
+
+/* The maps of a user namespace, written from outside of it (user_namespaces(7)). */
 void write_id_maps(const struct bootstrap *boot, int pid)
 {
 	if (!boot->setgroups && boot->gid_map != NULL)
 		write_proc("id maps", pid, "setgroups", "deny");
-	if (boot->uid_map != NULL)
+	if (boot->uid_map != NULL && boot->uid_map_program != NULL)
+		run_map_program(boot->uid_map_program, pid, boot->uid_map);
+	else if (boot->uid_map != NULL)
 		write_proc("id maps", pid, "uid_map", boot->uid_map);
-	if (boot->gid_map != NULL)
+	if (boot->gid_map != NULL && boot->gid_map_program != NULL)
+		run_map_program(boot->gid_map_program, pid, boot->gid_map);
+	else if (boot->gid_map != NULL)
 		write_proc("id maps", pid, "gid_map", boot->gid_map);
 }
 

@@ -92,6 +92,7 @@ struct bootstrap {
 	uint32_t join;	   /* NS_* to join from the pidfd */
 	const char *paths; /* "type:path,…" to join */
 	const char *uid_map, *gid_map, *oom_score_adj, *time_offsets;
+	const char *uid_map_program, *gid_map_program; /* newuidmap and newgidmap, of a runtime without privileges */
 	bool setgroups;
 };
 

@@ -22,8 +22,7 @@ enum {
 	BOOT_GID_MAP,
 	BOOT_SETGROUPS,
 	BOOT_OOM_SCORE_ADJ,
-	BOOT_ROOTLESS,
-	BOOT_UID_MAP_PATH,
+	BOOT_UID_MAP_PATH = 27288,
 	BOOT_GID_MAP_PATH,
 	BOOT_TIME_OFFSETS,
 	BOOT_JOIN_MASK = 27350, /* our own: namespaces to join from the pidfd, u32 */
@@ -80,16 +79,15 @@ void decode_bootstrap(struct cursor message, struct bootstrap *out)
 		case BOOT_OOM_SCORE_ADJ:
 			out->oom_score_adj = attribute_text(&a);
 			break;
-		case BOOT_ROOTLESS:
-			if (attribute_bool(&a))
-				malformed("rootless", "the agent is root");
-			break;
 		case BOOT_TIME_OFFSETS:
 			out->time_offsets = attribute_text(&a);
 			break;
 		case BOOT_UID_MAP_PATH:
+			out->uid_map_program = attribute_text(&a);
+			break;
 		case BOOT_GID_MAP_PATH:
-			malformed("attribute", "newuidmap and newgidmap are for rootless runtimes");
+			out->gid_map_program = attribute_text(&a);
+			break;
 		default:
 			malformed("attribute", "an unknown type");
 		}

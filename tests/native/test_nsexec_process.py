@@ -155,3 +155,40 @@ def test_a_start_container_hook_is_under_the_filter(box: Box, no_new_privs: bool
     value["linux"]["seccomp"] = profile("SCMP_ACT_ALLOW", "SCMP_ACT_KILL_PROCESS", ["mkdir", "mkdirat"])
     with pytest.raises(LaunchError, match=r"startContainer hook #0 /bin/sh: .*(signal 31|bad system call|status 159)"):
         box.run(box.output(value))
+
+
+def test_flags_of_a_personality(box: Box) -> None:
+    value = config()
+    value["linux"]["personality"] = {"domain": "LINUX", "flags": ["ADDR_NO_RANDOMIZE", "UNAME26"]}
+    assert box.sh("cat /proc/self/personality", value) == "00060000\n"
+
+
+def test_memory_policy(box: Box) -> None:
+    """Of a stack that was touched under it: numa_maps(5)."""
+    value = config()
+    value["linux"]["memoryPolicy"] = {"mode": "MPOL_BIND", "nodes": "0", "flags": ["MPOL_F_STATIC_NODES"]}
+    assert "bind=static:0" in box.sh("grep heap /proc/self/numa_maps", value)
+
+    async def work() -> tuple[int, str, str]:
+        init = await box.running(value | {"process": value["process"] | {"args": ["sleep", "1000"]}})
+        return await box.exec(init, {"args": ["grep", "heap", "/proc/self/numa_maps"]}, value)
+
+    assert "bind=static:0" in box.run(work())[1]
+    value["linux"]["memoryPolicy"] = {"mode": "MPOL_BIND", "nodes": "900"}
+    with pytest.raises(LaunchError, match="memory policy: invalid argument"):
+        box.run(box.output(value))
+
+
+@pytest.mark.parametrize(
+    ("policy", "field"),
+    [
+        ({"mode": "BIND", "nodes": "0"}, "mode"),
+        ({"mode": "MPOL_BIND", "nodes": "zero"}, "nodes"),
+        ({"mode": "MPOL_BIND", "nodes": "0", "flags": ["STATIC"]}, "flags"),
+    ],
+)
+def test_memory_policies_that_are_not_valid(box: Box, policy: dict[str, Any], field: str) -> None:
+    value = config()
+    value["linux"]["memoryPolicy"] = policy
+    with pytest.raises(SpecError, match=rf"linux\.memoryPolicy\.{field}: "):
+        box.run(box.output(value))

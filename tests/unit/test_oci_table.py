@@ -109,7 +109,13 @@ WHOLE: dict[str, Any] = {
     "domainname": "d",
     "annotations": {"k": "v"},
     "hooks": {point: [{"path": "/h", "args": ["h"], "env": ["A=b"], "timeout": 1}] for point in HOOKS},
-    "mounts": [{"destination": "/mnt", "source": "tmpfs", "type": "tmpfs", "options": ["ro"]}],
+    "mounts": [
+        {
+            "destination": "/mnt", "source": "/src", "type": "bind", "options": ["ro"],
+            "uidMappings": [{"containerID": 0, "hostID": 1, "size": 2}],
+            "gidMappings": [{"containerID": 0, "hostID": 1, "size": 2}],
+        }
+    ],
     "linux": {
         "namespaces": [
             *({"type": kind} for kind in spec.NAMESPACE_TYPES if kind != "network"),
@@ -126,7 +132,8 @@ WHOLE: dict[str, Any] = {
         "sysctl": {"net.ipv4.ip_forward": "1"},
         "maskedPaths": ["/m"],
         "readonlyPaths": ["/r"],
-        "personality": {"domain": "LINUX32"},
+        "personality": {"domain": "LINUX32", "flags": ["ADDR_NO_RANDOMIZE"]},
+        "memoryPolicy": {"mode": "MPOL_BIND", "nodes": "0", "flags": ["MPOL_F_STATIC_NODES"]},
         "seccomp": {
             "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 1, "architectures": ["SCMP_ARCH_X86"],
             "flags": ["SECCOMP_FILTER_FLAG_LOG"],
@@ -211,6 +218,9 @@ def document_with(field: str) -> dict[str, Any]:
         at[last] = "root"
     if path == "mounts[].options":
         at.update(destination="/mnt", source="x", type="tmpfs")
+    if word in ("idmap", "ridmap"):
+        maps = [{"containerID": 0, "hostID": 1, "size": 2}]
+        at.update(type="bind", uidMappings=maps, gidMappings=maps)
     return document
 
 

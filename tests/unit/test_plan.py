@@ -153,14 +153,19 @@ def test_devices_follow_the_mounts_unless_dev_is_bound() -> None:
     assert devices(_spec(mounts=bound, linux__devices=asked)) == [b"/elsewhere/null"]
 
 
+ID = {"containerID": 0, "hostID": 1000, "size": 1}
+
+
 @pytest.mark.parametrize(
     ("mount", "why"),
     [
         ({"destination": "relative", "type": "tmpfs"}, "absolute"),
         ({"destination": "/x"}, "type: is missing"),
         ({"destination": "/x", "type": "bind"}, "source: is missing"),
-        ({"destination": "/x", "type": "tmpfs", "options": ["idmap"]}, "is not supported"),
-        ({"destination": "/x", "type": "tmpfs", "options": ["remount"]}, "cannot be asked for"),
+        ({"destination": "/x", "type": "tmpfs", "options": ["idmap"]}, "must be bind mounts"),
+        ({"destination": "/x", "type": "tmpfs", "uidMappings": [ID], "gidMappings": [ID]}, "are for bind mounts"),
+        ({"destination": "/x", "type": "bind", "source": "/y", "uidMappings": [ID]}, "go together with gidMappings"),
+        ({"destination": "/x", "type": "bind", "source": "/y", "options": ["ridmap"]}, "or a user namespace"),
         ({"destination": "/x", "type": "tmpfs", "options": ["slave", "rshared"]}, "second propagation type"),
         ({"destination": "/x", "type": "overlay", "options": ["lowerdir=" + "x" * 300]}, "longer than the 255"),
         ({"destination": "/x", "type": "cgroup"}, "needs a cgroup namespace"),

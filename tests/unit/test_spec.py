@@ -139,7 +139,7 @@ RULE = {"names": ["read"], "action": "SCMP_ACT_KILL"}
         ("hooks.startContainer", [{"path": "/x", "env": ["A"]}], "hooks.startContainer[0].env"),
         ("hooks.createRuntime", [{"path": "/x", "cwd": "/"}], "hooks.createRuntime[0].cwd"),
         ("hooks.prepare", [{"path": "/x"}], "hooks.prepare"),
-        ("mounts", [{"destination": "/a", "uidMappings": [{}]}], "mounts[0].uidMappings"),
+        ("mounts", [{"destination": "/a", "uidMappings": [{"inside": 0}]}], "mounts[0].uidMappings[0].inside"),
         ("mounts", [{"destination": "/a", "label": "x"}], "mounts[0].label"),
         ("linux.seccomp", {"defaultAction": "ERRNO"}, "linux.seccomp.defaultAction"),
         ("linux.seccomp", {"architectures": ["X86"]}, "linux.seccomp.defaultAction"),

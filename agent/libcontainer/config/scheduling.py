@@ -1,7 +1,7 @@
-"""How a process shares the machine: scheduler, I/O priority, CPUs, personality.
+"""How a process shares the machine: scheduler, I/O priority, CPUs, personality, memory policy.
 
-Source: OCI runtime specification 1.2, config.md ("scheduler", "ioPriority", "execCPUAffinity") and config-linux.md
-("personality"); sched_setattr(2), ioprio_set(2), sched_setaffinity(2), personality(2).
+Source: OCI runtime specification 1.3, config.md ("scheduler", "ioPriority", "execCPUAffinity") and config-linux.md
+("personality", "memoryPolicy"); sched_setattr(2), ioprio_set(2), sched_setaffinity(2), personality(2).
 """
 
 from __future__ import annotations
@@ -10,6 +10,10 @@ from struct import pack
 
 from caisson.agent.base.record import Record
 from caisson.agent.libcontainer.config.reader import U64_MAX, Reader, SpecError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 POLICIES = {
     "SCHED_OTHER": 0, "SCHED_FIFO": 1, "SCHED_RR": 2, "SCHED_BATCH": 3, "SCHED_ISO": 4, "SCHED_IDLE": 5,
@@ -22,6 +26,18 @@ FLAGS = {
 }  # fmt: skip
 CLASSES = {"IOPRIO_CLASS_RT": 1, "IOPRIO_CLASS_BE": 2, "IOPRIO_CLASS_IDLE": 3}
 DOMAINS = {"LINUX": 0x0000, "LINUX32": 0x0008}
+#: personality(2)
+PERSONALITY_FLAGS = {
+    "UNAME26": 0x0020000, "ADDR_NO_RANDOMIZE": 0x0040000, "FDPIC_FUNCPTRS": 0x0080000, "MMAP_PAGE_ZERO": 0x0100000,
+    "ADDR_COMPAT_LAYOUT": 0x0200000, "READ_IMPLIES_EXEC": 0x0400000, "ADDR_LIMIT_32BIT": 0x0800000,
+    "SHORT_INODE": 0x1000000, "WHOLE_SECONDS": 0x2000000, "STICKY_TIMEOUTS": 0x4000000, "ADDR_LIMIT_3GB": 0x8000000,
+}  # fmt: skip
+#: set_mempolicy(2)
+MEMORY_MODES = {
+    "MPOL_DEFAULT": 0, "MPOL_PREFERRED": 1, "MPOL_BIND": 2, "MPOL_INTERLEAVE": 3, "MPOL_LOCAL": 4,
+    "MPOL_PREFERRED_MANY": 5, "MPOL_WEIGHTED_INTERLEAVE": 6,
+}  # fmt: skip
+MEMORY_FLAGS = {"MPOL_F_NUMA_BALANCING": 1 << 13, "MPOL_F_RELATIVE_NODES": 1 << 14, "MPOL_F_STATIC_NODES": 1 << 15}
 CPUS_MAX = 8192
 
 
@@ -32,20 +48,23 @@ class Affinity(Record):
     final: bytes | None = None
 
 
+class MemoryPolicy(Record):
+    """`mode` with its flags and a mask of nodes, as for set_mempolicy(2)."""
+
+    mode: int
+    nodes: bytes = b""
+
+
 def scheduler(value: object, where: str) -> bytes:
     """`process.scheduler` as struct sched_attr.  Raises SpecError."""
     r = Reader(value, where)
-    policy, flags = r.text("policy"), r.texts("flags")
+    policy, bits = r.text("policy"), _bits(r, "flags", FLAGS)
     nice = r.number("nice", -20, 19) or 0
     priority = r.number("priority", 0, 99) or 0
     runtime, deadline, period = (r.number(key, 0, U64_MAX) or 0 for key in ("runtime", "deadline", "period"))
     r.done()
     if policy not in POLICIES:
         raise SpecError(r.name("policy"), f"{policy!r} is not one of {', '.join(POLICIES)}")
-    for flag in flags:
-        if flag not in FLAGS:
-            raise SpecError(r.name("flags"), f"{flag!r} is not one of {', '.join(FLAGS)}")
-    bits = sum(FLAGS[flag] for flag in set(flags))
     return pack("=IIQiIQQQ", 48, POLICIES[policy], bits, nice, priority, runtime, deadline, period)
 
 
@@ -71,15 +90,35 @@ def personality(value: object, where: str) -> int:
     """`linux.personality` as for personality(2).  Raises SpecError."""
     r = Reader(value, where)
     domain = r.text("domain")
-    r.refuse("flags", "no flag of a personality is supported")
+    flags = _bits(r, "flags", PERSONALITY_FLAGS)
     r.done()
     if domain not in DOMAINS:
         raise SpecError(r.name("domain"), f"{domain!r} is not one of {', '.join(DOMAINS)}")
-    return DOMAINS[domain]
+    return DOMAINS[domain] | flags
+
+
+def memory_policy(value: object, where: str) -> MemoryPolicy:
+    """Parse `linux.memoryPolicy`.  Raises SpecError."""
+    r = Reader(value, where)
+    mode, nodes = r.text("mode"), _mask(r.text("nodes"), r.name("nodes"))
+    flags = _bits(r, "flags", MEMORY_FLAGS)
+    r.done()
+    if mode not in MEMORY_MODES:
+        raise SpecError(r.name("mode"), f"{mode!r} is not one of {', '.join(MEMORY_MODES)}")
+    return MemoryPolicy(MEMORY_MODES[mode] | flags, nodes or b"")
+
+
+def _bits(r: Reader, key: str, known: Mapping[str, int]) -> int:
+    bits = 0
+    for flag in r.texts(key):
+        if flag not in known:
+            raise SpecError(r.name(key), f"{flag!r} is not one of {', '.join(known)}")
+        bits |= known[flag]
+    return bits
 
 
 def _mask(text: str, where: str) -> bytes | None:
-    """A list of CPUs like "0-3,7" as a mask of whole words."""
+    """A list of CPUs or memory nodes like "0-3,7" as a mask of whole words."""
     if not text:
         return None
     mask = 0
@@ -87,9 +126,9 @@ def _mask(text: str, where: str) -> bytes | None:
         first, dash, last = part.strip().partition("-")
         last = last if dash else first
         if not (first.isascii() and first.isdecimal() and last.isascii() and last.isdecimal()):
-            raise SpecError(where, f"{text!r} is not a list of CPUs")
+            raise SpecError(where, f"{text!r} is not a list of numbers")
         low, high = int(first), int(last)
         if not low <= high < CPUS_MAX:
-            raise SpecError(where, f"{part!r} is not a range of CPUs below {CPUS_MAX}")
+            raise SpecError(where, f"{part!r} is not a range below {CPUS_MAX}")
         mask |= ((1 << (high - low + 1)) - 1) << low
     return mask.to_bytes((mask.bit_length() + 63) // 64 * 8, "little")

@@ -10,7 +10,7 @@ from caisson.agent.base.record import NOTHING, Record
 from caisson.agent.libcontainer.config import scheduling
 from caisson.agent.libcontainer.config.reader import U32_MAX, U64_MAX, Reader, SpecError, UnknownField
 from caisson.agent.libcontainer.config.resources import Resources
-from caisson.agent.libcontainer.config.scheduling import Affinity
+from caisson.agent.libcontainer.config.scheduling import Affinity, MemoryPolicy
 from caisson.agent.libcontainer.config.seccomp import Seccomp
 from caisson.agent.libcontainer.plan import lsm as labels
 
@@ -125,15 +125,6 @@ class Process(Record):
         return result
 
 
-class Mount(Record):
-    """One of `mounts`, in the order of the list."""
-
-    destination: str
-    source: str = ""
-    type: str = ""
-    options: tuple[str, ...] = ()
-
-
 class Namespace(Record):
     """One of `linux.namespaces`; an empty path asks for a new one."""
 
@@ -147,6 +138,17 @@ class IdMapping(Record):
     container_id: int
     host_id: int
     size: int
+
+
+class Mount(Record):
+    """One of `mounts`, in the order of the list; `uid_mappings` and `gid_mappings` are for an id-mapped one."""
+
+    destination: str
+    source: str = ""
+    type: str = ""
+    options: tuple[str, ...] = ()
+    uid_mappings: tuple[IdMapping, ...] = ()
+    gid_mappings: tuple[IdMapping, ...] = ()
 
 
 class TimeOffset(Record):
@@ -184,12 +186,13 @@ class Linux(Record):
     readonly_paths: tuple[str, ...] = ()
     seccomp: Seccomp | None = None
     personality: int | None = None  # as for personality(2)
+    memory_policy: MemoryPolicy | None = None
 
     @classmethod
     def from_json(cls, value: object, where: str = "linux") -> Linux:
         """Parse `linux`.  Raises SpecError."""
         r = Reader(value, where)
-        for key in ("mountLabel", "intelRdt", "netDevices", "memoryPolicy"):
+        for key in ("mountLabel", "intelRdt", "netDevices"):
             r.refuse(key, NOT_YET)
         result = cls(
             namespaces=r.each("namespaces", _namespace),
@@ -205,6 +208,7 @@ class Linux(Record):
             readonly_paths=r.texts("readonlyPaths"),
             seccomp=r.one("seccomp", Seccomp.from_json),
             personality=r.one("personality", scheduling.personality),
+            memory_policy=r.one("memoryPolicy", scheduling.memory_policy),
         )
         r.done()
         types = [namespace.type for namespace in result.namespaces]
@@ -328,9 +332,14 @@ def _console_size(value: object, where: str) -> tuple[int, int]:
 
 def _mount(value: object, where: str) -> Mount:
     r = Reader(value, where)
-    for key in ("uidMappings", "gidMappings"):
-        r.refuse(key, "id-mapped mounts are not supported")
-    mount = Mount(r.text("destination"), r.text("source"), r.text("type"), r.texts("options"))
+    mount = Mount(
+        r.text("destination"),
+        r.text("source"),
+        r.text("type"),
+        r.texts("options"),
+        r.each("uidMappings", _id_mapping),
+        r.each("gidMappings", _id_mapping),
+    )
     r.done()
     return mount
 

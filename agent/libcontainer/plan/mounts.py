@@ -60,11 +60,9 @@ PROPAGATION: dict[str, int] = {
 }  # fmt: skip
 
 REFUSED = {
-    "remount": "cannot be asked for: a container's mounts are new",
-    "idmap": "is not supported",
-    "ridmap": "is not supported",
     "loop": "is not supported: attach the image to a loop device first",
 }
+IDMAP = {"idmap": wire.MOUNT_IDMAP, "ridmap": wire.MOUNT_IDMAP | wire.MOUNT_IDMAP_RECURSIVE}
 #: Options of mount(8) that say what is so anyway, or nothing to the kernel.
 WITHOUT_EFFECT = ("", "defaults", "acl", "noacl", "iversion", "noiversion", "loud", "silent")
 DATA_MAX = 255  # bytes of a value that fsconfig(2) takes
@@ -107,11 +105,13 @@ class MountOptions(Record):
     propagation: int = 0
     data: tuple[str, ...] = ()
     copy_up: bool = False
+    remount: bool = False
+    idmap: int = 0  # wire.MOUNT_IDMAP, and MOUNT_IDMAP_RECURSIVE
 
 
 def parse_options(options: tuple[str, ...], *, type_: str, where: str) -> MountOptions:
     """Take options apart; later ones win, as in mount(8).  Raises SpecError for those that cannot be honoured."""
-    bind, recursive, copy_up = type_ == "bind", False, False
+    bind, recursive, copy_up, remount, idmap = type_ == "bind", False, False, False, 0
     set_ = clear = recursive_set = recursive_clear = propagation = 0
     data: list[str] = []
     for option in options:
@@ -127,6 +127,10 @@ def parse_options(options: tuple[str, ...], *, type_: str, where: str) -> MountO
             if propagation not in (0, PROPAGATION[option]):
                 raise SpecError(where, f"{option!r} is a second propagation type, and a mount has one")
             propagation = PROPAGATION[option]
+        elif option == "remount":
+            remount = True
+        elif option in IDMAP:
+            idmap = IDMAP[option]
         elif option.partition("=")[0] in REFUSED:
             raise SpecError(where, f"{option!r} {REFUSED[option.partition('=')[0]]}")
         elif option == "tmpcopyup" and type_ == "tmpfs":
@@ -140,8 +144,21 @@ def parse_options(options: tuple[str, ...], *, type_: str, where: str) -> MountO
             name = option.partition("=")[0]
             raise SpecError(where, f"the value of {name!r} is longer than the {DATA_MAX} bytes that fit")
     # A bind mount has no file system to give data to, and the kernel ignores it.
-    found = MountOptions(bind, recursive, set_, clear, recursive_set, recursive_clear, propagation, copy_up=copy_up)
-    return found if bind else found.but(data=tuple(data))
+    if idmap and not bind:
+        raise SpecError(where, "id-mapped mounts must be bind mounts")
+    return MountOptions(
+        bind,
+        recursive,
+        set_,
+        clear,
+        recursive_set,
+        recursive_clear,
+        propagation,
+        () if bind else tuple(data),
+        copy_up,
+        remount,
+        idmap,
+    )
 
 
 class PlannedMount(Record):
@@ -152,6 +169,8 @@ class PlannedMount(Record):
     source: str
     type: str
     options: MountOptions
+    uid_map: str = ""  # as in /proc/PID/uid_map; "" for that of the user namespace that is joined
+    gid_map: str = ""
 
     @property
     def late_readonly(self) -> bool:
@@ -170,13 +189,22 @@ class FileSystem:
         self._links: list[tuple[str, str]] = []
         self.mounts: list[PlannedMount] = []
         for index, mount in enumerate(spec.mounts):
-            planned = plan_mount(mount, f"mounts[{index}]")
+            planned = self._id_mapped(plan_mount(mount, f"mounts[{index}]"))
             if planned.type in CGROUP_TYPES and not planned.options.bind:
                 some, links = expand_cgroups(planned, cgroups, namespace="cgroup" in self._types)
                 self.mounts += some
                 self._links += links
             else:
                 self.mounts.append(planned)
+
+    def _id_mapped(self, mount: PlannedMount) -> PlannedMount:
+        """The mount with the container's own id maps, if it is to be mapped and has none."""
+        if not mount.options.idmap or mount.uid_map:
+            return mount
+        if "user" not in self._types:
+            raise SpecError(f"{mount.where}.options", "idmap needs uidMappings and gidMappings, or a user namespace")
+        linux = self._spec.linux
+        return mount.but(uid_map=wire.map_lines(linux.uid_mappings), gid_map=wire.map_lines(linux.gid_mappings))
 
     def steps(self, procfs: str | None) -> Iterable[bytes]:
         """Make mounts, device nodes and links, those of /dev among them, in this order.
@@ -214,12 +242,21 @@ class FileSystem:
 
 def plan_mount(mount: Mount, where: str) -> PlannedMount:
     """Take a mount of the configuration apart.  Raises SpecError."""
+    options = parse_options(mount.options, type_=mount.type, where=f"{where}.options")
+    if bool(mount.uid_mappings) != bool(mount.gid_mappings):
+        raise SpecError(f"{where}.uidMappings", "go together with gidMappings")
+    if mount.uid_mappings and not options.bind:
+        raise SpecError(f"{where}.uidMappings", "are for bind mounts")
+    if mount.uid_mappings and not options.idmap:
+        options = options.but(idmap=wire.MOUNT_IDMAP)
     return PlannedMount(
         where,
         absolute(mount.destination, f"{where}.destination"),
         mount.source,
         mount.type,
-        parse_options(mount.options, type_=mount.type, where=f"{where}.options"),
+        options,
+        wire.map_lines(mount.uid_mappings),
+        wire.map_lines(mount.gid_mappings),
     )
 
 
@@ -230,16 +267,19 @@ def mount_step(mount: PlannedMount, bundle: str, procfs: str | None) -> bytes:
     """
     target, options = mount.target, mount.options
     source, bind, set_ = mount.source, options.bind, options.set
-    flags = wire.MOUNT_COPY_UP if options.copy_up else 0
+    flags = options.idmap | (wire.MOUNT_COPY_UP if options.copy_up else 0)
+    flags |= wire.MOUNT_REMOUNT if options.remount else 0
     if target == "/":
         raise SpecError(f"{mount.where}.destination", "must not be the container's root")
     if target in PROC_FILES:
         flags |= wire.MOUNT_OVER_PROC_FILE
     elif target.startswith("/proc/"):
         raise SpecError(f"{mount.where}.destination", f"{target} is inside /proc")
-    elif target == "/proc" and (bind or mount.type != "proc"):
+    elif target == "/proc" and bind:
+        flags |= wire.MOUNT_ORDINARY_DIR  # nsexec wants the source to be a procfs
+    elif target == "/proc" and mount.type != "proc" and not options.remount:
         raise SpecError(f"{mount.where}.destination", "only a proc filesystem can be mounted on /proc")
-    if not bind and mount.type == "proc" and procfs != "":
+    if not bind and not options.remount and mount.type == "proc" and procfs != "":
         # A new one would be that of the pid namespace where it is made, and that is not yet the one that is joined.
         if procfs is None:
             raise SpecError(mount.where, "a procfs of the pid namespace that is joined is not at hand")
@@ -255,14 +295,14 @@ def mount_step(mount: PlannedMount, bundle: str, procfs: str | None) -> bytes:
         source = os.path.join(bundle, source)  # noqa: PTH118 - absolute, or below the bundle (OCI mounts)
         flags |= wire.MOUNT_BIND | (wire.MOUNT_RECURSIVE if options.recursive else 0)
     else:
-        if not mount.type:
+        if not mount.type and not options.remount:
             raise SpecError(f"{mount.where}.type", "is missing")
         flags |= wire.MOUNT_ORDINARY_DIR if mount.type in ("proc", "sysfs") else 0
         set_ &= ~(MOUNT_ATTR_RDONLY if mount.late_readonly else 0)
     head = pack(
         "=IIQQQQ", flags, options.propagation, set_, options.clear, options.recursive_set, options.recursive_clear
     )
-    texts = wire.texts(target, source or mount.type, mount.type, *options.data)
+    texts = wire.texts(target, source or mount.type, mount.type, mount.uid_map, mount.gid_map, *options.data)
     return wire.attribute(wire.MOUNT, head + texts, mount.where)
 
 

@@ -10,7 +10,7 @@ from struct import pack
 
 from caisson.agent.base import syscalls
 from caisson.agent.libcontainer.config.reader import SpecError
-from caisson.agent.libcontainer.config.spec import Capabilities, Process, Rlimit, User
+from caisson.agent.libcontainer.config.spec import Capabilities, Linux, Process, Rlimit, User
 from caisson.agent.libcontainer.plan import sysctl, wire
 from caisson.agent.libcontainer.plan.capabilities import capability_mask, rlimit_number
 from caisson.agent.libcontainer.plan.mounts import FileSystem, absolute, root_propagation
@@ -52,9 +52,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from caisson.agent.libcontainer.config.spec import Hook, Hooks, Linux, Spec
+    from caisson.agent.libcontainer.config.spec import Hook, Hooks, Spec
 
 DEFAULT_UMASK = 0o022
+NO_LINUX = Linux()
 GROUPS_AT_ONCE = 16000  # in one attribute, whose length has 16 bits
 GROUPS_MAX = 65536  # of a process (setgroups(2))
 NOBODY = 65534
@@ -109,7 +110,7 @@ def init_messages(
         wire.text(ROOTFS, rootfs, "root.path"),
         *files.steps(procfs if "pid" in joined else ""),
         *_early_hooks(spec.hooks, hook_state),
-        wire.number(PIVOT, 0),
+        wire.number(PIVOT, wire.PIVOT_ROOT),
         *root_propagation(spec.linux.rootfs_propagation),
         *_console(process, bind=True),
         *files.readonly_steps(),
@@ -120,7 +121,7 @@ def init_messages(
         *_process(
             process.but(exec_cpu_affinity=None),
             DEFAULT_UMASK,
-            spec.linux.personality,
+            spec.linux,
             filter,
             spec.hooks.start_container,
         ),
@@ -146,7 +147,7 @@ def pause_messages(rootfs: str, join: Mapping[str, str]) -> bytes:
         wire.number(PLAN_VERSION, VERSION),
         wire.number(PROPAGATION, syscalls.MS_SLAVE | syscalls.MS_REC),
         wire.text(ROOTFS, rootfs),
-        wire.number(PIVOT, 0),
+        wire.number(PIVOT, wire.PIVOT_ROOT),
         wire.truth(ROOT_READONLY, True),
         *_process(PAUSE, DEFAULT_UMASK),
     ]
@@ -175,7 +176,7 @@ def exec_messages(process: Process, spec: Spec, join: Mapping[str, str], filter:
     steps = [
         wire.number(PLAN_VERSION, VERSION),
         *_console(process, bind=False),
-        *_process(process, None, spec.linux.personality, filter),
+        *_process(process, None, spec.linux, filter),
     ]
     head = wire.bootstrap(join=_mask(types), oom_score_adj=process.oom_score_adj)
     return head + wire.message(wire.MESSAGE_PLAN, b"".join(steps), "the plan") + _strings(process)
@@ -245,7 +246,7 @@ def _hook(step: int, hook: Hook) -> bytes:
 def _process(
     process: Process,
     default_umask: int | None,
-    personality: int | None = None,
+    linux: Linux = NO_LINUX,
     filter: bytes = b"",
     hooks: Iterable[Hook] = (),
 ) -> Iterable[bytes]:
@@ -268,8 +269,11 @@ def _process(
         yield wire.attribute(SCHEDULER, process.scheduler)
     if process.io_priority is not None:
         yield wire.number(IO_PRIORITY, process.io_priority)
-    if personality is not None:
-        yield wire.number(PERSONALITY, personality)
+    if linux.personality is not None:
+        yield wire.number(PERSONALITY, linux.personality)
+    if linux.memory_policy is not None:
+        policy = linux.memory_policy
+        yield wire.attribute(wire.MEMORY_POLICY, pack("=I", policy.mode) + policy.nodes, "linux.memoryPolicy")
     if process.apparmor_profile:
         yield wire.attribute(LABEL, wire.texts("apparmor/exec", f"exec {process.apparmor_profile}"))
     elif process.selinux_label:

@@ -14,7 +14,7 @@ from caisson.agent.libcontainer.config.reader import U32_MAX, SpecError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from caisson.agent.libcontainer.config.spec import Process
+    from caisson.agent.libcontainer.config.spec import Linux, Process
 
 FIELD = "process.user.username"
 RESOLVE = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
@@ -76,6 +76,15 @@ def with_home(process: Process, root: str) -> Process:
     uid = str(process.user.uid)
     home = next((line[5] for line in table if line[2] == uid and line[5]), "/")
     return process.but(env=(*env, f"HOME={home}"))
+
+
+def mapped_root(linux: Linux) -> tuple[int, int] | None:
+    """The ids outside of a container's root, if it has a user namespace of its own."""
+    ids = [
+        next((m.host_id for m in maps if m.container_id == 0), None)
+        for maps in (linux.uid_mappings, linux.gid_mappings)
+    ]
+    return None if ids[0] is None or ids[1] is None else (ids[0], ids[1])
 
 
 def _entry(table: list[list[str]], wanted: str) -> list[str] | None:

@@ -26,7 +26,8 @@ UID_MAP = 27283
 GID_MAP = 27284
 SETGROUPS = 27285
 OOM_SCORE_ADJ = 27286
-ROOTLESS = 27287
+UID_MAP_PATH = 27288
+GID_MAP_PATH = 27289
 TIME_OFFSETS = 27290
 JOIN_MASK = 27350  # ours: what to join from the pidfd
 
@@ -48,13 +49,18 @@ MESSAGE_LIMITS = {MESSAGE_BOOTSTRAP: 1 << 20, MESSAGE_PLAN: 1 << 20, MESSAGE_STR
 # Steps of a plan, in the order of execution (nsexec.h)
 VERSION = 1
 (
-    PLAN_VERSION, PROPAGATION, ROOTFS, MOUNT, DEVICE, SYMLINK, HOOK_STATE, RUNTIME_HOOKS, CREATE_HOOK, PIVOT,
-    ROOT_PROPAGATION, CONSOLE, REMOUNT, ROOT_READONLY, HOSTNAME, DOMAINNAME, SYSCTL, READONLY, MASK, UMASK, RLIMIT,
-    CPUS, FINAL_CPUS, SCHEDULER, IO_PRIORITY, PERSONALITY, LABEL, NO_NEW_PRIVS, SECCOMP, GROUPS, USER, CAPABILITIES,
-    CWD, START_HOOK, STRINGS,
-) = range(27400, 27435)  # fmt: skip
+    PLAN_VERSION, PROPAGATION, ROOTFS, MOUNT, DEVICE, SYMLINK, HOOK_STATE, RUNTIME_HOOKS, NETLINK,
+    CREATE_HOOK, PIVOT, ROOT_PROPAGATION, CONSOLE, REMOUNT, ROOT_READONLY, HOSTNAME, DOMAINNAME, SYSCTL, READONLY, MASK,
+    UMASK, RLIMIT, CPUS, FINAL_CPUS, SCHEDULER, IO_PRIORITY, PERSONALITY, MEMORY_POLICY, LABEL, NO_NEW_PRIVS, SECCOMP,
+    GROUPS, USER, CAPABILITIES, CWD, START_HOOK, STRINGS,
+) = range(27400, 27437)  # fmt: skip
 
-MOUNT_BIND, MOUNT_RECURSIVE, MOUNT_ORDINARY_DIR, MOUNT_OVER_PROC_FILE, MOUNT_COPY_UP = 1, 2, 4, 8, 16
+(
+    MOUNT_BIND, MOUNT_RECURSIVE, MOUNT_ORDINARY_DIR, MOUNT_OVER_PROC_FILE, MOUNT_COPY_UP, MOUNT_IDMAP,
+    MOUNT_IDMAP_RECURSIVE, MOUNT_REMOUNT,
+) = (1 << bit for bit in range(8))  # fmt: skip
+
+PIVOT_ROOT, PIVOT_MOVE = 0, 1  # pivot_root(2); MS_MOVE and chroot(2)
 
 
 class EncodingError(Exception):
@@ -119,28 +125,35 @@ def bootstrap(
     gid_map: Iterable[IdMapping] = (),
     oom_score_adj: int | None = None,
     time_offsets: Mapping[str, TimeOffset] | None = None,
+    map_programs: tuple[str, str] | None = None,
+    setgroups: bool = True,
 ) -> bytes:
     """The bootstrap message: namespaces to make (`create`, CLONE_NEW* bits), to join from the pidfd (`join`) and to
-    join by path (OCI type, path), and what must happen outside of them.  Raises EncodingError.
+    join by path (OCI type, path), and what must happen outside of them.
+
+    A runtime without privileges has `map_programs` (newuidmap, newgidmap) write the maps, or maps one id and denies
+    `setgroups` (user_namespaces(7)).  Raises EncodingError.
     """
     parts = [number(CLONE_FLAGS, create)]
     if joined := ",".join(f"{NAMESPACES[kind][1]}:{path}" for kind, path in paths):
         parts.append(text(NS_PATHS, joined, "the list of namespace paths"))
     if join:
         parts.append(number(JOIN_MASK, join))
-    if uid_lines := _map_lines(uid_map):
+    if uid_lines := map_lines(uid_map):
         parts.append(text(UID_MAP, uid_lines, "linux.uidMappings"))
-    if gid_lines := _map_lines(gid_map):
+    if gid_lines := map_lines(gid_map):
         parts.append(text(GID_MAP, gid_lines, "linux.gidMappings"))
-        parts.append(truth(SETGROUPS, True))
+        parts.append(truth(SETGROUPS, setgroups))
     if oom_score_adj is not None:
         parts.append(text(OOM_SCORE_ADJ, str(oom_score_adj)))
-    parts.append(truth(ROOTLESS, False))
+    if map_programs is not None:
+        parts += [text(UID_MAP_PATH, map_programs[0]), text(GID_MAP_PATH, map_programs[1])]
     if time_offsets:
         lines = "".join(f"{clock} {o.secs} {o.nanosecs}\n" for clock, o in time_offsets.items())
         parts.append(text(TIME_OFFSETS, lines))
     return message(MESSAGE_BOOTSTRAP, b"".join(parts), "the bootstrap message")
 
 
-def _map_lines(mappings: Iterable[IdMapping]) -> str:
+def map_lines(mappings: Iterable[IdMapping]) -> str:
+    """Id maps as in /proc/PID/uid_map (user_namespaces(7))."""
     return "".join(f"{m.container_id} {m.host_id} {m.size}\n" for m in mappings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 
 from caisson.agent.base.record import NOTHING, Record
 from caisson.agent.libcontainer.errors import LaunchError, reason
@@ -129,6 +130,7 @@ class ProcessLauncher:
         )
         terminal = process is not None and process.terminal
         _check_stdio(terminal, launch.stdio)
+        _own_pipes(launch.stdio, spec)
         # Where others may look at it while it waits, it is not given anything that is the runtime's.
         in_company = "pid" in plan.joined_paths(spec.linux, join)
         name, gate_fd = gate.make(start_gate, in_company=in_company)
@@ -160,6 +162,7 @@ class ProcessLauncher:
         no_new_privs) is as for that one.  Raises SpecError or LaunchError.
         """
         _check_stdio(process.terminal, launch.stdio)
+        _own_pipes(launch.stdio, spec)
         if process.user.username:  # its root as it is now; the caller has checked that the pid is still its own
             process = users.resolve(process, f"/proc/{init_pid}/root")
         process = users.with_home(process, f"/proc/{init_pid}/root")
@@ -330,3 +333,13 @@ def _encode(make: Callable[[], bytes]) -> bytes:
 def _check_stdio(terminal: bool, stdio: Stdio | None) -> None:
     if terminal != (stdio is None):
         raise LaunchError("stdio is given iff there is no terminal", step="stdio")
+
+
+def _own_pipes(stdio: Stdio | None, spec: Spec) -> None:
+    """Give pipes to the root of the container's user namespace, who could not open /dev/stdout otherwise."""
+    owner = users.mapped_root(spec.linux)
+    if owner is None or stdio is None:
+        return
+    for fd in (stdio.stdin, stdio.stdout, stdio.stderr):
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            os.fchown(fd, *owner)

@@ -1,0 +1,235 @@
+"""Mounts that are not plain: dangling links, sources out of reach, mapped owners, remounts, a second proc."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from caisson.agent.base.syscalls import umount2
+from caisson.agent.libcontainer.config.reader import SpecError
+from caisson.agent.libcontainer.process.launcher import LaunchError, Stdio
+from tests.native.nsexec_support import Box, config
+
+pytestmark = pytest.mark.root
+
+MAPS = [{"containerID": 0, "hostID": 100_000, "size": 65_536}]
+OTHER = [{"containerID": 0, "hostID": 5000, "size": 1000}]
+
+
+def with_mount(destination: str, source: Path | str = "", *options: str, **more: Any) -> dict[str, Any]:
+    value = config()
+    value["mounts"].append(
+        {"destination": destination, "type": "bind", "source": str(source), "options": ["bind", *options], **more}
+    )
+    return value
+
+
+def in_userns(value: dict[str, Any]) -> dict[str, Any]:
+    """Without sysfs, which wants a network namespace of the same owner, and without a fixed group of devpts."""
+    value["linux"]["namespaces"].append({"type": "user"})
+    value["linux"] |= {"uidMappings": MAPS, "gidMappings": MAPS}
+    return value
+
+
+@pytest.fixture
+def source(box: Box) -> Path:
+    """A directory of the runtime's with a file in it."""
+    path = box.path / "source"
+    path.mkdir()
+    (path / "file").write_text("content\n")
+    return path
+
+
+@pytest.fixture
+def mounted(box: Box) -> Iterator[Path]:
+    """A small file system with flags of its own."""
+    path = box.path / "mounted"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "nosuid,nodev,noexec,size=64k", "tmpfs", path], check=True)
+    (path / "file").write_text("content\n")
+    yield path
+    umount2(str(path), 2)
+
+
+@pytest.mark.parametrize(
+    ("links", "target", "made"),
+    [
+        ({"data": "/var/data"}, "/data", "var/data"),
+        ({"data": "var/lib/data"}, "/data", "var/lib/data"),
+        ({"data": "../../../../escape"}, "/data", "escape"),
+        ({"var/data": "../srv/data"}, "/var/data", "srv/data"),
+        ({"data": "/one", "one": "two"}, "/data", "two"),
+        ({"data": "/var/data"}, "/data/below/it", "var/data/below/it"),
+    ],
+    ids=["absolute", "relative", "upwards", "sideways", "chain", "middle"],
+)
+@pytest.mark.parametrize("kind", ["directory", "file"])
+def test_a_target_that_is_a_dangling_link_is_made_where_it_leads(
+    box: Box, source: Path, links: dict[str, str], target: str, made: str, kind: str
+) -> None:
+    for name, to in links.items():
+        (box.rootfs / name).symlink_to(to)
+    value = with_mount(target, source if kind == "directory" else source / "file")
+    script = f"cat /{made}{'/file' if kind == 'directory' else ''} {target}{'/file' if kind == 'directory' else ''}"
+    assert box.sh(script, value) == "content\ncontent\n"
+    found = box.rootfs / made
+    assert found.is_dir() if kind == "directory" else found.is_file()
+    assert not (box.path / "escape").exists()
+
+
+@pytest.mark.parametrize("to", ["loop", "missing/../elsewhere", "x" * 300])
+def test_a_link_without_an_end_is_an_error(box: Box, source: Path, to: str) -> None:
+    (box.rootfs / "loop").symlink_to(to)
+    with pytest.raises(LaunchError, match="mount target /loop"):
+        box.run(box.output(with_mount("/loop", source)))
+
+
+@pytest.mark.parametrize("kind", ["directory", "file"])
+def test_a_source_that_the_root_of_a_user_namespace_cannot_reach(box: Box, source: Path, kind: str) -> None:
+    source.chmod(0o755)
+    (source / "file").chmod(0o644)
+    box.path.joinpath("private").mkdir(mode=0o700)
+    source = source.rename(box.path / "private/source")
+    value = in_userns(with_mount("/mnt", source if kind == "directory" else source / "file"))
+    if kind == "file":
+        value["mounts"][-1]["destination"] = "/mnt/file"
+        (box.rootfs / "mnt/file").touch()  # the directory is not the mapped root's
+    assert box.sh("cat /mnt/file", value) == "content\n"
+
+
+def test_what_is_mounted_in_such_a_container_stays_in_it(box: Box, mounted: Path) -> None:
+    subprocess.run(["mount", "--make-shared", mounted], check=True)
+    (mounted / "below").mkdir()
+    mounted.chmod(0o777)
+    value = in_userns(with_mount("/mnt", mounted, "rshared"))
+    capabilities = ["CAP_SYS_ADMIN", "CAP_DAC_OVERRIDE"]
+    value["process"]["capabilities"] = {name: capabilities for name in ("bounding", "effective", "permitted")}
+    box.sh("mount -t tmpfs inside /mnt/below && grep inside /proc/mounts >/dev/null", value)
+    assert "inside" not in Path("/proc/self/mounts").read_text()
+
+
+def test_pipes_belong_to_the_mapped_root(box: Box) -> None:
+    value = in_userns(config("sh", "-c", "echo out > /dev/stdout; echo err > /dev/stderr; cat /dev/stdin"))
+
+    async def work() -> tuple[int, bytes, bytes]:
+        ends = [os.pipe2(os.O_CLOEXEC) for _ in range(3)]
+        os.write(ends[0][1], b"in\n")
+        os.close(ends[0][1])
+        try:
+            launched = await box.create(value, stdio=Stdio(ends[0][0], ends[1][1], ends[2][1]))
+            await box.launcher.start(box.fifo, launched.child)
+            status = await launched.child.wait()
+            os.close(ends[1][1])
+            os.close(ends[2][1])
+            return status, os.read(ends[1][0], 100), os.read(ends[2][0], 100)
+        finally:
+            for fd in (ends[0][0], ends[1][0], ends[2][0]):
+                os.close(fd)
+
+    assert box.run(work()) == (0, b"out\nin\n", b"err\n")
+
+
+def owned(path: Path, uid: int) -> Path:
+    os.chown(path, uid, uid)
+    return path
+
+
+@pytest.mark.parametrize("userns", [False, True])
+def test_id_mapped_mounts(box: Box, mounted: Path, userns: bool) -> None:
+    """On disk 0 and 7; shown as 5000 and 5007, or in the container's own user namespace as 0 and 7."""
+    owned(mounted / "file", 7)
+    value = with_mount("/mnt", mounted, "idmap", **({} if userns else {"uidMappings": OTHER, "gidMappings": OTHER}))
+    expected = "0 7\n" if userns else "5000 5007\n"
+    out = box.sh("echo $(stat -c %u /mnt /mnt/file)", in_userns(value) if userns else value)
+    assert out == expected
+    assert (mounted / "file").stat().st_uid == 7
+
+
+def test_mappings_imply_idmap(box: Box, mounted: Path) -> None:
+    value = with_mount("/mnt", mounted, uidMappings=OTHER, gidMappings=OTHER)
+    assert box.sh("stat -c '%u %g' /mnt", value) == "5000 5000\n"
+
+
+@pytest.mark.parametrize(("option", "expected"), [("idmap", "5000 0\n"), ("ridmap", "5000 5000\n")])
+def test_the_mounts_below_are_mapped_only_with_ridmap(box: Box, mounted: Path, option: str, expected: str) -> None:
+    below = mounted / "below"
+    below.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", below], check=True)
+    try:
+        value = with_mount("/mnt", mounted, "rbind", option, uidMappings=OTHER, gidMappings=OTHER)
+        assert box.sh("echo $(stat -c %u /mnt /mnt/below)", value) == expected
+    finally:
+        umount2(str(below), 2)
+
+
+def test_writes_through_an_id_mapped_mount_have_the_owner_on_disk(box: Box, mounted: Path) -> None:
+    mounted.chmod(0o700)
+    value = with_mount("/mnt", mounted, "idmap", uidMappings=OTHER, gidMappings=OTHER)
+    value["process"]["user"] = {"uid": 5000, "gid": 5000}
+    box.sh("echo x > /mnt/written", value)
+    assert ((mounted / "written").stat().st_uid, (mounted / "written").stat().st_gid) == (0, 0)
+
+
+def test_idmap_needs_mappings(box: Box, source: Path) -> None:
+    with pytest.raises(SpecError, match=r"mounts\[4\]\.options: idmap needs"):
+        box.run(box.output(with_mount("/mnt", source, "idmap")))
+
+
+def flags(box: Box, value: dict[str, Any], target: str = "/mnt") -> set[str]:
+    return set(box.sh(f"grep ' {target} ' /proc/self/mounts | tail -n1 | cut -d' ' -f4", value).strip().split(","))
+
+
+def test_flags_of_the_source_are_kept(box: Box, mounted: Path) -> None:
+    assert {"ro", "nosuid", "nodev", "noexec"} <= flags(box, with_mount("/mnt", mounted, "ro"))
+    assert {"nosuid", "noexec"} <= (found := flags(box, with_mount("/mnt", mounted, "dev")))
+    assert "nodev" not in found
+
+
+def test_remount_clears_the_flags_that_are_not_given(box: Box, mounted: Path) -> None:
+    found = flags(box, with_mount("/mnt", mounted, "remount", "ro", "nodev"))
+    assert {"ro", "nodev"} <= found and not {"nosuid", "noexec"} & found
+
+
+def test_remount_changes_the_mount_that_is_there(box: Box) -> None:
+    value = config()
+    value["mounts"].append({"destination": "/dev", "type": "tmpfs", "source": "x", "options": ["remount", "size=128k"]})
+    found = flags(box, value, "/dev")
+    assert "size=128k" in found and "nosuid" not in found
+
+
+def test_unknown_options_are_the_file_systems_to_refuse(box: Box) -> None:
+    value = config()
+    value["mounts"].append({"destination": "/mnt", "type": "tmpfs", "source": "x", "options": ["colour=green"]})
+    with pytest.raises(LaunchError, match=r"mount /mnt: tmpfs: Unknown parameter 'colour'"):
+        box.run(box.output(value))
+
+
+def test_a_second_proc_over_proc(box: Box) -> None:
+    value = config()
+    value["mounts"].append({"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid"]})
+    assert box.sh("grep -c ' /proc ' /proc/self/mounts; cat /proc/sys/kernel/hostname; ls /proc/keys", value)
+    del value["linux"]["readonlyPaths"]
+    masked = box.sh("cat /proc/timer_list | wc -c; grep -c ' /proc ' /proc/self/mounts", value)
+    assert masked == "0\n2\n"
+
+
+def test_a_procfs_can_be_bound_over_proc_and_nothing_else(box: Box, source: Path) -> None:
+    value = config("sh", "-c", "ls -d /proc/1")
+    value["mounts"].append({"destination": "/proc", "type": "bind", "source": "/proc", "options": ["rbind"]})
+    assert box.run(box.output(value))[:2] == (0, "/proc/1\n")
+    for bad in (str(source), "/proc/sys", "/sys"):
+        value["mounts"][-1]["source"] = bad
+        with pytest.raises(LaunchError, match="mount /proc: only a procfs can be mounted there"):
+            box.run(box.output(value))
+
+
+def test_modes_of_made_targets(box: Box, source: Path) -> None:
+    (box.rootfs / "data").symlink_to("var/data")
+    box.sh("true", with_mount("/data", source))
+    assert stat.S_IMODE((box.rootfs / "var/data").stat().st_mode) == 0o755
