@@ -155,9 +155,9 @@ class Box:
 
     async def create(self, value: dict[str, Any], **keywords: Any) -> Launched:
         """Create with this box's paths; stdio is /dev/null unless given."""
+        spec = Spec.from_json(value)
         null = os.open("/dev/null", os.O_RDWR)
         terminal = value["process"].get("terminal", False)
-        spec = Spec.from_json(value)
         cgroup, join = keywords.pop("cgroup", None), keywords.pop("join", {})
         stdio = keywords.pop("stdio", None if terminal else Stdio(null, null, null))
         hooks = self.launcher.runtime_hooks(spec, "box", str(self.path)) if spec.hooks != Hooks() else None

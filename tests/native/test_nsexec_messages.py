@@ -132,9 +132,7 @@ def test_malformed_messages(nsexec_path: Path, data: bytes) -> None:
 
 
 def _good() -> bytes:
-    return plan.init_messages(
-        Spec.from_json(config("true")), rootfs="/no/such/root", bundle="/", join={}, cgroups={}
-    )
+    return plan.init_messages(Spec.from_json(config("true")), rootfs="/no/such/root", bundle="/", join={}, cgroups={})
 
 
 def test_an_init_needs_a_mount_namespace(nsexec_path: Path) -> None:

@@ -13,7 +13,8 @@ import pytest
 
 from caisson.agent.base.syscalls import umount2
 from caisson.agent.libcontainer.config.reader import SpecError
-from caisson.agent.libcontainer.process.launcher import LaunchError, Stdio
+from caisson.agent.libcontainer.errors import LaunchError
+from caisson.agent.libcontainer.process.launcher import Stdio
 from tests.native.nsexec_support import Box, config
 
 pytestmark = pytest.mark.root
@@ -123,7 +124,7 @@ def test_pipes_belong_to_the_mapped_root(box: Box) -> None:
         os.close(ends[0][1])
         try:
             launched = await box.create(value, stdio=Stdio(ends[0][0], ends[1][1], ends[2][1]))
-            await box.launcher.start(box.fifo, launched.child)
+            await box.start(launched)
             status = await launched.child.wait()
             os.close(ends[1][1])
             os.close(ends[2][1])
