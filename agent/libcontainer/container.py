@@ -17,8 +17,7 @@ from caisson.agent.libcontainer.config.resources import Resources, merge
 from caisson.agent.libcontainer.config.spec import Hooks, Spec
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.process import gate
-from caisson.agent.libcontainer.process.procstat import ProcessStat
-from caisson.agent.libcontainer.state import State
+from caisson.agent.libcontainer.state import ProcessStat, State
 from caisson.agent.libcontainer.waits import wait_until
 
 TYPE_CHECKING = False
@@ -218,7 +217,10 @@ class Container:
         try:
             await self.run_hooks("poststart", self.spec.hooks.poststart, RUNNING)
         except LaunchError:
-            await self.kill(SIGKILL)
+            try:
+                await self.kill(SIGKILL)
+            except ContainerError:  # it has ended
+                pass
             raise
 
     async def run_hooks(self, point: str, hooks: Iterable[Hook], status: str) -> None:
@@ -386,7 +388,7 @@ class Container:
             await cgroup.delete()
 
 
-class Lock:
+class ContainerLock:
     """A lock on a container's directory, for a `with` block: who changes a container is alone with it."""
 
     def __init__(self, directory: str) -> None:

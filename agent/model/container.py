@@ -29,8 +29,7 @@ from caisson.agent.libcontainer.config.spec import Hooks
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.process import gate
 from caisson.agent.libcontainer.process.launcher import Launch
-from caisson.agent.libcontainer.process.procstat import ProcessStat
-from caisson.agent.libcontainer.state import State, check_id
+from caisson.agent.libcontainer.state import ProcessStat, State, check_id
 from caisson.agent.model.oom import OomWatcher
 from caisson.agent.model.process import Process, catches
 from caisson.agent.model.reaper import Child

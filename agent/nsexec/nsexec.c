@@ -227,6 +227,7 @@ static void set_up(struct context *ctx)
 	struct channels *fds = &ctx->fds;
 	const struct plan *plan = &ctx->plan;
 
+	log_debug(ctx->fds.joins ? "child process in setns" : "child process in init()", "");
 	umask(DEFAULT_UMASK);
 	/* The session keyring of the runtime must not be the container's. */
 	if (syscall(SYS_keyctl, KEYCTL_JOIN_SESSION, NULL) < 0 && errno != ENOSYS)
@@ -490,7 +491,7 @@ int main(void)
 	FAULT(entry);
 	read_messages(&ctx, &inbox);
 	report_stage(0);
-	log_debug("starting", ctx.plan.argv[0]);
+	log_debug("=> nsexec container setup", "");
 	if (ctx.boot.oom_score_adj != NULL)
 		write_proc("oom_score_adj", 0, "oom_score_adj", ctx.boot.oom_score_adj);
 	if (prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0)

@@ -389,7 +389,7 @@ void prepare_process(struct context *ctx)
 		fail_errno("no_new_privs", "", NULL);
 	drop_privileges(plan, ctx->handles.root, !ctx->fds.joins);
 	ctx->program = ctx->fds.pauses ? "" : look_up(plan);
-	log_debug("ready to execute", ctx->program);
+	log_debug(ctx->fds.joins ? "setns_init: about to exec" : "init: closing the pipe to signal completion", "");
 	log_close();
 	FAULT(prepared);
 }

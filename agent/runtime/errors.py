@@ -1,6 +1,9 @@
-"""The failure of a command."""
+"""The failure of a command, and the sentences of errors as callers of runc match them."""
 
 from __future__ import annotations
+
+from caisson.agent.libcontainer.config.reader import SpecError
+from caisson.agent.libcontainer.errors import LaunchError, reason
 
 
 class CommandError(Exception):
@@ -9,3 +12,32 @@ class CommandError(Exception):
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
         self.status = status
+
+
+def is_of_program(error: BaseException) -> bool:
+    """Whether it is the failure of execve(2), after everything else was done."""
+    return isinstance(error, LaunchError) and error.step == "execve"
+
+
+def sentence(error: BaseException) -> str:
+    """Write the message of an error, without the command's own prefix."""
+    if isinstance(error, LaunchError):
+        return launch(error)
+    if isinstance(error, OSError) and not isinstance(error, SpecError):
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return f"{where}{(error.strerror or str(error)).lower()}"
+    return str(error)
+
+
+def launch(error: LaunchError) -> str:
+    """Write why a process could not be started."""
+    if error.step == "start":
+        return str(error)
+    if error.step == "execve":  # after the start: the process's own error
+        return str(error)
+    if error.step == "lookup" or " hook #" in error.step:
+        return f"unable to start container process: {error}"
+    if error.step == "cwd" and error.errno:
+        why = f'chdir to cwd ("{error.path}") set in config.json failed: {reason(error.errno)}'
+        return f"unable to start container process: {why}"
+    return f"unable to start container process: error during container init: {error}"

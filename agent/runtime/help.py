@@ -9,7 +9,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from caisson.agent.runtime.options import Option
+    from caisson.agent.runtime.options import RuntimeOption
     from caisson.agent.runtime.verbs import Verb
 
 PROGRAM = """NAME:
@@ -52,7 +52,7 @@ def command(prog: str, verb: Verb) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _options(options: Iterable[Option]) -> str:
+def _options(options: Iterable[RuntimeOption]) -> str:
     rows = []
     for option in options:
         value = "" if option.kind == FLAG else " value"

@@ -9,8 +9,8 @@ from caisson.agent.libcontainer.container import (
     STOPPED,
     Container,
     ContainerError,
+    ContainerLock,
     DoesNotExist,
-    Lock,
     remove_directory,
 )
 from caisson.agent.libcontainer.state import State
@@ -53,16 +53,16 @@ def create(call: Call) -> int:
 def start(call: Call) -> int:
     """Execute the program of a created container."""
     container = call.container()
-    with Lock(container.directory):
+    with ContainerLock(container.directory):
         _start(container)
     return 0
 
 
 def _start(container: Container, *, wait: bool = True) -> None:
     """Execute the program, and with `wait` wait until it is ready where it is to say so."""
-    from caisson.agent.runtime.notify import Listener
+    from caisson.agent.runtime.notify import NotifyListener
 
-    listener = Listener(container)
+    listener = NotifyListener(container)
     try:
         complete(container.start())
         if wait:
@@ -93,16 +93,21 @@ def run(call: Call) -> int:
             return 0
         status = io.follow(container.state.init_process_pid)
     if not call.options.flag("keep"):
-        with Lock(container.directory):
+        with ContainerLock(container.directory):
             complete(container.delete(force=True))
     return status
 
 
 def _bundle(call: Call) -> Bundle:
     from caisson.agent.runtime.bundle import Bundle
+    from caisson.agent.runtime.stdio import listen_environment
 
     call.id  # noqa: B018 - it is checked first
-    return Bundle(call, call.options.text("bundle"))
+    bundle = Bundle(call, call.options.text("bundle"))
+    if listen_environment():
+        bundle.document["process"].setdefault("env", []).extend(listen_environment())
+        bundle.changed()
+    return bundle
 
 
 def _create(call: Call, bundle: Bundle, io: ProcessIO) -> Container:
@@ -116,7 +121,7 @@ def _create(call: Call, bundle: Bundle, io: ProcessIO) -> Container:
         os.mkdir(directory, DIRECTORY_MODE)  # noqa: PTH102
     except FileExistsError:
         raise ContainerError("container with given ID already exists") from None
-    with Lock(directory):
+    with ContainerLock(directory):
         cgroup: Cgroup | None = None
         container: Container | None = None
         try:
@@ -234,7 +239,7 @@ def delete(call: Call) -> int:
     force = call.options.flag("force")
     directory = f"{call.root}/{call.id}"
     try:
-        with Lock(directory):
+        with ContainerLock(directory):
             container = _load(call, directory)
             if container is None:
                 remove_directory(directory)

@@ -6,7 +6,7 @@ import sys
 
 from caisson.agent.base.json import JsonError, loads
 from caisson.agent.libcontainer.config.spec import ignoring_unknown
-from caisson.agent.libcontainer.container import Lock
+from caisson.agent.libcontainer.container import ContainerLock
 from caisson.agent.runtime.errors import CommandError
 from caisson.agent.runtime.main import run
 
@@ -38,7 +38,7 @@ TEXTS = {"cpuset-cpus": ("cpu", "cpus"), "cpuset-mems": ("cpu", "mems")}
 def pause(call: Call) -> int:
     """Suspend all processes of a container."""
     container = call.container()
-    with Lock(container.directory):
+    with ContainerLock(container.directory):
         run(container.pause())
     return 0
 
@@ -46,7 +46,7 @@ def pause(call: Call) -> int:
 def resume(call: Call) -> int:
     """Resume all processes of a container."""
     container = call.container()
-    with Lock(container.directory):
+    with ContainerLock(container.directory):
         run(container.resume())
     return 0
 
@@ -63,7 +63,7 @@ def update(call: Call) -> int:
     from caisson.agent.libcontainer.config.resources import Resources
 
     ignoring_unknown(lambda: Resources.from_json(changes), lambda text: call.log("debug", text))
-    with Lock(container.directory):
+    with ContainerLock(container.directory):
         run(container.update(changes))
     return 0
 

@@ -13,7 +13,7 @@ from caisson.agent.libcontainer.container import Container, ContainerError, Runt
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.runtime.errors import CommandError
 from caisson.agent.runtime.log import Log
-from caisson.agent.runtime.options import UsageError, Values, parse
+from caisson.agent.runtime.options import OptionError, Values, parse
 from caisson.agent.runtime.verbs import GLOBAL, HELP, VERBS
 
 TYPE_CHECKING = False
@@ -92,6 +92,7 @@ class Call:
             from caisson.agent.runtime.program import find
 
             nsexec = Nsexec.seal(find())
+            self.log("debug", "runc exeseal: using /proc/self/exe clone")
             self._launcher = ProcessLauncher(
                 nsexec, OwnChildren(), self.runtime.waits, self._nsexec_log, verbose=self.log.verbose
             )
@@ -130,8 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings, rest = parse(GLOBAL, words[1:], stop_at_operand=True)
         if settings.text("log-format") not in ("text", "json"):
-            raise UsageError(f'invalid log-format "{settings.text("log-format")}"')
-    except UsageError as error:
+            raise OptionError(f'invalid log-format "{settings.text("log-format")}"')
+    except OptionError as error:
         _print_usage(f"Incorrect Usage: {error}", _program_help(prog))
         Log().error(str(error))
         return 1
@@ -171,7 +172,7 @@ def _dispatch(prog: str, settings: Values, rest: list[str], log: Log) -> int:
         if verb.name == "exec" and options.text("process"):
             verb = verb.but(least=1)
         problem = _check_operands(verb, len(operands))
-    except UsageError as error:
+    except OptionError as error:
         _print_usage(f"Incorrect Usage: {error}", _command_help(prog, verb))
         log.error(str(error))
         return verb.status
@@ -192,7 +193,7 @@ def _carry_out(call: Call, settings: Values) -> int:
         call.log.error(verb.prefix + str(error))
         return verb.status if error.status is None else error.status
     except EXPECTED as error:
-        from caisson.agent.runtime.texts import is_of_program, sentence
+        from caisson.agent.runtime.errors import is_of_program, sentence
 
         if is_of_program(error) and verb.name == "run":
             os.write(2, f"{error}\n".encode())  # as the process itself would
@@ -200,7 +201,7 @@ def _carry_out(call: Call, settings: Values) -> int:
             call.log.error(verb.prefix + sentence(error))
     except Exception as error:
         from caisson.agent.libcontainer.cgroups.base import CgroupError
-        from caisson.agent.runtime.texts import sentence
+        from caisson.agent.runtime.errors import sentence
 
         if not isinstance(error, CgroupError):
             raise

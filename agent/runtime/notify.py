@@ -39,7 +39,7 @@ def prepare(call: Call, bundle: Bundle, directory: str) -> None:
     bundle.changed()
 
 
-class Listener:
+class NotifyListener:
     """The socket of a container, and what is passed on of what it says."""
 
     def __init__(self, container: Container) -> None:

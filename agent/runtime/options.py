@@ -19,11 +19,11 @@ TRUE = ("1", "t", "T", "true", "TRUE", "True")
 FALSE = ("0", "f", "F", "false", "FALSE", "False")
 
 
-class UsageError(Exception):
+class OptionError(Exception):
     """A command line that cannot be understood; str() follows "Incorrect Usage: "."""
 
 
-class Option(Record):
+class RuntimeOption(Record):
     """One option.  `default` is what it is when it is not given; for numbers in text form None shows no default."""
 
     name: str
@@ -44,12 +44,12 @@ class Option(Record):
 class Values:
     """The options of one command: values by name, and which of them were given."""
 
-    def __init__(self, options: Iterable[Option]) -> None:
+    def __init__(self, options: Iterable[RuntimeOption]) -> None:
         self._values: dict[str, Value | None] = {option.name: option.initial for option in options}
         self.given: set[str] = set()
 
-    def set(self, option: Option, text: str) -> None:
-        """Take a value as written.  Raises UsageError."""
+    def set(self, option: RuntimeOption, text: str) -> None:
+        """Take a value as written.  Raises OptionError."""
         self.given.add(option.name)
         if option.kind == LIST:
             found = self._values[option.name]
@@ -58,10 +58,10 @@ class Values:
             try:
                 self._values[option.name] = int(text, 0)
             except ValueError:
-                raise UsageError(f'invalid value "{text}" for flag -{option.name}: parse error') from None
+                raise OptionError(f'invalid value "{text}" for flag -{option.name}: parse error') from None
         elif option.kind == FLAG:
             if text not in TRUE and text not in FALSE:
-                raise UsageError(f'invalid boolean value "{text}" for -{option.name}: parse error')
+                raise OptionError(f'invalid boolean value "{text}" for -{option.name}: parse error')
             self._values[option.name] = text in TRUE
         else:
             self._values[option.name] = text
@@ -91,10 +91,10 @@ class Values:
         return value
 
 
-def parse(options: Sequence[Option], argv: Sequence[str], *, stop_at_operand: bool) -> tuple[Values, list[str]]:
+def parse(options: Sequence[RuntimeOption], argv: Sequence[str], *, stop_at_operand: bool) -> tuple[Values, list[str]]:
     """Read options and operands; with `stop_at_operand` all that follows the first operand is operands, too.
 
-    `--` ends the options.  Raises UsageError.
+    `--` ends the options.  Raises OptionError.
     """
     known = {name: option for option in options for name in (option.name, option.short) if name}
     values, operands = Values(options), []
@@ -113,7 +113,7 @@ def parse(options: Sequence[Option], argv: Sequence[str], *, stop_at_operand: bo
         name, equals, value = word[2 if word.startswith("--") else 1 :].partition("=")
         option = known.get(name)
         if option is None:
-            raise UsageError(
+            raise OptionError(
                 "flag: help requested" if name in ("h", "help") else f"flag provided but not defined: -{name}"
             )
         if option.kind == FLAG:
@@ -123,5 +123,5 @@ def parse(options: Sequence[Option], argv: Sequence[str], *, stop_at_operand: bo
         elif rest:
             values.set(option, rest.pop(0))
         else:
-            raise UsageError(f"flag needs an argument: -{name}")
+            raise OptionError(f"flag needs an argument: -{name}")
     return values, operands

@@ -6,6 +6,7 @@ import os
 
 from caisson.agent.libcontainer.process.launcher import Stdio
 from caisson.agent.runtime.errors import CommandError
+from caisson.agent.runtime.main import run
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ class ProcessIO:
         """Take over the terminal and the pidfd of a process that was started.  Raises CommandError."""
         self._close_child_ends()
         self._pidfd = launched.pidfd
+        for stage in launched.stages:  # as zombies they would count as processes of the container
+            run(stage.wait())
         if launched.console is not None:
             self._console = launched.console
             if self._console_socket:

@@ -3,88 +3,88 @@
 from __future__ import annotations
 
 from caisson.agent.base.record import Record
-from caisson.agent.runtime.options import FLAG, LIST, NUMBER, TEXT, Option
+from caisson.agent.runtime.options import FLAG, LIST, NUMBER, TEXT, RuntimeOption
 
-HELP = Option("help", FLAG, "show help", "h")
+HELP = RuntimeOption("help", FLAG, "show help", "h")
 
 GLOBAL = (
-    Option("debug", FLAG, "log what is done, also inside the container's setup"),
-    Option("log", TEXT, "append the log to this file instead of standard error"),
-    Option("log-format", TEXT, "format of the log: text or json", default="text"),
-    Option("root", TEXT, "directory for the state of containers; best on a tmpfs", default=""),
-    Option("criu", TEXT, "accepted and ignored: there is no checkpoint"),
-    Option("systemd-cgroup", FLAG, "let systemd make the cgroups; cgroupsPath is then slice:prefix:name"),
-    Option("rootless", TEXT, "ignore cgroup permission errors: true, false or auto", default="auto"),
+    RuntimeOption("debug", FLAG, "log what is done, also inside the container's setup"),
+    RuntimeOption("log", TEXT, "append the log to this file instead of standard error"),
+    RuntimeOption("log-format", TEXT, "format of the log: text or json", default="text"),
+    RuntimeOption("root", TEXT, "directory for the state of containers; best on a tmpfs", default=""),
+    RuntimeOption("criu", TEXT, "accepted and ignored: there is no checkpoint"),
+    RuntimeOption("systemd-cgroup", FLAG, "let systemd make the cgroups; cgroupsPath is then slice:prefix:name"),
+    RuntimeOption("rootless", TEXT, "ignore cgroup permission errors: true, false or auto", default="auto"),
     HELP,
-    Option("version", FLAG, "print the version", "v"),
+    RuntimeOption("version", FLAG, "print the version", "v"),
 )
 
-BUNDLE = Option("bundle", TEXT, "directory of config.json and the root; default: the working directory", "b")
-CONSOLE = Option("console-socket", TEXT, "AF_UNIX socket that receives the master of the terminal")
-PID_FILE = Option("pid-file", TEXT, "write the process's pid to this file")
-PIDFD = Option("pidfd-socket", TEXT, "AF_UNIX socket that receives a pidfd of the process")
-PRESERVE = Option("preserve-fds", NUMBER, "pass N descriptors beyond stdio and those of LISTEN_FDS", default=0)
-DETACH = Option("detach", FLAG, "return once the process runs", "d")
-NO_SUBREAPER = Option("no-subreaper", FLAG, "do not reap what the container leaves behind")
-NO_PIVOT = Option("no-pivot", FLAG, "use MS_MOVE and chroot in place of pivot_root, for a root on a ramdisk")
+BUNDLE = RuntimeOption("bundle", TEXT, "directory of config.json and the root; default: the working directory", "b")
+CONSOLE = RuntimeOption("console-socket", TEXT, "AF_UNIX socket that receives the master of the terminal")
+PID_FILE = RuntimeOption("pid-file", TEXT, "write the process's pid to this file")
+PIDFD = RuntimeOption("pidfd-socket", TEXT, "AF_UNIX socket that receives a pidfd of the process")
+PRESERVE = RuntimeOption("preserve-fds", NUMBER, "pass N descriptors beyond stdio and those of LISTEN_FDS", default=0)
+DETACH = RuntimeOption("detach", FLAG, "return once the process runs", "d")
+NO_SUBREAPER = RuntimeOption("no-subreaper", FLAG, "do not reap what the container leaves behind")
+NO_PIVOT = RuntimeOption("no-pivot", FLAG, "use MS_MOVE and chroot in place of pivot_root, for a root on a ramdisk")
 CREATE = (
     BUNDLE, CONSOLE, PID_FILE, PIDFD, NO_PIVOT,
-    Option("no-new-keyring", FLAG, "keep the caller's session keyring"),
+    RuntimeOption("no-new-keyring", FLAG, "keep the caller's session keyring"),
     PRESERVE,
 )  # fmt: skip
 CHECKPOINT = (
-    Option("image-path", TEXT, "directory of the image"),
-    Option("work-path", TEXT, "directory for work files and logs"),
-    Option("tcp-established", FLAG, "allow open TCP connections"),
-    Option("ext-unix-sk", FLAG, "allow external Unix sockets"),
-    Option("shell-job", FLAG, "allow shell jobs"),
-    Option("file-locks", FLAG, "handle file locks"),
-    Option("manage-cgroups-mode", TEXT, "soft, full, strict or ignore"),
-    Option("empty-ns", LIST, "make a namespace without restoring what is in it"),
-    Option("auto-dedup", FLAG, "deduplicate memory images"),
-    Option("lazy-pages", FLAG, "restore memory by userfaultfd"),
-    Option("link-remap", FLAG, "remap unlinked files"),
-    Option("tcp-skip-in-flight", FLAG, "skip connections that are being set up"),
+    RuntimeOption("image-path", TEXT, "directory of the image"),
+    RuntimeOption("work-path", TEXT, "directory for work files and logs"),
+    RuntimeOption("tcp-established", FLAG, "allow open TCP connections"),
+    RuntimeOption("ext-unix-sk", FLAG, "allow external Unix sockets"),
+    RuntimeOption("shell-job", FLAG, "allow shell jobs"),
+    RuntimeOption("file-locks", FLAG, "handle file locks"),
+    RuntimeOption("manage-cgroups-mode", TEXT, "soft, full, strict or ignore"),
+    RuntimeOption("empty-ns", LIST, "make a namespace without restoring what is in it"),
+    RuntimeOption("auto-dedup", FLAG, "deduplicate memory images"),
+    RuntimeOption("lazy-pages", FLAG, "restore memory by userfaultfd"),
+    RuntimeOption("link-remap", FLAG, "remap unlinked files"),
+    RuntimeOption("tcp-skip-in-flight", FLAG, "skip connections that are being set up"),
 )
 UPDATE = (
-    Option("resources", TEXT, "file with the limits as JSON (LinuxResources); - is standard input", "r"),
-    Option("blkio-weight", NUMBER, "weight of block I/O, 10 to 1000", default=0),
-    Option("cpu-period", TEXT, "period of the CPU quota, microseconds"),
-    Option("cpu-quota", TEXT, "CPU time in a period, microseconds"),
-    Option("cpu-burst", TEXT, "unused CPU time that may be kept, microseconds"),
-    Option("cpu-share", TEXT, "CPU shares, relative to other containers"),
-    Option("cpu-rt-period", TEXT, "period of the realtime quota, microseconds"),
-    Option("cpu-rt-runtime", TEXT, "realtime CPU time in a period, microseconds"),
-    Option("cpuset-cpus", TEXT, "CPUs to use, such as 0-3,7"),
-    Option("cpuset-mems", TEXT, "memory nodes to use"),
-    Option("cpu-idle", TEXT, "1: run only when nobody else wants to"),
-    Option("memory", TEXT, "memory limit; suffixes k, m, g; -1 is unlimited"),
-    Option("memory-reservation", TEXT, "soft memory limit"),
-    Option("memory-swap", TEXT, "limit of memory and swap together; -1 is unlimited"),
-    Option("kernel-memory", TEXT, "obsolete, ignored"),
-    Option("kernel-memory-tcp", TEXT, "obsolete, ignored"),
-    Option("pids-limit", NUMBER, "most processes in the container", default=0),
-    Option("l3-cache-schema", TEXT, "schema of the L3 cache (Intel RDT/CAT)"),
-    Option("mem-bw-schema", TEXT, "schema of memory bandwidth (Intel RDT/MBA)"),
+    RuntimeOption("resources", TEXT, "file with the limits as JSON (LinuxResources); - is standard input", "r"),
+    RuntimeOption("blkio-weight", NUMBER, "weight of block I/O, 10 to 1000", default=0),
+    RuntimeOption("cpu-period", TEXT, "period of the CPU quota, microseconds"),
+    RuntimeOption("cpu-quota", TEXT, "CPU time in a period, microseconds"),
+    RuntimeOption("cpu-burst", TEXT, "unused CPU time that may be kept, microseconds"),
+    RuntimeOption("cpu-share", TEXT, "CPU shares, relative to other containers"),
+    RuntimeOption("cpu-rt-period", TEXT, "period of the realtime quota, microseconds"),
+    RuntimeOption("cpu-rt-runtime", TEXT, "realtime CPU time in a period, microseconds"),
+    RuntimeOption("cpuset-cpus", TEXT, "CPUs to use, such as 0-3,7"),
+    RuntimeOption("cpuset-mems", TEXT, "memory nodes to use"),
+    RuntimeOption("cpu-idle", TEXT, "1: run only when nobody else wants to"),
+    RuntimeOption("memory", TEXT, "memory limit; suffixes k, m, g; -1 is unlimited"),
+    RuntimeOption("memory-reservation", TEXT, "soft memory limit"),
+    RuntimeOption("memory-swap", TEXT, "limit of memory and swap together; -1 is unlimited"),
+    RuntimeOption("kernel-memory", TEXT, "obsolete, ignored"),
+    RuntimeOption("kernel-memory-tcp", TEXT, "obsolete, ignored"),
+    RuntimeOption("pids-limit", NUMBER, "most processes in the container", default=0),
+    RuntimeOption("l3-cache-schema", TEXT, "schema of the L3 cache (Intel RDT/CAT)"),
+    RuntimeOption("mem-bw-schema", TEXT, "schema of memory bandwidth (Intel RDT/MBA)"),
 )
 EXEC = (
     CONSOLE, PIDFD,
-    Option("cwd", TEXT, "working directory in the container"),
-    Option("env", LIST, "set an environment variable, NAME=value", "e"),
-    Option("tty", FLAG, "give it a terminal", "t"),
-    Option("user", TEXT, "UID[:GID], numbers", "u"),
-    Option("additional-gids", LIST, "one more group", "g"),
-    Option("process", TEXT, "file with the process as JSON", "p"),
+    RuntimeOption("cwd", TEXT, "working directory in the container"),
+    RuntimeOption("env", LIST, "set an environment variable, NAME=value", "e"),
+    RuntimeOption("tty", FLAG, "give it a terminal", "t"),
+    RuntimeOption("user", TEXT, "UID[:GID], numbers", "u"),
+    RuntimeOption("additional-gids", LIST, "one more group", "g"),
+    RuntimeOption("process", TEXT, "file with the process as JSON", "p"),
     DETACH, PID_FILE,
-    Option("process-label", TEXT, "SELinux label of the process"),
-    Option("apparmor", TEXT, "AppArmor profile of the process"),
-    Option("no-new-privs", FLAG, "set no_new_privs"),
-    Option("cap", LIST, "give it one more capability", "c"),
+    RuntimeOption("process-label", TEXT, "SELinux label of the process"),
+    RuntimeOption("apparmor", TEXT, "AppArmor profile of the process"),
+    RuntimeOption("no-new-privs", FLAG, "set no_new_privs"),
+    RuntimeOption("cap", LIST, "give it one more capability", "c"),
     PRESERVE,
-    Option("cgroup", LIST, "run in a sub-cgroup: [CONTROLLER[,CONTROLLER]:]PATH"),
-    Option("ignore-paused", FLAG, "exec in a paused container; the process waits to be resumed"),
+    RuntimeOption("cgroup", LIST, "run in a sub-cgroup: [CONTROLLER[,CONTROLLER]:]PATH"),
+    RuntimeOption("ignore-paused", FLAG, "exec in a paused container; the process waits to be resumed"),
 )  # fmt: skip
-FORMAT = Option("format", TEXT, "table or json", "f", default="table")
+FORMAT = RuntimeOption("format", TEXT, "table or json", "f", default="table")
 
 
 class Verb(Record):
@@ -94,7 +94,7 @@ class Verb(Record):
     help: str
     carried_out: str
     usage: str = "<container-id>"
-    options: tuple[Option, ...] = ()
+    options: tuple[RuntimeOption, ...] = ()
     least: int = 1
     most: int | None = 1
     stop_at_operand: bool = False
@@ -108,20 +108,20 @@ VERBS = {
     for verb in (
         Verb("checkpoint", "checkpoint a running container", "checkpoint:checkpoint", options=(
             *CHECKPOINT,
-            Option("parent-path", TEXT, "image of an earlier pre-dump"),
-            Option("leave-running", FLAG, "leave the container running"),
-            Option("status-fd", NUMBER, "descriptor that is written to once lazy-pages is ready", default=-1),
-            Option("page-server", TEXT, "ADDRESS:PORT of the page server"),
-            Option("pre-dump", FLAG, "dump memory only, and leave the container running"),
+            RuntimeOption("parent-path", TEXT, "image of an earlier pre-dump"),
+            RuntimeOption("leave-running", FLAG, "leave the container running"),
+            RuntimeOption("status-fd", NUMBER, "descriptor that is written to once lazy-pages is ready", default=-1),
+            RuntimeOption("page-server", TEXT, "ADDRESS:PORT of the page server"),
+            RuntimeOption("pre-dump", FLAG, "dump memory only, and leave the container running"),
         ), more="Checkpoints need CRIU and are not supported: the command says so and fails."),
         Verb("create", "create a container", "lifecycle:create", options=CREATE, prefix="runc create failed: ",
              more="The container's first process waits until `start`.  Example:\n\n    PROG create -b /bundle box"),
         Verb("delete", "delete a stopped container and what it holds", "lifecycle:delete", options=(
-            Option("force", FLAG, "kill it first; an id that does not exist is fine", "f"),
+            RuntimeOption("force", FLAG, "kill it first; an id that does not exist is fine", "f"),
         )),
         Verb("events", "print statistics and out-of-memory events", "events:events", options=(
-            Option("interval", TEXT, "time between statistics, such as 500ms or 5s", default="5s"),
-            Option("stats", FLAG, "print the statistics once"),
+            RuntimeOption("interval", TEXT, "time between statistics, such as 500ms or 5s", default="5s"),
+            RuntimeOption("stats", FLAG, "print the statistics once"),
         )),
         Verb("exec", "run another process in a container", "execute:execute", options=EXEC, most=None,
              usage="<container-id> <command> [arguments...] | -p process.json <container-id>", stop_at_operand=True,
@@ -129,26 +129,26 @@ VERBS = {
         Verb("features", "print what this runtime supports, as JSON", "features:features", usage="", least=0,
              most=None),
         Verb("kill", "signal a container's first process (default: SIGTERM)", "lifecycle:kill", options=(
-            Option("all", FLAG, "signal all processes of the container", "a"),
+            RuntimeOption("all", FLAG, "signal all processes of the container", "a"),
         ), usage="<container-id> [signal]", most=2, stop_at_operand=True),
         Verb("list", "list the containers of this root", "inspect:list_containers", usage="", least=0, most=0, options=(
-            FORMAT, Option("quiet", FLAG, "print ids only", "q"),
+            FORMAT, RuntimeOption("quiet", FLAG, "print ids only", "q"),
         )),
         Verb("pause", "suspend all processes of a container", "limits:pause"),
         Verb("ps", "list the processes of a container", "inspect:ps", options=(FORMAT,), most=None,
              usage="<container-id> [ps options]", stop_at_operand=True),
         Verb("restore", "restore a container from a checkpoint", "checkpoint:restore", options=(
             *CHECKPOINT, *CREATE, DETACH, NO_SUBREAPER,
-            Option("lsm-profile", TEXT, "LSM profile as TYPE:NAME"),
-            Option("lsm-mount-context", TEXT, "LSM mount context"),
+            RuntimeOption("lsm-profile", TEXT, "LSM profile as TYPE:NAME"),
+            RuntimeOption("lsm-mount-context", TEXT, "LSM mount context"),
         ), more="Checkpoints need CRIU and are not supported: the command says so and fails."),
         Verb("resume", "resume all processes of a paused container", "limits:resume"),
         Verb("run", "create and run a container", "lifecycle:run", options=(
-            *CREATE, DETACH, Option("keep", FLAG, "do not delete the container after its end"), NO_SUBREAPER,
+            *CREATE, DETACH, RuntimeOption("keep", FLAG, "do not delete the container after its end"), NO_SUBREAPER,
         ), prefix="runc run failed: ", more="Example:\n\n    PROG run -b /bundle box"),
         Verb("spec", "write a config.json to start from", "template:spec", usage="", least=0, most=0, options=(
-            Option("bundle", TEXT, "directory to write it to", "b"),
-            Option("rootless", FLAG, "write one for a container of an ordinary user"),
+            RuntimeOption("bundle", TEXT, "directory to write it to", "b"),
+            RuntimeOption("rootless", FLAG, "write one for a container of an ordinary user"),
         )),
         Verb("start", "execute the program of a created container", "lifecycle:start"),
         Verb("state", "print the state of a container as JSON", "inspect:state"),

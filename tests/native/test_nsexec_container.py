@@ -302,7 +302,7 @@ def test_joins_namespaces_by_path(box: Box) -> None:
 def test_log_lines_name_stage_and_pid(box: Box) -> None:
     box.sh("true")
     assert any(line.startswith("box debug nsexec-0[") for line in box.lines)
-    assert any("nsexec-2[1]: ready to execute /bin/sh" in line for line in box.lines)
+    assert any("nsexec-2[1]: init: closing the pipe" in line for line in box.lines)
 
 
 def test_a_created_container_that_is_killed_cannot_be_started(box: Box) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.config.spec import Process, User
-from caisson.agent.libcontainer.plan.users import FILE_MAX, resolved
+from caisson.agent.libcontainer.plan.users import FILE_MAX, resolve
 
 PASSWD = """root:x:0:0:root:/root:/bin/sh
 app:x:1000:100:An app:/srv/app:/bin/sh

@@ -15,7 +15,7 @@ import stat
 from caisson.agent.base.json import JsonError, loads
 from caisson.agent.libcontainer.errors import LaunchError, reason
 from caisson.agent.libcontainer.process.channel import report_error
-from caisson.agent.libcontainer.process.procstat import ProcessStat
+from caisson.agent.libcontainer.state import ProcessStat
 from caisson.agent.libcontainer.waits import Deadline
 
 TYPE_CHECKING = False

@@ -41,12 +41,14 @@ class Stdio(Record):
 class Launched(Record):
     """A started process.
 
-    `console` is the master of its terminal, if it has one; `pidfd` is its own.  The caller owns both.
+    `console` is the master of its terminal, if it has one; `pidfd` is its own.  The caller owns both.  `stages` are the
+    children before it, which end by themselves.
     """
 
     child: Child
     console: int | None
     pidfd: int
+    stages: tuple[Child, ...] = ()
 
 
 class Launch(Record):
@@ -318,7 +320,8 @@ class ProcessLauncher:
 
 def _launched(started: InitProcess) -> Launched:
     assert started.child is not None
-    launched = Launched(started.child, started.channel.take_console(), started.channel.take_pidfd())
+    console, pidfd = started.channel.take_console(), started.channel.take_pidfd()
+    launched = Launched(started.child, console, pidfd, tuple(started.stages))
     started.close()
     return launched
 
