@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -146,23 +145,14 @@ class Agent:
         return Container(self, container_id)
 
     async def ensure_container(self, container_id: str, spec: oci_pb2.Spec) -> Container:
-        """Return a running container of this id, created from the spec where there is none.
+        """Return a running container of this id, created from the spec where there is none, in one call.
 
-        A stopped one is replaced.  Concurrent callers all get the same container.
+        A stopped one is replaced, and where there is no sandbox one is started.  Concurrent callers all get the same
+        container.
         """
-        container = Container(self, container_id)
-        while True:
-            await self._created(self.create_container(container_id, spec))
-            try:
-                await container.start()
-            except AgentError as error:
-                if "status stopped" in error.details:
-                    with contextlib.suppress(AgentError):  # another caller may have been faster
-                        await container.remove()
-                    continue
-                if "status running" not in error.details:
-                    raise
-            return container
+        request = caisson_pb2.EnsureRunningRequest(container_id=container_id, spec=spec.SerializeToString())
+        await self.guest.EnsureRunning(request)
+        return Container(self, container_id)
 
     @staticmethod
     async def _created(call: Awaitable[Any]) -> bool:

@@ -76,9 +76,8 @@ class Guest:
         self.machine = machine
 
     async def __aenter__(self) -> Self:
-        """Connect and create the sandbox.  Raises AgentError without an agent."""
+        """Connect; nothing is sent yet."""
         self.agent = client.Agent.connect(self.machine.agent_socket)
-        await self.agent.create_sandbox()
         return self
 
     async def __aexit__(self, *_: object) -> None:

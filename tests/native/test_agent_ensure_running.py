@@ -1,0 +1,103 @@
+"""One call that makes or finds a running container (caisson.Guest)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import grpc
+import pytest
+
+from caisson.agent.client.foreground import execute
+from caisson.proto.caisson import caisson_pb2
+from tests.native.agent_support import RunningAgent, output, refused, run, sh
+
+pytestmark = pytest.mark.root
+Code = grpc.StatusCode
+
+
+def methods(agent: RunningAgent) -> list[str]:
+    """The methods that were answered, in order."""
+    lines = map(json.loads, agent.log.read_text().splitlines())
+    return [line["method"] for line in lines if line.get("msg") == "request"]
+
+
+def test_a_container_is_made_once_and_with_it_the_sandbox(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            spec = agent.spec("/bin/sleep", "1000").SerializeToString()
+            request = caisson_pb2.EnsureRunningRequest(container_id="box", spec=spec)
+            assert (await client.guest.EnsureRunning(request)).created
+            assert not (await client.guest.EnsureRunning(request)).created
+            assert await output(await sh(client.container("box"), "echo runs")) == b"runs\n"
+            request.spec = b"\xff"  # not looked at
+            assert not (await client.guest.EnsureRunning(request)).created
+
+    run(work())
+
+
+def test_a_container_that_was_created_is_started_and_one_that_has_ended_is_replaced(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            await client.create_sandbox()
+            made = await client.create_container("box", agent.spec("/bin/sh", "-c", "read line; exit 3"))
+            spec = agent.spec("/bin/sleep", "1000").SerializeToString()
+            request = caisson_pb2.EnsureRunningRequest(container_id="box", spec=spec)
+            assert not (await client.guest.EnsureRunning(request)).created
+            await made.init().close_stdin()
+            assert await made.init().wait() in (1, 3)
+            assert (await client.guest.EnsureRunning(request)).created
+            assert await output(await sh(client.container("box"), "echo again")) == b"again\n"
+
+    run(work())
+
+
+def test_many_callers_at_once_get_the_same_container(agent: RunningAgent) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            spec = agent.spec("/bin/sleep", "1000").SerializeToString()
+            request = caisson_pb2.EnsureRunningRequest(container_id="box", spec=spec)
+            answers = await asyncio.gather(*(client.guest.EnsureRunning(request) for _ in range(20)))
+            assert sum(answer.created for answer in answers) == 1
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    ("container_id", "spec", "code"),
+    [
+        ("box", b"\xff", Code.INVALID_ARGUMENT),
+        ("box", b"", Code.INVALID_ARGUMENT),
+        ("../x", b"", Code.INVALID_ARGUMENT),
+    ],
+)
+def test_what_cannot_be_made_leaves_nothing(
+    agent: RunningAgent, container_id: str, spec: bytes, code: grpc.StatusCode
+) -> None:
+    async def work() -> None:
+        async with agent.connect() as client:
+            request = caisson_pb2.EnsureRunningRequest(container_id=container_id, spec=spec)
+            assert (await refused(client.guest.EnsureRunning(request)))[0] is code
+            await client.ensure_container("box", agent.spec())
+
+    run(work())
+
+
+class Machine:
+    """What a command knows of a VM."""
+
+    def __init__(self, agent: RunningAgent, directory: Path) -> None:
+        self.agent_socket = agent.socket
+        self.directory = directory
+        (directory / "image.json").write_text(json.dumps({"containers": {"busybox": str(agent.rootfs)}}))
+
+
+def test_an_exec_makes_two_calls_before_the_program_runs(agent: RunningAgent, tmp_path: Path) -> None:
+    machine = Machine(agent, tmp_path)
+    for place in ("tmp", "run", "root", "home", "var"):
+        (agent.rootfs / place).mkdir(exist_ok=True)
+    assert asyncio.run(execute(machine, "box", ["/bin/true"])) == 0
+    before = len(methods(agent))
+    assert asyncio.run(execute(machine, "box", ["/bin/true"])) == 0
+    assert methods(agent)[before : before + 2] == ["EnsureRunning", "ExecProcess"]
