@@ -34,10 +34,13 @@ def running_vm(name: str) -> VM:
 
 
 @contextlib.contextmanager
-def vm_for(name: str, report: Callable[[str], None]) -> Iterator[VM]:
-    """The VM of this name; with no name the running default one, or else a VM for the time of this block."""
+def vm_for(name: str, report: Callable[[str], None], *, answering: bool = True) -> Iterator[VM]:
+    """The VM of this name; with no name the running default one, or else a VM for the time of this block.
+
+    Unless ``answering``, the caller waits for the agent of a VM that runs already.
+    """
     if name or find_vm("default") is not None:
-        yield running_vm(name or "default")
+        yield running_vm(name or "default") if answering else get_vm(name or "default")
     else:
         directory = image_directory("", report, also=TO_BOOT)
         config = VMConfig(image=directory, name=f"exec-{os.getpid()}", on_resume=RESUME_COMMAND)

@@ -30,7 +30,7 @@ def exec_(
 ) -> int:
     """Run a program in a container; returns its exit status."""
     ids = specs.user_ids(user)
-    with vm_for(name, reporter(verbose)) as vm:
+    with vm_for(name, reporter(verbose), answering=False) as vm:
         work = foreground.execute(vm, container, words, env=env, cwd=workdir, user=ids, terminal=tty)
         return asyncio.run(work)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,13 @@ from typing import Protocol, Self, TypeVar
 import grpc
 
 from caisson.agent import client
+from caisson.proto.kata1 import oci_pb2
 
 T = TypeVar("T")
+
+#: Seconds to wait for the agent of a VM that is starting, and between two looks whether the VM still runs.
+AGENT_TIMEOUT = 60.0
+CHECK_INTERVAL = 3.0
 
 
 class Machine(Protocol):
@@ -90,11 +96,22 @@ class Guest:
         except FileNotFoundError as error:
             raise client.AgentGone(grpc.StatusCode.UNAVAILABLE, "the VM has ended") from error
         spec = client.default_spec(contents["containers"]["busybox"])
-        container = await self.agent.ensure_container(container_id, spec)
+        container = await self._ensure(container_id, spec)
         made = container_registry(self.machine)
         if container_id not in made.names():  # the entry of one from a container image names its disk
             made.add(container_id)
         return container
+
+    async def _ensure(self, container_id: str, spec: oci_pb2.Spec) -> client.Container:
+        """Call an agent that may be starting still: it is asked first when the call has failed."""
+        try:
+            return await self.agent.ensure_container(container_id, spec)
+        except client.AgentGone:
+            deadline = time.monotonic() + AGENT_TIMEOUT
+            while not await asyncio.to_thread(client.is_serving, self.machine.agent_socket, CHECK_INTERVAL):
+                if time.monotonic() > deadline or not self.machine.agent_socket.exists():
+                    raise
+            return await self.agent.ensure_container(container_id, spec)
 
     async def run(self, *words: str | os.PathLike[str], container: str = "default", stdin: bytes = b"") -> Done:
         """Run a program in a container to its end.  Raises ProgramError when it cannot be run."""
