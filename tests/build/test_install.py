@@ -90,6 +90,7 @@ def test_the_command_runs_a_program_in_a_guest(installed: Environment, run_direc
     assert installed.run(command, "--version", cwd=tmp_path) == f"caisson {VERSION}\n"
     shown = installed.run(command, "exec", "--", "uname", "-s", cwd=tmp_path, timeout=GUEST_TIMEOUT)
     assert shown == "Linux\n"
+    assert "spec: " in installed.run(installed.directory / "bin/caisson-oci", "--version", cwd=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
