@@ -96,10 +96,12 @@ def shell(*, container: str, guest: bool, name: str) -> int:
     return 0
 
 
-def cp(*, source: str, target: str, name: str) -> None:
-    """Copy a file or a directory into a container or out of it."""
-    for left_out in call_sync(running_vm(name), lambda agent: copy.copy(agent, source, target)):
-        info(f"not copied: {left_out}")
+def cp(*, source: str, target: str, name: str) -> int:
+    """Copy a file or a directory into a container or out of it; returns 1 when something cannot be copied."""
+    left_out = call_sync(running_vm(name), lambda agent: copy.copy(agent, source, target, info))
+    for one in left_out:
+        info(f"not copied: {one}")
+    return int(bool(left_out))
 
 
 def share(*, directory: str, name: str, container: str, at: str, tag: str, writable: bool, only_plug: bool) -> None:

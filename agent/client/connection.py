@@ -180,6 +180,10 @@ class Container:
         """Return its first process; ``terminal`` as in its spec."""
         return Process(self, self.id, terminal=terminal)
 
+    def process(self, exec_id: str, *, terminal: bool = False) -> Process:
+        """Return a handle on a process of it."""
+        return Process(self, exec_id, terminal=terminal)
+
     async def exec(
         self,
         args: Sequence[str],

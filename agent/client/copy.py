@@ -1,4 +1,4 @@
-"""Files and directories into a container and out of it.
+"""Copy files and directories into a container and out of it, as cp(1) and `docker cp` do.
 
 Archives of tar(1) go through a process in the container: that way its mounts and links are what the container itself
 sees, and nothing outside of it can be reached.  So the container needs `sh` and `tar`, as with `kubectl cp`.
@@ -7,12 +7,16 @@ sees, and nothing outside of it can be reached.  So the container needs `sh` and
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import posixpath
 import re
 import signal
+import stat
 import tarfile
-from collections.abc import AsyncIterator, Sequence
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +25,97 @@ from caisson.agent.client.attach import write_all
 from caisson.agent.client.connection import CHUNK, Agent, AgentError, Container, Process, ProgramError
 from caisson.agent.client.errors import UsageError
 from caisson.agent.client.specs import PATH
-from caisson.agent.client.unpack import unpack
+from caisson.agent.client.unpack import received, unpack, unpack_to
 
 #: A container's name and a path in it; what begins with "/" or "." is a path of the host's, whatever is in it.
 PLACE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]*):(.+)", re.DOTALL)
 
-#: What tar complains of is short, or of no use.
+#: Bytes of stderr that are shown: more is of no use.
 MAX_STDERR = 4096
+
+#: Seconds for an interrupted process to clean up and end, and between two lines of progress.
+STOP_TIMEOUT = 1.5
+PROGRESS_INTERVAL = 2.0
+
+#: Bytes of a file that says it has none: those of /proc and /sys are read to their end.
+MAX_UNSIZED = 64 << 20
+
+#: What every script begins with.  Arguments come with octal escapes: on the wire they are text, names are bytes.
+PROLOGUE = r"""
+plain() { printf '%b_' "$1"; }
+fail() { echo "$1" >&2; exit 1; }
+at=$(plain "$1") at=${at%_} name=$(plain "$2") name=${name%_}
+"""
+
+#: $1 target, $2 name, $3 file, directory or contents, $4 whether a directory was asked for, $5 a name for itself.
+#: All of it is unpacked beside its place and moved there when it is whole; directories that are there are kept.
+PUT = (
+    PROLOGUE
+    + r"""
+if [ -d "$at" ]; then
+    parent=$at final=${at%/}/$name
+    [ "$3" = contents ] && final=$at
+else
+    [ "$4" = 1 ] && fail "$at: no such directory"
+    [ "$3" = file ] || [ ! -e "$at" ] || fail "$at: not a directory"
+    final=$at
+    if [ -h "$at" ] && [ -f "$at" ]; then final=$(readlink -f "$at"; echo _) final=${final%?_}; fi
+    parent=${final%/*} parent=${parent:-/}
+    [ -d "$parent" ] || fail "$parent: no such directory"
+    if [ -e "$final" ]; then
+        case $final in /proc/*|/sys/*) exec tar -xOf - >"$final" ;; esac
+        [ -f "$final" ] || exec tar -xOf - >"$final"
+    fi
+fi
+made=${parent%/}/.caisson-$5
+place() {
+    if [ -d "$1" ] && [ ! -h "$1" ]; then
+        if [ -d "$2" ]; then
+            for inner in "$1"/* "$1"/.[!.]* "$1"/..?*; do
+                if [ -e "$inner" ] || [ -h "$inner" ]; then place "$inner" "$2/${inner##*/}"; fi
+            done
+            return
+        fi
+        [ ! -e "$2" ] || fail "$2: not a directory"
+    elif [ -d "$2" ]; then
+        fail "$2: is a directory"
+    elif [ -f "$1" ] && [ ! -h "$1" ] && [ -f "$2" ] && [ ! -h "$2" ]; then
+        mode=$(stat -c %a "$2" 2>/dev/null) && chmod "$mode" "$1"
+    fi
+    mv -f "$1" "$2" || exit 1
+}
+trap 'rm -rf "$made"' EXIT
+trap 'exit 1' HUP INT TERM
+mkdir -m 700 "$made" && tar -x -f - -C "$made" && place "$made/x" "$final"
+"""
+)
+
+#: $1 directory, $2 name in it, $3 what it was called, $4 a name for itself.
+GET = (
+    PROLOGUE
+    + r"""
+shown=$(plain "$3") shown=${shown%_}
+cd "$at" 2>/dev/null && { [ -e "./$name" ] || [ -h "./$name" ]; } || fail "$shown: No such file or directory"
+if [ ! -h "./$name" ]; then
+    [ -S "./$name" ] && fail "$shown: a socket cannot be copied"
+    { [ -b "./$name" ] || [ -c "./$name" ]; } && fail "$shown: a device cannot be copied"
+fi
+case $(pwd -P)/$name in
+/proc/*|/sys/*)
+    for made in /tmp /dev/shm /run /var/tmp; do [ -w "$made" ] && break; done
+    made=$made/.caisson-$4
+    trap 'kill $! 2>/dev/null; rm -rf "$made"' EXIT
+    trap 'exit 1' HUP INT TERM
+    mkdir -m 700 "$made" || exit 1
+    cp -r "./$name" "$made/x" || exit 1
+    if [ "$name" = . ]; then cd "$made/x"; else mv "$made/x" "$made/$name"; cd "$made"; fi
+    tar -c -f - "./$name" &
+    wait $!
+    exit
+esac
+exec tar -c -f - "./$name"
+"""
+)
 
 
 @dataclass(frozen=True)
@@ -39,90 +127,151 @@ class Place:
 
     @classmethod
     def parse(cls, text: str) -> Place:
-        """CONTAINER:PATH, or a path of the host's.  Raises UsageError."""
+        """Parse CONTAINER:PATH, or a path of the host's.  Raises UsageError."""
         found = PLACE.fullmatch(text)
         if not text or text.endswith(":"):
             raise UsageError(f"{text!r} is neither a path nor CONTAINER:PATH")
         return cls(found[1], posixpath.join("/", found[2])) if found else cls("", text)
 
 
-async def copy(agent: Agent, source: str, target: str) -> list[str]:
+class Progress:
+    """Counts bytes, and reports how many there were, now and then."""
+
+    def __init__(self, report: Callable[[str], None] | None = None) -> None:
+        self._report = report
+        self._reported = time.monotonic()
+        self._bytes = 0
+
+    def add(self, count: int) -> None:
+        self._bytes += count
+        if self._report and time.monotonic() - self._reported > PROGRESS_INTERVAL:
+            self._reported = time.monotonic()
+            self._report(f"{self._bytes / 1e6:.0f} MB copied")
+
+
+async def copy(agent: Agent, source: str, target: str, report: Callable[[str], None] | None = None) -> list[str]:
     """Copy a file or a directory between the host and a container, one of which is CONTAINER:PATH.
 
-    Into a directory that exists, else under the target's name, as with cp(1).  Modes and times are kept; owners are
-    root in the container, and the caller on the host.  Returns the names of what was left out: devices.
-    Raises UsageError, AgentError.
+    Into a directory that exists, else under the target's name; of SOURCE/. the contents.  What is new gets the source's
+    mode (on the host less the umask) and time, and is root's in the container and the caller's on the host; modes of
+    what is there are kept.  Interrupted, it leaves nothing half-made.
+
+    Returns the names of what cannot be copied: sockets and devices.  Raises UsageError, AgentError.
     """
     from_, to = Place.parse(source), Place.parse(target)
     if bool(from_.container) == bool(to.container):
-        raise UsageError("one of the two is a path in a container, CONTAINER:PATH, and the other one of the host's")
+        raise UsageError("cp: one of the two must be a path in a container, CONTAINER:PATH, and the other the host's")
+    progress = Progress(report)
     try:
         if to.container:
-            return await put(agent.container(to.container), Path(from_.path), to.path)
-        return await get(agent.container(from_.container), from_.path, Path(to.path), to.path.endswith("/"))
+            return await put(agent.container(to.container), from_.path, to.path, progress)
+        return await get(agent.container(from_.container), from_.path, to.path, progress)
     except ProgramError as error:
-        raise UsageError(f"copying needs `sh` and `tar` in the container: {error}") from error
+        raise UsageError(f"cp: the container lacks `sh` or `tar`: {error}") from error
 
 
-async def put(container: Container, source: Path, path: str) -> list[str]:
+def _wants_directory(path: str) -> bool:
+    return path.endswith(("/", "/.", "/..")) or path in (".", "..")
+
+
+def _wants_contents(path: str) -> bool:
+    return path.endswith("/.") or path == "."
+
+
+async def put(container: Container, source: str, path: str, progress: Progress | None = None) -> list[str]:
     """Copy from the host into a container; as `copy`."""
-    if not source.exists() and not source.is_symlink():
-        raise UsageError(f"{source}: No such file or directory")
-    name = source.resolve().name if source.name in ("", "..") else source.name
-    path, into = posixpath.normpath(path), path.endswith("/")
-    if into or await _status(container, ["sh", "-c", '[ -d "$1" ]', "sh", path]) == 0:
-        directory = path
-    else:
-        directory, name = posixpath.split(path)
-    process = await _tar(container, "x", "-f", "-", "-C", directory)
-    read_end, write_end = os.pipe()
-    packing = asyncio.create_task(asyncio.to_thread(_pack, write_end, source, name))
-    feeding = asyncio.create_task(_feed(process, read_end))
-    async with _ending(feeding, packing):
-        complaints = await _complaints(process)
-        await feeding
-        try:
-            left_out = await packing
-        except BrokenPipeError:  # tar has ended first: it says why
-            left_out = []
-        except OSError as error:
-            raise UsageError(f"{error.filename or source}: {error.strerror}") from error
-    if status := await process.wait():
-        raise UsageError(complaints or f"tar ended with status {status}")
+    origin = Path(source)
+    try:
+        state = origin.stat() if _wants_directory(source) else origin.lstat()
+    except OSError as error:
+        raise UsageError(f"{source}: {error.strerror}") from error
+    directory = stat.S_ISDIR(state.st_mode)
+    if _wants_directory(source) and not directory:
+        raise UsageError(f"{source}: Not a directory")
+    if (kind := _uncopied(state.st_mode)) is not None:
+        raise UsageError(f"{source}: a {kind} cannot be copied")
+    name = origin.name if origin.name not in ("", "..") else origin.resolve().name or "root"
+    kind = "contents" if _wants_contents(source) else "directory" if directory else "file"
+    words = [posixpath.normpath(path), name, kind, str(int(_wants_directory(path)))]
+    async with _script(container, PUT, words) as process:
+        read_end, write_end = os.pipe()
+        packing = asyncio.create_task(asyncio.to_thread(_pack, write_end, origin.resolve() if directory else origin))
+        feeding = asyncio.create_task(_feed(process, read_end, progress or Progress()))
+        async with _ending(feeding, packing):
+            complaints = await _complaints(process)
+            await feeding
+            try:
+                left_out = await packing
+            except BrokenPipeError:  # tar has ended first: it says why
+                left_out = []
+            except OSError as error:
+                raise UsageError(f"{error.filename or source}: {error.strerror or error}") from error
+        if status := await process.wait():
+            raise UsageError(complaints or f"tar in the container: exited with status {status}")
     return left_out
 
 
-async def get(container: Container, path: str, target: Path, into: bool = False) -> list[str]:
-    """Copy from a container to the host, with ``into`` certainly into a directory; as `copy`."""
+async def get(container: Container, path: str, target: str, progress: Progress | None = None) -> list[str]:
+    """Copy from a container to the host; as `copy`."""
     parent, name = posixpath.split(posixpath.normpath(path))
-    old = name or "."
-    if target.is_dir():
-        directory, new = target, name
-    elif into:
-        raise UsageError(f"{target}: there is no such directory")
+    if _wants_directory(path):
+        parent, old = posixpath.join(parent, name), "."
     else:
-        directory, new = target.parent, target.name
+        old = name or "."
+    place = Path(target)
+    if place.is_dir():
+        into = _wants_contents(path) or not name
+        directory, new = place, "." if into else name
+    elif _wants_directory(target):
+        raise UsageError(f"{target}: no such directory")
+    else:
+        place = place.resolve() if place.is_file() else place
+        directory, new = place.parent, place.name
     if not directory.is_dir():
-        raise UsageError(f"{directory}: there is no such directory")
-    process = await _tar(container, "c", "-f", "-", "-C", parent, f"./{name}")
-    read_end, write_end = os.pipe()
-    unpacking = asyncio.create_task(asyncio.to_thread(_unpack, read_end, directory, old, new or "."))
-    draining = asyncio.create_task(_drain(process, write_end))
-    async with _ending(draining, unpacking):
-        complaints = await _complaints(process)
-        await draining
-        try:
-            left_out = await unpacking
-        except OSError as error:
-            raise UsageError(f"{target}: {error.filename or ''}: {error.strerror or error}") from error
-        except tarfile.TarError as error:
-            status = await process.wait()
-            raise UsageError(
-                complaints if status and complaints else f"what the container sent is no archive: {error}"
-            ) from error
-    if status := await process.wait():
-        raise UsageError(complaints or f"tar ended with status {status}")
-    return left_out
+        raise UsageError(f"{directory}: no such directory")
+    async with _script(container, GET, [parent, old, path]) as process:
+        read_end, write_end = os.pipe()
+        unpacking = asyncio.create_task(asyncio.to_thread(_unpack, read_end, directory, old, new))
+        draining = asyncio.create_task(_drain(process, write_end, progress or Progress()))
+        async with _ending(draining, unpacking):
+            complaints = await _complaints(process)
+            await draining
+            try:
+                left_out = await unpacking
+            except OSError as error:
+                raise UsageError(f"{target}: {error.filename or ''}: {error.strerror or error}") from error
+            except tarfile.TarError as error:
+                status = await process.wait()
+                raise UsageError(
+                    complaints if status and complaints else f"the container sent an invalid archive: {error}"
+                ) from error
+        if status := await process.wait():
+            raise UsageError(complaints or f"tar in the container: exited with status {status}")
+    return left_out + [f"{path}: {one}" for one in complaints.split("; ") if one.endswith("socket ignored")]
+
+
+@asynccontextmanager
+async def _script(container: Container, script: str, words: list[str]) -> AsyncIterator[Process]:
+    """Run a script in the container for the time of a block; it has ended with all it started when that fails."""
+    process = container.process(uuid.uuid4().hex)
+    argv = ["sh", "-c", script, "sh", *map(_escaped, words), process.exec_id]
+    try:
+        await container.exec(argv, env=[PATH, "LC_ALL=C"], exec_id=process.exec_id)
+        yield process
+    except BaseException:
+        with suppress(AgentError, TimeoutError):
+            await process.signal(signal.SIGTERM)
+            await process.close_stdin()  # what tar waits for, before the shell sees the signal
+            try:
+                await asyncio.wait_for(process.wait(), STOP_TIMEOUT)
+            except TimeoutError:
+                await process.signal(signal.SIGKILL)
+        raise
+
+
+def _escaped(word: str) -> str:
+    """Return a name for printf(1)'s %b, whatever bytes are in it."""
+    return re.sub(rb"[^A-Za-z0-9/._-]", lambda found: b"\\0%03o" % found[0][0], os.fsencode(word)).decode()
 
 
 @asynccontextmanager
@@ -135,38 +284,32 @@ async def _ending(moving: asyncio.Task[None], working: asyncio.Task[list[str]]) 
         await asyncio.gather(moving, working, return_exceptions=True)
 
 
-async def _tar(container: Container, *words: str) -> Process:
-    return await container.exec(["tar", *words], env=[PATH, "LC_ALL=C"])
-
-
-async def _status(container: Container, words: Sequence[str]) -> int:
-    return await (await container.exec(words, env=[PATH])).wait()
-
-
 async def _complaints(process: Process) -> str:
-    """What a process writes to standard error until its end, in one line."""
+    """Return what a process writes to standard error until its end, in one line."""
     said = b""
     async for data in process.stderr():
         said = (said + data)[:MAX_STDERR]
     return "; ".join(said.decode(errors="replace").split("\n")).rstrip("; ")
 
 
-async def _feed(process: Process, source: int) -> None:
-    """Give a process what comes from a pipe; without a process that takes it the pipe is closed."""
+async def _feed(process: Process, source: int, progress: Progress) -> None:
+    """Write what comes from a pipe to a process; when the process takes no more the pipe is closed."""
     try:
         with suppress(AgentError):
             while data := await asyncio.to_thread(os.read, source, CHUNK):
                 await process.write(data)
+                progress.add(len(data))
             await process.close_stdin()
     finally:
         os.close(source)
 
 
-async def _drain(process: Process, target: int) -> None:
-    """Give a pipe what a process writes; when nobody reads it the process ends."""
+async def _drain(process: Process, target: int, progress: Progress) -> None:
+    """Write what a process writes to a pipe; when nobody reads it the process is killed."""
     try:
         async for data in process.stdout():
             await asyncio.to_thread(write_all, target, data)
+            progress.add(len(data))
     except BrokenPipeError:
         with suppress(AgentError):
             await process.signal(signal.SIGKILL)
@@ -174,29 +317,63 @@ async def _drain(process: Process, target: int) -> None:
         os.close(target)
 
 
-def _pack(target: int, source: Path, name: str) -> list[str]:
-    """Write an archive of a file or a directory to a descriptor, which is closed; returns what is left out."""
+def _uncopied(mode: int) -> str | None:
+    """Return what kind of file it is that cannot be copied."""
+    if stat.S_ISSOCK(mode):
+        return "socket"
+    return "device" if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else None
+
+
+def _pack(target: int, source: Path) -> list[str]:
+    """Write an archive of a file or a directory, called "x" in it, to a descriptor, which is closed.
+
+    Returns the names of what is left out.  Raises OSError.
+    """
     left_out: list[str] = []
-
-    def checked(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-        member.uid = member.gid = 0
-        member.uname = member.gname = ""
-        if member.ischr() or member.isblk():
-            left_out.append(member.name)
-            return None
-        return member
-
-    # Of GNU: busybox knows no other way to write down long names.
     with os.fdopen(target, "wb") as file:
-        with tarfile.open(fileobj=file, mode="w|", format=tarfile.GNU_FORMAT) as archive:
-            archive.add(source, arcname=name, filter=checked)
+        # Of GNU: busybox knows no other way to write down long names.
+        options = {"format": tarfile.GNU_FORMAT, "encoding": "utf-8", "errors": "surrogateescape"}
+        with tarfile.open(fileobj=file, mode="w|", **options) as archive:  # type: ignore[call-overload]
+            ways = [(source, "x")]
+            while ways:
+                path, name = ways.pop()
+                mode = path.lstat().st_mode
+                if kind := _uncopied(mode):
+                    left_out.append(f"{path}: a {kind}")
+                    continue
+                _add(archive, path, name)
+                archive.members = []  # it would keep them all
+                if stat.S_ISDIR(mode):
+                    ways += [(inner, f"{name}/{inner.name}") for inner in sorted(path.iterdir(), reverse=True)]
     return left_out
+
+
+def _add(archive: tarfile.TarFile, path: Path, name: str) -> None:
+    member = archive.gettarinfo(path, name)
+    member.uid = member.gid = 0
+    member.uname = member.gname = ""
+    member.mtime = max(0, int(member.mtime))
+    if not member.isfile():
+        archive.addfile(member)
+        return
+    with path.open("rb") as contents:
+        if os.fstat(contents.fileno()).st_blocks == 0 and member.size <= os.sysconf("SC_PAGE_SIZE"):
+            data = contents.read(MAX_UNSIZED)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+        else:
+            archive.addfile(member, contents)
 
 
 def _unpack(source: int, directory: Path, old: str, new: str) -> list[str]:
-    with os.fdopen(source, "rb") as file:
-        with tarfile.open(fileobj=file, mode="r|") as archive:
+    left_out: list[str] = []
+    with os.fdopen(source, "rb") as file, received(file) as archive:
+        place = directory / new
+        if place.exists() and not place.is_file() and not place.is_dir():
+            with place.open("wb") as target:
+                unpack_to(archive, target)
+        else:
             left_out = unpack(archive, directory, old, new)
         while file.read(CHUNK):  # what follows an archive's end is padding
             pass
-    return left_out
+    return [f"{name}: a device" for name in left_out]

@@ -1,18 +1,22 @@
-"""Unpack a tar archive that somebody else made, below one directory and nowhere else.
+"""Unpack a tar archive from a container below one directory of the host and nowhere else.
 
 Names are walked from the directory's descriptor without following any link (O_NOFOLLOW), so neither what is in the
-archive nor what is there already leads elsewhere.  Links are made as they are, and never used.
+archive nor what is there already leads elsewhere.  No more is written than was received, and each file appears under
+its name when all of it is there.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import stat
 import tarfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from caisson.agent.client.errors import UsageError
 
@@ -22,77 +26,162 @@ NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 #: Without set-uid and set-gid: a file from a container becomes its new owner's.
 MODE = 0o777
 
+#: Bytes of a header that belongs to another (a long name, pax records), and how many there may be in a row.
+MAX_HEADER = 1 << 20
+MAX_HEADERS = 8
+
+#: Seconds since 1970: what file systems can hold.
+MAX_TIME = (1 << 34) - 1
+
+EXTRA = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
+)  # fmt: skip
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose headers are read in bounded memory; without holes, which nobody asked for."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in EXTRA and not 0 <= self.size <= MAX_HEADER:
+            raise UsageError(f"the container sent a header of {self.size} bytes; {MAX_HEADER} are accepted")
+        if self.type == tarfile.GNUTYPE_SPARSE:
+            raise UsageError(f"the container sent {self.name!r} as a sparse file, which was not asked for")
+        assert isinstance(archive, _Archive)
+        archive.headers += 1
+        if archive.headers > MAX_HEADERS:
+            raise UsageError("the container sent more headers than files")
+        member: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
+        return member
+
+
+class _Archive(tarfile.TarFile):
+    headers = 0
+
+    def next(self) -> tarfile.TarInfo | None:
+        self.headers = 0
+        self.members: list[tarfile.TarInfo] = []  # it would keep them all
+        return super().next()
+
+
+def received(stream: BinaryIO) -> tarfile.TarFile:
+    """Open the archive that a container sends.  Raises tarfile.TarError."""
+    return _Archive.open(fileobj=stream, mode="r|", tarinfo=_Member, errors="surrogateescape", encoding="utf-8")
+
 
 def unpack(archive: tarfile.TarFile, directory: Path, old: str, new: str) -> list[str]:
-    """Unpack an archive whose names all begin with ``old``, as ``new`` in the directory; what is there is replaced.
+    """Unpack an archive whose names all begin with ``old``, as ``new`` in the directory, or into it with ".".
 
-    Owners are the caller's.  Returns the names of what is left out: devices.  Raises UsageError for an archive with
-    other names, OSError, and tarfile.TarError.
+    What is new gets the archive's mode less the umask, and is the caller's.  Files that are there are replaced and keep
+    their modes, and directories are kept.  Returns the names of what is left out: devices.  Raises UsageError for other
+    names and odd numbers, OSError, and tarfile.TarError.
     """
     left_out: list[str] = []
-    modes: list[tuple[tuple[str, ...], tarfile.TarInfo]] = []  # of directories: last, they may be read-only
+    times: list[tuple[tuple[str, ...], tarfile.TarInfo]] = []  # of new directories: set last, they may be read-only
     root = os.open(directory, DIRECTORY & ~os.O_NOFOLLOW)
     try:
         for member in archive:
+            _check_numbers(member)
             parts = _parts(member.name, old, new)
+            if not parts:
+                continue  # the directory itself, which is there
             with _directory(root, parts[:-1]) as place:
                 if member.isdir():
-                    with contextlib.suppress(FileExistsError):
-                        os.mkdir(parts[-1], 0o700, dir_fd=place)
-                    modes.append((parts, member))
-                elif not _make(archive, member, place, parts[-1], root, old, new):
+                    if _make_directory(place, parts[-1], member):
+                        times.append((parts, member))
+                elif member.isfile() or member.issym() or member.islnk() or member.isfifo():
+                    _replace(archive, member, place, parts[-1], root, old, new)
+                else:
                     left_out.append(member.name)
-        for parts, member in reversed(modes):
+        for parts, member in reversed(times):
             with _directory(root, parts) as place:
-                os.fchmod(place, member.mode & MODE)
                 os.utime(place, (member.mtime, member.mtime))
+                if member.mode & 0o700 != 0o700:
+                    os.fchmod(place, os.fstat(place).st_mode & member.mode & MODE)
     finally:
         os.close(root)
     return left_out
 
 
-def _make(
-    archive: tarfile.TarFile, member: tarfile.TarInfo, place: int, name: str, root: int, old: str, new: str
-) -> bool:
-    """Make what is no directory, in place of what is there; whether it is something that is made."""
-    if not (member.isfile() or member.issym() or member.islnk() or member.isfifo()):
+def unpack_to(archive: tarfile.TarFile, target: BinaryIO) -> None:
+    """Write the one file of an archive to a device, a pipe or a FIFO.  Raises UsageError, OSError, TarError."""
+    for member in archive:
+        source = archive.extractfile(member) if member.isfile() else None
+        if source is None:
+            raise UsageError(f"{member.name!r}: not a regular file; the target takes nothing else")
+        shutil.copyfileobj(source, target, 1 << 20)
+
+
+def _check_numbers(member: tarfile.TarInfo) -> None:
+    if not math.isfinite(member.mtime) or not 0 <= member.mtime <= MAX_TIME or member.size < 0:
+        raise UsageError(f"the container sent {member.name!r} with the time {member.mtime} and size {member.size}")
+    if member.sparse is not None:
+        raise UsageError(f"the container sent {member.name!r} as a sparse file, which was not asked for")
+
+
+def _make_directory(place: int, name: str, member: tarfile.TarInfo) -> bool:
+    """Make a directory; returns whether it is new."""
+    try:
+        os.mkdir(name, member.mode & MODE | 0o700, dir_fd=place)
+    except FileExistsError:
+        if not stat.S_ISDIR(os.stat(name, dir_fd=place, follow_symlinks=False).st_mode):
+            raise UsageError(f"{name}: exists and is not a directory; remove it first") from None
         return False
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(name, dir_fd=place)
-    if member.issym():
-        os.symlink(member.linkname, name, dir_fd=place)
-    elif member.islnk():
-        *others, target = _parts(member.linkname, old, new)
-        with _directory(root, tuple(others)) as there:
-            if stat.S_ISDIR(os.stat(target, dir_fd=there, follow_symlinks=False).st_mode):
-                raise UsageError(f"{member.name!r}: a hard link to a directory")
-            os.link(target, name, src_dir_fd=there, dst_dir_fd=place, follow_symlinks=False)
-    elif member.isfifo():
-        os.mkfifo(name, member.mode & MODE, dir_fd=place)
-    else:
-        source = archive.extractfile(member)
-        assert source is not None
-        with os.fdopen(os.open(name, NEW_FILE, 0o600, dir_fd=place), "wb") as file:
-            shutil.copyfileobj(source, file, 1 << 20)
-            os.fchmod(file.fileno(), member.mode & MODE)
-            file.flush()
-            os.utime(file.fileno(), (member.mtime, member.mtime))
     return True
 
 
+def _replace(
+    archive: tarfile.TarFile, member: tarfile.TarInfo, place: int, name: str, root: int, old: str, new: str
+) -> None:
+    """Make a file, a link or a FIFO beside its name, and rename it when it is whole."""
+    there: os.stat_result | None = None
+    with contextlib.suppress(FileNotFoundError):
+        there = os.stat(name, dir_fd=place, follow_symlinks=False)
+    if there is not None and stat.S_ISDIR(there.st_mode):
+        raise UsageError(f"{name}: is a directory; a file cannot replace it")
+    made = f".caisson-{uuid.uuid4().hex}"
+    try:
+        if member.issym():
+            os.symlink(member.linkname, made, dir_fd=place)
+        elif member.islnk():
+            *others, target = _parts(member.linkname, old, new)
+            with _directory(root, tuple(others)) as source:
+                if stat.S_ISDIR(os.stat(target, dir_fd=source, follow_symlinks=False).st_mode):
+                    raise UsageError(f"{member.name!r}: a hard link to a directory")
+                os.link(target, made, src_dir_fd=source, dst_dir_fd=place, follow_symlinks=False)
+        elif member.isfifo():
+            os.mkfifo(made, member.mode & MODE, dir_fd=place)
+        else:
+            _write(archive, member, os.open(made, NEW_FILE, member.mode & MODE, dir_fd=place), there)
+        os.rename(made, name, src_dir_fd=place, dst_dir_fd=place)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(made, dir_fd=place)
+
+
+def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, descriptor: int, there: os.stat_result | None) -> None:
+    source = archive.extractfile(member)
+    assert source is not None  # it is a regular file
+    with os.fdopen(descriptor, "wb") as file:
+        shutil.copyfileobj(source, file, 1 << 20)
+        file.flush()
+        if there is not None and stat.S_ISREG(there.st_mode):
+            os.fchmod(file.fileno(), there.st_mode & MODE)
+        os.utime(file.fileno(), (member.mtime, member.mtime))
+
+
 def _parts(name: str, old: str, new: str) -> tuple[str, ...]:
-    """The components of a member's name, with the first one renamed.  Raises UsageError."""
+    """Return the components of a member's name, with the first one renamed; "." is left out.  Raises UsageError."""
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if old in ("", "."):
         parts = [old, *parts]
     if name.startswith("/") or ".." in parts or "\0" in name or not parts or parts[0] != old:
         raise UsageError(f"the container sent {name!r}, which was not asked for")
-    return (new, *parts[1:])
+    return tuple(part for part in (new, *parts[1:]) if part != ".")
 
 
 @contextlib.contextmanager
 def _directory(root: int, parts: tuple[str, ...]) -> Iterator[int]:
-    """A descriptor of a directory below another; links are not followed.  Raises OSError."""
+    """Open a directory below another; links are not followed.  Raises OSError."""
     at = os.dup(root)
     try:
         for name in parts:

@@ -18,7 +18,7 @@ import pytest
 from caisson.agent.client import AgentGone, UsageError
 from caisson.agent.client.copy import Place, get, put
 from caisson.agent.client.diagnostics import AgentLines
-from caisson.agent.client.unpack import unpack
+from caisson.agent.client.unpack import MAX_HEADER, received, unpack
 
 
 def archive(*members: tuple[str, dict[str, Any]]) -> tarfile.TarFile:
@@ -33,7 +33,7 @@ def archive(*members: tuple[str, dict[str, Any]]) -> tarfile.TarFile:
             for field, value in fields.items():
                 setattr(member, field, value)
             made.addfile(member, io.BytesIO(data))
-    return tarfile.open(fileobj=io.BytesIO(stream.getvalue()), mode="r|")
+    return received(io.BytesIO(stream.getvalue()))
 
 
 FOLDER = {"type": tarfile.DIRTYPE, "mode": 0o755}
@@ -144,11 +144,19 @@ class DyingGuest:
         self._blocks = 0
         self._gone = asyncio.Event()
 
-    async def exec(self, words: list[str], env: list[str]) -> Any:
+    exec_id = "1"
+
+    def process(self, exec_id: str) -> Any:
+        return self
+
+    async def exec(self, words: list[str], env: list[str], exec_id: str) -> Any:
         return self
 
     async def wait(self) -> int:
         return 0
+
+    async def signal(self, number: int) -> None:
+        raise AgentGone(grpc.StatusCode.UNAVAILABLE, "the agent does not answer")
 
     async def write(self, data: bytes) -> None:
         self._blocks += 1
@@ -183,9 +191,9 @@ async def test_a_guest_that_dies_meanwhile(tmp_path: Path, way: str) -> None:
     guest: Any = DyingGuest()
     with pytest.raises(AgentGone):
         if way == "there":
-            await put(guest, tmp_path / "big", "/tmp")
+            await put(guest, str(tmp_path / "big"), "/tmp")
         else:
-            await get(guest, "/big", tmp_path / "target")
+            await get(guest, "/big", str(tmp_path / "target"))
     assert len(asyncio.all_tasks()) == 1
     gc.collect()
     assert complaints == []
@@ -198,3 +206,73 @@ def test_the_agents_lines_on_a_console() -> None:
     for piece in (b'[    0.1] Linux\r\n{"level": "in', b'fo", "msg": "one"}\r\n[1]\n{"a": 1}\n{\n', b"rest"):
         lines(piece)
     assert seen == [b'{"level": "info", "msg": "one"}\n']
+
+
+def test_new_files_get_the_archives_mode_less_the_umask(tmp_path: Path) -> None:
+    made = archive(("a", FOLDER | {"mode": 0o777}), ("a/f", {"data": b"x", "mode": 0o666}))
+    before = os.umask(0o027)
+    try:
+        unpack(made, tmp_path, "a", "a")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o750
+    assert stat.S_IMODE((tmp_path / "a/f").stat().st_mode) == 0o640
+
+
+def test_modes_of_what_is_there_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir(mode=0o700)
+    (tmp_path / "a/f").touch(mode=0o600)
+    unpack(archive(("a", FOLDER | {"mode": 0o777}), ("a/f", {"data": b"x", "mode": 0o777})), tmp_path, "a", "a")
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o700
+    assert stat.S_IMODE((tmp_path / "a/f").stat().st_mode) == 0o600 and (tmp_path / "a/f").read_bytes() == b"x"
+
+
+def test_contents_go_into_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "old").touch()
+    unpack(archive(("./", FOLDER), ("./new", {"data": b"x"})), tmp_path, ".", ".")
+    assert {path.name for path in tmp_path.iterdir()} == {"old", "new"}
+
+
+@pytest.mark.parametrize("mtime", ["nan", "inf", "-inf", "-1", "1e30"])
+def test_odd_times_are_refused(tmp_path: Path, mtime: str) -> None:
+    with pytest.raises(UsageError, match="with the time"):
+        unpack(archive(("a", {"pax_headers": {"mtime": mtime}})), tmp_path, "a", "a")
+
+
+SPARSE = {"GNU.sparse.size": str(1 << 40), "GNU.sparse.map": f"{(1 << 40) - 1},1", "GNU.sparse.name": "a"}
+
+
+def test_no_more_is_written_than_was_received(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="sparse"):
+        unpack(archive(("a", {"data": b"x", "pax_headers": SPARSE})), tmp_path, "a", "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_large_header_is_refused_unread(tmp_path: Path) -> None:
+    header = tarfile.TarInfo("x")
+    header.type, header.size = tarfile.XHDTYPE, MAX_HEADER + 1
+
+    class Endless(io.RawIOBase):
+        def __init__(self) -> None:
+            self.begin = header.tobuf(tarfile.USTAR_FORMAT)
+
+        def read(self, size: int = -1) -> bytes:
+            assert size < MAX_HEADER
+            data, self.begin = self.begin[:size] or bytes(size), self.begin[size:]
+            return data
+
+    stream: Any = Endless()
+    with pytest.raises(UsageError, match="header of 1048577 bytes"):
+        unpack(received(stream), tmp_path, "a", "a")
+
+
+def test_a_file_that_is_cut_short_does_not_appear(tmp_path: Path) -> None:
+    whole = io.BytesIO()
+    with tarfile.open(fileobj=whole, mode="w") as made:
+        member = tarfile.TarInfo("a")
+        member.size = 100_000
+        made.addfile(member, io.BytesIO(bytes(100_000)))
+    (tmp_path / "a").write_text("before")
+    with pytest.raises(tarfile.TarError):
+        unpack(received(io.BytesIO(whole.getvalue()[:50_000])), tmp_path, "a", "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "before"
