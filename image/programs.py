@@ -39,6 +39,7 @@ PACKAGES = {
     "dpkg-deb": "dpkg",
     "flex": "flex libelf-dev",
     "gcc": "gcc libc6-dev",
+    "go": "golang-go",
     "gpg": "gnupg",
     "ip": "iproute2",
     "mke2fs": "e2fsprogs",
@@ -55,8 +56,9 @@ PACKAGES = {
     "xz": "xz-utils",
 }
 
-#: Where Debian has programs that an ordinary user can run, but does not find in PATH; virtiofsd is in the last two.
-SYSTEM = ("/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/libexec", "/usr/lib/qemu")
+#: Where programs are that an ordinary user can run, but does not find in PATH: Debian's (virtiofsd is in the last two
+#: of these), and Go as its own archive installs it.
+SYSTEM = ("/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/libexec", "/usr/lib/qemu", "/usr/local/go/bin")
 
 
 def search_path() -> str:
