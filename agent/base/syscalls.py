@@ -18,7 +18,7 @@ _NUMBERS = {
     "x86_64": {"bpf": 321, "finit_module": 313},
     "aarch64": {"bpf": 280, "finit_module": 273},
 }  # fmt: skip
-_MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _OPENAT2 = 429, 430, 431, 432, 437
+_MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _OPENAT2, _PIDFD_GETFD = 429, 430, 431, 432, 437, 438
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 0x1, 0x2, 0x4, 0x8
 MS_REMOUNT, MS_NOATIME, MS_BIND, MS_MOVE, MS_REC = 0x20, 0x400, 0x1000, 0x2000, 0x4000
@@ -109,6 +109,11 @@ def openat2(dir_fd: int, path: str | os.PathLike[str], flags: int, mode: int = 0
     how = pack("=QQQ", flags | os.O_CLOEXEC, mode, resolve)
     result = _libc().syscall(_OPENAT2, dir_fd, _bytes(path), how, ctypes.c_size_t(len(how)))
     return _check(result, os.fspath(path))
+
+
+def pidfd_getfd(pidfd: int, fd: int) -> int:
+    """Duplicate a descriptor of another process, close-on-exec: pidfd_getfd(2).  Raises OSError."""
+    return _check(_libc().syscall(_PIDFD_GETFD, pidfd, fd, 0), "pidfd_getfd")
 
 
 def fsopen(fstype: str) -> int:

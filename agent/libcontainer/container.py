@@ -245,6 +245,7 @@ class Container:
                 pidfd=pidfd,
                 join=self.state.joined,
                 filter=self._filter(),
+                bundle=self.state.bundle,
             )
         finally:
             os.close(pidfd)

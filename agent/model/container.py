@@ -245,6 +245,7 @@ class Container:
                 pidfd=self._pidfd,
                 join=self._join,
                 filter=self._filter,
+                bundle=str(self._directory),
             )
 
         decided = self._starting[exec_id] = asyncio.Event()

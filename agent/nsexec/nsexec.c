@@ -343,7 +343,7 @@ static void setup_before_pidns(struct context *ctx, uint32_t namespaces, int sta
 	set_up(ctx);
 	prepare_process(ctx);
 	close_all_but(ctx->fds.first_closed, kept, ARRAY_SIZE(kept));
-	if (needs_early_filter(&ctx->plan))
+	if (ctx->plan.filter != NULL && !ctx->plan.no_new_privs)
 		load_early_filter(ctx);
 	spawn_child(ctx, 0, -1, stage1, late_child_main);
 }

@@ -315,7 +315,6 @@ void wait_for_runtime(int sync);
 void set_limits(const struct plan *plan);
 void prepare_process(struct context *ctx);
 int load_filter(const struct plan *plan);
-bool needs_early_filter(const struct plan *plan);
 void load_early_filter(struct context *ctx);
 NORETURN void run_program(struct context *ctx);
 

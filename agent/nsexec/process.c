@@ -399,7 +399,7 @@ void prepare_process(struct context *ctx)
  * no_new_privs it needs CAP_SYS_ADMIN, which a process that waits to be started must not have; and its listener must reach
  * the runtime while there is one.  They must permit what follows in run_program, of system calls that all profiles know.
  */
-bool needs_early_filter(const struct plan *plan)
+static bool needs_early_filter(const struct plan *plan)
 {
 	return plan->filter != NULL && (!plan->no_new_privs || has_listener(plan));
 }

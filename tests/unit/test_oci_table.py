@@ -136,7 +136,7 @@ WHOLE: dict[str, Any] = {
         "memoryPolicy": {"mode": "MPOL_BIND", "nodes": "0", "flags": ["MPOL_F_STATIC_NODES"]},
         "seccomp": {
             "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 1, "architectures": ["SCMP_ARCH_X86"],
-            "flags": ["SECCOMP_FILTER_FLAG_LOG"],
+            "flags": ["SECCOMP_FILTER_FLAG_LOG"], "listenerPath": "/l", "listenerMetadata": "m",
             "syscalls": [
                 {
                     "names": ["read"], "action": "SCMP_ACT_ERRNO", "errnoRet": 2,

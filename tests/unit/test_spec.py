@@ -146,7 +146,7 @@ RULE = {"names": ["read"], "action": "SCMP_ACT_KILL"}
         ("linux.seccomp", {"defaultAction": "SCMP_ACT_NOTIFY"}, "linux.seccomp.defaultAction"),
         ("linux.seccomp", ALLOW | {"architectures": ["X86"]}, "linux.seccomp.architectures[0]"),
         ("linux.seccomp", ALLOW | {"flags": ["SECCOMP_FILTER_FLAG_NEW_LISTENER"]}, "linux.seccomp.flags[0]"),
-        ("linux.seccomp", ALLOW | {"listenerPath": "/x"}, "linux.seccomp.listenerPath"),
+        ("linux.seccomp", ALLOW | {"listenerMetadata": "x"}, "linux.seccomp.listenerMetadata"),
         ("linux.seccomp", ALLOW | {"defaultErrnoRet": 1}, "linux.seccomp.defaultErrnoRet"),
         ("linux.seccomp", ALLOW | {"syscalls": [{"action": "SCMP_ACT_KILL"}]}, "linux.seccomp.syscalls[0].names"),
         (

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 #: Actions by name: the kernel's SECCOMP_RET_ values.
-KILL_PROCESS, KILL_THREAD, TRAP, ERRNO, TRACE, LOG, ALLOW = (
-    0x80000000, 0x00000000, 0x00030000, 0x00050000, 0x7FF00000, 0x7FFC0000, 0x7FFF0000,
+KILL_PROCESS, KILL_THREAD, TRAP, ERRNO, NOTIFY, TRACE, LOG, ALLOW = (
+    0x80000000, 0x00000000, 0x00030000, 0x00050000, 0x7FC00000, 0x7FF00000, 0x7FFC0000, 0x7FFF0000,
 )  # fmt: skip
 ACTIONS = {
     "SCMP_ACT_KILL": KILL_THREAD,
@@ -25,6 +25,7 @@ ACTIONS = {
     "SCMP_ACT_TRACE": TRACE,
     "SCMP_ACT_ALLOW": ALLOW,
     "SCMP_ACT_LOG": LOG,
+    "SCMP_ACT_NOTIFY": NOTIFY,
 }
 EPERM = 1
 
@@ -40,8 +41,14 @@ COMPARISONS = {
 }
 MASKED_EQ = COMPARISONS["SCMP_CMP_MASKED_EQ"]
 
-#: seccomp(2), of those that mean something for a filter nobody listens to.
-FLAGS = {"SECCOMP_FILTER_FLAG_TSYNC": 1, "SECCOMP_FILTER_FLAG_LOG": 2, "SECCOMP_FILTER_FLAG_SPEC_ALLOW": 4}
+#: seccomp(2)
+TSYNC, NEW_LISTENER, WAIT_KILLABLE_RECV = 1, 8, 32
+FLAGS = {
+    "SECCOMP_FILTER_FLAG_TSYNC": TSYNC,
+    "SECCOMP_FILTER_FLAG_LOG": 2,
+    "SECCOMP_FILTER_FLAG_SPEC_ALLOW": 4,
+    "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV": WAIT_KILLABLE_RECV,
+}
 
 #: By the specification's names; libseccomp knows them in lower case.
 ARCHITECTURES = tuple(
@@ -77,28 +84,46 @@ class Seccomp(Record):
     architectures: tuple[str, ...] = ()
     flags: int = 0
     rules: tuple[Rule, ...] = ()
+    listener_path: str = ""
+    listener_metadata: str = ""
 
     @classmethod
     def from_json(cls, value: object, where: str) -> Seccomp:
         """Parse `linux.seccomp`.  Raises SpecError."""
         r = Reader(value, where)
-        for key in ("listenerPath", "listenerMetadata"):
-            r.refuse(key, "a listener of system calls is not supported")
         profile = cls(
             default=_action(r, "defaultAction", "defaultErrnoRet"),
             architectures=r.each("architectures", _one_of(ARCHITECTURES, "an architecture")),
-            flags=sum({FLAGS[name] for name in r.each("flags", _one_of(FLAGS, "a flag of a filter without listener"))}),
+            flags=sum({FLAGS[name] for name in r.each("flags", _one_of(FLAGS, "a flag of a filter"))}),
             rules=r.each("syscalls", _rule),
+            listener_path=r.text("listenerPath"),
+            listener_metadata=r.text("listenerMetadata"),
         )
         r.done()
-        return profile
+        return _with_listener(profile, r)
+
+
+def _with_listener(profile: Seccomp, r: Reader) -> Seccomp:
+    """The profile with the flags of its listener, if it has one.  Raises SpecError for what would hang."""
+    notified = [rule for rule in profile.rules if rule.action == NOTIFY]
+    if profile.default == NOTIFY:
+        raise SpecError(r.name("defaultAction"), "SCMP_ACT_NOTIFY cannot be used as the default action")
+    if any("write" in rule.names for rule in notified):
+        raise SpecError(r.name("syscalls"), "SCMP_ACT_NOTIFY cannot be used for the write syscall")
+    if notified and not profile.listener_path:
+        raise SpecError(r.name("listenerPath"), "is missing: SCMP_ACT_NOTIFY needs somebody to notify")
+    if profile.listener_metadata and not profile.listener_path:
+        raise SpecError(r.name("listenerMetadata"), "needs a listenerPath")
+    if not notified and profile.flags & WAIT_KILLABLE_RECV:
+        raise SpecError(r.name("flags"), "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV needs a rule of SCMP_ACT_NOTIFY")
+    if not notified:
+        return profile.but(listener_path="")
+    return profile.but(flags=(profile.flags & ~TSYNC) | NEW_LISTENER)  # the two exclude each other; it has one thread
 
 
 def _action(r: Reader, key: str, errno_key: str) -> int:
     name = r.text(key)
     errno = r.number(errno_key, 0, 4095)  # MAX_ERRNO
-    if name == "SCMP_ACT_NOTIFY":
-        raise SpecError(r.name(key), "SCMP_ACT_NOTIFY is not supported: nobody would be told")
     if name not in ACTIONS:
         raise SpecError(r.name(key), f"{name!r} is not one of {', '.join(ACTIONS)}")
     action = ACTIONS[name]

@@ -56,6 +56,7 @@ class SetupChannel:
         self.at_hooks = self.ready = self.ended = False
         self.error: LaunchError | None = None
         self.pidfd = self.stage1_pidfd = self.console = -1
+        self.listener = -1  # the number, in the process that has loaded the filter
         self._handlers: dict[int, Callable[[], None]] = {}
         self._epoll = select.epoll()
         self._child_ends: list[socket.socket | int] = []
@@ -186,6 +187,9 @@ class SetupChannel:
             self.ready = True
         elif kind == "procHooks":
             self.at_hooks = True
+        elif kind == "procSeccomp":
+            number = found.get("fd")
+            self.listener = number if isinstance(number, int) else -1
         elif kind == "procError" and self.error is None:
             self.error = report_error(found)
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from caisson.agent.libcontainer.config.spec import Hooks, Process, Spec
     from caisson.agent.libcontainer.process.children import Child, Children
     from caisson.agent.libcontainer.process.hooks import HookRunner, RuntimeHooks
+    from caisson.agent.libcontainer.process.listener import Listener
     from caisson.agent.libcontainer.process.nsexec import Nsexec
     from caisson.agent.libcontainer.process.seccomp_bpf import Filters
     from caisson.agent.libcontainer.waits import Waits
@@ -138,7 +139,14 @@ class ProcessLauncher:
         name, gate_fd = gate.make(start_gate, in_company=in_company)
         try:
             started = await self._launch(
-                messages, "standard", launch, {name: gate_fd}, terminal=terminal, until_exec=False, hooks=hooks
+                messages,
+                "standard",
+                launch,
+                {name: gate_fd},
+                terminal=terminal,
+                until_exec=False,
+                hooks=hooks,
+                listener=_listener(spec, launch.container_id, bundle),
             )
         except BaseException:
             gate.remove(start_gate)
@@ -157,6 +165,7 @@ class ProcessLauncher:
         pidfd: int,
         join: Mapping[str, str],
         filter: bytes = b"",
+        bundle: str = "",
     ) -> Launched:
         """Run another process in all namespaces of a container; it has been executed when this returns.
 
@@ -170,7 +179,13 @@ class ProcessLauncher:
         process = users.with_home(process, f"/proc/{init_pid}/root")
         messages = _encode(lambda: plan.exec_messages(process, spec, join, filter))
         started = await self._launch(
-            messages, "setns", launch, {"_CAISSON_PIDFD": pidfd}, terminal=process.terminal, until_exec=True
+            messages,
+            "setns",
+            launch,
+            {"_CAISSON_PIDFD": pidfd},
+            terminal=process.terminal,
+            until_exec=True,
+            listener=_listener(spec, launch.container_id, bundle, init_pid),
         )
         return _launched(started)
 
@@ -243,6 +258,7 @@ class ProcessLauncher:
         terminal: bool,
         until_exec: bool,
         hooks: RuntimeHooks | None = None,
+        listener: Listener | None = None,
     ) -> InitProcess:
         """Spawn nsexec and follow it until it is ready (and has executed its program).  Nothing is left on failure."""
         with self._children.expecting():
@@ -263,7 +279,7 @@ class ProcessLauncher:
                     env["_CAISSON_PRESERVED"] = str(launch.preserved)
                 channel.send(messages)
                 self._spawn(started, launch, list(fds.values()), env)
-                await self._set_up(started, hooks, until_exec=until_exec)
+                await self._set_up(started, hooks, listener, until_exec=until_exec)
                 if terminal and channel.console < 0:
                     raise LaunchError("console: no terminal came", step="console")
             except BaseException:
@@ -285,7 +301,9 @@ class ProcessLauncher:
             ) from error
         started.spawned(pid)
 
-    async def _set_up(self, started: InitProcess, hooks: RuntimeHooks | None, *, until_exec: bool) -> None:
+    async def _set_up(
+        self, started: InitProcess, hooks: RuntimeHooks | None, listener: Listener | None, *, until_exec: bool
+    ) -> None:
         """Follow nsexec to the end of the set-up.  Raises LaunchError."""
         channel = started.channel
         timeout: float | None = self._timeout
@@ -296,11 +314,29 @@ class ProcessLauncher:
                 await hooks.run((started.child or started.stages[-1]).pid)
                 channel.release_init()
             timeout = None if hooks.create_timeout is None else self._timeout + hooks.create_timeout
+        if listener is not None:
+            await self._pass_listener(started, listener, timeout)
         await self._follow(started, lambda: channel.ended or (channel.ready and not until_exec), timeout)
         if channel.error is not None:
             raise channel.error
         if not channel.ready or started.child is None or channel.pidfd < 0:
             raise LaunchError(await self._obituary(started), step="nsexec")
+
+    async def _pass_listener(self, started: InitProcess, listener: Listener, timeout: float | None) -> None:
+        """Pass on the listener of the filter, which is loaded before or after the process itself is cloned."""
+        channel = started.channel
+        await self._follow(started, lambda: channel.ended or channel.listener >= 0, timeout)
+        if channel.listener < 0:
+            return
+        fd = listener.fetch(started.pidfds()[-1], channel.listener)
+        try:
+            channel.release_init()
+            await self._follow(started, lambda: channel.ended or started.child is not None, timeout)
+            if started.child is not None:
+                pid = started.child.pid
+                await self._waits.work(lambda: listener.send(fd, pid))
+        finally:
+            os.close(fd)
 
     async def _follow(self, started: InitProcess, reached: Callable[[], bool], timeout: float | None) -> None:
         if not await started.channel.follow(self._waits, reached, timeout):
@@ -324,6 +360,15 @@ def _launched(started: InitProcess) -> Launched:
     launched = Launched(started.child, console, pidfd, tuple(started.stages))
     started.close()
     return launched
+
+
+def _listener(spec: Spec, container_id: str, bundle: str, init_pid: int = 0) -> Listener | None:
+    """Where the listener of the filter goes, if it has one."""
+    if spec.linux.seccomp is None or not spec.linux.seccomp.listener_path:
+        return None
+    from caisson.agent.libcontainer.process.listener import Listener  # late: most containers have none
+
+    return Listener(spec, container_id, bundle, init_pid)
 
 
 def _encode(make: Callable[[], bytes]) -> bytes:

@@ -1,0 +1,80 @@
+"""Pass the listener of a seccomp filter to the agent that answers its notifications.
+
+nsexec reports the descriptor's number and waits; it is fetched by pidfd_getfd(2), so that the filter may already deny
+what it likes but write(2), and sent to the Unix socket of `linux.seccomp.listenerPath` with a ContainerProcessState.
+Sources: OCI runtime specification, config-linux.md, "Seccomp" and "The Container Process State"; seccomp_unotify(2).
+"""
+
+from __future__ import annotations
+
+import sys
+
+from caisson.agent.base import syscalls
+from caisson.agent.base.json import dumps, loads
+from caisson.agent.base.record import Record
+from caisson.agent.libcontainer.errors import LaunchError, reason
+from caisson.agent.libcontainer.process.hooks import VERSION, state
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+
+    from caisson.agent.libcontainer.config.spec import Spec
+else:
+    import _socket as socket
+
+FD_NAME = "seccompFd"  # the specification's
+INT_SIZE = 4
+TIMEOUT = 10.0  # seconds for an agent to take it
+
+
+class Listener(Record):
+    """Where the listener of a container's filter goes, and what is said of the process.
+
+    `init_pid` is that of the container's first process, if this is another one.
+    """
+
+    spec: Spec
+    container_id: str
+    bundle: str
+    init_pid: int = 0
+
+    def fetch(self, pidfd: int, number: int) -> int:
+        """Duplicate the listener from the process that has loaded the filter.  Raises LaunchError."""
+        try:
+            return syscalls.pidfd_getfd(pidfd, number)
+        except OSError as error:
+            raise _error("cannot be fetched", error) from error
+
+    def send(self, fd: int, pid: int) -> None:
+        """Send it to the agent, with the state of the process `pid`.  Raises LaunchError."""
+        profile = self.spec.linux.seccomp
+        assert profile is not None
+        document = self._process_state(pid, profile.listener_metadata)
+        client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            client.settimeout(TIMEOUT)
+            client.connect(profile.listener_path)
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fd.to_bytes(INT_SIZE, sys.byteorder))]
+            sent = client.sendmsg([document], rights)
+            if sent < len(document):
+                client.sendall(document[sent:])
+        except OSError as error:
+            raise _error(f"failed to connect with seccomp agent {profile.listener_path}", error) from error
+        finally:
+            client.close()
+
+    def _process_state(self, pid: int, metadata: str) -> bytes:
+        status = "running" if self.init_pid else "creating"
+        document = {
+            "ociVersion": VERSION,
+            "fds": [FD_NAME],
+            "pid": pid,
+            "metadata": metadata,
+            "state": loads(state(self.container_id, self.bundle, self.spec.annotations, status, self.init_pid or pid)),
+        }
+        return dumps({key: value for key, value in document.items() if value != ""}).encode()
+
+
+def _error(what: str, error: OSError) -> LaunchError:
+    return LaunchError(f"seccomp listener: {what}: {reason(error.errno or 0)}", step="seccomp", errno=error.errno or 0)

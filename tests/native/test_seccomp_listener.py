@@ -1,0 +1,183 @@
+"""Listeners of seccomp filters: an agent at a Unix socket answers for the kernel."""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import json
+import os
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from caisson.agent.libcontainer.config.reader import SpecError
+from caisson.agent.libcontainer.errors import LaunchError
+from tests.native.nsexec_support import Box, config
+from tests.native.test_seccomp import NATIVE
+
+pytestmark = pytest.mark.root
+
+NOTIF_RECV, NOTIF_SEND = 0xC0502100, 0xC0182101  # seccomp_unotify(2), struct seccomp_notif and seccomp_notif_resp
+ENOMEDIUM = 123
+
+
+class Agent:
+    """Answers every notification of every listener that it gets with ENOMEDIUM."""
+
+    def __init__(self, path: Path) -> None:
+        self.states: list[dict[str, Any]] = []
+        self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._server.bind(str(path))
+        self._server.listen(8)
+        self._threads = [threading.Thread(target=self._serve)]
+        self._threads[0].start()
+
+    def _serve(self) -> None:
+        while True:
+            connection, _ = self._server.accept()
+            with connection:
+                data, ancillary, _, _ = connection.recvmsg(65536, 1024)
+                if not data:
+                    return
+                while True:
+                    try:
+                        self.states.append(json.loads(data))
+                        break
+                    except ValueError:
+                        data += connection.recv(65536)
+            fds = array.array("i", b"".join(payload for _, _, payload in ancillary))
+            thread = threading.Thread(target=self._answer, args=(fds[0],))
+            self._threads.append(thread)
+            thread.start()
+
+    def _answer(self, listener: int) -> None:
+        """Until no process has the filter any more."""
+        notification = bytearray(80)
+        try:
+            while True:
+                notification[:] = bytes(80)
+                fcntl.ioctl(listener, NOTIF_RECV, notification)
+                (found,) = struct.unpack_from("=Q", notification)
+                fcntl.ioctl(listener, NOTIF_SEND, struct.pack("=QqiI", found, 0, -ENOMEDIUM, 0))
+        except OSError:  # ENOENT
+            os.close(listener)
+
+    def close(self) -> None:
+        name = self._server.getsockname()
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(name)
+        for thread in self._threads:
+            thread.join(10)
+        self._server.close()
+
+
+@pytest.fixture
+def agent(box: Box) -> Iterator[Agent]:
+    agent = Agent(box.path / "agent.sock")
+    yield agent
+    for launched in box.created:  # a listener ends with the last process of its filter
+        if not launched.child.status.done():  # type: ignore[attr-defined]
+            os.kill(launched.child.pid, 9)
+            box.run(launched.child.wait())
+    agent.close()
+
+
+def notifying(box: Box, *args: str, names: tuple[str, ...] = ("mkdir", "mkdirat"), **process: Any) -> dict[str, Any]:
+    value = config(*args, **process)
+    value["annotations"] = {"some": "thing"}
+    value["linux"]["seccomp"] = {
+        "defaultAction": "SCMP_ACT_ALLOW",
+        "architectures": [NATIVE],
+        "flags": ["SECCOMP_FILTER_FLAG_TSYNC"],
+        "listenerPath": str(box.path / "agent.sock"),
+        "listenerMetadata": "for the agent",
+        "syscalls": [{"names": list(names), "action": "SCMP_ACT_NOTIFY"}],
+    }
+    return value
+
+
+@pytest.mark.parametrize("user", [0, 1000])
+@pytest.mark.parametrize("no_new_privs", [False, True])
+def test_an_agent_answers_for_the_kernel(box: Box, agent: Agent, no_new_privs: bool, user: int) -> None:
+    script = ["sh", "-c", "mkdir /tmp/x || grep -E '^(CapPrm|CapEff|NoNewPrivs)' /proc/self/status"]
+    own = ["CAP_KILL"]
+    value = notifying(
+        box,
+        *script,
+        noNewPrivileges=no_new_privs,
+        user={"uid": user, "gid": user},
+        capabilities={name: own for name in ("bounding", "effective", "permitted")},
+    )
+
+    async def work() -> tuple[int, int, str, str]:
+        with box.stdio() as (stdio, out, err):
+            launched = await box.create(value, stdio=stdio)
+            await box.start(launched)
+            await launched.child.wait()
+            return launched.child.pid, launched.child.status.result(), out.read_text(), err.read_text()  # type: ignore[attr-defined]
+
+    pid, status, out, err = box.run(work())
+    assert (status, err) == (0, "mkdir: can't create directory '/tmp/x': No medium found\n")
+    rights = "0" * 14 + ("20" if user == 0 else "00")
+    assert out.split() == ["CapPrm:", rights, "CapEff:", rights, "NoNewPrivs:", str(int(no_new_privs))]
+    (state,) = agent.states
+    assert state == {
+        "ociVersion": "1.2.0",
+        "fds": ["seccompFd"],
+        "pid": pid,
+        "metadata": "for the agent",
+        "state": {
+            "ociVersion": "1.2.0",
+            "id": "box",
+            "status": "creating",
+            "pid": pid,
+            "bundle": str(box.path),
+            "annotations": {"some": "thing"},
+        },
+    }
+
+
+@pytest.mark.parametrize("no_new_privs", [False, True])
+def test_a_process_that_joins_has_a_listener_of_its_own(box: Box, agent: Agent, no_new_privs: bool) -> None:
+    value = notifying(box, "sleep", "1000", noNewPrivileges=no_new_privs)
+
+    async def work() -> tuple[int, tuple[int, str, str]]:
+        init = await box.running(value)
+        return init.child.pid, await box.exec(init, {"args": ["mkdir", "/tmp/x"]}, value)
+
+    pid, result = box.run(work())
+    assert result == (1, "", "mkdir: can't create directory '/tmp/x': No medium found\n")
+    first, other = agent.states
+    assert first["pid"] == pid == other["state"]["pid"] != other["pid"]
+    assert (first["state"]["status"], other["state"]["status"]) == ("creating", "running")
+
+
+def test_system_calls_that_nsexec_does_not_need_by_then(box: Box, agent: Agent) -> None:
+    names = ("sendmsg", "sendto", "recvmsg", "setresuid", "capset", "prctl", "close_range", "mount")
+    value = notifying(box, "true", names=names, noNewPrivileges=True)
+    assert box.run(box.output(value))[0] == 0
+
+
+def test_without_an_agent_nothing_is_created(box: Box) -> None:
+    with pytest.raises(LaunchError, match=r"failed to connect with seccomp agent .*agent\.sock: no such file"):
+        box.run(box.output(notifying(box, "true")))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"defaultAction": "SCMP_ACT_NOTIFY"}, "SCMP_ACT_NOTIFY cannot be used as the default action"),
+        ({"syscalls": [{"names": ["write"], "action": "SCMP_ACT_NOTIFY"}]}, "cannot be used for the write syscall"),
+        ({"listenerPath": "", "listenerMetadata": ""}, "listenerPath: is missing"),
+    ],
+)
+def test_profiles_that_would_hang(box: Box, change: dict[str, Any], why: str) -> None:
+    value = notifying(box, "true")
+    value["linux"]["seccomp"] |= change
+    with pytest.raises(SpecError, match=why):
+        box.run(box.output(value))
