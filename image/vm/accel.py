@@ -1,10 +1,14 @@
-"""Which accelerator and which vsock device: chosen by evidence, with the reason in a sentence."""
+"""Choose the accelerator and the vsock device by evidence, with the reason in a sentence."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import platform
 import re
+import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +16,10 @@ from caisson.image.vm.errors import VMError
 
 KVM = Path("/dev/kvm")
 VHOST_VSOCK = Path("/dev/vhost-vsock")
+
+
+#: _IO(KVMIO, 0x01)
+KVM_CREATE_VM = 0xAE01
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,12 @@ class Choice:
     doubt: str = ""
 
 
+def create_vm(device: int) -> None:
+    """Create a VM on an open /dev/kvm, and destroy it.  Raises OSError."""
+    if stat.S_ISCHR(os.fstat(device).st_mode):
+        os.close(fcntl.ioctl(device, KVM_CREATE_VM, 0))
+
+
 @dataclass(frozen=True)
 class Host:
     """The machine that is to run a VM: the architecture in uname's words, and what its kernel shows of it."""
@@ -31,29 +45,38 @@ class Host:
     cpuinfo: str
     kvm: Path = KVM
     vhost_vsock: Path = VHOST_VSOCK
+    create_vm: Callable[[int], None] = create_vm
 
     @classmethod
     def here(cls) -> Host:
-        """This machine."""
+        """Return this machine."""
         return cls(platform.machine(), Path("/proc/cpuinfo").read_text())
 
 
-def _refusal(device: Path) -> str | None:
-    """Why a device cannot be used, or None."""
+def _refusal(device: Path, use: Callable[[int], None] = lambda descriptor: None) -> str | None:
+    """Return why a device cannot be opened or used, or None."""
     try:
-        os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
+        descriptor = os.open(device, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         return f"{device} cannot be opened ({os.strerror(error.errno or 0)})"
+    try:
+        use(descriptor)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            return f"{device} is busy: another hypervisor, such as VirtualBox, uses the processor's virtualization"
+        return f"{device} makes no VM ({os.strerror(error.errno or 0)})"
+    finally:
+        os.close(descriptor)
     return None
 
 
 def _asked_for(wanted: str, variable: str) -> str:
-    """What is wanted, which a variable may decide where it was left open: CI is to fail, and not to do with less."""
+    """Return what is wanted; a variable decides where that is left open: CI is to fail, and not to do with less."""
     return (os.environ.get(variable) or wanted) if wanted == "auto" else wanted
 
 
 def kvm_doubt(host: Host) -> str | None:
-    """Why KVM, whose device opens, still cannot run a stock guest, or None.
+    """Return why KVM, whose device opens, still cannot run a stock guest, or None.
 
     Behind the device may be a back end without hardware virtualization, in which stock guests hang without a word or
     QEMU fails on the first register that is missing.  On x86 the CPU has to show vmx or svm, too.
@@ -64,7 +87,7 @@ def kvm_doubt(host: Host) -> str | None:
 
 
 def choose_accelerator(wanted: str, guest: str, host: Host) -> Choice:
-    """``auto`` is $CAISSON_ACCEL, else KVM where it can work, else TCG; ``kvm`` and ``tcg`` are taken as said.
+    """Choose: ``auto`` is $CAISSON_ACCEL, else KVM where it can work, else TCG; ``kvm`` and ``tcg`` are taken as said.
 
     ``guest`` is the guest's architecture, in uname's words.  Raises VMError for another word, and for ``kvm`` where it
     cannot even be tried.
@@ -77,7 +100,7 @@ def choose_accelerator(wanted: str, guest: str, host: Host) -> Choice:
     foreign = None
     if guest != host.machine:
         foreign = f"the image is for {guest} and this machine is {host.machine}"
-    refusal = foreign or _refusal(host.kvm)
+    refusal = foreign or _refusal(host.kvm, host.create_vm)
     doubt = None if refusal else kvm_doubt(host)
     if wanted == "auto":
         if refusal or doubt:
@@ -86,7 +109,8 @@ def choose_accelerator(wanted: str, guest: str, host: Host) -> Choice:
     if foreign:
         raise VMError(f"--accel kvm: {foreign}; KVM runs only a machine's own architecture: --accel tcg")
     if refusal:
-        raise VMError(f"--accel kvm: {refusal}; {_kvm_way_out(host.kvm)}")
+        way_out = "end its VMs, or choose --accel tcg" if "is busy" in refusal else _kvm_way_out(host.kvm)
+        raise VMError(f"--accel kvm: {refusal}; {way_out}")
     # The evidence may be wrong: whoever insists gets a try, and is told if it fails.
     return Choice("kvm", "KVM, as asked for" + (f", although {doubt}" if doubt else ""), doubt or "")
 
@@ -101,7 +125,7 @@ def _kvm_way_out(device: Path) -> str:
 
 
 def _way_in(device: Path) -> str:
-    """The command by which somebody who may not open a device may."""
+    """Return the command by which somebody who may not open a device may."""
     if os.geteuid() == 0:
         return f"what this runs in keeps it from root: {_given(device)}"
     try:
@@ -118,8 +142,8 @@ def _given(device: Path) -> str:
 
 
 def choose_vsock(wanted: str, host: Host) -> Choice:
-    """``auto`` is $CAISSON_VSOCK, else the kernel's vhost-vsock where it can be used, else our own device; the others
-    are taken as said.
+    """Choose: ``auto`` is $CAISSON_VSOCK, else the kernel's vhost-vsock where it can be used, else our own device; the
+    others are taken as said.
 
     Raises VMError for another word, and for ``vhost`` where it cannot be used.
     """

@@ -10,17 +10,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import IO, Self
 
 from caisson.image.vm.errors import VMError
+from caisson.image.vm.exit_reason import POWERED_OFF
 from caisson.image.vm.sandbox import Confinement
 
-#: Seconds for a process to end after each way to ask it.
-TERM_TIMEOUT = 3.0
+#: Seconds for a process to end after it was asked to; then it is killed, as it has nothing to lose.
+TERM_TIMEOUT = 0.6
 
 #: What they are called in errors.
 TITLES = {"qemu": "QEMU", "vsock": "the vsock device"}
-
-
-#: How a VM ends that nothing is wrong with.
-POWERED_OFF = "the guest has powered off"
 
 
 class Children:
@@ -105,8 +102,9 @@ class Children:
         if name not in self._processes:
             return
         process, ask = self._processes[name], self._ask.get(name)
-        if not (process.poll() is None and ask and ask() and self._ended(name)):
-            process.terminate()
+        if process.poll() is None:
+            if not (ask and ask()):
+                process.terminate()
             if not self._ended(name):
                 process.kill()
         process.wait()

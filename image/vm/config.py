@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 import re
 import shlex
@@ -18,16 +19,30 @@ from caisson.image.vm.errors import VMError
 from caisson.image.vm.snapshot.snapshot import Snapshot
 from caisson.image.vm.vsock import FIRST_CID, LAST_CID
 
+#: MiB that a guest needs at least.
+MIN_MEMORY = 128
+
 #: What a share may be called: QEMU and the guest's kernel know it by that.
 TAG = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,30}")
 
 
+def memory_of_host() -> int:
+    """Return the MiB of memory that this machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
+
+
 def parse_share(text: str) -> tuple[str, tuple[str, bool]]:
-    """TAG=DIR or TAG=DIR:rw, as VMConfig has it.  Raises VMError."""
+    """Parse TAG=DIR, TAG=DIR:ro or TAG=DIR:rw, as VMConfig has it.  Raises VMError.
+
+    A directory whose own name ends so is meant where there is none without the ending; else a second ending tells.
+    """
     tag, equals, path = text.partition("=")
     if not equals or not path:
-        raise VMError(f"--share takes TAG=DIR or TAG=DIR:rw, not {text!r}")
-    return tag, (path.removesuffix(":rw"), path.endswith(":rw"))
+        raise VMError(f"--share {text}: is not TAG=DIR, TAG=DIR:ro or TAG=DIR:rw")
+    directory, colon, mode = path.rpartition(":")
+    if not colon or mode not in ("ro", "rw") or (Path(path).is_dir() and not Path(directory).is_dir()):
+        return tag, (path, False)
+    return tag, (directory, mode == "rw")
 
 
 @dataclass(frozen=True)
@@ -58,8 +73,12 @@ class VMConfig:
     on_resume: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.memory < 128:
-            raise VMError(f"--memory is in MiB, at least 128; {self.memory} is too little for a guest")
+        if self.memory < MIN_MEMORY:
+            raise VMError(f"--memory {self.memory}: too little for a guest; give MiB, {MIN_MEMORY} or more")
+        most = max(memory_of_host(), MIN_MEMORY)
+        for option, value in (("--memory", self.memory), ("--max-memory", self.max_memory)):
+            if value > most:
+                raise VMError(f"{option} {value}: more than the {most} MiB of this machine; give fewer")
         if not 1 <= self.cpus <= 255:
             raise VMError(f"--cpus is 1 to 255, not {self.cpus}")
         if self.max_cpus and not self.cpus <= self.max_cpus <= 255:
@@ -70,7 +89,7 @@ class VMConfig:
             if not TAG.fullmatch(tag):
                 raise VMError(f"a share's tag is up to 31 letters, digits, - and _, not {tag!r}")
             if not Path(path).is_dir():
-                raise VMError(f"{path} is no directory that could be shared")
+                raise VMError(f"{path}: is not a directory; --share takes TAG=DIR, TAG=DIR:ro or TAG=DIR:rw")
         if (self.snapshot or self.savable) and (self.shares or self.max_memory or self.max_cpus):
             raise VMError("a snapshot has neither shared directories nor room for more memory or CPUs")
 

@@ -1,4 +1,4 @@
-"""Keep why a detached VM has ended: nobody was there to be told, and its directory is gone.
+"""Keep why a VM has ended: whoever uses it may not be who started it, and its directory is gone.
 
 <cache>/ended/<digest>-<name>     kept for a day, or until a VM of this name is started; the digest is of its run root
 """
@@ -11,6 +11,10 @@ from pathlib import Path
 
 from caisson.image.build.cache import default_root, digest_of
 from caisson.image.vm.directory import VMDirectory
+
+#: The ends that somebody wanted.
+STOPPED = "it was stopped"
+POWERED_OFF = "the guest has powered off"
 
 #: Seconds for which a reason is kept.
 MAX_AGE = 86400.0
@@ -36,17 +40,25 @@ def clear(directory: VMDirectory) -> None:
         _file(directory).unlink()
 
 
-def describe(directory: VMDirectory) -> str:
-    """Return when and why the last VM of this name has ended, a sentence and the evidence; empty if not known."""
-    file = _file(directory)
+def read(directory: VMDirectory) -> str:
+    """Return the stored reason, a sentence and the evidence for it; empty if there is none."""
     try:
-        when = file.stat().st_mtime
-        with file.open(errors="replace") as stream:
-            reason = stream.read(MAX_BYTES)
+        with _file(directory).open(errors="replace") as stream:
+            return stream.read(MAX_BYTES)
     except OSError:
         return ""
-    age = time.time() - when
-    return f"the last one ended {age:.0f} s ago: {reason}" if age < MAX_AGE else ""
+
+
+def describe(directory: VMDirectory) -> str:
+    """Return when and why the last VM of this name has ended; empty where that is not known, or was wanted."""
+    try:
+        age = time.time() - _file(directory).stat().st_mtime
+    except OSError:
+        return ""
+    reason = read(directory)
+    if age > MAX_AGE or reason.startswith((STOPPED, POWERED_OFF)):
+        return ""
+    return f"the last one ended {age:.0f} s ago: {reason}"
 
 
 def _file(directory: VMDirectory) -> Path:

@@ -18,10 +18,10 @@ from typing import Any, Self
 
 from caisson.image.vm import exit_reason
 from caisson.image.vm.accel import Choice
-from caisson.image.vm.children import POWERED_OFF
 from caisson.image.vm.config import VMConfig
 from caisson.image.vm.directory import VMDirectory, running_vms
 from caisson.image.vm.errors import VMError
+from caisson.image.vm.exit_reason import POWERED_OFF
 from caisson.image.vm.follower import Follower
 from caisson.image.vm.jsonsocket import JSONSocket
 from caisson.image.vm.runroot import owned_run_root
@@ -254,6 +254,22 @@ class VM:
         finally:
             self._abandon()
         return size
+
+    def exit_reason(self, timeout: float = 2.0) -> str | None:
+        """Return why the VM has ended, in a sentence; None if it still runs after ``timeout`` seconds.
+
+        For whoever has lost its agent: a VM takes a moment to end.
+        """
+        if self._line is not None:
+            deadline = time.monotonic() + timeout
+            with contextlib.suppress(VMError, TimeoutError):
+                while self._end is None:
+                    self._message(max(0.0, deadline - time.monotonic()))
+            return self._end and self._end.partition("\n")[0]
+        with self.exit_fd() as supervisor:
+            if supervisor is not None and not select.select([supervisor], [], [], timeout)[0]:
+                return None
+        return exit_reason.read(self._directory).partition("\n")[0] or "its supervisor died"
 
     def stop(self, timeout: float = STOP_TIMEOUT) -> None:
         """End it; returns when nothing of it is left.  Raises VMError when that takes longer than ``timeout`` seconds.

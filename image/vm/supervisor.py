@@ -35,9 +35,10 @@ from typing import IO, Any
 
 from caisson.image.vm import exit_reason, qemu, vsock
 from caisson.image.vm.accel import Choice
-from caisson.image.vm.children import POWERED_OFF, Children
+from caisson.image.vm.children import Children
 from caisson.image.vm.directory import VMDirectory, janitor
 from caisson.image.vm.errors import VMError
+from caisson.image.vm.exit_reason import POWERED_OFF, STOPPED
 from caisson.image.vm.hotplug.virtiofs import Shares
 from caisson.image.vm.jsonsocket import JSONSocket
 from caisson.image.vm.qmp import QMP, QMPError
@@ -63,10 +64,7 @@ QEMU_FILE_SIZE = 64 << 30
 VSOCK_FILE_SIZE = 1 << 30
 
 #: Seconds that QEMU gets to answer a `quit`.
-QUIT_TIMEOUT = 1.0
-
-#: The end that somebody wanted.
-STOPPED = "it was stopped"
+QUIT_TIMEOUT = 0.6
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -115,8 +113,7 @@ class Supervisor:
                         why = f"the guest's kernel panicked: {panic[1]}"
                 finally:
                     why += self._diagnostics()
-                    if self._detached and not why.startswith((STOPPED, POWERED_OFF)):
-                        exit_reason.record(self._directory, why)
+                    exit_reason.record(self._directory, why)
                     self._directory.remove()
         except VMError as error:
             why = str(error)

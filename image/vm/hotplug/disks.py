@@ -13,6 +13,7 @@ from pathlib import Path
 
 from caisson.image.vm.errors import VMError
 from caisson.image.vm.machine import VM
+from caisson.image.vm.pace import scaled
 from caisson.image.vm.qemu import PORTS
 from caisson.image.vm.qmp import QMP, QMPError
 
@@ -36,7 +37,7 @@ def plug_disk(vm: VM, file: Path, name: str) -> str:
     empty.
     """
     identity = f"{PREFIX}{name}"
-    with QMP(vm.directory / "qmp.sock", MONITOR_TIMEOUT) as monitor:
+    with QMP(vm.directory / "qmp.sock", scaled(MONITOR_TIMEOUT)) as monitor:
         ports = plugged(monitor)
         for port, devices in ports.items():
             if identity in devices:
@@ -63,7 +64,7 @@ def unplug_unused(vm: VM, used: Callable[[], Container[str]]) -> None:
     ``used`` is asked when nobody can plug one in: who plugs a disk in says before that it is used.  A guest that does
     not let go of a disk in time keeps it.  Raises VMError.
     """
-    with QMP(vm.directory / "qmp.sock", MONITOR_TIMEOUT) as monitor:
+    with QMP(vm.directory / "qmp.sock", scaled(MONITOR_TIMEOUT)) as monitor:
         names = used()
         unused = {
             identity
@@ -74,7 +75,7 @@ def unplug_unused(vm: VM, used: Callable[[], Container[str]]) -> None:
         for identity in unused:
             with contextlib.suppress(QMPError):  # the guest is at it already
                 monitor.execute("device_del", {"id": identity})
-        deadline = time.monotonic() + UNPLUG_TIMEOUT
+        deadline = time.monotonic() + scaled(UNPLUG_TIMEOUT)
         while unused and time.monotonic() < deadline:
             there = set().union(*plugged(monitor).values())
             for identity in unused - there:
@@ -97,7 +98,7 @@ def empty_port(monitor: QMP, name: str) -> str:
 
 def unplugged(monitor: QMP, identity: str) -> bool:
     """Wait for a device that was asked for; whether the guest has let go of it in time."""
-    deadline = time.monotonic() + UNPLUG_TIMEOUT
+    deadline = time.monotonic() + scaled(UNPLUG_TIMEOUT)
     while any(identity in devices for devices in plugged(monitor).values()):
         if time.monotonic() > deadline:
             return False

@@ -11,6 +11,7 @@ import time
 
 from caisson.image.vm.errors import VMError
 from caisson.image.vm.machine import VM
+from caisson.image.vm.pace import scaled
 from caisson.image.vm.qmp import QMP, QMPError
 
 #: MiB of one memory block, the unit that Linux brings online (x86, below 64 GiB).
@@ -31,7 +32,7 @@ POLL_INTERVAL = 0.02
 
 def plug_cpus(vm: VM, count: int) -> None:
     """Plug in ``count`` CPUs, all or none.  Raises VMError when the VM has no room for so many."""
-    with QMP(vm.directory / "qmp.sock", PLUG_TIMEOUT) as monitor:
+    with QMP(vm.directory / "qmp.sock", scaled(PLUG_TIMEOUT)) as monitor:
         places = [place for place in monitor.execute("query-hotpluggable-cpus") if "qom-path" not in place]
         if len(places) < count:
             raise VMError(
@@ -48,7 +49,7 @@ def plug_memory(vm: VM, mebibytes: int) -> None:
     """Plug in memory, a multiple of 128 MiB.  Raises VMError when the VM has no room for it."""
     if mebibytes <= 0 or mebibytes % MEMORY_BLOCK:
         raise VMError(f"{mebibytes} MiB: memory is plugged in by multiples of {MEMORY_BLOCK} MiB")
-    with QMP(vm.directory / "qmp.sock", PLUG_TIMEOUT) as monitor:
+    with QMP(vm.directory / "qmp.sock", scaled(PLUG_TIMEOUT)) as monitor:
         plugged = monitor.execute("query-memory-devices")
         have = vm.info["memory"] + sum(device["data"]["size"] for device in plugged) // 2**20
         if have + mebibytes > vm.info["max_memory"]:
@@ -81,14 +82,14 @@ def set_memory(vm: VM, mebibytes: int) -> int:
 
     That is more where the guest needs more.  Raises VMError for a size out of bounds.
     """
-    with QMP(vm.directory / "qmp.sock", BALLOON_TIMEOUT) as monitor:
+    with QMP(vm.directory / "qmp.sock", scaled(BALLOON_TIMEOUT)) as monitor:
         plugged = monitor.execute("query-memory-devices")
         most = vm.info["memory"] + sum(device["data"]["size"] >> 20 for device in plugged)
         if not MIN_MEMORY <= mebibytes <= most:
             raise VMError(f"VM {vm.name!r}: it can have {MIN_MEMORY} to {most} MiB, not {mebibytes}")
         monitor.execute("balloon", {"value": mebibytes << 20})
         found, since = _actual(monitor), time.monotonic()
-        while found != mebibytes and time.monotonic() < since + STALL_TIMEOUT:
+        while found != mebibytes and time.monotonic() < since + scaled(STALL_TIMEOUT):
             time.sleep(POLL_INTERVAL)
             before, found = found, _actual(monitor)
             if found != before:

@@ -21,6 +21,7 @@ from caisson.image.vm.errors import VMError
 from caisson.image.vm.hotplug.disks import MONITOR_TIMEOUT, empty_port, plugged, unplugged
 from caisson.image.vm.jsonsocket import JSONSocket
 from caisson.image.vm.machine import VM
+from caisson.image.vm.pace import scaled
 from caisson.image.vm.qmp import QMP, QMPError
 
 
@@ -79,7 +80,7 @@ def _share(vm: VM, path: Path, directory: Path, tag: str, writable: bool) -> Sha
         )
     answer = _ask(vm, {"share": tag, "path": str(path), "writable": writable})
     try:
-        with QMP(vm.directory / "qmp.sock", MONITOR_TIMEOUT) as monitor:
+        with QMP(vm.directory / "qmp.sock", scaled(MONITOR_TIMEOUT)) as monitor:
             _plug(monitor, vm, tag, answer["socket"])
     except BaseException:
         _ask(vm, {"unshare": tag})
@@ -100,7 +101,7 @@ def _alone(vm: VM) -> Iterator[None]:
 
 
 def _is_plugged(vm: VM, tag: str) -> bool:
-    with QMP(vm.directory / "qmp.sock", MONITOR_TIMEOUT) as monitor:
+    with QMP(vm.directory / "qmp.sock", scaled(MONITOR_TIMEOUT)) as monitor:
         return any(f"share-{tag}" in devices for devices in plugged(monitor).values())
 
 
@@ -133,7 +134,7 @@ def _unshare(vm: VM, tag: str) -> None:
         )
     if there[tag][0] == "9p":
         raise VMError(f"{tag!r} was there when VM {vm.name!r} booted, and stays until its end")
-    with QMP(vm.directory / "qmp.sock", MONITOR_TIMEOUT) as monitor:
+    with QMP(vm.directory / "qmp.sock", scaled(MONITOR_TIMEOUT)) as monitor:
         with contextlib.suppress(QMPError):  # it has gone, or is about to
             monitor.execute("device_del", {"id": f"share-{tag}"})
         if not unplugged(monitor, f"share-{tag}"):
@@ -150,7 +151,7 @@ def _ask(vm: VM, question: dict[str, Any]) -> dict[str, Any]:
             connection.connect(str(vm.directory / "control.sock"))
             lines = JSONSocket(connection)
             lines.send(question)
-            answer = lines.receive(MONITOR_TIMEOUT)
+            answer = lines.receive(scaled(MONITOR_TIMEOUT))
         except OSError as error:
             raise VMError(f"VM {vm.name!r}: its supervisor does not answer: {error.strerror or error}") from error
     if answer is None or "error" in answer:

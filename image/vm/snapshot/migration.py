@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from caisson.image.vm.errors import VMError
+from caisson.image.vm.pace import scaled
 from caisson.image.vm.qmp import QMP, QMPError
 
 #: Seconds for QEMU to answer, and to save or restore: the state is less than a MiB, the machine may be busy.
@@ -33,13 +34,13 @@ def save(monitor: Path, scratch: Path, alive: Callable[[], bool]) -> bytes:
         server.bind(str(scratch))
         try:
             server.listen(1)
-            server.settimeout(MIGRATION_TIMEOUT)
+            server.settimeout(scaled(MIGRATION_TIMEOUT))
             qemu.execute("stop")
             qemu.execute("migrate-set-capabilities", CAPABILITIES)
             qemu.execute("migrate", {"uri": f"unix:{scratch}"})
             connection, _ = server.accept()
             with connection:
-                connection.settimeout(MIGRATION_TIMEOUT)
+                connection.settimeout(scaled(MIGRATION_TIMEOUT))
                 parts = list(iter(lambda: connection.recv(1 << 20), b""))
             _completed(qemu, "saved")
         except OSError as error:
@@ -61,7 +62,7 @@ def restore(
         qemu.execute("migrate-incoming", {"uri": f"unix:{scratch}"})
         try:
             with socket.socket(socket.AF_UNIX) as connection:
-                connection.settimeout(MIGRATION_TIMEOUT)
+                connection.settimeout(scaled(MIGRATION_TIMEOUT))
                 connection.connect(str(scratch))
                 connection.sendall(state)
         except OSError as error:
@@ -76,10 +77,10 @@ def restore(
 
 def _connect(monitor: Path, alive: Callable[[], bool]) -> QMP:
     """A connection to a QEMU that is starting."""
-    deadline = time.monotonic() + MIGRATION_TIMEOUT
+    deadline = time.monotonic() + scaled(MIGRATION_TIMEOUT)
     while True:
         try:
-            return QMP(monitor, MIGRATION_TIMEOUT)
+            return QMP(monitor, scaled(MIGRATION_TIMEOUT))
         except QMPError:
             if not alive() or time.monotonic() > deadline:
                 raise
@@ -88,7 +89,7 @@ def _connect(monitor: Path, alive: Callable[[], bool]) -> QMP:
 
 def _completed(qemu: QMP, what: str) -> None:
     """Wait for a migration's end.  Raises VMError when it is not a good one."""
-    deadline = time.monotonic() + MIGRATION_TIMEOUT
+    deadline = time.monotonic() + scaled(MIGRATION_TIMEOUT)
     while True:
         found = qemu.execute("query-migrate")
         status = found.get("status")

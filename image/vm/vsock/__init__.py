@@ -25,6 +25,7 @@ from pathlib import Path
 from caisson.image.vm.accel import VHOST_VSOCK
 from caisson.image.vm.directory import VMDirectory
 from caisson.image.vm.errors import VMError
+from caisson.image.vm.pace import scaled
 from caisson.proto.contract import AGENT_PORT
 
 HERE = Path(__file__).resolve().parent
@@ -63,9 +64,9 @@ class Device:
 
     def wait(self) -> None:
         """Wait until the sockets accept connections.  Raises VMError when the back end ends instead."""
-        answered, _, _ = select.select([self._ready], [], [], START_TIMEOUT)
+        answered, _, _ = select.select([self._ready], [], [], scaled(START_TIMEOUT))
         if not answered or os.read(self._ready, 1) != b"\n":
-            raise VMError("the vsock device did not start")
+            raise VMError(f"the vsock device did not start within {scaled(START_TIMEOUT):.0f} s")
 
 
 def backend(kind: str, directory: VMDirectory, cid: int, more: Sequence[str]) -> list[str]:
