@@ -107,7 +107,7 @@ def cp(*, source: str, target: str, name: str) -> int:
 def share(*, directory: str, name: str, container: str, at: str, tag: str, writable: bool, only_plug: bool) -> None:
     """Share a directory and mount it in a container; prints where."""
     vm = running_vm(name)
-    shared = sharing.share(vm, Path(directory), tag or sharing.tag_of(Path(directory)), writable=writable)
+    shared = sharing.share(vm, Path(directory), tag, writable=writable)
     if only_plug:
         print(shared.tag)
         return

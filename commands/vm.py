@@ -17,6 +17,7 @@ from caisson.agent.client import listing
 from caisson.agent.client.diagnostics import AgentLines
 from caisson.agent.client.errors import UsageError
 from caisson.agent.client.guest import active_forwards, call_sync
+from caisson.agent.client.network import configure
 from caisson.commands.machines import RESUME_COMMAND, image_directory, running_vm
 from caisson.commands.streams import console_writer, info
 from caisson.image.programs import TO_BOOT, need
@@ -26,29 +27,43 @@ from caisson.image.vm.config import DryRun, parse_share
 from caisson.image.vm.config import dry_run as dry_run_of
 from caisson.image.vm.drawing import svg
 from caisson.image.vm.hotplug.resources import memory_now, set_memory
+from caisson.image.vm.network import Publish
 from caisson.image.vm.snapshot.snapshot import Snapshot
 
 #: Kernel parameters of a boot that is measured.
 TIMELINE_PARAMETERS = f"{timelines.PARAMETERS} agent.timeline"
 
 #: Options that a snapshot has settled already.
-SETTLED_BY_SNAPSHOT = ("image", "memory", "cpus", "max-memory", "max-cpus", "share", "append", "timeline")
+SETTLED_BY_SNAPSHOT = (
+    "image",
+    "memory",
+    "cpus",
+    "max-memory",
+    "max-cpus",
+    "share",
+    "network",
+    "publish",
+    "append",
+    "timeline",
+)
 
 
 def boot_vm(
     *, name: str, detach: bool, image: str, snapshot: str, memory: int | None, cpus: int | None, max_memory: int | None,
-    max_cpus: int | None, share: list[str], append: str, accel: str, vsock: str, timeout: float, timeline: str,
-    dry_run: bool, as_json: bool,
+    max_cpus: int | None, share: list[str], network: str, publish: list[str], append: str, accel: str, vsock: str,
+    timeout: float, timeline: str, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Boot a VM and wait for its agent; show its console until it ends, unless it is detached."""
     timeline_path = Path(timeline) if timeline else None
     if timeline_path and timeline_path.suffix not in (".svg", ".json"):
         raise UsageError(f"--timeline {timeline}: is neither a .svg nor a .json file; give it one of these endings")
+    if timeline_path:
+        _check_writable(timeline_path)
     if as_json and not dry_run:
         raise UsageError("--json: needs --dry-run; use `caisson list-vms --json` for running VMs")
     ready: Callable[[Path], bool]
     if snapshot:
-        given = (image, memory, cpus, max_memory, max_cpus, share, append, timeline)
+        given = (image, memory, cpus, max_memory, max_cpus, share, network, publish, append, timeline)
         clashing = [f"--{option}" for option, value in zip(SETTLED_BY_SNAPSHOT, given, strict=True) if value]
         if clashing:
             raise UsageError(f"--snapshot: cannot be combined with {', '.join(clashing)}; the snapshot settles these")
@@ -62,6 +77,7 @@ def boot_vm(
         config = VMConfig(
             image=image_directory(image, info, also=TO_BOOT), name=name, accel=accel, vsock=vsock, memory=memory or 512,
             cpus=cpus or 1, append=parameters, max_memory=max_memory or 0, max_cpus=max_cpus or 0, shares=shares,
+            network=network or ("user" if publish else "none"), publish=tuple(map(Publish.parse, publish)),
             firmware=bool(timeline_path), on_resume=RESUME_COMMAND,
         )  # fmt: skip
         ready = client.ReadinessProbe()
@@ -82,6 +98,8 @@ def _boot(
         firmware=lambda _: firmware_times.append(time.monotonic()), timeout=timeout or None,
     ) as vm:  # fmt: skip
         answered = time.monotonic()
+        if config.network != "none":
+            call_sync(vm, lambda agent: configure(agent, vm.info["network"]))
         info(f"{config.name}: the agent answers after {answered - began:.1f} s; {vm.agent_socket}")
         if timeline_path:
             found = _timeline(vm, began, firmware_times, answered)
@@ -91,6 +109,17 @@ def _boot(
             vm.detach()
         else:
             vm.wait(write_console)
+
+
+def _check_writable(path: Path) -> None:
+    """Find out before a boot whether a file can be written; one that was not there is not there afterwards."""
+    existed = path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise UsageError(f"--timeline {path}: cannot be written: {error.strerror}; name another file") from error
+    if not existed:
+        path.unlink()
 
 
 def _timeline(vm: VM, began: float, firmware_times: list[float], answered: float) -> timelines.Timeline:

@@ -121,9 +121,9 @@ class Agent:
         answer = await self.health.Version(health_pb2.CheckRequest())
         return str(answer.agent_version)
 
-    async def create_sandbox(self, sandbox_id: str = "sandbox", *, hostname: str = "") -> bool:
-        """Start the sandbox; False when there is one already."""
-        request = agent_pb2.CreateSandboxRequest(sandbox_id=sandbox_id, hostname=hostname)
+    async def create_sandbox(self, sandbox_id: str = "sandbox", *, hostname: str = "", dns: Sequence[str] = ()) -> bool:
+        """Start the sandbox; False when there is one already.  ``dns`` are the lines of the guest's resolv.conf."""
+        request = agent_pb2.CreateSandboxRequest(sandbox_id=sandbox_id, hostname=hostname, dns=dns)
         return await self._created(self.rpc.CreateSandbox(request))
 
     async def destroy_sandbox(self, timeout: float | None = None) -> None:

@@ -11,7 +11,9 @@ from caisson.commands.declare import (
     Command,
     Option,
     Positional,
+    choice,
     integer,
+    name,
     seconds,
     setting,
 )
@@ -33,8 +35,16 @@ BOOT_VM = Command(
         Option("max-memory", "memory that can be reached by hotplug", MEMORY, shown="no hotplug"),
         Option("max-cpus", "virtual CPUs that can be reached by hotplug", CPUS, shown="no hotplug"),
         Option(
-            "share", "share a directory of this machine, for the guest to mount by 9p; :rw makes it writable",
+            "share", "share a directory of this machine, for the guest to mount; :rw makes it writable",
             setting("TAG=DIR[:rw]", "src=./src"), repeat=True,
+        ),
+        Option(
+            "network", "give the VM a network: user reaches what this user reaches, without root",
+            choice("none", "user"), default="", shown="none; user with --publish",
+        ),
+        Option(
+            "publish", "lead a port of this machine to a port of the VM", name("[ADDR:]PORT:PORT[/udp]", "8080:80"),
+            repeat=True, short="p",
         ),
         APPEND,
         ACCEL,
@@ -51,6 +61,7 @@ BOOT_VM = Command(
         "caisson boot-vm --detach",
         "caisson boot-vm web --memory 1G --cpus 2 --detach",
         "caisson boot-vm --detach --timeline boot.svg",
+        "caisson boot-vm web --detach --network user --publish 8080:80",
     ),
 )  # fmt: skip
 

@@ -54,6 +54,7 @@ def contents(
             "config_sha256": kernel.config_sha256,
             "modules": list(kernel.modules),
             "missing": list(kernel.missing),
+            "shares": kernel.shared_file_systems(),
         },
         "packages": sorted(packages, key=lambda package: (package["type"], package["name"])),
         "containers": {"busybox": BUSYBOX_ROOTFS},

@@ -23,6 +23,9 @@ from caisson.image.kernel import bzimage, fragments
 from caisson.image.packages.distribution import Packages, extract
 from caisson.image.run import run
 
+#: File systems for directories of the host: the symbol, and the module, that a virtio device of theirs needs.
+SHARED_FILE_SYSTEMS = (("9p", "CONFIG_NET_9P_VIRTIO", "9pnet_virtio"), ("virtiofs", "CONFIG_VIRTIO_FS", "virtiofs"))
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -48,6 +51,15 @@ class Kernel:
     def config(self) -> dict[str, str]:
         """Its configuration: the symbols that have a value."""
         return fragments.parse_config((self.directory / "config").read_text())
+
+    def shared_file_systems(self) -> list[str]:
+        """Return by which file systems a guest can mount a directory of the host: "9p", "virtiofs"."""
+        config, modules = self.config(), {*self.later, *(file.partition(".")[0] for file in self.modules)}
+        return [
+            name
+            for name, symbol, module in SHARED_FILE_SYSTEMS
+            if config.get(symbol) == "y" or (config.get(symbol) == "m" and module in modules)
+        ]
 
     def put_modules(self, place: Path) -> None:
         """Write its modules into a guest's tree, with the lists that the agent loads them by."""

@@ -75,6 +75,11 @@ def _asked_for(wanted: str, variable: str) -> str:
     return (os.environ.get(variable) or wanted) if wanted == "auto" else wanted
 
 
+def is_open(wanted: str) -> bool:
+    """Tell whether the accelerator was left to be chosen."""
+    return _asked_for(wanted, "CAISSON_ACCEL") == "auto"
+
+
 def kvm_doubt(host: Host) -> str | None:
     """Return why KVM, whose device opens, still cannot run a stock guest, or None.
 

@@ -16,6 +16,8 @@ from caisson.image.vm import qemu, vsock
 from caisson.image.vm.accel import Choice, Host, choose_accelerator, choose_vsock
 from caisson.image.vm.directory import VMDirectory
 from caisson.image.vm.errors import VMError
+from caisson.image.vm.hotplug import virtiofs
+from caisson.image.vm.network import KINDS, Publish
 from caisson.image.vm.snapshot.snapshot import Snapshot
 from caisson.image.vm.vsock import FIRST_CID, LAST_CID
 
@@ -52,7 +54,8 @@ class VMConfig:
     ``max_memory`` and ``max_cpus`` are what vm/hotplug/plug.py can reach (0: nothing can be plugged in); ``shares`` are
     directories of the host, by tag, with whether the guest may write to them.  One made from a ``snapshot`` is what the
     snapshot was; one that is ``savable`` can become a snapshot, and nobody can talk to it (vm/snapshot/snapshot.py).
-    With ``firmware`` the firmware tells what it does, in a file of the VM's directory (x86).
+    With ``firmware`` the firmware tells what it does, in a file of the VM's directory (x86).  ``network`` is ``none``
+    or ``user``; ``publish`` are ports of this machine that lead into it (network.py).
     ``on_resume`` is a command that is run, with the agent's socket as its last word, when the host was suspended: then
     the guest's clock is behind.
     """
@@ -70,6 +73,8 @@ class VMConfig:
     snapshot: Snapshot | None = None
     savable: bool = False
     firmware: bool = False
+    network: str = "none"
+    publish: tuple[Publish, ...] = ()
     on_resume: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -90,6 +95,12 @@ class VMConfig:
                 raise VMError(f"a share's tag is up to 31 letters, digits, - and _, not {tag!r}")
             if not Path(path).is_dir():
                 raise VMError(f"{path}: is not a directory; --share takes TAG=DIR, TAG=DIR:ro or TAG=DIR:rw")
+        if self.network not in KINDS:
+            raise VMError(f"--network {self.network}: is not one of {', '.join(KINDS)}")
+        if self.publish and self.network == "none":
+            raise VMError("--publish: the VM has no network; add --network user")
+        if (self.snapshot or self.savable) and self.network != "none":
+            raise VMError("--network: a snapshot has no network; boot the VM from an image")
         if (self.snapshot or self.savable) and (self.shares or self.max_memory or self.max_cpus):
             raise VMError("a snapshot has neither shared directories nor room for more memory or CPUs")
 
@@ -117,8 +128,29 @@ class VMConfig:
                 "image": str(Path(self.image).resolve()),
                 "snapshot": str(self.snapshot.directory) if self.snapshot else None,
                 "shares": shares,
+                "publish": [dataclasses.astuple(rule) for rule in self.publish],
             }
         )
+
+
+def shares_to_plug(config: VMConfig) -> Mapping[str, tuple[str, bool]]:
+    """Return the shares that are plugged in, by virtiofs, after the boot: all, where the kernel cannot mount 9p.
+
+    Raises VMError where it cannot mount virtiofs either, or this machine cannot serve it.
+    """
+    _, manifest = qemu.read_manifest(config.image)
+    mountable = manifest["kernel"].get("shares")  # images made before it was noted are taken to have 9p
+    if not config.shares or mountable is None or "9p" in mountable:
+        return {}
+    if "virtiofs" not in mountable:
+        raise VMError(
+            "--share: this image's kernel can mount neither 9p nor virtiofs; use one that can: --template lean"
+        )
+    if len(config.shares) > len(qemu.PORTS):
+        raise VMError(f"--share: with this image's kernel, up to {len(qemu.PORTS)} directories; share one above them")
+    for path, writable in config.shares.values():
+        virtiofs.command(Path(path), 0, writable=writable)
+    return config.shares
 
 
 @dataclass(frozen=True)

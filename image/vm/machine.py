@@ -12,23 +12,27 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from caisson.image.vm import exit_reason
-from caisson.image.vm.accel import Choice
-from caisson.image.vm.config import VMConfig
+from caisson.image.vm.accel import Choice, is_open
+from caisson.image.vm.config import VMConfig, shares_to_plug
 from caisson.image.vm.directory import VMDirectory, running_vms
 from caisson.image.vm.errors import VMError
 from caisson.image.vm.exit_reason import POWERED_OFF
 from caisson.image.vm.follower import Follower
 from caisson.image.vm.jsonsocket import JSONSocket
+from caisson.image.vm.pace import scaled
 from caisson.image.vm.runroot import owned_run_root
 from caisson.image.vm.snapshot.snapshot import Snapshot, SnapshotCompatibility, place
 
 #: Seconds until the agent has to answer: native, and emulated on a busy machine.
 AGENT_TIMEOUT = {"kvm": 60.0, "tcg": 240.0}
+
+#: Seconds for the firmware to say something under KVM, where QEMU is up: it does within some milliseconds.
+KVM_SILENCE_TIMEOUT = 8.0
 
 #: Seconds between two times that the agent is asked, if asking takes no time itself.
 READY_INTERVAL = 0.02
@@ -38,6 +42,10 @@ FIRMWARE_INTERVAL = 0.002
 
 #: Seconds for a supervisor to take everything down: it asks, terminates and kills two processes.
 STOP_TIMEOUT = 20.0
+
+
+class GuestDoesNotRun(VMError):
+    """KVM takes the guest and runs nothing of it: what is behind /dev/kvm is not made for stock guests."""
 
 
 class VM:
@@ -111,7 +119,7 @@ class VM:
         console: Callable[[bytes], None] | None = None,
         firmware: Callable[[bytes], None] | None = None,
         timeout: float | None = None,
-    ) -> Self:
+    ) -> VM:
         """Boot a VM and wait until ``ready(agent_socket)`` says so; it is asked again and again, and may wait a little.
 
         ``report`` gets one line on what was picked and why, ``console`` what the guest prints meanwhile, ``firmware``
@@ -122,29 +130,75 @@ class VM:
         owned_run_root(make=True)
         directory = VMDirectory.of(config.name)
         exit_reason.clear(directory)
-        image = Path(config.image).resolve()
+        config = dataclasses.replace(config, image=Path(config.image).resolve())
         accelerator, transport = config.choices()
         report(f"{accelerator.reason}; {transport.reason}")
         if config.snapshot:
-            config.snapshot.check(SnapshotCompatibility.here(image, accelerator.name, transport.name))
-        limit = timeout or AGENT_TIMEOUT[accelerator.name]
+            config.snapshot.check(SnapshotCompatibility.here(config.image, accelerator.name, transport.name))
+
+        later = shares_to_plug(config)
+        config = dataclasses.replace(
+            config, shares={tag: each for tag, each in config.shares.items() if tag not in later}
+        )
+
+        def boot(accelerator: Choice) -> VM:
+            limit = timeout or scaled(AGENT_TIMEOUT[accelerator.name])
+            vm = cls._boot(config, accelerator, transport, ready, console, firmware, (began, limit))
+            vm._plug(later)
+            return vm
+
+        try:
+            return boot(accelerator)
+        except GuestDoesNotRun as error:
+            if config.snapshot or not is_open(config.accel):
+                raise
+            report(f"{str(error).partition(chr(10))[0]}; going on with TCG (emulation)")
+            return boot(Choice("tcg", f"TCG (emulation), not KVM: {error}"))
+
+    @classmethod
+    def _boot(
+        cls,
+        config: VMConfig,
+        accelerator: Choice,
+        transport: Choice,
+        ready: Callable[[Path], bool],
+        console: Callable[[bytes], None] | None,
+        firmware: Callable[[bytes], None] | None,
+        time_limit: tuple[float, float],
+    ) -> VM:
+        """Start a VM and wait for its agent; the limit is a monotonic time, and seconds from then.  Raises VMError."""
+        directory = VMDirectory.of(config.name)
         vm = cls(directory)
-        vm._config = dataclasses.replace(config, image=image)
+        # Under KVM the firmware's first words show that the guest runs at all.
+        watched = accelerator.name == "kvm" and not config.snapshot and not config.savable
+        vm._config = dataclasses.replace(config, firmware=config.firmware or watched)
         try:
             vm._launch(vm._config, accelerator, transport)
             follower = Follower(directory.console, console)
             with follower, Follower(directory.firmware, firmware, interval=FIRMWARE_INTERVAL):
-                vm._await(ready, began, limit, accelerator)
+                vm._await(ready, *time_limit, accelerator)
             vm._shown = follower.position
         except VMError as error:
             why = f"VM {config.name!r}: {str(error).partition(chr(10))[0]}"
             if accelerator.doubt:
                 why += f"; {accelerator.doubt}: choose --accel tcg"
-            raise VMError("\n".join(filter(None, (why, vm._abandon())))) from error
+            kind = GuestDoesNotRun if isinstance(error, GuestDoesNotRun) else VMError
+            raise kind("\n".join(filter(None, (why, vm._abandon())))) from error
         except BaseException:
             vm._abandon()
             raise
         return vm
+
+    def _plug(self, shares: Mapping[str, tuple[str, bool]]) -> None:
+        """Plug in the shares of a VM that was just started.  Raises VMError; it has ended then."""
+        from caisson.image.vm.hotplug.share import share  # which needs this module
+
+        try:
+            for tag, (path, writable) in shares.items():
+                share(self, Path(path), tag, writable=writable)
+        except BaseException:
+            self._abandon()
+            raise
 
     def _launch(self, config: VMConfig, accelerator: Choice, transport: Choice) -> None:
         """Start a supervisor and have it start the VM."""
@@ -165,16 +219,32 @@ class VM:
         self._info = self._message()["info"]
 
     def _await(self, ready: Callable[[Path], bool], began: float, limit: float, accelerator: Choice) -> None:
+        """Wait for the agent.  Raises VMError; GuestDoesNotRun where KVM does not run the firmware."""
         assert self._line is not None
+        created: float | None = None  # when QEMU made the firmware's log, empty
         while not ready(self.agent_socket):
             with contextlib.suppress(TimeoutError):
                 self._message(READY_INTERVAL)
-            if time.monotonic() - began > limit:
+            now = time.monotonic()
+            if accelerator.name == "kvm" and self._firmware_is_silent():
+                created = created or now
+                if now - created > KVM_SILENCE_TIMEOUT:
+                    raise GuestDoesNotRun(
+                        f"KVM does not run the guest: its firmware has said nothing in {KVM_SILENCE_TIMEOUT:.0f} s"
+                    )
+            if now - began > limit:
                 silence = self._directory.console_silence()
                 raise VMError(f"the agent did not answer within {limit:.0f} s; {silence} ({accelerator.reason})")
         with contextlib.suppress(OSError):
             self._line.send({"ready": round(time.monotonic() - began, 3)})
         self._info = self._message()["info"]
+
+    def _firmware_is_silent(self) -> bool:
+        """Tell whether the firmware has a log, and has not printed anything: only x86's has one."""
+        try:
+            return self._directory.firmware.stat().st_size == 0 and self.architecture == "amd64"
+        except (OSError, VMError):
+            return False
 
     def _message(self, timeout: float | None = None) -> dict[str, Any]:
         """The supervisor's next message.  Raises VMError when it is that the VM has ended, and TimeoutError."""

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from caisson.image.programs import package_of, which
+from caisson.image.vm import network
 from caisson.image.vm.errors import VMError
+from caisson.image.vm.network import Publish
 
 #: QEMU before it does not tell vhost-user devices to enable their rings, and lacks options used here.
 OLDEST = (7, 2)
@@ -126,13 +128,16 @@ class Wanted:
     max_cpus: int = 0
     append: str = ""
     shares: Mapping[str, Share] = field(default_factory=dict)
+    network: str = "none"
+    publish: Sequence[Publish] = ()
 
     @classmethod
     def of(cls, name: str, accelerator: str, document: Mapping[str, Any]) -> Self:
         """What VMConfig.document says."""
         shares = {tag: Share(Path(path), writable) for tag, (path, writable) in document["shares"].items()}
-        same = ("memory", "cpus", "max_memory", "max_cpus", "append")
-        return cls(name, accelerator, shares=shares, **{key: document[key] for key in same})
+        publish = [Publish(*rule) for rule in document["publish"]]
+        same = ("memory", "cpus", "max_memory", "max_cpus", "append", "network")
+        return cls(name, accelerator, shares=shares, publish=publish, **{key: document[key] for key in same})
 
 
 @dataclass(frozen=True)
@@ -266,6 +271,8 @@ def command(
             "-chardev", f"file,id=firmware,path={_escaped(devices.firmware)}",
             "-device", "isa-debugcon,iobase=0x402,chardev=firmware",
         ]  # fmt: skip
+    if wanted.network == "user":
+        words += network.options(wanted.publish)
     for tag, share in wanted.shares.items():
         mode = "off" if share.writable else "on"
         words += [

@@ -33,7 +33,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from caisson.image.vm import exit_reason, qemu, vsock
+from caisson.image.vm import exit_reason, network, qemu, vsock
 from caisson.image.vm.accel import Choice
 from caisson.image.vm.children import Children
 from caisson.image.vm.directory import VMDirectory, janitor
@@ -41,6 +41,7 @@ from caisson.image.vm.errors import VMError
 from caisson.image.vm.exit_reason import POWERED_OFF, STOPPED
 from caisson.image.vm.hotplug.virtiofs import Shares
 from caisson.image.vm.jsonsocket import JSONSocket
+from caisson.image.vm.network import FIRST_UNPRIVILEGED, Publish
 from caisson.image.vm.qmp import QMP, QMPError
 from caisson.image.vm.ring import TRIM_INTERVAL, LogRing
 from caisson.image.vm.sandbox import (
@@ -48,6 +49,7 @@ from caisson.image.vm.sandbox import (
     CAP_DAC_OVERRIDE,
     CAP_DAC_READ_SEARCH,
     CAP_FOWNER,
+    CAP_NET_BIND_SERVICE,
     SUPERVISOR,
     Confinement,
     confine_parent,
@@ -192,6 +194,7 @@ class Supervisor:
                 "max_memory": config["max_memory"],
                 "max_cpus": config["max_cpus"],
                 "shares": config["shares"],
+                "network": network.document(config["network"], [Publish(*rule) for rule in config["publish"]]),
                 "started": time.time(),
                 "spawned": spawned,
                 "command": list(command),
@@ -306,6 +309,8 @@ def qemu_confinement(
     capabilities = set()
     if any(writable for _, writable in shares):
         capabilities |= {CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER}
+    if any(Publish(*rule).host < FIRST_UNPRIVILEGED for rule in config["publish"]):
+        capabilities.add(CAP_NET_BIND_SERVICE)
     files = [image / manifest[part]["file"] for part in ("kernel", "root")]
     if shares or any(file.stat().st_uid != os.geteuid() for file in files):
         capabilities.add(CAP_DAC_READ_SEARCH)

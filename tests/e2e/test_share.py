@@ -95,7 +95,7 @@ def test_writable(vm: Caisson, shared: Path) -> None:
     assert back.stdout == data == (shared / "copy").read_bytes()
 
     taken = vm("share", str(shared.parent), "--tag", "work")
-    assert taken.returncode == 1 and b"is shared as 'work' already" in taken.stderr
+    assert taken.returncode == 1 and b"--tag work: is in use for" in taken.stderr and b"caisson unshare work" in taken.stderr
     nowhere = vm("share", str(shared.parent), "--at", "/etc/src")
     assert nowhere.returncode == 1 and b"read-only file system" in nowhere.stderr
     assert vm.info("default")["virtiofs"].keys() == {"work"}  # what could not be mounted is out again
@@ -115,8 +115,8 @@ def test_it_ends_with_its_vm(own: Caisson, shared: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (("share", "/nowhere"), b"/nowhere is no directory that could be shared"),
-        (("share", "/tmp", "--tag", "1 2"), b"a share's tag is up to 31 letters, digits, - and _, not '1 2'"),
+        (("share", "/nowhere"), b"/nowhere: is not a directory"),
+        (("share", "/tmp", "--tag", "1 2"), b"--tag 1 2: is not up to 31 letters, digits, - and _, with a letter first"),
         (("unshare", "nothing"), b"nothing is shared as 'nothing' with VM 'default'; there are: none"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,6 +48,20 @@ def test_no_device_means_emulation(host: Host, tmp_path: Path) -> None:
     choice = accel.choose_accelerator("auto", "x86_64", replace(host, kvm=tmp_path / "none"))
     assert choice.name == "tcg"
     assert "No such file" in choice.reason
+
+
+def test_a_device_that_another_hypervisor_uses_is_busy(host: Host) -> None:
+    """VirtualBox has the processor's virtualization to itself: KVM_CREATE_VM fails."""
+
+    def refuse(device: int) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    busy = replace(host, create_vm=refuse)
+    choice = accel.choose_accelerator("auto", "x86_64", busy)
+    assert choice.name == "tcg"
+    assert "is busy: another hypervisor" in choice.reason
+    with pytest.raises(VMError, match=r"--accel kvm: .*kvm is busy: another hypervisor, .*; end its VMs, or choose"):
+        accel.choose_accelerator("kvm", "x86_64", busy)
 
 
 def test_kvm_runs_its_own_architecture_only(host: Host) -> None:

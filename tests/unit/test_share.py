@@ -14,6 +14,9 @@ from caisson.image.vm import VMError
 from caisson.image.vm.hotplug import share as sharing
 from caisson.image.vm.hotplug import virtiofs
 
+#: virtiofsd makes no device nodes and gives no file capabilities for a guest.
+DROPPED = ["-o", "modcaps=-mknod:-setfcap"]
+
 OLD, RUST, OLDER_RUST = "-o source=PATH  directory", "--shared-dir <DIR> --readonly", "--shared-dir <DIR>"
 
 
@@ -44,14 +47,16 @@ def test_a_tag_is_made_of_a_directorys_name(tmp_path: Path) -> None:
 
 def test_qemus_own_and_the_one_in_rust(place: Path) -> None:
     program = installed(place, OLD)
-    assert virtiofs.command(Path("/a,b"), 9, writable=True) == [program, "--fd=9", "-o", "source=/a\\,b"]
+    assert virtiofs.command(Path("/a,b"), 9, writable=True) == [program, "--fd=9", "-o", "source=/a\\,b", *DROPPED]
     sealed = virtiofs.command(Path("/a"), 9, writable=False)
-    assert sealed[:2] == ["unshare", "--mount"] and sealed[-5:] == ["/a", program, "--fd=9", "-o", "source=/a"]
+    assert sealed[:2] == ["unshare", "--mount"] and sealed[-7:] == ["/a", program, "--fd=9", "-o", "source=/a", *DROPPED]
     installed(place, RUST)
     assert virtiofs.command(Path("/a,b"), 9, writable=True) == [program, "--fd=9", "--shared-dir=/a,b"]
     assert virtiofs.command(Path("/a"), 9, writable=False) == [program, "--fd=9", "--shared-dir=/a", "--readonly"]
     installed(place, OLDER_RUST)
     assert virtiofs.command(Path("/a"), 9, writable=False)[0] == "unshare"
+    installed(place, f"{RUST} --modcaps <CAPS>")
+    assert "--modcaps=-mknod:-setfcap" in virtiofs.command(Path("/a"), 9, writable=True)
 
 
 @pytest.mark.parametrize(
@@ -88,9 +93,10 @@ def test_a_vm_without_memory_to_share(tmp_path: Path) -> None:
     vm: Any = SimpleNamespace(name="v", info=info, directory=tmp_path)
     with pytest.raises(VMError, match="--vsock user, or boot with the share: caisson boot-vm --share src=/tmp"):
         sharing.share(vm, Path("/tmp"), "src", writable=False)
-    # What it was booted with is there whatever it is asked to be called, but not read-only.
+    # What it was booted with is there whatever it is asked to be called, and serves for reading, too.
     assert sharing.share(vm, tmp_path, "other", writable=True) == sharing.Shared("9p", "data", True)
-    with pytest.raises(VMError, match="9p cannot be added"):
-        sharing.share(vm, tmp_path, "other", writable=False)
+    assert sharing.share(vm, tmp_path, writable=False) == sharing.Shared("9p", "data", False)
+    with pytest.raises(VMError, match=r"--tag data: is in use for .* \(writable\); choose another tag"):
+        sharing.share(vm, Path("/tmp"), "data", writable=False)
     with pytest.raises(VMError, match="stays until its end"):
         sharing.unshare(vm, "data")

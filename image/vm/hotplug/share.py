@@ -1,4 +1,4 @@
-"""Directories of the host for the guest of a running VM, plugged in by QEMU's monitor and taken out again.
+"""Directories of the host, plugged into a running VM by QEMU's monitor, and unplugged again.
 
 That is virtiofs: QEMU adds no 9p while it runs (there is no command for an fsdev).  It needs memory that virtiofsd can
 map: what all VMs have but clones with the kernel's vsock device.  Source: QEMU, docs/interop/vhost-user.rst;
@@ -11,7 +11,7 @@ import contextlib
 import fcntl
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,13 @@ class Shared:
 
 
 def tag_of(path: Path) -> str:
-    """What a directory is called when nobody says: its name, as far as a tag can have it."""
+    """Return the tag of a directory that nobody gave one: its name, as far as a tag can have it."""
     name = re.sub(r"[^A-Za-z0-9_-]", "-", path.resolve().name).lstrip("-_0123456789")
     return name[:31] or "share"
 
 
 def shares(vm: VM) -> dict[str, tuple[str, str, bool]]:
-    """What is shared with a VM, by its tag: the file system, the directory, and whether the guest may write to it."""
+    """Return what is shared with a VM, by its tag: file system, directory, and whether the guest may write to it."""
     info = vm.info
     return {
         tag: (fstype, path, writable)
@@ -51,28 +51,32 @@ def shares(vm: VM) -> dict[str, tuple[str, str, bool]]:
     }
 
 
-def share(vm: VM, directory: Path, tag: str, *, writable: bool) -> Shared:
-    """Have a guest see a directory: the share that there is, or a new one.  Raises VMError."""
+def share(vm: VM, directory: Path, tag: str = "", *, writable: bool) -> Shared:
+    """Have a guest see a directory: by the share that there is, or a new one.  Raises VMError.
+
+    One that is there serves whatever it is called, and one that is writable for reading, too.  A new one without a
+    ``tag`` gets one of the directory's name that is free.
+    """
     path = directory.resolve()
-    if not TAG.fullmatch(tag):
-        raise VMError(f"a share's tag is up to 31 letters, digits, - and _, not {tag!r}")
+    if tag and not TAG.fullmatch(tag):
+        raise VMError(f"--tag {tag}: is not up to 31 letters, digits, - and _, with a letter first")
     if not path.is_dir():
-        raise VMError(f"{directory} is no directory that could be shared")
+        raise VMError(f"{directory}: is not a directory; name one to share")
     with _alone(vm):
         return _share(vm, path, directory, tag, writable)
 
 
 def _share(vm: VM, path: Path, directory: Path, tag: str, writable: bool) -> Shared:
     there = shares(vm)
-    for other, (fstype, shared, may_write) in there.items():
-        if (shared, may_write) == (str(path), writable):
-            if fstype == "9p" or _is_plugged(vm, other):
-                return Shared(fstype, other, writable)
-            _ask(vm, {"unshare": other})  # who began with it was killed
-            del there[other]
-            break
-    if tag in there:
-        raise VMError(f"{there[tag][1]} is shared as {tag!r} already; choose another name: --tag NAME")
+    for other, (fstype, shared, may_write) in list(there.items()):
+        if shared != str(path) or (writable and not may_write):
+            continue
+        if fstype == "9p" or _is_plugged(vm, other):
+            return Shared(fstype, other, writable)
+        _ask(vm, {"unshare": other})  # who began with it was killed
+        del there[other]
+        break
+    tag = _free_tag(tag, path, there, vm)
     if vm.info["snapshot"] and vm.info["vsock"] != "user":
         raise VMError(
             f"VM {vm.name!r} has its snapshot's memory, which virtiofsd must not map, and 9p cannot be added while it "
@@ -88,9 +92,26 @@ def _share(vm: VM, path: Path, directory: Path, tag: str, writable: bool) -> Sha
     return Shared("virtiofs", tag, writable, new=True)
 
 
+def _free_tag(tag: str, path: Path, there: Mapping[str, tuple[str, str, bool]], vm: VM) -> str:
+    """Return the tag for a new share.  Raises VMError where the one that was asked for is in use."""
+    if not tag:
+        tag = first = tag_of(path)
+        number = 2
+        while tag in there:
+            tag = f"{first[:28]}-{number}"
+            number += 1
+        return tag
+    if tag not in there:
+        return tag
+    fstype, shared, may_write = there[tag]
+    mode = "writable" if may_write else "read-only"
+    change = f"unshare it first: caisson unshare {tag} --name {vm.name}, or " if fstype == "virtiofs" else ""
+    raise VMError(f"--tag {tag}: is in use for {shared} ({mode}); {change}choose another tag")
+
+
 @contextlib.contextmanager
 def _alone(vm: VM) -> Iterator[None]:
-    """Shares come and go in here, one at a time: what is half there was left so by somebody who died."""
+    """Change the shares of a VM one at a time: what is half there was left so by somebody who died."""
     try:
         lock = (vm.directory / "shares.lock").open("w")
     except FileNotFoundError:
@@ -121,7 +142,7 @@ def _plug(monitor: QMP, vm: VM, tag: str, path: str) -> None:
 
 
 def unshare(vm: VM, tag: str) -> None:
-    """Take a share out that nothing in the guest has mounted any more.  Raises VMError."""
+    """Unplug a share that nothing in the guest has mounted any more.  Raises VMError."""
     with _alone(vm):
         _unshare(vm, tag)
 
@@ -138,14 +159,14 @@ def _unshare(vm: VM, tag: str) -> None:
         with contextlib.suppress(QMPError):  # it has gone, or is about to
             monitor.execute("device_del", {"id": f"share-{tag}"})
         if not unplugged(monitor, f"share-{tag}"):
-            raise VMError(f"the guest of VM {vm.name!r} does not let go of {tag!r}: something in it has it mounted")
+            raise VMError(f"the guest of VM {vm.name!r} keeps {tag!r}: something in it has it mounted")
         with contextlib.suppress(QMPError):
             monitor.execute("chardev-remove", {"id": f"chardev-{tag}"})
     _ask(vm, {"unshare": tag})
 
 
 def _ask(vm: VM, question: dict[str, Any]) -> dict[str, Any]:
-    """What a VM's supervisor does.  Raises VMError."""
+    """Have a VM's supervisor do something; returns its answer.  Raises VMError."""
     with socket.socket(socket.AF_UNIX) as connection:
         try:
             connection.connect(str(vm.directory / "control.sock"))

@@ -1,0 +1,84 @@
+"""A guest's network without root: QEMU's user-mode network (slirp), and ports of this machine that lead into it.
+
+QEMU translates what the guest sends into sockets of its own, so the guest reaches what this user reaches.  There is no
+DHCP in the guest: the addresses are always the same, and whoever booted it tells its agent (UpdateInterface,
+UpdateRoutes).  Source: QEMU, docs/system/devices/net.rst, "Using the user mode network stack".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from caisson.image.vm.errors import VMError
+
+KINDS = ("none", "user")
+
+#: The interface's name in the guest, its MAC address (locally administered), and what slirp gives out.
+INTERFACE = "eth0"
+MAC = "52:54:00:ca:15:50"
+ADDRESS, PREFIX, GATEWAY, DNS, MTU = "10.0.2.15", 24, "10.0.2.2", "10.0.2.3", 1500
+
+#: [ADDRESS:]PORT:PORT[/udp], the first of this machine.
+RULE = re.compile(r"(?:(?P<address>[0-9.]+|localhost):)?(?P<host>\d+):(?P<guest>\d+)(?:/(?P<protocol>tcp|udp))?")
+
+#: Ports below need a capability of whoever listens on them.
+FIRST_UNPRIVILEGED = 1024
+
+
+@dataclass(frozen=True)
+class Publish:
+    """A port of this machine that leads to a port of the guest."""
+
+    host: int
+    guest: int
+    address: str = "127.0.0.1"
+    protocol: str = "tcp"
+
+    @classmethod
+    def parse(cls, text: str) -> Publish:
+        """Parse [ADDRESS:]PORT:PORT[/udp].  Raises VMError."""
+        found = RULE.fullmatch(text)
+        if not found or not all(0 < int(found[side]) < 65536 for side in ("host", "guest")):
+            raise VMError(f"--publish {text}: is not [ADDRESS:]PORT:PORT[/udp], of this machine and of the VM")
+        address = found["address"] or cls.address
+        if address == "localhost":
+            address = cls.address
+        return cls(int(found["host"]), int(found["guest"]), address, found["protocol"] or cls.protocol)
+
+    @property
+    def hostfwd(self) -> str:
+        """The rule in QEMU's words."""
+        return f"hostfwd={self.protocol}:{self.address}:{self.host}-:{self.guest}"
+
+    def __str__(self) -> str:
+        return f"{self.address}:{self.host} → {self.protocol} port {self.guest}"
+
+
+def options(publish: Sequence[Publish]) -> list[str]:
+    """Return QEMU's options for a user-mode network."""
+    rules = "".join(f",{rule.hostfwd}" for rule in publish)
+    net = f"{GATEWAY.rpartition('.')[0]}.0/{PREFIX}"
+    return [
+        "-netdev", f"user,id=net,ipv6=off,net={net},host={GATEWAY},dns={DNS}{rules}",
+        "-device", f"virtio-net-pci,netdev=net,mac={MAC},romfile=",
+    ]  # fmt: skip
+
+
+def document(kind: str, publish: Sequence[Publish]) -> dict[str, Any]:
+    """Return the network as vm.json has it: for whoever sets the guest's side up."""
+    if kind == "none":
+        return {"kind": kind}
+    return {
+        "kind": kind,
+        "interface": INTERFACE,
+        "mac": MAC,
+        "address": ADDRESS,
+        "prefix": PREFIX,
+        "gateway": GATEWAY,
+        "dns": [DNS],
+        "mtu": MTU,
+        "published": [str(rule) for rule in publish],
+    }
