@@ -24,7 +24,7 @@ from caisson.image.programs import (
     which,
 )
 from caisson.image.vm.accel import Choice, Host, choose_accelerator, choose_vsock
-from caisson.image.vm.directory import run_root
+from caisson.image.vm.runroot import run_root
 from caisson.image.vm.errors import VMError
 from caisson.proto.contract import VERSION
 

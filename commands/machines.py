@@ -40,12 +40,26 @@ def vm_for(name: str, report: Callable[[str], None], *, answering: bool = True) 
     Unless ``answering``, the caller waits for the agent of a VM that runs already.
     """
     if name or find_vm("default") is not None:
-        yield running_vm(name or "default") if answering else get_vm(name or "default")
+        vm = running_vm(name or "default") if answering else get_vm(name or "default")
+        with end_explained(vm):
+            yield vm
     else:
         directory = image_directory("", report, also=TO_BOOT)
         config = VMConfig(image=directory, name=f"exec-{os.getpid()}", on_resume=RESUME_COMMAND)
-        with VM.start(config, ready=client.ReadinessProbe(), report=report) as vm:
+        with VM.start(config, ready=client.ReadinessProbe(), report=report) as vm, end_explained(vm):
             yield vm
+
+
+@contextlib.contextmanager
+def end_explained(vm: VM) -> Iterator[None]:
+    """Say why a VM has ended, instead of what became of the connection to its agent.  Raises VMError then."""
+    try:
+        yield
+    except client.AgentError as error:
+        reason = vm.exit_reason()
+        if reason is None:
+            raise
+        raise VMError(f"VM {vm.name!r}: the VM has ended: {reason}") from error
 
 
 def image_directory(path: str, report: Callable[[str], None], also: tuple[str, ...] = ()) -> Path:

@@ -14,7 +14,8 @@ from importlib import metadata
 from pathlib import Path
 
 from caisson.commands import doctor
-from caisson.image.vm.directory import VMDirectory, run_root
+from caisson.image.vm.directory import VMDirectory
+from caisson.image.vm.runroot import run_root
 from caisson.proto.contract import VERSION
 
 #: Bytes of a log's end, and of anything else.
@@ -92,7 +93,7 @@ def _vms() -> str:
     """The VMs' directories, and whether a supervisor holds each."""
     root = run_root()
     found = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
-    lines = [f"{path.name}: {'running' if VMDirectory(path).alive() else 'not running'}" for path in found]
+    lines = [f"{path.name}: {'running' if VMDirectory(path).is_running() else 'not running'}" for path in found]
     return "\n".join([f"{root}: {len(found)} VMs", *lines]) + "\n"
 
 

@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from caisson.image.vm import exit_reason
 from caisson.image.vm.accel import Choice, is_open
+from caisson.image.vm.children import TITLES
 from caisson.image.vm.config import VMConfig, shares_to_plug
 from caisson.image.vm.directory import VMDirectory, running_vms
 from caisson.image.vm.errors import VMError
@@ -59,6 +60,7 @@ class VM:
         self._line: JSONSocket | None = None  # to the supervisor, while this is the VM's starter
         self._end: str | None = None  # why it has ended, once the supervisor has said so
         self._shown = 0  # bytes of the console that were handed on
+        self._firmware_spoke = False
 
     @property
     def name(self) -> str:
@@ -182,7 +184,9 @@ class VM:
             why = f"VM {config.name!r}: {str(error).partition(chr(10))[0]}"
             if accelerator.doubt:
                 why += f"; {accelerator.doubt}: choose --accel tcg"
-            kind = GuestDoesNotRun if isinstance(error, GuestDoesNotRun) else VMError
+            # Some back ends lack what QEMU sets up, and it gives up before the guest's first instruction.
+            never_ran = accelerator.name == "kvm" and not vm._firmware_spoke and str(error).startswith(TITLES["qemu"])
+            kind = GuestDoesNotRun if isinstance(error, GuestDoesNotRun) or never_ran else VMError
             raise kind("\n".join(filter(None, (why, vm._abandon())))) from error
         except BaseException:
             vm._abandon()
@@ -242,9 +246,11 @@ class VM:
     def _firmware_is_silent(self) -> bool:
         """Tell whether the firmware has a log, and has not printed anything: only x86's has one."""
         try:
-            return self._directory.firmware.stat().st_size == 0 and self.architecture == "amd64"
-        except (OSError, VMError):
+            empty = self._directory.firmware.stat().st_size == 0
+        except OSError:
             return False
+        self._firmware_spoke = self._firmware_spoke or not empty
+        return empty
 
     def _message(self, timeout: float | None = None) -> dict[str, Any]:
         """The supervisor's next message.  Raises VMError when it is that the VM has ended, and TimeoutError."""

@@ -22,6 +22,12 @@ def option(start):
 words = sys.argv[sys.argv.index("-append") + 1].split()
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 console = open(option("file,id=console").partition("path=")[2], "w", buffering=1)
+if "kvm" in sys.argv:
+    if "kvm-dies" in words:
+        sys.exit("qemu: failed to set MSR 0x10a to 0x69")
+    if "kvm-mute" in words:
+        open(option("file,id=firmware").partition("path=")[2], "w")
+        time.sleep(1000)
 if "mute" not in words:
     console.write("line one\\x1b[2J\\nlast words of the guest\\n")
 if "stubborn" in words:

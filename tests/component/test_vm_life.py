@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,9 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from caisson.image.vm import VM, VMConfig, VMError, find_vm, get_vm, list_vms, supervisor
+from caisson.image.vm import VM, VMConfig, VMError, accel, find_vm, get_vm, list_vms, supervisor
+from caisson.image.vm import machine as machines
 from caisson.image.vm.directory import VMDirectory
 from caisson.image.vm.jsonsocket import JSONSocket
+from caisson.image.vm.pace import slowness
 from caisson.image.vm.runroot import owned_run_root
 from tests.component.fake_qemu import install, lives, make_image, nothing_left
 from tests.support.poll import wait_until
@@ -190,6 +195,78 @@ def test_a_guest_that_powers_off_ends_the_wait(image: Images) -> None:
         vm.wait(heard.append)
     assert b"last words" in b"".join(heard)
     assert list_vms() == []
+
+
+def test_whoever_uses_a_vm_that_ends_can_say_why(image: Images) -> None:
+    vm = start(image("poweroff panic"))
+    vm.detach()
+    user = find_vm("v")
+    assert user is not None
+    assert user.exit_reason(timeout=0.1) is None
+    wait_until((vm.directory / "console.log").exists)
+    os.kill(vm.info["pids"]["qemu"], signal.SIGUSR1)
+    assert user.exit_reason(timeout=30) == "the guest's kernel panicked: Fatal exception"
+
+
+def test_one_that_was_stopped_says_so_to_whoever_used_it(image: Images) -> None:
+    vm = start(image(""))
+    vm.detach()
+    user = find_vm("v")
+    assert user is not None
+    vm.stop()
+    assert user.exit_reason() == "it was stopped"
+
+
+BOOTING = """
+import sys
+from pathlib import Path
+from caisson.image.vm import VM, VMConfig
+def never(_):
+    print("asked", flush=True)
+    return False
+try:
+    VM.start(VMConfig(Path(sys.argv[1]), name="v", accel="tcg", vsock="user"), ready=never)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("behaviour", ["", "stubborn", "qmp"])
+def test_ctrl_c_ends_a_boot_within_two_seconds(image: Images, behaviour: str) -> None:
+    words = [sys.executable, "-c", BOOTING, str(image(behaviour))]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as boot:
+        assert boot.stdout is not None
+        assert boot.stdout.readline() == b"asked\n"
+        began = time.monotonic()
+        boot.send_signal(signal.SIGINT)
+        boot.stdout.read()
+        assert boot.wait(60) == 130
+        assert time.monotonic() - began < 2 * slowness()
+
+
+@pytest.mark.parametrize("behaviour", ["kvm-dies", "kvm-mute"])
+def test_kvm_that_runs_nothing_is_found_out(
+    image: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behaviour: str
+) -> None:
+    """Behind /dev/kvm is a back end in which stock guests hang, or on which QEMU gives up."""
+    (tmp_path / "kvm").touch()
+    machine = accel.Host("x86_64", "flags\t: vmx\n", kvm=tmp_path / "kvm", vhost_vsock=tmp_path / "none")
+    monkeypatch.setattr(accel.Host, "here", lambda: machine)
+    monkeypatch.setattr(machines, "KVM_SILENCE_TIMEOUT", 1.0)
+    monkeypatch.delenv("CAISSON_ACCEL", raising=False)
+    said: list[str] = []
+    directory = image(behaviour)
+
+    def ready(agent_socket: Path) -> bool:
+        return "last words" in VMDirectory(agent_socket.parent).console_tail()
+
+    config = VMConfig(directory, name="v", accel="auto", vsock="user")
+    with VM.start(config, ready=ready, report=said.append, timeout=60) as vm:
+        assert vm.info["accel"] == "tcg"
+    assert "KVM" in said[0]
+    assert said[1].endswith("going on with TCG (emulation)")
+    with pytest.raises(VMError, match=r"KVM does not run the guest|QEMU exited with status 1"):
+        VM.start(dataclasses.replace(config, accel="kvm"), ready=ready, timeout=60)
 
 
 def test_a_stale_directory_makes_room(image: Images) -> None:
