@@ -24,8 +24,8 @@ from caisson.image.programs import (
     which,
 )
 from caisson.image.vm.accel import Choice, Host, choose_accelerator, choose_vsock
-from caisson.image.vm.runroot import run_root
 from caisson.image.vm.errors import VMError
+from caisson.image.vm.runroot import run_root
 from caisson.proto.contract import VERSION
 
 #: "ok"; "limited": it works, with less than there could be; "missing": no guest can be built or booted.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from caisson import image as images
 from caisson.agent import client
+from caisson.agent.client.connection import AgentGone
 from caisson.image.programs import DEBIAN_KEYRING, TO_BOOT, TO_BUILD, need
 from caisson.image.vm import VM, VMConfig, VMError, find_vm, get_vm
 
@@ -55,7 +56,7 @@ def end_explained(vm: VM) -> Iterator[None]:
     """Say why a VM has ended, instead of what became of the connection to its agent.  Raises VMError then."""
     try:
         yield
-    except client.AgentError as error:
+    except AgentGone as error:
         reason = vm.exit_reason()
         if reason is None:
             raise
