@@ -366,7 +366,8 @@ def test_verdicts_are_complete_and_their_tests_exist() -> None:
             file, _, name = test.partition("::")
             if file not in known:
                 tree = ast.parse((ROOT / file).read_text())
-                known[file] = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+                functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+                known[file] = {node.name for node in tree.body if isinstance(node, functions)}
             assert name in known[file], row
 
 
