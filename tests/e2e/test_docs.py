@@ -1,0 +1,59 @@
+"""The commands in README.md and docs/: every `sh` block runs as it is written, page by page.
+
+A page's blocks are one script, run by bash in a directory of its own whose path has a space.  ```sh needs=PROGRAM runs
+where there is this program, and ```sh slow where CAISSON_SLOW_DOCS is set (nightly).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import ROOT, Caisson
+
+pytestmark = pytest.mark.vm
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+#: Seconds for all commands of a page, with guests that are emulated.
+TIMEOUT = 900
+
+BLOCK = re.compile(r"^```sh([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def script(page: Path) -> str:
+    """The page's blocks that can run here."""
+    parts = []
+    for words, text in BLOCK.findall(page.read_text()):
+        needed = re.findall(r"needs=(\S+)", words)
+        slow = "slow" in words.split() and not os.environ.get("CAISSON_SLOW_DOCS")
+        if not slow and all(shutil.which(program) for program in needed):
+            parts.append(text)
+    return "\n".join(parts)
+
+
+def test_pages_show_commands() -> None:
+    assert any(script(page) for page in PAGES)
+
+
+@pytest.mark.timeout(TIMEOUT)
+@pytest.mark.parametrize("page", [page for page in PAGES if script(page)], ids=lambda page: page.name)
+def test_a_pages_commands_run_as_written(page: Path, own: Caisson, tmp_path: Path) -> None:
+    place = tmp_path / "a directory"
+    (place / ".bin").mkdir(parents=True)
+    shutil.copy(ROOT / "README.md", place)
+    command = place / ".bin/caisson"
+    command.write_text('#!/bin/sh\nexec {} "$@"\n'.format(" ".join(f"'{word}'" for word in own.argv())))
+    command.chmod(0o755)
+    environment = own.environment | {"PATH": f"{place / '.bin'}:{os.environ['PATH']}", "HOME": str(place)}
+    environment.setdefault("CAISSON_CACHE", str(Path.home() / ".cache/caisson"))
+    done = subprocess.run(
+        ["bash", "-e", "-o", "pipefail", "-x", "-c", script(page)], cwd=place, env=environment,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
