@@ -11,7 +11,7 @@ import pytest
 
 from caisson.agent.client.foreground import execute
 from caisson.proto.caisson import caisson_pb2
-from tests.native.agent_support import RunningAgent, output, refused, run, sh
+from tests.native.agent_support import RunningAgent, output, refused, sh
 
 pytestmark = pytest.mark.root
 Code = grpc.StatusCode
@@ -23,45 +23,36 @@ def methods(agent: RunningAgent) -> list[str]:
     return [line["method"] for line in lines if line.get("msg") == "request"]
 
 
-def test_a_container_is_made_once_and_with_it_the_sandbox(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            spec = agent.spec("/bin/sleep", "1000").SerializeToString()
-            request = caisson_pb2.EnsureRunningRequest(container_id="box", spec=spec)
-            assert (await client.guest.EnsureRunning(request)).created
-            assert not (await client.guest.EnsureRunning(request)).created
-            assert await output(await sh(client.container("box"), "echo runs")) == b"runs\n"
-            request.spec = b"\xff"  # not looked at
-            assert not (await client.guest.EnsureRunning(request)).created
-
-    run(work())
+async def test_a_container_is_made_once_and_with_it_the_sandbox(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        spec = agent.spec("/bin/sleep", "1000").SerializeToString()
+        request = caisson_pb2.EnsureRunningRequest(container_id="box", spec=spec)
+        assert (await client.guest.EnsureRunning(request)).created
+        assert not (await client.guest.EnsureRunning(request)).created
+        assert await output(await sh(client.container("box"), "echo runs")) == b"runs\n"
+        request.spec = b"\xff"  # not looked at
+        assert not (await client.guest.EnsureRunning(request)).created
 
 
-def test_a_container_that_was_created_is_started_and_one_that_has_ended_is_replaced(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            await client.create_sandbox()
-            made = await client.create_container("box", agent.spec("/bin/sh", "-c", "read line; exit 3"))
-            spec = agent.spec("/bin/sleep", "1000").SerializeToString()
-            request = caisson_pb2.EnsureRunningRequest(container_id="box", spec=spec)
-            assert not (await client.guest.EnsureRunning(request)).created
-            await made.init().close_stdin()
-            assert await made.init().wait() in (1, 3)
-            assert (await client.guest.EnsureRunning(request)).created
-            assert await output(await sh(client.container("box"), "echo again")) == b"again\n"
-
-    run(work())
+async def test_a_container_that_was_created_is_started_and_one_that_has_ended_is_replaced(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        await client.create_sandbox()
+        made = await client.create_container("box", agent.spec("/bin/sh", "-c", "read line; exit 3"))
+        spec = agent.spec("/bin/sleep", "1000").SerializeToString()
+        request = caisson_pb2.EnsureRunningRequest(container_id="box", spec=spec)
+        assert not (await client.guest.EnsureRunning(request)).created
+        await made.init().close_stdin()
+        assert await made.init().wait() in (1, 3)
+        assert (await client.guest.EnsureRunning(request)).created
+        assert await output(await sh(client.container("box"), "echo again")) == b"again\n"
 
 
-def test_many_callers_at_once_get_the_same_container(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            spec = agent.spec("/bin/sleep", "1000").SerializeToString()
-            request = caisson_pb2.EnsureRunningRequest(container_id="box", spec=spec)
-            answers = await asyncio.gather(*(client.guest.EnsureRunning(request) for _ in range(20)))
-            assert sum(answer.created for answer in answers) == 1
-
-    run(work())
+async def test_many_callers_at_once_get_the_same_container(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        spec = agent.spec("/bin/sleep", "1000").SerializeToString()
+        request = caisson_pb2.EnsureRunningRequest(container_id="box", spec=spec)
+        answers = await asyncio.gather(*(client.guest.EnsureRunning(request) for _ in range(20)))
+        assert sum(answer.created for answer in answers) == 1
 
 
 @pytest.mark.parametrize(
@@ -72,16 +63,13 @@ def test_many_callers_at_once_get_the_same_container(agent: RunningAgent) -> Non
         ("../x", b"", Code.INVALID_ARGUMENT),
     ],
 )
-def test_what_cannot_be_made_leaves_nothing(
+async def test_what_cannot_be_made_leaves_nothing(
     agent: RunningAgent, container_id: str, spec: bytes, code: grpc.StatusCode
 ) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            request = caisson_pb2.EnsureRunningRequest(container_id=container_id, spec=spec)
-            assert (await refused(client.guest.EnsureRunning(request)))[0] is code
-            await client.ensure_container("box", agent.spec())
-
-    run(work())
+    async with agent.connect() as client:
+        request = caisson_pb2.EnsureRunningRequest(container_id=container_id, spec=spec)
+        assert (await refused(client.guest.EnsureRunning(request)))[0] is code
+        await client.ensure_container("box", agent.spec())
 
 
 class Machine:

@@ -1,0 +1,119 @@
+"""A Kata 3.x host for tests: typed calls over ttrpc, to an agent whose /run/kata-containers is its own."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from caisson.agent.rpc.codes import StatusCode
+from caisson.agent.rpc.ttrpc.client import Client, RpcError, Stub
+from caisson.proto.kata3 import agent_pb2, oci_pb2
+from tests.native.agent_support import RunningAgent
+
+#: In a mount namespace, and a network namespace, of its own.
+APART = (
+    "unshare", "--mount", "--net", "sh", "-c",
+    'mkdir -p /run/kata-containers && mount -t tmpfs tmpfs /run/kata-containers && exec "$@"', "sh",
+)  # fmt: skip
+SHARED = "/run/kata-containers/shared/containers"
+
+
+class Host:
+    """One connection; ``rpc`` has every method by its name."""
+
+    def __init__(self, client: Client, rootfs: Path) -> None:
+        self._client = client
+        self._rootfs = rootfs
+        self.rpc: Any = Stub(client, agent_pb2.DESCRIPTOR.services_by_name["AgentService"])
+
+    @classmethod
+    async def connect(cls, agent: RunningAgent) -> Host:
+        return cls(await Client.connect(agent.socket), agent.rootfs)
+
+    async def __aenter__(self) -> Host:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.close()
+
+    def spec(self, *args: str, **fields: Any) -> oci_pb2.Spec:
+        """The least that runs: a busybox root, and what every container has."""
+        mounts = [oci_pb2.Mount(destination="/proc", type="proc", source="proc")]
+        return oci_pb2.Spec(
+            Version="1.2.0",
+            Root=oci_pb2.Root(Path=fields.pop("root", str(self._rootfs)), Readonly=fields.pop("readonly", True)),
+            Mounts=[*mounts, *fields.pop("mounts", [])],
+            Process=oci_pb2.Process(
+                Args=args or ["/bin/sleep", "1000"], Env=["PATH=/bin"], Cwd="/", **fields.pop("process", {})
+            ),
+            Linux=oci_pb2.Linux(Namespaces=[oci_pb2.LinuxNamespace(Type="mount")]),
+            **fields,
+        )
+
+    async def create(self, container_id: str, spec: oci_pb2.Spec | None = None, **fields: Any) -> None:
+        request = agent_pb2.CreateContainerRequest(
+            container_id=container_id, exec_id=container_id, OCI=spec or self.spec(), **fields
+        )
+        await self.rpc.CreateContainer(request)
+
+    async def run(self, container_id: str, spec: oci_pb2.Spec | None = None, **fields: Any) -> None:
+        await self.create(container_id, spec, **fields)
+        await self.rpc.StartContainer(agent_pb2.StartContainerRequest(container_id=container_id))
+
+    async def remove(self, container_id: str) -> None:
+        await self.rpc.RemoveContainer(agent_pb2.RemoveContainerRequest(container_id=container_id))
+
+    async def sh(self, container_id: str, script: str) -> str:
+        """What a shell script in a container writes."""
+        exec_id = uuid.uuid4().hex
+        process = oci_pb2.Process(Args=["/bin/sh", "-c", script], Env=["PATH=/bin"], Cwd="/")
+        request = agent_pb2.ExecProcessRequest(container_id=container_id, exec_id=exec_id, process=process)
+        await self.rpc.ExecProcess(request)
+        return (await self.output(container_id, exec_id)).decode()
+
+    async def output(self, container_id: str, exec_id: str = "") -> bytes:
+        """All of a process's standard output: its end is an empty answer."""
+        request = agent_pb2.ReadStreamRequest(container_id=container_id, exec_id=exec_id, len=32 << 10)
+        pieces = []
+        while data := (await self.rpc.ReadStdout(request)).data:
+            pieces.append(data)
+        return b"".join(pieces)
+
+
+async def refused(call: Any) -> tuple[StatusCode, str]:
+    """The status and text of a call that must fail."""
+    try:
+        await call
+    except RpcError as error:
+        return error.code, error.text
+    raise AssertionError("the call was to be refused")
+
+
+@pytest.fixture
+def apart(tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path) -> Iterator[RunningAgent]:
+    """An agent with mounts and a network of its own; it ends with its sandbox, or when told to."""
+    running = RunningAgent(tmp_path, nsexec_path, busybox_rootfs, "--hotplug-timeout=100ms", within=APART)
+    yield running
+    running.stop()
+    assert list(running.state.rglob("*")) == []
+    assert running.cgroups() == []
+    assert "a bug in a handler" not in running.log.read_text()
+
+
+def inside(agent: RunningAgent, path: str) -> Path:
+    """A path as the agent sees it."""
+    return Path(f"/proc/{agent.pid}/root{path}")
+
+
+def mounts(agent: RunningAgent, path: str) -> list[str]:
+    """Types and options of what is mounted on a path of the agent's."""
+    found = []
+    for line in Path(f"/proc/{agent.pid}/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        if before.split()[4] == path:
+            found.append(" ".join([after.split()[0], before.split()[5], after.split()[2]]))
+    return found
