@@ -127,8 +127,8 @@ def _timeline(vm: VM, began: float, firmware_times: list[float], answered: float
     times = asyncio.run(client.boot_times(vm.agent_socket))
     document = vm.info
     firmware = (firmware_times[0], firmware_times[-1]) if firmware_times else None
-    host = timelines.Host(began, document["spawned"], firmware, answered)
-    guest = timelines.Guest(times.marks, times.imports, times.kernel_log, times.ahead, times.error)
+    host = timelines.HostTimes(began, document["spawned"], firmware, answered)
+    guest = timelines.GuestTimes(times.marks, times.imports, times.kernel_log, times.ahead, times.error)
     release, accel = vm.manifest["kernel"]["release"], document["accel"].upper()
     return timelines.timeline(f"{vm.manifest['name']}, Linux {release}, {accel}: from boot-vm to ready", host, guest)
 

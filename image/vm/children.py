@@ -20,7 +20,7 @@ TERM_TIMEOUT = 0.6
 TITLES = {"qemu": "QEMU", "vsock": "the vsock device"}
 
 
-class Children:
+class ChildProcesses:
     """Child processes by name.  As a context manager it ends them all, the last one first."""
 
     def __init__(self, log: IO[bytes], grace: float = TERM_TIMEOUT) -> None:

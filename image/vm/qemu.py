@@ -73,7 +73,7 @@ MEMORY_SLOTS = 8
 
 
 @dataclass(frozen=True)
-class Program:
+class QemuProgram:
     """A QEMU; ``title`` is the version as it says it, with the distribution's."""
 
     path: str
@@ -173,7 +173,7 @@ def architecture_of(manifest: Mapping[str, Any]) -> Architecture:
     return ARCHITECTURES[name]
 
 
-def probe(architecture: Architecture) -> Program:
+def probe(architecture: Architecture) -> QemuProgram:
     """A usable QEMU.  Raises VMError that says what to install."""
     program = which(architecture.program)
     if program is None:
@@ -186,7 +186,7 @@ def probe(architecture: Architecture) -> Program:
     version = int(found[1]), int(found[2])
     if version < OLDEST:
         raise VMError(f"{program} is {found[0]}; QEMU {OLDEST[0]}.{OLDEST[1]} or newer is needed")
-    return Program(program, version, answer.partition("version ")[2].splitlines()[0].strip())
+    return QemuProgram(program, version, answer.partition("version ")[2].splitlines()[0].strip())
 
 
 def parameters(manifest: Mapping[str, Any], architecture: Architecture, accelerator: str, append: str = "") -> str:
@@ -239,7 +239,7 @@ def root(image: Path, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def command(
-    program: Program, image: Path, manifest: Mapping[str, Any], devices: Devices, wanted: Wanted
+    program: QemuProgram, image: Path, manifest: Mapping[str, Any], devices: Devices, wanted: Wanted
 ) -> Sequence[str]:
     """The command that boots an image."""
     architecture = architecture_of(manifest)

@@ -35,7 +35,7 @@ from typing import IO, Any
 
 from caisson.image.vm import exit_reason, network, qemu, vsock
 from caisson.image.vm.accel import Choice
-from caisson.image.vm.children import Children
+from caisson.image.vm.children import ChildProcesses
 from caisson.image.vm.directory import VMDirectory, janitor
 from caisson.image.vm.errors import VMError
 from caisson.image.vm.exit_reason import POWERED_OFF, STOPPED
@@ -140,7 +140,7 @@ class Supervisor:
         # What runs here, also when the image has gone from the builder's cache.
         (directory.path / "image.json").write_text(text)
         program = qemu.probe(qemu.architecture_of(manifest))
-        with directory.qemu_log.open("wb") as log, Children(log) as children, contextlib.ExitStack() as stack:
+        with directory.qemu_log.open("wb") as log, ChildProcesses(log) as children, contextlib.ExitStack() as stack:
             children.set_quit("qemu", self._quit_qemu)
             source = Path(config["snapshot"]) if config["snapshot"] else None
             if config["savable"] or (source and transport.name == "user"):
@@ -231,7 +231,7 @@ class Supervisor:
         self._directory.write(self._info)
         send(self._starter, {"info": self._info})
 
-    def _watch(self, children: Children, control: socket.socket, shares: Shares) -> None:
+    def _watch(self, children: ChildProcesses, control: socket.socket, shares: Shares) -> None:
         """Wait for whatever ends the VM; raises Ended."""
         watched: list[Any] = [self._starter, self._stop, control, *children.pidfds]
         directory = self._directory
@@ -249,7 +249,7 @@ class Supervisor:
             if control in ready:
                 self._answer(control, shares)
 
-    def _check_suspend(self, children: Children) -> None:
+    def _check_suspend(self, children: ChildProcesses) -> None:
         """Run what was asked for if the host was suspended."""
         words, suspended = self._config["on_resume"], self._suspended()
         if words and suspended - self._noticed > MIN_SUSPENDED:
@@ -270,7 +270,7 @@ class Supervisor:
             self._publish()
             lines.send(answer)
 
-    def _handle_starter(self, children: Children) -> bool:
+    def _handle_starter(self, children: ChildProcesses) -> bool:
         """Do what the starter says; whether there is more to come.  Raises Ended when it has gone."""
         while True:
             try:

@@ -49,7 +49,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Host:
+class HostTimes:
     """This machine's times (CLOCK_MONOTONIC, seconds): the VM asked for, QEMU started, the firmware's first and last
     message (None where it says nothing), the agent's answer."""
 
@@ -60,7 +60,7 @@ class Host:
 
 
 @dataclass(frozen=True)
-class Guest:
+class GuestTimes:
     """The guest's times (its CLOCK_MONOTONIC, seconds): places that the agent came by, and imports with begin and end;
     and its kernel's log, as records of /dev/kmsg.  This machine's clock is ``ahead`` of the guest's, give or take
     ``error``."""
@@ -132,21 +132,21 @@ def _rounded(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Record:
+class LogRecord:
     """A record of the kernel's log: when, by the log's clock (seconds), and what."""
 
     at: float
     text: str
 
 
-def records(log: str) -> Iterator[Record]:
+def records(log: str) -> Iterator[LogRecord]:
     """The records of /dev/kmsg: ``priority,sequence,microseconds,flags;text``; lines of dictionaries are indented."""
     for line in log.splitlines():
         if found := re.match(r"\d+,\d+,(\d+),[^;]*;(.*)", line):
-            yield Record(int(found[1]) / 1e6, found[2])
+            yield LogRecord(int(found[1]) / 1e6, found[2])
 
 
-def timeline(what: str, host: Host, guest: Guest) -> Timeline:
+def timeline(what: str, host: HostTimes, guest: GuestTimes) -> Timeline:
     """The spans of a boot.  Raises TimelineError."""
     log = list(records(guest.kernel_log))
     kernel = _Kernel(log, guest.ahead - host.asked)
@@ -222,7 +222,7 @@ def _nested(spans: Sequence[Span]) -> list[Span]:
 class _Kernel:
     """What the kernel's log tells, on this machine's clock.  ``init`` is when it started init."""
 
-    def __init__(self, log: Sequence[Record], ahead: float) -> None:
+    def __init__(self, log: Sequence[LogRecord], ahead: float) -> None:
         """``ahead``: this machine's clock, less the guest's monotonic one.  Raises TimelineError."""
         self._log = log
         clocks = [(record.at, int(found[1]) / 1e6) for record in log if (found := CLOCK.fullmatch(record.text))]

@@ -59,7 +59,7 @@ class Machine:
 
     def __init__(self, caisson: Caisson, work: Path) -> None:
         self._directory = caisson.run_directory / "bench"
-        self._serial_path = work / "serial.sock"
+        self._serial_path = self._directory / "serial.sock"  # QEMU can write nowhere else
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self._port = probe.getsockname()[1]
         command = ("boot-vm", "--name", "bench", "--detach", "--memory", "1024")

@@ -32,9 +32,9 @@ USER = 0x7F00_0000_0000  # where "QEMU" sees the guest's memory
 GUEST = 0x1000_0000  # where the guest does
 RING_SIZE = 128
 SLOT = 64 << 10
-START = "import sys; sys.path.insert(0, {0!r}); from vhost_user.__main__ import main\n"
-START += "from vhost_user.limits import Limits\n"
-START += "limits = Limits(); limits.__dict__.update({1!r}); sys.exit(main(sys.argv[1:], limits))"
+START = "import sys; sys.path.insert(0, {0!r}); from vhost_user.process import main\n"
+START += "from vhost_user.limits import DeviceLimits\n"
+START += "limits = DeviceLimits(); limits.__dict__.update({1!r}); sys.exit(main(sys.argv[1:], limits))"
 
 
 class Backend:

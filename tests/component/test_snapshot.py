@@ -109,7 +109,7 @@ def test_one_of_another_time_says_the_way_out(tmp_path: Path, cache: Path) -> No
 def rendered(vsock: str, fd: int, *, clone: bool) -> list[str]:
     devices = qemu.Devices(Path("/c"), Path("/q"), vsock, vsock_fd=fd, cid=77, ram=Path("/r,1"), clone=clone)
     wanted = qemu.Wanted("v", "tcg", memory=256, cpus=1)
-    return list(qemu.command(qemu.Program("qemu", (10, 0)), Path("/image"), MANIFEST, devices, wanted))
+    return list(qemu.command(qemu.QemuProgram("qemu", (10, 0)), Path("/image"), MANIFEST, devices, wanted))
 
 
 def test_the_machine_of_a_template_lacks_what_cannot_be_saved() -> None:

@@ -9,14 +9,17 @@ import signal
 import socket
 import stat
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import caisson.image.vm.vsock.vhost_user as package
 from caisson.image.vm.vsock.vhost_user import packet
 from caisson.image.vm.vsock.vhost_user import protocol as p
-from caisson.image.vm.vsock.vhost_user.memory import AddressError, Memory
+from caisson.image.vm.vsock.vhost_user.memory import GuestAddressError, Memory
 from tests.component.fake_guest import CID, GUEST, USER, Backend, Guest, Start, starter
 
 
@@ -167,14 +170,14 @@ def test_memory_checks_every_bound() -> None:
     assert bytes(memory.view(0x2000, 4)) == bytes(memory.ring(0xF000, 4)) == b"half"
     assert len(memory.view(0x8000, 0x1000)) == 0x1000
     for address, length in [(0xFFF, 1), (0x1FFF, 2), (0x3000, 1), (0x8001, 0x1000), (1 << 64, 1), ((1 << 64) - 1, 2)]:
-        with pytest.raises(AddressError):
+        with pytest.raises(GuestAddressError):
             memory.view(address, length)
     for address, length in [(0xFFF, 2), (0x2FFF, 2), (0x8000, 1 << 32), ((1 << 64) - 8, 1 << 32)]:
-        with pytest.raises(AddressError):
+        with pytest.raises(GuestAddressError):
             memory.views(address, length)
-    with pytest.raises(AddressError):
+    with pytest.raises(GuestAddressError):
         memory.ring(0x8FFF, 2)
-    with pytest.raises(AddressError, match="in a file of"):
+    with pytest.raises(GuestAddressError, match="in a file of"):
         Memory.map([(0, 0x4000, 0, 0x1000)], [fd])
     os.close(fd)
 
@@ -314,3 +317,11 @@ def test_a_small_packet_is_given_back_soon(start: Start) -> None:
     stream.packet(packet.CREDIT_UPDATE)
     guest.until(lambda: guest.tx.used[1] == guest.tx.index)
     sock.close()
+
+
+def test_it_starts_without_a_warning(tmp_path: Path) -> None:
+    """Newer Pythons warn of a package that a program gives itself."""
+    home = Path(package.__file__).parent
+    words = [sys.executable, "-I", "-S", "-W", "error", str(home), "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")

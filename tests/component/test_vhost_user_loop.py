@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from caisson.image.vm.vsock.vhost_user.log import Log
+from caisson.image.vm.vsock.vhost_user.log import RateLimitedLog
 from caisson.image.vm.vsock.vhost_user.loop import POLL_BACKOFF, Loop
 
 
@@ -57,7 +57,7 @@ def calls() -> Iterator[Calls]:
 
 def run(calls: Calls, patience: float, turns: int) -> list[str]:
     """What the loop asked for in so many turns."""
-    loop = Loop(Log("test", 20), patience)
+    loop = Loop(RateLimitedLog("test", 20), patience)
 
     def turned() -> None:
         if calls.made.count("turn") == turns:

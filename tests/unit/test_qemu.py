@@ -30,7 +30,7 @@ def render(
 ) -> Sequence[str]:
     devices = qemu.Devices(Path("/vm/console,1.log"), Path("/vm/qmp.sock"), vsock, vsock_fd=9, cid=77)
     return qemu.command(
-        qemu.Program("qemu", version), Path("/image"), MANIFEST | {"arch": arch} | more, devices,
+        qemu.QemuProgram("qemu", version), Path("/image"), MANIFEST | {"arch": arch} | more, devices,
         qemu.Wanted("v", accelerator, memory=256, cpus=cpus, **wanted),
     )  # fmt: skip
 
@@ -61,7 +61,7 @@ def test_emulation_with_our_own_device() -> None:
 def test_the_users_words_come_last() -> None:
     devices = qemu.Devices(Path("/c"), Path("/q"), "user", vsock_fd=9, cid=77)
     words = qemu.command(
-        qemu.Program("qemu", (10, 0)), Path("/image"), MANIFEST, devices,
+        qemu.QemuProgram("qemu", (10, 0)), Path("/image"), MANIFEST, devices,
         qemu.Wanted("v", "kvm", memory=256, cpus=1, append="agent.log=debug loglevel=7"),
     )  # fmt: skip
     assert after(words, "-append") == ["console=ttyS0 quiet panic=-1 agent.log=debug loglevel=7"]
@@ -140,7 +140,7 @@ def test_old_versions_are_refused(
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     if version:
-        assert qemu.probe(qemu.ARCHITECTURES["amd64"]) == qemu.Program(str(program), version, answer)
+        assert qemu.probe(qemu.ARCHITECTURES["amd64"]) == qemu.QemuProgram(str(program), version, answer)
     else:
         with pytest.raises(VMError, match=r"7\.2 or newer"):
             qemu.probe(qemu.ARCHITECTURES["amd64"])

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from caisson.image.vm.drawing import svg
-from caisson.image.vm.timeline import Guest, Host, Span, Timeline, TimelineError, timeline
+from caisson.image.vm.timeline import GuestTimes, HostTimes, Span, Timeline, TimelineError, timeline
 from tests.native.agent_support import ROOT
 
 RECORDED: dict[str, Any] = json.loads((ROOT / "tests/unit/data/boot.json").read_text())
-HOST = Host(**RECORDED["host"])
-GUEST = Guest(**RECORDED["guest"])
+HOST = HostTimes(**RECORDED["host"])
+GUEST = GuestTimes(**RECORDED["guest"])
 SVG = "{http://www.w3.org/2000/svg}"
 
 

@@ -69,11 +69,11 @@ def test_9p_is_used_where_the_kernel_has_it(tmp_path: Path, shares: list[str] | 
 def test_a_user_network_is_qemus_own(tmp_path: Path) -> None:
     devices = qemu.Devices(Path("/c"), Path("/q"), "user", vsock_fd=3, cid=3)
     wanted = qemu.Wanted("v", "tcg", 256, 1, network="user", publish=[Publish.parse("127.0.0.2:8080:80")])
-    words = list(qemu.command(qemu.Program("qemu", (7, 2)), Path("/i"), MANIFEST, devices, wanted))
+    words = list(qemu.command(qemu.QemuProgram("qemu", (7, 2)), Path("/i"), MANIFEST, devices, wanted))
     netdev = words[words.index("-netdev") + 1]
     assert netdev.startswith("user,") and netdev.endswith(",hostfwd=tcp:127.0.0.2:8080-:80")
     none = qemu.Wanted("v", "tcg", 256, 1)
-    assert "-netdev" not in qemu.command(qemu.Program("qemu", (7, 2)), Path("/i"), MANIFEST, devices, none)
+    assert "-netdev" not in qemu.command(qemu.QemuProgram("qemu", (7, 2)), Path("/i"), MANIFEST, devices, none)
 
 
 @pytest.mark.parametrize("text", ["80", "80:", ":80", "a:b", "80:70000", "0:80", "1.2.3.4:80", "80:80/sctp", "8:8,x=1"])

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from caisson.image.programs import which
-from caisson.image.vm.children import Children
+from caisson.image.vm.children import ChildProcesses
 from caisson.image.vm.directory import VMDirectory
 from caisson.image.vm.errors import VMError
 from caisson.image.vm.sandbox import VIRTIOFSD, Confinement
@@ -67,7 +67,7 @@ def command(directory: Path, fd: int, *, writable: bool) -> list[str]:
 class Shares:
     """The directories of one VM that are served so: ``served`` has path and writability by their tags."""
 
-    def __init__(self, directory: VMDirectory, children: Children) -> None:
+    def __init__(self, directory: VMDirectory, children: ChildProcesses) -> None:
         self.served: dict[str, tuple[str, bool]] = {}
         self._directory = directory
         self._children = children

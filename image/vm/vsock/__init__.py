@@ -48,7 +48,7 @@ START_TIMEOUT = 20.0
 
 
 @dataclass(frozen=True)
-class Device:
+class Backend:
     """A vsock device: ``command`` runs its back end, which needs ``backend_fds``; ``fd`` and ``cid`` are for QEMU."""
 
     command: Sequence[str]
@@ -81,7 +81,7 @@ def backend(kind: str, directory: VMDirectory, cid: int, more: Sequence[str]) ->
 
 
 @contextlib.contextmanager
-def prepare(kind: str, directory: VMDirectory, user_cid: int = USER_CID) -> Iterator[Device]:
+def prepare(kind: str, directory: VMDirectory, user_cid: int = USER_CID) -> Iterator[Backend]:
     """Open what a device of a kind (``user`` or ``vhost``) needs for the VM in a directory.  Raises VMError."""
     with contextlib.ExitStack() as stack:
         ready, ready_there = os.pipe()
@@ -101,7 +101,7 @@ def prepare(kind: str, directory: VMDirectory, user_cid: int = USER_CID) -> Iter
             fd, cid = open_vhost()
             inherited.callback(os.close, fd)
         command = backend(kind, directory, cid, words)
-        yield Device(command, backend_fds, fd, cid, ready, inherited)
+        yield Backend(command, backend_fds, fd, cid, ready, inherited)
 
 
 def open_vhost(device: Path = VHOST_VSOCK, ioctl: Callable[[int, int, bytes], object] = fcntl.ioctl) -> tuple[int, int]:

@@ -1,148 +1,16 @@
 """``python -m caisson.image.vm.vsock.vhost_user --fd N --cid CID --socket DIR/vsock.sock --raw DIR/agent.sock=1024``
 
-Serves QEMU on descriptor N, or as who first connects to --listen PATH, until it closes it (exit status 0) or SIGTERM
-comes, and removes its sockets.  SIGUSR1 says that the guest was reset: its connections are closed now instead of when
-its driver starts again.
+Or ``python -I -S DIRECTORY …``, which starts without the packages around it and what they import: then there is no
+package yet that relative imports could refer to, and it is imported as one of its own.
 """
 
 from __future__ import annotations
 
-import argparse
+import importlib
 import os
-import resource
-import select
-import signal
-import socket
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
 
-if not __package__:  # run as a directory, without the packages around it and what they import
+if not __package__:
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120
-    __package__ = "vhost_user"
 
-from .device import Device
-from .host import Handshakes, HostError, Listener, dial
-from .limits import Limits
-from .log import Log
-from .loop import Loop
-from .protocol import Channel
-from .session import Session
-
-
-def main(argv: Sequence[str] | None = None, limits: Limits | None = None) -> int:
-    """Run the device; returns the exit status: 0, 1 for a broken control socket, 2 for wrong arguments."""
-    options = arguments(argv)
-    limits = limits or Limits()
-    log = Log(f"vsock {options.cid}", limits.log_burst)
-    if sys.byteorder != "little":
-        log("virtio is little-endian, this machine is not")
-        return 2
-    more_descriptors()
-    try:
-        control = socket.socket(fileno=options.fd) if options.listen is None else accepted(options.listen)
-    except OSError as error:
-        log(f"{options.listen or f'--fd {options.fd}'}: {error.strerror}")
-        return 2
-    loop = Loop(log, limits.busy_poll)
-    device = Device(options.cid, loop, log, limits, lambda port: dial(f"{options.socket}_{port}"))
-    handshakes = Handshakes(loop, log, limits, partial(device.connect, greet=True))
-    listeners: list[Listener] = []
-
-    def has_room() -> bool:
-        return device.has_room(handshakes.count)
-
-    def listen(path: str, accepted: Callable[[socket.socket], None]) -> None:
-        listeners.append(Listener(path, loop, log, limits, has_room, accepted))
-
-    watch_signals(loop, device)
-    session = Session(Channel(control), device, loop, log)
-    try:
-        listen(options.socket, handshakes.begin)
-        for path, port in options.raw:
-            listen(path, partial(device.connect, port=port, greet=False))
-        if options.ready_fd is not None:
-            announce(options.ready_fd)
-        return loop.run(device)
-    except HostError as error:
-        log(str(error))
-        return 2
-    finally:
-        for listener in listeners:
-            listener.close()
-        session.close()
-        loop.close()
-
-
-def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="vhost_user", description="A virtio-vsock device for QEMU, in user space.")
-    control = parser.add_mutually_exclusive_group(required=True)
-    control.add_argument("--fd", type=int, help="connected socket to QEMU's vhost-user chardev")
-    control.add_argument("--listen", metavar="PATH", help="or where QEMU is to connect")
-    parser.add_argument("--cid", type=cid, required=True, help="the guest's context id, 3 or more")
-    parser.add_argument("--socket", required=True, help="hybrid socket; the guest's connections go to SOCKET_PORT")
-    parser.add_argument("--raw", type=raw, action="append", default=[], metavar="PATH=PORT", help="for one guest port")
-    parser.add_argument("--ready-fd", type=int, help="gets a newline, and is closed, when the sockets listen")
-    return parser.parse_args(argv)
-
-
-def accepted(path: str) -> socket.socket:
-    """The first connection to a Unix socket of this path, which is gone then.  Raises OSError."""
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(path)
-        try:
-            server.listen(1)
-            return server.accept()[0]
-        finally:
-            os.unlink(path)  # noqa: PTH108
-
-
-def cid(text: str) -> int:
-    number = int(text)
-    if not 3 <= number < 0xFFFFFFFF:
-        raise argparse.ArgumentTypeError(f"{text} is not a guest's context id (3 to 4294967294)")
-    return number
-
-
-def raw(text: str) -> tuple[str, int]:
-    path, equals, port = text.rpartition("=")
-    if not equals or not path or not port.isdigit() or int(port) >= 0xFFFFFFFF:
-        raise argparse.ArgumentTypeError(f"{text!r} is not PATH=PORT")
-    return path, int(port)
-
-
-def announce(fd: int) -> None:
-    """Say that the sockets listen."""
-    try:
-        os.write(fd, b"\n")
-        os.close(fd)
-    except OSError as error:
-        raise HostError(f"--ready-fd {fd}: {error.strerror}") from None
-
-
-def more_descriptors() -> None:
-    """Each connection is a descriptor: use all that we may."""
-    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 8192 if hard == resource.RLIM_INFINITY else min(8192, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def watch_signals(loop: Loop, device: Device) -> None:
-    """Signals as events: a handler between two byte codes of anything else would find it half done."""
-    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-
-    def ready(mask: int) -> None:
-        for number in os.read(reader, 64):
-            if number == signal.SIGUSR1:
-                device.drop_connections()
-            else:
-                loop.stop(0)
-
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: None)
-    loop.add(reader, select.EPOLLIN, ready, lambda error: loop.stop(1))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+sys.exit(importlib.import_module(f"{__package__ or 'vhost_user'}.process").main())

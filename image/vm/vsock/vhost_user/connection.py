@@ -11,8 +11,8 @@ import select
 import socket
 
 from . import packet
-from .limits import BufferPool, Limits
-from .log import Log, describe
+from .limits import BufferPool, DeviceLimits
+from .log import RateLimitedLog, describe
 from .loop import Loop, Timer
 from .packet import COUNTER_MASK, HEADER, SHUTDOWN_BOTH, SHUTDOWN_RCV, SHUTDOWN_SEND, cut
 from .rx import Buffer, RxBuffers, RxQueue
@@ -48,20 +48,20 @@ class Owner(Protocol):
 
     cid: int
     loop: Loop
-    log: Log
-    limits: Limits
+    log: RateLimitedLog
+    limits: DeviceLimits
     pool: BufferPool
     rx: RxQueue
     running: bool
 
-    def reset(self, connection: Connection) -> None:
+    def reset(self, connection: VsockConnection) -> None:
         """End a connection, by RST if the guest knows of it."""
 
-    def closed(self, connection: Connection, granted: int) -> None:
+    def closed(self, connection: VsockConnection, granted: int) -> None:
         """Count a connection out that has closed its socket and gives ``granted`` bytes of buf_alloc back."""
 
 
-class Connection:
+class VsockConnection:
     """A stream.  ``greet``: the host program expects ``OK <port>`` when the guest has accepted."""
 
     def __init__(

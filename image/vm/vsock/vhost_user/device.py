@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from . import packet
 from .connection import ConnectionProtocolError
-from .limits import Limits
-from .log import Log, describe
+from .limits import DeviceLimits
+from .log import RateLimitedLog, describe
 from .loop import Loop
 from .memory import Memory
 from .packet import HEADER, HOST_CID, behind, cut
@@ -17,10 +17,12 @@ from .rx import RxQueue
 from .table import ConnectionTable
 
 
-class Device:
+class VsockDevice:
     """The state of one vsock device; ``dial`` is ConnectionTable's."""
 
-    def __init__(self, cid: int, loop: Loop, log: Log, limits: Limits, dial: Callable[[int], socket.socket]) -> None:
+    def __init__(
+        self, cid: int, loop: Loop, log: RateLimitedLog, limits: DeviceLimits, dial: Callable[[int], socket.socket]
+    ) -> None:
         self.cid = cid
         self.rx = Ring("rx", writable=True)
         self.tx = Ring("tx", writable=False)

@@ -13,8 +13,8 @@ import socket
 import stat
 from collections.abc import Callable
 
-from .limits import Limits
-from .log import Log, describe
+from .limits import DeviceLimits
+from .log import RateLimitedLog, describe
 from .loop import Loop
 
 Accepted = Callable[[socket.socket], None]
@@ -24,11 +24,17 @@ class HostError(Exception):
     """A socket cannot be made; the sentence says which and why."""
 
 
-class Listener:
+class UnixListener:
     """A Unix socket, mode 0600, that hands on what connects.  While ``has_room`` says no, they wait in its backlog."""
 
     def __init__(
-        self, path: str, loop: Loop, log: Log, limits: Limits, has_room: Callable[[], bool], accepted: Accepted
+        self,
+        path: str,
+        loop: Loop,
+        log: RateLimitedLog,
+        limits: DeviceLimits,
+        has_room: Callable[[], bool],
+        accepted: Accepted,
     ) -> None:
         self.path = path
         self._loop = loop
@@ -84,7 +90,9 @@ class Listener:
 class Handshakes:
     """Reads CONNECT lines.  ``connect`` gets the socket, with what follows the line still in it, and the port."""
 
-    def __init__(self, loop: Loop, log: Log, limits: Limits, connect: Callable[[socket.socket, int], None]) -> None:
+    def __init__(
+        self, loop: Loop, log: RateLimitedLog, limits: DeviceLimits, connect: Callable[[socket.socket, int], None]
+    ) -> None:
         self._loop = loop
         self._log = log
         self._limits = limits

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class Limits:
+class DeviceLimits:
     """Worst case of buffered data: ``connections * buf_alloc + pool`` = 32 MiB."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Limits:
 class BufferPool:
     """What buf_alloc may grow by: less for each connection the more is taken, so that latecomers get something too."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: DeviceLimits) -> None:
         self._free = limits.pool
         self._most = limits.max_buf_alloc - limits.buf_alloc
 

@@ -7,7 +7,7 @@ import sys
 import time
 
 
-class Log:
+class RateLimitedLog:
     """Write a line each time it is called: ``burst`` at once, then one a second; what is left out is counted."""
 
     def __init__(self, name: str, burst: int) -> None:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from .log import Log, describe
+from .log import RateLimitedLog, describe
 
 TYPE_CHECKING = False  # saves importing typing
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Loop:
     ``busy_poll``: seconds to poll for an event before the process sleeps until one wakes it, while they come that fast.
     """
 
-    def __init__(self, log: Log, busy_poll: float = 0.0) -> None:
+    def __init__(self, log: RateLimitedLog, busy_poll: float = 0.0) -> None:
         self._log = log
         self._epoll = select.epoll()
         self._handlers: dict[int, tuple[Ready, Broken]] = {}

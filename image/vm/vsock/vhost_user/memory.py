@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterable, Sequence
 
 
-class AddressError(Exception):
+class GuestAddressError(Exception):
     """An address range is not (entirely) in the guest's memory."""
 
 
@@ -41,18 +41,20 @@ class Memory:
     def map(cls, table: Iterable[tuple[int, int, int, int]], fds: Sequence[int]) -> Memory:
         """Map ``(guest address, size, QEMU's address, offset in the file)`` rows, one descriptor each, left open.
 
-        Raises AddressError for a region that its file does not hold, OSError if it cannot be mapped.
+        Raises GuestAddressError for a region that its file does not hold, OSError if it cannot be mapped.
         """
         regions = []
         for (guest, size, user, offset), fd in zip(table, fds, strict=True):
             if size == 0 or guest + size > 1 << 64 or user + size > 1 << 64:
-                raise AddressError(f"memory region at {guest:#x} of {size:#x} bytes makes no sense")
+                raise GuestAddressError(f"memory region at {guest:#x} of {size:#x} bytes makes no sense")
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
-                raise AddressError(f"memory region at {guest:#x} is not in a file")
+                raise GuestAddressError(f"memory region at {guest:#x} is not in a file")
             held = status.st_size
             if offset + size > held:  # a page behind the end of the file would be SIGBUS
-                raise AddressError(f"memory region at {guest:#x} ends at {offset + size:#x} in a file of {held:#x}")
+                raise GuestAddressError(
+                    f"memory region at {guest:#x} ends at {offset + size:#x} in a file of {held:#x}"
+                )
             # From the file's start, as huge pages ask for aligned offsets.
             mapping = mmap.mmap(fd, offset + size)
             mapping.madvise(mmap.MADV_DONTDUMP)
@@ -60,7 +62,7 @@ class Memory:
         return cls(regions)
 
     def view(self, address: int, length: int) -> memoryview:
-        """The bytes at a guest address, inside one region; raises AddressError."""
+        """The bytes at a guest address, inside one region; raises GuestAddressError."""
         region = self._last
         offset = address - region.guest
         if offset >= 0 and offset + length <= region.size:
@@ -70,10 +72,10 @@ class Memory:
             if offset >= 0 and offset + length <= region.size:
                 self._last = region
                 return region.data[offset : offset + length]
-        raise AddressError(f"{length:#x} bytes at guest address {address:#x} are not in the guest's memory")
+        raise GuestAddressError(f"{length:#x} bytes at guest address {address:#x} are not in the guest's memory")
 
     def views(self, address: int, length: int) -> list[memoryview]:
-        """The bytes at a guest address, also across adjacent regions (hot-plugged memory); raises AddressError."""
+        """The bytes at a guest address, also across adjacent regions (hot-plugged memory); raises GuestAddressError."""
         found = []
         end = address + length
         for region in self._regions:
@@ -83,13 +85,13 @@ class Memory:
                 found.append(region.data[offset : offset + take])
                 address += take
         if address != end:
-            raise AddressError(f"{length:#x} bytes up to guest address {end:#x} are not in the guest's memory")
+            raise GuestAddressError(f"{length:#x} bytes up to guest address {end:#x} are not in the guest's memory")
         return found
 
     def ring(self, user: int, length: int) -> memoryview:
-        """The bytes at an address of QEMU's, inside one region; raises AddressError."""
+        """The bytes at an address of QEMU's, inside one region; raises GuestAddressError."""
         for region in self._regions:
             offset = user - region.user
             if offset >= 0 and offset + length <= region.size:
                 return region.data[offset : offset + length]
-        raise AddressError(f"{length:#x} bytes at QEMU's address {user:#x} are not in the guest's memory")
+        raise GuestAddressError(f"{length:#x} bytes at QEMU's address {user:#x} are not in the guest's memory")

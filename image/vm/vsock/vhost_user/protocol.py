@@ -40,7 +40,7 @@ MAX_PAYLOAD = 4096
 MAX_FDS = 32
 
 
-class ProtocolError(Exception):
+class VhostUserError(Exception):
     """The front end sent what cannot be understood; ``fatal`` if nothing after it can be either."""
 
     def __init__(self, text: str, *, fatal: bool = False) -> None:
@@ -48,7 +48,7 @@ class ProtocolError(Exception):
         self.fatal = fatal
 
 
-class Message:
+class VhostUserMessage:
     """A request.  Whoever handles it takes descriptors out of ``fds``; what is left there is closed by ``close()``."""
 
     __slots__ = ("fds", "flags", "payload", "request")
@@ -60,9 +60,9 @@ class Message:
         self.fds = fds
 
     def unpack(self, form: struct.Struct) -> tuple[int, ...]:
-        """The payload as numbers; raises ProtocolError for another length."""
+        """The payload as numbers; raises VhostUserError for another length."""
         if len(self.payload) != form.size:
-            raise ProtocolError(f"request {self.request} with {len(self.payload)} bytes instead of {form.size}")
+            raise VhostUserError(f"request {self.request} with {len(self.payload)} bytes instead of {form.size}")
         return form.unpack(self.payload)
 
     def close(self) -> None:
@@ -82,27 +82,27 @@ class Channel:
     def fileno(self) -> int:
         return self._sock.fileno()
 
-    def receive(self) -> Message | None:
-        """The next message, or None until more arrives.  Raises EOFError when the front end is gone, ProtocolError."""
+    def receive(self) -> VhostUserMessage | None:
+        """The next message, or None until more arrives.  Raises EOFError when the front end is gone, VhostUserError."""
         while True:
             wanted = HEADER.size
             if len(self._data) >= wanted:
                 request, flags, size = HEADER.unpack_from(self._data)
                 if size > MAX_PAYLOAD:
-                    raise ProtocolError(f"request {request} announces {size} bytes", fatal=True)
+                    raise VhostUserError(f"request {request} announces {size} bytes", fatal=True)
                 if flags & 3 != VERSION or flags & REPLY:
-                    raise ProtocolError(f"request {request} has flags {flags:#x}", fatal=True)
+                    raise VhostUserError(f"request {request} has flags {flags:#x}", fatal=True)
                 wanted += size
                 if len(self._data) == wanted:
-                    message = Message(request, flags, bytes(self._data[HEADER.size :]), self._fds)
+                    message = VhostUserMessage(request, flags, bytes(self._data[HEADER.size :]), self._fds)
                     self._data.clear()
                     self._fds = []
                     return message
             if not self._more(wanted - len(self._data)):
                 return None
 
-    def reply(self, message: Message, payload: bytes) -> None:
-        """Answer a request.  Raises ProtocolError if the front end does not take it."""
+    def reply(self, message: VhostUserMessage, payload: bytes) -> None:
+        """Answer a request.  Raises VhostUserError if the front end does not take it."""
         data = HEADER.pack(message.request, VERSION | REPLY, len(payload)) + payload
         try:
             sent = self._sock.send(data, socket.MSG_NOSIGNAL)
@@ -111,7 +111,7 @@ class Channel:
         except (BrokenPipeError, ConnectionResetError):
             return  # it is gone; the next receive says so
         if sent != len(data):
-            raise ProtocolError("the front end does not read our replies", fatal=True)
+            raise VhostUserError("the front end does not read our replies", fatal=True)
 
     def close(self) -> None:
         while self._fds:
@@ -132,7 +132,7 @@ class Channel:
                 fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
                 self._fds.extend(fds)
         if flags & socket.MSG_CTRUNC or len(self._fds) > MAX_FDS:
-            raise ProtocolError("too many descriptors with a message", fatal=True)
+            raise VhostUserError("too many descriptors with a message", fatal=True)
         if not data:
             raise EOFError
         self._data += data

@@ -10,7 +10,7 @@ import _thread
 import os
 import struct
 
-from .memory import AddressError, Memory
+from .memory import GuestAddressError, Memory
 
 DESCRIPTOR = struct.Struct("<QIHH")  # address, length, flags, next
 NEXT = 1
@@ -85,7 +85,7 @@ class Ring:
             self._descriptors = memory.ring(descriptors, 16 * size)
             self._avail = memory.ring(avail, 6 + 2 * size).cast("H")
             area = memory.ring(used, 6 + 8 * size)
-        except AddressError as error:
+        except GuestAddressError as error:
             raise RingError(f"{self.name}: {error}") from None
         self._used = area.cast("H")
         self._elements = area[: 4 + 8 * size].cast("I")
@@ -116,7 +116,7 @@ class Ring:
         head = self._avail[2 + (position & self._mask)]
         try:
             pieces = self._read_chain(head)
-        except AddressError as error:
+        except GuestAddressError as error:
             raise RingError(f"{self.name}: {error}") from None
         self._next = (position + 1) & 0xFFFF
         return head, pieces
@@ -226,7 +226,7 @@ class Ring:
             if length:
                 try:
                     pieces.append(self._memory.view(address, length))
-                except AddressError:
+                except GuestAddressError:
                     pieces.extend(self._memory.views(address, length))
             if not flags & NEXT:
                 return pieces

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 
 from . import packet
-from .limits import Limits
-from .log import Log, describe
+from .limits import DeviceLimits
+from .log import RateLimitedLog, describe
 from .packet import HEADER, HOST_CID, SIZE
 from .ring import Ring, RingError
 
@@ -99,7 +99,7 @@ class RxBuffers:
         self._spare.clear()
 
 
-class Sender(Protocol):
+class RxSender(Protocol):
     """A connection, as far as the rx queue knows it."""
 
     guest_port: int
@@ -118,24 +118,24 @@ class Sender(Protocol):
 class RxQueue:
     """Sends packets to the guest: RSTs first, then one turn for each connection in the line."""
 
-    def __init__(self, ring: Ring, cid: int, log: Log, limits: Limits) -> None:
+    def __init__(self, ring: Ring, cid: int, log: RateLimitedLog, limits: DeviceLimits) -> None:
         self.buffers = RxBuffers(ring)
         self.moved = 0  # bytes of payload since the device set it to 0
         self._ring = ring
         self._cid = cid
         self._log = log
         self._limits = limits
-        self._line: deque[Sender] = deque()
+        self._line: deque[RxSender] = deque()
         self._rsts: deque[bytes] = deque()
-        self._drained: list[Sender] = []  # their sockets have nothing more to read, it seems
+        self._drained: list[RxSender] = []  # their sockets have nothing more to read, it seems
 
-    def enqueue_rx(self, sender: Sender) -> None:
+    def enqueue_rx(self, sender: RxSender) -> None:
         """Give a connection a turn at the receive buffers."""
         if not sender.queued:
             sender.queued = True
             self._line.append(sender)
 
-    def watch_later(self, sender: Sender) -> None:
+    def watch_later(self, sender: RxSender) -> None:
         """Have a connection's socket watched again once the guest was notified of what came from it."""
         self._drained.append(sender)
 

@@ -8,11 +8,11 @@ import struct
 from collections.abc import Callable
 
 from . import protocol
-from .device import Device
-from .log import Log, describe
+from .device import VsockDevice
+from .log import RateLimitedLog, describe
 from .loop import Loop
-from .memory import AddressError, Memory
-from .protocol import Channel, Message, ProtocolError
+from .memory import GuestAddressError, Memory
+from .protocol import Channel, VhostUserError, VhostUserMessage
 from .ring import Ring
 
 U64 = struct.Struct("<Q")
@@ -33,7 +33,7 @@ PROTOCOL_FEATURES = protocol.PROTOCOL_CONFIG | protocol.PROTOCOL_REPLY_ACK
 class Session:
     """The back end's end of the control socket.  When QEMU closes its end, the loop stops with status 0."""
 
-    def __init__(self, channel: Channel, device: Device, loop: Loop, log: Log) -> None:
+    def __init__(self, channel: Channel, device: VsockDevice, loop: Loop, log: RateLimitedLog) -> None:
         self._channel = channel
         self._device = device
         self._loop = loop
@@ -41,7 +41,7 @@ class Session:
         self._features = 0
         self._protocol_features = 0
         self._memory = Memory()
-        self._requests: dict[int, Callable[[Message], bytes | None]] = {
+        self._requests: dict[int, Callable[[VhostUserMessage], bytes | None]] = {
             protocol.GET_FEATURES: lambda message: U64.pack(FEATURES),
             protocol.SET_FEATURES: self._set_features,
             protocol.SET_OWNER: lambda message: None,
@@ -85,8 +85,8 @@ class Session:
                 self._channel.reply(message, answer)
             elif acknowledge:
                 self._channel.reply(message, U64.pack(0))
-        except (ProtocolError, AddressError, OSError) as error:
-            if isinstance(error, ProtocolError) and error.fatal:
+        except (VhostUserError, GuestAddressError, OSError) as error:
+            if isinstance(error, VhostUserError) and error.fatal:
                 raise
             self._log(f"QEMU's request {message.request} failed: {error}")
             if acknowledge:
@@ -96,40 +96,40 @@ class Session:
 
     def _broken(self, error: Exception) -> None:
         """QEMU and we do not understand each other: no guess at what it meant."""
-        self._log(f"the control socket: {error if isinstance(error, ProtocolError) else describe(error)}")
+        self._log(f"the control socket: {error if isinstance(error, VhostUserError) else describe(error)}")
         self._loop.stop(1)
 
-    def _handle(self, message: Message) -> bytes | None:
+    def _handle(self, message: VhostUserMessage) -> bytes | None:
         handler = self._requests.get(message.request)
         if handler is None:
-            raise ProtocolError("unknown request")
+            raise VhostUserError("unknown request")
         return handler(message)
 
     # Features, memory, configuration.
 
-    def _set_features(self, message: Message) -> None:
+    def _set_features(self, message: VhostUserMessage) -> None:
         (features,) = message.unpack(U64)
         if features & ~FEATURES:
-            raise ProtocolError(f"features {features & ~FEATURES:#x} were not offered")
+            raise VhostUserError(f"features {features & ~FEATURES:#x} were not offered")
         self._features = features
 
-    def _set_protocol_features(self, message: Message) -> None:
+    def _set_protocol_features(self, message: VhostUserMessage) -> None:
         (features,) = message.unpack(U64)
         if features & ~PROTOCOL_FEATURES:
-            raise ProtocolError(f"protocol features {features & ~PROTOCOL_FEATURES:#x} were not offered")
+            raise VhostUserError(f"protocol features {features & ~PROTOCOL_FEATURES:#x} were not offered")
         self._protocol_features = features
 
-    def _reset_owner(self, message: Message) -> None:
+    def _reset_owner(self, message: VhostUserMessage) -> None:
         for ring in (self._device.rx, self._device.tx):
             self._stop(ring)
 
-    def _set_memory(self, message: Message) -> None:
+    def _set_memory(self, message: VhostUserMessage) -> None:
         payload = message.payload
         count = TABLE.unpack_from(payload)[0] if len(payload) >= TABLE.size else -1
         # QEMU pads the table to its capacity in some versions.
         if not 0 <= count == len(message.fds) or len(payload) < TABLE.size + count * REGION.size:
             size = len(payload)
-            raise ProtocolError(f"memory table: {count} regions, {size} bytes, {len(message.fds)} descriptors")
+            raise VhostUserError(f"memory table: {count} regions, {size} bytes, {len(message.fds)} descriptors")
         rows = []
         for number in range(count):
             guest, size, user, offset = REGION.unpack_from(payload, TABLE.size + number * REGION.size)
@@ -137,9 +137,9 @@ class Session:
         self._memory = Memory.map(rows, message.fds)
         self._device.remap(self._memory)
 
-    def _get_config(self, message: Message) -> bytes:
+    def _get_config(self, message: VhostUserMessage) -> bytes:
         if len(message.payload) < CONFIG.size:
-            raise ProtocolError(f"a configuration request of {len(message.payload)} bytes", fatal=True)
+            raise VhostUserError(f"a configuration request of {len(message.payload)} bytes", fatal=True)
         offset, size, flags = CONFIG.unpack_from(message.payload)
         space = U64.pack(self._device.cid)
         if offset + size > len(space):
@@ -150,35 +150,35 @@ class Session:
 
     def _ring(self, number: int) -> Ring:
         if number > 1:
-            raise ProtocolError(f"there is no ring {number}")
+            raise VhostUserError(f"there is no ring {number}")
         return self._device.tx if number else self._device.rx
 
-    def _set_size(self, message: Message) -> None:
+    def _set_size(self, message: VhostUserMessage) -> None:
         number, size = message.unpack(STATE)
         self._idle(number).size = size
 
-    def _set_addresses(self, message: Message) -> None:
+    def _set_addresses(self, message: VhostUserMessage) -> None:
         number, _flags, descriptors, used, avail, _log = message.unpack(ADDRESSES)
         self._idle(number).addresses = (descriptors, used, avail)
 
-    def _set_base(self, message: Message) -> None:
+    def _set_base(self, message: VhostUserMessage) -> None:
         number, base = message.unpack(STATE)
         ring = self._idle(number)
         if base > 0xFFFF:
-            raise ProtocolError(f"a base of {base}")
+            raise VhostUserError(f"a base of {base}")
         if ring.returned is not None and ring.returned != base:
             # Not where it stopped: not a pause but a reset.
             self._device.drop_connections()
         ring.base = base
 
-    def _get_base(self, message: Message) -> bytes:
+    def _get_base(self, message: VhostUserMessage) -> bytes:
         number, _ = message.unpack(STATE)
         ring = self._ring(number)
         self._stop(ring)
         ring.returned = ring.base
         return STATE.pack(number, ring.base)
 
-    def _set_kick(self, message: Message) -> None:
+    def _set_kick(self, message: VhostUserMessage) -> None:
         ring, fd = self._vring_fd(message)
         self._stop(ring)
         ring.kick = fd
@@ -186,15 +186,15 @@ class Session:
             self._loop.add(fd, KICK, lambda mask: self._device.kicked(ring), self._broken)
         self._start(ring)
 
-    def _set_call(self, message: Message) -> None:
+    def _set_call(self, message: VhostUserMessage) -> None:
         ring, fd = self._vring_fd(message)
         ring.call = replace(ring.call, nonblocking(fd))
 
-    def _set_error(self, message: Message) -> None:
+    def _set_error(self, message: VhostUserMessage) -> None:
         ring, fd = self._vring_fd(message)
         ring.error = replace(ring.error, nonblocking(fd))
 
-    def _enable(self, message: Message) -> None:
+    def _enable(self, message: VhostUserMessage) -> None:
         number, enabled = message.unpack(STATE)
         ring = self._ring(number)
         ring.enabled = bool(enabled)
@@ -206,16 +206,16 @@ class Session:
     def _idle(self, number: int) -> Ring:
         ring = self._ring(number)
         if ring.running:
-            raise ProtocolError(f"{ring.name} runs and cannot be changed")
+            raise VhostUserError(f"{ring.name} runs and cannot be changed")
         return ring
 
-    def _vring_fd(self, message: Message) -> tuple[Ring, int]:
+    def _vring_fd(self, message: VhostUserMessage) -> tuple[Ring, int]:
         (value,) = message.unpack(U64)
         ring = self._ring(value & 0xFF)
         if value & NO_FD:
             return ring, -1
         if len(message.fds) != 1:
-            raise ProtocolError(f"{len(message.fds)} descriptors instead of one")
+            raise VhostUserError(f"{len(message.fds)} descriptors instead of one")
         return ring, message.fds.pop()
 
     def _start(self, ring: Ring) -> None:

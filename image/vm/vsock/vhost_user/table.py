@@ -6,9 +6,9 @@ import os
 import socket
 from collections.abc import Callable
 
-from .connection import WAITING, Connection
-from .limits import BufferPool, Limits
-from .log import Log
+from .connection import WAITING, VsockConnection
+from .limits import BufferPool, DeviceLimits
+from .log import RateLimitedLog
 from .loop import Loop
 from .rx import RxQueue
 
@@ -21,7 +21,13 @@ class ConnectionTable:
     """``dial`` opens a socket to the host program that a port in a guest's REQUEST stands for, or raises OSError."""
 
     def __init__(
-        self, cid: int, rx: RxQueue, loop: Loop, log: Log, limits: Limits, dial: Callable[[int], socket.socket]
+        self,
+        cid: int,
+        rx: RxQueue,
+        loop: Loop,
+        log: RateLimitedLog,
+        limits: DeviceLimits,
+        dial: Callable[[int], socket.socket],
     ) -> None:
         self.cid = cid
         self.rx = rx
@@ -31,8 +37,8 @@ class ConnectionTable:
         self.pool = BufferPool(limits)
         self.running = False  # both virtqueues run
         self._dial = dial
-        self._by_ports: dict[tuple[int, int], Connection] = {}  # by the host's and the guest's port
-        self._waiting: dict[Connection, None] = {}  # for the driver, in order of arrival
+        self._by_ports: dict[tuple[int, int], VsockConnection] = {}  # by the host's and the guest's port
+        self._waiting: dict[VsockConnection, None] = {}  # for the driver, in order of arrival
         self._count = 0
         self._count_from_guest = 0
         # Not where a device before this one began: the guest may remember connections of that one's.
@@ -42,7 +48,7 @@ class ConnectionTable:
         """Tell whether one more host socket may be held, beside those of the table and ``others``."""
         return self._count + others < self.limits.connections
 
-    def find(self, host_port: int, guest_port: int) -> Connection | None:
+    def find(self, host_port: int, guest_port: int) -> VsockConnection | None:
         """Return the connection of a pair of ports."""
         return self._by_ports.get((host_port, guest_port))
 
@@ -77,7 +83,7 @@ class ConnectionTable:
         for connection in waiting:
             self._request(connection)
 
-    def reset(self, connection: Connection) -> None:
+    def reset(self, connection: VsockConnection) -> None:
         """End a connection, by RST if the guest knows of it."""
         if connection.state == WAITING:
             self._waiting.pop(connection, None)
@@ -91,7 +97,7 @@ class ConnectionTable:
         else:
             connection.close()
 
-    def remove(self, connection: Connection) -> None:
+    def remove(self, connection: VsockConnection) -> None:
         """End a connection that the guest has reset."""
         del self._by_ports[connection.host_port, connection.guest_port]
         connection.detach()
@@ -110,13 +116,13 @@ class ConnectionTable:
         for connection in waiting:
             connection.close()
 
-    def closed(self, connection: Connection, granted: int) -> None:
+    def closed(self, connection: VsockConnection, granted: int) -> None:
         """Count a connection out that has closed its socket and gives ``granted`` bytes of buf_alloc back."""
         self.pool.free(granted)
         self._count -= 1
         self._count_from_guest -= connection.from_guest
 
-    def _request(self, connection: Connection) -> None:
+    def _request(self, connection: VsockConnection) -> None:
         while True:
             port = self._next_port
             self._next_port = port + 1 if port < LAST_PORT else FIRST_PORT
@@ -125,8 +131,8 @@ class ConnectionTable:
         self._by_ports[port, connection.guest_port] = connection
         connection.request(port)
 
-    def _add(self, sock: socket.socket, port: int, *, from_guest: bool, greet: bool = False) -> Connection:
-        connection = Connection(self, sock, port, from_guest=from_guest, greet=greet)
+    def _add(self, sock: socket.socket, port: int, *, from_guest: bool, greet: bool = False) -> VsockConnection:
+        connection = VsockConnection(self, sock, port, from_guest=from_guest, greet=greet)
         self._count += 1
         self._count_from_guest += from_guest
         return connection
