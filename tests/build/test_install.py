@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -17,16 +16,13 @@ from typing import Any
 import pytest
 
 from caisson.proto.contract import VERSION
+from tests.support.checkout import clean_environment, copy_sources
 from tests.support.unique import unique
 
 ROOT = Path(__file__).resolve().parents[2]
 
 #: Seconds for pip with a slow mirror, and for a guest that is built and booted without hardware virtualization.
 PIP_TIMEOUT, GUEST_TIMEOUT = 600, 280
-
-#: What a checkout has beside its sources: at its top, and anywhere.
-NOT_AT_TOP = {".git", ".venv", "build", "dist"}
-NOT_SOURCES = shutil.ignore_patterns("*.egg-info", "__pycache__", "*_pb2.py", "*_pb2.pyi", ".*_cache")
 
 
 @dataclass
@@ -53,22 +49,12 @@ class Environment:
         return self.run(*pip, *words, timeout=PIP_TIMEOUT, **options)
 
 
-def clean_environment() -> dict[str, str]:
-    """This process's, without what would lead to the checkout or to another pytest."""
-    foreign = ("PYTHON", "PYTEST", "VIRTUAL_ENV", "COV")
-    return {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-
-
-def not_sources(directory: str, names: list[str]) -> set[str]:
-    return NOT_SOURCES(directory, names) | (NOT_AT_TOP if Path(directory) == ROOT else set())
-
-
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     """Caisson from a checkout that is not there any more; spaces in both paths."""
     place = tmp_path_factory.mktemp("an install")
     checkout = place / "a checkout"
-    shutil.copytree(ROOT, checkout, ignore=not_sources)
+    copy_sources(checkout)
     venv.create(place / "an environment", with_pip=True)
     environment = Environment(place / "an environment", place / "moved away")
     environment.pip("install", "--quiet", "-c", checkout / "constraints.txt", checkout)

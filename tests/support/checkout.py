@@ -1,0 +1,28 @@
+"""Copy the project's sources, and run programs without what would lead back to this checkout."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from tests.support.source import ROOT
+
+#: What a checkout has beside its sources: at its top, and anywhere.
+NOT_AT_TOP = {".git", ".venv", "build", "dist"}
+NOT_SOURCES = shutil.ignore_patterns("*.egg-info", "__pycache__", "*_pb2.py", "*_pb2.pyi", ".*_cache")
+
+
+def copy_sources(target: Path) -> None:
+    """Copy what a fresh clone would have."""
+    shutil.copytree(ROOT, target, ignore=_not_sources)
+
+
+def _not_sources(directory: str, names: list[str]) -> set[str]:
+    return NOT_SOURCES(directory, names) | (NOT_AT_TOP if Path(directory) == ROOT else set())
+
+
+def clean_environment() -> dict[str, str]:
+    """Return this process's, without what would lead to the checkout or to another pytest."""
+    foreign = ("PYTHON", "PYTEST", "VIRTUAL_ENV", "COV")
+    return {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
