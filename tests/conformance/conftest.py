@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,10 +43,10 @@ def generation(agent: RunningAgent, request: pytest.FixtureRequest) -> Generatio
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Run a test of an agent in this process in a process of its own."""
+    """Run a test of an agent in this process in a process of its own, with an event loop of that one."""
     if not isinstance(pyfuncitem.funcargs.get("agent"), MemoryAgent):
         return None
     arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
-    if failure := run_in_child(pyfuncitem.obj, arguments):
+    if failure := run_in_child(inspect.unwrap(pyfuncitem.obj), arguments):
         pytest.fail(failure, pytrace=False)
     return True

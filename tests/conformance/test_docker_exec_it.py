@@ -15,7 +15,7 @@ import pytest
 from caisson.agent.client import Agent, AgentError
 from caisson.proto.kata1 import agent_pb2, oci_pb2
 from tests.conformance.generations import Generation
-from tests.native.agent_support import RunningAgent, run
+from tests.native.agent_support import RunningAgent
 
 pytestmark = pytest.mark.root
 Code = grpc.StatusCode
@@ -53,52 +53,49 @@ class Terminal:
             await self._changed.wait()
 
 
-def test_the_recorded_conversation(agent: RunningAgent, generation: Generation) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            rpc = client.rpc
-            await client.create_sandbox()
-            container = await client.ensure_container("c", agent.spec("/bin/sleep", "1000"))
-            fds, children = agent.fds(), agent.children()
+async def test_the_recorded_conversation(agent: RunningAgent, generation: Generation) -> None:
+    async with agent.connect() as client:
+        rpc = client.rpc
+        await client.create_sandbox()
+        container = await client.ensure_container("c", agent.spec("/bin/sleep", "1000"))
+        fds, children = agent.fds(), agent.children()
 
-            process = oci_pb2.Process(
-                Terminal=True,
-                Args=["/bin/sh"],
-                Env=["PATH=/bin", "TERM=xterm", "PS1=$ "],
-                Cwd="/",
-                User=oci_pb2.User(UID=0, GID=0),
-            )
-            await rpc.ExecProcess(agent_pb2.ExecProcessRequest(process=process, **KEY))
-            terminal = Terminal(client)
-            await rpc.TtyWinResize(agent_pb2.TtyWinResizeRequest(row=50, column=132, **KEY))
-            await terminal.until(b"$ ")
+        process = oci_pb2.Process(
+            Terminal=True,
+            Args=["/bin/sh"],
+            Env=["PATH=/bin", "TERM=xterm", "PS1=$ "],
+            Cwd="/",
+            User=oci_pb2.User(UID=0, GID=0),
+        )
+        await rpc.ExecProcess(agent_pb2.ExecProcessRequest(process=process, **KEY))
+        terminal = Terminal(client)
+        await rpc.TtyWinResize(agent_pb2.TtyWinResizeRequest(row=50, column=132, **KEY))
+        await terminal.until(b"$ ")
 
-            async def type_in(text: bytes) -> None:
-                for byte in text:
-                    before = len(terminal.seen)
-                    written = await rpc.WriteStdin(agent_pb2.WriteStreamRequest(data=bytes([byte]), **KEY))
-                    assert written.len == 1
-                    await rpc.SignalProcess(agent_pb2.SignalProcessRequest(signal=SIGURG, **KEY))
-                    await terminal.until(b"\r\n" if byte == ord("\r") else bytes([byte]), before)  # its echo
+        async def type_in(text: bytes) -> None:
+            for byte in text:
+                before = len(terminal.seen)
+                written = await rpc.WriteStdin(agent_pb2.WriteStreamRequest(data=bytes([byte]), **KEY))
+                assert written.len == 1
+                await rpc.SignalProcess(agent_pb2.SignalProcessRequest(signal=SIGURG, **KEY))
+                await terminal.until(b"\r\n" if byte == ord("\r") else bytes([byte]), before)  # its echo
 
-            await type_in(b"stty size; echo $((6 * 7)) >&2\r")
-            await terminal.until(b"\r\n42\r\n")
-            assert b"stty size; echo $((6 * 7)) >&2\r\n50 132\r\n42\r\n" in terminal.seen
-            await type_in(b"exit")
-            await rpc.WriteStdin(agent_pb2.WriteStreamRequest(data=b"\r", **KEY))
-            await terminal.task
-            if generation.end_of_output is None:
-                assert terminal.end == b""
-            else:
-                assert isinstance(terminal.end, AgentError)
-                assert (terminal.end.code, terminal.end.details) == generation.end_of_output
-            assert (await rpc.WaitProcess(agent_pb2.WaitProcessRequest(**KEY))).status == 0
-            assert agent.children() == children
-            assert agent.fds() == fds
+        await type_in(b"stty size; echo $((6 * 7)) >&2\r")
+        await terminal.until(b"\r\n42\r\n")
+        assert b"stty size; echo $((6 * 7)) >&2\r\n50 132\r\n42\r\n" in terminal.seen
+        await type_in(b"exit")
+        await rpc.WriteStdin(agent_pb2.WriteStreamRequest(data=b"\r", **KEY))
+        await terminal.task
+        if generation.end_of_output is None:
+            assert terminal.end == b""
+        else:
+            assert isinstance(terminal.end, AgentError)
+            assert (terminal.end.code, terminal.end.details) == generation.end_of_output
+        assert (await rpc.WaitProcess(agent_pb2.WaitProcessRequest(**KEY))).status == 0
+        assert agent.children() == children
+        assert agent.fds() == fds
 
-            await container.remove()
-            with pytest.raises(AgentError) as caught:
-                await rpc.WaitProcess(agent_pb2.WaitProcessRequest(**KEY))
-            assert caught.value.code is generation.container_not_found[0]
-
-    run(work())
+        await container.remove()
+        with pytest.raises(AgentError) as caught:
+            await rpc.WaitProcess(agent_pb2.WaitProcessRequest(**KEY))
+        assert caught.value.code is generation.container_not_found[0]

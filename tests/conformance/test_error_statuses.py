@@ -13,7 +13,7 @@ import pytest
 from caisson.agent.client import Agent
 from caisson.proto.kata1 import agent_pb2, oci_pb2, types_pb2
 from tests.conformance.generations import Generation
-from tests.native.agent_support import RunningAgent, refused, run
+from tests.native.agent_support import RunningAgent, refused
 
 pytestmark = pytest.mark.root
 Code = grpc.StatusCode
@@ -55,78 +55,63 @@ async def ask(client: Agent, method: str, container_id: str) -> tuple[grpc.Statu
 
 
 @pytest.mark.parametrize("ended", [False, True])
-def test_without_a_sandbox(agent: RunningAgent, generation: Generation, ended: bool) -> None:
+async def test_without_a_sandbox(agent: RunningAgent, generation: Generation, ended: bool) -> None:
     wanted = dict.fromkeys(_methods(generation), generation.container_not_found)
     wanted |= dict.fromkeys(generation.gated, generation.sandbox_not_running)
     wanted["CreateContainer"] = generation.create_without_sandbox
     wanted["SignalProcess"] = generation.signal_without_sandbox
 
-    async def work() -> None:
-        async with agent.connect() as client:
-            if ended and generation.survives_destroy:
-                await client.create_sandbox()
-                await client.destroy_sandbox()
-            for method in _methods(generation):
-                assert await ask(client, method, "no") == wanted[method], method
-
-    run(work())
-
-
-def test_unknown_containers(agent: RunningAgent, generation: Generation) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
+    async with agent.connect() as client:
+        if ended and generation.survives_destroy:
             await client.create_sandbox()
-            special = {"SignalProcess": generation.signal_unknown_container}
-            for method in _methods(generation):
-                if method != "CreateContainer":
-                    wanted = special.get(method, generation.container_not_found)
-                    assert await ask(client, method, "no") == wanted, method
-
-    run(work())
+            await client.destroy_sandbox()
+        for method in _methods(generation):
+            assert await ask(client, method, "no") == wanted[method], method
 
 
-def test_unknown_processes(agent: RunningAgent, generation: Generation) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            await client.create_sandbox()
-            await client.ensure_container("box", agent.spec())
-            for method in OF_A_PROCESS:
-                assert await ask(client, method, "box") == generation.process_not_found, method
-            assert await ask(client, "SignalProcess", "box") == generation.signal_unknown_process
-
-    run(work())
+async def test_unknown_containers(agent: RunningAgent, generation: Generation) -> None:
+    async with agent.connect() as client:
+        await client.create_sandbox()
+        special = {"SignalProcess": generation.signal_unknown_container}
+        for method in _methods(generation):
+            if method != "CreateContainer":
+                wanted = special.get(method, generation.container_not_found)
+                assert await ask(client, method, "no") == wanted, method
 
 
-def test_what_is_there_already(agent: RunningAgent, generation: Generation) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            begin = agent_pb2.CreateSandboxRequest()
+async def test_unknown_processes(agent: RunningAgent, generation: Generation) -> None:
+    async with agent.connect() as client:
+        await client.create_sandbox()
+        await client.ensure_container("box", agent.spec())
+        for method in OF_A_PROCESS:
+            assert await ask(client, method, "box") == generation.process_not_found, method
+        assert await ask(client, "SignalProcess", "box") == generation.signal_unknown_process
+
+
+async def test_what_is_there_already(agent: RunningAgent, generation: Generation) -> None:
+    async with agent.connect() as client:
+        begin = agent_pb2.CreateSandboxRequest()
+        await client.rpc.CreateSandbox(begin)
+        if generation.sandbox_exists is None:
             await client.rpc.CreateSandbox(begin)
-            if generation.sandbox_exists is None:
-                await client.rpc.CreateSandbox(begin)
-            else:
-                assert await refused(client.rpc.CreateSandbox(begin)) == generation.sandbox_exists
-            await client.create_container("box", agent.spec())
-            assert await refused(client.create_container("box", agent.spec())) == generation.container_exists
-
-    run(work())
+        else:
+            assert await refused(client.rpc.CreateSandbox(begin)) == generation.sandbox_exists
+        await client.create_container("box", agent.spec())
+        assert await refused(client.create_container("box", agent.spec())) == generation.container_exists
 
 
-def test_what_needs_no_sandbox(agent: RunningAgent, generation: Generation) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            rpc = client.rpc
-            if generation.survives_destroy:
-                await rpc.DestroySandbox(agent_pb2.DestroySandboxRequest())
-            assert await client.version()
-            assert (await rpc.GetGuestDetails(agent_pb2.GuestDetailsRequest())).agent_details.version
-            assert (await rpc.ListInterfaces(agent_pb2.ListInterfacesRequest())).Interfaces
-            await rpc.ListRoutes(agent_pb2.ListRoutesRequest())
-            for call in (
-                rpc.UpdateInterface(agent_pb2.UpdateInterfaceRequest(interface=types_pb2.Interface())),
-                rpc.CopyFile(agent_pb2.CopyFileRequest(path="/no")),
-                rpc.ReseedRandomDev(agent_pb2.ReseedRandomDevRequest()),
-            ):
-                assert "Sandbox not started" not in (await refused(call))[1]
-
-    run(work())
+async def test_what_needs_no_sandbox(agent: RunningAgent, generation: Generation) -> None:
+    async with agent.connect() as client:
+        rpc = client.rpc
+        if generation.survives_destroy:
+            await rpc.DestroySandbox(agent_pb2.DestroySandboxRequest())
+        assert await client.version()
+        assert (await rpc.GetGuestDetails(agent_pb2.GuestDetailsRequest())).agent_details.version
+        assert (await rpc.ListInterfaces(agent_pb2.ListInterfacesRequest())).Interfaces
+        await rpc.ListRoutes(agent_pb2.ListRoutesRequest())
+        for call in (
+            rpc.UpdateInterface(agent_pb2.UpdateInterfaceRequest(interface=types_pb2.Interface())),
+            rpc.CopyFile(agent_pb2.CopyFileRequest(path="/no")),
+            rpc.ReseedRandomDev(agent_pb2.ReseedRandomDevRequest()),
+        ):
+            assert "Sandbox not started" not in (await refused(call))[1]

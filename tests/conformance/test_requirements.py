@@ -81,4 +81,6 @@ def test_a_line_has_its_tests(line: str) -> None:
     for test in LINES[line]:
         file, _, name = test.partition("::")
         tree = ast.parse((ROOT / file).read_text())
-        assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, test
+        assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}, (
+            test
+        )

@@ -6,6 +6,8 @@ They have what the client library uses of a grpc.aio.Channel.
 from __future__ import annotations
 
 import asyncio
+import gc
+import inspect
 import os
 import signal
 import traceback
@@ -30,6 +32,7 @@ from caisson.agent.rpc.ttrpc.client import Client, RpcError
 from caisson.agent.services import Services
 from caisson.proto.kata1 import health_pb2
 from tests.native.agent_support import RunningAgent
+from tests.support.unique import unique
 
 if TYPE_CHECKING:
     from caisson.agent.rpc.dispatch import StatusOf
@@ -119,7 +122,7 @@ class MemoryAgent(RunningAgent):
         self.state = directory / "state"
         self.log = directory / "log"
         self.rootfs = rootfs
-        self.cgroup_parent = f"caisson-test-{os.getpid()}"
+        self.cgroup_parent = unique("caisson-test")
         self._options = agent_options.from_arguments(
             ["--nsexec", str(nsexec), "--state", str(self.state), "--cgroup-parent", self.cgroup_parent]
         )
@@ -168,12 +171,14 @@ class MemoryAgent3(MemoryAgent):
 
 
 def run_in_child(function: Callable[..., object], arguments: dict[str, Any]) -> str:
-    """Call a function in a process forked off this one; returns the traceback of what it raised."""
+    """Call a function or run a coroutine in a process forked off this one; returns the traceback of what it raised."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            function(**arguments)
+            gc.freeze()  # gRPC's objects of other tests have threads to wait for, which are not here
+            if inspect.iscoroutine(returned := function(**arguments)):
+                asyncio.run(returned)
         except BaseException:
             os.write(writing, traceback.format_exc()[-32768:].encode())
         finally:
