@@ -12,6 +12,7 @@ import time
 from caisson.agent.base.json import dumps
 from caisson.agent.base.record import NOTHING, Record
 from caisson.agent.libcontainer import state as files
+from caisson.agent.libcontainer.cgroups.files import remove_empty
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.config.resources import Resources, merge
 from caisson.agent.libcontainer.config.spec import Hooks, Spec
@@ -136,6 +137,12 @@ class Container:
         return pidfd
 
     # --- create and start ---
+
+    @staticmethod
+    def reserve(directory: str, container_id: str, cgroup_paths: Mapping[str, str]) -> None:
+        """Note which cgroup is about to be made for a container, so that a create that is killed can be cleared up."""
+        paths = {controller: path for name, path in cgroup_paths.items() for controller in name.split(",")}
+        State(container_id, -1, 0, "", paths).save(directory)
 
     @classmethod
     async def create(
@@ -366,6 +373,10 @@ class Container:
     async def destroy(self) -> None:
         """Kill what runs in it and remove its cgroup.  Raises ContainerError or CgroupError."""
         cgroup = self.cgroup
+        if not self.state.created:  # it was only to be made: what is in a cgroup of that name is somebody else's
+            if cgroup is not None:
+                remove_empty(self.state.cgroup_paths.values())
+            return
         try:
             pidfd = self.pidfd()
         except ContainerError:

@@ -181,14 +181,17 @@ def _make_cgroup(call: Call, bundle: Bundle) -> Cgroup | None:
     from caisson.agent.libcontainer.config.resources import Resources
 
     hierarchy = call.hierarchy()
+    directory = f"{call.root}/{call.id}"
     resources = bundle.spec.linux.resources or Resources()
     path = bundle.spec.linux.cgroups_path
     if hierarchy is None:
         return None
     if resources.unified and "" not in getattr(hierarchy, "roots", {"": ""}):
         raise CommandError("invalid configuration: cannot use unified without cgroup v2")
+    below_own = not path.startswith("/")
     try:
-        cgroup = hierarchy.create(path or call.id, below_own=not path.startswith("/"))
+        Container.reserve(directory, call.id, hierarchy.place(path or call.id, below_own=below_own))
+        cgroup = hierarchy.create(path or call.id, below_own=below_own)
     except CgroupError as error:
         if call.is_rootless and not path:
             call.log("debug", str(error))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = ROOT / "commands" / "caisson-oci"
 SECONDS = 60.0
+OF_CONTAINERS = ("nsexec:", "sleep", "busybox", "sh", "true")
 
 
 class Result:
@@ -119,13 +122,32 @@ def become_subreaper() -> None:
     set_child_subreaper()
 
 
-def reap() -> None:
-    """Wait for what has ended."""
+@contextlib.contextmanager
+def reaping() -> Iterator[None]:
+    """Wait for what containers leave to this process, all the while; commands are waited for by who began them."""
+    done = threading.Event()
+
+    def work() -> None:
+        while not done.wait(0.005):
+            reap()
+
+    thread = threading.Thread(target=work)
+    thread.start()
     try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    except ChildProcessError:
-        pass
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def reap() -> None:
+    """Wait for processes of containers, and stages of nsexec, that have ended."""
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):
+            for pid in (task / "children").read_text().split():
+                name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
+                if rest.split()[0] == "Z" and name.startswith(OF_CONTAINERS):
+                    os.waitpid(int(pid), os.WNOHANG)
 
 
 def cgroup_of(pid: int, controller: str) -> Path:

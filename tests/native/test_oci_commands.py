@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.native.oci_support import OURS, Oci, become_subreaper, bundle, cgroup_of, edit, reap
+from tests.native.oci_support import OURS, Oci, become_subreaper, bundle, cgroup_of, edit, reaping
 
 pytestmark = pytest.mark.root
 NAME = f"oci-{os.getpid()}"
@@ -24,9 +24,9 @@ def oci(tmp_path: Path, nsexec_path: Path) -> Iterator[Oci]:
     """Our command line with a root of its own; leaves nothing behind, or fails."""
     become_subreaper()
     runtime = Oci(OURS, tmp_path / "root", nsexec_path)
-    yield runtime
-    runtime.clear()
-    reap()
+    with reaping():
+        yield runtime
+        runtime.clear()
 
 
 @pytest.fixture
@@ -37,7 +37,6 @@ def sleeper(tmp_path: Path, busybox_rootfs: Path) -> Path:
 def until(condition: object, what: str) -> None:
     deadline = time.monotonic() + 20
     while not condition():  # type: ignore[operator]
-        reap()
         assert time.monotonic() < deadline, what
         time.sleep(0.01)
 

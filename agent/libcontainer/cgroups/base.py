@@ -29,6 +29,10 @@ if TYPE_CHECKING:
             """
             ...
 
+        def place(self, path: str, *, below_own: bool = False) -> dict[str, str]:
+            """The directories that `create` would make, by hierarchy.  Raises CgroupError."""
+            ...
+
         def open(self, paths: Mapping[str, str]) -> Cgroup:
             """Open the cgroup with these directories (`Cgroup.paths`), which may be gone."""
             ...

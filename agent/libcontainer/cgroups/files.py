@@ -93,6 +93,15 @@ def remove_around(path: str, made: set[str]) -> None:
         around = os.path.dirname(around)  # noqa: PTH120 - no pathlib at start
 
 
+def remove_empty(paths: Iterable[str]) -> None:
+    """Remove cgroups that nothing is in or below; others stay."""
+    for path in paths:
+        try:
+            os.rmdir(path)  # noqa: PTH106 - no pathlib at start
+        except OSError:
+            continue
+
+
 def remove_all(made: Iterable[str]) -> None:
     """Remove empty directories, the last made first, as far as it goes."""
     for path in reversed(list(made)):

@@ -319,7 +319,7 @@ def expand_cgroups(
         raise SpecError(f"{where}.options", f"{options.data[0]!r} is not an option of a container's cgroups")
     if not namespace and not cgroups:
         raise SpecError(where, "a cgroup mount needs a cgroup namespace or a cgroup of the container's own")
-    if not cgroups or "" in cgroups:
+    if not cgroups or set(cgroups) == {""}:
         if namespace:
             return [mount.but(type="cgroup2", source="cgroup2")], []
         return [_bound(mount, mount.target, cgroups[""])], []
@@ -330,10 +330,13 @@ def expand_cgroups(
     links = []
     own = options.but(propagation=0)
     for name, path in cgroups.items():
-        one = mount.but(target=f"{mount.target}/{name}", options=own)
+        if not name:
+            continue  # version 2 beside version 1: nobody looks for it here
+        one = mount.but(target=f"{mount.target}/{name.removeprefix('name=')}", options=own)
         controllers = tuple(name.split(","))
         if namespace:
-            mounts.append(one.but(type="cgroup", source="cgroup", options=own.but(data=controllers)))
+            data = ("none", name) if name.startswith("name=") else controllers
+            mounts.append(one.but(type="cgroup", source="cgroup", options=own.but(data=data)))
         else:
             mounts.append(_bound(one, one.target, path))
         if len(controllers) > 1:

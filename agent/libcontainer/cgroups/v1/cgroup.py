@@ -92,15 +92,13 @@ class CgroupV1(Hierarchy):
 
         Raises CgroupError, also if it is in use.
         """
-        parts = parts_of(path)
-        own = own_cgroups() if below_own else {}
         made: list[str] = []
-        directories = {}
+        directories = self.place(path, below_own=below_own)
         try:
-            for name, root in self.roots.items():
-                parent = own.get(name, "") if below_own else self._parent
-                whole = [*(part for part in parent.split("/") if part), *parts]
-                directories[name] = _make(root, whole, made, fill_cpuset if "cpuset" in name.split(",") else None)
+            for name, directory in directories.items():
+                root = self.roots[name]
+                parts = directory.removeprefix(f"{root}/").split("/")
+                _make(root, parts, made, fill_cpuset if "cpuset" in name.split(",") else None)
             cgroup = CgroupOfV1(directories, self.roots, self._made, self._waits)
             for directory in directories.values():
                 check_unused(path, files.pids_in(directory), frozen=cgroup.frozen)
@@ -114,12 +112,21 @@ class CgroupV1(Hierarchy):
             self._made.update(made)
         return cgroup
 
+    def place(self, path: str, *, below_own: bool = False) -> dict[str, str]:
+        """The directories that `create` would make, by hierarchy."""
+        own = own_cgroups() if below_own else {}
+        found = {}
+        for name, root in self.roots.items():
+            parent = own.get(name, "") if below_own else self._parent
+            found[name] = "/".join([root, *(part for part in parent.split("/") if part), *parts_of(path)])
+        return found
+
     def open(self, paths: Mapping[str, str]) -> CgroupOfV1:
         """Open the cgroup with these directories, which may be gone."""
         return CgroupOfV1(paths, self.roots, set(), self._waits)
 
 
-def _make(root: str, parts: list[str], made: list[str], fill: Callable[[str, str], None] | None) -> str:
+def _make(root: str, parts: list[str], made: list[str], fill: Callable[[str, str], None] | None) -> None:
     """Make a directory in one hierarchy, level by level; what is new goes to `made`."""
     at = root
     for part in parts:
@@ -131,7 +138,6 @@ def _make(root: str, parts: list[str], made: list[str], fill: Callable[[str, str
             pass
         if fill is not None:
             fill(above, at)
-    return at
 
 
 class CgroupOfV1(Cgroup):

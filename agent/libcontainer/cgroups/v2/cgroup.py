@@ -88,6 +88,11 @@ class CgroupV2(Hierarchy):
             self._made.update(made)
         return cgroup
 
+    def place(self, path: str, *, below_own: bool = False) -> dict[str, str]:
+        """The directory that `create` would make."""
+        parent = own_cgroups().get("", "") if below_own else self._parent
+        return {"": "/".join([self.root, *(part for part in parent.split("/") if part), *parts_of(path)])}
+
     def open(self, paths: Mapping[str, str]) -> CgroupOfV2:
         """Open the cgroup with these directories, which may be gone."""
         return CgroupOfV2(paths[""], set(), self._waits)
