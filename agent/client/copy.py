@@ -7,6 +7,7 @@ sees, and nothing outside of it can be reached.  So the container needs `sh` and
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import io
 import os
 import posixpath
@@ -194,7 +195,7 @@ async def put(container: Container, source: str, path: str, progress: Progress |
     kind = "contents" if _wants_contents(source) else "directory" if directory else "file"
     words = [posixpath.normpath(path), name, kind, str(int(_wants_directory(path)))]
     async with _script(container, PUT, words) as process:
-        read_end, write_end = os.pipe()
+        read_end, write_end = _pipe()
         packing = asyncio.create_task(asyncio.to_thread(_pack, write_end, origin.resolve() if directory else origin))
         feeding = asyncio.create_task(_feed(process, read_end, progress or Progress()))
         async with _ending(feeding, packing):
@@ -230,7 +231,7 @@ async def get(container: Container, path: str, target: str, progress: Progress |
     if not directory.is_dir():
         raise UsageError(f"{directory}: no such directory")
     async with _script(container, GET, [parent, old, path]) as process:
-        read_end, write_end = os.pipe()
+        read_end, write_end = _pipe()
         unpacking = asyncio.create_task(asyncio.to_thread(_unpack, read_end, directory, old, new))
         draining = asyncio.create_task(_drain(process, write_end, progress or Progress()))
         async with _ending(draining, unpacking):
@@ -290,6 +291,14 @@ async def _complaints(process: Process) -> str:
     async for data in process.stderr():
         said = (said + data)[:MAX_STDERR]
     return "; ".join(said.decode(errors="replace").split("\n")).rstrip("; ")
+
+
+def _pipe() -> tuple[int, int]:
+    """Make a pipe that holds what goes in one call."""
+    read_end, write_end = os.pipe()
+    with suppress(OSError):  # more than /proc/sys/fs/pipe-max-size
+        fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, CHUNK)
+    return read_end, write_end
 
 
 async def _feed(process: Process, source: int, progress: Progress) -> None:

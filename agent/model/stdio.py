@@ -133,7 +133,15 @@ class Output(_End):
 
 
 class Input(_End):
-    """The writing end of standard input."""
+    """The writing end of standard input.
+
+    One that is written in bulk gets a larger pipe, and is filled in large pieces: a reader of small ones (busybox's tar
+    takes 4 KiB) would have the agent woken for each.
+    """
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd)
+        self._grown = False
 
     async def write(self, data: bytes, child: Child) -> int:
         """Write all of it; returns how much was taken: nothing, after ``close``.  Raises BrokenStream."""
@@ -147,7 +155,13 @@ class Input(_End):
                 try:
                     view = view[os.write(self._fd, view) :]
                 except BlockingIOError:
+                    if len(view) >= BULK and not self._grown:
+                        self._grown = True
+                        if resize_pipe(self._fd, LARGEST_READ):
+                            continue
                     await _event_or_exit(self._fd, child, writing=True)
+                    if len(view) >= BULK:
+                        await asyncio.sleep(GATHER)  # a page is free; soon there is room for many
                 except OSError:
                     raise BrokenStream from None
             return len(data)

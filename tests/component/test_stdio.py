@@ -164,13 +164,16 @@ async def test_a_descriptor_is_not_closed_under_who_waits_for_it() -> None:
 async def test_a_write_waits_for_room_and_lets_others_go_on() -> None:
     theirs, ours = os.pipe()
     stdin, child = Input(ours), running()
-    data = os.urandom(5 * PIPE + 17)
+    data = os.urandom(LARGEST_READ + 5 * PIPE + 17)
     write = await pending(stdin.write(data, child))
     close = await pending(stdin.close())
+    os.set_blocking(theirs, False)
     seen = b""
     while len(seen) < len(data):
-        seen += os.read(theirs, 1000)
+        with contextlib.suppress(BlockingIOError):
+            seen += os.read(theirs, 4096)
         await asyncio.sleep(0)
+    os.set_blocking(theirs, True)
     assert await write == len(data)
     await close
     assert (seen, os.read(theirs, 1)) == (data, b"")
@@ -182,19 +185,30 @@ async def test_a_write_waits_for_room_and_lets_others_go_on() -> None:
 async def test_a_cancelled_write_makes_way() -> None:
     theirs, ours = os.pipe()
     stdin, child = Input(ours), running()
-    write = await pending(stdin.write(bytes(2 * PIPE), child))
+    write = await pending(stdin.write(bytes(2 * LARGEST_READ), child))
     write.cancel()
     await asyncio.wait([write])
     await stdin.close()
-    assert len(os.read(theirs, 2 * PIPE)) == PIPE
+    assert len(os.read(theirs, 2 * LARGEST_READ)) == LARGEST_READ
     assert os.read(theirs, 1) == b""
+    os.close(theirs)
+
+
+async def test_input_in_bulk_gets_a_larger_pipe() -> None:
+    theirs, ours = os.pipe()
+    stdin, child = Input(ours), running()
+    assert await stdin.write(b"little", child) == 6
+    assert fcntl.fcntl(ours, fcntl.F_GETPIPE_SZ) == PIPE
+    assert await stdin.write(bytes(LARGEST_READ // 2), child) == LARGEST_READ // 2  # nobody needs to read
+    assert fcntl.fcntl(ours, fcntl.F_GETPIPE_SZ) == LARGEST_READ
+    await stdin.close()
     os.close(theirs)
 
 
 async def test_a_write_that_nobody_reads_is_broken() -> None:
     theirs, ours = os.pipe()
     stdin, child = Input(ours), running()
-    write = await pending(stdin.write(bytes(2 * PIPE), child))
+    write = await pending(stdin.write(bytes(2 * LARGEST_READ), child))
     os.close(theirs)
     for attempt in (write, stdin.write(b"x", child)):
         with pytest.raises(BrokenStream):
@@ -205,7 +219,7 @@ async def test_a_write_that_nobody_reads_is_broken() -> None:
 async def test_the_exit_breaks_a_write_that_waits() -> None:
     theirs, ours = os.pipe()  # theirs stays open: a background job
     stdin, child = Input(ours), running()
-    write = await pending(stdin.write(bytes(2 * PIPE), child))
+    write = await pending(stdin.write(bytes(2 * LARGEST_READ), child))
     child._end(0)
     stdin.release()
     for attempt in (write, stdin.write(b"x", child)):
@@ -216,7 +230,7 @@ async def test_the_exit_breaks_a_write_that_waits() -> None:
 
 async def test_a_childs_ends_block_and_ours_do_not() -> None:
     pipes = Pipes()
-    theirs = pipes.theirs
+    theirs = pipes.child_ends
     copies = [os.dup(fd) for fd in (theirs.stdin, theirs.stdout, theirs.stderr)]
     streams = pipes.started()
     assert [os.get_blocking(fd) for fd in copies] == [True] * 3
@@ -231,7 +245,7 @@ async def test_a_childs_ends_block_and_ours_do_not() -> None:
 
 def test_pipes_of_a_child_that_did_not_start_and_of_a_given_size() -> None:
     pipes = Pipes(size=1 << 18)
-    assert fcntl.fcntl(pipes.theirs.stdout, 1032) == 1 << 18
+    assert fcntl.fcntl(pipes.child_ends.stdout, 1032) == 1 << 18
     pipes.failed()
     Pipes(size=1 << 40).failed()  # more than there can be: said by nobody, the default does
 
@@ -258,7 +272,7 @@ def fill(fd: int) -> int:
 )
 async def test_a_pipe_holds_what_its_reader_takes_at_once_and_never_more(size: int, taken: int, room: int) -> None:
     pipes = Pipes(size)
-    writer = os.dup(pipes.theirs.stdout)
+    writer = os.dup(pipes.child_ends.stdout)
     streams, child = pipes.started(), running()
     assert fill(writer) == (size or PIPE)  # nobody has read anything yet
     total = 0
@@ -276,7 +290,7 @@ async def test_a_pipe_holds_what_its_reader_takes_at_once_and_never_more(size: i
 
 async def test_a_pipe_that_is_never_half_full_stays_as_it_is() -> None:
     pipes = Pipes()
-    writer = os.dup(pipes.theirs.stdout)
+    writer = os.dup(pipes.child_ends.stdout)
     streams, child = pipes.started(), running()
     for _ in range(10):
         os.write(writer, bytes(PIPE // 2 - 1))
@@ -336,7 +350,7 @@ async def test_a_kernel_that_grants_no_larger_pipe_is_asked_once(monkeypatch: py
     monkeypatch.setattr("caisson.agent.model.stdio.resize_pipe", refuse)
 
     pipes = Pipes()
-    writer = os.dup(pipes.theirs.stdout)
+    writer = os.dup(pipes.child_ends.stdout)
     streams, child = pipes.started(), running()
     for _ in range(3):
         fill(writer)
