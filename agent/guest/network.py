@@ -13,11 +13,11 @@ import struct
 import sys
 from contextlib import contextmanager
 
+from caisson.agent.base import rtnetlink as rt
 from caisson.agent.base.errors import DeviceNotFound, DeviceTimeout, InvalidArgument, LinkNotFound, SystemCallFailed
 from caisson.agent.base.record import Record
+from caisson.agent.base.rtnetlink import Message, Rtnetlink
 from caisson.agent.guest import modules
-from caisson.agent.guest import rtnetlink as rt
-from caisson.agent.guest.rtnetlink import Message, Rtnetlink
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

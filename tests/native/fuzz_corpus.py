@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from struct import pack
 from typing import Any
 
-from caisson.agent.libcontainer.config.spec import Process, Spec
-from caisson.agent.libcontainer.plan import plan
+from caisson.agent.libcontainer.config.spec import IdMapping, Process, Spec
+from caisson.agent.libcontainer.plan import plan, wire
 from tests.native.nsexec_support import config
 from tests.native.test_nsexec_messages import BAD
 
@@ -28,6 +29,14 @@ def rich() -> dict[str, Any]:
     value["root"]["readonly"] = True
     value["mounts"] += [
         {"destination": "/mnt", "type": "bind", "source": "/tmp", "options": ["rbind", "rro", "rslave", "nosuid"]},
+        {
+            "destination": "/data",
+            "type": "bind",
+            "source": "/tmp",
+            "options": ["ridmap", "remount"],
+            "uidMappings": [{"containerID": 0, "hostID": 1, "size": 2}],
+            "gidMappings": [{"containerID": 0, "hostID": 1, "size": 2}],
+        },
         {"destination": "/srv", "type": "tmpfs", "source": "tmpfs", "options": ["tmpcopyup", "size=1m", "ro"]},
         {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nosuid", "noexec"]},
         {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"]},
@@ -38,7 +47,8 @@ def rich() -> dict[str, Any]:
             {"path": "/dev/kmsg2", "type": "c", "major": 1, "minor": 11, "fileMode": 0o600, "uid": 1, "gid": 2}
         ],
         "rootfsPropagation": "slave",
-        "personality": {"domain": "LINUX32"},
+        "personality": {"domain": "LINUX32", "flags": ["UNAME26"]},
+        "memoryPolicy": {"mode": "MPOL_BIND", "nodes": "0-70", "flags": ["MPOL_F_STATIC_NODES"]},
         "uidMappings": [{"containerID": n, "hostID": 100000 + n, "size": 1} for n in range(300)],
         "gidMappings": [{"containerID": 0, "hostID": 100000, "size": 65536}],
         "timeOffsets": {"monotonic": {"secs": 10, "nanosecs": 5}, "boottime": {"secs": 7}},
@@ -68,12 +78,24 @@ def seeds() -> dict[str, bytes]:
             cgroups={"": "/sys/fs/cgroup/x"},
             hook_state='{"a":1',
             filter=bytes(28),
+            net_requests=[("eth0", pack("=IHHII", 24, 16, 5, 1, 0) + bytes(8))],
         )
         found[f"good {name}"] = INIT + messages
         process = Process.from_json(value["process"])
         found[f"good exec {name}"] = EXEC + plan.exec_messages(process, spec, {"ipc": "/proc/1/ns/ipc"}, bytes(12))
     found["good joined"] = INIT + plan.init_messages(
         Spec.from_json(config("true")), rootfs="/r", bundle="/", join={"uts": "/proc/1/ns/uts"}, cgroups={}
+    )
+    found["good rootless"] = (
+        INIT
+        + wire.bootstrap(
+            create=wire.NAMESPACES["user"][0] | wire.NAMESPACES["mount"][0],
+            uid_map=[IdMapping(0, 1000, 1)],
+            gid_map=[IdMapping(0, 1000, 1)],
+            map_programs=("/usr/bin/newuidmap", "/usr/bin/newgidmap"),
+            setgroups=False,
+        )
+        + plan.init_messages(Spec.from_json(config("true")), rootfs="/r", bundle="/", join={}, cgroups={})[24:]
     )
     found["good pause"] = INIT + plan.pause_messages("/r", {"ipc": "/proc/1/ns/ipc"})
     return found

@@ -133,6 +133,7 @@ WHOLE: dict[str, Any] = {
         "maskedPaths": ["/m"],
         "readonlyPaths": ["/r"],
         "personality": {"domain": "LINUX32", "flags": ["ADDR_NO_RANDOMIZE"]},
+        "netDevices": {"<name>": {"name": "eth0"}},
         "memoryPolicy": {"mode": "MPOL_BIND", "nodes": "0", "flags": ["MPOL_F_STATIC_NODES"]},
         "seccomp": {
             "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": 1, "architectures": ["SCMP_ARCH_X86"],

@@ -57,6 +57,11 @@ class Reader:
         """The full path of `key`, for error messages."""
         return f"{self._where}.{key}" if self._where else key
 
+    @property
+    def keys(self) -> list[str]:
+        """All keys, of an object whose keys are names of something."""
+        return [check_text(key, self._where) for key in self._values]
+
     def raw(self, key: str) -> Any:
         """The value as it is, None if absent."""
         self._left.discard(key)

@@ -28,6 +28,7 @@ __all__ = [
 
 NAMESPACE_TYPES = ("pid", "network", "mount", "ipc", "uts", "user", "cgroup", "time")
 NOT_YET = "is not supported yet"
+IFNAME_MAX = 15  # bytes of a network device's name
 HOOK_SECONDS_MAX = 0x7FFF_FFFF // 1000  # poll(2) counts milliseconds
 
 
@@ -187,12 +188,13 @@ class Linux(Record):
     seccomp: Seccomp | None = None
     personality: int | None = None  # as for personality(2)
     memory_policy: MemoryPolicy | None = None
+    net_devices: Mapping[str, str] = NOTHING  # name outside: name inside
 
     @classmethod
     def from_json(cls, value: object, where: str = "linux") -> Linux:
         """Parse `linux`.  Raises SpecError."""
         r = Reader(value, where)
-        for key in ("mountLabel", "intelRdt", "netDevices"):
+        for key in ("mountLabel", "intelRdt"):
             r.refuse(key, NOT_YET)
         result = cls(
             namespaces=r.each("namespaces", _namespace),
@@ -209,6 +211,7 @@ class Linux(Record):
             seccomp=r.one("seccomp", Seccomp.from_json),
             personality=r.one("personality", scheduling.personality),
             memory_policy=r.one("memoryPolicy", scheduling.memory_policy),
+            net_devices=r.one("netDevices", _net_devices) or {},
         )
         r.done()
         types = [namespace.type for namespace in result.namespaces]
@@ -392,6 +395,24 @@ def _device(value: object, where: str) -> Device:
     if device.type not in ("c", "b", "u", "p"):
         raise SpecError(r.name("type"), f"must be c, b, u or p, not {device.type!r}")
     return device
+
+
+def _net_devices(value: object, where: str) -> dict[str, str]:
+    r = Reader(value, where)
+    devices = {name: _net_device(r.raw(name), r.name(name)) or name for name in r.keys}
+    for name in (*devices, *devices.values()):
+        if not name or len(name) > IFNAME_MAX or name in (".", "..") or any(c in "/:" or c.isspace() for c in name):
+            raise SpecError(where, f"{name!r} is not a name of a network device")
+    if len(set(devices.values())) != len(devices):
+        raise SpecError(where, "gives two devices one name")
+    return devices
+
+
+def _net_device(value: object, where: str) -> str:
+    r = Reader({} if value is None else value, where)
+    name = r.text("name")
+    r.done()
+    return name
 
 
 def _hooks(value: object, where: str) -> Hooks:

@@ -80,6 +80,7 @@ def init_messages(
     procfs: str | None = None,
     hook_state: str = "{",
     filter: bytes = b"",
+    net_requests: Iterable[tuple[str, bytes]] = (),
 ) -> bytes:
     """The messages for a container's first process.
 
@@ -87,7 +88,8 @@ def init_messages(
     the container's directories by controllers ("" for v2), shown at its cgroup mount; `procfs` is a
     mount of procfs of the pid namespace that is joined, of which proc mounts become copies; `hook_state` is
     the beginning of the state that hooks get (hooks.py), `filter` flags and program of the system call filter
-    (bpf.py).  Raises SpecError or EncodingError.
+    (seccomp_bpf.py); `net_requests` are requests of rtnetlink about interfaces, made inside.
+    Raises SpecError or EncodingError.
     """
     process = spec.process
     if process is None:
@@ -101,6 +103,8 @@ def init_messages(
         raise SpecError("hooks.createContainer", "cannot run in a pid namespace with others in it")
     create = _mask(types - set(joined))
     _check_maps(spec.linux, "user" in types - set(joined))
+    if spec.linux.net_devices and "network" not in types:
+        raise SpecError("linux.netDevices", "unable to move network devices without a network namespace")
     if spec.linux.time_offsets and ("time" not in types or "time" in joined):
         raise SpecError("linux.timeOffsets", "need a new time namespace")
     files = FileSystem(spec, bundle, cgroups, types)
@@ -109,7 +113,7 @@ def init_messages(
         wire.number(PROPAGATION, syscalls.MS_SLAVE | syscalls.MS_REC),
         wire.text(ROOTFS, rootfs, "root.path"),
         *files.steps(procfs if "pid" in joined else ""),
-        *_early_hooks(spec.hooks, hook_state),
+        *_early_hooks(spec.hooks, hook_state, net_requests),
         wire.number(PIVOT, wire.PIVOT_ROOT),
         *root_propagation(spec.linux.rootfs_propagation),
         *_console(process, bind=True),
@@ -228,12 +232,15 @@ def _names(spec: Spec, types: set[str]) -> Iterable[bytes]:
         yield wire.text(step, value)
 
 
-def _early_hooks(hooks: Hooks, state: str) -> Iterable[bytes]:
-    """Those that run before the root is changed, and the state that all of nsexec's get."""
+def _early_hooks(hooks: Hooks, state: str, net_requests: Iterable[tuple[str, bytes]]) -> Iterable[bytes]:
+    """Hooks before pivot_root, the state that all of nsexec's get, and what the runtime does while nsexec waits."""
+    requests = list(net_requests)
     if hooks.create_container or hooks.start_container:
         yield wire.text(HOOK_STATE, state, "the state for hooks")
-    if hooks.prestart or hooks.create_runtime:
+    if hooks.prestart or hooks.create_runtime or requests:
         yield wire.truth(RUNTIME_HOOKS, True)
+    for interface, request in requests:
+        yield wire.attribute(wire.NETLINK, wire.texts(interface) + request, "linux.netDevices")
     yield from (_hook(CREATE_HOOK, hook) for hook in hooks.create_container)
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from caisson.agent.libcontainer.process.children import Child, Children
     from caisson.agent.libcontainer.process.hooks import HookRunner, RuntimeHooks
     from caisson.agent.libcontainer.process.listener import Listener
+    from caisson.agent.libcontainer.process.net_devices import NetDevice
     from caisson.agent.libcontainer.process.nsexec import Nsexec
     from caisson.agent.libcontainer.process.seccomp_bpf import Filters
     from caisson.agent.libcontainer.waits import Waits
@@ -119,6 +120,7 @@ class ProcessLauncher:
             process = users.resolve(process, rootfs)
         if process is not None:
             spec = spec.but(process=users.with_home(process, rootfs))
+        devices = _net_devices(spec)
         messages = _encode(
             lambda: plan.init_messages(
                 spec,
@@ -129,6 +131,7 @@ class ProcessLauncher:
                 procfs=procfs,
                 hook_state="" if hooks is None else hooks.state,
                 filter=filter,
+                net_requests=[(device.name, request) for device in devices for request in device.requests],
             )
         )
         terminal = process is not None and process.terminal
@@ -146,6 +149,7 @@ class ProcessLauncher:
                 terminal=terminal,
                 until_exec=False,
                 hooks=hooks,
+                devices=devices,
                 listener=_listener(spec, launch.container_id, bundle),
             )
         except BaseException:
@@ -258,6 +262,7 @@ class ProcessLauncher:
         terminal: bool,
         until_exec: bool,
         hooks: RuntimeHooks | None = None,
+        devices: tuple[NetDevice, ...] = (),
         listener: Listener | None = None,
     ) -> InitProcess:
         """Spawn nsexec and follow it until it is ready (and has executed its program).  Nothing is left on failure."""
@@ -279,7 +284,8 @@ class ProcessLauncher:
                     env["_CAISSON_PRESERVED"] = str(launch.preserved)
                 channel.send(messages)
                 self._spawn(started, launch, list(fds.values()), env)
-                await self._set_up(started, hooks, listener, until_exec=until_exec)
+                timeout = await self._run_hooks(started, hooks, devices)
+                await self._set_up(started, listener, timeout, until_exec=until_exec)
                 if terminal and channel.console < 0:
                     raise LaunchError("console: no terminal came", step="console")
             except BaseException:
@@ -301,19 +307,31 @@ class ProcessLauncher:
             ) from error
         started.spawned(pid)
 
+    async def _run_hooks(
+        self, started: InitProcess, hooks: RuntimeHooks | None, devices: tuple[NetDevice, ...]
+    ) -> float | None:
+        """Do what belongs to the runtime while nsexec waits before pivot_root; return the time-out of what follows."""
+        channel = started.channel
+        if devices or (hooks is not None and hooks.outside):
+            await self._follow(started, lambda: channel.at_hooks or channel.ended, self._timeout)
+        if channel.at_hooks:
+            pid = (started.child or started.stages[-1]).pid
+            if devices:
+                from caisson.agent.libcontainer.process import net_devices
+
+                net_devices.move(devices, pid)
+            if hooks is not None:
+                await hooks.run(pid)
+            channel.release_init()
+        if hooks is None:
+            return self._timeout
+        return None if hooks.create_timeout is None else self._timeout + hooks.create_timeout
+
     async def _set_up(
-        self, started: InitProcess, hooks: RuntimeHooks | None, listener: Listener | None, *, until_exec: bool
+        self, started: InitProcess, listener: Listener | None, timeout: float | None, *, until_exec: bool
     ) -> None:
         """Follow nsexec to the end of the set-up.  Raises LaunchError."""
         channel = started.channel
-        timeout: float | None = self._timeout
-        if hooks is not None:
-            if hooks.outside:
-                await self._follow(started, lambda: channel.at_hooks or channel.ended, timeout)
-            if channel.at_hooks:
-                await hooks.run((started.child or started.stages[-1]).pid)
-                channel.release_init()
-            timeout = None if hooks.create_timeout is None else self._timeout + hooks.create_timeout
         if listener is not None:
             await self._pass_listener(started, listener, timeout)
         await self._follow(started, lambda: channel.ended or (channel.ready and not until_exec), timeout)
@@ -360,6 +378,14 @@ def _launched(started: InitProcess) -> Launched:
     launched = Launched(started.child, console, pidfd, tuple(started.stages))
     started.close()
     return launched
+
+
+def _net_devices(spec: Spec) -> tuple[NetDevice, ...]:
+    if not spec.linux.net_devices:
+        return ()
+    from caisson.agent.libcontainer.process import net_devices  # late: most containers have none
+
+    return net_devices.find(spec.linux.net_devices)
 
 
 def _listener(spec: Spec, container_id: str, bundle: str, init_pid: int = 0) -> Listener | None:

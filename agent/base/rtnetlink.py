@@ -22,8 +22,8 @@ NEWLINK, GETLINK, NEWADDR, DELADDR, GETADDR, NEWROUTE, DELROUTE, GETROUTE, NEWNE
 # How.  include/uapi/linux/netlink.h
 REQUEST, ACK, REPLACE, EXCL, DUMP, CREATE = 0x1, 0x4, 0x100, 0x200, 0x300, 0x400
 # Attributes, each within its kind.
-IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU = 1, 3, 4
-IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS = 1, 2, 8
+IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_NET_NS_PID = 1, 3, 4, 19
+IFA_ADDRESS, IFA_LOCAL, IFA_BROADCAST, IFA_FLAGS = 1, 2, 4, 8
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PREFSRC, RTA_METRICS, RTA_CACHEINFO, RTA_TABLE = 1, 4, 5, 7, 8, 12, 15
 RTAX_MTU = 2  # within RTA_METRICS
 NDA_DST, NDA_LLADDR = 1, 2
@@ -67,7 +67,7 @@ class Rtnetlink:
 
     def change(self, kind: int, fixed: bytes, attributes: Mapping[int, bytes], flags: int = 0) -> None:
         """Ask for a change.  Raises OSError with the kernel's reason."""
-        self._send(kind, REQUEST | ACK | flags, fixed + b"".join(_attribute(*one) for one in attributes.items()))
+        self._send(kind, REQUEST | ACK | flags, fixed + encode_attributes(attributes))
         for _ in self._answers():
             pass
 
@@ -103,6 +103,11 @@ class Rtnetlink:
 def number(value: int) -> bytes:
     """A number as an attribute's value."""
     return value.to_bytes(4, "little")
+
+
+def encode_attributes(attributes: Mapping[int, bytes]) -> bytes:
+    """Attributes one after the other, each padded."""
+    return b"".join(_attribute(*one) for one in attributes.items())
 
 
 def _attribute(kind: int, value: bytes) -> bytes:
