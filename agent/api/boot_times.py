@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from caisson.agent.base.boot_timestamps import BootTimestamps, now
 from caisson.agent.guest.kernellog import read_kernel_log
 from caisson.proto.caisson import caisson_pb2
@@ -15,7 +13,7 @@ class BootTimes:
     def __init__(self, timestamps: BootTimestamps) -> None:
         self._timestamps = timestamps
 
-    async def GetBootTimes(self, request: Any) -> Any:
+    async def GetBootTimes(self, request: caisson_pb2.GetBootTimesRequest) -> caisson_pb2.BootTimes:
         if request.only_now:
             return caisson_pb2.BootTimes(now=now())
         times = caisson_pb2.BootTimes(kernel_log=read_kernel_log())

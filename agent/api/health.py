@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from caisson.agent.base.boot_timestamps import BootTimestamps
 from caisson.proto.contract import VERSION
@@ -27,11 +26,11 @@ class Health:
         except TimeoutError:
             pass
 
-    async def Check(self, request: Any) -> Any:
+    async def Check(self, request: health_pb2.CheckRequest) -> health_pb2.HealthCheckResponse:
         if not self._asked.is_set():
             self._asked.set()
             self._timestamps("first request")
         return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
 
-    async def Version(self, request: Any) -> Any:
+    async def Version(self, request: health_pb2.CheckRequest) -> health_pb2.VersionCheckResponse:
         return health_pb2.VersionCheckResponse(grpc_version=API_VERSION, agent_version=VERSION)
