@@ -68,11 +68,11 @@ def _run_as_init(timestamps: BootTimestamps) -> None:
 
 def _run(options: Options, log: Log, timestamps: BootTimestamps) -> None:
     from caisson.agent.base.lazyimport import LazyImporter
-    from caisson.agent.rpc.listener import AddressError, listen
+    from caisson.agent.rpc.listener import ListenError, listen
 
     try:
         listener = listen(options.listen)  # first of all: a host that connects early waits in the queue
-    except AddressError as error:
+    except ListenError as error:
         sys.exit(f"{CONSOLE_PREFIX}{error}")
     timestamps("listening")
     lazy = LazyImporter()
@@ -187,7 +187,7 @@ def _extras(options: Options, reaper: Reaper, log: Log) -> list[asyncio.Task[Non
     import asyncio
 
     from caisson.agent.debug_ports import DebugConsole, LogStream, VsockListener
-    from caisson.agent.rpc.listener import AddressError, listen
+    from caisson.agent.rpc.listener import ListenError, listen
 
     loop = asyncio.get_running_loop()
     console = DebugConsole(reaper, log)
@@ -202,7 +202,7 @@ def _extras(options: Options, reaper: Reaper, log: Log) -> list[asyncio.Task[Non
             continue
         try:
             tasks.append(loop.create_task(VsockListener(listen(address), serve, log).run()))
-        except AddressError as error:
+        except ListenError as error:
             log("error", "cannot listen on a debugging port", error=str(error))
     return tasks
 

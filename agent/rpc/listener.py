@@ -1,4 +1,4 @@
-"""The agent's address: a socket on vsock (or a Unix socket), and who may connect.
+"""The agent's listening socket, on vsock or Unix, and which peers it accepts.
 
 Listening comes before everything else, asyncio included: a host that connects early waits in the kernel's queue instead
 of failing.
@@ -23,18 +23,18 @@ ANY_CID = 0xFFFFFFFF
 BACKLOG = 1024
 
 
-class AddressError(Exception):
-    """The address is no address, or cannot be listened on."""
+class ListenError(Exception):
+    """An address that is not valid, or that cannot be listened on."""
 
 
 def listen(address: str) -> socket.socket:
-    """A listening socket for ``vsock:PORT`` or ``unix:PATH`` (mode 0600).  Raises AddressError."""
+    """Listen on ``vsock:PORT`` or ``unix:PATH`` (mode 0600); returns the socket.  Raises ListenError."""
     kind, _, place = address.partition(":")
     try:
         if kind == "vsock" and place.isascii() and place.isdecimal():
             listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
             listener.bind((ANY_CID, int(place)))
-        elif kind == "unix" and place:  # an empty path would be an address that anybody can connect to (unix(7))
+        elif kind == "unix" and place:  # an empty path is an autobind address, which has no mode (unix(7))
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             before = os.umask(0o177)
             try:
@@ -42,16 +42,16 @@ def listen(address: str) -> socket.socket:
             finally:
                 os.umask(before)
         else:
-            raise AddressError(f"{address!r} is no address: vsock:PORT or unix:PATH")
+            raise ListenError(f"{address!r}: not a valid address; use vsock:PORT or unix:PATH")
         listener.listen(BACKLOG)
     except (OSError, OverflowError, ValueError) as error:
-        raise AddressError(f"cannot listen on {address}: {error}") from error
+        raise ListenError(f"{address}: cannot listen: {error}") from error
     listener.setblocking(False)
     return listener
 
 
 async def accept(listener: socket.socket, protocol: Callable[[], BaseProtocol], log: Log) -> None:
-    """Give each connection a protocol of its own, until cancelled."""
+    """Accept connections until cancelled, each with a protocol of its own."""
     import asyncio
 
     loop = asyncio.get_running_loop()
@@ -59,16 +59,16 @@ async def accept(listener: socket.socket, protocol: Callable[[], BaseProtocol], 
         try:
             connection, peer = await loop.sock_accept(listener)
         except OSError as error:
-            # Out of descriptors, most likely: those who wait are served when some come back.
+            # Most likely out of descriptors: the queue is served when some are closed.
             log("error", "accept failed", error=str(error))
             await asyncio.sleep(0.1)
             continue
         if connection.family == socket.AF_VSOCK and peer[0] != HOST_CID:
-            log("warning", "refused a connection that is not the host's", cid=peer[0])
+            log("warning", "refused a connection that is not from the host", cid=peer[0])
             connection.close()
             continue
         try:
             await loop.connect_accepted_socket(protocol, connection)
         except OSError as error:
-            log("warning", "a connection was lost at once", error=str(error))
+            log("warning", "a connection was lost while it was accepted", error=str(error))
             connection.close()

@@ -17,14 +17,16 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from caisson.agent import client
 from caisson.agent.client import Agent, default_spec
 from caisson.image.vm import VM, VMConfig
 from caisson.proto.kata1 import agent_pb2
+from tests.bench import transports
 from tests.bench.boot import LEAN, booted, own_run_directory
-from tests.bench.native import MIB, bulk, first_byte
+from tests.bench.native import MIB, bulk, echo, first_byte
 from tests.bench.rows import Row
 from tests.bench.runtime_latency import CONFIG, ROOT
 from tests.bench.vsock import cpu, from_guest
@@ -159,6 +161,10 @@ async def calls(vm: VM, shell: Shell, program: bytes, samples: int, size: int) -
         own, peer, least = (statistics.median(column) for column in zip(*taken[1:], strict=True))
         what = "stdout by gRPC from the guest, beside raw vsock (ms/MiB)"
         rows.append(Row.beside(what, own, peer, BULK_BUDGET, least))
+        rows += [
+            replace(row, what=f"in the guest: {row.what}")
+            for row in await transports.measure(vm.agent_socket, "bench", samples, size // 4, first_byte, echo, bulk)
+        ]
         await container.remove()
     return rows
 

@@ -27,6 +27,7 @@ import grpc
 from caisson.agent.client import Agent, Container
 from caisson.agent.client.connection import CHANNEL_OPTIONS, CHUNK
 from caisson.proto.kata1 import agent_pb2
+from tests.bench import transports
 from tests.bench.bare import SERVICE
 from tests.bench.rows import Row
 from tests.bench.runtime_latency import CONFIG, ROOT, limit
@@ -128,6 +129,12 @@ async def echo_times(
     return ours, theirs
 
 
+async def echo(container: Container) -> float:
+    """Milliseconds of a round trip through `cat`: the median of some."""
+    took, _ = await echo_times(container, 10, lambda: asyncio.sleep(0.01))
+    return statistics.median(took)
+
+
 async def bulk(container: Container, size: int) -> float:
     """Milliseconds per MiB of what a program writes.
 
@@ -210,6 +217,7 @@ async def measure(work: Path, running: RunningAgent, crun: Crun, samples: int, q
                 pairs = [(await bulk(container, size), await raw_bulk(call, size)) for _ in range(5)]
                 own, peer = (statistics.median(column) for column in zip(*pairs, strict=True))
                 rows.append(Row.beside("stdout by gRPC, beside bare unary calls (ms/MiB)", own, peer, BULK_BUDGET))
+        rows += await transports.measure(running.socket, "bench", samples, size // 4, first_byte, echo, bulk)
         rows += await flat(agent, running, container, (10,) if quick else (10, 100), 200 if quick else 1000)
         await container.remove()
     return rows

@@ -1,0 +1,56 @@
+"""The agent over ttrpc, beside the same calls over gRPC, one after the other on two connections."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from caisson.agent.client import Agent, Container
+from caisson.agent.rpc.ttrpc.client import Client
+from caisson.proto.kata1 import health_pb2
+from tests.bench.rows import Row
+from tests.conformance.transports import ttrpc_channel
+
+CALL_BUDGET, EXEC_BUDGET, ECHO_BUDGET, BULK_BUDGET = 0.5, 0.9, 1.0, 1.0
+
+#: Calls that a sample of an empty one is the mean of: one alone takes no longer than the clock's jitter.
+CALLS = 20
+
+
+async def measure(
+    socket: Path,
+    container_id: str,
+    samples: int,
+    size: int,
+    first_byte: Callable[[Container], Awaitable[float]],
+    echo: Callable[[Container], Awaitable[float]],
+    bulk: Callable[[Container, int], Awaitable[float]],
+) -> list[Row]:
+    """All rows; the functions return milliseconds for a container, that last one a MiB of so many bytes."""
+    async with Agent.connect(socket) as grpc, Agent(ttrpc_channel(await Client.connect(socket))) as ttrpc:
+        agents = (ttrpc, grpc)
+        ours, peers = (agent.container(container_id) for agent in agents)
+
+        async def row(what: str, count: int, budget: float, one: Callable[[Any], Awaitable[float]]) -> Row:
+            subjects = agents if one is empty_calls else (ours, peers)
+            pairs = [[await one(subject) for subject in subjects] for _ in range(count + 2)]
+            own, peer = (statistics.median(column) for column in zip(*pairs[2:], strict=True))
+            return Row.beside(f"{what}, beside the same by gRPC (ms)", own, peer, budget)
+
+        return [
+            await row("an empty call by ttrpc", samples, CALL_BUDGET, empty_calls),
+            await row("ExecProcess by ttrpc to first byte", samples, EXEC_BUDGET, first_byte),
+            await row("WriteStdin by ttrpc to echo in ReadStdout", samples, ECHO_BUDGET, echo),
+            await row("stdout by ttrpc, a MiB", 5, BULK_BUDGET, lambda one: bulk(one, size)),
+        ]
+
+
+async def empty_calls(agent: Agent) -> float:
+    """Milliseconds of an empty call."""
+    began = time.perf_counter()
+    for _ in range(CALLS):
+        await agent.health.Check(health_pb2.CheckRequest())
+    return (time.perf_counter() - began) * 1000 / CALLS
