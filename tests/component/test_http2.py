@@ -17,7 +17,7 @@ from caisson.agent.rpc.http2 import frames
 from caisson.agent.rpc.http2.connection import Http2Connection
 from caisson.agent.rpc.http2.frames import Code
 from caisson.agent.rpc.http2.hpack import Decoder, encode
-from caisson.agent.rpc.http2.messages import Request, Response
+from caisson.agent.rpc.http2.messages import HttpRequest, HttpResponse
 
 FIELDS = (b":method", b"POST"), (b":scheme", b"http"), (b":path", b"/echo"), (b":authority", b"x")
 BLOCK = encode(*FIELDS)
@@ -103,12 +103,12 @@ class Peer:
         assert await self.frame() == (frames.PING, frames.ACK, 0, b"12345678")
 
 
-async def echo(one: Request) -> Response:
-    return Response(HEAD, [bytes(one.body)], TAIL)
+async def echo(one: HttpRequest) -> HttpResponse:
+    return HttpResponse(HEAD, [bytes(one.body)], TAIL)
 
 
 @contextlib.asynccontextmanager
-async def connected(serve: Callable[[Request], Awaitable[Response]] = echo) -> AsyncIterator[Peer]:
+async def connected(serve: Callable[[HttpRequest], Awaitable[HttpResponse]] = echo) -> AsyncIterator[Peer]:
     """A peer of a connection.  At the end it is lost, and nothing is left of it."""
     loop, lines, ours, theirs = asyncio.get_running_loop(), [], *socket.socketpair()
     ours.setblocking(False)
@@ -125,7 +125,7 @@ async def connected(serve: Callable[[Request], Awaitable[Response]] = echo) -> A
     with ours:
         yield Peer(ours, connection, lines)
     await lost.wait()
-    assert not connection._streams and not connection._sender.blocked
+    assert not connection._streams and not connection._flow.blocked
     await asyncio.sleep(0)
     assert asyncio.all_tasks() == before
     assert failures == []
@@ -167,8 +167,8 @@ async def test_headers_in_pieces_with_padding_and_priority_and_fields_after_the_
 
 
 async def test_an_answer_of_headers_alone() -> None:
-    async def no(one: Request) -> Response:
-        return Response(HEAD)
+    async def no(one: HttpRequest) -> HttpResponse:
+        return HttpResponse(HEAD)
 
     async with connected(no) as peer:
         await peer.hello()
@@ -180,8 +180,8 @@ async def test_an_answer_of_headers_alone() -> None:
 async def test_an_answer_is_sent_as_there_is_room() -> None:
     data = random.Random(1).randbytes(70_000)
 
-    async def large(one: Request) -> Response:
-        return Response(HEAD, [data[:5], b"", data[5:]], TAIL)
+    async def large(one: HttpRequest) -> HttpResponse:
+        return HttpResponse(HEAD, [data[:5], b"", data[5:]], TAIL)
 
     async with connected(large) as peer:
         await peer.hello((frames.INITIAL_WINDOW_SIZE, 10))
@@ -211,8 +211,8 @@ async def test_an_answer_is_sent_as_there_is_room() -> None:
 
 
 async def test_answers_share_the_room_of_their_connection() -> None:
-    async def large(one: Request) -> Response:
-        return Response(HEAD, [bytes(100_000)], TAIL)
+    async def large(one: HttpRequest) -> HttpResponse:
+        return HttpResponse(HEAD, [bytes(100_000)], TAIL)
 
     async with connected(large) as peer:
         await peer.hello((frames.INITIAL_WINDOW_SIZE, 1 << 20), (frames.MAX_FRAME_SIZE, 1 << 20))
@@ -230,8 +230,8 @@ async def test_answers_share_the_room_of_their_connection() -> None:
 
 
 async def test_frames_are_as_large_as_the_peer_lets_them_be() -> None:
-    async def large(one: Request) -> Response:
-        return Response(HEAD, [bytes(60_000)], TAIL)
+    async def large(one: HttpRequest) -> HttpResponse:
+        return HttpResponse(HEAD, [bytes(60_000)], TAIL)
 
     async with connected(large) as peer:
         await peer.hello((frames.MAX_FRAME_SIZE, 50_000))
@@ -246,7 +246,7 @@ class Never:
         self.begun = self.given_up = 0
         self.changed = asyncio.Event()
 
-    async def __call__(self, one: Request) -> Response:
+    async def __call__(self, one: HttpRequest) -> HttpResponse:
         self.begun += 1
         self.changed.set()
         try:
@@ -287,9 +287,9 @@ async def test_an_end_of_file_is_a_peer_that_has_gone() -> None:
 async def test_a_body_that_is_too_long_is_cut_and_answered() -> None:
     seen: list[int] = []
 
-    async def look(one: Request) -> Response:
+    async def look(one: HttpRequest) -> HttpResponse:
         seen.append(len(one.body))
-        return Response(HEAD)
+        return HttpResponse(HEAD)
 
     async with connected(look) as peer:
         await peer.hello()
@@ -334,7 +334,7 @@ async def test_more_requests_than_there_may_be_are_refused(monkeypatch: pytest.M
 async def test_a_server_that_leaves_answers_what_has_begun() -> None:
     go = asyncio.Event()
 
-    async def slow(one: Request) -> Response:
+    async def slow(one: HttpRequest) -> HttpResponse:
         await go.wait()
         return await echo(one)
 
@@ -514,9 +514,9 @@ async def test_anything_at_all_is_survived() -> None:
 async def test_headers_are_what_was_sent() -> None:
     seen: list[dict[bytes, bytes]] = []
 
-    async def look(one: Request) -> Response:
+    async def look(one: HttpRequest) -> HttpResponse:
         seen.append(one.headers)
-        return Response(HEAD)
+        return HttpResponse(HEAD)
 
     async with connected(look) as peer:
         await peer.hello()

@@ -22,7 +22,7 @@ from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.dispatch import Dispatch, Service
 from caisson.agent.rpc.http2 import grpc as codec
 from caisson.agent.rpc.http2 import hpack
-from caisson.agent.rpc.http2.messages import Request, Response
+from caisson.agent.rpc.http2.messages import HttpRequest, HttpResponse
 from caisson.agent.rpc.listener import accept, listen
 from caisson.agent.rpc.server import Server
 from caisson.proto.kata1 import agent_pb2, health_pb2
@@ -171,7 +171,7 @@ async def test_a_stop_waits_for_what_has_begun(tmp_path: Path) -> None:
     ids=["none", "cut", "short", "two", "compressed"],
 )
 async def test_messages_that_are_none(body: bytes, status: bytes) -> None:
-    request = Request({b":method": b"POST", b":path": b"/grpc.Health/Check", b"content-type": b"application/grpc"})
+    request = HttpRequest({b":method": b"POST", b":path": b"/grpc.Health/Check", b"content-type": b"application/grpc"})
     request.body += body
     assert dict(fields(await answer(request)))[b"grpc-status"] == status
 
@@ -179,14 +179,14 @@ async def test_messages_that_are_none(body: bytes, status: bytes) -> None:
 @pytest.mark.parametrize("headers", [{b":method": b"GET"}, {b"content-type": b"text/html"}, {b"content-type": b""}])
 async def test_requests_that_are_not_grpcs(headers: dict[bytes, bytes]) -> None:
     good = {b":method": b"POST", b":path": b"/grpc.Health/Check", b"content-type": b"application/grpc"}
-    assert fields(await answer(Request(good | headers))) == [(b":status", b"415")]
+    assert fields(await answer(HttpRequest(good | headers))) == [(b":status", b"415")]
 
 
-async def answer(request: Request) -> Response:
+async def answer(request: HttpRequest) -> HttpResponse:
     return await codec.serve(dispatch(Health()), request)
 
 
-def fields(response: Response) -> list[tuple[bytes, bytes]]:
+def fields(response: HttpResponse) -> list[tuple[bytes, bytes]]:
     return hpack.Decoder(1000).decode(response.header)
 
 

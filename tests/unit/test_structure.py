@@ -82,8 +82,8 @@ SAME_THING = {
 
 #: Names that still stand for two things.
 PENDING_CLASSES = {
-    "AddressError", "Children", "Device", "Directory", "Done", "Guest", "Host", "Limits", "Message", "Network",
-    "Record", "Request", "Rule", "Sender", "TooLarge",
+    "Children", "Device", "Directory", "Done", "Guest", "Host", "Limits", "Message", "Network",
+    "Record", "Rule", "TooLarge",
 }  # fmt: skip
 
 #: Sentences that callers of runc match as well: they are the runtime's own.

@@ -11,8 +11,8 @@ from caisson.agent.rpc.connection import MAX_CALLS, MAX_HELD, Connection
 from caisson.agent.rpc.http2 import frames
 from caisson.agent.rpc.http2.frames import Code, ProtocolError, StreamError, unpadded
 from caisson.agent.rpc.http2.hpack import Decoder, HpackError
-from caisson.agent.rpc.http2.messages import Request, Response, request_headers
-from caisson.agent.rpc.http2.streams import Sender, Stream
+from caisson.agent.rpc.http2.messages import HttpRequest, HttpResponse, request_headers
+from caisson.agent.rpc.http2.streams import FlowControl, Stream
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Http2Connection(Connection):
 
     def __init__(
         self,
-        serve: Callable[[Request], Awaitable[Response]],
+        serve: Callable[[HttpRequest], Awaitable[HttpResponse]],
         max_body: int,
         buffer: memoryview,
         log: Log,
@@ -73,7 +73,7 @@ class Http2Connection(Connection):
         self._decoder = Decoder(MAX_HEADER_LIST_SIZE)
         self._block: _FieldBlock | None = None
         self._streams: dict[int, Stream] = {}
-        self._sender = Sender(self.write, self._release, self._finish_stream)
+        self._flow = FlowControl(self.write, self._release, self._finish_stream)
         self._reset_ids: dict[int, None] = {}  # streams that were reset from here a short while ago, oldest first
         self._last_stream_id = 0
         self._incoming_window = WINDOW
@@ -242,7 +242,7 @@ class Http2Connection(Connection):
         headers = request_headers(fields)
         if headers is None:
             raise StreamError(stream_id, Code.PROTOCOL_ERROR)
-        stream = self._streams[stream_id] = Stream(stream_id, Request(headers), self._sender.initial_window)
+        stream = self._streams[stream_id] = Stream(stream_id, HttpRequest(headers), self._flow.initial_window)
         self._hold(stream, len(block.data))
         if block.ends_stream:
             self._end_request(stream)
@@ -268,9 +268,9 @@ class Http2Connection(Connection):
             return
         if len(payload) > 6 * MAX_SETTINGS:
             raise ProtocolError(Code.ENHANCE_YOUR_CALM, "SETTINGS with too many entries")
-        self._sender.apply_settings(frames.parse_settings(payload), self._streams.values())
+        self._flow.apply_settings(frames.parse_settings(payload), self._streams.values())
         self.write(frames.header(0, frames.SETTINGS, frames.ACK))
-        self._sender.resume_blocked()
+        self._flow.resume_blocked()
 
     def _receive_ping(self, flags: int, stream_id: int, payload: bytearray) -> None:
         if len(payload) != 8:
@@ -286,12 +286,12 @@ class Http2Connection(Connection):
             raise ProtocolError(Code.FRAME_SIZE_ERROR, "WINDOW_UPDATE of a wrong size")
         increment = int.from_bytes(payload, "big") & frames.LARGEST_WINDOW
         if not stream_id:
-            self._sender.grow_connection_window(increment)
+            self._flow.grow_connection_window(increment)
             return
         self._check_not_idle(stream_id)
         stream = self._streams.get(stream_id)
         if stream is not None:  # else it was closed a moment ago
-            self._sender.grow_stream_window(stream, increment)
+            self._flow.grow_stream_window(stream, increment)
 
     def _check_not_idle(self, stream_id: int) -> None:
         if stream_id > self._last_stream_id or not stream_id & 1:
@@ -319,7 +319,7 @@ class Http2Connection(Connection):
         size = sum(map(len, response.body))
         self.held += size - stream.held  # of its request nothing is kept
         stream.held = size
-        self._sender.start(stream, response)
+        self._flow.start(stream, response)
         self.flush()
 
     def _hold(self, stream: Stream, size: int) -> None:
@@ -343,7 +343,7 @@ class Http2Connection(Connection):
     def _close_stream(self, stream_id: int) -> None:
         """Forget a stream before its response is sent, and cancel its call."""
         stream = self._streams.pop(stream_id, None)
-        self._sender.blocked.pop(stream_id, None)
+        self._flow.blocked.pop(stream_id, None)
         if stream is not None:
             self._release(stream, stream.held)
             self.cancel_call(stream_id)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.http2 import hpack
-from caisson.agent.rpc.http2.messages import Request, Response
+from caisson.agent.rpc.http2.messages import HttpRequest, HttpResponse
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,11 +29,11 @@ _OK = hpack.encode((b"grpc-status", b"0"))
 _UNITS = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 
 
-async def serve(dispatch: Dispatch, request: Request) -> Response:
+async def serve(dispatch: Dispatch, request: HttpRequest) -> HttpResponse:
     """Answer a request from a dispatch."""
     headers = request.headers
     if headers[b":method"] != b"POST" or not headers.get(b"content-type", b"").startswith(_CONTENT_TYPE):
-        return Response(hpack.encode((b":status", b"415")))
+        return HttpResponse(hpack.encode((b":status", b"415")))
     problem = _problem(request.body)
     if problem is not None:
         return _failure(*problem)
@@ -48,7 +48,7 @@ async def serve(dispatch: Dispatch, request: Request) -> Response:
     if isinstance(result, str):
         return _failure(code, result)
     length = sum(map(len, result))
-    return Response(_HEADER, [b"\0" + length.to_bytes(PREFIX_SIZE - 1, "big"), *result], _OK)
+    return HttpResponse(_HEADER, [b"\0" + length.to_bytes(PREFIX_SIZE - 1, "big"), *result], _OK)
 
 
 def _problem(body: bytearray) -> tuple[StatusCode, str] | None:
@@ -74,7 +74,7 @@ def _timeout(value: bytes | None) -> float | None:
     return int(digits) * _UNITS[unit]
 
 
-def _failure(code: StatusCode, text: str) -> Response:
+def _failure(code: StatusCode, text: str) -> HttpResponse:
     """Make a response of trailers alone, the text percent-encoded as the protocol wants it."""
     message = "".join(chr(byte) if 0x20 <= byte <= 0x7E and byte != 0x25 else f"%{byte:02X}" for byte in text.encode())
-    return Response(hpack.encode(*_HEADERS, (b"grpc-status", b"%d" % code), (b"grpc-message", message.encode())))
+    return HttpResponse(hpack.encode(*_HEADERS, (b"grpc-status", b"%d" % code), (b"grpc-message", message.encode())))

@@ -13,7 +13,7 @@ _FORBIDDEN = {b"connection", b"keep-alive", b"proxy-connection", b"transfer-enco
 _PSEUDO = (b":method", b":scheme", b":path", b":authority")
 
 
-class Request:
+class HttpRequest:
     """A request.  ``body`` is truncated where it is longer than the server takes."""
 
     def __init__(self, headers: dict[bytes, bytes]) -> None:
@@ -21,7 +21,7 @@ class Request:
         self.body = bytearray()
 
 
-class Response:
+class HttpResponse:
     """A response: field blocks (hpack.encode) around the body; without body and trailers, the header alone."""
 
     def __init__(self, header: bytes, body: Sequence[Buffer] = (), trailers: bytes = b"") -> None:

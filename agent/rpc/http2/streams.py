@@ -11,13 +11,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from caisson.agent.rpc.http2.messages import Buffer, Request, Response
+    from caisson.agent.rpc.http2.messages import Buffer, HttpRequest, HttpResponse
 
 
 class Stream:
     """A request, and what of its response waits for flow control."""
 
-    def __init__(self, stream_id: int, request: Request, window: int) -> None:
+    def __init__(self, stream_id: int, request: HttpRequest, window: int) -> None:
         self.id = stream_id
         self.request = request
         self.window = window  # bytes that the peer takes
@@ -29,7 +29,7 @@ class Stream:
         self.trailers = b""
 
 
-class Sender:
+class FlowControl:
     """Send responses within the peer's windows and frame size.
 
     ``write`` queues output; ``sent`` is called with a stream and the number of bytes of its response that were sent,
@@ -50,7 +50,7 @@ class Sender:
         self.blocked: dict[int, Stream] = {}
         self.initial_window = frames.DEFAULT_WINDOW  # of a new stream
 
-    def start(self, stream: Stream, response: Response) -> None:
+    def start(self, stream: Stream, response: HttpResponse) -> None:
         """Send a response, or what the windows allow of it."""
         only = not response.body and not response.trailers
         flags = frames.END_HEADERS | (frames.END_STREAM if only else 0)
