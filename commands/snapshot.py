@@ -12,7 +12,11 @@ from caisson.commands.machines import image_directory
 from caisson.commands.streams import info
 from caisson.image.programs import TO_BOOT, need
 from caisson.image.vm import VM, VMConfig
+from caisson.image.vm.pace import scaled
 from caisson.image.vm.snapshot.snapshot import checked, says_ready
+
+#: Minutes that a quiet processor takes for the kernel of the template `lean`.
+COMPILE_MINUTES = 20.0
 
 
 def save_snapshot(*, name: str, image: str, memory: int, cpus: int, append: str, accel: str, vsock: str) -> None:
@@ -35,4 +39,8 @@ def lean_image() -> Path:
     """The image that snapshots are made of: all is built into its kernel, and its root is no part of its memory."""
     loaded = images.load(images.find("lean"), settings=["format=erofs"])
     need((*programs_to_build(loaded), *TO_BOOT), info)
-    return images.Build(loaded, report=info).image().directory
+    build = images.Build(loaded, report=info)
+    if not all(step.cached for step in build.plan() if step.step == "kernel"):
+        minutes = max(1, round(scaled(COMPILE_MINUTES) / len(os.sched_getaffinity(0))))
+        info(f"compiles the kernel of the template `lean` first, once: Linux from source, some {minutes} minutes here")
+    return build.image().directory

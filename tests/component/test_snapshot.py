@@ -68,6 +68,13 @@ def test_it_is_found_by_its_name_replaced_and_cleaned(tmp_path: Path, cache: Pat
     assert [path.name for path in (cache / "snapshots").iterdir()] == []
 
 
+def test_a_snapshot_is_for_its_owner_only(tmp_path: Path, cache: Path) -> None:
+    """It holds a guest's memory."""
+    directory = stored("t", tmp_path).directory
+    assert directory.stat().st_mode & 0o777 == 0o700
+    assert {file.stat().st_mode & 0o777 for file in directory.iterdir()} == {0o600}
+
+
 def test_one_that_cannot_be_stored_leaves_the_older_one(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -95,11 +95,37 @@ def test_writable(vm: Caisson, shared: Path) -> None:
     assert back.stdout == data == (shared / "copy").read_bytes()
 
     taken = vm("share", str(shared.parent), "--tag", "work")
-    assert taken.returncode == 1 and b"--tag work: is in use for" in taken.stderr and b"caisson unshare work" in taken.stderr
+    assert (
+        taken.returncode == 1
+        and b"--tag work: is in use for" in taken.stderr
+        and b"caisson unshare work" in taken.stderr
+    )
     nowhere = vm("share", str(shared.parent), "--at", "/etc/src")
     assert nowhere.returncode == 1 and b"read-only file system" in nowhere.stderr
     assert vm.info("default")["virtiofs"].keys() == {"work"}  # what could not be mounted is out again
     run(vm, "unshare", "work")
+
+
+def test_virtiofsd_keeps_what_file_ownership_takes(vm: Caisson, shared: Path) -> None:
+    run(vm, "share", str(shared), "--only-plug")
+    chown, dac_override, fowner, fsetid, setgid, setuid = 0, 1, 3, 4, 6, 7
+    allowed = sum(1 << number for number in (chown, dac_override, fowner, fsetid, setgid, setuid))
+    for process in servers(shared):
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        status = {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        assert int(status["CapEff"], 16) & ~allowed == 0
+        assert int(status["CapBnd"], 16) & ~allowed == 0
+        assert status["NoNewPrivs"] == "1"
+    run(vm, "unshare", "src--of-mine")
+
+
+def test_a_kernel_without_9p_gets_the_share_of_a_boot_by_virtiofs(own: Caisson, shared: Path) -> None:
+    """Debian's cloud kernel is one."""
+    run(own, "boot-vm", "--detach", "--share", f"work={shared}:rw")
+    assert own.info("default")["virtiofs"] == {"work": [str(shared), True]}
+    place = run(own, "share", str(shared)).strip()
+    assert run(own, "exec", "--", "cat", f"{place}/hello") == "from the host\n"
+    run(own, "stop-vm", "--all")
 
 
 def test_it_ends_with_its_vm(own: Caisson, shared: Path) -> None:
@@ -116,7 +142,10 @@ def test_it_ends_with_its_vm(own: Caisson, shared: Path) -> None:
     ("words", "why"),
     [
         (("share", "/nowhere"), b"/nowhere: is not a directory"),
-        (("share", "/tmp", "--tag", "1 2"), b"--tag 1 2: is not up to 31 letters, digits, - and _, with a letter first"),
+        (
+            ("share", "/tmp", "--tag", "1 2"),
+            b"--tag 1 2: is not up to 31 letters, digits, - and _, a letter first",
+        ),
         (("unshare", "nothing"), b"nothing is shared as 'nothing' with VM 'default'; there are: none"),
     ],
 )

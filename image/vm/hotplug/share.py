@@ -59,7 +59,7 @@ def share(vm: VM, directory: Path, tag: str = "", *, writable: bool) -> Shared:
     """
     path = directory.resolve()
     if tag and not TAG.fullmatch(tag):
-        raise VMError(f"--tag {tag}: is not up to 31 letters, digits, - and _, with a letter first")
+        raise VMError(f"--tag {tag}: is not up to 31 letters, digits, - and _, a letter first")
     if not path.is_dir():
         raise VMError(f"{directory}: is not a directory; name one to share")
     with _alone(vm):
