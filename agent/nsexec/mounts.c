@@ -279,7 +279,7 @@ int do_mount(int root, const struct mount_step *step, int source)
 	if ((step->flags & MOUNT_BIND) != 0) {
 		struct stat st;
 
-		tree = source >= 0 ? source : open_source(step);
+		tree = source >= 0 ? source : open_source(step, true);
 		if (fstat(tree, &st) < 0)
 			fail_errno("mount source", step->source, NULL);
 		directory = S_ISDIR(st.st_mode);

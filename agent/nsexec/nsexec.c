@@ -230,7 +230,7 @@ static void set_up(struct context *ctx)
 	log_debug(ctx->fds.joins ? "child process in setns" : "child process in init()", "");
 	umask(DEFAULT_UMASK);
 	/* The session keyring of the runtime must not be the container's. */
-	if (syscall(SYS_keyctl, KEYCTL_JOIN_SESSION, NULL) < 0 && errno != ENOSYS)
+	if (!ctx->boot.keep_keyring && syscall(SYS_keyctl, KEYCTL_JOIN_SESSION, NULL) < 0 && errno != ENOSYS)
 		fail_errno("session keyring", "", NULL);
 	if ((ctx->boot.create & NS_CGROUP) != 0 && syscall(SYS_unshare, NS_CGROUP) < 0)
 		fail_errno("unshare", "cgroup", NULL);

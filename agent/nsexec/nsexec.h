@@ -93,7 +93,7 @@ struct bootstrap {
 	const char *paths; /* "type:path,…" to join */
 	const char *uid_map, *gid_map, *oom_score_adj, *time_offsets;
 	const char *uid_map_program, *gid_map_program; /* newuidmap and newgidmap, of a runtime without privileges */
-	bool setgroups;
+	bool setgroups, keep_keyring;
 };
 
 /* Steps of a plan (types of its attributes), in the order of execution; those marked * may be repeated. */
@@ -289,7 +289,7 @@ int clone_mount(int fd, const char *step, const char *path, bool recursive);
 void set_attributes(int fd, uint64_t set, uint64_t clear, bool recursive, const char *step, const char *path);
 
 /* --- sources.c --- */
-int open_source(const struct mount_step *step);
+int open_source(const struct mount_step *step, bool must);
 void open_sources(struct context *ctx, bool has_userns, int joined_userns);
 
 /* --- copyup.c --- */

@@ -26,10 +26,12 @@ enum {
 	BOOT_GID_MAP_PATH,
 	BOOT_TIME_OFFSETS,
 	BOOT_JOIN_MASK = 27350, /* our own: namespaces to join from the pidfd, u32 */
+	BOOT_KEEP_KEYRING,	/* our own: the session keyring of the runtime stays the process's, bool */
+	BOOT_END
 };
 
 #define FIRST_BOOT BOOT_CLONE_FLAGS
-#define SEEN_BITS (BOOT_JOIN_MASK - FIRST_BOOT + 1)
+#define SEEN_BITS (BOOT_END - FIRST_BOOT)
 
 NORETURN static void malformed(const char *what, const char *why)
 {
@@ -52,7 +54,7 @@ void decode_bootstrap(struct cursor message, struct bootstrap *out)
 
 	memset(out, 0, sizeof(*out));
 	while (next_attribute(&message, &a)) {
-		if (a.type < FIRST_BOOT || a.type > BOOT_JOIN_MASK)
+		if (a.type < FIRST_BOOT || a.type >= BOOT_END)
 			malformed("attribute", "an unknown type");
 		if (seen[a.type - FIRST_BOOT])
 			malformed("attribute", "a duplicate type");
@@ -63,6 +65,9 @@ void decode_bootstrap(struct cursor message, struct bootstrap *out)
 			break;
 		case BOOT_JOIN_MASK:
 			out->join = namespace_mask(&a);
+			break;
+		case BOOT_KEEP_KEYRING:
+			out->keep_keyring = attribute_bool(&a);
 			break;
 		case BOOT_NS_PATHS:
 			out->paths = attribute_text(&a);

@@ -72,14 +72,14 @@ static void map_ids(int tree, const struct mount_step *step, int joined_userns, 
 			   errno == EINVAL ? "its file system does not support it" : NULL);
 }
 
-/* A detached clone of the source. */
-int open_source(const struct mount_step *step)
+/* A detached clone of the source; -1 where that takes privileges which need not be there. */
+int open_source(const struct mount_step *step, bool must)
 {
 	bool recursive = (step->flags & MOUNT_RECURSIVE) != 0;
 	int tree = sys_open_tree(AT_FDCWD, step->source,
 				 OPEN_TREE_CLONE | O_CLOEXEC | (recursive ? AT_RECURSIVE_FLAG : 0));
 
-	if (tree < 0)
+	if (tree < 0 && (must || errno != EPERM))
 		fail_errno("mount source", step->source, NULL);
 	return tree;
 }
@@ -92,7 +92,7 @@ void open_sources(struct context *ctx, bool has_userns, int joined_userns)
 	struct id_maps last = {.userns = -1};
 	struct mount_step step;
 	struct attribute a;
-	size_t index = 0;
+	size_t index, next = 0;
 
 	for (size_t i = 0; i < SOURCES_MAX; i++)
 		ctx->sources[i] = -1;
@@ -101,18 +101,20 @@ void open_sources(struct context *ctx, bool has_userns, int joined_userns)
 
 		if (a.type != PLAN_MOUNT)
 			continue;
+		index = next++;
 		decode_mount(&a, &step);
 		if ((step.flags & MOUNT_BIND) != 0 && (has_userns || (step.flags & MOUNT_IDMAP) != 0)) {
 			if (index >= SOURCES_MAX)
 				fail(E2BIG, "mount", step.target, "more than %d mounts", SOURCES_MAX);
-			tree = open_source(&step);
+			tree = open_source(&step, !has_userns || (step.flags & MOUNT_IDMAP) != 0);
+			if (tree < 0) /* a runtime without privileges: its user namespace may */
+				continue;
 			if (sys_mount_setattr(tree, AT_EMPTY_PATH | AT_RECURSIVE_FLAG, &slave) < 0)
 				fail_errno("mount source", step.source, "propagation");
 			if ((step.flags & MOUNT_IDMAP) != 0)
 				map_ids(tree, &step, joined_userns, &last);
 			ctx->sources[index] = tree;
 		}
-		index++;
 	}
 	if (last.userns >= 0)
 		close(last.userns);

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 
 from caisson.agent.base.json import dumps
-from caisson.agent.libcontainer.config import scheduling
+from caisson.agent.libcontainer.config.scheduling import MEMORY_FLAGS, MEMORY_MODES
 from caisson.agent.libcontainer.config.seccomp import ACTIONS, ARCHITECTURES, COMPARISONS, FLAGS
 from caisson.agent.libcontainer.config.spec import NAMESPACE_TYPES
 from caisson.agent.libcontainer.plan.capabilities import CAPABILITIES
-from caisson.agent.libcontainer.plan.mounts import ATTRIBUTES, PROPAGATION, REFUSED, WITHOUT_EFFECT
+from caisson.agent.libcontainer.plan.mounts import ATTRIBUTES, IDMAP, PROPAGATION, WITHOUT_EFFECT
 from caisson.agent.runtime.main import SPEC_VERSION, VERSION
 
 TYPE_CHECKING = False
@@ -29,9 +29,7 @@ def features(call: Call) -> int:
 def document() -> dict[str, object]:
     """Say only what is so."""
     options = {*ATTRIBUTES, *(f"r{name}" for name in ATTRIBUTES), *PROPAGATION, *WITHOUT_EFFECT, *FILESYSTEM_FLAGS}
-    options |= {"bind", "rbind", "tmpcopyup"}
-    idmap = "idmap" not in REFUSED
-    options |= {"idmap", "ridmap"} if idmap else set()
+    options |= {"bind", "rbind", "remount", "tmpcopyup", *IDMAP}
     return {
         "ociVersionMin": "1.0.0",
         "ociVersionMax": SPEC_VERSION,
@@ -52,8 +50,9 @@ def document() -> dict[str, object]:
             "apparmor": {"enabled": True},
             "selinux": {"enabled": True},
             "intelRdt": {"enabled": False},
-            "mountExtensions": {"idmap": {"enabled": idmap}},
-            "netDevices": {"enabled": hasattr(scheduling, "net_devices")},
+            "mountExtensions": {"idmap": {"enabled": True}},
+            "netDevices": {"enabled": True},
+            "memoryPolicy": {"modes": sorted(MEMORY_MODES), "flags": sorted(MEMORY_FLAGS)},
         },
         "annotations": {
             "org.opencontainers.runc.version": VERSION,

@@ -139,7 +139,15 @@ def _launch(call: Call, bundle: Bundle, io: ProcessIO, rootfs: str, cgroup: Cgro
     from caisson.agent.libcontainer.process.launcher import Launch
 
     def make(cgroup_fds: dict[str, int]) -> Container:
-        launch = Launch(call.id, io.stdio, cgroup_fds, io.preserved, io.announced)
+        launch = Launch(
+            call.id,
+            io.stdio,
+            cgroup_fds,
+            io.preserved,
+            io.announced,
+            pivot=not call.options.flag("no-pivot"),
+            keyring=not call.options.flag("no-new-keyring"),
+        )
         container, launched = complete(
             Container.create(
                 call.runtime,

@@ -160,6 +160,7 @@ class Box:
         terminal = value["process"].get("terminal", False)
         cgroup, join = keywords.pop("cgroup", None), keywords.pop("join", {})
         stdio = keywords.pop("stdio", None if terminal else Stdio(null, null, null))
+        more = {name: keywords.pop(name) for name in ("pivot", "keyring") if name in keywords}
         hooks = self.launcher.runtime_hooks(spec, "box", str(self.path)) if spec.hooks != Hooks() else None
         try:
             arguments: dict[str, Any] = {
@@ -173,7 +174,7 @@ class Box:
                 **keywords,
             }
             with contextlib.nullcontext({}) if cgroup is None else cgroup.join_fds() as fds:
-                launched = await self.launcher.create(spec, Launch("box", stdio, fds), **arguments)
+                launched = await self.launcher.create(spec, Launch("box", stdio, fds, **more), **arguments)
         finally:
             os.close(null)
         self.created.append(launched)

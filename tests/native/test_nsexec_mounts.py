@@ -234,3 +234,12 @@ def test_modes_of_made_targets(box: Box, source: Path) -> None:
     (box.rootfs / "data").symlink_to("var/data")
     box.sh("true", with_mount("/data", source))
     assert stat.S_IMODE((box.rootfs / "var/data").stat().st_mode) == 0o755
+
+
+def test_without_pivot_root_the_root_is_moved(box: Box, source: Path) -> None:
+    value = with_mount("/mnt", source)
+    value["root"]["readonly"] = True
+    script = "cat /mnt/file; cd /; cd ..; ls -d bin; touch /x 2>&1; cut -d' ' -f5 /proc/self/mountinfo"
+    lines = box.sh(f"{script}; true", value, pivot=False).splitlines()
+    assert lines[:3] == ["content", "bin", "touch: /x: Read-only file system"]
+    assert "/mnt" in lines and not [line for line in lines if "caisson" in line]

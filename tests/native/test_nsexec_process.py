@@ -187,3 +187,15 @@ def test_memory_policies_that_are_not_valid(box: Box, policy: dict[str, Any], fi
     value["linux"]["memoryPolicy"] = policy
     with pytest.raises(SpecError, match=rf"linux\.memoryPolicy\.{field}: "):
         box.run(box.output(value))
+
+
+def test_a_session_keyring_of_its_own_or_the_callers(box: Box) -> None:
+    def keyrings(**launch: bool) -> set[str]:
+        value = config()
+        value["linux"]["maskedPaths"] = []
+        lines = box.sh("cat /proc/keys", value, **launch).splitlines()
+        return {line.split()[0] for line in lines if "_ses" in line}
+
+    own = keyrings()
+    assert own != keyrings()
+    assert keyrings(keyring=False) == keyrings(keyring=False)

@@ -81,6 +81,10 @@ def init_messages(
     hook_state: str = "{",
     filter: bytes = b"",
     net_requests: Iterable[tuple[str, bytes]] = (),
+    map_programs: tuple[str, str] | None = None,
+    setgroups: bool = True,
+    pivot: bool = True,
+    keyring: bool = True,
 ) -> bytes:
     """The messages for a container's first process.
 
@@ -88,8 +92,9 @@ def init_messages(
     the container's directories by controllers ("" for v2), shown at its cgroup mount; `procfs` is a
     mount of procfs of the pid namespace that is joined, of which proc mounts become copies; `hook_state` is
     the beginning of the state that hooks get (hooks.py), `filter` flags and program of the system call filter
-    (seccomp_bpf.py); `net_requests` are requests of rtnetlink about interfaces, made inside.
-    Raises SpecError or EncodingError.
+    (seccomp_bpf.py); `net_requests` are requests of rtnetlink about interfaces, made inside;
+    `map_programs`, `setgroups` and `keyring` are as for wire.bootstrap; without `pivot` the root is moved over the old
+    one.  Raises SpecError or EncodingError.
     """
     process = spec.process
     if process is None:
@@ -114,7 +119,7 @@ def init_messages(
         wire.text(ROOTFS, rootfs, "root.path"),
         *files.steps(procfs if "pid" in joined else ""),
         *_early_hooks(spec.hooks, hook_state, net_requests),
-        wire.number(PIVOT, wire.PIVOT_ROOT),
+        wire.number(PIVOT, wire.PIVOT_ROOT if pivot else wire.PIVOT_MOVE),
         *root_propagation(spec.linux.rootfs_propagation),
         *_console(process, bind=True),
         *files.readonly_steps(),
@@ -137,6 +142,9 @@ def init_messages(
         gid_map=spec.linux.gid_mappings,
         oom_score_adj=process.oom_score_adj,
         time_offsets=spec.linux.time_offsets,
+        map_programs=map_programs,
+        setgroups=setgroups,
+        keyring=keyring,
     )
     return head + wire.message(wire.MESSAGE_PLAN, b"".join(steps), "the plan") + _strings(process)
 

@@ -87,6 +87,29 @@ def mapped_root(linux: Linux) -> tuple[int, int] | None:
     return None if ids[0] is None or ids[1] is None else (ids[0], ids[1])
 
 
+def map_writers(linux: Linux) -> tuple[tuple[str, str] | None, bool]:
+    """Find who writes the maps of a new user namespace, the runtime or these programs, and whether setgroups is left.
+
+    A process without privileges may map its own ids alone, if it denies setgroups(2); newuidmap and newgidmap write all
+    other maps (user_namespaces(7)).  Raises SpecError if they are missing.
+    """
+    uid = os.geteuid()
+    if uid == 0 or not linux.uid_mappings:
+        return None, True
+    own = [(m.host_id, m.size) for maps in (linux.uid_mappings, linux.gid_mappings) for m in maps]
+    if own == [(uid, 1), (os.getegid(), 1)]:
+        return None, False
+    return (_program("newuidmap", "linux.uidMappings"), _program("newgidmap", "linux.gidMappings")), True
+
+
+def _program(name: str, field: str) -> str:
+    for directory in os.get_exec_path():
+        path = f"{directory}/{name}"
+        if os.access(path, os.X_OK):
+            return path
+    raise SpecError(field, f"need {name} (Debian: uidmap), for a runtime that is not root")
+
+
 def _entry(table: list[list[str]], wanted: str) -> list[str] | None:
     """The first line about a number or a name.  Raises SpecError for what is neither."""
     if wanted.isascii() and wanted.isdecimal():

@@ -30,6 +30,7 @@ UID_MAP_PATH = 27288
 GID_MAP_PATH = 27289
 TIME_OFFSETS = 27290
 JOIN_MASK = 27350  # ours: what to join from the pidfd
+KEEP_KEYRING = 27351  # ours: no session keyring of its own
 
 # clone(2); OCI name -> (flag, name of the file in /proc/PID/ns)
 NAMESPACES: dict[str, tuple[int, str]] = {
@@ -127,12 +128,14 @@ def bootstrap(
     time_offsets: Mapping[str, TimeOffset] | None = None,
     map_programs: tuple[str, str] | None = None,
     setgroups: bool = True,
+    keyring: bool = True,
 ) -> bytes:
     """The bootstrap message: namespaces to make (`create`, CLONE_NEW* bits), to join from the pidfd (`join`) and to
     join by path (OCI type, path), and what must happen outside of them.
 
     A runtime without privileges has `map_programs` (newuidmap, newgidmap) write the maps, or maps one id and denies
-    `setgroups` (user_namespaces(7)).  Raises EncodingError.
+    `setgroups` (user_namespaces(7)).  With `keyring` the process gets a session keyring of its own.  Raises
+    EncodingError.
     """
     parts = [number(CLONE_FLAGS, create)]
     if joined := ",".join(f"{NAMESPACES[kind][1]}:{path}" for kind, path in paths):
@@ -146,6 +149,8 @@ def bootstrap(
         parts.append(truth(SETGROUPS, setgroups))
     if oom_score_adj is not None:
         parts.append(text(OOM_SCORE_ADJ, str(oom_score_adj)))
+    if not keyring:
+        parts.append(truth(KEEP_KEYRING, True))
     if map_programs is not None:
         parts += [text(UID_MAP_PATH, map_programs[0]), text(GID_MAP_PATH, map_programs[1])]
     if time_offsets:

@@ -58,6 +58,8 @@ class Launch(Record):
 
     `stdio` is None iff it has a terminal.  `cgroup_fds` are entries of its cgroup by nsexec's names for them.
     `preserved` is how many descriptors from 3 on it keeps.  `announced` is called with its pid while it is set up.
+    An init is put into its root by pivot_root(2), or for `pivot` False by chroot(2), and has a session keyring of its
+    own, or for `keyring` False the caller's.
     """
 
     container_id: str
@@ -65,6 +67,8 @@ class Launch(Record):
     cgroup_fds: Mapping[str, int] = NOTHING
     preserved: int = 0
     announced: Callable[[int], object] | None = None
+    pivot: bool = True
+    keyring: bool = True
 
 
 class ProcessLauncher:
@@ -121,6 +125,7 @@ class ProcessLauncher:
         if process is not None:
             spec = spec.but(process=users.with_home(process, rootfs))
         devices = _net_devices(spec)
+        map_programs, setgroups = users.map_writers(spec.linux)
         messages = _encode(
             lambda: plan.init_messages(
                 spec,
@@ -132,6 +137,10 @@ class ProcessLauncher:
                 hook_state="" if hooks is None else hooks.state,
                 filter=filter,
                 net_requests=[(device.name, request) for device in devices for request in device.requests],
+                map_programs=map_programs,
+                setgroups=setgroups,
+                pivot=launch.pivot,
+                keyring=launch.keyring,
             )
         )
         terminal = process is not None and process.terminal
