@@ -22,7 +22,7 @@ class MissingProgram(ImageError):
     """A program is not installed."""
 
     def __init__(self, program: str) -> None:
-        super().__init__(f"{program} is not installed; run: sudo apt-get install {package_of(program)}")
+        super().__init__(f"{program}: is not installed; run: sudo apt-get install {package_of(program)}")
         self.program = program
 
 
@@ -31,7 +31,7 @@ class CommandFailed(ImageError):
 
     def __init__(self, argv: Sequence[str], status: int, output: str) -> None:
         words = "\n".join(output.strip().splitlines()[-15:])
-        super().__init__(f"`{shlex.join(argv)}` exited with status {status}" + (f":\n{words}" if words else ""))
+        super().__init__(f"`{shlex.join(argv)}`: exited with status {status}" + (f":\n{words}" if words else ""))
         self.argv = list(argv)
         self.status = status
 

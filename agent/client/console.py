@@ -25,7 +25,7 @@ def console_port(kernel_words: Iterable[str]) -> int:
     kind, _, port = from_kernel(kernel_words).console_listen.partition(":")
     if kind != "vsock":
         option = "--append agent.debug_console_vport=1026"
-        raise UsageError(f"this guest has no debug console; boot it with: caisson boot-vm {option}")
+        raise UsageError(f"guest: has no debug console; boot it with: caisson boot-vm {option}")
     return int(port)
 
 

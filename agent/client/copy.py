@@ -131,7 +131,7 @@ class Place:
         """Parse CONTAINER:PATH, or a path of the host's.  Raises UsageError."""
         found = PLACE.fullmatch(text)
         if not text or text.endswith(":"):
-            raise UsageError(f"{text!r} is neither a path nor CONTAINER:PATH")
+            raise UsageError(f"{text!r}: is neither a path nor CONTAINER:PATH; give one of these")
         return cls(found[1], posixpath.join("/", found[2])) if found else cls("", text)
 
 

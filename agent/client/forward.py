@@ -47,7 +47,7 @@ class Rule:
         """Parse [ADDRESS:]PORT:[vsock:|tcp:]PORT, the host's first.  Raises UsageError."""
         found = RULE.fullmatch(text)
         if not found:
-            raise UsageError(f"{text!r} is not [ADDRESS:]PORT:PORT or [ADDRESS:]PORT:vsock:PORT")
+            raise UsageError(f"{text!r}: is not a pair of ports; give [ADDRESS:]PORT:PORT or [ADDRESS:]PORT:vsock:PORT")
         address = (found["address"] or "127.0.0.1").strip("[]")
         rule = cls(address, int(found["host"]), found["kind"] or "tcp", int(found["guest"]))
         if rule.host > MAX_TCP_PORT or rule.guest > (MAX_TCP_PORT if rule.kind == "tcp" else MAX_PORT):

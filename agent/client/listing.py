@@ -119,9 +119,9 @@ def signal_number(text: str) -> int:
         number = int(name) if name.isdecimal() else int(signal.Signals[f"SIG{name}"])
         number += int(more) if plus else 0
     except (KeyError, ValueError):
-        raise UsageError(f"{text!r} is not a signal; use HUP, INT, KILL, TERM, USR1 … or 1 to 64") from None
+        raise UsageError(f"{text!r}: is not a signal; use HUP, INT, KILL, TERM, USR1 … or 1 to 64") from None
     if not 1 <= number <= signal.SIGRTMAX:
-        raise UsageError(f"{text!r} is not a signal; use 1 to {int(signal.SIGRTMAX)}")
+        raise UsageError(f"{text!r}: is not a signal; use 1 to {int(signal.SIGRTMAX)}")
     return number
 
 

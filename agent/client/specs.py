@@ -196,7 +196,7 @@ def user_ids(text: str) -> tuple[int, int]:
     """Parse uid[:gid]; the group defaults to 0.  Raises UsageError."""
     uid, _, gid = text.partition(":")
     if not uid.isascii() or not uid.isdecimal() or (gid and not (gid.isascii() and gid.isdecimal())):
-        raise UsageError(f"--user takes numbers, uid or uid:gid, not {text!r}")
+        raise UsageError(f"--user {text!r}: is not a number; give UID or UID:GID")
     return int(uid), int(gid or 0)
 
 
@@ -204,7 +204,7 @@ def check_settings(env: Iterable[str]) -> None:
     """Check that settings are NAME=value.  Raises UsageError."""
     for setting in env:
         if "=" not in setting:
-            raise UsageError(f"--env takes NAME=value, not {setting!r}")
+            raise UsageError(f"--env {setting!r}: is not NAME=value; for example TERM=xterm")
 
 
 def spec_from_bundle(document: dict[str, Any]) -> oci_pb2.Spec:

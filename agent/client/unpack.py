@@ -43,13 +43,13 @@ class _Member(tarfile.TarInfo):
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         if self.type in EXTRA and not 0 <= self.size <= MAX_HEADER:
-            raise UsageError(f"the container sent a header of {self.size} bytes; {MAX_HEADER} are accepted")
+            raise UsageError(f"archive: the container sent a header of {self.size} bytes; {MAX_HEADER} are accepted")
         if self.type == tarfile.GNUTYPE_SPARSE:
-            raise UsageError(f"the container sent {self.name!r} as a sparse file, which was not asked for")
+            raise UsageError(f"{self.name!r}: the container sent it as a sparse file, which was not asked for")
         assert isinstance(archive, _Archive)
         archive.headers += 1
         if archive.headers > MAX_HEADERS:
-            raise UsageError("the container sent more headers than files")
+            raise UsageError("archive: the container sent more headers than files")
         member: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
         return member
 
@@ -113,9 +113,9 @@ def unpack_to(archive: tarfile.TarFile, target: BinaryIO) -> None:
 
 def _check_numbers(member: tarfile.TarInfo) -> None:
     if not math.isfinite(member.mtime) or not 0 <= member.mtime <= MAX_TIME or member.size < 0:
-        raise UsageError(f"the container sent {member.name!r} with the time {member.mtime} and size {member.size}")
+        raise UsageError(f"{member.name!r}: the container sent it with the time {member.mtime} and size {member.size}")
     if member.sparse is not None:
-        raise UsageError(f"the container sent {member.name!r} as a sparse file, which was not asked for")
+        raise UsageError(f"{member.name!r}: the container sent it as a sparse file, which was not asked for")
 
 
 def _make_directory(place: int, name: str, member: tarfile.TarInfo) -> bool:
@@ -175,7 +175,7 @@ def _parts(name: str, old: str, new: str) -> tuple[str, ...]:
     if old in ("", "."):
         parts = [old, *parts]
     if name.startswith("/") or ".." in parts or "\0" in name or not parts or parts[0] != old:
-        raise UsageError(f"the container sent {name!r}, which was not asked for")
+        raise UsageError(f"{name!r}: the container sent it, and it was not asked for")
     return tuple(part for part in (new, *parts[1:]) if part != ".")
 
 

@@ -75,9 +75,9 @@ class Image:
         try:
             document = json.loads((directory / "image.json").read_text())
         except (OSError, ValueError) as error:
-            raise ImageError(f"{directory} holds no image: {error}; make one: caisson build-image") from error
+            raise ImageError(f"{directory}: holds no image ({error}); make one: caisson build-image") from error
         if document.get("format") != manifest.FORMAT:
-            raise ImageError(f"the image in {directory} has another format; build it again: caisson build-image")
+            raise ImageError(f"{directory}: its image has another format; build it again: caisson build-image")
         return cls(directory.resolve(), document)
 
 
@@ -133,7 +133,7 @@ def agent_files() -> list[Path]:
     proto = ROOT / "proto"
     protocol = [file for file in proto.rglob("*.py") if not str(file.relative_to(proto)).startswith(HOST_PROTOCOLS)]
     if not any(file.name.endswith("_pb2.py") for file in protocol):
-        raise ImageError(f"{ROOT / 'proto'} is not compiled; run: python3 -m caisson.proto.generate")
+        raise ImageError(f"{ROOT / 'proto'}: is not compiled; run: python3 -m caisson.proto.generate")
     agent = [file for file in (ROOT / "agent").rglob("*.py") if file.relative_to(ROOT).parts[1] not in HOST_ROOMS]
     return sorted([*agent, *protocol])
 

@@ -39,7 +39,7 @@ def cap() -> int:
     """``$CAISSON_CACHE_SIZE`` in bytes, else 4 GB.  Raises ImageError for what is no number."""
     text = os.environ.get("CAISSON_CACHE_SIZE", str(CAP))
     if not text.isascii() or not text.isdecimal():
-        raise ImageError(f"CAISSON_CACHE_SIZE is a number of bytes, not {text!r}")
+        raise ImageError(f"CAISSON_CACHE_SIZE {text!r}: is not a number of bytes; for example 4000000000")
     return int(text)
 
 

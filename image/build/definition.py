@@ -59,7 +59,7 @@ class Limits:
             return None
         found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(kB|MB|GB|)", text)
         if not found:
-            raise DefinitionError(f"limits.{name} is a size like 24 MB, not {text!r}")
+            raise DefinitionError(f"limits.{name}: {text!r} is not a size; for example 24 MB")
         return int(float(found[1]) * UNITS[found[2]])
 
 
@@ -112,14 +112,14 @@ class Loaded:
         for place in reversed(self.templates):
             if (place / name).exists():
                 return place / name
-        raise DefinitionError(f"{name} is not in {' or '.join(map(str, self.templates))}")
+        raise DefinitionError(f"{name}: is not in {' or '.join(map(str, self.templates))}")
 
 
 def host_architecture() -> str:
     """Debian's name for this machine's architecture.  Raises DefinitionError for one that is not supported."""
     machine = platform.machine()
     if machine not in ARCHITECTURES:
-        raise DefinitionError(f"images are made for {' and '.join(ARCHITECTURES)}, not for {machine}")
+        raise DefinitionError(f"{machine}: no images are made for it; there are {' and '.join(ARCHITECTURES)}")
     return ARCHITECTURES[machine]
 
 
@@ -177,7 +177,7 @@ def _read(file: Path, given: Mapping[str, str], below: tuple[Path, ...]) -> tupl
     """A file's mapping over that of the template it extends, and the directories of both."""
     file = file.resolve()
     if file in below:
-        raise DefinitionError(f"{file} extends itself, by {' → '.join(map(str, below))}")
+        raise DefinitionError(f"{file}: extends itself, by {' → '.join(map(str, below))}")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
     try:
         text = environment.from_string(file.read_text()).render(given, arch=host_architecture())

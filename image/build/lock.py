@@ -86,7 +86,7 @@ def read(file: Path) -> Lock:
     except (OSError, ValueError) as error:
         raise ImageError(f"the lock file {file} cannot be read: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ImageError(f"{file} is not a lock file of format {FORMAT}")
+        raise ImageError(f"{file}: is not a lock file of format {FORMAT}; take the image.lock of an image")
     packages = document.get("packages")
     if not isinstance(packages, list):
         raise ImageError(f"{file}: packages must be a list")
@@ -125,7 +125,7 @@ def _key(package: Mapping[str, str]) -> tuple[str, str]:
 
 def _check(package: Any, what: str) -> None:
     if not isinstance(package, dict) or set(package) != set(_FIELDS):
-        raise ImageError(f"{what} must have {', '.join(_FIELDS)} and nothing else")
+        raise ImageError(f"{what}: must have {', '.join(_FIELDS)} and nothing else")
     for field, value in package.items():
         if not isinstance(value, str) or not value:
             raise ImageError(f"{what}: {field} must be a string, not {value!r}")

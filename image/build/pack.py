@@ -55,7 +55,7 @@ def check_kernel(definition: Definition, kernel: Kernel) -> None:
     lacking = [symbol for symbol in wanted if config.get(symbol) != "y"]
     if lacking:
         raise ImageError(
-            f"a root of format {definition.format}{' with verity' if definition.verity else ''} needs a kernel with "
+            f"format={definition.format}{' with verity' if definition.verity else ''}: needs a kernel with "
             f"{', '.join(lacking)} built in, and {kernel.release} has them as modules or not at all; compile one "
             "(--template lean, or kernel.source), or choose --set format=initrd"
         )

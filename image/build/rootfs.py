@@ -145,7 +145,7 @@ def compile_python(tree: Path, definition: Definition, place: Path, *, prefix: P
     library = tree / definition.libraries
     loader = next(iter(sorted(library.glob(DISTRIBUTIONS[definition.distribution].loader))), None)
     if loader is None:
-        raise ImageError(f"the guest's libc has no program loader in /{definition.libraries}")
+        raise ImageError(f"/{definition.libraries}: the guest's libc has no program loader there")
     interpreter = tree / f"usr/bin/python{definition.python}"
     run(
         [

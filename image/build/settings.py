@@ -102,7 +102,7 @@ def override(assignment: str) -> dict[str, Any]:
     """
     key, equals, text = assignment.partition("=")
     if not equals or not re.fullmatch(r"\w+(\.\w+)*\+?", key):
-        raise DefinitionError(f"--set takes KEY=VALUE, for example kernel.source=linux-source-6.12, not {assignment!r}")
+        raise DefinitionError(f"--set {assignment!r}: is not KEY=VALUE; for example kernel.source=linux-source-6.12")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:

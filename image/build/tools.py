@@ -34,7 +34,7 @@ class Tools:
         file = _first(self.tree, f"usr/bin/{program}", f"usr/sbin/{program}", f"bin/{program}", f"sbin/{program}")
         loader = _first(self.tree, *(f"{place}/{name}" for name in LOADERS for place in ("usr/lib", "lib")))
         if file is None or loader is None:
-            raise ImageError(f"{program if loader else 'a program loader'} is not among the tools in {self.tree}")
+            raise ImageError(f"{self.tree}: {program if loader else 'a program loader'} is not among the tools there")
         triplet = loader.parent.name if loader.parent.name != "lib" else ""
         libraries = ":".join(str(self.tree / place / triplet) for place in ("usr/lib", "lib"))
         return [str(loader), "--library-path", libraries, str(file)]

@@ -58,7 +58,7 @@ def write_filesystem(target: Path, tree: Tree, format: str, tools: Tools = HOST)
     identity = hashlib.sha256(format.encode())
     for path, node in members(tree):
         if stat.S_IFMT(node.mode) not in KINDS:
-            raise ImageError(f"{text(path)} is no file, directory or link (mode {node.mode:o})")
+            raise ImageError(f"{text(path)}: is not a file, directory or link (mode {node.mode:o})")
         identity.update(b"%d %o %d\n" % (len(path), node.mode, node.length) + path + node.read())
     uuid = UUID(bytes=identity.digest()[:16], version=4)
     target.unlink(missing_ok=True)

@@ -108,7 +108,7 @@ class _Plan:
         self.table_blocks = -(-per_group // _INODES_PER_BLOCK)
         self.inodes_per_group = self.table_blocks * _INODES_PER_BLOCK
         if self.inodes_per_group > 8 * BLOCK:
-            raise ImageError(f"{inodes} files are more than an ext4 of {groups} groups can hold")
+            raise ImageError(f"ext4: {inodes} files are more than {groups} groups can hold; choose another format")
         self.block_bitmaps = 1 + -(-groups * 32 // BLOCK)
         self.inode_bitmaps = self.block_bitmaps + groups
         self.inode_tables = self.inode_bitmaps + groups
@@ -132,12 +132,12 @@ def _inodes(members: Iterable[tuple[bytes, Node]]) -> list[_Inode]:
     parents = {_ROOT: root, _LOST_FOUND: root}
     for path, node in members:
         if stat.S_IFMT(node.mode) not in _TYPES:
-            raise ImageError(f"{text(path)} is no file, directory or link (mode {node.mode:o})")
+            raise ImageError(f"{text(path)}: is not a file, directory or link (mode {node.mode:o})")
         if path == b"lost+found":
-            raise ImageError("lost+found is there already, in every ext4")
+            raise ImageError("lost+found: is in every ext4 already; remove it from the tree")
         inode = _Inode(_FIRST + len(nodes) - 2, node)
         if inode.blocks > _EXTENTS_IN_INODE * _EXTENT_BLOCKS:
-            raise ImageError(f"{text(path)} is larger than 512 MiB")
+            raise ImageError(f"{text(path)}: is larger than 512 MiB; choose another format")
         parent, _, name = path.rpartition(b"/")
         places[parent].names[name] = inode
         parents[inode.number] = places[parent]

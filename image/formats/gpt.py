@@ -77,7 +77,7 @@ def write_disk(target: Path, partitions: Sequence[Partition]) -> None:
         if size == 0 or size % SECTOR:
             raise ImageError(f"{partition.content} cannot be a partition: {size} bytes are not whole sectors")
         if len(name) > 72:
-            raise ImageError(f"the partition name {partition.name!r} is longer than 36 characters")
+            raise ImageError(f"partition {partition.name!r}: its name is longer than 36 characters")
         with partition.content.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").digest()
         identity.update(digest)
@@ -88,7 +88,7 @@ def write_disk(target: Path, partitions: Sequence[Partition]) -> None:
         starts.append(place)
         place = -(-end * SECTOR // ALIGNMENT) * ALIGNMENT // SECTOR
     if len(partitions) > _ENTRIES:
-        raise ImageError(f"a disk has {_ENTRIES} partitions at most, not {len(partitions)}")
+        raise ImageError(f"partitions: a disk has {_ENTRIES} at most, not {len(partitions)}")
     table = bytes(entries).ljust(_ENTRIES * _ENTRY.size, b"\0")
     sectors = -(-(end + _TABLE_SECTORS + 1) * SECTOR // _GRAIN) * _GRAIN // SECTOR
     disk = _guid(identity.digest())

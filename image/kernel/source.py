@@ -52,7 +52,7 @@ class SourcePackage:
         run(["dpkg-deb", "--extract", deb.file, scratch / "deb"])
         archives = list((scratch / "deb/usr/src").glob("linux-source-*.tar.*"))
         if len(archives) != 1:
-            raise ImageError(f"{self.package} holds {len(archives)} kernel trees, not one")
+            raise ImageError(f"{self.package}: holds {len(archives)} kernel trees, not one; name a package with one")
         place = scratch / "tree"
         place.mkdir()
         run(["tar", "--extract", "--file", archives[0], "--strip-components=1", "--no-same-owner", "-C", place])
@@ -80,7 +80,7 @@ class SourceTree:
         if not (self.place / "Kconfig").is_file():
             raise ImageError(f"{self.place} is no kernel tree: it has no Kconfig")
         if (self.place / ".config").exists():
-            raise ImageError(f"{self.place} has been built in; the kernel's build wants it clean: make mrproper")
+            raise ImageError(f"{self.place}: has been built in; clean it with: make mrproper")
         yield self.place, []
 
 
@@ -98,7 +98,7 @@ class Compiled:
         Raises Unsatisfied with the reason for every symbol that did not come out, CommandFailed for the compiler.
         """
         if self.arch not in ARCHITECTURES:
-            raise ImageError(f"kernels are compiled for {' and '.join(ARCHITECTURES)}, not for {self.arch}")
+            raise ImageError(f"{self.arch}: kernels are not compiled for it, but for {' and '.join(ARCHITECTURES)}")
         # The kernel's build takes no directory with a space or a colon in its name.
         place = None if re.search(r"[\s:]", str(target)) else target
         with tempfile.TemporaryDirectory(dir=place, prefix=".kernel-") as scratch:
@@ -161,7 +161,7 @@ def _make(tree: Path, build: Path, arch: str, *words: str, jobs: int = 1) -> Non
     except CommandFailed as error:
         if "gelf.h" in str(error) or "libelf" in str(error):
             raise ImageError(
-                f"{error}\nthe headers of libelf are missing; run: sudo apt-get install libelf-dev"
+                "libelf: its headers are missing; install them with: sudo apt-get install libelf-dev"
             ) from error
         raise
 

@@ -119,7 +119,7 @@ def read_index(data: bytes, keys: Path, shown: str) -> str:
     _verify(_files(streams[0], shown), data[len(streams[0]) :], keys, shown)
     files = _files(b"".join(streams[1:]), shown)
     if "APKINDEX" not in files:
-        raise ImageError(f"{shown} has no index in it")
+        raise ImageError(f"{shown}: has no index in it")
     return files["APKINDEX"].decode(errors="replace")
 
 
@@ -203,5 +203,5 @@ def _get(url: str) -> bytes:
             return data
     except (OSError, ValueError) as error:
         raise ImageError(
-            f"{url}: {error}\nif that is not the right mirror, CAISSON_ALPINE_MIRROR names another"
+            f"{url}: {error}; if that is not the right mirror, name another in CAISSON_ALPINE_MIRROR"
         ) from error

@@ -54,7 +54,7 @@ class Dependency:
         """Raises ImageError for what is none."""
         found = DEPENDENCY.fullmatch(text)
         if not found:
-            raise ImageError(f"{text!r} is no dependency that an Alpine package can have")
+            raise ImageError(f"dependency {text!r}: no Alpine package can have it")
         how = found["how"] or ""
         return cls(found["name"], "~" if "~" in how else how, found["version"] or "", bool(found["no"]))
 
@@ -119,7 +119,7 @@ def parse(text: str, repository: str = "") -> Iterator[Entry]:
             ) from error
         # The name of a file on this machine is made of these.
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+-]*", name) or not VERSION.fullmatch(version):
-            raise ImageError(f"{name!r} {version!r} is no name and version that an Alpine package can have")
+            raise ImageError(f"package {name!r} {version!r}: no Alpine package can be called so")
         yield Entry(
             name, version, checksum, size, fields.get("A", ""),
             tuple(Dependency.parse(word) for word in fields.get("D", "").split()),
@@ -152,7 +152,7 @@ def _parts(version: str) -> Iterator[_Part]:
     """A version's parts in order, each with its kind; numbers after the first begin with a dot."""
     found = VERSION.fullmatch(version)
     if not found:
-        raise ImageError(f"{version!r} is no version that an Alpine package can have")
+        raise ImageError(f"version {version!r}: no Alpine package can have it")
     for number, digits in enumerate(found["digits"].split(".")):
         yield _DIGITS, f".{digits}" if number else digits
     if found["letter"]:

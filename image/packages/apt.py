@@ -53,7 +53,7 @@ def host_mirror() -> str:
     script = Path("/usr/share/debootstrap/scripts/debian-common")
     if script.is_file() and (found := re.search(r"default_mirror (\S+)", script.read_text())):
         return found[1]
-    raise ImageError("no Debian mirror is known on this machine; name one in CAISSON_MIRROR")
+    raise ImageError("mirror: none of Debian's is known on this machine; name one in CAISSON_MIRROR")
 
 
 class Apt:
@@ -83,7 +83,7 @@ class Apt:
     def update(self) -> None:
         """Fetch the suite's index.  Raises ImageError when the mirror or its signature is no good."""
         if not self.keyring.file.exists():
-            raise ImageError(f"{self.keyring.file} is missing; {self.keyring.hint}")
+            raise ImageError(f"{self.keyring.file}: is missing; {self.keyring.hint}")
         for name in ("lists/partial", "archives/partial", "state", "debs"):
             (self.directory / name).mkdir(parents=True, exist_ok=True)
         (self.directory / "state/status").touch()
@@ -116,7 +116,7 @@ class Apt:
             self._apt("apt-get", "update", "--error-on=any", "-qq")
         except CommandFailed as error:
             raise ImageError(
-                f"{error}\nif {self.mirror} is not the right mirror, {self.variable} names another"
+                f"{self.mirror}: {error}; if it is not the right mirror, name another in {self.variable}"
             ) from error
 
     def resolve(self, packages: Iterable[str]) -> list[tuple[str, str]]:
@@ -146,7 +146,7 @@ class Apt:
         names = [name.split("_")[0] for name, _ in self.resolve([package])]
         images = [name for name in names if re.match(r"linux-image-\d", name)]
         if len(images) != 1:
-            raise ImageError(f"{package} was to bring one kernel, but brings {', '.join(images) or 'none'}")
+            raise ImageError(f"{package}: was to bring one kernel, but brings {', '.join(images) or 'none'}")
         # Ubuntu has a kernel's modules, and its config, in packages of their own.
         return self.fetch([*images, *(name for name in names if re.match(r"linux-modules-(extra-)?\d", name))])
 

@@ -99,7 +99,7 @@ def choose_accelerator(wanted: str, guest: str, host: Host) -> Choice:
     """
     wanted = _asked_for(wanted, "CAISSON_ACCEL")
     if wanted not in ("auto", "kvm", "tcg"):
-        raise VMError(f"--accel is auto, kvm or tcg, not {wanted!r}")
+        raise VMError(f"--accel {wanted!r}: is unknown; give auto, kvm or tcg")
     if wanted == "tcg":
         return Choice("tcg", "TCG (emulation), as asked for")
     foreign = None
@@ -154,7 +154,7 @@ def choose_vsock(wanted: str, host: Host) -> Choice:
     """
     wanted = _asked_for(wanted, "CAISSON_VSOCK")
     if wanted not in ("auto", "vhost", "user"):
-        raise VMError(f"--vsock is auto, vhost or user, not {wanted!r}")
+        raise VMError(f"--vsock {wanted!r}: is unknown; give auto, vhost or user")
     if wanted == "user":
         return Choice("user", "our own vhost-user device, as asked for")
     device = host.vhost_vsock

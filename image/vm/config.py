@@ -85,14 +85,14 @@ class VMConfig:
             if value > most:
                 raise VMError(f"{option} {value}: more than the {most} MiB of this machine; give fewer")
         if not 1 <= self.cpus <= 255:
-            raise VMError(f"--cpus is 1 to 255, not {self.cpus}")
+            raise VMError(f"--cpus {self.cpus}: is out of range; give 1 to 255")
         if self.max_cpus and not self.cpus <= self.max_cpus <= 255:
-            raise VMError(f"--max-cpus is {self.cpus} (--cpus) to 255, not {self.max_cpus}")
+            raise VMError(f"--max-cpus {self.max_cpus}: is out of range; give {self.cpus} (--cpus) to 255")
         if self.max_memory and self.max_memory < self.memory:
-            raise VMError(f"--max-memory is in MiB, at least {self.memory} (--memory), not {self.max_memory}")
+            raise VMError(f"--max-memory {self.max_memory}: is too little; give at least {self.memory} MiB (--memory)")
         for tag, (path, _) in self.shares.items():
             if not TAG.fullmatch(tag):
-                raise VMError(f"a share's tag is up to 31 letters, digits, - and _, not {tag!r}")
+                raise VMError(f"share {tag!r}: is not a tag; give up to 31 letters, digits, - and _")
             if not Path(path).is_dir():
                 raise VMError(f"{path}: is not a directory; --share takes TAG=DIR, TAG=DIR:ro or TAG=DIR:rw")
         if self.network not in KINDS:
@@ -102,7 +102,7 @@ class VMConfig:
         if (self.snapshot or self.savable) and self.network != "none":
             raise VMError("--network: a snapshot has no network; boot the VM from an image")
         if (self.snapshot or self.savable) and (self.shares or self.max_memory or self.max_cpus):
-            raise VMError("a snapshot has neither shared directories nor room for more memory or CPUs")
+            raise VMError("snapshot: cannot have shared directories or room for more memory or CPUs; leave these out")
 
     @classmethod
     def clone(cls, snapshot: Snapshot, **changes: Any) -> Self:

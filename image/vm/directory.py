@@ -84,10 +84,10 @@ class VMDirectory:
     def of(cls, name: str) -> VMDirectory:
         """Return the directory of the VM of this name.  Raises VMError for a name that cannot be one."""
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-            raise VMError(f"a VM's name is made of letters, digits, '_', '.' and '-', and {name!r} is not")
+            raise VMError(f"VM {name!r}: is not a name; give letters, digits, '_', '.' and '-'")
         path = (owned_run_root() or run_root()) / name
         if len(os.fsencode(path)) + MAX_SOCKET_NAME > MAX_SOCKET_PATH:
-            raise VMError(f"{path} is too long for the paths of sockets; a shorter name, or CAISSON_RUN, helps")
+            raise VMError(f"{path}: is too long for the paths of sockets; a shorter name or CAISSON_RUN helps")
         return cls(path)
 
     def create(self) -> IO[str]:
@@ -97,14 +97,14 @@ class VMDirectory:
         """
         with _alone(self.path.parent) as root:
             if self.is_running():
-                raise VMError(f"there is a VM {self.name!r} already; stop it: caisson stop-vm {self.name}")
+                raise VMError(f"VM {self.name!r}: is running already; stop it: caisson stop-vm {self.name}")
             self._remove(root)
             try:
                 lock = self._new_lock(root)
                 os.mkdir(self.name, mode=0o700, dir_fd=root)
                 os.rename(NEW_LOCK + self.name, f"{self.name}/lock", src_dir_fd=root, dst_dir_fd=root)
             except FileExistsError:
-                raise VMError(f"{self.path} is in the way, and is not a VM's") from None
+                raise VMError(f"{self.path}: is in the way, and is not a VM's; choose another name") from None
             except OSError as error:
                 raise VMError(f"{self.path} cannot be made: {error.strerror}") from error
             return lock
@@ -147,10 +147,10 @@ class VMDirectory:
         except FileNotFoundError:
             return
         except OSError:
-            raise VMError(f"{self.path} is in the way, and is not a VM's") from None
+            raise VMError(f"{self.path}: is in the way, and is not a VM's; choose another name") from None
         try:
             if not _is_ours(directory):
-                raise VMError(f"{self.path} is in the way, and is not a VM's")
+                raise VMError(f"{self.path}: is in the way, and is not a VM's; choose another name")
             # The lock goes last: what is left by one who is killed on the way still carries the mark.
             for entry in os.scandir(directory):
                 if entry.is_dir(follow_symlinks=False):

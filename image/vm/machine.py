@@ -90,7 +90,7 @@ class VM:
         try:
             return dict(json.loads((self.directory / "image.json").read_text()))
         except FileNotFoundError:
-            raise VMError(f"VM {self.name!r} has ended") from None
+            raise VMError(f"VM {self.name!r}: has ended; start it: caisson boot-vm {self.name} --detach") from None
 
     @property
     def architecture(self) -> str:
@@ -238,7 +238,7 @@ class VM:
                     )
             if now - began > limit:
                 silence = self._directory.console_silence()
-                raise VMError(f"the agent did not answer within {limit:.0f} s; {silence} ({accelerator.reason})")
+                raise VMError(f"agent: did not answer within {limit:.0f} s; {silence} ({accelerator.reason})")
         with contextlib.suppress(OSError):
             self._line.send({"ready": round(time.monotonic() - began, 3)})
         self._info = self._message()["info"]
@@ -363,7 +363,7 @@ class VM:
             ended, _, _ = select.select([supervisor], [], [], timeout)
         if not ended:
             pid = self._info["pids"]["supervisor"]
-            raise VMError(f"VM {self.name!r} did not stop within {timeout:.0f} s; its supervisor is process {pid}")
+            raise VMError(f"VM {self.name!r}: did not stop within {timeout:.0f} s; kill its supervisor: kill -9 {pid}")
         self._reap()
 
     @contextlib.contextmanager
@@ -406,7 +406,7 @@ def get_vm(name: str) -> VM:
         names = ", ".join(other.name for other in list_vms()) or "none"
         why = exit_reason.describe(VMDirectory.of(name))
         raise VMError(
-            f"there is no VM {name!r}; running: {names}; start it: caisson boot-vm {name} --detach"
+            f"VM {name!r}: is not running; running: {names}; start it: caisson boot-vm {name} --detach"
             + (f"\n{why}" if why else "")
         )
     return vm

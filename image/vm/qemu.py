@@ -156,10 +156,10 @@ def read_manifest(image: Path) -> tuple[str, dict[str, Any]]:
         architecture_of(manifest)
         for part in (manifest["kernel"]["file"], manifest["root"]["file"]):
             if not (image / part).is_file():
-                raise VMError(f"the image in {image} lacks {part}; build it again: caisson build-image")
+                raise VMError(f"{image}: its image lacks {part}; build it again: caisson build-image")
         str(manifest["cmdline"])
     except OSError as error:
-        raise VMError(f"{image} holds no image: {error.strerror}; build one: caisson build-image") from error
+        raise VMError(f"{image}: holds no image ({error.strerror}); build one: caisson build-image") from error
     except (ValueError, TypeError, KeyError) as error:
         raise VMError(f"{image / 'image.json'} does not describe an image: {error!r}") from error
     return text, manifest
@@ -169,7 +169,7 @@ def architecture_of(manifest: Mapping[str, Any]) -> Architecture:
     """The machine for an image.  Raises VMError for an architecture that is not known."""
     name = str(manifest.get("arch"))
     if name not in ARCHITECTURES:
-        raise VMError(f"the image is for {name}; VMs are made for {', '.join(ARCHITECTURES)}")
+        raise VMError(f"{name}: the image is for it, and VMs are made for {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[name]
 
 
@@ -178,14 +178,14 @@ def probe(architecture: Architecture) -> QemuProgram:
     program = which(architecture.program)
     if program is None:
         package = package_of(architecture.program)
-        raise VMError(f"{architecture.program} is not installed; run: sudo apt-get install {package}")
+        raise VMError(f"{architecture.program}: is not installed; run: sudo apt-get install {package}")
     answer = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
     found = re.search(r"version (\d+)\.(\d+)", answer)
     if not found:
-        raise VMError(f"{program} does not say what version it is; QEMU {OLDEST[0]}.{OLDEST[1]} or newer is needed")
+        raise VMError(f"{program}: does not say what version it is; install QEMU {OLDEST[0]}.{OLDEST[1]} or newer")
     version = int(found[1]), int(found[2])
     if version < OLDEST:
-        raise VMError(f"{program} is {found[0]}; QEMU {OLDEST[0]}.{OLDEST[1]} or newer is needed")
+        raise VMError(f"{program}: is {found[0]}; install QEMU {OLDEST[0]}.{OLDEST[1]} or newer")
     return QemuProgram(program, version, answer.partition("version ")[2].splitlines()[0].strip())
 
 

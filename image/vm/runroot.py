@@ -47,11 +47,11 @@ def owned_run_root(make: bool = False) -> Path | None:
     except (OSError, RuntimeError) as error:
         raise VMError(f"{root} cannot be used: {getattr(error, 'strerror', None) or error}; {ANOTHER}") from error
     if not stat.S_ISDIR(state.st_mode):
-        raise VMError(f"{root} is not a directory; {ANOTHER}")
+        raise VMError(f"{root}: is not a directory; {ANOTHER}")
     if state.st_uid != os.geteuid():
-        raise VMError(f"{root} belongs to somebody else; {ANOTHER}")
+        raise VMError(f"{root}: belongs to somebody else; {ANOTHER}")
     if state.st_mode & 0o022:
-        raise VMError(f"{root} can be written by others; run: chmod go-w {root}")
+        raise VMError(f"{root}: can be written by others; run: chmod go-w {root}")
     return path
 
 

@@ -93,8 +93,8 @@ def test_an_index_is_read() -> None:
     [
         ("P:a\nV:1\nC:Q1x", "malformed: 'S'"),
         ("P:a\nV:1\nC:Q1x\nS:many", "malformed: invalid literal"),
-        ("P:../a\nV:1\nC:Q1x\nS:1", r"'../a' '1' is no name and version"),
-        ("P:a\nV:1/2\nC:Q1x\nS:1", "is no name and version"),
+        ("P:../a\nV:1\nC:Q1x\nS:1", r"'../a' '1': no Alpine package can be called so"),
+        ("P:a\nV:1/2\nC:Q1x\nS:1", "no Alpine package can be called so"),
         ("P:a\nV:1\nC:Q1x\nS:1\nD:b>", "'b>' is no dependency"),
     ],
 )

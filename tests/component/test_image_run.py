@@ -23,9 +23,9 @@ def test_what_a_program_prints_comes_back(tmp_path: Path) -> None:
 
 
 def test_a_missing_program_names_its_package() -> None:
-    with pytest.raises(MissingProgram, match="musl-gcc is not installed; run: sudo apt-get install musl-tools"):
+    with pytest.raises(MissingProgram, match="musl-gcc: is not installed; run: sudo apt-get install musl-tools"):
         run(["musl-gcc", "-v"], env={"PATH": "/nowhere"})
-    with pytest.raises(MissingProgram, match="lz4 is not installed; run: sudo apt-get install lz4"):
+    with pytest.raises(MissingProgram, match="lz4: is not installed; run: sudo apt-get install lz4"):
         run(["lz4"], env={"PATH": "/nowhere"})
 
 

@@ -49,7 +49,7 @@ def test_each_port_takes_one_and_a_name_is_plugged_in_once(vm: Any, file: Path) 
     assert disks.plug_disk(vm, file, "one") == "10/00"
     assert disks.plug_disk(vm, file, "two") == "11/00"
     assert disks.plug_disk(vm, file, "one") == "10/00"
-    with pytest.raises(VMError, match="2 ports for disks and shares, and all are in use"):
+    with pytest.raises(VMError, match=": has 2 ports for disks and shares, and all are in use"):
         disks.plug_disk(vm, file, "three")
     assert plugged(vm) == {"port0": {"disk-one"}, "port1": {"disk-two"}}
 

@@ -164,7 +164,7 @@ def test_two_starts_of_one_name_and_a_look_at_all_times(image: Path, tmp_path: P
             for loser in starters:
                 if loser is not winner:
                     assert loser.stderr is not None
-                    assert "there is a VM 'v' already" in loser.stderr.read()
+                    assert "VM 'v': is running already" in loser.stderr.read()
         finally:
             for starter in starters:
                 starter.communicate("")

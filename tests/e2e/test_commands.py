@@ -68,7 +68,7 @@ def test_a_vm_that_is_not_there(vm: Caisson) -> None:
     done = vm("ps", "--name", "nowhere")
     assert done.returncode == 1
     assert done.stderr == (
-        b"caisson: there is no VM 'nowhere'; running: default; start it: caisson boot-vm nowhere --detach\n"
+        b"caisson: VM 'nowhere': is not running; running: default; start it: caisson boot-vm nowhere --detach\n"
     )
 
 

@@ -125,7 +125,7 @@ def test_a_command_in_a_clone_and_its_end(own: Caisson, snapshot: str) -> None:
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["--snapshot", "nobody-saved-this"], b"save one: caisson save-snapshot nobody-saved-this"),
+        (["--snapshot", "nobody-saved-this"], b"save it: caisson save-snapshot nobody-saved-this"),
         (["--snapshot", "../x"], b"a snapshot's name"),
     ],
 )

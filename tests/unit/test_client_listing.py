@@ -71,7 +71,7 @@ def test_signals(text: str, number: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "65", "-1", "FOO", "SIG", "KILL+x", "1.5", "RTMAX+1"])
 def test_what_is_no_signal(text: str) -> None:
-    with pytest.raises(UsageError, match="is not a signal"):
+    with pytest.raises(UsageError, match=": is not a signal"):
         listing.signal_number(text)
 
 

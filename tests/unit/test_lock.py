@@ -86,7 +86,7 @@ def test_one_package_in_two_versions_is_refused() -> None:
         ({"format": 2}, "not a lock file of format 1"),
         ({"suite": None}, "suite must be a string"),
         ({"packages": {}}, "packages must be a list"),
-        ({"packages": [{"type": "deb"}]}, "package 1 must have type, name, version, sha256"),
+        ({"packages": [{"type": "deb"}]}, "package 1: must have type, name, version, sha256"),
         ({"packages": [BASE[0], record("deb", "x", "")]}, "package 2: version must be a string"),
         ({"packages": [record("deb", "x", "1", "A" * 64)]}, "not a sha256"),
         ({"packages": [record("deb", "x", "1", "a" * 63)]}, "not a sha256"),

@@ -106,7 +106,7 @@ def test_a_template_of_ones_own_extends_one_of_ours(tmp_path: Path) -> None:
     assert "hotplug" in loaded.definition.kernel.fragments
     assert [place.name for place in loaded.templates] == ["debian", "lean", tmp_path.name]
     assert loaded.beside("motd") == tmp_path / "motd"
-    with pytest.raises(DefinitionError, match="none is not in "):
+    with pytest.raises(DefinitionError, match="none: is not in "):
         loaded.beside("none")
 
 
@@ -133,7 +133,7 @@ def test_templates_that_are_not_there(tmp_path: Path) -> None:
         (["verity=true"], "verity and layout are a disk's; choose a format of erofs"),
         (["layout=gpt"], "verity and layout are a disk's"),
         (["format=squashfs", "layout=dax"], "layout dax needs a format that can be mapped: erofs, ext4, not squashfs"),
-        (["limits.image=24 potatoes"], "limits.image is a size like 24 MB"),
+        (["limits.image=24 potatoes"], "limits.image: '24 potatoes' is not a size"),
     ],
 )
 def test_settings_that_do_not_go_together(settings: list[str], words: str) -> None:

@@ -92,7 +92,7 @@ def empty_port(monitor: QMP, name: str) -> str:
         if not devices:
             return port
     raise VMError(
-        f"VM {name!r} has {len(PORTS)} ports for disks and shares, and all are in use; remove a container, or a share"
+        f"VM {name!r}: has {len(PORTS)} ports for disks and shares, and all are in use; remove a container, or a share"
     )
 
 

@@ -79,7 +79,7 @@ def _share(vm: VM, path: Path, directory: Path, tag: str, writable: bool) -> Sha
     tag = _free_tag(tag, path, there, vm)
     if vm.info["snapshot"] and vm.info["vsock"] != "user":
         raise VMError(
-            f"VM {vm.name!r} has its snapshot's memory, which virtiofsd must not map, and 9p cannot be added while it "
+            f"VM {vm.name!r}: has its snapshot's memory, which virtiofsd must not map, and 9p cannot be added while it "
             f"runs; make a clone with --vsock user, or boot with the share: caisson boot-vm --share {tag}={directory}"
         )
     answer = _ask(vm, {"share": tag, "path": str(path), "writable": writable})
@@ -115,7 +115,7 @@ def _alone(vm: VM) -> Iterator[None]:
     try:
         lock = (vm.directory / "shares.lock").open("w")
     except FileNotFoundError:
-        raise VMError(f"VM {vm.name!r} has ended") from None
+        raise VMError(f"VM {vm.name!r}: has ended; start it: caisson boot-vm {vm.name} --detach") from None
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -151,10 +151,10 @@ def _unshare(vm: VM, tag: str) -> None:
     there = shares(vm)
     if tag not in there:
         raise VMError(
-            f"nothing is shared as {tag!r} with VM {vm.name!r}; there are: {', '.join(sorted(there)) or 'none'}"
+            f"share {tag!r}: VM {vm.name!r} has none of this tag; there are: {', '.join(sorted(there)) or 'none'}"
         )
     if there[tag][0] == "9p":
-        raise VMError(f"{tag!r} was there when VM {vm.name!r} booted, and stays until its end")
+        raise VMError(f"share {tag!r}: was there when VM {vm.name!r} booted, and stays until its end")
     with QMP(vm.directory / "qmp.sock", scaled(MONITOR_TIMEOUT)) as monitor:
         with contextlib.suppress(QMPError):  # it has gone, or is about to
             monitor.execute("device_del", {"id": f"share-{tag}"})
@@ -176,5 +176,6 @@ def _ask(vm: VM, question: dict[str, Any]) -> dict[str, Any]:
         except OSError as error:
             raise VMError(f"VM {vm.name!r}: its supervisor does not answer: {error.strerror or error}") from error
     if answer is None or "error" in answer:
-        raise VMError(str(answer["error"]) if answer else f"VM {vm.name!r} has ended")
+        gone = f"VM {vm.name!r}: has ended; start it: caisson boot-vm {vm.name} --detach"
+        raise VMError(str(answer["error"]) if answer else gone)
     return answer

@@ -42,7 +42,7 @@ def command(directory: Path, fd: int, *, writable: bool) -> list[str]:
     program = which("virtiofsd")
     if program is None:
         raise VMError(
-            "virtiofsd is not installed; run: sudo apt-get install virtiofsd "
+            "virtiofsd: is not installed; run: sudo apt-get install virtiofsd "
             f"(in Debian 12 it is in qemu-system-common); {ELSE}"
         )
     usage = subprocess.run([program, "--help"], capture_output=True, text=True).stdout
@@ -52,7 +52,7 @@ def command(directory: Path, fd: int, *, writable: bool) -> list[str]:
             words.append(f"--modcaps={MODCAPS}")
         sealed = [*words, "--readonly"] if "--readonly" in usage else None
     elif os.geteuid() != 0:
-        raise VMError(f"{program}, QEMU's own, needs root; run: sudo apt-get install virtiofsd; {ELSE}")
+        raise VMError(f"{program}: is QEMU's own and needs root; run: sudo apt-get install virtiofsd; {ELSE}")
     else:
         escaped = str(directory).replace("\\", "\\\\").replace(",", "\\,")
         words = [program, f"--fd={fd}", "-o", f"source={escaped}", "-o", f"modcaps={MODCAPS}"]
@@ -60,7 +60,7 @@ def command(directory: Path, fd: int, *, writable: bool) -> list[str]:
     if writable:
         return words
     if sealed is None and os.geteuid() != 0:
-        raise VMError(f"{program} is too old to share read-only without root; share --writable; {ELSE}")
+        raise VMError(f"{program}: is too old to share read-only without root; share --writable; {ELSE}")
     return sealed or ["unshare", "--mount", "--", "/bin/sh", "-c", READ_ONLY, "sh", str(directory), *words]
 
 
@@ -81,7 +81,7 @@ class Shares:
         if "unshare" in question:
             self._end(str(question["unshare"]))
             return {}
-        raise VMError("the supervisor does not know what that is")
+        raise VMError("supervisor: does not know what that is")
 
     def _share(self, tag: str, path: Path, writable: bool) -> Path:
         if tag in self.served:

@@ -92,7 +92,7 @@ class Snapshot:
         """Return the snapshot of this name.  Raises VMError when there is none."""
         found = cls.load(name)
         if found is None:
-            raise VMError(f"there is no snapshot {name!r}; save one: caisson save-snapshot {name}")
+            raise VMError(f"snapshot {name!r}: is not there; save it: caisson save-snapshot {name}")
         return found
 
     @classmethod
@@ -102,13 +102,13 @@ class Snapshot:
         directory = cache.get(STEP, checked(name))
         if directory is None:
             if (cache.root / FORMER_STEP / name).is_dir():
-                raise VMError(f"snapshot {name!r} was saved by an older Caisson; {_way_out(name)}")
+                raise VMError(f"snapshot {name!r}: was saved by an older Caisson; {_way_out(name)}")
             return None
         try:
             document = json.loads((directory / "snapshot.json").read_text())
             if (version := document.pop("format")) != FORMAT:
                 age = "an older" if isinstance(version, int) and version < FORMAT else "a newer"
-                raise VMError(f"snapshot {name!r} was saved by {age} Caisson; {_way_out(name)}")
+                raise VMError(f"snapshot {name!r}: was saved by {age} Caisson; {_way_out(name)}")
             compatibility = SnapshotCompatibility(**document["compatibility"])
             document |= {"image": Path(document["image"]), "compatibility": compatibility}
             return cls(name=name, directory=directory, **document)

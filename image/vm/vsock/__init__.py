@@ -66,7 +66,7 @@ class Backend:
         """Wait until the sockets accept connections.  Raises VMError when the back end ends instead."""
         answered, _, _ = select.select([self._ready], [], [], scaled(START_TIMEOUT))
         if not answered or os.read(self._ready, 1) != b"\n":
-            raise VMError(f"the vsock device did not start within {scaled(START_TIMEOUT):.0f} s")
+            raise VMError(f"vsock device: did not start within {scaled(START_TIMEOUT):.0f} s")
 
 
 def backend(kind: str, directory: VMDirectory, cid: int, more: Sequence[str]) -> list[str]:
