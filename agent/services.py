@@ -100,7 +100,7 @@ class Services:
                 self._trees,
                 self._sandbox.allow_hotplugged_cpus,
                 blocks=BlockDevices(self._options.hotplug_timeout),
-                reaper=self._reaper,
+                children=self._reaper,
             ),
         )
         return {**kata3, **self._guest}

@@ -153,6 +153,12 @@ class Timeout(ModelError):
     """Not done within the time that was given."""
 
 
+class RemovalTimeout(Timeout):
+    """A container was not removed, which goes on: ``container_id``, ``seconds``."""
+
+    sentence = "container {container_id}: not removed within {seconds:g} s; its removal goes on"
+
+
 class DeviceTimeout(Timeout):
     """A device did not appear: ``device``, ``seconds``."""
 

@@ -1,23 +1,38 @@
-"""The guest's packet filter, by ip[6]tables-save(8) and ip[6]tables-restore(8) where the image has them."""
+"""The guest's packet filter, by ip[6]tables-save(8) and ip[6]tables-restore(8) where the image has them.
+
+The programs' streams are files in memory (memfd_create(2)): nothing has to be read while one runs, and nothing can hang
+on a full pipe.
+"""
 
 from __future__ import annotations
 
-from caisson.agent.base.errors import SystemCallFailed
-from caisson.agent.guest import programs
+import asyncio
+import os
+import signal
+
+from caisson.agent.base.errors import SystemCallFailed, Timeout, Unsupported
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from caisson.agent.model.reaper import Reaper
+    from collections.abc import Sequence
 
-#: Seconds that ip[6]tables waits for another one to be done.
+    from caisson.agent.libcontainer.process.children import Children
+
+#: Where the programs are, in the order in which they are looked for.
+DIRECTORIES = ("/usr/sbin", "/sbin", "/usr/bin", "/bin")
+ENVIRONMENT = {"PATH": ":".join(DIRECTORIES)}
+
+#: Seconds that a program may take, of which so many to wait for another one's lock, and bytes of output that are read.
+PROGRAM_TIMEOUT = 30.0
 LOCK_TIMEOUT = "5"
+MAX_OUTPUT = 3 << 20
 
 
 class PacketFilter:
     """Rules of IPv4 and IPv6."""
 
-    def __init__(self, reaper: Reaper) -> None:
-        self._reaper = reaper
+    def __init__(self, children: Children) -> None:
+        self._children = children
 
     async def save(self, *, ipv6: bool) -> bytes:
         """Return all rules.  Raises Unsupported where there is no such program, SystemCallFailed, or Timeout."""
@@ -28,12 +43,53 @@ class PacketFilter:
         return await self._run(f"{_program(ipv6)}-restore", "--wait", LOCK_TIMEOUT, data=rules)
 
     async def _run(self, name: str, *arguments: str, data: bytes = b"") -> bytes:
-        done = await programs.run(self._reaper, name, *arguments, data=data)
-        if done.status:
-            said = " ".join(done.stderr.decode(errors="replace").split())
-            raise SystemCallFailed(f"{name}: exit status {done.status}: {said}")
-        return done.stdout
+        path = next((path for path in (f"{place}/{name}" for place in DIRECTORIES) if os.access(path, os.X_OK)), None)
+        if path is None:
+            raise Unsupported(f"{name}: is not in this image; build one with it")
+        streams = [os.memfd_create(stream, os.MFD_CLOEXEC) for stream in ("stdin", "stdout", "stderr")]
+        try:
+            with open(streams[0], "wb", closefd=False) as stdin:
+                stdin.write(data)
+            os.lseek(streams[0], 0, os.SEEK_SET)
+            status = await self._wait(name, _spawn(path, [name, *arguments], streams))
+            if status:
+                said = " ".join(os.pread(streams[2], MAX_OUTPUT, 0).decode(errors="replace").split())
+                raise SystemCallFailed(f"{name}: exit status {status}: {said}")
+            return os.pread(streams[1], MAX_OUTPUT, 0)
+        finally:
+            for fd in streams:
+                os.close(fd)
+
+    async def _wait(self, name: str, pid: int) -> int:
+        """Wait for a program; one that takes too long, or whose caller has gone, is killed."""
+        child = self._children.claim(pid)
+        waiting = asyncio.ensure_future(child.wait())
+        try:
+            return await asyncio.wait_for(asyncio.shield(waiting), PROGRAM_TIMEOUT)
+        except BaseException as error:
+            if not waiting.done():
+                os.killpg(pid, signal.SIGKILL)
+                await waiting
+            if isinstance(error, TimeoutError):
+                raise Timeout(f"{name}: was killed: it took more than {PROGRAM_TIMEOUT:g} s") from None
+            raise
 
 
 def _program(ipv6: bool) -> str:
     return "ip6tables" if ipv6 else "iptables"
+
+
+def _spawn(path: str, words: Sequence[str], streams: Sequence[int]) -> int:
+    """Start a program, as the leader of its own session.  By posix_spawn: the agent has threads and must not fork."""
+    try:
+        return os.posix_spawn(
+            path,
+            list(words),
+            ENVIRONMENT,
+            file_actions=[(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(streams)],
+            setsid=True,
+            setsigmask=(),
+            setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),  # Python ignores them
+        )
+    except OSError as error:
+        raise SystemCallFailed(f"{path}: {os.strerror(error.errno or 0).lower()}") from error

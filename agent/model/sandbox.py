@@ -13,9 +13,9 @@ from caisson.agent.base.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotCreated,
+    RemovalTimeout,
     SandboxExists,
     SandboxNotRunning,
-    Timeout,
 )
 from caisson.agent.guest.blockdevices import BlockDevices
 from caisson.agent.guest.dns import Resolver
@@ -346,7 +346,7 @@ class Sandbox:
         try:
             await asyncio.wait_for(work, timeout or None)
         except TimeoutError:
-            raise Timeout(f"Timeout reached after {timeout:g}s") from None
+            raise RemovalTimeout(container_id=container_id, seconds=timeout) from None
 
     async def _remove(self, container: Container) -> None:
         try:

@@ -48,6 +48,7 @@ TABLE: Table = {
     errors.ModuleNotLoaded: (Code.UNKNOWN, "could not load module: {module}: {why}"),
     errors.Unsupported: (Code.UNIMPLEMENTED, "{error}"),
     errors.Timeout: (Code.DEADLINE_EXCEEDED, "{error}"),
+    errors.RemovalTimeout: (Code.DEADLINE_EXCEEDED, "Timeout reached after {seconds:g}s"),
     errors.DeviceTimeout: (Code.DEADLINE_EXCEEDED, "Timeout reached after {seconds:g}s waiting for device {device}"),
     errors.SystemCallFailed: (Code.INTERNAL, "{error}"),
     errors.EndOfStream: (Code.UNKNOWN, "EOF"),

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from caisson.agent.guest.blockdevices import BlockDevices
     from caisson.agent.guest.files import Files
     from caisson.agent.guest.metrics import Metrics
-    from caisson.agent.model.reaper import Reaper
+    from caisson.agent.libcontainer.process.children import Children
 
 
 class GuestService(Common):
@@ -44,11 +44,11 @@ class GuestService(Common):
         cpus_came: Callable[[], object],
         *,
         blocks: BlockDevices,
-        reaper: Reaper,
+        children: Children,
     ) -> None:
         super().__init__(hotplug_timeout, files, cpus_came)
         self._blocks = blocks
-        self._reaper = reaper
+        self._children = children
 
     # Network
 
@@ -77,13 +77,13 @@ class GuestService(Common):
     async def GetIPTables(self, request: agent_pb2.GetIPTablesRequest) -> agent_pb2.GetIPTablesResponse:
         from caisson.agent.guest.packetfilter import PacketFilter
 
-        rules = await PacketFilter(self._reaper).save(ipv6=request.is_ipv6)
+        rules = await PacketFilter(self._children).save(ipv6=request.is_ipv6)
         return agent_pb2.GetIPTablesResponse(data=rules)
 
     async def SetIPTables(self, request: agent_pb2.SetIPTablesRequest) -> agent_pb2.SetIPTablesResponse:
         from caisson.agent.guest.packetfilter import PacketFilter
 
-        said = await PacketFilter(self._reaper).restore(request.data, ipv6=request.is_ipv6)
+        said = await PacketFilter(self._children).restore(request.data, ipv6=request.is_ipv6)
         return agent_pb2.SetIPTablesResponse(data=said)
 
     # CPUs and memory

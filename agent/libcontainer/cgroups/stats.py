@@ -1,4 +1,4 @@
-"""How much a container has used, as records whose fields are named as on the wire (CgroupStats in proto/kata1/agent.proto).
+"""How much a container has used, as records whose fields are named as on the wire (proto/kata1/agent.proto).
 
 A file that is not there (a controller that is missing, a container that is gone) counts as zeros.
 """
