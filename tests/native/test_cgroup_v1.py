@@ -21,7 +21,7 @@ from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.config.resources import Resources
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.proto.kata1 import agent_pb2, oci_pb2
-from tests.native.agent_support import RunningAgent, errors, output, refused, run, sh
+from tests.native.agent_support import RunningAgent, errors, output, refused, sh
 from tests.native.nsexec_support import Box, children, config
 from tests.support.unique import unique
 
@@ -129,7 +129,7 @@ def test_finds_every_hierarchy_with_a_controller(tmp_path: Path) -> None:
     ],
     ids=lambda value: re.sub(r"\W+", "_", json.dumps(value)).strip("_")[:60],
 )
-def test_limits_reach_their_files_or_name_the_controller(
+async def test_limits_reach_their_files_or_name_the_controller(
     cgroup: CgroupOfV1, limit: dict[str, Any], values: dict[str, str]
 ) -> None:
     missing = {file for file in values if cgroup.file(file) is None or not Path(cgroup.file(file) or "").exists()}
@@ -142,7 +142,7 @@ def test_limits_reach_their_files_or_name_the_controller(
     before = {file: content(cgroup, file) for file in values}
     cgroup.apply(Resources.from_json(limit))
     assert {file: content(cgroup, file) for file in values} == values
-    asyncio.run(_updated_in_vain(cgroup, limit))
+    await _updated_in_vain(cgroup, limit)
     assert {file: content(cgroup, file) for file in values} == values != before
 
 
@@ -182,7 +182,7 @@ def test_memory_and_swap_move_up_and_down_together(cgroup: CgroupOfV1) -> None:
             assert int(content(cgroup, file)) == (value * MEBIBYTE if value > 0 else 9223372036854771712)
 
 
-def test_an_update_that_fails_leaves_all_as_it_was(cgroup: CgroupOfV1) -> None:
+async def test_an_update_that_fails_leaves_all_as_it_was(cgroup: CgroupOfV1) -> None:
     before = {"memory": {"limit": 64 * MEBIBYTE, "swap": 64 * MEBIBYTE}, "cpu": {"quota": 10000, "period": 20000}}
     cgroup.apply(Resources.from_json(before))
     files = (
@@ -202,7 +202,7 @@ def test_an_update_that_fails_leaves_all_as_it_was(cgroup: CgroupOfV1) -> None:
         ],
     }
     with pytest.raises(SpecError, match=r"cgroup v1 cannot allow b \*:\* and deny b 1:2 of it"):
-        asyncio.run(cgroup.update(Resources.from_json(before).updated(Resources.from_json(wanted))))
+        await cgroup.update(Resources.from_json(before).updated(Resources.from_json(wanted)))
     assert {file: content(cgroup, file) for file in files} == state
 
 
@@ -298,145 +298,130 @@ async def resources(client: Agent, **fields: Any) -> None:
 
 
 @with_v1
-def test_containers_are_in_every_hierarchy_from_their_first_instruction(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            await client.create_sandbox()
-            spec = agent.spec("/bin/sh", "-c", "cat /proc/self/cgroup; exec sleep 1000")
-            del spec.Linux.Namespaces[:]
-            spec.Linux.Namespaces.extend(oci_pb2.LinuxNamespace(Type=kind) for kind in ("mount", "ipc", "uts"))
-            container = await client.create_container("box", spec)
-            (file,) = agent.state.rglob("state.json")
-            paths = json.loads(file.read_text())["cgroup_paths"]
-            assert {"memory", "cpu", "cpuacct", "devices", "pids", "freezer"} <= set(paths)
-            await container.start()
-            first = (await anext(container.init().stdout())).decode()
-            process = await sh(container, "cat /proc/self/cgroup")
-            second = (await output(process)).decode()
-            for text in (first, second):
-                found: dict[str, str] = {}
-                for line in text.splitlines():
-                    _, names, path = line.split(":")
-                    found |= dict.fromkeys(names.split(","), path)
-                for controller in paths:
-                    assert found[controller] == f"/{agent.cgroup_parent}/sandbox/box", controller
-                assert found.get("name=systemd", "/") == "/"
-
-    run(work())
+async def test_containers_are_in_every_hierarchy_from_their_first_instruction(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        await client.create_sandbox()
+        spec = agent.spec("/bin/sh", "-c", "cat /proc/self/cgroup; exec sleep 1000")
+        del spec.Linux.Namespaces[:]
+        spec.Linux.Namespaces.extend(oci_pb2.LinuxNamespace(Type=kind) for kind in ("mount", "ipc", "uts"))
+        container = await client.create_container("box", spec)
+        (file,) = agent.state.rglob("state.json")
+        paths = json.loads(file.read_text())["cgroup_paths"]
+        assert {"memory", "cpu", "cpuacct", "devices", "pids", "freezer"} <= set(paths)
+        await container.start()
+        first = (await anext(container.init().stdout())).decode()
+        process = await sh(container, "cat /proc/self/cgroup")
+        second = (await output(process)).decode()
+        for text in (first, second):
+            found: dict[str, str] = {}
+            for line in text.splitlines():
+                _, names, path = line.split(":")
+                found |= dict.fromkeys(names.split(","), path)
+            for controller in paths:
+                assert found[controller] == f"/{agent.cgroup_parent}/sandbox/box", controller
+            assert found.get("name=systemd", "/") == "/"
 
 
 @with_v1
-def test_a_fork_bomb_in_an_exec_counts(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            await client.create_sandbox()
-            spec = agent.spec()
-            spec.Linux.Resources.Pids.Limit = 12
-            container = await client.ensure_container("box", spec)
-            process = await sh(container, "i=0; while [ $i -lt 30 ]; do sleep 1000 & i=$((i+1)); done")
-            assert b"can't fork" in await errors(process)
-            (directory,) = (path for path in agent.cgroups() if path.name == "box" and "pids" in path.parts)
-            assert int((directory / "pids.current").read_text()) <= 12
-            await container.remove()
-
-    run(work())
+async def test_a_fork_bomb_in_an_exec_counts(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        await client.create_sandbox()
+        spec = agent.spec()
+        spec.Linux.Resources.Pids.Limit = 12
+        container = await client.ensure_container("box", spec)
+        process = await sh(container, "i=0; while [ $i -lt 30 ]; do sleep 1000 & i=$((i+1)); done")
+        assert b"can't fork" in await errors(process)
+        (directory,) = (path for path in agent.cgroups() if path.name == "box" and "pids" in path.parts)
+        assert int((directory / "pids.current").read_text()) <= 12
+        await container.remove()
 
 
 @with_v1
-def test_limits_devices_stats_and_their_changes_over_the_api(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            await client.create_sandbox()
-            spec = agent.spec("/bin/sleep", "1000")
-            spec.Linux.Resources.Memory.Limit = 64 * MEBIBYTE
-            spec.Linux.Resources.Devices.add(Allow=True, Type="a", Access="rwm")
-            for kind in ("Bounding", "Effective", "Permitted"):
-                getattr(spec.Process.Capabilities, kind).extend(["CAP_MKNOD"])
-            container = await client.ensure_container("box", spec)
-            request = agent_pb2.StatsContainerRequest(container_id="box")
-            before = (await client.rpc.StatsContainer(request)).cgroup_stats
-            assert before.memory_stats.usage.limit == 64 * MEBIBYTE
-            assert before.memory_stats.usage.usage > 0 and before.memory_stats.stats["rss"] >= 0
-            node = f"busybox mknod /dev/disk b {MAJOR} {MINOR} || exit 3; (: </dev/disk) 2>/dev/null || exit 4"
-            assert await (await sh(container, node)).wait() == 4  # the guest's own disk (CVE-2020-2023)
-            await (await sh(container, "i=0; while [ $i -lt 50000 ]; do i=$((i+1)); done")).wait()
-            after = (await client.rpc.StatsContainer(request)).cgroup_stats
-            assert after.cpu_stats.cpu_usage.total_usage > before.cpu_stats.cpu_usage.total_usage
-            assert len(after.cpu_stats.cpu_usage.percpu_usage) == os.cpu_count()
-            assert sum(after.cpu_stats.cpu_usage.percpu_usage) >= before.cpu_stats.cpu_usage.total_usage
-            assert (after.pids_stats.current, after.pids_stats.limit) == (1, 0)
-            await resources(client, Memory=oci_pb2.LinuxMemory(Limit=128 * MEBIBYTE), CPU=oci_pb2.LinuxCPU(Quota=5000))
-            (directory,) = (path for path in agent.cgroups() if path.name == "box" and "cpu" in path.parts)
-            assert (directory / "cpu.cfs_quota_us").read_text() == "5000\n"
-            unified = {"Memory": oci_pb2.LinuxMemory(Limit=2 * MEBIBYTE, Swap=MEBIBYTE)}
-            code, text = await refused(resources(client, **unified))
-            assert (code, text) == (
-                Code.INVALID_ARGUMENT,
-                "linux.resources.memory.swap: is memory plus swap, and needs a limit that is not above it",
-            )
-            assert (await client.rpc.StatsContainer(request)).cgroup_stats.memory_stats.usage.limit == 128 * MEBIBYTE
-
-    run(work())
+async def test_limits_devices_stats_and_their_changes_over_the_api(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        await client.create_sandbox()
+        spec = agent.spec("/bin/sleep", "1000")
+        spec.Linux.Resources.Memory.Limit = 64 * MEBIBYTE
+        spec.Linux.Resources.Devices.add(Allow=True, Type="a", Access="rwm")
+        for kind in ("Bounding", "Effective", "Permitted"):
+            getattr(spec.Process.Capabilities, kind).extend(["CAP_MKNOD"])
+        container = await client.ensure_container("box", spec)
+        request = agent_pb2.StatsContainerRequest(container_id="box")
+        before = (await client.rpc.StatsContainer(request)).cgroup_stats
+        assert before.memory_stats.usage.limit == 64 * MEBIBYTE
+        assert before.memory_stats.usage.usage > 0 and before.memory_stats.stats["rss"] >= 0
+        node = f"busybox mknod /dev/disk b {MAJOR} {MINOR} || exit 3; (: </dev/disk) 2>/dev/null || exit 4"
+        assert await (await sh(container, node)).wait() == 4  # the guest's own disk (CVE-2020-2023)
+        await (await sh(container, "i=0; while [ $i -lt 50000 ]; do i=$((i+1)); done")).wait()
+        after = (await client.rpc.StatsContainer(request)).cgroup_stats
+        assert after.cpu_stats.cpu_usage.total_usage > before.cpu_stats.cpu_usage.total_usage
+        assert len(after.cpu_stats.cpu_usage.percpu_usage) == os.cpu_count()
+        assert sum(after.cpu_stats.cpu_usage.percpu_usage) >= before.cpu_stats.cpu_usage.total_usage
+        assert (after.pids_stats.current, after.pids_stats.limit) == (1, 0)
+        await resources(client, Memory=oci_pb2.LinuxMemory(Limit=128 * MEBIBYTE), CPU=oci_pb2.LinuxCPU(Quota=5000))
+        (directory,) = (path for path in agent.cgroups() if path.name == "box" and "cpu" in path.parts)
+        assert (directory / "cpu.cfs_quota_us").read_text() == "5000\n"
+        unified = {"Memory": oci_pb2.LinuxMemory(Limit=2 * MEBIBYTE, Swap=MEBIBYTE)}
+        code, text = await refused(resources(client, **unified))
+        assert (code, text) == (
+            Code.INVALID_ARGUMENT,
+            "linux.resources.memory.swap: is memory plus swap, and needs a limit that is not above it",
+        )
+        assert (await client.rpc.StatsContainer(request)).cgroup_stats.memory_stats.usage.limit == 128 * MEBIBYTE
 
 
 @with_v1
-def test_a_process_that_the_kernel_ends_for_want_of_memory_is_told_of(agent: RunningAgent) -> None:
-    async def work() -> None:
-        async with agent.connect() as client:
-            await client.create_sandbox()
-            spec = agent.spec()
-            spec.Linux.Resources.Memory.Limit = spec.Linux.Resources.Memory.Swap = 8 * MEBIBYTE
-            container = await client.ensure_container("box", spec)
-            event = asyncio.ensure_future(client.rpc.GetOOMEvent(agent_pb2.GetOOMEventRequest()))
-            assert await (await sh(container, "true")).wait() == 0
-            assert not event.done()
-            assert await (await sh(container, "exec tail /dev/zero")).wait() == 137
-            assert (await event).container_id == "box"
-            again = asyncio.ensure_future(client.rpc.GetOOMEvent(agent_pb2.GetOOMEventRequest()))
-            await container.remove()  # which the kernel tells on the same eventfd
-            await asyncio.sleep(0.2)
-            assert not again.done()
-            again.cancel()
-
-    run(work())
+async def test_a_process_that_the_kernel_ends_for_want_of_memory_is_told_of(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        await client.create_sandbox()
+        spec = agent.spec()
+        spec.Linux.Resources.Memory.Limit = spec.Linux.Resources.Memory.Swap = 8 * MEBIBYTE
+        container = await client.ensure_container("box", spec)
+        event = asyncio.ensure_future(client.rpc.GetOOMEvent(agent_pb2.GetOOMEventRequest()))
+        assert await (await sh(container, "true")).wait() == 0
+        assert not event.done()
+        assert await (await sh(container, "exec tail /dev/zero")).wait() == 137
+        assert (await event).container_id == "box"
+        again = asyncio.ensure_future(client.rpc.GetOOMEvent(agent_pb2.GetOOMEventRequest()))
+        await container.remove()  # which the kernel tells on the same eventfd
+        await asyncio.sleep(0.2)
+        assert not again.done()
+        again.cancel()
 
 
 @with_v1
 @pytest.mark.parametrize("namespace", [True, False])
 @pytest.mark.parametrize("access", ["ro", "rw"])
-def test_the_containers_own_cgroup_filesystem(agent: RunningAgent, namespace: bool, access: str) -> None:
+async def test_the_containers_own_cgroup_filesystem(agent: RunningAgent, namespace: bool, access: str) -> None:
     """CVE-2023-25809: read-only is read-only in every line, and nothing above the container's own is to be seen."""
 
-    async def work() -> None:
-        async with agent.connect() as client:
-            await client.create_sandbox()
-            spec = agent.spec()
-            if not namespace:
-                kinds = [item.Type for item in spec.Linux.Namespaces if item.Type != "cgroup"]
-                del spec.Linux.Namespaces[:]
-                spec.Linux.Namespaces.extend(oci_pb2.LinuxNamespace(Type=kind) for kind in kinds)
-            options = [access, "nosuid", "nodev", "noexec", "relatime"]
-            spec.Mounts.add(destination="/sys/fs/cgroup", type="cgroup", source="cgroup", options=options)
-            container = await client.ensure_container("box", spec)
-            script = """
+    async with agent.connect() as client:
+        await client.create_sandbox()
+        spec = agent.spec()
+        if not namespace:
+            kinds = [item.Type for item in spec.Linux.Namespaces if item.Type != "cgroup"]
+            del spec.Linux.Namespaces[:]
+            spec.Linux.Namespaces.extend(oci_pb2.LinuxNamespace(Type=kind) for kind in kinds)
+        options = [access, "nosuid", "nodev", "noexec", "relatime"]
+        spec.Mounts.add(destination="/sys/fs/cgroup", type="cgroup", source="cgroup", options=options)
+        container = await client.ensure_container("box", spec)
+        script = """
                 grep ' /sys/fs/cgroup' /proc/mounts; echo --
                 ls /sys/fs/cgroup; echo --
                 cat /sys/fs/cgroup/pids/cgroup.procs | wc -l; echo --
                 mkdir /sys/fs/cgroup/pids/new 2>&1 && rmdir /sys/fs/cgroup/pids/new; echo --
                 mkdir /sys/fs/cgroup/new 2>&1 && rmdir /sys/fs/cgroup/new; echo --
                 ls /sys/fs/cgroup/*/release_agent 2>&1"""
-            process = await sh(container, script)
-            mounts, names, count, mkdir, above, release = (await output(process)).decode().split("--\n")
-            lines = [line.split() for line in mounts.splitlines()]
-            assert {line[2] for line in lines} == {"tmpfs", "cgroup"}
-            for line in lines:
-                assert {access, "nosuid", "nodev", "noexec"} <= set(line[3].split(",")), line
-            assert {"pids", "memory", "freezer", "devices"} <= set(names.split())
-            assert int(count) >= 2  # those of the container, and no others
-            (directory,) = (path for path in agent.cgroups() if path.name == "box" and "pids" in path.parts)
-            assert int(count) <= len((directory / "cgroup.procs").read_text().split()) + 4
-            assert ("Read-only file system" in mkdir) is (access == "ro"), mkdir
-            assert ("Read-only file system" in above) is (access == "ro"), above
-            assert "No such file" in release
-
-    run(work())
+        process = await sh(container, script)
+        mounts, names, count, mkdir, above, release = (await output(process)).decode().split("--\n")
+        lines = [line.split() for line in mounts.splitlines()]
+        assert {line[2] for line in lines} == {"tmpfs", "cgroup"}
+        for line in lines:
+            assert {access, "nosuid", "nodev", "noexec"} <= set(line[3].split(",")), line
+        assert {"pids", "memory", "freezer", "devices"} <= set(names.split())
+        assert int(count) >= 2  # those of the container, and no others
+        (directory,) = (path for path in agent.cgroups() if path.name == "box" and "pids" in path.parts)
+        assert int(count) <= len((directory / "cgroup.procs").read_text().split()) + 4
+        assert ("Read-only file system" in mkdir) is (access == "ro"), mkdir
+        assert ("Read-only file system" in above) is (access == "ro"), above
+        assert "No such file" in release

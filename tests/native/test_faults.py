@@ -244,7 +244,7 @@ def test_the_program_that_is_shipped_has_no_such_points(nsexec_path: Path) -> No
 
 
 @pytest.mark.timeout(200)
-def test_stages_killed_at_any_moment(agent: RunningAgent) -> None:
+async def test_stages_killed_at_any_moment(agent: RunningAgent) -> None:
     """From outside and by chance, as by the kernel when memory is short."""
     chance = random.Random(11)
 
@@ -264,35 +264,32 @@ def test_stages_killed_at_any_moment(agent: RunningAgent) -> None:
                 pass
         return 0
 
-    async def work() -> None:
-        async with agent.connect() as client:
-            await client.create_sandbox()
-            base = await client.ensure_container("base", agent.spec("/bin/sh", "-c", "while :; do sleep 1000; done"))
-            await client.version()
-            fds, killed, failed = agent.fds(), 0, 0
+    async with agent.connect() as client:
+        await client.create_sandbox()
+        base = await client.ensure_container("base", agent.spec("/bin/sh", "-c", "while :; do sleep 1000; done"))
+        await client.version()
+        fds, killed, failed = agent.fds(), 0, 0
 
-            async def one(number: int) -> None:
-                nonlocal failed
-                try:
-                    if number % 2:
-                        await (await base.exec(["/bin/true"])).wait()
-                    else:
-                        container = await client.create_container("again", agent.spec("/bin/true"))
-                        try:
-                            await container.start()
-                        finally:
-                            await container.remove()
-                except AgentError as error:
-                    failed += 1
-                    assert "bug" not in error.details and "Error:" not in error.details, error.details
+        async def one(number: int) -> None:
+            nonlocal failed
+            try:
+                if number % 2:
+                    await (await base.exec(["/bin/true"])).wait()
+                else:
+                    container = await client.create_container("again", agent.spec("/bin/true"))
+                    try:
+                        await container.start()
+                    finally:
+                        await container.remove()
+            except AgentError as error:
+                failed += 1
+                assert "bug" not in error.details and "Error:" not in error.details, error.details
 
-            for number in range(200):
-                call = asyncio.ensure_future(one(number))
-                await asyncio.sleep(chance.random() * 0.006)
-                killed += kill_one()
-                await asyncio.wait_for(call, 20)
-            assert killed > 20 and failed > 10, (killed, failed)
-            await until(lambda: len(agent.children()) == 1 and agent.fds() <= fds, "nothing is left")
-            assert sorted(path.name for path in (agent.state / "sandbox").iterdir()) == [".namespaces", "base"]
-
-    asyncio.run(asyncio.wait_for(work(), 180))
+        for number in range(200):
+            call = asyncio.ensure_future(one(number))
+            await asyncio.sleep(chance.random() * 0.006)
+            killed += kill_one()
+            await asyncio.wait_for(call, 20)
+        assert killed > 20 and failed > 10, (killed, failed)
+        await until(lambda: len(agent.children()) == 1 and agent.fds() <= fds, "nothing is left")
+        assert sorted(path.name for path in (agent.state / "sandbox").iterdir()) == [".namespaces", "base"]

@@ -14,7 +14,7 @@ import pytest
 from caisson.agent.libcontainer.cgroups import Cgroup, CgroupError, CgroupV2
 from caisson.agent.libcontainer.config.resources import Resources
 from caisson.agent.libcontainer.errors import LaunchError
-from tests.native.agent_support import RunningAgent, run
+from tests.native.agent_support import RunningAgent
 from tests.native.nsexec_support import CAPABILITIES, Box, config
 from tests.support.unique import unique
 
@@ -307,24 +307,21 @@ def test_cgroups_around_the_last_container_go_with_it(box: Box) -> None:
         around.rmdir()
 
 
-def test_annotations_are_kept_and_the_cgroup_is_where_it_was_asked_for(agent: RunningAgent) -> None:
+async def test_annotations_are_kept_and_the_cgroup_is_where_it_was_asked_for(agent: RunningAgent) -> None:
     name = unique("caisson-fields")
 
-    async def work() -> None:
-        async with agent.connect() as client:
-            await client.create_sandbox()
-            spec = agent.spec()
-            spec.Annotations["org.example/key"] = "a value=1"
-            spec.Linux.CgroupsPath = f"/{name}"
-            container = await client.create_container("box", spec)
-            (file,) = agent.state.rglob("state.json")
-            state = json.loads(file.read_text())
-            assert "org.example/key=a value=1" in json.dumps(state)
-            groups = Path(f"/proc/{state['init_process_pid']}/cgroup").read_text()
-            assert f"0::/{agent.cgroup_parent}/{name}\n" in groups
-            await container.remove()
-
-    run(work())
+    async with agent.connect() as client:
+        await client.create_sandbox()
+        spec = agent.spec()
+        spec.Annotations["org.example/key"] = "a value=1"
+        spec.Linux.CgroupsPath = f"/{name}"
+        container = await client.create_container("box", spec)
+        (file,) = agent.state.rglob("state.json")
+        state = json.loads(file.read_text())
+        assert "org.example/key=a value=1" in json.dumps(state)
+        groups = Path(f"/proc/{state['init_process_pid']}/cgroup").read_text()
+        assert f"0::/{agent.cgroup_parent}/{name}\n" in groups
+        await container.remove()
 
 
 @contextmanager
