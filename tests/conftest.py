@@ -19,11 +19,15 @@ os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
 UNIT = Path(__file__).parent / "unit"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by the directory that they are in."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark tests by the directory that they are in, and leave those for the night to it."""
     for item in items:
         if item.path.is_relative_to(UNIT):
             item.add_marker(pytest.mark.quick)
+    if "nightly" not in config.option.markexpr:
+        night = {item for item in items if item.get_closest_marker("nightly")}
+        config.hook.pytest_deselected(items=list(night))
+        items[:] = [item for item in items if item not in night]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -10,7 +10,7 @@ import pytest
 from caisson.agent.client import Agent, Container
 from tests.native.agent_support import RunningAgent, output, sh
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.nightly]
 
 CONTAINERS, EXECS, AT_ONCE = 200, 1000, 50
 SIZE = 64 << 10

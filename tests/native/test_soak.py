@@ -122,7 +122,8 @@ class Soak:
         return self._agent.spec("/bin/sleep", "1000")
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.nightly
+@pytest.mark.timeout(600)
 async def test_nothing_is_left_of_two_thousand(agent: RunningAgent) -> None:
     async with agent.connect() as client:
         await client.create_sandbox()
