@@ -34,7 +34,7 @@ def test_versions_have_an_order() -> None:
 
 
 @pytest.mark.parametrize("version", ["", "a", "1.", "1.0-1", "1.0_foo", "1.0-r", "../1"])
-def test_what_is_no_version(version: str) -> None:
+def test_apk_rejects_malformed_versions(version: str) -> None:
     with pytest.raises(ImageError, match="is no version"):
         compare(version, "1")
 
@@ -103,7 +103,7 @@ def test_an_index_that_is_malformed(record: str, complaint: str) -> None:
         list(parse(record))
 
 
-def test_what_is_provided_is_found() -> None:
+def test_resolver_finds_provided_names() -> None:
     musl = entry("musl", provides="so:libc.musl-x86_64.so.1=1")
     shell = entry("busybox", depends="so:libc.musl-x86_64.so.1", provides="/bin/sh cmd:sh=1")
     tool = entry("tool", depends="/bin/sh cmd:sh so:libc.musl-x86_64.so.1 pc:zlib>=1.2")
@@ -162,7 +162,7 @@ def test_circles_are_no_hindrance() -> None:
         ("c a", "d needs a=7, which no package"),
     ],
 )
-def test_what_is_not_there_is_named_with_who_needs_it(want: str, complaint: str) -> None:
+def test_missing_packages_are_named_with_their_dependents(want: str, complaint: str) -> None:
     there = entry("a", depends="so:gone"), entry("b", depends="a"), entry("c", depends="d"), entry("d", depends="a=7")
     with pytest.raises(Unresolvable, match=complaint):
         names(*there, want=want)
@@ -223,7 +223,7 @@ def test_packages_come_from_a_repository(tmp_path: Path, mirror: Repository, alg
     assert {path.name for path in tree.iterdir()} == {"lib", "usr"}  # nothing of the control part
 
 
-def test_what_was_fetched_is_not_fetched_again_unless_it_is_damaged(tmp_path: Path, mirror: Repository) -> None:
+def test_packages_are_fetched_once_unless_damaged(tmp_path: Path, mirror: Repository) -> None:
     mirror.publish()
     packages = apk(tmp_path, mirror)
     packages.update()

@@ -62,6 +62,6 @@ def test_the_kernel_comes_out_as_it_went_in(compress: Callable[[bytes], bytes]) 
         (bz_image(zlib.compress(b"not an ELF" * 9, wbits=31), 90), "CONFIG_PVH"),
     ],
 )
-def test_what_is_no_usable_kernel_is_refused_with_the_reason(image: bytes, reason: str) -> None:
+def test_bzimage_rejects_unusable_kernels_with_the_reason(image: bytes, reason: str) -> None:
     with pytest.raises(bzimage.NotUsable, match=reason):
         bzimage.extract(image)

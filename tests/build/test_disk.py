@@ -336,7 +336,7 @@ def test_a_missing_tool_is_named_with_its_package(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_tool_complains_of_is_told(tmp_path: Path) -> None:
+def test_errors_of_tools_are_passed_on(tmp_path: Path) -> None:
     with pytest.raises(CommandFailed, match="nonsense"):
         disk._write_erofs(tmp_path / "image", tree_of(MEMBERS), UUID(int=0), HOST, options=["-znonsense"])
     assert list(tmp_path.glob(".*")) == []

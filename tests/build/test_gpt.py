@@ -122,7 +122,7 @@ def test_guids_follow_from_the_contents(tmp_path: Path, root: Path, hashes: Path
     assert "attrs" in one and "attrs" not in two
 
 
-def test_what_does_not_fit_is_refused(tmp_path: Path, root: Path) -> None:
+def test_gpt_rejects_partitions_that_do_not_fit(tmp_path: Path, root: Path) -> None:
     uneven = tmp_path / "uneven"
     uneven.write_bytes(bytes(513))
     with pytest.raises(ImageError, match="513 bytes"):

@@ -108,7 +108,7 @@ def test_the_image_knows_itself(built: image.Image, guest: Path) -> None:
     assert built.manifest["containers"] == {"busybox": f"/{HOME}/containers/busybox"}
 
 
-def test_what_a_guest_needs_is_there(names: set[str], guest: Path) -> None:
+def test_image_has_what_a_guest_needs(names: set[str], guest: Path) -> None:
     needed = {"init", "dev/console", "proc", "sys", "dev", "run", "tmp", "lib", "bin", f"{HOME}/nsexec"}
     needed |= {
         f"{HOME}/caisson/proto/kata1/agent_pb2.pyc",
@@ -123,7 +123,7 @@ def test_what_a_guest_needs_is_there(names: set[str], guest: Path) -> None:
         assert os.access(guest / program, os.X_OK)
 
 
-def test_what_a_guest_does_not_need_is_not_there(names: set[str]) -> None:
+def test_image_has_no_more_than_a_guest_needs(names: set[str]) -> None:
     unwanted = re.compile(
         r"\.py$|__pycache__|\.dist-info|^usr/share/.|^var/.|^etc/.|/man\d?/|/doc/|/locale/|gconv|/test/|"
         rf"^usr/bin/(?!python)|^usr/sbin/.|libcrypto|{HOME}/caisson/agent/(client|nsexec)"
@@ -302,7 +302,7 @@ def test_a_limit_that_is_exceeded_names_the_largest_files(cache: Cache) -> None:
         image.build_image(settings=["limits.image=2 MB", "compression=zstd"], cache=cache)
 
 
-def test_what_katas_tools_look_for(guest: Path, built: image.Image) -> None:
+def test_image_has_the_files_of_katas_osbuilder(guest: Path, built: image.Image) -> None:
     document = yaml.safe_load((guest / "var/lib/osbuilder/osbuilder.yaml").read_text())
     assert document["file-format-version"] == "0.0.2"
     assert document["agent"] == {

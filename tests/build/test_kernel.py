@@ -48,7 +48,7 @@ def test_a_module_comes_after_what_it_needs(place: Path) -> None:
     assert order(place, "vsock", "transport", "common") == ["vsock.ko", "common.ko", "transport.ko"]
 
 
-def test_what_is_built_in_is_not_loaded(place: Path) -> None:
+def test_built_in_modules_are_not_loaded(place: Path) -> None:
     put(place, "net", "virtio,crc_t10dif")
     assert order(place, "net", "virtio") == ["net.ko"]
 

@@ -135,7 +135,7 @@ def test_katas_symbols_are_judged_and_those_unmet_are_named(tree: Path, tmp_path
     assert 5 < len(said) < 60, sorted(said)
 
 
-def test_what_is_no_tree_or_not_clean(tmp_path: Path) -> None:
+def test_kernel_source_rejects_other_trees_and_built_ones(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="is no kernel tree: it has no Kconfig"), SourceTree(tmp_path).tree(tmp_path):
         pass
     (tmp_path / "Kconfig").touch()

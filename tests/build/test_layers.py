@@ -105,7 +105,7 @@ BELOW = ["a", "a/b", "a/c", "a/d", "a/d/e", "f"]
         ([("/abs", file()), ("./dot", file())], ["a", "a/b", "a/c", "a/d", "a/d/e", "abs", "dot", "f", "link"]),
     ],
 )
-def test_what_is_seen(laid: Lay, upper: list[Member], expected: list[str]) -> None:
+def test_layers_are_merged(laid: Lay, upper: list[Member], expected: list[str]) -> None:
     assert names(laid(LOWER, layer(*upper))) == expected
 
 
@@ -143,7 +143,7 @@ OUT = "leaves the root"
         ([("n" * 256, file())], "not a valid file name"),
     ],
 )
-def test_what_is_refused(laid: Lay, members: list[Member], why: str) -> None:
+def test_layers_reject_malformed_archives(laid: Lay, members: list[Member], why: str) -> None:
     with pytest.raises(Malformed, match=why):
         laid(LOWER, layer(*members))
 

@@ -93,7 +93,7 @@ def test_a_root_file_system(tmp_path: Path) -> None:
         ([], [], [], ["/bin/sh"]),
     ],
 )
-def test_what_is_run(
+def test_image_configuration_becomes_a_process(
     tmp_path: Path, entrypoint: list[str], command: list[str], given: list[str], words: list[str]
 ) -> None:
     image = docker_archive(tmp_path / "image.tar", LAYERS, Entrypoint=entrypoint or None, Cmd=command or None)
@@ -196,7 +196,7 @@ def saved(manifest: object, config: bytes = b"{}") -> bytes:
         (b"x" * 5000, "not a tar archive"),
     ],
 )
-def test_what_is_refused(tmp_path: Path, data: bytes, why: str) -> None:
+def test_oci_image_rejects_malformed_layouts(tmp_path: Path, data: bytes, why: str) -> None:
     (tmp_path / "image.tar").write_bytes(data)
     with pytest.raises(ImageError, match=why):
         read(tmp_path / "image.tar")
@@ -220,7 +220,7 @@ def test_a_bundle(tmp_path: Path) -> None:
         read(tmp_path / "b")
 
 
-def test_what_is_not_there(tmp_path: Path) -> None:
+def test_oci_image_reports_missing_parts(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="there is no such image"):
         read(tmp_path / "nowhere")
 

@@ -262,7 +262,7 @@ class Never:
             await self.changed.wait()
 
 
-async def test_who_gives_up_ends_the_work() -> None:
+async def test_reset_stream_cancels_its_handler() -> None:
     never = Never()
     async with connected(never) as peer:
         await peer.hello()
@@ -353,7 +353,7 @@ async def test_a_server_that_leaves_answers_what_has_begun() -> None:
         peer.server.close()
 
 
-async def test_who_does_not_read_is_not_heard() -> None:
+async def test_server_stops_reading_from_a_peer_that_does_not_read() -> None:
     async with connected() as peer:
         await peer.hello()
         ping, sent = frame(frames.PING, bytes(8)) * 1000, 0
@@ -404,7 +404,7 @@ OPEN = frame(frames.HEADERS, BLOCK, frames.END_HEADERS, 1)
         (frames.number(frames.WINDOW_UPDATE, 1, 1), Code.PROTOCOL_ERROR),
     ],
 )  # fmt: skip
-async def test_what_ends_the_connection(sent: bytes, code: Code) -> None:
+async def test_connection_errors(sent: bytes, code: Code) -> None:
     async with connected() as peer:
         await peer.hello()
         await peer.send(sent)
@@ -443,7 +443,7 @@ def with_fields(*fields: tuple[bytes, bytes]) -> bytes:
         (with_fields(*FIELDS, (b"content-length", b"1")), Code.PROTOCOL_ERROR),
     ],
 )
-async def test_what_ends_a_stream_alone(sent: bytes, code: Code) -> None:
+async def test_stream_errors(sent: bytes, code: Code) -> None:
     async with connected() as peer:
         await peer.hello()
         await peer.send(sent)

@@ -16,7 +16,7 @@ from tests.support.poll import wait_until
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_what_a_program_prints_comes_back(tmp_path: Path) -> None:
+def test_run_returns_standard_output(tmp_path: Path) -> None:
     assert run(["cat"], stdin=b"a\0b") == b"a\0b"
     assert run(["pwd", "-P"], cwd=tmp_path) == f"{tmp_path.resolve()}\n".encode()
     assert run(["cat"]) == b""

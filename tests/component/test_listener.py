@@ -70,7 +70,7 @@ def test_a_unix_socket_is_for_its_owner(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "address", ["", "unix", "unix:/no/such/directory/s", "tcp:80", "vsock:", "vsock:x", "vsock:-2"]
 )
-def test_what_is_no_address(address: str) -> None:
+def test_listen_rejects_malformed_addresses(address: str) -> None:
     with pytest.raises(ListenError, match=r"not a valid address|cannot listen"):
         listen(address).close()
 

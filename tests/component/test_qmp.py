@@ -84,7 +84,7 @@ def test_a_stream_of_events_ends_in_time(serve: Server) -> None:
 
 
 @pytest.mark.parametrize("greeting", [b"HTTP/1.1 400\r\n", b"[]\n", b'{"event": "X"}\n', b"x" * (MAX_LINE + 100000)])
-def test_what_is_no_qemu_is_no_qemu(serve: Server, greeting: bytes) -> None:
+def test_qmp_rejects_other_servers(serve: Server, greeting: bytes) -> None:
     with pytest.raises(QMPError):
         QMP(serve(greeting, end=True))
 

@@ -137,7 +137,7 @@ async def test_many_calls_at_once(tmp_path: Path) -> None:
         assert await asyncio.gather(*waiting) == [SERVING] * 500
 
 
-async def test_who_gives_up_or_runs_out_of_time_ends_the_work(tmp_path: Path) -> None:
+async def test_cancellation_and_deadline_end_the_handler(tmp_path: Path) -> None:
     async with served(tmp_path) as one:
         call = one.check("wait")
         await one.health.waiting.wait()

@@ -94,7 +94,7 @@ def test_one_that_cannot_be_stored_leaves_the_older_one(
 
 
 @pytest.mark.parametrize("field", list(TITLES))
-def test_what_does_not_fit_is_named(tmp_path: Path, cache: Path, field: str) -> None:
+def test_snapshot_check_names_what_differs(tmp_path: Path, cache: Path, field: str) -> None:
     snapshot = stored("t", tmp_path)
     snapshot.check(COMPATIBILITY)
     with pytest.raises(VMError, match=rf"'t' does not fit: {TITLES[field]} was .*, and is another; .*save-snapshot"):

@@ -247,7 +247,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("sent", "stream_id", "code", "text"), BROKEN)
-async def test_what_breaks_the_protocol_gets_an_error_and_the_connection_goes_on(
+async def test_protocol_errors_are_answered_and_the_connection_goes_on(
     sent: bytes, stream_id: int, code: StatusCode, text: str
 ) -> None:
     async with connected() as pair:
@@ -298,7 +298,7 @@ async def test_requests_under_way_hold_a_bounded_number_of_bytes(monkeypatch: py
         await pair.still_serves()
 
 
-async def test_who_does_not_read_is_not_heard() -> None:
+async def test_server_stops_reading_from_a_peer_that_does_not_read() -> None:
     async with connected() as pair:
         sent, block = 0, frames.frame(2, frames.REQUEST, b"") * 1000
         with pytest.raises(TimeoutError):
@@ -401,7 +401,7 @@ def response(**fields: Any) -> Callable[[int], bytes]:
         ),
     ],
 )
-async def test_what_a_client_makes_of_a_response(
+async def test_client_checks_responses(
     respond: Callable[[int], bytes], outcome: tuple[StatusCode, str] | bytes
 ) -> None:
     assert await answered(respond) == outcome

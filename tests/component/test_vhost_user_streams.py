@@ -268,7 +268,7 @@ def test_slow_host_reader_blocks_only_itself_and_memory_is_bounded(start: Start)
 
 
 @pytest.mark.parametrize("end", ["rst", "shutdown"])
-def test_what_is_buffered_outlives_the_guests_end(start: Start, end: str) -> None:
+def test_buffered_bytes_are_delivered_after_the_guest_closes(start: Start, end: str) -> None:
     _backend, guest = start()
     sock, stream = guest.pair()
     payload = os.urandom(300_000)

@@ -60,7 +60,7 @@ def test_a_file_that_is_not_there_leaves_nothing(vm: Any, file: Path) -> None:
     assert disks.plug_disk(vm, file, "one") == "10/00"
 
 
-def test_what_others_have_plugged_in_stays(vm: Any, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unplug_leaves_disks_of_others(vm: Any, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disks, "UNPLUG_TIMEOUT", 0.2)
     with QMP(vm.directory / "qmp.sock", 10) as monitor:
         monitor.execute("device_add", {"driver": "virtio-rng-pci", "id": "mine", "bus": "port0"})

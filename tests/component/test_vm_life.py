@@ -168,7 +168,7 @@ def test_qemu_is_asked_to_quit_before_anything_else(image: Images) -> None:
     vm.stop()
 
 
-def test_what_the_guest_prints_is_followed(image: Images) -> None:
+def test_logs_follow_the_console(image: Images) -> None:
     heard: list[bytes] = []
     config = VMConfig(image(""), name="v", accel="tcg", vsock="user")
     with VM.start(config, ready=lambda _: bool(heard), console=heard.append):
@@ -197,7 +197,7 @@ def test_a_guest_that_powers_off_ends_the_wait(image: Images) -> None:
     assert list_vms() == []
 
 
-def test_whoever_uses_a_vm_that_ends_can_say_why(image: Images) -> None:
+def test_errors_of_an_ended_vm_give_its_exit_reason(image: Images) -> None:
     vm = start(image("poweroff panic"))
     vm.detach()
     user = find_vm("v")
@@ -284,7 +284,9 @@ def test_why_a_vm_in_the_background_has_ended(image: Images) -> None:
     wait_until((vm.directory / "console.log").exists)
     os.kill(vm.info["pids"]["qemu"], signal.SIGUSR1)
     wait_until(lambda: find_vm("v") is None)
-    assert re.match(r"VM 'v': is not running; running: none; start it: .*\nthe last one ended \d s ago: .*panicked", said())
+    assert re.match(
+        r"VM 'v': is not running; running: none; start it: .*\nthe last one ended \d s ago: .*panicked", said()
+    )
     assert "the console's last lines:\n" in said() and "more" in said()
     vm = start(image(""))
     vm.detach()

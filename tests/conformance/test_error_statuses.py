@@ -88,7 +88,7 @@ async def test_unknown_processes(agent: RunningAgent, generation: Generation) ->
         assert await ask(client, "SignalProcess", "box") == generation.signal_unknown_process
 
 
-async def test_what_is_there_already(agent: RunningAgent, generation: Generation) -> None:
+async def test_existing_objects_are_already_exists(agent: RunningAgent, generation: Generation) -> None:
     async with agent.connect() as client:
         begin = agent_pb2.CreateSandboxRequest()
         await client.rpc.CreateSandbox(begin)
@@ -100,7 +100,7 @@ async def test_what_is_there_already(agent: RunningAgent, generation: Generation
         assert await refused(client.create_container("box", agent.spec())) == generation.container_exists
 
 
-async def test_what_needs_no_sandbox(agent: RunningAgent, generation: Generation) -> None:
+async def test_methods_that_need_no_sandbox(agent: RunningAgent, generation: Generation) -> None:
     async with agent.connect() as client:
         rpc = client.rpc
         if generation.survives_destroy:

@@ -14,7 +14,7 @@ C, N, U, E = "tests/conformance/", "tests/native/", "tests/unit/", "tests/e2e/"
 # ruff: noqa: E501
 LINES = {
     "the table of gates, row by row": [f"{C}test_error_statuses.py::test_without_a_sandbox", f"{C}test_error_statuses.py::test_unknown_containers"],
-    "create twice": [f"{C}test_error_statuses.py::test_what_is_there_already"],
+    "create twice": [f"{C}test_error_statuses.py::test_existing_objects_are_already_exists"],
     "create with a missing binary, then again with the same id": [
         f"{N}test_agent_containers.py::test_a_failed_create_leaves_nothing_and_the_id_is_free"
     ],
@@ -69,9 +69,9 @@ LINES = {
         f"{E}test_hotplug.py::test_a_disk_that_does_not_come",
     ],
     "routes with and without gateway, ipvlan's default": [f"{N}test_agent_network.py::test_routes_are_replaced"],
-    "ListProcesses": [f"{N}test_agent_pause.py::test_who_is_in_a_container"],
+    "ListProcesses": [f"{N}test_agent_pause.py::test_processes_of_a_container_are_listed"],
     "options": [f"{U}test_options.py::test_known_options"],
-    "destroy when not running": [f"{C}test_error_statuses.py::test_what_needs_no_sandbox"],
+    "destroy when not running": [f"{C}test_error_statuses.py::test_methods_that_need_no_sandbox"],
     "create after destroy": [f"{N}test_agent_containers.py::test_a_sandbox_starts_once_and_again_after_its_end"],
 }  # fmt: skip
 

@@ -49,7 +49,7 @@ def test_a_balloon_takes_memory_and_gives_it_back(vm: Caisson) -> None:
 @pytest.mark.parametrize(
     ("size", "why"), [("64", b"can have 128 to 512 MiB, not 64"), ("513", b"not 513"), ("much", b"a number of MiB")]
 )
-def test_what_cannot_be(vm: Caisson, size: str, why: bytes) -> None:
+def test_balloon_rejects_impossible_sizes(vm: Caisson, size: str, why: bytes) -> None:
     done = vm("balloon", size)
     assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (1, b"", 1)
     assert why in done.stderr

@@ -25,7 +25,7 @@ def listed(vm: Caisson, command: str, *options: str) -> dict[str, Any]:
     return {one["container"]: one for one in json.loads(run(vm, command, "--json", *options))}
 
 
-def test_a_containers_days(vm: Caisson) -> None:
+def test_container_life_cycle(vm: Caisson) -> None:
     run(vm, "exec", "--container", "days", "--", "sh", "-c", "sleep 4242 & echo $!")
     run(vm, "exec", "--container", "days-2", "--", "true")
 
@@ -79,7 +79,7 @@ def test_help_has_an_example(caisson: Caisson, command: str) -> None:
     assert f"  caisson {command}" in done.stdout.decode().partition("Example")[2]
 
 
-def test_nobody_who_reads_on(caisson: Caisson) -> None:
+def test_closed_pipe_ends_a_command_quietly(caisson: Caisson) -> None:
     """`caisson ps --help | head -1`: no traceback."""
     for words in (("ps", "--help"), ("list-vms", "--json")):
         reading, writing = os.pipe()

@@ -67,7 +67,7 @@ def test_a_tree_there_and_back(vm: Caisson, tmp_path: Path) -> None:
         ("/etc/passwd", "nobody:/tmp", b"nobody not found"),
     ],
 )
-def test_what_cannot_be_copied(vm: Caisson, source: str, target: str, why: bytes) -> None:
+def test_copy_reports_why_it_failed(vm: Caisson, source: str, target: str, why: bytes) -> None:
     run(vm, "exec", "--container", "files", "--", "true")
     done = vm("cp", source, target)
     assert done.returncode == 1

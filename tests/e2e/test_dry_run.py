@@ -58,7 +58,7 @@ def test_it_runs_by_hand(own: Caisson) -> None:
         (("--dry-run", "--memory", "1"), b"at least 128"),
     ],
 )
-def test_what_cannot_be_is_refused(own: Caisson, words: tuple[str, ...], why: bytes) -> None:
+def test_dry_run_rejects_what_boot_rejects(own: Caisson, words: tuple[str, ...], why: bytes) -> None:
     done = own("boot-vm", *words)
     assert (done.returncode, done.stdout) == (1, b"")
     assert why in done.stderr

@@ -100,7 +100,7 @@ def test_a_port_of_the_host(vm: Caisson) -> None:
 
 
 @pytest.mark.parametrize("rule", ["80", "a:80", "1:2:3:4", "70000:80", "80:70000", "80:udp:80", "80:80 --reverse"])
-def test_what_cannot_be_forwarded(vm: Caisson, rule: str) -> None:
+def test_forward_rejects_malformed_rules(vm: Caisson, rule: str) -> None:
     done = vm("forward", *rule.split())
     assert done.returncode == 1 and done.stderr.startswith(b"caisson: ") and done.stderr.count(b"\n") == 1
 

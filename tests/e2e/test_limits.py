@@ -139,7 +139,7 @@ async def test_limits_of_a_running_container_change_all_or_none(vm: Caisson) -> 
         assert await box.files() == after
 
 
-async def test_what_it_uses_is_counted(vm: Caisson) -> None:
+async def test_stats_count_a_containers_usage(vm: Caisson) -> None:
     async with limited(vm, EVERYTHING) as box:
         before = await box.stats()
         assert before.memory_stats.usage.limit == 64 * MEBIBYTE

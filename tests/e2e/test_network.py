@@ -79,7 +79,7 @@ def test_without_it_there_is_none(vm: Caisson) -> None:
         (("--memory", "9999999"), b"--memory 9999999: more than the"),
     ],
 )
-def test_what_cannot_be_is_refused_before_the_boot(own: Caisson, words: tuple[str, ...], why: bytes) -> None:
+def test_network_options_are_rejected_before_the_boot(own: Caisson, words: tuple[str, ...], why: bytes) -> None:
     done = own("boot-vm", "--detach", *words)
     assert done.returncode != 0
     assert why in done.stderr

@@ -274,7 +274,7 @@ def test_an_image_that_reaches_out_is_refused(vm: Caisson, tmp_path: Path, membe
 
 
 @pytest.mark.parametrize("contents", [b"", b"not an archive at all" * 100, LAYERS[0][:100_000]])
-def test_what_is_no_image_is_refused(vm: Caisson, tmp_path: Path, contents: bytes) -> None:
+def test_run_rejects_other_files(vm: Caisson, tmp_path: Path, contents: bytes) -> None:
     (tmp_path / "bad.tar").write_bytes(contents)
     done = run(vm, tmp_path / "bad.tar")
     assert done.returncode == 125 and b"damaged" in done.stderr and done.stderr.count(b"\n") == 1

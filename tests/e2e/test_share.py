@@ -149,6 +149,6 @@ def test_it_ends_with_its_vm(own: Caisson, shared: Path) -> None:
         (("unshare", "nothing"), b"share 'nothing': VM 'default' has none of this tag; there are: none"),
     ],
 )
-def test_what_cannot_be(vm: Caisson, words: tuple[str, ...], why: bytes) -> None:
+def test_share_rejects_impossible_requests(vm: Caisson, words: tuple[str, ...], why: bytes) -> None:
     done = vm(*words)
     assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"caisson: " + why + b"\n")

@@ -136,7 +136,7 @@ def test_a_template_that_is_not_there(own: Caisson, words: list[str], complaint:
     assert b"Traceback" not in refused.stderr
 
 
-def test_what_it_was_saved_with_is_not_changed_unnoticed(own: Caisson, snapshot: str) -> None:
+def test_snapshot_rejects_other_settings(own: Caisson, snapshot: str) -> None:
     more = own("boot-vm", "--detach", "--snapshot", snapshot, "--memory", "512")
     assert more.returncode == 1
     assert b"cannot be combined with" in more.stderr

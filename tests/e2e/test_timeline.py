@@ -44,7 +44,7 @@ def test_the_time_of_a_boot_is_accounted_for(own: Caisson, tmp_path: Path) -> No
     ("words", "complaint"),
     [(["--timeline", "boot.png"], "FILE.svg or"), (["--timeline", "boot.svg", "--snapshot", "x"], "does not boot")],
 )
-def test_what_cannot_be_drawn_is_refused(own: Caisson, words: list[str], complaint: str) -> None:
+def test_timeline_rejects_impossible_requests(own: Caisson, words: list[str], complaint: str) -> None:
     refused = own("boot-vm", *words)
     assert refused.returncode == 1
     assert complaint in refused.stderr.decode()

@@ -234,7 +234,7 @@ async def test_requests_without_sense_get_a_status(agent: RunningAgent) -> None:
         assert await process.wait() == 0
 
 
-async def test_what_is_not_there_yet_says_so(agent: RunningAgent) -> None:
+async def test_create_rejects_unsupported_fields(agent: RunningAgent) -> None:
     async with agent.connect() as client:
         await client.create_sandbox()
         request = agent_pb2.CreateContainerRequest(container_id="box", OCI=agent.spec(), sandbox_pidns=True)

@@ -76,7 +76,7 @@ async def test_name_servers(tmp_path: Path, nsexec_path: Path, busybox_rootfs: P
     assert Path("/etc/resolv.conf").read_bytes() == own
 
 
-async def test_what_makes_no_sense(agent: RunningAgent) -> None:
+async def test_guest_methods_reject_malformed_requests(agent: RunningAgent) -> None:
     async with agent.connect() as client:
         rpc = client.rpc
         for call, code, text in (

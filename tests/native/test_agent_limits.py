@@ -155,7 +155,7 @@ async def test_cpus_are_those_that_there_are(agent: RunningAgent, asked: str) ->
         assert (directory / "cpuset.cpus").read_text() == (online if asked != "0" else "0\n")
 
 
-async def test_what_a_container_uses_is_counted(agent: RunningAgent) -> None:
+async def test_stats_count_a_containers_usage(agent: RunningAgent) -> None:
     async with agent.connect() as client:
         request = agent_pb2.StatsContainerRequest(container_id="box")
         assert await refused(client.rpc.StatsContainer(request)) == (Code.NOT_FOUND, "Container box not found")

@@ -66,7 +66,7 @@ async def test_a_paused_container_can_be_removed(agent: RunningAgent, started: b
         assert (await refused(client.rpc.PauseContainer(PAUSE)))[0] is Code.NOT_FOUND
 
 
-async def test_who_is_in_a_container(agent: RunningAgent) -> None:
+async def test_processes_of_a_container_are_listed(agent: RunningAgent) -> None:
     async with agent.connect() as client:
         request = agent_pb2.ListProcessesRequest(container_id="box", format="json")
         assert await refused(client.rpc.ListProcesses(request)) == (Code.NOT_FOUND, "Container box not found")

@@ -87,7 +87,7 @@ def test_a_shell_on_a_terminal(talkative: RunningAgent) -> None:
             pass  # the end follows the shell's
 
 
-def test_what_hangs_up_leaves_nothing(talkative: RunningAgent) -> None:
+def test_closed_console_leaves_nothing(talkative: RunningAgent) -> None:
     fds = talkative.fds()
     with connected(talkative, "console.sock") as connection:
         connection.sendall(b"trap '' HUP TERM; echo pid-$$-\n")

@@ -213,7 +213,7 @@ async def test_the_agents_limit_is_not_the_containers(agent: RunningAgent) -> No
 
 
 @pytest.mark.parametrize("name", ["old", ".namespaces"])
-async def test_what_an_earlier_agent_left_is_neither_used_nor_deleted(agent: RunningAgent, name: str) -> None:
+async def test_state_of_an_earlier_agent_is_neither_used_nor_deleted(agent: RunningAgent, name: str) -> None:
     async with agent.connect() as client:
         await client.create_sandbox()
         place = agent.state / "sandbox" / name

@@ -163,7 +163,7 @@ def test_kernel_memory_is_refused_by_a_kernel_that_takes_the_value_and_does_noth
         assert content(cgroup, "memory.kmem.limit_in_bytes") == str(8 * MEBIBYTE)
 
 
-def test_what_v1_has_not_is_refused() -> None:
+def test_settings_of_v2_are_rejected() -> None:
     from caisson.agent.libcontainer.cgroups.v1.settings import settings
 
     with pytest.raises(SpecError) as caught:
@@ -269,7 +269,7 @@ def test_cpus_that_are_plugged_in_are_offered(hierarchies: CgroupV1, cgroup: Cgr
     assert (above.read_text(), content(cgroup, "cpuset.cpus")) == (everything, everything.strip())
 
 
-def test_what_is_in_use_is_not_taken(hierarchies: CgroupV1, cgroup: CgroupOfV1) -> None:
+def test_create_rejects_a_cgroup_in_use(hierarchies: CgroupV1, cgroup: CgroupOfV1) -> None:
     process = put_in(cgroup, "/bin/sleep", "100")
     with pytest.raises(CgroupError, match="container's cgroup is not empty: 1 process"):
         hierarchies.create("test")
@@ -286,7 +286,7 @@ def test_a_cgroup_that_cannot_be_entered_is_named_and_nothing_is_left(box: Box, 
     assert all(not files.pids_in(path) for path in cgroup.paths.values())
 
 
-def test_who_is_started_has_no_descriptor_of_it(box: Box, cgroup: CgroupOfV1) -> None:
+def test_container_inherits_no_cgroup_descriptor(box: Box, cgroup: CgroupOfV1) -> None:
     cgroup.apply(Resources())
     script = "ls -l /proc/self/fd | grep -c cgroup"
     assert box.run(box.output(config("sh", "-c", script), cgroup=cgroup))[1].split()[0] == "0"

@@ -87,7 +87,9 @@ async def test_a_link_inside_leads_nowhere(agent: RunningAgent) -> None:
         ({"mount_point": "/etc/x"}, Code.INTERNAL, "read-only file system"),
     ],
 )
-async def test_what_cannot_be(agent: RunningAgent, fields: dict[str, Any], code: grpc.StatusCode, why: str) -> None:
+async def test_mount_rejects_malformed_requests(
+    agent: RunningAgent, fields: dict[str, Any], code: grpc.StatusCode, why: str
+) -> None:
     async with agent.connect() as client:
         await client.create_sandbox()
         await client.ensure_container("box", agent.spec())

@@ -70,7 +70,7 @@ def test_where_there_is_nothing(box: Box) -> None:
     assert box.sh("ls -A /nowhere; touch /nowhere/x", value(destination="/nowhere")) == ""
 
 
-def test_what_does_not_fit(box: Box) -> None:
+def test_copy_up_reports_a_full_tmpfs(box: Box) -> None:
     (box.rootfs / "data").mkdir()
     (box.rootfs / "data/large").write_bytes(bytes(200_000))
     with pytest.raises(LaunchError, match="tmpcopyup large: the tmpfs is too small for what the image has there"):

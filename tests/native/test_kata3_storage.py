@@ -237,7 +237,7 @@ async def test_a_large_directory_is_bound_and_a_single_file_copied(apart: Runnin
     ],
     ids=["guest pull", "no disk", "encrypted", "no writable layer"],
 )
-async def test_what_cannot_be_mounted(
+async def test_storage_reports_why_a_mount_failed(
     apart: RunningAgent, wanted: dict[str, Any], answer: tuple[StatusCode, str]
 ) -> None:
     async with await Host.connect(apart) as host:

@@ -88,7 +88,7 @@ def test_mount_failures_name_the_mount(box: Box) -> None:
     assert "size" in str(_fails(box, value))
 
 
-def test_what_is_too_long_is_said(box: Box) -> None:
+def test_messages_that_are_too_long_are_rejected(box: Box) -> None:
     assert "args and env takes" in str(_fails(box, config("true", "x" * (3 << 20))))
     assert "process.cwd takes 70001 bytes" in str(_fails(box, config(cwd="/" + "x" * 69_999)))
 

@@ -211,7 +211,7 @@ def test_exec_inherits_no_capabilities(box: Box) -> None:  # CVE-2022-29162, 202
     assert [line.split()[1] for line in box.run(run())[1].splitlines()] == ["0" * 16, "0" * 16]
 
 
-def test_what_waits_to_be_started_holds_nothing_of_the_guest(box: Box) -> None:  # CVE-2016-9962
+def test_created_container_holds_no_descriptor_of_the_guest(box: Box) -> None:  # CVE-2016-9962
     """Its descriptors, root and directory, as another process of its pid namespace with all rights would see them."""
 
     async def run() -> list[str]:

@@ -145,7 +145,7 @@ def test_one_that_kills(box: Box, caller: Path, action: str, status: int) -> Non
 
 @pytest.mark.parametrize("default, denied", [("SCMP_ACT_ERRNO", "-1 1"), ("SCMP_ACT_KILL_PROCESS", "status 159 ")])
 @pytest.mark.parametrize("privileges", [False, True])
-def test_what_is_newer_than_the_profile_is_not_implemented(
+def test_system_calls_newer_than_the_profile_return_enosys(
     box: Box, caller: Path, default: str, denied: str, privileges: bool
 ) -> None:
     allowed = {"names": NAMES.split(), "action": "SCMP_ACT_ALLOW"}

@@ -35,7 +35,7 @@ EXECS, CREATES = 1000, 40
 
 
 @pytest.mark.parametrize("kind", ["root", "CAP_SYS_PTRACE"])
-async def test_nobody_reaches_the_guest_through_a_process_that_is_being_made(
+async def test_a_process_being_made_gives_no_way_into_the_guest(
     agent: RunningAgent, spy: Path, kind: str
 ) -> None:  # CVE-2016-9962
     """Root sees that they are there, and is denied everything; with CAP_SYS_PTRACE nothing is denied by the kernel, but

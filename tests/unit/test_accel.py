@@ -72,19 +72,19 @@ def test_kvm_runs_its_own_architecture_only(host: Host) -> None:
         accel.choose_accelerator("kvm", "aarch64", host)
 
 
-def test_what_is_asked_for_is_taken(host: Host) -> None:
+def test_accelerator_asked_for_is_used(host: Host) -> None:
     assert accel.choose_accelerator("tcg", "x86_64", host).name == "tcg"
     assert accel.choose_accelerator("kvm", "x86_64", host).reason == "KVM, as asked for"
 
 
-def test_who_insists_hears_of_the_doubt(host: Host) -> None:
+def test_forced_accelerator_is_used_with_a_warning(host: Host) -> None:
     choice = accel.choose_accelerator("kvm", "x86_64", replace(host, cpuinfo=NEITHER))
     assert choice.name == "kvm"
     assert "neither vmx nor svm" in choice.doubt
     assert choice.doubt in choice.reason
 
 
-def test_what_cannot_be_done_names_the_way_out(host: Host, tmp_path: Path) -> None:
+def test_unusable_accelerator_is_rejected_with_a_remedy(host: Host, tmp_path: Path) -> None:
     none = replace(host, kvm=tmp_path / "none", vhost_vsock=tmp_path / "none")
     with pytest.raises(VMError, match=r"modprobe kvm.*--accel tcg"):
         accel.choose_accelerator("kvm", "x86_64", none)

@@ -133,7 +133,7 @@ def test_trimming_removes_what_killed_builds_left_and_nothing_of_running_ones(ca
     assert list((cache.root / "step").glob(".lock-*")) == []
 
 
-def test_who_works_in_a_step_removes_what_was_killed_there(cache: Cache) -> None:
+def test_remains_of_killed_builds_are_removed(cache: Cache) -> None:
     program = (
         "import os, signal, sys; from pathlib import Path; from caisson.image.build.cache import Cache\n"
         "with Cache(Path(sys.argv[1])).scratch('step') as place:\n"

@@ -67,7 +67,7 @@ def test_with_a_limit_of_swap(tmp_path: Path) -> None:
     assert stats.memory_stats.swap_usage.limit == 4100
 
 
-def test_what_is_not_there_is_zero(tmp_path: Path) -> None:
+def test_missing_statistics_are_zero(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "gone"):
         stats = v2_stats.read(str(path), lambda: 4)
         assert stats == CgroupStats(
@@ -115,7 +115,7 @@ async def test_an_event_goes_to_one_who_waits_and_none_is_lost() -> None:
     assert await events.next() == "5"
 
 
-async def test_nobody_waits_beyond_the_sandbox() -> None:
+async def test_oom_waiters_end_with_the_sandbox() -> None:
     events = OomEvents()
     waiting = [asyncio.ensure_future(events.next()) for _ in range(3)]
     await asyncio.sleep(0)

@@ -124,7 +124,7 @@ def test_after_a_failure_all_is_as_before(kernel: Kernel, file: str) -> None:
         cgroup.close()
 
 
-def test_what_cannot_be_taken_back_is_said(kernel: Kernel) -> None:
+def test_update_reports_values_that_cannot_be_restored(kernel: Kernel) -> None:
     kernel.refused = {"pids.max": errno.EINVAL, "memory.max=max": errno.EBUSY}
     with pytest.raises(CgroupError) as caught:
         update(kernel, {}, {"memory": {"limit": 4096}, "pids": {"limit": 3}})
@@ -134,7 +134,7 @@ def test_what_cannot_be_taken_back_is_said(kernel: Kernel) -> None:
     )
 
 
-def test_what_is_so_already_is_left_alone(kernel: Kernel) -> None:
+def test_update_writes_only_changed_values(kernel: Kernel) -> None:
     before = {"memory": {"limit": 1 << 20}, "pids": {"limit": 9}, "devices": [{"allow": True, "type": "a"}]}
     update(kernel, before, {"pids": {"limit": 10}})
     assert kernel.writes == [("pids.max", "10")]
@@ -216,7 +216,7 @@ def test_values_before(file: str, value: str, before: str, expected: str) -> Non
     assert restoring(file, value, before) == expected
 
 
-def test_what_an_update_gives_takes_the_place_of_what_was() -> None:
+def test_update_replaces_earlier_values() -> None:
     before = Resources.from_json(
         {
             "cpu": {"quota": 5, "period": 6, "cpus": "0"},

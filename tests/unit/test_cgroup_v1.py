@@ -44,7 +44,7 @@ def denied(type_: str, major: int | None, minor: int | None, access: str) -> Dev
         ([ALLOW_ALL, denied("c", 1, 3, "rwm")], True, {}),  # null is for everybody
     ],
 )
-def test_what_rules_come_to(rules: list[DeviceRule], default: bool, exceptions: dict[Any, str]) -> None:
+def test_device_rules_become_a_v1_list(rules: list[DeviceRule], default: bool, exceptions: dict[Any, str]) -> None:
     found = resolve(rules)
     rest = {key: access for key, access in found.exceptions.items() if default or key not in ALWAYS}
     assert (found.default, rest) == (default, {key: frozenset(access) for key, access in exceptions.items()})
@@ -60,7 +60,7 @@ def test_what_rules_come_to(rules: list[DeviceRule], default: bool, exceptions: 
         ([ALLOW_ALL, denied("c", None, None, "r")], r"deny c \*:\* and allow c 1:3 of it"),
     ],
 )
-def test_what_a_list_cannot_hold_is_refused(rules: list[DeviceRule], text: str) -> None:
+def test_device_rules_that_v1_cannot_express_are_rejected(rules: list[DeviceRule], text: str) -> None:
     """GHSA-g54h-m393-cpwq: the kernel would take the rule without a word, and the device would stay open."""
     with pytest.raises(SpecError, match=rf"^linux\.resources\.devices: cgroup v1 cannot {text}$"):
         resolve(rules)

@@ -87,7 +87,7 @@ def test_all_of_a_root(tmp_path: Path) -> None:
         [("a", FOLDER), ("a/d", FOLDER), ("a/x", hard_link("a/d"))],
     ],
 )
-def test_what_was_not_asked_for(tmp_path: Path, members: list[tuple[str, dict[str, Any]]]) -> None:
+def test_get_rejects_members_outside_the_target(tmp_path: Path, members: list[tuple[str, dict[str, Any]]]) -> None:
     inside = tmp_path / "inside"
     inside.mkdir()
     (tmp_path / "outside").write_text("mine")
@@ -132,7 +132,7 @@ def test_places(text: str, place: Place) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "web:"])
-def test_what_is_no_place(text: str) -> None:
+def test_copy_rejects_malformed_places(text: str) -> None:
     with pytest.raises(UsageError):
         Place.parse(text)
 

@@ -70,7 +70,7 @@ def test_signals(text: str, number: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "0", "65", "-1", "FOO", "SIG", "KILL+x", "1.5", "RTMAX+1"])
-def test_what_is_no_signal(text: str) -> None:
+def test_kill_rejects_unknown_signals(text: str) -> None:
     with pytest.raises(UsageError, match=": is not a signal"):
         listing.signal_number(text)
 
@@ -124,7 +124,7 @@ sys.stdin.read()
 """
 
 
-def test_what_a_command_holds_is_its_own_until_it_is_killed(tmp_path: Path) -> None:
+def test_leases_last_until_their_process_is_killed(tmp_path: Path) -> None:
     directory = tmp_path / "containers"
     known = Registry(directory)
     known.add("web")

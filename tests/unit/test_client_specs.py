@@ -99,7 +99,7 @@ def test_a_bundle() -> None:
         ("annotations", {"a": 1}, "annotations"),
     ],
 )
-def test_what_a_bundle_cannot_ask_for(path: str, value: object, why: str) -> None:
+def test_bundle_rejects_settings_that_are_the_guests(path: str, value: object, why: str) -> None:
     with pytest.raises(UsageError, match=f"config.json: {why}"):
         spec_from_bundle(changed(path, value))
 
@@ -172,7 +172,7 @@ def test_rules(text: str, rule: Rule) -> None:
 @pytest.mark.parametrize(
     "text", ["", "80", ":80", "80:", "x:80", "1:udp:2", "1:2:3:4", "65536:1", "1:65536", "1:vsock:4294967295", "-1:2"]
 )
-def test_what_is_no_rule(text: str) -> None:
+def test_forward_rejects_malformed_rules(text: str) -> None:
     with pytest.raises(UsageError):
         Rule.parse(text)
 

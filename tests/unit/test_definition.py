@@ -76,7 +76,7 @@ def test_a_definition_of_ones_own(file: Path) -> None:
         ("name: small", "name: [", r"image\.yaml: "),
     ],
 )
-def test_what_is_wrong_is_said(file: Path, old: str, new: str, complaint: str) -> None:
+def test_definition_errors_name_the_setting(file: Path, old: str, new: str, complaint: str) -> None:
     assert old in WHOLE
     file.write_text(WHOLE.replace(old, new, 1))
     with pytest.raises(DefinitionError, match=complaint):
@@ -91,7 +91,7 @@ def test_what_is_wrong_is_said(file: Path, old: str, new: str, complaint: str) -
         (WHOLE.split("kernel:")[0] + "kernel: 3\ncompression: none\ncmdline: quiet\n", "kernel must be a mapping"),
     ],
 )
-def test_what_is_no_definition_at_all(file: Path, text: str, complaint: str) -> None:
+def test_definition_rejects_other_files(file: Path, text: str, complaint: str) -> None:
     file.write_text(text)
     with pytest.raises(DefinitionError, match=complaint):
         load(file)

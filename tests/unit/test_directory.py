@@ -22,7 +22,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_who_holds_the_lock_lives(run: Path) -> None:
+def test_vm_is_alive_while_its_lock_is_held(run: Path) -> None:
     directory = VMDirectory.of("v")
     assert not directory.is_running()
     with directory.create():
@@ -143,7 +143,7 @@ def test_somebody_elses_files_are_not_touched(run: Path) -> None:
     assert (run / "documents/thesis").exists()
 
 
-def test_what_a_link_leads_to_stays(run: Path, tmp_path: Path) -> None:
+def test_removal_does_not_follow_links(run: Path, tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     kept.mkdir()
     (kept / "file").touch()

@@ -120,7 +120,7 @@ def test_a_kernel_that_has_everything() -> None:
         (wish("LSM", '"landlock"'), 'it is "landlock,yama"'),
     ],
 )
-def test_what_a_kernel_lacks_is_named_with_the_reason(request_: Request, why: str) -> None:
+def test_missing_kernel_options_are_named_with_the_reason(request_: Request, why: str) -> None:
     with pytest.raises(Unsatisfied, match=why):
         judge(wish("NET"), request_)
 

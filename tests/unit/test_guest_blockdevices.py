@@ -83,7 +83,7 @@ def test_of_a_mainframe(trees: tuple[Path, Path]) -> None:
     assert find(trees, lambda devices: devices.ccw("0.0.0001")) == f"{trees[1]}/vda"
 
 
-def test_what_does_not_come(trees: tuple[Path, Path]) -> None:
+def test_missing_block_device_times_out(trees: tuple[Path, Path]) -> None:
     plug(trees, "devices/pci0000:00/0000:00:03.0/virtio3", "vdb")
     for address in ("02", "03/01"):
         with pytest.raises(Timeout, match=f"device {address}: did not appear within 0.3 s"):

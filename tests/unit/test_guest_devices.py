@@ -75,7 +75,7 @@ def test_a_real_node() -> None:
         (GuestDevice("", "blk", os.fspath(Path(__file__)), "/dev/x"), SystemCallFailed, "is no device"),
     ],
 )
-def test_what_makes_no_sense(device: GuestDevice, error: type[Exception], text: str) -> None:
+def test_devices_reject_malformed_requests(device: GuestDevice, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         placed(spec(("/dev/x", "b", 1, 2)), device)
 

@@ -112,7 +112,7 @@ def test_a_link_is_replaced(root: Path, files: Files) -> None:
     assert not (root / "file").is_symlink() and (root / "file").read_bytes() == b"x"
 
 
-def test_what_is_in_the_way(root: Path, files: Files) -> None:
+def test_copy_reports_obstacles(root: Path, files: Files) -> None:
     (root / "directory").mkdir()
     with pytest.raises(SystemCallFailed, match="directory"):
         files.write(piece(root, "directory", b"x"))
@@ -135,14 +135,14 @@ def test_what_is_in_the_way(root: Path, files: Files) -> None:
         {"path": "{root}/a\0b"},
     ],
 )
-def test_what_makes_no_sense(root: Path, files: Files, change: dict[str, int | str]) -> None:
+def test_copy_rejects_malformed_requests(root: Path, files: Files, change: dict[str, int | str]) -> None:
     values = {name: value.format(root=root) if isinstance(value, str) else value for name, value in change.items()}
     with pytest.raises(InvalidArgument):
         files.write(piece(root, "file", b"xyz").but(**values))
     assert list(root.iterdir()) == []
 
 
-def test_what_never_ends_is_given_up(root: Path, files: Files) -> None:
+def test_unfinished_copies_are_dropped(root: Path, files: Files) -> None:
     for number in range(UNFINISHED + 1):
         files.write(piece(root, f"file{number}", b"a", size=2))
     files.write(piece(root, "file0", b"b", size=2, offset=1))  # its first half was given up

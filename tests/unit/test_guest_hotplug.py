@@ -60,7 +60,7 @@ def test_probing(tmp_path: Path) -> None:
     assert (tmp_path / "memory/probe").read_text() == "0x48000000"
 
 
-def test_what_asks_for_nothing() -> None:
+def test_online_cpus_rejects_a_count_of_zero() -> None:
     with pytest.raises(MissingArgument, match="requested number of CPUs '0' must be greater than 0"):
         hotplug.check_count(0, True)
     hotplug.check_count(0, False)

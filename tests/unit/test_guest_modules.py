@@ -40,7 +40,7 @@ def test_with_what_it_needs_first(loaded: list[tuple[str, str]]) -> None:
     assert loaded == [("a", ""), ("b", "debug=1 x=2")]
 
 
-def test_what_is_needed_and_not_there_is_passed_over(loaded: list[tuple[str, str]]) -> None:
+def test_missing_modules_are_skipped(loaded: list[tuple[str, str]]) -> None:
     modules.need(("no_such", "c"), "tmpfs")
     assert loaded == [("c", "")]
 
@@ -54,7 +54,7 @@ def test_what_is_needed_and_not_there_is_passed_over(loaded: list[tuple[str, str
         ("broken", "kernel module broken: .*no such file"),
     ],
 )
-def test_what_cannot_be_loaded(loaded: list[tuple[str, str]], name: str, text: str) -> None:
+def test_load_reports_why_a_module_cannot_be_loaded(loaded: list[tuple[str, str]], name: str, text: str) -> None:
     with pytest.raises(ModelError, match=text):
         modules.load(name)
     modules.load("there")  # it is already

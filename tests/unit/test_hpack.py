@@ -88,7 +88,7 @@ def test_the_table_forgets_its_oldest_entries() -> None:
         "00 01 61 81 fe",
     ],
 )  # fmt: skip
-def test_what_cannot_be_decoded(block: str) -> None:
+def test_decoder_rejects_malformed_blocks(block: str) -> None:
     with pytest.raises(HpackError):
         Decoder(LIMIT).decode(bytes.fromhex(block))
 
@@ -102,7 +102,7 @@ def test_a_block_that_expands_beyond_the_limit() -> None:
 
 
 @given(st.lists(st.tuples(st.binary(max_size=300), st.binary(max_size=300)), max_size=5))
-def test_what_is_encoded_can_be_decoded(fields: list[tuple[bytes, bytes]]) -> None:
+def test_encoder_round_trip(fields: list[tuple[bytes, bytes]]) -> None:
     assert Decoder(LIMIT).decode(encode(*fields)) == fields
 
 

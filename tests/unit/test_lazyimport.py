@@ -44,7 +44,7 @@ def test_a_module_runs_when_something_of_it_is_used_and_once(lazy: LazyImporter)
     assert runs() == 1
 
 
-def test_what_was_imported_is_run_together(lazy: LazyImporter) -> None:
+def test_load_executes_all_imported_modules(lazy: LazyImporter) -> None:
     import late_module
 
     lazy.load()

@@ -25,7 +25,7 @@ def locked(*records: dict[str, str]) -> Lock:
 BASE = (record("deb", "libc6", "2.41-12"), record("deb", "libssl3t64", "3.5.1-1"), record("wheel", "grpcio", "1.85.1"))
 
 
-def test_what_was_written_is_read(tmp_path: Path) -> None:
+def test_lock_round_trip(tmp_path: Path) -> None:
     file = tmp_path / "image.lock"
     lock.write(locked(*BASE), file)
     assert lock.read(file) == locked(*BASE)
@@ -92,7 +92,7 @@ def test_one_package_in_two_versions_is_refused() -> None:
         ({"packages": [record("deb", "x", "1", "a" * 63)]}, "not a sha256"),
     ],
 )
-def test_what_is_not_understood_is_named(tmp_path: Path, change: dict[str, object], words: str) -> None:
+def test_lock_rejects_malformed_files(tmp_path: Path, change: dict[str, object], words: str) -> None:
     file = tmp_path / "image.lock"
     document = {"format": 1, "suite": "trixie", "arch": "amd64", "packages": list(BASE)} | change
     file.write_text(json.dumps(document))

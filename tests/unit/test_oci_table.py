@@ -305,7 +305,7 @@ def test_a_field_that_the_parser_learns_is_missed(monkeypatch: pytest.MonkeyPatc
     assert problems(DOCUMENT, reads(monkeypatch) | {"linux.newField"}) == ["read, and missing: linux.newField"]
 
 
-def test_what_is_done_is_accepted_and_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fields_listed_as_done_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     accepted = {row.field for row in rows(DOCUMENT) if row.verdict != "refused" and "=" not in row.field}
     assert leaves(WHOLE) == accepted
     assert accepted <= reads(monkeypatch)
@@ -319,7 +319,7 @@ def test_options_that_are_done_are_accepted(row: Row) -> None:
 @pytest.mark.parametrize(
     "row", [row for row in rows(DOCUMENT) if row.verdict == "refused" and not row.tests], ids=lambda row: row.field
 )
-def test_what_is_refused_is_refused_in_these_words(row: Row) -> None:
+def test_fields_listed_as_refused_are_rejected_with_the_listed_text(row: Row) -> None:
     with pytest.raises(SpecError) as caught:
         carry_out(document_with(row.field))
         limits("v2", document_with(row.field))
@@ -331,7 +331,7 @@ def of_one_version() -> list[Row]:
 
 
 @pytest.mark.parametrize("row", of_one_version(), ids=lambda row: row.field)
-def test_what_one_version_of_cgroups_has_the_other_refuses(row: Row) -> None:
+def test_fields_of_one_cgroup_version_are_rejected_by_the_other(row: Row) -> None:
     version = row.verdict.removeprefix("done in ")
     document = document_with(row.field)
     if row.field == "linux.resources.unified":
@@ -343,7 +343,7 @@ def test_what_one_version_of_cgroups_has_the_other_refuses(row: Row) -> None:
 
 
 @pytest.mark.parametrize("version", ["v1", "v2"])
-def test_what_is_done_in_both_versions_of_cgroups(version: str) -> None:
+def test_fields_of_both_cgroup_versions_are_accepted_by_both(version: str) -> None:
     document = copy.deepcopy(WHOLE)
     for row in of_one_version():
         if row.verdict == f"done in {version}":

@@ -72,7 +72,7 @@ def test_root_may_be_mapped() -> None:
     assert (parsed.container_id, parsed.host_id, parsed.size) == (0, 0, 10)
 
 
-def test_what_is_not_done_is_refused_by_its_name() -> None:
+def test_unsupported_fields_are_rejected_by_name() -> None:
     wire = oci_pb2.Spec(Linux=oci_pb2.Linux(IntelRdt=oci_pb2.LinuxIntelRdt(L3CacheSchema="x")))
     with pytest.raises(SpecError, match=r"linux\.intelRdt"):
         Spec.from_json(spec_to_json(wire))

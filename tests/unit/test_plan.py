@@ -63,7 +63,7 @@ def test_three_messages_in_order() -> None:
     assert dict(found)[steps.ROOTFS] == b"/r\0"
 
 
-def test_what_is_missing_says_so() -> None:
+def test_plan_rejects_settings_without_their_namespace() -> None:
     with pytest.raises(SpecError, match="new mount namespace"):
         _init(_spec(linux__namespaces=[{"type": "pid"}]))
     with pytest.raises(SpecError, match="new mount namespace"):

@@ -18,7 +18,7 @@ def program(directory: Path, name: str) -> None:
     (directory / name).chmod(0o755)
 
 
-def test_what_only_root_has_in_its_path_is_found_and_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_in_sbin_are_found_and_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program(tmp_path / "sbin", "mkfs.nothing")
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     monkeypatch.setattr(programs, "SYSTEM", (str(tmp_path / "sbin"),))

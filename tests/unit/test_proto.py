@@ -223,6 +223,6 @@ def test_the_first_answer_needs_neither_the_other_generation_nor_the_whole_api()
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_what_is_compiled_is_up_to_date() -> None:
+def test_generated_modules_are_up_to_date() -> None:
     generate.ensure()
     assert not generate.outdated()

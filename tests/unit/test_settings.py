@@ -43,7 +43,7 @@ def test_a_mapping_becomes_an_object() -> None:
         ({}, "f: name is missing"),
     ],
 )
-def test_what_is_wrong_is_said(document: dict[str, Any], words: str) -> None:
+def test_setting_errors_name_the_setting(document: dict[str, Any], words: str) -> None:
     with pytest.raises(DefinitionError, match=words):
         checked(Outer, document, "f")
 
@@ -71,7 +71,7 @@ def test_assignments(text: str, value: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("text", ["name", "=x", "a b=c", "name=[", "inner..size=1"])
-def test_what_is_no_assignment(text: str) -> None:
+def test_set_rejects_malformed_assignments(text: str) -> None:
     with pytest.raises(DefinitionError, match="--set"):
         override(text)
 

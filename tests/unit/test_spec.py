@@ -186,7 +186,7 @@ RULE = {"names": ["read"], "action": "SCMP_ACT_KILL"}
         ("vm", {"kernel": {}}, "vm"),
     ],
 )
-def test_what_is_wrong_or_not_done_is_named(path: str, value: Any, field: str) -> None:
+def test_spec_errors_name_the_field(path: str, value: Any, field: str) -> None:
     config: dict[str, Any] = {"process": {"args": ["x"]}}
     at = config
     *parents, last = path.split(".")

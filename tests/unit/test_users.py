@@ -47,7 +47,7 @@ def who(root: Path, username: str, **fields: object) -> Process:
         ("77:7", 77, 7, ()),  # a number, whatever a group is called
     ],
 )
-def test_who_that_is(root: Path, username: str, uid: int, gid: int, groups: tuple[int, ...]) -> None:
+def test_username_is_resolved(root: Path, username: str, uid: int, gid: int, groups: tuple[int, ...]) -> None:
     found = who(root, username).user
     assert (found.uid, found.gid, found.additional_gids, found.username) == (uid, gid, groups, "")
 
@@ -59,7 +59,7 @@ def test_who_that_is(root: Path, username: str, uid: int, gid: int, groups: tupl
         "nobody", "app:nogroup", "app:-1", "app:broken", " 0", "0 ", "٣", "app:4294967295", "a/b", "app:x:y",
     ],
 )  # fmt: skip
-def test_who_is_nobody(root: Path, username: str) -> None:
+def test_username_rejects_unknown_names(root: Path, username: str) -> None:
     with pytest.raises(SpecError, match=r"process\.user\.username"):
         who(root, username)
 
@@ -97,7 +97,7 @@ def test_files_are_the_images_own(root: Path, tmp_path_factory: pytest.TempPathF
     assert who(root, "app").user.uid == 1000
 
 
-def test_what_is_no_file(root: Path) -> None:
+def test_user_lookup_ignores_special_files(root: Path) -> None:
     import os
 
     for path in (root / "etc/passwd", root / "etc/group"):

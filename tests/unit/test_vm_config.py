@@ -77,7 +77,7 @@ def test_a_user_network_is_qemus_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["80", "80:", ":80", "a:b", "80:70000", "0:80", "1.2.3.4:80", "80:80/sctp", "8:8,x=1"])
-def test_what_is_no_rule_for_a_port_is_refused(text: str) -> None:
+def test_port_rejects_malformed_rules(text: str) -> None:
     with pytest.raises(VMError, match=r"^--publish .*: is not \[ADDRESS:\]PORT:PORT"):
         Publish.parse(text)
 
