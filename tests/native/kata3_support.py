@@ -11,7 +11,7 @@ import pytest
 
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.client import Client, RpcError, Stub
-from caisson.proto.kata3 import agent_pb2, oci_pb2
+from caisson.proto.kata3 import agent_pb2, health_pb2, oci_pb2
 from tests.native.agent_support import RunningAgent
 
 #: In a mount namespace, and a network namespace, of its own.
@@ -25,10 +25,11 @@ SHARED = "/run/kata-containers/shared/containers"
 class Host:
     """One connection; ``rpc`` has every method by its name."""
 
-    def __init__(self, client: Client, rootfs: Path) -> None:
+    def __init__(self, client: Client, rootfs: Path | str) -> None:
         self._client = client
         self._rootfs = rootfs
         self.rpc: Any = Stub(client, agent_pb2.DESCRIPTOR.services_by_name["AgentService"])
+        self.health: Any = Stub(client, health_pb2.DESCRIPTOR.services_by_name["Health"])
 
     @classmethod
     async def connect(cls, agent: RunningAgent) -> Host:
