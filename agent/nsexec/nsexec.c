@@ -361,6 +361,7 @@ static void request_stage0(int peer, enum sync_word request, enum sync_word answ
 NORETURN static void stage1_main(struct context *ctx, struct namespace_files *files, bool joins_pidns, int peer)
 {
 	uint32_t word, create = ctx->boot.create, rest = create & ~(NS_USER | NS_CGROUP | NS_TIME);
+	bool privileged = geteuid() == 0;
 
 	report_stage(1);
 	prctl(PR_SET_NAME, "nsexec:[1:CHILD]", 0, 0, 0);
@@ -374,7 +375,12 @@ NORETURN static void stage1_main(struct context *ctx, struct namespace_files *fi
 		if (syscall(SYS_unshare, NS_USER) < 0)
 			fail_errno("unshare", "user", NULL);
 		FAULT(stage1_unmapped);
+		/* The files of a process that is not dumpable are root's: others could not write the maps (proc(5)). */
+		if (!privileged && prctl(PR_SET_DUMPABLE, 1, 0, 0, 0) < 0)
+			fail_errno("dumpable", "", NULL);
 		request_stage0(peer, USERMAP_PLS, USERMAP_ACK, "id maps");
+		if (!privileged && prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0)
+			fail_errno("dumpable", "", NULL);
 		become_root_of_namespace();
 		FAULT(stage1_mapped);
 	}
