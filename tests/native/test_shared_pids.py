@@ -202,10 +202,11 @@ from pathlib import Path
 from caisson.agent.libcontainer.process.launcher import ProcessLauncher
 from caisson.agent.libcontainer.process.nsexec import Nsexec
 from caisson.agent.model.reaper import Reaper
+from caisson.agent.model.waits import AsyncioWaits
 async def main():
     reaper = Reaper()
     reaper.start(asyncio.get_running_loop())
-    launcher = ProcessLauncher(Nsexec.seal(Path(sys.argv[1])), reaper, print)
+    launcher = ProcessLauncher(Nsexec.seal(Path(sys.argv[1])), reaper, AsyncioWaits(), lambda *_, **__: None)
     print((await launcher.pause(sys.argv[2], sys.argv[3], {})).pid, flush=True)
     await asyncio.sleep(1000)
 asyncio.run(main())
