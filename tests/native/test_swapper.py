@@ -100,7 +100,7 @@ def test_a_mounts_parent(box: Box, swapper: Path, outside: Path, destination: st
     source.write_text("bound")
 
     def value() -> dict[str, Any]:
-        made = config("sh", "-c", f"grep -c ' /[a-z/]*{destination.rpartition('/')[2]} ' /proc/self/mountinfo")
+        made = config("sh", "-c", f"grep -c ' /[^ ]*{destination.rpartition('/')[2]} ' /proc/self/mountinfo")
         made["mounts"].append(
             {"destination": destination, "type": "bind", "source": str(source), "options": ["bind"]}
             if destination.endswith("file")
