@@ -39,7 +39,16 @@ async def online_cpus(count: int, system: str = SYSTEM) -> None:
 
 async def online_total(total: int, system: str = SYSTEM) -> None:
     """Bring CPUs online until `total` are, those included that were before.  Raises SystemCallFailed."""
-    await online_cpus(max(total - _count_online(f"{system}/cpu/online"), 0), system)
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + CPU_TIMEOUT
+    while (online := _count_online(f"{system}/cpu/online")) < total:
+        for switch in list(_offline(f"{system}/cpu", "cpu"))[: total - online]:
+            _bring_online(switch)
+        online = _count_online(f"{system}/cpu/online")
+        if online < total:
+            if loop.time() >= deadline:
+                raise SystemCallFailed(f"only {online} of {total} CPUs are online")
+            await asyncio.sleep(POLL_INTERVAL)
 
 
 def _count_online(file: str) -> int:

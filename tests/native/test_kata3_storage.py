@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -257,3 +260,51 @@ async def test_the_shared_directory_may_be_mounted_already(apart: RunningAgent) 
         assert len(mounts(apart, SHARED)) == 1
         await host.remove("c")
         assert len(mounts(apart, SHARED)) == 1
+
+
+@pytest.fixture
+def loop_devices(tmp_path: Path, busybox_rootfs: Path) -> Iterator[tuple[str, str]]:
+    """Two disks: an ext4 to write to, and an erofs of the busybox root."""
+    writable, layer = tmp_path / "writable", tmp_path / "layer"
+    with writable.open("wb") as file:
+        file.truncate(16 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-F", writable], check=True)
+    subprocess.run(["mkfs.erofs", "--quiet", layer, busybox_rootfs], check=True)
+    devices = []
+    try:
+        for image in (writable, layer):
+            done = subprocess.run(["losetup", "--show", "-f", image], check=True, capture_output=True, text=True)
+            devices.append(done.stdout.strip())
+        yield devices[0], devices[1]
+    finally:
+        for device in devices:
+            subprocess.run(["losetup", "-d", device], check=True)
+
+
+async def test_a_root_of_several_disks(apart: RunningAgent, loop_devices: tuple[str, str]) -> None:
+    root = "/run/kata-containers/c/rootfs"
+    writable, layer = loop_devices
+    upper = storage("erofs.multi-layer", root, source=writable, fstype="ext4", options=["X-kata.overlay-upper"])
+    lower = storage("erofs.multi-layer", root, source=layer, fstype="erofs", options=["X-kata.overlay-lower", "ro"])
+    async with await Host.connect(apart) as host:
+        await sandbox(host)
+        await host.run("c", host.spec(root=root, readonly=False), storages=[upper, lower])
+        assert await host.sh("c", "echo changed > /new; cat /new; ls /bin/sh") == "changed\n/bin/sh\n"
+        assert len(mounts(apart, root)) == 1
+        await host.remove("c")
+        assert mounts(apart, root) == []
+        assert not [line for line in Path(f"/proc/{apart.pid}/mountinfo").read_text().splitlines() if "/loop" in line]
+        assert not inside(apart, "/run/kata-containers/c/multi-layer").exists()
+
+
+async def test_a_disk_is_mounted_and_given_to_a_group(apart: RunningAgent, loop_devices: tuple[str, str]) -> None:
+    place = f"{SHARED}/volume"
+    volume = storage("blk", place, source=loop_devices[0], fstype="ext4", options=["nosuid"])
+    volume.fs_group.CopyFrom(agent_pb2.FSGroup(group_id=42))
+    async with await Host.connect(apart) as host:
+        await sandbox(host)
+        await host.create("c", storages=[volume])
+        assert "nosuid" in mounts(apart, place)[0]
+        assert inside(apart, f"{place}/lost+found").stat().st_gid == 42
+        await host.remove("c")
+        assert mounts(apart, place) == []

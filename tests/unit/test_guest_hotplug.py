@@ -45,6 +45,30 @@ def test_too_few_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         asyncio.run(hotplug.online_cpus(2, str(tmp_path)))
 
 
+async def test_cpus_in_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's list changes when a switch does; here whoever reads it makes it from the switches."""
+    switches = [switch(tmp_path, "cpu1", "1"), *(switch(tmp_path, f"cpu{number}") for number in (2, 3))]
+
+    def count(file: str) -> int:
+        assert file == f"{tmp_path}/cpu/online"
+        return 1 + sum(path.read_text().strip() == "1" for path in switches)
+
+    monkeypatch.setattr(hotplug, "_count_online", count)
+    await hotplug.online_total(2, str(tmp_path))  # as it is
+    await hotplug.online_total(3, str(tmp_path))
+    assert [path.read_text().strip() for path in switches] == ["1", "1", "0"]
+    monkeypatch.setattr(hotplug, "CPU_TIMEOUT", 0.0)
+    with pytest.raises(SystemCallFailed, match="only 4 of 5 CPUs are online"):
+        await hotplug.online_total(5, str(tmp_path))
+
+
+@pytest.mark.parametrize(("text", "count"), [("0\n", 1), ("0-3\n", 4), ("0-1,4,6-7\n", 5), ("", 0)])
+def test_a_list_of_cpus_is_counted(tmp_path: Path, text: str, count: int) -> None:
+    (tmp_path / "online").write_text(text)
+    assert hotplug._count_online(str(tmp_path / "online")) == count
+    assert hotplug._count_online(str(tmp_path / "none")) == 0
+
+
 def test_memory(tmp_path: Path) -> None:
     off = [switch(tmp_path, f"memory{number}") for number in (32, 33)]
     hotplug.online_memory(str(tmp_path))
