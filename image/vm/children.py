@@ -24,7 +24,7 @@ class ChildProcesses:
     """Child processes by name.  As a context manager it ends them all, the last one first."""
 
     def __init__(self, log: IO[bytes], grace: float = TERM_TIMEOUT) -> None:
-        """``log`` takes their stdout and stderr."""
+        """Take the file for their stdout and stderr, and the seconds for each to end."""
         self._log = log
         self._grace = grace
         self._processes: dict[str, subprocess.Popen[bytes]] = {}

@@ -106,19 +106,19 @@ class VMConfig:
 
     @classmethod
     def clone(cls, snapshot: Snapshot, **changes: Any) -> Self:
-        """A clone of a snapshot: by its name, ``accel`` and ``vsock`` it may differ from others."""
+        """Return a clone of a snapshot; ``changes`` may be its name, ``accel`` and ``vsock``."""
         size: dict[str, Any] = {"memory": snapshot.memory, "cpus": snapshot.cpus, "append": snapshot.append}
         return cls(image=snapshot.image, snapshot=snapshot, **size | changes)
 
     def choices(self) -> tuple[Choice, Choice]:
-        """The accelerator and the vsock device on this machine.  Raises VMError."""
+        """Choose the accelerator and the vsock device on this machine.  Raises VMError."""
         _, manifest = qemu.read_manifest(self.image)
         host = Host.here()
         accelerator = choose_accelerator(self.accel, qemu.architecture_of(manifest).uname, host)
         return accelerator, choose_vsock(self.vsock, host)
 
     def document(self, accelerator: Choice, transport: Choice) -> dict[str, Any]:
-        """What a supervisor is told, in words of JSON."""
+        """Return the JSON document for a supervisor."""
         choices = {"accel": dataclasses.astuple(accelerator), "vsock": dataclasses.astuple(transport)}
         shares = {tag: [str(Path(path).resolve()), writable] for tag, (path, writable) in self.shares.items()}
         return (

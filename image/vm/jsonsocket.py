@@ -22,14 +22,14 @@ class JSONSocket:
         return self._connection.fileno()
 
     def send(self, message: dict[str, Any]) -> None:
-        """Send an object.  Raises OSError when the other end has gone."""
+        """Send an object.  Raises OSError when the other end is closed."""
         self._connection.settimeout(None)
         self._connection.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self, timeout: float | None = None) -> dict[str, Any] | None:
-        """The next object, or None at the end.  ``timeout`` in seconds; 0 takes only what is there already.
+        """Return the next object, None at the end.  ``timeout`` in seconds; 0 takes only what has arrived.
 
-        Raises TimeoutError, and ValueError for what is no JSON object or too long.
+        Raises TimeoutError, and ValueError for what is not a JSON object or too long.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while b"\n" not in self._received:
@@ -52,7 +52,7 @@ class JSONSocket:
         return message
 
     def finish(self) -> None:
-        """Say that nothing more will be sent; what the other end sends can still be received."""
+        """Shut down sending; what the other end sends can still be received."""
         try:
             self._connection.shutdown(socket.SHUT_WR)
         except OSError:

@@ -1,4 +1,4 @@
-"""A VM, from the side of whoever starts or uses it."""
+"""Virtual machines, from the side of their starter and their users."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from caisson.image.vm.config import VMConfig, shares_to_plug
 from caisson.image.vm.directory import VMDirectory, running_vms
 from caisson.image.vm.errors import VMError
 from caisson.image.vm.exit_reason import POWERED_OFF
-from caisson.image.vm.follower import Follower
 from caisson.image.vm.jsonsocket import JSONSocket
+from caisson.image.vm.logs import Follower
 from caisson.image.vm.pace import scaled
 from caisson.image.vm.runroot import owned_run_root
 from caisson.image.vm.snapshot.snapshot import Snapshot, SnapshotCompatibility, place
@@ -38,7 +38,7 @@ KVM_SILENCE_TIMEOUT = 8.0
 #: Seconds between two times that the agent is asked, if asking takes no time itself.
 READY_INTERVAL = 0.02
 
-#: Seconds to the firmware's messages: whoever wants them wants to know when they came.
+#: Seconds between looks at the firmware's log: what counts is when it grows.
 FIRMWARE_INTERVAL = 0.002
 
 #: Seconds for a supervisor to take everything down: it asks, terminates and kills two processes.
@@ -59,7 +59,7 @@ class VM:
         self._config: VMConfig | None = None  # of one that was started here
         self._line: JSONSocket | None = None  # to the supervisor, while this is the VM's starter
         self._end: str | None = None  # why it has ended, once the supervisor has said so
-        self._shown = 0  # bytes of the console that were handed on
+        self._shown = 0  # bytes of the console that were passed on
         self._firmware_spoke = False
 
     @property
@@ -72,21 +72,21 @@ class VM:
 
     @property
     def agent_socket(self) -> Path:
-        """Where any gRPC client dials the agent."""
+        """Return the Unix socket at which any gRPC client dials the agent."""
         return self._directory.agent_socket
 
     @property
     def vsock_socket(self) -> Path:
-        """Where CONNECT <port> reaches a port of the guest."""
+        """Return the Unix socket at which CONNECT <port> reaches a port of the guest."""
         return self._directory.vsock_socket
 
     def host_port(self, port: int) -> Path:
-        """Where the guest's connections to a vsock port of the host arrive, once somebody listens there."""
+        """Return the Unix socket to listen on for the guest's connections to a vsock port of the host."""
         return self.vsock_socket.with_name(f"{self.vsock_socket.name}_{port}")
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What the guest's image is made of.  Raises VMError when the VM has ended."""
+        """Return the manifest of the guest's image.  Raises VMError when the VM has ended."""
         try:
             return dict(json.loads((self.directory / "image.json").read_text()))
         except FileNotFoundError:
@@ -94,20 +94,23 @@ class VM:
 
     @property
     def architecture(self) -> str:
-        """The guest's, in the words of Go and Debian: amd64.  Raises VMError when the VM has ended."""
+        """Return the guest's architecture as Debian has it: amd64.  Raises VMError when the VM has ended."""
         return str(self.manifest["arch"])
 
     @property
     def kernel_words(self) -> list[str]:
-        """The kernel's command line."""
+        """Return the words of the kernel's command line."""
         command = list(self.info.get("command", ()))
         return str(command[command.index("-append") + 1]).split() if "-append" in command else []
 
     @property
     def info(self) -> dict[str, Any]:
-        """vm.json as it is now, or was last: name, state (starting or running), directory, image, accel and vsock with
-        their reasons, cid, memory (MiB), cpus, started (seconds since the epoch), boot_seconds once it is running,
-        command, pids.  And spawned: when QEMU was, in seconds of this machine's CLOCK_MONOTONIC."""
+        """Return vm.json as it is now, or was last.
+
+        It has name, state (starting or running), directory, image, accel and vsock with their reasons, cid, memory
+        (MiB), cpus, shares, network, started (seconds since the epoch), spawned (when QEMU was, in seconds of this
+        machine's CLOCK_MONOTONIC), boot_seconds once it is running, command and pids.
+        """
         self._info = self._directory.read() or self._info
         return self._info
 
@@ -122,9 +125,9 @@ class VM:
         firmware: Callable[[bytes], None] | None = None,
         timeout: float | None = None,
     ) -> VM:
-        """Boot a VM and wait until ``ready(agent_socket)`` says so; it is asked again and again, and may wait a little.
+        """Boot a VM and wait until ``ready(agent_socket)`` is true; it is called repeatedly, and may block briefly.
 
-        ``report`` gets one line on what was picked and why, ``console`` what the guest prints meanwhile, ``firmware``
+        ``report`` gets a line on what was chosen and why, ``console`` what the guest prints meanwhile, ``firmware``
         at once what its firmware does, if the configuration asks for that.  Raises VMError when the VM ends, or is not
         ready within ``timeout`` seconds; nothing is left then.
         """
@@ -253,7 +256,7 @@ class VM:
         return empty
 
     def _message(self, timeout: float | None = None) -> dict[str, Any]:
-        """The supervisor's next message.  Raises VMError when it is that the VM has ended, and TimeoutError."""
+        """Return the supervisor's next message.  Raises VMError when the VM has ended, and TimeoutError."""
         assert self._line is not None
         message = self._line.receive(timeout)
         if message is None:
@@ -297,13 +300,13 @@ class VM:
                     raise VMError(f"VM {self.name!r}: {end}") from None
 
     def show(self, console: Callable[[bytes], None], *, follow: bool) -> None:
-        """Hand on what the guest has printed, and with ``follow`` what it prints until the VM ends."""
+        """Pass on what the guest has printed, and with ``follow`` what it prints until the VM ends."""
         with Follower(self._directory.console, console), self.exit_fd() as supervisor:
             if follow and supervisor is not None:
                 select.select([supervisor], [], [])
 
     def detach(self) -> None:
-        """Let it live on without its starter.  Raises VMError when it has ended meanwhile."""
+        """Leave the VM running without its starter.  Raises VMError when it has ended meanwhile."""
         assert self._line is not None, "only its starter can detach a VM"
         try:
             self._line.send({"detach": True})
@@ -368,7 +371,7 @@ class VM:
 
     @contextlib.contextmanager
     def exit_fd(self) -> Iterator[int | None]:
-        """A descriptor that becomes readable when the VM has ended; None when it has already."""
+        """Yield a descriptor that becomes readable when the VM has ended; None when it has already."""
         pid = self.info.get("pids", {}).get("supervisor")
         try:
             pidfd = None if pid is None else os.pidfd_open(pid)
@@ -391,7 +394,7 @@ class VM:
 
 
 def find_vm(name: str) -> VM | None:
-    """The running_vms VM of this name, if there is one.  Raises VMError for a name that cannot be one."""
+    """Return the running VM of this name, None if there is none.  Raises VMError for a name that is not valid."""
     directory = VMDirectory.of(name)
     if owned_run_root() is None or not directory.is_running():
         return None
@@ -400,7 +403,7 @@ def find_vm(name: str) -> VM | None:
 
 
 def get_vm(name: str) -> VM:
-    """The same, where there has to be one.  Raises VMError that says which there are."""
+    """Return the running VM of this name.  Raises VMError that names those that run."""
     vm = find_vm(name)
     if vm is None:
         names = ", ".join(other.name for other in list_vms()) or "none"
@@ -413,6 +416,6 @@ def get_vm(name: str) -> VM:
 
 
 def list_vms() -> list[VM]:
-    """All running_vms VMs of this user, by name."""
+    """Return this user's running VMs, by name."""
     vms = ((directory, directory.read()) for directory in running_vms())
     return [VM(directory, info) for directory, info in vms if info]

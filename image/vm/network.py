@@ -50,7 +50,7 @@ class Publish:
 
     @property
     def hostfwd(self) -> str:
-        """The rule in QEMU's words."""
+        """Return the rule as QEMU's hostfwd."""
         return f"hostfwd={self.protocol}:{self.address}:{self.host}-:{self.guest}"
 
     def __str__(self) -> str:

@@ -49,7 +49,7 @@ class Architecture:
     tcg_parameters: tuple[str, ...] = ()
 
     def cpu(self, accelerator: str) -> str:
-        """The model of the virtual CPUs."""
+        """Return the model of the virtual CPUs."""
         return self.tcg_cpu if accelerator == "tcg" else "host"
 
 
@@ -103,13 +103,13 @@ class Devices:
 
     @property
     def vsock_chardev(self) -> str:
-        """The socket of the vhost-user device."""
+        """Return the chardev of the vhost-user device."""
         where = f"path={_escaped(self.vsock_path)}" if self.vsock_path else f"fd={self.vsock_fd}"
         return f"socket,id=vsock,{where}"
 
     @property
     def vhost_vsock(self) -> str:
-        """The kernel's device."""
+        """Return the kernel's device."""
         opened = f",vhostfd={self.vsock_fd}" if self.vsock_fd >= 0 else ""
         return f"vhost-vsock-pci,guest-cid={self.cid}{opened}"
 
@@ -133,7 +133,7 @@ class Wanted:
 
     @classmethod
     def of(cls, name: str, accelerator: str, document: Mapping[str, Any]) -> Self:
-        """What VMConfig.document says."""
+        """Make one from VMConfig.document."""
         shares = {tag: Share(Path(path), writable) for tag, (path, writable) in document["shares"].items()}
         publish = [Publish(*rule) for rule in document["publish"]]
         same = ("memory", "cpus", "max_memory", "max_cpus", "append", "network")
@@ -149,7 +149,7 @@ class Share:
 
 
 def read_manifest(image: Path) -> tuple[str, dict[str, Any]]:
-    """An image's image.json, as text and as what it says.  Raises VMError where there is no image to boot."""
+    """Read an image's image.json; returns its text and the document.  Raises VMError where there is no image."""
     try:
         text = (image / "image.json").read_text()
         manifest = dict(json.loads(text))
@@ -166,7 +166,7 @@ def read_manifest(image: Path) -> tuple[str, dict[str, Any]]:
 
 
 def architecture_of(manifest: Mapping[str, Any]) -> Architecture:
-    """The machine for an image.  Raises VMError for an architecture that is not known."""
+    """Return the machine for an image.  Raises VMError for an architecture that is not known."""
     name = str(manifest.get("arch"))
     if name not in ARCHITECTURES:
         raise VMError(f"{name}: the image is for it, and VMs are made for {', '.join(ARCHITECTURES)}")
@@ -174,7 +174,7 @@ def architecture_of(manifest: Mapping[str, Any]) -> Architecture:
 
 
 def probe(architecture: Architecture) -> QemuProgram:
-    """A usable QEMU.  Raises VMError that says what to install."""
+    """Find a QEMU that is new enough.  Raises VMError that says what to install."""
     program = which(architecture.program)
     if program is None:
         package = package_of(architecture.program)
@@ -182,7 +182,7 @@ def probe(architecture: Architecture) -> QemuProgram:
     answer = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
     found = re.search(r"version (\d+)\.(\d+)", answer)
     if not found:
-        raise VMError(f"{program}: does not say what version it is; install QEMU {OLDEST[0]}.{OLDEST[1]} or newer")
+        raise VMError(f"{program}: prints no version; install QEMU {OLDEST[0]}.{OLDEST[1]} or newer")
     version = int(found[1]), int(found[2])
     if version < OLDEST:
         raise VMError(f"{program}: is {found[0]}; install QEMU {OLDEST[0]}.{OLDEST[1]} or newer")
@@ -190,9 +190,7 @@ def probe(architecture: Architecture) -> QemuProgram:
 
 
 def parameters(manifest: Mapping[str, Any], architecture: Architecture, accelerator: str, append: str = "") -> str:
-    """The kernel's command line: the image's, its root's, the machine's, the accelerator's and, to win over these, the
-    user's.
-    """
+    """Return the kernel's command line: of image, root, machine, accelerator and, to override these, the user."""
     words = [f"console={architecture.console}", str(manifest["cmdline"])]
     words += manifest["root"].get("cmdline", [])
     if accelerator == "tcg":
@@ -201,14 +199,14 @@ def parameters(manifest: Mapping[str, Any], architecture: Architecture, accelera
 
 
 def acceleration(accelerator: str, cpus: int, version: tuple[int, int]) -> str:
-    """The accelerator with its options."""
+    """Return the value of -accel."""
     if accelerator == "tcg" and cpus > 1 and version < PARALLEL:
         return "tcg,thread=single"
     return accelerator
 
 
 def processors(wanted: Wanted, manifest: Mapping[str, Any]) -> str:
-    """The value of -smp.  Raises VMError for room that the guest's kernel would not see."""
+    """Return the value of -smp.  Raises VMError for room that the guest's kernel would not see."""
     if wanted.max_cpus <= wanted.cpus:
         return str(wanted.cpus)
     release = str(manifest["kernel"].get("release", ""))
@@ -222,13 +220,13 @@ def processors(wanted: Wanted, manifest: Mapping[str, Any]) -> str:
 
 
 def memory(wanted: Wanted) -> str:
-    """The value of -m.  Room for more memory makes a guest set 64 MiB aside for DMA, so there is none unasked."""
+    """Return the value of -m.  Room for more makes a guest set 64 MiB aside for DMA, so there is none by default."""
     more = wanted.max_memory > wanted.memory
     return f"{wanted.memory}M" + (f",slots={MEMORY_SLOTS},maxmem={wanted.max_memory}M" if more else "")
 
 
 def root(image: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """The options for an image's root: an initrd, or a disk that nobody can write to."""
+    """Return the options for an image's root: an initrd, or a read-only disk."""
     file = image / manifest["root"]["file"]
     if manifest["root"]["format"] == "initrd":
         return ["-initrd", str(file)]
@@ -241,7 +239,7 @@ def root(image: Path, manifest: Mapping[str, Any]) -> list[str]:
 def command(
     program: QemuProgram, image: Path, manifest: Mapping[str, Any], devices: Devices, wanted: Wanted
 ) -> Sequence[str]:
-    """The command that boots an image."""
+    """Return the command that boots an image."""
     architecture = architecture_of(manifest)
     machine = f"{architecture.machine},memory-backend=ram"
     words = [
@@ -291,8 +289,8 @@ def command(
 
 
 def _snapshot(architecture: Architecture, devices: Devices, wanted: Wanted) -> list[str]:
-    """What a guest has that becomes a snapshot or is made from one: memory in a file, and a number of its own by which
-    its kernel sees that it is a copy (vmgenid).
+    """Return the options of a guest that becomes a snapshot or is made from one: memory in a file, and a vmgenid, by
+    which its kernel sees that it is a copy.
 
     QEMU cannot save a vhost-user device, so such a guest is saved without and has it plugged in later.  The kernel's it
     saves and restores with another CID; that device also does without shared memory, so a clone maps the snapshot's.
@@ -315,12 +313,12 @@ def _snapshot(architecture: Architecture, devices: Devices, wanted: Wanted) -> l
 
 
 def vsock_plug(kind: str) -> dict[str, str] | None:
-    """The vsock device that a clone has to be given, in the monitor's words."""
+    """Return the arguments of device_add for a clone's vsock device; None where it is restored with the rest."""
     if kind != "user":
         return None
     return {"driver": "vhost-user-vsock-pci", "id": "vsock", "chardev": "vsock", "bus": "vsockport"}
 
 
 def _escaped(path: Path) -> str:
-    """A path inside a comma-separated option."""
+    """Escape a path for a comma-separated option."""
     return str(path).replace(",", ",,")

@@ -15,7 +15,7 @@ from caisson.image.vm.jsonsocket import JSONSocket
 
 
 class QMPError(VMError):
-    """QEMU could not be asked, or refused; ``kind`` is the protocol's class of a refusal, else empty."""
+    """QEMU did not answer, or refused; ``kind`` is the protocol's class of a refusal, else empty."""
 
     def __init__(self, text: str, kind: str = "") -> None:
         super().__init__(text)
@@ -23,10 +23,10 @@ class QMPError(VMError):
 
 
 class QMP:
-    """A connection to a QEMU, past its greeting.  Events are passed over."""
+    """A connection to a QEMU, past its greeting.  Events are ignored."""
 
     def __init__(self, path: Path, timeout: float = 2.0) -> None:
-        """``timeout``: seconds for the connection, and for each command.  Raises QMPError.
+        """Connect; ``timeout`` in seconds is for that, and for each command.  Raises QMPError.
 
         QEMU serves one client a socket at a time, so a second one waits until its time is over.
         """
@@ -38,7 +38,7 @@ class QMP:
         try:
             connection.connect(str(path))
             if "QMP" not in self._receive(time.monotonic() + timeout):
-                raise QMPError(f"{path}: what answers there is not QEMU")
+                raise QMPError(f"{path}: is not QEMU's monitor")
             self.execute("qmp_capabilities")
         except OSError as error:
             self.close()

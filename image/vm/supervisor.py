@@ -1,14 +1,14 @@
-"""The one process that keeps a VM: it starts QEMU and the vsock back end, and takes everything down with it.
+"""The one process that keeps a VM: it starts QEMU and the vsock back end, and ends everything.
 
     python -m caisson.image.vm.supervisor FD     FD: a socket to whoever starts the VM
 
-What is said on the socket, a JSON object a line:
+The messages on the socket, a JSON object a line:
     starter → supervisor    the configuration; {"ready": seconds} when the agent answers; {"detach": true};
                             {"save": …snapshot.json…} of one that can become a snapshot
     supervisor → starter    {"info": …vm.json…} when the VM is started, and again when it is ready; {"ended": "why"};
                             {"saved": bytes}
 
-and on control.sock, one question a connection, from whoever may enter the VM's directory:
+and on control.sock, one request a connection, from whoever may enter the VM's directory:
     {"share": tag, "path": directory, "writable": bool}     a virtiofsd for it: {"socket": path}, or {"error": "why"}
     {"unshare": tag}                                        and the end of it: {}
 
@@ -41,9 +41,9 @@ from caisson.image.vm.errors import VMError
 from caisson.image.vm.exit_reason import POWERED_OFF, STOPPED
 from caisson.image.vm.hotplug.virtiofs import Shares
 from caisson.image.vm.jsonsocket import JSONSocket
+from caisson.image.vm.logs import TRIM_INTERVAL, LogRing
 from caisson.image.vm.network import FIRST_UNPRIVILEGED, Publish
 from caisson.image.vm.qmp import QMP, QMPError
-from caisson.image.vm.ring import TRIM_INTERVAL, LogRing
 from caisson.image.vm.sandbox import (
     CAP_CHOWN,
     CAP_DAC_OVERRIDE,
@@ -57,7 +57,7 @@ from caisson.image.vm.sandbox import (
 from caisson.image.vm.snapshot import migration, ram
 from caisson.image.vm.snapshot.snapshot import Snapshot, SnapshotCompatibility, store
 
-#: Seconds between looks whether the host was suspended, and for how long it has to have been: clocks are not exact.
+#: Seconds between two checks for a suspended host, and the least that counts: clocks are not exact.
 SUSPEND_CHECK_INTERVAL = 10.0
 MIN_SUSPENDED = 1.0
 
@@ -72,11 +72,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Ended(Exception):
-    """The VM is to end, or has; the text says why."""
+    """The VM is to end, or has ended; the text says why."""
 
 
 def seconds_suspended() -> float:
-    """How long this machine was suspended since it was booted (clock_gettime(2))."""
+    """Return for how long this machine was suspended since its boot (clock_gettime(2))."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
 
 
@@ -101,7 +101,7 @@ class Supervisor:
         self._ram: IO[bytes] | None = None  # the guest's memory, if that is a file of ours
 
     def run(self) -> str:
-        """Returns why it has ended.  Nothing is left then."""
+        """Run the VM to its end, and return why it has ended.  Nothing is left then."""
         why = ""
         try:
             with janitor(self._directory), self._directory.create():
@@ -119,12 +119,12 @@ class Supervisor:
                     self._directory.remove()
         except VMError as error:
             why = str(error)
-        except Exception:  # nobody sees this process's stderr
+        except Exception:  # its stderr is /dev/null
             why = f"its supervisor failed: {traceback.format_exc()}"
         return why
 
     def _diagnostics(self) -> str:
-        """What QEMU and the guest said last: after the directory is gone nobody can look it up."""
+        """Return what QEMU and the guest printed last: the directory will be gone."""
         texts = {
             "QEMU says": self._directory.qemu_tail(),
             "the console's last lines": self._directory.console_tail(),
@@ -250,7 +250,7 @@ class Supervisor:
                 self._answer(control, shares)
 
     def _check_suspend(self, children: ChildProcesses) -> None:
-        """Run what was asked for if the host was suspended."""
+        """Run the configured command if the host was suspended."""
         words, suspended = self._config["on_resume"], self._suspended()
         if words and suspended - self._noticed > MIN_SUSPENDED:
             self._noticed = suspended
@@ -258,7 +258,7 @@ class Supervisor:
             children.spawn("on resume", [*words, str(self._directory.agent_socket)], [], Confinement(), helper=True)
 
     def _answer(self, control: socket.socket, shares: Shares) -> None:
-        """Answer one question; whoever does not ask in time gets no answer."""
+        """Answer one request on control.sock; whoever does not send one in time gets no answer."""
         connection, _ = control.accept()
         with connection, contextlib.suppress(OSError, ValueError):
             lines = JSONSocket(connection)
@@ -271,7 +271,7 @@ class Supervisor:
             lines.send(answer)
 
     def _handle_starter(self, children: ChildProcesses) -> bool:
-        """Do what the starter says; whether there is more to come.  Raises Ended when it has gone."""
+        """Handle the starter's messages; False after the last one.  Raises Ended when the starter is gone."""
         while True:
             try:
                 message = self._starter.receive(0)
@@ -289,7 +289,7 @@ class Supervisor:
                 self._publish()
 
     def _quit_qemu(self) -> bool:
-        """Ask QEMU to end; whether it said yes."""
+        """Ask QEMU to quit; True if it will."""
         try:
             with QMP(self._directory.qmp_socket, QUIT_TIMEOUT) as monitor:
                 monitor.execute("quit")

@@ -30,7 +30,7 @@ SHARE = 0.008
 
 
 class TimelineError(VMError):
-    """What a guest told is no account of its boot; the text says what is missing."""
+    """A guest's account of its boot is incomplete; the text says what is missing."""
 
 
 @dataclass(frozen=True)
@@ -140,14 +140,14 @@ class LogRecord:
 
 
 def records(log: str) -> Iterator[LogRecord]:
-    """The records of /dev/kmsg: ``priority,sequence,microseconds,flags;text``; lines of dictionaries are indented."""
+    """Yield the records of /dev/kmsg: ``priority,sequence,microseconds,flags;text``; dictionaries are indented."""
     for line in log.splitlines():
         if found := re.match(r"\d+,\d+,(\d+),[^;]*;(.*)", line):
             yield LogRecord(int(found[1]) / 1e6, found[2])
 
 
 def timeline(what: str, host: HostTimes, guest: GuestTimes) -> Timeline:
-    """The spans of a boot.  Raises TimelineError."""
+    """Return the spans of a boot.  Raises TimelineError."""
     log = list(records(guest.kernel_log))
     kernel = _Kernel(log, guest.ahead - host.asked)
     reached = {place: at + guest.ahead - host.asked for place, at in guest.marks}
@@ -183,7 +183,7 @@ PLACES = {
 
 
 def _joined(ends: Sequence[tuple[str, str, float | None, Sequence[Span]]]) -> Iterator[Span]:
-    """Spans that follow each other, from their names, kinds, ends and parts.
+    """Yield spans that follow each other, from their names, kinds, ends and parts.
 
     An end before the one before it is the clocks' error; one that is not known is not told from the next.
     """
@@ -196,14 +196,14 @@ def _joined(ends: Sequence[tuple[str, str, float | None, Sequence[Span]]]) -> It
 
 
 def _notable(parts: Sequence[Span], start: float, end: float, least: float) -> Iterator[Span]:
-    """The parts that begin within a span and take a notable time, and of these again."""
+    """Yield the parts that begin within a span and take a notable time, with theirs."""
     for part in sorted(parts, key=lambda part: part.start):
         if start <= part.start < end and part.seconds >= least:
             yield replace(part, parts=tuple(_notable(part.parts, part.start, part.end, least)))
 
 
 def _nested(spans: Sequence[Span]) -> list[Span]:
-    """Spans with those inside them as their parts."""
+    """Return spans with those inside them as their parts."""
     found: list[Span] = []
     inside: list[Span] = []
     for span in sorted(spans, key=lambda span: (span.start, -span.end)):
@@ -220,10 +220,10 @@ def _nested(spans: Sequence[Span]) -> list[Span]:
 
 
 class _Kernel:
-    """What the kernel's log tells, on this machine's clock.  ``init`` is when it started init."""
+    """The kernel's log on this machine's clock.  ``init`` is when it started init."""
 
     def __init__(self, log: Sequence[LogRecord], ahead: float) -> None:
-        """``ahead``: this machine's clock, less the guest's monotonic one.  Raises TimelineError."""
+        """Tie the log's clock to this machine's, which is ``ahead`` of the guest's.  Raises TimelineError."""
         self._log = log
         clocks = [(record.at, int(found[1]) / 1e6) for record in log if (found := CLOCK.fullmatch(record.text))]
         if not clocks:
@@ -237,7 +237,7 @@ class _Kernel:
         return next((record.at + self._ahead for record in self._log if record.text.startswith(text)), None)
 
     def parts(self, entered: float | None) -> list[Span]:
-        """What takes the kernel its time; ``entered`` is when the firmware left off, where that is known."""
+        """Return the parts of the kernel's time; ``entered`` is when the firmware ended, where that is known."""
         steps = [
             ("until its clock runs", entered, self._ahead),
             ("setup before initcalls", self._ahead, self._time_of("calling ")),

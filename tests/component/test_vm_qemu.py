@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from caisson.image.vm import VM, VMConfig, VMError, find_vm
+from caisson.image.vm import VM, VMConfig, VMError, config, find_vm
 from tests.component.fake_qemu import make_image, monitor_of, nothing_left
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="needs QEMU")
@@ -54,7 +54,8 @@ def test_a_kernel_that_is_none_is_quoted(image: Path, tmp_path: Path, kernel: by
     nothing_left(tmp_path / "r")
 
 
-def test_memory_that_is_not_there_is_quoted(image: Path, tmp_path: Path) -> None:
+def test_memory_that_is_not_there_is_quoted(image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "memory_of_host", lambda: 1 << 40)
     with pytest.raises(VMError, match="Cannot allocate memory"):
         start(image, ready=False, memory=1 << 30)
     nothing_left(tmp_path / "r")

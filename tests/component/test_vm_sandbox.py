@@ -13,7 +13,7 @@ import pytest
 
 from caisson.image.vm import VM, VMConfig
 from caisson.image.vm.directory import VMDirectory
-from caisson.image.vm.ring import MAX_LOG, SLACK, LogRing, ring_start
+from caisson.image.vm.logs import MAX_LOG, SLACK, LogRing, ring_start
 from caisson.image.vm.sandbox import CAP_CHOWN, Confinement, set_id_filter
 from tests.component.fake_qemu import install, make_image, nothing_left
 from tests.support.poll import wait_until

@@ -1,6 +1,6 @@
 """Disks for a running VM: plugged into its empty ports, read only, by QEMU's monitor, and taken out again.
 
-A disk has a name of the caller's, so that who comes second uses the one that is there.  QEMU serves one client of its
+A disk has a name of the caller's, so that a second caller uses the one that is there.  QEMU serves one client of its
 monitor at a time: whoever is connected has the ports for itself.
 """
 
@@ -20,7 +20,7 @@ from caisson.image.vm.qmp import QMP, QMPError
 #: Seconds for the monitor, with others before us.
 MONITOR_TIMEOUT = 30.0
 
-#: Seconds for a guest to let go of a disk, and between looks.
+#: Seconds for a guest to release a disk, and between looks.
 UNPLUG_TIMEOUT = 10.0
 POLL_INTERVAL = 0.05
 
@@ -43,7 +43,7 @@ def plug_disk(vm: VM, file: Path, name: str) -> str:
             if identity in devices:
                 return _path(port)
         empty = empty_port(monitor, vm.name)
-        # One that is left of a disk that the guest has let go of since.
+        # The block node of a disk that the guest has released since.
         with contextlib.suppress(QMPError):
             monitor.execute("blockdev-del", {"node-name": identity})
         opened = {"driver": "file", "filename": str(file), "read-only": True}
@@ -62,7 +62,7 @@ def unplug_unused(vm: VM, used: Callable[[], Container[str]]) -> None:
     """Take out the disks that are not among those that are used, by their names.
 
     ``used`` is asked when nobody can plug one in: who plugs a disk in says before that it is used.  A guest that does
-    not let go of a disk in time keeps it.  Raises VMError.
+    not release a disk in time keeps it.  Raises VMError.
     """
     with QMP(vm.directory / "qmp.sock", scaled(MONITOR_TIMEOUT)) as monitor:
         names = used()
@@ -87,7 +87,7 @@ def unplug_unused(vm: VM, used: Callable[[], Container[str]]) -> None:
 
 
 def empty_port(monitor: QMP, name: str) -> str:
-    """A port that nothing is plugged into.  Raises VMError when there is none."""
+    """Return a port that nothing is plugged into.  Raises VMError when there is none."""
     for port, devices in plugged(monitor).items():
         if not devices:
             return port
@@ -97,7 +97,7 @@ def empty_port(monitor: QMP, name: str) -> str:
 
 
 def unplugged(monitor: QMP, identity: str) -> bool:
-    """Wait for a device that was asked for; whether the guest has let go of it in time."""
+    """Wait for a device to be unplugged; True if the guest released it in time."""
     deadline = time.monotonic() + scaled(UNPLUG_TIMEOUT)
     while any(identity in devices for devices in plugged(monitor).values()):
         if time.monotonic() > deadline:
@@ -107,7 +107,7 @@ def unplugged(monitor: QMP, identity: str) -> bool:
 
 
 def plugged(monitor: QMP) -> dict[str, set[str]]:
-    """What is plugged into each port, by the names of devices.
+    """Return the ids of the devices that are plugged into each port.
 
     By QEMU's own objects: what query-pci says depends on how the guest numbers its buses.
     """

@@ -21,7 +21,7 @@ from caisson.image.vm.directory import VMDirectory
 from caisson.image.vm.errors import VMError
 from caisson.image.vm.sandbox import VIRTIOFSD, Confinement
 
-#: What there is without it.
+#: The way to share without virtiofsd.
 ELSE = "or share by 9p, which the lean image has: caisson boot-vm --share TAG=DIR"
 
 #: It drops the rest itself, as told by MODCAPS; who owns a file, and its set-ID bits, are the guest's to say.
@@ -35,7 +35,7 @@ READ_ONLY = 'mount --bind -- "$1" "$1" && mount -o remount,bind,ro -- "$1" && sh
 
 
 def command(directory: Path, fd: int, *, writable: bool) -> list[str]:
-    """The command that serves a directory on a listening socket; no guest can write to one that is read-only.
+    """Return the command that serves a directory on a listening socket; no guest can write to a read-only one.
 
     Raises VMError that says what to do instead.
     """
@@ -74,18 +74,18 @@ class Shares:
         self._sockets: dict[str, Path] = {}
 
     def answer(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        """What the supervisor is asked to do.  Raises VMError."""
+        """Do what control.sock asks for, and return the answer.  Raises VMError."""
         if "share" in question:
             tag, path = str(question["share"]), Path(str(question.get("path")))
             return {"socket": str(self._share(tag, path, bool(question.get("writable"))))}
         if "unshare" in question:
             self._end(str(question["unshare"]))
             return {}
-        raise VMError("supervisor: does not know what that is")
+        raise VMError("supervisor: the request is unknown; give share or unshare")
 
     def _share(self, tag: str, path: Path, writable: bool) -> Path:
         if tag in self.served:
-            raise VMError(f"something is shared as {tag!r} already: {self.served[tag][0]}")
+            raise VMError(f"{tag}: is in use for {self.served[tag][0]}")
         place = next(
             place
             for number in range(len(self._sockets) + 1)

@@ -1,4 +1,4 @@
-"""Saving a guest's state and bringing it back, by QEMU's migration, without its memory: that is a file of its own.
+"""Save and restore a guest's state by QEMU's migration, without its memory: that is a file of its own.
 
 The state goes through a Unix socket, which every QEMU takes and which its sandbox lets it have; `exec:` is denied there
 and `file:` came with 8.2.  Source: QEMU, docs/devel/migration (x-ignore-shared), qapi/migration.json.
@@ -53,7 +53,7 @@ def save(monitor: Path, scratch: Path, alive: Callable[[], bool]) -> bytes:
 def restore(
     monitor: Path, scratch: Path, state: bytes, alive: Callable[[], bool], plug: dict[str, Any] | None = None
 ) -> None:
-    """Have a QEMU that waits for it (-incoming defer) continue from a state.
+    """Restore a state into a QEMU that waits for it (-incoming defer), and run the guest.
 
     ``plug`` is a device that it gets before the guest runs on; the others are as above.  Raises VMError.
     """
@@ -76,7 +76,7 @@ def restore(
 
 
 def _connect(monitor: Path, alive: Callable[[], bool]) -> QMP:
-    """A connection to a QEMU that is starting."""
+    """Connect to a QEMU that is starting."""
     deadline = time.monotonic() + scaled(MIGRATION_TIMEOUT)
     while True:
         try:

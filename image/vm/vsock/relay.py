@@ -21,17 +21,17 @@ import socket
 from collections.abc import Awaitable, Callable
 
 #: Seconds for a client to say which port it wants.
-PATIENCE = 10.0
+CONNECT_TIMEOUT = 10.0
 
 #: `CONNECT 4294967295\r\n`
-LONGEST_LINE = 20
+MAX_LINE = 20
 
 #: What connect(2) says while the guest's driver is not up yet: then a client waits, as it does with our own device.
-NOT_YET = (errno.ETIMEDOUT, errno.ENODEV, errno.EHOSTUNREACH, errno.ENETUNREACH)
-AGAIN = 0.2
+DRIVER_NOT_READY = (errno.ETIMEDOUT, errno.ENODEV, errno.EHOSTUNREACH, errno.ENETUNREACH)
+RETRY_INTERVAL = 0.2
 
-#: Seconds between looks for sockets to which the guest may connect.
-LOOKING = 0.5
+#: Seconds between scans for sockets to which the guest may connect.
+SCAN_INTERVAL = 0.5
 
 BLOCK = 1 << 18
 
@@ -39,11 +39,11 @@ Dial = Callable[[int], Awaitable[socket.socket]]
 
 
 class HandshakeError(Exception):
-    """A client on the hybrid socket did not say what it should."""
+    """A client on the hybrid socket did not send a valid CONNECT line."""
 
 
 def dialler(cid: int) -> Dial:
-    """Connects to ports of a guest; raises OSError when that fails."""
+    """Return a function that connects to ports of a guest; it raises OSError."""
 
     async def dial(port: int) -> socket.socket:
         with contextlib.ExitStack() as stack:
@@ -56,32 +56,32 @@ def dialler(cid: int) -> Dial:
     return dial
 
 
-def hung_up(client: socket.socket) -> bool:
-    """Whether a client has closed its end altogether."""
+def is_closed(client: socket.socket) -> bool:
+    """Tell whether a client has closed its socket."""
     poll = select.poll()
     poll.register(client, 0)
     return bool(poll.poll(0))
 
 
-async def patiently(dial: Dial, port: int, client: socket.socket) -> socket.socket:
+async def dial_when_ready(dial: Dial, port: int, client: socket.socket) -> socket.socket:
     """Dial until the guest's driver is up, or the client has gone.  Raises OSError, too, when nobody listens there."""
     while True:
         try:
             return await dial(port)
         except OSError as error:
-            if error.errno not in NOT_YET or hung_up(client):
+            if error.errno not in DRIVER_NOT_READY or is_closed(client):
                 raise
-        await asyncio.sleep(AGAIN)
+        await asyncio.sleep(RETRY_INTERVAL)
 
 
 async def wanted_port(client: socket.socket) -> int:
-    """The port of the ``CONNECT <port>`` line, and no byte beyond it.  Raises HandshakeError."""
+    """Read the ``CONNECT <port>`` line, and no byte beyond it; returns the port.  Raises HandshakeError."""
     loop = asyncio.get_running_loop()
     line = b""
     while not line.endswith(b"\n"):
         byte = await loop.sock_recv(client, 1)
         line += byte
-        if not byte or len(line) > LONGEST_LINE:
+        if not byte or len(line) > MAX_LINE:
             raise HandshakeError
     word, _, number = line.strip().partition(b" ")
     if word != b"CONNECT" or not number.isdigit() or int(number) >= 0xFFFFFFFF:
@@ -98,16 +98,16 @@ async def pump(source: socket.socket, target: socket.socket) -> None:
 
 
 async def serve(client: socket.socket, port: int | None, dial: Dial) -> None:
-    """One connection, to its end: both directions have ended, or either side broke.  ``port`` None: it says which."""
+    """Serve one connection until both directions have ended, or either side breaks.  ``port`` None: it asks for one."""
     loop = asyncio.get_running_loop()
     with client, contextlib.ExitStack() as stack:
         try:
             hello = b""
             if port is None:
-                async with asyncio.timeout(PATIENCE):
+                async with asyncio.timeout(CONNECT_TIMEOUT):
                     port = await wanted_port(client)
                 hello = f"OK {port}\n".encode()
-            guest = stack.enter_context(await patiently(dial, port, client))
+            guest = stack.enter_context(await dial_when_ready(dial, port, client))
             await loop.sock_sendall(client, hello)
             await join(client, guest)
         except* (OSError, HandshakeError):
@@ -131,7 +131,7 @@ async def accept(listener: socket.socket, serve: Callable[[socket.socket], Await
         try:
             client, _ = await loop.sock_accept(listener)
         except OSError:  # no descriptor to spare: it waits in the listener's queue
-            await asyncio.sleep(AGAIN)
+            await asyncio.sleep(RETRY_INTERVAL)
             continue
         client.setblocking(False)
         task = asyncio.ensure_future(serve(client))
@@ -162,7 +162,7 @@ class HostPorts:
 
 
 def host_ports(cid: int) -> HostPorts:
-    """Those of the kernel, for a guest."""
+    """Return the kernel's host ports, for a guest."""
 
     def bind(port: int) -> socket.socket:
         with contextlib.ExitStack() as stack:
@@ -174,29 +174,29 @@ def host_ports(cid: int) -> HostPorts:
     return HostPorts(bind, lambda connection: connection.getpeername()[0] == cid)
 
 
-async def inward(hybrid: str, ports: HostPorts) -> None:
+async def serve_host_ports(hybrid: str, ports: HostPorts) -> None:
     """Join what the guest connects to on the host with whoever listens at ``hybrid``_<port>, until cancelled.
 
-    A port is taken while there is such a socket: it is looked for now and then, as nobody tells.
+    A port is bound while there is such a socket: the directory is scanned, as nothing announces one.
     """
     directory, name = os.path.split(hybrid)
-    taken: dict[int, asyncio.Task[None]] = {}
+    bound: dict[int, asyncio.Task[None]] = {}
     try:
         while True:
             entries = [entry.partition(f"{name}_") for entry in os.listdir(directory)]  # noqa: PTH208
             wanted = {int(port) for before, _, port in entries if not before and port.isdecimal()}
-            for port in wanted - taken.keys():
-                with contextlib.suppress(OSError):  # its turn comes
-                    taken[port] = asyncio.create_task(take_in(ports.bind(port), f"{hybrid}_{port}", ports))
-            for port in taken.keys() - wanted:
-                taken.pop(port).cancel()
-            await asyncio.sleep(LOOKING)
+            for port in wanted - bound.keys():
+                with contextlib.suppress(OSError):  # another VM has it: tried again
+                    bound[port] = asyncio.create_task(serve_host_port(ports.bind(port), f"{hybrid}_{port}", ports))
+            for port in bound.keys() - wanted:
+                bound.pop(port).cancel()
+            await asyncio.sleep(SCAN_INTERVAL)
     finally:
-        for task in taken.values():
+        for task in bound.values():
             task.cancel()
 
 
-async def take_in(listener: socket.socket, path: str, ports: HostPorts) -> None:
+async def serve_host_port(listener: socket.socket, path: str, ports: HostPorts) -> None:
     """Join what connects to a port of the host with a Unix socket, if it is from our guest."""
     loop = asyncio.get_running_loop()
 
@@ -222,7 +222,7 @@ async def relay(
     """
     async with asyncio.TaskGroup() as group:
         if ports:
-            group.create_task(inward(hybrid, ports))
+            group.create_task(serve_host_ports(hybrid, ports))
         group.create_task(listen(hybrid, None, dial))
         for path, port in raw.items():
             group.create_task(listen(path, port, dial))
@@ -231,7 +231,7 @@ async def relay(
 
 
 async def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="relay", description="Unix sockets that lead to a guest's vsock ports.")
     parser.add_argument("--cid", type=int, required=True)
     parser.add_argument("--socket", required=True)

@@ -21,11 +21,11 @@ Accepted = Callable[[socket.socket], None]
 
 
 class HostError(Exception):
-    """A socket cannot be made; the sentence says which and why."""
+    """A socket cannot be made; the text says which and why."""
 
 
 class UnixListener:
-    """A Unix socket, mode 0600, that hands on what connects.  While ``has_room`` says no, they wait in its backlog."""
+    """A Unix socket, mode 0600, that accepts while ``has_room``; the rest waits in its backlog."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class Handshakes:
         self.count = 0
 
     def begin(self, sock: socket.socket) -> None:
-        """Take a socket that has just connected."""
+        """Read the CONNECT line of a socket that has just connected."""
         self.count += 1
         fd = sock.fileno()
         sock.setblocking(False)
@@ -145,7 +145,7 @@ class Handshakes:
 
 
 def parse(line: bytes) -> int | None:
-    """The port of a CONNECT line; None if it is not one."""
+    """Parse a CONNECT line; returns the port, None for any other line."""
     word, _, number = line.rstrip(b"\r\n").partition(b" ")
     if word != b"CONNECT" or not number.isdigit() or len(number) > 10:
         return None
@@ -154,7 +154,7 @@ def parse(line: bytes) -> int | None:
 
 
 def bind(path: str) -> socket.socket:
-    """A listening Unix socket, in place of one that a killed process left.  Raises HostError."""
+    """Return a listening Unix socket, in place of one that a killed process left.  Raises HostError."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.setblocking(False)
     before = os.umask(0o177)

@@ -46,7 +46,7 @@ class Memory:
         regions = []
         for (guest, size, user, offset), fd in zip(table, fds, strict=True):
             if size == 0 or guest + size > 1 << 64 or user + size > 1 << 64:
-                raise GuestAddressError(f"memory region at {guest:#x} of {size:#x} bytes makes no sense")
+                raise GuestAddressError(f"memory region at {guest:#x} of {size:#x} bytes is not valid")
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):
                 raise GuestAddressError(f"memory region at {guest:#x} is not in a file")
@@ -62,7 +62,7 @@ class Memory:
         return cls(regions)
 
     def view(self, address: int, length: int) -> memoryview:
-        """The bytes at a guest address, inside one region; raises GuestAddressError."""
+        """Return the bytes at a guest address, inside one region.  Raises GuestAddressError."""
         region = self._last
         offset = address - region.guest
         if offset >= 0 and offset + length <= region.size:
@@ -75,7 +75,7 @@ class Memory:
         raise GuestAddressError(f"{length:#x} bytes at guest address {address:#x} are not in the guest's memory")
 
     def views(self, address: int, length: int) -> list[memoryview]:
-        """The bytes at a guest address, also across adjacent regions (hot-plugged memory); raises GuestAddressError."""
+        """Return the bytes at a guest address, across adjacent regions (plugged memory).  Raises GuestAddressError."""
         found = []
         end = address + length
         for region in self._regions:
@@ -89,7 +89,7 @@ class Memory:
         return found
 
     def ring(self, user: int, length: int) -> memoryview:
-        """The bytes at an address of QEMU's, inside one region; raises GuestAddressError."""
+        """Return the bytes at an address of QEMU's, inside one region.  Raises GuestAddressError."""
         for region in self._regions:
             offset = user - region.user
             if offset >= 0 and offset + length <= region.size:

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None, limits: DeviceLimits | None = None) 
     if sys.byteorder != "little":
         log("virtio is little-endian, this machine is not")
         return 2
-    more_descriptors()
+    raise_descriptor_limit()
     try:
         control = socket.socket(fileno=options.fd) if options.listen is None else accepted(options.listen)
     except OSError as error:
@@ -83,7 +83,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def accepted(path: str) -> socket.socket:
-    """The first connection to a Unix socket of this path, which is gone then.  Raises OSError."""
+    """Accept the first connection to a Unix socket of this path, and remove the socket.  Raises OSError."""
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(path)
         try:
@@ -108,7 +108,7 @@ def raw(text: str) -> tuple[str, int]:
 
 
 def announce(fd: int) -> None:
-    """Say that the sockets listen."""
+    """Announce that the sockets listen."""
     try:
         os.write(fd, b"\n")
         os.close(fd)
@@ -116,15 +116,15 @@ def announce(fd: int) -> None:
         raise HostError(f"--ready-fd {fd}: {error.strerror}") from None
 
 
-def more_descriptors() -> None:
-    """Each connection is a descriptor: use all that we may."""
+def raise_descriptor_limit() -> None:
+    """Raise the limit of descriptors: each connection is one."""
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 8192 if hard == resource.RLIM_INFINITY else min(8192, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def watch_signals(loop: Loop, device: VsockDevice) -> None:
-    """Signals as events: a handler between two byte codes of anything else would find it half done."""
+    """Turn signals into events: a handler between two byte codes of anything else would find it half done."""
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def ready(mask: int) -> None:

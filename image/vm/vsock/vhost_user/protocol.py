@@ -41,7 +41,7 @@ MAX_FDS = 32
 
 
 class VhostUserError(Exception):
-    """The front end sent what cannot be understood; ``fatal`` if nothing after it can be either."""
+    """The front end sent an invalid message; ``fatal`` if the stream cannot be followed any further."""
 
     def __init__(self, text: str, *, fatal: bool = False) -> None:
         super().__init__(text)
@@ -60,7 +60,7 @@ class VhostUserMessage:
         self.fds = fds
 
     def unpack(self, form: struct.Struct) -> tuple[int, ...]:
-        """The payload as numbers; raises VhostUserError for another length."""
+        """Unpack the payload.  Raises VhostUserError for another length."""
         if len(self.payload) != form.size:
             raise VhostUserError(f"request {self.request} with {len(self.payload)} bytes instead of {form.size}")
         return form.unpack(self.payload)
@@ -83,7 +83,7 @@ class Channel:
         return self._sock.fileno()
 
     def receive(self) -> VhostUserMessage | None:
-        """The next message, or None until more arrives.  Raises EOFError when the front end is gone, VhostUserError."""
+        """Return the next message, None until more arrives.  Raises EOFError at the end, VhostUserError."""
         while True:
             wanted = HEADER.size
             if len(self._data) >= wanted:
@@ -102,7 +102,7 @@ class Channel:
                 return None
 
     def reply(self, message: VhostUserMessage, payload: bytes) -> None:
-        """Answer a request.  Raises VhostUserError if the front end does not take it."""
+        """Send a reply.  Raises VhostUserError if the front end does not read it."""
         data = HEADER.pack(message.request, VERSION | REPLY, len(payload)) + payload
         try:
             sent = self._sock.send(data, socket.MSG_NOSIGNAL)

@@ -62,7 +62,7 @@ class Session:
         loop.add(channel.fileno(), select.EPOLLIN, self._ready, self._broken)
 
     def close(self) -> None:
-        """Stop the rings, let go of the guest's memory and of QEMU."""
+        """Stop the rings, unmap the guest's memory and close the control socket."""
         for ring in (self._device.rx, self._device.tx):
             self._stop(ring)
         self._memory = Memory()
@@ -95,7 +95,7 @@ class Session:
             message.close()
 
     def _broken(self, error: Exception) -> None:
-        """QEMU and we do not understand each other: no guess at what it meant."""
+        """Stop: after a broken message nothing can be known of the next."""
         self._log(f"the control socket: {error if isinstance(error, VhostUserError) else describe(error)}")
         self._loop.stop(1)
 
@@ -219,7 +219,7 @@ class Session:
         return ring, message.fds.pop()
 
     def _start(self, ring: Ring) -> None:
-        """A ring runs when it has a kick descriptor and is enabled, or cannot be disabled (no PROTOCOL_FEATURES)."""
+        """Start a ring that has a kick descriptor and is enabled, or cannot be disabled (no PROTOCOL_FEATURES)."""
         enabled = ring.enabled or not self._features & protocol.F_PROTOCOL_FEATURES
         if ring.kick >= 0 and enabled and not ring.running:
             self._device.start(
@@ -237,7 +237,7 @@ class Session:
 
 
 def nonblocking(fd: int) -> int:
-    """The descriptor, made so that no write to it waits.  QEMU's eventfds are like that already."""
+    """Make a descriptor non-blocking, and return it.  QEMU's eventfds are already."""
     if fd >= 0:
         os.set_blocking(fd, False)
     return fd

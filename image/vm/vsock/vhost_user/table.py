@@ -77,7 +77,7 @@ class ConnectionTable:
         connection.accept(host_port)
 
     def resume(self) -> None:
-        """Both virtqueues run: connect what has waited for that."""
+        """Connect what has waited for both virtqueues to run."""
         self.running = True
         waiting, self._waiting = self._waiting, {}
         for connection in waiting:
