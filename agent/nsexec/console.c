@@ -1,6 +1,7 @@
 /*
  * console.c: the terminal of a process, and /dev/null as its stdio.  Both come from the container's /dev, which is the
- * image's or a bind mount: each node is verified to be the expected device before it is opened (CVE-2025-31133, -52565).
+ * image's or a bind mount: each node is verified to be the expected device before it is opened (CVE-2025-31133,
+ * -52565).
  */
 #define _GNU_SOURCE
 #include <errno.h>

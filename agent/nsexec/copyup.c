@@ -1,8 +1,8 @@
 /*
  * copyup.c: fill a tmpfs with the content of the directory that it will cover (mount option tmpcopyup).
  *
- * By descriptors only, and without following symbolic links.  Owners, modes, times and device numbers are kept; hard links
- * become separate files, extended attributes are not copied.  The size of the tmpfs is the limit.
+ * By descriptors only, and without following symbolic links.  Owners, modes, times and device numbers are kept; hard
+ * links become separate files, extended attributes are not copied.  The size of the tmpfs is the limit.
  */
 #define _GNU_SOURCE
 #include <dirent.h>

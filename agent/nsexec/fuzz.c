@@ -100,8 +100,8 @@ int main(int argc, char **argv)
 			return 2;
 		for (long changes = random() % 6; changes >= 0; changes--) {
 			size_t at = (size_t)random() % size;
-			static const uint16_t words[] = {0,	 1,	2,     3,     4,     5,	    0x7fff,
-							 0xffff, 27281, 27290, 27350, 27400, 27414, 27428};
+			static const uint16_t words[] = {0,	1,     2,     3,     4,	    5,	   0x7fff, 0xffff,
+							 27281, 27288, 27290, 27350, 27351, 27400, 27414,  27436};
 
 			if (random() % 3 == 0)
 				input[at] = (uint8_t)random();

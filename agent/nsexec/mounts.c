@@ -194,7 +194,7 @@ static int new_filesystem(int root, const struct mount_step *step)
 	return mount;
 }
 
-/* Open or create the target.  It is never the root itself, nor in procfs, but for files that may be mounted over there. */
+/* Open or create the target: never the root itself, nor in procfs, but for files that may be mounted over there. */
 static int mount_target(int root, const struct mount_step *step, bool directory)
 {
 	struct stat root_stat, st;

@@ -32,7 +32,7 @@ static const struct namespace_name *find_name(const char *name, size_t length)
 	return NULL;
 }
 
-/* Open the whole list "type:path,type:path" before joining the first: the paths are those of the runtime's namespaces. */
+/* Open the whole list "type:path,type:path" before joining the first: the paths are of the runtime's namespaces. */
 void open_namespaces(const struct bootstrap *boot, struct namespace_files *files)
 {
 	char path[PATH_MAX];

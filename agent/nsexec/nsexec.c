@@ -16,21 +16,23 @@
  *      |<- procHooks (sync) --------------------------------------------------------------|
  *      |-- 1 byte, after the runtime's hooks -------------------------------------------->| pivot_root, devices …
  *      |<- pty master (console) ----------------------------------------------------------| user, capabilities
+ *      |<- procSeccomp (sync), if the filter has a listener ------------------------------|
+ *      |-- 1 byte, after pidfd_getfd ---------------------------------------------------->| close it
  *      |<- procReady (sync) --------------------------------------------------------------|
- *      |-- exec.fifo is opened, or the start socket connected to (joined pid namespace) -->| startContainer hooks
+ *      |-- exec.fifo is opened, or the start socket connected to (joined pidns) --------->| startContainer hooks
  *      |<- EOF, or procError (sync) ------------------------------------------------------| execve
  *
  * Stage 1 exists only where a process is needed in between: the maps of a user namespace are written from outside, time
  * offsets before the first process enters, and the descriptor of a cgroup to start in must not be seen by other members
  * of a joined pid or user namespace.  Without it, stage 0 clones stage 2 with all new namespaces at once.
  *
- * Members of a joined pid namespace see a new process from its first moment, and with CAP_SYS_PTRACE control it, dumpable
- * or not (CVE-2016-9962).  So a pid namespace is entered last: the last stage outside executes the whole plan
- * (setup_before_pidns), and stage 2 (late_child_main) starts with the container's root, user and capabilities, its stdio
- * and the sync socket, and has only to execute the program.
+ * Members of a joined pid namespace see a new process from its first moment, and with CAP_SYS_PTRACE control it,
+ * dumpable or not (CVE-2016-9962).  So a pid namespace is entered last: the last stage outside executes the whole plan
+ * (setup_before_pidns), and stage 2 (late_child_main) starts with the container's root, user and capabilities, its
+ * stdio and the sync socket, and has only to execute the program.
  *
- * All stages are children of the runtime (CLONE_PARENT).  The stage that clones another one sends its pid and a pidfd to
- * the runtime before the new one may run; if it dies before that, the new one exits.
+ * All stages are children of the runtime (CLONE_PARENT).  The stage that clones another one sends its pid and a pidfd
+ * to the runtime before the new one may run; if it dies before that, the new one exits.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -49,7 +51,7 @@
 #define LIMIT_PLAN (1u << 20)
 #define LIMIT_STRINGS ((2u << 20) - 4096)
 
-/* Words between stage 0 and stage 1: runc's enum sync_t (libcontainer/nsenter/nsexec.c), with PIDS_SENT for its pid exchange. */
+/* Words between stage 0 and stage 1: runc's enum sync_t (libcontainer/nsenter/nsexec.c), without its pid exchange. */
 enum sync_word {
 	USERMAP_PLS = 0x40,
 	USERMAP_ACK = 0x41,

@@ -1,10 +1,11 @@
 /*
  * nsexec.h: declarations shared by the parts of nsexec.
  *
- * The runtime (libcontainer, in Python) starts nsexec once for each process of a container.  nsexec reads three messages
- * from the init socket (bootstrap, plan, argv and envp), joins and creates namespaces, executes the plan's steps in order
- * and becomes the container's process.  Policy is the runtime's: nsexec only executes.  It allocates no memory, parses no
- * text but numbers in its environment and id maps, and exits at the first failure, reported as {step, path, errno}.
+ * The runtime (libcontainer, in Python) starts nsexec once for each process of a container.  nsexec reads three
+ * messages from the init socket (bootstrap, plan, argv and envp), joins and creates namespaces, executes the plan's
+ * steps in order and becomes the container's process.  Policy is the runtime's: nsexec only executes.  It allocates no
+ * memory, parses no text but numbers in its environment and id maps, and exits at the first failure, reported as
+ * {step, path, errno}.
  */
 #ifndef NSEXEC_H
 #define NSEXEC_H

@@ -66,8 +66,8 @@ static bool follow_link(int dir, const char *name, char path[PATH_MAX], size_t p
 }
 
 /*
- * Walk down `path` once, creating what is missing.  Returns the directory, -1 and errno, or LINK after `path` was changed
- * at a dangling link.
+ * Walk down `path` once, creating what is missing.  Returns the directory, -1 and errno, or LINK after `path` was
+ * changed at a dangling link.
  */
 #define LINK (-2)
 static int walk_and_make(int root, char path[PATH_MAX], unsigned mode)

@@ -1,8 +1,8 @@
 /*
  * plan.c: decoding of bootstrap and plan, completely checked before anything is executed.
  *
- * Types of the bootstrap are runc's (27281-27290, libcontainer/message_linux.go) and one of our own; steps of a plan are
- * declared in nsexec.h.  Unknown, duplicate, misplaced or malformed attributes are errors.
+ * Types of the bootstrap are runc's (27281-27290, libcontainer/message_linux.go) and one of our own; steps of a plan
+ * are declared in nsexec.h.  Unknown, duplicate, misplaced or malformed attributes are errors.
  */
 #define _GNU_SOURCE
 #include <errno.h>

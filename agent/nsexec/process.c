@@ -1,6 +1,6 @@
 /*
- * process.c: the last part of a plan: limits, LSM label, seccomp filter, user, capabilities, working directory and program;
- * then procReady, the wait to be started, and execve.
+ * process.c: the last part of a plan: limits, LSM label, seccomp filter, user, capabilities, working directory and
+ * program; then procReady, the wait to be started, and execve.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -42,8 +42,8 @@ static const char *limit_name(uint32_t resource)
 }
 
 /*
- * Raise hard limits in stage 0, which has CAP_SYS_RESOURCE in the runtime's user namespace.  The exact values, which may be
- * too small for nsexec itself, are set last.
+ * Raise hard limits in stage 0, which has CAP_SYS_RESOURCE in the runtime's user namespace.  The exact values, which
+ * may be too small for nsexec itself, are set last.
  */
 void raise_hard_limits(const struct plan *plan)
 {
@@ -122,7 +122,7 @@ static bool has_listener(const struct plan *plan)
 	return (flags & SECCOMP_NEW_LISTENER) != 0;
 }
 
-/* Change to the working directory, resolved without magic links such as /proc/self/fd/N (CVE-2024-21626).  0 or errno. */
+/* Change to the working directory, without magic links such as /proc/self/fd/N (CVE-2024-21626).  0 or errno. */
 static int enter_cwd(int root, const char *path, bool make)
 {
 	int fd = make ? make_directory_in(root, path, 0755) : open_in(root, path, O_PATH | O_DIRECTORY, 0);
@@ -351,7 +351,7 @@ static int accept_start(int gate)
 	}
 }
 
-/* Wait to be started: in a joined pid namespace with nothing of the host but a socket.  Then the starter is reported to. */
+/* Wait to be started, in a joined pid namespace with nothing of the host but a socket; then report to the starter. */
 static void wait_for_start(struct context *ctx)
 {
 	struct channels *fds = &ctx->fds;
@@ -375,7 +375,7 @@ void wait_for_runtime(int sync)
 		_exit(1); /* the runtime has exited, or closed the socket */
 }
 
-/* Everything that needs privileges, or must not be done in view of the pid namespace.  It ends with the container's own. */
+/* Do what needs privileges, or must not be done in view of the pid namespace; then have the container's own. */
 void prepare_process(struct context *ctx)
 {
 	const struct plan *plan = &ctx->plan;
@@ -395,9 +395,10 @@ void prepare_process(struct context *ctx)
 }
 
 /*
- * The filter is loaded last, so that it need permit only execve, and write for an error.  Two kinds cannot wait: without
- * no_new_privs it needs CAP_SYS_ADMIN, which a process that waits to be started must not have; and its listener must reach
- * the runtime while there is one.  They must permit what follows in run_program, of system calls that all profiles know.
+ * The filter is loaded last, so that it need permit only execve, and write for an error.  Two kinds cannot wait:
+ * without no_new_privs it needs CAP_SYS_ADMIN, which a process that waits to be started must not have; and its
+ * listener must reach the runtime while there is one.  They must permit what follows in run_program, of system calls
+ * that all profiles know.
  */
 static bool needs_early_filter(const struct plan *plan)
 {

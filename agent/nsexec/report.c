@@ -1,6 +1,7 @@
 /*
- * report.c: progress and errors.  JSON lines on the log pipe (best effort), and on the sync socket a packet for each point
- * of progress and one for the error that ended nsexec.  Paths come from images: everything is escaped and bounded.
+ * report.c: progress and errors.  JSON lines on the log pipe (best effort), and on the sync socket a packet for each
+ * point of progress and one for the error that ended nsexec.  Paths come from images: everything is escaped and
+ * bounded.
  *
  * Where reports go is the one state of the whole program: any function may fail.
  */
@@ -136,7 +137,7 @@ void report_progress(const char *what)
 		_exit(1);
 }
 
-/* Tell whoever opened the gate that the process goes on; errors are reported there now, and its end of file is execve. */
+/* Tell whoever opened the gate that the process goes on; errors are reported there now, and EOF is execve. */
 void report_started(int gate)
 {
 	sync_fd = gate;

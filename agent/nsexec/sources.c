@@ -1,9 +1,9 @@
 /*
  * sources.c: sources of bind mounts that stage 0 opens, with the rights of the runtime.
  *
- * The root of a user namespace may not reach the source of a bind mount (a directory of mode 0700 above it), nor map its
- * owners: mount_setattr(2) with MOUNT_ATTR_IDMAP wants CAP_SYS_ADMIN over the file system.  So stage 0 clones the mount,
- * detached, and stage 2, which inherits the descriptor, attaches it.  Elsewhere stage 2 opens sources itself.
+ * The root of a user namespace may not reach the source of a bind mount (a directory of mode 0700 above it), nor map
+ * its owners: mount_setattr(2) with MOUNT_ATTR_IDMAP wants CAP_SYS_ADMIN over the file system.  So stage 0 clones the
+ * mount, detached, and stage 2, which inherits the descriptor, attaches it.  Elsewhere stage 2 opens sources itself.
  */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -177,6 +177,21 @@ def test_writes_through_an_id_mapped_mount_have_the_owner_on_disk(box: Box, moun
     assert ((mounted / "written").stat().st_uid, (mounted / "written").stat().st_gid) == (0, 0)
 
 
+def test_idmap_by_the_user_namespace_that_is_joined(box: Box, mounted: Path) -> None:
+    owned(mounted / "file", 7)
+
+    async def work() -> tuple[int, str, str]:
+        other = await box.running(in_userns(config("sleep", "1000")))
+        value = with_mount("/mnt", mounted, "idmap")
+        value["process"]["args"] = ["stat", "-c", "%u", "/mnt/file"]
+        value["linux"]["namespaces"] += [{"type": "user", "path": f"/proc/{other.child.pid}/ns/user"}]
+        value["mounts"] = [mount for mount in value["mounts"] if mount["destination"] != "/sys"]
+        box.fifo = box.path / "second.fifo"
+        return await box.output(value)
+
+    assert box.run(work()) == (0, "7\n", "")
+
+
 def test_idmap_needs_mappings(box: Box, source: Path) -> None:
     with pytest.raises(SpecError, match=r"mounts\[4\]\.options: idmap needs"):
         box.run(box.output(with_mount("/mnt", source, "idmap")))

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from caisson.agent.base.syscalls import umount2
 from caisson.agent.libcontainer.config.reader import SpecError
-from caisson.agent.libcontainer.config.spec import IdMapping, Linux, Spec
+from caisson.agent.libcontainer.config.spec import IdMapping, Linux, Mount, Spec
 from caisson.agent.libcontainer.plan import plan, users
 from tests.native.nsexec_support import Box, children, config
 
@@ -88,6 +89,23 @@ def test_one_id_without_privileges(box: Box, nsexec_path: Path) -> None:
     status, out, said = run(box, nsexec_path, spec, setgroups=False)
     assert (status, said) == (0, b'{"type":"procReady"}')
     assert out.split() == ["0", "0", str(USER), "1", "deny"]
+
+
+@pytest.mark.parametrize("options", [["ro"], ["remount", "ro"], ["ro", "suid"]])
+def test_flags_that_its_user_namespace_has_locked_are_kept(box: Box, nsexec_path: Path, options: list[str]) -> None:
+    source = box.path / "mounted"
+    source.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "nosuid,nodev,noexec,mode=755", "tmpfs", source], check=True)
+    try:
+        spec = rootless("grep ' /mnt ' /proc/self/mounts", [{"containerID": 0, "hostID": USER, "size": 1}])
+        mount = Mount(destination="/mnt", type="bind", source=str(source), options=("bind", *options))
+        _, out, said = run(box, nsexec_path, spec.but(mounts=(*spec.mounts, mount)), setgroups=False)
+    finally:
+        umount2(str(source), 2)
+    if "suid" in options:  # cannot be had, and must not be ignored
+        assert b'"step":"mount","path":"/mnt","errno":1' in said
+    else:
+        assert {"ro", "nosuid", "nodev", "noexec"} <= set(out.split()[3].split(","))
 
 
 def test_more_ids_by_newuidmap_and_newgidmap(box: Box, nsexec_path: Path) -> None:
