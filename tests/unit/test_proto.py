@@ -226,3 +226,13 @@ def test_the_first_answer_needs_neither_the_other_generation_nor_the_whole_api()
 def test_generated_modules_are_up_to_date() -> None:
     generate.ensure()
     assert not generate.outdated()
+
+
+def test_an_agent_has_nothing_of_the_later_generation_before_a_host_speaks_it() -> None:
+    code = """if True:
+        import sys
+        import caisson.agent.services
+        assert not [name for name in sys.modules if "kata3" in name]
+        import caisson.agent.api.kata3.services
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
