@@ -15,7 +15,10 @@ from caisson.image.parent_death import session_killed_with_parent
 from caisson.image.programs import package_of, search_path
 
 #: What is passed on of the caller's environment: where things are, and how the network is reached.
-KEPT = re.compile(r"PATH|HOME|TMPDIR|XDG_\w+_HOME|PIP_\w+|(?i:https?|ftp|all|no)_(?i:proxy)|(?:REQUESTS|SSL|CURL)_C\w+")
+INHERITED = re.compile(
+    r"PATH|HOME|TMPDIR|XDG_\w+_HOME|PIP_\w+"
+    r"|(?i:https?|ftp|all|no)_(?i:proxy)|(?:REQUESTS|SSL|CURL)_C\w+"
+)
 
 
 class MissingProgram(ImageError):
@@ -49,7 +52,7 @@ def run(
     with what it wrote to stderr; 128+n is the status of one that signal n ended.
     """
     words = [os.fspath(word) for word in argv]
-    settings = {name: value for name, value in os.environ.items() if KEPT.fullmatch(name)}
+    settings = {name: value for name, value in os.environ.items() if INHERITED.fullmatch(name)}
     settings |= {"PATH": search_path(), "LC_ALL": "C.UTF-8", **(env or {})}
     if shutil.which(words[0], path=settings["PATH"]) is None:
         raise MissingProgram(words[0])

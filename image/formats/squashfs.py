@@ -17,7 +17,7 @@ from typing import IO
 from caisson.image.errors import ImageError
 from caisson.image.formats.tree import Extent, Node, Tree, text
 from caisson.image.programs import which
-from caisson.image.run import KEPT, CommandFailed, MissingProgram
+from caisson.image.run import INHERITED, CommandFailed, MissingProgram
 
 PROGRAM = "sqfstar"
 OPTIONS = ("-quiet", "-no-progress", "-noI", "-noId", "-noD", "-noF", "-noX", "-reproducible", "-mkfs-time", "0")
@@ -60,7 +60,7 @@ def write_squashfs(
     if program is None:
         raise MissingProgram(PROGRAM)
     words = [program, *OPTIONS, str(target)]
-    environment = {name: value for name, value in os.environ.items() if KEPT.fullmatch(name)}
+    environment = {name: value for name, value in os.environ.items() if INHERITED.fullmatch(name)}
     with subprocess.Popen(
         words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:

@@ -232,7 +232,9 @@ async def test_guest_connects_to_ports_of_the_host(tmp_path: Path, monkeypatch: 
 
     (tmp_path / "h_other").touch()
     async with await asyncio.start_unix_server(echo, str(tmp_path / "h_5000")):
-        task = asyncio.create_task(relay.serve_host_ports(str(tmp_path / "h"), relay.HostPorts(bind, lambda _: ours[0])))
+        task = asyncio.create_task(
+            relay.serve_host_ports(str(tmp_path / "h"), relay.HostPorts(bind, lambda _: ours[0]))
+        )
         waiting = asyncio.create_task(exchange())
         done, _ = await asyncio.wait([waiting], timeout=0.1)
         assert not done

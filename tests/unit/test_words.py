@@ -68,11 +68,7 @@ VAGUE = ("PATIENCE", "LOOKING", "WAITING", "KEPT", "STARTING")
 PENDING: dict[str, set[str]] = {}
 
 #: Constants of a vague name that are still there; and a state of a connection, which waits for the guest's driver.
-PENDING_VAGUE = {
-    ("image.run", "KEPT"),
-    ("image.vm.vsock.relay", "LOOKING"),
-    ("image.vm.vsock.relay", "PATIENCE"),
-}
+PENDING_VAGUE: set[tuple[str, str]] = set()
 STATES = {("image.vm.vsock.vhost_user.connection", "WAITING")}
 
 #: Modules that had a name of our own → the field's.
