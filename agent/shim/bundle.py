@@ -1,0 +1,97 @@
+"""A container's bundle: its configuration, the pod that it belongs to, and what the shim has recorded in it.
+
+The record is what `delete` works from after a shim was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from caisson.agent.base.record import Record
+from caisson.agent.shim.launch import group_of
+
+#: The shim's own file in a bundle.
+RECORD = "caisson.json"
+
+#: Annotations that CRI plugins set on containers of a pod.
+CONTAINER_TYPE = "io.kubernetes.cri.container-type"
+SANDBOX_MEMORY = "io.kubernetes.cri.sandbox-memory"
+
+
+class ProcessId(Record):
+    """A process that cannot be mistaken for another: its pid, and when it was started (clock ticks since boot)."""
+
+    pid: int
+    start_time: int
+
+    @classmethod
+    def of(cls, pid: int) -> ProcessId:
+        """Return that of a running process.  Raises OSError."""
+        return cls(pid, _start_time(pid))
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        try:
+            return _start_time(self.pid) == self.start_time
+        except OSError:
+            return False
+
+
+class BundleRecord(Record):
+    """What `delete` needs: the pod, its VM, its directory, and the processes of the host's side."""
+
+    sandbox: str
+    owner: bool  # whether the VM ends with this container
+    machine: str
+    directory: str
+    shim: ProcessId
+    holder: ProcessId
+
+
+class Bundle:
+    """A bundle's directory."""
+
+    def __init__(self, path: str | Path, container_id: str) -> None:
+        self.path = Path(path)
+        self.id = container_id
+
+    def config(self) -> dict[str, Any]:
+        """Read config.json.  Raises OSError or ValueError."""
+        document = json.loads((self.path / "config.json").read_bytes())
+        if not isinstance(document, dict):
+            raise ValueError(f"{self.path / 'config.json'}: not an object")
+        return document
+
+    @property
+    def sandbox(self) -> str:
+        """The id of the pod, which is the container's own outside of pods."""
+        return group_of(str(self.path)) or self.id
+
+    def write(self, record: BundleRecord) -> None:
+        """Store the record, whole or not at all.  Raises OSError."""
+        document = {**vars(record), "shim": vars(record.shim), "holder": vars(record.holder)}
+        passing = self.path / f".{RECORD}"
+        passing.write_text(json.dumps(document))
+        passing.replace(self.path / RECORD)
+
+    def read(self) -> BundleRecord | None:
+        """Return the record; None where there is none, or it makes no sense."""
+        try:
+            document = json.loads((self.path / RECORD).read_text())
+            processes = {name: ProcessId(**document.pop(name)) for name in ("shim", "holder")}
+            return BundleRecord(**document, **processes)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return None
+
+
+def _start_time(pid: int) -> int:
+    """Field 22 of /proc/PID/stat: proc(5).  The command may contain spaces and parentheses."""
+    with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123
+        fields = file.read().rpartition(b")")[2].split()
+    if fields[0] == b"Z":
+        raise ProcessLookupError(3, os.strerror(3))
+    return int(fields[19])

@@ -1,0 +1,45 @@
+"""Errors of the shim, with the status that containerd's clients expect.
+
+Source: containerd, pkg/errdefs (gRPC's codes by kind).
+"""
+
+from __future__ import annotations
+
+from caisson.agent.rpc.codes import StatusCode
+from caisson.agent.rpc.ttrpc.client import RpcError
+
+
+class ShimError(Exception):
+    """A request that cannot be fulfilled."""
+
+    def __init__(self, code: StatusCode, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def not_found(what: str) -> ShimError:
+    """Return the error for a container or process that is not known."""
+    return ShimError(StatusCode.NOT_FOUND, f"{what}: not found")
+
+
+def wrong_state(text: str) -> ShimError:
+    """Return the error for a request that does not fit the state of a process."""
+    return ShimError(StatusCode.FAILED_PRECONDITION, text)
+
+
+def status_of(error: Exception) -> tuple[StatusCode, str] | None:
+    """Return the status and text of an error; None for a bug."""
+    from caisson.agent.shim.machines import MachineError
+    from caisson.agent.shim.mounts import MountError
+    from caisson.agent.shim.network import NetworkError
+    from caisson.agent.shim.spec import UnsupportedSpec
+
+    if isinstance(error, ShimError):
+        return error.code, str(error)
+    if isinstance(error, RpcError):
+        return error.code, error.text
+    if isinstance(error, UnsupportedSpec):
+        return StatusCode.INVALID_ARGUMENT, str(error)
+    if isinstance(error, (MachineError, MountError, NetworkError, OSError)):
+        return StatusCode.UNKNOWN, str(error)
+    return None

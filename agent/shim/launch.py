@@ -1,0 +1,155 @@
+"""The shim's command line: ``-namespace NS -address SOCKET -publish-binary PROGRAM -id ID [-bundle DIR] start|delete``.
+
+``start`` is on the way of every `docker run`, so this module imports next to nothing: it binds the socket, forks, and
+prints the address while the server still imports.  Source: containerd, core/runtime/v2/README.md.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any, NoReturn
+
+#: Where containerd's own shims have their sockets: root's alone, and short enough for sockaddr_un.
+SOCKET_DIRECTORY = "/run/containerd/s"
+
+#: Annotations of config.json that name the pod of a container, whose shim serves it, too.
+GROUPS = ("io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id")
+
+#: Connections that wait until the server has imported what it needs.
+BACKLOG = 128
+
+#: Tag of field 1, length-delimited: instance_id of a BootstrapParams, type_url of an Any.
+_FIRST_STRING = 0x0A
+
+
+class Arguments:
+    """What containerd says on the command line, in Go's syntax: one dash or two, `-name value` or `-name=value`."""
+
+    def __init__(self, words: Sequence[str], environment: Any = os.environ) -> None:
+        """Raises ValueError for a flag that is not known or lacks its value."""
+        self.id = ""
+        self.namespace = environment.get("NAMESPACE", "")
+        self.address = environment.get("GRPC_ADDRESS", "")
+        self.publish_binary = ""
+        self.bundle = ""
+        self.debug = self.version = self.info = False
+        self.action = ""
+        left = list(words)
+        while left:
+            word = left.pop(0)
+            if not word.startswith("-"):
+                self.action = word
+                continue
+            name, equals, value = word.lstrip("-").partition("=")
+            if name in ("debug", "version", "info", "v"):
+                setattr(self, "version" if name == "v" else name, value != "false")
+            elif name in ("id", "namespace", "address", "publish-binary", "bundle", "socket"):
+                if not equals:
+                    if not left:
+                        raise ValueError(f"-{name}: needs a value")
+                    value = left.pop(0)
+                setattr(self, name.replace("-", "_"), value)
+            else:
+                raise ValueError(f"-{name}: unknown flag; this program is called by containerd")
+
+
+def start(arguments: Arguments, serve: Callable[[socket.socket, bytes, Arguments], None]) -> None:
+    """Print the address of the shim that serves a container, started first unless it serves its pod already.
+
+    ``serve`` runs in the new process until all containers are deleted; it gets the listening socket, and the runtime
+    options as they came on standard input.  Raises OSError.
+    """
+    options = b"" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read()
+    path = socket_path(arguments, group_of(os.getcwd()) or arguments.id)
+    if not _serves(path):
+        listener = _bind(path)
+        if os.fork() == 0:
+            _become_server(lambda: serve(listener, options, arguments))
+        listener.close()
+    address = f"unix://{path}"
+    with open("address", "w") as file:  # noqa: PTH123 - no pathlib at start
+        file.write(address)
+    if _bootstrap_id(options) == arguments.id:
+        address = f'{{"version":3,"address":"{address}","protocol":"ttrpc"}}'
+    sys.stdout.write(address)
+    sys.stdout.flush()
+
+
+def group_of(bundle: str) -> str:
+    """Return the pod that a bundle's configuration names; empty for a container of its own.  Raises OSError."""
+    import json
+
+    with open(f"{bundle}/config.json", "rb") as file:  # noqa: PTH123
+        annotations = json.load(file).get("annotations") or {}
+    return next((annotations[name] for name in GROUPS if annotations.get(name)), "")
+
+
+def socket_path(arguments: Arguments, group: str) -> str:
+    """Return where the shim of a group listens: the same for all its containers, another for each containerd."""
+    import hashlib
+
+    name = "/".join((arguments.address, arguments.namespace, group))
+    return f"{SOCKET_DIRECTORY}/{hashlib.sha256(name.encode()).hexdigest()}"
+
+
+def _serves(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+    return True
+
+
+def _bind(path: str) -> socket.socket:
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)  # noqa: PTH103, PTH120
+    try:
+        os.unlink(path)  # noqa: PTH108 - of a shim that was killed
+    except FileNotFoundError:
+        pass
+    listener = socket.socket(socket.AF_UNIX)
+    before = os.umask(0o177)
+    try:
+        listener.bind(path)
+    finally:
+        os.umask(before)
+    listener.listen(BACKLOG)
+    return listener
+
+
+def _become_server(serve: Callable[[], None]) -> NoReturn:
+    """Leave containerd's session and streams, and serve.  What is printed goes to the bundle's log, if it has one."""
+    os.setsid()
+    null = os.open(os.devnull, os.O_RDWR)
+    try:  # for reading as well: writing to a FIFO that nobody reads is an error
+        log = os.open("log", os.O_RDWR | os.O_NONBLOCK)
+    except OSError:
+        log = null
+    for fd, target in ((0, null), (1, log), (2, log)):
+        os.dup2(target, fd)
+    status = 1
+    try:
+        serve()
+        status = 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def _bootstrap_id(message: bytes) -> str:
+    """Return instance_id of a containerd.runtime.bootstrap.v1.BootstrapParams (containerd 2.3 and later).
+
+    Older ones send an Any, whose first field is its type_url: not a container's id.
+    """
+    if len(message) < 2 or message[0] != _FIRST_STRING or message[1] > 127:
+        return ""
+    return message[2 : 2 + message[1]].decode(errors="replace")

@@ -1,0 +1,41 @@
+"""What the shim asks of virtual machines: a protocol, so that this half knows no QEMU (commands/shim.py has it)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+
+class Machine(Protocol):
+    """A running VM.  All methods block; all raise MachineError."""
+
+    @property
+    def agent_socket(self) -> Path:
+        """The Unix socket that leads to the guest's agent."""
+
+    @property
+    def pid(self) -> int:
+        """The process whose end is the VM's."""
+
+    def share(self, directory: Path, tag: str) -> None:
+        """Plug a directory of the host in, as a virtiofs device with this tag."""
+
+    def add_interface(self, tap: int, mac: str) -> None:
+        """Plug a network interface in, whose packets go through a tap device's descriptor."""
+
+    def stop(self) -> None:
+        """End it; returns when nothing of it is left."""
+
+
+class Machines(Protocol):
+    """Where VMs come from."""
+
+    def start(self, name: str, *, memory: int, cpus: int) -> Machine:
+        """Start a VM, with at least so many MiB and CPUs, and wait for its agent."""
+
+    def stop(self, name: str) -> None:
+        """End a VM by its name, if it runs."""
+
+
+class MachineError(Exception):
+    """A VM that could not be started, changed or stopped; the text is one line for the user."""

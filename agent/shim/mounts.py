@@ -1,0 +1,135 @@
+"""A pod's shared directory: everything that its containers need from the host, bound below it.
+
+The directory is a shared mount, so that what is bound later is seen by virtiofsd, which has a mount namespace of its
+own.  Source: mount_namespaces(7), "Shared subtrees"; mount(8).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from caisson.agent.base import syscalls
+from caisson.agent.shim.spec import Volume
+
+#: Seconds for mount(8).
+MOUNT_TIMEOUT = 30.0
+
+
+class MountError(Exception):
+    """Something could not be mounted; the text is one line."""
+
+
+class Mount(Protocol):
+    """A mount as containerd gives it (containerd.types.Mount)."""
+
+    @property
+    def type(self) -> str: ...
+    @property
+    def source(self) -> str: ...
+    @property
+    def options(self) -> Sequence[str]: ...
+
+
+def make_shared(directory: Path) -> None:
+    """Make a directory a mount of its own whose mounts are propagated.  Raises MountError."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        syscalls.mount(str(directory), directory, None, syscalls.MS_BIND)
+        syscalls.mount(None, directory, None, syscalls.MS_SHARED)
+    except OSError as error:
+        raise MountError(f"{directory}: {(error.strerror or '').lower()}") from error
+
+
+def mount_rootfs(mounts: Iterable[Mount], bundle_rootfs: Path, place: Path, root: str) -> None:
+    """Mount a container's root file system in its bundle, in order, and bind it below the share.
+
+    Without mounts it is there already, at ``root`` (docker's graph drivers).  Raises MountError.
+    """
+    count = 0
+    for mount in mounts:
+        options = ["-o", ",".join(mount.options)] if mount.options else []
+        _mount("-t", mount.type, *options, mount.source, str(bundle_rootfs))
+        count += 1
+    source = bundle_rootfs if count else bundle_rootfs.parent / root
+    bind(source, place, recursive=True)
+
+
+def bind(source: Path, place: Path, *, recursive: bool) -> None:
+    """Bind a directory or a file below the share.  Raises MountError."""
+    try:
+        if source.is_dir():
+            place.mkdir(parents=True, exist_ok=True)
+        else:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.touch()
+        flags = syscalls.MS_BIND | (syscalls.MS_REC if recursive else 0)
+        syscalls.mount(str(source), place, None, flags)
+    except OSError as error:
+        raise MountError(f"{source}: cannot be shared: {(error.strerror or '').lower()}") from error
+
+
+def bind_volumes(volumes: Iterable[Volume], directory: Path) -> None:
+    """Bind a container's volumes below its directory in the share.  Raises MountError."""
+    for volume in volumes:
+        bind(Path(volume.source), directory / volume.name, recursive=volume.recursive)
+
+
+def release(directory: Path) -> None:
+    """Unmount everything at and below a directory, and remove what was made there.  Nothing of the host is removed.
+
+    Idempotent.
+    """
+    for place in sorted(mounted_below(directory), reverse=True):
+        detach(place)
+    _remove_empty(directory)
+
+
+def detach(place: str) -> None:
+    """Unmount what is on top of a mount point, however busy; fine when that is nothing."""
+    try:
+        syscalls.umount2(place, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
+    except OSError:
+        pass
+
+
+def mounted_below(directory: Path) -> list[str]:
+    """Return the mount points at and below a directory, one a mount.  Source: proc(5), mountinfo."""
+    found = []
+    top = str(directory)
+    with open("/proc/self/mountinfo", errors="surrogateescape") as lines:  # noqa: PTH123
+        for line in lines:
+            place = line.split(" ", 5)[4].encode(errors="surrogateescape").decode("unicode_escape")
+            if place == top or place.startswith(f"{top}/"):
+                found.append(place)
+    return found
+
+
+def _remove_empty(directory: Path) -> None:
+    """Remove directories and empty files, and never look into what is still mounted."""
+    if not directory.is_dir() or mounted_below(directory):
+        return
+    for parent, directories, files in os.walk(directory, topdown=False):
+        for name in files:
+            if os.path.getsize(f"{parent}/{name}") == 0:  # noqa: PTH202
+                os.unlink(f"{parent}/{name}")  # noqa: PTH108
+        for name in directories:
+            try:
+                os.rmdir(f"{parent}/{name}")  # noqa: PTH106
+            except OSError:
+                pass
+    try:
+        directory.rmdir()
+    except OSError:
+        pass
+
+
+def _mount(*words: str) -> None:
+    done = subprocess.run(
+        ["mount", *words], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=MOUNT_TIMEOUT
+    )
+    if done.returncode != 0:
+        raise MountError(f"{words[-1]}: {' '.join(done.stderr.split())}")

@@ -1,0 +1,193 @@
+"""A pod's network namespace on the host, joined to its VM: each interface's packets go to a tap device and back.
+
+What CNI or docker put into the namespace (addresses, routes, MTU) is what the guest gets; on the host's side the
+interface keeps its name and its counters, and tc redirects what comes in.  Source: tc-mirred(8); veth(4); tun(4).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import struct
+import subprocess
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from caisson.agent.base import syscalls
+from caisson.agent.base.record import Record
+
+#: ioctl(2) of /dev/net/tun.  include/uapi/linux/if_tun.h
+TUNSETIFF = 0x400454CA
+IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
+
+#: Seconds for one command of iproute2.
+COMMAND_TIMEOUT = 20.0
+
+
+class NetworkError(Exception):
+    """The namespace could not be read or joined; the text is one line."""
+
+
+class Link(Record):
+    """An interface of the pod: ``addresses`` as (address, prefix length)."""
+
+    name: str
+    mac: str
+    mtu: int
+    addresses: tuple[tuple[str, int], ...]
+
+
+class PodRoute(Record):
+    """A route of the pod; an empty ``destination`` is the default route, an empty ``gateway`` a direct one."""
+
+    destination: str
+    gateway: str
+    device: str
+    source: str
+    scope: int
+
+
+class Holder:
+    """A process that holds a network namespace, and is what containerd and docker take for the container's.
+
+    It ends with this process.
+    """
+
+    def __init__(self, namespace: str = "") -> None:
+        """Join the namespace at a path, or make one.  Raises NetworkError."""
+        words = ["nsenter", f"--net={namespace}"] if namespace else ["unshare", "--net"]
+        words += ["setpriv", "--pdeathsig", "KILL", "--", "sh", "-c", "echo; exec sleep infinity"]
+        self._process = subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        assert self._process.stdout is not None
+        with self._process.stdout as ready:
+            if ready.read(1) != b"\n":
+                self.close()
+                raise NetworkError(f"network namespace {namespace or '(new)'}: cannot be joined")
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def namespace(self) -> str:
+        """The path of the namespace."""
+        return f"/proc/{self.pid}/ns/net"
+
+    def close(self) -> None:
+        """End it.  Idempotent."""
+        self._process.send_signal(signal.SIGKILL)
+        self._process.wait()
+
+
+def links(namespace: str) -> list[Link]:
+    """Return the interfaces of a namespace, less lo.  Raises NetworkError."""
+    found = []
+    for one in _json(namespace, "addr", "show"):
+        if "LOOPBACK" in one.get("flags", ()) or one.get("link_type") != "ether":
+            continue
+        addresses = tuple(
+            (address["local"], address["prefixlen"])
+            for address in one.get("addr_info", ())
+            if address.get("scope") != "link"
+        )
+        found.append(Link(one["ifname"], one["address"], one["mtu"], addresses))
+    return found
+
+
+def routes(namespace: str) -> list[PodRoute]:
+    """Return the routes of a namespace's main table, direct ones first.  Raises NetworkError."""
+    found = []
+    for family in ("-4", "-6"):
+        for one in _json(namespace, family, "route", "show"):
+            destination = one.get("dst", "")
+            if one.get("protocol") == "kernel" and not one.get("gateway"):
+                continue  # comes with the address
+            if destination.startswith("fe80:"):
+                continue
+            scope = {"link": 253, "host": 254}.get(str(one.get("scope", "")), 0)
+            found.append(
+                PodRoute(
+                    "" if destination == "default" else destination,
+                    one.get("gateway", ""), one["dev"], one.get("prefsrc", ""), scope,
+                )
+            )  # fmt: skip
+    return sorted(found, key=lambda route: bool(route.gateway))
+
+
+def tap(namespace: str, link: Link, number: int) -> int:
+    """Make a tap device in a namespace, joined to one of its interfaces; returns its descriptor, which is the device.
+
+    Raises NetworkError.
+    """
+    name = f"caisson{number}"
+    fd = _inside(namespace, lambda: _open_tap(name))
+    try:
+        _run(namespace, "ip", "link", "set", name, "mtu", str(link.mtu), "up")
+        for source, target in ((link.name, name), (name, link.name)):
+            _run(namespace, "tc", "qdisc", "add", "dev", source, "ingress")
+            _run(
+                namespace, "tc", "filter", "add", "dev", source, "parent", "ffff:", "protocol", "all",
+                "u32", "match", "u8", "0", "0", "action", "mirred", "egress", "redirect", "dev", target,
+            )  # fmt: skip
+        # The guest has the addresses now: here they would answer for it.
+        _run(namespace, "ip", "addr", "flush", "dev", link.name)
+        _run(namespace, "ip", "link", "set", link.name, "up")
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _open_tap(name: str) -> int:
+    fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), IFF_TAP | IFF_NO_PI | IFF_VNET_HDR))
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _inside(namespace: str, work: Any) -> Any:
+    """Run a function in a network namespace, in a thread of its own.  Raises NetworkError."""
+    syscalls.preload()
+    result: list[Any] = []
+    failures: list[BaseException] = []
+
+    def enter() -> None:
+        try:
+            fd = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                syscalls.setns(fd, syscalls.CLONE_NEWNET)
+            finally:
+                os.close(fd)
+            result.append(work())
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    if failures:
+        raise NetworkError(f"network namespace {namespace}: {failures[0]}") from failures[0]
+    return result[0]
+
+
+def _json(namespace: str, *words: str) -> list[dict[str, Any]]:
+    return list(json.loads(_run(namespace, "ip", "-json", *words) or b"[]"))
+
+
+def _run(namespace: str, *words: str) -> bytes:
+    command: Sequence[str] = ("nsenter", f"--net={namespace}", *words)
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=COMMAND_TIMEOUT)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NetworkError(f"{' '.join(words)}: {error}") from error
+    if done.returncode != 0:
+        raise NetworkError(f"{' '.join(words)}: {done.stderr.decode(errors='replace').strip()}")
+    return done.stdout

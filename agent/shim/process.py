@@ -1,0 +1,139 @@
+"""A process of a container as containerd sees it: created, running, stopped; with its streams and its exit status."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from caisson.agent.rpc.codes import StatusCode
+from caisson.agent.rpc.ttrpc.client import ConnectionClosed, RpcError
+from caisson.agent.shim.errors import ShimError
+from caisson.agent.shim.stdio import BLOCK, Streams, copy_output
+from caisson.proto.containerd import tasks_pb2
+from caisson.proto.kata3 import agent_pb2
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+#: Exit status of a process whose VM has ended: as of one that was killed.
+KILLED = 137
+
+#: Seconds that Delete waits for output to be copied, and that the agent may take to take input.
+DRAIN_TIMEOUT = 10.0
+
+CREATED, RUNNING, STOPPED = tasks_pb2.CREATED, tasks_pb2.RUNNING, tasks_pb2.STOPPED
+
+
+class Process:
+    """The first process of a container, or one that was added by Exec."""
+
+    def __init__(self, rpc: Any, container_id: str, exec_id: str, guest_id: str, request: Any, namespace: str) -> None:
+        """``exec_id`` is containerd's, empty for the first; ``guest_id`` the agent's; ``request`` has the streams."""
+        self.exec_id = exec_id
+        self.stdin, self.stdout, self.stderr = str(request.stdin), str(request.stdout), str(request.stderr)
+        self.terminal = bool(request.terminal)
+        self.status = CREATED
+        self.exit_status = 0
+        self.exited_at = 0  # nanoseconds since the epoch
+        self.exited = asyncio.Event()
+        self.spec: dict[str, Any] = {}  # of one that was added by Exec
+        self._rpc = rpc
+        self._container_id = container_id
+        self._ids = {"container_id": container_id, "exec_id": guest_id}
+        self._namespace = namespace
+        self._streams: Streams | None = None
+        self._copies: list[asyncio.Task[None]] = []
+        self._input: asyncio.Task[None] | None = None
+
+    @property
+    def ids(self) -> dict[str, str]:
+        """What the agent calls it."""
+        return self._ids
+
+    async def open(self) -> None:
+        """Open its streams.  Raises ShimError."""
+        try:
+            self._streams = await Streams.open(
+                self.stdin, self.stdout, self.stderr, self._container_id, self._namespace
+            )
+        except (OSError, TimeoutError) as error:
+            raise ShimError(StatusCode.UNKNOWN, f"{error.args[-1] if error.args else error}: cannot open") from error
+
+    def started(self, ended: Callable[[Process], Any]) -> None:
+        """Note that it runs, copy its streams, and call ``ended`` when it has exited."""
+        self.status = RUNNING
+        loop = asyncio.get_running_loop()
+        streams = self._streams
+        assert streams is not None, "open() comes first"
+        self._copies = [loop.create_task(copy_output(lambda: self._read("ReadStdout"), streams.stdout))]
+        if not self.terminal:
+            self._copies.append(loop.create_task(copy_output(lambda: self._read("ReadStderr"), streams.stderr)))
+        if streams.stdin is not None:
+            self._input = loop.create_task(self._copy_input(streams))
+        self._waiting = loop.create_task(self._wait(ended))
+
+    async def _wait(self, ended: Callable[[Process], Any]) -> None:
+        try:
+            answer = await self._rpc.WaitProcess(agent_pb2.WaitProcessRequest(**self._ids))
+            status = int(answer.status) & 0xFFFFFFFF
+        except RpcError:
+            status = KILLED  # the VM has gone, and the process with it
+        await self.end(status)
+        await ended(self)
+
+    async def end(self, status: int) -> None:
+        """Note that it has exited; output that it wrote itself is copied first, unless nobody reads it."""
+        if self._copies:
+            await asyncio.wait(self._copies, timeout=0.5)
+        self.status, self.exit_status, self.exited_at = STOPPED, status, time.time_ns()
+
+    async def _read(self, method: str) -> bytes:
+        try:
+            answer = await getattr(self._rpc, method)(agent_pb2.ReadStreamRequest(**self._ids, len=BLOCK))
+        except RpcError:
+            return b""
+        return bytes(answer.data)
+
+    async def _copy_input(self, streams: Streams) -> None:
+        assert streams.stdin is not None
+        try:
+            while data := await streams.stdin.read():
+                while data:
+                    answer = await self._rpc.WriteStdin(agent_pb2.WriteStreamRequest(**self._ids, data=data))
+                    data = data[answer.len or len(data) :]
+            await self._rpc.CloseStdin(agent_pb2.CloseStdinRequest(**self._ids))
+        except (OSError, RpcError):
+            pass  # it has exited, or closed its stdin
+
+    def close_input(self) -> None:
+        """Close its stdin once what is queued was read."""
+        if self._streams is not None and self._streams.stdin is not None:
+            self._streams.stdin.close_input()
+
+    async def close(self) -> None:
+        """Close its streams, when all output is copied or DRAIN_TIMEOUT has passed."""
+        if self._copies:
+            _, pending = await asyncio.wait(self._copies, timeout=DRAIN_TIMEOUT)
+            for copy in pending:
+                copy.cancel()
+        if self._input is not None:
+            self._input.cancel()
+            await asyncio.gather(self._input, return_exceptions=True)
+        if self._streams is not None:
+            streams, self._streams = self._streams, None
+            await streams.close()
+
+    async def signal(self, number: int) -> None:
+        """Send it a signal.  Raises ShimError."""
+        if self.status != RUNNING:
+            raise ShimError(StatusCode.NOT_FOUND, "process already finished")
+        try:
+            await self._rpc.SignalProcess(agent_pb2.SignalProcessRequest(**self._ids, signal=number))
+        except ConnectionClosed:
+            pass  # it ends with its VM
+        except RpcError as error:
+            if self.exited.is_set() or error.code == StatusCode.NOT_FOUND:
+                raise ShimError(StatusCode.NOT_FOUND, "process already finished") from error
+            raise

@@ -1,0 +1,220 @@
+"""A pod: its VM, its shared directory, its network namespace, and the containers in it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from caisson.agent.rpc.ttrpc.client import Client, RpcError, Stub
+from caisson.agent.shim import mounts, network
+from caisson.agent.shim.bundle import SANDBOX_MEMORY, Bundle, BundleRecord, ProcessId
+from caisson.agent.shim.errors import ShimError
+from caisson.agent.shim.machines import MachineError
+from caisson.agent.shim.spec import GUEST_SHARED, network_namespace, shares_pid_namespace
+from caisson.agent.rpc.codes import StatusCode
+from caisson.proto.kata3 import agent_pb2, types_pb2
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from caisson.agent.base.log import Log
+    from caisson.agent.shim.machines import Machine, Machines
+
+#: The tag by which hosts and guests of Kata know a pod's share.
+SHARE_TAG = "kataShared"
+
+#: The directory of all pods.
+PODS = Path("/run/caisson/pods")
+
+#: Seconds for a call that changes the guest.
+CALL_TIMEOUT = 60.0
+
+MIB = 1 << 20
+
+#: MiB that a guest needs besides what its containers may use.
+OVERHEAD = 192
+
+
+class Sandbox:
+    """One pod on its VM.  ``rpc`` is the agent's service once it is started."""
+
+    def __init__(self, sandbox_id: str, namespace: str, machines: Machines, log: Log) -> None:
+        self.id = sandbox_id
+        self.namespace = namespace
+        self.name = f"pod-{hashlib.sha256(f'{namespace}/{sandbox_id}'.encode()).hexdigest()[:16]}"
+        self.directory = PODS / self.name
+        self.rpc: Any = None
+        self._machines = machines
+        self._machine: Machine | None = None
+        self._client: Client | None = None
+        self._holder: network.Holder | None = None
+        self._interfaces = 0
+        self._connected = False
+        self._log = log
+
+    @property
+    def shared(self) -> Path:
+        """The directory of the host that the guest has at GUEST_SHARED."""
+        return self.directory / "shared"
+
+    @property
+    def pid(self) -> int:
+        """A live process of the host in the pod's network namespace: what containerd takes for the containers'."""
+        assert self._holder is not None
+        return self._holder.pid
+
+    async def start(self, document: dict[str, Any], bundle: Bundle) -> None:
+        """Start the VM of a pod from the configuration of its first container.
+
+        Raises MachineError, MountError, NetworkError or RpcError; nothing is left then.
+        """
+        try:
+            self._holder = await asyncio.to_thread(network.Holder, network_namespace(document))
+            self.record(bundle, owner=True)
+            await asyncio.to_thread(mounts.make_shared, self.shared)
+            memory, cpus = size_of(document)
+            self._machine = await asyncio.to_thread(self._machines.start, self.name, memory=memory, cpus=cpus)
+            await asyncio.to_thread(self._machine.share, self.shared, SHARE_TAG)
+            self._client = await Client.connect(self._machine.agent_socket)
+            self.rpc = Stub(self._client, agent_pb2.DESCRIPTOR.services_by_name["AgentService"])
+            await self._create(document)
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _create(self, document: dict[str, Any]) -> None:
+        storages = [
+            agent_pb2.Storage(driver="virtio-fs", source=SHARE_TAG, fstype="virtiofs", mount_point=GUEST_SHARED),
+            agent_pb2.Storage(
+                driver="ephemeral", source="shm", fstype="tmpfs", mount_point="/run/kata-containers/sandbox/shm",
+                options=["noexec", "nosuid", "nodev", "mode=1777", f"size={64 * MIB}"],
+            ),
+        ]  # fmt: skip
+        request = agent_pb2.CreateSandboxRequest(
+            hostname=str(document.get("hostname") or "")[:64],
+            sandbox_id=self.id,
+            storages=storages,
+            sandbox_pidns=shares_pid_namespace(document),
+        )
+        await self.rpc.CreateSandbox(request, timeout=CALL_TIMEOUT)
+
+    def record(self, bundle: Bundle, *, owner: bool) -> None:
+        """Write into a bundle what `delete` needs after this process was killed."""
+        holder = self._holder
+        assert holder is not None
+        shim = ProcessId.of(os.getpid())
+        bundle.write(
+            BundleRecord(self.id, owner, self.name, str(self.directory), shim, ProcessId.of(holder.pid))
+        )
+
+    async def connect_network(self) -> None:
+        """Give the guest the interfaces, addresses and routes that are in the pod's namespace by now; once.
+
+        Raises NetworkError, MachineError or RpcError.
+        """
+        if self._connected or self._holder is None:
+            return
+        self._connected = True
+        namespace = self._holder.namespace
+        links = await asyncio.to_thread(network.links, namespace)
+        if not links:
+            return
+        routes = await asyncio.to_thread(network.routes, namespace)
+        for link in links:
+            await self._add_interface(namespace, link)
+        if routes:
+            request = agent_pb2.UpdateRoutesRequest()
+            for route in routes:
+                request.routes.Routes.add(
+                    dest=route.destination, gateway=route.gateway, device=route.device, source=route.source,
+                    scope=route.scope, family=_family(route.destination or route.gateway),
+                )  # fmt: skip
+            await self.rpc.UpdateRoutes(request, timeout=CALL_TIMEOUT)
+
+    async def _add_interface(self, namespace: str, link: network.Link) -> None:
+        assert self._machine is not None
+        tap = await asyncio.to_thread(network.tap, namespace, link, self._interfaces)
+        self._interfaces += 1
+        try:
+            await asyncio.to_thread(self._machine.add_interface, tap, link.mac)
+        finally:
+            os.close(tap)
+        request = agent_pb2.UpdateInterfaceRequest()
+        request.interface.name = request.interface.device = link.name
+        request.interface.hwAddr, request.interface.mtu = link.mac, link.mtu
+        for address, prefix in link.addresses:
+            request.interface.IPAddresses.add(address=address, mask=str(prefix), family=_family(address))
+        await self._until_found(request)
+
+    async def _until_found(self, request: agent_pb2.UpdateInterfaceRequest) -> None:
+        """The guest's kernel takes a moment to find a new interface."""
+        for _ in range(100):
+            try:
+                await self.rpc.UpdateInterface(request, timeout=CALL_TIMEOUT)
+                return
+            except RpcError as error:
+                if "Link not found" not in error.text:
+                    raise
+                await asyncio.sleep(0.05)
+        raise ShimError(StatusCode.UNKNOWN, f"{request.interface.name}: the guest did not find this interface in time")
+
+    async def run_hooks(self, document: dict[str, Any], names: tuple[str, ...], state: dict[str, Any]) -> None:
+        """Run hooks of the host, which docker's network needs.  Raises ShimError."""
+        hooks = document.get("hooks") or {}
+        for name in names:
+            for hook in hooks.get(name) or ():
+                await asyncio.to_thread(_run_hook, hook, state, name)
+
+    async def stop(self) -> None:
+        """End the VM, and leave nothing of the pod behind."""
+        if self._client is not None:
+            await self._client.close()
+            self._client = None
+        if self._machine is not None:
+            machine, self._machine = self._machine, None
+            try:
+                await asyncio.to_thread(machine.stop)
+            except MachineError as error:
+                self._log("error", "the VM did not stop", error=str(error))
+        await asyncio.to_thread(mounts.release, self.shared)
+        await asyncio.to_thread(mounts.release, self.directory)
+        if self._holder is not None:
+            self._holder.close()
+            self._holder = None
+
+    @property
+    def machine_pid(self) -> int:
+        """The process whose end is the VM's; 0 when there is none."""
+        return self._machine.pid if self._machine is not None else 0
+
+
+def size_of(document: dict[str, Any]) -> tuple[int, int]:
+    """Return the MiB and CPUs of a VM for a configuration's limits; 0 for the default."""
+    resources = (document.get("linux") or {}).get("resources") or {}
+    annotated = (document.get("annotations") or {}).get(SANDBOX_MEMORY, "")
+    limit = int(annotated) if annotated.isdecimal() else int((resources.get("memory") or {}).get("limit") or 0)
+    cpu = resources.get("cpu") or {}
+    quota, period = int(cpu.get("quota") or 0), int(cpu.get("period") or 0) or 100_000
+    return (limit // MIB + OVERHEAD if limit > 0 else 0), (-(-quota // period) if quota > 0 else 0)
+
+
+def _family(address: str) -> types_pb2.IPFamily:
+    return types_pb2.v6 if ":" in address else types_pb2.v4
+
+
+def _run_hook(hook: dict[str, Any], state: dict[str, Any], name: str) -> None:
+    environment = dict(setting.partition("=")[::2] for setting in hook.get("env") or ())
+    try:
+        done = subprocess.run(
+            hook.get("args") or [hook["path"]], executable=hook["path"], input=json.dumps(state), env=environment,
+            capture_output=True, text=True, timeout=hook.get("timeout") or CALL_TIMEOUT,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ShimError(StatusCode.UNKNOWN, f"{name} hook {hook['path']}: {error}") from error
+    if done.returncode != 0:
+        text = " ".join(done.stderr.split())
+        raise ShimError(StatusCode.UNKNOWN, f"{name} hook {hook['path']}: exit status {done.returncode}: {text}")

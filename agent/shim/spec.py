@@ -1,0 +1,124 @@
+"""A container's configuration on the host → the one for the guest: paths that the share has, and no host in it.
+
+Source: OCI runtime specification 1.2, config.md and config-linux.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import stat
+from typing import Any
+
+from caisson.agent.base.record import Record
+
+#: Where the guest has the pod's share.
+GUEST_SHARED = "/run/kata-containers/shared/containers"
+
+#: The tmpfs that all containers of a pod have as /dev/shm.
+GUEST_SHM = "/run/kata-containers/sandbox/shm"
+
+#: Fields that mean something on the host alone.
+HOST_FIELDS = ("hooks", "vm", "windows", "solaris", "zos", "freebsd")
+HOST_PROCESS_FIELDS = ("apparmorProfile", "selinuxLabel")
+
+#: Namespaces that a container has of its own; of pid, the agent decides.
+OWN_NAMESPACES = ("mount", "ipc", "uts", "cgroup")
+
+
+class UnsupportedSpec(Exception):
+    """The configuration asks for something of the host that no guest has; the text names it."""
+
+
+class Volume(Record):
+    """A directory or file of the host that a container has at a mount point: ``source``, and its name in the share."""
+
+    source: str
+    name: str
+    recursive: bool
+
+
+class GuestSpec(Record):
+    """``document`` is the configuration for the guest; ``volumes`` have to be in the share before it is created."""
+
+    document: dict[str, Any]
+    volumes: tuple[Volume, ...]
+
+
+def guest_spec(document: dict[str, Any], container_id: str) -> GuestSpec:
+    """Rewrite a configuration for the guest.  Raises UnsupportedSpec, by the name of a field."""
+    document = copy.deepcopy(document)
+    for name in HOST_FIELDS:
+        document.pop(name, None)
+    process = document.get("process") or {}
+    for name in HOST_PROCESS_FIELDS:
+        process.pop(name, None)
+    root = document.get("root") or {}
+    document["root"] = {"path": f"{GUEST_SHARED}/{container_id}/rootfs", "readonly": bool(root.get("readonly"))}
+    volumes: list[Volume] = []
+    document["mounts"] = [
+        _mount(mount, container_id, volumes) for mount in document.get("mounts") or () if _is_wanted(mount)
+    ]
+    _rewrite_linux(document.get("linux") or {})
+    return GuestSpec(document, tuple(volumes))
+
+
+def _is_wanted(mount: dict[str, Any]) -> bool:
+    return not (mount.get("type") == "bind" and mount.get("source") == "/sys/fs/cgroup")
+
+
+def _mount(mount: dict[str, Any], container_id: str, volumes: list[Volume]) -> dict[str, Any]:
+    """Rewrite a mount: a bind's source is in the share afterwards."""
+    options = mount.get("options") or []
+    if mount.get("type") != "bind" and not {"bind", "rbind"} & set(options):
+        return mount
+    source, destination = str(mount.get("source", "")), str(mount.get("destination", ""))
+    if destination == "/dev/shm":
+        return {**mount, "source": GUEST_SHM}
+    try:
+        mode = os.stat(source).st_mode
+    except OSError as error:
+        raise UnsupportedSpec(f"mounts: {source}: {(error.strerror or '').lower()}") from error
+    if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+        kind = "socket" if stat.S_ISSOCK(mode) else "device" if stat.S_ISBLK(mode) or stat.S_ISCHR(mode) else "FIFO"
+        raise UnsupportedSpec(f"mounts: {source}: a {kind} of the host cannot be shared with a guest")
+    volume = Volume(source, f"volume{len(volumes)}", "rbind" in options)
+    volumes.append(volume)
+    kept = [option for option in options if option not in ("shared", "rshared", "slave", "rslave")]
+    return {**mount, "type": "bind", "source": f"{GUEST_SHARED}/{container_id}/{volume.name}", "options": kept}
+
+
+def _rewrite_linux(linux: dict[str, Any]) -> None:
+    namespaces = linux.get("namespaces") or []
+    kinds = {one.get("type") for one in namespaces}
+    if "user" in kinds:
+        raise UnsupportedSpec("linux.namespaces: user namespaces are not supported; the VM isolates the container")
+    if "network" not in kinds:
+        raise UnsupportedSpec("linux.namespaces: the host's network cannot be joined; use a network or `none`")
+    if "pid" not in kinds:
+        raise UnsupportedSpec("linux.namespaces: the host's pid namespace cannot be joined")
+    if "ipc" not in kinds:
+        raise UnsupportedSpec("linux.namespaces: the host's ipc namespace cannot be joined")
+    linux["namespaces"] = [{"type": kind} for kind in OWN_NAMESPACES if kind in kinds or kind == "mount"]
+    for device in linux.get("devices") or ():
+        raise UnsupportedSpec(f"linux.devices: {device.get('path')}: a device of the host has no equal in the guest")
+    for name in ("mountLabel", "intelRdt", "uidMappings", "gidMappings"):
+        linux.pop(name, None)
+    resources = linux.get("resources") or {}
+    for name in ("blockIO", "network", "rdma", "devices"):
+        resources.pop(name, None)
+    cpu = resources.get("cpu") or {}
+    for name in ("cpus", "mems"):  # the host's numbers
+        cpu.pop(name, None)
+
+
+def shares_pid_namespace(document: dict[str, Any]) -> bool:
+    """Return whether a container joins the pid namespace of its pod."""
+    namespaces = (document.get("linux") or {}).get("namespaces") or []
+    return any(one.get("type") == "pid" and one.get("path") for one in namespaces)
+
+
+def network_namespace(document: dict[str, Any]) -> str:
+    """Return the path of the network namespace that a configuration joins; empty for one of its own."""
+    namespaces = (document.get("linux") or {}).get("namespaces") or []
+    return next((str(one.get("path") or "") for one in namespaces if one.get("type") == "network"), "")

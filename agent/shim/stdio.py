@@ -1,0 +1,218 @@
+"""A task's standard streams: FIFOs of containerd's clients, files, or logging programs.
+
+Source: containerd, core/runtime/v2/README.md, "IO"; pkg/cio.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+from collections.abc import Awaitable, Callable
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+#: Bytes that are read from the guest, or from a FIFO, at once.
+BLOCK = 1 << 16
+
+#: Seconds for a logging program to start and to end.
+LOGGER_TIMEOUT = 12.0
+
+
+class Writer:
+    """The writing end of a stream of the host; closing it lets readers see the end of file."""
+
+    def __init__(self, fd: int, held: int = -1) -> None:
+        """``held`` is a reading end of a FIFO: with it a client may go and come back (attach) without SIGPIPE."""
+        self._fd = fd
+        self._held = held
+
+    @classmethod
+    def open(cls, url: str) -> Writer:
+        """Open a FIFO, or a file to append to.  Raises OSError."""
+        path = _path_of(url)
+        if _is_fifo(path):
+            held = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                return cls(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC), held)
+            except OSError:
+                os.close(held)
+                raise
+        return cls(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644))
+
+    async def write(self, data: bytes) -> None:
+        """Write all of it, waiting while the pipe is full.  Raises OSError."""
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[os.write(self._fd, view) :]
+            except BlockingIOError:
+                await _ready(self._fd, write=True)
+
+    def close(self) -> None:
+        """Close both ends.  Idempotent."""
+        for fd in (self._fd, self._held):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._held = -1
+
+
+class Reader:
+    """The reading end of a process's stdin.  A writing end is held: only ``close_input`` makes an end of file."""
+
+    def __init__(self, path: str) -> None:
+        """Raises OSError."""
+        self._fd = os.open(_path_of(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            self._held = os.open(_path_of(path), os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            os.close(self._fd)
+            raise
+
+    async def read(self) -> bytes:
+        """Return bytes as they come; none at the end.  Raises OSError."""
+        while True:
+            try:
+                return os.read(self._fd, BLOCK)
+            except BlockingIOError:
+                await _ready(self._fd, write=False)
+
+    def close_input(self) -> None:
+        """Let the reader see the end of file after what is queued (CloseIO)."""
+        if self._held >= 0:
+            os.close(self._held)
+            self._held = -1
+
+    def close(self) -> None:
+        """Close both ends.  Idempotent."""
+        self.close_input()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class Logger:
+    """A logging program (``binary:///path?name=value``): it reads both streams from pipes, descriptors 3 and 4."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+
+    @classmethod
+    async def start(cls, url: str, container_id: str, namespace: str) -> tuple[Logger, Writer, Writer]:
+        """Start it and wait until it is ready.  Raises OSError or TimeoutError."""
+        parts = urlsplit(url)
+        arguments = [word for pair in parse_qsl(parts.query, keep_blank_values=True) for word in pair if word]
+        pipes = [os.pipe2(os.O_CLOEXEC) for _ in range(3)]
+        (out_read, out_write), (err_read, err_write), (ready_read, ready_write) = pipes
+        theirs = (out_read, err_read, ready_write)
+        environment = os.environ | {"CONTAINER_ID": container_id, "CONTAINER_NAMESPACE": namespace}
+        try:
+            # The program expects descriptors 3 to 5, whatever numbers they have here.
+            script = 'exec "$@" 3<&"$A" 4<&"$B" 5>&"$C"'
+            numbers = dict(zip("ABC", map(str, theirs), strict=True))
+            process = await asyncio.create_subprocess_exec(
+                "/bin/bash", "-c", script, "bash", unquote(parts.path), *arguments,
+                env=environment | numbers, pass_fds=theirs, stdin=asyncio.subprocess.DEVNULL,
+            )  # fmt: skip
+        except OSError:
+            for fd in (out_write, err_write, ready_read):
+                os.close(fd)
+            raise
+        finally:
+            for fd in theirs:
+                os.close(fd)
+        try:
+            os.set_blocking(ready_read, False)
+            async with asyncio.timeout(LOGGER_TIMEOUT):
+                await _ready(ready_read, write=False)
+        except TimeoutError:
+            process.kill()
+            os.close(out_write)
+            os.close(err_write)
+            raise
+        finally:
+            os.close(ready_read)
+        for fd in (out_write, err_write):
+            os.set_blocking(fd, False)
+        return cls(process), Writer(out_write), Writer(err_write)
+
+    async def stop(self) -> None:
+        """Let it read to the end of its pipes, which are closed, then end it."""
+        try:
+            async with asyncio.timeout(LOGGER_TIMEOUT):
+                await self._process.wait()
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+
+
+class Streams:
+    """The streams of one process; those that nobody wants are None."""
+
+    def __init__(self, stdin: Reader | None, stdout: Writer | None, stderr: Writer | None, logger: Logger | None):
+        self.stdin = stdin
+        self.stdout = stdout
+        self.stderr = stderr
+        self._logger = logger
+
+    @classmethod
+    async def open(cls, stdin: str, stdout: str, stderr: str, container_id: str, namespace: str) -> Streams:
+        """Open them by their paths or URLs.  Raises OSError or TimeoutError; nothing is open then."""
+        if stdout.startswith("binary:"):
+            logger, out, err = await Logger.start(stdout, container_id, namespace)
+            return cls(Reader(stdin) if stdin else None, out, err, logger)
+        opened: list[Writer | Reader] = []
+        try:
+            output = Writer.open(stdout) if stdout else None
+            opened += [output] if output else []
+            errors = Writer.open(stderr) if stderr else None
+            opened += [errors] if errors else []
+            return cls(Reader(stdin) if stdin else None, output, errors, None)
+        except OSError:
+            for one in opened:
+                one.close()
+            raise
+
+    async def close(self) -> None:
+        """Close all of them, and end the logging program."""
+        for stream in (self.stdin, self.stdout, self.stderr):
+            if stream is not None:
+                stream.close()
+        if self._logger is not None:
+            await self._logger.stop()
+
+
+async def copy_output(read: Callable[[], Awaitable[bytes]], writer: Writer | None) -> None:
+    """Copy a process's output to its end; what nobody wants is read all the same.  ``read`` returns b"" at the end."""
+    while data := await read():
+        if writer is not None:
+            try:
+                await writer.write(data)
+            except OSError:
+                writer = None  # its disk is full, or its reader has gone: the process must not stop for that
+
+
+async def _ready(fd: int, *, write: bool) -> None:
+    loop = asyncio.get_running_loop()
+    ready = loop.create_future()
+
+    def mark() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    (loop.add_writer if write else loop.add_reader)(fd, mark)
+    try:
+        await ready
+    finally:
+        (loop.remove_writer if write else loop.remove_reader)(fd)
+
+
+def _path_of(url: str) -> str:
+    """Return the path of a plain path or of a fifo:// or file:// URL."""
+    return unquote(urlsplit(url).path) if "://" in url else url
+
+
+def _is_fifo(path: str) -> bool:
+    try:
+        return stat.S_ISFIFO(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,275 @@
+"""containerd's Task service: what containerd asks of a shim, for all containers of one pod.
+
+Source: containerd, api/runtime/task/v2/shim.proto and v3; core/runtime/v2/README.md for the order of events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from typing import Any
+
+from google.protobuf.empty_pb2 import Empty
+
+from caisson.agent.rpc.codes import StatusCode
+from caisson.agent.shim import stats
+from caisson.agent.shim.bundle import Bundle
+from caisson.agent.shim.container import Container
+from caisson.agent.shim.convert import fill
+from caisson.agent.shim.errors import ShimError, not_found
+from caisson.agent.shim.events import Publisher, task_exit
+from caisson.agent.shim.process import STOPPED, Process
+from caisson.agent.shim.sandbox import CALL_TIMEOUT, Sandbox
+from caisson.agent.rpc.ttrpc.client import RpcError
+from caisson.proto.containerd import events_pb2, options_pb2, tasks_pb2
+from caisson.proto.kata3 import agent_pb2
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from caisson.agent.base.log import Log
+
+#: Version of the Task service that Connect reports.
+TASK_VERSION = "v3"
+
+
+class TaskService:
+    """The containers of a pod.  ``version`` is the module of the Task service's messages, v2 or v3: they are alike."""
+
+    def __init__(
+        self, make_sandbox: Callable[[str], Sandbox], publisher: Publisher, log: Log, shut_down: Callable[[], None]
+    ) -> None:
+        """``make_sandbox`` makes a pod of an id; ``shut_down`` ends this process once the last container is deleted."""
+        self._make_sandbox = make_sandbox
+        self._publisher = publisher
+        self._log = log
+        self._shut_down = shut_down
+        self._sandbox: Sandbox | None = None
+        self._containers: dict[str, Container] = {}
+        self._creating = asyncio.Lock()
+        self._oom: asyncio.Task[None] | None = None
+
+    def _container(self, container_id: str) -> Container:
+        if container_id not in self._containers:
+            raise not_found(f"container {container_id}")
+        return self._containers[container_id]
+
+    def _process(self, request: Any) -> Process:
+        return self._container(request.id).process(request.exec_id)
+
+    @property
+    def _pid(self) -> int:
+        assert self._sandbox is not None
+        return self._sandbox.pid
+
+    async def Create(self, request: Any) -> Any:
+        if request.checkpoint:
+            raise ShimError(StatusCode.UNIMPLEMENTED, "restoring a checkpoint: not implemented")
+        if request.id in self._containers:
+            raise ShimError(StatusCode.ALREADY_EXISTS, f"container {request.id}: exists already")
+        bundle = Bundle(request.bundle, request.id)
+        document = bundle.config()
+        async with self._creating:
+            sandbox, owner = self._sandbox, self._sandbox is None
+            if sandbox is None:
+                sandbox = self._make_sandbox(bundle.sandbox)
+                await sandbox.start(document, bundle)
+                self._sandbox = sandbox
+                self._oom = asyncio.get_running_loop().create_task(self._watch_oom(sandbox))
+            else:
+                sandbox.record(bundle, owner=False)
+            try:
+                container = await Container.create(sandbox, bundle, document, request, owner=owner)
+            except BaseException:
+                if owner:
+                    await self._end_sandbox()
+                raise
+            self._containers[request.id] = container
+        event = events_pb2.TaskCreate(
+            container_id=request.id, bundle=request.bundle, checkpoint="", pid=self._pid, rootfs=request.rootfs
+        )
+        event.io.stdin, event.io.stdout, event.io.stderr = request.stdin, request.stdout, request.stderr
+        event.io.terminal = request.terminal
+        self._publisher.publish(event)
+        return tasks_pb2.CreateTaskResponse(pid=self._pid)
+
+    async def Start(self, request: Any) -> Any:
+        container = self._container(request.id)
+        process = container.process(request.exec_id)
+
+        async def ended(process: Process) -> None:
+            await self._ended(container, process)
+
+        if request.exec_id:
+            await container.start_exec(process, ended)
+            event: Any = events_pb2.TaskExecStarted(container_id=request.id, exec_id=request.exec_id, pid=self._pid)
+        else:
+            await container.start(ended)
+            event = events_pb2.TaskStart(container_id=request.id, pid=self._pid)
+        self._publisher.publish(event)
+        return tasks_pb2.StartResponse(pid=self._pid)
+
+    async def _ended(self, container: Container, process: Process) -> None:
+        if process is container.init:
+            await container.execs_ended()
+        identity = process.exec_id or container.id
+        exit_event = task_exit(container.id, identity, self._pid, process.exit_status, process.exited_at)
+        self._publisher.publish(exit_event)
+        process.exited.set()
+
+    async def Delete(self, request: Any) -> Any:
+        container = self._container(request.id)
+        process = container.process(request.exec_id)
+        pid = self._pid
+        if request.exec_id:
+            if process.status != STOPPED and process.status != tasks_pb2.CREATED:
+                raise ShimError(StatusCode.FAILED_PRECONDITION, f"process {request.exec_id}: is running")
+            await process.close()
+            del container.execs[request.exec_id]
+        else:
+            await container.remove()
+            del self._containers[request.id]
+            if container.owner or not self._containers:
+                await self._end_sandbox()
+            event = events_pb2.TaskDelete(container_id=request.id, pid=pid, exit_status=process.exit_status)
+            _stamp(event.exited_at, process.exited_at)
+            self._publisher.publish(event)
+        response = tasks_pb2.DeleteResponse(pid=pid, exit_status=process.exit_status)
+        _stamp(response.exited_at, process.exited_at)
+        return response
+
+    async def _end_sandbox(self) -> None:
+        if self._oom is not None:
+            self._oom.cancel()
+        if self._sandbox is not None:
+            await self._sandbox.stop()
+            self._sandbox = None
+
+    async def State(self, request: Any) -> Any:
+        container = self._container(request.id)
+        process = container.process(request.exec_id)
+        paused = container.paused and process.status == tasks_pb2.RUNNING
+        response = tasks_pb2.StateResponse(
+            id=request.id, bundle=str(container.bundle.path), pid=self._pid, exec_id=request.exec_id,
+            status=tasks_pb2.PAUSED if paused else process.status, stdin=process.stdin, stdout=process.stdout,
+            stderr=process.stderr, terminal=process.terminal, exit_status=process.exit_status,
+        )  # fmt: skip
+        if process.exited_at:
+            _stamp(response.exited_at, process.exited_at)
+        return response
+
+    async def Wait(self, request: Any) -> Any:
+        process = self._process(request)
+        await process.exited.wait()
+        response = tasks_pb2.WaitResponse(exit_status=process.exit_status)
+        _stamp(response.exited_at, process.exited_at)
+        return response
+
+    async def Kill(self, request: Any) -> Any:
+        container = self._container(request.id)
+        process = container.process(request.exec_id)
+        if request.all and not request.exec_id:
+            await container.kill_all(request.signal)
+        elif process.status == tasks_pb2.CREATED and not request.exec_id:
+            await container.kill_all(request.signal)
+            await process.end(128 + request.signal)
+            await self._ended(container, process)
+        else:
+            await process.signal(request.signal)
+        return Empty()
+
+    async def Exec(self, request: Any) -> Any:
+        self._container(request.id).add_exec(request)
+        self._publisher.publish(events_pb2.TaskExecAdded(container_id=request.id, exec_id=request.exec_id))
+        return Empty()
+
+    async def ResizePty(self, request: Any) -> Any:
+        process = self._process(request)
+        size = agent_pb2.TtyWinResizeRequest(**process.ids, row=request.height, column=request.width)
+        await self._rpc.TtyWinResize(size, timeout=CALL_TIMEOUT)
+        return Empty()
+
+    async def CloseIO(self, request: Any) -> Any:
+        process = self._process(request)
+        if request.stdin:
+            process.close_input()
+        return Empty()
+
+    async def Pids(self, request: Any) -> Any:
+        self._container(request.id)
+        return tasks_pb2.PidsResponse(processes=[tasks_pb2.ProcessInfo(pid=self._pid)])
+
+    async def Pause(self, request: Any) -> Any:
+        container = self._container(request.id)
+        await self._rpc.PauseContainer(agent_pb2.PauseContainerRequest(container_id=request.id), timeout=CALL_TIMEOUT)
+        container.paused = True
+        self._publisher.publish(events_pb2.TaskPaused(container_id=request.id))
+        return Empty()
+
+    async def Resume(self, request: Any) -> Any:
+        container = self._container(request.id)
+        await self._rpc.ResumeContainer(agent_pb2.ResumeContainerRequest(container_id=request.id), timeout=CALL_TIMEOUT)
+        container.paused = False
+        self._publisher.publish(events_pb2.TaskResumed(container_id=request.id))
+        return Empty()
+
+    async def Checkpoint(self, request: Any) -> Any:
+        raise ShimError(StatusCode.UNIMPLEMENTED, "checkpoints: not implemented")
+
+    async def Update(self, request: Any) -> Any:
+        self._container(request.id)
+        update = agent_pb2.UpdateContainerRequest(container_id=request.id)
+        resources = json.loads(request.resources.value or b"{}")
+        for name in ("blockIO", "network", "rdma", "devices"):
+            resources.pop(name, None)
+        fill(update.resources, resources)
+        await self._rpc.UpdateContainer(update, timeout=CALL_TIMEOUT)
+        return Empty()
+
+    async def Stats(self, request: Any) -> Any:
+        self._container(request.id)
+        answer = await self._rpc.StatsContainer(
+            agent_pb2.StatsContainerRequest(container_id=request.id), timeout=CALL_TIMEOUT
+        )
+        made = stats.metrics(answer)
+        response = tasks_pb2.StatsResponse()
+        response.stats.type_url, response.stats.value = made.DESCRIPTOR.full_name, made.SerializeToString()
+        return response
+
+    async def Connect(self, request: Any) -> Any:
+        pid = self._pid if self._sandbox is not None else 0
+        return tasks_pb2.ConnectResponse(shim_pid=os.getpid(), task_pid=pid, version=TASK_VERSION)
+
+    async def Shutdown(self, request: Any) -> Any:
+        if not self._containers:
+            self._shut_down()
+        return Empty()
+
+    @property
+    def _rpc(self) -> Any:
+        if self._sandbox is None:
+            raise ShimError(StatusCode.UNAVAILABLE, "the VM has ended")
+        return self._sandbox.rpc
+
+    async def _watch_oom(self, sandbox: Sandbox) -> None:
+        while True:
+            try:
+                event = await sandbox.rpc.GetOOMEvent(agent_pb2.GetOOMEventRequest())
+            except RpcError:
+                return  # the VM has ended
+            if event.container_id in self._containers:
+                self._publisher.publish(events_pb2.TaskOOM(container_id=event.container_id))
+
+    async def close(self) -> None:
+        """End the pod, whatever is left of it."""
+        await self._end_sandbox()
+
+
+def _stamp(timestamp: Any, nanoseconds: int) -> None:
+    timestamp.seconds, timestamp.nanos = divmod(nanoseconds, 1_000_000_000)
+
+
+#: Kept out of the way of handlers: what `options` a client may send along.
+OPTIONS_TYPES = (options_pb2.Options.DESCRIPTOR.full_name,)
