@@ -13,7 +13,7 @@ from caisson.agent.libcontainer.plan.wire import NAMESPACES, EncodingError, boot
 
 def test_create_as_runc_encodes_it() -> None:
     assert bootstrap(create=0x6C020000).hex() == (
-        "20000000" "30f2" "0100" "01000000" "00000000" "0800916a0000026c" "0800976a00000000"
+        "18000000" "30f2" "0100" "01000000" "00000000" "0800916a0000026c"
     )  # fmt: skip
 
 
@@ -38,7 +38,6 @@ def test_user_namespace_as_runc_encodes_it() -> None:
         (20, 27284, b"0 100000 65536\n\0"),
         (8, 27285, b"\1\0\0\0"),
         (8, 27286, b"100\0"),
-        (8, 27287, bytes(4)),
     ]
 
 
@@ -47,15 +46,14 @@ def test_exec_as_runc_encodes_it() -> None:
     message = bootstrap(paths=paths)
     names = (b"ipc", b"uts", b"net", b"pid", b"mnt")
     text = b",".join(b"%s:/proc/9568/ns/%s" % (name, name) for name in names) + b"\0"
-    assert len(message) == 148
-    assert _attributes(message) == [(8, 27281, bytes(4)), (114, 27282, text), (8, 27287, bytes(4))]
+    assert len(message) == 140
+    assert _attributes(message) == [(8, 27281, bytes(4)), (114, 27282, text)]
 
 
 def test_time_offsets_and_join_mask() -> None:
     message = bootstrap(join=0x20000, time_offsets={"boottime": TimeOffset(5, 7)})
     assert _attributes(message)[1:] == [
         (8, 27350, bytes.fromhex("00000200")),
-        (8, 27287, bytes(4)),
         (18, 27290, b"boottime 5 7\n\0"),
     ]
 

@@ -167,7 +167,7 @@ def test_the_cap_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAISSON_CACHE_SIZE", "2000")
     assert cap() == 2000
     monkeypatch.setenv("CAISSON_CACHE_SIZE", "2 GB")
-    with pytest.raises(ImageError, match="CAISSON_CACHE_SIZE .*: is not a number of bytes"):
+    with pytest.raises(ImageError, match=r"CAISSON_CACHE_SIZE .*: is not a number of bytes"):
         cap()
 
 

@@ -166,9 +166,12 @@ def test_device_rules(rules: list[DeviceRule], access: tuple[str, int, int, str]
 
 
 def test_state_round_trip(tmp_path: Path) -> None:
-    state = State("c1", 42, 1234, "2026-11-23T12:35:44.6Z", {"": "/sys/fs/cgroup/x"}, {"bundle": "/b=c"})
-    state.save(tmp_path)
-    assert State.load(tmp_path) == state
+    state = State(
+        "c1", 42, 1234, "2026-11-23T12:35:44.6Z", {"": "/sys/fs/cgroup/x"}, {"name": "a=b"},
+        bundle="/b=c", rootfs="/b=c/rootfs", joined={"network": "/run/netns/x"}, resources={"pids": {"limit": 7}},
+    )  # fmt: skip
+    state.save(str(tmp_path))
+    assert State.load(str(tmp_path)) == state
     assert (tmp_path / "state.json").stat().st_mode & 0o777 == 0o600
     assert state.to_json()["namespace_paths"]["NEWNS"] == "/proc/42/ns/mnt"  # type: ignore[index]
 

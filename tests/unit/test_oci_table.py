@@ -228,7 +228,7 @@ def document_with(field: str) -> dict[str, Any]:
 def carry_out(document: dict[str, Any]) -> None:
     """All of the way on which a field can be refused before anything is made."""
     parsed = Spec.from_json(document)
-    plan.init_messages(parsed, rootfs="/r", bundle=Path("/b"), join={}, cgroups={})
+    plan.init_messages(parsed, rootfs="/r", bundle="/b", join={}, cgroups={})
 
 
 def limits(version: str, document: dict[str, Any]) -> list[Setting]:

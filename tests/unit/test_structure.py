@@ -62,7 +62,7 @@ PENDING_SHORT_FILES = {
     "agent.libcontainer.plan.lsm", "agent.libcontainer.plan.sysctl", "commands.catalogue.host",
     "commands.catalogue.image", "commands.catalogue.shared", "commands.catalogue.snapshot", "commands.container",
     "commands.host", "commands.names", "commands.snapshot", "image.build.summary", "image.build.tools",
-    "image.packages.package", "image.vm.pace", "image.vm.ring", "image.vm.vsock.vhost_user.log",
+    "image.packages.package", "image.vm.pace", "image.vm.vsock.vhost_user.log",
 }  # fmt: skip
 
 #: Packages of fewer files.
