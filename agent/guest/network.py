@@ -126,13 +126,14 @@ class Network:
         async with self._lock:
             if plugged:
                 await self._wait_for(wanted.mac)
+            elif not await asyncio.to_thread(_present, wanted.mac):
+                await asyncio.to_thread(_find_interfaces)  # hosts that do not say so repeat the call
             await asyncio.to_thread(_update_interface, wanted, only)
 
     async def _wait_for(self, mac: str) -> None:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._hotplug_seconds
-        await asyncio.to_thread(modules.need, ("virtio_net",))
-        _rescan_pci()
+        await asyncio.to_thread(_find_interfaces)
         while not await asyncio.to_thread(_present, mac):
             if loop.time() >= deadline:
                 raise DeviceTimeout(device=mac, seconds=self._hotplug_seconds)
@@ -150,6 +151,12 @@ class Network:
         """Add entries to the neighbour tables.  Raises SystemCallFailed, or finds one without `replace`."""
         async with self._lock:
             await asyncio.to_thread(_add_neighbours, neighbours, rt.REPLACE if replace else rt.EXCL)
+
+
+def _find_interfaces() -> None:
+    """Have the kernel look for what was plugged in.  Raises FailedPrecondition where the driver cannot be loaded."""
+    modules.need(("virtio_net",))
+    _rescan_pci()
 
 
 def _interfaces() -> list[Interface]:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+
+from caisson.agent.base.errors import SystemCallFailed
 from caisson.agent.guest.rootdisk import root_disks
 from caisson.agent.libcontainer.cgroups.cpuset import available
 from caisson.agent.libcontainer.config.resources import DeviceRule
+from caisson.agent.libcontainer.plan.sysctl import needed_namespace, path_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from caisson.agent.libcontainer.config.resources import Resources
+    from caisson.agent.libcontainer.config.spec import Spec
 
 
 def fit(resources: Resources) -> Resources:
@@ -21,3 +28,28 @@ def fit(resources: Resources) -> Resources:
         return fitted  # nothing but what every container may use
     bans = tuple(DeviceRule(False, "b", major, minor, "rw") for major, minor in root_disks())
     return fitted.but(devices=(*fitted.devices, *bans))
+
+
+def take_network_parameters(spec: Spec) -> tuple[Spec, dict[str, str]]:
+    """Split off the kernel parameters of the network where it is the guest's: all containers of a pod share it.
+
+    Returns the spec without them, and their values by path below /proc/sys.  Raises SpecError.
+    """
+    if any(namespace.type == "network" for namespace in spec.linux.namespaces):
+        return spec, {}
+    paths = {key: path_of(key) for key in spec.linux.sysctl}
+    network = {path: spec.linux.sysctl[key] for key, path in paths.items() if needed_namespace(path) == "network"}
+    if not network:
+        return spec, {}
+    rest = {key: value for key, value in spec.linux.sysctl.items() if paths[key] not in network}
+    return spec.but(linux=spec.linux.but(sysctl=rest)), network
+
+
+def set_parameters(values: Mapping[str, str]) -> None:
+    """Write kernel parameters, by path below /proc/sys.  Raises SystemCallFailed."""
+    for path, value in values.items():
+        try:
+            with open(f"/proc/sys/{path}", "w") as file:  # noqa: PTH123 - no pathlib at start
+                file.write(value)
+        except OSError as error:
+            raise SystemCallFailed(f"sysctl {path}={value}: {os.strerror(error.errno or 0).lower()}") from error

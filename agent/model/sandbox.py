@@ -221,6 +221,9 @@ class Sandbox:
             raise ContainerExists(container_id=container_id)
         if spec.process is None or spec.root is None or not spec.root.path:
             raise InvalidArgument("the container's spec needs a process and a root path")
+        from caisson.agent.guest.resources import set_parameters, take_network_parameters
+
+        spec, parameters = take_network_parameters(spec)
         if share_pids is None:
             share_pids = self.shares_pids
         if share_pids and not self.shares_pids:
@@ -240,6 +243,7 @@ class Sandbox:
                 from caisson.agent.guest.devices import placed
 
                 spec = await placed(spec, devices, self._blocks)
+            await asyncio.to_thread(set_parameters, parameters)
             self._mounts[container_id] = await self._storages.mount(storages, container_id)
             if self._cgroups is not None:
                 cgroup = self._cgroups.create(spec.linux.cgroups_path or f"{self._id}/{container_id}")
