@@ -52,7 +52,7 @@ class BundleRecord(Record):
     holder: ProcessId
 
 
-class Bundle:
+class TaskBundle:
     """A bundle's directory."""
 
     def __init__(self, path: str | Path, container_id: str) -> None:
@@ -81,9 +81,9 @@ class Bundle:
     def read(self) -> BundleRecord | None:
         """Return the record; None where there is none, or it makes no sense."""
         try:
-            document = json.loads((self.path / RECORD).read_text())
-            processes = {name: ProcessId(**document.pop(name)) for name in ("shim", "holder")}
-            return BundleRecord(**document, **processes)
+            document: dict[str, Any] = json.loads((self.path / RECORD).read_text())
+            document |= {name: ProcessId(**document[name]) for name in ("shim", "holder")}
+            return BundleRecord(**document)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
 

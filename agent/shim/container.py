@@ -9,17 +9,16 @@ from typing import Any
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.client import ConnectionClosed, RpcError
 from caisson.agent.shim import mounts
-from caisson.agent.shim.bundle import Bundle
-from caisson.agent.shim.convert import fill
+from caisson.agent.shim.bundle import TaskBundle
 from caisson.agent.shim.errors import not_found, wrong_state
+from caisson.agent.shim.pod import CALL_TIMEOUT, Pod
 from caisson.agent.shim.process import CREATED, KILLED, RUNNING, STOPPED, Process
-from caisson.agent.shim.sandbox import CALL_TIMEOUT, Sandbox
-from caisson.agent.shim.spec import guest_spec, shares_pid_namespace
+from caisson.agent.shim.spec import fill, guest_spec, shares_pid_namespace
 from caisson.proto.kata3 import agent_pb2
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    pass
 
 #: Seconds that the end of a container waits for those of its execs, which are told first.
 EXECS_TIMEOUT = 2.0
@@ -28,23 +27,23 @@ EXECS_TIMEOUT = 2.0
 class Container:
     """One container; ``owner`` if its pod ends with it."""
 
-    def __init__(self, sandbox: Sandbox, bundle: Bundle, document: dict[str, Any], request: Any, *, owner: bool):
+    def __init__(self, pod: Pod, bundle: TaskBundle, document: dict[str, Any], request: Any, *, owner: bool):
         self.id = bundle.id
         self.bundle = bundle
         self.owner = owner
         self.paused = False
-        self.init = Process(sandbox.rpc, self.id, "", self.id, request, sandbox.namespace)
+        self.init = Process(pod.rpc, self.id, "", self.id, request, pod.namespace)
         self.execs: dict[str, Process] = {}
-        self._sandbox = sandbox
+        self._pod = pod
         self._document = document
         self._lock = asyncio.Lock()
 
     @classmethod
     async def create(
-        cls, sandbox: Sandbox, bundle: Bundle, document: dict[str, Any], request: Any, *, owner: bool
+        cls, pod: Pod, bundle: TaskBundle, document: dict[str, Any], request: Any, *, owner: bool
     ) -> Container:
         """Create a container in a pod's guest.  Raises what status_of knows; nothing of it is left then."""
-        container = cls(sandbox, bundle, document, request, owner=owner)
+        container = cls(pod, bundle, document, request, owner=owner)
         try:
             await container._create(request)
         except BaseException:
@@ -54,9 +53,9 @@ class Container:
         return container
 
     async def _create(self, request: Any) -> None:
-        sandbox = self._sandbox
+        pod = self._pod
         wanted = guest_spec(self._document, self.id)
-        place = sandbox.shared / self.id
+        place = pod.shared / self.id
         root = str((self._document.get("root") or {}).get("path") or "rootfs")
         await asyncio.to_thread(
             mounts.mount_rootfs, request.rootfs, self.bundle.path / "rootfs", place / "rootfs", root
@@ -67,15 +66,15 @@ class Container:
             container_id=self.id, exec_id=self.id, sandbox_pidns=shares_pid_namespace(self._document)
         )
         fill(create.OCI, wanted.document)
-        await sandbox.rpc.CreateContainer(create, timeout=CALL_TIMEOUT)
+        await pod.rpc.CreateContainer(create, timeout=CALL_TIMEOUT)
         await self._run_hooks("prestart", "createRuntime")
 
     async def _run_hooks(self, *names: str) -> None:
         state = {
-            "ociVersion": "1.0.2", "id": self.id, "status": "created", "pid": self._sandbox.pid,
+            "ociVersion": "1.0.2", "id": self.id, "status": "created", "pid": self._pod.pid,
             "bundle": str(self.bundle.path), "annotations": self._document.get("annotations") or {},
         }  # fmt: skip
-        await self._sandbox.run_hooks(self._document, names, state)
+        await self._pod.run_hooks(self._document, names, state)
 
     def process(self, exec_id: str) -> Process:
         """Return a process; the first for an empty id.  Raises ShimError."""
@@ -85,19 +84,18 @@ class Container:
             raise not_found(f"process {exec_id} of container {self.id}")
         return self.execs[exec_id]
 
-    async def start(self, ended: Callable[[Process], Any]) -> None:
-        """Start the first process.  Raises what status_of knows."""
+    async def start(self) -> None:
+        """Start the first process.  Raises what status_of knows; its streams are closed then."""
         async with self._lock:
             if self.init.status != CREATED:
                 raise wrong_state(f"container {self.id}: not in created state")
             try:
-                await self._sandbox.connect_network()
+                await self._pod.connect_network()
                 request = agent_pb2.StartContainerRequest(container_id=self.id)
-                await self._sandbox.rpc.StartContainer(request, timeout=CALL_TIMEOUT)
+                await self._pod.rpc.StartContainer(request, timeout=CALL_TIMEOUT)
             except BaseException:
                 await self.init.close()
                 raise
-            self.init.started(ended)
             await self._run_hooks("poststart")
 
     def add_exec(self, request: Any) -> Process:
@@ -108,13 +106,13 @@ class Container:
             raise ShimError(StatusCode.ALREADY_EXISTS, f"process {request.exec_id}: exists already")
         if self.init.status != RUNNING:
             raise wrong_state(f"container {self.id}: not running")
-        sandbox = self._sandbox
-        process = Process(sandbox.rpc, self.id, request.exec_id, request.exec_id, request, sandbox.namespace)
+        pod = self._pod
+        process = Process(pod.rpc, self.id, request.exec_id, request.exec_id, request, pod.namespace)
         process.spec = json.loads(request.spec.value)
         self.execs[request.exec_id] = process
         return process
 
-    async def start_exec(self, process: Process, ended: Callable[[Process], Any]) -> None:
+    async def start_exec(self, process: Process) -> None:
         """Start a process that was added.  Raises what status_of knows; its streams are closed then."""
         if process.status != CREATED:
             raise wrong_state(f"process {process.exec_id}: not in created state")
@@ -128,12 +126,11 @@ class Container:
         fill(request.process, document)
         await process.open()
         try:
-            await self._sandbox.rpc.ExecProcess(request, timeout=CALL_TIMEOUT)
+            await self._pod.rpc.ExecProcess(request, timeout=CALL_TIMEOUT)
         except BaseException:
             process.status = STOPPED
             await process.close()
             raise
-        process.started(ended)
 
     async def execs_ended(self) -> None:
         """Wait for the ends of the other processes, which the kernel has killed with the first."""
@@ -146,7 +143,7 @@ class Container:
         if self.init.status == STOPPED:
             raise not_found("process already finished")
         request = agent_pb2.SignalProcessRequest(container_id=self.id, exec_id="", signal=number)
-        await self._sandbox.rpc.SignalProcess(request, timeout=CALL_TIMEOUT)
+        await self._pod.rpc.SignalProcess(request, timeout=CALL_TIMEOUT)
 
     async def remove(self) -> None:
         """Remove it from the guest, and what the host mounted for it.  Raises ShimError for one that runs."""
@@ -158,15 +155,15 @@ class Container:
             await process.close()
         request = agent_pb2.RemoveContainerRequest(container_id=self.id)
         try:
-            await self._sandbox.rpc.RemoveContainer(request, timeout=CALL_TIMEOUT)
+            await self._pod.rpc.RemoveContainer(request, timeout=CALL_TIMEOUT)
             stale = agent_pb2.RemoveStaleVirtiofsShareMountsRequest()
-            await self._sandbox.rpc.RemoveStaleVirtiofsShareMounts(stale, timeout=CALL_TIMEOUT)
+            await self._pod.rpc.RemoveStaleVirtiofsShareMounts(stale, timeout=CALL_TIMEOUT)
         except (RpcError, ConnectionClosed):
             pass  # the VM has gone, or goes now
         await asyncio.to_thread(self._unmount)
         await self._run_hooks("poststop")
 
     def _unmount(self) -> None:
-        mounts.release(self._sandbox.shared / self.id)
+        mounts.release(self._pod.shared / self.id)
         for place in sorted(mounts.mounted_below(self.bundle.path / "rootfs"), reverse=True):
             mounts.detach(place)

@@ -66,7 +66,7 @@ def start(arguments: Arguments, serve: Callable[[socket.socket, bytes, Arguments
     options as they came on standard input.  Raises OSError.
     """
     options = b"" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read()
-    path = socket_path(arguments, group_of(os.getcwd()) or arguments.id)
+    path = socket_path(arguments, group_of(".") or arguments.id)
     if not _serves(path):
         listener = _bind(path)
         if os.fork() == 0:
@@ -133,6 +133,8 @@ def _become_server(serve: Callable[[], None]) -> NoReturn:
         log = null
     for fd, target in ((0, null), (1, log), (2, log)):
         os.dup2(target, fd)
+    for fd in {null, log} - {0, 1, 2}:
+        os.close(fd)
     status = 1
     try:
         serve()

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Protocol
 
+from caisson.agent.rpc.ttrpc import frames
 
-class Machine(Protocol):
+#: Seconds for one answer of an agent that is being waited for.
+CHECK_TIMEOUT = 1.0
+
+
+class PodMachine(Protocol):
     """A running VM.  All methods block; all raise MachineError."""
 
     @property
@@ -30,7 +36,7 @@ class Machine(Protocol):
 class Machines(Protocol):
     """Where VMs come from."""
 
-    def start(self, name: str, *, memory: int, cpus: int) -> Machine:
+    def start(self, name: str, *, memory: int, cpus: int) -> PodMachine:
         """Start a VM, with at least so many MiB and CPUs, and wait for its agent."""
 
     def stop(self, name: str) -> None:
@@ -39,3 +45,20 @@ class Machines(Protocol):
 
 class MachineError(Exception):
     """A VM that could not be started, changed or stopped; the text is one line for the user."""
+
+
+def agent_answers(agent_socket: Path) -> bool:
+    """Return whether the agent answers Health.Check.  Blocks: a VM is started in a thread."""
+    reader = frames.FrameReader()
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(CHECK_TIMEOUT)
+        try:
+            connection.connect(str(agent_socket))
+            connection.sendall(frames.request(1, "grpc.Health", "Check", b""))
+            while data := connection.recv(4096):
+                reader.feed(data)
+                if reader.next() is not None:
+                    return True
+        except OSError:
+            pass
+    return False

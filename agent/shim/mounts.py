@@ -23,8 +23,8 @@ class MountError(Exception):
     """Something could not be mounted; the text is one line."""
 
 
-class Mount(Protocol):
-    """A mount as containerd gives it (containerd.types.Mount)."""
+class RootfsMount(Protocol):
+    """A mount as containerd gives it (containerd.types.RootfsMount)."""
 
     @property
     def type(self) -> str: ...
@@ -44,8 +44,8 @@ def make_shared(directory: Path) -> None:
         raise MountError(f"{directory}: {(error.strerror or '').lower()}") from error
 
 
-def mount_rootfs(mounts: Iterable[Mount], bundle_rootfs: Path, place: Path, root: str) -> None:
-    """Mount a container's root file system in its bundle, in order, and bind it below the share.
+def mount_rootfs(mounts: Iterable[RootfsMount], bundle_rootfs: Path, place: Path, root: str) -> None:
+    """RootfsMount a container's root file system in its bundle, in order, and bind it below the share.
 
     Without mounts it is there already, at ``root`` (docker's graph drivers).  Raises MountError.
     """

@@ -125,7 +125,7 @@ def tap(namespace: str, link: Link, number: int) -> int:
     Raises NetworkError.
     """
     name = f"caisson{number}"
-    fd = _inside(namespace, lambda: _open_tap(name))
+    fd: int = _inside(namespace, lambda: _open_tap(name))
     try:
         _run(namespace, "ip", "link", "set", name, "mtu", str(link.mtu), "up")
         for source, target in ((link.name, name), (name, link.name)):

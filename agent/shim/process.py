@@ -9,7 +9,7 @@ from typing import Any
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.client import ConnectionClosed, RpcError
 from caisson.agent.shim.errors import ShimError
-from caisson.agent.shim.stdio import BLOCK, Streams, copy_output
+from caisson.agent.shim.stdio import BLOCK, TaskStreams, copy_output
 from caisson.proto.containerd import tasks_pb2
 from caisson.proto.kata3 import agent_pb2
 
@@ -41,21 +41,21 @@ class Process:
         self.spec: dict[str, Any] = {}  # of one that was added by Exec
         self._rpc = rpc
         self._container_id = container_id
-        self._ids = {"container_id": container_id, "exec_id": guest_id}
+        self._ids: dict[str, Any] = {"container_id": container_id, "exec_id": guest_id}
         self._namespace = namespace
-        self._streams: Streams | None = None
+        self._streams: TaskStreams | None = None
         self._copies: list[asyncio.Task[None]] = []
         self._input: asyncio.Task[None] | None = None
 
     @property
-    def ids(self) -> dict[str, str]:
+    def ids(self) -> dict[str, Any]:
         """What the agent calls it."""
         return self._ids
 
     async def open(self) -> None:
         """Open its streams.  Raises ShimError."""
         try:
-            self._streams = await Streams.open(
+            self._streams = await TaskStreams.open(
                 self.stdin, self.stdout, self.stderr, self._container_id, self._namespace
             )
         except (OSError, TimeoutError) as error:
@@ -96,7 +96,7 @@ class Process:
             return b""
         return bytes(answer.data)
 
-    async def _copy_input(self, streams: Streams) -> None:
+    async def _copy_input(self, streams: TaskStreams) -> None:
         assert streams.stdin is not None
         try:
             while data := await streams.stdin.read():

@@ -6,8 +6,8 @@ Source: OCI runtime specification 1.2, config.md and config-linux.md.
 from __future__ import annotations
 
 import copy
-import os
 import stat
+from pathlib import Path
 from typing import Any
 
 from caisson.agent.base.record import Record
@@ -76,7 +76,7 @@ def _mount(mount: dict[str, Any], container_id: str, volumes: list[Volume]) -> d
     if destination == "/dev/shm":
         return {**mount, "source": GUEST_SHM}
     try:
-        mode = os.stat(source).st_mode
+        mode = Path(source).stat().st_mode
     except OSError as error:
         raise UnsupportedSpec(f"mounts: {source}: {(error.strerror or '').lower()}") from error
     if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
@@ -122,3 +122,41 @@ def network_namespace(document: dict[str, Any]) -> str:
     """Return the path of the network namespace that a configuration joins; empty for one of its own."""
     namespaces = (document.get("linux") or {}).get("namespaces") or []
     return next((str(one.get("path") or "") for one in namespaces if one.get("type") == "network"), "")
+
+
+#: Fields that the wire calls otherwise.
+RENAMED = {"ociversion": "version", "defaulterrnoret": "", "errnoret": "errnoret"}
+
+
+def fill(message: Any, document: dict[str, Any]) -> None:
+    """Fill a message from a JSON object.  A field that the wire lacks is left out, as runtimes ignore unknown ones.
+
+    Raises ValueError for a value of another type.
+    """
+    fields = {str(field.name).lower().replace("_", ""): field for field in message.DESCRIPTOR.fields}
+    for name, value in document.items():
+        field = fields.get(RENAMED.get(name.lower(), name.lower()))
+        if field is None or value is None:
+            continue
+        try:
+            _set(message, field, value)
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"{name}: {error}") from error
+
+
+def _set(message: Any, field: Any, value: Any) -> None:
+    target = getattr(message, field.name)
+    if field.message_type is None:
+        if field.is_repeated:
+            target.extend(value)
+        else:
+            setattr(message, field.name, value)
+    elif field.message_type.GetOptions().map_entry:
+        for key, one in value.items():
+            target[key] = one
+    elif field.is_repeated:
+        for one in value:
+            fill(target.add(), one)
+    else:
+        target.SetInParent()
+        fill(target, value)

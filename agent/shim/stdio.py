@@ -9,6 +9,7 @@ import asyncio
 import os
 import stat
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 #: Bytes that are read from the guest, or from a FIFO, at once.
@@ -56,7 +57,7 @@ class Writer:
         self._fd = self._held = -1
 
 
-class Reader:
+class StdinReader:
     """The reading end of a process's stdin.  A writing end is held: only ``close_input`` makes an end of file."""
 
     def __init__(self, path: str) -> None:
@@ -145,28 +146,28 @@ class Logger:
             await self._process.wait()
 
 
-class Streams:
+class TaskStreams:
     """The streams of one process; those that nobody wants are None."""
 
-    def __init__(self, stdin: Reader | None, stdout: Writer | None, stderr: Writer | None, logger: Logger | None):
+    def __init__(self, stdin: StdinReader | None, stdout: Writer | None, stderr: Writer | None, logger: Logger | None):
         self.stdin = stdin
         self.stdout = stdout
         self.stderr = stderr
         self._logger = logger
 
     @classmethod
-    async def open(cls, stdin: str, stdout: str, stderr: str, container_id: str, namespace: str) -> Streams:
+    async def open(cls, stdin: str, stdout: str, stderr: str, container_id: str, namespace: str) -> TaskStreams:
         """Open them by their paths or URLs.  Raises OSError or TimeoutError; nothing is open then."""
         if stdout.startswith("binary:"):
             logger, out, err = await Logger.start(stdout, container_id, namespace)
-            return cls(Reader(stdin) if stdin else None, out, err, logger)
-        opened: list[Writer | Reader] = []
+            return cls(StdinReader(stdin) if stdin else None, out, err, logger)
+        opened: list[Writer | StdinReader] = []
         try:
             output = Writer.open(stdout) if stdout else None
             opened += [output] if output else []
             errors = Writer.open(stderr) if stderr else None
             opened += [errors] if errors else []
-            return cls(Reader(stdin) if stdin else None, output, errors, None)
+            return cls(StdinReader(stdin) if stdin else None, output, errors, None)
         except OSError:
             for one in opened:
                 one.close()
@@ -182,13 +183,21 @@ class Streams:
 
 
 async def copy_output(read: Callable[[], Awaitable[bytes]], writer: Writer | None) -> None:
-    """Copy a process's output to its end; what nobody wants is read all the same.  ``read`` returns b"" at the end."""
-    while data := await read():
+    """Copy a process's output to its end, and close the writer: clients wait for that before they delete a task.
+
+    What nobody wants is read all the same.  ``read`` returns b"" at the end.
+    """
+    wanted = writer is not None
+    try:
+        while data := await read():
+            if writer is not None and wanted:
+                try:
+                    await writer.write(data)
+                except OSError:
+                    wanted = False  # its disk is full, or its reader has gone: the process must not stop for that
+    finally:
         if writer is not None:
-            try:
-                await writer.write(data)
-            except OSError:
-                writer = None  # its disk is full, or its reader has gone: the process must not stop for that
+            writer.close()
 
 
 async def _ready(fd: int, *, write: bool) -> None:
@@ -213,6 +222,6 @@ def _path_of(url: str) -> str:
 
 def _is_fifo(path: str) -> bool:
     try:
-        return stat.S_ISFIFO(os.stat(path).st_mode)
+        return stat.S_ISFIFO(Path(path).stat().st_mode)
     except FileNotFoundError:
         return False

@@ -13,16 +13,16 @@ from typing import Any
 from google.protobuf.empty_pb2 import Empty
 
 from caisson.agent.rpc.codes import StatusCode
+from caisson.agent.rpc.ttrpc.client import RpcError
 from caisson.agent.shim import stats
-from caisson.agent.shim.bundle import Bundle
+from caisson.agent.shim.bundle import TaskBundle
 from caisson.agent.shim.container import Container
-from caisson.agent.shim.convert import fill
 from caisson.agent.shim.errors import ShimError, not_found
 from caisson.agent.shim.events import Publisher, task_exit
+from caisson.agent.shim.pod import CALL_TIMEOUT, Pod
 from caisson.agent.shim.process import STOPPED, Process
-from caisson.agent.shim.sandbox import CALL_TIMEOUT, Sandbox
-from caisson.agent.rpc.ttrpc.client import RpcError
-from caisson.proto.containerd import events_pb2, options_pb2, tasks_pb2
+from caisson.agent.shim.spec import fill
+from caisson.proto.containerd import events_pb2, task_v2_pb2, tasks_pb2
 from caisson.proto.kata3 import agent_pb2
 
 TYPE_CHECKING = False
@@ -36,17 +36,17 @@ TASK_VERSION = "v3"
 
 
 class TaskService:
-    """The containers of a pod.  ``version`` is the module of the Task service's messages, v2 or v3: they are alike."""
+    """The containers of a pod.  Versions 2 and 3 of the service have the same messages, on the wire."""
 
     def __init__(
-        self, make_sandbox: Callable[[str], Sandbox], publisher: Publisher, log: Log, shut_down: Callable[[], None]
+        self, make_pod: Callable[[str], Pod], publisher: Publisher, log: Log, shut_down: Callable[[], None]
     ) -> None:
-        """``make_sandbox`` makes a pod of an id; ``shut_down`` ends this process once the last container is deleted."""
-        self._make_sandbox = make_sandbox
+        """``make_pod`` makes a pod of an id; ``shut_down`` ends this process once the last container is deleted."""
+        self._make_pod = make_pod
         self._publisher = publisher
         self._log = log
         self._shut_down = shut_down
-        self._sandbox: Sandbox | None = None
+        self._pod: Pod | None = None
         self._containers: dict[str, Container] = {}
         self._creating = asyncio.Lock()
         self._oom: asyncio.Task[None] | None = None
@@ -61,30 +61,30 @@ class TaskService:
 
     @property
     def _pid(self) -> int:
-        assert self._sandbox is not None
-        return self._sandbox.pid
+        assert self._pod is not None
+        return self._pod.pid
 
     async def Create(self, request: Any) -> Any:
         if request.checkpoint:
             raise ShimError(StatusCode.UNIMPLEMENTED, "restoring a checkpoint: not implemented")
         if request.id in self._containers:
             raise ShimError(StatusCode.ALREADY_EXISTS, f"container {request.id}: exists already")
-        bundle = Bundle(request.bundle, request.id)
+        bundle = TaskBundle(request.bundle, request.id)
         document = bundle.config()
         async with self._creating:
-            sandbox, owner = self._sandbox, self._sandbox is None
-            if sandbox is None:
-                sandbox = self._make_sandbox(bundle.sandbox)
-                await sandbox.start(document, bundle)
-                self._sandbox = sandbox
-                self._oom = asyncio.get_running_loop().create_task(self._watch_oom(sandbox))
+            pod, owner = self._pod, self._pod is None
+            if pod is None:
+                pod = self._make_pod(bundle.sandbox)
+                await pod.start(document, bundle)
+                self._pod = pod
+                self._oom = asyncio.get_running_loop().create_task(self._watch_oom(pod))
             else:
-                sandbox.record(bundle, owner=False)
+                pod.record(bundle, owner=False)
             try:
-                container = await Container.create(sandbox, bundle, document, request, owner=owner)
+                container = await Container.create(pod, bundle, document, request, owner=owner)
             except BaseException:
                 if owner:
-                    await self._end_sandbox()
+                    await self._end_pod()
                 raise
             self._containers[request.id] = container
         event = events_pb2.TaskCreate(
@@ -93,7 +93,7 @@ class TaskService:
         event.io.stdin, event.io.stdout, event.io.stderr = request.stdin, request.stdout, request.stderr
         event.io.terminal = request.terminal
         self._publisher.publish(event)
-        return tasks_pb2.CreateTaskResponse(pid=self._pid)
+        return task_v2_pb2.CreateTaskResponse(pid=self._pid)
 
     async def Start(self, request: Any) -> Any:
         container = self._container(request.id)
@@ -103,13 +103,14 @@ class TaskService:
             await self._ended(container, process)
 
         if request.exec_id:
-            await container.start_exec(process, ended)
+            await container.start_exec(process)
             event: Any = events_pb2.TaskExecStarted(container_id=request.id, exec_id=request.exec_id, pid=self._pid)
         else:
-            await container.start(ended)
+            await container.start()
             event = events_pb2.TaskStart(container_id=request.id, pid=self._pid)
-        self._publisher.publish(event)
-        return tasks_pb2.StartResponse(pid=self._pid)
+        self._publisher.publish(event)  # before anything of the process's end
+        process.started(ended)
+        return task_v2_pb2.StartResponse(pid=self._pid)
 
     async def _ended(self, container: Container, process: Process) -> None:
         if process is container.init:
@@ -132,26 +133,26 @@ class TaskService:
             await container.remove()
             del self._containers[request.id]
             if container.owner or not self._containers:
-                await self._end_sandbox()
+                await self._end_pod()
             event = events_pb2.TaskDelete(container_id=request.id, pid=pid, exit_status=process.exit_status)
             _stamp(event.exited_at, process.exited_at)
             self._publisher.publish(event)
-        response = tasks_pb2.DeleteResponse(pid=pid, exit_status=process.exit_status)
+        response = task_v2_pb2.DeleteResponse(pid=pid, exit_status=process.exit_status)
         _stamp(response.exited_at, process.exited_at)
         return response
 
-    async def _end_sandbox(self) -> None:
+    async def _end_pod(self) -> None:
         if self._oom is not None:
             self._oom.cancel()
-        if self._sandbox is not None:
-            await self._sandbox.stop()
-            self._sandbox = None
+        if self._pod is not None:
+            await self._pod.stop()
+            self._pod = None
 
     async def State(self, request: Any) -> Any:
         container = self._container(request.id)
         process = container.process(request.exec_id)
         paused = container.paused and process.status == tasks_pb2.RUNNING
-        response = tasks_pb2.StateResponse(
+        response = task_v2_pb2.StateResponse(
             id=request.id, bundle=str(container.bundle.path), pid=self._pid, exec_id=request.exec_id,
             status=tasks_pb2.PAUSED if paused else process.status, stdin=process.stdin, stdout=process.stdout,
             stderr=process.stderr, terminal=process.terminal, exit_status=process.exit_status,
@@ -163,19 +164,19 @@ class TaskService:
     async def Wait(self, request: Any) -> Any:
         process = self._process(request)
         await process.exited.wait()
-        response = tasks_pb2.WaitResponse(exit_status=process.exit_status)
+        response = task_v2_pb2.WaitResponse(exit_status=process.exit_status)
         _stamp(response.exited_at, process.exited_at)
         return response
 
     async def Kill(self, request: Any) -> Any:
         container = self._container(request.id)
         process = container.process(request.exec_id)
-        if request.all and not request.exec_id:
+        if process.status == tasks_pb2.CREATED and not request.exec_id:
             await container.kill_all(request.signal)
-        elif process.status == tasks_pb2.CREATED and not request.exec_id:
-            await container.kill_all(request.signal)
-            await process.end(128 + request.signal)
+            await process.end(128 + request.signal)  # nobody waits for one that never ran
             await self._ended(container, process)
+        elif request.all and not request.exec_id:
+            await container.kill_all(request.signal)
         else:
             await process.signal(request.signal)
         return Empty()
@@ -199,7 +200,7 @@ class TaskService:
 
     async def Pids(self, request: Any) -> Any:
         self._container(request.id)
-        return tasks_pb2.PidsResponse(processes=[tasks_pb2.ProcessInfo(pid=self._pid)])
+        return task_v2_pb2.PidsResponse(processes=[tasks_pb2.ProcessInfo(pid=self._pid)])
 
     async def Pause(self, request: Any) -> Any:
         container = self._container(request.id)
@@ -234,13 +235,13 @@ class TaskService:
             agent_pb2.StatsContainerRequest(container_id=request.id), timeout=CALL_TIMEOUT
         )
         made = stats.metrics(answer)
-        response = tasks_pb2.StatsResponse()
+        response = task_v2_pb2.StatsResponse()
         response.stats.type_url, response.stats.value = made.DESCRIPTOR.full_name, made.SerializeToString()
         return response
 
     async def Connect(self, request: Any) -> Any:
-        pid = self._pid if self._sandbox is not None else 0
-        return tasks_pb2.ConnectResponse(shim_pid=os.getpid(), task_pid=pid, version=TASK_VERSION)
+        pid = self._pid if self._pod is not None else 0
+        return task_v2_pb2.ConnectResponse(shim_pid=os.getpid(), task_pid=pid, version=TASK_VERSION)
 
     async def Shutdown(self, request: Any) -> Any:
         if not self._containers:
@@ -249,14 +250,14 @@ class TaskService:
 
     @property
     def _rpc(self) -> Any:
-        if self._sandbox is None:
+        if self._pod is None:
             raise ShimError(StatusCode.UNAVAILABLE, "the VM has ended")
-        return self._sandbox.rpc
+        return self._pod.rpc
 
-    async def _watch_oom(self, sandbox: Sandbox) -> None:
+    async def _watch_oom(self, pod: Pod) -> None:
         while True:
             try:
-                event = await sandbox.rpc.GetOOMEvent(agent_pb2.GetOOMEventRequest())
+                event = await pod.rpc.GetOOMEvent(agent_pb2.GetOOMEventRequest())
             except RpcError:
                 return  # the VM has ended
             if event.container_id in self._containers:
@@ -264,12 +265,8 @@ class TaskService:
 
     async def close(self) -> None:
         """End the pod, whatever is left of it."""
-        await self._end_sandbox()
+        await self._end_pod()
 
 
 def _stamp(timestamp: Any, nanoseconds: int) -> None:
     timestamp.seconds, timestamp.nanos = divmod(nanoseconds, 1_000_000_000)
-
-
-#: Kept out of the way of handlers: what `options` a client may send along.
-OPTIONS_TYPES = (options_pb2.Options.DESCRIPTOR.full_name,)

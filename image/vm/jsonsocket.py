@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
+from collections.abc import Sequence
 from typing import Any
 
 #: Bytes of a line that is still believed to be one.
@@ -21,10 +22,12 @@ class JSONSocket:
     def fileno(self) -> int:
         return self._connection.fileno()
 
-    def send(self, message: dict[str, Any]) -> None:
-        """Send an object.  Raises OSError when the other end is closed."""
+    def send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
+        """Send an object, with descriptors (unix(7), SCM_RIGHTS).  Raises OSError when the other end has gone."""
         self._connection.settimeout(None)
-        self._connection.sendall(json.dumps(message).encode() + b"\n")
+        data = json.dumps(message).encode() + b"\n"
+        sent = socket.send_fds(self._connection, [data], fds) if fds else 0
+        self._connection.sendall(data[sent:])
 
     def receive(self, timeout: float | None = None) -> dict[str, Any] | None:
         """Return the next object, None at the end.  ``timeout`` in seconds; 0 takes only what has arrived.

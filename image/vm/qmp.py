@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -47,11 +48,11 @@ class QMP:
             self.close()
             raise
 
-    def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
-        """Run a command and return what it returns.  Raises QMPError."""
+    def execute(self, command: str, arguments: dict[str, Any] | None = None, fds: Sequence[int] = ()) -> Any:
+        """Run a command, which may need descriptors, and return what it returns.  Raises QMPError."""
         deadline = time.monotonic() + self._timeout
         try:
-            self._lines.send({"execute": command} | ({"arguments": arguments} if arguments else {}))
+            self._lines.send({"execute": command} | ({"arguments": arguments} if arguments else {}), fds)
         except OSError as error:
             raise QMPError(f"{self._path}: {command}: {error.strerror or error}") from error
         while True:

@@ -10,19 +10,19 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.client import Client, RpcError, Stub
 from caisson.agent.shim import mounts, network
-from caisson.agent.shim.bundle import SANDBOX_MEMORY, Bundle, BundleRecord, ProcessId
+from caisson.agent.shim.bundle import SANDBOX_MEMORY, BundleRecord, ProcessId, TaskBundle
 from caisson.agent.shim.errors import ShimError
 from caisson.agent.shim.machines import MachineError
 from caisson.agent.shim.spec import GUEST_SHARED, network_namespace, shares_pid_namespace
-from caisson.agent.rpc.codes import StatusCode
 from caisson.proto.kata3 import agent_pb2, types_pb2
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from caisson.agent.base.log import Log
-    from caisson.agent.shim.machines import Machine, Machines
+    from caisson.agent.shim.machines import Machines, PodMachine
 
 #: The tag by which hosts and guests of Kata know a pod's share.
 SHARE_TAG = "kataShared"
@@ -39,7 +39,7 @@ MIB = 1 << 20
 OVERHEAD = 192
 
 
-class Sandbox:
+class Pod:
     """One pod on its VM.  ``rpc`` is the agent's service once it is started."""
 
     def __init__(self, sandbox_id: str, namespace: str, machines: Machines, log: Log) -> None:
@@ -49,7 +49,7 @@ class Sandbox:
         self.directory = PODS / self.name
         self.rpc: Any = None
         self._machines = machines
-        self._machine: Machine | None = None
+        self._machine: PodMachine | None = None
         self._client: Client | None = None
         self._holder: network.Holder | None = None
         self._interfaces = 0
@@ -67,7 +67,7 @@ class Sandbox:
         assert self._holder is not None
         return self._holder.pid
 
-    async def start(self, document: dict[str, Any], bundle: Bundle) -> None:
+    async def start(self, document: dict[str, Any], bundle: TaskBundle) -> None:
         """Start the VM of a pod from the configuration of its first container.
 
         Raises MachineError, MountError, NetworkError or RpcError; nothing is left then.
@@ -102,14 +102,12 @@ class Sandbox:
         )
         await self.rpc.CreateSandbox(request, timeout=CALL_TIMEOUT)
 
-    def record(self, bundle: Bundle, *, owner: bool) -> None:
+    def record(self, bundle: TaskBundle, *, owner: bool) -> None:
         """Write into a bundle what `delete` needs after this process was killed."""
         holder = self._holder
         assert holder is not None
         shim = ProcessId.of(os.getpid())
-        bundle.write(
-            BundleRecord(self.id, owner, self.name, str(self.directory), shim, ProcessId.of(holder.pid))
-        )
+        bundle.write(BundleRecord(self.id, owner, self.name, str(self.directory), shim, ProcessId.of(holder.pid)))
 
     async def connect_network(self) -> None:
         """Give the guest the interfaces, addresses and routes that are in the pod's namespace by now; once.

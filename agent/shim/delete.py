@@ -1,0 +1,41 @@
+"""What `delete` does: clean up after a container, from its bundle alone, however its shim has ended.
+
+containerd calls it after every container whose `start` it called, also in a pod that goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from caisson.agent.shim import mounts
+from caisson.agent.shim.bundle import BundleRecord, TaskBundle
+from caisson.agent.shim.machines import Machines
+from caisson.agent.shim.process import KILLED
+from caisson.proto.containerd import task_v2_pb2
+
+
+def delete(bundle: TaskBundle, machines: Machines) -> bytes:
+    """Clean up and return an encoded DeleteResponse.  A pod whose shim lives is left alone.
+
+    Raises MachineError when the VM does not stop.
+    """
+    record = bundle.read()
+    if record is not None:
+        mounts.release(Path(record.directory) / "shared" / bundle.id)
+        if record.owner and not record.shim.alive:
+            _end_pod(record, machines)
+    for place in sorted(mounts.mounted_below(bundle.path / "rootfs"), reverse=True):
+        mounts.detach(place)
+    response = task_v2_pb2.DeleteResponse(exit_status=KILLED)
+    response.exited_at.seconds, response.exited_at.nanos = divmod(time.time_ns(), 1_000_000_000)
+    return response.SerializeToString()
+
+
+def _end_pod(record: BundleRecord, machines: Machines) -> None:
+    machines.stop(record.machine)
+    if record.holder.alive:
+        os.kill(record.holder.pid, signal.SIGKILL)
+    mounts.release(Path(record.directory))

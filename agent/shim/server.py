@@ -1,0 +1,63 @@
+"""The shim's process: serves containerd until the last container of its pod is deleted."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+from caisson.agent.base.log import Log
+from caisson.agent.base.tracing import Tracing
+from caisson.agent.rpc.dispatch import Dispatch, Service
+from caisson.agent.rpc.listener import accept
+from caisson.agent.rpc.server import Server
+from caisson.agent.shim.errors import status_of
+from caisson.agent.shim.events import Publisher
+from caisson.agent.shim.launch import Arguments
+from caisson.agent.shim.machines import Machines
+from caisson.agent.shim.pod import Pod
+from caisson.agent.shim.task import TaskService
+from caisson.proto.containerd import task_v2_pb2, task_v3_pb2
+
+#: The service by both of its names, with its handlers: one that lacks a handler is an error at import.
+SERVICES = [Service(module.DESCRIPTOR.services_by_name["Task"], TaskService) for module in (task_v2_pb2, task_v3_pb2)]
+
+#: Seconds for the last events, at the end.
+FLUSH_TIMEOUT = 3.0
+
+
+def serve(listener: socket.socket, arguments: Arguments, machines: Machines) -> None:
+    """Serve until Shutdown or SIGTERM; nothing of the pod is left then."""
+    asyncio.run(_serve(listener, arguments, machines))
+
+
+async def _serve(listener: socket.socket, arguments: Arguments, machines: Machines) -> None:
+    loop = asyncio.get_running_loop()
+    log = Log("debug" if arguments.debug else "info")
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    publisher = Publisher(os.environ.get("TTRPC_ADDRESS", ""), arguments.namespace, log)
+
+    def make_pod(sandbox_id: str) -> Pod:
+        return Pod(sandbox_id, arguments.namespace, machines, log)
+
+    task = TaskService(make_pod, publisher, log, stop.set)
+    methods: dict[str, Any] = {}
+    for service in SERVICES:
+        methods |= service.bind(task)
+    server = Server(log, ttrpc=Dispatch(methods, log, Tracing(""), status_of))
+    listener.setblocking(False)
+    path = listener.getsockname()
+    jobs = [loop.create_task(publisher.run()), loop.create_task(accept(listener, server.accept, log))]
+    await stop.wait()
+    Path(path).unlink(missing_ok=True)
+    await task.close()
+    await publisher.flush(FLUSH_TIMEOUT)
+    await server.stop(grace=1.0)
+    for job in jobs:
+        job.cancel()
+    await asyncio.gather(*jobs, return_exceptions=True)

@@ -1,0 +1,99 @@
+"""VMs for pods: clones of a snapshot where it is large enough, and otherwise booted from an image.
+
+/etc/caisson/shim.toml says which: ``snapshot`` and ``image`` (a directory), ``memory`` in MiB, ``cpus``, ``accel``,
+``vsock``.  Nothing is built here: `caisson install-shim` has done so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from caisson.agent.shim.machines import MachineError, PodMachine, agent_answers
+from caisson.image.vm import VM, VMConfig, VMError, find_vm
+from caisson.image.vm.hotplug.interfaces import plug_interface
+from caisson.image.vm.hotplug.share import share
+from caisson.image.vm.snapshot.snapshot import Snapshot
+
+#: The configuration; another file for tests.
+CONFIGURATION = Path(os.environ.get("CAISSON_SHIM_CONFIG", "/etc/caisson/shim.toml"))
+
+
+class Pods:
+    """Machines for the shim (caisson.agent.shim.machines.Machines)."""
+
+    def __init__(self, configuration: Path = CONFIGURATION) -> None:
+        """Raises MachineError for a configuration that cannot be read."""
+        try:
+            self._settings: dict[str, Any] = tomllib.loads(configuration.read_text())
+        except FileNotFoundError:
+            self._settings = {}
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise MachineError(f"{configuration}: {error}") from error
+
+    def start(self, name: str, *, memory: int, cpus: int) -> PodMachine:
+        """Start a VM.  Raises MachineError."""
+        settings = self._settings
+        devices: dict[str, Any] = {key: str(settings.get(key, "auto")) for key in ("accel", "vsock")}
+        try:
+            config = self._config(name, memory, cpus, devices)
+            vm = VM.start(config, ready=agent_answers)
+        except VMError as error:
+            raise MachineError(str(error)) from error
+        vm.detach()
+        return SharedVM(vm)
+
+    def _config(self, name: str, memory: int, cpus: int, devices: dict[str, Any]) -> VMConfig:
+        settings = self._settings
+        if snapshot_name := settings.get("snapshot"):
+            snapshot = Snapshot.named(str(snapshot_name))
+            if memory <= snapshot.memory and cpus <= snapshot.cpus:
+                return VMConfig.clone(snapshot, name=name, **devices)
+        if not settings.get("image"):
+            raise VMError(f"{CONFIGURATION}: names no image; run: caisson install-shim")
+        memory, cpus = max(memory, int(settings.get("memory", 512))), max(cpus, int(settings.get("cpus", 1)))
+        return VMConfig(image=Path(settings["image"]), name=name, memory=memory, cpus=cpus, **devices)
+
+    def stop(self, name: str) -> None:
+        """End a VM by its name, if it runs.  Raises MachineError."""
+        with _translated():
+            if (vm := find_vm(name)) is not None:
+                vm.stop()
+
+
+class SharedVM:
+    """One VM, as the shim uses it."""
+
+    def __init__(self, vm: VM) -> None:
+        self._vm = vm
+
+    @property
+    def agent_socket(self) -> Path:
+        return self._vm.agent_socket
+
+    @property
+    def pid(self) -> int:
+        return int(self._vm.info["pids"]["supervisor"])
+
+    def share(self, directory: Path, tag: str) -> None:
+        with _translated():
+            share(self._vm, directory, tag, writable=True)
+
+    def add_interface(self, tap: int, mac: str) -> None:
+        with _translated():
+            plug_interface(self._vm, tap, mac)
+
+    def stop(self) -> None:
+        with _translated():
+            self._vm.stop()
+
+
+@contextlib.contextmanager
+def _translated() -> Any:
+    try:
+        yield
+    except VMError as error:
+        raise MachineError(str(error)) from error

@@ -1,0 +1,64 @@
+"""`containerd-shim-caisson-v2`: containerd's runtime shim over our VMs.
+
+The first lines are on the way of every `docker run`: what serves is imported after containerd has its answer.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from caisson.agent.shim.launch import Arguments, start
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+
+
+def main() -> int:
+    """Do what containerd asks for.  Returns the exit status; what is wrong goes to stderr, in one line."""
+    try:
+        arguments = Arguments(sys.argv[1:])
+        if arguments.version:
+            from caisson.proto.contract import VERSION
+
+            print(f"containerd-shim-caisson-v2 {VERSION}")
+        elif arguments.info:
+            _print_info()
+        elif arguments.action == "start":
+            start(arguments, _serve)
+        elif arguments.action == "delete":
+            _delete(arguments)
+        else:
+            raise ValueError("usage: containerd-shim-caisson-v2 -namespace NS -address SOCKET -id ID start|delete")
+    except (OSError, ValueError) as error:
+        print(f"containerd-shim-caisson-v2: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _serve(listener: socket.socket, options: bytes, arguments: Arguments) -> None:
+    from caisson.agent.shim.server import serve
+    from caisson.commands.pods import Pods
+
+    serve(listener, arguments, Pods())
+
+
+def _delete(arguments: Arguments) -> None:
+    from caisson.agent.shim.bundle import TaskBundle
+    from caisson.agent.shim.delete import delete
+    from caisson.commands.pods import Pods
+
+    sys.stdout.buffer.write(delete(TaskBundle(arguments.bundle or ".", arguments.id), Pods()))
+
+
+def _print_info() -> None:
+    from caisson.proto.containerd import types_pb2
+    from caisson.proto.contract import VERSION
+
+    info = types_pb2.RuntimeInfo(name="io.containerd.caisson.v2")
+    info.version.version = VERSION
+    sys.stdout.buffer.write(info.SerializeToString())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""Network interfaces for a running VM: a tap device of the host, plugged in as virtio-net by QEMU's monitor.
+
+Source: QEMU, qapi/net.json (NetdevTapOptions), qapi/misc.json (getfd).
+"""
+
+from __future__ import annotations
+
+from caisson.image.vm.hotplug.disks import MONITOR_TIMEOUT, empty_port, plugged
+from caisson.image.vm.machine import VM
+from caisson.image.vm.qmp import QMP, QMPError
+
+PREFIX = "nic-"
+
+
+def plug_interface(vm: VM, tap: int, mac: str) -> None:
+    """Plug an interface with this MAC address in, whose frames go through a tap device's descriptor (IFF_VNET_HDR).
+
+    QEMU gets a duplicate of the descriptor.  Raises VMError when no port is empty.
+    """
+    with QMP(vm.directory / "qmp.sock", MONITOR_TIMEOUT) as monitor:
+        taken = {name for devices in plugged(monitor).values() for name in devices}
+        number = next(n for n in range(len(taken) + 1) if f"{PREFIX}{n}" not in taken)
+        bus, name = empty_port(monitor, vm.name), f"{PREFIX}{number}"
+        monitor.execute("getfd", {"fdname": name}, fds=[tap])
+        monitor.execute("netdev_add", {"type": "tap", "id": f"net-{name}", "fd": name})
+        device = {"driver": "virtio-net-pci", "id": name, "netdev": f"net-{name}", "mac": mac, "bus": bus}
+        try:
+            monitor.execute("device_add", device | {"romfile": ""})
+        except QMPError:
+            monitor.execute("netdev_del", {"id": f"net-{name}"})
+            raise

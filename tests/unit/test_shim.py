@@ -1,0 +1,131 @@
+"""The containerd shim without containerd: its command line, and configurations rewritten for the guest."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from caisson.agent.shim.launch import Arguments, _bootstrap_id, group_of, socket_path
+from caisson.agent.shim.mounts import mounted_below
+from caisson.agent.shim.pod import OVERHEAD, size_of
+from caisson.agent.shim.spec import GUEST_SHARED, GUEST_SHM, UnsupportedSpec, fill, guest_spec, network_namespace
+from caisson.proto.containerd import bootstrap_pb2
+from caisson.proto.kata3 import oci_pb2
+
+NAMESPACES = [{"type": kind} for kind in ("mount", "network", "uts", "pid", "ipc")]
+
+
+def spec(**linux: Any) -> dict[str, Any]:
+    return {
+        "process": {"args": ["sh"], "apparmorProfile": "docker-default"},
+        "root": {"path": "/var/lib/x/merged"},
+        "hooks": {"prestart": [{"path": "/proc/1/exe"}]},
+        "linux": {"namespaces": NAMESPACES} | linux,
+    }
+
+
+@pytest.mark.parametrize("words", [["-id", "c", "-namespace", "n"], ["--id=c", "-namespace=n"]])
+def test_arguments_take_both_of_gos_forms(words: list[str]) -> None:
+    arguments = Arguments([*words, "-debug", "start"], {})
+    assert (arguments.id, arguments.namespace, arguments.debug, arguments.action) == ("c", "n", True, "start")
+
+
+@pytest.mark.parametrize("words", [["-id"], ["-nonsense", "x", "start"]])
+def test_arguments_reject_what_is_not_known(words: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"needs a value|unknown flag"):
+        Arguments(words, {})
+
+
+def test_the_environment_names_the_namespace_where_the_command_line_does_not() -> None:
+    assert Arguments(["start"], {"NAMESPACE": "k8s.io", "GRPC_ADDRESS": "/a"}).namespace == "k8s.io"
+
+
+def test_containers_of_a_pod_share_a_socket(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"annotations": {"io.kubernetes.cri.sandbox-id": "pod"}}))
+    assert group_of(str(tmp_path)) == "pod"
+    arguments = Arguments(["-address", "/run/containerd/containerd.sock", "-namespace", "k8s.io", "start"], {})
+    path = socket_path(arguments, "pod")
+    assert path != socket_path(arguments, "other")
+    with socket.socket(socket.AF_UNIX) as probe, pytest.raises(OSError, match=r"No such file|refused"):
+        probe.connect(path)  # short enough for sockaddr_un
+
+
+def test_bootstrap_parameters_are_told_from_options() -> None:
+    parameters = bootstrap_pb2.BootstrapParams(instance_id="c1", namespace="default")
+    assert _bootstrap_id(parameters.SerializeToString()) == "c1"
+    assert _bootstrap_id(b"") == ""
+
+
+def test_the_guests_spec_has_nothing_of_the_host() -> None:
+    made = guest_spec(spec(mountLabel="x", resources={"cpu": {"cpus": "0-3", "shares": 5}}), "c1").document
+    assert made["root"] == {"path": f"{GUEST_SHARED}/c1/rootfs", "readonly": False}
+    assert "hooks" not in made and "apparmorProfile" not in made["process"]
+    assert [one["type"] for one in made["linux"]["namespaces"]] == ["mount", "ipc", "uts"]
+    assert made["linux"]["resources"] == {"cpu": {"shares": 5}} and "mountLabel" not in made["linux"]
+
+
+def test_bind_mounts_become_volumes_of_the_share(tmp_path: Path) -> None:
+    (tmp_path / "hosts").touch()
+    document = spec()
+    document["mounts"] = [
+        {"destination": "/etc/hosts", "type": "bind", "source": str(tmp_path / "hosts"), "options": ["rbind", "ro"]},
+        {"destination": "/dev/shm", "type": "bind", "source": "/run/somewhere", "options": ["rbind"]},
+        {"destination": "/proc", "type": "proc", "source": "proc"},
+    ]
+    made = guest_spec(document, "c1")
+    assert [(one.source, one.name) for one in made.volumes] == [(str(tmp_path / "hosts"), "volume0")]
+    sources = [mount["source"] for mount in made.document["mounts"]]
+    assert sources == [f"{GUEST_SHARED}/c1/volume0", GUEST_SHM, "proc"]
+    assert document["mounts"][0]["source"] == str(tmp_path / "hosts"), "the host's own is as it was"
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"namespaces": [{"type": "pid"}, {"type": "ipc"}]}, "network"),
+        ({"namespaces": [{"type": "network"}, {"type": "ipc"}]}, "pid"),
+        ({"namespaces": [*NAMESPACES, {"type": "user"}]}, "user"),
+        ({"devices": [{"path": "/dev/kvm"}]}, "/dev/kvm"),
+    ],
+)
+def test_what_no_guest_has_is_refused_by_name(change: dict[str, Any], field: str) -> None:
+    with pytest.raises(UnsupportedSpec, match=field):
+        guest_spec(spec(**change), "c1")
+
+
+def test_a_socket_of_the_host_is_no_volume(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "docker.sock"))
+        document = spec() | {"mounts": [{"type": "bind", "source": str(tmp_path / "docker.sock"), "destination": "/s"}]}
+        with pytest.raises(UnsupportedSpec, match="a socket of the host cannot be shared"):
+            guest_spec(document, "c1")
+
+
+def test_a_pods_network_namespace_is_found() -> None:
+    joined = {"linux": {"namespaces": [{"type": "network", "path": "/var/run/netns/cni-1"}]}}
+    assert network_namespace(joined) == "/var/run/netns/cni-1"
+    assert network_namespace(spec()) == ""
+
+
+def test_a_vm_is_sized_by_limits() -> None:
+    limited = spec(resources={"memory": {"limit": 256 << 20}, "cpu": {"quota": 250_000, "period": 100_000}})
+    assert size_of(limited) == (256 + OVERHEAD, 3)
+    assert size_of(spec()) == (0, 0)
+    assert size_of(spec() | {"annotations": {"io.kubernetes.cri.sandbox-memory": str(64 << 20)}}) == (64 + OVERHEAD, 0)
+
+
+def test_fill_takes_json_names_and_ignores_unknown_ones() -> None:
+    message = oci_pb2.Spec()
+    fill(message, {"ociVersion": "1.2.0", "process": {"noNewPrivileges": True, "args": ["a"]}, "of-tomorrow": {"x": 1}})
+    assert message.Version == "1.2.0" and message.Process.NoNewPrivileges and list(message.Process.Args) == ["a"]
+    with pytest.raises(ValueError, match="args"):
+        fill(oci_pb2.Spec(), {"process": {"args": 5}})
+
+
+def test_mount_points_below_a_directory_are_found() -> None:
+    assert "/proc" in mounted_below(Path("/proc"))
+    assert mounted_below(Path("/nonexistent")) == []
