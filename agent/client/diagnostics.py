@@ -55,6 +55,10 @@ async def boot_times(socket: Path) -> BootTimes:
     )
 
 
+#: Bytes of a line of the agent's log.
+MAX_LINE = 64 << 10
+
+
 class AgentLines:
     """Pass on the agent's lines of a console's output (JSON with a level), which may come in any pieces."""
 
@@ -63,15 +67,18 @@ class AgentLines:
         self._rest = b""
 
     def __call__(self, data: bytes) -> None:
-        *lines, self._rest = (self._rest + data).split(b"\n")
+        *lines, rest = (self._rest + data).split(b"\n")
+        self._rest = rest[:MAX_LINE]  # of a longer one, the beginning: that is no document
         found = [line.rstrip(b"\r") for line in lines if _is_logged(line)]
         if found:
             self._write(b"\n".join([*found, b""]))
 
 
 def _is_logged(line: bytes) -> bool:
+    if len(line) >= MAX_LINE:
+        return False
     try:
         document = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):  # a container can write to the console, too: `[` 200,000 times
         return False
     return isinstance(document, dict) and {"level", "msg"} <= document.keys()

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -88,7 +89,7 @@ class Cache:
                 return found
             making = self.root / step / f".making-{key}"
             try:
-                shutil.rmtree(making, ignore_errors=True)
+                self._remove_in_background(making)
                 making.mkdir()
                 making.chmod(0o755)
                 make(making)
@@ -100,6 +101,18 @@ class Cache:
                     raise ImageError(f"{step}: {error}") from error
                 raise
         return self.root / step / key
+
+    def _remove_in_background(self, making: Path) -> None:
+        """Move what a killed maker has left out of the way: a kernel's tree takes many seconds to remove."""
+        gone = making.with_name(f".making-{uuid.uuid4().hex}")
+        try:
+            making.rename(gone)
+        except FileNotFoundError:
+            return
+        lock = gone.with_name(gone.name.replace("making", "lock", 1))  # so that a sweep finds it, should rm be killed
+        lock.touch()
+        script = 'rm -rf -- "$@" >/dev/null 2>&1 &'
+        subprocess.run(["/bin/sh", "-c", script, "sh", str(gone), str(lock)], start_new_session=True, check=False)
 
     @contextmanager
     def scratch(self, step: str) -> Iterator[Path]:
@@ -149,7 +162,8 @@ class Cache:
         file = place / f".lock-{key}"
         while True:
             try:
-                place.mkdir(parents=True, exist_ok=True)
+                self.root.mkdir(mode=0o700, parents=True, exist_ok=True)  # disks and memory are its owner's alone
+                place.mkdir(exist_ok=True)
                 lock = file.open("w")
             except OSError as error:
                 raise ImageError(

@@ -13,6 +13,7 @@ import pytest
 
 from caisson.image.build.cache import Cache, cap, default_root, digest_of, digest_of_files
 from caisson.image.errors import ImageError
+from tests.support.poll import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -131,6 +132,28 @@ def test_trimming_removes_what_killed_builds_left_and_nothing_of_running_ones(ca
     assert contents(cache) == ["step/k/f"]
     cache.trim(1 << 30)
     assert list((cache.root / "step").glob(".lock-*")) == []
+
+
+def test_a_big_tree_that_a_killed_build_left_does_not_hold_up_the_next(cache: Cache) -> None:
+    """Its removal goes on while the next build runs, and after that."""
+    old = cache.root / "step/.making-k"
+    (old / "tree").mkdir(parents=True)
+    for number in range(200):
+        (old / "tree" / str(number)).touch()
+
+    def make(target: Path) -> None:
+        assert list(target.iterdir()) == []
+        (target / "f").touch()
+
+    cache.get_or_make("step", "k", make)
+    assert contents(cache)[-1] == "step/k/f"
+    wait_until(lambda: not list((cache.root / "step").glob(".making-*")), "the old tree is gone")
+    wait_until(lambda: [path.name for path in (cache.root / "step").glob(".lock-*")] == [".lock-k"], "and its lock")
+
+
+def test_a_cache_is_its_owners_alone(cache: Cache) -> None:
+    cache.get_or_make("step", "k", lambda target: None)
+    assert cache.root.stat().st_mode & 0o077 == 0
 
 
 def test_remains_of_killed_builds_are_removed(cache: Cache) -> None:

@@ -208,6 +208,22 @@ def test_the_agents_lines_on_a_console() -> None:
     assert seen == [b'{"level": "info", "msg": "one"}\n']
 
 
+def test_a_line_that_no_parser_survives_is_not_the_agents() -> None:
+    """A container writes to the console through the kernel's log."""
+    seen: list[bytes] = []
+    lines = AgentLines(seen.append)
+    for piece in (
+        b"[" * 200_000,
+        b"\n",
+        b"[" * 60_000 + b"\n",
+        b"x" * (1 << 20),
+        b'\n{"level": "info", "msg": "one"}\n',
+    ):
+        lines(piece)
+    assert seen == [b'{"level": "info", "msg": "one"}\n']
+    assert len(lines._rest) == 0
+
+
 def test_new_files_get_the_archives_mode_less_the_umask(tmp_path: Path) -> None:
     made = archive(("a", FOLDER | {"mode": 0o777}), ("a/f", {"data": b"x", "mode": 0o666}))
     before = os.umask(0o027)
