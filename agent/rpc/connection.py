@@ -64,14 +64,17 @@ class Connection(asyncio.BufferedProtocol):
         return list(self._calls.values())
 
     def start_call(self, stream_id: int, work: Coroutine[Any, Any, None]) -> None:
-        """Run a call's coroutine; it is cancelled by ``cancel_call`` and by the connection's end."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._calls[stream_id] = task
-        task.add_done_callback(lambda _: self._calls.pop(stream_id, None))
+        """Run a call's coroutine, which calls ``end_call`` as it ends; it is cancelled with the connection."""
+        self._calls[stream_id] = asyncio.get_running_loop().create_task(work)
+
+    def end_call(self, stream_id: int) -> None:
+        """Forget a call.  Not a callback of its task: that would take one more turn of the event loop for each."""
+        self._calls.pop(stream_id, None)
 
     def cancel_call(self, stream_id: int) -> None:
-        """Cancel a call if it is under way."""
+        """Cancel a call if it is under way; it counts as one until it has ended."""
         if (task := self._calls.get(stream_id)) is not None:
+            task.add_done_callback(lambda _: self.end_call(stream_id))  # if it is cancelled before it has begun
             task.cancel()
 
     def write(self, *data: Buffer) -> None:
@@ -88,8 +91,11 @@ class Connection(asyncio.BufferedProtocol):
         """Close the connection, and cancel its calls."""
         if self._transport is not None:
             self._transport.close()
-        for task in self.calls:
-            task.cancel()
+        self._cancel_calls()
+
+    def _cancel_calls(self) -> None:
+        for stream_id in list(self._calls):
+            self.cancel_call(stream_id)
 
     # asyncio's side
 
@@ -117,8 +123,7 @@ class Connection(asyncio.BufferedProtocol):
         self._transport = None
         if self._turn is not None:
             self._turn.cancel()
-        for task in self.calls:
-            task.cancel()
+        self._cancel_calls()
         self._on_lost(self)
 
     def _take_turn(self) -> None:

@@ -139,14 +139,12 @@ class Dispatch:
         return self._methods.get(path)
 
     async def _handle(self, name: str, handling: Awaitable[Any], timeout: float | None) -> Outcome:
-        deadline = asyncio.timeout(timeout)
         try:
-            async with deadline:
-                response = await handling
+            response = await (handling if timeout is None else _within(timeout, handling))
             return StatusCode.OK, response if isinstance(response, list) else [response.SerializeToString()]
+        except _DeadlineExceeded:
+            return StatusCode.DEADLINE_EXCEEDED, f"{name}: not done within {timeout:g} s"
         except Exception as error:
-            if isinstance(error, TimeoutError) and deadline.expired():
-                return StatusCode.DEADLINE_EXCEEDED, f"{name}: not done within {timeout:g} s"
             status = self._status_of(error)
             if status is None:
                 self._log("error", "a bug in a handler", method=name, error=_traceback(error))
@@ -160,6 +158,22 @@ class Dispatch:
         self._log("debug", "request", method=method, status=code.name, error=error, seconds=round(seconds, 6), **ids)
         now = time.time_ns()
         self._tracing.request(method, now - int(seconds * 1e9), now, code.name, ids)
+
+
+class _DeadlineExceeded(Exception):
+    """The caller's deadline has passed; a TimeoutError can be a handler's own."""
+
+
+async def _within(timeout: float, handling: Awaitable[Any]) -> Any:
+    """Await a handler for so many seconds.  Raises _DeadlineExceeded."""
+    deadline = asyncio.timeout(timeout)
+    try:
+        async with deadline:
+            return await handling
+    except TimeoutError:
+        if deadline.expired():
+            raise _DeadlineExceeded from None
+        raise
 
 
 def _bounded(text: str) -> str:

@@ -313,7 +313,10 @@ class Http2Connection(Connection):
         self.start_call(stream.id, self._call(stream))
 
     async def _call(self, stream: Stream) -> None:
-        response = await self._serve(stream.request)
+        try:
+            response = await self._serve(stream.request)
+        finally:
+            self.end_call(stream.id)
         if self._streams.get(stream.id) is not stream:
             return
         size = sum(map(len, response.body))

@@ -84,6 +84,7 @@ class TtrpcConnection(Connection):
             code, result = await self._dispatch.call(path, payload, timeout)
         finally:
             self.held -= size
+            self.end_call(stream_id)
         if isinstance(result, str):
             self.write(frames.failure(stream_id, code, result))
         else:
