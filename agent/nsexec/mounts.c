@@ -7,16 +7,19 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
 #include <sys/statfs.h>
+#include <sys/wait.h>
 
 #include "nsexec.h"
 
 #define OPTION_MAX 4096
 #define PROC_ROOT_INODE 1
+#define CLONE_SHARE_FILES 0x400 /* CLONE_FILES, clone(2) */
 
 /* Fail with the file system's own message about its options, if there is one (fsconfig(2)). */
 NORETURN static void fail_filesystem(int fs, const char *path)
@@ -173,7 +176,7 @@ static void inherit_mode(int fs, int root, const struct mount_step *step)
 	close(dir);
 }
 
-static int new_filesystem(int root, const struct mount_step *step)
+static int new_filesystem_here(int root, const struct mount_step *step)
 {
 	struct cursor options = step->options;
 	int fs = sys_fsopen(step->type), mount;
@@ -192,6 +195,41 @@ static int new_filesystem(int root, const struct mount_step *step)
 		fail_filesystem(fs, step->target);
 	close(fs);
 	return mount;
+}
+
+/*
+ * A procfs shows the pid namespace of whoever mounts it, and this process stays outside of the one that it has joined:
+ * a child that shares its descriptors mounts it.  It holds nothing that its parent does not, is not dumpable, and exits.
+ */
+static int new_filesystem_in_child(int root, const struct mount_step *step)
+{
+	int answer[2], mount = -1, pid, status;
+
+	if (pipe2(answer, O_CLOEXEC) < 0)
+		fail_errno("mount", step->target, "pipe");
+	pid = (int)syscall(SYS_clone, (unsigned long)(CLONE_SHARE_FILES | SIGCHLD), NULL, NULL, NULL, NULL);
+	if (pid < 0)
+		fail_errno("mount", step->target, "clone");
+	if (pid == 0) {
+		mount = new_filesystem_here(root, step);
+		_exit(write(answer[1], &mount, sizeof(mount)) == sizeof(mount) ? 0 : 1);
+	}
+	while (waitpid(pid, &status, __WALL) < 0)
+		if (errno != EINTR)
+			fail_errno("mount", step->target, "waitpid");
+	if (!WIFEXITED(status) || WEXITSTATUS(status) != 0) /* it has reported why */
+		_exit(1);
+	if (read(answer[0], &mount, sizeof(mount)) != sizeof(mount))
+		fail(EIO, "mount", step->target, NULL);
+	close(answer[0]);
+	close(answer[1]);
+	return mount;
+}
+
+static int new_filesystem(int root, const struct mount_step *step)
+{
+	return (step->flags & MOUNT_IN_CHILD) != 0 ? new_filesystem_in_child(root, step)
+						   : new_filesystem_here(root, step);
 }
 
 /* Open or create the target: never the root itself, nor in procfs, but for files that may be mounted over there. */

@@ -152,7 +152,8 @@ enum {
 #define MOUNT_COPY_UP 16u	  /* a tmpfs starts with the content of the directory that it covers */
 #define MOUNT_IDMAP 32u		  /* owners are mapped */
 #define MOUNT_IDMAP_RECURSIVE 64u /* … in the mounts below it, too */
-#define MOUNT_REMOUNT 128u /* options that are not given are cleared; not a bind mount: of the mount that is there */
+#define MOUNT_REMOUNT 128u  /* options that are not given are cleared; not a bind mount: of the mount that is there */
+#define MOUNT_IN_CHILD 256u /* a procfs of the pid namespace that children of this process are in */
 
 struct mount_step {
 	uint32_t flags, propagation;

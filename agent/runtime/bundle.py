@@ -77,6 +77,11 @@ def normalize(call: Call, document: dict[str, Any]) -> None:
     normalize_process(call, process)
     if not isinstance(document.get("linux"), dict):
         document["linux"] = {}
+    for mount in document.get("mounts") or []:
+        target = mount.get("destination") if isinstance(mount, dict) else None
+        if isinstance(target, str) and target and not target.startswith("/"):
+            call.warn(f"mount destination {target} is not absolute; it is taken to be below the root")
+            mount["destination"] = f"/{target}"
 
 
 def normalize_process(call: Call, process: dict[str, Any]) -> None:

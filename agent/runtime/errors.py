@@ -5,6 +5,8 @@ from __future__ import annotations
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.errors import LaunchError, reason
 
+INIT = "unable to start container process: error during container init:"
+
 
 class CommandError(Exception):
     """A command that failed; str() is the message that callers match.  `status` None is the command's usual one."""
@@ -26,6 +28,18 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and not isinstance(error, SpecError):
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{(error.strerror or str(error)).lower()}"
+    if isinstance(error, SpecError):
+        return spec(error)
+    return str(error)
+
+
+def spec(error: SpecError) -> str:
+    """Write what is wrong with a configuration."""
+    field, why = error.field, error.why
+    if field.startswith("linux.sysctl[") and ("namespace" in why):
+        return f'sysctl "{field.removeprefix("linux.sysctl[").removesuffix("]")}" is not in a separate kernel namespace'
+    if field == "process.env":
+        return f"{INIT} invalid environment variable: {why}"
     return str(error)
 
 
@@ -40,4 +54,4 @@ def launch(error: LaunchError) -> str:
     if error.step == "cwd" and error.errno:
         why = f'chdir to cwd ("{error.path}") set in config.json failed: {reason(error.errno)}'
         return f"unable to start container process: {why}"
-    return f"unable to start container process: error during container init: {error}"
+    return f"{INIT} {error}"

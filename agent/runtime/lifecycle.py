@@ -13,6 +13,7 @@ from caisson.agent.libcontainer.container import (
     DoesNotExist,
     remove_directory,
 )
+from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.state import State
 from caisson.agent.runtime.errors import CommandError
 from caisson.agent.runtime.main import run as complete
@@ -166,8 +167,13 @@ def _launch(call: Call, bundle: Bundle, io: ProcessIO, rootfs: str, cgroup: Cgro
 
     if cgroup is None:
         return make({})
-    with cgroup.join_fds() as fds:
-        return make(fds)
+    try:
+        with cgroup.join_fds() as fds:
+            return make(fds)
+    except LaunchError as error:
+        if cgroup.oom_kills():
+            raise LaunchError("container init was OOM-killed (memory limit too low?)", step="oom") from error
+        raise
 
 
 def _undo(call: Call, directory: str, cgroup: Cgroup | None, container: Container | None) -> None:
@@ -194,8 +200,8 @@ def _make_cgroup(call: Call, bundle: Bundle) -> Cgroup | None:
     path = bundle.spec.linux.cgroups_path
     if hierarchy is None:
         return None
-    if resources.unified and "" not in getattr(hierarchy, "roots", {"": ""}):
-        raise CommandError("invalid configuration: cannot use unified without cgroup v2")
+    if resources.unified and set(hierarchy.place("x")) != {""}:
+        raise CommandError("invalid configuration: cannot use unified on cgroup v1")
     below_own = not path.startswith("/")
     try:
         Container.reserve(directory, call.id, hierarchy.place(path or call.id, below_own=below_own))

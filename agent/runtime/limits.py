@@ -62,6 +62,9 @@ def update(call: Call) -> int:
     changes = _read(path) if path else _from_options(call)
     from caisson.agent.libcontainer.config.resources import Resources
 
+    memory = changes.get("memory")
+    if isinstance(memory, dict) and memory.get("limit") == -1 and not memory.get("swap"):
+        memory["swap"] = -1  # memory and swap together cannot have a limit when memory has none
     ignoring_unknown(lambda: Resources.from_json(changes), lambda text: call.log("debug", text))
     with ContainerLock(container.directory):
         run(container.update(changes))

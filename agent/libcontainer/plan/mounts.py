@@ -263,7 +263,8 @@ def plan_mount(mount: Mount, where: str) -> PlannedMount:
 def mount_step(mount: PlannedMount, bundle: str, procfs: str | None) -> bytes:
     """Encode one MOUNT step.
 
-    `procfs` is a mount of procfs of the pid namespace that is joined, "" if none is.  Raises SpecError.
+    `procfs` is a mount of procfs of the pid namespace that is joined, "" if none is joined; None has nsexec make one
+    in there.  Raises SpecError.
     """
     target, options = mount.target, mount.options
     source, bind, set_ = mount.source, options.bind, options.set
@@ -281,14 +282,15 @@ def mount_step(mount: PlannedMount, bundle: str, procfs: str | None) -> bytes:
         raise SpecError(f"{mount.where}.destination", "only a proc filesystem can be mounted on /proc")
     if not bind and not options.remount and mount.type == "proc" and procfs != "":
         # A new one would be that of the pid namespace where it is made, and that is not yet the one that is joined.
+        flags |= wire.MOUNT_ORDINARY_DIR
         if procfs is None:
-            raise SpecError(mount.where, "a procfs of the pid namespace that is joined is not at hand")
-        if options.data:
+            flags |= wire.MOUNT_IN_CHILD
+        elif options.data:
             raise SpecError(
                 f"{mount.where}.options", f"{options.data[0]!r} cannot be asked for in a shared pid namespace"
             )
-        flags |= wire.MOUNT_ORDINARY_DIR
-        bind, source = True, procfs
+        else:
+            bind, source = True, procfs
     if bind:
         if not source:
             raise SpecError(f"{mount.where}.source", "is missing")

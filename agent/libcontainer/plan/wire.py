@@ -58,8 +58,8 @@ VERSION = 1
 
 (
     MOUNT_BIND, MOUNT_RECURSIVE, MOUNT_ORDINARY_DIR, MOUNT_OVER_PROC_FILE, MOUNT_COPY_UP, MOUNT_IDMAP,
-    MOUNT_IDMAP_RECURSIVE, MOUNT_REMOUNT,
-) = (1 << bit for bit in range(8))  # fmt: skip
+    MOUNT_IDMAP_RECURSIVE, MOUNT_REMOUNT, MOUNT_IN_CHILD,
+) = (1 << bit for bit in range(9))  # fmt: skip
 
 PIVOT_ROOT, PIVOT_MOVE = 0, 1  # pivot_root(2); MS_MOVE and chroot(2)
 
