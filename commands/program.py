@@ -12,7 +12,14 @@ from caisson.agent.client import AgentError, console, copy, foreground, is_servi
 from caisson.agent.client import forward as forwarding
 from caisson.agent.client import share as mounting
 from caisson.agent.client.errors import UsageError
-from caisson.agent.client.guest import Guest, active_forwards, call_sync, container_registry, forward_registry
+from caisson.agent.client.guest import (
+    Guest,
+    active_forwards,
+    call_sync,
+    container_registry,
+    forward_registry,
+    guest_memory,
+)
 from caisson.commands.machines import running_vm, vm_for
 from caisson.commands.streams import info, reporter
 from caisson.image.containers.oci import packed as packed_image
@@ -48,17 +55,24 @@ def run(
             raise UsageError(f"container {container!r}: exists already; remove it: caisson rm {container}")
         remove_orphaned(vm)
         with contextlib.ExitStack() as stack:
-            with packed_image(Path(path), vm.architecture) as packed:
-                spec = specs.image_spec(
-                    packed.config, packed.bundle, words, env=env, user=user, cwd=workdir, terminal=tty
+            with packed_image(path, vm.architecture, report=info) as packed:
+                options = specs.RunOptions(
+                    env=env,
+                    user=user,
+                    workdir=workdir,
+                    terminal=tty,
+                    architecture=vm.architecture,
+                    guest_memory=guest_memory(vm),
                 )
+                document = specs.image_document(packed.config, packed.bundle, words, options, info)
                 disk = packed.name or uuid.uuid4().hex[:24]
                 stack.callback(release_disk, vm, container)
                 stack.enter_context(registry.lease(container, disk=disk))
                 slot = plug_disk(vm, packed.disk, disk)
-            status = asyncio.run(foreground.run_image(vm, container, spec, slot, detach=detach))
+            work = foreground.run_image(vm, container, document, slot, detach=detach, report=info)
+            status = asyncio.run(work)
             if status is None:
-                registry.add(container, disk=disk)
+                registry.add(container, disk=disk, root=document["root"]["path"])
                 stack.pop_all()
                 print(container)
     return status or 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from functools import cached_property
 
 from google.protobuf.message import DecodeError
@@ -34,6 +35,36 @@ class CaissonService:
         created = await self._sandbox.ensure_running(request.container_id, lambda: _spec(request.spec))
         return caisson_pb2.EnsureRunningResponse(created=created)
 
+    async def CreateContainer(self, request: caisson_pb2.CreateContainerRequest) -> caisson_pb2.CreateContainerResponse:
+        from caisson.agent.guest.storage import Storage
+        from caisson.agent.libcontainer.config.spec import Spec, ignoring_unknown
+
+        storages = [
+            Storage(
+                driver=one.driver,
+                source=one.source,
+                fstype=one.fstype,
+                mount_point=one.mount_point,
+                options=tuple(one.options),
+                driver_options=(),
+            )
+            for one in request.storages
+        ]
+        answer = caisson_pb2.CreateContainerResponse()
+        document = _document(request.config)
+        spec = ignoring_unknown(lambda: Spec.from_json(document), answer.warnings.append)
+        await self._sandbox.create(request.container_id, request.container_id, spec, storages, [])
+        return answer
+
+    async def ExecProcess(self, request: caisson_pb2.ExecProcessRequest) -> Empty:
+        from caisson.agent.libcontainer.config.spec import Process
+
+        process = Process.from_json(_document(request.process))
+        if not request.exec_id:
+            raise InvalidArgument("ExecProcess needs an exec_id")
+        await self._sandbox.container(request.container_id).exec(request.exec_id, process)
+        return EMPTY
+
     async def Identify(self, request: caisson_pb2.IdentifyRequest) -> Empty:
         identify(request.hostname, request.machine_id)
         return EMPTY
@@ -60,12 +91,22 @@ class CaissonService:
         return EMPTY
 
 
+def _document(data: bytes) -> object:
+    """Decode JSON.  Raises InvalidArgument."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument(f"invalid JSON: {error}") from None
+
+
 def _spec(data: bytes) -> Spec:
-    """Decode a grpc.Spec.  Raises InvalidArgument, or SpecError."""
+    """Decode a config.json, or a grpc.Spec, which cannot begin as JSON does.  Raises InvalidArgument, or SpecError."""
     from caisson.agent.api.oci import spec_to_json
     from caisson.agent.libcontainer.config.spec import Spec
     from caisson.proto.kata1 import oci_pb2
 
+    if data.startswith(b"{"):
+        return Spec.from_json(_document(data))
     try:
         return Spec.from_json(spec_to_json(oci_pb2.Spec.FromString(data)))
     except DecodeError:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -65,6 +66,11 @@ def _error(failure: grpc.RpcError) -> AgentError:
     if "exec: " in details and "permission denied" in details:
         return ProgramError(code, details, 126)
     return AgentError(code, details)
+
+
+def _json(document: Mapping[str, Any]) -> bytes:
+    """Encode a document; words that are no UTF-8 become escapes of lone surrogates."""
+    return json.dumps(document).encode()
 
 
 class _Service:
@@ -138,19 +144,36 @@ class Agent:
         """Return a handle on a container that exists."""
         return Container(self, container_id)
 
-    async def create_container(self, container_id: str, spec: oci_pb2.Spec) -> Container:
-        """Create a container; it runs after ``start``.  Raises AgentError when the id is taken."""
-        request = agent_pb2.CreateContainerRequest(container_id=container_id, exec_id=container_id, OCI=spec)
-        await self.rpc.CreateContainer(request)
+    async def create_container(
+        self, container_id: str, spec: oci_pb2.Spec | Mapping[str, Any], storages: Iterable[caisson_pb2.Storage] = ()
+    ) -> Container:
+        """Create a container from a config.json document, or a grpc.Spec; it runs after ``start``.
+
+        Raises AgentError when the id is taken.
+        """
+        if isinstance(spec, oci_pb2.Spec):
+            request = agent_pb2.CreateContainerRequest(container_id=container_id, exec_id=container_id, OCI=spec)
+            await self.rpc.CreateContainer(request)
+        else:
+            await self.create_container_reporting(container_id, spec, storages)
         return Container(self, container_id)
 
-    async def ensure_container(self, container_id: str, spec: oci_pb2.Spec) -> Container:
+    async def create_container_reporting(
+        self, container_id: str, document: Mapping[str, Any], storages: Iterable[caisson_pb2.Storage] = ()
+    ) -> list[str]:
+        """Create a container from a config.json document; returns warnings about fields that mean nothing there."""
+        config = _json(document)
+        request = caisson_pb2.CreateContainerRequest(container_id=container_id, config=config, storages=storages)
+        return list((await self.guest.CreateContainer(request)).warnings)
+
+    async def ensure_container(self, container_id: str, spec: oci_pb2.Spec | Mapping[str, Any]) -> Container:
         """Return a running container of this id, created from the spec where there is none, in one call.
 
         A stopped one is replaced, and where there is no sandbox one is started.  Concurrent callers all get the same
         container.
         """
-        request = caisson_pb2.EnsureRunningRequest(container_id=container_id, spec=spec.SerializeToString())
+        encoded = spec.SerializeToString() if isinstance(spec, oci_pb2.Spec) else _json(spec)
+        request = caisson_pb2.EnsureRunningRequest(container_id=container_id, spec=encoded)
         await self.guest.EnsureRunning(request)
         return Container(self, container_id)
 
@@ -193,16 +216,21 @@ class Container:
         uid: int = 0,
         gid: int = 0,
         terminal: bool = False,
+        size: tuple[int, int] | None = None,
         exec_id: str | None = None,
     ) -> Process:
         """Execute another process and return once it runs.
 
-        ``env`` holds ``NAME=value`` strings.  Raises ProgramError when the program cannot be run.
+        ``env`` holds ``NAME=value`` strings, ``size`` is a terminal's, in rows and columns.  Words that are no UTF-8
+        are those of os.fsdecode().  Raises ProgramError when the program cannot be run.
         """
         exec_id = exec_id or uuid.uuid4().hex
-        process = oci_pb2.Process(Args=args, Env=env, Cwd=cwd, User=oci_pb2.User(UID=uid, GID=gid), Terminal=terminal)
-        request = agent_pb2.ExecProcessRequest(container_id=self.id, exec_id=exec_id, process=process)
-        await self.agent.rpc.ExecProcess(request)
+        user = {"uid": uid, "gid": gid}
+        document = {"args": list(args), "env": list(env), "cwd": cwd, "user": user, "terminal": terminal}
+        if size is not None:
+            document["consoleSize"] = {"height": size[0], "width": size[1]}
+        request = caisson_pb2.ExecProcessRequest(container_id=self.id, exec_id=exec_id, process=_json(document))
+        await self.agent.guest.ExecProcess(request)
         return Process(self, exec_id, terminal=terminal)
 
     async def signal(self, number: int) -> None:

@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
 import time
 import uuid
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import grpc
 
 from caisson.agent.client.attach import attach
-from caisson.agent.client.connection import Agent, AgentError, Container
-from caisson.agent.client.guest import Guest, Machine
-from caisson.agent.client.specs import PATH, terminal_env
-from caisson.proto.kata1 import agent_pb2, oci_pb2
+from caisson.agent.client.connection import Agent, AgentError, Container, Process
+from caisson.agent.client.errors import UsageError
+from caisson.agent.client.guest import Guest, Machine, resolver_lines
+from caisson.agent.client.share import OPTIONS as SHARE_OPTIONS
+from caisson.agent.client.specs import PATH, Document, Volume, terminal_env
+from caisson.proto.caisson import caisson_pb2
+from caisson.proto.kata1 import agent_pb2
 
 #: Where the guest mounts storages of containers, as Kata's hosts do.
 SHARED = "/run/kata-containers/shared/containers"
 
 #: Seconds for a plugged disk to show up: an emulated guest is slow, and its agent gives up sooner.
 PLUG_TIMEOUT = 90.0
+
+#: Seconds from the signal that a container is to end by to the one that ends it, and for word of a lack of memory.
+STOP_TIMEOUT = 10.0
+OOM_TIMEOUT = 1.0
+
+#: Exit statuses: of a process that SIGKILL has ended, and of timeout(1).
+KILLED = 128 + signal.SIGKILL
+TIMED_OUT = 124
 
 
 async def execute(
@@ -34,61 +46,181 @@ async def execute(
     user: tuple[int, int] = (0, 0),
     terminal: bool = False,
 ) -> int:
-    """Run a program in a container, created on first use; returns its exit status.
+    """Run a program in a container that runs (the VM's default one is created on first use); returns its exit status.
 
-    Raises ProgramError when it cannot be run, and as `attach` does.
+    Raises UsageError for a container that has exited or never was, ProgramError when the program cannot be run, and as
+    `attach` does.
     """
     uid, gid = user
     environment = [PATH, "HOME=/root" if uid == 0 else "HOME=/", *terminal_env(terminal), *env]
     async with Guest(machine) as guest:
-        container = await guest.container(container_id)
-        return await attach(await container.exec(words, env=environment, cwd=cwd, uid=uid, gid=gid, terminal=terminal))
+        container = await guest.existing(container_id)
+        try:
+            process = await container.exec(
+                words, env=environment, cwd=cwd, uid=uid, gid=gid, terminal=terminal, size=_size(terminal)
+            )
+        except AgentError as error:
+            raise _explained(container_id, error) from error
+        return await attach(process)
+
+
+def _explained(container_id: str, error: AgentError) -> Exception:
+    """Return the error of a container that takes no program now, with the way out."""
+    if error.code is grpc.StatusCode.NOT_FOUND:
+        return UsageError(
+            f"container {container_id}: does not exist; make it: caisson run --container {container_id} …"
+        )
+    if error.code is grpc.StatusCode.FAILED_PRECONDITION and "stopped" in error.details:
+        return UsageError(f"container {container_id} has exited; its files are there for cp until: caisson rm")
+    if error.code is grpc.StatusCode.FAILED_PRECONDITION and "paus" in error.details:
+        return UsageError(f"container {container_id} is paused; resume it: caisson resume {container_id}")
+    return error
+
+
+def _size(terminal: bool) -> tuple[int, int] | None:
+    """Return the rows and columns of the caller's terminal: a program may ask before it could be told later."""
+    with contextlib.suppress(OSError, ValueError):
+        size = os.get_terminal_size(0)
+        if terminal and size.lines and size.columns:
+            return size.lines, size.columns
+    return None
 
 
 async def run_image(
-    machine: Machine, container_id: str, spec: oci_pb2.Spec, pci_path: str, *, detach: bool
+    machine: Machine,
+    container_id: str,
+    document: Document,
+    pci_path: str,
+    *,
+    detach: bool,
+    volumes: Sequence[Volume] = (),
+    timeout: float = 0.0,
+    report: Callable[[str], None] = lambda line: None,
 ) -> int | None:
     """Run a container whose root is on a plugged disk; returns its exit status, None when detached.
 
-    Unless detached, the container is removed at its end.  Raises AgentError.
+    Unless detached, the container is removed at its end; after ``timeout`` seconds (0: never) it is stopped, and the
+    status is that of timeout(1).  ``report`` gets a line about what the guest leaves out, or when it was out of memory.
+    Raises AgentError.
     """
+    dns = resolver_lines(machine)
     async with Agent.connect(machine.agent_socket) as agent:
         container = agent.container(container_id)
+        terminal = bool(document["process"].get("terminal"))
+        if (size := _size(terminal)) is not None:
+            document["process"]["consoleSize"] = {"height": size[0], "width": size[1]}
         running = False
         try:
-            await create_on_disk(agent, container_id, spec, pci_path, "squashfs")
+            for warning in await create_on_disk(agent, container_id, document, pci_path, "squashfs", volumes, dns):
+                report(warning)
             await container.start()
             if detach:
                 running = True
                 return None
-            return await attach(container.init(terminal=spec.Process.Terminal))
+            status = await _attached(container, terminal, timeout)
+            if status == KILLED and await _out_of_memory(agent, container_id):
+                limit = ((document["linux"].get("resources") or {}).get("memory") or {}).get("limit", 0)
+                report(
+                    f"container {container_id}: out of memory: limit {limit / (1 << 20):.0f} MiB; raise it: --memory"
+                )
+            return status
         finally:
             if not running:
                 with contextlib.suppress(AgentError):
                     await container.remove()
 
 
-async def create_on_disk(agent: Agent, container_id: str, spec: oci_pb2.Spec, pci_path: str, fstype: str) -> Container:
-    """Create a container on a disk, waiting for the disk to show up.  Raises AgentError."""
+async def _attached(container: Container, terminal: bool, timeout: float) -> int:
+    process = container.init(terminal=terminal)
+    timer = asyncio.create_task(_stop_after(process, timeout)) if timeout else None
+    try:
+        status = await attach(process)
+        return TIMED_OUT if timer is not None and timer.done() else status
+    finally:
+        if timer is not None:
+            timer.cancel()
+
+
+async def _stop_after(process: Process, timeout: float) -> None:
+    await asyncio.sleep(timeout)
+    with contextlib.suppress(AgentError):
+        await process.signal(signal.SIGTERM)
+    asyncio.get_running_loop().call_later(STOP_TIMEOUT, lambda: asyncio.ensure_future(_kill(process)))
+
+
+async def _kill(process: Process) -> None:
+    with contextlib.suppress(AgentError):
+        await process.signal(signal.SIGKILL)
+
+
+async def _out_of_memory(agent: Agent, container_id: str) -> bool:
+    """Check whether the guest's kernel has killed a process of the container for its memory."""
+    with contextlib.suppress(AgentError):
+        while True:
+            event = await agent.rpc.GetOOMEvent(agent_pb2.GetOOMEventRequest(), timeout=OOM_TIMEOUT)
+            if event.container_id == container_id:
+                return True
+    return False
+
+
+async def create_on_disk(
+    agent: Agent,
+    container_id: str,
+    document: Document,
+    pci_path: str,
+    fstype: str,
+    volumes: Sequence[Volume] = (),
+    dns: Sequence[str] = (),
+) -> list[str]:
+    """Create a container on a disk, waiting for the disk to show up; returns the guest's warnings.
+
+    Sets the document's root; ``dns`` are the lines of its resolv.conf.  Raises AgentError.
+    """
     # Unique: the agent keeps "local" directories until the sandbox's end, a layer ends with its container.
     place = f"{SHARED}/{uuid.uuid4().hex}"
-    spec.Root.Path = f"{place}/root"
-    request = agent_pb2.CreateContainerRequest(
-        container_id=container_id, exec_id=container_id, OCI=spec, storages=storages(pci_path, place, fstype)
-    )
+    document["root"]["path"] = f"{place}/root"
+    mounted = storages(pci_path, place, fstype)
+    for number, volume in enumerate(volumes):
+        mode = "rw" if volume.writable else "ro"
+        options = [*SHARE_OPTIONS.get(volume.fstype, ()), mode]
+        mounted.append(_storage("mmioblk", volume.tag, volume.fstype, f"{place}/volume-{number}", options))
+        bind = {"type": "bind", "source": f"{place}/volume-{number}", "options": ["rbind", "nosuid", "nodev", mode]}
+        document["mounts"].append({"destination": volume.destination, **bind})
     await agent.create_sandbox()
+    await _write_files(agent, document, place, dns)
     deadline = time.monotonic() + PLUG_TIMEOUT
     while True:
         try:
-            await agent.rpc.CreateContainer(request)
-            return agent.container(container_id)
+            return await agent.create_container_reporting(container_id, document, mounted)
         except AgentError as error:
             if error.code is not grpc.StatusCode.DEADLINE_EXCEEDED or time.monotonic() > deadline:
                 raise
             await asyncio.sleep(0)  # the agent has waited
 
 
-def storages(pci_path: str, place: str, fstype: str) -> list[Any]:
+async def _write_files(agent: Agent, document: Document, place: str, dns: Sequence[str]) -> None:
+    """Give a container /etc/hosts, /etc/hostname and /etc/resolv.conf, as engines do."""
+    name = document.get("hostname") or "localhost"
+    contents = {
+        "hosts": f"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{name}\n",
+        "hostname": f"{name}\n",
+        "resolv.conf": "".join(f"{line}\n" for line in dns),
+    }
+    taken = {str(mount.get("destination")) for mount in document["mounts"]}
+    for file, text in contents.items():
+        if f"/etc/{file}" in taken:
+            continue
+        data = text.encode()
+        await agent.rpc.CopyFile(
+            agent_pb2.CopyFileRequest(
+                path=f"{place}/{file}", data=data, file_size=len(data), file_mode=0o644, dir_mode=0o755
+            )
+        )
+        bind = {"type": "bind", "source": f"{place}/{file}", "options": ["rbind", "rw"]}
+        document["mounts"].append({"destination": f"/etc/{file}", **bind})
+
+
+def storages(pci_path: str, place: str, fstype: str) -> list[caisson_pb2.Storage]:
     """Return the mounts of a writable root: the disk at ``place``/lower, an overlay with a tmpfs at ``place``/root.
 
     The drivers are ones whose source the agent takes as it is; "local" makes directories.
@@ -102,7 +234,8 @@ def storages(pci_path: str, place: str, fstype: str) -> list[Any]:
         ("local", "local", "local", work, ["mode=0755"]),
         ("mmioblk", "overlay", "overlay", f"{place}/root", layers),
     )
-    return [
-        agent_pb2.Storage(driver=driver, source=source, fstype=kind, mount_point=point, options=options)
-        for driver, source, kind, point, options in wanted
-    ]
+    return [_storage(*one) for one in wanted]
+
+
+def _storage(driver: str, source: str, fstype: str, mount_point: str, options: Sequence[str]) -> caisson_pb2.Storage:
+    return caisson_pb2.Storage(driver=driver, source=source, fstype=fstype, mount_point=mount_point, options=options)

@@ -12,18 +12,22 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import grpc
 
 from caisson.agent import client
-from caisson.proto.kata1 import oci_pb2
+from caisson.agent.client import specs
 
 T = TypeVar("T")
 
 #: Seconds to wait for the agent of a VM that is starting, and between two looks whether the VM still runs.
 AGENT_TIMEOUT = 60.0
 CHECK_INTERVAL = 3.0
+
+
+#: The container of a VM that is there without anybody's asking.
+DEFAULT = "default"
 
 
 class Machine(Protocol):
@@ -75,6 +79,23 @@ class Done:
     stderr: bytes
 
 
+def guest_memory(machine: Machine) -> int:
+    """Return the bytes of a VM's memory, 0 where nothing says them."""
+    return int(_description(machine).get("memory") or 0) << 20
+
+
+def resolver_lines(machine: Machine) -> list[str]:
+    """Return the lines of resolv.conf for a VM's network, none where it has no network."""
+    return [f"nameserver {server}" for server in (_description(machine).get("network") or {}).get("dns") or ()]
+
+
+def _description(machine: Machine) -> dict[str, Any]:
+    try:
+        return dict(json.loads((machine.directory / "vm.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 class Guest:
     """Connect to the guest of a running VM for the time of a block."""
 
@@ -89,20 +110,25 @@ class Guest:
     async def __aexit__(self, *_: object) -> None:
         await self.agent.__aexit__()
 
-    async def container(self, container_id: str = "default") -> client.Container:
+    async def container(self, container_id: str = DEFAULT) -> client.Container:
         """Return the container of this id, created on first use from the image's own root file system."""
         try:
             contents = json.loads((self.machine.directory / "image.json").read_text())
         except FileNotFoundError as error:
             raise client.AgentGone(grpc.StatusCode.UNAVAILABLE, "the VM has ended") from error
-        spec = client.default_spec(contents["containers"]["busybox"])
-        container = await self._ensure(container_id, spec)
+        document = specs.container_document(contents["containers"]["busybox"])
+        specs.confined(document, guest_memory(self.machine), str(contents.get("arch", "amd64")))
+        container = await self._ensure(container_id, document)
         made = container_registry(self.machine)
         if container_id not in made.names():  # the entry of one from a container image names its disk
             made.add(container_id)
         return container
 
-    async def _ensure(self, container_id: str, spec: oci_pb2.Spec) -> client.Container:
+    async def existing(self, container_id: str) -> client.Container:
+        """Return the container of this id: only the VM's default one is created on first use."""
+        return await self.container() if container_id == DEFAULT else self.agent.container(container_id)
+
+    async def _ensure(self, container_id: str, spec: specs.Document) -> client.Container:
         """Call an agent that may be starting still: it is asked first when the call has failed."""
         try:
             return await self.agent.ensure_container(container_id, spec)
@@ -113,7 +139,7 @@ class Guest:
                     raise
             return await self.agent.ensure_container(container_id, spec)
 
-    async def run(self, *words: str | os.PathLike[str], container: str = "default", stdin: bytes = b"") -> Done:
+    async def run(self, *words: str | os.PathLike[str], container: str = DEFAULT, stdin: bytes = b"") -> Done:
         """Run a program in a container to its end.  Raises ProgramError when it cannot be run."""
         process = await (await self.container(container)).exec([os.fspath(word) for word in words], env=[client.PATH])
 

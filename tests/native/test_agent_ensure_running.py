@@ -9,7 +9,9 @@ from pathlib import Path
 import grpc
 import pytest
 
+from caisson.agent.client import UsageError
 from caisson.agent.client.foreground import execute
+from caisson.agent.client.specs import container_document
 from caisson.proto.caisson import caisson_pb2
 from tests.native.agent_support import RunningAgent, output, refused, sh
 
@@ -85,7 +87,58 @@ def test_an_exec_makes_two_calls_before_the_program_runs(agent: RunningAgent, tm
     machine = Machine(agent, tmp_path)
     for place in ("tmp", "run", "root", "home", "var"):
         (agent.rootfs / place).mkdir(exist_ok=True)
-    assert asyncio.run(execute(machine, "box", ["/bin/true"])) == 0
+    assert asyncio.run(execute(machine, "default", ["/bin/true"])) == 0
     before = len(methods(agent))
-    assert asyncio.run(execute(machine, "box", ["/bin/true"])) == 0
+    assert asyncio.run(execute(machine, "default", ["/bin/true"])) == 0
     assert methods(agent)[before : before + 2] == ["EnsureRunning", "ExecProcess"]
+
+
+def test_an_exec_makes_no_container_but_the_default_one(agent: RunningAgent, tmp_path: Path) -> None:
+    machine = Machine(agent, tmp_path)
+    with pytest.raises(UsageError, match="container web: does not exist"):
+        asyncio.run(execute(machine, "web", ["/bin/true"]))
+
+    async def make_one_that_ends() -> None:
+        async with agent.connect() as client:
+            made = await client.create_container("done", agent.spec("/bin/true"))
+            await made.start()
+            await made.init().wait()
+
+    asyncio.run(with_sandbox(agent))
+    asyncio.run(make_one_that_ends())
+    with pytest.raises(UsageError, match="container done has exited"):
+        asyncio.run(execute(machine, "done", ["/bin/true"]))
+
+
+async def with_sandbox(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        await client.create_sandbox()
+
+
+async def test_words_are_bytes(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        await client.create_sandbox()
+        document = container_document(str(agent.rootfs), ["/bin/printf", "%s", "a\udcffb"], scratch=())
+        made = await client.create_container("box", document)
+        await made.start()
+        assert await output(made.init()) == b"a\xffb"
+        await made.remove()
+        running = await client.ensure_container("run", container_document(str(agent.rootfs), scratch=()))
+        process = await running.exec(["/bin/sh", "-c", 'printf %s "$X$0"', "\udcfe"], env=["X=\udcfd"])
+        assert await output(process) == b"\xfd\xfe"
+
+
+async def test_a_terminal_has_its_size_from_the_beginning(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        running = await client.ensure_container("run", container_document(str(agent.rootfs), scratch=()))
+        for _ in range(6):
+            process = await running.exec(["/bin/stty", "size"], terminal=True, size=(37, 111))
+            assert await output(process) == b"37 111\r\n"
+
+
+async def test_fields_that_mean_nothing_are_warned_of(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        await client.create_sandbox()
+        document = container_document(str(agent.rootfs), ["/bin/true"], scratch=()) | {"nonsense": 1}
+        (warning,) = await client.create_container_reporting("box", document)
+        assert "nonsense" in warning

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +15,22 @@ import pytest
 from caisson.agent.client import AgentError, UsageError, foreground
 from caisson.agent.client.console import console_port
 from caisson.agent.client.forward import Rule
-from caisson.agent.client.specs import spec_from_bundle, writable_spec
+from caisson.agent.client.seccomp import default_profile
+from caisson.agent.client.specs import (
+    CAPABILITIES,
+    PIDS_LIMIT,
+    RunOptions,
+    Volume,
+    confined,
+    container_document,
+    env_file,
+    image_document,
+    size,
+    to_wire,
+    user_ids,
+)
+from caisson.agent.libcontainer.config.seccomp import Seccomp
+from caisson.agent.libcontainer.config.spec import Spec
 
 #: What `runc spec` writes, shortened.
 BUNDLE = {
@@ -28,7 +45,7 @@ BUNDLE = {
         "capabilities": {"bounding": ["CAP_KILL"], "ambient": None},
         "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 512}],
         "noNewPrivileges": True,
-        "oomScoreAdj": -5,
+        "oomScoreAdj": 5,
     },
     "root": {"path": "rootfs", "readonly": True},
     "hostname": "runc",
@@ -60,59 +77,220 @@ def changed(path: str, value: object) -> dict[str, Any]:
     return document
 
 
-def test_a_bundle() -> None:
-    spec = spec_from_bundle(BUNDLE)
+@dataclass
+class Image:
+    """An image's configuration."""
+
+    entrypoint: tuple[str, ...] = ()
+    command: tuple[str, ...] = ("/bin/sh",)
+    env: tuple[str, ...] = ()
+    user: str = ""
+    workdir: str = "/"
+
+
+def of_bundle(document: Any, *words: str, **options: Any) -> tuple[dict[str, Any], list[str]]:
+    warnings: list[str] = []
+    return image_document(Image(), document, words, RunOptions(**options), warnings.append), warnings
+
+
+def of_image(*words: str, config: Image | None = None, **options: Any) -> dict[str, Any]:
+    return image_document(config or Image(), {}, words, RunOptions(**options))
+
+
+def test_a_bundle_keeps_what_is_a_containers_own() -> None:
+    document, warnings = of_bundle(BUNDLE)
+    spec = to_wire({key: value for key, value in document.items() if key != "linux"})
     assert spec.Version == "1.0.2-dev" and spec.Hostname == "runc" and spec.Annotations == {"a": "b"}
     assert list(spec.Process.Args) == ["sh"] and spec.Process.Terminal and spec.Process.ConsoleSize.Width == 80
     assert (spec.Process.User.UID, spec.Process.User.GID, list(spec.Process.User.AdditionalGids)) == (1, 2, [3, 4])
-    assert spec.Process.Rlimits[0].Soft == 512 and spec.Process.OOMScoreAdj == -5
-    assert list(spec.Process.Capabilities.Bounding) == ["CAP_KILL"]
-    assert spec.Linux.Resources.Memory.Limit == 1 << 30 and spec.Linux.Resources.HugepageLimits[0].Pagesize == "2MB"
-    assert spec.Linux.UIDMappings[0].HostID == 1000 and spec.Linux.Sysctl == {"net.ipv4.ip_forward": "1"}
-    assert list(spec.Linux.MaskedPaths) == ["/proc/kcore"] and spec.Mounts[0].options == ["nosuid"]
-    # What a guest decides itself.
-    assert [one.Type for one in spec.Linux.Namespaces] == ["ipc"] and spec.Linux.CgroupsPath == ""
+    assert spec.Process.Rlimits[0].Soft == 512 and spec.Process.OOMScoreAdj == 5
+    linux = document["linux"]
+    assert linux["resources"]["memory"]["limit"] == 1 << 30 and linux["uidMappings"][0]["hostID"] == 1000
+    assert "/proc/kcore" in linux["maskedPaths"] and "cgroupsPath" not in linux
+    assert {one["type"] for one in linux["namespaces"]} == {"ipc", "mount", "uts", "cgroup"}
+    assert warnings == []
+
+
+def test_what_a_bundle_leaves_out_is_filled_in() -> None:
+    document, _ = of_bundle({"process": {"args": ["x"]}}, guest_memory=1 << 30)
+    linux = document["linux"]
+    assert linux["resources"]["pids"] == {"limit": PIDS_LIMIT} and linux["resources"]["memory"]["limit"] == 3 << 28
+    assert linux["seccomp"]["defaultErrnoRet"] == 1 and "/proc/kcore" in linux["maskedPaths"]
+
+
+HOOK = {"prestart": [{"path": "/proc/1/exe"}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "warning"),
+    [
+        ("hooks", HOOK, "hooks: not run"),
+        ("process.apparmorProfile", "docker-default", "process.apparmorProfile: left out"),
+        ("process.selinuxLabel", "system_u:system_r:x", "process.selinuxLabel: left out"),
+        ("linux.mountLabel", "system_u:object_r:x", "linux.mountLabel: left out"),
+        ("linux.namespaces", [{"type": "ipc", "path": "/proc/1/ns/ipc"}], "namespaces[0].path: left out"),
+        ("mounts", [{"destination": "/etc/hosts", "source": "/var/x", "type": "bind"}], "/etc/hosts: left out"),
+    ],
+)
+def test_what_engines_write_about_their_host_is_left_out_with_a_warning(path: str, value: Any, warning: str) -> None:
+    _, warnings = of_bundle(changed(path, value))
+    assert len(warnings) == 1 and warning in warnings[0]
+
+
+def test_a_bundle_of_a_tool_without_root_gets_file_systems_of_the_guest() -> None:
+    mount = {"destination": "/sys", "type": "none", "source": "/sys", "options": ["rbind", "ro"]}
+    document, _ = of_bundle(changed("mounts", [mount]))
+    assert [(one["type"], one["source"]) for one in document["mounts"]] == [("sysfs", "sysfs")]
 
 
 @pytest.mark.parametrize(
     ("path", "value", "why"),
     [
         ("process.args", [], "process.args: empty; name a program"),
-        ("process.args", "sh", "process.args must be a list"),
-        ("linux.sysctl", [], "linux.sysctl must be an object"),
-        ("process.args", [1], "process.args"),
-        ("process.scheduler", {"policy": "SCHED_OTHER"}, r"process\.scheduler: not supported in a guest"),
-        ("linux.intelRdt", [], r"linux\.intelRdt must be an object"),
-        ("linux.resources.unified", {"memory.high": "1"}, r"linux\.resources\.unified: not supported"),
-        (
-            "mounts",
-            [{"destination": "/x", "source": "/y", "type": "bind"}],
-            r"mounts\[0\]: bind source /y is a path of the host",
-        ),
-        (
-            "mounts",
-            [{"destination": "/x", "source": "/y", "options": ["rbind"]}],
-            r"mounts\[0\]: bind source /y is a path of the host",
-        ),
-        ("process.user.uid", -1, r"process\.user\.uid"),
-        ("process", 5, "process must be an object"),
-        ("annotations", {"a": 1}, "annotations"),
+        ("process.args", "sh", "process.args: must be a list"),
+        ("process", 5, "process: must be an object"),
+        ("linux.sysctl", [], r"linux\.sysctl: must be an object"),
+        ("mounts", [{"destination": "/x", "source": "/y", "type": "bind"}], r"mounts\[0\]: /y is a path of the host"),
+        ("mounts", [{"destination": "/x", "source": "/y", "options": ["rbind"]}], r"mounts\[0\]: /y is a path"),
     ],
 )
-def test_bundle_rejects_settings_that_are_the_guests(path: str, value: object, why: str) -> None:
-    with pytest.raises(UsageError, match=f"config.json: {why}"):
-        spec_from_bundle(changed(path, value))
+def test_what_a_bundle_cannot_ask_for(path: str, value: object, why: str) -> None:
+    for privileged in (False, True):
+        if not (privileged and path == "linux.sysctl"):
+            with pytest.raises(UsageError, match=f"config.json: {why}"):
+                of_bundle(changed(path, value), privileged=privileged)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("process.capabilities.bounding", ["CAP_SYS_ADMIN"]),
+        ("process.oomScoreAdj", -5),
+        ("linux.sysctl", {"kernel.core_pattern": "|/x"}),
+        ("linux.devices", [{"path": "/dev/vda", "type": "b", "major": 254, "minor": 0}]),
+        ("linux.resources.devices", [{"allow": True, "access": "rwm"}]),
+        ("linux.resources.devices", [{"allow": True, "type": "b", "major": 254, "minor": 0, "access": "r"}]),
+        ("mounts", [{"destination": "/x", "source": "/dev/vda", "type": "ext4"}]),
+    ],
+)
+def test_what_goes_beyond_the_defaults_is_refused_by_field_unless_privileged(path: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=r"config\.json: .*; --privileged permits it"):
+        of_bundle(changed(path, value))
+    of_bundle(changed(path, value), privileged=True)
 
 
 def test_an_images_wishes() -> None:
-    spec = writable_spec(["/x", "y"], env=["A=1", "PATH=/opt", "A=2=3"], user="web:logs", cwd="/srv", terminal=True)
-    assert list(spec.Process.Args) == ["/x", "y"] and spec.Process.Cwd == "/srv" and spec.Process.Terminal
-    assert sorted(spec.Process.Env) == ["A=2=3", "PATH=/opt"]
-    assert spec.Process.User.Username == "web:logs"
-    assert not spec.Root.Readonly and not spec.Process.NoNewPrivileges
-    assert all(mount.destination not in ("/tmp", "/home") for mount in spec.Mounts)
-    assert writable_spec(["/x"]).Process.User.Username == "0"
-    assert any(setting.startswith("PATH=") for setting in writable_spec(["/x"]).Process.Env)
+    config = Image(env=("A=1", "PATH=/opt"), user="web", workdir="/srv")
+    document = of_image("/x", "y", config=config, env=["A=2=3"], user="web:logs")
+    process = document["process"]
+    assert process["args"] == ["/x", "y"] and process["cwd"] == "/srv" and process["env"] == ["PATH=/opt", "A=2=3"]
+    assert process["user"] == {"username": "web:logs"} and not process["noNewPrivileges"]
+    assert not document["root"]["readonly"]
+    assert all(mount["destination"] not in ("/tmp", "/home") for mount in document["mounts"])
+    assert of_image()["process"]["user"] == {"username": "0"}
+
+
+@pytest.mark.parametrize(
+    ("entrypoint", "words", "args"),
+    [
+        (None, [], ["/entry", "c"]),
+        (None, ["x"], ["/entry", "x"]),
+        ("/other", [], ["/other"]),
+        ("/other", ["x"], ["/other", "x"]),
+        ("", ["x"], ["x"]),
+    ],
+)
+def test_entrypoints(entrypoint: str | None, words: list[str], args: list[str]) -> None:
+    config = Image(entrypoint=("/entry",), command=("c",))
+    assert of_image(*words, config=config, entrypoint=entrypoint)["process"]["args"] == args
+
+
+def test_no_program_is_left_without_an_entrypoint() -> None:
+    with pytest.raises(UsageError, match="no program is left"):
+        of_image(entrypoint="")
+
+
+def test_limits() -> None:
+    resources = of_image(memory=64 << 20, cpus=1.5, pids_limit=7)["linux"]["resources"]
+    assert resources["memory"] == {"limit": 64 << 20, "swap": 64 << 20} and resources["pids"] == {"limit": 7}
+    assert resources["cpu"] == {"quota": 150_000, "period": 100_000}
+    assert of_image(pids_limit=-1)["linux"]["resources"]["pids"] == {"limit": -1}
+    assert of_image(guest_memory=512 << 20)["linux"]["resources"]["memory"]["limit"] == 384 << 20
+    with pytest.raises(UsageError, match="too little"):
+        of_image(memory=1000)
+
+
+def test_capabilities_are_added_and_dropped_by_either_name() -> None:
+    def held(**options: Any) -> list[str]:
+        return list(of_image(**options)["process"]["capabilities"]["bounding"])
+
+    assert "CAP_NET_ADMIN" in held(cap_add=["net_admin"]) and "CAP_CHOWN" not in held(cap_drop=["CAP_CHOWN"])
+    assert held(cap_drop=["ALL"]) == [] and held(cap_drop=["all"], cap_add=["CHOWN"]) == ["CAP_CHOWN"]
+    assert len(held(cap_add=["ALL"])) == 41
+    with pytest.raises(UsageError, match="'NOSUCH': unknown"):
+        held(cap_add=["NOSUCH"])
+
+
+def test_privileged_is_without_filter_masks_and_limits() -> None:
+    document = of_image(privileged=True, guest_memory=1 << 30)
+    assert "seccomp" not in document["linux"] and document["linux"]["maskedPaths"] == []
+    assert len(document["process"]["capabilities"]["effective"]) == 41 and "resources" not in document["linux"]
+
+
+def test_other_options() -> None:
+    document = of_image("x", hostname="h", read_only=True, tmpfs=["/a", "/b:size=1m"], init=True, busybox="/g/busybox")
+    assert document["hostname"] == "h" and document["root"]["readonly"]
+    mounts = {mount["destination"]: mount for mount in document["mounts"]}
+    assert "size=64m" in mounts["/a"]["options"] and mounts["/b"]["options"] == ["size=1m"]
+    init, *_, program = document["process"]["args"]
+    assert mounts[init]["source"] == "/g/busybox" and program == "x"
+    with pytest.raises(UsageError, match="--tmpfs a: "):
+        of_image(tmpfs=["a"])
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes"), [("64m", 64 << 20), ("1.5g", 3 << 29), ("512MiB", 512 << 20), ("1k", 1024), ("1000", 1000)]
+)
+def test_sizes(text: str, bytes: int) -> None:
+    assert size(text) == bytes
+
+
+@pytest.mark.parametrize("text", ["", "abc", "-1", "1x", "m", "nan"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(UsageError, match="--memory"):
+        size(text)
+
+
+def test_settings_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OURS", "o")
+    monkeypatch.delenv("MISSING", raising=False)
+    (tmp_path / "env").write_bytes(b"# a comment\nA=1\n\nB=x=y # kept\nOURS\nMISSING\nC=\xff\n")
+    assert env_file(str(tmp_path / "env")) == ["A=1", "B=x=y # kept", "OURS=o", "C=\udcff"]
+    (tmp_path / "bad").write_text("A=1\nno name\n")
+    with pytest.raises(UsageError, match="line 2"):
+        env_file(str(tmp_path / "bad"))
+    with pytest.raises(UsageError, match="No such file"):
+        env_file(str(tmp_path / "missing"))
+
+
+@pytest.mark.parametrize("text", ["", "a", "1:b", "-1", "4294967295", "4294967296", "0:4294967295", "\u0663"])
+def test_what_is_no_user(text: str) -> None:
+    with pytest.raises(UsageError, match="--user"):
+        user_ids(text)
+
+
+def test_the_default_profile_is_one_that_libcontainer_reads() -> None:
+    profile = Seccomp.from_json(default_profile(CAPABILITIES), "seccomp")
+    permitted = {name for rule in profile.rules for name in rule.names if not rule.conditions}
+    assert {"read", "chroot"} <= permitted
+    forbidden = {"keyctl", "add_key", "io_uring_setup", "userfaultfd", "bpf", "mount", "setns", "unshare", "clone"}
+    assert not forbidden & permitted
+    assert "unshare" in default_profile(["CAP_SYS_ADMIN"])["syscalls"][0]["names"]
+
+
+def test_a_container_is_confined_by_default() -> None:
+    spec = Spec.from_json(confined(container_document("/rootfs"), 512 << 20))
+    assert spec.linux.seccomp is not None and spec.linux.resources is not None
 
 
 class SlowGuest:
@@ -120,13 +298,18 @@ class SlowGuest:
 
     def __init__(self, code: grpc.StatusCode = grpc.StatusCode.DEADLINE_EXCEEDED) -> None:
         self.requests: list[Any] = []
+        self.files: dict[str, bytes] = {}
         self._code = code
-        self.rpc = SimpleNamespace(CreateContainer=self.create)
+        self.rpc = SimpleNamespace(CopyFile=self.copy_file)
 
-    async def create(self, request: Any) -> None:
-        self.requests.append(request)
+    async def copy_file(self, request: Any) -> None:
+        self.files[request.path] = request.data
+
+    async def create_container_reporting(self, container_id: str, document: Any, storages: Any) -> list[str]:
+        self.requests.append((container_id, document, storages))
         if len(self.requests) < 3:
             raise AgentError(self._code, "Timeout reached after 3s waiting for device 10/00")
+        return []
 
     async def create_sandbox(self) -> bool:
         return True
@@ -137,21 +320,26 @@ class SlowGuest:
 
 def test_a_disk_is_waited_for() -> None:
     guest: Any = SlowGuest()
-    spec = writable_spec(["/x"])
-    container: Any = asyncio.run(foreground.create_on_disk(guest, "web", spec, "10/00", "squashfs"))
-    assert container == "web"
-    request = guest.requests[-1]
-    assert len(guest.requests) == 3 and request.container_id == "web"
-    disk, *_, root = request.storages
+    document = of_image("/x")
+    volumes = [Volume("virtiofs", "tag", "/v", writable=False)]
+    asyncio.run(foreground.create_on_disk(guest, "web", document, "10/00", "squashfs", volumes))
+    name, sent, mounted = guest.requests[-1]
+    assert len(guest.requests) == 3 and name == "web"
+    disk, *_, root, volume = mounted
     assert (disk.driver, disk.source, disk.fstype) == ("blk", "10/00", "squashfs") and "ro" in disk.options
     assert root.fstype == "overlay" and f"lowerdir={disk.mount_point}" in root.options
-    assert request.OCI.Root.Path == root.mount_point
+    assert sent["root"]["path"] == root.mount_point
+    mounts = {mount["destination"]: mount for mount in sent["mounts"]}
+    assert (volume.fstype, volume.source) == ("virtiofs", "tag") and "ro" in volume.options
+    assert mounts["/v"]["source"] == volume.mount_point and "ro" in mounts["/v"]["options"]
+    assert [one.rpartition("/")[2] for one in guest.files] == ["hosts", "hostname", "resolv.conf"]
+    assert all(mounts[f"/etc/{one.rpartition('/')[2]}"]["source"] == one for one in guest.files)
 
 
 def test_another_refusal_is_told_at_once() -> None:
     guest: Any = SlowGuest(grpc.StatusCode.INVALID_ARGUMENT)
     with pytest.raises(AgentError):
-        asyncio.run(foreground.create_on_disk(guest, "web", writable_spec(["/x"]), "10/00", "squashfs"))
+        asyncio.run(foreground.create_on_disk(guest, "web", of_image("/x"), "10/00", "squashfs"))
     assert len(guest.requests) == 1
 
 

@@ -1,0 +1,226 @@
+"""Adapt the config.json of an OCI bundle, of whatever tool, to a guest.
+
+What it leaves out is filled in from the defaults.  What only means something on the host that it was made for is left
+out with a warning: namespaces and cgroups by path, hooks, labels, the engine's own /etc/hosts.  What it names beyond
+the defaults (capabilities, devices, mounts, sysctls of the whole guest) is refused by its field, unless privileged.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from caisson.agent.client.errors import UsageError
+
+ALL_CAPABILITIES = (
+    "CAP_AUDIT_CONTROL",
+    "CAP_AUDIT_READ",
+    "CAP_AUDIT_WRITE",
+    "CAP_BLOCK_SUSPEND",
+    "CAP_BPF",
+    "CAP_CHECKPOINT_RESTORE",
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_DAC_READ_SEARCH",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_IPC_LOCK",
+    "CAP_IPC_OWNER",
+    "CAP_KILL",
+    "CAP_LEASE",
+    "CAP_LINUX_IMMUTABLE",
+    "CAP_MAC_ADMIN",
+    "CAP_MAC_OVERRIDE",
+    "CAP_MKNOD",
+    "CAP_NET_ADMIN",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_NET_BROADCAST",
+    "CAP_NET_RAW",
+    "CAP_PERFMON",
+    "CAP_SETFCAP",
+    "CAP_SETGID",
+    "CAP_SETPCAP",
+    "CAP_SETUID",
+    "CAP_SYSLOG",
+    "CAP_SYS_ADMIN",
+    "CAP_SYS_BOOT",
+    "CAP_SYS_CHROOT",
+    "CAP_SYS_MODULE",
+    "CAP_SYS_NICE",
+    "CAP_SYS_PACCT",
+    "CAP_SYS_PTRACE",
+    "CAP_SYS_RAWIO",
+    "CAP_SYS_RESOURCE",
+    "CAP_SYS_TIME",
+    "CAP_SYS_TTY_CONFIG",
+    "CAP_WAKE_ALARM",
+)
+
+#: Docker's default set (moby, oci/caps).
+PERMITTED_CAPABILITIES = {
+    "CAP_AUDIT_WRITE",
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    "CAP_MKNOD",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_NET_RAW",
+    "CAP_SETFCAP",
+    "CAP_SETGID",
+    "CAP_SETPCAP",
+    "CAP_SETUID",
+    "CAP_SYS_CHROOT",
+}
+
+#: Devices that every container has (config-linux.md, Default Devices), by major and minor number; ptys.
+PERMITTED_DEVICES = {(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2)}
+PTY_MAJORS = {3, 136}
+
+#: File systems that hold nothing of the guest's.
+PERMITTED_MOUNTS = {"proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"}
+
+#: Sysctls that a container has for itself.
+PERMITTED_SYSCTLS = (
+    "kernel.shm",
+    "kernel.msg",
+    "kernel.sem",
+    "kernel.domainname",
+    "kernel.hostname",
+    "fs.mqueue.",
+    "net.",
+)
+
+#: Files that engines bind into each container, and a guest has its own of.
+ENGINE_FILES = {
+    "/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/run/.containerenv", "/run/secrets", "/.dockerenv",
+    "/etc/mtab",
+}  # fmt: skip
+
+Warn = Callable[[str], None]
+
+
+def adapted(
+    bundle: Mapping[str, Any],
+    masked: Sequence[str],
+    readonly: Sequence[str],
+    mounts: Sequence[tuple[str, str, str, str]],
+    privileged: bool,
+    warn: Warn,
+) -> dict[str, Any]:
+    """Return a bundle's document for a guest.  ``mounts`` are the defaults: (destination, type, source, options).
+
+    Raises UsageError.
+    """
+    document = copy.deepcopy(dict(bundle))
+    for key in ("process", "root", "linux"):
+        document[key] = _object(document.get(key), key)
+    process, linux = document["process"], document["linux"]
+    if not _list(process.get("args"), "process.args"):
+        raise UsageError("config.json: process.args: empty; name a program")
+    if document.pop("hooks", None):
+        warn("config.json: hooks: not run: they are programs of the host")
+    for key in ("apparmorProfile", "selinuxLabel"):
+        if process.pop(key, None):
+            warn(f"config.json: process.{key}: left out: it names a label of the host")
+    for key in ("mountLabel", "intelRdt"):
+        if linux.pop(key, None):
+            warn(f"config.json: linux.{key}: left out: it is about the host")
+    linux.pop("cgroupsPath", None)
+    document["mounts"] = _mounts(_list(document.get("mounts"), "mounts"), mounts, privileged, warn)
+    _namespaces(linux, warn)
+    _process(process, privileged)
+    if not privileged:
+        _check_devices(linux)
+        for name in _object(linux.get("sysctl"), "linux.sysctl"):
+            if not name.startswith(PERMITTED_SYSCTLS):
+                raise _refused(f"linux.sysctl.{name}", "is of the whole guest")
+        linux["maskedPaths"] = sorted({*_list(linux.get("maskedPaths"), "linux.maskedPaths"), *masked})
+        linux["readonlyPaths"] = sorted({*_list(linux.get("readonlyPaths"), "linux.readonlyPaths"), *readonly})
+    return document
+
+
+def _refused(field: str, why: str) -> UsageError:
+    return UsageError(f"config.json: {field}: {why}; --privileged permits it")
+
+
+def _object(value: Any, field: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UsageError(f"config.json: {field}: must be an object")
+    return value
+
+
+def _list(value: Any, field: str) -> list[Any]:
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise UsageError(f"config.json: {field}: must be a list")
+    return value
+
+
+def _mounts(
+    found: list[Any], defaults: Sequence[tuple[str, str, str, str]], privileged: bool, warn: Warn
+) -> list[dict[str, Any]]:
+    by_place = {where: (kind, source, options) for where, kind, source, options in defaults}
+    kept = []
+    for number, one in enumerate(found):
+        mount = _object(one, f"mounts[{number}]")
+        place, kind = str(mount.get("destination")), str(mount.get("type") or "")
+        options = [str(option) for option in _list(mount.get("options"), f"mounts[{number}].options")]
+        bound = kind == "bind" or bool({"bind", "rbind"} & set(options))
+        if bound and place in by_place:  # of a tool without root, which cannot mount one of its own
+            kind, source, words = by_place[place]
+            mount = {"destination": place, "type": kind, "source": source, "options": words.split(",")}
+        elif bound and place.rstrip("/") in ENGINE_FILES:
+            warn(f"config.json: mounts[{number}]: {place}: left out: the guest has its own")
+            continue
+        elif bound:
+            of_host = mount.get("source")
+            raise UsageError(f"config.json: mounts[{number}]: {of_host} is a path of the host; share it by --volume")
+        elif kind not in PERMITTED_MOUNTS and not privileged:
+            raise _refused(f"mounts[{number}].type", f"{kind!r} is none of {', '.join(sorted(PERMITTED_MOUNTS))}")
+        kept.append(mount)
+    return kept
+
+
+def _namespaces(linux: dict[str, Any], warn: Warn) -> None:
+    """Keep what is a container's own; processes and network are the guest's to decide."""
+    kept = []
+    for number, one in enumerate(_list(linux.get("namespaces"), "linux.namespaces")):
+        namespace = _object(one, f"linux.namespaces[{number}]")
+        if namespace.get("type") in ("pid", "network"):
+            continue
+        if namespace.pop("path", None):
+            warn(f"config.json: linux.namespaces[{number}].path: left out: it is a path of the host")
+        kept.append(namespace)
+    types = {namespace.get("type") for namespace in kept}
+    kept += [{"type": kind} for kind in ("mount", "ipc", "uts", "cgroup") if kind not in types]
+    linux["namespaces"] = kept
+
+
+def _process(process: dict[str, Any], privileged: bool) -> None:
+    sets = _object(process.get("capabilities"), "process.capabilities")
+    for kind, names in sets.items():
+        for name in _list(names, f"process.capabilities.{kind}"):
+            if name in ALL_CAPABILITIES and name not in PERMITTED_CAPABILITIES and not privileged:
+                raise _refused(f"process.capabilities.{kind}", f"{name} is beyond the default set")
+    if isinstance(process.get("oomScoreAdj"), int) and process["oomScoreAdj"] < 0 and not privileged:
+        raise _refused("process.oomScoreAdj", "would protect it from the guest")
+
+
+def _check_devices(linux: dict[str, Any]) -> None:
+    for number, one in enumerate(_list(linux.get("devices"), "linux.devices")):
+        device = _object(one, f"linux.devices[{number}]")
+        if (device.get("major"), device.get("minor")) not in PERMITTED_DEVICES:
+            raise _refused(f"linux.devices[{number}]", f"{device.get('path')} is beyond the default devices")
+    resources = _object(linux.get("resources"), "linux.resources")
+    for number, one in enumerate(_list(resources.get("devices"), "linux.resources.devices")):
+        rule = _object(one, f"linux.resources.devices[{number}]")
+        numbers = rule.get("major"), rule.get("minor")
+        only_nodes = str(rule.get("access")) == "m"  # to make a node is not to open it
+        if rule.get("allow") and not only_nodes and numbers not in PERMITTED_DEVICES and numbers[0] not in PTY_MAJORS:
+            raise _refused(f"linux.resources.devices[{number}]", "allows more than the default devices")
