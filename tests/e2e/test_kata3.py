@@ -39,12 +39,13 @@ async def test_a_pod_from_check_to_destroy(own: Caisson) -> None:
         assert details.agent_details.init_daemon and details.agent_details.supports_seccomp
 
         bind = oci_pb2.Mount(destination="/dev/shm", type="bind", source=SHM.mount_point, options=["rbind"])
-        dev = oci_pb2.Mount(destination="/dev", type="tmpfs", source="tmpfs", options=["nosuid", "mode=755"])
-        pts = oci_pb2.Mount(destination="/dev/pts", type="devpts", source="devpts", options=["newinstance"])
-        await host.run("pod", host.spec("/bin/sleep", "1000", mounts=[dev, pts, bind]))
+        pause = host.containerds_spec("/bin/sleep", "1000", mounts=[bind])
+        pause.Linux.Resources.Memory.Limit = 64 << 20
+        pause.Linux.Resources.CPU.CopyFrom(oci_pb2.LinuxCPU(Shares=2, Quota=50_000, Period=100_000))
+        await host.run("pod", pause)
         event = asyncio.ensure_future(rpc.GetOOMEvent(agent_pb2.GetOOMEventRequest()))
         script = "hostname; echo kept > /dev/shm/file; echo oops >&2; exit 3"
-        await host.create("c", host.spec("/bin/sh", "-c", script, mounts=[dev, pts, bind]))
+        await host.create("c", host.containerds_spec("/bin/sh", "-c", script, mounts=[bind]))
         reads = [
             asyncio.ensure_future(read(agent_pb2.ReadStreamRequest(container_id="c", exec_id="c", len=32 << 10)))
             for read in (rpc.ReadStdout, rpc.ReadStderr)

@@ -22,6 +22,15 @@ APART = (
 SHARED = "/run/kata-containers/shared/containers"
 
 
+CONTAINERDS_MOUNTS = (
+    ("/dev", "tmpfs", "nosuid,strictatime,mode=755,size=65536k"),
+    ("/dev/pts", "devpts", "nosuid,noexec,newinstance,ptmxmode=0666,mode=0620,gid=5"),
+    ("/dev/mqueue", "mqueue", "nosuid,noexec,nodev"),
+    ("/sys", "sysfs", "nosuid,noexec,nodev,ro"),
+    ("/sys/fs/cgroup", "cgroup", "nosuid,noexec,nodev,relatime,ro"),
+)
+
+
 class Host:
     """One connection; ``rpc`` has every method by its name."""
 
@@ -54,6 +63,30 @@ class Host:
             Linux=oci_pb2.Linux(Namespaces=[oci_pb2.LinuxNamespace(Type="mount")]),
             **fields,
         )
+
+    def containerds_spec(self, *args: str, **fields: Any) -> oci_pb2.Spec:
+        """A spec as containerd's CRI makes it and Kata's shim passes it on, but for limits and paths of the host's."""
+        mounts = [
+            oci_pb2.Mount(destination=where, type=kind, source=kind, options=options.split(","))
+            for where, kind, options in CONTAINERDS_MOUNTS
+        ]
+        spec = self.spec(*args, mounts=[*mounts, *fields.pop("mounts", [])], **fields)
+        spec.Annotations["io.kubernetes.cri.container-type"] = "sandbox"
+        spec.Process.ApparmorProfile = "cri-containerd.apparmor.d"
+        spec.Process.OOMScoreAdj = 500
+        spec.Process.NoNewPrivileges = True
+        spec.Process.Rlimits.add(Type="RLIMIT_NOFILE", Hard=1024, Soft=1024)
+        capabilities = ["CAP_CHOWN", "CAP_KILL", "CAP_SETGID", "CAP_SETUID"]
+        for name in ("Bounding", "Effective", "Permitted"):
+            getattr(spec.Process.Capabilities, name).extend(capabilities)
+        spec.Linux.Sysctl.update({"net.ipv4.ip_unprivileged_port_start": "0", "kernel.shm_rmid_forced": "1"})
+        spec.Linux.CgroupsPath = f"/kubepods/burstable/pod{uuid.uuid4()}/{uuid.uuid4().hex}"
+        del spec.Linux.Namespaces[:]
+        for kind in ("ipc", "uts", "mount"):
+            spec.Linux.Namespaces.add(Type=kind)
+        spec.Linux.MaskedPaths.extend(["/proc/acpi", "/proc/kcore", "/proc/keys", "/sys/firmware"])
+        spec.Linux.ReadonlyPaths.extend(["/proc/bus", "/proc/sys"])
+        return spec
 
     async def create(self, container_id: str, spec: oci_pb2.Spec | None = None, **fields: Any) -> None:
         request = agent_pb2.CreateContainerRequest(

@@ -158,3 +158,19 @@ async def test_the_guest_says_what_it_can(apart: RunningAgent) -> None:
         assert list(details.device_handlers) == []
         assert {"overlayfs", "watchable-bind", "virtio-fs"} <= set(details.storage_handlers)
         assert "image_guest_pull" not in details.storage_handlers
+
+
+async def test_a_spec_as_containerd_makes_it(apart: RunningAgent) -> None:
+    async with await Host.connect(apart) as host:
+        await host.rpc.CreateSandbox(agent_pb2.CreateSandboxRequest(sandbox_id="pod", hostname="pod"))
+        await host.run("c", host.containerds_spec())
+        seen = await host.sh("c", "cat /proc/sys/net/ipv4/ip_unprivileged_port_start /proc/1/oom_score_adj; hostname")
+        assert seen == "0\n500\npod\n"
+        await host.remove("c")
+        spec = host.spec()
+        spec.Linux.Sysctl["net.no.such"] = "1"
+        code, text = await refused(host.create("c", spec))
+        assert (code, "net/no/such" in text) == (StatusCode.INTERNAL, True)
+        spec.Linux.Sysctl.clear()
+        spec.Linux.Sysctl["vm.swappiness"] = "1"
+        assert (await refused(host.create("c", spec)))[0] == StatusCode.INVALID_ARGUMENT

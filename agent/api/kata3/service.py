@@ -81,8 +81,9 @@ class AgentService(ContainerService):
     # Containers
 
     async def CreateContainer(self, request: agent_pb2.CreateContainerRequest) -> Empty:
-        spec = spec_of(request)
         _refuse_ports(request)
+        request.OCI.Process.ApparmorProfile = ""  # of the host's: its profiles are not the guest's
+        spec = spec_of(request)
         if request.shared_mounts:
             raise Unsupported("CreateContainer: shared_mounts are not supported by this agent")
         await self._sandbox.create(
