@@ -199,7 +199,7 @@ static int new_filesystem_here(int root, const struct mount_step *step)
 
 /*
  * A procfs shows the pid namespace of whoever mounts it, and this process stays outside of the one that it has joined:
- * a child that shares its descriptors mounts it.  It holds nothing that its parent does not, is not dumpable, and exits.
+ * a child that shares its descriptors mounts it.  It holds nothing that its parent does not, and is not dumpable.
  */
 static int new_filesystem_in_child(int root, const struct mount_step *step)
 {

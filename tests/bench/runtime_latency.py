@@ -6,8 +6,9 @@ RPC: the launcher of agent/libcontainer and nsexec.  The others are spawned as a
 cgroups: crun 1.8 refuses the layout that many machines have, so all run in a mount namespace without cgroup v2, and the
 others with cgroups disabled where they can be.
 
-`exec` is a process in a running container; `create+start` a container from nothing to its end; `private memory` is what
-the process that sets the container up has of its own while it waits to be started.
+`caisson-oci` is the command line, spawned like the others, with cgroups as runc.  `exec` is a process in a running
+container; `create+start` a container from nothing to its end; `private memory` is what the process that sets the
+container up has of its own while it waits to be started.
 
     python -m tests.bench.runtime_latency [--samples N] [--json]
 """
@@ -38,6 +39,9 @@ from tests.bench.rows import Row, table
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = 60
 EXEC_BUDGET, RUN_BUDGET, MEMORY_BUDGET = 0.5, 0.6, 1.0
+#: Of the command line, to runc.  `state` has none: an interpreter's start alone takes longer than the whole of runc's.
+COMMAND_BUDGETS = {"run": 1.0, "exec": 1.0}
+COMMAND = ROOT / "commands" / "caisson-oci"
 TRUE = ["/bin/true"]
 CAPABILITIES = ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]
 FLAGS = ["nosuid", "noexec", "nodev"]
@@ -169,7 +173,7 @@ class Peer:
     def __init__(self, program: str, work: Path, bundle: Path, options: tuple[str, ...] = ()) -> None:
         self.program = program
         self._bundle = bundle
-        self._words = [shutil.which(program) or program, "--root", str(work / program), *options]
+        self._words = [shutil.which(program) or program, "--root", str(work / Path(program).name), *options]
         self._number = 0
 
     def _do(self, *words: str) -> None:
@@ -186,7 +190,7 @@ class Peer:
 
     def _created(self, words: tuple[str, ...]) -> str:
         self._number += 1
-        name = f"b{self._number}"
+        name = f"bench-{os.getpid()}-{Path(self.program).name}-{self._number}"  # also of a cgroup
         self._do(*words, "--bundle", str(self._bundle), name)
         return name
 
@@ -201,6 +205,9 @@ class Peer:
 
     def run(self) -> None:
         self._created(("run",))
+
+    def state(self) -> None:
+        self._do("state", self._target)
 
     def memory(self) -> int:
         file = self._bundle / "pid"
@@ -252,7 +259,9 @@ def measure(samples: int) -> list[Row]:
         ours = Ours(work, bundle)
         crun = Peer("crun", work, bundle, ("--cgroup-manager=disabled",))
         runc = Peer("runc", work, bundle)
-        everyone = {"ours": ours, "crun": crun, "runc": runc}
+        os.environ["CAISSON_NSEXEC"] = str(work / "nsexec")
+        command = Peer(str(COMMAND), work, bundle)
+        everyone = {"ours": ours, "crun": crun, "runc": runc, "command": command}
         times: dict[tuple[str, str], list[float]] = {}
         try:
             for one in everyone.values():
@@ -260,7 +269,7 @@ def measure(samples: int) -> list[Row]:
             assert ours.target is not None
             for number in range(samples + 3):
                 for name, one in everyone.items():
-                    for kind in ("exec", "run"):
+                    for kind in ("exec", "run") if one is ours else ("exec", "run", "state"):
                         took = timed(getattr(one, kind))
                         if number >= 3:  # the first ones warm caches
                             times.setdefault((name, kind), []).append(took)
@@ -277,6 +286,10 @@ def measure(samples: int) -> list[Row]:
         for peer, bound in (("crun", budget), ("runc", None)):
             theirs = medians[peer, kind]
             rows.append(Row.beside(f"{what}, beside {peer} (ms)", own, theirs, bound, medians["limit", kind]))
+    for kind, what in (("run", "run"), ("exec", "exec"), ("state", "state")):
+        own, theirs = medians["command", kind], medians["runc", kind]
+        rows.append(Row.beside(f"caisson-oci {what}, beside runc (ms)", own, theirs, COMMAND_BUDGETS.get(kind)))
+        rows.append(Row.beside(f"caisson-oci {what}, beside crun (ms)", own, medians["crun", kind], None))
     own_memory, theirs = memory["ours"], memory["crun"]
     rows.append(Row.beside("private memory, beside crun (KiB)", own_memory, theirs, MEMORY_BUDGET))
     return rows
