@@ -12,12 +12,8 @@ import time
 from caisson.agent.base.json import dumps
 from caisson.agent.base.record import NOTHING, Record
 from caisson.agent.libcontainer import state as files
-from caisson.agent.libcontainer.cgroups.files import remove_empty
 from caisson.agent.libcontainer.config.reader import SpecError
-from caisson.agent.libcontainer.config.resources import Resources, merge
-from caisson.agent.libcontainer.config.spec import Hooks, Spec
 from caisson.agent.libcontainer.errors import LaunchError
-from caisson.agent.libcontainer.process import gate
 from caisson.agent.libcontainer.state import ProcessStat, State
 from caisson.agent.libcontainer.waits import wait_until
 
@@ -27,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from caisson.agent.libcontainer.cgroups import Cgroup, Hierarchy
-    from caisson.agent.libcontainer.config.spec import Hook, Process
+    from caisson.agent.libcontainer.config.spec import Hook, Process, Spec
     from caisson.agent.libcontainer.process.launcher import Launch, Launched, ProcessLauncher
     from caisson.agent.libcontainer.waits import Waits
 else:
@@ -92,6 +88,8 @@ class Container:
     def spec(self) -> Spec:
         """Its configuration, as it was created.  Raises SpecError."""
         if self._spec is None:
+            from caisson.agent.libcontainer.config.spec import Spec  # late: many commands only look
+
             self._spec = Spec.from_json(files.read_json(f"{self.directory}/{CONFIG}"))
         return self._spec
 
@@ -121,9 +119,22 @@ class Container:
         found = self.stat()
         if found is None:
             return STOPPED
-        if self.cgroup is not None and self.cgroup.frozen:
+        if self._is_frozen():
             return PAUSED
         return RUNNING if found.executed else CREATED
+
+    def _is_frozen(self) -> bool:
+        """Whether its cgroup stands still, looked at without the code of cgroups, for commands that only look."""
+        for controller, name, words in (("freezer", "freezer.state", "FROZEN"), ("", "cgroup.events", "frozen 1")):
+            path = self.state.cgroup_paths.get(controller)
+            if path is None:
+                continue
+            try:
+                with open(f"{path}/{name}", encoding="utf-8") as file:  # noqa: PTH123 - no pathlib at start
+                    return words in file.read().splitlines()
+            except OSError:
+                return False
+        return False
 
     def pidfd(self) -> int:
         """Open a pidfd of its first process.  Raises ContainerError if that has ended."""
@@ -201,7 +212,7 @@ class Container:
             cgroups={} if cgroup is None else cgroup.paths,
             procfs=procfs,
             filter=filter,
-            hooks=None if spec.hooks == Hooks() else launcher.runtime_hooks(spec, container_id, bundle),
+            hooks=None if spec.hooks == type(spec.hooks)() else launcher.runtime_hooks(spec, container_id, bundle),
         )
         return container, launched
 
@@ -328,6 +339,8 @@ class Container:
         """
         if self.status == STOPPED:
             raise ContainerError("container not running")
+        from caisson.agent.libcontainer.config.resources import Resources, merge
+
         cgroup = self._needed_cgroup()
         old = Resources.from_json(self.state.resources)
         changed = Resources.from_json(changes)
@@ -375,6 +388,8 @@ class Container:
         cgroup = self.cgroup
         if not self.state.created:  # it was only to be made: what is in a cgroup of that name is somebody else's
             if cgroup is not None:
+                from caisson.agent.libcontainer.cgroups.files import remove_empty
+
                 remove_empty(self.state.cgroup_paths.values())
             return
         try:
@@ -439,11 +454,18 @@ def remove_directory(directory: str) -> None:
     """Remove a container's directory and what a container has in it; fine if it is gone.  Raises OSError."""
     for place, directories, names in os.walk(directory, topdown=False):
         for name in names:
-            gate.remove(f"{place}/{name}")
+            _unlink(f"{place}/{name}")
         for name in directories:
             os.rmdir(f"{place}/{name}")  # noqa: PTH106 - no pathlib at start
     try:
         os.rmdir(directory)  # noqa: PTH106 - no pathlib at start
+    except FileNotFoundError:
+        pass
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)  # noqa: PTH108 - no pathlib at start
     except FileNotFoundError:
         pass
 

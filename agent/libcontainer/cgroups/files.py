@@ -15,7 +15,7 @@ NOT_KEYED = ("cpu.max",)
 
 def read(path: str) -> str:
     """The content.  Raises OSError."""
-    with open(path, encoding="ascii") as file:  # noqa: PTH123 - no pathlib at start
+    with open(path, encoding="utf-8") as file:  # noqa: PTH123 - no pathlib at start
         return file.read()
 
 
@@ -26,6 +26,11 @@ def write(path: str, value: str) -> None:
         os.write(fd, (value or "\n").encode())
     finally:
         os.close(fd)
+
+
+def unescape(path: str) -> str:
+    """A path of mountinfo: blanks and the like are octal there (proc_pid_mountinfo(5))."""
+    return path.encode().decode("unicode_escape") if "\\" in path else path
 
 
 def restoring(file: str, value: str, before: str) -> str:

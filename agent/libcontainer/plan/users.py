@@ -130,16 +130,11 @@ def _id(text: str) -> int:
 
 
 def _open_plain(root: int, path: str) -> int:
-    """Open a file if no link is on the way, without the price of openat2 (ctypes); -1 if there is one, or no file."""
+    """Open a file if no link is on the way, without the price of openat2 (ctypes).  Raises OSError."""
     directory, _, name = path.rpartition("/")
-    try:
-        at = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root)
-    except OSError:
-        return -1
+    at = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root)
     try:
         return os.open(name, FLAGS | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
-    except OSError:
-        return -1
     finally:
         os.close(at)
 
@@ -149,12 +144,15 @@ def _table(root: int, path: str, columns: int) -> list[list[str]]:
 
     It is the image's: found inside its root whatever links say, only if it is a file, and only up to a size.
     """
-    fd = _open_plain(root, path)
-    if fd < 0:
+    try:
         try:
-            fd = syscalls.openat2(root, path, FLAGS, resolve=RESOLVE)
-        except OSError:
+            fd = _open_plain(root, path)
+        except FileNotFoundError:
             return []
+        except OSError:  # a link, most likely
+            fd = syscalls.openat2(root, path, FLAGS, resolve=RESOLVE)
+    except OSError:
+        return []
     with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             return []

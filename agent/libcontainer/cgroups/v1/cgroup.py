@@ -74,7 +74,7 @@ class CgroupV1(Hierarchy):
         with open(mountinfo, encoding="utf-8", errors="surrogateescape") as lines:  # noqa: PTH123 - no pathlib at start
             for line in lines:
                 before, _, after = line.rstrip("\n").partition(" - ")
-                place = before.split(" ")[4].encode().decode("unicode_escape") if " " in before else ""
+                place = files.unescape(before.split(" ")[4]) if " " in before else ""
                 if every and after.startswith("cgroup2 "):
                     roots.setdefault("", place)
                 if not after.startswith("cgroup "):

@@ -53,7 +53,7 @@ class CgroupV2(Hierarchy):
             for line in lines:
                 before, _, after = line.partition(" - ")
                 if after.startswith("cgroup2 "):
-                    return cls(before.split(" ")[4].encode().decode("unicode_escape"), parent, waits)
+                    return cls(files.unescape(before.split(" ")[4]), parent, waits)
         return None
 
     def create(self, path: str, *, below_own: bool = False) -> CgroupOfV2:
