@@ -17,7 +17,7 @@ from caisson.agent.client.connection import Agent, AgentError, Container, Proces
 from caisson.agent.client.errors import UsageError
 from caisson.agent.client.guest import Guest, Machine, resolver_lines
 from caisson.agent.client.share import OPTIONS as SHARE_OPTIONS
-from caisson.agent.client.specs import PATH, Document, Volume, terminal_env
+from caisson.agent.client.specs import PATH, Document, SharedVolume, terminal_env
 from caisson.proto.caisson import caisson_pb2
 from caisson.proto.kata1 import agent_pb2
 
@@ -93,7 +93,7 @@ async def run_image(
     pci_path: str,
     *,
     detach: bool,
-    volumes: Sequence[Volume] = (),
+    volumes: Sequence[SharedVolume] = (),
     timeout: float = 0.0,
     report: Callable[[str], None] = lambda line: None,
 ) -> int | None:
@@ -169,7 +169,7 @@ async def create_on_disk(
     document: Document,
     pci_path: str,
     fstype: str,
-    volumes: Sequence[Volume] = (),
+    volumes: Sequence[SharedVolume] = (),
     dns: Sequence[str] = (),
 ) -> list[str]:
     """Create a container on a disk, waiting for the disk to show up; returns the guest's warnings.

@@ -94,7 +94,7 @@ Document = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Volume:
+class SharedVolume:
     """A share of the host's in a container: a file system of the guest by its ``fstype`` and ``tag``."""
 
     fstype: str
@@ -122,7 +122,7 @@ class RunOptions:
     pids_limit: int | None = None
     read_only: bool = False
     tmpfs: Sequence[str] = ()
-    volumes: Sequence[Volume] = ()
+    volumes: Sequence[SharedVolume] = ()
     cap_add: Sequence[str] = ()
     cap_drop: Sequence[str] = ()
     privileged: bool = False

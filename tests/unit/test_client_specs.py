@@ -20,7 +20,7 @@ from caisson.agent.client.specs import (
     CAPABILITIES,
     PIDS_LIMIT,
     RunOptions,
-    Volume,
+    SharedVolume,
     confined,
     container_document,
     env_file,
@@ -321,7 +321,7 @@ class SlowGuest:
 def test_a_disk_is_waited_for() -> None:
     guest: Any = SlowGuest()
     document = of_image("/x")
-    volumes = [Volume("virtiofs", "tag", "/v", writable=False)]
+    volumes = [SharedVolume("virtiofs", "tag", "/v", writable=False)]
     asyncio.run(foreground.create_on_disk(guest, "web", document, "10/00", "squashfs", volumes))
     name, sent, mounted = guest.requests[-1]
     assert len(guest.requests) == 3 and name == "web"
