@@ -53,12 +53,13 @@ def test_it_runs_by_hand(own: Caisson) -> None:
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (("--json",), b"--json goes with --dry-run"),
+        (("--json",), b"--json: needs --dry-run"),
         (("--dry-run", "--image", "/nowhere"), b"/nowhere"),
-        (("--dry-run", "--memory", "1"), b"at least 128"),
+        (("--dry-run", "--memory", "1"), b"--memory 1: is out of range; give 128M to"),
     ],
 )
 def test_dry_run_rejects_what_boot_rejects(own: Caisson, words: tuple[str, ...], why: bytes) -> None:
     done = own("boot-vm", *words)
-    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.returncode in (1, 2)
+    assert done.stdout == b""
     assert why in done.stderr
