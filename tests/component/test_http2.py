@@ -53,6 +53,7 @@ class Peer:
         self._got = b""
         self.server = server
         self.lines = lines
+        self.others: list[Frame] = []
 
     async def send(self, *data: bytes) -> None:
         await asyncio.get_running_loop().sock_sendall(self._sock, b"".join(data))
@@ -101,6 +102,12 @@ class Peer:
         """The connection works."""
         await self.send(frame(frames.PING, b"12345678"))
         assert await self.frame() == (frames.PING, frames.ACK, 0, b"12345678")
+
+    async def still_there_among_responses(self) -> None:
+        """The connection works; what comes before the answer is kept in `others`."""
+        await self.send(frame(frames.PING, b"12345678"))
+        while (got := await self.frame()).kind != frames.PING:
+            self.others.append(got)
 
 
 async def echo(one: HttpRequest) -> HttpResponse:
@@ -364,6 +371,30 @@ async def test_server_stops_reading_from_a_peer_that_does_not_read() -> None:
                 sent += len(ping)
         # What the sockets take, and some.
         assert sent < 1 << 23
+
+
+async def test_responses_that_the_peer_does_not_take_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_HELD", 1 << 20)
+
+    async def large(one: HttpRequest) -> HttpResponse:
+        return HttpResponse(HEAD, [bytes(200_000)], TAIL)
+
+    async with connected(large) as peer:
+        await peer.hello((frames.INITIAL_WINDOW_SIZE, 0))
+        for stream in range(1, 101, 2):
+            await peer.send(request(stream))
+            await peer.still_there_among_responses()
+        assert peer.server.held <= (1 << 20) + 200_000  # a call that has begun may end
+        resets = [one for one in peer.others if one.kind == frames.RST_STREAM]
+        assert len(resets) > 40
+        assert {one.payload for one in resets} == {Code.ENHANCE_YOUR_CALM.to_bytes(4, "big")}
+        await peer.send(frames.settings({frames.INITIAL_WINDOW_SIZE: 1 << 20}))
+        await peer.send(frames.number(frames.WINDOW_UPDATE, 0, 1 << 24))
+        taken = 0
+        while taken < 5 * 200_000:
+            taken += len(one.payload) if (one := await peer.frame()).kind == frames.DATA else 0
+        await peer.still_there_among_responses()
+        assert peer.server.held == 0
 
 
 LARGE = (1 << 31) - 1

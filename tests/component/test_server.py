@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import subprocess
+import sys
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -25,7 +28,9 @@ from caisson.agent.rpc.http2 import hpack
 from caisson.agent.rpc.http2.messages import HttpRequest, HttpResponse
 from caisson.agent.rpc.listener import accept, listen
 from caisson.agent.rpc.server import Server
+from caisson.agent.rpc.ttrpc.client import Client
 from caisson.proto.kata1 import agent_pb2, health_pb2
+from tests.support.poll import until
 
 Code = grpc.StatusCode
 
@@ -223,3 +228,90 @@ async def test_the_first_answer_is_waited_for_but_not_for_ever() -> None:
     await health.Check(health_pb2.CheckRequest())
     await waiting
     assert early is False
+
+
+async def test_one_address_serves_both_protocols(tmp_path: Path) -> None:
+    log, health = Log("fatal"), Health()
+    server = Server(log, grpc=dispatch(health), ttrpc=dispatch(health))
+    listener = listen(f"unix:{tmp_path / 's'}")
+    task = asyncio.ensure_future(accept(listener, server.accept, log))
+    async with (
+        grpc.aio.insecure_channel(f"unix:{tmp_path / 's'}") as channel,
+        await Client.connect(tmp_path / "s") as client,
+    ):
+        for _ in range(2):
+            assert await channel.unary_unary("/grpc.Health/Check")(b"") == SERVING
+            assert await client.call("grpc.Health", "Check", b"") == SERVING
+    task.cancel()
+    await asyncio.wait([task])
+    await server.stop(grace=1)
+    listener.close()
+
+
+@pytest.mark.parametrize("protocols", [("grpc",), ("ttrpc",), ("grpc", "ttrpc")], ids="+".join)
+@pytest.mark.parametrize("first", [b"\0", b"P", b"G", b"\x16\x03\x01"], ids=["ttrpc", "HTTP/2", "HTTP/1", "TLS"])
+async def test_the_first_byte_decides_and_other_protocols_are_closed(first: bytes, protocols: tuple[str, ...]) -> None:
+    lines: list[tuple[str, dict[str, object]]] = []
+
+    class Lines(Log):
+        def __call__(self, level: str, message: str, **fields: object) -> None:
+            lines.append((message, fields))
+
+    server = Server(Lines("fatal"), **{name: dispatch(Health()) for name in protocols})
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    loop = asyncio.get_running_loop()
+    with ours:
+        await loop.connect_accepted_socket(server.accept, theirs)
+        await loop.sock_sendall(ours, first)
+        spoken = {b"\0": "ttrpc", b"P": "grpc"}.get(first) in protocols
+        if spoken:
+            await until(lambda: server._connections, "the connection has its protocol")
+            await server.stop(grace=0)
+        assert await loop.sock_recv(ours, 1) == b""
+    assert lines == ([] if spoken else [("closed a connection of an unknown protocol", {"first_byte": first[0]})])
+    assert not server._connections
+
+
+async def test_a_deadline_of_grpc_holds_at_the_server() -> None:
+    headers = {b":method": b"POST", b":path": b"/grpc.Health/Check", b"content-type": b"application/grpc"}
+    for timeout, status in ((b"10m", b"4"), (b"10u", b"4"), (b"x", b"13"), (b"123456789S", b"13"), (b"S", b"13")):
+        request = HttpRequest(headers | {b"grpc-timeout": timeout})
+        request.body += b"\0\0\0\0\6" + health_pb2.CheckRequest(service="wait").SerializeToString()
+        assert dict(fields(await answer(request)))[b"grpc-status"] == status
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "other"),
+    [
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0", "ttrpc"),
+        (b"\0\0\0\x14\0\0\0\1\1\0\x0a\x0bgrpc.Health\x12\5Check", "http2"),
+    ],
+    ids=["HTTP/2", "ttrpc"],
+)
+def test_the_first_answer_imports_neither_the_other_protocol_nor_the_model(request_bytes: bytes, other: str) -> None:
+    code = f"""if True:
+        import asyncio, socket, sys
+        from caisson.agent.api.health import Health
+        from caisson.agent.base.boot_timestamps import BootTimestamps
+        from caisson.agent.base.log import Log
+        from caisson.agent.base.tracing import Tracing
+        from caisson.agent.rpc.dispatch import Dispatch, Service
+        from caisson.agent.rpc.server import Server
+        from caisson.proto.kata1 import health_pb2
+        async def work():
+            service = Service(health_pb2.DESCRIPTOR.services_by_name["Health"], Health)
+            dispatch = Dispatch(service.bind(Health(BootTimestamps())), Log(), Tracing(""), lambda error: None)
+            server = Server(Log(), grpc=dispatch, ttrpc=dispatch)
+            ours, theirs = socket.socketpair()
+            ours.setblocking(False)
+            await asyncio.get_running_loop().connect_accepted_socket(server.accept, theirs)
+            await asyncio.get_running_loop().sock_sendall(ours, {request_bytes!r})
+            assert await asyncio.get_running_loop().sock_recv(ours, 100)
+        asyncio.run(work())
+        unwanted = ("caisson.agent.rpc.{other}", "caisson.agent.model", "caisson.agent.libcontainer", "dataclasses",
+                    "google.protobuf.any_pb2", "pathlib")
+        print([name for name in sys.modules if name.startswith(unwanted)])
+    """
+    program = [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {sys.path!r}\n{code}"]
+    assert subprocess.run(program, check=True, capture_output=True, text=True).stdout == "[]\n"
