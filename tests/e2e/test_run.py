@@ -216,7 +216,7 @@ def test_in_the_background(vm: Caisson, layout: Path) -> None:
     done = run(vm, layout, "--detach", "--container", "apart")
     assert done.returncode == 0 and done.stdout == b"apart\n", done.stderr
     again = run(vm, layout, "--detach", "--container", "apart")
-    assert again.returncode == 125 and b"there is a container 'apart' already" in again.stderr
+    assert again.returncode == 125 and b"container 'apart': exists already" in again.stderr
     assert vm("rm", "apart").returncode == 0
     wait_until(lambda: free_ports(vm), "its disk is taken out")
 
