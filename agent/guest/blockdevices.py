@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 INTERVAL = 0.02
-PCI_PATH = re.compile(r"[0-9a-f]{2}(/[0-9a-f]{2})*")
+PCI_PATH = re.compile(r"[0-9a-f]{2}(\.[0-7])?(/[0-9a-f]{2}(\.[0-7])?)*")
+
+#: A bus has fewer slots: in a PCI path that begins with this, or more, the first number is that of a root bus (NUMA).
+SLOTS = 0x20
 SCSI_ADDRESS = re.compile(r"[0-9]+:[0-9]+")
 PMEM = re.compile(r"/dev/pmem[0-9]+")
 CCW = re.compile(r"[0-9a-f]\.[0-9a-f]\.[0-9a-f]{4}")
@@ -49,16 +52,23 @@ class BlockDevices:
         return path
 
     async def pci(self, path: str) -> str:
-        """The disk at a PCI path: slots, in hexadecimal, from the root bus down ("02" or "02/01").  Raises Timeout."""
+        """The disk at a PCI path: slots, in hexadecimal, from the root bus down ("02" or "02/01").
+
+        A slot may have a function ("02.1"), and a root bus other than the first comes before ("20/00/01").  Raises
+        InvalidArgument or DeviceTimeout.
+        """
         if not PCI_PATH.fullmatch(path):
             raise InvalidArgument(f"invalid PCI path {path}")
         self._write("bus/pci/rescan", "1")
         return await self._wait(lambda: self._below_pci(path.split("/")), path)
 
     def _below_pci(self, slots: list[str]) -> str | None:
-        place, bus = f"{self._sys}/devices/pci0000:00", "0000:00"
+        bus = "0000:00"
+        if int(slots[0][:2], 16) >= SLOTS and len(slots) > 1:
+            bus, slots = f"0000:{slots[0][:2]}", slots[1:]
+        place = self._root_bus(bus)
         for number, slot in enumerate(slots):
-            place = f"{place}/{bus}:{slot}.0"
+            place = f"{place}/{bus}:{slot}" if "." in slot else f"{place}/{bus}:{slot}.0"
             if number < len(slots) - 1:
                 buses = _names(f"{place}/pci_bus")
                 if not buses:
@@ -67,6 +77,12 @@ class BlockDevices:
                     raise InvalidArgument(f"Expected exactly one PCI bus in {place}/pci_bus, got {len(buses)} instead")
                 bus = buses[0]
         return self._disk_in([f"{place}/{name}" for name in _names(place) if name.startswith("virtio")])
+
+    def _root_bus(self, bus: str) -> str:
+        """The directory of a root bus, which on arm64 may be below its host bridge."""
+        bridges = [f"devices/platform/{name}" for name in _names(f"{self._sys}/devices/platform") if "pci" in name]
+        places = [f"{self._sys}/{parent}/pci{bus}" for parent in ("devices", *bridges)]
+        return next((place for place in places if os.path.isdir(place)), places[0])  # noqa: PTH112
 
     async def scsi(self, address: str) -> str:
         """The disk at "ID:LUN" of any SCSI host.  Raises Timeout."""

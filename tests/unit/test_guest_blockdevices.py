@@ -45,6 +45,21 @@ def test_on_the_root_bus(trees: tuple[Path, Path]) -> None:
     assert (trees[0] / "bus/pci/rescan").read_text() == "1"
 
 
+def test_a_function_of_a_slot_and_another_root_bus(trees: tuple[Path, Path]) -> None:
+    plug(trees, "devices/pci0000:00/0000:00:02.1/virtio3", "vdb")
+    bridge = "devices/pci0000:20/0000:20:00.0"
+    (trees[0] / bridge / "pci_bus/0000:21").mkdir(parents=True)
+    plug(trees, f"{bridge}/0000:21:02.0/virtio4", "vdc")
+    assert find(trees, lambda devices: devices.pci("02.1")) == f"{trees[1]}/vdb"
+    assert find(trees, lambda devices: devices.pci("20/00/02")) == f"{trees[1]}/vdc"
+
+
+def test_the_bus_of_a_host_bridge(trees: tuple[Path, Path]) -> None:
+    (trees[0] / "devices/pci0000:00").rmdir()
+    plug(trees, "devices/platform/4010000000.pcie/pci0000:00/0000:00:02.0/virtio3", "vdb")
+    assert find(trees, lambda devices: devices.pci("02")) == f"{trees[1]}/vdb"
+
+
 def test_behind_a_bridge_and_late(trees: tuple[Path, Path]) -> None:
     bridge = "devices/pci0000:00/0000:00:1e.0"
     (trees[0] / bridge / "pci_bus/0000:01").mkdir(parents=True)
