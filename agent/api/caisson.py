@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 
 from caisson.agent.api.containers import EMPTY
 from caisson.agent.base.aio import run_to_completion
-from caisson.agent.base.errors import InvalidArgument
+from caisson.agent.base.errors import InvalidArgument, NotFound
 from caisson.agent.guest.identity import identify
 from caisson.proto.caisson import caisson_pb2
 
@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
     from caisson.agent.guest.container_mounts import ContainerMounts
     from caisson.agent.libcontainer.config.spec import Spec
+    from caisson.agent.model.output_log import OutputLog
     from caisson.agent.model.sandbox import Sandbox
+
+
+#: Bytes of a container's output that are kept, at most.
+MAX_LOG = 16 << 20
 
 
 class CaissonService:
@@ -30,6 +35,7 @@ class CaissonService:
         """A device that is plugged in is waited for ``hotplug_timeout`` seconds."""
         self._sandbox = sandbox
         self._hotplug_timeout = hotplug_timeout
+        self._logs: dict[str, OutputLog] = {}
 
     async def EnsureRunning(self, request: caisson_pb2.EnsureRunningRequest) -> caisson_pb2.EnsureRunningResponse:
         created = await self._sandbox.ensure_running(request.container_id, lambda: _spec(request.spec))
@@ -64,6 +70,40 @@ class CaissonService:
             raise InvalidArgument("ExecProcess needs an exec_id")
         await self._sandbox.container(request.container_id).exec(request.exec_id, process)
         return EMPTY
+
+    async def KeepLog(self, request: caisson_pb2.KeepLogRequest) -> Empty:
+        from caisson.agent.model.output_log import OutputLog
+
+        if not 0 < request.max_bytes <= MAX_LOG:
+            raise InvalidArgument(f"KeepLog: max_bytes {request.max_bytes}: must be 1 to {MAX_LOG}")
+        process = self._sandbox.container(request.container_id).process(request.container_id)
+        self._forget_logs()
+        if request.container_id not in self._logs:
+            self._logs[request.container_id] = OutputLog(process, request.max_bytes)
+        return EMPTY
+
+    async def ReadLog(self, request: caisson_pb2.ReadLogRequest) -> caisson_pb2.ReadLogResponse:
+        self._sandbox.container(request.container_id)
+        self._forget_logs()
+        log = self._logs.get(request.container_id)
+        if log is None:
+            raise InvalidArgument(f"ReadLog: container {request.container_id}: nothing is kept of its output")
+        entries, ended = await log.read(request.begin, follow=request.follow)
+        answer = caisson_pb2.ReadLogResponse(ended=ended)
+        for one in entries:
+            answer.entries.add(number=one.number, time=one.time, stream=one.stream, data=one.data)
+        return answer
+
+    def _forget_logs(self) -> None:
+        """Drop the logs of containers that were removed, or replaced by others of their names."""
+        for container_id, log in list(self._logs.items()):
+            try:
+                there = self._sandbox.container(container_id).process(container_id) is log.process
+            except NotFound:
+                there = False
+            if not there:
+                del self._logs[container_id]
+                log.close()
 
     async def Identify(self, request: caisson_pb2.IdentifyRequest) -> Empty:
         identify(request.hostname, request.machine_id)

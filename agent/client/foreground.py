@@ -16,6 +16,7 @@ from caisson.agent.client.attach import attach
 from caisson.agent.client.connection import Agent, AgentError, Container, Process
 from caisson.agent.client.errors import UsageError
 from caisson.agent.client.guest import Guest, Machine, resolver_lines
+from caisson.agent.client.logs import keep
 from caisson.agent.client.share import OPTIONS as SHARE_OPTIONS
 from caisson.agent.client.specs import PATH, Document, SharedVolume, terminal_env
 from caisson.proto.caisson import caisson_pb2
@@ -113,6 +114,8 @@ async def run_image(
         try:
             for warning in await create_on_disk(agent, container_id, document, pci_path, "squashfs", volumes, dns):
                 report(warning)
+            if detach:
+                await keep(agent, container_id)
             await container.start()
             if detach:
                 running = True

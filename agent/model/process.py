@@ -18,6 +18,11 @@ class Process:
         self.child = child
         self._streams = streams
 
+    @property
+    def has_terminal(self) -> bool:
+        """Whether its output is that of a terminal, one stream."""
+        return self._streams.is_terminal
+
     async def wait(self) -> int:
         """Its exit status; any number of waiters, any number of times."""
         return await self.child.wait()

@@ -6,6 +6,7 @@ import asyncio
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ import grpc
 import pytest
 
 from caisson.agent.client import AgentError, AgentGone, Registry, UsageError, listing
+from caisson.agent.client.logs import last_lines, moment
 from caisson.agent.guest import ps
 from caisson.proto.kata1 import agent_pb2
 
@@ -116,6 +118,7 @@ def test_one_that_was_asked_for_by_name_need_not_be_known_but_must_exist(tmp_pat
 
 MAKER = """
 import sys
+import time
 from pathlib import Path
 from caisson.agent.client import Registry
 held = Registry(Path(sys.argv[1])).lease("run-1", disk="d")
@@ -158,3 +161,26 @@ def test_another_failure_forgets_nothing(tmp_path: Path) -> None:
     with pytest.raises(AgentError):
         ask(FakeAgent(code=grpc.StatusCode.UNAVAILABLE), known)
     assert known.names() == ["web"]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "count", "last"),
+    [
+        ([b"a\nb\nc\n"], 2, b"b\nc\n"),
+        ([b"a\nb\nc"], 2, b"b\nc"),
+        ([b"a\n", b"b", b"b\nc\n"], 2, b"bb\nc\n"),
+        ([b"a\n"], 5, b"a\n"),
+        ([b"a\nb\n"], 0, b""),
+        ([b"\n\n\n"], 1, b"\n"),
+        ([], 3, b""),
+    ],
+)
+def test_the_last_lines_of_output(pieces: list[bytes], count: int, last: bytes) -> None:
+    assert b"".join(data for _, data in last_lines([(1, one) for one in pieces], count)) == last
+
+
+def test_times_of_logs() -> None:
+    assert abs(moment("10m") - (time.time() - 600)) < 5 and moment("12.5") == 12.5
+    assert moment("2026-01-02T03:04:05+00:00") == 1767323045
+    with pytest.raises(UsageError, match="--since 'yesterday'"):
+        moment("yesterday")
