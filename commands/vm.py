@@ -21,7 +21,7 @@ from caisson.agent.client.network import configure
 from caisson.commands.machines import RESUME_COMMAND, image_directory, running_vm
 from caisson.commands.streams import console_writer, info
 from caisson.image.programs import TO_BOOT, need
-from caisson.image.vm import VM, VMConfig, VMError, get_vm, list_vms
+from caisson.image.vm import VM, VMConfig, VMError, find_vm, get_vm, list_vms
 from caisson.image.vm import timeline as timelines
 from caisson.image.vm.config import DryRun, parse_share
 from caisson.image.vm.config import dry_run as dry_run_of
@@ -141,12 +141,11 @@ def _show_dry_run(dry: DryRun, *, as_json: bool) -> None:
 
 def stop_vm(*, name: str, everything: bool) -> None:
     """Stop a VM: its containers, then the machine."""
-    running = list_vms()
-    stopping = running if everything else [vm for vm in running if vm.name == name]
-    if not stopping and not everything:
-        names = ", ".join(vm.name for vm in running) or "none"
+    found = None if everything else find_vm(name)
+    if not found and not everything:
+        names = ", ".join(vm.name for vm in list_vms()) or "none"
         raise VMError(f"VM {name!r}: is not running; running: {names}")
-    for vm in stopping:
+    for vm in [found] if found else list_vms():
         with contextlib.suppress(client.AgentError):
             call_sync(vm, lambda agent: agent.destroy_sandbox(timeout=5.0))
         vm.stop()

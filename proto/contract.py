@@ -8,6 +8,9 @@ from __future__ import annotations
 #: The version of the whole project: of the package, the agent, and what images, snapshots and VMs are marked with.
 VERSION = "0.2.0"
 
+#: The format of a running VM's directory and of its supervisor's messages; other versions of Caisson read it, too.
+VM_FORMAT = 1
+
 #: vsock port of the agent's API, as of Kata Containers' agents.
 AGENT_PORT = 1024
 

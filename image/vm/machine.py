@@ -28,6 +28,7 @@ from caisson.image.vm.logs import Follower
 from caisson.image.vm.pace import scaled
 from caisson.image.vm.runroot import owned_run_root
 from caisson.image.vm.snapshot.snapshot import Snapshot, SnapshotCompatibility, place
+from caisson.proto.contract import VERSION, VM_FORMAT
 
 #: Seconds until the agent has to answer: native, and emulated on a busy machine.
 AGENT_TIMEOUT = {"kvm": 60.0, "tcg": 240.0}
@@ -394,11 +395,19 @@ class VM:
 
 
 def find_vm(name: str) -> VM | None:
-    """Return the running VM of this name, None if there is none.  Raises VMError for a name that is not valid."""
+    """Return the running VM of this name, None if there is none.
+
+    Raises VMError for a name that is not valid, and for a VM of a version of Caisson that this one cannot talk to.
+    """
     directory = VMDirectory.of(name)
     if owned_run_root() is None or not directory.is_running():
         return None
     info = directory.read()
+    if info and info.get("format") != VM_FORMAT:
+        raise VMError(
+            f"VM {name!r}: was started by Caisson {info.get('version', '0.1')}, and this is {VERSION}; use that one, or "
+            f"stop its supervisor: kill {info.get('pids', {}).get('supervisor', 'PID')}"
+        )
     return VM(directory, info) if info else None
 
 
@@ -416,6 +425,6 @@ def get_vm(name: str) -> VM:
 
 
 def list_vms() -> list[VM]:
-    """Return this user's running VMs, by name."""
+    """Return this user's running VMs, by name; those of other versions that this one cannot use are left out."""
     vms = ((directory, directory.read()) for directory in running_vms())
-    return [VM(directory, info) for directory, info in vms if info]
+    return [VM(directory, info) for directory, info in vms if info and info.get("format") == VM_FORMAT]

@@ -56,6 +56,7 @@ from caisson.image.vm.sandbox import (
 )
 from caisson.image.vm.snapshot import migration, ram
 from caisson.image.vm.snapshot.snapshot import Snapshot, SnapshotCompatibility, store
+from caisson.proto.contract import VERSION, VM_FORMAT
 
 #: Seconds between two checks for a suspended host, and the least that counts: clocks are not exact.
 SUSPEND_CHECK_INTERVAL = 10.0
@@ -179,6 +180,8 @@ class Supervisor:
                 device.close_inherited()
                 device.wait()
             self._info = {
+                "format": VM_FORMAT,
+                "version": VERSION,
                 "name": directory.name,
                 "state": "starting",
                 "directory": str(directory.path),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -22,6 +23,7 @@ from caisson.image.vm.directory import VMDirectory
 from caisson.image.vm.jsonsocket import JSONSocket
 from caisson.image.vm.pace import slowness
 from caisson.image.vm.runroot import owned_run_root
+from caisson.proto.contract import VERSION, VM_FORMAT
 from tests.component.fake_qemu import install, lives, make_image, nothing_left
 from tests.support.poll import wait_until
 
@@ -355,3 +357,18 @@ def test_a_manifest_that_is_none_is_refused(image: Images, text: str) -> None:
 def test_sizes_without_sense(options: dict[str, int]) -> None:
     with pytest.raises(VMError, match="--"):
         VMConfig(Path("/image"), **options)  # type: ignore[arg-type]
+
+
+def test_a_vm_of_another_version_is_refused_by_name(image: Images) -> None:
+    with start(image("")) as vm:
+        assert (vm.info["format"], vm.info["version"]) == (VM_FORMAT, VERSION)
+        document = vm.directory / "vm.json"
+        document.write_text(json.dumps(vm.info | {"format": 99, "version": "7.0"}))
+        pid = vm.info["pids"]["supervisor"]
+        with pytest.raises(VMError) as caught:
+            find_vm("v")
+        assert str(caught.value) == (
+            f"VM 'v': was started by Caisson 7.0, and this is {VERSION}; use that one, or "
+            f"stop its supervisor: kill {pid}"
+        )
+        assert list_vms() == []
