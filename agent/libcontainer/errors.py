@@ -32,6 +32,8 @@ def launch_error(step: str, path: str, errno: int, why: str) -> LaunchError:
     if step == "cwd" and not why:
         return LaunchError(f'working directory "{path}": {words}', step=step, path=path, errno=errno)
     where = f"error running {step}: {path}" if " hook #" in step else f"{step} {path}".strip()
+    if step == "mount":
+        where = f"error mounting {path}"
     if " hook #" in step:  # C's names of signals begin with a capital
         said, name = why[:8], why[8:]
         why = said + name[:1].lower() + name[1:] if said == "signal: " else why

@@ -13,6 +13,7 @@
 #include <sys/mount.h>
 #include <sys/stat.h>
 #include <sys/statfs.h>
+#include <sys/statvfs.h>
 #include <sys/wait.h>
 
 #include "nsexec.h"
@@ -263,14 +264,38 @@ static int mount_target(int root, const struct mount_step *step, bool directory)
 	return fd;
 }
 
-/* With the option remount: flags that are not given are cleared, unless a user namespace has locked them. */
-static void clear_other_attributes(int fd, const struct mount_step *step)
-{
-	const uint64_t all = ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV | ATTR_NOEXEC | ATTR_NODIRATIME;
-	struct mount_attr_args attr = {.attr_clr = all & ~step->set};
+#define LOCKABLE (ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV | ATTR_NOEXEC)
 
-	if (sys_mount_setattr(fd, AT_EMPTY_PATH, &attr) < 0 && errno != EPERM)
-		fail_errno("mount", step->target, "remount");
+/* Clear attributes that are not given, but for those that a user namespace has locked (mount_namespaces(7)). */
+static void clear_other_attributes(int fd, const struct mount_step *step, bool locked)
+{
+	struct mount_attr_args attr = {.attr_clr = (ATTR_NOSYMFOLLOW | (locked ? 0 : LOCKABLE)) & ~step->set};
+
+	if (attr.attr_clr == 0 || sys_mount_setattr(fd, AT_EMPTY_PATH, &attr) == 0)
+		return;
+	if (errno == EPERM && !locked)
+		clear_other_attributes(fd, step, true);
+	else
+		fail_errno("mount", step->target, NULL);
+}
+
+/* Fail where attributes are to be cleared that the user namespace would have locked, had it opened the mount. */
+static void check_locked_attributes(int tree, const struct mount_step *step)
+{
+	struct statvfs fs;
+	uint64_t held = 0, atime;
+
+	if (fstatvfs(tree, &fs) < 0)
+		fail_errno("mount", step->target, NULL);
+	held |= (fs.f_flag & ST_RDONLY) != 0 ? ATTR_RDONLY : 0;
+	held |= (fs.f_flag & ST_NOSUID) != 0 ? ATTR_NOSUID : 0;
+	held |= (fs.f_flag & ST_NODEV) != 0 ? ATTR_NODEV : 0;
+	held |= (fs.f_flag & ST_NOEXEC) != 0 ? ATTR_NOEXEC : 0;
+	atime = (fs.f_flag & ST_NOATIME) != 0 ? ATTR_NOATIME : (fs.f_flag & ST_RELATIME) != 0 ? 0 : ATTR_STRICTATIME;
+	atime |= (fs.f_flag & ST_NODIRATIME) != 0 ? ATTR_NODIRATIME : 0;
+	if ((held & step->clear) != 0 ||
+	    ((step->clear & ATTR_ATIME) != 0 && atime != (step->set & (ATTR_ATIME | ATTR_NODIRATIME))))
+		fail(EPERM, "mount", step->target, NULL);
 }
 
 /* Change the mount that is there, and its file system's options, if any are given. */
@@ -291,7 +316,7 @@ static int remount(int root, const struct mount_step *step)
 			fail_filesystem(fs, step->target);
 		close(fs);
 	}
-	clear_other_attributes(fd, step);
+	clear_other_attributes(fd, step, false);
 	set_attributes(fd, step->set, step->clear, false, "mount", step->target);
 	return fd;
 }
@@ -308,8 +333,11 @@ static void check_procfs(int tree, const struct mount_step *step)
 		fail(EPERM, "mount", step->target, "only a procfs can be mounted there");
 }
 
-/* Execute a mount step; `source` is what stage 0 has opened, or -1.  Returns the descriptor of the mount. */
-int do_mount(int root, const struct mount_step *step, int source)
+/*
+ * Execute a mount step; `source` is what stage 0 has opened, or -1, and `locked` whether that is for a user namespace.
+ * Returns the descriptor of the mount.
+ */
+int do_mount(int root, const struct mount_step *step, int source, bool locked)
 {
 	bool directory = true;
 	int tree, target;
@@ -323,8 +351,10 @@ int do_mount(int root, const struct mount_step *step, int source)
 		directory = S_ISDIR(st.st_mode);
 		if ((step->flags & MOUNT_ORDINARY_DIR) != 0)
 			check_procfs(tree, step);
+		if (locked)
+			check_locked_attributes(tree, step);
 		if ((step->flags & MOUNT_REMOUNT) != 0)
-			clear_other_attributes(tree, step);
+			clear_other_attributes(tree, step, locked);
 		set_attributes(tree, step->set, step->clear, false, "mount", step->target);
 	} else if ((step->flags & MOUNT_REMOUNT) != 0) {
 		tree = remount(root, step);

@@ -323,6 +323,7 @@ static void spawn_child(struct context *ctx, uint32_t namespaces, int cgroup, in
 	FAULT(stage2_cloning);
 	pid = clone_sibling(namespaces, cgroup, &pidfd);
 	if (pid == 0) {
+		pass_listener(ctx); /* before anything that it may be asked about */
 		close(gate[1]);
 		child(ctx, gate[0]);
 		_exit(1);
@@ -462,8 +463,9 @@ NORETURN static void stage0_main(struct context *ctx)
 			userns = files.list[i].fd;
 	}
 	joins_pidns = (joined & NS_PID) != 0;
+	ctx->has_userns = ((boot->create | joined) & NS_USER) != 0;
 	if (!ctx->fds.joins)
-		open_sources(ctx, ((boot->create | joined) & NS_USER) != 0, userns);
+		open_sources(ctx, userns);
 	join_cgroups(&ctx->fds);
 	FAULT(messages);
 	if ((boot->create & NS_USER) != 0 || boot->time_offsets != NULL ||
@@ -483,7 +485,7 @@ NORETURN static void stage0_main(struct context *ctx)
 int main(void)
 {
 	static struct inbox inbox;
-	struct context ctx = {.handles = {.root = -1, .processes = -1, .sysctl = -1}};
+	struct context ctx = {.handles = {.root = -1, .processes = -1, .sysctl = -1}, .listener = -1};
 
 	if (getenv("_LIBCONTAINER_INITPIPE") == NULL) {
 		static const char usage[] = "nsexec is started by Caisson's runtime; it does nothing by itself\n";

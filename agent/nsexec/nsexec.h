@@ -152,7 +152,7 @@ enum {
 #define MOUNT_COPY_UP 16u	  /* a tmpfs starts with the content of the directory that it covers */
 #define MOUNT_IDMAP 32u		  /* owners are mapped */
 #define MOUNT_IDMAP_RECURSIVE 64u /* … in the mounts below it, too */
-#define MOUNT_REMOUNT 128u  /* options that are not given are cleared; not a bind mount: of the mount that is there */
+#define MOUNT_REMOUNT 128u  /* flags that are not given are cleared; not a bind mount: of the mount that is there */
 #define MOUNT_IN_CHILD 256u /* a procfs of the pid namespace that children of this process are in */
 
 struct mount_step {
@@ -248,6 +248,8 @@ struct context {
 	int sources[SOURCES_MAX]; /* of the plan's mounts, opened by stage 0; -1 where not */
 	const char *program;	  /* argv[0] as found in PATH */
 	bool filtered;		  /* the seccomp filter is active */
+	bool has_userns;	  /* the container has a user namespace, created or joined */
+	int listener;		  /* of the seccomp filter, until the runtime has it; -1 */
 };
 
 /* --- namespaces.c --- */
@@ -286,13 +288,13 @@ void build_rootfs(struct context *ctx);
 /* --- mounts.c --- */
 int private_procfs(bool processes_only);
 void attach_rootfs(const char *path, int *root);
-int do_mount(int root, const struct mount_step *step, int source);
+int do_mount(int root, const struct mount_step *step, int source, bool locked);
 int clone_mount(int fd, const char *step, const char *path, bool recursive);
 void set_attributes(int fd, uint64_t set, uint64_t clear, bool recursive, const char *step, const char *path);
 
 /* --- sources.c --- */
 int open_source(const struct mount_step *step, bool must);
-void open_sources(struct context *ctx, bool has_userns, int joined_userns);
+void open_sources(struct context *ctx, int joined_userns);
 
 /* --- copyup.c --- */
 void copy_up(int covered, int mount, const char *path);
@@ -318,6 +320,7 @@ void set_limits(const struct plan *plan);
 void prepare_process(struct context *ctx);
 int load_filter(const struct plan *plan);
 void load_early_filter(struct context *ctx);
+void pass_listener(struct context *ctx);
 NORETURN void run_program(struct context *ctx);
 
 /* --- pause.c --- */

@@ -283,8 +283,9 @@ static void do_step(const struct attribute *a, struct rootfs_state *s)
 		break;
 	case PLAN_MOUNT:
 		decode_mount(a, &step);
-		fd = do_mount(*root, &step, s->mount_index < SOURCES_MAX ? s->ctx->sources[s->mount_index] : -1);
+		fd = s->mount_index < SOURCES_MAX ? s->ctx->sources[s->mount_index] : -1;
 		s->mount_index++;
+		fd = do_mount(*root, &step, fd, fd >= 0 && s->ctx->has_userns);
 		if ((step.flags & MOUNT_ORDINARY_DIR) != 0)
 			record_kernel_mount(&s->mounts, fd, step.target);
 		else

@@ -42,5 +42,5 @@ void set_scheduling(const struct plan *plan)
 	if (plan->memory_nodes != NULL &&
 	    syscall(SYS_set_mempolicy, plan->memory_policy, plan->memory_nodes_size == 0 ? NULL : plan->memory_nodes,
 		    plan->memory_nodes_size * 8 + 1) < 0)
-		fail_errno("memory policy", "", NULL);
+		fail_errno("memory policy", "", "set_mempolicy");
 }

@@ -84,7 +84,7 @@ int open_source(const struct mount_step *step, bool must)
 	return tree;
 }
 
-void open_sources(struct context *ctx, bool has_userns, int joined_userns)
+void open_sources(struct context *ctx, int joined_userns)
 {
 	/* In the runtime's mount namespace the source may have peers, which must not get the container's mounts. */
 	static const struct mount_attr_args slave = {.propagation = MS_SLAVE};
@@ -103,10 +103,10 @@ void open_sources(struct context *ctx, bool has_userns, int joined_userns)
 			continue;
 		index = next++;
 		decode_mount(&a, &step);
-		if ((step.flags & MOUNT_BIND) != 0 && (has_userns || (step.flags & MOUNT_IDMAP) != 0)) {
+		if ((step.flags & MOUNT_BIND) != 0 && (ctx->has_userns || (step.flags & MOUNT_IDMAP) != 0)) {
 			if (index >= SOURCES_MAX)
 				fail(E2BIG, "mount", step.target, "more than %d mounts", SOURCES_MAX);
-			tree = open_source(&step, !has_userns || (step.flags & MOUNT_IDMAP) != 0);
+			tree = open_source(&step, !ctx->has_userns || (step.flags & MOUNT_IDMAP) != 0);
 			if (tree < 0) /* a runtime without privileges: its user namespace may */
 				continue;
 			if (sys_mount_setattr(tree, AT_EMPTY_PATH | AT_RECURSIVE_FLAG, &slave) < 0)

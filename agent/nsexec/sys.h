@@ -56,8 +56,11 @@ struct open_how_args {
 #define ATTR_NOSUID 0x2ull
 #define ATTR_NODEV 0x4ull
 #define ATTR_NOEXEC 0x8ull
+#define ATTR_NOATIME 0x10ull
+#define ATTR_STRICTATIME 0x20ull
 #define ATTR_ATIME 0x70ull
 #define ATTR_NODIRATIME 0x80ull
+#define ATTR_NOSYMFOLLOW 0x200000ull
 #define ATTR_IDMAP 0x100000ull
 
 struct mount_attr_args {

@@ -83,7 +83,7 @@ def test_mount_failures_name_the_mount(box: Box) -> None:
     value["mounts"].append({"destination": "/mnt", "type": "bind", "source": "/no/such", "options": ["bind"]})
     assert str(_fails(box, value)) == "mount source /no/such: no such file or directory"
     value["mounts"][-1] = {"destination": "/mnt", "type": "nofs", "source": "x"}
-    assert "mount /mnt: the kernel has no such file system" in str(_fails(box, value))
+    assert "error mounting /mnt: the kernel has no such file system" in str(_fails(box, value))
     value["mounts"][-1] = {"destination": "/mnt", "type": "tmpfs", "source": "x", "options": ["size=wrong"]}
     assert "size" in str(_fails(box, value))
 

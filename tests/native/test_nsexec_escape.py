@@ -66,7 +66,7 @@ def test_proc_and_sys_must_be_ordinary_directories(box: Box, name: str) -> None:
     (box.rootfs / name).rmdir()
     (box.rootfs / f"bad-{name}").mkdir()
     (box.rootfs / name).symlink_to(f"bad-{name}")
-    _refused(box, config(), f"mount /{name}: must be mounted on ordinary directory")
+    _refused(box, config(), f"error mounting /{name}: must be mounted on ordinary directory")
 
 
 @pytest.mark.parametrize("target", ["/proc/self", "/proc/sys", "/proc/self/attr", "/proc/../proc/1", "/proc/no-such"])

@@ -201,15 +201,41 @@ def flags(box: Box, value: dict[str, Any], target: str = "/mnt") -> set[str]:
     return set(box.sh(f"grep ' {target} ' /proc/self/mounts | tail -n1 | cut -d' ' -f4", value).strip().split(","))
 
 
-def test_flags_of_the_source_are_kept(box: Box, mounted: Path) -> None:
-    assert {"ro", "nosuid", "nodev", "noexec"} <= flags(box, with_mount("/mnt", mounted, "ro"))
-    assert {"nosuid", "noexec"} <= (found := flags(box, with_mount("/mnt", mounted, "dev")))
-    assert "nodev" not in found
+HELD = {"ro", "nosuid", "nodev", "noexec", "nosymfollow", "noatime"}
 
 
-def test_remount_clears_the_flags_that_are_not_given(box: Box, mounted: Path) -> None:
-    found = flags(box, with_mount("/mnt", mounted, "remount", "ro", "nodev"))
-    assert {"ro", "nodev"} <= found and not {"nosuid", "noexec"} & found
+@pytest.mark.parametrize("userns", [False, True])
+@pytest.mark.parametrize(
+    ("source", "options", "expected", "in_a_userns"),
+    [
+        ("ro,noexec,nosymfollow,noatime", "", "ro,noexec,nosymfollow,noatime", "ro,noexec,nosymfollow,noatime"),
+        ("ro,noexec,nosymfollow", "dev", "", "ro,noexec"),
+        ("ro,noexec,nosymfollow", "remount,nosuid", "nosuid", "ro,noexec,nosuid"),
+        ("ro", "nosuid,nodev,rprivate", "nosuid,nodev", "ro,nosuid,nodev"),
+        ("ro", "rw,nosuid", "nosuid", None),
+        ("nosuid,nodev,noexec,noatime", "ro", "ro,noatime", "ro,nosuid,nodev,noexec,noatime"),
+        ("nosuid,noatime", "dev,suid,exec,atime", "noatime", None),
+        ("nosymfollow,nodev", "ro,symfollow", "ro", "ro,nodev"),
+        ("noatime", "relatime", "", None),
+        ("noatime", "norelatime", "noatime", "noatime"),
+        ("noatime", "nodiratime", "", None),
+        ("noatime", "noatime,ro", "noatime,ro", "noatime,ro"),
+        ("relatime", "strictatime", "", None),
+    ],
+)
+def test_flags_of_bind_mounts_as_runc_has_them(
+    box: Box, mounted: Path, source: str, options: str, expected: str, in_a_userns: str | None, userns: bool
+) -> None:
+    """Without flags those of the source; else those not given are cleared, but for locked ones and access times."""
+    subprocess.run(["mount", "--bind", "-o", f"remount,suid,dev,exec,{source}", mounted, mounted], check=True)
+    value = with_mount("/mnt", mounted, *filter(None, options.split(",")))
+    if not userns:
+        assert flags(box, value) & HELD == set(filter(None, expected.split(",")))
+    elif in_a_userns is not None:
+        assert flags(box, in_userns(value)) & HELD == set(filter(None, in_a_userns.split(",")))
+    else:
+        with pytest.raises(LaunchError, match="error mounting /mnt: operation not permitted"):
+            box.run(box.output(in_userns(value)))
 
 
 def test_remount_changes_the_mount_that_is_there(box: Box) -> None:
@@ -222,7 +248,7 @@ def test_remount_changes_the_mount_that_is_there(box: Box) -> None:
 def test_unknown_options_are_the_file_systems_to_refuse(box: Box) -> None:
     value = config()
     value["mounts"].append({"destination": "/mnt", "type": "tmpfs", "source": "x", "options": ["colour=green"]})
-    with pytest.raises(LaunchError, match=r"mount /mnt: tmpfs: Unknown parameter 'colour'"):
+    with pytest.raises(LaunchError, match=r"error mounting /mnt: tmpfs: Unknown parameter 'colour'"):
         box.run(box.output(value))
 
 
@@ -241,7 +267,7 @@ def test_a_procfs_can_be_bound_over_proc_and_nothing_else(box: Box, source: Path
     assert box.run(box.output(value))[:2] == (0, "/proc/1\n")
     for bad in (str(source), "/proc/sys", "/sys"):
         value["mounts"][-1]["source"] = bad
-        with pytest.raises(LaunchError, match="mount /proc: only a procfs can be mounted there"):
+        with pytest.raises(LaunchError, match="error mounting /proc: only a procfs can be mounted there"):
             box.run(box.output(value))
 
 

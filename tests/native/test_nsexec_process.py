@@ -170,7 +170,7 @@ def test_memory_policy(box: Box) -> None:
 
     assert "bind=static:0" in box.run(work())[1]
     value["linux"]["memoryPolicy"] = {"mode": "MPOL_BIND", "nodes": "900"}
-    with pytest.raises(LaunchError, match="memory policy: invalid argument"):
+    with pytest.raises(LaunchError, match="memory policy: set_mempolicy \\(invalid argument\\)"):
         box.run(box.output(value))
 
 

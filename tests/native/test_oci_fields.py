@@ -173,7 +173,7 @@ def test_mount_options_without_effect_are_ignored(box: Box, option: str) -> None
 def test_options_that_the_filesystem_does_not_know(box: Box, option: str) -> None:
     value = config()
     value["mounts"].append({"destination": "/mnt", "type": "tmpfs", "source": "tmpfs", "options": [option]})
-    with pytest.raises(LaunchError, match=f"mount /mnt: tmpfs: Unknown parameter '{option}'"):
+    with pytest.raises(LaunchError, match=f"error mounting /mnt: tmpfs: Unknown parameter '{option}'"):
         box.run(box.create(value))
 
 

@@ -100,24 +100,25 @@ def personality(value: object, where: str) -> int:
 def memory_policy(value: object, where: str) -> MemoryPolicy:
     """Parse `linux.memoryPolicy`.  Raises SpecError."""
     r = Reader(value, where)
-    mode, nodes = r.text("mode"), _mask(r.text("nodes"), r.name("nodes"))
-    flags = _bits(r, "flags", MEMORY_FLAGS)
+    mode, text = r.text("mode"), r.text("nodes")
+    flags = _bits(r, "flags", MEMORY_FLAGS, "invalid memory policy flag: ")
     r.done()
     if mode not in MEMORY_MODES:
-        raise SpecError(r.name("mode"), f"{mode!r} is not one of {', '.join(MEMORY_MODES)}")
+        raise SpecError(r.name("mode"), f"invalid memory policy mode: {mode!r} is not one of {', '.join(MEMORY_MODES)}")
+    nodes = _mask(text, r.name("nodes"), "invalid memory policy nodes: ")
     return MemoryPolicy(MEMORY_MODES[mode] | flags, nodes or b"")
 
 
-def _bits(r: Reader, key: str, known: Mapping[str, int]) -> int:
+def _bits(r: Reader, key: str, known: Mapping[str, int], wrong: str = "") -> int:
     bits = 0
     for flag in r.texts(key):
         if flag not in known:
-            raise SpecError(r.name(key), f"{flag!r} is not one of {', '.join(known)}")
+            raise SpecError(r.name(key), f"{wrong}{flag!r} is not one of {', '.join(known)}")
         bits |= known[flag]
     return bits
 
 
-def _mask(text: str, where: str) -> bytes | None:
+def _mask(text: str, where: str, wrong: str = "") -> bytes | None:
     """A list of CPUs or memory nodes like "0-3,7" as a mask of whole words."""
     if not text:
         return None
@@ -126,9 +127,9 @@ def _mask(text: str, where: str) -> bytes | None:
         first, dash, last = part.strip().partition("-")
         last = last if dash else first
         if not (first.isascii() and first.isdecimal() and last.isascii() and last.isdecimal()):
-            raise SpecError(where, f"{text!r} is not a list of numbers")
+            raise SpecError(where, f"{wrong}{text!r} is not a list of numbers")
         low, high = int(first), int(last)
         if not low <= high < CPUS_MAX:
-            raise SpecError(where, f"{part!r} is not a range below {CPUS_MAX}")
+            raise SpecError(where, f"{wrong}{part!r} is not a range below {CPUS_MAX}")
         mask |= ((1 << (high - low + 1)) - 1) << low
     return mask.to_bytes((mask.bit_length() + 63) // 64 * 8, "little")

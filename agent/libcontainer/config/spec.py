@@ -402,7 +402,7 @@ def _net_devices(value: object, where: str) -> dict[str, str]:
     devices = {name: _net_device(r.raw(name), r.name(name)) or name for name in r.keys}
     for name in (*devices, *devices.values()):
         if not name or len(name) > IFNAME_MAX or name in (".", "..") or any(c in "/:" or c.isspace() for c in name):
-            raise SpecError(where, f"{name!r} is not a name of a network device")
+            raise SpecError(where, f"invalid network device name {name!r}")
     if len(set(devices.values())) != len(devices):
         raise SpecError(where, "gives two devices one name")
     return devices

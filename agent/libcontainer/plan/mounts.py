@@ -105,14 +105,15 @@ class MountOptions(Record):
     propagation: int = 0
     data: tuple[str, ...] = ()
     copy_up: bool = False
-    remount: bool = False
+    remount: bool = False  # attributes that are not given are cleared, as runc does for bind mounts with any
     idmap: int = 0  # wire.MOUNT_IDMAP, and MOUNT_IDMAP_RECURSIVE
 
 
 def parse_options(options: tuple[str, ...], *, type_: str, where: str) -> MountOptions:
     """Take options apart; later ones win, as in mount(8).  Raises SpecError for those that cannot be honoured."""
-    bind, recursive, copy_up, remount, idmap = type_ == "bind", False, False, False, 0
+    bind, recursive, copy_up, remount, relatime, idmap = type_ == "bind", False, False, False, False, 0
     set_ = clear = recursive_set = recursive_clear = propagation = 0
+    flagged = False
     data: list[str] = []
     for option in options:
         if option in ("bind", "rbind"):
@@ -120,6 +121,8 @@ def parse_options(options: tuple[str, ...], *, type_: str, where: str) -> MountO
         elif option in ATTRIBUTES:
             on, off = ATTRIBUTES[option]
             set_, clear = (set_ & ~off) | on, (clear & ~on) | off
+            relatime = option == "relatime" or (relatime and not off & MOUNT_ATTR__ATIME)
+            flagged = True
         elif option.startswith("r") and option[1:] in ATTRIBUTES:
             on, off = ATTRIBUTES[option[1:]]
             recursive_set, recursive_clear = (recursive_set & ~off) | on, (recursive_clear & ~on) | off
@@ -144,6 +147,9 @@ def parse_options(options: tuple[str, ...], *, type_: str, where: str) -> MountO
             name = option.partition("=")[0]
             raise SpecError(where, f"the value of {name!r} is longer than the {DATA_MAX} bytes that fit")
     # A bind mount has no file system to give data to, and the kernel ignores it.
+    if bind:
+        clear = _bind_clear(set_, clear, relatime)
+        remount = flagged
     if idmap and not bind:
         raise SpecError(where, "id-mapped mounts must be bind mounts")
     return MountOptions(
@@ -159,6 +165,14 @@ def parse_options(options: tuple[str, ...], *, type_: str, where: str) -> MountO
         remount,
         idmap,
     )
+
+
+def _bind_clear(set_: int, clear: int, relatime: bool) -> int:
+    """What a bind mount clears by request: of access times nothing, unless another way to keep them is set."""
+    clear &= ~(MOUNT_ATTR__ATIME | MOUNT_ATTR_NODIRATIME)
+    if relatime or set_ & (MOUNT_ATTR__ATIME | MOUNT_ATTR_NODIRATIME):
+        clear |= MOUNT_ATTR__ATIME | (MOUNT_ATTR_NODIRATIME & ~set_)
+    return clear
 
 
 class PlannedMount(Record):

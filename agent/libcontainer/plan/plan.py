@@ -109,7 +109,7 @@ def init_messages(
     create = _mask(types - set(joined))
     _check_maps(spec.linux, "user" in types - set(joined))
     if spec.linux.net_devices and "network" not in types:
-        raise SpecError("linux.netDevices", "unable to move network devices without a network namespace")
+        raise SpecError("linux.netDevices", "unable to move network devices without a NET namespace")
     if spec.linux.time_offsets and ("time" not in types or "time" in joined):
         raise SpecError("linux.timeOffsets", "need a new time namespace")
     files = FileSystem(spec, bundle, cgroups, types)

@@ -350,18 +350,17 @@ class ProcessLauncher:
             raise LaunchError(await self._obituary(started), step="nsexec")
 
     async def _pass_listener(self, started: InitProcess, listener: Listener, timeout: float | None) -> None:
-        """Pass on the listener of the filter, which is loaded before or after the process itself is cloned."""
+        """Pass on the listener of the filter, before the process does what that may ask about."""
         channel = started.channel
-        await self._follow(started, lambda: channel.ended or channel.listener >= 0, timeout)
-        if channel.listener < 0:
+        await self._follow(
+            started, lambda: channel.ended or (channel.listener >= 0 and started.child is not None), timeout
+        )
+        if channel.listener < 0 or started.child is None:
             return
-        fd = listener.fetch(started.pidfds()[-1], channel.listener)
+        pid, fd = started.child.pid, listener.fetch(channel.pidfd, channel.listener)
         try:
             channel.release_init()
-            await self._follow(started, lambda: channel.ended or started.child is not None, timeout)
-            if started.child is not None:
-                pid = started.child.pid
-                await self._waits.work(lambda: listener.send(fd, pid))
+            await self._waits.work(lambda: listener.send(fd, pid))
         finally:
             os.close(fd)
 
