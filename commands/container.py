@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from caisson.agent.client import listing
+from caisson.agent.client import logs as container_logs
 from caisson.agent.client.connection import Agent
 from caisson.agent.client.guest import call_sync, container_registry
 from caisson.commands.machines import running_vm
@@ -49,3 +50,19 @@ def rm(*, container: str, timeout: int, name: str) -> None:
     vm = running_vm(name)
     remove_container(vm, container, timeout)
     release_disk(vm, container)
+
+
+def wait(*, container: str, name: str) -> None:
+    """Wait until a container ends; prints its exit status."""
+    print(call_sync(running_vm(name), lambda agent: agent.container(container).init().wait()))
+
+
+def attach(*, container: str, name: str) -> int:
+    """Join a detached container; returns its exit status, 0 when it was left running."""
+    vm = running_vm(name)
+    terminal = bool(container_registry(vm).metadata(container).get("terminal"))
+
+    async def work(agent: Agent) -> int | None:
+        return await container_logs.attach_detached(agent, agent.container(container), terminal=terminal)
+
+    return call_sync(vm, work) or 0

@@ -87,6 +87,21 @@ def integer(low: int, high: int, metavar: str = "N") -> Kind:
     return Kind(metavar, read, str(low), f"{low} to {high}")
 
 
+def decimal(low: float, high: float, metavar: str = "N") -> Kind:
+    """A number with or without a point in this range."""
+
+    def read(word: str) -> float:
+        try:
+            value = _number(word)
+        except BadValue:
+            raise BadValue(f"is not a number; give {low:g} to {high:g}") from None
+        if not low <= value <= high:
+            raise BadValue(f"is out of range; give {low:g} to {high:g}")
+        return value
+
+    return Kind(metavar, read, "1.5", f"{low:g} to {high:g}")
+
+
 def memory(low: int, high: int) -> Kind:
     """A size in MiB, or with a unit (powers of 1024): 512, 512M, 2G, 1.5GiB; read as MiB."""
     range = f"{show_memory(low)} to {show_memory(high)}"

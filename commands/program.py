@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-import uuid
 from pathlib import Path
 
 from caisson.agent.client import AgentError, console, copy, foreground, is_serving, specs
@@ -18,15 +17,12 @@ from caisson.agent.client.guest import (
     call_sync,
     container_registry,
     forward_registry,
-    guest_memory,
 )
 from caisson.commands.machines import running_vm, vm_for
 from caisson.commands.streams import info, reporter
-from caisson.image.containers.oci import packed as packed_image
-from caisson.image.programs import TO_PACK, need
 from caisson.image.vm import VM, VMError
 from caisson.image.vm.hotplug import share as sharing
-from caisson.image.vm.hotplug.disks import plug_disk, unplug_unused
+from caisson.image.vm.hotplug.disks import unplug_unused
 
 #: An interactive shell: bash where there is one.
 SHELL = ["/bin/sh", "-c", "command -v bash >/dev/null && exec bash; exec sh"]
@@ -40,42 +36,6 @@ def exec_(
     with vm_for(name, reporter(verbose), answering=False) as vm:
         work = foreground.execute(vm, container, words, env=env, cwd=workdir, user=ids, terminal=tty)
         return asyncio.run(work)
-
-
-def run(
-    *, path: str, words: list[str], name: str, container: str, tty: bool, detach: bool, env: list[str], user: str,
-    workdir: str, verbose: bool,
-) -> int:  # fmt: skip
-    """Run an image as a container; returns its exit status, 0 for one that is detached."""
-    need(TO_PACK, info)
-    container = container or f"run-{uuid.uuid4().hex[:8]}"
-    with vm_for(name or ("default" if detach else ""), reporter(verbose)) as vm:
-        registry = container_registry(vm)
-        if container in registry.names():
-            raise UsageError(f"container {container!r}: exists already; remove it: caisson rm {container}")
-        remove_orphaned(vm)
-        with contextlib.ExitStack() as stack:
-            with packed_image(path, vm.architecture, report=info) as packed:
-                options = specs.RunOptions(
-                    env=env,
-                    user=user,
-                    workdir=workdir,
-                    terminal=tty,
-                    architecture=vm.architecture,
-                    guest_memory=guest_memory(vm),
-                )
-                document = specs.image_document(packed.config, packed.bundle, words, options, info)
-                disk = packed.name or uuid.uuid4().hex[:24]
-                stack.callback(release_disk, vm, container)
-                stack.enter_context(registry.lease(container, disk=disk))
-                slot = plug_disk(vm, packed.disk, disk)
-            work = foreground.run_image(vm, container, document, slot, detach=detach, report=info)
-            status = asyncio.run(work)
-            if status is None:
-                registry.add(container, disk=disk, root=document["root"]["path"])
-                stack.pop_all()
-                print(container)
-    return status or 0
 
 
 def remove_orphaned(vm: VM) -> None:

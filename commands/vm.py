@@ -14,6 +14,7 @@ from pathlib import Path
 
 from caisson.agent import client
 from caisson.agent.client import listing
+from caisson.agent.client import logs as container_logs
 from caisson.agent.client.diagnostics import AgentLines
 from caisson.agent.client.errors import UsageError
 from caisson.agent.client.guest import active_forwards, call_sync
@@ -166,9 +167,15 @@ def list_running(*, as_json: bool) -> None:
     listing.show(columns, infos, shown, as_json=as_json)
 
 
-def logs(*, only_agent: bool, follow: bool, name: str) -> None:
-    """Show what a guest has printed."""
+def logs(*, container: str, only_agent: bool, follow: bool, since: str, tail: int | None, name: str) -> None:
+    """Show what a detached container or a guest has printed."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as cat(1) ends when nobody reads on
+    if container:
+        moment = container_logs.moment(since) if since else 0.0
+        call_sync(running_vm(name), lambda a: container_logs.show(a, container, follow=follow, since=moment, tail=tail))
+        return
+    if since or tail is not None:
+        raise UsageError("--since, --tail: are for a container's output; name a container")
     write_console = console_writer()
     get_vm(name).show(AgentLines(write_console) if only_agent else write_console, follow=follow)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
+import uuid
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,7 +37,7 @@ class Registry:
 
     def _put(self, name: str, metadata: dict[str, Any]) -> IO[str]:
         # A name that no container can have: nobody sees half a file, or one that is not locked yet.
-        new = self._directory / f".{name}.{os.getpid()}"
+        new = self._directory / f".{uuid.uuid4().hex}"
         try:
             self._directory.mkdir(mode=0o700, exist_ok=True)
             with contextlib.ExitStack() as stack:

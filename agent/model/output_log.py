@@ -21,7 +21,7 @@ MAX_ANSWER = 1 << 20
 STDOUT, STDERR = 1, 2
 
 
-class Piece:
+class OutputPiece:
     """What was read at once: the number of its first byte among all of the process's, when (ns since 1970), of which
     stream.
     """
@@ -41,7 +41,7 @@ class OutputLog:
     def __init__(self, process: Process, max_bytes: int) -> None:
         self.process = process
         self._max_bytes = max_bytes
-        self._entries: deque[Piece] = deque()
+        self._entries: deque[OutputPiece] = deque()
         self._bytes = 0
         self._next = 0
         self._changed = asyncio.Event()
@@ -62,7 +62,7 @@ class OutputLog:
             self._notify()
 
     def _add(self, stream: int, data: bytes) -> None:
-        self._entries.append(Piece(self._next, time.time_ns(), stream, data))
+        self._entries.append(OutputPiece(self._next, time.time_ns(), stream, data))
         self._next += len(data)
         self._bytes += len(data)
         while self._bytes > self._max_bytes and len(self._entries) > 1:
@@ -73,13 +73,13 @@ class OutputLog:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def read(self, begin: int, *, follow: bool) -> tuple[list[Piece], bool]:
+    async def read(self, begin: int, *, follow: bool) -> tuple[list[OutputPiece], bool]:
         """Return what there is from byte ``begin`` on, whole entries of one answer, and whether that was the end.
 
         With ``follow`` it waits for something while there is nothing.
         """
         while True:
-            found: list[Piece] = []
+            found: list[OutputPiece] = []
             size = 0
             for entry in self._entries:
                 if entry.number >= begin and size < MAX_ANSWER:

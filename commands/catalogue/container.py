@@ -67,4 +67,21 @@ COMMANDS = (
         ),
         examples=("caisson rm web",),
     ),
+    Command(
+        "wait",
+        "Wait until a container ends; prints its exit status.",
+        "caisson.commands.container:wait",
+        positionals=(ONE,),
+        options=(VM,),
+        examples=("caisson wait web",),
+    ),
+    Command(
+        "attach",
+        "Join a detached container: its input and output, until it ends or Ctrl-P Ctrl-Q is typed on a terminal.",
+        "caisson.commands.container:attach",
+        details="The exit status is the container's; what it has written before is shown by `caisson logs`.",
+        positionals=(ONE,),
+        options=(VM,),
+        examples=("caisson attach web",),
+    ),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from caisson.commands.catalogue.shared import JSON
-from caisson.commands.declare import DIRECTORY, FILE, TEMPLATE, Command, Option, Positional, name, setting
+from caisson.commands.declare import DIRECTORY, FILE, TEMPLATE, Command, Option, Positional, name, seconds, setting
 
 BASE = (
     Option("template", "what to build: debian, lean, systemd…, or a definition of your own (a file or its directory)",
@@ -44,5 +44,26 @@ COMMANDS = (
         "caisson.commands.image:clean",
         options=(Option("all", "remove downloaded packages, too", dest="everything"),),
         examples=("caisson clean", "caisson clean --all"),
+    ),
+    Command(
+        "images",
+        "List the container images that were run before.",
+        "caisson.commands.run:images",
+        options=(JSON,),
+        examples=("caisson images",),
+    ),
+    Command(
+        "rmi",
+        "Remove a stored container image; VMs that use it keep it.",
+        "caisson.commands.run:rmi",
+        positionals=(Positional("image", "its name or id", name("IMAGE", "alpine")),),
+        examples=("caisson rmi alpine",),
+    ),
+    Command(
+        "prune",
+        "Remove stored container images that were not used for a while.",
+        "caisson.commands.run:prune",
+        options=(Option("older", "not used for this time", seconds(), default=0.0, shown="all of them"),),
+        examples=("caisson prune --older 24h",),
     ),
 )

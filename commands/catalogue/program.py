@@ -3,7 +3,21 @@
 from __future__ import annotations
 
 from caisson.commands.catalogue.shared import ENV, IN_CONTAINER, TTY, VERBOSE, VM, VM_OR_OWN
-from caisson.commands.declare import CONTAINER, DIRECTORY, FILE, Command, Option, Positional, Program, name
+from caisson.commands.declare import (
+    CONTAINER,
+    DIRECTORY,
+    FILE,
+    TEXT,
+    Command,
+    Option,
+    Positional,
+    Program,
+    decimal,
+    integer,
+    memory,
+    name,
+    seconds,
+)
 
 DIRECTORY_IN_GUEST = name("DIR", "/tmp")
 
@@ -30,14 +44,18 @@ EXEC = Command(
 RUN = Command(
     "run",
     "Run a container image, an OCI bundle or a root file system as a container.",
-    "caisson.commands.program:run",
+    "caisson.commands.run:run",
     details="""Entry point, environment, user and working directory are the image's; COMMAND takes the place of its own.
         The container can write to its root; that is gone when it is removed: at its end, or with `caisson rm` if it
-        was detached. If this command is killed, the container is removed by the next `run`.""",
+        was detached. If this command is killed, the container is removed by the next `run`. The container is confined
+        as Docker does it: its capabilities, its filter of system calls, 2048 processes, and three quarters of the
+        guest's memory.""",
     positionals=(
         Positional(
             "path",
-            "an OCI image layout, what `docker save` writes, an OCI bundle or a root file system; directory or tar",
+            "an OCI image layout, what `docker save` or skopeo's dir: writes, an OCI bundle or a root file system, a "
+            "directory or tar; PATH:TAG chooses one of several images; or the name of an image that was run before, or "
+            "in a registry",
             FILE,
         ),
     ),
@@ -46,11 +64,28 @@ RUN = Command(
         Option("container", "name of the container", CONTAINER, default="", short="c", shown="a new one"),
         TTY,
         Option("detach", "leave it running in the background, in the VM `default`; prints its name", short="d"),
+        Option("rm", "remove it at its end, as is done for all that are not detached"),
         ENV,
+        Option("env-file", "set variables from a file: NAME=value in each line", FILE, repeat=True),
         Option(
             "user", "run it as this user", name("USER[:GROUP]", "1000:1000"), default="", short="u", shown="the image's"
         ),
         Option("workdir", "its working directory", DIRECTORY_IN_GUEST, default="", short="w", shown="the image's"),
+        Option("hostname", "its host name", name("NAME", "web"), default="", shown="caisson"),
+        Option("entrypoint", "run this in place of the image's entry point; '' for none", TEXT, shown="the image's"),
+        Option("memory", "its memory limit", memory(6, 16 << 20), default=0, short="m", shown="3/4 of the guest's"),
+        Option("cpus", "its limit of CPU time, in CPUs", decimal(0.01, 1024), default=0.0, shown="none"),
+        Option("pids-limit", "its limit of processes; -1 for none", integer(-1, 4194304), shown="2048"),
+        Option("read-only", "make its root read-only"),
+        Option("tmpfs", "mount a tmpfs", name("PATH[:OPTIONS]", "/tmp:size=64m"), repeat=True),
+        Option("volume", "share a directory of the host", name("HOST:GUEST[:ro]", "./data:/data"), repeat=True),
+        Option("cap-add", "add a capability, or ALL", name("CAPABILITY", "NET_ADMIN"), repeat=True),
+        Option("cap-drop", "drop a capability, or ALL", name("CAPABILITY", "CHOWN"), repeat=True),
+        Option("privileged", "confine it by the guest alone: all capabilities, no filter, no limits"),
+        Option("init", "run an init in it that passes signals on and reaps processes"),
+        Option("timeout", "stop it after this time; the status is 124 then", seconds(), default=0.0, shown="never"),
+        Option("tag", "which of several images", name("TAG", "latest"), default="", shown="the only one"),
+        Option("max-size", "refuse an image with more data", memory(1, 16 << 20), default=0, shown="16G at most"),
         VERBOSE,
     ),
     program=Program("what to run in place of the image's own command", required=False),
@@ -58,6 +93,7 @@ RUN = Command(
         "caisson run alpine.tar",
         "caisson run alpine.tar cat /etc/os-release",
         "caisson run --detach --container web site.tar",
+        "caisson run --memory 64M --volume ./data:/data:ro alpine.tar ls /data",
     ),
 )  # fmt: skip
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from caisson.commands.catalogue.shared import ACCEL, APPEND, JSON, MEMORY, VM, VSOCK
 from caisson.commands.declare import (
+    CONTAINER,
     DIRECTORY,
     FILE,
     SNAPSHOT,
+    TEXT,
     VM_NAME,
     Command,
     Option,
@@ -84,14 +86,17 @@ COMMANDS = (
     ),
     Command(
         "logs",
-        "Show a guest's console: its kernel's messages and its agent's log.",
+        "Show a detached container's output, or a guest's console: its kernel's messages and its agent's log.",
         "caisson.commands.vm:logs",
+        positionals=(Positional("container", "the container", CONTAINER, default="", optional=True, shown="console"),),
         options=(
             Option("agent", "only the agent's lines, JSON objects", dest="only_agent"),
-            Option("follow", "go on until the VM ends", short="f"),
+            Option("follow", "go on until the container or the VM ends", short="f"),
+            Option("since", "only what was written since: 10m ago, or a date", TEXT, default="", shown="all"),
+            Option("tail", "only the last lines", integer(0, 1 << 30), shown="all"),
             VM,
         ),
-        examples=("caisson logs --agent --follow",),
+        examples=("caisson logs --agent --follow", "caisson logs web --since 10m --tail 100"),
     ),
     Command(
         "balloon",

@@ -1,0 +1,126 @@
+"""Run container images, and keep those that were run before."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from caisson.agent.client import foreground, specs
+from caisson.agent.client.errors import UsageError
+from caisson.agent.client.guest import container_registry, guest_memory
+from caisson.agent.client.listing import show
+from caisson.commands.machines import vm_for
+from caisson.commands.program import release_disk, remove_orphaned
+from caisson.commands.streams import info, reporter
+from caisson.image.build.cache import Cache, default_root
+from caisson.image.containers import store
+from caisson.image.containers.oci import packed as packed_image
+from caisson.image.programs import TO_PACK, need
+from caisson.image.vm import VM
+from caisson.image.vm.hotplug import share as sharing
+from caisson.image.vm.hotplug.disks import plug_disk
+
+#: Names of containers, as Kata and Docker take them.
+CONTAINER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,252}")
+
+MIB = 1 << 20
+
+
+def run(
+    *, path: str, words: list[str], name: str, container: str, tty: bool, detach: bool, rm: bool, env: list[str],
+    env_file: list[str], user: str, workdir: str, hostname: str, entrypoint: str | None, memory: int, cpus: float,
+    pids_limit: int | None, read_only: bool, tmpfs: list[str], volume: list[str], cap_add: list[str],
+    cap_drop: list[str], privileged: bool, init: bool, timeout: float, tag: str, max_size: int, verbose: bool,
+) -> int:  # fmt: skip
+    """Run an image as a container; returns its exit status, 0 for one that is detached."""
+    container = container or f"run-{uuid.uuid4().hex[:8]}"
+    if not CONTAINER_NAME.fullmatch(container):
+        raise UsageError(f"--container {container!r}: is not a name; letters, digits, . _ and -, at most 253 of them")
+    if detach and rm:
+        raise UsageError("--rm: cannot be combined with --detach; remove it later: caisson rm")
+    shared = [_parse_volume(one) for one in volume]
+    settings = [*(setting for file in env_file for setting in specs.env_file(file)), *env]
+    need(TO_PACK, info)
+    with vm_for(name or ("default" if detach else ""), reporter(verbose)) as vm:
+        registry = container_registry(vm)
+        if container in registry.names():
+            raise UsageError(f"container {container!r}: exists already; remove it: caisson rm {container}")
+        remove_orphaned(vm)
+        with contextlib.ExitStack() as stack:
+            volumes = _share(vm, shared)
+            options = specs.RunOptions(
+                env=settings, user=user, workdir=workdir, terminal=tty, hostname=hostname, entrypoint=entrypoint,
+                memory=memory * MIB, cpus=cpus, pids_limit=pids_limit, read_only=read_only, tmpfs=tmpfs,
+                volumes=volumes, cap_add=cap_add, cap_drop=cap_drop, privileged=privileged, init=init,
+                architecture=vm.architecture, guest_memory=guest_memory(vm),
+                busybox=str(vm.manifest["containers"]["busybox"]) + "/bin/busybox",
+            )  # fmt: skip
+            size = max_size * MIB or None
+            with packed_image(path, vm.architecture, tag=tag, max_size=size, report=info) as packed:
+                document = specs.image_document(packed.config, packed.bundle, words, options, info)
+                disk = packed.name or uuid.uuid4().hex[:24]
+                stack.callback(release_disk, vm, container)
+                stack.enter_context(registry.lease(container, disk=disk))
+                slot = plug_disk(vm, packed.disk, disk)
+            status = asyncio.run(
+                foreground.run_image(
+                    vm, container, document, slot, detach=detach, volumes=volumes, timeout=timeout, report=info
+                )
+            )
+            if status is None:
+                terminal = bool(document["process"]["terminal"])
+                registry.add(container, disk=disk, root=document["root"]["path"], terminal=terminal)
+                stack.pop_all()
+                print(container)
+    return status or 0
+
+
+def _parse_volume(text: str) -> tuple[Path, str, bool]:
+    """Parse HOST:GUEST[:ro|:rw]; of several colons those are meant that leave a directory.  Raises UsageError."""
+    rest, mode = text, "rw"
+    if text.endswith((":ro", ":rw")) and not Path(text).is_dir():
+        rest, mode = text[:-3], text[-2:]
+    host, colon, guest = rest.rpartition(":")
+    if not colon or not guest.startswith("/"):
+        raise UsageError(f"--volume {text}: is not HOST:GUEST[:ro]; the guest's path must be absolute")
+    if not Path(host).is_dir():
+        raise UsageError(f"--volume {text}: {host} is not a directory; name one to share")
+    return Path(host), guest, mode == "rw"
+
+
+def _share(vm: VM, volumes: Sequence[tuple[Path, str, bool]]) -> list[specs.SharedVolume]:
+    """Have the guest see directories.  Raises VMError."""
+    found = []
+    for host, guest, writable in volumes:
+        shared = sharing.share(vm, host, writable=writable)
+        found.append(specs.SharedVolume(shared.fstype, shared.tag, guest, writable))
+    return found
+
+
+def images(*, as_json: bool) -> None:
+    """List the container images that were run before."""
+    rows = [
+        {"name": name, "id": one.id[:12], "size": one.bytes, "used": int(one.used)}
+        for one in store.images(Cache(default_root()))
+        for name in one.names or ("-",)
+    ]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        show(("name", "id", "size", "used"), rows, rows, as_json=False)
+
+
+def rmi(*, image: str) -> None:
+    """Remove a stored image."""
+    info(f"{store.remove(Cache(default_root()), image) / 1e6:.0f} MB freed")
+
+
+def prune(*, older: float) -> None:
+    """Remove stored images that were not used for a while."""
+    gone = store.prune(Cache(default_root()), older=older)
+    info(f"{len(gone)} images removed, {sum(one.bytes for one in gone) / 1e6:.0f} MB freed")
