@@ -405,7 +405,7 @@ def find_vm(name: str) -> VM | None:
     info = directory.read()
     if info and info.get("format") != VM_FORMAT:
         raise VMError(
-            f"VM {name!r}: was started by Caisson {info.get('version', '0.1')}, and this is {VERSION}; use that one, or "
+            f"VM {name!r}: was started by Caisson {info.get('version', '0.1')}, this is {VERSION}; use that one, or "
             f"stop its supervisor: kill {info.get('pids', {}).get('supervisor', 'PID')}"
         )
     return VM(directory, info) if info else None
