@@ -60,14 +60,23 @@ void open_namespaces(const struct bootstrap *boot, struct namespace_files *files
 	}
 }
 
-void become_root_of_namespace(void)
+/* Become root of the user namespace that was entered or, where 0 is not mapped, the user of the process. */
+void become_root_of_namespace(const struct plan *plan)
 {
-	if (syscall(SYS_setresgid, 0, 0, 0) < 0 || syscall(SYS_setresuid, 0, 0, 0) < 0)
-		fail_errno("user namespace", "", "id 0 is not mapped");
+	uint32_t uid = 0, gid = 0;
+
+	if (syscall(SYS_setresgid, gid, gid, gid) < 0 && errno == EINVAL) {
+		gid = plan->gid;
+		uid = plan->uid;
+		if (syscall(SYS_setresgid, gid, gid, gid) < 0)
+			fail_errno("user namespace", "", "gid %u is not mapped", gid);
+	}
+	if (syscall(SYS_setresuid, uid, uid, uid) < 0)
+		fail_errno("user namespace", "", "uid %u is not mapped", uid);
 }
 
 /* First the namespaces owned by the runtime's user namespace, then the user namespace, then those owned by that one. */
-static void join_files(struct namespace_files *files)
+static void join_files(const struct plan *plan, struct namespace_files *files)
 {
 	for (int pass = 0; pass < 3; pass++) {
 		for (size_t i = 0; i < files->count; i++) {
@@ -83,7 +92,7 @@ static void join_files(struct namespace_files *files)
 			file->joined = true;
 			close(file->fd);
 			if (file->flag == NS_USER)
-				become_root_of_namespace();
+				become_root_of_namespace(plan);
 		}
 	}
 }
@@ -95,8 +104,8 @@ void join_namespaces(struct context *ctx, struct namespace_files *files)
 	if (mask != 0 && syscall(SYS_setns, ctx->fds.pidfd, mask) < 0)
 		fail_errno("setns", "the container's init", errno == ESRCH ? "it has exited" : NULL);
 	if ((mask & NS_USER) != 0)
-		become_root_of_namespace();
-	join_files(files);
+		become_root_of_namespace(&ctx->plan);
+	join_files(&ctx->plan, files);
 	if (ctx->fds.pidfd >= 0)
 		close(ctx->fds.pidfd);
 	ctx->fds.pidfd = -1;

@@ -384,7 +384,7 @@ NORETURN static void stage1_main(struct context *ctx, struct namespace_files *fi
 		request_stage0(peer, USERMAP_PLS, USERMAP_ACK, "id maps");
 		if (!privileged && prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0)
 			fail_errno("dumpable", "", NULL);
-		become_root_of_namespace();
+		become_root_of_namespace(&ctx->plan);
 		FAULT(stage1_mapped);
 	}
 	if ((create & NS_TIME) != 0) {

@@ -268,7 +268,7 @@ struct namespace_files {
 
 void open_namespaces(const struct bootstrap *boot, struct namespace_files *files);
 void join_namespaces(struct context *ctx, struct namespace_files *files);
-void become_root_of_namespace(void);
+void become_root_of_namespace(const struct plan *plan);
 void write_proc(const char *step, int pid, const char *file, const char *text);
 void write_id_maps(const struct bootstrap *boot, int pid);
 void bring_loopback_up(void);

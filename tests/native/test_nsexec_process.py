@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,15 @@ PROGRAM = """
 int main(void)
 {
 	return write(1, "fine\\n", 5) == 5 ? 0 : 1;
+}
+"""
+KEYRING = """
+#include <stdio.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+int main(void)
+{
+	return printf("%ld\\n", syscall(SYS_keyctl, 0, -3, 0)) < 2; /* KEYCTL_GET_KEYRING_ID, KEY_SPEC_SESSION_KEYRING */
 }
 """
 #: What musl needs to start and end a program that writes; and what nsexec needs.
@@ -190,12 +200,41 @@ def test_memory_policies_that_are_not_valid(box: Box, policy: dict[str, Any], fi
 
 
 def test_a_session_keyring_of_its_own_or_the_callers(box: Box) -> None:
-    def keyrings(**launch: bool) -> set[str]:
-        value = config()
-        value["linux"]["maskedPaths"] = []
-        lines = box.sh("cat /proc/keys", value, **launch).splitlines()
-        return {line.split()[0] for line in lines if "_ses" in line}
+    (box.path / "keyring.c").write_text(KEYRING)
+    subprocess.run(["musl-gcc", "-static", "-o", box.rootfs / "bin/keyring", box.path / "keyring.c"], check=True)
 
-    own = keyrings()
-    assert own != keyrings()
-    assert keyrings(keyring=False) == keyrings(keyring=False)
+    def keyring(**launch: bool) -> str:
+        status, out, _ = box.run(box.output(config("/bin/keyring"), **launch))
+        assert status == 0
+        return out
+
+    assert len({keyring(), keyring(), keyring(keyring=False)}) == 3
+    assert keyring(keyring=False) == keyring(keyring=False)
+
+
+def test_a_user_namespace_without_root(box: Box) -> None:
+    for path in (box.rootfs, *box.rootfs.rglob("*")):
+        os.chown(path, 100_000, 100_000, follow_symlinks=False)
+    value = config("sh", "-c", "id -u; id -g; cat /proc/self/uid_map", user={"uid": 1000, "gid": 1000})
+    maps = [{"containerID": 1000, "hostID": 100_000, "size": 1}]
+    value["linux"] |= {"uidMappings": maps, "gidMappings": maps}
+    value["linux"]["namespaces"].append({"type": "user"})
+    value["mounts"][2]["options"].remove("gid=5")
+    status, out, err = box.run(box.output(value))
+    assert (status, err, out.split()) == (0, "", ["1000", "1000", "1000", "100000", "1"])
+
+    async def work() -> tuple[int, str, str]:
+        init = await box.running(value | {"process": value["process"] | {"args": ["sleep", "1000"]}})
+        return await box.exec(init, {"args": ["id", "-u"], "user": {"uid": 1000, "gid": 1000}}, value)
+
+    assert box.run(work()) == (0, "1000\n", "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "number"), [(None, 4), ([], 0), (["SECCOMP_FILTER_FLAG_TSYNC", "SECCOMP_FILTER_FLAG_LOG"], 2)]
+)
+def test_flags_of_a_filter_are_logged(box: Box, flags: list[str] | None, number: int) -> None:
+    value = config()
+    value["linux"]["seccomp"] = {"defaultAction": "SCMP_ACT_ALLOW"} | ({} if flags is None else {"flags": flags})
+    box.sh("true", value)
+    assert f"box debug seccomp filter flags: {number}" in box.lines

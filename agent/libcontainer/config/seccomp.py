@@ -42,11 +42,11 @@ COMPARISONS = {
 MASKED_EQ = COMPARISONS["SCMP_CMP_MASKED_EQ"]
 
 #: seccomp(2)
-TSYNC, NEW_LISTENER, WAIT_KILLABLE_RECV = 1, 8, 32
+SPEC_ALLOW, NEW_LISTENER, WAIT_KILLABLE_RECV = 4, 8, 32
 FLAGS = {
-    "SECCOMP_FILTER_FLAG_TSYNC": TSYNC,
+    "SECCOMP_FILTER_FLAG_TSYNC": 0,  # it has one thread
     "SECCOMP_FILTER_FLAG_LOG": 2,
-    "SECCOMP_FILTER_FLAG_SPEC_ALLOW": 4,
+    "SECCOMP_FILTER_FLAG_SPEC_ALLOW": SPEC_ALLOW,
     "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV": WAIT_KILLABLE_RECV,
 }
 
@@ -91,10 +91,12 @@ class Seccomp(Record):
     def from_json(cls, value: object, where: str) -> Seccomp:
         """Parse `linux.seccomp`.  Raises SpecError."""
         r = Reader(value, where)
+        has_flags = r.raw("flags") is not None  # without any it is as runc's: speculation is not held up
+        flags = sum({FLAGS[name] for name in r.each("flags", _one_of(FLAGS, "a flag of a filter"))})
         profile = cls(
             default=_action(r, "defaultAction", "defaultErrnoRet"),
             architectures=r.each("architectures", _one_of(ARCHITECTURES, "an architecture")),
-            flags=sum({FLAGS[name] for name in r.each("flags", _one_of(FLAGS, "a flag of a filter"))}),
+            flags=flags if has_flags else SPEC_ALLOW,
             rules=r.each("syscalls", _rule),
             listener_path=r.text("listenerPath"),
             listener_metadata=r.text("listenerMetadata"),
@@ -118,7 +120,7 @@ def _with_listener(profile: Seccomp, r: Reader) -> Seccomp:
         raise SpecError(r.name("flags"), "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV needs a rule of SCMP_ACT_NOTIFY")
     if not notified:
         return profile.but(listener_path="")
-    return profile.but(flags=(profile.flags & ~TSYNC) | NEW_LISTENER)  # the two exclude each other; it has one thread
+    return profile.but(flags=profile.flags | NEW_LISTENER)
 
 
 def _action(r: Reader, key: str, errno_key: str) -> int:

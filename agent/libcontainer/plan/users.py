@@ -79,9 +79,9 @@ def with_home(process: Process, root: str) -> Process:
 
 
 def mapped_root(linux: Linux) -> tuple[int, int] | None:
-    """The ids outside of a container's root, if it has a user namespace of its own."""
+    """The ids outside of a container's root, or of its first id, if it has a user namespace of its own."""
     ids = [
-        next((m.host_id for m in maps if m.container_id == 0), None)
+        next((m.host_id for m in maps if m.container_id == 0), maps[0].host_id if maps else None)
         for maps in (linux.uid_mappings, linux.gid_mappings)
     ]
     return None if ids[0] is None or ids[1] is None else (ids[0], ids[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 
 from caisson.agent.base.record import NOTHING, Record
 from caisson.agent.libcontainer.errors import LaunchError, reason
@@ -143,6 +144,9 @@ class ProcessLauncher:
                 keyring=launch.keyring,
             )
         )
+        if filter:
+            flags = int.from_bytes(filter[:4], sys.byteorder)
+            self._log("debug", f"seccomp filter flags: {flags}", container=launch.container_id)
         terminal = process is not None and process.terminal
         _check_stdio(terminal, launch.stdio)
         _own_pipes(launch.stdio, spec)
