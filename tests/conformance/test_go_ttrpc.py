@@ -1,14 +1,11 @@
 """containerd's own ttrpc library, in Go, drives the agent: calls, errors, deadlines, a thousand at once.
 
-Its stubs are generated from our .proto files, in the test's build directory.  Modules come from Go's module proxy, as
-go.sum pins them.
+Its stubs are generated from our .proto files, in the test's build directory.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,15 +15,14 @@ import grpc_tools
 import pytest
 from grpc_tools import protoc
 
-from caisson.image.programs import which
 from caisson.proto import generate
 from caisson.proto.kata3 import agent_pb2, oci_pb2
 from tests.native.agent_support import RunningAgent
 from tests.native.conftest import check_nothing_is_left
+from tests.support.golang import Module
 
 pytestmark = pytest.mark.root
 
-SOURCES = Path(__file__).with_name("go_ttrpc")
 MODULE = "caisson.test/ttrpc"
 PROTOS = ("agent", "csi", "health", "oci", "types")
 GENERATORS = ("github.com/containerd/ttrpc/cmd/protoc-gen-go-ttrpc", "google.golang.org/protobuf/cmd/protoc-gen-go")
@@ -37,24 +33,11 @@ BUILD_TIMEOUT, RUN_TIMEOUT = 600, 120
 @pytest.fixture(scope="session")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program in go_ttrpc, built."""
-    go = which("go")
-    if go is None:
-        if os.environ.get("CI"):
-            pytest.fail("this test needs Go, and CI must have it", pytrace=False)
-        pytest.skip("needs Go")
-    build = tmp_path_factory.mktemp("go") / "ttrpc"
-    shutil.copytree(SOURCES, build)
-    environment = os.environ | {"GOFLAGS": "-mod=readonly", "GOTOOLCHAIN": "local", "CGO_ENABLED": "0"}
-
-    def run_go(*words: str) -> None:
-        done = subprocess.run([go, *words], cwd=build, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-
+    module = Module(Path(__file__).with_name("go_ttrpc"), tmp_path_factory.mktemp("go") / "ttrpc")
     for generator in GENERATORS:
-        run_go("build", "-o", f"{generator.rpartition('/')[2]}", generator)
-    _generate_stubs(build)
-    run_go("build", "-o", "driver", ".")
-    return build / "driver"
+        module.build(generator, generator.rpartition("/")[2])
+    _generate_stubs(module.path)
+    return module.build(".", "driver")
 
 
 def _generate_stubs(build: Path) -> None:
