@@ -252,10 +252,9 @@ async def test_storage_reports_why_a_mount_failed(
 
 async def test_the_shared_directory_may_be_mounted_already(apart: RunningAgent) -> None:
     async with await Host.connect(apart) as host:
-        place = f"{SHARED}/"
-        first = storage("mmioblk", place, source="tmpfs", fstype="tmpfs")
+        first = storage("mmioblk", SHARED, source="tmpfs", fstype="tmpfs")
         await sandbox(host, first)
-        share = storage("virtio-fs", SHARED, source="kataShared", fstype="virtiofs")
+        share = storage("virtio-fs", f"{SHARED}/", source="kataShared", fstype="virtiofs")
         await host.create("c", storages=[share])
         assert len(mounts(apart, SHARED)) == 1
         await host.remove("c")

@@ -155,7 +155,7 @@ class Storages:
             if WRITABLE in storage.options:
                 point.directories += [f"{BUNDLES}/{container_id}/{name}" for name in ("upper", "work")]
             await self._mount(point, await asyncio.to_thread(prepared, storage, container_id))
-        elif not (storage.source == SHARED_DIRECTORY and storage.mount_point in mounts.mounted_below("/run/")):
+        elif storage.source != SHARED_DIRECTORY or storage.mount_point.rstrip("/") not in mounts.mounted_below("/run/"):
             await self._mount(point, storage.but(source=await self._source(storage)))
         if storage.group is not None:
             from caisson.agent.guest.storage.ownership import give_to_group
