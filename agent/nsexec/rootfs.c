@@ -75,9 +75,17 @@ static void make_link(int root, const struct link_step *link)
 	close(dir);
 }
 
-/* For a host whose root is an initramfs, which cannot be changed: move the new root over it. */
+/*
+ * For a host whose root is an initramfs, which cannot be changed: move the new root over it.  The host's own procfs and
+ * sysfs must go: as long as they are there, unmasked, a user namespace may mount new ones (mount_too_revealing()).
+ */
 static void move_root(int root)
 {
+	static const char *const revealing[] = {"/proc", "/sys"};
+
+	for (size_t i = 0; i < ARRAY_SIZE(revealing); i++)
+		while (umount2(revealing[i], MNT_DETACH | UMOUNT_NOFOLLOW) == 0)
+			;
 	if (fchdir(root) < 0 || mount(".", "/", NULL, MS_MOVE, NULL) < 0 || chroot(".") < 0 || chdir("/") < 0)
 		fail_errno("chroot", "/", NULL);
 }

@@ -284,3 +284,13 @@ def test_without_pivot_root_the_root_is_moved(box: Box, source: Path) -> None:
     lines = box.sh(f"{script}; true", value, pivot=False).splitlines()
     assert lines[:3] == ["content", "bin", "touch: /x: Read-only file system"]
     assert "/mnt" in lines and not [line for line in lines if "caisson" in line]
+
+
+@pytest.mark.parametrize("pivot", [True, False])
+def test_no_user_namespace_gets_a_procfs_without_masks(box: Box, pivot: bool) -> None:
+    value = config()
+    more = ["CAP_SETFCAP", "CAP_SETUID", "CAP_SETGID"]
+    for name in ("bounding", "effective", "permitted"):
+        value["process"]["capabilities"][name] = [*value["process"]["capabilities"][name], *more]
+    script = "unshare -mrpf sh -c 'mount -t proc none /proc && echo mounted' 2>&1; true"
+    assert "mounted" not in (out := box.sh(script, value, pivot=pivot)) and "ermission denied" in out, out
