@@ -3,11 +3,27 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "nsexec.h"
 
 #define IOPRIO_WHO_PROCESS 1
+
+/* Log a mask as one number, without leading zeros. */
+static void log_cpus(const uint8_t *mask, size_t size)
+{
+	static char text[2 * CPU_MASK_MAX + 3];
+	size_t at = size;
+	int used;
+
+	while (at > 1 && mask[at - 1] == 0)
+		at--;
+	used = snprintf(text, sizeof(text), "0x%x", mask[--at]);
+	while (at > 0)
+		used += snprintf(text + used, sizeof(text) - (size_t)used, "%02x", mask[--at]);
+	log_debug("affinity:", text);
+}
 
 static void set_cpus(const uint8_t *mask, size_t size)
 {
@@ -17,6 +33,8 @@ static void set_cpus(const uint8_t *mask, size_t size)
 		memset(every, 0xff, sizeof(every));
 		mask = (const uint8_t *)every;
 		size = sizeof(every);
+	} else {
+		log_cpus(mask, size);
 	}
 	if (syscall(SYS_sched_setaffinity, 0, size, mask) < 0)
 		fail_errno("cpu affinity", "", errno == EINVAL ? "none of these CPUs is available" : NULL);

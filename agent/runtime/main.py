@@ -94,7 +94,7 @@ class Call:
             nsexec = Nsexec.seal(find())
             self.log("debug", "runc exeseal: using /proc/self/exe clone")
             self._launcher = ProcessLauncher(
-                nsexec, OwnChildren(), self.runtime.waits, self._nsexec_log, verbose=self.log.verbose
+                nsexec, OwnChildren(), self.runtime.waits, self._nsexec_log, timeout=None, verbose=self.log.verbose
             )
         return self._launcher
 

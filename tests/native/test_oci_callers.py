@@ -98,7 +98,7 @@ def containerd(work: Path, environment: dict[str, str]) -> Iterator[Path]:
         "--state",
         f"{work}/cd",
         "--address",
-        socket,
+        str(socket),
     ]
     with (work / "cd.log").open("wb") as log, subprocess.Popen(argv, env=environment, stdout=log, stderr=log) as daemon:
         wait_until(socket.exists, "containerd does not listen")

@@ -76,11 +76,18 @@ class ProcessLauncher:
     """Make processes in containers.
 
     `log(level, message, container=…)` gets nsexec's own lines, without `verbose` none of the level debug.  nsexec is
-    killed when it takes longer than `timeout` seconds.
+    killed when it takes longer than `timeout` seconds; None waits for ever.
     """
 
     def __init__(
-        self, nsexec: Nsexec, children: Children, waits: Waits, log: Log, *, timeout: float = 30.0, verbose: bool = True
+        self,
+        nsexec: Nsexec,
+        children: Children,
+        waits: Waits,
+        log: Log,
+        *,
+        timeout: float | None = 30.0,
+        verbose: bool = True,
     ) -> None:
         self._nsexec = nsexec
         self._children = children
@@ -217,8 +224,7 @@ class ProcessLauncher:
         if hooks.start_container:
             from caisson.agent.libcontainer.process.hooks import total_timeout
 
-            more = total_timeout(hooks.start_container)
-            timeout = None if more is None else self._timeout + more
+            timeout = self._with(total_timeout(hooks.start_container))
         try:
             await gate.open_and_follow(start_gate, pid, max(pidfd, opened), self._waits, timeout)
         except TimeoutError:
@@ -338,7 +344,11 @@ class ProcessLauncher:
             channel.release_init()
         if hooks is None:
             return self._timeout
-        return None if hooks.create_timeout is None else self._timeout + hooks.create_timeout
+        return self._with(hooks.create_timeout)
+
+    def _with(self, seconds: float | None) -> float | None:
+        """The time that nsexec may take, with that of hooks; None for ever."""
+        return None if seconds is None or self._timeout is None else self._timeout + seconds
 
     async def _set_up(
         self, started: InitProcess, listener: Listener | None, timeout: float | None, *, until_exec: bool
