@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from errno import EPERM
 
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.container import (
@@ -137,6 +138,7 @@ def _create(call: Call, bundle: Bundle, io: ProcessIO) -> Container:
 
 
 def _launch(call: Call, bundle: Bundle, io: ProcessIO, rootfs: str, cgroup: Cgroup | None) -> Container:
+    from caisson.agent.libcontainer.config.resources import Resources
     from caisson.agent.libcontainer.process.launcher import Launch
 
     def make(cgroup_fds: dict[str, int]) -> Container:
@@ -171,6 +173,8 @@ def _launch(call: Call, bundle: Bundle, io: ProcessIO, rootfs: str, cgroup: Cgro
         with cgroup.join_fds() as fds:
             return make(fds)
     except LaunchError as error:
+        if error.step == "scheduler" and error.errno == EPERM and (bundle.spec.linux.resources or Resources()).cpu.cpus:
+            raise LaunchError("process scheduler can't be used together with AllowedCPUs", step="scheduler") from error
         if cgroup.oom_kills():
             raise LaunchError("container init was OOM-killed (memory limit too low?)", step="oom") from error
         raise
