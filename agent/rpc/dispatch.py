@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 #: Characters of an error's text: gRPC's clients give up on a call whose trailers exceed 8 KiB.
 MAX_ERROR_TEXT = 2048
 
-#: Fields of requests that log lines and spans carry, where a request has them.
-ID_FIELDS = ("container_id", "exec_id")
+#: Fields of requests that log lines and spans carry, where a request has them: Kata's, and those of containerd's tasks.
+ID_FIELDS = ("id", "container_id", "exec_id")
 
 
 class Method:

@@ -25,6 +25,7 @@ class Server:
         self._log = log
         self._buffer = memoryview(bytearray(BUFFER_SIZE))
         self._connections: set[Connection] = set()
+        self._silent: set[asyncio.BaseTransport] = set()  # nothing has come yet on these
         self._protocols: dict[int, Callable[[], Connection]] = {}
         if grpc is not None:
             self._protocols[ord("P")] = lambda: self._grpc_connection(grpc)  # of HTTP/2's preface, RFC 9113 section 3.4
@@ -33,10 +34,12 @@ class Server:
 
     def accept(self) -> asyncio.BufferedProtocol:
         """Make the protocol of one more connection."""
-        return _FirstByte(self._buffer, self._choose)
+        return _FirstByte(self._buffer, self._silent, self._choose)
 
     async def stop(self, grace: float) -> None:
-        """Take no more requests; those under way get ``grace`` seconds."""
+        """Take no more requests; those under way get ``grace`` seconds.  Closes all connections."""
+        for transport in self._silent:
+            transport.close()
         calls: list[asyncio.Task[None]] = []
         for connection in self._connections:
             connection.leave()
@@ -76,13 +79,24 @@ class Server:
 class _FirstByte(asyncio.BufferedProtocol):
     """Waits for the first input of a connection, and hands over to the protocol that it is of."""
 
-    def __init__(self, buffer: memoryview, choose: Callable[[int], Connection | None]) -> None:
+    def __init__(
+        self,
+        buffer: memoryview,
+        silent: set[asyncio.BaseTransport],
+        choose: Callable[[int], Connection | None],
+    ) -> None:
+        """``silent`` holds the transport while it waits; ``choose`` makes the protocol of a first byte."""
         self._buffer = buffer
+        self._silent = silent
         self._choose = choose
         self._transport: Any = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
+        self._silent.add(transport)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._silent.discard(self._transport)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._buffer
@@ -92,6 +106,7 @@ class _FirstByte(asyncio.BufferedProtocol):
         if connection is None:
             self._transport.close()
             return
+        self._silent.discard(self._transport)
         self._transport.set_protocol(connection)
         connection.connection_made(self._transport)
         connection.buffer_updated(count)  # they share the buffer

@@ -273,6 +273,20 @@ async def test_the_first_byte_decides_and_other_protocols_are_closed(first: byte
     assert not server._connections
 
 
+async def test_a_connection_on_which_nothing_came_is_closed_by_a_stop_and_forgotten_when_lost() -> None:
+    server, loop = Server(Log("fatal"), grpc=dispatch(Health())), asyncio.get_running_loop()
+    pairs = [socket.socketpair() for _ in range(2)]
+    for ours, theirs in pairs:
+        ours.setblocking(False)
+        await loop.connect_accepted_socket(server.accept, theirs)
+    pairs[0][0].close()
+    await until(lambda: len(server._silent) == 1, "a lost connection is forgotten")
+    await server.stop(grace=0)
+    with pairs[1][0] as ours:
+        assert await loop.sock_recv(ours, 1) == b""
+    await until(lambda: not server._silent, "nothing is left")
+
+
 async def test_a_deadline_of_grpc_holds_at_the_server() -> None:
     headers = {b":method": b"POST", b":path": b"/grpc.Health/Check", b"content-type": b"application/grpc"}
     for timeout, status in ((b"10m", b"4"), (b"10u", b"4"), (b"x", b"13"), (b"123456789S", b"13"), (b"S", b"13")):
