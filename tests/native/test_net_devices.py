@@ -57,6 +57,23 @@ def test_a_device_is_moved_with_its_addresses(box: Box, device: str, name: str, 
     assert subprocess.run(["ip", "link", "show", device], capture_output=True).returncode != 0
 
 
+def test_it_stays_in_a_namespace_that_was_there_before(box: Box, device: str) -> None:
+    async def work() -> tuple[str, str]:
+        other = await box.running()
+        value = with_devices(**{device: {"name": "inside0"}})
+        value["process"]["args"] = ["ip", "addr", "show", "dev", "inside0"]
+        value["mounts"] = [mount for mount in value["mounts"] if mount["destination"] != "/sys"]
+        value["linux"]["namespaces"] = [one for one in value["linux"]["namespaces"] if one["type"] != "network"]
+        value["linux"]["namespaces"].append({"type": "network", "path": f"/proc/{other.child.pid}/ns/net"})
+        box.fifo = box.path / "second.fifo"
+        status, out, err = await box.output(value)
+        assert (status, err) == (0, "")
+        return out, (await box.exec(other, {"args": ["ip", "addr", "show", "dev", "inside0"]}))[1]
+
+    for out in box.run(work()):
+        assert "inet 192.0.2.7/25" in out and "mtu 1789" in out
+
+
 def test_hooks_of_the_runtime_see_it_moved(box: Box, device: str) -> None:
     value = with_devices(**{device: {"name": "inside0"}})
     script = f"ip link show {device} >{box.path}/before 2>&1; true"
