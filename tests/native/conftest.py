@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,14 +31,14 @@ def sealed(nsexec_path: Path) -> Iterator[Nsexec]:
 
 
 @pytest.fixture
-def box(sealed: Nsexec) -> Iterator[Box]:
+async def box(sealed: Nsexec) -> AsyncIterator[Box]:
     """A fresh bundle; leaves nothing behind, or fails."""
     with tempfile.TemporaryDirectory(prefix="caisson-box-") as directory:
         path = Path(directory)
         path.chmod(0o755)  # pytest's own directories cannot be entered by the root of a user namespace
         box = Box(path, make_rootfs(path / "rootfs"), sealed)
         yield box
-        box.close()
+        await box.close()
 
 
 @pytest.fixture(scope="session")

@@ -117,12 +117,15 @@ class Reaper:
 
 
 class Box:
-    """A bundle, a launcher, an event loop; and a look at what is left behind."""
+    """A bundle and a launcher on the running event loop; and a look at what is left behind.
+
+    Tests that are no coroutines use the loop between its other tasks: ``run``, ``sh``.
+    """
 
     def __init__(self, path: Path, rootfs: Path, nsexec: Nsexec, *, timeout: float = 20.0) -> None:
         self.path = path
         self.rootfs = rootfs
-        self.loop = asyncio.new_event_loop()
+        self.loop = asyncio.get_running_loop()
         self.reaper = Reaper(self.loop)
         self.lines: list[str] = []
         self.launcher = ProcessLauncher(
@@ -207,13 +210,17 @@ class Box:
             status = await launched.child.wait()
         return status, out.read_text(errors="replace"), err.read_text(errors="replace")
 
-    def sh(self, script: str, value: dict[str, Any] | None = None, **keywords: Any) -> str:
+    async def shell(self, script: str, value: dict[str, Any] | None = None, **keywords: Any) -> str:
         """What a shell script prints in a new container; it must succeed."""
         value = value or config()
         value["process"]["args"] = ["sh", "-c", script]
-        status, out, err = self.run(self.output(value, **keywords))
+        status, out, err = await self.output(value, **keywords)
         assert (status, err) == (0, ""), (status, out, err)
         return out
+
+    def sh(self, script: str, value: dict[str, Any] | None = None, **keywords: Any) -> str:
+        """The same, for tests that are no coroutines."""
+        return self.run(self.shell(script, value, **keywords))
 
     async def running(self, value: dict[str, Any] | None = None, **keywords: Any) -> Launched:
         """A container that stays."""
@@ -233,19 +240,18 @@ class Box:
             status = await launched.child.wait()
         return status, out.read_text(), err.read_text()
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Kill what still runs and check that nothing is left: no child, no descriptor, no fifo after a failure."""
         for launched in self.created:
             with contextlib.suppress(ProcessLookupError):
                 if not launched.child.status.done():  # type: ignore[attr-defined]
                     os.kill(launched.child.pid, signal.SIGKILL)
-            self.run(launched.child.wait())
+            await launched.child.wait()
             if launched.console is not None:
                 os.close(launched.console)
             os.close(launched.pidfd)
         left = children()
         self.loop.remove_signal_handler(signal.SIGCHLD)
-        self.loop.close()
         assert left == []
         assert descriptors() <= self._fds
 

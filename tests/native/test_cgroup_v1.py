@@ -277,19 +277,19 @@ def test_create_rejects_a_cgroup_in_use(hierarchies: CgroupV1, cgroup: CgroupOfV
     process.wait()
 
 
-def test_a_cgroup_that_cannot_be_entered_is_named_and_nothing_is_left(box: Box, cgroup: CgroupOfV1) -> None:
+async def test_a_cgroup_that_cannot_be_entered_is_named_and_nothing_is_left(box: Box, cgroup: CgroupOfV1) -> None:
     Path(cgroup.file("cpuset.mems") or "").write_text("\n")  # without memory nodes nobody gets in
     with pytest.raises(LaunchError) as caught:
-        box.run(box.create(config("true"), cgroup=cgroup))
+        await box.create(config("true"), cgroup=cgroup)
     assert str(caught.value) == f"cgroup {cgroup.paths['cpuset']}/cgroup.procs: no space left on device"
     assert not box.fifo.exists() and children() == []
     assert all(not files.pids_in(path) for path in cgroup.paths.values())
 
 
-def test_container_inherits_no_cgroup_descriptor(box: Box, cgroup: CgroupOfV1) -> None:
+async def test_container_inherits_no_cgroup_descriptor(box: Box, cgroup: CgroupOfV1) -> None:
     cgroup.apply(Resources())
     script = "ls -l /proc/self/fd | grep -c cgroup"
-    assert box.run(box.output(config("sh", "-c", script), cgroup=cgroup))[1].split()[0] == "0"
+    assert (await box.output(config("sh", "-c", script), cgroup=cgroup))[1].split()[0] == "0"
 
 
 async def resources(client: Agent, **fields: Any) -> None:

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyNsexec]:
 
 
 @pytest.fixture
-def fault_box(faulty: FaultyNsexec) -> Iterator[Box]:
+async def fault_box(faulty: FaultyNsexec) -> AsyncIterator[Box]:
     """A box with such a nsexec, that does not wait long."""
     with tempfile.TemporaryDirectory(prefix="caisson-box-") as directory:
         path = Path(directory)
@@ -69,7 +69,7 @@ def fault_box(faulty: FaultyNsexec) -> Iterator[Box]:
         faulty.point = ""
         yield box
         faulty.point = ""
-        box.close()
+        await box.close()
 
 
 def kinds() -> dict[str, dict[str, Any]]:
@@ -134,21 +134,18 @@ async def fails_cleanly(box: Box, call: asyncio.Task[Any], *, kill: bool) -> boo
 
 @pytest.mark.parametrize("kill", [True, False], ids=["killed", "hangs"])
 @pytest.mark.parametrize("kind", kinds())
-def test_create(fault_box: Box, faulty: FaultyNsexec, kind: str, kill: bool) -> None:
+async def test_create(fault_box: Box, faulty: FaultyNsexec, kind: str, kill: bool) -> None:
     met = set()
 
-    async def work() -> None:
-        for point in BEFORE_READY if kill else HANGS:
-            faulty.point = point
-            call = asyncio.ensure_future(fault_box.create(kinds()[kind]))
-            if await fails_cleanly(fault_box, call, kill=kill):
-                met.add(point)
-            else:
-                await end(fault_box, await call)
-        faulty.point = ""
-        await end(fault_box, await fault_box.create(kinds()[kind]))  # the next one works
-
-    fault_box.run(work())
+    for point in BEFORE_READY if kill else HANGS:
+        faulty.point = point
+        call = asyncio.ensure_future(fault_box.create(kinds()[kind]))
+        if await fails_cleanly(fault_box, call, kill=kill):
+            met.add(point)
+        else:
+            await end(fault_box, await call)
+    faulty.point = ""
+    await end(fault_box, await fault_box.create(kinds()[kind]))  # the next one works
     with_stage_one = {point for point in POINTS if point.startswith("stage1") or point == "stage0_maps"}
     wanted = set(BEFORE_READY if kill else HANGS)
     if kind in ("plain", "terminal"):
@@ -178,24 +175,21 @@ async def end(box: Box, launched: Any) -> None:
 
 
 @pytest.mark.parametrize("point", ["ready", "executing"])
-def test_start(fault_box: Box, faulty: FaultyNsexec, point: str) -> None:
+async def test_start(fault_box: Box, faulty: FaultyNsexec, point: str) -> None:
     """One that is killed before its program is executed was not started."""
 
-    async def work() -> None:
-        faulty.point = point
-        launched = await fault_box.create(config("true"))
-        call = asyncio.ensure_future(fault_box.start(launched))
-        assert await interrupted(call, kill=True)
-        began = time.monotonic()
-        with pytest.raises(LaunchError, match=r"died before (it was started|its program was executed)"):
-            await call
-        assert await launched.child.wait() == 137
-        assert time.monotonic() - began < PROMPTLY
-        fault_box.fifo.unlink(missing_ok=True)
-        faulty.point = ""
-        await end(fault_box, await fault_box.create(config("true")))
-
-    fault_box.run(work())
+    faulty.point = point
+    launched = await fault_box.create(config("true"))
+    call = asyncio.ensure_future(fault_box.start(launched))
+    assert await interrupted(call, kill=True)
+    began = time.monotonic()
+    with pytest.raises(LaunchError, match=r"died before (it was started|its program was executed)"):
+        await call
+    assert await launched.child.wait() == 137
+    assert time.monotonic() - began < PROMPTLY
+    fault_box.fifo.unlink(missing_ok=True)
+    faulty.point = ""
+    await end(fault_box, await fault_box.create(config("true")))
 
 
 @pytest.mark.parametrize("kill", [True, False], ids=["killed", "hangs"])

@@ -77,7 +77,7 @@ def agents_box(box: Box) -> Iterator[Box]:
     assert not (box.path / "box").exists()
 
 
-def test_each_at_its_point_and_in_order(agents_box: Box) -> None:
+async def test_each_at_its_point_and_in_order(agents_box: Box) -> None:
     box = agents_box
     (box.rootfs / "tmp" / "order").touch()
     hooks = {
@@ -87,37 +87,31 @@ def test_each_at_its_point_and_in_order(agents_box: Box) -> None:
     value = with_hooks("sh", "-c", "echo program >> /tmp/order; sleep 1000", **hooks)
     inside, outside = box.rootfs / "tmp" / "order", box.path / "order"
 
-    async def work() -> None:
-        container = life(box, value)
-        await container.create("box", {})
-        assert outside.read_text().split() == [f"{point}-{number}" for point in CREATE for number in (1, 2)]
-        assert inside.read_text() == ""
-        outside.unlink()
-        await container.start()
-        assert outside.read_text().split() == ["poststart-1", "poststart-2"]
-        await until(lambda: "program" in inside.read_text(), "the program runs")
-        assert inside.read_text().split() == ["startContainer-1", "startContainer-2", "program"]
-        outside.unlink()
-        await container.remove()
-        assert outside.read_text().split() == ["poststop-1", "poststop-2"]
-
-    box.run(work())
+    container = life(box, value)
+    await container.create("box", {})
+    assert outside.read_text().split() == [f"{point}-{number}" for point in CREATE for number in (1, 2)]
+    assert inside.read_text() == ""
+    outside.unlink()
+    await container.start()
+    assert outside.read_text().split() == ["poststart-1", "poststart-2"]
+    await until(lambda: "program" in inside.read_text(), "the program runs")
+    assert inside.read_text().split() == ["startContainer-1", "startContainer-2", "program"]
+    outside.unlink()
+    await container.remove()
+    assert outside.read_text().split() == ["poststop-1", "poststop-2"]
 
 
-def test_each_gets_the_state(agents_box: Box) -> None:
+async def test_each_gets_the_state(agents_box: Box) -> None:
     box = agents_box
     hooks: dict[str, Any] = {point: [sh(f"cat > {box.path}/{point}")] for point in (*CREATE, "poststart", "poststop")}
     hooks["startContainer"] = [sh("cat > /tmp/startContainer")]
 
-    async def work() -> int:
-        container = life(box, with_hooks("sleep", "1000", **hooks))
-        await container.create("box", {})
-        pid = container.process("").child.pid
-        await container.start()
-        await container.remove()
-        return pid
-
-    pid = box.run(work())
+    container = life(box, with_hooks("sleep", "1000", **hooks))
+    await container.create("box", {})
+    pid = container.process("").child.pid
+    await container.start()
+    await container.remove()
+    pid = pid
     common = {"ociVersion": "1.2.0", "id": "box", "bundle": str(box.path / "box"), "annotations": {"who": "a test"}}
     for point, status, number in (
         ("prestart", "creating", pid),
@@ -131,7 +125,7 @@ def test_each_gets_the_state(agents_box: Box) -> None:
     assert json.loads((box.path / "poststop").read_text()) == {**common, "status": "stopped"}
 
 
-def test_namespaces_and_roots(agents_box: Box) -> None:
+async def test_namespaces_and_roots(agents_box: Box) -> None:
     """The agent's or the container's namespaces; the guest's root, or the container's."""
     box = agents_box
     look = "readlink /proc/self/ns/mnt /proc/self/ns/uts"
@@ -146,13 +140,10 @@ def test_namespaces_and_roots(agents_box: Box) -> None:
     value["process"]["user"] = {"uid": 7, "gid": 7}
     (box.rootfs / "tmp").chmod(0o777)
 
-    async def work() -> None:
-        container = life(box, value)
-        await container.create("box", {})
-        await container.start()
-        await container.remove()
-
-    box.run(work())
+    container = life(box, value)
+    await container.create("box", {})
+    await container.start()
+    await container.remove()
     ours = [str(Path(f"/proc/self/ns/{name}").readlink()) for name in ("mnt", "uts")]
     for point in ("prestart", "createRuntime", "poststart"):
         assert (box.path / point).read_text().split() == ours, point
@@ -206,21 +197,18 @@ def test_arguments_default_to_the_path(box: Box) -> None:
     ],
     ids=["status", "signal", "missing", "not-executable", "not-text", "much"],
 )
-def test_a_hook_that_fails_fails_the_create(agents_box: Box, point: str, hook: dict[str, Any], why: str) -> None:
+async def test_a_hook_that_fails_fails_the_create(agents_box: Box, point: str, hook: dict[str, Any], why: str) -> None:
     box = agents_box
     later = [note(box, "later")]
     hooks: dict[str, Any] = {point: [note(box, "earlier"), hook, *later], "poststop": [note(box, "poststop")]}
     if point != "createContainer":
         hooks["createContainer"] = later
 
-    async def work() -> str:
-        container = life(box, with_hooks("true", **hooks))
-        with pytest.raises(LaunchError) as caught:
-            await container.create("box", {})
-        await container.remove()
-        return str(caught.value)
-
-    message = box.run(work())
+    container = life(box, with_hooks("true", **hooks))
+    with pytest.raises(LaunchError) as caught:
+        await container.create("box", {})
+    await container.remove()
+    message = str(caught.value)
     assert message.startswith(f"error running {point} hook #1: {hook['path']}: ")
     assert why in message
     assert len(message) < 1200
@@ -228,77 +216,65 @@ def test_a_hook_that_fails_fails_the_create(agents_box: Box, point: str, hook: d
 
 
 @pytest.mark.parametrize("point", [*CREATE, "startContainer"])
-def test_a_hook_that_takes_too_long_is_killed_with_its_group(agents_box: Box, point: str) -> None:
+async def test_a_hook_that_takes_too_long_is_killed_with_its_group(agents_box: Box, point: str) -> None:
     box = agents_box
     # In the container's own pid namespace its end takes everything along; the agent's hooks have only their group.
     hang = sh(f"echo began; {SLEEP} & {SLEEP}", timeout=1)
 
-    async def work() -> str:
-        container = life(box, with_hooks("true", **{point: [hang]}))
-        with pytest.raises(LaunchError) as caught:
-            await container.create("box", {})
-            await container.start()
-        await container.remove()
-        return str(caught.value)
-
     began = time.monotonic()
-    assert box.run(work()) == f"error running {point} hook #0: /bin/sh: timed out after 1 s and was killed: began"
+    container = life(box, with_hooks("true", **{point: [hang]}))
+    with pytest.raises(LaunchError) as caught:
+        await container.create("box", {})
+        await container.start()
+    await container.remove()
+    assert (str(caught.value)) == f"error running {point} hook #0: /bin/sh: timed out after 1 s and was killed: began"
     assert 1 <= time.monotonic() - began < 10
     assert sleepers() == []
 
 
 @pytest.mark.parametrize("point", CREATE)
-def test_a_hook_that_never_stops_talking_is_not_listened_to_for_longer(agents_box: Box, point: str) -> None:
+async def test_a_hook_that_never_stops_talking_is_not_listened_to_for_longer(agents_box: Box, point: str) -> None:
     box = agents_box
 
-    async def work() -> str:
-        container = life(box, with_hooks("true", **{point: [sh("yes & yes & exec yes", timeout=1)]}))
-        with pytest.raises(LaunchError) as caught:
-            await container.create("box", {})
-        await container.remove()
-        return str(caught.value)
-
     began = time.monotonic()
-    assert "timed out after 1 s and was killed: " in box.run(work())
+    container = life(box, with_hooks("true", **{point: [sh("yes & yes & exec yes", timeout=1)]}))
+    with pytest.raises(LaunchError) as caught:
+        await container.create("box", {})
+    await container.remove()
+    assert "timed out after 1 s and was killed: " in (str(caught.value))
     assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("point", CREATE)
-def test_a_hook_without_a_timeout_is_waited_for_until_nobody_wants_it(agents_box: Box, point: str) -> None:
+async def test_a_hook_without_a_timeout_is_waited_for_until_nobody_wants_it(agents_box: Box, point: str) -> None:
     box = agents_box
     box.launcher._timeout = 0.5  # nsexec's own time, of which hooks take nothing
     value = with_hooks("true", **{point: [sh(f"touch {box.path}/began; {SLEEP} & wait")]})
 
-    async def work() -> None:
-        container = life(box, value)
-        creating = asyncio.ensure_future(container.create("box", {}))
-        await until(lambda: (box.path / "began").exists(), "the hook runs")
-        await asyncio.wait([creating], timeout=0.7)
-        assert not creating.done()
-        creating.cancel()
-        await asyncio.wait([creating])
-        await container.remove()
-        await until(lambda: sleepers() == [], "nothing of the hook is left")
-
-    box.run(work())
+    container = life(box, value)
+    creating = asyncio.ensure_future(container.create("box", {}))
+    await until(lambda: (box.path / "began").exists(), "the hook runs")
+    await asyncio.wait([creating], timeout=0.7)
+    assert not creating.done()
+    creating.cancel()
+    await asyncio.wait([creating])
+    await container.remove()
+    await until(lambda: sleepers() == [], "nothing of the hook is left")
 
 
-def test_a_hook_need_not_read_and_may_leave_somebody_behind(agents_box: Box) -> None:
+async def test_a_hook_need_not_read_and_may_leave_somebody_behind(agents_box: Box) -> None:
     """A state that no pipe holds, and a daemon that keeps the output open."""
     box = agents_box
     daemon = sh(f"sh -c 'echo $$ > {box.path}/daemon; exec {SLEEP}' & while ! [ -s {box.path}/daemon ]; do :; done")
     value = with_hooks("sleep", "1000", prestart=[daemon], createRuntime=[sh("wc -c"), sh("exec <&-")])
     value["annotations"] = {"long": "x" * 300_000}
 
-    async def work() -> None:
-        container = life(box, value)
-        await container.create("box", {})
-        await container.remove()
-
-    box.run(work())
+    container = life(box, value)
+    await container.create("box", {})
+    await container.remove()
     pid = int((box.path / "daemon").read_text())
     os.kill(pid, 9)
-    os.waitpid(pid, 0) if pid in children() else None
+    os.waitpid(pid, 0) if pid in children() else None  # noqa: ASYNC222 - it was killed
 
 
 def test_a_state_that_does_not_fit_for_those_inside(box: Box) -> None:
@@ -312,53 +288,44 @@ def test_a_state_that_does_not_fit_for_those_inside(box: Box) -> None:
         box.run(box.create(value))
 
 
-def test_poststart_and_poststop_hooks_that_fail_are_only_told(
+async def test_poststart_and_poststop_hooks_that_fail_are_only_told(
     agents_box: Box, capfd: pytest.CaptureFixture[str]
 ) -> None:
     box = agents_box
     bad = [sh("echo bad; exit 1"), note(box, "next")]
 
-    async def work() -> None:
-        container = life(box, with_hooks("sleep", "1000", poststart=bad, poststop=bad))
-        await container.create("box", {})
-        await container.start()
-        assert container.status == "running"
-        await container.remove()
-
-    box.run(work())
+    container = life(box, with_hooks("sleep", "1000", poststart=bad, poststop=bad))
+    await container.create("box", {})
+    await container.start()
+    assert container.status == "running"
+    await container.remove()
     said = [line for line in capfd.readouterr().err.splitlines() if "a hook failed" in line]
     assert ["poststart hook" in said[0], "poststop hook" in said[1]] == [True, True]
     assert (box.path / "order").read_text().split() == ["next", "next"]
 
 
-def test_a_poststart_hook_that_hangs_does_not_keep_the_container(agents_box: Box) -> None:
+async def test_a_poststart_hook_that_hangs_does_not_keep_the_container(agents_box: Box) -> None:
     box = agents_box
 
-    async def work() -> None:
-        container = life(box, with_hooks("sleep", "1000", poststart=[sh(f"{SLEEP} & wait")]))
-        await container.create("box", {})
-        starting = asyncio.ensure_future(container.start())
-        await until(lambda: sleepers() != [], "the hook runs")
-        await container.remove()
-        await starting
-        await until(lambda: sleepers() == [], "nothing of the hook is left")
-
-    box.run(work())
+    container = life(box, with_hooks("sleep", "1000", poststart=[sh(f"{SLEEP} & wait")]))
+    await container.create("box", {})
+    starting = asyncio.ensure_future(container.start())
+    await until(lambda: sleepers() != [], "the hook runs")
+    await container.remove()
+    await starting
+    await until(lambda: sleepers() == [], "nothing of the hook is left")
 
 
-def test_a_start_container_hook_that_fails_stops_the_container(agents_box: Box) -> None:
+async def test_a_start_container_hook_that_fails_stops_the_container(agents_box: Box) -> None:
     box = agents_box
 
-    async def work() -> None:
-        container = life(box, with_hooks("touch", "/tmp/ran", startContainer=[sh("echo no; exit 4")]))
-        await container.create("box", {})
-        with pytest.raises(LaunchError, match=r"^error running startContainer hook #0: /bin/sh: exit status 4: no$"):
-            await container.start()
-        await container.process("").wait()
-        assert container.status == "stopped"
-        await container.remove()
-
-    box.run(work())
+    container = life(box, with_hooks("touch", "/tmp/ran", startContainer=[sh("echo no; exit 4")]))
+    await container.create("box", {})
+    with pytest.raises(LaunchError, match=r"^error running startContainer hook #0: /bin/sh: exit status 4: no$"):
+        await container.start()
+    await container.process("").wait()
+    assert container.status == "stopped"
+    await container.remove()
     assert not (box.rootfs / "tmp" / "ran").exists()
 
 

@@ -89,7 +89,7 @@ def test_hooks_and_rights(box: Box) -> None:
 
 
 @pytest.mark.parametrize("user", [False, True], ids=["", "user namespace"])
-def test_giving_up_at_any_moment_leaves_nothing(box: Box, user: bool) -> None:
+async def test_giving_up_at_any_moment_leaves_nothing(box: Box, user: bool) -> None:
     """A create and an exec that are cancelled: the stages outside end with them, whoever of them is known by then."""
     value = config("sleep", "1000")
     if user:
@@ -113,44 +113,38 @@ def test_giving_up_at_any_moment_leaves_nothing(box: Box, user: bool) -> None:
             assert not box.fifo.exists()
             await until(lambda: set(children()) == left, "all stages are gone")
 
-    async def work() -> None:
-        async with joined(box) as arguments:
-            pause = set(children())
-            await gives_up(lambda: box.create(value, **arguments), pause)
-            init = await box.running(value, **arguments)
-            null = os.open("/dev/null", os.O_RDWR)
+    async with joined(box) as arguments:
+        pause = set(children())
+        await gives_up(lambda: box.create(value, **arguments), pause)
+        init = await box.running(value, **arguments)
+        null = os.open("/dev/null", os.O_RDWR)
 
-            def execs() -> Coroutine[Any, Any, Launched]:
-                return box.launch_exec(
-                    Process(("sleep", "1000"), env=("PATH=/bin",)), init, Spec.from_json(value), Stdio(null, null, null)
-                )
+        def execs() -> Coroutine[Any, Any, Launched]:
+            return box.launch_exec(
+                Process(("sleep", "1000"), env=("PATH=/bin",)), init, Spec.from_json(value), Stdio(null, null, null)
+            )
 
-            await gives_up(execs, {*pause, init.child.pid})
-            os.close(null)
-            os.kill(init.child.pid, signal.SIGKILL)
-            await init.child.wait()
-
-    box.run(work())
+        await gives_up(execs, {*pause, init.child.pid})
+        os.close(null)
+        os.kill(init.child.pid, signal.SIGKILL)
+        await init.child.wait()
 
 
-def test_one_that_is_killed_before_its_start(box: Box) -> None:
-    async def work() -> None:
-        async with joined(box) as arguments:
-            init = await box.create(config(), **arguments)
-            os.kill(init.child.pid, signal.SIGKILL)
-            with pytest.raises(LaunchError, match="init"):
-                await box.start(init)
-            box.fifo.unlink(missing_ok=True)
-            init = await box.running(config("sleep", "1000"), **arguments)
-            with pytest.raises(LaunchError, match="started before"):
-                await box.start(init)
-            os.kill(init.child.pid, signal.SIGKILL)
-            assert await init.child.wait() == 137
-
-    box.run(work())
+async def test_one_that_is_killed_before_its_start(box: Box) -> None:
+    async with joined(box) as arguments:
+        init = await box.create(config(), **arguments)
+        os.kill(init.child.pid, signal.SIGKILL)
+        with pytest.raises(LaunchError, match="init"):
+            await box.start(init)
+        box.fifo.unlink(missing_ok=True)
+        init = await box.running(config("sleep", "1000"), **arguments)
+        with pytest.raises(LaunchError, match="started before"):
+            await box.start(init)
+        os.kill(init.child.pid, signal.SIGKILL)
+        assert await init.child.wait() == 137
 
 
-def test_without_cgroups_what_the_agent_started_ends_with_the_container(box: Box) -> None:
+async def test_without_cgroups_what_the_agent_started_ends_with_the_container(box: Box) -> None:
     reaper = Reaper()
     reaper.start(box.loop)
     box.launcher._children = reaper
@@ -169,17 +163,14 @@ def test_without_cgroups_what_the_agent_started_ends_with_the_container(box: Box
         oom=lambda: None,
     )
 
-    async def work() -> None:
-        async with joined(box) as arguments:
-            await one.create("box", arguments["join"], arguments["procfs"])
-            await one.start()
-            execs = [await one.exec(f"x{n}", Process(("sleep", "1000"), env=("PATH=/bin",))) for n in range(3)]
-            await one.process("").close_stdin()
-            assert await one.process("").wait() == 1
-            assert [await process.wait() for process in execs] == [137] * 3
-            await one.remove()
-
-    box.run(work())
+    async with joined(box) as arguments:
+        await one.create("box", arguments["join"], arguments["procfs"])
+        await one.start()
+        execs = [await one.exec(f"x{n}", Process(("sleep", "1000"), env=("PATH=/bin",))) for n in range(3)]
+        await one.process("").close_stdin()
+        assert await one.process("").wait() == 1
+        assert [await process.wait() for process in execs] == [137] * 3
+        await one.remove()
 
 
 def test_only_the_makers_of_a_process_say_who_it_is() -> None:

@@ -86,14 +86,14 @@ def test_hooks_of_the_runtime_see_it_moved(box: Box, device: str) -> None:
     assert "does not exist" in (box.path / "before").read_text()
 
 
-def test_a_device_that_is_not_there(box: Box) -> None:
+async def test_a_device_that_is_not_there(box: Box) -> None:
     with pytest.raises(LaunchError, match="network device no-such0: no such device"):
-        box.run(box.output(with_devices(**{"no-such0": {}})))
+        await box.output(with_devices(**{"no-such0": {}}))
 
 
-def test_a_name_that_is_taken_inside(box: Box, device: str) -> None:
+async def test_a_name_that_is_taken_inside(box: Box, device: str) -> None:
     with pytest.raises(LaunchError, match=f"network device {device}: file exists"):
-        box.run(box.output(with_devices(**{device: {"name": "lo"}})))
+        await box.output(with_devices(**{device: {"name": "lo"}}))
 
 
 @pytest.mark.parametrize(
@@ -105,14 +105,14 @@ def test_a_name_that_is_taken_inside(box: Box, device: str) -> None:
         ({"eth0": {"mtu": 1}}, r"eth0\.mtu"),
     ],
 )
-def test_names_that_are_not_valid(box: Box, devices: dict[str, Any], why: str) -> None:
+async def test_names_that_are_not_valid(box: Box, devices: dict[str, Any], why: str) -> None:
     with pytest.raises(SpecError, match=rf"linux\.netDevices.*{why}"):
-        box.run(box.output(with_devices(**devices)))
+        await box.output(with_devices(**devices))
 
 
-def test_a_network_namespace_is_needed(box: Box) -> None:
+async def test_a_network_namespace_is_needed(box: Box) -> None:
     value = with_devices(eth0={})
     value["linux"]["namespaces"] = [one for one in value["linux"]["namespaces"] if one["type"] != "network"]
     value["mounts"] = [one for one in value["mounts"] if one["destination"] != "/sys"]
     with pytest.raises((SpecError, LaunchError), match="without a NET namespace"):
-        box.run(box.output(value))
+        await box.output(value)

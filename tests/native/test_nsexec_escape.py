@@ -106,19 +106,16 @@ def test_nothing_on_the_root_by_way_of_a_link(box: Box) -> None:
 @pytest.mark.parametrize(
     "cwd", [*(f"/proc/self/fd/{n}" for n in range(12)), "/proc/1/cwd", "/proc/self/cwd", "/proc/self/fd/7/../.."]
 )
-def test_cwd_cannot_lead_out(box: Box, cwd: str) -> None:  # CVE-2024-21626
+async def test_cwd_cannot_lead_out(box: Box, cwd: str) -> None:  # CVE-2024-21626
     with pytest.raises(LaunchError, match="working directory"):
-        box.run(box.create(config(cwd=cwd)))
+        await box.create(config(cwd=cwd))
 
 
-def test_cwd_of_an_exec_cannot_lead_out(box: Box) -> None:
-    async def run() -> None:
-        init = await box.running()
-        for number in range(12):
-            with pytest.raises(LaunchError, match="working directory"):
-                await box.exec(init, {"args": ["pwd"], "cwd": f"/proc/self/fd/{number}"})
-
-    box.run(run())
+async def test_cwd_of_an_exec_cannot_lead_out(box: Box) -> None:
+    init = await box.running()
+    for number in range(12):
+        with pytest.raises(LaunchError, match="working directory"):
+            await box.exec(init, {"args": ["pwd"], "cwd": f"/proc/self/fd/{number}"})
 
 
 def test_programs_by_descriptor_do_not_exist(box: Box) -> None:
@@ -139,18 +136,18 @@ def test_the_runtime_cannot_be_overwritten(box: Box, nsexec_path: Path) -> None:
 
 
 @pytest.mark.parametrize("link", ["{canary}", "../canary"])
-def test_dev_that_is_a_link(box: Box, canary: Path, link: str) -> None:  # CVE-2026-41579, 2026-47766
+async def test_dev_that_is_a_link(box: Box, canary: Path, link: str) -> None:  # CVE-2026-41579, 2026-47766
     (box.rootfs / "dev").rmdir()
     (box.rootfs / "dev").symlink_to(link.format(canary=canary))
     value = config()
     value["mounts"] = [mount for mount in value["mounts"] if not mount["destination"].startswith("/dev")]
     with pytest.raises(LaunchError):
-        box.run(box.create(value))
+        await box.create(value)
     assert _untouched(canary)
 
 
 @pytest.mark.parametrize("kind", ["link", "file", "zero"])
-def test_masks_need_the_real_null_device(box: Box, kind: str) -> None:  # CVE-2025-31133
+async def test_masks_need_the_real_null_device(box: Box, kind: str) -> None:  # CVE-2025-31133
     dev = box.path / "dev"
     (dev / "pts").mkdir(parents=True)
     if kind == "link":
@@ -162,7 +159,7 @@ def test_masks_need_the_real_null_device(box: Box, kind: str) -> None:  # CVE-20
     value = config()
     value["mounts"][1] = {"destination": "/dev", "type": "bind", "source": str(dev), "options": ["rbind"]}
     with box.stdio() as (stdio, _, _), pytest.raises(LaunchError, match="not the null device"):
-        box.run(box.create(value, stdio=stdio))
+        await box.create(value, stdio=stdio)
 
 
 @pytest.mark.parametrize("case", ["plain", "ptmx", "console"])
@@ -190,7 +187,7 @@ def test_a_device_is_not_made_over_something_else(box: Box, canary: Path) -> Non
     assert _untouched(canary)
 
 
-def test_sysctl_goes_to_the_real_procfs(box: Box) -> None:  # CVE-2025-52881
+async def test_sysctl_goes_to_the_real_procfs(box: Box) -> None:  # CVE-2025-52881
     # The image's /proc is never mounted on, and looks like a procfs; the private handle does not care.
     (box.rootfs / "proc" / "sys" / "net" / "ipv4").mkdir(parents=True)
     (box.rootfs / "proc" / "sys" / "net" / "ipv4" / "ip_forward").write_text("trap")
@@ -198,30 +195,29 @@ def test_sysctl_goes_to_the_real_procfs(box: Box) -> None:  # CVE-2025-52881
     value["linux"]["sysctl"] = {"net.ipv4.ip_forward": "1"}
     value["linux"]["maskedPaths"] = value["linux"]["readonlyPaths"] = []
     del value["mounts"][0]
-    assert box.run(box.output(value))[0] == 0
+    assert (await box.output(value))[0] == 0
     assert (box.rootfs / "proc" / "sys" / "net" / "ipv4" / "ip_forward").read_text() == "trap"
 
 
-def test_exec_inherits_no_capabilities(box: Box) -> None:  # CVE-2022-29162, 2022-27650, 2022-24769
-    async def run() -> tuple[int, str, str]:
-        init = await box.running()
-        own = {name: ["CAP_KILL"] for name in ("bounding", "effective", "permitted")}
-        return await box.exec(init, {"args": ["grep", "-E", "Cap(Inh|Amb)", "/proc/self/status"], "capabilities": own})
+async def test_exec_inherits_no_capabilities(box: Box) -> None:  # CVE-2022-29162, 2022-27650, 2022-24769
+    init = await box.running()
+    own = {name: ["CAP_KILL"] for name in ("bounding", "effective", "permitted")}
+    assert [
+        line.split()[1]
+        for line in (
+            await box.exec(init, {"args": ["grep", "-E", "Cap(Inh|Amb)", "/proc/self/status"], "capabilities": own})
+        )[1].splitlines()
+    ] == ["0" * 16, "0" * 16]
 
-    assert [line.split()[1] for line in box.run(run())[1].splitlines()] == ["0" * 16, "0" * 16]
 
-
-def test_created_container_holds_no_descriptor_of_the_guest(box: Box) -> None:  # CVE-2016-9962
+async def test_created_container_holds_no_descriptor_of_the_guest(box: Box) -> None:  # CVE-2016-9962
     """Its descriptors, root and directory, as another process of its pid namespace with all rights would see them."""
 
-    async def run() -> list[str]:
-        launched = await box.create(config("sleep", "1000"))
-        proc = Path(f"/proc/{launched.child.pid}")
-        assert (proc / "cwd" / "bin" / "busybox").samefile(box.rootfs / "bin" / "busybox")
-        assert (proc / "root" / "bin" / "busybox").samefile(box.rootfs / "bin" / "busybox")
-        return [str(link.readlink()) for link in (proc / "fd").iterdir()]
-
-    links = box.run(run())
+    launched = await box.create(config("sleep", "1000"))
+    proc = Path(f"/proc/{launched.child.pid}")
+    assert (proc / "cwd" / "bin" / "busybox").samefile(box.rootfs / "bin" / "busybox")
+    assert (proc / "root" / "bin" / "busybox").samefile(box.rootfs / "bin" / "busybox")
+    links = [str(link.readlink()) for link in (proc / "fd").iterdir()]
     kinds = sorted({link.split(":")[0] for link in links})
     # Its own null device, the fifo itself, the sync socket, and a procfs of processes only that has no path.
     assert kinds == ["/", "/dev/null", str(box.fifo), "socket"]

@@ -85,10 +85,10 @@ def test_a_target_that_is_a_dangling_link_is_made_where_it_leads(
 
 
 @pytest.mark.parametrize("to", ["loop", "missing/../elsewhere", "x" * 300])
-def test_a_link_without_an_end_is_an_error(box: Box, source: Path, to: str) -> None:
+async def test_a_link_without_an_end_is_an_error(box: Box, source: Path, to: str) -> None:
     (box.rootfs / "loop").symlink_to(to)
     with pytest.raises(LaunchError, match="mount target /loop"):
-        box.run(box.output(with_mount("/loop", source)))
+        await box.output(with_mount("/loop", source))
 
 
 @pytest.mark.parametrize("kind", ["directory", "file"])
@@ -177,24 +177,21 @@ def test_writes_through_an_id_mapped_mount_have_the_owner_on_disk(box: Box, moun
     assert ((mounted / "written").stat().st_uid, (mounted / "written").stat().st_gid) == (0, 0)
 
 
-def test_idmap_by_the_user_namespace_that_is_joined(box: Box, mounted: Path) -> None:
+async def test_idmap_by_the_user_namespace_that_is_joined(box: Box, mounted: Path) -> None:
     owned(mounted / "file", 7)
 
-    async def work() -> tuple[int, str, str]:
-        other = await box.running(in_userns(config("sleep", "1000")))
-        value = with_mount("/mnt", mounted, "idmap")
-        value["process"]["args"] = ["stat", "-c", "%u", "/mnt/file"]
-        value["linux"]["namespaces"] += [{"type": "user", "path": f"/proc/{other.child.pid}/ns/user"}]
-        value["mounts"] = [mount for mount in value["mounts"] if mount["destination"] != "/sys"]
-        box.fifo = box.path / "second.fifo"
-        return await box.output(value)
-
-    assert box.run(work()) == (0, "7\n", "")
+    other = await box.running(in_userns(config("sleep", "1000")))
+    value = with_mount("/mnt", mounted, "idmap")
+    value["process"]["args"] = ["stat", "-c", "%u", "/mnt/file"]
+    value["linux"]["namespaces"] += [{"type": "user", "path": f"/proc/{other.child.pid}/ns/user"}]
+    value["mounts"] = [mount for mount in value["mounts"] if mount["destination"] != "/sys"]
+    box.fifo = box.path / "second.fifo"
+    assert (await box.output(value)) == (0, "7\n", "")
 
 
-def test_idmap_needs_mappings(box: Box, source: Path) -> None:
+async def test_idmap_needs_mappings(box: Box, source: Path) -> None:
     with pytest.raises(SpecError, match=r"mounts\[4\]\.options: idmap needs"):
-        box.run(box.output(with_mount("/mnt", source, "idmap")))
+        await box.output(with_mount("/mnt", source, "idmap"))
 
 
 def flags(box: Box, value: dict[str, Any], target: str = "/mnt") -> set[str]:
@@ -245,11 +242,11 @@ def test_remount_changes_the_mount_that_is_there(box: Box) -> None:
     assert "size=128k" in found and "nosuid" not in found
 
 
-def test_unknown_options_are_the_file_systems_to_refuse(box: Box) -> None:
+async def test_unknown_options_are_the_file_systems_to_refuse(box: Box) -> None:
     value = config()
     value["mounts"].append({"destination": "/mnt", "type": "tmpfs", "source": "x", "options": ["colour=green"]})
     with pytest.raises(LaunchError, match=r"error mounting /mnt: tmpfs: Unknown parameter 'colour'"):
-        box.run(box.output(value))
+        await box.output(value)
 
 
 def test_a_second_proc_over_proc(box: Box) -> None:

@@ -67,25 +67,22 @@ def profile(default: str, action: str, names: list[str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("default", ["SCMP_ACT_ERRNO", "SCMP_ACT_KILL_PROCESS"])
-def test_a_filter_need_permit_only_write_and_execve(box: Box, writer: str, default: str) -> None:
+async def test_a_filter_need_permit_only_write_and_execve(box: Box, writer: str, default: str) -> None:
     value = config(writer, noNewPrivileges=True)
     value["linux"]["seccomp"] = profile(default, "SCMP_ACT_ALLOW", FEWEST)
-    assert box.run(box.output(value)) == (0, "fine\n", "")
+    assert (await box.output(value)) == (0, "fine\n", "")
 
 
 @pytest.mark.parametrize("default", ["SCMP_ACT_ERRNO", "SCMP_ACT_KILL_PROCESS"])
-def test_nor_does_that_of_an_exec(box: Box, writer: str, default: str) -> None:
+async def test_nor_does_that_of_an_exec(box: Box, writer: str, default: str) -> None:
     value = config("sleep", "1000")
 
-    async def work() -> tuple[int, str, str]:
-        init = await box.running(value)
-        filtered = config(noNewPrivileges=True)
-        filtered["linux"]["seccomp"] = profile(default, "SCMP_ACT_ALLOW", FEWEST)
-        spec, join, _ = box.specs[init.child.pid]
-        box.specs[init.child.pid] = (spec, join, await box.launcher.filter(Spec.from_json(filtered).linux.seccomp))
-        return await box.exec(init, {"args": [writer], "noNewPrivileges": True}, value)
-
-    assert box.run(work()) == (0, "fine\n", "")
+    init = await box.running(value)
+    filtered = config(noNewPrivileges=True)
+    filtered["linux"]["seccomp"] = profile(default, "SCMP_ACT_ALLOW", FEWEST)
+    spec, join, _ = box.specs[init.child.pid]
+    box.specs[init.child.pid] = (spec, join, await box.launcher.filter(Spec.from_json(filtered).linux.seccomp))
+    assert (await box.exec(init, {"args": [writer], "noNewPrivileges": True}, value)) == (0, "fine\n", "")
 
 
 @pytest.mark.parametrize("no_new_privs", [False, True])
@@ -105,27 +102,24 @@ def test_old_profiles_of_docker(box: Box, user: int, no_new_privs: bool) -> None
     assert box.run(execute())[:2] == (0, "Seccomp:\t2\n")
 
 
-def test_a_process_that_waits_with_its_filter_has_no_more_capabilities_than_configured(box: Box) -> None:
+async def test_a_process_that_waits_with_its_filter_has_no_more_capabilities_than_configured(box: Box) -> None:
     value = config("sleep", "1000", user={"uid": 1000, "gid": 1000})
     value["linux"]["seccomp"] = profile("SCMP_ACT_ALLOW", "SCMP_ACT_ERRNO", PRIVILEGED)
 
-    async def work() -> dict[str, str]:
-        launched = await box.create(value)
-        lines = Path(f"/proc/{launched.child.pid}/status").read_text().splitlines()
-        return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
-
-    status = box.run(work())
+    launched = await box.create(value)
+    lines = Path(f"/proc/{launched.child.pid}/status").read_text().splitlines()
+    status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
     assert status["Seccomp"] == "2"
     assert status["CapPrm"] == status["CapEff"] == status["CapBnd"] != "0" * 16
 
 
-def test_an_exec_that_fails_after_its_filter_is_reported(box: Box) -> None:
+async def test_an_exec_that_fails_after_its_filter_is_reported(box: Box) -> None:
     (box.rootfs / "bin/bad").write_text("#!/no/such/interpreter\n")
     (box.rootfs / "bin/bad").chmod(0o755)
     value = config("/bin/bad", noNewPrivileges=True)
     value["linux"]["seccomp"] = profile("SCMP_ACT_ERRNO", "SCMP_ACT_ALLOW", ["execve", "write"])
     with pytest.raises(LaunchError, match=r"^exec /bin/bad: no such file or directory$"):
-        box.run(box.output(value))
+        await box.output(value)
 
 
 @pytest.mark.parametrize("count", [33, 20_000, 65_536])
@@ -135,9 +129,9 @@ def test_supplementary_groups_up_to_the_kernels_limit(box: Box, count: int) -> N
     assert [int(gid) for gid in box.sh("grep Groups /proc/self/status", value).split()[1:]] == groups
 
 
-def test_more_groups_than_that_are_rejected(box: Box) -> None:
+async def test_more_groups_than_that_are_rejected(box: Box) -> None:
     with pytest.raises(SpecError, match=r"process\.user\.additionalGids: must be at most 65536, not 65537"):
-        box.run(box.output(config(user={"uid": 1, "additionalGids": list(range(65_537))})))
+        await box.output(config(user={"uid": 1, "additionalGids": list(range(65_537))}))
 
 
 def _with_hook(box: Box, script: str, **hook: Any) -> dict[str, Any]:
@@ -148,18 +142,20 @@ def _with_hook(box: Box, script: str, **hook: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("env", "expected"), [([], "green\n"), (["PATH=/bin"], "\n")])
-def test_a_start_container_hook_without_env_gets_that_of_the_process(box: Box, env: list[str], expected: str) -> None:
-    assert box.run(box.output(_with_hook(box, "echo $COLOUR > /out/said", env=env)))[0] == 0
+async def test_a_start_container_hook_without_env_gets_that_of_the_process(
+    box: Box, env: list[str], expected: str
+) -> None:
+    assert (await box.output(_with_hook(box, "echo $COLOUR > /out/said", env=env)))[0] == 0
     assert (box.path / "said").read_text() == expected
 
 
 @pytest.mark.parametrize("no_new_privs", [False, True])
-def test_a_start_container_hook_is_under_the_filter(box: Box, no_new_privs: bool) -> None:
+async def test_a_start_container_hook_is_under_the_filter(box: Box, no_new_privs: bool) -> None:
     value = _with_hook(box, "mkdir /tmp/made", env=["PATH=/bin"])
     value["process"]["noNewPrivileges"] = no_new_privs
     value["linux"]["seccomp"] = profile("SCMP_ACT_ALLOW", "SCMP_ACT_KILL_PROCESS", ["mkdir", "mkdirat"])
     with pytest.raises(LaunchError, match=r"startContainer hook #0: /bin/sh: .*(bad system call|status 159)"):
-        box.run(box.output(value))
+        await box.output(value)
 
 
 def test_flags_of_a_personality(box: Box) -> None:
@@ -192,11 +188,11 @@ def test_memory_policy(box: Box) -> None:
         ({"mode": "MPOL_BIND", "nodes": "0", "flags": ["STATIC"]}, "flags"),
     ],
 )
-def test_memory_policies_that_are_not_valid(box: Box, policy: dict[str, Any], field: str) -> None:
+async def test_memory_policies_that_are_not_valid(box: Box, policy: dict[str, Any], field: str) -> None:
     value = config()
     value["linux"]["memoryPolicy"] = policy
     with pytest.raises(SpecError, match=rf"linux\.memoryPolicy\.{field}: "):
-        box.run(box.output(value))
+        await box.output(value)
 
 
 def test_a_session_keyring_of_its_own_or_the_callers(box: Box) -> None:

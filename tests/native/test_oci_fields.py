@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,9 @@ def test_environment_has_no_duplicates_and_a_home(box: Box) -> None:
     assert box.sh("echo $HOME") == "/root\n"
 
 
-def test_args_and_cwd(box: Box) -> None:
+async def test_args_and_cwd(box: Box) -> None:
     value = config("sh", "-c", 'pwd; for a; do echo "<$a>"; done', "name", "a b", "", "*", cwd="/made/by/us")
-    assert box.run(box.output(value)) == (0, "/made/by/us\n<a b>\n<>\n<*>\n", "")
+    assert (await box.output(value)) == (0, "/made/by/us\n<a b>\n<>\n<*>\n", "")
 
 
 @pytest.mark.parametrize("score", [0, 700, 1000])
@@ -170,11 +170,11 @@ def test_mount_options_without_effect_are_ignored(box: Box, option: str) -> None
 
 
 @pytest.mark.parametrize("option", ["no-such-option"])
-def test_options_that_the_filesystem_does_not_know(box: Box, option: str) -> None:
+async def test_options_that_the_filesystem_does_not_know(box: Box, option: str) -> None:
     value = config()
     value["mounts"].append({"destination": "/mnt", "type": "tmpfs", "source": "tmpfs", "options": [option]})
     with pytest.raises(LaunchError, match=f"error mounting /mnt: tmpfs: Unknown parameter '{option}'"):
-        box.run(box.create(value))
+        await box.create(value)
 
 
 def test_types_of_mounts(box: Box) -> None:
@@ -209,7 +209,7 @@ def test_several_id_maps(box: Box) -> None:
 
 
 @pytest.mark.parametrize(("allow", "opened"), [(True, ["r"]), (False, [])])
-def test_device_rules_on_the_cgroup(box: Box, allow: bool, opened: list[str]) -> None:
+async def test_device_rules_on_the_cgroup(box: Box, allow: bool, opened: list[str]) -> None:
     device = {"type": "c", "major": 1, "minor": 11, "access": "r"}  # /dev/kmsg
     rules = [{"allow": not allow, "access": "rwm"}, {"allow": allow, **device}]
     value = config("sh", "-c", "(: 3<>/mnt/kmsg) && echo rw; (: 3</mnt/kmsg) && echo r; true")
@@ -217,14 +217,14 @@ def test_device_rules_on_the_cgroup(box: Box, allow: bool, opened: list[str]) ->
         name: [*CAPABILITIES, "CAP_SYSLOG"] for name in ("bounding", "effective", "permitted")
     }
     value["linux"]["devices"] = [{"path": "/mnt/kmsg", "type": "c", "major": 1, "minor": 11}]
-    with own_cgroup(box, {"devices": rules}) as cgroup:
-        status, out, err = box.run(box.output(value, cgroup=cgroup))
+    async with own_cgroup({"devices": rules}) as cgroup:
+        status, out, err = await box.output(value, cgroup=cgroup)
     assert (status, out.split()) == (0, opened), err
     assert "Operation not permitted" in err
 
 
-def test_unified_values_reach_the_cgroup(box: Box) -> None:
-    with own_cgroup(box, {}) as cgroup:
+async def test_unified_values_reach_the_cgroup() -> None:
+    async with own_cgroup({}) as cgroup:
         present = [name for name in ("memory.high", "pids.max", "hugetlb.2MB.max") if Path(cgroup.path, name).exists()]
         assert present, "this machine's cgroup v2 hierarchy has no controller with a limit"
         value = {name: "4194304" for name in present}
@@ -241,17 +241,14 @@ def test_every_new_namespace_is_another(box: Box) -> None:
     assert len(inside) == len(kinds) and not set(inside) & set(outside)
 
 
-def test_joins_a_namespace_whose_path_the_configuration_gives(box: Box) -> None:
-    async def work() -> tuple[int, str, str]:
-        first = await box.running()
-        value = config("hostname")
-        value["hostname"] = ""
-        value["linux"]["namespaces"] = [
-            {"type": "pid"}, {"type": "mount"}, {"type": "uts", "path": f"/proc/{first.child.pid}/ns/uts"},
-        ]  # fmt: skip
-        return await box.output(value)
-
-    assert box.run(work()) == (0, "box\n", "")
+async def test_joins_a_namespace_whose_path_the_configuration_gives(box: Box) -> None:
+    first = await box.running()
+    value = config("hostname")
+    value["hostname"] = ""
+    value["linux"]["namespaces"] = [
+        {"type": "pid"}, {"type": "mount"}, {"type": "uts", "path": f"/proc/{first.child.pid}/ns/uts"},
+    ]  # fmt: skip
+    assert (await box.output(value)) == (0, "box\n", "")
 
 
 @pytest.mark.parametrize(
@@ -279,8 +276,8 @@ def test_joins_a_namespace_whose_path_the_configuration_gives(box: Box) -> None:
         ),
     ],
 )
-def test_limits_reach_the_cgroup_or_name_the_controller(box: Box, limit: dict[str, Any], file: str, value: str) -> None:
-    with own_cgroup(box, {}) as cgroup:
+async def test_limits_reach_the_cgroup_or_name_the_controller(limit: dict[str, Any], file: str, value: str) -> None:
+    async with own_cgroup({}) as cgroup:
         if Path(cgroup.path, file).exists():
             cgroup.apply(Resources.from_json(limit))
             assert Path(cgroup.path, file).read_text().strip() == value
@@ -335,8 +332,8 @@ def mounted(path: Path) -> Iterator[None]:
         subprocess.run(["umount", path], check=True)
 
 
-@contextmanager
-def own_cgroup(box: Box, resources: dict[str, Any]) -> Iterator[Cgroup]:
+@asynccontextmanager
+async def own_cgroup(resources: dict[str, Any]) -> AsyncIterator[Cgroup]:
     """A cgroup with these limits."""
     hierarchy = CgroupV2.find()
     assert hierarchy is not None, "this machine has no cgroup v2 hierarchy"
@@ -345,7 +342,7 @@ def own_cgroup(box: Box, resources: dict[str, Any]) -> Iterator[Cgroup]:
         cgroup.apply(Resources.from_json(resources))
         yield cgroup
     finally:
-        box.run(cgroup.delete())
+        await cgroup.delete()
 
 
 def _mount(mountinfo: str, point: str) -> list[str]:

@@ -56,14 +56,11 @@ async def both(box: Box, value: dict[str, Any], process: dict[str, Any] | None =
         ({"policy": "SCHED_OTHER", "nice": 19, "flags": ["SCHED_FLAG_RESET_ON_FORK"]}, 0, 19),
     ],
 )
-def test_scheduler(box: Box, scheduler: dict[str, Any], policy: int, nice: int) -> None:
-    async def work() -> None:
-        for pid in await both(box, config(scheduler=scheduler)):
-            fields = stat(pid)
-            assert int(fields[STAT_POLICY + 1]) == policy
-            assert policy == 5 or int(fields[STAT_NICE + 1]) == nice
-
-    box.run(work())
+async def test_scheduler(box: Box, scheduler: dict[str, Any], policy: int, nice: int) -> None:
+    for pid in await both(box, config(scheduler=scheduler)):
+        fields = stat(pid)
+        assert int(fields[STAT_POLICY + 1]) == policy
+        assert policy == 5 or int(fields[STAT_NICE + 1]) == nice
 
 
 def test_a_real_time_scheduler(box: Box) -> None:
@@ -84,61 +81,46 @@ def test_a_real_time_scheduler(box: Box) -> None:
     "wanted, value",
     [(("IOPRIO_CLASS_BE", 6), 2 << 13 | 6), (("IOPRIO_CLASS_IDLE", 0), 3 << 13), (("IOPRIO_CLASS_BE", 0), 2 << 13)],
 )
-def test_io_priority(box: Box, wanted: tuple[str, int], value: int) -> None:
-    async def work() -> None:
-        for pid in await both(box, config(ioPriority={"class": wanted[0], "priority": wanted[1]})):
-            assert io_priority(pid) == value
-
-    box.run(work())
+async def test_io_priority(box: Box, wanted: tuple[str, int], value: int) -> None:
+    for pid in await both(box, config(ioPriority={"class": wanted[0], "priority": wanted[1]})):
+        assert io_priority(pid) == value
 
 
-def test_personality(box: Box) -> None:
+async def test_personality(box: Box) -> None:
     value = config()
     value["linux"]["personality"] = {"domain": "LINUX32"}
 
-    async def work() -> None:
-        for pid in await both(box, value):
-            assert Path(f"/proc/{pid}/personality").read_text().strip().endswith("8")
-
-    box.run(work())
+    for pid in await both(box, value):
+        assert Path(f"/proc/{pid}/personality").read_text().strip().endswith("8")
 
 
-def test_the_agents_cpus_are_not_the_containers(box: Box) -> None:
+async def test_the_agents_cpus_are_not_the_containers(box: Box) -> None:
     cpus = os.sched_getaffinity(0)
     assert len(cpus) > 1, "this machine has one CPU: it cannot tell"
 
-    async def work() -> None:
-        os.sched_setaffinity(0, {min(cpus)})
-        try:
-            pids = await both(box, config())
-        finally:
-            os.sched_setaffinity(0, cpus)
-        for pid in pids:
-            assert os.sched_getaffinity(pid) == cpus
-
-    box.run(work())
+    os.sched_setaffinity(0, {min(cpus)})
+    try:
+        pids = await both(box, config())
+    finally:
+        os.sched_setaffinity(0, cpus)
+    for pid in pids:
+        assert os.sched_getaffinity(pid) == cpus
 
 
 @pytest.mark.parametrize(
     "initial, final, result", [("0", "1", {1}), ("0", "", None), ("", "0", {0}), ("0-1", "0,1", {0, 1})]
 )
-def test_cpus_of_an_exec(box: Box, initial: str, final: str, result: set[int] | None) -> None:
+async def test_cpus_of_an_exec(box: Box, initial: str, final: str, result: set[int] | None) -> None:
     wanted = {key: text for key, text in (("initial", initial), ("final", final)) if text}
 
-    async def work() -> None:
-        first, other = await both(box, config(), {"execCPUAffinity": wanted})
-        assert os.sched_getaffinity(other) == (result or os.sched_getaffinity(0))
-        assert os.sched_getaffinity(first) == os.sched_getaffinity(0)
-
-    box.run(work())
+    first, other = await both(box, config(), {"execCPUAffinity": wanted})
+    assert os.sched_getaffinity(other) == (result or os.sched_getaffinity(0))
+    assert os.sched_getaffinity(first) == os.sched_getaffinity(0)
 
 
-def test_cpus_that_are_not_there(box: Box) -> None:
-    async def work() -> None:
-        with pytest.raises(LaunchError, match="cpu affinity: none of these CPUs is available"):
-            await both(box, config(), {"execCPUAffinity": {"initial": "8000"}})
-
-    box.run(work())
+async def test_cpus_that_are_not_there(box: Box) -> None:
+    with pytest.raises(LaunchError, match="cpu affinity: none of these CPUs is available"):
+        await both(box, config(), {"execCPUAffinity": {"initial": "8000"}})
 
 
 def test_a_name_of_a_user(box: Box) -> None:

@@ -90,18 +90,15 @@ def test_a_denied_call_gets_its_errno(box: Box, caller: Path, privileges: bool) 
 
 
 @pytest.mark.parametrize("privileges", [False, True])
-def test_it_is_in_force_for_all_processes(box: Box, privileges: bool) -> None:
+async def test_it_is_in_force_for_all_processes(box: Box, privileges: bool) -> None:
     script = "grep -E '^(Seccomp|NoNewPrivs):' /proc/self/status"
     own = value(denying("personality"), "sleep", "1000", noNewPrivileges=not privileges)
     expected = f"NoNewPrivs:\t{int(not privileges)}\nSeccomp:\t2\n"
 
-    async def work() -> tuple[int, str, str]:
-        init = await box.running(own)
-        status = Path(f"/proc/{init.child.pid}/status").read_text()
-        assert "\nSeccomp:\t2\n" in status
-        return await box.exec(init, {"args": ["sh", "-c", script]}, own)
-
-    assert box.run(work()) == (0, expected, "")
+    init = await box.running(own)
+    status = Path(f"/proc/{init.child.pid}/status").read_text()
+    assert "\nSeccomp:\t2\n" in status
+    assert (await box.exec(init, {"args": ["sh", "-c", script]}, own)) == (0, expected, "")
 
 
 @pytest.mark.parametrize(
@@ -184,6 +181,6 @@ def test_flags(box: Box, caller: Path) -> None:
     assert called(box, caller, profile, PERSONALITY, 0xFFFFFFFF) == "-1 1"
 
 
-def test_a_profile_that_denies_the_program_is_told(box: Box) -> None:
+async def test_a_profile_that_denies_the_program_is_told(box: Box) -> None:
     with pytest.raises(LaunchError, match="exec /bin/true: operation not permitted"):
-        box.run(box.output(value(denying("execve"), "true", noNewPrivileges=True)))
+        await box.output(value(denying("execve"), "true", noNewPrivileges=True))

@@ -147,14 +147,11 @@ def test_an_agent_answers_for_the_kernel(box: Box, agent: Agent, no_new_privs: b
 
 
 @pytest.mark.parametrize("no_new_privs", [False, True])
-def test_a_process_that_joins_has_a_listener_of_its_own(box: Box, agent: Agent, no_new_privs: bool) -> None:
+async def test_a_process_that_joins_has_a_listener_of_its_own(box: Box, agent: Agent, no_new_privs: bool) -> None:
     value = notifying(box, "sleep", "1000", noNewPrivileges=no_new_privs)
 
-    async def work() -> tuple[int, tuple[int, str, str]]:
-        init = await box.running(value)
-        return init.child.pid, await box.exec(init, {"args": ["mkdir", "/tmp/x"]}, value)
-
-    pid, result = box.run(work())
+    init = await box.running(value)
+    pid, result = init.child.pid, await box.exec(init, {"args": ["mkdir", "/tmp/x"]}, value)
     assert result == (1, "", "mkdir: can't create directory '/tmp/x': No medium found\n")
     first, other = agent.states
     assert first["pid"] == pid == other["state"]["pid"] != other["pid"]
@@ -162,21 +159,22 @@ def test_a_process_that_joins_has_a_listener_of_its_own(box: Box, agent: Agent, 
 
 
 @pytest.mark.parametrize("no_new_privs", [False, True])
-def test_system_calls_that_nsexec_makes_itself(box: Box, agent: Agent, no_new_privs: bool) -> None:
+async def test_system_calls_that_nsexec_makes_itself(box: Box, agent: Agent, no_new_privs: bool) -> None:
     """The agent has the listener before nsexec asks for anything that it has to answer."""
     names = ("execve", "openat", "open", "read", "close", "setsid", "ioctl", "prlimit64")
     value = notifying(box, "sleep", "1000", names=names, noNewPrivileges=no_new_privs)
 
-    async def work() -> tuple[int, str, str]:
-        init = await box.running(value)
-        return await box.exec(init, {"args": ["echo", "fine"], "noNewPrivileges": no_new_privs}, value)
+    init = await box.running(value)
+    assert (await box.exec(init, {"args": ["echo", "fine"], "noNewPrivileges": no_new_privs}, value)) == (
+        0,
+        "fine\n",
+        "",
+    )
 
-    assert box.run(work()) == (0, "fine\n", "")
 
-
-def test_without_an_agent_nothing_is_created(box: Box) -> None:
+async def test_without_an_agent_nothing_is_created(box: Box) -> None:
     with pytest.raises(LaunchError, match=r"failed to connect with seccomp agent .*agent\.sock: no such file"):
-        box.run(box.output(notifying(box, "true")))
+        await box.output(notifying(box, "true"))
 
 
 @pytest.mark.parametrize(
@@ -187,8 +185,8 @@ def test_without_an_agent_nothing_is_created(box: Box) -> None:
         ({"listenerPath": "", "listenerMetadata": ""}, "listenerPath: is missing"),
     ],
 )
-def test_profiles_that_would_hang(box: Box, change: dict[str, Any], why: str) -> None:
+async def test_profiles_that_would_hang(box: Box, change: dict[str, Any], why: str) -> None:
     value = notifying(box, "true")
     value["linux"]["seccomp"] |= change
     with pytest.raises(SpecError, match=why):
-        box.run(box.output(value))
+        await box.output(value)
