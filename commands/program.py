@@ -72,10 +72,17 @@ def shell(*, container: str, guest: bool, name: str) -> int:
 
 def cp(*, source: str, target: str, name: str) -> int:
     """Copy a file or a directory into a container or out of it; returns 1 when something cannot be copied."""
-    left_out = call_sync(running_vm(name), lambda agent: copy.copy(agent, source, target, info))
+    left_out = asyncio.run(_copy(running_vm(name), source, target))
     for one in left_out:
         info(f"not copied: {one}")
     return int(bool(left_out))
+
+
+async def _copy(vm: VM, source: str, target: str) -> list[str]:
+    async with Guest(vm) as guest, contextlib.AsyncExitStack() as stack:
+        return await copy.copy(
+            guest.agent, source, target, info, lambda name: stack.enter_async_context(guest.with_files_of(name))
+        )
 
 
 def share(*, directory: str, name: str, container: str, at: str, tag: str, writable: bool, only_plug: bool) -> None:

@@ -21,7 +21,7 @@ from caisson.image.build.cache import Cache, default_root
 from caisson.image.containers import store
 from caisson.image.containers.oci import packed as packed_image
 from caisson.image.programs import TO_PACK, need
-from caisson.image.vm import VM
+from caisson.image.vm import VM, VMError
 from caisson.image.vm.hotplug import share as sharing
 from caisson.image.vm.hotplug.disks import plug_disk
 
@@ -52,7 +52,7 @@ def run(
             raise UsageError(f"container {container!r}: exists already; remove it: caisson rm {container}")
         remove_orphaned(vm)
         with contextlib.ExitStack() as stack:
-            volumes = _share(vm, shared)
+            volumes = _share(vm, shared, stack)
             options = specs.RunOptions(
                 env=settings, user=user, workdir=workdir, terminal=tty, hostname=hostname, entrypoint=entrypoint,
                 memory=memory * MIB, cpus=cpus, pids_limit=pids_limit, read_only=read_only, tmpfs=tmpfs,
@@ -93,13 +93,20 @@ def _parse_volume(text: str) -> tuple[Path, str, bool]:
     return Path(host), guest, mode == "rw"
 
 
-def _share(vm: VM, volumes: Sequence[tuple[Path, str, bool]]) -> list[specs.SharedVolume]:
-    """Have the guest see directories.  Raises VMError."""
+def _share(vm: VM, volumes: Sequence[tuple[Path, str, bool]], stack: contextlib.ExitStack) -> list[specs.SharedVolume]:
+    """Have the guest see directories; the stack unplugs those that it did not see before.  Raises VMError."""
     found = []
     for host, guest, writable in volumes:
         shared = sharing.share(vm, host, writable=writable)
+        if shared.new:
+            stack.callback(_unshare, vm, shared.tag)
         found.append(specs.SharedVolume(shared.fstype, shared.tag, guest, writable))
     return found
+
+
+def _unshare(vm: VM, tag: str) -> None:
+    with contextlib.suppress(VMError):  # another container has mounted it since, or the VM has ended
+        sharing.unshare(vm, tag)
 
 
 def images(*, as_json: bool) -> None:

@@ -131,7 +131,7 @@ def adapted(
     linux.pop("cgroupsPath", None)
     document["mounts"] = _mounts(_list(document.get("mounts"), "mounts"), mounts, privileged, warn)
     _namespaces(linux, warn)
-    _process(process, privileged)
+    _process(process, privileged, warn)
     if not privileged:
         _check_devices(linux)
         for name in _object(linux.get("sysctl"), "linux.sysctl"):
@@ -202,12 +202,22 @@ def _namespaces(linux: dict[str, Any], warn: Warn) -> None:
     linux["namespaces"] = kept
 
 
-def _process(process: dict[str, Any], privileged: bool) -> None:
+def _process(process: dict[str, Any], privileged: bool, warn: Warn) -> None:
     sets = _object(process.get("capabilities"), "process.capabilities")
     for kind, names in sets.items():
-        for name in _list(names, f"process.capabilities.{kind}"):
-            if name in ALL_CAPABILITIES and name not in PERMITTED_CAPABILITIES and not privileged:
-                raise _refused(f"process.capabilities.{kind}", f"{name} is beyond the default set")
+        field = f"process.capabilities.{kind}"
+        sets[kind] = [str(name).upper() for name in _list(names, field)]
+        for name in [name for name in sets[kind] if name not in ALL_CAPABILITIES]:
+            warn(f"config.json: {field}: {name[:40]}: left out: it is unknown")
+            sets[kind].remove(name)
+        for name in sets[kind]:
+            if name not in PERMITTED_CAPABILITIES and not privileged:
+                raise _refused(field, f"{name} is beyond the default set")
+    if ambient := sets.get("ambient"):  # capabilities(7): it must be permitted and inheritable
+        raised = [name for name in ambient if name in sets.get("permitted", ()) and name in sets.get("inheritable", ())]
+        if raised != ambient:
+            warn("config.json: process.capabilities.ambient: left out where not permitted and inheritable")
+        sets["ambient"] = raised
     if isinstance(process.get("oomScoreAdj"), int) and process["oomScoreAdj"] < 0 and not privileged:
         raise _refused("process.oomScoreAdj", "would protect it from the guest")
 

@@ -17,7 +17,7 @@ import stat
 import tarfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,28 +145,37 @@ class Progress:
 
     def add(self, count: int) -> None:
         self._bytes += count
-        if self._report and time.monotonic() - self._reported > PROGRESS_INTERVAL:
+        if self._report and self._bytes >= CHUNK and time.monotonic() - self._reported > PROGRESS_INTERVAL:
             self._reported = time.monotonic()
             self._report(f"{self._bytes / 1e6:.0f} MB copied")
 
 
-async def copy(agent: Agent, source: str, target: str, report: Callable[[str], None] | None = None) -> list[str]:
+async def copy(
+    agent: Agent,
+    source: str,
+    target: str,
+    report: Callable[[str], None] | None = None,
+    reach: Callable[[str], Awaitable[Container]] | None = None,
+) -> list[str]:
     """Copy a file or a directory between the host and a container, one of which is CONTAINER:PATH.
 
     Into a directory that exists, else under the target's name; of SOURCE/. the contents.  What is new gets the source's
     mode (on the host less the umask) and time, and is root's in the container and the caller's on the host; modes of
     what is there are kept.  Interrupted, it leaves nothing half-made.
 
-    Returns the names of what cannot be copied: sockets and devices.  Raises UsageError, AgentError.
+    ``reach`` returns a running container with the files of the one of this name.  Returns the names of what cannot be
+    copied: sockets and devices.  Raises UsageError, AgentError.
     """
     from_, to = Place.parse(source), Place.parse(target)
     if bool(from_.container) == bool(to.container):
         raise UsageError("cp: one of the two must be a path in a container, CONTAINER:PATH, and the other the host's")
     progress = Progress(report)
+    name = from_.container or to.container
+    container = agent.container(name) if reach is None else await reach(name)
     try:
         if to.container:
-            return await put(agent.container(to.container), from_.path, to.path, progress)
-        return await get(agent.container(from_.container), from_.path, to.path, progress)
+            return await put(container, from_.path, to.path, progress)
+        return await get(container, from_.path, to.path, progress)
     except ProgramError as error:
         raise UsageError(f"cp: the container lacks `sh` or `tar`: {error}") from error
 

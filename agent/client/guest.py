@@ -6,10 +6,11 @@ The caller boots and ends the guest (image.vm.VM, or another VMM's): docs/librar
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
@@ -18,6 +19,7 @@ import grpc
 
 from caisson.agent import client
 from caisson.agent.client import specs
+from caisson.proto.kata1 import agent_pb2
 
 T = TypeVar("T")
 
@@ -127,6 +129,27 @@ class Guest:
     async def existing(self, container_id: str) -> client.Container:
         """Return the container of this id: only the VM's default one is created on first use."""
         return await self.container() if container_id == DEFAULT else self.agent.container(container_id)
+
+    @contextlib.asynccontextmanager
+    async def with_files_of(self, container_id: str) -> AsyncIterator[client.Container]:
+        """Yield a running container that has the files of this one: itself, or one on its root when it has exited.
+
+        Only the VM's default container is created.  Raises AgentError.
+        """
+        container = await self.existing(container_id)
+        request = agent_pb2.ListProcessesRequest(container_id=container_id, format="json")
+        root = str(container_registry(self.machine).metadata(container_id).get("root") or "")
+        if not root or json.loads((await self.agent.rpc.ListProcesses(request)).process_list or b"[]"):
+            yield container
+            return
+        document = specs.container_document(root, scratch=())
+        document["root"]["readonly"] = False
+        stand_in = await self.agent.ensure_container(f"{container_id[:200]}.files", document)
+        try:
+            yield stand_in
+        finally:
+            with contextlib.suppress(client.AgentError):
+                await stand_in.remove()
 
     async def _ensure(self, container_id: str, spec: specs.Document) -> client.Container:
         """Call an agent that may be starting still: it is asked first when the call has failed."""

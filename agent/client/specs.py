@@ -82,8 +82,8 @@ MIN_MEMORY = 6 * MIB
 #: A container's quota is for so many microseconds (cgroup v2, cpu.max).
 CPU_PERIOD = 100_000
 
-#: Where --init has its program: in /dev, which is the container's own.
-INIT = "/dev/.caisson-init"
+#: Where --init has its program: in /dev, which is the container's own.  busybox is what it is called.
+INIT = "/dev/.caisson/busybox"
 
 #: A first process that passes signals on, reaps what is left to it, and ends as its child does.
 INIT_SCRIPT = """exec 3<&0; "$@" <&3 3<&- & child=$!; exec 3<&-

@@ -137,6 +137,15 @@ def test_what_engines_write_about_their_host_is_left_out_with_a_warning(path: st
     assert len(warnings) == 1 and warning in warnings[0]
 
 
+def test_capabilities_that_cannot_be_raised_or_are_unknown_are_left_out_with_a_warning() -> None:
+    sets = {"bounding": ["CAP_KILL", "CAP_OF_TOMORROW"], "permitted": ["CAP_KILL"], "ambient": ["CAP_KILL"]}
+    document, warnings = of_bundle(changed("process.capabilities", sets))
+    assert document["process"]["capabilities"] == {"bounding": ["CAP_KILL"], "permitted": ["CAP_KILL"], "ambient": []}
+    assert len(warnings) == 2 and "CAP_OF_TOMORROW" in warnings[0] and "ambient" in warnings[1]
+    document, warnings = of_bundle(changed("process.capabilities", sets | {"inheritable": ["CAP_KILL"]}))
+    assert document["process"]["capabilities"]["ambient"] == ["CAP_KILL"] and len(warnings) == 1
+
+
 def test_a_bundle_of_a_tool_without_root_gets_file_systems_of_the_guest() -> None:
     mount = {"destination": "/sys", "type": "none", "source": "/sys", "options": ["rbind", "ro"]}
     document, _ = of_bundle(changed("mounts", [mount]))
