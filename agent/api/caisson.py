@@ -32,7 +32,7 @@ class CaissonService:
     """For clients of our own: containers that are made on first use, clones of a snapshot, mounts in containers."""
 
     def __init__(self, sandbox: Sandbox, hotplug_timeout: float) -> None:
-        """A device that is plugged in is waited for ``hotplug_timeout`` seconds."""
+        """Wait ``hotplug_timeout`` seconds for a device that is being plugged in."""
         self._sandbox = sandbox
         self._hotplug_timeout = hotplug_timeout
         self._logs: dict[str, OutputLog] = {}

@@ -48,8 +48,9 @@ class GuestService:
     DEFAULT_ROUTES: ClassVar[dict[int, str]]
 
     def __init__(self, hotplug_timeout: float, files: Files, cpus_came: Callable[[], object]) -> None:
-        """An interface that is plugged in is waited for ``hotplug_timeout`` seconds; ``cpus_came`` is called when CPUs
-        that were plugged in are in use.
+        """Wait ``hotplug_timeout`` seconds for an interface that is being plugged in.
+
+        ``cpus_came`` is called when hot-plugged CPUs are online.
         """
         self._hotplug_timeout = hotplug_timeout
         self._files = files

@@ -28,7 +28,7 @@ CCW = re.compile(r"[0-9a-f]\.[0-9a-f]\.[0-9a-f]{4}")
 
 
 class BlockDevices:
-    """Finds disks, waiting up to `seconds` for one that is on its way."""
+    """Find disks, waiting up to `seconds` for one that is being plugged in."""
 
     def __init__(self, seconds: float = 3.0, *, sys: str = "/sys", dev: str = "/dev") -> None:
         self._seconds = seconds
@@ -36,7 +36,7 @@ class BlockDevices:
         self._dev = dev
 
     def node(self, path: str) -> str:
-        """A node that is there already.  Raises InvalidArgument."""
+        """Return the node of a device that exists.  Raises InvalidArgument."""
         try:
             mode = os.stat(path).st_mode  # noqa: PTH116 - no pathlib at start
         except OSError:
@@ -52,7 +52,7 @@ class BlockDevices:
         return path
 
     async def pci(self, path: str) -> str:
-        """The disk at a PCI path: slots, in hexadecimal, from the root bus down ("02" or "02/01").
+        """Find the disk at a PCI path: slots, in hexadecimal, from the root bus down ("02" or "02/01").
 
         A slot may have a function ("02.1"), and a root bus other than the first comes before ("20/00/01").  Raises
         InvalidArgument or DeviceTimeout.
@@ -79,13 +79,13 @@ class BlockDevices:
         return self._disk_in([f"{place}/{name}" for name in _names(place) if name.startswith("virtio")])
 
     def _root_bus(self, bus: str) -> str:
-        """The directory of a root bus, which on arm64 may be below its host bridge."""
+        """Return the directory of a root bus, which on arm64 may be below its host bridge."""
         bridges = [f"devices/platform/{name}" for name in _names(f"{self._sys}/devices/platform") if "pci" in name]
         places = [f"{self._sys}/{parent}/pci{bus}" for parent in ("devices", *bridges)]
         return next((place for place in places if os.path.isdir(place)), places[0])  # noqa: PTH112
 
     async def scsi(self, address: str) -> str:
-        """The disk at "ID:LUN" of any SCSI host.  Raises Timeout."""
+        """Find the disk at "ID:LUN" of any SCSI host.  Raises InvalidArgument or DeviceTimeout."""
         if not SCSI_ADDRESS.fullmatch(address):
             raise InvalidArgument(f"invalid SCSI address {address}")
         for host in _names(f"{self._sys}/class/scsi_host"):
@@ -98,14 +98,14 @@ class BlockDevices:
         return self._disk_in([f"{place}/{name}/device" for name in names])
 
     async def pmem(self, path: str) -> str:
-        """A persistent memory device by its node.  Raises InvalidArgument or Timeout."""
+        """Find a persistent memory device by its node.  Raises InvalidArgument or DeviceTimeout."""
         if not PMEM.fullmatch(path):
             raise InvalidArgument(f"invalid nvdimm source path: {path}")
         name = path.rpartition("/")[2]
         return await self._wait(lambda: self._node_of(name), path)
 
     async def ccw(self, address: str) -> str:
-        """A disk on the channel bus of s390x.  Raises InvalidArgument or Timeout."""
+        """Find a disk on the channel bus of s390x.  Raises InvalidArgument or DeviceTimeout."""
         if not CCW.fullmatch(address):
             raise InvalidArgument(f"invalid CCW device {address}")
         place = f"{self._sys}/bus/ccw/devices/{address}"

@@ -16,7 +16,7 @@ def _read(file: str) -> str | None:
 
 
 def memory_block_size() -> int:
-    """Bytes in a block of hot-plugged memory; 0 where the kernel knows none.
+    """Return the size in bytes of a block of hot-plugged memory; 0 where the kernel has none.
 
     Source: Documentation/ABI/testing/sysfs-devices-memory (the file is hexadecimal).
     """
@@ -24,12 +24,12 @@ def memory_block_size() -> int:
 
 
 def memory_probe() -> bool:
-    """Whether hot-plugged memory has to be announced by writing its address: there is a file for it, and no ACPI."""
+    """Return whether hot-plugged memory must be probed for by its address: there is a file for it, and no ACPI."""
     import os
 
     return os.path.exists(PROBE) and _read(ACPI_HOTPLUG) != "1"  # noqa: PTH110 - no pathlib at start
 
 
 def supports_seccomp() -> bool:
-    """Whether the kernel filters system calls (seccomp(2)): the process's own status says so."""
+    """Return whether the kernel filters system calls (seccomp(2)), as the process's own status says."""
     return "\nSeccomp:" in (_read("/proc/self/status") or "")

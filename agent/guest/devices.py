@@ -35,7 +35,10 @@ class GuestDevice(Record):
 
 
 async def placed(spec: Spec, wanted: Sequence[GuestDevice], blocks: BlockDevices) -> Spec:
-    """The configuration with the guest's numbers.  Raises InvalidArgument, SystemCallFailed or Timeout."""
+    """Return the configuration with the guest's device numbers.
+
+    Raises InvalidArgument, SystemCallFailed or DeviceTimeout.
+    """
     import asyncio
 
     numbers: dict[str, tuple[str, int, int]] = {}
@@ -61,7 +64,7 @@ def _check(device: GuestDevice) -> None:
 
 
 async def _node(device: GuestDevice, blocks: BlockDevices) -> str:
-    """Its node in the guest's /dev, once it is there."""
+    """Return its node in the guest's /dev, once it exists."""
     if device.type == "nvdimm":
         return await blocks.pmem(device.vm_path)
     if device.type == "scsi":

@@ -45,7 +45,7 @@ class Resolver:
         return True
 
     def release(self) -> None:
-        """The guest's own again.  Idempotent."""
+        """Restore the guest's own.  Idempotent."""
         if not self._set:
             return
         self._set = False

@@ -57,7 +57,7 @@ class _Unfinished:
         return not self.size or self._parts == [(0, self.size)]
 
     def contradicts(self, offset: int, data: bytes) -> bool:
-        """Whether something else came for this place: the host has begun anew."""
+        """Return whether other data came for this range before: the host has started over."""
         for start, end in self._parts:
             low, high = max(start, offset), min(end, offset + len(data))
             if low < high and os.pread(self.fd, high - low, low) != data[low - offset : high - offset]:
@@ -158,7 +158,7 @@ class Files:
         return at
 
     def _made(self, at: int, name: str, piece: Piece) -> None:
-        """A directory was made on the way to a file."""
+        """Give a directory that was made on the way to a file its owner; here it stays root's."""
 
     def _name(self, fd: int, directory: int, name: str) -> None:
         """Give the file its name, over whatever has it now: link(2) cannot replace, rename(2) can."""

@@ -41,7 +41,7 @@ class GuestHooks:
         )
 
     def added_to(self, spec: Spec) -> Spec:
-        """A configuration from the host, with the guest's hooks after its own.
+        """Return a configuration from the host with the guest's hooks after its own.
 
         Its own have to be programs below the directory, too: whoever may write a container's configuration (in the
         end, by annotations, a user of the cluster: CVE-2020-27151) does not choose programs of the guest.  Raises

@@ -49,7 +49,7 @@ class Metrics:
         self._scrapes = 0
 
     def text(self) -> str:
-        """One scrape.  What this kernel does not tell is left out."""
+        """Scrape once.  What this kernel does not tell is left out."""
         self._scrapes += 1
         ticks = os.sysconf("SC_CLK_TCK")
         stat = self._words("self/stat", after=")")  # from field 3 on, proc_pid_stat(5)
@@ -120,7 +120,7 @@ class Metrics:
 
 
 def meminfo_item(name: str) -> str:
-    """A line's name in snake case: "Active(anon)" → "active_anon", "SReclaimable" → "s_reclaimable"."""
+    """Return a line's name in snake case: "Active(anon)" → "active_anon", "SReclaimable" → "s_reclaimable"."""
     if name in MEMINFO:
         return MEMINFO[name]
     plain = name.replace("(", "_").rstrip(")")

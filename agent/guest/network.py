@@ -102,11 +102,11 @@ class Network:
         self._lock = asyncio.Lock()
 
     async def interfaces(self) -> list[Interface]:
-        """All interfaces, lo included."""
+        """List all interfaces, lo included."""
         return await asyncio.to_thread(_interfaces)
 
     async def routes(self) -> list[Route]:
-        """The main table, v4 and v6."""
+        """List the routes of the main table, v4 and v6."""
         return await asyncio.to_thread(_routes)
 
     async def update_interface(self, wanted: Interface, *, plugged: bool = False, only: bool = True) -> None:
@@ -140,7 +140,7 @@ class Network:
             await asyncio.sleep(0.05)
 
     async def update_routes(self, wanted: Sequence[Route], *, only: bool = True) -> None:
-        """Have these routes, and with `only` no others but for the kernel's own and those of lo.
+        """Install these routes, and with `only` no others but for the kernel's own and those of lo.
 
         Direct routes come first: gateways are reached by them.  Raises SystemCallFailed; the old routes stay then.
         """
@@ -262,7 +262,7 @@ def _route_of(message: Message, names: dict[int, str]) -> Route:
 
 
 def _mtu(metrics: bytes) -> int:
-    """The MTU among a route's metrics, which are attributes of 32-bit numbers; 0 where there is none."""
+    """Return the MTU among a route's metrics, which are attributes of 32-bit numbers; 0 where there is none."""
     for at in range(0, len(metrics) - 7, 8):
         if int.from_bytes(metrics[at + 2 : at + 4], sys.byteorder) == rt.RTAX_MTU:
             return int.from_bytes(metrics[at + 4 : at + 8], sys.byteorder)
@@ -309,14 +309,14 @@ def _put(netlink: Rtnetlink, request: _RouteRequest) -> bool:
 
 
 def _again(message: Message, names: dict[int, str]) -> _RouteRequest:
-    """The request that makes, or takes away, the route which a dump showed."""
+    """Return the request that adds, or deletes, a route of a dump."""
     attributes = {kind: value for kind, value in message.attributes.items() if kind != rt.RTA_CACHEINFO}
     what = f"the route {_route_of(message, names)}"
     return _RouteRequest(fixed=rt.ROUTE.pack(*message.fixed), attributes=attributes, what=what)
 
 
 def _request_of(route: Route, indexes: dict[str, int]) -> _RouteRequest:
-    """A route as rtnetlink's request.  Raises SystemCallFailed."""
+    """Encode a route as rtnetlink's request.  Raises DeviceNotFound or SystemCallFailed."""
     from ipaddress import ip_network
 
     what = f"route dest({route.destination})/gw({route.gateway})/dev({route.device})"
@@ -367,7 +367,7 @@ def _add_neighbours(neighbours: Sequence[Neighbour], flag: int) -> None:
 
 @contextmanager
 def _doing(what: str) -> Iterator[None]:
-    """A refusal by the kernel becomes SystemCallFailed with what was tried."""
+    """Turn the kernel's refusal into SystemCallFailed, with what was tried."""
     try:
         yield
     except OSError as error:

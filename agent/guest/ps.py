@@ -15,7 +15,7 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def table(pids: Iterable[int]) -> str:
-    """The lines of `ps -ef` for these processes, under their heading; those that have just ended are left out.
+    """Return the lines of `ps -ef` for these processes, under their heading, without those that have just ended.
 
     UID is a number: the names of the guest's users are not the container's.
     """
@@ -50,7 +50,7 @@ def _line(pid: int, now: float, uptime: float) -> str:
 
 
 def _terminal(number: int) -> str:
-    """A terminal's name, as far as its device number tells: pty slaves are majors 136 to 143 (devices.txt)."""
+    """Return a terminal's name, as far as its device number tells: pty slaves are majors 136 to 143 (devices.txt)."""
     major, minor = os.major(number), os.minor(number)
     if not number:
         return "?"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def fit(resources: Resources) -> Resources:
-    """The limits with CPUs that there are, and with device rules, if any, that end in a ban of the guest's disks.
+    """Return the limits with CPUs that exist, and with device rules, if any, that end in a ban of the guest's disks.
 
     Making nodes of them stays allowed, as it is for any device: a node that cannot be opened does no harm.
     """

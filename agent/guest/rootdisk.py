@@ -12,7 +12,7 @@ SYSFS = "/sys/dev/block"
 
 
 def root_disks(path: str = "/", sysfs: str = SYSFS) -> tuple[tuple[int, int], ...]:
-    """The device that `path` lies on, and all below it: mapped devices' own, a partition's disk, a disk's partitions.
+    """Return the device that `path` lies on, and all below it: of mapped devices, the disk, its partitions.
 
     Nothing for a root that is on no disk.  (major, minor) each, sorted.
     """

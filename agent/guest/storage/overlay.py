@@ -55,7 +55,7 @@ def prepared(storage: Storage, container_id: str) -> Storage:
 
 
 def is_layer(storage: Storage) -> bool:
-    """Whether a storage is one of those that make one root together."""
+    """Return whether a storage is one of those that make one root together."""
     return storage.driver == MULTI_LAYER or PART_OF_MULTI_LAYER in storage.options
 
 
