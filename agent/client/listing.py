@@ -38,17 +38,23 @@ async def processes(agent: Agent, known: Registry, container: str = "") -> list[
     async def listed(container_id: str) -> dict[str, Any]:
         request = agent_pb2.ListProcessesRequest(container_id=container_id, format="table")
         answer = await agent.rpc.ListProcesses(request)
-        return {"container": container_id, "processes": parse_table(answer.process_list.decode())}
+        return {"container": container_id, "processes": parse_table(answer.process_list.decode(errors="replace"))}
 
     return await _each(known, container, listed)
 
 
 def parse_table(text: str) -> list[dict[str, Any]]:
-    """Parse the output of `ps -ef`; ``cpu`` is a percentage."""
-    found = []
-    for line in text.splitlines()[1:]:
+    """Parse the output of `ps -ef`; ``cpu`` is a percentage.
+
+    A process chooses its command, line ends and all: what is not a row is shown as a command, and is no error.
+    """
+    found: list[dict[str, Any]] = []
+    for line in filter(None, text.split("\n")[1:]):
         row: dict[str, Any] = dict(zip(COLUMNS, line.split(None, len(COLUMNS) - 1), strict=False))
-        found.append(row | {name: int(row[name]) for name in NUMBERS})
+        try:
+            found.append(row | {name: int(row[name]) for name in NUMBERS})
+        except (KeyError, ValueError):
+            found.append({"command": line})
     return found
 
 

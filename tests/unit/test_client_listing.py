@@ -37,6 +37,14 @@ def test_a_table_of_ps() -> None:
     assert listing.parse_table(TABLE.splitlines()[0]) == []
 
 
+@pytest.mark.parametrize("line", ["x", "a b c d e f g h", "0 1 2", "\x85 1 2 3", "0 ٣x 1 2 a b c d", "\x1b[2J"])
+def test_a_row_that_is_none_is_shown_and_no_error(line: str) -> None:
+    """A process chooses its command: with a line end in it, the rest looks like a row."""
+    found = listing.parse_table(f"{TABLE}{line}\n")
+    assert len(found) == 3
+    assert found[2] == {"command": line}
+
+
 def test_the_agents_own_table_can_be_read() -> None:
     import os
 
