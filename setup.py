@@ -5,8 +5,12 @@ pyproject.toml has everything that does not depend on files.
 
 from __future__ import annotations
 
+import os
 import runpy
 import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -19,6 +23,14 @@ PACKAGES = ("agent", "commands", "image", "proto")
 #: Directories of plain files that the code reads, beside the packages.
 DATA = ("rootfs-templates",)
 
+#: Files that the command line writes about itself: where to, and by which words.
+SHARED = {
+    "build/share/caisson.1": ("share/man/man1", ["help", "--man"]),
+    "build/share/caisson": ("share/bash-completion/completions", ["completion", "bash"]),
+    "build/share/_caisson": ("share/zsh/site-functions", ["completion", "zsh"]),
+    "build/share/caisson.fish": ("share/fish/vendor_completions.d", ["completion", "fish"]),
+}
+
 #: Compiles the protocol files; a module of its own, since `caisson` cannot be imported yet.
 PROTOCOL = runpy.run_path("proto/generate.py", run_name="generate")
 
@@ -28,6 +40,7 @@ class BuildPackages(build_py):
 
     def run(self) -> None:
         PROTOCOL["ensure"]()
+        write_shared_files()
         shutil.rmtree(Path(self.build_lib) / "caisson", ignore_errors=True)
         super().run()
 
@@ -38,6 +51,21 @@ class SourceArchive(sdist):
     def run(self) -> None:
         PROTOCOL["ensure"]()
         super().run()
+
+
+def write_shared_files() -> None:
+    """Have the command line write its manual page and completions: with `caisson` where it can be imported."""
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / "caisson").mkdir()
+        for name in PACKAGES:
+            (Path(scratch) / "caisson" / name).symlink_to(Path(name).resolve())
+        for file, (_, words) in SHARED.items():
+            command = [sys.executable, "-m", "caisson.commands.main", *words]
+            text = subprocess.run(
+                command, env=os.environ | {"PYTHONPATH": scratch}, capture_output=True, check=True
+            ).stdout
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            Path(file).write_bytes(text)
 
 
 def packages() -> list[str]:
@@ -64,6 +92,7 @@ setup(
         "caisson.proto": ["py.typed", *files_below("proto", "*.proto"), "*/*_pb2.pyi"],
         **{f"caisson.{name}": files_below(name, "*") for name in DATA},
     },
+    data_files=[(directory, [file]) for file, (directory, _) in SHARED.items()],
     scripts=["commands/caisson-oci"],
     cmdclass={"build_py": BuildPackages, "sdist": SourceArchive},
     setup_requires=["grpcio-tools>=1.60"] if PROTOCOL["outdated"]() else [],

@@ -96,7 +96,9 @@ def test_a_project_of_its_own_has_the_library_and_the_plugin(
 def test_it_adds_no_other_module(installed: Environment, tmp_path: Path) -> None:
     program = "import importlib.metadata as m, json; print(json.dumps([str(f) for f in m.files('caisson-vm')]))"
     files = json.loads(installed.run(installed.python, "-c", program, cwd=tmp_path))
-    tops = {file.partition("/")[0] for file in files if not file.startswith("../../../bin/")}
+    tops = {file.partition("/")[0] for file in files if not file.startswith(("../../../bin/", "../../../share/"))}
+    for shared in ("man/man1/caisson.1", "bash-completion/completions/caisson", "zsh/site-functions/_caisson"):
+        assert (installed.directory / "share" / shared).stat().st_size > 0
     assert {top for top in tops if not top.endswith(".dist-info")} == {"caisson"}
     assert not any(name in file for file in files for name in ("tests/", "tasks.py", ".proto-"))
     for needed in ("agent/nsexec/nsexec.c", "rootfs-templates/debian/image.yaml", "proto/kata1/agent.proto",
