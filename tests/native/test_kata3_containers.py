@@ -8,7 +8,7 @@ import pytest
 
 from caisson.agent.rpc.codes import StatusCode
 from caisson.proto.kata3 import agent_pb2, oci_pb2
-from tests.native.agent_support import RunningAgent
+from tests.native.agent_support import RunningAgent, output
 from tests.native.kata3_support import SHARED, Host, apart, refused
 
 __all__ = ["apart"]
@@ -174,3 +174,19 @@ async def test_a_spec_as_containerd_makes_it(apart: RunningAgent) -> None:
         spec.Linux.Sysctl.clear()
         spec.Linux.Sysctl["vm.swappiness"] = "1"
         assert (await refused(host.create("c", spec)))[0] == StatusCode.INVALID_ARGUMENT
+
+
+async def test_hosts_of_both_generations_at_once(apart: RunningAgent) -> None:
+    """Whoever runs pods by a Kata host can still look into them with commands of ours."""
+    async with await Host.connect(apart) as host, apart.connect() as client:
+        await host.rpc.CreateSandbox(agent_pb2.CreateSandboxRequest(sandbox_id="pod"))
+        await host.run("c", host.spec("/bin/sh", "-c", "read line; echo $line; exit 5"))
+        process = await client.container("c").exec(["/bin/echo", "ours"])
+        assert await output(process) == b"ours\n"
+        first = client.container("c").init()
+        await first.write(b"typed by the other\n")
+        assert await host.output("c") == b"typed by the other\n"
+        assert await first.wait() == 5
+        wait = agent_pb2.WaitProcessRequest(container_id="c")
+        assert (await host.rpc.WaitProcess(wait)).status == 5
+        assert await output(first) == b""  # its end, as each generation has it
