@@ -5,6 +5,7 @@ containerd calls it after every container whose `start` it called, also in a pod
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -35,7 +36,10 @@ def delete(bundle: TaskBundle, machines: Machines) -> bytes:
 
 
 def _end_pod(record: BundleRecord, machines: Machines) -> None:
-    machines.stop(record.machine)
-    if record.holder.alive:
-        os.kill(record.holder.pid, signal.SIGKILL)
-    mounts.release(Path(record.directory))
+    try:
+        machines.stop(record.machine)
+    finally:
+        if record.holder.alive:
+            with contextlib.suppress(ProcessLookupError):  # it ends with its shim, by itself
+                os.kill(record.holder.pid, signal.SIGKILL)
+        mounts.release(Path(record.directory))

@@ -1,0 +1,181 @@
+"""docker and containerd from a distribution's packages, unpacked and started below one directory of a test's own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+
+from caisson import image
+from caisson.commands.snapshot import save_snapshot
+from caisson.image.build.cache import default_root
+from caisson.image.packages.distribution import DISTRIBUTIONS, extract
+
+#: The release whose docker takes a runtime by its name, and its packages; they run on the release before it, too.
+SUITE = "trixie"
+PACKAGES = ("docker.io", "docker-cli", "containerd")
+
+RUNTIME = "io.containerd.caisson.v2"
+SNAPSHOT = "tests-shim"
+
+#: Seconds for one command of docker's, in which a VM may be cloned on a busy machine.
+COMMAND_TIMEOUT = 120.0
+
+CONFIGURATION = """
+version = 2
+root = "{place}/root"
+state = "{place}/state"
+disabled_plugins = ["io.containerd.grpc.v1.cri"]
+[grpc]
+  address = "{place}/containerd.sock"
+[ttrpc]
+  address = "{place}/containerd.sock.ttrpc"
+"""
+
+SHIM = """#!{python}
+import sys
+from caisson.commands.shim import main
+sys.exit(main())
+"""
+
+
+class Engine:
+    """A running docker.  ``place`` is its directory."""
+
+    def __init__(self, place: Path, environment: dict[str, str]) -> None:
+        self.place = place
+        self._environment = environment
+
+    def docker(self, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+        """Run a command of docker's to its end."""
+        return subprocess.run(
+            ["docker", *words], input=stdin, env=self._environment, capture_output=True, timeout=COMMAND_TIMEOUT
+        )
+
+    def on_terminal(self, rows: int, columns: int, *words: str) -> subprocess.CompletedProcess[bytes]:
+        """Run a command of docker's on a terminal of this size."""
+        command = f"stty rows {rows} cols {columns}; exec docker {' '.join(words)}"
+        return subprocess.run(
+            ["script", "-qec", command, os.devnull], env=self._environment, stdin=subprocess.DEVNULL,
+            capture_output=True, timeout=COMMAND_TIMEOUT,
+        )  # fmt: skip
+
+    def vms(self) -> list[str]:
+        """Return the names of the VMs that run."""
+        return sorted(path.name for path in Path(self._environment["CAISSON_RUN"]).glob("pod-*"))
+
+    def mounts(self) -> list[str]:
+        """Return the mount points of pods."""
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+        return [line.split()[4] for line in lines if "/run/caisson/pods/" in line]
+
+
+@contextlib.contextmanager
+def engine() -> Iterator[Engine]:
+    """Start containerd and docker; at the end nothing of them is left."""
+    place = Path(tempfile.mkdtemp(prefix="cs-"))  # short, for sockets
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        environment = _environment(place)
+        with (place / "log").open("wb") as log:
+            start = {"env": environment, "stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            processes.append(subprocess.Popen(["containerd", "-c", str(place / "containerd.toml")], **start))  # type: ignore[call-overload]
+            _await(["ctr", "-a", str(place / "containerd.sock"), "version"], environment, place)
+            processes.append(subprocess.Popen(_dockerd(place), **start))  # type: ignore[call-overload]
+            _await(["docker", "version"], environment, place)
+        made = Engine(place, environment)
+        imported = made.docker("import", "-", "busybox", stdin=rootfs())
+        assert imported.returncode == 0, imported.stderr
+        yield made
+        running = made.docker("ps", "--all", "--quiet").stdout.decode().split()
+        if running:
+            made.docker("rm", "--force", *running)
+    finally:
+        for process in reversed(processes):
+            process.send_signal(signal.SIGTERM)
+            process.wait(30)
+        _unmount(place)
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _environment(place: Path) -> dict[str, str]:
+    """Unpack the programs, write their configurations, and return the environment that they are run in."""
+    tree, programs, run = place / "tree", place / "bin", place / "run"
+    packages = DISTRIBUTIONS["debian"].packages(default_root() / "apt" / f"{SUITE}-amd64", SUITE, "amd64")
+    packages.update()
+    for directory in (tree, programs, run):
+        directory.mkdir()
+    run.chmod(0o700)
+    extract(packages.fetch(list(PACKAGES)), tree)
+    shim = programs / "containerd-shim-caisson-v2"
+    shim.write_text(SHIM.format(python=sys.executable))
+    shim.chmod(0o755)
+    (place / "containerd.toml").write_text(CONFIGURATION.format(place=place))
+    (place / "daemon.json").write_text(json.dumps({"runtimes": {"caisson": {"runtimeType": RUNTIME}}}))
+    directory = image.build_image().directory
+    (place / "shim.toml").write_text(f'snapshot = "{SNAPSHOT}"\nimage = "{directory}"\n')
+    save_snapshot(name=SNAPSHOT, image=str(directory), memory=512, cpus=1, append="", accel="auto", vsock="user")
+    path = [str(programs), str(tree / "usr/bin"), str(tree / "usr/sbin"), os.environ["PATH"]]
+    return os.environ | {
+        "PATH": os.pathsep.join(path),
+        "CAISSON_RUN": str(run),
+        "CAISSON_SHIM_CONFIG": str(place / "shim.toml"),
+        "DOCKER_HOST": f"unix://{place}/docker.sock",
+    }
+
+
+def _dockerd(place: Path) -> list[str]:
+    return [
+        "dockerd", "--config-file", f"{place}/daemon.json", "-H", f"unix://{place}/docker.sock",
+        "--data-root", f"{place}/data", "--exec-root", f"{place}/exec", "-p", f"{place}/pid",
+        "--containerd", f"{place}/containerd.sock", "--iptables=false", "--ip6tables=false", "--bridge=none",
+        "--storage-driver", "overlay2",
+    ]  # fmt: skip
+
+
+def _await(words: list[str], environment: dict[str, str], place: Path) -> None:
+    for _ in range(240):
+        if subprocess.run(words, env=environment, capture_output=True).returncode == 0:
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(["sleep", "0.25"], timeout=1)
+    raise AssertionError((place / "log").read_text()[-2000:])
+
+
+def _unmount(place: Path) -> None:
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    for point in sorted((line.split()[4] for line in lines if line.split()[4].startswith(f"{place}/")), reverse=True):
+        subprocess.run(["umount", "--lazy", point], capture_output=True)
+
+
+def rootfs() -> bytes:
+    """Return a tar of a root file system: a static busybox, and who root and nobody are."""
+    program = Path(shutil.which("busybox") or "/bin/busybox")
+    with BytesIO() as buffer:
+        with tarfile.open(fileobj=buffer, mode="w") as archive:
+
+            def add(
+                name: str, data: bytes = b"", mode: int = 0o755, kind: bytes = tarfile.REGTYPE, to: str = ""
+            ) -> None:
+                member = tarfile.TarInfo(name)
+                member.size, member.mode, member.type, member.linkname = len(data), mode, kind, to
+                archive.addfile(member, BytesIO(data))
+
+            for name in ("bin", "dev", "etc", "proc", "root", "sys", "tmp"):
+                add(name, mode=0o1777 if name == "tmp" else 0o755, kind=tarfile.DIRTYPE)
+            add("bin/busybox", program.read_bytes())
+            for applet in subprocess.run([program, "--list"], capture_output=True, text=True).stdout.split():
+                if applet != "busybox":
+                    add(f"bin/{applet}", kind=tarfile.SYMTYPE, to="busybox")
+            add("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/sh\n", 0o644)
+            add("etc/group", b"root:x:0:\n", 0o644)
+        return buffer.getvalue()
