@@ -150,8 +150,14 @@ def test_unrelated_limits_leave_the_device_rules_alone(kernel: Kernel) -> None:
 @pytest.mark.parametrize(
     ("memory", "text"),
     [
-        ({"limit": 4999}, "linux.resources.memory.limit: 4999 is below the 5000 bytes in use"),
-        ({"limit": 5000, "swap": 5099}, "linux.resources.memory.swap: 5099 is below the 5100 bytes in use"),
+        (
+            {"limit": 4999},
+            "linux.resources.memory.limit: rejecting memory limit 4999: it is below the 5000 bytes in use",
+        ),
+        (
+            {"limit": 5000, "swap": 5099},
+            "linux.resources.memory.swap: rejecting memory+swap limit 5099: it is below the 5100 bytes in use",
+        ),
         ({"limit": 5000, "swap": 5100}, ""),
         ({"limit": -1}, ""),
     ],

@@ -218,9 +218,13 @@ class Cgroup:
         if not memory.check_before_update:
             return
         usage, swap = self._memory_in_use()
-        for field, limit, used in (("limit", memory.limit, usage), ("swap", memory.swap, usage + swap)):
+        for field, what, limit, used in (
+            ("limit", "memory", memory.limit, usage),
+            ("swap", "memory+swap", memory.swap, usage + swap),
+        ):
             if limit is not None and 0 < limit < used:
-                raise CgroupError(f"{WHERE}.memory.{field}: {limit} is below the {used} bytes in use")
+                words = f"rejecting {what} limit {limit}: it is below the {used} bytes in use"
+                raise CgroupError(f"{WHERE}.memory.{field}: {words}")
 
     def _memory_in_use(self) -> tuple[int, int]:
         """Bytes of memory, and of swap."""
