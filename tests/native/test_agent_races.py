@@ -159,7 +159,7 @@ async def test_one_that_does_not_read_does_not_hold_up_others(agent: RunningAgen
         await client.create_sandbox()
         container = await running(client, agent)
         deaf = await container.exec(["/bin/sleep", "1000"])
-        write = asyncio.ensure_future(deaf.write(bytes(1 << 20)))
+        write = asyncio.ensure_future(deaf.write(bytes(3 << 20)))
         waits: list[asyncio.Future[Any]] = [asyncio.ensure_future(deaf.wait()) for _ in range(50)]
         waits += [asyncio.ensure_future(anext(deaf.stdout())) for _ in range(50)]
         for name in ("box", "other"):
