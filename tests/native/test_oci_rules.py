@@ -50,7 +50,7 @@ def rules(module: ModuleType) -> Iterator[Callable[..., None]]:
             continue
         if list(inspect.signature(function).parameters) != ["box"] or inspect.iscoroutinefunction(function):
             continue
-        body = inspect.getsource(function).partition(":\n")[2]
+        body = inspect.getsource(function).partition("\n")[2]
         if set(re.findall(r"\bbox\.(\w+)", body)) <= USES and not re.search(r"\(box\b(?!\.)", body):
             yield function
 
