@@ -7,7 +7,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shutil
+import sysconfig
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,21 @@ from caisson.image.vm import VM, VMConfig, VMError, find_vm
 from caisson.image.vm.hotplug.interfaces import plug_interface
 from caisson.image.vm.hotplug.share import share
 from caisson.image.vm.snapshot.snapshot import Snapshot
+
+#: Where services find programs.
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin"
+
+#: The snapshot that pods' VMs are cloned from.
+POD_SNAPSHOT = "pods"
+
+#: What containerd and docker are told, once the shim is on the PATH of containerd.
+INSTRUCTIONS = """
+docker, in /etc/docker/daemon.json (or name the runtime itself: docker run --runtime io.containerd.caisson.v2):
+    {"runtimes": {"caisson": {"runtimeType": "io.containerd.caisson.v2"}}}
+Kubernetes, in /etc/containerd/config.toml of containerd 1.x:
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.caisson]
+      runtime_type = "io.containerd.caisson.v2"
+"""
 
 #: The configuration; another file for tests.
 CONFIGURATION = Path(os.environ.get("CAISSON_SHIM_CONFIG", "/etc/caisson/shim.toml"))
@@ -97,3 +115,32 @@ def _translated() -> Any:
         yield
     except VMError as error:
         raise MachineError(str(error)) from error
+
+
+def install_shim(*, image: str, memory: int, cpus: int, config: str, accel: str, vsock: str) -> None:
+    """Build an image and a snapshot of it, write the shim's configuration, and print what others need."""
+    from caisson.commands.machines import image_directory
+    from caisson.commands.snapshot import save_snapshot
+    from caisson.commands.streams import info
+    from caisson.image.programs import TO_BOOT, TO_SERVE_PODS
+
+    directory = image_directory(image, info, also=(*TO_BOOT, *TO_SERVE_PODS))
+    save_snapshot(
+        name=POD_SNAPSHOT, image=str(directory), memory=memory, cpus=cpus, append="", accel=accel, vsock=vsock
+    )
+    settings = {"snapshot": POD_SNAPSHOT, "image": str(directory), "accel": accel, "vsock": vsock}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
+    lines += [f"memory = {memory}", f"cpus = {cpus}"]
+    file = Path(config)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join(lines) + "\n")
+    except OSError as error:
+        raise VMError(f"{file}: {(error.strerror or '').lower()}; choose another place: --config FILE") from error
+    info(f"{file}: written")
+    program = shutil.which("containerd-shim-caisson-v2", path=os.pathsep.join((sysconfig.get_path("scripts"), PATH)))
+    if program is None:
+        info("containerd-shim-caisson-v2: not installed; install the package: pip install caisson-vm")
+    elif Path(program).parent not in map(Path, PATH.split(os.pathsep)):
+        info(f"containerd looks in {PATH}; link it there: ln -s {program} /usr/local/bin/")
+    print(INSTRUCTIONS.strip())

@@ -17,6 +17,8 @@ TO_BUILD = ("gcc", "make", "musl-gcc", "strip", "zstd", "mkfs.erofs", "mksquashf
 TO_COMPILE = ("flex", "bison", "bc", "xz")
 TO_BOOT = ("qemu-system-x86_64",)
 TO_PACK = ("sqfstar", "zstd")
+#: What serves pods: namespaces, network, mounts, shares.
+TO_SERVE_PODS = ("ip", "tc", "nsenter", "unshare", "mount", "virtiofsd")
 
 #: What Debian's packages are verified with: a file where others are programs.
 DEBIAN_KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
@@ -45,6 +47,7 @@ PACKAGES = {
     "mke2fs": "e2fsprogs",
     "mkfs.erofs": "erofs-utils",
     "mksquashfs": "squashfs-tools",
+    "nsenter": "util-linux",
     "musl-gcc": "musl-tools",
     "qemu-system-aarch64": "qemu-system-arm",
     "qemu-system-x86_64": "qemu-system-x86",
@@ -52,6 +55,8 @@ PACKAGES = {
     "sfdisk": "fdisk",
     "sqfstar": "squashfs-tools",
     "strip": "binutils",
+    "tc": "iproute2",
+    "unshare": "util-linux",
     "veritysetup": "cryptsetup-bin",
     "xz": "xz-utils",
 }

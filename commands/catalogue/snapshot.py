@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from caisson.commands.catalogue.shared import ACCEL, APPEND, MEMORY, VSOCK
 from caisson.commands.catalogue.vm import CPUS
-from caisson.commands.declare import DIRECTORY, SNAPSHOT, Command, Option, Positional
+from caisson.commands.declare import DIRECTORY, FILE, SNAPSHOT, Command, Option, Positional
 
 COMMANDS = (
     Command(
@@ -26,5 +26,21 @@ COMMANDS = (
             VSOCK,
         ),
         examples=("caisson save-snapshot small --memory 256M && caisson boot-vm --snapshot small --detach",),
+    ),
+    Command(
+        "install-shim",
+        "Prepare this machine for containerd's runtime io.containerd.caisson.v2: image, snapshot, configuration.",
+        "caisson.commands.pods:install_shim",
+        details="""It writes the configuration of the shim, and prints what containerd and docker need in theirs. The
+            shim itself never builds or downloads anything; after an upgrade, run this again.""",
+        options=(
+            Option("image", "directory of an image", DIRECTORY, default="", shown="the default, built if need be"),
+            Option("memory", "memory of a pod's VM; without a unit: MiB", MEMORY, default=512, short="m", shown="512M"),
+            Option("cpus", "virtual CPUs of a pod's VM", CPUS, default=1),
+            Option("config", "write the configuration here", FILE, default="/etc/caisson/shim.toml"),
+            ACCEL,
+            VSOCK,
+        ),
+        examples=("sudo caisson install-shim --memory 1G",),
     ),
 )  # fmt: skip
