@@ -96,8 +96,10 @@ def _is_there(program: str) -> bool:
 
 
 def install_command(packages: Iterable[str]) -> str:
-    """The command by which packages are installed."""
-    return f"sudo apt-get install --yes --no-install-recommends {' '.join(packages)}"
+    """The command by which packages are installed; a keyring's file can be gone although its package is there."""
+    packages = list(packages)
+    again = "--reinstall " if any(package.endswith("-keyring") for package in packages) else ""
+    return f"sudo apt-get install --yes --no-install-recommends {again}{' '.join(packages)}"
 
 
 def need(programs: Iterable[str], report: Report) -> None:

@@ -28,7 +28,7 @@ class Keyring:
     hint: str
 
 
-DEBIAN = Keyring(Path(DEBIAN_KEYRING), "run: sudo apt-get install debian-archive-keyring")
+DEBIAN = Keyring(Path(DEBIAN_KEYRING), "run: sudo apt-get install --reinstall debian-archive-keyring")
 
 
 def host_mirror() -> str:
