@@ -127,3 +127,9 @@ def test_what_the_kernel_does_not_tell_is_left_out(tmp_path: Path) -> None:
     assert 'kata_guest_tasks{item="max"} 80\n' in text
     assert 'kata_guest_diskstat{disk="s\\"a",item="sectors_read"} 3\n' in text
     assert "vm_stat" not in text and "total_rss" not in text
+
+
+def test_options_are_split_into_flags_propagation_and_data() -> None:
+    words = ["ro", "nosuid", "exec", "suid", "async", "rprivate", "size=1m", "", "nouuid"]
+    assert mounts.parse_options(words) == (0x1 | 0x2, [1 << 18 | 0x4000], "size=1m,nouuid")
+    assert mounts.option(words, "size") == "1m" and mounts.option(words, "mode") == ""

@@ -23,7 +23,8 @@ FLAGS = {
     "ro": 0x1, "nosuid": 0x2, "nodev": 0x4, "noexec": 0x8, "sync": 0x10, "remount": 0x20, "mand": 0x40,
     "dirsync": 0x80, "noatime": 0x400, "nodiratime": 0x800, "bind": 0x1000, "rbind": 0x5000, "silent": 0x8000,
     "acl": 0x10000, "relatime": 0x200000, "iversion": 0x800000, "strictatime": 0x1000000, "lazytime": 0x2000000,
-    "rw": 0, "defaults": 0,
+    "rw": 0, "defaults": 0, "async": 0, "atime": 0, "dev": 0, "diratime": 0, "exec": 0, "loud": 0, "noiversion": 0,
+    "nolazytime": 0, "nomand": 0, "norelatime": 0, "nostrictatime": 0, "suid": 0,  # as it is unless said otherwise
 }  # fmt: skip
 PROPAGATION = {
     "unbindable": 1 << 17, "private": 1 << 18, "slave": 1 << 19, "shared": 1 << 20,
