@@ -368,7 +368,6 @@ def test_a_vm_of_another_version_is_refused_by_name(image: Images) -> None:
         with pytest.raises(VMError) as caught:
             find_vm("v")
         assert str(caught.value) == (
-            f"VM 'v': was started by Caisson 7.0, this is {VERSION}; use that one, or "
-            f"stop its supervisor: kill {pid}"
+            f"VM 'v': was started by Caisson 7.0, this is {VERSION}; use that one, or stop its supervisor: kill {pid}"
         )
         assert list_vms() == []

@@ -199,7 +199,7 @@ def test_a_session_keyring_of_its_own_or_the_callers(box: Box) -> None:
     (box.path / "keyring.c").write_text(KEYRING)
     subprocess.run(["musl-gcc", "-static", "-o", box.rootfs / "bin/keyring", box.path / "keyring.c"], check=True)
 
-    def keyring(**launch: bool) -> str:
+    def keyring(**launch: Any) -> str:
         status, out, _ = box.run(box.output(config("/bin/keyring"), **launch))
         assert status == 0
         return out

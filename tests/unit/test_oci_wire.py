@@ -7,7 +7,7 @@ import pytest
 from caisson.agent.api.kata1.service import AgentService
 from caisson.agent.api.oci import exec_to_json, json_name, spec_to_json
 from caisson.agent.client import default_spec
-from caisson.agent.libcontainer.config.seccomp import ALLOW, ERRNO, MASKED_EQ, Condition, Rule, Seccomp
+from caisson.agent.libcontainer.config.seccomp import ALLOW, ERRNO, MASKED_EQ, SPEC_ALLOW, Condition, Rule, Seccomp
 from caisson.agent.libcontainer.config.spec import Process, Spec, SpecError
 from caisson.proto.kata1 import oci_pb2
 
@@ -84,7 +84,7 @@ def test_a_profile_of_system_calls() -> None:
     wire = oci_pb2.LinuxSeccomp(DefaultAction="SCMP_ACT_ERRNO", Architectures=["SCMP_ARCH_X86"], Syscalls=[rule])
     parsed = Spec.from_json(spec_to_json(oci_pb2.Spec(Linux=oci_pb2.Linux(Seccomp=wire)))).linux.seccomp
     condition = Condition(1, MASKED_EQ, value=0x10, mask=0xF0)
-    assert parsed == Seccomp(ERRNO | 1, ("SCMP_ARCH_X86",), 0, (Rule(("clone",), ALLOW, (condition,)),))
+    assert parsed == Seccomp(ERRNO | 1, ("SCMP_ARCH_X86",), SPEC_ALLOW, (Rule(("clone",), ALLOW, (condition,)),))
 
 
 def test_an_exec_takes_what_kata_takes() -> None:

@@ -62,10 +62,10 @@ SHORT_FILES = {
 #: Short files that are still to grow, be joined with others, or get a reason.
 PENDING_SHORT_FILES = {
     "agent.api.boot_times", "agent.api.stats", "agent.client.network", "agent.client.share", "agent.guest.details",
-    "agent.guest.identity", "agent.guest.resources", "agent.libcontainer.cgroups.cpuset",
-    "agent.libcontainer.plan.lsm", "agent.libcontainer.plan.sysctl", "commands.catalogue.host",
-    "commands.catalogue.shared", "commands.catalogue.snapshot", "commands.host", "commands.names", "commands.snapshot", "image.build.summary", "image.build.tools",
-    "image.packages.package", "image.vm.pace", "image.vm.vsock.vhost_user.log",
+    "agent.guest.identity", "agent.guest.resources", "agent.libcontainer.cgroups.cpuset", "agent.libcontainer.plan.lsm",
+    "agent.libcontainer.plan.sysctl", "commands.catalogue.host", "commands.catalogue.shared",
+    "commands.catalogue.snapshot", "commands.host", "commands.names", "commands.snapshot", "image.build.summary",
+    "image.build.tools", "image.packages.package", "image.vm.pace", "image.vm.vsock.vhost_user.log",
 }  # fmt: skip
 
 #: Packages of fewer files.
