@@ -220,8 +220,9 @@ def test_one_that_was_stopped_says_so_to_whoever_used_it(image: Images) -> None:
 
 
 BOOTING = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
 from caisson.image.vm import VM, VMConfig
 def never(_):
     print("asked", flush=True)
