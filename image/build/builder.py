@@ -267,7 +267,7 @@ class Build:
         debs = self._packages_of_suite().fetch_all(d.packages)
         extract(debs, tree)
         self.report("fetching wheels")
-        wheels = rootfs.fetch_wheels(Path(sys.executable), d, target / "wheels")
+        wheels = rootfs.fetch_wheels(Path(sys.executable), d, target / "wheels", self.report)
         rootfs.unpack_wheels(wheels, tree / rootfs.HOME)
         shutil.rmtree(target / "wheels")
         self.report("pruning and compiling")

@@ -72,7 +72,7 @@ class Definition:
     arch: str = setting("the machine's architecture, in Debian's words")
     python: str = setting("the version of the guest's interpreter, for example 3.13")
     packages: tuple[str, ...] = setting("unpacked with all that they depend on")
-    wheels: tuple[str, ...] = setting("from PyPI, pinned, for the guest's interpreter")
+    wheels: tuple[str, ...] = setting("from PyPI, pinned and with --hash=sha256:… each, for the guest's interpreter")
     busybox: str = setting("the package with a static busybox, for the container rootfs of `caisson exec`")
     kernel: KernelDefinition = section(KernelDefinition, "the kernel")
     cmdline: str = setting("the kernel's command line, less what the machine adds")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import shutil
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from caisson.image.build.definition import Definition
@@ -35,22 +35,33 @@ def skeleton(tree: Path) -> None:
     (tree / RESOLV_CONF).touch()
 
 
-def fetch_wheels(python: Path, definition: Definition, directory: Path) -> list[Package]:
-    """Download the definition's wheels for the guest's interpreter with pip.  Raises ImageError."""
+def fetch_wheels(
+    python: Path, definition: Definition, directory: Path, report: Callable[[str], None] = lambda line: None
+) -> list[Package]:
+    """Download the definition's wheels for the guest's interpreter with pip, checked by their hashes.
+
+    Raises ImageError.
+    """
     machine = definition.triplet.split("-")[0]
     platforms = [name.format(machine=machine) for name in DISTRIBUTIONS[definition.distribution].wheels]
     directory.mkdir(exist_ok=True)
     if not definition.wheels:
         return []  # which pip takes for a mistake
-    run(
-        [
-            python, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
-            "--only-binary", ":all:", "--no-deps", "--dest", directory,
-            "--implementation", "cp", "--python-version", definition.python,
-            *(word for name in platforms for word in ("--platform", name)),
-            *definition.wheels,
-        ]
-    )  # fmt: skip
+    download: list[str | Path] = [
+        python, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
+        "--only-binary", ":all:", "--no-deps", "--dest", directory,
+        "--implementation", "cp", "--python-version", definition.python,
+        *(word for name in platforms for word in ("--platform", name)),
+    ]  # fmt: skip
+    hashed = [wheel for wheel in definition.wheels if "--hash=" in wheel]
+    if hashed:
+        requirements = directory / "requirements.txt"
+        requirements.write_text("".join(f"{wheel}\n" for wheel in hashed))
+        run([*download, "--require-hashes", "--requirement", requirements])
+        requirements.unlink()
+    if others := [wheel for wheel in definition.wheels if wheel not in hashed]:
+        report(f"without a hash in the definition: {', '.join(others)}; add --hash=sha256:… to each")
+        run([*download, *others])
     wheels = []
     for file in sorted(directory.glob("*.whl")):
         name, version = file.name.split("-")[:2]

@@ -12,9 +12,11 @@ import base64
 import gzip
 import hashlib
 import io
+import os
 import re
 import tarfile
 import tempfile
+import time
 import urllib.error
 import urllib.request
 import zlib
@@ -36,6 +38,13 @@ DIGESTS = {"RSA": "sha1", "RSA256": "sha256", "RSA512": "sha512"}
 
 #: Seconds in which a server must say something.
 TIMEOUT = 60
+
+#: Bytes of an index, compressed, and of a signature's segment, which nobody vouches for.
+MAX_INDEX = 64 << 20
+MAX_SIGNATURE = 64 << 10
+
+#: Days after which an index is too old, unless $CAISSON_MAX_INDEX_AGE says otherwise: it has no date of expiry.
+MAX_INDEX_DAYS = 365
 
 
 class Untrusted(ImageError):
@@ -113,14 +122,40 @@ def extract(apks: Iterable[Package], tree: Path) -> None:
 
 def read_index(data: bytes, keys: Path, shown: str) -> str:
     """The text of a signed index.  Raises Untrusted unless one of the keys has signed it."""
-    streams = split(data, shown)
-    if len(streams) < 2:
+    if len(data) > MAX_INDEX:
+        raise ImageError(f"{shown}: more than {MAX_INDEX} bytes; name another mirror in CAISSON_ALPINE_MIRROR")
+    signature = _first_stream(data, shown)
+    signed = data[len(signature) :]
+    if not signed:
         raise Untrusted(f"{shown} is not signed")
-    _verify(_files(streams[0], shown), data[len(streams[0]) :], keys, shown)
-    files = _files(b"".join(streams[1:]), shown)
+    _verify(_files(signature, shown), signed, keys, shown)  # before anything else of it is unpacked
+    files = _files(signed, shown)
+    _check_age(signed, shown)
     if "APKINDEX" not in files:
         raise ImageError(f"{shown}: has no index in it")
     return files["APKINDEX"].decode(errors="replace")
+
+
+def _first_stream(data: bytes, shown: str) -> bytes:
+    """Return the first gzip stream of a file, which nobody vouches for: no more is unpacked of it."""
+    unpacker = zlib.decompressobj(wbits=31)
+    try:
+        unpacker.decompress(data, MAX_SIGNATURE)
+    except zlib.error as error:
+        raise ImageError(f"{shown} is damaged: {error}") from error
+    if not unpacker.eof:
+        raise Untrusted(f"{shown} is not signed")
+    return data[: len(data) - len(unpacker.unused_data)]
+
+
+def _check_age(signed: bytes, shown: str) -> None:
+    """Raise Untrusted for an index that was made long ago: a mirror could hold back what was fixed since."""
+    with tarfile.open(fileobj=io.BytesIO(gzip.decompress(signed))) as archive:
+        made = max((member.mtime for member in archive), default=0)
+    days = int(os.environ.get("CAISSON_MAX_INDEX_AGE") or MAX_INDEX_DAYS)
+    if made < time.time() - days * 86400:
+        date = time.strftime("%Y-%m-%d", time.gmtime(made))
+        raise Untrusted(f"{shown}: of {date}, older than {days} days; allow more with CAISSON_MAX_INDEX_AGE=DAYS")
 
 
 def split(data: bytes, shown: str) -> list[bytes]:

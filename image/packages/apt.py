@@ -31,6 +31,25 @@ class Keyring:
 DEBIAN = Keyring(Path(DEBIAN_KEYRING), "run: sudo apt-get install --reinstall debian-archive-keyring")
 
 
+#: What of the host's apt configuration is taken over: how servers are reached, nothing that weakens a check.
+TAKEN_OVER = re.compile(r"Acquire::https?::(Proxy(-Auto-Detect)?(::[^ ]+)?|CAInfo|CaPath|SslCert|SslKey|Timeout) ")
+
+#: Suites that have no security updates of their own: they are what is fixed next.
+WITHOUT_SECURITY = ("sid", "unstable", "experimental")
+
+
+def security_mirror(mirror: str) -> str:
+    """Return the mirror of Debian's security updates; empty where none is known, or wanted.
+
+    ``$CAISSON_SECURITY_MIRROR`` (``none`` for none), the host's own, or the neighbour of a mirror that ends in /debian.
+    """
+    if chosen := os.environ.get("CAISSON_SECURITY_MIRROR"):
+        return "" if chosen == "none" else chosen
+    if mirror.rstrip("/").endswith("/debian"):
+        return mirror.rstrip("/") + "-security"
+    return ""
+
+
 def host_mirror() -> str:
     """A Debian mirror: ``$CAISSON_MIRROR``, the host's own apt sources, or debootstrap's built-in default.
 
@@ -59,7 +78,8 @@ def host_mirror() -> str:
 class Apt:
     """The packages of one suite, with apt's files in ``directory`` (kept between runs: it is a cache).
 
-    ``pockets`` are the suite's parts, by what is added to its name.  ``variable`` names another mirror.
+    ``pockets`` are the suite's parts, by what is added to its name.  ``variable`` names another mirror.  ``security``
+    is the mirror of security updates, if there is one.
     """
 
     def __init__(
@@ -71,6 +91,7 @@ class Apt:
         keyring: Keyring = DEBIAN,
         pockets: Sequence[str] = ("",),
         variable: str = "CAISSON_MIRROR",
+        security: str = "",
     ) -> None:
         self.directory = directory
         self.suite = suite
@@ -79,6 +100,7 @@ class Apt:
         self.keyring = keyring
         self.pockets = pockets
         self.variable = variable
+        self.security = security
 
     def update(self) -> None:
         """Fetch the suite's index.  Raises ImageError when the mirror or its signature is no good."""
@@ -89,6 +111,8 @@ class Apt:
         (self.directory / "state/status").touch()
         whence = f"deb [arch={self.architecture} signed-by={self.keyring.file}] {self.mirror}"
         sources = "".join(f"{whence} {self.suite}{pocket} main\n" for pocket in self.pockets)
+        if self.security:
+            sources += f"{whence.removesuffix(self.mirror)}{self.security} {self.suite}-security main\n"
         (self.directory / "sources.list").write_text(sources)
         settings = {
             "Dir::State": self.directory / "state",
@@ -99,6 +123,14 @@ class Apt:
             "Dir::Etc::SourceList": self.directory / "sources.list",
             "Dir::Etc::SourceParts": "/dev/null",
             "Dir::Etc::Parts": "/dev/null",
+            "Dir::Etc::Main": "/dev/null",  # which apt reads after this file
+            "Dir::Etc::Trusted": "/dev/null",
+            "Dir::Etc::TrustedParts": "/dev/null",
+            "Acquire::AllowInsecureRepositories": "false",
+            "Acquire::AllowWeakRepositories": "false",
+            "Acquire::AllowDowngradeToInsecureRepositories": "false",
+            "Acquire::Check-Valid-Until": "true",
+            "APT::Get::AllowUnauthenticated": "false",
             "Dir::Etc::Preferences": "/dev/null",
             "Dir::Etc::PreferencesParts": "/dev/null",
             "APT::Architecture": self.architecture,
@@ -109,7 +141,8 @@ class Apt:
             "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled": "false",
             "Acquire::Retries": "3",
         }
-        lines = [run(["apt-config", "dump", "Acquire::http", "Acquire::https"]).decode()]
+        dump = run(["apt-config", "dump", "Acquire::http", "Acquire::https"]).decode()
+        lines = [f"{line}\n" for line in dump.splitlines() if TAKEN_OVER.match(line)]
         lines += [f'{name} "{value}";\n' for name, value in settings.items() if value != ""]
         (self.directory / "apt.conf").write_text("".join(lines))
         try:

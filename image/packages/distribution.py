@@ -58,7 +58,9 @@ class Distribution:
 
 
 def _debian(directory: Path, suite: str, arch: str) -> Packages:
-    return apt.Apt(directory, suite, arch, apt.host_mirror())
+    mirror = apt.host_mirror()
+    security = "" if suite in apt.WITHOUT_SECURITY else apt.security_mirror(mirror)
+    return apt.Apt(directory, suite, arch, mirror, security=security)
 
 
 def _ubuntu(directory: Path, suite: str, arch: str) -> Packages:

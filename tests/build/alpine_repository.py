@@ -8,6 +8,7 @@ import hashlib
 import io
 import subprocess
 import tarfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +16,17 @@ from pathlib import Path
 KEY = "test-0123.rsa.pub"
 
 
-def segment(files: Mapping[str, bytes | str], *, end: bool = False) -> bytes:
+#: When an index was made, unless a test says otherwise.
+NOW = int(time.time())
+
+
+def segment(files: Mapping[str, bytes | str], *, end: bool = False, mtime: int = NOW) -> bytes:
     """A compressed tar segment: text is the target of a symbolic link; ``end``: a whole archive."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for name, content in files.items():
             member = tarfile.TarInfo(name)
+            member.mtime = mtime
             if isinstance(content, str):
                 member.type, member.linkname = tarfile.SYMTYPE, content
                 archive.addfile(member)

@@ -12,7 +12,7 @@ import pytest
 from caisson.image.errors import ImageError
 from caisson.image.packages.apk import Apk, Untrusted, extract, split
 from caisson.image.packages.apk_index import Dependency, Entry, Index, Unresolvable, compare, parse
-from tests.build.alpine_repository import KEY, Repository, make_key, segment
+from tests.build.alpine_repository import KEY, NOW, Repository, make_key, segment
 
 #: Oldest first; each is older than all after it.
 VERSIONS = [
@@ -35,7 +35,7 @@ def test_versions_have_an_order() -> None:
 
 @pytest.mark.parametrize("version", ["", "a", "1.", "1.0-1", "1.0_foo", "1.0-r", "../1"])
 def test_apk_rejects_malformed_versions(version: str) -> None:
-    with pytest.raises(ImageError, match="is no version"):
+    with pytest.raises(ImageError, match="no Alpine package can have it"):
         compare(version, "1")
 
 
@@ -95,7 +95,7 @@ def test_an_index_is_read() -> None:
         ("P:a\nV:1\nC:Q1x\nS:many", "malformed: invalid literal"),
         ("P:../a\nV:1\nC:Q1x\nS:1", r"'../a' '1': no Alpine package can be called so"),
         ("P:a\nV:1/2\nC:Q1x\nS:1", "no Alpine package can be called so"),
-        ("P:a\nV:1\nC:Q1x\nS:1\nD:b>", "'b>' is no dependency"),
+        ("P:a\nV:1\nC:Q1x\nS:1\nD:b>", "dependency 'b>': no Alpine package can have it"),
     ],
 )
 def test_an_index_that_is_malformed(record: str, complaint: str) -> None:
@@ -292,7 +292,7 @@ def test_an_index_without_a_signature(tmp_path: Path, mirror: Repository) -> Non
 
 
 def test_a_mirror_that_is_not_there(tmp_path: Path, mirror: Repository) -> None:
-    with pytest.raises(ImageError, match="CAISSON_ALPINE_MIRROR names another"):
+    with pytest.raises(ImageError, match="name another in CAISSON_ALPINE_MIRROR"):
         apk(tmp_path, mirror).update()
 
 
@@ -300,3 +300,37 @@ def test_a_mirror_that_is_not_there(tmp_path: Path, mirror: Repository) -> None:
 def test_streams_that_are_damaged(data: bytes) -> None:
     with pytest.raises(ImageError, match="it is damaged"):
         split(gzip.compress(b"whole") + data, "it")
+
+
+def test_an_index_of_long_ago_is_refused(tmp_path: Path, mirror: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    mirror.add("old")
+    mirror.publish()
+    monkeypatch.setattr("caisson.image.packages.apk.time.time", lambda: NOW + 400 * 86400.0)
+    with pytest.raises(Untrusted, match=r"older than 365 days; allow more with CAISSON_MAX_INDEX_AGE"):
+        apk(tmp_path, mirror).update()
+    monkeypatch.setenv("CAISSON_MAX_INDEX_AGE", "500")
+    apk(tmp_path, mirror).update()
+
+
+def test_an_index_is_not_unpacked_before_its_signature_was_checked(
+    tmp_path: Path, mirror: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror.add("one")
+    mirror.publish()
+    file = mirror.place() / "APKINDEX.tar.gz"
+    signature = split(file.read_bytes(), "it")[0]
+    file.write_bytes(signature + gzip.compress(bytes(1 << 20)))
+    unpacked: list[int] = []
+    real = gzip.decompress
+
+    def record(data: bytes) -> bytes:
+        unpacked.append(len(data))
+        return real(data)
+
+    monkeypatch.setattr("caisson.image.packages.apk.gzip.decompress", record)
+    with pytest.raises(Untrusted, match="does not hold"):
+        apk(tmp_path, mirror).update()
+    assert unpacked == [len(signature)]
+    file.write_bytes(gzip.compress(bytes(1 << 30)))
+    with pytest.raises(Untrusted, match="is not signed"):
+        apk(tmp_path, mirror).update()

@@ -115,8 +115,66 @@ def test_mirrors_and_keys_are_chosen_by_variables(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("CAISSON_UBUNTU_KEYRING", str(tmp_path / "none.gpg"))
     alpine = DISTRIBUTIONS["alpine"].packages(tmp_path, "v3.22", "amd64")
     assert isinstance(alpine, Apk) and alpine.mirror == "http://here/alpine"
-    with pytest.raises(ImageError, match=r"none\.gpg is missing; .* CAISSON_UBUNTU_KEYRING names another"):
+    with pytest.raises(ImageError, match=r"none\.gpg: is missing; .* CAISSON_UBUNTU_KEYRING names another"):
         DISTRIBUTIONS["ubuntu"].packages(tmp_path, "noble", "amd64").update()
+
+
+HOSTILE = """Acquire::http "";
+Acquire::http::Proxy "http://proxy:3128";
+Acquire::http::Proxy::internal "DIRECT";
+Acquire::https::CAInfo "/etc/ca.pem";
+Acquire::https::Verify-Peer "false";
+Acquire::http::AllowRedirect "true";
+"""
+
+
+def test_the_hosts_apt_configuration_weakens_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apt, "run", lambda argv, **_: HOSTILE.encode() if argv[0] == "apt-config" else b"")
+    keyring = tmp_path / "keyring"
+    keyring.touch()
+    source = apt.Apt(tmp_path, "trixie", "amd64", "http://m/debian", apt.Keyring(keyring, ""), security="http://s")
+    source.update()
+    written = (tmp_path / "apt.conf").read_text()
+    assert written.count("Proxy") == 2 and "CAInfo" in written and "Verify-Peer" not in written
+    assert (tmp_path / "sources.list").read_text().splitlines() == [
+        f"deb [arch=amd64 signed-by={keyring}] http://m/debian trixie main",
+        f"deb [arch=amd64 signed-by={keyring}] http://s trixie-security main",
+    ]
+    done = subprocess.run(
+        ["apt-config", "dump"], env={"APT_CONFIG": str(tmp_path / "apt.conf"), "PATH": "/usr/bin:/bin"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for setting in (
+        'Acquire::AllowInsecureRepositories "false";', 'Acquire::AllowWeakRepositories "false";',
+        'APT::Get::AllowUnauthenticated "false";', 'Dir::Etc::Main "/dev/null";',
+    ):  # fmt: skip
+        assert setting.lower() in done.stdout.lower(), setting
+
+
+@pytest.mark.parametrize(
+    ("mirror", "chosen", "security"),
+    [
+        ("http://m/debian/", "", "http://m/debian-security"),
+        ("http://m/snapshot", "", ""),
+        ("http://m/debian", "none", ""),
+        ("http://m/debian", "http://s", "http://s"),
+    ],
+)
+def test_security_updates_are_in_by_default(
+    monkeypatch: pytest.MonkeyPatch, mirror: str, chosen: str, security: str
+) -> None:
+    monkeypatch.setenv("CAISSON_SECURITY_MIRROR", chosen)
+    assert apt.security_mirror(mirror) == security
+
+
+def test_wheels_have_hashes_or_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[object]] = []
+    lines: list[str] = []
+    monkeypatch.setattr(rootfs, "run", asked.append)
+    definition = load(find("debian"), settings=["wheels+=loose==1"]).definition
+    rootfs.fetch_wheels(Path(sys.executable), definition, tmp_path, lines.append)
+    assert "--require-hashes" in asked[0] and asked[1][-1] == "loose==1"
+    assert len(lines) == 1 and "loose==1" in lines[0]
 
 
 def test_wheels_are_those_of_the_c_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
