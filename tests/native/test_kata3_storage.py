@@ -210,7 +210,10 @@ async def test_a_large_directory_is_bound_and_a_single_file_copied(apart: Runnin
         inside(apart, f"{SHARED}/one").write_text("alone")
         many = storage("watchable-bind", f"{SHARED}/watchable/many", source=f"{SHARED}/many", fstype="bind")
         one = storage("watchable-bind", f"{SHARED}/watchable/one", source=f"{SHARED}/one", fstype="bind")
-        await host.create("c", storages=[many, one])
+        inside(apart, f"{SHARED}/empty").mkdir()
+        empty = storage("watchable-bind", f"{SHARED}/watchable/empty", source=f"{SHARED}/empty", fstype="bind")
+        await host.create("c", storages=[many, one, empty])
+        assert list(inside(apart, f"{SHARED}/watchable/empty").iterdir()) == []
         assert len(mounts(apart, f"{SHARED}/watchable/many")) == 1
         assert inside(apart, f"{SHARED}/watchable/one").read_text() == "alone"
         await host.remove("c")

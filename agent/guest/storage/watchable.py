@@ -11,6 +11,7 @@ import asyncio
 import os
 import shutil
 import stat
+import threading
 
 from caisson.agent.base import syscalls
 from caisson.agent.base.errors import SystemCallFailed
@@ -48,6 +49,8 @@ class Watched:
         self._seen: dict[str, Stamp] = {}
         self._task: asyncio.Task[None] | None = None
         self._bound = False
+        self._lock = threading.Lock()  # a thread that copies is not stopped by a cancelled task
+        self._stopped = False
 
     async def start(self) -> None:
         """Copy it, and go on doing so.  Raises SystemCallFailed."""
@@ -64,9 +67,9 @@ class Watched:
 
     def _begin(self) -> None:
         try:
-            self._update()
-        except TooLarge:
-            self._bind()
+            if os.path.isdir(self._source):  # noqa: PTH112 - no pathlib at start
+                mounts.make_directory(self._target)
+            self._update_or_bind()
         except OSError as error:
             raise SystemCallFailed(f"Could not copy {self._source}: {mounts.reason(error)}") from error
 
@@ -74,17 +77,24 @@ class Watched:
         while not self._bound:
             await asyncio.sleep(self._interval)
             try:
-                await asyncio.to_thread(self._update)
-            except TooLarge:
-                await asyncio.to_thread(self._bind)
-            except OSError as error:  # in the middle of a change, most likely: the next look will tell
+                await asyncio.to_thread(self._update_or_bind)
+            except (OSError, SystemCallFailed) as error:  # most likely in the middle of a change: the next look tells
                 self._log("debug", "a watched directory could not be copied", source=self._source, error=str(error))
+
+    def _update_or_bind(self) -> None:
+        try:
+            self._update()
+        except TooLarge:
+            self._bind()
 
     def _update(self) -> None:
         """Copy what has changed, and remove what has gone.  Raises TooLarge, or OSError."""
-        found = dict(_files(self._source))
-        if found == self._seen:
-            return
+        with self._lock:
+            found = dict(_files(self._source))
+            if found != self._seen and not self._stopped:
+                self._copy_changes(found)
+
+    def _copy_changes(self, found: dict[str, Stamp]) -> None:
         directory = stat.S_ISDIR(os.stat(self._source).st_mode)  # noqa: PTH116 - no pathlib at start
         if not directory:
             os.close(mounts.open_point(self._target, 0o755, directory=False))
@@ -104,10 +114,14 @@ class Watched:
     def _bind(self) -> None:
         from caisson.agent.guest.storage.storages import Storage
 
-        mounts.mount(Storage("watchable-bind", self._source, "bind", self._target))
-        self._bound = True
+        with self._lock:
+            if not self._stopped:
+                mounts.mount(Storage("watchable-bind", self._source, "bind", self._target))
+                self._bound = True
 
     def _remove(self) -> None:
+        with self._lock:
+            self._stopped = True
         if self._bound:
             try:
                 mounts.unmount(self._target)
