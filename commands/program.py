@@ -127,7 +127,7 @@ async def _forward(vm: VM, rule: forwarding.Rule, reverse: bool, container: str)
         where: forwarding.Rule | Path = rule
         if rule.kind == "tcp":
             guest = await stack.enter_async_context(Guest(vm))
-            serve = forwarding.to_container(await guest.container(container), rule.guest)
+            serve = forwarding.to_container(await guest.existing(container), rule.guest)
         elif reverse:
             where, serve = vm.host_port(rule.guest), forwarding.to_tcp(rule.address, rule.host)
         else:

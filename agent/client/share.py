@@ -24,13 +24,13 @@ OPTIONS = {"9p": ("trans=virtio", "version=9p2000.L", "msize=262144")}
 async def mount(
     machine: Machine, container_id: str, fstype: str, tag: str, mount_point: str, *, writable: bool
 ) -> None:
-    """Mount a share in a container, created on first use.  Raises AgentError."""
+    """Mount a share in a container; only the VM's default one is created on first use.  Raises AgentError."""
     options = [*OPTIONS.get(fstype, ()), "rw" if writable else "ro"]
     request = caisson_pb2.MountRequest(
         container_id=container_id, source=tag, fstype=fstype, mount_point=mount_point, options=options
     )
     async with Guest(machine) as guest:
-        await guest.container(container_id)
+        await guest.existing(container_id)
         deadline = time.monotonic() + PLUG_TIMEOUT
         while True:
             try:

@@ -103,7 +103,9 @@ SHELL = Command(
     "caisson.commands.program:shell",
     details="""The exit status is the shell's. The guest's own shell is there if the VM was booted with
         `--append agent.debug_console_vport=1026`.""",
-    positionals=(Positional("container", "the container; made on first use and kept", CONTAINER, default="default"),),
+    positionals=(
+        Positional("container", "the container; `default` is made on first use and kept", CONTAINER, default="default"),
+    ),
     options=(Option("guest", "outside all containers"), VM),
     examples=("caisson shell", "caisson shell web"),
 )

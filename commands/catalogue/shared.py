@@ -11,7 +11,9 @@ VM = Option("name", "the VM", VM_NAME, default="default", short="n")
 VM_OR_OWN = Option(
     "name", "the VM", VM_NAME, default="", short="n", shown="the running VM `default`, else one booted for this command"
 )
-IN_CONTAINER = Option("container", "the container; made on first use and kept", CONTAINER, default="default", short="c")
+IN_CONTAINER = Option(
+    "container", "the container; `default` is made on first use and kept", CONTAINER, default="default", short="c"
+)
 JSON = Option("json", "print JSON", dest="as_json")
 ENV = Option(
     "env", "set a variable of the program's environment", setting("NAME=value", "TERM=xterm"), repeat=True, short="e"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -11,10 +12,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from caisson.agent.client.guest import Guest
 from tests.support.poll import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +55,18 @@ class Caisson:
     def manifest(self, name: str) -> dict[str, Any]:
         """What a VM's image is made of."""
         return dict(json.loads((self.run_directory / name / "image.json").read_text()))
+
+    def make_containers(self, *names: str, vm: str = "default") -> None:
+        """Make containers of the guest's own root file system, as the library does: exec makes none."""
+        directory = self.run_directory / vm
+        machine: Any = SimpleNamespace(directory=directory, agent_socket=directory / "agent.sock")
+
+        async def work() -> None:
+            async with Guest(machine) as guest:
+                for name in names:
+                    await guest.container(name)
+
+        asyncio.run(work())
 
     def leftovers(self) -> list[str]:
         """Processes and files that belong to VMs of this session's directory."""

@@ -26,6 +26,7 @@ def listed(vm: Caisson, command: str, *options: str) -> dict[str, Any]:
 
 
 def test_container_life_cycle(vm: Caisson) -> None:
+    vm.make_containers("days", "days-2")
     run(vm, "exec", "--container", "days", "--", "sh", "-c", "sleep 4242 & echo $!")
     run(vm, "exec", "--container", "days-2", "--", "true")
 

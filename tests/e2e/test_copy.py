@@ -33,6 +33,7 @@ def test_a_tree_there_and_back(vm: Caisson, tmp_path: Path) -> None:
     (tree / "link").symlink_to("/etc/passwd")
     os.utime(tree / "run", (1000, 1000))
 
+    vm.make_containers("files")
     run(vm, "exec", "--container", "files", "--", "mkdir", "/tmp/there")
     run(vm, "cp", str(tree), "files:/tmp/there")  # a directory that exists: into it
     run(vm, "cp", str(tree), "files:/tmp/other")  # one that does not: its name
@@ -59,16 +60,16 @@ def test_a_tree_there_and_back(vm: Caisson, tmp_path: Path) -> None:
     [
         ("/no/such/file", "files:/tmp", b"No such file or directory"),
         ("files:/no/such/file", "/tmp", b"No such file or directory"),
-        ("/etc/passwd", "files:/proc/x", b"tar: "),
+        ("/etc/passwd", "files:/proc/x", b"mkdir: "),
         ("/etc/passwd", "files:/nowhere/x", b"/nowhere"),
-        ("files:/etc/passwd", "/no/such/directory/x", b"there is no such directory"),
+        ("files:/etc/passwd", "/no/such/directory/x", b"no such directory"),
         ("a", "b", b"CONTAINER:PATH"),
         ("files:/a", "files:/b", b"CONTAINER:PATH"),
         ("/etc/passwd", "nobody:/tmp", b"nobody not found"),
     ],
 )
 def test_copy_reports_why_it_failed(vm: Caisson, source: str, target: str, why: bytes) -> None:
-    run(vm, "exec", "--container", "files", "--", "true")
+    vm.make_containers("files")
     done = vm("cp", source, target)
     assert done.returncode == 1
     assert done.stderr.startswith(b"caisson: ") and why in done.stderr and done.stderr.count(b"\n") == 1
@@ -90,7 +91,7 @@ def test_logs(own: Caisson) -> None:
         follower.stdout.readline()
         cut.stdout.readline()
         cut.stdout.close()
-        run(own, "exec", "--name", "talks", "--container", "spoken-of", "--", "true")
+        own.make_containers("spoken-of", vm="talks")
         assert cut.wait(PATIENCE) != 0  # nobody reads: it ends at the next line, and not with the VM
         for line in follower.stdout:
             if b"spoken-of" in line:

@@ -52,6 +52,7 @@ def exchange(port: int, data: bytes) -> bytes:
 
 def test_a_tcp_port_of_the_guest(vm: Caisson) -> None:
     server = "exec nc -ll -p 8080 -e cat"
+    vm.make_containers("server", "client")
     with vm.start("exec", "--container", "server", "--", "sh", "-c", server, stdin=subprocess.DEVNULL) as serving:
         try:
             listens = ("exec", "--container", "server", "--", "sh", "-c", "netstat -ltn | grep -q :8080")

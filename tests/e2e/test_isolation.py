@@ -83,6 +83,7 @@ def test_a_container_cannot_drive_the_agent(vm: Caisson) -> None:  # CVE-2020-15
 
 
 def test_two_containers_do_not_see_each_other(vm: Caisson) -> None:
+    vm.make_containers("one", "two")
     assert vm("exec", "--container", "one", "--", "touch", "/tmp/mine").returncode == 0
     assert vm("exec", "--container", "two", "--", "ls", "/tmp").stdout == b""
     assert vm("exec", "--container", "one", "--", "ls", "/tmp").stdout == b"mine\n"

@@ -59,6 +59,7 @@ def test_read_only(vm: Caisson, shared: Path) -> None:
     assert vm.info("default")["virtiofs"] == {"src--of-mine": [str(shared), False]}
 
     # In a second container it is the same share; and one that asks for more than there is does not get it.
+    vm.make_containers("second")
     assert run(vm, "share", str(shared), "--container", "second", "--at", "/home/src") == "/home/src\n"
     assert run(vm, "exec", "--container", "second", "--", "cat", "/home/src/hello") == "from the host\n"
 

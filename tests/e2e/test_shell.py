@@ -19,6 +19,7 @@ AT_ONCE = 20.0
 
 
 def test_a_session(vm: Caisson) -> None:
+    vm.make_containers("session")
     with Terminal(vm, "shell", "--container", "session") as terminal:
         terminal.expect(b"# ")
         assert terminal.modes() != terminal.before  # raw: what is typed goes to the container as it is
@@ -57,6 +58,7 @@ def test_a_session(vm: Caisson) -> None:
 
 
 def test_a_background_job_that_holds_the_terminal(vm: Caisson) -> None:
+    vm.make_containers("session")
     with Terminal(vm, "shell", "--container", "session") as terminal:
         terminal.expect(b"# ")
         terminal.type(b"(trap '' HUP; echo job-start''ed; exec sleep 1000) &\r")
@@ -69,6 +71,7 @@ def test_a_background_job_that_holds_the_terminal(vm: Caisson) -> None:
 
 
 def test_commands_from_a_pipe(vm: Caisson) -> None:
+    vm.make_containers("session")
     done = vm("shell", "--container", "session", stdin=b"echo $((6 * 7)); exit 3\n")
     assert (done.returncode, done.stdout, done.stderr) == (3, b"42\n", b"")
 
