@@ -15,6 +15,7 @@ from caisson.agent.libcontainer import state as files
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.state import ProcessStat, State
+from caisson.agent.libcontainer.state_directory import ContainerError, DoesNotExist, remove_directory
 from caisson.agent.libcontainer.waits import wait_until
 
 TYPE_CHECKING = False
@@ -34,17 +35,6 @@ CREATED, RUNNING, PAUSED, STOPPED = "created", "running", "paused", "stopped"
 SIGKILL = 9
 KILL_TIMEOUT = 10.0  # seconds for what was killed to be gone
 DIRECTORY_MODE = 0o711
-
-
-class ContainerError(Exception):
-    """What a container is not in a state for; str() is the message that callers of runc match."""
-
-
-class DoesNotExist(ContainerError):
-    """There is no such container."""
-
-    def __init__(self) -> None:
-        super().__init__("container does not exist")
 
 
 class Runtime(Record):
@@ -413,61 +403,6 @@ class Container:
                 await cgroup.kill()
                 await wait_until(lambda: not cgroup.pids(), KILL_TIMEOUT, self.runtime.waits)
             await cgroup.delete()
-
-
-class ContainerLock:
-    """A lock on a container's directory, for a `with` block: who changes a container is alone with it."""
-
-    def __init__(self, directory: str) -> None:
-        """Raises DoesNotExist."""
-        import fcntl
-
-        self._fd = -1
-        while True:
-            try:
-                fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            except FileNotFoundError:
-                raise DoesNotExist from None
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            try:
-                if os.path.samestat(os.stat(directory), os.fstat(fd)):  # noqa: PTH116 - no pathlib at start
-                    break
-            except FileNotFoundError:
-                pass
-            os.close(fd)  # of one that was removed meanwhile
-        self._fd = fd
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
-
-
-def list_ids(root: str) -> list[str]:
-    """The ids of the containers below a root, in order; half-made ones are left out.  Raises OSError."""
-    names = sorted(os.listdir(root))  # noqa: PTH208 - no pathlib at start
-    return [name for name in names if os.path.exists(f"{root}/{name}/{files.FILE}")]  # noqa: PTH110
-
-
-def remove_directory(directory: str) -> None:
-    """Remove a container's directory and what a container has in it; fine if it is gone.  Raises OSError."""
-    for place, directories, names in os.walk(directory, topdown=False):
-        for name in names:
-            _unlink(f"{place}/{name}")
-        for name in directories:
-            os.rmdir(f"{place}/{name}")  # noqa: PTH106 - no pathlib at start
-    try:
-        os.rmdir(directory)  # noqa: PTH106 - no pathlib at start
-    except FileNotFoundError:
-        pass
-
-
-def _unlink(path: str) -> None:
-    try:
-        os.unlink(path)  # noqa: PTH108 - no pathlib at start
-    except FileNotFoundError:
-        pass
 
 
 def _now() -> str:

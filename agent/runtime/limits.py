@@ -6,7 +6,7 @@ import sys
 
 from caisson.agent.base.json import JsonError, loads
 from caisson.agent.libcontainer.config.spec import ignoring_unknown
-from caisson.agent.libcontainer.container import ContainerLock
+from caisson.agent.libcontainer.state_directory import ContainerLock
 from caisson.agent.runtime.errors import CommandError
 from caisson.agent.runtime.main import run
 

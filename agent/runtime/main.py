@@ -9,8 +9,9 @@ import os
 import sys
 
 from caisson.agent.libcontainer.config.reader import SpecError
-from caisson.agent.libcontainer.container import Container, ContainerError, Runtime
+from caisson.agent.libcontainer.container import Container, Runtime
 from caisson.agent.libcontainer.errors import LaunchError
+from caisson.agent.libcontainer.state_directory import ContainerError
 from caisson.agent.runtime.errors import CommandError
 from caisson.agent.runtime.log import Log
 from caisson.agent.runtime.options import OptionError, Values, parse

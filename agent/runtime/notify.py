@@ -62,7 +62,7 @@ class NotifyListener:
         """Wait until the container is ready, or ends; pass that on."""
         if self._socket is None:
             return
-        from caisson.agent.libcontainer.container import ContainerError
+        from caisson.agent.libcontainer.state_directory import ContainerError
         from caisson.agent.runtime.main import run
 
         try:
