@@ -1,4 +1,4 @@
-"""Fifteen failures that users of Kata agents have met, in the order of facts/agent-behaviour.md section 15.
+"""Fifteen failures that users of Kata agents have met.
 
 Each test was seen to fail against an agent that has the defect.
 """

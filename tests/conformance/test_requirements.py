@@ -10,7 +10,7 @@ from tests.native.agent_support import ROOT
 
 C, N, U, E = "tests/conformance/", "tests/native/", "tests/unit/", "tests/e2e/"
 
-#: Lines of facts/agent-behaviour.md section 17 → the tests that hold the agent to them.
+#: What a Kata agent does → the tests that hold this one to it.
 # ruff: noqa: E501
 LINES = {
     "the table of gates, row by row": [f"{C}test_error_statuses.py::test_without_a_sandbox", f"{C}test_error_statuses.py::test_unknown_containers"],
