@@ -155,5 +155,6 @@ async def test_nothing_is_left_of_two_thousand(agent: RunningAgent) -> None:
 
 
 def own_mounts(agent: RunningAgent) -> int:
-    """Mounts that the agent sees."""
-    return len(Path(f"/proc/{agent.process.pid}/mountinfo").read_text().splitlines())
+    """Mounts in the agent's directory: others on the machine come and go."""
+    place = str(agent.state.parent)
+    return sum(place in line for line in Path(f"/proc/{agent.process.pid}/mountinfo").read_text().splitlines())
