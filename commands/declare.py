@@ -240,7 +240,8 @@ class Program:
 class Command:
     """Declare a command; ``run`` is "module:function", imported when it is run ("": the command line itself does it).
 
-    The function takes the values of all options, positionals and the program's words as keywords.
+    The function takes the values of all options, positionals and the program's words as keywords.  The exit status of
+    one with ``runs_program`` is a program's, so what goes wrong before has one that a shell gives to no program.
     """
 
     name: str
@@ -252,11 +253,7 @@ class Command:
     program: Program | None = None
     examples: tuple[str, ...] = ()
     hidden: bool = False
-
-    @property
-    def runs_program(self) -> bool:
-        """Whether the exit status is a program's."""
-        return self.name in ("exec", "run", "shell")
+    runs_program: bool = False
 
     @property
     def usage_status(self) -> int:

@@ -38,6 +38,7 @@ EXEC = Command(
         VERBOSE,
     ),
     program=Program("the program and its arguments"),
+    runs_program=True,
     examples=("caisson exec uname -a", "echo hello | caisson exec -- sh -c 'cat; exit 7'", "caisson exec --tty sh"),
 )
 
@@ -89,6 +90,7 @@ RUN = Command(
         VERBOSE,
     ),
     program=Program("what to run in place of the image's own command", required=False),
+    runs_program=True,
     examples=(
         "caisson run alpine.tar",
         "caisson run alpine.tar cat /etc/os-release",
@@ -107,6 +109,7 @@ SHELL = Command(
         Positional("container", "the container; `default` is made on first use and kept", CONTAINER, default="default"),
     ),
     options=(Option("guest", "outside all containers"), VM),
+    runs_program=True,
     examples=("caisson shell", "caisson shell web"),
 )
 
