@@ -33,7 +33,7 @@ from caisson.image.kernel.fragments import Request, merge, parse
 from caisson.image.kernel.kernel import Kernel, Prebuilt
 from caisson.image.kernel.source import Compiled, SourcePackage, SourceTree
 from caisson.image.packages import apt
-from caisson.image.packages.distribution import DISTRIBUTIONS, Packages, extract
+from caisson.image.packages.distribution import Packages, extract, packages_of
 from caisson.image.run import run
 from caisson.proto.contract import BUSYBOX_ROOTFS, VERSION
 
@@ -53,7 +53,7 @@ OSBUILDER = "var/lib/osbuilder/osbuilder.yaml"
 
 #: The modules that decide what a step makes: a change of one is a change of what it makes.
 PACKAGES_CODE = tuple(f"packages/{name}.py" for name in ("apk", "apk_index", "apt", "distribution", "package"))
-BASE_CODE = (*PACKAGES_CODE, "build/rootfs.py")
+BASE_CODE = (*PACKAGES_CODE, "build/choices.py", "build/rootfs.py")
 KERNEL_CODE = (*PACKAGES_CODE, "kernel/bzimage.py", "kernel/kernel.py")
 COMPILED_CODE = ("kernel/source.py",)
 
@@ -235,7 +235,7 @@ class Build:
         if self._packages is None:
             d = self.definition
             place = self.downloads / f"{d.suite}-{d.arch}"
-            self._packages = DISTRIBUTIONS[d.distribution].packages(place, d.suite, d.arch)
+            self._packages = packages_of(d.distribution, place, d.suite, d.arch)
             self._packages.update()
         return self._packages
 

@@ -13,10 +13,8 @@ import jinja2
 import yaml
 
 from caisson.image.build import settings as declared
+from caisson.image.build.choices import COMPRESSORS, DISTRIBUTIONS, ROOT_FORMATS
 from caisson.image.build.settings import DefinitionError, checked, merged, override, section, setting
-from caisson.image.formats import disk
-from caisson.image.formats.initrd import COMPRESSORS
-from caisson.image.packages.distribution import DISTRIBUTIONS
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "rootfs-templates"
 DEFAULT = TEMPLATES / "debian" / "image.yaml"
@@ -26,7 +24,7 @@ DEFAULT_SUITE = "trixie"
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 #: How the guest's root may be packed; all but the first are file systems on a disk.
-FORMATS = ("initrd", *disk.FORMATS)
+FORMATS = ("initrd", *ROOT_FORMATS)
 
 #: How a disk is laid out: the file system alone, with a partition table, or as Kata's hosts map it into the guest.
 LAYOUTS = ("plain", "gpt", "dax")
@@ -159,8 +157,8 @@ def load(file: Path = DEFAULT, *, suite: str | None = None, settings: Sequence[s
         raise DefinitionError(f"{file}: its suite is fixed to {definition.suite}; `{{{{ suite }}}}` would take {suite}")
     if definition.format == "initrd" and (definition.verity or definition.layout != "plain"):
         raise DefinitionError(f"{file}: verity and layout are a disk's; choose a format of {', '.join(FORMATS[1:])}")
-    if definition.layout == "dax" and not disk.FORMATS[definition.format].dax:
-        able = ", ".join(name for name, format in disk.FORMATS.items() if format.dax)
+    if definition.layout == "dax" and not ROOT_FORMATS[definition.format].dax:
+        able = ", ".join(name for name, format in ROOT_FORMATS.items() if format.dax)
         raise DefinitionError(f"{file}: layout dax needs a format that can be mapped: {able}, not {definition.format}")
     if definition.kernel.source and "/" not in definition.kernel.source and not _kernel_sources(definition):
         raise DefinitionError(f"{file}: {definition.distribution} has no kernel sources in packages; name a directory")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from caisson.image.build.choices import ROOT_FORMATS
 from caisson.image.build.definition import Definition
 from caisson.image.build.tools import Tools
 from caisson.image.errors import ImageError
@@ -111,7 +112,7 @@ def _disk(definition: Definition, tree: Tree, target: Path, tools: Tools) -> dic
     else:
         _write_gpt(definition, filesystem, hashed, image)
     filesystem.unlink(missing_ok=True)
-    kind = disk.FORMATS[definition.format].kernel_name
+    kind = ROOT_FORMATS[definition.format].kernel_name
     return said | {"cmdline": [mount, f"rootfstype={kind}", "init=/init"]}
 
 

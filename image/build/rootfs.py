@@ -8,9 +8,9 @@ import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from caisson.image.build.choices import DISTRIBUTIONS
 from caisson.image.build.definition import Definition
 from caisson.image.errors import ImageError
-from caisson.image.packages.distribution import DISTRIBUTIONS
 from caisson.image.packages.package import Package
 from caisson.image.run import run
 from caisson.proto.contract import GUEST_HOME

@@ -19,7 +19,6 @@ import os
 import stat
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from uuid import UUID
@@ -40,17 +39,8 @@ KINDS = (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK)
 ZSTD_LEVEL = 15
 
 
-@dataclass(frozen=True)
-class Format:
-    """A kind of root file system: what the kernel calls it (``rootfstype=``), whether guests can map it (``dax``)."""
-
-    kernel_name: str
-    dax: bool
-    write: Callable[[Path, Tree, UUID, Tools], None]
-
-
 def write_filesystem(target: Path, tree: Tree, format: str, tools: Tools = HOST) -> None:
-    """Write an image of one of FORMATS; a file that is there already is replaced.
+    """Write an image of one of WRITERS; a file that is there already is replaced.
 
     Its UUID follows from the members.  While it is made, a copy of the members is beside the target.
     Raises ImageError: for a member of another kind, a missing tool, or what that tool complains of.
@@ -62,7 +52,7 @@ def write_filesystem(target: Path, tree: Tree, format: str, tools: Tools = HOST)
         identity.update(b"%d %o %d\n" % (len(path), node.mode, node.length) + path + node.read())
     uuid = UUID(bytes=identity.digest()[:16], version=4)
     target.unlink(missing_ok=True)
-    FORMATS[format].write(target, tree, uuid, tools)
+    WRITERS[format](target, tree, uuid, tools)
 
 
 def members(tree: Tree) -> Iterator[tuple[bytes, Node]]:
@@ -114,11 +104,11 @@ def _write_ext4(target: Path, tree: Tree, uuid: UUID, tools: Tools) -> None:
     write_ext4(target, members(tree), uuid)
 
 
-#: What a definition can ask for.
-FORMATS = {
+#: Who writes each of build.choices.ROOT_FORMATS.
+WRITERS: dict[str, Callable[[Path, Tree, UUID, Tools], None]] = {
     # Tails of files are not put beside their inodes: only whole pages can be mapped.
-    "erofs": Format("erofs", True, partial(_write_erofs, options=["-Enoinline_data"])),
-    "erofs-lz4hc": Format("erofs", False, partial(_write_erofs, options=["-zlz4hc"])),
-    "squashfs": Format("squashfs", False, _write_squashfs),
-    "ext4": Format("ext4", True, _write_ext4),
+    "erofs": partial(_write_erofs, options=["-Enoinline_data"]),
+    "erofs-lz4hc": partial(_write_erofs, options=["-zlz4hc"]),
+    "squashfs": _write_squashfs,
+    "ext4": _write_ext4,
 }

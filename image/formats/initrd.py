@@ -8,17 +8,9 @@ from __future__ import annotations
 import stat
 from typing import BinaryIO
 
+from caisson.image.build.choices import COMPRESSORS
 from caisson.image.formats.tree import Node, Tree
 from caisson.image.run import run
-
-#: How an initrd may be packed, and the command that does it from stdin to stdout.
-COMPRESSORS: dict[str, list[str]] = {
-    "none": [],
-    "gzip": ["gzip", "-9", "-n"],
-    "lz4": ["lz4", "-l", "-9", "-c"],
-    "zstd": ["zstd", "-19", "-T0", "-q", "-c"],
-}
-
 
 #: What the kernel opens or needs before devtmpfs is mounted.
 CONSOLE = {"dev/console": Node.of(stat.S_IFCHR | 0o600, device=(5, 1))}

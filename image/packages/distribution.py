@@ -1,10 +1,9 @@
-"""What is different from one distribution to another: where packages come from, and how its C library is laid out."""
+"""Where the packages of each distribution come from."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -41,22 +40,6 @@ class Packages(Protocol):
         """The packages with the kernel that a package stands for, and with its modules."""
 
 
-@dataclass(frozen=True)
-class Distribution:
-    """``packages`` makes a source of packages, with its files in a directory, for a release and an architecture.
-
-    ``libraries`` is the directory of the C library in a tree, with {triplet} in it, and ``loader`` the pattern of the
-    program loader's name there.  ``wheels`` are pip's platforms, with {machine} in them.  ``kernel_sources``: whether
-    it has packages with a kernel's source.
-    """
-
-    packages: Callable[[Path, str, str], Packages]
-    libraries: str
-    loader: str
-    wheels: tuple[str, ...]
-    kernel_sources: bool
-
-
 def _debian(directory: Path, suite: str, arch: str) -> Packages:
     mirror = apt.host_mirror()
     security = "" if suite in apt.WITHOUT_SECURITY else apt.security_mirror(mirror)
@@ -77,15 +60,12 @@ def _alpine(directory: Path, suite: str, arch: str) -> Packages:
     return apk.Apk(directory, suite, arch, os.environ.get("CAISSON_ALPINE_MIRROR") or ALPINE, keys)
 
 
-_GLIBC = ("manylinux2014_{machine}", *(f"manylinux_2_{minor}_{{machine}}" for minor in (17, 24, 27, 28, 34, 36)))
-_MUSL = ("musllinux_1_1_{machine}", "musllinux_1_2_{machine}")
+_SOURCES: dict[str, Callable[[Path, str, str], Packages]] = {"debian": _debian, "ubuntu": _ubuntu, "alpine": _alpine}
 
-#: What a definition's ``distribution`` may be.
-DISTRIBUTIONS = {
-    "debian": Distribution(_debian, "usr/lib/{triplet}", "ld-linux-*.so.*", _GLIBC, kernel_sources=True),
-    "ubuntu": Distribution(_ubuntu, "usr/lib/{triplet}", "ld-linux-*.so.*", _GLIBC, kernel_sources=True),
-    "alpine": Distribution(_alpine, "usr/lib", "ld-musl-*.so.1", _MUSL, kernel_sources=False),
-}
+
+def packages_of(distribution: str, directory: Path, suite: str, architecture: str) -> Packages:
+    """Return the packages of a distribution's release, with their files in ``directory``.  Raises ImageError."""
+    return _SOURCES[distribution](directory, suite, architecture)
 
 
 def extract(packages: Iterable[Package], tree: Path) -> None:

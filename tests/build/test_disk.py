@@ -26,7 +26,7 @@ from caisson.image.run import CommandFailed, MissingProgram
 
 NOBODY = 65534
 DIRECTORY, FILE, LINK = stat.S_IFDIR, stat.S_IFREG, stat.S_IFLNK
-FORMATS = sorted(disk.FORMATS)
+FORMATS = sorted(disk.WRITERS)
 
 
 def noise(size: int, seed: str = "") -> bytes:

@@ -23,7 +23,7 @@ from caisson.image.errors import ImageError
 from caisson.image.kernel.kernel import Kernel, Prebuilt
 from caisson.image.packages import apt
 from caisson.image.packages.apk import Apk
-from caisson.image.packages.distribution import DISTRIBUTIONS, extract
+from caisson.image.packages.distribution import extract, packages_of
 from caisson.image.packages.package import Package
 from caisson.image.run import run
 from tests.build import alpine_repository, debian_repository
@@ -104,19 +104,19 @@ def test_the_guide_for_a_new_distribution_holds(tmp_path: Path) -> None:
 def test_mirrors_and_keys_are_chosen_by_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("UBUNTU_MIRROR", "UBUNTU_KEYRING", "ALPINE_MIRROR", "ALPINE_KEYS"):
         monkeypatch.delenv(f"CAISSON_{name}", raising=False)
-    sources = {arch: DISTRIBUTIONS["ubuntu"].packages(tmp_path, "noble", arch) for arch in ("amd64", "arm64")}
+    sources = {arch: packages_of("ubuntu", tmp_path, "noble", arch) for arch in ("amd64", "arm64")}
     assert {arch: one.mirror for arch, one in sources.items() if isinstance(one, apt.Apt)} == {
         "amd64": "http://archive.ubuntu.com/ubuntu", "arm64": "http://ports.ubuntu.com/ubuntu-ports",
     }  # fmt: skip
-    alpine = DISTRIBUTIONS["alpine"].packages(tmp_path, "v3.22", "arm64")
+    alpine = packages_of("alpine", tmp_path, "v3.22", "arm64")
     assert isinstance(alpine, Apk)
     assert (alpine.architecture, str(alpine.keys)) == ("aarch64", "/etc/apk/keys")
     monkeypatch.setenv("CAISSON_ALPINE_MIRROR", "http://here/alpine/")
     monkeypatch.setenv("CAISSON_UBUNTU_KEYRING", str(tmp_path / "none.gpg"))
-    alpine = DISTRIBUTIONS["alpine"].packages(tmp_path, "v3.22", "amd64")
+    alpine = packages_of("alpine", tmp_path, "v3.22", "amd64")
     assert isinstance(alpine, Apk) and alpine.mirror == "http://here/alpine"
     with pytest.raises(ImageError, match=r"none\.gpg: is missing; .* CAISSON_UBUNTU_KEYRING names another"):
-        DISTRIBUTIONS["ubuntu"].packages(tmp_path, "noble", "amd64").update()
+        packages_of("ubuntu", tmp_path, "noble", "amd64").update()
 
 
 HOSTILE = """Acquire::http "";

@@ -18,7 +18,7 @@ from pathlib import Path
 from caisson import image
 from caisson.commands.snapshot import save_snapshot
 from caisson.image.build.cache import default_root
-from caisson.image.packages.distribution import DISTRIBUTIONS, extract
+from caisson.image.packages.distribution import extract, packages_of
 
 #: The release whose docker takes a runtime by its name, and its packages; they run on the release before it, too.
 SUITE = "trixie"
@@ -110,7 +110,7 @@ def engine() -> Iterator[Engine]:
 def _environment(place: Path) -> dict[str, str]:
     """Unpack the programs, write their configurations, and return the environment that they are run in."""
     tree, programs, run = place / "tree", place / "bin", place / "run"
-    packages = DISTRIBUTIONS["debian"].packages(default_root() / "apt" / f"{SUITE}-amd64", SUITE, "amd64")
+    packages = packages_of("debian", default_root() / "apt" / f"{SUITE}-amd64", SUITE, "amd64")
     packages.update()
     for directory in (tree, programs, run):
         directory.mkdir()

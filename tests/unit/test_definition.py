@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,3 +113,11 @@ def test_a_machine_that_is_not_supported(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("platform.machine", lambda: "s390x")
     with pytest.raises(DefinitionError, match="s390x: no images are made for it; there are x86_64 and aarch64"):
         load()
+
+
+def test_a_definition_imports_nothing_that_builds() -> None:
+    """Data is read without apt, writers of file systems or compressors."""
+    program = "import sys; import caisson.image.build.definition; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    ours = {name.removeprefix("caisson.image.") for name in done.stdout.split() if name.startswith("caisson.image.")}
+    assert not {name for name in ours if name.startswith(("formats", "packages", "kernel", "run"))}

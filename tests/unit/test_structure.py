@@ -50,6 +50,7 @@ SHORT_FILES = {
     "commands.oci": OWN_PROGRAM,
     "commands.renamed": TABLE,
     "image.vm.hotplug.interfaces": "one kind of device, as each of its neighbours is",
+    "image.build.choices": TABLE,
     "image.formats.initrd": "one format, as each of its neighbours is",
     "image.errors": EVERYBODY_IMPORTS_IT,
     "image.vm.errors": EVERYBODY_IMPORTS_IT,
