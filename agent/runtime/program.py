@@ -39,15 +39,24 @@ def _key(sources: str) -> str:
 
 
 def _build(sources: str, directory: str) -> None:
+    """Build it beside its place, so that two commands at once do not write one file.  Raises CommandError."""
+    import shutil
     import subprocess
 
+    beside = f"{directory}.{os.getpid()}"
+    command = ["make", "-s", "-C", sources, f"BUILD={beside}"]
     try:
-        os.makedirs(directory, exist_ok=True)  # noqa: PTH103
-        command = ["make", "-s", "-C", sources, f"BUILD={directory}"]
+        os.makedirs(beside)  # noqa: PTH103
         made = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     except OSError as error:
         raise CommandError(f"nsexec: cannot be built: {error}; install make and musl-gcc, or set {VARIABLE}") from None
-    if made.returncode != 0:
-        said = made.stderr.strip().splitlines()
-        why = said[-1] if said else "make failed"
-        raise CommandError(f"nsexec: cannot be built: {why}; install make and musl-gcc, or set {VARIABLE}")
+    try:
+        if made.returncode != 0:
+            said = made.stderr.strip().splitlines()
+            why = said[-1] if said else "make failed"
+            raise CommandError(f"nsexec: cannot be built: {why}; install make and musl-gcc, or set {VARIABLE}")
+        os.rename(beside, directory)  # noqa: PTH104
+    except OSError:  # another command was faster
+        pass
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
