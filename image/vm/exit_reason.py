@@ -19,17 +19,21 @@ POWERED_OFF = "the guest has powered off"
 #: Seconds for which a reason is kept.
 MAX_AGE = 86400.0
 
+#: How many are kept: each command that boots a VM of its own leaves one.
+MAX_STORED = 100
+
 #: Bytes of one: a reason comes with the last lines of a guest's console.
 MAX_BYTES = 64 << 10
 
 
 def record(directory: VMDirectory, reason: str) -> None:
-    """Store why a VM has ended, and remove what is too old.  Best effort: a full disk is no error here."""
+    """Store why a VM has ended, and remove what is too old or too much.  Best effort: a full disk is no error here."""
     file = _file(directory)
     with contextlib.suppress(OSError):
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for old in file.parent.iterdir():
-            if old.stat().st_mtime < time.time() - MAX_AGE:
+        stored = sorted((old.stat().st_mtime, old) for old in file.parent.iterdir())
+        for when, old in stored:
+            if when < time.time() - MAX_AGE or (when, old) in stored[:-MAX_STORED]:
                 old.unlink(missing_ok=True)
         file.write_text(reason[:MAX_BYTES])
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from caisson.image.vm import VM, VMConfig, VMError, accel, find_vm, get_vm, list_vms, supervisor
+from caisson.image.vm import VM, VMConfig, VMError, accel, exit_reason, find_vm, get_vm, list_vms, supervisor
 from caisson.image.vm import machine as machines
 from caisson.image.vm.directory import VMDirectory
 from caisson.image.vm.jsonsocket import JSONSocket
@@ -217,6 +217,14 @@ def test_one_that_was_stopped_says_so_to_whoever_used_it(image: Images) -> None:
     assert user is not None
     vm.stop()
     assert user.exit_reason() == "it was stopped"
+
+
+def test_reasons_do_not_pile_up(image: Images, tmp_path: Path) -> None:
+    owned_run_root(make=True)
+    for number in range(exit_reason.MAX_STORED + 20):
+        exit_reason.record(VMDirectory.of(f"exec-{number}"), "it was stopped")
+    assert len(list((tmp_path / "cache/ended").iterdir())) == exit_reason.MAX_STORED + 1
+    assert exit_reason.read(VMDirectory.of(f"exec-{number}")) == "it was stopped"
 
 
 BOOTING = """

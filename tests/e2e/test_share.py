@@ -142,7 +142,7 @@ def test_it_ends_with_its_vm(own: Caisson, shared: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (("share", "/nowhere"), b"/nowhere: is not a directory"),
+        (("share", "/nowhere"), b"/nowhere: is not a directory; name one to share"),
         (
             ("share", "/tmp", "--tag", "1 2"),
             b"--tag 1 2: is not up to 31 letters, digits, - and _, a letter first",
