@@ -34,6 +34,7 @@ class Container:
         self.paused = False
         self.init = Process(pod.rpc, self.id, "", self.id, request, pod.namespace)
         self.execs: dict[str, Process] = {}
+        self._count = 0
         self._pod = pod
         self._document = document
         self._lock = asyncio.Lock()
@@ -107,7 +108,8 @@ class Container:
         if self.init.status != RUNNING:
             raise wrong_state(f"container {self.id}: not running")
         pod = self._pod
-        process = Process(pod.rpc, self.id, request.exec_id, request.exec_id, request, pod.namespace)
+        self._count += 1  # the agent keeps an id for its exit status; containerd may use it again at once
+        process = Process(pod.rpc, self.id, request.exec_id, f"exec-{self._count}", request, pod.namespace)
         process.spec = json.loads(request.spec.value)
         self.execs[request.exec_id] = process
         return process

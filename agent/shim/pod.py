@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 #: The tag by which hosts and guests of Kata know a pod's share.
 SHARE_TAG = "kataShared"
 
-#: The directory of all pods.
-PODS = Path("/run/caisson/pods")
+#: The directory of all pods: beside that of VMs.
+PODS = Path(f"{os.environ.get('CAISSON_RUN', '/run/caisson')}-pods")
 
 #: Seconds for a call that changes the guest.
 CALL_TIMEOUT = 60.0

@@ -61,6 +61,11 @@ class Engine:
             ["docker", *words], input=stdin, env=self._environment, capture_output=True, timeout=COMMAND_TIMEOUT
         )
 
+    def ctr(self, *words: str) -> subprocess.CompletedProcess[bytes]:
+        """Run a command of ctr's, in a namespace of its own."""
+        command = ["ctr", "--address", f"{self.place}/containerd.sock", "--namespace", "pods", *words]
+        return subprocess.run(command, env=self._environment, capture_output=True, timeout=COMMAND_TIMEOUT)
+
     def on_terminal(self, rows: int, columns: int, *words: str) -> subprocess.CompletedProcess[bytes]:
         """Run a command of docker's on a terminal of this size."""
         command = f"stty rows {rows} cols {columns}; exec docker {' '.join(words)}"
@@ -74,9 +79,9 @@ class Engine:
         return sorted(path.name for path in Path(self._environment["CAISSON_RUN"]).glob("pod-*"))
 
     def mounts(self) -> list[str]:
-        """Return the mount points of pods."""
+        """Return the mount points of this docker's pods."""
         lines = Path("/proc/self/mountinfo").read_text().splitlines()
-        return [line.split()[4] for line in lines if "/run/caisson/pods/" in line]
+        return [line.split()[4] for line in lines if line.split()[4].startswith(f"{self.place}/run-pods/")]
 
 
 @contextlib.contextmanager
