@@ -21,7 +21,7 @@ from caisson.proto.contract import VERSION
 EXPECTED_ERRORS = (
     "caisson.agent.client.attach:OutputError",
     "caisson.agent.client.connection:AgentError",
-    "caisson.agent.client.errors:UsageError",
+    "caisson.agent.client.errors:ClientError",
     "caisson.image.errors:ImageError",
     "caisson.image.vm.errors:VMError",
 )

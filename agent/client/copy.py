@@ -24,7 +24,7 @@ from pathlib import Path
 
 from caisson.agent.client.attach import write_all
 from caisson.agent.client.connection import CHUNK, Agent, AgentError, Container, Process, ProgramError
-from caisson.agent.client.errors import UsageError
+from caisson.agent.client.errors import CopyError, UsageError
 from caisson.agent.client.specs import PATH
 from caisson.agent.client.unpack import received, unpack, unpack_to
 
@@ -164,7 +164,7 @@ async def copy(
     what is there are kept.  Interrupted, it leaves nothing half-made.
 
     ``reach`` returns a running container with the files of the one of this name.  Returns the names of what cannot be
-    copied: sockets and devices.  Raises UsageError, AgentError.
+    copied: sockets and devices.  Raises UsageError, CopyError, AgentError.
     """
     from_, to = Place.parse(source), Place.parse(target)
     if bool(from_.container) == bool(to.container):
@@ -194,12 +194,12 @@ async def put(container: Container, source: str, path: str, progress: Progress |
     try:
         state = origin.stat() if _wants_directory(source) else origin.lstat()
     except OSError as error:
-        raise UsageError(f"{source}: {error.strerror}") from error
+        raise CopyError(f"{source}: {error.strerror}") from error
     directory = stat.S_ISDIR(state.st_mode)
     if _wants_directory(source) and not directory:
-        raise UsageError(f"{source}: Not a directory")
+        raise CopyError(f"{source}: Not a directory")
     if (kind := _uncopied(state.st_mode)) is not None:
-        raise UsageError(f"{source}: a {kind} cannot be copied")
+        raise CopyError(f"{source}: a {kind} cannot be copied")
     name = origin.name if origin.name not in ("", "..") else origin.resolve().name or "root"
     kind = "contents" if _wants_contents(source) else "directory" if directory else "file"
     words = [posixpath.normpath(path), name, kind, str(int(_wants_directory(path)))]
@@ -215,9 +215,9 @@ async def put(container: Container, source: str, path: str, progress: Progress |
             except BrokenPipeError:  # tar has ended first: it says why
                 left_out = []
             except OSError as error:
-                raise UsageError(f"{error.filename or source}: {error.strerror or error}") from error
+                raise CopyError(f"{error.filename or source}: {error.strerror or error}") from error
         if status := await process.wait():
-            raise UsageError(complaints or f"tar in the container: exited with status {status}")
+            raise CopyError(complaints or f"tar in the container: exited with status {status}")
     return left_out
 
 
@@ -233,12 +233,12 @@ async def get(container: Container, path: str, target: str, progress: Progress |
         into = _wants_contents(path) or not name
         directory, new = place, "." if into else name
     elif _wants_directory(target):
-        raise UsageError(f"{target}: no such directory")
+        raise CopyError(f"{target}: no such directory")
     else:
         place = place.resolve() if place.is_file() else place
         directory, new = place.parent, place.name
     if not directory.is_dir():
-        raise UsageError(f"{directory}: no such directory")
+        raise CopyError(f"{directory}: no such directory")
     async with _script(container, GET, [parent, old, path]) as process:
         read_end, write_end = _pipe()
         unpacking = asyncio.create_task(asyncio.to_thread(_unpack, read_end, directory, old, new))
@@ -249,14 +249,14 @@ async def get(container: Container, path: str, target: str, progress: Progress |
             try:
                 left_out = await unpacking
             except OSError as error:
-                raise UsageError(f"{target}: {error.filename or ''}: {error.strerror or error}") from error
+                raise CopyError(f"{target}: {error.filename or ''}: {error.strerror or error}") from error
             except tarfile.TarError as error:
                 status = await process.wait()
-                raise UsageError(
+                raise CopyError(
                     complaints if status and complaints else f"the container sent an invalid archive: {error}"
                 ) from error
         if status := await process.wait():
-            raise UsageError(complaints or f"tar in the container: exited with status {status}")
+            raise CopyError(complaints or f"tar in the container: exited with status {status}")
     return left_out + [f"{path}: {one}" for one in complaints.split("; ") if one.endswith("socket ignored")]
 
 

@@ -3,5 +3,13 @@
 from __future__ import annotations
 
 
-class UsageError(Exception):
-    """Report a request that cannot be served, in one line: object, problem, remedy."""
+class ClientError(Exception):
+    """Report what went wrong in one line: object, problem, remedy."""
+
+
+class UsageError(ClientError):
+    """Report a request that makes no sense."""
+
+
+class CopyError(ClientError):
+    """Report a file that cannot be copied."""

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from caisson.agent.client.errors import UsageError
+from caisson.agent.client.errors import CopyError
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -43,13 +43,13 @@ class _Member(tarfile.TarInfo):
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         if self.type in EXTRA and not 0 <= self.size <= MAX_HEADER:
-            raise UsageError(f"archive: the container sent a header of {self.size} bytes; {MAX_HEADER} are accepted")
+            raise CopyError(f"archive: the container sent a header of {self.size} bytes; {MAX_HEADER} are accepted")
         if self.type == tarfile.GNUTYPE_SPARSE:
-            raise UsageError(f"{self.name!r}: the container sent it as a sparse file, which was not asked for")
+            raise CopyError(f"{self.name!r}: the container sent it as a sparse file, which was not asked for")
         assert isinstance(archive, _Archive)
         archive.headers += 1
         if archive.headers > MAX_HEADERS:
-            raise UsageError("archive: the container sent more headers than files")
+            raise CopyError("archive: the container sent more headers than files")
         member: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
         return member
 
@@ -72,7 +72,7 @@ def unpack(archive: tarfile.TarFile, directory: Path, old: str, new: str) -> lis
     """Unpack an archive whose names all begin with ``old``, as ``new`` in the directory, or into it with ".".
 
     What is new gets the archive's mode less the umask, and is the caller's.  Files that are there are replaced and keep
-    their modes, and directories are kept.  Returns the names of what is left out: devices.  Raises UsageError for other
+    their modes, and directories are kept.  Returns the names of what is left out: devices.  Raises CopyError for other
     names and odd numbers, OSError, and tarfile.TarError.
     """
     left_out: list[str] = []
@@ -103,19 +103,19 @@ def unpack(archive: tarfile.TarFile, directory: Path, old: str, new: str) -> lis
 
 
 def unpack_to(archive: tarfile.TarFile, target: BinaryIO) -> None:
-    """Write the one file of an archive to a device, a pipe or a FIFO.  Raises UsageError, OSError, TarError."""
+    """Write the one file of an archive to a device, a pipe or a FIFO.  Raises CopyError, OSError, TarError."""
     for member in archive:
         source = archive.extractfile(member) if member.isfile() else None
         if source is None:
-            raise UsageError(f"{member.name!r}: not a regular file; the target takes nothing else")
+            raise CopyError(f"{member.name!r}: not a regular file; the target takes nothing else")
         shutil.copyfileobj(source, target, 1 << 20)
 
 
 def _check_numbers(member: tarfile.TarInfo) -> None:
     if not math.isfinite(member.mtime) or not 0 <= member.mtime <= MAX_TIME or member.size < 0:
-        raise UsageError(f"{member.name!r}: the container sent it with the time {member.mtime} and size {member.size}")
+        raise CopyError(f"{member.name!r}: the container sent it with the time {member.mtime} and size {member.size}")
     if member.sparse is not None:
-        raise UsageError(f"{member.name!r}: the container sent it as a sparse file, which was not asked for")
+        raise CopyError(f"{member.name!r}: the container sent it as a sparse file, which was not asked for")
 
 
 def _make_directory(place: int, name: str, member: tarfile.TarInfo) -> bool:
@@ -124,7 +124,7 @@ def _make_directory(place: int, name: str, member: tarfile.TarInfo) -> bool:
         os.mkdir(name, member.mode & MODE | 0o700, dir_fd=place)
     except FileExistsError:
         if not stat.S_ISDIR(os.stat(name, dir_fd=place, follow_symlinks=False).st_mode):
-            raise UsageError(f"{name}: exists and is not a directory; remove it first") from None
+            raise CopyError(f"{name}: exists and is not a directory; remove it first") from None
         return False
     return True
 
@@ -137,7 +137,7 @@ def _replace(
     with contextlib.suppress(FileNotFoundError):
         there = os.stat(name, dir_fd=place, follow_symlinks=False)
     if there is not None and stat.S_ISDIR(there.st_mode):
-        raise UsageError(f"{name}: is a directory; a file cannot replace it")
+        raise CopyError(f"{name}: is a directory; a file cannot replace it")
     made = f".caisson-{uuid.uuid4().hex}"
     try:
         if member.issym():
@@ -146,7 +146,7 @@ def _replace(
             *others, target = _parts(member.linkname, old, new)
             with _directory(root, tuple(others)) as source:
                 if stat.S_ISDIR(os.stat(target, dir_fd=source, follow_symlinks=False).st_mode):
-                    raise UsageError(f"{member.name!r}: a hard link to a directory")
+                    raise CopyError(f"{member.name!r}: a hard link to a directory")
                 os.link(target, made, src_dir_fd=source, dst_dir_fd=place, follow_symlinks=False)
         elif member.isfifo():
             os.mkfifo(made, member.mode & MODE, dir_fd=place)
@@ -170,12 +170,12 @@ def _write(archive: tarfile.TarFile, member: tarfile.TarInfo, descriptor: int, t
 
 
 def _parts(name: str, old: str, new: str) -> tuple[str, ...]:
-    """Return the components of a member's name, with the first one renamed; "." is left out.  Raises UsageError."""
+    """Return the components of a member's name, with the first one renamed; "." is left out.  Raises CopyError."""
     parts = [part for part in name.split("/") if part not in ("", ".")]
     if old in ("", "."):
         parts = [old, *parts]
     if name.startswith("/") or ".." in parts or "\0" in name or not parts or parts[0] != old:
-        raise UsageError(f"{name!r}: the container sent it, and it was not asked for")
+        raise CopyError(f"{name!r}: the container sent it, and it was not asked for")
     return tuple(part for part in (new, *parts[1:]) if part != ".")
 
 

@@ -14,8 +14,9 @@ from typing import Any
 import grpc
 import pytest
 
-from caisson.agent.client import AgentError, UsageError
+from caisson.agent.client import AgentError
 from caisson.agent.client import copy as copying
+from caisson.agent.client.errors import CopyError
 
 
 class LocalProcess:
@@ -186,9 +187,9 @@ async def test_sockets_and_devices_are_named(container: Any, source: Path, insid
     work = copying.put if way == "in" else copying.get
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(source / "s"))
-        with pytest.raises(UsageError, match=r"/s: a socket cannot be copied"):
+        with pytest.raises(CopyError, match=r"/s: a socket cannot be copied"):
             await work(container, f"{source}/s", str(inside))
-        with pytest.raises(UsageError, match="/dev/null: a device cannot be copied"):
+        with pytest.raises(CopyError, match="/dev/null: a device cannot be copied"):
             await work(container, "/dev/null", str(inside))
         (left_out,) = await work(container, str(source), f"{inside}/new")
     assert "s" in left_out and listed(inside / "new") == TREE
@@ -224,7 +225,7 @@ async def test_what_cannot_be_copied_is_one_line(
     (inside / "file").write_text("kept")
     (inside / "full/same").mkdir(parents=True)
     names = {"source": source, "inside": inside}
-    with pytest.raises(UsageError, match=why) as error:
+    with pytest.raises(CopyError, match=why) as error:
         await (copying.put if way == "in" else copying.get)(container, given.format(**names), target.format(**names))
     assert "\n" not in str(error.value)
     assert listed(inside) == {"file", "full", "full/same"} and (inside / "file").read_text() == "kept"

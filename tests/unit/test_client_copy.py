@@ -15,9 +15,10 @@ from typing import Any
 import grpc
 import pytest
 
-from caisson.agent.client import AgentGone, UsageError
+from caisson.agent.client import AgentGone
 from caisson.agent.client.copy import Place, get, put
 from caisson.agent.client.diagnostics import AgentLines
+from caisson.agent.client.errors import CopyError, UsageError
 from caisson.agent.client.unpack import MAX_HEADER, received, unpack
 
 
@@ -91,7 +92,7 @@ def test_get_rejects_members_outside_the_target(tmp_path: Path, members: list[tu
     inside = tmp_path / "inside"
     inside.mkdir()
     (tmp_path / "outside").write_text("mine")
-    with pytest.raises(UsageError):
+    with pytest.raises(CopyError):
         unpack(archive(*members), inside, "a", "a")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["inside", "outside"]
     assert (tmp_path / "outside").read_text() == "mine"
@@ -251,7 +252,7 @@ def test_contents_go_into_a_directory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mtime", ["nan", "inf", "-inf", "-1", "1e30"])
 def test_odd_times_are_refused(tmp_path: Path, mtime: str) -> None:
-    with pytest.raises(UsageError, match="with the time"):
+    with pytest.raises(CopyError, match="with the time"):
         unpack(archive(("a", {"pax_headers": {"mtime": mtime}})), tmp_path, "a", "a")
 
 
@@ -259,7 +260,7 @@ SPARSE = {"GNU.sparse.size": str(1 << 40), "GNU.sparse.map": f"{(1 << 40) - 1},1
 
 
 def test_no_more_is_written_than_was_received(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="sparse"):
+    with pytest.raises(CopyError, match="sparse"):
         unpack(archive(("a", {"data": b"x", "pax_headers": SPARSE})), tmp_path, "a", "a")
     assert list(tmp_path.iterdir()) == []
 
@@ -278,7 +279,7 @@ def test_a_large_header_is_refused_unread(tmp_path: Path) -> None:
             return data
 
     stream: Any = Endless()
-    with pytest.raises(UsageError, match="header of 1048577 bytes"):
+    with pytest.raises(CopyError, match="header of 1048577 bytes"):
         unpack(received(stream), tmp_path, "a", "a")
 
 
