@@ -77,7 +77,7 @@ class Process:
     async def _wait(self, ended: Callable[[Process], Any]) -> None:
         try:
             answer = await self._rpc.WaitProcess(agent_pb2.WaitProcessRequest(**self._ids))
-            status = int(answer.status) & 0xFFFFFFFF
+            status = int(answer.status) & 0xFF  # what a guest says is not trusted to be one
         except RpcError:
             status = KILLED  # the VM has gone, and the process with it
         await self.end(status)
