@@ -277,6 +277,18 @@ def test_every_wrong_line_ends_in_one_line(capsys: pytest.CaptureFixture[str]) -
     assert count > 300
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&-"])
+def test_wrong_lines_with_closed_streams(closed: str) -> None:
+    """A few of the same, as processes: words go through argv, and what is closed does not change the answer."""
+    seed = int(os.environ.get("CAISSON_SEED", "1"))
+    for command, words in random.Random(seed).sample(list(wrong_lines(seed)), 4):
+        line = [sys.executable, "-m", "caisson.commands.main", command.name, *words]
+        argv = ["sh", "-c", f'exec "$@" {closed}', "sh", *line]
+        done = subprocess.run([os.fsencode(word) for word in argv], capture_output=True, timeout=60)
+        assert (done.returncode, done.stdout) == (command.usage_status, b""), (words, done.stderr)
+        assert done.stderr.startswith(b"caisson: ") and done.stderr.count(b"\n") == 1, (words, done.stderr)
+
+
 def test_main_runs_the_words_it_is_given(capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line.main(["--version"]) == 0
     assert capsys.readouterr().out == f"caisson {VERSION}\n"
