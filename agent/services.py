@@ -10,7 +10,6 @@ import os
 from functools import cached_property
 from pathlib import Path
 
-from caisson.agent.api.boot_times import BootTimes
 from caisson.agent.api.caisson import CaissonService
 from caisson.agent.api.kata1.guest import GuestService
 from caisson.agent.api.kata1.service import AgentService
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
 MODULES = ("overlay", "virtio_rng")
 
 KATA1 = Service(agent_pb2.DESCRIPTOR.services_by_name["AgentService"], AgentService, GuestService)
-GUEST = Service(caisson_pb2.DESCRIPTOR.services_by_name["Guest"], CaissonService, BootTimes)
+GUEST = Service(caisson_pb2.DESCRIPTOR.services_by_name["Guest"], CaissonService)
 
 
 class Services:
@@ -82,7 +81,7 @@ class Services:
             AgentService(self._sandbox, init=os.getpid() == 1),
             GuestService(options.hotplug_timeout, self._files, log, self._sandbox.allow_hotplugged_cpus, tracing),
         )
-        self._guest = GUEST.bind(CaissonService(self._sandbox, options.hotplug_timeout), BootTimes(timestamps))
+        self._guest = GUEST.bind(CaissonService(self._sandbox, options.hotplug_timeout, timestamps))
         self.grpc: dict[str, Method] = {**kata1, **self._guest}
 
     @cached_property

@@ -10,6 +10,7 @@ from google.protobuf.message import DecodeError
 
 from caisson.agent.api.containers import EMPTY
 from caisson.agent.base.aio import run_to_completion
+from caisson.agent.base.boot_timestamps import now
 from caisson.agent.base.errors import InvalidArgument, NotFound
 from caisson.agent.guest.identity import identify
 from caisson.proto.caisson import caisson_pb2
@@ -18,6 +19,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from google.protobuf.empty_pb2 import Empty
 
+    from caisson.agent.base.boot_timestamps import BootTimestamps
     from caisson.agent.guest.container_mounts import ContainerMounts
     from caisson.agent.libcontainer.config.spec import Spec
     from caisson.agent.model.output_log import OutputLog
@@ -31,10 +33,11 @@ MAX_LOG = 16 << 20
 class CaissonService:
     """For clients of our own: containers that are made on first use, clones of a snapshot, mounts in containers."""
 
-    def __init__(self, sandbox: Sandbox, hotplug_timeout: float) -> None:
+    def __init__(self, sandbox: Sandbox, hotplug_timeout: float, timestamps: BootTimestamps) -> None:
         """Wait ``hotplug_timeout`` seconds for a device that is being plugged in."""
         self._sandbox = sandbox
         self._hotplug_timeout = hotplug_timeout
+        self._timestamps = timestamps
         self._logs: dict[str, OutputLog] = {}
 
     async def EnsureRunning(self, request: caisson_pb2.EnsureRunningRequest) -> caisson_pb2.EnsureRunningResponse:
@@ -109,6 +112,19 @@ class CaissonService:
         identify(request.hostname, request.machine_id)
         return EMPTY
 
+    async def GetBootTimes(self, request: caisson_pb2.GetBootTimesRequest) -> caisson_pb2.BootTimes:
+        if request.only_now:
+            return caisson_pb2.BootTimes(now=now())
+        from caisson.agent.guest.kernellog import read_kernel_log
+
+        times = caisson_pb2.BootTimes(kernel_log=read_kernel_log())
+        for place, reached in self._timestamps.stages:
+            times.marks.add(place=place, reached=reached)
+        for module, began, ended in self._timestamps.imports:
+            times.imports.add(module=module, began=began, ended=ended)
+        times.now = now()
+        return times
+
     async def LoadModule(self, request: caisson_pb2.LoadModuleRequest) -> Empty:
         from caisson.agent.guest import modules
 
@@ -141,7 +157,7 @@ def _document(data: bytes) -> object:
 
 def _spec(data: bytes) -> Spec:
     """Decode a config.json, or a grpc.Spec, which cannot begin as JSON does.  Raises InvalidArgument, or SpecError."""
-    from caisson.agent.api.oci import spec_to_json
+    from caisson.agent.api.conversions import spec_to_json
     from caisson.agent.libcontainer.config.spec import Spec
     from caisson.proto.kata1 import oci_pb2
 

@@ -11,7 +11,7 @@ import signal
 
 from google.protobuf import empty_pb2
 
-from caisson.agent.api import oci, stats
+from caisson.agent.api import conversions
 from caisson.agent.base.errors import InvalidArgument
 from caisson.agent.guest import details
 from caisson.agent.guest.devices import GuestDevice
@@ -105,7 +105,7 @@ class ContainerService:
         used = await self._sandbox.container(request.container_id).stats()
         answer = self.messages.StatsContainerResponse()
         answer.cgroup_stats.SetInParent()
-        stats.fill(answer.cgroup_stats, used)
+        conversions.fill(answer.cgroup_stats, used)
         return answer
 
     async def GetOOMEvent(self, request: kata1.GetOOMEventRequest | kata3.GetOOMEventRequest) -> Any:
@@ -119,7 +119,7 @@ class ContainerService:
             raise InvalidArgument("ExecProcess needs a process")
         if not request.exec_id:
             raise InvalidArgument("ExecProcess needs an exec_id")
-        process = ProcessSpec.from_json(oci.exec_to_json(request.process, self.EXEC_FIELDS))
+        process = ProcessSpec.from_json(conversions.exec_to_json(request.process, self.EXEC_FIELDS))
         await container.exec(request.exec_id, process)
 
     async def WaitProcess(self, request: OfProcess) -> Any:
@@ -140,14 +140,16 @@ class ContainerService:
         return self._container(request).process(request.exec_id)
 
     async def _update(self, request: kata1.UpdateContainerRequest | kata3.UpdateContainerRequest) -> None:
-        await self._sandbox.update(request.container_id, Resources.from_json(oci.resources_to_json(request.resources)))
+        await self._sandbox.update(
+            request.container_id, Resources.from_json(conversions.resources_to_json(request.resources))
+        )
 
 
 def spec_of(request: CreateContainerRequest) -> Spec:
     """Return the specification in a request.  Raises InvalidArgument, or SpecError."""
     if not request.HasField("OCI") or not request.OCI.HasField("Process"):
         raise InvalidArgument("CreateContainer needs OCI and OCI.Process")
-    return Spec.from_json(oci.spec_to_json(request.OCI))
+    return Spec.from_json(conversions.spec_to_json(request.OCI))
 
 
 def devices_of(request: CreateContainerRequest) -> list[GuestDevice]:

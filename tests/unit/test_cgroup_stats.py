@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from caisson.agent.api.stats import fill
+from caisson.agent.api.conversions import fill
 from caisson.agent.base.errors import NotFound
 from caisson.agent.libcontainer.cgroups.events import OomCounter
 from caisson.agent.libcontainer.cgroups.stats import UNLIMITED, BlkioEntry, CgroupStats, HugetlbStats, MemoryData

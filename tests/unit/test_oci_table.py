@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from caisson.agent.api.oci import json_name
+from caisson.agent.api.conversions import json_name
 from caisson.agent.libcontainer.cgroups.base import Setting
 from caisson.agent.libcontainer.cgroups.v1 import settings as v1_settings
 from caisson.agent.libcontainer.cgroups.v2 import settings as v2_settings

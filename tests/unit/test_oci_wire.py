@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from caisson.agent.api.conversions import exec_to_json, json_name, spec_to_json
 from caisson.agent.api.kata1.service import AgentService
-from caisson.agent.api.oci import exec_to_json, json_name, spec_to_json
 from caisson.agent.client import default_spec
 from caisson.agent.libcontainer.config.seccomp import ALLOW, ERRNO, MASKED_EQ, SPEC_ALLOW, Condition, Rule, Seccomp
 from caisson.agent.libcontainer.config.spec import Process, Spec, SpecError

@@ -62,7 +62,7 @@ SHORT_FILES = {
 
 #: Short files that are still to grow, be joined with others, or get a reason.
 PENDING_SHORT_FILES = {
-    "agent.api.boot_times", "agent.api.stats", "agent.client.network", "agent.client.share", "agent.guest.details",
+    "agent.client.network", "agent.client.share", "agent.guest.details",
     "agent.guest.identity", "agent.guest.resources", "agent.libcontainer.cgroups.cpuset", "agent.libcontainer.plan.lsm",
     "agent.libcontainer.plan.sysctl", "commands.catalogue.host", "commands.catalogue.shared",
     "commands.catalogue.snapshot", "commands.host", "commands.names", "commands.snapshot", "image.build.summary",
@@ -76,7 +76,6 @@ PENDING_PACKAGES = {"image.vm.vsock"}
 SAME_THING = {
     "AgentService": "a service, in each generation of the API",
     "GuestService": "a service, in each generation of the API",
-    "BootTimes": "measured in the guest, read on the host",
     "Child": "the protocol, and what implements it",
     "Container": "the host's handle, and the guest's object",
     "Log": "the agent's, and that of a program of its own",

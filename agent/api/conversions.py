@@ -1,4 +1,6 @@
-"""OCI messages of both generations → OCI JSON: specs from the wire and from a config.json go through one parser.
+"""Messages of both generations ⇄ what the model has: OCI messages → OCI JSON, records of statistics → messages.
+
+Specs from the wire and from a config.json go through one parser.
 
 The two differ in spelling (UIDMappings, uidMappings) and in that the wire cannot say "not given": a zero is that.
 """
@@ -6,6 +8,8 @@ The two differ in spelling (UIDMappings, uidMappings) and in that the wire canno
 from __future__ import annotations
 
 import re
+
+from caisson.agent.base.record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -73,3 +77,26 @@ def _value(field: FieldDescriptor, value: Any) -> Any:
     if field.message_type.GetOptions().map_entry:
         return dict(value)
     return [_to_json(element) for element in value] if field.is_repeated else _to_json(value)
+
+
+def fill(message: Message, record: Record) -> None:
+    """Set the fields of a message from a record's, nested ones and maps included."""
+    for name, value in vars(record).items():
+        field: Any = getattr(message, name)
+        if isinstance(value, Record):
+            field.SetInParent()
+            fill(field, value)
+        elif isinstance(value, tuple):
+            for item in value:
+                if isinstance(item, Record):
+                    fill(field.add(), item)
+                else:
+                    field.append(item)
+        elif isinstance(value, (int, str)):
+            setattr(message, name, value)
+        else:
+            for key, item in value.items():
+                if isinstance(item, Record):
+                    fill(field[key], item)
+                else:
+                    field[key] = item
