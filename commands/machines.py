@@ -6,14 +6,18 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from caisson import image as images
 from caisson.agent import client
 from caisson.agent.client.connection import AgentGone
+from caisson.agent.client.errors import UsageError
+from caisson.agent.client.guest import call_sync
+from caisson.agent.client.network import configure
 from caisson.image.programs import DEBIAN_KEYRING, TO_BOOT, TO_BUILD, need
 from caisson.image.vm import VM, VMConfig, VMError, find_vm, get_vm
+from caisson.image.vm.network import Publish
 
 #: Run by a VM's supervisor when this machine was suspended: guests' clocks stood still meanwhile.
 RESUME_COMMAND = (sys.executable, "-m", "caisson.agent.client.identity")
@@ -35,19 +39,29 @@ def running_vm(name: str) -> VM:
 
 
 @contextlib.contextmanager
-def vm_for(name: str, report: Callable[[str], None], *, answering: bool = True) -> Iterator[VM]:
+def vm_for(
+    name: str, report: Callable[[str], None], *, answering: bool = True, network: str = "", publish: Sequence[str] = ()
+) -> Iterator[VM]:
     """The VM of this name; with no name the running default one, or else a VM for the time of this block.
 
-    Unless ``answering``, the caller waits for the agent of a VM that runs already.
+    Unless ``answering``, the caller waits for the agent of a VM that runs already.  Only a VM of the block's own can be
+    given a network, and ports of this machine that lead to it: raises UsageError.
     """
+    if (network or publish) and (name or find_vm("default") is not None):
+        raise UsageError(f"VM {name or 'default'!r}: runs already; give it a network when it boots: caisson boot-vm")
     if name or find_vm("default") is not None:
         vm = running_vm(name or "default") if answering else get_vm(name or "default")
         with end_explained(vm):
             yield vm
     else:
         directory = image_directory("", report, also=TO_BOOT)
-        config = VMConfig(image=directory, name=f"exec-{os.getpid()}", on_resume=RESUME_COMMAND)
+        config = VMConfig(
+            image=directory, name=f"exec-{os.getpid()}", on_resume=RESUME_COMMAND,
+            network=network or ("user" if publish else "none"), publish=tuple(map(Publish.parse, publish)),
+        )  # fmt: skip
         with VM.start(config, ready=client.ReadinessProbe(), report=report) as vm, end_explained(vm):
+            if config.network != "none":
+                call_sync(vm, lambda agent: configure(agent, vm.info["network"]))
             yield vm
 
 

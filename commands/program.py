@@ -29,11 +29,12 @@ SHELL = ["/bin/sh", "-c", "command -v bash >/dev/null && exec bash; exec sh"]
 
 
 def exec_(
-    *, words: list[str], name: str, container: str, tty: bool, env: list[str], user: str, workdir: str, verbose: bool
-) -> int:
+    *, words: list[str], name: str, container: str, tty: bool, env: list[str], user: str, workdir: str, network: str,
+    verbose: bool,
+) -> int:  # fmt: skip
     """Run a program in a container; returns its exit status."""
     ids = specs.user_ids(user)
-    with vm_for(name, reporter(verbose), answering=False) as vm:
+    with vm_for(name, reporter(verbose), answering=False, network=network) as vm:
         work = foreground.execute(vm, container, words, env=env, cwd=workdir, user=ids, terminal=tty)
         return asyncio.run(work)
 

@@ -35,7 +35,8 @@ def run(
     *, path: str, words: list[str], name: str, container: str, tty: bool, detach: bool, rm: bool, env: list[str],
     env_file: list[str], user: str, workdir: str, hostname: str, entrypoint: str | None, memory: int, cpus: float,
     pids_limit: int | None, read_only: bool, tmpfs: list[str], volume: list[str], cap_add: list[str],
-    cap_drop: list[str], privileged: bool, init: bool, timeout: float, tag: str, max_size: int, verbose: bool,
+    cap_drop: list[str], privileged: bool, init: bool, timeout: float, tag: str, max_size: int,
+    network: str, publish: list[str], verbose: bool,
 ) -> int:  # fmt: skip
     """Run an image as a container; returns its exit status, 0 for one that is detached."""
     container = container or f"run-{uuid.uuid4().hex[:8]}"
@@ -46,7 +47,8 @@ def run(
     shared = [_parse_volume(one) for one in volume]
     settings = [*(setting for file in env_file for setting in specs.env_file(file)), *env]
     need(TO_PACK, info)
-    with vm_for(name or ("default" if detach else ""), reporter(verbose)) as vm:
+    vm_name = name or ("default" if detach else "")
+    with vm_for(vm_name, reporter(verbose), network=network, publish=publish) as vm:
         registry = container_registry(vm)
         if container in registry.names():
             raise UsageError(f"container {container!r}: exists already; remove it: caisson rm {container}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from caisson.commands.catalogue.shared import ENV, IN_CONTAINER, TTY, VERBOSE, VM, VM_OR_OWN
+from caisson.commands.catalogue.shared import ENV, IN_CONTAINER, NETWORK, PUBLISH, TTY, VERBOSE, VM, VM_OR_OWN
 from caisson.commands.declare import (
     CONTAINER,
     DIRECTORY,
@@ -33,6 +33,7 @@ EXEC = Command(
         IN_CONTAINER,
         TTY,
         ENV,
+        NETWORK,
         Option("user", "run it as this user", name("UID[:GID]", "1000:1000"), default="0", short="u"),
         Option("workdir", "its working directory in the container", DIRECTORY_IN_GUEST, default="/", short="w"),
         VERBOSE,
@@ -85,6 +86,8 @@ RUN = Command(
         Option("privileged", "confine it by the guest alone: all capabilities, no filter, no limits"),
         Option("init", "run an init in it that passes signals on and reaps processes"),
         Option("timeout", "stop it after this time; the status is 124 then", seconds(), default=0.0, shown="never"),
+        NETWORK,
+        PUBLISH,
         Option("tag", "which of several images", name("TAG", "latest"), default="", shown="the only one"),
         Option("max-size", "refuse an image with more data", memory(1, 16 << 20), default=0, shown="16G at most"),
         VERBOSE,

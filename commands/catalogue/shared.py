@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from caisson.commands.declare import CONTAINER, TEXT, VM_NAME, Kind, Option, choice, memory, setting
+from caisson.commands.declare import CONTAINER, TEXT, VM_NAME, Kind, Option, choice, memory, name, setting
 
 #: What a guest can have: less does not boot, more no machine has.
 MEMORY = memory(128, 16 << 20)
@@ -18,6 +18,14 @@ JSON = Option("json", "print JSON", dest="as_json")
 ENV = Option(
     "env", "set a variable of the program's environment", setting("NAME=value", "TERM=xterm"), repeat=True, short="e"
 )
+NETWORK = Option(
+    "network", "what network a VM booted for this command has", choice("none", "user"), default="",
+    shown="none; user with --publish",
+)  # fmt: skip
+PUBLISH = Option(
+    "publish", "lead a port of this machine to a port of a VM booted for this command",
+    name("[ADDR:]PORT:PORT[/udp]", "8080:80"), repeat=True, short="p",
+)  # fmt: skip
 VERBOSE = Option("verbose", "show progress, also when stderr is not a terminal", short="v")
 TTY = Option("tty", "give the program a terminal", short="t")
 ACCEL = Option(
