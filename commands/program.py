@@ -114,7 +114,7 @@ def unshare(*, tag: str, name: str) -> None:
 
 def forward(*, ports: str, reverse: bool, container: str, name: str) -> None:
     """Join a TCP port of the host to a port of the guest, until Ctrl-C or the VM's end."""
-    rule = forwarding.Rule.parse(ports)
+    rule = forwarding.ForwardRule.parse(ports)
     if reverse and rule.kind != "vsock":
         raise UsageError(f"--reverse: is for vsock ports, not {ports!r}; give PORT:vsock:PORT")
     vm = running_vm(name)
@@ -123,9 +123,9 @@ def forward(*, ports: str, reverse: bool, container: str, name: str) -> None:
     asyncio.run(_forward(vm, rule, reverse, container))
 
 
-async def _forward(vm: VM, rule: forwarding.Rule, reverse: bool, container: str) -> None:
+async def _forward(vm: VM, rule: forwarding.ForwardRule, reverse: bool, container: str) -> None:
     async with contextlib.AsyncExitStack() as stack:
-        where: forwarding.Rule | Path = rule
+        where: forwarding.ForwardRule | Path = rule
         if rule.kind == "tcp":
             guest = await stack.enter_async_context(Guest(vm))
             serve = forwarding.to_container(await guest.existing(container), rule.guest)

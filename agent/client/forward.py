@@ -34,7 +34,7 @@ Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 @dataclass(frozen=True)
-class Rule:
+class ForwardRule:
     """A TCP port of the host (0: any free one) and a port of the guest (``kind`` tcp or vsock)."""
 
     address: str
@@ -43,7 +43,7 @@ class Rule:
     guest: int
 
     @classmethod
-    def parse(cls, text: str) -> Rule:
+    def parse(cls, text: str) -> ForwardRule:
         """Parse [ADDRESS:]PORT:[vsock:|tcp:]PORT, the host's first.  Raises UsageError."""
         found = RULE.fullmatch(text)
         if not found:
@@ -125,7 +125,7 @@ def to_container(container: Container, port: int) -> Serve:
 
 
 @contextlib.asynccontextmanager
-async def listening(where: Rule | Path, serve: Serve, report: Callable[[str], None]) -> AsyncIterator[int]:
+async def listening(where: ForwardRule | Path, serve: Serve, report: Callable[[str], None]) -> AsyncIterator[int]:
     """Listen on a TCP port of the host or a Unix socket while the block runs, and yield the port.
 
     A connection that fails is closed and reported.  Raises UsageError when listening fails.
@@ -142,7 +142,7 @@ async def listening(where: Rule | Path, serve: Serve, report: Callable[[str], No
             writer.close()
 
     try:
-        if isinstance(where, Rule):
+        if isinstance(where, ForwardRule):
             server = await asyncio.start_server(handle, where.address, where.host)
         else:
             server = await asyncio.start_unix_server(handle, where)
@@ -150,7 +150,7 @@ async def listening(where: Rule | Path, serve: Serve, report: Callable[[str], No
         raise UsageError(f"cannot listen: {error.strerror or error}") from error
     try:
         name = server.sockets[0].getsockname()
-        yield name[1] if isinstance(where, Rule) else 0
+        yield name[1] if isinstance(where, ForwardRule) else 0
     finally:
         server.close()
         if isinstance(where, Path):

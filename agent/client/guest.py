@@ -73,7 +73,7 @@ def call_sync(machine: Machine, work: Callable[[client.Agent], Awaitable[T]]) ->
 
 
 @dataclass(frozen=True)
-class Done:
+class CompletedRun:
     """The exit status (128+n for signal n) and the output of a program."""
 
     status: int
@@ -162,7 +162,7 @@ class Guest:
                     raise
             return await self.agent.ensure_container(container_id, spec)
 
-    async def run(self, *words: str | os.PathLike[str], container: str = DEFAULT, stdin: bytes = b"") -> Done:
+    async def run(self, *words: str | os.PathLike[str], container: str = DEFAULT, stdin: bytes = b"") -> CompletedRun:
         """Run a program in a container to its end.  Raises ProgramError when it cannot be run."""
         process = await (await self.container(container)).exec([os.fspath(word) for word in words], env=[client.PATH])
 
@@ -175,4 +175,4 @@ class Guest:
             return b"".join([data async for data in (process.stderr() if errors else process.stdout())])
 
         _, stdout, stderr = await asyncio.gather(feed(), collect(False), collect(True))
-        return Done(await process.wait(), stdout, stderr)
+        return CompletedRun(await process.wait(), stdout, stderr)

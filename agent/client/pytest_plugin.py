@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from caisson.agent.client.guest import Done, Guest, Machine
+    from caisson.agent.client.guest import CompletedRun, Guest, Machine
 
 
 class GuestRunner:
@@ -23,7 +23,7 @@ class GuestRunner:
         self._runner = runner
         self.guest = guest
 
-    def run(self, *words: str, container: str = "default", stdin: bytes = b"") -> Done:
+    def run(self, *words: str, container: str = "default", stdin: bytes = b"") -> CompletedRun:
         """Run a program in a container of the guest to its end."""
         return self._runner.run(self.guest.run(*words, container=container, stdin=stdin))
 

@@ -82,7 +82,7 @@ class Image:
 
 
 @dataclass(frozen=True)
-class Done:
+class StepResult:
     """What became of a step: ``seconds`` it took, and the ``bytes`` of its result."""
 
     step: str
@@ -162,7 +162,7 @@ class Build:
         self.downloads = downloads or self.cache.root / "apt"
         self.locked = locked
         self.report = report
-        self.done: list[Done] = []
+        self.done: list[StepResult] = []
         self.requests: list[Request] = merge(parse(self._fragment(name)) for name in self.definition.kernel.fragments)
         self._packages: Packages | None = None
 
@@ -182,16 +182,16 @@ class Build:
         key = self.key()
         return self._step("images", key, lambda target: self._make_image(key, target))
 
-    def plan(self) -> list[Done]:
+    def plan(self) -> list[StepResult]:
         """Each step with its key and whether it is in the cache; nothing is made."""
         keys = {"base": self.base_key(), "kernel": self.kernel_key(), "agent": self.agent_key(), "images": self.key()}
-        return [Done(step, key, self.cache.get(step, key) is not None, 0.0, 0) for step, key in keys.items()]
+        return [StepResult(step, key, self.cache.get(step, key) is not None, 0.0, 0) for step, key in keys.items()]
 
     def _step(self, step: str, key: str, make: Callable[[Path], None]) -> Path:
         began = time.monotonic()
         cached = self.cache.get(step, key) is not None
         result = self.cache.get_or_make(step, key, make)
-        self.done.append(Done(step, key, cached, time.monotonic() - began, size_of(result)))
+        self.done.append(StepResult(step, key, cached, time.monotonic() - began, size_of(result)))
         return result
 
     def key(self) -> str:

@@ -7,18 +7,18 @@ from typing import Any
 
 import yaml
 
-from caisson.image.build.builder import Done
+from caisson.image.build.builder import StepResult
 from caisson.image.build.definition import Definition
 from caisson.image.build.settings import described
 
 
-def summary(steps: Sequence[Done]) -> Iterator[str]:
+def summary(steps: Sequence[StepResult]) -> Iterator[str]:
     """A table of the steps that were taken: seconds, whether from the cache, megabytes."""
     for done in steps:
         yield f"{done.step:8} {'cached' if done.cached else f'{done.seconds:5.1f} s':>8} {done.bytes / 1e6:8.1f} MB"
 
 
-def planned(definition: Mapping[str, Any], steps: Iterable[Done]) -> str:
+def planned(definition: Mapping[str, Any], steps: Iterable[StepResult]) -> str:
     """The resolved definition, and each step with what the cache says of it."""
     verdicts = [f"{step.step:8} {'in the cache' if step.cached else 'to be made':12} {step.key}\n" for step in steps]
     return (

@@ -14,7 +14,7 @@ import pytest
 
 from caisson.agent.client import AgentError, UsageError, foreground
 from caisson.agent.client.console import console_port
-from caisson.agent.client.forward import Rule
+from caisson.agent.client.forward import ForwardRule
 from caisson.agent.client.seccomp import default_profile
 from caisson.agent.client.specs import (
     CAPABILITIES,
@@ -355,15 +355,15 @@ def test_another_refusal_is_told_at_once() -> None:
 @pytest.mark.parametrize(
     ("text", "rule"),
     [
-        ("8080:80", Rule("127.0.0.1", 8080, "tcp", 80)),
-        ("0:tcp:80", Rule("127.0.0.1", 0, "tcp", 80)),
-        ("8080:vsock:4294967294", Rule("127.0.0.1", 8080, "vsock", 4294967294)),
-        ("0.0.0.0:8080:80", Rule("0.0.0.0", 8080, "tcp", 80)),
-        ("[::1]:8080:vsock:5000", Rule("::1", 8080, "vsock", 5000)),
+        ("8080:80", ForwardRule("127.0.0.1", 8080, "tcp", 80)),
+        ("0:tcp:80", ForwardRule("127.0.0.1", 0, "tcp", 80)),
+        ("8080:vsock:4294967294", ForwardRule("127.0.0.1", 8080, "vsock", 4294967294)),
+        ("0.0.0.0:8080:80", ForwardRule("0.0.0.0", 8080, "tcp", 80)),
+        ("[::1]:8080:vsock:5000", ForwardRule("::1", 8080, "vsock", 5000)),
     ],
 )
-def test_rules(text: str, rule: Rule) -> None:
-    assert Rule.parse(text) == rule
+def test_rules(text: str, rule: ForwardRule) -> None:
+    assert ForwardRule.parse(text) == rule
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ def test_rules(text: str, rule: Rule) -> None:
 )
 def test_forward_rejects_malformed_rules(text: str) -> None:
     with pytest.raises(UsageError):
-        Rule.parse(text)
+        ForwardRule.parse(text)
 
 
 def test_the_port_of_a_guests_shell() -> None:

@@ -34,7 +34,7 @@ MAX_BYTES = 1 << 20
 Stamp = tuple[int, int, int, int, int]
 
 
-class TooLarge(Exception):
+class TreeTooLarge(Exception):
     """More than is copied."""
 
 
@@ -84,11 +84,11 @@ class Watched:
     def _update_or_bind(self) -> None:
         try:
             self._update()
-        except TooLarge:
+        except TreeTooLarge:
             self._bind()
 
     def _update(self) -> None:
-        """Copy what has changed, and remove what has gone.  Raises TooLarge, or OSError."""
+        """Copy what has changed, and remove what has gone.  Raises TreeTooLarge, or OSError."""
         with self._lock:
             found = dict(_files(self._source))
             if found != self._seen and not self._stopped:
@@ -135,7 +135,7 @@ class Watched:
 
 
 def _files(source: str) -> Iterator[tuple[str, Stamp]]:
-    """Yield what is below a path, directories before what is in them.  Raises TooLarge, or OSError."""
+    """Yield what is below a path, directories before what is in them.  Raises TreeTooLarge, or OSError."""
     count = size = 0
     waiting = [""]
     while waiting:
@@ -146,13 +146,13 @@ def _files(source: str) -> Iterator[tuple[str, Stamp]]:
         count += not stat.S_ISDIR(status.st_mode)
         size += status.st_size if stat.S_ISREG(status.st_mode) else 0
         if count > MAX_FILES or size > MAX_BYTES:
-            raise TooLarge
+            raise TreeTooLarge
         if name or not stat.S_ISDIR(status.st_mode):
             yield name, (status.st_mode, status.st_uid, status.st_gid, status.st_size, status.st_mtime_ns)
         if stat.S_ISDIR(status.st_mode):
             inner = sorted(os.listdir(f"{source}/{name}"), reverse=True)  # noqa: PTH208
             if len(inner) > 2 * MAX_FILES:
-                raise TooLarge
+                raise TreeTooLarge
             waiting += [f"{name}/{one}".lstrip("/") for one in inner]
 
 

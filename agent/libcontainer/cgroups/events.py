@@ -12,10 +12,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from caisson.agent.libcontainer.cgroups.stats import Directory
+    from caisson.agent.libcontainer.cgroups.stats import CgroupDirectory
 
 
-def oom_kills(files: Directory, name: str) -> int:
+def oom_kills(files: CgroupDirectory, name: str) -> int:
     """Count the processes that were ended so far, according to memory.events or memory.oom_control."""
     return files.table(name).get("oom_kill", 0)
 

@@ -103,7 +103,7 @@ class CgroupStats(Record):
     hugetlb_stats: Mapping[str, HugetlbStats] = NOTHING
 
 
-class Directory:
+class CgroupDirectory:
     """Files of one cgroup directory, read without complaint; one that is None has none."""
 
     def __init__(self, path: str | None) -> None:

@@ -69,7 +69,7 @@ class BlockIO(Record):
     throttles: Mapping[tuple[str, int, int], int] = NOTHING
 
 
-class Network(Record):
+class NetworkLimits(Record):
     """The class of what a container sends, and priorities by interface (net_cls and net_prio of cgroup v1)."""
 
     class_id: int | None = None
@@ -95,7 +95,7 @@ class Resources(Record):
     pids_limit: int | None = None
     block_io: BlockIO = BlockIO()
     huge_pages: Mapping[str, int] = NOTHING
-    network: Network = Network()
+    network: NetworkLimits = NetworkLimits()
     rdma: Mapping[str, RdmaLimit] = NOTHING
     unified: Mapping[str, str] = NOTHING
 
@@ -110,7 +110,7 @@ class Resources(Record):
             pids_limit=r.one("pids", _pids),
             block_io=r.one("blockIO", _block_io) or BlockIO(),
             huge_pages=dict(_some(r, "hugepageLimits", _huge_pages)),
-            network=r.one("network", _network) or Network(),
+            network=r.one("network", _network) or NetworkLimits(),
             rdma=r.one("rdma", _rdma) or {},
             unified=dict(r.table("unified")),
         )
@@ -282,9 +282,9 @@ def _huge_pages(value: object, where: str) -> tuple[str, int]:
     return size, limit
 
 
-def _network(value: object, where: str) -> Network:
+def _network(value: object, where: str) -> NetworkLimits:
     r = Reader(value, where)
-    result = Network(r.number("classID", 0, U32_MAX), dict(_some(r, "priorities", _priority)))
+    result = NetworkLimits(r.number("classID", 0, U32_MAX), dict(_some(r, "priorities", _priority)))
     r.done()
     return result
 

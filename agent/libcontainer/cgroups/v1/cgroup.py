@@ -307,9 +307,9 @@ class CgroupOfV1(Cgroup):
 
     def oom_kills(self) -> int:
         from caisson.agent.libcontainer.cgroups.events import oom_kills
-        from caisson.agent.libcontainer.cgroups.stats import Directory
+        from caisson.agent.libcontainer.cgroups.stats import CgroupDirectory
 
-        return oom_kills(Directory(self._directories.get("memory")), "memory.oom_control")
+        return oom_kills(CgroupDirectory(self._directories.get("memory")), "memory.oom_control")
 
     def oom_watch(self, killed: Callable[[], object]) -> OomWatch | None:
         from caisson.agent.libcontainer.cgroups.events import EventFdNotifier, OomCounter

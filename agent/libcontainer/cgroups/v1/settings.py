@@ -10,7 +10,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from caisson.agent.libcontainer.config.resources import BlockIO, CpuLimits, MemoryLimits, Network, Resources
+    from caisson.agent.libcontainer.config.resources import BlockIO, CpuLimits, MemoryLimits, NetworkLimits, Resources
 
 NO_LIMIT = 1 << 63
 SHARES = (2, 262144)
@@ -122,7 +122,7 @@ def _block_io(block: BlockIO, where: str) -> Iterator[Setting]:
         yield Setting(f"{where}.{THROTTLES[what][0]}", f"blkio.throttle.{what}_device", f"{major}:{minor} {rate}")
 
 
-def _network(network: Network, where: str) -> Iterator[Setting]:
+def _network(network: NetworkLimits, where: str) -> Iterator[Setting]:
     if network.class_id:
         yield Setting(f"{where}.classID", "net_cls.classid", str(network.class_id))
     for name, priority in network.priorities.items():

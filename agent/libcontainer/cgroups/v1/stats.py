@@ -8,10 +8,10 @@ from caisson.agent.libcontainer.cgroups.stats import (
     UNLIMITED,
     BlkioEntry,
     BlkioStats,
+    CgroupDirectory,
     CgroupStats,
     CpuStats,
     CpuUsage,
-    Directory,
     HugetlbStats,
     MemoryData,
     MemoryStats,
@@ -41,8 +41,8 @@ FAMILIES = ("blkio.bfq.{}_recursive", "blkio.{}_recursive", "blkio.throttle.{}_r
 def read(directories: Mapping[str, str], count: Callable[[], int]) -> CgroupStats:
     """All counters of a cgroup by its `directories` by controller; `count` counts processes if the kernel does not."""
 
-    def of(controller: str) -> Directory:
-        return Directory(directories.get(controller))
+    def of(controller: str) -> CgroupDirectory:
+        return CgroupDirectory(directories.get(controller))
 
     return CgroupStats(
         _cpu(of("cpuacct"), of("cpu")),
@@ -53,7 +53,7 @@ def read(directories: Mapping[str, str], count: Callable[[], int]) -> CgroupStat
     )
 
 
-def _cpu(account: Directory, cpu: Directory) -> CpuStats:
+def _cpu(account: CgroupDirectory, cpu: CgroupDirectory) -> CpuStats:
     ticks = account.table("cpuacct.stat")
     tick = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
     usage = CpuUsage(
@@ -67,7 +67,7 @@ def _cpu(account: Directory, cpu: Directory) -> CpuStats:
     return CpuStats(usage, throttled)
 
 
-def _memory(files: Directory) -> MemoryStats:
+def _memory(files: CgroupDirectory) -> MemoryStats:
     def data(what: str) -> MemoryData:
         names = ("usage_in_bytes", "max_usage_in_bytes", "failcnt", "limit_in_bytes")
         return MemoryData(*(files.number(f"memory.{what}{name}") for name in names))
@@ -83,18 +83,18 @@ def _memory(files: Directory) -> MemoryStats:
     )
 
 
-def _pids(files: Directory, count: Callable[[], int]) -> PidsStats:
+def _pids(files: CgroupDirectory, count: Callable[[], int]) -> PidsStats:
     if not files.text("pids.current"):
         return PidsStats(count())
     limit = files.number("pids.max")
     return PidsStats(files.number("pids.current"), 0 if limit == UNLIMITED else limit)
 
 
-def _blkio(files: Directory) -> BlkioStats:
+def _blkio(files: CgroupDirectory) -> BlkioStats:
     return BlkioStats(**{field: _entries(files, name) for field, name in BLKIO.items()})
 
 
-def _entries(files: Directory, name: str) -> tuple[BlkioEntry, ...]:
+def _entries(files: CgroupDirectory, name: str) -> tuple[BlkioEntry, ...]:
     """Lines "8:0 Read 5" or "8:0 5" of the first file that has any; sums over all devices have none."""
     for family in FAMILIES:
         found = []
@@ -108,7 +108,7 @@ def _entries(files: Directory, name: str) -> tuple[BlkioEntry, ...]:
     return ()
 
 
-def _hugetlb(files: Directory) -> dict[str, HugetlbStats]:
+def _hugetlb(files: CgroupDirectory) -> dict[str, HugetlbStats]:
     return {
         size: HugetlbStats(
             *(files.number(f"hugetlb.{size}.{name}") for name in ("usage_in_bytes", "max_usage_in_bytes", "failcnt"))

@@ -189,9 +189,9 @@ class CgroupOfV2(Cgroup):
 
     def oom_kills(self) -> int:
         from caisson.agent.libcontainer.cgroups.events import oom_kills
-        from caisson.agent.libcontainer.cgroups.stats import Directory
+        from caisson.agent.libcontainer.cgroups.stats import CgroupDirectory
 
-        return oom_kills(Directory(self.path), "memory.events")
+        return oom_kills(CgroupDirectory(self.path), "memory.events")
 
     def oom_watch(self, killed: Callable[[], object]) -> OomWatch | None:
         from caisson.agent.libcontainer.cgroups.events import FileWatch, OomCounter

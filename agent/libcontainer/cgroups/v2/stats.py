@@ -6,10 +6,10 @@ from caisson.agent.libcontainer.cgroups.stats import (
     UNLIMITED,
     BlkioEntry,
     BlkioStats,
+    CgroupDirectory,
     CgroupStats,
     CpuStats,
     CpuUsage,
-    Directory,
     HugetlbStats,
     MemoryData,
     MemoryStats,
@@ -34,11 +34,11 @@ OPERATIONS = {
 
 def read(path: str, count: Callable[[], int]) -> CgroupStats:
     """All counters of the cgroup `path`; `count` gives the number of processes where the kernel does not count them."""
-    files = Directory(path)
+    files = CgroupDirectory(path)
     return CgroupStats(_cpu(files), _memory(files), _pids(files, count), _io(files), _hugetlb(files))
 
 
-def _cpu(files: Directory) -> CpuStats:
+def _cpu(files: CgroupDirectory) -> CpuStats:
     stat = files.table("cpu.stat")
     usage = CpuUsage(
         total_usage=stat.get("usage_usec", 0) * 1000,
@@ -51,7 +51,7 @@ def _cpu(files: Directory) -> CpuStats:
     return CpuStats(usage, throttled)
 
 
-def _memory(files: Directory) -> MemoryStats:
+def _memory(files: CgroupDirectory) -> MemoryStats:
     current, limit = files.number("memory.current"), files.number("memory.max")
     stats = files.table("memory.stat")
     if not stats:
@@ -67,14 +67,14 @@ def _memory(files: Directory) -> MemoryStats:
     return MemoryStats(stats.get("file", 0), usage, with_swap, kernel, use_hierarchy=True, stats=stats)
 
 
-def _pids(files: Directory, count: Callable[[], int]) -> PidsStats:
+def _pids(files: CgroupDirectory, count: Callable[[], int]) -> PidsStats:
     if not files.text("pids.current"):
         return PidsStats(count())
     limit = files.number("pids.max")
     return PidsStats(files.number("pids.current"), 0 if limit == UNLIMITED else limit)
 
 
-def _io(files: Directory) -> BlkioStats:
+def _io(files: CgroupDirectory) -> BlkioStats:
     found: dict[str, list[BlkioEntry]] = {name: [] for name, _ in OPERATIONS.values()}
     for line in files.text("io.stat").splitlines():
         key, _, counters = line.partition(" ")
@@ -87,7 +87,7 @@ def _io(files: Directory) -> BlkioStats:
     return BlkioStats(**{name: tuple(entries) for name, entries in found.items()})
 
 
-def _hugetlb(files: Directory) -> dict[str, HugetlbStats]:
+def _hugetlb(files: CgroupDirectory) -> dict[str, HugetlbStats]:
     return {
         size: HugetlbStats(
             usage=files.number(f"hugetlb.{size}.current"),
