@@ -44,7 +44,6 @@ SHORT_FILES = {
     "agent.shim.stats": "one message turned into another",
     "agent.runtime.checkpoint": LATE,
     "agent.runtime.errors": EVERYBODY_IMPORTS_IT,
-    "agent.runtime.program": LATE,
     "agent.model.waits": "one of two implementations of libcontainer's waits",
     "agent.rpc.http2.messages": EVERYBODY_IMPORTS_IT,
     "commands.oci": OWN_PROGRAM,
