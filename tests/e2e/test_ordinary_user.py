@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pwd
 import secrets
@@ -100,3 +101,18 @@ def test_an_ordinary_user_builds_an_image_and_runs_a_program_in_it(user: User) -
     assert stopped.returncode == 0, stopped.stderr
     wait_until(lambda: not user.processes(), "no process of the user's is left", found=user.processes)
     assert list((user.place / "run").iterdir()) == []
+
+
+def test_doctor_tells_an_ordinary_user_what_to_do(user: User) -> None:
+    done = user.caisson("doctor", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    findings = {one["name"]: one for one in json.loads(done.stdout)}
+    assert findings["caisson"]["found"].endswith(f"({user.home}/caisson/.venv/bin/python)")
+    assert findings["cache"]["found"].endswith(f"{user.home}/.cache/caisson")
+    kvm = findings["KVM"]
+    if "Permission denied" in kvm["found"]:
+        assert (
+            kvm["status"] == "limited"
+            and "/dev/kvm" in kvm["remedy"]
+            and kvm["remedy"].split(": ")[1].startswith("sudo")
+        )
