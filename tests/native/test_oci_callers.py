@@ -6,6 +6,7 @@ No image is pulled: one is made of busybox.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -68,12 +69,24 @@ def image(busybox_rootfs: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="session")
 def work() -> Iterator[Path]:
-    """A directory with a short name: sockets are below it."""
+    """A directory with a short name: sockets are below it.  Cgroups that the engines make for theirs go with it."""
+    before = engine_cgroups()
     with tempfile.TemporaryDirectory(prefix="oci-", ignore_cleanup_errors=True) as directory:
         yield Path(directory)
         for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
             if line.split()[4].startswith(directory):
                 subprocess.run(["umount", "-l", line.split()[4]], check=False)
+    for cgroup in sorted(engine_cgroups() - before, key=lambda path: len(path.parts), reverse=True):
+        with contextlib.suppress(OSError):
+            cgroup.rmdir()
+
+
+def engine_cgroups() -> set[Path]:
+    """The cgroups that docker, podman and ctr keep for their containers, and what is below them."""
+    roots = [
+        root / name for root in Path("/sys/fs/cgroup").iterdir() for name in ("docker", "libpod_parent", "default")
+    ]
+    return {Path(place) for root in roots for place, _, _ in os.walk(root)}
 
 
 def stop(daemon: subprocess.Popen[bytes]) -> None:
