@@ -10,15 +10,11 @@ from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.client import ConnectionClosed, RpcError
 from caisson.agent.shim import mounts
 from caisson.agent.shim.bundle import TaskBundle
-from caisson.agent.shim.errors import not_found, wrong_state
+from caisson.agent.shim.errors import ShimError, not_found, wrong_state
 from caisson.agent.shim.pod import CALL_TIMEOUT, Pod
 from caisson.agent.shim.process import CREATED, KILLED, RUNNING, STOPPED, Process
 from caisson.agent.shim.spec import fill, guest_spec, shares_pid_namespace
 from caisson.proto.kata3 import agent_pb2
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    pass
 
 #: Seconds that the end of a container waits for those of its execs, which are told first.
 EXECS_TIMEOUT = 2.0
@@ -101,8 +97,6 @@ class Container:
 
     def add_exec(self, request: Any) -> Process:
         """Note a process to be started later.  Raises ShimError."""
-        from caisson.agent.shim.errors import ShimError
-
         if request.exec_id in self.execs or request.exec_id == self.id:
             raise ShimError(StatusCode.ALREADY_EXISTS, f"process {request.exec_id}: exists already")
         if self.init.status != RUNNING:

@@ -45,7 +45,7 @@ def make_shared(directory: Path) -> None:
 
 
 def mount_rootfs(mounts: Iterable[RootfsMount], bundle_rootfs: Path, place: Path, root: str) -> None:
-    """RootfsMount a container's root file system in its bundle, in order, and bind it below the share.
+    """Mount a container's root file system in its bundle, in order, and bind it below the share.
 
     Without mounts it is there already, at ``root`` (docker's graph drivers).  Raises MountError.
     """
@@ -100,9 +100,9 @@ def mounted_below(directory: Path) -> list[str]:
     """Return the mount points at and below a directory, one a mount.  Source: proc(5), mountinfo."""
     found = []
     top = str(directory)
-    with open("/proc/self/mountinfo", errors="surrogateescape") as lines:  # noqa: PTH123
-        for line in lines:
-            place = line.split(" ", 5)[4].encode(errors="surrogateescape").decode("unicode_escape")
+    with open("/proc/self/mountinfo", "rb") as lines:  # noqa: PTH123
+        for line in lines:  # octal escapes stand for spaces and line ends; all other bytes are as they are
+            place = os.fsdecode(line.split(b" ", 5)[4].decode("unicode_escape").encode("latin-1"))
             if place == top or place.startswith(f"{top}/"):
                 found.append(place)
     return found

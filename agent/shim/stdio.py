@@ -159,8 +159,14 @@ class TaskStreams:
     async def open(cls, stdin: str, stdout: str, stderr: str, container_id: str, namespace: str) -> TaskStreams:
         """Open them by their paths or URLs.  Raises OSError or TimeoutError; nothing is open then."""
         if stdout.startswith("binary:"):
-            logger, out, err = await Logger.start(stdout, container_id, namespace)
-            return cls(StdinReader(stdin) if stdin else None, out, err, logger)
+            reader = StdinReader(stdin) if stdin else None
+            try:
+                logger, out, err = await Logger.start(stdout, container_id, namespace)
+            except BaseException:
+                if reader is not None:
+                    reader.close()
+                raise
+            return cls(reader, out, err, logger)
         opened: list[Writer | StdinReader] = []
         try:
             output = Writer.open(stdout) if stdout else None
