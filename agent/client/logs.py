@@ -94,7 +94,7 @@ def moment(text: str) -> float:
     try:
         return datetime.datetime.fromisoformat(text).timestamp()
     except ValueError:
-        raise UsageError(f"--since {text!r}: is no time; give 10m, 2026-11-27T12:00 or seconds since 1970") from None
+        raise UsageError(f"--since {text!r}: is not a time; give 10m, 2026-11-27T12:00 or seconds since 1970") from None
 
 
 async def attach_detached(agent: Agent, container: Container, *, terminal: bool) -> int | None:

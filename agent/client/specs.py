@@ -366,7 +366,9 @@ def env_file(path: str) -> list[str]:
         if not name or name.startswith("#"):
             continue
         if re.search(r"\s", name):
-            raise UsageError(f"--env-file {path}: line {number}: {name!r} is no name of a variable")
+            raise UsageError(
+                f"--env-file {path}: line {number}: {name!r} is not the name of a variable; write NAME=value"
+            )
         if equals or name in os.environ:
             found.append(f"{name}={value if equals else os.environ[name]}")
     return found
