@@ -171,20 +171,29 @@ def _kernel_sources(definition: Definition) -> bool:
     return DISTRIBUTIONS[definition.distribution].kernel_sources
 
 
+class _Undefined(jinja2.StrictUndefined):
+    """A value that a template lacks, which is an error; of a mapping (of suites, say) it names what is known."""
+
+    @property
+    def _undefined_message(self) -> str:
+        if isinstance(self._undefined_obj, dict):
+            return f"{self._undefined_name!r}: unknown; known are: {', '.join(map(str, self._undefined_obj))}"
+        return super()._undefined_message
+
+
 def _read(file: Path, given: Mapping[str, str], below: tuple[Path, ...]) -> tuple[dict[str, Any], tuple[Path, ...]]:
     """A file's mapping over that of the template it extends, and the directories of both."""
     file = file.resolve()
     if file in below:
         raise DefinitionError(f"{file}: extends itself, by {' → '.join(map(str, below))}")
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
+    environment = jinja2.Environment(undefined=_Undefined, autoescape=False)
     try:
         text = environment.from_string(file.read_text()).render(given, arch=host_architecture())
         document = yaml.safe_load(text)
     except OSError as error:
         raise DefinitionError(f"the definition cannot be read: {error}") from error
     except jinja2.TemplateError as error:
-        known = " (is the suite one that the template knows?)" if isinstance(error, jinja2.UndefinedError) else ""
-        raise DefinitionError(f"{file}: {error}{known}") from error
+        raise DefinitionError(f"{file}: {error}") from error
     except yaml.YAMLError as error:
         raise DefinitionError(f"{file}: {error}") from error
     if not isinstance(document, dict):
