@@ -33,10 +33,17 @@ def exec_(
     verbose: bool,
 ) -> int:  # fmt: skip
     """Run a program in a container; returns its exit status."""
+    check_terminal(tty)
     ids = specs.user_ids(user)
     with vm_for(name, reporter(verbose), answering=False, network=network) as vm:
         work = foreground.execute(vm, container, words, env=env, cwd=workdir, user=ids, terminal=tty)
         return asyncio.run(work)
+
+
+def check_terminal(wanted: bool) -> None:
+    """Refuse a terminal for a program whose input is not one, and would never end.  Raises UsageError."""
+    if wanted and not sys.stdin.isatty():
+        raise UsageError("--tty: standard input is not a terminal; leave --tty out")
 
 
 def remove_orphaned(vm: VM) -> None:

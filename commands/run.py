@@ -15,7 +15,7 @@ from caisson.agent.client.errors import UsageError
 from caisson.agent.client.guest import container_registry, guest_memory
 from caisson.agent.client.listing import show
 from caisson.commands.machines import vm_for
-from caisson.commands.program import release_disk, remove_orphaned
+from caisson.commands.program import check_terminal, release_disk, remove_orphaned
 from caisson.commands.streams import info, reporter
 from caisson.image.build.cache import Cache, default_root
 from caisson.image.containers import store
@@ -42,6 +42,7 @@ def run(
     container = container or f"run-{uuid.uuid4().hex[:8]}"
     if not CONTAINER_NAME.fullmatch(container):
         raise UsageError(f"--container {container!r}: is not a name; letters, digits, . _ and -, at most 253 of them")
+    check_terminal(tty and not detach)
     if detach and rm:
         raise UsageError("--rm: cannot be combined with --detach; remove it later: caisson rm")
     shared = [_parse_volume(one) for one in volume]

@@ -72,7 +72,9 @@ def _explained(container_id: str, error: AgentError) -> Exception:
             f"container {container_id}: does not exist; make it: caisson run --container {container_id} …"
         )
     if error.code is grpc.StatusCode.FAILED_PRECONDITION and "stopped" in error.details:
-        return UsageError(f"container {container_id} has exited; its files are there for cp until: caisson rm {container_id}")
+        return UsageError(
+            f"container {container_id} has exited; its files are there for cp until: caisson rm {container_id}"
+        )
     if error.code is grpc.StatusCode.FAILED_PRECONDITION and "paus" in error.details:
         return UsageError(f"container {container_id} is paused; resume it: caisson resume {container_id}")
     return error

@@ -191,6 +191,13 @@ def test_the_version_costs_no_library() -> None:
         assert name not in modules
 
 
+@pytest.mark.parametrize("words", [("exec", "--tty", "--", "cat"), ("run", "--tty", "image.tar")])
+def test_a_terminal_for_input_that_is_not_one_is_refused(words: tuple[str, ...]) -> None:
+    done = caisson(*words)
+    assert done.stderr == b"caisson: --tty: standard input is not a terminal; leave --tty out\n"
+    assert done.returncode == 125
+
+
 def test_a_misspelt_command_is_recognised() -> None:
     done = caisson("boot")
     assert (done.returncode, done.stderr) == (2, b"caisson: boot: unknown command; did you mean boot-vm?\n")
