@@ -209,7 +209,7 @@ def test_a_bundle(vm: Caisson, tmp_path: Path) -> None:
     document["mounts"] = [{"destination": "/data", "type": "bind", "source": "/data", "options": ["rbind"]}]
     (tmp_path / "config.json").write_text(json.dumps(document))
     refused = run(vm, tmp_path)
-    assert refused.returncode == 125 and b"mounts[0]: /data is of the host" in refused.stderr
+    assert refused.returncode == 125 and b"mounts[0]: /data is a path of the host" in refused.stderr
 
 
 def test_in_the_background(vm: Caisson, layout: Path) -> None:
@@ -262,9 +262,9 @@ def test_several_at_once_and_no_port_for_more(vm: Caisson, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("member", "why"),
     [
-        (("../escape", file(b"x")), b"leads out of the root"),
-        (("etc/../../escape", file(b"x")), b"leads out of the root"),
-        (("passwd", hard_link("../../etc/passwd")), b"leads out of the root"),
+        (("../escape", file(b"x")), b"leaves the root"),
+        (("etc/../../escape", file(b"x")), b"leaves the root"),
+        (("passwd", hard_link("../../etc/passwd")), b"leaves the root"),
     ],
 )
 def test_an_image_that_reaches_out_is_refused(vm: Caisson, tmp_path: Path, member: Any, why: bytes) -> None:
@@ -277,6 +277,6 @@ def test_an_image_that_reaches_out_is_refused(vm: Caisson, tmp_path: Path, membe
 def test_run_rejects_other_files(vm: Caisson, tmp_path: Path, contents: bytes) -> None:
     (tmp_path / "bad.tar").write_bytes(contents)
     done = run(vm, tmp_path / "bad.tar")
-    assert done.returncode == 125 and b"damaged" in done.stderr and done.stderr.count(b"\n") == 1
+    assert done.returncode == 125 and b"not a tar archive" in done.stderr and done.stderr.count(b"\n") == 1
     missing = run(vm, tmp_path / "none.tar")
     assert missing.returncode == 125 and b"there is no such image" in missing.stderr

@@ -1,0 +1,77 @@
+"""Containers that run on by themselves, and the options that `run` has from Docker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.build.container_images import busybox_layer, docker_archive
+from tests.e2e.conftest import Caisson
+
+pytestmark = pytest.mark.vm
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(docker_archive(tmp_path_factory.mktemp("image") / "image.tar", [busybox_layer()], Cmd=["/bin/sh"]))
+
+
+def run(vm: Caisson, image: str, *words: str) -> tuple[int, bytes, bytes]:
+    """Run an image in the session's VM; the words are options, and after "--" a program."""
+    done = vm("run", "--name", "default", *words[: words.index("--")], image, *words[words.index("--") :])
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_detached_container_from_its_output_to_its_files(vm: Caisson, image: str, tmp_path: Path) -> None:
+    script = "busybox head -c 300000 /dev/zero; echo; echo last; echo r >/result; exit 5"
+    assert run(vm, image, "--detach", "--container", "apart", "--", "sh", "-c", script)[0] == 0
+    assert vm("wait", "apart").stdout == b"5\n"
+    assert vm("logs", "apart", "--tail", "1").stdout == b"last\n"
+    assert len(vm("logs", "apart", "--follow").stdout) == 300_006
+    refused = vm("exec", "--container", "apart", "--", "true")
+    assert refused.returncode == 125 and b"container apart has exited" in refused.stderr
+    assert vm("cp", "apart:/result", str(tmp_path)).returncode == 0
+    assert (tmp_path / "result").read_text() == "r\n"
+    assert vm("rm", "apart").returncode == 0
+    assert b"does not exist" in vm("exec", "--container", "apart", "--", "true").stderr
+
+
+def test_options_of_docker(vm: Caisson, image: str, tmp_path: Path) -> None:
+    (tmp_path / "shared").write_text("from the host\n")
+    options = (
+        "--hostname", "h", "--read-only", "--tmpfs", "/x", "--cap-drop", "ALL", "--init", "--memory", "64M",
+        "--pids-limit", "50", "--volume", f"{tmp_path}:/v:ro", "--entrypoint", "sh",
+    )  # fmt: skip
+    script = (
+        "cat /etc/hostname /v/shared; busybox grep CapEff /proc/self/status; echo x >/x/y; cat /x/y; echo >/y; "
+        "busybox ping -c 1 localhost >/dev/null && echo pinged"
+    )
+    status, output, errors = run(vm, image, *options, "--", "-c", script)
+    assert status in (0, 1), errors
+    lines = output.splitlines()
+    assert lines[:2] == [b"h", b"from the host"] and lines[2].split()[1] == b"0" * 16 and lines[3] == b"x"
+    assert b"Read-only file system" in errors
+
+
+def test_a_timeout_and_a_lack_of_memory_are_told(vm: Caisson, image: str) -> None:
+    assert run(vm, image, "--timeout", "2", "--", "busybox", "sleep", "1000")[0] == 124
+    hog = "x=a; while :; do x=$x$x; done"
+    status, _, errors = run(vm, image, "--memory", "32M", "--", "sh", "-c", hog)
+    assert status == 137 and b"out of memory: limit 32 MiB" in errors
+
+
+def test_words_that_are_no_utf_8_travel_byte_for_byte(vm: Caisson) -> None:
+    assert vm("exec", "--", "printf", "a\udcffb").stdout == b"a\xffb"
+
+
+def test_an_image_is_run_again_by_its_name(vm: Caisson, image: str) -> None:
+    assert run(vm, image, "--", "echo")[0] == 0
+    assert run(vm, "test:latest", "--", "sh", "-c", "echo again")[1] == b"again\n"
+    assert b"test:latest" in vm("images").stdout
+
+
+@pytest.mark.parametrize("name", ["a/b", "-x", "é", "x" * 254])
+def test_names_that_no_container_can_have_are_one_line(vm: Caisson, image: str, name: str) -> None:
+    status, _, errors = run(vm, image, f"--container={name}", "--", "true")
+    assert status == 125 and errors.count(b"\n") == 1
