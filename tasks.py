@@ -37,9 +37,18 @@ def enter_environment() -> None:
         with (ROOT / "pyproject.toml").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two first runs at once
             if not _is_current(python):
-                _make_environment(python)
+                _set_up(python)
     if Path(sys.prefix).resolve() != ENVIRONMENT.resolve():
         os.execv(python, [str(python), str(ROOT / "tasks.py"), *sys.argv[1:]])
+
+
+def _set_up(python: Path) -> None:
+    try:
+        _make_environment(python)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except OSError as error:
+        sys.exit(f"caisson: {error.filename}: {error.strerror}; a checkout has to be in a directory of your own")
 
 
 def _is_current(python: Path) -> bool:
@@ -67,8 +76,7 @@ def _make_environment(python: Path) -> None:
     sys.path.insert(0, str(ENVIRONMENT / "src"))
     from caisson.image import programs
 
-    needed = (*programs.TO_BUILD, programs.DEBIAN_KEYRING, *programs.TO_BOOT) if _boots_guests() else ()
-    packages = programs.packages_of_missing(needed)
+    packages = programs.packages_of_missing(_needed_programs())
     if importlib.util.find_spec("ensurepip") is None:
         packages.append("python3-venv")
     try:
@@ -94,8 +102,16 @@ def _make_environment(python: Path) -> None:
     (ENVIRONMENT / "made-of").write_text(_made_of(python.resolve(strict=True)))
 
 
-def _boots_guests() -> bool:
-    return len(sys.argv) > 1 and sys.argv[1] in NEED_GUESTS
+def _needed_programs() -> tuple[str, ...]:
+    """What the command will ask for later: a user is told of everything at once."""
+    from caisson.image import programs
+
+    if sys.argv[1:2] == ["test"] and "--quick" not in sys.argv:
+        from tests.commands import TO_TEST
+
+        return TO_TEST
+    guests = len(sys.argv) > 1 and sys.argv[1] in NEED_GUESTS
+    return (*programs.TO_BUILD, programs.DEBIAN_KEYRING, *programs.TO_BOOT) if guests else ()
 
 
 def _package_directories(python: Path) -> list[Path]:
@@ -143,6 +159,6 @@ def run() -> int:
 
 # Invoke loads this file for `invoke …`: the same command line, not Invoke's own.
 if __name__ == "__main__" or Path(sys.argv[0]).name in ("invoke", "inv"):
-    enter_environment()
     sys.path.insert(0, str(ROOT))
+    enter_environment()
     sys.exit(run())

@@ -11,14 +11,14 @@ from pathlib import Path
 from caisson.commands.declare import Command, Group, Option, Program
 from caisson.commands.parse import CommandLineError
 from caisson.commands.streams import info
-from caisson.image.programs import TO_BOOT, TO_BUILD, TO_COMPILE, TO_PACK, need
+from caisson.image.programs import DEBIAN_KEYRING, TO_BOOT, TO_BUILD, TO_COMPILE, TO_PACK, need
 
 ROOT = Path(__file__).resolve().parents[1]
 
 #: What the tests need besides: to make and read images, to sign repositories with, to compare with.
 TO_TEST = (
-    *TO_BUILD, *TO_COMPILE, *TO_BOOT, *TO_PACK, "/usr/bin/python3", "busybox", "clang", "clang-format", "cpio", "crun",
-    "curl", "faketime", "fish", "go", "gpg", "ip", "mke2fs", "openssl", "runc", "sfdisk", "veritysetup", "zsh",
+    DEBIAN_KEYRING, *TO_BUILD, *TO_COMPILE, *TO_BOOT, *TO_PACK, "/usr/bin/python3", "busybox", "clang", "clang-format",
+    "cpio", "crun", "curl", "faketime", "fish", "go", "gpg", "ip", "mke2fs", "openssl", "runc", "sfdisk", "veritysetup", "zsh",
 )  # fmt: skip
 
 GROUP = Group(
