@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 #: What the tests need besides: to make and read images, to sign repositories with, to compare with.
 TO_TEST = (
     DEBIAN_KEYRING, *TO_BUILD, *TO_COMPILE, *TO_BOOT, *TO_PACK, "/usr/bin/python3", "busybox", "clang", "clang-format",
-    "cpio", "crun", "curl", "faketime", "fish", "go", "gpg", "ip", "mke2fs", "openssl", "runc", "sfdisk", "veritysetup", "zsh",
+    "cpio", "crun", "curl", "faketime", "fish", "go", "gpg", "ip", "mke2fs", "openssl", "runc", "sfdisk",
+    "veritysetup", "zsh",
 )  # fmt: skip
 
 GROUP = Group(
