@@ -22,7 +22,12 @@ def stats(*, container: str, name: str, interval: float, as_json: bool) -> None:
     """Show what containers use."""
     vm = running_vm(name)
     found = call_sync(vm, lambda agent: listing.stats(agent, container_registry(vm), container, interval))
-    listing.show(listing.USAGE, found, found, as_json=as_json)
+    shown = (one | {name: _mebibytes(one[name]) for name in ("memory", "memory_limit")} for one in found)
+    listing.show(listing.USAGE, found, shown, as_json=as_json)
+
+
+def _mebibytes(size: int | None) -> str | None:
+    return None if size is None else f"{size / (1 << 20):.1f} MiB"
 
 
 def kill(*, container: str, signal: str, everything: bool, name: str) -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from caisson.commands.completion import SCRIPTS
+from caisson.commands.parse import CommandLineError
 from caisson.commands.streams import info
 
 
@@ -26,7 +27,12 @@ def report(*, output: str) -> None:
     """Write an archive for a bug report; prints its path."""
     from caisson.commands import report as archive
 
-    for name in archive.write(Path(output)):
+    try:
+        names = archive.write(Path(output))
+    except FileExistsError as error:
+        text = f"{output}: exists already; remove it, or name another file: --output FILE"
+        raise CommandLineError(text, 1) from error
+    for name in names:
         info(f"packed {name}")
     info("look through it before you send it")
     print(output)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import re
 import uuid
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from caisson.agent.client import foreground, specs
 from caisson.agent.client.errors import UsageError
@@ -114,15 +115,16 @@ def _unshare(vm: VM, tag: str) -> None:
 
 def images(*, as_json: bool) -> None:
     """List the container images that were run before."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"name": name, "id": one.id[:12], "size": one.bytes, "used": int(one.used)}
         for one in store.images(Cache(default_root()))
         for name in one.names or ("-",)
     ]
-    if as_json:
-        print(json.dumps(rows, indent=2))
-    else:
-        show(("name", "id", "size", "used"), rows, rows, as_json=False)
+    shown = (
+        row | {"size": f"{row['size'] / 1e6:.1f} MB", "used": f"{datetime.fromtimestamp(row['used']):%Y-%m-%d %H:%M}"}
+        for row in rows
+    )
+    show(("name", "id", "size", "used"), rows, shown, as_json=as_json)
 
 
 def rmi(*, image: str) -> None:
