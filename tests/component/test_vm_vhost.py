@@ -160,7 +160,7 @@ async def test_a_client_waits_for_the_guest(tmp_path: Path) -> None:
 
 
 async def test_relay_stops_dialling_for_a_client_that_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relay, "AGAIN", 0.01)
+    monkeypatch.setattr(relay, "RETRY_INTERVAL", 0.01)
 
     async with relayed(tmp_path, echo, (errno.ENODEV,) * 10**5) as ports:
         _, writer = await asyncio.open_unix_connection(str(tmp_path / "a"))
@@ -202,7 +202,7 @@ async def test_one_side_that_breaks_ends_the_other(tmp_path: Path) -> None:
 
 async def test_guest_connects_to_ports_of_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A port of the host is a Unix socket here; another VM has it at first."""
-    monkeypatch.setattr(relay, "LOOKING", 0.01)
+    monkeypatch.setattr(relay, "SCAN_INTERVAL", 0.01)
     busy, ours = [True], [True]
 
     def bind(port: int) -> socket.socket:
