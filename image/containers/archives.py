@@ -72,7 +72,7 @@ class Directory:
 
 
 class Archive:
-    """The same, in a tar archive."""
+    """The same, in a tar archive; one of more than MAX_FILES files is not an image's, and has none here."""
 
     def __init__(self, stream: IO[bytes], shown: str) -> None:
         self._file = stream.fileno()
@@ -87,7 +87,8 @@ class Archive:
             if member.extents is None:
                 self._members[_normal(os.fsdecode(member.name))] = member.data, member.size, _normal(link)
             if len(self._members) > MAX_FILES:
-                raise Malformed(f"{shown}: more than {MAX_FILES} files")
+                self._members = {}
+                return
 
     @classmethod
     @contextlib.contextmanager

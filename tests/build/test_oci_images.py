@@ -411,6 +411,12 @@ def test_zstd_with_skippable_frames(tmp_path: Path) -> None:
     assert "bin/sh" in listed(tmp_path / "rootfs.tar")
 
 
+def test_a_root_file_system_may_have_more_files_than_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("caisson.image.containers.archives.MAX_FILES", 3)
+    (tmp_path / "rootfs.tar").write_bytes(layer(("etc", FOLDER), *((f"etc/{n}", file(b"x")) for n in range(9))))
+    assert "etc/8" in listed(tmp_path / "rootfs.tar")
+
+
 def test_five_thousand_directories_deep(tmp_path: Path) -> None:
     deep = "/".join(["d"] * 5000)
     assert deep in listed(docker_archive(tmp_path / "image.tar", [layer((deep, FOLDER))]))
