@@ -98,10 +98,15 @@ def test_a_qemu_that_fails_is_quoted(image: Images) -> None:
 
 
 def test_a_guest_that_is_never_ready_is_given_up(image: Images) -> None:
+    def asked(agent_socket: Path) -> bool:
+        console = agent_socket.with_name("console.log")
+        wait_until(lambda: console.exists() and console.stat().st_size)
+        return False
+
     with pytest.raises(
         VMError, match=r"did not answer within 1 s; the guest last printed something \d s ago"
     ) as caught:
-        start(image(""), ready=never, timeout=1.0)
+        start(image(""), ready=asked, timeout=1.0)
     assert "last words of the guest" in str(caught.value)
 
 
