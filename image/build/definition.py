@@ -138,7 +138,7 @@ def find(name: str) -> Path:
         if file.is_file():
             return file
     raise DefinitionError(
-        f"there is no template {name!r}: it is a file, a directory, or one of {', '.join(sorted(ours))}"
+        f"template {name!r}: does not exist; name a file, a directory, or one of {', '.join(sorted(ours))}"
     )
 
 

@@ -42,7 +42,7 @@ class Publish:
         """Parse [ADDRESS:]PORT:PORT[/udp].  Raises VMError."""
         found = RULE.fullmatch(text)
         if not found or not all(0 < int(found[side]) < 65536 for side in ("host", "guest")):
-            raise VMError(f"--publish {text}: is not [ADDRESS:]PORT:PORT[/udp], of this machine and of the VM")
+            raise VMError(f"--publish {text}: is not [ADDRESS:]PORT:PORT[/udp]; for example 8080:80")
         address = found["address"] or cls.address
         if address == "localhost":
             address = cls.address
