@@ -6,6 +6,7 @@ import inspect
 import os
 import random
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from caisson.commands import main as command_line
 from caisson.commands.catalogue import COMMANDS, GROUPS
 from caisson.commands.declare import Command, Option
 from caisson.commands.main import EXPECTED_ERRORS, CommandLine, load, one_line
+from caisson.commands.manpage import manual
 from caisson.commands.parse import CommandLineError, HelpWanted, parse
 from caisson.commands.renamed import OLD_COMMANDS, OLD_OPTIONS
 from caisson.commands.usage import help_of
@@ -152,6 +154,18 @@ def test_help_shows_usage_defaults_and_examples(command: Command) -> None:
         first = line.partition("&&")[0].partition("|")[2 if line.startswith("echo") else 0].partition("#")[0].strip()
         if first.startswith(f"caisson {command.name} ") and '"$(' not in line:
             parse(command, shlex.split(first)[2:])
+
+
+def test_the_manual_page_has_every_command_and_option() -> None:
+    page = manual(GROUPS, VERSION)
+    for command in EVERY:
+        section = page.partition(f".SS caisson {command.name.replace('-', chr(92) + '-')}")[2].partition("\n.SS ")[0]
+        for option in command.options:
+            assert ("--" + option.name).replace("-", "\\-") in section, (command.name, option.name)
+    if shutil.which("groff"):
+        words = ["groff", "-man", "-Kutf8", "-Tutf8", "-ww", "-z"]
+        done = subprocess.run(words, input=page.encode(), capture_output=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_expected_errors_are_there() -> None:
