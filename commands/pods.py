@@ -51,6 +51,9 @@ class Pods:
             self._settings = {}
         except (OSError, tomllib.TOMLDecodeError) as error:
             raise MachineError(f"{configuration}: {error}") from error
+        for name in ("memory", "cpus"):
+            if not isinstance(self._settings.get(name, 1), int):
+                raise MachineError(f"{configuration}: {name}: not a whole number; memory is in MiB")
 
     def start(self, name: str, *, memory: int, cpus: int) -> PodMachine:
         """Start a VM.  Raises MachineError."""

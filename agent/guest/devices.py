@@ -83,7 +83,7 @@ def _numbers_of(node: str) -> tuple[str, int, int]:
         raise SystemCallFailed(f"stat {node}: {os.strerror(error.errno or 0).lower()}") from error
     kind = "b" if stat.S_ISBLK(status.st_mode) else "c" if stat.S_ISCHR(status.st_mode) else ""
     if not kind:
-        raise SystemCallFailed(f"{node} is no device")
+        raise SystemCallFailed(f"{node} is not a device")
     return kind, os.major(status.st_rdev), os.minor(status.st_rdev)
 
 

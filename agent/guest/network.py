@@ -119,7 +119,7 @@ class Network:
             raise InvalidArgument("Interface HwAddr empty")
         if not 0 < len(wanted.name) <= NAME_MAX or "/" in wanted.name or wanted.name.split() != [wanted.name]:
             raise InvalidArgument(
-                f"{wanted.name!r} is no interface's name: 1 to {NAME_MAX} bytes without spaces and slashes"
+                f"{wanted.name!r} is not a valid interface name: 1 to {NAME_MAX} bytes without spaces and slashes"
             )
         if wanted.mtu >= 1 << 32:
             raise SystemCallFailed(f"Could not set MTU {wanted.mtu}: {os.strerror(errno.EINVAL).lower()}")

@@ -289,7 +289,7 @@ def _number(data: bytes, damaged: Damaged) -> int:
         return value - (1 << 8 * len(data) - 1) if data[0] & 0x40 else value
     digits = _until_nul(data).strip(b" ")
     if not re.fullmatch(rb"[0-7]*", digits):
-        raise damaged(f"{digits!r} is no octal number")
+        raise damaged(f"{digits!r} is not an octal number")
     return int(digits or b"0", 8)
 
 

@@ -102,7 +102,7 @@ async def test_an_interface_gets_its_name_and_addresses(alone: RunningAgent) -> 
         (wanted(addresses=["192.0.2.1/x"]), Code.INVALID_ARGUMENT, 'Could not parse "192.0.2.1/x"'),
         (wanted(mtu=0), Code.INTERNAL, "Could not set MTU 0: invalid argument"),
         (wanted(name="other"), Code.INTERNAL, "Could not set name other: file exists"),
-        (wanted(name="a b"), Code.INVALID_ARGUMENT, "'a b' is no interface's name: 1 to 15 bytes"),
+        (wanted(name="a b"), Code.INVALID_ARGUMENT, "'a b' is not a valid interface name: 1 to 15 bytes"),
     ],
 )
 async def test_an_interface_that_cannot_be_made(

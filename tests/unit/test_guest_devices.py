@@ -72,7 +72,7 @@ def test_a_real_node() -> None:
             SystemCallFailed,
             "stat /dev/no-such: no such file or directory",
         ),
-        (GuestDevice("", "blk", os.fspath(Path(__file__)), "/dev/x"), SystemCallFailed, "is no device"),
+        (GuestDevice("", "blk", os.fspath(Path(__file__)), "/dev/x"), SystemCallFailed, "is not a device"),
     ],
 )
 def test_devices_reject_malformed_requests(device: GuestDevice, error: type[Exception], text: str) -> None:
