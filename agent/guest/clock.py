@@ -13,7 +13,7 @@ RNDADDTOENTCNT, RNDRESEEDCRNG = 0x40045201, 0x5207  # random(4)
 def set_time(seconds: int, microseconds: int) -> None:
     """Set the clock, to a time since the epoch.  Raises InvalidArgument or SystemCallFailed."""
     if not 0 <= microseconds < 1_000_000:
-        raise InvalidArgument(f"Could not set guest time: {microseconds} is not a number of microseconds below a second")
+        raise InvalidArgument(f"Could not set guest time: {microseconds} is not below a million microseconds")
     try:
         time.clock_settime_ns(time.CLOCK_REALTIME, (seconds * 1_000_000 + microseconds) * 1000)
     except OverflowError:

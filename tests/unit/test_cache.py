@@ -146,7 +146,7 @@ def test_a_big_tree_that_a_killed_build_left_does_not_hold_up_the_next(cache: Ca
         (target / "f").touch()
 
     cache.get_or_make("step", "k", make)
-    assert contents(cache)[-1] == "step/k/f"
+    assert (cache.root / "step/k/f").is_file()
     wait_until(lambda: not list((cache.root / "step").glob(".making-*")), "the old tree is gone")
     wait_until(lambda: [path.name for path in (cache.root / "step").glob(".lock-*")] == [".lock-k"], "and its lock")
 

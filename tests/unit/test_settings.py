@@ -118,7 +118,7 @@ def test_a_template_that_extends_itself(tmp_path: Path) -> None:
 
 
 def test_templates_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(DefinitionError, match=r"no template 'gentoo': .*debian.*lean"):
+    with pytest.raises(DefinitionError, match=r"template 'gentoo': does not exist; .*debian.*lean"):
         find("gentoo")
     (tmp_path / "image.yaml").write_text("extends: gentoo\n")
     with pytest.raises(DefinitionError, match="no template 'gentoo'"):
