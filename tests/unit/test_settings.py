@@ -121,7 +121,7 @@ def test_templates_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(DefinitionError, match=r"template 'gentoo': does not exist; .*debian.*lean"):
         find("gentoo")
     (tmp_path / "image.yaml").write_text("extends: gentoo\n")
-    with pytest.raises(DefinitionError, match="no template 'gentoo'"):
+    with pytest.raises(DefinitionError, match="template 'gentoo': does not exist"):
         load(tmp_path / "image.yaml")
 
 
