@@ -6,7 +6,10 @@ import ast
 import collections
 import re
 from collections.abc import Set
+from fnmatch import fnmatch
 from pathlib import Path
+
+import pytest
 
 from caisson.agent.api.kata1 import status
 from tests.support.source import ROOT, Module, modules, within
@@ -179,3 +182,11 @@ def test_only_adapters_and_the_composition_root_name_a_generation_of_the_api() -
         if re.search(r"kata[13]\b|Kata (Containers )?[13]\.", "\n".join((*module.strings(), *module.imports())))
     ]
     assert wrong == []
+
+
+def test_pytest_recurses_into_every_directory_of_tests(pytestconfig: pytest.Config) -> None:
+    """Its default leaves out directories called `build`."""
+    patterns = pytestconfig.getini("norecursedirs")
+    names = {path.name for path in (ROOT / "tests").iterdir() if list(path.glob("test_*.py"))}
+    assert "build" in names
+    assert [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)] == []
