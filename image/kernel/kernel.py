@@ -164,7 +164,7 @@ def load_order(place: Path, wanted: Sequence[str]) -> list[tuple[str, bytes]]:
             raise ImageError(f"kernel modules depend on each other: {' → '.join((*path, name))}")
         if name not in files:
             needed_by = f", which {path[-1]} needs" if path else ""
-            raise ImageError(f"module {name}: is not the kernel's{needed_by}; correct the fragment that names it")
+            raise ImageError(f"module {name}: not in this kernel{needed_by}; correct the fragment that names it")
         data = read_module(files[name])
         needs = [need for value in modinfo(data, "depends") for need in value.split(",") if need]
         for soft in modinfo(data, "softdep"):

@@ -75,7 +75,7 @@ def test_modules_are_unpacked(place: Path) -> None:
 
 def test_a_module_that_is_not_there_names_who_needs_it(place: Path) -> None:
     put(place, "top", "gone")
-    with pytest.raises(ImageError, match="no module gone, which top needs"):
+    with pytest.raises(ImageError, match="module gone: not in this kernel, which top needs"):
         order(place, "top")
     with pytest.raises(ImageError, match="no module tpo; the fragment"):
         order(place, "tpo")
