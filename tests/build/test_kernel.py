@@ -77,7 +77,7 @@ def test_a_module_that_is_not_there_names_who_needs_it(place: Path) -> None:
     put(place, "top", "gone")
     with pytest.raises(ImageError, match="module gone: not in this kernel, which top needs"):
         order(place, "top")
-    with pytest.raises(ImageError, match="no module tpo; the fragment"):
+    with pytest.raises(ImageError, match="module tpo: not in this kernel; correct the fragment"):
         order(place, "tpo")
 
 
