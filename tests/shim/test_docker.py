@@ -126,6 +126,15 @@ def test_out_of_memory_is_told(docker: Engine) -> None:
     assert state == b"true\n"
 
 
+def fetched(url: str) -> bytes:
+    """Return what is served at a URL; nothing while the server is not up: the proxy listens before it does."""
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            return bytes(answer.read())
+    except OSError:
+        return b""
+
+
 def test_volumes_and_a_published_port(docker: Engine) -> None:
     page = docker.place / "page"
     page.mkdir()
@@ -139,15 +148,14 @@ def test_volumes_and_a_published_port(docker: Engine) -> None:
         )  # fmt: skip
         assert started.returncode == 0, started.stderr
         address = docker.docker("port", "web", "80").stdout.decode().strip()
-        with urllib.request.urlopen(f"http://{address}/", timeout=30) as answer:
-            assert answer.read() == b"from the host"
+        wait_until(lambda: fetched(f"http://{address}/") == b"from the host", "the published port's page")
         assert (page / "made").read_text() == "written\n"
         usage = docker.docker("stats", "--no-stream", "--format", "{{.MemUsage}}", "web").stdout
         assert usage.endswith(b"/ 64MiB\n")
         neighbour = ["run", "--rm", "--runtime", RUNTIME, "--network", "pods", "busybox", "wget", "-qO-"]
         route = docker.docker("inspect", "--format", "{{.NetworkSettings.Networks.pods.IPAddress}}", "web").stdout
-        fetched = docker.docker(*neighbour, f"http://{route.decode().strip()}/")
-        assert fetched.stdout == b"from the host", fetched.stderr
+        page_there = docker.docker(*neighbour, f"http://{route.decode().strip()}/")
+        assert page_there.stdout == b"from the host", page_there.stderr
     finally:
         docker.docker("rm", "--force", "web")
         docker.docker("network", "rm", "pods")
