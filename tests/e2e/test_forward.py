@@ -96,20 +96,20 @@ def test_a_port_of_the_host(vm: Caisson) -> None:
                     assert guest.recv(100) == b"answer"
                     assert guest.recv(100) == b""
             second = vm("forward", "1:vsock:5000", "--reverse")
-            assert second.returncode == 1 and b"already: 127.0.0.1:" in second.stderr
+            assert second.returncode == 2 and b"is forwarded already (127.0.0.1:" in second.stderr
     assert not (vm.run_directory / "default/vsock.sock_5000").exists()
 
 
 @pytest.mark.parametrize("rule", ["80", "a:80", "1:2:3:4", "70000:80", "80:70000", "80:udp:80", "80:80 --reverse"])
 def test_forward_rejects_malformed_rules(vm: Caisson, rule: str) -> None:
     done = vm("forward", *rule.split())
-    assert done.returncode == 1 and done.stderr.startswith(b"caisson: ") and done.stderr.count(b"\n") == 1
+    assert done.returncode == 2 and done.stderr.startswith(b"caisson: ") and done.stderr.count(b"\n") == 1
 
 
 def test_a_port_that_is_taken(vm: Caisson) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         done = vm("forward", f"{server.getsockname()[1]}:vsock:1024")
-        assert done.returncode == 1 and b"cannot listen" in done.stderr
+        assert done.returncode == 2 and b"cannot listen" in done.stderr
 
 
 def test_it_ends_with_the_vm(own: Caisson) -> None:

@@ -49,10 +49,9 @@ def checkout(place: Path) -> None:
 
 
 def builder(root: Path, python: str = sys.executable) -> list[str]:
-    script = (
-        f"import sys; sys.path.insert(0, {str(root)!r}); import caisson.image; print(image.build_image().directory)"
-    )
-    return [python, "-c", script]
+    """The command that builds the default image with the sources in a directory called `caisson`."""
+    path = f"sys.path.insert(0, {str(root.parent)!r})"
+    return [python, "-c", f"import sys; {path}; from caisson import image; print(image.build_image().directory)"]
 
 
 def everyones_python() -> tuple[str, dict[str, str]]:
