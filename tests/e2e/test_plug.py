@@ -105,7 +105,7 @@ async def test_a_share_by_9p(own: Caisson, lean: Path, tmp_path: Path) -> None:
 
 
 def test_a_share_that_is_none(own: Caisson, tmp_path: Path) -> None:
-    for text, words in ((f"a={tmp_path}/no", "is no directory"), ("a", "takes TAG=DIR"), (f"a/b={tmp_path}", "tag")):
+    for text, words in ((f"a={tmp_path}/no", "is not a directory"), ("a", "takes TAG=DIR"), (f"a/b={tmp_path}", "tag")):
         refused = own("boot-vm", "--share", text)
         assert refused.returncode == 1
         assert words in refused.stderr.decode()

@@ -138,7 +138,7 @@ def test_a_template_that_is_not_there(own: Caisson, words: list[str], complaint:
 
 def test_snapshot_rejects_other_settings(own: Caisson, snapshot: str) -> None:
     more = own("boot-vm", "--detach", "--snapshot", snapshot, "--memory", "512")
-    assert more.returncode == 1
+    assert more.returncode == 2
     assert b"cannot be combined with" in more.stderr
     file = default_root() / "snapshots" / snapshot / "snapshot.json"
     text = file.read_text()

@@ -69,4 +69,4 @@ def test_a_guest_without_its_agent_ends(own: Caisson) -> None:
 def test_a_suite_with_an_older_systemd_is_refused(own: Caisson) -> None:
     refused = own("build-image", "--template", "systemd", "--suite", "bookworm")
     assert refused.returncode == 1
-    assert b"is the suite one that the template knows?" in refused.stderr
+    assert b"'bookworm': unknown; known are: trixie" in refused.stderr

@@ -15,6 +15,7 @@ from enum import Enum
 from pathlib import Path
 
 from tests.e2e.conftest import ROOT, Caisson
+from tests.shim.engine import rootfs
 
 REQUEST = struct.Struct("<IIIIQQQ")
 ECHO, SINK, SOURCE, LOAD = 1, 2, 3, 4
@@ -32,11 +33,15 @@ def compile_peer(directory: Path) -> Path:
     return program
 
 
-def start_peer(caisson: Caisson, name: str, program: Path, *words: str) -> subprocess.Popen[bytes]:
+def start_peer(caisson: Caisson, name: str, program: Path, *arguments: str) -> subprocess.Popen[bytes]:
     """Put the program into a container of a VM, and run it there; its lines come on ``stdout``."""
-    script = f"head -c {program.stat().st_size} >/tmp/peer; chmod +x /tmp/peer; exec /tmp/peer {' '.join(words)}"
+    script = f"head -c {program.stat().st_size} >/tmp/peer; chmod +x /tmp/peer; exec /tmp/peer {' '.join(arguments)}"
+    root = program.with_name("root.tar")
+    root.write_bytes(rootfs())
+    # The default filter forbids vsock, as Docker's does.
+    words = ("run", "--privileged", "--name", name, str(root), "--", "sh", "-c", script)
     with program.open("rb") as binary:
-        return caisson.start("exec", "--name", name, "--", "sh", "-c", script, stdin=binary, stdout=subprocess.PIPE)
+        return caisson.start(*words, stdin=binary, stdout=subprocess.PIPE)
 
 
 def dial(path: Path, port: int, timeout: float = 60) -> socket.socket:

@@ -115,7 +115,7 @@ def engine() -> Iterator[Engine]:
 def _environment(place: Path) -> dict[str, str]:
     """Unpack the programs, write their configurations, and return the environment that they are run in."""
     tree, programs, run = place / "tree", place / "bin", place / "run"
-    packages = packages_of("debian", default_root() / "apt" / f"{SUITE}-amd64", SUITE, "amd64")
+    packages = packages_of("debian", default_root() / "apt" / f"{SUITE}-docker", SUITE, "amd64")
     packages.update()
     for directory in (tree, programs, run):
         directory.mkdir()
