@@ -141,7 +141,10 @@ def test_a_build_that_was_killed_at_any_moment_is_followed_by_a_whole_one(elsewh
 def test_a_full_disk_is_said_and_later_forgotten(elsewhere: Path) -> None:
     cache = elsewhere / "small"
     cache.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=90m", "tmpfs", cache], check=True)
+    debs = default_root() / "apt" / SUITE / "debs"
+    kept = [deb for deb in debs.glob("*.deb") if not deb.name.startswith("linux-source")]
+    seeded = sum(deb.stat().st_size for deb in kept) >> 20  # MiB, of every build so far
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={seeded + 20}m", "tmpfs", cache], check=True)
     try:
         seed(cache)
         full = subprocess.run(
@@ -153,7 +156,7 @@ def test_a_full_disk_is_said_and_later_forgotten(elsewhere: Path) -> None:
         assert full.returncode == 1
         assert "No space left on device" in full.stderr
         assert list(cache.glob("*/.making-*")) == []
-        subprocess.run(["mount", "-o", "remount,size=900m", cache], check=True)
+        subprocess.run(["mount", "-o", f"remount,size={seeded + 900}m", cache], check=True)
         after = subprocess.run(builder(OURS), env=environment(cache), capture_output=True, text=True)
         assert after.returncode == 0, after.stderr
     finally:
