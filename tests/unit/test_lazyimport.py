@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 
@@ -21,7 +22,8 @@ def lazy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LazyImport
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "late_runs", 0, raising=False)
     lazy = LazyImporter(["late_module", "late_and_missing"])
-    monkeypatch.setattr(sys, "meta_path", [lazy, *sys.meta_path])
+    others = [finder for finder in sys.meta_path if finder is not PathFinder]
+    monkeypatch.setattr(sys, "meta_path", [lazy, *others, PathFinder])  # last, as in an interpreter of the agent's
     yield lazy
     sys.modules.pop("late_module", None)
 
