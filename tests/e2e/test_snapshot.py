@@ -142,14 +142,14 @@ def test_snapshot_rejects_other_settings(own: Caisson, snapshot: str) -> None:
     assert b"cannot be combined with" in more.stderr
     file = default_root() / "snapshots" / snapshot / "snapshot.json"
     text = file.read_text()
-    bond = json.loads(text)["bond"]
+    saved = json.loads(text)["compatibility"]
     try:
-        file.write_text(text.replace(bond["qemu"], "6.66"))
+        file.write_text(text.replace(saved["qemu"], "6.66"))
         other = own("boot-vm", "--detach", "--snapshot", snapshot)
     finally:
         file.write_text(text)
     assert other.returncode == 1
-    assert b"QEMU was 6.66, and is " + bond["qemu"].encode() in other.stderr
+    assert b"QEMU was 6.66, and is " + saved["qemu"].encode() in other.stderr
 
 
 def test_a_template_is_replaced_under_a_running_clone(own: Caisson, snapshot: str) -> None:
