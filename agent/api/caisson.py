@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from google.protobuf.empty_pb2 import Empty
 
     from caisson.agent.base.boot_timestamps import BootTimestamps
-    from caisson.agent.guest.container_mounts import ContainerMounts
     from caisson.agent.libcontainer.config.spec import Spec
+    from caisson.agent.model.container_mounts import ContainerMounts
     from caisson.agent.model.output_log import OutputLog
     from caisson.agent.model.sandbox import Sandbox
 
@@ -133,7 +133,7 @@ class CaissonService:
 
     @cached_property
     def _mounts(self) -> ContainerMounts:
-        from caisson.agent.guest.container_mounts import ContainerMounts
+        from caisson.agent.model.container_mounts import ContainerMounts
 
         return ContainerMounts(self._sandbox.container, self._hotplug_timeout)
 

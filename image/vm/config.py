@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from caisson.image.vm import qemu, vsock
+from caisson.image.vm import qemu
 from caisson.image.vm.accel import Choice, Host, choose_accelerator, choose_vsock
 from caisson.image.vm.directory import VMDirectory
 from caisson.image.vm.errors import VMError
 from caisson.image.vm.hotplug import virtiofs
 from caisson.image.vm.network import KINDS, Publish
 from caisson.image.vm.snapshot.snapshot import Snapshot
-from caisson.image.vm.vsock import FIRST_CID, LAST_CID
+from caisson.image.vm.vsock import backend as vsock
 
 #: MiB that a guest needs at least.
 MIN_MEMORY = 128
@@ -175,7 +175,7 @@ def dry_run(config: VMConfig) -> DryRun:
     accelerator, transport = config.choices()
     directory = VMDirectory.of(config.name)
     user = transport.name == "user"
-    cid = vsock.USER_CID if user else random.randint(FIRST_CID, LAST_CID)
+    cid = vsock.USER_CID if user else random.randint(vsock.FIRST_CID, vsock.LAST_CID)
     socket = directory.path / "device.sock"
     devices = qemu.Devices(
         console=directory.console,
@@ -188,6 +188,6 @@ def dry_run(config: VMConfig) -> DryRun:
     )
     wanted = qemu.Wanted.of(config.name, accelerator.name, config.document(accelerator, transport))
     command = qemu.command(qemu.probe(qemu.architecture_of(manifest)), image, manifest, devices, wanted)
-    backend = vsock.backend(transport.name, directory, cid, ["--listen", str(socket)] if user else [])
+    backend = vsock.command(transport.name, directory, cid, ["--listen", str(socket)] if user else [])
     beside = f"mkdir -p {shlex.quote(str(directory.path))} && {shlex.join(backend)}"
     return DryRun(tuple(command), beside, f"{accelerator.reason}; {transport.reason}")

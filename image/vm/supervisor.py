@@ -33,7 +33,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from caisson.image.vm import exit_reason, network, qemu, vsock
+from caisson.image.vm import exit_reason, network, qemu
 from caisson.image.vm.accel import Choice
 from caisson.image.vm.children import ChildProcesses
 from caisson.image.vm.directory import VMDirectory, janitor
@@ -56,6 +56,7 @@ from caisson.image.vm.sandbox import (
 )
 from caisson.image.vm.snapshot import migration, ram
 from caisson.image.vm.snapshot.snapshot import Snapshot, SnapshotCompatibility, store
+from caisson.image.vm.vsock import backend as vsock
 from caisson.proto.contract import VERSION, VM_FORMAT
 
 #: Seconds between two checks for a suspended host, and the least that counts: clocks are not exact.

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from caisson.image.vm import vsock
 from caisson.image.vm.errors import VMError
+from caisson.image.vm.vsock import backend as vsock
 from caisson.image.vm.vsock import relay
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]

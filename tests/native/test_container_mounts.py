@@ -115,7 +115,7 @@ def test_a_thread_in_a_container_imports_nothing() -> None:
     """A fresh interpreter has imported everything that the thread calls before it enters."""
     program = """if True:
         import os, sys, threading
-        from caisson.agent.guest import container_mounts
+        from caisson.agent.model import container_mounts
         from caisson.agent.guest.storage import open_point
 
         class Watch:

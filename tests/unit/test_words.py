@@ -19,7 +19,7 @@ RENAMED: dict[str, dict[str, str]] = {
     "agent.base.lazyimport": {"Later": "LazyImporter", "_Empty": "_LazyModule"},
     "agent.base.boot_timestamps": {"Marks": "BootTimestamps"},
     "agent.api.caisson": {"Own": "CaissonService"},
-    "agent.guest.container_mounts": {"InsideMounts": "ContainerMounts"},
+    "agent.model.container_mounts": {"InsideMounts": "ContainerMounts"},
     "agent.debug_ports": {"Port": "VsockListener", "Shells": "DebugConsole"},
     "agent.client.errors": {"Mistake": "UsageError"},
     "agent.client.registry": {"Known": "Registry", "hold": "lease", "about": "metadata", "abandoned": "orphaned"},
@@ -75,7 +75,7 @@ STATES = {("image.vm.vsock.vhost_user.connection", "WAITING")}
 MOVED = {
     "agent/base/later.py": "agent/base/lazyimport.py",
     "agent/base/marks.py": "agent/base/boot_timestamps.py",
-    "agent/guest/inside.py": "agent/guest/container_mounts.py",
+    "agent/guest/inside.py": "agent/model/container_mounts.py",
     "agent/api/own.py": "agent/api/caisson.py",
     "agent/ports.py": "agent/debug_ports.py",
     "agent/client/known.py": "agent/client/registry.py",
