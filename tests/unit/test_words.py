@@ -64,11 +64,7 @@ RENAMED: dict[str, dict[str, str]] = {
 #: Constants that said nothing of what they bound: *_TIMEOUT, *_INTERVAL, MAX_*.
 VAGUE = ("PATIENCE", "LOOKING", "WAITING", "KEPT", "STARTING")
 
-#: Old names that are still there: module → names.
-PENDING: dict[str, set[str]] = {}
-
-#: Constants of a vague name that are still there; and a state of a connection, which waits for the guest's driver.
-PENDING_VAGUE: set[tuple[str, str]] = set()
+#: A state of a connection, which waits for the guest's driver.
 STATES = {("image.vm.vsock.vhost_user.connection", "WAITING")}
 
 #: Modules that had a name of our own → the field's.
@@ -134,21 +130,20 @@ def test_old_names_are_defined_nowhere() -> None:
         for module, known in places(room).items():
             if old := known & names.keys():
                 there.setdefault(module, set()).update(old)
-    assert there == PENDING, "new old names; or entries of PENDING that can go"
+    assert there == {}
 
 
 @pytest.mark.parametrize("room", RENAMED)
 def test_classes_have_their_new_names(room: str) -> None:
     """Functions and attributes may have moved on since."""
     known = set().union(*places(room).values())
-    pending = set().union(*(names for module, names in PENDING.items() if within(module, room)))
-    classes = {new for old, new in RENAMED[room].items() if re.match("_?[A-Z][a-z]", new) and old not in pending}
+    classes = {new for new in RENAMED[room].values() if re.match("_?[A-Z][a-z]", new)}
     assert classes - known == set()
 
 
 def test_constants_say_what_they_bound() -> None:
     found = {(module.name, name) for module in modules() for name in defined(module.tree) if name in VAGUE}
-    assert found == PENDING_VAGUE | STATES
+    assert found == STATES
 
 
 @pytest.mark.parametrize(("old", "new"), MOVED.items())
