@@ -15,7 +15,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from caisson.agent.shim.machines import MachineError, PodMachine, agent_answers
+from caisson.agent.pods.machines import MachineError, PodMachine, agent_answers
 from caisson.image.vm import VM, VMConfig, VMError, find_vm
 from caisson.image.vm.hotplug.interfaces import plug_interface
 from caisson.image.vm.hotplug.share import share
@@ -41,7 +41,7 @@ CONFIGURATION = Path(os.environ.get("CAISSON_SHIM_CONFIG", "/etc/caisson/shim.to
 
 
 class Pods:
-    """Machines for the shim (caisson.agent.shim.machines.Machines)."""
+    """Machines for the shim (caisson.agent.pods.machines.Machines)."""
 
     def __init__(self, configuration: Path = CONFIGURATION) -> None:
         """Raises MachineError for a configuration that cannot be read."""

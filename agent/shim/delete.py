@@ -11,9 +11,9 @@ import signal
 import time
 from pathlib import Path
 
+from caisson.agent.pods.machines import Machines
 from caisson.agent.shim import mounts
 from caisson.agent.shim.bundle import BundleRecord, TaskBundle
-from caisson.agent.shim.machines import Machines
 from caisson.agent.shim.process import KILLED
 from caisson.proto.containerd import task_v2_pb2
 

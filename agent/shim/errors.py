@@ -29,9 +29,9 @@ def wrong_state(text: str) -> ShimError:
 
 def status_of(error: Exception) -> tuple[StatusCode, str] | None:
     """Return the status and text of an error; None for a bug."""
-    from caisson.agent.shim.machines import MachineError
+    from caisson.agent.pods.machines import MachineError
+    from caisson.agent.pods.network import NetworkError
     from caisson.agent.shim.mounts import MountError
-    from caisson.agent.shim.network import NetworkError
     from caisson.agent.shim.spec import UnsupportedSpec
 
     if isinstance(error, ShimError):

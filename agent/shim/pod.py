@@ -10,28 +10,27 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from caisson.agent.pods import network
+from caisson.agent.pods.guest import CALL_TIMEOUT, GuestNetwork, personalize
+from caisson.agent.pods.machines import MachineError
 from caisson.agent.rpc.codes import StatusCode
-from caisson.agent.rpc.ttrpc.client import Client, RpcError, Stub
-from caisson.agent.shim import mounts, network
+from caisson.agent.rpc.ttrpc.client import Client, Stub
+from caisson.agent.shim import mounts
 from caisson.agent.shim.bundle import SANDBOX_MEMORY, BundleRecord, ProcessId, TaskBundle
 from caisson.agent.shim.errors import ShimError
-from caisson.agent.shim.machines import MachineError
 from caisson.agent.shim.spec import GUEST_SHARED, network_namespace, shares_pid_namespace
-from caisson.proto.kata3 import agent_pb2, types_pb2
+from caisson.proto.kata3 import agent_pb2
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from caisson.agent.base.log import Log
-    from caisson.agent.shim.machines import Machines, PodMachine
+    from caisson.agent.pods.machines import Machines, PodMachine
 
 #: The tag by which hosts and guests of Kata know a pod's share.
 SHARE_TAG = "kataShared"
 
 #: The directory of all pods: beside that of VMs.
 PODS = Path(f"{os.environ.get('CAISSON_RUN', '/run/caisson')}-pods")
-
-#: Seconds for a call that changes the guest.
-CALL_TIMEOUT = 60.0
 
 MIB = 1 << 20
 
@@ -52,8 +51,7 @@ class Pod:
         self._machine: PodMachine | None = None
         self._client: Client | None = None
         self._holder: network.Holder | None = None
-        self._interfaces = 0
-        self._connected = False
+        self._network: GuestNetwork | None = None
         self._log = log
 
     @property
@@ -81,6 +79,7 @@ class Pod:
             await asyncio.to_thread(self._machine.share, self.shared, SHARE_TAG)
             self._client = await Client.connect(self._machine.agent_socket)
             self.rpc = Stub(self._client, agent_pb2.DESCRIPTOR.services_by_name["AgentService"])
+            await personalize(self.rpc)
             await self._create(document)
         except BaseException:
             await self.stop()
@@ -114,51 +113,10 @@ class Pod:
 
         Raises NetworkError, MachineError or RpcError.
         """
-        if self._connected or self._holder is None:
-            return
-        self._connected = True
-        namespace = self._holder.namespace
-        links = await asyncio.to_thread(network.links, namespace)
-        if not links:
-            return
-        routes = await asyncio.to_thread(network.routes, namespace)
-        for link in links:
-            await self._add_interface(namespace, link)
-        if routes:
-            request = agent_pb2.UpdateRoutesRequest()
-            for route in routes:
-                request.routes.Routes.add(
-                    dest=route.destination, gateway=route.gateway, device=route.device, source=route.source,
-                    scope=route.scope, family=_family(route.destination or route.gateway),
-                )  # fmt: skip
-            await self.rpc.UpdateRoutes(request, timeout=CALL_TIMEOUT)
-
-    async def _add_interface(self, namespace: str, link: network.Link) -> None:
-        assert self._machine is not None
-        tap = await asyncio.to_thread(network.tap, namespace, link, self._interfaces)
-        self._interfaces += 1
-        try:
-            await asyncio.to_thread(self._machine.add_interface, tap, link.mac)
-        finally:
-            os.close(tap)
-        request = agent_pb2.UpdateInterfaceRequest()
-        request.interface.name = request.interface.device = link.name
-        request.interface.hwAddr, request.interface.mtu = link.mac, link.mtu
-        for address, prefix in link.addresses:
-            request.interface.IPAddresses.add(address=address, mask=str(prefix), family=_family(address))
-        await self._until_found(request)
-
-    async def _until_found(self, request: agent_pb2.UpdateInterfaceRequest) -> None:
-        """The guest's kernel takes a moment to find a new interface."""
-        for _ in range(100):
-            try:
-                await self.rpc.UpdateInterface(request, timeout=CALL_TIMEOUT)
-                return
-            except RpcError as error:
-                if "Link not found" not in error.text:
-                    raise
-                await asyncio.sleep(0.05)
-        raise ShimError(StatusCode.UNKNOWN, f"{request.interface.name}: the guest did not find this interface in time")
+        if self._network is None and self._holder is not None:
+            assert self._machine is not None
+            self._network = GuestNetwork(self._holder.namespace, self._machine, self.rpc)
+            await self._network.connect()
 
     async def run_hooks(self, document: dict[str, Any], names: tuple[str, ...], state: dict[str, Any]) -> None:
         """Run hooks of the host, which docker's network needs.  Raises ShimError."""
@@ -181,6 +139,8 @@ class Pod:
         await asyncio.to_thread(mounts.release, self.shared)
         await asyncio.to_thread(mounts.release, self.directory)
         if self._holder is not None:
+            if self._network is not None:
+                await asyncio.to_thread(self._network.disconnect)
             self._holder.close()
             self._holder = None
 
@@ -198,10 +158,6 @@ def size_of(document: dict[str, Any]) -> tuple[int, int]:
     cpu = resources.get("cpu") or {}
     quota, period = int(cpu.get("quota") or 0), int(cpu.get("period") or 0) or 100_000
     return (limit // MIB + OVERHEAD if limit > 0 else 0), (-(-quota // period) if quota > 0 else 0)
-
-
-def _family(address: str) -> types_pb2.IPFamily:
-    return types_pb2.v6 if ":" in address else types_pb2.v4
 
 
 def _run_hook(hook: dict[str, Any], state: dict[str, Any], name: str) -> None:

@@ -11,13 +11,13 @@ from typing import Any
 
 from caisson.agent.base.log import Log
 from caisson.agent.base.tracing import Tracing
+from caisson.agent.pods.machines import Machines
 from caisson.agent.rpc.dispatch import Dispatch, Service
 from caisson.agent.rpc.listener import accept
 from caisson.agent.rpc.server import Server
 from caisson.agent.shim.errors import status_of
 from caisson.agent.shim.events import Publisher
 from caisson.agent.shim.launch import Arguments
-from caisson.agent.shim.machines import Machines
 from caisson.agent.shim.pod import Pod
 from caisson.agent.shim.task import TaskService
 from caisson.proto.containerd import task_v2_pb2, task_v3_pb2

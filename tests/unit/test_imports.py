@@ -48,12 +48,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "agent.client": ("agent.base", "agent.rpc", *API, CONTRACT, FOREIGN_TEXT),
     # Which port a console has is in the guest's kernel words
     "agent.client.console": ("agent.client", "agent.options"),
-    "agent.shim": ("agent.base", "agent.client", "agent.rpc", "proto"),
+    "agent.pods": ("agent.base", "agent.rpc", "proto"),
+    "agent.shim": ("agent.base", "agent.client", "agent.pods", "agent.rpc", "proto"),
+    "agent.hypervisor": ("agent.base", "agent.pods", "agent.rpc", "proto"),
     # The host's half
     "image": ("image", CONTRACT, FOREIGN_TEXT),
     "proto": ("proto",),
     # Composition roots: the only importers of both halves
-    "commands": ("agent.client", "agent.runtime", "agent.shim", "image", "proto"),
+    "commands": ("agent.client", "agent.hypervisor", "agent.pods", "agent.runtime", "agent.shim", "image", "proto"),
 }  # fmt: skip
 
 #: Third-party modules, and the only rooms that may import them: the guest's start path pays for each.

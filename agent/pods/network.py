@@ -134,13 +134,19 @@ def tap(namespace: str, link: Link, number: int) -> int:
                 namespace, "tc", "filter", "add", "dev", source, "parent", "ffff:", "protocol", "all",
                 "u32", "match", "u8", "0", "0", "action", "mirred", "egress", "redirect", "dev", target,
             )  # fmt: skip
-        # The guest has the addresses now: here they would answer for it.
-        _run(namespace, "ip", "addr", "flush", "dev", link.name)
         _run(namespace, "ip", "link", "set", link.name, "up")
     except BaseException:
         os.close(fd)
         raise
     return fd
+
+
+def release(namespace: str, link: Link) -> None:
+    """Have an interface's packets stay in their namespace again; fine where it has gone, or the namespace."""
+    try:
+        _run(namespace, "tc", "qdisc", "del", "dev", link.name, "ingress")
+    except NetworkError:
+        pass
 
 
 def _open_tap(name: str) -> int:

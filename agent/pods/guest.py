@@ -1,0 +1,104 @@
+"""The guest's side of a pod, by the agent's API of Kata 3.x: its network, and what tells a clone from others."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from typing import Any
+
+from caisson.agent.pods import network
+from caisson.agent.pods.network import Link, NetworkError
+from caisson.agent.rpc.ttrpc.client import RpcError
+from caisson.proto.kata3 import agent_pb2, types_pb2
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from caisson.agent.pods.machines import PodMachine
+
+#: Seconds for a call that changes the guest.
+CALL_TIMEOUT = 60.0
+
+#: The guest's kernel takes a moment to find a new interface: how often it is looked for, and seconds between.
+MAX_LOOKS = 100
+LOOK_INTERVAL = 0.05
+
+#: Bytes of entropy: what the kernel's generator is keyed with, twice.
+ENTROPY_BYTES = 64
+
+
+async def personalize(rpc: Any) -> None:
+    """Give a guest entropy of its own and the host's clock: a clone has those of its snapshot.  Raises RpcError."""
+    now = time.time_ns()
+    await asyncio.gather(
+        rpc.ReseedRandomDev(agent_pb2.ReseedRandomDevRequest(data=os.urandom(ENTROPY_BYTES)), timeout=CALL_TIMEOUT),
+        rpc.SetGuestDateTime(
+            agent_pb2.SetGuestDateTimeRequest(Sec=now // 10**9, Usec=now % 10**9 // 1000), timeout=CALL_TIMEOUT
+        ),
+    )
+
+
+class GuestNetwork:
+    """A pod's network namespace on the host, joined to its VM."""
+
+    def __init__(self, namespace: str, machine: PodMachine, rpc: Any) -> None:
+        """``namespace`` is a path; ``rpc`` the agent's service (ttrpc.client.Stub)."""
+        self._namespace = namespace
+        self._machine = machine
+        self._rpc = rpc
+        self._links: list[Link] = []
+
+    async def connect(self) -> None:
+        """Give the guest the interfaces, addresses and routes that are in the namespace by now.
+
+        Raises NetworkError, MachineError or RpcError; what was connected before stays so.
+        """
+        links = await asyncio.to_thread(network.links, self._namespace)
+        if not links:
+            return
+        routes = await asyncio.to_thread(network.routes, self._namespace)
+        for link in links:
+            await self._add(link)
+        if routes:
+            request = agent_pb2.UpdateRoutesRequest()
+            for route in routes:
+                request.routes.Routes.add(
+                    dest=route.destination, gateway=route.gateway, device=route.device, source=route.source,
+                    scope=route.scope, family=_family(route.destination or route.gateway),
+                )  # fmt: skip
+            await self._rpc.UpdateRoutes(request, timeout=CALL_TIMEOUT)
+
+    async def _add(self, link: Link) -> None:
+        tap = await asyncio.to_thread(network.tap, self._namespace, link, len(self._links))
+        self._links.append(link)
+        try:
+            await asyncio.to_thread(self._machine.add_interface, tap, link.mac)
+        finally:
+            os.close(tap)
+        request = agent_pb2.UpdateInterfaceRequest()
+        request.interface.name = request.interface.device = link.name
+        request.interface.hwAddr, request.interface.mtu = link.mac, link.mtu
+        for address, prefix in link.addresses:
+            request.interface.IPAddresses.add(address=address, mask=str(prefix), family=_family(address))
+        await self._until_found(request)
+
+    async def _until_found(self, request: agent_pb2.UpdateInterfaceRequest) -> None:
+        for _ in range(MAX_LOOKS):
+            try:
+                await self._rpc.UpdateInterface(request, timeout=CALL_TIMEOUT)
+                return
+            except RpcError as error:
+                if "Link not found" not in error.text:
+                    raise
+                await asyncio.sleep(LOOK_INTERVAL)
+        raise NetworkError(f"{request.interface.name}: the guest did not find this interface in time")
+
+    def disconnect(self) -> None:
+        """Leave the namespace as it was, after the VM's end: the tap devices have gone with it."""
+        for link in self._links:
+            network.release(self._namespace, link)
+        self._links = []
+
+
+def _family(address: str) -> types_pb2.IPFamily:
+    return types_pb2.v6 if ":" in address else types_pb2.v4
