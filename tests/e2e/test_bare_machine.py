@@ -1,0 +1,133 @@
+"""The README's commands on a Debian that has nothing but Python and apt: a fresh root file system, entered by chroot.
+
+Its network is this machine's, as are the ways to reach the mirrors: apt's settings, pip's, and the certificates.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from caisson.image.packages.apt import host_mirror
+from tests.support.checkout import clean_environment, copy_sources
+from tests.support.unique import unique
+
+pytestmark = [pytest.mark.root, pytest.mark.vm, pytest.mark.nightly, pytest.mark.timeout(3 * 3600)]
+
+#: Debian's releases, with the Python of each.
+SUITES = {"bookworm": "Python 3.11", "trixie": "Python 3.13"}
+
+#: How this machine reaches its mirrors.
+WAYS = ("/etc/apt/apt.conf.d", "/etc/pip.conf", "/etc/resolv.conf", "/etc/ssl/certs/ca-certificates.crt")
+
+#: All that a bare machine does in its own mount and pid namespaces: what is left running ends with them.
+ENTER = """
+set -e
+mount --rbind /dev "$0/dev"
+mount --rbind /sys "$0/sys"
+mount -t proc proc "$0/proc"
+mount -t tmpfs tmpfs "$0/run"
+exec chroot "$0" "$@"
+"""
+
+#: What the README's first command has to bring back from the guest.
+FIRST = ("python3", "tasks.py", "exec", "--", "uname", "-s")
+OWN_USER = "someone"
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+class Bare:
+    """A root file system with a checkout in it."""
+
+    def __init__(self, place: Path, suite: str) -> None:
+        self.root = place
+        packages = "--include=python3,python3-venv"
+        made = ["mmdebstrap", "--quiet", "--variant=apt", packages, suite, str(place), host_mirror()]
+        subprocess.run(made, check=True, env=clean_environment() | {"PATH": PATH})
+        for way in map(Path, WAYS):
+            there = place / way.relative_to("/")
+            there.parent.mkdir(parents=True, exist_ok=True)
+            if way.is_dir():
+                shutil.copytree(way, there, dirs_exist_ok=True)
+            elif way.exists():
+                shutil.copyfile(way, there)
+        subprocess.run(["useradd", "--root", place, "--create-home", OWN_USER], check=True)
+        copy_sources(place / "home" / OWN_USER / "caisson")
+        subprocess.run(["chroot", place, "chown", "-R", f"{OWN_USER}:", f"/home/{OWN_USER}"], check=True)
+
+    def start(self, *words: str, user: str = "root", **settings: str) -> subprocess.Popen[str]:
+        """Start a command in the checkout, its stdout and stderr in one pipe."""
+        home = "/root" if user == "root" else f"/home/{user}"
+        checkout = f"/home/{OWN_USER}/caisson"
+        environment = clean_environment() | {"HOME": home, "PATH": PATH} | settings
+        as_user = [] if user == "root" else ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups"]
+        return subprocess.Popen(
+            ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", ENTER, str(self.root),
+             "env", "-C", checkout, *as_user, *words],
+            env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    def run(self, *words: str, user: str = "root", **settings: str) -> tuple[int, str]:
+        """Run a command; return its exit status, and what it wrote."""
+        process = self.start(*words, user=user, **settings)
+        written, _ = process.communicate()
+        return process.returncode, written
+
+    def good(self, *words: str, user: str = "root", **settings: str) -> str:
+        """Return what a command writes that has to succeed."""
+        status, written = self.run(*words, user=user, **settings)
+        assert status == 0, written[-8000:]
+        return written
+
+
+@pytest.fixture(scope="module", params=SUITES)
+def bare(request: pytest.FixtureRequest) -> Iterator[Bare]:
+    place = Path("/var/tmp") / unique("caisson-bare")  # on a disk: some gigabytes
+    try:
+        machine = Bare(place, request.param)
+        assert SUITES[request.param] in machine.good("python3", "--version")
+        yield machine
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def test_a_user_is_told_everything_that_is_missing_in_one_command(bare: Bare) -> None:
+    status, written = bare.run(*FIRST, user=OWN_USER)
+    assert status != 0
+    advice = [line for line in written.splitlines() if "apt-get install" in line]
+    assert len(advice) == 1, written
+    assert {"qemu-system-x86", "erofs-utils"} <= set(advice[0].split())
+
+
+def test_the_first_command_works_as_root_once_another_apt_is_done(bare: Bare) -> None:
+    with (bare.root / "var/lib/dpkg/lock-frontend").open("w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        process = bare.start(*FIRST)
+        assert process.stdout is not None
+        written = ""
+        while "waiting for it" not in written:
+            line = process.stdout.readline()
+            assert line, written
+            written += line
+    rest, _ = process.communicate()
+    assert process.returncode == 0, written + rest
+    assert rest.splitlines()[-1] == "Linux"
+
+
+def test_the_first_command_works_as_an_ordinary_user(bare: Bare) -> None:
+    assert bare.good(*FIRST, user=OWN_USER).splitlines()[-1] == "Linux"
+
+
+def test_the_quick_tests_pass(bare: Bare) -> None:
+    last = bare.good("python3", "tasks.py", "test", "--quick", user=OWN_USER).splitlines()[-1]
+    assert " passed" in last and "failed" not in last
+
+
+def test_all_tests_pass(bare: Bare) -> None:
+    last = bare.good(".ci/run", CI="1").splitlines()[-1]
+    assert " passed" in last and "failed" not in last
