@@ -137,13 +137,16 @@ async def _serve(
     tasks = [loop.create_task(accept(listener, server.accept, log))]
     # Hosts that enabled further ports find them open with the first answer.
     extras = options.log_listen or options.console_listen or options.console
-    if not extras and _host_is_connected(listener):
+    connected = _host_is_connected(listener)
+    if not extras and connected:
         await health.answered(FIRST_ANSWER_TIMEOUT)
     services()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     if extras:
         tasks += _extras(options, reaper, log)
+    if not connected and not options.timeline:  # as while a guest is made that is to be saved
+        await server.rehearse(health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, "Check")
     print(f"{READY_LINE} {options.listen}", flush=True)
     await stop.wait()
     for task in tasks:

@@ -36,6 +36,24 @@ class Server:
         """Make the protocol of one more connection."""
         return _FirstByte(self._buffer, self._silent, self._choose)
 
+    async def rehearse(self, service: str, method: str) -> None:
+        """Answer a call of our own by ttrpc, with an empty request, and import what gRPC needs.
+
+        A guest that is saved afterwards answers the first host of each clone without cold code on the way.
+        """
+        import socket
+
+        from caisson.agent.rpc.http2 import connection, grpc  # noqa: F401
+        from caisson.agent.rpc.ttrpc import frames
+
+        loop = asyncio.get_running_loop()
+        near, far = socket.socketpair()
+        with near:
+            near.setblocking(False)
+            await loop.connect_accepted_socket(self.accept, far)
+            await loop.sock_sendall(near, frames.request(1, service, method, b""))
+            await loop.sock_recv(near, BUFFER_SIZE)
+
     async def stop(self, grace: float) -> None:
         """Take no more requests; those under way get ``grace`` seconds.  Closes all connections."""
         for transport in self._silent:

@@ -329,3 +329,21 @@ def test_the_first_answer_imports_neither_the_other_protocol_nor_the_model(reque
     """
     program = [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {sys.path!r}\n{code}"]
     assert subprocess.run(program, check=True, capture_output=True, text=True).stdout == "[]\n"
+
+
+async def test_a_rehearsal_calls_the_method_and_leaves_no_connection(tmp_path: Path) -> None:
+    called: list[Any] = []
+
+    class Rehearsed(Health):
+        async def Check(self, request: Any) -> Any:
+            called.append(request)
+            return await super().Check(request)
+
+    log = Log("error")
+    descriptor = health_pb2.DESCRIPTOR.services_by_name["Health"]
+    methods = Service(descriptor, Rehearsed, unimplemented=["Version"]).bind(Rehearsed())
+    dispatch = Dispatch(methods, log, Tracing(""), lambda error: None)
+    server = Server(log, ttrpc=dispatch)
+    await asyncio.wait_for(server.rehearse("grpc.Health", "Check"), 10)
+    assert called == [health_pb2.CheckRequest()]
+    await until(lambda: not server._connections)
