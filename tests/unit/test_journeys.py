@@ -1,4 +1,4 @@
-"""The journeys that docs/architecture.md draws: through files that are there, and an exec through no more than twenty."""
+"""The journeys that docs/architecture.md draws: through files that are there, an exec through at most twenty."""
 
 from __future__ import annotations
 
