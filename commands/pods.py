@@ -12,13 +12,15 @@ import os
 import shutil
 import sysconfig
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from caisson.agent.pods.machines import MachineError, PodMachine, agent_answers
 from caisson.image.vm import VM, VMConfig, VMError, find_vm
+from caisson.image.vm.directory import VMDirectory
 from caisson.image.vm.hotplug.interfaces import plug_interface
-from caisson.image.vm.hotplug.share import share
+from caisson.image.vm.hotplug.share import share, share_of_namespace
 from caisson.image.vm.snapshot.snapshot import Snapshot
 
 #: Where services find programs.
@@ -43,17 +45,13 @@ CONFIGURATION = Path(os.environ.get("CAISSON_SHIM_CONFIG", "/etc/caisson/shim.to
 class Pods:
     """Machines for the shim (caisson.agent.pods.machines.Machines)."""
 
-    def __init__(self, configuration: Path = CONFIGURATION) -> None:
-        """Raises MachineError for a configuration that cannot be read."""
-        try:
-            self._settings: dict[str, Any] = tomllib.loads(configuration.read_text())
-        except FileNotFoundError:
-            self._settings = {}
-        except (OSError, tomllib.TOMLDecodeError) as error:
-            raise MachineError(f"{configuration}: {error}") from error
-        for name in ("memory", "cpus"):
-            if not isinstance(self._settings.get(name, 1), int):
-                raise MachineError(f"{configuration}: {name}: not a whole number; memory is in MiB")
+    def __init__(self, settings: Mapping[str, Any] | None = None, *, detach: bool = True) -> None:
+        """``settings`` in place of the configuration; without ``detach`` VMs end with this process.
+
+        Raises MachineError for a configuration that cannot be read.
+        """
+        self._settings = _configured() if settings is None else settings
+        self._detach = detach
 
     def start(self, name: str, *, memory: int, cpus: int) -> PodMachine:
         """Start a VM.  Raises MachineError."""
@@ -64,7 +62,8 @@ class Pods:
             vm = VM.start(config, ready=agent_answers)
         except VMError as error:
             raise MachineError(str(error)) from error
-        vm.detach()
+        if self._detach:
+            vm.detach()
         return SharedVM(vm)
 
     def _config(self, name: str, memory: int, cpus: int, devices: dict[str, Any]) -> VMConfig:
@@ -83,6 +82,9 @@ class Pods:
         with _translated():
             if (vm := find_vm(name)) is not None:
                 vm.stop()
+
+    def agent_socket(self, name: str) -> Path:
+        return VMDirectory.of(name).agent_socket
 
 
 class SharedVM:
@@ -103,6 +105,10 @@ class SharedVM:
         with _translated():
             share(self._vm, directory, tag, writable=True)
 
+    def share_of_namespace(self, directory: str, tag: str, mount_namespace: int) -> None:
+        with _translated():
+            share_of_namespace(self._vm, directory, tag, mount_namespace)
+
     def add_interface(self, tap: int, mac: str) -> None:
         with _translated():
             plug_interface(self._vm, tap, mac)
@@ -110,6 +116,19 @@ class SharedVM:
     def stop(self) -> None:
         with _translated():
             self._vm.stop()
+
+
+def _configured(configuration: Path = CONFIGURATION) -> dict[str, Any]:
+    try:
+        settings = tomllib.loads(configuration.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise MachineError(f"{configuration}: {error}") from error
+    for name in ("memory", "cpus"):
+        if not isinstance(settings.get(name, 1), int):
+            raise MachineError(f"{configuration}: {name}: not a whole number; memory is in MiB")
+    return settings
 
 
 @contextlib.contextmanager
@@ -128,6 +147,8 @@ def install_shim(*, image: str, memory: int, cpus: int, config: str, accel: str,
     from caisson.image.programs import TO_BOOT, TO_SERVE_PODS
 
     directory = image_directory(image, info, also=(*TO_BOOT, *TO_SERVE_PODS))
+    if vsock == "auto":
+        vsock = "user"  # with the kernel's device a clone has its snapshot's memory, and can be given no share
     save_snapshot(
         name=POD_SNAPSHOT, image=str(directory), memory=memory, cpus=cpus, append="", accel=accel, vsock=vsock
     )

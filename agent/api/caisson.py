@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from google.protobuf.empty_pb2 import Empty
 
     from caisson.agent.base.boot_timestamps import BootTimestamps
+    from caisson.agent.guest.storage import Storage
     from caisson.agent.libcontainer.config.spec import Spec
     from caisson.agent.model.container_mounts import ContainerMounts
     from caisson.agent.model.output_log import OutputLog
@@ -138,6 +139,9 @@ class CaissonService:
         return ContainerMounts(self._sandbox.container, self._hotplug_timeout)
 
     async def Mount(self, request: caisson_pb2.MountRequest) -> Empty:
+        if not request.container_id:
+            await run_to_completion(self._sandbox.mount(_share(request)))
+            return EMPTY
         where = request.container_id, request.source, request.fstype, request.mount_point
         await run_to_completion(self._mounts.mount(*where, tuple(request.options)))
         return EMPTY
@@ -145,6 +149,16 @@ class CaissonService:
     async def Unmount(self, request: caisson_pb2.UnmountRequest) -> Empty:
         await run_to_completion(self._mounts.unmount(request.source))
         return EMPTY
+
+
+def _share(request: caisson_pb2.MountRequest) -> Storage:
+    """Return the storage for a share of the host's.  Raises InvalidArgument."""
+    from caisson.agent.guest.storage import Storage
+
+    drivers = {"virtiofs": "virtio-fs", "9p": "9p"}
+    if request.fstype not in drivers:
+        raise InvalidArgument(f"Mount: {request.fstype!r}: outside of containers shares are mounted: virtiofs or 9p")
+    return Storage(drivers[request.fstype], request.source, request.fstype, request.mount_point, tuple(request.options))
 
 
 def _document(data: bytes) -> object:

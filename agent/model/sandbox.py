@@ -77,7 +77,7 @@ class Sandbox:
         self._ending = False
         self._resolver = Resolver()
         self._blocks = BlockDevices(hotplug_timeout)
-        self._storages = Storages(self._blocks, log)
+        self._storages = Storages(self._blocks, log, hotplug_timeout)
         self._mounts: dict[str, list[str]] = {}  # by container; "" are the sandbox's own
         self.oom_events = OomEvents()
 
@@ -185,6 +185,10 @@ class Sandbox:
     def empty(self) -> bool:
         """Whether there is no container in it, nor one in the making."""
         return not self._containers and not self._creating
+
+    async def mount(self, storage: Storage) -> None:
+        """Mount what stays until the guest's end, whichever sandboxes come and go.  Raises as Storages.mount."""
+        await self._storages.mount([storage])
 
     async def resize(self, storages: Sequence[Storage]) -> None:
         """Give tmpfs mounts that were made before new options.  Raises InvalidArgument or SystemCallFailed."""

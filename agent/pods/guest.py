@@ -16,6 +16,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from caisson.agent.pods.machines import PodMachine
 
+#: The tag by which hosts and guests of Kata know a pod's share, and where the guest has it.
+SHARE_TAG = "kataShared"
+GUEST_SHARED = "/run/kata-containers/shared/containers"
+
 #: Seconds for a call that changes the guest.
 CALL_TIMEOUT = 60.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import socket
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +27,9 @@ class PodMachine(Protocol):
     def share(self, directory: Path, tag: str) -> None:
         """Plug a directory of the host in, as a virtiofs device with this tag."""
 
+    def share_of_namespace(self, directory: str, tag: str, mount_namespace: int) -> None:
+        """Plug in a directory as another mount namespace has it, by the descriptor of that."""
+
     def add_interface(self, tap: int, mac: str) -> None:
         """Plug a network interface in, whose packets go through a tap device's descriptor."""
 
@@ -42,9 +46,17 @@ class Machines(Protocol):
     def stop(self, name: str) -> None:
         """End a VM by its name, if it runs."""
 
+    def agent_socket(self, name: str) -> Path:
+        """Return where the agent of a VM of this name is reached, once it runs."""
+
 
 class MachineError(Exception):
     """A VM that could not be started, changed or stopped; the text is one line for the user."""
+
+
+def machine_name(*ids: str) -> str:
+    """Return the name of a pod's VM: short, as paths of sockets are."""
+    return f"pod-{hashlib.sha256('/'.join(ids).encode()).hexdigest()[:16]}"
 
 
 def agent_answers(agent_socket: Path) -> bool:

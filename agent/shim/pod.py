@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import os
 import subprocess
@@ -11,23 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from caisson.agent.pods import network
-from caisson.agent.pods.guest import CALL_TIMEOUT, GuestNetwork, personalize
-from caisson.agent.pods.machines import MachineError
+from caisson.agent.pods.guest import CALL_TIMEOUT, GUEST_SHARED, SHARE_TAG, GuestNetwork, personalize
+from caisson.agent.pods.machines import MachineError, machine_name
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.client import Client, Stub
 from caisson.agent.shim import mounts
 from caisson.agent.shim.bundle import SANDBOX_MEMORY, BundleRecord, ProcessId, TaskBundle
 from caisson.agent.shim.errors import ShimError
-from caisson.agent.shim.spec import GUEST_SHARED, network_namespace, shares_pid_namespace
+from caisson.agent.shim.spec import network_namespace, shares_pid_namespace
 from caisson.proto.kata3 import agent_pb2
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from caisson.agent.base.log import Log
     from caisson.agent.pods.machines import Machines, PodMachine
-
-#: The tag by which hosts and guests of Kata know a pod's share.
-SHARE_TAG = "kataShared"
 
 #: The directory of all pods: beside that of VMs.
 PODS = Path(f"{os.environ.get('CAISSON_RUN', '/run/caisson')}-pods")
@@ -44,7 +40,7 @@ class Pod:
     def __init__(self, sandbox_id: str, namespace: str, machines: Machines, log: Log) -> None:
         self.id = sandbox_id
         self.namespace = namespace
-        self.name = f"pod-{hashlib.sha256(f'{namespace}/{sandbox_id}'.encode()).hexdigest()[:16]}"
+        self.name = machine_name(namespace, sandbox_id)
         self.directory = PODS / self.name
         self.rpc: Any = None
         self._machines = machines

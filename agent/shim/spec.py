@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from caisson.agent.base.record import Record
-
-#: Where the guest has the pod's share.
-GUEST_SHARED = "/run/kata-containers/shared/containers"
+from caisson.agent.pods.guest import GUEST_SHARED
 
 #: The tmpfs that all containers of a pod have as /dev/shm.
 GUEST_SHM = "/run/kata-containers/sandbox/shm"

@@ -2,8 +2,33 @@
 
 from __future__ import annotations
 
-from caisson.commands.catalogue.shared import JSON
-from caisson.commands.declare import FILE, Command, Option, Positional, Program, choice, name
+from caisson.commands.catalogue.shared import ACCEL, JSON, MEMORY, VSOCK
+from caisson.commands.catalogue.vm import CPUS
+from caisson.commands.declare import DIRECTORY, FILE, SNAPSHOT, Command, Option, Positional, Program, choice, name
+
+HYPERVISOR = Command(
+    "hypervisor",
+    "Run VMs for the pods of a Kata 3.x shim: its remote hypervisor, on a Unix socket, until SIGTERM.",
+    "caisson.commands.hypervisor:hypervisor",
+    details="""A pod's VM is a clone of the snapshot where that is large enough, and otherwise booted from the image.
+        Its files are what the shim shares, by virtiofs; its network is what is in the pod's network namespace. It ends
+        with its shim, and with this command, which writes a line of JSON to stderr for each. Needs root.""",
+    options=(
+        Option("socket", "listen here: remote_hypervisor_socket in Kata's configuration", FILE,
+               default="/run/peerpod/hypervisor.sock", short="s"),
+        Option("snapshot", "clone this snapshot", SNAPSHOT, default="", shown="install-shim's, if it is there"),
+        Option("image", "directory of an image", DIRECTORY, default="", shown="the snapshot's, or the default image"),
+        Option("memory", "memory of a VM for which the shim asks for none in particular; without a unit: MiB", MEMORY,
+               default=512, short="m", shown="512M"),
+        Option("cpus", "virtual CPUs of such a VM", CPUS, default=1),
+        ACCEL,
+        VSOCK,
+    ),
+    examples=(
+        "sudo caisson install-shim && sudo caisson hypervisor",
+        "sudo caisson hypervisor --socket /run/caisson.sock --snapshot small",
+    ),
+)  # fmt: skip
 
 COMMANDS = (
     Command(
@@ -22,6 +47,7 @@ COMMANDS = (
         options=(Option("output", "write the archive here", FILE, default="caisson-report.tar.gz", short="o"),),
         examples=("caisson report",),
     ),
+    HYPERVISOR,
     Command(
         "completion",
         "Print the completion of this command line for a shell.",

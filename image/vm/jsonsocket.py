@@ -13,11 +13,16 @@ MAX_LINE = 4 << 20
 
 
 class JSONSocket:
-    """One end of such a socket; closing it closes the socket."""
+    """One end of such a socket; closing it closes the socket.
 
-    def __init__(self, connection: socket.socket) -> None:
+    ``fds`` are the descriptors that came with objects, ``max_fds`` of them at most: they are the caller's to close.
+    """
+
+    def __init__(self, connection: socket.socket, max_fds: int = 0) -> None:
         self._connection = connection
         self._received = b""
+        self._max_fds = max_fds
+        self.fds: list[int] = []
 
     def fileno(self) -> int:
         return self._connection.fileno()
@@ -40,7 +45,7 @@ class JSONSocket:
                 raise ValueError(f"a line of more than {MAX_LINE} bytes")
             self._connection.settimeout(None if deadline is None else max(0.0, deadline - time.monotonic()))
             try:
-                data = self._connection.recv(65536)
+                data = self._recv()
             except BlockingIOError:
                 raise TimeoutError from None
             except ConnectionError:
@@ -53,6 +58,15 @@ class JSONSocket:
         if not isinstance(message, dict):
             raise ValueError(f"not an object: {line[:80]!r}")
         return message
+
+    def _recv(self) -> bytes:
+        if len(self.fds) >= self._max_fds:
+            return self._connection.recv(65536)  # the kernel closes descriptors that nobody asks for
+        data, fds, _, _ = socket.recv_fds(
+            self._connection, 65536, self._max_fds - len(self.fds), socket.MSG_CMSG_CLOEXEC
+        )
+        self.fds += fds
+        return data
 
     def finish(self) -> None:
         """Shut down sending; what the other end sends can still be received."""

@@ -58,15 +58,15 @@ ARCHITECTURES = {
     "arm64": Architecture("aarch64", "qemu-system-aarch64", "virt,gic-version=max", "ttyAMA0"),
 }
 
-#: Slots of the root bus, in hexadecimal, with ports that something can be plugged into: a disk, an interface.
-PORTS = ("10", "11")
+#: Slots of the root bus, in hexadecimal, with ports that something can be plugged into: a disk, a share, an interface.
+PORTS = ("10", "11", "12", "13", "14", "15", "16", "17")
 
 #: Since this version Linux takes a CPU that is not enabled in ACPI's tables for one that never will be, unless it sees
 #: a hypervisor (acpi_is_processor_usable() in arch/x86/kernel/acpi/boot.c).
 NEEDS_A_HYPERVISOR = (6, 3)
 
 #: The slot of the port that a guest made from a snapshot gets its vsock device in.
-VSOCK_PORT = "12"
+VSOCK_PORT = "18"
 
 #: How many times memory can be added.
 MEMORY_SLOTS = 8

@@ -57,13 +57,14 @@ class Confinement:
     """What a process may do: ``capabilities`` of those that its parent has, the largest file in bytes, None for any.
 
     ``writable``: directories that stay writable where mounts are made read-only; None leaves the mounts as they are.
-    ``set_id_bits``: whether it may set them.
+    ``set_id_bits``: whether it may set them.  ``mount_namespace``: the descriptor of one to run in.
     """
 
     capabilities: frozenset[int] = frozenset()
     file_size: int | None = None
     writable: Sequence[Path] | None = None
     set_id_bits: bool = False
+    mount_namespace: int | None = None
 
     def apply(self) -> None:
         """Confine this process, a child that is about to exec.  Raises OSError where the kernel lacks the means."""
@@ -73,6 +74,8 @@ class Confinement:
         if os.getppid() != parent:
             os._exit(1)  # it died before the line above
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if self.mount_namespace is not None:
+            _check(libc.setns(self.mount_namespace, CLONE_NEWNS))
         if self.file_size is not None:
             _lower(resource.RLIMIT_FSIZE, self.file_size)
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails: no reason to end a VM

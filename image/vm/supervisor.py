@@ -9,7 +9,8 @@ The messages on the socket, a JSON object a line:
                             {"saved": bytes}
 
 and on control.sock, one request a connection, from whoever may enter the VM's directory:
-    {"share": tag, "path": directory, "writable": bool}     a virtiofsd for it: {"socket": path}, or {"error": "why"}
+    {"share": tag, "path": directory, "writable": bool}     a virtiofsd for it: {"socket": path}, or {"error": "why"};
+                                                            with the descriptor of a mount namespace, it runs in that
     {"unshare": tag}                                        and the end of it: {}
 
 The end comes when QEMU or the back end ends, on SIGTERM, or when the starter goes away undetached (end of file on the
@@ -265,12 +266,15 @@ class Supervisor:
         """Answer one request on control.sock; whoever does not send one in time gets no answer."""
         connection, _ = control.accept()
         with connection, contextlib.suppress(OSError, ValueError):
-            lines = JSONSocket(connection)
-            question = lines.receive(QUIT_TIMEOUT) or {}
+            lines = JSONSocket(connection, max_fds=1)
             try:
-                answer = shares.answer(question)
+                question = lines.receive(QUIT_TIMEOUT) or {}
+                answer = shares.answer(question, lines.fds)
             except VMError as error:
                 answer = {"error": str(error)}
+            finally:
+                for fd in lines.fds:
+                    os.close(fd)
             self._publish()
             lines.send(answer)
 

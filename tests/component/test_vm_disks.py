@@ -18,12 +18,15 @@ from tests.component.fake_qemu import monitor_of
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="needs QEMU")
 
+PORTS = ("10", "11")
+
 
 @pytest.fixture
-def vm(tmp_path: Path) -> Iterator[Any]:
+def vm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A machine with two ports, in which no guest runs: it lets go of nothing."""
+    monkeypatch.setattr(disks, "PORTS", PORTS)
     words = ["qemu-system-x86_64", "-machine", "q35", "-m", "64M", "-nodefaults", "-display", "none", "-S"]
-    for number, slot in enumerate(("10", "11")):
+    for number, slot in enumerate(PORTS):
         words += ["-device", f"pcie-root-port,id=port{number},chassis={number + 1},addr={slot}"]
     with subprocess.Popen([*words, "-qmp", f"unix:{tmp_path / 'qmp.sock'},server=on,wait=off"]) as qemu:
         try:

@@ -126,7 +126,7 @@ async def test_both_ways_with_half_close(tmp_path: Path) -> None:
 async def test_the_handshake_takes_no_byte_beyond_its_line(tmp_path: Path) -> None:
     async with relayed(tmp_path, echo) as ports:
         reader, writer = await asyncio.open_unix_connection(str(tmp_path / "h"))
-        writer.write(b"CONNECT 77\npipelined")
+        writer.write(b"connect 77\npipelined")
         writer.write_eof()
         assert await reader.read(-1) == b"OK 77\npipelinedend"
         writer.close()

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from caisson.agent.pods.guest import GUEST_SHARED
 from caisson.agent.shim.launch import Arguments, _bootstrap_id, group_of, socket_path
 from caisson.agent.shim.mounts import mounted_below
 from caisson.agent.shim.pod import OVERHEAD, size_of
-from caisson.agent.shim.spec import GUEST_SHARED, GUEST_SHM, UnsupportedSpec, fill, guest_spec, network_namespace
+from caisson.agent.shim.spec import GUEST_SHM, UnsupportedSpec, fill, guest_spec, network_namespace
 from caisson.proto.containerd import bootstrap_pb2
 from caisson.proto.kata3 import oci_pb2
 

@@ -6,8 +6,10 @@ Mounting can take as long as the host takes to answer: it happens in threads.
 from __future__ import annotations
 
 import asyncio
+import errno
+import time
 
-from caisson.agent.base.errors import InvalidArgument, UnknownStorageDriver, Unsupported
+from caisson.agent.base.errors import InvalidArgument, SystemCallFailed, UnknownStorageDriver, Unsupported
 from caisson.agent.base.record import Record
 from caisson.agent.guest import modules
 from caisson.agent.guest.storage import mounts
@@ -42,6 +44,11 @@ LASTING = ("ephemeral", "local")
 
 #: The tag of the directory that a Kata host shares; an image, or a hypervisor's service, may have mounted it already.
 SHARED_DIRECTORY = "kataShared"
+
+#: Drivers whose source is the tag of a share, and the errors for a tag that does not exist (yet).
+SHARES = ("9p", "virtio-fs")
+UNKNOWN_TAG = (errno.EINVAL, errno.ENOENT)
+POLL_INTERVAL = 0.02
 
 #: A driver option that asks for what needs a key service in the guest.
 ENCRYPTION = "encryption_key"
@@ -85,8 +92,10 @@ class _Point:
 class Storages:
     """All mount points of a sandbox, and who uses them."""
 
-    def __init__(self, devices: BlockDevices, log: Log) -> None:
+    def __init__(self, devices: BlockDevices, log: Log, hotplug_timeout: float = 0.0) -> None:
+        """A share that is being plugged in is awaited for ``hotplug_timeout`` seconds."""
         self._devices = devices
+        self._hotplug_timeout = hotplug_timeout
         self._log = log
         self._points: dict[str, _Point] = {}
 
@@ -155,8 +164,10 @@ class Storages:
             if WRITABLE in storage.options:
                 point.directories += [f"{BUNDLES}/{container_id}/{name}" for name in ("upper", "work")]
             await self._mount(point, await asyncio.to_thread(prepared, storage, container_id))
-        elif storage.source != SHARED_DIRECTORY or storage.mount_point.rstrip("/") not in mounts.mounted_below("/run/"):
+        elif storage.driver not in SHARES:
             await self._mount(point, storage.but(source=await self._source(storage)))
+        elif storage.source != SHARED_DIRECTORY or storage.mount_point.rstrip("/") not in mounts.mounted_below("/run/"):
+            await self._mount_share(point, storage)
         if storage.group is not None:
             from caisson.agent.guest.storage.ownership import give_to_group
 
@@ -195,10 +206,20 @@ class Storages:
             if work.exception() is None:
                 point.mounted.append(storage.mount_point)
 
+    async def _mount_share(self, point: _Point, storage: Storage) -> None:
+        """Mount a share of the host.  Before Linux 6.9 there is no event for a new tag."""
+        deadline = time.monotonic() + self._hotplug_timeout
+        while True:
+            try:
+                return await self._mount(point, storage)
+            except SystemCallFailed as error:
+                cause = error.__cause__
+                if not isinstance(cause, OSError) or cause.errno not in UNKNOWN_TAG or time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(POLL_INTERVAL)
+
     async def _source(self, storage: Storage) -> str:
         """Return the device, or whatever else is mounted.  Raises InvalidArgument or Timeout."""
-        if storage.driver in ("9p", "virtio-fs"):
-            return storage.source
         if storage.driver == "mmioblk":
             return await self._devices.appearing(storage.source)
         if storage.driver == "nvdimm":

@@ -11,7 +11,7 @@ import contextlib
 import fcntl
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,15 @@ def shares(vm: VM) -> dict[str, tuple[str, str, bool]]:
     }
 
 
+def share_of_namespace(vm: VM, directory: str, tag: str, mount_namespace: int) -> None:
+    """Have a guest see, and write to, an absolute path as another mount namespace has it, by its descriptor.
+
+    What is mounted there later is seen as well, if the directory's mount is a shared one.  Raises VMError.
+    """
+    with _alone(vm):
+        _plug_new(vm, {"share": tag, "path": directory, "writable": True}, [mount_namespace])
+
+
 def share(vm: VM, directory: Path, tag: str = "", *, writable: bool) -> Shared:
     """Have a guest see a directory: by the share that there is, or a new one.  Raises VMError.
 
@@ -63,10 +72,10 @@ def share(vm: VM, directory: Path, tag: str = "", *, writable: bool) -> Shared:
     if not path.is_dir():
         raise VMError(f"{directory}: is not a directory; name one to share")
     with _alone(vm):
-        return _share(vm, path, directory, tag, writable)
+        return _share(vm, path, tag, writable)
 
 
-def _share(vm: VM, path: Path, directory: Path, tag: str, writable: bool) -> Shared:
+def _share(vm: VM, path: Path, tag: str, writable: bool) -> Shared:
     there = shares(vm)
     for other, (fstype, shared, may_write) in list(there.items()):
         if shared != str(path) or (writable and not may_write):
@@ -77,19 +86,26 @@ def _share(vm: VM, path: Path, directory: Path, tag: str, writable: bool) -> Sha
         del there[other]
         break
     tag = _free_tag(tag, path, there, vm)
+    _plug_new(vm, {"share": tag, "path": str(path), "writable": writable})
+    return Shared("virtiofs", tag, writable, new=True)
+
+
+def _plug_new(vm: VM, question: dict[str, Any], fds: Sequence[int] = ()) -> None:
+    """Have the supervisor start a virtiofsd, and plug it in.  Raises VMError."""
+    tag = question["share"]
     if vm.info["snapshot"] and vm.info["vsock"] != "user":
         raise VMError(
             f"VM {vm.name!r}: has its snapshot's memory, which virtiofsd must not map, and 9p cannot be added while it "
-            f"runs; make a clone with --vsock user, or boot with the share: caisson boot-vm --share {tag}={directory}"
+            f"runs; make a clone with --vsock user, or boot with the share: "
+            f"caisson boot-vm --share {tag}={question['path']}"
         )
-    answer = _ask(vm, {"share": tag, "path": str(path), "writable": writable})
+    answer = _ask(vm, question, fds)
     try:
         with QMP(vm.directory / "qmp.sock", scaled(MONITOR_TIMEOUT)) as monitor:
             _plug(monitor, vm, tag, answer["socket"])
     except BaseException:
         _ask(vm, {"unshare": tag})
         raise
-    return Shared("virtiofs", tag, writable, new=True)
 
 
 def _free_tag(tag: str, path: Path, there: Mapping[str, tuple[str, str, bool]], vm: VM) -> str:
@@ -165,13 +181,13 @@ def _unshare(vm: VM, tag: str) -> None:
     _ask(vm, {"unshare": tag})
 
 
-def _ask(vm: VM, question: dict[str, Any]) -> dict[str, Any]:
+def _ask(vm: VM, question: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
     """Have a VM's supervisor do something; returns its answer.  Raises VMError."""
     with socket.socket(socket.AF_UNIX) as connection:
         try:
             connection.connect(str(vm.directory / "control.sock"))
             lines = JSONSocket(connection)
-            lines.send(question)
+            lines.send(question, fds)
             answer = lines.receive(scaled(MONITOR_TIMEOUT))
         except OSError as error:
             raise VMError(f"VM {vm.name!r}: its supervisor does not answer: {error.strerror or error}") from error

@@ -8,10 +8,11 @@ docs/tools/virtiofsd.rst; virtiofsd's README.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,17 +74,18 @@ class Shares:
         self._children = children
         self._sockets: dict[str, Path] = {}
 
-    def answer(self, question: Mapping[str, Any]) -> dict[str, Any]:
+    def answer(self, question: Mapping[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
         """Do what control.sock asks for, and return the answer.  Raises VMError."""
         if "share" in question:
             tag, path = str(question["share"]), Path(str(question.get("path")))
-            return {"socket": str(self._share(tag, path, bool(question.get("writable"))))}
+            namespace = fds[0] if fds else None
+            return {"socket": str(self._share(tag, path, bool(question.get("writable")), namespace))}
         if "unshare" in question:
             self._end(str(question["unshare"]))
             return {}
         raise VMError("supervisor: the request is unknown; give share or unshare")
 
-    def _share(self, tag: str, path: Path, writable: bool) -> Path:
+    def _share(self, tag: str, path: Path, writable: bool, mount_namespace: int | None) -> Path:
         if tag in self.served:
             raise VMError(f"{tag}: is in use for {self.served[tag][0]}")
         place = next(
@@ -95,7 +97,8 @@ class Shares:
             words = command(path, listener.fileno(), writable=writable)
             listener.bind(str(place))
             listener.listen(1)  # so that QEMU can connect at once
-            self._children.spawn(f"virtiofsd {tag}", words, [listener.fileno()], CONFINEMENT, helper=True)
+            confinement = dataclasses.replace(CONFINEMENT, mount_namespace=mount_namespace)
+            self._children.spawn(f"virtiofsd {tag}", words, [listener.fileno()], confinement, helper=True)
         self._sockets[tag], self.served[tag] = place, (str(path), writable)
         return place
 

@@ -36,7 +36,7 @@ FORMER_STEP = "templates"
 MAX_BOOT_LOG = 4 << 20
 
 #: The version of snapshot.json.
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ async def wanted_port(client: socket.socket) -> int:
         if not byte or len(line) > MAX_LINE:
             raise HandshakeError
     word, _, number = line.strip().partition(b" ")
-    if word != b"CONNECT" or not number.isdigit() or int(number) >= 0xFFFFFFFF:
+    if word.upper() != b"CONNECT" or not number.isdigit() or int(number) >= 0xFFFFFFFF:
         raise HandshakeError
     return int(number)
 

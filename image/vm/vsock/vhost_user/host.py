@@ -147,7 +147,7 @@ class Handshakes:
 def parse(line: bytes) -> int | None:
     """Parse a CONNECT line; returns the port, None for any other line."""
     word, _, number = line.rstrip(b"\r\n").partition(b" ")
-    if word != b"CONNECT" or not number.isdigit() or len(number) > 10:
+    if word.upper() != b"CONNECT" or not number.isdigit() or len(number) > 10:
         return None
     port = int(number)
     return port if port < 0xFFFFFFFF else None  # the last one is VMADDR_PORT_ANY

@@ -1,0 +1,161 @@
+"""Kata's remote hypervisor with real VMs: pods of a shim that has mounts and a network namespace of its own."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from caisson.image.build.cache import default_root
+from tests.e2e.conftest import PATIENCE, ROOT, Caisson, built, fresh
+from tests.shim.engine import rootfs
+from tests.support.poll import wait_until
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.vm,
+    pytest.mark.skipif(shutil.which("tc") is None, reason="needs iproute2"),
+]
+
+
+class Service:
+    """A service that runs, with the VMs of a directory of its own."""
+
+    def __init__(self, caisson: Caisson, place: Path) -> None:
+        self.caisson = caisson
+        self.socket = place / "hypervisor.sock"
+        self.log = place / "log"
+
+    def vms(self) -> list[str]:
+        return sorted(path.name for path in self.caisson.run_directory.glob("pod-*"))
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    """The service, over a snapshot of this module's own; it ends well, and leaves nothing."""
+    name = f"e2e-hypervisor-{os.getpid()}"
+    with fresh() as caisson, tempfile.TemporaryDirectory() as place:
+        image = str(built())
+        saved = caisson("save-snapshot", name, "--image", image, "--vsock", "user", timeout=PATIENCE)
+        assert saved.returncode == 0, saved.stderr.decode()
+        made = Service(caisson, Path(place))
+        try:
+            with made.log.open("wb") as log:
+                words = ("hypervisor", "--socket", str(made.socket), "--snapshot", name)
+                process = caisson.start(*words, stdin=subprocess.DEVNULL, stderr=log)
+            wait_until(made.socket.exists, "the service listens", found=made.log.read_text)
+            yield made
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0, made.log.read_text()
+            assert not made.socket.exists() and "a bug in a handler" not in made.log.read_text()
+        finally:
+            process.kill()
+            process.wait()
+            shutil.rmtree(default_root() / "snapshots" / name)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A container's root on the host."""
+    with tarfile.open(fileobj=io.BytesIO(rootfs())) as archive:
+        archive.extractall(tmp_path / "root", filter="fully_trusted")
+    return tmp_path / "root"
+
+
+@contextmanager
+def shim(service: Service, root: Path, sandbox: str, netns: str = "") -> Iterator[tuple[subprocess.Popen[bytes], Any]]:
+    """A shim whose pod runs, and what it has seen so far."""
+    words = ["unshare", "--mount", "--propagation", "private", sys.executable, "-m", "tests.e2e.kata_shim"]
+    words += [str(service.socket), str(root), sandbox, netns]
+    with subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line, service.log.read_text()
+            yield process, json.loads(line)
+        finally:
+            process.kill()
+
+
+@contextmanager
+def namespace() -> Iterator[str]:
+    """A network namespace; yields the path of it."""
+    words = ["unshare", "--net", "sh", "-c", "echo; exec sleep 600"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline()
+            yield f"/proc/{process.pid}/ns/net"
+        finally:
+            process.kill()
+
+
+def inside(namespace: str, script: str) -> str:
+    words = ["nsenter", f"--net={namespace}", "sh", "-ec", script]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def pod_network() -> Iterator[tuple[str, str]]:
+    """The namespace of a pod, as CNI leaves it, and that of whoever is at the other end of its veth pair."""
+    with namespace() as pod, namespace() as peer:
+        pid = peer.split("/")[2]
+        inside(
+            pod,
+            f"""
+            ip link add eth0 mtu 1400 type veth peer name host netns {pid}
+            ip addr add 10.9.0.2/24 dev eth0
+            ip addr add fd09::2/64 dev eth0 nodad
+            ip link set lo up; ip link set eth0 up
+        """,
+        )
+        inside(peer, "ip addr add 10.9.0.1/24 dev host; ip addr add fd09::1/64 dev host nodad; ip link set host up")
+        inside(pod, "ip route add default via 10.9.0.1; ip -6 route add default via fd09::1")
+        yield pod, peer
+
+
+@pytest.mark.timeout(600)
+def test_a_recorded_pod_runs_with_its_roots_and_its_network(
+    service: Service, root: Path, pod_network: tuple[str, str]
+) -> None:
+    pod, peer = pod_network
+    before = inside(pod, "ip -o addr; ip route; tc qdisc")
+    with shim(service, root, "pod1", pod) as (process, found):
+        assert (found["stdout"], found["stderr"], found["status"]) == ("kata-pod\n", "oops\n", 3)
+        assert found["seccomp"] and found["cpu"] > 0
+        assert "50 132\r\nwritten\r\n" in found["terminal"].replace("$ ", "")
+        clock = next(int(line) for line in found["terminal"].split() if line.isdigit() and len(line) == 10)
+        assert abs(time.time() - clock) < 60, "a clone's clock is the host's"
+        assert [(root / "root" / name).read_text() for name in ("by-second", "by-exec")] == ["written\n"] * 2
+        assert "10.9.0.2/24" in found["network"] and "fd09::2/64" in found["network"]
+        assert "default via 10.9.0.1" in found["network"] and "default via fd09::1" in found["network"]
+        inside(peer, "busybox ping -c 1 -W 10 10.9.0.2; busybox ping -c 1 -W 10 fd09::2")
+        assert len(service.vms()) == 1
+        output, _ = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0
+    print({name: round(value, 3) for name, value in json.loads(output).items() if isinstance(value, float)})
+    assert service.vms() == []
+    assert inside(pod, "ip -o addr; ip route; tc qdisc") == before, "the namespace is as it was"
+
+
+@pytest.mark.timeout(600)
+def test_a_vm_ends_with_its_shim(service: Service, root: Path) -> None:
+    with shim(service, root, "pod2") as (process, _):
+        assert len(service.vms()) == 1
+        process.kill()
+        wait_until(lambda: service.vms() == [], "the VM ends", found=service.log.read_text)
+    assert "a shim has ended without ending its VM" in service.log.read_text()
