@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from caisson.agent.hypervisor.server import SocketInUse, serve
-from caisson.agent.rpc.listener import ListenError
+from caisson.agent.hypervisor.server import ServiceError, serve
 from caisson.commands.machines import image_directory
 from caisson.commands.pods import POD_SNAPSHOT, Pods
 from caisson.commands.streams import info
@@ -32,7 +31,7 @@ def hypervisor(
     source = f"clones of snapshot {saved.name}, larger VMs" if saved else "VMs"
     try:
         serve(path, Pods(settings, detach=False), lambda: info(f"{path}: serving; {source} from {directory}"))
-    except (ListenError, SocketInUse) as error:
+    except ServiceError as error:
         raise VMError(str(error)) from error
 
 

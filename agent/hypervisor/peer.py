@@ -60,7 +60,7 @@ class Peer:
         try:
             namespace = os.open(f"/proc/{self.pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise PeerError(f"process {self.pid}: its mounts cannot be reached: {os.strerror(error.errno)}") from error
+            raise PeerError(f"process {self.pid}: its mounts cannot be reached: {error.strerror}") from error
         if self.ended:  # the pid may be another's by now
             os.close(namespace)
             raise PeerError(f"process {self.pid}: has ended")

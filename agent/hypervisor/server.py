@@ -13,7 +13,7 @@ from caisson.agent.base.tracing import Tracing
 from caisson.agent.hypervisor.peer import Peer
 from caisson.agent.hypervisor.service import SERVICE, HypervisorService, Sandboxes, status_of
 from caisson.agent.rpc.dispatch import Dispatch
-from caisson.agent.rpc.listener import listen
+from caisson.agent.rpc.listener import ListenError, listen
 from caisson.agent.rpc.server import BUFFER_SIZE
 from caisson.agent.rpc.ttrpc.server import TtrpcConnection
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from caisson.agent.pods.machines import Machines
 
 
-class SocketInUse(Exception):
-    """Another service listens on the socket; the text is one line."""
+class ServiceError(Exception):
+    """The socket cannot be listened on; the text is one line."""
 
 
 def serve(path: Path, machines: Machines, ready: Callable[[], None]) -> None:
     """Serve shims on a Unix socket, until SIGTERM or SIGINT; ``ready`` is called when they can connect.
 
-    Raises ListenError, SocketInUse or OSError where it cannot be listened on.
+    Raises ServiceError or OSError where it cannot be listened on.
     """
     asyncio.run(_serve(path, machines, ready))
 
@@ -62,9 +62,12 @@ def _listening(path: Path) -> Any:
     if path.is_socket():
         with socket.socket(socket.AF_UNIX) as probe:
             if probe.connect_ex(str(path)) == 0:
-                raise SocketInUse(f"{path}: another service serves it; stop that, or choose another: --socket PATH")
+                raise ServiceError(f"{path}: another service serves it; stop that, or choose another: --socket PATH")
         path.unlink()
-    listener = listen(f"unix:{path}")
+    try:
+        listener = listen(f"unix:{path}")
+    except ListenError as error:
+        raise ServiceError(str(error)) from error
     try:
         yield listener
     finally:

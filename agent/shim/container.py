@@ -6,12 +6,13 @@ import asyncio
 import json
 from typing import Any
 
+from caisson.agent.pods.guest import CALL_TIMEOUT
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.client import ConnectionClosed, RpcError
 from caisson.agent.shim import mounts
 from caisson.agent.shim.bundle import TaskBundle
 from caisson.agent.shim.errors import ShimError, not_found, wrong_state
-from caisson.agent.shim.pod import CALL_TIMEOUT, Pod
+from caisson.agent.shim.pod import Pod
 from caisson.agent.shim.process import CREATED, KILLED, RUNNING, STOPPED, Process
 from caisson.agent.shim.spec import fill, guest_spec, shares_pid_namespace
 from caisson.proto.kata3 import agent_pb2

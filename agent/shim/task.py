@@ -12,6 +12,7 @@ from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
 
+from caisson.agent.pods.guest import CALL_TIMEOUT
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.client import RpcError
 from caisson.agent.shim import stats
@@ -19,7 +20,7 @@ from caisson.agent.shim.bundle import TaskBundle
 from caisson.agent.shim.container import Container
 from caisson.agent.shim.errors import ShimError, not_found
 from caisson.agent.shim.events import Publisher, task_exit
-from caisson.agent.shim.pod import CALL_TIMEOUT, Pod
+from caisson.agent.shim.pod import Pod
 from caisson.agent.shim.process import STOPPED, Process
 from caisson.agent.shim.spec import fill
 from caisson.proto.containerd import events_pb2, task_v2_pb2, tasks_pb2

@@ -17,7 +17,7 @@ import pytest
 
 from caisson.agent.base.log import Log
 from caisson.agent.hypervisor.peer import Peer, PeerError
-from caisson.agent.hypervisor.server import SocketInUse, _listening, _Server
+from caisson.agent.hypervisor.server import ServiceError, _listening, _Server
 from caisson.agent.hypervisor.service import PREFIX, Sandboxes, size_of
 from caisson.agent.pods.machines import MachineError
 from caisson.agent.rpc.codes import StatusCode
@@ -188,6 +188,6 @@ def test_a_socket_of_a_killed_service_is_replaced_and_one_in_use_is_not(tmp_path
         left.bind(str(path))
     with _listening(path):
         assert path.stat().st_mode & 0o777 == 0o600
-        with pytest.raises(SocketInUse, match="another service serves it"), _listening(path):
+        with pytest.raises(ServiceError, match="another service serves it"), _listening(path):
             pass
     assert not path.exists()
