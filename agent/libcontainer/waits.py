@@ -23,6 +23,10 @@ if TYPE_CHECKING:
             """Wait until one of the descriptors can be read; False when that takes longer than `seconds`."""
             ...
 
+        async def drive(self, fd: int, step: Callable[[], bool], seconds: float | None = None) -> bool:
+            """Call ``step`` whenever the descriptor can be read until it returns true; False after `seconds`."""
+            ...
+
         async def sleep(self, seconds: float) -> None:
             """Let time pass."""
             ...
@@ -41,6 +45,14 @@ class BlockingWaits:
         for fd in fds:
             poll.register(fd, select.POLLIN)
         return bool(poll.poll(None if seconds is None else max(0, int(seconds * 1000 + 0.999))))
+
+    async def drive(self, fd: int, step: Callable[[], bool], seconds: float | None = None) -> bool:
+        """Wait by poll(2), again and again."""
+        deadline = Deadline(seconds)
+        while await self.readable(fd, seconds=deadline.left):
+            if step():
+                return True
+        return False
 
     async def sleep(self, seconds: float) -> None:
         """Wait by nanosleep(2)."""

@@ -15,7 +15,6 @@ import sys
 
 from caisson.agent.base.json import JsonError, loads
 from caisson.agent.libcontainer.errors import LaunchError, launch_error
-from caisson.agent.libcontainer.waits import Deadline
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -118,12 +117,12 @@ class SetupChannel:
 
     async def follow(self, waits: Waits, reached: Callable[[], bool], seconds: float | None) -> bool:
         """Drive the channel until a state is reached; False when that takes longer than `seconds`."""
-        deadline = Deadline(seconds)
-        while not reached():
-            if not await waits.readable(self.fileno(), seconds=deadline.left):
-                return False
+
+        def step() -> bool:
             self.on_readable()
-        return True
+            return reached()
+
+        return reached() or await waits.drive(self.fileno(), step, seconds)
 
     def _send(self) -> None:
         try:
