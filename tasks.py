@@ -60,11 +60,8 @@ def _is_current(python: Path) -> bool:
 
 
 def _made_of(interpreter: Path) -> str:
-    import hashlib
-
-    texts = [(ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt")]
-    digest = hashlib.sha256(b"\0".join(texts) + repr(PACKAGES).encode()).hexdigest()
-    return f"{interpreter}\n{digest}\n"
+    texts = [(ROOT / name).read_text() for name in ("pyproject.toml", "constraints.txt")]
+    return "\n".join([str(interpreter), repr(PACKAGES), *texts])
 
 
 def _make_environment(python: Path) -> None:
@@ -99,6 +96,7 @@ def _make_environment(python: Path) -> None:
     for place in _package_directories(python):
         (place / "caisson.pth").write_text(f"{ENVIRONMENT / 'src'}\n")
     _write_launcher(python)
+    subprocess.run([str(python), "-m", "compileall", "-q", *PACKAGES, "tests"], cwd=ROOT, stdout=sys.stderr)
     (ENVIRONMENT / "made-of").write_text(_made_of(python.resolve(strict=True)))
 
 
@@ -152,7 +150,7 @@ def run() -> int:
 
     generate.ensure()
     from caisson.commands.main import main
-    from tests.commands import GROUP
+    from tests.catalogue import GROUP
 
     return main(None, GROUP)
 

@@ -130,7 +130,7 @@ async def _serve(
     server = Server(
         log,
         grpc=Dispatch(first, log, tracing, _status_for_grpc, lambda: services().grpc),
-        ttrpc=Dispatch(first, log, tracing, _status_for_ttrpc, lambda: services().ttrpc),
+        ttrpc=Dispatch(first, log, tracing, _status_for_ttrpc, lambda: services().ttrpc, _detail),
     )
     heap.raise_mmap_threshold()
     timestamps("server")
@@ -140,7 +140,7 @@ async def _serve(
     connected = _host_is_connected(listener)
     if not extras and connected:
         await health.answered(FIRST_ANSWER_TIMEOUT)
-    services()
+    services().load(server.spoken)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     if extras:
@@ -167,6 +167,12 @@ def _status_for_ttrpc(error: Exception) -> tuple[StatusCode, str] | None:
     from caisson.agent.api.kata3.status import status_of
 
     return status_of(error)
+
+
+def _detail(error: Exception) -> tuple[str, bytes] | None:
+    from caisson.agent.api.reasons import detail_of
+
+    return detail_of(error)
 
 
 def _host_is_connected(listener: socket.socket) -> bool:

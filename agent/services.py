@@ -11,8 +11,6 @@ from functools import cached_property
 from pathlib import Path
 
 from caisson.agent.api.caisson import CaissonService
-from caisson.agent.api.kata1.guest import GuestService
-from caisson.agent.api.kata1.service import AgentService
 from caisson.agent.base.errors import ModelError
 from caisson.agent.base.limits import raise_open_files
 from caisson.agent.guest import modules
@@ -24,11 +22,10 @@ from caisson.agent.model.sandbox import Sandbox
 from caisson.agent.model.waits import AsyncioWaits
 from caisson.agent.rpc.dispatch import Service
 from caisson.proto.caisson import caisson_pb2
-from caisson.proto.kata1 import agent_pb2
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from caisson.agent.base.boot_timestamps import BootTimestamps
     from caisson.agent.base.log import Log
@@ -41,12 +38,14 @@ if TYPE_CHECKING:
 #: snapshot from sharing their random numbers.
 MODULES = ("overlay", "virtio_rng")
 
-KATA1 = Service(agent_pb2.DESCRIPTOR.services_by_name["AgentService"], AgentService, GuestService)
 GUEST = Service(caisson_pb2.DESCRIPTOR.services_by_name["Guest"], CaissonService)
 
 
 class Services:
-    """The methods of the agent: ``grpc`` are those for hosts that speak gRPC, ``ttrpc`` for those that speak ttrpc."""
+    """The methods of the agent: ``grpc`` are those for hosts that speak gRPC, ``ttrpc`` for those that speak ttrpc.
+
+    Each table, and the modules of its generation of Kata's API, is made when a host first asks for more than Health.
+    """
 
     def __init__(
         self,
@@ -77,16 +76,31 @@ class Services:
         )
         self._files, self._trees = Files(), Trees(SHARED)
         self._options, self._reaper, self._stop = options, reaper, stop
-        kata1 = KATA1.bind(
-            AgentService(self._sandbox, init=os.getpid() == 1),
-            GuestService(options.hotplug_timeout, self._files, log, self._sandbox.allow_hotplugged_cpus, tracing),
-        )
+        self._log = log
         self._guest = GUEST.bind(CaissonService(self._sandbox, options.hotplug_timeout, timestamps))
-        self.grpc: dict[str, Method] = {**kata1, **self._guest}
+
+    @cached_property
+    def grpc(self) -> dict[str, Method]:
+        """The methods for hosts that speak gRPC: Kata 1.x, and clients of our own."""
+        from caisson.agent.api.kata1.guest import GuestService
+        from caisson.agent.api.kata1.service import AgentService
+        from caisson.agent.api.kata1.services import AGENT
+
+        kata1 = AGENT.bind(
+            AgentService(self._sandbox, init=os.getpid() == 1),
+            GuestService(
+                self._options.hotplug_timeout,
+                self._files,
+                self._log,
+                self._sandbox.allow_hotplugged_cpus,
+                self._tracing,
+            ),
+        )
+        return {**kata1, **self._guest}
 
     @cached_property
     def ttrpc(self) -> dict[str, Method]:
-        """The methods for hosts that speak ttrpc: made when the first one asks for more than Health."""
+        """The methods for hosts that speak ttrpc: Kata 3.x, and clients of our own."""
         from caisson.agent.api.kata3.guest import GuestService
         from caisson.agent.api.kata3.service import AgentService
         from caisson.agent.api.kata3.services import AGENT
@@ -103,6 +117,11 @@ class Services:
             ),
         )
         return {**kata3, **self._guest}
+
+    def load(self, protocols: Iterable[str]) -> None:
+        """Make the tables of the hosts that are there before they ask; of none, that of today's hosts."""
+        for protocol in tuple(protocols) or ("ttrpc",):
+            getattr(self, protocol)
 
     async def end(self) -> None:
         """Kill every container and release all resources."""

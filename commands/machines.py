@@ -11,8 +11,7 @@ from pathlib import Path
 
 from caisson import image as images
 from caisson.agent import client
-from caisson.agent.client.connection import AgentGone
-from caisson.agent.client.errors import UsageError
+from caisson.agent.client.errors import AgentGone, UsageError
 from caisson.agent.client.guest import call_sync
 from caisson.agent.client.network import configure
 from caisson.image.programs import DEBIAN_KEYRING, TO_BOOT, TO_BUILD, need

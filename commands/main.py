@@ -19,8 +19,8 @@ from caisson.proto.contract import VERSION
 
 #: Errors reported as one line, without a traceback: by name, since most commands need only some of their modules.
 EXPECTED_ERRORS = (
-    "caisson.agent.client.attach:OutputError",
-    "caisson.agent.client.connection:AgentError",
+    "caisson.agent.client.stdio:OutputError",
+    "caisson.agent.client.errors:AgentError",
     "caisson.agent.client.errors:ClientError",
     "caisson.image.errors:ImageError",
     "caisson.image.vm.errors:VMError",
@@ -38,7 +38,6 @@ def main(words: Sequence[str] | None = None, *more: Group) -> int:
     streams.occupy_standard_descriptors()
     streams.write_any_text()
     streams.filter_terminals()
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its log would end up in a command's stderr
     try:
         status = CommandLine((*GROUPS, *more)).run(sys.argv[1:] if words is None else words)
         reason = streams.flush()

@@ -1,4 +1,4 @@
-"""Run programs in containers, and bring files and ports to them."""
+"""Open shells in containers, and bring files and ports to them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import contextlib
 import sys
 from pathlib import Path
 
-from caisson.agent.client import AgentError, console, copy, foreground, is_serving, specs
+from caisson.agent.client import AgentError, console, copy, is_serving
 from caisson.agent.client import forward as forwarding
 from caisson.agent.client import share as mounting
 from caisson.agent.client.errors import UsageError
+from caisson.agent.client.execute import execute
 from caisson.agent.client.guest import (
     Guest,
     active_forwards,
@@ -18,32 +19,14 @@ from caisson.agent.client.guest import (
     container_registry,
     forward_registry,
 )
-from caisson.commands.machines import running_vm, vm_for
-from caisson.commands.streams import info, reporter
+from caisson.commands.machines import running_vm
+from caisson.commands.streams import info
 from caisson.image.vm import VM, VMError
 from caisson.image.vm.hotplug import share as sharing
 from caisson.image.vm.hotplug.disks import unplug_unused
 
 #: An interactive shell: bash where there is one.
 SHELL = ["/bin/sh", "-c", "command -v bash >/dev/null && exec bash; exec sh"]
-
-
-def exec_(
-    *, words: list[str], name: str, container: str, tty: bool, env: list[str], user: str, workdir: str, network: str,
-    verbose: bool,
-) -> int:  # fmt: skip
-    """Run a program in a container; returns its exit status."""
-    check_terminal(tty)
-    ids = specs.user_ids(user)
-    with vm_for(name, reporter(verbose), answering=False, network=network) as vm:
-        work = foreground.execute(vm, container, words, env=env, cwd=workdir, user=ids, terminal=tty)
-        return asyncio.run(work)
-
-
-def check_terminal(wanted: bool) -> None:
-    """Refuse a terminal for a program whose input is not one, and would never end.  Raises UsageError."""
-    if wanted and not sys.stdin.isatty():
-        raise UsageError("--tty: standard input is not a terminal; leave --tty out")
 
 
 def remove_orphaned(vm: VM) -> None:
@@ -71,7 +54,7 @@ def shell(*, container: str, guest: bool, name: str) -> int:
     """Open an interactive shell; returns its exit status."""
     vm = running_vm(name)
     if not guest:
-        return asyncio.run(foreground.execute(vm, container, SHELL, terminal=sys.stdin.isatty()))
+        return asyncio.run(execute(vm, container, SHELL, terminal=sys.stdin.isatty()))
     asyncio.run(console.console(vm.vsock_socket, console.console_port(vm.kernel_words)))
     if not is_serving(vm.agent_socket, timeout=1.0):
         raise UsageError(f"VM {name!r}: has ended; start it: caisson boot-vm {name} --detach")

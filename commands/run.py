@@ -15,8 +15,9 @@ from caisson.agent.client import foreground, specs
 from caisson.agent.client.errors import UsageError
 from caisson.agent.client.guest import container_registry, guest_memory
 from caisson.agent.client.listing import show
+from caisson.commands.execute import check_terminal
 from caisson.commands.machines import vm_for
-from caisson.commands.program import check_terminal, release_disk, remove_orphaned
+from caisson.commands.program import release_disk, remove_orphaned
 from caisson.commands.streams import info, reporter
 from caisson.image.build.cache import Cache, default_root
 from caisson.image.containers import store

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import sys
-import tempfile
 from pathlib import Path
 
 TYPE_CHECKING = False
@@ -51,6 +50,8 @@ def generate() -> None:
 
     Raises ProtocError when a file does not compile.
     """
+    import tempfile  # here, as below: a checkout's commands look whether there is something to do, and no more
+
     with tempfile.TemporaryDirectory(dir=HERE, prefix=".protoc-") as scratch:
         made = Path(scratch)
         for directory in sorted({source.parent for source in sources()}):  # in one run names would have to differ
@@ -67,6 +68,8 @@ def generate() -> None:
 
 def _compiled(directory: Path, made: Path) -> Iterator[FileDescriptorProto]:
     """Have protoc write the stubs of a directory's files; returns their descriptors."""
+    import tempfile
+
     import grpc_tools
     from google.protobuf import descriptor_pb2
     from grpc_tools import protoc

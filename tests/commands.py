@@ -1,4 +1,4 @@
-"""The commands for developers, which only a checkout has: test and bench."""
+"""Run the commands for developers, which only a checkout has: test and bench.  catalogue.py declares them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import sys
 import tomllib
 from pathlib import Path
 
-from caisson.commands.declare import Command, Group, Option, Program
 from caisson.commands.parse import CommandLineError
 from caisson.commands.streams import info
 from caisson.image.programs import DEBIAN_KEYRING, TO_BOOT, TO_BUILD, TO_COMPILE, TO_PACK, need
@@ -21,31 +20,6 @@ TO_TEST = (
     "cpio", "crun", "curl", "faketime", "fish", "go", "gpg", "ip", "mke2fs", "openssl", "runc", "sfdisk",
     "veritysetup", "zsh",
 )  # fmt: skip
-
-GROUP = Group(
-    "Development",
-    (
-        Command(
-            "test",
-            "Set up what the tests need and run them.",
-            "tests.commands:test",
-            options=(Option("quick", "only hermetic unit tests, linters and types: less than a minute"),),
-            program=Program("arguments for pytest", metavar="PYTEST-ARGUMENT", required=False),
-            examples=("caisson test", "caisson test --quick", "caisson test -- tests/unit -k definition"),
-        ),
-        Command(
-            "bench",
-            "Measure everything beside its peer and its limit; fails when a budget is exceeded.",
-            "tests.commands:bench",
-            details="docs/performance.md explains the rows.",
-            options=(
-                Option("quick", "fewer samples: less than five minutes"),
-                Option("json", "print a list of rows", dest="as_json"),
-            ),
-            examples=("caisson bench --quick",),
-        ),
-    ),
-)
 
 
 def test(*, quick: bool, words: list[str]) -> None:

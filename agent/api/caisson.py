@@ -8,11 +8,12 @@ from functools import cached_property
 
 from google.protobuf.message import DecodeError
 
-from caisson.agent.api.containers import EMPTY
+from caisson.agent.api.containers import EMPTY, check_signal
 from caisson.agent.base.aio import run_to_completion
 from caisson.agent.base.boot_timestamps import now
-from caisson.agent.base.errors import InvalidArgument, NotFound
+from caisson.agent.base.errors import InvalidArgument, NotFound, SandboxExists
 from caisson.agent.guest.identity import identify
+from caisson.agent.model.container import STOPPED
 from caisson.proto.caisson import caisson_pb2
 
 TYPE_CHECKING = False
@@ -40,6 +41,17 @@ class CaissonService:
         self._hotplug_timeout = hotplug_timeout
         self._timestamps = timestamps
         self._logs: dict[str, OutputLog] = {}
+
+    async def EnsureSandbox(self, request: caisson_pb2.EnsureSandboxRequest) -> caisson_pb2.EnsureSandboxResponse:
+        try:
+            await self._sandbox.start(request.sandbox_id, request.hostname, dns=request.dns)
+        except SandboxExists:
+            return caisson_pb2.EnsureSandboxResponse(created=False)
+        return caisson_pb2.EnsureSandboxResponse(created=True)
+
+    async def DestroySandbox(self, request: caisson_pb2.DestroySandboxRequest) -> Empty:
+        await self._sandbox.destroy()
+        return EMPTY
 
     async def EnsureRunning(self, request: caisson_pb2.EnsureRunningRequest) -> caisson_pb2.EnsureRunningResponse:
         created = await self._sandbox.ensure_running(request.container_id, lambda: _spec(request.spec))
@@ -74,6 +86,19 @@ class CaissonService:
             raise InvalidArgument("ExecProcess needs an exec_id")
         await self._sandbox.container(request.container_id).exec(request.exec_id, process)
         return EMPTY
+
+    async def SignalContainer(self, request: caisson_pb2.SignalContainerRequest) -> Empty:
+        container = self._sandbox.container(request.container_id)
+        check_signal(request.signal)
+        if container.status != STOPPED:  # what was to be stopped has stopped
+            await container.signal_all(request.signal)
+        return EMPTY
+
+    async def ListProcesses(self, request: caisson_pb2.ListProcessesRequest) -> caisson_pb2.ListProcessesResponse:
+        from caisson.agent.guest import ps
+
+        pids = self._sandbox.container(request.container_id).pids()
+        return caisson_pb2.ListProcessesResponse(pids=pids, table=ps.table(pids))
 
     async def KeepLog(self, request: caisson_pb2.KeepLogRequest) -> Empty:
         from caisson.agent.model.output_log import OutputLog

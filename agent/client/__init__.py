@@ -8,24 +8,49 @@ async with Agent.connect("/run/caisson/default/agent.sock") as agent:
     async for data in process.stdout():
         ...
     status = await process.wait()
+
+Modules are imported when something of them is first used: a command does not pay for what it does not need.
 """
 
-from caisson.agent.client.attach import OutputError, attach
-from caisson.agent.client.connection import (
-    Agent,
-    AgentError,
-    AgentGone,
-    Container,
-    Process,
-    ProgramError,
-    ReadinessProbe,
-    is_serving,
-)
-from caisson.agent.client.diagnostics import BootTimes, boot_times
-from caisson.agent.client.errors import UsageError
-from caisson.agent.client.identity import is_personalized, personalize
-from caisson.agent.client.registry import Registry
-from caisson.agent.client.specs import PATH, default_spec, keep_alive
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from caisson.agent.client.channel import ReadinessProbe, is_serving
+    from caisson.agent.client.connection import Agent, Container, Process
+    from caisson.agent.client.diagnostics import BootTimes, boot_times
+    from caisson.agent.client.errors import AgentError, AgentGone, ProgramError, Reason, UsageError
+    from caisson.agent.client.identity import is_personalized, personalize
+    from caisson.agent.client.registry import Registry
+    from caisson.agent.client.specs import PATH, default_spec, keep_alive
+    from caisson.agent.client.stdio import OutputError, attach
+    from caisson.agent.rpc.codes import StatusCode
+
+_FROM = {
+    "Agent": "caisson.agent.client.connection",
+    "AgentError": "caisson.agent.client.errors",
+    "AgentGone": "caisson.agent.client.errors",
+    "BootTimes": "caisson.agent.client.diagnostics",
+    "Container": "caisson.agent.client.connection",
+    "OutputError": "caisson.agent.client.stdio",
+    "PATH": "caisson.agent.client.specs",
+    "Process": "caisson.agent.client.connection",
+    "ProgramError": "caisson.agent.client.errors",
+    "ReadinessProbe": "caisson.agent.client.channel",
+    "Reason": "caisson.agent.client.errors",
+    "Registry": "caisson.agent.client.registry",
+    "StatusCode": "caisson.agent.rpc.codes",
+    "UsageError": "caisson.agent.client.errors",
+    "attach": "caisson.agent.client.stdio",
+    "boot_times": "caisson.agent.client.diagnostics",
+    "default_spec": "caisson.agent.client.specs",
+    "is_personalized": "caisson.agent.client.identity",
+    "is_serving": "caisson.agent.client.channel",
+    "keep_alive": "caisson.agent.client.specs",
+    "personalize": "caisson.agent.client.identity",
+}
 
 __all__ = [
     "PATH",
@@ -38,7 +63,9 @@ __all__ = [
     "Process",
     "ProgramError",
     "ReadinessProbe",
+    "Reason",
     "Registry",
+    "StatusCode",
     "UsageError",
     "attach",
     "boot_times",
@@ -48,3 +75,9 @@ __all__ = [
     "keep_alive",
     "personalize",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FROM:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_FROM[name]), name)

@@ -2,70 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Self
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-import grpc
 from google.protobuf import message_factory
+from google.protobuf.message import DecodeError
 
 from caisson.agent.base import heap
+from caisson.agent.client.channel import AgentChannel, TtrpcChannel
+from caisson.agent.client.errors import AgentError, Reason
+from caisson.agent.rpc.codes import StatusCode
 from caisson.proto.caisson import caisson_pb2
-from caisson.proto.kata1 import agent_pb2, health_pb2, oci_pb2
+from caisson.proto.kata3 import agent_pb2
 
-#: Bytes asked for or sent in one call.  A pipe holds 64 KiB by default, a gRPC message 4 MiB.
+if TYPE_CHECKING:
+    from caisson.proto.kata1 import oci_pb2
+
+#: Bytes asked for or sent in one call.  A pipe holds 64 KiB by default, a message 4 MiB.
 CHUNK = 1 << 20
-
-#: A guest's agent is one hop away: a lost connection is tried again at once, not after gRPC's second.
-CHANNEL_OPTIONS = [
-    ("grpc.initial_reconnect_backoff_ms", 50),
-    # By its name a pause; to gRPC it is also how long an attempt may take, and a busy guest without KVM takes its time.
-    ("grpc.min_reconnect_backoff_ms", 20_000),
-    ("grpc.max_reconnect_backoff_ms", 500),
-    ("grpc.enable_http_proxy", 0),
-    # The peer of a Unix socket has no name; without this the path itself becomes the :authority.
-    ("grpc.default_authority", "agent"),
-    # An answer with a MiB of output comes in one piece: the agent need not wait for room, nor cut it into 16 KiB.
-    ("grpc.http2.lookahead_bytes", 4 * CHUNK),
-    ("grpc.http2.max_frame_size", 2 * CHUNK),
-]
-
-
-class AgentError(Exception):
-    """The agent refused a call; the text is the agent's."""
-
-    def __init__(self, code: grpc.StatusCode, details: str) -> None:
-        super().__init__(details or code.name)
-        self.code = code
-        self.details = details
-
-
-class AgentGone(AgentError):
-    """Nobody answers on the agent's socket any more: the guest or its VM has ended."""
-
-
-class ProgramError(AgentError):
-    """The program could not be run; exit_status is what a shell would report (127 not found, 126 not executable)."""
-
-    def __init__(self, code: grpc.StatusCode, details: str, exit_status: int) -> None:
-        super().__init__(code, details)
-        self.exit_status = exit_status
-
-
-def _error(failure: grpc.RpcError) -> AgentError:
-    code, details = failure.code(), failure.details() or ""
-    if code is grpc.StatusCode.UNAVAILABLE:
-        return AgentGone(code, f"the agent does not answer ({details})")
-    # These two texts are the ones container runtimes agree on (facts: docker and containerd look for them, too).
-    for text, status in (("executable file not found in $PATH", 127), ("no such file or directory", 127)):
-        if "exec: " in details and text in details:
-            return ProgramError(code, details, status)
-    if "exec: " in details and "permission denied" in details:
-        return ProgramError(code, details, 126)
-    return AgentError(code, details)
 
 
 def _json(document: Mapping[str, Any]) -> bytes:
@@ -76,65 +35,105 @@ def _json(document: Mapping[str, Any]) -> bytes:
 class _Service:
     """Call the methods of one service as coroutines: ``await service.ReadStdout(request)``."""
 
-    def __init__(self, channel: grpc.aio.Channel, descriptor: Any) -> None:
-        self._calls: dict[str, Callable[..., Awaitable[Any]]] = {
-            method.name: channel.unary_unary(
-                f"/{descriptor.full_name}/{method.name}",
-                request_serializer=message_factory.GetMessageClass(method.input_type).SerializeToString,
-                response_deserializer=message_factory.GetMessageClass(method.output_type).FromString,
-            )
-            for method in descriptor.methods
-        }
+    def __init__(self, channel: AgentChannel, descriptor: Any) -> None:
+        self._channel = channel
+        self._name = descriptor.full_name
+        self._methods = descriptor.methods_by_name
 
     def __getattr__(self, name: str) -> Callable[..., Awaitable[Any]]:
-        try:
-            method = self._calls[name]
-        except KeyError:
-            raise AttributeError(name) from None
+        if name not in self._methods:
+            raise AttributeError(name)
+        response_class = message_factory.GetMessageClass(self._methods[name].output_type)
 
         async def call(request: Any, timeout: float | None = None) -> Any:
+            payload = await self._channel.call(self._name, name, request.SerializeToString(), timeout)
             try:
-                return await method(request, timeout=timeout)
-            except grpc.aio.AioRpcError as failure:
-                raise _error(failure) from failure
+                return response_class.FromString(payload)
+            except DecodeError:
+                text = f"{name}: the answer is not a valid {response_class.DESCRIPTOR.name}"
+                raise AgentError(StatusCode.INTERNAL, text) from None
 
+        setattr(self, name, call)
         return call
 
 
 class Agent:
-    """One connection to the agent in a guest.  ``rpc`` and ``health`` give every method of the API by its name."""
+    """One connection to the agent in a guest.  ``rpc`` and ``health`` give every method of the API by its name.
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    ``rpc`` is grpc.AgentService of Kata 1.x over gRPC and of Kata 3.x over ttrpc; ``guest`` is caisson.Guest over both.
+    """
+
+    def __init__(self, channel: AgentChannel) -> None:
         heap.raise_mmap_threshold()
-        self._channel = channel
-        self.rpc = _Service(channel, agent_pb2.DESCRIPTOR.services_by_name["AgentService"])
-        self.health = _Service(channel, health_pb2.DESCRIPTOR.services_by_name["Health"])
-        self.guest = _Service(channel, caisson_pb2.DESCRIPTOR.services_by_name["Guest"])
+        self.channel = channel
 
     @classmethod
-    def connect(cls, socket: str | os.PathLike[str]) -> Self:
-        """Return a lazy connection to a VM's ``agent.sock``; nothing is sent yet."""
-        return cls(grpc.aio.insecure_channel(f"unix:{Path(socket).resolve()}", options=CHANNEL_OPTIONS))
+    def connect(cls, socket: str | os.PathLike[str], protocol: Literal["grpc", "ttrpc"] = "grpc") -> Self:
+        """Return a lazy connection to a VM's ``agent.sock``; nothing is sent yet.
+
+        An agent of ours speaks either protocol, and faster ttrpc, which takes no import of grpc; a call that is
+        cancelled is cancelled in the guest only over gRPC.
+        """
+        if protocol == "ttrpc":
+            return cls(TtrpcChannel(socket))
+        from caisson.agent.client.grpc_channel import GrpcChannel
+
+        return cls(GrpcChannel(socket))
+
+    @cached_property
+    def rpc(self) -> _Service:
+        """grpc.AgentService, of the generation that the channel carries."""
+        if self.channel.generation == 3:
+            return _Service(self.channel, agent_pb2.DESCRIPTOR.services_by_name["AgentService"])
+        from caisson.proto.kata1 import agent_pb2 as kata1
+
+        return _Service(self.channel, kata1.DESCRIPTOR.services_by_name["AgentService"])
+
+    @cached_property
+    def health(self) -> _Service:
+        """grpc.Health, which is the same in all generations."""
+        from caisson.proto.kata3 import health_pb2
+
+        return _Service(self.channel, health_pb2.DESCRIPTOR.services_by_name["Health"])
+
+    @cached_property
+    def guest(self) -> _Service:
+        """caisson.Guest, of agents of ours."""
+        return _Service(self.channel, caisson_pb2.DESCRIPTOR.services_by_name["Guest"])
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._channel.close()
+        await self.channel.close()
 
     async def version(self) -> str:
         """Return the agent's version."""
+        from caisson.proto.kata3 import health_pb2
+
         answer = await self.health.Version(health_pb2.CheckRequest())
         return str(answer.agent_version)
 
     async def create_sandbox(self, sandbox_id: str = "sandbox", *, hostname: str = "", dns: Sequence[str] = ()) -> bool:
         """Start the sandbox; False when there is one already.  ``dns`` are the lines of the guest's resolv.conf."""
+        if self.channel.generation == 3:  # whose CreateSandbox takes the place of a sandbox that is empty
+            wanted = caisson_pb2.EnsureSandboxRequest(sandbox_id=sandbox_id, hostname=hostname, dns=dns)
+            return bool((await self.guest.EnsureSandbox(wanted)).created)
         request = agent_pb2.CreateSandboxRequest(sandbox_id=sandbox_id, hostname=hostname, dns=dns)
-        return await self._created(self.rpc.CreateSandbox(request))
+        try:
+            await self.rpc.CreateSandbox(request)
+        except AgentError as error:
+            if error.code is StatusCode.ALREADY_EXISTS:
+                return False
+            raise
+        return True
 
     async def destroy_sandbox(self, timeout: float | None = None) -> None:
         """End every container."""
-        await self.rpc.DestroySandbox(agent_pb2.DestroySandboxRequest(), timeout)
+        if self.channel.generation == 3:  # whose DestroySandbox ends the guest
+            await self.guest.DestroySandbox(caisson_pb2.DestroySandboxRequest(), timeout)
+        else:
+            await self.rpc.DestroySandbox(agent_pb2.DestroySandboxRequest(), timeout)
 
     async def load_module(self, name: str) -> None:
         """Load a module of the guest's kernel from its image; a no-op when it is loaded or built in."""
@@ -151,12 +150,21 @@ class Agent:
 
         Raises AgentError when the id is taken.
         """
-        if isinstance(spec, oci_pb2.Spec):
-            request = agent_pb2.CreateContainerRequest(container_id=container_id, exec_id=container_id, OCI=spec)
-            await self.rpc.CreateContainer(request)
-        else:
+        if isinstance(spec, Mapping):
             await self.create_container_reporting(container_id, spec, storages)
+        else:
+            await self.rpc.CreateContainer(self._create_request(container_id, spec))
         return Container(self, container_id)
+
+    def _create_request(self, container_id: str, spec: oci_pb2.Spec) -> Any:
+        if self.channel.generation == 3:
+            from caisson.agent.client.wire_specs import to_kata3
+
+            oci = to_kata3(spec)
+            return agent_pb2.CreateContainerRequest(container_id=container_id, exec_id=container_id, OCI=oci)
+        from caisson.proto.kata1 import agent_pb2 as kata1
+
+        return kata1.CreateContainerRequest(container_id=container_id, exec_id=container_id, OCI=spec)
 
     async def create_container_reporting(
         self, container_id: str, document: Mapping[str, Any], storages: Iterable[caisson_pb2.Storage] = ()
@@ -172,20 +180,10 @@ class Agent:
         A stopped one is replaced, and where there is no sandbox one is started.  Concurrent callers all get the same
         container.
         """
-        encoded = spec.SerializeToString() if isinstance(spec, oci_pb2.Spec) else _json(spec)
+        encoded = _json(spec) if isinstance(spec, Mapping) else spec.SerializeToString()
         request = caisson_pb2.EnsureRunningRequest(container_id=container_id, spec=encoded)
         await self.guest.EnsureRunning(request)
         return Container(self, container_id)
-
-    @staticmethod
-    async def _created(call: Awaitable[Any]) -> bool:
-        try:
-            await call
-        except AgentError as error:
-            if error.code is grpc.StatusCode.ALREADY_EXISTS:
-                return False
-            raise
-        return True
 
 
 class Container:
@@ -235,7 +233,11 @@ class Container:
 
     async def signal(self, number: int) -> None:
         """Signal every process in it."""
-        await self.agent.rpc.SignalProcess(agent_pb2.SignalProcessRequest(container_id=self.id, signal=number))
+        if self.agent.channel.generation == 3:  # whose SignalProcess asks the first process alone
+            request = caisson_pb2.SignalContainerRequest(container_id=self.id, signal=number)
+            await self.agent.guest.SignalContainer(request)
+        else:
+            await self.agent.rpc.SignalProcess(agent_pb2.SignalProcessRequest(container_id=self.id, signal=number))
 
     async def pause(self) -> None:
         """Freeze all processes."""
@@ -258,37 +260,54 @@ class Process:
         self.exec_id = exec_id
         self.terminal = terminal
         self._rpc = container.agent.rpc
+        self._cancels = container.agent.channel.cancels
+        self._reads: dict[str, asyncio.Future[Any]] = {}  # that nobody waits for, by their methods
         self._key = {"container_id": container.id, "exec_id": exec_id}
 
     async def write(self, data: bytes) -> None:
         """Write to standard input; returns when the process's pipe has taken all of it."""
-        await self._rpc.WriteStdin(agent_pb2.WriteStreamRequest(data=data, **self._key))
+        if data:  # to 3.x none would be the end
+            await self._rpc.WriteStdin(agent_pb2.WriteStreamRequest(data=data, **self._key))
 
     async def close_stdin(self) -> None:
         """Close standard input; a no-op on a terminal."""
-        await self._rpc.CloseStdin(agent_pb2.CloseStdinRequest(**self._key))
+        if not self.terminal:
+            await self._rpc.CloseStdin(agent_pb2.CloseStdinRequest(**self._key))
 
     def stdout(self) -> AsyncIterator[bytes]:
         """Yield standard output (with a terminal: all output) until its end."""
-        return self._stream(self._rpc.ReadStdout)
+        return self._stream("ReadStdout")
 
     def stderr(self) -> AsyncIterator[bytes]:
         """Yield standard error until its end."""
-        return self._stream(self._rpc.ReadStderr)
+        return self._stream("ReadStderr")
 
-    async def _stream(self, read: Callable[..., Awaitable[Any]]) -> AsyncIterator[bytes]:
-        request = agent_pb2.ReadStreamRequest(len=CHUNK, **self._key)
+    async def _stream(self, method: str) -> AsyncIterator[bytes]:
         while True:
             try:
-                answer = await read(request)
+                answer = await self._read(method)
             except AgentError as error:
-                # The API has no end marker but this; the second text is a terminal whose last process has gone.
-                if error.details == "EOF" or "input/output error" in error.details:
+                if error.reason is Reason.END_OF_OUTPUT:  # 1.x's end marker
                     return
                 raise
-            if not answer.data:  # over ttrpc, which speaks the later generation
+            if not answer.data:  # 3.x's
                 return
             yield answer.data
+
+    async def _read(self, method: str) -> Any:
+        request = agent_pb2.ReadStreamRequest(len=CHUNK, **self._key)
+        reading = getattr(self._rpc, method)
+        if self._cancels:
+            return await reading(request)
+        # The agent goes on with a read that is cancelled here: what it brings is for the next one.
+        read = self._reads.pop(method, None) or asyncio.ensure_future(reading(request))
+        try:
+            return await asyncio.shield(read)
+        except asyncio.CancelledError:
+            if not read.cancelled():
+                self._reads[method] = read
+                read.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may ask for it
+            raise
 
     async def resize(self, rows: int, columns: int) -> None:
         """Set the size of its terminal, in characters."""
@@ -302,53 +321,3 @@ class Process:
         """Wait for its exit status: 0-255, or 128 + the signal that killed it."""
         answer = await self._rpc.WaitProcess(agent_pb2.WaitProcessRequest(**self._key))
         return int(answer.status)
-
-
-def _health_check(channel: grpc.Channel) -> grpc.UnaryUnaryMultiCallable[Any, Any]:
-    return channel.unary_unary(
-        f"/{health_pb2.DESCRIPTOR.services_by_name['Health'].full_name}/Check",
-        request_serializer=health_pb2.CheckRequest.SerializeToString,
-        response_deserializer=health_pb2.HealthCheckResponse.FromString,
-    )
-
-
-def is_serving(socket: str | os.PathLike[str], timeout: float) -> bool:
-    """Check whether an agent serves on a socket, waiting up to ``timeout`` seconds for one that starts."""
-    with grpc.insecure_channel(f"unix:{Path(socket).resolve()}", options=CHANNEL_OPTIONS) as channel:
-        try:
-            answer = _health_check(channel)(health_pb2.CheckRequest(), timeout=timeout, wait_for_ready=True)
-        except grpc.RpcError:
-            return False
-        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
-
-
-#: A starting guest refuses connections until its agent listens: retry often.
-STARTING_OPTIONS = {"grpc.initial_reconnect_backoff_ms": 20, "grpc.max_reconnect_backoff_ms": 50}
-
-
-class ReadinessProbe:
-    """Probe whether a guest's agent serves; the `ready` of VM.start.  Each call waits up to ``timeout`` seconds.
-
-    One Health.Check is sent on a connection that is retried at short intervals.  The guest accepts as soon as the
-    agent listens, long before it serves, and answers the request that waits there.
-    """
-
-    def __init__(self, timeout: float = 1.0) -> None:
-        self._timeout = timeout
-        self._channel: grpc.Channel | None = None
-        self._answer: Any = None
-
-    def __call__(self, socket: Path) -> bool:
-        if self._channel is None:
-            options = {**dict(CHANNEL_OPTIONS), **STARTING_OPTIONS}
-            self._channel = grpc.insecure_channel(f"unix:{socket.resolve()}", options=list(options.items()))
-            self._answer = _health_check(self._channel).future(health_pb2.CheckRequest(), wait_for_ready=True)
-        try:
-            answer = self._answer.result(self._timeout)
-        except grpc.FutureTimeoutError:
-            return False
-        except grpc.RpcError:
-            answer = None
-        self._channel.close()
-        self._channel = None
-        return answer is not None and bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

@@ -9,10 +9,10 @@ import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from caisson.agent.client.attach import raw, read, write_all
 from caisson.agent.client.connection import CHUNK
 from caisson.agent.client.errors import UsageError
 from caisson.agent.client.forward import dial
+from caisson.agent.client.stdio import raw, read, write_all
 from caisson.agent.options import from_kernel
 
 #: What a terminal takes for the end of its input (termios(3), VEOF).

@@ -36,7 +36,7 @@ class BootTimes:
 
 async def boot_times(socket: Path) -> BootTimes:
     """Read the boot times from an agent.  Raises AgentError."""
-    async with Agent.connect(socket) as agent:
+    async with Agent.connect(socket, "ttrpc") as agent:
         best: tuple[float, float] | None = None
         for _ in range(MAX_COMPARISONS):
             asked = time.monotonic()

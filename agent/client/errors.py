@@ -1,6 +1,10 @@
-"""Errors of the host's side that the caller can fix."""
+"""Errors of the host's side: those that the caller can fix, and what an agent refuses."""
 
 from __future__ import annotations
+
+from enum import IntEnum
+
+from caisson.agent.rpc.codes import StatusCode
 
 
 class ClientError(Exception):
@@ -13,3 +17,60 @@ class UsageError(ClientError):
 
 class CopyError(ClientError):
     """Report a file that cannot be copied."""
+
+
+class Reason(IntEnum):
+    """Why an agent refused, for programs; caisson.proto's numbers."""
+
+    UNSPECIFIED = 0
+    CONTAINER_NOT_FOUND = 1
+    PROCESS_NOT_FOUND = 2
+    CONTAINER_STOPPED = 3
+    CONTAINER_PAUSED = 4
+    PROGRAM_NOT_FOUND = 5
+    PROGRAM_NOT_EXECUTABLE = 6
+    END_OF_OUTPUT = 7
+
+
+#: What a shell reports of a program that cannot be run.
+EXIT_STATUS = {Reason.PROGRAM_NOT_FOUND: 127, Reason.PROGRAM_NOT_EXECUTABLE: 126}
+
+
+class AgentError(Exception):
+    """The agent refused a call.
+
+    ``details`` is the text of its status, as the hosts of its API expect it; str() is one for people, where the agent
+    has sent one.
+    """
+
+    def __init__(self, code: StatusCode, details: str, reason: Reason = Reason.UNSPECIFIED, sentence: str = "") -> None:
+        super().__init__(sentence or details or code.name)
+        self.code = code
+        self.details = details
+        self.reason = reason
+
+
+class AgentGone(AgentError):
+    """Nobody answers on the agent's socket any more: the guest or its VM has ended."""
+
+    def __init__(self, details: str) -> None:
+        super().__init__(StatusCode.UNAVAILABLE, details)
+
+
+class ProgramError(AgentError):
+    """The program could not be run; exit_status is what a shell would report (127 not found, 126 not executable)."""
+
+    def __init__(self, code: StatusCode, details: str, reason: Reason, sentence: str = "") -> None:
+        super().__init__(code, details, reason, sentence)
+        self.exit_status = EXIT_STATUS[reason]
+
+
+def refused(code: StatusCode, details: str, reason: Reason = Reason.UNSPECIFIED, sentence: str = "") -> AgentError:
+    """Return the error for what an agent has said."""
+    kind = ProgramError if reason in EXIT_STATUS else AgentError
+    return kind(code, details, reason, sentence)
+
+
+def gone(why: str) -> AgentGone:
+    """Return the error of a connection that could not be made, or has ended."""
+    return AgentGone(f"agent: does not answer ({why}); `caisson list-vms` tells whether its VM runs")

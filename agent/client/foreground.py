@@ -1,26 +1,25 @@
-"""Run programs in containers for a command line: their streams and exit status are the caller's."""
+"""Run images as containers for a command line: their streams and exit status are the caller's."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import time
 import uuid
 from collections.abc import Callable, Sequence
 
-import grpc
-
-from caisson.agent.client.attach import attach
-from caisson.agent.client.connection import Agent, AgentError, Container, Process
-from caisson.agent.client.errors import UsageError
-from caisson.agent.client.guest import Guest, Machine, resolver_lines
+from caisson.agent.client.connection import Agent, Container, Process
+from caisson.agent.client.errors import AgentError
+from caisson.agent.client.execute import terminal_size
+from caisson.agent.client.guest import Machine, resolver_lines
 from caisson.agent.client.logs import keep
 from caisson.agent.client.share import OPTIONS as SHARE_OPTIONS
-from caisson.agent.client.specs import PATH, Document, SharedVolume, terminal_env
+from caisson.agent.client.specs import Document, SharedVolume
+from caisson.agent.client.stdio import attach
+from caisson.agent.rpc.codes import StatusCode
 from caisson.proto.caisson import caisson_pb2
-from caisson.proto.kata1 import agent_pb2
+from caisson.proto.kata3 import agent_pb2
 
 #: Where the guest mounts storages of containers, as Kata's hosts do.
 SHARED = "/run/kata-containers/shared/containers"
@@ -35,58 +34,6 @@ OOM_TIMEOUT = 1.0
 #: Exit statuses: of a process that SIGKILL has ended, and of timeout(1).
 KILLED = 128 + signal.SIGKILL
 TIMED_OUT = 124
-
-
-async def execute(
-    machine: Machine,
-    container_id: str,
-    words: Sequence[str],
-    *,
-    env: Sequence[str] = (),
-    cwd: str = "/",
-    user: tuple[int, int] = (0, 0),
-    terminal: bool = False,
-) -> int:
-    """Run a program in a container that runs (the VM's default one is created on first use); returns its exit status.
-
-    Raises UsageError for a container that has exited or never was, ProgramError when the program cannot be run, and as
-    `attach` does.
-    """
-    uid, gid = user
-    environment = [PATH, "HOME=/root" if uid == 0 else "HOME=/", *terminal_env(terminal), *env]
-    async with Guest(machine) as guest:
-        container = await guest.existing(container_id)
-        try:
-            process = await container.exec(
-                words, env=environment, cwd=cwd, uid=uid, gid=gid, terminal=terminal, size=_size(terminal)
-            )
-        except AgentError as error:
-            raise _explained(container_id, error) from error
-        return await attach(process)
-
-
-def _explained(container_id: str, error: AgentError) -> Exception:
-    """Return the error of a container that takes no program now, with the way out."""
-    if error.code is grpc.StatusCode.NOT_FOUND:
-        return UsageError(
-            f"container {container_id}: does not exist; make it: caisson run --container {container_id} …"
-        )
-    if error.code is grpc.StatusCode.FAILED_PRECONDITION and "stopped" in error.details:
-        return UsageError(
-            f"container {container_id} has exited; its files are there for cp until: caisson rm {container_id}"
-        )
-    if error.code is grpc.StatusCode.FAILED_PRECONDITION and "paus" in error.details:
-        return UsageError(f"container {container_id} is paused; resume it: caisson resume {container_id}")
-    return error
-
-
-def _size(terminal: bool) -> tuple[int, int] | None:
-    """Return the rows and columns of the caller's terminal: a program may ask before it could be told later."""
-    with contextlib.suppress(OSError, ValueError):
-        size = os.get_terminal_size(0)
-        if terminal and size.lines and size.columns:
-            return size.lines, size.columns
-    return None
 
 
 async def run_image(
@@ -107,10 +54,10 @@ async def run_image(
     Raises AgentError.
     """
     dns = resolver_lines(machine)
-    async with Agent.connect(machine.agent_socket) as agent:
+    async with Agent.connect(machine.agent_socket, "ttrpc") as agent:
         container = agent.container(container_id)
         terminal = bool(document["process"].get("terminal"))
-        if (size := _size(terminal)) is not None:
+        if (size := terminal_size(terminal)) is not None:
             document["process"]["consoleSize"] = {"height": size[0], "width": size[1]}
         running = False
         try:
@@ -198,7 +145,7 @@ async def create_on_disk(
         try:
             return await agent.create_container_reporting(container_id, document, mounted)
         except AgentError as error:
-            if error.code is not grpc.StatusCode.DEADLINE_EXCEEDED or time.monotonic() > deadline:
+            if error.code is not StatusCode.DEADLINE_EXCEEDED or time.monotonic() > deadline:
                 raise
             await asyncio.sleep(0)  # the agent has waited
 

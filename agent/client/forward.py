@@ -14,8 +14,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from caisson.agent.client.connection import CHUNK, AgentError, Container
-from caisson.agent.client.errors import UsageError
+from caisson.agent.client.connection import CHUNK, Container
+from caisson.agent.client.errors import AgentError, UsageError
 from caisson.agent.client.specs import PATH
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]

@@ -10,16 +10,13 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
-import grpc
-
 from caisson.agent import client
-from caisson.agent.client import specs
-from caisson.proto.kata1 import agent_pb2
+from caisson.proto.caisson import caisson_pb2
 
 T = TypeVar("T")
 
@@ -66,7 +63,7 @@ def call_sync(machine: Machine, work: Callable[[client.Agent], Awaitable[T]]) ->
     """Run a coroutine with a VM's agent to its end.  Raises AgentError."""
 
     async def asked() -> T:
-        async with client.Agent.connect(machine.agent_socket) as agent:
+        async with client.Agent.connect(machine.agent_socket, "ttrpc") as agent:
             return await work(agent)
 
     return asyncio.run(asked())
@@ -106,7 +103,7 @@ class Guest:
 
     async def __aenter__(self) -> Self:
         """Connect; nothing is sent yet."""
-        self.agent = client.Agent.connect(self.machine.agent_socket)
+        self.agent = client.Agent.connect(self.machine.agent_socket, "ttrpc")
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -117,7 +114,9 @@ class Guest:
         try:
             contents = json.loads((self.machine.directory / "image.json").read_text())
         except FileNotFoundError as error:
-            raise client.AgentGone(grpc.StatusCode.UNAVAILABLE, "the VM has ended") from error
+            raise client.AgentGone("the VM has ended") from error
+        from caisson.agent.client import specs  # here, as below: most calls make no container
+
         document = specs.container_document(contents["containers"]["busybox"])
         specs.confined(document, guest_memory(self.machine), str(contents.get("arch", "amd64")))
         container = await self._ensure(container_id, document)
@@ -137,11 +136,13 @@ class Guest:
         Only the VM's default container is created.  Raises AgentError.
         """
         container = await self.existing(container_id)
-        request = agent_pb2.ListProcessesRequest(container_id=container_id, format="json")
+        request = caisson_pb2.ListProcessesRequest(container_id=container_id)
         root = str(container_registry(self.machine).metadata(container_id).get("root") or "")
-        if not root or json.loads((await self.agent.rpc.ListProcesses(request)).process_list or b"[]"):
+        if not root or (await self.agent.guest.ListProcesses(request)).pids:
             yield container
             return
+        from caisson.agent.client import specs
+
         document = specs.container_document(root, scratch=())
         document["root"]["readonly"] = False
         stand_in = await self.agent.ensure_container(f"{container_id[:200]}.files", document)
@@ -151,7 +152,7 @@ class Guest:
             with contextlib.suppress(client.AgentError):
                 await stand_in.remove()
 
-    async def _ensure(self, container_id: str, spec: specs.Document) -> client.Container:
+    async def _ensure(self, container_id: str, spec: Mapping[str, Any]) -> client.Container:
         """Call an agent that may be starting still: it is asked first when the call has failed."""
         try:
             return await self.agent.ensure_container(container_id, spec)

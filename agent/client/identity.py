@@ -14,9 +14,11 @@ import time
 import uuid
 from pathlib import Path
 
-from caisson.agent.client.connection import Agent, AgentError, is_serving
+from caisson.agent.client.channel import is_serving
+from caisson.agent.client.connection import Agent
+from caisson.agent.client.errors import AgentError
 from caisson.proto.caisson import caisson_pb2
-from caisson.proto.kata1 import agent_pb2
+from caisson.proto.kata3 import agent_pb2
 
 #: Bytes of entropy: what the kernel's generator is keyed with, twice.
 ENTROPY_BYTES = 64
@@ -48,7 +50,7 @@ def is_personalized(socket: Path, hostname: str) -> bool:
         return False
 
     async def work() -> None:
-        async with Agent.connect(socket) as agent:
+        async with Agent.connect(socket, "ttrpc") as agent:
             await personalize(agent, hostname)
 
     try:
@@ -72,7 +74,7 @@ async def set_clock(agent: Agent) -> None:
 
 async def main() -> None:
     """Set the clock of the guest that argv[1] names."""
-    async with Agent.connect(sys.argv[1]) as agent:
+    async with Agent.connect(sys.argv[1], "ttrpc") as agent:
         await set_clock(agent)
 
 

@@ -9,12 +9,11 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import grpc
-
-from caisson.agent.client.connection import Agent, AgentError, Container
-from caisson.agent.client.errors import UsageError
+from caisson.agent.client.connection import Agent, Container
+from caisson.agent.client.errors import AgentError, Reason, UsageError
 from caisson.agent.client.registry import Registry
-from caisson.proto.kata1 import agent_pb2
+from caisson.proto.caisson import caisson_pb2
+from caisson.proto.kata3 import agent_pb2
 
 T = TypeVar("T")
 
@@ -36,9 +35,8 @@ async def processes(agent: Agent, known: Registry, container: str = "") -> list[
     """
 
     async def listed(container_id: str) -> dict[str, Any]:
-        request = agent_pb2.ListProcessesRequest(container_id=container_id, format="table")
-        answer = await agent.rpc.ListProcesses(request)
-        return {"container": container_id, "processes": parse_table(answer.process_list.decode(errors="replace"))}
+        answer = await agent.guest.ListProcesses(caisson_pb2.ListProcessesRequest(container_id=container_id))
+        return {"container": container_id, "processes": parse_table(answer.table)}
 
     return await _each(known, container, listed)
 
@@ -106,7 +104,7 @@ async def _each(known: Registry, container: str, ask: Callable[[str], Awaitable[
         try:
             found.append(await ask(name))
         except AgentError as error:
-            if error.code is not grpc.StatusCode.NOT_FOUND:
+            if error.reason is not Reason.CONTAINER_NOT_FOUND:
                 raise
             if not known.held(name):
                 known.discard(name)

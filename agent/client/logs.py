@@ -11,9 +11,9 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 
-from caisson.agent.client.attach import raw, read, write_all
-from caisson.agent.client.connection import Agent, AgentError, Container, Process
-from caisson.agent.client.errors import UsageError
+from caisson.agent.client.connection import Agent, Container, Process
+from caisson.agent.client.errors import AgentError, UsageError
+from caisson.agent.client.stdio import raw, read, write_all
 from caisson.proto.caisson import caisson_pb2
 
 #: Bytes of a detached container's output that the guest keeps.

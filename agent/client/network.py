@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from caisson.agent.client.connection import Agent
-from caisson.proto.kata1 import agent_pb2, types_pb2
+from caisson.proto.kata3 import agent_pb2, types_pb2
 
 #: The module of the guest's kernel, where it is not built in.
 DRIVER = "virtio_net"

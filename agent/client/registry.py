@@ -16,9 +16,7 @@ import uuid
 from pathlib import Path
 from typing import IO, Any
 
-import grpc
-
-from caisson.agent.client.connection import AgentGone
+from caisson.agent.client.errors import AgentGone
 
 
 class Registry:
@@ -49,7 +47,7 @@ class Registry:
                 stack.pop_all()
                 return file
         except FileNotFoundError as error:
-            raise AgentGone(grpc.StatusCode.UNAVAILABLE, "the VM has ended") from error
+            raise AgentGone("the VM has ended") from error
 
     def discard(self, name: str) -> None:
         """Remove an entry, if there is one."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 
-import grpc
-
-from caisson.agent.client.connection import Agent, AgentError
+from caisson.agent.client.connection import Agent
+from caisson.agent.client.errors import AgentError
 from caisson.agent.client.guest import Guest, Machine
+from caisson.agent.rpc.codes import StatusCode
 from caisson.proto.caisson import caisson_pb2
 
 #: Default parent of mount points in a container: most can write to /run.
@@ -37,7 +37,7 @@ async def mount(
                 await guest.agent.guest.Mount(request)
                 return
             except AgentError as error:
-                if error.code is not grpc.StatusCode.DEADLINE_EXCEEDED or time.monotonic() > deadline:
+                if error.code is not StatusCode.DEADLINE_EXCEEDED or time.monotonic() > deadline:
                     raise
                 await asyncio.sleep(0)  # the agent has waited
 

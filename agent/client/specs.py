@@ -14,13 +14,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-from google.protobuf.descriptor import FieldDescriptor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from caisson.agent.client import bundles, seccomp
 from caisson.agent.client.errors import UsageError
-from caisson.proto.kata1 import oci_pb2
+
+if TYPE_CHECKING:
+    from caisson.proto.kata1 import oci_pb2
 
 PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -67,9 +67,6 @@ MASKED = [
 ]
 
 READONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
-
-#: Field renamed on the wire; the others differ in case only, and Go's decoder takes any case.
-RENAMED = {"ociversion": "version"}
 
 #: Processes and threads of a container, and the share of the guest's memory that it may use, unless told otherwise.
 PIDS_LIMIT = 2048
@@ -187,6 +184,8 @@ def _scratch_options(where: str) -> str:
 
 def default_spec(rootfs: str, args: Sequence[str] = (), **options: Any) -> oci_pb2.Spec:
     """Return `container_document` as Kata 1.x has it on the wire; it has no field for a filter's errno."""
+    from caisson.agent.client.wire_specs import to_wire  # here: commands send JSON
+
     return to_wire(container_document(rootfs, args, **options))
 
 
@@ -380,47 +379,3 @@ def size(text: str, option: str = "--memory") -> int:
     if not found:
         raise UsageError(f"{option} {text!r}: must be a number of bytes, e.g. 64m or 1g")
     return int(float(found[1]) * 1024 ** "kmgt".index(found[2], 0) * 1024) if found[2] else int(float(found[1]))
-
-
-def to_wire(document: Mapping[str, Any]) -> oci_pb2.Spec:
-    """Return a spec as Kata 1.x has it on the wire.  Raises UsageError for a field that the wire lacks."""
-    spec = oci_pb2.Spec()
-    _fill(spec, document, "")
-    return spec
-
-
-def _fill(message: Any, document: Any, where: str) -> None:
-    if not isinstance(document, dict):
-        raise UsageError(f"config.json: {where or 'document'} must be an object")
-    fields = {str(field.name).lower(): field for field in message.DESCRIPTOR.fields}
-    for name, value in document.items():
-        field = fields.get(RENAMED.get(name.lower(), name.lower()))
-        place = f"{where}.{name}" if where else name
-        if field is None:
-            raise UsageError(f"config.json: {place}: not supported in a guest")
-        if value is not None:
-            _set(message, field, value, place)
-
-
-def _set(message: Any, field: FieldDescriptor, value: Any, place: str) -> None:
-    target = getattr(message, field.name)
-    is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
-    if field.is_repeated and not isinstance(value, dict if is_map else list):
-        raise UsageError(f"config.json: {place} must be {'an object' if is_map else 'a list'}")
-    try:
-        if field.message_type is None:
-            if field.is_repeated:
-                target.extend(value)
-            else:
-                setattr(message, field.name, value)
-        elif is_map:
-            for key, one in value.items():
-                target[key] = one
-        elif field.is_repeated:
-            for number, one in enumerate(value):
-                _fill(target.add(), one, f"{place}[{number}]")
-        else:
-            target.SetInParent()
-            _fill(target, value, place)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"config.json: {place}: {error}") from None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
-    from typing import Any
+    from typing import Any, ClassVar
 
     from caisson.agent.base.log import Log
 
@@ -30,6 +31,10 @@ class Connection(asyncio.BufferedProtocol):
     end.
     """
 
+    #: Whether a call begins within the turn in which its request came, where Python can (3.12): what answers without
+    #: waiting takes no turn of the event loop of its own then.
+    EAGER: ClassVar[bool] = False
+
     def __init__(self, buffer: memoryview, log: Log, on_lost: Callable[[Any], None]) -> None:
         self.log = log
         self.held = 0  # bytes of requests and unsent responses
@@ -41,6 +46,7 @@ class Connection(asyncio.BufferedProtocol):
         self._backlog = False  # frames may be there that were not handled
         self._blocked = False  # the peer does not read
         self._turn: asyncio.Handle | None = None
+        self._in_turn = False
 
     # What a protocol defines
 
@@ -65,7 +71,13 @@ class Connection(asyncio.BufferedProtocol):
 
     def start_call(self, stream_id: int, work: Coroutine[Any, Any, None]) -> None:
         """Run a call's coroutine, which calls ``end_call`` as it ends; it is cancelled with the connection."""
-        self._calls[stream_id] = asyncio.get_running_loop().create_task(work)
+        loop = asyncio.get_running_loop()
+        if sys.version_info >= (3, 12) and self.EAGER:
+            task: asyncio.Task[None] = asyncio.Task(work, loop=loop, eager_start=True)
+        else:
+            task = loop.create_task(work)
+        if not task.done():
+            self._calls[stream_id] = task
 
     def end_call(self, stream_id: int) -> None:
         """Forget a call.  Not a callback of its task: that would take one more turn of the event loop for each."""
@@ -82,13 +94,21 @@ class Connection(asyncio.BufferedProtocol):
         self._output += data
 
     def flush(self) -> None:
-        """Send what was queued; done after each turn."""
-        if self._output and self._transport is not None and not self._transport.is_closing():
-            self._transport.writelines(self._output)
-        self._output = []  # the transport may keep the other
+        """Send what was queued; done after each turn, and not within one."""
+        if self._in_turn or not self._output:
+            return
+        output, self._output = self._output, []
+        if self._transport is None or self._transport.is_closing():
+            return
+        if len(output) == 1:
+            self._transport.write(output[0])
+        else:
+            self._transport.writelines(output)
 
     def close(self) -> None:
-        """Close the connection, and cancel its calls."""
+        """Send what was queued, close the connection, and cancel its calls."""
+        self._in_turn = False
+        self.flush()
         if self._transport is not None:
             self._transport.close()
         self._cancel_calls()
@@ -129,12 +149,16 @@ class Connection(asyncio.BufferedProtocol):
     def _take_turn(self) -> None:
         """Handle a bounded number of frames, and leave the rest to the next turn."""
         self._turn = None
-        for _ in range(FRAMES_PER_TURN):
-            if self._transport is None or self._transport.is_closing():
-                return
-            self._backlog = self.handle_frame()
-            if not self._backlog:
-                break
+        self._in_turn = True
+        try:
+            for _ in range(FRAMES_PER_TURN):
+                if self._transport is None or self._transport.is_closing():
+                    return
+                self._backlog = self.handle_frame()
+                if not self._backlog:
+                    break
+        finally:
+            self._in_turn = False
         self.flush()
         self._schedule()
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from caisson.agent.base.log import Log
     from caisson.agent.base.tracing import Tracing
 
-    #: How a call ended: OK and the pieces of the encoded response, or an error and its text.
-    Outcome = tuple[StatusCode, str | list[bytes]]
+    #: How a call ended: OK and the pieces of the encoded response, or an error and what is said of it.
+    Outcome = tuple[StatusCode, "Failure | list[bytes]"]
 
     #: Answers a request with a message, or with the pieces of an encoded one.
     Handler = Callable[[Any], Awaitable[Any]]
@@ -31,11 +31,24 @@ if TYPE_CHECKING:
     #: The status of an error that a caller can do something about; None for a bug.
     StatusOf = Callable[[Exception], tuple[StatusCode, str] | None]
 
+    #: What programs are told of an error: a message by its full name, encoded; None where there is nothing.
+    DetailOf = Callable[[Exception], tuple[str, bytes] | None]
+
 #: Characters of an error's text: gRPC's clients give up on a call whose trailers exceed 8 KiB.
 MAX_ERROR_TEXT = 2048
 
 #: Fields of requests that log lines and spans carry, where a request has them: Kata's, and those of containerd's tasks.
 ID_FIELDS = ("id", "container_id", "exec_id")
+
+
+class Failure:
+    """What is said of an error: a text for people and, where the transport can carry it, a message for programs."""
+
+    __slots__ = ("detail", "text")
+
+    def __init__(self, text: str, detail: tuple[str, bytes] | None = None) -> None:
+        self.text = text
+        self.detail = detail
 
 
 class Method:
@@ -97,13 +110,17 @@ class Dispatch:
         tracing: Tracing,
         status_of: StatusOf,
         more: Callable[[], Mapping[str, Method]] | None = None,
+        detail_of: DetailOf | None = None,
     ) -> None:
-        """``more`` makes the table of further methods, once, when one is called that is not in the first."""
+        """``more`` makes the table of further methods, once, when one is called that is not in the first; ``detail_of``
+        is asked about errors that have a status.
+        """
         self._methods = dict(methods)
         self._log = log
         self._tracing = tracing
         self._status_of = status_of
         self._more = more
+        self._detail_of = detail_of
 
     async def call(self, path: str, payload: bytes, timeout: float | None = None) -> Outcome:
         """Call a method with an encoded request; its handler is cancelled after ``timeout`` seconds.
@@ -112,23 +129,24 @@ class Dispatch:
         """
         method = self._find(path)
         if method is None:
-            return StatusCode.UNIMPLEMENTED, _bounded(f"{path}: unknown method")
+            return StatusCode.UNIMPLEMENTED, Failure(bounded(f"{path}: unknown method"))
         if method.handler is None:
-            return StatusCode.UNIMPLEMENTED, f"{method.name}: not implemented by this agent"
-        began = time.monotonic()
+            return StatusCode.UNIMPLEMENTED, Failure(f"{method.name}: not implemented by this agent")
+        recorded = self._tracing.enabled or self._log.enabled("debug")
+        began = time.monotonic() if recorded else 0.0
         request = method.request_class()
-        outcome: Outcome = StatusCode.CANCELLED, "the caller has gone"
+        outcome: Outcome = StatusCode.CANCELLED, Failure("the caller has gone")
         try:
             try:
                 request.ParseFromString(payload)
             except DecodeError:
                 text = f"{method.name}: the request is not a valid {request.DESCRIPTOR.name}"
-                outcome = StatusCode.INVALID_ARGUMENT, text
+                outcome = StatusCode.INVALID_ARGUMENT, Failure(text)
             else:
                 del payload  # not kept for as long as the call takes
                 outcome = await self._handle(method.name, method.handler(request), timeout)
         finally:
-            if self._tracing.enabled or self._log.enabled("debug"):
+            if recorded:
                 self._record(method.name, request, outcome, time.monotonic() - began)
         return outcome
 
@@ -143,18 +161,20 @@ class Dispatch:
             response = await (handling if timeout is None else _within(timeout, handling))
             return StatusCode.OK, response if isinstance(response, list) else [response.SerializeToString()]
         except _DeadlineExceeded:
-            return StatusCode.DEADLINE_EXCEEDED, f"{name}: not done within {timeout:g} s"
+            return StatusCode.DEADLINE_EXCEEDED, Failure(f"{name}: not done within {timeout:g} s")
         except Exception as error:
             status = self._status_of(error)
             if status is None:
                 self._log("error", "a bug in a handler", method=name, error=_traceback(error))
-                status = StatusCode.INTERNAL, " ".join(f"{type(error).__name__}: {error}".split())
-            return status[0], _bounded(status[1])
+                status, detail = (StatusCode.INTERNAL, " ".join(f"{type(error).__name__}: {error}".split())), None
+            else:
+                detail = self._detail_of(error) if self._detail_of is not None else None
+            return status[0], Failure(bounded(status[1]), detail)
 
     def _record(self, method: str, request: Any, outcome: Outcome, seconds: float) -> None:
-        code, text = outcome
+        code, result = outcome
         ids = {name: getattr(request, name) for name in ID_FIELDS if hasattr(request, name)}
-        error = text if isinstance(text, str) else ""
+        error = result.text if isinstance(result, Failure) else ""
         self._log("debug", "request", method=method, status=code.name, error=error, seconds=round(seconds, 6), **ids)
         now = time.time_ns()
         self._tracing.request(method, now - int(seconds * 1e9), now, code.name, ids)
@@ -176,7 +196,7 @@ async def _within(timeout: float, handling: Awaitable[Any]) -> Any:
         raise
 
 
-def _bounded(text: str) -> str:
+def bounded(text: str) -> str:
     """Make a text one that any wire can carry: of bounded length, and valid Unicode (paths may hold other bytes)."""
     if len(text) > MAX_ERROR_TEXT:
         text = f"{text[: MAX_ERROR_TEXT - 1]}…"

@@ -26,11 +26,13 @@ class Server:
         self._buffer = memoryview(bytearray(BUFFER_SIZE))
         self._connections: set[Connection] = set()
         self._silent: set[asyncio.BaseTransport] = set()  # nothing has come yet on these
-        self._protocols: dict[int, Callable[[], Connection]] = {}
-        if grpc is not None:
-            self._protocols[ord("P")] = lambda: self._grpc_connection(grpc)  # of HTTP/2's preface, RFC 9113 section 3.4
-        if ttrpc is not None:
-            self._protocols[0] = lambda: self._ttrpc_connection(ttrpc)  # of a frame's length, which is at most 4 MiB
+        self._protocols: dict[int, tuple[str, Callable[[], Connection]]] = {}
+        if grpc is not None:  # of HTTP/2's preface, RFC 9113 section 3.4
+            self._protocols[ord("P")] = "grpc", lambda: self._grpc_connection(grpc)
+        if ttrpc is not None:  # of a frame's length, which is at most 4 MiB
+            self._protocols[0] = "ttrpc", lambda: self._ttrpc_connection(ttrpc)
+        #: The protocols that were spoken so far, "grpc" and "ttrpc".
+        self.spoken: set[str] = set()
 
     def accept(self) -> asyncio.BufferedProtocol:
         """Make the protocol of one more connection."""
@@ -68,11 +70,12 @@ class Server:
             connection.close()
 
     def _choose(self, first: int) -> Connection | None:
-        protocol = self._protocols.get(first)
-        if protocol is None:
+        if first not in self._protocols:
             self._log("warning", "closed a connection of an unknown protocol", first_byte=first)
             return None
-        connection = protocol()
+        protocol, make = self._protocols[first]
+        self.spoken.add(protocol)
+        connection = make()
         self._connections.add(connection)
         return connection
 

@@ -24,7 +24,7 @@ DIRECTORY_IN_GUEST = name("DIR", "/tmp")
 EXEC = Command(
     "exec",
     "Run a program in a container in a VM.",
-    "caisson.commands.program:exec_",
+    "caisson.commands.execute:exec_",
     details="""Its standard streams are this command's; so is its exit status: 128+n if signal n ended it, 127 if there
         is no such program, 126 if it cannot be executed, 125 if Caisson could not run it at all. With no VM running,
         one is booted for it and stopped afterwards.""",

@@ -2,10 +2,33 @@
 
 with VM.start(VMConfig(image), ready=lambda socket: …) as vm:
     …                                   # vm.agent_socket leads to the agent
+
+Modules are imported when something of them is first used: to look whether a VM runs takes no QEMU.
 """
 
-from caisson.image.vm.config import VMConfig
-from caisson.image.vm.errors import VMError
-from caisson.image.vm.machine import VM, find_vm, get_vm, list_vms
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from caisson.image.vm.config import VMConfig
+    from caisson.image.vm.errors import VMError
+    from caisson.image.vm.machine import VM, find_vm, get_vm, list_vms
+
+_FROM = {
+    "VM": "caisson.image.vm.machine",
+    "VMConfig": "caisson.image.vm.config",
+    "VMError": "caisson.image.vm.errors",
+    "find_vm": "caisson.image.vm.machine",
+    "get_vm": "caisson.image.vm.machine",
+    "list_vms": "caisson.image.vm.machine",
+}
 
 __all__ = ["VM", "VMConfig", "VMError", "find_vm", "get_vm", "list_vms"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FROM:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_FROM[name]), name)

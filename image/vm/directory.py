@@ -30,9 +30,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from caisson.image.parent_death import cleaned_up_if_killed
 from caisson.image.vm.errors import VMError
 from caisson.image.vm.runroot import owned_run_root, run_root
+from caisson.proto.contract import VERSION, VM_FORMAT
 from caisson.proto.foreign_text import printable
 
 #: sockaddr_un holds 107 bytes and a terminating NUL (unix(7)); `vsock.sock_4294967295` is the longest of ours.
@@ -207,6 +207,23 @@ def running_vms() -> Iterator[VMDirectory]:
             yield directory
 
 
+def find_running(name: str) -> tuple[VMDirectory, dict[str, Any]] | None:
+    """Return the directory of the running VM of this name and its vm.json; None if there is none.
+
+    Raises VMError for a name that is not valid, and for a VM of a version of Caisson that this one cannot talk to.
+    """
+    directory = VMDirectory.of(name)
+    if owned_run_root() is None or not directory.is_running():
+        return None
+    info = directory.read()
+    if info and info.get("format") != VM_FORMAT:
+        raise VMError(
+            f"VM {name!r}: was started by Caisson {info.get('version', '0.1')}, this is {VERSION}; use that one, or "
+            f"stop its supervisor: kill {info.get('pids', {}).get('supervisor', 'PID')}"
+        )
+    return (directory, info) if info else None
+
+
 def _is_ours(directory: int) -> bool:
     """Tell whether an open directory is this user's and holds a lock file of this user's with our mark."""
     if os.fstat(directory).st_uid != os.geteuid():
@@ -252,5 +269,7 @@ def janitor(directory: VMDirectory) -> contextlib.AbstractContextManager[None]:
 
     To be entered before the directory is made, so that there is no moment at which a kill leaves something behind.
     """
+    from caisson.image.parent_death import cleaned_up_if_killed  # here: whoever only looks starts no process
+
     arguments = [str(directory.path.parent), directory.name, MARK.rstrip()]
     return cleaned_up_if_killed(REMOVE, arguments)

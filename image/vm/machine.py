@@ -20,7 +20,7 @@ from caisson.image.vm import exit_reason
 from caisson.image.vm.accel import Choice, is_open
 from caisson.image.vm.children import TITLES
 from caisson.image.vm.config import VMConfig, shares_to_plug
-from caisson.image.vm.directory import VMDirectory, running_vms
+from caisson.image.vm.directory import VMDirectory, find_running, running_vms
 from caisson.image.vm.errors import VMError
 from caisson.image.vm.exit_reason import POWERED_OFF
 from caisson.image.vm.jsonsocket import JSONSocket
@@ -28,7 +28,7 @@ from caisson.image.vm.logs import Follower
 from caisson.image.vm.pace import scaled
 from caisson.image.vm.runroot import owned_run_root
 from caisson.image.vm.snapshot.snapshot import Snapshot, SnapshotCompatibility, place
-from caisson.proto.contract import VERSION, VM_FORMAT
+from caisson.proto.contract import VM_FORMAT
 
 #: Seconds until the agent has to answer: native, and emulated on a busy machine.
 AGENT_TIMEOUT = {"kvm": 60.0, "tcg": 240.0}
@@ -399,16 +399,8 @@ def find_vm(name: str) -> VM | None:
 
     Raises VMError for a name that is not valid, and for a VM of a version of Caisson that this one cannot talk to.
     """
-    directory = VMDirectory.of(name)
-    if owned_run_root() is None or not directory.is_running():
-        return None
-    info = directory.read()
-    if info and info.get("format") != VM_FORMAT:
-        raise VMError(
-            f"VM {name!r}: was started by Caisson {info.get('version', '0.1')}, this is {VERSION}; use that one, or "
-            f"stop its supervisor: kill {info.get('pids', {}).get('supervisor', 'PID')}"
-        )
-    return VM(directory, info) if info else None
+    found = find_running(name)
+    return VM(*found) if found else None
 
 
 def get_vm(name: str) -> VM:

@@ -25,7 +25,8 @@ from typing import Any
 import grpc
 
 from caisson.agent.client import Agent, Container
-from caisson.agent.client.connection import CHANNEL_OPTIONS, CHUNK
+from caisson.agent.client.connection import CHUNK
+from caisson.agent.client.grpc_channel import CHANNEL_OPTIONS
 from caisson.proto.kata1 import agent_pb2
 from tests.bench import transports
 from tests.bench.bare import SERVICE

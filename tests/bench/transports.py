@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from caisson.agent.client import Agent, Container
-from caisson.agent.rpc.ttrpc.client import Client
 from caisson.proto.kata1 import health_pb2
 from tests.bench.rows import Row
-from tests.conformance.transports import ttrpc_channel
 
 CALL_BUDGET, EXEC_BUDGET, ECHO_BUDGET, BULK_BUDGET = 0.5, 0.9, 1.0, 1.0
 
@@ -30,7 +28,7 @@ async def measure(
     bulk: Callable[[Container, int], Awaitable[float]],
 ) -> list[Row]:
     """All rows; the functions return milliseconds for a container, that last one a MiB of so many bytes."""
-    async with Agent.connect(socket) as grpc, Agent(ttrpc_channel(await Client.connect(socket))) as ttrpc:
+    async with Agent.connect(socket, "grpc") as grpc, Agent.connect(socket, "ttrpc") as ttrpc:
         agents = (ttrpc, grpc)
         ours, peers = (agent.container(container_id) for agent in agents)
 

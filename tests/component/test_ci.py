@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from caisson.commands.catalogue import COMMANDS
-from tests.commands import GROUP
+from tests.catalogue import GROUP
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))

@@ -1,28 +1,75 @@
-"""The client's connection to an agent that takes its time."""
+"""The client's connections: to an agent that takes its time, goes away, or refuses; by gRPC and by ttrpc."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import subprocess
+import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any, Literal
 
-import grpc
+import pytest
 
-from caisson.agent.client import Agent, ReadinessProbe
-from caisson.proto.kata1 import health_pb2
+from caisson.agent.api.kata3 import status as kata3
+from caisson.agent.api.reasons import detail_of
+from caisson.agent.base import errors
+from caisson.agent.base.log import Log
+from caisson.agent.base.tracing import Tracing
+from caisson.agent.client import Agent, AgentError, AgentGone, ProgramError, ReadinessProbe, Reason, is_serving
+from caisson.agent.libcontainer.errors import launch_error
+from caisson.agent.rpc.codes import StatusCode
+from caisson.agent.rpc.dispatch import Dispatch, Method
+from caisson.agent.rpc.listener import accept, listen
+from caisson.agent.rpc.server import Server
+from caisson.proto.kata3 import agent_pb2, health_pb2
+
+Protocol = Literal["grpc", "ttrpc"]
 
 #: Seconds for an agent's first answer: more than the client's longest pause between two attempts.
 SLOWNESS = 1.5
 
 
-async def _version(request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
-    answer: bytes = health_pb2.VersionCheckResponse(agent_version="slow").SerializeToString()
-    return answer
+class FakeAgent:
+    """Answers Health, and a few methods as a test wants them."""
+
+    def __init__(self) -> None:
+        self.raised: Exception = errors.ContainerNotFound(container_id="box")
+        self.output: asyncio.Queue[bytes] = asyncio.Queue()
+        self.methods = {
+            "/grpc.Health/Check": Method("Check", health_pb2.CheckRequest, self.check),
+            "/grpc.Health/Version": Method("Version", health_pb2.CheckRequest, self.version),
+            "/grpc.AgentService/PauseContainer": Method("Pause", agent_pb2.PauseContainerRequest, self.refuse),
+            "/grpc.AgentService/ReadStdout": Method("ReadStdout", agent_pb2.ReadStreamRequest, self.read),
+        }
+
+    async def check(self, request: Any) -> Any:
+        return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+
+    async def version(self, request: Any) -> Any:
+        return health_pb2.VersionCheckResponse(agent_version="slow")
+
+    async def refuse(self, request: Any) -> Any:
+        raise self.raised
+
+    async def read(self, request: Any) -> Any:
+        return agent_pb2.ReadStreamResponse(data=await self.output.get())
 
 
-async def _check(request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
-    serving = health_pb2.HealthCheckResponse.SERVING
-    answer: bytes = health_pb2.HealthCheckResponse(status=serving).SerializeToString()
-    return answer
+@contextlib.asynccontextmanager
+async def serving(path: Path, agent: FakeAgent) -> AsyncIterator[Server]:
+    log = Log("fatal")
+    dispatch = Dispatch(agent.methods, log, Tracing(""), kata3.status_of, detail_of=detail_of)
+    server = Server(log, grpc=dispatch, ttrpc=dispatch)
+    listener = listen(f"unix:{path}")
+    task = asyncio.ensure_future(accept(listener, server.accept, log))
+    yield server
+    task.cancel()
+    await asyncio.wait([task])
+    await server.stop(grace=1)
+    listener.close()
+    path.unlink()
 
 
 async def _carry(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
@@ -31,7 +78,8 @@ async def _carry(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> 
     target.close()
 
 
-async def test_an_agent_that_is_slow_to_answer_is_waited_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("protocol", ["grpc", "ttrpc"])
+async def test_an_agent_that_is_slow_to_answer_is_waited_for(tmp_path: Path, protocol: Protocol) -> None:
     """A busy guest without KVM: whoever connected and heard nothing for half a second was told that nobody answers."""
     attempts = 0
 
@@ -42,25 +90,18 @@ async def test_an_agent_that_is_slow_to_answer_is_waited_for(tmp_path: Path) -> 
         inner, outer = await asyncio.open_unix_connection(str(tmp_path / "server"))
         await asyncio.gather(_carry(reader, outer), _carry(inner, writer), return_exceptions=True)
 
-    server = grpc.aio.server()
-    handlers = {"Version": grpc.unary_unary_rpc_method_handler(_version)}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("grpc.Health", handlers),))
-    server.add_insecure_port(f"unix:{tmp_path / 'server'}")
-    await server.start()
-    relay = await asyncio.start_unix_server(delayed, tmp_path / "agent.sock")
-    try:
-        async with Agent.connect(tmp_path / "agent.sock") as agent:
+    async with serving(tmp_path / "server", FakeAgent()):
+        relay = await asyncio.start_unix_server(delayed, tmp_path / "agent.sock")
+        async with Agent.connect(tmp_path / "agent.sock", protocol) as agent:
             assert await agent.version() == "slow"
-    finally:
         relay.close()
-        await server.stop(None)
     assert attempts == 1
 
 
 async def test_a_guests_first_answer_comes_on_the_first_connection_that_the_guest_takes(tmp_path: Path) -> None:
     """A starting guest refuses, then lets the question wait, and then answers it: it is asked once, and not again."""
     attempts = 0
-    refusing, serving = 3, asyncio.Event()
+    refusing, started = 3, asyncio.Event()
 
     async def starting(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal attempts
@@ -68,25 +109,110 @@ async def test_a_guests_first_answer_comes_on_the_first_connection_that_the_gues
         if attempts <= refusing:
             writer.close()
             return
-        await serving.wait()
+        await started.wait()
         inner, outer = await asyncio.open_unix_connection(str(tmp_path / "server"))
         await asyncio.gather(_carry(reader, outer), _carry(inner, writer), return_exceptions=True)
 
-    server = grpc.aio.server()
-    handlers = {"Check": grpc.unary_unary_rpc_method_handler(_check)}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("grpc.Health", handlers),))
-    server.add_insecure_port(f"unix:{tmp_path / 'server'}")
-    await server.start()
-    ready, told = ReadinessProbe(timeout=0.2), []
-    told.append(await asyncio.to_thread(ready, tmp_path / "agent.sock"))  # nobody is there yet
-    guest = await asyncio.start_unix_server(starting, tmp_path / "agent.sock")
-    while attempts <= refusing:
+    async with serving(tmp_path / "server", FakeAgent()):
+        ready, told = ReadinessProbe(timeout=0.2), []
+        told.append(await asyncio.to_thread(ready, tmp_path / "agent.sock"))  # nobody is there yet
+        guest = await asyncio.start_unix_server(starting, tmp_path / "agent.sock")
+        while attempts <= refusing:
+            told.append(await asyncio.to_thread(ready, tmp_path / "agent.sock"))
         told.append(await asyncio.to_thread(ready, tmp_path / "agent.sock"))
-    told.append(await asyncio.to_thread(ready, tmp_path / "agent.sock"))
-    serving.set()
-    while not told[-1]:
-        told.append(await asyncio.to_thread(ready, tmp_path / "agent.sock"))
-    guest.close()
-    await server.stop(None)
-    assert told[-1] and not any(told[:-1])
-    assert attempts == refusing + 1
+        started.set()
+        while not told[-1]:
+            told.append(await asyncio.to_thread(ready, tmp_path / "agent.sock"))
+        guest.close()
+        assert told[-1] and not any(told[:-1])
+        assert attempts == refusing + 1
+        assert await asyncio.to_thread(is_serving, tmp_path / "server", 5.0)
+    assert not await asyncio.to_thread(is_serving, tmp_path / "server", 0.05)
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "ttrpc"])
+async def test_a_lost_agent_is_reported_in_words_of_its_own_and_connected_to_again(
+    tmp_path: Path, protocol: Protocol
+) -> None:
+    path = tmp_path / "agent.sock"
+    async with Agent.connect(path, protocol) as agent:
+        with pytest.raises(AgentGone, match=r"^agent: does not answer \([a-z ]+\); `caisson list-vms` tells"):
+            await agent.version()
+        async with serving(path, FakeAgent()):
+            async with asyncio.timeout(20):
+                while True:
+                    with contextlib.suppress(AgentGone):  # gRPC pauses between two attempts
+                        assert await agent.version() == "slow"
+                        break
+                    await asyncio.sleep(0.02)
+        with pytest.raises(AgentGone, match=r"^agent: does not answer"):
+            await agent.version()
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "code", "details", "reason", "text"),
+    [
+        (
+            errors.ContainerNotFound(container_id="box"), AgentError, StatusCode.INVALID_ARGUMENT,
+            "invalid container id", Reason.CONTAINER_NOT_FOUND, "container box: not found",
+        ),
+        (
+            errors.CannotExec(container_id="box", status="paused"), AgentError, StatusCode.FAILED_PRECONDITION,
+            "container box: cannot run another process: it is paused", Reason.CONTAINER_PAUSED,
+            "container box: cannot run another process: it is paused",
+        ),
+        (
+            launch_error("lookup", "nothing", 2, "path"), ProgramError, StatusCode.INTERNAL,
+            'Could not run process: exec: "nothing": executable file not found in $PATH', Reason.PROGRAM_NOT_FOUND,
+            'Could not run process: exec: "nothing": executable file not found in $PATH',
+        ),
+        (
+            launch_error("lookup", "/etc", 13, ""), ProgramError, StatusCode.INTERNAL,
+            'Could not run process: exec: "/etc": permission denied', Reason.PROGRAM_NOT_EXECUTABLE,
+            'Could not run process: exec: "/etc": permission denied',
+        ),
+        (errors.ModelError("\udcff"), AgentError, StatusCode.INTERNAL, "\\udcff", Reason.UNSPECIFIED, "\\udcff"),
+    ],
+)  # fmt: skip
+async def test_an_error_has_its_reason_and_a_sentence_beside_what_kata_hosts_are_told(
+    tmp_path: Path, raised: Exception, kind: type, code: StatusCode, details: str, reason: Reason, text: str
+) -> None:
+    fake = FakeAgent()
+    fake.raised = raised
+    async with serving(tmp_path / "s", fake), Agent.connect(tmp_path / "s", "ttrpc") as agent:
+        with pytest.raises(AgentError) as caught:
+            await agent.container("box").pause()
+    error = caught.value
+    assert (type(error), error.code, error.details, error.reason, str(error)) == (kind, code, details, reason, text)
+
+
+async def test_output_of_a_read_that_was_given_up_goes_to_the_next_one(tmp_path: Path) -> None:
+    """ttrpc cannot cancel a call: what the agent has taken from the pipe by then must not be lost."""
+    fake = FakeAgent()
+    async with serving(tmp_path / "s", fake), Agent.connect(tmp_path / "s", "ttrpc") as agent:
+        process = agent.container("box").init()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(process.stdout()), 0.05)
+        fake.output.put_nowait(b"first")
+        assert await anext(process.stdout()) == b"first"
+        fake.output.put_nowait(b"")
+        assert [data async for data in process.stdout()] == []
+
+
+async def test_a_request_that_ttrpc_cannot_carry_is_refused_here(tmp_path: Path) -> None:
+    async with serving(tmp_path / "s", FakeAgent()), Agent.connect(tmp_path / "s", "ttrpc") as agent:
+        with pytest.raises(AgentError) as caught:
+            await agent.container("b" * (5 << 20)).pause()
+        assert caught.value.code is StatusCode.RESOURCE_EXHAUSTED
+        assert await agent.version() == "slow"
+
+
+def test_the_client_imports_grpc_for_grpc_alone() -> None:
+    code = """if True:
+        import sys
+        from caisson.agent import client
+        from caisson.agent.client import foreground, guest
+        client.Agent.connect("/nowhere", "ttrpc")
+        assert not {"grpc", "caisson.proto.kata1.agent_pb2"} & set(sys.modules), sys.modules.keys()
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)

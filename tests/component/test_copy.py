@@ -11,12 +11,12 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
 from caisson.agent.client import AgentError
 from caisson.agent.client import copy as copying
 from caisson.agent.client.errors import CopyError
+from caisson.agent.rpc.codes import StatusCode
 
 
 class LocalProcess:
@@ -37,7 +37,7 @@ class LocalProcess:
             self.process.stdin.write(data)
             await self.process.stdin.drain()
         except ConnectionError as error:
-            raise AgentError(grpc.StatusCode.FAILED_PRECONDITION, "stdin is closed") from error
+            raise AgentError(StatusCode.FAILED_PRECONDITION, "stdin is closed") from error
 
     async def close_stdin(self) -> None:
         assert self.process.stdin is not None
@@ -55,7 +55,7 @@ class LocalProcess:
 
     async def signal(self, number: int) -> None:
         if self.process.returncode is not None:
-            raise AgentError(grpc.StatusCode.NOT_FOUND, "no such process")
+            raise AgentError(StatusCode.NOT_FOUND, "no such process")
         self.process.send_signal(number)
 
     async def wait(self) -> int:

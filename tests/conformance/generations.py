@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import grpc
-
-Code = grpc.StatusCode
+from caisson.agent.rpc.codes import StatusCode as Code
 
 #: A status and its text.
-Answer = tuple[grpc.StatusCode, str]
+Answer = tuple[Code, str]
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ KATA3 = Generation(
     start_running=(Code.FAILED_PRECONDITION, "container box: cannot be started: it is running"),
     start_stopped=(Code.FAILED_PRECONDITION, "container dead: cannot be started: it is stopped"),
     exec_stopped=(Code.FAILED_PRECONDITION, "container dead: cannot run another process: it is stopped"),
-    no_terminal=(Code.UNAVAILABLE, "the agent does not answer (no tty)"),  # in the client's words
+    no_terminal=(Code.UNAVAILABLE, "no tty"),
     end_of_output=None,
     sandbox_exists=None,
     gated=frozenset({"CreateContainer"}),

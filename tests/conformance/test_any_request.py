@@ -14,25 +14,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 from google.protobuf import message_factory
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import strategies as st
 
-from caisson.agent.rpc.ttrpc.client import Client
+from caisson.agent.client import Agent, AgentError
+from caisson.agent.client.channel import AgentChannel
+from caisson.agent.rpc.codes import StatusCode as Code
 from caisson.proto.kata1 import agent_pb2 as agent1
 from caisson.proto.kata1 import health_pb2 as health1
 from caisson.proto.kata1 import oci_pb2 as oci1
 from caisson.proto.kata3 import agent_pb2 as agent3
 from caisson.proto.kata3 import health_pb2 as health3
 from caisson.proto.kata3 import oci_pb2 as oci3
-from tests.conformance.transports import ttrpc_channel
 from tests.native.agent_support import RunningAgent
 
 pytestmark = pytest.mark.root
-Code = grpc.StatusCode
 
 SECONDS = float(os.environ.get("CAISSON_FUZZ_SECONDS", "20"))
 
@@ -198,26 +197,23 @@ def test_any_request_gets_a_status(secluded: RunningAgent, transport: str) -> No
     counts: dict[str, int] = {}
     done: dict[str, int] = {}
 
-    async def ask(channel: Any, service: str, method: Any, request: Any) -> None:
+    async def ask(channel: AgentChannel, service: str, method: Any, request: Any) -> None:
         counts[method.name] = counts.get(method.name, 0) + 1
-        call = channel.unary_unary(f"/{service}/{method.name}")
         patience = HANG_UP if method.name in WAIT else DEADLINE
         try:
-            await call(request.SerializeToString(), timeout=patience)
+            await channel.call(service, method.name, request.SerializeToString(), patience)
             done[method.name] = done.get(method.name, 0) + 1
-        except grpc.aio.AioRpcError as error:
-            text = error.details() or ""
+        except AgentError as error:
+            text = error.details
             assert "calling application" not in text, (method.name, request)
             if method.name not in WAIT and not any(one in text for one in OWN_TEXTS):
                 gone = (Code.DEADLINE_EXCEEDED, Code.UNAVAILABLE, Code.CANCELLED)
-                assert error.code() not in gone, (method.name, request, text)
+                assert error.code not in gone, (method.name, request, text)
 
     with asyncio.Runner() as runner:
 
-        async def connect() -> Any:
-            if transport == "ttrpc":
-                return ttrpc_channel(await Client.connect(secluded.socket))
-            return grpc.aio.insecure_channel(f"unix:{secluded.socket}")
+        async def connect() -> AgentChannel:
+            return Agent.connect(secluded.socket, "ttrpc" if transport == "ttrpc" else "grpc").channel
 
         channel = runner.run(connect())
         until = time.monotonic() + SECONDS
@@ -266,10 +262,8 @@ def test_any_request_gets_a_status(secluded: RunningAgent, transport: str) -> No
             several()
 
         async def serving() -> Any:
-            check = channel.unary_unary(
-                "/grpc.Health/Check", response_deserializer=api.health.HealthCheckResponse.FromString
-            )
-            return await check(b"", timeout=DEADLINE)
+            answer = await channel.call("grpc.Health", "Check", b"", DEADLINE)
+            return api.health.HealthCheckResponse.FromString(answer)
 
         assert runner.run(serving()).status == api.health.HealthCheckResponse.SERVING
         runner.run(channel.close())

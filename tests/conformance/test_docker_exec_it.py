@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-import grpc
 import pytest
 
 from caisson.agent.client import Agent, AgentError
@@ -18,7 +17,6 @@ from tests.conformance.generations import Generation
 from tests.native.agent_support import RunningAgent
 
 pytestmark = pytest.mark.root
-Code = grpc.StatusCode
 
 SIGURG = 23
 LEN = 32 << 10

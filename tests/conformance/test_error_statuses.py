@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import grpc
 import pytest
 
 from caisson.agent.client import Agent
+from caisson.agent.rpc.codes import StatusCode as Code
 from caisson.proto.kata1 import agent_pb2, oci_pb2, types_pb2
 from tests.conformance.generations import Generation
 from tests.native.agent_support import RunningAgent, refused
 
 pytestmark = pytest.mark.root
-Code = grpc.StatusCode
 
 PROCESS = oci_pb2.Process(Args=["/bin/true"], Cwd="/")
 
@@ -47,7 +46,7 @@ def _methods(generation: Generation) -> list[str]:
     return [method for method in REQUESTS if method not in OF_ONE_GENERATION or method in generation.only]
 
 
-async def ask(client: Agent, method: str, container_id: str) -> tuple[grpc.StatusCode, str]:
+async def ask(client: Agent, method: str, container_id: str) -> tuple[Code, str]:
     request = type(REQUESTS[method])()
     request.CopyFrom(REQUESTS[method])
     request.container_id = container_id

@@ -9,17 +9,16 @@ import asyncio
 import time
 from pathlib import Path
 
-import grpc
 import pytest
 
 from caisson.agent.client import Agent, Container, Process
+from caisson.agent.rpc.codes import StatusCode as Code
 from caisson.proto.kata1 import agent_pb2
 from tests.conformance.generations import Generation
 from tests.native.agent_support import RunningAgent, errors, output, refused, sh
 from tests.support.poll import until
 
 pytestmark = pytest.mark.root
-Code = grpc.StatusCode
 
 
 async def box(client: Agent, agent: RunningAgent, *args: str) -> Container:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 
-import grpc
 import pytest
 
+from caisson.agent.rpc.codes import StatusCode as Code
 from caisson.proto.kata1 import agent_pb2, oci_pb2
 from tests.conformance.generations import Generation
 from tests.native.agent_support import RunningAgent, output, refused, sh
 
 pytestmark = pytest.mark.root
-Code = grpc.StatusCode
 
 
 async def test_a_start_comes_once(agent: RunningAgent, generation: Generation) -> None:

@@ -1,7 +1,4 @@
-"""Channels to an agent other than gRPC's own: its dispatch in this process, without a socket, and ttrpc.
-
-They have what the client library uses of a grpc.aio.Channel.
-"""
+"""Agents that are called in other ways than by gRPC: over ttrpc, and in this process, without a socket."""
 
 from __future__ import annotations
 
@@ -11,24 +8,24 @@ import inspect
 import os
 import signal
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import grpc
 
 from caisson.agent import options as agent_options
 from caisson.agent.api.health import Health
 from caisson.agent.api.kata1 import status as kata1
 from caisson.agent.api.kata3 import status as kata3
+from caisson.agent.api.reasons import detail_of
 from caisson.agent.base.boot_timestamps import BootTimestamps
 from caisson.agent.base.log import Log
 from caisson.agent.base.tracing import Tracing
-from caisson.agent.client import Agent
+from caisson.agent.client import Agent, channel, grpc_channel
 from caisson.agent.model.reaper import Reaper
 from caisson.agent.rpc.dispatch import Dispatch, Method, Service
-from caisson.agent.rpc.ttrpc.client import Client, RpcError
+from caisson.agent.rpc.ttrpc.client import RpcError
+from caisson.agent.rpc.ttrpc.frames import TYPE_URL
 from caisson.agent.services import Services
 from caisson.proto.kata1 import health_pb2
 from tests.native.agent_support import RunningAgent
@@ -37,37 +34,28 @@ from tests.support.unique import unique
 if TYPE_CHECKING:
     from caisson.agent.rpc.dispatch import StatusOf
 
-CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
+class MemoryChannel:
+    """Joins a client and a dispatch without a socket; has what the client library uses of a channel."""
 
-class Channel:
-    """Calls methods by their paths, by a coroutine that returns a status code and the response or an error's text."""
+    cancels = True
 
-    def __init__(
-        self,
-        call: Callable[[str, bytes, float | None], Awaitable[tuple[int, bytes | str]]],
-        hang_up: Callable[[], Awaitable[None]] | None = None,
-    ) -> None:
-        self._call = call
-        self._hang_up = hang_up
+    def __init__(self, dispatch: Dispatch, generation: int) -> None:
+        self.generation = generation
+        self._dispatch = dispatch
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    def unary_unary(
-        self,
-        path: str,
-        request_serializer: Callable[[Any], bytes] = bytes,
-        response_deserializer: Callable[[bytes], Any] = bytes,
-    ) -> Callable[..., Awaitable[Any]]:
-        async def call(request: Any, timeout: float | None = None) -> Any:
-            task = asyncio.ensure_future(self._call(path, request_serializer(request), timeout))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-            code, result = await task
-            if isinstance(result, str):
-                raise grpc.aio.AioRpcError(CODES[code], grpc.aio.Metadata(), grpc.aio.Metadata(), result)
-            return response_deserializer(result)
-
-        return call
+    async def call(self, service: str, method: str, payload: bytes, timeout: float | None) -> bytes:
+        task = asyncio.ensure_future(self._dispatch.call(f"/{service}/{method}", payload, timeout))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        code, result = await task
+        if isinstance(result, list):
+            return b"".join(result)
+        if self.generation == 1:
+            raise grpc_channel.agent_error(code, result.text)
+        name, value = result.detail or ("", b"")
+        raise channel.agent_error(RpcError(code, result.text, [(TYPE_URL + name, value)]))
 
     async def close(self) -> None:
         """Hang up: calls under way are cancelled."""
@@ -75,40 +63,13 @@ class Channel:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
-        if self._hang_up is not None:
-            await self._hang_up()
-
-
-def memory_channel(dispatch: Dispatch) -> Channel:
-    """Join a client and a dispatch without a socket."""
-
-    async def call(path: str, payload: bytes, timeout: float | None) -> tuple[int, bytes | str]:
-        code, result = await dispatch.call(path, payload, timeout)
-        return code, result if isinstance(result, str) else b"".join(result)
-
-    return Channel(call)
-
-
-def ttrpc_channel(client: Client) -> Channel:
-    """Call the same methods over ttrpc."""
-
-    async def call(path: str, payload: bytes, timeout: float | None) -> tuple[int, bytes | str]:
-        _, service, method = path.split("/")
-        try:
-            return 0, await client.call(service, method, payload, timeout)
-        except RpcError as error:
-            return error.code, error.text
-
-    return Channel(call, client.close)
 
 
 class TtrpcAgent(RunningAgent):
     """An agent that is called over ttrpc."""
 
-    @asynccontextmanager
-    async def connect(self) -> AsyncIterator[Agent]:  # type: ignore[override]
-        async with Agent(ttrpc_channel(await Client.connect(self.socket))) as agent:
-            yield agent
+    def connect(self) -> Agent:
+        return Agent.connect(self.socket, "ttrpc")
 
 
 class MemoryAgent(RunningAgent):
@@ -116,6 +77,8 @@ class MemoryAgent(RunningAgent):
 
     It reaps every child and adopts orphans: a test of it runs in a process of its own (``run_in_child``).
     """
+
+    generation = 1
 
     def __init__(self, directory: Path, nsexec: Path, rootfs: Path) -> None:
         self.socket = directory / "none"
@@ -142,7 +105,7 @@ class MemoryAgent(RunningAgent):
             self._start()
         self._connections += 1
         try:
-            async with Agent(memory_channel(self._dispatch)) as agent:
+            async with Agent(MemoryChannel(self._dispatch, self.generation)) as agent:
                 yield agent
         finally:
             self._connections -= 1
@@ -156,17 +119,19 @@ class MemoryAgent(RunningAgent):
         self._reaper.start(asyncio.get_running_loop())
         self._services = Services(self._options, self._reaper, log, tracing, timestamps, lambda: None)
         health = Service(health_pb2.DESCRIPTOR.services_by_name["Health"], Health).bind(Health(timestamps))
-        methods, status_of = self._generation()
-        self._dispatch = Dispatch({**health, **methods}, log, tracing, status_of)
+        methods, status_of = self._api()
+        self._dispatch = Dispatch({**health, **methods}, log, tracing, status_of, detail_of=detail_of)
 
-    def _generation(self) -> tuple[dict[str, Method], StatusOf]:
+    def _api(self) -> tuple[dict[str, Method], StatusOf]:
         return self._services.grpc, kata1.status_of
 
 
 class MemoryAgent3(MemoryAgent):
     """The same, in the later generation of the API."""
 
-    def _generation(self) -> tuple[dict[str, Method], StatusOf]:
+    generation = 3
+
+    def _api(self) -> tuple[dict[str, Method], StatusOf]:
         return self._services.ttrpc, kata3.status_of
 
 

@@ -62,7 +62,7 @@ def test_container_life_cycle(vm: Caisson) -> None:
 def test_a_container_that_is_not_there(vm: Caisson, command: str) -> None:
     done = vm(*command.split(), "nobody")
     assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (1, b"", 1)
-    assert b"nobody not found" in done.stderr
+    assert b"container nobody: not found" in done.stderr
 
 
 def test_a_vm_that_is_not_there(vm: Caisson) -> None:

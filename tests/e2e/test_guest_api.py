@@ -7,15 +7,14 @@ import sys
 import time
 from collections.abc import AsyncIterator
 
-import grpc
 import pytest
 
 from caisson.agent.client import Agent, AgentError, default_spec
+from caisson.agent.rpc.codes import StatusCode as Code
 from caisson.proto.kata1 import agent_pb2, oci_pb2, types_pb2
 from tests.e2e.conftest import ROOT, Caisson
 
 pytestmark = [pytest.mark.root, pytest.mark.vm]
-Code = grpc.StatusCode
 
 
 @pytest.fixture

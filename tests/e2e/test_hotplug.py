@@ -7,16 +7,15 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
 from caisson.agent.client import Agent, AgentError, default_spec
+from caisson.agent.rpc.codes import StatusCode as Code
 from caisson.image.vm.qmp import QMP
 from caisson.proto.kata1 import agent_pb2, oci_pb2, types_pb2
 from tests.e2e.conftest import Caisson
 
 pytestmark = [pytest.mark.root, pytest.mark.vm]
-Code = grpc.StatusCode
 MOUNT_POINT = "/run/kata-containers/shared/containers/disk"
 
 

@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import grpc
 import pytest
 
 from caisson.agent import client
+from caisson.agent.rpc.codes import StatusCode
 from caisson.proto.kata1 import agent_pb2, oci_pb2
 from tests.e2e.conftest import Caisson
 
@@ -132,7 +132,7 @@ async def test_limits_of_a_running_container_change_all_or_none(vm: Caisson) -> 
                 Pids={"Limit": 7},
                 BlockIO={"ThrottleReadBpsDevice": [{"Major": 8, "Minor": 0, "Rate": 1000}]},  # no such disk
             )
-        assert caught.value.code is grpc.StatusCode.INTERNAL
+        assert caught.value.code is StatusCode.INTERNAL
         assert caught.value.details == (
             "linux.resources.blockIO.throttleReadBpsDevice: io.max = '8:0 rbps=1000': No such device"
         )

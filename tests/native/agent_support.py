@@ -10,9 +10,8 @@ from collections.abc import Awaitable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import grpc
-
 from caisson.agent.client import Agent, AgentError, Container, Process, default_spec
+from caisson.agent.rpc.codes import StatusCode
 from caisson.proto.kata1 import oci_pb2
 from tests.support.unique import unique
 
@@ -102,7 +101,7 @@ async def sh(container: Container, script: str, **options: Any) -> Process:
     return await container.exec(["/bin/sh", "-c", script], env=["PATH=/bin"], **options)
 
 
-async def refused(call: Awaitable[Any]) -> tuple[grpc.StatusCode, str]:
+async def refused(call: Awaitable[Any]) -> tuple[StatusCode, str]:
     """The status and text of a call that must fail."""
     try:
         await call

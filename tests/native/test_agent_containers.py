@@ -8,16 +8,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
 from caisson.agent.client import AgentError
+from caisson.agent.rpc.codes import StatusCode as Code
 from caisson.proto.contract import VERSION
 from caisson.proto.kata1 import agent_pb2, health_pb2, oci_pb2
 from tests.native.agent_support import RunningAgent, output, refused, sh
 
 pytestmark = pytest.mark.root
-Code = grpc.StatusCode
 IDS: dict[str, Any] = {"container_id": "box", "exec_id": "box"}
 
 

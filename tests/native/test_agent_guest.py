@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import grpc
 import pytest
 
+from caisson.agent.rpc.codes import StatusCode as Code
 from caisson.proto.kata1 import agent_pb2
 from tests.native.agent_support import RunningAgent, refused
 from tests.support.unique import unique
@@ -16,7 +16,6 @@ pytestmark = pytest.mark.root
 
 #: Runs a command with an empty /run and mounts of its own, as a guest has them.
 PRIVATE_RUN = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs /run && exec "$@"', "sh")
-Code = grpc.StatusCode
 
 
 async def test_files_come_in_pieces(agent: RunningAgent) -> None:

@@ -7,16 +7,15 @@ import os
 from itertools import count
 from pathlib import Path
 
-import grpc
 import pytest
 
 from caisson.agent.client import Agent
+from caisson.agent.rpc.codes import StatusCode as Code
 from caisson.proto.kata1 import agent_pb2, oci_pb2
 from tests.native.agent_support import RunningAgent, errors, output, refused, sh
 
 pytestmark = pytest.mark.root
 in_both = pytest.mark.parametrize("agent", ["v2", "v1"], indirect=True)
-Code = grpc.StatusCode
 MEBIBYTE = 1 << 20
 
 

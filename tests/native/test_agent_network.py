@@ -8,15 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
 from caisson.agent.client import Agent
+from caisson.agent.rpc.codes import StatusCode as Code
 from caisson.proto.kata1 import agent_pb2, types_pb2
 from tests.native.agent_support import RunningAgent, refused
 
 pytestmark = pytest.mark.root
-Code = grpc.StatusCode
 MAC = "02:00:00:00:00:0a"
 
 
@@ -105,9 +104,7 @@ async def test_an_interface_gets_its_name_and_addresses(alone: RunningAgent) -> 
         (wanted(name="a b"), Code.INVALID_ARGUMENT, "'a b' is not a valid interface name: 1 to 15 bytes"),
     ],
 )
-async def test_an_interface_that_cannot_be_made(
-    alone: RunningAgent, request_: Any, code: grpc.StatusCode, text: str
-) -> None:
+async def test_an_interface_that_cannot_be_made(alone: RunningAgent, request_: Any, code: Code, text: str) -> None:
     async with alone.connect() as client:
         found, message = await refused(client.rpc.UpdateInterface(request_))
         assert (found, message[: len(text)]) == (code, text)

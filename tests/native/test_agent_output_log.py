@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
-import grpc
 import pytest
 
 from caisson.agent.client import Agent, Container
 from caisson.agent.client import logs as container_logs
+from caisson.agent.rpc.codes import StatusCode
 from caisson.proto.caisson import caisson_pb2
 from tests.native.agent_support import RunningAgent, refused
 
@@ -62,7 +62,7 @@ async def test_a_log_goes_with_its_container(agent: RunningAgent) -> None:
         await made.init().wait()
         await made.remove()
         request = caisson_pb2.ReadLogRequest(container_id="box")
-        assert (await refused(client.guest.ReadLog(request)))[0] is grpc.StatusCode.NOT_FOUND
+        assert (await refused(client.guest.ReadLog(request)))[0] is StatusCode.NOT_FOUND
         made = await detached(agent, client, "echo two")
         assert await kept(client, follow=True) == [(1, b"two\n")]
 
@@ -71,4 +71,4 @@ async def test_a_log_goes_with_its_container(agent: RunningAgent) -> None:
 async def test_sizes_out_of_range_are_refused(agent: RunningAgent, max_bytes: int) -> None:
     async with agent.connect() as client:
         request = caisson_pb2.KeepLogRequest(container_id="box", max_bytes=max_bytes)
-        assert (await refused(client.guest.KeepLog(request)))[0] is grpc.StatusCode.INVALID_ARGUMENT
+        assert (await refused(client.guest.KeepLog(request)))[0] is StatusCode.INVALID_ARGUMENT

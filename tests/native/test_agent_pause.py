@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 
-import grpc
 import pytest
 
+from caisson.agent.rpc.codes import StatusCode as Code
 from caisson.proto.kata1 import agent_pb2
 from tests.native.agent_support import RunningAgent, refused, sh
 
 pytestmark = [pytest.mark.root, pytest.mark.parametrize("agent", ["v2", "v1"], indirect=True)]
-Code = grpc.StatusCode
 PAUSE, RESUME = (
     agent_pb2.PauseContainerRequest(container_id="box"),
     agent_pb2.ResumeContainerRequest(container_id="box"),

@@ -7,10 +7,10 @@ import hashlib
 import random
 import signal
 
-import grpc
 import pytest
 
 from caisson.agent.client import Agent, Container, ProgramError
+from caisson.agent.rpc.codes import StatusCode
 from caisson.proto.kata1 import agent_pb2
 from tests.native.agent_support import RunningAgent, errors, output, refused, sh
 from tests.support.poll import until
@@ -95,7 +95,7 @@ async def test_writing_after_the_end(agent: RunningAgent) -> None:
         ended = await sh(container, "exit 0")
         await ended.wait()
         code, text = await refused(ended.write(b"x" * 100_000))
-        assert (code, text) == (grpc.StatusCode.UNKNOWN, "write |1: broken pipe")
+        assert (code, text) == (StatusCode.UNKNOWN, "write |1: broken pipe")
         closed = await container.exec(["/bin/sleep", "1000"])
         await closed.close_stdin()
         answer = await client.rpc.WriteStdin(
@@ -119,7 +119,7 @@ async def test_a_terminal_has_a_size_and_one_output(agent: RunningAgent) -> None
         assert await process.wait() == 0
         plain = await container.exec(["/bin/sleep", "1000"])
         code, message = await refused(plain.resize(1, 1))
-        assert code is grpc.StatusCode.FAILED_PRECONDITION
+        assert code is StatusCode.FAILED_PRECONDITION
         assert message == "Terminal is not set, impossible to resize it"
 
 
@@ -159,7 +159,7 @@ async def test_programs_that_cannot_run(agent: RunningAgent, program: str, text:
         with pytest.raises(ProgramError) as caught:
             await container.exec([program], env=["PATH=/bin"])
         assert text in caught.value.details
-        assert (caught.value.exit_status, caught.value.code) == (status, grpc.StatusCode.INTERNAL)
+        assert (caught.value.exit_status, caught.value.code) == (status, StatusCode.INTERNAL)
 
 
 async def test_signals(agent: RunningAgent) -> None:
@@ -172,7 +172,7 @@ async def test_signals(agent: RunningAgent) -> None:
         assert await anext(stream) == b"told\n"
         assert await process.wait() == 6
         await process.signal(signal.SIGKILL)  # too late: no failure
-        assert (await refused(process.signal(4000)))[0] is grpc.StatusCode.INVALID_ARGUMENT
+        assert (await refused(process.signal(4000)))[0] is StatusCode.INVALID_ARGUMENT
 
 
 async def test_term_ends_an_init_without_a_handler_and_a_handler_is_asked(agent: RunningAgent) -> None:

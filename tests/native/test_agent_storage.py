@@ -6,15 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
 from caisson.agent.client import Agent
+from caisson.agent.rpc.codes import StatusCode as Code
 from caisson.proto.kata1 import agent_pb2
 from tests.native.agent_support import RunningAgent, refused
 
 pytestmark = pytest.mark.root
-Code = grpc.StatusCode
 
 
 @pytest.fixture
@@ -143,7 +142,7 @@ async def test_of_the_sandbox_itself(agent: RunningAgent, place: Path) -> None:
     ],
 )
 async def test_a_failure_takes_back_what_was_mounted(
-    agent: RunningAgent, place: Path, bad: dict[str, Any], code: grpc.StatusCode, text: str
+    agent: RunningAgent, place: Path, bad: dict[str, Any], code: Code, text: str
 ) -> None:
     async with agent.connect() as client:
         await client.create_sandbox()

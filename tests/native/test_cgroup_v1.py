@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
 from caisson.agent.client import Agent
@@ -20,6 +19,7 @@ from caisson.agent.libcontainer.cgroups.v1.cgroup import CgroupOfV1, CgroupV1
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.config.resources import Resources
 from caisson.agent.libcontainer.errors import LaunchError
+from caisson.agent.rpc.codes import StatusCode as Code
 from caisson.proto.kata1 import agent_pb2, oci_pb2
 from tests.native.agent_support import RunningAgent, errors, output, refused, sh
 from tests.native.nsexec_support import Box, children, config
@@ -27,7 +27,6 @@ from tests.support.unique import unique
 
 pytestmark = pytest.mark.root
 with_v1 = pytest.mark.parametrize("agent", ["v1"], indirect=True)
-Code = grpc.StatusCode
 MEBIBYTE = 1 << 20
 DISK = f"{os.major(Path('/').stat().st_dev)}:{os.minor(Path('/').stat().st_dev)}"
 MAJOR, MINOR = map(int, DISK.split(":"))

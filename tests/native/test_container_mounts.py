@@ -7,15 +7,14 @@ import subprocess
 import sys
 from typing import Any
 
-import grpc
 import pytest
 
 from caisson.agent.client import Agent
+from caisson.agent.rpc.codes import StatusCode as Code
 from caisson.proto.caisson import caisson_pb2
 from tests.native.agent_support import RunningAgent, output, refused, sh
 
 pytestmark = pytest.mark.root
-Code = grpc.StatusCode
 
 
 async def mount(client: Agent, mount_point: str, *options: str, container_id: str = "box", **fields: str) -> None:
@@ -88,7 +87,7 @@ async def test_a_link_inside_leads_nowhere(agent: RunningAgent) -> None:
     ],
 )
 async def test_mount_rejects_malformed_requests(
-    agent: RunningAgent, fields: dict[str, Any], code: grpc.StatusCode, why: str
+    agent: RunningAgent, fields: dict[str, Any], code: Code, why: str
 ) -> None:
     async with agent.connect() as client:
         await client.create_sandbox()

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
 from caisson.agent.base.log import Log
@@ -18,6 +17,7 @@ from caisson.agent.libcontainer.config.spec import Spec
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.model.container import Container
 from caisson.agent.model.reaper import Reaper as AgentsReaper
+from caisson.agent.rpc.codes import StatusCode
 from caisson.proto.kata1 import agent_pb2, oci_pb2
 from tests.native.agent_support import RunningAgent, refused
 from tests.native.nsexec_support import Box, children, config
@@ -348,14 +348,14 @@ async def test_hooks_from_the_wire(agent: RunningAgent, tmp_path: Path) -> None:
             spec = agent.spec("true")
             spec.Hooks.Prestart.append(oci_pb2.Hook(Path=path, Args=["touch", str(tmp_path / "bad")]))
             code, text = await refused(connection.create_container("c", spec))
-            assert code is grpc.StatusCode.INVALID_ARGUMENT
+            assert code is StatusCode.INVALID_ARGUMENT
             assert text == f"hooks.prestart[0].path: {path!r} is not one of the guest's hooks"
         await connection.destroy_sandbox()
         await connection.rpc.CreateSandbox(agent_pb2.CreateSandboxRequest(guest_hook_path=str(guest)))
         for path in ("/bin/touch", str(guest / "out"), f"{guest}/../bad", str(guest) + "x/extra"):
             spec = agent.spec("true")
             spec.Hooks.Poststop.append(oci_pb2.Hook(Path=path))
-            assert (await refused(connection.create_container("c", spec)))[0] is grpc.StatusCode.INVALID_ARGUMENT
+            assert (await refused(connection.create_container("c", spec)))[0] is StatusCode.INVALID_ARGUMENT
         spec = agent.spec("sleep", "1000")
         spec.Hooks.Prestart.append(oci_pb2.Hook(Path=str(guest / "extra"), Timeout=5))
         container = await connection.create_container("c", spec)
@@ -363,15 +363,15 @@ async def test_hooks_from_the_wire(agent: RunningAgent, tmp_path: Path) -> None:
         await container.remove()
         (guest / "prestart" / "20-note").write_text("#!/bin/sh\necho no luck >&2; exit 1\n")
         code, text = await refused(connection.create_container("c", agent.spec("true")))
-        assert code is grpc.StatusCode.INTERNAL
+        assert code is StatusCode.INTERNAL
         assert text.endswith(f"prestart hook #0: {guest}/prestart/20-note: exit status 1: no luck")
         (guest / "prestart" / "20-note").write_text("#!/bin/sh\n")
         await (await connection.create_container("c", agent.spec("true"))).remove()
         code, text = await refused(connection.rpc.CreateSandbox(agent_pb2.CreateSandboxRequest(guest_hook_path="x")))
-        assert code is grpc.StatusCode.ALREADY_EXISTS
+        assert code is StatusCode.ALREADY_EXISTS
         await connection.destroy_sandbox()
         code, text = await refused(connection.rpc.CreateSandbox(agent_pb2.CreateSandboxRequest(guest_hook_path="x")))
-        assert (code, text) == (grpc.StatusCode.INVALID_ARGUMENT, "guest_hook_path: 'x' must be an absolute path")
+        assert (code, text) == (StatusCode.INVALID_ARGUMENT, "guest_hook_path: 'x' must be an absolute path")
     assert not (tmp_path / "bad").exists()
     # The argument is the point; links and files that are no programs are passed over.
     lines = (tmp_path / "notes").read_text().splitlines()

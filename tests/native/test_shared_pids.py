@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
 from caisson.agent.client import Agent, Container
+from caisson.agent.rpc.codes import StatusCode
 from caisson.proto.kata1 import agent_pb2, oci_pb2
 from tests.native.agent_support import ROOT, RunningAgent, output, refused, sh
 from tests.support.poll import until
@@ -106,16 +106,16 @@ async def test_terminals_exit_statuses_and_errors_are_as_ever(agent: RunningAgen
         assert await shell.wait() == 137
         for args, text in ((["nothere"], "executable file not found in $PATH"), (["/etc"], "is a directory")):
             code, said = await refused(one.exec(args, env=["PATH=/bin"]))
-            assert code is grpc.StatusCode.INTERNAL and text in said
+            assert code is StatusCode.INTERNAL and text in said
             code, said = await refused(client.create_container("bad", agent.spec(*args)))
-            assert code is grpc.StatusCode.INTERNAL and text in said
+            assert code is StatusCode.INTERNAL and text in said
         two = await client.create_container("two", agent.spec("sh", "-c", "exit 7"))
         code, said = await refused(client.create_container("two", agent.spec("true")))
-        assert code is grpc.StatusCode.ALREADY_EXISTS
+        assert code is StatusCode.ALREADY_EXISTS
         await two.start()
         assert await two.init().wait() == 7
         code, said = await refused(two.start())
-        assert code is grpc.StatusCode.FAILED_PRECONDITION
+        assert code is StatusCode.FAILED_PRECONDITION
         three = await client.create_container("three", agent.spec("true"))
         await three.signal(signal.SIGKILL)
         assert await three.init().wait() == 137
@@ -164,7 +164,7 @@ async def test_destroying_leaves_nothing_and_it_can_be_made_again(agent: Running
         await client.create_sandbox()
         request = agent_pb2.CreateContainerRequest(container_id="c", OCI=agent.spec(), sandbox_pidns=True)
         code, text = await refused(client.rpc.CreateContainer(request))
-        assert code is grpc.StatusCode.UNIMPLEMENTED
+        assert code is StatusCode.UNIMPLEMENTED
         assert text == "CreateContainer: sandbox_pidns needs a sandbox that was created with it"
         await client.destroy_sandbox()
 
@@ -175,7 +175,7 @@ async def test_a_pid_namespace_from_the_wire_is_refused_here_too(agent: RunningA
         spec = agent.spec()
         spec.Linux.Namespaces.append(oci_pb2.LinuxNamespace(Type="pid", Path="/proc/1/ns/pid"))
         code, text = await refused(client.create_container("box", spec))
-        assert code is grpc.StatusCode.FAILED_PRECONDITION
+        assert code is StatusCode.FAILED_PRECONDITION
         assert text.startswith("Unexpected PID namespace received for container box")
         spec = agent.spec()
         spec.Mounts[0].options.append("hidepid=2")

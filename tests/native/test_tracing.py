@@ -10,15 +10,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
 from caisson.agent.base.errors import Unsupported
 from caisson.agent.base.tracing import Tracing
+from caisson.agent.rpc.codes import StatusCode as Code
 from caisson.proto.kata1 import agent_pb2
 from tests.native.agent_support import RunningAgent, refused
-
-Code = grpc.StatusCode
 
 
 @asynccontextmanager

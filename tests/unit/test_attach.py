@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from caisson.agent.client import AgentError, OutputError, attach
+from caisson.agent.client import AgentError, OutputError, StatusCode, attach
 
 
 class Pretended:
@@ -26,7 +26,7 @@ class Pretended:
 
     async def write(self, data: bytes) -> None:
         if self.endless:
-            raise AgentError(None, "write |1: broken pipe")
+            raise AgentError(StatusCode.UNKNOWN, "write |1: broken pipe")
         await self.input.put(data)
 
     async def close_stdin(self) -> None:

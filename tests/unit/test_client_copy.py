@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
 from caisson.agent.client import AgentGone
@@ -157,13 +156,13 @@ class DyingGuest:
         return 0
 
     async def signal(self, number: int) -> None:
-        raise AgentGone(grpc.StatusCode.UNAVAILABLE, "the agent does not answer")
+        raise AgentGone("the agent does not answer")
 
     async def write(self, data: bytes) -> None:
         self._blocks += 1
         if self._blocks > 3:
             self._gone.set()
-            raise AgentGone(grpc.StatusCode.UNAVAILABLE, "the agent does not answer")
+            raise AgentGone("the agent does not answer")
 
     async def stdout(self) -> AsyncIterator[bytes]:
         while True:

@@ -11,12 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import grpc
 import pytest
 
-from caisson.agent.client import AgentError, AgentGone, Registry, UsageError, listing
+from caisson.agent.client import AgentError, AgentGone, Reason, Registry, UsageError, listing
 from caisson.agent.client.logs import last_lines, moment
 from caisson.agent.guest import ps
+from caisson.agent.rpc.codes import StatusCode
+from caisson.proto.caisson import caisson_pb2
 from caisson.proto.kata1 import agent_pb2
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,15 +89,16 @@ def test_kill_rejects_unknown_signals(text: str) -> None:
 class FakeAgent:
     """Answers about some containers, and knows no others."""
 
-    def __init__(self, *containers: str, code: grpc.StatusCode = grpc.StatusCode.NOT_FOUND) -> None:
+    def __init__(self, *containers: str, reason: Reason = Reason.CONTAINER_NOT_FOUND) -> None:
         self.containers = containers
-        self.code = code
-        self.rpc = SimpleNamespace(ListProcesses=self.list_processes)
+        self.reason = reason
+        self.guest = SimpleNamespace(ListProcesses=self.list_processes)
 
     async def list_processes(self, request: Any) -> Any:
         if request.container_id not in self.containers:
-            raise AgentError(self.code, f"Container {request.container_id} not found")
-        return agent_pb2.ListProcessesResponse(process_list=TABLE.encode())
+            text = f"container {request.container_id}: not found"
+            raise AgentError(StatusCode.INVALID_ARGUMENT, "invalid container id", self.reason, text)
+        return caisson_pb2.ListProcessesResponse(table=TABLE)
 
 
 def ask(agent: Any, known: Registry, container: str = "") -> list[str]:
@@ -120,7 +122,7 @@ def test_containers_that_are_no_more_are_forgotten(tmp_path: Path) -> None:
 def test_one_that_was_asked_for_by_name_need_not_be_known_but_must_exist(tmp_path: Path) -> None:
     known = Registry(tmp_path / "containers")
     assert ask(FakeAgent("web"), known, "web") == ["web"]
-    with pytest.raises(AgentError, match="db not found"):
+    with pytest.raises(AgentError, match="db: not found"):
         ask(FakeAgent("web"), known, "db")
 
 
@@ -167,7 +169,7 @@ def test_another_failure_forgets_nothing(tmp_path: Path) -> None:
     known = Registry(tmp_path / "containers")
     known.add("web")
     with pytest.raises(AgentError):
-        ask(FakeAgent(code=grpc.StatusCode.UNAVAILABLE), known)
+        ask(FakeAgent(reason=Reason.UNSPECIFIED), known)
     assert known.names() == ["web"]
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import grpc
 import pytest
 
 from caisson.agent.client import AgentError, UsageError, foreground
@@ -26,11 +25,12 @@ from caisson.agent.client.specs import (
     env_file,
     image_document,
     size,
-    to_wire,
     user_ids,
 )
+from caisson.agent.client.wire_specs import to_kata3, to_wire
 from caisson.agent.libcontainer.config.seccomp import Seccomp
 from caisson.agent.libcontainer.config.spec import Spec
+from caisson.agent.rpc.codes import StatusCode
 
 #: What `runc spec` writes, shortened.
 BUNDLE = {
@@ -305,7 +305,7 @@ def test_a_container_is_confined_by_default() -> None:
 class SlowGuest:
     """Its disk shows up at the third time that it is asked for."""
 
-    def __init__(self, code: grpc.StatusCode = grpc.StatusCode.DEADLINE_EXCEEDED) -> None:
+    def __init__(self, code: StatusCode = StatusCode.DEADLINE_EXCEEDED) -> None:
         self.requests: list[Any] = []
         self.files: dict[str, bytes] = {}
         self._code = code
@@ -346,7 +346,7 @@ def test_a_disk_is_waited_for() -> None:
 
 
 def test_another_refusal_is_told_at_once() -> None:
-    guest: Any = SlowGuest(grpc.StatusCode.INVALID_ARGUMENT)
+    guest: Any = SlowGuest(StatusCode.INVALID_ARGUMENT)
     with pytest.raises(AgentError):
         asyncio.run(foreground.create_on_disk(guest, "web", of_image("/x"), "10/00", "squashfs"))
     assert len(guest.requests) == 1
@@ -379,3 +379,21 @@ def test_the_port_of_a_guests_shell() -> None:
     for words in ([], ["agent.debug_console_vport=0"], ["agent.log_vport=1025"]):
         with pytest.raises(UsageError, match="boot it with"):
             console_port(words)
+
+
+def test_a_spec_of_1x_is_the_same_in_3x_with_its_filter() -> None:
+    document = container_document("/rootfs", ["/bin/sh"])
+    document["linux"]["seccomp"] = {
+        "defaultAction": "SCMP_ACT_ERRNO",
+        "architectures": ["SCMP_ARCH_X86_64"],
+        "syscalls": [
+            {"names": ["chown"], "action": "SCMP_ACT_ALLOW"},
+            {"names": ["clone"], "action": "SCMP_ACT_ALLOW", "args": [{"index": 0, "value": 1, "op": "SCMP_CMP_EQ"}]},
+        ],
+    }
+    old, new = to_wire(document), to_kata3(to_wire(document))
+    assert list(new.Process.Args) == ["/bin/sh"] and len(new.Mounts) == len(old.Mounts)
+    assert new.Linux.Seccomp.DefaultAction == "SCMP_ACT_ERRNO" and not new.Linux.Seccomp.Flags
+    assert [list(one.Names) for one in new.Linux.Seccomp.Syscalls] == [["chown"], ["clone"]]
+    assert new.Linux.Seccomp.Syscalls[1].Args[0].Op == "SCMP_CMP_EQ"
+    assert len(old.Linux.Seccomp.Syscalls) == 2  # it was not changed

@@ -12,7 +12,7 @@ from caisson.agent.base.errors import ModelError
 from caisson.agent.base.log import Log
 from caisson.agent.base.tracing import Tracing
 from caisson.agent.rpc.codes import StatusCode
-from caisson.agent.rpc.dispatch import MAX_ERROR_TEXT, Dispatch, Method, Service
+from caisson.agent.rpc.dispatch import MAX_ERROR_TEXT, Dispatch, Failure, Method, Service
 from caisson.proto.kata1 import agent_pb2, health_pb2
 
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
@@ -65,7 +65,13 @@ async def call(service: str | bytes, timeout: float | None = None, log: Log | No
     payload = service if isinstance(service, bytes) else health_pb2.CheckRequest(service=service).SerializeToString()
     methods = Service(HEALTH, Check, Version).bind(Check(), Version())
     dispatch = Dispatch(methods, log or Log("fatal"), Tracing(""), status_of)
-    return await dispatch.call("/grpc.Health/Check", payload, timeout)
+    return said(await dispatch.call("/grpc.Health/Check", payload, timeout))
+
+
+def said(outcome: tuple[StatusCode, Any]) -> tuple[StatusCode, Any]:
+    """An outcome with the text of a failure in its place."""
+    code, result = outcome
+    return code, result.text if isinstance(result, Failure) else result
 
 
 async def test_a_call_returns_the_pieces_of_its_response() -> None:
@@ -77,13 +83,26 @@ async def test_an_error_of_the_model_becomes_its_status() -> None:
     assert await call("no such thing") == (StatusCode.UNKNOWN, "no such thing")
 
 
+async def test_an_error_of_the_model_has_a_detail_where_somebody_says_which() -> None:
+    methods = Service(HEALTH, Check, Version).bind(Check(), Version())
+    dispatch = Dispatch(
+        methods, Log("fatal"), Tracing(""), status_of, detail_of=lambda error: ("x.Detail", str(error).encode())
+    )
+    payload = health_pb2.CheckRequest(service="no such thing").SerializeToString()
+    _, failure = await dispatch.call("/grpc.Health/Check", payload)
+    assert isinstance(failure, Failure) and failure.detail == ("x.Detail", b"no such thing")
+    payload = health_pb2.CheckRequest(service="timeout").SerializeToString()
+    _, bug = await dispatch.call("/grpc.Health/Check", payload)
+    assert isinstance(bug, Failure) and bug.detail is None
+
+
 async def test_an_error_text_is_one_that_any_wire_can_carry() -> None:
     class Paths:
         async def Check(self, request: Any) -> Any:
             raise ModelError("\udcff" + "x" * 100_000)
 
     methods = Service(HEALTH, Paths, Version).bind(Paths(), Version())
-    _, text = await Dispatch(methods, Log("fatal"), Tracing(""), status_of).call("/grpc.Health/Check", b"")
+    _, text = said(await Dispatch(methods, Log("fatal"), Tracing(""), status_of).call("/grpc.Health/Check", b""))
     assert isinstance(text, str)
     assert text.startswith("\\udcffxx") and text.endswith("x…")
     assert len(text) <= MAX_ERROR_TEXT + 5
@@ -130,7 +149,7 @@ async def test_unknown_and_unimplemented_methods_are_told_apart() -> None:
         ("/grpc.Health/No", "/grpc.Health/No: unknown method"),
         ("", ": unknown method"),
     ):
-        assert await dispatch.call(path, b"") == (StatusCode.UNIMPLEMENTED, text)
+        assert said(await dispatch.call(path, b"")) == (StatusCode.UNIMPLEMENTED, text)
 
 
 async def test_further_methods_are_made_when_one_of_them_is_called() -> None:
@@ -176,8 +195,8 @@ def test_a_table_that_does_not_fit_its_service_is_refused_when_it_is_made(
 
 
 def test_the_agents_tables_fit_their_services() -> None:
-    from caisson.agent import services
+    from caisson.agent.api.kata1.services import AGENT
 
-    assert set(services.KATA1._handlers) == {
+    assert set(AGENT._handlers) == {
         method.name for method in agent_pb2.DESCRIPTOR.services_by_name["AgentService"].methods
     }

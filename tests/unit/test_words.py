@@ -23,7 +23,7 @@ RENAMED: dict[str, dict[str, str]] = {
     "agent.debug_ports": {"Port": "VsockListener", "Shells": "DebugConsole"},
     "agent.client.errors": {"Mistake": "UsageError"},
     "agent.client.registry": {"Known": "Registry", "hold": "lease", "about": "metadata", "abandoned": "orphaned"},
-    "agent.client.connection": {"answers": "is_serving", "FirstAnswer": "ReadinessProbe"},
+    "agent.client.channel": {"answers": "is_serving", "FirstAnswer": "ReadinessProbe"},
     "agent.client.identity": {"settle": "personalize", "settled": "is_personalized"},
     "agent.client.guest": {"ask": "call_sync"},
     "agent.libcontainer.cgroups": {

@@ -45,8 +45,8 @@ async def serve(dispatch: Dispatch, request: HttpRequest) -> HttpResponse:
     payload = bytes(memoryview(request.body)[PREFIX_SIZE:])
     request.body = bytearray()  # not kept for as long as the call takes
     code, result = await dispatch.call(path, payload, timeout)
-    if isinstance(result, str):
-        return _failure(code, result)
+    if not isinstance(result, list):
+        return _failure(code, result.text)
     length = sum(map(len, result))
     return HttpResponse(_HEADER, [b"\0" + length.to_bytes(PREFIX_SIZE - 1, "big"), *result], _OK)
 

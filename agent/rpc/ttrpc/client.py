@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, Self
 
 from google.protobuf import message_factory
@@ -22,6 +22,9 @@ from caisson.proto.ttrpc import ttrpc_pb2
 #: Characters of a server's error text that are kept.
 MAX_ERROR_TEXT = 4096
 
+#: Details of an error that are kept.
+MAX_DETAILS = 8
+
 #: Stream ids are odd and never used again on a connection.
 MAX_STREAM_ID = (1 << 32) - 1
 
@@ -29,12 +32,13 @@ Metadata = Iterable[tuple[str, str]]
 
 
 class RpcError(Exception):
-    """A call that failed: its status code and the server's text."""
+    """A call that failed: its status code, the server's text, and the types and values of its details."""
 
-    def __init__(self, code: StatusCode, text: str) -> None:
+    def __init__(self, code: StatusCode, text: str, details: Sequence[tuple[str, bytes]] = ()) -> None:
         super().__init__(text or code.name)
         self.code = code
         self.text = text
+        self.details = details
 
 
 class ConnectionClosed(RpcError):
@@ -73,6 +77,11 @@ class Client(asyncio.Protocol):
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
+    @property
+    def closed(self) -> bool:
+        """Whether no more calls can be made: the connection has ended, or is out of stream ids."""
+        return self._transport is None or self._transport.is_closing() or self._next_id > MAX_STREAM_ID
+
     async def close(self) -> None:
         """Close the connection; calls under way raise ConnectionClosed."""
         if self._transport is not None:
@@ -87,6 +96,8 @@ class Client(asyncio.Protocol):
         ``timeout`` in seconds holds at the server and here.  Raises RpcError, ConnectionClosed, and ValueError for a
         request that is too long.
         """
+        if timeout is None:
+            return await self._call(service, method, payload, timeout, metadata)
         deadline = asyncio.timeout(timeout)
         try:
             async with deadline:
@@ -127,7 +138,7 @@ class Client(asyncio.Protocol):
             if frame.kind != frames.RESPONSE or pending is None or pending.done():
                 continue  # of a call that was given up
             try:
-                pending.set_result(_payload(frame))
+                pending.set_result(payload_of(frame))
             except RpcError as error:
                 pending.set_exception(error)
 
@@ -146,7 +157,7 @@ class Client(asyncio.Protocol):
                 pending.set_exception(ConnectionClosed())
 
 
-def _payload(frame: frames.Frame) -> bytes:
+def payload_of(frame: frames.Frame) -> bytes:
     """Return a response's payload, or raise the RpcError that it is."""
     if frame.data is None:
         raise RpcError(StatusCode.RESOURCE_EXHAUSTED, frames.too_long(frame.length))
@@ -156,7 +167,8 @@ def _payload(frame: frames.Frame) -> bytes:
         raise RpcError(StatusCode.INTERNAL, "the response is not a valid ttrpc.Response") from None
     if code := response.status.code:
         known = StatusCode(code) if code in StatusCode._value2member_map_ else StatusCode.UNKNOWN
-        raise RpcError(known, response.status.message[:MAX_ERROR_TEXT])
+        details = [(one.type_url, one.value) for one in response.status.details[:MAX_DETAILS]]
+        raise RpcError(known, response.status.message[:MAX_ERROR_TEXT], details)
     return bytes(response.payload)
 
 

@@ -28,6 +28,9 @@ REQUEST, RESPONSE, DATA = 1, 2, 3
 #: Flags of streams that are more than one request and one response.
 REMOTE_CLOSED, REMOTE_OPEN, NO_DATA = 0x1, 0x2, 0x4
 
+#: Before the name of a message's type, where a status has details (google/protobuf/any.proto).
+TYPE_URL = "type.googleapis.com/"
+
 #: The field of a Response that holds the method's response, as its first byte on the wire.
 _PAYLOAD = ttrpc_pb2.Response.PAYLOAD_FIELD_NUMBER << 3 | 2
 
@@ -49,7 +52,8 @@ class FrameReader:
     """Cut a byte stream into frames; holds no more than what was fed last and one frame."""
 
     def __init__(self) -> None:
-        self._input = bytearray()
+        self._input: bytes | bytearray = b""  # bytes where all frames came whole, so that they are copied once
+        self._at = 0  # what was returned
         self._discard = 0  # bytes yet to come of a frame that is too long
 
     def feed(self, data: Buffer) -> None:
@@ -58,22 +62,33 @@ class FrameReader:
             skipped = min(self._discard, len(data))
             self._discard -= skipped
             data = memoryview(data)[skipped:]
-        self._input += data
+        if self._at == len(self._input):
+            self._input = bytes(data)
+        elif isinstance(self._input, bytearray):
+            del self._input[: self._at]
+            self._input += data
+        else:
+            self._input = bytearray(memoryview(self._input)[self._at :])
+            self._input += data
+        self._at = 0
 
     def next(self) -> Frame | None:
         """Return the next frame, None until more was fed."""
-        if len(self._input) < HEADER_SIZE:
+        begin = self._at + HEADER_SIZE
+        if len(self._input) < begin:
             return None
-        length, stream_id, kind, flags = _HEADER.unpack_from(self._input)
-        end = HEADER_SIZE + length
+        length, stream_id, kind, flags = _HEADER.unpack_from(self._input, self._at)
+        end = begin + length
         if length > MAX_DATA:
             self._discard = max(0, end - len(self._input))
-            del self._input[:end]
+            self._at = min(end, len(self._input))
             return Frame(length, stream_id, kind, flags, None)
         if len(self._input) < end:
             return None
-        data = bytes(memoryview(self._input)[HEADER_SIZE:end])
-        del self._input[:end]
+        data = bytes(memoryview(self._input)[begin:end])
+        self._at = end
+        if end == len(self._input):
+            self._input, self._at = b"", 0
         return Frame(length, stream_id, kind, flags, data)
 
 
@@ -118,9 +133,11 @@ def response(stream_id: int, pieces: Sequence[bytes]) -> list[bytes]:
     return [_HEADER.pack(length, stream_id, RESPONSE, 0) + prefix, *pieces]
 
 
-def failure(stream_id: int, code: StatusCode, text: str) -> bytes:
-    """Encode an error response."""
+def failure(stream_id: int, code: StatusCode, text: str, detail: tuple[str, bytes] | None = None) -> bytes:
+    """Encode an error response; ``detail`` is a message for programs, by its full name and encoded."""
     status = ttrpc_pb2.Status(code=code, message=text)
+    if detail is not None:
+        status.details.add(type_url=TYPE_URL + detail[0], value=detail[1])
     return frame(stream_id, RESPONSE, ttrpc_pb2.Response(status=status).SerializeToString())
 
 

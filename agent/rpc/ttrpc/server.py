@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 class TtrpcConnection(Connection):
     """Serves one peer from a dispatch."""
 
+    EAGER = True
+
     def __init__(self, dispatch: Dispatch, buffer: memoryview, log: Log, on_lost: Callable[[Any], None]) -> None:
         super().__init__(buffer, log, on_lost)
         self._dispatch = dispatch
@@ -85,10 +87,10 @@ class TtrpcConnection(Connection):
         finally:
             self.held -= size
             self.end_call(stream_id)
-        if isinstance(result, str):
-            self.write(frames.failure(stream_id, code, result))
-        else:
+        if isinstance(result, list):
             self.write(*frames.response(stream_id, result))
+        else:
+            self.write(frames.failure(stream_id, code, result.text, result.detail))
         self.flush()
 
 

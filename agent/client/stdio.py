@@ -13,7 +13,8 @@ import tty
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 
-from caisson.agent.client.connection import CHUNK, AgentError, Process
+from caisson.agent.client.connection import CHUNK, Process
+from caisson.agent.client.errors import AgentError
 
 #: Signals that are passed on to the process.
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)

@@ -1,0 +1,172 @@
+"""ttrpc to an agent: connected at the first call, and again after the connection was lost.
+
+What a channel is to the rest of the client is `AgentChannel`; gRPC, for agents of Kata 1.x, is grpc_channel.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from typing import Protocol
+
+from caisson.agent.client.errors import AgentError, Reason, gone, refused
+from caisson.agent.rpc.codes import StatusCode
+from caisson.agent.rpc.ttrpc import frames
+from caisson.agent.rpc.ttrpc.client import Client, ConnectionClosed, RpcError, payload_of
+
+#: The name of caisson.ErrorDetails among the details of a status.
+ERROR_DETAILS = f"{frames.TYPE_URL}caisson.ErrorDetails"
+
+#: Characters of an agent's text that are kept.
+MAX_TEXT = 4096
+
+
+class AgentChannel(Protocol):
+    """Carries calls to one agent."""
+
+    #: The generation of Kata's API at the other end: 1, which hosts speak over gRPC, or 3, over ttrpc.
+    generation: int
+
+    #: Whether the agent stops a call that is cancelled here.
+    cancels: bool
+
+    async def call(self, service: str, method: str, payload: bytes, timeout: float | None) -> bytes:
+        """Call a method with an encoded request within so many seconds; returns the encoded response.
+
+        Raises AgentError.
+        """
+
+    async def close(self) -> None:
+        """Close the connection; calls under way raise AgentGone."""
+
+
+class TtrpcChannel:
+    """A channel by ttrpc, which has no way to cancel a call."""
+
+    generation = 3
+    cancels = False
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """``path`` is the Unix socket of a VM's agent."""
+        self._path = path
+        self._client: Client | None = None
+        self._connecting = asyncio.Lock()
+
+    async def call(self, service: str, method: str, payload: bytes, timeout: float | None) -> bytes:
+        try:
+            client = self._client
+            if client is None or client.closed:
+                client = await self._connect()
+            return await client.call(service, method, payload, timeout)
+        except ConnectionClosed as error:
+            raise gone(error.text) from error
+        except RpcError as error:
+            raise agent_error(error) from error
+        except OSError as error:
+            raise gone((error.strerror or str(error)).lower()) from error
+        except ValueError as error:  # longer than ttrpc carries
+            raise AgentError(StatusCode.RESOURCE_EXHAUSTED, str(error)) from error
+
+    async def close(self) -> None:
+        if self._client is not None:
+            await self._client.close()
+
+    async def _connect(self) -> Client:
+        async with self._connecting:
+            if self._client is None or self._client.closed:
+                self._client = await Client.connect(self._path)
+            return self._client
+
+
+def agent_error(error: RpcError) -> AgentError:
+    """Return the error for a status: its details are for us, its text is what Kata's hosts expect."""
+    from caisson.proto.caisson import caisson_pb2
+
+    for type_url, value in error.details:
+        if type_url == ERROR_DETAILS:
+            try:
+                found = caisson_pb2.ErrorDetails.FromString(value)
+                reason = Reason(found.reason)
+            except ValueError:  # does not decode (a DecodeError is one), or a later agent's
+                continue
+            return refused(error.code, error.text, reason, found.text[:MAX_TEXT])
+    return refused(error.code, error.text)
+
+
+#: Seconds between two attempts to reach an agent that does not listen yet.
+RETRY_INTERVAL = 0.02
+
+
+class ReadinessProbe:
+    """Probe whether a guest's agent serves; the `ready` of VM.start.  Each call waits up to ``timeout`` seconds.
+
+    One Health.Check is sent on a connection that is retried at short intervals.  The guest accepts as soon as the
+    agent listens, long before it serves, and answers the request that waits there.
+    """
+
+    def __init__(self, timeout: float = 1.0) -> None:
+        self._timeout = timeout
+        self._connection: socket.socket | None = None
+        self._reader = frames.FrameReader()
+
+    def __call__(self, path: str | os.PathLike[str]) -> bool:
+        deadline = time.monotonic() + self._timeout
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                if self._connection is None:
+                    self._connect(os.fspath(path), left)
+                if (answer := self._receive(left)) is not None:
+                    self.close()
+                    return _is_serving(answer)
+            except TimeoutError:
+                return False
+            except OSError:
+                self.close()
+                time.sleep(min(RETRY_INTERVAL, left))
+        return False
+
+    def close(self) -> None:
+        """Close its connection; the next call makes another one."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _connect(self, path: str, timeout: float) -> None:
+        self._connection = socket.socket(socket.AF_UNIX)
+        self._connection.settimeout(timeout)
+        self._reader = frames.FrameReader()
+        self._connection.connect(path)
+        self._connection.sendall(frames.request(1, "grpc.Health", "Check", b""))
+
+    def _receive(self, timeout: float) -> frames.Frame | None:
+        """Receive once, and return the answer when it is whole.  Raises OSError, also at the connection's end."""
+        assert self._connection is not None
+        self._connection.settimeout(timeout)
+        data = self._connection.recv(4096)
+        if not data:
+            raise ConnectionResetError
+        self._reader.feed(data)
+        return self._reader.next()
+
+
+def _is_serving(answer: frames.Frame) -> bool:
+    from google.protobuf.message import DecodeError
+
+    from caisson.proto.kata3 import health_pb2
+
+    try:
+        status = health_pb2.HealthCheckResponse.FromString(payload_of(answer)).status
+    except (RpcError, DecodeError):
+        return False
+    return status == health_pb2.HealthCheckResponse.SERVING
+
+
+def is_serving(path: str | os.PathLike[str], timeout: float) -> bool:
+    """Check whether an agent serves on a socket, waiting up to ``timeout`` seconds for one that starts."""
+    probe = ReadinessProbe(timeout)
+    try:
+        return probe(path)
+    finally:
+        probe.close()

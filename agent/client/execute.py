@@ -1,0 +1,81 @@
+"""Run a program in a container for a command line: its streams and exit status are the caller's.
+
+In a container that runs this is one call, and then those of the program's streams.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Sequence
+
+from caisson.agent.client.connection import Container, Process
+from caisson.agent.client.errors import AgentError, AgentGone, Reason, UsageError
+from caisson.agent.client.guest import DEFAULT, Guest, Machine
+from caisson.agent.client.specs import PATH, terminal_env
+from caisson.agent.client.stdio import attach
+
+#: Of the default container before its first use, or when its first process has ended.
+NOT_THERE = (Reason.CONTAINER_NOT_FOUND, Reason.CONTAINER_STOPPED)
+
+
+async def execute(
+    machine: Machine,
+    container_id: str,
+    words: Sequence[str],
+    *,
+    env: Sequence[str] = (),
+    cwd: str = "/",
+    user: tuple[int, int] = (0, 0),
+    terminal: bool = False,
+) -> int:
+    """Run a program in a container that runs (the VM's default one is created on first use); returns its exit status.
+
+    Raises UsageError for a container that has exited or never was, ProgramError when the program cannot be run, and as
+    `attach` does.
+    """
+    uid, gid = user
+    environment = [PATH, "HOME=/root" if uid == 0 else "HOME=/", *terminal_env(terminal), *env]
+    exec_id, size = uuid.uuid4().hex, terminal_size(terminal)
+
+    async def start(container: Container) -> Process:
+        return await container.exec(
+            words, env=environment, cwd=cwd, uid=uid, gid=gid, terminal=terminal, size=size, exec_id=exec_id
+        )
+
+    async with Guest(machine) as guest:
+        try:
+            try:
+                process = await start(guest.agent.container(container_id))
+            except AgentError as error:
+                if container_id != DEFAULT or not (isinstance(error, AgentGone) or error.reason in NOT_THERE):
+                    raise
+                process = await start(await guest.container())  # by the same id: it is not run twice
+        except AgentError as error:
+            raise _explained(container_id, error) from error
+        return await attach(process)
+
+
+def _explained(container_id: str, error: AgentError) -> Exception:
+    """Return the error of a container that takes no program now, with the way out."""
+    if error.reason is Reason.CONTAINER_NOT_FOUND:
+        return UsageError(
+            f"container {container_id}: does not exist; make it: caisson run --container {container_id} …"
+        )
+    if error.reason is Reason.CONTAINER_STOPPED:
+        return UsageError(
+            f"container {container_id} has exited; its files are there for cp until: caisson rm {container_id}"
+        )
+    if error.reason is Reason.CONTAINER_PAUSED:
+        return UsageError(f"container {container_id} is paused; resume it: caisson resume {container_id}")
+    return error
+
+
+def terminal_size(terminal: bool) -> tuple[int, int] | None:
+    """Return the rows and columns of the caller's terminal: a program may ask before it could be told later."""
+    with contextlib.suppress(OSError, ValueError):
+        size = os.get_terminal_size(0)
+        if terminal and size.lines and size.columns:
+            return size.lines, size.columns
+    return None

@@ -1,0 +1,67 @@
+"""Run a program in a container: the command that is run most, so nothing is imported that it does not need.
+
+A VM that runs is found by its directory alone; what boots one is imported where none does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from caisson.agent.client import specs
+from caisson.agent.client.errors import AgentGone, UsageError
+from caisson.agent.client.execute import execute
+from caisson.agent.client.guest import Machine
+from caisson.commands.streams import reporter
+from caisson.image.vm.directory import find_running
+
+
+@dataclass(frozen=True)
+class RunningMachine:
+    """What the client needs of a VM that runs."""
+
+    directory: Path
+    agent_socket: Path
+
+
+def exec_(
+    *, words: list[str], name: str, container: str, tty: bool, env: list[str], user: str, workdir: str, network: str,
+    verbose: bool,
+) -> int:  # fmt: skip
+    """Run a program in a container; returns its exit status."""
+    check_terminal(tty)
+    ids = specs.user_ids(user)
+    with _machine(name, network, verbose) as machine:
+        work = execute(machine, container, words, env=env, cwd=workdir, user=ids, terminal=tty)
+        return asyncio.run(work)
+
+
+@contextlib.contextmanager
+def _machine(name: str, network: str, verbose: bool) -> Iterator[Machine]:
+    """The VM that runs under this name, or else what `vm_for` makes of it.  Raises VMError, UsageError."""
+    found = None if network else find_running(name or "default")
+    if found is None:
+        from caisson.commands.machines import vm_for
+
+        with vm_for(name, reporter(verbose), answering=False, network=network) as vm:
+            yield vm
+        return
+    directory, _ = found
+    try:
+        yield RunningMachine(directory.path, directory.agent_socket)
+    except AgentGone:
+        from caisson.commands.machines import end_explained
+        from caisson.image.vm import VM
+
+        with end_explained(VM(*found)):
+            raise
+
+
+def check_terminal(wanted: bool) -> None:
+    """Refuse a terminal for a program whose input is not one, and would never end.  Raises UsageError."""
+    if wanted and not sys.stdin.isatty():
+        raise UsageError("--tty: standard input is not a terminal; leave --tty out")

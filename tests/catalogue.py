@@ -1,0 +1,30 @@
+"""Declare the commands for developers, which only a checkout has; every command line there imports this."""
+
+from __future__ import annotations
+
+from caisson.commands.declare import Command, Group, Option, Program
+
+GROUP = Group(
+    "Development",
+    (
+        Command(
+            "test",
+            "Set up what the tests need and run them.",
+            "tests.commands:test",
+            options=(Option("quick", "only hermetic unit tests, linters and types: less than a minute"),),
+            program=Program("arguments for pytest", metavar="PYTEST-ARGUMENT", required=False),
+            examples=("caisson test", "caisson test --quick", "caisson test -- tests/unit -k definition"),
+        ),
+        Command(
+            "bench",
+            "Measure everything beside its peer and its limit; fails when a budget is exceeded.",
+            "tests.commands:bench",
+            details="docs/performance.md explains the rows.",
+            options=(
+                Option("quick", "fewer samples: less than five minutes"),
+                Option("json", "print a list of rows", dest="as_json"),
+            ),
+            examples=("caisson bench --quick",),
+        ),
+    ),
+)
