@@ -22,6 +22,7 @@ PARTS = {
     "native": ([], ["--quick"]),
     "boot": ([], ["--rounds", "2"]),
     "clones": ([], ["--rounds", "3"]),
+    "pods": ([], ["--rounds", "2"]),
     "guest": ([], ["--quick"]),
     "vsock": (["--json"], ["--json", "--quick"]),
     "build_time": ([], ["--quick"]),

@@ -163,7 +163,7 @@ class KataShim:
         self.found[f"remove {container}"] = time.monotonic() - began
         await host.rpc.RemoveStaleVirtiofsShareMounts(agent_pb2.RemoveStaleVirtiofsShareMountsRequest())
         place = self._place / "mounts" / container / "rootfs"
-        await asyncio.to_thread(subprocess.check_call, ["umount", str(place)])
+        await asyncio.to_thread(subprocess.check_call, ["umount", "--lazy", str(place)])
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def test_a_recorded_pod_runs_with_its_roots_and_its_network(
     service: Service, root: Path, pod_network: tuple[str, str]
 ) -> None:
     pod, peer = pod_network
-    before = inside(pod, "ip -o addr; ip route; tc qdisc")
+    before = inside(pod, "ip -4 -o addr; ip route; tc qdisc")
     with shim(service, root, "pod1", pod) as (process, found):
         assert (found["stdout"], found["stderr"], found["status"]) == ("kata-pod\n", "oops\n", 3)
         assert found["seccomp"] and found["cpu"] > 0
@@ -149,7 +149,7 @@ def test_a_recorded_pod_runs_with_its_roots_and_its_network(
         assert process.returncode == 0
     print({name: round(value, 3) for name, value in json.loads(output).items() if isinstance(value, float)})
     assert service.vms() == []
-    assert inside(pod, "ip -o addr; ip route; tc qdisc") == before, "the namespace is as it was"
+    assert inside(pod, "ip -4 -o addr; ip route; tc qdisc") == before, "the namespace is as it was"
 
 
 @pytest.mark.timeout(600)
