@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from caisson.commands.declare import Command, Group, Option, Program
+from caisson.commands.declare import FILE, Command, Group, Option, Program
 
 GROUP = Group(
     "Development",
@@ -23,8 +23,9 @@ GROUP = Group(
             options=(
                 Option("quick", "fewer samples: less than five minutes"),
                 Option("json", "print a list of rows", dest="as_json"),
+                Option("html", "draw the rows, with those of the last runs beside them", FILE),
             ),
-            examples=("caisson bench --quick",),
+            examples=("caisson bench --quick", "caisson bench --quick --html bench.html"),
         ),
     ),
 )

@@ -34,11 +34,13 @@ def test(*, quick: bool, words: list[str]) -> None:
     os.execv(sys.executable, [sys.executable, "-m", "pytest", *selection, *words])
 
 
-def bench(*, quick: bool, as_json: bool) -> None:
+def bench(*, quick: bool, as_json: bool, html: str | None) -> None:
     """Install what measuring needs, and become the benchmark."""
     _need_all()
     _install("test")
     words = [f"--{name}" for name, wanted in (("quick", quick), ("json", as_json)) if wanted]
+    if html:
+        words += ["--html", os.path.abspath(html)]  # noqa: PTH100 - not resolved: a link may be meant
     os.chdir(ROOT)
     os.execv(sys.executable, [sys.executable, "-m", "tests.bench", *words])
 

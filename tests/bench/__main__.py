@@ -1,6 +1,6 @@
 """Every benchmark beside its peer and its limit, in one run and one table.
 
-    python -m tests.bench [--quick] [--json]
+    python -m tests.bench [--quick] [--json] [--html FILE]
 
 Each part is a program of its own that prints its rows as JSON: some need a mount namespace of their own, and none
 leaves anything in the next one's process.  A part that fails is a row that says so.
@@ -12,9 +12,15 @@ import argparse
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+from caisson.image.build.cache import default_root
+from tests.bench import picture
 from tests.bench.rows import Row, table
 from tests.bench.runtime_latency import ROOT
+
+#: The last runs' ratios, in the cache.
+HISTORY = "bench.jsonl"
 
 #: Modules, with what makes each of them quick.
 PARTS = {
@@ -44,12 +50,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer samples: some minutes in all")
     parser.add_argument("--json", action="store_true", help="print a list of rows")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="draw the rows, with those of the last runs beside them"
+    )
     options = parser.parse_args()
+    if options.html and not options.html.parent.is_dir():
+        parser.error(f"--html {options.html}: there is no directory {options.html.parent}")
     rows: list[Row] = []
     for part in PARTS:
         print(f"measuring: {part}", file=sys.stderr)
         rows += measured(part, options.quick)
     print(json.dumps([row.plain() for row in rows], indent=1) if options.json else "\n".join(table(rows)))
+    if options.html:
+        runs = picture.remember(rows, default_root() / HISTORY)
+        options.html.write_text(picture.page(rows, runs, "Caisson beside its peers"))
     sys.exit(any(row.passed is False for row in rows))
 
 

@@ -38,10 +38,14 @@ class Row:
         return cls(what, None, skipped=why)
 
     @property
+    def relative(self) -> float | None:
+        """The ratio, or where there is no peer the figure itself."""
+        return self.ours if self.ratio is None else self.ratio
+
+    @property
     def excess(self) -> float | None:
         """How often the budget is used up: up to 1 is within it.  None without a budget or a figure."""
-        value = self.ours if self.ratio is None else self.ratio
-        return None if value is None or self.budget is None else value / self.budget
+        return None if self.relative is None or self.budget is None else self.relative / self.budget
 
     @property
     def passed(self) -> bool | None:
@@ -68,12 +72,13 @@ class Row:
         return cls(what, **figures, skipped=why.removesuffix("]"))
 
 
+def figure(value: float | None) -> str:
+    """A figure with three digits; a dash for none."""
+    return "-" if value is None else f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def table(rows: Iterable[Row]) -> Iterable[str]:
     """The lines of the table."""
-
-    def figure(value: float | None) -> str:
-        return "-" if value is None else f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
-
     verdicts = {None: "", True: "pass", False: "FAIL"}
     lines = [HEAD]
     for row in rows:

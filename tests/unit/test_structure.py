@@ -51,7 +51,6 @@ SHORT_FILES = {
     "agent.libcontainer.plan.capabilities": TABLE,
     "agent.libcontainer.plan.lsm": ONE_OF_A_KIND,
     "agent.libcontainer.plan.sysctl": ONE_OF_A_KIND,
-    "agent.model.waits": "one of two implementations of libcontainer's waits",
     "agent.rpc.codes": TABLE,
     "agent.rpc.http2.messages": EVERYBODY_IMPORTS_IT,
     "agent.runtime.checkpoint": LATE,
