@@ -149,10 +149,9 @@ def run() -> int:
     from caisson.proto import generate
 
     generate.ensure()
-    from caisson.commands.main import main
-    from tests.catalogue import GROUP
+    from caisson.commands.entry import main
 
-    return main(None, GROUP)
+    return main("tests.catalogue")
 
 
 # Invoke loads this file for `invoke …`: the same command line, not Invoke's own.

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from caisson.agent.base.lazyimport import load_deferred
 from caisson.agent.client import specs
 from caisson.agent.client.errors import AgentGone, UsageError
 from caisson.agent.client.execute import execute
@@ -35,9 +37,17 @@ def exec_(
     """Run a program in a container; returns its exit status."""
     check_terminal(tty)
     ids = specs.user_ids(user)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # asyncio's own belongs to a task, and whoever replaces that has signal(2)'s module print it: for that alone the
+        # inspection of source code would be imported.
+        signal.signal(signal.SIGINT, _interrupt)
     with _machine(name, network, verbose) as machine:
         work = execute(machine, container, words, env=env, cwd=workdir, user=ids, terminal=tty)
         return asyncio.run(work)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -45,6 +55,7 @@ def _machine(name: str, network: str, verbose: bool) -> Iterator[Machine]:
     """The VM that runs under this name, or else what `vm_for` makes of it.  Raises VMError, UsageError."""
     found = None if network else find_running(name or "default")
     if found is None:
+        load_deferred()
         from caisson.commands.machines import vm_for
 
         with vm_for(name, reporter(verbose), answering=False, network=network) as vm:
@@ -54,6 +65,7 @@ def _machine(name: str, network: str, verbose: bool) -> Iterator[Machine]:
     try:
         yield RunningMachine(directory.path, directory.agent_socket)
     except AgentGone:
+        load_deferred()
         from caisson.commands.machines import end_explained
         from caisson.image.vm import VM
 

@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from caisson.agent.base.lazyimport import load_deferred
 from caisson.commands import streams
 from caisson.commands.catalogue import GROUPS
 from caisson.commands.declare import Command, Group
@@ -88,6 +89,8 @@ class CommandLine:
         for line in old:
             streams.info(line)
         try:
+            if command.name != "exec":  # which does so itself, where it comes to more than asking an agent
+                load_deferred()
             function = self._own[command.name] if command.name in self._own else load(command.run)
             return int(function(**values) or 0)
         except (BrokenPipeError, CommandLineError):

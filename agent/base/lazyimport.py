@@ -41,6 +41,13 @@ class LazyImporter:
                 module._run()
 
 
+def load_deferred() -> None:
+    """Execute every module that was deferred so far, and defer no more: before threads exist."""
+    for finder in [one for one in sys.meta_path if isinstance(one, LazyImporter)]:
+        sys.meta_path.remove(finder)
+        finder.load()
+
+
 class _Loader:
     def __init__(self, loader: Any) -> None:
         self._loader = loader

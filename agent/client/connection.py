@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -222,7 +221,7 @@ class Container:
         ``env`` holds ``NAME=value`` strings, ``size`` is a terminal's, in rows and columns.  Words that are no UTF-8
         are those of os.fsdecode().  Raises ProgramError when the program cannot be run.
         """
-        exec_id = exec_id or uuid.uuid4().hex
+        exec_id = exec_id or os.urandom(16).hex()
         user = {"uid": uid, "gid": gid}
         document = {"args": list(args), "env": list(env), "cwd": cwd, "user": user, "terminal": terminal}
         if size is not None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import uuid
 from collections.abc import Sequence
 
 from caisson.agent.client.connection import Container, Process
@@ -37,7 +36,7 @@ async def execute(
     """
     uid, gid = user
     environment = [PATH, "HOME=/root" if uid == 0 else "HOME=/", *terminal_env(terminal), *env]
-    exec_id, size = uuid.uuid4().hex, terminal_size(terminal)
+    exec_id, size = os.urandom(16).hex(), terminal_size(terminal)
 
     async def start(container: Container) -> Process:
         return await container.exec(

@@ -10,8 +10,10 @@ import sys
 import termios
 import threading
 import tty
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 from caisson.agent.client.connection import CHUNK, Process
 from caisson.agent.client.errors import AgentError
@@ -150,16 +152,21 @@ async def _signals(process: Process, stdin: int) -> AsyncIterator[None]:
         stops += number in (signal.SIGINT, signal.SIGTERM)
         start(forward(signal.SIGKILL if stops >= MAX_STOPS else number))
 
+    # Not loop.add_signal_handler, which imports the inspection of source code to look at its callback.
+    def handle(number: int, action: Callable[[], None]) -> None:
+        before[number] = signal.signal(number, lambda *_: loop.call_soon_threadsafe(action))
+
+    before: dict[int, Any] = {}
     for number in FORWARDED:
-        loop.add_signal_handler(number, on_signal, number)
+        handle(number, partial(on_signal, number))
     if process.terminal and os.isatty(stdin):
         await resize()
-        loop.add_signal_handler(signal.SIGWINCH, lambda: start(resize()))
+        handle(signal.SIGWINCH, lambda: start(resize()))
     try:
         yield
     finally:
-        for number in (*FORWARDED, signal.SIGWINCH):
-            loop.remove_signal_handler(number)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         for task in tasks:
             task.cancel()
         sys.stdout.flush()

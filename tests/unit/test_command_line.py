@@ -201,7 +201,16 @@ def test_the_version_costs_no_library() -> None:
     assert done.stdout.decode() == f"caisson {VERSION}\n"
     modules = {line.rpartition(b"|")[2].strip().decode() for line in done.stderr.splitlines()}
     assert "caisson.commands.parse" in modules
-    for name in ("invoke", "grpc", "jinja2", "yaml", "google.protobuf", "asyncio", "caisson.image", "caisson.agent"):
+    for name in (
+        "invoke",
+        "grpc",
+        "jinja2",
+        "yaml",
+        "google.protobuf",
+        "asyncio",
+        "caisson.image",
+        "caisson.agent.client",
+    ):
         assert name not in modules
 
 

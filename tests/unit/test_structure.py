@@ -63,6 +63,7 @@ SHORT_FILES = {
     "commands.host": ONE_OF_A_KIND,
     "commands.names": LATE,
     "commands.hypervisor": OWN_PROGRAM,
+    "commands.entry": OWN_PROGRAM,
     "commands.oci": OWN_PROGRAM,
     "commands.renamed": TABLE,
     "commands.snapshot": ONE_OF_A_KIND,

@@ -62,8 +62,18 @@ class Client(asyncio.Protocol):
     @classmethod
     async def connect(cls, path: str | os.PathLike[str]) -> Self:
         """Connect to a Unix socket.  Raises OSError."""
-        _, client = await asyncio.get_running_loop().create_unix_connection(cls, os.fspath(path))
-        return client
+        connected = socket.socket(socket.AF_UNIX)
+        connected.setblocking(False)
+        try:
+            try:
+                connected.connect(os.fspath(path))  # done at once, unless the listener's queue is full
+            except BlockingIOError:
+                await asyncio.get_running_loop().sock_connect(connected, os.fspath(path))
+            _, client = await asyncio.get_running_loop().create_unix_connection(cls, sock=connected)
+            return client
+        except BaseException:
+            connected.close()
+            raise
 
     @classmethod
     async def over(cls, connected: socket.socket) -> Self:
