@@ -157,8 +157,8 @@ async def _signals(process: Process, stdin: int) -> AsyncIterator[None]:
         before[number] = signal.signal(number, lambda *_: loop.call_soon_threadsafe(action))
 
     before: dict[int, Any] = {}
-    for number in FORWARDED:
-        handle(number, partial(on_signal, number))
+    for forwarded in FORWARDED:
+        handle(forwarded, partial(on_signal, forwarded))
     if process.terminal and os.isatty(stdin):
         await resize()
         handle(signal.SIGWINCH, lambda: start(resize()))
