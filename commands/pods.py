@@ -45,35 +45,66 @@ CONFIGURATION = Path(os.environ.get("CAISSON_SHIM_CONFIG", "/etc/caisson/shim.to
 class Pods:
     """Machines for the shim (caisson.agent.pods.machines.Machines)."""
 
-    def __init__(self, settings: Mapping[str, Any] | None = None, *, detach: bool = True) -> None:
-        """``settings`` in place of the configuration; without ``detach`` VMs end with this process.
+    def __init__(
+        self,
+        settings: Mapping[str, Any] | None = None,
+        *,
+        detach: bool = True,
+        configuration: Path = CONFIGURATION,
+        text: str | None = None,
+    ) -> None:
+        """``settings`` in place of a configuration, or its ``text``; without ``detach`` VMs end with this process.
 
-        Raises MachineError for a configuration that cannot be read.
+        What is wrong with a configuration is raised by ``start``.
         """
-        self._settings = _configured() if settings is None else settings
+        self._given = settings
+        self._configuration = configuration
+        self._text = text
         self._detach = detach
+
+    @classmethod
+    def configured(cls, path: str, body: str) -> Pods:
+        """Make those that a runtime's options configure: by a file, or by its text."""
+        return cls(configuration=Path(path)) if path else cls(configuration=Path("the runtime's options"), text=body)
+
+    def _settings(self) -> Mapping[str, Any]:
+        """Return the configuration.  Raises MachineError."""
+        if self._given is not None:
+            return self._given
+        file = self._configuration
+        try:
+            settings = tomllib.loads(file.read_text() if self._text is None else self._text)
+        except FileNotFoundError:
+            settings = {}
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise MachineError(f"{file}: {error}") from error
+        for name in ("memory", "cpus"):
+            if not isinstance(settings.get(name, 1), int):
+                raise MachineError(f"{file}: {name}: not a whole number; memory is in MiB")
+        return settings
 
     def start(self, name: str, *, memory: int, cpus: int) -> PodMachine:
         """Start a VM.  Raises MachineError."""
-        settings = self._settings
+        settings = self._settings()
         devices: dict[str, Any] = {key: str(settings.get(key, "auto")) for key in ("accel", "vsock")}
         try:
-            config = self._config(name, memory, cpus, devices)
+            config = self._config(settings, name, memory, cpus, devices)
             vm = VM.start(config, ready=agent_answers)
         except VMError as error:
             raise MachineError(str(error)) from error
         if self._detach:
             vm.detach()
-        return SharedVM(vm)
+        return SharedVM(vm, is_clone=config.snapshot is not None)
 
-    def _config(self, name: str, memory: int, cpus: int, devices: dict[str, Any]) -> VMConfig:
-        settings = self._settings
+    def _config(
+        self, settings: Mapping[str, Any], name: str, memory: int, cpus: int, devices: dict[str, Any]
+    ) -> VMConfig:
         if snapshot_name := settings.get("snapshot"):
             snapshot = Snapshot.named(str(snapshot_name))
             if memory <= snapshot.memory and cpus <= snapshot.cpus:
                 return VMConfig.clone(snapshot, name=name, **devices)
         if not settings.get("image"):
-            raise VMError(f"{CONFIGURATION}: names no image; run: caisson install-shim")
+            raise VMError(f"{self._configuration}: names no image; run: caisson install-shim")
         memory, cpus = max(memory, int(settings.get("memory", 512))), max(cpus, int(settings.get("cpus", 1)))
         return VMConfig(image=Path(settings["image"]), name=name, memory=memory, cpus=cpus, **devices)
 
@@ -90,8 +121,9 @@ class Pods:
 class SharedVM:
     """One VM, as the shim uses it."""
 
-    def __init__(self, vm: VM) -> None:
+    def __init__(self, vm: VM, *, is_clone: bool) -> None:
         self._vm = vm
+        self.is_clone = is_clone
 
     @property
     def agent_socket(self) -> Path:
@@ -116,19 +148,6 @@ class SharedVM:
     def stop(self) -> None:
         with _translated():
             self._vm.stop()
-
-
-def _configured(configuration: Path = CONFIGURATION) -> dict[str, Any]:
-    try:
-        settings = tomllib.loads(configuration.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise MachineError(f"{configuration}: {error}") from error
-    for name in ("memory", "cpus"):
-        if not isinstance(settings.get(name, 1), int):
-            raise MachineError(f"{configuration}: {name}: not a whole number; memory is in MiB")
-    return settings
 
 
 @contextlib.contextmanager

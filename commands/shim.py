@@ -12,9 +12,22 @@ from caisson.agent.shim.launch import Arguments, start
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Callable
+
+    from caisson.agent.pods.machines import Machines
+    from caisson.agent.shim.options import RuntimeOptions
+
+    #: Where VMs come from, given the runtime's options.
+    MakeMachines = Callable[[RuntimeOptions | None], Machines]
 
 
-def main() -> int:
+def _pods(options: RuntimeOptions | None) -> Machines:
+    from caisson.commands.pods import Pods
+
+    return Pods() if options is None else Pods.configured(options.path, options.body)
+
+
+def main(make_machines: MakeMachines = _pods) -> int:
     """Do what containerd asks for.  Returns the exit status; what is wrong goes to stderr, in one line."""
     try:
         arguments = Arguments(sys.argv[1:])
@@ -25,9 +38,9 @@ def main() -> int:
         elif arguments.info:
             _print_info()
         elif arguments.action == "start":
-            start(arguments, _serve)
+            start(arguments, lambda listener, options, given: _serve(listener, options, given, make_machines))
         elif arguments.action == "delete":
-            _delete(arguments)
+            _delete(arguments, make_machines)
         else:
             raise ValueError("usage: containerd-shim-caisson-v2 -namespace NS -address SOCKET -id ID start|delete")
     except (OSError, ValueError) as error:
@@ -36,19 +49,23 @@ def main() -> int:
     return 0
 
 
-def _serve(listener: socket.socket, options: bytes, arguments: Arguments) -> None:
+def _serve(
+    listener: socket.socket,
+    options: bytes,
+    arguments: Arguments,
+    make_machines: MakeMachines,
+) -> None:
+    from caisson.agent.shim.options import RuntimeOptions
     from caisson.agent.shim.server import serve
-    from caisson.commands.pods import Pods
 
-    serve(listener, arguments, Pods())
+    serve(listener, arguments, make_machines(RuntimeOptions.parse(options, arguments.id)))
 
 
-def _delete(arguments: Arguments) -> None:
+def _delete(arguments: Arguments, make_machines: MakeMachines) -> None:
     from caisson.agent.shim.bundle import TaskBundle
     from caisson.agent.shim.delete import delete
-    from caisson.commands.pods import Pods
 
-    sys.stdout.buffer.write(delete(TaskBundle(arguments.bundle or ".", arguments.id), Pods()))
+    sys.stdout.buffer.write(delete(TaskBundle(arguments.bundle or ".", arguments.id), make_machines(None)))
 
 
 def _print_info() -> None:

@@ -7,9 +7,10 @@ import stat
 
 from caisson.agent.base import syscalls
 from caisson.agent.base.errors import InvalidArgument, SystemCallFailed
+from caisson.agent.base.mountinfo import mount_points
 from caisson.agent.base.record import Record
 from caisson.agent.guest.files import SHARED
-from caisson.agent.guest.storage.mounts import mounted_below, reason
+from caisson.agent.guest.storage.mounts import reason
 
 
 class Usage(Record):
@@ -34,12 +35,12 @@ def usage(path: str) -> tuple[Usage, Usage]:
     )
 
 
-def refresh_shares(prefix: str = f"{SHARED}/") -> None:
+def refresh_shares(directory: str = SHARED) -> None:
     """Look at every mount of the shared directory: the kernel asks the host, and forgets those that have gone.
 
     The host's virtiofsd gives a directory up only then.
     """
-    for path in mounted_below(prefix):
+    for path in mount_points(directory):
         try:
             os.stat(path)  # noqa: PTH116 - no pathlib at start
         except OSError:

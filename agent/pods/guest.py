@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from caisson.agent.pods import network
-from caisson.agent.pods.network import Link, NetworkError
+from caisson.agent.pods.network import Link, NetworkError, PodRoute
+from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.client import RpcError
 from caisson.proto.kata3 import agent_pb2, types_pb2
 
@@ -23,9 +25,8 @@ GUEST_SHARED = "/run/kata-containers/shared/containers"
 #: Seconds for a call that changes the guest.
 CALL_TIMEOUT = 60.0
 
-#: The guest's kernel takes a moment to find a new interface: how often it is looked for, and seconds between.
-MAX_LOOKS = 100
-LOOK_INTERVAL = 0.05
+#: How often the agent waits for an interface: its own time is a few seconds, too few for an emulated guest.
+MAX_WAITS = 5
 
 #: Bytes of entropy: what the kernel's generator is keyed with, twice.
 ENTROPY_BYTES = 64
@@ -51,6 +52,7 @@ class GuestNetwork:
         self._machine = machine
         self._rpc = rpc
         self._links: list[Link] = []
+        self._routes: list[PodRoute] = []
 
     async def connect(self) -> None:
         """Give the guest the interfaces, addresses and routes that are in the namespace by now.
@@ -63,7 +65,27 @@ class GuestNetwork:
         routes = await asyncio.to_thread(network.routes, self._namespace)
         for link in links:
             await self._add(link)
-        if routes:
+        await self._route(routes)
+
+    @property
+    def links(self) -> Sequence[Link]:
+        """The interfaces that the guest has got."""
+        return self._links
+
+    async def add_address_of_host(self, address: str) -> None:
+        """Have the host answer, in the namespace, on an address that the guest reaches by its first interface.
+
+        Raises NetworkError or RpcError.
+        """
+        first = self._links[0]
+        await asyncio.to_thread(network.answer_on_tap, self._namespace, 0, address, first)
+        self._routes.append(network.PodRoute(f"{address}/32", "", first.name, "", network.SCOPE_LINK))
+        await self._route([])
+
+    async def _route(self, routes: Sequence[PodRoute]) -> None:
+        """Give the guest these routes, with those before: it forgets others."""
+        self._routes += routes
+        if routes := sorted(self._routes, key=lambda route: bool(route.gateway)):
             request = agent_pb2.UpdateRoutesRequest()
             for route in routes:
                 request.routes.Routes.add(
@@ -87,14 +109,14 @@ class GuestNetwork:
         await self._until_found(request)
 
     async def _until_found(self, request: agent_pb2.UpdateInterfaceRequest) -> None:
-        for _ in range(MAX_LOOKS):
+        request.interface.devicePath = request.interface.hwAddr  # the agent waits for what is being plugged in
+        for _ in range(MAX_WAITS):
             try:
                 await self._rpc.UpdateInterface(request, timeout=CALL_TIMEOUT)
                 return
             except RpcError as error:
-                if "Link not found" not in error.text:
+                if error.code != StatusCode.DEADLINE_EXCEEDED:
                     raise
-                await asyncio.sleep(LOOK_INTERVAL)
         raise NetworkError(f"{request.interface.name}: the guest did not find this interface in time")
 
     def disconnect(self) -> None:

@@ -24,6 +24,10 @@ class PodMachine(Protocol):
     def pid(self) -> int:
         """The process whose end is the VM's."""
 
+    @property
+    def is_clone(self) -> bool:
+        """Whether it has the clock and the random numbers of a snapshot."""
+
     def share(self, directory: Path, tag: str) -> None:
         """Plug a directory of the host in, as a virtiofs device with this tag."""
 

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import struct
 import subprocess
 import threading
@@ -22,6 +23,9 @@ from caisson.agent.base.record import Record
 #: ioctl(2) of /dev/net/tun.  include/uapi/linux/if_tun.h
 TUNSETIFF = 0x400454CA
 IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
+
+#: Scopes of routes.  rtnetlink(7)
+SCOPE_LINK, SCOPE_HOST = 253, 254
 
 #: Seconds for one command of iproute2.
 COMMAND_TIMEOUT = 20.0
@@ -109,7 +113,7 @@ def routes(namespace: str) -> list[PodRoute]:
                 continue  # comes with the address
             if destination.startswith("fe80:"):
                 continue
-            scope = {"link": 253, "host": 254}.get(str(one.get("scope", "")), 0)
+            scope = {"link": SCOPE_LINK, "host": SCOPE_HOST}.get(str(one.get("scope", "")), 0)
             found.append(
                 PodRoute(
                     "" if destination == "default" else destination,
@@ -125,16 +129,16 @@ def tap(namespace: str, link: Link, number: int) -> int:
     Raises NetworkError.
     """
     name = f"caisson{number}"
-    fd: int = _inside(namespace, lambda: _open_tap(name))
+    fd: int = inside(namespace, lambda: _open_tap(name))
     try:
-        _run(namespace, "ip", "link", "set", name, "mtu", str(link.mtu), "up")
+        run(namespace, "ip", "link", "set", name, "mtu", str(link.mtu), "up")
         for source, target in ((link.name, name), (name, link.name)):
-            _run(namespace, "tc", "qdisc", "add", "dev", source, "ingress")
-            _run(
+            run(namespace, "tc", "qdisc", "add", "dev", source, "ingress")
+            run(
                 namespace, "tc", "filter", "add", "dev", source, "parent", "ffff:", "protocol", "all",
                 "u32", "match", "u8", "0", "0", "action", "mirred", "egress", "redirect", "dev", target,
             )  # fmt: skip
-        _run(namespace, "ip", "link", "set", link.name, "up")
+        run(namespace, "ip", "link", "set", link.name, "up")
     except BaseException:
         os.close(fd)
         raise
@@ -144,9 +148,28 @@ def tap(namespace: str, link: Link, number: int) -> int:
 def release(namespace: str, link: Link) -> None:
     """Have an interface's packets stay in their namespace again; fine where it has gone, or the namespace."""
     try:
-        _run(namespace, "tc", "qdisc", "del", "dev", link.name, "ingress")
+        run(namespace, "tc", "qdisc", "del", "dev", link.name, "ingress")
     except NetworkError:
         pass
+
+
+def answer_on_tap(namespace: str, number: int, address: str, link: Link) -> None:
+    """Give a tap device an address of the host's side, which the guest reaches over it.  Raises NetworkError."""
+    name = f"caisson{number}"
+    matches = {
+        "ip": ("match", "ip", "dst", f"{address}/32"),
+        "arp": ("match", "u32", f"0x{socket.inet_aton(address).hex()}", "0xffffffff", "at", "24"),  # the target's
+    }
+    run(namespace, "ip", "-4", "addr", "flush", "dev", link.name)  # the guest's: here they would be this host's own
+    run(namespace, "ip", "addr", "add", f"{address}/32", "dev", name)
+    for priority, (protocol, match) in enumerate(matches.items(), 1):
+        run(
+            namespace, "tc", "filter", "add", "dev", name, "parent", "ffff:", "protocol", protocol,
+            "prio", str(priority), "u32", *match, "action", "pass",
+        )  # fmt: skip
+    for guest, _ in link.addresses:
+        if ":" not in guest:
+            run(namespace, "ip", "route", "add", f"{guest}/32", "dev", name, "src", address)
 
 
 def _open_tap(name: str) -> int:
@@ -159,7 +182,7 @@ def _open_tap(name: str) -> int:
     return fd
 
 
-def _inside(namespace: str, work: Any) -> Any:
+def inside(namespace: str, work: Any) -> Any:
     """Run a function in a network namespace, in a thread of its own.  Raises NetworkError."""
     syscalls.preload()
     result: list[Any] = []
@@ -185,10 +208,11 @@ def _inside(namespace: str, work: Any) -> Any:
 
 
 def _json(namespace: str, *words: str) -> list[dict[str, Any]]:
-    return list(json.loads(_run(namespace, "ip", "-json", *words) or b"[]"))
+    return list(json.loads(run(namespace, "ip", "-json", *words) or b"[]"))
 
 
-def _run(namespace: str, *words: str) -> bytes:
+def run(namespace: str, *words: str) -> bytes:
+    """Run a command in a network namespace; returns what it prints.  Raises NetworkError."""
     command: Sequence[str] = ("nsenter", f"--net={namespace}", *words)
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=COMMAND_TIMEOUT)

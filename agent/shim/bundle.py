@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from caisson.agent.base.record import Record
+from caisson.agent.base.record import NOTHING, Record
 from caisson.agent.shim.launch import group_of
 
 #: The shim's own file in a bundle.
@@ -50,13 +51,14 @@ class BundleRecord(Record):
     directory: str
     shim: ProcessId
     holder: ProcessId
+    cgroups: Mapping[str, str] = NOTHING  # of the pod on the host: directories by controllers
 
 
 class TaskBundle:
     """A bundle's directory."""
 
     def __init__(self, path: str | Path, container_id: str) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()
         self.id = container_id
 
     def config(self) -> dict[str, Any]:

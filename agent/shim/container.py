@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 from caisson.agent.pods.guest import CALL_TIMEOUT
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.client import ConnectionClosed, RpcError
-from caisson.agent.shim import mounts
+from caisson.agent.shim import dns, mounts
 from caisson.agent.shim.bundle import TaskBundle
-from caisson.agent.shim.errors import ShimError, not_found, wrong_state
+from caisson.agent.shim.errors import ShimError, finished, not_found, wrong_state
 from caisson.agent.shim.pod import Pod
-from caisson.agent.shim.process import CREATED, KILLED, RUNNING, STOPPED, Process
-from caisson.agent.shim.spec import fill, guest_spec, shares_pid_namespace
+from caisson.agent.shim.process import CREATED, RUNNING, STOPPED, Process
+from caisson.agent.shim.spec import Volume, fill, guest_spec, shares_pid_namespace
 from caisson.proto.kata3 import agent_pb2
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+RESOLV_CONF = "/etc/resolv.conf"
 
 #: Seconds that the end of a container waits for those of its execs, which are told first.
 EXECS_TIMEOUT = 2.0
@@ -35,6 +42,7 @@ class Container:
         self._pod = pod
         self._document = document
         self._lock = asyncio.Lock()
+        self._dockers: Path | None = None  # a resolv.conf of the host with docker's name server
 
     @classmethod
     async def create(
@@ -52,13 +60,15 @@ class Container:
 
     async def _create(self, request: Any) -> None:
         pod = self._pod
+        linux = self._document.setdefault("linux", {})
+        linux["sysctl"] = {**pod.sysctls, **(linux.get("sysctl") or {})}
         wanted = guest_spec(self._document, self.id)
         place = pod.shared / self.id
         root = str((self._document.get("root") or {}).get("path") or "rootfs")
         await asyncio.to_thread(
             mounts.mount_rootfs, request.rootfs, self.bundle.path / "rootfs", place / "rootfs", root
         )
-        await asyncio.to_thread(mounts.bind_volumes, wanted.volumes, place)
+        await asyncio.to_thread(mounts.bind_volumes, self._without_dockers_dns(wanted.volumes), place)
         await self.init.open()
         create = agent_pb2.CreateContainerRequest(
             container_id=self.id, exec_id=self.id, sandbox_pidns=shares_pid_namespace(self._document)
@@ -66,6 +76,24 @@ class Container:
         fill(create.OCI, wanted.document)
         await pod.rpc.CreateContainer(create, timeout=CALL_TIMEOUT)
         await self._run_hooks("prestart", "createRuntime")
+
+    def _without_dockers_dns(self, volumes: Iterable[Volume]) -> list[Volume]:
+        """Put a resolv.conf of the guest's in the place of one that names docker's server: it is written at start."""
+        chosen = []
+        for volume in volumes:
+            if volume.destination == RESOLV_CONF and dns.wanted(Path(volume.source)):
+                self._dockers = Path(volume.source)
+                (self.bundle.path / "resolv.conf").write_text(dns.rewritten(self._dockers))
+                volume = volume.but(source=str(self.bundle.path / "resolv.conf"))
+            chosen.append(volume)
+        return chosen
+
+    async def _connect(self) -> None:
+        """Connect the pod's network, and the name server that docker has put there by now."""
+        await self._pod.connect_network()
+        if self._dockers is not None:
+            await self._pod.forward_dns()
+            (self.bundle.path / "resolv.conf").write_text(dns.rewritten(self._dockers))
 
     async def _run_hooks(self, *names: str) -> None:
         state = {
@@ -88,7 +116,7 @@ class Container:
             if self.init.status != CREATED:
                 raise wrong_state(f"container {self.id}: not in created state")
             try:
-                await self._pod.connect_network()
+                await self._connect()
                 request = agent_pb2.StartContainerRequest(container_id=self.id)
                 await self._pod.rpc.StartContainer(request, timeout=CALL_TIMEOUT)
             except BaseException:
@@ -138,7 +166,7 @@ class Container:
     async def kill_all(self, number: int) -> None:
         """Send a signal to every process.  Raises ShimError."""
         if self.init.status == STOPPED:
-            raise not_found("process already finished")
+            raise finished()
         request = agent_pb2.SignalProcessRequest(container_id=self.id, exec_id="", signal=number)
         await self._pod.rpc.SignalProcess(request, timeout=CALL_TIMEOUT)
 
@@ -146,8 +174,6 @@ class Container:
         """Remove it from the guest, and what the host mounted for it.  Raises ShimError for one that runs."""
         if self.init.status == RUNNING:
             raise wrong_state(f"container {self.id}: cannot be deleted while it runs")
-        if self.init.status == CREATED:
-            await self.init.end(KILLED)
         for process in (*self.execs.values(), self.init):
             await process.close()
         request = agent_pb2.RemoveContainerRequest(container_id=self.id)
@@ -162,5 +188,4 @@ class Container:
 
     def _unmount(self) -> None:
         mounts.release(self._pod.shared / self.id)
-        for place in sorted(mounts.mounted_below(self.bundle.path / "rootfs"), reverse=True):
-            mounts.detach(place)
+        mounts.unmount_rootfs(self.bundle.path)

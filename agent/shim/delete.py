@@ -5,6 +5,7 @@ containerd calls it after every container whose `start` it called, also in a pod
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -14,6 +15,8 @@ from pathlib import Path
 from caisson.agent.pods.machines import Machines
 from caisson.agent.shim import mounts
 from caisson.agent.shim.bundle import BundleRecord, TaskBundle
+from caisson.agent.shim.cgroup import CgroupError, remove
+from caisson.agent.shim.events import stamp
 from caisson.agent.shim.process import KILLED
 from caisson.proto.containerd import task_v2_pb2
 
@@ -28,10 +31,9 @@ def delete(bundle: TaskBundle, machines: Machines) -> bytes:
         mounts.release(Path(record.directory) / "shared" / bundle.id)
         if record.owner and not record.shim.alive:
             _end_pod(record, machines)
-    for place in sorted(mounts.mounted_below(bundle.path / "rootfs"), reverse=True):
-        mounts.detach(place)
+    mounts.unmount_rootfs(bundle.path)
     response = task_v2_pb2.DeleteResponse(exit_status=KILLED)
-    response.exited_at.seconds, response.exited_at.nanos = divmod(time.time_ns(), 1_000_000_000)
+    stamp(response.exited_at, time.time_ns())
     return response.SerializeToString()
 
 
@@ -42,4 +44,6 @@ def _end_pod(record: BundleRecord, machines: Machines) -> None:
         if record.holder.alive:
             with contextlib.suppress(ProcessLookupError):  # it ends with its shim, by itself
                 os.kill(record.holder.pid, signal.SIGKILL)
+        with contextlib.suppress(CgroupError):
+            asyncio.run(remove(record.cgroups))
         mounts.release(Path(record.directory))

@@ -22,6 +22,11 @@ def not_found(what: str) -> ShimError:
     return ShimError(StatusCode.NOT_FOUND, f"{what}: not found")
 
 
+def finished() -> ShimError:
+    """Return the error for a signal to a process that has ended: clients know this text."""
+    return ShimError(StatusCode.NOT_FOUND, "process already finished")
+
+
 def wrong_state(text: str) -> ShimError:
     """Return the error for a request that does not fit the state of a process."""
     return ShimError(StatusCode.FAILED_PRECONDITION, text)
@@ -31,6 +36,7 @@ def status_of(error: Exception) -> tuple[StatusCode, str] | None:
     """Return the status and text of an error; None for a bug."""
     from caisson.agent.pods.machines import MachineError
     from caisson.agent.pods.network import NetworkError
+    from caisson.agent.shim.cgroup import CgroupError
     from caisson.agent.shim.mounts import MountError
     from caisson.agent.shim.spec import UnsupportedSpec
 
@@ -40,6 +46,6 @@ def status_of(error: Exception) -> tuple[StatusCode, str] | None:
         return error.code, error.text
     if isinstance(error, UnsupportedSpec):
         return StatusCode.INVALID_ARGUMENT, str(error)
-    if isinstance(error, (MachineError, MountError, NetworkError, OSError)):
+    if isinstance(error, (CgroupError, MachineError, MountError, NetworkError, OSError)):
         return StatusCode.UNKNOWN, str(error)
     return None

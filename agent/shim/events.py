@@ -48,8 +48,7 @@ class Publisher:
     def publish(self, event: Any) -> None:
         """Queue an event (a message of containerd.events); it is stamped with the present time."""
         envelope = publisher_pb2.ForwardRequest()
-        now = time.time_ns()
-        envelope.envelope.timestamp.seconds, envelope.envelope.timestamp.nanos = divmod(now, 1_000_000_000)
+        stamp(envelope.envelope.timestamp, time.time_ns())
         envelope.envelope.namespace = self._namespace
         envelope.envelope.topic = TOPICS[event.DESCRIPTOR.name]
         envelope.envelope.event.type_url = event.DESCRIPTOR.full_name
@@ -95,8 +94,13 @@ class Publisher:
         self._log("error", "an event was lost: containerd does not answer", topic=topic)
 
 
+def stamp(timestamp: Any, nanoseconds: int) -> None:
+    """Set a google.protobuf.Timestamp to a time since the epoch."""
+    timestamp.seconds, timestamp.nanos = divmod(nanoseconds, 1_000_000_000)
+
+
 def task_exit(container_id: str, process_id: str, pid: int, status: int, exited_at: int) -> events_pb2.TaskExit:
     """Return a TaskExit; ``exited_at`` in nanoseconds since the epoch."""
     event = events_pb2.TaskExit(container_id=container_id, id=process_id, pid=pid, exit_status=status)
-    event.exited_at.seconds, event.exited_at.nanos = divmod(exited_at, 1_000_000_000)
+    stamp(event.exited_at, exited_at)
     return event

@@ -82,11 +82,16 @@ def start(arguments: Arguments, serve: Callable[[socket.socket, bytes, Arguments
 
 
 def group_of(bundle: str) -> str:
-    """Return the pod that a bundle's configuration names; empty for a container of its own.  Raises OSError."""
+    """Return the pod that a bundle's configuration names; empty for a container of its own, and for a sandbox, which
+    has no configuration.  Raises OSError.
+    """
     import json
 
-    with open(f"{bundle}/config.json", "rb") as file:  # noqa: PTH123
-        annotations = json.load(file).get("annotations") or {}
+    try:
+        with open(f"{bundle}/config.json", "rb") as file:  # noqa: PTH123
+            annotations = (json.load(file) or {}).get("annotations") or {}
+    except FileNotFoundError:
+        return ""
     return next((annotations[name] for name in GROUPS if annotations.get(name)), "")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from caisson.agent.base import syscalls
+from caisson.agent.base.mountinfo import mount_points
 from caisson.agent.shim.spec import Volume
 
 #: Seconds for mount(8).
@@ -83,9 +84,15 @@ def release(directory: Path) -> None:
 
     Idempotent.
     """
-    for place in sorted(mounted_below(directory), reverse=True):
+    for place in reversed(mount_points(str(directory))):
         detach(place)
     _remove_empty(directory)
+
+
+def unmount_rootfs(bundle: Path) -> None:
+    """Unmount what mount_rootfs has mounted in a bundle.  Idempotent."""
+    for place in reversed(mount_points(str(bundle / "rootfs"))):
+        detach(place)
 
 
 def detach(place: str) -> None:
@@ -96,21 +103,9 @@ def detach(place: str) -> None:
         pass
 
 
-def mounted_below(directory: Path) -> list[str]:
-    """Return the mount points at and below a directory, one a mount.  Source: proc(5), mountinfo."""
-    found = []
-    top = str(directory)
-    with open("/proc/self/mountinfo", "rb") as lines:  # noqa: PTH123
-        for line in lines:  # octal escapes stand for spaces and line ends; all other bytes are as they are
-            place = os.fsdecode(line.split(b" ", 5)[4].decode("unicode_escape").encode("latin-1"))
-            if place == top or place.startswith(f"{top}/"):
-                found.append(place)
-    return found
-
-
 def _remove_empty(directory: Path) -> None:
     """Remove directories and empty files, and never look into what is still mounted."""
-    if not directory.is_dir() or mounted_below(directory):
+    if not directory.is_dir() or mount_points(str(directory)):
         return
     for parent, directories, files in os.walk(directory, topdown=False):
         for name in files:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from caisson.agent.pods.guest import CALL_TIMEOUT, GUEST_SHARED, SHARE_TAG, Gues
 from caisson.agent.pods.machines import MachineError, machine_name
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.client import Client, Stub
-from caisson.agent.shim import mounts
-from caisson.agent.shim.bundle import SANDBOX_MEMORY, BundleRecord, ProcessId, TaskBundle
+from caisson.agent.shim import cgroup, dns, mounts
+from caisson.agent.shim.bundle import CONTAINER_TYPE, SANDBOX_MEMORY, BundleRecord, ProcessId, TaskBundle
+from caisson.agent.shim.cgroup import CgroupError, HostCgroup
 from caisson.agent.shim.errors import ShimError
+from caisson.agent.shim.portforward import PortForwarder
 from caisson.agent.shim.spec import network_namespace, shares_pid_namespace
 from caisson.proto.kata3 import agent_pb2
 
@@ -48,6 +51,13 @@ class Pod:
         self._client: Client | None = None
         self._holder: network.Holder | None = None
         self._network: GuestNetwork | None = None
+        self._cgroup: HostCgroup | None = None
+        self._cgroups: dict[str, str] = {}  # its directories
+        self._forwarder: PortForwarder | None = None
+        self._dns: dns.DnsForwarder | None = None
+        self.sysctls: dict[str, str] = {}  # of a sandbox without a first container: each container sets them
+        self.lost = asyncio.Event()  # the VM has ended
+        self._is_of_cri = False
         self._log = log
 
     @property
@@ -64,18 +74,22 @@ class Pod:
     async def start(self, document: dict[str, Any], bundle: TaskBundle) -> None:
         """Start the VM of a pod from the configuration of its first container.
 
-        Raises MachineError, MountError, NetworkError or RpcError; nothing is left then.
+        Raises MachineError, MountError, NetworkError, CgroupError or RpcError; nothing is left then.
         """
+        self._is_of_cri = CONTAINER_TYPE in (document.get("annotations") or {})
         try:
+            self._cgroups = cgroup.planned(document)
             self._holder = await asyncio.to_thread(network.Holder, network_namespace(document))
             self.record(bundle, owner=True)
+            self._cgroup = HostCgroup.join(document)
             await asyncio.to_thread(mounts.make_shared, self.shared)
             memory, cpus = size_of(document)
             self._machine = await asyncio.to_thread(self._machines.start, self.name, memory=memory, cpus=cpus)
             await asyncio.to_thread(self._machine.share, self.shared, SHARE_TAG)
             self._client = await Client.connect(self._machine.agent_socket)
             self.rpc = Stub(self._client, agent_pb2.DESCRIPTOR.services_by_name["AgentService"])
-            await personalize(self.rpc)
+            if self._machine.is_clone:
+                await personalize(self.rpc)
             await self._create(document)
         except BaseException:
             await self.stop()
@@ -102,7 +116,9 @@ class Pod:
         holder = self._holder
         assert holder is not None
         shim = ProcessId.of(os.getpid())
-        bundle.write(BundleRecord(self.id, owner, self.name, str(self.directory), shim, ProcessId.of(holder.pid)))
+        bundle.write(
+            BundleRecord(self.id, owner, self.name, str(self.directory), shim, ProcessId.of(holder.pid), self._cgroups)
+        )
 
     async def connect_network(self) -> None:
         """Give the guest the interfaces, addresses and routes that are in the pod's namespace by now; once.
@@ -113,6 +129,26 @@ class Pod:
             assert self._machine is not None
             self._network = GuestNetwork(self._holder.namespace, self._machine, self.rpc)
             await self._network.connect()
+            if self._is_of_cri:
+                await self._forward_ports(self._network.links)
+
+    async def forward_dns(self) -> None:
+        """Have docker's name server answer the guest, too; once.  Raises NetworkError or RpcError."""
+        if self._dns is not None or self._network is None or not self._network.links:
+            return
+        await self._network.add_address_of_host(dns.OURS)
+        assert self._holder is not None
+        self._dns = dns.DnsForwarder(self._holder.namespace)
+        await self._dns.start()
+
+    async def _forward_ports(self, links: Sequence[network.Link]) -> None:
+        address = next((address for link in links for address, _ in link.addresses if ":" not in address), None)
+        if address is None or self._holder is None:
+            return
+        try:
+            self._forwarder = await PortForwarder.start(self._holder.namespace, address)
+        except network.NetworkError as error:
+            self._log("warning", "ports of this pod cannot be forwarded", error=str(error))
 
     async def run_hooks(self, document: dict[str, Any], names: tuple[str, ...], state: dict[str, Any]) -> None:
         """Run hooks of the host, which docker's network needs.  Raises ShimError."""
@@ -123,6 +159,10 @@ class Pod:
 
     async def stop(self) -> None:
         """End the VM, and leave nothing of the pod behind."""
+        for forwarder in (self._forwarder, self._dns):
+            if forwarder is not None:
+                forwarder.close()
+        self._forwarder = self._dns = None
         if self._client is not None:
             await self._client.close()
             self._client = None
@@ -139,6 +179,12 @@ class Pod:
                 await asyncio.to_thread(self._network.disconnect)
             self._holder.close()
             self._holder = None
+        if self._cgroup is not None:
+            joined, self._cgroup = self._cgroup, None
+            try:
+                await joined.leave()
+            except CgroupError as error:
+                self._log("error", "the pod's cgroup was not removed", error=str(error))
 
     @property
     def machine_pid(self) -> int:

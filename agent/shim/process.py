@@ -8,7 +8,7 @@ from typing import Any
 
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.client import ConnectionClosed, RpcError
-from caisson.agent.shim.errors import ShimError
+from caisson.agent.shim.errors import ShimError, finished
 from caisson.agent.shim.stdio import BLOCK, TaskStreams, copy_output
 from caisson.proto.containerd import tasks_pb2
 from caisson.proto.kata3 import agent_pb2
@@ -58,8 +58,11 @@ class Process:
             self._streams = await TaskStreams.open(
                 self.stdin, self.stdout, self.stderr, self._container_id, self._namespace
             )
-        except (OSError, TimeoutError) as error:
-            raise ShimError(StatusCode.UNKNOWN, f"{error.args[-1] if error.args else error}: cannot open") from error
+        except TimeoutError as error:
+            raise ShimError(StatusCode.UNKNOWN, str(error)) from error
+        except OSError as error:
+            what = error.filename or self.stdout
+            raise ShimError(StatusCode.UNKNOWN, f"{what}: {(error.strerror or '').lower()}") from error
 
     def started(self, ended: Callable[[Process], Any]) -> None:
         """Note that it runs, copy its streams, and call ``ended`` when it has exited."""
@@ -128,12 +131,12 @@ class Process:
     async def signal(self, number: int) -> None:
         """Send it a signal.  Raises ShimError."""
         if self.status != RUNNING:
-            raise ShimError(StatusCode.NOT_FOUND, "process already finished")
+            raise finished()
         try:
             await self._rpc.SignalProcess(agent_pb2.SignalProcessRequest(**self._ids, signal=number))
         except ConnectionClosed:
             pass  # it ends with its VM
         except RpcError as error:
             if self.exited.is_set() or error.code == StatusCode.NOT_FOUND:
-                raise ShimError(StatusCode.NOT_FOUND, "process already finished") from error
+                raise finished() from error
             raise

@@ -19,11 +19,13 @@ from caisson.agent.shim.errors import status_of
 from caisson.agent.shim.events import Publisher
 from caisson.agent.shim.launch import Arguments
 from caisson.agent.shim.pod import Pod
+from caisson.agent.shim.sandbox import SandboxService
 from caisson.agent.shim.task import TaskService
-from caisson.proto.containerd import task_v2_pb2, task_v3_pb2
+from caisson.proto.containerd import sandbox_pb2, task_v2_pb2, task_v3_pb2
 
 #: The service by both of its names, with its handlers: one that lacks a handler is an error at import.
 SERVICES = [Service(module.DESCRIPTOR.services_by_name["Task"], TaskService) for module in (task_v2_pb2, task_v3_pb2)]
+SANDBOX = Service(sandbox_pb2.DESCRIPTOR.services_by_name["Sandbox"], SandboxService)
 
 #: Seconds for the last events, at the end.
 FLUSH_TIMEOUT = 3.0
@@ -46,7 +48,7 @@ async def _serve(listener: socket.socket, arguments: Arguments, machines: Machin
         return Pod(sandbox_id, arguments.namespace, machines, log)
 
     task = TaskService(make_pod, publisher, log, stop.set)
-    methods: dict[str, Any] = {}
+    methods: dict[str, Any] = SANDBOX.bind(SandboxService(task, stop.set))
     for service in SERVICES:
         methods |= service.bind(task)
     server = Server(log, ttrpc=Dispatch(methods, log, Tracing(""), status_of))

@@ -29,11 +29,12 @@ class UnsupportedSpec(Exception):
 
 
 class Volume(Record):
-    """A directory or file of the host that a container has at a mount point: ``source``, and its name in the share."""
+    """A directory or file of the host that a container has at ``destination``: ``name`` in the share."""
 
     source: str
     name: str
     recursive: bool
+    destination: str = ""
 
 
 class GuestSpec(Record):
@@ -80,7 +81,7 @@ def _mount(mount: dict[str, Any], container_id: str, volumes: list[Volume]) -> d
     if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
         kind = "socket" if stat.S_ISSOCK(mode) else "device" if stat.S_ISBLK(mode) or stat.S_ISCHR(mode) else "FIFO"
         raise UnsupportedSpec(f"mounts: {source}: a {kind} of the host cannot be shared with a guest")
-    volume = Volume(source, f"volume{len(volumes)}", "rbind" in options)
+    volume = Volume(source, f"volume{len(volumes)}", "rbind" in options, destination)
     volumes.append(volume)
     kept = [option for option in options if option not in ("shared", "rshared", "slave", "rslave")]
     return {**mount, "type": "bind", "source": f"{GUEST_SHARED}/{container_id}/{volume.name}", "options": kept}
@@ -98,16 +99,31 @@ def _rewrite_linux(linux: dict[str, Any]) -> None:
     if "ipc" not in kinds:
         raise UnsupportedSpec("linux.namespaces: the host's ipc namespace cannot be joined")
     linux["namespaces"] = [{"type": kind} for kind in OWN_NAMESPACES if kind in kinds or kind == "mount"]
+    resources = linux.get("resources") or {}
+    if _is_privileged(resources):
+        linux.pop("devices", None)  # all of the host's: the guest has its own
+        rules = [{"allow": True, "type": "a", "access": "rwm"}]
+    else:
+        rules = []
     for device in linux.get("devices") or ():
         raise UnsupportedSpec(f"linux.devices: {device.get('path')}: a device of the host has no equal in the guest")
     for name in ("mountLabel", "intelRdt", "uidMappings", "gidMappings"):
         linux.pop(name, None)
-    resources = linux.get("resources") or {}
     for name in ("blockIO", "network", "rdma", "devices"):
         resources.pop(name, None)
+    if rules:
+        resources["devices"] = rules
     cpu = resources.get("cpu") or {}
     for name in ("cpus", "mems"):  # the host's numbers
         cpu.pop(name, None)
+
+
+def _is_privileged(resources: dict[str, Any]) -> bool:
+    """Return whether every device may be used: what engines write for --privileged."""
+    return any(
+        rule.get("allow") and rule.get("type", "a") in ("", "a") and rule.get("major") is None
+        for rule in resources.get("devices") or ()
+    )
 
 
 def shares_pid_namespace(document: dict[str, Any]) -> bool:

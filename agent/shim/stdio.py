@@ -6,7 +6,9 @@ Source: containerd, core/runtime/v2/README.md, "IO"; pkg/cio.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
+import signal
 import stat
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -94,8 +96,9 @@ class StdinReader:
 class Logger:
     """A logging program (``binary:///path?name=value``): it reads both streams from pipes, descriptors 3 and 4."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._pidfd = os.pidfd_open(pid)
 
     @classmethod
     async def start(cls, url: str, container_id: str, namespace: str) -> tuple[Logger, Writer, Writer]:
@@ -104,46 +107,64 @@ class Logger:
         arguments = [word for pair in parse_qsl(parts.query, keep_blank_values=True) for word in pair if word]
         pipes = [os.pipe2(os.O_CLOEXEC) for _ in range(3)]
         (out_read, out_write), (err_read, err_write), (ready_read, ready_write) = pipes
-        theirs = (out_read, err_read, ready_write)
+        mine, theirs = (out_write, err_write, ready_read), (out_read, err_read, ready_write)
+        for fd in mine:
+            os.set_blocking(fd, False)
         environment = os.environ | {"CONTAINER_ID": container_id, "CONTAINER_NAMESPACE": namespace}
+        logger = None
         try:
-            # The program expects descriptors 3 to 5, whatever numbers they have here.
-            script = 'exec "$@" 3<&"$A" 4<&"$B" 5>&"$C"'
-            numbers = dict(zip("ABC", map(str, theirs), strict=True))
-            process = await asyncio.create_subprocess_exec(
-                "/bin/bash", "-c", script, "bash", unquote(parts.path), *arguments,
-                env=environment | numbers, pass_fds=theirs, stdin=asyncio.subprocess.DEVNULL,
-            )  # fmt: skip
-        except OSError:
-            for fd in (out_write, err_write, ready_read):
-                os.close(fd)
-            raise
-        finally:
-            for fd in theirs:
-                os.close(fd)
-        try:
-            os.set_blocking(ready_read, False)
+            try:
+                logger = cls(_spawn_logger([unquote(parts.path), *arguments], environment, theirs))
+            finally:
+                for fd in theirs:
+                    os.close(fd)
             async with asyncio.timeout(LOGGER_TIMEOUT):
                 await _ready(ready_read, write=False)
-        except TimeoutError:
-            process.kill()
-            os.close(out_write)
-            os.close(err_write)
+        except BaseException as error:
+            for fd in mine:
+                os.close(fd)
+            if logger is not None:
+                logger.kill()
+            if isinstance(error, TimeoutError):
+                raise TimeoutError(f"{unquote(parts.path)}: not ready within {LOGGER_TIMEOUT:g} s") from error
             raise
-        finally:
-            os.close(ready_read)
-        for fd in (out_write, err_write):
-            os.set_blocking(fd, False)
-        return cls(process), Writer(out_write), Writer(err_write)
+        os.close(ready_read)
+        return logger, Writer(out_write), Writer(err_write)
+
+    def kill(self) -> None:
+        """End it at once."""
+        signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        self._reap()
 
     async def stop(self) -> None:
         """Let it read to the end of its pipes, which are closed, then end it."""
         try:
             async with asyncio.timeout(LOGGER_TIMEOUT):
-                await self._process.wait()
+                await _ready(self._pidfd, write=False)
+            self._reap()
         except TimeoutError:
-            self._process.kill()
-            await self._process.wait()
+            self.kill()
+
+    def _reap(self) -> None:
+        os.waitpid(self._pid, 0)
+        os.close(self._pidfd)
+
+
+def _spawn_logger(words: list[str], environment: dict[str, str], fds: tuple[int, int, int]) -> int:
+    """Start a program with these as descriptors 3 to 5, and no other; returns its pid.  Raises OSError."""
+    above = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in fds]  # out of the way of 3 to 5
+    try:
+        return os.posix_spawn(
+            words[0], words, environment,
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                *((os.POSIX_SPAWN_DUP2, fd, target) for target, fd in enumerate(above, 3)),
+            ],
+            setsigdef=(signal.SIGPIPE,),
+        )  # fmt: skip
+    finally:
+        for fd in above:
+            os.close(fd)
 
 
 class TaskStreams:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 from typing import Any
 
 from google.protobuf.empty_pb2 import Empty
@@ -19,9 +20,9 @@ from caisson.agent.shim import stats
 from caisson.agent.shim.bundle import TaskBundle
 from caisson.agent.shim.container import Container
 from caisson.agent.shim.errors import ShimError, not_found
-from caisson.agent.shim.events import Publisher, task_exit
+from caisson.agent.shim.events import Publisher, stamp, task_exit
 from caisson.agent.shim.pod import Pod
-from caisson.agent.shim.process import STOPPED, Process
+from caisson.agent.shim.process import KILLED, STOPPED, Process
 from caisson.agent.shim.spec import fill
 from caisson.proto.containerd import events_pb2, task_v2_pb2, tasks_pb2
 from caisson.proto.kata3 import agent_pb2
@@ -51,6 +52,7 @@ class TaskService:
         self._containers: dict[str, Container] = {}
         self._creating = asyncio.Lock()
         self._oom: asyncio.Task[None] | None = None
+        self._sandboxed = False  # the Sandbox service says when the pod ends
 
     def _container(self, container_id: str) -> Container:
         if container_id not in self._containers:
@@ -65,6 +67,27 @@ class TaskService:
         assert self._pod is not None
         return self._pod.pid
 
+    @property
+    def pod(self) -> Pod | None:
+        """The pod, while there is one."""
+        return self._pod
+
+    async def start_sandbox(self, bundle: TaskBundle, document: dict[str, Any]) -> Pod:
+        """Start the pod for a sandbox: it stays when its last container is deleted.  Raises what status_of knows."""
+        async with self._creating:
+            self._sandboxed = True
+            pod = await self._start_pod(bundle.id, document, bundle)
+            pod.sysctls = document["linux"]["sysctl"]
+            await pod.connect_network()
+            return pod
+
+    async def _start_pod(self, sandbox_id: str, document: dict[str, Any], bundle: TaskBundle) -> Pod:
+        pod = self._make_pod(sandbox_id)
+        await pod.start(document, bundle)
+        self._pod = pod
+        self._oom = asyncio.get_running_loop().create_task(self._watch_oom(pod))
+        return pod
+
     async def Create(self, request: Any) -> Any:
         if request.checkpoint:
             raise ShimError(StatusCode.UNIMPLEMENTED, "restoring a checkpoint: not implemented")
@@ -75,10 +98,7 @@ class TaskService:
         async with self._creating:
             pod, owner = self._pod, self._pod is None
             if pod is None:
-                pod = self._make_pod(bundle.sandbox)
-                await pod.start(document, bundle)
-                self._pod = pod
-                self._oom = asyncio.get_running_loop().create_task(self._watch_oom(pod))
+                pod = await self._start_pod(bundle.sandbox, document, bundle)
             else:
                 pod.record(bundle, owner=False)
             try:
@@ -121,6 +141,12 @@ class TaskService:
         self._publisher.publish(exit_event)
         process.exited.set()
 
+    async def _end_unstarted(self, container: Container, status: int) -> None:
+        """End a container that was created only: the agent has nothing to wait for there."""
+        await container.kill_all(signal.SIGKILL)
+        await container.init.end(status)
+        await self._ended(container, container.init)
+
     async def Delete(self, request: Any) -> Any:
         container = self._container(request.id)
         process = container.process(request.exec_id)
@@ -131,15 +157,17 @@ class TaskService:
             await process.close()
             del container.execs[request.exec_id]
         else:
+            if process.status == tasks_pb2.CREATED:
+                await self._end_unstarted(container, KILLED)
             await container.remove()
             del self._containers[request.id]
-            if container.owner or not self._containers:
+            if not self._sandboxed and (container.owner or not self._containers):
                 await self._end_pod()
             event = events_pb2.TaskDelete(container_id=request.id, pid=pid, exit_status=process.exit_status)
-            _stamp(event.exited_at, process.exited_at)
+            stamp(event.exited_at, process.exited_at)
             self._publisher.publish(event)
         response = task_v2_pb2.DeleteResponse(pid=pid, exit_status=process.exit_status)
-        _stamp(response.exited_at, process.exited_at)
+        stamp(response.exited_at, process.exited_at)
         return response
 
     async def _end_pod(self) -> None:
@@ -159,23 +187,21 @@ class TaskService:
             stderr=process.stderr, terminal=process.terminal, exit_status=process.exit_status,
         )  # fmt: skip
         if process.exited_at:
-            _stamp(response.exited_at, process.exited_at)
+            stamp(response.exited_at, process.exited_at)
         return response
 
     async def Wait(self, request: Any) -> Any:
         process = self._process(request)
         await process.exited.wait()
         response = task_v2_pb2.WaitResponse(exit_status=process.exit_status)
-        _stamp(response.exited_at, process.exited_at)
+        stamp(response.exited_at, process.exited_at)
         return response
 
     async def Kill(self, request: Any) -> Any:
         container = self._container(request.id)
         process = container.process(request.exec_id)
         if process.status == tasks_pb2.CREATED and not request.exec_id:
-            await container.kill_all(request.signal)
-            await process.end(128 + request.signal)  # nobody waits for one that never ran
-            await self._ended(container, process)
+            await self._end_unstarted(container, 128 + request.signal)
         elif request.all and not request.exec_id:
             await container.kill_all(request.signal)
         else:
@@ -189,6 +215,8 @@ class TaskService:
 
     async def ResizePty(self, request: Any) -> Any:
         process = self._process(request)
+        if not process.terminal:
+            return Empty()  # as with runc's shim: nothing to resize
         size = agent_pb2.TtyWinResizeRequest(**process.ids, row=request.height, column=request.width)
         await self._rpc.TtyWinResize(size, timeout=CALL_TIMEOUT)
         return Empty()
@@ -245,7 +273,7 @@ class TaskService:
         return task_v2_pb2.ConnectResponse(shim_pid=os.getpid(), task_pid=pid, version=TASK_VERSION)
 
     async def Shutdown(self, request: Any) -> Any:
-        if not self._containers:
+        if not self._containers and not self._sandboxed:
             self._shut_down()
         return Empty()
 
@@ -260,14 +288,11 @@ class TaskService:
             try:
                 event = await pod.rpc.GetOOMEvent(agent_pb2.GetOOMEventRequest())
             except RpcError:
-                return  # the VM has ended
+                pod.lost.set()  # the VM has ended
+                return
             if event.container_id in self._containers:
                 self._publisher.publish(events_pb2.TaskOOM(container_id=event.container_id))
 
     async def close(self) -> None:
         """End the pod, whatever is left of it."""
         await self._end_pod()
-
-
-def _stamp(timestamp: Any, nanoseconds: int) -> None:
-    timestamp.seconds, timestamp.nanos = divmod(nanoseconds, 1_000_000_000)

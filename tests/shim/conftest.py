@@ -1,12 +1,20 @@
-"""One docker for all tests of the shim."""
+"""One docker for all tests of the shim that need a VM; a containerd of our own for those that need none."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.shim.engine import Engine, engine
+from tests.native.conftest import busybox_rootfs, nsexec_path
+from tests.shim.engine import Engine, engine, unmount
+from tests.shim.fake_containerd import FakeContainerd
+from tests.shim.native_machines import stop
+
+__all__ = ["busybox_rootfs", "nsexec_path"]
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +23,20 @@ def docker() -> Iterator[Engine]:
     with engine() as made:
         yield made
         assert made.vms() == [] and made.mounts() == []
+
+
+@pytest.fixture
+async def fake(nsexec_path: Path, busybox_rootfs: Path) -> AsyncIterator[FakeContainerd]:
+    """A containerd of our own.  Tests delete what they create: nothing of a pod may be left."""
+    place = Path(tempfile.mkdtemp(prefix="cs-"))  # short, for sockets
+    try:
+        async with FakeContainerd(place, nsexec_path, busybox_rootfs) as containerd:
+            yield containerd
+            assert list(place.glob("agents/*/pid")) == [], "an agent is left"
+            assert list(place.glob("run-pods/*")) == [], "a pod's directory is left"
+            assert str(place) not in Path("/proc/self/mountinfo").read_text()
+    finally:
+        for agent in place.glob("agents/*"):
+            stop(agent)
+        unmount(place)
+        shutil.rmtree(place)

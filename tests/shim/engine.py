@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -90,13 +90,14 @@ def engine() -> Iterator[Engine]:
     place = Path(tempfile.mkdtemp(prefix="cs-"))  # short, for sockets
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        environment = _environment(place)
+        environment = environment_of(place, PACKAGES, CONFIGURATION)
+        (place / "daemon.json").write_text(json.dumps({"runtimes": {"caisson": {"runtimeType": RUNTIME}}}))
         with (place / "log").open("wb") as log:
             start = {"env": environment, "stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
             processes.append(subprocess.Popen(["containerd", "-c", str(place / "containerd.toml")], **start))  # type: ignore[call-overload]
-            _await(["ctr", "-a", str(place / "containerd.sock"), "version"], environment, place)
+            await_answer(["ctr", "-a", str(place / "containerd.sock"), "version"], environment, place)
             processes.append(subprocess.Popen(_dockerd(place), **start))  # type: ignore[call-overload]
-            _await(["docker", "version"], environment, place)
+            await_answer(["docker", "version"], environment, place)
         made = Engine(place, environment)
         imported = made.docker("import", "-", "busybox", stdin=rootfs())
         assert imported.returncode == 0, imported.stderr
@@ -108,11 +109,11 @@ def engine() -> Iterator[Engine]:
         for process in reversed(processes):
             process.send_signal(signal.SIGTERM)
             process.wait(30)
-        _unmount(place)
+        unmount(place)
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _environment(place: Path) -> dict[str, str]:
+def environment_of(place: Path, wanted: Sequence[str], configuration: str) -> dict[str, str]:
     """Unpack the programs, write their configurations, and return the environment that they are run in."""
     tree, programs, run = place / "tree", place / "bin", place / "run"
     packages = packages_of("debian", default_root() / "apt" / f"{SUITE}-docker", SUITE, "amd64")
@@ -120,12 +121,11 @@ def _environment(place: Path) -> dict[str, str]:
     for directory in (tree, programs, run):
         directory.mkdir()
     run.chmod(0o700)
-    extract(packages.fetch(list(PACKAGES)), tree)
+    extract(packages.fetch(list(wanted)), tree)
     shim = programs / "containerd-shim-caisson-v2"
     shim.write_text(SHIM.format(python=sys.executable))
     shim.chmod(0o755)
-    (place / "containerd.toml").write_text(CONFIGURATION.format(place=place))
-    (place / "daemon.json").write_text(json.dumps({"runtimes": {"caisson": {"runtimeType": RUNTIME}}}))
+    (place / "containerd.toml").write_text(configuration.format(place=place))
     directory = image.build_image().directory
     (place / "shim.toml").write_text(f'snapshot = "{SNAPSHOT}"\nimage = "{directory}"\n')
     save_snapshot(name=SNAPSHOT, image=str(directory), memory=512, cpus=1, append="", accel="auto", vsock="user")
@@ -147,7 +147,8 @@ def _dockerd(place: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def _await(words: list[str], environment: dict[str, str], place: Path) -> None:
+def await_answer(words: list[str], environment: dict[str, str], place: Path) -> None:
+    """Wait until a command succeeds."""
     for _ in range(240):
         if subprocess.run(words, env=environment, capture_output=True).returncode == 0:
             return
@@ -156,7 +157,8 @@ def _await(words: list[str], environment: dict[str, str], place: Path) -> None:
     raise AssertionError((place / "log").read_text()[-2000:])
 
 
-def _unmount(place: Path) -> None:
+def unmount(place: Path) -> None:
+    """Unmount what is below a directory."""
     lines = Path("/proc/self/mountinfo").read_text().splitlines()
     for point in sorted((line.split()[4] for line in lines if line.split()[4].startswith(f"{place}/")), reverse=True):
         subprocess.run(["umount", "--lazy", point], capture_output=True)

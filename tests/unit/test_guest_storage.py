@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from caisson.agent.base.errors import InvalidArgument, Unsupported
+from caisson.agent.base.mountinfo import mount_points
 from caisson.agent.guest.metrics import Metrics, meminfo_item
 from caisson.agent.guest.storage import Storage, mounts, overlay
 from caisson.agent.guest.storage.storages import _grouped
@@ -94,9 +95,9 @@ def test_a_partition_is_found_by_its_number(tmp_path: Path) -> None:
 
 def test_mount_points_below_a_directory(tmp_path: Path) -> None:
     table = tmp_path / "mountinfo"
-    lines = ("/run/a", r"/run/with\040space", r"/run/\303\244", "/runner")
+    lines = ("/run/a", r"/run/with\040space", r"/run/\303\244", "/run/ö", "/runner")
     table.write_text("".join(f"{n} 1 0:{n} / {path} rw - tmpfs tmpfs rw\n" for n, path in enumerate(lines)))
-    assert mounts.mounted_below("/run/", str(table)) == ["/run/a", "/run/with space", "/run/ä"]
+    assert mount_points("/run", str(table)) == ["/run/a", "/run/with space", "/run/ä", "/run/ö"]
 
 
 @pytest.mark.parametrize(

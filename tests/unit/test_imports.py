@@ -49,7 +49,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # Which port a console has is in the guest's kernel words
     "agent.client.console": ("agent.client", "agent.options"),
     "agent.pods": ("agent.base", "agent.rpc", "proto"),
-    "agent.shim": ("agent.base", "agent.client", "agent.pods", "agent.rpc", "proto"),
+    "agent.shim": ("agent.base", "agent.client", "agent.libcontainer", "agent.pods", "agent.rpc", "proto"),
     "agent.hypervisor": ("agent.base", "agent.pods", "agent.rpc", "proto"),
     # The host's half
     "image": ("image", CONTRACT, FOREIGN_TEXT),

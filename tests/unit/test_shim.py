@@ -11,7 +11,6 @@ import pytest
 
 from caisson.agent.pods.guest import GUEST_SHARED
 from caisson.agent.shim.launch import Arguments, _bootstrap_id, group_of, socket_path
-from caisson.agent.shim.mounts import mounted_below
 from caisson.agent.shim.pod import OVERHEAD, size_of
 from caisson.agent.shim.spec import GUEST_SHM, UnsupportedSpec, fill, guest_spec, network_namespace
 from caisson.proto.containerd import bootstrap_pb2
@@ -125,8 +124,3 @@ def test_fill_takes_json_names_and_ignores_unknown_ones() -> None:
     assert message.Version == "1.2.0" and message.Process.NoNewPrivileges and list(message.Process.Args) == ["a"]
     with pytest.raises(ValueError, match="args"):
         fill(oci_pb2.Spec(), {"process": {"args": 5}})
-
-
-def test_mount_points_below_a_directory_are_found() -> None:
-    assert "/proc" in mounted_below(Path("/proc"))
-    assert mounted_below(Path("/nonexistent")) == []

@@ -145,16 +145,6 @@ def unmount(path: str) -> None:
         os.close(mounted)
 
 
-def mounted_below(prefix: str, mountinfo: str = "/proc/self/mountinfo") -> list[str]:
-    """Return the mount points that begin with a prefix (proc_pid_mountinfo(5)), their escapes undone."""
-    with open(mountinfo) as lines:  # noqa: PTH123 - a procfs file
-        points = [line.split(" ", 5)[4] for line in lines]
-    plain = (
-        point.encode().decode("unicode_escape").encode("latin-1").decode(errors="surrogateescape") for point in points
-    )
-    return [point for point in plain if point.startswith(prefix)]
-
-
 def parse_options(options: Sequence[str]) -> tuple[int, list[int], str]:
     """Split options into flags, propagation, and data for the file system."""
     flags, propagation, data = 0, [], []

@@ -10,6 +10,7 @@ import errno
 import time
 
 from caisson.agent.base.errors import InvalidArgument, SystemCallFailed, UnknownStorageDriver, Unsupported
+from caisson.agent.base.mountinfo import mount_points
 from caisson.agent.base.record import Record
 from caisson.agent.guest import modules
 from caisson.agent.guest.storage import mounts
@@ -166,7 +167,7 @@ class Storages:
             await self._mount(point, await asyncio.to_thread(prepared, storage, container_id))
         elif storage.driver not in SHARES:
             await self._mount(point, storage.but(source=await self._source(storage)))
-        elif storage.source != SHARED_DIRECTORY or storage.mount_point.rstrip("/") not in mounts.mounted_below("/run/"):
+        elif storage.source != SHARED_DIRECTORY or storage.mount_point.rstrip("/") not in mount_points("/run"):
             await self._mount_share(point, storage)
         if storage.group is not None:
             from caisson.agent.guest.storage.ownership import give_to_group

@@ -28,11 +28,6 @@ def write(path: str, value: str) -> None:
         os.close(fd)
 
 
-def unescape(path: str) -> str:
-    """A path of mountinfo: blanks and the like are octal there (proc_pid_mountinfo(5))."""
-    return path.encode().decode("unicode_escape") if "\\" in path else path
-
-
 def restoring(file: str, value: str, before: str) -> str:
     """What to write to `file` for it to be as it was `before` the write of `value`; "" is written as an empty line.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 
+from caisson.agent.base.mountinfo import unescape
 from caisson.agent.libcontainer.cgroups import files
 from caisson.agent.libcontainer.cgroups.base import (
     DELETE_TRIES,
@@ -74,7 +75,7 @@ class CgroupV1(Hierarchy):
         with open(mountinfo, encoding="utf-8", errors="surrogateescape") as lines:  # noqa: PTH123 - no pathlib at start
             for line in lines:
                 before, _, after = line.rstrip("\n").partition(" - ")
-                place = files.unescape(before.split(" ")[4]) if " " in before else ""
+                place = unescape(before.split(" ")[4]) if " " in before else ""
                 if every and after.startswith("cgroup2 "):
                     roots.setdefault("", place)
                 if not after.startswith("cgroup "):

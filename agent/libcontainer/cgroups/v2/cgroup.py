@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 
+from caisson.agent.base.mountinfo import unescape
 from caisson.agent.libcontainer.cgroups import files
 from caisson.agent.libcontainer.cgroups.base import (
     DELETE_TRIES,
@@ -53,7 +54,7 @@ class CgroupV2(Hierarchy):
             for line in lines:
                 before, _, after = line.partition(" - ")
                 if after.startswith("cgroup2 "):
-                    return cls(files.unescape(before.split(" ")[4]), parent, waits)
+                    return cls(unescape(before.split(" ")[4]), parent, waits)
         return None
 
     def create(self, path: str, *, below_own: bool = False) -> CgroupOfV2:

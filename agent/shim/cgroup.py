@@ -1,0 +1,101 @@
+"""A pod's cgroup on the host: its shim, supervisor, device back ends and VMM are accounted where the client asked for.
+
+Memory is bounded by the size of the VM, not here: the guest's kernel may use all of it, whatever its containers may.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from caisson.agent.libcontainer import cgroups
+from caisson.agent.libcontainer.cgroups import CgroupError
+from caisson.agent.libcontainer.cgroups.base import own_cgroups
+from caisson.agent.libcontainer.config.resources import Resources
+
+__all__ = ["CgroupError", "HostCgroup", "cgroupfs_path", "planned", "remove"]
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from caisson.agent.libcontainer.cgroups import Cgroup, Hierarchy
+
+#: Limits of a container that hold for its VM, too.
+CPU_LIMITS = ("shares", "quota", "period", "cpus", "mems")
+
+
+class HostCgroup:
+    """The cgroup that this process is in, and in which its children are born, until it leaves."""
+
+    def __init__(self, cgroup: Cgroup, hierarchy: Hierarchy, before: Mapping[str, str]) -> None:
+        self._cgroup = cgroup
+        self._hierarchy = hierarchy
+        self._before = before
+
+    @classmethod
+    def join(cls, document: dict[str, Any]) -> HostCgroup | None:
+        """Make the cgroup that linux.cgroupsPath names, with the CPU limits, and join it; None where none is named.
+
+        Raises CgroupError or SpecError.
+        """
+        linux = document.get("linux") or {}
+        path = cgroupfs_path(str(linux.get("cgroupsPath") or ""))
+        hierarchy = cgroups.of_host() if path else None
+        if hierarchy is None:
+            return None
+        before = own_cgroups()
+        cgroup = hierarchy.create(path)
+        cpu = (linux.get("resources") or {}).get("cpu") or {}
+        wanted = {name: cpu[name] for name in CPU_LIMITS if cpu.get(name)}
+        try:
+            cgroup.apply(Resources.from_json({"cpu": wanted}), devices=False)
+            for directory in cgroup.paths.values():
+                _enter(directory)
+        except BaseException:
+            cgroup.close()
+            raise
+        return cls(cgroup, hierarchy, before)
+
+    async def leave(self) -> None:
+        """Go back to where this process came from, and remove the cgroup.  Raises CgroupError."""
+        for name, directory in self._hierarchy.place("x").items():
+            root = directory.removesuffix("/x")
+            _enter(f"{root}{self._before.get(name, '/')}")
+        await self._cgroup.delete()
+
+
+def planned(document: dict[str, Any]) -> dict[str, str]:
+    """Return the directories by controllers that `HostCgroup.join` makes, for `remove`.  Raises CgroupError."""
+    path = cgroupfs_path(str((document.get("linux") or {}).get("cgroupsPath") or ""))
+    hierarchy = cgroups.of_host() if path else None
+    return {} if hierarchy is None else hierarchy.place(path)
+
+
+async def remove(paths: Mapping[str, str]) -> None:
+    """Remove a cgroup of these directories, after all that was in it has ended.  Raises CgroupError."""
+    hierarchy = cgroups.of_host()
+    if hierarchy is not None and paths:
+        await hierarchy.open(paths).delete()
+
+
+def cgroupfs_path(path: str) -> str:
+    """Return a path in the cgroup file system for one of systemd's form, SLICE:PREFIX:NAME; others as they are.
+
+    Each dash of a slice's name is a level: systemd.slice(5).
+    """
+    slice_, colon, rest = path.partition(":")
+    prefix, _, name = rest.partition(":")
+    if not colon:
+        return path
+    words = slice_.removesuffix(".slice").split("-")
+    slices = [f"{'-'.join(words[: count + 1])}.slice" for count in range(len(words))] if words != [""] else []
+    return "/".join((*slices, f"{prefix}-{name}.scope" if prefix else name))
+
+
+def _enter(directory: str) -> None:
+    try:
+        with open(f"{directory}/cgroup.procs", "w") as file:  # noqa: PTH123
+            file.write(str(os.getpid()))
+    except OSError as error:
+        raise CgroupError(f"{directory}: cannot be joined: {(error.strerror or '').lower()}") from error

@@ -1,0 +1,45 @@
+"""The runtime's options, as containerd's configuration (`ConfigPath`) and docker's daemon.json give them.
+
+They come on the standard input of `start`: an Any, or since containerd 2.3 an extension of BootstrapParams.  Options of
+another runtime (runc's) are ignored.
+"""
+
+from __future__ import annotations
+
+from google.protobuf.any_pb2 import Any
+from google.protobuf.message import DecodeError
+
+from caisson.agent.base.record import Record
+from caisson.proto.containerd import bootstrap_pb2, options_pb2
+
+TYPE_URL = options_pb2.Options.DESCRIPTOR.full_name
+
+
+class RuntimeOptions(Record):
+    """A configuration in place of /etc/caisson/shim.toml: a file's path, or its text."""
+
+    path: str
+    body: str
+
+    @classmethod
+    def parse(cls, message: bytes, container_id: str) -> RuntimeOptions | None:
+        """Return the options in what containerd has sent; None for none, and for those of another runtime."""
+        for one in _candidates(message, container_id):
+            if one.type_url.rpartition("/")[2] == TYPE_URL:
+                options = options_pb2.Options.FromString(one.value)
+                if options.config_path or options.config_body:
+                    return cls(options.config_path, options.config_body.decode(errors="replace"))
+        return None
+
+
+def _candidates(message: bytes, container_id: str) -> list[Any]:
+    try:
+        parameters = bootstrap_pb2.BootstrapParams.FromString(message)
+        if parameters.instance_id == container_id:
+            return [extension.value for extension in parameters.extensions]
+    except DecodeError:
+        pass  # an Any, whose value is no text
+    try:
+        return [Any.FromString(message)]
+    except DecodeError:
+        return []

@@ -1,0 +1,100 @@
+"""Machines for the shim that are no machines: agents on this host, each with mounts and a network of its own.
+
+The shim, its ttrpc server, its streams and its mounts are the real ones; only the VM is left out, so that each of
+containerd's methods is tested within a second.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from caisson.agent.pods.guest import GUEST_SHARED
+from caisson.agent.pods.machines import MachineError
+from caisson.agent.shim.bundle import ProcessId
+from tests.support.poll import wait_until
+from tests.support.source import ROOT
+from tests.support.unique import unique
+
+#: What a test says to the shim's process: the directory for agents, and nsexec.
+PLACE, NSEXEC = "CAISSON_TEST_PLACE", "CAISSON_TEST_NSEXEC"
+
+#: The version of cgroups that has controllers here.
+CGROUP = "v2" if Path("/sys/fs/cgroup/cgroup.controllers").exists() else "v1"
+
+APART = (
+    "unshare", "--mount", "--net", "--propagation", "slave", "sh", "-c",
+    'mkdir -p /run/kata-containers && mount -t tmpfs tmpfs /run/kata-containers && exec "$@"', "sh",
+)  # fmt: skip
+
+#: The agent has the share where a guest mounts it; as a mount of this tag is there already, it mounts none itself.
+SHARE = f"mkdir -p {GUEST_SHARED} && mount --rbind DIRECTORY {GUEST_SHARED} && mount --make-rslave {GUEST_SHARED}"
+
+
+class NativeMachine:
+    """An agent in place of a VM (caisson.agent.pods.machines.PodMachine)."""
+
+    def __init__(self, place: Path, name: str) -> None:
+        self._place = place
+        self.is_clone = False
+        self.agent_socket = place / "agent.sock"
+        place.mkdir(parents=True)
+        with (place / "log").open("wb") as log:
+            process = subprocess.Popen(
+                [*APART, sys.executable, "-m", "caisson.agent", "--listen", f"unix:{self.agent_socket}",
+                 "--nsexec", os.environ[NSEXEC], "--state", str(place / "state"), "--log", "debug",
+                 "--cgroup-parent", unique(f"caisson-{name}"), "--cgroup", CGROUP],
+                cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        self.pid = process.pid
+        (place / "pid").write_text(f"{self.pid} {ProcessId.of(self.pid).start_time}")
+        assert process.stdout is not None
+        if b"ready" not in process.stdout.readline():
+            raise MachineError((place / "log").read_text())
+
+    def share(self, directory: Path, tag: str) -> None:
+        script = SHARE.replace("DIRECTORY", str(directory))
+        subprocess.run(["nsenter", f"--mount=/proc/{self.pid}/ns/mnt", "sh", "-c", script], check=True)
+
+    def share_of_namespace(self, directory: str, tag: str, mount_namespace: int) -> None:
+        raise MachineError("an agent on this host has the mounts of this host")
+
+    def add_interface(self, tap: int, mac: str) -> None:
+        raise MachineError("an agent on this host has no devices to plug in")
+
+    def stop(self) -> None:
+        stop(self._place)
+
+
+class NativeMachines:
+    """Where agents come from (caisson.agent.pods.machines.Machines)."""
+
+    def start(self, name: str, *, memory: int, cpus: int) -> NativeMachine:
+        return NativeMachine(Path(os.environ[PLACE]) / name, name)
+
+    def stop(self, name: str) -> None:
+        stop(Path(os.environ[PLACE]) / name)
+
+    def agent_socket(self, name: str) -> Path:
+        return Path(os.environ[PLACE]) / name / "agent.sock"
+
+
+def agent_of(place: Path) -> ProcessId:
+    """Return the agent that runs in a directory.  Raises OSError."""
+    pid, start_time = (place / "pid").read_text().split()
+    return ProcessId(int(pid), int(start_time))
+
+
+def stop(place: Path) -> None:
+    """End an agent; it ends its containers."""
+    try:
+        agent = agent_of(place)
+    except FileNotFoundError:
+        return
+    if agent.alive:
+        os.kill(agent.pid, signal.SIGTERM)
+        wait_until(lambda: not agent.alive, "the agent's end")
+    (place / "pid").unlink(missing_ok=True)

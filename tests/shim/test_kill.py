@@ -1,0 +1,79 @@
+"""The shim, the guest and the VM's processes killed at random moments: nothing is left, and the next container runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+
+from caisson.agent.rpc.ttrpc.client import RpcError
+from tests.shim.fake_containerd import FakeContainerd, Task
+from tests.shim.native_machines import agent_of
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
+
+#: Seconds within which a container is created, started, and has run a process on a quiet machine.
+LIFE = 1.5
+
+
+async def live(task: Task) -> None:
+    """Create a container, start it, and run processes in it until something fails."""
+    with contextlib.suppress(RpcError):
+        await task.create()
+        await task.call("Start")
+        for number in range(100):
+            await task.exec(f"e{number}", "true")
+            await task.call("Wait", exec_id=f"e{number}")
+            await task.call("Delete", exec_id=f"e{number}")
+
+
+def kill(fake: FakeContainerd, victim: str, shim: int) -> None:
+    """Kill the shim; or the guest, where there is one yet."""
+    if victim == "shim":
+        os.kill(shim, signal.SIGKILL)
+        return
+    for place in fake.place.glob("agents/*/pid"):
+        os.kill(agent_of(place.parent).pid, signal.SIGTERM)
+
+
+async def run_and_kill(fake: FakeContainerd, name: str, victim: str, moment: float) -> None:
+    task = await fake.start(name, "sleep", "1000")
+    shim = (await task.call("Connect")).shim_pid
+    living = asyncio.ensure_future(live(task))
+    await asyncio.wait([living], timeout=moment)
+    kill(fake, victim, shim)
+    await asyncio.wait([living], timeout=60)
+    assert living.done(), "no call may hang"
+    if victim == "guest":
+        for method, fields in (("Kill", {"signal": 9}), ("Delete", {}), ("Shutdown", {})):
+            with contextlib.suppress(RpcError):
+                await task.call(method, **fields)
+    await fake.delete_program(task)
+    Path(task.address.removeprefix("unix://")).unlink(missing_ok=True)
+
+
+async def check_rounds(fake: FakeContainerd, seed: int, rounds: int) -> None:
+    chance = random.Random(seed)
+    for number in range(rounds):
+        victim, moment = chance.choice(["shim", "guest"]), chance.uniform(0, LIFE)
+        await run_and_kill(fake, f"k{number}", victim, moment)
+        assert list(fake.place.glob("agents/*/pid")) == [], (seed, number, victim, moment)
+        assert list(fake.place.glob("run-pods/*")) == [], (seed, number, victim, moment)
+    task = await fake.run("after", "true")
+    assert (await task.call("Wait")).exit_status == 0
+    await task.call("Delete")
+    await task.call("Shutdown")
+
+
+async def test_nothing_is_left_after_a_kill_at_a_random_moment(fake: FakeContainerd) -> None:
+    await check_rounds(fake, seed=19, rounds=6)
+
+
+@pytest.mark.nightly
+async def test_nothing_is_left_after_fifty_kills(fake: FakeContainerd) -> None:
+    await check_rounds(fake, seed=random.randrange(1 << 30), rounds=50)
