@@ -78,6 +78,10 @@ class CaissonService:
         await self._sandbox.create(request.container_id, request.container_id, spec, storages, [])
         return answer
 
+    async def RecreateContainer(self, request: caisson_pb2.RecreateContainerRequest) -> Empty:
+        await self._sandbox.recreate(request.container_id)
+        return EMPTY
+
     async def ExecProcess(self, request: caisson_pb2.ExecProcessRequest) -> Empty:
         from caisson.agent.libcontainer.config.spec import Process
 

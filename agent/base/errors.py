@@ -89,6 +89,12 @@ class NotCreated(FailedPrecondition):
     sentence = "container {container_id}: cannot be started: it is {status}"
 
 
+class NotStopped(FailedPrecondition):
+    """Only a container that has exited can be created again: ``container_id``, ``status``."""
+
+    sentence = "container {container_id}: cannot be created again: it is {status}"
+
+
 class CannotExec(FailedPrecondition):
     """No process can be started in the container now: ``container_id``, ``status``."""
 

@@ -192,6 +192,10 @@ class Container:
         self.agent = agent
         self.id = container_id
 
+    async def recreate(self) -> None:
+        """Create it again when it has exited, on the files that it left; it runs after ``start``."""
+        await self.agent.guest.RecreateContainer(caisson_pb2.RecreateContainerRequest(container_id=self.id))
+
     async def start(self) -> None:
         """Start the program of a created container."""
         await self.agent.rpc.StartContainer(agent_pb2.StartContainerRequest(container_id=self.id))

@@ -120,6 +120,7 @@ class Container:
         self._init: Process | None = None
         self._pidfd = -1  # its
         self._join: dict[str, str] = {}  # namespaces that it joined beyond its configuration's
+        self._procfs: str | None = None  # of the pid namespace that it joined
         self._filter = b""  # of system calls
         self._oom_watcher: OomWatcher | None = None
         self._paused = False
@@ -138,6 +139,11 @@ class Container:
             return PAUSED
         return CREATED if os.path.exists(self._gate) else RUNNING  # noqa: PTH110 - starting it removes the gate
 
+    @property
+    def joined(self) -> tuple[dict[str, str], str | None]:
+        """What it was created with: namespaces to join, and the procfs of the one for processes."""
+        return self._join, self._procfs
+
     async def create(self, exec_id: str, join: dict[str, str], procfs: str | None = None) -> None:
         """Set the first process up, to the point before its program runs.  On failure nothing of it is left.
 
@@ -150,7 +156,7 @@ class Container:
             watch = self._cgroup.oom_watch(self._oom)
             self._oom_watcher = None if watch is None else OomWatcher(watch)
         root, bundle, launcher = self.spec.root.path, str(self._directory), self._launcher
-        self._join = join
+        self._join, self._procfs = join, procfs
         self._filter = await launcher.filter(self.spec.linux.seccomp)
 
         def launch(stdio: Stdio | None, cgroup_fds: dict[str, int]) -> Awaitable[Launched]:

@@ -13,6 +13,7 @@ from caisson.agent.base.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotCreated,
+    NotStopped,
     RemovalTimeout,
     SandboxExists,
     SandboxNotRunning,
@@ -241,7 +242,6 @@ class Sandbox:
         except FileExistsError:
             raise AlreadyExists(f"container with id exists: {container_id}") from None
         decided = self._creating[container_id] = asyncio.Event()
-        cgroup: Cgroup | None = None
         try:
             if devices:
                 from caisson.agent.guest.devices import placed
@@ -249,31 +249,70 @@ class Sandbox:
                 spec = await placed(spec, devices, self._blocks)
             await asyncio.to_thread(set_parameters, parameters)
             self._mounts[container_id] = await self._storages.mount(storages, container_id)
-            if self._cgroups is not None:
-                cgroup = self._cgroups.create(spec.linux.cgroups_path or f"{self._id}/{container_id}")
-            elif spec.linux.resources is not None:
-                raise FailedPrecondition("linux.resources: there is no cgroup hierarchy in this guest")
-            container = Container(
-                container_id,
-                spec,
-                launcher=self._launcher,
-                cgroup=cgroup,
-                directory=directory,
-                pipe_size=self._pipe_size,
-                log=self._log.bind(container_id=container_id),
-                oom=lambda: self._out_of_memory(container_id),
-            )
-            try:
-                await container.create(exec_id or container_id, join, self._shared.procfs if share_pids else None)
-            except BaseException:
-                await run_to_completion(container.remove())
-                raise
-            self._containers[container_id] = container
-            return container
+            procfs = self._shared.procfs if share_pids else None
+            return await self._make(container_id, exec_id or container_id, spec, join, procfs)
         except BaseException:
-            if cgroup is None and directory.is_dir():
+            with suppress(OSError):
                 directory.rmdir()
             await run_to_completion(self._storages.unmount(self._mounts.pop(container_id, [])))
+            raise
+        finally:
+            del self._creating[container_id]
+            decided.set()
+
+    async def _make(
+        self, container_id: str, exec_id: str, spec: Spec, join: dict[str, str], procfs: str | None
+    ) -> Container:
+        """Create a container in its directory, on what is mounted for it.  On failure the directory is removed."""
+        assert self._id is not None
+        cgroup: Cgroup | None = None
+        if self._cgroups is not None:
+            cgroup = self._cgroups.create(spec.linux.cgroups_path or f"{self._id}/{container_id}")
+        elif spec.linux.resources is not None:
+            raise FailedPrecondition("linux.resources: there is no cgroup hierarchy in this guest")
+        container = Container(
+            container_id,
+            spec,
+            launcher=self._launcher,
+            cgroup=cgroup,
+            directory=self._state / self._id / container_id,
+            pipe_size=self._pipe_size,
+            log=self._log.bind(container_id=container_id),
+            oom=lambda: self._out_of_memory(container_id),
+        )
+        try:
+            await container.create(exec_id, join, procfs)
+        except BaseException:
+            await run_to_completion(container.remove())
+            raise
+        self._containers[container_id] = container
+        return container
+
+    async def recreate(self, container_id: str) -> None:
+        """Create a container that has exited again, from its configuration and on the files that it left.
+
+        Its program runs after Container.start.  Raises NotFound, NotStopped, and as `create`; when it cannot be created
+        it is removed.
+        """
+        while container_id in self._creating:
+            await self._creating[container_id].wait()
+        old = self.container(container_id)
+        if self._id is None or self._shared is None or self._ending:
+            raise SandboxNotRunning
+        if old.status != STOPPED:
+            raise NotStopped(container_id=container_id, status=old.status)
+        decided = self._creating[container_id] = asyncio.Event()
+        directory = self._state / self._id / container_id
+        try:
+            await run_to_completion(old.remove())
+            del self._containers[container_id]
+            directory.mkdir(mode=0o711)
+            await self._make(container_id, container_id, old.spec, *old.joined)
+        except BaseException:
+            if self._containers.get(container_id) is not old:
+                with suppress(OSError):
+                    directory.rmdir()
+                await run_to_completion(self._storages.unmount(self._mounts.pop(container_id, [])))
             raise
         finally:
             del self._creating[container_id]

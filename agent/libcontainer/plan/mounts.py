@@ -228,19 +228,24 @@ class FileSystem:
         for mount in self.mounts:
             yield mount_step(mount, self._bundle, procfs)
         yield from self._device_steps()
-        for target, path, replaced in (*LINKS, *((target, path, False) for target, path in self._links)):
+        links = () if self._dev_is_bound else LINKS
+        for target, path, replaced in (*links, *((target, path, False) for target, path in self._links)):
             yield wire.attribute(wire.SYMLINK, pack("=I", replaced) + wire.texts(target, path))
-        if os.path.exists("/proc/kcore"):  # noqa: PTH110 - pathlib is not worth its import here
+        if not self._dev_is_bound and os.path.exists("/proc/kcore"):  # noqa: PTH110 - pathlib is not worth its import
             yield wire.attribute(wire.SYMLINK, pack("=I", 0) + wire.texts("/proc/kcore", "/dev/core"))
 
+    @property
+    def _dev_is_bound(self) -> bool:
+        """Whether /dev is somebody else's, who has put nodes and links into it."""
+        return any(mount.options.bind and mount.target == "/dev" for mount in self.mounts)
+
     def _device_steps(self) -> Iterable[bytes]:
-        dev_is_bound = any(mount.options.bind and mount.target == "/dev" for mount in self.mounts)
         devices = {device.path: device for device in DEFAULT_DEVICES}
         devices |= {absolute(device.path, "linux.devices"): device for device in self._spec.linux.devices}
         devices.pop("/dev/ptmx", None)  # the link below
         for path, device in devices.items():
-            if dev_is_bound and path.startswith("/dev/"):
-                continue  # a bound /dev has its nodes already
+            if self._dev_is_bound and path.startswith("/dev/"):
+                continue
             mode = FILE_TYPES[device.type] | device.file_mode
             numbers = (device.major, device.minor, device.uid, device.gid, "user" in self._types)
             yield wire.attribute(wire.DEVICE, pack("=6I", mode, *numbers) + wire.texts(path))
