@@ -7,18 +7,34 @@ from pathlib import Path
 from typing import Any
 
 from caisson import image as images
-from caisson.commands.streams import info
+from caisson.commands.declare import WRONG_USAGE
+from caisson.commands.parse import CommandLineError
+from caisson.commands.streams import check_writable, info
+from caisson.image.build import treemap as treemaps
 from caisson.image.errors import ImageError
 from caisson.image.programs import DEBIAN_KEYRING, TO_BUILD, TO_COMPILE, need
 
+#: What the steps' results are called for a user.
+CLEANED = {
+    "images": "images", "base": "packages, unpacked", "kernel": "kernels", "agent": "compiled agents",
+    "tools": "programs that pack disks", "containers": "container images", "snapshots": "snapshots",
+    "verify": "comparisons", "downloads": "downloaded suites",
+}  # fmt: skip
+
 
 def build_image(
-    *, template: str, suite: str, changes: list[str], locked: str, dry_run: bool, settings: bool, as_json: bool
-) -> None:
+    *, template: str, suite: str, changes: list[str], locked: str, treemap: str, dry_run: bool, settings: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Build a guest image; prints its directory."""
     if settings:
         _print_json(images.schema()) if as_json else print("\n".join(images.describe()))
         return
+    if treemap and not treemap.endswith((".html", ".svg")):
+        text = f"--treemap {treemap}: is neither a .html nor a .svg file; give it one of these endings"
+        raise CommandLineError(text, WRONG_USAGE)
+    if treemap:
+        check_writable("--treemap", Path(treemap))
     loaded = images.load(images.find(template), suite=suite or None, settings=changes)
     build = images.Build(loaded, report=info, locked=images.read_lock(Path(locked)) if locked else None)
     if dry_run:
@@ -30,10 +46,15 @@ def build_image(
         return
     need(programs_to_build(loaded), info)
     directory = build.image().directory
+    done = list(build.done)
+    if treemap:
+        draw = treemaps.html if treemap.endswith(".html") else treemaps.svg
+        Path(treemap).write_text(draw(loaded.definition.name, build.files()))
+        info(f"{treemap}: what the image's bytes are")
     if as_json:
-        _print_json({"directory": str(directory), "steps": [vars(step) for step in build.done]})
+        _print_json({"directory": str(directory), "steps": [vars(step) for step in done]})
         return
-    for line in images.summary(build.done):
+    for line in images.summary(done):
         info(line)
     print(directory)
 
@@ -61,5 +82,9 @@ def verify_image(*, directory: str, template: str, suite: str, changes: list[str
 
 def clean(*, everything: bool) -> None:
     """Empty the cache of images and of the steps on the way to them."""
-    freed = images.clean(everything=everything)
-    info(f"freed {freed / 1e6:.0f} MB")
+    removed = images.clean(everything=everything)
+    for step, what in CLEANED.items():
+        sizes = [one.bytes for one in removed if one.step == step]
+        if sizes:
+            info(f"{what}: {len(sizes)} removed, {sum(sizes) / 1e6:.0f} MB")
+    info(f"freed {sum(one.bytes for one in removed) / 1e6:.0f} MB")

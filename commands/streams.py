@@ -7,7 +7,10 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
+from caisson.commands.declare import WRONG_USAGE
+from caisson.commands.parse import CommandLineError
 from caisson.proto.foreign_text import TerminalFilter, printable
 
 STANDARD = (0, 1, 2)
@@ -58,6 +61,21 @@ def flush() -> str:
 def give_up_stdout() -> None:
     """Nobody reads stdout any more: what is still in its buffer must not fail at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Find out whether a file can be written before there is anything to write; one that was not there is not made.
+
+    Raises CommandLineError.
+    """
+    existed = path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        text = f"{option} {path}: cannot be written: {error.strerror}; name another file"
+        raise CommandLineError(text, WRONG_USAGE) from error
+    if not existed:
+        path.unlink()
 
 
 def info(line: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -9,10 +10,14 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 from caisson.image.errors import ImageError
 from caisson.image.parent_death import session_killed_with_parent
 from caisson.image.programs import package_of, search_path
+
+#: Bytes of a log's end that an error is looked for in.
+MAX_TAIL = 64 << 10
 
 #: What is passed on of the caller's environment: where things are, and how the network is reached.
 INHERITED = re.compile(
@@ -45,8 +50,11 @@ def run(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
     stdin: bytes = b"",
+    log: Path | None = None,
 ) -> bytes:
-    """Run a program to its end and return what it printed.  ``env`` is added to a minimal environment.
+    """Run a program to its end and return what it printed, unless that goes to a ``log``.
+
+    ``env`` is added to a minimal environment.
 
     It and all that it starts end with this process, also when that is killed.  Raises MissingProgram, or CommandFailed
     with what it wrote to stderr; 128+n is the status of one that signal n ended.
@@ -56,10 +64,26 @@ def run(
     settings |= {"PATH": search_path(), "LC_ALL": "C.UTF-8", **(env or {})}
     if shutil.which(words[0], path=settings["PATH"]) is None:
         raise MissingProgram(words[0])
-    with session_killed_with_parent(words) as (command, fd):
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(log.open("w+b")) if log else None
+        command, fd = stack.enter_context(session_killed_with_parent(words))
         done = subprocess.run(
-            command, cwd=cwd, env=settings, input=stdin, capture_output=True, pass_fds=[fd], start_new_session=True
-        )
-    if done.returncode != 0:
-        raise CommandFailed(words, done.returncode, (done.stderr or done.stdout).decode(errors="replace"))
-    return done.stdout
+            command, cwd=cwd, env=settings, input=stdin, pass_fds=[fd], start_new_session=True,
+            stdout=output or subprocess.PIPE, stderr=output or subprocess.PIPE,
+        )  # fmt: skip
+        if done.returncode != 0:
+            said = _end_of(output) if output else done.stderr or done.stdout
+            raise CommandFailed(words, done.returncode, said.decode(errors="replace"))
+    return done.stdout or b""
+
+
+def _end_of(log: IO[bytes]) -> bytes:
+    log.seek(max(0, log.seek(0, os.SEEK_END) - MAX_TAIL))
+    return log.read(MAX_TAIL)
+
+
+def remove_in_background(*paths: Path) -> None:
+    """Remove directories and files, one after the other, beside this process and also after its end."""
+    # Twice: what has been killed may still be writing.
+    script = 'for path; do rm -rf -- "$path" || { sleep 1; rm -rf -- "$path"; }; done >/dev/null 2>&1 &'
+    subprocess.run(["/bin/sh", "-c", script, "sh", *paths], start_new_session=True, check=False)

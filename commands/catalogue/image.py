@@ -21,6 +21,12 @@ COMMANDS = (
         options=(
             *BASE,
             Option("locked", "an image.lock: refuse packages other than those it names", FILE, default=""),
+            Option(
+                "treemap",
+                "draw what the image's bytes are, by package and by directory, as .html or .svg",
+                FILE,
+                default="",
+            ),
             Option("dry-run", "print the whole definition and what each step would do, and build nothing"),
             Option("settings", "print every setting with its type, default and meaning (with --json: a JSON schema)"),
             JSON,
@@ -28,6 +34,7 @@ COMMANDS = (
         examples=(
             "caisson build-image --template lean",
             "caisson build-image --set packages+=strace --set limits.image='60 MB' --dry-run",
+            "caisson build-image --treemap image.html",
         ),
     ),
     Command(

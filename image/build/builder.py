@@ -11,7 +11,9 @@ from __future__ import annotations
 import filecmp
 import json
 import os
+import shlex
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -22,7 +24,7 @@ from typing import Any
 
 import jinja2
 
-from caisson.image.build import lock, manifest, pack, rootfs, sbom
+from caisson.image.build import lock, manifest, pack, rootfs, sbom, treemap
 from caisson.image.build.cache import Cache, cap, default_root, digest_of, digest_of_files, size_of
 from caisson.image.build.definition import DEFAULT, TEMPLATES, Loaded, load
 from caisson.image.build.tools import HOST, Tools
@@ -33,6 +35,7 @@ from caisson.image.kernel.fragments import Request, merge, parse
 from caisson.image.kernel.kernel import Kernel, Prebuilt
 from caisson.image.kernel.source import Compiled, SourcePackage, SourceTree
 from caisson.image.packages import apt
+from caisson.image.packages import contents as package_contents
 from caisson.image.packages.distribution import Packages, extract, packages_of
 from caisson.image.run import run
 from caisson.proto.contract import BUSYBOX_ROOTFS, VERSION
@@ -53,9 +56,12 @@ OSBUILDER = "var/lib/osbuilder/osbuilder.yaml"
 
 #: The modules that decide what a step makes: a change of one is a change of what it makes.
 PACKAGES_CODE = tuple(f"packages/{name}.py" for name in ("apk", "apk_index", "apt", "distribution", "package"))
-BASE_CODE = (*PACKAGES_CODE, "build/choices.py", "build/rootfs.py")
+BASE_CODE = (*PACKAGES_CODE, "packages/contents.py", "build/choices.py", "build/rootfs.py")
 KERNEL_CODE = (*PACKAGES_CODE, "kernel/bzimage.py", "kernel/kernel.py")
-COMPILED_CODE = ("kernel/source.py",)
+
+
+#: What kinds of packages are called in a picture.
+KINDS = {"deb": "Debian packages", "apk": "Alpine packages", "wheel": "Python wheels"}
 
 
 class SourcesChanged(ImageError):
@@ -165,6 +171,7 @@ class Build:
         self.done: list[StepResult] = []
         self.requests: list[Request] = merge(parse(self._fragment(name)) for name in self.definition.kernel.fragments)
         self._packages: Packages | None = None
+        self._hooks()  # what they lack is said before anything is made
 
     def image(self) -> Image:
         """The image.  Raises ImageError, and Drift when its packages are not those of the lock."""
@@ -220,7 +227,7 @@ class Build:
             source = self._kernel_source().key(), kernelsource.compiler_version()
             # Not the reasons, or the lines they are in: compiling takes minutes.
             asked = sorted((one.symbol, one.value, one.optional, one.since, one.until) for one in self.requests)
-            return digest_of("compiled", d.arch, source, asked, _code(COMPILED_CODE))
+            return digest_of("compiled", d.arch, source, asked, kernelsource.REVISION)
         requests = [asdict(request) for request in self.requests]
         return digest_of("kernel", d.distribution, d.suite, d.arch, d.kernel.package, requests, _code(KERNEL_CODE))
 
@@ -243,7 +250,11 @@ class Build:
         return self.loaded.beside(name) if name.endswith(".conf") else TEMPLATES / "kernel" / f"{name}.conf"
 
     def _hooks(self) -> list[Path]:
-        return [self.loaded.beside(name) for name in self.definition.hooks]
+        hooks = [self.loaded.beside(name) for name in self.definition.hooks]
+        for hook in hooks:
+            if not os.access(hook, os.X_OK):
+                raise ImageError(f"{hook}: is a hook and not executable; run: chmod +x {shlex.quote(str(hook))}")
+        return hooks
 
     def _own_files(self) -> list[tuple[str, Path]]:
         """What the templates put into the guest: (path in it, file); the last template to name a path wins."""
@@ -269,6 +280,9 @@ class Build:
         self.report("fetching wheels")
         wheels = rootfs.fetch_wheels(Path(sys.executable), d, target / "wheels", self.report)
         rootfs.unpack_wheels(wheels, tree / rootfs.HOME)
+        busybox = self._packages_of_suite().fetch([d.busybox])
+        licences = {package.name: package_contents.licence(package) for package in (*debs, *busybox, *wheels)}
+        owners = rootfs.owners((*debs, *wheels))
         shutil.rmtree(target / "wheels")
         self.report("pruning and compiling")
         rootfs.prune(tree, d.prune, d.keep)
@@ -276,13 +290,17 @@ class Build:
         rootfs.strip(tree)
         for place in (f"usr/lib/python{d.python}", rootfs.HOME):
             rootfs.compile_python(tree, d, tree / place, prefix=tree)
-        busybox = self._packages_of_suite().fetch([d.busybox])
         with tempfile.TemporaryDirectory(dir=target) as scratch:
             extract(busybox, Path(scratch))
             container = tree / BUSYBOX_ROOTFS.lstrip("/")
             rootfs.busybox_rootfs(Path(scratch), container, TEMPLATES / "busybox/etc")
-        records = [package.record() for package in (*debs, *busybox, *wheels)]
+        packages = (*debs, *busybox, *wheels)
+        records = [package.record() for package in packages]
+        for package, record in zip(packages, records, strict=True):
+            if declared := licences[package.name]:
+                record["license"] = declared
         (target / "packages.json").write_text(json.dumps(records))
+        (target / "owners.json").write_text(json.dumps(owners))
 
     def kernel(self) -> Kernel:
         """The kernel with the modules that the fragments name."""
@@ -326,6 +344,29 @@ class Build:
         shutil.rmtree(target / "build")
         if self.agent_key() != key:
             raise SourcesChanged("the agent's sources changed while they were compiled; build it again")
+
+    def files(self) -> list[treemap.File]:
+        """The files of the image before it is packed, with who brought them; steps that are not cached are taken."""
+        base, kernel = self.base(), self.kernel()
+        owners = json.loads((base / "owners.json").read_text())
+        found = [treemap.File(kernel.file.name, kernel.file.stat().st_size, "kernel", "kernel")]
+        with tempfile.TemporaryDirectory() as scratch:
+            layer = Path(scratch)
+            kernel.put_modules(layer / "usr/lib/modules")
+            found += [treemap.File(path, size, "modules", "kernel") for path, size in _sizes(layer)]
+        with tempfile.TemporaryDirectory() as scratch:
+            self._render_files(Path(scratch))
+            found += [treemap.File(path, size, "files", "template") for path, size in _sizes(Path(scratch))]
+        found += [treemap.File(path, size, "agent", "agent") for path, size in _sizes(self.agent(base))]
+        for path, size in _sizes(base / "tree"):
+            # Sources are byte code by now; what is in the container's root is one program, and links to it.
+            source = path.removesuffix("c") if path.endswith(".pyc") else path
+            busybox = (
+                (self.definition.busybox, "deb") if f"/{path}".startswith(BUSYBOX_ROOTFS) else ("made here", "made")
+            )
+            package, kind = owners.get(path) or owners.get(source) or busybox
+            found.append(treemap.File(path, size, package, KINDS.get(kind, kind)))
+        return found
 
     def tools(self) -> Tools:
         """What packs a disk: the programs of the suite itself, so that this machine's versions play no part."""
@@ -395,6 +436,16 @@ class Build:
             with place.open("rb") as start:
                 script = start.read(2) == b"#!"
             place.chmod(0o755 if script or os.access(source, os.X_OK) else 0o644)
+
+
+def _sizes(tree: Path) -> Iterable[tuple[str, int]]:
+    """Yield the files of a tree with their bytes, each once if it has several names."""
+    seen = set()
+    for file in sorted(tree.rglob("*")):
+        state = file.lstat()
+        if stat.S_ISREG(state.st_mode) and state.st_ino not in seen:
+            seen.add(state.st_ino)
+            yield str(file.relative_to(tree)), state.st_size
 
 
 def _image_code() -> Iterable[str]:

@@ -8,20 +8,22 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from caisson.image.errors import ImageError
+from caisson.image.run import remove_in_background
 
 
 def default_root() -> Path:
@@ -44,6 +46,10 @@ def cap() -> int:
     return int(text)
 
 
+#: What every program says of a full disk (ENOSPC).
+NO_SPACE = os.strerror(errno.ENOSPC)
+
+
 def digest_of(*inputs: object) -> str:
     """A key for these inputs (JSON values): 24 hex digits."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:24]
@@ -58,6 +64,14 @@ def digest_of_files(root: Path, files: list[Path]) -> str:
         state.update(f"{file.relative_to(root)}\0{mode:o}\0{len(data)}\0".encode())
         state.update(data)
     return state.hexdigest()[:24]
+
+
+@dataclass(frozen=True)
+class Removed:
+    """A result that was removed: of which step, and the bytes that it had."""
+
+    step: str
+    bytes: int
 
 
 class Cache:
@@ -96,14 +110,21 @@ class Cache:
                 (making / ".used").write_text(str(size_of(making)))
                 making.rename(self.root / step / key)
             except BaseException as error:
-                shutil.rmtree(making, ignore_errors=True)
+                if isinstance(error, Exception):
+                    shutil.rmtree(making, ignore_errors=True)
+                else:  # somebody waits at a terminal
+                    self._remove_in_background(making)
+                if isinstance(error, (OSError, ImageError)) and NO_SPACE in str(error):
+                    raise ImageError(
+                        f"{self.root}: the disk is full; make room, or name another place in CAISSON_CACHE"
+                    ) from error
                 if isinstance(error, OSError):
                     raise ImageError(f"{step}: {error}") from error
                 raise
         return self.root / step / key
 
     def _remove_in_background(self, making: Path) -> None:
-        """Move what a killed maker has left out of the way: a kernel's tree takes many seconds to remove."""
+        """Move what is half made out of the way, and remove it beside: a kernel's tree takes many seconds."""
         gone = making.with_name(f".making-{uuid.uuid4().hex}")
         try:
             making.rename(gone)
@@ -111,8 +132,7 @@ class Cache:
             return
         lock = gone.with_name(gone.name.replace("making", "lock", 1))  # so that a sweep finds it, should rm be killed
         lock.touch()
-        script = 'rm -rf -- "$@" >/dev/null 2>&1 &'
-        subprocess.run(["/bin/sh", "-c", script, "sh", str(gone), str(lock)], start_new_session=True, check=False)
+        remove_in_background(gone, lock)
 
     @contextmanager
     def scratch(self, step: str) -> Iterator[Path]:
@@ -128,25 +148,26 @@ class Cache:
                 shutil.rmtree(making, ignore_errors=True)
                 (making.parent / f".lock-{key}").unlink()
 
-    def trim(self, cap: int, *, spare: float = 3600.0) -> int:
+    def trim(self, cap: int, *, spare: float = 3600.0) -> list[Removed]:
         """Forget results, those used longest ago first, until all steps together have ``cap`` bytes or less; but none
-        that was used within the last ``spare`` seconds.  Removes what killed builds have left, too.  Returns the bytes
-        that it freed.
+        that was used within the last ``spare`` seconds.  Removes what killed builds have left, too.  Returns what it
+        removed.
         """
         results = [path for path in self.root.glob("*/*/") if (path / ".used").is_file()]
         sizes = {path: _recorded_size(path) for path in results}
-        total, freed, now = sum(sizes.values()), 0, time.time()
+        total, now = sum(sizes.values()), time.time()
+        removed: list[Removed] = []
         for path in sorted(results, key=_last_use):
-            if total - freed <= cap or now - _last_use(path) < spare:
+            if total - sum(one.bytes for one in removed) <= cap or now - _last_use(path) < spare:
                 break
             # Out of sight first: a result is whole, or not there.
             gone = path.with_name(f".making-{path.name}")
             with contextlib.suppress(BlockingIOError), self._locked(path.parent.name, path.name, wait=False):
                 path.rename(gone)
                 shutil.rmtree(gone, ignore_errors=True)
-                freed += sizes[path]
+                removed.append(Removed(path.parent.name, sizes[path]))
         self._sweep("*")
-        return freed
+        return removed
 
     def _sweep(self, steps: str) -> None:
         """Remove what killed makers have left, of a step or (``*``) of all."""
@@ -207,15 +228,16 @@ def _last_use(result: Path) -> float:
         return 0.0
 
 
-def clean(root: Path | None = None, *, everything: bool = False) -> int:
-    """Remove all results, and with ``everything`` all downloads; returns the bytes that it freed.
+def clean(root: Path | None = None, *, everything: bool = False) -> list[Removed]:
+    """Remove all results, and with ``everything`` all downloads; returns what it removed.
 
     What is being made meanwhile stays.
     """
     cache = Cache(root or default_root())
-    freed = cache.trim(0, spare=0)
+    removed = cache.trim(0, spare=0)
     downloads = cache.root / "apt"
     if everything and downloads.is_dir():
-        freed += size_of(downloads)
+        for place in sorted(downloads.iterdir()):
+            removed.append(Removed("downloads", size_of(place)))
         shutil.rmtree(downloads)
-    return freed
+    return removed

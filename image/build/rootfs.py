@@ -11,6 +11,7 @@ from pathlib import Path
 from caisson.image.build.choices import DISTRIBUTIONS
 from caisson.image.build.definition import Definition
 from caisson.image.errors import ImageError
+from caisson.image.packages import contents
 from caisson.image.packages.package import Package
 from caisson.image.run import run
 from caisson.proto.contract import GUEST_HOME
@@ -74,6 +75,17 @@ def unpack_wheels(wheels: Iterable[Package], target: Path) -> None:
     for wheel in wheels:
         with zipfile.ZipFile(wheel.file) as archive:
             archive.extractall(target)  # names are checked by zipfile: none leads out of the target
+
+
+def owners(packages: Iterable[Package]) -> dict[str, tuple[str, str]]:
+    """Return the name and kind of the package of each file, by its path in a guest whose /usr is merged."""
+    found = {}
+    for package in packages:
+        for name in contents.files(package):
+            top, slash, rest = name.partition("/")
+            path = f"{HOME}/{name}" if package.kind == "wheel" else f"{LINKS.get(top, top)}{slash}{rest}"
+            found[path] = (package.name, package.kind)
+    return found
 
 
 def prune(tree: Path, patterns: Sequence[str], keep: Sequence[str]) -> None:

@@ -14,8 +14,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from caisson.image.packages.contents import REFERENCE, references
+
 #: Names a document of an image nobody has to publish: .invalid is reserved, the digest makes it unique (RFC 2606).
 NAMESPACE = "https://caisson.invalid/spdx"
+
+#: The kernel's licence (its COPYING), and this project's.
+LINUX, OURS = "GPL-2.0-only WITH Linux-syscall-note", "Apache-2.0"
+
+#: What stands for the text of a licence that SPDX does not know.
+EXTRACTED = "as in the copyright file of the package that declares it"
 
 #: For what a manifest knows nothing of.
 _UNKNOWN = "NOASSERTION"
@@ -25,17 +33,22 @@ def document(manifest: Mapping[str, Any], *, created: int = 0) -> dict[str, Any]
     """The SPDX document of an image whose image.json is ``manifest``; ``created`` is in seconds since 1970."""
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     name = f"{manifest['name']}-{manifest['suite']}-{manifest['arch']}"
-    image = _package("image", name, manifest["key"], None, None, "OPERATING-SYSTEM")
-    kernel = manifest["kernel"]
-    contents = [_package("kernel", "linux", kernel["release"], kernel["sha256"], None, "OPERATING-SYSTEM")]
-    contents.append(_package("agent", "caisson-agent", manifest["agent"]["version"], None, None, "APPLICATION"))
+    image = _package("image", name, manifest["key"], "", purpose="OPERATING-SYSTEM")
+    kernel, version = manifest["kernel"], manifest["agent"]["version"]
+    contents = [
+        _package("kernel", "linux", kernel["release"], LINUX, sha256=kernel["sha256"], purpose="OPERATING-SYSTEM"),
+        _package("agent", "caisson-agent", version, OURS, purpose="APPLICATION"),
+    ]
     for record in manifest["packages"]:
-        locator = _purl(record, manifest)
-        purpose = "LIBRARY" if record["type"] == "wheel" else None
-        contents.append(_package(record["type"], record["name"], record["version"], record["sha256"], locator, purpose))
+        contents.append(
+            _package(
+                record["type"], record["name"], record["version"], record.get("license", ""), sha256=record["sha256"],
+                locator=_purl(record, manifest), purpose="LIBRARY" if record["type"] == "wheel" else None,
+            )
+        )  # fmt: skip
     # By identifier: sorted, and once what a manifest has twice.
     contents = [package for _, package in sorted({str(package["SPDXID"]): package for package in contents}.items())]
-    return {
+    document = {
         "spdxVersion": "SPDX-2.3",
         "dataLicense": "CC0-1.0",
         "SPDXID": "SPDXRef-DOCUMENT",
@@ -51,6 +64,12 @@ def document(manifest: Mapping[str, Any], *, created: int = 0) -> dict[str, Any]
             *(_relation(image["SPDXID"], "CONTAINS", package["SPDXID"]) for package in contents),
         ],
     }
+    others = references(package["licenseDeclared"] for package in contents)
+    if others:  # the specification wants a text of each, and it is in the packages
+        document["hasExtractedLicensingInfos"] = [
+            {"licenseId": one, "name": one.removeprefix(REFERENCE), "extractedText": EXTRACTED} for one in others
+        ]
+    return document
 
 
 def write(manifest: Mapping[str, Any], file: Path, *, created: int = 0) -> None:
@@ -59,7 +78,14 @@ def write(manifest: Mapping[str, Any], file: Path, *, created: int = 0) -> None:
 
 
 def _package(
-    kind: str, name: str, version: str, sha256: str | None, locator: str | None, purpose: str | None
+    kind: str,
+    name: str,
+    version: str,
+    declared: str,
+    *,
+    sha256: str = "",
+    locator: str = "",
+    purpose: str | None = None,
 ) -> dict[str, Any]:
     # An identifier has letters, digits, dots and hyphens only; what else a name has would make two names one.
     readable = re.sub(r"[^A-Za-z0-9.-]", "-", f"{kind}-{name}")
@@ -71,7 +97,7 @@ def _package(
         "downloadLocation": _UNKNOWN,
         "filesAnalyzed": False,
         "licenseConcluded": _UNKNOWN,
-        "licenseDeclared": _UNKNOWN,
+        "licenseDeclared": declared or _UNKNOWN,
         "copyrightText": _UNKNOWN,
     }
     if purpose:

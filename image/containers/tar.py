@@ -248,15 +248,22 @@ class _Reader:
 
     def _map_in_data(self, member: Member) -> list[int]:
         """Read the map of pax 1.0: lines with numbers, the first says how many runs, up to the end of a block."""
-        data = b""
-        wanted = 1
-        while data.count(b"\n") < wanted:
-            if len(data) > MAX_HEADER:
+        lines: list[bytes] = []  # the last one is not whole yet, or is padding
+        rest, read, wanted = b"", 0, 1
+        while len(lines) < wanted:
+            if read > MAX_HEADER:
                 raise self._damaged(f"a sparse map of more than {MAX_HEADER} bytes")
-            data += self._read(BLOCK)
-            if b"\n" in data:
-                wanted = 1 + 2 * _decimal(data.split(b"\n", 1)[0], member.name)
-        return [_decimal(line, member.name) for line in data.split(b"\n")[1:wanted]]
+            *found, rest = (rest + self._read(BLOCK)).split(b"\n")
+            read += BLOCK
+            if len(rest) > BLOCK:
+                raise self._damaged("a number without an end in a sparse map")
+            if not lines and found:
+                runs = _decimal(found[0], member.name)
+                if not 0 <= runs <= MAX_EXTENTS:
+                    raise Malformed(f"{text(member.name)}: a sparse map of {runs} runs; at most {MAX_EXTENTS} are read")
+                wanted = 1 + 2 * runs
+            lines += found
+        return [_decimal(line, member.name) for line in lines[1:wanted]]
 
 
 def _extents(member: Member, runs: list[int], stored: int) -> tuple[Extent, ...]:

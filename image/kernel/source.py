@@ -12,6 +12,8 @@ import os
 import re
 import shutil
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,10 +22,17 @@ from pathlib import Path
 from caisson.image.errors import ImageError
 from caisson.image.kernel import fragments
 from caisson.image.packages.apt import Apt
-from caisson.image.run import CommandFailed, run
+from caisson.image.run import CommandFailed, remove_in_background, run
 
 #: Our names of architectures → the kernel's, and what its build makes that a boot loader takes.
 ARCHITECTURES = {"amd64": ("x86", "arch/x86/boot/bzImage"), "arm64": ("arm64", "arch/arm64/boot/Image")}
+
+#: Which bytes this module makes of a source and requests: another one compiles every kernel again, which takes minutes.
+#: To be changed with the way in which a kernel is made, and not with what is said meanwhile.
+REVISION = "10028efd58beed61727e0da5"
+
+#: Seconds between two lines of progress.
+PROGRESS_INTERVAL = 30.0
 
 #: What would otherwise tell in the kernel's bytes who built it, where and when.
 REPRODUCIBLE = {
@@ -101,14 +110,17 @@ class Compiled:
             raise ImageError(f"{self.arch}: kernels are not compiled for it, but for {' and '.join(ARCHITECTURES)}")
         # The kernel's build takes no directory with a space or a colon in its name.
         place = None if re.search(r"[\s:]", str(target)) else target
-        with tempfile.TemporaryDirectory(dir=place, prefix=".kernel-") as scratch:
+        with _scratch(place) as scratch:
             self.report("unpacking the kernel's source")
-            with self.source.tree(Path(scratch)) as (tree, packages):
-                build = Path(scratch) / "build"
+            with self.source.tree(scratch) as (tree, packages):
+                build = scratch / "build"
                 build.mkdir()
                 verdict = configure(tree, build, self.arch, requests)
-                self.report("compiling the kernel: minutes, once")
-                _make(tree, build, self.arch, "all" if self.arch == "arm64" else "bzImage", jobs=os.cpu_count() or 1)
+                log = scratch / "build.log"
+                self.report(f"compiling the kernel: minutes, once; its log is {log}")
+                goal = "all" if self.arch == "arm64" else "bzImage"
+                with _progress(build, self.report):
+                    _make(tree, build, self.arch, goal, jobs=os.cpu_count() or 1, log=log)
                 self._take(build, target, packages, verdict)
 
     def _take(self, build: Path, target: Path, packages: list[dict[str, str]], verdict: fragments.Verdict) -> None:
@@ -131,6 +143,41 @@ class Compiled:
         (target / "kernel.json").write_text(json.dumps(document, indent=2))
 
 
+@contextmanager
+def _scratch(place: Path | None) -> Iterator[Path]:
+    """Yield a directory to build in.  It is removed, after Ctrl-C in the background: that takes many seconds."""
+    scratch = Path(tempfile.mkdtemp(dir=place, prefix=".kernel-"))
+    try:
+        yield scratch
+    except KeyboardInterrupt:
+        remove_in_background(scratch)
+        raise
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _progress(build: Path, report: Callable[[str], None]) -> Iterator[None]:
+    """Say now and then during a block how many objects are compiled."""
+    done = threading.Event()
+
+    def watch() -> None:
+        began = time.monotonic()
+        while not done.wait(PROGRESS_INTERVAL):
+            count = sum(name.endswith(".o") for _, _, names in os.walk(build) for name in names)
+            if done.is_set():
+                return
+            report(f"compiling the kernel: {count} objects after {time.monotonic() - began:.0f} s")
+
+    threading.Thread(target=watch, name="progress", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
 def configure(tree: Path, build: Path, arch: str, requests: Sequence[fragments.Request]) -> fragments.Verdict:
     """Write ``build``/.config from the requests that concern this kernel, and judge it.  Raises Unsatisfied."""
     release = run(["make", "-s", "-C", tree, "kernelversion"]).decode().strip()
@@ -150,14 +197,15 @@ def configure(tree: Path, build: Path, arch: str, requests: Sequence[fragments.R
         raise error.explained(lambda one: explainer.why(one.symbol, one.value)) from None
 
 
-def _make(tree: Path, build: Path, arch: str, *words: str, jobs: int = 1) -> None:
+def _make(tree: Path, build: Path, arch: str, *words: str, jobs: int = 1, log: Path | None = None) -> None:
     compiler = "ccache gcc" if shutil.which("ccache") else "gcc"
     settings = [f"ARCH={ARCHITECTURES[arch][0]}", f"CC={compiler}", f"HOSTCC={compiler}"]
     settings += [f"{name}={value}" for name, value in REPRODUCIBLE.items()]
     try:
         run(
-            ["make", "-s", "-C", tree, f"O={build}", f"-j{jobs}", *settings, *words], env={"CCACHE_BASEDIR": str(build)}
-        )
+            ["make", "-s", "-C", tree, f"O={build}", f"-j{jobs}", *settings, *words],
+            env={"CCACHE_BASEDIR": str(build)}, log=log,
+        )  # fmt: skip
     except CommandFailed as error:
         if "gelf.h" in str(error) or "libelf" in str(error):
             raise ImageError(

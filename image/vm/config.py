@@ -15,7 +15,7 @@ from typing import Any, Self
 from caisson.image.vm import qemu
 from caisson.image.vm.accel import Choice, Host, choose_accelerator, choose_vsock
 from caisson.image.vm.directory import VMDirectory
-from caisson.image.vm.errors import VMError
+from caisson.image.vm.errors import InvalidOption
 from caisson.image.vm.hotplug import virtiofs
 from caisson.image.vm.network import KINDS, Publish
 from caisson.image.vm.snapshot.snapshot import Snapshot
@@ -40,7 +40,7 @@ def parse_share(text: str) -> tuple[str, tuple[str, bool]]:
     """
     tag, equals, path = text.partition("=")
     if not equals or not path:
-        raise VMError(f"--share {text}: is not TAG=DIR, TAG=DIR:ro or TAG=DIR:rw")
+        raise InvalidOption(f"--share {text}: is not TAG=DIR, TAG=DIR:ro or TAG=DIR:rw")
     directory, colon, mode = path.rpartition(":")
     if not colon or mode not in ("ro", "rw") or (Path(path).is_dir() and not Path(directory).is_dir()):
         return tag, (path, False)
@@ -79,30 +79,34 @@ class VMConfig:
 
     def __post_init__(self) -> None:
         if self.memory < MIN_MEMORY:
-            raise VMError(f"--memory {self.memory}: too little for a guest; give MiB, {MIN_MEMORY} or more")
+            raise InvalidOption(f"--memory {self.memory}: too little for a guest; give MiB, {MIN_MEMORY} or more")
         most = max(memory_of_host(), MIN_MEMORY)
         for option, value in (("--memory", self.memory), ("--max-memory", self.max_memory)):
             if value > most:
-                raise VMError(f"{option} {value}: more than the {most} MiB of this machine; give fewer")
+                raise InvalidOption(f"{option} {value}: more than the {most} MiB of this machine; give fewer")
         if not 1 <= self.cpus <= 255:
-            raise VMError(f"--cpus {self.cpus}: is out of range; give 1 to 255")
+            raise InvalidOption(f"--cpus {self.cpus}: is out of range; give 1 to 255")
         if self.max_cpus and not self.cpus <= self.max_cpus <= 255:
-            raise VMError(f"--max-cpus {self.max_cpus}: is out of range; give {self.cpus} (--cpus) to 255")
+            raise InvalidOption(f"--max-cpus {self.max_cpus}: is out of range; give {self.cpus} (--cpus) to 255")
         if self.max_memory and self.max_memory < self.memory:
-            raise VMError(f"--max-memory {self.max_memory}: is too little; give at least {self.memory} MiB (--memory)")
+            raise InvalidOption(
+                f"--max-memory {self.max_memory}: is too little; give at least {self.memory} MiB (--memory)"
+            )
         for tag, (path, _) in self.shares.items():
             if not TAG.fullmatch(tag):
-                raise VMError(f"share {tag!r}: is not a tag; give up to 31 letters, digits, - and _")
+                raise InvalidOption(f"share {tag!r}: is not a tag; give up to 31 letters, digits, - and _")
             if not Path(path).is_dir():
-                raise VMError(f"{path}: is not a directory; --share takes TAG=DIR, TAG=DIR:ro or TAG=DIR:rw")
+                raise InvalidOption(f"{path}: is not a directory; --share takes TAG=DIR, TAG=DIR:ro or TAG=DIR:rw")
         if self.network not in KINDS:
-            raise VMError(f"--network {self.network}: is not one of {', '.join(KINDS)}")
+            raise InvalidOption(f"--network {self.network}: is not one of {', '.join(KINDS)}")
         if self.publish and self.network == "none":
-            raise VMError("--publish: the VM has no network; add --network user")
+            raise InvalidOption("--publish: the VM has no network; add --network user")
         if (self.snapshot or self.savable) and self.network != "none":
-            raise VMError("--network: a snapshot has no network; boot the VM from an image")
+            raise InvalidOption("--network: a snapshot has no network; boot the VM from an image")
         if (self.snapshot or self.savable) and (self.shares or self.max_memory or self.max_cpus):
-            raise VMError("snapshot: cannot have shared directories or room for more memory or CPUs; leave these out")
+            raise InvalidOption(
+                "snapshot: cannot have shared directories or room for more memory or CPUs; leave these out"
+            )
 
     @classmethod
     def clone(cls, snapshot: Snapshot, **changes: Any) -> Self:
@@ -143,11 +147,13 @@ def shares_to_plug(config: VMConfig) -> Mapping[str, tuple[str, bool]]:
     if not config.shares or mountable is None or "9p" in mountable:
         return {}
     if "virtiofs" not in mountable:
-        raise VMError(
+        raise InvalidOption(
             "--share: this image's kernel can mount neither 9p nor virtiofs; use one that can: --template lean"
         )
     if len(config.shares) > len(qemu.PORTS):
-        raise VMError(f"--share: with this image's kernel, up to {len(qemu.PORTS)} directories; share one above them")
+        raise InvalidOption(
+            f"--share: with this image's kernel, up to {len(qemu.PORTS)} directories; share one above them"
+        )
     for path, writable in config.shares.values():
         virtiofs.command(Path(path), 0, writable=writable)
     return config.shares
@@ -169,7 +175,7 @@ def dry_run(config: VMConfig) -> DryRun:
     Raises VMError where no VM could be started, and for a clone: much of that is set up through QEMU's monitor.
     """
     if config.snapshot:
-        raise VMError("--dry-run: a clone is more than a command: memory and state of its snapshot are restored")
+        raise InvalidOption("--dry-run: a clone is more than a command: memory and state of its snapshot are restored")
     image = Path(config.image).resolve()
     _, manifest = qemu.read_manifest(image)
     accelerator, transport = config.choices()

@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from caisson.image.vm.errors import VMError
+from caisson.image.vm.errors import InvalidOption, VMError
 from caisson.image.vm.runroot import owned_run_root, run_root
 from caisson.proto.contract import VERSION, VM_FORMAT
 from caisson.proto.foreign_text import printable
@@ -84,7 +84,7 @@ class VMDirectory:
     def of(cls, name: str) -> VMDirectory:
         """Return the directory of the VM of this name.  Raises VMError for a name that cannot be one."""
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-            raise VMError(f"VM {name!r}: is not a name; give letters, digits, '_', '.' and '-'")
+            raise InvalidOption(f"VM {name!r}: is not a name; give letters, digits, '_', '.' and '-'")
         path = (owned_run_root() or run_root()) / name
         if len(os.fsencode(path)) + MAX_SOCKET_NAME > MAX_SOCKET_PATH:
             raise VMError(f"{path}: is too long for the paths of sockets; a shorter name or CAISSON_RUN helps")

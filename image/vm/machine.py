@@ -420,3 +420,9 @@ def list_vms() -> list[VM]:
     """Return this user's running VMs, by name; those of other versions that this one cannot use are left out."""
     vms = ((directory, directory.read()) for directory in running_vms())
     return [VM(directory, info) for directory, info in vms if info and info.get("format") == VM_FORMAT]
+
+
+def vms_of_other_versions() -> dict[str, str]:
+    """Return this user's running VMs that this version cannot use: the version that started each, by its name."""
+    infos = ((directory.name, directory.read()) for directory in running_vms())
+    return {name: str(info.get("version", "0.1")) for name, info in infos if info and info.get("format") != VM_FORMAT}

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from caisson.image.vm.errors import VMError
+from caisson.image.vm.errors import InvalidOption
 
 KINDS = ("none", "user")
 
@@ -39,10 +39,10 @@ class Publish:
 
     @classmethod
     def parse(cls, text: str) -> Publish:
-        """Parse [ADDRESS:]PORT:PORT[/udp].  Raises VMError."""
+        """Parse [ADDRESS:]PORT:PORT[/udp].  Raises InvalidOption."""
         found = RULE.fullmatch(text)
         if not found or not all(0 < int(found[side]) < 65536 for side in ("host", "guest")):
-            raise VMError(f"--publish {text}: is not [ADDRESS:]PORT:PORT[/udp]; for example 8080:80")
+            raise InvalidOption(f"--publish {text}: is not [ADDRESS:]PORT:PORT[/udp]; for example 8080:80")
         address = found["address"] or cls.address
         if address == "localhost":
             address = cls.address

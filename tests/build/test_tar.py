@@ -9,13 +9,14 @@ import stat
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from caisson.image.containers.tar import HARD_LINK, MAX_HEADER, Member, members
+from caisson.image.containers.tar import HARD_LINK, MAX_EXTENTS, MAX_HEADER, Member, members
 from caisson.image.formats.tree import Malformed
 
 TIB = 1 << 40
@@ -231,3 +232,42 @@ def test_a_large_header_is_refused_unread(tmp_path: Path, kind: bytes) -> None:
     done = subprocess.run([sys.executable, "-c", program, file], capture_output=True, text=True, check=True)
     error, peak = done.stdout.splitlines()
     assert f"at most {MAX_HEADER}" in error and int(peak) < 64 << 10
+
+
+def test_a_map_in_the_data_is_read_in_a_time_by_its_length() -> None:
+    """One number for each block of it would be looked for from the beginning again, and again."""
+    runs = MAX_EXTENTS
+    lines = b"%d\n" % runs + b"".join(b"%d\n0\n" % number for number in range(runs))
+    lines += bytes(-len(lines) % 512)
+    entry = info("GNUSparseFile.0/a", size=len(lines))
+    entry.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "a",
+                         "GNU.sparse.realsize": str(runs)}  # fmt: skip
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as written:
+        written.addfile(entry, io.BytesIO(lines))
+    began = time.process_time()
+    (member,) = read(stream.getvalue())
+    took = time.process_time() - began
+    assert member.size == runs and member.extents == ()
+    assert took < 2.0, "half a second is usual, and it was many"
+
+
+@pytest.mark.parametrize(
+    ("lines", "why"),
+    [
+        (b"99999999\n", "99999999 runs; at most"),
+        (b"-1\n", "-1 runs; at most"),
+        (b"x\n", "not a number"),
+        (b"1" * 2000, "without an end"),
+    ],
+)
+def test_reader_rejects_maps_that_lie(lines: bytes, why: str) -> None:
+    data = lines + bytes(-len(lines) % 512)
+    entry = info("GNUSparseFile.0/a", size=len(data))
+    entry.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "a",
+                         "GNU.sparse.realsize": "1"}  # fmt: skip
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as written:
+        written.addfile(entry, io.BytesIO(data))
+    with pytest.raises(Malformed, match=why):
+        read(stream.getvalue())

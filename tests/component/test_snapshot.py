@@ -63,7 +63,7 @@ def test_it_is_found_by_its_name_replaced_and_cleaned(tmp_path: Path, cache: Pat
     again = stored("t", tmp_path, b"other memory")
     assert (again.directory / "ram").read_bytes().startswith(b"other memory")
     assert (again.directory / "state").read_bytes() == b"state"
-    assert clean(cache) > 0
+    assert clean(cache)
     assert Snapshot.load("t") is None
     assert [path.name for path in (cache / "snapshots").iterdir()] == []
 
@@ -103,7 +103,7 @@ def test_snapshot_check_names_what_differs(tmp_path: Path, cache: Path, field: s
 
 @pytest.mark.parametrize("name", ["", "../x", ".hidden", "a/b", "x" * 101])
 def test_a_name_is_no_path(name: str) -> None:
-    with pytest.raises(VMError, match="a snapshot's name is made of"):
+    with pytest.raises(VMError, match="is not a name; give up to 100"):
         Snapshot.load(name)
 
 

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from caisson.image.build.builder import Build
+from caisson.image.build.cache import Cache
 from caisson.image.build.definition import DEFAULT, host_architecture, load
 from caisson.image.build.settings import DefinitionError
+from caisson.image.errors import ImageError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -121,3 +124,14 @@ def test_a_definition_imports_nothing_that_builds() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     ours = {name.removeprefix("caisson.image.") for name in done.stdout.split() if name.startswith("caisson.image.")}
     assert not {name for name in ours if name.startswith(("formats", "packages", "kernel", "run"))}
+
+
+def test_a_hook_that_cannot_be_executed_is_refused_before_anything_is_made(file: Path, tmp_path: Path) -> None:
+    file.write_text(WHOLE + "hooks: [mine.sh]\n")
+    hook = tmp_path / "mine.sh"
+    hook.write_text("#!/bin/sh\n")
+    with pytest.raises(ImageError, match=r"mine\.sh: is a hook and not executable; run: chmod \+x"):
+        Build(load(file), Cache(tmp_path / "cache"))
+    hook.chmod(0o755)
+    Build(load(file), Cache(tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()

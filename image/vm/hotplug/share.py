@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from caisson.image.vm.config import TAG
-from caisson.image.vm.errors import VMError
+from caisson.image.vm.errors import InvalidOption, VMError
 from caisson.image.vm.hotplug.disks import MONITOR_TIMEOUT, empty_port, plugged, unplugged
 from caisson.image.vm.jsonsocket import JSONSocket
 from caisson.image.vm.machine import VM
@@ -68,9 +68,9 @@ def share(vm: VM, directory: Path, tag: str = "", *, writable: bool) -> Shared:
     """
     path = directory.resolve()
     if tag and not TAG.fullmatch(tag):
-        raise VMError(f"--tag {tag}: is not up to 31 letters, digits, - and _, a letter first")
+        raise InvalidOption(f"--tag {tag}: is not up to 31 letters, digits, - and _, a letter first")
     if not path.is_dir():
-        raise VMError(f"{directory}: is not a directory; name one to share")
+        raise InvalidOption(f"{directory}: is not a directory; name one to share")
     with _alone(vm):
         return _share(vm, path, tag, writable)
 

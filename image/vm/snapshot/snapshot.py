@@ -23,7 +23,7 @@ from typing import Any, Self
 
 from caisson.image.build.cache import Cache, default_root
 from caisson.image.vm import qemu
-from caisson.image.vm.errors import VMError
+from caisson.image.vm.errors import InvalidOption, VMError
 from caisson.image.vm.snapshot import ram as memory
 from caisson.proto.contract import READY_LINE
 
@@ -128,7 +128,7 @@ class Snapshot:
 def checked(name: str) -> str:
     """Return a name that a snapshot can have.  Raises VMError for any other."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
-        raise VMError(f"{name!r}: a snapshot's name is made of up to 100 letters, digits, '_', '.' and '-'")
+        raise InvalidOption(f"snapshot {name!r}: is not a name; give up to 100 letters, digits, '_', '.' and '-'")
     return name
 
 

@@ -1,0 +1,97 @@
+"""Ctrl-C: commands come back within two seconds, and leave nothing that runs and nothing half-made."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.poll import wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
+
+#: Seconds from Ctrl-C to the end; what this machine is busy with counts, too.
+SOON = 2.0
+
+#: A compile that goes on for ever: what it starts ignores signals, as some compilers' children do, and it writes.
+MAKE = """\
+#!/bin/sh
+case "$*" in
+*kernelversion*) echo 6.12; exit ;;
+*allnoconfig*) for word; do case $word in O=*) : >"${word#O=}/.config" ;; esac; done; exit ;;
+esac
+for word; do case $word in O=*) out=${word#O=} ;; esac; done
+sh -c 'trap "" INT TERM HUP; echo $$ >"$1/pid"; n=0; while :; do n=$((n + 1)); echo >"$1/$n.o"; done' sh "$out"
+"""
+
+COMPILE = """
+import sys
+from pathlib import Path
+from caisson.commands import main
+from caisson.image.build.cache import Cache
+from caisson.image.kernel.source import Compiled, SourceTree
+
+def work(target):
+    Compiled(SourceTree(Path(sys.argv[2])), "amd64", print).make(target, [])
+
+def compile(**_):
+    Cache(Path(sys.argv[1])).get_or_make("kernel", "key", work)
+
+from caisson.commands.declare import Command, Group
+import caisson.commands.main as command_line
+command_line.load = lambda run: compile
+sys.exit(command_line.main(["compile"], Group("", (Command("compile", "", "x:y"),))))
+"""
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_a_compile_ends_at_once_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/make").write_text(MAKE)
+    (tmp_path / "bin/make").chmod(0o755)
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree/Kconfig").touch()
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    cache = tmp_path / "cache"
+    words = [sys.executable, "-c", COMPILE, str(cache), str(tmp_path / "tree")]
+    with subprocess.Popen(words, cwd=ROOT, env=environment, start_new_session=True, stderr=subprocess.PIPE) as command:
+        try:
+            wait_until(lambda: list(cache.glob("kernel/.making-key/.kernel-*/build/pid")), "it compiles")
+            (file,) = cache.glob("kernel/.making-key/.kernel-*/build/pid")
+            wait_until(lambda: file.read_text().endswith("\n"), "the compiler has written its number")
+            compiler = int(file.read_text())
+            began = time.monotonic()
+            os.killpg(command.pid, signal.SIGINT)  # as a terminal does
+            _, said = command.communicate(timeout=60)
+            took = time.monotonic() - began
+        finally:
+            command.kill()
+    assert command.returncode == 130 and said == b"", said
+    assert took < SOON
+    wait_until(lambda: gone(compiler), "the compiler has ended")
+    wait_until(lambda: [one.name for one in (cache / "kernel").iterdir()] == [".lock-key"], "nothing half-made is left")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_what_a_killed_command_started_ends_with_it(tmp_path: Path, number: signal.Signals) -> None:
+    program = (
+        "import sys; from pathlib import Path; from caisson.image.run import run\n"
+        "run(['sh', '-c', 'echo $$ >$0/pid; trap \"\" INT TERM HUP; while :; do :; done', sys.argv[1]])"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT) as command:
+        file = tmp_path / "pid"
+        wait_until(lambda: file.exists() and file.read_text().endswith("\n"), "it runs")
+        command.send_signal(number)
+        command.wait(60)
+    wait_until(lambda: gone(int(file.read_text())), "it ends with its parent")
