@@ -5,23 +5,36 @@ from __future__ import annotations
 from caisson.agent.client import listing
 from caisson.agent.client import logs as container_logs
 from caisson.agent.client.connection import Agent
+from caisson.agent.client.errors import container_explained
 from caisson.agent.client.guest import call_sync, container_registry
 from caisson.commands.machines import running_vm
 from caisson.commands.program import release_disk, remove_container
 
 
-def ps(*, container: str, name: str, as_json: bool) -> None:
+def ps(*, container: str, everything: bool, name: str, as_json: bool) -> None:
     """List the processes of containers."""
-    vm = running_vm(name)
-    found = call_sync(vm, lambda agent: listing.processes(agent, container_registry(vm), container))
-    rows = ({"container": one["container"]} | row for one in found for row in one["processes"] or [{}])
-    listing.show(("container", *listing.COLUMNS), found, rows, as_json=as_json)
+    with running_vm(name) as vm, container_explained(container):
+        found = call_sync(vm, lambda agent: listing.processes(agent, container_registry(vm), container))
+    shown = [one for one in found if one["processes"] or everything or container]
+    rows = (
+        {"container": one["container"]} | row
+        for one in shown
+        for row in one["processes"] or [{"command": f"exited with status {one['exit_status']}"}]
+    )
+    listing.show(("container", *listing.COLUMNS), shown, rows, as_json=as_json)
+
+
+def start(*, container: str, name: str) -> None:
+    """Start a container that has exited again; prints its name."""
+    with running_vm(name) as vm, container_explained(container):
+        call_sync(vm, lambda agent: container_logs.restart(agent, agent.container(container)))
+    print(container)
 
 
 def stats(*, container: str, name: str, interval: float, as_json: bool) -> None:
     """Show what containers use."""
-    vm = running_vm(name)
-    found = call_sync(vm, lambda agent: listing.stats(agent, container_registry(vm), container, interval))
+    with running_vm(name) as vm, container_explained(container):
+        found = call_sync(vm, lambda agent: listing.stats(agent, container_registry(vm), container, interval))
     shown = (one | {name: _mebibytes(one[name]) for name in ("memory", "memory_limit")} for one in found)
     listing.show(listing.USAGE, found, shown, as_json=as_json)
 
@@ -37,37 +50,42 @@ def kill(*, container: str, signal: str, everything: bool, name: str) -> None:
     async def work(agent: Agent) -> None:
         await listing.signal_container(agent.container(container), number, everything=everything)
 
-    call_sync(running_vm(name), work)
+    with running_vm(name) as vm, container_explained(container):
+        call_sync(vm, work)
 
 
 def pause(*, container: str, name: str) -> None:
     """Freeze all processes of a container."""
-    call_sync(running_vm(name), lambda agent: agent.container(container).pause())
+    with running_vm(name) as vm, container_explained(container):
+        call_sync(vm, lambda agent: agent.container(container).pause())
 
 
 def resume(*, container: str, name: str) -> None:
     """Thaw a container."""
-    call_sync(running_vm(name), lambda agent: agent.container(container).resume())
+    with running_vm(name) as vm, container_explained(container):
+        call_sync(vm, lambda agent: agent.container(container).resume())
 
 
 def rm(*, container: str, timeout: int, name: str) -> None:
     """Kill a container and remove it."""
-    vm = running_vm(name)
-    remove_container(vm, container, timeout)
-    release_disk(vm, container)
+    with running_vm(name) as vm, container_explained(container):
+        remove_container(vm, container, timeout)
+        release_disk(vm, container)
 
 
 def wait(*, container: str, name: str) -> None:
     """Wait until a container ends; prints its exit status."""
-    print(call_sync(running_vm(name), lambda agent: agent.container(container).init().wait()))
+    with running_vm(name) as vm, container_explained(container):
+        status = call_sync(vm, lambda agent: agent.container(container).init().wait())
+    print(status)
 
 
 def attach(*, container: str, name: str) -> int:
     """Join a detached container; returns its exit status, 0 when it was left running."""
-    vm = running_vm(name)
-    terminal = bool(container_registry(vm).metadata(container).get("terminal"))
+    with running_vm(name) as vm, container_explained(container):
+        terminal = bool(container_registry(vm).metadata(container).get("terminal"))
 
-    async def work(agent: Agent) -> int | None:
-        return await container_logs.attach_detached(agent, agent.container(container), terminal=terminal)
+        async def work(agent: Agent) -> int | None:
+            return await container_logs.attach_detached(agent, agent.container(container), terminal=terminal)
 
-    return call_sync(vm, work) or 0
+        return call_sync(vm, work) or 0

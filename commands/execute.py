@@ -17,7 +17,7 @@ from caisson.agent.base.lazyimport import load_deferred
 from caisson.agent.client import specs
 from caisson.agent.client.errors import AgentGone, UsageError
 from caisson.agent.client.execute import execute
-from caisson.agent.client.guest import Machine
+from caisson.agent.client.guest import DEFAULT, Machine
 from caisson.commands.streams import reporter
 from caisson.image.vm.directory import find_running
 
@@ -31,18 +31,27 @@ class RunningMachine:
 
 
 def exec_(
-    *, words: list[str], name: str, container: str, tty: bool, env: list[str], user: str, workdir: str, network: str,
-    verbose: bool,
+    *, words: list[str], name: str, container: str | None, guest: bool, tty: bool, env: list[str], user: str,
+    workdir: str, network: str, verbose: bool,
 ) -> int:  # fmt: skip
-    """Run a program in a container; returns its exit status."""
+    """Run a program in a container, or in the guest itself; returns its exit status."""
     check_terminal(tty)
+    if guest and container:
+        raise UsageError("--guest: is outside all containers; leave --container out")
     ids = specs.user_ids(user)
+    if guest:
+        load_deferred()
+        from caisson.commands.machines import vm_for
+        from caisson.commands.program import execute_in_guest
+
+        with vm_for(name, reporter(verbose), network=network) as vm:
+            return execute_in_guest(vm, words, env=env, cwd=workdir, user=ids, terminal=tty)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # asyncio's own belongs to a task, and whoever replaces that has signal(2)'s module print it: for that alone the
         # inspection of source code would be imported.
         signal.signal(signal.SIGINT, _interrupt)
     with _machine(name, network, verbose) as machine:
-        work = execute(machine, container, words, env=env, cwd=workdir, user=ids, terminal=tty)
+        work = execute(machine, container or DEFAULT, words, env=env, cwd=workdir, user=ids, terminal=tty)
         return asyncio.run(work)
 
 

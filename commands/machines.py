@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 import time
@@ -11,11 +12,12 @@ from pathlib import Path
 
 from caisson import image as images
 from caisson.agent import client
-from caisson.agent.client.errors import AgentGone, UsageError
+from caisson.agent.client.errors import AgentGone, ClientError, UsageError
 from caisson.agent.client.guest import call_sync
 from caisson.agent.client.network import configure
 from caisson.image.programs import DEBIAN_KEYRING, TO_BOOT, TO_BUILD, need
 from caisson.image.vm import VM, VMConfig, VMError, find_vm, get_vm
+from caisson.image.vm.errors import VMEnded
 from caisson.image.vm.network import Publish
 
 #: Run by a VM's supervisor when this machine was suspended: guests' clocks stood still meanwhile.
@@ -25,16 +27,29 @@ RESUME_COMMAND = (sys.executable, "-m", "caisson.agent.client.identity")
 AGENT_TIMEOUT = 60.0
 CHECK_INTERVAL = 3.0
 
+#: Seconds for a VM to end when its agent has gone.
+EXIT_TIMEOUT = 2.0
 
-def running_vm(name: str) -> VM:
-    """Find the running VM of this name and wait until its agent answers.  Raises VMError."""
-    vm = get_vm(name)
+
+@contextlib.contextmanager
+def running_vm(name: str) -> Iterator[VM]:
+    """The running VM of this name, whose agent answers; should it end within the block, that is said.
+
+    Raises VMError.
+    """
+    with end_explained(get_vm(name)) as vm:
+        _await_agent(vm)
+        yield vm
+
+
+def _await_agent(vm: VM) -> None:
+    """Wait until the agent of a running VM answers.  Raises VMError."""
     deadline = time.monotonic() + AGENT_TIMEOUT
     while not client.is_serving(vm.agent_socket, timeout=CHECK_INTERVAL):
-        get_vm(name)  # it may have ended since
+        if (reason := vm.exit_reason(timeout=0)) is not None:
+            raise VMEnded(vm.name, reason)
         if time.monotonic() > deadline:
             raise VMError(f"VM {vm.name!r}: its agent does not answer; see {vm.directory / 'console.log'}")
-    return vm
 
 
 @contextlib.contextmanager
@@ -49,15 +64,16 @@ def vm_for(
     if (network or publish) and (name or find_vm("default") is not None):
         raise UsageError(f"VM {name or 'default'!r}: runs already; give it a network when it boots: caisson boot-vm")
     if name or find_vm("default") is not None:
-        vm = running_vm(name or "default") if answering else get_vm(name or "default")
-        with end_explained(vm):
+        with end_explained(get_vm(name or "default")) as vm:
+            if answering:
+                _await_agent(vm)
             yield vm
     else:
-        directory = image_directory("", report, also=TO_BOOT)
         config = VMConfig(
-            image=directory, name=f"exec-{os.getpid()}", on_resume=RESUME_COMMAND,
+            image=Path(), name=f"exec-{os.getpid()}", on_resume=RESUME_COMMAND,
             network=network or ("user" if publish else "none"), publish=tuple(map(Publish.parse, publish)),
         )  # fmt: skip
+        config = dataclasses.replace(config, image=image_directory("", report, also=TO_BOOT))
         with VM.start(config, ready=client.ReadinessProbe(), report=report) as vm, end_explained(vm):
             if config.network != "none":
                 call_sync(vm, lambda agent: configure(agent, vm.info["network"]))
@@ -65,15 +81,18 @@ def vm_for(
 
 
 @contextlib.contextmanager
-def end_explained(vm: VM) -> Iterator[None]:
-    """Say why a VM has ended, instead of what became of the connection to its agent.  Raises VMError then."""
+def end_explained(vm: VM) -> Iterator[VM]:
+    """Say why a VM has ended, in place of what became of a connection or a file of it.  Raises VMEnded then."""
     try:
-        yield
-    except AgentGone as error:
-        reason = vm.exit_reason()
+        yield vm
+    except VMEnded:
+        raise
+    except (AgentGone, VMError, ClientError, FileNotFoundError, ConnectionRefusedError) as error:
+        lost = isinstance(error, AgentGone)
+        reason = vm.exit_reason(timeout=EXIT_TIMEOUT if lost else 0)
         if reason is None:
             raise
-        raise VMError(f"VM {vm.name!r}: the VM has ended: {reason}") from error
+        raise VMEnded(vm.name, reason) from error
 
 
 def image_directory(path: str, report: Callable[[str], None], also: tuple[str, ...] = ()) -> Path:

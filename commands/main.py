@@ -27,6 +27,9 @@ EXPECTED_ERRORS = (
     "caisson.image.vm.errors:VMError",
 )
 
+#: Of these, what is wrong with the command line itself.
+USAGE_ERRORS = ("caisson.agent.client.errors:UsageError", "caisson.image.vm.errors:InvalidOption")
+
 #: First words that ask for the overview; the last two are those of Invoke.
 OVERVIEW_WORDS = ("--help", "-h", "--list", "-l")
 
@@ -134,8 +137,7 @@ def _report(error: Exception, command: Command) -> int:
     status = getattr(error, "exit_status", None)  # a program that could not be run: 126 or 127
     if isinstance(status, int):
         return status
-    usage = "caisson.agent.client.errors:UsageError" in _names(error)
-    return command.usage_status if usage else command.error_status
+    return command.usage_status if _names(error) & set(USAGE_ERRORS) else command.error_status
 
 
 def one_line(error: Exception) -> str:

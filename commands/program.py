@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+import uuid
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from caisson.agent.client import AgentError, console, copy, is_serving
+from caisson.agent.client import AgentError, copy, foreground
 from caisson.agent.client import forward as forwarding
 from caisson.agent.client import share as mounting
-from caisson.agent.client.errors import UsageError
+from caisson.agent.client.errors import UsageError, container_explained
 from caisson.agent.client.execute import execute
 from caisson.agent.client.guest import (
     Guest,
@@ -26,7 +29,18 @@ from caisson.image.vm.hotplug import share as sharing
 from caisson.image.vm.hotplug.disks import unplug_unused
 
 #: An interactive shell: bash where there is one.
-SHELL = ["/bin/sh", "-c", "command -v bash >/dev/null && exec bash; exec sh"]
+SHELL = ["sh", "-c", "command -v bash >/dev/null && exec bash; exec sh"]
+
+
+def execute_in_guest(vm: VM, words: Sequence[str], *, terminal: bool, **options: Any) -> int:
+    """Run a program in the guest itself; the container that it is for that time is leased, in case this is killed."""
+    remove_orphaned(vm)
+    container, registry = f"guest-{uuid.uuid4().hex[:8]}", container_registry(vm)
+    with registry.lease(container):
+        try:
+            return asyncio.run(foreground.execute_in_guest(vm, container, words, terminal=terminal, **options))
+        finally:
+            registry.discard(container)
 
 
 def remove_orphaned(vm: VM) -> None:
@@ -52,18 +66,17 @@ def release_disk(vm: VM, container: str) -> None:
 
 def shell(*, container: str, guest: bool, name: str) -> int:
     """Open an interactive shell; returns its exit status."""
-    vm = running_vm(name)
-    if not guest:
-        return asyncio.run(execute(vm, container, SHELL, terminal=sys.stdin.isatty()))
-    asyncio.run(console.console(vm.vsock_socket, console.console_port(vm.kernel_words)))
-    if not is_serving(vm.agent_socket, timeout=1.0):
-        raise UsageError(f"VM {name!r}: has ended; start it: caisson boot-vm {name} --detach")
-    return 0
+    with running_vm(name) as vm:
+        if not guest:
+            return asyncio.run(execute(vm, container, SHELL, terminal=sys.stdin.isatty()))
+        return execute_in_guest(vm, SHELL, terminal=sys.stdin.isatty())
 
 
 def cp(*, source: str, target: str, name: str) -> int:
     """Copy a file or a directory into a container or out of it; returns 1 when something cannot be copied."""
-    left_out = asyncio.run(_copy(running_vm(name), source, target))
+    from_, to = copy.places(source, target)
+    with running_vm(name) as vm, container_explained(from_.container or to.container):
+        left_out = asyncio.run(_copy(vm, source, target))
     for one in left_out:
         info(f"not copied: {one}")
     return int(bool(left_out))
@@ -78,18 +91,18 @@ async def _copy(vm: VM, source: str, target: str) -> list[str]:
 
 def share(*, directory: str, name: str, container: str, at: str, tag: str, writable: bool, only_plug: bool) -> None:
     """Share a directory and mount it in a container; prints where."""
-    vm = running_vm(name)
-    shared = sharing.share(vm, Path(directory), tag, writable=writable)
-    if only_plug:
-        print(shared.tag)
-        return
-    place = at or f"{mounting.SHARED}/{shared.tag}"
-    try:
-        asyncio.run(mounting.mount(vm, container, shared.fstype, shared.tag, place, writable=writable))
-    except BaseException:
-        if shared.new:
-            sharing.unshare(vm, shared.tag)
-        raise
+    with running_vm(name) as vm, container_explained(container):
+        shared = sharing.share(vm, Path(directory), tag, writable=writable)
+        if only_plug:
+            print(shared.tag)
+            return
+        place = at or f"{mounting.SHARED}/{shared.tag}"
+        try:
+            asyncio.run(mounting.mount(vm, container, shared.fstype, shared.tag, place, writable=writable))
+        except BaseException:
+            if shared.new:
+                sharing.unshare(vm, shared.tag)
+            raise
     mode = "writable" if writable else "read-only"
     info(f"{directory}: {shared.fstype}, {mode}, until: caisson unshare {shared.tag}")
     print(place)
@@ -97,9 +110,9 @@ def share(*, directory: str, name: str, container: str, at: str, tag: str, writa
 
 def unshare(*, tag: str, name: str) -> None:
     """Unmount a share in all containers and unplug it."""
-    vm = running_vm(name)
-    call_sync(vm, lambda agent: mounting.unmount(agent, tag))
-    sharing.unshare(vm, tag)
+    with running_vm(name) as vm:
+        call_sync(vm, lambda agent: mounting.unmount(agent, tag))
+        sharing.unshare(vm, tag)
 
 
 def forward(*, ports: str, reverse: bool, container: str, name: str) -> None:
@@ -107,10 +120,10 @@ def forward(*, ports: str, reverse: bool, container: str, name: str) -> None:
     rule = forwarding.ForwardRule.parse(ports)
     if reverse and rule.kind != "vsock":
         raise UsageError(f"--reverse: is for vsock ports, not {ports!r}; give PORT:vsock:PORT")
-    vm = running_vm(name)
-    if reverse and (taken := [one for one in active_forwards(vm) if one.endswith(f"← vsock port {rule.guest}")]):
-        raise UsageError(f"vsock port {rule.guest}: is forwarded already ({taken[0]}); choose another")
-    asyncio.run(_forward(vm, rule, reverse, container))
+    with running_vm(name) as vm:
+        if reverse and (taken := [one for one in active_forwards(vm) if one.endswith(f"← vsock port {rule.guest}")]):
+            raise UsageError(f"vsock port {rule.guest}: is forwarded already ({taken[0]}); choose another")
+        asyncio.run(_forward(vm, rule, reverse, container))
 
 
 async def _forward(vm: VM, rule: forwarding.ForwardRule, reverse: bool, container: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import json
 import shlex
@@ -16,11 +17,11 @@ from caisson.agent import client
 from caisson.agent.client import listing
 from caisson.agent.client import logs as container_logs
 from caisson.agent.client.diagnostics import AgentLines
-from caisson.agent.client.errors import UsageError
+from caisson.agent.client.errors import UsageError, container_explained
 from caisson.agent.client.guest import active_forwards, call_sync
 from caisson.agent.client.network import configure
 from caisson.commands.machines import RESUME_COMMAND, image_directory, running_vm
-from caisson.commands.streams import console_writer, info
+from caisson.commands.streams import check_writable, console_writer, info
 from caisson.image.programs import TO_BOOT, need
 from caisson.image.vm import VM, VMConfig, VMError, find_vm, get_vm, list_vms
 from caisson.image.vm import timeline as timelines
@@ -28,6 +29,7 @@ from caisson.image.vm.config import DryRun, parse_share
 from caisson.image.vm.config import dry_run as dry_run_of
 from caisson.image.vm.drawing import svg
 from caisson.image.vm.hotplug.resources import memory_now, set_memory
+from caisson.image.vm.machine import vms_of_other_versions
 from caisson.image.vm.network import Publish
 from caisson.image.vm.snapshot.snapshot import Snapshot
 
@@ -59,7 +61,7 @@ def boot_vm(
     if timeline_path and timeline_path.suffix not in (".svg", ".json"):
         raise UsageError(f"--timeline {timeline}: is neither a .svg nor a .json file; give it one of these endings")
     if timeline_path:
-        _check_writable(timeline_path)
+        check_writable("--timeline", timeline_path)
     if as_json and not dry_run:
         raise UsageError("--json: needs --dry-run; use `caisson list-vms --json` for running VMs")
     ready: Callable[[Path], bool]
@@ -76,11 +78,12 @@ def boot_vm(
         shares = dict(parse_share(text) for text in share)
         parameters = f"{append} {TIMELINE_PARAMETERS}" if timeline_path else append
         config = VMConfig(
-            image=image_directory(image, info, also=TO_BOOT), name=name, accel=accel, vsock=vsock, memory=memory or 512,
+            image=Path(), name=name, accel=accel, vsock=vsock, memory=memory or 512,
             cpus=cpus or 1, append=parameters, max_memory=max_memory or 0, max_cpus=max_cpus or 0, shares=shares,
             network=network or ("user" if publish else "none"), publish=tuple(map(Publish.parse, publish)),
             firmware=bool(timeline_path), on_resume=RESUME_COMMAND,
         )  # fmt: skip
+        config = dataclasses.replace(config, image=image_directory(image, info, also=TO_BOOT))
         ready = client.ReadinessProbe()
     if dry_run:
         _show_dry_run(dry_run_of(config), as_json=as_json)
@@ -112,17 +115,6 @@ def _boot(
             vm.wait(write_console)
 
 
-def _check_writable(path: Path) -> None:
-    """Find out before a boot whether a file can be written; one that was not there is not there afterwards."""
-    existed = path.exists()
-    try:
-        path.open("ab").close()
-    except OSError as error:
-        raise UsageError(f"--timeline {path}: cannot be written: {error.strerror}; name another file") from error
-    if not existed:
-        path.unlink()
-
-
 def _timeline(vm: VM, began: float, firmware_times: list[float], answered: float) -> timelines.Timeline:
     """Join what this machine, the guest's kernel and its agent know of the boot."""
     times = asyncio.run(client.boot_times(vm.agent_socket))
@@ -151,6 +143,8 @@ def stop_vm(*, name: str, everything: bool) -> None:
             call_sync(vm, lambda agent: agent.destroy_sandbox(timeout=5.0))
         vm.stop()
         info(f"{vm.name}: stopped")
+    for other in vms_of_other_versions() if everything else ():
+        find_vm(other)  # says how it is stopped
 
 
 def list_running(*, as_json: bool) -> None:
@@ -163,8 +157,9 @@ def list_running(*, as_json: bool) -> None:
         | {"ports": ", ".join(document["ports"]) or None}
         for document in infos
     )
+    others = [{"name": name, "state": f"of Caisson {version}"} for name, version in vms_of_other_versions().items()]
     columns = ("name", "state", "accel", "vsock", "cpus", "memory", "uptime", "ports")
-    listing.show(columns, infos, shown, as_json=as_json)
+    listing.show(columns, [*infos, *others], [*shown, *others], as_json=as_json)
 
 
 def logs(*, container: str, only_agent: bool, follow: bool, since: str, tail: int | None, name: str) -> None:
@@ -172,7 +167,8 @@ def logs(*, container: str, only_agent: bool, follow: bool, since: str, tail: in
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as cat(1) ends when nobody reads on
     if container:
         moment = container_logs.moment(since) if since else 0.0
-        call_sync(running_vm(name), lambda a: container_logs.show(a, container, follow=follow, since=moment, tail=tail))
+        with running_vm(name) as vm, container_explained(container):
+            call_sync(vm, lambda agent: container_logs.show(agent, container, follow=follow, since=moment, tail=tail))
         return
     if since or tail is not None:
         raise UsageError("--since, --tail: are for a container's output; name a container")
@@ -182,6 +178,7 @@ def logs(*, container: str, only_agent: bool, follow: bool, since: str, tail: in
 
 def balloon(*, size: int, name: str) -> None:
     """Set the memory that a guest keeps; prints the MiB that it has then."""
-    vm = running_vm(name)
-    call_sync(vm, lambda agent: agent.load_module("virtio_balloon"))
-    print(set_memory(vm, size))
+    with running_vm(name) as vm:
+        call_sync(vm, lambda agent: agent.load_module("virtio_balloon"))
+        kept = set_memory(vm, size)
+    print(kept)

@@ -166,9 +166,7 @@ async def copy(
     ``reach`` returns a running container with the files of the one of this name.  Returns the names of what cannot be
     copied: sockets and devices.  Raises UsageError, CopyError, AgentError.
     """
-    from_, to = Place.parse(source), Place.parse(target)
-    if bool(from_.container) == bool(to.container):
-        raise UsageError("cp: one of the two must be a path in a container, CONTAINER:PATH, and the other the host's")
+    from_, to = places(source, target)
     progress = Progress(report)
     name = from_.container or to.container
     container = agent.container(name) if reach is None else await reach(name)
@@ -178,6 +176,14 @@ async def copy(
         return await get(container, from_.path, to.path, progress)
     except ProgramError as error:
         raise UsageError(f"cp: the container lacks `sh` or `tar`: {error}") from error
+
+
+def places(source: str, target: str) -> tuple[Place, Place]:
+    """Parse the places of `copy`, one of which is in a container.  Raises UsageError."""
+    from_, to = Place.parse(source), Place.parse(target)
+    if bool(from_.container) == bool(to.container):
+        raise UsageError("cp: one of the two must be a path in a container, CONTAINER:PATH, and the other the host's")
+    return from_, to
 
 
 def _wants_directory(path: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from enum import IntEnum
 
 from caisson.agent.rpc.codes import StatusCode
@@ -13,6 +15,10 @@ class ClientError(Exception):
 
 class UsageError(ClientError):
     """Report a request that makes no sense."""
+
+
+class ContainerUnavailable(ClientError):
+    """Report a container that is not in a state for what is asked: it has exited, is paused, or is not there."""
 
 
 class CopyError(ClientError):
@@ -74,3 +80,33 @@ def refused(code: StatusCode, details: str, reason: Reason = Reason.UNSPECIFIED,
 def gone(why: str) -> AgentGone:
     """Return the error of a connection that could not be made, or has ended."""
     return AgentGone(f"agent: does not answer ({why}); `caisson list-vms` tells whether its VM runs")
+
+
+@contextlib.contextmanager
+def container_explained(container_id: str) -> Iterator[None]:
+    """Say what is wrong with a container and what to do, in place of the agent's words.
+
+    Raises ContainerUnavailable then.
+    """
+    try:
+        yield
+    except AgentError as error:
+        text = _explanation(container_id, error)
+        if not text:
+            raise
+        raise ContainerUnavailable(text) from error
+
+
+def _explanation(name: str, error: AgentError) -> str:
+    if error.reason is Reason.CONTAINER_NOT_FOUND:
+        return f"container {name}: does not exist; list them: caisson ps --all"
+    if error.reason is Reason.CONTAINER_STOPPED:
+        again = f"start it again with: caisson start {name}"
+        return f"container {name} has exited: its files are there for cp; {again}"
+    if error.reason is Reason.CONTAINER_PAUSED:
+        return f"container {name}: is paused; resume it: caisson resume {name}"
+    if error.code is StatusCode.FAILED_PRECONDITION and "cannot be created again" in error.details:
+        return f"container {name}: has not exited; stop it first: caisson kill {name}"
+    if "nothing is kept of its output" in error.details:
+        return f"container {name}: was not detached; output is kept of: caisson run --detach"
+    return ""

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 
 from caisson.agent.client.connection import Container, Process
-from caisson.agent.client.errors import AgentError, AgentGone, Reason, UsageError
+from caisson.agent.client.errors import AgentError, AgentGone, Reason, container_explained
 from caisson.agent.client.guest import DEFAULT, Guest, Machine
 from caisson.agent.client.specs import PATH, terminal_env
 from caisson.agent.client.stdio import attach
@@ -31,8 +31,8 @@ async def execute(
 ) -> int:
     """Run a program in a container that runs (the VM's default one is created on first use); returns its exit status.
 
-    Raises UsageError for a container that has exited or never was, ProgramError when the program cannot be run, and as
-    `attach` does.
+    Raises ContainerUnavailable for one that has exited or never was, ProgramError when the program cannot be run, and
+    as `attach` does.
     """
     uid, gid = user
     environment = [PATH, "HOME=/root" if uid == 0 else "HOME=/", *terminal_env(terminal), *env]
@@ -44,31 +44,14 @@ async def execute(
         )
 
     async with Guest(machine) as guest:
-        try:
+        with container_explained(container_id):
             try:
                 process = await start(guest.agent.container(container_id))
             except AgentError as error:
                 if container_id != DEFAULT or not (isinstance(error, AgentGone) or error.reason in NOT_THERE):
                     raise
                 process = await start(await guest.container())  # by the same id: it is not run twice
-        except AgentError as error:
-            raise _explained(container_id, error) from error
         return await attach(process)
-
-
-def _explained(container_id: str, error: AgentError) -> Exception:
-    """Return the error of a container that takes no program now, with the way out."""
-    if error.reason is Reason.CONTAINER_NOT_FOUND:
-        return UsageError(
-            f"container {container_id}: does not exist; make it: caisson run --container {container_id} …"
-        )
-    if error.reason is Reason.CONTAINER_STOPPED:
-        return UsageError(
-            f"container {container_id} has exited; its files are there for cp until: caisson rm {container_id}"
-        )
-    if error.reason is Reason.CONTAINER_PAUSED:
-        return UsageError(f"container {container_id} is paused; resume it: caisson resume {container_id}")
-    return error
 
 
 def terminal_size(terminal: bool) -> tuple[int, int] | None:

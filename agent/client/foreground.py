@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from caisson.agent.client.connection import Agent, Container, Process
 from caisson.agent.client.errors import AgentError
 from caisson.agent.client.execute import terminal_size
-from caisson.agent.client.guest import Machine, resolver_lines
+from caisson.agent.client.guest import Guest, Machine, busybox_root, resolver_lines
 from caisson.agent.client.logs import keep
 from caisson.agent.client.share import OPTIONS as SHARE_OPTIONS
-from caisson.agent.client.specs import Document, SharedVolume
+from caisson.agent.client.specs import Document, SharedVolume, guest_document, terminal_env
 from caisson.agent.client.stdio import attach
 from caisson.agent.rpc.codes import StatusCode
 from caisson.proto.caisson import caisson_pb2
@@ -34,6 +34,39 @@ OOM_TIMEOUT = 1.0
 #: Exit statuses: of a process that SIGKILL has ended, and of timeout(1).
 KILLED = 128 + signal.SIGKILL
 TIMED_OUT = 124
+
+
+async def execute_in_guest(
+    machine: Machine,
+    container_id: str,
+    words: Sequence[str],
+    *,
+    env: Sequence[str] = (),
+    cwd: str = "/",
+    user: tuple[int, int] = (0, 0),
+    terminal: bool = False,
+) -> int:
+    """Run a program in the guest's own root, with all its rights; returns its exit status.
+
+    For that time it is the first process of a container of this id, whose root is the guest's with what is mounted in
+    it.  Raises ProgramError when the program cannot be run, and as `attach` does.
+    """
+    document = guest_document(words, busybox_root(machine), env=[*terminal_env(terminal), *env], cwd=cwd, user=user)
+    document["process"]["terminal"] = terminal
+    if (size := terminal_size(terminal)) is not None:
+        document["process"]["consoleSize"] = {"height": size[0], "width": size[1]}
+    # One for all: the agent mounts it for the first and unmounts it after the last.
+    document["root"]["path"] = f"{SHARED}/guest/root"
+    root = _storage("bind", "/", "bind", document["root"]["path"], ["rbind", "rprivate"])
+    async with Guest(machine) as guest:
+        await guest.agent.create_sandbox()
+        container = await guest.agent.create_container(container_id, document, [root])
+        try:
+            await container.start()
+            return await _attached(container, terminal, 0)
+        finally:
+            with contextlib.suppress(AgentError):
+                await container.remove()
 
 
 async def run_image(

@@ -26,7 +26,7 @@ MAX_PORT = (1 << 32) - 2  # the last one means "any" (vsock(7))
 CONNECT_TIMEOUT = 30.0
 
 RULE = re.compile(
-    r"(?:(?P<address>[0-9.]+|\[[0-9a-fA-F:]+\]):)?(?P<host>[0-9]+):(?:(?P<kind>tcp|vsock):)?(?P<guest>[0-9]+)"
+    r"(?:(?P<address>[0-9.]+|localhost|\[[0-9a-fA-F:]+\]):)?(?P<host>[0-9]+):(?:(?P<kind>tcp|vsock):)?(?P<guest>[0-9]+)"
 )
 MAX_TCP_PORT = 65535
 
@@ -48,7 +48,7 @@ class ForwardRule:
         found = RULE.fullmatch(text)
         if not found:
             raise UsageError(f"{text!r}: is not a pair of ports; give [ADDRESS:]PORT:PORT or [ADDRESS:]PORT:vsock:PORT")
-        address = (found["address"] or "127.0.0.1").strip("[]")
+        address = (found["address"] or "127.0.0.1").strip("[]").replace("localhost", "127.0.0.1")
         rule = cls(address, int(found["host"]), found["kind"] or "tcp", int(found["guest"]))
         if rule.host > MAX_TCP_PORT or rule.guest > (MAX_TCP_PORT if rule.kind == "tcp" else MAX_PORT):
             raise UsageError(f"{text!r}: port out of range; TCP ports end at {MAX_TCP_PORT}")
@@ -108,14 +108,18 @@ def to_container(container: Container, port: int) -> Serve:
                     await process.write(data)
                 await process.close_stdin()
 
-        async def outward() -> None:
+        async def outward() -> int:
+            size = 0
             async for data in process.stdout():
                 writer.write(data)
                 await writer.drain()
+                size += len(data)
+            return size
 
         feeder = asyncio.create_task(inward())
         try:
-            await outward()
+            if not await outward() and await process.wait():  # nc has said why, and it can mean little else
+                raise UsageError(f"tcp port {port}: nothing listens there in the guest")
         finally:
             feeder.cancel()
             with contextlib.suppress(AgentError):

@@ -88,6 +88,18 @@ def resolver_lines(machine: Machine) -> list[str]:
     return [f"nameserver {server}" for server in (_description(machine).get("network") or {}).get("dns") or ()]
 
 
+def busybox_root(machine: Machine) -> str:
+    """Return the directory of the guest with busybox and links for its applets.  Raises AgentGone."""
+    return str(_manifest(machine)["containers"]["busybox"])
+
+
+def _manifest(machine: Machine) -> dict[str, Any]:
+    try:
+        return dict(json.loads((machine.directory / "image.json").read_text()))
+    except FileNotFoundError as error:
+        raise client.AgentGone("the VM has ended") from error
+
+
 def _description(machine: Machine) -> dict[str, Any]:
     try:
         return dict(json.loads((machine.directory / "vm.json").read_text()))
@@ -111,10 +123,7 @@ class Guest:
 
     async def container(self, container_id: str = DEFAULT) -> client.Container:
         """Return the container of this id, created on first use from the image's own root file system."""
-        try:
-            contents = json.loads((self.machine.directory / "image.json").read_text())
-        except FileNotFoundError as error:
-            raise client.AgentGone("the VM has ended") from error
+        contents = _manifest(self.machine)
         from caisson.agent.client import specs  # here, as below: most calls make no container
 
         document = specs.container_document(contents["containers"]["busybox"])

@@ -32,6 +32,13 @@ async def keep(agent: Agent, container_id: str) -> None:
     await agent.guest.KeepLog(caisson_pb2.KeepLogRequest(container_id=container_id, max_bytes=MAX_LOG))
 
 
+async def restart(agent: Agent, container: Container) -> None:
+    """Run the program of a container that has exited once more, on the files that it left.  Raises AgentError."""
+    await container.recreate()
+    await keep(agent, container.id)
+    await container.start()
+
+
 async def entries(agent: Agent, container_id: str, *, follow: bool = False, begin: int = 0) -> AsyncIterator[Entry]:
     """Yield what is kept of a container's output, with ``follow`` until it has ended.  Raises AgentError."""
     while True:

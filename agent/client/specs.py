@@ -174,6 +174,29 @@ def container_document(
     }
 
 
+def guest_document(
+    args: Sequence[str], busybox: str, *, env: Sequence[str] = (), cwd: str = "/", user: tuple[int, int] = (0, 0)
+) -> Document:
+    """Return the spec of a program that is confined by the guest alone, in its root, which the caller sets.
+
+    /proc shows all the guest's processes.  In PATH the programs of the guest's packages come before those of busybox.
+    """
+    uid, gid = user
+    return {
+        "ociVersion": "1.2.0",
+        "root": {"path": "", "readonly": False},
+        "mounts": [_mount("/dev", "bind", "/dev", "rbind")],  # so that nothing is made in it
+        "process": {
+            "args": list(args),
+            "env": [f"{PATH}:{busybox}/bin", "HOME=/", *env],
+            "cwd": cwd,
+            "user": {"uid": uid, "gid": gid},
+            "capabilities": {kind: list(bundles.ALL_CAPABILITIES) for kind in ("bounding", "effective", "permitted")},
+        },
+        "linux": {"namespaces": [{"type": kind} for kind in ("mount", "ipc", "uts")]},
+    }
+
+
 def _mount(destination: str, kind: str, source: str, options: str) -> Document:
     return {"destination": destination, "type": kind, "source": source, "options": options.split(",")}
 

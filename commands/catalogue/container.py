@@ -15,10 +15,16 @@ COMMANDS = (
         "ps",
         "List the processes of containers.",
         "caisson.commands.container:ps",
-        details="Process IDs are the guest's. A container without any process has ended.",
+        details="Process IDs are the guest's.",
         positionals=(ONE_OR_ALL,),
-        options=(VM, JSON),
-        examples=("caisson ps", "caisson ps web --json"),
+        options=(
+            Option(
+                "all", "list containers that have exited, too, with their exit status", short="a", dest="everything"
+            ),
+            VM,
+            JSON,
+        ),
+        examples=("caisson ps", "caisson ps --all", "caisson ps web --json"),
     ),
     Command(
         "stats",
@@ -66,6 +72,15 @@ COMMANDS = (
             VM,
         ),
         examples=("caisson rm web",),
+    ),
+    Command(
+        "start",
+        "Start a container that has exited again: its program runs once more, on the files that it left.",
+        "caisson.commands.container:start",
+        details="It runs in the background; `caisson logs` shows what it has written since.",
+        positionals=(ONE,),
+        options=(VM,),
+        examples=("caisson start web",),
     ),
     Command(
         "wait",

@@ -30,7 +30,12 @@ EXEC = Command(
         one is booted for it and stopped afterwards.""",
     options=(
         VM_OR_OWN,
-        IN_CONTAINER,
+        Option(
+            "container", "the container", CONTAINER, short="c", shown="`default`, which is made on first use and kept"
+        ),
+        Option(
+            "guest", "run it in the guest itself, outside all containers: among the image's own files and processes"
+        ),
         TTY,
         ENV,
         NETWORK,
@@ -40,7 +45,12 @@ EXEC = Command(
     ),
     program=Program("the program and its arguments"),
     runs_program=True,
-    examples=("caisson exec uname -a", "echo hello | caisson exec -- sh -c 'cat; exit 7'", "caisson exec --tty sh"),
+    examples=(
+        "caisson exec uname -a",
+        "echo hello | caisson exec -- sh -c 'cat; exit 7'",
+        "caisson exec --tty sh",
+        "caisson exec --guest dmesg",
+    ),
 )
 
 RUN = Command(
@@ -106,12 +116,11 @@ SHELL = Command(
     "shell",
     "Work in a container, or with --guest in the guest itself.",
     "caisson.commands.program:shell",
-    details="""The exit status is the shell's. The guest's own shell is there if the VM was booted with
-        `--append agent.debug_console_vport=1026`.""",
+    details="The exit status is the shell's.",
     positionals=(
         Positional("container", "the container; `default` is made on first use and kept", CONTAINER, default="default"),
     ),
-    options=(Option("guest", "outside all containers"), VM),
+    options=(Option("guest", "in the guest itself, outside all containers"), VM),
     runs_program=True,
     examples=("caisson shell", "caisson shell web"),
 )

@@ -17,10 +17,16 @@ from pathlib import Path
 
 import pytest
 
+from caisson.agent.client import AgentGone
+from caisson.agent.client.errors import ContainerUnavailable
+from caisson.commands.machines import end_explained
+from caisson.commands.vm import list_running
 from caisson.image.vm import VM, VMConfig, VMError, accel, exit_reason, find_vm, get_vm, list_vms, supervisor
 from caisson.image.vm import machine as machines
 from caisson.image.vm.directory import VMDirectory
+from caisson.image.vm.errors import VMEnded
 from caisson.image.vm.jsonsocket import JSONSocket
+from caisson.image.vm.machine import vms_of_other_versions
 from caisson.image.vm.pace import slowness
 from caisson.image.vm.runroot import owned_run_root
 from caisson.proto.contract import VERSION, VM_FORMAT
@@ -373,7 +379,9 @@ def test_sizes_without_sense(options: dict[str, int]) -> None:
         VMConfig(Path("/image"), **options)  # type: ignore[arg-type]
 
 
-def test_a_vm_of_another_version_is_refused_by_name(image: Images) -> None:
+def test_a_vm_of_another_version_is_refused_by_name_and_listed(
+    image: Images, capsys: pytest.CaptureFixture[str]
+) -> None:
     with start(image("")) as vm:
         assert (vm.info["format"], vm.info["version"]) == (VM_FORMAT, VERSION)
         document = vm.directory / "vm.json"
@@ -384,4 +392,36 @@ def test_a_vm_of_another_version_is_refused_by_name(image: Images) -> None:
         assert str(caught.value) == (
             f"VM 'v': was started by Caisson 7.0, this is {VERSION}; use that one, or stop its supervisor: kill {pid}"
         )
-        assert list_vms() == []
+        assert list_vms() == [] and vms_of_other_versions() == {"v": "7.0"}
+        list_running(as_json=False)
+        assert capsys.readouterr().out.splitlines()[1].split() == ["v", "of", "Caisson", "7.0", *"------"]
+
+
+def lost(vm: VM, error: Exception, *, kill: bool) -> None:
+    """What a command meets in its block."""
+    with end_explained(vm):
+        if kill:
+            os.kill(vm.info["pids"]["qemu"], signal.SIGKILL)
+        raise error
+
+
+def test_the_end_of_a_vm_explains_what_was_lost_with_it(image: Images) -> None:
+    gone = AgentGone("Stream removed")
+    with start(image("")) as vm:
+        with pytest.raises(AgentGone):
+            lost(vm, gone, kill=False)
+        with pytest.raises(VMEnded, match=r"VM 'v': the VM has ended: QEMU .*(signal 9|SIGKILL|killed)") as caught:
+            lost(vm, gone, kill=True)
+        assert "Stream removed" not in str(caught.value)
+
+
+def test_an_error_of_a_vm_that_runs_stays_what_it_is(image: Images) -> None:
+    with start(image("")) as vm:
+        for error in (
+            ContainerUnavailable("container x: does not exist"),
+            VMError("x"),
+            FileNotFoundError(2, "x", "y"),
+        ):
+            with pytest.raises(type(error)) as caught:
+                lost(vm, error, kill=False)
+            assert caught.value is error

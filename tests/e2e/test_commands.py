@@ -50,19 +50,24 @@ def test_container_life_cycle(vm: Caisson) -> None:
     run(vm, "exec", "--container", "days", "--", "true")
 
     run(vm, "kill", "days")  # its first process ends at SIGTERM, and with it the container
-    wait_until(lambda: listed(vm, "ps")["days"]["processes"] == [], "it ends")
+    wait_until(lambda: listed(vm, "ps", "--all")["days"]["exit_status"] == 0, "it ends")
+    assert "days" not in listed(vm, "ps")
+    assert any(line.endswith("exited with status 0") for line in run(vm, "ps", "-a").decode().splitlines())
     run(vm, "kill", "days-2", "--signal", "9", "--all")
-    wait_until(lambda: listed(vm, "ps")["days-2"]["processes"] == [], "it ends")
+    wait_until(lambda: listed(vm, "ps", "--all")["days-2"]["exit_status"] == 137, "it ends")
     run(vm, "rm", "days")
     run(vm, "rm", "days-2")
-    assert not {"days", "days-2"} & listed(vm, "ps").keys()
+    assert not {"days", "days-2"} & listed(vm, "ps", "--all").keys()
 
 
-@pytest.mark.parametrize("command", ["kill", "rm", "pause", "resume", "ps --container", "stats --container"])
+@pytest.mark.parametrize(
+    "command",
+    ["kill", "rm", "pause", "resume", "start", "wait", "attach", "logs", "ps --container", "stats --container"],
+)
 def test_a_container_that_is_not_there(vm: Caisson, command: str) -> None:
     done = vm(*command.split(), "nobody")
     assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (1, b"", 1)
-    assert b"container nobody: not found" in done.stderr
+    assert b"container nobody: does not exist; list them: caisson ps --all" in done.stderr
 
 
 def test_a_vm_that_is_not_there(vm: Caisson) -> None:
@@ -73,7 +78,7 @@ def test_a_vm_that_is_not_there(vm: Caisson) -> None:
     )
 
 
-@pytest.mark.parametrize("command", ["ps", "stats", "kill", "rm", "pause", "resume"])
+@pytest.mark.parametrize("command", ["ps", "stats", "kill", "rm", "start", "pause", "resume"])
 def test_help_has_an_example(caisson: Caisson, command: str) -> None:
     done = caisson(command, "--help")
     assert done.returncode == 0

@@ -33,8 +33,27 @@ def test_a_detached_container_from_its_output_to_its_files(vm: Caisson, image: s
     assert refused.returncode == 125 and b"container apart has exited" in refused.stderr
     assert vm("cp", "apart:/result", str(tmp_path)).returncode == 0
     assert (tmp_path / "result").read_text() == "r\n"
+    listed = vm("ps", "--all").stdout.decode()
+    assert any(line.startswith("apart ") and line.endswith("exited with status 5") for line in listed.splitlines())
+    assert b"apart" not in vm("ps").stdout
     assert vm("rm", "apart").returncode == 0
     assert b"does not exist" in vm("exec", "--container", "apart", "--", "true").stderr
+
+
+def test_an_ended_container_starts_again_on_its_files(vm: Caisson, image: str) -> None:
+    script = "echo run >>/runs; busybox wc -l </runs; [ -e /stay ] && exec sleep 1000; exit 3"
+    assert run(vm, image, "--detach", "--container", "again", "--", "sh", "-c", script)[0] == 0
+    assert vm("wait", "again").stdout == b"3\n"
+    started = vm("start", "again")
+    assert (started.returncode, started.stdout) == (0, b"again\n"), started.stderr
+    assert vm("logs", "again", "--follow").stdout.strip() == b"2"
+    assert vm("wait", "again").stdout == b"3\n"
+    assert vm("cp", "/etc/hostname", "again:/stay").returncode == 0
+    assert vm("start", "again").returncode == 0
+    assert vm("exec", "--container", "again", "--", "/bin/cat", "/runs").stdout == b"run\n" * 3
+    refused = vm("start", "again")
+    assert refused.returncode == 1 and b"again: has not exited" in refused.stderr and refused.stderr.count(b"\n") == 1
+    assert vm("rm", "again").returncode == 0
 
 
 def test_options_of_docker(vm: Caisson, image: str, tmp_path: Path) -> None:

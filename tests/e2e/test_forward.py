@@ -100,6 +100,18 @@ def test_a_port_of_the_host(vm: Caisson) -> None:
     assert not (vm.run_directory / "default/vsock.sock_5000").exists()
 
 
+def test_a_port_where_nothing_listens_is_named(vm: Caisson) -> None:
+    with vm.start("forward", "localhost:0:8081", stderr=subprocess.PIPE) as command:
+        try:
+            assert command.stderr is not None
+            said = command.stderr.readline().decode()
+            assert said.startswith("caisson: 127.0.0.1:"), said
+            assert exchange(int(said.split()[1].rpartition(":")[2]), b"x") == b""
+            assert command.stderr.readline() == b"caisson: tcp port 8081: nothing listens there in the guest\n"
+        finally:
+            command.kill()
+
+
 @pytest.mark.parametrize("rule", ["80", "a:80", "1:2:3:4", "70000:80", "80:70000", "80:udp:80", "80:80 --reverse"])
 def test_forward_rejects_malformed_rules(vm: Caisson, rule: str) -> None:
     done = vm("forward", *rule.split())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import time
 
 import pytest
@@ -76,50 +77,76 @@ def test_commands_from_a_pipe(vm: Caisson) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (3, b"42\n", b"")
 
 
-def test_a_guest_without_a_shell_of_its_own(vm: Caisson) -> None:
-    done = vm("shell", "--guest")
-    assert done.returncode == 125
-    assert b"boot it with: caisson boot-vm --append agent.debug_console_vport=1026" in done.stderr
+def test_the_guest_itself(vm: Caisson) -> None:
+    """Its root, its processes and its programs, before those of busybox."""
+    script = "cat /proc/1/comm; ls -d /usr/lib/caisson/nsexec; ls /dev/vsock; exit 3"
+    done = vm("exec", "--guest", "--", "sh", "-c", script)
+    lines = done.stdout.split()
+    assert done.returncode == 3 and lines[1:] == [b"/usr/lib/caisson/nsexec", b"/dev/vsock"], (done.stdout, done.stderr)
+    assert lines[0] in (b"python3", b"python3.13", b"init"), lines
+    found = vm("exec", "--guest", "--", "which", "python3.13", "ls")
+    assert found.stdout.split()[0] == b"/usr/bin/python3.13", "the template's own"
+    assert found.stdout.split()[1].endswith(b"busybox/bin/ls")
+    assert vm("exec", "--guest", "--env", "A=b", "--", "sh", "-c", "echo $A; id -u", stdin=b"").stdout == b"b\n0\n"
+    assert vm("exec", "--guest", "--", "cat", stdin=b"piped\n").stdout == b"piped\n"
+    missing = vm("exec", "--guest", "--", "frobnicate")
+    assert missing.returncode == 127 and missing.stderr.count(b"\n") == 1
+    clash = vm("exec", "--guest", "--container", "x", "--", "true")
+    assert clash.returncode == 125 and b"--guest: is outside all containers" in clash.stderr
+    mounts = vm("exec", "--guest", "--", "grep", "-c", "/guest/root ", "/proc/1/mountinfo")
+    assert mounts.stdout == b"1\n", "one mount for all that run, whatever there was before"
+    assert b"guest-" not in vm("ps", "--all").stdout
+
+
+def test_a_terminal_in_the_guest_itself(vm: Caisson) -> None:
+    with Terminal(vm, "shell", "--guest") as terminal:
+        terminal.expect(b"# ")
+        assert terminal.modes() != terminal.before
+        terminal.type(b"stty size; cat /proc/1/comm\r")
+        terminal.expect(b"31 97")
+        terminal.resize(44, 120)
+        terminal.type(b"stty size\r")
+        terminal.expect(b"44 120")
+        terminal.type(b"exit 6\r")
+        assert terminal.status() == 6
+        assert terminal.modes() == terminal.before
+    piped = vm("shell", "--guest", stdin=b"echo end-$((1 + 1)); exit 4\n")
+    assert (piped.returncode, piped.stdout) == (4, b"end-2\n"), piped.stderr
 
 
 @pytest.mark.parametrize("victim", ["qemu", "supervisor"])
 def test_a_vm_that_is_killed_leaves_terminals_as_they_were(own: Caisson, victim: str) -> None:
-    booted = own("boot-vm", "--name", "dies", "--detach", "--append", "agent.debug_console_vport=1026")
+    """Each command that was talking to it says that it has ended, and why."""
+    booted = own("boot-vm", "--name", "dies", "--detach")
     assert booted.returncode == 0, booted.stderr.decode()
+    own.make_containers("waits", vm="dies")
     words = ("shell", "--name", "dies")
     with contextlib.ExitStack() as stack:
+        # Before the terminals, which take longer to say something.
+        waiting, running, forwarding = (
+            stack.enter_context(own.start(*line, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE))
+            for line in (
+                ("wait", "waits", "--name", "dies"),
+                ("exec", "--guest", "--name", "dies", "--", "sleep", "1000"),
+                ("forward", "0:vsock:1024", "--name", "dies"),
+            )
+        )
+        for command in (waiting, running, forwarding):
+            stack.callback(command.kill)
+        assert forwarding.stderr is not None and forwarding.stderr.readline()
         # All at once, as nothing but a machine types: a busy guest takes its time for each.
         inside, full, guest = (stack.enter_context(Terminal(own, *words, *more)) for more in ((), (), ("--guest",)))
         for terminal in (inside, full, guest):
             terminal.expect(b"# ")
         full.type(b"vi\r")
         full.expect(b"~\x1b[")
-        guest.expect(b"# ")  # the first command is ours: its size
-        guest.type(b"cat /proc/1/comm; stty size; echo do''ne\r")
-        shown = guest.expect(b"done")
-        assert b"31 97" in shown, shown
         os.kill(own.info("dies")["pids"][victim], signal.SIGKILL)
-        for terminal, why in ((inside, b"agent"), (full, b"agent"), (guest, b"has ended")):
+        for terminal in (inside, full, guest):
             assert terminal.status(AT_ONCE) == 125
-            assert b"caisson: " in terminal.output and why in terminal.output, terminal.output
+            assert b"caisson: VM 'dies': the VM has ended: " in terminal.output, terminal.output
             assert terminal.modes() == terminal.before
-
-
-def test_the_guests_own_shell_ends_well(own: Caisson) -> None:
-    booted = own("boot-vm", "--name", "open", "--detach", "--append", "agent.debug_console_vport=1026")
-    assert booted.returncode == 0, booted.stderr.decode()
-    with Terminal(own, "shell", "--name", "open", "--guest") as terminal:
-        terminal.expect(b"# ")
-        terminal.expect(b"# ")  # its size is told first
-        assert terminal.modes() != terminal.before
-        terminal.type(b"\x04")
-        assert terminal.status() == 0
-        assert terminal.modes() == terminal.before
-    piped = own("shell", "--name", "open", "--guest", stdin=b"echo end-$((1 + 1))\n")
-    assert piped.returncode == 0 and b"end-2" in piped.stdout, piped.stderr
-    with Terminal(own, "shell", "--name", "open", "--guest") as terminal:
-        terminal.expect(b"# ")
-        terminal.process.terminate()
-        assert terminal.status(AT_ONCE) != 0
-        assert terminal.modes() == terminal.before
-    assert own("stop-vm", "--name", "open").returncode == 0
+        for command, status in ((waiting, 1), (running, 125)):
+            _, said = command.communicate(timeout=AT_ONCE)
+            assert command.returncode == status and said.startswith(b"caisson: VM 'dies': the VM has ended: "), said
+            assert said.count(b"\n") == 1 and b"UNAVAILABLE" not in said and b"rpc" not in said
+        assert forwarding.wait(AT_ONCE) == 0

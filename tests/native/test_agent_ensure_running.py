@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from caisson.agent.client import UsageError
+from caisson.agent.client.errors import ContainerUnavailable
 from caisson.agent.client.execute import execute
 from caisson.agent.client.specs import container_document
 from caisson.agent.rpc.codes import StatusCode as Code
@@ -94,7 +94,7 @@ def test_an_exec_makes_two_calls_before_the_program_runs(agent: RunningAgent, tm
 
 def test_an_exec_makes_no_container_but_the_default_one(agent: RunningAgent, tmp_path: Path) -> None:
     machine = Machine(agent, tmp_path)
-    with pytest.raises(UsageError, match="container web: does not exist"):
+    with pytest.raises(ContainerUnavailable, match="container web: does not exist"):
         asyncio.run(execute(machine, "web", ["/bin/true"]))
 
     async def make_one_that_ends() -> None:
@@ -105,7 +105,7 @@ def test_an_exec_makes_no_container_but_the_default_one(agent: RunningAgent, tmp
 
     asyncio.run(with_sandbox(agent))
     asyncio.run(make_one_that_ends())
-    with pytest.raises(UsageError, match="container done has exited"):
+    with pytest.raises(ContainerUnavailable, match="container done has exited"):
         asyncio.run(execute(machine, "done", ["/bin/true"]))
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from caisson.agent.client import AgentError, UsageError, foreground
-from caisson.agent.client.console import console_port
+from caisson.agent.client.copy import Place
 from caisson.agent.client.forward import ForwardRule
 from caisson.agent.client.seccomp import default_profile
 from caisson.agent.client.specs import (
@@ -30,7 +33,9 @@ from caisson.agent.client.specs import (
 from caisson.agent.client.wire_specs import to_kata3, to_wire
 from caisson.agent.libcontainer.config.seccomp import Seccomp
 from caisson.agent.libcontainer.config.spec import Spec
+from caisson.agent.libcontainer.state import check_id
 from caisson.agent.rpc.codes import StatusCode
+from caisson.commands.run import CONTAINER_NAME
 
 #: What `runc spec` writes, shortened.
 BUNDLE = {
@@ -374,13 +379,6 @@ def test_forward_rejects_malformed_rules(text: str) -> None:
         ForwardRule.parse(text)
 
 
-def test_the_port_of_a_guests_shell() -> None:
-    assert console_port(["quiet", "agent.debug_console_vport=1026"]) == 1026
-    for words in ([], ["agent.debug_console_vport=0"], ["agent.log_vport=1025"]):
-        with pytest.raises(UsageError, match="boot it with"):
-            console_port(words)
-
-
 def test_a_spec_of_1x_is_the_same_in_3x_with_its_filter() -> None:
     document = container_document("/rootfs", ["/bin/sh"])
     document["linux"]["seccomp"] = {
@@ -397,3 +395,12 @@ def test_a_spec_of_1x_is_the_same_in_3x_with_its_filter() -> None:
     assert [list(one.Names) for one in new.Linux.Seccomp.Syscalls] == [["chown"], ["clone"]]
     assert new.Linux.Seccomp.Syscalls[1].Args[0].Op == "SCMP_CMP_EQ"
     assert len(old.Linux.Seccomp.Syscalls) == 2  # it was not changed
+
+
+@given(st.text("abcXYZ019_.-+/ é\n\0", max_size=300))
+def test_every_name_of_a_container_is_an_id_for_the_agent(name: str) -> None:
+    """And a file's name, and one before the colon of cp."""
+    if CONTAINER_NAME.fullmatch(name):
+        assert check_id(name) == name
+        assert len(os.fsencode(name)) <= 253 and "/" not in name and name not in (".", "..")
+        assert Place.parse(f"{name}:/x") == Place(name, "/x")

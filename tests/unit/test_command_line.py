@@ -322,3 +322,42 @@ def test_wrong_lines_with_closed_streams(closed: str) -> None:
 def test_main_runs_the_words_it_is_given(capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line.main(["--version"]) == 0
     assert capsys.readouterr().out == f"caisson {VERSION}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        ("boot-vm --publish 8080", 2),
+        ("boot-vm --memory 9999999", 2),
+        ("boot-vm --share src", 2),
+        ("boot-vm --share 9x=/tmp", 2),
+        ("boot-vm --network user --snapshot none", 2),
+        ("boot-vm --timeline /nonexistent/x.svg", 2),
+        ("boot-vm --timeline boot.png", 2),
+        ("stop-vm a/b", 2),
+        ("save-snapshot a/b", 2),
+        ("forward 80", 2),
+        ("cp a b", 2),
+        ("kill x --signal NO", 2),
+        ("build-image --treemap x.png", 2),
+        ("build-image --treemap /nonexistent/x.svg", 2),
+        ("run --container a/b none", 125),
+        ("run --publish 8080 none", 125),
+        ("run --volume x none", 125),
+        ("exec --guest --container x true", 125),
+        ("exec --user 4294967296 true", 125),
+        ("stop-vm nosuch", 1),
+        ("ps --name nosuch", 1),
+    ],
+)
+def test_statuses_tell_a_wrong_command_line_from_what_went_wrong(
+    words: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is built, booted or fetched."""
+    monkeypatch.setenv("CAISSON_RUN", str(tmp_path / "run"))
+    monkeypatch.setenv("CAISSON_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("caisson.commands.run.need", lambda *_: None)
+    assert command_line.main(words.split()) == status
+    output, errors = capfd.readouterr()
+    assert output == "" and errors.startswith("caisson: ") and errors.count("\n") == 1, errors
+    assert not list(tmp_path.glob("cache/[!e]*"))

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 #: Where errors for users are raised, and what these are called: main prints them without a traceback.
 ROOMS = ("image", "agent/client", "commands")
 ERRORS = {
-    "CommandFailed", "CommandLineError", "DefinitionError", "ImageError", "MissingPrograms", "OutputError",
-    "UsageError", "VMError",
+    "CommandFailed", "CommandLineError", "ContainerUnavailable", "DefinitionError", "ImageError", "MissingPrograms",
+    "InvalidOption", "OutputError", "UsageError", "VMError",
 }  # fmt: skip
 
 #: Longest object, where what is put in counts for one letter.

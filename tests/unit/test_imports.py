@@ -46,8 +46,6 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "agent": (),
     # The host's side of the API; a shim, which is given its VMs
     "agent.client": ("agent.base", "agent.rpc", *API, CONTRACT, FOREIGN_TEXT),
-    # Which port a console has is in the guest's kernel words
-    "agent.client.console": ("agent.client", "agent.options"),
     "agent.pods": ("agent.base", "agent.rpc", "proto"),
     "agent.shim": ("agent.base", "agent.client", "agent.libcontainer", "agent.pods", "agent.rpc", "proto"),
     "agent.hypervisor": ("agent.base", "agent.pods", "agent.rpc", "proto"),
