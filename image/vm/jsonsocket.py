@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
 from collections.abc import Sequence
@@ -62,9 +63,9 @@ class JSONSocket:
     def _recv(self) -> bytes:
         if len(self.fds) >= self._max_fds:
             return self._connection.recv(65536)  # the kernel closes descriptors that nobody asks for
-        data, fds, _, _ = socket.recv_fds(
-            self._connection, 65536, self._max_fds - len(self.fds), socket.MSG_CMSG_CLOEXEC
-        )
+        data, fds, _, _ = socket.recv_fds(self._connection, 65536, self._max_fds - len(self.fds))
+        for fd in fds:
+            os.set_inheritable(fd, False)  # recv_fds of Python 3.11 ignores its flags
         self.fds += fds
         return data
 

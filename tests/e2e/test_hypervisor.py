@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from caisson.image.build.cache import default_root
+from caisson.image.packages.distribution import extract, packages_of
 from tests.e2e.conftest import PATIENCE, ROOT, Caisson, built, fresh
 from tests.shim.engine import rootfs
 from tests.support.poll import wait_until
@@ -44,17 +45,31 @@ class Service:
 
 
 @pytest.fixture(scope="module")
-def service() -> Iterator[Service]:
-    """The service, over a snapshot of this module's own; it ends well, and leaves nothing."""
+def snapshot() -> Iterator[str]:
+    """The name of a snapshot of this module's own."""
     name = f"e2e-hypervisor-{os.getpid()}"
-    with fresh() as caisson, tempfile.TemporaryDirectory() as place:
-        image = str(built())
-        saved = caisson("save-snapshot", name, "--image", image, "--vsock", "user", timeout=PATIENCE)
+    with fresh() as caisson:
+        saved = caisson("save-snapshot", name, "--image", str(built()), "--vsock", "user", timeout=PATIENCE)
         assert saved.returncode == 0, saved.stderr.decode()
+    yield name
+    shutil.rmtree(default_root() / "snapshots" / name)
+
+
+@pytest.fixture(scope="module")
+def service(snapshot: str) -> Iterator[Service]:
+    with serving(snapshot) as made:
+        yield made
+
+
+@contextmanager
+def serving(snapshot: str, programs: str = "") -> Iterator[Service]:
+    """The service, with a directory of programs before all others; it ends well, and leaves nothing."""
+    with fresh() as caisson, tempfile.TemporaryDirectory() as place:
+        caisson.environment["PATH"] = f"{programs}:{os.environ['PATH']}" if programs else os.environ["PATH"]
         made = Service(caisson, Path(place))
         try:
             with made.log.open("wb") as log:
-                words = ("hypervisor", "--socket", str(made.socket), "--snapshot", name)
+                words = ("hypervisor", "--socket", str(made.socket), "--snapshot", snapshot)
                 process = caisson.start(*words, stdin=subprocess.DEVNULL, stderr=log)
             wait_until(made.socket.exists, "the service listens", found=made.log.read_text)
             yield made
@@ -64,7 +79,6 @@ def service() -> Iterator[Service]:
         finally:
             process.kill()
             process.wait()
-            shutil.rmtree(default_root() / "snapshots" / name)
 
 
 @pytest.fixture
@@ -159,3 +173,26 @@ def test_a_vm_ends_with_its_shim(service: Service, root: Path) -> None:
         process.kill()
         wait_until(lambda: service.vms() == [], "the VM ends", found=service.log.read_text)
     assert "a shim has ended without ending its VM" in service.log.read_text()
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+def test_roots_come_by_the_virtiofsd_in_rust_as_well(snapshot: str, root: Path, tmp_path: Path) -> None:
+    """That of a later release of Debian, with the libraries that it needs."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    packages = packages_of("debian", default_root() / "apt" / "trixie-virtiofsd", "trixie", "amd64")
+    packages.update()
+    extract(packages.fetch(["virtiofsd", "libc6", "libseccomp2", "libcap-ng0", "libgcc-s1"]), tree)
+    program = tmp_path / "bin/virtiofsd"
+    program.parent.mkdir()
+    libraries = tree / "usr/lib/x86_64-linux-gnu"
+    loader = f"{libraries}/ld-linux-x86-64.so.2 --library-path {libraries} {tree}/usr/libexec/virtiofsd"
+    program.write_text(f'#!/bin/sh\nexec {loader} "$@"\n')
+    program.chmod(0o755)
+    with serving(snapshot, str(program.parent)) as service:
+        with shim(service, root, "pod") as (process, found):
+            assert [(root / "root" / name).read_text() for name in ("by-second", "by-exec")] == ["written\n"] * 2
+            assert found["status"] == 3
+            process.communicate(timeout=PATIENCE)
+            assert process.returncode == 0

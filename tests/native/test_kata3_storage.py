@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from caisson.agent.rpc.codes import StatusCode
+from caisson.agent.rpc.ttrpc.client import Client, Stub
+from caisson.proto.caisson import caisson_pb2
 from caisson.proto.kata3 import agent_pb2, oci_pb2, types_pb2
 from tests.native.agent_support import RunningAgent
 from tests.native.kata3_support import SHARED, Host, apart, inside, mounts, refused
@@ -114,6 +116,16 @@ async def test_a_mount_point_is_counted_across_containers(apart: RunningAgent) -
         assert len(mounts(apart, f"{place}-shared")) == 1  # until the sandbox ends
         await host.create("one", storages=[layer, lasting])
         assert len(mounts(apart, place)) == 1
+
+
+async def test_only_shares_are_mounted_outside_of_containers(apart: RunningAgent) -> None:
+    client = await Client.connect(apart.socket)
+    async with client:
+        guest = Stub(client, caisson_pb2.DESCRIPTOR.services_by_name["Guest"])
+        request = caisson_pb2.MountRequest(source="x", fstype="tmpfs", mount_point=SHARED)
+        code, text = await refused(guest.Mount(request))
+        assert code == StatusCode.INVALID_ARGUMENT and "virtiofs or 9p" in text
+        assert mounts(apart, SHARED) == []
 
 
 async def test_a_failed_create_gives_its_mounts_back(apart: RunningAgent) -> None:

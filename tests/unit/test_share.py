@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from caisson.image import programs
 from caisson.image.vm import VMError
 from caisson.image.vm.hotplug import share as sharing
 from caisson.image.vm.hotplug import virtiofs
+from caisson.image.vm.jsonsocket import JSONSocket
 
 #: virtiofsd makes no device nodes and gives no file capabilities for a guest.
 DROPPED = ["-o", "modcaps=-mknod:-setfcap"]
@@ -101,3 +103,16 @@ def test_a_vm_without_memory_to_share(tmp_path: Path) -> None:
         sharing.share(vm, Path("/tmp"), "data", writable=False)
     with pytest.raises(VMError, match="stays until its end"):
         sharing.unshare(vm, "data")
+
+
+def test_descriptors_come_with_an_object_to_whoever_takes_them() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, Path("/proc/self/ns/mnt").open("rb") as namespace:
+        sender = JSONSocket(ours)
+        sender.send({"share": "a"}, [namespace.fileno()])
+        sender.send({"share": "b"}, [namespace.fileno()])
+        receiver = JSONSocket(theirs, max_fds=1)
+        assert [receiver.receive(5), receiver.receive(5)] == [{"share": "a"}, {"share": "b"}]
+        [received] = receiver.fds
+        assert os.path.sameopenfile(received, namespace.fileno()) and not os.get_inheritable(received)
+        os.close(received)
