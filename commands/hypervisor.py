@@ -20,7 +20,7 @@ def hypervisor(
     path = Path(socket).absolute()
     saved = None if image and not snapshot else _snapshot(snapshot)
     if saved is None:
-        directory = image_directory(image, info, also=(*TO_BOOT, *TO_SERVE_PODS))
+        directory = image_directory(image, info, also=TO_SERVE_PODS)
     else:
         need((*TO_BOOT, *TO_SERVE_PODS), info)
         directory = Path(image) if image else saved.image

@@ -12,7 +12,7 @@ from caisson.commands.parse import CommandLineError
 from caisson.commands.streams import check_writable, info
 from caisson.image.build import treemap as treemaps
 from caisson.image.errors import ImageError
-from caisson.image.programs import DEBIAN_KEYRING, TO_BUILD, TO_COMPILE, need
+from caisson.image.programs import DEBIAN_KEYRING, TO_BUILD, TO_COMPILE, need, to_cross_build
 
 #: What the steps' results are called for a user.
 CLEANED = {
@@ -23,8 +23,8 @@ CLEANED = {
 
 
 def build_image(
-    *, template: str, suite: str, changes: list[str], locked: str, treemap: str, dry_run: bool, settings: bool,
-    as_json: bool,
+    *, template: str, suite: str, arch: str, changes: list[str], locked: str, treemap: str, dry_run: bool,
+    settings: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Build a guest image; prints its directory."""
     if settings:
@@ -35,7 +35,7 @@ def build_image(
         raise CommandLineError(text, WRONG_USAGE)
     if treemap:
         check_writable("--treemap", Path(treemap))
-    loaded = images.load(images.find(template), suite=suite or None, settings=changes)
+    loaded = images.load(images.find(template), suite=suite or None, arch=arch or None, settings=changes)
     build = images.Build(loaded, report=info, locked=images.read_lock(Path(locked)) if locked else None)
     if dry_run:
         document, steps = images.plain(loaded.definition), build.plan()
@@ -63,16 +63,17 @@ def programs_to_build(loaded: Any) -> tuple[str, ...]:
     """The programs that building this definition takes."""
     definition = loaded.definition
     keyring = (DEBIAN_KEYRING,) if definition.distribution == "debian" else ()
-    return (*TO_BUILD, *keyring, *(TO_COMPILE if definition.kernel.source else ()))
+    cross = to_cross_build(definition.triplet) if definition.is_foreign else ()
+    return (*TO_BUILD, *keyring, *cross, *(TO_COMPILE if definition.kernel.source else ()))
 
 
 def _print_json(value: object) -> None:
     print(json.dumps(value, indent=2))
 
 
-def verify_image(*, directory: str, template: str, suite: str, changes: list[str]) -> None:
+def verify_image(*, directory: str, template: str, suite: str, arch: str, changes: list[str]) -> None:
     """Build an image's definition once more and compare byte for byte."""
-    loaded = images.load(images.find(template), suite=suite or None, settings=changes)
+    loaded = images.load(images.find(template), suite=suite or None, arch=arch or None, settings=changes)
     need(programs_to_build(loaded), info)
     differing = images.verify(loaded, images.Image.load(Path(directory)), report=info)
     if differing:

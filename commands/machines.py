@@ -19,6 +19,7 @@ from caisson.image.programs import DEBIAN_KEYRING, TO_BOOT, TO_BUILD, need
 from caisson.image.vm import VM, VMConfig, VMError, find_vm, get_vm
 from caisson.image.vm.errors import VMEnded
 from caisson.image.vm.network import Publish
+from caisson.image.vm.qemu import architecture_of
 
 #: Run by a VM's supervisor when this machine was suspended: guests' clocks stood still meanwhile.
 RESUME_COMMAND = (sys.executable, "-m", "caisson.agent.client.identity")
@@ -73,7 +74,7 @@ def vm_for(
             image=Path(), name=f"exec-{os.getpid()}", on_resume=RESUME_COMMAND,
             network=network or ("user" if publish else "none"), publish=tuple(map(Publish.parse, publish)),
         )  # fmt: skip
-        config = dataclasses.replace(config, image=image_directory("", report, also=TO_BOOT))
+        config = dataclasses.replace(config, image=image_directory("", report))
         with VM.start(config, ready=client.ReadinessProbe(), report=report) as vm, end_explained(vm):
             if config.network != "none":
                 call_sync(vm, lambda agent: configure(agent, vm.info["network"]))
@@ -96,12 +97,15 @@ def end_explained(vm: VM) -> Iterator[VM]:
 
 
 def image_directory(path: str, report: Callable[[str], None], also: tuple[str, ...] = ()) -> Path:
-    """The image in a directory, or the default one, built if need be; ``also`` are programs needed later on.
+    """The image in a directory, or the default one, built if need be, to be booted; ``also`` are programs needed then.
 
     Raises ImageError, which names all missing programs at once.
     """
     if path:
-        need(also, report)
-        return images.Image.load(Path(path)).directory
-    need((*TO_BUILD, DEBIAN_KEYRING, *also), report)
-    return images.build_image(report=report).directory
+        image = images.Image.load(Path(path))
+        need((architecture_of(image.manifest).program, *also), report)
+        return image.directory
+    build = images.Build(images.load(), report=report)
+    tools = () if build.is_cached() else (*TO_BUILD, DEBIAN_KEYRING)
+    need((*tools, *TO_BOOT, *also), report)
+    return build.image().directory

@@ -163,9 +163,9 @@ def install_shim(*, image: str, memory: int, cpus: int, config: str, accel: str,
     from caisson.commands.machines import image_directory
     from caisson.commands.snapshot import save_snapshot
     from caisson.commands.streams import info
-    from caisson.image.programs import TO_BOOT, TO_SERVE_PODS
+    from caisson.image.programs import TO_SERVE_PODS
 
-    directory = image_directory(image, info, also=(*TO_BOOT, *TO_SERVE_PODS))
+    directory = image_directory(image, info, also=TO_SERVE_PODS)
     if vsock == "auto":
         vsock = "user"  # with the kernel's device a clone has its snapshot's memory, and can be given no share
     save_snapshot(

@@ -22,7 +22,7 @@ COMPILE_MINUTES = 20.0
 def save_snapshot(*, name: str, image: str, memory: int, cpus: int, append: str, accel: str, vsock: str) -> None:
     """Boot a guest and save it, its agent listening."""
     checked(name)
-    directory = image_directory(image, info, also=TO_BOOT) if image else lean_image()
+    directory = image_directory(image, info) if image else lean_image()
     config = VMConfig(
         image=directory, name=f"save-{os.getpid()}", accel=accel, vsock=vsock, memory=memory, cpus=cpus, append=append,
         savable=True,

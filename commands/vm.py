@@ -83,7 +83,7 @@ def boot_vm(
             network=network or ("user" if publish else "none"), publish=tuple(map(Publish.parse, publish)),
             firmware=bool(timeline_path), on_resume=RESUME_COMMAND,
         )  # fmt: skip
-        config = dataclasses.replace(config, image=image_directory(image, info, also=TO_BOOT))
+        config = dataclasses.replace(config, image=image_directory(image, info))
         ready = client.ReadinessProbe()
     if dry_run:
         _show_dry_run(dry_run_of(config), as_json=as_json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -15,8 +16,17 @@ from caisson.image.errors import ImageError
 #: What it takes to build an image, and more with a kernel from source; to boot one; to make a container's disk.
 TO_BUILD = ("gcc", "make", "musl-gcc", "strip", "zstd", "mkfs.erofs", "mksquashfs")
 TO_COMPILE = ("flex", "bison", "bc", "xz")
-TO_BOOT = ("qemu-system-x86_64",)
+#: By what uname says of a machine.
+QEMU = {"x86_64": "qemu-system-x86_64", "aarch64": "qemu-system-aarch64"}
+TO_BOOT = (QEMU.get(platform.machine(), QEMU["x86_64"]),)
 TO_PACK = ("sqfstar", "zstd")
+
+
+def to_cross_build(triplet: str) -> tuple[str, ...]:
+    """What it takes besides TO_BUILD to build an image of another architecture, by GNU's name of it."""
+    return (f"{triplet}-gcc", f"{triplet}-strip")
+
+
 #: What serves pods: namespaces, network, mounts, shares.
 TO_SERVE_PODS = ("ip", "tc", "nsenter", "unshare", "mount", "virtiofsd")
 
@@ -34,6 +44,8 @@ LOCK_INTERVAL = 2.0
 PACKAGES = {
     "/usr/bin/python3": "python3",
     DEBIAN_KEYRING: "debian-archive-keyring",
+    "aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu",
+    "aarch64-linux-gnu-strip": "binutils-aarch64-linux-gnu",
     "apt-config": "apt",
     "apt-get": "apt",
     "busybox": "busybox-static",
@@ -58,6 +70,8 @@ PACKAGES = {
     "tc": "iproute2",
     "unshare": "util-linux",
     "veritysetup": "cryptsetup-bin",
+    "x86_64-linux-gnu-gcc": "gcc-x86-64-linux-gnu",
+    "x86_64-linux-gnu-strip": "binutils-x86-64-linux-gnu",
     "xz": "xz-utils",
 }
 

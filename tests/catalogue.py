@@ -11,9 +11,17 @@ GROUP = Group(
             "test",
             "Set up what the tests need and run them.",
             "tests.commands:test",
-            options=(Option("quick", "only hermetic unit tests, linters and types: less than a minute"),),
+            options=(
+                Option("quick", "only hermetic unit tests, linters and types: less than a minute"),
+                Option("nested", "only guests under KVM inside a guest; prints which accelerator and vsock they had"),
+            ),
             program=Program("arguments for pytest", metavar="PYTEST-ARGUMENT", required=False),
-            examples=("caisson test", "caisson test --quick", "caisson test -- tests/unit -k definition"),
+            examples=(
+                "caisson test",
+                "caisson test --quick",
+                "caisson test --nested",
+                "caisson test -- tests/unit -k definition",
+            ),
         ),
         Command(
             "bench",

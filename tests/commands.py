@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import tomllib
@@ -10,19 +11,31 @@ from pathlib import Path
 
 from caisson.commands.parse import CommandLineError
 from caisson.commands.streams import info
-from caisson.image.programs import DEBIAN_KEYRING, TO_BOOT, TO_BUILD, TO_COMPILE, TO_PACK, need
+from caisson.image.programs import (
+    DEBIAN_KEYRING,
+    QEMU,
+    TO_BUILD,
+    TO_COMPILE,
+    TO_PACK,
+    need,
+    to_cross_build,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
+#: The other architecture that guests are built for on this machine.
+FOREIGN = {"aarch64": "x86_64-linux-gnu"}.get(platform.machine(), "aarch64-linux-gnu")
+
 #: What the tests need besides: to make and read images, to sign repositories with, to compare with.
 TO_TEST = (
-    DEBIAN_KEYRING, *TO_BUILD, *TO_COMPILE, *TO_BOOT, *TO_PACK, "/usr/bin/python3", "busybox", "clang", "clang-format",
+    DEBIAN_KEYRING, *TO_BUILD, *to_cross_build(FOREIGN), *TO_COMPILE, *QEMU.values(), *TO_PACK,
+    "/usr/bin/python3", "busybox", "clang", "clang-format",
     "cpio", "crun", "curl", "faketime", "fish", "go", "gpg", "ip", "mke2fs", "openssl", "runc", "sfdisk",
     "veritysetup", "zsh",
 )  # fmt: skip
 
 
-def test(*, quick: bool, words: list[str]) -> None:
+def test(*, quick: bool, nested: bool, words: list[str]) -> None:
     """Install what the tests need, and become pytest.  Quick tests need no packages, and are in one directory."""
     if not quick:
         _need_all()
@@ -30,6 +43,8 @@ def test(*, quick: bool, words: list[str]) -> None:
     selection = ["-m", "quick"] if quick else []
     if quick and all(word.startswith("-") for word in words):
         selection.append("tests/unit")
+    if nested:
+        selection.append("tests/nested")
     os.chdir(ROOT)
     os.execv(sys.executable, [sys.executable, "-m", "pytest", *selection, *words])
 

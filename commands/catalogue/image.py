@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from caisson.commands.catalogue.shared import JSON
-from caisson.commands.declare import DIRECTORY, FILE, TEMPLATE, Command, Option, Positional, name, seconds, setting
+from caisson.commands.declare import (
+    DIRECTORY,
+    FILE,
+    TEMPLATE,
+    Command,
+    Option,
+    Positional,
+    choice,
+    name,
+    seconds,
+    setting,
+)
 
 BASE = (
     Option("template", "what to build: debian, lean, systemd…, or a definition of your own (a file or its directory)",
            TEMPLATE, default="debian"),
     Option("suite", "another suite of the distribution", name("SUITE", "bookworm"), default="", shown="the template's"),
+    Option("arch", "architecture of the guest; another than this machine's is cross-built",
+           choice("amd64", "arm64"), default="", shown="this machine's"),
     Option("set", "change a setting of the template; += adds to a list", setting("KEY[+]=VALUE", "packages+=strace"),
            repeat=True, dest="changes"),
 )  # fmt: skip

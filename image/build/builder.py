@@ -1,6 +1,7 @@
 """Building an image: the steps, each kept in the cache by the digest of what it reads.
 
 base        packages, wheels and container rootfs, pruned and compiled    (minutes old, or years: changes rarely)
+native      for a guest of another architecture: the same packages for this one, to run while building
 kernel      the kernel and its modules
 agent       the agent and nsexec, compiled for this guest                 (after every change of the agent: a second)
 images      the whole image: base + kernel + agent + the template's files + manifest
@@ -102,6 +103,7 @@ def build_image(
     definition: Path | None = None,
     *,
     suite: str | None = None,
+    arch: str | None = None,
     settings: Sequence[str] = (),
     cache: Cache | None = None,
     report: Callable[[str], None] = lambda line: None,
@@ -111,7 +113,7 @@ def build_image(
     ``report`` gets a line for each step that takes time.  Raises ImageError; whatever happens, the cache holds only
     whole results.
     """
-    loaded = load(definition or DEFAULT, suite=suite, settings=settings)
+    loaded = load(definition or DEFAULT, suite=suite, arch=arch, settings=settings)
     return Build(loaded, cache, report).image()
 
 
@@ -170,7 +172,7 @@ class Build:
         self.report = report
         self.done: list[StepResult] = []
         self.requests: list[Request] = merge(parse(self._fragment(name)) for name in self.definition.kernel.fragments)
-        self._packages: Packages | None = None
+        self._packages: dict[str, Packages] = {}
         self._hooks()  # what they lack is said before anything is made
 
     def image(self) -> Image:
@@ -188,6 +190,10 @@ class Build:
     def _made(self) -> Path:
         key = self.key()
         return self._step("images", key, lambda target: self._make_image(key, target))
+
+    def is_cached(self) -> bool:
+        """Whether the image is there already, so that nothing has to be made."""
+        return self.cache.get("images", self.key()) is not None
 
     def plan(self) -> list[StepResult]:
         """Each step with its key and whether it is in the cache; nothing is made."""
@@ -237,14 +243,15 @@ class Build:
         sources = digest_of_files(ROOT, agent_files()), digest_of_files(ROOT, nsexec)
         return digest_of("agent layer", agent_version(), self.base_key(), sources)
 
-    def _packages_of_suite(self) -> Packages:
-        """The packages of the suite, with a fresh index."""
-        if self._packages is None:
-            d = self.definition
-            place = self.downloads / f"{d.suite}-{d.arch}"
-            self._packages = packages_of(d.distribution, place, d.suite, d.arch)
-            self._packages.update()
-        return self._packages
+    def _packages_of_suite(self, arch: str = "") -> Packages:
+        """The packages of the suite, with a fresh index, for the guest's architecture or another."""
+        d = self.definition
+        arch = arch or d.arch
+        if arch not in self._packages:
+            packages = packages_of(d.distribution, self.downloads / f"{d.suite}-{arch}", d.suite, arch)
+            packages.update()
+            self._packages[arch] = packages
+        return self._packages[arch]
 
     def _fragment(self, name: str) -> Path:
         return self.loaded.beside(name) if name.endswith(".conf") else TEMPLATES / "kernel" / f"{name}.conf"
@@ -287,13 +294,15 @@ class Build:
         self.report("pruning and compiling")
         rootfs.prune(tree, d.prune, d.keep)
         rootfs.drop_unused_libraries(tree, d)
-        rootfs.strip(tree)
+        rootfs.strip(tree, d)
+        interpreter = self._native() if d.is_foreign else tree
         for place in (f"usr/lib/python{d.python}", rootfs.HOME):
-            rootfs.compile_python(tree, d, tree / place, prefix=tree)
+            rootfs.compile_python(interpreter, d.native(), tree / place, prefix=tree)
         with tempfile.TemporaryDirectory(dir=target) as scratch:
             extract(busybox, Path(scratch))
             container = tree / BUSYBOX_ROOTFS.lstrip("/")
-            rootfs.busybox_rootfs(Path(scratch), container, TEMPLATES / "busybox/etc")
+            native = self._native() if d.is_foreign else Path(scratch)
+            rootfs.busybox_rootfs(Path(scratch), container, TEMPLATES / "busybox/etc", native)
         packages = (*debs, *busybox, *wheels)
         records = [package.record() for package in packages]
         for package, record in zip(packages, records, strict=True):
@@ -301,6 +310,19 @@ class Build:
                 record["license"] = declared
         (target / "packages.json").write_text(json.dumps(records))
         (target / "owners.json").write_text(json.dumps(owners))
+
+    def _native(self) -> Path:
+        """The tree of the guest's packages for this machine: the interpreter that compiles, and a busybox that runs."""
+        d = self.definition.native()
+        key = digest_of("native", d.distribution, d.suite, d.arch, d.packages, d.busybox, _code(PACKAGES_CODE))
+        return self._step("native", key, self._make_native) / "tree"
+
+    def _make_native(self, target: Path) -> None:
+        d = self.definition.native()
+        self.report(f"fetching what runs on {d.arch} meanwhile")
+        rootfs.skeleton(target / "tree")
+        packages = self._packages_of_suite(d.arch)
+        extract([*packages.fetch_all(d.packages), *packages.fetch([d.busybox])], target / "tree")
 
     def kernel(self) -> Kernel:
         """The kernel with the modules that the fragments name."""
@@ -338,12 +360,21 @@ class Build:
             place = home / PACKAGE / source.relative_to(ROOT)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, place)
-        rootfs.compile_python(base / "tree", self.definition, home, prefix=target)
-        run(["make", "-s", "-C", ROOT / "agent/nsexec", f"BUILD={target / 'build'}"])
+        d = self.definition
+        rootfs.compile_python(self._native() if d.is_foreign else base / "tree", d.native(), home, prefix=target)
+        with tempfile.TemporaryDirectory(dir=target) as scratch:
+            cross = self._cross_compiler(Path(scratch)) if d.is_foreign else []
+            run(["make", "-s", "-C", ROOT / "agent/nsexec", f"BUILD={target / 'build'}", *cross])
         shutil.move(target / "build/nsexec", home / "nsexec")
         shutil.rmtree(target / "build")
         if self.agent_key() != key:
             raise SourcesChanged("the agent's sources changed while they were compiled; build it again")
+
+    def _cross_compiler(self, scratch: Path) -> list[str]:
+        """The settings of nsexec's Makefile for another architecture, whose C library is unpacked into ``scratch``."""
+        triplet = self.definition.triplet
+        extract(self._packages_of_suite().fetch(["musl-dev"]), scratch)
+        return [f"CROSS={triplet}-", f"MUSL={scratch / 'usr'}"]
 
     def files(self) -> list[treemap.File]:
         """The files of the image before it is packed, with who brought them; steps that are not cached are taken."""
@@ -370,7 +401,7 @@ class Build:
 
     def tools(self) -> Tools:
         """What packs a disk: the programs of the suite itself, so that this machine's versions play no part."""
-        d = self.definition
+        d = self.definition.native()
         if d.format == "initrd":
             return HOST
         key = digest_of("tools", d.suite, d.arch, TOOLS)
@@ -379,7 +410,8 @@ class Build:
     def _make_tools(self, target: Path) -> None:
         self.report("fetching the programs that pack a disk")
         (target / "tree").mkdir()
-        extract(self._packages_of_suite().fetch_all(TOOLS), target / "tree")
+        arch = self.definition.native().arch
+        extract(self._packages_of_suite(arch).fetch_all(TOOLS), target / "tree")
 
     def _make_image(self, key: str, target: Path) -> None:
         d = self.definition

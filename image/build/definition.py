@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -93,6 +94,15 @@ class Definition:
         return {"amd64": "x86_64-linux-gnu", "arm64": "aarch64-linux-gnu"}[self.arch]
 
     @property
+    def is_foreign(self) -> bool:
+        """Whether this machine cannot run the guest's programs: they are of another architecture."""
+        return self.arch != host_architecture()
+
+    def native(self) -> Definition:
+        """The same for this machine's own architecture: what a build for another one runs."""
+        return dataclasses.replace(self, arch=host_architecture())
+
+    @property
     def libraries(self) -> str:
         """The directory of the C library in a tree."""
         return DISTRIBUTIONS[self.distribution].libraries.format(triplet=self.triplet)
@@ -142,17 +152,29 @@ def find(name: str) -> Path:
     )
 
 
-def load(file: Path = DEFAULT, *, suite: str | None = None, settings: Sequence[str] = ()) -> Loaded:
-    """Read a definition; ``settings`` are like KEY=VALUE and win over the file.  Raises DefinitionError."""
-    document, templates = _read(file, {"suite": suite or DEFAULT_SUITE, "chosen": suite or ""}, ())
+def load(
+    file: Path = DEFAULT, *, suite: str | None = None, arch: str | None = None, settings: Sequence[str] = ()
+) -> Loaded:
+    """Read a definition; ``settings`` are like KEY=VALUE and win over the file.  ``arch`` is Debian's name of the
+    guest's architecture, this machine's unless given.  Raises DefinitionError.
+    """
+    given = {"suite": suite or DEFAULT_SUITE, "chosen": suite or "", "arch": arch or host_architecture()}
+    document, templates = _read(file, given, ())
     for assignment in settings:
         document = merged(document, override(assignment))
     where = str(file)
     definition: Definition = checked(Definition, document, where)
     if bool(definition.kernel.package) == bool(definition.kernel.source):
         raise DefinitionError(f"{file}: a kernel has either a package or a source; name one, and not both")
-    if definition.arch != (arch := host_architecture()):
-        raise DefinitionError(f"{file}: arch is {definition.arch!r}, but this machine makes images for {arch}")
+    if definition.arch not in ARCHITECTURES.values():
+        raise DefinitionError(f"{file}: arch is {definition.arch!r}; there are {' and '.join(ARCHITECTURES.values())}")
+    if arch and definition.arch != arch:
+        raise DefinitionError(f"{file}: its arch is fixed to {definition.arch}; `{{{{ arch }}}}` would take {arch}")
+    if definition.is_foreign and (definition.distribution != "debian" or definition.kernel.source):
+        raise DefinitionError(
+            f"{file}: images for another architecture ({definition.arch}) are made of Debian's packages, with a kernel "
+            "of theirs; choose --template debian, or build on such a machine"
+        )
     if suite and definition.suite != suite:
         raise DefinitionError(f"{file}: its suite is fixed to {definition.suite}; `{{{{ suite }}}}` would take {suite}")
     if definition.format == "initrd" and (definition.verity or definition.layout != "plain"):
@@ -188,7 +210,7 @@ def _read(file: Path, given: Mapping[str, str], below: tuple[Path, ...]) -> tupl
         raise DefinitionError(f"{file}: extends itself, by {' → '.join(map(str, below))}")
     environment = jinja2.Environment(undefined=_Undefined, autoescape=False)
     try:
-        text = environment.from_string(file.read_text()).render(given, arch=host_architecture())
+        text = environment.from_string(file.read_text()).render(given)
         document = yaml.safe_load(text)
     except OSError as error:
         raise DefinitionError(f"the definition cannot be read: {error}") from error

@@ -149,18 +149,20 @@ def _needs(file: Path) -> set[str]:
     return names
 
 
-def strip(tree: Path) -> None:
+def strip(tree: Path, definition: Definition) -> None:
     """Remove symbols that nothing at run time reads."""
+    program = f"{definition.triplet}-strip" if definition.is_foreign else "strip"
     files = [file for file in tree.rglob("*") if is_elf(file)]
     for file in files:
         file.chmod(file.stat().st_mode | 0o200)
     if files:
-        run(["strip", "--strip-unneeded", "--preserve-dates", *files])
+        run([program, "--strip-unneeded", "--preserve-dates", *files])
 
 
 def compile_python(tree: Path, definition: Definition, place: Path, *, prefix: Path) -> None:
     """Replace every .py below ``place`` by byte code (or, with ``sources``, put that beside it), made by the guest's
-    own interpreter in ``tree``.
+    own interpreter in ``tree``.  Byte code is the same on all architectures: for a guest of another one, tree and
+    definition are `Definition.native`'s.
 
     Compiling at every boot would take four times as long as starting; byte code that is not checked against a source
     needs no source.  Tracebacks keep line numbers, and file names as they are in the guest: less ``prefix``.
@@ -183,18 +185,21 @@ def compile_python(tree: Path, definition: Definition, place: Path, *, prefix: P
             source.unlink()
 
 
-def busybox_rootfs(tree: Path, target: Path, etc: Path) -> None:
-    """A small container rootfs out of an unpacked busybox package."""
-    names = ("bin/busybox", "usr/bin/busybox", "bin/busybox.static", "usr/bin/busybox.static")  # the latter: Alpine's
-    program = next(tree / name for name in names if (tree / name).exists())
+def busybox_rootfs(tree: Path, target: Path, etc: Path, native: Path) -> None:
+    """A small container rootfs out of an unpacked busybox package; that in ``native`` runs on this machine."""
     for name in ("bin", "dev", "etc", "home", "mnt", "proc", "root", "run", "sys", "tmp", "usr", "var"):
         (target / name).mkdir(parents=True)
     (target / "tmp").chmod(0o1777)
-    shutil.copy(program, target / "bin/busybox")
-    for applet in run([target / "bin/busybox", "--list"]).decode().split():
+    shutil.copy(_busybox(tree), target / "bin/busybox")
+    for applet in run([_busybox(native), "--list"]).decode().split():
         if applet != "busybox":
             (target / "bin" / applet).symlink_to("busybox")
     for name in ("sbin", "usr/bin", "usr/sbin"):
         (target / name).symlink_to("bin" if name == "sbin" else "../bin")
     for file in etc.iterdir():
         shutil.copy(file, target / "etc" / file.name)
+
+
+def _busybox(tree: Path) -> Path:
+    names = ("bin/busybox", "usr/bin/busybox", "bin/busybox.static", "usr/bin/busybox.static")  # the latter: Alpine's
+    return next(tree / name for name in names if (tree / name).exists())

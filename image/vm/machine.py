@@ -236,9 +236,9 @@ class VM:
             now = time.monotonic()
             if accelerator.name == "kvm" and self._firmware_is_silent():
                 created = created or now
-                if now - created > KVM_SILENCE_TIMEOUT:
+                if now - created > (silence_limit := scaled(KVM_SILENCE_TIMEOUT)):
                     raise GuestDoesNotRun(
-                        f"KVM does not run the guest: its firmware has said nothing in {KVM_SILENCE_TIMEOUT:.0f} s"
+                        f"KVM does not run the guest: its firmware has said nothing in {silence_limit:.0f} s"
                     )
             if now - began > limit:
                 silence = self._directory.console_silence()

@@ -23,19 +23,19 @@ ROOT = Path(__file__).resolve().parents[2]
 #: This checkout under its import name.
 OURS = Path(image.__file__).parents[1]
 NOBODY = 65534
-SUITE = "trixie-amd64"
+SUITE = "trixie"
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
 
 def seed(cache: Path) -> None:
     """Packages that were downloaded before, without the kernel's source."""
-    debs = default_root() / "apt" / SUITE / "debs"
-    target = cache / "apt" / SUITE / "debs"
-    target.mkdir(parents=True)
-    for deb in debs.glob("*.deb"):
-        if not deb.name.startswith("linux-source"):
-            shutil.copy(deb, target)
+    for debs in default_root().glob(f"apt/{SUITE}-a*/debs"):
+        target = cache / "apt" / debs.parent.name / "debs"
+        target.mkdir(parents=True)
+        for deb in debs.glob("*.deb"):
+            if not deb.name.startswith("linux-source"):
+                shutil.copy(deb, target)
 
 
 def checkout(place: Path) -> None:
@@ -48,10 +48,11 @@ def checkout(place: Path) -> None:
         shutil.copy(ROOT / file, place / file)
 
 
-def builder(root: Path, python: str = sys.executable) -> list[str]:
+def builder(root: Path, python: str = sys.executable, arch: str | None = None) -> list[str]:
     """The command that builds the default image with the sources in a directory called `caisson`."""
     path = f"sys.path.insert(0, {str(root.parent)!r})"
-    return [python, "-c", f"import sys; {path}; from caisson import image; print(image.build_image().directory)"]
+    build = f"image.build_image(arch={arch!r}).directory"
+    return [python, "-c", f"import sys; {path}; from caisson import image; print({build})"]
 
 
 def everyones_python() -> tuple[str, dict[str, str]]:
@@ -82,10 +83,11 @@ def elsewhere() -> Iterator[Path]:
         yield Path(place)
 
 
-def test_an_ordinary_user_elsewhere_at_another_time_builds_the_same(elsewhere: Path) -> None:
+@pytest.mark.parametrize("arch", ["amd64", "arm64"])
+def test_an_ordinary_user_elsewhere_at_another_time_builds_the_same(elsewhere: Path, arch: str) -> None:
     ours, theirs, place = elsewhere / "ours", elsewhere / "theirs", elsewhere / "another place/caisson"
     seed(ours)
-    mine = subprocess.run(builder(OURS), env=environment(ours), capture_output=True, text=True)
+    mine = subprocess.run(builder(OURS, arch=arch), env=environment(ours), capture_output=True, text=True)
     assert mine.returncode == 0, mine.stderr
 
     seed(theirs)
@@ -98,7 +100,7 @@ def test_an_ordinary_user_elsewhere_at_another_time_builds_the_same(elsewhere: P
     script = 'umask 077; exec "$@"'
     words = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "faketime", "-f", "+2d"]
     python, libraries = everyones_python()
-    argv = [*words, "sh", "-c", script, "sh", *builder(place, python)]
+    argv = [*words, "sh", "-c", script, "sh", *builder(place, python, arch)]
     other = subprocess.run(
         argv, env=environment(theirs) | settings | libraries, capture_output=True, text=True, cwd=temporary
     )
@@ -141,8 +143,8 @@ def test_a_build_that_was_killed_at_any_moment_is_followed_by_a_whole_one(elsewh
 def test_a_full_disk_is_said_and_later_forgotten(elsewhere: Path) -> None:
     cache = elsewhere / "small"
     cache.mkdir()
-    debs = default_root() / "apt" / SUITE / "debs"
-    kept = [deb for deb in debs.glob("*.deb") if not deb.name.startswith("linux-source")]
+    debs = default_root().glob(f"apt/{SUITE}-a*/debs/*.deb")
+    kept = [deb for deb in debs if not deb.name.startswith("linux-source")]
     seeded = sum(deb.stat().st_size for deb in kept) >> 20  # MiB, of every build so far
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={seeded + 20}m", "tmpfs", cache], check=True)
     try:

@@ -10,16 +10,18 @@ from tests.support.source import ROOT
 
 #: What a checkout has beside its sources: at its top, and anywhere.
 NOT_AT_TOP = {".git", ".venv", "build", "dist"}
-NOT_SOURCES = shutil.ignore_patterns("*.egg-info", "__pycache__", "*_pb2.py", "*_pb2.pyi", ".*_cache")
+NOT_SOURCES = ("*.egg-info", "__pycache__", ".*_cache")
+COMPILED = ("*_pb2.py", "*_pb2.pyi")
 
 
-def copy_sources(target: Path) -> None:
-    """Copy what a fresh clone would have."""
-    shutil.copytree(ROOT, target, ignore=_not_sources)
+def copy_sources(target: Path, *, compiled: bool = False) -> None:
+    """Copy what a fresh clone would have, and the protocol as it is compiled here if that is wanted."""
+    matching = shutil.ignore_patterns(*NOT_SOURCES, *(() if compiled else COMPILED))
 
+    def ignored(directory: str, names: list[str]) -> set[str]:
+        return matching(directory, names) | (NOT_AT_TOP if Path(directory) == ROOT else set())
 
-def _not_sources(directory: str, names: list[str]) -> set[str]:
-    return NOT_SOURCES(directory, names) | (NOT_AT_TOP if Path(directory) == ROOT else set())
+    shutil.copytree(ROOT, target, ignore=ignored)
 
 
 def clean_environment() -> dict[str, str]:

@@ -77,7 +77,7 @@ def test_kvm_with_the_kernels_device() -> None:
 
 def test_aarch64() -> None:
     words = render(arch="arm64")
-    assert after(words, "-cpu") == ["max"]
+    assert after(words, "-cpu") == ["max,pauth-impdef=on"]
     assert after(words, "-machine")[0].startswith("virt,")
     assert after(words, "-append") == ["console=ttyAMA0 quiet panic=-1"]
 

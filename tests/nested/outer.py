@@ -1,0 +1,154 @@
+"""The outer machine: a guest of our own in which KVM and vhost-vsock are real, with this checkout's wheel and tests.
+
+QEMU's emulation of an AMD processor has SVM with nested paging, so a kernel in it loads kvm_amd, and vhost_vsock, and a
+guest booted in there runs under KVM over the kernel's vsock device.  Where this machine has KVM itself, the outer
+machine runs under it: nested KVM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from caisson import image as images
+from caisson.agent import client
+from tests.e2e.conftest import Caisson, built, fresh
+from tests.support import guest_root
+from tests.support.checkout import copy_sources
+from tests.support.source import ROOT
+
+#: MiB: an image of some 300 MB in memory, a guest of 512 in it, and files for both.
+MEMORY = 3072
+
+#: Seconds until it has booted: emulated, on a machine that does much else.
+BOOT_TIMEOUT = 1200.0
+
+#: Where everything is put in it.
+HOME = "/tmp/nested"
+
+#: Kernel modules, by what the processor's flags say.
+MODULES = {"svm": "kvm_amd", "vmx": "kvm_intel"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run of pytest ended, and all that it wrote."""
+
+    status: int
+    output: str
+
+
+@dataclass(frozen=True)
+class Outer:
+    """A booted outer machine that is ready for tests."""
+
+    caisson: Caisson
+    name: str
+    python: str
+
+    @property
+    def _socket(self) -> Path:
+        return self.caisson.run_directory / self.name / "agent.sock"
+
+    def pytest(self, tests: Sequence[str], settings: Mapping[str, str], timeout: float) -> Result:
+        """Run tests of this checkout in it; what they write is shown as it comes."""
+        words = [
+            self.python, "-m", "pytest", "-v", "-p", "tests.nested.evidence", "-p", "no:cacheprovider", "--color=no",
+            "-o", f"timeout={timeout:.0f}", *tests,
+        ]  # fmt: skip
+        environment = {
+            "PYTHONPATH": f"{HOME}/site:/usr/lib/caisson", "CAISSON_COMMAND": f"{self.python} -m caisson.commands.main",
+            "CAISSON_CACHE": f"{HOME}/cache", "CAISSON_IMAGES": f"{HOME}/images", "CAISSON_PATIENCE": f"{timeout:.0f}",
+            "PYTHONDONTWRITEBYTECODE": "1", **settings,
+        }  # fmt: skip
+
+        async def work() -> guest_root.Done:
+            async with client.Agent.connect(self._socket) as agent:
+                return await guest_root.run(
+                    agent.container("nested"), *words, cwd=f"{HOME}/checkout",
+                    env=[f"{name}={value}" for name, value in environment.items()], show=_show,
+                )  # fmt: skip
+
+        done = asyncio.run(work())
+        return Result(done.status, (done.stdout + done.stderr).decode(errors="replace"))
+
+
+def _show(data: bytes) -> None:
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
+@contextlib.contextmanager
+def outer_machine(suite: str, templates: Sequence[str] = ()) -> Iterator[Outer]:
+    """Boot an outer machine of a suite of Debian; in it are the default image and those of these templates."""
+    image = images.Image.load(built("--suite", suite, "--template", "kvm-host"))
+    default = images.build_image().directory
+    inner = {f"cache/images/{default.name}": default}
+    inner |= {f"images/{name}": built("--template", name) for name in templates}
+    with fresh() as caisson:
+        words = ("boot-vm", "outer", "--detach", "--image", str(image.directory), "--memory", str(MEMORY))
+        booted = caisson(*words, "--timeout", f"{BOOT_TIMEOUT:.0f}", timeout=BOOT_TIMEOUT)
+        assert booted.returncode == 0, booted.stderr.decode()
+        try:
+            outer = Outer(caisson, "outer", guest_root.python_of(image.manifest))
+            asyncio.run(_furnish(outer, payload(inner)))
+            yield outer
+        finally:
+            stopped = caisson("stop-vm", "outer")
+            assert stopped.returncode == 0, stopped.stderr.decode()
+
+
+async def _furnish(outer: Outer, archive: bytes) -> None:
+    """Start a container with everything in it, and load KVM and vhost-vsock."""
+    async with client.Agent.connect(outer._socket) as agent:
+        container = await guest_root.container(agent, "nested", ["/usr/bin/sleep", "infinity"])
+        flags = (await guest_root.run(container, "/usr/bin/cat", "/proc/cpuinfo")).stdout.decode().split()
+        modules = [name for flag, name in MODULES.items() if flag in flags]
+        assert modules, "this processor has neither SVM nor VMX in a guest; on real KVM, nested has to be on"
+        for name in (*modules, "vhost_vsock"):
+            await agent.load_module(name)
+        script = f"mkdir -p {HOME} && tar -x -C {HOME} && ls -l /dev/kvm /dev/vhost-vsock"
+        done = await guest_root.run(container, "/usr/bin/bash", "-c", script, stdin=archive)
+        assert done.status == 0, done.stderr.decode()
+
+
+def payload(inner: Mapping[str, Path]) -> bytes:
+    """Return an archive of the wheel, unpacked (`site`), the tests (`checkout`), and directories by where they go."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as archive:
+        for name, directory in inner.items():
+            archive.add(directory, name)
+        for name in ("tests", "pyproject.toml", "docs", "README.md", "constraints.txt"):
+            archive.add(ROOT / name, f"checkout/{name}", filter=_without_byte_code)
+        with tempfile.TemporaryDirectory() as scratch:
+            wheel = make_wheel(Path(scratch))
+            with zipfile.ZipFile(wheel) as packed:
+                packed.extractall(Path(scratch) / "site")
+            archive.add(Path(scratch) / "site", "site")
+    return stream.getvalue()
+
+
+def _without_byte_code(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    return None if "__pycache__" in member.name else member
+
+
+def make_wheel(directory: Path) -> Path:
+    """Build this checkout's wheel, with the protocol as it is compiled here."""
+    copy_sources(directory / "source", compiled=True)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    done = subprocess.run(
+        [*pip, "--wheel-dir", directory, directory / "source"], env=os.environ | {"PIP_USER": "0"}, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    (wheel,) = directory.glob("caisson_vm-*.whl")
+    return wheel

@@ -1,0 +1,67 @@
+"""Guests under real KVM, over the kernel's vhost-vsock, inside a guest: the end-to-end tests as they are.
+
+The quick form is a boot, streams, bulk both ways and the end; the whole (``-m nightly``) is everything that a VM can
+do, with both vsock devices, and with the QEMU of each suite of Debian as the inner one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.nested.outer import Outer, outer_machine
+
+pytestmark = [pytest.mark.nested, pytest.mark.vm, pytest.mark.root]
+
+#: Seconds for a test inside, and for all of the quick ones: two minutes on a quiet machine, and many on a busy one.
+INNER_TIMEOUT, QUICK_TIMEOUT, WHOLE_TIMEOUT = 1500, 2400, 4 * 3600
+
+QUICK = (
+    "tests/e2e/test_exec.py::test_streams_are_separate_and_the_exit_status_is_the_programs",
+    "tests/e2e/test_exec.py::test_twenty_megabytes_of_stdin_arrive_unchanged",
+    "tests/e2e/test_exec.py::test_binary_goes_through_both_ways",
+    "tests/e2e/test_vm.py::test_auto_picks_by_evidence_and_says_why",
+)
+
+#: Balloon, shares by 9p and plugged-in CPUs and memory need a kernel of our own.
+WHOLE = (
+    *QUICK,
+    "tests/e2e/test_exec.py::test_a_terminal_is_one",
+    "tests/e2e/test_exec.py::test_a_signal_to_the_command_reaches_the_program",
+    "tests/e2e/test_copy.py::test_a_tree_there_and_back",
+    "tests/e2e/test_share.py::test_read_only",
+    "tests/e2e/test_share.py::test_writable",
+    "tests/e2e/test_plug.py",
+    "tests/e2e/test_hotplug.py",
+    "tests/e2e/test_balloon.py",
+    "tests/e2e/test_snapshot.py",
+    "tests/e2e/test_vm.py",
+    "tests/e2e/test_timeline.py",
+)
+
+
+@pytest.fixture(scope="module", params=["trixie"])
+def outer(request: pytest.FixtureRequest) -> Iterator[Outer]:
+    with outer_machine(request.param) as machine:
+        yield machine
+
+
+@pytest.mark.timeout(QUICK_TIMEOUT)
+def test_a_guest_runs_under_kvm_over_vhost_vsock(outer: Outer, capsys: pytest.CaptureFixture[str]) -> None:
+    with capsys.disabled():
+        done = outer.pytest(QUICK, {"CAISSON_ACCEL": "kvm", "CAISSON_VSOCK": "vhost"}, INNER_TIMEOUT)
+    assert done.status == 0, done.output
+    proven = [line for line in done.output.splitlines() if "KVMKVMKVM, kvm-clock, CID" in line]
+    assert len(proven) == len(QUICK), done.output
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(WHOLE_TIMEOUT)
+@pytest.mark.parametrize("vsock", ["vhost", "user"])
+@pytest.mark.parametrize("suite", ["trixie", "bookworm"])
+def test_all_that_a_vm_can_do_under_kvm(suite: str, vsock: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with outer_machine(suite, ("lean",)) as machine, capsys.disabled():
+        settings = {"CAISSON_ACCEL": "kvm", "CAISSON_VSOCK": vsock, "CAISSON_CLONES": "2"}
+        done = machine.pytest(WHOLE, settings, INNER_TIMEOUT)
+    assert done.status == 0, done.output
