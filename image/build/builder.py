@@ -239,7 +239,7 @@ class Build:
 
     def agent_key(self) -> str:
         """The digest of the agent's sources, and of the interpreter that compiles them."""
-        nsexec = [path for path in (ROOT / "agent/nsexec").iterdir() if path.is_file()]
+        nsexec = [ROOT / "agent/nsexec/Makefile", *(ROOT / "agent/nsexec").glob("*.[ch]")]
         sources = digest_of_files(ROOT, agent_files()), digest_of_files(ROOT, nsexec)
         return digest_of("agent layer", agent_version(), self.base_key(), sources)
 
