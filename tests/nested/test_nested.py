@@ -47,6 +47,7 @@ def outer(request: pytest.FixtureRequest) -> Iterator[Outer]:
         yield machine
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(QUICK_TIMEOUT)
 def test_a_guest_runs_under_kvm_over_vhost_vsock(outer: Outer, capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():
