@@ -41,9 +41,14 @@ class LazyImporter:
                 module._run()
 
 
+def deferring() -> list[LazyImporter]:
+    """Return the importers that defer modules now."""
+    return [one for one in sys.meta_path if isinstance(one, LazyImporter)]
+
+
 def load_deferred() -> None:
     """Execute every module that was deferred so far, and defer no more: before threads exist."""
-    for finder in [one for one in sys.meta_path if isinstance(one, LazyImporter)]:
+    for finder in deferring():
         sys.meta_path.remove(finder)
         finder.load()
 
