@@ -86,7 +86,7 @@ setup(
     packages=packages(),
     package_dir={f"caisson.{name}": name for name in (*PACKAGES, *DATA)},
     package_data={
-        "caisson.agent": ["py.typed", "nsexec/*.[ch]", "nsexec/Makefile"],
+        "caisson.agent": ["py.typed", "nsexec/*.[ch]", "nsexec/front/*.[ch]", "nsexec/Makefile"],
         "caisson.commands": ["py.typed"],
         "caisson.image": ["py.typed"],
         "caisson.proto": ["py.typed", *files_below("proto", "*.proto"), "*/*_pb2.pyi"],

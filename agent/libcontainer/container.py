@@ -11,6 +11,7 @@ import time
 
 from caisson.agent.base.json import dumps
 from caisson.agent.base.record import NOTHING, Record
+from caisson.agent.libcontainer import faults
 from caisson.agent.libcontainer import state as files
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.errors import LaunchError
@@ -187,6 +188,7 @@ class Container:
         container._cgroup = cgroup
         files.write_whole(f"{directory}/{CONFIG}", dumps(document))
         state.save(directory)
+        faults.reach("create_saved")
         launcher = runtime.launcher()
         filter = await launcher.filter(spec.linux.seccomp)
         if filter:
@@ -211,6 +213,7 @@ class Container:
         found = ProcessStat.read(pid)
         self.state = self.state.but(init_process_pid=pid, init_process_start=0 if found is None else found.start_time)
         self.state.save(self.directory)
+        faults.reach("create_announced")
         if also is not None:
             also(pid)
 
@@ -233,10 +236,10 @@ class Container:
 
     async def run_hooks(self, point: str, hooks: Iterable[Hook], status: str) -> None:
         """Run hooks in the runtime's namespaces.  Raises LaunchError at the first that fails."""
-        from caisson.agent.libcontainer.process.hooks import state
-
         if not hooks:
             return
+        from caisson.agent.libcontainer.process.hooks import state
+
         pid = self.state.init_process_pid if status != STOPPED else 0
         document = state(self.id, self.state.bundle, self.state.labels, status, pid)
         await self.runtime.launcher().hooks.run(point, hooks, document)
@@ -252,13 +255,14 @@ class Container:
                 init_pid=self.state.init_process_pid,
                 pidfd=pidfd,
                 join=self.state.joined,
-                filter=self._filter(),
+                filter=self.filter(),
                 bundle=self.state.bundle,
             )
         finally:
             os.close(pidfd)
 
-    def _filter(self) -> bytes:
+    def filter(self) -> bytes:
+        """Flags and program of its system call filter, compiled; empty without one."""
         try:
             with open(f"{self.directory}/{FILTER}", "rb") as file:  # noqa: PTH123 - no pathlib at start
                 return file.read()
@@ -284,10 +288,12 @@ class Container:
             await self._signal_all(cgroup, number)
             return
         pidfd = self.pidfd()
+        faults.reach("kill_signal")
         try:
             signal.pidfd_send_signal(pidfd, number)
         finally:
             os.close(pidfd)
+        faults.reach("kill_signalled")
         if number == SIGKILL and cgroup is not None and cgroup.frozen:
             await cgroup.thaw()
 
@@ -300,6 +306,7 @@ class Container:
         frozen = cgroup.frozen
         if not frozen and cgroup.exists:
             await cgroup.freeze()  # so that nobody forks away while the list is read
+        faults.reach("kill_frozen")
         try:
             for pid in cgroup.pids():
                 try:
@@ -314,13 +321,17 @@ class Container:
         """Freeze all processes.  Raises ContainerError or CgroupError."""
         if self.status not in (RUNNING, CREATED):
             raise ContainerError("container not running")
+        faults.reach("pause_freeze")
         await self._needed_cgroup().freeze()
+        faults.reach("pause_frozen")
 
     async def resume(self) -> None:
         """Thaw all processes.  Raises ContainerError or CgroupError."""
         if self.status != PAUSED:
             raise ContainerError("container not paused")
+        faults.reach("resume_thaw")
         await self._needed_cgroup().thaw()
+        faults.reach("resume_thawed")
 
     async def update(self, changes: Mapping[str, object]) -> None:
         """Change limits: those that `changes` (as linux.resources) gives, all or none.  They are kept in the state.
@@ -335,7 +346,9 @@ class Container:
         old = Resources.from_json(self.state.resources)
         changed = Resources.from_json(changes)
         cgroup.known_devices(old.devices)
+        faults.reach("update_limits")
         await cgroup.update(old.updated(changed.but(devices=())))
+        faults.reach("update_applied")
         merged = merge(self.state.resources, {key: value for key, value in changes.items() if key != "devices"})
         self.state = self.state.but(resources=merged)
         self.state.save(self.directory)
@@ -362,6 +375,7 @@ class Container:
         if status not in (STOPPED, CREATED) and not force:
             raise ContainerError(f"cannot delete container {self.id} that is not stopped: {status}")
         await self.destroy()
+        faults.reach("delete_directory")
         try:
             hooks = self.spec.hooks.poststop
         except (OSError, SpecError):  # half of a create
@@ -392,12 +406,14 @@ class Container:
                     signal.pidfd_send_signal(pidfd, SIGKILL)
                 except ProcessLookupError:
                     pass
+                faults.reach("delete_killed")
                 if cgroup is not None and cgroup.exists:
                     await cgroup.kill()
                 if not await self.runtime.waits.readable(pidfd, seconds=KILL_TIMEOUT):
                     raise ContainerError(f"container {self.id} could not be killed")
             finally:
                 os.close(pidfd)
+        faults.reach("delete_cgroup")
         if cgroup is not None:
             if cgroup.exists and cgroup.pids():
                 await cgroup.kill()

@@ -9,6 +9,7 @@ import os
 
 from caisson.agent.base.json import JsonError, dumps, loads
 from caisson.agent.base.record import NOTHING, Record
+from caisson.agent.libcontainer import faults
 from caisson.agent.libcontainer.config.reader import Reader, SpecError
 
 TYPE_CHECKING = False
@@ -114,12 +115,13 @@ def read_json(path: str) -> object:
         raise SpecError(path, f"is not JSON: {error}") from None
 
 
-def write_whole(path: str, text: str) -> None:
+def write_whole(path: str, content: str | bytes) -> None:
     """Write a file for the owner alone, whole or not at all.  Raises OSError."""
     temporary = f"{path}.new"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    with open(fd, "w", encoding="utf-8") as file:  # noqa: PTH123 - a descriptor
-        file.write(text)
+    with open(fd, "wb") as file:  # noqa: PTH123 - a descriptor
+        file.write(content.encode() if isinstance(content, str) else content)
+    faults.reach("state_written")
     os.replace(temporary, path)  # noqa: PTH105 - no pathlib at start
 
 

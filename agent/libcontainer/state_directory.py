@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from caisson.agent.libcontainer import faults
 from caisson.agent.libcontainer import state as files
 
 
@@ -21,8 +22,8 @@ class DoesNotExist(ContainerError):
 class ContainerLock:
     """A lock on a container's directory, for a `with` block: who changes a container is alone with it."""
 
-    def __init__(self, directory: str) -> None:
-        """Raises DoesNotExist."""
+    def __init__(self, directory: str, *, wait: bool = True) -> None:
+        """Raises DoesNotExist; BlockingIOError without `wait` if another has it."""
         import fcntl
 
         self._fd = -1
@@ -31,7 +32,11 @@ class ContainerLock:
                 fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             except FileNotFoundError:
                 raise DoesNotExist from None
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(fd)
+                raise
             try:
                 if os.path.samestat(os.stat(directory), os.fstat(fd)):  # noqa: PTH116 - no pathlib at start
                     break
@@ -58,6 +63,7 @@ def remove_directory(directory: str) -> None:
     for place, directories, names in os.walk(directory, topdown=False):
         for name in names:
             _unlink(f"{place}/{name}")
+            faults.reach("delete_file")
         for name in directories:
             os.rmdir(f"{place}/{name}")  # noqa: PTH106 - no pathlib at start
     try:

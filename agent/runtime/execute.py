@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from caisson.agent.libcontainer.config.spec import Process
     from caisson.agent.libcontainer.container import Container
     from caisson.agent.runtime.main import Call
+    from caisson.agent.runtime.prepared import Identity
 
 
 def execute(call: Call) -> int:
@@ -28,12 +29,27 @@ def execute(call: Call) -> int:
         raise CommandError("cannot exec in a stopped container")
     if status == PAUSED and not call.options.flag("ignore-paused"):
         raise CommandError("cannot exec in a paused container (use --ignore-paused to override)")
+    config = _identity(call, container)
     document = _document(call, container)
     process = read_process(call, document)
-    return _run(call, container, process)
+    if config is not None and (call.warned or config != _identity(call, container)):
+        config = None
+    return _run(call, container, process, config)
 
 
-def _run(call: Call, container: Container, process: Process) -> int:
+def _identity(call: Call, container: Container) -> Identity | None:
+    """The bundle's config.json, if the process is no other than that says."""
+    if call.options.given - {"detach"} or listen_environment():
+        return None
+    from caisson.agent.runtime.prepared import Identity
+
+    try:
+        return Identity(container.state.bundle)
+    except OSError:
+        return None
+
+
+def _run(call: Call, container: Container, process: Process, config: Identity | None) -> int:
     from caisson.agent.libcontainer.process.launcher import Launch
     from caisson.agent.runtime.cgroup import ExecCgroup
 
@@ -43,6 +59,10 @@ def _run(call: Call, container: Container, process: Process) -> int:
             launch = Launch(container.id, io.stdio, cgroup_fds, io.preserved, io.announced)
             launched = run(container.exec(process, launch))
         io.launched(launched)
+        if config is not None:
+            from caisson.agent.runtime.prepared import keep
+
+            keep(container, process, config)
         return 0 if detach else io.follow(launched.child.pid)
 
 

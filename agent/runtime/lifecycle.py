@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from errno import EPERM
 
+from caisson.agent.libcontainer import faults
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.container import STOPPED, Container
 from caisson.agent.libcontainer.errors import LaunchError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from caisson.agent.runtime.stdio import ProcessIO
 
 DIRECTORY_MODE, ROOT_MODE = 0o711, 0o700
+START_FAILED = "_CAISSON_START_FAILED"  # what the front has heard of a start that failed (agent/nsexec/front/start.c)
 RTMIN, RTMAX = 34, 64
 #: signal(7), without the prefix; the same on all architectures that are supported.
 SIGNALS = {
@@ -48,6 +50,11 @@ def create(call: Call) -> int:
 
 def start(call: Call) -> int:
     """Execute the program of a created container."""
+    heard = os.environ.get(START_FAILED)
+    if heard is not None:
+        from caisson.agent.libcontainer.process import gate
+
+        raise gate.failure_of(heard)
     container = call.container()
     with ContainerLock(container.directory):
         _start(container)
@@ -117,6 +124,7 @@ def _create(call: Call, bundle: Bundle, io: ProcessIO) -> Container:
         os.mkdir(directory, DIRECTORY_MODE)  # noqa: PTH102
     except FileExistsError:
         raise ContainerError("container with given ID already exists") from None
+    faults.reach("create_directory")
     with ContainerLock(directory):
         cgroup: Cgroup | None = None
         container: Container | None = None
@@ -124,6 +132,7 @@ def _create(call: Call, bundle: Bundle, io: ProcessIO) -> Container:
             os.chmod(directory, DIRECTORY_MODE)  # noqa: PTH101 - whatever the umask is
             notify.prepare(call, bundle, directory)
             cgroup = _make_cgroup(call, bundle)
+            faults.reach("create_limited")
             container = _launch(call, bundle, io, rootfs, cgroup)
             return container
         except BaseException:
@@ -203,7 +212,9 @@ def _make_cgroup(call: Call, bundle: Bundle) -> Cgroup | None:
     below_own = not path.startswith("/")
     try:
         Container.reserve(directory, call.id, hierarchy.place(path or call.id, below_own=below_own))
+        faults.reach("create_reserved")
         cgroup = hierarchy.create(path or call.id, below_own=below_own)
+        faults.reach("create_cgroup")
     except CgroupError as error:
         if call.is_rootless and not path:
             call.log("debug", str(error))

@@ -1,4 +1,4 @@
-"""Find nsexec, which containers are made with; it is built where it was not installed."""
+"""Find nsexec, which containers are made with; it is built where it was not installed, and the front with it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from caisson.agent.runtime.errors import CommandError
 
 VARIABLE = "CAISSON_NSEXEC"
 SOURCES = (".c", ".h", "Makefile")
+NSEXEC, FRONT = "nsexec", "caisson-oci"
 
 
 def find() -> str:
@@ -16,12 +17,29 @@ def find() -> str:
     if named:
         return named
     sources = f"{os.path.dirname(os.path.dirname(os.path.abspath(__file__)))}/nsexec"  # noqa: PTH100, PTH120
-    if os.path.exists(f"{sources}/nsexec"):  # noqa: PTH110 - installed with the package
-        return f"{sources}/nsexec"
-    program = f"{_cache()}/nsexec-{_key(sources)}/nsexec"
-    if not os.path.exists(program):  # noqa: PTH110
-        _build(sources, os.path.dirname(program))  # noqa: PTH120
-    return program
+    if os.path.exists(f"{sources}/{NSEXEC}"):  # noqa: PTH110 - installed with the package
+        return f"{sources}/{NSEXEC}"
+    beside = f"{sources}/build"  # where commands/caisson-oci looks for the front
+    if _is_built(beside, sources):
+        return f"{beside}/{NSEXEC}"
+    directory = beside if os.access(sources, os.W_OK) else f"{_cache()}/nsexec-{_key(sources)}"
+    if directory == beside or not os.path.exists(f"{directory}/{NSEXEC}"):  # noqa: PTH110
+        _build(sources, directory)
+    return f"{directory}/{NSEXEC}"
+
+
+def _is_built(directory: str, sources: str) -> bool:
+    """Whether both programs are there, and newer than what they are made of."""
+    try:
+        built = min(os.stat(f"{directory}/{name}").st_mtime_ns for name in (NSEXEC, FRONT))  # noqa: PTH116
+    except OSError:
+        return False
+    return all(entry.stat().st_mtime_ns < built for entry in _files(sources))
+
+
+def _files(sources: str) -> list[os.DirEntry[str]]:
+    found = [entry for place in (sources, f"{sources}/front") for entry in os.scandir(place)]
+    return sorted((entry for entry in found if entry.name.endswith(SOURCES)), key=lambda entry: entry.path)
 
 
 def _cache() -> str:
@@ -31,20 +49,19 @@ def _cache() -> str:
 def _key(sources: str) -> str:
     """Name what the sources are now, by their sizes and times."""
     key = 0
-    for entry in sorted(os.scandir(sources), key=lambda one: one.name):
-        if entry.name.endswith(SOURCES):
-            stat = entry.stat()
-            key = (key * 31 + stat.st_mtime_ns + stat.st_size) % (1 << 61)
+    for entry in _files(sources):
+        stat = entry.stat()
+        key = (key * 31 + stat.st_mtime_ns + stat.st_size) % (1 << 61)
     return f"{key:x}"
 
 
 def _build(sources: str, directory: str) -> None:
-    """Build it beside its place, so that two commands at once do not write one file.  Raises CommandError."""
+    """Build both beside their place, so that two commands at once do not write one file.  Raises CommandError."""
     import shutil
     import subprocess
 
     beside = f"{directory}.{os.getpid()}"
-    command = ["make", "-s", "-C", sources, f"BUILD={beside}"]
+    command = ["make", "-s", "-C", sources, f"BUILD={beside}", NSEXEC, "front"]
     try:
         os.makedirs(beside)  # noqa: PTH103
         made = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
@@ -55,8 +72,8 @@ def _build(sources: str, directory: str) -> None:
             said = made.stderr.strip().splitlines()
             why = said[-1] if said else "make failed"
             raise CommandError(f"nsexec: cannot be built: {why}; install make and musl-gcc, or set {VARIABLE}")
-        os.rename(beside, directory)  # noqa: PTH104
-    except OSError:  # another command was faster
-        pass
+        os.makedirs(directory, exist_ok=True)  # noqa: PTH103
+        for name in (NSEXEC, FRONT):
+            os.replace(f"{beside}/{name}", f"{directory}/{name}")  # noqa: PTH105
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -23,6 +23,14 @@ def nsexec_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def front_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The front of the OCI command line, freshly built."""
+    build = tmp_path_factory.mktemp("front")
+    subprocess.run(["make", "-s", "-C", ROOT / "agent/nsexec", f"BUILD={build}", "front"], check=True)
+    return build / "caisson-oci"
+
+
+@pytest.fixture(scope="session")
 def sealed(nsexec_path: Path) -> Iterator[Nsexec]:
     """The sealed program."""
     nsexec = Nsexec.seal(nsexec_path)

@@ -1,13 +1,19 @@
-"""Where a fuzzer of nsexec's parser begins: real messages of rich configurations, and messages known to be bad."""
+"""Where the fuzzers begin: real messages and files of rich configurations, and ones known to be bad."""
 
 from __future__ import annotations
 
+import json
+import tempfile
 from pathlib import Path
 from struct import pack
 from typing import Any
 
+from caisson.agent.base.json import dumps
 from caisson.agent.libcontainer.config.spec import IdMapping, Process, Spec
+from caisson.agent.libcontainer.container import Container
 from caisson.agent.libcontainer.plan import plan, wire
+from caisson.agent.libcontainer.state import State
+from caisson.agent.runtime import prepared
 from tests.native.nsexec_support import config
 from tests.native.test_nsexec_messages import BAD
 
@@ -101,8 +107,36 @@ def seeds() -> dict[str, bytes]:
     return found
 
 
-def write(directory: Path) -> int:
-    """Write the seeds as files; returns the length of the longest."""
-    for number, data in enumerate(seeds().values()):
+def front_seeds() -> dict[str, bytes]:
+    """What the front reads: states, configurations, exec.plan, passwd(5); as which, the first byte says."""
+    paths = {
+        "freezer": "/sys/fs/cgroup/freezer/x",
+        "cpu": "/sys/fs/cgroup/cpu,cpuacct/x",
+        "": "/sys/fs/cgroup/unified/x",
+    }
+    labels = {"a.b": "c=d", "quotes": 'a"b\\c\n', "empty": ""}
+    plain = State("box", 7, 99, "2026-01-01T00:00:00.000000000Z", paths, oci_version="1.0.2", bundle="/b", rootfs="/r")
+    limited = plain.but(labels=labels, joined={"pid": "/proc/1/ns/pid"}, resources={"pids": {"limit": 5}})
+    found = {
+        f"good state {number}": b"S" + dumps(state.to_json()).encode() for number, state in enumerate((plain, limited))
+    }
+    with tempfile.TemporaryDirectory() as directory:
+        for name, value in (("plain", config("true")), ("rich", rich()), ("hooked", hooked())):
+            text = json.dumps(value)
+            (Path(directory) / "config.json").write_text(text)
+            spec = Spec.from_json(value)
+            runtime: Any = None
+            container = Container(runtime, directory, plain, spec)
+            process = Process.from_json(value["process"] | {"terminal": False})
+            found[f"good configuration {name}"] = b"C" + text.encode()
+            found[f"good plan {name}"] = b"P" + prepared.encode(container, process, prepared.Identity(directory))
+    found["good passwd"] = b"Hroot:x:0:0:root:/root:/bin/sh\nseven:x:7:7::/home/seven:\nshort:x:7\n"
+    found["bad state"] = b'S{"id": "x", "created": "\\u0000"}'
+    return found
+
+
+def write(directory: Path, inputs: dict[str, bytes]) -> int:
+    """Write inputs as files; returns the length of the longest."""
+    for number, data in enumerate(inputs.values()):
         (directory / f"{number:03}").write_bytes(data)
-    return max(map(len, seeds().values()))
+    return max(map(len, inputs.values()))

@@ -1,27 +1,37 @@
-"""The OCI command line in a process that nsexec can be stopped in: `python -I -S oci_driver.py PACKAGES ARGUMENT…`.
+"""The OCI command line where it can be killed: `python -I -S oci_driver.py PACKAGES ARGUMENT…`.
 
-A test build of nsexec stands still at the point that _CAISSON_FAULT names (agent/nsexec/faults.h).  The process fails
-if an event loop was imported.
+_CAISSON_FAULT names a point.  The command is killed at one of its own (agent/libcontainer/faults.py); a test build of
+nsexec stands still at one of its (agent/nsexec/faults.h).  The process fails if an event loop was imported.
 """
 
 import os
+import signal
 import sys
 
 sys.path.insert(0, sys.argv.pop(1))
 
+from caisson.agent.libcontainer import faults
 from caisson.agent.libcontainer.process.nsexec import Nsexec
 from caisson.agent.runtime.main import main
 
+WANTED = os.environ.get("_CAISSON_FAULT", "")
 spawn = Nsexec.spawn
 
 
 def spawn_faulty(self, stdio, passed, env):  # type: ignore[no-untyped-def]
     """Tell nsexec where to stand still."""
-    return spawn(self, stdio, passed, {**env, "_CAISSON_FAULT": os.environ.get("_CAISSON_FAULT", "")})
+    return spawn(self, stdio, passed, {**env, "_CAISSON_FAULT": WANTED})
+
+
+def die(point: str) -> None:
+    """End here, as by chance."""
+    if point == WANTED:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":
     Nsexec.spawn = spawn_faulty  # type: ignore[method-assign]
+    faults.reach = die
     status = main()
     assert "asyncio" not in sys.modules
     sys.exit(status)

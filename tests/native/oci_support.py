@@ -37,12 +37,12 @@ class Result:
 
 
 class Oci:
-    """A runtime with a root of its own."""
+    """A runtime with a root of its own; without a `front` the interpreter does all."""
 
-    def __init__(self, program: Path, root: Path, nsexec: Path) -> None:
+    def __init__(self, program: Path, root: Path, nsexec: Path, front: Path | None = None) -> None:
         self.program = program
         self.root = root
-        self._env = {**os.environ, "CAISSON_NSEXEC": str(nsexec)}
+        self._env = {**os.environ, "CAISSON_NSEXEC": str(nsexec), "CAISSON_FRONT": str(front or "")}
 
     def argv(self, *args: str) -> list[str]:
         return [str(self.program), "--root", str(self.root), *args]

@@ -1,6 +1,7 @@
 """A container is what its directory, its cgroup and /proc say: one process creates it, others do everything else.
 
-Every command is a process of its own; each is killed at every point at which nsexec can be stopped, and at others.
+Every command is a process of its own, the interpreter alone or the front before it; each is killed at every point at
+which it or its nsexec can be stopped, and at others.
 """
 
 from __future__ import annotations
@@ -27,23 +28,53 @@ NAME = f"state-{os.getpid()}"
 POINTS = re.findall(r"^\tPOINT\((\w+)\)", (ROOT / "agent/nsexec/faults.h").read_text(), re.MULTILINE)
 STANDS_STILL = "nsexec:fault"
 PACKAGES = ROOT / ".venv" / "src"
+DRIVER = ROOT / "tests" / "native" / "oci_driver.py"
 KILLS = 50
 SECONDS = 20
+#: What leads to where a command can be tried.
+LIFE = {
+    "create": (),
+    "start": ("create",),
+    "exec": ("create", "start"),
+    "pause": ("create", "start"),
+    "resume": ("create", "start", "pause"),
+    "update": ("create", "start"),
+    "kill": ("create", "start"),
+    "delete": ("create", "start"),
+}
+
+
+def points(directory: str, pattern: str) -> list[str]:
+    """The points at which programs in a directory can be killed."""
+    sources = sorted((ROOT / directory).rglob("*.[cp]*"))
+    found = (re.findall(pattern, path.read_text()) for path in sources if path.suffix in (".py", ".c"))
+    return sorted({name for names in found for name in names})
+
+
+OF_COMMANDS = points("agent/libcontainer", r'faults\.reach\("(\w+)"\)') + points(
+    "agent/runtime", r'faults\.reach\("(\w+)"\)'
+)
+OF_FRONT = points("agent/nsexec/front", r"FAULT\((\w+_\w+)\)")
 
 
 @pytest.fixture(scope="module")
-def faulty_nsexec(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where nsexec and the front are that can be stopped."""
     build = tmp_path_factory.mktemp("faults")
-    subprocess.run(["make", "-s", "-C", ROOT / "agent/nsexec", f"BUILD={build}", "FAULTS=1"], check=True)
-    return build / "nsexec"
+    command = ["make", "-s", "-C", str(ROOT / "agent/nsexec"), f"BUILD={build}", "FAULTS=1", "nsexec", "front"]
+    subprocess.run(command, check=True)
+    return build
 
 
 class Driver(Oci):
-    """The command line without a shell before it, so that its pid is known."""
+    """The command line without a shell before it, so that its pid is known; `front` is the front's, or none."""
+
+    front: Path | None = None
 
     def argv(self, *args: str) -> list[str]:
-        driver = ROOT / "tests" / "native" / "oci_driver.py"
-        return [sys.executable, "-I", "-S", str(driver), str(PACKAGES), "--root", str(self.root), *args]
+        script = f"import runpy, sys; sys.argv.pop(0); runpy.run_path({str(DRIVER)!r}, run_name='__main__')"
+        python = [sys.executable, "-I", "-S", "-c", script, "caisson-oci", str(PACKAGES), "--root", str(self.root)]
+        return [*([str(self.front)] if self.front else []), *python, *args]
 
     def begin(self, *args: str, point: str = "") -> subprocess.Popen[bytes]:
         return subprocess.Popen(
@@ -51,11 +82,29 @@ class Driver(Oci):
             env={**self._env, "_CAISSON_FAULT": point},
         )  # fmt: skip
 
+    def lead_to(self, command: str, made: Path) -> None:
+        """Do what comes before a command in a container's life."""
+        for name in LIFE[command]:
+            assert self.begin(*words(name, made)).wait() == 0, name
 
-@pytest.fixture
-def oci(tmp_path: Path, faulty_nsexec: Path) -> Iterator[Driver]:
+
+def words(command: str, made: Path) -> list[str]:
+    """The arguments of a command about the container."""
+    more = {
+        "create": ["-b", str(made), NAME],
+        "exec": [NAME, "true"],
+        "update": ["--pids-limit", "33", NAME],
+        "kill": [NAME, "KILL"],
+        "delete": ["--force", NAME],
+    }
+    return [command, *more.get(command, [NAME])]
+
+
+@pytest.fixture(params=["python", "front"])
+def oci(request: pytest.FixtureRequest, tmp_path: Path, faulty: Path) -> Iterator[Driver]:
     become_subreaper()
-    runtime = Driver(faulty_nsexec, tmp_path / "root", faulty_nsexec)
+    runtime = Driver(faulty, tmp_path / "root", faulty / "nsexec")
+    runtime.front = faulty / "caisson-oci" if request.param == "front" else None
     runtime.root.mkdir()
     with reaping():
         yield runtime
@@ -105,7 +154,8 @@ def test_each_command_is_a_process_of_its_own(oci: Driver, sleeper: Path) -> Non
     assert oci.detached("create", "-b", str(sleeper), NAME).status == 0
     assert oci.status(NAME) == "created"
     oci.ok("start", NAME)
-    assert oci.ok("exec", NAME, "echo", "in") == "in\n"
+    for _ in range(2):
+        assert oci.ok("exec", NAME, "echo", "in") == "in\n"
     oci.ok("pause", NAME)
     oci.ok("update", "--pids-limit", "33", NAME)
     assert oci.status(NAME) == "paused"
@@ -117,6 +167,7 @@ def test_each_command_is_a_process_of_its_own(oci: Driver, sleeper: Path) -> Non
     nothing_is_left(oci)
 
 
+@pytest.mark.parametrize("oci", ["python"], indirect=True)
 @pytest.mark.parametrize("point", POINTS)
 def test_create_that_is_killed(oci: Driver, sleeper: Path, point: str) -> None:
     kill_at_point(oci.begin("create", "-b", str(sleeper), NAME, point=point))
@@ -128,10 +179,53 @@ def test_create_that_is_killed(oci: Driver, sleeper: Path, point: str) -> None:
 @pytest.mark.parametrize("point", POINTS)
 def test_exec_that_is_killed(oci: Driver, sleeper: Path, point: str) -> None:
     oci.running(sleeper, NAME)
+    assert oci.ok("exec", NAME, "echo", "before") == "before\n"
     kill_at_point(oci.begin("exec", NAME, "true", point=point))
     assert oci.ok("exec", NAME, "echo", "still") == "still\n"
     oci.ok("delete", "--force", NAME)
     nothing_is_left(oci)
+
+
+def commands_at(point: str) -> Iterator[str]:
+    """The commands that come by a point, which begins with the name of one; all of them write the state."""
+    if point == "state_written":
+        yield from ("create", "update")
+    else:
+        yield point.partition("_")[0]
+
+
+@pytest.mark.parametrize(
+    ("oci", "command", "point"),
+    [("python", command, point) for point in OF_COMMANDS for command in commands_at(point)]
+    + [("front", command, point) for point in OF_FRONT for command in commands_at(point)],
+    indirect=["oci"],
+)
+def test_command_killed_where_it_changes_the_state(oci: Driver, sleeper: Path, command: str, point: str) -> None:
+    oci.lead_to(command, sleeper)
+    argv = words(command, sleeper)
+    if point == "kill_frozen":  # all are signalled
+        argv = ["kill", "--all", NAME, "CONT"]
+    if oci.front is not None and command == "delete":  # it deletes what has ended
+        oci.ok("kill", NAME, "KILL")
+        while oci.status(NAME) != "stopped":
+            pass
+    assert oci.begin(*argv, point=point).wait() == -signal.SIGKILL
+    known = oci("state", NAME)
+    assert known.message == "container does not exist" or json.loads(known.out)["status"] in (
+        "created", "running", "paused", "stopped"
+    )  # fmt: skip
+    if command in ("pause", "update", "resume"):  # once more, by another, is as if it had never been
+        if oci.status(NAME) != {"pause": "paused", "resume": "running"}.get(command):
+            oci.ok(*argv)
+        assert oci.status(NAME) == ("paused" if command == "pause" else "running")
+    oci.ok("delete", "--force", NAME)
+    nothing_is_left(oci)
+    assert oci.begin(*words("create", sleeper)).wait() == 0  # the id is free
+
+
+def test_points_are_found() -> None:
+    assert {point.partition("_")[0] for point in OF_COMMANDS} == {*LIFE, "state"} - {"exec"}
+    assert {point.partition("_")[0] for point in OF_FRONT} == {"start", "kill", "delete"}
 
 
 def test_start_that_is_killed(oci: Driver, sleeper: Path) -> None:
@@ -149,7 +243,8 @@ def test_start_that_is_killed(oci: Driver, sleeper: Path) -> None:
     nothing_is_left(oci)
 
 
-def test_commands_killed_at_random(oci: Driver, sleeper: Path) -> None:
+@pytest.mark.parametrize("oci", ["python"], indirect=True)
+def test_commands_killed_at_random(oci: Driver, sleeper: Path, faulty: Path) -> None:
     """Seeded: create, start, exec and delete, each killed after some of the time that it takes."""
     rng = random.Random(20261127)
     for _ in range(KILLS):
@@ -162,10 +257,13 @@ def test_commands_killed_at_random(oci: Driver, sleeper: Path) -> None:
         doomed = rng.randrange(len(commands))
         for command in commands[:doomed]:
             oci.begin(*command).wait()
+        oci.front = rng.choice([None, faulty / "caisson-oci"])
         victim = oci.begin(*commands[doomed])
-        time.sleep(rng.uniform(0.005, 0.12))  # what is tried is this moment
+        longest = 0.12 if oci.front is None or doomed == 0 else 0.02
+        time.sleep(rng.uniform(0.0005, longest))  # what is tried is this moment
         victim.send_signal(signal.SIGKILL)
         victim.wait()
+        oci.front = None
         assert oci("delete", "--force", NAME).status == 0
         nothing_is_left(oci)
 
@@ -183,9 +281,30 @@ def test_two_creates_of_one_id(oci: Driver, sleeper: Path) -> None:
         nothing_is_left(oci)
 
 
-def test_many_containers_at_once(oci: Driver, sleeper: Path) -> None:
-    names = [f"{NAME}-{number}" for number in range(40)]
-    with ThreadPoolExecutor(4) as pool:
+def test_two_commands_at_once(oci: Driver, sleeper: Path) -> None:
+    """Seeded: whatever two commands do to one container at once, the third finds one that is whole."""
+    rng = random.Random(17)
+    for _ in range(12):
+        oci.lead_to("exec", sleeper)
+        both = [words(name, sleeper) for name in rng.choices(list(LIFE), k=2)]
+        started = [oci.begin(*argv) for argv in both]
+        for command, argv in zip(started, both, strict=True):
+            if argv[0] == "exec" and not command.poll():
+                oci("resume", NAME)  # it waits in a container that was paused meanwhile
+            assert command.wait(SECONDS) in (0, 1, 137, 255), both
+        state = oci("state", NAME)
+        assert state.message == "container does not exist" or json.loads(state.out)["id"] == NAME, both
+        oci.ok("delete", "--force", NAME)
+        nothing_is_left(oci)
+
+
+@pytest.mark.parametrize("oci", ["front"], indirect=True)
+@pytest.mark.parametrize(
+    ("count", "at_once"), [(40, 4), pytest.param(500, 20, marks=[pytest.mark.nightly, pytest.mark.timeout(600)])]
+)
+def test_many_containers_at_once(oci: Driver, sleeper: Path, count: int, at_once: int) -> None:
+    names = [f"{NAME}-{number}" for number in range(count)]
+    with ThreadPoolExecutor(at_once) as pool:
         results = list(pool.map(lambda name: oci.begin("create", "-b", str(sleeper), name).wait(), names))
         assert results == [0] * len(names)
         assert oci.ok("list", "-q").split() == sorted(names)

@@ -1,4 +1,4 @@
-"""The parser of nsexec's messages under a fuzzer, AddressSanitizer and UndefinedBehaviorSanitizer.
+"""The parsers of nsexec and of the front under a fuzzer, AddressSanitizer and UndefinedBehaviorSanitizer.
 
 `CAISSON_FUZZ_SECONDS` says for how long (default: 30).  With clang that is libFuzzer, which finds its way by coverage;
 where there is only gcc, the mutator in fuzz.c.
@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.root
 SECONDS = int(os.environ.get("CAISSON_FUZZ_SECONDS", "30"))
 
 #: Branches that are reached when every kind of attribute is: far fewer would mean that it is stuck at a header.
-EDGES = 300
+EDGES, FRONT_EDGES = 300, 200
 
 
 def build(target: str, directory: Path) -> Path:
@@ -44,19 +45,24 @@ def finished(command: list[str], directory: Path) -> str:
     return done.stderr + done.stdout
 
 
+@pytest.mark.parametrize(
+    ("target", "inputs", "least"),
+    [("fuzz", fuzz_corpus.seeds, EDGES), ("fuzz-front", fuzz_corpus.front_seeds, FRONT_EDGES)],
+    ids=["nsexec", "front"],
+)
 @pytest.mark.timeout(SECONDS + 280)
-def test_nothing_is_found(tmp_path: Path) -> None:
+def test_nothing_is_found(tmp_path: Path, target: str, inputs: Callable[[], dict[str, bytes]], least: int) -> None:
     seeds, corpus = tmp_path / "seeds", tmp_path / "corpus"
     for directory in (seeds, corpus):
         directory.mkdir()
-    longest = fuzz_corpus.write(seeds)
+    longest = fuzz_corpus.write(seeds, inputs())
     if shutil.which("clang") is None:
         assert "CI" not in os.environ, "CI fuzzes with clang: apt-get install clang libclang-rt-dev"
-        program = build("fuzz-gcc", tmp_path)
+        program = build(f"{target}-gcc", tmp_path)
         good = [str(path) for path in sorted(seeds.iterdir()) if 200 < path.stat().st_size < 1 << 16]
         assert "accepted" in finished([str(program), str(SECONDS * 10_000), "1", *good], tmp_path)
         return
-    program = build("fuzz", tmp_path)
+    program = build(target, tmp_path)
     # No limit of resident memory: libFuzzer reads ru_maxrss, which begins with what pytest once had (vfork, exec).
     said = finished(
         [str(program), f"-max_total_time={SECONDS}", f"-max_len={longest}", "-timeout=10", "-rss_limit_mb=0",
@@ -67,15 +73,20 @@ def test_nothing_is_found(tmp_path: Path) -> None:
     edges = max(map(int, re.findall(r"cov: (\d+)", said)))
     runs = int(re.findall(r"stat::number_of_executed_units: (\d+)", said)[0])
     print(f"{runs} inputs, {edges} edges")
-    assert edges > EDGES, said[-2000:]
+    assert edges > least, said[-2000:]
     assert runs > 1000 * SECONDS / 10
 
 
-def test_good_messages_are_accepted(tmp_path: Path) -> None:
-    """What the fuzzer begins with is what the agent says; else it would look for errors in the wrong place."""
-    program = build("fuzz-gcc", tmp_path)
+@pytest.mark.parametrize(
+    ("target", "inputs"),
+    [("fuzz-gcc", fuzz_corpus.seeds), ("fuzz-front-gcc", fuzz_corpus.front_seeds)],
+    ids=["nsexec", "front"],
+)
+def test_good_messages_are_accepted(tmp_path: Path, target: str, inputs: Callable[[], dict[str, bytes]]) -> None:
+    """What the fuzzer begins with is what Python writes; else it would look for errors in the wrong place."""
+    program = build(target, tmp_path)
     files = []
-    for name, data in fuzz_corpus.seeds().items():
+    for name, data in inputs().items():
         if name.startswith("good"):
             files.append(tmp_path / name.replace(" ", "-"))
             files[-1].write_bytes(data)

@@ -1,4 +1,4 @@
-"""What nsexec is built as: small, static, hardened, and readable in one sitting."""
+"""What nsexec and the front are built as: small, static, hardened, and readable in one sitting."""
 
 from __future__ import annotations
 
@@ -13,25 +13,30 @@ from caisson.agent.libcontainer.plan import wire
 from tests.native.agent_support import ROOT
 
 NSEXEC = ROOT / "agent/nsexec"
-SOURCES = sorted(NSEXEC.glob("*.c"))
+#: Of each program, by its target.
+SOURCES = {"nsexec": sorted(NSEXEC.glob("*.c")), "front": sorted((NSEXEC / "front").glob("*.c"))}
 
 
 def readelf(program: Path) -> str:
     return subprocess.run(["readelf", "-lWd", program], capture_output=True, text=True, check=True).stdout
 
 
-def test_flags(tmp_path: Path) -> None:
-    command = ["make", "-n", "-C", str(ROOT / "agent/nsexec"), f"BUILD={tmp_path}"]
+@pytest.mark.parametrize("program", SOURCES)
+def test_flags(tmp_path: Path, program: str) -> None:
+    command = ["make", "-n", "-C", str(ROOT / "agent/nsexec"), f"BUILD={tmp_path}", program]
     words = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     strict = {"-std=c11", "-Wall", "-Wextra", "-Werror"}
     hardened = {"-fstack-protector-strong", "-D_FORTIFY_SOURCE=2", "-fstack-clash-protection", "-fcf-protection"}
     assert strict | hardened | {"musl-gcc", "-static", "-Wl,-z,relro,-z,now,-z,noexecstack"} <= set(words)
-    assert {path.name for path in SOURCES} - {"fuzz.c", "faults.c"} == {word for word in words if word.endswith(".c")}
+    built = {Path(word).name for word in words if word.endswith(".c")}
+    assert {path.name for path in SOURCES[program]} - {"fuzz.c", "faults.c"} == built
 
 
-def test_the_program(nsexec_path: Path) -> None:
-    assert nsexec_path.stat().st_size < 100_000
-    told = readelf(nsexec_path)
+@pytest.mark.parametrize("fixture", ["nsexec_path", "front_path"])
+def test_the_program(request: pytest.FixtureRequest, fixture: str) -> None:
+    program: Path = request.getfixturevalue(fixture)
+    assert program.stat().st_size < 100_000
+    told = readelf(program)
     assert "INTERP" not in told and "NEEDED" not in told
     (stack,) = (line for line in told.splitlines() if "GNU_STACK" in line)
     assert " RW " in stack and "E" not in stack.split()[6]
@@ -40,7 +45,7 @@ def test_the_program(nsexec_path: Path) -> None:
     assert not [line for line in loaded if "RWE" in line]
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+@pytest.mark.parametrize("source", [path for paths in SOURCES.values() for path in paths], ids=lambda path: path.name)
 def test_a_file_says_what_it_is_for_and_is_not_long(source: Path) -> None:
     lines = source.read_text().splitlines()
     assert len(lines) <= 600
@@ -50,7 +55,7 @@ def test_a_file_says_what_it_is_for_and_is_not_long(source: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("clang-format") is None, reason="clang-format is not installed")
 def test_sources_are_formatted_by_clang_format() -> None:
-    names = [path.name for path in sorted(NSEXEC.glob("*.[ch]"))]
+    names = [str(path.relative_to(NSEXEC)) for path in sorted(NSEXEC.rglob("*.[ch]"))]
     command = ["clang-format", "--dry-run", "--Werror", *names]
     done = subprocess.run(command, cwd=NSEXEC, capture_output=True, text=True)
     assert done.returncode == 0, f"run clang-format -i {' '.join(names)} in agent/nsexec:\n{done.stderr[:2000]}"

@@ -19,11 +19,11 @@ pytestmark = pytest.mark.root
 NAME = f"oci-{os.getpid()}"
 
 
-@pytest.fixture
-def oci(tmp_path: Path, nsexec_path: Path) -> Iterator[Oci]:
+@pytest.fixture(params=["python", "front"])
+def oci(request: pytest.FixtureRequest, tmp_path: Path, nsexec_path: Path, front_path: Path) -> Iterator[Oci]:
     """Our command line with a root of its own; leaves nothing behind, or fails."""
     become_subreaper()
-    runtime = Oci(OURS, tmp_path / "root", nsexec_path)
+    runtime = Oci(OURS, tmp_path / "root", nsexec_path, front_path if request.param == "front" else None)
     with reaping():
         yield runtime
         runtime.clear()

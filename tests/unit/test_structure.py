@@ -49,6 +49,7 @@ SHORT_FILES = {
     "agent.guest.rootdisk": LATE,
     "agent.libcontainer.cgroups.cpuset": ONE_OF_A_KIND,
     "agent.libcontainer.errors": EVERYBODY_IMPORTS_IT,
+    "agent.libcontainer.faults": EVERYBODY_IMPORTS_IT,
     "agent.libcontainer.plan.capabilities": TABLE,
     "agent.libcontainer.plan.lsm": ONE_OF_A_KIND,
     "agent.libcontainer.plan.sysctl": ONE_OF_A_KIND,

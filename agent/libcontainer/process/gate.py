@@ -13,6 +13,7 @@ import os
 import stat
 
 from caisson.agent.base.json import JsonError, loads
+from caisson.agent.libcontainer import faults
 from caisson.agent.libcontainer.errors import LaunchError, reason
 from caisson.agent.libcontainer.process.channel import report_error
 from caisson.agent.libcontainer.state import ProcessStat
@@ -30,6 +31,7 @@ FIFO_MODE = 0o622  # an init that has become another user must be able to open i
 REPORT_MAX = 16384
 GONE = "the container's init died before it was started"
 STARTED = "the container was started before"
+NOT_EXECUTED = "the container's init died before its program was executed"
 
 
 def make(path: str, *, in_company: bool) -> tuple[str, int]:
@@ -84,6 +86,7 @@ async def open_and_follow(path: str, pid: int, pidfd: int, waits: Waits, timeout
         message = GONE if isinstance(error, ConnectionRefusedError) else STARTED
         raise LaunchError(message, step="start", path=path, errno=error.errno or 0) from error
     deadline = Deadline(timeout)
+    faults.reach("start_opened")
     try:
         if is_socket:
             os.write(fd, b"1")
@@ -92,7 +95,9 @@ async def open_and_follow(path: str, pid: int, pidfd: int, waits: Waits, timeout
         heard = _read(fd)
         if not heard:  # its end, that of another starter's, or no writer yet of a fifo that was just opened
             raise LaunchError(GONE, step="start", path=path)
+        faults.reach("start_read")
         remove(path)
+        faults.reach("start_removed")
         report = heard[1:] + await _rest(fd, waits, deadline)
     finally:
         os.close(fd)
@@ -100,7 +105,14 @@ async def open_and_follow(path: str, pid: int, pidfd: int, waits: Waits, timeout
         raise _report(report)
     now = ProcessStat.read(pid)
     if now is not None and not now.executed:
-        raise LaunchError("the container's init died before its program was executed", step="start", path=path)
+        raise LaunchError(NOT_EXECUTED, step="start", path=path)
+
+
+def failure_of(heard: str) -> LaunchError:
+    """The error of a start that another program has made: `heard` is all that came through the gate (front/start.c)."""
+    if len(heard) > 1:
+        return _report(heard[1:].encode("utf-8", "surrogateescape"))
+    return LaunchError(NOT_EXECUTED if heard else GONE, step="start")
 
 
 def _connect(path: str) -> int:

@@ -1,0 +1,85 @@
+/* exec.c: `exec` of a program with the process of the bundle's config.json, as runtime/execute.py. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "../sys.h"
+#include "front.h"
+
+#define MESSAGES_MAX (1u << 20)
+
+static bool is_unchanged(const struct container *container, const struct exec_plan *plan)
+{
+	char path[4096 + 16];
+	struct stat now;
+
+	if (!plain_text(container->bundle, path, 4096) || path[0] != '/')
+		return false;
+	snprintf(path + container->bundle.size, 16, "/config.json");
+	return stat(path, &now) == 0 && plan->identity[0] == now.st_dev && plan->identity[1] == now.st_ino &&
+	       plan->identity[2] == (uint64_t)now.st_size &&
+	       plan->identity[3] == (uint64_t)now.st_mtim.tv_sec * 1000000000u + (uint64_t)now.st_mtim.tv_nsec &&
+	       plan->identity[4] == (uint64_t)now.st_ctim.tv_sec * 1000000000u + (uint64_t)now.st_ctim.tv_nsec;
+}
+
+/* The container's passwd(5), found inside its root whatever links say. */
+static bool find_home(const struct container *container, uint32_t uid, struct slice *home)
+{
+	static char text[FILE_MAX_SIZE];
+	char path[32];
+	struct slice passwd = {.at = ""};
+	int root, fd;
+
+	snprintf(path, sizeof(path), "/proc/%d/root", container->pid);
+	root = open(path, O_PATH | O_DIRECTORY | O_CLOEXEC);
+	if (root < 0)
+		return false;
+	fd = sys_openat2(root, "etc/passwd", READ_FLAGS, 0, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS);
+	if (fd < 0 && errno != ENOENT)
+		return false;
+	return (fd < 0 || read_whole(fd, &passwd, text, sizeof(text))) && home_in(passwd, uid, home);
+}
+
+static bool make_pipes(const struct exec_plan *plan, int own[3], int theirs[3])
+{
+	for (int i = 0; i < 3; i++) {
+		int ends[2];
+
+		if (pipe2(ends, O_CLOEXEC) < 0)
+			return false;
+		own[i] = ends[i == 0];
+		theirs[i] = ends[i != 0];
+		if (plan->owner != NOBODY_ELSE && fchown(theirs[i], plan->owner, plan->group) < 0)
+			return false;
+	}
+	return true;
+}
+
+int execute(const struct container *container, const char *nsexec, bool detach, char **args)
+{
+	static char file[FILE_MAX_SIZE], bytes[MESSAGES_MAX];
+	int own[3], theirs[3] = {0, 1, 2};
+	enum status status = status_of(container);
+	struct process process;
+	struct slice text, home = {.at = "", .size = 0}, messages = {.at = bytes};
+	struct exec_plan plan;
+
+	if ((status != STATUS_RUNNING && status != STATUS_CREATED) ||
+	    !read_file(container->directory, "exec.plan", &text, file, sizeof(file)) ||
+	    !decode_exec_plan(text, &plan) || !is_unchanged(container, &plan) ||
+	    (plan.has_home == 0 && !find_home(container, plan.uid, &home)))
+		return HAND_OVER;
+	messages.size = nsexec_messages(&plan, home, args, bytes, sizeof(bytes));
+	if (messages.size == 0 || (!detach && !make_pipes(&plan, own, theirs)) ||
+	    !launch(container, nsexec, messages, theirs, &process))
+		return HAND_OVER;
+	if (detach)
+		return 0;
+	for (int i = 0; i < 3; i++)
+		close(theirs[i]);
+	return follow(&process, own[0], own[1], own[2]);
+}

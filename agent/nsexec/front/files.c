@@ -1,0 +1,52 @@
+/* files.c: files that are read whole, up to a bound, and output that is written whole. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "front.h"
+
+/* Read what is open, a file of at most `size` bytes, and close it. */
+bool read_whole(int fd, struct slice *out, char *room, size_t size)
+{
+	struct stat stat;
+	size_t used = 0;
+	ssize_t got = -1;
+
+	if (fd < 0)
+		return false;
+	if (fstat(fd, &stat) == 0 && S_ISREG(stat.st_mode))
+		while (used < size && (got = read(fd, room + used, size - used)) > 0)
+			used += (size_t)got;
+	close(fd);
+	out->at = room;
+	out->size = used;
+	return got == 0;
+}
+
+bool read_file(int directory, const char *path, struct slice *out, char *room, size_t size)
+{
+	return read_whole(openat(directory, path, READ_FLAGS | O_NOFOLLOW), out, room, size);
+}
+
+bool write_all(int fd, const char *data, size_t size)
+{
+	while (size > 0) {
+		ssize_t done = write(fd, data, size);
+
+		if (done < 0 && errno == EAGAIN) {
+			struct pollfd room = {.fd = fd, .events = POLLOUT};
+
+			poll(&room, 1, -1);
+		} else if (done < 0 && errno != EINTR) {
+			return false;
+		}
+		if (done > 0) {
+			data += done;
+			size -= (size_t)done;
+		}
+	}
+	return true;
+}

@@ -1,0 +1,171 @@
+/*
+ * main.c: the options that the front understands, and whom a command is passed to.
+ *
+ *   caisson-oci PYTHON -I -S -c SCRIPT NAME PACKAGES [global options] COMMAND [options] ID [arguments]
+ *
+ * What follows PACKAGES is the command line of the user; all that precedes it is how to hand over.
+ */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "front.h"
+
+#define FIRST_ARGUMENT 8
+#define ID_MAX 255
+#define DEFAULT_ROOT "/run/runc"
+
+struct call {
+	const char *root, *log;
+	bool systemd_cgroup;
+	char **rest;
+};
+
+/* Whether `word` is the option `name`, whose value is in the word or the next one. */
+static const char *value_of(const char *name, char ***word)
+{
+	const char *text = **word;
+	size_t length = strlen(name);
+
+	if (strncmp(text, name, length) != 0 || (text[length] != '=' && text[length] != '\0'))
+		return NULL;
+	if (text[length] == '=')
+		return text + length + 1;
+	if ((*word)[1] != NULL)
+		++*word;
+	return **word == text ? NULL : **word;
+}
+
+static bool read_globals(char **word, struct call *call)
+{
+	for (; *word != NULL && **word == '-'; word++) {
+		const char *value;
+
+		if ((value = value_of("--root", &word)) != NULL)
+			call->root = value;
+		else if ((value = value_of("--log", &word)) != NULL)
+			call->log = value;
+		else if ((value = value_of("--log-format", &word)) != NULL) {
+			if (strcmp(value, "text") != 0 && strcmp(value, "json") != 0)
+				return false;
+		} else if (strcmp(*word, "--systemd-cgroup") == 0) {
+			call->systemd_cgroup = true;
+		} else {
+			return false;
+		}
+	}
+	call->rest = word;
+	return *word != NULL;
+}
+
+/* An absolute path that means the same before and after it is normalised. */
+static bool is_plain_path(const char *path)
+{
+	size_t length = strlen(path);
+
+	for (const char *at = path; (at = strchr(at, '/')) != NULL; at++)
+		if (at[1] == '/' || (at[1] == '.' && (strchr("/.", at[2]) != NULL)))
+			return false;
+	return path[0] == '/' && length > 1 && length < PATH_MAX - ID_MAX - 2 && path[length - 1] != '/';
+}
+
+static bool is_id(const char *text)
+{
+	size_t length = strspn(text, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+.-");
+
+	return length > 0 && length <= ID_MAX && text[length] == '\0' && strcmp(text, ".") != 0 &&
+	       strcmp(text, "..") != 0 && text[0] != '-';
+}
+
+/* Sockets and descriptors that a service manager passes on are Python's, and so are streams that are closed. */
+static bool is_plain_environment(void)
+{
+	for (int fd = 0; fd < 3; fd++)
+		if (fcntl(fd, F_GETFD) < 0)
+			return false;
+	return getenv("NOTIFY_SOCKET") == NULL && getenv("LISTEN_PID") == NULL;
+}
+
+/* The log is made, or found not to be writable, by every command; nothing is written to it by one that succeeds. */
+static bool open_log(const char *path)
+{
+	int fd;
+
+	if (path == NULL || path[0] == '\0')
+		return true;
+	fd = open(path, O_WRONLY | O_APPEND | O_CREAT | O_SYNC | O_CLOEXEC, 0644);
+	if (fd < 0)
+		return false;
+	close(fd);
+	return true;
+}
+
+static const char *nsexec_beside(const char *self)
+{
+	static char path[PATH_MAX];
+	const char *named = getenv("CAISSON_NSEXEC"), *slash = strrchr(self, '/');
+
+	if (named != NULL && named[0] != '\0')
+		return named;
+	if (slash == NULL ||
+	    (size_t)snprintf(path, sizeof(path), "%.*snsexec", (int)(slash + 1 - self), self) >= sizeof(path))
+		return NULL;
+	return path;
+}
+
+static int run(const char *self, const struct call *call)
+{
+	static struct container container;
+	const char *command = call->rest[0], *nsexec;
+	char **words = call->rest + 1;
+	bool option = false;
+
+	if (strcmp(command, "exec") == 0 && words[0] != NULL)
+		option = strcmp(words[0], "-d") == 0 || strcmp(words[0], "--detach") == 0;
+	else if (strcmp(command, "delete") == 0 && words[0] != NULL)
+		option = strcmp(words[0], "-f") == 0 || strcmp(words[0], "--force") == 0;
+	words += option;
+	if (words[0] == NULL || !is_id(words[0]) || !is_plain_environment())
+		return HAND_OVER;
+	if (strcmp(command, "exec") == 0 ? words[1] == NULL
+					 : words[1] != NULL && (strcmp(command, "kill") != 0 || words[2] != NULL))
+		return HAND_OVER;
+	if (!load_container(call->root, words[0], &container) || !open_log(call->log))
+		return HAND_OVER;
+	if (strcmp(command, "state") == 0)
+		return print_state(&container);
+	if (strcmp(command, "kill") == 0)
+		return kill_container(&container, words[1]);
+	if (strcmp(command, "start") == 0)
+		return start_container(&container);
+	if (strcmp(command, "delete") == 0 && !call->systemd_cgroup)
+		return delete_container(&container);
+	nsexec = nsexec_beside(self);
+	if (strcmp(command, "exec") == 0 && !call->systemd_cgroup && nsexec != NULL)
+		return execute(&container, nsexec, option, words + 1);
+	return HAND_OVER;
+}
+
+int main(int argc, char **argv)
+{
+	struct call call = {.root = geteuid() == 0 ? DEFAULT_ROOT : ""};
+	int status = HAND_OVER;
+
+	if (argc < FIRST_ARGUMENT) {
+		static const char usage[] = "caisson-oci is started by the script of that name\n";
+
+		(void)!write(2, usage, sizeof(usage) - 1);
+		return 1;
+	}
+	if (read_globals(argv + FIRST_ARGUMENT, &call) && is_plain_path(call.root))
+		status = run(argv[0], &call);
+	if (status != HAND_OVER)
+		return status;
+	execv(argv[1], argv + 1);
+	dprintf(2, "%s: cannot be executed: %m\n", argv[1]);
+	return 1;
+}

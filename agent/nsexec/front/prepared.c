@@ -1,0 +1,117 @@
+/*
+ * prepared.c: the messages for nsexec, from exec.plan and the arguments.
+ *
+ * Which steps a process in the container takes was decided by Python (libcontainer/plan) from the bundle's config.json
+ * as that is now; the program and its arguments are all that is added here.
+ */
+#define _GNU_SOURCE
+#include <stdio.h>
+#include <string.h>
+
+#include "../nsexec.h"
+#undef FAULT
+#include "front.h"
+
+static const char MAGIC[8] = {'C', 'A', 'I', 'S', 'E', 'X', 'E', '1'};
+#define HEADER_SIZE (sizeof(MAGIC) + 5 * sizeof(uint64_t) + 7 * sizeof(uint32_t))
+#define STRINGS_SIZE 12u /* the last attribute of a plan: its header, argc and envc */
+
+bool decode_exec_plan(struct slice file, struct exec_plan *out)
+{
+	uint16_t last[2];
+	const char *at = file.at + sizeof(MAGIC);
+
+	if (file.size < HEADER_SIZE || memcmp(file.at, MAGIC, sizeof(MAGIC)) != 0)
+		return false;
+	memcpy(out->identity, at, sizeof(out->identity));
+	memcpy(&out->owner, at + sizeof(out->identity), 7 * sizeof(uint32_t));
+	out->plan = file.at + HEADER_SIZE;
+	out->env = out->plan + out->plan_size;
+	if (out->plan_size < STRINGS_SIZE || file.size - HEADER_SIZE < out->plan_size ||
+	    file.size - HEADER_SIZE - out->plan_size != out->env_size)
+		return false;
+	memcpy(last, out->env - STRINGS_SIZE, sizeof(last));
+	return last[0] == STRINGS_SIZE && last[1] == PLAN_STRINGS &&
+	       (out->env_size == 0 ? out->env_count == 0 : out->env[out->env_size - 1] == '\0');
+}
+
+/* The directory of a user in a container's passwd(5), "/" if it has none; false for a file that is not plain. */
+bool home_in(struct slice passwd, uint32_t uid, struct slice *home)
+{
+	const char *end = passwd.at + passwd.size;
+	char wanted[16];
+
+	snprintf(wanted, sizeof(wanted), "%u", uid);
+	home->at = "/";
+	home->size = 1;
+	for (size_t i = 0; i < passwd.size; i++)
+		if ((unsigned char)passwd.at[i] >= 0x7f ||
+		    ((unsigned char)passwd.at[i] < 0x20 && strchr("\n\t", passwd.at[i]) == NULL) ||
+		    passwd.at[i] == '\0')
+			return false;
+	for (const char *line = passwd.at, *next; line < end; line = next) {
+		struct slice fields[7];
+		size_t count = 0;
+		const char *stop = memchr(line, '\n', (size_t)(end - line));
+
+		next = stop == NULL ? end : stop + 1;
+		stop = stop == NULL ? end : stop;
+		for (const char *at = line; count < ARRAY_SIZE(fields) && at <= stop; count++) {
+			const char *colon = memchr(at, ':', (size_t)(stop - at));
+
+			fields[count].at = at;
+			fields[count].size = (size_t)((colon == NULL ? stop : colon) - at);
+			at = colon == NULL ? stop + 1 : colon + 1;
+		}
+		if (count == ARRAY_SIZE(fields) && is(fields[2], wanted) && fields[5].size > 0) {
+			*home = fields[5];
+			return true;
+		}
+	}
+	return true;
+}
+
+struct sheet {
+	char *bytes;
+	size_t used, room;
+	bool full;
+};
+
+static void put(struct sheet *sheet, const void *data, size_t size)
+{
+	if (size > sheet->room - sheet->used) {
+		sheet->full = true;
+		return;
+	}
+	memcpy(sheet->bytes + sheet->used, data, size);
+	sheet->used += size;
+}
+
+/* All three messages one after the other; 0 if they do not fit. */
+size_t nsexec_messages(const struct exec_plan *plan, struct slice home, char **args, char *out, size_t room)
+{
+	struct sheet sheet = {.bytes = out, .room = room};
+	uint32_t counts[2] = {0, plan->env_count + (plan->has_home == 0)},
+		 header[4] = {0, MESSAGE_STRINGS | 1u << 16, 1, 0};
+	size_t start;
+
+	while (args[counts[0]] != NULL)
+		counts[0]++;
+	put(&sheet, plan->plan, plan->plan_size - sizeof(counts));
+	put(&sheet, counts, sizeof(counts));
+	start = sheet.used;
+	put(&sheet, header, sizeof(header));
+	for (char **arg = args; *arg != NULL; arg++)
+		put(&sheet, *arg, strlen(*arg) + 1);
+	put(&sheet, plan->env, plan->env_size);
+	if (plan->has_home == 0) {
+		put(&sheet, "HOME=", 5);
+		put(&sheet, home.at, home.size);
+		put(&sheet, "", 1);
+	}
+	if (sheet.full)
+		return 0;
+	header[0] = (uint32_t)(sheet.used - start);
+	memcpy(out + start, header, sizeof(header));
+	return sheet.used;
+}
