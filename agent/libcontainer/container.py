@@ -38,14 +38,22 @@ KILL_TIMEOUT = 10.0  # seconds for what was killed to be gone
 DIRECTORY_MODE = 0o711
 
 
+def ignore(container: Container) -> None:
+    """Do nothing with a container."""
+
+
 class Runtime(Record):
-    """What containers are run with: where their state is, and who starts processes, waits and has the cgroups."""
+    """What containers are run with: where their state is, and who starts processes, waits and has the cgroups.
+
+    `saved` is called after the state of a container with a process was written.
+    """
 
     root: str
     waits: Waits
     launcher: Callable[[], ProcessLauncher]
     hierarchy: Callable[[], Hierarchy | None]
     warn: Callable[[str], object]
+    saved: Callable[[Container], object] = ignore
 
 
 class Container:
@@ -212,10 +220,14 @@ class Container:
         """Save the pid while nsexec works on: whoever is to remove this container must find it."""
         found = ProcessStat.read(pid)
         self.state = self.state.but(init_process_pid=pid, init_process_start=0 if found is None else found.start_time)
-        self.state.save(self.directory)
+        self._save()
         faults.reach("create_announced")
         if also is not None:
             also(pid)
+
+    def _save(self) -> None:
+        self.state.save(self.directory)
+        self.runtime.saved(self)
 
     async def start(self) -> None:
         """Execute its program.  Raises ContainerError or LaunchError."""
@@ -351,7 +363,7 @@ class Container:
         faults.reach("update_applied")
         merged = merge(self.state.resources, {key: value for key, value in changes.items() if key != "devices"})
         self.state = self.state.but(resources=merged)
-        self.state.save(self.directory)
+        self._save()
 
     def _needed_cgroup(self) -> Cgroup:
         if self.cgroup is None:

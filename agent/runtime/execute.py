@@ -41,10 +41,10 @@ def _identity(call: Call, container: Container) -> Identity | None:
     """The bundle's config.json, if the process is no other than that says."""
     if call.options.given - {"detach"} or listen_environment():
         return None
-    from caisson.agent.runtime.prepared import Identity
+    from caisson.agent.runtime.prepared import identity
 
     try:
-        return Identity(container.state.bundle)
+        return identity(f"{container.state.bundle}/config.json")
     except OSError:
         return None
 
@@ -60,9 +60,9 @@ def _run(call: Call, container: Container, process: Process, config: Identity | 
             launched = run(container.exec(process, launch))
         io.launched(launched)
         if config is not None:
-            from caisson.agent.runtime.prepared import keep
+            from caisson.agent.runtime.prepared import keep_exec
 
-            keep(container, process, config)
+            keep_exec(container, process, config)
         return 0 if detach else io.follow(launched.child.pid)
 
 

@@ -14,6 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from caisson.agent.libcontainer.state import State
     from caisson.agent.runtime.main import Call
 
 COLUMNS = ("ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER")
@@ -22,8 +23,12 @@ FORMATS = ("table", "json")
 
 
 def describe(container: Container, owner: str = "") -> dict[str, object]:
-    """A container as `state` and `list` print it, in the order of runc."""
-    status, state = container.status, container.state
+    """A container as `state` and `list` print it."""
+    return document(container.state, container.status, owner)
+
+
+def document(state: State, status: str, owner: str = "") -> dict[str, object]:
+    """The same of a state, in the order of runc."""
     found: dict[str, object] = {
         "ociVersion": state.oci_version,
         "id": state.id,

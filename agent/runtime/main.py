@@ -51,7 +51,7 @@ class Call:
         self.is_rootless = self.rootless == "true" or (self.rootless == "auto" and os.geteuid() != 0)
         self._launcher: ProcessLauncher | None = None
         self._hierarchy: list[Hierarchy | None] = []
-        self.runtime = Runtime(self.root, waits(), self._make_launcher, self.hierarchy, self.warn)
+        self.runtime = Runtime(self.root, waits(), self._make_launcher, self.hierarchy, self.warn, _saved)
 
     def warn(self, message: str) -> None:
         """Log a warning."""
@@ -100,6 +100,13 @@ class Call:
                 nsexec, OwnChildren(), self.runtime.waits, self._nsexec_log, timeout=None, verbose=self.log.verbose
             )
         return self._launcher
+
+
+def _saved(container: Container) -> None:
+    """Keep for the front what it asks of a container."""
+    from caisson.agent.runtime.prepared import keep_state
+
+    keep_state(container)
 
 
 def waits() -> Any:

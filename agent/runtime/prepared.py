@@ -1,7 +1,8 @@
-"""exec.plan: what nsexec is told of an `exec` without options, kept in the state directory.
+"""What the front (agent/nsexec/front) finds in a state directory, to do plain commands without an interpreter.
 
-The front (agent/nsexec/front) does the next such exec by it, without an interpreter, as long as the bundle's
-config.json is the one that it was made from.
+`front.state` is what `state` prints and other commands ask of a container, as long as state.json is the one that it was
+made from; `exec.plan` is what nsexec is told of an `exec` without options, as long as the bundle's config.json is the
+same.  Both are written here and read in C; whoever changes them changes the magic numbers on both sides.
 """
 
 from __future__ import annotations
@@ -9,49 +10,72 @@ from __future__ import annotations
 import os
 from struct import pack
 
+from caisson.agent.base.json import dumps
+from caisson.agent.libcontainer.container import STOPPED
 from caisson.agent.libcontainer.plan import plan, users, wire
+from caisson.agent.libcontainer.state import FILE as STATE
 from caisson.agent.libcontainer.state import write_whole
 from caisson.agent.libcontainer.state_directory import ContainerError, ContainerLock
+from caisson.agent.runtime.inspect import document
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from caisson.agent.libcontainer.config.spec import Process
     from caisson.agent.libcontainer.container import Container
 
-FILE = "exec.plan"
-MAGIC = b"CAISEXE1"
+STATE_MAGIC, PLAN_MAGIC = b"CAISFRO1", b"CAISEXE1"
+OWN_PIDS, START_HOOKS, POSTSTOP_HOOKS = 1, 2, 4
 NOBODY_ELSE = 0xFFFF_FFFF
 
-
-class Identity:
-    """Which config.json it is: that of a bundle now, compared with the one of before."""
-
-    def __init__(self, bundle: str) -> None:
-        """Raises OSError."""
-        now = os.stat(f"{bundle}/config.json")  # noqa: PTH116 - no pathlib at start
-        self.numbers = (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Identity) and other.numbers == self.numbers
-
-    __hash__ = None  # type: ignore[assignment]
+Identity = tuple[int, int, int, int, int]
 
 
-def keep(container: Container, process: Process, config: Identity) -> None:
+def identity(path: str) -> Identity:
+    """Which file it is, and in what state.  Raises OSError."""
+    now = os.stat(path)  # noqa: PTH116 - no pathlib at start
+    return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
+
+
+def keep_state(container: Container) -> None:
+    """Write front.state after state.json; without it the interpreter does all."""
+    try:
+        write_whole(f"{container.directory}/front.state", encode_state(container))
+    except OSError:
+        pass
+
+
+def encode_state(container: Container) -> bytes:
+    """The file: a header, what `state` prints around pid and status, the cgroups, the bundle."""
+    state, hooks = container.state, container.spec.hooks
+    moving = '"pid": 0,\n  "status": "stopped"'  # no string of JSON holds a line's end as it is
+    before, _, after = dumps(document(state, STOPPED), 2).partition(moving)
+    flags = container.has_own_pids * OWN_PIDS
+    flags |= bool(hooks.start_container or hooks.poststart) * START_HOOKS
+    flags |= bool(hooks.poststop) * POSTSTOP_HOOKS
+    kinds: dict[str, str] = {}
+    for controller, path in state.cgroup_paths.items():
+        kind = {"freezer": "f", "": "u"}.get(controller, "o")
+        kinds[path] = kind if kind != "o" else kinds.get(path, kind)
+    cgroups = wire.texts(*(f"{kind}{path}" for path, kind in sorted(kinds.items(), key=lambda item: item[1] == "f")))
+    parts = [wire.encode(before), wire.encode(after), cgroups, wire.texts(state.bundle)]
+    numbers = (state.init_process_start, state.init_process_pid, flags, *map(len, parts))
+    return STATE_MAGIC + pack("=5Q Q6I", *identity(f"{container.directory}/{STATE}"), *numbers) + b"".join(parts)
+
+
+def keep_exec(container: Container, process: Process, config: Identity) -> None:
     """Write exec.plan for a process of the bundle's, unless another command has the container at this moment."""
-    spec = container.spec
-    seccomp = spec.linux.seccomp
+    seccomp = container.spec.linux.seccomp
     if process.user.username or process.terminal or (seccomp is not None and seccomp.listener_path):
         return
     try:
         with ContainerLock(container.directory, wait=False):
-            write_whole(f"{container.directory}/{FILE}", encode(container, process, config))
+            write_whole(f"{container.directory}/exec.plan", encode_exec(container, process, config))
     except (ContainerError, OSError):
         pass
 
 
-def encode(container: Container, process: Process, config: Identity) -> bytes:
-    """The file: a header, the messages up to the strings, the environment (read by agent/nsexec/front/prepared.c)."""
+def encode_exec(container: Container, process: Process, config: Identity) -> bytes:
+    """The file: a header, the messages up to the strings, the environment; without HOME that is added in C."""
     has_home = any(variable.startswith("HOME=") and variable != "HOME=" for variable in process.env)
     if not has_home:
         process = process.but(env=tuple(variable for variable in process.env if variable != "HOME="))
@@ -63,4 +87,4 @@ def encode(container: Container, process: Process, config: Identity) -> bytes:
     owner, group = users.mapped_root(container.spec.linux) or (NOBODY_ELSE, NOBODY_ELSE)
     count = len(environment) - (not has_home)
     numbers = (owner, group, process.user.uid, has_home, count, len(kept), len(head))
-    return MAGIC + pack("=5Q7I", *config.numbers, *numbers) + head + kept
+    return PLAN_MAGIC + pack("=5Q7I", *config, *numbers) + head + kept

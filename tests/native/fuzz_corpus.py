@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from struct import pack
 from typing import Any
 
-from caisson.agent.base.json import dumps
 from caisson.agent.libcontainer.config.spec import IdMapping, Process, Spec
 from caisson.agent.libcontainer.container import Container
 from caisson.agent.libcontainer.plan import plan, wire
@@ -108,30 +106,25 @@ def seeds() -> dict[str, bytes]:
 
 
 def front_seeds() -> dict[str, bytes]:
-    """What the front reads: states, configurations, exec.plan, passwd(5); as which, the first byte says."""
+    """What the front reads: front.state, exec.plan, passwd(5); as which, the first byte says."""
     paths = {
         "freezer": "/sys/fs/cgroup/freezer/x",
         "cpu": "/sys/fs/cgroup/cpu,cpuacct/x",
         "": "/sys/fs/cgroup/unified/x",
     }
-    labels = {"a.b": "c=d", "quotes": 'a"b\\c\n', "empty": ""}
-    plain = State("box", 7, 99, "2026-01-01T00:00:00.000000000Z", paths, oci_version="1.0.2", bundle="/b", rootfs="/r")
-    limited = plain.but(labels=labels, joined={"pid": "/proc/1/ns/pid"}, resources={"pids": {"limit": 5}})
-    found = {
-        f"good state {number}": b"S" + dumps(state.to_json()).encode() for number, state in enumerate((plain, limited))
-    }
+    state = State("box", 7, 99, "2026-01-01T00:00:00.000000000Z", paths, oci_version="1.0.2", bundle="/b", rootfs="/r")
+    found = {}
     with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "state.json").touch()
+        which = prepared.identity(f"{directory}/state.json")
         for name, value in (("plain", config("true")), ("rich", rich()), ("hooked", hooked())):
-            text = json.dumps(value)
-            (Path(directory) / "config.json").write_text(text)
-            spec = Spec.from_json(value)
             runtime: Any = None
-            container = Container(runtime, directory, plain, spec)
+            container = Container(runtime, directory, state.but(labels={"of": name}), Spec.from_json(value))
             process = Process.from_json(value["process"] | {"terminal": False})
-            found[f"good configuration {name}"] = b"C" + text.encode()
-            found[f"good plan {name}"] = b"P" + prepared.encode(container, process, prepared.Identity(directory))
+            found[f"good state {name}"] = b"S" + prepared.encode_state(container)
+            found[f"good plan {name}"] = b"P" + prepared.encode_exec(container, process, which)
     found["good passwd"] = b"Hroot:x:0:0:root:/root:/bin/sh\nseven:x:7:7::/home/seven:\nshort:x:7\n"
-    found["bad state"] = b'S{"id": "x", "created": "\\u0000"}'
+    found["bad state"] = found["good state plain"][:-1] + b"x"
     return found
 
 

@@ -137,12 +137,22 @@ def kill_at_point(command: subprocess.Popen[bytes]) -> bool:
     return False
 
 
+def cgroups_left() -> list[str]:
+    """Our containers' cgroups, which are below this process's own."""
+    left: list[str] = []
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, names, path = line.split(":", 2)
+        place = Path("/sys/fs/cgroup", names.removeprefix("name=") or "unified", path.lstrip("/"))
+        left += [str(found) for found in place.glob(f"{NAME}*")]
+    return left
+
+
 def nothing_is_left(oci: Driver) -> None:
     """No process, no cgroup, no directory."""
     assert list(oci.root.iterdir()) == []
     deadline = time.monotonic() + SECONDS
     while True:
-        left = [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/{NAME}*")]
+        left = cgroups_left()
         children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
         if not left and not children:
             return

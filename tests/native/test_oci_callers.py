@@ -53,10 +53,11 @@ def programs() -> Path:
 
 
 @pytest.fixture(scope="session")
-def environment(programs: Path, nsexec_path: Path) -> dict[str, str]:
+def environment(programs: Path, nsexec_path: Path, front_path: Path) -> dict[str, str]:
     path = os.pathsep.join([f"{programs}/usr/sbin", f"{programs}/usr/bin", os.environ["PATH"], "/usr/sbin", "/sbin"])
     libraries = f"{programs}/usr/lib/x86_64-linux-gnu"
-    return {**os.environ, "PATH": path, "LD_LIBRARY_PATH": libraries, "CAISSON_NSEXEC": str(nsexec_path)}
+    ours = {"CAISSON_NSEXEC": str(nsexec_path), "CAISSON_FRONT": str(front_path)}
+    return {**os.environ, "PATH": path, "LD_LIBRARY_PATH": libraries, **ours}
 
 
 @pytest.fixture(scope="session")
@@ -121,12 +122,12 @@ def containerd(work: Path, environment: dict[str, str]) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def docker(
-    work: Path, containerd: Path, environment: dict[str, str], image: Path, nsexec_path: Path
+    work: Path, containerd: Path, environment: dict[str, str], image: Path, nsexec_path: Path, front_path: Path
 ) -> Iterator[list[str]]:
     """A docker client with a daemon of our own that knows both runtimes."""
     # dockerd passes no environment on to its runtimes.
     wrapper = work / "caisson-oci"
-    wrapper.write_text(f'#!/bin/sh\nCAISSON_NSEXEC={nsexec_path} exec {OURS} "$@"\n')
+    wrapper.write_text(f'#!/bin/sh\nCAISSON_NSEXEC={nsexec_path} CAISSON_FRONT={front_path} exec {OURS} "$@"\n')
     wrapper.chmod(0o755)
     config = {"runtimes": {"caisson": {"path": str(wrapper)}}}
     (work / "daemon.json").write_text(json.dumps(config))

@@ -87,36 +87,22 @@ static bool pass_unified(const char *directory, struct passed *passed)
 	return fd >= 0;
 }
 
-static bool is_repeated(const struct container *container, size_t number)
-{
-	for (size_t i = 0; i < number; i++)
-		if (strcmp(container->cgroups[i].path, container->cgroups[number].path) == 0)
-			return true;
-	return false;
-}
-
 /* Entries of the container's cgroups; the freezer is last, since who enters one that is frozen goes no further. */
 static bool pass_cgroups(const struct container *container, struct passed *passed)
 {
-	unsigned number = 0;
-
-	if (container->cgroup_count == 1 && container->cgroups[0].controller.size == 0)
+	if (container->cgroup_count == 1 && container->cgroups[0].kind == 'u')
 		return pass_unified(container->cgroups[0].path, passed);
-	for (int freezer = 0; freezer < 2; freezer++)
-		for (size_t i = 0; i < container->cgroup_count; i++) {
-			char path[4096 + 16], name[32];
-			int fd;
+	for (size_t i = 0; i < container->cgroup_count; i++) {
+		char path[4096 + 16], name[32];
+		int fd;
 
-			if ((strstr(container->cgroups[i].path, "/freezer/") != NULL) != freezer ||
-			    is_repeated(container, i))
-				continue;
-			snprintf(path, sizeof(path), "%s/cgroup.procs", container->cgroups[i].path);
-			snprintf(name, sizeof(name), "_CAISSON_CGROUP_%u", number++);
-			fd = open(path, O_WRONLY | O_CLOEXEC);
-			if (fd < 0)
-				return false;
-			pass(passed, name, fd);
-		}
+		snprintf(path, sizeof(path), "%s/cgroup.procs", container->cgroups[i].path);
+		snprintf(name, sizeof(name), "_CAISSON_CGROUP_%zu", i);
+		fd = open(path, O_WRONLY | O_CLOEXEC);
+		if (fd < 0)
+			return false;
+		pass(passed, name, fd);
+	}
 	return true;
 }
 

@@ -14,7 +14,7 @@
 #include "front.h"
 
 /* state.json is the last: until then another command can find the container. */
-static const char *const FILES[] = {"config.json", "seccomp", "exec.plan", "exec.fifo", "state.json"};
+static const char *const FILES[] = {"config.json", "seccomp", "exec.plan", "exec.fifo", "front.state", "state.json"};
 
 static bool holds_nothing_else(const struct container *container)
 {
@@ -34,14 +34,11 @@ static bool holds_nothing_else(const struct container *container)
 	return found;
 }
 
-int delete_container(const struct container *container)
+int delete_container(const struct container *container, const struct request *request)
 {
-	struct configuration configuration;
-
-	if (!lock_container(container) || status_of(container) != STATUS_STOPPED ||
-	    !load_configuration(container, &configuration) || configuration.has_poststop_hooks ||
-	    !configuration.own_pids || container->joins_pids || container->created.size == 0 ||
-	    !holds_nothing_else(container))
+	(void)request; /* one that has ended is not killed first */
+	if ((container->flags & (FLAG_POSTSTOP_HOOKS | FLAG_OWN_PIDS)) != FLAG_OWN_PIDS || !lock_container(container) ||
+	    status_of(container) != STATUS_STOPPED || !holds_nothing_else(container))
 		return HAND_OVER;
 	FAULT(delete_cgroup);
 	for (size_t i = 0; i < container->cgroup_count; i++)

@@ -14,16 +14,9 @@
 
 static bool is_unchanged(const struct container *container, const struct exec_plan *plan)
 {
-	char path[4096 + 16];
-	struct stat now;
+	int bundle = open(container->bundle, O_PATH | O_DIRECTORY | O_CLOEXEC);
 
-	if (!plain_text(container->bundle, path, 4096) || path[0] != '/')
-		return false;
-	snprintf(path + container->bundle.size, 16, "/config.json");
-	return stat(path, &now) == 0 && plan->identity[0] == now.st_dev && plan->identity[1] == now.st_ino &&
-	       plan->identity[2] == (uint64_t)now.st_size &&
-	       plan->identity[3] == (uint64_t)now.st_mtim.tv_sec * 1000000000u + (uint64_t)now.st_mtim.tv_nsec &&
-	       plan->identity[4] == (uint64_t)now.st_ctim.tv_sec * 1000000000u + (uint64_t)now.st_ctim.tv_nsec;
+	return bundle >= 0 && is_same_file(bundle, "config.json", &plan->config);
 }
 
 /* The container's passwd(5), found inside its root whatever links say. */
@@ -34,7 +27,7 @@ static bool find_home(const struct container *container, uint32_t uid, struct sl
 	struct slice passwd = {.at = ""};
 	int root, fd;
 
-	snprintf(path, sizeof(path), "/proc/%d/root", container->pid);
+	snprintf(path, sizeof(path), "/proc/%u/root", container->pid);
 	root = open(path, O_PATH | O_DIRECTORY | O_CLOEXEC);
 	if (root < 0)
 		return false;
@@ -59,7 +52,7 @@ static bool make_pipes(const struct exec_plan *plan, int own[3], int theirs[3])
 	return true;
 }
 
-int execute(const struct container *container, const char *nsexec, bool detach, char **args)
+int execute(const struct container *container, const struct request *request)
 {
 	static char file[FILE_MAX_SIZE], bytes[MESSAGES_MAX];
 	int own[3], theirs[3] = {0, 1, 2};
@@ -73,11 +66,11 @@ int execute(const struct container *container, const char *nsexec, bool detach, 
 	    !decode_exec_plan(text, &plan) || !is_unchanged(container, &plan) ||
 	    (plan.has_home == 0 && !find_home(container, plan.uid, &home)))
 		return HAND_OVER;
-	messages.size = nsexec_messages(&plan, home, args, bytes, sizeof(bytes));
-	if (messages.size == 0 || (!detach && !make_pipes(&plan, own, theirs)) ||
-	    !launch(container, nsexec, messages, theirs, &process))
+	messages.size = nsexec_messages(&plan, home, request->args, bytes, sizeof(bytes));
+	if (messages.size == 0 || (!request->option && !make_pipes(&plan, own, theirs)) ||
+	    !launch(container, request->nsexec, messages, theirs, &process))
 		return HAND_OVER;
-	if (detach)
+	if (request->option)
 		return 0;
 	for (int i = 0; i < 3; i++)
 		close(theirs[i]);

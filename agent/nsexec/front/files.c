@@ -31,6 +31,19 @@ bool read_file(int directory, const char *path, struct slice *out, char *room, s
 	return read_whole(openat(directory, path, READ_FLAGS | O_NOFOLLOW), out, room, size);
 }
 
+bool is_same_file(int directory, const char *path, const struct identity *identity)
+{
+	struct stat now;
+	const uint64_t second = 1000000000u;
+
+	if (fstatat(directory, path, &now, 0) < 0)
+		return false;
+	return identity->numbers[0] == now.st_dev && identity->numbers[1] == now.st_ino &&
+	       identity->numbers[2] == (uint64_t)now.st_size &&
+	       identity->numbers[3] == (uint64_t)now.st_mtim.tv_sec * second + (uint64_t)now.st_mtim.tv_nsec &&
+	       identity->numbers[4] == (uint64_t)now.st_ctim.tv_sec * second + (uint64_t)now.st_ctim.tv_nsec;
+}
+
 bool write_all(int fd, const char *data, size_t size)
 {
 	while (size > 0) {

@@ -3,10 +3,12 @@
  *
  * The front is what commands/caisson-oci starts first, with the command line of the interpreter as its arguments.  It
  * carries out the plain forms of state, kill, start, delete and exec by itself, in a tenth of the time that an
- * interpreter takes to start.  Whatever it does not understand completely (an option, a field, a surprising state, any
- * failure) it hands over: it executes its arguments, and Python does it all, with every text and status.  So a function
- * here returns false for "not here", and hands over is only called before anything was changed, or after what was
- * changed would be done again to the same end.
+ * interpreter takes to start.  Whatever it does not understand completely (an option, a surprising state, any failure)
+ * it hands over: it executes its arguments, and Python does it all, with every text and status.  That happens before
+ * anything was changed, or where what was changed would be done again to the same end.
+ *
+ * What it knows of a container Python has written for it (agent/runtime/prepared.py): it reads no JSON.  What it reads
+ * is bounded, and good only as long as the files that it was made from are the same.
  */
 #ifndef FRONT_H
 #define FRONT_H
@@ -19,65 +21,49 @@
 #define ARRAY_SIZE(a) (sizeof(a) / sizeof((a)[0]))
 #define FILE_MAX_SIZE (1u << 20)
 #define CGROUPS_MAX 16
-#define LABELS_MAX 64
 
-/* --- json.c --- */
-struct slice { /* of a JSON string as it is encoded, without its quotes; or of any text */
+/* --- files.c --- */
+struct slice { /* of a file that was read */
 	const char *at;
 	size_t size;
 };
 
-struct json {
-	const char *at, *end;
-	unsigned depth;
-	bool first, bad;
-};
-
-struct json json_of(struct slice text);
-bool json_open(struct json *json, char bracket);
-bool json_member(struct json *json, struct slice *key);
-bool json_element(struct json *json);
-struct slice json_string(struct json *json);
-int64_t json_number(struct json *json);
-bool json_is_string(struct json *json);
-void json_skip(struct json *json);
-bool json_ended(struct json *json);
-bool is(struct slice text, const char *word);
-bool plain_text(struct slice encoded, char *into, size_t room);
-
-/* --- files.c --- */
 #define READ_FLAGS (O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC) /* of what may not be a file */
 bool read_whole(int fd, struct slice *out, char *room, size_t size);
 bool read_file(int directory, const char *path, struct slice *out, char *room, size_t size);
 bool write_all(int fd, const char *data, size_t size);
 
+/* Which file it is: device, inode, size, mtime and ctime in nanoseconds. */
+struct identity {
+	uint64_t numbers[5];
+};
+
+bool is_same_file(int directory, const char *path, const struct identity *identity);
+
 /* --- container.c --- */
-struct container {
-	int directory; /* its state directory */
+#define FLAG_OWN_PIDS 1u       /* its pid namespace is its own: all in it end with the first process */
+#define FLAG_START_HOOKS 2u    /* it has startContainer or poststart hooks */
+#define FLAG_POSTSTOP_HOOKS 4u /* it has poststop hooks */
+
+struct container { /* front.state as runtime/prepared.py writes it, and where it was found */
+	int directory;
 	char path[4096];
-	struct slice id, created, version, rootfs, bundle;
-	struct slice labels[LABELS_MAX];
-	size_t label_count;
-	struct {
-		struct slice controller;
-		char path[4096];
-	} cgroups[CGROUPS_MAX];
-	size_t cgroup_count;
-	int pid;
+	struct identity state; /* of state.json */
 	uint64_t start_time;
-	bool joins_pids; /* of a namespace that is not its own, beyond its configuration */
+	uint32_t pid, flags;
+	struct slice before, after; /* the answer of `state`, up to the pid and from the status on */
+	struct {
+		char kind; /* 'f' has the freezer, 'u' is of version 2 */
+		const char *path;
+	} cgroups[CGROUPS_MAX]; /* the freezer is the last */
+	size_t cgroup_count;
+	const char *bundle;
 };
 
 enum status { STATUS_CREATED, STATUS_RUNNING, STATUS_PAUSED, STATUS_STOPPED };
 
-struct configuration { /* what matters here of config.json as it was created with */
-	bool own_pids, has_start_hooks, has_poststop_hooks;
-};
-
-bool decode_state(struct slice text, struct container *out);
-bool decode_configuration(struct slice text, struct configuration *out);
+bool decode_container(struct slice file, struct container *out);
 bool load_container(const char *root, const char *id, struct container *out);
-bool load_configuration(const struct container *container, struct configuration *out);
 enum status status_of(const struct container *container);
 int pidfd_of(const struct container *container);
 bool has_executed(const struct container *container);
@@ -85,19 +71,25 @@ bool lock_container(const struct container *container);
 
 /* --- commands: each returns the status to exit with, or HAND_OVER --- */
 #define HAND_OVER (-1)
-int print_state(const struct container *container);
-int kill_container(const struct container *container, const char *signal);
-int start_container(const struct container *container);
-int delete_container(const struct container *container);
-int execute(const struct container *container, const char *nsexec, bool detach, char **args);
+struct request {
+	const char *nsexec;
+	bool option; /* exec: --detach; delete: --force */
+	char **args; /* after the id */
+};
 
-/* --- prepared.c --- */
+int print_state(const struct container *container, const struct request *request);
+int kill_container(const struct container *container, const struct request *request);
+int start_container(const struct container *container, const struct request *request);
+int delete_container(const struct container *container, const struct request *request);
+int execute(const struct container *container, const struct request *request);
+
+/* --- messages.c --- */
 #define NOBODY_ELSE UINT32_MAX
 
-struct exec_plan {	       /* exec.plan as runtime/prepared.py writes it */
-	uint64_t identity[5];  /* of the bundle's config.json: device, inode, size, mtime and ctime in nanoseconds */
-	uint32_t owner, group; /* of pipes, where the container has a user namespace, else NOBODY_ELSE */
-	uint32_t uid, has_home;
+struct exec_plan {		/* exec.plan as runtime/prepared.py writes it */
+	struct identity config; /* of the bundle's config.json */
+	uint32_t owner, group;	/* of pipes, in a user namespace; else NOBODY_ELSE */
+	uint32_t uid, has_home; /* without HOME it is that of the uid */
 	uint32_t env_count, env_size, plan_size;
 	const char *plan, *env;
 };

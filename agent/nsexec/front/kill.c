@@ -28,17 +28,15 @@ static int signal_number(const char *text)
 	return -1;
 }
 
-int kill_container(const struct container *container, const char *signal)
+int kill_container(const struct container *container, const struct request *request)
 {
-	int number = signal_number(signal == NULL ? "TERM" : signal), pidfd;
+	int number = signal_number(request->args[0] == NULL ? "TERM" : request->args[0]), pidfd;
 	enum status status = status_of(container);
-	struct configuration configuration;
 
 	if (number < 0 || status == STATUS_STOPPED)
 		return HAND_OVER;
 	/* Without pids of its own it is killed by its cgroup; a paused one is thawed to die. */
-	if (number == SIGKILL && (status == STATUS_PAUSED || container->joins_pids ||
-				  !load_configuration(container, &configuration) || !configuration.own_pids))
+	if (number == SIGKILL && (status == STATUS_PAUSED || (container->flags & FLAG_OWN_PIDS) == 0))
 		return HAND_OVER;
 	pidfd = pidfd_of(container);
 	FAULT(kill_signal);

@@ -117,37 +117,46 @@ static const char *nsexec_beside(const char *self)
 	return path;
 }
 
+static const struct command {
+	const char *name, *option, *long_option; /* the one that it may have */
+	size_t least, most;			 /* arguments after the id */
+	bool cgroup_by_path;			 /* not of a container whose cgroup is systemd's */
+	int (*carry_out)(const struct container *container, const struct request *request);
+} COMMANDS[] = {
+	{"state", "", "", 0, 0, false, print_state},
+	{"kill", "", "", 0, 1, false, kill_container},
+	{"start", "", "", 0, 0, false, start_container},
+	{"delete", "-f", "--force", 0, 0, true, delete_container},
+	{"exec", "-d", "--detach", 1, SIZE_MAX, true, execute},
+};
+
+static size_t count_of(char **words)
+{
+	size_t count = 0;
+
+	while (words[count] != NULL)
+		count++;
+	return count;
+}
+
 static int run(const char *self, const struct call *call)
 {
 	static struct container container;
-	const char *command = call->rest[0], *nsexec;
+	const struct command *command = COMMANDS;
+	struct request request = {.nsexec = nsexec_beside(self)};
 	char **words = call->rest + 1;
-	bool option = false;
 
-	if (strcmp(command, "exec") == 0 && words[0] != NULL)
-		option = strcmp(words[0], "-d") == 0 || strcmp(words[0], "--detach") == 0;
-	else if (strcmp(command, "delete") == 0 && words[0] != NULL)
-		option = strcmp(words[0], "-f") == 0 || strcmp(words[0], "--force") == 0;
-	words += option;
-	if (words[0] == NULL || !is_id(words[0]) || !is_plain_environment())
+	while (strcmp(command->name, call->rest[0]) != 0)
+		if (++command == COMMANDS + ARRAY_SIZE(COMMANDS))
+			return HAND_OVER;
+	if (words[0] != NULL && (strcmp(words[0], command->option) == 0 || strcmp(words[0], command->long_option) == 0))
+		request.option = true, words++;
+	if (words[0] == NULL || !is_id(words[0]) || count_of(words + 1) < command->least ||
+	    count_of(words + 1) > command->most || (command->cgroup_by_path && call->systemd_cgroup) ||
+	    !is_plain_environment() || !load_container(call->root, words[0], &container) || !open_log(call->log))
 		return HAND_OVER;
-	if (strcmp(command, "exec") == 0 ? words[1] == NULL
-					 : words[1] != NULL && (strcmp(command, "kill") != 0 || words[2] != NULL))
-		return HAND_OVER;
-	if (!load_container(call->root, words[0], &container) || !open_log(call->log))
-		return HAND_OVER;
-	if (strcmp(command, "state") == 0)
-		return print_state(&container);
-	if (strcmp(command, "kill") == 0)
-		return kill_container(&container, words[1]);
-	if (strcmp(command, "start") == 0)
-		return start_container(&container);
-	if (strcmp(command, "delete") == 0 && !call->systemd_cgroup)
-		return delete_container(&container);
-	nsexec = nsexec_beside(self);
-	if (strcmp(command, "exec") == 0 && !call->systemd_cgroup && nsexec != NULL)
-		return execute(&container, nsexec, option, words + 1);
-	return HAND_OVER;
+	request.args = words + 1;
+	return command->carry_out(&container, &request);
 }
 
 int main(int argc, char **argv)

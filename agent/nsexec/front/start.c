@@ -57,16 +57,16 @@ static int report_failure(char *report, size_t size)
 	return HAND_OVER;
 }
 
-int start_container(const struct container *container)
+int start_container(const struct container *container, const struct request *request)
 {
 	static char report[REPORT_MAX + 1];
-	struct configuration configuration;
 	struct stat stat;
 	ssize_t got;
 	int pidfd, fd;
 
-	if (!lock_container(container) || status_of(container) != STATUS_CREATED ||
-	    !load_configuration(container, &configuration) || configuration.has_start_hooks)
+	(void)request;
+	if ((container->flags & FLAG_START_HOOKS) != 0 || !lock_container(container) ||
+	    status_of(container) != STATUS_CREATED)
 		return HAND_OVER;
 	pidfd = pidfd_of(container);
 	fd = openat(container->directory, GATE, O_RDONLY | O_NONBLOCK | O_NOFOLLOW | O_CLOEXEC);

@@ -1,5 +1,5 @@
 /*
- * prepared.c: the messages for nsexec, from exec.plan and the arguments.
+ * messages.c: the messages for nsexec, from exec.plan and the arguments.
  *
  * Which steps a process in the container takes was decided by Python (libcontainer/plan) from the bundle's config.json
  * as that is now; the program and its arguments are all that is added here.
@@ -12,19 +12,20 @@
 #undef FAULT
 #include "front.h"
 
-static const char MAGIC[8] = {'C', 'A', 'I', 'S', 'E', 'X', 'E', '1'};
-#define HEADER_SIZE (sizeof(MAGIC) + 5 * sizeof(uint64_t) + 7 * sizeof(uint32_t))
+static const char PLAN_MAGIC[8] = {'C', 'A', 'I', 'S', 'E', 'X', 'E', '1'};
+#define NUMBERS_SIZE (7 * sizeof(uint32_t))
+#define HEADER_SIZE (sizeof(PLAN_MAGIC) + sizeof(struct identity) + NUMBERS_SIZE)
 #define STRINGS_SIZE 12u /* the last attribute of a plan: its header, argc and envc */
 
 bool decode_exec_plan(struct slice file, struct exec_plan *out)
 {
 	uint16_t last[2];
-	const char *at = file.at + sizeof(MAGIC);
+	const char *at = file.at + sizeof(PLAN_MAGIC);
 
-	if (file.size < HEADER_SIZE || memcmp(file.at, MAGIC, sizeof(MAGIC)) != 0)
+	if (file.size < HEADER_SIZE || memcmp(file.at, PLAN_MAGIC, sizeof(PLAN_MAGIC)) != 0)
 		return false;
-	memcpy(out->identity, at, sizeof(out->identity));
-	memcpy(&out->owner, at + sizeof(out->identity), 7 * sizeof(uint32_t));
+	memcpy(&out->config, at, sizeof(out->config));
+	memcpy(&out->owner, at + sizeof(out->config), NUMBERS_SIZE);
 	out->plan = file.at + HEADER_SIZE;
 	out->env = out->plan + out->plan_size;
 	if (out->plan_size < STRINGS_SIZE || file.size - HEADER_SIZE < out->plan_size ||
@@ -63,7 +64,8 @@ bool home_in(struct slice passwd, uint32_t uid, struct slice *home)
 			fields[count].size = (size_t)((colon == NULL ? stop : colon) - at);
 			at = colon == NULL ? stop + 1 : colon + 1;
 		}
-		if (count == ARRAY_SIZE(fields) && is(fields[2], wanted) && fields[5].size > 0) {
+		if (count == ARRAY_SIZE(fields) && fields[2].size == strlen(wanted) &&
+		    memcmp(fields[2].at, wanted, fields[2].size) == 0 && fields[5].size > 0) {
 			*home = fields[5];
 			return true;
 		}
