@@ -67,7 +67,7 @@ class Services:
         self._launcher = ProcessLauncher(self._nsexec, reaper, waits, log, verbose=log.enabled("debug"))
         self._sandbox = Sandbox(
             self._launcher,
-            cgroups.find(options.cgroup, options.cgroup_parent, waits),
+            cgroups.find(options.cgroup, options.cgroup_parent, waits, bounded=True),
             Path(options.state),
             log,
             open_files=raise_open_files(),

@@ -101,8 +101,9 @@ class CaissonService:
     async def ListProcesses(self, request: caisson_pb2.ListProcessesRequest) -> caisson_pb2.ListProcessesResponse:
         from caisson.agent.guest import ps
 
-        pids = self._sandbox.container(request.container_id).pids()
-        return caisson_pb2.ListProcessesResponse(pids=pids, table=ps.table(pids))
+        container = self._sandbox.container(request.container_id)
+        pids, table = await container.look(lambda pids: (pids, ps.table(pids)))
+        return caisson_pb2.ListProcessesResponse(pids=pids, table=table)
 
     async def KeepLog(self, request: caisson_pb2.KeepLogRequest) -> Empty:
         from caisson.agent.model.output_log import OutputLog

@@ -165,6 +165,12 @@ class RemovalTimeout(Timeout):
     sentence = "container {container_id}: not removed within {seconds:g} s; its removal goes on"
 
 
+class ReadTimeout(Timeout):
+    """What a container owns could not be read in time: ``container_id``, ``seconds``."""
+
+    sentence = "container {container_id}: could not be looked at within {seconds:g} s; kill it if that stays so"
+
+
 class DeviceTimeout(Timeout):
     """A device did not appear: ``device``, ``seconds``."""
 

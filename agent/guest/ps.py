@@ -9,6 +9,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+#: Bytes of a process's command line that are shown, and of all together: an answer of 4 MiB is refused by gRPC.  The
+#: kernel gives as much as a process says it has (PR_SET_MM, prctl(2)), from pages that are made for it.
+MAX_COMMAND = 4096
+MAX_COMMANDS = 1 << 20
+
 #: What `ps -ef` prints, with its widths.
 HEADER = "UID          PID    PPID  C STIME TTY          TIME CMD"
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -17,26 +22,29 @@ TICKS = os.sysconf("SC_CLK_TCK")
 def table(pids: Iterable[int]) -> str:
     """Return the lines of `ps -ef` for these processes, under their heading, without those that have just ended.
 
-    UID is a number: the names of the guest's users are not the container's.
+    UID is a number: the names of the guest's users are not the container's.  Reading a command line takes as long as
+    the process likes, whose memory it is: call this in a thread.
     """
     now, uptime = time.time(), _uptime()
     lines = [HEADER]
+    room = MAX_COMMANDS
     for pid in pids:
         try:
-            lines.append(_line(pid, now, uptime))
+            lines.append(_line(pid, now, uptime, min(room, MAX_COMMAND)))
         except (OSError, ValueError, IndexError):
             continue
+        room = max(0, room - len(lines[-1]))
     return "\n".join(lines) + "\n"
 
 
-def _line(pid: int, now: float, uptime: float) -> str:
+def _line(pid: int, now: float, uptime: float, room: int) -> str:
+    """Return the line of a process, with as many bytes of its command line as there is room for; 0 for its name."""
     with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123 - a procfs file
-        before, _, after = file.read().rpartition(b")")  # the name may have anything in it
+        before, _, after = file.read(MAX_COMMAND).rpartition(b")")  # the name may have anything in it
     name = before.partition(b"(")[2].decode(errors="replace")
     fields = after.split()
     parent, tty, user, system, start = (int(fields[index]) for index in (1, 4, 11, 12, 19))
-    with open(f"/proc/{pid}/cmdline", "rb") as file:  # noqa: PTH123
-        words = file.read().rstrip(b"\0").replace(b"\0", b" ").decode(errors="replace")
+    words = _command(pid, room) if room else ""
     busy, age = (user + system) / TICKS, max(uptime - start / TICKS, 0.01)
     began = time.localtime(now - age)
     today = time.localtime(now)
@@ -47,6 +55,14 @@ def _line(pid: int, now: float, uptime: float) -> str:
     share = min(int(busy / age * 100), 99)
     command = "".join(c if c.isprintable() else "?" for c in words or f"[{name}]")
     return f"{owner:<8} {pid:>7} {parent:>7} {share:>2} {stime:>5} {_terminal(tty):<8} {cpu_time} {command}"
+
+
+def _command(pid: int, room: int) -> str:
+    fd = os.open(f"/proc/{pid}/cmdline", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, room).rstrip(b"\0").replace(b"\0", b" ").decode(errors="replace")
+    finally:
+        os.close(fd)
 
 
 def _terminal(number: int) -> str:

@@ -31,8 +31,11 @@ if TYPE_CHECKING:
             """Let time pass."""
             ...
 
-        async def work(self, function: Callable[[], T]) -> T:
-            """Call a function that computes for long, without holding up others."""
+        async def work(self, function: Callable[[], T], *, seconds: float | None = None) -> T:
+            """Call a function that computes or blocks for long, without holding up others.
+
+            Raises TimeoutError where others go on when that takes longer than `seconds`.
+            """
             ...
 
 
@@ -58,8 +61,8 @@ class BlockingWaits:
         """Wait by nanosleep(2)."""
         time.sleep(seconds)  # noqa: ASYNC251 - a program without an event loop
 
-    async def work(self, function: Callable[[], T]) -> T:
-        """Call it here."""
+    async def work(self, function: Callable[[], T], *, seconds: float | None = None) -> T:
+        """Call it here, for as long as it takes."""
         return function()
 
 

@@ -10,6 +10,8 @@ import asyncio
 import os
 import signal
 from datetime import UTC, datetime
+from errno import EBUSY
+from functools import partial
 
 from caisson.agent.base.aio import run_to_completion
 from caisson.agent.base.errors import (
@@ -34,18 +36,23 @@ from caisson.agent.model.oom import OomWatcher
 from caisson.agent.model.process import Process, catches
 from caisson.agent.model.reaper import Child
 from caisson.agent.model.stdio import Pipes, Streams
+from caisson.agent.model.waits import Readers
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
     from pathlib import Path
+    from typing import TypeVar
 
     from caisson.agent.base.log import Log
     from caisson.agent.libcontainer.cgroups import Cgroup
+    from caisson.agent.libcontainer.cgroups.base import JoinFds
     from caisson.agent.libcontainer.cgroups.stats import CgroupStats
     from caisson.agent.libcontainer.config.spec import Hook, Spec
     from caisson.agent.libcontainer.config.spec import Process as ProcessSpec
     from caisson.agent.libcontainer.process.launcher import Launched, ProcessLauncher, Stdio
+
+    T = TypeVar("T")
 
 #: For so long the end of processes that were killed is waited for before their cgroup is removed.
 EMPTY_TIMEOUT = 8.0
@@ -61,19 +68,19 @@ async def _start_process(
     exec_id: str,
     terminal: bool,
     pipe_size: int,
-    cgroup: Cgroup | None,
+    join: JoinFds | None,
 ) -> tuple[Process, int]:
-    """Start a process in a cgroup with pipes or a terminal around it, and return it with its pidfd.
+    """Start a process with pipes or a terminal around it, in a cgroup, and return it with its pidfd.
 
     On failure nothing of them is left.
     """
     pipes = None if terminal else Pipes(pipe_size)
     stdio = None if pipes is None else pipes.child_ends
     try:
-        if cgroup is None:
+        if join is None:
             launched = await launch(stdio, {})
         else:
-            with cgroup.join_fds() as cgroup_fds:
+            with join as cgroup_fds:
                 launched = await launch(stdio, cgroup_fds)
     except BaseException:
         if pipes is not None:
@@ -116,6 +123,8 @@ class Container:
         self._processes: dict[str, Process] = {}
         self._starting: dict[str, asyncio.Event] = {}  # set when it is decided whether there is a process
         self._ended: dict[str, None] = {}  # exec ids in the order in which they ended
+        #: Reads what is its own: its processes, cgroups and files.
+        self.reads = Readers(container_id)
         self._watchers: set[asyncio.Task[None]] = set()
         self._init: Process | None = None
         self._pidfd = -1  # its
@@ -177,7 +186,7 @@ class Container:
         self._shares_pids = "pid" in join
         try:
             terminal = self.spec.process.terminal
-            init, self._pidfd = await _start_process(launch, exec_id, terminal, self._pipe_size, self._cgroup)
+            init, self._pidfd = await _start_process(launch, exec_id, terminal, self._pipe_size, self._join_fds())
         except LaunchError as error:
             if self._cgroup is not None and self._cgroup.oom_kills():
                 raise LaunchError("container init was OOM-killed (memory limit too low?)", step="oom") from error
@@ -254,9 +263,17 @@ class Container:
                 bundle=str(self._directory),
             )
 
+        def start(join: JoinFds | None) -> Awaitable[tuple[Process, int]]:
+            return _start_process(launch, exec_id, process.terminal, self._pipe_size, join)
+
         decided = self._starting[exec_id] = asyncio.Event()
         try:
-            started, pidfd = await _start_process(launch, exec_id, process.terminal, self._pipe_size, self._cgroup)
+            try:
+                started, pidfd = await start(self._join_fds())
+            except LaunchError as error:
+                if error.errno != EBUSY or self._cgroup is None:
+                    raise
+                started, pidfd = await start(await self.reads(partial(self._cgroup.join_fds_of, init.pid)))
             os.close(pidfd)
             self._processes[exec_id] = started
             self._watch(started)
@@ -268,6 +285,9 @@ class Container:
         finally:
             del self._starting[exec_id]
             decided.set()
+
+    def _join_fds(self) -> JoinFds | None:
+        return None if self._cgroup is None else self._cgroup.join_fds()
 
     async def pause(self) -> None:
         """Let everything in it stand still.  Raises CannotPause when it does already, or has ended."""
@@ -300,7 +320,7 @@ class Container:
             raise Unsupported(
                 "what a container uses is counted by its cgroup, and this machine has no cgroup hierarchy"
             )
-        return await asyncio.to_thread(self._cgroup.stats)
+        return await self.reads(self._cgroup.stats)
 
     async def _update(self, resources: Resources) -> None:
         async with self._lock:
@@ -321,11 +341,15 @@ class Container:
         except CgroupError as error:
             self._log("warning", "a container gets no part of new CPUs", error=str(error))
 
-    def pids(self) -> list[int]:
+    async def pids(self) -> list[int]:
         """Everything that runs in it, by the agent's numbers; without cgroups only what the agent started."""
-        if self._cgroup is not None:
-            return sorted(self._cgroup.pids())
-        return sorted(process.child.pid for process in self._processes.values() if process.child.status is None)
+        return await self.look(sorted)
+
+    async def look(self, reader: Callable[[Iterable[int]], T]) -> T:
+        """Call a function with everything that runs in it, which may look at these processes.  Raises ReadTimeout."""
+        cgroup = self._cgroup
+        known = [process.child.pid for process in self._processes.values() if process.child.status is None]
+        return await self.reads(lambda: reader(sorted(known if cgroup is None else cgroup.pids())))
 
     def process(self, exec_id: str) -> Process:
         """A process by its id; an empty one means the first.  Raises ProcessNotFound."""
@@ -347,7 +371,7 @@ class Container:
             return
         await self._cgroup.freeze()  # so that nobody forks away while the list is read
         try:
-            for pid in self._cgroup.pids():
+            for pid in await self.reads(self._cgroup.pids):
                 try:
                     signal_pid(pid, number)
                 except ProcessLookupError:
@@ -356,16 +380,18 @@ class Container:
             await self._cgroup.thaw()
             self._paused = False
 
-    def signal(self, exec_id: str, number: int) -> None:
+    async def signal(self, exec_id: str, number: int) -> None:
         """Signal one process.  A first process without a handler for SIGTERM gets SIGKILL instead.
 
         The kernel drops signals that PID 1 of a namespace does not handle (pid_namespaces(7)), and who stops a
         container should not have to wait for nothing.  Raises ProcessExited.
         """
         process = self.process(exec_id)
-        if process is self._init and number == signal.SIGTERM and not catches(process.child.pid, number):
+        child = process.child
+        asked = process is self._init and number == signal.SIGTERM and child.status is None
+        if asked and not await self.reads(lambda: catches(child.pid, signal.SIGTERM)):
             number = signal.SIGKILL
-        process.child.signal(number)
+        child.signal(number)
 
     async def remove(self) -> None:
         """End it, whatever its state, and remove all that is left of it.  Another remove waits, then finds nothing.
@@ -405,6 +431,7 @@ class Container:
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
+        self.reads.close()
 
     async def _kill_all(self) -> None:
         """SIGKILL to all in it, also to what is being started; without a cgroup, to all that the agent knows."""
@@ -423,11 +450,10 @@ class Container:
             except ProcessExited:
                 continue
 
-    @staticmethod
-    async def _wait_until_empty(cgroup: Cgroup) -> None:
+    async def _wait_until_empty(self, cgroup: Cgroup) -> None:
         """Wait for what was killed and is nobody's child here; in a pid namespace of its own the kernel does that."""
         pause = 0.001
-        while cgroup.pids() and pause < EMPTY_TIMEOUT:
+        while await self.reads(cgroup.pids) and pause < EMPTY_TIMEOUT:
             await asyncio.sleep(pause)
             pause *= 2
 

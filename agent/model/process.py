@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from caisson.agent.model.stdio import Streams
 
 
+#: Bytes of a status file that are read.
+MAX_STATUS = 1 << 20
+
+
 class Process:
     """A started process: its streams, its signals, its end."""
 
@@ -60,10 +64,14 @@ class Process:
 
 
 def catches(pid: int, number: int) -> bool:
-    """Whether a process has a handler for a signal (SigCgt in /proc/<pid>/status, proc(5))."""
+    """Whether a process has a handler for a signal (SigCgt in /proc/<pid>/status, proc(5)).
+
+    A process in 65,536 groups has a status of 700 KB.
+    """
     try:
-        with open(f"/proc/{pid}/status") as lines:  # noqa: PTH123 - a procfs file
-            caught = next((line for line in lines if line.startswith("SigCgt:")), "SigCgt: 0")
+        with open(f"/proc/{pid}/status", "rb") as file:  # noqa: PTH123 - a procfs file
+            lines = file.read(MAX_STATUS).splitlines()
     except OSError:
         return False
+    caught = next((line for line in lines if line.startswith(b"SigCgt:")), b"SigCgt: 0")
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)

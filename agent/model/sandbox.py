@@ -364,6 +364,8 @@ class Sandbox:
         if process is not None and all(limit.type != "RLIMIT_NOFILE" for limit in process.rlimits):
             soft, hard = self._open_files
             process = process.but(rlimits=(*process.rlimits, Rlimit("RLIMIT_NOFILE", soft=soft, hard=hard)))
+        if process is not None and process.oom_score_adj is None:
+            process = process.but(oom_score_adj=0)  # the agent's own is not for containers
         if self._hooks is not None or spec.hooks != Hooks():
             spec = (self._hooks or _guest_hooks("")).added_to(spec)
         from caisson.agent.guest.resources import fit

@@ -5,12 +5,19 @@ from __future__ import annotations
 import asyncio
 import select
 
+from caisson.agent.base.errors import ReadTimeout
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from concurrent.futures import ThreadPoolExecutor
     from typing import TypeVar
 
     T = TypeVar("T")
+
+#: Threads that may look at one container at once, and seconds that each may take.
+MAX_READERS = 2
+READ_TIMEOUT = 10.0
 
 
 class AsyncioWaits:
@@ -33,9 +40,9 @@ class AsyncioWaits:
         """Let time pass."""
         await asyncio.sleep(seconds)
 
-    async def work(self, function: Callable[[], T]) -> T:
-        """Call a function that computes for long in a thread."""
-        return await asyncio.to_thread(function)
+    async def work(self, function: Callable[[], T], *, seconds: float | None = None) -> T:
+        """Call a function that computes for long in a thread.  Raises TimeoutError; the thread goes on then."""
+        return await asyncio.wait_for(asyncio.to_thread(function), seconds)
 
 
 async def _drive(fds: Sequence[int], step: Callable[[], bool], seconds: float | None) -> bool:
@@ -66,3 +73,33 @@ async def _drive(fds: Sequence[int], step: Callable[[], bool], seconds: float | 
             loop.remove_reader(fd)
         if timer is not None:
             timer.cancel()
+
+
+class Readers:
+    """Read what a container owns in threads of its own.
+
+    It decides how long that takes: by the number of its processes and cgroups, or for ever, where its memory or its
+    files are served by one of its own processes (fuse(4)).  So it holds up neither the event loop nor others' threads.
+    """
+
+    def __init__(self, container_id: str) -> None:
+        self._name = container_id
+        self._threads: ThreadPoolExecutor | None = None
+
+    async def __call__(self, function: Callable[[], T]) -> T:
+        """Call a function in one of them.  Raises ReadTimeout; the thread goes on then."""
+        if self._threads is None:
+            from concurrent.futures import ThreadPoolExecutor
+
+            self._threads = ThreadPoolExecutor(MAX_READERS, "container")
+        work = asyncio.get_running_loop().run_in_executor(self._threads, function)
+        try:
+            return await asyncio.wait_for(work, READ_TIMEOUT)
+        except TimeoutError:
+            raise ReadTimeout(container_id=self._name, seconds=READ_TIMEOUT) from None
+
+    def close(self) -> None:
+        """End the threads as soon as they have nothing to do."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+            self._threads = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from caisson.agent.libcontainer.cgroups.files import open_around
 from caisson.agent.runtime.errors import CommandError
 
 TYPE_CHECKING = False
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
 
     from caisson.agent.libcontainer.container import Container
 
-ROOT = "/sys/fs/cgroup"
 JOINING = "unable to start container process:"
 
 
@@ -61,9 +61,11 @@ class ExecCgroup:
 
     def _enter_v2(self) -> Mapping[str, int]:
         path = self._paths[""]
+        fd = -1
         if not self._chosen and self._is_unusable(path):
-            path = self._of_init()
-        fd = self._open(path, os.O_RDONLY | os.O_DIRECTORY)
+            fd = open_around(path, self._container.state.init_process_pid)
+        if fd < 0:
+            fd = self._open(path, os.O_RDONLY | os.O_DIRECTORY)
         self._fds.append(fd)
         return {"_CAISSON_CGROUP": fd}
 
@@ -74,15 +76,6 @@ class ExecCgroup:
                 return bool(file.read().strip())
         except OSError:
             return True
-
-    def _of_init(self) -> str:
-        """Where the container's first process is."""
-        try:
-            with open(f"/proc/{self._container.state.init_process_pid}/cgroup", encoding="utf-8") as file:  # noqa: PTH123
-                rows = [line.rstrip("\n").split(":", 2) for line in file]
-        except OSError:
-            return self._paths[""]
-        return next((f"{ROOT}{path}" for number, name, path in rows if number == "0" and not name), self._paths[""])
 
     def _open(self, path: str, flags: int) -> int:
         try:

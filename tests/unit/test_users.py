@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.config.spec import Process, User
-from caisson.agent.libcontainer.plan.users import FILE_MAX, resolve
+from caisson.agent.libcontainer.plan.users import FILE_MAX, look_up, needs_files, resolve, with_home
 
 PASSWD = """root:x:0:0:root:/root:/bin/sh
 app:x:1000:100:An app:/srv/app:/bin/sh
@@ -77,6 +78,27 @@ def test_home(root: Path) -> None:
     assert who(root, "77").env == ()
 
 
+@pytest.mark.parametrize("env", [(), ("HOME=",), ("A=1", "HOME=")])
+def test_home_is_that_of_the_uid_also_when_it_is_empty(root: Path, env: tuple[str, ...]) -> None:
+    process = Process(args=("x",), env=env, user=User(uid=1000))
+    assert needs_files(process)
+    assert with_home(process, str(root)).env[-1] == "HOME=/srv/app"
+    assert with_home(process.but(user=User(uid=4)), str(root)).env[-1] == "HOME=/"
+    assert not needs_files(process.but(env=("HOME=/x",)))
+
+
+@pytest.mark.parametrize("file", ["passwd", "group"])
+def test_a_directory_in_the_place_of_a_file_is_an_error_in_words_and_costs_no_descriptor(root: Path, file: str) -> None:
+    (root / "etc" / file).unlink()
+    (root / "etc" / file).mkdir()
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(SpecError, match=f"the container's /etc/{file} is a directory"):
+        who(root, "app")
+    home = look_up(Process(args=("x",), user=User(uid=1000)), str(root)).env
+    assert home == ("HOME=/",) if file == "passwd" else ("HOME=/srv/app",)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
 def test_more_groups_stay(root: Path) -> None:
     process = Process(args=("x",), user=User(additional_gids=(3, 29), username="app"))
     assert resolve(process, str(root)).user.additional_gids == (3, 29, 44, 0)
@@ -98,8 +120,6 @@ def test_files_are_the_images_own(root: Path, tmp_path_factory: pytest.TempPathF
 
 
 def test_user_lookup_ignores_special_files(root: Path) -> None:
-    import os
-
     for path in (root / "etc/passwd", root / "etc/group"):
         path.unlink()
         os.mkfifo(path)  # opening one could wait for ever

@@ -76,11 +76,11 @@ class AgentService(ContainerService):
     async def ListProcesses(self, request: agent_pb2.ListProcessesRequest) -> agent_pb2.ListProcessesResponse:
         container = self._sandbox.container(request.container_id)
         if request.format == "json":
-            listed = json.dumps(container.pids())
+            listed = json.dumps(await container.pids())
         elif request.format == "table":
             if list(request.args) not in ([], ["-ef"]):
                 raise Unsupported(f"ListProcesses: ps {' '.join(request.args)}: only -ef is known in this guest")
-            listed = ps.table(container.pids())
+            listed = await container.look(ps.table)
         else:
             raise StatusError(StatusCode.UNKNOWN, "invalid format option")
         return agent_pb2.ListProcessesResponse(process_list=listed.encode())
@@ -106,7 +106,7 @@ class AgentService(ContainerService):
             await container.signal_all(request.signal)
             return EMPTY
         try:
-            container.signal(request.exec_id, request.signal)
+            await container.signal(request.exec_id, request.signal)
         except ProcessNotFound as error:
             raise StatusError(
                 StatusCode.NOT_FOUND,

@@ -109,12 +109,12 @@ class AgentService(ContainerService):
 
         if request.log_type != "termination_log":
             raise InvalidArgument(f"log_type: {request.log_type!r} is not known; termination_log is")
-        spec = self._sandbox.container(request.container_id).spec
-        path = spec.annotations.get(TERMINATION_LOG)
+        container = self._sandbox.container(request.container_id)
+        path = container.spec.annotations.get(TERMINATION_LOG)
         if not path:
             raise FailedPrecondition(f"container {request.container_id}: has no annotation {TERMINATION_LOG}")
-        source = next((mount.source for mount in spec.mounts if mount.destination == path), "")
-        data = read_head(source, MAX_TERMINATION_LOG) if source else b""
+        source = next((mount.source for mount in container.spec.mounts if mount.destination == path), "")
+        data = await container.reads(lambda: read_head(source, MAX_TERMINATION_LOG)) if source else b""
         return agent_pb2.GetDiagnosticDataResponse(data=data.decode(errors="replace"))
 
     # Processes and their streams
@@ -131,7 +131,7 @@ class AgentService(ContainerService):
             if not request.exec_id and request.signal == signal.SIGKILL:
                 await container.signal_all(request.signal)
             else:
-                container.signal(request.exec_id, request.signal)
+                await container.signal(request.exec_id, request.signal)
         except ProcessExited:
             pass  # it ended a moment ago: no host should fail over that
         return EMPTY

@@ -18,13 +18,15 @@ if TYPE_CHECKING:
 __all__ = ["Cgroup", "CgroupError", "CgroupV2", "Hierarchy", "find", "of_host"]
 
 
-def find(version: str = "v2", parent: str = "", waits: Waits | None = None) -> Hierarchy | None:
+def find(
+    version: str = "v2", parent: str = "", waits: Waits | None = None, *, bounded: bool = False
+) -> Hierarchy | None:
     """Find the cgroups of this machine, "v1" or "v2"; None where there are none.
 
-    All are made below the cgroup `parent`.
+    All are made below the cgroup `parent`.  With `bounded`, containers may nest few cgroups in theirs (version 2).
     """
     if version == "v2":
-        return CgroupV2.find(parent, waits=waits)
+        return CgroupV2.find(parent, waits=waits, bounded=bounded)
     from caisson.agent.libcontainer.cgroups.v1.cgroup import CgroupV1
 
     return CgroupV1.find(parent, waits=waits)

@@ -96,8 +96,19 @@ class Cgroup:
         """
         return JoinFds(self.path, self.fd, self.join_files())
 
+    def join_fds_of(self, pid: int) -> JoinFds:
+        """The same, into the cgroup below it that a process is in: one that has given controllers to cgroups below
+        takes no process (EBUSY), as happens where systemd or a container engine runs in the container.
+
+        Takes time where there are many cgroups below.  Raises CgroupError if the process is in none of them.
+        """
+        fd = files.open_around(self.path, pid)
+        if fd < 0:
+            raise CgroupError(f"cgroup {self.path}: process {pid} is not in it")
+        return JoinFds(self.path, fd, [], owned=True)
+
     def pids(self) -> list[int]:
-        """All processes in it and below, none if it is gone."""
+        """All processes in it and below, none if it is gone.  Takes time where there are many cgroups below."""
         return files.pids_in(self.path)
 
     async def kill(self) -> None:
@@ -270,11 +281,12 @@ class Cgroup:
 
 
 class JoinFds:
-    """Descriptors of a cgroup for nsexec, open inside a `with` block."""
+    """Descriptors of a cgroup for nsexec, open inside a `with` block; `fd` is closed by it if it is `owned`."""
 
-    def __init__(self, path: str, fd: int, join_files: list[str]) -> None:
+    def __init__(self, path: str, fd: int, join_files: list[str], *, owned: bool = False) -> None:
         self._path = path
         self._fd = fd
+        self._owned = owned
         self._join_files = join_files
         self._fds: dict[str, int] = {}
 
@@ -298,6 +310,9 @@ class JoinFds:
         for fd in self._fds.values():
             os.close(fd)
         self._fds.clear()
+        if self._owned and self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 def signal_pid(pid: int, number: int) -> None:

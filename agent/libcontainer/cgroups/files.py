@@ -7,7 +7,12 @@ from errno import EBUSY
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
+
+DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+
+#: Bytes of a cgroup.procs that are read: half a million processes.
+MAX_PROCS = 1 << 22
 
 #: Files whose lines with several words are one value, not values by key.
 NOT_KEYED = ("cpu.max",)
@@ -51,33 +56,87 @@ def restoring(file: str, value: str, before: str) -> str:
     return f"{key} {'default' if 'weight' in file else '0'}"
 
 
-def tree(path: str) -> list[str]:
-    """The cgroup and all below it; none if it is gone."""
-    return [directory for directory, _, _ in os.walk(path)]
+def walk(path: str) -> Iterator[tuple[int, int, str]]:
+    """Visit a cgroup and all below it, the innermost first: its descriptor, that of the one above, and its name there.
+
+    Both are open until the next step.  A container may nest cgroups whose paths are longer than PATH_MAX, and as many
+    as it likes in version 1: so there are never more than two descriptors, and no path.  One that goes meanwhile is
+    passed over.  Raises OSError.
+    """
+    try:
+        at = os.open(os.path.dirname(path), DIRECTORY)  # noqa: PTH120 - no pathlib at start
+    except FileNotFoundError:
+        return
+    above = -1
+    way: list[str] = []
+    pending = [[os.path.basename(path)]]  # noqa: PTH119 - to be visited, by level
+    try:
+        while True:
+            if pending[-1]:
+                name = pending[-1].pop()
+                try:
+                    below = os.open(name, DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
+                except FileNotFoundError:
+                    continue
+                os.close(at)
+                at = below
+                way.append(name)
+                pending.append(_subdirectories(at))
+                continue
+            if not way:
+                return
+            above = os.open("..", DIRECTORY, dir_fd=at)
+            yield at, above, way.pop()
+            pending.pop()
+            os.close(at)
+            at, above = above, -1
+    finally:
+        os.close(at)
+        if above >= 0:
+            os.close(above)
+
+
+def _subdirectories(fd: int) -> list[str]:
+    try:
+        with os.scandir(fd) as entries:
+            return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except FileNotFoundError:  # just removed
+        return []
 
 
 def pids_in(path: str) -> list[int]:
     """All processes of the cgroup and below, none if it is gone."""
-    found: list[int] = []
-    for directory in tree(path):
-        try:
-            found += map(int, read(f"{directory}/cgroup.procs").split())
-        except OSError:  # just removed, or threaded
-            continue
-    return found
+    return [pid for fd, _, _ in walk(path) for pid in _pids(fd)]
+
+
+def open_around(path: str, pid: int) -> int:
+    """Open the one of a cgroup and those below it that a process is in; -1 if it is in none."""
+    for fd, _, _ in walk(path):
+        if pid in _pids(fd):
+            return os.dup(fd)
+    return -1
+
+
+def _pids(directory: int) -> list[int]:
+    try:
+        fd = os.open("cgroup.procs", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+        with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
+            return [int(line) for line in file.read(MAX_PROCS).splitlines(keepends=True) if line.endswith(b"\n")]
+    except OSError:  # just removed, or threaded
+        return []
 
 
 def remove_tree(path: str) -> bool:
     """Remove the cgroup and all below; False while the kernel still tears down dead processes.  Raises OSError."""
-    try:
-        for directory in sorted(tree(path), key=len, reverse=True):
-            os.rmdir(directory)  # noqa: PTH106 - no pathlib at start
-    except FileNotFoundError:
-        return remove_tree(path)
-    except OSError as e:
-        if e.errno != EBUSY:
-            raise
-        return False
+    for _, above, name in walk(path):
+        try:
+            os.rmdir(name, dir_fd=above)
+        except FileNotFoundError:
+            continue
+        except OSError as e:
+            if e.errno != EBUSY:
+                raise
+            return False
     return True
 
 

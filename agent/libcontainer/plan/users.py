@@ -24,6 +24,22 @@ LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_"
 NAME_CHARACTERS = frozenset(f"{LETTERS}0123456789.-")
 
 
+def needs_files(process: Process) -> bool:
+    """Whether `look_up` reads files of the container: for a name, or for a HOME that is not there."""
+    return bool(process.user.username) or not _has_home(process)
+
+
+def look_up(process: Process, root: str) -> Process:
+    """The process with all that the files of the root directory say of its user.  Raises SpecError."""
+    if process.user.username:
+        process = resolve(process, root)
+    return with_home(process, root)
+
+
+def _has_home(process: Process) -> bool:
+    return any(variable.startswith("HOME=") and variable != "HOME=" for variable in process.env)
+
+
 def resolve(process: Process, root: str) -> Process:
     """The process with the ids, the groups and (where it has none) the HOME of its user's name in the root directory.
 
@@ -60,7 +76,7 @@ def resolve(process: Process, root: str) -> Process:
 
 def with_home(process: Process, root: str) -> Process:
     """The process with a HOME: if it has none, or an empty one, that of its uid in the root's /etc/passwd, else "/"."""
-    if any(variable.startswith("HOME=") and variable != "HOME=" for variable in process.env):
+    if _has_home(process):
         return process
     env = tuple(variable for variable in process.env if variable != "HOME=")
     try:
@@ -153,9 +169,13 @@ def _table(root: int, path: str, columns: int) -> list[list[str]]:
             fd = syscalls.openat2(root, path, FLAGS, resolve=RESOLVE)
     except OSError:
         return []
+    kind = os.fstat(fd).st_mode
+    if not stat.S_ISREG(kind):
+        os.close(fd)  # open() fails for a directory, and does not close it
+        if stat.S_ISDIR(kind):
+            raise SpecError(FIELD, f"the container's /{path} is a directory")
+        return []
     with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            return []
         data = file.read(FILE_MAX + 1)
     if len(data) > FILE_MAX:
         raise SpecError(FIELD, f"the container's /{path} is larger than {FILE_MAX} bytes")

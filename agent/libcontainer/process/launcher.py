@@ -127,11 +127,9 @@ class ProcessLauncher:
         `procfs` is a mount of the pid namespace's procfs, if one is joined; `filter` is of system calls; `hooks` run as
         the configuration wants them.  On failure nothing is left.  Raises SpecError or LaunchError.
         """
+        if spec.process is not None:
+            spec = spec.but(process=await self._with_user(spec.process, rootfs))
         process = spec.process
-        if process is not None and process.user.username:
-            process = users.resolve(process, rootfs)
-        if process is not None:
-            spec = spec.but(process=users.with_home(process, rootfs))
         devices = _net_devices(spec)
         map_programs, setgroups = users.map_writers(spec.linux)
         messages = _encode(
@@ -198,9 +196,8 @@ class ProcessLauncher:
         """
         _check_stdio(process.terminal, launch.stdio)
         _own_pipes(launch.stdio, spec)
-        if process.user.username:  # its root as it is now; the caller has checked that the pid is still its own
-            process = users.resolve(process, f"/proc/{init_pid}/root")
-        process = users.with_home(process, f"/proc/{init_pid}/root")
+        # Its root as it is now; the caller has checked that the pid is still its own.
+        process = await self._with_user(process, f"/proc/{init_pid}/root")
         messages = _encode(lambda: plan.exec_messages(process, spec, join, filter))
         started = await self._launch(
             messages,
@@ -212,6 +209,17 @@ class ProcessLauncher:
             listener=_listener(spec, launch.container_id, bundle, init_pid),
         )
         return _launched(started)
+
+    async def _with_user(self, process: Process, root: str) -> Process:
+        """Look its user up in the container's files, which the container may serve itself.  Raises SpecError."""
+        if not users.needs_files(process):
+            return process
+        try:
+            return await self._waits.work(lambda: users.look_up(process, root), seconds=self._timeout)
+        except TimeoutError:
+            raise LaunchError(
+                f"process.user: the container's /etc/passwd was not read within {self._timeout:g} s", step="user"
+            ) from None
 
     async def start(self, start_gate: str, pid: int, hooks: Hooks, pidfd: int = -1) -> None:
         """Let a created init go on to its program, and return once that has been executed.

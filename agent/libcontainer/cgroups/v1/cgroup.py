@@ -8,6 +8,7 @@ Hierarchies without a controller (name=systemd) limit nothing, and are left alon
 from __future__ import annotations
 
 import os
+from functools import partial
 
 from caisson.agent.base.mountinfo import unescape
 from caisson.agent.libcontainer.cgroups import files
@@ -225,11 +226,11 @@ class CgroupOfV1(Cgroup):
         """SIGKILL to everything in it: while it is frozen, so that nobody forks away, and then it is thawed to die."""
         frozen = False
         for _ in range(MAX_KILL_ROUNDS):
-            if not os.path.isdir(self.path) or not self.pids():  # noqa: PTH112 - no pathlib at start
+            if not os.path.isdir(self.path) or not await self._waits.work(self.pids):  # noqa: PTH112 - no pathlib at start
                 break
             if "freezer" in self._directories:
                 frozen = await self._freezer("FROZEN", KILL_FREEZE_TIMEOUT)
-            for pid in self.pids():
+            for pid in await self._waits.work(self.pids):
                 try:
                     signal_pid(pid, 9)
                 except ProcessLookupError:
@@ -248,7 +249,7 @@ class CgroupOfV1(Cgroup):
         for attempt in range(DELETE_TRIES):
             for name, path in list(left.items()):
                 try:
-                    if files.remove_tree(path):
+                    if await self._waits.work(partial(files.remove_tree, path)):
                         del left[name]
                 except OSError as e:
                     raise CgroupError(f"cgroup {path}: cannot be removed: {e.strerror}") from e

@@ -33,18 +33,28 @@ if TYPE_CHECKING:
     from caisson.agent.libcontainer.waits import Waits
 
 
-class CgroupV2(Hierarchy):
-    """The cgroup v2 hierarchy of this machine."""
+#: Cgroups below a container's own: more than systemd with an engine in it makes, few enough to be walked through.
+NESTING = {"cgroup.max.depth": "32", "cgroup.max.descendants": "2048"}
 
-    def __init__(self, root: str, parent: str = "", waits: Waits | None = None) -> None:
+
+class CgroupV2(Hierarchy):
+    """The cgroup v2 hierarchy of this machine.  With `bounded`, containers may nest few cgroups in theirs."""
+
+    def __init__(self, root: str, parent: str = "", waits: Waits | None = None, *, bounded: bool = False) -> None:
         self.root = root
+        self._nesting = NESTING if bounded else {}
         self._parent = parent
         self._waits = waits
         self._made: set[str] = set()  # directories that go with the last cgroup in them
 
     @classmethod
     def find(
-        cls, parent: str = "", mountinfo: str = "/proc/self/mountinfo", waits: Waits | None = None
+        cls,
+        parent: str = "",
+        mountinfo: str = "/proc/self/mountinfo",
+        waits: Waits | None = None,
+        *,
+        bounded: bool = False,
     ) -> CgroupV2 | None:
         """Find where cgroup2 is mounted; None if it is not.  On a hybrid host that is /sys/fs/cgroup/unified.
 
@@ -54,7 +64,7 @@ class CgroupV2(Hierarchy):
             for line in lines:
                 before, _, after = line.partition(" - ")
                 if after.startswith("cgroup2 "):
-                    return cls(unescape(before.split(" ")[4]), parent, waits)
+                    return cls(unescape(before.split(" ")[4]), parent, waits, bounded=bounded)
         return None
 
     def create(self, path: str, *, below_own: bool = False) -> CgroupOfV2:
@@ -75,6 +85,8 @@ class CgroupV2(Hierarchy):
                     made.append(at)
                 except FileExistsError:
                     pass
+            for name, value in self._nesting.items():
+                files.write(f"{at}/{name}", value)
             cgroup = CgroupOfV2(at, self._made, self._waits)
         except OSError as e:
             files.remove_all(made)
@@ -171,7 +183,7 @@ class CgroupOfV2(Cgroup):
         pause = 0.001
         for attempt in range(DELETE_TRIES):
             try:
-                if files.remove_tree(self.path):
+                if await self._waits.work(lambda: files.remove_tree(self.path)):
                     break
             except OSError as e:
                 raise CgroupError(f"cgroup {self.path}: cannot be removed: {e.strerror}") from e
