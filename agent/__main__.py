@@ -48,11 +48,11 @@ def main() -> None:
 
 def _run_as_init(timestamps: BootTimestamps) -> None:
     from caisson.agent.base.log import Log
-    from caisson.agent.guest import init
+    from caisson.agent.guest import cgroupfs, init
 
     try:
         init.prepare(timestamps)
-        options = options_module.from_kernel(options_module.kernel_words())
+        options = options_module.from_kernel(options_module.kernel_words()).but(cgroup_parent=cgroupfs.CONTAINERS)
         log = Log(options.log)
         for complaint in options.complaints:
             log("warning", complaint)

@@ -1,4 +1,4 @@
-"""The cgroup filesystems of a guest: one of version 2, or the hierarchies of version 1.
+"""The cgroup filesystems of a guest: one of version 2, or the hierarchies of version 1; and who is protected in them.
 
 favordynmods (Linux 6.0) spares a process a grace period of some 15 ms on its way into a cgroup.
 Sources: cgroup-v2.rst, cgroup-v1/cgroups.rst (Documentation/admin-guide), cgroups(7).
@@ -16,6 +16,21 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 CGROUPS = "/sys/fs/cgroup"
+
+#: The cgroup of the agent and its helpers, and the one that all containers are below.
+AGENT, CONTAINERS = "agent", "containers"
+
+#: Bytes that the kernel does not take from the agent, and tasks that containers leave to the guest.
+AGENT_MEMORY = 64 << 20
+RESERVED_TASKS = 256
+
+#: The agent's share of the CPUs where all are wanted, to a container's 100: it needs little, and at once.
+AGENT_WEIGHT = 1000
+
+#: The kernel counts epoll's watches by user, and containers' root is the agent's: one container could have them all
+#: (epoll(7)).  Their memory counts as the container's anyway.
+WATCHES = "/proc/sys/fs/epoll/max_user_watches"
+MAX_WATCHES = 1 << 40
 FLAGS = MS_NOSUID | MS_NODEV | MS_NOEXEC
 
 #: Controllers that share a hierarchy, as everywhere.
@@ -53,6 +68,42 @@ def mount_v1() -> None:
             for controller in controllers:
                 os.symlink(name, f"{CGROUPS}/{controller}")  # noqa: PTH211
     syscalls.mount(None, CGROUPS, None, MS_REMOUNT | MS_BIND | MS_RDONLY | FLAGS)
+
+
+def protect_agent() -> None:
+    """Keep what the agent needs from containers: memory, CPUs, tasks, watches; and the OOM killer from the agent.
+
+    Called by a process without threads that is still small: memory counts where it was first used.  Raises OSError.
+    """
+    _write("/proc/self/oom_score_adj", "-1000")
+    _write(WATCHES, str(MAX_WATCHES))
+    for root in (CGROUPS, f"{CGROUPS}/pids"):
+        try:
+            os.mkdir(f"{root}/{CONTAINERS}")  # noqa: PTH102
+            _write(f"{root}/{CONTAINERS}/pids.max", str(max(RESERVED_TASKS, _most_tasks() - RESERVED_TASKS)))
+        except OSError:  # the other version of cgroups, or a kernel that does not count tasks
+            continue
+    try:
+        os.mkdir(f"{CGROUPS}/{AGENT}")  # noqa: PTH102
+        _write(f"{CGROUPS}/{AGENT}/memory.min", str(AGENT_MEMORY))
+        _write(f"{CGROUPS}/{AGENT}/cpu.weight", str(AGENT_WEIGHT))
+        _write(f"{CGROUPS}/{AGENT}/cgroup.procs", "0")
+    except OSError:  # version 1 has no such protection
+        pass
+
+
+def _most_tasks() -> int:
+    """Count the processes and threads that the kernel allows (proc_sys_kernel(5))."""
+    found = []
+    for name in ("threads-max", "pid_max"):
+        with open(f"/proc/sys/kernel/{name}") as file:  # noqa: PTH123
+            found.append(int(file.read()))
+    return min(found)
+
+
+def _write(path: str, value: str) -> None:
+    with open(path, "w") as file:  # noqa: PTH123
+        file.write(value)
 
 
 def hierarchies(lines: Iterable[str]) -> list[tuple[str, ...]]:

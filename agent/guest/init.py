@@ -139,6 +139,13 @@ def mount_cgroups() -> None:
         cgroupfs.mount_v2()
 
 
+def protect_agent() -> None:
+    """Reserve memory and tasks for the agent."""
+    from caisson.agent.guest import cgroupfs
+
+    cgroupfs.protect_agent()
+
+
 def seal_root() -> None:
     """Make the root read-only: this mount, and the file system below it."""
     syscalls.mount(None, "/", None, MS_REMOUNT | MS_BIND | MS_RDONLY)
@@ -173,8 +180,8 @@ def handle_keyboard() -> None:
 
 
 DUTIES = (
-    leave_rootfs, mount_all, open_console, handle_keyboard, name_host, load_modules, mount_cgroups, seal_root,
-    loopback_up,
+    leave_rootfs, mount_all, open_console, handle_keyboard, name_host, load_modules, mount_cgroups, protect_agent,
+    seal_root, loopback_up,
 )  # fmt: skip
 
 
