@@ -13,7 +13,7 @@ from typing import Any
 
 from caisson.agent.client import foreground, specs
 from caisson.agent.client.errors import UsageError
-from caisson.agent.client.guest import container_registry, guest_memory
+from caisson.agent.client.guest import container_registry, guest_cpus, guest_memory
 from caisson.agent.client.listing import show
 from caisson.commands.execute import check_terminal
 from caisson.commands.machines import vm_for
@@ -62,7 +62,7 @@ def run(
                 env=settings, user=user, workdir=workdir, terminal=tty, hostname=hostname, entrypoint=entrypoint,
                 memory=memory * MIB, cpus=cpus, pids_limit=pids_limit, read_only=read_only, tmpfs=tmpfs,
                 volumes=volumes, cap_add=cap_add, cap_drop=cap_drop, privileged=privileged, init=init,
-                architecture=vm.architecture, guest_memory=guest_memory(vm),
+                architecture=vm.architecture, guest_memory=guest_memory(vm), guest_cpus=guest_cpus(vm),
                 busybox=str(vm.manifest["containers"]["busybox"]) + "/bin/busybox",
             )  # fmt: skip
             size = max_size * MIB or None

@@ -93,6 +93,15 @@ PERMITTED_SYSCTLS = (
     "net.",
 )
 
+#: Actions of a filter under which a system call does not happen.
+REFUSING_ACTIONS = {"SCMP_ACT_ERRNO", "SCMP_ACT_KILL", "SCMP_ACT_KILL_THREAD", "SCMP_ACT_KILL_PROCESS", "SCMP_ACT_TRAP"}
+
+#: System calls that reach the guest's kernel where it is least tried.  Profiles of some engines permit some of them.
+NEVER_PERMITTED = {
+    "add_key", "io_uring_enter", "io_uring_register", "io_uring_setup", "kexec_file_load", "kexec_load", "keyctl",
+    "request_key", "userfaultfd",
+}  # fmt: skip
+
 #: Files that engines bind into each container, and a guest has its own of.
 ENGINE_FILES = {
     "/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/run/.containerenv", "/run/secrets", "/.dockerenv",
@@ -132,8 +141,11 @@ def adapted(
     document["mounts"] = _mounts(_list(document.get("mounts"), "mounts"), mounts, privileged, warn)
     _namespaces(linux, warn)
     _process(process, privileged, warn)
+    if seccomp := _object(linux.get("seccomp"), "linux.seccomp"):
+        _seccomp(seccomp, privileged, warn)
     if not privileged:
         _check_devices(linux)
+        _check_shares(process, linux)
         for name in _object(linux.get("sysctl"), "linux.sysctl"):
             if not name.startswith(PERMITTED_SYSCTLS):
                 raise _refused(f"linux.sysctl.{name}", "is of the whole guest")
@@ -220,6 +232,58 @@ def _process(process: dict[str, Any], privileged: bool, warn: Warn) -> None:
         sets["ambient"] = raised
     if isinstance(process.get("oomScoreAdj"), int) and process["oomScoreAdj"] < 0 and not privileged:
         raise _refused("process.oomScoreAdj", "would protect it from the guest")
+
+
+def _seccomp(profile: dict[str, Any], privileged: bool, warn: Warn) -> None:
+    """Check a system call filter of the bundle's own: what is in no rule must fail in it, too."""
+    for key in ("listenerPath", "listenerMetadata"):
+        if profile.pop(key, None):
+            warn(f"config.json: linux.seccomp.{key}: left out: it is a socket of the host")
+    action = str(profile.get("defaultAction"))
+    if action not in REFUSING_ACTIONS and not privileged:
+        raise _refused("linux.seccomp.defaultAction", f"{action} permits what the default filter does not")
+    left_out: set[str] = set()
+    for number, one in enumerate(_list(profile.get("syscalls"), "linux.seccomp.syscalls")):
+        rule = _object(one, f"linux.seccomp.syscalls[{number}]")
+        names = _list(rule.get("names"), f"linux.seccomp.syscalls[{number}].names")
+        if not privileged and str(rule.get("action")) not in REFUSING_ACTIONS:
+            left_out |= NEVER_PERMITTED.intersection(map(str, names))
+            rule["names"] = [name for name in names if name not in NEVER_PERMITTED]
+    if left_out:
+        profile["syscalls"] = [rule for rule in profile["syscalls"] if rule.get("names")]
+        found = ", ".join(sorted(left_out))
+        warn(f"config.json: linux.seccomp.syscalls: {found}: left out; --privileged permits them")
+
+
+def _check_shares(process: dict[str, Any], linux: dict[str, Any]) -> None:
+    """Refuse what takes the guest's time or memory from others: no limits, and priorities above theirs."""
+    resources = _object(linux.get("resources"), "linux.resources")
+    for name in ("pids", "memory"):
+        limit = _object(resources.get(name), f"linux.resources.{name}").get("limit")
+        if isinstance(limit, int) and limit < 0:
+            raise _refused(f"linux.resources.{name}.limit", f"{limit} is none")
+        if limit == 0:
+            del resources[name]["limit"]
+    if resources.get("pids") == {}:
+        del resources["pids"]
+    for key in ("realtimeRuntime", "realtimePeriod"):
+        if _object(resources.get("cpu"), "linux.resources.cpu").get(key):
+            raise _refused(f"linux.resources.cpu.{key}", "would run it before the guest")
+    if resources.get("unified"):
+        raise _refused("linux.resources.unified", "sets files of cgroups by name")
+    if linux.get("netDevices"):
+        raise _refused("linux.netDevices", "would take devices from the guest")
+    policy = str(_object(process.get("scheduler"), "process.scheduler").get("policy") or "SCHED_OTHER")
+    if policy not in ("SCHED_OTHER", "SCHED_BATCH", "SCHED_IDLE"):
+        raise _refused("process.scheduler.policy", f"{policy} would run it before the guest")
+    if int(_object(process.get("scheduler"), "process.scheduler").get("nice") or 0) < 0:
+        raise _refused("process.scheduler.nice", "would run it before the guest")
+    if _object(process.get("ioPriority"), "process.ioPriority").get("class") == "IOPRIO_CLASS_RT":
+        raise _refused("process.ioPriority.class", "IOPRIO_CLASS_RT would serve it before the guest")
+    for number, one in enumerate(_list(process.get("rlimits"), "process.rlimits")):
+        limit = _object(one, f"process.rlimits[{number}]")
+        if limit.get("type") in ("RLIMIT_RTPRIO", "RLIMIT_NICE") and limit.get("hard"):
+            raise _refused(f"process.rlimits[{number}]", f"{limit['type']} would run it before the guest")
 
 
 def _check_devices(linux: dict[str, Any]) -> None:

@@ -83,6 +83,12 @@ def guest_memory(machine: Machine) -> int:
     return int(_description(machine).get("memory") or 0) << 20
 
 
+def guest_cpus(machine: Machine) -> int:
+    """Return the CPUs that a VM has or may come to have, 1 where nothing says them."""
+    said = _description(machine)
+    return max(1, int(said.get("cpus") or 1), int(said.get("max_cpus") or 0))
+
+
 def resolver_lines(machine: Machine) -> list[str]:
     """Return the lines of resolv.conf for a VM's network, none where it has no network."""
     return [f"nameserver {server}" for server in (_description(machine).get("network") or {}).get("dns") or ()]
@@ -127,7 +133,8 @@ class Guest:
         from caisson.agent.client import specs  # here, as below: most calls make no container
 
         document = specs.container_document(contents["containers"]["busybox"])
-        specs.confined(document, guest_memory(self.machine), str(contents.get("arch", "amd64")))
+        architecture = str(contents.get("arch", "amd64"))
+        specs.confined(document, guest_memory(self.machine), architecture, guest_cpus(self.machine))
         container = await self._ensure(container_id, document)
         made = container_registry(self.machine)
         if container_id not in made.names():  # the entry of one from a container image names its disk

@@ -61,10 +61,12 @@ MASKED = [
     "/proc/scsi",
     "/proc/timer_list",
     "/proc/timer_stats",
-    "/sys/devices/system/cpu/cpu0/thermal_throttle",
     "/sys/devices/virtual/powercap",
     "/sys/firmware",
 ]
+
+#: Masked for each CPU of the guest.
+THERMAL = "/sys/devices/system/cpu/cpu{}/thermal_throttle"
 
 READONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
 
@@ -105,7 +107,8 @@ class RunOptions:
     """What `run` was asked for beside the image; empty or None is "as the image and the defaults have it".
 
     ``memory`` is in bytes, ``cpus`` in CPUs, ``pids_limit`` -1 for none.  ``tmpfs`` holds PATH[:OPTIONS].
-    ``guest_memory`` is the VM's, in bytes, and ``busybox`` where the guest has the program of --init.
+    ``guest_memory`` is the VM's, in bytes, ``guest_cpus`` how many it may come to have, and ``busybox`` where the guest
+    has the program of --init.
     """
 
     env: Sequence[str] = ()
@@ -126,6 +129,7 @@ class RunOptions:
     init: bool = False
     architecture: str = "amd64"
     guest_memory: int = 0
+    guest_cpus: int = 1
     busybox: str = ""
 
 
@@ -168,7 +172,7 @@ def container_document(
         # No pid namespace in the list: the agent decides it, and gives each container its own.
         "linux": {
             "namespaces": [{"type": kind} for kind in ("mount", "ipc", "uts", "cgroup")],
-            "maskedPaths": list(MASKED),
+            "maskedPaths": [*MASKED, THERMAL.format(0)],
             "readonlyPaths": list(READONLY),
         },
     }
@@ -202,7 +206,8 @@ def _mount(destination: str, kind: str, source: str, options: str) -> Document:
 
 
 def _scratch_options(where: str) -> str:
-    return "nosuid,nodev,mode=" + ("1777" if where == "/tmp" else "755")
+    """All of a default container together are below MEMORY_SHARE: who fills them gets ENOSPC, and is not killed."""
+    return "nosuid,nodev," + ("mode=1777,size=25%" if where == "/tmp" else "mode=755,size=10%")
 
 
 def default_spec(rootfs: str, args: Sequence[str] = (), **options: Any) -> oci_pb2.Spec:
@@ -212,12 +217,15 @@ def default_spec(rootfs: str, args: Sequence[str] = (), **options: Any) -> oci_p
     return to_wire(container_document(rootfs, args, **options))
 
 
-def confined(document: Document, guest_memory: int, architecture: str = "amd64") -> Document:
-    """Fill in what a spec leaves out: Docker's system call filter, and limits on processes and memory.
+def confined(document: Document, guest_memory: int, architecture: str = "amd64", cpus: int = 1) -> Document:
+    """Fill in what a spec leaves out: Docker's system call filter, masks, and limits on processes and memory.
 
     ``guest_memory`` is in bytes; 0 is for a guest that nothing is known of, which may not know of limits either.
+    ``cpus`` are those that the guest has or may come to have.
     """
     linux = document.setdefault("linux", {})
+    masked = linux.get("maskedPaths") or []
+    linux["maskedPaths"] = list(dict.fromkeys([*masked, *(THERMAL.format(number) for number in range(cpus))]))
     if not linux.get("seccomp"):
         capabilities = document["process"].get("capabilities") or {}
         linux["seccomp"] = seccomp.default_profile(capabilities.get("bounding") or (), architecture)
@@ -270,8 +278,23 @@ def image_document(
         document["process"]["user"] = {"username": config.user or "0"}
         document["root"]["readonly"] = False
         document["hostname"] = "caisson"
+    if not options.privileged:
+        _fit_memory(document["linux"], options.guest_memory, warn)
     _apply(document, options)
-    return document if options.privileged else confined(document, options.guest_memory, options.architecture)
+    if options.privileged:
+        return document
+    return confined(document, options.guest_memory, options.architecture, options.guest_cpus)
+
+
+def _fit_memory(linux: Document, guest_memory: int, warn: Any) -> None:
+    """Lower a bundle's limit, made for a larger machine, to what leaves the guest its own."""
+    memory = (linux.get("resources") or {}).get("memory") or {}
+    most, limit = int(guest_memory * MEMORY_SHARE), memory.get("limit") or 0
+    if 0 < most < limit:
+        warn(f"config.json: linux.resources.memory.limit: {limit} is lowered to {most}: the guest has {guest_memory}")
+        memory["limit"] = most
+        if (memory.get("swap") or 0) > 0:
+            memory["swap"] = most
 
 
 def _words(config: ImageConfig, words: Sequence[str], options: RunOptions) -> list[str]:

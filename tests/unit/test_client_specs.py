@@ -20,6 +20,7 @@ from caisson.agent.client.forward import ForwardRule
 from caisson.agent.client.seccomp import default_profile
 from caisson.agent.client.specs import (
     CAPABILITIES,
+    MEMORY_SHARE,
     PIDS_LIMIT,
     RunOptions,
     SharedVolume,
@@ -185,12 +186,63 @@ def test_what_a_bundle_cannot_ask_for(path: str, value: object, why: str) -> Non
         ("linux.resources.devices", [{"allow": True, "access": "rwm"}]),
         ("linux.resources.devices", [{"allow": True, "type": "b", "major": 254, "minor": 0, "access": "r"}]),
         ("mounts", [{"destination": "/x", "source": "/dev/vda", "type": "ext4"}]),
+        ("linux.sysctl", {"kernel.modprobe": "/x"}),
+        ("linux.seccomp", {"defaultAction": "SCMP_ACT_ALLOW"}),
+        ("linux.seccomp", {"defaultAction": "SCMP_ACT_LOG"}),
+        ("linux.resources.pids", {"limit": -1}),
+        ("linux.resources.memory", {"limit": -1}),
+        ("linux.resources.cpu", {"realtimeRuntime": 1000}),
+        ("linux.resources.unified", {"memory.min": "1"}),
+        ("linux.netDevices", {"eth0": {}}),
+        ("process.scheduler", {"policy": "SCHED_FIFO", "priority": 1}),
+        ("process.scheduler", {"policy": "SCHED_OTHER", "nice": -5}),
+        ("process.ioPriority", {"class": "IOPRIO_CLASS_RT", "priority": 1}),
+        ("process.rlimits", [{"type": "RLIMIT_RTPRIO", "hard": 5, "soft": 5}]),
     ],
 )
 def test_what_goes_beyond_the_defaults_is_refused_by_field_unless_privileged(path: str, value: Any) -> None:
     with pytest.raises(UsageError, match=r"config\.json: .*; --privileged permits it"):
         of_bundle(changed(path, value))
     of_bundle(changed(path, value), privileged=True)
+
+
+def test_a_bundles_own_filter_permits_no_more_than_engines_do() -> None:
+    rules = [
+        {"names": ["read", "keyctl", "io_uring_setup"], "action": "SCMP_ACT_ALLOW"},
+        {"names": ["userfaultfd"], "action": "SCMP_ACT_ALLOW"},
+        {"names": ["add_key"], "action": "SCMP_ACT_ERRNO"},
+    ]
+    profile = {"defaultAction": "SCMP_ACT_ERRNO", "syscalls": rules, "listenerPath": "/run/x"}
+    document, warnings = of_bundle(changed("linux.seccomp", profile))
+    assert [rule["names"] for rule in document["linux"]["seccomp"]["syscalls"]] == [["read"], ["add_key"]]
+    assert len(warnings) == 2 and "listenerPath: left out" in warnings[0]
+    assert "io_uring_setup, keyctl, userfaultfd: left out; --privileged" in warnings[1]
+    assert "listenerPath" not in document["linux"]["seccomp"]
+
+
+def test_limits_of_zero_are_none_and_limits_of_a_larger_machine_are_lowered() -> None:
+    document, _ = of_bundle(
+        changed("linux.resources", {"pids": {"limit": 0}, "memory": {"limit": 0}}), guest_memory=400
+    )
+    assert document["linux"]["resources"] == {"pids": {"limit": PIDS_LIMIT}, "memory": {"limit": 300}}
+    large = {"memory": {"limit": 1 << 30, "swap": 2 << 30}}
+    document, warnings = of_bundle(changed("linux.resources", large), guest_memory=1 << 29)
+    assert document["linux"]["resources"]["memory"] == {"limit": 3 << 27, "swap": 3 << 27}
+    assert len(warnings) == 1 and "linux.resources.memory.limit: 1073741824 is lowered" in warnings[0]
+
+
+def test_scratch_file_systems_are_sized_and_together_below_the_memory_limit() -> None:
+    mounts = [mount for mount in container_document("/rootfs")["mounts"] if mount["type"] == "tmpfs"]
+    sizes = [next(option for option in mount["options"] if option.startswith("size=")) for mount in mounts]
+    percents = [int(size[5:-1]) for size in sizes if size.endswith("%")]
+    assert len(percents) == 5 and sum(percents) < 100 * MEMORY_SHARE
+
+
+def test_every_cpus_thermal_throttle_is_masked() -> None:
+    document = of_image(guest_cpus=3)
+    masked = [path for path in document["linux"]["maskedPaths"] if "thermal_throttle" in path]
+    assert [path.split("/")[-2] for path in masked] == ["cpu0", "cpu1", "cpu2"]
+    assert "thermal" not in str(of_image(guest_cpus=3, privileged=True)["linux"])
 
 
 def test_an_images_wishes() -> None:
