@@ -25,8 +25,16 @@ PATIENCE = 60.0
 class RunningAgent:
     """An agent process and the directory that it works in."""
 
-    def __init__(self, directory: Path, nsexec: Path, rootfs: Path, *options: str, within: Sequence[str] = ()) -> None:
-        """`options` are more of its own; `within` is a command that runs another: unshare(1)."""
+    def __init__(
+        self,
+        directory: Path,
+        nsexec: Path,
+        rootfs: Path,
+        *options: str,
+        within: Sequence[str] = (),
+        module: str = "caisson.agent",
+    ) -> None:
+        """`options` are more of its own; `within` is a command that runs another: unshare(1); `module` is what runs."""
         self.socket = directory / "agent.sock"
         self.state = directory / "state"
         self.rootfs = rootfs
@@ -34,7 +42,7 @@ class RunningAgent:
         self.cgroup_parent = unique("caisson-test")
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [*within, sys.executable, "-m", "caisson.agent", "--listen", f"unix:{self.socket}",
+                [*within, sys.executable, "-m", module, "--listen", f"unix:{self.socket}",
                  "--nsexec", str(nsexec),
                  "--state", str(self.state), "--log", "debug", "--cgroup-parent", self.cgroup_parent, *options],
                 cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,

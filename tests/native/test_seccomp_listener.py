@@ -16,9 +16,11 @@ from typing import Any
 
 import pytest
 
+from caisson.agent.client.seccomp import BY_CAPABILITY, PERMITTED
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.errors import LaunchError
-from tests.native.nsexec_support import Box, config
+from caisson.agent.libcontainer.process.nsexec import Nsexec
+from tests.native.nsexec_support import Box, config, make_rootfs
 from tests.native.test_seccomp import NATIVE
 
 pytestmark = pytest.mark.root
@@ -170,6 +172,36 @@ async def test_system_calls_that_nsexec_makes_itself(box: Box, agent: Agent, no_
         "fine\n",
         "",
     )
+
+
+@pytest.mark.parametrize("no_new_privs", [False, True])
+async def test_every_system_call_may_be_asked_about(box: Box, agent: Agent, no_new_privs: bool) -> None:
+    """But for write, by which nsexec says that there is a listener."""
+    names = {*PERMITTED.split(), *" ".join(BY_CAPABILITY.values()).split(), "keyctl", "pivot_root", "clone", "socket"}
+    value = notifying(box, "sleep", "1000", names=tuple(sorted(names - {"write"})), noNewPrivileges=no_new_privs)
+
+    init = await box.running(value)
+    process = {"args": ["sh", "-c", "echo fine; mkdir /tmp/x"], "noNewPrivileges": no_new_privs}
+    status, out, err = await box.exec(init, process, value)
+    assert (status, out) == (1, "fine\n") and "No medium found" in err
+    with pytest.raises(LaunchError, match="no such file or directory"):  # it fails, and its last calls are asked about
+        await box.exec(init, {"args": ["/no/such/program"], "noNewPrivileges": no_new_privs}, value)
+
+
+@pytest.mark.parametrize("no_new_privs", [False, True])
+async def test_an_agent_that_never_answers_holds_up_nothing_for_ever(
+    sealed: Nsexec, tmp_path: Path, no_new_privs: bool
+) -> None:
+    tmp_path.chmod(0o755)
+    names = ("openat", "open", "close", "setsid", "prctl", "capset", "setresuid", "fchdir", "chdir", "execve")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as silent:
+        silent.bind(str(tmp_path / "agent.sock"))
+        silent.listen(8)
+        box = Box(tmp_path, make_rootfs(tmp_path / "rootfs"), sealed, timeout=1.0)
+        value = notifying(box, "true", names=names, noNewPrivileges=no_new_privs)
+        with pytest.raises(LaunchError, match="nsexec took longer than 1 s and was killed"):
+            await box.start(await box.create(value))
+        await box.close()  # no child, no descriptor
 
 
 async def test_without_an_agent_nothing_is_created(box: Box) -> None:

@@ -1,0 +1,140 @@
+"""Layers that somebody has tampered with: each is a tree or a complaint in words, in bounded memory.
+
+`CAISSON_FUZZ_SECONDS` says for how long (default: 5), `CAISSON_FUZZ_SEED` which ones.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import subprocess
+import tarfile
+import time
+import tracemalloc
+from pathlib import Path
+
+from caisson.image.containers.layers import LayerMerger
+from caisson.image.errors import ImageError
+from caisson.image.formats.tree import Malformed, Tree
+
+SECONDS = float(os.environ.get("CAISSON_FUZZ_SECONDS", "5"))
+SEED = int(os.environ.get("CAISSON_FUZZ_SEED", "1"))
+
+#: Bytes that a layer of some KB may take of Python's memory: a header of a MiB, and what is made of it.
+MEMORY = 16 << 20
+MAX_FILE = 1 << 30
+BLOCK = 512
+
+
+def dialects(directory: Path) -> list[bytes]:
+    """Archives of every dialect, with every kind of entry; sparse files as GNU tar and its pax dialects have them."""
+    found = []
+    for format in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        stream = io.BytesIO()
+        name = "d/" if format == tarfile.USTAR_FORMAT else f"d/{'n' * 150}"
+        first = f"{name}0"
+        with tarfile.open(fileobj=stream, mode="w", format=format) as archive:
+            for number, kind in enumerate(
+                (tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE)
+            ):
+                info = tarfile.TarInfo(f"{name}{number}")
+                info.type, info.linkname, info.uid, info.mtime = kind, first, 1000, 5
+                info.devmajor, info.devminor = 1, 3
+                if format == tarfile.PAX_FORMAT:
+                    info.pax_headers = {"SCHILY.xattr.user.a": "b", "mtime": "1.5", "comment": "x" * 100}
+                info.size = 700 if kind == tarfile.REGTYPE else 0
+                archive.addfile(info, io.BytesIO(bytes(info.size)))
+            for hidden in ("d/.wh.gone", "d/.wh..wh..opq"):
+                archive.addfile(tarfile.TarInfo(hidden))
+        found.append(stream.getvalue())
+    sparse = directory / "sparse"
+    with sparse.open("wb") as file:
+        file.truncate(1 << 20)
+        for at in range(0, 1 << 20, 1 << 17):
+            file.seek(at)
+            file.write(b"x" * 4096)
+    for options in (
+        ["--format=gnu"],
+        ["--format=pax", "--sparse-version=0.1"],
+        ["--format=pax", "--sparse-version=1.0"],
+    ):
+        command = ["tar", "-c", "--sparse", *options, "-C", str(directory), "sparse"]
+        found.append(subprocess.run(command, check=True, capture_output=True).stdout)
+    return found
+
+
+def with_checksum(header: bytearray) -> None:
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+
+
+def tampered(data: bytes, chance: random.Random) -> bytes:
+    """One to eight changes; a header's checksum is right again most of the time, so that what follows it is read."""
+    made = bytearray(data)
+    numbers = (b"0", b"7", b"\0", b" ", b"-", b"\x80", b"\xff", b"9", b"=", b"\n", b"/", b".", b"x", b"g", b"L", b"S")
+    for _ in range(chance.randrange(1, 9)):
+        kind = chance.random()
+        block = chance.randrange(max(1, len(made) // BLOCK)) * BLOCK
+        if kind < 0.5:
+            at = (
+                block
+                + chance.choice((0, 100, 108, 116, 124, 136, 156, 157, 257, 329, 345, 386, 482))
+                + chance.randrange(12)
+            )
+            made[at : at + 1] = chance.choice(numbers)
+        elif kind < 0.7:
+            at = chance.randrange(len(made))
+            made[at : at + 4] = chance.randbytes(4)
+        elif kind < 0.8:
+            made[block + 124 : block + 136] = b"\x80" + bytes(3) + chance.randbytes(8)  # base-256
+        elif kind < 0.9:
+            other = chance.randrange(len(made) // BLOCK) * BLOCK
+            made[other:other] = made[block : block + BLOCK * chance.randrange(1, 4)]
+        else:
+            del made[chance.randrange(len(made)) :]
+            if len(made) < BLOCK:
+                return bytes(made)
+        if len(made) >= block + BLOCK and chance.random() < 0.9:
+            header = bytearray(made[block : block + BLOCK])
+            with_checksum(header)
+            made[block : block + BLOCK] = header
+    return bytes(made)
+
+
+def refuses_or_reads(data: bytes, file: Path) -> bool:
+    """Whether a layer was read; it is refused with words otherwise."""
+    file.write_bytes(data)
+    with Tree() as tree:
+        try:
+            LayerMerger(tree, lambda line: None, MAX_FILE).apply(file, "layer")
+        except (ImageError, Malformed) as error:
+            assert str(error) and "\n" not in str(error)
+            return False
+    return True
+
+
+def test_tampered_layers_are_read_or_refused_in_words(tmp_path: Path) -> None:
+    chance = random.Random(SEED)
+    originals = dialects(tmp_path)
+    file = tmp_path / "layer"
+    for original in originals:
+        assert refuses_or_reads(original, file)
+    data, read, refused = b"", 0, 0
+    until = time.monotonic() + SECONDS
+    tracemalloc.start()
+    try:
+        while time.monotonic() < until:
+            data = tampered(chance.choice(originals), chance)
+            tracemalloc.reset_peak()
+            if refuses_or_reads(data, file):
+                read += 1
+            else:
+                refused += 1
+            assert tracemalloc.get_traced_memory()[1] < MEMORY
+    except Exception as error:
+        raise AssertionError(f"seed {SEED}, layer {read + refused}: {data.hex()[:4000]}") from error
+    finally:
+        tracemalloc.stop()
+    print(f"{read} layers read, {refused} refused")
+    assert read and refused
