@@ -323,7 +323,6 @@ static void spawn_child(struct context *ctx, uint32_t namespaces, int cgroup, in
 	FAULT(stage2_cloning);
 	pid = clone_sibling(namespaces, cgroup, &pidfd);
 	if (pid == 0) {
-		pass_listener(ctx); /* before anything that it may be asked about */
 		close(gate[1]);
 		child(ctx, gate[0]);
 		_exit(1);
@@ -485,7 +484,7 @@ NORETURN static void stage0_main(struct context *ctx)
 int main(void)
 {
 	static struct inbox inbox;
-	struct context ctx = {.handles = {.root = -1, .processes = -1, .sysctl = -1}, .listener = -1};
+	struct context ctx = {.handles = {.root = -1, .processes = -1, .sysctl = -1}};
 
 	if (getenv("_LIBCONTAINER_INITPIPE") == NULL) {
 		static const char usage[] = "nsexec is started by Caisson's runtime; it does nothing by itself\n";

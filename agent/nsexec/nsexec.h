@@ -249,7 +249,6 @@ struct context {
 	const char *program;	  /* argv[0] as found in PATH */
 	bool filtered;		  /* the seccomp filter is active */
 	bool has_userns;	  /* the container has a user namespace, created or joined */
-	int listener;		  /* of the seccomp filter, until the runtime has it; -1 */
 };
 
 /* --- namespaces.c --- */
@@ -320,7 +319,6 @@ void set_limits(const struct plan *plan);
 void prepare_process(struct context *ctx);
 int load_filter(const struct plan *plan);
 void load_early_filter(struct context *ctx);
-void pass_listener(struct context *ctx);
 NORETURN void run_program(struct context *ctx);
 
 /* --- pause.c --- */

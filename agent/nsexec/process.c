@@ -413,22 +413,14 @@ void load_early_filter(struct context *ctx)
 	signal(SIGPIPE, SIG_DFL);
 	listener = load_filter(plan);
 	ctx->filtered = true;
+	if (has_listener(plan)) { /* before anything that it may be asked about, but for what the runtime says for it */
+		report_listener(listener);
+		wait_for_runtime(ctx->fds.sync);
+		close(listener);
+	}
 	if (!plan->no_new_privs &&
 	    (plan->capabilities.permitted & plan->capabilities.effective & CAPABILITY_SYS_ADMIN) == 0)
 		set_capabilities(&plan->capabilities);
-	if (has_listener(plan))
-		ctx->listener = listener;
-}
-
-/* Have the runtime duplicate the filter's listener.  Only the process itself does: the listener is told its pid. */
-void pass_listener(struct context *ctx)
-{
-	if (ctx->listener < 0)
-		return;
-	report_listener(ctx->listener);
-	wait_for_runtime(ctx->fds.sync);
-	close(ctx->listener);
-	ctx->listener = -1;
 }
 
 /* Report that the process is ready, wait to be started where it has to, and execute the program. */
@@ -442,7 +434,6 @@ NORETURN void run_program(struct context *ctx)
 		close_all_but(fds->first_closed, kept, ARRAY_SIZE(kept));
 		if (needs_early_filter(plan))
 			load_early_filter(ctx);
-		pass_listener(ctx);
 	}
 	report_progress(PROGRESS_READY);
 	if (fds->fifo >= 0 || fds->gate >= 0) {

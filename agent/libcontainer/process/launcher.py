@@ -13,6 +13,7 @@ from caisson.agent.libcontainer.plan.wire import EncodingError
 from caisson.agent.libcontainer.process import gate
 from caisson.agent.libcontainer.process.channel import kill
 from caisson.agent.libcontainer.process.init_process import CLEANUP_TIMEOUT, InitProcess
+from caisson.agent.libcontainer.waits import Deadline
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -237,7 +238,7 @@ class ProcessLauncher:
             await gate.open_and_follow(start_gate, pid, max(pidfd, opened), self._waits, timeout)
         except TimeoutError:
             kill(max(pidfd, opened))
-            raise LaunchError(f"nsexec took longer than {timeout:g} s and was killed", step="nsexec") from None
+            raise _too_late(timeout) from None
         finally:
             if opened >= 0:
                 os.close(opened)
@@ -372,23 +373,33 @@ class ProcessLauncher:
             raise LaunchError(await self._obituary(started), step="nsexec")
 
     async def _pass_listener(self, started: InitProcess, listener: Listener, timeout: float | None) -> None:
-        """Pass on the listener of the filter, before the process does what that may ask about."""
+        """Pass on the listener of the filter, before the process does what that may ask about.
+
+        Where a pid namespace is joined it is a stage outside that has loaded the filter, and makes the process: until
+        that has a pid to be told of, what it asks about is answered here.
+        """
         channel = started.channel
-        await self._follow(
-            started, lambda: channel.ended or (channel.listener >= 0 and started.child is not None), timeout
-        )
-        if channel.listener < 0 or started.child is None:
+        await self._follow(started, lambda: channel.ended or channel.listener >= 0, timeout)
+        if channel.listener < 0:
             return
-        pid, fd = started.child.pid, listener.fetch(channel.pidfd, channel.listener)
+        fd = listener.fetch(started.pidfds()[-1], channel.listener)
+        deadline = Deadline(timeout)
         try:
             channel.release_init()
-            await self._waits.work(lambda: listener.send(fd, pid))
+            while started.child is None and not channel.ended:
+                if not await self._waits.readable(channel.fileno(), fd, seconds=deadline.left):
+                    raise _too_late(timeout)
+                listener.let_through(fd)
+                channel.on_readable()
+            if started.child is not None:
+                pid = started.child.pid
+                await self._waits.work(lambda: listener.send(fd, pid))
         finally:
             os.close(fd)
 
     async def _follow(self, started: InitProcess, reached: Callable[[], bool], timeout: float | None) -> None:
         if not await started.channel.follow(self._waits, reached, timeout):
-            raise LaunchError(f"nsexec took longer than {timeout:g} s and was killed", step="nsexec")
+            raise _too_late(timeout)
 
     async def _obituary(self, started: InitProcess) -> str:
         """Say what happened to an nsexec that ended without a report."""
@@ -400,6 +411,10 @@ class ProcessLauncher:
             return "nsexec broke off"
         status = await last.wait()
         return f"nsexec was killed by signal {status - 128}" if status > 128 else f"nsexec ended with status {status}"
+
+
+def _too_late(timeout: float | None) -> LaunchError:
+    return LaunchError(f"nsexec took longer than {timeout:g} s and was killed", step="nsexec")
 
 
 def _launched(started: InitProcess) -> Launched:
