@@ -95,8 +95,10 @@ def agent_error(error: RpcError) -> AgentError:
     return refused(error.code, error.text)
 
 
-#: Seconds between two attempts to reach an agent that does not listen yet.
+#: Seconds between two attempts to reach an agent that does not listen yet; later the hundredth part of the time that it
+#: has taken so far, as each attempt takes a slow machine's time from the guest.
 RETRY_INTERVAL = 0.02
+RETRY_SHARE = 0.01
 
 
 class ReadinessProbe:
@@ -110,9 +112,12 @@ class ReadinessProbe:
         self._timeout = timeout
         self._connection: socket.socket | None = None
         self._reader = frames.FrameReader()
+        self._began: float | None = None
 
     def __call__(self, path: str | os.PathLike[str]) -> bool:
-        deadline = time.monotonic() + self._timeout
+        now = time.monotonic()
+        self._began = self._began or now
+        deadline = now + self._timeout
         while (left := deadline - time.monotonic()) > 0:
             try:
                 if self._connection is None:
@@ -124,7 +129,8 @@ class ReadinessProbe:
                 return False
             except OSError:
                 self.close()
-                time.sleep(min(RETRY_INTERVAL, left))
+                waited = time.monotonic() - self._began
+                time.sleep(min(max(RETRY_INTERVAL, waited * RETRY_SHARE), left))
         return False
 
     def close(self) -> None:
