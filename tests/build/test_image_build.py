@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 import yaml
+from spdx_tools.spdx.parser.jsonlikedict.json_like_dict_parser import JsonLikeDictParser
+from spdx_tools.spdx.validation.document_validator import validate_full_spdx_document
 
 from caisson import image
 from caisson.agent.libcontainer.process.seccomp_bpf import LIBRARY
@@ -100,6 +102,34 @@ def test_the_manifest_says_what_is_there(built: image.Image) -> None:
     ]:
         assert packages[kind, name]["version"]
         assert re.fullmatch("[0-9a-f]{64}", packages[kind, name]["sha256"])
+
+
+def test_licences_are_those_that_the_packages_declare(built: image.Image) -> None:
+    found = json.loads((built.directory / "image.spdx.json").read_text())
+    parsed = JsonLikeDictParser().parse(found)  # type: ignore[no-untyped-call]
+    assert [message.validation_message for message in validate_full_spdx_document(parsed)] == []
+    declared = {package["name"]: package["licenseDeclared"] for package in found["packages"]}
+    assert declared["busybox-static"] == "NOASSERTION", "its copyright file is for people"
+    assert declared["protobuf"] == "BSD-3-Clause"
+    assert "LGPL-2.1-or-later" in declared["libc6"] and declared["zlib1g"] == "Zlib"
+    assert declared["linux"] == "GPL-2.0-only WITH Linux-syscall-note"
+
+
+def test_every_byte_of_the_guest_has_an_owner(built: image.Image, guest: Path) -> None:
+    """As `--treemap` draws it."""
+    files = Build(load()).files()
+    owners = {file.path: (file.package, file.kind) for file in files}
+    version = load().definition.python
+    assert owners[f"usr/bin/python{version}"] == (f"python{version}-minimal", "Debian packages")
+    assert owners[f"usr/lib/python{version}/asyncio/events.pyc"][0] == f"libpython{version}-stdlib"
+    assert owners[f"{HOME}/google/protobuf/message.pyc"] == ("protobuf", "Python wheels")
+    assert owners[f"{HOME}/nsexec"] == ("agent", "agent")
+    assert owners[f"{HOME}/containers/busybox/bin/busybox"][0] == "busybox-static"
+    unknown = sum(file.size for file in files if file.kind == "made")
+    assert unknown < sum(file.size for file in files) / 100
+    there = {str(path.relative_to(guest)) for path in guest.rglob("*") if path.is_file() and not path.is_symlink()}
+    written = {f"{HOME}/image.json", "var/lib/osbuilder/osbuilder.yaml"}  # when all else is known
+    assert {name for name in there - owners.keys() if (guest / name).stat().st_nlink == 1} <= written
 
 
 def test_the_image_knows_itself(built: image.Image, guest: Path) -> None:

@@ -72,6 +72,17 @@ def test_a_name_is_of_the_contents(tmp_path: Path) -> None:
     assert read(one).name == read(one).name != read(two).name
 
 
+def test_the_cap_of_the_cache_is_for_their_disks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = read(docker_archive(tmp_path / "one.tar", LAYERS, **CONFIG))
+    os.utime(one.disk.parent / ".used", (1000, 1000))
+    read(docker_archive(tmp_path / "two.tar", LAYERS[:1]))
+    assert one.disk.exists()
+    os.utime(one.disk.parent / ".used", (1000, 1000))
+    monkeypatch.setenv("CAISSON_CACHE_SIZE", "1")
+    three = read(docker_archive(tmp_path / "three.tar", LAYERS[1:]))
+    assert not one.disk.exists() and three.disk.exists(), "what was used long ago goes, and what is in use stays"
+
+
 def test_a_root_file_system(tmp_path: Path) -> None:
     (tmp_path / "rootfs.tar").write_bytes(LAYERS[0])
     image = read(tmp_path / "rootfs.tar")

@@ -7,6 +7,7 @@ import os
 import random
 import stat
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,26 @@ def test_logs(own: Caisson) -> None:
         assert own("stop-vm", "--name", "talks").returncode == 0
         follower.stdout.read()
         assert follower.wait(PATIENCE) == 0
+
+
+@pytest.mark.nightly
+def test_copying_takes_no_longer_than_three_shares(vm: Caisson, tmp_path: Path) -> None:
+    """100 MB each way: beside sharing a directory and copying in the guest, which is one mount and one read."""
+    data = random.Random(7).randbytes(100_000_000)
+    (tmp_path / "big").write_bytes(data)
+    vm.make_containers("large")
+
+    def seconds(*words: str) -> float:
+        began = time.monotonic()
+        run(vm, *words)
+        return time.monotonic() - began
+
+    shared = seconds("share", str(tmp_path), "--container", "large", "--at", "/tmp/shared", "--tag", "large")
+    shared += seconds("exec", "--container", "large", "--", "cp", "/tmp/shared/big", "/tmp/by-share")
+    run(vm, "exec", "--container", "large", "--", "rm", "/tmp/by-share")
+    run(vm, "unshare", "large")
+    into = seconds("cp", str(tmp_path / "big"), "large:/tmp/by-copy")
+    out = seconds("cp", "large:/tmp/by-copy", str(tmp_path / "back"))
+    assert (tmp_path / "back").read_bytes() == data
+    run(vm, "exec", "--container", "large", "--", "rm", "/tmp/by-copy")
+    assert max(into, out) < 3 * shared, (shared, into, out)
