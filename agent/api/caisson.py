@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 from caisson.agent.api.containers import EMPTY, check_signal
 from caisson.agent.base.aio import run_to_completion
 from caisson.agent.base.boot_timestamps import now
-from caisson.agent.base.errors import InvalidArgument, NotFound, SandboxExists
+from caisson.agent.base.errors import InvalidArgument, NotFound, OutputNotKept, SandboxExists
 from caisson.agent.guest.identity import identify
 from caisson.agent.model.container import STOPPED
 from caisson.proto.caisson import caisson_pb2
@@ -121,7 +121,7 @@ class CaissonService:
         self._forget_logs()
         log = self._logs.get(request.container_id)
         if log is None:
-            raise InvalidArgument(f"ReadLog: container {request.container_id}: nothing is kept of its output")
+            raise OutputNotKept(container_id=request.container_id)
         entries, ended = await log.read(request.begin, follow=request.follow)
         answer = caisson_pb2.ReadLogResponse(ended=ended)
         for one in entries:

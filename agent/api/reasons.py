@@ -19,6 +19,8 @@ REASONS = {
     errors.ContainerNotFound: caisson_pb2.CONTAINER_NOT_FOUND,
     errors.ProcessNotFound: caisson_pb2.PROCESS_NOT_FOUND,
     errors.NotRunning: caisson_pb2.CONTAINER_STOPPED,
+    errors.NotStopped: caisson_pb2.CONTAINER_RUNNING,
+    errors.OutputNotKept: caisson_pb2.OUTPUT_NOT_KEPT,
     errors.EndOfStream: caisson_pb2.END_OF_OUTPUT,
 }
 

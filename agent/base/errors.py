@@ -139,6 +139,12 @@ class PathOutside(InvalidArgument):
     sentence = "{path}: is not below {root}"
 
 
+class OutputNotKept(InvalidArgument):
+    """Nobody has asked to keep a container's output: ``container_id``."""
+
+    sentence = "container {container_id}: nothing is kept of its output"
+
+
 class UnknownStorageDriver(InvalidArgument):
     """A storage of a kind that this agent does not know: ``driver``."""
 

@@ -36,6 +36,8 @@ class Reason(IntEnum):
     PROGRAM_NOT_FOUND = 5
     PROGRAM_NOT_EXECUTABLE = 6
     END_OF_OUTPUT = 7
+    CONTAINER_RUNNING = 8
+    OUTPUT_NOT_KEPT = 9
 
 
 #: What a shell reports of a program that cannot be run.
@@ -105,8 +107,8 @@ def _explanation(name: str, error: AgentError) -> str:
         return f"container {name} has exited: its files are there for cp; {again}"
     if error.reason is Reason.CONTAINER_PAUSED:
         return f"container {name}: is paused; resume it: caisson resume {name}"
-    if error.code is StatusCode.FAILED_PRECONDITION and "cannot be created again" in error.details:
+    if error.reason is Reason.CONTAINER_RUNNING:
         return f"container {name}: has not exited; stop it first: caisson kill {name}"
-    if "nothing is kept of its output" in error.details:
+    if error.reason is Reason.OUTPUT_NOT_KEPT:
         return f"container {name}: was not detached; output is kept of: caisson run --detach"
     return ""

@@ -23,6 +23,7 @@ from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.dispatch import Dispatch, Method
 from caisson.agent.rpc.listener import accept, listen
 from caisson.agent.rpc.server import Server
+from caisson.proto.caisson import caisson_pb2
 from caisson.proto.kata3 import agent_pb2, health_pb2
 
 Protocol = Literal["grpc", "ttrpc"]
@@ -216,3 +217,8 @@ def test_the_client_imports_grpc_for_grpc_alone() -> None:
         assert not {"grpc", "caisson.proto.kata1.agent_pb2"} & set(sys.modules), sys.modules.keys()
     """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_reasons_are_the_protocols() -> None:
+    enum = caisson_pb2.DESCRIPTOR.enum_types_by_name["Reason"]
+    assert {one.name: int(one) for one in Reason} == {value.name: value.number for value in enum.values}
