@@ -45,6 +45,7 @@ PACKAGES = {
     "/usr/bin/python3": "python3",
     DEBIAN_KEYRING: "debian-archive-keyring",
     "aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu",
+    "/usr/aarch64-linux-gnu/lib/libc.a": "libc6-dev-arm64-cross",
     "aarch64-linux-gnu-strip": "binutils-aarch64-linux-gnu",
     "apt-config": "apt",
     "apt-get": "apt",

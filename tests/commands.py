@@ -29,6 +29,7 @@ FOREIGN = {"aarch64": "x86_64-linux-gnu"}.get(platform.machine(), "aarch64-linux
 #: What the tests need besides: to make and read images, to sign repositories with, to compare with.
 TO_TEST = (
     DEBIAN_KEYRING, *TO_BUILD, *to_cross_build(FOREIGN), *TO_COMPILE, *QEMU.values(), *TO_PACK,
+    *(() if FOREIGN.startswith("x86_64") else ("/usr/aarch64-linux-gnu/lib/libc.a",)),
     "/usr/bin/python3", "busybox", "clang", "clang-format",
     "cpio", "crun", "curl", "faketime", "fish", "go", "gpg", "ip", "mke2fs", "openssl", "runc", "sfdisk",
     "veritysetup", "zsh",

@@ -124,6 +124,7 @@ class ReadinessProbe:
                     self._connect(os.fspath(path), left)
                 if (answer := self._receive(left)) is not None:
                     self.close()
+                    self._began = None
                     return _is_serving(answer)
             except TimeoutError:
                 return False

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from caisson.agent import client
+from caisson.image.build.definition import host_architecture
 from caisson.image.formats import initrd
 from caisson.image.formats.scan import overlaid
 from caisson.image.formats.tree import Node
@@ -33,7 +34,7 @@ from tests.bench.runtime_latency import ROOT
 from tests.e2e.conftest import built
 
 ROUNDS = 7
-SOURCE_BUDGET, PREBUILT_BUDGET = 5.0, 2.0
+SOURCE_BUDGET, PREBUILT_BUDGET, ARM64_BUDGET = 5.0, 2.0, 3.0
 MARKER = b"caisson-bench-init"
 
 #: The image with a kernel of our own: as small and as fast as any, and with what it is compared with in it.
@@ -49,9 +50,11 @@ def minimal(image: Path, work: Path) -> Path:
     target = work / f"minimal-{image.name}"
     target.mkdir()
     program = work / "init"
-    command = ["musl-gcc", "-static", "-O2", "-idirafter", "/usr/include", *headers(), "-o"]
-    subprocess.run([*command, program, ROOT / "tests/bench/init.c"], check=True)
     document = json.loads((image / "image.json").read_text())
+    compiler = ["musl-gcc", "-idirafter", "/usr/include", *headers()]
+    if document["arch"] != host_architecture():
+        compiler = ["aarch64-linux-gnu-gcc"]
+    subprocess.run([*compiler, "-static", "-O2", "-o", program, ROOT / "tests/bench/init.c"], check=True)
     shutil.copy(image / document["kernel"]["file"], target)
     document["root"] = {"file": "initrd.img", "format": "initrd"}
     files = {**initrd.CONSOLE, "init": Node.of(0o100755, program.read_bytes())}
@@ -107,12 +110,14 @@ def booted(config: VMConfig, ready: Callable[[Path], bool]) -> Iterator[tuple[VM
 
 def measure(rounds: int, work: Path) -> list[Row]:
     """The rows."""
-    lean, prebuilt = built(*LEAN), built()
+    lean, prebuilt, arm64 = built(*LEAN), built(), built("--arch", "arm64")
     guests: dict[str, tuple[Path, Callable[[Path], bool]]] = {
         "lean": (lean, client.ReadinessProbe()),
         "lean-limit": (minimal(lean, work), init_answers),
         "prebuilt": (prebuilt, client.ReadinessProbe()),
         "prebuilt-limit": (minimal(prebuilt, work), init_prints),
+        "arm64": (arm64, client.ReadinessProbe()),
+        "arm64-limit": (minimal(arm64, work), init_prints),
     }
     times: dict[str, list[float]] = {name: [] for name in guests}
     for _ in range(rounds):
@@ -125,6 +130,7 @@ def measure(rounds: int, work: Path) -> list[Row]:
         for name, what, budget in (
             ("lean", "boot to Health.Check, own kernel, beside a C init (s)", SOURCE_BUDGET),
             ("prebuilt", "boot to Health.Check, Debian's kernel, beside a C init (s)", PREBUILT_BUDGET),
+            ("arm64", "boot to Health.Check, arm64, Debian's kernel, beside a C init (s)", ARM64_BUDGET),
         )
     ]
 
