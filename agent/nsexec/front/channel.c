@@ -260,6 +260,10 @@ bool launch(const struct container *container, const char *nsexec, struct slice 
 	if (!write_all(init[0], messages.at, messages.size))
 		channel.failed = true;
 	follow_setup(&channel);
+	if (!channel.failed && channel.ready && channel.process.pidfd < 0) {
+		dprintf(2, "exec failed: nsexec broke off\n"); /* too late to hand over: the program was executed */
+		_exit(255);
+	}
 	if (channel.failed || !channel.ready || channel.process.pidfd < 0) {
 		end_setup(&channel);
 		return false;

@@ -42,5 +42,6 @@ int kill_container(const struct container *container, const struct request *requ
 	FAULT(kill_signal);
 	if (pidfd < 0 || syscall(SYS_pidfd_send_signal, pidfd, number, NULL, 0) < 0)
 		return HAND_OVER;
-	return 0;
+	/* Paused in this moment, it would die when it is resumed. */
+	return number == SIGKILL && status_of(container) == STATUS_PAUSED ? HAND_OVER : 0;
 }
