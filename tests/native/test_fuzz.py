@@ -23,7 +23,7 @@ pytestmark = pytest.mark.root
 SECONDS = int(os.environ.get("CAISSON_FUZZ_SECONDS", "30"))
 
 #: Branches that are reached when every kind of attribute is: far fewer would mean that it is stuck at a header.
-EDGES, FRONT_EDGES = 300, 200
+EDGES, FRONT_EDGES = 300, 150
 
 
 def build(target: str, directory: Path) -> Path:
