@@ -143,3 +143,4 @@ async def _forward(vm: VM, rule: forwarding.ForwardRule, reverse: bool, containe
         stack.callback(forward_registry(vm).discard, what)
         info(f"{what} of {vm.name}")
         await forwarding.ended(stack.enter_context(vm.exit_fd()))
+        info(f"VM {vm.name!r}: the VM has ended: {vm.exit_reason()}")

@@ -135,11 +135,17 @@ class Guest:
         document = specs.container_document(contents["containers"]["busybox"])
         architecture = str(contents.get("arch", "amd64"))
         specs.confined(document, guest_memory(self.machine), architecture, guest_cpus(self.machine))
+        # Before: a command that is interrupted here has made it all the same.  After: a list may have come in between.
+        self._register(container_id)
         container = await self._ensure(container_id, document)
-        made = container_registry(self.machine)
-        if container_id not in made.names():  # the entry of one from a container image names its disk
-            made.add(container_id)
+        self._register(container_id)
         return container
+
+    def _register(self, container_id: str) -> None:
+        """Note a container, unless it is; the entry of one from a container image names its disk."""
+        made = container_registry(self.machine)
+        if container_id not in made.names():
+            made.add(container_id)
 
     async def existing(self, container_id: str) -> client.Container:
         """Return the container of this id: only the VM's default one is created on first use."""

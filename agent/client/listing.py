@@ -24,6 +24,9 @@ NUMBERS = ("uid", "pid", "ppid", "cpu")
 #: The fields of what a container uses.
 USAGE = ("container", "cpu_percent", "cpu_seconds", "memory", "memory_limit", "pids", "pids_limit")
 
+#: Seconds between two looks whether an agent is still there, while nothing is asked of it.
+ALIVE_INTERVAL = 2.0
+
 #: From here on a limit is none: cgroups have several numbers for "no limit", all of them beyond any machine.
 UNLIMITED = 1 << 60
 
@@ -70,10 +73,19 @@ async def stats(agent: Agent, known: Registry, container: str = "", interval: fl
         return container_id, time.monotonic(), answer.cgroup_stats
 
     before = await _each(known, container, sampled)
-    await asyncio.sleep(interval)
+    await _sleep_beside(agent, interval)
     first = {container_id: (when, used) for container_id, when, used in before}
     after = await _each(known, container, sampled)
     return [usage(name, *first[name], when, used) for name, when, used in after if name in first]
+
+
+async def _sleep_beside(agent: Agent, seconds: float) -> None:
+    """Sleep, and look now and then whether the agent is still there.  Raises AgentGone."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > ALIVE_INTERVAL:
+        await asyncio.sleep(ALIVE_INTERVAL)
+        await agent.version()
+    await asyncio.sleep(max(left, 0.0))
 
 
 def usage(container_id: str, before: float, first: Any, after: float, last: Any) -> dict[str, Any]:

@@ -123,15 +123,16 @@ def test_a_vm_that_is_killed_leaves_terminals_as_they_were(own: Caisson, victim:
     words = ("shell", "--name", "dies")
     with contextlib.ExitStack() as stack:
         # Before the terminals, which take longer to say something.
-        waiting, running, forwarding = (
+        waiting, measuring, running, forwarding = (
             stack.enter_context(own.start(*line, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE))
             for line in (
                 ("wait", "waits", "--name", "dies"),
+                ("stats", "waits", "--name", "dies", "--interval", "600"),
                 ("exec", "--guest", "--name", "dies", "--", "sleep", "1000"),
                 ("forward", "0:vsock:1024", "--name", "dies"),
             )
         )
-        for command in (waiting, running, forwarding):
+        for command in (waiting, measuring, running, forwarding):
             stack.callback(command.kill)
         assert forwarding.stderr is not None and forwarding.stderr.readline()
         # All at once, as nothing but a machine types: a busy guest takes its time for each.
@@ -145,8 +146,9 @@ def test_a_vm_that_is_killed_leaves_terminals_as_they_were(own: Caisson, victim:
             assert terminal.status(AT_ONCE) == 125
             assert b"caisson: VM 'dies': the VM has ended: " in terminal.output, terminal.output
             assert terminal.modes() == terminal.before
-        for command, status in ((waiting, 1), (running, 125)):
+        for command, status in ((waiting, 1), (measuring, 1), (running, 125)):
             _, said = command.communicate(timeout=AT_ONCE)
             assert command.returncode == status and said.startswith(b"caisson: VM 'dies': the VM has ended: "), said
             assert said.count(b"\n") == 1 and b"UNAVAILABLE" not in said and b"rpc" not in said
-        assert forwarding.wait(AT_ONCE) == 0
+        _, said = forwarding.communicate(timeout=AT_ONCE)
+        assert forwarding.returncode == 0 and said.startswith(b"caisson: VM 'dies': the VM has ended: "), said

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from caisson.agent.client import AgentError, AgentGone, Reason, Registry, UsageError, listing
+from caisson.agent.client.guest import Guest
 from caisson.agent.client.logs import last_lines, moment
 from caisson.agent.guest import ps
 from caisson.agent.rpc.codes import StatusCode
@@ -194,3 +195,33 @@ def test_times_of_logs() -> None:
     assert moment("2026-01-02T03:04:05+00:00") == 1767323045
     with pytest.raises(UsageError, match="--since 'yesterday'"):
         moment("yesterday")
+
+
+def test_a_long_sample_ends_with_the_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listing, "ALIVE_INTERVAL", 0.01)
+    asked = []
+
+    async def usage_now(_: Any) -> Any:
+        return agent_pb2.StatsContainerResponse()
+
+    async def version() -> str:
+        asked.append("version")
+        if len(asked) == 3:
+            raise AgentGone("it has ended")
+        return "1"
+
+    agent: Any = SimpleNamespace(rpc=SimpleNamespace(StatsContainer=usage_now), version=version)
+    with pytest.raises(AgentGone):
+        asyncio.run(listing.stats(agent, Registry(tmp_path), "web", interval=600.0))
+
+
+def test_a_container_whose_making_is_interrupted_is_known(tmp_path: Path) -> None:
+    async def ensure_container(*_: Any) -> None:
+        raise asyncio.CancelledError
+
+    (tmp_path / "image.json").write_text('{"containers": {"busybox": "/busybox"}}')
+    guest = Guest(SimpleNamespace(directory=tmp_path, agent_socket=tmp_path / "agent.sock"))
+    guest.agent = SimpleNamespace(ensure_container=ensure_container)  # type: ignore[assignment]
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(guest.container())
+    assert Registry(tmp_path / "containers").names() == ["default"]
