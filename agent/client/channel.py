@@ -130,7 +130,7 @@ class ReadinessProbe:
                 return False
             except OSError:
                 self.close()
-                waited = time.monotonic() - self._began
+                waited = time.monotonic() - (self._began or now)
                 time.sleep(min(max(RETRY_INTERVAL, waited * RETRY_SHARE), left))
         return False
 
