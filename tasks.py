@@ -96,7 +96,7 @@ def _make_environment(python: Path) -> None:
     for place in _package_directories(python):
         (place / "caisson.pth").write_text(f"{ENVIRONMENT / 'src'}\n")
     _write_launcher(python)
-    subprocess.run([str(python), "-m", "compileall", "-q", *PACKAGES, "tests"], cwd=ROOT, stdout=sys.stderr)
+    subprocess.run([str(python), "-m", "compileall", "-q", *PACKAGES], cwd=ROOT, stdout=sys.stderr)
     (ENVIRONMENT / "made-of").write_text(_made_of(python.resolve(strict=True)))
 
 
