@@ -25,7 +25,7 @@ from pathlib import Path
 from caisson.agent import client
 from caisson.agent.client import Agent, default_spec
 from caisson.image.vm import VM, VMConfig
-from caisson.proto.kata1 import agent_pb2
+from caisson.proto.kata1 import agent_pb2, health_pb2
 from tests.bench import transports
 from tests.bench.boot import LEAN, booted, own_run_directory
 from tests.bench.native import MIB, bulk, echo, first_byte
@@ -38,6 +38,9 @@ from tests.e2e.vsock_host import compile_peer, dial
 CONSOLE, RAW = 1026, 2000
 EXEC_BUDGET, BULK_BUDGET, MEMORY_BUDGET, MEMORY_RATIO, IDLE_BUDGET = 1.0, 2.0, 40.0, 1.3, 1.0
 COMMAND_BUDGET = 4.0
+
+#: Calls that processor time is counted over: it is told in hundredths of a second.
+CALLS = 100
 PLACE = "/run/caisson-bench"
 BUSYBOX = "/usr/lib/caisson/containers/busybox"
 PATIENCE = 240.0
@@ -146,6 +149,23 @@ def memory(shell: Shell, agent_alone: str) -> list[Row]:
     ]
 
 
+async def call_cost(vm: VM, samples: int) -> Row:
+    """Processor time of an empty call, of QEMU, the vsock device and the client: whatever else the machine does."""
+    pids = vm.info["pids"].values()
+
+    async def spent(agent: Agent) -> float:
+        before = sum(map(cpu, pids)) + time.process_time()
+        for _ in range(CALLS):
+            await agent.health.Check(health_pb2.CheckRequest())
+        return (sum(map(cpu, pids)) + time.process_time() - before) * 1000 / CALLS
+
+    async with Agent.connect(vm.agent_socket, "ttrpc") as ours, Agent.connect(vm.agent_socket, "grpc") as peer:
+        pairs = [(await spent(ours), await spent(peer)) for _ in range(samples + 1)]
+    own, other = (statistics.quantiles(column, n=4)[0] for column in zip(*pairs[1:], strict=True))
+    what = "in the guest: processor time of an empty call by ttrpc, beside the same by gRPC (ms)"
+    return Row.beside(what, own, other, transports.CALL_BUDGET)
+
+
 async def calls(vm: VM, shell: Shell, program: bytes, samples: int, size: int) -> list[Row]:
     """Exec and bulk output through the API."""
     async with Agent.connect(vm.agent_socket) as agent:
@@ -190,6 +210,7 @@ async def calls(vm: VM, shell: Shell, program: bytes, samples: int, size: int) -
             replace(row, what=f"in the guest: {row.what}")
             for row in await transports.measure(vm.agent_socket, "bench", samples, size // 4, first_byte, echo, bulk)
         ]
+        rows.append(await call_cost(vm, samples))
         await container.remove()
     return rows
 
