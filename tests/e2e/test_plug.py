@@ -105,11 +105,11 @@ async def test_a_share_by_9p(own: Caisson, lean: Path, tmp_path: Path) -> None:
 
 
 def test_a_share_that_is_none(own: Caisson, tmp_path: Path) -> None:
-    for text, status, words in (
-        (f"a={tmp_path}/no", 1, "is not a directory"),
-        ("a", 2, "is not TAG=DIR"),
-        (f"a/b={tmp_path}", 1, "is not a tag"),
+    for text, words in (
+        (f"a={tmp_path}/no", "is not a directory"),
+        ("a", "is not TAG=DIR"),
+        (f"a/b={tmp_path}", "is not a tag"),
     ):
         refused = own("boot-vm", "--share", text)
-        assert refused.returncode == status
+        assert refused.returncode == 2
         assert words in refused.stderr.decode()
