@@ -14,6 +14,7 @@ import yaml
 
 from caisson.commands.catalogue import COMMANDS
 from tests.catalogue import GROUP
+from tests.support.golang import Module
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
@@ -69,6 +70,16 @@ def test_workflows_have_few_rights_and_pinned_actions(path: Path) -> None:
                 assert step["with"]["persist-credentials"] is False
     for line in re.findall(r"uses: .*", path.read_text()):
         assert re.search(r" # v\d+\.\d+\.\d+$", line), f"{line}: says which version that is"
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+def test_actionlint_finds_nothing(tmp_path: Path) -> None:
+    """Contexts where they are allowed, types of expressions, shell scripts, inputs of actions."""
+    actionlint = Module(Path(__file__).with_name("go_actionlint"), tmp_path / "go")
+    program = actionlint.build("github.com/rhysd/actionlint/cmd/actionlint", "actionlint")
+    done = subprocess.run([program, "-color=false", *WORKFLOWS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_gitlab_jobs_name_what_is_there() -> None:

@@ -24,6 +24,9 @@ from tests.support import guest_root
 #: What the leaf holds under KVM, and under QEMU's own emulation.
 SIGNATURES = {"kvm": "KVMKVMKVM", "tcg": "TCGTCGTCGTCG"}
 
+#: How often a guest is asked that does not answer.
+ATTEMPTS = 5
+
 #: A guest of our own vsock device always has this context id; the kernel's are drawn at random above it.
 USER_CID = 3
 
@@ -43,13 +46,19 @@ print(json.dumps({"hypervisor": words.raw.rstrip(b"\\0").decode(), "cid": cid, "
 
 
 async def ask(directory: Path) -> dict[str, Any]:
-    """Ask the guest of the VM in a directory.  Raises AgentError."""
+    """Ask the guest of the VM in a directory; a slow one more than once, for as long as it runs.  Raises AgentError."""
     python = guest_root.python_of(json.loads((directory / "image.json").read_text()))
-    async with client.Agent.connect(directory / "agent.sock") as agent:
-        idle = [python, "-IS", "-c", "import signal; signal.pause()"]
-        container = await guest_root.container(agent, "evidence", idle)
-        done = await guest_root.run(container, python, "-IS", "-c", PROGRAM)
-        await container.remove()
+    for number in range(ATTEMPTS):
+        try:
+            async with client.Agent.connect(directory / "agent.sock") as agent:
+                idle = [python, "-IS", "-c", "import signal; signal.pause()"]
+                container = await guest_root.container(agent, f"evidence{number}", idle)
+                done = await guest_root.run(container, python, "-IS", "-c", PROGRAM)
+                await container.remove()
+                break
+        except client.AgentGone:  # an attempt to connect may take so long, and no longer
+            if number == ATTEMPTS - 1:
+                raise
     assert done.status == 0, done.stderr.decode()
     return dict(json.loads(done.stdout))
 
