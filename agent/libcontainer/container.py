@@ -102,6 +102,10 @@ class Container:
         """Its cgroup; None without cgroups."""
         if self._cgroup is None and self.state.cgroup_paths:
             hierarchy = self.runtime.hierarchy()
+            if self.state.systemd and hierarchy is not None:
+                from caisson.agent.libcontainer.cgroups.systemd import Systemd
+
+                hierarchy = Systemd(hierarchy)
             self._cgroup = None if hierarchy is None else hierarchy.open(self.state.cgroup_paths)
         return self._cgroup
 
@@ -149,10 +153,10 @@ class Container:
     # --- create and start ---
 
     @staticmethod
-    def reserve(directory: str, container_id: str, cgroup_paths: Mapping[str, str]) -> None:
+    def reserve(directory: str, container_id: str, cgroup_paths: Mapping[str, str], *, systemd: bool = False) -> None:
         """Note which cgroup is about to be made for a container, so that a create that is killed can be cleared up."""
         paths = {controller: path for name, path in cgroup_paths.items() for controller in name.split(",")}
-        State(container_id, -1, 0, "", paths).save(directory)
+        State(container_id, -1, 0, "", paths, systemd=systemd).save(directory)
 
     @classmethod
     async def create(
@@ -169,6 +173,7 @@ class Container:
         join: Mapping[str, str] = NOTHING,
         procfs: str | None = None,
         rootless: bool = False,
+        systemd: bool = False,
     ) -> tuple[Container, Launched]:
         """Make a container in its directory, which is there and empty, up to where its program waits to be started.
 
@@ -191,6 +196,7 @@ class Container:
             joined=join,
             resources=limits if isinstance(limits, dict) else {},
             rootless=rootless,
+            systemd=systemd,
         )
         container = cls(runtime, directory, state, spec)
         container._cgroup = cgroup
@@ -389,9 +395,13 @@ class Container:
         await self.destroy()
         faults.reach("delete_directory")
         try:
-            hooks = self.spec.hooks.poststop
+            hooks, rdt = self.spec.hooks.poststop, self.spec.linux.intel_rdt
         except (OSError, SpecError):  # half of a create
-            hooks = ()
+            hooks, rdt = (), None
+        if rdt is not None:
+            from caisson.agent.libcontainer.intel_rdt import ResctrlGroup
+
+            ResctrlGroup(rdt, self.id).remove()
         for hook in hooks:
             try:
                 await self.run_hooks("poststop", (hook,), STOPPED)

@@ -40,7 +40,7 @@ class State(Record):
 
     `created` is RFC 3339 in UTC; `cgroup_paths` is by controller, that of cgroup v2 by "".  `joined` are namespaces
     that its first process joined beyond its configuration, as paths by type; `resources` its limits as they are now, as
-    in the configuration.  A pid of -1: it is being created.
+    in the configuration.  A pid of -1: it is being created.  With `systemd` its cgroup is that of a scope.
     """
 
     id: str
@@ -55,6 +55,7 @@ class State(Record):
     joined: Mapping[str, str] = NOTHING
     resources: Mapping[str, object] = NOTHING
     rootless: bool = False
+    systemd: bool = False
 
     def to_json(self) -> dict[str, object]:
         """The document."""
@@ -66,6 +67,7 @@ class State(Record):
             "init_process_start": self.init_process_start,
             "created": self.created,
             "rootless": self.rootless,
+            "systemd": self.systemd,
             "cgroup_paths": dict(self.cgroup_paths),
             "namespace_paths": {key: f"/proc/{pid}/ns/{file}" for key, file in NAMESPACE_FILES.items()},
             "external_descriptors": [],
@@ -103,6 +105,7 @@ class State(Record):
             joined=r.table("joined_namespaces"),
             resources=resources if isinstance(resources, dict) else {},
             rootless=r.flag("rootless"),
+            systemd=r.flag("systemd"),
         )
 
 

@@ -88,15 +88,18 @@ int private_procfs(bool processes_only)
 	return mount;
 }
 
-/* Make the mount that `path` is on private: pivot_root(2) wants that, and mounts must not propagate to its peers. */
-static void isolate_parent_mount(const char *path)
+/*
+ * Make the mount that `path` is on private, or a slave: pivot_root(2) wants that, and mounts must not propagate to its
+ * peers.
+ */
+static void isolate_parent_mount(const char *path, unsigned long propagation)
 {
 	char at[PATH_MAX];
 
 	if (strlen(path) >= sizeof(at))
 		fail(ENAMETOOLONG, "rootfs", path, NULL);
 	strcpy(at, path);
-	while (mount(NULL, at, NULL, MS_PRIVATE, NULL) < 0) {
+	while (mount(NULL, at, NULL, propagation, NULL) < 0) {
 		char *slash = strrchr(at, '/');
 
 		/* EINVAL: not a mount point; go up to the one it is on. */
@@ -106,18 +109,22 @@ static void isolate_parent_mount(const char *path)
 	}
 }
 
-void attach_rootfs(const char *path, int *root)
+/* `propagation` is for the mount below; 0 in the runtime's own mount namespace, where only the new one is changed. */
+void attach_rootfs(const char *path, int *root, unsigned long propagation)
 {
+	static const struct mount_attr_args slave = {.propagation = MS_SLAVE};
 	int target, tree;
 
 	if (path[0] != '/')
 		fail(EINVAL, "rootfs", path, "not an absolute path");
-	isolate_parent_mount(path);
+	if (propagation != 0)
+		isolate_parent_mount(path, propagation);
 	target = open(path, O_PATH | O_DIRECTORY | O_CLOEXEC);
 	if (target < 0)
 		fail_errno("rootfs", path, NULL);
 	tree = clone_mount(target, "rootfs", path, true);
-	if (sys_move_mount(tree, target) < 0)
+	if (sys_move_mount(tree, target) < 0 ||
+	    (propagation == 0 && sys_mount_setattr(tree, AT_EMPTY_PATH | AT_RECURSIVE_FLAG, &slave) < 0))
 		fail_errno("rootfs", path, NULL);
 	close(target);
 	*root = tree;
@@ -334,10 +341,11 @@ static void check_procfs(int tree, const struct mount_step *step)
 }
 
 /*
- * Execute a mount step; `source` is what stage 0 has opened, or -1, and `locked` whether that is for a user namespace.
+ * Execute a mount step; `source` is what stage 0 has opened, or -1, `mapping` the user
+ * namespace of a source that it has not, and `locked` whether that is for a user namespace.
  * Returns the descriptor of the mount.
  */
-int do_mount(int root, const struct mount_step *step, int source, bool locked)
+int do_mount(int root, const struct mount_step *step, int source, int mapping, bool locked)
 {
 	bool directory = true;
 	int tree, target;
@@ -345,7 +353,7 @@ int do_mount(int root, const struct mount_step *step, int source, bool locked)
 	if ((step->flags & MOUNT_BIND) != 0) {
 		struct stat st;
 
-		tree = source >= 0 ? source : open_source(step, true);
+		tree = source >= 0 ? source : open_late_source(step, mapping);
 		if (fstat(tree, &st) < 0)
 			fail_errno("mount source", step->source, NULL);
 		directory = S_ISDIR(st.st_mode);

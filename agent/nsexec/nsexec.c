@@ -142,8 +142,9 @@ static void read_messages(struct context *ctx, struct inbox *inbox)
 	decode_bootstrap(read_message(inbox, fds->init, MESSAGE_BOOTSTRAP, LIMIT_BOOTSTRAP), &ctx->boot);
 	decode_plan(read_message(inbox, fds->init, MESSAGE_PLAN, LIMIT_PLAN), fds->joins, &ctx->plan);
 	decode_strings(read_message(inbox, fds->init, MESSAGE_STRINGS, LIMIT_STRINGS), &ctx->plan);
-	/* An init without a mount namespace of its own would change the host's mounts. */
-	if (fds->joins ? boot->join == 0 && boot->paths == NULL : (boot->create & NS_MNT) == 0)
+	/* An init without a mount namespace of its own changes the host's mounts: only where that is asked for. */
+	if (fds->joins ? boot->join == 0 && boot->paths == NULL
+		       : ((boot->create & NS_MNT) == 0) != ctx->plan.shares_mounts)
 		fail(EINVAL, "bootstrap", "namespaces", "do not fit the type of process");
 	if ((boot->join != 0) != (fds->pidfd >= 0) || (fds->joins && (fds->fifo >= 0 || fds->gate >= 0)) ||
 	    fds->pauses != (fds->procfs >= 0) || (fds->pauses && (boot->create & NS_PID) == 0))
@@ -229,7 +230,7 @@ static void set_up(struct context *ctx)
 	struct channels *fds = &ctx->fds;
 	const struct plan *plan = &ctx->plan;
 
-	log_debug(ctx->fds.joins ? "child process in setns" : "child process in init()", "");
+	log_debug("child process in init()", "");
 	umask(DEFAULT_UMASK);
 	/* The session keyring of the runtime must not be the container's. */
 	if (!ctx->boot.keep_keyring && syscall(SYS_keyctl, KEYCTL_JOIN_SESSION, NULL) < 0 && errno != ENOSYS)

@@ -141,6 +141,7 @@ enum {
 #define PLAN_FORMAT 1
 #define PIVOT_ROOT 0u
 #define PIVOT_MOVE 1u	  /* without pivot_root(2): by MS_MOVE and chroot(2) */
+#define PIVOT_CHROOT 2u	  /* in the runtime's own mount namespace: by chroot(2) alone */
 #define GROUPS_MAX 65536  /* NGROUPS_MAX of the kernel; that of musl is 32 */
 #define CPU_MASK_MAX 1024 /* bytes */
 #define SCHEDULER_SIZE 48 /* SCHED_ATTR_SIZE_VER0 */
@@ -201,6 +202,8 @@ struct console_step {
 struct plan {
 	struct cursor steps; /* all attributes, checked */
 	bool has_user, has_capabilities, has_umask, no_new_privs, has_console, has_sysctl;
+	bool slave_root;    /* mounts of the host may appear in the container's root */
+	bool shares_mounts; /* it stays in the mount namespace of the runtime */
 	uint32_t umask, uid, gid;
 	size_t group_count; /* in all PLAN_GROUPS */
 	struct capability_sets capabilities;
@@ -245,10 +248,11 @@ struct context {
 		int processes; /* private procfs with processes only, -1 where not needed */
 		int sysctl;    /* private whole procfs, -1 where not needed */
 	} handles;
-	int sources[SOURCES_MAX]; /* of the plan's mounts, opened by stage 0; -1 where not */
-	const char *program;	  /* argv[0] as found in PATH */
-	bool filtered;		  /* the seccomp filter is active */
-	bool has_userns;	  /* the container has a user namespace, created or joined */
+	int sources[SOURCES_MAX];  /* of the plan's mounts, opened by stage 0; -1 where not */
+	int mappings[SOURCES_MAX]; /* user namespaces for sources that stage 2 opens; -1 where not */
+	const char *program;	   /* argv[0] as found in PATH */
+	bool filtered;		   /* the seccomp filter is active */
+	bool has_userns;	   /* the container has a user namespace, created or joined */
 };
 
 /* --- namespaces.c --- */
@@ -286,13 +290,14 @@ void build_rootfs(struct context *ctx);
 
 /* --- mounts.c --- */
 int private_procfs(bool processes_only);
-void attach_rootfs(const char *path, int *root);
-int do_mount(int root, const struct mount_step *step, int source, bool locked);
+void attach_rootfs(const char *path, int *root, unsigned long propagation);
+int do_mount(int root, const struct mount_step *step, int source, int mapping, bool locked);
 int clone_mount(int fd, const char *step, const char *path, bool recursive);
 void set_attributes(int fd, uint64_t set, uint64_t clear, bool recursive, const char *step, const char *path);
 
 /* --- sources.c --- */
 int open_source(const struct mount_step *step, bool must);
+int open_late_source(const struct mount_step *step, int userns);
 void open_sources(struct context *ctx, int joined_userns);
 
 /* --- copyup.c --- */

@@ -296,7 +296,8 @@ static void check_step(const struct attribute *a)
 			malformed("propagation", "unknown flags");
 		break;
 	case PLAN_PIVOT:
-		(void)attribute_u32(a);
+		if (attribute_u32(a) > PIVOT_CHROOT)
+			malformed("pivot_root", "unknown mode");
 		break;
 	case PLAN_ROOT_READONLY:
 	case PLAN_RUNTIME_HOOKS:
@@ -436,6 +437,8 @@ void decode_plan(struct cursor message, bool joins, struct plan *out)
 			malformed("plan", "a step that an exec cannot have");
 		has_rootfs |= a.type == PLAN_ROOTFS;
 		has_pivot |= a.type == PLAN_PIVOT;
+		out->slave_root |= a.type == PLAN_ROOT_PROPAGATION && (attribute_u32(&a) & MS_SLAVE) != 0;
+		out->shares_mounts |= a.type == PLAN_PIVOT && attribute_u32(&a) == PIVOT_CHROOT;
 		previous = a.type;
 		if ((a.type == PLAN_CREATE_HOOK || a.type == PLAN_START_HOOK) && out->hook_state == NULL)
 			malformed("plan", "hooks without a state");

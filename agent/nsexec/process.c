@@ -423,6 +423,20 @@ void load_early_filter(struct context *ctx)
 		set_capabilities(&plan->capabilities);
 }
 
+static void end_by_signal(int number)
+{
+	_exit(128 + number);
+}
+
+/* The first process of a pid namespace is not ended by these signals, unless it has handlers; execve resets them. */
+static void end_on_signals(void)
+{
+	static const int numbers[] = {SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+
+	for (size_t i = 0; i < ARRAY_SIZE(numbers); i++)
+		signal(numbers[i], end_by_signal);
+}
+
 /* Report that the process is ready, wait to be started where it has to, and execute the program. */
 NORETURN void run_program(struct context *ctx)
 {
@@ -431,6 +445,8 @@ NORETURN void run_program(struct context *ctx)
 	const int kept[] = {fds->sync, fds->fifo, fds->gate, fds->fifo < 0 ? -1 : ctx->handles.processes};
 
 	if (!ctx->filtered) { /* a filter of the stage before: that one has closed the rest, too */
+		if (!fds->joins)
+			end_on_signals();
 		close_all_but(fds->first_closed, kept, ARRAY_SIZE(kept));
 		if (needs_early_filter(plan))
 			load_early_filter(ctx);

@@ -90,6 +90,13 @@ static void move_root(int root)
 		fail_errno("chroot", "/", NULL);
 }
 
+/* In the runtime's own mount namespace: what was mounted stays there, as with runc. */
+static void enter_root(int root)
+{
+	if (fchdir(root) < 0 || chroot(".") < 0 || chdir("/") < 0)
+		fail_errno("chroot", "/", NULL);
+}
+
 /* pivot_root(2) with new and old root on the same directory; then the old root is unmounted. */
 static void change_root(int root, uint32_t way)
 {
@@ -99,8 +106,10 @@ static void change_root(int root, uint32_t way)
 		move_root(root);
 		return;
 	}
-	if (way != PIVOT_ROOT)
-		fail(EINVAL, "pivot_root", "", "unknown mode");
+	if (way == PIVOT_CHROOT) {
+		enter_root(root);
+		return;
+	}
 	old = open("/", O_PATH | O_DIRECTORY | O_CLOEXEC);
 	if (old < 0 || fchdir(root) < 0)
 		fail_errno("pivot_root", "/", NULL);
@@ -279,7 +288,7 @@ static void do_step(const struct attribute *a, struct rootfs_state *s)
 	struct handles *handles = &s->ctx->handles;
 	const struct plan *plan = &s->ctx->plan;
 	const struct channels *fds = &s->ctx->fds;
-	int *root = &handles->root, fd;
+	int *root = &handles->root, fd, mapping;
 
 	switch (a->type) {
 	case PLAN_PROPAGATION:
@@ -287,13 +296,17 @@ static void do_step(const struct attribute *a, struct rootfs_state *s)
 			fail_errno("propagation", "/", NULL);
 		break;
 	case PLAN_ROOTFS:
-		attach_rootfs(attribute_text(a), root);
+		attach_rootfs(attribute_text(a), root,
+			      plan->shares_mounts ? 0
+			      : plan->slave_root  ? MS_SLAVE
+						  : MS_PRIVATE);
 		break;
 	case PLAN_MOUNT:
 		decode_mount(a, &step);
 		fd = s->mount_index < SOURCES_MAX ? s->ctx->sources[s->mount_index] : -1;
+		mapping = s->mount_index < SOURCES_MAX ? s->ctx->mappings[s->mount_index] : -1;
 		s->mount_index++;
-		fd = do_mount(*root, &step, fd, fd >= 0 && s->ctx->has_userns);
+		fd = do_mount(*root, &step, fd, mapping, fd >= 0 && s->ctx->has_userns);
 		if ((step.flags & MOUNT_ORDINARY_DIR) != 0)
 			record_kernel_mount(&s->mounts, fd, step.target);
 		else

@@ -77,11 +77,23 @@ def normalize(call: Call, document: dict[str, Any]) -> None:
     normalize_process(call, process)
     if not isinstance(document.get("linux"), dict):
         document["linux"] = {}
+    if document["linux"].get("memoryPolicy") == {}:  # there, and without a mode
+        raise CommandError("invalid memory policy mode: it is empty")
+    _normalize_rules(document["linux"])
     for mount in document.get("mounts") or []:
         target = mount.get("destination") if isinstance(mount, dict) else None
         if isinstance(target, str) and target and not target.startswith("/"):
             call.warn(f"mount destination {target} is not absolute; it is taken to be below the root")
             mount["destination"] = f"/{target}"
+
+
+def _normalize_rules(linux: dict[str, Any]) -> None:
+    """Leave out letters of device rules that mean nothing, as runc does."""
+    resources = linux.get("resources")
+    for rule in (resources.get("devices") or []) if isinstance(resources, dict) else []:
+        access = rule.get("access") if isinstance(rule, dict) else None
+        if isinstance(access, str) and not {*access} <= {*"rwm"}:
+            rule["access"] = "".join(letter for letter in access if letter in "rwm") or access
 
 
 def normalize_process(call: Call, process: dict[str, Any]) -> None:

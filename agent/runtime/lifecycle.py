@@ -153,6 +153,7 @@ def _launch(call: Call, bundle: Bundle, io: ProcessIO, rootfs: str, cgroup: Cgro
             io.announced,
             pivot=not call.options.flag("no-pivot"),
             keyring=not call.options.flag("no-new-keyring"),
+            on_host=True,
         )
         container, launched = complete(
             Container.create(
@@ -165,9 +166,11 @@ def _launch(call: Call, bundle: Bundle, io: ProcessIO, rootfs: str, cgroup: Cgro
                 rootfs=rootfs,
                 cgroup=cgroup,
                 rootless=os.geteuid() != 0,
+                systemd=call.systemd,
             )
         )
         io.launched(launched)
+        _limit_processes(bundle, cgroup)
         return container
 
     if cgroup is None:
@@ -181,6 +184,15 @@ def _launch(call: Call, bundle: Bundle, io: ProcessIO, rootfs: str, cgroup: Cgro
         if cgroup.oom_kills():
             raise LaunchError("container init was OOM-killed (memory limit too low?)", step="oom") from error
         raise
+
+
+def _limit_processes(bundle: Bundle, cgroup: Cgroup | None) -> None:
+    """Set pids.limit, which may leave no room for nsexec's stages.  Raises CgroupError."""
+    from caisson.agent.libcontainer.config.resources import Resources
+
+    limit = (bundle.spec.linux.resources or Resources()).pids_limit
+    if cgroup is not None and limit is not None:
+        cgroup.apply(Resources(pids_limit=limit), devices=False)
 
 
 def _undo(call: Call, directory: str, cgroup: Cgroup | None, container: Container | None) -> None:
@@ -209,9 +221,15 @@ def _make_cgroup(call: Call, bundle: Bundle) -> Cgroup | None:
         return None
     if resources.unified and set(hierarchy.place("x")) != {""}:
         raise CommandError("invalid configuration: cannot use unified on cgroup v1")
+    if call.systemd:
+        from caisson.agent.libcontainer.cgroups.systemd import PREFIX, Systemd
+
+        hierarchy, path = Systemd(hierarchy), path or f":{PREFIX}:{call.id}"
     below_own = not path.startswith("/")
     try:
-        Container.reserve(directory, call.id, hierarchy.place(path or call.id, below_own=below_own))
+        Container.reserve(
+            directory, call.id, hierarchy.place(path or call.id, below_own=below_own), systemd=call.systemd
+        )
         faults.reach("create_reserved")
         cgroup = hierarchy.create(path or call.id, below_own=below_own)
         faults.reach("create_cgroup")
@@ -223,7 +241,8 @@ def _make_cgroup(call: Call, bundle: Bundle) -> Cgroup | None:
         raise CommandError(f"unable to start container process: {why}") from error
     try:
         in_userns = any(namespace.type == "user" for namespace in bundle.spec.linux.namespaces)
-        cgroup.apply(resources, devices=not in_userns and not call.is_rootless)
+        # How many processes there may be is set once nsexec has made its own (_limit_processes).
+        cgroup.apply(resources.but(pids_limit=None), devices=not in_userns and not call.is_rootless)
     except (CgroupError, SpecError):
         complete(cgroup.delete())
         raise

@@ -101,7 +101,7 @@ def _from_options(call: Call) -> dict[str, Any]:
     for name, field in TEXTS.items():
         if options.text(name):
             _put(found, field, options.text(name))
-    if options.number("pids-limit"):
+    if "pids-limit" in options.given:
         _put(found, ("pids", "limit"), options.number("pids-limit"))
     if options.number("blkio-weight"):
         _put(found, ("blockIO", "weight"), options.number("blkio-weight"))

@@ -47,6 +47,7 @@ class Call:
         self.warned = False
         self.root_given = "root" in settings.given
         self.root = settings.text("root") if self.root_given else default_root()
+        self.systemd = settings.flag("systemd-cgroup")
         self.rootless = settings.text("rootless")
         self.is_rootless = self.rootless == "true" or (self.rootless == "auto" and os.geteuid() != 0)
         self._launcher: ProcessLauncher | None = None
@@ -197,13 +198,13 @@ def _dispatch(prog: str, settings: Values, rest: list[str], log: Log) -> int:
         _print_usage("Incorrect Usage.", _command_help(prog, verb))
         log.error(problem)
         return 1
-    return _carry_out(Call(prog, verb, options, operands, settings, log), settings)
+    return _carry_out(Call(prog, verb, options, operands, settings, log))
 
 
-def _carry_out(call: Call, settings: Values) -> int:
+def _carry_out(call: Call) -> int:
     verb = call.verb
     try:
-        if settings.flag("systemd-cgroup") and verb.name in ("create", "run", "exec", "update"):
+        if call.systemd and verb.name in ("create", "run", "exec", "update"):
             check_systemd()
         return int(_function(verb)(call) or 0)
     except CommandError as error:
@@ -227,10 +228,11 @@ def _carry_out(call: Call, settings: Values) -> int:
 
 
 def check_systemd() -> None:
-    """Refuse --systemd-cgroup.  Raises CommandError."""
+    """Refuse --systemd-cgroup where systemd cannot make cgroups.  Raises CommandError."""
     if not os.path.isdir("/run/systemd/system"):  # noqa: PTH112
         raise CommandError("systemd cgroup flag passed, but systemd support for managing cgroups is not available")
-    raise CommandError("systemd cgroup flag passed, but this runtime manages cgroups by itself; leave the flag out")
+    if not os.path.exists("/sys/fs/cgroup/cgroup.controllers"):  # noqa: PTH110
+        raise CommandError("systemd cgroup flag passed, but this machine has cgroup v1; leave the flag out")
 
 
 def _function(verb: Verb) -> Callable[[Call], int | None]:

@@ -38,6 +38,8 @@ def identity(path: str) -> Identity:
 
 def keep_state(container: Container) -> None:
     """Write front.state after state.json; without it the interpreter does all."""
+    if container.state.systemd or container.spec.linux.intel_rdt is not None:  # who else is asked, only Python knows
+        return
     try:
         write_whole(f"{container.directory}/front.state", encode_state(container))
     except OSError:
@@ -76,9 +78,9 @@ def keep_exec(container: Container, process: Process, config: Identity) -> None:
 
 def encode_exec(container: Container, process: Process, config: Identity) -> bytes:
     """The file: a header, the messages up to the strings, the environment; without HOME that is added in C."""
-    has_home = any(variable.startswith("HOME=") and variable != "HOME=" for variable in process.env)
+    has_home = users.has_home(process)
     if not has_home:
-        process = process.but(env=tuple(variable for variable in process.env if variable != "HOME="))
+        process = process.but(env=tuple(variable for variable in process.env if not variable.startswith("HOME=")))
     process = process.but(args=())
     messages = plan.exec_messages(process, container.spec, container.state.joined, container.filter())
     environment = plan.environment(process)

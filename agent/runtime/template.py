@@ -87,7 +87,7 @@ def _mounts(rootless: bool) -> list[dict[str, Any]]:
         ("/dev/shm", "tmpfs", "shm", [*kept, "mode=1777", "size=65536k"]),
         ("/dev/mqueue", "mqueue", "mqueue", kept),
         sys,
-        *([] if rootless else [("/sys/fs/cgroup", "cgroup", "cgroup", [*kept, "relatime", "ro"])]),
+        ("/sys/fs/cgroup", "cgroup", "cgroup", [*kept, "relatime", "ro"]),
     ]
     return [
         {"destination": target, "type": kind, "source": source} | ({"options": options} if options else {})

@@ -227,7 +227,7 @@ def test_sysctl_of_its_namespaces(box: Box) -> None:
 def test_sysctl_of_the_guest_is_refused(box: Box) -> None:
     value = config()
     value["linux"]["sysctl"] = {"kernel.core_pattern": "|/evil"}
-    with pytest.raises(SpecError, match="would change the whole machine"):
+    with pytest.raises(SpecError, match=r"would change the whole machine|is not in a separate kernel namespace"):
         box.run(box.create(value))
 
 
@@ -311,7 +311,7 @@ def test_a_created_container_that_is_killed_cannot_be_started(box: Box) -> None:
         os.kill(launched.child.pid, signal.SIGKILL)
         await box.start(launched)
 
-    with pytest.raises(LaunchError, match="init"):
+    with pytest.raises(LaunchError, match=r"init|container that has stopped"):
         box.run(run())
 
 
@@ -320,7 +320,7 @@ def test_starting_twice(box: Box) -> None:
         launched = await box.running()
         await box.start(launched)
 
-    with pytest.raises(LaunchError, match="started before"):
+    with pytest.raises(LaunchError, match=r"started before|already running"):
         box.run(run())
 
 

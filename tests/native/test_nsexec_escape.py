@@ -107,14 +107,14 @@ def test_nothing_on_the_root_by_way_of_a_link(box: Box) -> None:
     "cwd", [*(f"/proc/self/fd/{n}" for n in range(12)), "/proc/1/cwd", "/proc/self/cwd", "/proc/self/fd/7/../.."]
 )
 async def test_cwd_cannot_lead_out(box: Box, cwd: str) -> None:  # CVE-2024-21626
-    with pytest.raises(LaunchError, match="working directory"):
+    with pytest.raises(LaunchError, match=r"working directory|chdir to cwd"):
         await box.create(config(cwd=cwd))
 
 
 async def test_cwd_of_an_exec_cannot_lead_out(box: Box) -> None:
     init = await box.running()
     for number in range(12):
-        with pytest.raises(LaunchError, match="working directory"):
+        with pytest.raises(LaunchError, match=r"working directory|chdir to cwd"):
             await box.exec(init, {"args": ["pwd"], "cwd": f"/proc/self/fd/{number}"})
 
 

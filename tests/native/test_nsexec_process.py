@@ -186,6 +186,8 @@ def test_memory_policy(box: Box) -> None:
         ({"mode": "BIND", "nodes": "0"}, "mode"),
         ({"mode": "MPOL_BIND", "nodes": "zero"}, "nodes"),
         ({"mode": "MPOL_BIND", "nodes": "0", "flags": ["STATIC"]}, "flags"),
+        ({"mode": "MPOL_DEFAULT", "nodes": "0-7"}, "nodes"),
+        ({"mode": "MPOL_BIND"}, "nodes"),
     ],
 )
 async def test_memory_policies_that_are_not_valid(box: Box, policy: dict[str, Any], field: str) -> None:

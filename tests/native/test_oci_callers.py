@@ -13,12 +13,12 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.native.oci_support import OURS
+from tests.native.oci_support import OURS, ROOT
 from tests.support.poll import wait_until
 
 pytestmark = [
@@ -28,7 +28,7 @@ pytestmark = [
 ]
 PACKAGES = [
     "docker.io", "containerd", "podman", "conmon", "golang-github-containers-common", "libgpgme11", "libsubid4",
-    "libassuan0", "libdevmapper1.02.1",
+    "libassuan0", "libdevmapper1.02.1", "uidmap",
 ]  # fmt: skip
 CACHE = Path.home() / ".cache" / "caisson" / "oci-callers"
 RUNC = Path(shutil.which("runc") or "/usr/sbin/runc")
@@ -39,7 +39,8 @@ SECONDS = 120
 @pytest.fixture(scope="session")
 def programs() -> Path:
     """The directory that the packages are unpacked in."""
-    if not (CACHE / "done").exists():
+    done, wanted = CACHE / "done", "\n".join(PACKAGES)
+    if not done.exists() or done.read_text() != wanted:
         shutil.rmtree(CACHE, ignore_errors=True)
         CACHE.mkdir(parents=True)
         got = subprocess.run(["apt-get", "download", *PACKAGES], cwd=CACHE, capture_output=True, text=True)
@@ -48,7 +49,7 @@ def programs() -> Path:
         for package in CACHE.glob("*.deb"):
             subprocess.run(["dpkg", "-x", package, CACHE], check=True)
             package.unlink()
-        (CACHE / "done").touch()
+        done.write_text(wanted)
     return CACHE
 
 
@@ -282,6 +283,95 @@ def test_podman_exec_and_pods(podman: tuple[list[str], dict[str, str]]) -> None:
         "x\n",
     )
     assert outcome([*ours, "pod", "rm", "-f", "pod"], settings)[0] == 0
+
+
+USER, SUBORDINATE = 4242, 420000  # ids that nobody has
+#: As an ordinary user who has subordinate ids, in a mount namespace in which that user can reach the programs.
+AS_USER = """
+mount -t overlay -o lowerdir={work}/etc:/etc none /etc
+mount --bind {programs} {work}/programs
+mount --bind {checkout} {work}/checkout
+cd {work}/user
+exec setpriv --reuid {user} --regid {user} --clear-groups env -i "$@"
+"""
+
+
+@pytest.fixture(scope="module")
+def rootless(
+    environment: dict[str, str], image: Path, programs: Path, nsexec_path: Path
+) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """podman of an ordinary user, with newuidmap and newgidmap; the first word is its runtime."""
+    with tempfile.TemporaryDirectory(prefix="oci-", ignore_cleanup_errors=True) as directory:
+        work = Path(directory)
+        work.chmod(0o755)
+        for name in ("etc", "programs", "checkout", "user", "user/run"):
+            (work / name).mkdir()
+        ids = {"passwd": f"user:x:{USER}:{USER}::{work}/user:/bin/sh\n", "group": f"user:x:{USER}:\n"}
+        for name, line in ids.items():
+            (work / "etc" / name).write_text(Path("/etc", name).read_text() + line)
+        for name in ("subuid", "subgid"):
+            (work / "etc" / name).write_text(f"user:{SUBORDINATE}:65536\n")
+        shutil.copy(nsexec_path, work / "nsexec")
+        shutil.copy(image, work / "image.tar")
+        config = work / "user/.config/containers"
+        config.mkdir(parents=True)
+        (config / "policy.json").write_text('{"default":[{"type":"insecureAcceptAnything"}]}')
+        (config / "storage.conf").write_text('[storage]\ndriver="vfs"\n')
+        ours = work / "caisson-oci"
+        ours.write_text(f'#!/bin/sh\nCAISSON_NSEXEC={work}/nsexec exec {work}/checkout/commands/caisson-oci "$@"\n')
+        ours.chmod(0o755)
+        (config / "containers.conf").write_text(
+            f'[engine]\nconmon_path=["{work}/programs/usr/bin/conmon"]\ncgroup_manager="cgroupfs"\n'
+            'events_logger="file"\nruntime_supports_json=["caisson-oci","runc"]\n'
+            f'[engine.runtimes]\ncaisson-oci=["{ours}"]\nrunc=["{RUNC}"]\n'
+            '[containers]\ndefault_ulimits=["nofile=1024:1024","nproc=1000:1000"]\n'
+        )
+        for place in [work / "user", *(work / "user").rglob("*")]:
+            os.chown(place, USER, USER)
+        script = AS_USER.format(work=work, programs=programs, checkout=ROOT, user=USER)
+        prefix = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", script, "sh"]
+        settings = {
+            "HOME": f"{work}/user",
+            "XDG_RUNTIME_DIR": f"{work}/user/run",
+            "PATH": f"{work}/programs/usr/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "LD_LIBRARY_PATH": f"{work}/programs/usr/lib/x86_64-linux-gnu",
+        }
+        variables = [f"{name}={value}" for name, value in settings.items()]
+
+        def podman(runtime: str, *words: str) -> tuple[int, str, str]:
+            argv = [*prefix, *variables, "podman", "--runtime", runtime, *words]
+            return outcome(argv, environment)
+
+        assert podman("runc", "import", f"{work}/image.tar", IMAGE)[0] == 0
+        yield podman
+        podman("runc", "rm", "-f", "-a", "-t", "0")
+
+
+ROOTLESS_RUNS = [
+    ["echo", "hi"],
+    ["nothere"],
+    ["sh", "-c", "exit 9"],
+    ["sh", "-c", "id; cat /proc/self/uid_map /proc/self/gid_map; ls -ln /proc/self/fd/1 | cut -c1-10"],
+    ["-u", "1000:1000", "-e", "A=b", "IMAGE", "sh", "-c", "id; echo $A $HOME"],
+    ["--read-only", "--cap-drop", "ALL", "IMAGE", "sh", "-c", "touch /x; grep CapEff /proc/self/status"],
+]
+
+
+@pytest.mark.parametrize("words", ROOTLESS_RUNS, ids=lambda words: " ".join(words)[:40])
+def test_podman_of_an_ordinary_user(rootless: Callable[..., tuple[int, str, str]], words: list[str]) -> None:
+    theirs, ours = (
+        rootless(runtime, "run", *run_options(words, "--rm", "--network", "none"))
+        for runtime in ("runc", "caisson-oci")
+    )
+    assert ours[:2] == theirs[:2]
+    assert ours[2].replace("caisson-oci: ", "runc: ") == theirs[2]
+
+
+def test_podman_exec_of_an_ordinary_user(rootless: Callable[..., tuple[int, str, str]]) -> None:
+    begun = rootless("caisson-oci", "run", "-d", "--network", "none", "--name", "one", IMAGE, "sleep", "1000")
+    assert begun[0] == 0, begun
+    assert rootless("caisson-oci", "exec", "one", "sh", "-c", "id -u; exit 4")[:2] == (4, "0\n")
+    assert rootless("caisson-oci", "rm", "-f", "-t", "0", "one")[0] == 0
 
 
 def test_ctr_with_our_binary(

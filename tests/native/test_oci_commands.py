@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -447,6 +449,72 @@ def test_a_relative_rootfs_and_bundle(oci: Oci, tmp_path: Path, busybox_rootfs: 
     (made / "rootfs").symlink_to(busybox_rootfs)
     edit(made, lambda value: value["root"].update(path="rootfs"))
     assert oci.ok("run", NAME, cwd=made) == "here\n"
+
+
+def test_a_container_in_the_hosts_mount_namespace(oci: Oci, tmp_path: Path, busybox_rootfs: Path) -> None:
+    """It keeps propagation as it is; what it has mounted stays, as with runc."""
+    made = bundle(tmp_path / "b", busybox_rootfs, "readlink", "/proc/self/ns/mnt")
+    (made / "root").mkdir()
+
+    def change(value: dict[str, Any]) -> None:
+        value["linux"]["namespaces"] = [one for one in value["linux"]["namespaces"] if one["type"] != "mount"]
+        value["mounts"] = [one for one in value["mounts"] if one["destination"] == "/proc"]
+        value["linux"].update(maskedPaths=[], readonlyPaths=[])
+
+    edit(made, change)
+    before = subprocess.check_output(["findmnt", "-n", "-o", "TARGET,PROPAGATION", "/"])
+    try:
+        assert oci.ok("run", "-b", str(made), NAME) == f"{Path('/proc/self/ns/mnt').readlink()}\n"
+    finally:
+        subprocess.run(["umount", "-R", "-l", str(busybox_rootfs)], check=True)
+    assert subprocess.check_output(["findmnt", "-n", "-o", "TARGET,PROPAGATION", "/"]) == before
+    edit(made, lambda value: value["linux"].update(maskedPaths=["/proc/keys"]))
+    assert "unable to restrict sys entries without a private MNT namespace" in oci("run", "-b", str(made), NAME).message
+
+
+@pytest.mark.parametrize("option", ["bind", "idmap"])
+def test_sources_and_destinations_below_the_root(oci: Oci, tmp_path: Path, busybox_rootfs: Path, option: str) -> None:
+    """A source is what the mounts before it have put there, and a destination may be the host's name for it."""
+    made = bundle(tmp_path / "b", busybox_rootfs, "cat", "/var/file")
+    (made / "source").mkdir()
+    (made / "source" / "file").write_text("below\n")
+    maps = [{"containerID": 0, "hostID": 0, "size": 65536}]
+    mapped = {"uidMappings": maps, "gidMappings": maps} if option == "idmap" else {}
+    listed: list[dict[str, Any]] = [
+        {"destination": "/mnt", "source": "source", "type": "bind", "options": ["bind"]},
+        {"destination": f"{busybox_rootfs}/var", "source": f"{busybox_rootfs}/mnt", "type": "bind",
+         "options": ["bind", *([option] if mapped else [])], **mapped},
+    ]  # fmt: skip
+    edit(made, lambda value: value["mounts"].extend(listed))
+    assert oci.ok("run", "-b", str(made), NAME) == "below\n"
+
+
+def test_pids_limit_0_is_1(oci: Oci, sleeper: Path) -> None:
+    edit(sleeper, lambda value: value["linux"]["resources"].update(pids={"limit": 0}))
+    oci.running(sleeper, NAME)
+    limit = Path(f"/sys/fs/cgroup/pids/{NAME}/pids.max")
+    assert limit.read_text() == "1\n"
+    oci.ok("update", "--pids-limit", "-1", NAME)
+    assert limit.read_text() == "max\n"
+    oci.ok("update", "--pids-limit", "0", NAME)
+    assert limit.read_text() == "1\n"
+
+
+def test_a_created_container_ends_by_a_signal(oci: Oci, sleeper: Path) -> None:
+    assert oci.detached("create", "-b", str(sleeper), NAME).status == 0
+    oci.ok("kill", NAME, "TERM")
+    until(lambda: oci.status(NAME) == "stopped", "it waits on")
+
+
+@pytest.mark.parametrize("program", [str(OURS), *filter(None, [shutil.which("runc")])])
+def test_a_bundle_of_spec_rootless(oci: Oci, tmp_path: Path, busybox_rootfs: Path, program: str) -> None:
+    """With its user namespace, message queues and cgroups, also where it has no cgroup (an ordinary user)."""
+    subprocess.run([program, "spec", "--rootless", "-b", str(tmp_path)], check=True)
+    script = "id -u; grep -c mqueue /proc/mounts; ls /sys/fs/cgroup | grep -c memory"
+    edit(tmp_path, lambda value: value["process"].update(terminal=False, args=["sh", "-c", script]))
+    edit(tmp_path, lambda value: value["root"].update(path=str(busybox_rootfs)))
+    edit(tmp_path, lambda value: value["process"]["capabilities"].pop("ambient", None))
+    assert oci.ok("run", "-b", str(tmp_path), NAME) == "0\n1\n1\n"
 
 
 def test_run_keep(oci: Oci, tmp_path: Path, busybox_rootfs: Path) -> None:

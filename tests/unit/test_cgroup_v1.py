@@ -108,7 +108,8 @@ def test_memory_and_swap_are_never_below_memory(limit: int, swap: int, now: int,
 @pytest.mark.parametrize(
     ("quota", "period", "now", "order"),
     [
-        (5000, 10000, (-1, 100000), ["cfs_quota_us", "cfs_period_us"]),
+        (5000, 10000, (-1, 100000), ["cfs_period_us", "cfs_quota_us"]),
+        (500000, 1000000, (-1, 100000), ["cfs_period_us", "cfs_quota_us"]),
         (5000, 10000, (50000, 100000), ["cfs_quota_us", "cfs_period_us"]),
         (80000, 100000, (5000, 10000), ["cfs_period_us", "cfs_quota_us"]),
         (-1, 20000, (5000, 10000), ["cfs_period_us", "cfs_quota_us"]),

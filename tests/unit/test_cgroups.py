@@ -66,7 +66,8 @@ def test_settings() -> None:
         ("hugetlb.2MB.max", "4194304"), ("hugetlb.2MB.rsvd.max", "4194304"), ("rdma.max", "mlx5_0 hca_handle=3"),
         ("memory.high", "7"), ("io.max", "1:2 rbps=3"), ("io.max", "4:5 wbps=6"),
     ]  # fmt: skip
-    assert values({"pids": {"limit": 0}, "memory": {"limit": 0}, "cpu": {"quota": 0}}) == []
+    assert values({"memory": {"limit": 0}, "cpu": {"quota": 0}}) == []
+    assert values({"pids": {"limit": 0}, "cpu": {"burst": 0}}) == [("cpu.max.burst", "0"), ("pids.max", "1")]
 
 
 def test_a_burst_is_never_above_its_quota() -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from caisson.agent.api.conversions import json_name
+from caisson.agent.libcontainer import intel_rdt
 from caisson.agent.libcontainer.cgroups.base import Setting
 from caisson.agent.libcontainer.cgroups.v1 import settings as v1_settings
 from caisson.agent.libcontainer.cgroups.v2 import settings as v2_settings
@@ -133,6 +134,11 @@ WHOLE: dict[str, Any] = {
         "maskedPaths": ["/m"],
         "readonlyPaths": ["/r"],
         "personality": {"domain": "LINUX32", "flags": ["ADDR_NO_RANDOMIZE"]},
+        "mountLabel": "l",
+        "intelRdt": {
+            "closID": "c", "l3CacheSchema": "L3:0=f", "memBwSchema": "MB:0=1", "enableCMT": True, "enableMBM": True,
+            "schemata": ["L2:0=1"], "enableMonitoring": True,
+        },
         "netDevices": {"<name>": {"name": "eth0"}},
         "memoryPolicy": {"mode": "MPOL_BIND", "nodes": "0", "flags": ["MPOL_F_STATIC_NODES"]},
         "seccomp": {
@@ -176,11 +182,16 @@ def security_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the kernel had them."""
     for name in ("has_apparmor", "has_selinux"):
         monkeypatch.setattr(labels, name, lambda: True)
+    monkeypatch.setattr(intel_rdt, "mounted", lambda: "/sys/fs/resctrl")
+
+
+VERDICTS = ("done", "done in v1", "done in v2", "refused", "ignored", "not applicable")
 
 
 class Row(NamedTuple):
     field: str
-    verdict: str
+    guest: str
+    host: str
     tests: tuple[str, ...]
     text: str
     later: bool
@@ -193,12 +204,12 @@ def rows(document: str) -> list[Row]:
         if line.startswith("### "):
             prefix = line.removeprefix("### ").strip("`")
         elif line.startswith("| `"):
-            names, verdict, shown = (cell.strip() for cell in line.strip("|").split(" | "))
+            names, guest, host, shown = (cell.strip() for cell in line.strip("|").split(" | "))
             quoted = re.findall(r"`([^`]+)`", shown)
             tests = tuple(text for text in quoted if text.startswith("tests/"))
             texts = [text for text in quoted if ": " in text]
             for name in re.findall(r"`([^`]+)`", names):
-                found.append(Row(prefix + name, verdict, tests, texts[0] if texts else "", "(later)" in names))
+                found.append(Row(prefix + name, guest, host, tests, texts[0] if texts else "", "(later)" in names))
     return found
 
 
@@ -306,18 +317,18 @@ def test_a_field_that_the_parser_learns_is_missed(monkeypatch: pytest.MonkeyPatc
 
 
 def test_fields_listed_as_done_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    accepted = {row.field for row in rows(DOCUMENT) if row.verdict != "refused" and "=" not in row.field}
+    accepted = {row.field for row in rows(DOCUMENT) if row.host not in ("refused", "ignored") and "=" not in row.field}
     assert leaves(WHOLE) == accepted
     assert accepted <= reads(monkeypatch)
 
 
-@pytest.mark.parametrize("row", [row for row in rows(DOCUMENT) if row.verdict == "done" and "options=" in row.field])
+@pytest.mark.parametrize("row", [row for row in rows(DOCUMENT) if row.guest == "done" and "options=" in row.field])
 def test_options_that_are_done_are_accepted(row: Row) -> None:
     carry_out(document_with(row.field))
 
 
 @pytest.mark.parametrize(
-    "row", [row for row in rows(DOCUMENT) if row.verdict == "refused" and not row.tests], ids=lambda row: row.field
+    "row", [row for row in rows(DOCUMENT) if row.guest == "refused" and not row.tests], ids=lambda row: row.field
 )
 def test_fields_listed_as_refused_are_rejected_with_the_listed_text(row: Row) -> None:
     with pytest.raises(SpecError) as caught:
@@ -327,12 +338,12 @@ def test_fields_listed_as_refused_are_rejected_with_the_listed_text(row: Row) ->
 
 
 def of_one_version() -> list[Row]:
-    return [row for row in rows(DOCUMENT) if row.verdict.startswith("done in")]
+    return [row for row in rows(DOCUMENT) if row.guest.startswith("done in")]
 
 
 @pytest.mark.parametrize("row", of_one_version(), ids=lambda row: row.field)
 def test_fields_of_one_cgroup_version_are_rejected_by_the_other(row: Row) -> None:
-    version = row.verdict.removeprefix("done in ")
+    version = row.guest.removeprefix("done in ")
     document = document_with(row.field)
     if row.field == "linux.resources.unified":
         document["linux"]["resources"]["unified"] = {"memory.high": "1"}
@@ -342,11 +353,19 @@ def test_fields_of_one_cgroup_version_are_rejected_by_the_other(row: Row) -> Non
     assert str(caught.value) == row.text
 
 
+@pytest.mark.parametrize("row", [row for row in rows(DOCUMENT) if row.host == "ignored"], ids=lambda row: row.field)
+def test_fields_listed_as_ignored_are_taken_out_and_reported(row: Row) -> None:
+    said: list[str] = []
+    document = document_with(row.field)
+    spec.ignoring_unknown(lambda: Spec.from_json(document), said.append)
+    assert said == [f"ignored: {row.text}"]
+
+
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_fields_of_both_cgroup_versions_are_accepted_by_both(version: str) -> None:
     document = copy.deepcopy(WHOLE)
     for row in of_one_version():
-        if row.verdict == f"done in {version}":
+        if row.guest == f"done in {version}":
             continue
         *parents, last = row.field.partition("[]")[0].split(".")
         at = document
@@ -360,9 +379,10 @@ def test_fields_of_both_cgroup_versions_are_accepted_by_both(version: str) -> No
 def test_verdicts_are_complete_and_their_tests_exist() -> None:
     known: dict[str, set[str]] = {}
     for row in rows(DOCUMENT):
-        assert row.verdict in ("done", "done in v1", "done in v2", "refused", "not applicable"), row
-        assert not row.verdict.startswith("done") or row.tests, row
-        assert row.verdict in ("done", "not applicable") or row.text, row
+        for verdict in (row.guest, row.host):
+            assert verdict in VERDICTS, row
+            assert not verdict.startswith("done") or row.tests, row
+            assert verdict in ("done", "not applicable") or row.text, row
         for test in row.tests:
             file, _, name = test.partition("::")
             if file not in known:

@@ -12,7 +12,7 @@ from caisson.agent.base import syscalls
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.config.spec import Process, Spec
 from caisson.agent.libcontainer.plan import capabilities as names
-from caisson.agent.libcontainer.plan import mounts, plan, sysctl, wire
+from caisson.agent.libcontainer.plan import lsm, mounts, plan, sysctl, wire
 from caisson.agent.libcontainer.plan import wire as steps
 
 
@@ -103,6 +103,18 @@ def test_procfs_of_a_pid_namespace_that_is_joined() -> None:
     assert (flags, texts[:2]) == (steps.MOUNT_ORDINARY_DIR | steps.MOUNT_BIND, [b"/proc", b"/shared/proc"])
     made = dict(_plan_of(_init(spec, join={"pid": "/p"})))[steps.MOUNT]
     assert unpack_from("=I", made)[0] == steps.MOUNT_ORDINARY_DIR | steps.MOUNT_IN_CHILD
+
+
+def test_a_mount_label_is_the_context_of_new_file_systems(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lsm, "has_selinux", lambda: True)
+    label = "system_u:object_r:container_file_t:s0:c1,c2"
+    targets = {"tmpfs": "/t", "devpts": "/dev/pts", "sysfs": "/sys", "bind": "/b"}
+    listed = [{"destination": target, "type": kind, "source": "/x"} for kind, target in targets.items()]
+    found = [
+        body for kind, body in _plan_of(_init(_spec(mounts=listed, linux__mountLabel=label))) if kind == steps.MOUNT
+    ]
+    context = f"context={label}".encode()
+    assert [context in body.split(b"\0") for body in found] == [True, True, False, False]
 
 
 def test_hooks_of_nsexec_and_of_the_agent() -> None:

@@ -16,6 +16,7 @@ from caisson.agent.libcontainer.config.spec import (
     Spec,
     SpecError,
     User,
+    ignoring_unknown,
 )
 
 
@@ -201,3 +202,13 @@ def test_spec_errors_name_the_field(path: str, value: Any, field: str) -> None:
 def test_a_configuration_must_be_an_object() -> None:
     with pytest.raises(SpecError):
         Spec.from_json([])
+
+
+def test_fields_in_other_cases_are_those_that_are_meant() -> None:
+    document = {"linux": {"resources": {"cpu": {"shares": 5}, "CPU": {"Shares": 7, "Cpus": "0"}}}, "New": 1}
+    said: list[str] = []
+    with pytest.raises(SpecError, match=r"linux.resources.CPU: is not a field"):
+        Spec.from_json(document)
+    cpu = ignoring_unknown(lambda: Spec.from_json(document), said.append).linux.resources.cpu  # type: ignore[union-attr]
+    assert (cpu.shares, cpu.cpus) == (7, "0")
+    assert "linux.resources.CPU: is taken as cpu" in said and "ignored: New: is not a field this runtime knows" in said

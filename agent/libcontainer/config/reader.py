@@ -27,16 +27,29 @@ class SpecError(Exception):
 
 
 class UnknownField(SpecError):
-    """A field that means nothing here: a drop-in for runc ignores it."""
+    """A field that means nothing here: a drop-in for runc ignores it, but for one that is only spelled in other cases.
 
-    def __init__(self, field: str, why: str, holder: dict[str, Any], key: str) -> None:
+    `meant` is the field that such a one stands for, "" for none.
+    """
+
+    def __init__(self, field: str, why: str, holder: dict[str, Any], key: str, meant: str = "") -> None:
         super().__init__(field, why)
         self._holder = holder
         self._key = key
+        self._meant = meant
 
-    def remove(self) -> None:
-        """Take the field out of the document that was being read."""
-        self._holder.pop(self._key, None)
+    def remove(self) -> str:
+        """Take the field out of the document that was being read; say what became of it.
+
+        Names of fields are told apart without case, and of several the last one counts, as by Go's decoder.
+        """
+        value = self._holder.pop(self._key, None)
+        if not self._meant:
+            return f"ignored: {self}"
+        before = self._holder.get(self._meant)
+        merged = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
+        self._holder[self._meant] = merged
+        return f"{self.field}: is taken as {self._meant}"
 
 
 class Reader:
@@ -51,6 +64,7 @@ class Reader:
             raise SpecError(where or "config", f"must be an object, not {type(value).__name__}")
         self._values: dict[str, Any] = value
         self._left = set(value)
+        self._read: list[str] = []
         self._where = where
 
     def name(self, key: str) -> str:
@@ -65,6 +79,7 @@ class Reader:
     def raw(self, key: str) -> Any:
         """The value as it is, None if absent."""
         self._left.discard(key)
+        self._read.append(key)
         return self._values.get(key)
 
     def text(self, key: str, default: str = "") -> str:
@@ -140,7 +155,8 @@ class Reader:
         """Raise if a key was never read: it would be ignored in silence."""
         if self._left:
             key = sorted(self._left)[0]
-            raise UnknownField(self.name(key), "is not a field this runtime knows", self._values, key)
+            meant = next((name for name in self._read if name.lower() == key.lower()), "")
+            raise UnknownField(self.name(key), "is not a field this runtime knows", self._values, key, meant)
 
     def unknown(self, key: str, why: str) -> None:
         """Raise UnknownField if `key` is there and asks for anything."""

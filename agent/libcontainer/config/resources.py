@@ -128,19 +128,22 @@ class Resources(Record):
 
 #: What tells the entries of a list apart.
 KEYS = ("major", "minor", "pageSize", "name")
+#: Limits of which zero is a value: in the document, and as records.
+ZEROS = ("cpu.idle", "cpu.burst", "pids.limit")
+ZERO_ATTRIBUTES = ("idle", "burst", "pids_limit")
 
 
-def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+def merge(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """Put the limits of one document (linux.resources) over those of another, as `Resources.updated` does."""
     merged = dict(old)
     for name, value in new.items():
         before = merged.get(name)
         if isinstance(value, dict) and isinstance(before, dict):
-            merged[name] = merge(before, value)
+            merged[name] = merge(before, value, f"{name}.")
         elif isinstance(value, list) and isinstance(before, list):
             entries = {tuple(entry.get(key) for key in KEYS): entry for entry in [*before, *value]}
             merged[name] = list(entries.values())
-        elif value not in (None, "", 0) or name == "idle":
+        elif value not in (None, "", 0) or (value == 0 and where + name in ZEROS):
             merged[name] = value
     return merged
 
@@ -162,7 +165,7 @@ def _merged(old: Any, new: Any) -> Any:
             changes[name] = _merged(before, value)
         elif isinstance(value, dict):
             changes[name] = {**before, **value}
-        elif value or (name == "idle" and value is not None):
+        elif value or (name in ZERO_ATTRIBUTES and value is not None):
             changes[name] = value
     return old.but(**changes)
 

@@ -37,6 +37,8 @@ MEMORY_MODES = {
     "MPOL_DEFAULT": 0, "MPOL_PREFERRED": 1, "MPOL_BIND": 2, "MPOL_INTERLEAVE": 3, "MPOL_LOCAL": 4,
     "MPOL_PREFERRED_MANY": 5, "MPOL_WEIGHTED_INTERLEAVE": 6,
 }  # fmt: skip
+MODES_WITHOUT_NODES = ("MPOL_DEFAULT", "MPOL_LOCAL")
+MODES_WITH_NODES = ("MPOL_BIND", "MPOL_INTERLEAVE", "MPOL_PREFERRED_MANY", "MPOL_WEIGHTED_INTERLEAVE")
 MEMORY_FLAGS = {"MPOL_F_NUMA_BALANCING": 1 << 13, "MPOL_F_RELATIVE_NODES": 1 << 14, "MPOL_F_STATIC_NODES": 1 << 15}
 CPUS_MAX = 8192
 
@@ -106,6 +108,11 @@ def memory_policy(value: object, where: str) -> MemoryPolicy:
     if mode not in MEMORY_MODES:
         raise SpecError(r.name("mode"), f"invalid memory policy mode: {mode!r} is not one of {', '.join(MEMORY_MODES)}")
     nodes = _mask(text, r.name("nodes"), "invalid memory policy nodes: ")
+    count = int.from_bytes(nodes or b"", "little").bit_count()
+    if count and mode in MODES_WITHOUT_NODES:
+        raise SpecError(r.name("nodes"), f"memory policy mode requires 0 nodes but got {count}")
+    if not count and mode in MODES_WITH_NODES:
+        raise SpecError(r.name("nodes"), "memory policy mode requires at least one node but got 0")
     return MemoryPolicy(MEMORY_MODES[mode] | flags, nodes or b"")
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import TypeVar
 
+    from caisson.agent.libcontainer.intel_rdt import IntelRdt
+
     T = TypeVar("T")
 
 __all__ = [
@@ -27,7 +29,6 @@ __all__ = [
 ]  # fmt: skip
 
 NAMESPACE_TYPES = ("pid", "network", "mount", "ipc", "uts", "user", "cgroup", "time")
-NOT_YET = "is not supported yet"
 IFNAME_MAX = 15  # bytes of a network device's name
 HOOK_SECONDS_MAX = 0x7FFF_FFFF // 1000  # poll(2) counts milliseconds
 
@@ -189,13 +190,13 @@ class Linux(Record):
     personality: int | None = None  # as for personality(2)
     memory_policy: MemoryPolicy | None = None
     net_devices: Mapping[str, str] = NOTHING  # name outside: name inside
+    mount_label: str = ""  # SELinux context of new file systems
+    intel_rdt: IntelRdt | None = None
 
     @classmethod
     def from_json(cls, value: object, where: str = "linux") -> Linux:
         """Parse `linux`.  Raises SpecError."""
         r = Reader(value, where)
-        for key in ("mountLabel", "intelRdt"):
-            r.refuse(key, NOT_YET)
         result = cls(
             namespaces=r.each("namespaces", _namespace),
             uid_mappings=r.each("uidMappings", _id_mapping),
@@ -212,8 +213,12 @@ class Linux(Record):
             personality=r.one("personality", scheduling.personality),
             memory_policy=r.one("memoryPolicy", scheduling.memory_policy),
             net_devices=r.one("netDevices", _net_devices) or {},
+            mount_label=r.text("mountLabel"),
+            intel_rdt=r.one("intelRdt", _intel_rdt),
         )
         r.done()
+        if result.mount_label and not labels.has_selinux():
+            raise SpecError(r.name("mountLabel"), "this kernel has no SELinux")
         types = [namespace.type for namespace in result.namespaces]
         if len(set(types)) != len(types):
             raise SpecError(r.name("namespaces"), "names a type twice")
@@ -277,7 +282,9 @@ class Spec(Record):
 
 
 def ignoring_unknown(read: Callable[[], T], warn: Callable[[str], object]) -> T:
-    """Read a document, taking out of it every field that means nothing here; each is reported to `warn`.
+    """Read a document, taking out of it every field that means nothing here, or is spelled in other cases.
+
+    Each is reported to `warn`.
 
     Raises SpecError for what is wrong.
     """
@@ -285,8 +292,7 @@ def ignoring_unknown(read: Callable[[], T], warn: Callable[[str], object]) -> T:
         try:
             return read()
         except UnknownField as field:
-            field.remove()
-            warn(f"ignored: {field}")
+            warn(field.remove())
 
 
 def _root(value: object, where: str) -> Root:
@@ -413,6 +419,12 @@ def _net_device(value: object, where: str) -> str:
     name = r.text("name")
     r.done()
     return name
+
+
+def _intel_rdt(value: object, where: str) -> IntelRdt:
+    from caisson.agent.libcontainer import intel_rdt  # late: next to nobody has it
+
+    return intel_rdt.from_json(value, where)
 
 
 def _hooks(value: object, where: str) -> Hooks:

@@ -68,6 +68,9 @@ WITHOUT_EFFECT = ("", "defaults", "acl", "noacl", "iversion", "noiversion", "lou
 DATA_MAX = 255  # bytes of a value that fsconfig(2) takes
 
 CGROUP_TYPES = ("cgroup", "cgroup2")
+CGROUPS = "/sys/fs/cgroup"
+#: File systems whose files are labelled by the policy, whoever mounts them.
+WITHOUT_LABEL = ("proc", "sysfs", *CGROUP_TYPES)
 DEFAULT_DEVICES = tuple(
     Device(path=f"/dev/{name}", type="c", major=major, minor=minor, file_mode=0o666)
     for name, major, minor in (
@@ -195,16 +198,33 @@ class PlannedMount(Record):
 class FileSystem:
     """A container's mounts, devices and links, as steps of its plan.  All raise SpecError."""
 
-    def __init__(self, spec: Spec, bundle: str, cgroups: Mapping[str, str], types: Iterable[str]) -> None:
-        """`cgroups` are the container's directories by controllers, `types` the namespaces that it gets."""
+    def __init__(
+        self,
+        spec: Spec,
+        bundle: str,
+        cgroups: Mapping[str, str],
+        types: Iterable[str],
+        rootfs: str = "/",
+        *,
+        on_host: bool = False,
+    ) -> None:
+        """`cgroups` are the container's directories by controllers, `types` the namespaces that it gets.
+
+        A destination that begins with `rootfs` is taken to be below it, as by runc.
+        """
         self._spec = spec
         self._bundle = bundle
         self._types = frozenset(types)
         self._links: list[tuple[str, str]] = []
         self.mounts: list[PlannedMount] = []
         for index, mount in enumerate(spec.mounts):
-            planned = self._id_mapped(plan_mount(mount, f"mounts[{index}]"))
-            if planned.type in CGROUP_TYPES and not planned.options.bind:
+            planned = self._labelled(self._id_mapped(plan_mount(mount, f"mounts[{index}]")))
+            if rootfs != "/" and planned.target.startswith(f"{rootfs}/"):
+                planned = planned.but(target=planned.target.removeprefix(rootfs))
+            is_cgroup = planned.type in CGROUP_TYPES and not planned.options.bind
+            if is_cgroup and on_host and not cgroups and "cgroup" not in self._types:
+                self.mounts.append(_bound_with_all(planned, CGROUPS))
+            elif is_cgroup:
                 some, links = expand_cgroups(planned, cgroups, namespace="cgroup" in self._types)
                 self.mounts += some
                 self._links += links
@@ -219,6 +239,13 @@ class FileSystem:
             raise SpecError(f"{mount.where}.options", "idmap needs uidMappings and gidMappings, or a user namespace")
         linux = self._spec.linux
         return mount.but(uid_map=wire.map_lines(linux.uid_mappings), gid_map=wire.map_lines(linux.gid_mappings))
+
+    def _labelled(self, mount: PlannedMount) -> PlannedMount:
+        """The mount with the container's SELinux context, where it is a new file system that can have one."""
+        label, options = self._spec.linux.mount_label, mount.options
+        if not label or options.bind or options.remount or mount.type in WITHOUT_LABEL:
+            return mount
+        return mount.but(options=options.but(data=(*options.data, f"context={label}")))
 
     def steps(self, procfs: str | None) -> Iterable[bytes]:
         """Make mounts, device nodes and links, those of /dev among them, in this order.
@@ -367,6 +394,14 @@ def expand_cgroups(
 
 def _bound(mount: PlannedMount, target: str, path: str) -> PlannedMount:
     return mount.but(target=target, type="bind", source=path, options=mount.options.but(bind=True))
+
+
+def _bound_with_all(mount: PlannedMount, path: str) -> PlannedMount:
+    """Bind a directory with all mounts in it, each with the attributes of the one."""
+    options = mount.options
+    return _bound(mount, mount.target, path).but(
+        options=options.but(bind=True, recursive=True, recursive_set=options.set)
+    )
 
 
 def root_propagation(name: str) -> Iterable[bytes]:

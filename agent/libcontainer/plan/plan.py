@@ -85,6 +85,7 @@ def init_messages(
     setgroups: bool = True,
     pivot: bool = True,
     keyring: bool = True,
+    on_host: bool = False,
 ) -> bytes:
     """The messages for a container's first process.
 
@@ -94,15 +95,19 @@ def init_messages(
     the beginning of the state that hooks get (hooks.py), `filter` flags and program of the system call filter
     (seccomp_bpf.py); `net_requests` are requests of rtnetlink about interfaces, made inside;
     `map_programs`, `setgroups` and `keyring` are as for wire.bootstrap; without `pivot` the root is moved over the old
-    one.  Raises SpecError or EncodingError.
+    one; `on_host` allows a container in the runtime's own mount
+    namespace, and shows the host's cgroups to one that has none.  Raises SpecError or EncodingError.
     """
     process = spec.process
     if process is None:
         raise SpecError("process", "is missing: there is nothing to run")
     joined = joined_paths(spec.linux, join)
     types = {namespace.type for namespace in spec.linux.namespaces} | set(joined)
-    if "mount" not in types or "mount" in joined:
+    if "mount" in joined or ("mount" not in types and not on_host):
         raise SpecError("linux.namespaces", "a container needs a new mount namespace")
+    own_mounts = "mount" in types
+    if not own_mounts and (spec.linux.masked_paths or spec.linux.readonly_paths):
+        raise SpecError("linux.namespaces", "unable to restrict sys entries without a private MNT namespace")
     if "pid" in joined and spec.hooks.create_container:
         # They would be born into it, with the runtime's root, for whoever may trace processes there to use.
         raise SpecError("hooks.createContainer", "cannot run in a pid namespace with others in it")
@@ -112,14 +117,14 @@ def init_messages(
         raise SpecError("linux.netDevices", "unable to move network devices without a NET namespace")
     if spec.linux.time_offsets and ("time" not in types or "time" in joined):
         raise SpecError("linux.timeOffsets", "need a new time namespace")
-    files = FileSystem(spec, bundle, cgroups, types)
+    files = FileSystem(spec, bundle, cgroups, types, rootfs, on_host=on_host)
     steps = [
         wire.number(PLAN_VERSION, VERSION),
-        wire.number(PROPAGATION, syscalls.MS_SLAVE | syscalls.MS_REC),
+        *([wire.number(PROPAGATION, syscalls.MS_SLAVE | syscalls.MS_REC)] if own_mounts else []),
         wire.text(ROOTFS, rootfs, "root.path"),
         *files.steps(procfs if "pid" in joined else ""),
         *_early_hooks(spec.hooks, hook_state, net_requests),
-        wire.number(PIVOT, wire.PIVOT_ROOT if pivot else wire.PIVOT_MOVE),
+        wire.number(PIVOT, _way_to_root(own_mounts, pivot)),
         *root_propagation(spec.linux.rootfs_propagation),
         *_console(process, bind=True),
         *files.readonly_steps(),
@@ -147,6 +152,12 @@ def init_messages(
         keyring=keyring,
     )
     return head + wire.message(wire.MESSAGE_PLAN, b"".join(steps), "the plan") + _strings(process)
+
+
+def _way_to_root(own_mounts: bool, pivot: bool) -> int:
+    if not own_mounts:
+        return wire.PIVOT_CHROOT
+    return wire.PIVOT_ROOT if pivot else wire.PIVOT_MOVE
 
 
 def pause_messages(rootfs: str, join: Mapping[str, str]) -> bytes:

@@ -26,7 +26,7 @@ NAME_CHARACTERS = frozenset(f"{LETTERS}0123456789.-")
 
 def needs_files(process: Process) -> bool:
     """Whether `look_up` reads files of the container: for a name, or for a HOME that is not there."""
-    return bool(process.user.username) or not _has_home(process)
+    return bool(process.user.username) or not has_home(process)
 
 
 def look_up(process: Process, root: str) -> Process:
@@ -36,8 +36,10 @@ def look_up(process: Process, root: str) -> Process:
     return with_home(process, root)
 
 
-def _has_home(process: Process) -> bool:
-    return any(variable.startswith("HOME=") and variable != "HOME=" for variable in process.env)
+def has_home(process: Process) -> bool:
+    """Whether its environment has a HOME that is not empty."""
+    homes = [variable for variable in process.env if variable.startswith("HOME=")]
+    return bool(homes) and homes[-1] != "HOME="  # the last one counts
 
 
 def resolve(process: Process, root: str) -> Process:
@@ -76,9 +78,9 @@ def resolve(process: Process, root: str) -> Process:
 
 def with_home(process: Process, root: str) -> Process:
     """The process with a HOME: if it has none, or an empty one, that of its uid in the root's /etc/passwd, else "/"."""
-    if _has_home(process):
+    if has_home(process):
         return process
-    env = tuple(variable for variable in process.env if variable != "HOME=")
+    env = tuple(variable for variable in process.env if not variable.startswith("HOME="))
     try:
         root_fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:

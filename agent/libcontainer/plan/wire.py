@@ -61,7 +61,7 @@ VERSION = 1
     MOUNT_IDMAP_RECURSIVE, MOUNT_REMOUNT, MOUNT_IN_CHILD,
 ) = (1 << bit for bit in range(9))  # fmt: skip
 
-PIVOT_ROOT, PIVOT_MOVE = 0, 1  # pivot_root(2); MS_MOVE and chroot(2)
+PIVOT_ROOT, PIVOT_MOVE, PIVOT_CHROOT = 0, 1, 2  # pivot_root(2); MS_MOVE and chroot(2); chroot(2) alone
 
 
 class EncodingError(Exception):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from caisson.agent.libcontainer.config.seccomp import Seccomp
     from caisson.agent.libcontainer.config.spec import Hooks, Process, Spec
+    from caisson.agent.libcontainer.intel_rdt import ResctrlGroup
     from caisson.agent.libcontainer.process.children import Child, Children
     from caisson.agent.libcontainer.process.hooks import HookRunner, RuntimeHooks
     from caisson.agent.libcontainer.process.listener import Listener
@@ -61,7 +62,7 @@ class Launch(Record):
     `stdio` is None iff it has a terminal.  `cgroup_fds` are entries of its cgroup by nsexec's names for them.
     `preserved` is how many descriptors from 3 on it keeps.  `announced` is called with its pid while it is set up.
     An init is put into its root by pivot_root(2), or for `pivot` False by chroot(2), and has a session keyring of its
-    own, or for `keyring` False the caller's.
+    own, or for `keyring` False the caller's.  `on_host`: as for plan.init_messages.
     """
 
     container_id: str
@@ -71,6 +72,7 @@ class Launch(Record):
     announced: Callable[[int], object] | None = None
     pivot: bool = True
     keyring: bool = True
+    on_host: bool = False
 
 
 class ProcessLauncher:
@@ -148,6 +150,7 @@ class ProcessLauncher:
                 setgroups=setgroups,
                 pivot=launch.pivot,
                 keyring=launch.keyring,
+                on_host=launch.on_host,
             )
         )
         if filter:
@@ -159,11 +162,14 @@ class ProcessLauncher:
         # Where others may look at it while it waits, it is not given anything that is the runtime's.
         in_company = "pid" in plan.joined_paths(spec.linux, join)
         name, gate_fd = gate.make(start_gate, in_company=in_company)
+        group = _rdt_group(spec, launch.container_id)
         try:
+            if group is not None:
+                group.make()
             started = await self._launch(
                 messages,
                 "standard",
-                launch,
+                _also_in(launch, group),
                 {name: gate_fd},
                 terminal=terminal,
                 until_exec=False,
@@ -173,6 +179,8 @@ class ProcessLauncher:
             )
         except BaseException:
             gate.remove(start_gate)
+            if group is not None:
+                group.remove()
             raise
         finally:
             os.close(gate_fd)
@@ -203,7 +211,7 @@ class ProcessLauncher:
         started = await self._launch(
             messages,
             "setns",
-            launch,
+            _also_in(launch, _rdt_group(spec, launch.container_id)),
             {"_CAISSON_PIDFD": pidfd},
             terminal=process.terminal,
             until_exec=True,
@@ -423,6 +431,29 @@ def _launched(started: InitProcess) -> Launched:
     launched = Launched(started.child, console, pidfd, tuple(started.stages))
     started.close()
     return launched
+
+
+def _rdt_group(spec: Spec, container_id: str) -> ResctrlGroup | None:
+    """The container's group of resctrl, if it has one.  Raises LaunchError."""
+    if spec.linux.intel_rdt is None:
+        return None
+    from caisson.agent.libcontainer.intel_rdt import ResctrlGroup  # late: next to nobody has one
+
+    return ResctrlGroup(spec.linux.intel_rdt, container_id)
+
+
+def _also_in(launch: Launch, group: ResctrlGroup | None) -> Launch:
+    """The launch, whose process joins a group of resctrl before it runs."""
+    if group is None:
+        return launch
+    also = launch.announced
+
+    def announced(pid: int) -> None:
+        group.add(pid)
+        if also is not None:
+            also(pid)
+
+    return launch.but(announced=announced)
 
 
 def _net_devices(spec: Spec) -> tuple[NetDevice, ...]:

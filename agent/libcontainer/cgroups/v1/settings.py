@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from caisson.agent.libcontainer.cgroups.base import WHERE, Setting
-from caisson.agent.libcontainer.cgroups.v2.settings import THROTTLES, memory_and_swap, rdma
+from caisson.agent.libcontainer.cgroups.v2.settings import THROTTLES, memory_and_swap, pids_max, rdma
 from caisson.agent.libcontainer.config.reader import SpecError
 
 TYPE_CHECKING = False
@@ -25,9 +25,8 @@ def settings(resources: Resources, now: Callable[[str], str | None] = lambda fil
         raise SpecError(f"{WHERE}.unified", "is for cgroup v2, and this machine has v1")
     yield from _memory(resources.memory, f"{WHERE}.memory", now)
     yield from _cpu(resources.cpu, f"{WHERE}.cpu", now)
-    if resources.pids_limit:
-        limit = "max" if resources.pids_limit < 0 else str(resources.pids_limit)
-        yield Setting(f"{WHERE}.pids.limit", "pids.max", limit)
+    if resources.pids_limit is not None:
+        yield Setting(f"{WHERE}.pids.limit", "pids.max", pids_max(resources.pids_limit))
     yield from _block_io(resources.block_io, f"{WHERE}.blockIO")
     for size, bytes_ in resources.huge_pages.items():
         field = f"{WHERE}.hugepageLimits"
@@ -91,11 +90,11 @@ def _bandwidth(cpu: CpuLimits, where: str, now: Callable[[str], str | None]) -> 
         setting = Setting(f"{where}.quota", "cpu.cfs_quota_us", str(max(cpu.quota, -1)))
         old_quota, old_period = (int(now(f"cpu.cfs_{name}_us") or -1) for name in ("quota", "period"))
         new_quota, new_period = max(cpu.quota, -1), cpu.period or old_period
-        # One of the two comes first; in between it must not be more than what the cgroup above has.
-        quota_first = old_quota < 0 or (new_quota > 0 and new_quota * new_period < old_quota * old_period)
+        # One of the two comes first; in between it must not be more than what the cgroup above has: the lesser share.
+        quota_first = old_quota > 0 and new_quota > 0 and new_quota * new_period < old_quota * old_period
         found.insert(0 if quota_first else len(found), setting)
-    if cpu.burst:
-        setting = Setting(f"{where}.burst", "cpu.cfs_burst_us", str(cpu.burst))
+    if cpu.burst is not None:
+        setting = Setting(f"{where}.burst", "cpu.cfs_burst_us", str(cpu.burst), optional=not cpu.burst)
         found.insert(0 if cpu.burst < int(now("cpu.cfs_burst_us") or 0) else len(found), setting)
     yield from found
 

@@ -45,9 +45,8 @@ def settings(resources: Resources, now: Callable[[str], str | None] = lambda fil
             raise SpecError(f"{WHERE}.{field}", why)
     yield from _memory(resources.memory, f"{WHERE}.memory")
     yield from _cpu(resources.cpu, f"{WHERE}.cpu", now)
-    if resources.pids_limit:
-        limit = "max" if resources.pids_limit < 0 else str(resources.pids_limit)
-        yield Setting(f"{WHERE}.pids.limit", "pids.max", limit)
+    if resources.pids_limit is not None:
+        yield Setting(f"{WHERE}.pids.limit", "pids.max", pids_max(resources.pids_limit))
     yield from _block_io(resources.block_io, f"{WHERE}.blockIO")
     for size, bytes_ in resources.huge_pages.items():
         field = f"{WHERE}.hugepageLimits"
@@ -93,8 +92,8 @@ def _cpu(cpu: CpuLimits, where: str, now: Callable[[str], str | None]) -> Iterat
         quota = str(cpu.quota) if cpu.quota and cpu.quota > 0 else "max"
         field = "quota" if cpu.quota else "period"
         bandwidth.append(Setting(f"{where}.{field}", "cpu.max", f"{quota} {cpu.period or DEFAULT_PERIOD}"))
-    if cpu.burst:
-        burst = Setting(f"{where}.burst", "cpu.max.burst", str(cpu.burst))
+    if cpu.burst is not None:
+        burst = Setting(f"{where}.burst", "cpu.max.burst", str(cpu.burst), optional=not cpu.burst)
         # It may never be above the quota: it goes down before, and up after.
         bandwidth.insert(0 if cpu.burst < int(now("cpu.max.burst") or 0) else len(bandwidth), burst)
     yield from bandwidth
@@ -124,6 +123,11 @@ def rdma(resources: Resources) -> Iterator[Setting]:
         words = [f"{key}={number}" for key, number in numbers.items() if number is not None]
         if words:
             yield Setting(f"{WHERE}.rdma.{name}", "rdma.max", " ".join([name, *words]))
+
+
+def pids_max(limit: int) -> str:
+    """A limit of processes; there is always one, so that 0 is 1, as with runc."""
+    return "max" if limit < 0 else str(limit or 1)
 
 
 def _or_max(number: int) -> str:

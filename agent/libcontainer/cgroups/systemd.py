@@ -1,0 +1,220 @@
+"""cgroups that systemd makes: a transient scope for each container, on a host with cgroup v2.
+
+systemd owns the tree then, and takes a scope away once nothing is in it; it is asked over D-Bus by its own programs,
+systemd-run(1) and systemctl(1).  Limits are written to the files of the cgroup, as without systemd, and are properties
+of the unit as well: else `systemctl daemon-reload` would set them back.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+from caisson.agent.libcontainer.cgroups.base import Cgroup, CgroupError, Hierarchy, JoinFds
+from caisson.agent.libcontainer.cgroups.v2.cgroup import CgroupOfV2
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from types import TracebackType
+
+    from caisson.agent.libcontainer.cgroups.base import Setting
+    from caisson.agent.libcontainer.config.resources import Resources
+
+RUNNING = "/run/systemd/system"  # sd_booted(3)
+SLICES, USER_SLICES = "system.slice", "user.slice"
+PREFIX = "runc"
+UNIT_MAX = 255
+UNIT_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:-_.\\@")
+TIMEOUT = 60  # seconds that systemd may take for a job
+HOLDER = ("cat",)  # keeps a scope until the first process is in it
+#: Properties of a unit (systemd.resource-control(5)) by the file that they are written to.
+PROPERTIES = {
+    "memory.max": "MemoryMax", "memory.low": "MemoryLow", "memory.min": "MemoryMin", "memory.high": "MemoryHigh",
+    "memory.swap.max": "MemorySwapMax", "cpu.weight": "CPUWeight", "pids.max": "TasksMax", "io.weight": "IOWeight",
+    "cpuset.cpus": "AllowedCPUs", "cpuset.mems": "AllowedMemoryNodes",
+}  # fmt: skip
+
+
+class Scope:
+    """A unit: `slice` is where in the tree it is, `name` what it is called."""
+
+    def __init__(self, text: str) -> None:
+        """Read linux.cgroupsPath, which is "slice:prefix:name".  Raises CgroupError."""
+        parts = text.split(":")
+        if len(parts) != 3 or not parts[2]:
+            raise CgroupError(
+                f'expected cgroupsPath to be of format "slice:prefix:name" for systemd cgroups, got "{text}"'
+            )
+        parent, prefix, name = parts
+        self.slice = parent or (SLICES if os.geteuid() == 0 else USER_SLICES)
+        self.name = f"{prefix}-{name}.scope" if prefix else f"{name}.scope"
+        for unit in (self.slice, self.name):
+            if not UNIT_CHARACTERS.issuperset(unit) or len(unit) > UNIT_MAX or unit.startswith("."):
+                raise CgroupError(f"systemd: {unit!r} is not a valid name of a unit")
+        if not self.slice.endswith(".slice"):
+            raise CgroupError(f"systemd: {self.slice!r} is not a slice; its name ends in .slice")
+
+    @property
+    def path(self) -> str:
+        """Its cgroup, as the slices above it say: "a-b.slice" is in "a.slice"."""
+        steps = [step for step in self.slice.removesuffix(".slice").split("-") if step]
+        slices = ["-".join(steps[: number + 1]) + ".slice" for number in range(len(steps))]
+        return "/".join(["", *_of_user(), *slices, self.name])
+
+
+def _of_user() -> list[str]:
+    """The cgroups around those of a service manager: none for the system's."""
+    uid = os.geteuid()
+    return [] if uid == 0 else ["user.slice", f"user-{uid}.slice", f"user@{uid}.service"]
+
+
+class Systemd(Hierarchy):
+    """cgroup v2 as systemd shares it out."""
+
+    def __init__(self, below: Hierarchy) -> None:
+        self._below = below
+
+    def place(self, path: str, *, below_own: bool = False) -> dict[str, str]:
+        """The directory of a scope."""
+        root = self._below.place("x")[""].removesuffix("/x")
+        return {"": root + Scope(path).path}
+
+    def create(self, path: str, *, below_own: bool = False) -> ScopeCgroup:
+        """Start a scope, which lasts until a process has joined it and all in it have ended.  Raises CgroupError."""
+        scope = Scope(path)
+        directory = self.place(path)[""]
+        if os.path.exists(directory):  # noqa: PTH110 - no pathlib at start
+            raise CgroupError(f"systemd: unit {scope.name} exists; delete what it belongs to first")
+        holder = _start(scope)
+        cgroup = ScopeCgroup(directory, holder)
+        if cgroup.fd < 0:
+            cgroup.release()
+            raise CgroupError(f"systemd: unit {scope.name} is not at {directory}")
+        return cgroup
+
+    def open(self, paths: Mapping[str, str]) -> ScopeCgroup:
+        """Open the cgroup of a scope, which may be gone."""
+        return ScopeCgroup(paths[""])
+
+
+def _start(scope: Scope) -> subprocess.Popen[bytes]:
+    """Start the unit around a process that ends when its input does.  Raises CgroupError."""
+    command = [
+        "systemd-run", *_manager(), "--scope", "--quiet", "--collect", f"--unit={scope.name}", f"--slice={scope.slice}",
+        "--description=container", "--property=Delegate=yes", "--property=DefaultDependencies=no",
+        *(f"--property={kind}Accounting=yes" for kind in ("Memory", "CPU", "IO", "Tasks")), "--", *HOLDER,
+    ]  # fmt: skip
+    try:
+        holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    except OSError as error:
+        raise CgroupError(f"systemd: systemd-run: {(error.strerror or '').lower()}") from None
+    assert holder.stdin is not None and holder.stdout is not None and holder.stderr is not None
+    try:
+        holder.stdin.write(b"\n")
+        holder.stdin.flush()
+        if holder.stdout.read(1):
+            return holder
+    except OSError:  # it has ended, and says why
+        pass
+    said = holder.stderr.read(4096).decode("utf-8", "replace").strip()
+    holder.stdin.close()
+    holder.wait(TIMEOUT)
+    raise CgroupError(f"systemd: unit {scope.name}: {said or 'could not be started'}")
+
+
+def _manager() -> list[str]:
+    return [] if os.geteuid() == 0 else ["--user"]
+
+
+def _systemctl(*words: str) -> str:
+    """Ask systemd; what went wrong, "" for nothing."""
+    command = ["systemctl", *_manager(), *words]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return done.stderr.strip() or f"status {done.returncode}" if done.returncode else ""
+
+
+class ScopeCgroup(CgroupOfV2):
+    """The cgroup of a scope."""
+
+    def __init__(self, path: str, holder: subprocess.Popen[bytes] | None = None) -> None:
+        super().__init__(path, set())
+        self._unit = os.path.basename(path)  # noqa: PTH119 - no pathlib at start
+        self._holder = holder
+
+    def join_fds(self) -> JoinFds:
+        """As of every cgroup; at its end the scope lasts for as long as what has joined it."""
+        return ScopeJoinFds(self)
+
+    def release(self) -> None:
+        """End the process that has held the scope."""
+        holder, self._holder = self._holder, None
+        if holder is None:
+            return
+        for stream in (holder.stdin, holder.stdout, holder.stderr):
+            if stream is not None:
+                stream.close()
+        holder.wait(TIMEOUT)
+
+    def apply(self, resources: Resources, *, devices: bool = True) -> None:
+        super().apply(resources, devices=devices)
+        self._note(resources)
+
+    async def update(self, resources: Resources) -> None:
+        await super().update(resources)
+        self._note(resources)
+
+    def _note(self, resources: Resources) -> None:
+        """Have systemd know the limits.  Raises CgroupError."""
+        words = list(properties(self.settings(resources)))
+        if not words:
+            return
+        problem = _systemctl("set-property", "--runtime", self._unit, *words)
+        if problem:
+            raise CgroupError(f"systemd: unit {self._unit}: {problem}")
+
+    async def delete(self) -> None:
+        self.release()
+        _systemctl("stop", self._unit)  # most often it has gone with its last process
+        _systemctl("reset-failed", self._unit)
+        await super().delete()
+
+
+class ScopeJoinFds(JoinFds):
+    """Descriptors of a scope's cgroup; when they are closed it is nobody's but the container's."""
+
+    def __init__(self, cgroup: ScopeCgroup) -> None:
+        super().__init__(cgroup.path, cgroup.fd, [])
+        self._cgroup = cgroup
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        super().__exit__(kind, error, at)
+        self._cgroup.release()
+
+
+def properties(settings: Iterable[Setting]) -> list[str]:
+    """Limits as properties of a unit; what systemd has no property for is left out."""
+    found = {}
+    for setting in settings:
+        name, value = PROPERTIES.get(setting.file), setting.value
+        if setting.file == "cpu.max":
+            quota, _, period = value.partition(" ")
+            period = period or "100000"
+            found["CPUQuota"] = "" if quota == "max" else f"{int(quota) * 100 / int(period):.2f}%"
+            found["CPUQuotaPeriodSec"] = f"{period}us"
+        elif setting.file == "cpu.idle" and value == "1":
+            found["CPUWeight"] = "idle"
+        elif name is not None:
+            found[name] = "infinity" if value == "max" else value.removeprefix("default ")
+    return [f"{name}={value}" for name, value in found.items()]
+
+
+def is_running() -> bool:
+    """Whether systemd is the service manager of this machine (sd_booted(3))."""
+    return os.path.isdir(RUNNING)  # noqa: PTH112 - no pathlib at start
+
+
+__all__ = ["Cgroup", "Scope", "ScopeCgroup", "Systemd", "is_running", "properties"]

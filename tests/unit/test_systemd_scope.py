@@ -1,0 +1,53 @@
+"""Scopes of systemd: where their cgroups are, and limits as properties of a unit."""
+
+from __future__ import annotations
+
+import pytest
+
+from caisson.agent.libcontainer.cgroups.base import CgroupError, Setting
+from caisson.agent.libcontainer.cgroups.systemd import Scope, properties
+
+
+@pytest.fixture(autouse=True)
+def as_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("system.slice:docker:4f", "/system.slice/docker-4f.scope"),
+        ("machine-a-b.slice:libpod:4f", "/machine.slice/machine-a.slice/machine-a-b.slice/libpod-4f.scope"),
+        (":runc:box", "/system.slice/runc-box.scope"),
+        ("-.slice::box", "/box.scope"),
+    ],
+)
+def test_a_scope_is_where_its_slices_say(text: str, path: str) -> None:
+    assert Scope(text).path == path
+
+
+def test_a_scope_of_an_ordinary_user_is_below_the_users_manager(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    assert Scope(":runc:box").path == "/user.slice/user-1000.slice/user@1000.service/user.slice/runc-box.scope"
+
+
+@pytest.mark.parametrize(
+    "text", ["/a/b", "a:b", "a.slice:b:", "a:b:c", "../x.slice:b:c", "a.slice:b:c/d", "a.slice:b:c d"]
+)
+def test_scope_rejects_what_is_not_slice_prefix_name(text: str) -> None:
+    with pytest.raises(CgroupError, match="systemd"):
+        Scope(text)
+
+
+def test_limits_are_properties_of_the_unit() -> None:
+    files = {
+        "memory.max": "1048576", "memory.swap.max": "max", "cpu.weight": "39", "cpu.max": "25000 50000",
+        "pids.max": "7", "cpuset.cpus": "0-1", "io.weight": "default 50", "hugetlb.2MB.max": "0",
+    }  # fmt: skip
+    assert properties(Setting("linux", file, value) for file, value in files.items()) == [
+        "MemoryMax=1048576", "MemorySwapMax=infinity", "CPUWeight=39", "CPUQuota=50.00%", "CPUQuotaPeriodSec=50000us",
+        "TasksMax=7", "AllowedCPUs=0-1", "IOWeight=50",
+    ]  # fmt: skip
+    assert properties([Setting("linux", "cpu.max", "max 100000"), Setting("linux", "cpu.idle", "1")]) == [
+        "CPUQuota=", "CPUQuotaPeriodSec=100000us", "CPUWeight=idle",
+    ]  # fmt: skip
