@@ -65,7 +65,7 @@ def _delete(arguments: Arguments, make_machines: MakeMachines) -> None:
     from caisson.agent.shim.bundle import TaskBundle
     from caisson.agent.shim.delete import delete
 
-    sys.stdout.buffer.write(delete(TaskBundle(arguments.bundle or ".", arguments.id), make_machines(None)))
+    sys.stdout.buffer.write(delete(TaskBundle(arguments.bundle or ".", arguments.id), lambda: make_machines(None)))
 
 
 def _print_info() -> None:

@@ -165,7 +165,7 @@ def answer_on_tap(namespace: str, number: int, address: str, link: Link) -> None
     for priority, (protocol, match) in enumerate(matches.items(), 1):
         run(
             namespace, "tc", "filter", "add", "dev", name, "parent", "ffff:", "protocol", protocol,
-            "prio", str(priority), "u32", *match, "action", "pass",
+            "prio", str(priority), "u32", *match, "flowid", ":1",  # without an action: it stays here
         )  # fmt: skip
     for guest, _ in link.addresses:
         if ":" not in guest:

@@ -14,6 +14,9 @@ from typing import Any
 from caisson.agent.base.record import NOTHING, Record
 from caisson.agent.shim.launch import group_of
 
+#: Exit status of a process whose VM has ended: as of one that was killed.
+KILLED = 137
+
 #: The shim's own file in a bundle.
 RECORD = "caisson.json"
 

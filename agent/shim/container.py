@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class Container:
         self._pod = pod
         self._document = document
         self._lock = asyncio.Lock()
-        self._dockers: Path | None = None  # a resolv.conf of the host with docker's name server
+        self._resolv_conf: Path | None = None  # the host's, of which the container has a copy
 
     @classmethod
     async def create(
@@ -68,7 +69,7 @@ class Container:
         await asyncio.to_thread(
             mounts.mount_rootfs, request.rootfs, self.bundle.path / "rootfs", place / "rootfs", root
         )
-        await asyncio.to_thread(mounts.bind_volumes, self._without_dockers_dns(wanted.volumes), place)
+        await asyncio.to_thread(mounts.bind_volumes, self._with_own_resolv_conf(wanted.volumes), place)
         await self.init.open()
         create = agent_pb2.CreateContainerRequest(
             container_id=self.id, exec_id=self.id, sandbox_pidns=shares_pid_namespace(self._document)
@@ -77,13 +78,16 @@ class Container:
         await pod.rpc.CreateContainer(create, timeout=CALL_TIMEOUT)
         await self._run_hooks("prestart", "createRuntime")
 
-    def _without_dockers_dns(self, volumes: Iterable[Volume]) -> list[Volume]:
-        """Put a resolv.conf of the guest's in the place of one that names docker's server: it is written at start."""
+    def _with_own_resolv_conf(self, volumes: Iterable[Volume]) -> list[Volume]:
+        """Put a copy in the place of the host's resolv.conf: docker writes its name server in as late as before start.
+
+        A pod's file is the kubelet's, and final.
+        """
         chosen = []
         for volume in volumes:
-            if volume.destination == RESOLV_CONF and dns.wanted(Path(volume.source)):
-                self._dockers = Path(volume.source)
-                (self.bundle.path / "resolv.conf").write_text(dns.rewritten(self._dockers))
+            if volume.destination == RESOLV_CONF and not self._pod.is_of_cri:
+                self._resolv_conf = Path(volume.source)
+                shutil.copyfile(volume.source, self.bundle.path / "resolv.conf")
                 volume = volume.but(source=str(self.bundle.path / "resolv.conf"))
             chosen.append(volume)
         return chosen
@@ -91,9 +95,9 @@ class Container:
     async def _connect(self) -> None:
         """Connect the pod's network, and the name server that docker has put there by now."""
         await self._pod.connect_network()
-        if self._dockers is not None:
+        if self._resolv_conf is not None and dns.is_dockers(self._resolv_conf):
             await self._pod.forward_dns()
-            (self.bundle.path / "resolv.conf").write_text(dns.rewritten(self._dockers))
+            (self.bundle.path / "resolv.conf").write_text(dns.rewritten(self._resolv_conf))
 
     async def _run_hooks(self, *names: str) -> None:
         state = {

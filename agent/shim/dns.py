@@ -28,7 +28,7 @@ HEADER, MAX_MESSAGE = 12, 1 << 16
 CONNECT_TIMEOUT = 5.0
 
 
-def wanted(resolv_conf: Path) -> bool:
+def is_dockers(resolv_conf: Path) -> bool:
     """Return whether a container's resolv.conf names docker's server."""
     try:
         return DOCKERS in resolv_conf.read_text(errors="replace").split()

@@ -14,7 +14,10 @@ from typing import Protocol
 
 from caisson.agent.base import syscalls
 from caisson.agent.base.mountinfo import mount_points
-from caisson.agent.shim.spec import Volume
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from caisson.agent.shim.spec import Volume
 
 #: Seconds for mount(8).
 MOUNT_TIMEOUT = 30.0

@@ -57,7 +57,7 @@ class Pod:
         self._dns: dns.DnsForwarder | None = None
         self.sysctls: dict[str, str] = {}  # of a sandbox without a first container: each container sets them
         self.lost = asyncio.Event()  # the VM has ended
-        self._is_of_cri = False
+        self.is_of_cri = False
         self._log = log
 
     @property
@@ -76,7 +76,7 @@ class Pod:
 
         Raises MachineError, MountError, NetworkError, CgroupError or RpcError; nothing is left then.
         """
-        self._is_of_cri = CONTAINER_TYPE in (document.get("annotations") or {})
+        self.is_of_cri = CONTAINER_TYPE in (document.get("annotations") or {})
         try:
             self._cgroups = cgroup.planned(document)
             self._holder = await asyncio.to_thread(network.Holder, network_namespace(document))
@@ -129,7 +129,7 @@ class Pod:
             assert self._machine is not None
             self._network = GuestNetwork(self._holder.namespace, self._machine, self.rpc)
             await self._network.connect()
-            if self._is_of_cri:
+            if self.is_of_cri:
                 await self._forward_ports(self._network.links)
 
     async def forward_dns(self) -> None:

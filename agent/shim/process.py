@@ -8,6 +8,7 @@ from typing import Any
 
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.client import ConnectionClosed, RpcError
+from caisson.agent.shim.bundle import KILLED
 from caisson.agent.shim.errors import ShimError, finished
 from caisson.agent.shim.stdio import BLOCK, TaskStreams, copy_output
 from caisson.proto.containerd import tasks_pb2
@@ -16,9 +17,6 @@ from caisson.proto.kata3 import agent_pb2
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-#: Exit status of a process whose VM has ended: as of one that was killed.
-KILLED = 137
 
 #: Seconds that Delete waits for output to be copied, and that the agent may take to take input.
 DRAIN_TIMEOUT = 10.0

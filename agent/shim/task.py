@@ -17,13 +17,13 @@ from caisson.agent.pods.guest import CALL_TIMEOUT
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.client import RpcError
 from caisson.agent.shim import stats
-from caisson.agent.shim.bundle import TaskBundle
+from caisson.agent.shim.bundle import KILLED, TaskBundle
 from caisson.agent.shim.container import Container
 from caisson.agent.shim.errors import ShimError, not_found
 from caisson.agent.shim.events import Publisher, stamp, task_exit
 from caisson.agent.shim.pod import Pod
-from caisson.agent.shim.process import KILLED, STOPPED, Process
-from caisson.agent.shim.spec import fill
+from caisson.agent.shim.process import STOPPED, Process
+from caisson.agent.shim.spec import fill, guest_spec
 from caisson.proto.containerd import events_pb2, task_v2_pb2, tasks_pb2
 from caisson.proto.kata3 import agent_pb2
 
@@ -95,6 +95,7 @@ class TaskService:
             raise ShimError(StatusCode.ALREADY_EXISTS, f"container {request.id}: exists already")
         bundle = TaskBundle(request.bundle, request.id)
         document = bundle.config()
+        guest_spec(document, request.id)  # what no guest has is refused before a VM is started
         async with self._creating:
             pod, owner = self._pod, self._pod is None
             if pod is None:

@@ -29,6 +29,7 @@ PARTS = {
     "boot": ([], ["--rounds", "2"]),
     "clones": ([], ["--rounds", "3"]),
     "pods": ([], ["--rounds", "2"]),
+    "shim": ([], ["--rounds", "2"]),
     "guest": ([], ["--quick"]),
     "vsock": (["--json"], ["--json", "--quick"]),
     "build_time": ([], ["--quick"]),

@@ -53,7 +53,36 @@ class Engine:
 
     def __init__(self, place: Path, environment: dict[str, str]) -> None:
         self.place = place
+        self.run = Path(environment["CAISSON_RUN"])
         self._environment = environment
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> None:
+        """Start containerd, and docker on it."""
+        self._processes = [self._containerd()]
+        self._processes.append(self._started(_dockerd(self.place)))
+        await_answer(["docker", "version"], self._environment, self.place)
+
+    def _containerd(self) -> subprocess.Popen[bytes]:
+        process = self._started(["containerd", "-c", f"{self.place}/containerd.toml"])
+        await_answer(["ctr", "-a", f"{self.place}/containerd.sock", "version"], self._environment, self.place)
+        return process
+
+    def _started(self, words: list[str]) -> subprocess.Popen[bytes]:
+        with (self.place / "log").open("ab") as log:
+            return subprocess.Popen(words, env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def kill_containerd(self) -> None:
+        """Kill containerd, and start it again."""
+        self._processes[0].kill()
+        self._processes[0].wait()
+        self._processes[0] = self._containerd()
+
+    def stop(self) -> None:
+        """Stop both."""
+        for process in reversed(self._processes):
+            process.send_signal(signal.SIGTERM)
+            process.wait(30)
 
     def docker(self, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
         """Run a command of docker's to its end."""
@@ -88,17 +117,12 @@ class Engine:
 def engine() -> Iterator[Engine]:
     """Start containerd and docker; at the end nothing of them is left."""
     place = Path(tempfile.mkdtemp(prefix="cs-"))  # short, for sockets
-    processes: list[subprocess.Popen[bytes]] = []
+    made = None
     try:
         environment = environment_of(place, PACKAGES, CONFIGURATION)
         (place / "daemon.json").write_text(json.dumps({"runtimes": {"caisson": {"runtimeType": RUNTIME}}}))
-        with (place / "log").open("wb") as log:
-            start = {"env": environment, "stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-            processes.append(subprocess.Popen(["containerd", "-c", str(place / "containerd.toml")], **start))  # type: ignore[call-overload]
-            await_answer(["ctr", "-a", str(place / "containerd.sock"), "version"], environment, place)
-            processes.append(subprocess.Popen(_dockerd(place), **start))  # type: ignore[call-overload]
-            await_answer(["docker", "version"], environment, place)
         made = Engine(place, environment)
+        made.start()
         imported = made.docker("import", "-", "busybox", stdin=rootfs())
         assert imported.returncode == 0, imported.stderr
         yield made
@@ -106,9 +130,8 @@ def engine() -> Iterator[Engine]:
         if running:
             made.docker("rm", "--force", *running)
     finally:
-        for process in reversed(processes):
-            process.send_signal(signal.SIGTERM)
-            process.wait(30)
+        if made is not None:
+            made.stop()
         unmount(place)
         shutil.rmtree(place, ignore_errors=True)
 

@@ -156,9 +156,24 @@ def test_volumes_and_a_published_port(docker: Engine) -> None:
         route = docker.docker("inspect", "--format", "{{.NetworkSettings.Networks.pods.IPAddress}}", "web").stdout
         page_there = docker.docker(*neighbour, f"http://{route.decode().strip()}/")
         assert page_there.stdout == b"from the host", page_there.stderr
+        by_name = docker.docker(*neighbour, "http://web/")
+        assert by_name.stdout == b"from the host", by_name.stderr
     finally:
         docker.docker("rm", "--force", "web")
         docker.docker("network", "rm", "pods")
+
+
+def test_hosts_can_be_added_and_sysctls_set(docker: Engine) -> None:
+    script = "grep other /etc/hosts; cat /proc/sys/net/ipv4/ip_unprivileged_port_start"
+    options = ["--add-host", "other:10.1.2.3", "--sysctl", "net.ipv4.ip_unprivileged_port_start=77"]
+    assert both(docker, *options, "busybox", "sh", "-c", script).stdout.split() == [b"10.1.2.3", b"other", b"77"]
+
+
+def test_a_privileged_container_has_all_capabilities_and_no_device_of_the_host(docker: Engine) -> None:
+    script = "mknod /dev/mem0 c 1 1 && grep -q ffffffff /proc/self/status && echo made"
+    words = ["run", "--rm", "--privileged", "--network", "none", "--runtime", RUNTIME, "busybox", "sh", "-c", script]
+    done = docker.docker(*words)
+    assert done.stdout == b"made\n", done.stderr
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import random
 import signal
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from caisson.agent.rpc.ttrpc.client import RpcError
+from tests.shim.engine import RUNTIME, Engine
 from tests.shim.fake_containerd import FakeContainerd, Task
 from tests.shim.native_machines import agent_of
+from tests.support.poll import wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 
@@ -77,3 +80,46 @@ async def test_nothing_is_left_after_a_kill_at_a_random_moment(fake: FakeContain
 @pytest.mark.nightly
 async def test_nothing_is_left_after_fifty_kills(fake: FakeContainerd) -> None:
     await check_rounds(fake, seed=random.randrange(1 << 30), rounds=50)
+
+
+#: The processes of a VM's chain; containerd is started again.
+CHAIN = ("shim", "supervisor", "qemu", "vsock", "containerd")
+
+
+def kill_in_chain(docker: Engine, victim: str) -> None:
+    """Kill one process of every pod's chain that there is by now."""
+    if victim == "containerd":
+        docker.kill_containerd()
+        return
+    for path in docker.place.glob("state/io.containerd.runtime.v2.task/*/*/caisson.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # not that far yet
+            record = json.loads(path.read_text())
+            if victim == "shim":
+                pid = record["shim"]["pid"]
+            else:
+                pid = json.loads((docker.run / record["machine"] / "vm.json").read_text())["pids"][victim]
+            os.kill(pid, signal.SIGKILL)
+
+
+async def kill_at(docker: Engine, name: str, victim: str, moment: float) -> None:
+    words = ("run", "--detach", "--name", name, "--network", "none", "--runtime", RUNTIME, "busybox", "sleep", "1000")
+    running = asyncio.create_task(asyncio.to_thread(docker.docker, *words))
+    await asyncio.wait([running], timeout=moment)
+    await asyncio.to_thread(kill_in_chain, docker, victim)
+    await running
+    await asyncio.to_thread(docker.docker, "rm", "--force", name)
+
+
+@pytest.mark.vm
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+async def test_nothing_of_a_vm_is_left_after_fifty_kills(docker: Engine) -> None:
+    seed = random.randrange(1 << 30)
+    chance = random.Random(seed)
+    for number in range(50):
+        victim, moment = chance.choice(CHAIN), chance.uniform(0, 6)
+        await kill_at(docker, f"k{number}", victim, moment)
+        found = (seed, number, victim, moment)
+        await asyncio.to_thread(wait_until, lambda: docker.vms() == [] and docker.mounts() == [], f"the end: {found}")
+        done = docker.docker("run", "--rm", "--network", "none", "--runtime", RUNTIME, "busybox", "echo", "runs")
+        assert done.stdout == b"runs\n", (found, done.stderr)

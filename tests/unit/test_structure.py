@@ -57,7 +57,6 @@ SHORT_FILES = {
     "agent.rpc.http2.messages": EVERYBODY_IMPORTS_IT,
     "agent.runtime.checkpoint": LATE,
     "agent.runtime.errors": EVERYBODY_IMPORTS_IT,
-    "agent.shim.delete": OWN_PROGRAM,
     "agent.shim.errors": EVERYBODY_IMPORTS_IT,
     "agent.shim.options": "what starts a VM reads it, what ends one does not",
     "agent.shim.stats": "one message turned into another",

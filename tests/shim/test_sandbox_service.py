@@ -1,0 +1,101 @@
+"""The Sandbox service, as containerd 2.x calls it with `sandboxer = "shim"`: a pod before its containers."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from caisson.agent.rpc.codes import StatusCode
+from caisson.agent.rpc.ttrpc.client import Client, RpcError, Stub
+from caisson.agent.shim.sandbox import document_of
+from caisson.proto.containerd import bootstrap_pb2, cri_pb2, sandbox_pb2
+from tests.shim.fake_containerd import NAMESPACE, FakeContainerd, Task
+from tests.support.poll import until
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
+
+POD = "p1"
+CONFIG = cri_pb2.PodSandboxConfig(
+    hostname="hh",
+    linux=cri_pb2.LinuxPodSandboxConfig(
+        sysctls={"kernel.shm_rmid_forced": "1"},
+        resources=cri_pb2.LinuxContainerResources(cpu_quota=150_000, cpu_period=100_000, memory_limit_in_bytes=1 << 30),
+    ),
+)
+
+
+def request_of(config: cri_pb2.PodSandboxConfig, bundle: Path) -> Any:
+    request = sandbox_pb2.CreateSandboxRequest(sandbox_id=POD, bundle_path=str(bundle))
+    request.options.type_url, request.options.value = "runtime.v1.PodSandboxConfig", config.SerializeToString()
+    return request
+
+
+async def connected(fake: FakeContainerd) -> tuple[Any, str, Client, Path]:
+    """Start the shim for a sandbox, whose bundle has no configuration."""
+    bundle = fake.bundle(POD, {})
+    (bundle / "config.json").unlink()
+    parameters = bootstrap_pb2.BootstrapParams(instance_id=POD, namespace=NAMESPACE).SerializeToString()
+    address = (await fake.run_shim(bundle, "start", stdin=parameters)).decode().split('"')[5]
+    client = await Client.connect(address.removeprefix("unix://"))
+    return Stub(client, sandbox_pb2.DESCRIPTOR.services_by_name["Sandbox"]), address, client, bundle
+
+
+async def test_a_sandbox_outlives_its_containers(fake: FakeContainerd) -> None:
+    rpc, address, client, bundle = await connected(fake)
+    await rpc.CreateSandbox(request_of(CONFIG, bundle))
+    started = await rpc.StartSandbox(sandbox_pb2.StartSandboxRequest(sandbox_id=POD))
+    assert Path(f"/proc/{started.pid}/ns/net").exists() and started.created_at.seconds
+    platform = (await rpc.Platform(sandbox_pb2.PlatformRequest(sandbox_id=POD))).platform
+    assert (platform.os, bool(platform.architecture)) == ("linux", True)
+    status = await rpc.SandboxStatus(sandbox_pb2.SandboxStatusRequest(sandbox_id=POD))
+    assert (status.state, status.pid) == ("SANDBOX_READY", started.pid)
+    await rpc.PingSandbox(sandbox_pb2.PingRequest(sandbox_id=POD))
+    waiting = asyncio.ensure_future(rpc.WaitSandbox(sandbox_pb2.WaitSandboxRequest(sandbox_id=POD)))
+    for name in ("c1", "c2"):  # containers come on the sandbox's connection, without a `start` of their own
+        container = Task(fake, fake.bundle(name, fake.spec("sh", "-c", "exit 3")), address, client, 3)
+        await container.create()
+        await container.call("Start")
+        assert (await container.call("Wait")).exit_status == 3
+        await container.call("Delete")
+        await container.call("Shutdown")
+        assert (await rpc.SandboxStatus(sandbox_pb2.SandboxStatusRequest(sandbox_id=POD))).state == "SANDBOX_READY"
+    await rpc.StopSandbox(sandbox_pb2.StopSandboxRequest(sandbox_id=POD))
+    assert (await waiting).exited_at.seconds
+    status = await rpc.SandboxStatus(sandbox_pb2.SandboxStatusRequest(sandbox_id=POD))
+    assert status.state == "SANDBOX_NOTREADY"
+    with pytest.raises(RpcError) as error:
+        await rpc.PingSandbox(sandbox_pb2.PingRequest(sandbox_id=POD))
+    assert error.value.code == StatusCode.UNAVAILABLE
+    await rpc.ShutdownSandbox(sandbox_pb2.ShutdownSandboxRequest(sandbox_id=POD))
+    await until(lambda: not Path(address.removeprefix("unix://")).exists(), "the socket's end")
+    await client.close()
+
+
+async def test_unknown_sandboxes_are_refused(fake: FakeContainerd) -> None:
+    rpc, _, client, bundle = await connected(fake)
+    for method, request in (
+        ("StartSandbox", sandbox_pb2.StartSandboxRequest(sandbox_id=POD)),
+        ("SandboxStatus", sandbox_pb2.SandboxStatusRequest(sandbox_id=POD)),
+    ):
+        with pytest.raises(RpcError) as error:
+            await getattr(rpc, method)(request)
+        assert error.value.code == StatusCode.NOT_FOUND
+    await rpc.CreateSandbox(request_of(CONFIG, bundle))
+    with pytest.raises(RpcError) as error:
+        await rpc.CreateSandbox(request_of(CONFIG, bundle))
+    assert error.value.code == StatusCode.ALREADY_EXISTS
+    await rpc.ShutdownSandbox(sandbox_pb2.ShutdownSandboxRequest(sandbox_id=POD))
+    await client.close()
+
+
+def test_a_sandboxs_configuration_has_what_a_pause_containers_has() -> None:
+    request = request_of(CONFIG, Path("/b"))
+    request.netns_path = "/run/netns/x"
+    document = document_of(request)
+    assert document["hostname"] == "hh"
+    assert document["linux"]["namespaces"][0] == {"type": "network", "path": "/run/netns/x"}
+    assert document["linux"]["resources"]["memory"] == {"limit": 1 << 30}
+    assert document["linux"]["sysctl"] == {"kernel.shm_rmid_forced": "1"}
