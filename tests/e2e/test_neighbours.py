@@ -151,9 +151,8 @@ echo 100000 2>/dev/null >cgroup.max.descendants && exit 5
 name=$(printf '%0250d' 0); depth=0
 while mkdir $name 2>/dev/null; do cd $name; depth=$((depth+1)); done
 sleep 1000 & echo $! >cgroup.procs || exit 4
-cd /sys/fs/cgroup; many=0
-while mkdir n$many 2>/dev/null; do many=$((many+1)); done
-echo $depth $many
+cd /sys/fs/cgroup; mkdir $(seq 1 3000) 2>/dev/null
+echo $depth $(ls -d [1-9]* | wc -l)
 """
 
 

@@ -23,8 +23,8 @@ in_both = pytest.mark.parametrize("agent", ["v2", "v1"], indirect=True)
 LEVELS, NAME = 60, "x" * 250
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 
-#: Seconds within which a call is answered while another walks through thousands of cgroups.
-PROMPTLY = 1.0
+#: The part of a walk through thousands of cgroups within which any call of another client is answered.
+PROMPTLY = 0.6
 
 
 def own(agent: RunningAgent) -> Path:
@@ -108,13 +108,13 @@ async def test_thousands_of_cgroups_stop_nobody(agent: RunningAgent) -> None:
             os.close(directory)
         for work in (pids(client), container.remove()):
             walking = asyncio.ensure_future(work)
-            longest = 0.0
+            longest, start = 0.0, time.monotonic()
             while not walking.done():
                 began = time.monotonic()
                 await neighbour.version()
                 longest = max(longest, time.monotonic() - began)
             await walking
-            assert longest < PROMPTLY
+            assert longest < PROMPTLY * (time.monotonic() - start)
 
 
 async def test_exec_joins_the_first_process_where_the_container_divided_its_cgroup(agent: RunningAgent) -> None:
