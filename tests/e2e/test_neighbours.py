@@ -19,7 +19,7 @@ from caisson.agent.client.guest import Guest
 from caisson.agent.guest import cgroupfs
 from caisson.agent.libcontainer.cgroups.v2.cgroup import NESTING
 from caisson.proto.caisson import caisson_pb2
-from caisson.proto.kata1 import agent_pb2
+from caisson.proto.kata3 import agent_pb2
 from tests.e2e.conftest import PATIENCE, ROOT, Caisson
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(2 * PATIENCE)]
@@ -64,8 +64,8 @@ def operations(agent: Agent, quiet: Container, directory: Path) -> dict[str, Ope
         assert (directory / "back").read_bytes() == (directory / "file").read_bytes()
 
     async def listed() -> None:
-        answer = await agent.rpc.ListProcesses(agent_pb2.ListProcessesRequest(container_id=name, format="table"))
-        assert b"sleep" in bytes(answer.process_list)
+        answer = await agent.guest.ListProcesses(caisson_pb2.ListProcessesRequest(container_id=name))
+        assert "sleep" in answer.table
 
     async def stats() -> None:
         await agent.rpc.StatsContainer(agent_pb2.StatsContainerRequest(container_id=name))
@@ -171,8 +171,8 @@ async def test_nested_cgroups_hide_nobody_and_can_be_removed(vm: Caisson) -> Non
             depth, many = map(int, said.split())
             assert 15 < depth <= int(NESTING["cgroup.max.depth"])  # a shell goes as deep as a path is long
             assert many == int(NESTING["cgroup.max.descendants"]) - depth
-            request = agent_pb2.ListProcessesRequest(container_id="nesting", format="table")
-            assert b"sleep 1000" in bytes((await guest.agent.rpc.ListProcesses(request)).process_list)
+            request = caisson_pb2.ListProcessesRequest(container_id="nesting")
+            assert "sleep 1000" in (await guest.agent.guest.ListProcesses(request)).table
             assert await run(box, "true") == b""
             await box.signal(9)
             assert await box.init().wait() == 137
