@@ -395,7 +395,7 @@ class ProcessLauncher:
         try:
             channel.release_init()
             while started.child is None and not channel.ended:
-                if not await self._waits.readable(channel.fileno(), fd, seconds=deadline.left):
+                if deadline.left == 0 or not await self._waits.readable(channel.fileno(), fd, seconds=deadline.left):
                     raise _too_late(timeout)
                 listener.let_through(fd)
                 channel.on_readable()
