@@ -17,6 +17,7 @@ from caisson.proto.containerd import metrics_pb2, tasks_pb2
 from tests.shim.fake_containerd import FakeContainerd, Task
 from tests.shim.native_machines import agent_of
 from tests.support.poll import until
+from tests.support.unique import unique
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
 
@@ -256,6 +257,26 @@ async def test_containers_of_a_group_have_one_shim_and_one_guest(fake: FakeConta
     await first.exec("e1", "true")
     assert (await first.call("Wait", exec_id="e1")).exit_status == 0
     await first.end()
+
+
+@pytest.mark.parametrize("killed", [False, True])
+async def test_the_hosts_side_is_in_the_containers_cgroup(fake: FakeContainerd, killed: bool) -> None:
+    parent = unique("caisson-shim")
+    linux = fake.spec()["linux"] | {"cgroupsPath": f"/{parent}/c1", "resources": {"cpu": {"shares": 77}}}
+    task = await fake.run("c1", *SLEEP, linux=linux)
+    shim = (await task.call("Connect")).shim_pid
+    for pid in (shim, agent_of(next(fake.place.glob("agents/*"))).pid):
+        assert all(line.endswith(f"/{parent}/c1") for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines())
+    if killed:
+        os.kill(shim, signal.SIGKILL)
+        await fake.delete_program(task)
+        Path(task.address.removeprefix("unix://")).unlink()
+    else:
+        await task.end()
+    for hierarchy in (Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir()):
+        assert not (hierarchy / parent / "c1").exists(), hierarchy
+        if (hierarchy / parent).is_dir():  # which containerd's client has made, or a kubelet
+            (hierarchy / parent).rmdir()
 
 
 async def test_after_a_killed_shim_delete_works_from_the_bundle(fake: FakeContainerd) -> None:
