@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from caisson.image.kernel import source
+from caisson.image.run import CommandFailed
 from tests.support.poll import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,3 +99,38 @@ def test_what_a_killed_command_started_ends_with_it(tmp_path: Path, number: sign
         command.send_signal(number)
         command.wait(60)
     wait_until(lambda: gone(int(file.read_text())), "it ends with its parent")
+
+
+FAILING_MAKE = """\
+#!/bin/sh
+for word; do case $word in O=*) out=${word#O=} ;; esac; done
+case "$*" in
+*kernelversion*) echo 6.12 ;;
+*allnoconfig*) : >"$out/.config" ;;
+*) mkdir "$out/mm"; : >"$out/mm/a.o"; : >"$out/b.o"; while [ ! -e "$out/../../seen" ]; do sleep 0.05; done
+   echo "cc1: no such luck" >&2; exit 2 ;;
+esac
+"""
+
+
+def test_a_compile_says_how_far_it_is_and_where_its_log_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, tree, target = tmp_path / "bin/make", tmp_path / "tree", tmp_path / "target"
+    for place in (make.parent, tree, target):
+        place.mkdir()
+    make.write_text(FAILING_MAKE)
+    make.chmod(0o755)
+    (tree / "Kconfig").touch()
+    monkeypatch.setenv("PATH", f"{make.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(source, "PROGRESS_INTERVAL", 0.05)
+    said: list[str] = []
+
+    def report(line: str) -> None:
+        said.append(line)
+        if "2 objects after" in line:
+            (target / "seen").touch()
+
+    with pytest.raises(CommandFailed, match=r"exited with status 2:\ncc1: no such luck"):
+        source.Compiled(source.SourceTree(tree), "amd64", report).make(target, [])
+    assert said[1].startswith(f"compiling the kernel: minutes, once; its log is {target}/.kernel-")
+    assert "2 objects after" in said[2] or "2 objects after" in said[-1]
+    assert [one.name for one in target.iterdir()] == ["seen"]
