@@ -14,7 +14,7 @@ from caisson.image.vm.snapshot.snapshot import Snapshot
 
 
 def hypervisor(
-    *, socket: str, image: str, snapshot: str, memory: int, cpus: int, accel: str, vsock: str
+    *, socket: str, image: str, snapshot: str, memory: int | None, cpus: int | None, accel: str, vsock: str
 ) -> None:  # fmt: skip
     """Serve a Kata shim's calls on a Unix socket."""
     path = Path(socket).absolute()
@@ -25,7 +25,7 @@ def hypervisor(
         need((*TO_BOOT, *TO_SERVE_PODS), info)
         directory = Path(image) if image else saved.image
     settings = {
-        "image": str(directory), "memory": memory, "cpus": cpus, "accel": accel,
+        "image": str(directory), "memory": memory or 0, "cpus": cpus or 0, "accel": accel,
         "snapshot": saved.name if saved else "", "vsock": saved.compatibility.vsock if saved else vsock,
     }  # fmt: skip
     source = f"clones of snapshot {saved.name}, larger VMs" if saved else "VMs"

@@ -99,14 +99,14 @@ class Pods:
     def _config(
         self, settings: Mapping[str, Any], name: str, memory: int, cpus: int, devices: dict[str, Any]
     ) -> VMConfig:
+        memory, cpus = max(memory, int(settings.get("memory", 0))), max(cpus, int(settings.get("cpus", 0)))
         if snapshot_name := settings.get("snapshot"):
             snapshot = Snapshot.named(str(snapshot_name))
             if memory <= snapshot.memory and cpus <= snapshot.cpus:
                 return VMConfig.clone(snapshot, name=name, **devices)
         if not settings.get("image"):
             raise VMError(f"{self._configuration}: names no image; run: caisson install-shim")
-        memory, cpus = max(memory, int(settings.get("memory", 512))), max(cpus, int(settings.get("cpus", 1)))
-        return VMConfig(image=Path(settings["image"]), name=name, memory=memory, cpus=cpus, **devices)
+        return VMConfig(image=Path(settings["image"]), name=name, memory=memory or 512, cpus=cpus or 1, **devices)
 
     def stop(self, name: str) -> None:
         """End a VM by its name, if it runs.  Raises MachineError."""

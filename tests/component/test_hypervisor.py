@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,9 @@ from caisson.agent.hypervisor.service import PREFIX, Sandboxes, size_of
 from caisson.agent.pods.machines import MachineError
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.client import Client, RpcError, Stub
+from caisson.commands.pods import Pods
+from caisson.image.vm import VMConfig
+from caisson.image.vm.snapshot.snapshot import Snapshot
 from caisson.proto.contract import VERSION
 from caisson.proto.kata3 import hypervisor_pb2
 from tests.support.poll import until
@@ -191,3 +195,20 @@ def test_a_socket_of_a_killed_service_is_replaced_and_one_in_use_is_not(tmp_path
         with pytest.raises(ServiceError, match="another service serves it"), _listening(path):
             pass
     assert not path.exists()
+
+
+def test_what_is_larger_than_the_snapshot_is_booted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By the shim's wishes and by the service's own options: whichever is more."""
+    saved: Any = SimpleNamespace(memory=512, cpus=1)
+    monkeypatch.setattr(Snapshot, "named", lambda name: saved)
+    monkeypatch.setattr(VMConfig, "clone", lambda snapshot, **changes: "a clone")
+
+    def made(memory: int, cpus: int, options: dict[str, int] | None = None) -> Any:
+        settings = {"image": str(tmp_path), "snapshot": "s", **(options or {})}
+        config: Any = Pods(settings)._config(settings, "vm", memory, cpus, {})
+        return config if config == "a clone" else (config.memory, config.cpus)
+
+    assert made(0, 0) == made(512, 1) == made(256, 0, {"memory": 512, "cpus": 1}) == "a clone"
+    assert made(0, 2) == (512, 2)
+    assert made(600, 0) == (600, 1)
+    assert made(0, 0, {"memory": 1024}) == (1024, 1)
