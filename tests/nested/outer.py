@@ -22,6 +22,7 @@ from pathlib import Path
 
 from caisson import image as images
 from caisson.agent import client
+from caisson.agent.client import specs
 from tests.e2e.conftest import Caisson, built, fresh
 from tests.support import guest_root
 from tests.support.checkout import copy_sources
@@ -111,7 +112,7 @@ def outer_machine(suite: str, templates: Sequence[str] = ()) -> Iterator[Outer]:
 async def _furnish(outer: Outer, archive: bytes) -> None:
     """Start a container with everything in it, and load KVM and vhost-vsock."""
     async with client.Agent.connect(outer._socket) as agent:
-        container = await guest_root.container(agent, "nested", ["/usr/bin/sleep", "infinity"])
+        container = await guest_root.container(agent, "nested", specs.keep_alive())  # which reaps
         flags = (await guest_root.run(container, "/usr/bin/cat", "/proc/cpuinfo")).stdout.decode().split()
         modules = [name for flag, name in MODULES.items() if flag in flags]
         assert modules, "this processor has neither SVM nor VMX in a guest; on real KVM, nested has to be on"
