@@ -65,7 +65,7 @@ class Bare:
         home = "/root" if user == "root" else f"/home/{user}"
         checkout = f"/home/{OWN_USER}/caisson"
         environment = clean_environment() | {"HOME": home, "PATH": PATH} | settings
-        as_user = [] if user == "root" else ["setpriv", f"--reuid={user}", f"--regid={user}", "--init-groups"]
+        as_user = [] if user == "root" else ["runuser", "--user", user, "--"]
         return subprocess.Popen(
             ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", ENTER, str(self.root),
              "env", "-C", checkout, *as_user, *words],
