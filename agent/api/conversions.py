@@ -8,6 +8,7 @@ The two differ in spelling (UIDMappings, uidMappings) and in that the wire canno
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from caisson.agent.base.record import Record
 
@@ -74,7 +75,7 @@ def _to_json(message: Message) -> dict[str, Any]:
 def _value(field: FieldDescriptor, value: Any) -> Any:
     if field.message_type is None:
         return list(value) if field.is_repeated else value
-    if field.message_type.GetOptions().map_entry:
+    if isinstance(value, Mapping):  # its entries' options would say so, too, and import descriptor_pb2
         return dict(value)
     return [_to_json(element) for element in value] if field.is_repeated else _to_json(value)
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 #: Python's start to the agent's first answer.
 LATE = ("inspect", "asyncio.sslproto", "google.protobuf.internal.python_message")
 
+#: Of these, what nothing looks at where protobuf has its C library (and without it, protobuf's own import does).
+UNUSED = frozenset({"google.protobuf.internal.python_message"})
+
 
 class LazyImporter:
     """Find modules as the path finder does, but do not execute them yet.  Source: importlib.abc.MetaPathFinder."""
@@ -35,7 +38,7 @@ class LazyImporter:
 
     def load(self) -> None:
         """Execute the modules imported so far: before threads exist, which could see one half initialized."""
-        for name in self._names:
+        for name in self._names - UNUSED:
             module = sys.modules.get(name)
             if isinstance(module, _LazyModule):
                 module._run()

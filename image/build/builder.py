@@ -25,7 +25,7 @@ from typing import Any
 
 import jinja2
 
-from caisson.image.build import lock, manifest, pack, rootfs, sbom, treemap
+from caisson.image.build import libraries, lock, manifest, pack, rootfs, sbom, treemap
 from caisson.image.build.cache import Cache, cap, default_root, digest_of, digest_of_files, size_of
 from caisson.image.build.definition import DEFAULT, TEMPLATES, Loaded, load
 from caisson.image.build.tools import HOST, Tools
@@ -45,7 +45,7 @@ from caisson.proto.contract import BUSYBOX_ROOTFS, VERSION
 ROOT = Path(__file__).resolve().parents[2]
 
 #: Rooms of agent/ that no guest needs.
-HOST_ROOMS = ("client", "nsexec", "runtime", "shim")
+HOST_ROOMS = ("client", "hypervisor", "nsexec", "pods", "runtime", "shim")
 #: What of proto/ no guest needs.
 HOST_PROTOCOLS = ("containerd/", "generate.py", "kata3/hypervisor_", "kata3/confidential_data_hub_")
 
@@ -57,7 +57,7 @@ OSBUILDER = "var/lib/osbuilder/osbuilder.yaml"
 
 #: The modules that decide what a step makes: a change of one is a change of what it makes.
 PACKAGES_CODE = tuple(f"packages/{name}.py" for name in ("apk", "apk_index", "apt", "distribution", "package"))
-BASE_CODE = (*PACKAGES_CODE, "packages/contents.py", "build/choices.py", "build/rootfs.py")
+BASE_CODE = (*PACKAGES_CODE, "packages/contents.py", "build/choices.py", "build/libraries.py", "build/rootfs.py")
 KERNEL_CODE = (*PACKAGES_CODE, "kernel/bzimage.py", "kernel/kernel.py")
 
 
@@ -293,8 +293,10 @@ class Build:
         shutil.rmtree(target / "wheels")
         self.report("pruning and compiling")
         rootfs.prune(tree, d.prune, d.keep)
-        rootfs.drop_unused_libraries(tree, d)
-        rootfs.strip(tree, d)
+        wheels_elves = [file for file in sorted((tree / rootfs.HOME).rglob("*")) if libraries.is_elf(file)]
+        libraries.drop_unused_needs(wheels_elves, tree / d.libraries)
+        libraries.drop_unused_libraries(tree, d)
+        libraries.strip(tree, d)
         interpreter = self._native() if d.is_foreign else tree
         for place in (f"usr/lib/python{d.python}", rootfs.HOME):
             rootfs.compile_python(interpreter, d.native(), tree / place, prefix=tree)

@@ -101,64 +101,6 @@ def prune(tree: Path, patterns: Sequence[str], keep: Sequence[str]) -> None:
                 path.unlink(missing_ok=True)
 
 
-def is_elf(file: Path) -> bool:
-    """Whether a file is an ELF object (a program or a library)."""
-    if file.is_symlink() or not file.is_file():
-        return False
-    with file.open("rb") as stream:
-        return stream.read(4) == b"\x7fELF"
-
-
-def drop_unused_libraries(tree: Path, definition: Definition) -> None:
-    """Remove shared libraries that no program, extension module or kept library names as needed.
-
-    The dynamic section says it all (readelf -d), but for what is loaded by its name at run time: the definition keeps
-    that.
-    """
-    place = tree / definition.libraries
-    needed: set[str] = set()
-    elves = [file for file in tree.rglob("*") if is_elf(file)]
-    needs = {file: _needs(file) for file in elves}
-    todo = [file for file in elves if file.parent != place]
-    for file in place.iterdir():
-        if any(fnmatch.fnmatch(str(file.relative_to(tree)), kept) for kept in definition.keep):
-            needed.add(file.name)
-            todo.append(file.resolve())
-    while todo:
-        for name in needs[todo.pop()]:
-            if name not in needed:
-                needed.add(name)
-                target = (place / name).resolve()
-                if target in needs:
-                    todo.append(target)
-    used = {(place / name).resolve() for name in needed}
-    for file in list(place.iterdir()):
-        if file.is_dir() and not file.is_symlink():
-            continue
-        # A library is found by the name in the dynamic section; the file behind that link stays, other links go.
-        if (file.name not in needed and file.resolve() not in used) or (file.is_symlink() and file.name not in needed):
-            file.unlink()
-
-
-def _needs(file: Path) -> set[str]:
-    output = run(["readelf", "--dynamic", "--program-headers", "--wide", file]).decode(errors="replace")
-    names = {line.rsplit("[", 1)[1].rstrip("]") for line in output.splitlines() if "(NEEDED)" in line}
-    names |= {
-        line.rsplit("/", 1)[1].rstrip("]").strip() for line in output.splitlines() if "program interpreter:" in line
-    }
-    return names
-
-
-def strip(tree: Path, definition: Definition) -> None:
-    """Remove symbols that nothing at run time reads."""
-    program = f"{definition.triplet}-strip" if definition.is_foreign else "strip"
-    files = [file for file in tree.rglob("*") if is_elf(file)]
-    for file in files:
-        file.chmod(file.stat().st_mode | 0o200)
-    if files:
-        run([program, "--strip-unneeded", "--preserve-dates", *files])
-
-
 def compile_python(tree: Path, definition: Definition, place: Path, *, prefix: Path) -> None:
     """Replace every .py below ``place`` by byte code (or, with ``sources``, put that beside it), made by the guest's
     own interpreter in ``tree``.  Byte code is the same on all architectures: for a guest of another one, tree and

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from caisson.image.build import rootfs
+from caisson.image.build import libraries, rootfs
 from caisson.image.build.builder import Build, Image
 from caisson.image.build.cache import Cache
 from caisson.image.build.definition import Loaded, find, load
@@ -419,6 +419,22 @@ def _made(directory: Path) -> Path:
 # ---- musl
 
 
+def test_a_library_of_which_nothing_is_used_is_not_needed(tmp_path: Path) -> None:
+    sources = {"used": "int one(void) { return 1; }", "unused": "int two(void) { return 2; }"}
+    for name, text in sources.items():
+        (tmp_path / f"{name}.c").write_text(text)
+        run(["gcc", "-shared", "-fPIC", "-o", tmp_path / f"lib{name}.so", tmp_path / f"{name}.c"])
+    (tmp_path / "main.c").write_text("int one(void); int main(void) { return one() == 1 ? 7 : 8; }\n")
+    program = tmp_path / "main"
+    linked = ["-Wl,--no-as-needed", f"-L{tmp_path}", "-lunused", "-lused", f"-Wl,-rpath,{tmp_path}"]
+    run(["gcc", "-o", program, tmp_path / "main.c", *linked])
+    assert {"libused.so", "libunused.so"} <= libraries.needs(program)
+    libraries.drop_unused_needs([program], tmp_path)
+    assert "libunused.so" not in libraries.needs(program)
+    (tmp_path / "libunused.so").unlink()
+    assert subprocess.run([program]).returncode == 7
+
+
 def test_libraries_that_nothing_needs_go_where_the_c_library_is_musl(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     library = tree / "usr/lib"
@@ -434,7 +450,7 @@ def test_libraries_that_nothing_needs_go_where_the_c_library_is_musl(tmp_path: P
     (library / "ld-musl-x86_64.so.1").chmod(0o755)
     (library / "libc.so").symlink_to("ld-musl-x86_64.so.1")
     (library / "libother.so").symlink_to("ld-musl-x86_64.so.1")
-    rootfs.drop_unused_libraries(tree, load(find("alpine")).definition)
+    libraries.drop_unused_libraries(tree, load(find("alpine")).definition)
     assert sorted(path.name for path in library.iterdir()) == [
         "ld-musl-x86_64.so.1",
         "libc.so",
