@@ -35,8 +35,10 @@ SHIM = f"""#!{sys.executable}
 import sys
 sys.path.insert(0, "{ROOT}")
 from caisson.commands.shim import main
-from tests.shim.native_machines import NativeMachines
-sys.exit(main(lambda options: NativeMachines()))
+def machines(options):
+    from tests.shim.native_machines import NativeMachines  # late: `start` is measured
+    return NativeMachines()
+sys.exit(main(machines))
 """
 
 MOUNTS = [
