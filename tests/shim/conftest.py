@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
+from caisson.agent.shim.bundle import TaskBundle
 from tests.native.conftest import busybox_rootfs, nsexec_path
 from tests.shim.engine import Engine, engine, unmount
 from tests.shim.fake_containerd import FakeContainerd
@@ -36,6 +39,10 @@ async def fake(nsexec_path: Path, busybox_rootfs: Path) -> AsyncIterator[FakeCon
             assert list(place.glob("run-pods/*")) == [], "a pod's directory is left"
             assert str(place) not in Path("/proc/self/mountinfo").read_text()
     finally:
+        for path in place.glob("bundles/*"):  # of tests that have failed
+            record = TaskBundle(path, path.name).read()
+            if record is not None and record.shim.alive:
+                os.kill(record.shim.pid, signal.SIGTERM)
         for agent in place.glob("agents/*"):
             stop(agent)
         unmount(place)

@@ -61,7 +61,9 @@ class Cri:
     def __init__(self, place: Path, crictl: Path, environment: dict[str, str]) -> None:
         self.place = place
         endpoint = f"unix://{place}/containerd.sock"
-        self._command = [str(crictl), "--runtime-endpoint", endpoint, "--image-endpoint", endpoint, "--timeout", "60s"]
+        settings = {"runtime-endpoint": endpoint, "image-endpoint": endpoint, "timeout": 60}
+        (place / "crictl.yaml").write_text(json.dumps(settings))
+        self._command = [str(crictl), "--config", f"{place}/crictl.yaml"]
         self._environment = environment
         self._count = 0
 

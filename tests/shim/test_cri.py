@@ -40,7 +40,8 @@ def pod(kubelet: Cri) -> Iterator[str]:
 
 def test_containers_of_a_pod_share_a_vm_and_its_namespaces(kubelet: Cri, pod: str) -> None:
     assert len(kubelet.vms()) == 1
-    first, second = (kubelet.container(pod, *SLEEP) for _ in range(2))
+    own = {"security_context": {"namespace_options": {"pid": 1}}}
+    first, second = (kubelet.container(pod, *SLEEP, linux=own) for _ in range(2))
     for namespace in ("ipc", "uts", "net"):
         words = ("readlink", f"/proc/self/ns/{namespace}")
         links = {kubelet.output("exec", "--sync", one, *words) for one in (first, second)}
