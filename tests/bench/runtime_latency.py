@@ -174,7 +174,7 @@ class Peer:
     def __init__(self, program: str, work: Path, bundle: Path, options: tuple[str, ...] = ()) -> None:
         self.program = program
         self._bundle = bundle
-        self._words = [shutil.which(program) or program, "--root", str(work / Path(program).name), *options]
+        self._words = [shutil.which(program) or program, "--root", str(work / f"{Path(program).name}-state"), *options]
         self._number = 0
 
     def _do(self, *words: str) -> None:
