@@ -148,8 +148,10 @@ def cri(crictl: Path) -> Iterator[Cri]:
             archive.write_bytes(oci_archive(f"docker.io/library/{name}:latest", command))
             subprocess.run([*ctr, "images", "import", str(archive)], env=environment, check=True, capture_output=True)
         made = Cri(place, crictl, environment)
-        yield made
-        made.crictl("rmp", "--all", "--force")
+        try:
+            yield made
+        finally:
+            made.crictl("rmp", "--all", "--force")
     finally:
         if process is not None:
             process.send_signal(signal.SIGTERM)
