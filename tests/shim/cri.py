@@ -50,7 +50,6 @@ NETWORK: dict[str, Any] = {
     "plugins": [
         {"type": "ptp", "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.213.7.0/24"}]],
                                  "routes": [{"dst": "0.0.0.0/0"}]}},
-        {"type": "portmap", "capabilities": {"portMappings": True}},
     ],
 }  # fmt: skip
 
