@@ -304,8 +304,9 @@ def rootless(
     with tempfile.TemporaryDirectory(prefix="oci-", ignore_cleanup_errors=True) as directory:
         work = Path(directory)
         work.chmod(0o755)
-        for name in ("etc", "programs", "checkout", "user", "user/run"):
+        for name in ("etc", "etc/containers", "etc/containers/networks", "programs", "checkout", "user", "user/run"):
             (work / name).mkdir()
+            (work / name).chmod(0o755)
         ids = {"passwd": f"user:x:{USER}:{USER}::{work}/user:/bin/sh\n", "group": f"user:x:{USER}:\n"}
         for name, line in ids.items():
             (work / "etc" / name).write_text(Path("/etc", name).read_text() + line)
@@ -342,7 +343,8 @@ def rootless(
             argv = [*prefix, *variables, "podman", "--runtime", runtime, *words]
             return outcome(argv, environment)
 
-        assert podman("runc", "import", f"{work}/image.tar", IMAGE)[0] == 0
+        imported = podman("runc", "import", f"{work}/image.tar", IMAGE)
+        assert imported[0] == 0, imported
         yield podman
         podman("runc", "rm", "-f", "-a", "-t", "0")
 

@@ -129,7 +129,7 @@ def _manager() -> list[str]:
 
 def _systemctl(*words: str) -> str:
     """Ask systemd; what went wrong, "" for nothing."""
-    command = ["systemctl", *_manager(), *words]
+    command = ["systemctl", *_manager(), "--no-ask-password", *words]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -73,7 +73,7 @@ class CgroupV2(Hierarchy):
         Raises CgroupError, also if it is in use.
         """
         parts = parts_of(path)
-        parent = own_cgroups().get("", "") if below_own else self._parent
+        parent = _beside_own() if below_own else self._parent
         at = self.root
         made: list[str] = []
         try:
@@ -103,7 +103,7 @@ class CgroupV2(Hierarchy):
 
     def place(self, path: str, *, below_own: bool = False) -> dict[str, str]:
         """The directory that `create` would make."""
-        parent = own_cgroups().get("", "") if below_own else self._parent
+        parent = _beside_own() if below_own else self._parent
         return {"": "/".join([self.root, *(part for part in parent.split("/") if part), *parts_of(path)])}
 
     def open(self, paths: Mapping[str, str]) -> CgroupOfV2:
@@ -232,6 +232,11 @@ class CgroupOfV2(Cgroup):
 
     def _memory_in_use(self) -> tuple[int, int]:
         return int(self.read("memory.current") or 0), int(self.read("memory.swap.current") or 0)
+
+
+def _beside_own() -> str:
+    """The cgroup around this process's: its own has processes, and cannot share out controllers."""
+    return os.path.dirname(own_cgroups().get("", ""))  # noqa: PTH120 - no pathlib at start
 
 
 def _enable_controllers(path: str) -> None:
