@@ -49,7 +49,7 @@ class Call:
         self.root = settings.text("root") if self.root_given else default_root()
         self.systemd = settings.flag("systemd-cgroup")
         self.rootless = settings.text("rootless")
-        self.is_rootless = self.rootless == "true" or (self.rootless == "auto" and os.geteuid() != 0)
+        self.is_rootless = self.rootless == "true" or (self.rootless == "auto" and is_ordinary_user())
         self._launcher: ProcessLauncher | None = None
         self._hierarchy: list[Hierarchy | None] = []
         self.runtime = Runtime(self.root, waits(), self._make_launcher, self.hierarchy, self.warn, _saved)
@@ -127,7 +127,16 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 def default_root() -> str:
     """Where state is kept unless --root says otherwise."""
     directory = os.environ.get("XDG_RUNTIME_DIR", "")
-    return f"{directory}/runc" if os.geteuid() != 0 and directory else DEFAULT_ROOT
+    return f"{directory}/runc" if directory and is_ordinary_user() else DEFAULT_ROOT
+
+
+def is_ordinary_user() -> bool:
+    """Whether this is no root of the machine: podman runs its runtime as the root of a user namespace."""
+    if os.geteuid() != 0:
+        return True
+    from caisson.agent.libcontainer.plan.users import in_user_namespace
+
+    return os.environ.get("USER") != "root" and in_user_namespace()
 
 
 def version() -> str:

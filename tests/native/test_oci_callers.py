@@ -365,7 +365,7 @@ def test_podman_of_an_ordinary_user(rootless: Callable[..., tuple[int, str, str]
         rootless(runtime, "run", *run_options(words, "--rm", "--network", "none"))
         for runtime in ("runc", "caisson-oci")
     )
-    assert ours[:2] == theirs[:2]
+    assert ours[:2] == theirs[:2], ours
     assert ours[2].replace("caisson-oci: ", "runc: ") == theirs[2]
 
 

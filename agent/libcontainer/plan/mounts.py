@@ -32,6 +32,7 @@ from caisson.agent.base.syscalls import (
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.config.spec import Device, Mount
 from caisson.agent.libcontainer.plan import wire
+from caisson.agent.libcontainer.plan.users import in_user_namespace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -215,6 +216,7 @@ class FileSystem:
         self._spec = spec
         self._bundle = bundle
         self._types = frozenset(types)
+        self._binds_devices = "user" in self._types or (on_host and in_user_namespace())
         self._links: list[tuple[str, str]] = []
         self.mounts: list[PlannedMount] = []
         for index, mount in enumerate(spec.mounts):
@@ -274,7 +276,7 @@ class FileSystem:
             if self._dev_is_bound and path.startswith("/dev/"):
                 continue
             mode = FILE_TYPES[device.type] | device.file_mode
-            numbers = (device.major, device.minor, device.uid, device.gid, "user" in self._types)
+            numbers = (device.major, device.minor, device.uid, device.gid, self._binds_devices)
             yield wire.attribute(wire.DEVICE, pack("=6I", mode, *numbers) + wire.texts(path))
 
     def readonly_steps(self) -> Iterable[bytes]:

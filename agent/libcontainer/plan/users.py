@@ -36,6 +36,15 @@ def look_up(process: Process, root: str) -> Process:
     return with_home(process, root)
 
 
+def in_user_namespace() -> bool:
+    """Whether this program is in a user namespace that is not the machine's own."""
+    try:
+        with open("/proc/self/uid_map", encoding="ascii") as file:  # noqa: PTH123 - no pathlib at start
+            return file.read().split() != ["0", "0", str((1 << 32) - 1)]
+    except OSError:
+        return False
+
+
 def has_home(process: Process) -> bool:
     """Whether its environment has a HOME that is not empty."""
     homes = [variable for variable in process.env if variable.startswith("HOME=")]

@@ -161,7 +161,7 @@ static int run(const char *self, const struct call *call)
 
 int main(int argc, char **argv)
 {
-	struct call call = {.root = geteuid() == 0 ? DEFAULT_ROOT : ""};
+	struct call call = {.root = geteuid() == 0 && getenv("XDG_RUNTIME_DIR") == NULL ? DEFAULT_ROOT : ""};
 	int status = HAND_OVER;
 
 	if (argc < FIRST_ARGUMENT) {
