@@ -397,8 +397,11 @@ class ProcessLauncher:
             while started.child is None and not channel.ended:
                 if deadline.left == 0 or not await self._waits.readable(channel.fileno(), fd, seconds=deadline.left):
                     raise _too_late(timeout)
-                listener.let_through(fd)
+                # The pid comes before anything that the process itself asks about: what waited before is the stage's.
+                asks = await self._waits.readable(fd, seconds=0)
                 channel.on_readable()
+                if asks and started.child is None:
+                    listener.let_through(fd)
             if started.child is not None:
                 pid = started.child.pid
                 await self._waits.work(lambda: listener.send(fd, pid))
