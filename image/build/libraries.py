@@ -67,15 +67,19 @@ def needs(file: Path) -> set[str]:
 def drop_unused_needs(files: Iterable[Path], place: Path) -> None:
     """Remove libraries from objects' dynamic sections of which the object uses no symbol, as ld --as-needed would have.
 
-    The guest then neither holds nor relocates them.  ``place`` has the libraries; one that is not there is kept.
+    The guest then neither holds nor relocates them.  ``place`` has the libraries; one that is not there is kept, and so
+    is one of which the object needs a version: ld.so looks for it among those that are needed, and gives up.
     """
     for file in files:
         used = _symbols(file, defined=False)
+        versioned = _versioned(file)
         section, entries = _dynamic(file)
         unused = [
             number
             for number, entry in enumerate(entries)
-            if (name := _needed(entry)) and (place / name).exists() and not used & _symbols(place / name, defined=True)
+            if (name := _needed(entry)) not in versioned
+            and (place / name).is_file()
+            and not used & _symbols(place / name, defined=True)
         ]
         with file.open("r+b") as stream:
             stream.seek(section)
@@ -91,6 +95,12 @@ def _dynamic(file: Path) -> tuple[int, list[str]]:
     lines = run(["readelf", "--dynamic", "--wide", file]).decode(errors="replace").splitlines()
     start = re.search(r"offset (0x[0-9a-f]+)", "\n".join(lines))
     return (int(start[1], 16) if start else 0), [line for line in lines if line.startswith(" 0x")]
+
+
+def _versioned(file: Path) -> set[str]:
+    """Return the libraries of which an object needs a version (readelf(1), --version-info)."""
+    lines = run(["readelf", "--version-info", "--wide", file]).decode(errors="replace")
+    return set(re.findall(r" File: (\S+)", lines))
 
 
 def _needed(entry: str) -> str:

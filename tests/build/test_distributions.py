@@ -484,3 +484,15 @@ def test_a_kernel_of_alpine(tmp_path: Path) -> None:
     made = Kernel.load(target)
     assert (made.release, made.packages[0]["type"]) == ("6.12.1-0-virt", "apk")
     assert made.file.read_bytes() == b"a kernel"
+
+
+def test_a_library_stays_of_which_an_object_needs_a_version(tmp_path: Path) -> None:
+    """grpcio names libpthread, whose functions are libc's by now; without it ld.so ends the program."""
+    from grpc._cython import cygrpc
+
+    module = Path(shutil.copy(cygrpc.__file__, tmp_path))
+    triplet = subprocess.run(["gcc", "-print-multiarch"], capture_output=True, text=True, check=True).stdout.strip()
+    libraries.drop_unused_needs([module], Path("/usr/lib") / triplet)
+    program = "import ctypes, sys; ctypes.CDLL(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", program, module], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
