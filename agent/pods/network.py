@@ -15,6 +15,7 @@ import struct
 import subprocess
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from caisson.agent.base import syscalls
@@ -89,7 +90,16 @@ class Holder:
 
 
 def links(namespace: str) -> list[Link]:
-    """Return the interfaces of a namespace, less lo.  Raises NetworkError."""
+    """Return the interfaces of a namespace, less lo.
+
+    Raises NetworkError, also for the namespace of this process: its interfaces are the host's, and not to be taken.
+    """
+    try:
+        is_ours = Path(namespace).samefile("/proc/self/ns/net")
+    except OSError as error:
+        raise NetworkError(f"network namespace {namespace}: {error.strerror}") from error
+    if is_ours:
+        raise NetworkError(f"network namespace {namespace}: is the host's; a pod needs one of its own")
     found = []
     for one in _json(namespace, "addr", "show"):
         if "LOOPBACK" in one.get("flags", ()) or one.get("link_type") != "ether":

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from caisson.agent.pods.guest import GUEST_SHARED
+from caisson.agent.pods.network import NetworkError, links
 from caisson.agent.shim.launch import Arguments, _bootstrap_id, group_of, socket_path
 from caisson.agent.shim.pod import OVERHEAD, size_of
 from caisson.agent.shim.spec import GUEST_SHM, UnsupportedSpec, fill, guest_spec, network_namespace
@@ -109,6 +110,13 @@ def test_a_pods_network_namespace_is_found() -> None:
     joined = {"linux": {"namespaces": [{"type": "network", "path": "/var/run/netns/cni-1"}]}}
     assert network_namespace(joined) == "/var/run/netns/cni-1"
     assert network_namespace(spec()) == ""
+
+
+def test_the_hosts_own_network_is_not_taken() -> None:
+    with pytest.raises(NetworkError, match="is the host's; a pod needs one of its own"):
+        links("/proc/self/ns/net")
+    with pytest.raises(NetworkError, match=r"/nowhere: No such file"):
+        links("/nowhere")
 
 
 def test_a_vm_is_sized_by_limits() -> None:
