@@ -42,7 +42,7 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class Bare:
-    """A root file system with a checkout in it."""
+    """A root file system with two users, each with a checkout."""
 
     def __init__(self, place: Path, suite: str) -> None:
         self.root = place
@@ -57,18 +57,19 @@ class Bare:
             elif way.exists():
                 shutil.copyfile(way, there)
         subprocess.run(["useradd", "--root", place, "--create-home", OWN_USER], check=True)
-        copy_sources(place / "home" / OWN_USER / "caisson")
+        for home in ("root", f"home/{OWN_USER}"):
+            copy_sources(place / home / "caisson")
         subprocess.run(["chroot", place, "chown", "-R", f"{OWN_USER}:", f"/home/{OWN_USER}"], check=True)
 
     def start(self, *words: str, user: str = "root", **settings: str) -> subprocess.Popen[str]:
-        """Start a command in the checkout, its stdout and stderr in one pipe."""
+        """Start a command in the user's checkout, its stdout and stderr in one pipe."""
         home = "/root" if user == "root" else f"/home/{user}"
-        checkout = f"/home/{OWN_USER}/caisson"
         environment = clean_environment() | {"HOME": home, "PATH": PATH} | settings
+        environment.pop("PIP_FIND_LINKS", None)  # a directory of this machine
         as_user = [] if user == "root" else ["runuser", "--user", user, "--"]
         return subprocess.Popen(
             ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", ENTER, str(self.root),
-             "env", "-C", checkout, *as_user, *words],
+             "env", "-C", f"{home}/caisson", *as_user, *words],
             env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 
