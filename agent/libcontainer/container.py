@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from caisson.agent.libcontainer.cgroups import Cgroup, Hierarchy
     from caisson.agent.libcontainer.config.spec import Hook, Process, Spec
-    from caisson.agent.libcontainer.process.launcher import Launch, Launched, ProcessLauncher
+    from caisson.agent.libcontainer.process.launch import Launch, Launched
+    from caisson.agent.libcontainer.process.launcher import ProcessLauncher
     from caisson.agent.libcontainer.waits import Waits
 else:
     import _signal as signal

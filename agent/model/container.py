@@ -30,7 +30,7 @@ from caisson.agent.libcontainer.config.resources import Resources
 from caisson.agent.libcontainer.config.spec import Hooks
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.process import gate
-from caisson.agent.libcontainer.process.launcher import Launch
+from caisson.agent.libcontainer.process.launch import Launch
 from caisson.agent.libcontainer.state import ProcessStat, State, check_id
 from caisson.agent.model.oom import OomWatcher
 from caisson.agent.model.process import Process, catches
@@ -50,7 +50,8 @@ if TYPE_CHECKING:
     from caisson.agent.libcontainer.cgroups.stats import CgroupStats
     from caisson.agent.libcontainer.config.spec import Hook, Spec
     from caisson.agent.libcontainer.config.spec import Process as ProcessSpec
-    from caisson.agent.libcontainer.process.launcher import Launched, ProcessLauncher, Stdio
+    from caisson.agent.libcontainer.process.launch import Launched, Stdio
+    from caisson.agent.libcontainer.process.launcher import ProcessLauncher
 
     T = TypeVar("T")
 

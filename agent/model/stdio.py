@@ -15,7 +15,7 @@ import os
 from contextlib import asynccontextmanager
 
 from caisson.agent.base.errors import BrokenStream, EndOfStream
-from caisson.agent.libcontainer.process.launcher import Stdio
+from caisson.agent.libcontainer.process.launch import Stdio
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

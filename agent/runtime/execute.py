@@ -50,7 +50,7 @@ def _identity(call: Call, container: Container) -> Identity | None:
 
 
 def _run(call: Call, container: Container, process: Process, config: Identity | None) -> int:
-    from caisson.agent.libcontainer.process.launcher import Launch
+    from caisson.agent.libcontainer.process.launch import Launch
     from caisson.agent.runtime.cgroup import ExecCgroup
 
     detach = call.options.flag("detach")

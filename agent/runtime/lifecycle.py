@@ -142,7 +142,7 @@ def _create(call: Call, bundle: Bundle, io: ProcessIO) -> Container:
 
 def _launch(call: Call, bundle: Bundle, io: ProcessIO, rootfs: str, cgroup: Cgroup | None) -> Container:
     from caisson.agent.libcontainer.config.resources import Resources
-    from caisson.agent.libcontainer.process.launcher import Launch
+    from caisson.agent.libcontainer.process.launch import Launch
 
     def make(cgroup_fds: dict[str, int]) -> Container:
         launch = Launch(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from caisson.agent.libcontainer.process.launcher import Stdio
+from caisson.agent.libcontainer.process.launch import Stdio
 from caisson.agent.runtime.errors import CommandError
 from caisson.agent.runtime.main import run
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from caisson.agent.libcontainer.config.spec import Process
-    from caisson.agent.libcontainer.process.launcher import Launched
+    from caisson.agent.libcontainer.process.launch import Launched
     from caisson.agent.runtime.main import Call
 else:
     import _socket as socket

@@ -25,7 +25,7 @@ from typing import Any
 
 import jinja2
 
-from caisson.image.build import libraries, lock, manifest, pack, rootfs, sbom, treemap
+from caisson.image.build import libraries, lock, manifest, pack, rootfs, sbom, sources, treemap
 from caisson.image.build.cache import Cache, cap, default_root, digest_of, digest_of_files, size_of
 from caisson.image.build.definition import DEFAULT, TEMPLATES, Loaded, load
 from caisson.image.build.tools import HOST, Tools
@@ -39,18 +39,10 @@ from caisson.image.packages import apt
 from caisson.image.packages import contents as package_contents
 from caisson.image.packages.distribution import Packages, extract, packages_of
 from caisson.image.run import run
-from caisson.proto.contract import BUSYBOX_ROOTFS, VERSION
+from caisson.proto.contract import BUSYBOX_ROOTFS
 
 #: The directory of the packages: a checkout, or the installed `caisson`.
 ROOT = Path(__file__).resolve().parents[2]
-
-#: Rooms of agent/ that no guest needs.
-HOST_ROOMS = ("client", "hypervisor", "nsexec", "pods", "runtime", "shim")
-#: What of proto/ no guest needs.
-HOST_PROTOCOLS = ("containerd/", "generate.py", "kata3/hypervisor_", "kata3/confidential_data_hub_")
-
-#: The import name: a namespace package, so a directory without a file of its own.
-PACKAGE = "caisson"
 
 #: Where Kata's tools look for what an image is made of.
 OSBUILDER = "var/lib/osbuilder/osbuilder.yaml"
@@ -131,24 +123,6 @@ def verify(loaded: Loaded, image: Image, report: Callable[[str], None] = lambda 
 
 def _same(one: Path, another: Path) -> bool:
     return one.is_file() and another.is_file() and filecmp.cmp(one, another, shallow=False)
-
-
-def agent_files() -> list[Path]:
-    """The sources that go into a guest: the agent without its host side, and the compiled protocol.
-
-    Raises ImageError when the protocol is not compiled yet.
-    """
-    proto = ROOT / "proto"
-    protocol = [file for file in proto.rglob("*.py") if not str(file.relative_to(proto)).startswith(HOST_PROTOCOLS)]
-    if not any(file.name.endswith("_pb2.py") for file in protocol):
-        raise ImageError(f"{ROOT / 'proto'}: is not compiled; run: python3 -m caisson.proto.generate")
-    agent = [file for file in (ROOT / "agent").rglob("*.py") if file.relative_to(ROOT).parts[1] not in HOST_ROOMS]
-    return sorted([*agent, *protocol])
-
-
-def agent_version() -> str:
-    """The version of the agent, which is that of the whole project."""
-    return VERSION
 
 
 class Build:
@@ -239,9 +213,7 @@ class Build:
 
     def agent_key(self) -> str:
         """The digest of the agent's sources, and of the interpreter that compiles them."""
-        nsexec = [ROOT / "agent/nsexec/Makefile", *(ROOT / "agent/nsexec").glob("*.[ch]")]
-        sources = digest_of_files(ROOT, agent_files()), digest_of_files(ROOT, nsexec)
-        return digest_of("agent layer", agent_version(), self.base_key(), sources)
+        return digest_of("agent layer", sources.agent_version(), self.base_key(), sources.digests())
 
     def _packages_of_suite(self, arch: str = "") -> Packages:
         """The packages of the suite, with a fresh index, for the guest's architecture or another."""
@@ -355,28 +327,19 @@ class Build:
 
     def _make_agent(self, base: Path, target: Path) -> None:
         self.report("compiling the agent")
-        target.mkdir()
-        key = self.agent_key()
+        key, d = self.agent_key(), self.definition
         home = target / rootfs.HOME
-        for source in agent_files():
-            place = home / PACKAGE / source.relative_to(ROOT)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, place)
-        d = self.definition
+        sources.copy(home)
         rootfs.compile_python(self._native() if d.is_foreign else base / "tree", d.native(), home, prefix=target)
         with tempfile.TemporaryDirectory(dir=target) as scratch:
-            cross = self._cross_compiler(Path(scratch)) if d.is_foreign else []
-            run(["make", "-s", "-C", ROOT / "agent/nsexec", f"BUILD={target / 'build'}", *cross])
-        shutil.move(target / "build/nsexec", home / "nsexec")
-        shutil.rmtree(target / "build")
+            place = Path(scratch)
+            musl = None
+            if d.is_foreign:
+                musl = place / "musl"
+                extract(self._packages_of_suite().fetch(["musl-dev"]), musl)
+            sources.compile_nsexec(place / "build", home / "nsexec", d.triplet, musl)
         if self.agent_key() != key:
             raise SourcesChanged("the agent's sources changed while they were compiled; build it again")
-
-    def _cross_compiler(self, scratch: Path) -> list[str]:
-        """The settings of nsexec's Makefile for another architecture, whose C library is unpacked into ``scratch``."""
-        triplet = self.definition.triplet
-        extract(self._packages_of_suite().fetch(["musl-dev"]), scratch)
-        return [f"CROSS={triplet}-", f"MUSL={scratch / 'usr'}"]
 
     def files(self) -> list[treemap.File]:
         """The files of the image before it is packed, with who brought them; steps that are not cached are taken."""
@@ -424,7 +387,7 @@ class Build:
         with tempfile.TemporaryDirectory(dir=target) as scratch:
             layer = Path(scratch)
             packages = [*json.loads((base / "packages.json").read_text()), *kernel.packages]
-            document = manifest.contents(d, key, kernel, packages, agent_version())
+            document = manifest.contents(d, key, kernel, packages, sources.agent_version())
             (layer / rootfs.HOME).mkdir(parents=True)
             manifest.write(document, layer / rootfs.HOME / "image.json")
             (layer / OSBUILDER).parent.mkdir(parents=True)

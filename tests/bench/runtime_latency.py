@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from caisson.agent.libcontainer.config.spec import Hooks, Process, Spec
-from caisson.agent.libcontainer.process.launcher import Launch, ProcessLauncher, Stdio
+from caisson.agent.libcontainer.process.launch import Launch, Stdio
+from caisson.agent.libcontainer.process.launcher import ProcessLauncher
 from caisson.agent.libcontainer.process.nsexec import Nsexec
 from caisson.agent.model.reaper import Child, Reaper
 from caisson.agent.model.waits import AsyncioWaits

@@ -17,7 +17,7 @@ import pytest
 
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.errors import LaunchError
-from caisson.agent.libcontainer.process.launcher import Launched, Stdio
+from caisson.agent.libcontainer.process.launch import Launched, Stdio
 from tests.native.nsexec_support import Box, Reaper, children, descriptors
 from tests.native.oci_support import OURS, become_subreaper
 

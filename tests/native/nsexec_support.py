@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from caisson.agent.libcontainer.config.spec import Hooks, Process, Spec
-from caisson.agent.libcontainer.process.launcher import Launch, Launched, ProcessLauncher, Stdio
+from caisson.agent.libcontainer.process.launch import Launch, Launched, Stdio
+from caisson.agent.libcontainer.process.launcher import ProcessLauncher
 from caisson.agent.libcontainer.process.nsexec import Nsexec
 from caisson.agent.model.waits import AsyncioWaits
 

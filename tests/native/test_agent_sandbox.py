@@ -16,7 +16,7 @@ from caisson.agent.base.log import Log
 from caisson.agent.base.syscalls import MNT_DETACH, umount2
 from caisson.agent.libcontainer.config.spec import Rlimit, Spec
 from caisson.agent.libcontainer.errors import LaunchError
-from caisson.agent.libcontainer.process.launcher import Launch, Launched
+from caisson.agent.libcontainer.process.launch import Launch, Launched
 from caisson.agent.model.reaper import Child
 from caisson.agent.model.sandbox import Sandbox
 

@@ -19,7 +19,7 @@ from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.config.spec import Process, Spec
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.process.channel import SetupChannel
-from caisson.agent.libcontainer.process.launcher import Launched, Stdio
+from caisson.agent.libcontainer.process.launch import Launched, Stdio
 from caisson.agent.model.container import Container
 from caisson.agent.model.reaper import Reaper
 from tests.native.nsexec_support import Box, children, config

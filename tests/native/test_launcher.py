@@ -16,7 +16,7 @@ import pytest
 
 from caisson.agent.libcontainer.config.spec import Process, Spec
 from caisson.agent.libcontainer.errors import LaunchError
-from caisson.agent.libcontainer.process.launcher import Launched, Stdio
+from caisson.agent.libcontainer.process.launch import Launched, Stdio
 from caisson.agent.libcontainer.process.nsexec import Nsexec
 from tests.native.nsexec_support import Box, children, config
 

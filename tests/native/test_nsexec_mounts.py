@@ -14,7 +14,7 @@ import pytest
 from caisson.agent.base.syscalls import umount2
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.errors import LaunchError
-from caisson.agent.libcontainer.process.launcher import Stdio
+from caisson.agent.libcontainer.process.launch import Stdio
 from tests.native.nsexec_support import Box, config
 
 pytestmark = pytest.mark.root

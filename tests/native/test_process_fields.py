@@ -35,7 +35,7 @@ async def both(box: Box, value: dict[str, Any], process: dict[str, Any] | None =
     init = await box.running(value)
     null = os.open("/dev/null", os.O_RDWR)
     try:
-        from caisson.agent.libcontainer.process.launcher import Stdio
+        from caisson.agent.libcontainer.process.launch import Stdio
 
         other = await box.launch_exec(
             Process.from_json({"args": ["sleep", "1000"], "env": ["PATH=/bin"], **(process or {})}),

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import stat
 import sys
 
-from caisson.agent.base.record import NOTHING, Record
+from caisson.agent.base.record import NOTHING
 from caisson.agent.libcontainer.errors import LaunchError, reason
 from caisson.agent.libcontainer.plan import plan, users
 from caisson.agent.libcontainer.plan.wire import EncodingError
 from caisson.agent.libcontainer.process import gate
 from caisson.agent.libcontainer.process.channel import kill
 from caisson.agent.libcontainer.process.init_process import CLEANUP_TIMEOUT, InitProcess
+from caisson.agent.libcontainer.process.launch import Launch, Launched, Stdio, check_stdio, own_pipes
 from caisson.agent.libcontainer.waits import Deadline
 
 TYPE_CHECKING = False
@@ -33,46 +33,6 @@ if TYPE_CHECKING:
     Log = Callable[..., None]
 
 LOG_INFO, LOG_DEBUG = "4", "5"  # logrus's, which nsexec knows
-
-
-class Stdio(Record):
-    """File descriptors for the child's 0, 1 and 2; the caller closes them afterwards."""
-
-    stdin: int
-    stdout: int
-    stderr: int
-
-
-class Launched(Record):
-    """A started process.
-
-    `console` is the master of its terminal, if it has one; `pidfd` is its own.  The caller owns both.  `stages` are the
-    children before it, which end by themselves.
-    """
-
-    child: Child
-    console: int | None
-    pidfd: int
-    stages: tuple[Child, ...] = ()
-
-
-class Launch(Record):
-    """What a process is started with, beside its messages.
-
-    `stdio` is None iff it has a terminal.  `cgroup_fds` are entries of its cgroup by nsexec's names for them.
-    `preserved` is how many descriptors from 3 on it keeps.  `announced` is called with its pid while it is set up.
-    An init is put into its root by pivot_root(2), or for `pivot` False by chroot(2), and has a session keyring of its
-    own, or for `keyring` False the caller's.  `on_host`: as for plan.init_messages.
-    """
-
-    container_id: str
-    stdio: Stdio | None
-    cgroup_fds: Mapping[str, int] = NOTHING
-    preserved: int = 0
-    announced: Callable[[int], object] | None = None
-    pivot: bool = True
-    keyring: bool = True
-    on_host: bool = False
 
 
 class ProcessLauncher:
@@ -157,8 +117,8 @@ class ProcessLauncher:
             flags = int.from_bytes(filter[:4], sys.byteorder)
             self._log("debug", f"seccomp filter flags: {flags}", container=launch.container_id)
         terminal = process is not None and process.terminal
-        _check_stdio(terminal, launch.stdio)
-        _own_pipes(launch.stdio, spec)
+        check_stdio(terminal, launch.stdio)
+        own_pipes(launch.stdio, spec)
         # Where others may look at it while it waits, it is not given anything that is the runtime's.
         in_company = "pid" in plan.joined_paths(spec.linux, join)
         name, gate_fd = gate.make(start_gate, in_company=in_company)
@@ -203,8 +163,8 @@ class ProcessLauncher:
         `pidfd` and `init_pid` are the container's first process; what the process does not say (capabilities, limits,
         no_new_privs) is as for that one.  Raises SpecError or LaunchError.
         """
-        _check_stdio(process.terminal, launch.stdio)
-        _own_pipes(launch.stdio, spec)
+        check_stdio(process.terminal, launch.stdio)
+        own_pipes(launch.stdio, spec)
         # Its root as it is now; the caller has checked that the pid is still its own.
         process = await self._with_user(process, f"/proc/{init_pid}/root")
         messages = _encode(lambda: plan.exec_messages(process, spec, join, filter))
@@ -481,18 +441,3 @@ def _encode(make: Callable[[], bytes]) -> bytes:
         return make()
     except EncodingError as error:
         raise LaunchError(str(error), step="encode") from error
-
-
-def _check_stdio(terminal: bool, stdio: Stdio | None) -> None:
-    if terminal != (stdio is None):
-        raise LaunchError("stdio is given iff there is no terminal", step="stdio")
-
-
-def _own_pipes(stdio: Stdio | None, spec: Spec) -> None:
-    """Give pipes to the root of the container's user namespace, who could not open /dev/stdout otherwise."""
-    owner = users.mapped_root(spec.linux)
-    if owner is None or stdio is None:
-        return
-    for fd in (stdio.stdin, stdio.stdout, stdio.stderr):
-        if stat.S_ISFIFO(os.fstat(fd).st_mode):
-            os.fchown(fd, *owner)

@@ -1,0 +1,73 @@
+"""What a process is started with, and what its start returns."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from caisson.agent.base.record import NOTHING, Record
+from caisson.agent.libcontainer.errors import LaunchError
+from caisson.agent.libcontainer.plan import users
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from caisson.agent.libcontainer.config.spec import Spec
+    from caisson.agent.libcontainer.process.children import Child
+
+
+class Stdio(Record):
+    """File descriptors for the child's 0, 1 and 2; the caller closes them afterwards."""
+
+    stdin: int
+    stdout: int
+    stderr: int
+
+
+class Launched(Record):
+    """A started process.
+
+    `console` is the master of its terminal, if it has one; `pidfd` is its own.  The caller owns both.  `stages` are the
+    children before it, which end by themselves.
+    """
+
+    child: Child
+    console: int | None
+    pidfd: int
+    stages: tuple[Child, ...] = ()
+
+
+class Launch(Record):
+    """What a process is started with, beside its messages.
+
+    `stdio` is None iff it has a terminal.  `cgroup_fds` are entries of its cgroup by nsexec's names for them.
+    `preserved` is how many descriptors from 3 on it keeps.  `announced` is called with its pid while it is set up.
+    An init is put into its root by pivot_root(2), or for `pivot` False by chroot(2), and has a session keyring of its
+    own, or for `keyring` False the caller's.  `on_host`: as for plan.init_messages.
+    """
+
+    container_id: str
+    stdio: Stdio | None
+    cgroup_fds: Mapping[str, int] = NOTHING
+    preserved: int = 0
+    announced: Callable[[int], object] | None = None
+    pivot: bool = True
+    keyring: bool = True
+    on_host: bool = False
+
+
+def check_stdio(terminal: bool, stdio: Stdio | None) -> None:
+    """Raise LaunchError for descriptors beside a terminal, or for neither."""
+    if terminal != (stdio is None):
+        raise LaunchError("stdio is given iff there is no terminal", step="stdio")
+
+
+def own_pipes(stdio: Stdio | None, spec: Spec) -> None:
+    """Give pipes to the root of the container's user namespace, who could not open /dev/stdout otherwise."""
+    owner = users.mapped_root(spec.linux)
+    if owner is None or stdio is None:
+        return
+    for fd in (stdio.stdin, stdio.stdout, stdio.stderr):
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            os.fchown(fd, *owner)

@@ -1,0 +1,65 @@
+"""What of this project goes into a guest: the agent without its host side, the compiled protocol, and nsexec."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from caisson.image.build.cache import digest_of_files
+from caisson.image.errors import ImageError
+from caisson.image.run import run
+from caisson.proto.contract import VERSION
+
+#: The directory of the packages: a checkout, or the installed `caisson`.
+ROOT = Path(__file__).resolve().parents[2]
+
+#: The import name: a namespace package, so a directory without a file of its own.
+PACKAGE = "caisson"
+
+#: Rooms of agent/ that no guest needs.
+HOST_ROOMS = ("client", "hypervisor", "nsexec", "pods", "runtime", "shim")
+
+#: What of proto/ no guest needs.
+HOST_PROTOCOLS = ("containerd/", "generate.py", "kata3/hypervisor_", "kata3/confidential_data_hub_")
+
+#: The sources of nsexec, with the Makefile that compiles them.
+NSEXEC = ROOT / "agent/nsexec"
+
+
+def agent_files() -> list[Path]:
+    """Return the Python modules of a guest.  Raises ImageError when the protocol is not compiled yet."""
+    proto = ROOT / "proto"
+    protocol = [file for file in proto.rglob("*.py") if not str(file.relative_to(proto)).startswith(HOST_PROTOCOLS)]
+    if not any(file.name.endswith("_pb2.py") for file in protocol):
+        raise ImageError(f"{proto}: is not compiled; run: python3 -m caisson.proto.generate")
+    agent = [file for file in (ROOT / "agent").rglob("*.py") if file.relative_to(ROOT).parts[1] not in HOST_ROOMS]
+    return sorted([*agent, *protocol])
+
+
+def agent_version() -> str:
+    """Return the version of the agent, which is that of the whole project."""
+    return VERSION
+
+
+def digests() -> tuple[str, str]:
+    """Return the digests of the modules and of nsexec's sources.  Raises ImageError."""
+    nsexec = [NSEXEC / "Makefile", *NSEXEC.glob("*.[ch]")]
+    return digest_of_files(ROOT, agent_files()), digest_of_files(ROOT, nsexec)
+
+
+def copy(home: Path) -> None:
+    """Copy the modules below a guest's directory of ours.  Raises ImageError."""
+    for source in agent_files():
+        place = home / PACKAGE / source.relative_to(ROOT)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, place)
+
+
+def compile_nsexec(build: Path, target: Path, triplet: str, musl: Path | None) -> None:
+    """Compile nsexec in a directory, and put it into its place.  Raises CommandFailed.
+
+    ``musl`` is the unpacked C library of another architecture, for which its compiler of this triplet is used.
+    """
+    cross = [] if musl is None else [f"CROSS={triplet}-", f"MUSL={musl / 'usr'}"]
+    run(["make", "-s", "-C", NSEXEC, f"BUILD={build}", *cross])
+    shutil.move(build / "nsexec", target)
