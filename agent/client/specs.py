@@ -207,7 +207,7 @@ def _mount(destination: str, kind: str, source: str, options: str) -> Document:
 
 def _scratch_options(where: str) -> str:
     """All of a default container together are below MEMORY_SHARE: who fills them gets ENOSPC, and is not killed."""
-    return "nosuid,nodev," + ("mode=1777,size=25%" if where == "/tmp" else "mode=755,size=10%")
+    return "nosuid,nodev," + ("mode=1777,size=45%" if where == "/tmp" else "mode=755,size=7%")
 
 
 def default_spec(rootfs: str, args: Sequence[str] = (), **options: Any) -> oci_pb2.Spec:
