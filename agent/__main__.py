@@ -146,6 +146,7 @@ async def _serve(
     if extras:
         tasks += _extras(options, reaper, log)
     if not connected and not options.timeline:  # as while a guest is made that is to be saved
+        services().import_for_containers()
         await server.rehearse(health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, "Check")
     print(f"{READY_LINE} {options.listen}", flush=True)
     await stop.wait()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 
 from caisson.agent.api.caisson import CaissonService
@@ -37,6 +38,15 @@ if TYPE_CHECKING:
 #: Kernel modules loaded before the first container: overlayfs, and the random number generator that keeps clones of a
 #: snapshot from sharing their random numbers.
 MODULES = ("overlay", "virtio_rng")
+
+#: What a pod's first containers import: later than the first answer, but before a guest is saved.
+FIRST_CONTAINERS = (
+    "guest.devices", "guest.network", "guest.ps", "guest.resources", "guest.rootdisk", "guest.storage",
+    "guest.storage.ephemeral", "guest.storage.overlay", "guest.storage.ownership", "guest.storage.storages",
+    "libcontainer.cgroups.cpuset", "libcontainer.cgroups.device_program", "libcontainer.cgroups.events",
+    "libcontainer.cgroups.stats", "libcontainer.cgroups.v2.settings", "libcontainer.cgroups.v2.stats",
+    "libcontainer.process.hooks", "libcontainer.process.seccomp_bpf", "model.output_log",
+)  # fmt: skip
 
 GUEST = Service(caisson_pb2.DESCRIPTOR.services_by_name["Guest"], CaissonService)
 
@@ -122,6 +132,12 @@ class Services:
         """Make the tables of the hosts that are there before they ask; of none, that of today's hosts."""
         for protocol in tuple(protocols) or ("ttrpc",):
             getattr(self, protocol)
+
+    @staticmethod
+    def import_for_containers() -> None:
+        """Import what the first containers need, so that clones of a guest that is saved next do not."""
+        for name in FIRST_CONTAINERS:
+            import_module(f"caisson.agent.{name}")
 
     async def end(self) -> None:
         """Kill every container and release all resources."""
