@@ -132,8 +132,7 @@ class Dispatch:
             return StatusCode.UNIMPLEMENTED, Failure(bounded(f"{path}: unknown method"))
         if method.handler is None:
             return StatusCode.UNIMPLEMENTED, Failure(f"{method.name}: not implemented by this agent")
-        recorded = self._tracing.enabled or self._log.enabled("debug")
-        began = time.monotonic() if recorded else 0.0
+        began = time.monotonic()
         request = method.request_class()
         outcome: Outcome = StatusCode.CANCELLED, Failure("the caller has gone")
         try:
@@ -146,7 +145,7 @@ class Dispatch:
                 del payload  # not kept for as long as the call takes
                 outcome = await self._handle(method.name, method.handler(request), timeout)
         finally:
-            if recorded:
+            if self._tracing.enabled or self._log.enabled("debug"):  # by now: a call may have turned it on
                 self._record(method.name, request, outcome, time.monotonic() - began)
         return outcome
 
