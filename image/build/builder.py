@@ -336,6 +336,7 @@ class Build:
             musl = None
             if d.is_foreign:
                 musl = place / "musl"
+                musl.mkdir()
                 extract(self._packages_of_suite().fetch(["musl-dev"]), musl)
             sources.compile_nsexec(place / "build", home / "nsexec", d.triplet, musl)
         if self.agent_key() != key:
