@@ -42,7 +42,8 @@ class AsyncioWaits:
 
     async def work(self, function: Callable[[], T], *, seconds: float | None = None) -> T:
         """Call a function that computes for long in a thread.  Raises TimeoutError; the thread goes on then."""
-        return await asyncio.wait_for(asyncio.to_thread(function), seconds)
+        async with asyncio.timeout(seconds):  # not wait_for, which before 3.12 can lose the cancellation of its caller
+            return await asyncio.to_thread(function)
 
 
 async def _drive(fds: Sequence[int], step: Callable[[], bool], seconds: float | None) -> bool:
@@ -94,7 +95,8 @@ class Readers:
             self._threads = ThreadPoolExecutor(MAX_READERS, "container")
         work = asyncio.get_running_loop().run_in_executor(self._threads, function)
         try:
-            return await asyncio.wait_for(work, READ_TIMEOUT)
+            async with asyncio.timeout(READ_TIMEOUT):
+                return await work
         except TimeoutError:
             raise ReadTimeout(container_id=self._name, seconds=READ_TIMEOUT) from None
 
