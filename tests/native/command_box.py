@@ -53,7 +53,7 @@ class CommandBox(Box):
         self.created: list[Launched] = []
         self._ids: dict[int, str] = {}
         self._env = {**os.environ, "CAISSON_NSEXEC": str(nsexec)}
-        self._fds = descriptors()
+        self._fds, self._children = descriptors(), set(children())
 
     def __getattr__(self, name: str) -> NoReturn:
         pytest.skip(f"{name} is the library's alone")
@@ -139,9 +139,9 @@ class CommandBox(Box):
                 os.close(launched.console)
             os.close(launched.pidfd)
         self.reaper._reap()
-        left = children()
+        left = set(children()) - self._children
         self.loop.remove_signal_handler(signal.SIGCHLD)
-        assert left == []
+        assert left == set()
         root = self.path / "root"
         assert not root.exists() or list(root.iterdir()) == []
         assert descriptors() <= self._fds

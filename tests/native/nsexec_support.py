@@ -139,7 +139,7 @@ class Box:
         self.fifo = path / "exec.fifo"
         self.specs: dict[int, tuple[Spec, dict[str, str], bytes]] = {}  # by the pid of an init
         self.created: list[Launched] = []
-        self._fds = descriptors()
+        self._fds, self._children = descriptors(), set(children())
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return self.loop.run_until_complete(coroutine)
@@ -251,9 +251,9 @@ class Box:
             if launched.console is not None:
                 os.close(launched.console)
             os.close(launched.pidfd)
-        left = children()
+        left = set(children()) - self._children
         self.loop.remove_signal_handler(signal.SIGCHLD)
-        assert left == []
+        assert left == set()
         assert descriptors() <= self._fds
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -347,6 +348,8 @@ def rootless(
         assert imported[0] == 0, imported
         yield podman
         podman("runc", "rm", "-f", "-a", "-t", "0")
+        # The process that holds a user's namespaces, which podman leaves running.
+        os.kill(int((work / "user/run/libpod/tmp/pause.pid").read_text()), signal.SIGKILL)
 
 
 ROOTLESS_RUNS = [

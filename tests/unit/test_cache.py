@@ -28,8 +28,8 @@ def never(target: Path) -> None:
 
 
 def contents(cache: Cache) -> list[str]:
-    """Every file of a cache, but for locks and times of use."""
-    found = (path for path in cache.root.rglob("*") if path.is_file() and path.name != ".used")
+    """Every file of a cache, but for locks and times of use; what is removed meanwhile is passed over."""
+    found = (Path(place, name) for place, _, names in os.walk(cache.root) for name in names if name != ".used")
     return sorted(str(path.relative_to(cache.root)) for path in found if not path.name.startswith(".lock-"))
 
 

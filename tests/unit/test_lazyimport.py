@@ -71,6 +71,7 @@ def test_the_agent_gets_to_its_first_answer_without_them() -> None:
         asyncio.run(asyncio.sleep(0))
         assert not {"ast", "google.protobuf.text_format"} & set(sys.modules), sorted(sys.modules)
         lazy.load()
-        assert {"ast", "google.protobuf.text_format"} <= set(sys.modules)
+        assert "ast" in sys.modules
+        assert "google.protobuf.text_format" not in sys.modules  # only protobuf in Python comes by it
     """
     subprocess.run([sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {sys.path!r}\n{code}"], check=True)
