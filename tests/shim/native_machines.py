@@ -53,6 +53,8 @@ class NativeMachine:
         (place / "pid").write_text(f"{self.pid} {ProcessId.of(self.pid).start_time}")
         assert process.stdout is not None
         if b"ready" not in process.stdout.readline():
+            process.wait()
+            stop(place)
             raise MachineError((place / "log").read_text())
 
     def share(self, directory: Path, tag: str) -> None:
