@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -106,6 +107,8 @@ class Apt:
         """Fetch the suite's index.  Raises ImageError when the mirror or its signature is no good."""
         if not self.keyring.file.exists():
             raise ImageError(f"{self.keyring.file}: is missing; {self.keyring.hint}")
+        # What an update that was killed has left here, apt may wait for the rest of for ever.
+        shutil.rmtree(self.directory / "lists/partial", ignore_errors=True)
         for name in ("lists/partial", "archives/partial", "state", "debs"):
             (self.directory / name).mkdir(parents=True, exist_ok=True)
         (self.directory / "state/status").touch()
