@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from caisson.agent.pods.machines import MachineError, PodMachine, agent_answers
+from caisson.agent.client import ReadinessProbe
+from caisson.agent.pods.machines import MachineError, PodMachine
 from caisson.image.vm import VM, VMConfig, VMError, find_vm
 from caisson.image.vm.directory import VMDirectory
 from caisson.image.vm.hotplug.interfaces import plug_interface
@@ -89,7 +90,7 @@ class Pods:
         devices: dict[str, Any] = {key: str(settings.get(key, "auto")) for key in ("accel", "vsock")}
         try:
             config = self._config(settings, name, memory, cpus, devices)
-            vm = VM.start(config, ready=agent_answers)
+            vm = VM.start(config, ready=ReadinessProbe())
         except VMError as error:
             raise MachineError(str(error)) from error
         if self._detach:

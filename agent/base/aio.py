@@ -1,8 +1,11 @@
-"""Complete a coroutine even if its caller is cancelled: what asyncio.shield leaves open."""
+"""What asyncio leaves open: a coroutine completed though its caller is cancelled, two connections joined."""
 
 from __future__ import annotations
 
 import asyncio
+
+#: Bytes copied at once.
+BLOCK = 1 << 16
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -10,6 +13,7 @@ if TYPE_CHECKING:
     from typing import Any, TypeVar
 
     T = TypeVar("T")
+    Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
@@ -26,3 +30,18 @@ def _retrieve_exception(task: asyncio.Future[Any]) -> None:
     """Mark an exception as retrieved: the awaiting task may be gone, and asyncio would warn."""
     if not task.cancelled():
         task.exception()
+
+
+async def join(one: Streams, other: Streams) -> None:
+    """Relay bytes both ways until both have ended, and close ``other``.  Raises OSError."""
+    try:
+        await asyncio.gather(_relay(one[0], other[1]), _relay(other[0], one[1]))
+    finally:
+        other[1].close()
+
+
+async def _relay(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+    while data := await source.read(BLOCK):
+        target.write(data)
+        await target.drain()
+    target.write_eof()

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from caisson.agent.base.aio import join
 from caisson.agent.client.connection import CHUNK, Container
 from caisson.agent.client.errors import AgentError, UsageError
 from caisson.agent.client.specs import PATH
@@ -82,7 +83,7 @@ def to_vsock(socket: Path, port: int) -> Serve:
     """Serve a connection by a vsock port of the guest."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await _join((reader, writer), await dial(socket, port))
+        await join((reader, writer), await dial(socket, port))
 
     return serve
 
@@ -91,7 +92,7 @@ def to_tcp(address: str, port: int) -> Serve:
     """Serve a connection by a TCP port that the host can reach."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await _join((reader, writer), await asyncio.open_connection(address, port))
+        await join((reader, writer), await asyncio.open_connection(address, port))
 
     return serve
 
@@ -172,18 +173,3 @@ async def ended(exit_fd: int | None) -> None:
         await happened.wait()
     finally:
         loop.remove_reader(exit_fd)
-
-
-async def _join(one: Streams, other: Streams) -> None:
-    """Relay bytes both ways until both have ended."""
-    try:
-        await asyncio.gather(_relay(one[0], other[1]), _relay(other[0], one[1]))
-    finally:
-        other[1].close()
-
-
-async def _relay(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-    while data := await source.read(CHUNK):
-        target.write(data)
-        await target.drain()
-    target.write_eof()

@@ -252,13 +252,17 @@ class Sandbox:
             procfs = self._shared.procfs if share_pids else None
             return await self._make(container_id, exec_id or container_id, spec, join, procfs)
         except BaseException:
-            with suppress(OSError):
-                directory.rmdir()
-            await run_to_completion(self._storages.unmount(self._mounts.pop(container_id, [])))
+            await self._unmake(container_id, directory)
             raise
         finally:
             del self._creating[container_id]
             decided.set()
+
+    async def _unmake(self, container_id: str, directory: Path) -> None:
+        """Remove the directory and the mounts of a container that was not created."""
+        with suppress(OSError):
+            directory.rmdir()
+        await run_to_completion(self._storages.unmount(self._mounts.pop(container_id, [])))
 
     async def _make(
         self, container_id: str, exec_id: str, spec: Spec, join: dict[str, str], procfs: str | None
@@ -310,9 +314,7 @@ class Sandbox:
             await self._make(container_id, container_id, old.spec, *old.joined)
         except BaseException:
             if self._containers.get(container_id) is not old:
-                with suppress(OSError):
-                    directory.rmdir()
-                await run_to_completion(self._storages.unmount(self._mounts.pop(container_id, [])))
+                await self._unmake(container_id, directory)
             raise
         finally:
             del self._creating[container_id]

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import socket
 from pathlib import Path
 from typing import Protocol
-
-from caisson.agent.rpc.ttrpc import frames
-
-#: Seconds for one answer of an agent that is being waited for.
-CHECK_TIMEOUT = 1.0
 
 
 class PodMachine(Protocol):
@@ -61,20 +55,3 @@ class MachineError(Exception):
 def machine_name(*ids: str) -> str:
     """Return the name of a pod's VM: short, as paths of sockets are."""
     return f"pod-{hashlib.sha256('/'.join(ids).encode()).hexdigest()[:16]}"
-
-
-def agent_answers(agent_socket: Path) -> bool:
-    """Return whether the agent answers Health.Check.  Blocks: a VM is started in a thread."""
-    reader = frames.FrameReader()
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(CHECK_TIMEOUT)
-        try:
-            connection.connect(str(agent_socket))
-            connection.sendall(frames.request(1, "grpc.Health", "Check", b""))
-            while data := connection.recv(4096):
-                reader.feed(data)
-                if reader.next() is not None:
-                    return True
-        except OSError:
-            pass
-    return False

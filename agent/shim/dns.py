@@ -12,6 +12,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from caisson.agent.base.aio import join
 from caisson.agent.pods import network
 
 #: docker's name server, and the address (link-local: no network has it) by which the guest reaches it.
@@ -71,15 +72,15 @@ class DnsForwarder:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             upstream = await asyncio.to_thread(network.inside, self._namespace, _connected)
-            there_reader, there_writer = await asyncio.open_connection(sock=upstream)
+            there = await asyncio.open_connection(sock=upstream)
         except (network.NetworkError, OSError):
             writer.close()
             return
         try:
-            await asyncio.gather(_copy(reader, there_writer), _copy(there_reader, writer))
+            with contextlib.suppress(OSError):
+                await join((reader, writer), there)
         finally:
             writer.close()
-            there_writer.close()
 
 
 class _Relay:
@@ -144,11 +145,3 @@ def _connected() -> socket.socket:
     upstream = socket.create_connection((DOCKERS, PORT), timeout=CONNECT_TIMEOUT)
     upstream.setblocking(False)
     return upstream
-
-
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(OSError):
-        while data := await reader.read(MAX_MESSAGE):
-            writer.write(data)
-            await writer.drain()
-        writer.write_eof()

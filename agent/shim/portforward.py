@@ -13,13 +13,13 @@ import contextlib
 import socket
 import struct
 
+from caisson.agent.base.aio import join
 from caisson.agent.pods import network
 
 #: getsockopt(2) at SOL_IP: the address that a redirected connection was made to, as a sockaddr_in.
 SO_ORIGINAL_DST = 80
 
-#: Bytes copied at once, and seconds for a connection to the guest.
-BLOCK = 1 << 16
+#: Seconds for a connection to the guest.
 CONNECT_TIMEOUT = 10.0
 
 RULE = "iptables -w -t nat -A OUTPUT -o lo -d 127.0.0.0/8 -p tcp ! --dport PORT -j REDIRECT --to-ports PORT"
@@ -65,20 +65,12 @@ async def _serve(address: str, reader: asyncio.StreamReader, writer: asyncio.Str
         original = writer.get_extra_info("socket").getsockopt(socket.SOL_IP, SO_ORIGINAL_DST, 16)
         _, port = struct.unpack_from("!HH", original)
         async with asyncio.timeout(CONNECT_TIMEOUT):
-            there_reader, there_writer = await asyncio.open_connection(address, port)
+            there = await asyncio.open_connection(address, port)
     except (OSError, TimeoutError):
         writer.close()
         return
     try:
-        await asyncio.gather(_copy(reader, there_writer), _copy(there_reader, writer))
+        with contextlib.suppress(OSError):
+            await join((reader, writer), there)
     finally:
         writer.close()
-        there_writer.close()
-
-
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(OSError):
-        while data := await reader.read(BLOCK):
-            writer.write(data)
-            await writer.drain()
-        writer.write_eof()

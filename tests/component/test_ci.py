@@ -83,7 +83,7 @@ def test_actionlint_finds_nothing(tmp_path: Path) -> None:
 
 
 def test_gitlab_jobs_name_what_is_there() -> None:
-    document = yaml.safe_load((ROOT / ".gitlab-ci.yml").read_text())
+    document = yaml.safe_load((ROOT / ".ci/gitlab.yml").read_text())
     base = document[".test"]
     assert base["script"] == ".ci/run" and base["interruptible"] is True
     for file in base["cache"]["key"]["files"]:

@@ -19,15 +19,7 @@ from typing import Any
 
 from caisson.agent.rpc.ttrpc.client import Client, RpcError, Stub
 from caisson.proto.kata3 import agent_pb2, health_pb2, hypervisor_pb2, oci_pb2
-from tests.native.kata3_support import SHARED, Host
-
-SHM = agent_pb2.Storage(
-    driver="ephemeral",
-    source="shm",
-    fstype="tmpfs",
-    options=["noexec", "nosuid", "nodev", "mode=1777", "size=67108864"],
-    mount_point="/run/kata-containers/sandbox/shm",
-)
+from tests.native.kata3_support import SHARED, SHM, Host
 
 #: What a shim sends for a plain `ctr run`: sizes of the service's own choosing.
 ANNOTATIONS = {

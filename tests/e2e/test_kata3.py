@@ -10,18 +10,10 @@ import pytest
 from caisson.agent.rpc.ttrpc.client import Client, RpcError
 from caisson.proto.kata3 import agent_pb2, health_pb2, oci_pb2
 from tests.e2e.conftest import PATIENCE, Caisson
-from tests.native.kata3_support import Host
+from tests.native.kata3_support import SHM, Host
 from tests.support.poll import until
 
 pytestmark = [pytest.mark.root, pytest.mark.vm]
-
-SHM = agent_pb2.Storage(
-    driver="ephemeral",
-    source="shm",
-    fstype="tmpfs",
-    options=["noexec", "nosuid", "nodev", "mode=1777", "size=67108864"],
-    mount_point="/run/kata-containers/sandbox/shm",
-)
 
 
 async def test_a_pod_from_check_to_destroy(own: Caisson) -> None:

@@ -21,6 +21,15 @@ APART = (
 )  # fmt: skip
 SHARED = "/run/kata-containers/shared/containers"
 
+#: A pod's shared memory, as a shim asks for it.
+SHM = agent_pb2.Storage(
+    driver="ephemeral",
+    source="shm",
+    fstype="tmpfs",
+    options=["noexec", "nosuid", "nodev", "mode=1777", "size=67108864"],
+    mount_point="/run/kata-containers/sandbox/shm",
+)
+
 
 CONTAINERDS_MOUNTS = (
     ("/dev", "tmpfs", "nosuid,strictatime,mode=755,size=65536k"),

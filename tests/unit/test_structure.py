@@ -55,6 +55,7 @@ SHORT_FILES = {
     "agent.libcontainer.plan.sysctl": ONE_OF_A_KIND,
     "agent.rpc.codes": TABLE,
     "agent.rpc.http2.messages": EVERYBODY_IMPORTS_IT,
+    "agent.pods.machines": EVERYBODY_IMPORTS_IT,
     "agent.runtime.checkpoint": LATE,
     "agent.runtime.errors": EVERYBODY_IMPORTS_IT,
     "agent.shim.errors": EVERYBODY_IMPORTS_IT,
