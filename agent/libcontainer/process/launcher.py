@@ -91,7 +91,8 @@ class ProcessLauncher:
         the configuration wants them.  On failure nothing is left.  Raises SpecError or LaunchError.
         """
         if spec.process is not None:
-            spec = spec.but(process=await self._with_user(spec.process, rootfs))
+            # Here: nothing of the container runs yet that could serve these files itself.
+            spec = spec.but(process=users.look_up(spec.process, rootfs))
         process = spec.process
         devices = _net_devices(spec)
         map_programs, setgroups = users.map_writers(spec.linux)
