@@ -33,9 +33,7 @@ from caisson.agent.libcontainer.process import gate
 from caisson.agent.libcontainer.process.launch import Launch
 from caisson.agent.libcontainer.state import ProcessStat, State, check_id
 from caisson.agent.model.oom import OomWatcher
-from caisson.agent.model.process import Process, catches
-from caisson.agent.model.reaper import Child
-from caisson.agent.model.stdio import Pipes, Streams
+from caisson.agent.model.process import Process, catches, start_process
 from caisson.agent.model.waits import Readers
 
 TYPE_CHECKING = False
@@ -62,36 +60,6 @@ EMPTY_TIMEOUT = 8.0
 MAX_ENDED_EXECS = 256
 
 CREATED, RUNNING, PAUSED, STOPPED = "created", "running", "paused", "stopped"
-
-
-async def _start_process(
-    launch: Callable[[Stdio | None, dict[str, int]], Awaitable[Launched]],
-    exec_id: str,
-    terminal: bool,
-    pipe_size: int,
-    join: JoinFds | None,
-) -> tuple[Process, int]:
-    """Start a process with pipes or a terminal around it, in a cgroup, and return it with its pidfd.
-
-    On failure nothing of them is left.
-    """
-    pipes = None if terminal else Pipes(pipe_size)
-    stdio = None if pipes is None else pipes.child_ends
-    try:
-        if join is None:
-            launched = await launch(stdio, {})
-        else:
-            with join as cgroup_fds:
-                launched = await launch(stdio, cgroup_fds)
-    except BaseException:
-        if pipes is not None:
-            pipes.failed()
-        raise
-    assert isinstance(launched.child, Child)  # the launcher's children are the reaper's
-    if pipes is not None:
-        return Process(exec_id, launched.child, pipes.started()), launched.pidfd
-    assert launched.console is not None
-    return Process(exec_id, launched.child, Streams.of_terminal(launched.console)), launched.pidfd
 
 
 class Container:
@@ -187,7 +155,7 @@ class Container:
         self._shares_pids = "pid" in join
         try:
             terminal = self.spec.process.terminal
-            init, self._pidfd = await _start_process(launch, exec_id, terminal, self._pipe_size, self._join_fds())
+            init, self._pidfd = await start_process(launch, exec_id, terminal, self._pipe_size, self._join_fds())
         except LaunchError as error:
             if self._cgroup is not None and self._cgroup.oom_kills():
                 raise LaunchError("container init was OOM-killed (memory limit too low?)", step="oom") from error
@@ -265,7 +233,7 @@ class Container:
             )
 
         def start(join: JoinFds | None) -> Awaitable[tuple[Process, int]]:
-            return _start_process(launch, exec_id, process.terminal, self._pipe_size, join)
+            return start_process(launch, exec_id, process.terminal, self._pipe_size, join)
 
         decided = self._starting[exec_id] = asyncio.Event()
         try:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from caisson.agent.base.errors import NoTerminal
+from caisson.agent.model.reaper import Child
+from caisson.agent.model.stdio import Pipes, Streams
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from caisson.agent.model.reaper import Child
-    from caisson.agent.model.stdio import Streams
+    from collections.abc import Awaitable, Callable
 
+    from caisson.agent.libcontainer.cgroups.base import JoinFds
+    from caisson.agent.libcontainer.process.launch import Launched, Stdio
 
 #: Bytes of a status file that are read.
 MAX_STATUS = 1 << 20
@@ -75,3 +78,33 @@ def catches(pid: int, number: int) -> bool:
         return False
     caught = next((line for line in lines if line.startswith(b"SigCgt:")), b"SigCgt: 0")
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
+async def start_process(
+    launch: Callable[[Stdio | None, dict[str, int]], Awaitable[Launched]],
+    exec_id: str,
+    terminal: bool,
+    pipe_size: int,
+    join: JoinFds | None,
+) -> tuple[Process, int]:
+    """Start a process with pipes or a terminal around it, in a cgroup, and return it with its pidfd.
+
+    On failure nothing of them is left.
+    """
+    pipes = None if terminal else Pipes(pipe_size)
+    stdio = None if pipes is None else pipes.child_ends
+    try:
+        if join is None:
+            launched = await launch(stdio, {})
+        else:
+            with join as cgroup_fds:
+                launched = await launch(stdio, cgroup_fds)
+    except BaseException:
+        if pipes is not None:
+            pipes.failed()
+        raise
+    assert isinstance(launched.child, Child)  # the launcher's children are the reaper's
+    if pipes is not None:
+        return Process(exec_id, launched.child, pipes.started()), launched.pidfd
+    assert launched.console is not None
+    return Process(exec_id, launched.child, Streams.of_terminal(launched.console)), launched.pidfd

@@ -13,6 +13,7 @@ from caisson.agent.libcontainer.process.nsexec import Nsexec
 from tests.native.agent_support import ROOT, RunningAgent
 from tests.native.command_box import CommandBox
 from tests.native.nsexec_support import Box, make_rootfs
+from tests.native.oci_support import OURS, Oci, become_subreaper, bundle, reaping
 
 #: Tests of the library that mean nothing to a command, and why.
 LIBRARY_ONLY = {
@@ -100,3 +101,18 @@ def check_nothing_is_left(running: RunningAgent, directory: Path) -> None:
     assert str(directory) not in Path("/proc/self/mountinfo").read_text()
     assert running.cgroups() == []
     assert "a bug in a handler" not in running.log.read_text()
+
+
+@pytest.fixture(params=["python", "front"])
+def oci(request: pytest.FixtureRequest, tmp_path: Path, nsexec_path: Path, front_path: Path) -> Iterator[Oci]:
+    """Our command line with a root of its own; leaves nothing behind, or fails."""
+    become_subreaper()
+    runtime = Oci(OURS, tmp_path / "root", nsexec_path, front_path if request.param == "front" else None)
+    with reaping():
+        yield runtime
+        runtime.clear()
+
+
+@pytest.fixture
+def sleeper(tmp_path: Path, busybox_rootfs: Path) -> Path:
+    return bundle(tmp_path / "sleeper", busybox_rootfs, "sleep", "1000")

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caisson.agent.client import AgentError, UsageError, foreground
+from caisson.agent.client import UsageError
 from caisson.agent.client.copy import Place
-from caisson.agent.client.forward import ForwardRule
 from caisson.agent.client.seccomp import default_profile
 from caisson.agent.client.specs import (
     CAPABILITIES,
     MEMORY_SHARE,
     PIDS_LIMIT,
     RunOptions,
-    SharedVolume,
     confined,
     container_document,
     env_file,
@@ -35,7 +31,6 @@ from caisson.agent.client.wire_specs import to_kata3, to_wire
 from caisson.agent.libcontainer.config.seccomp import Seccomp
 from caisson.agent.libcontainer.config.spec import Spec
 from caisson.agent.libcontainer.state import check_id
-from caisson.agent.rpc.codes import StatusCode
 from caisson.commands.run import CONTAINER_NAME
 
 #: What `runc spec` writes, shortened.
@@ -357,78 +352,6 @@ def test_the_default_profile_is_one_that_libcontainer_reads() -> None:
 def test_a_container_is_confined_by_default() -> None:
     spec = Spec.from_json(confined(container_document("/rootfs"), 512 << 20))
     assert spec.linux.seccomp is not None and spec.linux.resources is not None
-
-
-class SlowGuest:
-    """Its disk shows up at the third time that it is asked for."""
-
-    def __init__(self, code: StatusCode = StatusCode.DEADLINE_EXCEEDED) -> None:
-        self.requests: list[Any] = []
-        self.files: dict[str, bytes] = {}
-        self._code = code
-        self.rpc = SimpleNamespace(CopyFile=self.copy_file)
-
-    async def copy_file(self, request: Any) -> None:
-        self.files[request.path] = request.data
-
-    async def create_container_reporting(self, container_id: str, document: Any, storages: Any) -> list[str]:
-        self.requests.append((container_id, document, storages))
-        if len(self.requests) < 3:
-            raise AgentError(self._code, "Timeout reached after 3s waiting for device 10/00")
-        return []
-
-    async def create_sandbox(self) -> bool:
-        return True
-
-    def container(self, container_id: str) -> str:
-        return container_id
-
-
-def test_a_disk_is_waited_for() -> None:
-    guest: Any = SlowGuest()
-    document = of_image("/x")
-    volumes = [SharedVolume("virtiofs", "tag", "/v", writable=False)]
-    asyncio.run(foreground.create_on_disk(guest, "web", document, "10/00", "squashfs", volumes))
-    name, sent, mounted = guest.requests[-1]
-    assert len(guest.requests) == 3 and name == "web"
-    disk, *_, root, volume = mounted
-    assert (disk.driver, disk.source, disk.fstype) == ("blk", "10/00", "squashfs") and "ro" in disk.options
-    assert root.fstype == "overlay" and f"lowerdir={disk.mount_point}" in root.options
-    assert sent["root"]["path"] == root.mount_point
-    mounts = {mount["destination"]: mount for mount in sent["mounts"]}
-    assert (volume.fstype, volume.source) == ("virtiofs", "tag") and "ro" in volume.options
-    assert mounts["/v"]["source"] == volume.mount_point and "ro" in mounts["/v"]["options"]
-    assert [one.rpartition("/")[2] for one in guest.files] == ["hosts", "hostname", "resolv.conf"]
-    assert all(mounts[f"/etc/{one.rpartition('/')[2]}"]["source"] == one for one in guest.files)
-
-
-def test_another_refusal_is_told_at_once() -> None:
-    guest: Any = SlowGuest(StatusCode.INVALID_ARGUMENT)
-    with pytest.raises(AgentError):
-        asyncio.run(foreground.create_on_disk(guest, "web", of_image("/x"), "10/00", "squashfs"))
-    assert len(guest.requests) == 1
-
-
-@pytest.mark.parametrize(
-    ("text", "rule"),
-    [
-        ("8080:80", ForwardRule("127.0.0.1", 8080, "tcp", 80)),
-        ("0:tcp:80", ForwardRule("127.0.0.1", 0, "tcp", 80)),
-        ("8080:vsock:4294967294", ForwardRule("127.0.0.1", 8080, "vsock", 4294967294)),
-        ("0.0.0.0:8080:80", ForwardRule("0.0.0.0", 8080, "tcp", 80)),
-        ("[::1]:8080:vsock:5000", ForwardRule("::1", 8080, "vsock", 5000)),
-    ],
-)
-def test_rules(text: str, rule: ForwardRule) -> None:
-    assert ForwardRule.parse(text) == rule
-
-
-@pytest.mark.parametrize(
-    "text", ["", "80", ":80", "80:", "x:80", "1:udp:2", "1:2:3:4", "65536:1", "1:65536", "1:vsock:4294967295", "-1:2"]
-)
-def test_forward_rejects_malformed_rules(text: str) -> None:
-    with pytest.raises(UsageError):
-        ForwardRule.parse(text)
 
 
 def test_a_spec_of_1x_is_the_same_in_3x_with_its_filter() -> None:
