@@ -219,6 +219,9 @@ class Container:
             raise ProcessExists(container_id=self.id, exec_id=exec_id)
         assert self._init is not None
         init = self._init.child
+        assert self.spec.root is not None
+        # What a container mounts is seen here where it asks for that.
+        rootfs = "" if "shared" in self.spec.linux.rootfs_propagation else self.spec.root.path
 
         def launch(stdio: Stdio | None, cgroup_fds: dict[str, int]) -> Awaitable[Launched]:
             return self._launcher.exec(
@@ -230,6 +233,7 @@ class Container:
                 join=self._join,
                 filter=self._filter,
                 bundle=str(self._directory),
+                rootfs=rootfs,
             )
 
         def start(join: JoinFds | None) -> Awaitable[tuple[Process, int]]:

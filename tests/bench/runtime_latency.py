@@ -125,6 +125,7 @@ class Ours:
             init_pid=self.target.pid,
             pidfd=self._pidfd,
             join={},
+            rootfs=str(self._bundle / "rootfs"),
         )
         os.close(launched.pidfd)
         assert await launched.child.wait() == 0

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import random
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -221,3 +222,25 @@ async def test_orphans_are_reaped(agent: RunningAgent) -> None:
         process = await sh(container, "(sleep 0.1 & ) ; exit 0")
         assert await process.wait() == 0
         await until(lambda: agent.children() == before, "nobody is left")
+
+
+async def test_a_home_is_of_the_passwd_that_the_container_has_mounted(agent: RunningAgent, tmp_path: Path) -> None:
+    above, below = tmp_path / "above", agent.rootfs / "etc/passwd"
+    above.mkdir()
+    (above / "passwd").write_text("who:x:7:7::/above:/bin/sh\n")
+    plain = below.read_text()
+    below.write_text(f"{plain}who:x:7:7::/below:/bin/sh\n")
+    try:
+        async with agent.connect() as client:
+            await client.create_sandbox()
+            spec = agent.spec("/bin/sleep", "1000")
+            bare = await client.create_container("bare", spec)
+            await bare.start()
+            spec.Mounts.add(destination="/etc", type="bind", source=str(above), options=["bind"])
+            mounted = await client.create_container("mounted", spec)
+            await mounted.start()
+            for container, expected in ((bare, b"/below\n"), (mounted, b"/above\n")) * 2:
+                process = await container.exec(["/bin/sh", "-c", "echo $HOME"], env=["PATH=/bin"], uid=7, gid=7)
+                assert await output(process) == expected
+    finally:
+        below.write_text(plain)  # in a root that other tests have, too

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.config.spec import Process, User
-from caisson.agent.libcontainer.plan.users import FILE_MAX, look_up, needs_files, resolve, with_home
+from caisson.agent.libcontainer.plan.users import FILE_MAX, look_up, look_up_at_once, needs_files, resolve, with_home
 
 PASSWD = """root:x:0:0:root:/root:/bin/sh
 app:x:1000:100:An app:/srv/app:/bin/sh
@@ -132,3 +133,24 @@ def test_a_file_without_end(root: Path) -> None:
     (root / "etc/passwd").write_bytes(b"x" * (FILE_MAX + 1))
     with pytest.raises(SpecError, match="larger than"):
         who(root, "app")
+
+
+def test_files_that_are_the_same_are_read_at_once(root: Path) -> None:
+    process = Process(args=("x",), user=User(username="app"))
+    look_up(process, str(root))  # from here on the kernel knows the way
+    found = look_up_at_once(process, str(root), str(root))
+    assert found is not None and found == look_up(process, str(root))
+    (root / "etc/group").unlink()
+    assert look_up_at_once(process, str(root), str(root)) == look_up(process, str(root))
+
+
+def test_other_files_are_not_read_at_once(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    other = tmp_path_factory.mktemp("other")
+    shutil.copytree(root / "etc", other / "etc")
+    process = Process(args=("x",))
+    look_up(process, str(root))
+    look_up(process, str(other))
+    assert look_up_at_once(process, str(other), str(root)) is None
+    (other / "etc/passwd").unlink()
+    assert look_up_at_once(process, str(other), str(root)) is None
+    assert look_up_at_once(process, str(root / "nowhere"), str(root)) is None

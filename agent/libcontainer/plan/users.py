@@ -36,6 +36,43 @@ def look_up(process: Process, root: str) -> Process:
     return with_home(process, root)
 
 
+def look_up_at_once(process: Process, root: str, rootfs: str) -> Process | None:
+    """Do as `look_up` in a container's root where that waits for nobody; None where it might.
+
+    A container can mount file systems that it serves itself (fuse(4)), but only for itself.  Where it has the same
+    files as this program has below ``rootfs``, these are read.  Raises SpecError.
+    """
+    names = ("etc/passwd", "etc/group") if process.user.username else ("etc/passwd",)
+    try:
+        theirs = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            ours = os.open(rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                same = all(
+                    _identity(theirs, name, syscalls.RESOLVE_CACHED) == _identity(ours, name, syscalls.RESOLVE_NO_XDEV)
+                    for name in names
+                )
+            finally:
+                os.close(ours)
+        finally:
+            os.close(theirs)
+    except OSError:  # it is not in the kernel's cache, or on another mount
+        return None
+    return look_up(process, rootfs) if same else None
+
+
+def _identity(root: int, path: str, resolve: int) -> tuple[int, int, int] | None:
+    """What a file in a root is, None where there is none.  Raises OSError."""
+    try:
+        fd = syscalls.openat2(root, path, os.O_PATH, resolve=RESOLVE | resolve)
+    except FileNotFoundError:
+        return None
+    try:
+        return syscalls.identity(fd)
+    finally:
+        os.close(fd)
+
+
 def in_user_namespace() -> bool:
     """Whether this program is in a user namespace that is not the machine's own."""
     try:

@@ -158,16 +158,18 @@ class ProcessLauncher:
         join: Mapping[str, str],
         filter: bytes = b"",
         bundle: str = "",
+        rootfs: str = "",
     ) -> Launched:
         """Run another process in all namespaces of a container; it has been executed when this returns.
 
-        `pidfd` and `init_pid` are the container's first process; what the process does not say (capabilities, limits,
+        `pidfd` and `init_pid` are the container's first process; `rootfs` is its root as this program has it, for one
+        that may not wait for a container's files; what the process does not say (capabilities, limits,
         no_new_privs) is as for that one.  Raises SpecError or LaunchError.
         """
         check_stdio(process.terminal, launch.stdio)
         own_pipes(launch.stdio, spec)
         # Its root as it is now; the caller has checked that the pid is still its own.
-        process = await self._with_user(process, f"/proc/{init_pid}/root")
+        process = await self._with_user(process, f"/proc/{init_pid}/root", rootfs)
         messages = _encode(lambda: plan.exec_messages(process, spec, join, filter))
         started = await self._launch(
             messages,
@@ -180,10 +182,12 @@ class ProcessLauncher:
         )
         return _launched(started)
 
-    async def _with_user(self, process: Process, root: str) -> Process:
+    async def _with_user(self, process: Process, root: str, rootfs: str) -> Process:
         """Look its user up in the container's files, which the container may serve itself.  Raises SpecError."""
         if not users.needs_files(process):
             return process
+        if rootfs and (known := users.look_up_at_once(process, root, rootfs)) is not None:
+            return known
         try:
             return await self._waits.work(lambda: users.look_up(process, root), seconds=self._timeout)
         except TimeoutError:
