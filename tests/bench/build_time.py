@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-from caisson.image.build import builder
+from caisson.image.build import builder, sources
 from caisson.image.build.cache import Cache, default_root
 from caisson.image.build.definition import load
 from tests.bench.rows import Row
@@ -47,7 +47,7 @@ def ours() -> tuple[float, float]:
         key = builder.Build(load()).kernel_key()
         shutil.copytree(default_root() / "kernel" / key, cache.root / "kernel" / key)
         whole = timed(lambda: builder.Build(load(), cache, downloads=downloads).image())
-        with mock.patch.object(builder, "agent_version", lambda: "0.0.0"):
+        with mock.patch.object(sources, "agent_version", lambda: "0.0.0"):
             again = timed(lambda: builder.Build(load(), cache, downloads=downloads).image())
     return whole, again
 
