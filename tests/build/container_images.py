@@ -46,14 +46,19 @@ def layer(*members: Member) -> bytes:
     return stream.getvalue()
 
 
-def busybox_layer() -> bytes:
-    """A root in which there is busybox, with links for what tests call, and users."""
+def hosts_busybox() -> bytes:
+    """The busybox of this machine."""
     program = shutil.which("busybox")
     assert program is not None
+    return Path(program).read_bytes()
+
+
+def busybox_layer(program: bytes | None = None) -> bytes:
+    """A root in which there is busybox (this machine's, or a given one), with links for what tests call, and users."""
     applets = ("sh", "cat", "id", "ls", "pwd", "env", "echo", "stat", "touch", "sleep", "readlink", "tar", "test")
     return layer(
         ("bin", FOLDER),
-        ("bin/busybox", file(Path(program).read_bytes(), mode=0o755)),
+        ("bin/busybox", file(program or hosts_busybox(), mode=0o755)),
         *((f"bin/{name}", link("busybox")) for name in applets),
         ("etc", FOLDER),
         ("etc/passwd", file(b"root:x:0:0::/root:/bin/sh\nweb:x:1234:2345::/srv/web:/bin/sh\n")),
@@ -66,10 +71,10 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def configuration(layers: Sequence[bytes], **config: Any) -> bytes:
+def configuration(layers: Sequence[bytes], architecture: str = "amd64", **config: Any) -> bytes:
     """An image's configuration; `config` is what it says of running it."""
     document = {
-        "architecture": "amd64",
+        "architecture": architecture,
         "os": "linux",
         "config": config,
         "rootfs": {"type": "layers", "diff_ids": [f"sha256:{sha256(one)}" for one in layers]},
@@ -77,7 +82,7 @@ def configuration(layers: Sequence[bytes], **config: Any) -> bytes:
     return json.dumps(document).encode()
 
 
-def oci_layout(target: Path, layers: Sequence[bytes], **config: Any) -> Path:
+def oci_layout(target: Path, layers: Sequence[bytes], architecture: str = "amd64", **config: Any) -> Path:
     """An OCI image layout, with gzip-compressed layers."""
     blobs = target / "blobs/sha256"
     blobs.mkdir(parents=True)
@@ -88,7 +93,7 @@ def oci_layout(target: Path, layers: Sequence[bytes], **config: Any) -> Path:
 
     manifest = {
         "schemaVersion": 2,
-        "config": blob(configuration(layers, **config), "application/vnd.oci.image.config.v1+json"),
+        "config": blob(configuration(layers, architecture, **config), "application/vnd.oci.image.config.v1+json"),
         "layers": [blob(gzip.compress(one, mtime=0), "application/vnd.oci.image.layer.v1.tar+gzip") for one in layers],
     }
     described = blob(json.dumps(manifest).encode(), "application/vnd.oci.image.manifest.v1+json")
