@@ -74,7 +74,7 @@ def choice(*words: str) -> Kind:
     return Kind("|".join(words), read, words[0], choices=words)
 
 
-def integer(low: int, high: int, metavar: str = "N") -> Kind:
+def integer(low: int, high: int) -> Kind:
     """A whole number in this range."""
 
     def read(word: str) -> int:
@@ -84,10 +84,10 @@ def integer(low: int, high: int, metavar: str = "N") -> Kind:
             raise BadValue(f"is out of range; give {low} to {high}")
         return int(word)
 
-    return Kind(metavar, read, str(low), f"{low} to {high}")
+    return Kind("N", read, str(low), f"{low} to {high}")
 
 
-def decimal(low: float, high: float, metavar: str = "N") -> Kind:
+def decimal(low: float, high: float) -> Kind:
     """A number with or without a point in this range."""
 
     def read(word: str) -> float:
@@ -99,7 +99,7 @@ def decimal(low: float, high: float, metavar: str = "N") -> Kind:
             raise BadValue(f"is out of range; give {low:g} to {high:g}")
         return value
 
-    return Kind(metavar, read, "1.5", f"{low:g} to {high:g}")
+    return Kind("N", read, "1.5", f"{low:g} to {high:g}")
 
 
 def memory(low: int, high: int) -> Kind:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from caisson.commands.declare import HELP, BadValue, Command, Kind, Option, Positional
+from caisson.commands.declare import HELP, WRONG_USAGE, BadValue, Command, Kind, Option, Positional
 from caisson.commands.renamed import OLD_OPTIONS
 from caisson.commands.usage import usage
 
@@ -44,7 +44,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return lowered[close[0]] if close else ""
 
 
-def find_command(word: str, commands: Mapping[str, Command], status: int = 2) -> Command:
+def find_command(word: str, commands: Mapping[str, Command]) -> Command:
     """Look a command up.  Raises CommandLineError with the one that may have been meant."""
     if word in commands:
         return commands[word]
@@ -52,7 +52,7 @@ def find_command(word: str, commands: Mapping[str, Command], status: int = 2) ->
     meant = nearest(word, known)
     remedy = f"did you mean {meant}?" if meant else "`caisson help` lists the commands"
     what = "unknown option" if word.startswith("-") else "unknown command"
-    raise CommandLineError(f"{show(word)}: {what}; {remedy}", status)
+    raise CommandLineError(f"{show(word)}: {what}; {remedy}", WRONG_USAGE)
 
 
 def parse(command: Command, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:

@@ -48,8 +48,8 @@ def help_of(command: Command) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def overview(groups: Iterable[Group], extra: str = "") -> str:
-    """What `caisson` alone shows: what there is, in groups."""
+def overview(groups: Iterable[Group]) -> str:
+    """Return what `caisson` alone shows: the commands, in groups."""
     width = _width()
     parts = [
         "Usage: caisson COMMAND [ARGUMENT…]",
@@ -62,7 +62,7 @@ def overview(groups: Iterable[Group], extra: str = "") -> str:
     parts.append(
         "`caisson COMMAND --help` explains one and shows examples; `caisson --version` says which version this is."
     )
-    return "\n\n".join([*parts, *([extra] if extra else [])]) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def describe(option: Option | Positional) -> str:

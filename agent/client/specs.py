@@ -389,13 +389,6 @@ def user_ids(text: str) -> tuple[int, int]:
     return int(uid), int(gid or 0)
 
 
-def check_settings(env: Iterable[str]) -> None:
-    """Check that settings are NAME=value.  Raises UsageError."""
-    for setting in env:
-        if "=" not in setting:
-            raise UsageError(f"--env {setting!r}: is not NAME=value; for example TERM=xterm")
-
-
 def env_file(path: str) -> list[str]:
     """Read settings from a file: NAME=value in each line, NAME for the caller's own value, "#" before a comment.
 

@@ -6,7 +6,6 @@ An error goes to the log and, where the log is a file, as a bare message to stan
 from __future__ import annotations
 
 import os
-import sys
 import time
 
 TYPE_CHECKING = False
@@ -83,14 +82,8 @@ def quoted(text: str) -> str:
     return '"' + "".join(ESCAPES.get(c) or (c if c.isprintable() else f"\\x{ord(c):02x}") for c in text) + '"'
 
 
-def rfc3339(seconds: float | None = None) -> str:
-    """A time as RFC 3339 in the local zone, without fractions."""
-    now = time.localtime(seconds)
+def rfc3339() -> str:
+    """Return the time as RFC 3339 in the local zone, without fractions."""
+    now = time.localtime()
     zone = time.strftime("%z", now)
     return time.strftime("%Y-%m-%dT%H:%M:%S", now) + ("Z" if zone == "+0000" else f"{zone[:3]}:{zone[3:]}")
-
-
-def to_stderr(text: str) -> None:
-    """Write to standard error as it is."""
-    sys.stderr.write(text)
-    sys.stderr.flush()

@@ -186,11 +186,6 @@ class Pod:
             except CgroupError as error:
                 self._log("error", "the pod's cgroup was not removed", error=str(error))
 
-    @property
-    def machine_pid(self) -> int:
-        """The process whose end is the VM's; 0 when there is none."""
-        return self._machine.pid if self._machine is not None else 0
-
 
 def size_of(document: dict[str, Any]) -> tuple[int, int]:
     """Return the MiB and CPUs of a VM for a configuration's limits; 0 for the default."""

@@ -115,9 +115,6 @@ class _Plan:
         self.first_data = self.inode_tables + groups * self.table_blocks
         self.blocks = self.first_data + contents
 
-    def blocks_in(self, group: int) -> int:
-        return min(_PER_GROUP, self.blocks - group * _PER_GROUP)
-
     def inodes_used(self, group: int, last: int) -> int:
         return max(0, min(self.inodes_per_group, last - group * self.inodes_per_group))
 

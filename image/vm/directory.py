@@ -45,6 +45,7 @@ MARK = "a VM of Caisson's, format 1\n"
 #: Bytes of vm.json, of the end of a log that is looked at, and letters of a line of it.
 MAX_DOCUMENT = 4 << 20
 MAX_TAIL = 16384
+QEMU_LINES = 5  # of its messages in an error
 
 #: A new lock on its way into a new directory.  One name for each VM: what a kill leaves is replaced by the next.
 NEW_LOCK = ".lock-"
@@ -193,9 +194,9 @@ class VMDirectory:
             return "the guest printed nothing"
         return f"the guest last printed something {max(0.0, time.time() - state.st_mtime):.0f} s ago"
 
-    def qemu_tail(self, lines: int = 5) -> str:
+    def qemu_tail(self) -> str:
         """Return the last lines that QEMU and its helpers wrote to stderr."""
-        return _tail(self.qemu_log, lines)
+        return _tail(self.qemu_log, QEMU_LINES)
 
 
 def running_vms() -> Iterator[VMDirectory]:

@@ -27,8 +27,6 @@ CREATE_DIRECTORY = "io.katacontainers.volume.overlayfs.create_directory"
 WRITABLE = "io.katacontainers.fs-opt.overlay-rw"
 OF_THE_AGENT = ("io.katacontainers.", "X-kata.")
 
-MULTI_LAYER = "erofs.multi-layer"
-PART_OF_MULTI_LAYER = "X-kata.multi-layer=true"
 UPPER, LOWER = "X-kata.overlay-upper", "X-kata.overlay-lower"
 MAKE_DIRECTORY = "X-kata.mkdir.path"
 PARTITION = "X-kata.partition-number"
@@ -52,11 +50,6 @@ def prepared(storage: Storage, container_id: str) -> Storage:
             mounts.make_directory(f"{BUNDLES}/{container_id}/{name}")
             options = (*options, f"{name}dir={BUNDLES}/{container_id}/{name}")
     return storage.but(source=storage.source or "overlay", fstype="overlay", options=options)
-
-
-def is_layer(storage: Storage) -> bool:
-    """Return whether a storage is one of those that make one root together."""
-    return storage.driver == MULTI_LAYER or PART_OF_MULTI_LAYER in storage.options
 
 
 class Layers:

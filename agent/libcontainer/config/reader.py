@@ -98,19 +98,14 @@ class Reader:
             raise SpecError(self.name(key), f"must be true or false, not {value!r}")
         return value
 
-    def maybe_flag(self, key: str) -> bool | None:
-        """A boolean, or None when absent."""
-        return None if self.raw(key) is None else self.flag(key)
-
     def number(self, key: str, low: int, high: int) -> int | None:
         """An integer within [low, high], None when absent."""
         value = self.raw(key)
         return None if value is None else check_number(value, self.name(key), low, high)
 
-    def u32(self, key: str, default: int = 0) -> int:
-        """A 32-bit unsigned number."""
-        value = self.number(key, 0, U32_MAX)
-        return default if value is None else value
+    def u32(self, key: str) -> int:
+        """Read a 32-bit unsigned number, 0 when absent."""
+        return self.number(key, 0, U32_MAX) or 0
 
     def texts(self, key: str) -> tuple[str, ...]:
         """A list of strings."""

@@ -60,7 +60,7 @@ class MemoryPolicy(Record):
 def scheduler(value: object, where: str) -> bytes:
     """`process.scheduler` as struct sched_attr.  Raises SpecError."""
     r = Reader(value, where)
-    policy, bits = r.text("policy"), _bits(r, "flags", FLAGS)
+    policy, bits = r.text("policy"), _flags(r, FLAGS)
     nice = r.number("nice", -20, 19) or 0
     priority = r.number("priority", 0, 99) or 0
     runtime, deadline, period = (r.number(key, 0, U64_MAX) or 0 for key in ("runtime", "deadline", "period"))
@@ -92,7 +92,7 @@ def personality(value: object, where: str) -> int:
     """`linux.personality` as for personality(2).  Raises SpecError."""
     r = Reader(value, where)
     domain = r.text("domain")
-    flags = _bits(r, "flags", PERSONALITY_FLAGS)
+    flags = _flags(r, PERSONALITY_FLAGS)
     r.done()
     if domain not in DOMAINS:
         raise SpecError(r.name("domain"), f"{domain!r} is not one of {', '.join(DOMAINS)}")
@@ -103,7 +103,7 @@ def memory_policy(value: object, where: str) -> MemoryPolicy:
     """Parse `linux.memoryPolicy`.  Raises SpecError."""
     r = Reader(value, where)
     mode, text = r.text("mode"), r.text("nodes")
-    flags = _bits(r, "flags", MEMORY_FLAGS, "invalid memory policy flag: ")
+    flags = _flags(r, MEMORY_FLAGS, "invalid memory policy flag: ")
     r.done()
     if mode not in MEMORY_MODES:
         raise SpecError(r.name("mode"), f"invalid memory policy mode: {mode!r} is not one of {', '.join(MEMORY_MODES)}")
@@ -116,11 +116,11 @@ def memory_policy(value: object, where: str) -> MemoryPolicy:
     return MemoryPolicy(MEMORY_MODES[mode] | flags, nodes or b"")
 
 
-def _bits(r: Reader, key: str, known: Mapping[str, int], wrong: str = "") -> int:
+def _flags(r: Reader, known: Mapping[str, int], wrong: str = "") -> int:
     bits = 0
-    for flag in r.texts(key):
+    for flag in r.texts("flags"):
         if flag not in known:
-            raise SpecError(r.name(key), f"{wrong}{flag!r} is not one of {', '.join(known)}")
+            raise SpecError(r.name("flags"), f"{wrong}{flag!r} is not one of {', '.join(known)}")
         bits |= known[flag]
     return bits
 
