@@ -10,7 +10,8 @@ import pytest
 
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.config.spec import Process, User
-from caisson.agent.libcontainer.plan.users import FILE_MAX, look_up, look_up_at_once, needs_files, resolve, with_home
+from caisson.agent.libcontainer.plan.user_files import FILE_MAX, UserFiles
+from caisson.agent.libcontainer.plan.users import look_up, look_up_at_once, needs_files, resolve
 
 PASSWD = """root:x:0:0:root:/root:/bin/sh
 app:x:1000:100:An app:/srv/app:/bin/sh
@@ -32,7 +33,8 @@ def root(tmp_path: Path) -> Path:
 
 def who(root: Path, username: str, **fields: object) -> Process:
     user = User(uid=5, gid=6, username=username)
-    return resolve(Process(args=("x",), user=user, **fields), str(root))  # type: ignore[arg-type]
+    with UserFiles(str(root)) as files:
+        return resolve(Process(args=("x",), user=user, **fields), files)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -83,8 +85,8 @@ def test_home(root: Path) -> None:
 def test_home_is_that_of_the_uid_also_when_it_is_empty(root: Path, env: tuple[str, ...]) -> None:
     process = Process(args=("x",), env=env, user=User(uid=1000))
     assert needs_files(process)
-    assert with_home(process, str(root)).env[-1] == "HOME=/srv/app"
-    assert with_home(process.but(user=User(uid=4)), str(root)).env[-1] == "HOME=/"
+    assert look_up(process, str(root)).env[-1] == "HOME=/srv/app"
+    assert look_up(process.but(user=User(uid=4)), str(root)).env[-1] == "HOME=/"
     assert not needs_files(process.but(env=("HOME=/x",)))
 
 
@@ -102,7 +104,7 @@ def test_a_directory_in_the_place_of_a_file_is_an_error_in_words_and_costs_no_de
 
 def test_more_groups_stay(root: Path) -> None:
     process = Process(args=("x",), user=User(additional_gids=(3, 29), username="app"))
-    assert resolve(process, str(root)).user.additional_gids == (3, 29, 44, 0)
+    assert look_up(process, str(root)).user.additional_gids == (3, 29, 44, 0)
 
 
 def test_files_are_the_images_own(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:  # CVE-2025-24965

@@ -63,7 +63,6 @@ class Reader:
         if not isinstance(value, dict):
             raise SpecError(where or "config", f"must be an object, not {type(value).__name__}")
         self._values: dict[str, Any] = value
-        self._left = set(value)
         self._read: list[str] = []
         self._where = where
 
@@ -78,7 +77,6 @@ class Reader:
 
     def raw(self, key: str) -> Any:
         """The value as it is, None if absent."""
-        self._left.discard(key)
         self._read.append(key)
         return self._values.get(key)
 
@@ -109,6 +107,9 @@ class Reader:
 
     def texts(self, key: str) -> tuple[str, ...]:
         """A list of strings."""
+        value = self.raw(key)
+        if isinstance(value, list) and set(map(type, value)) <= {str} and "\0" not in "".join(value):
+            return tuple(value)  # without the names of elements, which are for errors
         return self.each(key, check_text)
 
     def numbers(self, key: str, low: int, high: int) -> tuple[int, ...]:
@@ -148,8 +149,8 @@ class Reader:
 
     def done(self) -> None:
         """Raise if a key was never read: it would be ignored in silence."""
-        if self._left:
-            key = sorted(self._left)[0]
+        if left := self._values.keys() - self._read:
+            key = min(left)
             meant = next((name for name in self._read if name.lower() == key.lower()), "")
             raise UnknownField(self.name(key), "is not a field this runtime knows", self._values, key, meant)
 

@@ -7,19 +7,14 @@ image that has an entry for it would choose who that is (containerd CVE-2024-406
 from __future__ import annotations
 
 import os
-import stat
 
-from caisson.agent.base import syscalls
 from caisson.agent.libcontainer.config.reader import U32_MAX, SpecError
+from caisson.agent.libcontainer.plan.user_files import FIELD, UserFiles
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from caisson.agent.libcontainer.config.spec import Linux, Process
 
-FIELD = "process.user.username"
-RESOLVE = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
-FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
-FILE_MAX = 1 << 20  # bytes
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_"
 NAME_CHARACTERS = frozenset(f"{LETTERS}0123456789.-")
 
@@ -31,46 +26,32 @@ def needs_files(process: Process) -> bool:
 
 def look_up(process: Process, root: str) -> Process:
     """The process with all that the files of the root directory say of its user.  Raises SpecError."""
-    if process.user.username:
-        process = resolve(process, root)
-    return with_home(process, root)
+    try:
+        files = UserFiles(root)
+    except OSError as error:
+        if process.user.username:
+            raise SpecError(FIELD, f"the container's root cannot be looked into: {error.strerror}") from None
+        return process if has_home(process) else _with_home(process, "/")
+    with files:
+        return _look_up(process, files)
 
 
 def look_up_at_once(process: Process, root: str, rootfs: str) -> Process | None:
     """Do as `look_up` in a container's root where that waits for nobody; None where it might.
 
-    A container can mount file systems that it serves itself (fuse(4)), but only for itself.  Where it has the same
-    files as this program has below ``rootfs``, these are read.  Raises SpecError.
+    ``rootfs`` is its root as this program has it: what is the same there is read.  Raises SpecError.
     """
-    names = ("etc/passwd", "etc/group") if process.user.username else ("etc/passwd",)
     try:
-        theirs = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            ours = os.open(rootfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                same = all(
-                    _identity(theirs, name, syscalls.RESOLVE_CACHED) == _identity(ours, name, syscalls.RESOLVE_NO_XDEV)
-                    for name in names
-                )
-            finally:
-                os.close(ours)
-        finally:
-            os.close(theirs)
-    except OSError:  # it is not in the kernel's cache, or on another mount
+        with UserFiles(rootfs, shown=root) as files:
+            return _look_up(process, files)
+    except OSError:
         return None
-    return look_up(process, rootfs) if same else None
 
 
-def _identity(root: int, path: str, resolve: int) -> tuple[int, int, int] | None:
-    """What a file in a root is, None where there is none.  Raises OSError."""
-    try:
-        fd = syscalls.openat2(root, path, os.O_PATH, resolve=RESOLVE | resolve)
-    except FileNotFoundError:
-        return None
-    try:
-        return syscalls.identity(fd)
-    finally:
-        os.close(fd)
+def _look_up(process: Process, files: UserFiles) -> Process:
+    if process.user.username:
+        process = resolve(process, files)
+    return with_home(process, files)
 
 
 def in_user_namespace() -> bool:
@@ -88,23 +69,16 @@ def has_home(process: Process) -> bool:
     return bool(homes) and homes[-1] != "HOME="  # the last one counts
 
 
-def resolve(process: Process, root: str) -> Process:
-    """The process with the ids, the groups and (where it has none) the HOME of its user's name in the root directory.
+def resolve(process: Process, files: UserFiles) -> Process:
+    """The process with the ids, the groups and (where it has none) the HOME of its user's name.
 
     Raises SpecError for a name that is none, and one that the container does not know.
     """
     user, colon, group = process.user.username.partition(":")
     if not user or (colon and not group):
         raise SpecError(FIELD, f"{process.user.username!r} is neither USER nor USER:GROUP")
-    try:
-        root_fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise SpecError(FIELD, f"the container's root cannot be looked into: {error.strerror}") from None
-    try:
-        entry = _entry(_table(root_fd, "etc/passwd", 7), user)
-        groups = _table(root_fd, "etc/group", 4)
-    finally:
-        os.close(root_fd)
+    entry = _entry(files.table("etc/passwd", 7), user)
+    groups = files.table("etc/group", 4)
     if entry is None and not user.isdecimal():
         raise SpecError(FIELD, f"unable to find user {user}: no matching entries in passwd file")
     uid = _id(user) if entry is None else _id(entry[2])
@@ -122,23 +96,20 @@ def resolve(process: Process, root: str) -> Process:
     return process.but(user=who)
 
 
-def with_home(process: Process, root: str) -> Process:
-    """The process with a HOME: if it has none, or an empty one, that of its uid in the root's /etc/passwd, else "/"."""
+def with_home(process: Process, files: UserFiles) -> Process:
+    """The process with a HOME: if it has none, or an empty one, that of its uid in /etc/passwd, else "/"."""
     if has_home(process):
         return process
-    env = tuple(variable for variable in process.env if not variable.startswith("HOME="))
     try:
-        root_fd = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return process.but(env=(*env, "HOME=/"))
-    try:
-        table = _table(root_fd, "etc/passwd", 7)
+        table = files.table("etc/passwd", 7)
     except SpecError:
         table = []
-    finally:
-        os.close(root_fd)
     uid = str(process.user.uid)
-    home = next((line[5] for line in table if line[2] == uid and line[5]), "/")
+    return _with_home(process, next((line[5] for line in table if line[2] == uid and line[5]), "/"))
+
+
+def _with_home(process: Process, home: str) -> Process:
+    env = tuple(variable for variable in process.env if not variable.startswith("HOME="))
     return process.but(env=(*env, f"HOME={home}"))
 
 
@@ -191,41 +162,3 @@ def _id(text: str) -> int:
     ):  # the last one means "no change" to the kernel
         raise SpecError(FIELD, f"{text!r} is not an id: 0 to {U32_MAX - 1}")
     return int(text)
-
-
-def _open_plain(root: int, path: str) -> int:
-    """Open a file if no link is on the way, without the price of openat2 (ctypes).  Raises OSError."""
-    directory, _, name = path.rpartition("/")
-    at = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root)
-    try:
-        return os.open(name, FLAGS | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=at)
-    finally:
-        os.close(at)
-
-
-def _table(root: int, path: str, columns: int) -> list[list[str]]:
-    """The lines of passwd(5) or group(5) that have all their columns; none if there is no such file.
-
-    It is the image's: found inside its root whatever links say, only if it is a file, and only up to a size.
-    """
-    try:
-        try:
-            fd = _open_plain(root, path)
-        except FileNotFoundError:
-            return []
-        except OSError:  # a link, most likely
-            fd = syscalls.openat2(root, path, FLAGS, resolve=RESOLVE)
-    except OSError:
-        return []
-    kind = os.fstat(fd).st_mode
-    if not stat.S_ISREG(kind):
-        os.close(fd)  # open() fails for a directory, and does not close it
-        if stat.S_ISDIR(kind):
-            raise SpecError(FIELD, f"the container's /{path} is a directory")
-        return []
-    with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
-        data = file.read(FILE_MAX + 1)
-    if len(data) > FILE_MAX:
-        raise SpecError(FIELD, f"the container's /{path} is larger than {FILE_MAX} bytes")
-    lines = (line.split(":") for line in data.decode(errors="surrogateescape").splitlines())
-    return [line for line in lines if len(line) >= columns]
