@@ -44,13 +44,19 @@ def main(words: Sequence[str] | None = None, *more: Group) -> int:
     streams.filter_terminals()
     try:
         status = CommandLine((*GROUPS, *more)).run(sys.argv[1:] if words is None else words)
-        reason = streams.flush()
-        if reason and status == 0:
-            streams.info(f"stdout: {reason}")
-        return status or int(bool(reason))
+        error = streams.flush()
+        if error and status == 0:
+            streams.info(one_line(error) or f"stdout: {error.strerror}")
+        return status or int(error is not None)
     except BrokenPipeError:  # nobody reads on, as with `| head`
         streams.give_up_stdout()
         return PIPE_CLOSED
+    except OSError as error:  # of help, or of the version: a command's own are reported by it
+        if not (text := one_line(error)):
+            raise
+        streams.give_up_stdout()
+        streams.info(text)
+        return 1
     except KeyboardInterrupt:
         return INTERRUPTED
 

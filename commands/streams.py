@@ -46,16 +46,16 @@ def _encode(error: UnicodeError) -> tuple[bytes, int]:
     return b"".join(escaped), error.end
 
 
-def flush() -> str:
-    """Write what is still in stdout's buffer; returns why that failed, or nothing.  Raises BrokenPipeError."""
+def flush() -> OSError | None:
+    """Write what is still in stdout's buffer; returns why that failed, if it did.  Raises BrokenPipeError."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         raise
     except OSError as error:
         give_up_stdout()
-        return str(error.strerror)
-    return ""
+        return error
+    return None
 
 
 def give_up_stdout() -> None:

@@ -133,6 +133,12 @@ def lean() -> Path:
     return built("--template", "lean")
 
 
+def image_of_snapshots() -> tuple[str, ...]:
+    """What tells save-snapshot of an image: nothing, unless images were built elsewhere."""
+    elsewhere = Path(IMAGES) / "lean"
+    return ("--image", str(elsewhere)) if IMAGES and elsewhere.is_dir() else ()
+
+
 @pytest.fixture(scope="session")
 def vm(caisson: Caisson) -> Iterator[Caisson]:
     """The command line, with a VM called `default` running."""

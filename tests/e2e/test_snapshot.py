@@ -21,7 +21,7 @@ import pytest
 from caisson.agent import client
 from caisson.image.build.cache import default_root
 from caisson.proto.kata1 import oci_pb2
-from tests.e2e.conftest import COMPILING, Caisson, fresh
+from tests.e2e.conftest import COMPILING, PATIENCE, Caisson, fresh, image_of_snapshots
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(COMPILING)]
 
@@ -53,7 +53,7 @@ def snapshot() -> Iterator[str]:
     """The name of a snapshot of this session's own."""
     name = f"e2e-{os.getpid()}"
     with fresh() as caisson:
-        saved = caisson("save-snapshot", "--name", name, "--memory", MEMORY, timeout=COMPILING)
+        saved = caisson("save-snapshot", "--name", name, "--memory", MEMORY, *image_of_snapshots(), timeout=COMPILING)
         assert saved.returncode == 0, saved.stderr.decode()
     yield name
     shutil.rmtree(default_root() / "snapshots" / name)
@@ -65,7 +65,7 @@ def clones(caisson: Caisson, snapshot: str, count: int) -> Iterator[list[str]]:
     try:
         commands = [caisson.start("boot-vm", "--snapshot", snapshot, "--name", n, "--detach", stderr=-1) for n in names]
         for command in commands:
-            _, errors = command.communicate(timeout=280)
+            _, errors = command.communicate(timeout=PATIENCE)
             assert command.returncode == 0, errors.decode()
         yield names
     finally:
@@ -156,7 +156,7 @@ def test_a_template_is_replaced_under_a_running_clone(own: Caisson, snapshot: st
     file: Path = default_root() / "snapshots" / snapshot / "ram"
     before = file.stat().st_ino
     with clones(own, snapshot, 1) as (name,):
-        saved = own("save-snapshot", "--name", snapshot, "--memory", MEMORY)
+        saved = own("save-snapshot", "--name", snapshot, "--memory", MEMORY, *image_of_snapshots())
         assert saved.returncode == 0, saved.stderr.decode()
         assert file.stat().st_ino != before
         assert own("exec", "--name", name, "--", "true").returncode == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -14,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import ROOT, Caisson
+from caisson.agent import client
+from tests.e2e.conftest import PATIENCE, ROOT, Caisson
+from tests.support import guest_root
 from tests.support.poll import wait_until
 
 pytestmark = pytest.mark.vm
@@ -103,15 +106,32 @@ def _kill_qemu(caisson: Caisson, name: str) -> None:
     os.kill(caisson.info(name)["pids"]["qemu"], signal.SIGKILL)
 
 
-@pytest.mark.parametrize("kill", [_kill_supervisor, _kill_qemu])
-def test_a_killed_part_takes_everything_with_it(own: Caisson, kill: Callable[[Caisson, str], None]) -> None:
+def _panic(caisson: Caisson, name: str) -> None:
+    async def work() -> None:
+        async with client.Agent.connect(caisson.run_directory / name / "agent.sock") as agent:
+            python = guest_root.python_of(caisson.manifest(name))
+            with pytest.raises(client.AgentGone):
+                program = "open('/proc/sysrq-trigger', 'w').write('c')"
+                container = await guest_root.container(agent, "panic", [python, "-IS", "-c", program])
+                await container.init().wait()
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize(
+    ("kill", "why"),
+    [(_kill_supervisor, b""), (_kill_qemu, b""), (_panic, b"the guest's kernel panicked: sysrq triggered crash")],
+)
+def test_a_killed_part_takes_everything_with_it(own: Caisson, kill: Callable[[Caisson, str], None], why: bytes) -> None:
     assert own("boot-vm", "--name", "v", "--detach").returncode == 0
     with own.start("exec", "--name", "v", "--", "sleep", "1000", stdin=-3, stderr=-1) as command:
         wait_until(lambda: b"sleep" in own("exec", "--name", "v", "--", "ps").stdout, "the program runs")
         kill(own, "v")
-        assert command.wait(60) == 125
+        assert command.wait(PATIENCE) == 125
         assert command.stderr is not None
-        assert b"Traceback" not in command.stderr.read()
+        said = command.stderr.read()
+    assert why in said
+    assert b"Traceback" not in said
 
 
 def test_a_killed_client_takes_its_own_vm_with_it(own: Caisson) -> None:

@@ -10,6 +10,7 @@ Sources: Documentation/virt/kvm/x86/cpuid.rst; vsock(7), IOCTL_VM_SOCKETS_GET_LO
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import json
 import os
 from collections.abc import Generator
@@ -63,9 +64,15 @@ async def ask(directory: Path) -> dict[str, Any]:
     return dict(json.loads(done.stdout))
 
 
-def judge(said: dict[str, Any], info: dict[str, Any]) -> list[str]:
-    """Return what of a guest's evidence is not as vm.json says, and as the environment promises."""
-    accel, vsock = os.environ["CAISSON_ACCEL"], os.environ["CAISSON_VSOCK"]
+def _in_a_thread(directory: Path) -> dict[str, Any]:
+    """Ask as ``ask`` does, also where an event loop runs already."""
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, ask(directory)).result()
+
+
+def judge(said: dict[str, Any], info: dict[str, Any], vsock: str) -> list[str]:
+    """Return what of a guest's evidence is not as vm.json and the environment say, or of this vsock device."""
+    accel = os.environ["CAISSON_ACCEL"]
     found = []
     if said["hypervisor"] != SIGNATURES[accel]:
         found.append(f"the hypervisor is {said['hypervisor']!r}, not {SIGNATURES[accel]!r}")
@@ -79,42 +86,55 @@ def judge(said: dict[str, Any], info: dict[str, Any]) -> list[str]:
 
 
 class Plugin:
-    """Asks guests where they boot, and reports after each test."""
+    """Asks guests when they have booted, and before they are stopped; reports after each test."""
 
     def __init__(self) -> None:
-        self._evidence: dict[Path, str] = {}  # by the VM's directory
+        self._evidence: dict[Path, str] = {}  # by the VM's directory, and when it was started
         self._wrapped: set[type] = set()
         self._problems: list[str] = []
         self.lines: list[str] = []
         self._new: list[str] = []
 
     def _wrap(self, kind: type) -> None:
-        """Have the guest of each VM asked that a command line of this kind boots."""
+        """Have each VM's guest asked that a command line of this kind boots in the background, or stops."""
         if kind in self._wrapped:
             return
         self._wrapped.add(kind)
         run = kind.__call__
 
         def call(caisson: Any, *words: str, **options: Any) -> Any:
+            if words[:1] == ("stop-vm",):  # it can have been booted by a process of its own
+                self._look(caisson.run_directory, os.environ["CAISSON_VSOCK"])
             done = run(caisson, *words, **options)
             if words[:1] == ("boot-vm",) and "--dry-run" not in words and done.returncode == 0:
-                self._look(caisson.run_directory)
+                vsock = words[words.index("--vsock") + 1] if "--vsock" in words else os.environ["CAISSON_VSOCK"]
+                self._look(caisson.run_directory, vsock)
             return done
 
         kind.__call__ = call  # type: ignore[method-assign]
 
-    def _look(self, place: Path) -> None:
+    def _look(self, place: Path, vsock: str) -> None:
+        """Ask the guests in a run directory that were not asked yet."""
         for file in sorted(place.glob("*/vm.json")):
             info = json.loads(file.read_text())
             key = file.parent / str(info["started"])
             if key in self._evidence or info["state"] != "running":
                 continue
-            said = asyncio.run(ask(file.parent))
-            self._problems += judge(said, info)
+            try:
+                said = _in_a_thread(file.parent)
+            except (client.AgentError, AssertionError) as error:
+                self._problems.append(f"VM {info['name']} could not be asked: {error}")
+                continue
+            self._problems += judge(said, info, vsock)
             device = "/dev/vhost-vsock" if info["vsock"] == "vhost" else "our device"
             clock = "kvm-clock" if "kvm-clock" in said["clocks"] else said["clocks"][0]
             self._evidence[key] = f"{said['hypervisor']}, {clock}, CID {said['cid']} of {device}"
             self._new.append(self._evidence[key])
+
+    def _of_the_session(self, item: pytest.Item) -> list[str]:
+        """What the VM said, when it was booted, that a test shares with others."""
+        vm = getattr(item, "funcargs", {}).get("vm")
+        return [said for key, said in self._evidence.items() if vm and key.parent == vm.run_directory / "default"]
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> Generator[None, Any, Any]:
@@ -126,8 +146,7 @@ class Plugin:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, Any, Any]:
         done = yield
-        of_the_session = [said for key, said in self._evidence.items() if key.parent.name == "default"]
-        said = self._new or ("vm" in getattr(item, "fixturenames", ()) and of_the_session[:1])
+        said = self._new or self._of_the_session(item)
         self._new = []
         problems, self._problems = self._problems, []
         if not said:
@@ -136,6 +155,11 @@ class Plugin:
         if problems:
             pytest.fail("; ".join(problems), pytrace=False)
         return done
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Show a failure at once: a run takes long, and can be cut short."""
+        if report.failed:
+            print(f"\n{report.longreprtext}", flush=True)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         terminalreporter.section("accelerator and vsock device of each test, as its guest has them")

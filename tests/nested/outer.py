@@ -90,12 +90,12 @@ def _show(data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def outer_machine(suite: str, templates: Sequence[str] = ()) -> Iterator[Outer]:
-    """Boot an outer machine of a suite of Debian; in it are the default image and those of these templates."""
+def outer_machine(suite: str, more: Mapping[str, Sequence[str]] | None = None) -> Iterator[Outer]:
+    """Boot an outer machine of a suite of Debian, with the default image and more, by what builds them."""
     image = images.Image.load(built("--suite", suite, "--template", "kvm-host"))
     default = images.build_image().directory
     inner = {f"cache/images/{default.name}": default}
-    inner |= {f"images/{name}": built("--template", name) for name in templates}
+    inner |= {f"images/{name}": built(*words) for name, words in (more or {}).items()}
     with fresh() as caisson:
         words = ("boot-vm", "outer", "--detach", "--image", str(image.directory), "--memory", str(MEMORY))
         booted = caisson(*words, "--timeout", f"{BOOT_TIMEOUT:.0f}", timeout=BOOT_TIMEOUT)

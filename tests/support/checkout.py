@@ -25,6 +25,6 @@ def copy_sources(target: Path, *, compiled: bool = False) -> None:
 
 
 def clean_environment() -> dict[str, str]:
-    """Return this process's, without what would lead to the checkout or to another pytest."""
-    foreign = ("PYTHON", "PYTEST", "VIRTUAL_ENV", "COV")
+    """Return this process's, without what would lead to the checkout, to another pytest or to this one's VMs."""
+    foreign = ("PYTHON", "PYTEST", "VIRTUAL_ENV", "COV", "CAISSON_RUN")
     return {name: value for name, value in os.environ.items() if not name.startswith(foreign)}

@@ -6,18 +6,22 @@ import asyncio
 import time
 from collections.abc import Callable
 
+from caisson.image.vm.pace import scaled
+
 Condition = Callable[[], object]
 Found = Callable[[], object] | None
 
 WHAT = "what a test waits for"
 
-#: Seconds within which anything is done on a busy machine, and between two looks.
-TIMEOUT = 60.0
+#: Seconds within which anything is done on a machine of 2020 (and never more than what pytest leaves to a test), and
+#: between two looks.
+TIMEOUT, MAX_TIMEOUT = 60.0, 240.0
 INTERVAL = 0.01
 
 
-def wait_until(condition: Condition, what: str = WHAT, timeout: float = TIMEOUT, found: Found = None) -> None:
+def wait_until(condition: Condition, what: str = WHAT, timeout: float | None = None, found: Found = None) -> None:
     """Poll until a condition holds; at a timeout fail with what was waited for, and what ``found`` gives then."""
+    timeout = timeout or min(scaled(TIMEOUT), MAX_TIMEOUT)
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
@@ -25,8 +29,9 @@ def wait_until(condition: Condition, what: str = WHAT, timeout: float = TIMEOUT,
         time.sleep(INTERVAL)
 
 
-async def until(condition: Condition, what: str = WHAT, timeout: float = TIMEOUT, found: Found = None) -> None:
+async def until(condition: Condition, what: str = WHAT, timeout: float | None = None, found: Found = None) -> None:
     """Do as ``wait_until`` does, and let other tasks run meanwhile."""
+    timeout = timeout or min(scaled(TIMEOUT), MAX_TIMEOUT)
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:

@@ -243,9 +243,10 @@ def test_a_closed_pipe_ends_it_as_a_signal_would() -> None:
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-def test_a_full_disk_is_one_line() -> None:
+@pytest.mark.parametrize("word", ["help", "--version"], ids=["more than a buffer", "less than a buffer"])
+def test_a_full_disk_is_one_line(word: str) -> None:
     with Path("/dev/full").open("wb") as full:
-        words = [sys.executable, "-m", "caisson.commands.main", "help"]
+        words = [sys.executable, "-m", "caisson.commands.main", word]
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, timeout=60)
     assert done.returncode == 1
     assert done.stderr == b"caisson: output: No space left on device; make room and try again\n"
