@@ -83,7 +83,7 @@ class CaissonService:
         return EMPTY
 
     async def ExecProcess(self, request: caisson_pb2.ExecProcessRequest) -> Empty:
-        from caisson.agent.libcontainer.config.spec import Process
+        from caisson.agent.libcontainer.config.process import Process
 
         process = Process.from_json(_document(request.process))
         if not request.exec_id:

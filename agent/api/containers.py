@@ -16,8 +16,8 @@ from caisson.agent.base.errors import InvalidArgument
 from caisson.agent.guest import details
 from caisson.agent.guest.devices import GuestDevice
 from caisson.agent.guest.storage import Storage
+from caisson.agent.libcontainer.config.process import Process as ProcessSpec
 from caisson.agent.libcontainer.config.resources import Resources
-from caisson.agent.libcontainer.config.spec import Process as ProcessSpec
 from caisson.agent.libcontainer.config.spec import Spec
 from caisson.proto.contract import VERSION
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from caisson.agent.libcontainer.cgroups import Cgroup, Hierarchy
-    from caisson.agent.libcontainer.config.spec import Hook, Process, Spec
+    from caisson.agent.libcontainer.config.process import Process
+    from caisson.agent.libcontainer.config.spec import Hook, Spec
     from caisson.agent.libcontainer.process.launch import Launch, Launched
     from caisson.agent.libcontainer.process.launcher import ProcessLauncher
     from caisson.agent.libcontainer.waits import Waits

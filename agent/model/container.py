@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from caisson.agent.libcontainer.cgroups import Cgroup
     from caisson.agent.libcontainer.cgroups.base import JoinFds
     from caisson.agent.libcontainer.cgroups.stats import CgroupStats
+    from caisson.agent.libcontainer.config.process import Process as ProcessSpec
     from caisson.agent.libcontainer.config.spec import Hook, Spec
-    from caisson.agent.libcontainer.config.spec import Process as ProcessSpec
     from caisson.agent.libcontainer.process.launch import Launched, Stdio
     from caisson.agent.libcontainer.process.launcher import ProcessLauncher
 

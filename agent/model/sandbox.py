@@ -21,7 +21,8 @@ from caisson.agent.base.errors import (
 from caisson.agent.guest.blockdevices import BlockDevices
 from caisson.agent.guest.dns import Resolver
 from caisson.agent.guest.storage import Storages
-from caisson.agent.libcontainer.config.spec import Hooks, Namespace, Rlimit
+from caisson.agent.libcontainer.config.process import Rlimit
+from caisson.agent.libcontainer.config.spec import Hooks, Namespace
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.state import check_id
 from caisson.agent.model.container import CREATED, STOPPED, Container

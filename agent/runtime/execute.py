@@ -13,7 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from caisson.agent.libcontainer.config.spec import Process
+    from caisson.agent.libcontainer.config.process import Process
     from caisson.agent.libcontainer.container import Container
     from caisson.agent.runtime.main import Call
     from caisson.agent.runtime.prepared import Identity

@@ -20,7 +20,7 @@ from caisson.agent.runtime.inspect import document
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from caisson.agent.libcontainer.config.spec import Process
+    from caisson.agent.libcontainer.config.process import Process
     from caisson.agent.libcontainer.container import Container
 
 STATE_MAGIC, PLAN_MAGIC = b"CAISFRO1", b"CAISEXE1"

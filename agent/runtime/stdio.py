@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import socket
     from types import TracebackType
 
-    from caisson.agent.libcontainer.config.spec import Process
+    from caisson.agent.libcontainer.config.process import Process
     from caisson.agent.libcontainer.process.launch import Launched
     from caisson.agent.runtime.main import Call
 else:

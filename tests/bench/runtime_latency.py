@@ -29,7 +29,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from caisson.agent.libcontainer.config.spec import Hooks, Process, Spec
+from caisson.agent.libcontainer.config.process import Process
+from caisson.agent.libcontainer.config.spec import Hooks, Spec
 from caisson.agent.libcontainer.process.launch import Launch, Stdio
 from caisson.agent.libcontainer.process.launcher import ProcessLauncher
 from caisson.agent.libcontainer.process.nsexec import Nsexec

@@ -7,7 +7,8 @@ from pathlib import Path
 from struct import pack
 from typing import Any
 
-from caisson.agent.libcontainer.config.spec import IdMapping, Process, Spec
+from caisson.agent.libcontainer.config.process import Process
+from caisson.agent.libcontainer.config.spec import IdMapping, Spec
 from caisson.agent.libcontainer.container import Container
 from caisson.agent.libcontainer.plan import plan, wire
 from caisson.agent.libcontainer.state import State

@@ -13,7 +13,8 @@ from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from caisson.agent.libcontainer.config.spec import Hooks, Process, Spec
+from caisson.agent.libcontainer.config.process import Process
+from caisson.agent.libcontainer.config.spec import Hooks, Spec
 from caisson.agent.libcontainer.process.launch import Launch, Launched, Stdio
 from caisson.agent.libcontainer.process.launcher import ProcessLauncher
 from caisson.agent.libcontainer.process.nsexec import Nsexec

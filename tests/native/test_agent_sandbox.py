@@ -14,7 +14,8 @@ import pytest
 from caisson.agent.base.errors import FailedPrecondition, NotFound, Timeout
 from caisson.agent.base.log import Log
 from caisson.agent.base.syscalls import MNT_DETACH, umount2
-from caisson.agent.libcontainer.config.spec import Rlimit, Spec
+from caisson.agent.libcontainer.config.process import Rlimit
+from caisson.agent.libcontainer.config.spec import Spec
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.process.launch import Launch, Launched
 from caisson.agent.model.reaper import Child

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from caisson.agent.client import AgentError
-from caisson.agent.libcontainer.config.spec import Process, Spec
+from caisson.agent.libcontainer.config.process import Process
+from caisson.agent.libcontainer.config.spec import Spec
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.process.nsexec import Nsexec
 from tests.native.agent_support import ROOT, RunningAgent

@@ -15,8 +15,9 @@ import pytest
 
 from caisson.agent.base.log import Log
 from caisson.agent.base.syscalls import umount2
+from caisson.agent.libcontainer.config.process import Process
 from caisson.agent.libcontainer.config.reader import SpecError
-from caisson.agent.libcontainer.config.spec import Process, Spec
+from caisson.agent.libcontainer.config.spec import Spec
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.process.channel import SetupChannel
 from caisson.agent.libcontainer.process.launch import Launched, Stdio

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from caisson.agent.libcontainer.config.spec import Process, Spec
+from caisson.agent.libcontainer.config.process import Process
+from caisson.agent.libcontainer.config.spec import Spec
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.process.launch import Launched, Stdio
 from caisson.agent.libcontainer.process.nsexec import Nsexec

@@ -225,7 +225,7 @@ async def test_created_container_holds_no_descriptor_of_the_guest(box: Box) -> N
 
 
 def test_users_that_are_neither_names_nor_ids_are_refused(box: Box) -> None:  # CVE-2026-30892, 2024-40635
-    from caisson.agent.libcontainer.config.spec import Process
+    from caisson.agent.libcontainer.config.process import Process
 
     (box.rootfs / "etc").mkdir(exist_ok=True)
     names = ("+0", "0x3e8", "1000abc", "4294967296", "-1", "1000:", ":5", "nobody")

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from caisson.agent.libcontainer.config.process import Process
 from caisson.agent.libcontainer.config.reader import SpecError
-from caisson.agent.libcontainer.config.spec import Process, Spec
+from caisson.agent.libcontainer.config.spec import Spec
 from caisson.agent.libcontainer.errors import LaunchError
 from tests.native.nsexec_support import Box, config
 

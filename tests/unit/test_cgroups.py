@@ -11,8 +11,8 @@ import pytest
 from caisson.agent.libcontainer.cgroups import CgroupError, CgroupV2
 from caisson.agent.libcontainer.cgroups import device_program as devices
 from caisson.agent.libcontainer.cgroups.v2.settings import io_weight, settings, weight
+from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.config.resources import DeviceRule, Resources
-from caisson.agent.libcontainer.config.spec import SpecError
 from caisson.agent.libcontainer.state import State, check_id
 
 

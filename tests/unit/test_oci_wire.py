@@ -7,8 +7,10 @@ import pytest
 from caisson.agent.api.conversions import exec_to_json, json_name, spec_to_json
 from caisson.agent.api.kata1.service import AgentService
 from caisson.agent.client import default_spec
+from caisson.agent.libcontainer.config.process import Process
+from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.config.seccomp import ALLOW, ERRNO, MASKED_EQ, SPEC_ALLOW, Condition, Rule, Seccomp
-from caisson.agent.libcontainer.config.spec import Process, Spec, SpecError
+from caisson.agent.libcontainer.config.spec import Spec
 from caisson.proto.kata1 import oci_pb2
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from caisson.agent.base import syscalls
+from caisson.agent.libcontainer.config.process import Process
 from caisson.agent.libcontainer.config.reader import SpecError
-from caisson.agent.libcontainer.config.spec import Process, Spec
+from caisson.agent.libcontainer.config.spec import Spec
 from caisson.agent.libcontainer.plan import capabilities as names
 from caisson.agent.libcontainer.plan import lsm, mounts, plan, sysctl, wire
 from caisson.agent.libcontainer.plan import wire as steps

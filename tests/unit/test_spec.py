@@ -6,18 +6,9 @@ from typing import Any
 
 import pytest
 
-from caisson.agent.libcontainer.config.spec import (
-    Capabilities,
-    Device,
-    Mount,
-    Namespace,
-    Process,
-    Rlimit,
-    Spec,
-    SpecError,
-    User,
-    ignoring_unknown,
-)
+from caisson.agent.libcontainer.config.process import Capabilities, Process, Rlimit, User
+from caisson.agent.libcontainer.config.reader import SpecError
+from caisson.agent.libcontainer.config.spec import Device, Mount, Namespace, Spec, ignoring_unknown
 
 
 def test_a_whole_configuration() -> None:

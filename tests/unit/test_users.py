@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from caisson.agent.libcontainer.config.process import Process, User
 from caisson.agent.libcontainer.config.reader import SpecError
-from caisson.agent.libcontainer.config.spec import Process, User
 from caisson.agent.libcontainer.plan.user_files import FILE_MAX, UserFiles
 from caisson.agent.libcontainer.plan.users import look_up, look_up_at_once, needs_files, resolve
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from struct import pack
 
 from caisson.agent.base import syscalls
+from caisson.agent.libcontainer.config.process import Capabilities, Process, Rlimit, User
 from caisson.agent.libcontainer.config.reader import SpecError
-from caisson.agent.libcontainer.config.spec import Capabilities, Linux, Process, Rlimit, User
+from caisson.agent.libcontainer.config.spec import Linux
 from caisson.agent.libcontainer.plan import sysctl, wire
 from caisson.agent.libcontainer.plan.capabilities import capability_mask, rlimit_number
 from caisson.agent.libcontainer.plan.mounts import FileSystem, absolute, root_propagation

@@ -13,7 +13,8 @@ from caisson.agent.libcontainer.plan.user_files import FIELD, UserFiles
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from caisson.agent.libcontainer.config.spec import Linux, Process
+    from caisson.agent.libcontainer.config.process import Process
+    from caisson.agent.libcontainer.config.spec import Linux
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_"
 NAME_CHARACTERS = frozenset(f"{LETTERS}0123456789.-")

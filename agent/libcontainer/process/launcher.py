@@ -19,8 +19,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from caisson.agent.libcontainer.config.process import Process
     from caisson.agent.libcontainer.config.seccomp import Seccomp
-    from caisson.agent.libcontainer.config.spec import Hooks, Process, Spec
+    from caisson.agent.libcontainer.config.spec import Hooks, Spec
     from caisson.agent.libcontainer.intel_rdt import ResctrlGroup
     from caisson.agent.libcontainer.process.children import Child, Children
     from caisson.agent.libcontainer.process.hooks import HookRunner, RuntimeHooks
