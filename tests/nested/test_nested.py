@@ -54,7 +54,7 @@ WHOLE = (
 )
 
 
-@pytest.fixture(scope="module", params=["trixie"])
+@pytest.fixture(scope="module", params=["trixie", "bookworm"])
 def outer(request: pytest.FixtureRequest) -> Iterator[Outer]:
     with outer_machine(request.param) as machine:
         yield machine
