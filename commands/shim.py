@@ -9,6 +9,9 @@ import sys
 
 from caisson.agent.shim.launch import Arguments, start
 
+#: How containerd names an OCI features document (containerd, core/runtime/typeurl.go).
+FEATURES_URL = "types.containerd.io/opencontainers/runtime-spec/1/features/Features"
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
@@ -69,11 +72,16 @@ def _delete(arguments: Arguments, make_machines: MakeMachines) -> None:
 
 
 def _print_info() -> None:
+    import json
+
+    from caisson.agent.runtime.features import document_of_guest
     from caisson.proto.containerd import types_pb2
     from caisson.proto.contract import VERSION
 
     info = types_pb2.RuntimeInfo(name="io.containerd.caisson.v2")
     info.version.version = VERSION
+    info.features.type_url = FEATURES_URL
+    info.features.value = json.dumps(document_of_guest()).encode()
     sys.stdout.buffer.write(info.SerializeToString())
 
 

@@ -12,6 +12,7 @@ from caisson.agent.base.errors import (
     ContainerNotFound,
     FailedPrecondition,
     InvalidArgument,
+    ModuleNotLoaded,
     NotCreated,
     NotStopped,
     RemovalTimeout,
@@ -21,7 +22,7 @@ from caisson.agent.base.errors import (
 from caisson.agent.guest.blockdevices import BlockDevices
 from caisson.agent.guest.dns import Resolver
 from caisson.agent.guest.storage import Storages
-from caisson.agent.libcontainer.config.process import Rlimit
+from caisson.agent.libcontainer.config.process import Capabilities, Rlimit
 from caisson.agent.libcontainer.config.spec import Hooks, Namespace
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.state import check_id
@@ -45,6 +46,10 @@ if TYPE_CHECKING:
 
 #: A sandbox's name where the host gives none.
 UNNAMED = "sandbox"
+
+#: The capability of containers that make networks, and the kernel modules that these need.
+NETWORK_ADMINISTRATOR = "CAP_NET_ADMIN"
+NETWORK_MODULES = ("bridge",)
 
 
 class Sandbox:
@@ -249,6 +254,8 @@ class Sandbox:
 
                 spec = await placed(spec, devices, self._blocks)
             await asyncio.to_thread(set_parameters, parameters)
+            if NETWORK_ADMINISTRATOR in (spec.process.capabilities or Capabilities()).bounding:
+                await self._offer_bridges()
             self._mounts[container_id] = await self._storages.mount(storages, container_id)
             procfs = self._shared.procfs if share_pids else None
             return await self._make(container_id, exec_id or container_id, spec, join, procfs)
@@ -258,6 +265,15 @@ class Sandbox:
         finally:
             del self._creating[container_id]
             decided.set()
+
+    async def _offer_bridges(self) -> None:
+        """Load what a kernel without modprobe would not find when a container makes a bridge."""
+        from caisson.agent.guest import modules
+
+        try:
+            await asyncio.to_thread(modules.need, NETWORK_MODULES)
+        except ModuleNotLoaded as error:
+            self._log("warning", "containers can make no bridges", error=str(error))
 
     async def _unmake(self, container_id: str, directory: Path) -> None:
         """Remove the directory and the mounts of a container that was not created."""

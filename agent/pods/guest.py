@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from caisson.agent.pods import network
-from caisson.agent.pods.network import Link, NetworkError, PodRoute
+from caisson.agent.pods.network import Link, PodNeighbour, PodRoute
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.client import RpcError
 from caisson.proto.kata3 import agent_pb2, types_pb2
@@ -25,8 +25,11 @@ GUEST_SHARED = "/run/kata-containers/shared/containers"
 #: Seconds for a call that changes the guest.
 CALL_TIMEOUT = 60.0
 
-#: How often the agent waits for an interface: its own time is a few seconds, too few for an emulated guest.
+#: How often the agent waits for a device: its own time is a few seconds, too few for an emulated guest.
 MAX_WAITS = 5
+
+#: A neighbour that is not asked for, and never forgotten.  rtnetlink(7)
+NUD_PERMANENT = 0x80
 
 #: Bytes of entropy: what the kernel's generator is keyed with, twice.
 ENTROPY_BYTES = 64
@@ -43,6 +46,17 @@ async def personalize(rpc: Any) -> None:
     )
 
 
+async def until_plugged(method: Callable[..., Awaitable[Any]], request: Any) -> None:
+    """Call a method that needs a device which is being plugged in.  Raises RpcError."""
+    for left in reversed(range(MAX_WAITS)):
+        try:
+            await method(request, timeout=CALL_TIMEOUT)
+            return
+        except RpcError as error:
+            if error.code != StatusCode.DEADLINE_EXCEEDED or not left:
+                raise
+
+
 class GuestNetwork:
     """A pod's network namespace on the host, joined to its VM."""
 
@@ -55,7 +69,7 @@ class GuestNetwork:
         self._routes: list[PodRoute] = []
 
     async def connect(self) -> None:
-        """Give the guest the interfaces, addresses and routes that are in the namespace by now.
+        """Give the guest the interfaces, addresses, routes and neighbours that are in the namespace by now.
 
         Raises NetworkError, MachineError or RpcError; what was connected before stays so.
         """
@@ -63,9 +77,12 @@ class GuestNetwork:
         if not links:
             return
         routes = await asyncio.to_thread(network.routes, self._namespace)
+        neighbours = await asyncio.to_thread(network.neighbours, self._namespace)
         for link in links:
             await self._add(link)
-        await self._route(routes)
+        names = {link.name for link in links}
+        await self._route([route for route in routes if route.device in names])
+        await self._introduce([one for one in neighbours if one.device in names])
 
     @property
     def links(self) -> Sequence[Link]:
@@ -90,9 +107,18 @@ class GuestNetwork:
             for route in routes:
                 request.routes.Routes.add(
                     dest=route.destination, gateway=route.gateway, device=route.device, source=route.source,
-                    scope=route.scope, family=_family(route.destination or route.gateway),
+                    scope=route.scope, family=_family(route.destination or route.gateway), flags=route.flags,
+                    mtu=route.mtu,
                 )  # fmt: skip
             await self._rpc.UpdateRoutes(request, timeout=CALL_TIMEOUT)
+
+    async def _introduce(self, neighbours: Sequence[PodNeighbour]) -> None:
+        request = agent_pb2.AddARPNeighborsRequest()
+        for one in neighbours:
+            entry = request.neighbors.ARPNeighbors.add(device=one.device, lladdr=one.mac, state=NUD_PERMANENT)
+            entry.toIPAddress.address, entry.toIPAddress.family = one.address, _family(one.address)
+        if request.neighbors.ARPNeighbors:
+            await self._rpc.AddARPNeighbors(request, timeout=CALL_TIMEOUT)
 
     async def _add(self, link: Link) -> None:
         tap = await asyncio.to_thread(network.tap, self._namespace, link, len(self._links))
@@ -110,14 +136,7 @@ class GuestNetwork:
 
     async def _until_found(self, request: agent_pb2.UpdateInterfaceRequest) -> None:
         request.interface.devicePath = request.interface.hwAddr  # the agent waits for what is being plugged in
-        for _ in range(MAX_WAITS):
-            try:
-                await self._rpc.UpdateInterface(request, timeout=CALL_TIMEOUT)
-                return
-            except RpcError as error:
-                if error.code != StatusCode.DEADLINE_EXCEEDED:
-                    raise
-        raise NetworkError(f"{request.interface.name}: the guest did not find this interface in time")
+        await until_plugged(self._rpc.UpdateInterface, request)
 
     def disconnect(self) -> None:
         """Leave the namespace as it was, after the VM's end: the tap devices have gone with it."""

@@ -28,6 +28,12 @@ IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 #: Scopes of routes.  rtnetlink(7)
 SCOPE_LINK, SCOPE_HOST = 253, 254
 
+#: ip(8)'s options for the families, and what a default route's destination is called in each.
+DEFAULT = {"-4": "", "-6": "::"}
+
+#: The gateway is on the link, whatever the addresses say.  rtnetlink(7)
+RTNH_F_ONLINK = 4
+
 #: Seconds for one command of iproute2.
 COMMAND_TIMEOUT = 20.0
 
@@ -46,13 +52,26 @@ class Link(Record):
 
 
 class PodRoute(Record):
-    """A route of the pod; an empty ``destination`` is the default route, an empty ``gateway`` a direct one."""
+    """A route of the pod; a ``destination`` of "" or "::" is the default route, an empty ``gateway`` a direct one.
+
+    ``flags`` are RTNH_F_ of rtnetlink(7), ``mtu`` in bytes, 0 for the link's.
+    """
 
     destination: str
     gateway: str
     device: str
     source: str
     scope: int
+    flags: int = 0
+    mtu: int = 0
+
+
+class PodNeighbour(Record):
+    """Who has an address on a link, as CNI has decided for good."""
+
+    address: str
+    mac: str
+    device: str
 
 
 class Holder:
@@ -114,23 +133,39 @@ def links(namespace: str) -> list[Link]:
 
 
 def routes(namespace: str) -> list[PodRoute]:
-    """Return the routes of a namespace's main table, direct ones first.  Raises NetworkError."""
+    """Return the routes of a namespace's main table, direct ones first.  Raises NetworkError.
+
+    Those that go nowhere (blackhole, unreachable) are left out; of several next hops, the first is taken.
+    """
     found = []
-    for family in ("-4", "-6"):
-        for one in _json(namespace, family, "route", "show"):
+    for family in DEFAULT:
+        for listed in _json(namespace, family, "route", "show"):
+            one = {**listed, **next(iter(listed.get("nexthops") or ()), {})}
             destination = one.get("dst", "")
             if one.get("protocol") == "kernel" and not one.get("gateway"):
                 continue  # comes with the address
-            if destination.startswith("fe80:"):
+            if destination.startswith("fe80:") or one.get("dev", "lo") == "lo":
                 continue
             scope = {"link": SCOPE_LINK, "host": SCOPE_HOST}.get(str(one.get("scope", "")), 0)
+            flags = RTNH_F_ONLINK if "onlink" in (one.get("flags") or ()) else 0
+            mtu = next((int(metric["mtu"]) for metric in one.get("metrics") or () if "mtu" in metric), 0)
             found.append(
                 PodRoute(
-                    "" if destination == "default" else destination,
-                    one.get("gateway", ""), one["dev"], one.get("prefsrc", ""), scope,
+                    DEFAULT[family] if destination == "default" else destination,
+                    one.get("gateway") or (one.get("via") or {}).get("host", ""), one["dev"], one.get("prefsrc", ""),
+                    scope, flags, mtu,
                 )
             )  # fmt: skip
     return sorted(found, key=lambda route: bool(route.gateway))
+
+
+def neighbours(namespace: str) -> list[PodNeighbour]:
+    """Return the permanent neighbours of a namespace's interfaces.  Raises NetworkError."""
+    return [
+        PodNeighbour(one["dst"], one["lladdr"], one["dev"])
+        for one in _json(namespace, "neigh", "show", "nud", "permanent")
+        if one.get("lladdr")
+    ]
 
 
 def tap(namespace: str, link: Link, number: int) -> int:

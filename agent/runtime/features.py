@@ -28,25 +28,16 @@ def features(call: Call) -> int:
 
 def document() -> dict[str, object]:
     """Say only what is so."""
-    options = {*ATTRIBUTES, *(f"r{name}" for name in ATTRIBUTES), *PROPAGATION, *WITHOUT_EFFECT, *FILESYSTEM_FLAGS}
-    options |= {"bind", "rbind", "remount", "tmpcopyup", *IDMAP}
     return {
         "ociVersionMin": "1.0.0",
         "ociVersionMax": SPEC_VERSION,
         "hooks": list(HOOKS),
-        "mountOptions": sorted(options - {""}),
+        "mountOptions": sorted(_mount_options()),
         "linux": {
             "namespaces": sorted(NAMESPACE_TYPES),
             "capabilities": list(CAPABILITIES),
             "cgroup": {"v1": True, "v2": True, "systemd": True, "systemdUser": False, "rdma": True},
-            "seccomp": {
-                "enabled": True,
-                "actions": sorted(ACTIONS),
-                "operators": sorted(COMPARISONS),
-                "archs": sorted(ARCHITECTURES),
-                "knownFlags": sorted(FLAGS),
-                "supportedFlags": sorted(FLAGS),
-            },
+            "seccomp": _seccomp(),
             "apparmor": {"enabled": True},
             "selinux": {"enabled": True},
             "intelRdt": {"enabled": True},
@@ -59,3 +50,33 @@ def document() -> dict[str, object]:
             "org.opencontainers.runc.checkpoint.enabled": "false",
         },
     }
+
+
+def _mount_options() -> set[str]:
+    options = {*ATTRIBUTES, *(f"r{name}" for name in ATTRIBUTES), *PROPAGATION, *WITHOUT_EFFECT, *FILESYSTEM_FLAGS}
+    return (options | {"bind", "rbind", "remount", "tmpcopyup", *IDMAP}) - {""}
+
+
+def _seccomp() -> dict[str, object]:
+    return {
+        "enabled": True,
+        "actions": sorted(ACTIONS),
+        "operators": sorted(COMPARISONS),
+        "archs": sorted(ARCHITECTURES),
+        "knownFlags": sorted(FLAGS),
+        "supportedFlags": sorted(FLAGS),
+    }
+
+
+def document_of_guest() -> dict[str, object]:
+    """Return what holds of containers in a VM: no ids of the host's, no labels of its kernel, no hooks in the guest."""
+    made = document()
+    disabled = {"enabled": False}
+    linux = {
+        "namespaces": sorted({*NAMESPACE_TYPES} - {"user", "time"}),
+        "capabilities": list(CAPABILITIES),
+        "seccomp": _seccomp(),
+        "apparmor": disabled, "selinux": disabled, "intelRdt": disabled, "mountExtensions": {"idmap": disabled},
+    }  # fmt: skip
+    hooks = ("prestart", "createRuntime", "poststart", "poststop")
+    return {**made, "hooks": list(hooks), "mountOptions": sorted(_mount_options() - {*IDMAP}), "linux": linux}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from caisson.agent.pods import network
-from caisson.agent.pods.guest import CALL_TIMEOUT, GUEST_SHARED, SHARE_TAG, GuestNetwork, personalize
+from caisson.agent.pods.guest import CALL_TIMEOUT, GUEST_SHARED, SHARE_TAG, GuestNetwork, personalize, until_plugged
 from caisson.agent.pods.machines import MachineError, machine_name
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.client import Client, Stub
@@ -109,7 +109,7 @@ class Pod:
             storages=storages,
             sandbox_pidns=shares_pid_namespace(document),
         )
-        await self.rpc.CreateSandbox(request, timeout=CALL_TIMEOUT)
+        await until_plugged(self.rpc.CreateSandbox, request)
 
     def record(self, bundle: TaskBundle, *, owner: bool) -> None:
         """Write into a bundle what `delete` needs after this process was killed."""
@@ -142,11 +142,11 @@ class Pod:
         await self._dns.start()
 
     async def _forward_ports(self, links: Sequence[network.Link]) -> None:
-        address = next((address for link in links for address, _ in link.addresses if ":" not in address), None)
-        if address is None or self._holder is None:
+        addresses = sorted((address for link in links for address, _ in link.addresses), key=lambda one: ":" in one)
+        if not addresses or self._holder is None:
             return
         try:
-            self._forwarder = await PortForwarder.start(self._holder.namespace, address)
+            self._forwarder = await PortForwarder.start(self._holder.namespace, addresses[0])
         except network.NetworkError as error:
             self._log("warning", "ports of this pod cannot be forwarded", error=str(error))
 

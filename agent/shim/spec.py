@@ -10,6 +10,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from caisson.agent.base.mountinfo import mount_points
 from caisson.agent.base.record import Record
 from caisson.agent.pods.guest import GUEST_SHARED
 
@@ -19,6 +20,9 @@ GUEST_SHM = "/run/kata-containers/sandbox/shm"
 #: Fields that mean something on the host alone.
 HOST_FIELDS = ("hooks", "vm", "windows", "solaris", "zos", "freebsd")
 HOST_PROCESS_FIELDS = ("apparmorProfile", "selinuxLabel")
+
+#: Options of a bind whose later mounts are seen on the other side.
+PROPAGATED = {"shared", "rshared", "slave", "rslave"}
 
 #: Namespaces that a container has of its own; of pid, the agent decides.
 OWN_NAMESPACES = ("mount", "ipc", "uts", "cgroup")
@@ -56,7 +60,10 @@ def guest_spec(document: dict[str, Any], container_id: str) -> GuestSpec:
     document["root"] = {"path": f"{GUEST_SHARED}/{container_id}/rootfs", "readonly": bool(root.get("readonly"))}
     volumes: list[Volume] = []
     document["mounts"] = [
-        _mount(mount, container_id, volumes) for mount in document.get("mounts") or () if _is_wanted(mount)
+        mount
+        for asked in document.get("mounts") or ()
+        if _is_wanted(asked)
+        for mount in _mounts(asked, container_id, volumes)
     ]
     _rewrite_linux(document.get("linux") or {})
     return GuestSpec(document, tuple(volumes))
@@ -66,14 +73,14 @@ def _is_wanted(mount: dict[str, Any]) -> bool:
     return not (mount.get("type") == "bind" and mount.get("source") == "/sys/fs/cgroup")
 
 
-def _mount(mount: dict[str, Any], container_id: str, volumes: list[Volume]) -> dict[str, Any]:
+def _mounts(mount: dict[str, Any], container_id: str, volumes: list[Volume]) -> list[dict[str, Any]]:
     """Rewrite a mount: a bind's source is in the share afterwards."""
     options = mount.get("options") or []
     if mount.get("type") != "bind" and not {"bind", "rbind"} & set(options):
-        return mount
+        return [mount]
     source, destination = str(mount.get("source", "")), str(mount.get("destination", ""))
     if destination == "/dev/shm":
-        return {**mount, "source": GUEST_SHM}
+        return [{**mount, "source": GUEST_SHM}]
     try:
         mode = Path(source).stat().st_mode
     except OSError as error:
@@ -81,10 +88,24 @@ def _mount(mount: dict[str, Any], container_id: str, volumes: list[Volume]) -> d
     if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
         kind = "socket" if stat.S_ISSOCK(mode) else "device" if stat.S_ISBLK(mode) or stat.S_ISCHR(mode) else "FIFO"
         raise UnsupportedSpec(f"mounts: {source}: a {kind} of the host cannot be shared with a guest")
-    volume = Volume(source, f"volume{len(volumes)}", "rbind" in options, destination)
+    # A guest has one mount of what the host binds recursively: `ro` would be that of the mounts below, too.
+    apart = {"rbind", "ro"} <= set(options) and not PROPAGATED & set(options)
+    volume = Volume(source, f"volume{len(volumes)}", "rbind" in options and not apart, destination)
     volumes.append(volume)
-    kept = [option for option in options if option not in ("shared", "rshared", "slave", "rslave")]
-    return {**mount, "type": "bind", "source": f"{GUEST_SHARED}/{container_id}/{volume.name}", "options": kept}
+    kept = [option for option in options if option not in PROPAGATED]
+    made = [{**mount, "type": "bind", "source": f"{GUEST_SHARED}/{container_id}/{volume.name}", "options": kept}]
+    for below in _submounts(source) if apart else ():
+        again = ["bind", *(option for option in kept if option not in ("rbind", "ro"))]
+        place = {"destination": f"{destination}/{below}", "type": "bind", "source": f"{source}/{below}"}
+        made += _mounts({**place, "options": again}, container_id, volumes)
+    return made
+
+
+def _submounts(source: str) -> list[str]:
+    """Return the mount points below a directory, relative to it, less those of sockets and devices."""
+    top = Path(source).resolve()
+    points = {Path(point).relative_to(top) for point in mount_points(str(top)) if point != str(top)}
+    return sorted(str(point) for point in points if (top / point).is_dir() or (top / point).is_file())
 
 
 def _rewrite_linux(linux: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""containerd with its CRI plugin, pods with addresses of a network of the test's own, and crictl to drive it."""
+"""containerd with its CRI plugin in a network namespace of its own, the node's, and crictl to drive it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ import signal
 import subprocess
 import tarfile
 import tempfile
+import urllib.request
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from caisson.agent.pods.network import Holder, inside, run
 from tests.shim.engine import COMMAND_TIMEOUT, await_answer, environment_of, rootfs, unmount
 
 PACKAGES = ("containerd", "containernetworking-plugins")
+
+#: Seconds for a page.
+FETCH_TIMEOUT = 30.0
 
 CONFIGURATION = """
 version = 2
@@ -41,28 +46,32 @@ state = "{place}/state"
   runtime_type = "io.containerd.runc.v2"
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.caisson]
   runtime_type = "io.containerd.caisson.v2"
+  privileged_without_host_devices = true
 """
 
-#: Point-to-point links: nothing of the host is changed but for routes to the pods, which go with them.
+#: Point-to-point links for both families, and ports of the node.
 NETWORK: dict[str, Any] = {
     "cniVersion": "1.0.0",
     "name": "pods",
     "plugins": [
-        {"type": "ptp", "ipam": {"type": "host-local", "ranges": [[{"subnet": "10.213.7.0/24"}]],
-                                 "routes": [{"dst": "0.0.0.0/0"}]}},
+        {"type": "ptp", "ipam": {"type": "host-local",
+                                 "ranges": [[{"subnet": "10.213.7.0/24"}], [{"subnet": "fd00:213:7::/64"}]],
+                                 "routes": [{"dst": "0.0.0.0/0"}, {"dst": "::/0"}]}},
+        {"type": "portmap", "capabilities": {"portMappings": True}},
     ],
 }  # fmt: skip
 
 
 class Cri:
-    """A running containerd.  ``place`` is its directory."""
+    """A running containerd.  ``place`` is its directory, ``node`` the path of its network namespace."""
 
-    def __init__(self, place: Path, crictl: Path, environment: dict[str, str]) -> None:
+    def __init__(self, place: Path, crictl: Path, environment: dict[str, str], node: str) -> None:
         self.place = place
+        self.node = node
         endpoint = f"unix://{place}/containerd.sock"
         settings = {"runtime-endpoint": endpoint, "image-endpoint": endpoint, "timeout": 60}
         (place / "crictl.yaml").write_text(json.dumps(settings))
-        self._command = [str(crictl), "--config", f"{place}/crictl.yaml"]
+        self._command = ["nsenter", f"--net={node}", str(crictl), "--config", f"{place}/crictl.yaml"]
         self._environment = environment
         self._count = 0
 
@@ -108,9 +117,20 @@ class Cri:
         status: dict[str, Any] = json.loads(self.output("inspect", container))["status"]
         return status
 
-    def address(self, pod: str) -> str:
-        """Return a pod's IP address."""
-        return str(json.loads(self.output("inspectp", pod))["status"]["network"]["ip"])
+    def addresses(self, pod: str) -> list[str]:
+        """Return a pod's IP addresses."""
+        network = json.loads(self.output("inspectp", pod))["status"]["network"]
+        return [network["ip"], *(one["ip"] for one in network.get("additionalIps") or ())]
+
+    def fetch(self, address: str) -> bytes:
+        """Return what a web server answers to the node."""
+
+        def get() -> bytes:
+            with urllib.request.urlopen(f"http://{address}/", timeout=FETCH_TIMEOUT) as answer:
+                return bytes(answer.read())
+
+        page: bytes = inside(self.node, get)
+        return page
 
     def remove(self, pod: str) -> None:
         """Stop and remove a pod with its containers."""
@@ -130,15 +150,17 @@ def cri(crictl: Path) -> Iterator[Cri]:
     """Start containerd with busybox and a pause image; at the end nothing of it is left."""
     place = Path(tempfile.mkdtemp(prefix="cs-"))  # short, for sockets
     process = None
+    node = Holder()
     try:
+        run(node.namespace, "ip", "link", "set", "lo", "up")
         environment = environment_of(place, PACKAGES, CONFIGURATION)
         (place / "cni").mkdir()
         NETWORK["plugins"][0]["ipam"]["dataDir"] = f"{place}/addresses"
         (place / "cni/10-pods.conflist").write_text(json.dumps(NETWORK))
         with (place / "log").open("wb") as log:
             process = subprocess.Popen(
-                ["containerd", "-c", str(place / "containerd.toml")], env=environment, stdin=subprocess.DEVNULL,
-                stdout=log, stderr=log,
+                ["nsenter", f"--net={node.namespace}", "containerd", "-c", str(place / "containerd.toml")],
+                env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
         ctr = ["ctr", "--address", f"{place}/containerd.sock", "--namespace", "k8s.io"]
         await_answer([*ctr, "version"], environment, place)
@@ -146,7 +168,7 @@ def cri(crictl: Path) -> Iterator[Cri]:
             archive = place / f"{name}.tar"
             archive.write_bytes(oci_archive(f"docker.io/library/{name}:latest", command))
             subprocess.run([*ctr, "images", "import", str(archive)], env=environment, check=True, capture_output=True)
-        made = Cri(place, crictl, environment)
+        made = Cri(place, crictl, environment, node.namespace)
         try:
             yield made
         finally:
@@ -155,6 +177,7 @@ def cri(crictl: Path) -> Iterator[Cri]:
         if process is not None:
             process.send_signal(signal.SIGTERM)
             process.wait(30)
+        node.close()
         unmount(place)
         shutil.rmtree(place, ignore_errors=True)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import urllib.request
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,18 +80,57 @@ def test_exec_attach_and_port_forward_are_streams(kubelet: Cri, pod: str) -> Non
     assert kubelet.crictl("exec", "--interactive", container, "wc", "-c", stdin=bytes(300_000)).stdout == b"300000\n"
     attached = kubelet.container(pod, "cat", stdin=True, stdin_once=True)
     assert kubelet.crictl("attach", "--stdin", attached, stdin=b"typed\n").stdout == b"typed\n"
-    with urllib.request.urlopen(f"http://{kubelet.address(pod)}/", timeout=30) as answer:
-        assert answer.read() == b"page\n"
     forwarding = kubelet.start("port-forward", pod, "0:80")
     try:
         assert forwarding.stdout is not None
         line = forwarding.stdout.readline().decode()  # Forwarding from 127.0.0.1:PORT -> 80
         port = line.split(":")[1].split()[0]
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30) as answer:
-            assert answer.read() == b"page\n"
+        assert kubelet.fetch(f"127.0.0.1:{port}") == b"page\n"
     finally:
         forwarding.kill()
         forwarding.communicate()
+
+
+def test_an_exec_that_takes_too_long_is_killed(kubelet: Cri, pod: str) -> None:
+    container = kubelet.container(pod, *SLEEP)
+    late = kubelet.crictl("exec", "--sync", "--timeout", "1", container, "sleep", "4321")
+    assert late.returncode != 0 and b"timeout" in late.stderr.lower(), late.stderr
+    assert "sleep 4321" not in kubelet.output("exec", "--sync", container, "ps")
+
+
+def test_a_termination_message_is_read_on_the_node(kubelet: Cri, pod: str, tmp_path: Path) -> None:
+    message = tmp_path / "message"
+    message.touch()
+    mounts = [{"container_path": "/dev/termination-log", "host_path": str(message)}]
+    ended = kubelet.container(pod, "sh", "-c", "echo why > /dev/termination-log; exit 3", mounts=mounts)
+    wait_until(lambda: kubelet.inspect(ended)["state"] == "CONTAINER_EXITED", "the container's end")
+    assert message.read_text() == "why\n"
+
+
+def test_a_pod_is_reached_by_both_families_and_by_a_port_of_the_node(kubelet: Cri) -> None:
+    ports = [{"container_port": 80, "host_port": 18080}]
+    pod = kubelet.pod("caisson", port_mappings=ports)
+    script = "mkdir /www; echo page > /www/index.html; httpd -f -h /www -p [::]:80"
+    container = kubelet.container(pod, "sh", "-c", script)
+    v4, v6 = kubelet.addresses(pod)
+    assert {kubelet.fetch(place) for place in (v4, f"[{v6}]", "127.0.0.1:18080")} == {b"page\n"}
+    route = kubelet.output("exec", "--sync", container, "ip", "-6", "route", "show", "default")
+    assert route.startswith("default via fd00:213:7::1 dev eth0"), route
+    kubelet.remove(pod)
+
+
+def test_mounts_below_a_read_only_volume_stay_writable(kubelet: Cri, pod: str, tmp_path: Path) -> None:
+    below = tmp_path / "below"
+    below.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", below], check=True)
+    try:
+        mounts = [{"container_path": "/data", "host_path": str(tmp_path), "readonly": True}]
+        container = kubelet.container(pod, *SLEEP, mounts=mounts)
+        kubelet.output("exec", "--sync", container, "touch", "/data/below/x")
+        assert kubelet.crictl("exec", "--sync", container, "touch", "/data/x").returncode != 0
+        assert (below / "x").exists()
+    finally:
+        subprocess.run(["umount", below], check=True)
 
 
 def test_volumes_security_and_statistics(kubelet: Cri, pod: str, tmp_path: Path) -> None:
@@ -116,6 +155,7 @@ def test_a_privileged_pod_has_no_device_of_the_host(kubelet: Cri) -> None:
     pod = kubelet.pod("caisson", linux=context)
     container = kubelet.container(pod, *SLEEP, linux=context)
     effective = kubelet.output("exec", "--sync", container, "grep", "CapEff", "/proc/self/status")
+    kubelet.output("exec", "--sync", container, "brctl", "addbr", "br0")
     kubelet.remove(pod)
     assert int(effective.split()[1], 16) >> CAP_SYS_ADMIN & 1, effective
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -14,7 +16,8 @@ from caisson.agent.pods.network import NetworkError, links
 from caisson.agent.shim.launch import Arguments, _bootstrap_id, group_of, socket_path
 from caisson.agent.shim.pod import OVERHEAD, size_of
 from caisson.agent.shim.spec import GUEST_SHM, UnsupportedSpec, fill, guest_spec, network_namespace
-from caisson.proto.containerd import bootstrap_pb2
+from caisson.commands.shim import FEATURES_URL, main
+from caisson.proto.containerd import bootstrap_pb2, types_pb2
 from caisson.proto.kata3 import oci_pb2
 
 NAMESPACES = [{"type": kind} for kind in ("mount", "network", "uts", "pid", "ipc")]
@@ -82,6 +85,33 @@ def test_bind_mounts_become_volumes_of_the_share(tmp_path: Path) -> None:
     sources = [mount["source"] for mount in made.document["mounts"]]
     assert sources == [f"{GUEST_SHARED}/c1/volume0", GUEST_SHM, "proc"]
     assert document["mounts"][0]["source"] == str(tmp_path / "hosts"), "the host's own is as it was"
+
+
+@pytest.mark.parametrize(("options", "count"), [(["rbind", "ro"], 2), (["bind", "ro"], 1), (["rbind", "rro"], 1)])
+def test_mounts_below_a_read_only_volume_stay_writable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], count: int
+) -> None:
+    (tmp_path / "a/b").mkdir(parents=True)
+    monkeypatch.setattr(
+        "caisson.agent.shim.spec.mount_points",
+        lambda top: [top] + [f"{top}/{below}" for below in ("a/b", "socket") if top == str(tmp_path)],
+    )
+    document = spec()
+    document["mounts"] = [{"destination": "/data", "type": "bind", "source": str(tmp_path), "options": options}]
+    made = guest_spec(document, "c1")
+    assert [one.source for one in made.volumes] == [str(tmp_path), str(tmp_path / "a/b")][:count]
+    assert [one.recursive for one in made.volumes] == ([False] * 2 if count == 2 else ["rbind" in options])
+    below = {"destination": "/data/a/b", "type": "bind", "source": f"{GUEST_SHARED}/c1/volume1", "options": ["bind"]}
+    assert made.document["mounts"][1:] == [below][: count - 1]
+
+
+def test_info_says_what_holds_in_a_guest(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    with mock.patch.object(sys, "argv", ["containerd-shim-caisson-v2", "-info"]):
+        assert main() == 0
+    info = types_pb2.RuntimeInfo.FromString(capfdbinary.readouterr().out)
+    features = json.loads(info.features.value)
+    assert info.features.type_url == FEATURES_URL and "rro" in features["mountOptions"]
+    assert "user" not in features["linux"]["namespaces"] and "idmap" not in features["mountOptions"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,13 @@ import asyncio
 import errno
 import time
 
-from caisson.agent.base.errors import InvalidArgument, SystemCallFailed, UnknownStorageDriver, Unsupported
+from caisson.agent.base.errors import (
+    DeviceTimeout,
+    InvalidArgument,
+    SystemCallFailed,
+    UnknownStorageDriver,
+    Unsupported,
+)
 from caisson.agent.base.mountinfo import mount_points
 from caisson.agent.base.record import Record
 from caisson.agent.guest import modules
@@ -208,15 +214,20 @@ class Storages:
                 point.mounted.append(storage.mount_point)
 
     async def _mount_share(self, point: _Point, storage: Storage) -> None:
-        """Mount a share of the host.  Before Linux 6.9 there is no event for a new tag."""
+        """Mount a share of the host.  Before Linux 6.9 there is no event for a new tag.
+
+        Raises SystemCallFailed, or DeviceTimeout where no such tag appears.
+        """
         deadline = time.monotonic() + self._hotplug_timeout
         while True:
             try:
                 return await self._mount(point, storage)
             except SystemCallFailed as error:
                 cause = error.__cause__
-                if not isinstance(cause, OSError) or cause.errno not in UNKNOWN_TAG or time.monotonic() > deadline:
+                if not isinstance(cause, OSError) or cause.errno not in UNKNOWN_TAG:
                     raise
+                if time.monotonic() > deadline:
+                    raise DeviceTimeout(device=storage.source, seconds=self._hotplug_timeout) from error
             await asyncio.sleep(POLL_INTERVAL)
 
     async def _source(self, storage: Storage) -> str:
