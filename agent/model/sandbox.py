@@ -232,6 +232,7 @@ class Sandbox:
             raise ContainerExists(container_id=container_id)
         if spec.process is None or spec.root is None or not spec.root.path:
             raise InvalidArgument("the container's spec needs a process and a root path")
+        capabilities = spec.process.capabilities or Capabilities()
         from caisson.agent.guest.resources import set_parameters, take_network_parameters
 
         spec, parameters = take_network_parameters(spec)
@@ -254,7 +255,7 @@ class Sandbox:
 
                 spec = await placed(spec, devices, self._blocks)
             await asyncio.to_thread(set_parameters, parameters)
-            if NETWORK_ADMINISTRATOR in (spec.process.capabilities or Capabilities()).bounding:
+            if NETWORK_ADMINISTRATOR in capabilities.bounding:
                 await self._offer_bridges()
             self._mounts[container_id] = await self._storages.mount(storages, container_id)
             procfs = self._shared.procfs if share_pids else None
