@@ -31,8 +31,8 @@ class RunningMachine:
 
 
 def exec_(
-    *, words: list[str], name: str, container: str | None, guest: bool, tty: bool, env: list[str], user: str,
-    workdir: str, network: str, verbose: bool,
+    *, words: list[str], name: str, container: str | None, guest: bool, tty: bool, interactive: bool, env: list[str],
+    user: str, workdir: str, network: str, verbose: bool,
 ) -> int:  # fmt: skip
     """Run a program in a container, or in the guest itself; returns its exit status."""
     check_terminal(tty)

@@ -30,20 +30,25 @@ from caisson.image.vm.hotplug.disks import plug_disk
 #: Names of containers, as Kata and Docker take them.
 CONTAINER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,252}")
 
+#: Names of hosts, as they can stand in /etc/hosts and in the kernel (sethostname(2)).
+HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
 MIB = 1 << 20
 
 
 def run(
-    *, path: str, words: list[str], name: str, container: str, tty: bool, detach: bool, rm: bool, env: list[str],
-    env_file: list[str], user: str, workdir: str, hostname: str, entrypoint: str | None, memory: int, cpus: float,
-    pids_limit: int | None, read_only: bool, tmpfs: list[str], volume: list[str], cap_add: list[str],
-    cap_drop: list[str], privileged: bool, init: bool, timeout: float, tag: str, max_size: int,
-    network: str, publish: list[str], verbose: bool,
+    *, path: str, words: list[str], name: str, container: str, tty: bool, interactive: bool, detach: bool, rm: bool,
+    env: list[str], env_file: list[str], user: str, workdir: str, hostname: str, entrypoint: str | None, memory: int,
+    cpus: float, pids_limit: int | None, read_only: bool, tmpfs: list[str], volume: list[str], cap_add: list[str],
+    cap_drop: list[str], privileged: bool, init: bool, timeout: float, tag: str, max_size: int, network: str,
+    publish: list[str], verbose: bool,
 ) -> int:  # fmt: skip
     """Run an image as a container; returns its exit status, 0 for one that is detached."""
     container = container or f"run-{uuid.uuid4().hex[:8]}"
     if not CONTAINER_NAME.fullmatch(container):
         raise UsageError(f"--container {container!r}: is not a name; letters, digits, . _ and -, at most 253 of them")
+    if hostname and not HOST_NAME.fullmatch(hostname):
+        raise UsageError(f"--hostname {hostname!r}: is not a host name; letters, digits, . _ and -, at most 64 of them")
     check_terminal(tty and not detach)
     if detach and rm:
         raise UsageError("--rm: cannot be combined with --detach; remove it later: caisson rm")
@@ -90,8 +95,8 @@ def _parse_volume(text: str) -> tuple[Path, str, bool]:
     rest, mode = text, "rw"
     if text.endswith((":ro", ":rw")) and not Path(text).is_dir():
         rest, mode = text[:-3], text[-2:]
-    host, colon, guest = rest.rpartition(":")
-    if not colon or not guest.startswith("/"):
+    host, _, guest = rest.rpartition(":")
+    if not host or not guest.startswith("/"):
         raise UsageError(f"--volume {text}: is not HOST:GUEST[:ro]; the guest's path must be absolute")
     if not Path(host).is_dir():
         raise UsageError(f"--volume {text}: {host} is not a directory; name one to share")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import subprocess
@@ -76,6 +77,8 @@ def _need_all() -> None:
 def _install(extra: str) -> None:
     """Install an extra's requirements into .venv, at the versions of constraints.txt."""
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"][extra]
+    if importlib.util.find_spec("pytest") is None:
+        info(f"installing what the tests need into {Path(sys.prefix).name}")
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "constraints.txt"]
     if subprocess.run([*pip, *wanted], cwd=ROOT, env=os.environ | {"PIP_USER": "0"}).returncode != 0:
         raise CommandLineError("pip: could not install what the tests need; its message is above", 1)

@@ -28,7 +28,11 @@ REASONS = {
 CANNOT_EXEC = {"stopped": caisson_pb2.CONTAINER_STOPPED, "paused": caisson_pb2.CONTAINER_PAUSED}
 
 #: Of a program that is looked up and found wanting, as shells tell them apart (127 and 126).
-LOOKUP = {errno.ENOENT: caisson_pb2.PROGRAM_NOT_FOUND, errno.EACCES: caisson_pb2.PROGRAM_NOT_EXECUTABLE}
+LOOKUP = {
+    errno.ENOENT: caisson_pb2.PROGRAM_NOT_FOUND,
+    errno.EACCES: caisson_pb2.PROGRAM_NOT_EXECUTABLE,
+    errno.EISDIR: caisson_pb2.PROGRAM_NOT_EXECUTABLE,
+}
 
 
 def detail_of(error: Exception) -> tuple[str, bytes] | None:

@@ -5,8 +5,10 @@ In a container that runs this is one call, and then those of the program's strea
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
+import signal
 from collections.abc import Sequence
 
 from caisson.agent.client.connection import Container, Process
@@ -17,6 +19,10 @@ from caisson.agent.client.stdio import attach
 
 #: Of the default container before its first use, or when its first process has ended.
 NOT_THERE = (Reason.CONTAINER_NOT_FOUND, Reason.CONTAINER_STOPPED)
+
+#: Seconds for which a program that is starting is looked for after Ctrl-C, and between two looks.
+KILL_TIMEOUT = 1.0
+KILL_INTERVAL = 0.05
 
 
 async def execute(
@@ -44,14 +50,30 @@ async def execute(
         )
 
     async with Guest(machine) as guest:
-        with container_explained(container_id):
-            try:
-                process = await start(guest.agent.container(container_id))
-            except AgentError as error:
-                if container_id != DEFAULT or not (isinstance(error, AgentGone) or error.reason in NOT_THERE):
-                    raise
-                process = await start(await guest.container())  # by the same id: it is not run twice
-        return await attach(process)
+        container = guest.agent.container(container_id)
+        try:
+            with container_explained(container_id):
+                try:
+                    process = await start(container)
+                except AgentError as error:
+                    if container_id != DEFAULT or not (isinstance(error, AgentGone) or error.reason in NOT_THERE):
+                        raise
+                    process = await start(await guest.container())  # by the same id: it is not run twice
+            return await attach(process)
+        except (asyncio.CancelledError, KeyboardInterrupt):
+            await _kill(container.process(exec_id))
+            raise
+
+
+async def _kill(process: Process) -> None:
+    """Kill a process that may still be starting: nobody will attach to it."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(KILL_TIMEOUT):
+            while True:
+                with contextlib.suppress(AgentError):
+                    await process.signal(signal.SIGKILL)
+                    return
+                await asyncio.sleep(KILL_INTERVAL)
 
 
 def terminal_size(terminal: bool) -> tuple[int, int] | None:

@@ -36,6 +36,7 @@ TEXTS = (
     ("executable file not found in $PATH", "exec: ", Reason.PROGRAM_NOT_FOUND),
     ("no such file or directory", "exec: ", Reason.PROGRAM_NOT_FOUND),
     ("permission denied", "exec: ", Reason.PROGRAM_NOT_EXECUTABLE),
+    ("is a directory", "exec: ", Reason.PROGRAM_NOT_EXECUTABLE),
     ("input/output error", "", Reason.END_OF_OUTPUT),  # of a terminal whose last process has gone
     ("Cannot exec in stopped container", "", Reason.CONTAINER_STOPPED),
     ("Cannot exec in paused container", "", Reason.CONTAINER_PAUSED),

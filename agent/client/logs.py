@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
-import os
 import re
-import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
 
 from caisson.agent.client.connection import Agent, Container, Process
 from caisson.agent.client.errors import AgentError, UsageError
-from caisson.agent.client.stdio import raw, read, write_all
+from caisson.agent.client.stdio import raw, read, signals_passed_on, status_of, write_all
 from caisson.proto.caisson import caisson_pb2
 
 #: Bytes of a detached container's output that the guest keeps.
@@ -119,10 +118,9 @@ async def attach_detached(agent: Agent, container: Container, *, terminal: bool)
         async for entry in entries(agent, container.id, follow=True, begin=begin):
             await asyncio.to_thread(write_all, entry.stream, entry.data)
 
-    with raw(0) if terminal else contextlib.nullcontext(), _passed_on(process):
-        if terminal and os.isatty(0):
-            size = os.get_terminal_size(0)
-            await process.resize(size.lines, size.columns)
+    async with AsyncExitStack() as stack:
+        stack.enter_context(raw(0) if terminal else contextlib.nullcontext())
+        stops = await stack.enter_async_context(signals_passed_on(process, 0))
         output = asyncio.create_task(show_output())
         feeder = asyncio.create_task(_feed(process, terminal, detached.set))
         leaving = asyncio.create_task(detached.wait())
@@ -131,7 +129,7 @@ async def attach_detached(agent: Agent, container: Container, *, terminal: bool)
             if detached.is_set():
                 return None
             await output
-            return await process.wait()
+            return status_of(await process.wait(), stops)
         finally:
             for task in (output, feeder, leaving):
                 task.cancel()
@@ -154,27 +152,3 @@ async def _feed(process: Process, terminal: bool, detach: Callable[[], None]) ->
                 await process.write(data)
         if not terminal:
             await process.close_stdin()
-
-
-@contextlib.contextmanager
-def _passed_on(process: Process) -> Iterator[None]:
-    loop = asyncio.get_running_loop()
-    tasks: set[asyncio.Task[None]] = set()
-
-    async def send(number: int) -> None:
-        with contextlib.suppress(AgentError):
-            await process.signal(number)
-
-    def on_signal(number: int) -> None:
-        task = loop.create_task(send(number))
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    for number in numbers:
-        loop.add_signal_handler(number, on_signal, number)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            loop.remove_signal_handler(number)

@@ -10,7 +10,7 @@ import sys
 import termios
 import threading
 import tty
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -33,13 +33,13 @@ async def attach(process: Process, *, stdin: int = 0, stdout: int = 1, stderr: i
     """Attach until the process has ended and all its output is delivered; returns its exit status.
 
     With a terminal, ``stdin`` is in raw mode meanwhile and its size is followed; it is always restored.  Signals are
-    passed on.  When the reader of ``stdout`` or ``stderr`` goes away the process gets SIGPIPE, as in a pipeline, and
-    the status is 141.
+    passed on, the third to stop as SIGKILL; what the agent kills in place of one has the status of that one.  When the
+    reader of ``stdout`` or ``stderr`` goes away the process gets SIGPIPE, as in a pipeline, and the status is 141.
 
     Raises OutputError when they cannot be written for another reason, and AgentGone.
     """
     with raw(stdin) if process.terminal else contextlib.nullcontext():
-        async with _signals(process, stdin):
+        async with signals_passed_on(process, stdin) as stops:
             feeder = asyncio.create_task(_feed(process, stdin))
             try:
                 copies = [_copy(process.stdout(), stdout)]
@@ -53,7 +53,7 @@ async def attach(process: Process, *, stdin: int = 0, stdout: int = 1, stderr: i
                     if isinstance(error, BrokenPipeError):
                         return 128 + signal.SIGPIPE
                     raise OutputError(f"its output cannot be written: {error.strerror}") from error
-                return await process.wait()
+                return status_of(await process.wait(), stops)
             finally:
                 feeder.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
@@ -126,12 +126,17 @@ def raw(terminal: int) -> Iterator[None]:
         termios.tcsetattr(terminal, termios.TCSADRAIN, before)
 
 
+def status_of(status: int, stops: Sequence[int]) -> int:
+    """Return the status of a process after signals to stop it: the agent may have killed it in place of the last."""
+    return 128 + stops[-1] if 0 < len(stops) < MAX_STOPS and status == 128 + signal.SIGKILL else status
+
+
 @contextlib.asynccontextmanager
-async def _signals(process: Process, stdin: int) -> AsyncIterator[None]:
-    """Pass signals and the size of the caller's terminal on to the process."""
+async def signals_passed_on(process: Process, stdin: int) -> AsyncIterator[list[int]]:
+    """Pass signals and the size of the caller's terminal on to the process; gives the signals to stop so far."""
     loop = asyncio.get_running_loop()
     tasks: set[asyncio.Task[None]] = set()
-    stops = 0
+    stops: list[int] = []
 
     async def forward(number: int) -> None:
         with contextlib.suppress(AgentError):
@@ -148,9 +153,9 @@ async def _signals(process: Process, stdin: int) -> AsyncIterator[None]:
         task.add_done_callback(tasks.discard)
 
     def on_signal(number: int) -> None:
-        nonlocal stops
-        stops += number in (signal.SIGINT, signal.SIGTERM)
-        start(forward(signal.SIGKILL if stops >= MAX_STOPS else number))
+        if number in (signal.SIGINT, signal.SIGTERM):
+            stops.append(number)
+        start(forward(signal.SIGKILL if len(stops) >= MAX_STOPS else number))
 
     # Not loop.add_signal_handler, which imports the inspection of source code to look at its callback.
     def handle(number: int, action: Callable[[], None]) -> None:
@@ -163,7 +168,7 @@ async def _signals(process: Process, stdin: int) -> AsyncIterator[None]:
         await resize()
         handle(signal.SIGWINCH, lambda: start(resize()))
     try:
-        yield
+        yield stops
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -33,7 +33,7 @@ from caisson.agent.libcontainer.process import gate
 from caisson.agent.libcontainer.process.launch import Launch
 from caisson.agent.libcontainer.state import ProcessStat, State, check_id
 from caisson.agent.model.oom import OomWatcher
-from caisson.agent.model.process import Process, catches, start_process
+from caisson.agent.model.process import Process, catches, drops, start_process
 from caisson.agent.model.waits import Readers
 
 TYPE_CHECKING = False
@@ -357,13 +357,15 @@ class Container:
         """Signal one process.  A first process without a handler for SIGTERM gets SIGKILL instead.
 
         The kernel drops signals that PID 1 of a namespace does not handle (pid_namespaces(7)), and who stops a
-        container should not have to wait for nothing.  Raises ProcessExited.
+        container should not have to wait for nothing.  So it is with SIGINT, which is what Ctrl-C becomes, unless the
+        process has chosen to ignore it.  Raises ProcessExited.
         """
         process = self.process(exec_id)
         child = process.child
-        asked = process is self._init and number == signal.SIGTERM and child.status is None
-        if asked and not await self.reads(lambda: catches(child.pid, signal.SIGTERM)):
-            number = signal.SIGKILL
+        if process is self._init and child.status is None and number in (signal.SIGTERM, signal.SIGINT):
+            lost = drops if number == signal.SIGINT else lambda pid, number: not catches(pid, number)
+            if await self.reads(lambda: lost(child.pid, number)):
+                number = signal.SIGKILL
         child.signal(number)
 
     async def remove(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 from caisson.agent.base.errors import NoTerminal
 from caisson.agent.model.reaper import Child
 from caisson.agent.model.stdio import Pipes, Streams
@@ -43,8 +45,14 @@ class Process:
         return await self._streams.stderr.read(size, self.child)
 
     async def write(self, data: bytes) -> int:
-        """Give it input; returns how many bytes were taken.  Raises BrokenStream."""
-        return await self._streams.stdin.write(data, self.child)
+        """Give it input; returns how many bytes were taken.  Raises BrokenStream.
+
+        ^C on a terminal ends a first process that the kernel would not interrupt, as it ends the program elsewhere.
+        """
+        taken = await self._streams.stdin.write(data, self.child)
+        if self._streams.interrupts(data, self.child.pid) and drops(self.child.pid, signal.SIGINT):
+            self.child.signal(signal.SIGKILL)
+        return taken
 
     async def close_stdin(self) -> None:
         """End its input; a terminal's is ended by typing ^D."""
@@ -67,7 +75,23 @@ class Process:
 
 
 def catches(pid: int, number: int) -> bool:
-    """Whether a process has a handler for a signal (SigCgt in /proc/<pid>/status, proc(5)).
+    """Whether a process has a handler for a signal (SigCgt in /proc/<pid>/status, proc(5))."""
+    return _has(number, _status(pid).get(b"SigCgt", []))
+
+
+def drops(pid: int, number: int) -> bool:
+    """Whether the kernel drops a signal: PID 1 of a namespace whose action is the default (pid_namespaces(7))."""
+    status = _status(pid)
+    first = status.get(b"NSpid", [])[-1:] == [b"1"]
+    return first and not any(_has(number, status.get(field, [])) for field in (b"SigCgt", b"SigIgn"))
+
+
+def _has(number: int, words: list[bytes]) -> bool:
+    return bool(words) and bool(int(words[0], 16) >> (number - 1) & 1)
+
+
+def _status(pid: int) -> dict[bytes, list[bytes]]:
+    """The fields of /proc/<pid>/status (proc(5)); none of a process that has ended.
 
     A process in 65,536 groups has a status of 700 KB.
     """
@@ -75,9 +99,8 @@ def catches(pid: int, number: int) -> bool:
         with open(f"/proc/{pid}/status", "rb") as file:  # noqa: PTH123 - a procfs file
             lines = file.read(MAX_STATUS).splitlines()
     except OSError:
-        return False
-    caught = next((line for line in lines if line.startswith(b"SigCgt:")), b"SigCgt: 0")
-    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+        return {}
+    return {name: value.split() for name, _, value in (line.partition(b":") for line in lines)}
 
 
 async def start_process(

@@ -201,6 +201,19 @@ class Streams:
             size = struct.pack("HHHH", rows & 0xFFFF, columns & 0xFFFF, 0, 0)
             fcntl.ioctl(self._terminal, termios.TIOCSWINSZ, size)
 
+    def interrupts(self, data: bytes, pid: int) -> bool:
+        """Whether data typed at a terminal interrupt a process: the line discipline signals its foreground group."""
+        if self._terminal is None or self._terminal < 0 or not data:
+            return False
+        import termios
+
+        try:
+            *_, local, _, _, control = termios.tcgetattr(self._terminal)
+            typed = bool(local & termios.ISIG) and control[termios.VINTR] in data
+            return typed and os.tcgetpgrp(self._terminal) == pid
+        except (OSError, termios.error):
+            return False
+
     def exited(self) -> None:
         """The process has ended: nobody needs its input any more, nor its size.  Output waits for its reader."""
         self.stdin.release()

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from caisson.commands.catalogue.shared import ENV, IN_CONTAINER, NETWORK, PUBLISH, TTY, VERBOSE, VM, VM_OR_OWN
+from dataclasses import replace
+
+from caisson.commands.catalogue.shared import (
+    ENV,
+    IN_CONTAINER,
+    INTERACTIVE,
+    NETWORK,
+    PUBLISH,
+    TTY,
+    VERBOSE,
+    VM,
+    VM_OR_OWN,
+)
 from caisson.commands.declare import (
     CONTAINER,
     DIRECTORY,
@@ -26,8 +38,8 @@ EXEC = Command(
     "Run a program in a container in a VM.",
     "caisson.commands.execute:exec_",
     details="""Its standard streams are this command's; so is its exit status: 128+n if signal n ended it, 127 if there
-        is no such program, 126 if it cannot be executed, 125 if Caisson could not run it at all. With no VM running,
-        one is booted for it and stopped afterwards.""",
+        is no such program, 126 if it cannot be executed, 125 if Caisson could not run it at all. Ctrl-C is passed on to
+        it; the third one kills it. With no VM running, one is booted for it and stopped afterwards.""",
     options=(
         VM_OR_OWN,
         Option(
@@ -37,6 +49,7 @@ EXEC = Command(
             "guest", "run it in the guest itself, outside all containers: among the image's own files and processes"
         ),
         TTY,
+        INTERACTIVE,
         ENV,
         NETWORK,
         Option("user", "run it as this user", name("UID[:GID]", "1000:1000"), default="0", short="u"),
@@ -75,6 +88,7 @@ RUN = Command(
         VM_OR_OWN,
         Option("container", "name of the container", CONTAINER, default="", short="c", shown="a new one"),
         TTY,
+        INTERACTIVE,
         Option("detach", "leave it running in the background, in the VM `default`; prints its name", short="d"),
         Option("rm", "remove it at its end, as is done for all that are not detached"),
         ENV,
@@ -90,7 +104,9 @@ RUN = Command(
         Option("pids-limit", "its limit of processes; -1 for none", integer(-1, 4194304), shown="2048"),
         Option("read-only", "make its root read-only"),
         Option("tmpfs", "mount a tmpfs", name("PATH[:OPTIONS]", "/tmp:size=64m"), repeat=True),
-        Option("volume", "share a directory of the host", name("HOST:GUEST[:ro]", "./data:/data"), repeat=True),
+        Option(
+            "volume", "share a directory of the host", name("HOST:GUEST[:ro]", "./data:/data"), repeat=True, short="v"
+        ),
         Option("cap-add", "add a capability, or ALL", name("CAPABILITY", "NET_ADMIN"), repeat=True),
         Option("cap-drop", "drop a capability, or ALL", name("CAPABILITY", "CHOWN"), repeat=True),
         Option("privileged", "confine it by the guest alone: all capabilities, no filter, no limits"),
@@ -100,7 +116,7 @@ RUN = Command(
         PUBLISH,
         Option("tag", "which of several images", name("TAG", "latest"), default="", shown="the only one"),
         Option("max-size", "refuse an image with more data", memory(1, 16 << 20), default=0, shown="16G at most"),
-        VERBOSE,
+        replace(VERBOSE, short=""),  # -v is --volume, as docker has it
     ),
     program=Program("what to run in place of the image's own command", required=False),
     runs_program=True,

@@ -28,6 +28,7 @@ PUBLISH = Option(
 )  # fmt: skip
 VERBOSE = Option("verbose", "show progress, also when stderr is not a terminal", short="v")
 TTY = Option("tty", "give the program a terminal", short="t")
+INTERACTIVE = Option("interactive", "pass standard input on, as is always done; for fingers used to -it", short="i")
 ACCEL = Option(
     "accel", "how the CPU is run; auto chooses by evidence and says why", choice("auto", "kvm", "tcg"), default="auto"
 )

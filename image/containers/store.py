@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote_to_bytes
 
 from caisson.image.build.cache import Cache, size_of
 from caisson.image.containers.documents import Config
@@ -54,6 +54,12 @@ def qualified(name: str) -> str:
     return name if ":" in name.rpartition("/")[2] or "@" in name else f"{name}:latest"
 
 
+def _file_name(name: str) -> str:
+    """Return the name of the file that a name of an image is kept in: of any bytes, and none that is hidden."""
+    quoted = quote(os.fsencode(name), safe="")
+    return f"%2E{quoted[1:]}" if quoted.startswith(".") else quoted
+
+
 def remember(cache: Cache, key: str, names: Iterable[str]) -> None:
     """Let names mean an image."""
     place = cache.root / NAMES
@@ -62,7 +68,7 @@ def remember(cache: Cache, key: str, names: Iterable[str]) -> None:
         new = place / f".{os.getpid()}"
         new.write_text(key)
         with contextlib.suppress(OSError):  # a name that no file can have
-            new.rename(place / quote(name, safe=""))
+            new.rename(place / _file_name(name))
         new.unlink(missing_ok=True)
 
 
@@ -70,7 +76,7 @@ def images(cache: Cache) -> list[Stored]:
     """Return the stored images, those used last first."""
     names: dict[str, list[str]] = {}
     for file in sorted((cache.root / NAMES).glob("[!.]*")):
-        names.setdefault(file.read_text(), []).append(unquote(file.name))
+        names.setdefault(file.read_text(), []).append(os.fsdecode(unquote_to_bytes(file.name)))
     found = []
     for place in (cache.root / STEP).glob("[!.]*/"):
         with contextlib.suppress(OSError, ValueError, TypeError):  # removed meanwhile, or of an older version
@@ -107,7 +113,7 @@ def remove(cache: Cache, name: str) -> int:
     wanted = qualified(name)
     forgotten = [wanted] if wanted in stored.names else stored.names
     for one in forgotten:
-        (cache.root / NAMES / quote(one, safe="")).unlink(missing_ok=True)
+        (cache.root / NAMES / _file_name(one)).unlink(missing_ok=True)
     return 0 if set(stored.names) - set(forgotten) else _removed(cache, stored)
 
 
@@ -116,7 +122,7 @@ def prune(cache: Cache, *, older: float = 0.0) -> list[Stored]:
     gone = [one for one in images(cache) if time.time() - one.used >= older]
     for one in gone:
         for name in one.names:
-            (cache.root / NAMES / quote(name, safe="")).unlink(missing_ok=True)
+            (cache.root / NAMES / _file_name(name)).unlink(missing_ok=True)
         _removed(cache, one)
     return gone
 

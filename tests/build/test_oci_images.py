@@ -18,7 +18,7 @@ import pytest
 from caisson.image.build.cache import Cache
 from caisson.image.containers.documents import Config
 from caisson.image.containers.oci import packed
-from caisson.image.containers.store import images, remove
+from caisson.image.containers.store import images, remember, remove
 from caisson.image.errors import ImageError
 from caisson.image.formats.tree import Malformed
 from tests.build.container_images import (
@@ -357,6 +357,14 @@ def test_a_name_means_the_image_that_was_packed_under_it(tmp_path: Path, monkeyp
     assert remove(cache, "test") > 0 and images(cache) == []
     with pytest.raises(ImageError, match="no stored image"):
         remove(cache, "test")
+
+
+@pytest.mark.parametrize("name", ["a b:latest", "n\nl:latest", "lat\udce9:latest", "../up:latest", "%41:latest"])
+def test_any_bytes_are_a_name(tmp_path: Path, name: str) -> None:
+    cache = Cache(tmp_path / "cache")
+    with packed(docker_archive(tmp_path / "image.tar", LAYERS, **CONFIG), "amd64", cache) as image:
+        remember(cache, image.name or "", [name])
+    assert name in next(iter(images(cache))).names
 
 
 def test_a_registrys_image_is_fetched_by_skopeo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

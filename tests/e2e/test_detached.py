@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.build.container_images import busybox_layer, docker_archive
-from tests.e2e.conftest import Caisson
+from tests.e2e.conftest import PATIENCE, Caisson
 
 pytestmark = pytest.mark.vm
 
@@ -54,6 +56,25 @@ def test_an_ended_container_starts_again_on_its_files(vm: Caisson, image: str) -
     refused = vm("start", "again")
     assert refused.returncode == 1 and b"again: has not exited" in refused.stderr and refused.stderr.count(b"\n") == 1
     assert vm("rm", "again").returncode == 0
+
+
+def test_removing_a_container_ends_an_exec_in_it(vm: Caisson, image: str) -> None:
+    assert run(vm, image, "--detach", "--container", "goes", "--", "busybox", "sleep", "1000")[0] == 0
+    words = ("exec", "--container", "goes", "--", "sh", "-c", "echo up; exec busybox sleep 1000")
+    with vm.start(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command:
+        assert command.stdout is not None and command.stdout.readline() == b"up\n"
+        assert vm("rm", "goes").returncode == 0
+        _, errors = command.communicate(timeout=PATIENCE)
+    assert (command.returncode, errors) == (137, b"")
+
+
+def test_ctrl_c_ends_a_program_that_handles_nothing(vm: Caisson, image: str) -> None:
+    words = ("run", "--name", "default", image, "--", "sh", "-c", "echo up; exec busybox sleep 1000")
+    with vm.start(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command:
+        assert command.stdout is not None and command.stdout.readline() == b"up\n"
+        command.send_signal(signal.SIGINT)
+        _, errors = command.communicate(timeout=PATIENCE)
+    assert (command.returncode, errors) == (130, b"")
 
 
 def test_options_of_docker(vm: Caisson, image: str, tmp_path: Path) -> None:

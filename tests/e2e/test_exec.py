@@ -50,10 +50,11 @@ def test_a_missing_program_is_one_line_and_127(vm: Caisson) -> None:
     assert b'exec: "no-such-program": executable file not found in $PATH' in done.stderr
 
 
-def test_a_file_that_is_no_program_is_126(vm: Caisson) -> None:
-    done = vm("exec", "--", "/etc/passwd")
+@pytest.mark.parametrize(("file", "why"), [("/etc/passwd", b"permission denied"), ("/etc", b"is a directory")])
+def test_a_file_that_is_no_program_is_126(vm: Caisson, file: str, why: bytes) -> None:
+    done = vm("exec", "--", file)
     assert done.returncode == 126
-    assert b"permission denied" in done.stderr
+    assert why in done.stderr
 
 
 def test_environment_user_and_directory(vm: Caisson) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import random
 import signal
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from caisson.agent.client import Agent, Container, ProgramError
+from caisson.agent.client import Agent, AgentError, Container, ProgramError
 from caisson.agent.rpc.codes import StatusCode
 from caisson.proto.kata1 import agent_pb2
 from tests.native.agent_support import RunningAgent, errors, output, refused, sh
@@ -187,6 +188,39 @@ async def test_term_ends_an_init_without_a_handler_and_a_handler_is_asked(agent:
         assert await anext(polite.init().stdout()) == b"ready\n"
         await polite.init().signal(signal.SIGTERM)
         assert await polite.init().wait() == 8
+
+
+async def test_interrupt_ends_an_init_that_leaves_it_to_the_kernel(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        await client.create_sandbox()
+        plain = await client.ensure_container("plain", agent.spec("/bin/sleep", "1000"))
+        await plain.init().signal(signal.SIGINT)
+        assert await plain.init().wait() == 137
+        script = "trap '' INT; echo ready; read x; exit 8"
+        deaf = await client.ensure_container("deaf", agent.spec("/bin/sh", "-c", script))
+        assert await anext(deaf.init().stdout()) == b"ready\n"
+        await deaf.init().signal(signal.SIGINT)
+        await deaf.init().write(b"\n")
+        assert await deaf.init().wait() == 8
+
+
+async def test_interrupt_typed_at_a_terminal_ends_such_an_init_too(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        await client.create_sandbox()
+        for name, script, status in (
+            ("cooked", "echo ready; exec sleep 1000", 137),
+            ("raw", "stty -isig -icanon; echo ready; read x; exit 8", 8),
+            ("deaf", "trap '' INT; echo ready; read x; exit 8", 8),
+        ):
+            container = await client.ensure_container(name, agent.spec("/bin/sh", "-c", script, terminal=True))
+            process = container.init(terminal=True)
+            stream = process.stdout()
+            while b"ready" not in await anext(stream):
+                pass
+            await process.write(b"\x03")
+            with contextlib.suppress(AgentError):  # it has ended
+                await process.write(b"\n")
+            assert await process.wait() == status, name
 
 
 async def test_signal_to_all(agent: RunningAgent) -> None:

@@ -7,11 +7,13 @@ import random
 import resource
 from collections.abc import Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from caisson.agent.client import Agent, AgentError, Container
+from caisson.agent.client.execute import execute
 from caisson.agent.rpc.codes import StatusCode as Code
 from caisson.proto.kata1 import agent_pb2
 from tests.native.agent_support import RunningAgent, output, refused, sh
@@ -61,6 +63,21 @@ async def test_execs_that_meet_a_removal_run_or_are_refused_and_leave_nothing(ag
                     assert isinstance(result, AgentError), result
                     assert result.code in (Code.FAILED_PRECONDITION, Code.NOT_FOUND), result.details
         await until(lambda: agent.fds() <= fds and agent.children() == set(), "all is given back")
+
+
+async def test_a_command_that_is_interrupted_at_any_moment_leaves_no_program(agent: RunningAgent) -> None:
+    machine: Any = SimpleNamespace(agent_socket=agent.socket, directory=agent.socket.parent)
+    chance = random.Random(5)
+    async with agent.connect() as client:
+        await client.create_sandbox()
+        await running(client, agent)
+        only_init = agent.children()
+        early = 0
+        for _ in range(15):
+            command = execute(machine, "box", ["/bin/sleep", "1000"])
+            early += await broken_off(command, chance.random() * 0.02)
+        assert early == 15
+        await until(lambda: agent.children() == only_init, "no program is left")
 
 
 async def test_removals_that_meet_all_succeed_or_find_nothing(agent: RunningAgent) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from caisson.agent.client import AgentError, OutputError, StatusCode, attach
+from caisson.agent.client import AgentError, OutputError, StatusCode, attach, logs
+from tests.support.poll import until
 
 
 class Pretended:
@@ -97,3 +98,60 @@ def test_a_full_disk_is_said(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="No space left"):
             join(process, source.fileno(), out.fileno(), err.fileno())
     assert process.signals == [signal.SIGPIPE]
+
+
+@pytest.mark.parametrize(
+    ("presses", "ends_with", "status"),
+    [
+        (1, 128 + signal.SIGKILL, 128 + signal.SIGINT),  # the agent has killed what SIGINT does not reach
+        (1, 3, 3),
+        (3, 128 + signal.SIGKILL, 128 + signal.SIGKILL),
+    ],
+)
+def test_ctrl_c_goes_to_the_program_and_the_third_one_kills_it(presses: int, ends_with: int, status: int) -> None:
+    class Interrupted(Pretended):
+        async def stdout(self) -> AsyncIterator[bytes]:
+            for number in range(presses):
+                os.kill(os.getpid(), signal.SIGINT)
+                await until(lambda number=number: len(self.signals) > number, "it is passed on")
+            yield b""
+
+        async def wait(self) -> int:
+            return ends_with
+
+    process = Interrupted()
+    with open(os.devnull) as source, open(os.devnull, "wb") as out:  # noqa: PTH123
+        assert join(process, source.fileno(), out.fileno(), out.fileno()) == status
+    assert process.signals == ([signal.SIGINT] if presses == 1 else [signal.SIGINT, signal.SIGINT, signal.SIGKILL])
+
+
+@pytest.mark.parametrize(
+    ("typed", "written", "detached"),
+    [
+        ([b"a\x10\x11b"], b"a", True),
+        ([b"a\x10", b"\x11", b"b"], b"a", True),
+        ([b"\x10", b"x", b"\x11"], b"\x10x\x11", False),
+        ([b"\x10\x10\x11"], b"\x10", True),
+    ],
+)
+def test_ctrl_p_ctrl_q_detaches(
+    monkeypatch: pytest.MonkeyPatch, typed: list[bytes], written: bytes, detached: bool
+) -> None:
+    class Typed(Pretended):
+        taken = b""
+
+        async def write(self, data: bytes) -> None:
+            self.taken += data
+
+    async def keys(_: int) -> AsyncIterator[bytes]:
+        for data in typed:
+            yield data
+
+    async def work() -> tuple[bytes, bool]:
+        process: Any = Typed()
+        left = asyncio.Event()
+        await logs._feed(process, True, left.set)
+        return process.taken, left.is_set()
+
+    monkeypatch.setattr(logs, "read", keys)
+    assert asyncio.run(work()) == (written, detached)

@@ -22,6 +22,7 @@ from caisson.commands.main import EXPECTED_ERRORS, CommandLine, load, one_line
 from caisson.commands.manpage import manual
 from caisson.commands.parse import CommandLineError, HelpWanted, parse
 from caisson.commands.renamed import OLD_COMMANDS, OLD_OPTIONS
+from caisson.commands.run import _parse_volume, run
 from caisson.commands.usage import help_of
 from caisson.proto.contract import VERSION
 
@@ -77,6 +78,27 @@ def test_options_in_every_form() -> None:
     values, _ = parse(EXEC, ["-tcbox", "-e", "A=1", "--env=B=", "--user=1:2", "-n=web", "true"])
     assert (values["tty"], values["container"], values["env"]) == (True, "box", ["A=1", "B="])
     assert (values["user"], values["name"], values["workdir"]) == ("1:2", "web", "/")
+
+
+def test_what_fingers_know_from_docker() -> None:
+    values, _ = parse(
+        RUN, ["-it", "--rm", "-v", "./a:/b:ro", "-p", "80:80", "-e", "A=1", "-u", "1", "-w", "/x", "i", "sh"]
+    )
+    assert (values["tty"], values["rm"], values["volume"], values["publish"]) == (True, True, ["./a:/b:ro"], ["80:80"])
+    assert (values["env"], values["user"], values["workdir"], values["words"]) == (["A=1"], "1", "/x", ["sh"])
+    assert parse(EXEC, ["-it", "sh"])[0]["tty"]
+
+
+@pytest.mark.parametrize("name", ["a b", "a\nb", "-a", "x" * 65, "\xe9", "a/b"])
+def test_a_host_name_that_is_none_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=r"--hostname .*: is not a host name; "):
+        run(**parse(RUN, [f"--hostname={name}", "image"])[0])
+
+
+@pytest.mark.parametrize("text", [":/v", "src:v", "/v", "src", "src:/v:xx", "no-such-directory:/v"])
+def test_a_volume_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=r"--volume .*: "):
+        _parse_volume(text)
 
 
 @pytest.mark.parametrize(
