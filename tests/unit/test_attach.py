@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +111,13 @@ def test_a_full_disk_is_said(tmp_path: Path) -> None:
 )
 def test_ctrl_c_goes_to_the_program_and_the_third_one_kills_it(presses: int, ends_with: int, status: int) -> None:
     class Interrupted(Pretended):
+        def heard(self, count: int) -> bool:
+            return len(self.signals) == count
+
         async def stdout(self) -> AsyncIterator[bytes]:
             for number in range(presses):
                 os.kill(os.getpid(), signal.SIGINT)
-                await until(lambda number=number: len(self.signals) > number, "it is passed on")
+                await until(partial(self.heard, number + 1), "it is passed on")
             yield b""
 
         async def wait(self) -> int:
