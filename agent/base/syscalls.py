@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 # syscall numbers; those above 423 are the same on all architectures (the others: x86_64, aarch64)
 _MACHINE = os.uname().machine
 _NUMBERS = {
-    "x86_64": {"bpf": 321, "finit_module": 313, "statx": 332},
-    "aarch64": {"bpf": 280, "finit_module": 273, "statx": 291},
+    "x86_64": {"bpf": 321, "finit_module": 313, "sched_setattr": 314, "statx": 332},
+    "aarch64": {"bpf": 280, "finit_module": 273, "sched_setattr": 274, "statx": 291},
 }  # fmt: skip
 _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _OPENAT2, _PIDFD_GETFD = 429, 430, 431, 432, 437, 438
 
@@ -175,6 +175,11 @@ def unshare(flags: int) -> None:
 def set_child_subreaper() -> None:
     """Adopt orphaned descendants of this process: prctl(2), PR_SET_CHILD_SUBREAPER.  Raises OSError."""
     _check(_libc().prctl(36, 1, 0, 0, 0), "prctl")
+
+
+def sched_setattr(pid: int, attributes: bytes) -> None:
+    """Set the scheduler of a process from a struct sched_attr: sched_setattr(2).  Raises OSError."""
+    _check(_libc().syscall(_number("sched_setattr"), pid, attributes, 0), "sched_setattr")
 
 
 def bpf(command: int, attributes: Any) -> int:

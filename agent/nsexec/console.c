@@ -43,20 +43,7 @@ static int open_ptmx(int root)
 
 static void send_master(int socket, int master)
 {
-	union {
-		struct cmsghdr header;
-		char bytes[CMSG_SPACE(sizeof(int))];
-	} control = {.bytes = {0}};
-	struct iovec payload = {.iov_base = "ptmx", .iov_len = 4};
-	struct msghdr message = {
-		.msg_iov = &payload, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof(control.bytes)};
-	struct cmsghdr *header = CMSG_FIRSTHDR(&message);
-
-	header->cmsg_level = SOL_SOCKET;
-	header->cmsg_type = SCM_RIGHTS;
-	header->cmsg_len = CMSG_LEN(sizeof(int));
-	memcpy(CMSG_DATA(header), &master, sizeof(master));
-	if (sendmsg(socket, &message, MSG_NOSIGNAL) != 4)
+	if (send_descriptor(socket, "ptmx", 4, master) < 0)
 		fail_errno("console", "socket", NULL);
 }
 

@@ -341,11 +341,10 @@ static void check_procfs(int tree, const struct mount_step *step)
 }
 
 /*
- * Execute a mount step; `source` is what stage 0 has opened, or -1, `mapping` the user
- * namespace of a source that it has not, and `locked` whether that is for a user namespace.
+ * Execute a mount step; `source` is that of a bind mount, and `locked` whether it was opened for a user namespace.
  * Returns the descriptor of the mount.
  */
-int do_mount(int root, const struct mount_step *step, int source, int mapping, bool locked)
+int do_mount(int root, const struct mount_step *step, int source, bool locked)
 {
 	bool directory = true;
 	int tree, target;
@@ -353,7 +352,7 @@ int do_mount(int root, const struct mount_step *step, int source, int mapping, b
 	if ((step->flags & MOUNT_BIND) != 0) {
 		struct stat st;
 
-		tree = source >= 0 ? source : open_late_source(step, mapping);
+		tree = source;
 		if (fstat(tree, &st) < 0)
 			fail_errno("mount source", step->source, NULL);
 		directory = S_ISDIR(st.st_mode);

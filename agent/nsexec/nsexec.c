@@ -29,7 +29,8 @@
  * Members of a joined pid namespace see a new process from its first moment, and with CAP_SYS_PTRACE control it,
  * dumpable or not (CVE-2016-9962).  So a pid namespace is entered last: the last stage outside executes the whole plan
  * (setup_before_pidns), and stage 2 (late_child_main) starts with the container's root, user and capabilities, its
- * stdio and the sync socket, and has only to execute the program.
+ * stdio and the sync socket, and has only to execute the program.  A scheduler that the clone would lose, the runtime
+ * sets, and sends a byte.
  *
  * All stages are children of the runtime (CLONE_PARENT).  The stage that clones another one sends its pid and a pidfd
  * to the runtime before the new one may run; if it dies before that, the new one exits.
@@ -249,6 +250,8 @@ static void set_up(struct context *ctx)
 	} else {
 		build_rootfs(ctx);
 	}
+	if (ctx->source_server >= 0)
+		close(ctx->source_server);
 	FAULT(set_up);
 }
 
@@ -273,7 +276,7 @@ NORETURN static void child_main(struct context *ctx, int gate)
 	if (ctx->plan.has_console)
 		set_controlling_terminal();
 	set_limits(&ctx->plan);
-	prepare_process(ctx);
+	prepare_process(ctx, false);
 	if (ctx->fds.pauses)
 		pause_main(ctx->fds.sync);
 	run_program(ctx);
@@ -283,6 +286,8 @@ NORETURN static void child_main(struct context *ctx, int gate)
 NORETURN static void late_child_main(struct context *ctx, int gate)
 {
 	wait_for_parent(&ctx->fds, gate);
+	if (scheduler_is_lost_by_clone(&ctx->plan))
+		wait_for_runtime(ctx->fds.sync); /* it sets the scheduler */
 	start_session();
 	if (ctx->plan.has_console)
 		set_controlling_terminal();
@@ -293,23 +298,10 @@ NORETURN static void late_child_main(struct context *ctx, int gate)
 /* Tell the runtime who was cloned: JSON, and a pidfd of the last one.  0 stands for a stage that there is not. */
 static void send_pids(const struct channels *fds, int stage1, int stage2, int pidfd)
 {
-	union {
-		struct cmsghdr header;
-		char bytes[CMSG_SPACE(sizeof(int))];
-	} control = {.bytes = {0}};
 	char text[64];
-	struct iovec payload = {.iov_base = text};
-	struct msghdr message = {
-		.msg_iov = &payload, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof(control.bytes)};
-	struct cmsghdr *header = CMSG_FIRSTHDR(&message);
 	int length = snprintf(text, sizeof(text), "{\"stage1_pid\":%d,\"stage2_pid\":%d}\n", stage1, stage2);
 
-	payload.iov_len = (size_t)length;
-	header->cmsg_level = SOL_SOCKET;
-	header->cmsg_type = SCM_RIGHTS;
-	header->cmsg_len = CMSG_LEN(sizeof(int));
-	memcpy(CMSG_DATA(header), &pidfd, sizeof(pidfd));
-	if (sendmsg(fds->init, &message, MSG_NOSIGNAL) != length)
+	if (send_descriptor(fds->init, text, (size_t)length, pidfd) < 0)
 		fail_errno("pids", "init pipe", NULL);
 }
 
@@ -344,7 +336,7 @@ static void setup_before_pidns(struct context *ctx, uint32_t namespaces, int sta
 		fail_errno("unshare", "", NULL);
 	close_cgroup(&ctx->fds);
 	set_up(ctx);
-	prepare_process(ctx);
+	prepare_process(ctx, true);
 	close_all_but(ctx->fds.first_closed, kept, ARRAY_SIZE(kept));
 	if (ctx->plan.filter != NULL && !ctx->plan.no_new_privs)
 		load_early_filter(ctx);
@@ -485,7 +477,7 @@ NORETURN static void stage0_main(struct context *ctx)
 int main(void)
 {
 	static struct inbox inbox;
-	struct context ctx = {.handles = {.root = -1, .processes = -1, .sysctl = -1}};
+	struct context ctx = {.handles = {.root = -1, .processes = -1, .sysctl = -1}, .source_server = -1};
 
 	if (getenv("_LIBCONTAINER_INITPIPE") == NULL) {
 		static const char usage[] = "nsexec is started by Caisson's runtime; it does nothing by itself\n";

@@ -53,6 +53,9 @@ void report_progress(const char *what);
 void report_started(int gate);
 void report_listener(int fd); /* "procSeccomp": the number of the filter's listener here; nsexec waits for one byte */
 void report_to_stderr_if_closed(void);
+/* One message of a stream socket with a descriptor: 0, or -1 and errno; the descriptor, or -1. */
+int send_descriptor(int socket, const void *data, size_t size, int fd);
+int receive_descriptor(int socket, void *data, size_t size);
 /* Report {step, path, error} with a reason in words (NULL: the error's own words are enough), and exit. */
 NORETURN void fail(int error, const char *step, const char *path, const char *format, ...) PRINTF(4, 5);
 #define fail_errno(...) fail(errno, __VA_ARGS__)
@@ -250,6 +253,7 @@ struct context {
 	} handles;
 	int sources[SOURCES_MAX];  /* of the plan's mounts, opened by stage 0; -1 where not */
 	int mappings[SOURCES_MAX]; /* user namespaces for sources that stage 2 opens; -1 where not */
+	int source_server;	   /* a socket to who maps sources for a stage 2 that may not; else -1 */
 	const char *program;	   /* argv[0] as found in PATH */
 	bool filtered;		   /* the seccomp filter is active */
 	bool has_userns;	   /* the container has a user namespace, created or joined */
@@ -291,13 +295,13 @@ void build_rootfs(struct context *ctx);
 /* --- mounts.c --- */
 int private_procfs(bool processes_only);
 void attach_rootfs(const char *path, int *root, unsigned long propagation);
-int do_mount(int root, const struct mount_step *step, int source, int mapping, bool locked);
+int do_mount(int root, const struct mount_step *step, int source, bool locked);
 int clone_mount(int fd, const char *step, const char *path, bool recursive);
 void set_attributes(int fd, uint64_t set, uint64_t clear, bool recursive, const char *step, const char *path);
 
 /* --- sources.c --- */
 int open_source(const struct mount_step *step, bool must);
-int open_late_source(const struct mount_step *step, int userns);
+int open_late_source(struct context *ctx, const struct mount_step *step, size_t index);
 void open_sources(struct context *ctx, int joined_userns);
 
 /* --- copyup.c --- */
@@ -305,7 +309,8 @@ void copy_up(int covered, int mount, const char *path);
 
 /* --- scheduling.c --- */
 void set_initial_cpus(const struct plan *plan);
-void set_scheduling(const struct plan *plan);
+bool scheduler_is_lost_by_clone(const struct plan *plan);
+void set_scheduling(const struct plan *plan, bool before_clone);
 
 /* --- console.c --- */
 void set_controlling_terminal(void);
@@ -321,7 +326,7 @@ void close_all_but(unsigned from, const int *kept, size_t count);
 void raise_hard_limits(const struct plan *plan);
 void wait_for_runtime(int sync);
 void set_limits(const struct plan *plan);
-void prepare_process(struct context *ctx);
+void prepare_process(struct context *ctx, bool before_clone);
 int load_filter(const struct plan *plan);
 void load_early_filter(struct context *ctx);
 NORETURN void run_program(struct context *ctx);

@@ -376,13 +376,13 @@ void wait_for_runtime(int sync)
 }
 
 /* Do what needs privileges, or must not be done in view of the pid namespace; then have the container's own. */
-void prepare_process(struct context *ctx)
+void prepare_process(struct context *ctx, bool before_clone)
 {
 	const struct plan *plan = &ctx->plan;
 
 	if (plan->has_umask)
 		umask(plan->umask);
-	set_scheduling(plan);
+	set_scheduling(plan, before_clone);
 	if (plan->label != NULL)
 		set_label(plan, ctx->handles.processes);
 	if (plan->no_new_privs && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)

@@ -11,6 +11,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include "nsexec.h"
@@ -161,6 +162,45 @@ void report_to_stderr_if_closed(void)
 
 	if (poll(&polled, 1, 0) == 1 && (polled.revents & (POLLHUP | POLLERR)) != 0)
 		sync_fd = -1;
+}
+
+/* Room for one descriptor, aligned. */
+union descriptor_control {
+	struct cmsghdr header;
+	char bytes[CMSG_SPACE(sizeof(int))];
+};
+
+int send_descriptor(int socket, const void *data, size_t size, int fd)
+{
+	union descriptor_control control = {.bytes = {0}};
+	struct iovec payload = {.iov_base = (void *)data, .iov_len = size};
+	struct msghdr message = {
+		.msg_iov = &payload, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof(control.bytes)};
+	struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+
+	header->cmsg_level = SOL_SOCKET;
+	header->cmsg_type = SCM_RIGHTS;
+	header->cmsg_len = CMSG_LEN(sizeof(int));
+	memcpy(CMSG_DATA(header), &fd, sizeof(fd));
+	return sendmsg(socket, &message, MSG_NOSIGNAL) == (ssize_t)size ? 0 : -1;
+}
+
+int receive_descriptor(int socket, void *data, size_t size)
+{
+	union descriptor_control control = {.bytes = {0}};
+	struct iovec payload = {.iov_base = data, .iov_len = size};
+	struct msghdr message = {
+		.msg_iov = &payload, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof(control.bytes)};
+	struct cmsghdr *header;
+	int fd;
+
+	if (recvmsg(socket, &message, MSG_CMSG_CLOEXEC) != (ssize_t)size)
+		return -1;
+	header = CMSG_FIRSTHDR(&message);
+	if (header == NULL || header->cmsg_type != SCM_RIGHTS || header->cmsg_len != CMSG_LEN(sizeof(int)))
+		return -1;
+	memcpy(&fd, CMSG_DATA(header), sizeof(fd));
+	return fd;
 }
 
 /* exit_group(2) or, if the filter denies it, a signal that cannot be ignored. */

@@ -288,7 +288,8 @@ static void do_step(const struct attribute *a, struct rootfs_state *s)
 	struct handles *handles = &s->ctx->handles;
 	const struct plan *plan = &s->ctx->plan;
 	const struct channels *fds = &s->ctx->fds;
-	int *root = &handles->root, fd, mapping;
+	int *root = &handles->root, fd;
+	bool opened;
 
 	switch (a->type) {
 	case PLAN_PROPAGATION:
@@ -304,9 +305,11 @@ static void do_step(const struct attribute *a, struct rootfs_state *s)
 	case PLAN_MOUNT:
 		decode_mount(a, &step);
 		fd = s->mount_index < SOURCES_MAX ? s->ctx->sources[s->mount_index] : -1;
-		mapping = s->mount_index < SOURCES_MAX ? s->ctx->mappings[s->mount_index] : -1;
+		opened = fd >= 0;
+		if (!opened && (step.flags & MOUNT_BIND) != 0)
+			fd = open_late_source(s->ctx, &step, s->mount_index);
 		s->mount_index++;
-		fd = do_mount(*root, &step, fd, mapping, fd >= 0 && s->ctx->has_userns);
+		fd = do_mount(*root, &step, fd, opened && s->ctx->has_userns);
 		if ((step.flags & MOUNT_ORDINARY_DIR) != 0)
 			record_kernel_mount(&s->mounts, fd, step.target);
 		else

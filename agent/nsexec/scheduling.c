@@ -9,6 +9,8 @@
 #include "nsexec.h"
 
 #define IOPRIO_WHO_PROCESS 1
+#define POLICY_DEADLINE 6u
+#define FLAG_RESET_ON_FORK 1u
 
 /* Log a mask as one number, without leading zeros. */
 static void log_cpus(const uint8_t *mask, size_t size)
@@ -46,12 +48,30 @@ void set_initial_cpus(const struct plan *plan)
 	set_cpus(plan->cpus, plan->cpus_size);
 }
 
-/* To be called with all capabilities. */
-void set_scheduling(const struct plan *plan)
+/*
+ * Whether a clone would not have this process's scheduler: it is reset, or clone fails (sched(7)).  The runtime sets it
+ * then, since the stage that clones has only the container's capabilities left.
+ */
+bool scheduler_is_lost_by_clone(const struct plan *plan)
 {
+	uint32_t policy;
+	uint64_t flags;
+
+	if (plan->scheduler == NULL)
+		return false;
+	memcpy(&policy, plan->scheduler + 4, sizeof(policy));
+	memcpy(&flags, plan->scheduler + 8, sizeof(flags));
+	return policy == POLICY_DEADLINE || (flags & FLAG_RESET_ON_FORK) != 0;
+}
+
+/* To be called with all capabilities; by the stage that clones the process, if that is made `before_clone`. */
+void set_scheduling(const struct plan *plan, bool before_clone)
+{
+	bool later = before_clone && scheduler_is_lost_by_clone(plan);
+
 	if (plan->final_cpus != NULL || plan->cpus != NULL)
 		set_cpus(plan->final_cpus, plan->final_cpus_size);
-	if (plan->scheduler != NULL && syscall(SYS_sched_setattr, 0, plan->scheduler, 0) < 0)
+	if (plan->scheduler != NULL && !later && syscall(SYS_sched_setattr, 0, plan->scheduler, 0) < 0)
 		fail_errno("scheduler", "", NULL);
 	if (plan->has_io_priority && syscall(SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, plan->io_priority) < 0)
 		fail_errno("io priority", "", NULL);

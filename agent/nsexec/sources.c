@@ -3,7 +3,8 @@
  *
  * The root of a user namespace may not reach the source of a bind mount (a directory of mode 0700 above it), nor map
  * its owners: mount_setattr(2) with MOUNT_ATTR_IDMAP wants CAP_SYS_ADMIN over the file system.  So stage 0 clones the
- * mount, detached, and stage 2, which inherits the descriptor, attaches it.  Elsewhere stage 2 opens sources itself.
+ * mount, detached, and stage 2, which inherits the descriptor, attaches it.  Elsewhere stage 2 opens sources itself;
+ * for those that it may not map, it asks a process that stage 0 leaves behind (serve_sources).
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -13,6 +14,7 @@
 #include <string.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 
 #include "nsexec.h"
@@ -96,16 +98,81 @@ static bool is_below(const char *path, const char *rootfs)
 	return length > 1 && strncmp(path, rootfs, length) == 0 && path[length] == '/';
 }
 
-/* Open the source of a mount in stage 2; `userns` has the maps of an id-mapped one, else it is -1. */
-int open_late_source(const struct mount_step *step, int userns)
+static int open_mapped_source(const struct mount_step *step, int userns)
 {
 	int tree = open_source(step, true);
 
-	if (userns >= 0) {
-		map_ids(tree, step, userns);
-		close(userns);
-	}
+	map_ids(tree, step, userns);
 	return tree;
+}
+
+/* Open the source of a mount in stage 2. */
+int open_late_source(struct context *ctx, const struct mount_step *step, size_t index)
+{
+	int userns = index < SOURCES_MAX ? ctx->mappings[index] : -1, mounts, tree;
+
+	if (userns < 0)
+		return open_source(step, true);
+	if (ctx->source_server < 0)
+		return open_mapped_source(step, userns);
+	mounts = open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC);
+	if (mounts < 0 || send_descriptor(ctx->source_server, &index, sizeof(index), mounts) < 0)
+		fail_errno("mount source", step->source, "mount namespace");
+	close(mounts);
+	tree = receive_descriptor(ctx->source_server, &index, sizeof(index));
+	if (tree < 0)
+		_exit(1); /* the server has reported why */
+	return tree;
+}
+
+static void find_mount(const struct plan *plan, size_t index, struct mount_step *out)
+{
+	struct cursor steps = plan->steps;
+	struct attribute a;
+
+	while (next_attribute(&steps, &a))
+		if (a.type == PLAN_MOUNT && index-- == 0) {
+			decode_mount(&a, out);
+			return;
+		}
+	_exit(1);
+}
+
+/* Open and map sources in the mount namespaces that come with their numbers, until there is nobody left to ask. */
+NORETURN static void serve_sources(const struct context *ctx, int peer)
+{
+	struct mount_step step;
+	size_t index;
+	int mounts, tree;
+
+	while ((mounts = receive_descriptor(peer, &index, sizeof(index))) >= 0) {
+		find_mount(&ctx->plan, index, &step);
+		if (syscall(SYS_setns, mounts, NS_MNT) < 0)
+			fail_errno("mount source", step.source, "mount namespace");
+		tree = open_mapped_source(&step, ctx->mappings[index]);
+		if (send_descriptor(peer, &index, sizeof(index), tree) < 0)
+			_exit(1);
+		close(tree);
+		close(mounts);
+	}
+	_exit(0);
+}
+
+static void start_source_server(struct context *ctx)
+{
+	int pair[2], pid;
+
+	if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) < 0)
+		fail_errno("socketpair", "", NULL);
+	pid = (int)syscall(SYS_clone, (unsigned long)SIGCHLD, NULL, NULL, NULL, NULL);
+	if (pid < 0)
+		fail_errno("id-mapped mount", "", "clone");
+	if (pid == 0) {
+		close(pair[0]);
+		serve_sources(ctx, pair[1]);
+	}
+	close(pair[1]);
+	ctx->source_server = pair[0];
 }
 
 void open_sources(struct context *ctx, int joined_userns)
@@ -118,6 +185,7 @@ void open_sources(struct context *ctx, int joined_userns)
 	struct mount_step step;
 	struct attribute a;
 	size_t index, next = 0;
+	bool asks = false;
 
 	for (size_t i = 0; i < SOURCES_MAX; i++)
 		ctx->sources[i] = ctx->mappings[i] = -1;
@@ -135,8 +203,9 @@ void open_sources(struct context *ctx, int joined_userns)
 				fail(E2BIG, "mount", step.target, "more than %d mounts", SOURCES_MAX);
 			if ((step.flags & MOUNT_IDMAP) != 0)
 				mapping = mapping_userns(&step, joined_userns, &last);
-			if (is_below(step.source, rootfs) && !(ctx->has_userns && mapping >= 0)) {
+			if (is_below(step.source, rootfs)) {
 				ctx->mappings[index] = mapping < 0 ? -1 : fcntl(mapping, F_DUPFD_CLOEXEC, 0);
+				asks |= ctx->has_userns && mapping >= 0;
 				continue;
 			}
 			tree = open_source(&step, !ctx->has_userns || (step.flags & MOUNT_IDMAP) != 0);
@@ -151,4 +220,6 @@ void open_sources(struct context *ctx, int joined_userns)
 	}
 	if (last.userns >= 0)
 		close(last.userns);
+	if (asks)
+		start_source_server(ctx);
 }

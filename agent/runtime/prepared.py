@@ -11,6 +11,7 @@ import os
 from struct import pack
 
 from caisson.agent.base.json import dumps
+from caisson.agent.libcontainer.config.scheduling import is_lost_by_clone
 from caisson.agent.libcontainer.container import STOPPED
 from caisson.agent.libcontainer.plan import plan, users, wire
 from caisson.agent.libcontainer.state import FILE as STATE
@@ -68,6 +69,9 @@ def keep_exec(container: Container, process: Process, config: Identity) -> None:
     """Write exec.plan for a process of the bundle's, unless another command has the container at this moment."""
     seccomp = container.spec.linux.seccomp
     if process.user.username or process.terminal or (seccomp is not None and seccomp.listener_path):
+        return
+    own = container.spec.process
+    if is_lost_by_clone(process.scheduler or (own.scheduler if own is not None else None)):  # the runtime sets it
         return
     try:
         with ContainerLock(container.directory, wait=False):

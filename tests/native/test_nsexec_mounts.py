@@ -177,6 +177,18 @@ def test_writes_through_an_id_mapped_mount_have_the_owner_on_disk(box: Box, moun
     assert ((mounted / "written").stat().st_uid, (mounted / "written").stat().st_gid) == (0, 0)
 
 
+def test_id_mapped_mounts_of_what_an_earlier_mount_has_put_there(box: Box, mounted: Path) -> None:
+    """Only stage 2 has that in its mount namespace, and only the runtime may map it."""
+    owned(mounted / "file", 7)
+    (box.rootfs / "again").mkdir()
+    value = in_userns(with_mount("/mnt", mounted))
+    value["mounts"] += [
+        {"destination": "/again", "type": "bind", "source": str(box.rootfs / "mnt"), "options": ["rbind", "idmap"]},
+        {"destination": "/mnt", "type": "bind", "source": str(box.rootfs / "again"), "options": ["rbind", "ro"]},
+    ]
+    assert box.sh("echo $(stat -c %u /again/file /mnt/file)", value) == "7 7\n"
+
+
 async def test_idmap_by_the_user_namespace_that_is_joined(box: Box, mounted: Path) -> None:
     owned(mounted / "file", 7)
 

@@ -64,6 +64,25 @@ async def test_scheduler(box: Box, scheduler: dict[str, Any], policy: int, nice:
         assert policy == 5 or int(fields[STAT_NICE + 1]) == nice
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        {"policy": "SCHED_BATCH", "flags": ["SCHED_FLAG_RESET_ON_FORK"], "nice": 3},
+        {"policy": "SCHED_DEADLINE", "runtime": 42000, "deadline": 100_000, "period": 1_000_000},
+        {"policy": "SCHED_DEADLINE", "flags": ["SCHED_FLAG_RESET_ON_FORK"], "runtime": 42000, "deadline": 1_000_000},
+    ],
+    ids=["reset", "deadline", "deadline-reset"],
+)
+async def test_a_scheduler_that_a_clone_would_lose(box: Box, scheduler: dict[str, Any]) -> None:
+    """An exec is cloned into the container's pid namespace when all else is done; deadlines are given by root alone."""
+    policy = {"SCHED_BATCH": 3, "SCHED_DEADLINE": 6}[scheduler["policy"]]
+    reset = os.SCHED_RESET_ON_FORK if "flags" in scheduler else 0
+
+    pids = await both(box, config(scheduler=scheduler), {"scheduler": scheduler})
+
+    assert [os.sched_getscheduler(pid) for pid in pids] == [policy | reset] * 2
+
+
 def test_a_real_time_scheduler(box: Box) -> None:
     """Where the machine gives it (a cgroup of v1 may have no time for it, and says EPERM)."""
 

@@ -6,7 +6,7 @@ Source: OCI runtime specification 1.3, config.md ("scheduler", "ioPriority", "ex
 
 from __future__ import annotations
 
-from struct import pack
+from struct import pack, unpack_from
 
 from caisson.agent.base.record import Record
 from caisson.agent.libcontainer.config.reader import U64_MAX, Reader, SpecError
@@ -68,6 +68,14 @@ def scheduler(value: object, where: str) -> bytes:
     if policy not in POLICIES:
         raise SpecError(r.name("policy"), f"{policy!r} is not one of {', '.join(POLICIES)}")
     return pack("=IIQiIQQQ", 48, POLICIES[policy], bits, nice, priority, runtime, deadline, period)
+
+
+def is_lost_by_clone(attributes: bytes | None) -> bool:
+    """Whether a clone of a process has not its scheduler: it is reset, or the clone fails (sched(7))."""
+    if attributes is None:
+        return False
+    _, policy, flags = unpack_from("=IIQ", attributes)
+    return policy == POLICIES["SCHED_DEADLINE"] or bool(flags & FLAGS["SCHED_FLAG_RESET_ON_FORK"])
 
 
 def io_priority(value: object, where: str) -> int:

@@ -6,7 +6,7 @@ import os
 import sys
 
 from caisson.agent.base.record import NOTHING
-from caisson.agent.libcontainer.errors import LaunchError, reason
+from caisson.agent.libcontainer.errors import LaunchError, launch_error, reason
 from caisson.agent.libcontainer.plan import plan, users
 from caisson.agent.libcontainer.plan.wire import EncodingError
 from caisson.agent.libcontainer.process import gate
@@ -138,6 +138,7 @@ class ProcessLauncher:
                 hooks=hooks,
                 devices=devices,
                 listener=_listener(spec, launch.container_id, bundle),
+                scheduler=None if process is None or not in_company else _late_scheduler(process),
             )
         except BaseException:
             gate.remove(start_gate)
@@ -172,6 +173,7 @@ class ProcessLauncher:
         # Its root as it is now; the caller has checked that the pid is still its own.
         process = await self._with_user(process, f"/proc/{init_pid}/root", rootfs)
         messages = _encode(lambda: plan.exec_messages(process, spec, join, filter))
+        joins_pids = any(namespace.type == "pid" for namespace in spec.linux.namespaces) or "pid" in join
         started = await self._launch(
             messages,
             "setns",
@@ -180,6 +182,7 @@ class ProcessLauncher:
             terminal=process.terminal,
             until_exec=True,
             listener=_listener(spec, launch.container_id, bundle, init_pid),
+            scheduler=_late_scheduler(process, spec.process) if joins_pids else None,
         )
         return _launched(started)
 
@@ -266,6 +269,7 @@ class ProcessLauncher:
         hooks: RuntimeHooks | None = None,
         devices: tuple[NetDevice, ...] = (),
         listener: Listener | None = None,
+        scheduler: bytes | None = None,
     ) -> InitProcess:
         """Spawn nsexec and follow it until it is ready (and has executed its program).  Nothing is left on failure."""
         with self._children.expecting():
@@ -287,7 +291,11 @@ class ProcessLauncher:
                 channel.send(messages)
                 self._spawn(started, launch, list(fds.values()), env)
                 timeout = await self._run_hooks(started, hooks, devices)
-                await self._set_up(started, listener, timeout, until_exec=until_exec)
+                if listener is not None:
+                    await self._pass_listener(started, listener, timeout)
+                if scheduler is not None:
+                    await self._set_scheduler(started, scheduler, timeout)
+                await self._set_up(started, timeout, until_exec=until_exec)
                 if terminal and channel.console < 0:
                     raise LaunchError("console: no terminal came", step="console")
             except BaseException:
@@ -333,13 +341,9 @@ class ProcessLauncher:
         """The time that nsexec may take, with that of hooks; None for ever."""
         return None if seconds is None or self._timeout is None else self._timeout + seconds
 
-    async def _set_up(
-        self, started: InitProcess, listener: Listener | None, timeout: float | None, *, until_exec: bool
-    ) -> None:
+    async def _set_up(self, started: InitProcess, timeout: float | None, *, until_exec: bool) -> None:
         """Follow nsexec to the end of the set-up.  Raises LaunchError."""
         channel = started.channel
-        if listener is not None:
-            await self._pass_listener(started, listener, timeout)
         await self._follow(started, lambda: channel.ended or (channel.ready and not until_exec), timeout)
         if channel.error is not None:
             raise channel.error
@@ -374,6 +378,20 @@ class ProcessLauncher:
         finally:
             os.close(fd)
 
+    async def _set_scheduler(self, started: InitProcess, attributes: bytes, timeout: float | None) -> None:
+        """Give the process the scheduler that its clone could not have; it waits for that.  Raises LaunchError."""
+        channel = started.channel
+        await self._follow(started, lambda: channel.ended or started.child is not None, timeout)
+        if started.child is None:
+            return
+        from caisson.agent.base import syscalls
+
+        try:
+            syscalls.sched_setattr(started.child.pid, attributes)
+        except OSError as error:
+            raise launch_error("scheduler", "", error.errno or 0, "") from error
+        channel.release_init()
+
     async def _follow(self, started: InitProcess, reached: Callable[[], bool], timeout: float | None) -> None:
         if not await started.channel.follow(self._waits, reached, timeout):
             raise _too_late(timeout)
@@ -400,6 +418,16 @@ def _launched(started: InitProcess) -> Launched:
     launched = Launched(started.child, console, pidfd, tuple(started.stages))
     started.close()
     return launched
+
+
+def _late_scheduler(process: Process, init: Process | None = None) -> bytes | None:
+    """The scheduler of a process in a pid namespace that is joined, if it does not survive the clone into that."""
+    attributes = process.scheduler or (init.scheduler if init is not None else None)
+    if attributes is None:
+        return None
+    from caisson.agent.libcontainer.config.scheduling import is_lost_by_clone
+
+    return attributes if is_lost_by_clone(attributes) else None
 
 
 def _rdt_group(spec: Spec, container_id: str) -> ResctrlGroup | None:
