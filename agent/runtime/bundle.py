@@ -80,7 +80,7 @@ def normalize(call: Call, document: dict[str, Any]) -> None:
         document["linux"] = {}
     if document["linux"].get("memoryPolicy") == {}:  # there, and without a mode
         raise CommandError("invalid memory policy mode: it is empty")
-    _normalize_rules(document["linux"])
+    _normalize_resources(call, document["linux"])
     for mount in document.get("mounts") or []:
         target = mount.get("destination") if isinstance(mount, dict) else None
         if isinstance(target, str) and target and not target.startswith("/"):
@@ -88,10 +88,16 @@ def normalize(call: Call, document: dict[str, Any]) -> None:
             mount["destination"] = f"/{target}"
 
 
-def _normalize_rules(linux: dict[str, Any]) -> None:
-    """Leave out letters of device rules that mean nothing, as runc does."""
+def _normalize_resources(call: Call, linux: dict[str, Any]) -> None:
+    """Leave out letters of device rules that mean nothing, and limits of kernel memory, as runc does."""
     resources = linux.get("resources")
-    for rule in (resources.get("devices") or []) if isinstance(resources, dict) else []:
+    if not isinstance(resources, dict):
+        return
+    memory = resources.get("memory")
+    if isinstance(memory, dict) and (memory.get("kernel") or memory.get("kernelTCP")):
+        call.warn("Kernel memory settings are ignored and will be removed")
+        resources["memory"] = {key: value for key, value in memory.items() if key not in ("kernel", "kernelTCP")}
+    for rule in resources.get("devices") or []:
         access = rule.get("access") if isinstance(rule, dict) else None
         if isinstance(access, str) and not {*access} <= {*"rwm"}:
             rule["access"] = "".join(letter for letter in access if letter in "rwm") or access

@@ -127,7 +127,7 @@ VERBS = {
              usage="<container-id> <command> [arguments...] | -p process.json <container-id>", stop_at_operand=True,
              status=255, prefix="exec failed: ", more="Example:\n\n    PROG exec -t box sh"),
         Verb("features", "print what this runtime supports, as JSON", "features:features", usage="", least=0,
-             most=None),
+             most=0),
         Verb("kill", "signal a container's first process (default: SIGTERM)", "lifecycle:kill", options=(
             RuntimeOption("all", FLAG, "signal all processes of the container", "a"),
         ), usage="<container-id> [signal]", most=2, stop_at_operand=True),

@@ -1,0 +1,380 @@
+"""Options and texts of the OCI command line that callers and runc's own tests build on, one by one.
+
+Source: runc(8) and the manual pages of its commands; containerd's go-runc, moby, podman and conmon as callers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.native.oci_support import Oci, bundle, cgroup_of, edit
+from tests.support.poll import wait_until
+
+pytestmark = pytest.mark.root
+NAME = f"oci-opt-{os.getpid()}"
+#: Operands that are too few or too many.
+COUNTS = {
+    "create": ["a", "b"], "run": [], "start": [], "state": ["a", "b"], "exec": [], "kill": [], "delete": [], "ps": [],
+    "pause": [], "resume": ["a", "b"], "update": [], "events": [], "list": ["a"], "spec": ["a"], "features": ["a"],
+    "checkpoint": [], "restore": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", COUNTS)
+def test_a_wrong_number_of_operands_is_incorrect_usage(oci: Oci, verb: str) -> None:
+    result = oci(verb, *COUNTS[verb])
+    assert (result.status, result.out.splitlines()[:3]) == (1, ["Incorrect Usage.", "", "NAME:"])
+    assert result.message.startswith(f'runc: "{verb}" requires ')
+
+
+def test_without_a_command_there_is_help(oci: Oci) -> None:
+    assert oci.ok().splitlines()[0] == "NAME:"
+    assert oci.ok("-h") == oci.ok("--help")
+    assert oci.ok("-v") == oci.ok("--version")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--root", "/"), "root"),
+        (("--root", ""), "root"),
+        (("--log-format", "xml"), "log-format"),
+        (("--nope",), "flag provided but not defined: -nope"),
+    ],
+)
+def test_global_options_that_are_refused(oci: Oci, options: tuple[str, ...], words: str) -> None:
+    result = oci(*options, "list")
+    assert result.status == 1 and words in result.err + result.out
+
+
+@pytest.mark.parametrize("options", [["--rootless=false"], ["--rootless", "auto"], ["--criu", "/x"], ["--debug"]])
+def test_global_options_that_change_nothing(oci: Oci, options: list[str]) -> None:
+    oci.root.mkdir()
+    assert oci(*options, "list", "-q").__dict__ == {"status": 0, "out": "", "err": ""}
+
+
+@pytest.mark.parametrize("name", ["a", "A.b_c-d+9", "0", "..."])
+def test_ids_that_are_taken(oci: Oci, tmp_path: Path, busybox_rootfs: Path, name: str) -> None:
+    made = bundle(tmp_path / "b", busybox_rootfs, "true")
+    edit(made, lambda value: value["linux"].update(cgroupsPath=f"/{NAME}"))
+    assert oci.ok("run", "-b", str(made), name) == ""
+
+
+@pytest.mark.parametrize("verb", ["start", "exec", "kill", "ps", "pause", "resume", "update", "events", "state"])
+def test_a_container_that_does_not_exist(oci: Oci, verb: str) -> None:
+    result = oci(verb, NAME, *{"exec": ["true"], "kill": ["KILL"]}.get(verb, []))
+    assert result.status == (255 if verb == "exec" else 1) and "container does not exist" in result.message
+
+
+def test_the_state_directory_is_this_programs(oci: Oci, sleeper: Path) -> None:
+    oci.running(sleeper, NAME)
+    assert (oci.root / NAME).stat().st_mode & 0o777 == 0o711
+
+
+def test_annotations_are_in_the_state(oci: Oci, sleeper: Path) -> None:
+    edit(sleeper, lambda value: value.update(annotations={"org.x": "y"}))
+    oci.running(sleeper, NAME)
+    state = oci.state(NAME)
+    assert state["annotations"] == {"org.x": "y"} and state["owner"] == ""
+    assert list(state)[-2:] == ["annotations", "owner"]
+
+
+def test_list_is_in_order_of_names(oci: Oci, sleeper: Path) -> None:
+    for name in ("b", "a"):
+        edit(sleeper, lambda value, name=name: value["linux"].update(cgroupsPath=f"/{NAME}-{name}"))
+        oci.running(sleeper, name)
+    assert oci.ok("list", "-q") == oci.ok("list", "--quiet") == "a\nb\n"
+    text = oci.ok("list", "--format=json")
+    assert [one["id"] for one in json.loads(text)] == ["a", "b"] and text.startswith('[{"ociVersion":"')
+
+
+def test_one_cgroup_is_one_containers(oci: Oci, sleeper: Path) -> None:
+    """Also where another root has the same id."""
+    oci.running(sleeper, NAME)
+    edit(sleeper, lambda value: value["linux"].update(cgroupsPath=f"/{NAME}"))
+    result = oci.detached("run", "-d", "-b", str(sleeper), "other")
+    assert result.status == 1 and "container's cgroup is not empty: 1 process(es) found" in result.message
+    assert oci.ok("list", "-q") == f"{NAME}\n"
+
+
+def test_the_cgroup_is_in_every_hierarchy(oci: Oci, sleeper: Path) -> None:
+    pid = oci.running(sleeper, NAME)
+    own, its = (Path(f"/proc/{who}/cgroup").read_text().splitlines() for who in ("self", pid))
+    assert its == [f"{line.rstrip('/')}/{NAME}" for line in own]  # it is below the caller's (runc)
+
+
+def test_pid_files_are_relative_to_the_caller(oci: Oci, sleeper: Path, tmp_path: Path) -> None:
+    assert oci.detached("run", "-d", "--pid-file", "pid", "-b", str(sleeper), NAME, cwd=tmp_path).status == 0
+    assert (tmp_path / "pid").read_text() == str(oci.state(NAME)["pid"])
+    assert oci.detached("exec", "-d", "--pid-file", "other", NAME, "sleep", "9", cwd=tmp_path).status == 0
+    assert Path(f"/proc/{(tmp_path / 'other').read_text()}/cmdline").read_text().startswith("sleep")
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
+
+
+def test_create_reads_the_configuration_once(oci: Oci, tmp_path: Path, busybox_rootfs: Path) -> None:
+    made = bundle(tmp_path / "b", busybox_rootfs, "sleep", "1000")
+    assert oci.detached("create", "-b", str(made), NAME).status == 0
+    edit(made, lambda value: value["process"].update(args=["false"], env=["PATH=/bin", "NOW=1"]))
+    oci.ok("start", NAME)
+    assert "sleep" in Path(f"/proc/{oci.state(NAME)['pid']}/cmdline").read_text()
+    assert oci.ok("exec", NAME, "sh", "-c", "echo $NOW") == "1\n"  # this one is of the bundle as it is now
+
+
+@pytest.mark.parametrize("option", ["--no-pivot", "--no-new-keyring", "--no-subreaper"])
+def test_options_of_run(oci: Oci, tmp_path: Path, busybox_rootfs: Path, option: str) -> None:
+    made = bundle(tmp_path / "b", busybox_rootfs, "echo", "out")
+    assert oci.ok("run", option, "-b", str(made), NAME) == "out\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM])
+def test_run_passes_signals_on(oci: Oci, tmp_path: Path, busybox_rootfs: Path, number: signal.Signals) -> None:
+    script = f"trap 'echo got; exit 9' {number.name[3:]}; echo ready; while :; do sleep 0.05; done"
+    made = bundle(tmp_path / "b", busybox_rootfs, "sh", "-c", script)
+    argv = oci.argv("run", "-b", str(made), NAME)
+    with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, env=oci._env) as runner:
+        assert runner.stdout is not None and runner.stdout.readline() == "ready\n"
+        runner.send_signal(number)
+        assert (runner.stdout.read(), runner.wait(20)) == ("got\n", 9)
+
+
+def test_a_signal_that_ends_the_process_is_the_status(oci: Oci, tmp_path: Path, busybox_rootfs: Path) -> None:
+    """Not of pid 1, which its own SIGKILL does not end."""
+    made = bundle(tmp_path / "b", busybox_rootfs, "sleep", "1000")
+    oci.running(made, NAME)
+    assert oci("exec", NAME, "sh", "-c", "kill -KILL $$").status == 137
+    edit(made, lambda value: value["process"].update(args=["sh", "-c", "kill -TERM $$"]))
+    edit(made, lambda value: value["linux"].update(namespaces=[{"type": "mount"}, {"type": "uts"}]))
+    assert oci("run", "-b", str(made), f"{NAME}-2").status == 143
+
+
+@pytest.mark.parametrize("point", ["prestart", "createRuntime", "createContainer", "startContainer", "poststart"])
+def test_a_failing_hook_says_which_and_why(oci: Oci, tmp_path: Path, busybox_rootfs: Path, point: str) -> None:
+    made = bundle(tmp_path / "b", busybox_rootfs, "sleep", "1000")
+    hooks = [{"path": "/bin/true"}, {"path": "/bin/sh", "args": ["sh", "-c", "echo reason >&2; exit 2"]}]
+    edit(made, lambda value: value.update(hooks={point: hooks}))
+    result = oci.detached("run", "-d", "-b", str(made), NAME)
+    assert result.status == 1 and f"error running {point} hook #1: " in result.message
+    assert "exit status 2" in result.message and "reason" in result.message
+    assert oci.ok("list", "-q") == ""
+
+
+EXEC_REFUSALS: list[tuple[list[str], str]] = [
+    (["-e", "NOEQUALS", NAME, "true"], "NOEQUALS"),
+    (["-u", "5:x", NAME, "true"], "parsing x as int for gid failed"),
+    (["-g", "x", NAME, "true"], "parsing x as int for gid failed"),
+    (["--cwd", "relative", NAME, "true"], "Cwd must be an absolute path"),
+    (["--cgroup", "../x", NAME, "true"], "bad sub cgroup path"),
+    (["--cgroup", "nope:/", NAME, "true"], "unknown controller nope"),
+    (["--cgroup", "missing", NAME, "true"], "no such file or directory"),
+    (["-p", "/nothere", NAME], "open /nothere: no such file or directory"),
+    (["-t", "-d", NAME, "true"], "cannot allocate tty if runc will detach without setting console socket"),
+    (["--console-socket", "/x", NAME, "true"], "cannot use console socket if runc will not detach or allocate tty"),
+    (["--preserve-fds", "5", NAME, "true"], "unable to stat preserved-fd"),
+    (["--apparmor", "profile", NAME, "true"], "apparmor"),
+    (["--process-label", "label", NAME, "true"], "selinux"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), EXEC_REFUSALS, ids=[" ".join(case[0][:2]) for case in EXEC_REFUSALS])
+def test_exec_that_is_refused(oci: Oci, sleeper: Path, words: list[str], message: str) -> None:
+    oci.running(sleeper, NAME)
+    result = oci("exec", *words)
+    assert result.status == 255 and message.lower() in result.message.lower()
+
+
+def test_exec_of_a_process_file_has_nothing_of_the_configuration(oci: Oci, sleeper: Path) -> None:
+    """The file may be a pipe."""
+    oci.running(sleeper, NAME)
+    process = {"args": ["/bin/env"], "cwd": "/", "env": ["ONLY=1"], "user": {"uid": 7}}
+    assert oci.ok("exec", "-p", "/dev/stdin", NAME, stdin=json.dumps(process)).splitlines() == ["ONLY=1", "HOME=/"]
+
+
+def test_exec_rights(oci: Oci, sleeper: Path) -> None:
+    def inherit(value: dict[str, Any]) -> None:
+        value["process"]["noNewPrivileges"] = False
+        value["process"]["capabilities"]["inheritable"] = ["CAP_KILL"]
+
+    edit(sleeper, inherit)
+    oci.running(sleeper, NAME)
+    script = "grep -h -e CapAmb -e NoNewPrivs -e Groups /proc/self/status | tr -d '\\t '"
+    plain = oci.ok("exec", "-g", "8", "--additional-gids", "9", NAME, "sh", "-c", script).split()
+    assert plain == ["Groups:89", "CapAmb:0000000000000000", "NoNewPrivs:0"]
+    more = oci.ok("exec", "--no-new-privs", NAME, "sh", "-c", script).split()
+    assert more[-1] == "NoNewPrivs:1"
+
+
+def test_home_is_filled_in_where_it_is_empty(oci: Oci, sleeper: Path) -> None:
+    edit(sleeper, lambda value: value["process"]["env"].append("HOME="))
+    oci.running(sleeper, NAME)
+    assert oci.ok("exec", NAME, "sh", "-c", "echo $HOME") == "/root\n"
+    assert oci.ok("exec", "-u", "4321", NAME, "sh", "-c", "echo $HOME") == "/\n"
+
+
+def test_exec_into_a_sub_cgroup(oci: Oci, sleeper: Path) -> None:
+    pids = cgroup_of(oci.running(sleeper, NAME), "pids")
+    (pids / "below").mkdir()
+    oci.ok("exec", "--cgroup", "pids:below", NAME, "true")
+    script = ["grep", "-o", "pids:.*", "/proc/self/cgroup"]
+    assert oci.ok("exec", "--cgroup", "pids:below", NAME, *script).rstrip().endswith("/below")
+    assert not oci.ok("exec", NAME, *script).rstrip().endswith("/below")
+    oci.ok("delete", "-f", NAME)  # with what is below
+    assert not pids.exists()
+
+
+def test_exec_waits_for_a_paused_container_where_that_is_asked_for(oci: Oci, sleeper: Path) -> None:
+    oci.running(sleeper, NAME)
+    oci.ok("pause", NAME)
+    argv = oci.argv("exec", "--ignore-paused", NAME, "echo", "on")
+    with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, env=oci._env) as waiting:
+        wait_until(lambda: len(json.loads(oci.ok("ps", "-f", "json", NAME))) > 1, "no second process")
+        assert waiting.poll() is None
+        oci.ok("resume", NAME)
+        assert waiting.communicate(timeout=20) == ("on\n", None)
+
+
+def test_delete_of_a_half_made_state(oci: Oci) -> None:
+    (oci.root / NAME).mkdir(parents=True)
+    oci.ok("delete", "--force", NAME)
+    assert not (oci.root / NAME).exists()
+
+
+def test_delete_force_ends_a_paused_container(oci: Oci, sleeper: Path) -> None:
+    oci.running(sleeper, NAME)
+    oci.ok("pause", NAME)
+    assert oci("pause", NAME).message == "container not running"
+    assert oci("delete", NAME).message == f"cannot delete container {NAME} that is not stopped: paused"
+    oci.ok("delete", NAME, "-f")
+
+
+def test_ps_of_a_stopped_container(oci: Oci, sleeper: Path) -> None:
+    oci.running(sleeper, NAME)
+    assert oci("ps", "-f", "xml", NAME).status == 1
+    oci.ok("kill", NAME, "9")
+    wait_until(lambda: oci.status(NAME) == "stopped", "it lives on")
+    assert len(oci.ok("ps", NAME).splitlines()) == 1
+    assert json.loads(oci.ok("ps", "--format=json", NAME)) in ([], None)
+    for verb in ("pause", "resume"):
+        assert oci(verb, NAME).message == {"pause": "container not running", "resume": "container not paused"}[verb]
+    assert oci("events", "--stats", NAME).message == f"container with id {NAME} is not running"
+
+
+UPDATES: list[tuple[str, str, str, str]] = [
+    ("--cpu-period", "50000", "cpu/cpu.cfs_period_us", "50000"),
+    ("--cpu-quota", "-1", "cpu/cpu.cfs_quota_us", "-1"),
+    ("--cpu-share", "300", "cpu/cpu.shares", "300"),
+    ("--cpu-idle", "1", "cpu/cpu.idle", "1"),
+    ("--cpuset-cpus", "0", "cpuset/cpuset.cpus", "0"),
+    ("--cpuset-mems", "0", "cpuset/cpuset.mems", "0"),
+    ("--memory", "40m", "memory/memory.limit_in_bytes", str(40 << 20)),
+    ("--memory-reservation", "20M", "memory/memory.soft_limit_in_bytes", str(20 << 20)),
+    ("--pids-limit", "25", "pids/pids.max", "25"),
+]
+
+
+def test_each_option_of_update_reaches_its_file(oci: Oci, sleeper: Path) -> None:
+    pid = oci.running(sleeper, NAME)
+    for option, value, file, expected in UPDATES:
+        controller, _, name = file.partition("/")
+        path = cgroup_of(pid, controller) / name
+        if path.exists():
+            oci.ok("update", option, value, NAME)
+            assert path.read_text() == f"{expected}\n", option
+
+
+def test_update_keeps_what_is_not_given(oci: Oci, sleeper: Path) -> None:
+    cpu = cgroup_of(oci.running(sleeper, NAME), "cpu")
+    oci.ok("update", "--cpu-quota", "40000", "--cpu-period", "80000", NAME)
+    oci.ok("update", "--cpu-quota", "20000", NAME)
+    assert [(cpu / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")] == ["20000\n", "80000\n"]
+    oci.ok("update", "--cpu-period", "100000", NAME)
+    assert [(cpu / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")] == ["20000\n", "100000\n"]
+
+
+def test_update_warns_of_kernel_memory(oci: Oci, sleeper: Path) -> None:
+    oci.running(sleeper, NAME)
+    for option in ("--kernel-memory", "--kernel-memory-tcp"):
+        result = oci("update", option, "5M", NAME)
+        assert result.status == 0 and "Kernel memory settings are ignored" in result.err
+
+
+def test_kernel_memory_of_a_configuration_is_ignored(oci: Oci, tmp_path: Path, busybox_rootfs: Path) -> None:
+    made = bundle(tmp_path / "b", busybox_rootfs, "true")
+    edit(made, lambda value: value["linux"]["resources"].update(memory={"kernel": 50 << 20, "kernelTCP": 50 << 20}))
+    result = oci("run", "-b", str(made), NAME)
+    assert result.status == 0 and "Kernel memory settings are ignored and will be removed" in result.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-r", "/nothere", NAME], "no such file or directory"),
+        (["--cpu-period", "x", NAME], "cpu-period"),
+        (["--pids-limit", "x", NAME], "pids-limit"),
+        (["--mem-bw-schema", "MB:0=20", NAME], "Intel RDT/MBA"),
+    ],
+)
+def test_update_that_is_refused(oci: Oci, sleeper: Path, words: list[str], message: str) -> None:
+    oci.running(sleeper, NAME)
+    result = oci("update", *words)
+    assert result.status == 1 and message in result.err + result.out
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("text", ["-1s", "abc", "5"])
+def test_intervals_that_are_refused(oci: Oci, text: str) -> None:
+    assert oci("events", f"--interval={text}", NAME).status == 1
+
+
+def test_memory_events_are_reported(oci: Oci, tmp_path: Path, busybox_rootfs: Path) -> None:
+    made = bundle(tmp_path / "b", busybox_rootfs, "sh", "-c", "read go; tail -c 60000000 /dev/zero", terminal=False)
+    edit(made, lambda value: value["linux"]["resources"].update(memory={"limit": 16 << 20, "swap": 16 << 20}))
+    argv = oci.argv("run", "-b", str(made), NAME)
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, text=True, env=oci._env, stderr=subprocess.DEVNULL) as runner:
+        wait_until(lambda: oci("state", NAME).status == 0 and oci.status(NAME) == "running", "it does not run")
+        argv = oci.argv("events", "--interval=100ms", NAME)
+        with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=oci._env) as follower:
+            assert follower.stdout is not None
+            follower.stdout.readline()
+            assert runner.stdin is not None
+            runner.stdin.write("\n")
+            runner.stdin.flush()
+            kinds = {line for line in follower.stdout if '"type":"oom"' in line}
+            assert kinds == {f'{{"type":"oom","id":"{NAME}"}}\n'}
+            assert follower.wait(20) == 0
+
+
+def test_features_say_what_callers_look_for(oci: Oci) -> None:
+    features = json.loads(oci.ok("features"))
+    linux = features["linux"]
+    assert {"ociVersionMin", "ociVersionMax", "hooks", "mountOptions", "linux", "annotations"} <= features.keys()
+    assert linux["mountExtensions"]["idmap"]["enabled"] is True and linux["seccomp"]["enabled"] is True
+    assert {"v1", "v2", "systemd", "systemdUser"} <= linux["cgroup"].keys()
+    assert {"actions", "operators", "archs", "knownFlags", "supportedFlags"} <= linux["seccomp"].keys()
+    assert {"netDevices", "memoryPolicy", "intelRdt", "selinux", "apparmor", "capabilities"} <= linux.keys()
+    assert features["potentiallyUnsafeConfigAnnotations"] == []
+
+
+def test_what_spec_writes(oci: Oci, tmp_path: Path) -> None:
+    oci.ok("spec", "--bundle", str(tmp_path))
+    text = (tmp_path / "config.json").read_text()
+    value = json.loads(text)
+    assert text.startswith('{\n\t"ociVersion"')
+    process = value["process"]
+    assert (process["args"], process["cwd"], process["noNewPrivileges"]) == (["sh"], "/", True)
+    assert process["capabilities"].keys() == {"bounding", "effective", "permitted"}
+    assert process["capabilities"]["bounding"] == ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]
+    assert process["rlimits"] == [{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024}]
+    assert value["root"] == {"path": "rootfs", "readonly": True}
+    assert [mount["destination"] for mount in value["mounts"]] == [
+        "/proc", "/dev", "/dev/pts", "/dev/shm", "/dev/mqueue", "/sys", "/sys/fs/cgroup",
+    ]  # fmt: skip
+    assert value["linux"]["resources"]["devices"] == [{"allow": False, "access": "rwm"}]
+    assert {one["type"] for one in value["linux"]["namespaces"]} >= {"pid", "network", "ipc", "uts", "mount"}
+    assert (len(value["linux"]["maskedPaths"]), len(value["linux"]["readonlyPaths"])) == (10, 5)
