@@ -58,10 +58,11 @@ def _serve(
     arguments: Arguments,
     make_machines: MakeMachines,
 ) -> None:
-    from caisson.agent.shim.options import RuntimeOptions
+    from caisson.agent.shim.options import RuntimeOptions, shim_cgroup
     from caisson.agent.shim.server import serve
 
-    serve(listener, arguments, make_machines(RuntimeOptions.parse(options, arguments.id)))
+    machines = make_machines(RuntimeOptions.parse(options, arguments.id))
+    serve(listener, arguments, machines, shim_cgroup(options, arguments.id))
 
 
 def _delete(arguments: Arguments, make_machines: MakeMachines) -> None:

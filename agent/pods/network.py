@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import signal
 import socket
 import struct
 import subprocess
@@ -75,23 +74,25 @@ class PodNeighbour(Record):
 
 
 class Holder:
-    """A process that holds a network namespace, and is what containerd and docker take for the container's.
+    """A process in a network namespace, which containerd and docker take for the container's.
 
-    It ends with this process.
+    It ends with this process, which keeps the namespace.
     """
 
     def __init__(self, namespace: str = "") -> None:
         """Join the namespace at a path, or make one.  Raises NetworkError."""
         words = ["nsenter", f"--net={namespace}"] if namespace else ["unshare", "--net"]
-        words += ["setpriv", "--pdeathsig", "KILL", "--", "sh", "-c", "echo; exec sleep infinity"]
+        words += ["setpriv", "--pdeathsig", "KILL", "--", "sh", "-c", "echo; exec cat"]
         self._process = subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
         )
+        self._fd = -1
         assert self._process.stdout is not None
         with self._process.stdout as ready:
             if ready.read(1) != b"\n":
                 self.close()
                 raise NetworkError(f"network namespace {namespace or '(new)'}: cannot be joined")
+        self._fd = os.open(f"/proc/{self.pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
     @property
     def pid(self) -> int:
@@ -99,13 +100,22 @@ class Holder:
 
     @property
     def namespace(self) -> str:
-        """The path of the namespace."""
-        return f"/proc/{self.pid}/ns/net"
+        """The path of the namespace, which outlives the process."""
+        return f"/proc/{os.getpid()}/fd/{self._fd}"
+
+    def end(self) -> None:
+        """End the process, and keep the namespace.  Idempotent."""
+        self._process.kill()
+        self._process.wait()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
 
     def close(self) -> None:
-        """End it.  Idempotent."""
-        self._process.send_signal(signal.SIGKILL)
-        self._process.wait()
+        """End the process, and close the namespace.  Idempotent."""
+        self.end()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 def links(namespace: str) -> list[Link]:

@@ -13,7 +13,7 @@ from caisson.agent.libcontainer.cgroups import CgroupError
 from caisson.agent.libcontainer.cgroups.base import own_cgroups
 from caisson.agent.libcontainer.config.resources import Resources
 
-__all__ = ["CgroupError", "HostCgroup", "cgroupfs_path", "planned", "remove"]
+__all__ = ["CgroupError", "HostCgroup", "cgroupfs_path", "enter", "planned", "remove"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -63,6 +63,14 @@ class HostCgroup:
             root = directory.removesuffix("/x")
             _enter(f"{root}{self._before.get(name, '/')}")
         await self._cgroup.delete()
+
+
+def enter(path: str) -> None:
+    """Have this process join a cgroup that there is, in every hierarchy that has it.  Raises CgroupError."""
+    hierarchy = cgroups.of_host()
+    for directory in hierarchy.place(path).values() if hierarchy is not None else ():
+        if os.path.isdir(directory):  # noqa: PTH112
+            _enter(directory)
 
 
 def planned(document: dict[str, Any]) -> dict[str, str]:

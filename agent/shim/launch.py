@@ -24,6 +24,9 @@ GROUPS = ("io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id")
 #: Connections that wait until the server has imported what it needs.
 BACKLOG = 128
 
+#: The highest score: include/uapi/linux/oom.h.
+OOM_SCORE_ADJ_MAX = 1000
+
 #: Tag of field 1, length-delimited: instance_id of a BootstrapParams, type_url of an Any.
 _FIRST_STRING = 0x0A
 
@@ -131,6 +134,7 @@ def _bind(path: str) -> socket.socket:
 def _become_server(serve: Callable[[], None]) -> NoReturn:
     """Leave containerd's session and streams, and serve.  What is printed goes to the bundle's log, if it has one."""
     os.setsid()
+    _be_killed_before_containerd()
     null = os.open(os.devnull, os.O_RDWR)
     try:  # for reading as well: writing to a FIFO that nobody reads is an error
         log = os.open("log", os.O_RDWR | os.O_NONBLOCK)
@@ -150,6 +154,14 @@ def _become_server(serve: Callable[[], None]) -> NoReturn:
         traceback.print_exc()
     finally:
         os._exit(status)
+
+
+def _be_killed_before_containerd() -> None:
+    """Raise this process's OOM score above containerd's, which started it with its own."""
+    with open("/proc/self/oom_score_adj", "r+") as file:  # noqa: PTH123
+        score = int(file.read()) + 1
+        file.seek(0)
+        file.write(str(min(score, OOM_SCORE_ADJ_MAX)))
 
 
 def _bootstrap_id(message: bytes) -> str:

@@ -40,7 +40,8 @@ OVERHEAD = 192
 class Pod:
     """One pod on its VM.  ``rpc`` is the agent's service once it is started."""
 
-    def __init__(self, sandbox_id: str, namespace: str, machines: Machines, log: Log) -> None:
+    def __init__(self, sandbox_id: str, namespace: str, machines: Machines, log: Log, shim_cgroup: str) -> None:
+        """``shim_cgroup`` is where this process belongs, if not among the pod's."""
         self.id = sandbox_id
         self.namespace = namespace
         self.name = machine_name(namespace, sandbox_id)
@@ -50,9 +51,11 @@ class Pod:
         self._machine: PodMachine | None = None
         self._client: Client | None = None
         self._holder: network.Holder | None = None
+        self._holder_id: ProcessId | None = None
         self._network: GuestNetwork | None = None
         self._cgroup: HostCgroup | None = None
         self._cgroups: dict[str, str] = {}  # its directories
+        self._shim_cgroup = shim_cgroup
         self._forwarder: PortForwarder | None = None
         self._dns: dns.DnsForwarder | None = None
         self.sysctls: dict[str, str] = {}  # of a sandbox without a first container: each container sets them
@@ -80,12 +83,15 @@ class Pod:
         try:
             self._cgroups = cgroup.planned(document)
             self._holder = await asyncio.to_thread(network.Holder, network_namespace(document))
+            self._holder_id = ProcessId.of(self._holder.pid)
             self.record(bundle, owner=True)
             self._cgroup = HostCgroup.join(document)
             await asyncio.to_thread(mounts.make_shared, self.shared)
             memory, cpus = size_of(document)
             self._machine = await asyncio.to_thread(self._machines.start, self.name, memory=memory, cpus=cpus)
             await asyncio.to_thread(self._machine.share, self.shared, SHARE_TAG)
+            if self._shim_cgroup:
+                cgroup.enter(self._shim_cgroup)
             self._client = await Client.connect(self._machine.agent_socket)
             self.rpc = Stub(self._client, agent_pb2.DESCRIPTOR.services_by_name["AgentService"])
             if self._machine.is_clone:
@@ -113,12 +119,10 @@ class Pod:
 
     def record(self, bundle: TaskBundle, *, owner: bool) -> None:
         """Write into a bundle what `delete` needs after this process was killed."""
-        holder = self._holder
+        holder = self._holder_id
         assert holder is not None
         shim = ProcessId.of(os.getpid())
-        bundle.write(
-            BundleRecord(self.id, owner, self.name, str(self.directory), shim, ProcessId.of(holder.pid), self._cgroups)
-        )
+        bundle.write(BundleRecord(self.id, owner, self.name, str(self.directory), shim, holder, self._cgroups))
 
     async def connect_network(self) -> None:
         """Give the guest the interfaces, addresses and routes that are in the pod's namespace by now; once.
@@ -149,6 +153,11 @@ class Pod:
             self._forwarder = await PortForwarder.start(self._holder.namespace, addresses[0])
         except network.NetworkError as error:
             self._log("warning", "ports of this pod cannot be forwarded", error=str(error))
+
+    async def end_holder(self) -> None:
+        """End the process that clients take for the containers', as the last of them has ended."""
+        if self._holder is not None:
+            await asyncio.to_thread(self._holder.end)
 
     async def run_hooks(self, document: dict[str, Any], names: tuple[str, ...], state: dict[str, Any]) -> None:
         """Run hooks of the host, which docker's network needs.  Raises ShimError."""

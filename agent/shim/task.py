@@ -135,12 +135,20 @@ class TaskService:
         return task_v2_pb2.StartResponse(pid=self._pid)
 
     async def _ended(self, container: Container, process: Process) -> None:
+        pid = self._pid
         if process is container.init:
             await container.execs_ended()
+            await self._end_holder()
         identity = process.exec_id or container.id
-        exit_event = task_exit(container.id, identity, self._pid, process.exit_status, process.exited_at)
+        exit_event = task_exit(container.id, identity, pid, process.exit_status, process.exited_at)
         self._publisher.publish(exit_event)
         process.exited.set()
+
+    async def _end_holder(self) -> None:
+        """Whoever is told of the last container's end may look whether its process is there still."""
+        ended = all(one.init.status == STOPPED for one in self._containers.values())
+        if ended and not self._sandboxed and self._pod is not None:
+            await self._pod.end_holder()
 
     async def _end_unstarted(self, container: Container, status: int) -> None:
         """End a container that was created only: the agent has nothing to wait for there."""
@@ -152,6 +160,8 @@ class TaskService:
         container = self._container(request.id)
         process = container.process(request.exec_id)
         pid = self._pid
+        if process.exited_at:
+            await process.exited.wait()  # its end is told before its deletion
         if request.exec_id:
             if process.status != STOPPED and process.status != tasks_pb2.CREATED:
                 raise ShimError(StatusCode.FAILED_PRECONDITION, f"process {request.exec_id}: is running")

@@ -11,7 +11,7 @@ import subprocess
 import tarfile
 import tempfile
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,11 @@ class Cri:
         command = [*self._command, *words]
         return subprocess.run(command, input=stdin, env=self._environment, capture_output=True, timeout=COMMAND_TIMEOUT)
 
+    def ctr(self, *words: str) -> subprocess.CompletedProcess[bytes]:
+        """Run a command of ctr's to its end."""
+        command = ["ctr", "--address", f"{self.place}/containerd.sock", "--namespace", "k8s.io", *words]
+        return subprocess.run(command, env=self._environment, capture_output=True, timeout=COMMAND_TIMEOUT)
+
     def start(self, *words: str) -> subprocess.Popen[bytes]:
         """Start a command of crictl's that goes on until it is killed."""
         return subprocess.Popen([*self._command, *words], env=self._environment, stdout=subprocess.PIPE)
@@ -145,15 +150,49 @@ class Cri:
         return self.place / f"{kind}.json"
 
 
+#: The same for containerd 2.x, whose pods of the second runtime are made by the Sandbox service.
+CONFIGURATION_2 = """
+version = 3
+root = "{place}/root"
+state = "{place}/state"
+[grpc]
+  address = "{place}/containerd.sock"
+[ttrpc]
+  address = "{place}/containerd.sock.ttrpc"
+[plugins."io.containerd.internal.v1.opt"]
+  path = "{place}/opt"
+[plugins."io.containerd.cri.v1.images".pinned_images]
+  sandbox = "docker.io/library/pause:latest"
+[plugins."io.containerd.cri.v1.runtime"]
+  restrict_oom_score_adj = true
+[plugins."io.containerd.cri.v1.runtime".cni]
+  bin_dirs = ["{place}/tree/usr/lib/cni"]
+  conf_dir = "{place}/cni"
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.caisson]
+  runtime_type = "io.containerd.caisson.v2"
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.sandboxed]
+  runtime_type = "io.containerd.caisson.v2"
+  sandboxer = "shim"
+[plugins."io.containerd.grpc.v1.cri"]
+  stream_server_address = "127.0.0.1"
+  stream_server_port = "0"
+"""
+
+
 @contextlib.contextmanager
-def cri(crictl: Path) -> Iterator[Cri]:
-    """Start containerd with busybox and a pause image; at the end nothing of it is left."""
+def cri(crictl: Path, configuration: str = CONFIGURATION, programs: Sequence[Path] = ()) -> Iterator[Cri]:
+    """Start containerd with busybox and a pause image; at the end nothing of it is left.
+
+    ``programs`` are in the place of the distribution's.
+    """
     place = Path(tempfile.mkdtemp(prefix="cs-"))  # short, for sockets
     process = None
     node = Holder()
     try:
         run(node.namespace, "ip", "link", "set", "lo", "up")
-        environment = environment_of(place, PACKAGES, CONFIGURATION)
+        environment = environment_of(place, PACKAGES, configuration)
+        for program in programs:
+            (place / "bin" / program.name).symlink_to(program)
         (place / "cni").mkdir()
         NETWORK["plugins"][0]["ipam"]["dataDir"] = f"{place}/addresses"
         (place / "cni/10-pods.conflist").write_text(json.dumps(NETWORK))

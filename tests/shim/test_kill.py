@@ -23,6 +23,9 @@ pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 #: Seconds within which a container is created, started, and has run a process on a quiet machine.
 LIFE = 1.5
 
+#: Seconds within which every pending call fails once the VM or the shim is dead.
+FAILURE_TIMEOUT = 10.0
+
 
 async def live(task: Task) -> None:
     """Create a container, start it, and run processes in it until something fails."""
@@ -35,13 +38,19 @@ async def live(task: Task) -> None:
             await task.call("Delete", exec_id=f"e{number}")
 
 
-def kill(fake: FakeContainerd, victim: str, shim: int) -> None:
-    """Kill the shim; or the guest, where there is one yet."""
+async def kill(fake: FakeContainerd, victim: str, shim: int) -> None:
+    """Kill the shim; or the guest, as soon as there is one."""
     if victim == "shim":
         os.kill(shim, signal.SIGKILL)
         return
-    for place in fake.place.glob("agents/*/pid"):
-        os.kill(agent_of(place.parent).pid, signal.SIGTERM)
+    await asyncio.to_thread(wait_until, lambda: any(guests(fake)), "the guest's start")
+    for place in guests(fake):
+        os.kill(agent_of(place).pid, signal.SIGTERM)
+
+
+def guests(fake: FakeContainerd) -> list[Path]:
+    """Return the directories of the agents that run."""
+    return [path.parent for path in fake.place.glob("agents/*/pid") if path.stat().st_size]
 
 
 async def run_and_kill(fake: FakeContainerd, name: str, victim: str, moment: float) -> None:
@@ -49,9 +58,9 @@ async def run_and_kill(fake: FakeContainerd, name: str, victim: str, moment: flo
     shim = (await task.call("Connect")).shim_pid
     living = asyncio.ensure_future(live(task))
     await asyncio.wait([living], timeout=moment)
-    kill(fake, victim, shim)
-    await asyncio.wait([living], timeout=60)
-    assert living.done(), "no call may hang"
+    await kill(fake, victim, shim)
+    await asyncio.wait([living], timeout=FAILURE_TIMEOUT)
+    assert living.done(), "calls fail with the VM, and do not wait for it"
     if victim == "guest":
         # As containerd: it deletes a task whose end it was told.
         for method, fields in (("Wait", {}), ("Kill", {"signal": 9}), ("Delete", {}), ("Shutdown", {})):
@@ -74,8 +83,6 @@ async def check_rounds(fake: FakeContainerd, seed: int, rounds: int) -> None:
     await task.call("Shutdown")
 
 
-# At night until a guest that ends while it is made is noticed at once: the calls of this time wait for a minute then.
-@pytest.mark.nightly
 async def test_nothing_is_left_after_a_kill_at_a_random_moment(fake: FakeContainerd) -> None:
     await check_rounds(fake, seed=19, rounds=6)
 

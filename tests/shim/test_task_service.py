@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from caisson.agent.libcontainer import cgroups
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.client import Client, RpcError
 from caisson.agent.shim.bundle import TaskBundle
-from caisson.proto.containerd import metrics_pb2, tasks_pb2
+from caisson.proto.containerd import metrics_pb2, runc_options_pb2, tasks_pb2
 from tests.shim.fake_containerd import FakeContainerd, Task
 from tests.shim.native_machines import agent_of
 from tests.support.poll import until
@@ -277,6 +278,43 @@ async def test_the_hosts_side_is_in_the_containers_cgroup(fake: FakeContainerd, 
         assert not (hierarchy / parent / "c1").exists(), hierarchy
         if (hierarchy / parent).is_dir():  # which containerd's client has made, or a kubelet
             (hierarchy / parent).rmdir()
+
+
+async def test_the_shim_alone_is_in_the_cgroup_of_its_options(fake: FakeContainerd) -> None:
+    hierarchy = cgroups.of_host()
+    assert hierarchy is not None
+    name, parent = unique("caisson-own"), unique("caisson-shim")
+    own = hierarchy.create(f"/{name}")
+    linux = fake.spec()["linux"] | {"cgroupsPath": f"/{parent}/c1"}
+    task = await fake.start("c1", *SLEEP, linux=linux, options=runc_options_pb2.Options(shim_cgroup=f"/{name}"))
+    await task.create()
+    shim = (await task.call("Connect")).shim_pid
+    assert f"/{name}\n" in Path(f"/proc/{shim}/cgroup").read_text()
+    guest = agent_of(next(fake.place.glob("agents/*"))).pid
+    assert all(line.endswith(f"/{parent}/c1") for line in Path(f"/proc/{guest}/cgroup").read_text().splitlines())
+    await task.end()
+    await own.delete()
+    for directory in {Path(directory).resolve() for directory in hierarchy.place(f"/{parent}").values()}:
+        directory.rmdir()
+
+
+async def test_the_kernel_kills_a_shim_before_containerd(fake: FakeContainerd) -> None:
+    task = await fake.start("c1", *SLEEP)
+    shim = (await task.call("Connect")).shim_pid
+    ours, its = (int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in (os.getpid(), shim))
+    assert its == min(ours + 1, 1000)
+    await task.call("Shutdown")
+
+
+async def test_the_process_on_the_host_has_ended_when_the_containers_end_is_told(fake: FakeContainerd) -> None:
+    task = await fake.start("c1", "true")
+    pid = (await task.create()).pid
+    waiting = asyncio.ensure_future(task.call("Wait"))
+    await task.call("Start")
+    await waiting
+    assert not Path(f"/proc/{pid}").exists()
+    await task.call("Delete")
+    await task.call("Shutdown")
 
 
 async def test_after_a_killed_shim_delete_works_from_the_bundle(fake: FakeContainerd) -> None:

@@ -14,10 +14,11 @@ import pytest
 from caisson.agent.pods.guest import GUEST_SHARED
 from caisson.agent.pods.network import NetworkError, links
 from caisson.agent.shim.launch import Arguments, _bootstrap_id, group_of, socket_path
+from caisson.agent.shim.options import RuntimeOptions, shim_cgroup
 from caisson.agent.shim.pod import OVERHEAD, size_of
 from caisson.agent.shim.spec import GUEST_SHM, UnsupportedSpec, fill, guest_spec, network_namespace
 from caisson.commands.shim import FEATURES_URL, main
-from caisson.proto.containerd import bootstrap_pb2, types_pb2
+from caisson.proto.containerd import bootstrap_pb2, runc_options_pb2, types_pb2
 from caisson.proto.kata3 import oci_pb2
 
 NAMESPACES = [{"type": kind} for kind in ("mount", "network", "uts", "pid", "ipc")]
@@ -56,6 +57,17 @@ def test_containers_of_a_pod_share_a_socket(tmp_path: Path) -> None:
     assert path != socket_path(arguments, "other")
     with socket.socket(socket.AF_UNIX) as probe, pytest.raises(OSError, match=r"No such file|refused"):
         probe.connect(path)  # short enough for sockaddr_un
+
+
+def test_of_runcs_options_the_shims_cgroup_is_taken_alone() -> None:
+    options = runc_options_pb2.Options(shim_cgroup="/own")
+    parameters = bootstrap_pb2.BootstrapParams(instance_id="c1")
+    given = parameters.extensions.add().value
+    given.type_url, given.value = "containerd.runc.v1.Options", options.SerializeToString()
+    for message in (given, parameters):
+        assert shim_cgroup(message.SerializeToString(), "c1") == "/own"
+        assert RuntimeOptions.parse(message.SerializeToString(), "c1") is None
+    assert shim_cgroup(b"", "c1") == ""
 
 
 def test_bootstrap_parameters_are_told_from_options() -> None:

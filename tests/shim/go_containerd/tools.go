@@ -1,0 +1,10 @@
+//go:build tools
+
+// containerd 2.x, so that go.mod and go.sum pin it.
+package tools
+
+import (
+	_ "github.com/containerd/containerd/v2/cmd/containerd"
+	_ "github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2"
+	_ "github.com/containerd/containerd/v2/cmd/ctr"
+)
