@@ -58,11 +58,10 @@ def _serve(
     arguments: Arguments,
     make_machines: MakeMachines,
 ) -> None:
-    from caisson.agent.shim.options import RuntimeOptions, shim_cgroup
+    from caisson.agent.shim.options import RuntimeOptions
     from caisson.agent.shim.server import serve
 
-    machines = make_machines(RuntimeOptions.parse(options, arguments.id))
-    serve(listener, arguments, machines, shim_cgroup(options, arguments.id))
+    serve(listener, arguments, make_machines(RuntimeOptions.parse(options, arguments.id)))
 
 
 def _delete(arguments: Arguments, make_machines: MakeMachines) -> None:

@@ -1,7 +1,7 @@
 """The runtime's options, as containerd's configuration (`ConfigPath`) and docker's daemon.json give them.
 
-They come on the standard input of `start`: an Any, or since containerd 2.3 an extension of BootstrapParams.  Clients
-send runc's to any runtime; of those, only the shim's cgroup means something here.
+They come on the standard input of `start`: an Any, or since containerd 2.3 an extension of BootstrapParams; and again
+with Create, which is where those of runc are read that clients send to any runtime.
 """
 
 from __future__ import annotations
@@ -10,10 +10,29 @@ from google.protobuf.any_pb2 import Any
 from google.protobuf.message import DecodeError
 
 from caisson.agent.base.record import Record
+from caisson.agent.rpc.codes import StatusCode
+from caisson.agent.shim.errors import ShimError
 from caisson.proto.containerd import bootstrap_pb2, options_pb2, runc_options_pb2
 
 TYPE_URL = options_pb2.Options.DESCRIPTOR.full_name
 RUNC_TYPE_URL = runc_options_pb2.Options.DESCRIPTOR.full_name
+
+
+def shim_cgroup(options: Any) -> str:
+    """Return the cgroup that runc's options want the shim's process itself to be in; empty for none.
+
+    Raises ShimError for the name of a program in the place of runc, as none of the host's runs containers here.
+    """
+    if options.type_url.rpartition("/")[2] != RUNC_TYPE_URL:
+        return ""
+    try:
+        given = runc_options_pb2.Options.FromString(options.value)
+    except DecodeError as error:
+        raise ShimError(StatusCode.INVALID_ARGUMENT, f"{RUNC_TYPE_URL}: {error}") from error
+    if given.binary_name not in ("", "runc"):
+        text = f"{RUNC_TYPE_URL}: binary_name: {given.binary_name} cannot run a container in a VM; leave it out"
+        raise ShimError(StatusCode.INVALID_ARGUMENT, text)
+    return str(given.shim_cgroup)
 
 
 class RuntimeOptions(Record):
@@ -31,14 +50,6 @@ class RuntimeOptions(Record):
                 if options.config_path or options.config_body:
                     return cls(options.config_path, options.config_body.decode(errors="replace"))
         return None
-
-
-def shim_cgroup(message: bytes, container_id: str) -> str:
-    """Return the cgroup that the shim's process itself is to be in; empty for none.  Raises DecodeError."""
-    for one in _candidates(message, container_id):
-        if one.type_url.rpartition("/")[2] == RUNC_TYPE_URL:
-            return str(runc_options_pb2.Options.FromString(one.value).shim_cgroup)
-    return ""
 
 
 def _candidates(message: bytes, container_id: str) -> list[Any]:

@@ -40,8 +40,7 @@ OVERHEAD = 192
 class Pod:
     """One pod on its VM.  ``rpc`` is the agent's service once it is started."""
 
-    def __init__(self, sandbox_id: str, namespace: str, machines: Machines, log: Log, shim_cgroup: str) -> None:
-        """``shim_cgroup`` is where this process belongs, if not among the pod's."""
+    def __init__(self, sandbox_id: str, namespace: str, machines: Machines, log: Log) -> None:
         self.id = sandbox_id
         self.namespace = namespace
         self.name = machine_name(namespace, sandbox_id)
@@ -55,7 +54,6 @@ class Pod:
         self._network: GuestNetwork | None = None
         self._cgroup: HostCgroup | None = None
         self._cgroups: dict[str, str] = {}  # its directories
-        self._shim_cgroup = shim_cgroup
         self._forwarder: PortForwarder | None = None
         self._dns: dns.DnsForwarder | None = None
         self.sysctls: dict[str, str] = {}  # of a sandbox without a first container: each container sets them
@@ -74,9 +72,10 @@ class Pod:
         assert self._holder is not None
         return self._holder.pid
 
-    async def start(self, document: dict[str, Any], bundle: TaskBundle) -> None:
+    async def start(self, document: dict[str, Any], bundle: TaskBundle, shim_cgroup: str) -> None:
         """Start the VM of a pod from the configuration of its first container.
 
+        ``shim_cgroup`` is where this process belongs, if not among the pod's.
         Raises MachineError, MountError, NetworkError, CgroupError or RpcError; nothing is left then.
         """
         self.is_of_cri = CONTAINER_TYPE in (document.get("annotations") or {})
@@ -90,8 +89,8 @@ class Pod:
             memory, cpus = size_of(document)
             self._machine = await asyncio.to_thread(self._machines.start, self.name, memory=memory, cpus=cpus)
             await asyncio.to_thread(self._machine.share, self.shared, SHARE_TAG)
-            if self._shim_cgroup:
-                cgroup.enter(self._shim_cgroup)
+            if shim_cgroup:
+                cgroup.enter(shim_cgroup)
             self._client = await Client.connect(self._machine.agent_socket)
             self.rpc = Stub(self._client, agent_pb2.DESCRIPTOR.services_by_name["AgentService"])
             if self._machine.is_clone:

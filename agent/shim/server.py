@@ -31,15 +31,12 @@ SANDBOX = Service(sandbox_pb2.DESCRIPTOR.services_by_name["Sandbox"], SandboxSer
 FLUSH_TIMEOUT = 3.0
 
 
-def serve(listener: socket.socket, arguments: Arguments, machines: Machines, cgroup: str) -> None:
-    """Serve until Shutdown or SIGTERM; nothing of the pod is left then.
-
-    ``cgroup`` is that of this process alone, if it is to have one of its own.
-    """
-    asyncio.run(_serve(listener, arguments, machines, cgroup))
+def serve(listener: socket.socket, arguments: Arguments, machines: Machines) -> None:
+    """Serve until Shutdown or SIGTERM; nothing of the pod is left then."""
+    asyncio.run(_serve(listener, arguments, machines))
 
 
-async def _serve(listener: socket.socket, arguments: Arguments, machines: Machines, cgroup: str) -> None:
+async def _serve(listener: socket.socket, arguments: Arguments, machines: Machines) -> None:
     loop = asyncio.get_running_loop()
     log = Log("debug" if arguments.debug else "info")
     stop = asyncio.Event()
@@ -48,7 +45,7 @@ async def _serve(listener: socket.socket, arguments: Arguments, machines: Machin
     publisher = Publisher(os.environ.get("TTRPC_ADDRESS", ""), arguments.namespace, log)
 
     def make_pod(sandbox_id: str) -> Pod:
-        return Pod(sandbox_id, arguments.namespace, machines, log, cgroup)
+        return Pod(sandbox_id, arguments.namespace, machines, log)
 
     task = TaskService(make_pod, publisher, log, stop.set)
     methods: dict[str, Any] = SANDBOX.bind(SandboxService(task, stop.set))

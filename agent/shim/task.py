@@ -21,6 +21,7 @@ from caisson.agent.shim.bundle import KILLED, TaskBundle
 from caisson.agent.shim.container import Container
 from caisson.agent.shim.errors import ShimError, not_found
 from caisson.agent.shim.events import Publisher, stamp, task_exit
+from caisson.agent.shim.options import shim_cgroup
 from caisson.agent.shim.pod import Pod
 from caisson.agent.shim.process import STOPPED, Process
 from caisson.agent.shim.spec import fill, guest_spec
@@ -81,9 +82,11 @@ class TaskService:
             await pod.connect_network()
             return pod
 
-    async def _start_pod(self, sandbox_id: str, document: dict[str, Any], bundle: TaskBundle) -> Pod:
+    async def _start_pod(
+        self, sandbox_id: str, document: dict[str, Any], bundle: TaskBundle, shim_cgroup: str = ""
+    ) -> Pod:
         pod = self._make_pod(sandbox_id)
-        await pod.start(document, bundle)
+        await pod.start(document, bundle, shim_cgroup)
         self._pod = pod
         self._oom = asyncio.get_running_loop().create_task(self._watch_oom(pod))
         return pod
@@ -93,13 +96,14 @@ class TaskService:
             raise ShimError(StatusCode.UNIMPLEMENTED, "restoring a checkpoint: not implemented")
         if request.id in self._containers:
             raise ShimError(StatusCode.ALREADY_EXISTS, f"container {request.id}: exists already")
+        own_cgroup = shim_cgroup(request.options)
         bundle = TaskBundle(request.bundle, request.id)
         document = bundle.config()
         guest_spec(document, request.id)  # what no guest has is refused before a VM is started
         async with self._creating:
             pod, owner = self._pod, self._pod is None
             if pod is None:
-                pod = await self._start_pod(bundle.sandbox, document, bundle)
+                pod = await self._start_pod(bundle.sandbox, document, bundle, own_cgroup)
             else:
                 pod.record(bundle, owner=False)
             try:

@@ -12,7 +12,6 @@ from typing import Any, Self
 
 from google.protobuf import message_factory
 from google.protobuf.empty_pb2 import Empty
-from google.protobuf.message import Message
 
 from caisson.agent.base.log import Log
 from caisson.agent.base.tracing import Tracing
@@ -156,15 +155,10 @@ class FakeContainerd:
         assert program.returncode == 0, answer
         return answer
 
-    async def start(
-        self, container_id: str, *args: str, version: int = 3, options: Message | None = None, **fields: Any
-    ) -> Task:
+    async def start(self, container_id: str, *args: str, version: int = 3, **fields: Any) -> Task:
         """Make a bundle, start its shim, and connect to it."""
         bundle = self.bundle(container_id, self.spec(*args, **fields))
         parameters = bootstrap_pb2.BootstrapParams(instance_id=container_id, namespace=NAMESPACE)
-        if options is not None:
-            given = parameters.extensions.add().value
-            given.type_url, given.value = options.DESCRIPTOR.full_name, options.SerializeToString()
         answer = await self.run_shim(bundle, "start", stdin=parameters.SerializeToString() if version == 3 else b"")
         address = json.loads(answer)["address"] if version == 3 else answer.decode()
         client = await Client.connect(address.removeprefix("unix://"))

@@ -10,9 +10,11 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from google.protobuf import any_pb2
 
 from caisson.agent.pods.guest import GUEST_SHARED
 from caisson.agent.pods.network import NetworkError, links
+from caisson.agent.shim.errors import ShimError
 from caisson.agent.shim.launch import Arguments, _bootstrap_id, group_of, socket_path
 from caisson.agent.shim.options import RuntimeOptions, shim_cgroup
 from caisson.agent.shim.pod import OVERHEAD, size_of
@@ -59,15 +61,19 @@ def test_containers_of_a_pod_share_a_socket(tmp_path: Path) -> None:
         probe.connect(path)  # short enough for sockaddr_un
 
 
-def test_of_runcs_options_the_shims_cgroup_is_taken_alone() -> None:
-    options = runc_options_pb2.Options(shim_cgroup="/own")
-    parameters = bootstrap_pb2.BootstrapParams(instance_id="c1")
-    given = parameters.extensions.add().value
-    given.type_url, given.value = "containerd.runc.v1.Options", options.SerializeToString()
-    for message in (given, parameters):
-        assert shim_cgroup(message.SerializeToString(), "c1") == "/own"
-        assert RuntimeOptions.parse(message.SerializeToString(), "c1") is None
-    assert shim_cgroup(b"", "c1") == ""
+def test_of_runcs_options_the_shims_cgroup_is_taken() -> None:
+    given = any_pb2.Any(type_url="containerd.runc.v1.Options")
+    given.value = runc_options_pb2.Options(shim_cgroup="/own", binary_name="runc").SerializeToString()
+    assert shim_cgroup(given) == "/own"
+    assert RuntimeOptions.parse(given.SerializeToString(), "c1") is None
+    assert shim_cgroup(any_pb2.Any()) == ""
+
+
+def test_another_program_in_the_place_of_runc_is_refused_by_name() -> None:
+    given = any_pb2.Any(type_url="containerd.runc.v1.Options")
+    given.value = runc_options_pb2.Options(binary_name="crun").SerializeToString()
+    with pytest.raises(ShimError, match="binary_name: crun"):
+        shim_cgroup(given)
 
 
 def test_bootstrap_parameters_are_told_from_options() -> None:
