@@ -63,6 +63,9 @@ class Container:
         pod = self._pod
         linux = self._document.setdefault("linux", {})
         linux["sysctl"] = {**pod.sysctls, **(linux.get("sysctl") or {})}
+        given = self._document.get("mounts") or []
+        taken = {mount.get("destination") for mount in given}
+        self._document["mounts"] = given + [mount for mount in pod.mounts if mount["destination"] not in taken]
         wanted = guest_spec(self._document, self.id)
         place = pod.shared / self.id
         root = str((self._document.get("root") or {}).get("path") or "rootfs")

@@ -57,6 +57,7 @@ class Pod:
         self._forwarder: PortForwarder | None = None
         self._dns: dns.DnsForwarder | None = None
         self.sysctls: dict[str, str] = {}  # of a sandbox without a first container: each container sets them
+        self.mounts: list[dict[str, Any]] = []  # likewise, where a container has none of its own at their places
         self.lost = asyncio.Event()  # the VM has ended
         self.is_of_cri = False
         self._log = log

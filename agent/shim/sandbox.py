@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 from caisson.agent.rpc.codes import StatusCode
@@ -38,8 +39,10 @@ class SandboxService:
     async def CreateSandbox(self, request: Any) -> Any:
         if self._bundle is not None:
             raise ShimError(StatusCode.ALREADY_EXISTS, f"sandbox {request.sandbox_id}: exists already")
-        self._document = document_of(request)
+        config = config_of(request)
+        self._document = document_of(request, config)
         self._bundle = TaskBundle(request.bundle_path, request.sandbox_id)
+        self._document["mounts"] = write_files(self._bundle.path, config)
         return sandbox_pb2.CreateSandboxResponse()
 
     def _known(self, request: Any) -> TaskBundle:
@@ -119,17 +122,19 @@ class SandboxService:
         raise ShimError(StatusCode.UNIMPLEMENTED, "metrics of a sandbox: not implemented; ask for its containers'")
 
 
-def document_of(request: Any) -> dict[str, Any]:
-    """Return the configuration that a pause container would have, from CreateSandbox's request.
-
-    Raises ShimError.
-    """
+def config_of(request: Any) -> cri_pb2.PodSandboxConfig:
+    """Return the kubelet's configuration, as CreateSandbox's options have it.  Raises ShimError."""
     config = cri_pb2.PodSandboxConfig()
     if request.options.type_url.endswith("PodSandboxConfig"):
         try:
             config.ParseFromString(request.options.value)
         except ValueError as error:
             raise ShimError(StatusCode.INVALID_ARGUMENT, f"options: not a PodSandboxConfig: {error}") from error
+    return config
+
+
+def document_of(request: Any, config: cri_pb2.PodSandboxConfig) -> dict[str, Any]:
+    """Return the configuration that a pause container would have."""
     limits = config.linux.resources
     cpu = {"quota": limits.cpu_quota, "period": limits.cpu_period, "shares": limits.cpu_shares}
     parent = config.linux.cgroup_parent
@@ -144,6 +149,31 @@ def document_of(request: Any) -> dict[str, Any]:
             "cgroupsPath": _below(parent, request.sandbox_id) if parent else "",
         },
     }
+
+
+def write_files(directory: Path, config: cri_pb2.PodSandboxConfig) -> list[dict[str, Any]]:
+    """Write the files that containerd makes for other sandboxes only, and return their mounts, for every container.
+
+    What the kubelet leaves open is as on the host.  Raises OSError.
+    """
+    texts = {"hostname": f"{config.hostname}\n" if config.hostname else "", "hosts": "", "resolv.conf": ""}
+    if config.HasField("dns_config"):
+        dns = config.dns_config
+        lines = [f"search {' '.join(dns.searches)}"] if dns.searches else []
+        lines += [f"nameserver {server}" for server in dns.servers]
+        lines += [f"options {' '.join(dns.options)}"] if dns.options else []
+        texts["resolv.conf"] = "".join(f"{line}\n" for line in lines)
+    mounts = []
+    for name, text in texts.items():
+        of_host = Path("/etc") / name
+        if not text and not of_host.is_file():
+            continue
+        (directory / name).write_text(text or of_host.read_text())
+        (directory / name).chmod(0o644)
+        mounts.append({
+            "destination": str(of_host), "type": "bind", "source": str(directory / name), "options": ["rbind"],
+        })  # fmt: skip
+    return mounts
 
 
 def _below(parent: str, sandbox_id: str) -> str:

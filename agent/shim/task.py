@@ -78,7 +78,7 @@ class TaskService:
         async with self._creating:
             self._sandboxed = True
             pod = await self._start_pod(bundle.id, document, bundle)
-            pod.sysctls = document["linux"]["sysctl"]
+            pod.sysctls, pod.mounts = document["linux"]["sysctl"], document["mounts"]
             await pod.connect_network()
             return pod
 

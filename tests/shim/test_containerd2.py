@@ -96,6 +96,6 @@ def test_containers_of_a_pod_share_a_vm_and_its_namespaces(containerd: Cri, runt
         assert len(links) == 1, namespace
     assert containerd.output("exec", "--sync", first, "hostname") == "hh"
     assert "nameserver 10.0.0.10" in containerd.output("exec", "--sync", first, "cat", "/etc/resolv.conf")
-    assert containerd.address(pod) in containerd.output("exec", "--sync", first, "ip", "addr")
+    assert containerd.addresses(pod)[0] in containerd.output("exec", "--sync", first, "ip", "addr")
     containerd.remove(pod)
     assert containerd.vms() == []

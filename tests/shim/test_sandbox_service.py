@@ -10,8 +10,9 @@ import pytest
 
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.client import Client, RpcError, Stub
-from caisson.agent.shim.sandbox import document_of
+from caisson.agent.shim.sandbox import document_of, write_files
 from caisson.proto.containerd import bootstrap_pb2, cri_pb2, sandbox_pb2
+from tests.native.nsexec_support import make_rootfs
 from tests.shim.fake_containerd import NAMESPACE, FakeContainerd, Task
 from tests.support.poll import until
 
@@ -20,6 +21,7 @@ pytestmark = [pytest.mark.root, pytest.mark.timeout(120)]
 POD = "p1"
 CONFIG = cri_pb2.PodSandboxConfig(
     hostname="hh",
+    dns_config=cri_pb2.DNSConfig(servers=["10.0.0.10"], searches=["svc.local"], options=["ndots:5"]),
     linux=cri_pb2.LinuxPodSandboxConfig(
         sysctls={"kernel.shm_rmid_forced": "1"},
         resources=cri_pb2.LinuxContainerResources(cpu_quota=150_000, cpu_period=100_000, memory_limit_in_bytes=1 << 30),
@@ -43,7 +45,10 @@ async def connected(fake: FakeContainerd) -> tuple[Any, str, Client, Path]:
     return Stub(client, sandbox_pb2.DESCRIPTOR.services_by_name["Sandbox"]), address, client, bundle
 
 
-async def test_a_sandbox_outlives_its_containers(fake: FakeContainerd) -> None:
+async def test_a_sandbox_outlives_its_containers(fake: FakeContainerd, tmp_path: Path) -> None:
+    fake.rootfs = make_rootfs(tmp_path / "rootfs")
+    for name in ("hostname", "hosts", "resolv.conf"):
+        (fake.rootfs / "etc" / name).touch()  # mount points, as this root is mounted read-only
     rpc, address, client, bundle = await connected(fake)
     await rpc.CreateSandbox(request_of(CONFIG, bundle))
     started = await rpc.StartSandbox(sandbox_pb2.StartSandboxRequest(sandbox_id=POD))
@@ -55,10 +60,11 @@ async def test_a_sandbox_outlives_its_containers(fake: FakeContainerd) -> None:
     await rpc.PingSandbox(sandbox_pb2.PingRequest(sandbox_id=POD))
     waiting = asyncio.ensure_future(rpc.WaitSandbox(sandbox_pb2.WaitSandboxRequest(sandbox_id=POD)))
     for name in ("c1", "c2"):  # containers come on the sandbox's connection, without a `start` of their own
-        container = Task(fake, fake.bundle(name, fake.spec("sh", "-c", "exit 3")), address, client, 3)
+        spec = fake.spec("sh", "-c", "grep -q 10.0.0.10 /etc/resolv.conf && exit 3")
+        container = Task(fake, fake.bundle(name, spec), address, client, 3)
         await container.create()
         await container.call("Start")
-        assert (await container.call("Wait")).exit_status == 3
+        assert (await container.call("Wait")).exit_status == 3, "its resolv.conf is the sandbox's"
         await container.call("Delete")
         await container.call("Shutdown")
         assert (await rpc.SandboxStatus(sandbox_pb2.SandboxStatusRequest(sandbox_id=POD))).state == "SANDBOX_READY"
@@ -94,8 +100,15 @@ async def test_unknown_sandboxes_are_refused(fake: FakeContainerd) -> None:
 def test_a_sandboxs_configuration_has_what_a_pause_containers_has() -> None:
     request = request_of(CONFIG, Path("/b"))
     request.netns_path = "/run/netns/x"
-    document = document_of(request)
+    document = document_of(request, CONFIG)
     assert document["hostname"] == "hh"
     assert document["linux"]["namespaces"][0] == {"type": "network", "path": "/run/netns/x"}
     assert document["linux"]["resources"]["memory"] == {"limit": 1 << 30}
     assert document["linux"]["sysctl"] == {"kernel.shm_rmid_forced": "1"}
+
+
+def test_files_of_a_sandbox_are_what_the_kubelet_says(tmp_path: Path) -> None:
+    mounts = {mount["destination"]: Path(mount["source"]) for mount in write_files(tmp_path, CONFIG)}
+    assert mounts["/etc/resolv.conf"].read_text() == "search svc.local\nnameserver 10.0.0.10\noptions ndots:5\n"
+    assert mounts["/etc/hostname"].read_text() == "hh\n"
+    assert mounts["/etc/hosts"].read_text() == Path("/etc/hosts").read_text()
