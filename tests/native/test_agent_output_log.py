@@ -56,6 +56,26 @@ async def test_a_follower_sees_what_comes_and_ends_with_the_container(agent: Run
         assert b"".join(data for _, data in await asyncio.wait_for(follower, 60)) == b"begin\ngot it\n"
 
 
+async def test_a_log_is_shown_from_a_moment_on_and_by_its_last_lines(
+    agent: RunningAgent, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async with agent.connect() as client:
+        made = await detached(agent, client, "echo one; read line; echo two; echo three >&2; exit 3")
+        async for entry in container_logs.entries(client, "box", follow=True):
+            since = entry.time / 1e9 + 1e-6  # more than a time in seconds loses
+            break
+        await made.init().write(b"\n")
+        assert await made.init().wait() == 3
+        await container_logs.show(client, "box", since=since)
+        assert capfd.readouterr() == ("two\n", "three\n")
+        await container_logs.show(client, "box", tail=2)
+        assert capfd.readouterr() == ("two\n", "three\n")
+        await container_logs.show(client, "box", tail=3, since=since)
+        assert capfd.readouterr() == ("two\n", "three\n")
+        await container_logs.show(client, "box")
+        assert capfd.readouterr() == ("one\ntwo\n", "three\n")
+
+
 async def test_a_log_goes_with_its_container(agent: RunningAgent) -> None:
     async with agent.connect() as client:
         made = await detached(agent, client, "echo one")
