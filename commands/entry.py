@@ -7,6 +7,7 @@ inspection of source code.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from importlib import import_module
 
@@ -17,9 +18,14 @@ DEFERRED = (*lazyimport.LATE, "difflib", "platform", "shutil", "ssl", "textwrap"
 
 def main(more: str = "") -> int:
     """Run sys.argv's command line and return its exit status; ``more`` is a module with a GROUP of other commands."""
+    interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # and not in a job that ignores it
+    if interruptible:  # Ctrl-C while modules are imported is an end like any other, and no traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.meta_path.insert(0, lazyimport.LazyImporter(DEFERRED))
     from caisson.commands.main import main as run
 
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     status = run(None, *([import_module(more).GROUP] if more else []))
     if lazyimport.deferring():  # it was a short one, and to take down what was imported would be a fifth of its time
         sys.stderr.flush()

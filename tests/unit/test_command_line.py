@@ -7,6 +7,7 @@ import os
 import random
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -263,6 +264,23 @@ def test_a_closed_pipe_ends_it_as_a_signal_would() -> None:
     done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, timeout=60)
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_ctrl_c_while_it_starts_is_no_traceback() -> None:
+    script = """
+import os, signal, sys
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "caisson.commands.parse":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+from caisson.commands import entry
+sys.exit(entry.main())
+"""
+    done = subprocess.run([sys.executable, "-c", script, "--version"], capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
 
 
 @pytest.mark.parametrize("word", ["help", "--version"], ids=["more than a buffer", "less than a buffer"])
