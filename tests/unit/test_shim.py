@@ -12,8 +12,10 @@ from unittest import mock
 import pytest
 from google.protobuf import any_pb2
 
-from caisson.agent.pods.guest import GUEST_SHARED
+from caisson.agent.pods.guest import GUEST_SHARED, MAX_WAITS, until_plugged
 from caisson.agent.pods.network import NetworkError, links
+from caisson.agent.rpc.codes import StatusCode
+from caisson.agent.rpc.ttrpc.client import RpcError
 from caisson.agent.shim.errors import ShimError
 from caisson.agent.shim.launch import Arguments, _bootstrap_id, group_of, socket_path
 from caisson.agent.shim.options import RuntimeOptions, shim_cgroup
@@ -180,3 +182,28 @@ def test_fill_takes_json_names_and_ignores_unknown_ones() -> None:
     assert message.Version == "1.2.0" and message.Process.NoNewPrivileges and list(message.Process.Args) == ["a"]
     with pytest.raises(ValueError, match="args"):
         fill(oci_pb2.Spec(), {"process": {"args": 5}})
+
+
+@pytest.mark.parametrize(
+    ("codes", "calls"),
+    [
+        ([StatusCode.DEADLINE_EXCEEDED, StatusCode.OK], 2),
+        ([StatusCode.INTERNAL], 1),
+        ([StatusCode.DEADLINE_EXCEEDED] * MAX_WAITS, MAX_WAITS),
+    ],
+)
+async def test_a_device_that_is_late_is_asked_for_again(codes: list[StatusCode], calls: int) -> None:
+    left = iter(codes)
+    asked = []
+
+    async def method(request: str, timeout: float) -> None:
+        asked.append(request)
+        if (code := next(left)) is not StatusCode.OK:
+            raise RpcError(code, "late")
+
+    if codes[-1] is StatusCode.OK:
+        await until_plugged(method, "request")
+    else:
+        with pytest.raises(RpcError, match="late"):
+            await until_plugged(method, "request")
+    assert asked == ["request"] * calls
