@@ -96,8 +96,8 @@ async def test_an_interface(own: Caisson) -> None:
     def plug_in() -> None:
         with QMP(own.run_directory / "plug/qmp.sock", 30) as monitor:
             monitor.execute("netdev_add", {"type": "user", "id": "n", "restrict": True})
-            interface = {"driver": "virtio-net-pci", "id": "i", "netdev": "n", "mac": mac, "bus": "port1"}
-            monitor.execute("device_add", interface)
+            interface = {"driver": "virtio-net-pci", "id": "i", "netdev": "n", "mac": mac}
+            monitor.execute("device_add", interface | {"bus": "port1", "romfile": ""})
 
     async with Agent.connect(own.run_directory / "plug/agent.sock") as client:
         address = types_pb2.IPAddress(address="10.0.2.15", mask="24")
