@@ -65,9 +65,8 @@ static void copy_link(int from, int to, const char *name, const struct stat *st)
 		fail_errno("tmpcopyup", name, NULL);
 }
 
-static void copy_node(int from, int to, const char *name, const struct stat *st)
+static void copy_node(int to, const char *name, const struct stat *st)
 {
-	(void)from;
 	if (mknodat(to, name, st->st_mode & (S_IFMT | 0700u), st->st_rdev) < 0 ||
 	    fchownat(to, name, st->st_uid, st->st_gid, AT_SYMLINK_NOFOLLOW) < 0 ||
 	    fchmodat(to, name, st->st_mode & 07777u, 0) < 0)
@@ -107,7 +106,7 @@ static void copy_entry(int from, int to, const char *name, unsigned depth)
 	else if (S_ISLNK(st.st_mode))
 		copy_link(from, to, name, &st);
 	else
-		copy_node(from, to, name, &st);
+		copy_node(to, name, &st);
 }
 
 static void copy_directory(int from, int to, const char *name, unsigned depth)

@@ -209,7 +209,7 @@ static int empty_directory(int *cached)
 		fail_errno("mask", "empty directory", NULL);
 	close(fs);
 	/* The first mask attaches it; later ones attach clones of it. */
-	return dup(*cached);
+	return fcntl(*cached, F_DUPFD_CLOEXEC, 0);
 }
 
 static void mask(const struct kernel_mounts *mounts, int root, const char *path, int *null, int *empty)

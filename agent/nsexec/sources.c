@@ -28,13 +28,15 @@ struct id_maps {
 static int create_userns(const char *uid_map, const char *gid_map, const char *path)
 {
 	const struct bootstrap boot = {.uid_map = uid_map, .gid_map = gid_map, .setgroups = true};
-	int pid = (int)syscall(SYS_clone, (unsigned long)NS_USER | SIGCHLD, NULL, NULL, NULL, NULL), fd;
+	int parent = getpid(), pid, fd;
 	char file[64];
 
+	pid = (int)syscall(SYS_clone, (unsigned long)NS_USER | SIGCHLD, NULL, NULL, NULL, NULL);
 	if (pid < 0)
 		fail_errno("id-mapped mount", path, "clone");
 	if (pid == 0) {
-		if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) == 0)
+		/* A parent that died before prctl took effect is not there any more. */
+		if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) == 0 && getppid() == parent)
 			pause();
 		_exit(1);
 	}
@@ -175,6 +177,16 @@ static void start_source_server(struct context *ctx)
 	ctx->source_server = pair[0];
 }
 
+/* A descriptor of its own for a mount that stage 2 maps: without it the source would be mounted with other owners. */
+static int keep_userns(int userns, const char *path)
+{
+	int fd = fcntl(userns, F_DUPFD_CLOEXEC, 0);
+
+	if (fd < 0)
+		fail_errno("id-mapped mount", path, NULL);
+	return fd;
+}
+
 void open_sources(struct context *ctx, int joined_userns)
 {
 	/* In the runtime's mount namespace the source may have peers, which must not get the container's mounts. */
@@ -204,7 +216,7 @@ void open_sources(struct context *ctx, int joined_userns)
 			if ((step.flags & MOUNT_IDMAP) != 0)
 				mapping = mapping_userns(&step, joined_userns, &last);
 			if (is_below(step.source, rootfs)) {
-				ctx->mappings[index] = mapping < 0 ? -1 : fcntl(mapping, F_DUPFD_CLOEXEC, 0);
+				ctx->mappings[index] = mapping < 0 ? -1 : keep_userns(mapping, step.target);
 				asks |= ctx->has_userns && mapping >= 0;
 				continue;
 			}

@@ -1,8 +1,8 @@
 /*
  * channel.c: one nsexec, from the spawn to the execve of the program (libcontainer's channel.py and launcher.py).
  *
- * Who is a member of the container's pid namespace may take the init socket for a moment: only the stages that are
- * known announce others.
+ * A member of the container's pid namespace may take the init socket for a moment: only the stages that are known
+ * announce others.
  */
 #define _GNU_SOURCE
 #include <errno.h>

@@ -15,6 +15,5 @@ int print_state(const struct container *container, const struct request *request
 			 (int)container->after.size, container->after.at);
 
 	(void)request;
-	write_all(1, text, (size_t)size);
-	return 0;
+	return write_all(1, text, (size_t)size) ? 0 : HAND_OVER;
 }
