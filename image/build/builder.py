@@ -11,10 +11,7 @@ from __future__ import annotations
 
 import filecmp
 import json
-import os
-import shlex
 import shutil
-import stat
 import sys
 import tempfile
 import time
@@ -23,11 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from caisson.image.build import libraries, lock, manifest, pack, rootfs, sbom, sources, treemap
 from caisson.image.build.cache import Cache, cap, default_root, digest_of, digest_of_files, size_of
 from caisson.image.build.definition import DEFAULT, TEMPLATES, Loaded, load
+from caisson.image.build.template_files import TemplateFiles
 from caisson.image.build.tools import HOST, Tools
 from caisson.image.build.tools import PACKAGES as TOOLS
 from caisson.image.errors import ImageError
@@ -38,7 +34,6 @@ from caisson.image.kernel.source import Compiled, SourcePackage, SourceTree
 from caisson.image.packages import apt
 from caisson.image.packages import contents as package_contents
 from caisson.image.packages.distribution import Packages, extract, packages_of
-from caisson.image.run import run
 from caisson.proto.contract import BUSYBOX_ROOTFS
 
 #: The directory of the packages: a checkout, or the installed `caisson`.
@@ -53,12 +48,8 @@ BASE_CODE = (*PACKAGES_CODE, "packages/contents.py", "build/choices.py", "build/
 KERNEL_CODE = (*PACKAGES_CODE, "kernel/bzimage.py", "kernel/kernel.py")
 
 
-#: What kinds of packages are called in a picture.
-KINDS = {"deb": "Debian packages", "apk": "Alpine packages", "wheel": "Python wheels"}
-
-
 class SourcesChanged(ImageError):
-    """Someone is editing."""
+    """The sources changed during the build: someone is editing."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +61,7 @@ class Image:
 
     @classmethod
     def load(cls, directory: Path) -> Image:
-        """An image that was built before.  Raises ImageError when the directory holds none."""
+        """Load an image that was built before.  Raises ImageError when the directory holds none."""
         try:
             document = json.loads((directory / "image.json").read_text())
         except (OSError, ValueError) as error:
@@ -100,7 +91,7 @@ def build_image(
     cache: Cache | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Image:
-    """The image of a definition: from the cache when nothing that goes into it has changed, else built.
+    """Build the image of a definition, or take it from the cache when nothing that goes into it has changed.
 
     ``report`` gets a line for each step that takes time.  Raises ImageError; whatever happens, the cache holds only
     whole results.
@@ -147,10 +138,10 @@ class Build:
         self.done: list[StepResult] = []
         self.requests: list[Request] = merge(parse(self._fragment(name)) for name in self.definition.kernel.fragments)
         self._packages: dict[str, Packages] = {}
-        self._hooks()  # what they lack is said before anything is made
+        self.template_files = TemplateFiles(loaded)  # what hooks lack is said before anything is made
 
     def image(self) -> Image:
-        """The image.  Raises ImageError, and Drift when its packages are not those of the lock."""
+        """Make the image.  Raises ImageError, and Drift when its packages are not those of the lock."""
         try:
             directory = self._made()
         except SourcesChanged:  # what takes long is in the cache by now
@@ -166,11 +157,11 @@ class Build:
         return self._step("images", key, lambda target: self._make_image(key, target))
 
     def is_cached(self) -> bool:
-        """Whether the image is there already, so that nothing has to be made."""
+        """Return whether the image is there already, so that nothing has to be made."""
         return self.cache.get("images", self.key()) is not None
 
     def plan(self) -> list[StepResult]:
-        """Each step with its key and whether it is in the cache; nothing is made."""
+        """List the steps with their keys and whether each is in the cache; nothing is made."""
         keys = {"base": self.base_key(), "kernel": self.kernel_key(), "agent": self.agent_key(), "images": self.key()}
         return [StepResult(step, key, self.cache.get(step, key) is not None, 0.0, 0) for step, key in keys.items()]
 
@@ -182,16 +173,16 @@ class Build:
         return result
 
     def key(self) -> str:
-        """The digest of all that goes into the image."""
+        """Return the digest of all that goes into the image."""
         return digest_of(
             "image", manifest.plain(self.definition), self.base_key(), self.kernel_key(), self.agent_key(),
             _code(_image_code()),
-            [[name, digest_of_files(source.parent, [source])] for name, source in self._own_files()],
-            [digest_of_files(hook.parent, [hook]) for hook in self._hooks()],
+            [[name, digest_of_files(source.parent, [source])] for name, source in self.template_files.sources()],
+            [digest_of_files(hook.parent, [hook]) for hook in self.template_files.hooks],
         )  # fmt: skip
 
     def base_key(self) -> str:
-        """The digest of what the packages' part is made of."""
+        """Return the digest of what the packages' part is made of."""
         d = manifest.plain(self.definition)
         names = (
             "distribution", "suite", "arch", "python", "packages", "wheels", "busybox", "sources", "prune", "keep",
@@ -201,7 +192,7 @@ class Build:
         return digest_of("base", {name: d[name] for name in names}, _code(BASE_CODE), digest_of_files(TEMPLATES, etc))
 
     def kernel_key(self) -> str:
-        """The digest of what decides the kernel.  A package's newest version is taken once, and then kept."""
+        """Return the digest of what decides the kernel.  A package's newest version is taken once, and then kept."""
         d = self.definition
         if d.kernel.source:
             source = self._kernel_source().key(), kernelsource.compiler_version()
@@ -212,11 +203,11 @@ class Build:
         return digest_of("kernel", d.distribution, d.suite, d.arch, d.kernel.package, requests, _code(KERNEL_CODE))
 
     def agent_key(self) -> str:
-        """The digest of the agent's sources, and of the interpreter that compiles them."""
+        """Return the digest of the agent's sources, and of the interpreter that compiles them."""
         return digest_of("agent layer", sources.agent_version(), self.base_key(), sources.digests())
 
     def _packages_of_suite(self, arch: str = "") -> Packages:
-        """The packages of the suite, with a fresh index, for the guest's architecture or another."""
+        """Return the packages of the suite, with a fresh index, for the guest's architecture or another."""
         d = self.definition
         arch = arch or d.arch
         if arch not in self._packages:
@@ -228,25 +219,8 @@ class Build:
     def _fragment(self, name: str) -> Path:
         return self.loaded.beside(name) if name.endswith(".conf") else TEMPLATES / "kernel" / f"{name}.conf"
 
-    def _hooks(self) -> list[Path]:
-        hooks = [self.loaded.beside(name) for name in self.definition.hooks]
-        for hook in hooks:
-            if not os.access(hook, os.X_OK):
-                raise ImageError(f"{hook}: is a hook and not executable; run: chmod +x {shlex.quote(str(hook))}")
-        return hooks
-
-    def _own_files(self) -> list[tuple[str, Path]]:
-        """What the templates put into the guest: (path in it, file); the last template to name a path wins."""
-        found = {}
-        for template in self.loaded.templates:
-            for file in sorted((template / "files").rglob("*")):
-                if file.is_file():
-                    found[str(file.relative_to(template / "files")).removesuffix(".j2")] = file
-        found |= {name.lstrip("/"): self.loaded.beside(file) for name, file in self.definition.files.items()}
-        return sorted(found.items())
-
     def base(self) -> Path:
-        """The tree of packages, wheels and container rootfs."""
+        """Make the tree of packages, wheels and container rootfs."""
         return self._step("base", self.base_key(), self._make_base)
 
     def _make_base(self, target: Path) -> None:
@@ -286,7 +260,7 @@ class Build:
         (target / "owners.json").write_text(json.dumps(owners))
 
     def _native(self) -> Path:
-        """The tree of the guest's packages for this machine: the interpreter that compiles, and a busybox that runs."""
+        """Make the tree of the guest's packages for this machine: an interpreter to compile with, a busybox to run."""
         d = self.definition.native()
         key = digest_of("native", d.distribution, d.suite, d.arch, d.packages, d.busybox, _code(PACKAGES_CODE))
         return self._step("native", key, self._make_native) / "tree"
@@ -299,7 +273,7 @@ class Build:
         extract([*packages.fetch_all(d.packages), *packages.fetch([d.busybox])], target / "tree")
 
     def kernel(self) -> Kernel:
-        """The kernel with the modules that the fragments name."""
+        """Make the kernel with the modules that the fragments name."""
         return Kernel.load(self._step("kernel", self.kernel_key(), self._make_kernel))
 
     def _make_kernel(self, target: Path) -> None:
@@ -322,7 +296,7 @@ class Build:
         return packages
 
     def agent(self, base: Path) -> Path:
-        """The layer of our own sources: the agent's byte code, and nsexec."""
+        """Make the layer of our own sources: the agent's byte code, and nsexec."""
         return self._step("agent", self.agent_key(), lambda target: self._make_agent(base, target / "tree")) / "tree"
 
     def _make_agent(self, base: Path, target: Path) -> None:
@@ -343,30 +317,30 @@ class Build:
             raise SourcesChanged("the agent's sources changed while they were compiled; build it again")
 
     def files(self) -> list[treemap.File]:
-        """The files of the image before it is packed, with who brought them; steps that are not cached are taken."""
+        """List the files of the image before it is packed, and who brought them; steps not cached are taken."""
         base, kernel = self.base(), self.kernel()
         owners = json.loads((base / "owners.json").read_text())
         found = [treemap.File(kernel.file.name, kernel.file.stat().st_size, "kernel", "kernel")]
         with tempfile.TemporaryDirectory() as scratch:
             layer = Path(scratch)
             kernel.put_modules(layer / "usr/lib/modules")
-            found += [treemap.File(path, size, "modules", "kernel") for path, size in _sizes(layer)]
+            found += [treemap.File(path, size, "modules", "kernel") for path, size in treemap.sizes(layer)]
         with tempfile.TemporaryDirectory() as scratch:
-            self._render_files(Path(scratch))
-            found += [treemap.File(path, size, "files", "template") for path, size in _sizes(Path(scratch))]
-        found += [treemap.File(path, size, "agent", "agent") for path, size in _sizes(self.agent(base))]
-        for path, size in _sizes(base / "tree"):
+            self.template_files.render(Path(scratch))
+            found += [treemap.File(path, size, "files", "template") for path, size in treemap.sizes(Path(scratch))]
+        found += [treemap.File(path, size, "agent", "agent") for path, size in treemap.sizes(self.agent(base))]
+        for path, size in treemap.sizes(base / "tree"):
             # Sources are byte code by now; what is in the container's root is one program, and links to it.
             source = path.removesuffix("c") if path.endswith(".pyc") else path
             busybox = (
                 (self.definition.busybox, "deb") if f"/{path}".startswith(BUSYBOX_ROOTFS) else ("made here", "made")
             )
             package, kind = owners.get(path) or owners.get(source) or busybox
-            found.append(treemap.File(path, size, package, KINDS.get(kind, kind)))
+            found.append(treemap.File(path, size, package, treemap.KINDS.get(kind, kind)))
         return found
 
     def tools(self) -> Tools:
-        """What packs a disk: the programs of the suite itself, so that this machine's versions play no part."""
+        """Fetch what packs a disk: the programs of the suite itself, so that this machine's versions play no part."""
         d = self.definition.native()
         if d.format == "initrd":
             return HOST
@@ -393,11 +367,11 @@ class Build:
             manifest.write(document, layer / rootfs.HOME / "image.json")
             (layer / OSBUILDER).parent.mkdir(parents=True)
             (layer / OSBUILDER).write_text(manifest.osbuilder(document, d))
-            self._render_files(layer)
+            self.template_files.render(layer)
             kernel.put_modules(layer / "usr/lib/modules")
             trees = [base / "tree", agent, layer]
             if d.hooks:
-                trees = [self._hooked(trees, Path(scratch + ".hooked"))]
+                trees = [self.template_files.run_hooks(trees, Path(scratch + ".hooked"), self.report)]
             root = pack.root(d, trees, kernel, target, self.tools())
             if d.hooks:
                 shutil.rmtree(trees[0])
@@ -410,40 +384,6 @@ class Build:
         lock.write(lock.Lock.of(d.suite, d.arch, packages), target / "image.lock")
         if self.key() != key:
             raise SourcesChanged("the agent's sources changed while the image was built from them; build it again")
-
-    def _hooked(self, trees: Iterable[Path], whole: Path) -> Path:
-        """All layers as one tree, after the hooks have changed it."""
-        for tree in trees:
-            shutil.copytree(tree, whole, symlinks=True, dirs_exist_ok=True)
-        for hook in self._hooks():
-            self.report(f"running {hook.name}")
-            run([hook, whole], cwd=hook.parent)
-        return whole
-
-    def _render_files(self, layer: Path) -> None:
-        """The templates' own files: *.j2 are rendered with the definition, others are taken as they are."""
-        values = manifest.plain(self.definition)
-        for name, source in self._own_files():
-            place = layer / name
-            place.parent.mkdir(parents=True, exist_ok=True)
-            if source.suffix == ".j2":
-                text = jinja2.Template(source.read_text(), undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-                place.write_text(text.render(values))
-            else:
-                shutil.copyfile(source, place)
-            with place.open("rb") as start:
-                script = start.read(2) == b"#!"
-            place.chmod(0o755 if script or os.access(source, os.X_OK) else 0o644)
-
-
-def _sizes(tree: Path) -> Iterable[tuple[str, int]]:
-    """Yield the files of a tree with their bytes, each once if it has several names."""
-    seen = set()
-    for file in sorted(tree.rglob("*")):
-        state = file.lstat()
-        if stat.S_ISREG(state.st_mode) and state.st_ino not in seen:
-            seen.add(state.st_ino)
-            yield str(file.relative_to(tree)), state.st_size
 
 
 def _image_code() -> Iterable[str]:

@@ -6,10 +6,12 @@ Both are treemaps: an area is a number of bytes.  Source of the layout: Bruls, H
 
 from __future__ import annotations
 
+import stat
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
 #: Pixels of the picture: its width, the height of each map, the head of the picture and of each group, what is between.
 WIDTH, HEIGHT, TITLE, HEAD, GAP = 1200, 560, 64, 20, 40
@@ -22,6 +24,9 @@ DEPTH = 3
 
 #: Shares of the whole below which things are joined: one of them would be a dot.
 SMALL = 0.002
+
+#: What kinds of packages are called.
+KINDS = {"deb": "Debian packages", "apk": "Alpine packages", "wheel": "Python wheels"}
 
 #: Light grounds that black letters can be read on; by the order of groups' sizes.
 COLOURS = ("#8ecae6", "#ffd166", "#a7d7a0", "#f4a6a0", "#cdb4db", "#f9c784", "#b8c4d6", "#e9edc9")
@@ -49,6 +54,16 @@ class Box:
 
 #: Sizes by group and by name in it.
 Groups = Mapping[str, Mapping[str, int]]
+
+
+def sizes(tree: Path) -> Iterator[tuple[str, int]]:
+    """Yield the files of a tree with their bytes, each once if it has several names."""
+    seen = set()
+    for file in sorted(tree.rglob("*")):
+        state = file.lstat()
+        if stat.S_ISREG(state.st_mode) and state.st_ino not in seen:
+            seen.add(state.st_ino)
+            yield str(file.relative_to(tree)), state.st_size
 
 
 def by_package(files: Iterable[File]) -> Groups:
