@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from caisson.agent.client import foreground, specs
+from caisson.agent.client import foreground, run_specs
 from caisson.agent.client.errors import UsageError
 from caisson.agent.client.guest import container_registry, guest_cpus, guest_memory
 from caisson.agent.client.listing import show
@@ -53,7 +53,7 @@ def run(
     if detach and rm:
         raise UsageError("--rm: cannot be combined with --detach; remove it later: caisson rm")
     shared = [_parse_volume(one) for one in volume]
-    settings = [*(setting for file in env_file for setting in specs.env_file(file)), *env]
+    settings = [*(setting for file in env_file for setting in run_specs.env_file(file)), *env]
     need(TO_PACK, info)
     vm_name = name or ("default" if detach else "")
     with vm_for(vm_name, reporter(verbose), network=network, publish=publish) as vm:
@@ -63,7 +63,7 @@ def run(
         remove_orphaned(vm)
         with contextlib.ExitStack() as stack:
             volumes = _share(vm, shared, stack)
-            options = specs.RunOptions(
+            options = run_specs.RunOptions(
                 env=settings, user=user, workdir=workdir, terminal=tty, hostname=hostname, entrypoint=entrypoint,
                 memory=memory * MIB, cpus=cpus, pids_limit=pids_limit, read_only=read_only, tmpfs=tmpfs,
                 volumes=volumes, cap_add=cap_add, cap_drop=cap_drop, privileged=privileged, init=init,
@@ -72,7 +72,7 @@ def run(
             )  # fmt: skip
             size = max_size * MIB or None
             with packed_image(path, vm.architecture, tag=tag, max_size=size, report=info) as packed:
-                document = specs.image_document(packed.config, packed.bundle, words, options, info)
+                document = run_specs.image_document(packed.config, packed.bundle, words, options, info)
                 disk = packed.name or uuid.uuid4().hex[:24]
                 stack.callback(release_disk, vm, container)
                 stack.enter_context(registry.lease(container, disk=disk))
@@ -103,14 +103,16 @@ def _parse_volume(text: str) -> tuple[Path, str, bool]:
     return Path(host), guest, mode == "rw"
 
 
-def _share(vm: VM, volumes: Sequence[tuple[Path, str, bool]], stack: contextlib.ExitStack) -> list[specs.SharedVolume]:
+def _share(
+    vm: VM, volumes: Sequence[tuple[Path, str, bool]], stack: contextlib.ExitStack
+) -> list[run_specs.SharedVolume]:
     """Have the guest see directories; the stack unplugs those that it did not see before.  Raises VMError."""
     found = []
     for host, guest, writable in volumes:
         shared = sharing.share(vm, host, writable=writable)
         if shared.new:
             stack.callback(_unshare, vm, shared.tag)
-        found.append(specs.SharedVolume(shared.fstype, shared.tag, guest, writable))
+        found.append(run_specs.SharedVolume(shared.fstype, shared.tag, guest, writable))
     return found
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from caisson.agent.client import AgentError, foreground
-from caisson.agent.client.specs import SharedVolume, container_document
+from caisson.agent.client.run_specs import SharedVolume
+from caisson.agent.client.specs import container_document
 from caisson.agent.rpc.codes import StatusCode
 
 
