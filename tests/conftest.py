@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from caisson.proto import generate
 
@@ -14,6 +15,9 @@ generate.ensure()
 # mke2fs, sfdisk and the like need no root for files, but Debian keeps them out of an ordinary user's PATH.
 os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
 
+# An example that takes long on a busy machine is not wrong.
+settings.register_profile("without deadlines", settings(), deadline=None)
+settings.load_profile("without deadlines")
 
 #: The directory whose tests are hermetic.
 UNIT = Path(__file__).parent / "unit"

@@ -1,7 +1,7 @@
-"""A stand-in for QEMU and a guest's vsock driver, at native speed: drives the vhost-user device, a process of its own.
+"""A stand-in for QEMU and a guest's vsock driver, at native speed: drives the vhost-user device (vhost_device.py).
 
-``Backend`` is that process, ``Guest`` the front end, the memory (a memfd), two rings and a small vsock implementation.
-All in one thread: ``guest.until(condition, *sockets)`` handles what the device sends until the condition holds.
+``Guest`` is the front end, the memory (a memfd), two rings and a small vsock implementation, all in one thread:
+``guest.until(condition, *sockets)`` handles what the device sends until the condition holds.
 """
 
 from __future__ import annotations
@@ -10,142 +10,22 @@ import array
 import mmap
 import os
 import select
-import signal
 import socket
 import struct
-import subprocess
-import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import caisson.image.vm.vsock.vhost_user as package
 from caisson.image.vm.vsock.vhost_user import packet
 from caisson.image.vm.vsock.vhost_user import protocol as p
+from tests.component.driver_ring import RING_SIZE, DriverRing
+from tests.component.vhost_device import AGENT, CID, Backend
 
-CID = 42
-AGENT = 1024
 USER = 0x7F00_0000_0000  # where "QEMU" sees the guest's memory
 GUEST = 0x1000_0000  # where the guest does
-RING_SIZE = 128
 SLOT = 64 << 10
-START = "import sys; sys.path.insert(0, {0!r}); from vhost_user.process import main\n"
-START += "from vhost_user.limits import DeviceLimits\n"
-START += "limits = DeviceLimits(); limits.__dict__.update({1!r}); sys.exit(main(sys.argv[1:], limits))"
-
-
-class Backend:
-    """The device's process.  ``limits`` changes some of its bounds."""
-
-    def __init__(self, directory: Path, **limits: float) -> None:
-        self.directory = directory
-        self.hybrid, self.raw = str(directory / "vsock.sock"), str(directory / "agent.sock")
-        self.control, theirs = socket.socketpair()
-        ready, ready_writer = os.pipe()
-        home = str(Path(package.__file__).parent)
-        start = [home] if not limits else ["-c", START.format(str(Path(home).parent), limits)]
-        argv = [sys.executable, "-I", "-S", *start, "--fd", str(theirs.fileno()), "--cid", str(CID)]
-        argv += ["--socket", self.hybrid, "--raw", f"{self.raw}={AGENT}", "--ready-fd", str(ready_writer)]
-        self.log = (directory / "log").open("w+")
-        fds = (theirs.fileno(), ready_writer)
-        self.process = subprocess.Popen(argv, pass_fds=fds, stderr=self.log)
-        theirs.close()
-        os.close(ready_writer)
-        started = os.read(ready, 2)
-        os.close(ready)
-        if started != b"\n":
-            raise AssertionError(f"the device did not start: {self.lines()}")
-
-    def lines(self) -> str:
-        self.log.seek(0)
-        return self.log.read()
-
-    def rss(self) -> int:
-        """Private memory in KiB: without the guest's, which is shared."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(status.split("RssAnon:")[1].split()[0])
-
-    def cpu(self) -> float:
-        """Seconds of processor time so far."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def connect(self, path: str | None = None) -> socket.socket:
-        sock = socket.socket(socket.AF_UNIX)
-        sock.settimeout(10)
-        sock.connect(path or self.raw)
-        return sock
-
-    def finish(self, timeout: float = 10) -> int:
-        self.control.close()
-        return self.process.wait(timeout)
-
-    def close(self) -> None:
-        self.control.close()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.send_signal(signal.SIGKILL)
-            self.process.wait()
-            raise
-        finally:
-            self.log.close()
-
-
-class DriverRing:
-    """The driver's side of one split virtqueue."""
-
-    def __init__(self, memory: memoryview, offset: int, *, event_idx: bool = True, size: int = RING_SIZE) -> None:
-        self.size = size
-        self.event_idx = event_idx
-        self.lock = threading.Lock()
-        self.table = memory[offset : offset + 16 * size]
-        self.offsets = (offset, offset + 0x4000, offset + 0x8000)  # descriptors, used, avail
-        self.avail = memory[offset + 0x8000 : offset + 0x8000 + 6 + 2 * size].cast("H")
-        self.used = memory[offset + 0x4000 : offset + 0x4000 + 6 + 8 * size].cast("H")
-        self.elements = memory[offset + 0x4000 : offset + 0x4000 + 4 + 8 * size].cast("I")
-        self.kick = os.eventfd(0, os.EFD_NONBLOCK)
-        self.call = os.eventfd(0, os.EFD_NONBLOCK)
-        self.seen = 0
-        self.index = 0
-
-    def describe(self, index: int, address: int, length: int, flags: int, following: int = 0) -> None:
-        struct.pack_into("<QIHH", self.table, 16 * index, address, length, flags, following)
-
-    def offer(self, head: int, *, kick: bool = True) -> None:
-        self.avail[2 + self.index % self.size] = head
-        self.index = (self.index + 1) & 0xFFFF
-        self.avail[1] = self.index
-        if kick:
-            self.notify(1)
-
-    def notify(self, added: int) -> None:
-        """Kick the device for the last ``added`` chains, if it wants that."""
-        with self.lock:  # a full barrier between our store and the next load
-            pass
-        if self.event_idx:
-            wanted = (self.index - self.used[2 + 4 * self.size] - 1) & 0xFFFF < added
-        else:
-            wanted = not self.used[0] & 1
-        if wanted:
-            os.eventfd_write(self.kick, 1)
-
-    def done(self) -> list[tuple[int, int]]:
-        """Heads and lengths that the device returned.  Asks for an interrupt at the next one."""
-        found = []
-        while self.seen != self.used[1]:
-            at = 1 + 2 * (self.seen % self.size)
-            found.append((self.elements[at], self.elements[at + 1]))
-            self.seen = (self.seen + 1) & 0xFFFF
-            self.avail[2 + self.size] = self.seen
-        return found
-
-    def close(self) -> None:
-        os.close(self.kick)
-        os.close(self.call)
 
 
 class Stream:

@@ -15,7 +15,9 @@ from collections.abc import Callable
 
 from caisson.image.vm.vsock.vhost_user import packet
 from caisson.image.vm.vsock.vhost_user import protocol as p
-from tests.component.fake_guest import AGENT, CID, GUEST, RING_SIZE, USER, DriverRing, Guest
+from tests.component.driver_ring import RING_SIZE, DriverRing
+from tests.component.fake_guest import GUEST, USER, Guest
+from tests.component.vhost_device import AGENT, CID
 
 MB = 1 << 20
 NEXT, WRITE, INDIRECT = 1, 2, 4

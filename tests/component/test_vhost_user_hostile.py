@@ -14,7 +14,9 @@ import pytest
 
 from caisson.image.vm.vsock.vhost_user import packet
 from caisson.image.vm.vsock.vhost_user import protocol as p
-from tests.component.fake_guest import CID, GUEST, RING_SIZE, Backend, Guest, Start, starter
+from tests.component.driver_ring import RING_SIZE
+from tests.component.fake_guest import GUEST, Guest, Start, starter
+from tests.component.vhost_device import CID, Backend
 
 BASE = GUEST + 0x200000
 NEXT, WRITE, INDIRECT = 1, 2, 4

@@ -20,7 +20,8 @@ import caisson.image.vm.vsock.vhost_user as package
 from caisson.image.vm.vsock.vhost_user import packet
 from caisson.image.vm.vsock.vhost_user import protocol as p
 from caisson.image.vm.vsock.vhost_user.memory import GuestAddressError, Memory
-from tests.component.fake_guest import CID, GUEST, USER, Backend, Guest, Start, starter
+from tests.component.fake_guest import GUEST, USER, Guest, Start, starter
+from tests.component.vhost_device import CID, Backend
 
 
 @pytest.fixture

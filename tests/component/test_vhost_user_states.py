@@ -20,8 +20,9 @@ from pathlib import Path
 import pytest
 
 from caisson.image.vm.vsock.vhost_user import protocol as p
-from tests.component.fake_guest import Backend, Guest, Start, starter
+from tests.component.fake_guest import Guest, Start, starter
 from tests.component.hostile_guest import PORT, Hostile
+from tests.component.vhost_device import Backend
 
 STATES = int(os.environ.get("CAISSON_VSOCK_STATES", "20000" if "CI" in os.environ else "5000"))
 SEED = int(os.environ.get("CAISSON_VSOCK_SEED", "6"))

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from caisson.image.vm.vsock.vhost_user import packet, protocol
-from tests.component.fake_guest import AGENT, Backend, Guest, Start, Stream, starter
+from tests.component.fake_guest import Guest, Start, Stream, starter
+from tests.component.vhost_device import AGENT, Backend
 
 LAYOUTS = ("two", "one", "indirect")
 
