@@ -76,7 +76,7 @@ def _tracing(text: str) -> bool:
 
 
 def _port(text: str) -> str:
-    """A port of the guest as an address; 0 is none."""
+    """Parse a port of the guest as an address; 0 is none."""
     port = _number(text)
     if port >= 1 << 32:
         raise ValueError("a vsock port has 32 bits")
@@ -84,7 +84,7 @@ def _port(text: str) -> str:
 
 
 def _duration(text: str) -> float:
-    """Seconds, from the way in which Go writes durations: 1m30s, 500ms."""
+    """Parse a duration as Go writes it, 1m30s or 500ms, into seconds."""
     parts = re.findall(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(h|ms|m|s|us|µs|ns)", text)
     if not parts or "".join(number + unit for number, unit in parts) != text:
         raise ValueError("it is a time like 3s, 500ms or 1m30s")
@@ -150,13 +150,13 @@ UNDERSTOOD: dict[str, tuple[Callable[[str], object], object, str]] = {
 
 
 def kernel_words() -> list[str]:
-    """The kernel's command line."""
+    """Read the kernel's command line."""
     with open("/proc/cmdline") as file:  # noqa: PTH123 - no pathlib at start
         return file.read().split()
 
 
 def from_kernel(words: Iterable[str], options: Options | None = None) -> Options:
-    """Options from the kernel's command line, and from the file that it names with agent.config_file.
+    """Read options from the kernel's command line, and from the file that it names with agent.config_file.
 
     A value that makes no sense and an option that is not known are complaints, for the log: a guest that does not boot
     over a typo helps nobody.
@@ -172,7 +172,7 @@ def from_kernel(words: Iterable[str], options: Options | None = None) -> Options
 
 
 def from_file(path: str, options: Options) -> Options:
-    """Options from a TOML file: the names of the kernel's command line without "agent.".
+    """Read options from a TOML file: the names of the kernel's command line without "agent.".
 
     What cannot be read or makes no sense is a complaint.
     """
@@ -208,7 +208,7 @@ def _told(pairs: Iterable[tuple[str, str]], options: Options) -> Options:
 
 
 def from_arguments(arguments: list[str]) -> Options:
-    """Options from the command line of an agent that is not PID 1.  Exits with a message for what it does not know."""
+    """Read the options of an agent that is not PID 1.  Exits with a message for what it does not know."""
     import argparse
 
     parser = argparse.ArgumentParser(

@@ -59,12 +59,12 @@ TEMPLATE = Kind("TEMPLATE", _present, "lean", complete="template")
 
 
 def name(metavar: str, example: str, complete: str = "") -> Kind:
-    """Any word that is not empty."""
+    """Accept any word that is not empty."""
     return Kind(metavar, _present, example, complete=complete)
 
 
 def choice(*words: str) -> Kind:
-    """One of these words."""
+    """Accept one of these words."""
 
     def read(word: str) -> str:
         if word not in words:
@@ -75,7 +75,7 @@ def choice(*words: str) -> Kind:
 
 
 def integer(low: int, high: int) -> Kind:
-    """A whole number in this range."""
+    """Accept a whole number in this range."""
 
     def read(word: str) -> int:
         if not word.removeprefix("-").isascii() or not word.removeprefix("-").isdecimal():
@@ -88,7 +88,7 @@ def integer(low: int, high: int) -> Kind:
 
 
 def decimal(low: float, high: float) -> Kind:
-    """A number with or without a point in this range."""
+    """Accept a number with or without a point in this range."""
 
     def read(word: str) -> float:
         try:
@@ -103,7 +103,7 @@ def decimal(low: float, high: float) -> Kind:
 
 
 def memory(low: int, high: int) -> Kind:
-    """A size in MiB, or with a unit (powers of 1024): 512, 512M, 2G, 1.5GiB; read as MiB."""
+    """Read a size in MiB, or with a unit (powers of 1024): 512, 512M, 2G, 1.5GiB; read as MiB."""
     range = f"{show_memory(low)} to {show_memory(high)}"
 
     def read(word: str) -> int:
@@ -129,7 +129,7 @@ def show_memory(size: int) -> str:
 
 
 def seconds(low: float = 0, high: float = 86400 * 365) -> Kind:
-    """A time in seconds, or with a unit: 30, 0.5, 30s, 5m, 1h."""
+    """Read a time in seconds, or with a unit: 30, 0.5, 30s, 5m, 1h."""
 
     def read(word: str) -> float:
         unit = TIME_UNITS.get(word[-1:], 0.0)
@@ -153,7 +153,7 @@ def _number(word: str) -> float:
 
 
 def setting(metavar: str, example: str) -> Kind:
-    """NAME=value; the name is not empty."""
+    """Accept NAME=value; the name is not empty."""
 
     def read(word: str) -> str:
         if word.find("=") < 1:

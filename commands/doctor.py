@@ -156,7 +156,7 @@ def _run_directory() -> Finding:
 
 
 def _existing(path: Path) -> Path:
-    """The path, or the nearest directory above it that is there."""
+    """Return the path, or the nearest directory above it that is there."""
     return next(place for place in (path, *path.parents) if place.is_dir())
 
 
@@ -170,7 +170,7 @@ def _memory() -> Finding:
 
 
 def lines(findings: Sequence[Finding]) -> Iterator[str]:
-    """The findings as text, each remedy below its problem."""
+    """Format the findings as text, each remedy below its problem."""
     marks = {"ok": "ok", "limited": "--", "missing": "NO"}
     for finding in findings:
         yield f"{marks[finding.status]:2}  {finding.name:<16} {finding.found}"
@@ -188,5 +188,5 @@ def lines(findings: Sequence[Finding]) -> Iterator[str]:
 
 
 def documents(findings: Sequence[Finding]) -> list[dict[str, str]]:
-    """The findings for programs: name, status, found, remedy."""
+    """Return the findings for programs: name, status, found, remedy."""
     return [asdict(finding) for finding in findings]

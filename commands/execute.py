@@ -61,7 +61,7 @@ def _interrupt(*_: object) -> None:
 
 @contextlib.contextmanager
 def _machine(name: str, network: str, verbose: bool) -> Iterator[Machine]:
-    """The VM that runs under this name, or else what `vm_for` makes of it.  Raises VMError, UsageError."""
+    """Yield the VM that runs under this name, or else what `vm_for` makes of it.  Raises VMError, UsageError."""
     found = None if network else find_running(name or "default")
     if found is None:
         load_deferred()

@@ -60,7 +60,7 @@ def build_image(
 
 
 def programs_to_build(loaded: Any) -> tuple[str, ...]:
-    """The programs that building this definition takes."""
+    """Return the programs that building this definition takes."""
     definition = loaded.definition
     keyring = (DEBIAN_KEYRING,) if definition.distribution == "debian" else ()
     cross = to_cross_build(definition.triplet) if definition.is_foreign else ()

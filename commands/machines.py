@@ -34,7 +34,7 @@ EXIT_TIMEOUT = 2.0
 
 @contextlib.contextmanager
 def running_vm(name: str) -> Iterator[VM]:
-    """The running VM of this name, whose agent answers; should it end within the block, that is said.
+    """Find the running VM of this name, whose agent answers; should it end within the block, that is said.
 
     Raises VMError.
     """
@@ -57,7 +57,7 @@ def _await_agent(vm: VM) -> None:
 def vm_for(
     name: str, report: Callable[[str], None], *, answering: bool = True, network: str = "", publish: Sequence[str] = ()
 ) -> Iterator[VM]:
-    """The VM of this name; with no name the running default one, or else a VM for the time of this block.
+    """Find the VM of this name; with no name the running default one, or else boot one for the time of this block.
 
     Unless ``answering``, the caller waits for the agent of a VM that runs already.  Only a VM of the block's own can be
     given a network, and ports of this machine that lead to it: raises UsageError.
@@ -97,7 +97,7 @@ def end_explained(vm: VM) -> Iterator[VM]:
 
 
 def image_directory(path: str, report: Callable[[str], None], also: tuple[str, ...] = ()) -> Path:
-    """The image in a directory, or the default one, built if need be, to be booted; ``also`` are programs needed then.
+    """Find the image to boot, in a directory or the default one, built if need be; ``also`` are programs needed then.
 
     Raises ImageError, which names all missing programs at once.
     """

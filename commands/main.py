@@ -147,7 +147,7 @@ def _report(error: Exception, command: Command) -> int:
 
 
 def one_line(error: Exception) -> str:
-    """The line for the user, or nothing if this is a bug."""
+    """Return the line for the user, or nothing if this is a bug."""
     if _names(error) & set(EXPECTED_ERRORS):
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:

@@ -33,7 +33,7 @@ VARIABLES = (
 
 
 def manual(groups: Iterable[Group], version: str) -> str:
-    """The page in man(7) macros."""
+    """Format the page in man(7) macros."""
     lines = [f'.TH CAISSON 1 "" "caisson {version}" "User Commands"']
     lines += [".SH NAME", "caisson \\- build guest images, boot them, run containers in virtual machines"]
     lines += [".SH SYNOPSIS", ".B caisson", ".I COMMAND", "[\\fIARGUMENT\\fR…]", ".SH DESCRIPTION", text(DESCRIPTION)]

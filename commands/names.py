@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 
 def lookup(kind: str, values: Mapping[str, str]) -> Sequence[str]:
-    """The names of a kind; ``values`` are options that were given before.  Nothing for what cannot be found out."""
+    """List the names of a kind; ``values`` are options given before.  Nothing for what cannot be found out."""
     finders = {"vm": _vms, "container": _containers, "snapshot": _snapshots, "template": _templates}
     try:
         return finders[kind](values)

@@ -38,7 +38,7 @@ def show(word: str) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The known word that may have been meant, or nothing."""
+    """Find the known word that may have been meant, or nothing."""
     lowered = {one.lower(): one for one in known}
     close = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.6)
     return lowered[close[0]] if close else ""
@@ -94,7 +94,7 @@ class _Parser:
         return self.values, self.old
 
     def _after_dashes(self, queue: deque[str]) -> list[str]:
-        """What follows `--` has no options: places that must be filled, and then the program."""
+        """Read what follows `--`, which has no options: places that must be filled, and then the program."""
         while queue and (not self.command.program or self._free_place(required=True) is not None):
             self._place(queue.popleft())
         return list(queue)
@@ -103,7 +103,7 @@ class _Parser:
         return bool(NEGATIVE.fullmatch(word)) and word[:2] not in self.short and bool(self.command.positionals)
 
     def _free_place(self, required: bool = False) -> Positional | None:
-        """The next word's place."""
+        """Find the next word's place."""
         free = [place for place in self.command.positionals if place.repeat or place.parameter not in self.given]
         return next((place for place in free if place.required or not required), None)
 

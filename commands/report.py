@@ -65,7 +65,7 @@ def _texts() -> Iterator[tuple[str, str]]:
 
 
 def _or_why_not(text: Callable[[], str]) -> str:
-    """A report is made where things are broken: a part that fails says so, and the others are there."""
+    """Collect a part of a report, or say why it fails: reports are made where things are broken."""
     try:
         return text()
     except Exception as error:
@@ -90,7 +90,7 @@ def _doctor() -> str:
 
 
 def _vms() -> str:
-    """The VMs' directories, and whether a supervisor holds each."""
+    """Return the VMs' directories, and whether a supervisor holds each."""
     root = run_root()
     found = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     lines = [f"{path.name}: {'running' if VMDirectory(path).is_running() else 'not running'}" for path in found]

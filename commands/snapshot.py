@@ -36,7 +36,7 @@ def save_snapshot(*, name: str, image: str, memory: int, cpus: int, append: str,
 
 
 def lean_image() -> Path:
-    """The image that snapshots are made of: all is built into its kernel, and its root is no part of its memory."""
+    """Build the image of snapshots: all is built into its kernel, and its root is no part of its memory."""
     loaded = images.load(images.find("lean"), settings=["format=erofs"])
     need((*programs_to_build(loaded), *TO_BOOT), info)
     build = images.Build(loaded, report=info)

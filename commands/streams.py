@@ -59,7 +59,7 @@ def flush() -> OSError | None:
 
 
 def give_up_stdout() -> None:
-    """Nobody reads stdout any more: what is still in its buffer must not fail at exit."""
+    """Drop what is buffered for stdout, which nobody reads any more: it must not fail at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
@@ -84,7 +84,7 @@ def info(line: str) -> None:
 
 
 def reporter(verbose: bool) -> Callable[[str], None]:
-    """Progress goes to a terminal, or where it was asked for: a command's stderr is the program's alone."""
+    """Report progress to a terminal, or where it was asked for: a command's stderr is the program's alone."""
     return info if verbose or sys.stderr.isatty() else lambda line: None
 
 

@@ -16,7 +16,7 @@ LEFT = 26
 
 
 def usage(command: Command) -> str:
-    """A command's words on one line."""
+    """Format a command's words on one line."""
     words = ["caisson", command.name]
     if command.options:
         words.append("[OPTIONS]")
@@ -30,7 +30,7 @@ def usage(command: Command) -> str:
 
 
 def help_of(command: Command) -> str:
-    """The page that `caisson COMMAND --help` shows."""
+    """Format the page that `caisson COMMAND --help` shows."""
     width = _width()
     parts = [f"Usage: {usage(command)}", _wrap(command.summary, width)]
     if command.details:
@@ -66,7 +66,7 @@ def overview(groups: Iterable[Group]) -> str:
 
 
 def describe(option: Option | Positional) -> str:
-    """An option's help with its default and range."""
+    """Describe an option with its default and range."""
     facts = []
     kind = option.kind
     if option.shown:

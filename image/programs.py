@@ -23,7 +23,7 @@ TO_PACK = ("sqfstar", "zstd")
 
 
 def to_cross_build(triplet: str) -> tuple[str, ...]:
-    """What it takes besides TO_BUILD to build an image of another architecture, by GNU's name of it."""
+    """Return what it takes besides TO_BUILD to build an image of another architecture, by GNU's name of it."""
     return (f"{triplet}-gcc", f"{triplet}-strip")
 
 
@@ -82,17 +82,17 @@ SYSTEM = ("/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/libexec", "/usr/lib/qem
 
 
 def search_path() -> str:
-    """PATH, and after it the system's own places."""
+    """Return PATH, and after it the system's own places."""
     return os.pathsep.join((os.environ.get("PATH", os.defpath), *SYSTEM))
 
 
 def which(program: str) -> str | None:
-    """Where a program is, if it is installed."""
+    """Find a program, if it is installed."""
     return shutil.which(program, path=search_path())
 
 
 def package_of(program: str) -> str:
-    """The packages that bring a program, separated by spaces."""
+    """Return the packages that bring a program, separated by spaces."""
     return PACKAGES.get(program, program)
 
 
@@ -101,7 +101,7 @@ class MissingPrograms(ImageError):
 
 
 def packages_of_missing(programs: Iterable[str]) -> list[str]:
-    """The Debian packages that bring those programs that are not there."""
+    """Return the Debian packages that bring those programs that are not there."""
     missing = (package_of(program).split() for program in programs if not _is_there(program))
     return sorted({package for names in missing for package in names})
 
@@ -111,7 +111,7 @@ def _is_there(program: str) -> bool:
 
 
 def install_command(packages: Iterable[str]) -> str:
-    """The command by which packages are installed; a keyring's file can be gone although its package is there."""
+    """Return the command that installs packages; a keyring's file can be gone although its package is there."""
     packages = list(packages)
     again = "--reinstall " if any(package.endswith("-keyring") for package in packages) else ""
     return f"sudo apt-get install --yes --no-install-recommends {again}{' '.join(packages)}"

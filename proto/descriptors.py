@@ -47,7 +47,7 @@ def load(
 
 
 def _made(file: FileDescriptor, name: str) -> Any:
-    """The class of a message, the wrapper of an enumeration, or one of its values; None for anything else."""
+    """Make the class of a message, the wrapper of an enumeration, or one of its values; None for anything else."""
     message = file.message_types_by_name.get(name)
     if message is not None:
         return message_factory.GetMessageClass(message)

@@ -89,7 +89,7 @@ def _compiled(directory: Path, made: Path) -> Iterator[FileDescriptorProto]:
 
 
 def _module(file: FileDescriptorProto, directory: str) -> str:
-    """The text of a file's module: its descriptor, after those of the files that it imports."""
+    """Return the text of a file's module: its descriptor, after those of the files that it imports."""
     google = [name for name in file.dependency if name.startswith("google/")]
     ours = [name for name in file.dependency if name not in google]
     known = [Path(name).stem + "_pb2" for name in google]
@@ -106,7 +106,7 @@ def _module(file: FileDescriptorProto, directory: str) -> str:
 
 
 def _corrected(stub: str) -> str:
-    """A stub for strict type checkers: none of a generic type without its arguments, and none of a field that hides
+    """Correct a stub for strict type checkers: no generic type without its arguments, and no field that hides
     the type which has its name.  In `Process: Process`, of a Spec, the second word would be the field.
     """
     classes = set(re.findall(r"^class (\w+)\(", stub, re.MULTILINE))

@@ -170,7 +170,7 @@ def storage_of(one: kata1.Storage | kata3.Storage) -> Storage:
 
 
 def check_signal(number: int) -> None:
-    """Raises InvalidArgument for a number that is not a signal's."""
+    """Check that a number is a signal's.  Raises InvalidArgument."""
     if not 0 <= number <= signal.SIGRTMAX:
         raise InvalidArgument(f"{number} is not a signal")
 

@@ -1,4 +1,4 @@
-"""What programs are told of an error: a reason from caisson.proto, and this agent's own sentence.
+"""The detail of an error for programs: a reason from caisson.proto, and this agent's own sentence.
 
 Kata's hosts look at codes and texts, which differ by the generation of the API; a client of ours looks at these.
 """

@@ -45,11 +45,11 @@ class Message(Record):
     attributes: Mapping[int, bytes]
 
     def number(self, attribute: int) -> int:
-        """An attribute that is a number; 0 if it is not there."""
+        """Read an attribute that is a number; 0 if it is not there."""
         return int.from_bytes(self.attributes.get(attribute, b""), "little")
 
     def text(self, attribute: int) -> str:
-        """An attribute that is a string; empty if it is not there."""
+        """Read an attribute that is a string; empty if it is not there."""
         return self.attributes.get(attribute, b"").rstrip(b"\0").decode(errors="replace")
 
 
@@ -72,7 +72,7 @@ class Rtnetlink:
             pass
 
     def dump(self, kind: int, family: int = 0) -> list[Message]:
-        """All there is of a kind (one of GET…), of an address family or of all.  Raises OSError."""
+        """Read all there is of a kind (one of GET…), of an address family or of all.  Raises OSError."""
         fixed = _FIXED[kind - 2]  # GETLINK is NEWLINK + 2, and so on
         self._send(kind, REQUEST | DUMP, bytes([family]).ljust(fixed.size, b"\0"))
         return [Message(fixed.unpack_from(body), dict(_attributes(body[fixed.size :]))) for _, body in self._answers()]
@@ -82,7 +82,7 @@ class Rtnetlink:
         self._socket.send(_HEADER.pack(_HEADER.size + len(body), kind, flags, self._sequence, 0) + body)
 
     def _answers(self) -> Iterator[tuple[int, bytes]]:
-        """The parts of an answer, up to its end.  Raises OSError if that is an error."""
+        """Yield the parts of an answer, up to its end.  Raises OSError if that is an error."""
         while True:
             data = self._socket.recv(_BUFFER)
             while len(data) >= _HEADER.size:
@@ -101,12 +101,12 @@ class Rtnetlink:
 
 
 def number(value: int) -> bytes:
-    """A number as an attribute's value."""
+    """Encode a number as an attribute's value."""
     return value.to_bytes(4, "little")
 
 
 def encode_attributes(attributes: Mapping[int, bytes]) -> bytes:
-    """Attributes one after the other, each padded."""
+    """Encode attributes one after the other, each padded."""
     return b"".join(_attribute(*one) for one in attributes.items())
 
 

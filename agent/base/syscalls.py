@@ -93,7 +93,7 @@ def umount2(target: str | os.PathLike[str], flags: int = 0) -> None:
 
 
 def swapon(path: str | os.PathLike[str], flags: int = 0) -> None:
-    """swapon(2).  Raises OSError."""
+    """Swap to a file or device: swapon(2).  Raises OSError."""
     _check(_libc().swapon(_bytes(path), flags), os.fspath(path))
 
 

@@ -30,7 +30,7 @@ class GuestRunner:
 
 @pytest.fixture(scope="session")
 def caisson_guest(caisson_machine: Machine) -> Iterator[GuestRunner]:
-    """The guest of the session's VM."""
+    """Provide the guest of the session's VM."""
     from caisson.agent.client.guest import Guest
 
     with asyncio.Runner() as runner:

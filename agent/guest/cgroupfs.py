@@ -107,7 +107,7 @@ def _write(path: str, value: str) -> None:
 
 
 def hierarchies(lines: Iterable[str]) -> list[tuple[str, ...]]:
-    """The controllers of /proc/cgroups that are enabled, in the groups that they are mounted in."""
+    """Read the controllers of /proc/cgroups that are enabled, in the groups that they are mounted in."""
     rows = [line.split() for line in lines if not line.startswith("#")]
     there = [row[0] for row in rows if len(row) == 4 and row[3] == "1"]
     groups = [group for group in TOGETHER if set(group) <= set(there)]

@@ -161,7 +161,7 @@ SERVICE = Service(hypervisor_pb2.DESCRIPTOR.services_by_name["Hypervisor"], Hype
 def size_of(annotations: Mapping[str, str]) -> tuple[int, int]:
     """Return the MiB and CPUs that a pod's annotations ask for, 0 for none in particular.
 
-    Raises HypervisorError for a value that is none, and for what no VM has.
+    Raises HypervisorError for an invalid value, and for what no VM has.
     """
     for name, remedy in UNSUPPORTED.items():
         if annotations.get(PREFIX + name, "") not in ("", "0"):

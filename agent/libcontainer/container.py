@@ -112,7 +112,7 @@ class Container:
         return self._cgroup
 
     def stat(self) -> ProcessStat | None:
-        """Its first process, if that is alive: one that has its pid by accident is not."""
+        """Read its first process, if that is alive: one that has its pid by accident is not."""
         found = ProcessStat.read(self.state.init_process_pid) if self.state.init_process_pid > 0 else None
         if found is None or not found.alive or found.start_time != self.state.init_process_start:
             return None
@@ -129,7 +129,7 @@ class Container:
         return RUNNING if found.executed else CREATED
 
     def _is_frozen(self) -> bool:
-        """Whether its cgroup stands still, looked at without the code of cgroups, for commands that only look."""
+        """Return whether its cgroup is frozen, without the code of cgroups, for commands that only look."""
         for controller, name, words in (("freezer", "freezer.state", "FROZEN"), ("", "cgroup.events", "frozen 1")):
             path = self.state.cgroup_paths.get(controller)
             if path is None:
@@ -282,7 +282,7 @@ class Container:
             os.close(pidfd)
 
     def filter(self) -> bytes:
-        """Flags and program of its system call filter, compiled; empty without one."""
+        """Read flags and program of its system call filter, compiled; empty without one."""
         try:
             with open(f"{self.directory}/{FILTER}", "rb") as file:  # noqa: PTH123 - no pathlib at start
                 return file.read()
@@ -379,7 +379,7 @@ class Container:
         return self.cgroup
 
     def pids(self) -> list[int]:
-        """All its processes, by this namespace's numbers; without a cgroup the first alone."""
+        """List its processes, by this namespace's numbers; without a cgroup the first alone."""
         if self.cgroup is not None:
             return sorted(self.cgroup.pids())
         return [] if self.stat() is None else [self.state.init_process_pid]
@@ -446,6 +446,6 @@ class Container:
 
 
 def _now() -> str:
-    """This moment as RFC 3339 with nanoseconds, in UTC."""
+    """Return this moment as RFC 3339 with nanoseconds, in UTC."""
     seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{nanoseconds:09d}Z"

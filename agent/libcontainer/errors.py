@@ -17,13 +17,13 @@ class LaunchError(Exception):
 
 
 def reason(errno: int) -> str:
-    """The error's name in words, uncapitalised as runc and the shells have it."""
+    """Return the error's name in words, uncapitalised as runc and the shells have it."""
     words = os.strerror(errno)
     return words[:1].lower() + words[1:]
 
 
 def launch_error(step: str, path: str, errno: int, why: str) -> LaunchError:
-    """The error for a report of nsexec; look-ups of the program read exactly as runc's."""
+    """Make the error for a report of nsexec; look-ups of the program read exactly as runc's."""
     words = reason(errno) if errno else ""
     if step == "lookup":
         return LaunchError(_lookup(path, why, words), step=step, path=path, errno=errno)

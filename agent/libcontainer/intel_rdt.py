@@ -43,7 +43,7 @@ def from_json(value: object, where: str = WHERE) -> IntelRdt:
 
 
 def mounted(mountinfo: str = "/proc/self/mountinfo") -> str | None:
-    """Where resctrl is mounted."""
+    """Return where resctrl is mounted."""
     with open(mountinfo, encoding="utf-8", errors="surrogateescape") as lines:  # noqa: PTH123 - no pathlib at start
         for line in lines:
             before, _, after = line.partition(" - ")
@@ -114,5 +114,5 @@ class ResctrlGroup:
 
 
 def _plain(line: str) -> str:
-    """A line of a schema without blanks around its words."""
+    """Return a line of a schema without blanks around its words."""
     return "".join(line.split())

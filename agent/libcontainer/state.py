@@ -29,7 +29,7 @@ START_TIME, FLAGS = 19, 6  # fields after the name, from 0
 
 
 def check_id(name: str) -> str:
-    """`name` if it can be a container's or sandbox's id: it becomes a directory and a cgroup.  Raises SpecError."""
+    """Return `name` if it can be an id: it becomes a directory and a cgroup.  Raises SpecError."""
     if not name or len(name) > ID_MAX or name in (".", "..") or not ID_CHARACTERS.issuperset(name):
         raise SpecError("id", f"{name[:64]!r} is not of 1 to {ID_MAX} letters, digits and _+.-")
     return name
@@ -58,7 +58,7 @@ class State(Record):
     systemd: bool = False
 
     def to_json(self) -> dict[str, object]:
-        """The document."""
+        """Return the document."""
         pid = self.init_process_pid
         labels = [f"{key}={value}" for key, value in self.labels.items()]
         return {

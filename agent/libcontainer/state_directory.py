@@ -53,7 +53,7 @@ class ContainerLock:
 
 
 def list_ids(root: str) -> list[str]:
-    """The ids of the containers below a root, in order; half-made ones are left out.  Raises OSError."""
+    """List the ids of the containers below a root, in order; half-made ones are left out.  Raises OSError."""
     names = sorted(os.listdir(root))  # noqa: PTH208 - no pathlib at start
     return [name for name in names if os.path.exists(f"{root}/{name}/{files.FILE}")]  # noqa: PTH110
 

@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 #: For so long the end of processes that were killed is waited for before their cgroup is removed.
 EMPTY_TIMEOUT = 8.0
 
-#: Ended execs whose status and output are kept for whoever comes late; the oldest go first.
+#: Ended execs whose status and output can still be asked for; the oldest go first.
 MAX_ENDED_EXECS = 256
 
 CREATED, RUNNING, PAUSED, STOPPED = "created", "running", "paused", "stopped"
@@ -213,7 +213,7 @@ class Container:
         check_id(exec_id)
         if self._ending or self.status == STOPPED:
             raise CannotExec(container_id=self.id, status=STOPPED)
-        if self._paused:  # a process that is born into it would stand still before it says anything
+        if self._paused:  # a process started in it would freeze before it reports
             raise CannotExec(container_id=self.id, status=PAUSED)
         if exec_id in self._processes or exec_id in self._starting:
             raise ProcessExists(container_id=self.id, exec_id=exec_id)
@@ -263,7 +263,7 @@ class Container:
         return None if self._cgroup is None else self._cgroup.join_fds()
 
     async def pause(self) -> None:
-        """Let everything in it stand still.  Raises CannotPause when it does already, or has ended."""
+        """Freeze all processes.  Raises CannotPause when they are frozen already, or it has ended."""
         async with self._lock:
             if self.status not in (CREATED, RUNNING):
                 raise CannotPause(container_id=self.id, status=self.status)
@@ -273,7 +273,7 @@ class Container:
             self._paused = True
 
     async def resume(self) -> None:
-        """Let everything in it go on.  Raises NotPaused."""
+        """Thaw all processes.  Raises NotPaused."""
         async with self._lock:
             if self.status != PAUSED or self._cgroup is None:
                 raise NotPaused(container_id=self.id)
@@ -288,7 +288,7 @@ class Container:
         await run_to_completion(self._update(resources))
 
     async def stats(self) -> CgroupStats:
-        """What it has used so far.  Takes no lock, and no time of others: the files are read in a thread."""
+        """Read what it has used so far.  Takes no lock, and no time of others: the files are read in a thread."""
         if self._cgroup is None:
             raise Unsupported(
                 "what a container uses is counted by its cgroup, and this machine has no cgroup hierarchy"
@@ -315,7 +315,7 @@ class Container:
             self._log("warning", "a container gets no part of new CPUs", error=str(error))
 
     async def pids(self) -> list[int]:
-        """Everything that runs in it, by the agent's numbers; without cgroups only what the agent started."""
+        """List the processes in it, by the agent's numbers; without cgroups only what the agent started."""
         return await self.look(sorted)
 
     async def look(self, reader: Callable[[Iterable[int]], T]) -> T:
@@ -325,7 +325,7 @@ class Container:
         return await self.reads(lambda: reader(sorted(known if cgroup is None else cgroup.pids())))
 
     def process(self, exec_id: str) -> Process:
-        """A process by its id; an empty one means the first.  Raises ProcessNotFound."""
+        """Return a process by its id; an empty one means the first.  Raises ProcessNotFound."""
         process = self._init if not exec_id else self._processes.get(exec_id)
         if process is None:
             raise ProcessNotFound(container_id=self.id, exec_id=exec_id)

@@ -74,7 +74,7 @@ class SharedNamespaces:
         self.paths["pid"] = path
 
     async def release(self) -> None:
-        """Let go of them, and end what is left in a shared pid namespace; containers stay in the others."""
+        """Close them, and end what is left in a shared pid namespace; containers stay in the others."""
         if self._pause is not None:
             try:
                 self._pause.signal(signal.SIGKILL)

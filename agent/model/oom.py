@@ -23,7 +23,7 @@ class OomEvents:
         self._waiters: set[asyncio.Future[None]] = set()
 
     def add(self, container_id: str) -> None:
-        """A process of the container was ended."""
+        """Count a process of the container that the kernel has ended."""
         self._events.append(container_id)
         self._wake(None)
 
@@ -39,7 +39,7 @@ class OomEvents:
         return self._events.popleft()
 
     def end(self) -> None:
-        """The sandbox has ended: nobody waits any more, and what was not asked for is forgotten."""
+        """End all waits with the sandbox, and forget what was not asked for."""
         self._events.clear()
         self._wake(NotFound("there are no more events: the sandbox has ended"))
 

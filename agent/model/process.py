@@ -33,15 +33,15 @@ class Process:
         return self._streams.is_terminal
 
     async def wait(self) -> int:
-        """Its exit status; any number of waiters, any number of times."""
+        """Wait for its exit status; any number of waiters, any number of times."""
         return await self.child.wait()
 
     async def read_stdout(self, size: int) -> bytes:
-        """Output, or EndOfStream."""
+        """Read output, or EndOfStream."""
         return await self._streams.stdout.read(size, self.child)
 
     async def read_stderr(self, size: int) -> bytes:
-        """Error output, or EndOfStream.  A terminal has only one output, which is read here, too."""
+        """Read error output, or EndOfStream.  A terminal has only one output, which is read here, too."""
         return await self._streams.stderr.read(size, self.child)
 
     async def write(self, data: bytes) -> int:
@@ -75,12 +75,12 @@ class Process:
 
 
 def catches(pid: int, number: int) -> bool:
-    """Whether a process has a handler for a signal (SigCgt in /proc/<pid>/status, proc(5))."""
+    """Return whether a process has a handler for a signal (SigCgt in /proc/<pid>/status, proc(5))."""
     return _has(number, _status(pid).get(b"SigCgt", []))
 
 
 def drops(pid: int, number: int) -> bool:
-    """Whether the kernel drops a signal: PID 1 of a namespace whose action is the default (pid_namespaces(7))."""
+    """Return whether the kernel drops a signal: for PID 1 of a namespace without a handler (pid_namespaces(7))."""
     status = _status(pid)
     first = status.get(b"NSpid", [])[-1:] == [b"1"]
     return first and not any(_has(number, status.get(field, [])) for field in (b"SigCgt", b"SigIgn"))
@@ -91,7 +91,7 @@ def _has(number: int, words: list[bytes]) -> bool:
 
 
 def _status(pid: int) -> dict[bytes, list[bytes]]:
-    """The fields of /proc/<pid>/status (proc(5)); none of a process that has ended.
+    """Read the fields of /proc/<pid>/status (proc(5)); none of a process that has ended.
 
     A process in 65,536 groups has a status of 700 KB.
     """

@@ -30,7 +30,7 @@ class Child:
         self._callbacks: dict[object, Callable[[], object]] = {}
 
     async def wait(self) -> int:
-        """The exit status 0-255, or 128 + signal.  Any number of waiters, before and after the end."""
+        """Wait for the exit status, 0-255 or 128 + signal.  Any number of waiters, before and after the end."""
         if self.status is None:
             ended = asyncio.Event()
             with self.on_exit(ended.set):
@@ -49,7 +49,7 @@ class Child:
             self._callbacks.pop(key, None)
 
     def signal(self, number: int) -> None:
-        """Send a signal.  Raises ProcessExited when it was reaped, and OSError for a number that is none."""
+        """Send a signal.  Raises ProcessExited when it was reaped, and OSError for an invalid number."""
         if self.status is not None:
             raise ProcessExited
         os.kill(self.pid, number)
@@ -81,7 +81,7 @@ class Reaper:
 
     @contextmanager
     def expecting(self) -> Iterator[None]:
-        """While inside, exit statuses of pids that nobody has claimed yet are kept for ``claim``."""
+        """Keep exit statuses of pids that nobody has claimed yet for ``claim``, while inside."""
         self._expecting += 1
         try:
             yield
@@ -91,7 +91,7 @@ class Reaper:
                 self._unclaimed.clear()
 
     def claim(self, pid: int) -> Child:
-        """From now on this pid's exit goes to the returned Child."""
+        """Send this pid's exit to the returned Child from now on."""
         child = Child(pid)
         status = self._unclaimed.pop(pid, None)
         if status is None or _is_child(pid):  # a kept status may be an earlier, unrelated process's with this number
@@ -118,7 +118,7 @@ class Reaper:
 
 
 def _is_child(pid: int) -> bool:
-    """Whether there is a child of this number that was not reaped yet."""
+    """Return whether there is a child of this number that was not reaped yet."""
     try:
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:

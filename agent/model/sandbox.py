@@ -202,7 +202,7 @@ class Sandbox:
         await self._storages.resize(storages)
 
     def container(self, container_id: str) -> Container:
-        """A container by its id.  Raises ContainerNotFound."""
+        """Return a container by its id.  Raises ContainerNotFound."""
         container = self._containers.get(container_id)
         if container is None:
             raise ContainerNotFound(container_id=container_id)
@@ -366,7 +366,7 @@ class Sandbox:
             return created
 
     def _adapt(self, container_id: str, spec: Spec, shared: SharedNamespaces) -> tuple[Spec, dict[str, str]]:
-        """The spec with the namespaces and limits that this guest gives a container, and the paths to join.
+        """Return the spec with the namespaces and limits that this guest gives a container, and the paths to join.
 
         IPC and UTS are the sandbox's, processes its own or the sandbox's, the network is the guest's unless a new one
         is asked for; paths that a host sends mean nothing in a guest.
@@ -429,7 +429,7 @@ class Sandbox:
 
 
 def _guest_hooks(path: str) -> GuestHooks:
-    """The guest's own hooks, of which most guests have none."""
+    """Read the guest's own hooks, of which most guests have none."""
     from caisson.agent.guest.hooks import GuestHooks
 
     if path and not path.startswith("/"):

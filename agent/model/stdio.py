@@ -83,7 +83,7 @@ class Output(_End):
         self._left: int | None = None  # bytes that may still come, once the process has exited
 
     async def read(self, size: int, child: Child) -> bytes:
-        """What is there, at most ``size`` bytes; waits for something.  A cancelled read takes nothing.
+        """Read what is there, at most ``size`` bytes; waits for something.  A cancelled read takes nothing.
 
         Raises EndOfStream.
         """
@@ -127,7 +127,7 @@ class Output(_End):
             self._grows = resize_pipe(self._fd, wanted)
 
     def exited(self) -> None:
-        """The process has ended: an empty pipe is done with, whether somebody ever reads it or not."""
+        """Close an empty pipe: the process has ended, whether somebody ever reads it or not."""
         if self._fd >= 0 and _waiting(self._fd) == 0:
             self.release()
 
@@ -202,7 +202,7 @@ class Streams:
             fcntl.ioctl(self._terminal, termios.TIOCSWINSZ, size)
 
     def interrupts(self, data: bytes, pid: int) -> bool:
-        """Whether data typed at a terminal interrupt a process: the line discipline signals its foreground group."""
+        """Return whether data typed at a terminal interrupt a process: the foreground group gets a signal."""
         if self._terminal is None or self._terminal < 0 or not data:
             return False
         import termios
@@ -215,7 +215,7 @@ class Streams:
             return False
 
     def exited(self) -> None:
-        """The process has ended: nobody needs its input any more, nor its size.  Output waits for its reader."""
+        """Close the input of a process that has ended, and forget its size.  Output waits for its reader."""
         self.stdin.release()
         if self._terminal is None:
             self.stdout.exited()
@@ -255,13 +255,13 @@ class Pipes:
                 resize_pipe(fd, size)
 
     def started(self) -> Streams:
-        """The child has its ends: keep ours."""
+        """Keep our ends: the child has its own."""
         self._close_child_ends()
         stdout, stderr = (Output(fd, grows=self._grow) for fd in (self._stdout, self._stderr))
         return Streams(Input(self._stdin), stdout, stderr, None)
 
     def failed(self) -> None:
-        """There is no child: close everything."""
+        """Close everything: there is no child."""
         self._close_child_ends()
         for fd in (self._stdin, self._stdout, self._stderr):
             os.close(fd)
@@ -292,7 +292,7 @@ def resize_pipe(pipe: int, size: int) -> bool:
 
 
 def _waiting(pipe: int) -> int:
-    """Bytes in a pipe (FIONREAD, pipe(7)).  Of a terminal it would not tell those that are still on their way."""
+    """Return the bytes in a pipe (FIONREAD, pipe(7)).  Of a terminal it would miss those on their way."""
     import array
     import fcntl
     import termios

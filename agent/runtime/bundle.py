@@ -104,7 +104,7 @@ def _normalize_resources(call: Call, linux: dict[str, Any]) -> None:
 
 
 def normalize_process(call: Call, process: dict[str, Any]) -> None:
-    """The same for a process.  Raises CommandError."""
+    """Normalize a process likewise.  Raises CommandError."""
     if not process.get("cwd"):
         raise CommandError("Cwd property must not be empty")
     if not str(process["cwd"]).startswith("/"):
@@ -138,7 +138,7 @@ def _normalize_capabilities(call: Call, sets: dict[str, Any]) -> None:
 
 
 def read_process(call: Call, document: dict[str, Any]) -> Process:
-    """The records of a process.  Raises CommandError or SpecError."""
+    """Read a process.  Raises CommandError or SpecError."""
     normalize_process(call, document)
     return ignoring_unknown(lambda: Process.from_json(document), lambda text: call.log("debug", text))
 

@@ -70,7 +70,7 @@ class ExecCgroup:
         return {"_CAISSON_CGROUP": fd}
 
     def _is_unusable(self, path: str) -> bool:
-        """Whether no process can join: it is gone, or has given controllers to cgroups below it (EBUSY)."""
+        """Return whether no process can join: it is gone, or has given controllers to cgroups below it (EBUSY)."""
         try:
             with open(f"{path}/cgroup.subtree_control", encoding="ascii") as file:  # noqa: PTH123
                 return bool(file.read().strip())

@@ -17,7 +17,7 @@ class CommandError(Exception):
 
 
 def is_of_program(error: BaseException) -> bool:
-    """Whether it is the failure of execve(2), after everything else was done."""
+    """Return whether it is the failure of execve(2), after everything else was done."""
     return isinstance(error, LaunchError) and error.step == "execve"
 
 

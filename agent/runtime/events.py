@@ -80,7 +80,7 @@ def _print(kind: str, name: str, about: dict[str, Any] | None) -> None:
 
 
 def duration(text: str) -> float:
-    """Seconds of a duration such as 1m30s or 500ms.  Raises CommandError."""
+    """Parse a duration such as 1m30s or 500ms into seconds.  Raises CommandError."""
     rest, seconds = text.strip(), 0.0
     while rest:
         number = rest[: len(rest) - len(rest.lstrip("0123456789."))]
@@ -94,7 +94,7 @@ def duration(text: str) -> float:
 
 
 def data(cgroup: Cgroup) -> dict[str, Any]:
-    """The statistics of a cgroup, in the names that callers read."""
+    """Return the statistics of a cgroup, in the names that callers read."""
     stats = cgroup.stats()
     return {
         "cpu": _cpu(stats, cgroup),
@@ -139,7 +139,7 @@ def _cpu(stats: CgroupStats, cgroup: Cgroup) -> dict[str, Any]:
 
 
 def _pressure(cgroup: Cgroup, what: str) -> dict[str, Any]:
-    """Pressure stall information (accounting/psi.rst), where the kernel has it."""
+    """Read pressure stall information (accounting/psi.rst), where the kernel has it."""
     text = cgroup.read(f"{what}.pressure")
     if not text:
         return {}

@@ -38,7 +38,7 @@ def execute(call: Call) -> int:
 
 
 def _identity(call: Call, container: Container) -> Identity | None:
-    """The bundle's config.json, if the process is no other than that says."""
+    """Return the bundle's config.json, if the process is no other than that says."""
     if call.options.given - {"detach"} or listen_environment():
         return None
     from caisson.agent.runtime.prepared import identity
@@ -67,7 +67,7 @@ def _run(call: Call, container: Container, process: Process, config: Identity | 
 
 
 def _document(call: Call, container: Container) -> dict[str, Any]:
-    """The process as a document: of the file that was given, or the bundle's with this command line over it."""
+    """Return the process as a document: of the file that was given, or the bundle's with this command line over it."""
     path = call.options.text("process")
     if path:
         document = _read(path)

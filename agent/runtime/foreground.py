@@ -197,7 +197,7 @@ class Foreground:
 
 
 def find_terminal() -> int:
-    """The terminal of this program: among its streams, else /dev/tty; -1 for none."""
+    """Find the terminal of this program: among its streams, else /dev/tty; -1 for none."""
     for fd in (2, 1, 0):
         if os.isatty(fd):
             return fd

@@ -23,12 +23,12 @@ FORMATS = ("table", "json")
 
 
 def describe(container: Container, owner: str = "") -> dict[str, object]:
-    """A container as `state` and `list` print it."""
+    """Describe a container as `state` and `list` print it."""
     return document(container.state, container.status, owner)
 
 
 def document(state: State, status: str, owner: str = "") -> dict[str, object]:
-    """The same of a state, in the order of runc."""
+    """Describe a state likewise, in the order of runc."""
     found: dict[str, object] = {
         "ociVersion": state.oci_version,
         "id": state.id,

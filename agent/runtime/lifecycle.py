@@ -266,7 +266,7 @@ def kill(call: Call) -> int:
 
 
 def signal_number(text: str) -> int:
-    """The number of a signal that is given by number or name.  Raises CommandError."""
+    """Parse a signal that is given by number or name.  Raises CommandError."""
     if text.isascii() and text.isdecimal() and int(text) <= 64:
         return int(text)
     name = text.upper().removeprefix("SIG")
@@ -304,7 +304,7 @@ def delete(call: Call) -> int:
 
 
 def _load(call: Call, directory: str) -> Container | None:
-    """The container of a directory, also one without a pid; None if there is no state that can be read."""
+    """Load the container of a directory, also one without a pid; None if there is no state that can be read."""
     try:
         return Container(call.runtime, directory, State.load(directory))
     except (OSError, SpecError):

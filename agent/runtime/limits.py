@@ -120,7 +120,7 @@ def _number(name: str, text: str) -> int:
 
 
 def size(name: str, text: str) -> int:
-    """A number of bytes with a suffix; -1 is unlimited.  Raises CommandError."""
+    """Parse a number of bytes with a suffix; -1 is unlimited.  Raises CommandError."""
     if text == "-1":
         return -1
     word = text.strip().lower().removesuffix("ib").removesuffix("b") or text

@@ -76,7 +76,7 @@ def _write(fd: int, line: str) -> None:
 
 
 def quoted(text: str) -> str:
-    """A value as logrus's text format has it: in quotes unless it is one plain word."""
+    """Quote a value as logrus's text format does, unless it is one plain word."""
     if text and PLAIN.issuperset(text):
         return text
     return '"' + "".join(ESCAPES.get(c) or (c if c.isprintable() else f"\\x{ord(c):02x}") for c in text) + '"'

@@ -60,7 +60,7 @@ class Call:
         self.log("warning", message)
 
     def container(self) -> Container:
-        """The container that the command is about.  Raises ContainerError or CommandError."""
+        """Return the container that the command is about.  Raises ContainerError or CommandError."""
         return Container.load(self.runtime, self.id)
 
     @property
@@ -77,7 +77,7 @@ class Call:
             raise CommandError("invalid container ID format") from None
 
     def hierarchy(self) -> Hierarchy | None:
-        """The cgroup hierarchies of this machine."""
+        """Return the cgroup hierarchies of this machine."""
         if not self._hierarchy:
             from caisson.agent.libcontainer.cgroups import of_host
 
@@ -111,7 +111,7 @@ def _saved(container: Container) -> None:
 
 
 def waits() -> Any:
-    """The waits of a program that has nothing else to do."""
+    """Return the waits of a program that has nothing else to do."""
     from caisson.agent.libcontainer.waits import BlockingWaits
 
     return BlockingWaits()
@@ -125,13 +125,13 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 
 def default_root() -> str:
-    """Where state is kept unless --root says otherwise."""
+    """Return where state is kept unless --root says otherwise."""
     directory = os.environ.get("XDG_RUNTIME_DIR", "")
     return f"{directory}/runc" if directory and is_ordinary_user() else DEFAULT_ROOT
 
 
 def is_ordinary_user() -> bool:
-    """Whether this is no root of the machine: podman runs its runtime as the root of a user namespace."""
+    """Return whether this is no root of the machine: podman runs its runtime as the root of a user namespace."""
     if os.geteuid() != 0:
         return True
     from caisson.agent.libcontainer.plan.users import in_user_namespace
@@ -253,7 +253,7 @@ def _function(verb: Verb) -> Callable[[Call], int | None]:
 
 
 def _check_operands(verb: Verb, count: int) -> str:
-    """What is wrong with a number of operands; "" if nothing is."""
+    """Return what is wrong with a number of operands; "" if nothing is."""
     if verb.least == verb.most and count != verb.least:
         return f'runc: "{verb.name}" requires exactly {verb.least} argument(s)'
     if count < verb.least:

@@ -71,21 +71,21 @@ class Values:
         self._values[name] = value
 
     def flag(self, name: str) -> bool:
-        """Whether a flag is set."""
+        """Return whether a flag is set."""
         return bool(self._values[name])
 
     def text(self, name: str) -> str:
-        """The value of a text option."""
+        """Return the value of a text option."""
         return str(self._values[name])
 
     def number(self, name: str) -> int:
-        """The value of a numeric option."""
+        """Return the value of a numeric option."""
         value = self._values[name]
         assert isinstance(value, int)
         return value
 
     def texts(self, name: str) -> list[str]:
-        """All values of a repeatable option."""
+        """Return all values of a repeatable option."""
         value = self._values[name]
         assert isinstance(value, list)
         return value

@@ -32,7 +32,7 @@ Identity = tuple[int, int, int, int, int]
 
 
 def identity(path: str) -> Identity:
-    """Which file it is, and in what state.  Raises OSError."""
+    """Return which file it is, and in what state.  Raises OSError."""
     now = os.stat(path)  # noqa: PTH116 - no pathlib at start
     return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
 
@@ -48,7 +48,7 @@ def keep_state(container: Container) -> None:
 
 
 def encode_state(container: Container) -> bytes:
-    """The file: a header, what `state` prints around pid and status, the cgroups, the bundle."""
+    """Encode the file: a header, what `state` prints around pid and status, the cgroups, the bundle."""
     state, hooks = container.state, container.spec.hooks
     moving = '"pid": 0,\n  "status": "stopped"'  # no string of JSON holds a line's end as it is
     before, _, after = dumps(document(state, STOPPED), 2).partition(moving)
@@ -81,7 +81,7 @@ def keep_exec(container: Container, process: Process, config: Identity) -> None:
 
 
 def encode_exec(container: Container, process: Process, config: Identity) -> bytes:
-    """The file: a header, the messages up to the strings, the environment; without HOME that is added in C."""
+    """Encode the file: a header, the messages up to the strings, the environment; without HOME that is added in C."""
     has_home = users.has_home(process)
     if not has_home:
         process = process.but(env=tuple(variable for variable in process.env if not variable.startswith("HOME=")))

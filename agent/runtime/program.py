@@ -29,7 +29,7 @@ def find() -> str:
 
 
 def _is_built(directory: str, sources: str) -> bool:
-    """Whether both programs are there, and newer than what they are made of."""
+    """Return whether both programs are there, and newer than what they are made of."""
     try:
         built = min(os.stat(f"{directory}/{name}").st_mtime_ns for name in (NSEXEC, FRONT))  # noqa: PTH116
     except OSError:

@@ -109,7 +109,7 @@ class ProcessIO:
 
 
 def pty_name(master: int) -> bytes:
-    """The name of a terminal in its container, "/dev/pts/0"."""
+    """Return the name of a terminal in its container, "/dev/pts/0"."""
     import fcntl
     from struct import unpack
 
@@ -143,7 +143,7 @@ def write_pid_file(path: str, pid: int) -> None:
 
 
 def listen_fds() -> int:
-    """How many sockets this program was started with for the container (sd_listen_fds(3))."""
+    """Return how many sockets this program was started with for the container (sd_listen_fds(3))."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return 0
     text = os.environ.get("LISTEN_FDS", "")
@@ -151,7 +151,7 @@ def listen_fds() -> int:
 
 
 def listen_environment() -> list[str]:
-    """The environment of a process that gets them."""
+    """Return the environment of a process that gets them."""
     count = listen_fds()
     return [f"LISTEN_FDS={count}", "LISTEN_PID=1"] if count else []
 

@@ -94,7 +94,7 @@ class TaskBundle:
 
 
 def _start_time(pid: int) -> int:
-    """Field 22 of /proc/PID/stat: proc(5).  The command may contain spaces and parentheses."""
+    """Read field 22 of /proc/PID/stat: proc(5).  The command may contain spaces and parentheses."""
     with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123
         fields = file.read().rpartition(b")")[2].split()
     if fields[0] == b"Z":

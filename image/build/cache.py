@@ -27,7 +27,7 @@ from caisson.image.run import remove_in_background
 
 
 def default_root() -> Path:
-    """``$CAISSON_CACHE``, else ``$XDG_CACHE_HOME/caisson``, else ``~/.cache/caisson``."""
+    """Return ``$CAISSON_CACHE``, else ``$XDG_CACHE_HOME/caisson``, else ``~/.cache/caisson``."""
     if chosen := os.environ.get("CAISSON_CACHE"):
         return Path(chosen).resolve()
     base = os.environ.get("XDG_CACHE_HOME")
@@ -39,7 +39,7 @@ CAP = 4 * 10**9
 
 
 def cap() -> int:
-    """``$CAISSON_CACHE_SIZE`` in bytes, else 4 GB.  Raises ImageError for what is no number."""
+    """Return ``$CAISSON_CACHE_SIZE`` in bytes, else 4 GB.  Raises ImageError for an invalid number."""
     text = os.environ.get("CAISSON_CACHE_SIZE", str(CAP))
     if not text.isascii() or not text.isdecimal():
         raise ImageError(f"CAISSON_CACHE_SIZE {text!r}: is not a number of bytes; for example 4000000000")
@@ -51,12 +51,12 @@ NO_SPACE = os.strerror(errno.ENOSPC)
 
 
 def digest_of(*inputs: object) -> str:
-    """A key for these inputs (JSON values): 24 hex digits."""
+    """Return a key for these inputs (JSON values): 24 hex digits."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def digest_of_files(root: Path, files: list[Path]) -> str:
-    """The digest of files' names below ``root``, modes and contents, in an order of its own."""
+    """Return the digest of files' names below ``root``, modes and contents, in an order of its own."""
     state = hashlib.sha256()
     for file in sorted(files):
         mode = file.stat().st_mode & 0o111
@@ -81,7 +81,7 @@ class Cache:
         self.root = root
 
     def get(self, step: str, key: str) -> Path | None:
-        """The result, if there is one."""
+        """Return the result, if there is one."""
         result = self.root / step / key
         if not result.is_dir():
             return None
@@ -90,7 +90,7 @@ class Cache:
         return result
 
     def get_or_make(self, step: str, key: str, make: Callable[[Path], None]) -> Path:
-        """The result of a step: found, or made by ``make`` in an empty directory.
+        """Return the result of a step: found, or made by ``make`` in an empty directory.
 
         A failure or an interruption leaves nothing that could be taken for a result.
         """
@@ -136,7 +136,7 @@ class Cache:
 
     @contextmanager
     def scratch(self, step: str) -> Iterator[Path]:
-        """An empty directory for the time of a block; what a killed one leaves is removed by the next of its step."""
+        """Make an empty directory for the time of a block; what a killed one leaves, the next of its step removes."""
         self._sweep(step)
         key = uuid.uuid4().hex
         with self._locked(step, key):
@@ -198,7 +198,7 @@ class Cache:
 
 
 def _is_still(lock: IO[str], file: Path) -> bool:
-    """Whether an open file is what its name leads to: trim() removes locks that nobody holds."""
+    """Return whether an open file is what its name leads to: trim() removes locks that nobody holds."""
     try:
         return os.path.samestat(os.fstat(lock.fileno()), file.stat())
     except FileNotFoundError:
@@ -206,7 +206,7 @@ def _is_still(lock: IO[str], file: Path) -> bool:
 
 
 def size_of(directory: Path) -> int:
-    """Bytes of all files below a directory."""
+    """Add up the bytes of all files below a directory."""
     return sum(
         os.lstat(os.path.join(place, name)).st_size  # noqa: PTH118 - thousands of files
         for place, _, names in os.walk(directory)

@@ -52,7 +52,7 @@ class Limits:
     kernel: str = setting("of the compressed kernel", default="")
 
     def bytes_of(self, name: str) -> int | None:
-        """A limit in bytes, or None where there is none.  Raises DefinitionError for what is no size."""
+        """Parse a limit into bytes, or None where there is none.  Raises DefinitionError for an invalid size."""
         text = getattr(self, name)
         if not text:
             return None
@@ -99,7 +99,7 @@ class Definition:
         return self.arch != host_architecture()
 
     def native(self) -> Definition:
-        """The same for this machine's own architecture: what a build for another one runs."""
+        """Return the definition for this machine's own architecture: what a build for another one runs."""
         return dataclasses.replace(self, arch=host_architecture())
 
     @property
@@ -116,7 +116,7 @@ class Loaded:
     templates: tuple[Path, ...]
 
     def beside(self, name: str) -> Path:
-        """A file that a definition names: the last template that has it wins.  Raises DefinitionError."""
+        """Return a file that a definition names: the last template that has it wins.  Raises DefinitionError."""
         for place in reversed(self.templates):
             if (place / name).exists():
                 return place / name
@@ -124,7 +124,7 @@ class Loaded:
 
 
 def host_architecture() -> str:
-    """Debian's name for this machine's architecture.  Raises DefinitionError for one that is not supported."""
+    """Return Debian's name for this machine's architecture.  Raises DefinitionError for one that is not supported."""
     machine = platform.machine()
     if machine not in ARCHITECTURES:
         raise DefinitionError(f"{machine}: no images are made for it; there are {' and '.join(ARCHITECTURES)}")
@@ -132,12 +132,12 @@ def host_architecture() -> str:
 
 
 def schema() -> dict[str, Any]:
-    """The JSON schema of a definition (after jinja2, and with what it extends laid under it)."""
+    """Return the JSON schema of a definition (after jinja2, and with what it extends laid under it)."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | declared.schema(Definition)
 
 
 def find(name: str) -> Path:
-    """The definition that a user names: a template of ours, a directory with an image.yaml, or a file.
+    """Find the definition that a user names: a template of ours, a directory with an image.yaml, or a file.
 
     Raises DefinitionError.
     """
@@ -204,7 +204,7 @@ class _Undefined(jinja2.StrictUndefined):
 
 
 def _read(file: Path, given: Mapping[str, str], below: tuple[Path, ...]) -> tuple[dict[str, Any], tuple[Path, ...]]:
-    """A file's mapping over that of the template it extends, and the directories of both."""
+    """Read a file's mapping over that of the template it extends, and the directories of both."""
     file = file.resolve()
     if file in below:
         raise DefinitionError(f"{file}: extends itself, by {' → '.join(map(str, below))}")

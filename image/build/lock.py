@@ -39,7 +39,7 @@ class Lock:
 
     @classmethod
     def of(cls, suite: str, arch: str, records: Iterable[Mapping[str, str]]) -> Lock:
-        """A lock of packages' records, sorted.  Raises ImageError when one package is there in two versions."""
+        """Make the lock of packages' records, sorted.  Raises ImageError when one package is there in two versions."""
         packages = [{field: record[field] for field in _FIELDS} for record in records]
         packages.sort(key=lambda package: (package["type"], package["name"]))
         for first, second in pairwise(packages):
@@ -99,7 +99,7 @@ def read(file: Path) -> Lock:
 
 
 def drift(locked: Lock, resolved: Lock) -> list[Difference]:
-    """What of ``resolved`` is not as ``locked`` says, sorted; empty when all is."""
+    """List what of ``resolved`` is not as ``locked`` says, sorted; empty when all is."""
     differences = [
         Difference(name, "", before, now)
         for name, before, now in (("suite", locked.suite, resolved.suite), ("arch", locked.arch, resolved.arch))

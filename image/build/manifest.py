@@ -19,7 +19,7 @@ FORMAT = 2
 
 
 def plain(definition: Definition) -> dict[str, Any]:
-    """A definition as JSON values."""
+    """Return a definition as JSON values."""
 
     def value(item: Any) -> Any:
         if dataclasses.is_dataclass(item):
@@ -34,7 +34,7 @@ def plain(definition: Definition) -> dict[str, Any]:
 def contents(
     definition: Definition, key: str, kernel: Kernel, packages: list[dict[str, str]], agent: str
 ) -> dict[str, Any]:
-    """The document, as far as it is known before the image is packed."""
+    """Return the document, as far as it is known before the image is packed."""
     # Whoever reads this takes an image that does not say whose it is for Debian's.
     whose = {} if definition.distribution == "debian" else {"distribution": definition.distribution}
     return {
@@ -62,7 +62,7 @@ def contents(
 
 
 def osbuilder(document: Mapping[str, Any], definition: Definition) -> str:
-    """osbuilder.yaml, format 0.0.2, which Kata's tools look for in /var/lib/osbuilder (kata-collect-data.sh)."""
+    """Return osbuilder.yaml, format 0.0.2, which Kata's tools look for in /var/lib/osbuilder (kata-collect-data.sh)."""
     said = {
         "osbuilder": {"url": "", "version": document["agent"]["version"]},
         "rootfs-creation-time": "1970-01-01T00:00:00+00:00",
@@ -88,5 +88,5 @@ def osbuilder(document: Mapping[str, Any], definition: Definition) -> str:
 
 
 def write(document: dict[str, Any], file: Path) -> None:
-    """As JSON that a person can read."""
+    """Write a document as JSON that a person can read."""
     file.write_text(json.dumps(document, indent=2) + "\n")

@@ -43,7 +43,7 @@ class TooLarge(ImageError):
 
 
 def check_kernel(definition: Definition, kernel: Kernel) -> None:
-    """Raises ImageError when the kernel could not mount the root that the definition asks for."""
+    """Check that the kernel can mount the root that the definition asks for.  Raises ImageError."""
     if definition.format == "initrd":
         return
     wanted = [
@@ -90,7 +90,7 @@ def _initrd(definition: Definition, tree: Tree, target: Path) -> dict[str, Any]:
 
 
 def _disk(definition: Definition, tree: Tree, target: Path, tools: Tools) -> dict[str, Any]:
-    """A disk in the definition's layout.  ``cmdline`` is what the kernel must be told to mount it."""
+    """Write a disk in the definition's layout.  ``cmdline`` is what the kernel must be told to mount it."""
     filesystem, image = target / "root.filesystem", target / "root.img"
     disk.write_filesystem(filesystem, tree, definition.format, tools=tools)
     said: dict[str, Any] = {"file": image.name, "layout": definition.layout}

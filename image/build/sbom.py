@@ -30,7 +30,7 @@ _UNKNOWN = "NOASSERTION"
 
 
 def document(manifest: Mapping[str, Any], *, created: int = 0) -> dict[str, Any]:
-    """The SPDX document of an image whose image.json is ``manifest``; ``created`` is in seconds since 1970."""
+    """Return the SPDX document of an image whose image.json is ``manifest``; ``created`` is in seconds since 1970."""
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     name = f"{manifest['name']}-{manifest['suite']}-{manifest['arch']}"
     image = _package("image", name, manifest["key"], "", purpose="OPERATING-SYSTEM")
@@ -112,7 +112,7 @@ def _package(
 
 
 def _purl(record: Mapping[str, str], manifest: Mapping[str, Any]) -> str:
-    """A package URL: what scanners look vulnerabilities up by."""
+    """Return a package URL: what scanners look vulnerabilities up by."""
     if record["type"] == "wheel":
         name = re.sub(r"[-_.]+", "-", record["name"]).lower()
         return f"pkg:pypi/{name}@{quote(record['version'], safe='~')}"

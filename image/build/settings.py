@@ -22,7 +22,7 @@ class DefinitionError(ImageError):
 
 
 def setting(help: str, *, default: Any = dataclasses.MISSING, choices: Sequence[str] = ()) -> Any:
-    """A field of a class of settings.  ``help`` is a phrase; one without a default has to be given."""
+    """Declare a setting.  ``help`` is a phrase; one without a default has to be given."""
     metadata = {"help": help, "choices": tuple(choices)}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: types.MappingProxyType(default), metadata=metadata)
@@ -30,7 +30,7 @@ def setting(help: str, *, default: Any = dataclasses.MISSING, choices: Sequence[
 
 
 def section(kind: type, help: str) -> Any:
-    """A field that is a class of settings in its turn; left out, it has that class's defaults, if all have one."""
+    """Declare a class of settings as one; left out, it has that class's defaults, if all have one."""
     metadata = {"help": help, "choices": ()}
     if any(_required(field) for field in dataclasses.fields(kind)):
         return dataclasses.field(metadata=metadata)
@@ -42,7 +42,7 @@ def _required(field: dataclasses.Field[Any]) -> bool:
 
 
 def checked(kind: type, document: object, where: str, prefix: str = "") -> Any:
-    """The settings in a mapping, as ``kind``.  Raises DefinitionError for unknown keys, types, omissions."""
+    """Read the settings in a mapping, as ``kind``.  Raises DefinitionError for unknown keys, types, omissions."""
     if not isinstance(document, dict):
         raise DefinitionError(f"{where}: {prefix.rstrip('.') or 'the definition'} must be a mapping")
     known = {field.name: field for field in dataclasses.fields(kind)}
@@ -82,7 +82,7 @@ def _value(hint: Any, value: object, where: str, key: str) -> Any:
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """A mapping laid over another: mappings are merged, everything else is replaced, and ``key+`` adds to a list."""
+    """Lay a mapping over another: mappings are merged, everything else is replaced, and ``key+`` adds to a list."""
     result = dict(base)
     for key, value in over.items():
         name = key.removesuffix("+") if isinstance(key, str) else key
@@ -97,7 +97,7 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def override(assignment: str) -> dict[str, Any]:
-    """The mapping that `KEY=VALUE` stands for: a dot goes into a section, VALUE is YAML, and `KEY+=VALUE` adds to a
+    """Parse `KEY=VALUE` into a mapping: a dot goes into a section, VALUE is YAML, and `KEY+=VALUE` adds to a
     list.  Raises DefinitionError.
     """
     key, equals, text = assignment.partition("=")
@@ -128,7 +128,7 @@ class Described:
 
 
 def described(kind: type, prefix: str = "") -> Iterator[Described]:
-    """All settings of a class and its sections, in their order.  ``default`` is None for those that must be given."""
+    """List all settings of a class and its sections in order.  ``default`` is None for those that must be given."""
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
@@ -147,7 +147,7 @@ def _type_name(hint: Any) -> str:
 
 
 def schema(kind: type) -> dict[str, Any]:
-    """The JSON schema (draft 2020-12) of a class of settings, for editors."""
+    """Return the JSON schema (draft 2020-12) of a class of settings, for editors."""
     hints = typing.get_type_hints(kind)
     properties: dict[str, Any] = {}
     required = []

@@ -28,7 +28,7 @@ class Tools:
     tree: Path | None = None
 
     def command(self, program: str) -> list[str]:
-        """The words that start a program.  Raises ImageError when the tree lacks it, or a loader for it."""
+        """Return the words that start a program.  Raises ImageError when the tree lacks it, or a loader for it."""
         if self.tree is None:
             return [program]
         file = _first(self.tree, f"usr/bin/{program}", f"usr/sbin/{program}", f"bin/{program}", f"sbin/{program}")

@@ -68,7 +68,7 @@ def write_dax(target: Path, filesystem: Path, *, grain: int = GRAIN) -> None:
 
 
 def info_block(uuid: bytes, pages: int) -> bytes:
-    """A struct nd_pfn_sb of version 1.4.  The parent is no one's: a namespace without labels has no UUID."""
+    """Encode a struct nd_pfn_sb of version 1.4.  The parent is no one's: a namespace without labels has no UUID."""
     fields = _INFO.pack(
         b"NVDIMM_PFN_INFO\0", uuid, bytes(16), 0, 1, 4, DATA_OFFSET, pages, _MODE_RAM, 0, 0, GRAIN, _PAGE, 64
     )
@@ -77,7 +77,7 @@ def info_block(uuid: bytes, pages: int) -> bytes:
 
 
 def fletcher64(data: bytes) -> int:
-    """The nvdimm driver's checksum: the sum of all 32-bit words, and above it the sum of all those sums."""
+    """Compute the nvdimm driver's checksum: the sum of all 32-bit words, and above it the sum of all those sums."""
     low = high = 0
     for (word,) in struct.iter_unpack("<I", data):
         low = (low + word) & 0xFFFFFFFF

@@ -221,7 +221,7 @@ def _descriptors(plan: _Plan, last: int, nodes: Sequence[_Inode]) -> bytes:
 
 
 def _write_bitmaps(stream: BinaryIO, plan: _Plan, last: int) -> None:
-    """Every block is in use, and those that are not there count as used, too; so it is with inodes."""
+    """Mark every block as in use, and those that are not there as well; so it is with inodes."""
     stream.seek(plan.block_bitmaps * BLOCK)
     stream.write(b"\xff" * BLOCK * plan.groups)
     for group in range(plan.groups):

@@ -57,7 +57,7 @@ class Partition:
 
 
 def verity_guids(root_hash: bytes) -> tuple[UUID, UUID]:
-    """The GUIDs by which systemd finds a root partition and its hash tree: the two ends of the root hash."""
+    """Return the GUIDs by which systemd finds a root partition and its hash tree: the two ends of the root hash."""
     return UUID(bytes=root_hash[:16]), UUID(bytes=root_hash[-16:])
 
 
@@ -104,7 +104,7 @@ def write_disk(target: Path, partitions: Sequence[Partition]) -> None:
 
 
 def mbr(partitions: Sequence[tuple[int, int, int]], signature: int = 0) -> bytes:
-    """A master boot record: up to four partitions as (type, first sector, sectors), and the disk's 32-bit signature."""
+    """Encode a master boot record: up to four partitions as (type, first sector, sectors), and the disk's signature."""
     # Cylinders, heads and sectors: those that stand for "see the numbers behind".
     start, beyond = b"\x00\x02\x00", b"\xff\xff\xff"
     table = b"".join(

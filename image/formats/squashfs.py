@@ -94,7 +94,7 @@ def write_archive(
 
 
 def kept_xattrs(path: bytes, xattrs: Mapping[str, bytes], warn: Warn) -> dict[str, bytes]:
-    """Return the attributes that a disk holds; ``warn`` is told of the others by name."""
+    """Return the attributes that a disk holds; ``warn`` gets the names of the others."""
     kept = {}
     for name, value in xattrs.items():
         if name.startswith(OVERLAY):

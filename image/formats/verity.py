@@ -40,7 +40,7 @@ class HashTree:
     stored: bytes
 
     def record(self) -> dict[str, str | int]:
-        """What image.json says of it; the tree itself starts at ``hash_offset`` bytes when it was appended."""
+        """Return what image.json says of it; the tree itself starts at ``hash_offset`` bytes when it was appended."""
         return {
             "hash": "sha256",
             "root_hash": self.root_hash.hex(),
@@ -53,7 +53,7 @@ class HashTree:
     def command_line(
         self, data: str = "/dev/vda", hashes: str | None = None, *, on_corruption: OnCorruption = "fail"
     ) -> str:
-        """The kernel parameters that make /dev/dm-0 of the guest's device ``data`` and mount it as the root.
+        """Return the kernel parameters that make /dev/dm-0 of the device ``data`` and mount it as the root.
 
         The tree is on the device ``hashes``, from its start; without one it follows the data on the same device.
         """
@@ -66,7 +66,7 @@ class HashTree:
 
 
 def hash_tree(image: Path) -> HashTree:
-    """The tree over a file.  The salt is the file's own digest: fixed for its bytes, other for any other file.
+    """Compute the tree over a file.  The salt is the file's own digest: fixed for its bytes, other for any other file.
 
     Raises ImageError when the file is empty or not a whole number of blocks.
     """

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from caisson.commands import renamed
+from caisson.image.build.builder import BASE_CODE, KERNEL_CODE
 from tests.support.source import ROOT, modules, within
 
 #: Module or package → old name → new name.  Names of classes, functions, constants, attributes and parameters.
@@ -170,3 +171,28 @@ def test_old_words_of_commands_are_aliases_in_one_place() -> None:
     assert renamed.OLD_OPTIONS[("boot-vm", "template")] == "snapshot"
     others = [module for module in modules() if module.name != "commands.renamed"]
     assert [module.name for module in others if "save-template" in "\n".join(module.strings())] == []
+
+
+#: Words that begin a noun or a clause: a docstring begins with what the function does.
+NOT_A_VERB = re.compile(
+    r"(A|An|The|Its?|What|Whether|Where|Which|Who|How|All|Each|Every|Everything|One|Some|This|These|Nothing|Raises) "
+)
+
+
+#: The text of these decides whether packages and kernels are made again, so that their words change with their code.
+CACHE_KEYS = {f"image.{name.removesuffix('.py').replace('/', '.')}" for name in (*BASE_CODE, *KERNEL_CODE)}
+
+
+def test_docstrings_begin_with_an_imperative() -> None:
+    """Functions only: properties are nouns, and `__init__` says what its class does not."""
+    found = []
+    for module in modules():
+        if module.name in CACHE_KEYS or within(module.name, "image.kernel"):
+            continue
+        for node in ast.walk(module.tree):
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or node.name == "__init__":
+                continue
+            is_property = any("property" in ast.unparse(one) for one in node.decorator_list)
+            if not is_property and NOT_A_VERB.match(ast.get_docstring(node) or ""):
+                found.append(f"{module.name}:{node.lineno}")
+    assert found == []

@@ -1,4 +1,4 @@
-"""What Kata 1.x hosts are told of each kind of error.
+"""The status and sentence that Kata 1.x hosts get for each kind of error.
 
 The reference gives most errors no status, which makes them UNKNOWN; hosts tell them by their texts.
 """

@@ -165,7 +165,7 @@ def _storage(one: agent_pb2.Storage) -> Storage:
 
 
 def _refuse_ports(request: agent_pb2.CreateContainerRequest | agent_pb2.ExecProcessRequest) -> None:
-    """Raises Unsupported for streams beside this API, which hosts use where a kernel parameter says that they can."""
+    """Refuse streams beside this API, which hosts use where a kernel parameter says that they can."""
     if request.stdin_port or request.stdout_port or request.stderr_port:
         raise Unsupported("stdin_port, stdout_port and stderr_port are not supported: streams go by this API")
 

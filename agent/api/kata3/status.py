@@ -1,4 +1,4 @@
-"""What Kata 3.x hosts are told of each kind of error.
+"""The status and sentence that Kata 3.x hosts get for each kind of error.
 
 The reference answers nearly everything with INTERNAL, where codes here say more.  Hosts tell few things apart:
 UNIMPLEMENTED, and the texts "Link not found" and "ESRCH: No such process".

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
             ...
 
         def place(self, path: str, *, below_own: bool = False) -> dict[str, str]:
-            """The directories that `create` would make, by hierarchy.  Raises CgroupError."""
+            """Return the directories that `create` would make, by hierarchy.  Raises CgroupError."""
             ...
 
         def open(self, paths: Mapping[str, str]) -> Cgroup:
@@ -86,7 +86,7 @@ class Cgroup:
         return {controller: path for name, path in self.paths.items() for controller in name.split(",")}
 
     def join_files(self) -> list[str]:
-        """Files into which a process writes itself to be in it; none where processes are born in it, by `fd`."""
+        """Return files into which a process writes itself to be in it; none where processes are born in it, by `fd`."""
         return []
 
     def join_fds(self) -> JoinFds:
@@ -97,7 +97,7 @@ class Cgroup:
         return JoinFds(self.path, self.fd, self.join_files())
 
     def join_fds_of(self, pid: int) -> JoinFds:
-        """The same, into the cgroup below it that a process is in: one that has given controllers to cgroups below
+        """Open the same of the cgroup below it that a process is in: one that has given controllers to cgroups below
         takes no process (EBUSY), as happens where systemd or a container engine runs in the container.
 
         Takes time where there are many cgroups below.  Raises CgroupError if the process is in none of them.
@@ -108,7 +108,7 @@ class Cgroup:
         return JoinFds(self.path, fd, [], owned=True)
 
     def pids(self) -> list[int]:
-        """All processes in it and below, none if it is gone.  Takes time where there are many cgroups below."""
+        """List all processes in it and below, none if it is gone.  Takes time where there are many cgroups below."""
         return files.pids_in(self.path)
 
     async def kill(self) -> None:
@@ -131,19 +131,19 @@ class Cgroup:
         """Close descriptors; the cgroup stays.  Idempotent."""
 
     def settings(self, resources: Resources) -> Iterable[Setting]:
-        """The limits in an order in which the kernel takes them.  Raises SpecError for what this version has not."""
+        """Return the limits in an order that the kernel takes.  Raises SpecError for what this version has not."""
         raise NotImplementedError
 
     def file(self, name: str) -> str | None:
-        """The path of a file of the cgroup; None if its controller is not there."""
+        """Return the path of a file of the cgroup; None if its controller is not there."""
         raise NotImplementedError
 
     def controllers(self) -> frozenset[str]:
-        """The controllers that there are for it."""
+        """Return the controllers that there are for it."""
         raise NotImplementedError
 
     def read(self, name: str) -> str | None:
-        """What a file says, None without it."""
+        """Read a file of it, None without it."""
         path = self.file(name)
         try:
             return None if path is None else files.read(path)
@@ -189,17 +189,17 @@ class Cgroup:
         self.allow_devices(rules)
 
     def allow_hotplugged_cpus(self, *, above_only: bool) -> None:
-        """New CPUs have come: they are for it, or only for the cgroups above it.  Raises CgroupError.
+        """Allow new CPUs to it, or only to the cgroups above it.  Raises CgroupError.
 
         In cgroup v2 there is nothing to do: who is given no CPUs by number has all of those above.
         """
 
     def stats(self) -> CgroupStats:
-        """What it has used so far; zeros where nobody counts.  Reads many files, and may be called in a thread."""
+        """Read what it has used so far; zeros where nobody counts.  Reads many files, and may be called in a thread."""
         raise NotImplementedError
 
     def oom_kills(self) -> int:
-        """How many of its processes the kernel has ended for want of memory."""
+        """Return how many of its processes the kernel has ended for want of memory."""
         raise NotImplementedError
 
     def oom_watch(self, killed: Callable[[], object]) -> OomWatch | None:
@@ -220,11 +220,11 @@ class Cgroup:
 
     @property
     def frozen(self) -> bool:
-        """Whether all of it stands still."""
+        """Whether all of it is frozen."""
         raise NotImplementedError
 
     def _check_usage(self, resources: Resources) -> None:
-        """memory.checkBeforeUpdate: a limit below what is in use would end processes, and is refused."""
+        """Refuse a limit below what is in use, which would end processes, where memory.checkBeforeUpdate says so."""
         memory = resources.memory
         if not memory.check_before_update:
             return
@@ -238,7 +238,7 @@ class Cgroup:
                 raise CgroupError(f"{WHERE}.memory.{field}: {words}")
 
     def _memory_in_use(self) -> tuple[int, int]:
-        """Bytes of memory, and of swap."""
+        """Read the bytes of memory, and of swap."""
         raise NotImplementedError
 
     def _set(self, setting: Setting, undo: list[tuple[str, str]] | None) -> None:
@@ -327,7 +327,7 @@ def signal_pid(pid: int, number: int) -> None:
 
 
 def own_cgroups(file: str = "/proc/self/cgroup") -> dict[str, str]:
-    """This process's cgroups by controllers ("cpu,cpuacct", "name=systemd"; "" is version 2)."""
+    """Read this process's cgroups by controllers ("cpu,cpuacct", "name=systemd"; "" is version 2)."""
     with open(file, encoding="utf-8", errors="surrogateescape") as lines:  # noqa: PTH123 - no pathlib at start
         rows = (line.rstrip("\n").split(":", 2) for line in lines)
         return {name: path for _, name, path in rows}
@@ -342,7 +342,7 @@ def check_unused(path: str, pids: list[int], *, frozen: bool) -> None:
 
 
 def parts_of(path: str) -> list[str]:
-    """The parts of linux.cgroupsPath.  Raises CgroupError for a path that leads elsewhere."""
+    """Return the parts of linux.cgroupsPath.  Raises CgroupError for a path that leads elsewhere."""
     parts = [part for part in path.split("/") if part]
     if not parts or any(part in (".", "..") or "\0" in part or "\n" in part or len(part) > 255 for part in parts):
         raise CgroupError(f"cgroup path {path!r} is not one")

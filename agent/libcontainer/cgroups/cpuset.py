@@ -16,7 +16,7 @@ LONGEST, HIGHEST = 4096, 1 << 14
 
 
 def numbers(text: str) -> frozenset[int] | None:
-    """The CPUs of a list such as 0-3,7; None for what is none, or absurd (cpuset(7), "List format")."""
+    """Parse a list of CPUs such as 0-3,7; None for what is none, or absurd (cpuset(7), "List format")."""
     found: set[int] = set()
     if len(text) > LONGEST:
         return None
@@ -31,13 +31,13 @@ def numbers(text: str) -> frozenset[int] | None:
 
 
 def online(file: str = ONLINE) -> str:
-    """The CPUs that can be used, as the kernel writes them."""
+    """Read the CPUs that can be used, as the kernel writes them."""
     with open(file, encoding="ascii") as stream:  # noqa: PTH123 - no pathlib at start
         return stream.read().strip()
 
 
 def available(resources: Resources, file: str = ONLINE) -> Resources:
-    """The limits with all CPUs that there are in the place of a list with some that are not.
+    """Return the limits with all CPUs that there are in the place of a list with some that are not.
 
     What is not a list is left to the kernel to refuse.
     """

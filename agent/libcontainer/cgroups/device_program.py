@@ -48,7 +48,7 @@ def _instruction(opcode: int, dst: int = 0, src: int = 0, offset: int = 0, imm: 
 
 
 def program(rules: Iterable[DeviceRule]) -> bytes:
-    """The instructions that answer 1 for an access that the rules allow and 0 for any other."""
+    """Assemble the instructions that answer 1 for an access that the rules allow and 0 for any other."""
     code = [
         _instruction(LOAD_WORD, R2, R1, 0),
         _instruction(MOVE_REG, R3, R2),

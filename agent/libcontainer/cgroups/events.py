@@ -42,7 +42,7 @@ class FileWatch:
         self._epoll.register(self._file, select.EPOLLPRI)
 
     def fileno(self) -> int:
-        """A descriptor that can be read when the file has changed; -1 once its cgroup is gone."""
+        """Return a descriptor that can be read when the file has changed; -1 once its cgroup is gone."""
         return self._epoll.fileno() if self._file >= 0 else -1
 
     def on_readable(self) -> None:
@@ -54,7 +54,7 @@ class FileWatch:
         self._changed()
 
     def on_timeout(self) -> None:
-        """Never wanted."""
+        """Do nothing: no time-out is asked for."""
 
     def close(self) -> None:
         """Stop watching.  Idempotent."""
@@ -73,7 +73,7 @@ class OomCounter:
         self._known = count()
 
     def look(self) -> bool:
-        """Whether the counter has grown since the last look; then the callback was called."""
+        """Return whether the counter has grown since the last look; then the callback was called."""
         now = self._count()
         grown = now > self._known
         self._known = max(now, self._known)
@@ -114,7 +114,7 @@ class EventFdNotifier:
         return self.DELAYS[self._attempt] if self._attempt < len(self.DELAYS) else None
 
     def fileno(self) -> int:
-        """A descriptor that can be read when the kernel reports something; -1 once it is closed."""
+        """Return a descriptor that can be read when the kernel reports something; -1 once it is closed."""
         return self._event
 
     def on_readable(self) -> None:

@@ -19,13 +19,13 @@ NOT_KEYED = ("cpu.max",)
 
 
 def read(path: str) -> str:
-    """The content.  Raises OSError."""
+    """Return the content.  Raises OSError."""
     with open(path, encoding="utf-8") as file:  # noqa: PTH123 - no pathlib at start
         return file.read()
 
 
 def write(path: str, value: str) -> None:
-    """One write, as the kernel wants it.  Raises OSError."""
+    """Return one write, as the kernel wants it.  Raises OSError."""
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         os.write(fd, (value or "\n").encode())
@@ -34,7 +34,7 @@ def write(path: str, value: str) -> None:
 
 
 def restoring(file: str, value: str, before: str) -> str:
-    """What to write to `file` for it to be as it was `before` the write of `value`; "" is written as an empty line.
+    """Return what restores `file` as it was `before` the write of `value`; "" is written as an empty line.
 
     Many files hold values by a key that comes first: a device, an interface, `default`.  Only the line of the key that
     was written is of interest then, and where there was none the value is taken back in the words of that file.
@@ -105,7 +105,7 @@ def _subdirectories(fd: int) -> list[str]:
 
 
 def pids_in(path: str) -> list[int]:
-    """All processes of the cgroup and below, none if it is gone."""
+    """List all processes of the cgroup and below, none if it is gone."""
     return [pid for fd, _, _ in walk(path) for pid in _pids(fd)]
 
 

@@ -110,7 +110,7 @@ class CgroupDirectory:
         self._path = path
 
     def text(self, name: str) -> str:
-        """The content, "" without the file."""
+        """Read a file, "" without it."""
         if self._path is None:
             return ""
         try:
@@ -119,16 +119,16 @@ class CgroupDirectory:
             return ""
 
     def number(self, name: str) -> int:
-        """A single number, "max" as UNLIMITED, 0 without the file."""
+        """Read a single number, "max" as UNLIMITED, 0 without the file."""
         return _number(self.text(name).strip())
 
     def table(self, name: str) -> dict[str, int]:
-        """Lines of a key and a number."""
+        """Read lines of a key and a number."""
         rows = (line.split() for line in self.text(name).splitlines())
         return {row[0]: _number(row[1]) for row in rows if len(row) == 2}
 
     def page_sizes(self, suffix: str) -> list[str]:
-        """The huge page sizes that there is a file hugetlb.<size>.<suffix> for."""
+        """List the huge page sizes that there is a file hugetlb.<size>.<suffix> for."""
         import os
 
         try:
@@ -146,6 +146,6 @@ def _number(text: str) -> int:
 
 
 def device(text: str) -> tuple[int, int] | None:
-    """8:16 as two numbers."""
+    """Parse 8:16 into two numbers."""
     major, colon, minor = text.partition(":")
     return (int(major), int(minor)) if colon and major.isdecimal() and minor.isdecimal() else None

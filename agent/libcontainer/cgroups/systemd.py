@@ -64,7 +64,7 @@ class Scope:
 
 
 def _of_user() -> list[str]:
-    """The cgroups around those of a service manager: none for the system's."""
+    """Return the cgroups around those of a service manager: none for the system's."""
     uid = os.geteuid()
     return [] if uid == 0 else ["user.slice", f"user-{uid}.slice", f"user@{uid}.service"]
 
@@ -76,7 +76,7 @@ class Systemd(Hierarchy):
         self._below = below
 
     def place(self, path: str, *, below_own: bool = False) -> dict[str, str]:
-        """The directory of a scope."""
+        """Return the directory of a scope."""
         root = self._below.place("x")[""].removesuffix("/x")
         return {"": root + Scope(path).path}
 
@@ -146,7 +146,7 @@ class ScopeCgroup(CgroupOfV2):
         self._holder = holder
 
     def join_fds(self) -> JoinFds:
-        """As of every cgroup; at its end the scope lasts for as long as what has joined it."""
+        """Open what joins it, as of every cgroup; at its end the scope lasts for as long as what has joined it."""
         return ScopeJoinFds(self)
 
     def release(self) -> None:
@@ -196,7 +196,7 @@ class ScopeJoinFds(JoinFds):
 
 
 def properties(settings: Iterable[Setting]) -> list[str]:
-    """Limits as properties of a unit; what systemd has no property for is left out."""
+    """Return limits as properties of a unit; what systemd has no property for is left out."""
     found = {}
     for setting in settings:
         name, value = PROPERTIES.get(setting.file), setting.value
@@ -213,7 +213,7 @@ def properties(settings: Iterable[Setting]) -> list[str]:
 
 
 def is_running() -> bool:
-    """Whether systemd is the service manager of this machine (sd_booted(3))."""
+    """Return whether systemd is the service manager of this machine (sd_booted(3))."""
     return os.path.isdir(RUNNING)  # noqa: PTH112 - no pathlib at start
 
 

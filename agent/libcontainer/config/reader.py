@@ -67,7 +67,7 @@ class Reader:
         self._where = where
 
     def name(self, key: str) -> str:
-        """The full path of `key`, for error messages."""
+        """Return the full path of `key`, for error messages."""
         return f"{self._where}.{key}" if self._where else key
 
     @property
@@ -76,19 +76,19 @@ class Reader:
         return [check_text(key, self._where) for key in self._values]
 
     def raw(self, key: str) -> Any:
-        """The value as it is, None if absent."""
+        """Read a value as it is, None if absent."""
         self._read.append(key)
         return self._values.get(key)
 
     def text(self, key: str, default: str = "") -> str:
-        """A string without NUL (no string of an OCI configuration can carry one into the kernel)."""
+        """Read a string without NUL (no string of an OCI configuration can carry one into the kernel)."""
         value = self.raw(key)
         if value is None:
             return default
         return check_text(value, self.name(key))
 
     def flag(self, key: str, default: bool = False) -> bool:
-        """A boolean."""
+        """Read a boolean."""
         value = self.raw(key)
         if value is None:
             return default
@@ -97,7 +97,7 @@ class Reader:
         return value
 
     def number(self, key: str, low: int, high: int) -> int | None:
-        """An integer within [low, high], None when absent."""
+        """Read an integer within [low, high], None when absent."""
         value = self.raw(key)
         return None if value is None else check_number(value, self.name(key), low, high)
 
@@ -106,18 +106,18 @@ class Reader:
         return self.number(key, 0, U32_MAX) or 0
 
     def texts(self, key: str) -> tuple[str, ...]:
-        """A list of strings."""
+        """Read a list of strings."""
         value = self.raw(key)
         if isinstance(value, list) and set(map(type, value)) <= {str} and "\0" not in "".join(value):
             return tuple(value)  # without the names of elements, which are for errors
         return self.each(key, check_text)
 
     def numbers(self, key: str, low: int, high: int) -> tuple[int, ...]:
-        """A list of integers within [low, high]."""
+        """Read a list of integers within [low, high]."""
         return self.each(key, lambda value, name: check_number(value, name, low, high))
 
     def each(self, key: str, parse: Callable[[Any, str], T]) -> tuple[T, ...]:
-        """A list, every element through `parse(value, name)`."""
+        """Read a list, every element through `parse(value, name)`."""
         value = self.raw(key)
         if value is None:
             return ()
@@ -126,12 +126,12 @@ class Reader:
         return tuple(parse(element, f"{self.name(key)}[{index}]") for index, element in enumerate(value))
 
     def one(self, key: str, parse: Callable[[Any, str], T]) -> T | None:
-        """A sub-object through `parse(value, name)`; None when absent or empty."""
+        """Read a sub-object through `parse(value, name)`; None when absent or empty."""
         value = self.raw(key)
         return None if value is None or value == {} else parse(value, self.name(key))
 
     def table(self, key: str) -> Mapping[str, str]:
-        """An object of strings."""
+        """Read an object of strings."""
         value = self.raw(key)
         if value is None:
             return {}
@@ -161,7 +161,7 @@ class Reader:
 
 
 def check_text(value: object, name: str) -> str:
-    """`value` if it is a string without NUL.  Raises SpecError."""
+    """Return `value` if it is a string without NUL.  Raises SpecError."""
     if not isinstance(value, str):
         raise SpecError(name, f"must be a string, not {value!r}")
     if "\0" in value:
@@ -170,7 +170,7 @@ def check_text(value: object, name: str) -> str:
 
 
 def check_number(value: object, name: str, low: int, high: int) -> int:
-    """`value` if it is an integer within [low, high].  Raises SpecError."""
+    """Return `value` if it is an integer within [low, high].  Raises SpecError."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise SpecError(name, f"must be a whole number, not {value!r}")
     if not low <= value <= high:

@@ -118,7 +118,7 @@ class Resources(Record):
         return result
 
     def updated(self, new: Resources) -> Resources:
-        """These limits with everything that `new` gives in its place; what it does not give stays.
+        """Return these limits with everything that `new` gives in its place; what it does not give stays.
 
         Limits of one device, page size, interface or file are replaced one by one, device rules all together.
         """
@@ -149,7 +149,7 @@ def merge(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> di
 
 
 def _some(r: Reader, key: str, parse: Callable[[Any, str], T]) -> tuple[T, ...]:
-    """A list of at most MOST."""
+    """Read a list of at most MOST."""
     found = r.each(key, parse)
     if len(found) > MOST:
         raise SpecError(r.name(key), f"has {len(found)} entries, and {MOST} are the most")
@@ -157,7 +157,7 @@ def _some(r: Reader, key: str, parse: Callable[[Any, str], T]) -> tuple[T, ...]:
 
 
 def _merged(old: Any, new: Any) -> Any:
-    """`new` over `old`, field by field; a value that is empty, zero or None is not given."""
+    """Lay `new` over `old`, field by field; a value that is empty, zero or None is not given."""
     changes = {}
     for name, value in vars(new).items():
         before = getattr(old, name)
@@ -259,7 +259,7 @@ def _weight(r: Reader) -> int | None:
 
 
 def _device_value(key: str, low: int, high: int) -> Callable[[object, str], tuple[tuple[int, int], int]]:
-    """A parser of {major, minor, key}."""
+    """Make a parser of {major, minor, key}."""
 
     def parse(value: object, where: str) -> tuple[tuple[int, int], int]:
         r = Reader(value, where)
@@ -313,7 +313,7 @@ def _rdma(value: object, where: str) -> dict[str, RdmaLimit]:
 
 
 def _word(text: str, where: str, what: str) -> str:
-    """One word: what is written into a file of the kernel beside it must not become part of it."""
+    """Read one word: what is written into a file of the kernel beside it must not become part of it."""
     if not text or text.split() != [text] or "\0" in text:
         raise SpecError(where, f"{text!r} is not {what}")
     return text

@@ -58,7 +58,7 @@ class MemoryPolicy(Record):
 
 
 def scheduler(value: object, where: str) -> bytes:
-    """`process.scheduler` as struct sched_attr.  Raises SpecError."""
+    """Read `process.scheduler` as struct sched_attr.  Raises SpecError."""
     r = Reader(value, where)
     policy, bits = r.text("policy"), _flags(r, FLAGS)
     nice = r.number("nice", -20, 19) or 0
@@ -79,7 +79,7 @@ def is_lost_by_clone(attributes: bytes | None) -> bool:
 
 
 def io_priority(value: object, where: str) -> int:
-    """`process.ioPriority` as the kernel has it.  Raises SpecError."""
+    """Read `process.ioPriority` as the kernel has it.  Raises SpecError."""
     r = Reader(value, where)
     kind, priority = r.text("class"), r.number("priority", 0, 7) or 0
     r.done()
@@ -89,7 +89,7 @@ def io_priority(value: object, where: str) -> int:
 
 
 def affinity(value: object, where: str) -> Affinity:
-    """`process.execCPUAffinity`.  Raises SpecError."""
+    """Read `process.execCPUAffinity`.  Raises SpecError."""
     r = Reader(value, where)
     sets = [_mask(r.text(key), r.name(key)) for key in ("initial", "final")]
     r.done()
@@ -97,7 +97,7 @@ def affinity(value: object, where: str) -> Affinity:
 
 
 def personality(value: object, where: str) -> int:
-    """`linux.personality` as for personality(2).  Raises SpecError."""
+    """Read `linux.personality` as for personality(2).  Raises SpecError."""
     r = Reader(value, where)
     domain = r.text("domain")
     flags = _flags(r, PERSONALITY_FLAGS)
@@ -134,7 +134,7 @@ def _flags(r: Reader, known: Mapping[str, int], wrong: str = "") -> int:
 
 
 def _mask(text: str, where: str, wrong: str = "") -> bytes | None:
-    """A list of CPUs or memory nodes like "0-3,7" as a mask of whole words."""
+    """Parse a list of CPUs or memory nodes like "0-3,7" into a mask of whole words."""
     if not text:
         return None
     mask = 0

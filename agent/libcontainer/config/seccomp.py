@@ -106,7 +106,7 @@ class Seccomp(Record):
 
 
 def _with_listener(profile: Seccomp, r: Reader) -> Seccomp:
-    """The profile with the flags of its listener, if it has one.  Raises SpecError for what would hang."""
+    """Return the profile with the flags of its listener, if it has one.  Raises SpecError for what would hang."""
     notified = [rule for rule in profile.rules if rule.action == NOTIFY]
     if profile.default == NOTIFY:
         raise SpecError(r.name("defaultAction"), "SCMP_ACT_NOTIFY cannot be used as the default action")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 
 def has_apparmor() -> bool:
-    """Whether AppArmor is in force.  Source: Documentation/admin-guide/LSM/apparmor.rst"""
+    """Return whether AppArmor is in force.  Source: Documentation/admin-guide/LSM/apparmor.rst"""
     return "Y" in _read("/sys/module/apparmor/parameters/enabled")
 
 
 def has_selinux() -> bool:
-    """Whether SELinux is: only then there is its file system."""
+    """Return whether SELinux is: only then there is its file system."""
     return "selinuxfs" in _read("/proc/filesystems")
 
 

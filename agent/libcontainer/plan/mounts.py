@@ -172,7 +172,7 @@ def parse_options(options: tuple[str, ...], *, type_: str, where: str) -> MountO
 
 
 def _bind_clear(set_: int, clear: int, relatime: bool) -> int:
-    """What a bind mount clears by request: of access times nothing, unless another way to keep them is set."""
+    """Return what a bind mount clears by request: of access times nothing, unless another way to keep them is set."""
     clear &= ~(MOUNT_ATTR__ATIME | MOUNT_ATTR_NODIRATIME)
     if relatime or set_ & (MOUNT_ATTR__ATIME | MOUNT_ATTR_NODIRATIME):
         clear |= MOUNT_ATTR__ATIME | (MOUNT_ATTR_NODIRATIME & ~set_)
@@ -234,7 +234,7 @@ class FileSystem:
                 self.mounts.append(planned)
 
     def _id_mapped(self, mount: PlannedMount) -> PlannedMount:
-        """The mount with the container's own id maps, if it is to be mapped and has none."""
+        """Return the mount with the container's own id maps, if it is to be mapped and has none."""
         if not mount.options.idmap or mount.uid_map:
             return mount
         if "user" not in self._types:
@@ -243,7 +243,7 @@ class FileSystem:
         return mount.but(uid_map=wire.map_lines(linux.uid_mappings), gid_map=wire.map_lines(linux.gid_mappings))
 
     def _labelled(self, mount: PlannedMount) -> PlannedMount:
-        """The mount with the container's SELinux context, where it is a new file system that can have one."""
+        """Return the mount with the container's SELinux context, where it is a new file system that can have one."""
         label, options = self._spec.linux.mount_label, mount.options
         if not label or options.bind or options.remount or mount.type in WITHOUT_LABEL:
             return mount

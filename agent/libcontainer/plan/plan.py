@@ -88,7 +88,7 @@ def init_messages(
     keyring: bool = True,
     on_host: bool = False,
 ) -> bytes:
-    """The messages for a container's first process.
+    """Encode the messages for a container's first process.
 
     `join` maps OCI namespace types to paths that are entered instead of making a new one; `cgroups` are
     the container's directories by controllers ("" for v2), shown at its cgroup mount; `procfs` is a
@@ -162,7 +162,7 @@ def _way_to_root(own_mounts: bool, pivot: bool) -> int:
 
 
 def pause_messages(rootfs: str, join: Mapping[str, str]) -> bytes:
-    """The messages for the first process of a pid namespace that containers share: in `rootfs`, as nobody.
+    """Encode the messages for the first process of a pid namespace that containers share: in `rootfs`, as nobody.
 
     Whoever may trace it there can make it do things: it has nothing of the machine, and limits to keep it from growing.
     `join` maps namespace types to paths as for an init; the network is one of its own, with nothing in it.
@@ -180,7 +180,7 @@ def pause_messages(rootfs: str, join: Mapping[str, str]) -> bytes:
 
 
 def exec_messages(process: Process, spec: Spec, join: Mapping[str, str], filter: bytes = b"") -> bytes:
-    """The messages for another process in a running container, into all namespaces that the container was given.
+    """Encode the messages for another process in a running container, into all namespaces that it was given.
 
     `filter` is the container's (bpf.py).
     """
@@ -207,7 +207,7 @@ def exec_messages(process: Process, spec: Spec, join: Mapping[str, str], filter:
 
 
 def joined_paths(linux: Linux, join: Mapping[str, str]) -> dict[str, str]:
-    """Namespaces entered by path: the configuration's, and `join` over them.  Raises SpecError."""
+    """Return the namespaces entered by path: the configuration's, and `join` over them.  Raises SpecError."""
     paths = {namespace.type: namespace.path for namespace in linux.namespaces if namespace.path} | dict(join)
     for type_, path in paths.items():
         if type_ not in wire.NAMESPACES:
@@ -253,7 +253,7 @@ def _names(spec: Spec, types: set[str]) -> Iterable[bytes]:
 
 
 def _early_hooks(hooks: Hooks, state: str, net_requests: Iterable[tuple[str, bytes]]) -> Iterable[bytes]:
-    """Hooks before pivot_root, the state that all of nsexec's get, and what the runtime does while nsexec waits."""
+    """Encode hooks before pivot_root, the state for all of nsexec's, and what the runtime does while nsexec waits."""
     requests = list(net_requests)
     if hooks.create_container or hooks.start_container:
         yield wire.text(HOOK_STATE, state, "the state for hooks")
@@ -277,7 +277,7 @@ def _process(
     filter: bytes = b"",
     hooks: Iterable[Hook] = (),
 ) -> Iterable[bytes]:
-    """The steps that make a process what it is, the same for an init and an exec; `hooks` run right before it."""
+    """Encode the steps that make a process what it is, alike for an init and an exec; `hooks` run right before it."""
     user = process.user
     if len(user.additional_gids) > GROUPS_MAX:
         raise SpecError("process.user.additionalGids", f"must be at most {GROUPS_MAX}, not {len(user.additional_gids)}")
@@ -330,7 +330,7 @@ def _process(
 
 
 def environment(process: Process) -> tuple[str, ...]:
-    """The environment without duplicates (the last one wins) and with a HOME.  Raises SpecError."""
+    """Return the environment without duplicates (the last one wins) and with a HOME.  Raises SpecError."""
     variables: dict[str, str] = {}
     for variable in process.env:
         name, equals, value = variable.partition("=")

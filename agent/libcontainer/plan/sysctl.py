@@ -16,7 +16,7 @@ IPC = {
 
 
 def path_of(key: str) -> str:
-    """`net.ipv4.ip_forward` or `net/ipv4/ip_forward` as a path below /proc/sys.
+    """Return `net.ipv4.ip_forward` or `net/ipv4/ip_forward` as a path below /proc/sys.
 
     As in sysctl(8): the first separator says which of the two it is, and the other character stands for itself inside a
     name (`net.ipv4.conf.eth0/1.rp_filter` is about eth0.1).  Raises SpecError.
@@ -29,7 +29,7 @@ def path_of(key: str) -> str:
 
 
 def needed_namespace(path: str) -> str | None:
-    """The namespace type that a parameter is part of; None for parameters of the whole machine."""
+    """Return the namespace type that a parameter is part of; None for parameters of the whole machine."""
     if path in IPC or path.startswith("fs/mqueue/"):
         return "ipc"
     if path == "kernel/domainname":
@@ -42,7 +42,7 @@ def needed_namespace(path: str) -> str | None:
 
 
 def steps(kind: int, values: Mapping[str, str], types: set[str]) -> Iterable[bytes]:
-    """SYSCTL steps for what is allowed.  Raises SpecError for what is not."""
+    """Encode the steps for what is allowed.  Raises SpecError for what is not."""
     for key, value in values.items():
         where = f"linux.sysctl[{key}]"
         path = path_of(key)

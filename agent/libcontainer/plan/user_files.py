@@ -107,7 +107,7 @@ class UserFiles:
 
 
 def _identity(fd: int) -> tuple[int, int, int] | None:
-    """What `syscalls.identity` returns, of a file that nobody can make slow."""
+    """Return what `syscalls.identity` returns, of a file that nobody can make slow."""
     if fd < 0:
         return None
     found = os.fstat(fd)

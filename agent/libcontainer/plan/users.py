@@ -21,12 +21,12 @@ NAME_CHARACTERS = frozenset(f"{LETTERS}0123456789.-")
 
 
 def needs_files(process: Process) -> bool:
-    """Whether `look_up` reads files of the container: for a name, or for a HOME that is not there."""
+    """Return whether `look_up` reads files of the container: for a name, or for a HOME that is not there."""
     return bool(process.user.username) or not has_home(process)
 
 
 def look_up(process: Process, root: str) -> Process:
-    """The process with all that the files of the root directory say of its user.  Raises SpecError."""
+    """Return the process with all that the files of the root directory say of its user.  Raises SpecError."""
     try:
         files = UserFiles(root)
     except OSError as error:
@@ -56,7 +56,7 @@ def _look_up(process: Process, files: UserFiles) -> Process:
 
 
 def in_user_namespace() -> bool:
-    """Whether this program is in a user namespace that is not the machine's own."""
+    """Return whether this program is in a user namespace that is not the machine's own."""
     try:
         with open("/proc/self/uid_map", encoding="ascii") as file:  # noqa: PTH123 - no pathlib at start
             return file.read().split() != ["0", "0", str((1 << 32) - 1)]
@@ -65,13 +65,13 @@ def in_user_namespace() -> bool:
 
 
 def has_home(process: Process) -> bool:
-    """Whether its environment has a HOME that is not empty."""
+    """Return whether its environment has a HOME that is not empty."""
     homes = [variable for variable in process.env if variable.startswith("HOME=")]
     return bool(homes) and homes[-1] != "HOME="  # the last one counts
 
 
 def resolve(process: Process, files: UserFiles) -> Process:
-    """The process with the ids, the groups and (where it has none) the HOME of its user's name.
+    """Return the process with the ids, the groups and (where it has none) the HOME of its user's name.
 
     Raises SpecError for a name that is none, and one that the container does not know.
     """
@@ -98,7 +98,7 @@ def resolve(process: Process, files: UserFiles) -> Process:
 
 
 def with_home(process: Process, files: UserFiles) -> Process:
-    """The process with a HOME: if it has none, or an empty one, that of its uid in /etc/passwd, else "/"."""
+    """Return the process with a HOME: if it has none, or an empty one, that of its uid in /etc/passwd, else "/"."""
     if has_home(process):
         return process
     try:
@@ -115,7 +115,7 @@ def _with_home(process: Process, home: str) -> Process:
 
 
 def mapped_root(linux: Linux) -> tuple[int, int] | None:
-    """The ids outside of a container's root, or of its first id, if it has a user namespace of its own."""
+    """Return the ids outside of a container's root, or of its first id, if it has a user namespace of its own."""
     ids = [
         next((m.host_id for m in maps if m.container_id == 0), maps[0].host_id if maps else None)
         for maps in (linux.uid_mappings, linux.gid_mappings)
@@ -147,7 +147,7 @@ def _program(name: str, field: str) -> str:
 
 
 def _entry(table: list[list[str]], wanted: str) -> list[str] | None:
-    """The first line about a number or a name.  Raises SpecError for what is neither."""
+    """Return the first line about a number or a name.  Raises SpecError for what is neither."""
     if wanted.isascii() and wanted.isdecimal():
         number = _id(wanted)
         return next((line for line in table if line[2].isdecimal() and int(line[2]) == number), None)

@@ -72,7 +72,7 @@ class EncodingError(Exception):
 
 
 def attribute(kind: int, payload: bytes, what: str = "attribute") -> bytes:
-    """One struct nlattr, padded.  The length is 16 bits: too much is refused, never wrapped (CVE-2021-43784)."""
+    """Encode a struct nlattr, padded.  The length is 16 bits: too much is refused, never wrapped (CVE-2021-43784)."""
     size = 4 + len(payload)
     if size > 0xFFFF:
         raise EncodingError(what, len(payload), 0xFFFF - 4)
@@ -80,32 +80,32 @@ def attribute(kind: int, payload: bytes, what: str = "attribute") -> bytes:
 
 
 def text(kind: int, value: str | bytes, what: str = "attribute") -> bytes:
-    """A NUL-terminated string; the NUL counts."""
+    """Encode a NUL-terminated string; the NUL counts."""
     return attribute(kind, encode(value) + b"\0", what)
 
 
 def number(kind: int, value: int) -> bytes:
-    """A u32."""
+    """Encode a u32."""
     return attribute(kind, pack("=I", value))
 
 
 def truth(kind: int, value: bool) -> bytes:
-    """A boolean: one byte and three of padding that count as payload."""
+    """Encode a boolean: one byte and three of padding that count as payload."""
     return attribute(kind, pack("=B3x", value))
 
 
 def encode(value: str | bytes) -> bytes:
-    """Text as the file system and execve see it."""
+    """Encode text as the file system and execve see it."""
     return value if isinstance(value, bytes) else value.encode("utf-8", "surrogateescape")
 
 
 def texts(*values: str) -> bytes:
-    """Strings one after the other, each NUL-terminated."""
+    """Encode strings one after the other, each NUL-terminated."""
     return b"".join([encode(value) + b"\0" for value in values])
 
 
 def message(kind: int, body: bytes, what: str) -> bytes:
-    """A whole message with its header; raises EncodingError if nsexec would not read it."""
+    """Encode a whole message with its header; raises EncodingError if nsexec would not read it."""
     size = 16 + len(body)
     if size > MESSAGE_LIMITS[kind]:
         raise EncodingError(what, size, MESSAGE_LIMITS[kind])
@@ -113,7 +113,7 @@ def message(kind: int, body: bytes, what: str) -> bytes:
 
 
 def strings(values: Iterable[str]) -> bytes:
-    """argv followed by envp, each string NUL-terminated, padded to 4 bytes only by its length being read exactly."""
+    """Encode argv, then envp, each string NUL-terminated; the message is not padded, its length is read exactly."""
     return message(MESSAGE_STRINGS, b"".join([encode(value) + b"\0" for value in values]), "args and env")
 
 
@@ -130,7 +130,7 @@ def bootstrap(
     setgroups: bool = True,
     keyring: bool = True,
 ) -> bytes:
-    """The bootstrap message: namespaces to make (`create`, CLONE_NEW* bits), to join from the pidfd (`join`) and to
+    """Encode the bootstrap: namespaces to make (`create`, CLONE_NEW* bits), to join from the pidfd (`join`) and to
     join by path (OCI type, path), and what must happen outside of them.
 
     A runtime without privileges has `map_programs` (newuidmap, newgidmap) write the maps, or maps one id and denies
@@ -160,5 +160,5 @@ def bootstrap(
 
 
 def map_lines(mappings: Iterable[IdMapping]) -> str:
-    """Id maps as in /proc/PID/uid_map (user_namespaces(7))."""
+    """Format id maps as in /proc/PID/uid_map (user_namespaces(7))."""
     return "".join(f"{m.container_id} {m.host_id} {m.size}\n" for m in mappings)

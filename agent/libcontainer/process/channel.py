@@ -79,7 +79,7 @@ class SetupChannel:
         return ours
 
     def fileno(self) -> int:
-        """A descriptor that can be read when there is something for `on_readable`."""
+        """Return a descriptor that can be read when there is something for `on_readable`."""
         return self._epoll.fileno()
 
     def send(self, messages: bytes) -> None:
@@ -135,7 +135,7 @@ class SetupChannel:
             self._epoll.modify(self._init.fileno(), select.EPOLLIN)
 
     def _on_init(self) -> None:
-        """Messages as they were sent: those with descriptors are not merged (unix(7)).  Two are expected at most."""
+        """Receive messages one by one: those with descriptors are not merged (unix(7)).  Two are expected at most."""
         for _ in range(INIT_MESSAGES):
             data, fds, sender = _receive(self._init, 256)
             if data is None:
@@ -243,12 +243,12 @@ class SetupChannel:
             pass
 
     def take_console(self) -> int | None:
-        """The terminal's master, from now on the caller's; None if there is none."""
+        """Hand the terminal's master over to the caller; None if there is none."""
         fd, self.console = self.console, -1
         return None if fd < 0 else fd
 
     def take_pidfd(self) -> int:
-        """The process's pidfd, from now on the caller's."""
+        """Hand the process's pidfd over to the caller."""
         fd, self.pidfd = self.pidfd, -1
         return fd
 
@@ -282,7 +282,7 @@ def report_error(found: dict[str, object]) -> LaunchError:
 
 
 def _receive(sock: socket.socket, size: int) -> tuple[bytes | None, list[int], int]:
-    """Data, descriptors and the sender's pid if the socket wants it; None when there is nothing yet."""
+    """Receive data, descriptors and the sender's pid if the socket wants it; None when there is nothing yet."""
     room = socket.CMSG_SPACE(4 * INT_SIZE) + socket.CMSG_SPACE(3 * INT_SIZE)
     try:
         data, ancillary, _, _ = sock.recvmsg(size, room, socket.MSG_CMSG_CLOEXEC)
@@ -302,7 +302,7 @@ def _receive(sock: socket.socket, size: int) -> tuple[bytes | None, list[int], i
 
 
 def _object(data: bytes) -> dict[str, object]:
-    """A JSON object, empty if it is not one.  Bytes of file names that are not UTF-8 survive."""
+    """Decode a JSON object, empty if it is not one.  Bytes of file names that are not UTF-8 survive."""
     try:
         found = loads(data.decode("utf-8", "surrogateescape"))
     except JsonError:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         """Who waits for children."""
 
         def expecting(self) -> Expecting:
-            """While inside, keep exit statuses of unknown pids for `claim`."""
+            """Keep exit statuses of unknown pids for `claim` while inside."""
             ...
 
         def claim(self, pid: int) -> Child:

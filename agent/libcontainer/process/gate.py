@@ -109,7 +109,7 @@ async def open_and_follow(path: str, pid: int, pidfd: int, waits: Waits, timeout
 
 
 def failure_of(heard: str) -> LaunchError:
-    """The error of a start that another program has made: `heard` is all that came through the gate (front/start.c)."""
+    """Make the error of a start by another program: `heard` is all that came through the gate (front/start.c)."""
     if len(heard) > 1:
         return _report(heard[1:].encode("utf-8", "surrogateescape"))
     return LaunchError(NOT_EXECUTED if heard else GONE, step="start")
@@ -135,7 +135,7 @@ def _read(fd: int) -> bytes:
 
 
 async def _rest(fd: int, waits: Waits, deadline: Deadline) -> bytes:
-    """All that comes until the end of file, bounded."""
+    """Read all that comes until the end of file, bounded."""
     found = b""
     while len(found) < REPORT_MAX:
         if not await waits.readable(fd, seconds=deadline.left):

@@ -84,7 +84,7 @@ class RuntimeHooks:
 
 
 def total_timeout(hooks: Iterable[Hook]) -> int | None:
-    """Seconds that hooks may take one after the other; None for ever."""
+    """Add up the seconds that hooks may take one after the other; None for ever."""
     timeouts = [hook.timeout for hook in hooks]
     return None if None in timeouts else sum(timeout for timeout in timeouts if timeout is not None)
 
@@ -197,7 +197,7 @@ def signal_name(number: int) -> str:
 
 
 def _inheritable() -> Iterable[int]:
-    """Descriptors that a library, or whoever started this process, left open for its children."""
+    """List descriptors that a library, or whoever started this process, left open for its children."""
     for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - no pathlib at start
         try:
             if int(name) > 2 and os.get_inheritable(int(name)):

@@ -70,7 +70,7 @@ class InitProcess:
         self.close()
 
     def pidfds(self) -> list[int]:
-        """The stages' pidfds, in the order in which they were made."""
+        """Return the stages' pidfds, in the order in which they were made."""
         fds = (self._pidfd0, self.channel.stage1_pidfd, self.channel.pidfd)
         return [fd for fd in fds if fd >= 0]
 

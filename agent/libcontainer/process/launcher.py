@@ -228,7 +228,7 @@ class ProcessLauncher:
         return HookRunner(self._children, self._waits)
 
     def runtime_hooks(self, spec: Spec, container_id: str, bundle: str) -> RuntimeHooks:
-        """The hooks of a configuration while its container is created."""
+        """Return the hooks of a configuration while its container is created."""
         from caisson.agent.libcontainer.process.hooks import RuntimeHooks
 
         return RuntimeHooks(self.hooks, spec, container_id, bundle)
@@ -338,7 +338,7 @@ class ProcessLauncher:
         return self._with(hooks.create_timeout)
 
     def _with(self, seconds: float | None) -> float | None:
-        """The time that nsexec may take, with that of hooks; None for ever."""
+        """Return the time that nsexec may take, with that of hooks; None for ever."""
         return None if seconds is None or self._timeout is None else self._timeout + seconds
 
     async def _set_up(self, started: InitProcess, timeout: float | None, *, until_exec: bool) -> None:
@@ -431,7 +431,7 @@ def _late_scheduler(process: Process, init: Process | None = None) -> bytes | No
 
 
 def _rdt_group(spec: Spec, container_id: str) -> ResctrlGroup | None:
-    """The container's group of resctrl, if it has one.  Raises LaunchError."""
+    """Return the container's group of resctrl, if it has one.  Raises LaunchError."""
     if spec.linux.intel_rdt is None:
         return None
     from caisson.agent.libcontainer.intel_rdt import ResctrlGroup  # late: next to nobody has one
@@ -440,7 +440,7 @@ def _rdt_group(spec: Spec, container_id: str) -> ResctrlGroup | None:
 
 
 def _also_in(launch: Launch, group: ResctrlGroup | None) -> Launch:
-    """The launch, whose process joins a group of resctrl before it runs."""
+    """Return the launch, whose process joins a group of resctrl before it runs."""
     if group is None:
         return launch
     also = launch.announced
@@ -462,7 +462,7 @@ def _net_devices(spec: Spec) -> tuple[NetDevice, ...]:
 
 
 def _listener(spec: Spec, container_id: str, bundle: str, init_pid: int = 0) -> Listener | None:
-    """Where the listener of the filter goes, if it has one."""
+    """Find where the listener of the filter goes, if it has one."""
     if spec.linux.seccomp is None or not spec.linux.seccomp.listener_path:
         return None
     from caisson.agent.libcontainer.process.listener import Listener  # late: most containers have none

@@ -64,7 +64,7 @@ def move(devices: Iterable[NetDevice], pid: int) -> None:
 
 
 def _is_kept(address: rt.Message) -> bool:
-    """Whether an address is global and was not leased or configured by the kernel."""
+    """Return whether an address is global and was not leased or configured by the kernel."""
     flags = address.number(rt.IFA_FLAGS) or address.fixed[2]
     return address.fixed[3] == RT_SCOPE_UNIVERSE and bool(flags & IFA_F_PERMANENT)
 

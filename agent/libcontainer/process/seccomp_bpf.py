@@ -43,7 +43,7 @@ class Filters:
         self._kept: dict[Seccomp, bytes] = {}
 
     async def program(self, profile: Seccomp) -> bytes:
-        """The filter's flags (32 bits) and instructions.  Raises SpecError.
+        """Return the filter's flags (32 bits) and instructions.  Raises SpecError.
 
         Compiled in a thread: nobody else has to wait.
         """
@@ -92,7 +92,7 @@ class _Library:
         self._library = library
 
     def compile(self, profile: Seccomp) -> bytes:
-        """The instructions of a profile.  Raises SpecError."""
+        """Compile a profile into instructions.  Raises SpecError."""
         context = self._library.seccomp_init(self._ctypes.c_uint32(profile.default))
         if not context:
             raise SpecError("linux.seccomp.defaultAction", "is not one that libseccomp takes")
@@ -148,7 +148,7 @@ class _Library:
             os.close(fd)
 
     def _newer(self, profile: Seccomp, architectures: list[int]) -> bytes:
-        """Instructions that answer ENOSYS for numbers above the last one which the profile knows."""
+        """Encode the answer ENOSYS for numbers above the last one which the profile knows."""
         if profile.default in (ALLOW, LOG, ERRNO | ENOSYS):
             return b""
         last = {token: self._last(profile, token) for token in architectures}
@@ -164,7 +164,7 @@ class _Library:
         return program if blocks else b""
 
     def _last(self, profile: Seccomp, architecture: int) -> int:
-        """The highest number that the profile says something of, on an architecture; -1 if there is none."""
+        """Return the highest number that the profile says something of, on an architecture; -1 if there is none."""
         resolve = self._library.seccomp_syscall_resolve_name_arch
         token = self._ctypes.c_uint32(architecture)
         return max((resolve(token, name.encode()) for rule in profile.rules for name in rule.names), default=-1)
@@ -184,7 +184,7 @@ def _enosys() -> bytes:
 
 
 def _block(architecture: int, last: int, last_x32: int) -> bytes:
-    """For one architecture: go to the second instruction after this for a number above the last, else to the first.
+    """Encode one architecture: go to the second instruction after this for a number above the last, else to the first.
 
     That is a jump over what follows; and for another architecture it is the third.
     """

@@ -142,7 +142,7 @@ def failure(stream_id: int, code: StatusCode, text: str, detail: tuple[str, byte
 
 
 def too_long(length: int) -> str:
-    """The error's text for a frame of so many bytes, as ttrpc's other servers write it."""
+    """Return the error's text for a frame of so many bytes, as ttrpc's other servers write it."""
     return f"message length {length} exceed maximum message size of {MAX_DATA}"
 
 

@@ -23,7 +23,7 @@ def fill_cpuset(above: str, directory: str) -> None:
 
 
 def chain(root: str, directory: str) -> list[str]:
-    """The cgroups between the root and `directory`, the upper first, both excluded."""
+    """List the cgroups between the root and `directory`, the upper first, both excluded."""
     names = directory.removeprefix(f"{root}/").split("/")[:-1]
     return [f"{root}/{'/'.join(names[: depth + 1])}" for depth in range(len(names))]
 

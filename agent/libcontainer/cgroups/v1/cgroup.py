@@ -115,7 +115,7 @@ class CgroupV1(Hierarchy):
         return cgroup
 
     def place(self, path: str, *, below_own: bool = False) -> dict[str, str]:
-        """The directories that `create` would make, by hierarchy."""
+        """Return the directories that `create` would make, by hierarchy."""
         own = own_cgroups() if below_own else {}
         found = {}
         for name, root in self.roots.items():

@@ -32,12 +32,12 @@ class DeviceList(Record):
     exceptions: Mapping[Key, frozenset[str]] = NOTHING
 
     def lines(self) -> dict[str, str]:
-        """The exceptions as the kernel reads and writes them: access by device."""
+        """Format the exceptions as the kernel reads and writes them: access by device."""
         return {_device(key): _access(access) for key, access in self.exceptions.items()}
 
 
 def resolve(rules: Iterable[DeviceRule]) -> DeviceList:
-    """What rules come to, with those that are always in force.  Raises SpecError for what a list cannot hold."""
+    """Return what rules come to, with those that are always in force.  Raises SpecError for what a list cannot hold."""
     default = False
     found: dict[Key, frozenset[str]] = {}
     for rule in (DENY_ALL, *rules, *ALWAYS):
@@ -62,12 +62,12 @@ def resolve(rules: Iterable[DeviceRule]) -> DeviceList:
 
 
 def _holds(outer: Key, inner: Key) -> bool:
-    """Whether all devices of `inner` are among those of `outer`."""
+    """Return whether all devices of `inner` are among those of `outer`."""
     return outer[0] == inner[0] and all(mine in (None, its) for mine, its in zip(outer[1:], inner[1:], strict=True))
 
 
 def _meet(one: Key, other: Key) -> bool:
-    """Whether there is a device that both are about."""
+    """Return whether there is a device that both are about."""
     return one[0] == other[0] and all(
         mine is None or its is None or mine == its for mine, its in zip(one[1:], other[1:], strict=True)
     )
@@ -82,7 +82,7 @@ def _access(letters: Iterable[str]) -> str:
 
 
 def changes(before: DeviceList | None, after: DeviceList) -> list[tuple[str, str]]:
-    """What to write into which file; from scratch if it is not known what was before."""
+    """Return what to write into which file; from scratch if it is not known what was before."""
     allow, deny = "devices.allow", "devices.deny"
     more, less = (deny, allow) if after.default else (allow, deny)  # more and fewer exceptions
     steps: list[tuple[str, str]] = []

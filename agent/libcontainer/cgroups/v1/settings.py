@@ -17,7 +17,7 @@ SHARES = (2, 262144)
 
 
 def settings(resources: Resources, now: Callable[[str], str | None] = lambda file: None) -> Iterator[Setting]:
-    """The limits in an order in which the kernel takes them; `now` tells what a file says.
+    """Yield the limits in an order in which the kernel takes them; `now` tells what a file says.
 
     Raises SpecError for what v1 cannot do.
     """
@@ -65,7 +65,7 @@ def _memory(memory: MemoryLimits, where: str, now: Callable[[str], str | None]) 
 
 
 def _bytes(limit: int | None) -> int:
-    """A limit as a number to compare; one that is not given is 0."""
+    """Return a limit as a number to compare; one that is not given is 0."""
     return NO_LIMIT if limit is not None and limit < 0 else limit or 0
 
 

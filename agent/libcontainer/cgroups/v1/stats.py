@@ -39,7 +39,7 @@ FAMILIES = ("blkio.bfq.{}_recursive", "blkio.{}_recursive", "blkio.throttle.{}_r
 
 
 def read(directories: Mapping[str, str], count: Callable[[], int]) -> CgroupStats:
-    """All counters of a cgroup by its `directories` by controller; `count` counts processes if the kernel does not."""
+    """Read all counters by the `directories` of controllers; `count` counts processes if the kernel does not."""
 
     def of(controller: str) -> CgroupDirectory:
         return CgroupDirectory(directories.get(controller))
@@ -95,7 +95,7 @@ def _blkio(files: CgroupDirectory) -> BlkioStats:
 
 
 def _entries(files: CgroupDirectory, name: str) -> tuple[BlkioEntry, ...]:
-    """Lines "8:0 Read 5" or "8:0 5" of the first file that has any; sums over all devices have none."""
+    """Read lines "8:0 Read 5" or "8:0 5" of the first file that has any; sums over all devices have none."""
     for family in FAMILIES:
         found = []
         for line in files.text(family.format(name)).splitlines():

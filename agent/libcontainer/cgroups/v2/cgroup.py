@@ -102,7 +102,7 @@ class CgroupV2(Hierarchy):
         return cgroup
 
     def place(self, path: str, *, below_own: bool = False) -> dict[str, str]:
-        """The directory that `create` would make."""
+        """Return the directory that `create` would make."""
         parent = _beside_own() if below_own else self._parent
         return {"": "/".join([self.root, *(part for part in parent.split("/") if part), *parts_of(path)])}
 
@@ -235,7 +235,7 @@ class CgroupOfV2(Cgroup):
 
 
 def _beside_own() -> str:
-    """The cgroup around this process's: its own has processes, and cannot share out controllers."""
+    """Return the cgroup around this process's: its own has processes, and cannot share out controllers."""
     return os.path.dirname(own_cgroups().get("", ""))  # noqa: PTH120 - no pathlib at start
 
 

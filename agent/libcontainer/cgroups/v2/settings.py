@@ -35,7 +35,7 @@ THROTTLES = {
 
 
 def settings(resources: Resources, now: Callable[[str], str | None] = lambda file: None) -> Iterator[Setting]:
-    """The limits in an order in which the kernel takes them; `now` tells what a file says.
+    """Yield the limits in an order in which the kernel takes them; `now` tells what a file says.
 
     Raises SpecError for what v2 cannot do.
     """
@@ -61,7 +61,7 @@ def settings(resources: Resources, now: Callable[[str], str | None] = lambda fil
 
 
 def memory_and_swap(memory: MemoryLimits) -> int | None:
-    """The limit of swap alone, -1 for none; None where memory.swap is not given.  Raises SpecError."""
+    """Return the limit of swap alone, -1 for none; None where memory.swap is not given.  Raises SpecError."""
     if not memory.swap:
         return None
     if memory.swap < 0:
@@ -117,7 +117,7 @@ def _block_io(block: BlockIO, where: str) -> Iterator[Setting]:
 
 
 def rdma(resources: Resources) -> Iterator[Setting]:
-    """Limits of RDMA devices, the same in both versions."""
+    """Format limits of RDMA devices, the same in both versions."""
     for name, limit in resources.rdma.items():
         numbers = {"hca_handle": limit.handles, "hca_object": limit.objects}
         words = [f"{key}={number}" for key, number in numbers.items() if number is not None]
@@ -126,7 +126,7 @@ def rdma(resources: Resources) -> Iterator[Setting]:
 
 
 def pids_max(limit: int) -> str:
-    """A limit of processes; there is always one, so that 0 is 1, as with runc."""
+    """Format a limit of processes; there is always one, so that 0 is 1, as with runc."""
     return "max" if limit < 0 else str(limit or 1)
 
 
@@ -147,5 +147,5 @@ def weight(shares: int) -> int:
 
 
 def io_weight(number: int) -> int:
-    """A weight of block I/O (10-1000) as one of io.weight (1-10000)."""
+    """Convert a weight of block I/O (10-1000) to one of io.weight (1-10000)."""
     return 1 + (number - 10) * 9999 // 990

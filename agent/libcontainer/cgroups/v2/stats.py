@@ -33,7 +33,7 @@ OPERATIONS = {
 
 
 def read(path: str, count: Callable[[], int]) -> CgroupStats:
-    """All counters of the cgroup `path`; `count` gives the number of processes where the kernel does not count them."""
+    """Read all counters of the cgroup `path`; `count` counts processes where the kernel does not."""
     files = CgroupDirectory(path)
     return CgroupStats(_cpu(files), _memory(files), _pids(files, count), _io(files), _hugetlb(files))
 
