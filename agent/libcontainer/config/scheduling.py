@@ -71,7 +71,7 @@ def scheduler(value: object, where: str) -> bytes:
 
 
 def is_lost_by_clone(attributes: bytes | None) -> bool:
-    """Whether a clone of a process has not its scheduler: it is reset, or the clone fails (sched(7))."""
+    """Return whether a clone loses its scheduler: it is reset, or the clone fails (sched(7))."""
     if attributes is None:
         return False
     _, policy, flags = unpack_from("=IIQ", attributes)

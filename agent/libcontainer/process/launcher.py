@@ -421,7 +421,7 @@ def _launched(started: InitProcess) -> Launched:
 
 
 def _late_scheduler(process: Process, init: Process | None = None) -> bytes | None:
-    """The scheduler of a process in a pid namespace that is joined, if it does not survive the clone into that."""
+    """Return the scheduler of a process in a joined pid namespace, if it does not survive the clone into that."""
     attributes = process.scheduler or (init.scheduler if init is not None else None)
     if attributes is None:
         return None
