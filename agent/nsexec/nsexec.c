@@ -64,7 +64,8 @@ enum sync_word {
 
 /* --- what the runtime passed --- */
 
-static int descriptor_from(const char *name)
+/* The number in an environment variable, -1 without one. */
+static int number_from(const char *name, int least, const char *otherwise)
 {
 	const char *text = getenv(name);
 	char *end;
@@ -74,27 +75,35 @@ static int descriptor_from(const char *name)
 		return -1;
 	errno = 0;
 	number = strtol(text, &end, 10);
-	if (errno != 0 || *end != '\0' || number < 3 || number > INT_MAX)
-		fail(EINVAL, "environment", name, "is not the number of a descriptor");
-	if (fcntl((int)number, F_SETFD, FD_CLOEXEC) < 0)
-		fail_errno("environment", name, NULL);
+	if (errno != 0 || *end != '\0' || number < least || number > INT_MAX)
+		fail(EINVAL, "environment", name, "%s", otherwise);
 	return (int)number;
+}
+
+static int descriptor_from(const char *name)
+{
+	int fd = number_from(name, 3, "is not the number of a descriptor");
+
+	if (fd >= 0 && fcntl(fd, F_SETFD, FD_CLOEXEC) < 0)
+		fail_errno("environment", name, NULL);
+	return fd;
 }
 
 static void read_environment(struct channels *fds)
 {
-	const char *level = getenv("_LIBCONTAINER_LOGLEVEL"), *type = getenv("_LIBCONTAINER_INITTYPE"),
-		   *preserved = getenv("_CAISSON_PRESERVED");
+	const char *type = getenv("_LIBCONTAINER_INITTYPE");
+	int preserved;
 
 	fds->sync = descriptor_from("_LIBCONTAINER_SYNCPIPE");
 	report_to(fds->sync, -1, 0);
 	fds->log = descriptor_from("_LIBCONTAINER_LOGPIPE");
-	report_to(fds->sync, fds->log, level == NULL ? 0 : atoi(level));
+	report_to(fds->sync, fds->log, number_from("_LIBCONTAINER_LOGLEVEL", 0, "is not a level"));
 	fds->init = descriptor_from("_LIBCONTAINER_INITPIPE");
 	fds->console = descriptor_from("_LIBCONTAINER_CONSOLE");
 	fds->fifo = descriptor_from("_LIBCONTAINER_FIFOFD");
 	fds->gate = descriptor_from("_CAISSON_START_SOCKET");
-	fds->first_closed = 3 + (preserved == NULL ? 0 : (unsigned)atoi(preserved));
+	preserved = number_from("_CAISSON_PRESERVED", 0, "is not a number of descriptors");
+	fds->first_closed = 3 + (preserved < 0 ? 0 : (unsigned)preserved);
 	fds->cgroup = descriptor_from("_CAISSON_CGROUP");
 	fds->pidfd = descriptor_from("_CAISSON_PIDFD");
 	fds->procfs = descriptor_from("_CAISSON_PROCFS");

@@ -16,7 +16,7 @@ ENTRY_SIZE = struct.calcsize("QQ")
 
 
 def is_elf(file: Path) -> bool:
-    """Whether a file is an ELF object (a program or a library)."""
+    """Return whether a file is an ELF object (a program or a library)."""
     if file.is_symlink() or not file.is_file():
         return False
     with file.open("rb") as stream:

@@ -28,7 +28,7 @@ RESOLV_CONF = "etc/resolv.conf"
 
 
 def skeleton(tree: Path) -> None:
-    """The directories and links of an empty guest."""
+    """Make the directories and links of an empty guest."""
     for name in DIRECTORIES:
         (tree / name).mkdir(parents=True, exist_ok=True)
     for name, target in LINKS.items():
@@ -128,7 +128,7 @@ def compile_python(tree: Path, definition: Definition, place: Path, *, prefix: P
 
 
 def busybox_rootfs(tree: Path, target: Path, etc: Path, native: Path) -> None:
-    """A small container rootfs out of an unpacked busybox package; that in ``native`` runs on this machine."""
+    """Make a small container rootfs of an unpacked busybox package; that in ``native`` runs on this machine."""
     for name in ("bin", "dev", "etc", "home", "mnt", "proc", "root", "run", "sys", "tmp", "usr", "var"):
         (target / name).mkdir(parents=True)
     (target / "tmp").chmod(0o1777)

@@ -26,7 +26,7 @@ class NotUsable(ImageError):
 
 
 def extract(bzimage: bytes) -> bytes:
-    """The ELF kernel of a bzImage.
+    """Extract the ELF kernel of a bzImage.
 
     Raises NotUsable, with the reason, when there is none or it has no PVH entry point (CONFIG_PVH).
     """
@@ -70,7 +70,7 @@ def _decompress(payload: bytes) -> bytes:
 
 
 def has_pvh_entry(kernel: bytes) -> bool:
-    """Whether a 64-bit ELF kernel carries the note that names its PVH entry point."""
+    """Return whether a 64-bit ELF kernel carries the note that names its PVH entry point."""
     if kernel[:5] != b"\x7fELF\x02" or len(kernel) < 64:
         return False
     (table,) = struct.unpack_from("<Q", kernel, 32)

@@ -51,12 +51,12 @@ class Request:
     until: Version = (999, 0)
 
     def concerns(self, version: Version) -> bool:
-        """Whether kernels of this version are asked."""
+        """Return whether kernels of this version are asked."""
         return self.since <= version <= self.until
 
 
 def version_of(release: str) -> Version:
-    """The version in a kernel's release, for example (6, 12) for 6.12.117-1.  Raises FragmentError."""
+    """Parse the version in a kernel's release, for example (6, 12) for 6.12.117-1.  Raises FragmentError."""
     found = re.match(r"(\d+)\.(\d+)", release)
     if not found:
         raise FragmentError(f"{release!r} does not begin with a kernel's version")
@@ -64,7 +64,7 @@ def version_of(release: str) -> Version:
 
 
 def parse(file: Path) -> list[Request]:
-    """The requests of one fragment, in its order.  Raises FragmentError that names the line."""
+    """Parse one fragment into requests, in its order.  Raises FragmentError that names the line."""
     requests = []
     try:
         text = file.read_text()
@@ -97,7 +97,7 @@ def parse(file: Path) -> list[Request]:
 
 
 def merge(fragments: Iterable[list[Request]]) -> list[Request]:
-    """All requests in order.  Raises FragmentError when two ask for different values of one symbol."""
+    """Merge requests in order.  Raises FragmentError when two ask for different values of one symbol."""
     merged: dict[str, Request] = {}
     for request in (request for fragment in fragments for request in fragment):
         first = merged.setdefault(request.symbol, request)
@@ -110,7 +110,7 @@ def merge(fragments: Iterable[list[Request]]) -> list[Request]:
 
 
 def parse_config(text: str) -> dict[str, str]:
-    """The symbols of a .config that have a value; those that are off are absent."""
+    """Parse the symbols of a .config that have a value; those that are off are absent."""
     return dict(re.findall(r"^(CONFIG_\w+)=(.*)$", text, re.MULTILINE))
 
 
@@ -124,7 +124,7 @@ class Unsatisfied(ImageError):
         self.lacking = list(lacking)
 
     def explained(self, why: Callable[[Request], str]) -> Unsatisfied:
-        """The same, with the reasons of who knows the kernel's own rules."""
+        """Add the reasons of who knows the kernel's own rules."""
         return Unsatisfied([(request, f"{what}, {why(request)}") for request, what in self.lacking])
 
 

@@ -101,7 +101,7 @@ def _hidden(symbol: Any) -> Iterator[str]:
 
 
 def _unmet(expression: Any, depth: int) -> Iterator[str]:
-    """The parts of a dependency that are not met, each with what it needs in turn."""
+    """Yield the parts of a dependency that are not met, each with what it needs in turn."""
     for part in _operands(expression, kconfiglib.AND):
         if kconfiglib.expr_value(part):
             continue
@@ -122,7 +122,7 @@ def _unmet(expression: Any, depth: int) -> Iterator[str]:
 
 
 def _operands(expression: Any, operator: int) -> Iterator[Any]:
-    """The parts of a chain of one operator."""
+    """Yield the parts of a chain of one operator."""
     if isinstance(expression, tuple) and expression[0] == operator:
         yield from _operands(expression[1], operator)
         yield from _operands(expression[2], operator)
@@ -149,7 +149,7 @@ def _where(symbol: Any) -> str:
 
 @contextmanager
 def _environment(values: Mapping[str, str], tree: Path) -> Iterator[None]:
-    """What the kernel's Makefile tells Kconfig; its files also call the compiler, by paths below the tree."""
+    """Return what the kernel's Makefile tells Kconfig; its files also call the compiler, by paths below the tree."""
     tools = {"CC": "gcc", "HOSTCC": "gcc", "LD": "ld", "AR": "ar", "NM": "nm", "OBJCOPY": "objcopy"}
     others = {"RUSTC": "rustc", "BINDGEN": "bindgen", "PAHOLE": "pahole", "CLANG_FLAGS": "", "CC_VERSION_TEXT": "gcc"}
     before, place = dict(os.environ), Path.cwd()

@@ -49,7 +49,7 @@ class Kernel:
         return self.directory / "vmlinux"
 
     def config(self) -> dict[str, str]:
-        """Its configuration: the symbols that have a value."""
+        """Read its configuration: the symbols that have a value."""
         return fragments.parse_config((self.directory / "config").read_text())
 
     def shared_file_systems(self) -> list[str]:
@@ -73,7 +73,7 @@ class Kernel:
 
     @classmethod
     def load(cls, directory: Path) -> Kernel:
-        """A kernel that was made before."""
+        """Load a kernel that was made before."""
         document = json.loads((directory / "kernel.json").read_text())
         sequences = {name: tuple(document[name]) for name in ("modules", "missing", "packages")}
         later = {name: tuple(files) for name, files in document["later"].items()}
@@ -126,12 +126,12 @@ class Prebuilt:
 
 
 def module_name(file: Path) -> str:
-    """A module's name as the kernel spells it."""
+    """Spell a module's name as the kernel does."""
     return re.sub(r"\.ko(\.(xz|zst|gz))?$", "", file.name).replace("-", "_")
 
 
 def read_module(file: Path) -> bytes:
-    """A module's contents, unpacked."""
+    """Read a module's contents, unpacked."""
     if file.suffix == ".xz":
         return lzma.decompress(file.read_bytes())
     if file.suffix == ".gz":
@@ -142,13 +142,13 @@ def read_module(file: Path) -> bytes:
 
 
 def modinfo(module: bytes, field: str) -> list[str]:
-    """The values of a field of a module's .modinfo section: NUL-terminated ``field=value`` strings."""
+    """Read the values of a field of a module's .modinfo section: NUL-terminated ``field=value`` strings."""
     found = re.findall(rb"(?<=\0)" + field.encode() + rb"=([^\0]*)(?=\0)", module)
     return [value.decode() for value in found]
 
 
 def load_order(place: Path, wanted: Sequence[str]) -> list[tuple[str, bytes]]:
-    """The wanted modules with all they depend on, each after what it needs, as (file name, contents).
+    """List the wanted modules with all they depend on, each after what it needs, as (file name, contents).
 
     Built-in ones need no loading.  Raises ImageError for a module that the kernel does not have.
     """

@@ -51,12 +51,12 @@ class SourcePackage:
     package: str
 
     def key(self) -> str:
-        """What decides which tree it is: the newest version is taken once, and then kept."""
+        """Return what decides which tree it is: the newest version is taken once, and then kept."""
         return self.package
 
     @contextmanager
     def tree(self, scratch: Path) -> Iterator[tuple[Path, list[dict[str, str]]]]:
-        """The unpacked tree, and the package's record."""
+        """Return the unpacked tree, and the package's record."""
         (deb,) = self.apt().fetch([self.package])
         run(["dpkg-deb", "--extract", deb.file, scratch / "deb"])
         archives = list((scratch / "deb/usr/src").glob("linux-source-*.tar.*"))
@@ -75,7 +75,7 @@ class SourceTree:
     place: Path
 
     def key(self) -> str:
-        """The newest change of any of its files stands for all of them: reading a gigabyte would take too long."""
+        """Return a digest of the newest change of any file: reading a gigabyte would take too long."""
         newest = 0
         for directory, names, files in os.walk(self.place):
             names[:] = [name for name in names if name != ".git"]
@@ -85,7 +85,7 @@ class SourceTree:
 
     @contextmanager
     def tree(self, scratch: Path) -> Iterator[tuple[Path, list[dict[str, str]]]]:
-        """The tree as it is."""
+        """Return the tree as it is."""
         if not (self.place / "Kconfig").is_file():
             raise ImageError(f"{self.place} is no kernel tree: it has no Kconfig")
         if (self.place / ".config").exists():
@@ -215,5 +215,5 @@ def _make(tree: Path, build: Path, arch: str, *words: str, jobs: int = 1, log: P
 
 
 def compiler_version() -> str:
-    """The compiler's own words: another one makes other bytes."""
+    """Return the compiler's own words: another one makes other bytes."""
     return run(["gcc", "--version"]).decode().partition("\n")[0]

@@ -96,7 +96,7 @@ class Apk:
         return [self._fetch(entry) for entry in self._index.resolve(packages)]
 
     def fetch_kernel(self, package: str) -> list[Package]:
-        """The package with a kernel and its modules: with Alpine that is the one of this name."""
+        """Fetch the package with a kernel and its modules: with Alpine that is the one of this name."""
         return self.fetch([package])
 
     def _fetch(self, entry: Entry) -> Package:
@@ -121,7 +121,7 @@ def extract(apks: Iterable[Package], tree: Path) -> None:
 
 
 def read_index(data: bytes, keys: Path, shown: str) -> str:
-    """The text of a signed index.  Raises Untrusted unless one of the keys has signed it."""
+    """Read a signed index.  Raises Untrusted unless one of the keys has signed it."""
     if len(data) > MAX_INDEX:
         raise ImageError(f"{shown}: more than {MAX_INDEX} bytes; name another mirror in CAISSON_ALPINE_MIRROR")
     signature = _first_stream(data, shown)
@@ -159,7 +159,7 @@ def _check_age(signed: bytes, shown: str) -> None:
 
 
 def split(data: bytes, shown: str) -> list[bytes]:
-    """The gzip streams that follow each other in a file, still compressed.  Raises ImageError for a damaged one."""
+    """Split a file into its gzip streams, still compressed.  Raises ImageError for a damaged one."""
     streams = []
     while data:
         unpacker = zlib.decompressobj(wbits=31)
@@ -175,7 +175,7 @@ def split(data: bytes, shown: str) -> list[bytes]:
 
 
 def _verify(signatures: dict[str, bytes], signed: bytes, keys: Path, shown: str) -> None:
-    """Raises Untrusted unless there is a signature by a key that we have, and it holds."""
+    """Check that there is a signature by a key that we have, and that it holds.  Raises Untrusted."""
     names = []
     for name, signature in signatures.items():
         found = re.fullmatch(r"\.SIGN\.(RSA|RSA256|RSA512)\.([^/]+)", name)
@@ -199,7 +199,7 @@ def _verify(signatures: dict[str, bytes], signed: bytes, keys: Path, shown: str)
 
 
 def _wrong(data: bytes, entry: Entry) -> str:
-    """What is wrong with a package's file; empty when it is the one that the index means."""
+    """Return what is wrong with a package's file; empty when it is the one that the index means."""
     if len(data) != entry.size:
         return f"it has {len(data)} bytes, and the index says {entry.size}"
     try:
@@ -221,7 +221,7 @@ def _wrong(data: bytes, entry: Entry) -> str:
 
 
 def _files(segment: bytes, shown: str) -> dict[str, bytes]:
-    """The regular files of a compressed tar segment, which may lack the end that an archive has."""
+    """Read the regular files of a compressed tar segment, which may lack the end that an archive has."""
     try:
         with tarfile.open(fileobj=io.BytesIO(gzip.decompress(segment))) as archive:
             members = [member for member in archive if member.isfile()]
@@ -231,7 +231,7 @@ def _files(segment: bytes, shown: str) -> dict[str, bytes]:
 
 
 def _get(url: str) -> bytes:
-    """What a server (or, by file:, a directory) has.  Raises ImageError."""
+    """Fetch what a server (or, by file:, a directory) has.  Raises ImageError."""
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
             data: bytes = answer.read()

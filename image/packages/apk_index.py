@@ -51,7 +51,7 @@ class Dependency:
 
     @classmethod
     def parse(cls, text: str) -> Dependency:
-        """Raises ImageError for what is none."""
+        """Parse a dependency.  Raises ImageError for what is none."""
         found = DEPENDENCY.fullmatch(text)
         if not found:
             raise ImageError(f"dependency {text!r}: no Alpine package can have it")
@@ -59,7 +59,7 @@ class Dependency:
         return cls(found["name"], "~" if "~" in how else how, found["version"] or "", bool(found["no"]))
 
     def accepts(self, version: str) -> bool:
-        """Whether a version will do; one that is empty (something provided without a version) only where any does."""
+        """Return whether a version will do; an empty one (provided without a version) only where any does."""
         if not self.how:
             return True
         if not version:
@@ -94,18 +94,18 @@ class Entry:
         return f"{self.name}-{self.version}.apk"
 
     def owns(self) -> Iterator[str]:
-        """Names that no other package may have beside it: its own, and what it provides in a version."""
+        """Return the names that no other package may have beside it: its own, and what it provides in a version."""
         yield self.name
         yield from (name for name, version in self.provides if version)
 
     def satisfies(self, dependency: Dependency) -> bool:
-        """Whether it is, or provides, what is asked for (or refused)."""
+        """Return whether it is, or provides, what is asked for (or refused)."""
         names = ((self.name, self.version), *self.provides)
         return any(name == dependency.name and dependency.accepts(version) for name, version in names)
 
 
 def parse(text: str, repository: str = "") -> Iterator[Entry]:
-    """The packages of an index.  Raises ImageError for one that is malformed."""
+    """Yield the packages of an index.  Raises ImageError for one that is malformed."""
     for record in re.split(r"\n{2,}", text.strip("\n")):
         fields = dict(line.split(":", 1) for line in record.splitlines() if re.match("[A-Za-z]:", line))
         if not fields:
@@ -134,7 +134,7 @@ def _provided(text: str) -> tuple[str, str]:
 
 
 def compare(first: str, second: str) -> int:
-    """Less than, equal to or greater than 0, as the first version is older, the same or newer.  Raises ImageError."""
+    """Return a number below, equal to or above 0: the first version is older, the same, newer.  Raises ImageError."""
     for (kind, value), (other_kind, other) in zip(_parts(first), _parts(second), strict=False):
         if kind != other_kind:
             return kind - other_kind
@@ -149,7 +149,7 @@ def compare(first: str, second: str) -> int:
 
 
 def _parts(version: str) -> Iterator[_Part]:
-    """A version's parts in order, each with its kind; numbers after the first begin with a dot."""
+    """Split a version into parts, each with its kind; numbers after the first begin with a dot."""
     found = VERSION.fullmatch(version)
     if not found:
         raise ImageError(f"version {version!r}: no Alpine package can have it")
@@ -178,7 +178,7 @@ class Index:
                 self._by_name.setdefault(name, []).append(entry)
 
     def candidates(self, dependency: Dependency) -> list[Entry]:
-        """What satisfies a dependency, the best first: of this name, of the highest priority, the newest."""
+        """List what satisfies a dependency, the best first: of this name, of the highest priority, the newest."""
         found = [entry for entry in self._by_name.get(dependency.name, []) if entry.satisfies(dependency)]
         found.sort(key=lambda entry: entry.name)
         found.sort(key=_Newest)
@@ -186,7 +186,7 @@ class Index:
         return found
 
     def newest(self, package: str) -> Entry:
-        """The package of exactly this name (a constraint may follow it).  Raises Unresolvable."""
+        """Return the package of exactly this name (a constraint may follow it).  Raises Unresolvable."""
         wanted = Dependency.parse(package)
         found = [entry for entry in self.candidates(wanted) if entry.name == wanted.name]
         if not found:
@@ -194,7 +194,7 @@ class Index:
         return found[0]
 
     def resolve(self, packages: Iterable[str]) -> list[Entry]:
-        """The packages and all they depend on, sorted by name.
+        """Resolve packages to these and all they depend on, sorted by name.
 
         Goes back on a choice that leads nowhere.  Raises Unresolvable with what stood in the way at the best try.
         """

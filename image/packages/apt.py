@@ -52,7 +52,7 @@ def security_mirror(mirror: str) -> str:
 
 
 def host_mirror() -> str:
-    """A Debian mirror: ``$CAISSON_MIRROR``, the host's own apt sources, or debootstrap's built-in default.
+    """Choose a Debian mirror: ``$CAISSON_MIRROR``, the host's own apt sources, or debootstrap's built-in default.
 
     Raises ImageError when none of them knows one.
     """
@@ -156,7 +156,7 @@ class Apt:
             ) from error
 
     def resolve(self, packages: Iterable[str]) -> list[tuple[str, str]]:
-        """The packages and all they depend on, as (file name in the pool, URI), sorted."""
+        """Resolve packages to these and all they depend on, as (file name in the pool, URI), sorted."""
         return _printed(self._apt("apt-get", "install", "--print-uris", "--yes", "-qq", *packages))
 
     def fetch(self, packages: Iterable[str]) -> list[Package]:
@@ -191,7 +191,7 @@ class Apt:
 
 
 def _printed(output: bytes) -> list[tuple[str, str]]:
-    """What --print-uris says, as (file name, URI), sorted."""
+    """Run apt-get and return what --print-uris says, as (file name, URI), sorted."""
     found = re.findall(r"^'([^']+)' (\S+) \d+(?: \S*)?$", output.decode(), re.MULTILINE)
     return sorted((name, uri) for uri, name in found)
 

@@ -34,10 +34,10 @@ class Packages(Protocol):
         """Exactly these packages, downloaded now or before."""
 
     def fetch_all(self, packages: Iterable[str]) -> list[Package]:
-        """The packages and all that they depend on."""
+        """Fetch packages and all that they depend on."""
 
     def fetch_kernel(self, package: str) -> list[Package]:
-        """The packages with the kernel that a package stands for, and with its modules."""
+        """Fetch the packages with the kernel that a package stands for, and with its modules."""
 
 
 def _debian(directory: Path, suite: str, arch: str) -> Packages:

@@ -19,9 +19,9 @@ class Package:
 
     @classmethod
     def of(cls, kind: str, name: str, version: str, file: Path) -> Package:
-        """The package in a file."""
+        """Describe the package in a file."""
         return cls(kind, name, version, hashlib.sha256(file.read_bytes()).hexdigest(), file)
 
     def record(self) -> dict[str, str]:
-        """What image.json says of it."""
+        """Return what image.json says of it."""
         return {"type": self.kind, "name": self.name, "version": self.version, "sha256": self.sha256}

@@ -20,7 +20,7 @@ from tests.native.nsexec_support import Box, children, config
 pytestmark = pytest.mark.root
 
 
-def _run(nsexec: Path, data: bytes, kind: str = "standard") -> tuple[int, bytes]:
+def _run(nsexec: Path, data: bytes, kind: str = "standard", **more: str) -> tuple[int, bytes]:
     """Give it these bytes and the end of the pipe; its wait status and what it said on the sync socket."""
     ours, theirs = socket.socketpair()
     ours_sync, theirs_sync = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -28,6 +28,7 @@ def _run(nsexec: Path, data: bytes, kind: str = "standard") -> tuple[int, bytes]
         "_LIBCONTAINER_INITPIPE": str(theirs.fileno()),
         "_LIBCONTAINER_SYNCPIPE": str(theirs_sync.fileno()),
         "_LIBCONTAINER_INITTYPE": kind,
+        **more,
     }
     with ours, theirs, ours_sync, theirs_sync:
         actions = [(os.POSIX_SPAWN_DUP2, s.fileno(), s.fileno()) for s in (theirs, theirs_sync)]
@@ -44,6 +45,13 @@ def _run(nsexec: Path, data: bytes, kind: str = "standard") -> tuple[int, bytes]
         said = ours_sync.recv(20000)
     assert children() == []
     return status, said
+
+
+@pytest.mark.parametrize("number", ["-1", "x", "4294967296", "3 "])
+@pytest.mark.parametrize("name", ["_CAISSON_PRESERVED", "_LIBCONTAINER_LOGLEVEL", "_LIBCONTAINER_LOGPIPE"])
+def test_the_environment_has_numbers(nsexec_path: Path, name: str, number: str) -> None:
+    status, said = _run(nsexec_path, b"", **{name: number})
+    assert os.waitstatus_to_exitcode(status) == 1 and name.encode() in said
 
 
 def _boot(*attributes: bytes) -> bytes:
