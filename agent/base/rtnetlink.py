@@ -36,6 +36,8 @@ _HEADER, _ATTRIBUTE, _ERROR = Struct("=IHHII"), Struct("=HH"), Struct("=i")
 _ERROR_TYPE, _DONE_TYPE = 2, 3
 _TYPE_MASK = 0x3FFF  # without the flags "nested" and "network byte order"
 _BUFFER = 1 << 16  # the kernel's largest part of a dump is 32 KiB
+_KERNEL = 0  # its port (netlink(7)); whoever has CAP_NET_ADMIN in this network namespace can send to ours, too
+_CUT_OFF = "an answer of the kernel's network that is cut off"
 
 
 class Message(Record):
@@ -75,7 +77,7 @@ class Rtnetlink:
         """Read all there is of a kind (one of GET…), of an address family or of all.  Raises OSError."""
         fixed = _FIXED[kind - 2]  # GETLINK is NEWLINK + 2, and so on
         self._send(kind, REQUEST | DUMP, bytes([family]).ljust(fixed.size, b"\0"))
-        return [Message(fixed.unpack_from(body), dict(_attributes(body[fixed.size :]))) for _, body in self._answers()]
+        return [_decode(fixed, body) for _, body in self._answers()]
 
     def _send(self, kind: int, flags: int, body: bytes) -> None:
         self._sequence += 1
@@ -84,20 +86,30 @@ class Rtnetlink:
     def _answers(self) -> Iterator[tuple[int, bytes]]:
         """Yield the parts of an answer, up to its end.  Raises OSError if that is an error."""
         while True:
-            data = self._socket.recv(_BUFFER)
+            data, sender = self._socket.recvfrom(_BUFFER)
+            if sender[0] != _KERNEL:
+                continue
             while len(data) >= _HEADER.size:
                 length, kind, _, sequence, _ = _HEADER.unpack_from(data)
                 if not _HEADER.size <= length <= len(data):
-                    raise OSError(0, "an answer of the kernel's network that is cut off")
+                    raise OSError(0, _CUT_OFF)
                 body, data = data[_HEADER.size : length], data[_aligned(length) :]
                 if sequence != self._sequence:
                     continue
                 if kind in (_ERROR_TYPE, _DONE_TYPE):
+                    if len(body) < _ERROR.size:
+                        raise OSError(0, _CUT_OFF)
                     code = -_ERROR.unpack_from(body)[0]
                     if code:
                         raise OSError(code, os.strerror(code))
                     return
                 yield kind, body
+
+
+def _decode(fixed: Struct, body: bytes) -> Message:
+    if len(body) < fixed.size:
+        raise OSError(0, _CUT_OFF)
+    return Message(fixed.unpack_from(body), dict(_attributes(body[fixed.size :])))
 
 
 def number(value: int) -> bytes:

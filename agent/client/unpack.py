@@ -8,7 +8,6 @@ its name when all of it is there.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import shutil
 import stat
@@ -60,7 +59,10 @@ class _Archive(tarfile.TarFile):
     def next(self) -> tarfile.TarInfo | None:
         self.headers = 0
         self.members: list[tarfile.TarInfo] = []  # it would keep them all
-        return super().next()
+        try:
+            return super().next()
+        except (ValueError, LookupError, ArithmeticError) as error:  # of numbers and maps that are none
+            raise CopyError(f"archive: the container sent a damaged header: {error}") from error
 
 
 def received(stream: BinaryIO) -> tarfile.TarFile:
@@ -112,8 +114,10 @@ def unpack_to(archive: tarfile.TarFile, target: BinaryIO) -> None:
 
 
 def _check_numbers(member: tarfile.TarInfo) -> None:
-    if not math.isfinite(member.mtime) or not 0 <= member.mtime <= MAX_TIME or member.size < 0:
+    if not 0 <= member.mtime <= MAX_TIME or member.size < 0:  # NaN is not, either
         raise CopyError(f"{member.name!r}: the container sent it with the time {member.mtime} and size {member.size}")
+    if "\0" in member.linkname:
+        raise CopyError(f"{member.name!r}: the container sent it as a link to {member.linkname!r}")
     if member.sparse is not None:
         raise CopyError(f"{member.name!r}: the container sent it as a sparse file, which was not asked for")
 

@@ -36,6 +36,9 @@ DECOMPRESSORS = {
 #: Files in an archive of an image: blobs and documents.
 MAX_FILES = 65_536
 
+#: Bytes of a name in an archive of an image: a blob's has 77.
+MAX_NAME = 1024
+
 #: Links from one name in an archive to the next.
 MAX_LINKS = 8
 
@@ -84,7 +87,7 @@ class Archive:
             link = os.fsdecode(member.link) if member.kind != stat.S_IFREG else ""
             if member.kind == stat.S_IFLNK:  # as older `docker save` spares itself a layer that it has had
                 link = f"{os.path.dirname(os.fsdecode(member.name))}/{link}"  # noqa: PTH120 - not of this machine
-            if member.extents is None:
+            if member.extents is None and len(member.name) <= MAX_NAME and len(link) <= MAX_NAME:
                 self._members[_normal(os.fsdecode(member.name))] = member.data, member.size, _normal(link)
             if len(self._members) > MAX_FILES:
                 self._members = {}

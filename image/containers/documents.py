@@ -6,10 +6,13 @@ Sources: OCI image specification, image-index.md, manifest.md and config.md; mob
 from __future__ import annotations
 
 import json
+import os
 import posixpath
 import re
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any, Protocol
 
 from caisson.image.containers.archives import check, sha256_of
@@ -22,8 +25,9 @@ DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 MAX_INDEXES = 4
 MAX_MANIFESTS = 1000
 
-#: Bytes of a document.
+#: Bytes of a document, and values in it: each takes up to a hundred bytes when it is read.
 MAX_DOCUMENT = 4 << 20
+MAX_VALUES = 1 << 18
 
 #: What is run when nothing says what.
 SHELL = ("/bin/sh",)
@@ -255,9 +259,12 @@ def _absolute(path: str) -> str:
     return "/" + posixpath.normpath(f"/{path}").lstrip("/")
 
 
-def read_bundle(path: Any) -> dict[str, Any]:
-    """Return the configuration of a bundle.  Raises Malformed."""
-    return _document(path.open("rb"), "config.json")
+def read_bundle(path: Path) -> dict[str, Any]:
+    """Return the configuration of a bundle, a file of its own.  Raises Malformed, OSError."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise Malformed(f"{path}: not a regular file; copy it into the bundle")
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    return _document(os.fdopen(os.open(path, flags), "rb"), "config.json")
 
 
 def root_of(bundle: dict[str, Any]) -> str:
@@ -284,6 +291,8 @@ def _json(stream: IO[bytes], what: str) -> Any:
     try:
         if len(data) > MAX_DOCUMENT:
             raise ValueError(f"more than {MAX_DOCUMENT} bytes")
+        if sum(map(data.count, (b",", b"[", b"{", b":"))) > MAX_VALUES:
+            raise ValueError(f"more than {MAX_VALUES} values")
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise Malformed(f"{what} is no JSON document: {error}") from error

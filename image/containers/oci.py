@@ -124,7 +124,7 @@ class _Packer:
             return self._finish(
                 Directory(place), documents.read_layout(Directory(place), self._architecture, self._tag)
             )
-        if (place / "config.json").exists():
+        if os.path.lexists(place / "config.json"):
             return self._bundle(place)
         if (place / "version").is_file() and (place / "manifest.json").is_file():
             return self._finish(Directory(place), documents.read_directory(Directory(place), self._architecture))

@@ -26,12 +26,19 @@ BLOCK = 512
 #: Bytes of one pax header or long name, and of all global ones.
 MAX_HEADER = 1 << 20
 
-#: Headers for one member, and runs of data of a sparse one.
+#: Headers for one member, records of a pax header and of all global ones, and runs of data of a sparse member.
 MAX_HEADERS = 32
+MAX_RECORDS = 1 << 15
 MAX_EXTENTS = 65_536
 
 #: Ids that stat(2) can give; the last one of 32 bits means "none".
 MAX_ID = (1 << 32) - 2
+
+#: Seconds since or before 1970: more than any file system holds, and less than a database's integer.
+MAX_TIME = (1 << 62) - 1
+
+#: Bytes of a symbolic link's target (limits.h, PATH_MAX, without its NUL).
+MAX_TARGET = 4095
 
 #: Device numbers as the kernel's 32-bit dev_t has them.
 MAX_MAJOR, MAX_MINOR = (1 << 12) - 1, (1 << 20) - 1
@@ -112,8 +119,9 @@ class _Reader:
                 records = _records(self._extra(header), self._damaged)
             elif kind == b"g":
                 self._global |= dict(_records(self._extra(header), self._damaged))
-                if sum(map(len, self._global.values())) > MAX_HEADER:
-                    raise self._damaged(f"global headers of more than {MAX_HEADER} bytes")
+                size = sum(len(key) + len(value) for key, value in self._global.items())
+                if size > MAX_HEADER or len(self._global) > MAX_RECORDS:
+                    raise self._damaged(f"global headers of more than {MAX_HEADER} bytes or {MAX_RECORDS} records")
             elif kind in (b"L", b"K"):
                 long[kind] = self._extra(header).split(b"\0", 1)[0]
             elif kind in IGNORED:
@@ -170,19 +178,21 @@ class _Reader:
         if kind not in KINDS:
             raise Malformed(f"{text(name)}: tar type {kind!r}: unknown")
 
-        def number(field: bytes, place: slice, most: int) -> int:
+        def number(field: bytes, place: slice, most: int, least: int = 0) -> int:
             value = _decimal(pax[field], name) if pax.get(field) else _number(header[place], self._damaged)
-            if not 0 <= value <= most:
-                raise Malformed(f"{text(name)}: {field.decode()} {value}: out of range; 0 to {most} can be kept")
+            if not least <= value <= most:
+                raise Malformed(f"{text(name)}: {field.decode()} {value}: out of range; {least} to {most} can be kept")
             return value
 
         mode = KINDS[kind]
+        if mode == stat.S_IFLNK and (len(link) > MAX_TARGET or b"\0" in link):
+            raise Malformed(f"{text(name)}: a link to {text(link)}: longer than {MAX_TARGET} bytes, or with a NUL")
         if kind in (b"\0", b"0") and name.endswith(b"/"):
             mode = stat.S_IFDIR  # V7 has no type for directories
         member = Member(
             name, mode, _number(header[100:108], self._damaged) & 0o7777,
             number(b"uid", slice(108, 116), MAX_ID), number(b"gid", slice(116, 124), MAX_ID),
-            _time(pax[b"mtime"], name) if pax.get(b"mtime") else _number(header[136:148], self._damaged),
+            _time(pax[b"mtime"], name) if pax.get(b"mtime") else number(b"mtime", slice(136, 148), MAX_TIME, -MAX_TIME),
             number(b"size", slice(124, 136), 1 << 62), link, (0, 0), self._at, None,
         )  # fmt: skip
         if mode in (stat.S_IFCHR, stat.S_IFBLK):
@@ -193,6 +203,8 @@ class _Reader:
             runs = (
                 self._sparse(member, header, pax, records) if kind == b"S" or b"GNU.sparse" in b"".join(pax) else None
             )
+            if member.size < 0:
+                raise Malformed(f"{text(name)}: size {member.size}: out of range")
             if member.size > self._max_file:
                 most = f"a file may have {self._max_file} (--max-size raises it)"
                 raise Malformed(f"{text(name)}: {member.size} bytes; {most}")
@@ -311,7 +323,7 @@ def _time(data: bytes, name: bytes) -> int:
         value = float(data)
     except ValueError:
         value = math.nan
-    if not re.fullmatch(rb"-?[0-9.]{1,40}", data) or not math.isfinite(value):
+    if not re.fullmatch(rb"-?[0-9.]{1,40}", data) or not -MAX_TIME <= value <= MAX_TIME:  # NaN is not
         raise Malformed(f"{text(name)}: {data[:40]!r}: not a time")
     return math.floor(value)
 
@@ -328,6 +340,8 @@ def _records(data: bytes, damaged: Damaged) -> list[tuple[bytes, bytes]]:
         key, equals, value = data[digits.end() : end - 1].partition(b"=") if digits else (b"", b"", b"")
         if not equals or end > len(data) or data[end - 1 : end] != b"\n":
             raise damaged("an invalid pax record")
+        if len(found) == MAX_RECORDS:
+            raise damaged(f"a pax header of more than {MAX_RECORDS} records")
         found.append((key, value))
         at = end
     return found

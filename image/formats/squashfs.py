@@ -43,6 +43,7 @@ MAX_TIME = (1 << 32) - 1
 XATTRS = ("user.", "trusted.", "security.")
 OVERLAY = ("trusted.overlay.", "user.overlay.")
 MAX_XATTR = 1 << 16
+MAX_XATTR_NAMES = 1 << 16  # of a file, with a NUL each (limits.h, XATTR_LIST_MAX)
 
 #: Takes a line about what is not kept.
 Warn = Callable[[str], None]
@@ -95,8 +96,13 @@ def write_archive(
 
 def kept_xattrs(path: bytes, xattrs: Mapping[str, bytes], warn: Warn) -> dict[str, bytes]:
     """Return the attributes that a disk holds; ``warn`` gets the names of the others."""
-    kept = {}
+    kept: dict[str, bytes] = {}
+    names = 0
     for name, value in xattrs.items():
+        names += len(os.fsencode(name)) + 1
+        if names > MAX_XATTR_NAMES:
+            warn(f"{text(path)}: attributes after the first {len(kept)}: not kept: a kernel could not list them")
+            break
         if name.startswith(OVERLAY):
             warn(f"{text(path)}: attribute {name[:80]}: not kept: it is overlayfs's own")
         elif name.startswith(XATTRS) and len(value) <= MAX_XATTR and 0 < len(os.fsencode(name.partition(".")[2])) < 256:

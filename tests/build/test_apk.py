@@ -5,12 +5,13 @@ from __future__ import annotations
 import gzip
 import itertools
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from caisson.image.errors import ImageError
-from caisson.image.packages.apk import Apk, Untrusted, extract, split
+from caisson.image.packages.apk import Apk, Untrusted, extract, read_index, split
 from caisson.image.packages.apk_index import Dependency, Entry, Index, Unresolvable, compare, parse
 from tests.build.alpine_repository import KEY, NOW, Repository, make_key, segment
 
@@ -331,6 +332,14 @@ def test_an_index_is_not_unpacked_before_its_signature_was_checked(
     with pytest.raises(Untrusted, match="does not hold"):
         apk(tmp_path, mirror).update()
     assert unpacked == [len(signature)]
-    file.write_bytes(gzip.compress(bytes(1 << 30)))
-    with pytest.raises(Untrusted, match="is not signed"):
-        apk(tmp_path, mirror).update()
+
+
+def test_a_signature_is_unpacked_up_to_a_bound(tmp_path: Path) -> None:
+    bomb = gzip.compress(bytes(64 << 20))
+    tracemalloc.start()
+    try:
+        with pytest.raises(Untrusted, match="is not signed"):
+            read_index(bomb, tmp_path, "it")
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()

@@ -183,6 +183,8 @@ def saved(manifest: object, config: bytes = b"{}") -> bytes:
         (saved([{"Config": "c", "Layers": [1]}]), "list of strings"),
         (saved([{"Config": "c", "Layers": []}], b"[]"), "no JSON object"),
         (saved([{"Config": "c", "Layers": []}], b"{"), "no JSON document"),
+        (saved([{"Config": "c", "Layers": []}], b'{"a":[' + b"[]," * 270_000 + b"[]]}"), "more than 262144 values"),
+        (layer(("manifest.json", file(b"[]")), ("/".join(["n" * 200] * 6), file())), "names no image"),
         (saved([{"Config": "c", "Layers": ["../../etc/passwd"]}], configuration([b""])), "lacks ../../etc/passwd"),
         (saved([{"Config": "c", "Layers": []}], b'{"rootfs": {"diff_ids": ["md5:1"]}}'), "no digest"),
         (saved([{"Config": "c", "Layers": []}], b'{"config": {"Env": {}}}'), "Env must be"),
@@ -211,6 +213,19 @@ def test_a_bundle(tmp_path: Path) -> None:
     assert "etc" in listed(tmp_path / "b") and "config.json" not in listed(tmp_path / "b")
     (tmp_path / "b/config.json").write_text("[]")
     with pytest.raises(Malformed, match="no JSON object"):
+        read(tmp_path / "b")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link", "device"])
+def test_the_configuration_of_a_bundle_is_a_file_of_its_own(tmp_path: Path, kind: str) -> None:
+    """A FIFO would be waited for, a link leads to another's document, and some devices have no end."""
+    (tmp_path / "secret.json").write_text('{"root": {"path": "rootfs"}}')
+    (tmp_path / "b/rootfs/etc").mkdir(parents=True)
+    if kind == "fifo":
+        os.mkfifo(tmp_path / "b/config.json")
+    else:
+        (tmp_path / "b/config.json").symlink_to(tmp_path / "secret.json" if kind == "link" else "/dev/zero")
+    with pytest.raises(ImageError, match=r"config\.json: not a regular file"):
         read(tmp_path / "b")
 
 
@@ -340,6 +355,15 @@ def test_attributes_that_a_disk_cannot_hold_are_named(tmp_path: Path) -> None:
         pass
     assert len(lines) == 2 and all(line.startswith("/file: attribute ") for line in lines)
     assert "system.posix_acl_access" in lines[0] and "trusted.overlay.opaque" in lines[1]
+
+
+def test_attributes_that_no_kernel_could_list_are_not_kept(tmp_path: Path) -> None:
+    attributes = {f"user.{'a' * 200}{number}": b"" for number in range(400)}
+    image = docker_archive(tmp_path / "image.tar", [layer(("file", file(xattrs=attributes)))])
+    lines: list[str] = []
+    with packed(image, "amd64", Cache(tmp_path / "cache"), report=lines.append):
+        pass
+    assert lines == ["/file: attributes after the first 313: not kept: a kernel could not list them"]
 
 
 def test_a_name_means_the_image_that_was_packed_under_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

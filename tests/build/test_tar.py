@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from caisson.image.containers.tar import HARD_LINK, MAX_EXTENTS, MAX_HEADER, Member, members
+from caisson.image.containers.tar import HARD_LINK, MAX_EXTENTS, MAX_HEADER, MAX_RECORDS, Member, members
 from caisson.image.formats.tree import Malformed
 
 TIB = 1 << 40
@@ -145,6 +145,22 @@ def test_sparse_files_are_read_by_their_holes(tmp_path: Path, options: list[str]
     assert data[passwd.data : passwd.data + 4] == b"root"
 
 
+def with_checksum(header: bytes) -> bytes:
+    blank = header[:148] + b" " * 8 + header[156:]
+    return header[:148] + b"%06o\0 " % sum(blank) + header[156:]
+
+
+def with_field(at: int, value: bytes) -> bytes:
+    """An archive of one file whose header has these bytes there."""
+    header = archive(info())[:512]
+    return with_checksum(header[:at] + value + header[at + len(value) :]) + bytes(1024)
+
+
+def extra_header(header: bytes, data: bytes) -> bytes:
+    """A header of a type that has data, with its data."""
+    return with_checksum(header[:124] + b"%011o\0" % len(data) + header[136:]) + data + bytes(-len(data) % 512)
+
+
 def pax(**records: str) -> bytes:
     return archive(info("f", pax_headers=dict(records)))
 
@@ -193,6 +209,11 @@ def test_ids_out_of_range_are_refused_by_name_and_number(field: str, format: int
         (pax(mtime="nan"), "not a time"),
         (pax(mtime="inf"), "not a time"),
         (pax(mtime="1e400"), "not a time"),
+        (pax(mtime="9" * 30), "not a time"),
+        (with_field(136, b"\x80" + b"\x7f" * 11), "mtime 154135671558081661678616447: out of range"),
+        (pax(**{"GNU.sparse.size": "-5", "GNU.sparse.map": ""}), "size -5: out of range"),
+        (archive(info(type=tarfile.SYMTYPE, linkname="x" * 4096)), "a link to .*: longer than 4095 bytes"),
+        (archive(info(type=tarfile.SYMTYPE, pax_headers={"linkpath": "a\0b"})), "or with a NUL"),
         (pax(uid="1_0"), "not a number"),
         (pax(size="-1"), "out of range"),
         (pax(**{"GNU.sparse.size": "10", "GNU.sparse.map": "5,10"}), "leads out"),
@@ -206,6 +227,21 @@ def test_ids_out_of_range_are_refused_by_name_and_number(field: str, format: int
 def test_odd_numbers_are_refused(data: bytes, why: str) -> None:
     with pytest.raises(Malformed, match=why):
         read(data)
+
+
+def test_names_of_global_records_are_bounded() -> None:
+    """They hold for all members that follow; those of a name and no value as well."""
+    header, end = archive(info("x", type=b"g"))[:512], archive(info())[:512]
+    longest = MAX_HEADER // 4
+    names = (extra_header(header, b"%d %05d%s=\n" % (longest, number, b"k" * (longest - 14))) for number in range(5))
+    with pytest.raises(Malformed, match="global headers of more than"):
+        read(b"".join(one + end for one in names))
+
+
+def test_records_are_counted() -> None:
+    data = b"".join(b"10 %05x=\n" % number for number in range(MAX_RECORDS + 1))
+    with pytest.raises(Malformed, match=f"more than {MAX_RECORDS} records"):
+        read(extra_header(archive(info("x", type=b"x"))[:512], data))
 
 
 def test_many_headers_for_one_member_are_refused() -> None:

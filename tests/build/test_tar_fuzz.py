@@ -1,25 +1,28 @@
 """Layers that somebody has tampered with: each is a tree or a complaint in words, in bounded memory.
 
-`CAISSON_FUZZ_SECONDS` says for how long (default: 5), `CAISSON_FUZZ_SEED` which ones.
+What can be read can be written as a disk's archive, too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
-import os
 import random
+import shutil
 import subprocess
 import tarfile
-import time
 import tracemalloc
 from pathlib import Path
 
+import pytest
+
+from caisson.agent.client.errors import CopyError
+from caisson.agent.client.unpack import received, unpack
 from caisson.image.containers.layers import LayerMerger
 from caisson.image.errors import ImageError
+from caisson.image.formats.squashfs import write_archive
 from caisson.image.formats.tree import Malformed, Tree
-
-SECONDS = float(os.environ.get("CAISSON_FUZZ_SECONDS", "5"))
-SEED = int(os.environ.get("CAISSON_FUZZ_SEED", "1"))
+from tests.support import fuzz
 
 #: Bytes that a layer of some KB may take of Python's memory: a header of a MiB, and what is made of it.
 MEMORY = 16 << 20
@@ -108,33 +111,56 @@ def refuses_or_reads(data: bytes, file: Path) -> bool:
     with Tree() as tree:
         try:
             LayerMerger(tree, lambda line: None, MAX_FILE).apply(file, "layer")
+            write_archive(tree, io.BytesIO())
         except (ImageError, Malformed) as error:
             assert str(error) and "\n" not in str(error)
             return False
     return True
 
 
+@pytest.mark.fuzz
+@pytest.mark.timeout(fuzz.LIMIT)
 def test_tampered_layers_are_read_or_refused_in_words(tmp_path: Path) -> None:
-    chance = random.Random(SEED)
     originals = dialects(tmp_path)
     file = tmp_path / "layer"
     for original in originals:
         assert refuses_or_reads(original, file)
-    data, read, refused = b"", 0, 0
-    until = time.monotonic() + SECONDS
+    read, refused = 0, 0
     tracemalloc.start()
     try:
-        while time.monotonic() < until:
-            data = tampered(chance.choice(originals), chance)
-            tracemalloc.reset_peak()
-            if refuses_or_reads(data, file):
-                read += 1
-            else:
-                refused += 1
-            assert tracemalloc.get_traced_memory()[1] < MEMORY
-    except Exception as error:
-        raise AssertionError(f"seed {SEED}, layer {read + refused}: {data.hex()[:4000]}") from error
+        for one in fuzz.rounds(1000):
+            with one as chance:
+                tracemalloc.reset_peak()
+                if refuses_or_reads(tampered(chance.choice(originals), chance), file):
+                    read += 1
+                else:
+                    refused += 1
+                assert tracemalloc.get_traced_memory()[1] < MEMORY
     finally:
         tracemalloc.stop()
     print(f"{read} layers read, {refused} refused")
+    assert read and refused
+
+
+@pytest.mark.fuzz
+@pytest.mark.timeout(fuzz.LIMIT)
+def test_tampered_archives_are_unpacked_beneath_their_directory_or_refused(tmp_path: Path) -> None:
+    """What `cp` makes of what a container sends."""
+    originals = dialects(tmp_path)[:3]  # the others are sparse, and refused
+    read, refused = 0, 0
+    for number, one in enumerate(fuzz.rounds(500)):
+        with one as chance:
+            inside = tmp_path / str(number) / "inside"
+            inside.mkdir(parents=True)
+            try:
+                with contextlib.closing(received(io.BytesIO(tampered(chance.choice(originals), chance)))) as archive:
+                    unpack(archive, inside, "d", "d")
+                read += 1
+            except (CopyError, OSError, tarfile.TarError):
+                refused += 1
+            assert [path.name for path in inside.parent.iterdir()] == ["inside"]
+            assert {path.name for path in inside.iterdir()} <= {"d"}
+            assert not [path for path in inside.rglob("*") if path.lstat().st_mode & 0o6000]
+            shutil.rmtree(inside.parent)
+    print(f"{read} archives unpacked, {refused} refused")
     assert read and refused

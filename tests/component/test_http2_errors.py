@@ -14,6 +14,7 @@ from caisson.agent.rpc.http2.frames import Code
 from caisson.agent.rpc.http2.hpack import Decoder, encode
 from caisson.agent.rpc.http2.messages import HttpRequest, HttpResponse
 from tests.component.http2_peer import BLOCK, END, FIELDS, HEAD, LARGE, OPEN, Never, connected, frame, request
+from tests.support import fuzz
 
 
 @pytest.mark.parametrize(
@@ -135,11 +136,12 @@ async def test_other_protocols_are_closed_with_a_word_in_the_log(first: bytes) -
         assert "does not speak HTTP/2" in text
 
 
+@pytest.mark.fuzz
+@pytest.mark.timeout(fuzz.LIMIT)
 async def test_anything_at_all_is_survived() -> None:
     """Frames of chance, most of them wrong somewhere: there are answers, or an end, and no exception."""
-    chance = random.Random(7)
 
-    def some() -> bytes:
+    def some(chance: random.Random) -> bytes:
         kind = chance.choice([*range(10), 200])
         payload = chance.choice(
             [b"", bytes(4), bytes(5), bytes(8), BLOCK, BLOCK[: chance.randrange(20)], chance.randbytes(40)]
@@ -147,14 +149,15 @@ async def test_anything_at_all_is_survived() -> None:
         whole = frame(kind, payload, chance.choice([0, 1, 4, 5, 8, 0x20, chance.randrange(256)]), chance.randrange(9))
         return whole if chance.random() < 0.9 else whole[: chance.randrange(len(whole))]
 
-    for _ in range(1000):
-        async with connected() as peer:
-            with contextlib.suppress(ConnectionError):
-                await peer.send(frames.PREFACE, frames.settings({}), *[some() for _ in range(8)])
-                peer._sock.shutdown(socket.SHUT_WR)
-            with contextlib.suppress(EOFError):
-                while True:
-                    await peer.frame()
+    for one in fuzz.rounds(1000):
+        with one as chance:
+            async with connected() as peer:
+                with contextlib.suppress(ConnectionError):
+                    await peer.send(frames.PREFACE, frames.settings({}), *[some(chance) for _ in range(8)])
+                    peer._sock.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(EOFError):
+                    while True:
+                        await peer.frame()
 
 
 async def test_headers_are_what_was_sent() -> None:

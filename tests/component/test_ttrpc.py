@@ -25,6 +25,7 @@ from caisson.agent.rpc.ttrpc import frames, server
 from caisson.agent.rpc.ttrpc.client import Client, ConnectionClosed, RpcError, Stub
 from caisson.proto.kata1 import health_pb2
 from caisson.proto.ttrpc import ttrpc_pb2
+from tests.support import fuzz
 from tests.support.poll import until
 
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
@@ -298,15 +299,19 @@ async def test_requests_under_way_hold_a_bounded_number_of_bytes(monkeypatch: py
         await pair.still_serves()
 
 
-async def test_server_stops_reading_from_a_peer_that_does_not_read() -> None:
+@pytest.mark.parametrize(
+    ("count", "size", "most"), [(1000, 0, 1 << 23), (30, 4096, 1 << 25)], ids=["many frames", "few in a turn"]
+)
+async def test_server_stops_reading_from_a_peer_that_does_not_read(count: int, size: int, most: int) -> None:
+    """What the sockets take, and some."""
     async with connected() as pair:
-        sent, block = 0, frames.frame(2, frames.REQUEST, b"") * 1000
+        sent, block = 0, frames.frame(2, frames.REQUEST, bytes(size)) * count
         with pytest.raises(TimeoutError):
             while sent < 1 << 26:
                 async with asyncio.timeout(1):
                     await pair.send(block)
                 sent += len(block)
-        assert sent < 1 << 23  # what the sockets take, and some
+        assert sent < most
 
 
 async def test_a_flood_of_frames_leaves_turns_to_other_connections(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,23 +332,25 @@ async def test_a_flood_of_frames_leaves_turns_to_other_connections(monkeypatch: 
         assert max(after - before for before, after in itertools.pairwise(seen)) <= 8
 
 
+@pytest.mark.fuzz
+@pytest.mark.timeout(fuzz.LIMIT)
 async def test_anything_at_all_is_survived() -> None:
     """Frames of chance, most of them wrong somewhere: there are answers, and no exception."""
-    chance = random.Random(7)
 
-    def some() -> bytes:
+    def some(chance: random.Random) -> bytes:
         data = chance.choice([b"", check(1)[frames.HEADER_SIZE :], chance.randbytes(40), b"\x0a\x0bgrpc.Health"])
         kind = chance.choice([frames.REQUEST, frames.REQUEST, frames.DATA, chance.randrange(256)])
         whole = frames.frame(chance.randrange(9), kind, data, chance.choice([0, 0, 1, 2, chance.randrange(256)]))
         return whole if chance.random() < 0.9 else whole[: chance.randrange(1, len(whole))]
 
-    for _ in range(300):
-        async with connected() as pair:
-            await pair.send(check(99), *[some() for _ in range(8)])
-            pair.sock.shutdown(socket.SHUT_WR)
-            with contextlib.suppress(EOFError, ConnectionError):
-                while True:
-                    await pair.receive()
+    for one in fuzz.rounds(300):
+        with one as chance:
+            async with connected() as pair:
+                await pair.send(check(99), *[some(chance) for _ in range(8)])
+                pair.sock.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(EOFError, ConnectionError):
+                    while True:
+                        await pair.receive()
 
 
 # The client, by a server that says exactly what a test wants it to

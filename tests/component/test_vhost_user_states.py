@@ -1,7 +1,6 @@
 """The vhost-user vsock device through very many states that no driver would make, beside connections that go on.
 
-``CAISSON_VSOCK_STATES`` says how many: 100,000 take 40 s on an idle machine, and are done every night.
-``CAISSON_VSOCK_SEED`` says which.
+100,000 states take 40 s on an idle machine.
 """
 
 from __future__ import annotations
@@ -23,9 +22,10 @@ from caisson.image.vm.vsock.vhost_user import protocol as p
 from tests.component.fake_guest import Guest, Start, starter
 from tests.component.hostile_guest import PORT, Hostile
 from tests.component.vhost_device import Backend
+from tests.support import fuzz
 
-STATES = int(os.environ.get("CAISSON_VSOCK_STATES", "20000" if "CI" in os.environ else "5000"))
-SEED = int(os.environ.get("CAISSON_VSOCK_SEED", "6"))
+#: Rounds of 500 states each at every change.
+ROUNDS = 40 if "CI" in os.environ else 10
 
 #: All that the device may have to say; anything else is a case that nobody thought of.
 COMPLAINTS = re.compile(
@@ -127,22 +127,21 @@ def requests(backend: Backend, guest: Guest, hostile: Hostile, program: Program,
     assert len(list(Path(f"/proc/{backend.process.pid}/fd").iterdir())) < 60, "descriptors that came along are closed"
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.fuzz
+@pytest.mark.timeout(fuzz.LIMIT)
 def test_very_many_states(start: Start) -> None:
     backend, guest = start(log_burst=1e9, response_timeout=0.5, close_timeout=0.5)
-    chance = random.Random(SEED)
-    hostile = Hostile(guest, chance)
+    hostile = Hostile(guest, random.Random())
     program = Program(backend)
-    done = 0
-    while done < STATES:
-        before = backend.cpu()
-        for kind, count in ((packets, 200), (rings, 250), (requests, 50)):
-            kind(backend, guest, hostile, program, count)
-            done += count
-            assert backend.process.poll() is None
-        used = backend.cpu() - before
-        assert used < 500 * TIME, f"{used} s of processor time for 500 states; the seed is {SEED}"
-        assert backend.rss() < MEMORY
+    for one in fuzz.rounds(ROUNDS):
+        with one as hostile.chance:
+            before = backend.cpu()
+            for kind, count in ((packets, 200), (rings, 250), (requests, 50)):
+                kind(backend, guest, hostile, program, count)
+                assert backend.process.poll() is None
+            used = backend.cpu() - before
+            assert used < 500 * TIME, f"{used} s of processor time for 500 states"
+            assert backend.rss() < MEMORY
     assert unknown_complaints(backend) == []
     guest.reboot()
     guest.listen()

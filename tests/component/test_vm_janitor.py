@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -90,6 +91,26 @@ def test_a_directory_without_our_mark_is_not_touched(run: Path, tmp_path: Path) 
     killed(run / "dpkg", "pass")
     killed(run / "link", "pass")
     assert sorted(path.name for path in (run / "dpkg").iterdir()) == ["lock", "status"]
+
+
+@pytest.mark.parametrize("kind", ["link to a VM's", "lock by a link", "somebody else's", "somebody else's lock"])
+def test_a_mark_in_the_wrong_place_is_none(run: Path, tmp_path: Path, kind: str) -> None:
+    """The mark is no secret: only in a directory and a file of this user's, reached through no link, does it count."""
+    if "somebody" in kind and os.geteuid() != 0:
+        pytest.skip("needs another user's files")
+    stale = VMDirectory.of("stale")
+    stale.create().close()
+    (stale.path / "kept").touch()
+    if kind == "link to a VM's":
+        stale.path.rename(tmp_path / "elsewhere")
+        stale.path.symlink_to(tmp_path / "elsewhere")
+    elif kind == "lock by a link":
+        (stale.path / "lock").rename(tmp_path / "lock")
+        (stale.path / "lock").symlink_to(tmp_path / "lock")
+    else:
+        os.chown(stale.path / ("lock" if "lock" in kind else "."), 12345, 12345)
+    killed(stale.path, "pass")
+    assert (stale.path / "kept").exists()
 
 
 def test_directories_are_made_and_removed_one_at_a_time(run: Path) -> None:

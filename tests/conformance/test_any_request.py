@@ -2,13 +2,11 @@
 
 They are made from the descriptors, so a new field or method is asked about without a change here.  The agent runs with
 a network of its own; values that would change this machine (its clock, files outside of the test's) are not made.
-`CAISSON_FUZZ_SECONDS` says for how long (default: 20).
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,10 +28,11 @@ from caisson.proto.kata3 import agent_pb2 as agent3
 from caisson.proto.kata3 import health_pb2 as health3
 from caisson.proto.kata3 import oci_pb2 as oci3
 from tests.native.agent_support import RunningAgent
+from tests.support import fuzz
 
 pytestmark = pytest.mark.root
 
-SECONDS = float(os.environ.get("CAISSON_FUZZ_SECONDS", "20"))
+SECONDS = fuzz.seconds(20)
 
 #: Methods that must have done their work at least once, and how many seconds more chance may take to get there.
 FAR = {"CreateContainer", "StartContainer", "ExecProcess"}
@@ -190,6 +189,7 @@ def secluded(tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path) -> Iterato
     assert running.cgroups() == []
 
 
+@pytest.mark.fuzz
 @pytest.mark.timeout(SECONDS + EXTRA + 80)
 @pytest.mark.parametrize("transport", APIS)
 def test_any_request_gets_a_status(secluded: RunningAgent, transport: str) -> None:

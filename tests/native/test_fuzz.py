@@ -1,6 +1,6 @@
 """The parsers of nsexec and of the front under a fuzzer, AddressSanitizer and UndefinedBehaviorSanitizer.
 
-`CAISSON_FUZZ_SECONDS` says for how long (default: 30).  With clang that is libFuzzer, which finds its way by coverage;
+With clang that is libFuzzer, which finds its way by coverage;
 where there is only gcc, the mutator in fuzz.c.
 """
 
@@ -17,10 +17,11 @@ import pytest
 
 from tests.native import fuzz_corpus
 from tests.native.agent_support import ROOT
+from tests.support import fuzz
 
 pytestmark = pytest.mark.root
 
-SECONDS = int(os.environ.get("CAISSON_FUZZ_SECONDS", "30"))
+SECONDS = int(fuzz.seconds(30))
 
 #: Branches that are reached when every kind of attribute is: far fewer would mean that it is stuck at a header.
 EDGES, FRONT_EDGES = 300, 150
@@ -50,7 +51,8 @@ def finished(command: list[str], directory: Path) -> str:
     [("fuzz", fuzz_corpus.seeds, EDGES), ("fuzz-front", fuzz_corpus.front_seeds, FRONT_EDGES)],
     ids=["nsexec", "front"],
 )
-@pytest.mark.timeout(SECONDS + 280)
+@pytest.mark.fuzz
+@pytest.mark.timeout(fuzz.LIMIT)
 def test_nothing_is_found(tmp_path: Path, target: str, inputs: Callable[[], dict[str, bytes]], least: int) -> None:
     seeds, corpus = tmp_path / "seeds", tmp_path / "corpus"
     for directory in (seeds, corpus):

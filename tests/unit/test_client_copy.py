@@ -16,7 +16,7 @@ import pytest
 
 from caisson.agent.client import AgentGone
 from caisson.agent.client.copy import Place, get, put
-from caisson.agent.client.diagnostics import AgentLines
+from caisson.agent.client.diagnostics import MAX_LINE, AgentLines
 from caisson.agent.client.errors import CopyError, UsageError
 from caisson.agent.client.unpack import MAX_HEADER, received, unpack
 
@@ -220,6 +220,7 @@ def test_a_line_that_no_parser_survives_is_not_the_agents() -> None:
         b'\n{"level": "info", "msg": "one"}\n',
     ):
         lines(piece)
+        assert len(lines._rest) <= MAX_LINE
     assert seen == [b'{"level": "info", "msg": "one"}\n']
     assert len(lines._rest) == 0
 
@@ -255,6 +256,18 @@ def test_odd_times_are_refused(tmp_path: Path, mtime: str) -> None:
         unpack(archive(("a", {"pax_headers": {"mtime": mtime}})), tmp_path, "a", "a")
 
 
+@pytest.mark.parametrize("fields", [
+    {"pax_headers": {"GNU.sparse.map": "x", "GNU.sparse.size": "1"}},
+    {"pax_headers": {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}},
+    {"pax_headers": {"GNU.sparse.size": "1", "GNU.sparse.offset": "x"}},
+    {"type": tarfile.SYMTYPE, "linkname": "x", "pax_headers": {"linkpath": "x\0y"}},
+])  # fmt: skip
+def test_nonsense_is_an_error_in_words(tmp_path: Path, fields: dict[str, Any]) -> None:
+    with pytest.raises((CopyError, tarfile.TarError)):
+        unpack(archive(("a", fields)), tmp_path, "a", "a")
+    assert list(tmp_path.iterdir()) == []
+
+
 SPARSE = {"GNU.sparse.size": str(1 << 40), "GNU.sparse.map": f"{(1 << 40) - 1},1", "GNU.sparse.name": "a"}
 
 
@@ -264,22 +277,63 @@ def test_no_more_is_written_than_was_received(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_large_header_is_refused_unread(tmp_path: Path) -> None:
+class Endless(io.RawIOBase):
+    """A stream that begins with something, and goes on with one block for as long as it is read: 4 MiB at most."""
+
+    def __init__(self, begin: bytes, block: bytes) -> None:
+        self._begin = begin
+        self._block = block
+        self._left = 4 << 20
+
+    def read(self, size: int = -1) -> bytes:
+        self._left -= size
+        assert 0 <= size < MAX_HEADER and self._left > 0, "more is read than was to be"
+        while len(self._begin) < size:
+            self._begin += self._block
+        data, self._begin = self._begin[:size], self._begin[size:]
+        return data
+
+
+def header_of(kind: bytes, size: int = 0) -> bytes:
     header = tarfile.TarInfo("x")
-    header.type, header.size = tarfile.XHDTYPE, MAX_HEADER + 1
+    header.type, header.size = kind, size
+    return header.tobuf(tarfile.GNU_FORMAT)
 
-    class Endless(io.RawIOBase):
-        def __init__(self) -> None:
-            self.begin = header.tobuf(tarfile.USTAR_FORMAT)
 
-        def read(self, size: int = -1) -> bytes:
-            assert size < MAX_HEADER
-            data, self.begin = self.begin[:size] or bytes(size), self.begin[size:]
-            return data
+def sparse_header() -> bytes:
+    """GNU's old header of a sparse file, whose map goes on in the block that follows."""
+    block = bytearray(header_of(tarfile.GNUTYPE_SPARSE))
+    block[482] = 1
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
 
-    stream: Any = Endless()
-    with pytest.raises(CopyError, match="header of 1048577 bytes"):
+
+RUN = b"00000000001\0" * 2
+
+
+@pytest.mark.parametrize(
+    ("begin", "block", "why"),
+    [
+        (header_of(tarfile.XHDTYPE, MAX_HEADER + 1), bytes(512), "header of 1048577 bytes"),
+        (header_of(tarfile.GNUTYPE_LONGNAME, -1), bytes(512), "header of -1 bytes"),
+        (b"", header_of(tarfile.XHDTYPE, 6) + b"6 a=b\n".ljust(512, b"\0"), "more headers than files"),
+        (b"", header_of(tarfile.GNUTYPE_LONGNAME, 1) + b"x".ljust(512, b"\0"), "more headers than files"),
+        (header_of(tarfile.REGTYPE, -512), bytes(512), "size -512"),
+        (sparse_header(), (RUN * 21).ljust(504, b"\0") + b"\1".ljust(8, b"\0"), "as a sparse file"),
+    ],
+    ids=["large", "negative", "pax", "long names", "negative file", "a map without an end"],
+)
+def test_a_header_without_end_is_refused_unread(tmp_path: Path, begin: bytes, block: bytes, why: str) -> None:
+    stream: Any = Endless(begin, block)
+    with pytest.raises(CopyError, match=why):
         unpack(received(stream), tmp_path, "a", "a")
+
+
+def test_members_are_not_hoarded(tmp_path: Path) -> None:
+    made = archive(("a", FOLDER), *((f"a/{number}", dict(FOLDER)) for number in range(100)))
+    unpack(made, tmp_path, "a", "a")
+    assert len(made.members) <= 1
 
 
 def test_a_file_that_is_cut_short_does_not_appear(tmp_path: Path) -> None:

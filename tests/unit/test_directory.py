@@ -113,6 +113,40 @@ def test_somebody_elses_link_as_the_run_root_is_refused(tmp_path: Path, monkeypa
         VMDirectory.of("v")
 
 
+@as_root
+@pytest.mark.parametrize("part", [".", "lock"])
+def test_a_marked_directory_of_somebody_elses_is_not_removed(run: Path, part: str) -> None:
+    """Our mark is no secret: a neighbour can write it into a directory of theirs, or own the lock in one of ours."""
+    directory = VMDirectory.of("v")
+    directory.create().close()
+    os.chown(directory.path / part, 12345, 12345)
+    with pytest.raises(VMError, match="in the way, and is not a VM's"):
+        VMDirectory.of("v").create()
+    with pytest.raises(VMError, match="in the way, and is not a VM's"):
+        directory.remove()
+    assert (directory.path / "lock").exists()
+
+
+@as_root
+@pytest.mark.parametrize(
+    ("what", "owner", "mode", "why"),
+    [
+        (".", (12345, 0), 0o700, "belongs to somebody else"),
+        ("..", (12345, 0), 0o755, "others can exchange what is in"),
+        ("..", (0, 12345), 0o775, "others can exchange what is in"),
+        ("..", (12345, 12345), 0o1777, "others can exchange what is in"),
+    ],
+)
+def test_a_run_root_of_somebody_elses_is_refused(
+    run: Path, what: str, owner: tuple[int, int], mode: int, why: str
+) -> None:
+    place = run if what == "." else run.parent
+    place.chmod(mode)
+    os.chown(place, *owner)
+    with pytest.raises(VMError, match=why):
+        owned_run_root()
+
+
 def test_a_run_root_that_others_can_exchange_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = tmp_path / "shared"
     (shared / "r").mkdir(parents=True, mode=0o700)

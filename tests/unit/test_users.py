@@ -131,6 +131,28 @@ def test_user_lookup_ignores_special_files(root: Path) -> None:
         who(root, "app")
 
 
+def test_numbers_without_end_are_no_ids(root: Path) -> None:
+    """Python's int() refuses thousands of digits by an exception of its own."""
+    digits = "9" * 5000
+    (root / "etc/passwd").write_text(f"long:x:{digits}:0::/:\napp:x:1000:{digits}::/srv/app:\n")
+    assert who(root, "77").user.uid == 77
+    for name in ("long", "app", digits):
+        with pytest.raises(SpecError, match=r"is not an id: 0 to 4294967294$"):
+            who(root, name)
+
+
+def test_a_home_that_is_empty_is_the_root(root: Path) -> None:
+    (root / "etc/passwd").write_text("app:x:1000:100:::\n")
+    assert with_home(Process(args=("x",), user=User(uid=1000)), str(root)).env == ("HOME=/",)
+
+
+def test_a_home_with_a_nul_is_none(root: Path) -> None:
+    """It would end the variable, and begin another."""
+    (root / "etc/passwd").write_bytes(b"app:x:1000:100::/srv\0LD_PRELOAD=/evil.so:\n")
+    process = Process(args=("x",), user=User(uid=1000))
+    assert with_home(process, str(root)).env == ("HOME=/",)
+
+
 def test_a_file_without_end(root: Path) -> None:
     (root / "etc/passwd").write_bytes(b"x" * (FILE_MAX + 1))
     with pytest.raises(SpecError, match="larger than"):

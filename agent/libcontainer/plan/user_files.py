@@ -64,7 +64,8 @@ class UserFiles:
         data = _read(fd)
         if len(data) > FILE_MAX:
             raise SpecError(FIELD, f"the container's /{path} is larger than {FILE_MAX} bytes")
-        lines = (line.split(":") for line in data.decode(errors="surrogateescape").splitlines())
+        text = data.decode(errors="surrogateescape")
+    lines = (line.split(":") for line in text.splitlines() if "\0" not in line)  # it would end an environment variable
         return [line for line in lines if len(line) >= columns]
 
     def _open(self, path: str) -> int:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from caisson.agent.libcontainer.config.process import Process
     from caisson.agent.libcontainer.config.spec import Linux
 
+#: Digits of an id.
+MAX_DIGITS = 10
+
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_"
 NAME_CHARACTERS = frozenset(f"{LETTERS}0123456789.-")
 
@@ -150,16 +153,22 @@ def _entry(table: list[list[str]], wanted: str) -> list[str] | None:
     """Return the first line about a number or a name.  Raises SpecError for what is neither."""
     if wanted.isascii() and wanted.isdecimal():
         number = _id(wanted)
-        return next((line for line in table if line[2].isdecimal() and int(line[2]) == number), None)
+        return next((line for line in table if _is_id(line[2]) and int(line[2]) == number), None)
     name = wanted.removesuffix("$")
     if not name or name[0] not in LETTERS or not NAME_CHARACTERS.issuperset(name):
         raise SpecError(FIELD, f"{wanted!r} is neither a number nor a name")
     return next((line for line in table if line[0] == wanted), None)
 
 
+def _is_id(text: str) -> bool:
+    """Whether it is a number that the kernel takes for an id; the last one means "no change" to it.
+
+    int() refuses thousands of digits, and they are the container's.
+    """
+    return text.isascii() and text.isdecimal() and len(text) <= MAX_DIGITS and int(text) < U32_MAX
+
+
 def _id(text: str) -> int:
-    if (
-        not (text.isascii() and text.isdecimal()) or int(text) >= U32_MAX
-    ):  # the last one means "no change" to the kernel
-        raise SpecError(FIELD, f"{text!r} is not an id: 0 to {U32_MAX - 1}")
+    if not _is_id(text):
+        raise SpecError(FIELD, f"{text[:MAX_DIGITS]!r} is not an id: 0 to {U32_MAX - 1}")
     return int(text)
