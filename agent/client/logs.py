@@ -14,6 +14,7 @@ from caisson.agent.client.connection import Agent, Container, Process
 from caisson.agent.client.errors import AgentError, UsageError
 from caisson.agent.client.stdio import raw, read, signals_passed_on, status_of, write_all
 from caisson.proto.caisson import caisson_pb2
+from caisson.proto.foreign_text import TerminalFilter
 
 #: Bytes of a detached container's output that the guest keeps.
 MAX_LOG = 4 << 20
@@ -53,21 +54,36 @@ async def entries(agent: Agent, container_id: str, *, follow: bool = False, begi
 async def show(
     agent: Agent, container_id: str, *, follow: bool = False, since: float = 0.0, tail: int | None = None
 ) -> None:
-    """Write a container's output to standard output and error.
+    """Write a container's output to standard output and error; to a terminal without its control characters.
 
-    ``since`` is in seconds since 1970; of ``tail`` lines the last ones are shown.  Raises AgentError, OSError.
+    Who looks at it later is not who ran the program.  ``since`` is in seconds since 1970; of ``tail`` lines the last
+    ones are shown.  Raises AgentError, OSError.
     """
     begin = 0
-    if tail is not None:
-        kept = [one async for one in entries(agent, container_id)]
-        for stream, data in last_lines([(one.stream, one.data) for one in kept if one.time >= since * 1e9], tail):
-            await asyncio.to_thread(write_all, stream, data)
-        begin = kept[-1].number + len(kept[-1].data) if kept else 0
-        if not follow:
-            return
-    async for entry in entries(agent, container_id, follow=follow, begin=begin):
-        if entry.time >= since * 1e9:
-            await asyncio.to_thread(write_all, entry.stream, entry.data)
+    with _shown() as write:
+        if tail is not None:
+            kept = [one async for one in entries(agent, container_id)]
+            for stream, data in last_lines([(one.stream, one.data) for one in kept if one.time >= since * 1e9], tail):
+                await asyncio.to_thread(write, stream, data)
+            begin = kept[-1].number + len(kept[-1].data) if kept else 0
+            if not follow:
+                return
+        async for entry in entries(agent, container_id, follow=follow, begin=begin):
+            if entry.time >= since * 1e9:
+                await asyncio.to_thread(write, entry.stream, entry.data)
+
+
+@contextlib.contextmanager
+def _shown() -> Iterator[Callable[[int, bytes], None]]:
+    """Yield what writes output to a standard stream: as it is, or to a terminal without its control characters."""
+    filters = {stream: TerminalFilter() for stream in (1, 2) if os.isatty(stream)}
+
+    def write(stream: int, data: bytes) -> None:
+        write_all(stream, filters[stream](data) if stream in filters else data)
+
+    yield write
+    for stream, filtered in filters.items():
+        write_all(stream, filtered(b"", final=True))
 
 
 def last_lines(pieces: list[tuple[int, bytes]], count: int) -> list[tuple[int, bytes]]:

@@ -330,7 +330,7 @@ def _time(data: bytes, name: bytes) -> int:
 
 def _records(data: bytes, damaged: Damaged) -> list[tuple[bytes, bytes]]:
     """Return the records of a pax header: `length key=value` and a newline, each."""
-    found = []
+    found: list[tuple[bytes, bytes]] = []
     at = 0
     while at < len(data):
         if not data[at]:
