@@ -190,7 +190,7 @@ def secluded(tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path) -> Iterato
 
 
 @pytest.mark.fuzz
-@pytest.mark.timeout(SECONDS + EXTRA + 80)
+@pytest.mark.timeout(fuzz.LIMIT + EXTRA)
 @pytest.mark.parametrize("transport", APIS)
 def test_any_request_gets_a_status(secluded: RunningAgent, transport: str) -> None:
     requests, api = Requests(secluded.rootfs), APIS[transport]

@@ -16,7 +16,7 @@ SECONDS = float(os.environ.get("CAISSON_FUZZ_SECONDS", "0"))
 SEED = os.environ.get("CAISSON_FUZZ_SEED", "1")
 
 #: Seconds that a fuzzer may take for all that is not fuzzing, on a busy machine.
-EXTRA = 300
+EXTRA = 330
 
 #: Seconds that a fuzzer's test may take.
 LIMIT = SECONDS + EXTRA
