@@ -143,14 +143,14 @@ def test_numbers_without_end_are_no_ids(root: Path) -> None:
 
 def test_a_home_that_is_empty_is_the_root(root: Path) -> None:
     (root / "etc/passwd").write_text("app:x:1000:100:::\n")
-    assert with_home(Process(args=("x",), user=User(uid=1000)), str(root)).env == ("HOME=/",)
+    assert look_up(Process(args=("x",), user=User(uid=1000)), str(root)).env == ("HOME=/",)
 
 
 def test_a_home_with_a_nul_is_none(root: Path) -> None:
     """It would end the variable, and begin another."""
     (root / "etc/passwd").write_bytes(b"app:x:1000:100::/srv\0LD_PRELOAD=/evil.so:\n")
     process = Process(args=("x",), user=User(uid=1000))
-    assert with_home(process, str(root)).env == ("HOME=/",)
+    assert look_up(process, str(root)).env == ("HOME=/",)
 
 
 def test_a_file_without_end(root: Path) -> None:

@@ -65,7 +65,7 @@ class UserFiles:
         if len(data) > FILE_MAX:
             raise SpecError(FIELD, f"the container's /{path} is larger than {FILE_MAX} bytes")
         text = data.decode(errors="surrogateescape")
-    lines = (line.split(":") for line in text.splitlines() if "\0" not in line)  # it would end an environment variable
+        lines = (line.split(":") for line in text.splitlines() if "\0" not in line)  # it would end a variable
         return [line for line in lines if len(line) >= columns]
 
     def _open(self, path: str) -> int:
