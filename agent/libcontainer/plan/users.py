@@ -161,7 +161,7 @@ def _entry(table: list[list[str]], wanted: str) -> list[str] | None:
 
 
 def _is_id(text: str) -> bool:
-    """Whether it is a number that the kernel takes for an id; the last one means "no change" to it.
+    """Tell whether it is a number that the kernel takes for an id; the last one means "no change" to it.
 
     int() refuses thousands of digits, and they are the container's.
     """
