@@ -1,13 +1,17 @@
 """Declare a command once: parser, help, manual page, completion and tests are made from it.
 
-Standard library only, as everything on the way to `caisson --version` and to the first word of an error.
+Nearly nothing is imported, as by everything on the way to `caisson --version` and to the first word of an error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+
+from caisson.agent.base.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 #: Exit status of a command line that makes no sense, as of other commands.
 WRONG_USAGE = 2
@@ -23,8 +27,7 @@ class BadValue(ValueError):
     """A word is not a value of its kind; the text ends the sentence "--option 'word': …"."""
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(Record):
     """Describe the values that a word can have.
 
     ``read`` makes the value from the word and raises BadValue; ``metavar`` stands for it in help; ``complete`` names
@@ -163,8 +166,7 @@ def setting(metavar: str, example: str) -> Kind:
     return Kind(metavar, read, example)
 
 
-@dataclass(frozen=True)
-class Option:
+class Option(Record):
     """Declare an option; one without a kind is a flag.
 
     A default that only the command knows is None, and ``shown`` says in words what happens.  One that may be repeated
@@ -193,8 +195,7 @@ class Option:
         return False if self.kind is None else self.default
 
 
-@dataclass(frozen=True)
-class Positional:
+class Positional(Record):
     """Declare a word by its place; it can also be given as an option of its name.
 
     One with a default or ``optional`` may be left out; ``repeat`` takes all the words that are left.
@@ -226,8 +227,7 @@ class Positional:
         return self.name.upper()
 
 
-@dataclass(frozen=True)
-class Program:
+class Program(Record):
     """Declare that the command runs a program: from its first word on, everything is the program's."""
 
     help: str
@@ -236,8 +236,7 @@ class Program:
     dest: str = "words"
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(Record):
     """Declare a command; ``run`` is "module:function", imported when it is run ("": the command line itself does it).
 
     The function takes the values of all options, positionals and the program's words as keywords.  The exit status of
@@ -270,8 +269,7 @@ class Command:
         yield from self.options
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(Record):
     """Commands under a heading of the overview."""
 
     title: str

@@ -5,25 +5,26 @@ A VM that runs is found by its directory alone; what boots one is imported where
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 from caisson.agent.base.lazyimport import load_deferred
-from caisson.agent.client import specs
+from caisson.agent.base.record import Record
+from caisson.agent.client.caller import DEFAULT, user_ids
 from caisson.agent.client.errors import AgentGone, UsageError
 from caisson.agent.client.execute import execute
-from caisson.agent.client.guest import DEFAULT, Machine
 from caisson.commands.streams import reporter
 from caisson.image.vm.directory import find_running
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pathlib import Path
 
-@dataclass(frozen=True)
-class RunningMachine:
+    from caisson.agent.client.guest import Machine
+
+
+class RunningMachine(Record):
     """What the client needs of a VM that runs."""
 
     directory: Path
@@ -38,7 +39,7 @@ def exec_(
     check_terminal(tty)
     if guest and container:
         raise UsageError("--guest: is outside all containers; leave --container out")
-    ids = specs.user_ids(user)
+    ids = user_ids(user)
     if guest:
         load_deferred()
         from caisson.commands.machines import vm_for
@@ -46,17 +47,8 @@ def exec_(
 
         with vm_for(name, reporter(verbose), network=network) as vm:
             return execute_in_guest(vm, words, env=env, cwd=workdir, user=ids, terminal=tty)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # asyncio's own belongs to a task, and whoever replaces that has signal(2)'s module print it: for that alone the
-        # inspection of source code would be imported.
-        signal.signal(signal.SIGINT, _interrupt)
     with _machine(name, network, verbose) as machine:
-        work = execute(machine, container or DEFAULT, words, env=env, cwd=workdir, user=ids, terminal=tty)
-        return asyncio.run(work)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+        return execute(machine, container or DEFAULT, words, env=env, cwd=workdir, user=ids, terminal=tty)
 
 
 @contextlib.contextmanager

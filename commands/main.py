@@ -20,7 +20,7 @@ from caisson.proto.contract import VERSION
 
 #: Errors reported as one line, without a traceback: by name, since most commands need only some of their modules.
 EXPECTED_ERRORS = (
-    "caisson.agent.client.stdio:OutputError",
+    "caisson.agent.client.caller:OutputError",
     "caisson.agent.client.errors:AgentError",
     "caisson.agent.client.errors:ClientError",
     "caisson.image.errors:ImageError",

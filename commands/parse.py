@@ -10,11 +10,14 @@ import difflib
 import re
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NoReturn
 
 from caisson.commands.declare import HELP, WRONG_USAGE, BadValue, Command, Kind, Option, Positional
 from caisson.commands.renamed import OLD_OPTIONS
 from caisson.commands.usage import usage
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
 
 #: A word that begins with "-" and is a value all the same.
 NEGATIVE = re.compile(r"-\.?\d[\d.]*[A-Za-z]{0,3}")

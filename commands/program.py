@@ -68,7 +68,7 @@ def shell(*, container: str, guest: bool, name: str) -> int:
     """Open an interactive shell; returns its exit status."""
     with running_vm(name) as vm:
         if not guest:
-            return asyncio.run(execute(vm, container, SHELL, terminal=sys.stdin.isatty()))
+            return execute(vm, container, SHELL, terminal=sys.stdin.isatty())
         return execute_in_guest(vm, SHELL, terminal=sys.stdin.isatty())
 
 

@@ -7,11 +7,14 @@ import io
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from caisson.commands.declare import WRONG_USAGE
 from caisson.commands.parse import CommandLineError
 from caisson.proto.foreign_text import TerminalFilter, printable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pathlib import Path
 
 STANDARD = (0, 1, 2)
 

@@ -7,11 +7,13 @@ YAML, when they are first used: a VM's supervisor and its vsock device start wit
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
 from caisson.image.errors import ImageError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from caisson.image.build.builder import Build, Image, build_image, verify
     from caisson.image.build.cache import clean
     from caisson.image.build.definition import find, load, schema

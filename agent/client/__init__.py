@@ -15,17 +15,20 @@ Modules are imported when something of them is first used: a command does not pa
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
+    from caisson.agent.client.caller import PATH, OutputError
     from caisson.agent.client.channel import ReadinessProbe, is_serving
     from caisson.agent.client.connection import Agent, Container, Process
     from caisson.agent.client.diagnostics import BootTimes, boot_times
     from caisson.agent.client.errors import AgentError, AgentGone, ProgramError, Reason, UsageError
     from caisson.agent.client.identity import is_personalized, personalize
     from caisson.agent.client.registry import Registry
-    from caisson.agent.client.specs import PATH, default_spec, keep_alive
-    from caisson.agent.client.stdio import OutputError, attach
+    from caisson.agent.client.specs import default_spec, keep_alive
+    from caisson.agent.client.stdio import attach
     from caisson.agent.rpc.codes import StatusCode
 
 _FROM = {
@@ -34,8 +37,8 @@ _FROM = {
     "AgentGone": "caisson.agent.client.errors",
     "BootTimes": "caisson.agent.client.diagnostics",
     "Container": "caisson.agent.client.connection",
-    "OutputError": "caisson.agent.client.stdio",
-    "PATH": "caisson.agent.client.specs",
+    "OutputError": "caisson.agent.client.caller",
+    "PATH": "caisson.agent.client.caller",
     "Process": "caisson.agent.client.connection",
     "ProgramError": "caisson.agent.client.errors",
     "ReadinessProbe": "caisson.agent.client.channel",

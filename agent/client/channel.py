@@ -11,16 +11,11 @@ import socket
 import time
 from typing import Protocol
 
-from caisson.agent.client.errors import AgentError, Reason, gone, refused
+from caisson.agent.client.errors import AgentError, agent_error, gone
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc import frames
-from caisson.agent.rpc.ttrpc.client import Client, ConnectionClosed, RpcError, payload_of
-
-#: The name of caisson.ErrorDetails among the details of a status.
-ERROR_DETAILS = f"{frames.TYPE_URL}caisson.ErrorDetails"
-
-#: Characters of an agent's text that are kept.
-MAX_TEXT = 4096
+from caisson.agent.rpc.ttrpc.client import Client
+from caisson.agent.rpc.ttrpc.responses import RpcError, payload_of
 
 
 class AgentChannel(Protocol):
@@ -60,8 +55,6 @@ class TtrpcChannel:
             if client is None or client.closed:
                 client = await self._connect()
             return await client.call(service, method, payload, timeout)
-        except ConnectionClosed as error:
-            raise gone(error.text) from error
         except RpcError as error:
             raise agent_error(error) from error
         except OSError as error:
@@ -78,21 +71,6 @@ class TtrpcChannel:
             if self._client is None or self._client.closed:
                 self._client = await Client.connect(self._path)
             return self._client
-
-
-def agent_error(error: RpcError) -> AgentError:
-    """Return the error for a status: its details are for us, its text is what Kata's hosts expect."""
-    from caisson.proto.caisson import caisson_pb2
-
-    for type_url, value in error.details:
-        if type_url == ERROR_DETAILS:
-            try:
-                found = caisson_pb2.ErrorDetails.FromString(value)
-                reason = Reason(found.reason)
-            except ValueError:  # does not decode (a DecodeError is one), or a later agent's
-                continue
-            return refused(error.code, error.text, reason, found.text[:MAX_TEXT])
-    return refused(error.code, error.text)
 
 
 #: Seconds between two attempts to reach an agent that does not listen yet; later the hundredth part of the time that it

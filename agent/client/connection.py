@@ -13,6 +13,7 @@ from google.protobuf import message_factory
 from google.protobuf.message import DecodeError
 
 from caisson.agent.base import heap
+from caisson.agent.client.caller import CHUNK
 from caisson.agent.client.channel import AgentChannel, TtrpcChannel
 from caisson.agent.client.errors import AgentError, Reason
 from caisson.agent.rpc.codes import StatusCode
@@ -21,9 +22,6 @@ from caisson.proto.kata3 import agent_pb2
 
 if TYPE_CHECKING:
     from caisson.proto.kata1 import oci_pb2
-
-#: Bytes asked for or sent in one call.  A pipe holds 64 KiB by default, a message 4 MiB.
-CHUNK = 1 << 20
 
 
 def _json(document: Mapping[str, Any]) -> bytes:

@@ -22,10 +22,9 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from caisson.agent.client.connection import CHUNK, Agent, Container, Process
+from caisson.agent.client.caller import CHUNK, PATH, write_all
+from caisson.agent.client.connection import Agent, Container, Process
 from caisson.agent.client.errors import AgentError, CopyError, ProgramError, UsageError
-from caisson.agent.client.specs import PATH
-from caisson.agent.client.stdio import write_all
 from caisson.agent.client.unpack import received, unpack, unpack_to
 
 #: A container's name and a path in it; what begins with "/" or "." is a path of the host's, whatever is in it.

@@ -6,7 +6,10 @@ import contextlib
 from collections.abc import Iterator
 from enum import IntEnum
 
+from caisson.agent.rpc import wire
 from caisson.agent.rpc.codes import StatusCode
+from caisson.agent.rpc.ttrpc import frames
+from caisson.agent.rpc.ttrpc.responses import ConnectionClosed, RpcError
 
 
 class ClientError(Exception):
@@ -39,6 +42,12 @@ class Reason(IntEnum):
     CONTAINER_RUNNING = 8
     OUTPUT_NOT_KEPT = 9
 
+
+#: The name of caisson.ErrorDetails among the details of a status.
+ERROR_DETAILS = f"{frames.TYPE_URL}caisson.ErrorDetails"
+
+#: Characters of an agent's text that are kept.
+MAX_TEXT = 4096
 
 #: What a shell reports of a program that cannot be run.
 EXIT_STATUS = {Reason.PROGRAM_NOT_FOUND: 127, Reason.PROGRAM_NOT_EXECUTABLE: 126}
@@ -77,6 +86,26 @@ def refused(code: StatusCode, details: str, reason: Reason = Reason.UNSPECIFIED,
     """Return the error for what an agent has said."""
     kind = ProgramError if reason in EXIT_STATUS else AgentError
     return kind(code, details, reason, sentence)
+
+
+def agent_error(error: RpcError) -> AgentError:
+    """Return the error for a ttrpc call that failed.
+
+    The details of a status are for us, its text is what Kata's hosts expect.
+    """
+    if isinstance(error, ConnectionClosed):
+        return gone(error.text)
+    for type_url, value in error.details:
+        if type_url == ERROR_DETAILS:
+            try:
+                fields = dict(wire.decode(value))
+                number, text = fields.get(1, 0), fields.get(2, b"")
+                reason = Reason(number if isinstance(number, int) else 0)
+            except ValueError:  # does not decode, or a later agent's
+                continue
+            sentence = text.decode(errors="replace")[:MAX_TEXT] if isinstance(text, bytes) else ""
+            return refused(error.code, error.text, reason, sentence)
+    return refused(error.code, error.text)
 
 
 def gone(why: str) -> AgentGone:

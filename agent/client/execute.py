@@ -1,21 +1,47 @@
 """Run a program in a container for a command line: its streams and exit status are the caller's.
 
-In a container that runs this is one call, and then those of the program's streams.
+In a container that runs this is one call, and then those of the program's streams.  There is no event loop: to import
+one would take longer than all else that the command does.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import Sequence
+import time
+from _queue import SimpleQueue
+from _thread import start_new_thread
+from functools import partial
 
-from caisson.agent.client.connection import Container, Process
-from caisson.agent.client.errors import AgentError, AgentGone, Reason, container_explained
-from caisson.agent.client.guest import DEFAULT, Guest, Machine
-from caisson.agent.client.specs import PATH, terminal_env
-from caisson.agent.client.stdio import attach
+from caisson.agent.base import json
+from caisson.agent.client.caller import (
+    CHUNK,
+    DEFAULT,
+    FORWARDED,
+    MAX_STOPS,
+    PATH,
+    STOPS,
+    raw,
+    status_of,
+    terminal_env,
+    terminal_size,
+    unwritable,
+    write_all,
+)
+from caisson.agent.client.errors import AgentError, AgentGone, Reason, agent_error, container_explained, gone
+from caisson.agent.rpc import wire
+from caisson.agent.rpc.codes import StatusCode
+from caisson.agent.rpc.ttrpc.blocking import BlockingClient, received
+from caisson.agent.rpc.ttrpc.responses import RpcError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from typing import Any
+
+    from caisson.agent.client.guest import Machine
+    from caisson.agent.rpc.ttrpc.frames import Frame
 
 #: Of the default container before its first use, or when its first process has ended.
 NOT_THERE = (Reason.CONTAINER_NOT_FOUND, Reason.CONTAINER_STOPPED)
@@ -24,8 +50,16 @@ NOT_THERE = (Reason.CONTAINER_NOT_FOUND, Reason.CONTAINER_STOPPED)
 KILL_TIMEOUT = 1.0
 KILL_INTERVAL = 0.05
 
+#: The services that are called.  Their requests begin with the container's id and the process's.
+GUEST, AGENT = "caisson.Guest", "grpc.AgentService"
 
-async def execute(
+#: Numbers of the fields that follow in requests, and of the one in a response; the same in all messages that have them.
+PROCESS = DATA = LENGTH = SIGNAL = ROWS = 3
+COLUMNS = 4
+RESPONSE_DATA = STATUS = 1
+
+
+def execute(
     machine: Machine,
     container_id: str,
     words: Sequence[str],
@@ -37,49 +71,212 @@ async def execute(
 ) -> int:
     """Run a program in a container that runs (the VM's default one is created on first use); returns its exit status.
 
-    Raises ContainerUnavailable for one that has exited or never was, ProgramError when the program cannot be run, and
-    as `attach` does.
+    Until its end and that of its output the caller's streams are the process's.  With a terminal, standard input is in
+    raw mode meanwhile and its size is followed; it is always restored.  Signals are passed on, the third to stop as
+    SIGKILL; what the agent kills in place of one has the status of that one.  When the reader of stdout or stderr goes
+    away the process gets SIGPIPE, as in a pipeline, and the status is 141.
+
+    Raises ContainerUnavailable for a container that has exited or never was, ProgramError when the program cannot be
+    run, OutputError when output cannot be written for another reason, and AgentGone.
     """
     uid, gid = user
-    environment = [PATH, "HOME=/root" if uid == 0 else "HOME=/", *terminal_env(terminal), *env]
-    exec_id, size = os.urandom(16).hex(), terminal_size(terminal)
+    document = {
+        "args": list(words),
+        "env": [PATH, "HOME=/root" if uid == 0 else "HOME=/", *terminal_env(terminal), *env],
+        "cwd": cwd,
+        "user": {"uid": uid, "gid": gid},
+        "terminal": terminal,
+    }
+    if (size := terminal_size(terminal)) is not None:
+        document["consoleSize"] = {"height": size[0], "width": size[1]}
+    process = _ExecProcess(container_id, os.urandom(16).hex(), terminal)
+    try:
+        with container_explained(container_id):
+            try:
+                process.start(machine, document)
+            except AgentError as error:
+                if container_id != DEFAULT or not (isinstance(error, AgentGone) or error.reason in NOT_THERE):
+                    raise
+                _make_default_container(machine)
+                process.start(machine, document)  # by the same id: it is not run twice
+        return process.attach()
+    except KeyboardInterrupt:
+        process.kill()
+        raise
+    finally:
+        process.close()
 
-    async def start(container: Container) -> Process:
-        return await container.exec(
-            words, env=environment, cwd=cwd, uid=uid, gid=gid, terminal=terminal, size=size, exec_id=exec_id
-        )
 
-    async with Guest(machine) as guest:
-        container = guest.agent.container(container_id)
+def _make_default_container(machine: Machine) -> None:
+    import asyncio
+
+    from caisson.agent.client.guest import Guest
+
+    async def make() -> None:
+        async with Guest(machine) as guest:
+            await guest.container()
+
+    asyncio.run(make())
+
+
+class _ExecProcess:
+    """A process, and its streams.
+
+    The first thread carries out what the others and the handlers of signals put in ``_events``.
+    """
+
+    def __init__(self, container_id: str, exec_id: str, terminal: bool) -> None:
+        self._client: BlockingClient | None = None
+        self._key = ((1, container_id), (2, exec_id))
+        self._terminal = terminal
+        self._outputs = 1 if terminal else 2  # that have not ended
+        self._stops: list[int] = []
+        self._status: int | None = None
+        self._events: SimpleQueue[Callable[[], None]] = SimpleQueue()
+
+    def start(self, machine: Machine, document: dict[str, Any]) -> None:
+        """Start it.  Raises AgentError."""
+        self.close()
         try:
-            with container_explained(container_id):
-                try:
-                    process = await start(container)
-                except AgentError as error:
-                    if container_id != DEFAULT or not (isinstance(error, AgentGone) or error.reason in NOT_THERE):
-                        raise
-                    process = await start(await guest.container())  # by the same id: it is not run twice
-            return await attach(process)
-        except (asyncio.CancelledError, KeyboardInterrupt):
-            await _kill(container.process(exec_id))
-            raise
+            self._client = BlockingClient.connect(machine.agent_socket)
+        except OSError as error:
+            raise gone((error.strerror or str(error)).lower()) from error
+        encoded = json.dumps(document).encode(errors="backslashreplace")  # no UTF-8: escapes of lone surrogates
+        self._call("ExecProcess", (PROCESS, encoded), service=GUEST)
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._client is not None:
+            self._client.close()
+
+    def kill(self) -> None:
+        """Kill it while it may still be starting: nobody will attach to it."""
+        deadline = time.monotonic() + KILL_TIMEOUT
+        while self._client is not None and (left := deadline - time.monotonic()) > 0:
+            with contextlib.suppress(AgentError):
+                self._call("SignalProcess", (SIGNAL, signal.SIGKILL), timeout=left)
+                return
+            time.sleep(KILL_INTERVAL)
+
+    def attach(self) -> int:
+        """Join the caller's streams to the process until it has ended and all its output is delivered."""
+        with raw(0) if self._terminal else contextlib.nullcontext(), self._handling_signals():
+            start_new_thread(self._feed, ())
+            start_new_thread(self._copy, ("ReadStdout", 1))
+            if not self._terminal:
+                start_new_thread(self._copy, ("ReadStderr", 2))
+            while self._status is None:
+                self._events.get()()
+        return self._status
+
+    def _request(self, *fields: tuple[int, int | str | bytes]) -> bytes:
+        return wire.encode((*self._key, *fields))
+
+    def _call(
+        self, method: str, *fields: tuple[int, int | str | bytes], service: str = AGENT, timeout: float | None = None
+    ) -> bytes:
+        """Call a method of the process's.  Raises AgentError."""
+        assert self._client is not None
+        try:
+            return self._client.call(service, method, self._request(*fields), timeout)
+        except RpcError as error:
+            raise agent_error(error) from error
+        except ValueError as error:  # longer than ttrpc carries
+            raise AgentError(StatusCode.RESOURCE_EXHAUSTED, str(error)) from error
+
+    def _feed(self) -> None:
+        """Pass standard input on: in a thread, as not all files can be polled."""
+        with contextlib.suppress(AgentError):  # it has ended or closed its input: unread input is no error
+            while data := _read_input():
+                self._call("WriteStdin", (DATA, data))
+            if not self._terminal:
+                self._call("CloseStdin")
+
+    def _copy(self, method: str, target: int) -> None:
+        """Copy an output to its end: in a thread, as a slow reader must not hold up the other streams."""
+        error: Exception | None = None
+        try:
+            while data := _field(self._call(method, (LENGTH, CHUNK)), RESPONSE_DATA, method):
+                assert isinstance(data, bytes)
+                write_all(target, data)
+        except (AgentError, OSError) as problem:
+            error = problem
+        self._events.put(partial(self._output_ended, error))
+
+    def _output_ended(self, error: Exception | None) -> None:
+        if isinstance(error, OSError):
+            with contextlib.suppress(AgentError):
+                self._call("SignalProcess", (SIGNAL, signal.SIGPIPE))
+            if not isinstance(error, BrokenPipeError):
+                raise unwritable(error) from error
+            self._status = 128 + signal.SIGPIPE
+        elif error is not None:
+            raise error
+        self._outputs -= 1
+        if self._outputs == 0 and self._status is None:  # signals are handled while it is waited for
+            self._post("WaitProcess", lambda frame: self._events.put(partial(self._exited, frame)))
+
+    def _exited(self, frame: Frame | None) -> None:
+        try:
+            status = _field(received(frame), STATUS, "WaitProcess")
+        except RpcError as error:
+            raise agent_error(error) from error
+        self._status = status_of(status if isinstance(status, int) else 0, self._stops)
+
+    def _post(self, method: str, deliver: Callable[[Frame | None], None], *fields: tuple[int, int]) -> None:
+        """Call a method without waiting for its end.  Raises AgentError."""
+        assert self._client is not None
+        try:
+            self._client.post(AGENT, method, self._request(*fields), deliver)
+        except RpcError as error:
+            raise agent_error(error) from error
+
+    @contextlib.contextmanager
+    def _handling_signals(self) -> Iterator[None]:
+        """Pass signals and the size of the caller's terminal on to the process."""
+        actions: dict[int, Callable[[], None]] = {number: partial(self._signalled, number) for number in FORWARDED}
+        if self._terminal and os.isatty(0):
+            self._resize()
+            actions[signal.SIGWINCH] = self._resize
+        before = {
+            number: signal.signal(number, lambda *_, action=action: self._events.put(action))
+            for number, action in actions.items()
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _signalled(self, number: int) -> None:
+        if number in STOPS:
+            self._stops.append(number)
+        number = signal.SIGKILL if len(self._stops) >= MAX_STOPS else number
+        with contextlib.suppress(AgentError):  # it has ended
+            self._post("SignalProcess", _ignore, (SIGNAL, number))
+
+    def _resize(self) -> None:
+        size = terminal_size(self._terminal)
+        if size is not None:
+            with contextlib.suppress(AgentError):
+                self._post("TtyWinResize", _ignore, (ROWS, size[0]), (COLUMNS, size[1]))
 
 
-async def _kill(process: Process) -> None:
-    """Kill a process that may still be starting: nobody will attach to it."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(KILL_TIMEOUT):
-            while True:
-                with contextlib.suppress(AgentError):
-                    await process.signal(signal.SIGKILL)
-                    return
-                await asyncio.sleep(KILL_INTERVAL)
+def _ignore(_: object) -> None:
+    """Take a response that changes nothing."""
 
 
-def terminal_size(terminal: bool) -> tuple[int, int] | None:
-    """Return the rows and columns of the caller's terminal: a program may ask before it could be told later."""
-    with contextlib.suppress(OSError, ValueError):
-        size = os.get_terminal_size(0)
-        if terminal and size.lines and size.columns:
-            return size.lines, size.columns
-    return None
+def _read_input() -> bytes:
+    try:
+        return os.read(0, CHUNK)
+    except OSError:
+        return b""
+
+
+def _field(response: bytes, number: int, method: str) -> int | bytes | None:
+    """Return a response's field.  Raises AgentError."""
+    try:
+        return wire.value_of(response, number)
+    except wire.WireError:
+        text = f"{method}: the answer is not a valid {method}Response"
+        raise AgentError(StatusCode.INTERNAL, text) from None

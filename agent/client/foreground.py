@@ -10,13 +10,13 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from caisson.agent.client.caller import terminal_env, terminal_size
 from caisson.agent.client.connection import Agent, Container, Process
 from caisson.agent.client.errors import AgentError
-from caisson.agent.client.execute import terminal_size
 from caisson.agent.client.guest import Guest, Machine, busybox_root, resolver_lines
 from caisson.agent.client.logs import keep
 from caisson.agent.client.share import OPTIONS as SHARE_OPTIONS
-from caisson.agent.client.specs import Document, guest_document, terminal_env
+from caisson.agent.client.specs import Document, guest_document
 from caisson.agent.client.stdio import attach
 from caisson.agent.rpc.codes import StatusCode
 from caisson.proto.caisson import caisson_pb2

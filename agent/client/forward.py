@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from caisson.agent.base.aio import join
-from caisson.agent.client.connection import CHUNK, Container
+from caisson.agent.client.caller import CHUNK, PATH
+from caisson.agent.client.connection import Container
 from caisson.agent.client.errors import AgentError, UsageError
-from caisson.agent.client.specs import PATH
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
 from caisson.agent import client
+from caisson.agent.client.caller import DEFAULT
 from caisson.proto.caisson import caisson_pb2
 
 T = TypeVar("T")
@@ -23,10 +24,6 @@ T = TypeVar("T")
 #: Seconds to wait for the agent of a VM that is starting, and between two looks whether the VM still runs.
 AGENT_TIMEOUT = 60.0
 CHECK_INTERVAL = 3.0
-
-
-#: The container of a VM that is there without anybody's asking.
-DEFAULT = "default"
 
 
 class Machine(Protocol):

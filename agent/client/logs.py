@@ -11,9 +11,10 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 
+from caisson.agent.client.caller import raw, status_of, write_all
 from caisson.agent.client.connection import Agent, Container, Process
 from caisson.agent.client.errors import AgentError, UsageError
-from caisson.agent.client.stdio import raw, read, signals_passed_on, status_of, write_all
+from caisson.agent.client.stdio import read, signals_passed_on
 from caisson.proto.caisson import caisson_pb2
 from caisson.proto.foreign_text import TerminalFilter
 

@@ -14,12 +14,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from caisson.agent.client import bundles, seccomp
+from caisson.agent.client.caller import PATH, terminal_env
 from caisson.agent.client.errors import UsageError
 
 if TYPE_CHECKING:
     from caisson.proto.kata1 import oci_pb2
-
-PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 #: Docker's default set (moby profiles), less CAP_MKNOD: /dev is made by the runtime.
 CAPABILITIES = sorted(bundles.PERMITTED_CAPABILITIES - {"CAP_MKNOD"})
@@ -166,19 +165,3 @@ def confined(document: Document, guest_memory: int, architecture: str = "amd64",
         memory = resources.get("memory") or {}
         resources["memory"] = memory if memory.get("limit") else {**memory, "limit": int(guest_memory * MEMORY_SHARE)}
     return document
-
-
-def terminal_env(terminal: bool) -> list[str]:
-    """Return TERM for a program on a terminal, the caller's own."""
-    return [f"TERM={os.environ.get('TERM', 'xterm')}"] if terminal else []
-
-
-def user_ids(text: str) -> tuple[int, int]:
-    """Parse uid[:gid]; the group defaults to 0.  Raises UsageError."""
-    uid, _, gid = text.partition(":")
-    for number in (uid, gid or "0"):
-        if not number.isascii() or not number.isdecimal():
-            raise UsageError(f"--user {text!r}: is not a number; give UID or UID:GID")
-        if int(number) >= (1 << 32) - 1:
-            raise UsageError(f"--user {text!r}: {number} is out of range; ids are 0 to {(1 << 32) - 2}")
-    return int(uid), int(gid or 0)

@@ -7,26 +7,23 @@ import contextlib
 import os
 import signal
 import sys
-import termios
 import threading
-import tty
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any
 
-from caisson.agent.client.connection import CHUNK, Process
+from caisson.agent.client.caller import (
+    CHUNK,
+    FORWARDED,
+    MAX_STOPS,
+    STOPS,
+    raw,
+    status_of,
+    unwritable,
+    write_all,
+)
+from caisson.agent.client.connection import Process
 from caisson.agent.client.errors import AgentError
-
-#: Signals that are passed on to the process.
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-
-#: Requests to stop after which the process is killed.
-MAX_STOPS = 3
-
-
-class OutputError(Exception):
-    """Output cannot be written, for example to a full disk."""
 
 
 async def attach(process: Process, *, stdin: int = 0, stdout: int = 1, stderr: int = 2) -> int:
@@ -52,7 +49,7 @@ async def attach(process: Process, *, stdin: int = 0, stdout: int = 1, stderr: i
                         await process.signal(signal.SIGPIPE)
                     if isinstance(error, BrokenPipeError):
                         return 128 + signal.SIGPIPE
-                    raise OutputError(f"its output cannot be written: {error.strerror}") from error
+                    raise unwritable(error) from error
                 return status_of(await process.wait(), stops)
             finally:
                 feeder.cancel()
@@ -64,13 +61,6 @@ async def _copy(stream: AsyncIterator[bytes], target: int) -> None:
     async for data in stream:
         # In a thread: a slow reader must not hold up the other streams.
         await asyncio.to_thread(write_all, target, data)
-
-
-def write_all(target: int, data: bytes) -> None:
-    """Write all of it to a descriptor.  Raises OSError."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(target, view) :]
 
 
 async def _feed(process: Process, source: int) -> None:
@@ -112,25 +102,6 @@ async def read(source: int) -> AsyncIterator[bytes]:
         wanted.release()
 
 
-@contextmanager
-def raw(terminal: int) -> Iterator[None]:
-    """Put a terminal into raw mode for a block; a no-op on other files."""
-    if not os.isatty(terminal):
-        yield
-        return
-    before = termios.tcgetattr(terminal)
-    tty.setraw(terminal)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
-
-
-def status_of(status: int, stops: Sequence[int]) -> int:
-    """Return the status of a process after signals to stop it: the agent may have killed it in place of the last."""
-    return 128 + stops[-1] if 0 < len(stops) < MAX_STOPS and status == 128 + signal.SIGKILL else status
-
-
 @contextlib.asynccontextmanager
 async def signals_passed_on(process: Process, stdin: int) -> AsyncIterator[list[int]]:
     """Pass signals and the size of the caller's terminal on to the process; gives the signals to stop so far."""
@@ -153,7 +124,7 @@ async def signals_passed_on(process: Process, stdin: int) -> AsyncIterator[list[
         task.add_done_callback(tasks.discard)
 
     def on_signal(number: int) -> None:
-        if number in (signal.SIGINT, signal.SIGTERM):
+        if number in STOPS:
             stops.append(number)
         start(forward(signal.SIGKILL if len(stops) >= MAX_STOPS else number))
 

@@ -10,7 +10,8 @@ from caisson.agent.hypervisor.peer import Peer, PeerError
 from caisson.agent.pods.guest import CALL_TIMEOUT, GUEST_SHARED, SHARE_TAG, GuestNetwork, personalize
 from caisson.agent.pods.machines import MachineError, machine_name
 from caisson.agent.pods.network import NetworkError
-from caisson.agent.rpc.ttrpc.client import Client, RpcError, Stub
+from caisson.agent.rpc.ttrpc.client import Client, Stub
+from caisson.agent.rpc.ttrpc.responses import RpcError
 from caisson.proto.caisson import caisson_pb2
 from caisson.proto.kata3 import agent_pb2
 

@@ -11,7 +11,7 @@ from typing import Any
 from caisson.agent.pods import network
 from caisson.agent.pods.network import Link, PodNeighbour, PodRoute
 from caisson.agent.rpc.codes import StatusCode
-from caisson.agent.rpc.ttrpc.client import RpcError
+from caisson.agent.rpc.ttrpc.responses import RpcError
 from caisson.proto.kata3 import agent_pb2, types_pb2
 
 TYPE_CHECKING = False

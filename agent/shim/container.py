@@ -10,7 +10,7 @@ from typing import Any
 
 from caisson.agent.pods.guest import CALL_TIMEOUT
 from caisson.agent.rpc.codes import StatusCode
-from caisson.agent.rpc.ttrpc.client import ConnectionClosed, RpcError
+from caisson.agent.rpc.ttrpc.responses import ConnectionClosed, RpcError
 from caisson.agent.shim import dns, mounts
 from caisson.agent.shim.bundle import TaskBundle
 from caisson.agent.shim.errors import ShimError, finished, not_found, wrong_state

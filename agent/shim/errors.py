@@ -6,7 +6,7 @@ Source: containerd, pkg/errdefs (gRPC's codes by kind).
 from __future__ import annotations
 
 from caisson.agent.rpc.codes import StatusCode
-from caisson.agent.rpc.ttrpc.client import RpcError
+from caisson.agent.rpc.ttrpc.responses import RpcError
 
 
 class ShimError(Exception):

@@ -9,7 +9,8 @@ import asyncio
 import time
 from typing import Any
 
-from caisson.agent.rpc.ttrpc.client import Client, ConnectionClosed, RpcError, Stub
+from caisson.agent.rpc.ttrpc.client import Client, Stub
+from caisson.agent.rpc.ttrpc.responses import ConnectionClosed, RpcError
 from caisson.proto.containerd import events_pb2, publisher_pb2
 
 TYPE_CHECKING = False

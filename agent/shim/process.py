@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from caisson.agent.rpc.codes import StatusCode
-from caisson.agent.rpc.ttrpc.client import ConnectionClosed, RpcError
+from caisson.agent.rpc.ttrpc.responses import ConnectionClosed, RpcError
 from caisson.agent.shim.bundle import KILLED
 from caisson.agent.shim.errors import ShimError, finished
 from caisson.agent.shim.stdio import BLOCK, TaskStreams, copy_output

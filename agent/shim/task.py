@@ -15,7 +15,7 @@ from google.protobuf.empty_pb2 import Empty
 
 from caisson.agent.pods.guest import CALL_TIMEOUT
 from caisson.agent.rpc.codes import StatusCode
-from caisson.agent.rpc.ttrpc.client import RpcError
+from caisson.agent.rpc.ttrpc.responses import RpcError
 from caisson.agent.shim import stats
 from caisson.agent.shim.bundle import KILLED, TaskBundle
 from caisson.agent.shim.container import Container

@@ -9,9 +9,11 @@ Modules are imported when something of them is first used: to look whether a VM 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from caisson.image.vm.config import VMConfig
     from caisson.image.vm.errors import VMError
     from caisson.image.vm.machine import VM, find_vm, get_vm, list_vms

@@ -28,12 +28,15 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
 
 from caisson.image.vm.errors import InvalidOption, VMError
 from caisson.image.vm.runroot import owned_run_root, run_root
 from caisson.proto.contract import VERSION, VM_FORMAT
 from caisson.proto.foreign_text import printable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import IO, Any
 
 #: sockaddr_un holds 107 bytes and a terminating NUL (unix(7)); `vsock.sock_4294967295` is the longest of ours.
 MAX_SOCKET_PATH = 107

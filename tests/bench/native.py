@@ -25,7 +25,7 @@ from typing import Any
 import grpc
 
 from caisson.agent.client import Agent, Container
-from caisson.agent.client.connection import CHUNK
+from caisson.agent.client.caller import CHUNK
 from caisson.agent.client.grpc_channel import CHANNEL_OPTIONS
 from caisson.proto.kata1 import agent_pb2
 from tests.bench import transports

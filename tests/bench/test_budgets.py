@@ -19,7 +19,6 @@ FAR = 1.5
 MISSED = {
     "stdout by gRPC from the guest, beside raw vsock (ms/MiB)": 5.0,
     "docker run --rm true, beside a clone + 2 x runc (s)": 2.5,
-    "processor time of a whole `exec -- true`, beside `python3 -I -c pass` (ms)": 3.0,
 }
 
 TRIES = 3

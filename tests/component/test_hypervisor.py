@@ -22,7 +22,8 @@ from caisson.agent.hypervisor.server import ServiceError, _listening, _Server
 from caisson.agent.hypervisor.service import PREFIX, Sandboxes, size_of
 from caisson.agent.pods.machines import MachineError
 from caisson.agent.rpc.codes import StatusCode
-from caisson.agent.rpc.ttrpc.client import Client, RpcError, Stub
+from caisson.agent.rpc.ttrpc.client import Client, Stub
+from caisson.agent.rpc.ttrpc.responses import RpcError
 from caisson.commands.pods import Pods
 from caisson.image.vm import VMConfig
 from caisson.image.vm.snapshot.snapshot import Snapshot

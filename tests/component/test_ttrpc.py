@@ -20,9 +20,9 @@ from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.connection import Connection
 from caisson.agent.rpc.dispatch import Dispatch, Service
 from caisson.agent.rpc.server import Server
-from caisson.agent.rpc.ttrpc import client as client_module
 from caisson.agent.rpc.ttrpc import frames, server
-from caisson.agent.rpc.ttrpc.client import Client, ConnectionClosed, RpcError, Stub
+from caisson.agent.rpc.ttrpc.client import Client, Stub
+from caisson.agent.rpc.ttrpc.responses import MAX_ERROR_TEXT, ConnectionClosed, RpcError
 from caisson.proto.kata1 import health_pb2
 from caisson.proto.ttrpc import ttrpc_pb2
 from tests.support import fuzz
@@ -387,7 +387,7 @@ def response(**fields: Any) -> Callable[[int], bytes]:
         (response(status=ttrpc_pb2.Status(code=-1)), (StatusCode.UNKNOWN, "")),
         (
             response(status=ttrpc_pb2.Status(code=2, message="x" * 100_000)),
-            (StatusCode.UNKNOWN, "x" * client_module.MAX_ERROR_TEXT),
+            (StatusCode.UNKNOWN, "x" * MAX_ERROR_TEXT),
         ),
         (
             lambda stream_id: frames.frame(stream_id, frames.RESPONSE, b"\xff"),

@@ -24,8 +24,8 @@ from caisson.agent.base.tracing import Tracing
 from caisson.agent.client import Agent, channel, grpc_channel
 from caisson.agent.model.reaper import Reaper
 from caisson.agent.rpc.dispatch import Dispatch, Method, Service
-from caisson.agent.rpc.ttrpc.client import RpcError
 from caisson.agent.rpc.ttrpc.frames import TYPE_URL
+from caisson.agent.rpc.ttrpc.responses import RpcError
 from caisson.agent.services import Services
 from caisson.proto.kata1 import health_pb2
 from tests.native.agent_support import RunningAgent

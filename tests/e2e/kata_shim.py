@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from caisson.agent.rpc.ttrpc.client import Client, RpcError, Stub
+from caisson.agent.rpc.ttrpc.client import Client, Stub
+from caisson.agent.rpc.ttrpc.responses import RpcError
 from caisson.proto.kata3 import agent_pb2, health_pb2, hypervisor_pb2, oci_pb2
 from tests.native.kata3_support import SHARED, SHM, Host
 

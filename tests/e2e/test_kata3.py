@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from caisson.agent.rpc.ttrpc.client import Client, RpcError
+from caisson.agent.rpc.ttrpc.client import Client
+from caisson.agent.rpc.ttrpc.responses import RpcError
 from caisson.proto.kata3 import agent_pb2, health_pb2, oci_pb2
 from tests.e2e.conftest import PATIENCE, Caisson
 from tests.native.kata3_support import SHM, Host

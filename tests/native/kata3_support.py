@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from caisson.agent.rpc.codes import StatusCode
-from caisson.agent.rpc.ttrpc.client import Client, RpcError, Stub
+from caisson.agent.rpc.ttrpc.client import Client, Stub
+from caisson.agent.rpc.ttrpc.responses import RpcError
 from caisson.proto.kata3 import agent_pb2, health_pb2, oci_pb2
 from tests.native.agent_support import RunningAgent
 

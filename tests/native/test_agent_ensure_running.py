@@ -86,16 +86,16 @@ def test_an_exec_makes_two_calls_before_the_program_runs(agent: RunningAgent, tm
     machine = Machine(agent, tmp_path)
     for place in ("tmp", "run", "root", "home", "var"):
         (agent.rootfs / place).mkdir(exist_ok=True)
-    assert asyncio.run(execute(machine, "default", ["/bin/true"])) == 0
+    assert execute(machine, "default", ["/bin/true"]) == 0
     before = len(methods(agent))
-    assert asyncio.run(execute(machine, "default", ["/bin/true"])) == 0
+    assert execute(machine, "default", ["/bin/true"]) == 0
     assert methods(agent)[before] == "ExecProcess" and "EnsureRunning" not in methods(agent)[before:]
 
 
 def test_an_exec_makes_no_container_but_the_default_one(agent: RunningAgent, tmp_path: Path) -> None:
     machine = Machine(agent, tmp_path)
     with pytest.raises(ContainerUnavailable, match="container web: does not exist"):
-        asyncio.run(execute(machine, "web", ["/bin/true"]))
+        execute(machine, "web", ["/bin/true"])
 
     async def make_one_that_ends() -> None:
         async with agent.connect() as client:
@@ -106,7 +106,7 @@ def test_an_exec_makes_no_container_but_the_default_one(agent: RunningAgent, tmp
     asyncio.run(with_sandbox(agent))
     asyncio.run(make_one_that_ends())
     with pytest.raises(ContainerUnavailable, match="container done has exited"):
-        asyncio.run(execute(machine, "done", ["/bin/true"]))
+        execute(machine, "done", ["/bin/true"])
 
 
 async def with_sandbox(agent: RunningAgent) -> None:

@@ -18,7 +18,8 @@ from caisson.agent.base.tracing import Tracing
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.dispatch import Dispatch, Service
 from caisson.agent.rpc.server import Server
-from caisson.agent.rpc.ttrpc.client import Client, RpcError, Stub
+from caisson.agent.rpc.ttrpc.client import Client, Stub
+from caisson.agent.rpc.ttrpc.responses import RpcError
 from caisson.proto.containerd import bootstrap_pb2, events_pb2, publisher_pb2, task_v2_pb2, task_v3_pb2
 from tests.shim.native_machines import NSEXEC, PLACE
 from tests.support.source import ROOT

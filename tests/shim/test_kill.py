@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from caisson.agent.rpc.ttrpc.client import RpcError
+from caisson.agent.rpc.ttrpc.responses import RpcError
 from tests.shim.engine import RUNTIME, Engine
 from tests.shim.fake_containerd import FakeContainerd, Task
 from tests.shim.native_machines import agent_of

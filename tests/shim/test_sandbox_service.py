@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from caisson.agent.rpc.codes import StatusCode
-from caisson.agent.rpc.ttrpc.client import Client, RpcError, Stub
+from caisson.agent.rpc.ttrpc.client import Client, Stub
+from caisson.agent.rpc.ttrpc.responses import RpcError
 from caisson.agent.shim.sandbox import document_of, write_files
 from caisson.proto.containerd import bootstrap_pb2, cri_pb2, sandbox_pb2
 from tests.native.nsexec_support import make_rootfs

@@ -12,7 +12,8 @@ import pytest
 
 from caisson.agent.libcontainer import cgroups
 from caisson.agent.rpc.codes import StatusCode
-from caisson.agent.rpc.ttrpc.client import Client, RpcError
+from caisson.agent.rpc.ttrpc.client import Client
+from caisson.agent.rpc.ttrpc.responses import RpcError
 from caisson.agent.shim.bundle import TaskBundle
 from caisson.proto.containerd import metrics_pb2, runc_options_pb2, tasks_pb2
 from tests.shim.fake_containerd import FakeContainerd, Task

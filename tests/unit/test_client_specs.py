@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from caisson.agent.client import UsageError
+from caisson.agent.client.caller import user_ids
 from caisson.agent.client.copy import Place
 from caisson.agent.client.run_specs import RunOptions, env_file, image_document, size
 from caisson.agent.client.seccomp import default_profile
-from caisson.agent.client.specs import CAPABILITIES, MEMORY_SHARE, PIDS_LIMIT, confined, container_document, user_ids
+from caisson.agent.client.specs import CAPABILITIES, MEMORY_SHARE, PIDS_LIMIT, confined, container_document
 from caisson.agent.client.wire_specs import to_kata3, to_wire
 from caisson.agent.libcontainer.config.seccomp import Seccomp
 from caisson.agent.libcontainer.config.spec import Spec

@@ -54,8 +54,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "proto": ("proto",),
     # Composition roots: the only importers of both halves
     "commands": (
-        "agent.base.lazyimport", "agent.client", "agent.hypervisor", "agent.pods", "agent.runtime", "agent.shim",
-        "image", "proto",
+        "agent.base.lazyimport", "agent.base.record", "agent.client", "agent.hypervisor", "agent.pods", "agent.runtime",
+        "agent.shim", "image", "proto",
     ),
 }  # fmt: skip
 

@@ -15,7 +15,7 @@ from google.protobuf import any_pb2
 from caisson.agent.pods.guest import GUEST_SHARED, MAX_WAITS, until_plugged
 from caisson.agent.pods.network import NetworkError, links
 from caisson.agent.rpc.codes import StatusCode
-from caisson.agent.rpc.ttrpc.client import RpcError
+from caisson.agent.rpc.ttrpc.responses import RpcError
 from caisson.agent.shim.errors import ShimError
 from caisson.agent.shim.launch import Arguments, _bootstrap_id, group_of, socket_path
 from caisson.agent.shim.options import RuntimeOptions, shim_cgroup

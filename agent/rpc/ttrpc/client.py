@@ -1,7 +1,7 @@
 """A ttrpc client on asyncio: any number of calls at once over one connection.
 
-The server may be hostile (a guest is): a frame of more than ttrpc's 4 MiB is not kept, texts are cut, and a response
-that nobody waits for is dropped.
+The server may be hostile (a guest is): a frame of more than ttrpc's 4 MiB is not kept, and a response that nobody waits
+for is dropped.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Self
 
 from google.protobuf import message_factory
@@ -17,35 +17,9 @@ from google.protobuf.message import DecodeError
 
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc import frames
-from caisson.proto.ttrpc import ttrpc_pb2
-
-#: Characters of a server's error text that are kept.
-MAX_ERROR_TEXT = 4096
-
-#: Details of an error that are kept.
-MAX_DETAILS = 8
-
-#: Stream ids are odd and never used again on a connection.
-MAX_STREAM_ID = (1 << 32) - 1
+from caisson.agent.rpc.ttrpc.responses import MAX_STREAM_ID, ConnectionClosed, RpcError, payload_of
 
 Metadata = Iterable[tuple[str, str]]
-
-
-class RpcError(Exception):
-    """A call that failed: its status code, the server's text, and the types and values of its details."""
-
-    def __init__(self, code: StatusCode, text: str, details: Sequence[tuple[str, bytes]] = ()) -> None:
-        super().__init__(text or code.name)
-        self.code = code
-        self.text = text
-        self.details = details
-
-
-class ConnectionClosed(RpcError):
-    """The connection ended before the response came; whether the call was carried out is not known."""
-
-    def __init__(self, text: str = "the connection is closed") -> None:
-        super().__init__(StatusCode.UNAVAILABLE, text)
 
 
 class Client(asyncio.Protocol):
@@ -165,21 +139,6 @@ class Client(asyncio.Protocol):
         for pending in self._pending.values():
             if not pending.done():
                 pending.set_exception(ConnectionClosed())
-
-
-def payload_of(frame: frames.Frame) -> bytes:
-    """Return a response's payload, or raise the RpcError that it is."""
-    if frame.data is None:
-        raise RpcError(StatusCode.RESOURCE_EXHAUSTED, frames.too_long(frame.length))
-    try:
-        response = ttrpc_pb2.Response.FromString(frame.data)
-    except DecodeError:
-        raise RpcError(StatusCode.INTERNAL, "the response is not a valid ttrpc.Response") from None
-    if code := response.status.code:
-        known = StatusCode(code) if code in StatusCode._value2member_map_ else StatusCode.UNKNOWN
-        details = [(one.type_url, one.value) for one in response.status.details[:MAX_DETAILS]]
-        raise RpcError(known, response.status.message[:MAX_ERROR_TEXT], details)
-    return bytes(response.payload)
 
 
 class Stub:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import struct
 
+from caisson.agent.rpc import wire
 from caisson.agent.rpc.codes import StatusCode
-from caisson.proto.ttrpc import ttrpc_pb2
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ REMOTE_CLOSED, REMOTE_OPEN, NO_DATA = 0x1, 0x2, 0x4
 TYPE_URL = "type.googleapis.com/"
 
 #: The field of a Response that holds the method's response, as its first byte on the wire.
-_PAYLOAD = ttrpc_pb2.Response.PAYLOAD_FIELD_NUMBER << 3 | 2
+_PAYLOAD = b"\x12"
 
 
 class Frame:
@@ -106,13 +106,9 @@ def request(
     metadata: Iterable[tuple[str, str]] = (),
 ) -> bytes:
     """Encode a request's frame; ``timeout`` in seconds.  Raises ValueError where it would exceed MAX_DATA."""
-    data = ttrpc_pb2.Request(
-        service=service,
-        method=method,
-        payload=payload,
-        timeout_nano=0 if timeout is None else max(1, int(timeout * 1e9)),
-        metadata=[ttrpc_pb2.KeyValue(key=key, value=value) for key, value in metadata],
-    ).SerializeToString()
+    nanoseconds = 0 if timeout is None else max(1, int(timeout * 1e9))
+    pairs = [(5, wire.encode([(1, key), (2, value)])) for key, value in metadata]
+    data = wire.encode([(1, service), (2, method), (3, payload), (4, nanoseconds), *pairs])
     if len(data) > MAX_DATA:
         raise ValueError(f"{service}/{method}: a request of {len(data)} bytes; ttrpc carries {MAX_DATA}")
     return frame(stream_id, REQUEST, data)
@@ -126,7 +122,7 @@ def response(stream_id: int, pieces: Sequence[bytes]) -> list[bytes]:
     size = sum(map(len, pieces))
     if not size:
         return [_HEADER.pack(0, stream_id, RESPONSE, 0)]
-    prefix = bytes([_PAYLOAD]) + _varint(size)
+    prefix = _PAYLOAD + wire.varint(size)
     length = len(prefix) + size
     if length > MAX_DATA:
         return [failure(stream_id, StatusCode.INVALID_ARGUMENT, too_long(length))]
@@ -135,22 +131,12 @@ def response(stream_id: int, pieces: Sequence[bytes]) -> list[bytes]:
 
 def failure(stream_id: int, code: StatusCode, text: str, detail: tuple[str, bytes] | None = None) -> bytes:
     """Encode an error response; ``detail`` is a message for programs, by its full name and encoded."""
-    status = ttrpc_pb2.Status(code=code, message=text)
+    fields: list[tuple[int, int | str | bytes]] = [(1, int(code)), (2, text)]
     if detail is not None:
-        status.details.add(type_url=TYPE_URL + detail[0], value=detail[1])
-    return frame(stream_id, RESPONSE, ttrpc_pb2.Response(status=status).SerializeToString())
+        fields.append((3, wire.encode([(1, TYPE_URL + detail[0]), (2, detail[1])])))
+    return frame(stream_id, RESPONSE, wire.encode([(1, wire.encode(fields))]))
 
 
 def too_long(length: int) -> str:
     """Return the error's text for a frame of so many bytes, as ttrpc's other servers write it."""
     return f"message length {length} exceed maximum message size of {MAX_DATA}"
-
-
-def _varint(number: int) -> bytes:
-    """Encode an integer of seven bits a byte, the lowest first.  Source: protobuf.dev, Encoding."""
-    out = bytearray()
-    while number >= 0x80:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    out.append(number)
-    return bytes(out)

@@ -1,0 +1,89 @@
+"""What a program in a container has of its caller: streams, signals, the terminal, and the words for its user."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import termios
+from collections.abc import Iterator, Sequence
+
+from caisson.agent.client.errors import UsageError
+
+#: The container of a VM that is there without anybody's asking.
+DEFAULT = "default"
+
+#: Bytes asked for or sent in one call.  A pipe holds 64 KiB by default, a message 4 MiB.
+CHUNK = 1 << 20
+
+#: Signals that are passed on to the process.
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+
+#: Requests to stop, and after how many of them the process is killed.
+STOPS = (signal.SIGINT, signal.SIGTERM)
+MAX_STOPS = 3
+
+#: The search path of a program that is given none.
+PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+class OutputError(Exception):
+    """Output cannot be written, for example to a full disk."""
+
+
+def write_all(target: int, data: bytes) -> None:
+    """Write all of it to a descriptor.  Raises OSError."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(target, view) :]
+
+
+def unwritable(error: OSError) -> OutputError:
+    """Return the error for output that cannot be written."""
+    return OutputError(f"its output cannot be written: {error.strerror}")
+
+
+@contextlib.contextmanager
+def raw(terminal: int) -> Iterator[None]:
+    """Put a terminal into raw mode for a block; a no-op on other files."""
+    if not os.isatty(terminal):
+        yield
+        return
+    import tty
+
+    before = termios.tcgetattr(terminal)
+    tty.setraw(terminal)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+
+
+def status_of(status: int, stops: Sequence[int]) -> int:
+    """Return the status of a process after signals to stop it: the agent may have killed it in place of the last."""
+    return 128 + stops[-1] if 0 < len(stops) < MAX_STOPS and status == 128 + signal.SIGKILL else status
+
+
+def terminal_size(terminal: bool, descriptor: int = 0) -> tuple[int, int] | None:
+    """Return the rows and columns of the caller's terminal: a program may ask before it could be told later."""
+    with contextlib.suppress(OSError, ValueError):
+        size = os.get_terminal_size(descriptor)
+        if terminal and size.lines and size.columns:
+            return size.lines, size.columns
+    return None
+
+
+def terminal_env(terminal: bool) -> list[str]:
+    """Return TERM for a program on a terminal, the caller's own."""
+    return [f"TERM={os.environ.get('TERM', 'xterm')}"] if terminal else []
+
+
+def user_ids(text: str) -> tuple[int, int]:
+    """Parse uid[:gid]; the group defaults to 0.  Raises UsageError."""
+    uid, _, gid = text.partition(":")
+    for number in (uid, gid or "0"):
+        if not number.isascii() or not number.isdecimal():
+            raise UsageError(f"--user {text!r}: is not a number; give UID or UID:GID")
+        if int(number) >= (1 << 32) - 1:
+            raise UsageError(f"--user {text!r}: {number} is out of range; ids are 0 to {(1 << 32) - 2}")
+    return int(uid), int(gid or 0)

@@ -1,0 +1,117 @@
+"""A ttrpc client for threads: calls of any number of them at once over one connection, without an event loop.
+
+It is there for commands that end before asyncio would be imported.  What holds for a hostile server is as in client.py.
+"""
+
+from __future__ import annotations
+
+# C modules alone: socket, threading and queue would take as long to import as all else that a short command needs.
+from _queue import Empty, SimpleQueue
+from _socket import AF_UNIX, SHUT_RDWR, socket
+from _thread import allocate_lock, start_new_thread
+
+from caisson.agent.rpc.codes import StatusCode
+from caisson.agent.rpc.ttrpc import frames
+from caisson.agent.rpc.ttrpc.responses import MAX_STREAM_ID, ConnectionClosed, RpcError, payload_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+    from typing import Self
+
+    #: Takes the response of a call, None when the connection has ended before it came.
+    Deliver = Callable[[frames.Frame | None], None]
+
+#: Bytes received at once.
+RECEIVE = 256 << 10
+
+
+class BlockingClient:
+    """A connection to a ttrpc server; its responses are received by a thread of its own."""
+
+    def __init__(self, connected: socket) -> None:
+        """Speak over a connected stream socket, which it then owns."""
+        self._socket = connected
+        self._sending = allocate_lock()
+        self._waiting: dict[int, Deliver] = {}
+        self._next_id = 1
+        self._closed = False
+        start_new_thread(self._receive, ())
+
+    @classmethod
+    def connect(cls, path: str | os.PathLike[str]) -> Self:
+        """Connect to a Unix socket.  Raises OSError."""
+        connected = socket(AF_UNIX)
+        try:
+            connected.connect(str(path))
+            return cls(connected)
+        except BaseException:
+            connected.close()
+            raise
+
+    def close(self) -> None:
+        """Close the connection; calls under way raise ConnectionClosed."""
+        self._shut_down()
+
+    def call(self, service: str, method: str, payload: bytes, timeout: float | None = None) -> bytes:
+        """Call a method with an encoded request and wait up to ``timeout`` seconds for the encoded response.
+
+        Raises RpcError, ConnectionClosed, and ValueError for a request that is too long.
+        """
+        answers: SimpleQueue[frames.Frame | None] = SimpleQueue()
+        self.post(service, method, payload, answers.put)
+        try:
+            return received(answers.get(timeout=timeout))
+        except Empty:
+            raise RpcError(StatusCode.DEADLINE_EXCEEDED, f"{method}: no response within {timeout:g} s") from None
+
+    def post(self, service: str, method: str, payload: bytes, deliver: Deliver) -> None:
+        """Send a request and return; ``deliver`` is called once, by the receiving thread, and must not block.
+
+        Raises ConnectionClosed, and ValueError for a request that is too long.
+        """
+        with self._sending:
+            if self._closed or self._next_id > MAX_STREAM_ID:
+                raise ConnectionClosed
+            stream_id, self._next_id = self._next_id, self._next_id + 2
+            request = frames.request(stream_id, service, method, payload)
+            self._waiting[stream_id] = deliver
+            try:
+                self._socket.sendall(request)
+            except OSError as error:
+                del self._waiting[stream_id]
+                self._shut_down()  # part of a request was sent: nothing can follow it
+                raise ConnectionClosed from error
+
+    def _receive(self) -> None:
+        reader = frames.FrameReader()
+        try:
+            while data := self._socket.recv(RECEIVE):
+                reader.feed(data)
+                while (frame := reader.next()) is not None:
+                    deliver = self._waiting.pop(frame.stream_id, None) if frame.kind == frames.RESPONSE else None
+                    if deliver is not None:  # otherwise nobody has called
+                        deliver(frame)
+        except OSError:
+            pass  # as at the connection's end
+        self._shut_down()  # a call that is being sent ends, too
+        with self._sending:
+            self._closed = True
+            left, self._waiting = self._waiting, {}
+        for deliver in left.values():
+            deliver(None)
+        self._socket.close()
+
+    def _shut_down(self) -> None:
+        try:
+            self._socket.shutdown(SHUT_RDWR)
+        except OSError:
+            pass  # the peer was faster
+
+
+def received(frame: frames.Frame | None) -> bytes:
+    """Return the payload of what was delivered.  Raises RpcError, ConnectionClosed."""
+    if frame is None:
+        raise ConnectionClosed
+    return payload_of(frame)

@@ -1,0 +1,92 @@
+"""Protobuf's wire format, for programs that end before protobuf would be imported.  Source: protobuf.dev, Encoding.
+
+For messages of a few scalar fields; the numbers of their fields are held to the schemas by a test.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+#: Wire types; groups, which proto3 does not have, are refused.
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+#: Bytes of a varint: ten of seven bits hold 64.
+_MAX_VARINT = 10
+
+#: Fields of a message: a hostile one of two bytes each would take fifty times its size in memory.
+MAX_FIELDS = 1000
+
+
+class WireError(ValueError):
+    """Bytes that are not an encoded message."""
+
+
+def varint(number: int) -> bytes:
+    """Encode an integer of seven bits a byte, the lowest first."""
+    out = bytearray()
+    while number >= 0x80:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
+
+
+def encode(fields: Iterable[tuple[int, int | str | bytes]]) -> bytes:
+    """Encode a message's fields, given by their numbers; zeros and empty strings are left out, as proto3 does.
+
+    Words that are no UTF-8 are those of os.fsdecode(): their bytes are sent as they were.
+    """
+    out = bytearray()
+    for number, value in fields:
+        if not value:
+            continue
+        if isinstance(value, int):
+            out += varint(number << 3 | _VARINT) + varint(value)
+        else:
+            data = value.encode(errors="surrogateescape") if isinstance(value, str) else value
+            out += varint(number << 3 | _BYTES) + varint(len(data))
+            out += data
+    return bytes(out)
+
+
+def decode(message: bytes) -> list[tuple[int, int | bytes]]:
+    """Return a message's fields in their order: integers as they were sent, all others as bytes.  Raises WireError."""
+    fields: list[tuple[int, int | bytes]] = []
+    at = 0
+    while at < len(message):
+        if len(fields) == MAX_FIELDS:
+            raise WireError(f"the message has more than {MAX_FIELDS} fields")
+        key, at = _read_varint(message, at)
+        kind = key & 7
+        if kind == _VARINT:
+            number, at = _read_varint(message, at)
+            fields.append((key >> 3, number))
+            continue
+        if kind == _BYTES:
+            size, at = _read_varint(message, at)
+        elif kind in (_FIXED32, _FIXED64):
+            size = 4 if kind == _FIXED32 else 8
+        else:
+            raise WireError(f"wire type {kind}: is not one of proto3")
+        if size > len(message) - at:
+            raise WireError("the message is truncated")
+        fields.append((key >> 3, message[at : at + size]))
+        at += size
+    return fields
+
+
+def _read_varint(message: bytes, at: int) -> tuple[int, int]:
+    """Return the integer at this place, and the place after it."""
+    number = 0
+    for place, byte in enumerate(message[at : at + _MAX_VARINT]):
+        number |= (byte & 0x7F) << (7 * place)
+        if byte < 0x80:
+            return number, at + place + 1
+    raise WireError("the message is truncated, or a number is too long")
+
+
+def value_of(message: bytes, number: int) -> int | bytes | None:
+    """Return the last value of a field, None where it is not there.  Raises WireError."""
+    return dict(decode(message)).get(number)

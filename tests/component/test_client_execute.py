@@ -1,0 +1,216 @@
+"""An exec of the command line beside an agent that only pretends: streams, signals, and a connection that ends."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from caisson.agent.rpc.codes import StatusCode
+from caisson.agent.rpc.ttrpc import frames
+from caisson.proto.caisson import caisson_pb2
+from caisson.proto.kata3 import agent_pb2
+from caisson.proto.ttrpc import ttrpc_pb2
+
+#: What the command is, without a VM: the socket is its argument.
+COMMAND = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from caisson.agent.client.errors import AgentGone, ProgramError
+from caisson.agent.client.caller import OutputError
+from caisson.agent.client.execute import execute
+try:
+    status = execute(SimpleNamespace(agent_socket=Path(sys.argv[1]), directory=Path("/nowhere")), "box", ["x\\udcff"])
+except (AgentGone, OutputError, ProgramError) as error:
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    status = 99
+print(*sorted(sys.modules), sep="\\n", file=open(sys.argv[2], "w"))
+sys.exit(status)
+"""
+
+#: What an import of would take longer than the whole command may.
+HEAVY = {"asyncio", "google.protobuf", "grpc", "json", "socket", "threading", "typing"}
+
+
+class Agent:
+    """Answers calls by ``answers``; those that it has none for wait.  Keeps what it was asked."""
+
+    def __init__(self, answers: dict[str, Callable[[bytes], bytes | None]]) -> None:
+        self.answers = answers
+        self.asked: list[tuple[str, bytes]] = []
+        self.seen = threading.Condition()
+        self.connection: socket.socket | None = None
+
+    def serve(self, listening: socket.socket) -> None:
+        self.connection, _ = listening.accept()
+        reader = frames.FrameReader()
+        while data := self.connection.recv(1 << 16):
+            reader.feed(data)
+            while (frame := reader.next()) is not None:
+                request = ttrpc_pb2.Request.FromString(frame.data or b"")
+                with self.seen:
+                    self.asked.append((request.method, request.payload))
+                    self.seen.notify_all()
+                threading.Thread(target=self.answer, args=(frame.stream_id, request), daemon=True).start()
+
+    def answer(self, stream_id: int, request: ttrpc_pb2.Request) -> None:
+        payload = answer(request.payload) if (answer := self.answers.get(request.method)) else None
+        assert self.connection is not None
+        if payload == b"end":
+            self.connection.shutdown(socket.SHUT_RDWR)
+        elif payload is not None and payload[:4] == b"fail":
+            said = caisson_pb2.ErrorDetails(reason=caisson_pb2.PROGRAM_NOT_FOUND, text="no such program")
+            detail = "caisson.ErrorDetails", said.SerializeToString()
+            failure = frames.failure(stream_id, StatusCode.NOT_FOUND, "kata's", detail)
+            self.connection.sendall(failure)
+        elif payload is not None:
+            self.connection.sendall(b"".join(frames.response(stream_id, [payload])))
+
+    def wait_for(self, method: str, count: int = 1) -> list[bytes]:
+        """The payloads of a method's calls, once there are as many."""
+        with self.seen:
+            assert self.seen.wait_for(lambda: sum(one == method for one, _ in self.asked) >= count, 30)
+            return [payload for one, payload in self.asked if one == method]
+
+
+def output(*pieces: bytes, then: threading.Event | None = None) -> Callable[[bytes], bytes]:
+    """Answer reads with these pieces, and then with the end."""
+    left = list(pieces)
+
+    def read(_: bytes) -> bytes:
+        if left:
+            return agent_pb2.ReadStreamResponse(data=left.pop(0)).SerializeToString()
+        assert then is None or then.wait(30)
+        return b""
+
+    return read
+
+
+def ok(_: bytes) -> bytes:
+    return b""
+
+
+def status(number: int) -> Callable[[bytes], bytes]:
+    return lambda _: agent_pb2.WaitProcessResponse(status=number).SerializeToString()
+
+
+ENDS = {"ExecProcess": ok, "CloseStdin": ok, "ReadStderr": output(), "ReadStdout": output(), "WaitProcess": status(9)}
+
+
+@contextmanager
+def pretended(tmp_path: Path, **answers: Callable[[bytes], bytes | None]) -> Iterator[tuple[Agent, list[str]]]:
+    """An agent, and the words that run the command beside it."""
+    agent = Agent({**ENDS, **answers})
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "agent.sock"))
+        listening.listen()
+        thread = threading.Thread(target=agent.serve, args=(listening,), daemon=True)
+        thread.start()
+        yield agent, [sys.executable, "-c", COMMAND, str(tmp_path / "agent.sock"), str(tmp_path / "modules")]
+        if agent.connection is not None:
+            thread.join(30)
+            agent.connection.close()
+
+
+def test_streams_and_status_pass_and_little_is_imported(tmp_path: Path) -> None:
+    written = threading.Event()
+
+    def write(payload: bytes) -> bytes:
+        written.set()
+        return agent_pb2.WriteStreamResponse().SerializeToString()
+
+    answers = {
+        "ReadStdout": output(b"out", b"put\n", then=written),
+        "ReadStderr": output(b"oops\n"),
+        "WriteStdin": write,
+    }
+    with pretended(tmp_path, **answers) as (agent, words):
+        done = subprocess.run(words, input=b"hello", capture_output=True, timeout=60)
+        assert (done.returncode, done.stdout, done.stderr) == (9, b"output\n", b"oops\n")
+        (started,) = agent.wait_for("ExecProcess")
+        (fed,) = agent.wait_for("WriteStdin")
+        request = caisson_pb2.ExecProcessRequest.FromString(started)
+    assert agent_pb2.WriteStreamRequest.FromString(fed).data == b"hello"
+    assert request.container_id == "box"
+    assert json.loads(request.process)["args"] == ["x\udcff"]
+    loaded = set((tmp_path / "modules").read_text().split())
+    assert not loaded & HEAVY
+
+
+def test_input_that_never_ends_does_not_hold_the_end(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    try:
+        with pretended(tmp_path) as (_, words):
+            assert subprocess.run(words, stdin=reading, timeout=60).returncode == 9
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def test_a_reader_that_leaves_is_a_broken_pipe(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    answers = {"ReadStdout": output(*[b"y\n"] * 100), "SignalProcess": ok}
+    with pretended(tmp_path, **answers) as (agent, words):
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=writing, timeout=60)
+        os.close(writing)
+        assert done.returncode == 128 + signal.SIGPIPE
+        (sent,) = agent.wait_for("SignalProcess")
+    assert agent_pb2.SignalProcessRequest.FromString(sent).signal == signal.SIGPIPE
+
+
+def test_a_full_disk_is_said(tmp_path: Path) -> None:
+    answers = {"ReadStdout": output(b"y\n"), "SignalProcess": ok}
+    with pretended(tmp_path, **answers) as (_, words), Path("/dev/full").open("wb") as full:
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == 99
+    assert os.strerror(errno.ENOSPC) in done.stderr.decode()
+
+
+def test_signals_are_passed_on_and_the_third_request_to_stop_kills(tmp_path: Path) -> None:
+    stopped = threading.Event()
+    answers = {"ReadStdout": output(b"ready\n", then=stopped), "SignalProcess": ok}
+    with pretended(tmp_path, **answers) as (agent, words):
+        with subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as command:
+            assert command.stdout is not None
+            assert command.stdout.readline() == b"ready\n"
+            for count, number in enumerate((signal.SIGUSR1, signal.SIGINT, signal.SIGTERM, signal.SIGINT), 1):
+                command.send_signal(number)
+                sent = agent.wait_for("SignalProcess", count)
+            stopped.set()
+            assert command.wait(60) == 9
+    numbers = [agent_pb2.SignalProcessRequest.FromString(one).signal for one in sent]
+    assert numbers == [signal.SIGUSR1, signal.SIGINT, signal.SIGTERM, signal.SIGKILL]
+
+
+@pytest.mark.parametrize(
+    ("answers", "text"),
+    [
+        ({"ExecProcess": lambda _: b"fail"}, "ProgramError: no such program"),
+        ({"ExecProcess": lambda _: b"end"}, "AgentGone: agent: does not answer (the connection is closed)"),
+        ({"ReadStdout": lambda _: b"end"}, "AgentGone: agent: does not answer (the connection is closed)"),
+        ({"WaitProcess": lambda _: b"end"}, "AgentGone: agent: does not answer (the connection is closed)"),
+    ],
+)
+def test_failures_are_said(tmp_path: Path, answers: dict[str, Callable[[bytes], bytes | None]], text: str) -> None:
+    with pretended(tmp_path, **answers) as (_, words):
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == 99
+    assert text in done.stderr.decode()
+
+
+def test_nobody_listens(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", COMMAND, str(tmp_path / "none"), str(tmp_path / "modules")]
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=60)
+    assert b"AgentGone: agent: does not answer (no such file or directory)" in done.stderr

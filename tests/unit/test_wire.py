@@ -1,0 +1,90 @@
+"""Messages encoded and decoded without protobuf, beside protobuf itself; and bytes that nobody sends."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from caisson.agent.client import execute
+from caisson.agent.rpc import wire
+from caisson.proto.caisson import caisson_pb2
+from caisson.proto.kata3 import agent_pb2
+from caisson.proto.ttrpc import ttrpc_pb2
+
+KEY = {"container_id": "box", "exec_id": "42"}
+NUMBERS = (0, 1, 127, 128, 300, (1 << 32) - 1)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_message_is_encoded_as_by_protobuf(number: int) -> None:
+    fields: list[tuple[int, int | str | bytes]] = [(1, "bö"), (2, ""), (3, number), (4, number)]
+    message = agent_pb2.TtyWinResizeRequest(container_id="bö", row=number, column=number)
+    assert wire.encode(fields) == message.SerializeToString()
+    data = bytes(number & 0xFFFF)
+    assert (
+        wire.encode([(1, "box"), (3, data)])
+        == agent_pb2.WriteStreamRequest(container_id="box", data=data).SerializeToString()
+    )
+
+
+@pytest.mark.parametrize(
+    ("message", "fields"),
+    [
+        (agent_pb2.WaitProcessResponse(status=137), [(1, 137)]),
+        (agent_pb2.ReadStreamResponse(data=b"\0" * 300), [(1, bytes(300))]),
+        (ttrpc_pb2.Status(code=-1), [(1, (1 << 64) - 1)]),
+        (caisson_pb2.ErrorDetails(reason=caisson_pb2.PROGRAM_NOT_FOUND, text="ü"), [(1, 5), (2, "ü".encode())]),
+        (agent_pb2.WaitProcessResponse(), []),
+    ],
+)
+def test_a_message_of_protobufs_is_decoded(message: Any, fields: list[tuple[int, int | bytes]]) -> None:
+    assert wire.decode(message.SerializeToString()) == fields
+
+
+def test_the_last_value_counts_and_unknown_fields_do_not() -> None:
+    assert wire.value_of(b"\x08\x01\x18\x07\x21" + bytes(8) + b"\x2d" + bytes(4) + b"\x08\x02", 1) == 2
+    assert wire.value_of(b"\x08\x01", 2) is None
+
+
+@pytest.mark.parametrize("broken", [b"\x08", b"\x0a\x05abc", b"\x0b", b"\x08" + b"\xff" * 11, b"\x21\0", b"\x80"])
+def test_broken_messages_are_refused(broken: bytes) -> None:
+    with pytest.raises(wire.WireError):
+        wire.decode(broken)
+
+
+def test_the_number_of_fields_is_bounded() -> None:
+    assert len(wire.decode(b"\x08\x01" * wire.MAX_FIELDS)) == wire.MAX_FIELDS
+    with pytest.raises(wire.WireError, match="more than"):
+        wire.decode(b"\x08\x01" * (wire.MAX_FIELDS + 1))
+
+
+def test_random_bytes_are_decoded_or_refused() -> None:
+    rng = random.Random(5)
+    for _ in range(5000):
+        data = rng.randbytes(rng.randrange(40))
+        try:
+            fields = wire.decode(data)
+        except wire.WireError:
+            continue
+        assert all(isinstance(value, int) or len(value) <= len(data) for _, value in fields)
+
+
+def test_a_command_knows_its_fields_by_the_numbers_of_the_schema() -> None:
+    key = ((1, "box"), (2, "42"))
+    pairs: list[tuple[Any, list[tuple[int, int | bytes]]]] = [
+        (caisson_pb2.ExecProcessRequest(process=b"p", **KEY), [(execute.PROCESS, b"p")]),
+        (agent_pb2.WriteStreamRequest(data=b"d", **KEY), [(execute.DATA, b"d")]),
+        (agent_pb2.ReadStreamRequest(len=7, **KEY), [(execute.LENGTH, 7)]),
+        (agent_pb2.SignalProcessRequest(signal=9, **KEY), [(execute.SIGNAL, 9)]),
+        (agent_pb2.TtyWinResizeRequest(row=1, column=2, **KEY), [(execute.ROWS, 1), (execute.COLUMNS, 2)]),
+        (agent_pb2.CloseStdinRequest(**KEY), []),
+        (agent_pb2.WaitProcessRequest(**KEY), []),
+    ]
+    for message, fields in pairs:
+        assert wire.encode([*key, *fields]) == message.SerializeToString()
+    assert agent_pb2.ReadStreamResponse.DESCRIPTOR.fields_by_name["data"].number == execute.RESPONSE_DATA
+    assert agent_pb2.WaitProcessResponse.DESCRIPTOR.fields_by_name["status"].number == execute.STATUS
+    assert caisson_pb2.DESCRIPTOR.services_by_name["Guest"].full_name == execute.GUEST
+    assert agent_pb2.DESCRIPTOR.services_by_name["AgentService"].full_name == execute.AGENT
