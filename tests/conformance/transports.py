@@ -21,7 +21,7 @@ from caisson.agent.api.reasons import detail_of
 from caisson.agent.base.boot_timestamps import BootTimestamps
 from caisson.agent.base.log import Log
 from caisson.agent.base.tracing import Tracing
-from caisson.agent.client import Agent, channel, grpc_channel
+from caisson.agent.client import Agent, errors, grpc_channel
 from caisson.agent.model.reaper import Reaper
 from caisson.agent.rpc.dispatch import Dispatch, Method, Service
 from caisson.agent.rpc.ttrpc.frames import TYPE_URL
@@ -55,7 +55,7 @@ class MemoryChannel:
         if self.generation == 1:
             raise grpc_channel.agent_error(code, result.text)
         name, value = result.detail or ("", b"")
-        raise channel.agent_error(RpcError(code, result.text, [(TYPE_URL + name, value)]))
+        raise errors.agent_error(RpcError(code, result.text, [(TYPE_URL + name, value)]))
 
     async def close(self) -> None:
         """Hang up: calls under way are cancelled."""
