@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from caisson.commands.catalogue.shared import (
     ENV,
     IN_CONTAINER,
@@ -116,7 +114,7 @@ RUN = Command(
         PUBLISH,
         Option("tag", "which of several images", name("TAG", "latest"), default="", shown="the only one"),
         Option("max-size", "refuse an image with more data", memory(1, 16 << 20), default=0, shown="16G at most"),
-        replace(VERBOSE, short=""),  # -v is --volume, as docker has it
+        VERBOSE.but(short=""),  # -v is --volume, as docker has it
     ),
     program=Program("what to run in place of the image's own command", required=False),
     runs_program=True,

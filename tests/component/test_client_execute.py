@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -75,7 +75,8 @@ class Agent:
             failure = frames.failure(stream_id, StatusCode.NOT_FOUND, "kata's", detail)
             self.connection.sendall(failure)
         elif payload is not None:
-            self.connection.sendall(b"".join(frames.response(stream_id, [payload])))
+            with suppress(BrokenPipeError):  # the command has ended
+                self.connection.sendall(b"".join(frames.response(stream_id, [payload])))
 
     def wait_for(self, method: str, count: int = 1) -> list[bytes]:
         """The payloads of a method's calls, once there are as many."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import random
 import resource
+import signal
+import subprocess
+import sys
 from collections.abc import Coroutine
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from caisson.agent.client import Agent, AgentError, Container
-from caisson.agent.client.execute import execute
 from caisson.agent.rpc.codes import StatusCode as Code
 from caisson.proto.kata1 import agent_pb2
 from tests.native.agent_support import RunningAgent, output, refused, sh
@@ -65,18 +66,35 @@ async def test_execs_that_meet_a_removal_run_or_are_refused_and_leave_nothing(ag
         await until(lambda: agent.fds() <= fds and agent.children() == set(), "all is given back")
 
 
+#: An exec of the command line, without a VM.
+COMMAND = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from caisson.agent.client.execute import execute
+machine = SimpleNamespace(agent_socket=Path(sys.argv[1]), directory=Path("/nowhere"))
+try:
+    print("begins", flush=True)
+    sys.exit(execute(machine, "box", ["/bin/sleep", "1000"]))
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
 async def test_a_command_that_is_interrupted_at_any_moment_leaves_no_program(agent: RunningAgent) -> None:
-    machine: Any = SimpleNamespace(agent_socket=agent.socket, directory=agent.socket.parent)
     chance = random.Random(5)
     async with agent.connect() as client:
         await client.create_sandbox()
         await running(client, agent)
         only_init = agent.children()
-        early = 0
-        for _ in range(15):
-            command = execute(machine, "box", ["/bin/sleep", "1000"])
-            early += await broken_off(command, chance.random() * 0.02)
-        assert early == 15
+        for _ in range(8):
+            command = await asyncio.create_subprocess_exec(
+                sys.executable, "-c", COMMAND, str(agent.socket), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+            )
+            assert command.stdout is not None and await command.stdout.readline() == b"begins\n"
+            await asyncio.sleep(chance.random() * 0.02)
+            command.send_signal(signal.SIGINT)
+            assert await command.wait() == 130
         await until(lambda: agent.children() == only_init, "no program is left")
 
 
