@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from caisson.agent.client import bundles
+from caisson.agent.client.caller import PATH, terminal_env
 from caisson.agent.client.errors import UsageError
 from caisson.agent.client.specs import (
     MASKED,
     MEMORY_SHARE,
     MOUNTS,
-    PATH,
     READONLY,
     Document,
     confined,
     container_document,
     mount_entry,
-    terminal_env,
 )
 
 MIB = 1 << 20

@@ -9,13 +9,11 @@ Specs are decoded config.json documents; words that are no UTF-8 are in them as 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from caisson.agent.client import bundles, seccomp
-from caisson.agent.client.caller import PATH, terminal_env
-from caisson.agent.client.errors import UsageError
+from caisson.agent.client.caller import PATH
 
 if TYPE_CHECKING:
     from caisson.proto.kata1 import oci_pb2
