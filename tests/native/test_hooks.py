@@ -70,7 +70,7 @@ def agents_box(box: Box) -> Iterator[Box]:
     """A box whose children are reaped by the agent's own reaper."""
     reaper = AgentsReaper()
     reaper.start(box.loop)
-    box.launcher._children = reaper
+    box.launcher.starter._children = box.launcher._children = reaper
     yield box
     box.run(asyncio.sleep(0))
     assert children() == []
@@ -248,7 +248,7 @@ async def test_a_hook_that_never_stops_talking_is_not_listened_to_for_longer(age
 @pytest.mark.parametrize("point", CREATE)
 async def test_a_hook_without_a_timeout_is_waited_for_until_nobody_wants_it(agents_box: Box, point: str) -> None:
     box = agents_box
-    box.launcher._timeout = 0.5  # nsexec's own time, of which hooks take nothing
+    box.launcher.starter._timeout = 0.5  # nsexec's own time, of which hooks take nothing
     value = with_hooks("true", **{point: [sh(f"touch {box.path}/began; {SLEEP} & wait")]})
 
     container = life(box, value)

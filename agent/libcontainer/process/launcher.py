@@ -6,18 +6,17 @@ import os
 import sys
 
 from caisson.agent.base.record import NOTHING
-from caisson.agent.libcontainer.errors import LaunchError, launch_error, reason
+from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.plan import plan, users
 from caisson.agent.libcontainer.plan.wire import EncodingError
 from caisson.agent.libcontainer.process import gate
 from caisson.agent.libcontainer.process.channel import kill
-from caisson.agent.libcontainer.process.init_process import CLEANUP_TIMEOUT, InitProcess
 from caisson.agent.libcontainer.process.launch import Launch, Launched, Stdio, check_stdio, own_pipes
-from caisson.agent.libcontainer.waits import Deadline
+from caisson.agent.libcontainer.process.starter import Starter, both, too_late
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from caisson.agent.libcontainer.config.process import Process
     from caisson.agent.libcontainer.config.seccomp import Seccomp
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from caisson.agent.libcontainer.intel_rdt import ResctrlGroup
     from caisson.agent.libcontainer.process.children import Child, Children
     from caisson.agent.libcontainer.process.hooks import HookRunner, RuntimeHooks
+    from caisson.agent.libcontainer.process.init_process import InitProcess
     from caisson.agent.libcontainer.process.listener import Listener
     from caisson.agent.libcontainer.process.net_devices import NetDevice
     from caisson.agent.libcontainer.process.nsexec import Nsexec
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from caisson.agent.libcontainer.waits import Waits
 
     Log = Callable[..., None]
-
-LOG_INFO, LOG_DEBUG = "4", "5"  # logrus's, which nsexec knows
 
 
 class ProcessLauncher:
@@ -53,12 +51,11 @@ class ProcessLauncher:
         timeout: float | None = 30.0,
         verbose: bool = True,
     ) -> None:
-        self._nsexec = nsexec
+        self.starter = Starter(nsexec, children, waits, log, timeout=timeout, verbose=verbose)
         self._children = children
         self._waits = waits
         self._log = log
         self._timeout = timeout
-        self._verbose = verbose
         self._filters: Filters | None = None
 
     async def filter(self, profile: Seccomp | None) -> bytes:
@@ -128,7 +125,7 @@ class ProcessLauncher:
         try:
             if group is not None:
                 group.make()
-            started = await self._launch(
+            started = await self.starter.start(
                 messages,
                 "standard",
                 _also_in(launch, group),
@@ -138,7 +135,7 @@ class ProcessLauncher:
                 hooks=hooks,
                 devices=devices,
                 listener=_listener(spec, launch.container_id, bundle),
-                scheduler=None if process is None or not in_company else _late_scheduler(process),
+                scheduler=_late_scheduler(process, spec) if in_company and process is not None else None,
             )
         except BaseException:
             gate.remove(start_gate)
@@ -173,8 +170,7 @@ class ProcessLauncher:
         # Its root as it is now; the caller has checked that the pid is still its own.
         process = await self._with_user(process, f"/proc/{init_pid}/root", rootfs)
         messages = _encode(lambda: plan.exec_messages(process, spec, join, filter))
-        joins_pids = any(namespace.type == "pid" for namespace in spec.linux.namespaces) or "pid" in join
-        started = await self._launch(
+        started = await self.starter.start(
             messages,
             "setns",
             _also_in(launch, _rdt_group(spec, launch.container_id)),
@@ -182,7 +178,7 @@ class ProcessLauncher:
             terminal=process.terminal,
             until_exec=True,
             listener=_listener(spec, launch.container_id, bundle, init_pid),
-            scheduler=_late_scheduler(process, spec.process) if joins_pids else None,
+            scheduler=_late_scheduler(process, spec, join),
         )
         return _launched(started)
 
@@ -210,12 +206,12 @@ class ProcessLauncher:
         if hooks.start_container:
             from caisson.agent.libcontainer.process.hooks import total_timeout
 
-            timeout = self._with(total_timeout(hooks.start_container))
+            timeout = both(timeout, total_timeout(hooks.start_container))
         try:
             await gate.open_and_follow(start_gate, pid, max(pidfd, opened), self._waits, timeout)
         except TimeoutError:
             kill(max(pidfd, opened))
-            raise _too_late(timeout) from None
+            raise too_late(timeout) from None
         finally:
             if opened >= 0:
                 os.close(opened)
@@ -242,7 +238,7 @@ class ProcessLauncher:
         target = os.open(procfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         ends = os.pipe2(os.O_CLOEXEC)  # for stdio, which it closes
         try:
-            started = await self._launch(
+            started = await self.starter.start(
                 plan.pause_messages(rootfs, join),
                 "pause",
                 Launch("pause", Stdio(ends[0], ends[1], ends[1])),
@@ -257,160 +253,6 @@ class ProcessLauncher:
         os.close(launched.pidfd)
         return launched.child
 
-    async def _launch(
-        self,
-        messages: bytes,
-        kind: str,
-        launch: Launch,
-        passed: Mapping[str, int],
-        *,
-        terminal: bool,
-        until_exec: bool,
-        hooks: RuntimeHooks | None = None,
-        devices: tuple[NetDevice, ...] = (),
-        listener: Listener | None = None,
-        scheduler: bytes | None = None,
-    ) -> InitProcess:
-        """Spawn nsexec and follow it until it is ready (and has executed its program).  Nothing is left on failure."""
-        with self._children.expecting():
-            started = InitProcess(
-                self._children,
-                self._waits,
-                lambda level, message: self._log(level, message, container=launch.container_id),
-                terminal=terminal,
-                announced=launch.announced,
-            )
-            channel = started.channel
-            try:
-                fds = {**channel.child_fds, **passed, **launch.cgroup_fds}
-                env = {name: str(fd) for name, fd in fds.items()}
-                env["_LIBCONTAINER_INITTYPE"] = kind
-                env["_LIBCONTAINER_LOGLEVEL"] = LOG_DEBUG if self._verbose else LOG_INFO
-                if launch.preserved:
-                    env["_CAISSON_PRESERVED"] = str(launch.preserved)
-                channel.send(messages)
-                self._spawn(started, launch, list(fds.values()), env)
-                timeout = await self._run_hooks(started, hooks, devices)
-                if listener is not None:
-                    await self._pass_listener(started, listener, timeout)
-                if scheduler is not None:
-                    await self._set_scheduler(started, scheduler, timeout)
-                await self._set_up(started, timeout, until_exec=until_exec)
-                if terminal and channel.console < 0:
-                    raise LaunchError("console: no terminal came", step="console")
-            except BaseException:
-                await started.destroy()
-                raise
-        return started
-
-    def _spawn(self, started: InitProcess, launch: Launch, passed: Sequence[int], env: Mapping[str, str]) -> None:
-        stdio = launch.stdio
-        try:
-            pid = self._nsexec.spawn(
-                None if stdio is None else (stdio.stdin, stdio.stdout, stdio.stderr),
-                [*passed, *range(3, 3 + launch.preserved)],
-                env,
-            )
-        except OSError as error:
-            raise LaunchError(
-                f"spawn nsexec: {reason(error.errno or 0)}", step="spawn", errno=error.errno or 0
-            ) from error
-        started.spawned(pid)
-
-    async def _run_hooks(
-        self, started: InitProcess, hooks: RuntimeHooks | None, devices: tuple[NetDevice, ...]
-    ) -> float | None:
-        """Do what belongs to the runtime while nsexec waits before pivot_root; return the time-out of what follows."""
-        channel = started.channel
-        if devices or (hooks is not None and hooks.outside):
-            await self._follow(started, lambda: channel.at_hooks or channel.ended, self._timeout)
-        if channel.at_hooks:
-            pid = (started.child or started.stages[-1]).pid
-            if devices:
-                from caisson.agent.libcontainer.process import net_devices
-
-                net_devices.move(devices, pid)
-            if hooks is not None:
-                await hooks.run(pid)
-            channel.release_init()
-        if hooks is None:
-            return self._timeout
-        return self._with(hooks.create_timeout)
-
-    def _with(self, seconds: float | None) -> float | None:
-        """Return the time that nsexec may take, with that of hooks; None for ever."""
-        return None if seconds is None or self._timeout is None else self._timeout + seconds
-
-    async def _set_up(self, started: InitProcess, timeout: float | None, *, until_exec: bool) -> None:
-        """Follow nsexec to the end of the set-up.  Raises LaunchError."""
-        channel = started.channel
-        await self._follow(started, lambda: channel.ended or (channel.ready and not until_exec), timeout)
-        if channel.error is not None:
-            raise channel.error
-        if not channel.ready or started.child is None or channel.pidfd < 0:
-            raise LaunchError(await self._obituary(started), step="nsexec")
-
-    async def _pass_listener(self, started: InitProcess, listener: Listener, timeout: float | None) -> None:
-        """Pass on the listener of the filter, before the process does what that may ask about.
-
-        Where a pid namespace is joined it is a stage outside that has loaded the filter, and makes the process: until
-        that has a pid to be told of, what it asks about is answered here.
-        """
-        channel = started.channel
-        await self._follow(started, lambda: channel.ended or channel.listener >= 0, timeout)
-        if channel.listener < 0:
-            return
-        fd = listener.fetch(started.pidfds()[-1], channel.listener)
-        deadline = Deadline(timeout)
-        try:
-            channel.release_init()
-            while started.child is None and not channel.ended:
-                if deadline.left == 0 or not await self._waits.readable(channel.fileno(), fd, seconds=deadline.left):
-                    raise _too_late(timeout)
-                # The pid comes before anything that the process itself asks about: what waited before is the stage's.
-                asks = await self._waits.readable(fd, seconds=0)
-                channel.on_readable()
-                if asks and started.child is None:
-                    listener.let_through(fd)
-            if started.child is not None:
-                pid = started.child.pid
-                await self._waits.work(lambda: listener.send(fd, pid))
-        finally:
-            os.close(fd)
-
-    async def _set_scheduler(self, started: InitProcess, attributes: bytes, timeout: float | None) -> None:
-        """Give the process the scheduler that its clone could not have; it waits for that.  Raises LaunchError."""
-        channel = started.channel
-        await self._follow(started, lambda: channel.ended or started.child is not None, timeout)
-        if started.child is None:
-            return
-        from caisson.agent.base import syscalls
-
-        try:
-            syscalls.sched_setattr(started.child.pid, attributes)
-        except OSError as error:
-            raise launch_error("scheduler", "", error.errno or 0, "") from error
-        channel.release_init()
-
-    async def _follow(self, started: InitProcess, reached: Callable[[], bool], timeout: float | None) -> None:
-        if not await started.channel.follow(self._waits, reached, timeout):
-            raise _too_late(timeout)
-
-    async def _obituary(self, started: InitProcess) -> str:
-        """Say what happened to an nsexec that ended without a report."""
-        last = started.child or (started.stages[-1] if started.stages else None)
-        if last is None:
-            return "nsexec could not be started"
-        fds = started.pidfds()
-        if not fds or not await self._waits.readable(fds[-1], seconds=CLEANUP_TIMEOUT):
-            return "nsexec broke off"
-        status = await last.wait()
-        return f"nsexec was killed by signal {status - 128}" if status > 128 else f"nsexec ended with status {status}"
-
-
-def _too_late(timeout: float | None) -> LaunchError:
-    return LaunchError(f"nsexec took longer than {timeout:g} s and was killed", step="nsexec")
-
 
 def _launched(started: InitProcess) -> Launched:
     assert started.child is not None
@@ -420,10 +262,10 @@ def _launched(started: InitProcess) -> Launched:
     return launched
 
 
-def _late_scheduler(process: Process, init: Process | None = None) -> bytes | None:
+def _late_scheduler(process: Process, spec: Spec, join: Mapping[str, str] = NOTHING) -> bytes | None:
     """Return the scheduler of a process in a joined pid namespace, if it does not survive the clone into that."""
-    attributes = process.scheduler or (init.scheduler if init is not None else None)
-    if attributes is None:
+    attributes = process.scheduler or (spec.process.scheduler if spec.process is not None else None)
+    if attributes is None or not ("pid" in join or any(one.type == "pid" for one in spec.linux.namespaces)):
         return None
     from caisson.agent.libcontainer.config.scheduling import is_lost_by_clone
 

@@ -1,0 +1,203 @@
+"""One nsexec from its spawn to the process that it becomes: hooks, listener and scheduler have their turn in it."""
+
+from __future__ import annotations
+
+import os
+
+from caisson.agent.libcontainer.errors import LaunchError, launch_error, reason
+from caisson.agent.libcontainer.process.init_process import CLEANUP_TIMEOUT, InitProcess
+from caisson.agent.libcontainer.waits import Deadline
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from caisson.agent.libcontainer.process.children import Children
+    from caisson.agent.libcontainer.process.hooks import RuntimeHooks
+    from caisson.agent.libcontainer.process.launch import Launch
+    from caisson.agent.libcontainer.process.listener import Listener
+    from caisson.agent.libcontainer.process.net_devices import NetDevice
+    from caisson.agent.libcontainer.process.nsexec import Nsexec
+    from caisson.agent.libcontainer.waits import Waits
+
+    Log = Callable[..., None]
+
+LOG_INFO, LOG_DEBUG = "4", "5"  # logrus's, which nsexec knows
+
+
+class Starter:
+    """Spawn nsexec and follow it.
+
+    `log(level, message, container=…)` gets its lines, without `verbose` none of the level debug.  It is killed when it
+    takes longer than `timeout` seconds; None waits for ever.
+    """
+
+    def __init__(
+        self, nsexec: Nsexec, children: Children, waits: Waits, log: Log, *, timeout: float | None, verbose: bool
+    ) -> None:
+        self._nsexec = nsexec
+        self._children = children
+        self._waits = waits
+        self._log = log
+        self._timeout = timeout
+        self._verbose = verbose
+
+    async def start(
+        self,
+        messages: bytes,
+        kind: str,
+        launch: Launch,
+        passed: Mapping[str, int],
+        *,
+        terminal: bool,
+        until_exec: bool,
+        hooks: RuntimeHooks | None = None,
+        devices: tuple[NetDevice, ...] = (),
+        listener: Listener | None = None,
+        scheduler: bytes | None = None,
+    ) -> InitProcess:
+        """Return the process once it is set up, or with ``until_exec`` has executed its program.
+
+        ``messages`` are what it is to do and ``kind`` is its type on the wire; ``passed`` are more descriptors by names
+        of environment variables.  Nothing is left on failure.  Raises LaunchError.
+        """
+        with self._children.expecting():
+            started = InitProcess(
+                self._children,
+                self._waits,
+                lambda level, message: self._log(level, message, container=launch.container_id),
+                terminal=terminal,
+                announced=launch.announced,
+            )
+            channel = started.channel
+            try:
+                fds = {**channel.child_fds, **passed, **launch.cgroup_fds}
+                env = {name: str(fd) for name, fd in fds.items()}
+                env["_LIBCONTAINER_INITTYPE"] = kind
+                env["_LIBCONTAINER_LOGLEVEL"] = LOG_DEBUG if self._verbose else LOG_INFO
+                if launch.preserved:
+                    env["_CAISSON_PRESERVED"] = str(launch.preserved)
+                channel.send(messages)
+                self._spawn(started, launch, list(fds.values()), env)
+                timeout = await self._run_hooks(started, hooks, devices)
+                if listener is not None:
+                    await self._pass_listener(started, listener, timeout)
+                if scheduler is not None:
+                    await self._set_scheduler(started, scheduler, timeout)
+                await self._set_up(started, timeout, until_exec=until_exec)
+                if terminal and channel.console < 0:
+                    raise LaunchError("console: no terminal came", step="console")
+            except BaseException:
+                await started.destroy()
+                raise
+        return started
+
+    def _spawn(self, started: InitProcess, launch: Launch, passed: Sequence[int], env: Mapping[str, str]) -> None:
+        stdio = launch.stdio
+        try:
+            pid = self._nsexec.spawn(
+                None if stdio is None else (stdio.stdin, stdio.stdout, stdio.stderr),
+                [*passed, *range(3, 3 + launch.preserved)],
+                env,
+            )
+        except OSError as error:
+            raise LaunchError(
+                f"spawn nsexec: {reason(error.errno or 0)}", step="spawn", errno=error.errno or 0
+            ) from error
+        started.spawned(pid)
+
+    async def _run_hooks(
+        self, started: InitProcess, hooks: RuntimeHooks | None, devices: tuple[NetDevice, ...]
+    ) -> float | None:
+        """Do what belongs to the runtime while nsexec waits before pivot_root; return the time-out of what follows."""
+        channel = started.channel
+        if devices or (hooks is not None and hooks.outside):
+            await self._follow(started, lambda: channel.at_hooks or channel.ended, self._timeout)
+        if channel.at_hooks:
+            pid = (started.child or started.stages[-1]).pid
+            if devices:
+                from caisson.agent.libcontainer.process import net_devices
+
+                net_devices.move(devices, pid)
+            if hooks is not None:
+                await hooks.run(pid)
+            channel.release_init()
+        if hooks is None:
+            return self._timeout
+        return both(self._timeout, hooks.create_timeout)
+
+    async def _set_up(self, started: InitProcess, timeout: float | None, *, until_exec: bool) -> None:
+        """Follow nsexec to the end of the set-up.  Raises LaunchError."""
+        channel = started.channel
+        await self._follow(started, lambda: channel.ended or (channel.ready and not until_exec), timeout)
+        if channel.error is not None:
+            raise channel.error
+        if not channel.ready or started.child is None or channel.pidfd < 0:
+            raise LaunchError(await self._obituary(started), step="nsexec")
+
+    async def _pass_listener(self, started: InitProcess, listener: Listener, timeout: float | None) -> None:
+        """Pass on the listener of the filter, before the process does what that may ask about.
+
+        Where a pid namespace is joined it is a stage outside that has loaded the filter, and makes the process: until
+        that has a pid to be told of, what it asks about is answered here.
+        """
+        channel = started.channel
+        await self._follow(started, lambda: channel.ended or channel.listener >= 0, timeout)
+        if channel.listener < 0:
+            return
+        fd = listener.fetch(started.pidfds()[-1], channel.listener)
+        deadline = Deadline(timeout)
+        try:
+            channel.release_init()
+            while started.child is None and not channel.ended:
+                if deadline.left == 0 or not await self._waits.readable(channel.fileno(), fd, seconds=deadline.left):
+                    raise too_late(timeout)
+                # The pid comes before anything that the process itself asks about: what waited before is the stage's.
+                asks = await self._waits.readable(fd, seconds=0)
+                channel.on_readable()
+                if asks and started.child is None:
+                    listener.let_through(fd)
+            if started.child is not None:
+                pid = started.child.pid
+                await self._waits.work(lambda: listener.send(fd, pid))
+        finally:
+            os.close(fd)
+
+    async def _set_scheduler(self, started: InitProcess, attributes: bytes, timeout: float | None) -> None:
+        """Give the process the scheduler that its clone could not have; it waits for that.  Raises LaunchError."""
+        channel = started.channel
+        await self._follow(started, lambda: channel.ended or started.child is not None, timeout)
+        if started.child is None:
+            return
+        from caisson.agent.base import syscalls
+
+        try:
+            syscalls.sched_setattr(started.child.pid, attributes)
+        except OSError as error:
+            raise launch_error("scheduler", "", error.errno or 0, "") from error
+        channel.release_init()
+
+    async def _follow(self, started: InitProcess, reached: Callable[[], bool], timeout: float | None) -> None:
+        if not await started.channel.follow(self._waits, reached, timeout):
+            raise too_late(timeout)
+
+    async def _obituary(self, started: InitProcess) -> str:
+        """Say what happened to an nsexec that ended without a report."""
+        last = started.child or (started.stages[-1] if started.stages else None)
+        if last is None:
+            return "nsexec could not be started"
+        fds = started.pidfds()
+        if not fds or not await self._waits.readable(fds[-1], seconds=CLEANUP_TIMEOUT):
+            return "nsexec broke off"
+        status = await last.wait()
+        return f"nsexec was killed by signal {status - 128}" if status > 128 else f"nsexec ended with status {status}"
+
+
+def too_late(timeout: float | None) -> LaunchError:
+    """Return the error of an nsexec that was killed after so many seconds."""
+    return LaunchError(f"nsexec took longer than {timeout:g} s and was killed", step="nsexec")
+
+
+def both(timeout: float | None, of_hooks: float | None) -> float | None:
+    """Return the seconds that nsexec may take with those of hooks; None for ever."""
+    return None if timeout is None or of_hooks is None else timeout + of_hooks
