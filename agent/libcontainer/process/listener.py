@@ -53,14 +53,14 @@ class Listener(Record):
             raise _error("cannot be fetched", error) from error
 
     def let_through(self, fd: int) -> None:
-        """Have the kernel make the calls that are asked about now: they are nsexec's own."""
+        """Have the kernel make the call that is asked about now, nsexec's own: one, as the next may be another's."""
         import fcntl
         import select
 
         poll = select.poll()
         poll.register(fd, select.POLLIN)
         try:
-            while any(events & select.POLLIN for _, events in poll.poll(0)):
+            if any(events & select.POLLIN for _, events in poll.poll(0)):
                 asked = bytearray(NOTIF_SIZE)
                 fcntl.ioctl(fd, NOTIF_RECV, asked)
                 fcntl.ioctl(fd, NOTIF_SEND, asked[:8] + ANSWER)
