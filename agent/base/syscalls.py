@@ -113,18 +113,15 @@ def openat2(dir_fd: int, path: str | os.PathLike[str], flags: int, mode: int = 0
     return _check(result, os.fspath(path))
 
 
-def identity(fd: int) -> tuple[int, int, int]:
-    """Return a file's device (major, minor) and inode without asking who serves its file system: statx(2).
-
-    Raises OSError.
-    """
+def device_of(fd: int) -> int:
+    """Return the device of a file, as st_dev, without asking who serves its file system: statx(2).  Raises OSError."""
     import ctypes
     from struct import unpack_from
 
     found = ctypes.create_string_buffer(256)
     flags = AT_EMPTY_PATH | AT_STATX_DONT_SYNC
     _check(_libc().syscall(_NUMBERS[_MACHINE]["statx"], fd, b"", flags, STATX_INO, found), "statx")
-    return (*unpack_from("=II", found, 0x88), *unpack_from("=Q", found, 0x20))
+    return os.makedev(*unpack_from("=II", found, 0x88))
 
 
 def pidfd_getfd(pidfd: int, fd: int) -> int:

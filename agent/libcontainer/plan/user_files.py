@@ -20,20 +20,14 @@ PIECE = 1 << 14
 class UserFiles:
     """The files of a root directory that say who its users are.
 
-    With ``shown``, the same root as the container's processes have it, a file is read only where they have the same:
-    a container can mount file systems that it serves itself (fuse(4)) and that nobody may wait for, but only for
-    itself.  To be closed (or used in `with`).  Raises OSError if there is no such directory.
+    With ``own``, the same directory as this program has it, only files of its file system are read: a container can
+    mount others, which it serves itself (fuse(4)) and which nobody may wait for.  To be closed (or used in `with`).
+    Raises OSError if there is no such directory.
     """
 
-    def __init__(self, root: str, shown: str = "") -> None:
+    def __init__(self, root: str, own: str = "") -> None:
+        self._device = os.stat(own).st_dev if own else None  # noqa: PTH116 - no pathlib at start
         self._root = os.open(root, DIRECTORY)
-        self._shown = -1
-        if shown:
-            try:
-                self._shown = os.open(shown, DIRECTORY)
-            except OSError:
-                self.close()
-                raise
 
     def __enter__(self) -> UserFiles:
         return self
@@ -42,17 +36,15 @@ class UserFiles:
         self.close()
 
     def close(self) -> None:
-        """Close the directories."""
+        """Close the directory."""
         os.close(self._root)
-        if self._shown >= 0:
-            os.close(self._shown)
 
     def table(self, path: str, columns: int) -> list[list[str]]:
         """Return the lines that have all their columns; none if there is no such file.
 
-        Raises SpecError for what is no such file; OSError where the container's processes have (or may have) another.
+        Raises SpecError for what is no such file; with ``own`` OSError where it might have to be waited for.
         """
-        fd = self._open(path) if self._shown < 0 else self._open_shown(path)
+        fd = self._open(path) if self._device is None else self._open_at_once(path)
         if fd < 0:
             return []
         kind = os.fstat(fd).st_mode
@@ -80,39 +72,18 @@ class UserFiles:
         except OSError:
             return -1
 
-    def _open_shown(self, path: str) -> int:
-        """Return a descriptor, or -1.  Raises OSError if it is another file, or not in the kernel's cache, there."""
+    def _open_at_once(self, path: str) -> int:
+        """Return a descriptor, or -1.  Raises OSError for another file system, and what the kernel has to ask for."""
         try:
-            # A container's mounts can come here, too, by propagation.
-            fd = syscalls.openat2(self._root, path, FLAGS, resolve=RESOLVE | syscalls.RESOLVE_NO_XDEV)
+            found = syscalls.openat2(self._root, path, os.O_PATH, resolve=RESOLVE | syscalls.RESOLVE_CACHED)
         except FileNotFoundError:
-            fd = -1
+            return -1
         try:
-            if self._identity_shown(path) != _identity(fd):
-                raise OSError(errno.ESTALE, "is another file in the container", path)
-        except OSError:
-            if fd >= 0:
-                os.close(fd)
-            raise
-        return fd
-
-    def _identity_shown(self, path: str) -> tuple[int, int, int] | None:
-        try:
-            fd = syscalls.openat2(self._shown, path, os.O_PATH, resolve=RESOLVE | syscalls.RESOLVE_CACHED)
-        except FileNotFoundError:
-            return None
-        try:
-            return syscalls.identity(fd)
+            if syscalls.device_of(found) != self._device:
+                raise OSError(errno.EXDEV, "is on another file system", path)
+            return os.open(f"/proc/self/fd/{found}", FLAGS | os.O_CLOEXEC)
         finally:
-            os.close(fd)
-
-
-def _identity(fd: int) -> tuple[int, int, int] | None:
-    """Return what `syscalls.identity` returns, of a file that nobody can make slow."""
-    if fd < 0:
-        return None
-    found = os.fstat(fd)
-    return os.major(found.st_dev), os.minor(found.st_dev), found.st_ino
+            os.close(found)
 
 
 def _read(fd: int) -> bytes:

@@ -43,10 +43,10 @@ def look_up(process: Process, root: str) -> Process:
 def look_up_at_once(process: Process, root: str, rootfs: str) -> Process | None:
     """Do as `look_up` in a container's root where that waits for nobody; None where it might.
 
-    ``rootfs`` is its root as this program has it: what is the same there is read.  Raises SpecError.
+    ``rootfs`` is its root as this program has it: what is on that file system is read.  Raises SpecError.
     """
     try:
-        with UserFiles(rootfs, shown=root) as files:
+        with UserFiles(root, own=rootfs) as files:
             return _look_up(process, files)
     except OSError:
         return None
