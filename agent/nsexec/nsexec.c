@@ -129,16 +129,15 @@ static void close_unknown_descriptors(const struct channels *fds)
 }
 
 /*
- * Python ignores SIGPIPE and SIGXFSZ, and ignored signals survive execve.  By system call: libc keeps 32 and 33 to
- * itself, and whoever started the runtime may have ignored those too.
+ * Ignored signals survive execve.  Whoever spawns nsexec resets all but those that libcs keep to themselves, which
+ * whoever started the runtime may have ignored, too.
  */
 static void reset_signals(void)
 {
 	static const uint64_t defaults[4], none; /* struct kernel_sigaction: SIG_DFL, no flags, an empty mask */
 
-	for (int number = 1; number <= 64; number++)
-		if (number != SIGKILL && number != SIGSTOP)
-			(void)!syscall(SYS_rt_sigaction, number, defaults, NULL, sizeof(none));
+	for (int number = 32; number <= 34; number++)
+		(void)!syscall(SYS_rt_sigaction, number, defaults, NULL, sizeof(none));
 	if (syscall(SYS_rt_sigprocmask, SIG_SETMASK, &none, NULL, sizeof(none)) < 0)
 		fail_errno("signals", "", NULL);
 	signal(SIGPIPE, SIG_IGN); /* until the program is executed */

@@ -7,10 +7,15 @@ import os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal
     from collections.abc import Iterable, Mapping
     from pathlib import Path
+else:  # without the enums around them
+    import _signal as signal
 
 MFD_EXEC = 0x10  # Linux 6.3; before that every memfd is executable
+#: nsexec begins with none ignored.  With those that have their default anyway: libc would ask for each one first.
+SIGNALS = tuple(signal.valid_signals())
 SEALS = 0xF  # F_SEAL_SEAL | SHRINK | GROW | WRITE, fcntl(2)
 
 
@@ -69,7 +74,8 @@ class Nsexec:
                     actions.append((os.POSIX_SPAWN_DUP2, fd, target))
             # Onto itself: the number stays, close-on-exec goes (posix_spawn_file_actions_adddup2(3)).
             actions += [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in child_fds]
-            return os.posix_spawn(f"/proc/self/fd/{self._fd}", ["nsexec"], env, file_actions=actions)
+            program = f"/proc/self/fd/{self._fd}"
+            return os.posix_spawn(program, ["nsexec"], env, file_actions=actions, setsigdef=SIGNALS)
         finally:
             for fd in moved:
                 os.close(fd)

@@ -111,9 +111,14 @@ static bool spawn(int program, struct passed *passed, const int stdio[3], pid_t 
 	char path[32], *argv[] = {"nsexec", NULL}, *env[PASSED_MAX + 4];
 	static char type[] = "_LIBCONTAINER_INITTYPE=setns", level[] = "_LIBCONTAINER_LOGLEVEL=4";
 	posix_spawn_file_actions_t actions;
+	posix_spawnattr_t attributes;
+	sigset_t signals;
 	size_t count = 0;
-	int error = posix_spawn_file_actions_init(&actions);
+	int error = posix_spawn_file_actions_init(&actions) | posix_spawnattr_init(&attributes);
 
+	sigfillset(&signals);
+	error |= posix_spawnattr_setsigdefault(&attributes, &signals);
+	error |= posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSIGDEF);
 	for (int i = 0; i < 3; i++)
 		error |= posix_spawn_file_actions_adddup2(&actions, stdio[i], i);
 	for (; count < passed->count; count++) {
@@ -130,7 +135,7 @@ static bool spawn(int program, struct passed *passed, const int stdio[3], pid_t 
 #endif
 	env[count] = NULL;
 	snprintf(path, sizeof(path), "/proc/self/fd/%d", program);
-	return error == 0 && posix_spawn(pid, path, &actions, NULL, argv, env) == 0;
+	return error == 0 && posix_spawn(pid, path, &actions, &attributes, argv, env) == 0;
 }
 
 /* A message of the init socket: its text, its sender, and the descriptor that came with it. */
