@@ -14,6 +14,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from caisson.agent.base.log import Log
+
 #: A line a module: its name, and the files that make it work.
 LISTED = "/lib/modules/caisson.later"
 LOADED = "/sys/module"
@@ -27,6 +29,14 @@ def need(names: Iterable[str], filesystem: str = "") -> None:
     for name in (*names, filesystem):
         if name in listed:
             load(name)
+
+
+def offer_bridges(log: Log) -> None:
+    """Load what a kernel without modprobe would not find when a container makes a bridge."""
+    try:
+        need(("bridge",))
+    except ModuleNotLoaded as error:
+        log("warning", "containers can make no bridges", error=str(error))
 
 
 def load(name: str, parameters: Sequence[str] = ()) -> None:

@@ -12,22 +12,21 @@ from caisson.agent.base.errors import (
     ContainerNotFound,
     FailedPrecondition,
     InvalidArgument,
-    ModuleNotLoaded,
     NotCreated,
     NotStopped,
     RemovalTimeout,
     SandboxExists,
     SandboxNotRunning,
 )
+from caisson.agent.guest import modules
 from caisson.agent.guest.blockdevices import BlockDevices
 from caisson.agent.guest.dns import Resolver
 from caisson.agent.guest.storage import Storages
-from caisson.agent.libcontainer.config.process import Capabilities, Rlimit
-from caisson.agent.libcontainer.config.spec import Hooks, Namespace
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.state import check_id
+from caisson.agent.model.adapted import adapted, guest_hooks, may_make_networks
 from caisson.agent.model.container import CREATED, STOPPED, Container
-from caisson.agent.model.namespaces import SHARED, SharedNamespaces
+from caisson.agent.model.namespaces import SharedNamespaces
 from caisson.agent.model.oom import OomEvents
 
 TYPE_CHECKING = False
@@ -46,10 +45,6 @@ if TYPE_CHECKING:
 
 #: A sandbox's name where the host gives none.
 UNNAMED = "sandbox"
-
-#: The capability of containers that make networks, and the kernel modules that these need.
-NETWORK_ADMINISTRATOR = "CAP_NET_ADMIN"
-NETWORK_MODULES = ("bridge",)
 
 
 class Sandbox:
@@ -117,7 +112,7 @@ class Sandbox:
             if self._id is not None:
                 raise SandboxExists
             name = check_id(sandbox_id or UNNAMED)
-            hooks = _guest_hooks(hook_path) if hook_path else None
+            hooks = guest_hooks(hook_path) if hook_path else None
             directory = self._state / name
             directory.mkdir(mode=0o711, parents=True, exist_ok=True)
             shared = SharedNamespaces(directory / ".namespaces")
@@ -232,7 +227,6 @@ class Sandbox:
             raise ContainerExists(container_id=container_id)
         if spec.process is None or spec.root is None or not spec.root.path:
             raise InvalidArgument("the container's spec needs a process and a root path")
-        capabilities = spec.process.capabilities or Capabilities()
         from caisson.agent.guest.resources import set_parameters, take_network_parameters
 
         spec, parameters = take_network_parameters(spec)
@@ -240,7 +234,7 @@ class Sandbox:
             share_pids = self.shares_pids
         if share_pids and not self.shares_pids:
             await self._share_pids(self._shared)
-        spec, join = self._adapt(container_id, spec, self._shared)
+        spec, join = adapted(container_id, spec, self._open_files, self._hooks), dict(self._shared.paths)
         if not share_pids:
             join.pop("pid", None)
         directory = self._state / self._id / container_id
@@ -255,8 +249,8 @@ class Sandbox:
 
                 spec = await placed(spec, devices, self._blocks)
             await asyncio.to_thread(set_parameters, parameters)
-            if NETWORK_ADMINISTRATOR in capabilities.bounding:
-                await self._offer_bridges()
+            if may_make_networks(spec):
+                await asyncio.to_thread(modules.offer_bridges, self._log)
             self._mounts[container_id] = await self._storages.mount(storages, container_id)
             procfs = self._shared.procfs if share_pids else None
             return await self._make(container_id, exec_id or container_id, spec, join, procfs)
@@ -266,15 +260,6 @@ class Sandbox:
         finally:
             del self._creating[container_id]
             decided.set()
-
-    async def _offer_bridges(self) -> None:
-        """Load what a kernel without modprobe would not find when a container makes a bridge."""
-        from caisson.agent.guest import modules
-
-        try:
-            await asyncio.to_thread(modules.need, NETWORK_MODULES)
-        except ModuleNotLoaded as error:
-            self._log("warning", "containers can make no bridges", error=str(error))
 
     async def _unmake(self, container_id: str, directory: Path) -> None:
         """Remove the directory and the mounts of a container that was not created."""
@@ -365,35 +350,6 @@ class Sandbox:
                     continue
             return created
 
-    def _adapt(self, container_id: str, spec: Spec, shared: SharedNamespaces) -> tuple[Spec, dict[str, str]]:
-        """Return the spec with the namespaces and limits that this guest gives a container, and the paths to join.
-
-        IPC and UTS are the sandbox's, processes its own or the sandbox's, the network is the guest's unless a new one
-        is asked for; paths that a host sends mean nothing in a guest.
-        """
-        kinds = {namespace.type: namespace.path for namespace in spec.linux.namespaces}
-        if "pid" in kinds:
-            raise FailedPrecondition(
-                f"Unexpected PID namespace received for container {container_id}, should have been cleared out"
-            )
-        if kinds.get("network"):
-            del kinds["network"]
-        kinds |= {"pid": "", "mount": "", **dict.fromkeys(SHARED, "")}
-        namespaces = tuple(Namespace(kind) for kind in kinds)
-        process = spec.process
-        if process is not None and all(limit.type != "RLIMIT_NOFILE" for limit in process.rlimits):
-            soft, hard = self._open_files
-            process = process.but(rlimits=(*process.rlimits, Rlimit("RLIMIT_NOFILE", soft=soft, hard=hard)))
-        if process is not None and process.oom_score_adj is None:
-            process = process.but(oom_score_adj=0)  # the agent's own is not for containers
-        if self._hooks is not None or spec.hooks != Hooks():
-            spec = (self._hooks or _guest_hooks("")).added_to(spec)
-        from caisson.agent.guest.resources import fit
-
-        resources = spec.linux.resources and fit(spec.linux.resources)
-        placed = spec.but(process=process, linux=spec.linux.but(namespaces=namespaces, resources=resources))
-        return placed, dict(shared.paths)
-
     async def update(self, container_id: str, resources: Resources) -> None:
         """Change what a container may use.  Raises NotFound, and as Container.update."""
         from caisson.agent.guest.resources import fit
@@ -426,15 +382,3 @@ class Sandbox:
         if self._containers.get(container.id) is container:
             await self._storages.unmount(self._mounts.pop(container.id, []))
             del self._containers[container.id]
-
-
-def _guest_hooks(path: str) -> GuestHooks:
-    """Read the guest's own hooks, of which most guests have none."""
-    from caisson.agent.guest.hooks import GuestHooks
-
-    if path and not path.startswith("/"):
-        raise InvalidArgument(f"guest_hook_path: {path!r} must be an absolute path")
-    try:
-        return GuestHooks(path)
-    except OSError as error:
-        raise InvalidArgument(f"guest_hook_path: {error.filename}: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""ttrpc's server and client: calls, errors, deadlines, limits, and peers that break the protocol."""
+"""ttrpc's server: calls, errors, deadlines, limits, and peers that break the protocol."""
 
 from __future__ import annotations
 
@@ -7,138 +7,18 @@ import contextlib
 import itertools
 import random
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
 
 import pytest
 
-from caisson.agent.base.errors import ModelError
-from caisson.agent.base.log import Log
-from caisson.agent.base.tracing import Tracing
 from caisson.agent.rpc import connection as connection_module
 from caisson.agent.rpc.codes import StatusCode
-from caisson.agent.rpc.connection import Connection
-from caisson.agent.rpc.dispatch import Dispatch, Service
-from caisson.agent.rpc.server import Server
 from caisson.agent.rpc.ttrpc import frames, server
-from caisson.agent.rpc.ttrpc.client import Client, Stub
-from caisson.agent.rpc.ttrpc.responses import MAX_ERROR_TEXT, ConnectionClosed, RpcError
+from caisson.agent.rpc.ttrpc.client import Client
+from caisson.agent.rpc.ttrpc.responses import ConnectionClosed
 from caisson.proto.kata1 import health_pb2
 from caisson.proto.ttrpc import ttrpc_pb2
+from tests.component.ttrpc_peers import Request, called, check, connected, failed
 from tests.support import fuzz
-from tests.support.poll import until
-
-HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
-Request = health_pb2.CheckRequest
-
-
-class Health:
-    """Does what the request's `service` says."""
-
-    def __init__(self) -> None:
-        self.waiting = self.most_waiting = 0
-        self.changed = asyncio.Event()
-        self.go = asyncio.Event()
-
-    async def Check(self, request: Any) -> Any:
-        if request.service.startswith("wait"):
-            self.waiting += 1
-            self.changed.set()
-            try:
-                await self.go.wait()
-            finally:
-                self.waiting -= 1
-                self.changed.set()
-        elif request.service == "large":
-            return [bytes(frames.MAX_DATA)]
-        elif request.service:
-            raise ModelError(request.service)
-        return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
-
-    async def Version(self, request: Any) -> Any:
-        return health_pb2.VersionCheckResponse(agent_version=request.service)
-
-    async def until_waiting(self, count: int) -> None:
-        while self.waiting != count:
-            self.changed.clear()
-            await self.changed.wait()
-
-
-def status_of(error: Exception) -> tuple[StatusCode, str] | None:
-    return (StatusCode.UNKNOWN, str(error)) if isinstance(error, ModelError) else None
-
-
-class Pair:
-    """A server's connection and the other end of its socket."""
-
-    def __init__(self, server: Server, health: Health, sock: socket.socket) -> None:
-        self.server = server
-        self.health = health
-        self.sock = sock
-        self._reader = frames.FrameReader()
-
-    @property
-    def connection(self) -> Connection:
-        (one,) = self.server._connections
-        return one
-
-    async def send(self, *data: bytes) -> None:
-        await asyncio.get_running_loop().sock_sendall(self.sock, b"".join(data))
-
-    async def receive(self) -> tuple[int, Any]:
-        """The next response: its stream and message.  Raises EOFError."""
-        while (one := self._reader.next()) is None:
-            data = await asyncio.get_running_loop().sock_recv(self.sock, 1 << 16)
-            if not data:
-                raise EOFError
-            self._reader.feed(data)
-        assert (one.kind, one.flags) == (frames.RESPONSE, 0)
-        return one.stream_id, ttrpc_pb2.Response.FromString(one.data or b"")
-
-    async def error(self) -> tuple[int, StatusCode, str]:
-        """The next response, which is an error's."""
-        stream_id, response = await self.receive()
-        assert not response.payload
-        return stream_id, StatusCode(response.status.code), response.status.message
-
-    async def still_serves(self, stream_id: int = 999) -> None:
-        await self.send(check(stream_id))
-        assert await self.receive() == (stream_id, ttrpc_pb2.Response(payload=b"\x08\x01"))
-
-
-def check(stream_id: int, service: str = "", timeout: float | None = None) -> bytes:
-    payload = Request(service=service).SerializeToString()
-    return frames.request(stream_id, "grpc.Health", "Check", payload, timeout)
-
-
-@contextlib.asynccontextmanager
-async def connected() -> AsyncIterator[Pair]:
-    """A server with one connection; at the end it is lost, and nothing is left of it."""
-    loop, health, (ours, theirs) = asyncio.get_running_loop(), Health(), socket.socketpair()
-    ours.setblocking(False)
-    before, failures = asyncio.all_tasks(), []
-    loop.set_exception_handler(lambda _, context: failures.append(context))
-    dispatch = Dispatch(Service(HEALTH, Health).bind(health), Log("fatal"), Tracing(""), status_of)
-    server = Server(Log("fatal"), ttrpc=dispatch)
-    await loop.connect_accepted_socket(server.accept, theirs)
-    with ours:
-        yield Pair(server, health, ours)
-    await until(lambda: not server._connections and asyncio.all_tasks() == before, "nothing is left")
-    assert failures == []
-
-
-@contextlib.asynccontextmanager
-async def called() -> AsyncIterator[tuple[Client, Any, Pair]]:
-    """A client of such a server, its stub and the pair."""
-    async with connected() as pair:
-        async with await Client.over(pair.sock) as client:
-            yield client, Stub(client, HEALTH), pair
-
-
-async def failed(call: Awaitable[Any]) -> tuple[StatusCode, str]:
-    with pytest.raises(RpcError) as caught:
-        await call
-    return caught.value.code, caught.value.text
 
 
 async def test_calls_and_errors() -> None:
@@ -351,86 +231,3 @@ async def test_anything_at_all_is_survived() -> None:
                 with contextlib.suppress(EOFError, ConnectionError):
                     while True:
                         await pair.receive()
-
-
-# The client, by a server that says exactly what a test wants it to
-
-
-async def answered(respond: Callable[[int], bytes]) -> tuple[StatusCode, str] | bytes:
-    """What a call makes of a server's bytes, which are made for its stream."""
-    ours, theirs = socket.socketpair()
-    theirs.setblocking(False)
-    with theirs:
-        async with await Client.over(ours) as client:
-            call = asyncio.ensure_future(client.call("s", "m", b""))
-            request = await asyncio.get_running_loop().sock_recv(theirs, 1000)
-            await asyncio.get_running_loop().sock_sendall(theirs, respond(int.from_bytes(request[4:8], "big")))
-            try:
-                return await asyncio.wait_for(call, 10)
-            except RpcError as error:
-                return error.code, error.text
-
-
-def response(**fields: Any) -> Callable[[int], bytes]:
-    data = ttrpc_pb2.Response(**fields).SerializeToString()
-    return lambda stream_id: frames.frame(stream_id, frames.RESPONSE, data)
-
-
-@pytest.mark.parametrize(
-    ("respond", "outcome"),
-    [
-        (response(payload=b"x"), b"x"),
-        (response(), b""),
-        (response(status=ttrpc_pb2.Status(), payload=b"x"), b"x"),
-        (response(status=ttrpc_pb2.Status(code=5, message="no")), (StatusCode.NOT_FOUND, "no")),
-        (response(status=ttrpc_pb2.Status(code=77, message="new")), (StatusCode.UNKNOWN, "new")),
-        (response(status=ttrpc_pb2.Status(code=-1)), (StatusCode.UNKNOWN, "")),
-        (
-            response(status=ttrpc_pb2.Status(code=2, message="x" * 100_000)),
-            (StatusCode.UNKNOWN, "x" * MAX_ERROR_TEXT),
-        ),
-        (
-            lambda stream_id: frames.frame(stream_id, frames.RESPONSE, b"\xff"),
-            (StatusCode.INTERNAL, "the response is not a valid ttrpc.Response"),
-        ),
-        (
-            lambda stream_id: (1 << 30).to_bytes(4, "big") + stream_id.to_bytes(4, "big") + b"\2\0",
-            (StatusCode.RESOURCE_EXHAUSTED, frames.too_long(1 << 30)),
-        ),
-        (
-            lambda stream_id: (
-                frames.failure(stream_id + 2, StatusCode.UNKNOWN, "nobody's")
-                + frames.frame(stream_id, frames.DATA, b"x")
-                + frames.failure(stream_id, StatusCode.ABORTED, "mine")
-                + frames.failure(stream_id, StatusCode.UNKNOWN, "again")
-            ),
-            (StatusCode.ABORTED, "mine"),
-        ),
-    ],
-)
-async def test_client_checks_responses(
-    respond: Callable[[int], bytes], outcome: tuple[StatusCode, str] | bytes
-) -> None:
-    assert await answered(respond) == outcome
-
-
-async def test_a_response_to_a_call_that_was_given_up_is_dropped() -> None:
-    async with called() as (_, health, pair):
-        call = asyncio.ensure_future(health.Check(Request(service="wait")))
-        await pair.health.until_waiting(1)
-        call.cancel()
-        await asyncio.wait([call])
-        pair.health.go.set()
-        assert (await health.Version(Request(service="next"))).agent_version == "next"
-
-
-async def test_a_client_waits_for_a_server_that_does_not_read() -> None:
-    ours, theirs = socket.socketpair()
-    with theirs:
-        async with await Client.over(ours) as client:
-            calls = [asyncio.ensure_future(client.call("s", "m", bytes(1 << 20))) for _ in range(20)]
-            await asyncio.sleep(0.05)
-            assert client._transport is not None
-            assert client._transport.get_write_buffer_size() < 3 << 20
-        for call in calls:
-            assert await failed(call) == (StatusCode.UNAVAILABLE, "the connection is closed")

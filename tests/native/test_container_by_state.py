@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from tests.native.agent_support import ROOT
-from tests.native.oci_support import Oci, become_subreaper, bundle, reaping
+from tests.native.oci_support import Oci, become_subreaper, reaping
 
 pytestmark = pytest.mark.root
 NAME = f"state-{os.getpid()}"
@@ -109,11 +109,6 @@ def oci(request: pytest.FixtureRequest, tmp_path: Path, faulty: Path) -> Iterato
     with reaping():
         yield runtime
         runtime.clear()
-
-
-@pytest.fixture
-def sleeper(tmp_path: Path, busybox_rootfs: Path) -> Path:
-    return bundle(tmp_path / "sleeper", busybox_rootfs, "sleep", "1000")
 
 
 def stands_still(parent: int) -> bool:

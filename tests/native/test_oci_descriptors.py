@@ -16,24 +16,28 @@ pytestmark = pytest.mark.root
 NAME = f"oci-{os.getpid()}"
 
 
-def test_console_socket_gets_the_terminal(oci: Oci, tmp_path: Path, busybox_rootfs: Path) -> None:
-    made = bundle(tmp_path / "b", busybox_rootfs, "sh", "-c", "tty; read x; echo got $x", terminal=True)
+def received(oci: Oci, option: str, place: Path, made: Path) -> tuple[bytes, int]:
+    """Run a container detached, with a socket that is given a descriptor; return what came with that, and it."""
     with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(tmp_path / "console"))
+        server.bind(str(place))
         server.listen(1)
-        assert (
-            oci.detached("run", "-d", "--console-socket", str(tmp_path / "console"), "-b", str(made), NAME).status == 0
-        )
+        assert oci.detached("run", "-d", option, str(place), "-b", str(made), NAME).status == 0
         connection, _ = server.accept()
         with connection:
-            name, fds, _, _ = socket.recv_fds(connection, 100, 1)
+            text, fds, _, _ = socket.recv_fds(connection, 100, 1)
+    return text, fds[0]
+
+
+def test_console_socket_gets_the_terminal(oci: Oci, tmp_path: Path, busybox_rootfs: Path) -> None:
+    made = bundle(tmp_path / "b", busybox_rootfs, "sh", "-c", "tty; read x; echo got $x", terminal=True)
+    name, terminal = received(oci, "--console-socket", tmp_path / "console", made)
     assert name == b"/dev/pts/0"
-    os.write(fds[0], b"word\n")
+    os.write(terminal, b"word\n")
     seen = b""
     while b"got word" not in seen:
-        seen += os.read(fds[0], 100)
+        seen += os.read(terminal, 100)
     assert seen.startswith(b"/dev/pts/0\r\n")
-    os.close(fds[0])
+    os.close(terminal)
     assert (
         "cannot use console socket if runc will not detach or allocate tty"
         in oci("run", "--console-socket", "/x", "-b", str(made), f"{NAME}-2").message
@@ -46,17 +50,9 @@ def test_terminals_in_the_foreground_end_lines_by_newlines(oci: Oci, tmp_path: P
 
 
 def test_pidfd_socket(oci: Oci, sleeper: Path, tmp_path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(tmp_path / "pidfd"))
-        server.listen(1)
-        assert (
-            oci.detached("run", "-d", "--pidfd-socket", str(tmp_path / "pidfd"), "-b", str(sleeper), NAME).status == 0
-        )
-        connection, _ = server.accept()
-        with connection:
-            _, fds, _, _ = socket.recv_fds(connection, 100, 1)
-    assert f"Pid:\t{oci.state(NAME)['pid']}\n" in Path(f"/proc/self/fdinfo/{fds[0]}").read_text()
-    os.close(fds[0])
+    _, pidfd = received(oci, "--pidfd-socket", tmp_path / "pidfd", sleeper)
+    assert f"Pid:\t{oci.state(NAME)['pid']}\n" in Path(f"/proc/self/fdinfo/{pidfd}").read_text()
+    os.close(pidfd)
 
 
 def test_preserved_descriptors_keep_their_numbers(oci: Oci, tmp_path: Path, busybox_rootfs: Path) -> None:

@@ -24,8 +24,8 @@ PACKAGES = ("containerd", "containernetworking-plugins")
 #: Seconds for a page.
 FETCH_TIMEOUT = 30.0
 
-CONFIGURATION = """
-version = 2
+#: What is the same in all versions of the file.
+PLACES = """\
 root = "{place}/root"
 state = "{place}/state"
 [grpc]
@@ -34,6 +34,12 @@ state = "{place}/state"
   address = "{place}/containerd.sock.ttrpc"
 [plugins."io.containerd.internal.v1.opt"]
   path = "{place}/opt"
+"""
+
+CONFIGURATION = (
+    "version = 2\n"
+    + PLACES
+    + """\
 [plugins."io.containerd.grpc.v1.cri"]
   sandbox_image = "docker.io/library/pause:latest"
   restrict_oom_score_adj = true
@@ -48,6 +54,7 @@ state = "{place}/state"
   runtime_type = "io.containerd.caisson.v2"
   privileged_without_host_devices = true
 """
+)
 
 #: Point-to-point links for both families, and ports of the node.
 NETWORK: dict[str, Any] = {
@@ -151,16 +158,10 @@ class Cri:
 
 
 #: The same for containerd 2.x, whose pods of the second runtime are made by the Sandbox service.
-CONFIGURATION_2 = """
-version = 3
-root = "{place}/root"
-state = "{place}/state"
-[grpc]
-  address = "{place}/containerd.sock"
-[ttrpc]
-  address = "{place}/containerd.sock.ttrpc"
-[plugins."io.containerd.internal.v1.opt"]
-  path = "{place}/opt"
+CONFIGURATION_2 = (
+    "version = 3\n"
+    + PLACES
+    + """\
 [plugins."io.containerd.cri.v1.images".pinned_images]
   sandbox = "docker.io/library/pause:latest"
 [plugins."io.containerd.cri.v1.runtime"]
@@ -177,6 +178,7 @@ state = "{place}/state"
   stream_server_address = "127.0.0.1"
   stream_server_port = "0"
 """
+)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from caisson.agent.libcontainer.plan.wire import EncodingError
 from caisson.agent.libcontainer.process import gate
 from caisson.agent.libcontainer.process.channel import kill
 from caisson.agent.libcontainer.process.launch import Launch, Launched, Stdio, check_stdio, own_pipes
-from caisson.agent.libcontainer.process.starter import Starter, both, too_late
+from caisson.agent.libcontainer.process.starter import Starter, too_late, with_hooks
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ class ProcessLauncher:
         if hooks.start_container:
             from caisson.agent.libcontainer.process.hooks import total_timeout
 
-            timeout = both(timeout, total_timeout(hooks.start_container))
+            timeout = with_hooks(timeout, total_timeout(hooks.start_container))
         try:
             await gate.open_and_follow(start_gate, pid, max(pidfd, opened), self._waits, timeout)
         except TimeoutError:

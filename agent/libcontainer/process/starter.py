@@ -124,7 +124,7 @@ class Starter:
             channel.release_init()
         if hooks is None:
             return self._timeout
-        return both(self._timeout, hooks.create_timeout)
+        return with_hooks(self._timeout, hooks.create_timeout)
 
     async def _set_up(self, started: InitProcess, timeout: float | None, *, until_exec: bool) -> None:
         """Follow nsexec to the end of the set-up.  Raises LaunchError."""
@@ -198,6 +198,6 @@ def too_late(timeout: float | None) -> LaunchError:
     return LaunchError(f"nsexec took longer than {timeout:g} s and was killed", step="nsexec")
 
 
-def both(timeout: float | None, of_hooks: float | None) -> float | None:
+def with_hooks(timeout: float | None, of_hooks: float | None) -> float | None:
     """Return the seconds that nsexec may take with those of hooks; None for ever."""
     return None if timeout is None or of_hooks is None else timeout + of_hooks
