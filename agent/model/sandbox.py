@@ -71,6 +71,7 @@ class Sandbox:
         self._open_files = open_files
         self._pipe_size = pipe_size
         self._lock = asyncio.Lock()
+        self._forgetting = asyncio.Lock()
         self._id: str | None = None
         self._shared: SharedNamespaces | None = None
         self._hooks: GuestHooks | None = None
@@ -312,6 +313,8 @@ class Sandbox:
         directory = self._state / self._id / container_id
         try:
             await run_to_completion(old.remove())
+            if self.container(container_id) is not old:  # or it was removed meanwhile
+                raise ContainerNotFound(container_id=container_id)
             del self._containers[container_id]
             directory.mkdir(mode=0o711)
             await self._make(container_id, container_id, old.spec, *old.joined)
@@ -379,6 +382,7 @@ class Sandbox:
         except Exception as error:
             self._log("error", "a container could not be removed", container_id=container.id, error=str(error))
             raise
-        if self._containers.get(container.id) is container:
-            await self._storages.unmount(self._mounts.pop(container.id, []))
-            del self._containers[container.id]
+        async with self._forgetting:  # another remove of it waits, then finds nothing
+            if self._containers.get(container.id) is container:
+                await self._storages.unmount(self._mounts.pop(container.id, []))
+                del self._containers[container.id]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from caisson.agent.client import Agent
+from caisson.agent.client import Agent, AgentError
 from caisson.agent.rpc.codes import StatusCode as Code
 from caisson.proto.kata1 import agent_pb2
 from tests.native.agent_support import RunningAgent, refused
@@ -92,6 +93,20 @@ async def test_shared_ones_stay_until_the_end_of_the_sandbox(agent: RunningAgent
         assert sorted(path.name for path in (place / "directory").iterdir()) == ["a", "b"]
         await client.destroy_sandbox()
         assert not (place / "memory").exists() and not (place / "directory").exists()
+
+
+async def test_a_container_with_storages_is_removed_by_several_at_once(agent: RunningAgent, place: Path) -> None:
+    memory = storage(place / "memory", "mmioblk", source="tmpfs", fstype="tmpfs")
+
+    async with agent.connect() as client:
+        await client.create_sandbox()
+        for _ in range(5):
+            await create(client, agent, memory)
+            removals = [client.container("box").remove() for _ in range(3)]
+            for done in await asyncio.gather(*removals, client.destroy_sandbox(), return_exceptions=True):
+                assert done is None or (isinstance(done, AgentError) and done.code == Code.NOT_FOUND), done
+            assert mounts(agent, place / "memory") == []
+            await client.create_sandbox()
 
 
 async def test_of_the_sandbox_itself(agent: RunningAgent, place: Path) -> None:
