@@ -13,7 +13,7 @@ from caisson.agent.base.aio import run_to_completion
 from caisson.agent.base.boot_timestamps import now
 from caisson.agent.base.errors import InvalidArgument, NotFound, OutputNotKept, SandboxExists
 from caisson.agent.guest.identity import identify
-from caisson.agent.model.container import STOPPED
+from caisson.agent.libcontainer.state import STOPPED
 from caisson.proto.caisson import caisson_pb2
 
 TYPE_CHECKING = False

@@ -9,6 +9,7 @@ import errno
 
 from caisson.agent.base import errors
 from caisson.agent.libcontainer.errors import LaunchError
+from caisson.agent.libcontainer.state import PAUSED, STOPPED
 from caisson.agent.rpc.dispatch import bounded
 from caisson.proto.caisson import caisson_pb2
 
@@ -25,7 +26,7 @@ REASONS = {
 }
 
 #: Of a container that takes no process now, by its status.
-CANNOT_EXEC = {"stopped": caisson_pb2.CONTAINER_STOPPED, "paused": caisson_pb2.CONTAINER_PAUSED}
+CANNOT_EXEC = {STOPPED: caisson_pb2.CONTAINER_STOPPED, PAUSED: caisson_pb2.CONTAINER_PAUSED}
 
 #: Of a program that is looked up and found wanting, as shells tell them apart (127 and 126).
 LOOKUP = {

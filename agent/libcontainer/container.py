@@ -15,7 +15,7 @@ from caisson.agent.libcontainer import faults
 from caisson.agent.libcontainer import state as files
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.errors import LaunchError
-from caisson.agent.libcontainer.state import ProcessStat, State
+from caisson.agent.libcontainer.state import CREATED, PAUSED, RUNNING, STOPPED, ProcessStat, State
 from caisson.agent.libcontainer.state_directory import ContainerError, DoesNotExist, remove_directory
 from caisson.agent.libcontainer.waits import wait_until
 
@@ -34,7 +34,6 @@ else:
     import _signal as signal
 
 CONFIG, FILTER, GATE = "config.json", "seccomp", "exec.fifo"
-CREATED, RUNNING, PAUSED, STOPPED = "created", "running", "paused", "stopped"
 SIGKILL = 9
 KILL_TIMEOUT = 10.0  # seconds for what was killed to be gone
 DIRECTORY_MODE = 0o711

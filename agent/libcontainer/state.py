@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 FILE = "state.json"
+#: A container's status (runtime.md, "State"; paused is runc's).
+CREATED, RUNNING, PAUSED, STOPPED = "created", "running", "paused", "stopped"
 ID_MAX = 255
 ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_+.-")
 NAMESPACE_FILES = {

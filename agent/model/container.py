@@ -31,7 +31,7 @@ from caisson.agent.libcontainer.config.spec import Hooks
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.process import gate
 from caisson.agent.libcontainer.process.launch import Launch
-from caisson.agent.libcontainer.state import ProcessStat, State, check_id
+from caisson.agent.libcontainer.state import CREATED, PAUSED, RUNNING, STOPPED, ProcessStat, State, check_id
 from caisson.agent.model.oom import OomWatcher
 from caisson.agent.model.process import Process, catches, drops, start_process
 from caisson.agent.model.waits import Readers
@@ -58,8 +58,6 @@ EMPTY_TIMEOUT = 8.0
 
 #: Ended execs whose status and output can still be asked for; the oldest go first.
 MAX_ENDED_EXECS = 256
-
-CREATED, RUNNING, PAUSED, STOPPED = "created", "running", "paused", "stopped"
 
 
 class Container:

@@ -18,7 +18,7 @@ from caisson.agent.base import syscalls
 from caisson.agent.base.errors import FailedPrecondition, InvalidArgument, SystemCallFailed, Timeout
 from caisson.agent.guest import modules
 from caisson.agent.guest.storage import open_point
-from caisson.agent.model.container import STOPPED
+from caisson.agent.libcontainer.state import STOPPED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

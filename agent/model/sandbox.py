@@ -23,9 +23,9 @@ from caisson.agent.guest.blockdevices import BlockDevices
 from caisson.agent.guest.dns import Resolver
 from caisson.agent.guest.storage import Storages
 from caisson.agent.libcontainer.errors import LaunchError
-from caisson.agent.libcontainer.state import check_id
+from caisson.agent.libcontainer.state import CREATED, STOPPED, check_id
 from caisson.agent.model.adapted import adapted, guest_hooks, may_make_networks
-from caisson.agent.model.container import CREATED, STOPPED, Container
+from caisson.agent.model.container import Container
 from caisson.agent.model.namespaces import SharedNamespaces
 from caisson.agent.model.oom import OomEvents
 

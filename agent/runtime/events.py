@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from caisson.agent.base.json import dumps
-from caisson.agent.libcontainer.container import STOPPED
+from caisson.agent.libcontainer.state import STOPPED
 from caisson.agent.runtime.errors import CommandError
 from caisson.agent.runtime.main import run
 

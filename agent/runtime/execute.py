@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from caisson.agent.base.json import JsonError, loads
-from caisson.agent.libcontainer.container import PAUSED, STOPPED
+from caisson.agent.libcontainer.state import PAUSED, STOPPED
 from caisson.agent.runtime.bundle import read_config, read_process
 from caisson.agent.runtime.errors import CommandError
 from caisson.agent.runtime.main import run

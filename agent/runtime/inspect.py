@@ -6,7 +6,8 @@ import os
 import sys
 
 from caisson.agent.base.json import dumps
-from caisson.agent.libcontainer.container import STOPPED, Container
+from caisson.agent.libcontainer.container import Container
+from caisson.agent.libcontainer.state import STOPPED
 from caisson.agent.libcontainer.state_directory import ContainerError, list_ids
 from caisson.agent.runtime.errors import CommandError
 

@@ -7,9 +7,9 @@ from errno import EPERM
 
 from caisson.agent.libcontainer import faults
 from caisson.agent.libcontainer.config.reader import SpecError
-from caisson.agent.libcontainer.container import STOPPED, Container
+from caisson.agent.libcontainer.container import Container
 from caisson.agent.libcontainer.errors import LaunchError
-from caisson.agent.libcontainer.state import State
+from caisson.agent.libcontainer.state import STOPPED, State
 from caisson.agent.libcontainer.state_directory import ContainerError, ContainerLock, DoesNotExist, remove_directory
 from caisson.agent.runtime.errors import CommandError
 from caisson.agent.runtime.main import run as complete

@@ -12,10 +12,9 @@ from struct import pack
 
 from caisson.agent.base.json import dumps
 from caisson.agent.libcontainer.config.scheduling import is_lost_by_clone
-from caisson.agent.libcontainer.container import STOPPED
 from caisson.agent.libcontainer.plan import plan, users, wire
 from caisson.agent.libcontainer.state import FILE as STATE
-from caisson.agent.libcontainer.state import write_whole
+from caisson.agent.libcontainer.state import STOPPED, write_whole
 from caisson.agent.libcontainer.state_directory import ContainerError, ContainerLock
 from caisson.agent.runtime.inspect import document
 

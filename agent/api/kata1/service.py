@@ -17,6 +17,7 @@ from caisson.agent.api.containers import (
 from caisson.agent.api.status import StatusError
 from caisson.agent.base.errors import ContainerNotFound, ProcessExited, ProcessNotFound, Unsupported
 from caisson.agent.guest import devices, ps
+from caisson.agent.libcontainer.state import PAUSED, STOPPED
 from caisson.agent.rpc.codes import StatusCode
 from caisson.proto.kata1 import agent_pb2
 
@@ -100,9 +101,9 @@ class AgentService(ContainerService):
                 f"code = NotFound desc = Container {request.container_id} not found",
             ) from error
         check_signal(request.signal)
-        if container.status == "stopped":
+        if container.status == STOPPED:
             return EMPTY  # what was to be stopped has stopped
-        if not request.exec_id or container.status == "paused":  # one of them would not hear it
+        if not request.exec_id or container.status == PAUSED:  # one of them would not hear it
             await container.signal_all(request.signal)
             return EMPTY
         try:
