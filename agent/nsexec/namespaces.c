@@ -32,22 +32,50 @@ static const struct namespace_name *find_name(const char *name, size_t length)
 	return NULL;
 }
 
+/* Take the next "type:path" of a list; false at its end. */
+static bool next_namespace(const char **at, const struct namespace_name **name, char path[PATH_MAX])
+{
+	size_t type, length;
+
+	if (*at == NULL || **at == '\0')
+		return false;
+	type = strcspn(*at, ":");
+	length = (*at)[type] == ':' ? strcspn(*at + type + 1, ",") : 0;
+	*name = find_name(*at, type);
+	if (*name == NULL || length == 0 || length >= PATH_MAX)
+		fail(EBADMSG, "bootstrap", "namespace paths", NULL);
+	memcpy(path, *at + type + 1, length);
+	path[length] = '\0';
+	*at += type + 1 + length;
+	*at += **at == ',';
+	return true;
+}
+
+bool joins_by_path(const struct bootstrap *boot, uint32_t flag)
+{
+	const struct namespace_name *name;
+	const char *at = boot->paths;
+	char path[PATH_MAX];
+
+	while (next_namespace(&at, &name, path))
+		if (name->flag == flag)
+			return true;
+	return false;
+}
+
 /* Open the whole list "type:path,type:path" before joining the first: the paths are of the runtime's namespaces. */
 void open_namespaces(const struct bootstrap *boot, struct namespace_files *files)
 {
-	char path[PATH_MAX];
+	const struct namespace_name *name;
 	const char *at = boot->paths;
+	char path[PATH_MAX];
 
 	files->count = 0;
-	while (at != NULL && *at != '\0') {
-		size_t type = strcspn(at, ":"), length = at[type] == ':' ? strcspn(at + type + 1, ",") : 0;
-		const struct namespace_name *name = find_name(at, type);
+	while (next_namespace(&at, &name, path)) {
 		struct namespace_file *file = &files->list[files->count];
 
-		if (name == NULL || length == 0 || length >= sizeof(path) || files->count == NAMESPACES)
+		if (files->count == NAMESPACES)
 			fail(EBADMSG, "bootstrap", "namespace paths", NULL);
-		memcpy(path, at + type + 1, length);
-		path[length] = '\0';
 		if ((boot->create & name->flag) != 0)
 			fail(EINVAL, "namespace", path, "cannot be both created and joined");
 		*file = (struct namespace_file){.flag = name->flag, .name = name->name};
@@ -55,8 +83,6 @@ void open_namespaces(const struct bootstrap *boot, struct namespace_files *files
 		if (file->fd < 0)
 			fail_errno("namespace", path, NULL);
 		files->count++;
-		at += type + 1 + length;
-		at += *at == ',';
 	}
 }
 

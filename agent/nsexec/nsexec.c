@@ -147,13 +147,14 @@ static void read_messages(struct context *ctx, struct inbox *inbox)
 {
 	const struct channels *fds = &ctx->fds;
 	const struct bootstrap *boot = &ctx->boot;
+	bool own_mounts;
 
 	decode_bootstrap(read_message(inbox, fds->init, MESSAGE_BOOTSTRAP, LIMIT_BOOTSTRAP), &ctx->boot);
 	decode_plan(read_message(inbox, fds->init, MESSAGE_PLAN, LIMIT_PLAN), fds->joins, &ctx->plan);
 	decode_strings(read_message(inbox, fds->init, MESSAGE_STRINGS, LIMIT_STRINGS), &ctx->plan);
-	/* An init without a mount namespace of its own changes the host's mounts: only where that is asked for. */
-	if (fds->joins ? boot->join == 0 && boot->paths == NULL
-		       : ((boot->create & NS_MNT) == 0) != ctx->plan.shares_mounts)
+	/* An init in the runtime's mount namespace changes the host's mounts: only where that is asked for. */
+	own_mounts = (boot->create & NS_MNT) != 0 || joins_by_path(boot, NS_MNT);
+	if (fds->joins ? boot->join == 0 && boot->paths == NULL : own_mounts == ctx->plan.shares_mounts)
 		fail(EINVAL, "bootstrap", "namespaces", "do not fit the type of process");
 	if ((boot->join != 0) != (fds->pidfd >= 0) || (fds->joins && (fds->fifo >= 0 || fds->gate >= 0)) ||
 	    fds->pauses != (fds->procfs >= 0) || (fds->pauses && (boot->create & NS_PID) == 0))

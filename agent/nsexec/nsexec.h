@@ -273,6 +273,7 @@ struct namespace_files {
 	size_t count;
 };
 
+bool joins_by_path(const struct bootstrap *boot, uint32_t flag); /* whether the list of paths has that type */
 void open_namespaces(const struct bootstrap *boot, struct namespace_files *files);
 void join_namespaces(struct context *ctx, struct namespace_files *files);
 void become_root_of_namespace(const struct plan *plan);

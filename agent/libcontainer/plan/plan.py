@@ -96,15 +96,15 @@ def init_messages(
     the beginning of the state that hooks get (hooks.py), `filter` flags and program of the system call filter
     (seccomp_bpf.py); `net_requests` are requests of rtnetlink about interfaces, made inside;
     `map_programs`, `setgroups` and `keyring` are as for wire.bootstrap; without `pivot` the root is moved over the old
-    one; `on_host` allows a container in the runtime's own mount
-    namespace, and shows the host's cgroups to one that has none.  Raises SpecError or EncodingError.
+    one; `on_host` allows a container in the runtime's own mount namespace or in one that is joined by its path, and shows
+    the host's cgroups to one without a cgroup namespace.  Raises SpecError or EncodingError.
     """
     process = spec.process
     if process is None:
         raise SpecError("process", "is missing: there is nothing to run")
     joined = joined_paths(spec.linux, join)
     types = {namespace.type for namespace in spec.linux.namespaces} | set(joined)
-    if "mount" in joined or ("mount" not in types and not on_host):
+    if not on_host and ("mount" in joined or "mount" not in types):
         raise SpecError("linux.namespaces", "a container needs a new mount namespace")
     own_mounts = "mount" in types
     if not own_mounts and (spec.linux.masked_paths or spec.linux.readonly_paths):
