@@ -96,8 +96,8 @@ def init_messages(
     the beginning of the state that hooks get (hooks.py), `filter` flags and program of the system call filter
     (seccomp_bpf.py); `net_requests` are requests of rtnetlink about interfaces, made inside;
     `map_programs`, `setgroups` and `keyring` are as for wire.bootstrap; without `pivot` the root is moved over the old
-    one; `on_host` allows a container in the runtime's own mount namespace or in one that is joined by its path, and shows
-    the host's cgroups to one without a cgroup namespace.  Raises SpecError or EncodingError.
+    one; `on_host` allows a container in the runtime's own mount namespace or in one that is joined by its path, and
+    shows the host's cgroups to one without a cgroup namespace.  Raises SpecError or EncodingError.
     """
     process = spec.process
     if process is None:
