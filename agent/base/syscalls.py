@@ -18,6 +18,7 @@ _NUMBERS = {
     "x86_64": {"bpf": 321, "finit_module": 313, "sched_setattr": 314, "statx": 332},
     "aarch64": {"bpf": 280, "finit_module": 273, "sched_setattr": 274, "statx": 291},
 }  # fmt: skip
+RT_SIGTIMEDWAIT = {"x86_64": 128, "aarch64": 137}.get(_MACHINE, -1)
 _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _OPENAT2, _PIDFD_GETFD = 429, 430, 431, 432, 437, 438
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 0x1, 0x2, 0x4, 0x8

@@ -33,7 +33,7 @@ from caisson.agent.libcontainer.process import gate
 from caisson.agent.libcontainer.process.launch import Launch
 from caisson.agent.libcontainer.state import CREATED, PAUSED, RUNNING, STOPPED, ProcessStat, State, check_id
 from caisson.agent.model.oom import OomWatcher
-from caisson.agent.model.process import Process, catches, drops, start_process
+from caisson.agent.model.process import Process, drops, start_process
 from caisson.agent.model.waits import Readers
 
 TYPE_CHECKING = False
@@ -352,17 +352,16 @@ class Container:
             self._paused = False
 
     async def signal(self, exec_id: str, number: int) -> None:
-        """Signal one process.  A first process without a handler for SIGTERM gets SIGKILL instead.
+        """Signal one process.  A first process that would not hear SIGTERM or SIGINT gets SIGKILL instead.
 
-        The kernel drops signals that PID 1 of a namespace does not handle (pid_namespaces(7)), and who stops a
-        container should not have to wait for nothing.  So it is with SIGINT, which is what Ctrl-C becomes, unless the
-        process has chosen to ignore it.  Raises ProcessExited.
+        The kernel drops signals that PID 1 of a namespace leaves to it (pid_namespaces(7)), and who stops a container
+        should not have to wait for nothing.  One that ignores them, or blocks them to wait for them, has chosen so.
+        Raises ProcessExited.
         """
         process = self.process(exec_id)
         child = process.child
         if process is self._init and child.status is None and number in (signal.SIGTERM, signal.SIGINT):
-            lost = drops if number == signal.SIGINT else lambda pid, number: not catches(pid, number)
-            if await self.reads(lambda: lost(child.pid, number)):
+            if await self.reads(lambda: drops(child.pid, number)):
                 number = signal.SIGKILL
         child.signal(number)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 
 from caisson.agent.base.errors import NoTerminal
+from caisson.agent.base.syscalls import RT_SIGTIMEDWAIT
 from caisson.agent.model.reaper import Child
 from caisson.agent.model.stdio import Pipes, Streams
 
@@ -74,16 +75,24 @@ class Process:
         self._streams.close()
 
 
-def catches(pid: int, number: int) -> bool:
-    """Return whether a process has a handler for a signal (SigCgt in /proc/<pid>/status, proc(5))."""
-    return _has(number, _status(pid).get(b"SigCgt", []))
-
-
 def drops(pid: int, number: int) -> bool:
-    """Return whether the kernel drops a signal: for PID 1 of a namespace without a handler (pid_namespaces(7))."""
+    """Return whether the kernel drops a signal: for PID 1 of a namespace that neither catches nor blocks it.
+
+    What it ignores is no loss.  Source: pid_namespaces(7); SigCgt, SigIgn and SigBlk in proc(5).
+    """
     status = _status(pid)
     first = status.get(b"NSpid", [])[-1:] == [b"1"]
-    return first and not any(_has(number, status.get(field, [])) for field in (b"SigCgt", b"SigIgn"))
+    heard = any(_has(number, status.get(field, [])) for field in (b"SigCgt", b"SigIgn", b"SigBlk"))
+    return first and not heard and not _awaits_signals(pid)
+
+
+def _awaits_signals(pid: int) -> bool:
+    """Return whether it is in sigwait(3), meanwhile SigBlk lacks the signals that it waits for."""
+    try:
+        with open(f"/proc/{pid}/syscall", "rb") as file:  # noqa: PTH123 - a procfs file
+            return file.read(MAX_STATUS).split()[:1] == [b"%d" % RT_SIGTIMEDWAIT]
+    except OSError:
+        return False
 
 
 def _has(number: int, words: list[bytes]) -> bool:

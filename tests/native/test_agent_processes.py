@@ -7,17 +7,33 @@ import contextlib
 import hashlib
 import random
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from caisson.agent.client import Agent, AgentError, Container, ProgramError
 from caisson.agent.rpc.codes import StatusCode
-from caisson.proto.kata1 import agent_pb2
+from caisson.proto.kata1 import agent_pb2, oci_pb2
 from tests.native.agent_support import RunningAgent, errors, output, refused, sh
 from tests.support.poll import until
 
 pytestmark = pytest.mark.root
+
+#: A first process that ends with the number of the first signal in its queue.
+QUEUE = """
+#include <signal.h>
+#include <unistd.h>
+int main(void) {
+    sigset_t set;
+    int number;
+    sigfillset(&set);
+    sigprocmask(SIG_BLOCK, &set, 0);
+    write(1, "ready\\n", 6);
+    sigwait(&set, &number);
+    return number;
+}
+"""
 
 
 async def started(agent: Agent, running: RunningAgent, *args: str) -> Container:
@@ -188,6 +204,32 @@ async def test_term_ends_an_init_without_a_handler_and_a_handler_is_asked(agent:
         assert await anext(polite.init().stdout()) == b"ready\n"
         await polite.init().signal(signal.SIGTERM)
         assert await polite.init().wait() == 8
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_that_an_init_ignores_does_not_end_it(agent: RunningAgent, number: int) -> None:
+    async with agent.connect() as client:
+        script = "trap '' TERM INT; echo ready; read x; exit 8"
+        process = (await started(client, agent, "/bin/sh", "-c", script)).init()
+        assert await anext(process.stdout()) == b"ready\n"
+        await process.signal(number)
+        await process.write(b"\n")
+        assert await process.wait() == 8
+
+
+async def test_an_init_that_blocks_signals_gets_them_from_its_queue(agent: RunningAgent, tmp_path: Path) -> None:
+    """Such inits pass signals on to their only child: SIGKILL would end that without a word."""
+    tmp_path.chmod(0o755)
+    (tmp_path / "init.c").write_text(QUEUE)
+    subprocess.run(["musl-gcc", "-static", "-o", tmp_path / "init", tmp_path / "init.c"], check=True)
+    async with agent.connect() as client:
+        await client.create_sandbox()
+        spec = agent.spec("/mnt/init")
+        spec.Mounts.append(oci_pb2.Mount(destination="/mnt", type="bind", source=str(tmp_path), options=["rbind"]))
+        process = (await client.ensure_container("box", spec)).init()
+        assert await anext(process.stdout()) == b"ready\n"
+        await process.signal(signal.SIGTERM)
+        assert await process.wait() == signal.SIGTERM
 
 
 async def test_interrupt_ends_an_init_that_leaves_it_to_the_kernel(agent: RunningAgent) -> None:

@@ -82,6 +82,15 @@ async def test_containers_see_each_other_and_a_first_process_that_reaps(agent: R
     assert agent.children() == set()
 
 
+async def test_a_signal_without_a_handler_ends_who_is_not_the_first_of_its_namespace(agent: RunningAgent) -> None:
+    async with agent.connect() as client:
+        await shared(client)
+        one = await container(client, agent, "one", "sleep", "1111")
+        await one.init().signal(signal.SIGTERM)
+        assert await one.init().wait() == 143
+        await client.destroy_sandbox()
+
+
 async def test_each_container_still_has_its_own_mounts_and_its_masks(agent: RunningAgent) -> None:
     async with agent.connect() as client:
         await shared(client)
