@@ -360,9 +360,9 @@ class Container:
         """
         process = self.process(exec_id)
         child = process.child
-        if process is self._init and child.status is None and number in (signal.SIGTERM, signal.SIGINT):
-            if await self.reads(lambda: drops(child.pid, number)):
-                number = signal.SIGKILL
+        stops = process is self._init and child.status is None and number in (signal.SIGTERM, signal.SIGINT)
+        if stops and await self.reads(lambda: drops(child.pid, number)):
+            number = signal.SIGKILL
         child.signal(number)
 
     async def remove(self) -> None:

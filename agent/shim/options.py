@@ -12,10 +12,15 @@ from google.protobuf.message import DecodeError
 from caisson.agent.base.record import Record
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.shim.errors import ShimError
-from caisson.proto.containerd import bootstrap_pb2, options_pb2, runc_options_pb2
+from caisson.proto.containerd import bootstrap_pb2, linux_runc_options_pb2, options_pb2, runc_options_pb2
 
 TYPE_URL = options_pb2.Options.DESCRIPTOR.full_name
-RUNC_TYPE_URL = runc_options_pb2.Options.DESCRIPTOR.full_name
+
+#: runc's options by their names: those of its shim, and those that clients of containerd 1.x write for other shims.
+RUNC_OPTIONS = {
+    message.DESCRIPTOR.full_name: message
+    for message in (runc_options_pb2.Options, linux_runc_options_pb2.CreateOptions)
+}
 
 
 def shim_cgroup(options: Any) -> str:
@@ -23,14 +28,16 @@ def shim_cgroup(options: Any) -> str:
 
     Raises ShimError for the name of a program in the place of runc, as none of the host's runs containers here.
     """
-    if options.type_url.rpartition("/")[2] != RUNC_TYPE_URL:
+    name = options.type_url.rpartition("/")[2]
+    if name not in RUNC_OPTIONS:
         return ""
     try:
-        given = runc_options_pb2.Options.FromString(options.value)
+        given = RUNC_OPTIONS[name].FromString(options.value)
     except DecodeError as error:
-        raise ShimError(StatusCode.INVALID_ARGUMENT, f"{RUNC_TYPE_URL}: {error}") from error
-    if given.binary_name not in ("", "runc"):
-        text = f"{RUNC_TYPE_URL}: binary_name: {given.binary_name} cannot run a container in a VM; leave it out"
+        raise ShimError(StatusCode.INVALID_ARGUMENT, f"{name}: {error}") from error
+    program = getattr(given, "binary_name", "")
+    if program not in ("", "runc"):
+        text = f"{name}: binary_name: {program} cannot run a container in a VM; leave it out"
         raise ShimError(StatusCode.INVALID_ARGUMENT, text)
     return str(given.shim_cgroup)
 

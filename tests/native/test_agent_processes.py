@@ -217,15 +217,21 @@ async def test_a_signal_that_an_init_ignores_does_not_end_it(agent: RunningAgent
         assert await process.wait() == 8
 
 
-async def test_an_init_that_blocks_signals_gets_them_from_its_queue(agent: RunningAgent, tmp_path: Path) -> None:
-    """Such inits pass signals on to their only child: SIGKILL would end that without a word."""
+@pytest.fixture
+def queue(tmp_path: Path) -> Path:
+    """A directory with that program in it, as `init`."""
     tmp_path.chmod(0o755)
     (tmp_path / "init.c").write_text(QUEUE)
     subprocess.run(["musl-gcc", "-static", "-o", tmp_path / "init", tmp_path / "init.c"], check=True)
+    return tmp_path
+
+
+async def test_an_init_that_blocks_signals_gets_them_from_its_queue(agent: RunningAgent, queue: Path) -> None:
+    """Such inits pass signals on to their only child: SIGKILL would end that without a word."""
     async with agent.connect() as client:
         await client.create_sandbox()
         spec = agent.spec("/mnt/init")
-        spec.Mounts.append(oci_pb2.Mount(destination="/mnt", type="bind", source=str(tmp_path), options=["rbind"]))
+        spec.Mounts.append(oci_pb2.Mount(destination="/mnt", type="bind", source=str(queue), options=["rbind"]))
         process = (await client.ensure_container("box", spec)).init()
         assert await anext(process.stdout()) == b"ready\n"
         await process.signal(signal.SIGTERM)

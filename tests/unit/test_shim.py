@@ -22,7 +22,7 @@ from caisson.agent.shim.options import RuntimeOptions, shim_cgroup
 from caisson.agent.shim.pod import OVERHEAD, size_of
 from caisson.agent.shim.spec import GUEST_SHM, UnsupportedSpec, fill, guest_spec, network_namespace
 from caisson.commands.shim import FEATURES_URL, main
-from caisson.proto.containerd import bootstrap_pb2, runc_options_pb2, types_pb2
+from caisson.proto.containerd import bootstrap_pb2, linux_runc_options_pb2, runc_options_pb2, types_pb2
 from caisson.proto.kata3 import oci_pb2
 
 NAMESPACES = [{"type": kind} for kind in ("mount", "network", "uts", "pid", "ipc")]
@@ -68,6 +68,9 @@ def test_of_runcs_options_the_shims_cgroup_is_taken() -> None:
     given.value = runc_options_pb2.Options(shim_cgroup="/own", binary_name="runc").SerializeToString()
     assert shim_cgroup(given) == "/own"
     assert RuntimeOptions.parse(given.SerializeToString(), "c1") is None
+    given.type_url = "containerd.linux.runc.CreateOptions"  # of clients of containerd 1.x
+    given.value = linux_runc_options_pb2.CreateOptions(shim_cgroup="/old").SerializeToString()
+    assert shim_cgroup(given) == "/old"
     assert shim_cgroup(any_pb2.Any()) == ""
 
 
