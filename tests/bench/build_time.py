@@ -1,4 +1,4 @@
-"""Seconds to build an image, whole and after a change of the agent, beside mkosi where that is installed.
+"""Seconds to build an image, whole and after a change of the agent, beside mkosi where that is installed; to verify it.
 
     python -m tests.bench.build_time [--quick]
 
@@ -24,8 +24,9 @@ from caisson.image.build.cache import Cache, default_root
 from caisson.image.build.definition import load
 from tests.bench.rows import Row
 
-FULL_BUDGET, AGAIN_BUDGET = 0.4, 0.5
+FULL_BUDGET, AGAIN_BUDGET, VERIFY_BUDGET = 0.4, 0.5, 1.2
 WHOLE, AGAIN = "full build, packages cached, beside mkosi (s)", "build after a change of the agent, beside mkosi (s)"
+VERIFY = "verify-image, beside a full build with the kernel's part (s)"
 
 
 class NotMeasured(Exception):
@@ -38,18 +39,24 @@ def timed(work: Callable[[], object]) -> float:
     return time.monotonic() - began
 
 
-def ours() -> tuple[float, float]:
-    """Seconds for the whole image in an empty cache, and for the next one, with another version of the agent."""
+def ours() -> tuple[float, float, Row]:
+    """Seconds for the whole image in an empty cache, and for the next one with another version of the agent.
+
+    The row is that of verify-image, which makes the kernel's part as well.
+    """
     downloads = default_root() / "apt"
-    builder.Build(load()).image()  # packages and kernel are there then
+    image = builder.Build(load()).image()  # packages and kernel are there then
     with tempfile.TemporaryDirectory(dir=default_root(), prefix="bench-") as scratch:
         cache = Cache(Path(scratch))
-        key = builder.Build(load()).kernel_key()
-        shutil.copytree(default_root() / "kernel" / key, cache.root / "kernel" / key)
+        kernel = timed(lambda: builder.Build(load(), cache, downloads=downloads).kernel())
         whole = timed(lambda: builder.Build(load(), cache, downloads=downloads).image())
         with mock.patch.object(sources, "agent_version", lambda: "0.0.0"):
             again = timed(lambda: builder.Build(load(), cache, downloads=downloads).image())
-    return whole, again
+    differing: list[str] = []
+    verified = timed(lambda: differing.extend(builder.verify(load(), image)))
+    if differing:
+        raise SystemExit(f"{image.directory}: differs from a new build in {', '.join(differing)}")
+    return whole, again, Row.beside(VERIFY, verified, kernel + whole, VERIFY_BUDGET)
 
 
 def mkosis() -> tuple[float, float]:
@@ -82,7 +89,7 @@ def own_words(cache: Path) -> list[str]:
 
 
 def rows(quick: bool) -> list[Row]:
-    mine = ours()
+    *mine, verify = ours()
     try:
         if quick:
             raise NotMeasured("minutes of mkosi are not quick")
@@ -90,10 +97,11 @@ def rows(quick: bool) -> list[Row]:
             raise NotMeasured("mkosi is not installed")
         theirs = mkosis()
     except NotMeasured as why:
-        return [Row(f"{what}: {why}", seconds) for what, seconds in zip((WHOLE, AGAIN), mine, strict=True)]
+        return [*(Row(f"{what}: {why}", own) for what, own in zip((WHOLE, AGAIN), mine, strict=True)), verify]
     return [
         Row.beside(WHOLE, mine[0], theirs[0], FULL_BUDGET),
         Row.beside(AGAIN, mine[1], theirs[1], AGAIN_BUDGET),
+        verify,
     ]
 
 

@@ -17,6 +17,8 @@ pytestmark = [pytest.mark.root, pytest.mark.vm, pytest.mark.timeout(COMPILING)]
 #: How often a budget may be used up, and what of it is not met (docs/performance.md says why): it is not to get worse.
 FAR = 1.5
 MISSED = {
+    "boot to CreateSandbox's answer, own kernel, beside a C init (s)": 2.4,
+    "boot to CreateSandbox's answer, Debian's kernel, beside a C init (s)": 2.2,
     "stdout by gRPC from the guest, beside raw vsock (ms/MiB)": 5.0,
     "docker run --rm true, beside a clone + 2 x runc (s)": 2.5,
 }
