@@ -38,7 +38,7 @@ from tests.native.nsexec_support import make_rootfs
 ECHO = ["/bin/echo", "x"]
 MESSAGE = bytes(64)
 MIB = 1 << 20
-EXEC_BUDGET, ECHO_BUDGET, BULK_BUDGET, FLAT_BUDGET = 1.0, 3.0, 2.0, 1.3
+EXEC_BUDGET, ECHO_BUDGET, BULK_BUDGET = 1.0, 3.0, 2.0
 
 
 class Crun:
@@ -161,36 +161,6 @@ async def raw_bulk(call: Callable[[str, bytes], Awaitable[bytes]], size: int) ->
     return (time.perf_counter() - began) * 1000 * MIB / size
 
 
-async def flat(
-    agent: Agent, running: RunningAgent, container: Container, counts: tuple[int, ...], execs: int
-) -> list[Row]:
-    """Exec latency with more containers, and after many execs, beside the same agent with one container.
-
-    That is measured before and after: the machine's other work comes and goes.
-    """
-
-    async def lowest() -> float:
-        # Of a busy machine the median is the other work's: what grows here, grows at the best of times, too.
-        return statistics.quantiles([await first_byte(container) for _ in range(60)], n=10)[0]
-
-    found: dict[str, float] = {}
-    more: list[Container] = []
-    before = await lowest()
-    for count in counts:
-        while len(more) + 1 < count:
-            one = await agent.create_container(f"c{len(more)}", running.spec("/bin/sleep", "1000000"))
-            await one.start()
-            more.append(one)
-        found[f"exec latency at {count} containers, beside 1 (ms)"] = await lowest()
-    for one in more:
-        await one.remove()
-    base = statistics.mean([before, await lowest()])
-    for _ in range(execs):
-        await first_byte(container)
-    found[f"exec latency after {execs} execs, beside the first (ms)"] = await lowest()
-    return [Row.beside(what, figure, base, FLAT_BUDGET) for what, figure in found.items()]
-
-
 async def measure(work: Path, running: RunningAgent, crun: Crun, samples: int, quick: bool) -> list[Row]:
     """All rows."""
     size = (32 if quick else 128) * MIB
@@ -219,7 +189,6 @@ async def measure(work: Path, running: RunningAgent, crun: Crun, samples: int, q
                 own, peer = (statistics.median(column) for column in zip(*pairs, strict=True))
                 rows.append(Row.beside("stdout by gRPC, beside bare unary calls (ms/MiB)", own, peer, BULK_BUDGET))
         rows += await transports.measure(running.socket, "bench", samples, size // 4, first_byte, echo, bulk)
-        rows += await flat(agent, running, container, (10,) if quick else (10, 100), 200 if quick else 1000)
         await container.remove()
     return rows
 

@@ -1,0 +1,189 @@
+"""Bytes into a guest and out of it: standard input, `cp` and shared directories, beside vsock and virtiofs alone.
+
+    python -m tests.bench.transfers [--quick]
+
+Prints rows as JSON.  Beside the agent runs what tests/guest/peer.c does with a bare vsock connection, and what a shell
+of the guest's own does with a mount of its own.  All of it in turn, in one guest with a kernel of our own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from caisson.agent import client
+from caisson.agent.client import Agent, Container
+from caisson.agent.client.caller import CHUNK, DEFAULT
+from caisson.agent.client.guest import Guest
+from caisson.image.vm import VM, VMConfig
+from tests.bench.boot import LEAN, booted, own_run_directory
+from tests.bench.guest import CONSOLE, PLACE, RAW, Shell, copy_in, through_a_pipe
+from tests.bench.native import MIB
+from tests.bench.rows import Row
+from tests.bench.vsock import from_guest, to_guest
+from tests.e2e.conftest import built
+from tests.e2e.vsock_host import compile_peer, dial
+
+MEMORY = 1024
+STDIN_BUDGET, COPY_BUDGET, SHARE_BUDGET = 4.0, 2.0, 1.2
+TAG = "bench"
+
+#: Where the file that is copied is in the guest, its file systems being in memory; and the guest's own mount of a share.
+FILE, MOUNTED = "/tmp/caisson-bench", f"{PLACE}/shared"
+
+
+def seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def caisson(vm: VM, *words: str) -> None:
+    """Run a command on the VM."""
+    command = [sys.executable, "-m", "caisson.commands.entry", words[0], "--name", vm.name, *words[1:]]
+    subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
+
+
+class Transfers:
+    """A guest, with a shell of its own, a bare connection to it, and a directory that it shares."""
+
+    def __init__(self, vm: VM, shell: Shell, shared: Path, size: int) -> None:
+        self._vm = vm
+        self._shell = shell
+        self._shared = shared
+        self._size = size
+        self._raw = dial(vm.vsock_socket, RAW)
+        self._source, self._target = shared / "big", shared.parent / "back"
+        self._source.write_bytes(os.urandom(size))
+
+    def close(self) -> None:
+        self._raw.close()
+
+    def stdin(self) -> tuple[float, float, float]:
+        """Milliseconds a MiB: to a program's standard input, through vsock alone, through that and a pipe."""
+        raw = MIB / 1e3 / to_guest(self._raw, self._size)
+        ours = asyncio.run(self._with_container(self._write)) * 1000 * MIB / self._size
+        return ours, raw, raw + through_a_pipe(self._shell, self._size)
+
+    def copy_in(self) -> tuple[float, float, float]:
+        """Seconds: `cp` into a container, vsock alone, that and the guest's writing of such a file."""
+        raw = self._size / to_guest(self._raw, self._size) / 1e6
+        written = self._guest(f"dd if=/dev/zero of={FILE}.own bs=1M count={self._size // MIB} 2>/dev/null; ")
+        self._shell(f"rm {FILE}.own")
+        ours = seconds(lambda: caisson(self._vm, "cp", str(self._source), f"{DEFAULT}:{FILE}"))
+        return ours, raw, raw + written
+
+    def copy_out(self) -> tuple[float, float, float]:
+        """Seconds: `cp` out of a container, vsock alone, that and this machine's writing of such a file."""
+        ours = seconds(lambda: caisson(self._vm, "cp", f"{DEFAULT}:{FILE}", str(self._target)))
+        if self._target.read_bytes() != self._source.read_bytes():
+            raise SystemExit("cp: what came back is not what was copied")
+        raw = self._size / from_guest(self._raw, self._size) / 1e6
+        written = seconds(lambda: self._target.write_bytes(bytes(self._size)))
+        self._target.unlink()
+        return ours, raw, raw + written
+
+    def share_read(self) -> tuple[float, float]:
+        """Seconds to read a file of a share: a program in a container, and one beside it."""
+        return self._shared_by(f"dd if={{}}/big of=/dev/null bs=1M count={self._size // MIB}")
+
+    def share_write(self) -> tuple[float, float]:
+        """Seconds to write one, to its end on this machine."""
+        return self._shared_by(f"dd if=/dev/zero of={{}}/written bs=1M count={self._size // MIB} conv=fsync")
+
+    def _shared_by(self, command: str) -> tuple[float, float]:
+        self._forget()
+        ours = asyncio.run(self._with_container(lambda one: self._run(one, command.format(f"/run/shared/{TAG}"))))
+        self._forget()
+        return ours, self._guest(f"{command.format(MOUNTED)} 2>/dev/null")
+
+    def _forget(self) -> None:
+        """Empty the guest's cache of pages, and remove what was written."""
+        (self._shared / "written").unlink(missing_ok=True)
+        self._shell("sync; echo 3 >/proc/sys/vm/drop_caches")
+
+    def _guest(self, script: str) -> float:
+        return seconds(lambda: self._shell(script))
+
+    async def _with_container(self, work: Callable[[Container], object]) -> float:
+        async with Agent.connect(self._vm.agent_socket, "ttrpc") as agent:
+            found: float = await work(agent.container(DEFAULT))  # type: ignore[misc]
+            return found
+
+    async def _write(self, container: Container) -> float:
+        process = await container.exec(["/bin/sh", "-c", "exec dd of=/dev/null bs=1M"])
+        data = bytes(CHUNK)
+        began = time.perf_counter()
+        for _ in range(self._size // CHUNK):
+            await process.write(data)
+        await process.close_stdin()
+        assert await process.wait() == 0
+        return time.perf_counter() - began
+
+    async def _run(self, container: Container, command: str) -> float:
+        process = await container.exec(["/bin/sh", "-c", f"read x; exec {command}"])
+        began = time.perf_counter()
+        await process.write(b"\n")
+        assert await process.wait() == 0
+        return time.perf_counter() - began
+
+
+async def make_container(vm: VM) -> None:
+    async with Guest(vm) as guest:
+        await guest.container()
+
+
+def measure(rounds: int, size: int, work: Path) -> list[Row]:
+    """The rows: each the median of some rounds, the first of which warms caches."""
+    config = VMConfig(built(*LEAN), name="bench", memory=MEMORY, append=f"agent.debug_console_vport={CONSOLE}")
+    shared = work / "shared"
+    shared.mkdir()
+    with booted(config, client.ReadinessProbe()) as (vm, _):
+        asyncio.run(make_container(vm))
+        asyncio.run(copy_in(vm, {"peer": compile_peer(work).read_bytes()}))
+        shell = Shell(vm)
+        shell(f"mount -o remount,exec /run; {PLACE}/peer vsock:{RAW} >/dev/null 2>&1 &")
+        caisson(vm, "share", str(shared), "--writable", "--tag", TAG)
+        shell(f"mkdir -p {MOUNTED} && mount -t virtiofs {TAG} {MOUNTED}")
+        transfers = Transfers(vm, shell, shared, size)
+        kinds = (transfers.stdin, transfers.copy_in, transfers.copy_out, transfers.share_read, transfers.share_write)
+        found: list[list[tuple[float, ...]]] = [[kind() for kind in kinds] for _ in range(rounds + 1)]
+        transfers.close()
+        shell.close()
+    medians = [[statistics.median(column) for column in zip(*each, strict=True)] for each in zip(*found[1:], strict=True)]
+    stdin, into, out, read, write = medians
+    megabytes = f"{size / 1e6:.0f} MB"
+    return [
+        Row.beside("stdin in bulk to the guest, beside raw vsock (ms/MiB)", stdin[0], stdin[1], STDIN_BUDGET, stdin[2]),
+        *(
+            # As much as the least that it takes is what it is judged by.
+            Row.beside(f"cp, {megabytes} {way}, beside raw vsock and writing the file (s)", ours, least, COPY_BUDGET, raw)
+            for way, (ours, raw, least) in (("into a container", into), ("out of it", out))
+        ),
+        *(
+            Row.beside(f"share: a container {does} {megabytes}, beside virtiofs alone (s)", ours, alone, SHARE_BUDGET)
+            for does, (ours, alone) in (("reads", read), ("writes", write))
+        ),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.transfers", description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="less, and fewer times")
+    options = parser.parse_args()
+    with own_run_directory(), tempfile.TemporaryDirectory(prefix="caisson-bench-") as work:
+        rows = measure(2 if options.quick else 5, (24 if options.quick else 96) * MIB, Path(work))
+    json.dump([row.plain() for row in rows], sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
