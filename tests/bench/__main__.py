@@ -32,6 +32,10 @@ PARTS = {
     "shim": ([], ["--rounds", "2"]),
     "guest": ([], ["--quick"]),
     "vsock": (["--json"], ["--json", "--quick"]),
+    "transfers": (["--stream", "10"], ["--quick"]),
+    "scale": ([], ["--containers", "200", "--execs", "200"]),
+    "density": ([], ["--clones", "4"]),
+    "first_exec": (["--bare"], ["--rounds", "1"]),
     "build_time": ([], ["--quick"]),
 }
 

@@ -1,6 +1,6 @@
 """Bytes into a guest and out of it: standard input, `cp` and shared directories, beside vsock and virtiofs alone.
 
-    python -m tests.bench.transfers [--quick]
+    python -m tests.bench.transfers [--quick] [--stream GB]
 
 Prints rows as JSON.  Beside the agent runs what tests/guest/peer.c does with a bare vsock connection, and what a shell
 of the guest's own does with a mount of its own.  All of it in turn, in one guest with a kernel of our own.
@@ -27,17 +27,17 @@ from caisson.agent.client.guest import Guest
 from caisson.image.vm import VM, VMConfig
 from tests.bench.boot import LEAN, booted, own_run_directory
 from tests.bench.guest import CONSOLE, PLACE, RAW, Shell, copy_in, through_a_pipe
-from tests.bench.native import MIB
+from tests.bench.native import MIB, bulk
 from tests.bench.rows import Row
 from tests.bench.vsock import from_guest, to_guest
 from tests.e2e.conftest import built
 from tests.e2e.vsock_host import compile_peer, dial
 
 MEMORY = 1024
-STDIN_BUDGET, COPY_BUDGET, SHARE_BUDGET = 4.0, 2.0, 1.2
+STDIN_BUDGET, COPY_BUDGET, SHARE_BUDGET, STREAM_BUDGET = 4.0, 2.0, 1.2, 1.3
 TAG = "bench"
 
-#: Where the file that is copied is in the guest, its file systems being in memory; and the guest's own mount of a share.
+#: Where the copied file is in the guest, whose file systems are in memory; and the guest's own mount of a share.
 FILE, MOUNTED = "/tmp/caisson-bench", f"{PLACE}/shared"
 
 
@@ -142,7 +142,16 @@ async def make_container(vm: VM) -> None:
         await guest.container()
 
 
-def measure(rounds: int, size: int, work: Path) -> list[Row]:
+async def stream(vm: VM, size: int, least: int) -> Row:
+    """The row of a long stream beside a short one."""
+    async with Agent.connect(vm.agent_socket, "ttrpc") as agent:
+        container = agent.container(DEFAULT)
+        short = await bulk(container, least)
+        what = f"stdout by ttrpc, a stream of {size / 1e9:.0f} GB, beside one of {least / 1e6:.0f} MB (ms/MiB)"
+        return Row.beside(what, await bulk(container, size), short, STREAM_BUDGET)
+
+
+def measure(rounds: int, size: int, long: int, work: Path) -> list[Row]:
     """The rows: each the median of some rounds, the first of which warms caches."""
     config = VMConfig(built(*LEAN), name="bench", memory=MEMORY, append=f"agent.debug_console_vport={CONSOLE}")
     shared = work / "shared"
@@ -157,31 +166,33 @@ def measure(rounds: int, size: int, work: Path) -> list[Row]:
         transfers = Transfers(vm, shell, shared, size)
         kinds = (transfers.stdin, transfers.copy_in, transfers.copy_out, transfers.share_read, transfers.share_write)
         found: list[list[tuple[float, ...]]] = [[kind() for kind in kinds] for _ in range(rounds + 1)]
+        long_stream = [asyncio.run(stream(vm, long, size))] if long else []
         transfers.close()
         shell.close()
-    medians = [[statistics.median(column) for column in zip(*each, strict=True)] for each in zip(*found[1:], strict=True)]
-    stdin, into, out, read, write = medians
+    stdin, into, out, read, write = (
+        [statistics.median(column) for column in zip(*each, strict=True)] for each in zip(*found[1:], strict=True)
+    )
     megabytes = f"{size / 1e6:.0f} MB"
-    return [
-        Row.beside("stdin in bulk to the guest, beside raw vsock (ms/MiB)", stdin[0], stdin[1], STDIN_BUDGET, stdin[2]),
-        *(
-            # As much as the least that it takes is what it is judged by.
-            Row.beside(f"cp, {megabytes} {way}, beside raw vsock and writing the file (s)", ours, least, COPY_BUDGET, raw)
-            for way, (ours, raw, least) in (("into a container", into), ("out of it", out))
-        ),
-        *(
-            Row.beside(f"share: a container {does} {megabytes}, beside virtiofs alone (s)", ours, alone, SHARE_BUDGET)
-            for does, (ours, alone) in (("reads", read), ("writes", write))
-        ),
+    rows = [
+        Row.beside("stdin in bulk to the guest, beside raw vsock (ms/MiB)", stdin[0], stdin[1], STDIN_BUDGET, stdin[2])
     ]
+    for way, (ours, raw, least) in (("into a container", into), ("out of it", out)):
+        what = f"cp, {megabytes} {way}, beside raw vsock and writing the file (s)"
+        rows.append(Row.beside(what, ours, least, COPY_BUDGET, raw))
+    for does, (ours, alone) in (("reads", read), ("writes", write)):
+        what = f"share: a container {does} {megabytes}, beside virtiofs alone (s)"
+        rows.append(Row.beside(what, ours, alone, SHARE_BUDGET))
+    return rows + long_stream
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.transfers", description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="less, and fewer times")
+    parser.add_argument("--stream", type=int, default=0, metavar="GB", help="of a long stream (default: none)")
     options = parser.parse_args()
+    rounds, size = (2, 24 * MIB) if options.quick else (5, 96 * MIB)
     with own_run_directory(), tempfile.TemporaryDirectory(prefix="caisson-bench-") as work:
-        rows = measure(2 if options.quick else 5, (24 if options.quick else 96) * MIB, Path(work))
+        rows = measure(rounds, size, options.stream * 10**9 // MIB * MIB, Path(work))
     json.dump([row.plain() for row in rows], sys.stdout)
 
 

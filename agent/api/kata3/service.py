@@ -144,9 +144,10 @@ class AgentService(ContainerService):
 
     async def WriteStdin(self, request: agent_pb2.WriteStreamRequest) -> agent_pb2.WriteStreamResponse:
         process = self._process(request)
-        if not request.data:
+        data = request.data  # copied by each access
+        if not data:
             await process.close_stdin()
-        return agent_pb2.WriteStreamResponse(len=await process.write(request.data) if request.data else 0)
+        return agent_pb2.WriteStreamResponse(len=await process.write(data) if data else 0)
 
 
 async def _until_the_end(reading: Awaitable[bytes]) -> list[bytes]:
