@@ -27,6 +27,7 @@ from caisson.image.vm import VM, VMConfig, VMError, find_vm, get_vm, list_vms
 from caisson.image.vm import timeline as timelines
 from caisson.image.vm.config import DryRun, parse_share
 from caisson.image.vm.config import dry_run as dry_run_of
+from caisson.image.vm.directory import VMDirectory
 from caisson.image.vm.drawing import svg
 from caisson.image.vm.hotplug.resources import memory_now, set_memory
 from caisson.image.vm.machine import vms_of_other_versions
@@ -64,6 +65,8 @@ def boot_vm(
         check_writable("--timeline", timeline_path)
     if as_json and not dry_run:
         raise UsageError("--json: needs --dry-run; use `caisson list-vms --json` for running VMs")
+    if not dry_run:
+        VMDirectory.of(name).refuse_running()  # before an image is built for it
     ready: Callable[[Path], bool]
     if snapshot:
         given = (image, memory, cpus, max_memory, max_cpus, share, network, publish, append, timeline)

@@ -13,6 +13,7 @@ from caisson.agent.client.connection import Agent, Container
 from caisson.agent.client.errors import AgentError, Reason, UsageError
 from caisson.agent.client.registry import Registry
 from caisson.proto.caisson import caisson_pb2
+from caisson.proto.foreign_text import one_line
 from caisson.proto.kata3 import agent_pb2
 
 T = TypeVar("T")
@@ -144,11 +145,14 @@ def signal_number(text: str) -> int:
 
 
 def show(columns: Sequence[str], data: object, rows: Iterable[Mapping[str, Any]], *, as_json: bool) -> None:
-    """Print data as JSON, or rows as a table."""
+    """Print data as JSON, or rows as a table, each on one line."""
     if as_json:
         print(json.dumps(data, indent=2))
         return
-    table = [columns, *(["-" if row.get(column) is None else str(row[column]) for column in columns] for row in rows)]
+    table = [
+        columns,
+        *(["-" if row.get(column) is None else one_line(str(row[column])) for column in columns] for row in rows),
+    ]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
         print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())

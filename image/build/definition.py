@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import platform
 import re
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,6 +154,18 @@ def find(name: str) -> Path:
     )
 
 
+def _defined(file: Path, document: Mapping[str, Any], settings: Sequence[str]) -> Definition:
+    """Check a definition with ``settings`` laid over it; an error names these where the file alone is right."""
+    complete = functools.reduce(merged, map(override, settings), dict(document))
+    try:
+        return typing.cast(Definition, checked(Definition, complete, str(file)))
+    except DefinitionError:
+        if settings:
+            checked(Definition, document, str(file))
+            checked(Definition, complete, f"--set {' '.join(settings)}")
+        raise
+
+
 def load(
     file: Path = DEFAULT, *, suite: str | None = None, arch: str | None = None, settings: Sequence[str] = ()
 ) -> Loaded:
@@ -160,10 +174,7 @@ def load(
     """
     given = {"suite": suite or DEFAULT_SUITE, "chosen": suite or "", "arch": arch or host_architecture()}
     document, templates = _read(file, given, ())
-    for assignment in settings:
-        document = merged(document, override(assignment))
-    where = str(file)
-    definition: Definition = checked(Definition, document, where)
+    definition = _defined(file, document, settings)
     if bool(definition.kernel.package) == bool(definition.kernel.source):
         raise DefinitionError(f"{file}: a kernel has either a package or a source; name one, and not both")
     if definition.arch not in ARCHITECTURES.values():

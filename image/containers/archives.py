@@ -103,6 +103,17 @@ class Archive:
     def has(self, name: str) -> bool:
         return name in self._members
 
+    def misplaced(self) -> str:
+        """Return what to do with an archive that has an image in it and is none; empty for any other."""
+        if self.has("repositories") and any(name.endswith("/layer.tar") for name in self._members):
+            return "it was saved by a Docker before 1.10; load it into a newer one, and save it again"
+        if self.has("config.json") and any(name.startswith("rootfs/") for name in self._members):
+            return "it holds a bundle; unpack it, and name the directory"
+        tops = {name.partition("/")[0] for name in self._members}
+        if len(tops) == 1 and (self.has(f"{min(tops)}/oci-layout") or self.has(f"{min(tops)}/manifest.json")):
+            return f"it holds one in its directory {min(tops)}; unpack it, and name that directory"
+        return ""
+
     def open(self, name: str) -> IO[bytes]:
         member = self._members.get(name)
         for _ in range(MAX_LINKS):

@@ -29,6 +29,14 @@ MAX_MANIFESTS = 1000
 MAX_DOCUMENT = 4 << 20
 MAX_VALUES = 1 << 18
 
+#: Kinds of manifests in an index, Docker's and OCI's; a descriptor of another kind is no image.
+MANIFESTS = re.compile(
+    r"application/vnd\.(oci\.image\.(manifest|index)\.v1|docker\.distribution\.manifest(\.list)?\.v2)\+json"
+)
+
+#: Machines as the kernel calls them, which some tools write, in Go's words.
+ARCHITECTURES = {"x86_64": "amd64", "x86-64": "amd64", "aarch64": "arm64"}
+
 #: What is run when nothing says what.
 SHELL = ("/bin/sh",)
 
@@ -93,7 +101,7 @@ class _Candidate:
 def read_layout(files: ImageFiles, architecture: str, tag: str) -> ContainerImage:
     """Choose an image of an OCI image layout.  Raises ImageError."""
     index = _document(files.open("index.json"), "index.json")
-    return _choose(list(_candidates(files, index, (), 0, [0])), files.shown, architecture, tag, "blobs/sha256/{}")
+    return _choose(list(_candidates(files, index, (), 0, [0])), files, architecture, tag, "blobs/sha256/{}")
 
 
 def read_directory(files: ImageFiles, architecture: str) -> ContainerImage:
@@ -102,7 +110,7 @@ def read_directory(files: ImageFiles, architecture: str) -> ContainerImage:
     _check_manifest(manifest, "manifest.json")
     name = _sha256(_of(_of(manifest, "config", dict), "digest", str))
     config = _checked(files, name, name)
-    return _image(_Candidate(name, (), manifest, config, ""), files.shown, architecture, "{}")
+    return _image(_Candidate(name, (), manifest, config, ""), files, architecture, "{}")
 
 
 def _candidates(
@@ -121,10 +129,13 @@ def _candidates(
         platform = _of(descriptor, "platform", dict)
         if "vnd.docker.reference.type" in annotations or platform.get("os") == "unknown":
             continue
+        kind = _of(descriptor, "mediaType", str)
+        if kind and not MANIFESTS.fullmatch(kind):
+            continue
         digest = _sha256(_of(descriptor, "digest", str))
         own = tuple(str(annotations[key]) for key in NAMES if annotations.get(key)) or names
-        if not files.has(f"blobs/sha256/{digest}") and platform:
-            # Of several platforms often only one was copied.
+        if not files.has(f"blobs/sha256/{digest}"):
+            # Of several platforms, or tags, often only one was copied.
             yield _Candidate(digest, own, {}, platform, str(platform.get("variant") or ""))
             continue
         document = _checked(files, f"blobs/sha256/{digest}", digest)
@@ -154,16 +165,17 @@ def _is_image(manifest: dict[str, Any], descriptor: dict[str, Any]) -> bool:
     return all(not kind or ".tar" in kind or "diff" in kind for kind in kinds)
 
 
-def _choose(candidates: list[_Candidate], shown: str, architecture: str, tag: str, place: str) -> ContainerImage:
+def _choose(candidates: list[_Candidate], files: ImageFiles, architecture: str, tag: str, place: str) -> ContainerImage:
     """Choose the image of a tag for a guest: the only one that fits, listed where there are several."""
+    shown = files.shown
     if tag:
         named = [one for one in candidates if _is_called(one, tag)]
         if not named:
             raise ImageError(f"{shown}: no image {tag!r}; it has {_listed(candidates)}")
         candidates = named
-    fitting = [one for one in candidates if _platform(one.config) == f"linux/{architecture}"]
+    fitting = [one for one in candidates if _platform(one.config, architecture) == f"linux/{architecture}"]
     if not fitting:
-        has = ", ".join(dict.fromkeys(_platform(one.config) for one in candidates)) or "none at all"
+        has = ", ".join(dict.fromkeys(_platform(one.config, architecture) for one in candidates)) or "none at all"
         raise ImageError(f"{shown}: no image for linux/{architecture}; it has {has}")
     fitting = [one for one in fitting if one.manifest] or fitting
     distinct = {one.digest: one for one in fitting}
@@ -175,7 +187,7 @@ def _choose(candidates: list[_Candidate], shown: str, architecture: str, tag: st
     (chosen,) = distinct.values()
     if not chosen.manifest:
         raise Malformed(f"{shown} lacks {place.format(chosen.digest)}")
-    image = _image(chosen, shown, architecture, place)
+    image = _image(chosen, files, architecture, place)
     names = tuple(dict.fromkeys(name for one in candidates if one.digest == chosen.digest for name in one.names))
     return ContainerImage(image.layers, image.config, image.identity, names)
 
@@ -192,16 +204,24 @@ def _listed(candidates: Sequence[_Candidate]) -> str:
     return ", ".join(list(shown)[:20]) or "none"
 
 
-def _platform(config: dict[str, Any]) -> str:
-    return f"{config.get('os', 'linux')}/{config.get('architecture', '?')}"
+def _platform(document: dict[str, Any], architecture: str) -> str:
+    """Return OS/ARCHITECTURE in Go's words; what a document leaves out is the guest's."""
+    said = _of(document, "architecture", str) or architecture
+    system = (_of(document, "os", str) or "linux").lower()
+    return f"{system}/{ARCHITECTURES.get(said.lower(), said)}"
 
 
-def _image(candidate: _Candidate, shown: str, architecture: str, place: str) -> ContainerImage:
+def _image(candidate: _Candidate, files: ImageFiles, architecture: str, place: str) -> ContainerImage:
+    shown = files.shown
     blobs = [_sha256(_of(layer, "digest", str)) for layer in _objects(candidate.manifest, "layers")]
     if any("encrypted" in _of(layer, "mediaType", str) for layer in _objects(candidate.manifest, "layers")):
         raise ImageError(f"{shown}: encrypted layers; decrypt the image first, with skopeo copy --decryption-key")
     contents = _contents(candidate.config, len(blobs), shown)
     layers = [Layer(place.format(blob), blob, content) for blob, content in zip(blobs, contents, strict=True)]
+    for layer, described in zip(layers, _objects(candidate.manifest, "layers"), strict=True):
+        urls = _strings(described, "urls")
+        if urls and not files.has(layer.name):
+            raise ImageError(f"{shown}: the layer {layer.name} is not in the image; download it from {urls[0]}")
     return ContainerImage(layers, _config(candidate.config, architecture, shown), candidate.digest)
 
 
@@ -240,14 +260,14 @@ def _contents(config: dict[str, Any], count: int, shown: str) -> list[str]:
 
 
 def _config(document: dict[str, Any], architecture: str, shown: str) -> Config:
-    if document.get("architecture", architecture) != architecture or document.get("os", "linux") != "linux":
-        raise ImageError(f"{shown}: an image for {_platform(document)}; the guest is linux/{architecture}")
+    if (platform := _platform(document, architecture)) != f"linux/{architecture}":
+        raise ImageError(f"{shown}: an image for {platform}; the guest is linux/{architecture}")
     said = _of(document, "config", dict)
-    entrypoint, command = _strings(said, "Entrypoint"), _strings(said, "Cmd")
+    entrypoint, command = _words(said, "Entrypoint"), _words(said, "Cmd")
     return Config(
         entrypoint=tuple(entrypoint),
         command=tuple(command) if command or entrypoint else SHELL,
-        env=tuple(_strings(said, "Env")),
+        env=tuple(variable for variable in _strings(said, "Env") if "=" in variable),  # as docker: others are unset
         user=_string(_of(said, "User", str), "User"),
         workdir=_absolute(_string(_of(said, "WorkingDir", str), "WorkingDir")),
         volumes=tuple(sorted(_absolute(_string(one, "Volumes")) for one in _of(said, "Volumes", dict))),
@@ -328,6 +348,12 @@ def _strings(document: dict[str, Any], name: str) -> list[str]:
     if not all(isinstance(one, str) for one in found):
         raise Malformed(f"{name} must be a list of strings")
     return [_string(one, name) for one in found]
+
+
+def _words(document: dict[str, Any], name: str) -> list[str]:
+    """Return a program's words; a string is one, as for docker."""
+    value = document.get(name)
+    return _strings({name: [value]} if isinstance(value, str) else document, name)
 
 
 def _string(value: str, name: str) -> str:

@@ -141,13 +141,13 @@ class _Packer:
         kind, colon, rest = source.partition(":")
         if colon and kind in TRANSPORTS and not Path(source).exists():
             source = rest
-        separator = "@" if "@sha256:" in source else ":"
-        path, colon, tag = source.rpartition(separator)
         if Path(source).exists():
             return Path(source)
-        if colon and Path(path).exists():
-            self._tag = self._tag or tag
-            return Path(path)
+        for separator in reversed([*re.finditer("@(?=sha256:)|:", source)]):  # a name may have a port and a tag
+            path = Path(source[: separator.start()])
+            if path.exists():
+                self._tag = self._tag or source[separator.end() :]
+                return path
         if (stored := store.find(self._cache, source)) is not None:
             return stored
         if source.startswith(("/", "./", "../")) or not store.NAME.fullmatch(source) or kind in TRANSPORTS:
@@ -172,6 +172,8 @@ class _Packer:
             if files.has("manifest.json"):
                 image = documents.read_docker(files, self._architecture, self._tag, digest_of)
                 return self._finish(files, image)
+            if instead := files.misplaced():
+                raise ImageError(f"{path}: not an image; {instead}")
         if not archive.stat().st_size:
             raise Malformed(f"{path}: not a tar archive: it is empty")
         whole = Whole(archive)

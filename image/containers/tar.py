@@ -352,7 +352,9 @@ def _attributes(member: Member, pax: dict[bytes, bytes]) -> None:
     for key, value in pax.items():
         kind, _, name = key.partition(b"xattr.")
         if kind == b"SCHILY.":
-            member.xattrs[name.decode(errors="surrogateescape")] = value
+            # A record's key cannot hold "=": GNU tar and libarchive write it, and "%" for its sake, as URLs do.
+            plain_name = name.replace(b"%3D", b"=").replace(b"%25", b"%")
+            member.xattrs[plain_name.decode(errors="surrogateescape")] = value
         elif kind == b"LIBARCHIVE.":
             try:
                 plain = base64.b64decode(value + b"=" * (-len(value) % 4), validate=True)

@@ -94,14 +94,18 @@ class VMDirectory:
             raise VMError(f"{path}: is too long for the paths of sockets; a shorter name or CAISSON_RUN helps")
         return cls(path)
 
+    def refuse_running(self) -> None:
+        """Raise VMError when a VM of this name is running."""
+        if self.is_running():
+            raise VMError(f"VM {self.name!r}: is running already; stop it: caisson stop-vm {self.name}")
+
     def create(self) -> IO[str]:
         """Make the directory, in place of a stale one; returns the held lock.
 
         Raises VMError when a VM of this name is running, or the directory is not one of ours.
         """
         with _alone(self.path.parent) as root:
-            if self.is_running():
-                raise VMError(f"VM {self.name!r}: is running already; stop it: caisson stop-vm {self.name}")
+            self.refuse_running()
             self._remove(root)
             try:
                 lock = self._new_lock(root)

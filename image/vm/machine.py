@@ -185,7 +185,7 @@ class VM:
                 vm._await(ready, *time_limit, accelerator)
             vm._shown = follower.position
         except VMError as error:
-            why = f"VM {config.name!r}: {str(error).partition(chr(10))[0]}"
+            why = f"VM {config.name!r}: {str(error).partition(chr(10))[0].removeprefix(f'VM {config.name!r}: ')}"
             if accelerator.doubt:
                 why += f"; {accelerator.doubt}: choose --accel tcg"
             # Some back ends lack what QEMU sets up, and it gives up before the guest's first instruction.

@@ -23,6 +23,7 @@ from caisson.image.errors import ImageError
 from caisson.image.formats.tree import Malformed
 from tests.build.container_images import (
     FOLDER,
+    Member,
     configuration,
     docker_archive,
     file,
@@ -252,6 +253,30 @@ def test_a_directory_that_is_no_image_is_refused(tmp_path: Path) -> None:
         read(tmp_path / "home")
 
 
+@pytest.mark.parametrize(
+    ("members", "why"),
+    [
+        ([("repositories", file(b"{}")), ("1" * 64 + "/layer.tar", file(LAYERS[0]))], "load it into a newer one"),
+        ([("config.json", file(b"{}")), ("rootfs/bin/sh", file())], "holds a bundle; unpack it"),
+        ([("mine/oci-layout", file(b"{}")), ("mine/index.json", file(b"{}"))], "in its directory mine; unpack it"),
+        ([("./mine/manifest.json", file(b"[]")), ("./mine/x.json", file(b"{}"))], "in its directory mine; unpack it"),
+    ],
+)
+def test_an_archive_with_an_image_somewhere_in_it_is_not_packed(
+    tmp_path: Path, members: list[Member], why: str
+) -> None:
+    (tmp_path / "image.tar").write_bytes(layer(*members))
+    with pytest.raises(ImageError, match=why):
+        read(tmp_path / "image.tar")
+
+
+def test_a_root_file_system_that_holds_an_image_is_one(tmp_path: Path) -> None:
+    (tmp_path / "root.tar").write_bytes(
+        layer(("srv/i/oci-layout", file(b"{}")), ("config.json", file()), ("app", file()))
+    )
+    assert "srv/i/oci-layout" in listed(tmp_path / "root.tar")
+
+
 @pytest.mark.parametrize("path", ["..", "../outside", "files/../../outside", "link", "link/etc", "/etc"])
 def test_a_bundle_is_read_beneath_its_own_directory(tmp_path: Path, path: str) -> None:
     (tmp_path / "outside/etc").mkdir(parents=True)
@@ -389,6 +414,21 @@ def test_any_bytes_are_a_name(tmp_path: Path, name: str) -> None:
     with packed(docker_archive(tmp_path / "image.tar", LAYERS, **CONFIG), "amd64", cache) as image:
         remember(cache, image.name or "", [name])
     assert name in next(iter(images(cache))).names
+
+
+@pytest.mark.parametrize("prefix", ["", "docker-archive:"])
+@pytest.mark.parametrize("name", ["1", "host.example:5000/a/b:1"])
+def test_a_whole_name_behind_a_path_chooses(tmp_path: Path, prefix: str, name: str) -> None:
+    (tmp_path / "c:d").mkdir()
+    config = configuration([LAYERS[0]], Cmd=["chosen"])
+    manifest = [
+        {"Config": "c.json", "RepoTags": ["host.example:5000/a/b:1"], "Layers": ["l"]},
+        {"Config": "other.json", "RepoTags": ["host.example:5000/a/b:2"], "Layers": ["l"]},
+    ]
+    members = (("c.json", file(config)), ("other.json", file(b"{}")), ("l", file(LAYERS[0])))
+    (tmp_path / "c:d/image.tar").write_bytes(layer(*members, ("manifest.json", file(json.dumps(manifest).encode()))))
+    with packed(f"{prefix}{tmp_path}/c:d/image.tar:{name}", "amd64", Cache(tmp_path / "cache")) as image:
+        assert image.config.command == ("chosen",)
 
 
 def test_a_registrys_image_is_fetched_by_skopeo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,18 @@ def second(layout: Path, text: bytes) -> str:
     return blob(layout, manifest)
 
 
+def repackaged(layout: Path, config: dict[str, Any], layers: list[dict[str, Any]] | None = None) -> None:
+    """Give the image of a layout another configuration, and other layers."""
+
+    def change(index: dict[str, Any]) -> None:
+        (mine,) = index["manifests"]
+        manifest = json.loads((layout / "blobs/sha256" / mine["digest"].removeprefix("sha256:")).read_text())
+        manifest = manifest | {"config": {"digest": blob(layout, config)}, "layers": layers or manifest["layers"]}
+        mine["digest"] = blob(layout, manifest)
+
+    rewritten(layout, change)
+
+
 REF = "org.opencontainers.image.ref.name"
 
 
@@ -139,4 +151,58 @@ def test_a_document_that_is_index_and_manifest_is_refused(tmp_path: Path, outer:
     else:
         rewritten(layout, lambda index: index.update(manifests=[{"digest": blob(layout, both)}]))
     with pytest.raises(Malformed, match="ambiguous"):
+        read(layout)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"architecture": None}, {"architecture": ""}, {"architecture": "x86_64"}, {"os": None}, {"os": "Linux"},
+        {"config": None}, {"config": {"Cmd": None, "Env": None, "Volumes": None, "User": None, "WorkingDir": None}},
+        {"history": None, "created": None, "variant": None},
+    ],
+)  # fmt: skip
+def test_what_a_configuration_leaves_out_or_calls_otherwise_is_taken_as_engines_do(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    layout = oci_layout(tmp_path / "layout", LAYERS)
+    repackaged(layout, json.loads(configuration(LAYERS)) | change)
+    assert read(layout).config == Config()
+
+
+@pytest.mark.parametrize("platform", [None, {}, {"os": "linux"}, {"os": None, "architecture": "x86_64"}])
+def test_a_descriptor_without_a_whole_platform_is_judged_by_the_configuration(
+    tmp_path: Path, platform: dict[str, Any] | None
+) -> None:
+    layout = oci_layout(tmp_path / "layout", LAYERS, **CONFIG)
+    rewritten(layout, lambda index: index["manifests"][0].update(platform=platform))
+    assert read(layout).config == READ
+
+
+def test_a_word_is_a_program_as_for_docker_and_a_variable_without_a_value_is_unset(tmp_path: Path) -> None:
+    layout = oci_layout(tmp_path / "layout", LAYERS, Entrypoint="/bin/echo", Cmd="a b", Env=["A=1", "B", ""])
+    config = read(layout).config
+    assert (config.words([]), config.env) == (["/bin/echo", "a b"], ("A=1",))
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_manifests_that_are_not_there_or_not_of_this_kind_are_left_out(tmp_path: Path, missing: bool) -> None:
+    layout = oci_layout(tmp_path / "layout", LAYERS, **CONFIG)
+    first = {"schemaVersion": 1, "name": "x", "fsLayers": [], "history": []}
+    kind = "application/vnd.docker.distribution.manifest.v1+prettyjws"
+    other = {"digest": f"sha256:{'0' * 64}"} if missing else {"mediaType": kind, "digest": blob(layout, first)}
+    rewritten(layout, lambda index: index["manifests"].insert(0, other))
+    assert read(layout).config == READ
+    rewritten(layout, lambda index: index["manifests"].pop())
+    with pytest.raises(ImageError, match="lacks blobs/sha256/000" if missing else "none at all"):
+        read(layout)
+
+
+def test_a_layer_that_is_elsewhere_is_named_with_its_address(tmp_path: Path) -> None:
+    layout = oci_layout(tmp_path / "layout", LAYERS)
+    url = "https://example.org/layer"
+    kind = "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"
+    foreign = {"mediaType": kind, "digest": f"sha256:{'1' * 64}", "urls": [url]}
+    repackaged(layout, json.loads(configuration([LAYERS[0]])), [foreign])
+    with pytest.raises(ImageError, match=f"is not in the image; download it from {url}"):
         read(layout)

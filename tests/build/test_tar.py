@@ -170,6 +170,7 @@ def test_extended_attributes_of_every_dialect() -> None:
     encoded = base64.b64encode(value).decode().rstrip("=")
     headers = {
         "SCHILY.xattr.user.a": value.decode(errors="surrogateescape"),
+        "SCHILY.xattr.user.c%3D%2525": value.decode(errors="surrogateescape"),  # GNU tar's and libarchive's
         "LIBARCHIVE.xattr.user.b%3D": encoded,
         "RHT.security.selinux": "system_u",
         "SCHILY.acl.access": "user::rwx",
@@ -177,7 +178,7 @@ def test_extended_attributes_of_every_dialect() -> None:
         "SCHILY.fflags": "nodump",
     }
     member = one(pax(**headers))
-    assert member.xattrs == {"user.a": value, "user.b=": value, "security.selinux": b"system_u"}
+    assert member.xattrs == {"user.a": value, "user.b=": value, "user.c=%25": value, "security.selinux": b"system_u"}
     assert sorted(member.dropped) == ["access ACL", "default ACL", "file flags"]
 
 

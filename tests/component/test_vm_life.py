@@ -89,6 +89,13 @@ def test_two_vms_beside_each_other(image: Images) -> None:
         assert [vm.name for vm in list_vms()] == ["v", "w"]
 
 
+def test_a_second_vm_of_a_name_is_refused_in_one_line_and_the_first_stays(image: Images) -> None:
+    with start(image("")) as vm:
+        with pytest.raises(VMError, match=r"^VM 'v': is running already; stop it: caisson stop-vm v$"):
+            start(Path(vm.info["image"]))
+        assert [one.name for one in list_vms()] == ["v"]
+
+
 def test_a_stubborn_qemu_is_killed(image: Images) -> None:
     with start(image("stubborn")):
         pass

@@ -47,6 +47,13 @@ def test_a_row_that_is_none_is_shown_and_no_error(line: str) -> None:
     assert found[2] == {"command": line}
 
 
+def test_a_name_with_line_ends_and_controls_keeps_to_its_row(capsys: pytest.CaptureFixture[str]) -> None:
+    listing.show(("name", "id"), [], [{"name": "n\nl\x1b[2J:1", "id": "1"}, {"name": "web", "id": None}], as_json=False)
+    _, first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("  1") and first.startswith("n\\nl\\x1b[2J:1")
+    assert second.split() == ["web", "-"]
+
+
 def test_the_agents_own_table_can_be_read() -> None:
     import os
 

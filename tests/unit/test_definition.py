@@ -89,6 +89,23 @@ def test_definition_errors_name_the_setting(file: Path, old: str, new: str, comp
 
 
 @pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        (["nokey=3"], "^--set nokey=3: nokey is not a key of a definition"),
+        (["name=x", "packges+=a"], r"^--set name=x packges\+=a: packges is not a key .*; did you mean packages\?"),
+        (["verity=perhaps"], "^--set verity=perhaps: verity must be true or false"),
+    ],
+)
+def test_a_setting_that_is_wrong_is_not_blamed_on_the_file(file: Path, given: list[str], complaint: str) -> None:
+    file.write_text(WHOLE)
+    with pytest.raises(DefinitionError, match=complaint):
+        load(file, suite="bookworm", settings=given)
+    file.write_text(WHOLE.replace("cmdline:", "cmdlin:"))
+    with pytest.raises(DefinitionError, match=r"^.*image\.yaml: cmdlin is not a key"):
+        load(file, suite="bookworm", settings=given)
+
+
+@pytest.mark.parametrize(
     ("text", "complaint"),
     [
         ("- a\n- b\n", "the definition must be a mapping"),

@@ -76,11 +76,13 @@ def has_home(process: Process) -> bool:
 def resolve(process: Process, files: UserFiles) -> Process:
     """Return the process with the ids, the groups and (where it has none) the HOME of its user's name.
 
-    Raises SpecError for a name that is none, and one that the container does not know.
+    USER: is USER, and :GROUP is root's, as for docker and podman.  Raises SpecError for a name that is none, and one
+    that the container does not know.
     """
-    user, colon, group = process.user.username.partition(":")
-    if not user or (colon and not group):
+    user, _, group = process.user.username.partition(":")
+    if not user and not group:
         raise SpecError(FIELD, f"{process.user.username!r} is neither USER nor USER:GROUP")
+    user = user or "0"
     entry = _entry(files.table("etc/passwd", 7), user)
     groups = files.table("etc/group", 4)
     if entry is None and not user.isdecimal():
