@@ -15,7 +15,7 @@ import tarfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 from caisson.agent.client.errors import CopyError
 
@@ -39,6 +39,14 @@ EXTRA = (
 
 class _Member(tarfile.TarInfo):
     """A member whose headers are read in bounded memory; without holes, which nobody asked for."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        """Read a member: what is not one would be taken for the archive's end."""
+        try:
+            return super().fromtarfile(archive)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
+            raise CopyError(f"archive: the container sent a damaged header: {error}") from error
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         if self.type in EXTRA and not 0 <= self.size <= MAX_HEADER:

@@ -1,4 +1,4 @@
-"""The README's commands on a Debian that has nothing but Python and apt: a fresh root file system, entered by chroot.
+"""The README's commands on a Debian that has nothing but Python and apt: a fresh root file system, which becomes "/".
 
 Its network is this machine's, as are the ways to reach the mirrors: apt's settings, pip's, and the certificates.
 """
@@ -25,14 +25,19 @@ SUITES = {"bookworm": "Python 3.11", "trixie": "Python 3.13"}
 #: How this machine reaches its mirrors.
 WAYS = ("/etc/apt/apt.conf.d", "/etc/pip.conf", "/etc/resolv.conf", "/etc/ssl/certs/ca-certificates.crt")
 
-#: All that a bare machine does in its own mount and pid namespaces: what is left running ends with them.
+#: All that a bare machine does in its own mount and pid namespaces: what is left running ends with them.  Its root is
+#: theirs, too: below chroot(2) there are no user namespaces and no pivot_root (user_namespaces(7), pivot_root(2)).
 ENTER = """
 set -e
+mount --rbind "$0" "$0"
 mount --rbind /dev "$0/dev"
 mount --rbind /sys "$0/sys"
 mount -t proc proc "$0/proc"
 mount -t tmpfs tmpfs "$0/run"
-exec chroot "$0" "$@"
+cd "$0"
+pivot_root . .
+umount -l .
+exec "$@"
 """
 
 #: What the README's first command has to bring back from the guest.
@@ -47,7 +52,7 @@ class Bare:
 
     def __init__(self, place: Path, suite: str) -> None:
         self.root = place
-        packages = "--include=python3,python3-venv"
+        packages = "--include=mount,python3,python3-venv"
         made = ["mmdebstrap", "--quiet", "--variant=apt", packages, suite, str(place), host_mirror()]
         subprocess.run(made, check=True, env=clean_environment() | {"PATH": PATH})
         for way in map(Path, WAYS):

@@ -8,7 +8,7 @@ import io
 import os
 import stat
 import tarfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +277,18 @@ def test_no_more_is_written_than_was_received(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("damage", [lambda whole: whole[:1024] + b"x" + whole[1025:], lambda whole: whole[:1324]])
+def test_a_damaged_header_is_not_the_end(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    whole = io.BytesIO()
+    with tarfile.open(fileobj=whole, mode="w") as made:
+        for name in ("a/1", "a/2"):
+            member = tarfile.TarInfo(name)
+            member.size = 1
+            made.addfile(member, io.BytesIO(b"x"))
+    with pytest.raises(CopyError, match="damaged header"):
+        unpack(received(io.BytesIO(damage(whole.getvalue()))), tmp_path, "a", ".")
+
+
 class Endless(io.RawIOBase):
     """A stream that begins with something, and goes on with one block for as long as it is read: 4 MiB at most."""
 
@@ -319,7 +331,7 @@ RUN = b"00000000001\0" * 2
         (header_of(tarfile.GNUTYPE_LONGNAME, -1), bytes(512), "header of -1 bytes"),
         (b"", header_of(tarfile.XHDTYPE, 6) + b"6 a=b\n".ljust(512, b"\0"), "more headers than files"),
         (b"", header_of(tarfile.GNUTYPE_LONGNAME, 1) + b"x".ljust(512, b"\0"), "more headers than files"),
-        (header_of(tarfile.REGTYPE, -512), bytes(512), "size -512"),
+        (header_of(tarfile.REGTYPE, -512), bytes(512), "size -512|invalid offset"),
         (sparse_header(), (RUN * 21).ljust(504, b"\0") + b"\1".ljust(8, b"\0"), "as a sparse file"),
     ],
     ids=["large", "negative", "pax", "long names", "negative file", "a map without an end"],
