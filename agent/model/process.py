@@ -45,7 +45,7 @@ class Process:
         """Read error output, or EndOfStream.  A terminal has only one output, which is read here, too."""
         return await self._streams.stderr.read(size, self.child)
 
-    async def write(self, data: bytes) -> int:
+    async def write(self, data: bytes | memoryview) -> int:
         """Give it input; returns how many bytes were taken.  Raises BrokenStream.
 
         ^C on a terminal ends a first process that the kernel would not interrupt, as it ends the program elsewhere.

@@ -143,7 +143,7 @@ class Input(_End):
         super().__init__(fd)
         self._grown = False
 
-    async def write(self, data: bytes, child: Child) -> int:
+    async def write(self, data: bytes | memoryview, child: Child) -> int:
         """Write all of it; returns how much was taken: nothing, after ``close``.  Raises BrokenStream."""
         async with self._use():
             if self._released and child.status is None:
@@ -201,7 +201,7 @@ class Streams:
             size = struct.pack("HHHH", rows & 0xFFFF, columns & 0xFFFF, 0, 0)
             fcntl.ioctl(self._terminal, termios.TIOCSWINSZ, size)
 
-    def interrupts(self, data: bytes, pid: int) -> bool:
+    def interrupts(self, data: bytes | memoryview, pid: int) -> bool:
         """Return whether data typed at a terminal interrupt a process: the foreground group gets a signal."""
         if self._terminal is None or self._terminal < 0 or not data:
             return False
@@ -209,7 +209,7 @@ class Streams:
 
         try:
             *_, local, _, _, control = termios.tcgetattr(self._terminal)
-            typed = bool(local & termios.ISIG) and control[termios.VINTR] in data
+            typed = bool(local & termios.ISIG) and control[termios.VINTR] in bytes(data)
             return typed and os.tcgetpgrp(self._terminal) == pid
         except (OSError, termios.error):
             return False

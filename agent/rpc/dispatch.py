@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from types import MappingProxyType
 from typing import Any
 
 from google.protobuf import message_factory
@@ -67,12 +68,21 @@ class Service:
     A handler is a coroutine function of the method's name in one of the classes.
     """
 
-    def __init__(self, descriptor: Any, *classes: type, unimplemented: Iterable[str] = ()) -> None:
-        """Raises TypeError for a method without a handler that ``unimplemented`` does not name, for a handler of no
+    def __init__(
+        self,
+        descriptor: Any,
+        *classes: type,
+        unimplemented: Iterable[str] = (),
+        requests: Mapping[str, type] = MappingProxyType({}),
+    ) -> None:
+        """``requests`` are classes in place of protobuf's, by methods; they have its ParseFromString and DESCRIPTOR.
+
+        Raises TypeError for a method without a handler that ``unimplemented`` does not name, for a handler of no
         method (a class's functions in CamelCase are taken for handlers), and for two handlers of one.
         """
         self._descriptor = descriptor
         self._classes = classes
+        self._requests = requests
         methods, missing = {method.name for method in descriptor.methods}, set(unimplemented)
         self._handlers: dict[str, type] = {}
         for one in classes:
@@ -95,7 +105,7 @@ class Service:
         for method in self._descriptor.methods:
             handling = self._handlers.get(method.name)
             handler = None if handling is None else getattr(by_class[handling], method.name)
-            request_class = message_factory.GetMessageClass(method.input_type)
+            request_class = self._requests.get(method.name) or message_factory.GetMessageClass(method.input_type)
             table[f"/{self._descriptor.full_name}/{method.name}"] = Method(method.name, request_class, handler)
         return table
 
@@ -122,7 +132,7 @@ class Dispatch:
         self._more = more
         self._detail_of = detail_of
 
-    async def call(self, path: str, payload: bytes, timeout: float | None = None) -> Outcome:
+    async def call(self, path: str, payload: bytes | bytearray | memoryview, timeout: float | None = None) -> Outcome:
         """Call a method with an encoded request; its handler is cancelled after ``timeout`` seconds.
 
         Cancelling this cancels the handler.  What a handler raises is in the outcome, never raised.

@@ -8,6 +8,9 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from typing import TypeVar
+
+    Message = TypeVar("Message", bytes, memoryview)
 
 #: Wire types; groups, which proto3 does not have, are refused.
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -51,9 +54,12 @@ def encode(fields: Iterable[tuple[int, int | str | bytes]]) -> bytes:
     return bytes(out)
 
 
-def decode(message: bytes) -> list[tuple[int, int | bytes]]:
-    """Return a message's fields in their order: integers as they were sent, all others as bytes.  Raises WireError."""
-    fields: list[tuple[int, int | bytes]] = []
+def decode(message: Message) -> list[tuple[int, int | Message]]:
+    """Return a message's fields in their order: integers as they were sent, all others as parts of the message.
+
+    Of a memoryview they are not copied.  Raises WireError.
+    """
+    fields: list[tuple[int, int | Message]] = []
     at = 0
     while at < len(message):
         if len(fields) == MAX_FIELDS:
@@ -77,7 +83,20 @@ def decode(message: bytes) -> list[tuple[int, int | bytes]]:
     return fields
 
 
-def _read_varint(message: bytes, at: int) -> tuple[int, int]:
+def views(message: memoryview, count: int) -> list[memoryview] | None:
+    """Return the fields 1 to ``count`` of a message, without copying them.
+
+    None where it is not made of just these, each a string or bytes, in their order: protobuf has to be asked then.
+    """
+    try:
+        fields = decode(message)
+    except WireError:
+        return None
+    found = [value for _, value in fields if isinstance(value, memoryview)]
+    return found if [number for number, _ in fields] == list(range(1, count + 1)) and len(found) == count else None
+
+
+def _read_varint(message: bytes | memoryview, at: int) -> tuple[int, int]:
     """Return the integer at this place, and the place after it."""
     number = 0
     for place, byte in enumerate(message[at : at + _MAX_VARINT]):

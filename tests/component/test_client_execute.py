@@ -58,7 +58,7 @@ class Agent:
         while data := self.connection.recv(1 << 16):
             reader.feed(data)
             while (frame := reader.next()) is not None:
-                request = ttrpc_pb2.Request.FromString(frame.data or b"")
+                request = ttrpc_pb2.Request.FromString(bytes(frame.data or b""))
                 with self.seen:
                     self.asked.append((request.method, request.payload))
                     self.seen.notify_all()

@@ -89,7 +89,7 @@ class Pair:
                 raise EOFError
             self._reader.feed(data)
         assert (one.kind, one.flags) == (frames.RESPONSE, 0)
-        return one.stream_id, ttrpc_pb2.Response.FromString(one.data or b"")
+        return one.stream_id, ttrpc_pb2.Response.FromString(bytes(one.data or b""))
 
     async def error(self) -> tuple[int, StatusCode, str]:
         """The next response, which is an error's."""

@@ -8,7 +8,7 @@ import pytest
 
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc import frames
-from caisson.agent.rpc.ttrpc.frames import HEADER_SIZE, MAX_DATA, Frame, FrameReader
+from caisson.agent.rpc.ttrpc.frames import HEADER_SIZE, LONG, MAX_DATA, Frame, FrameReader
 from caisson.proto.ttrpc import ttrpc_pb2
 
 #: Health.Check with a deadline and containerd's metadata, as containerd's own library (Go, 1.2.7) sends it.
@@ -35,7 +35,7 @@ def read(*pieces: bytes) -> list[tuple[int, int, int, int, bytes | None]]:
 
 
 def fields(one: Frame) -> tuple[int, int, int, int, bytes | None]:
-    return one.length, one.stream_id, one.kind, one.flags, one.data
+    return one.length, one.stream_id, one.kind, one.flags, None if one.data is None else bytes(one.data)
 
 
 def test_a_request_of_the_go_library_is_decoded() -> None:
@@ -90,6 +90,39 @@ def test_frames_are_found_wherever_the_input_is_cut() -> None:
     assert read(*(bytes([byte]) for byte in whole)) == expected
     for cut in range(len(whole)):
         assert read(whole[:cut], whole[cut:]) == expected
+
+
+@pytest.mark.parametrize("cut", [HEADER_SIZE - 1, HEADER_SIZE, HEADER_SIZE + 1, LONG, HEADER_SIZE + LONG, LONG + 20])
+def test_a_long_frame_is_found_wherever_it_is_cut(cut: int) -> None:
+    long = random.Random(cut).randbytes(LONG + 1)
+    whole = frames.frame(1, frames.REQUEST, long) + CHECK + frames.frame(3, frames.REQUEST, long)
+    expected = [(LONG + 1, 1, frames.REQUEST, 0, long), *read(CHECK), (LONG + 1, 3, frames.REQUEST, 0, long)]
+    assert read(whole) == expected
+    assert read(whole[:cut], whole[cut:]) == expected
+    assert read(*(whole[at : at + cut] for at in range(0, len(whole), cut))) == expected
+
+
+def test_the_rest_of_a_long_frame_is_received_in_its_place() -> None:
+    long = random.Random(7).randbytes(LONG)
+    encoded = frames.frame(1, frames.REQUEST, long)
+    reader, at = FrameReader(), HEADER_SIZE + 5
+    assert reader.room() is None
+    reader.feed(encoded[:at])
+    while (one := reader.next()) is None:
+        room = reader.room()
+        assert room is not None and len(room) == len(encoded) - at
+        part = encoded[at : at + 50_000]
+        room[: len(part)] = part
+        reader.received(len(part))
+        at += len(part)
+    assert fields(one) == (LONG, 1, frames.REQUEST, 0, long) and isinstance(one.data, bytearray)
+    assert reader.room() is None
+    assert read(CHECK) == [fields(found) for found in _fed(reader, CHECK)]
+
+
+def _fed(reader: FrameReader, data: bytes) -> list[Frame]:
+    reader.feed(data)
+    return [one for one in iter(reader.next, None) if one is not None]
 
 
 @pytest.mark.parametrize("length", [MAX_DATA + 1, 1 << 24, (1 << 32) - 1])

@@ -6,7 +6,9 @@ import random
 from typing import Any
 
 import pytest
+from google.protobuf.message import DecodeError
 
+from caisson.agent.api.kata3.service import WriteStreamRequest
 from caisson.agent.client import execute
 from caisson.agent.rpc import wire
 from caisson.proto.caisson import caisson_pb2
@@ -69,6 +71,53 @@ def test_random_bytes_are_decoded_or_refused() -> None:
         except wire.WireError:
             continue
         assert all(isinstance(value, int) or len(value) <= len(data) for _, value in fields)
+
+
+def test_views_are_of_the_message_itself() -> None:
+    message = bytearray(wire.encode([(1, "c"), (2, "e"), (3, b"data")]))
+    found = wire.views(memoryview(message), 3)
+    assert found is not None and [bytes(one) for one in found] == [b"c", b"e", b"data"]
+    message[-1:] = b"e"
+    assert bytes(found[2]) == b"date"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [(1, "c"), (2, "e")],
+        [(1, "c"), (3, b"data"), (2, "e")],
+        [(1, "c"), (2, 7), (3, b"data")],
+        [(1, "c"), (2, "e"), (3, b"data"), (3, b"more")],
+        [(1, "c"), (2, "e"), (3, b"data"), (4, 1)],
+    ],
+)
+def test_an_unusual_message_has_no_views(fields: list[tuple[int, int | str | bytes]]) -> None:
+    assert wire.views(memoryview(wire.encode(fields)), 3) is None
+    assert wire.views(memoryview(wire.encode(fields) + b"\x1a\x05"), 3) is None
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        wire.encode([(1, "c"), (2, "e"), (3, b"data")]),
+        wire.encode([(1, "c"), (2, "e"), (3, b"data"), (3, b"more"), (9, 1)]),
+        wire.encode([(2, "e"), (1, "c")]),
+        b"",
+        wire.encode([(1, b"\xff"), (2, "e"), (3, b"data")]),
+        wire.encode([(1, "c"), (2, "e"), (3, b"data")])[:-1],
+    ],
+)
+def test_a_long_write_to_standard_input_is_what_protobuf_makes_of_it(encoded: bytes) -> None:
+    request = WriteStreamRequest()
+    try:
+        expected = agent_pb2.WriteStreamRequest.FromString(encoded)
+    except DecodeError:
+        with pytest.raises(DecodeError):
+            request.ParseFromString(memoryview(encoded))
+        return
+    request.ParseFromString(memoryview(encoded))
+    found = request.container_id, request.exec_id, bytes(request.data)
+    assert found == (expected.container_id, expected.exec_id, expected.data)
 
 
 def test_a_command_knows_its_fields_by_the_numbers_of_the_schema() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from contextlib import suppress
 
 from caisson.agent.api.containers import (
     EMPTY,
@@ -16,6 +17,7 @@ from caisson.agent.api.containers import (
 )
 from caisson.agent.base.errors import EndOfStream, FailedPrecondition, InvalidArgument, ProcessExited, Unsupported
 from caisson.agent.guest.storage import FsGroup
+from caisson.agent.rpc import wire
 from caisson.proto.kata3 import agent_pb2, types_pb2
 
 TYPE_CHECKING = False
@@ -142,12 +144,31 @@ class AgentService(ContainerService):
     async def ReadStderr(self, request: agent_pb2.ReadStreamRequest) -> list[bytes]:
         return await _until_the_end(self._process(request).read_stderr(request.len))
 
-    async def WriteStdin(self, request: agent_pb2.WriteStreamRequest) -> agent_pb2.WriteStreamResponse:
+    async def WriteStdin(self, request: WriteStreamRequest) -> agent_pb2.WriteStreamResponse:
         process = self._process(request)
-        data = request.data  # copied by each access
-        if not data:
+        if not request.data:
             await process.close_stdin()
-        return agent_pb2.WriteStreamResponse(len=await process.write(data) if data else 0)
+        return agent_pb2.WriteStreamResponse(len=await process.write(request.data) if request.data else 0)
+
+
+class WriteStreamRequest:
+    """A grpc.WriteStreamRequest whose data, when long, stay where they were received: protobuf copies them twice."""
+
+    DESCRIPTOR = agent_pb2.WriteStreamRequest.DESCRIPTOR
+
+    def __init__(self) -> None:
+        self.container_id = self.exec_id = ""
+        self.data: bytes | memoryview = b""
+
+    def ParseFromString(self, payload: bytes | memoryview) -> None:
+        """Decode it.  Raises DecodeError."""
+        if isinstance(payload, memoryview) and (fields := wire.views(payload, 3)):
+            with suppress(UnicodeDecodeError):
+                self.container_id, self.exec_id = str(fields[0], "utf-8"), str(fields[1], "utf-8")
+                self.data = fields[2]
+                return
+        request = agent_pb2.WriteStreamRequest.FromString(bytes(payload))
+        self.container_id, self.exec_id, self.data = request.container_id, request.exec_id, request.data
 
 
 async def _until_the_end(reading: Awaitable[bytes]) -> list[bytes]:

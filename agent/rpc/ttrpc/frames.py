@@ -23,6 +23,9 @@ HEADER_SIZE = _HEADER.size
 #: Bytes of a frame's data: so the first byte of a connection is 0, whatever is sent.
 MAX_DATA = 4 << 20
 
+#: Bytes of a frame's data that are received in their place: less is copied sooner than that is arranged.
+LONG = 1 << 17
+
 REQUEST, RESPONSE, DATA = 1, 2, 3
 
 #: Flags of streams that are more than one request and one response.
@@ -36,11 +39,14 @@ _PAYLOAD = b"\x12"
 
 
 class Frame:
-    """A frame; ``data`` is None where it was longer than MAX_DATA, and thrown away."""
+    """A frame; ``data`` is None where it was longer than MAX_DATA, and thrown away.
+
+    Of a frame of LONG bytes or more that came in parts they are a bytearray, which is the caller's.
+    """
 
     __slots__ = ("data", "flags", "kind", "length", "stream_id")
 
-    def __init__(self, length: int, stream_id: int, kind: int, flags: int, data: bytes | None) -> None:
+    def __init__(self, length: int, stream_id: int, kind: int, flags: int, data: bytes | bytearray | None) -> None:
         self.length = length
         self.stream_id = stream_id
         self.kind = kind
@@ -55,6 +61,8 @@ class FrameReader:
         self._input: bytes | bytearray = b""  # bytes where all frames came whole, so that they are copied once
         self._at = 0  # what was returned
         self._discard = 0  # bytes yet to come of a frame that is too long
+        self._long: Frame | None = None  # whose data are coming
+        self._came = 0  # of these
 
     def feed(self, data: Buffer) -> None:
         """Take bytes as they came."""
@@ -62,6 +70,11 @@ class FrameReader:
             skipped = min(self._discard, len(data))
             self._discard -= skipped
             data = memoryview(data)[skipped:]
+        elif room := self.room():
+            taken = min(len(room), len(data))
+            room[:taken] = memoryview(data)[:taken]
+            self.received(taken)
+            data = memoryview(data)[taken:]
         if self._at == len(self._input):
             self._input = bytes(data)
         elif isinstance(self._input, bytearray):
@@ -72,8 +85,27 @@ class FrameReader:
             self._input += data
         self._at = 0
 
+    def room(self) -> memoryview | None:
+        """Return where the next bytes belong that a long frame lacks; None where nothing lacks any.
+
+        They can be received there in place of being fed; ``received`` says how many were.
+        """
+        if self._long is None or self._came == self._long.length:
+            return None
+        assert self._long.data is not None
+        return memoryview(self._long.data)[self._came :]
+
+    def received(self, count: int) -> None:
+        """Take note of bytes that were put into the ``room``."""
+        self._came += count
+
     def next(self) -> Frame | None:
         """Return the next frame, None until more was fed."""
+        if self._long is not None:
+            if self._came < self._long.length:
+                return None
+            whole, self._long = self._long, None
+            return whole
         begin = self._at + HEADER_SIZE
         if len(self._input) < begin:
             return None
@@ -84,6 +116,11 @@ class FrameReader:
             self._at = min(end, len(self._input))
             return Frame(length, stream_id, kind, flags, None)
         if len(self._input) < end:
+            if length >= LONG:
+                self._long = Frame(length, stream_id, kind, flags, bytearray(length))
+                self._came = 0
+                rest, self._input, self._at = memoryview(self._input)[begin:], b"", 0
+                self.feed(rest)
             return None
         data = bytes(memoryview(self._input)[begin:end])
         self._at = end

@@ -46,7 +46,7 @@ def payload_of(frame: frames.Frame) -> bytes:
         raise RpcError(StatusCode.RESOURCE_EXHAUSTED, frames.too_long(frame.length))
     payload = status = b""
     try:
-        for number, value in wire.decode(frame.data):
+        for number, value in wire.decode(bytes(frame.data)):
             if isinstance(value, bytes):
                 if number == 1:
                     status = value

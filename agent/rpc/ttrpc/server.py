@@ -6,8 +6,11 @@ peer, so what exceeds a limit gets an error response, and a peer that does not r
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from google.protobuf.message import DecodeError
 
+from caisson.agent.rpc import wire
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.connection import MAX_CALLS, MAX_HELD, Connection
 from caisson.agent.rpc.ttrpc import frames
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from caisson.agent.base.log import Log
+    from caisson.agent.rpc.connection import Buffer
     from caisson.agent.rpc.dispatch import Dispatch
 
 
@@ -31,7 +35,20 @@ class TtrpcConnection(Connection):
         super().__init__(buffer, log, on_lost)
         self._dispatch = dispatch
         self._reader = frames.FrameReader()
+        self._room: memoryview | None = None  # of a long frame, where input is put now
         self._leaving = False
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        self._room = self._reader.room()
+        return self._room or super().get_buffer(sizehint)
+
+    def buffer_updated(self, count: int) -> None:
+        if not self._room:
+            super().buffer_updated(count)
+            return
+        self._room = None
+        self._reader.received(count)
+        self._take_turn()
 
     def feed(self, data: memoryview) -> None:
         self._reader.feed(data)
@@ -70,20 +87,17 @@ class TtrpcConnection(Connection):
             raise _Refused(StatusCode.RESOURCE_EXHAUSTED, f"requests of more than {MAX_HELD} bytes at once")
         self._start(frame.stream_id, frame.data)
 
-    def _start(self, stream_id: int, data: bytes) -> None:
+    def _start(self, stream_id: int, data: bytes | bytearray) -> None:
         try:
-            request = ttrpc_pb2.Request.FromString(data)
+            path, payload, timeout = _request(data)
         except DecodeError:
             raise _Refused(StatusCode.INVALID_ARGUMENT, "the frame's data is not a valid ttrpc.Request") from None
         self.held += len(data)
-        self.start_call(stream_id, self._serve(stream_id, request, len(data)))
+        self.start_call(stream_id, self._serve(stream_id, path, [payload], timeout, len(data)))
 
-    async def _serve(self, stream_id: int, request: Any, size: int) -> None:
+    async def _serve(self, stream_id: int, path: str, payload: list[Buffer], timeout: float | None, size: int) -> None:
         try:
-            path = f"/{request.service}/{request.method}"
-            timeout = request.timeout_nano / 1e9 if request.timeout_nano > 0 else None
-            payload, request = request.payload, None  # not kept for as long as the call takes
-            code, result = await self._dispatch.call(path, payload, timeout)
+            code, result = await self._dispatch.call(path, payload.pop(), timeout)  # not kept for as long as it takes
         finally:
             self.held -= size
             self.end_call(stream_id)
@@ -100,3 +114,17 @@ class _Refused(Exception):
     def __init__(self, code: StatusCode, text: str) -> None:
         super().__init__(code, text)
         self.status = code, text
+
+
+def _request(data: bytes | bytearray) -> tuple[str, Buffer, float | None]:
+    """Return the path, the payload and the timeout in seconds of a ttrpc.Request.  Raises DecodeError.
+
+    The payload of a long one stays where it was received: protobuf would copy it twice.
+    """
+    if isinstance(data, bytearray) and (fields := wire.views(memoryview(data), 3)):
+        service, method, payload = fields
+        with suppress(UnicodeDecodeError):
+            return f"/{str(service, 'utf-8')}/{str(method, 'utf-8')}", payload, None
+    request = ttrpc_pb2.Request.FromString(bytes(data))
+    timeout = request.timeout_nano / 1e9 if request.timeout_nano > 0 else None
+    return f"/{request.service}/{request.method}", request.payload, timeout
