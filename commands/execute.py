@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from caisson.agent.base.lazyimport import load_deferred
 from caisson.agent.base.record import Record
-from caisson.agent.client.caller import DEFAULT, user_ids
+from caisson.agent.client.caller import DEFAULT, user_document
 from caisson.agent.client.errors import AgentGone, UsageError
 from caisson.agent.client.execute import execute
 from caisson.commands.streams import reporter
@@ -39,16 +39,16 @@ def exec_(
     check_terminal(tty)
     if guest and container:
         raise UsageError("--guest: is outside all containers; leave --container out")
-    ids = user_ids(user)
+    who = user_document(user)
     if guest:
         load_deferred()
         from caisson.commands.machines import vm_for
         from caisson.commands.program import execute_in_guest
 
         with vm_for(name, reporter(verbose), network=network) as vm:
-            return execute_in_guest(vm, words, env=env, cwd=workdir, user=ids, terminal=tty)
+            return execute_in_guest(vm, words, env=env, cwd=workdir, user=who, terminal=tty)
     with _machine(name, network, verbose) as machine:
-        return execute(machine, container or DEFAULT, words, env=env, cwd=workdir, user=ids, terminal=tty)
+        return execute(machine, container or DEFAULT, words, env=env, cwd=workdir, user=who, terminal=tty)
 
 
 @contextlib.contextmanager

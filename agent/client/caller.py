@@ -6,9 +6,13 @@ import contextlib
 import os
 import signal
 import termios
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from caisson.agent.client.errors import UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 #: The container of a VM that is there without anybody's asking.
 DEFAULT = "default"
@@ -22,6 +26,12 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signa
 #: Requests to stop, and after how many of them the process is killed.
 STOPS = (signal.SIGINT, signal.SIGTERM)
 MAX_STOPS = 3
+
+#: The user that a program has unless it is given another.
+ROOT: Mapping[str, Any] = {"uid": 0, "gid": 0}
+
+#: What names of users and groups are made of, beside letters and digits (useradd(8)).
+NAME_SIGNS = "_.$-"
 
 #: The search path of a program that is given none.
 PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -78,12 +88,15 @@ def terminal_env(terminal: bool) -> list[str]:
     return [f"TERM={os.environ.get('TERM', 'xterm')}"] if terminal else []
 
 
-def user_ids(text: str) -> tuple[int, int]:
-    """Parse uid[:gid]; the group defaults to 0.  Raises UsageError."""
-    uid, _, gid = text.partition(":")
-    for number in (uid, gid or "0"):
-        if not number.isascii() or not number.isdecimal():
-            raise UsageError(f"--user {text!r}: is not a number; give UID or UID:GID")
-        if int(number) >= (1 << 32) - 1:
-            raise UsageError(f"--user {text!r}: {number} is out of range; ids are 0 to {(1 << 32) - 2}")
-    return int(uid), int(gid or 0)
+def user_document(text: str) -> Mapping[str, Any]:
+    """Parse USER[:GROUP] into a `user` of the specification; its names and numbers are looked up in the container.
+
+    Raises UsageError.
+    """
+    for one in text.split(":", 1):
+        plain = one.translate({ord(sign): None for sign in NAME_SIGNS})
+        if not plain.isascii() or not plain.isalnum() or one[0] in "-.$":
+            raise UsageError(f"--user {text!r}: is not a user; give USER or USER:GROUP, by name or number")
+        if one.isdecimal() and int(one) >= (1 << 32) - 1:
+            raise UsageError(f"--user {text!r}: {one} is out of range; ids are 0 to {(1 << 32) - 2}")
+    return ROOT if text == "0" else {"username": text}

@@ -21,6 +21,7 @@ from caisson.agent.client.caller import (
     FORWARDED,
     MAX_STOPS,
     PATH,
+    ROOT,
     STOPS,
     raw,
     status_of,
@@ -37,7 +38,7 @@ from caisson.agent.rpc.ttrpc.responses import RpcError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from typing import Any
 
     from caisson.agent.client.guest import Machine
@@ -66,7 +67,7 @@ def execute(
     *,
     env: Sequence[str] = (),
     cwd: str = "/",
-    user: tuple[int, int] = (0, 0),
+    user: Mapping[str, Any] = ROOT,
     terminal: bool = False,
 ) -> int:
     """Run a program in a container that runs (the VM's default one is created on first use); returns its exit status.
@@ -79,12 +80,11 @@ def execute(
     Raises ContainerUnavailable for a container that has exited or never was, ProgramError when the program cannot be
     run, OutputError when output cannot be written for another reason, and AgentGone.
     """
-    uid, gid = user
     document = {
         "args": list(words),
-        "env": [PATH, "HOME=/root" if uid == 0 else "HOME=/", *terminal_env(terminal), *env],
+        "env": [PATH, *(["HOME=/root"] if user is ROOT else ()), *terminal_env(terminal), *env],
         "cwd": cwd,
-        "user": {"uid": uid, "gid": gid},
+        "user": dict(user),
         "terminal": terminal,
     }
     if (size := terminal_size(terminal)) is not None:

@@ -7,10 +7,10 @@ import contextlib
 import signal
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from caisson.agent.client.caller import terminal_env, terminal_size
+from caisson.agent.client.caller import ROOT, terminal_env, terminal_size
 from caisson.agent.client.connection import Agent, Container, Process
 from caisson.agent.client.errors import AgentError
 from caisson.agent.client.guest import Guest, Machine, busybox_root, resolver_lines
@@ -47,7 +47,7 @@ async def execute_in_guest(
     *,
     env: Sequence[str] = (),
     cwd: str = "/",
-    user: tuple[int, int] = (0, 0),
+    user: Mapping[str, Any] = ROOT,
     terminal: bool = False,
 ) -> int:
     """Run a program in the guest's own root, with all its rights; returns its exit status.

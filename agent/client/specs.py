@@ -9,11 +9,11 @@ Specs are decoded config.json documents; words that are no UTF-8 are in them as 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from caisson.agent.client import bundles, seccomp
-from caisson.agent.client.caller import PATH
+from caisson.agent.client.caller import PATH, ROOT
 
 if TYPE_CHECKING:
     from caisson.proto.kata1 import oci_pb2
@@ -103,13 +103,12 @@ def container_document(
 
 
 def guest_document(
-    args: Sequence[str], busybox: str, *, env: Sequence[str] = (), cwd: str = "/", user: tuple[int, int] = (0, 0)
+    args: Sequence[str], busybox: str, *, env: Sequence[str] = (), cwd: str = "/", user: Mapping[str, Any] = ROOT
 ) -> Document:
     """Return the spec of a program that is confined by the guest alone, in its root, which the caller sets.
 
     /proc shows all the guest's processes.  In PATH the programs of the guest's packages come before those of busybox.
     """
-    uid, gid = user
     return {
         "ociVersion": "1.2.0",
         "root": {"path": "", "readonly": False},
@@ -118,7 +117,7 @@ def guest_document(
             "args": list(args),
             "env": [f"{PATH}:{busybox}/bin", "HOME=/", *env],
             "cwd": cwd,
-            "user": {"uid": uid, "gid": gid},
+            "user": dict(user),
             "capabilities": {kind: list(bundles.ALL_CAPABILITIES) for kind in ("bounding", "effective", "permitted")},
         },
         "linux": {"namespaces": [{"type": kind} for kind in ("mount", "ipc", "uts")]},

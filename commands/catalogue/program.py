@@ -50,7 +50,7 @@ EXEC = Command(
         INTERACTIVE,
         ENV,
         NETWORK,
-        Option("user", "run it as this user", name("UID[:GID]", "1000:1000"), default="0", short="u"),
+        Option("user", "run it as this user", name("USER[:GROUP]", "1000:1000"), default="0", short="u"),
         Option("workdir", "its working directory in the container", DIRECTORY_IN_GUEST, default="/", short="w"),
         VERBOSE,
     ),

@@ -16,8 +16,9 @@ from pathlib import Path
 #: Pixels of the picture: its width, the height of each map, the head of the picture and of each group, what is between.
 WIDTH, HEIGHT, TITLE, HEAD, GAP = 1200, 560, 64, 20, 40
 
-#: Pixels that a letter takes, in a font of one width, so that what fits can be counted; and a line of letters.
-LETTER, LINE = 6.7, 14
+#: Pixels that a letter takes, in a font of one width, so that what fits can be counted; a line of letters; a letter of
+#: the title.
+LETTER, LINE, TITLE_LETTER = 6.7, 14, 9.7
 
 #: Directories are grouped by so many of their components, and told apart by one more.
 DEPTH = 3
@@ -87,6 +88,8 @@ def svg(title: str, files: Sequence[File]) -> str:
     """Return the picture as SVG."""
     whole = sum(file.size for file in files)
     bottom = TITLE + 2 * (HEIGHT + GAP)
+    figure = f": {_bytes(whole)}"
+    shown = _fit(title, WIDTH - 16 - TITLE_LETTER * len(figure), TITLE_LETTER)
     drawn = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{bottom}" viewBox="0 0 {WIDTH} {bottom}" '
         'role="img">',
@@ -94,7 +97,7 @@ def svg(title: str, files: Sequence[File]) -> str:
         "<style>text{font:11px ui-monospace,monospace;fill:#1f2328} .title{font-size:16px;font-weight:600} "
         ".head{font-weight:600} rect{stroke:#ffffff}</style>",
         f'<rect width="{WIDTH}" height="{bottom}" fill="#ffffff"/>',
-        f'<text class="title" x="8" y="24">{escape(_fit(title, WIDTH - 16, 9.7))}: {_bytes(whole)}</text>',
+        f'<text class="title" x="8" y="24">{escape(shown)}{figure}</text>',
     ]
     for number, (what, groups) in enumerate((("by package", by_package(files)), ("by directory", by_directory(files)))):
         top = TITLE + number * (HEIGHT + GAP)
@@ -193,7 +196,7 @@ def _rectangle(box: Box, what: str) -> str:
 def _text(box: Box, text: str, kind: str, figure: str = "") -> str:
     """Write a name, and below it a figure, as far as there is room."""
     shown = _fit(text, box.width - 8, LETTER)
-    if box.height < LINE or len(shown) < min(4, len(text)):
+    if box.height < LINE or (shown != text and len(shown) < 4):
         return ""
     words = f'<text class="{kind}" x="{box.x + 4:.1f}" y="{box.y + LINE:.1f}">{escape(shown)}</text>'
     if figure and box.height > 2 * LINE + 4 and len(figure) * LETTER < box.width - 8:
@@ -203,7 +206,7 @@ def _text(box: Box, text: str, kind: str, figure: str = "") -> str:
 
 def _fit(text: str, pixels: float, letter: float) -> str:
     most = max(0, int(pixels / letter))
-    return text if len(text) <= most else text[: max(0, most - 1)] + "…"
+    return text if len(text) <= most else text[: most - 1] + "…" if most else ""
 
 
 def _bytes(size: int) -> str:

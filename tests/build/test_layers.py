@@ -109,6 +109,34 @@ def test_layers_are_merged(laid: Lay, upper: list[Member], expected: list[str]) 
     assert names(laid(LOWER, layer(*upper))) == expected
 
 
+@pytest.mark.parametrize(
+    "kept_beside",
+    [
+        [(".wh..wh.plnk", FOLDER), (".wh..wh.plnk/1.2", file(b"aufs"))],
+        [(".wh..wh.plnk/1.2", FOLDER), (".wh..wh.plnk/1.2/x", file())],
+        [(".wh..wh.plnk/a", link("b")), (".wh..wh.plnk/a/x", file())],
+        [(".wh..wh.plnk/.wh.f", file()), (".wh..wh.orph/.wh..wh..opq", file())],
+        [(".wh..wh.orph", FOLDER), (".wh..wh.orph/deep/er/x", file()), (".wh..wh.aufs", file())],
+        [(".wh..wh.plnk/.wh.", file()), (".wh..wh.orph/.wh...", file())],
+        [("./.wh..wh.plnk/x", file()), ("/.wh..wh.orph/y", file()), ("z/../.wh..wh.orph/y", file())],
+    ],
+)
+def test_what_aufs_keeps_for_itself_is_dropped_and_hides_nothing(laid: Lay, kept_beside: list[Member]) -> None:
+    assert names(laid(LOWER, layer(*kept_beside))) == ["a", "a/b", "a/c", "a/d", "a/d/e", "f", "link"]
+
+
+def test_a_link_of_aufs_is_to_its_own_layers_file(laid: Lay) -> None:
+    aufs = (".wh..wh.plnk", FOLDER), (".wh..wh.plnk/1.2", file(b"aufs", uid=7))
+    tree = laid(LOWER, layer(*aufs, *((name, hard_link(".wh..wh.plnk/1.2")) for name in ("g", "h"))))
+    assert [nodes(tree)[name].uid for name in (b"g", b"h")] == [7, 7]
+    assert {path: first for path, _, first in tree.walk()}[b"h"] == b"g"
+    other = (".wh..wh.plnk/3.4", link("g")), ("i", hard_link(".wh..wh.plnk/3.4"))
+    with pytest.raises(Malformed, match="not there"):
+        laid(layer(*aufs, *other))
+    with pytest.raises(Malformed, match="not there"):
+        laid(layer(*aufs), layer(("g", hard_link(".wh..wh.plnk/1.2"))))
+
+
 def test_directories_keep_or_change_what_they_are(laid: Lay) -> None:
     kept = nodes(laid(LOWER, layer(("a/x", file()))))[b"a"]
     assert (stat.S_IMODE(kept.mode), kept.uid) == (0o700, 5)

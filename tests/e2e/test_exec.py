@@ -63,6 +63,13 @@ def test_environment_user_and_directory(vm: Caisson) -> None:
     assert done.stdout == b"x  y 1000:1001 /tmp\n", done.stderr
 
 
+def test_users_have_names_as_in_the_containers_passwd(vm: Caisson) -> None:
+    done = vm("exec", "--user", "nobody", "--", "sh", "-c", 'echo "$(id -u):$(id -g) $HOME"')
+    assert done.stdout == b"65534:65534 /\n", done.stderr
+    done = vm("exec", "--user", "nosuch", "--", "true")
+    assert done.returncode == 125 and b"unable to find user nosuch" in done.stderr
+
+
 def test_background_jobs_do_not_hold_the_command(vm: Caisson) -> None:
     done = vm("exec", "--", "sh", "-c", "sleep 1000 & echo started; exit 3")
     assert (done.returncode, done.stdout) == (3, b"started\n")

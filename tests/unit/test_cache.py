@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from caisson.image.build.cache import Cache, Removed, cap, clean, default_root, digest_of, digest_of_files
+from caisson.commands import image
+from caisson.image.build.cache import Cache, Removed, cap, clean, default_root, digest_of, digest_of_files, size_of
 from caisson.image.errors import ImageError
 from tests.support.poll import wait_until
 
@@ -180,6 +181,27 @@ def test_those_used_last_are_kept(cache: Cache) -> None:
     assert contents(cache) == ["one/a/f"]
     assert freed(cache.trim(0, spare=0)) == 1000
     assert contents(cache) == []
+
+
+def test_clean_says_what_it_freed_and_of_what(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CAISSON_CACHE", str(cache.root))
+    for step, key, size in (("images", "a", 3), ("images", "b", 20), ("containers", "c", 400), ("other", "d", 5000)):
+        result = cache.get_or_make(step, key, lambda target: (target / "f").touch())
+        os.truncate(result / "f", size * 10**6)
+        (result / ".used").unlink()
+        cache.get_or_make(step, key, never)
+    before = size_of(cache.root)
+    image.clean(everything=False)
+    assert capsys.readouterr().err.splitlines() == [
+        "caisson: images: 2 removed, 23 MB",
+        "caisson: container images: 1 removed, 400 MB",
+        "caisson: freed 5423 MB",
+    ]
+    assert before - size_of(cache.root) == pytest.approx(5423e6, abs=1000)
+    image.clean(everything=False)
+    assert capsys.readouterr().err == "caisson: freed 0 MB\n"
 
 
 def test_the_cap_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:

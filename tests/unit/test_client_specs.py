@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from caisson.agent.client import UsageError
-from caisson.agent.client.caller import user_ids
+from caisson.agent.client.caller import user_document
 from caisson.agent.client.copy import Place
 from caisson.agent.client.run_specs import RunOptions, env_file, image_document, size
 from caisson.agent.client.seccomp import default_profile
@@ -136,6 +136,19 @@ def test_capabilities_that_cannot_be_raised_or_are_unknown_are_left_out_with_a_w
     assert len(warnings) == 2 and "CAP_OF_TOMORROW" in warnings[0] and "ambient" in warnings[1]
     document, warnings = of_bundle(changed("process.capabilities", sets | {"inheritable": ["CAP_KILL"]}))
     assert document["process"]["capabilities"]["ambient"] == ["CAP_KILL"] and len(warnings) == 1
+
+
+@pytest.mark.parametrize("permitted", [["CAP_KILL"], []])
+@pytest.mark.parametrize("inheritable", [["CAP_KILL"], ["CAP_CHOWN"], None])
+def test_an_ambient_capability_is_kept_where_it_can_be_raised_and_else_warned_of(
+    permitted: list[str], inheritable: list[str] | None
+) -> None:
+    sets = {"permitted": permitted, "inheritable": inheritable, "ambient": ["CAP_KILL"]}
+    document, warnings = of_bundle(changed("process.capabilities", sets))
+    kept = bool(permitted) and inheritable == ["CAP_KILL"]
+    assert document["process"]["capabilities"]["ambient"] == (["CAP_KILL"] if kept else [])
+    left_out = "config.json: process.capabilities.ambient: left out where not permitted and inheritable"
+    assert warnings == ([] if kept else [left_out])
 
 
 def test_a_bundle_of_a_tool_without_root_gets_file_systems_of_the_guest() -> None:
@@ -325,10 +338,21 @@ def test_settings_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         env_file(str(tmp_path / "missing"))
 
 
-@pytest.mark.parametrize("text", ["", "a", "1:b", "-1", "4294967295", "4294967296", "0:4294967295", "\u0663"])
+@pytest.mark.parametrize(
+    "text", ["", ":", "a:", ":1", "a:b:c", "-1", "a/b", "a b", "4294967295", "0:4294967296", "\u0663"]
+)
 def test_what_is_no_user(text: str) -> None:
     with pytest.raises(UsageError, match="--user"):
-        user_ids(text)
+        user_document(text)
+
+
+@pytest.mark.parametrize("text", ["nobody", "1000", "1000:1001", "www-data:adm", "_apt", "machine$"])
+def test_users_are_looked_up_in_the_container(text: str) -> None:
+    assert user_document(text) == {"username": text}
+
+
+def test_root_is_not_looked_up() -> None:
+    assert user_document("0") == {"uid": 0, "gid": 0}
 
 
 def test_the_default_profile_is_one_that_libcontainer_reads() -> None:

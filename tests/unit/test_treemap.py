@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ET
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from caisson.image.build.treemap import Box, File, by_directory, by_package, html, squarified, svg
@@ -45,19 +45,49 @@ def test_rectangles_fill_the_box_by_their_sizes(sizes: list[int], width: float, 
         assert box.y >= 2.0 - 1e-6 and box.y + box.height <= 2.0 + height * (1 + 1e-9) + 1e-6
 
 
-def test_labels_stay_in_their_boxes_and_in_the_picture() -> None:
-    picture = ET.fromstring(svg("an image", FILES))
+LETTER, LINE = 6.7, 14
+
+
+def assert_labels_fit(picture: ET.Element) -> None:
+    """Each text is within the rectangle that was drawn last, letter for letter, and in no other text's place."""
     width = float(picture.get("width", ""))
-    for text in picture.iter(f"{SVG}text"):
-        x, said = float(text.get("x", "")), str(text.text)
-        assert x >= 0 and x + 6.7 * len(said) <= width + 0.1, said
+    for text in picture.findall(f"{SVG}text"):
+        letter = 9.7 if text.get("class") == "title" else LETTER
+        assert float(text.get("x", "")) + letter * len(str(text.text)) <= width, text.text
     for group in picture.iter(f"{SVG}g"):
-        boxes = [
-            [float(one.get(name, "")) for name in ("x", "y", "width", "height")] for one in group.iter(f"{SVG}rect")
-        ]
-        for text in group.iter(f"{SVG}text"):
-            x, y, long = float(text.get("x", "")), float(text.get("y", "")), 6.7 * len(str(text.text))
-            assert any(a <= x and x + long <= a + w and b <= y <= b + h for a, b, w, h in boxes), text.text
+        box = [0.0] * 4
+        lines: list[float] = []
+        for one in group:
+            if one.tag == f"{SVG}rect":
+                box = [float(one.get(name, "")) for name in ("x", "y", "width", "height")]
+                lines = []
+                continue
+            x, y, long = float(one.get("x", "")), float(one.get("y", "")), LETTER * len(str(one.text))
+            assert box[0] < x and x + long < box[0] + box[2], one.text
+            assert box[1] + LINE - 0.2 <= y <= box[1] + box[3] + 0.2, one.text  # rounded to tenths
+            assert all(abs(y - line) > LINE - 0.2 for line in lines), one.text
+            lines.append(y)
+
+
+def test_labels_stay_in_their_boxes_and_in_the_picture() -> None:
+    assert_labels_fit(ET.fromstring(svg("an image", FILES)))
+    assert_labels_fit(ET.fromstring(svg("/a/very/long/path" * 20, FILES)))
+
+
+names = st.text(st.characters(min_codepoint=32, max_codepoint=0x2FF, exclude_characters="/"), min_size=1, max_size=60)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(names, names, names, st.integers(1, 1 << 40)), min_size=1, max_size=30))
+def test_labels_of_any_names_and_sizes_stay_in_their_boxes(made: list[tuple[str, str, str, int]]) -> None:
+    files = [File(f"{path}/{package}", size, package, kind) for path, package, kind, size in made]
+    assert_labels_fit(ET.fromstring(svg("an image", files)))
+
+
+def test_a_name_that_is_cut_ends_in_a_mark_and_keeps_what_fits() -> None:
+    picture = ET.fromstring(svg("x", [File("f", 1000, "n" * 400, "k")]))
+    (cut,) = [str(text.text) for text in picture.iter(f"{SVG}text") if str(text.text).startswith("nnn")]
+    assert cut.endswith("…") and len(cut) == int((1200 - 8) / LETTER)
 
 
 def test_the_largest_are_named_and_the_small_ones_are_one() -> None:
