@@ -30,7 +30,7 @@ def hypervisor(
     }  # fmt: skip
     source = f"clones of snapshot {saved.name}, larger VMs" if saved else "VMs"
     try:
-        serve(path, Pods(settings, detach=False), lambda: info(f"{path}: serving; {source} from {directory}"))
+        serve(path, Pods(settings), lambda: info(f"{path}: serving; {source} from {directory}"))
     except ServiceError as error:
         raise VMError(str(error)) from error
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import sysconfig
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from caisson.agent.pods.machines import MachineError, PodMachine
 from caisson.image.vm import VM, VMConfig, VMError, find_vm
 from caisson.image.vm.directory import VMDirectory
 from caisson.image.vm.hotplug.interfaces import plug_interface
-from caisson.image.vm.hotplug.share import share, share_of_namespace
+from caisson.image.vm.hotplug.share import end_server, share_of_namespace
+from caisson.image.vm.launch import SupervisorProcess
 from caisson.image.vm.snapshot.snapshot import Snapshot
 
 #: Where services find programs.
@@ -44,29 +45,31 @@ CONFIGURATION = Path(os.environ.get("CAISSON_SHIM_CONFIG", "/etc/caisson/shim.to
 
 
 class Pods:
-    """Machines for the shim (caisson.agent.pods.machines.Machines)."""
+    """Machines for pods (caisson.agent.pods.machines.Machines); their VMs end with this process, however it ends."""
 
     def __init__(
         self,
         settings: Mapping[str, Any] | None = None,
         *,
-        detach: bool = True,
         configuration: Path = CONFIGURATION,
         text: str | None = None,
+        supervisor: SupervisorProcess | None = None,
     ) -> None:
-        """``settings`` in place of a configuration, or its ``text``; without ``detach`` VMs end with this process.
+        """``settings`` in place of a configuration, or its ``text``; ``supervisor`` is one for the first VM.
 
         What is wrong with a configuration is raised by ``start``.
         """
         self._given = settings
         self._configuration = configuration
         self._text = text
-        self._detach = detach
+        self._supervisor = supervisor
 
     @classmethod
-    def configured(cls, path: str, body: str) -> Pods:
+    def configured(cls, path: str, body: str, supervisor: SupervisorProcess | None = None) -> Pods:
         """Make those that a runtime's options configure: by a file, or by its text."""
-        return cls(configuration=Path(path)) if path else cls(configuration=Path("the runtime's options"), text=body)
+        if path:
+            return cls(configuration=Path(path), supervisor=supervisor)
+        return cls(configuration=Path("the runtime's options"), text=body, supervisor=supervisor)
 
     def _settings(self) -> Mapping[str, Any]:
         """Return the configuration.  Raises MachineError."""
@@ -84,18 +87,24 @@ class Pods:
                 raise MachineError(f"{file}: {name}: not a whole number; memory is in MiB")
         return settings
 
-    def start(self, name: str, *, memory: int, cpus: int) -> PodMachine:
+    def start(self, name: str, *, memory: int, cpus: int, share: tuple[str, Path] | None = None) -> PodMachine:
         """Start a VM.  Raises MachineError."""
         settings = self._settings()
         devices: dict[str, Any] = {key: str(settings.get(key, "auto")) for key in ("accel", "vsock")}
+        if share is not None:
+            tag, directory = share
+            devices["virtiofs"] = {tag: (str(directory), True)}
+        supervisor, self._supervisor = self._supervisor, None
         try:
             config = self._config(settings, name, memory, cpus, devices)
-            vm = VM.start(config, ready=ReadinessProbe())
+            vm = VM.start(config, ready=ReadinessProbe(), supervisor=supervisor)
         except VMError as error:
             raise MachineError(str(error)) from error
-        if self._detach:
-            vm.detach()
         return SharedVM(vm, is_clone=config.snapshot is not None)
+
+    @property
+    def pids(self) -> Sequence[int]:
+        return [self._supervisor.pid] if self._supervisor is not None else []
 
     def _config(
         self, settings: Mapping[str, Any], name: str, memory: int, cpus: int, devices: dict[str, Any]
@@ -134,9 +143,9 @@ class SharedVM:
     def pid(self) -> int:
         return int(self._vm.info["pids"]["supervisor"])
 
-    def share(self, directory: Path, tag: str) -> None:
+    def end_share(self, tag: str) -> None:
         with _translated():
-            share(self._vm, directory, tag, writable=True)
+            end_server(self._vm, tag)
 
     def share_of_namespace(self, directory: str, tag: str, mount_namespace: int) -> None:
         with _translated():

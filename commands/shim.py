@@ -12,26 +12,53 @@ from caisson.agent.shim.launch import Arguments, start
 #: How containerd names an OCI features document (containerd, core/runtime/typeurl.go).
 FEATURES_URL = "types.containerd.io/opencontainers/runtime-spec/1/features/Features"
 
+#: OpenSSL costs a shim 5 MiB, and is of no use to it: asyncio and hashlib do without.
+OPENSSL = ("ssl", "_hashlib")
+
+#: Modules that are imported and never used where protobuf has its C library.
+DEFERRED = ("google.protobuf.internal.python_message",)
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
+    from typing import Protocol
 
     from caisson.agent.pods.machines import Machines
     from caisson.agent.shim.options import RuntimeOptions
+    from caisson.image.vm.launch import SupervisorProcess
 
-    #: Where VMs come from, given the runtime's options.
-    MakeMachines = Callable[[RuntimeOptions | None], Machines]
+    class MachineSource(Protocol):
+        """Where VMs come from."""
+
+        def prepare(self) -> None:
+            """Start what the first VM needs while this process is still importing."""
+
+        def machines(self, options: RuntimeOptions | None) -> Machines:
+            """Return the VMs that the runtime's options configure."""
 
 
-def _pods(options: RuntimeOptions | None) -> Machines:
-    from caisson.commands.pods import Pods
+class PodVMs:
+    """VMs of QEMU."""
 
-    return Pods() if options is None else Pods.configured(options.path, options.body)
+    def __init__(self) -> None:
+        self._supervisor: SupervisorProcess | None = None
+
+    def prepare(self) -> None:
+        from caisson.image.vm.launch import SupervisorProcess
+
+        self._supervisor = SupervisorProcess()
+
+    def machines(self, options: RuntimeOptions | None) -> Machines:
+        from caisson.commands.pods import Pods
+
+        if options is None:
+            return Pods(supervisor=self._supervisor)
+        return Pods.configured(options.path, options.body, self._supervisor)
 
 
-def main(make_machines: MakeMachines = _pods) -> int:
+def main(source: MachineSource | None = None) -> int:
     """Do what containerd asks for.  Returns the exit status; what is wrong goes to stderr, in one line."""
+    source = source or PodVMs()
     try:
         arguments = Arguments(sys.argv[1:])
         if arguments.version:
@@ -41,9 +68,9 @@ def main(make_machines: MakeMachines = _pods) -> int:
         elif arguments.info:
             _print_info()
         elif arguments.action == "start":
-            start(arguments, lambda listener, options, given: _serve(listener, options, given, make_machines))
+            start(arguments, lambda listener, options, given: _serve(listener, options, given, source))
         elif arguments.action == "delete":
-            _delete(arguments, make_machines)
+            _delete(arguments, source)
         else:
             raise ValueError("usage: containerd-shim-caisson-v2 -namespace NS -address SOCKET -id ID start|delete")
     except (OSError, ValueError) as error:
@@ -52,23 +79,27 @@ def main(make_machines: MakeMachines = _pods) -> int:
     return 0
 
 
-def _serve(
-    listener: socket.socket,
-    options: bytes,
-    arguments: Arguments,
-    make_machines: MakeMachines,
-) -> None:
+def _serve(listener: socket.socket, options: bytes, arguments: Arguments, source: MachineSource) -> None:
+    source.prepare()
+    if "hashlib" not in sys.modules:  # Python's own hashes were there for `start`
+        sys.modules.update(dict.fromkeys(OPENSSL))  # type: ignore[arg-type]
+
+    from caisson.agent.base.lazyimport import LazyImporter
+
+    sys.meta_path.insert(0, LazyImporter(DEFERRED))
+
     from caisson.agent.shim.options import RuntimeOptions
     from caisson.agent.shim.server import serve
 
-    serve(listener, arguments, make_machines(RuntimeOptions.parse(options, arguments.id)))
+    serve(listener, arguments, source.machines(RuntimeOptions.parse(options, arguments.id)))
 
 
-def _delete(arguments: Arguments, make_machines: MakeMachines) -> None:
+def _delete(arguments: Arguments, source: MachineSource) -> None:
     from caisson.agent.shim.bundle import TaskBundle
     from caisson.agent.shim.delete import delete
 
-    sys.stdout.buffer.write(delete(TaskBundle(arguments.bundle or ".", arguments.id), lambda: make_machines(None)))
+    bundle = TaskBundle(arguments.bundle or ".", arguments.id)
+    sys.stdout.buffer.write(delete(bundle, lambda: source.machines(None)))
 
 
 def _print_info() -> None:

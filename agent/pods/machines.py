@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -22,8 +23,8 @@ class PodMachine(Protocol):
     def is_clone(self) -> bool:
         """Whether it has the clock and the random numbers of a snapshot."""
 
-    def share(self, directory: Path, tag: str) -> None:
-        """Plug a directory of the host in, as a virtiofs device with this tag."""
+    def end_share(self, tag: str) -> None:
+        """Close all files of the share that it was started with, as the VM is about to end."""
 
     def share_of_namespace(self, directory: str, tag: str, mount_namespace: int) -> None:
         """Plug in a directory as another mount namespace has it, by the descriptor of that."""
@@ -38,8 +39,15 @@ class PodMachine(Protocol):
 class Machines(Protocol):
     """Where VMs come from."""
 
-    def start(self, name: str, *, memory: int, cpus: int) -> PodMachine:
-        """Start a VM, with at least so many MiB and CPUs, and wait for its agent."""
+    def start(self, name: str, *, memory: int, cpus: int, share: tuple[str, Path] | None = None) -> PodMachine:
+        """Start a VM, with at least so many MiB and CPUs, and wait for its agent.
+
+        ``share`` is a directory of the host that it has as a virtiofs device, after the tag of that.
+        """
+
+    @property
+    def pids(self) -> Sequence[int]:
+        """Processes that are there already for the next VM."""
 
     def stop(self, name: str) -> None:
         """End a VM by its name, if it runs."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import select
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,17 @@ class ProcessId(Record):
         except OSError:
             return False
 
+    def ends(self, timeout: float) -> bool:
+        """Wait for its end; False if it still runs after ``timeout`` seconds."""
+        try:
+            pidfd = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return True
+        try:
+            return not self.alive or bool(select.select([pidfd], [], [], timeout)[0])
+        finally:
+            os.close(pidfd)
+
 
 class BundleRecord(Record):
     """What `delete` needs: the pod, its VM, its directory, and the processes of the host's side."""
@@ -55,6 +67,8 @@ class BundleRecord(Record):
     shim: ProcessId
     holder: ProcessId
     cgroups: Mapping[str, str] = NOTHING  # of the pod on the host: directories by controllers
+    helpers: Sequence[ProcessId] = ()  # processes of the VM that were there before it
+    ending: bool = False  # whether the shim is cleaning up itself; it removes the record at the end
 
 
 class TaskBundle:
@@ -79,6 +93,7 @@ class TaskBundle:
     def write(self, record: BundleRecord) -> None:
         """Store the record, whole or not at all.  Raises OSError."""
         document = {**vars(record), "shim": vars(record.shim), "holder": vars(record.holder)}
+        document["helpers"] = [vars(helper) for helper in record.helpers]
         passing = self.path / f".{RECORD}"
         passing.write_text(json.dumps(document))
         passing.replace(self.path / RECORD)
@@ -88,9 +103,14 @@ class TaskBundle:
         try:
             document: dict[str, Any] = json.loads((self.path / RECORD).read_text())
             document |= {name: ProcessId(**document[name]) for name in ("shim", "holder")}
+            document["helpers"] = [ProcessId(**helper) for helper in document["helpers"]]
             return BundleRecord(**document)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
+
+    def forget(self) -> None:
+        """Remove the record: nothing is left to be done."""
+        (self.path / RECORD).unlink(missing_ok=True)
 
 
 def _start_time(pid: int) -> int:

@@ -17,7 +17,7 @@ __all__ = ["CgroupError", "HostCgroup", "cgroupfs_path", "enter", "planned", "re
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from caisson.agent.libcontainer.cgroups import Cgroup, Hierarchy
 
@@ -34,10 +34,10 @@ class HostCgroup:
         self._before = before
 
     @classmethod
-    def join(cls, document: dict[str, Any]) -> HostCgroup | None:
+    def join(cls, document: dict[str, Any], pids: Iterable[int] = ()) -> HostCgroup | None:
         """Make the cgroup that linux.cgroupsPath names, with the CPU limits, and join it; None where none is named.
 
-        Raises CgroupError or SpecError.
+        ``pids`` are other processes that join it.  Raises CgroupError or SpecError.
         """
         linux = document.get("linux") or {}
         path = cgroupfs_path(str(linux.get("cgroupsPath") or ""))
@@ -51,7 +51,8 @@ class HostCgroup:
         try:
             cgroup.apply(Resources.from_json({"cpu": wanted}), devices=False)
             for directory in cgroup.paths.values():
-                _enter(directory)
+                for pid in (0, *pids):
+                    _enter(directory, pid)
         except BaseException:
             cgroup.close()
             raise
@@ -101,9 +102,9 @@ def cgroupfs_path(path: str) -> str:
     return "/".join((*slices, f"{prefix}-{name}.scope" if prefix else name))
 
 
-def _enter(directory: str) -> None:
+def _enter(directory: str, pid: int = 0) -> None:
     try:
         with open(f"{directory}/cgroup.procs", "w") as file:  # noqa: PTH123
-            file.write(str(os.getpid()))
+            file.write(str(pid))  # 0: this process
     except OSError as error:
         raise CgroupError(f"{directory}: cannot be joined: {(error.strerror or '').lower()}") from error

@@ -55,7 +55,7 @@ class Container:
             await container._create(request)
         except BaseException:
             await container.init.close()
-            await asyncio.to_thread(container._unmount)
+            await asyncio.to_thread(container.unmount)
             raise
         return container
 
@@ -78,8 +78,12 @@ class Container:
             container_id=self.id, exec_id=self.id, sandbox_pidns=shares_pid_namespace(self._document)
         )
         fill(create.OCI, wanted.document)
-        await pod.rpc.CreateContainer(create, timeout=CALL_TIMEOUT)
-        await self._run_hooks("prestart", "createRuntime")
+        # The hooks are for the host's side of the pod, which is there: they need not wait for the guest's.
+        hooks = asyncio.ensure_future(self._run_hooks("prestart", "createRuntime"))
+        try:
+            await pod.rpc.CreateContainer(create, timeout=CALL_TIMEOUT)
+        finally:
+            await hooks
 
     def _with_own_resolv_conf(self, volumes: Iterable[Volume]) -> list[Volume]:
         """Put a copy in the place of the host's resolv.conf: docker writes its name server in as late as before start.
@@ -177,22 +181,32 @@ class Container:
         request = agent_pb2.SignalProcessRequest(container_id=self.id, exec_id="", signal=number)
         await self._pod.rpc.SignalProcess(request, timeout=CALL_TIMEOUT)
 
-    async def remove(self) -> None:
-        """Remove it from the guest, and what the host mounted for it.  Raises ShimError for one that runs."""
+    async def remove(self, *, guest_ends: bool) -> None:
+        """Remove it from the guest, unless that ends with it, and what the host mounted for it.
+
+        Raises ShimError for one that runs.
+        """
         if self.init.status == RUNNING:
             raise wrong_state(f"container {self.id}: cannot be deleted while it runs")
         for process in (*self.execs.values(), self.init):
             await process.close()
+        if guest_ends:
+            await self._pod.release()
+        else:
+            await self._remove_from_guest()
+        await asyncio.to_thread(self.unmount)
+        await self._run_hooks("poststop")
+
+    async def _remove_from_guest(self) -> None:
         request = agent_pb2.RemoveContainerRequest(container_id=self.id)
         try:
             await self._pod.rpc.RemoveContainer(request, timeout=CALL_TIMEOUT)
             stale = agent_pb2.RemoveStaleVirtiofsShareMountsRequest()
             await self._pod.rpc.RemoveStaleVirtiofsShareMounts(stale, timeout=CALL_TIMEOUT)
         except (RpcError, ConnectionClosed):
-            pass  # the VM has gone, or goes now
-        await asyncio.to_thread(self._unmount)
-        await self._run_hooks("poststop")
+            pass  # the VM has gone
 
-    def _unmount(self) -> None:
+    def unmount(self) -> None:
+        """Unmount what the host has mounted for it.  Idempotent."""
         mounts.release(self._pod.shared / self.id)
         mounts.unmount_rootfs(self.bundle.path)

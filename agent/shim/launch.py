@@ -100,10 +100,20 @@ def group_of(bundle: str) -> str:
 
 def socket_path(arguments: Arguments, group: str) -> str:
     """Return where the shim of a group listens: the same for all its containers, another for each containerd."""
+    name = "/".join((arguments.address, arguments.namespace, group))
+    return f"{SOCKET_DIRECTORY}/{_sha256(name.encode()).hexdigest()}"
+
+
+def _sha256(data: bytes) -> Any:
+    """Python's own, where it has one: hashlib's is OpenSSL's, 3 MiB that the server would keep."""
+    for name in ("_sha2", "_sha256"):  # since Python 3.12, and before
+        try:
+            return __import__(name).sha256(data)
+        except ImportError:
+            pass
     import hashlib
 
-    name = "/".join((arguments.address, arguments.namespace, group))
-    return f"{SOCKET_DIRECTORY}/{hashlib.sha256(name.encode()).hexdigest()}"
+    return hashlib.sha256(data)
 
 
 def _serves(path: str) -> bool:

@@ -7,7 +7,6 @@ own.  Source: mount_namespaces(7), "Shared subtrees"; mount(8).
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -126,6 +125,8 @@ def _remove_empty(directory: Path) -> None:
 
 
 def _mount(*words: str) -> None:
+    import subprocess  # late: `delete` mounts nothing
+
     done = subprocess.run(
         ["mount", *words], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=MOUNT_TIMEOUT
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
@@ -51,11 +52,14 @@ class Pod:
         self._client: Client | None = None
         self._holder: network.Holder | None = None
         self._holder_id: ProcessId | None = None
+        self._helpers: list[ProcessId] = []
         self._network: GuestNetwork | None = None
         self._cgroup: HostCgroup | None = None
         self._cgroups: dict[str, str] = {}  # its directories
         self._forwarder: PortForwarder | None = None
         self._dns: dns.DnsForwarder | None = None
+        self._bundle: TaskBundle | None = None  # the owner's
+        self._aborted = False
         self.sysctls: dict[str, str] = {}  # of a sandbox without a first container: each container sets them
         self.mounts: list[dict[str, Any]] = []  # likewise, where a container has none of its own at their places
         self.lost = asyncio.Event()  # the VM has ended
@@ -84,22 +88,38 @@ class Pod:
             self._cgroups = cgroup.planned(document)
             self._holder = await asyncio.to_thread(network.Holder, network_namespace(document))
             self._holder_id = ProcessId.of(self._holder.pid)
+            self._helpers = [ProcessId.of(pid) for pid in self._machines.pids]
             self.record(bundle, owner=True)
-            self._cgroup = HostCgroup.join(document)
+            self._cgroup = HostCgroup.join(document, self._machines.pids)
             await asyncio.to_thread(mounts.make_shared, self.shared)
-            memory, cpus = size_of(document)
-            self._machine = await asyncio.to_thread(self._machines.start, self.name, memory=memory, cpus=cpus)
-            await asyncio.to_thread(self._machine.share, self.shared, SHARE_TAG)
+            self._machine = await self._start_machine(document)
             if shim_cgroup:
                 cgroup.enter(shim_cgroup)
             self._client = await Client.connect(self._machine.agent_socket)
             self.rpc = Stub(self._client, agent_pb2.DESCRIPTOR.services_by_name["AgentService"])
-            if self._machine.is_clone:
-                await personalize(self.rpc)
-            await self._create(document)
+            calls = [self._create(document)]
+            if self._machine.is_clone:  # what makes it different is needed by its containers, not by the pod
+                calls.append(personalize(self.rpc))
+            await asyncio.gather(*calls)
         except BaseException:
             await self.stop()
             raise
+
+    async def _start_machine(self, document: dict[str, Any]) -> PodMachine:
+        if self._aborted:
+            raise MachineError(f"VM {self.name}: is not wanted any more")
+        memory, cpus = size_of(document)
+        share = (SHARE_TAG, self.shared)
+        return await asyncio.to_thread(self._machines.start, self.name, memory=memory, cpus=cpus, share=share)
+
+    async def abort(self) -> None:
+        """Have `start`, or a call of the guest's agent, fail soon: the VM is not wanted any more."""
+        self._aborted = True
+        if self._client is not None:
+            await self._client.close()
+        else:
+            with contextlib.suppress(MachineError):  # it ends by itself, or is not there yet
+                await asyncio.to_thread(self._machines.stop, self.name)
 
     async def _create(self, document: dict[str, Any]) -> None:
         storages = [
@@ -117,12 +137,18 @@ class Pod:
         )
         await until_plugged(self.rpc.CreateSandbox, request)
 
-    def record(self, bundle: TaskBundle, *, owner: bool) -> None:
+    def record(self, bundle: TaskBundle, *, owner: bool, ending: bool = False) -> None:
         """Write into a bundle what `delete` needs after this process was killed."""
         holder = self._holder_id
         assert holder is not None
+        if owner:
+            self._bundle = bundle
         shim = ProcessId.of(os.getpid())
-        bundle.write(BundleRecord(self.id, owner, self.name, str(self.directory), shim, holder, self._cgroups))
+        bundle.write(
+            BundleRecord(
+                self.id, owner, self.name, str(self.directory), shim, holder, self._cgroups, self._helpers, ending
+            )
+        )
 
     async def connect_network(self) -> None:
         """Give the guest the interfaces, addresses and routes that are in the pod's namespace by now; once.
@@ -166,6 +192,20 @@ class Pod:
             for hook in hooks.get(name) or ():
                 await asyncio.to_thread(_run_hook, hook, state, name)
 
+    async def release(self) -> None:
+        """Give back the files of the host before the VM ends, which takes longer; `stop` is to follow.
+
+        `delete` waits for that: whoever is told of the pod's end finds nothing of it.
+        """
+        if self._bundle is not None:
+            self.record(self._bundle, owner=True, ending=True)
+        if self._machine is not None:
+            try:
+                await asyncio.to_thread(self._machine.end_share, SHARE_TAG)
+            except MachineError as error:
+                self._log("warning", "the share did not end before its VM", error=str(error))
+        await asyncio.to_thread(mounts.release, self.shared)
+
     async def stop(self) -> None:
         """End the VM, and leave nothing of the pod behind."""
         for forwarder in (self._forwarder, self._dns):
@@ -194,6 +234,10 @@ class Pod:
                 await joined.leave()
             except CgroupError as error:
                 self._log("error", "the pod's cgroup was not removed", error=str(error))
+        if self._bundle is not None:
+            bundle, self._bundle = self._bundle, None
+            await asyncio.to_thread(mounts.unmount_rootfs, bundle.path)
+            bundle.forget()
 
 
 def size_of(document: dict[str, Any]) -> tuple[int, int]:

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
     from caisson.agent.base.log import Log
 
+#: Seconds between two attempts to end a pod that is just being started.
+ABORT_INTERVAL = 0.1
+
 #: Version of the Task service that Connect reports.
 TASK_VERSION = "v3"
 
@@ -52,6 +55,9 @@ class TaskService:
         self._pod: Pod | None = None
         self._containers: dict[str, Container] = {}
         self._creating = asyncio.Lock()
+        self._starting: Pod | None = None  # while the lock is held
+        self._ending: asyncio.Future[None] | None = None  # the pod's end, after its last container was deleted
+        self._closed = False
         self._oom: asyncio.Task[None] | None = None
         self._sandboxed = False  # the Sandbox service says when the pod ends
 
@@ -80,16 +86,25 @@ class TaskService:
             pod = await self._start_pod(bundle.id, document, bundle)
             pod.sysctls, pod.mounts = document["linux"]["sysctl"], document["mounts"]
             await pod.connect_network()
+            self._watch(pod)
             return pod
 
     async def _start_pod(
         self, sandbox_id: str, document: dict[str, Any], bundle: TaskBundle, shim_cgroup: str = ""
     ) -> Pod:
-        pod = self._make_pod(sandbox_id)
+        if self._closed:
+            raise ShimError(StatusCode.UNAVAILABLE, "the shim is ending")
+        if self._ending is not None:
+            await asyncio.shield(self._ending)
+        self._starting = pod = self._make_pod(sandbox_id)
         await pod.start(document, bundle, shim_cgroup)
         self._pod = pod
-        self._oom = asyncio.get_running_loop().create_task(self._watch_oom(pod))
         return pod
+
+    def _watch(self, pod: Pod) -> None:
+        """Wait for out-of-memory events from now on: late, as the guest has one CPU and a container to create."""
+        if self._oom is None or self._oom.done():
+            self._oom = asyncio.get_running_loop().create_task(self._watch_oom(pod))
 
     async def Create(self, request: Any) -> Any:
         if request.checkpoint:
@@ -101,7 +116,8 @@ class TaskService:
         document = bundle.config()
         guest_spec(document, request.id)  # what no guest has is refused before a VM is started
         async with self._creating:
-            pod, owner = self._pod, self._pod is None
+            pod = self._pod if self._ending is None else None
+            owner = pod is None
             if pod is None:
                 pod = await self._start_pod(bundle.sandbox, document, bundle, own_cgroup)
             else:
@@ -113,6 +129,7 @@ class TaskService:
                     await self._end_pod()
                 raise
             self._containers[request.id] = container
+        self._watch(pod)
         event = events_pb2.TaskCreate(
             container_id=request.id, bundle=request.bundle, checkpoint="", pid=self._pid, rootfs=request.rootfs
         )
@@ -174,10 +191,11 @@ class TaskService:
         else:
             if process.status == tasks_pb2.CREATED:
                 await self._end_unstarted(container, KILLED)
-            await container.remove()
-            del self._containers[request.id]
-            if not self._sandboxed and (container.owner or not self._containers):
-                await self._end_pod()
+            ends_pod = not self._sandboxed and (container.owner or len(self._containers) == 1)
+            await container.remove(guest_ends=ends_pod)
+            self._containers.pop(request.id, None)
+            if ends_pod:
+                self._start_end()  # `delete`, which containerd calls next, waits for it
             event = events_pb2.TaskDelete(container_id=request.id, pid=pid, exit_status=process.exit_status)
             stamp(event.exited_at, process.exited_at)
             self._publisher.publish(event)
@@ -185,12 +203,23 @@ class TaskService:
         stamp(response.exited_at, process.exited_at)
         return response
 
-    async def _end_pod(self) -> None:
+    def _start_end(self) -> None:
+        if self._ending is None and self._pod is not None:
+            self._ending = asyncio.ensure_future(self._stop(self._pod))
+
+    async def _stop(self, pod: Pod) -> None:
         if self._oom is not None:
             self._oom.cancel()
-        if self._pod is not None:
-            await self._pod.stop()
-            self._pod = None
+        try:
+            await pod.stop()
+        finally:
+            self._pod = self._ending = None
+
+    async def _end_pod(self) -> None:
+        """End the pod, unless it is ending already, and wait for its end."""
+        self._start_end()
+        if self._ending is not None:
+            await asyncio.shield(self._ending)
 
     async def State(self, request: Any) -> Any:
         container = self._container(request.id)
@@ -309,5 +338,15 @@ class TaskService:
                 self._publisher.publish(events_pb2.TaskOOM(container_id=event.container_id))
 
     async def close(self) -> None:
-        """End the pod, whatever is left of it."""
-        await self._end_pod()
+        """End the pod, whatever is left of it; also one that is just being started."""
+        self._closed = True
+        idle = asyncio.ensure_future(self._creating.acquire())
+        while not (await asyncio.wait([idle], timeout=ABORT_INTERVAL))[0]:
+            if self._starting is not None:
+                await self._starting.abort()
+        try:
+            await self._end_pod()
+            for container in self._containers.values():
+                await asyncio.to_thread(container.unmount)
+        finally:
+            self._creating.release()

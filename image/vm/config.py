@@ -52,7 +52,8 @@ class VMConfig:
     """What to boot and how: ``image`` is an image's directory, ``memory`` in MiB, ``append`` for the kernel.
 
     ``max_memory`` and ``max_cpus`` are what vm/hotplug/plug.py can reach (0: nothing can be plugged in); ``shares`` are
-    directories of the host, by tag, with whether the guest may write to them.  One made from a ``snapshot`` is what the
+    directories of the host, by tag, with whether the guest may write to them; ``virtiofs`` are others, which are
+    plugged in, as a clone can have them, too.  One made from a ``snapshot`` is what the
     snapshot was; one that is ``savable`` can become a snapshot, and nobody can talk to it (vm/snapshot/snapshot.py).
     With ``firmware`` the firmware tells what it does, in a file of the VM's directory (x86).  ``network`` is ``none``
     or ``user``; ``publish`` are ports of this machine that lead into it (network.py).
@@ -70,6 +71,7 @@ class VMConfig:
     max_memory: int = 0
     max_cpus: int = 0
     shares: Mapping[str, tuple[str, bool]] = dataclasses.field(default_factory=dict)
+    virtiofs: Mapping[str, tuple[str, bool]] = dataclasses.field(default_factory=dict)
     snapshot: Snapshot | None = None
     savable: bool = False
     firmware: bool = False
@@ -138,7 +140,7 @@ class VMConfig:
 
 
 def shares_to_plug(config: VMConfig) -> Mapping[str, tuple[str, bool]]:
-    """Return the shares that are plugged in, by virtiofs, after the boot: all, where the kernel cannot mount 9p.
+    """Return the shares that are plugged in, by virtiofs, for a kernel that cannot mount 9p: all of them then.
 
     Raises VMError where it cannot mount virtiofs either, or this machine cannot serve it.
     """

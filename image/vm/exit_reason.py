@@ -9,7 +9,6 @@ import contextlib
 import time
 from pathlib import Path
 
-from caisson.image.build.cache import default_root, digest_of
 from caisson.image.vm.directory import VMDirectory
 
 #: The ends that somebody wanted.
@@ -66,4 +65,6 @@ def describe(directory: VMDirectory) -> str:
 
 
 def _file(directory: VMDirectory) -> Path:
+    from caisson.image.build.cache import default_root, digest_of  # late: most of what a supervisor would import
+
     return default_root() / "ended" / f"{digest_of(str(directory.path.parent))}-{directory.name}"

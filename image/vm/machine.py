@@ -8,15 +8,13 @@ import json
 import os
 import select
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from caisson.image.vm import exit_reason
+from caisson.image.vm import exit_reason, qemu
 from caisson.image.vm.accel import Choice, is_open
 from caisson.image.vm.children import TITLES
 from caisson.image.vm.config import VMConfig, shares_to_plug
@@ -24,6 +22,7 @@ from caisson.image.vm.directory import VMDirectory, find_running, running_vms
 from caisson.image.vm.errors import VMError
 from caisson.image.vm.exit_reason import POWERED_OFF
 from caisson.image.vm.jsonsocket import JSONSocket
+from caisson.image.vm.launch import SupervisorProcess
 from caisson.image.vm.logs import Follower
 from caisson.image.vm.pace import scaled
 from caisson.image.vm.runroot import owned_run_root
@@ -125,12 +124,14 @@ class VM:
         console: Callable[[bytes], None] | None = None,
         firmware: Callable[[bytes], None] | None = None,
         timeout: float | None = None,
+        supervisor: SupervisorProcess | None = None,
     ) -> VM:
         """Boot a VM and wait until ``ready(agent_socket)`` is true; it is called repeatedly, and may block briefly.
 
         ``report`` gets a line on what was chosen and why, ``console`` what the guest prints meanwhile, ``firmware``
-        at once what its firmware does, if the configuration asks for that.  Raises VMError when the VM ends, or is not
-        ready within ``timeout`` seconds; nothing is left then.
+        at once what its firmware does, if the configuration asks for that; ``supervisor`` is one that waits already,
+        and ends if this fails.  Raises VMError when the VM ends, or is not ready within ``timeout`` seconds; nothing is
+        left then.
         """
         began = time.monotonic()
         owned_run_root(make=True)
@@ -142,19 +143,21 @@ class VM:
         if config.snapshot:
             config.snapshot.check(SnapshotCompatibility.here(config.image, accelerator.name, transport.name))
 
-        later = shares_to_plug(config)
-        config = dataclasses.replace(
-            config, shares={tag: each for tag, each in config.shares.items() if tag not in later}
-        )
+        later = {**shares_to_plug(config), **config.virtiofs}
+        shares = {tag: each for tag, each in config.shares.items() if tag not in later}
+        config = dataclasses.replace(config, shares=shares, virtiofs={})
+        if config.snapshot and transport.name == "user":
+            config, later = dataclasses.replace(config, virtiofs=later), {}  # there when the guest runs on
 
-        def boot(accelerator: Choice) -> VM:
+        def boot(accelerator: Choice, supervisor: SupervisorProcess | None = None) -> VM:
             limit = timeout or scaled(AGENT_TIMEOUT[accelerator.name])
-            vm = cls._boot(config, accelerator, transport, ready, console, firmware, (began, limit))
+            started = supervisor or SupervisorProcess()
+            vm = cls._boot(config, accelerator, transport, ready, console, firmware, (began, limit), started)
             vm._plug(later)
             return vm
 
         try:
-            return boot(accelerator)
+            return boot(accelerator, supervisor)
         except GuestDoesNotRun as error:
             if config.snapshot or not is_open(config.accel):
                 raise
@@ -171,6 +174,7 @@ class VM:
         console: Callable[[bytes], None] | None,
         firmware: Callable[[bytes], None] | None,
         time_limit: tuple[float, float],
+        supervisor: SupervisorProcess,
     ) -> VM:
         """Start a VM and wait for its agent; the limit is a monotonic time, and seconds from then.  Raises VMError."""
         directory = VMDirectory.of(config.name)
@@ -179,7 +183,7 @@ class VM:
         watched = accelerator.name == "kvm" and not config.snapshot and not config.savable
         vm._config = dataclasses.replace(config, firmware=config.firmware or watched)
         try:
-            vm._launch(vm._config, accelerator, transport)
+            vm._launch(supervisor, vm._config, accelerator, transport)
             follower = Follower(directory.console, console)
             with follower, Follower(directory.firmware, firmware, interval=FIRMWARE_INTERVAL):
                 vm._await(ready, *time_limit, accelerator)
@@ -198,7 +202,7 @@ class VM:
         return vm
 
     def _plug(self, shares: Mapping[str, tuple[str, bool]]) -> None:
-        """Plug in the shares of a VM that was just started.  Raises VMError; it has ended then."""
+        """Plug in the shares of a VM that was booted just now.  Raises VMError; it has ended then."""
         from caisson.image.vm.hotplug.share import share  # which needs this module
 
         try:
@@ -208,22 +212,13 @@ class VM:
             self._abandon()
             raise
 
-    def _launch(self, config: VMConfig, accelerator: Choice, transport: Choice) -> None:
-        """Start a supervisor and have it start the VM."""
-        ours, theirs = socket.socketpair()
-        self._line = JSONSocket(ours)
-        with theirs:
-            self._supervisor = subprocess.Popen(
-                [sys.executable, "-m", "caisson.image.vm.supervisor", str(theirs.fileno())],
-                cwd="/",
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
+    def _launch(self, supervisor: SupervisorProcess, config: VMConfig, accelerator: Choice, transport: Choice) -> None:
+        """Have a supervisor start the VM."""
+        self._line, self._supervisor = JSONSocket(supervisor.line), supervisor.process
+        document = config.document(accelerator, transport)
+        program = qemu.probe(qemu.architecture_of(qemu.read_manifest(config.image)[1]))
         with contextlib.suppress(OSError):  # what has become of it is received below
-            self._line.send(config.document(accelerator, transport) | {"directory": str(self.directory)})
+            self._line.send(document | {"directory": str(self.directory), "program": dataclasses.astuple(program)})
         self._info = self._message()["info"]
 
     def _await(self, ready: Callable[[Path], bool], began: float, limit: float, accelerator: Choice) -> None:

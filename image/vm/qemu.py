@@ -7,6 +7,7 @@ import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -183,7 +184,7 @@ def probe(architecture: Architecture) -> QemuProgram:
     if program is None:
         package = package_of(architecture.program)
         raise VMError(f"{architecture.program}: is not installed; run: sudo apt-get install {package}")
-    answer = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
+    answer = _version(program, Path(program).stat().st_mtime_ns)
     found = re.search(r"version (\d+)\.(\d+)", answer)
     if not found:
         raise VMError(f"{program}: prints no version; install QEMU {OLDEST[0]}.{OLDEST[1]} or newer")
@@ -191,6 +192,12 @@ def probe(architecture: Architecture) -> QemuProgram:
     if version < OLDEST:
         raise VMError(f"{program}: is {found[0]}; install QEMU {OLDEST[0]}.{OLDEST[1]} or newer")
     return QemuProgram(program, version, answer.partition("version ")[2].splitlines()[0].strip())
+
+
+@lru_cache(maxsize=8)
+def _version(program: str, changed: int) -> str:
+    """Return what a program says of its version; asked once as long as its file has not changed."""
+    return subprocess.run([program, "--version"], capture_output=True, text=True).stdout
 
 
 def parameters(manifest: Mapping[str, Any], architecture: Architecture, accelerator: str, append: str = "") -> str:
@@ -316,11 +323,11 @@ def _snapshot(architecture: Architecture, devices: Devices, wanted: Wanted) -> l
     return [*words, "-incoming", "defer"] if devices.clone else words
 
 
-def vsock_plug(kind: str) -> dict[str, str] | None:
-    """Return the arguments of device_add for a clone's vsock device; None where it is restored with the rest."""
+def vsock_plug(kind: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return the monitor's commands that add a clone's vsock device; none where it is restored with the rest."""
     if kind != "user":
-        return None
-    return {"driver": "vhost-user-vsock-pci", "id": "vsock", "chardev": "vsock", "bus": "vsockport"}
+        return []
+    return [("device_add", {"driver": "vhost-user-vsock-pci", "id": "vsock", "chardev": "vsock", "bus": "vsockport"})]
 
 
 def _escaped(path: Path) -> str:

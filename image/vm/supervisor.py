@@ -40,6 +40,7 @@ from caisson.image.vm.children import ChildProcesses
 from caisson.image.vm.directory import VMDirectory, janitor
 from caisson.image.vm.errors import VMError
 from caisson.image.vm.exit_reason import POWERED_OFF, STOPPED
+from caisson.image.vm.hotplug import virtiofs
 from caisson.image.vm.hotplug.virtiofs import Shares
 from caisson.image.vm.jsonsocket import JSONSocket
 from caisson.image.vm.logs import TRIM_INTERVAL, LogRing
@@ -56,7 +57,6 @@ from caisson.image.vm.sandbox import (
     confine_parent,
 )
 from caisson.image.vm.snapshot import migration, ram
-from caisson.image.vm.snapshot.snapshot import Snapshot, SnapshotCompatibility, store
 from caisson.image.vm.vsock import backend as vsock
 from caisson.proto.contract import VERSION, VM_FORMAT
 
@@ -142,12 +142,12 @@ class Supervisor:
         text, manifest = qemu.read_manifest(image)
         # What runs here, also when the image has gone from the builder's cache.
         (directory.path / "image.json").write_text(text)
-        program = qemu.probe(qemu.architecture_of(manifest))
+        program = qemu.QemuProgram(*config["program"])
         with directory.qemu_log.open("wb") as log, ChildProcesses(log) as children, contextlib.ExitStack() as stack:
             children.set_quit("qemu", self._quit_qemu)
             source = Path(config["snapshot"]) if config["snapshot"] else None
             if config["savable"] or (source and transport.name == "user"):
-                self._ram = stack.enter_context(ram.memory_file(config["memory"], source))
+                self._ram = stack.enter_context(ram.memory_file(config["memory"]))
             device = None
             if transport.name == "vhost" or not config["savable"]:
                 # A clone must be told from its siblings by its CID, also where nobody else would mind.
@@ -178,6 +178,13 @@ class Supervisor:
             fds = ([device.fd] if device else []) + [file.fileno() for file in (self._ram, ram_file) if file]
             spawned = time.monotonic()
             children.spawn("qemu", command, fds, qemu_confinement(config, directory, image, manifest))
+            shares = Shares(directory, children)
+            plug = qemu.vsock_plug(transport.name) if source else []
+            for number, (tag, (path, writable)) in enumerate(config["virtiofs"].items()):
+                socket_path = shares.serve(tag, Path(path), writable)
+                plug += virtiofs.plug(tag, str(socket_path), f"port{number}")
+            if source and self._ram:  # while these start: nobody looks at it before the state is restored
+                ram.fill(self._ram, source)
             if device:
                 device.close_inherited()
                 device.wait()
@@ -208,12 +215,10 @@ class Supervisor:
             control = stack.enter_context(socket.socket(socket.AF_UNIX))
             control.bind(str(directory.control_socket))
             control.listen()
-            shares = Shares(directory, children)
             self._info["virtiofs"] = shares.served
             self._publish()
             if source:
                 state = (source / "state").read_bytes()
-                plug = qemu.vsock_plug(transport.name)
                 migration.restore(directory.qmp_socket, self._scratch, state, lambda: children.is_running("qemu"), plug)
                 if self._ram:
                     self._ram.close()  # QEMU has it, and the device
@@ -226,6 +231,8 @@ class Supervisor:
 
     def _save(self, document: dict[str, Any], alive: Callable[[], bool]) -> None:
         """Stop the guest and store it as a snapshot."""
+        from caisson.image.vm.snapshot.snapshot import Snapshot, SnapshotCompatibility, store  # hashes: 4 MiB
+
         assert self._ram is not None, "only a guest that was started as savable is saved"
         document |= {"directory": Path(document["directory"]), "image": Path(document["image"])}
         snapshot = Snapshot(**document | {"compatibility": SnapshotCompatibility(**document["compatibility"])})

@@ -40,7 +40,9 @@ class PlayedMachines:
         self.asked: list[tuple[str, int, int]] = []
         self.stopped = threading.Event()
 
-    def start(self, name: str, *, memory: int, cpus: int) -> Any:
+    pids = ()
+
+    def start(self, name: str, *, memory: int, cpus: int, share: tuple[str, Path] | None = None) -> Any:
         self.asked.append((name, memory, cpus))
         assert self.stopped.wait(30)
         raise MachineError(f"VM {name!r}: was stopped")

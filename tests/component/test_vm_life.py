@@ -21,7 +21,7 @@ from caisson.agent.client import AgentGone
 from caisson.agent.client.errors import ContainerUnavailable
 from caisson.commands.machines import end_explained
 from caisson.commands.vm import list_running
-from caisson.image.vm import VM, VMConfig, VMError, accel, exit_reason, find_vm, get_vm, list_vms, supervisor
+from caisson.image.vm import VM, VMConfig, VMError, accel, exit_reason, find_vm, get_vm, list_vms, qemu, supervisor
 from caisson.image.vm import machine as machines
 from caisson.image.vm.directory import VMDirectory
 from caisson.image.vm.errors import VMEnded
@@ -338,7 +338,8 @@ def test_a_host_that_was_suspended(image: Images, tmp_path: Path, monkeypatch: p
     )
     owned_run_root(make=True)
     directory = VMDirectory.of("v")
-    document = config.document(*config.choices()) | {"directory": str(directory.path)}
+    program = dataclasses.astuple(qemu.probe(qemu.ARCHITECTURES["amd64"]))
+    document = config.document(*config.choices()) | {"directory": str(directory.path), "program": program}
     starter, theirs = socket.socketpair()
     stop, wake = socket.socketpair()
     keeper = supervisor.Supervisor(document, JSONSocket(theirs), stop, lambda: seconds[0])

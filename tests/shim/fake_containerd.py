@@ -36,10 +36,13 @@ SHIM = f"""#!{sys.executable}
 import sys
 sys.path.insert(0, "{ROOT}")
 from caisson.commands.shim import main
-def machines(options):
-    from tests.shim.native_machines import NativeMachines  # late: `start` is measured
-    return NativeMachines()
-sys.exit(main(machines))
+class Source:
+    def prepare(self):
+        pass
+    def machines(self, options):
+        from tests.shim.native_machines import NativeMachines  # late: `start` is measured
+        return NativeMachines()
+sys.exit(main(Source()))
 """
 
 MOUNTS = [

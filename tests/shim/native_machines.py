@@ -57,9 +57,12 @@ class NativeMachine:
             stop(place)
             raise MachineError((place / "log").read_text())
 
-    def share(self, directory: Path, tag: str) -> None:
+    def share(self, directory: Path) -> None:
         script = SHARE.replace("DIRECTORY", str(directory))
         subprocess.run(["nsenter", f"--mount=/proc/{self.pid}/ns/mnt", "sh", "-c", script], check=True)
+
+    def end_share(self, tag: str) -> None:
+        """The agent has the mounts of this host: what is unmounted here is gone there."""
 
     def share_of_namespace(self, directory: str, tag: str, mount_namespace: int) -> None:
         raise MachineError("an agent on this host has the mounts of this host")
@@ -74,8 +77,13 @@ class NativeMachine:
 class NativeMachines:
     """Where agents come from (caisson.agent.pods.machines.Machines)."""
 
-    def start(self, name: str, *, memory: int, cpus: int) -> NativeMachine:
-        return NativeMachine(Path(os.environ[PLACE]) / name, name)
+    pids = ()
+
+    def start(self, name: str, *, memory: int, cpus: int, share: tuple[str, Path] | None = None) -> NativeMachine:
+        machine = NativeMachine(Path(os.environ[PLACE]) / name, name)
+        if share is not None:
+            machine.share(share[1])
+        return machine
 
     def stop(self, name: str) -> None:
         stop(Path(os.environ[PLACE]) / name)

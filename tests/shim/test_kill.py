@@ -13,18 +13,26 @@ from pathlib import Path
 import pytest
 
 from caisson.agent.rpc.ttrpc.responses import RpcError
+from caisson.agent.shim.bundle import ProcessId
 from tests.shim.engine import RUNTIME, Engine
 from tests.shim.fake_containerd import FakeContainerd, Task
 from tests.shim.native_machines import agent_of
-from tests.support.poll import wait_until
+from tests.support.poll import until, wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 
 #: Seconds within which a container is created, started, and has run a process on a quiet machine.
 LIFE = 1.5
 
+#: Seconds within which its creation is under way, also on a quick one.
+CREATION = 0.4
+
 #: Seconds within which every pending call fails once the VM or the shim is dead.
 FAILURE_TIMEOUT = 10.0
+
+
+#: Ways of the shim's end.
+SHIM_SIGNALS = {"shim": signal.SIGKILL, "shim that cleans up": signal.SIGTERM}
 
 
 async def live(task: Task) -> None:
@@ -39,9 +47,9 @@ async def live(task: Task) -> None:
 
 
 async def kill(fake: FakeContainerd, victim: str, shim: int) -> None:
-    """Kill the shim; or the guest, as soon as there is one."""
-    if victim == "shim":
-        os.kill(shim, signal.SIGKILL)
+    """Kill the shim, or have it end; or the guest, as soon as there is one."""
+    if victim in SHIM_SIGNALS:
+        os.kill(shim, SHIM_SIGNALS[victim])
         return
     await asyncio.to_thread(wait_until, lambda: any(guests(fake)), "the guest's start")
     for place in guests(fake):
@@ -51,6 +59,19 @@ async def kill(fake: FakeContainerd, victim: str, shim: int) -> None:
 def guests(fake: FakeContainerd) -> list[Path]:
     """Return the directories of the agents that run."""
     return [path.parent for path in fake.place.glob("agents/*/pid") if path.stat().st_size]
+
+
+def nothing_left(fake: FakeContainerd) -> bool:
+    """Whether no agent, directory or mount of a pod is left."""
+    left = [*fake.place.glob("agents/*/pid"), *fake.place.glob("run-pods/*")]
+    return not left and str(fake.place) not in Path("/proc/self/mountinfo").read_text()
+
+
+def alive(pid: int) -> bool:
+    try:
+        return ProcessId.of(pid).alive
+    except OSError:
+        return False
 
 
 async def run_and_kill(fake: FakeContainerd, name: str, victim: str, moment: float) -> None:
@@ -66,6 +87,9 @@ async def run_and_kill(fake: FakeContainerd, name: str, victim: str, moment: flo
         for method, fields in (("Wait", {}), ("Kill", {"signal": 9}), ("Delete", {}), ("Shutdown", {})):
             with contextlib.suppress(RpcError):
                 await task.call(method, **fields)
+    if victim == "shim that cleans up":
+        await until(lambda: not alive(shim), "the shim's end")
+        assert nothing_left(fake), "there is nothing left to do for containerd"
     await fake.delete_program(task)
     Path(task.address.removeprefix("unix://")).unlink(missing_ok=True)
 
@@ -73,10 +97,9 @@ async def run_and_kill(fake: FakeContainerd, name: str, victim: str, moment: flo
 async def check_rounds(fake: FakeContainerd, seed: int, rounds: int) -> None:
     chance = random.Random(seed)
     for number in range(rounds):
-        victim, moment = chance.choice(["shim", "guest"]), chance.uniform(0, LIFE)
+        victim, moment = chance.choice([*SHIM_SIGNALS, "guest"]), chance.uniform(0, LIFE)
         await run_and_kill(fake, f"k{number}", victim, moment)
-        assert list(fake.place.glob("agents/*/pid")) == [], (seed, number, victim, moment)
-        assert list(fake.place.glob("run-pods/*")) == [], (seed, number, victim, moment)
+        assert nothing_left(fake), (seed, number, victim, moment)
     task = await fake.run("after", "true")
     assert (await task.call("Wait")).exit_status == 0
     await task.call("Delete")
@@ -85,6 +108,12 @@ async def check_rounds(fake: FakeContainerd, seed: int, rounds: int) -> None:
 
 async def test_nothing_is_left_after_a_kill_at_a_random_moment(fake: FakeContainerd) -> None:
     await check_rounds(fake, seed=19, rounds=6)
+
+
+async def test_a_shim_that_ends_while_it_creates_a_container_leaves_nothing(fake: FakeContainerd) -> None:
+    chance = random.Random(20)
+    for number in range(3):
+        await run_and_kill(fake, f"k{number}", "shim that cleans up", chance.uniform(0, CREATION))
 
 
 @pytest.mark.nightly

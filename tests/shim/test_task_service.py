@@ -271,10 +271,10 @@ async def test_the_hosts_side_is_in_the_containers_cgroup(fake: FakeContainerd, 
         assert all(line.endswith(f"/{parent}/c1") for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines())
     if killed:
         os.kill(shim, signal.SIGKILL)
-        await fake.delete_program(task)
         Path(task.address.removeprefix("unix://")).unlink()
     else:
         await task.end()
+    await fake.delete_program(task)
     for hierarchy in (Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir()):
         assert not (hierarchy / parent / "c1").exists(), hierarchy
         if (hierarchy / parent).is_dir():  # which containerd's client has made, or a kubelet

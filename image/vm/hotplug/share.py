@@ -1,8 +1,7 @@
 """Directories of the host, plugged into a running VM by QEMU's monitor, and unplugged again.
 
 That is virtiofs: QEMU adds no 9p while it runs (there is no command for an fsdev).  It needs memory that virtiofsd can
-map: what all VMs have but clones with the kernel's vsock device.  Source: QEMU, docs/interop/vhost-user.rst;
-qapi/char.json.
+map: what all VMs have but clones with the kernel's vsock device.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from typing import Any
 
 from caisson.image.vm.config import TAG
 from caisson.image.vm.errors import InvalidOption, VMError
+from caisson.image.vm.hotplug import virtiofs
 from caisson.image.vm.hotplug.disks import MONITOR_TIMEOUT, empty_port, plugged, unplugged
 from caisson.image.vm.jsonsocket import JSONSocket
 from caisson.image.vm.machine import VM
@@ -144,14 +144,12 @@ def _is_plugged(vm: VM, tag: str) -> bool:
 
 def _plug(monitor: QMP, vm: VM, tag: str, path: str) -> None:
     bus = empty_port(monitor, vm.name)
-    address = {"type": "unix", "data": {"path": path}}
-    backend = {"type": "socket", "data": {"addr": address, "server": False}}
+    connect, add = virtiofs.plug(tag, path, bus)
     with contextlib.suppress(QMPError):  # left by somebody who was killed
         monitor.execute("chardev-remove", {"id": f"chardev-{tag}"})
-    monitor.execute("chardev-add", {"id": f"chardev-{tag}", "backend": backend})
-    device = {"driver": "vhost-user-fs-pci", "id": f"share-{tag}", "chardev": f"chardev-{tag}", "tag": tag, "bus": bus}
+    monitor.execute(*connect)
     try:
-        monitor.execute("device_add", device)
+        monitor.execute(*add)
     except QMPError:
         monitor.execute("chardev-remove", {"id": f"chardev-{tag}"})
         raise
@@ -161,6 +159,14 @@ def unshare(vm: VM, tag: str) -> None:
     """Unplug a share that nothing in the guest has mounted any more.  Raises VMError."""
     with _alone(vm):
         _unshare(vm, tag)
+
+
+def end_server(vm: VM, tag: str) -> None:
+    """End the virtiofsd of a share, and with it all use of the host's files: a guest that is to end gets errors now.
+
+    Raises VMError.
+    """
+    _ask(vm, {"unshare": tag})
 
 
 def _unshare(vm: VM, tag: str) -> None:

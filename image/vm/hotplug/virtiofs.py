@@ -65,6 +65,16 @@ def command(directory: Path, fd: int, *, writable: bool) -> list[str]:
     return sealed or ["unshare", "--mount", "--", "/bin/sh", "-c", READ_ONLY, "sh", str(directory), *words]
 
 
+def plug(tag: str, path: str, bus: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return the commands of QEMU's monitor that plug a share in: connect to virtiofsd's socket, add the device.
+
+    Source: QEMU, docs/interop/vhost-user.rst; qapi/char.json.
+    """
+    backend = {"type": "socket", "data": {"addr": {"type": "unix", "data": {"path": path}}, "server": False}}
+    device = {"driver": "vhost-user-fs-pci", "id": f"share-{tag}", "chardev": f"chardev-{tag}", "tag": tag, "bus": bus}
+    return [("chardev-add", {"id": f"chardev-{tag}", "backend": backend}), ("device_add", device)]
+
+
 class Shares:
     """The directories of one VM that are served so: ``served`` has path and writability by their tags."""
 
@@ -79,13 +89,14 @@ class Shares:
         if "share" in question:
             tag, path = str(question["share"]), Path(str(question.get("path")))
             namespace = fds[0] if fds else None
-            return {"socket": str(self._share(tag, path, bool(question.get("writable")), namespace))}
+            return {"socket": str(self.serve(tag, path, bool(question.get("writable")), namespace))}
         if "unshare" in question:
             self._end(str(question["unshare"]))
             return {}
         raise VMError("supervisor: the request is unknown; give share or unshare")
 
-    def _share(self, tag: str, path: Path, writable: bool, mount_namespace: int | None) -> Path:
+    def serve(self, tag: str, path: Path, writable: bool, mount_namespace: int | None = None) -> Path:
+        """Start a virtiofsd, and return its socket, which accepts connections.  Raises VMError."""
         if tag in self.served:
             raise VMError(f"{tag}: is in use for {self.served[tag][0]}")
         place = next(

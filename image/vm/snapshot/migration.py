@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,15 @@ def save(monitor: Path, scratch: Path, alive: Callable[[], bool]) -> bytes:
 
 
 def restore(
-    monitor: Path, scratch: Path, state: bytes, alive: Callable[[], bool], plug: dict[str, Any] | None = None
+    monitor: Path,
+    scratch: Path,
+    state: bytes,
+    alive: Callable[[], bool],
+    plug: Iterable[tuple[str, dict[str, Any]]] = (),
 ) -> None:
     """Restore a state into a QEMU that waits for it (-incoming defer), and run the guest.
 
-    ``plug`` is a device that it gets before the guest runs on; the others are as above.  Raises VMError.
+    ``plug``: the commands that add devices before the guest runs on; the others are as above.  Raises VMError.
     """
     with _connect(monitor, alive) as qemu:
         qemu.execute("migrate-set-capabilities", CAPABILITIES)
@@ -70,8 +74,8 @@ def restore(
         finally:
             scratch.unlink(missing_ok=True)
         _completed(qemu, "restored")
-        if plug is not None:
-            qemu.execute("device_add", plug)
+        for command, arguments in plug:
+            qemu.execute(command, arguments)
         qemu.execute("cont")
 
 

@@ -18,18 +18,20 @@ ZEROS = bytes(PAGE)
 
 
 @contextlib.contextmanager
-def memory_file(mebibytes: int, snapshot: Path | None) -> Iterator[IO[bytes]]:
-    """Create a memfd for a guest's memory, with that of a snapshot copied into it.  Raises VMError."""
+def memory_file(mebibytes: int) -> Iterator[IO[bytes]]:
+    """Create a memfd for a guest's memory."""
     with open(os.memfd_create("caisson-ram"), "r+b", buffering=0) as file:  # noqa: PTH123
-        try:
-            if snapshot is None:
-                os.ftruncate(file.fileno(), mebibytes << 20)
-            else:
-                with (snapshot / "ram").open("rb") as saved:
-                    copy(saved.fileno(), file.fileno())
-        except OSError as error:
-            raise VMError(f"snapshot {snapshot}: its memory cannot be copied: {error.strerror or error}") from error
+        os.ftruncate(file.fileno(), mebibytes << 20)
         yield file
+
+
+def fill(file: IO[bytes], snapshot: Path) -> None:
+    """Copy the memory of a snapshot into a new one.  Raises VMError."""
+    try:
+        with (snapshot / "ram").open("rb") as saved:
+            copy(saved.fileno(), file.fileno())
+    except OSError as error:
+        raise VMError(f"snapshot {snapshot}: its memory cannot be copied: {error.strerror or error}") from error
 
 
 def extents(descriptor: int) -> Iterator[tuple[int, int]]:
