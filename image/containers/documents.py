@@ -12,11 +12,12 @@ import re
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from errno import ELOOP
 from typing import IO, Any, Protocol
 
 from caisson.image.containers.archives import check, sha256_of
 from caisson.image.errors import ImageError
+from caisson.image.formats.beneath import Beneath
 from caisson.image.formats.tree import Malformed
 
 DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
@@ -279,12 +280,18 @@ def _absolute(path: str) -> str:
     return "/" + posixpath.normpath(f"/{path}").lstrip("/")
 
 
-def read_bundle(path: Path) -> dict[str, Any]:
+def read_bundle(bundle: Beneath) -> dict[str, Any]:
     """Return the configuration of a bundle, a file of its own.  Raises Malformed, OSError."""
-    if not stat.S_ISREG(path.lstat().st_mode):
-        raise Malformed(f"{path}: not a regular file; copy it into the bundle")
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    return _document(os.fdopen(os.open(path, flags), "rb"), "config.json")
+    try:
+        stream = os.fdopen(bundle.open(b"config.json"), "rb")
+    except OSError as error:
+        if error.errno != ELOOP:
+            raise
+        raise Malformed("config.json: not a regular file; copy it into the bundle") from None
+    with stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise Malformed("config.json: not a regular file; copy it into the bundle")
+        return _document(stream, "config.json")
 
 
 def root_of(bundle: dict[str, Any]) -> str:

@@ -28,6 +28,7 @@ from caisson.image.containers.archives import Archive, Budget, Directory, Whole,
 from caisson.image.containers.documents import Config, ContainerImage, ImageFiles, Layer
 from caisson.image.containers.layers import LayerMerger
 from caisson.image.errors import ImageError
+from caisson.image.formats.beneath import Beneath
 from caisson.image.formats.scan import from_directory
 from caisson.image.formats.squashfs import write_squashfs
 from caisson.image.formats.tree import Malformed, Tree
@@ -182,10 +183,12 @@ class _Packer:
         return self._finish(whole, ContainerImage([Layer("", "", digest)], Config(), digest))
 
     def _bundle(self, place: Path) -> Packed:
-        document = documents.read_bundle(place / "config.json")
-        return Packed(self._packed_directory(beneath(place, documents.root_of(document))), "", Config(), document)
+        with Beneath.of(place) as bundle:
+            document = documents.read_bundle(bundle)
+            root = open_root(bundle, place, documents.root_of(document))
+        return Packed(self._packed_directory(root), "", Config(), document)
 
-    def _packed_directory(self, root: Path) -> Path:
+    def _packed_directory(self, root: Path | Beneath) -> Path:
         disk = self._scratch / "disk"
         with from_directory(root) as tree, self._warnings() as warn:
             write_squashfs(tree, disk, warn, Budget(self._max_size, self._progress.advance).take)
@@ -255,22 +258,20 @@ class _Progress:
             self._report(f"packing {self._source}: {self.doing}, {self._done / 1e6:.0f} MB done")
 
 
-def beneath(directory: Path, path: str) -> Path:
-    """Return a path below a directory, reached through no link and no "..".  Raises ImageError."""
-    shown = f"{directory}: root.path {path!r}"
+def open_root(bundle: Beneath, place: Path, path: str) -> Beneath:
+    """Open root.path of a bundle, which is at ``place``: below it, through no link and no "..".  Raises ImageError."""
+    shown = f"{place}: root.path {path!r}"
     if path.startswith("/"):
         try:
-            path = str(Path(path).relative_to(directory.resolve()))
+            path = str(Path(path).relative_to(place.resolve()))
         except ValueError:
             raise ImageError(f"{shown}: outside of the bundle; copy the root file system into it") from None
-    place = directory
-    for part in Path(path).parts:
-        place = place / part
-        if part == ".." or place.is_symlink():
-            raise ImageError(f"{shown}: leads through a link or '..'; name a directory below the bundle")
-    if not place.is_dir():
-        raise ImageError(f"{shown}: no such directory")
-    return place
+    try:
+        return bundle.directory(os.fsencode(path))
+    except FileNotFoundError:
+        raise ImageError(f"{shown}: no such directory") from None
+    except (OSError, ImageError):
+        raise ImageError(f"{shown}: leads through a link or '..'; name a directory below the bundle") from None
 
 
 def _fetch(files: ImageFiles, layer: Layer, target: Path, budget: Budget) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from caisson.image.errors import ImageError
+from caisson.image.formats.beneath import FILE, Beneath
 from caisson.image.formats.tree import ROOT, Extent, Node, Tree
 
 
@@ -41,62 +42,102 @@ def _as_in_a_guest(path: Path) -> Node:
     return Node(stat.S_IFREG | mode, size=state.st_size, file=os.fsencode(path))
 
 
-def from_directory(root: Path) -> Tree:
-    """Return the tree of a directory of this machine.  Raises ImageError."""
-    tree = Tree()
-    known: dict[tuple[int, int], int] = {}  # files with several names
-    ways: list[tuple[bytes, int]] = [(os.fsencode(root), ROOT)]
+def from_directory(root: Path | Beneath) -> Tree:
+    """Return the tree of a directory of this machine, whatever is exchanged in it meanwhile.  Raises ImageError."""
     try:
-        tree.change(ROOT, _scanned(os.fsencode(root)))
-        while ways:
-            place, parent = ways.pop()
-            with os.scandir(place) as entries:
-                for entry in entries:
-                    state = entry.stat(follow_symlinks=False)
-                    if stat.S_ISSOCK(state.st_mode):  # of a running program; an image cannot hold it
-                        continue
-                    identity = state.st_dev, state.st_ino
-                    number = known.get(identity)
-                    if number is None:
-                        number = tree.add(_scanned(entry.path, state))
-                        if stat.S_ISDIR(state.st_mode):
-                            ways.append((entry.path, number))
-                        elif state.st_nlink > 1:
-                            known[identity] = number
-                            tree.share(number)
-                    tree.link(parent, entry.name, number)
+        beneath = root if isinstance(root, Beneath) else Beneath.of(root)
+    except OSError as error:
+        raise ImageError(f"{root}: {error.strerror}") from error
+    tree = Tree(beneath)
+    try:
+        _Scan(tree, beneath).run()
     except OSError as error:
         tree.close()
-        raise ImageError(f"{os.fsdecode(error.filename or root)}: {error.strerror}") from error
+        raise ImageError(f"{os.fsdecode(error.filename or b'/')}: {error.strerror}") from error
+    except ImageError:
+        tree.close()
+        raise
     return tree
 
 
-def _scanned(path: bytes, state: os.stat_result | None = None) -> Node:
-    state = state or os.lstat(path)
-    node = Node(state.st_mode, state.st_uid, state.st_gid, max(0, int(state.st_mtime)), xattrs=_xattrs(path))
+class _Scan:
+    """Reads a directory and all below it, one directory at a time and each by its own descriptor."""
+
+    def __init__(self, tree: Tree, beneath: Beneath) -> None:
+        self._tree = tree
+        self._beneath = beneath
+        self._known: dict[tuple[int, int], int] = {}  # files with several names
+
+    def run(self) -> None:
+        """Fill the tree.  Raises OSError, ImageError."""
+        state = os.fstat(self._beneath.descriptor)
+        self._tree.change(ROOT, _attributes(state, self._beneath.descriptor))
+        ways = [(b"", ROOT, (state.st_dev, state.st_ino))]
+        while ways:
+            place, parent, identity = ways.pop()
+            with self._beneath.directory(place) as directory:
+                state = os.fstat(directory.descriptor)
+                if (state.st_dev, state.st_ino) != identity:
+                    raise ImageError(
+                        f"{os.fsdecode(place)}: another directory than it was; it changed while it was read"
+                    )
+                ways += self._entries(directory.descriptor, place, parent)
+
+    def _entries(self, descriptor: int, place: bytes, parent: int) -> list[tuple[bytes, int, tuple[int, int]]]:
+        """Add what a directory holds; return the directories among that."""
+        found = []
+        with os.scandir(descriptor) as entries:
+            for entry in entries:
+                name = os.fsencode(entry.name)
+                path = place + b"/" + name if place else name
+                state = entry.stat(follow_symlinks=False)
+                if stat.S_ISSOCK(state.st_mode):  # of a running program; an image cannot hold it
+                    continue
+                identity = state.st_dev, state.st_ino
+                number = self._known.get(identity)
+                if number is None:
+                    number = self._tree.add(_scanned(descriptor, name, path, state))
+                    if stat.S_ISDIR(state.st_mode):
+                        found.append((path, number, identity))
+                    elif state.st_nlink > 1:
+                        self._known[identity] = number
+                        self._tree.share(number)
+                self._tree.link(parent, name, number)
+        return found
+
+
+def _attributes(state: os.stat_result, file: int | bytes) -> Node:
+    return Node(state.st_mode, state.st_uid, state.st_gid, max(0, int(state.st_mtime)), xattrs=_xattrs(file))
+
+
+def _scanned(directory: int, name: bytes, path: bytes, state: os.stat_result) -> Node:
+    """Return a directory's entry; its contents are read later, by its path beneath the tree's directory."""
+    node = _attributes(state, b"/proc/self/fd/%d/%s" % (directory, name))
     if stat.S_ISLNK(state.st_mode):
-        return replace(node, target=os.readlink(path))  # noqa: PTH115 - bytes
+        return replace(node, target=os.readlink(name, dir_fd=directory))
     if stat.S_ISREG(state.st_mode):
         sparse = state.st_blocks * 512 < state.st_size
-        return replace(node, size=state.st_size, file=path, extents=_extents(path, state.st_size) if sparse else None)
+        extents = _extents(directory, name, state.st_size) if sparse else None
+        return replace(node, size=state.st_size, file=path, extents=extents)
     if stat.S_ISCHR(state.st_mode) or stat.S_ISBLK(state.st_mode):
         return replace(node, device=(os.major(state.st_rdev), os.minor(state.st_rdev)))
     return node
 
 
-def _xattrs(path: bytes) -> dict[str, bytes]:
+def _xattrs(file: int | bytes) -> dict[str, bytes]:
+    """Read extended attributes of an open directory, or of a path, of a link those of the link."""
+    follow = isinstance(file, int)
     try:
-        return {
-            name: os.getxattr(path, name, follow_symlinks=False) for name in os.listxattr(path, follow_symlinks=False)
-        }
+        names = os.listxattr(file, follow_symlinks=follow)
+        return {name: os.getxattr(file, name, follow_symlinks=follow) for name in names}
     except OSError:
         return {}  # a file system without them
 
 
-def _extents(path: bytes, size: int) -> tuple[Extent, ...] | None:
+def _extents(directory: int, name: bytes, size: int) -> tuple[Extent, ...] | None:
     """Return where a file has data (lseek(2), SEEK_DATA)."""
     found = []
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = os.open(name, FILE, dir_fd=directory)
     try:
         at = 0
         with contextlib.suppress(OSError):  # ENXIO: no more data

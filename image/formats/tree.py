@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from caisson.image.errors import ImageError
+from caisson.image.formats.beneath import FILE, Beneath
 
 #: The inode number of the root directory.
 ROOT = 1
@@ -62,7 +63,7 @@ class Node:
     """A file of a tree; ``mode`` is stat(2)'s, with the type.
 
     The contents of a regular file are ``size`` bytes: ``data``, or those of ``file`` on this machine from ``offset``
-    on.  Of a sparse one only the ``extents`` are there, in order.
+    on, a path beneath ``within`` where that is given.  Of a sparse one only the ``extents`` are there, in order.
     """
 
     mode: int
@@ -77,6 +78,7 @@ class Node:
     extents: tuple[Extent, ...] | None = None
     data: bytes | None = None
     xattrs: Mapping[str, bytes] = field(default_factory=dict)
+    within: Beneath | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, mode: int, data: bytes = b"", device: tuple[int, int] = (0, 0)) -> Node:
@@ -99,8 +101,10 @@ class Node:
             yield self.data
             return
         runs = (Extent(0, self.size, self.offset),) if self.extents is None else self.extents
-        descriptor = os.open(self.file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(self.file, FILE) if self.within is None else self.within.open(self.file)
         try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ImageError(f"{os.fsdecode(self.file)}: not a regular file; it changed while it was read")
             for run in runs:
                 at, left = run.stored, run.length
                 while left:
@@ -135,9 +139,14 @@ def text(path: bytes) -> str:
 
 
 class Tree:
-    """A root directory and all below it.  Use it in a `with` block, or close it."""
+    """A root directory and all below it.  Use it in a `with` block, or close it.
 
-    def __init__(self) -> None:
+    ``within`` is the directory of this machine that its files' contents are in, which it closes; None for contents at
+    absolute paths.
+    """
+
+    def __init__(self, within: Beneath | None = None) -> None:
+        self._within = within
         self._db = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._db.executescript(
             "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -8000;" + SCHEMA
@@ -154,8 +163,10 @@ class Tree:
         self.close()
 
     def close(self) -> None:
-        """Remove the database."""
+        """Remove the database.  Idempotent."""
         self._db.close()
+        if self._within is not None:
+            self._within.close()
 
     # Inodes
 
@@ -177,7 +188,7 @@ class Tree:
         """Return an inode."""
         row = self._db.execute(f"SELECT {COLUMNS} FROM inode WHERE number = ?", (number,)).fetchone()
         xattrs = dict(self._db.execute("SELECT name, value FROM xattr WHERE inode = ?", (number,)))
-        return _node(row, xattrs)
+        return _node(row, xattrs, self._within)
 
     def _set_xattrs(self, number: int, node: Node) -> None:
         if node.xattrs:
@@ -374,10 +385,10 @@ def _row(node: Node) -> tuple[object, ...]:
     )  # fmt: skip
 
 
-def _node(row: tuple[object, ...], xattrs: dict[str, bytes]) -> Node:
+def _node(row: tuple[object, ...], xattrs: dict[str, bytes], within: Beneath | None) -> Node:
     mode, uid, gid, mtime, target, major, minor, size, file, offset, packed, data = row
     extents = None
     if isinstance(packed, bytes):
         numbers = array("Q", packed)
         extents = tuple(Extent(*numbers[at : at + 3]) for at in range(0, len(numbers), 3))
-    return Node(mode, uid, gid, mtime, target, (major, minor), size, file, offset, extents, data, xattrs)  # type: ignore[arg-type]
+    return Node(mode, uid, gid, mtime, target, (major, minor), size, file, offset, extents, data, xattrs, within)  # type: ignore[arg-type]

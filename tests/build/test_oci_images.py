@@ -20,7 +20,8 @@ from caisson.image.containers.documents import Config
 from caisson.image.containers.oci import packed
 from caisson.image.containers.store import images, remember, remove
 from caisson.image.errors import ImageError
-from caisson.image.formats.tree import Malformed
+from caisson.image.formats import scan
+from caisson.image.formats.tree import Malformed, Node
 from tests.build.container_images import (
     FOLDER,
     Member,
@@ -288,6 +289,40 @@ def test_a_bundle_is_read_beneath_its_own_directory(tmp_path: Path, path: str) -
         read(bundle)
     (bundle / "config.json").write_text(json.dumps({"root": {"path": str(bundle.resolve() / "files")}}))
     assert "etc" in listed(bundle)
+
+
+@pytest.mark.parametrize("moment", ["found", "scanned"])
+def test_a_bundle_that_is_exchanged_under_the_build_shows_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Whoever owns the bundle puts a link in a directory's place: after it was found, or before its files are read."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/passwd").write_text("secret")
+    etc = tmp_path / "bundle/rootfs/etc"
+    etc.mkdir(parents=True)
+    (etc / "passwd").write_text("public")
+
+    def exchange() -> None:
+        etc.rename(tmp_path / "old")
+        etc.symlink_to(tmp_path / "outside")
+
+    scanned = scan._scanned
+
+    def scanned_and_exchanged(directory: int, name: bytes, path: bytes, state: os.stat_result) -> Node:
+        node = scanned(directory, name, path, state)
+        if name == b"etc":
+            exchange()
+        return node
+
+    if moment == "found":
+        monkeypatch.setattr(scan, "_scanned", scanned_and_exchanged)
+        with pytest.raises(ImageError, match="etc"):
+            scan.from_directory(tmp_path / "bundle/rootfs")
+        return
+    with scan.from_directory(tmp_path / "bundle/rootfs") as tree:
+        exchange()
+        with pytest.raises(OSError, match="etc"):
+            _ = [node.read() for _, node in tree.files()]
 
 
 @pytest.mark.parametrize(
