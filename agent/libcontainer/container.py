@@ -241,6 +241,8 @@ class Container:
         status = self.status
         if status == STOPPED:
             raise ContainerError("cannot start a container that has stopped")
+        if status == PAUSED:
+            raise ContainerError("cannot start a container in the paused state")
         if status != CREATED:
             raise ContainerError("cannot start an already running container")
         await self.runtime.launcher().start(self.gate, self.state.init_process_pid, self.spec.hooks)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from caisson.agent.runtime.main import Call
 
+SHARES_MIN, SHARES_MAX = 2, 1 << 18  # of cpu.shares in cgroup v1
 SETS = ("bounding", "effective", "inheritable", "permitted", "ambient")
 
 
@@ -25,8 +26,8 @@ class Bundle:
 
     def __init__(self, call: Call, directory: str) -> None:
         """Raises CommandError or SpecError."""
-        self.path = os.path.abspath(directory or ".")  # noqa: PTH100 - no pathlib at start
-        self.document = read_config(self.path)
+        self.path = os.path.realpath(directory or ".")  # as for runc, which changes to it; no pathlib at start
+        self.document = read_config(self.path, directory)
         self._call = call
         normalize(call, self.document)
         self.spec = self._read()
@@ -34,8 +35,15 @@ class Bundle:
     def _read(self) -> Spec:
         return ignoring_unknown(lambda: Spec.from_json(self.document), lambda text: self._call.log("debug", text))
 
-    def changed(self) -> None:
-        """Read the records again, after the document was changed."""
+    def add_environment(self, *variables: str) -> None:
+        """Give the process more variables."""
+        process = self.document["process"]
+        process["env"] = [*(process.get("env") or []), *variables]
+        self.spec = self._read()
+
+    def add_mount(self, mount: dict[str, object]) -> None:
+        """Give the container one more mount."""
+        self.document["mounts"] = [*(self.document.get("mounts") or []), mount]
         self.spec = self._read()
 
     @property
@@ -50,11 +58,12 @@ class Bundle:
         return path
 
 
-def read_config(bundle: str) -> dict[str, Any]:
-    """Decode config.json of a bundle.  Raises CommandError."""
+def read_config(bundle: str, given: str = "") -> dict[str, Any]:
+    """Decode config.json of a bundle, which a caller has `given` by another path.  Raises CommandError."""
     path = os.path.join(bundle, "config.json")  # noqa: PTH118
     if not os.path.isdir(bundle):  # noqa: PTH112
-        raise CommandError(f"chdir {bundle}: no such file or directory")
+        why = "not a directory" if os.path.exists(bundle) else "no such file or directory"  # noqa: PTH110
+        raise CommandError(f"chdir {given or bundle}: {why}")
     try:
         with open(path, encoding="utf-8") as file:  # noqa: PTH123
             document = loads(file.read())
@@ -76,31 +85,65 @@ def normalize(call: Call, document: dict[str, Any]) -> None:
     if not isinstance(process, dict):
         raise CommandError("process property must not be empty")
     normalize_process(call, process)
-    if not isinstance(document.get("linux"), dict):
+    if document.get("linux") is None:
         document["linux"] = {}
-    if document["linux"].get("memoryPolicy") == {}:  # there, and without a mode
-        raise CommandError("invalid memory policy mode: it is empty")
-    _normalize_resources(call, document["linux"])
-    for mount in document.get("mounts") or []:
+    linux = document["linux"]
+    if isinstance(linux, dict):
+        if linux.get("memoryPolicy") == {}:  # there, and without a mode
+            raise CommandError("invalid memory policy mode: it is empty")
+        normalize_resources(call, linux.get("resources"))
+        _normalize_maps(call, linux)
+    for mount in _list(document.get("mounts")):
         target = mount.get("destination") if isinstance(mount, dict) else None
         if isinstance(target, str) and target and not target.startswith("/"):
             call.warn(f"mount destination {target} is not absolute; it is taken to be below the root")
             mount["destination"] = f"/{target}"
 
 
-def _normalize_resources(call: Call, linux: dict[str, Any]) -> None:
-    """Leave out letters of device rules that mean nothing, and limits of kernel memory, as runc does."""
-    resources = linux.get("resources")
+def _list(value: object) -> list[Any]:
+    """Return a list as it is, and nothing for what is not one: that is for the parser to refuse."""
+    return value if isinstance(value, list) else []
+
+
+def _normalize_maps(call: Call, linux: dict[str, Any]) -> None:
+    """Leave out id maps of a container without a user namespace, as runc does."""
+    if any(isinstance(one, dict) and one.get("type") == "user" for one in _list(linux.get("namespaces"))):
+        return
+    for name in ("uidMappings", "gidMappings"):
+        if linux.pop(name, None):
+            call.log("debug", f"linux.{name}: ignored without a user namespace")
+
+
+def normalize_resources(call: Call, resources: object) -> None:
+    """Leave out letters of device rules that mean nothing, and limits of kernel memory, as runc does.
+
+    Raises CommandError for a rule without letters, and for shares that the kernel would change.
+    """
     if not isinstance(resources, dict):
         return
+    cpu = resources.get("cpu")
+    if isinstance(cpu, dict) and isinstance(cpu.get("shares"), int):
+        _check_shares(call, cpu["shares"])
     memory = resources.get("memory")
     if isinstance(memory, dict) and (memory.get("kernel") or memory.get("kernelTCP")):
         call.warn("Kernel memory settings are ignored and will be removed")
         resources["memory"] = {key: value for key, value in memory.items() if key not in ("kernel", "kernelTCP")}
-    for rule in resources.get("devices") or []:
+    for number, rule in enumerate(_list(resources.get("devices"))):
         access = rule.get("access") if isinstance(rule, dict) else None
+        if isinstance(rule, dict) and not access:
+            raise CommandError(f"device access at {number} field cannot be empty")
         if isinstance(access, str) and not {*access} <= {*"rwm"}:
             rule["access"] = "".join(letter for letter in access if letter in "rwm") or access
+
+
+def _check_shares(call: Call, shares: int) -> None:
+    """Refuse what cgroup v1 would make another number of; in v2 all are weights from 1 to 10,000."""
+    if shares == 0 or SHARES_MIN <= shares <= SHARES_MAX:
+        return
+    hierarchy = call.hierarchy()
+    if hierarchy is not None and set(hierarchy.place("x")) != {""}:
+        which, bound = ("minimum", SHARES_MIN) if shares < SHARES_MIN else ("maximum", SHARES_MAX)
+        raise CommandError(f"the {which} allowed cpu-shares is {bound}")
 
 
 def normalize_process(call: Call, process: dict[str, Any]) -> None:
@@ -112,29 +155,27 @@ def normalize_process(call: Call, process: dict[str, Any]) -> None:
     if not process.get("args"):
         raise CommandError("args must not be empty")
     limits = process.get("rlimits")
-    if isinstance(limits, list):  # the last one of a type wins
-        by_type = {str(limit.get("type")): limit for limit in limits if isinstance(limit, dict)}
-        process["rlimits"] = list(by_type.values())
+    if isinstance(limits, list) and all(isinstance(limit, dict) for limit in limits):  # the last one of a type wins
+        process["rlimits"] = list({str(limit.get("type")): limit for limit in limits}.values())
     sets = process.get("capabilities")
     if isinstance(sets, dict):
         _normalize_capabilities(call, sets)
 
 
 def _normalize_capabilities(call: Call, sets: dict[str, Any]) -> None:
-    unknown: list[str] = []
-    for name in SETS:
-        given = sets.get(name)
-        if isinstance(given, list):
-            unknown += [one for one in given if one not in CAPABILITIES and one not in unknown]
-            sets[name] = [one for one in given if one in CAPABILITIES]
+    given = {name: _list(sets.get(name)) for name in SETS}
+    if not all(isinstance(one, str) for names in given.values() for one in names):
+        return  # which one, the parser says
+    unknown = dict.fromkeys(one for names in given.values() for one in names if one not in CAPABILITIES)
     if unknown:
-        call.warn(f"ignoring unknown or unavailable capabilities: [{' '.join(map(str, unknown))}]")
-    for name in sets.get("ambient") or []:
-        if name not in (sets.get("inheritable") or []) or name not in (sets.get("permitted") or []):
+        call.warn(f"ignoring unknown or unavailable capabilities: [{' '.join(unknown)}]")
+    given = {name: [one for one in names if one in CAPABILITIES] for name, names in given.items()}
+    for name in given["ambient"]:
+        if name not in given["inheritable"] or name not in given["permitted"]:
             call.warn(f"can't raise ambient capability {name}: operation not permitted")
-    if sets.get("ambient"):
-        allowed = set(sets.get("inheritable") or []) & set(sets.get("permitted") or [])
-        sets["ambient"] = [name for name in sets["ambient"] if name in allowed]
+    allowed = {*given["inheritable"]} & {*given["permitted"]}
+    given["ambient"] = [name for name in given["ambient"] if name in allowed]
+    sets.update((name, names) for name, names in given.items() if isinstance(sets.get(name), list))
 
 
 def read_process(call: Call, document: dict[str, Any]) -> Process:

@@ -19,17 +19,10 @@ if TYPE_CHECKING:
 
 #: Units of a Go duration, in seconds.
 UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-CPUSET = {
-    "cpu_exclusive": "cpu_exclusive",
-    "mem_hardwall": "mem_hardwall",
-    "mem_exclusive": "mem_exclusive",
-    "memory_migrate": "memory_migrate",
-    "memory_spread_page": "memory_spread_page",
-    "memory_spread_slab": "memory_spread_slab",
-    "memory_pressure": "memory_pressure",
-    "sched_load_balance": "sched_load_balance",
-    "sched_relax_domain_level": "sched_relax_domain_level",
-}
+CPUSET = (
+    "cpu_exclusive", "mem_hardwall", "mem_exclusive", "memory_migrate", "memory_spread_page", "memory_spread_slab",
+    "memory_pressure", "sched_load_balance", "sched_relax_domain_level",
+)  # fmt: skip
 
 
 def events(call: Call) -> int:
@@ -80,17 +73,14 @@ def _print(kind: str, name: str, about: dict[str, Any] | None) -> None:
 
 
 def duration(text: str) -> float:
-    """Parse a duration such as 1m30s or 500ms into seconds.  Raises CommandError."""
-    rest, seconds = text.strip(), 0.0
-    while rest:
-        number = rest[: len(rest) - len(rest.lstrip("0123456789."))]
-        rest = rest[len(number) :]
-        unit = rest[: len(rest) - len(rest.lstrip("nuµmsh"))]
-        rest = rest[len(unit) :]
-        if not number or unit not in UNITS:
-            raise CommandError(f'invalid value "{text}" for flag -interval: parse error')
-        seconds += float(number) * UNITS[unit]
-    return seconds
+    """Parse a duration of Go's such as 1m30s or 500ms into seconds.  Raises CommandError."""
+    import re  # late: no other command needs it
+
+    part = r"(\d+\.?\d*|\.\d+)(ns|us|µs|ms|s|m|h)"
+    if not re.fullmatch(rf"[+-]?(0|({part})+)", text, re.ASCII):
+        raise CommandError(f'invalid value "{text}" for flag -interval: parse error')
+    seconds = sum(float(number) * UNITS[unit] for number, unit in re.findall(part, text))
+    return -seconds if text.startswith("-") else seconds
 
 
 def data(cgroup: Cgroup) -> dict[str, Any]:
@@ -118,7 +108,7 @@ def _without_zeros(values: dict[str, Any]) -> dict[str, Any]:
 def _cpu(stats: CgroupStats, cgroup: Cgroup) -> dict[str, Any]:
     usage, throttling = stats.cpu_stats.cpu_usage, stats.cpu_stats.throttling_data
     rows = [line.split() for line in (cgroup.read("cpuacct.usage_all") or "").splitlines()[1:]]
-    return {
+    found: dict[str, Any] = {
         "usage": _without_zeros(
             {
                 "total": usage.total_usage,
@@ -135,7 +125,10 @@ def _cpu(stats: CgroupStats, cgroup: Cgroup) -> dict[str, Any]:
                 "throttledTime": throttling.throttled_time,
             }
         ),
-    } | _pressure(cgroup, "cpu")
+    }
+    if not found["throttling"]:
+        del found["throttling"]
+    return found | _pressure(cgroup, "cpu")
 
 
 def _pressure(cgroup: Cgroup, what: str) -> dict[str, Any]:
@@ -158,15 +151,13 @@ def _numbers(text: str) -> list[int]:
 
 
 def _cpuset(cgroup: Cgroup) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, files in (("cpus", ("cpuset.cpus", "cpuset.cpus.effective")), ("mems", ("cpuset.mems",))):
-        values = next((_numbers(cgroup.read(name) or "") for name in files if cgroup.read(name)), [])
-        if values:
-            found[key] = values
-    for key, name in CPUSET.items():
-        text = (cgroup.read(f"cpuset.{name}") or "0").strip()
-        found[key] = int(text) if text.lstrip("-").isdecimal() else 0
-    return found
+    cpus = _numbers(cgroup.read("cpuset.cpus") or cgroup.read("cpuset.cpus.effective") or "")
+    mems = _numbers(cgroup.read("cpuset.mems") or "")
+    texts = {key: (cgroup.read(f"cpuset.{key}") or "0").strip() for key in CPUSET}
+    flags = {key: int(text) if text.lstrip("-").isdecimal() else 0 for key, text in texts.items()}
+    order = ("cpus", "cpu_exclusive", "mems")
+    found: dict[str, Any] = {"cpus": cpus, "mems": mems, **flags}
+    return {key: found[key] for key in (*order, *flags) if found[key] != []}
 
 
 def _memory(stats: CgroupStats, cgroup: Cgroup) -> dict[str, Any]:

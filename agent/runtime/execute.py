@@ -56,7 +56,7 @@ def _run(call: Call, container: Container, process: Process, config: Identity | 
     detach = call.options.flag("detach")
     with ProcessIO(call, process, detach=detach) as io:
         with ExecCgroup(container, call.options.texts("cgroup")) as cgroup_fds:
-            launch = Launch(container.id, io.stdio, cgroup_fds, io.preserved, io.announced)
+            launch = Launch(container.id, io.stdio, cgroup_fds, io.preserved, io.announced, on_host=True)
             launched = run(container.exec(process, launch))
         io.launched(launched)
         if config is not None:
@@ -78,9 +78,15 @@ def _document(call: Call, container: Container) -> dict[str, Any]:
         document["args"] = call.operands[1:]
         document["terminal"] = False
         _override(call, document)
-    if listen_environment():
-        document["env"] = [*(document.get("env") or []), *listen_environment()]
+    _extend(document, "env", listen_environment())
     return document
+
+
+def _extend(document: dict[str, Any], key: str, more: list[Any]) -> None:
+    """Append to a list of a document; what is not a list is left for the parser to refuse."""
+    found = document.get(key)
+    if more and (found is None or isinstance(found, list)):
+        document[key] = [*(found or []), *more]
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -105,24 +111,25 @@ def _override(call: Call, document: dict[str, Any]) -> None:
     if options.text("process-label"):
         document["selinuxLabel"] = options.text("process-label")
     if options.texts("cap"):
-        document["capabilities"] = _with_capabilities(document.get("capabilities") or {}, options.texts("cap"))
-    document["env"] = [*(document.get("env") or []), *options.texts("env")]
+        _add_capabilities(document, options.texts("cap"))
+    _extend(document, "env", options.texts("env"))
     if "tty" in options.given:
         document["terminal"] = options.flag("tty")
     if "no-new-privs" in options.given:
         document["noNewPrivileges"] = options.flag("no-new-privs")
-    user = dict(document.get("user") or {})
-    if options.text("user"):
-        user |= _user(options.text("user"))
-    if options.texts("additional-gids"):
-        user["additionalGids"] = [*(user.get("additionalGids") or []), *map(_number, options.texts("additional-gids"))]
-    document["user"] = user
+    user = document.get("user") or {}
+    if isinstance(user, dict):
+        document["user"] = user | (_user(options.text("user")) if options.text("user") else {})
+        _extend(document["user"], "additionalGids", [_number(text) for text in options.texts("additional-gids")])
 
 
-def _with_capabilities(sets: dict[str, Any], more: list[str]) -> dict[str, Any]:
+def _add_capabilities(document: dict[str, Any], more: list[str]) -> None:
     """Add capabilities: ambient ones only where the configuration has inheritable ones."""
-    names = ["bounding", "effective", "permitted", *(["ambient"] if sets.get("inheritable") else [])]
-    return sets | {name: [*(sets.get(name) or []), *more] for name in names}
+    sets = document.get("capabilities") or {}
+    if isinstance(sets, dict):
+        document["capabilities"] = sets = dict(sets)
+        for name in ("bounding", "effective", "permitted", *(["ambient"] if sets.get("inheritable") else [])):
+            _extend(sets, name, more)
 
 
 def _user(text: str) -> dict[str, int]:

@@ -53,8 +53,6 @@ def state(call: Call) -> int:
 def list_containers(call: Call) -> int:
     """Print the containers of this root."""
     form = call.options.text("format")
-    if form not in FORMATS:
-        raise CommandError("invalid format option")
     try:
         names = list_ids(call.root)
     except FileNotFoundError:
@@ -65,6 +63,8 @@ def list_containers(call: Call) -> int:
         for name in names:
             sys.stdout.write(f"{name}\n")
         return 0
+    if form not in FORMATS:
+        raise CommandError("invalid format option")
     found = [row for row in map(lambda name: _row(call, name), names) if row is not None]
     if form == "json":
         sys.stdout.write(dumps(found) if found else "null")
@@ -112,7 +112,7 @@ def ps(call: Call) -> int:
     container = call.container()
     pids = container.pids()
     if form == "json":
-        sys.stdout.write(dumps(pids))
+        sys.stdout.write(dumps(pids) if pids else "null")
         return 0
     import subprocess
 

@@ -108,8 +108,7 @@ def _bundle(call: Call) -> Bundle:
     call.id  # noqa: B018 - it is checked first
     bundle = Bundle(call, call.options.text("bundle"))
     if listen_environment():
-        bundle.document["process"].setdefault("env", []).extend(listen_environment())
-        bundle.changed()
+        bundle.add_environment(*listen_environment())
     return bundle
 
 
@@ -251,7 +250,7 @@ def _make_cgroup(call: Call, bundle: Bundle) -> Cgroup | None:
 
 def kill(call: Call) -> int:
     """Signal a container's first process, or all of its processes."""
-    text = call.operands[1] if len(call.operands) > 1 else "SIGTERM"
+    text = (call.operands[1] if len(call.operands) > 1 else "") or "SIGTERM"
     container = call.container()
     number = signal_number(text)
     every = call.options.flag("all")
@@ -267,8 +266,9 @@ def kill(call: Call) -> int:
 
 def signal_number(text: str) -> int:
     """Parse a signal that is given by number or name.  Raises CommandError."""
-    if text.isascii() and text.isdecimal() and int(text) <= 64:
-        return int(text)
+    digits = text.removeprefix("+")
+    if digits.isascii() and digits.isdecimal() and int(digits) <= RTMAX:
+        return int(digits)
     name = text.upper().removeprefix("SIG")
     found = SIGNALS.get(name)
     base, sign, number = name[:5], name[5:6], name[6:]

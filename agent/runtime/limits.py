@@ -7,6 +7,7 @@ import sys
 from caisson.agent.base.json import JsonError, loads
 from caisson.agent.libcontainer.config.spec import ignoring_unknown
 from caisson.agent.libcontainer.state_directory import ContainerLock
+from caisson.agent.runtime.bundle import normalize_resources
 from caisson.agent.runtime.errors import CommandError
 from caisson.agent.runtime.main import run
 
@@ -62,6 +63,7 @@ def update(call: Call) -> int:
     changes = _read(path) if path else _from_options(call)
     from caisson.agent.libcontainer.config.resources import Resources
 
+    normalize_resources(call, changes)
     memory = changes.get("memory")
     if isinstance(memory, dict) and memory.get("limit") == -1 and not memory.get("swap"):
         memory["swap"] = -1  # memory and swap together cannot have a limit when memory has none
@@ -81,9 +83,9 @@ def _read(path: str) -> dict[str, Any]:
         found = loads(text)
     except (JsonError, UnicodeDecodeError) as error:
         raise CommandError(f"resources: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(found, (dict, type(None))):
         raise CommandError("resources: must be a JSON object")
-    return found
+    return found or {}
 
 
 def _from_options(call: Call) -> dict[str, Any]:
@@ -91,6 +93,7 @@ def _from_options(call: Call) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("kernel-memory", "kernel-memory-tcp"):
         if options.text(name):
+            size(name, options.text(name))
             call.warn("Kernel memory settings are ignored and will be removed")
     for name, field in NUMBERS.items():
         if options.text(name):

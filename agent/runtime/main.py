@@ -150,8 +150,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     prog = os.path.basename(words[0])  # noqa: PTH119 - no pathlib at start
     try:
         settings, rest = parse(GLOBAL, words[1:], stop_at_operand=True)
-        if settings.text("log-format") not in ("text", "json"):
-            raise OptionError(f'invalid log-format "{settings.text("log-format")}"')
     except OptionError as error:
         _print_usage(f"Incorrect Usage: {error}", _program_help(prog))
         Log().error(str(error))
@@ -161,8 +159,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if settings.flag("help") or not rest or rest[0] in ("help", "h"):
         verb = VERBS.get(rest[1]) if len(rest) > 1 else None
+        if verb is None and len(rest) > 1:
+            return _no_help(rest[1], Log())
         sys.stdout.write(_program_help(prog) if verb is None else _command_help(prog, verb))
         return 0
+    if settings.text("log-format") not in ("text", "json"):
+        Log().error(f"invalid log-format: {settings.text('log-format')}")
+        return 1
     as_json = settings.text("log-format") == "json"
     try:
         log = Log.open(settings.text("log"), json=as_json, debug=settings.flag("debug"))
@@ -189,8 +192,7 @@ def run_and_exit() -> None:
 def _dispatch(prog: str, settings: Values, rest: list[str], log: Log) -> int:
     verb = VERBS.get(rest[0])
     if verb is None:
-        log.error(f"No help topic for '{rest[0]}'")
-        return 3
+        return _no_help(rest[0], log)
     try:
         options, operands = parse((*verb.options, HELP), rest[1:], stop_at_operand=verb.stop_at_operand)
         if options.flag("help"):
@@ -202,12 +204,17 @@ def _dispatch(prog: str, settings: Values, rest: list[str], log: Log) -> int:
     except OptionError as error:
         _print_usage(f"Incorrect Usage: {error}", _command_help(prog, verb))
         log.error(str(error))
-        return verb.status
+        return 1
     if problem:
         _print_usage("Incorrect Usage.", _command_help(prog, verb))
         log.error(problem)
         return 1
     return _carry_out(Call(prog, verb, options, operands, settings, log))
+
+
+def _no_help(word: str, log: Log) -> int:
+    log.error(f"No help topic for '{word}'")
+    return 3
 
 
 def _carry_out(call: Call) -> int:
@@ -230,8 +237,11 @@ def _carry_out(call: Call) -> int:
         from caisson.agent.libcontainer.cgroups.base import CgroupError
         from caisson.agent.runtime.errors import sentence
 
-        if not isinstance(error, CgroupError):
-            raise
+        if not isinstance(error, CgroupError):  # a mistake of ours: callers read the log, and nothing else
+            import traceback
+
+            call.log("debug", traceback.format_exc())
+            error = RuntimeError(f"{type(error).__name__}: {error}; please report this, with what --debug says")
         call.log.error(verb.prefix + sentence(error))
     return verb.status
 

@@ -27,16 +27,9 @@ def prepare(call: Call, bundle: Bundle, directory: str) -> None:
     place = f"{directory}/notify"
     os.mkdir(place, 0o755)  # noqa: PTH102 - no pathlib at start
     os.chmod(place, 0o755)  # noqa: PTH101
-    bundle.document.setdefault("mounts", []).append(
-        {
-            "destination": INSIDE,
-            "type": "bind",
-            "source": place,
-            "options": ["bind", "nosuid", "noexec", "nodev", "ro"],
-        }
-    )
-    bundle.document["process"].setdefault("env", []).append(f"{VARIABLE}={INSIDE}/{NAME}")
-    bundle.changed()
+    options = ["bind", "nosuid", "noexec", "nodev", "ro"]
+    bundle.add_mount({"destination": INSIDE, "type": "bind", "source": place, "options": options})
+    bundle.add_environment(f"{VARIABLE}={INSIDE}/{NAME}")
 
 
 class NotifyListener:

@@ -56,7 +56,7 @@ class Values:
             self._values[option.name] = [*(found if isinstance(found, list) else []), text]
         elif option.kind == NUMBER:
             try:
-                self._values[option.name] = int(text, 0)
+                self._values[option.name] = number(text)
             except ValueError:
                 raise OptionError(f'invalid value "{text}" for flag -{option.name}: parse error') from None
         elif option.kind == FLAG:
@@ -91,10 +91,17 @@ class Values:
         return value
 
 
+def number(text: str) -> int:
+    """Read a number as Go does: 0x10 is 16, and 010 is 8.  Raises ValueError."""
+    digits = text.lstrip("+-")
+    return int(text, 8 if digits.isdecimal() and digits.startswith("0") else 0)
+
+
 def parse(options: Sequence[RuntimeOption], argv: Sequence[str], *, stop_at_operand: bool) -> tuple[Values, list[str]]:
     """Read options and operands; with `stop_at_operand` all that follows the first operand is operands, too.
 
-    `--` ends the options.  Raises OptionError.
+    Without it options that are known may follow operands, and what is not known is an operand there.  `--` ends the
+    options.  Raises OptionError.
     """
     known = {name: option for option in options for name in (option.name, option.short) if name}
     values, operands = Values(options), []
@@ -112,6 +119,9 @@ def parse(options: Sequence[RuntimeOption], argv: Sequence[str], *, stop_at_oper
             continue
         name, equals, value = word[2 if word.startswith("--") else 1 :].partition("=")
         option = known.get(name)
+        if option is None and operands:
+            operands.append(word)
+            continue
         if option is None:
             raise OptionError(
                 "flag: help requested" if name in ("h", "help") else f"flag provided but not defined: -{name}"

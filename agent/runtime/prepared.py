@@ -85,7 +85,7 @@ def encode_exec(container: Container, process: Process, config: Identity) -> byt
     if not has_home:
         process = process.but(env=tuple(variable for variable in process.env if not variable.startswith("HOME=")))
     process = process.but(args=())
-    messages = plan.exec_messages(process, container.spec, container.state.joined, container.filter())
+    messages = plan.exec_messages(process, container.spec, container.state.joined, container.filter(), on_host=True)
     environment = plan.environment(process)
     head = messages[: -len(wire.strings(environment))]
     kept = wire.texts(*(environment if has_home else environment[:-1]))

@@ -42,7 +42,7 @@ class ProcessIO:
             raise CommandError("cannot allocate tty if runc will detach without setting console socket")
         if self._console_socket and not (terminal and detach):
             raise CommandError("cannot use console socket if runc will not detach or allocate tty")
-        self.preserved = call.options.number("preserve-fds") + listen_fds()
+        self.preserved = max(0, call.options.number("preserve-fds")) + listen_fds()
         check_preserved(self.preserved)
         self.stdio = None if terminal else self._streams()
 
@@ -125,16 +125,19 @@ def send_fd(path: str, fd: int, payload: bytes) -> None:
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, fd.to_bytes(4, "little"))
         connection.sendmsg([payload], [rights])
     except OSError as error:
-        raise CommandError(f"dial unix {path}: {(error.strerror or str(error)).lower()}") from None
+        raise CommandError(f"dial unix {path}: connect: {(error.strerror or str(error)).lower()}") from None
     finally:
         connection.close()
 
 
 def write_pid_file(path: str, pid: int) -> None:
-    """Write a pid to a file, whole or not at all.  Raises OSError."""
+    """Write a pid to a file, whole or not at all.  Raises CommandError or OSError."""
     path = os.path.abspath(path)  # noqa: PTH100 - no pathlib at start
     temporary = f"{os.path.dirname(path)}/.{os.path.basename(path)}"  # noqa: PTH119, PTH120
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_SYNC | os.O_CLOEXEC, 0o666)
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_SYNC | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise CommandError(f"open {temporary}: {(error.strerror or '').lower()}") from None
     try:
         os.write(fd, str(pid).encode())
     finally:

@@ -130,7 +130,7 @@ VERBS = {
              most=0),
         Verb("kill", "signal a container's first process (default: SIGTERM)", "lifecycle:kill", options=(
             RuntimeOption("all", FLAG, "signal all processes of the container", "a"),
-        ), usage="<container-id> [signal]", most=2, stop_at_operand=True),
+        ), usage="<container-id> [signal]", most=2),
         Verb("list", "list the containers of this root", "inspect:list_containers", usage="", least=0, most=0, options=(
             FORMAT, RuntimeOption("quiet", FLAG, "print ids only", "q"),
         )),

@@ -34,6 +34,39 @@ def test_a_wrong_number_of_operands_is_incorrect_usage(oci: Oci, verb: str) -> N
     assert result.message.startswith(f'runc: "{verb}" requires ')
 
 
+@pytest.mark.parametrize("words", [["nothing"], ["help", "nothing"]])
+def test_an_unknown_command_is_no_help_topic(oci: Oci, words: list[str]) -> None:
+    result = oci(*words)
+    assert (result.status, result.message) == (3, "No help topic for 'nothing'")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["-b", "nothere"], "chdir nothere: no such file or directory"),
+        (["-b", "b/config.json"], "chdir b/config.json: not a directory"),
+        (["-b", "b", "--pid-file", "/nothere/pid"], "open /nothere/.pid: no such file or directory"),
+        (["-b", "b", "--pidfd-socket", "/nothere"], "dial unix /nothere: connect: no such file or directory"),
+    ],
+)
+def test_paths_that_are_not_there(
+    oci: Oci, tmp_path: Path, busybox_rootfs: Path, options: list[str], message: str
+) -> None:
+    bundle(tmp_path / "b", busybox_rootfs, "true")
+    result = oci("create", *options, NAME, cwd=tmp_path)
+    assert (result.status, result.message) == (1, f"runc create failed: {message}")
+    assert not oci.root.exists() or oci.ok("list", "-q") == ""
+
+
+@pytest.mark.parametrize("path", ["b", "b/", "./b//", "link", "../{name}/b"])
+def test_ways_to_name_a_bundle(oci: Oci, tmp_path: Path, busybox_rootfs: Path, path: str) -> None:
+    bundle(tmp_path / "b", busybox_rootfs, "sleep", "99")
+    (tmp_path / "link").symlink_to("b")
+    words = ["run", "-d", "-b", path.format(name=tmp_path.name), NAME]
+    assert oci.detached(*words, cwd=tmp_path).status == 0
+    assert oci.state(NAME)["bundle"] == str(tmp_path / "b")
+
+
 def test_without_a_command_there_is_help(oci: Oci) -> None:
     assert oci.ok().splitlines()[0] == "NAME:"
     assert oci.ok("-h") == oci.ok("--help")
@@ -259,7 +292,7 @@ def test_ps_of_a_stopped_container(oci: Oci, sleeper: Path) -> None:
     oci.ok("kill", NAME, "9")
     wait_until(lambda: oci.status(NAME) == "stopped", "it lives on")
     assert len(oci.ok("ps", NAME).splitlines()) == 1
-    assert json.loads(oci.ok("ps", "--format=json", NAME)) in ([], None)
+    assert oci.ok("ps", "--format=json", NAME) == "null"
     for verb in ("pause", "resume"):
         assert oci(verb, NAME).message == {"pause": "container not running", "resume": "container not paused"}[verb]
     assert oci("events", "--stats", NAME).message == f"container with id {NAME} is not running"
@@ -267,7 +300,12 @@ def test_ps_of_a_stopped_container(oci: Oci, sleeper: Path) -> None:
 
 UPDATES: list[tuple[str, str, str, str]] = [
     ("--cpu-period", "50000", "cpu/cpu.cfs_period_us", "50000"),
+    ("--cpu-quota", "40000", "cpu/cpu.cfs_quota_us", "40000"),
+    ("--cpu-burst", "10000", "cpu/cpu.cfs_burst_us", "10000"),
+    ("--cpu-burst", "0", "cpu/cpu.cfs_burst_us", "0"),
     ("--cpu-quota", "-1", "cpu/cpu.cfs_quota_us", "-1"),
+    ("--cpu-rt-period", "900000", "cpu/cpu.rt_period_us", "900000"),
+    ("--cpu-rt-runtime", "500", "cpu/cpu.rt_runtime_us", "500"),
     ("--cpu-share", "300", "cpu/cpu.shares", "300"),
     ("--cpu-idle", "1", "cpu/cpu.idle", "1"),
     ("--cpuset-cpus", "0", "cpuset/cpuset.cpus", "0"),
@@ -286,6 +324,43 @@ def test_each_option_of_update_reaches_its_file(oci: Oci, sleeper: Path) -> None
         if path.exists():
             oci.ok("update", option, value, NAME)
             assert path.read_text() == f"{expected}\n", option
+        else:  # no CONFIG_RT_GROUP_SCHED, or a controller that is not mounted
+            result = oci("update", option, value, NAME)
+            assert result.status == 1 and result.message.startswith("linux.resources."), result
+            assert result.message.endswith((f"this kernel has no {name}", "is not available here")), result
+
+
+def test_a_burst_above_the_quota_is_refused_and_nothing_changes(oci: Oci, sleeper: Path) -> None:
+    cpu = cgroup_of(oci.running(sleeper, NAME), "cpu")
+    result = oci("update", "--cpu-period", "50000", "--cpu-quota", "20000", "--cpu-burst", "99999999", NAME)
+    assert result.status == 1 and "cpu.cfs_burst_us" in result.message
+    assert [(cpu / f"cpu.cfs_{name}_us").read_text() for name in ("period", "quota", "burst")] == [
+        "100000\n", "-1\n", "0\n",
+    ]  # fmt: skip
+
+
+def test_update_checks_what_is_in_use_where_that_is_asked_for(oci: Oci, sleeper: Path) -> None:
+    memory = cgroup_of(oci.running(sleeper, NAME), "memory") / "memory.limit_in_bytes"
+    before = memory.read_text()
+    limits = {"memory": {"limit": 4096, "checkBeforeUpdate": True}}
+    result = oci("update", "-r", "-", NAME, stdin=json.dumps(limits))
+    assert result.status == 1 and "rejecting memory limit 4096" in result.message
+    assert memory.read_text() == before
+    limits["memory"]["limit"] = 64 << 20
+    oci.ok("update", "--resources=-", NAME, stdin=json.dumps(limits))
+    assert memory.read_text() == f"{64 << 20}\n"
+
+
+def test_the_size_of_a_terminal_is_that_of_the_process(oci: Oci, sleeper: Path, tmp_path: Path) -> None:
+    """Where this program has no terminal of its own, whose size would be passed on."""
+    file, size = tmp_path / "process.json", {"height": 33, "width": 99}
+    process = {"terminal": True, "consoleSize": size, "cwd": "/", "env": ["PATH=/bin"], "args": ["stty", "size"]}
+    file.write_text(json.dumps(process))
+    oci.running(sleeper, NAME)
+    assert oci.ok("exec", "-p", str(file), NAME, start_new_session=True) == "33 99\n"
+    edit(sleeper, lambda value: value["linux"].update(cgroupsPath=f"/{NAME}-run"))
+    edit(sleeper, lambda value: value["process"].update(process))
+    assert oci.ok("run", "-b", str(sleeper), f"{NAME}-run", start_new_session=True) == "33 99\n"
 
 
 def test_update_keeps_what_is_not_given(oci: Oci, sleeper: Path) -> None:
@@ -318,6 +393,9 @@ def test_kernel_memory_of_a_configuration_is_ignored(oci: Oci, tmp_path: Path, b
         (["--cpu-period", "x", NAME], "cpu-period"),
         (["--pids-limit", "x", NAME], "pids-limit"),
         (["--mem-bw-schema", "MB:0=20", NAME], "Intel RDT/MBA"),
+        (["--kernel-memory", "x", NAME], "invalid value for kernel-memory: invalid size: 'x'"),
+        (["--cpu-share", "1", NAME], "the minimum allowed cpu-shares is 2"),
+        (["--cpu-share", "262145", NAME], "the maximum allowed cpu-shares is 262144"),
     ],
 )
 def test_update_that_is_refused(oci: Oci, sleeper: Path, words: list[str], message: str) -> None:
@@ -327,7 +405,7 @@ def test_update_that_is_refused(oci: Oci, sleeper: Path, words: list[str], messa
     assert "Traceback" not in result.err
 
 
-@pytest.mark.parametrize("text", ["-1s", "abc", "5"])
+@pytest.mark.parametrize("text", ["-1s", "abc", "5", "", "0", " 1s", "1d", "1.2.3s", "."])
 def test_intervals_that_are_refused(oci: Oci, text: str) -> None:
     assert oci("events", f"--interval={text}", NAME).status == 1
 
@@ -415,3 +493,101 @@ def test_a_path_of_another_kind_of_namespace_is_refused(oci: Oci, sleeper: Path)
     result = oci.detached("run", "-d", "-b", str(sleeper), NAME)
     assert result.status == 1 and "cgroup" in result.message
     assert oci.ok("list", "-q") == ""
+
+
+#: Values of a wrong type, or that mean nothing, by the field of config.json: each is refused in one line.
+ODD_VALUES: list[tuple[str, object]] = [
+    *((field, value) for field in ("process", "root", "linux", "hooks") for value in ("x", 7, True, ["x"])),
+    *((field, odd) for field in ("mounts", "linux.namespaces", "linux.devices") for odd in ("x", 7, True, {"a": 1})),
+    *((f"process.{name}", value) for name in ("env", "rlimits", "args", "cwd") for value in (7, True, [7])),
+    *((f"process.{name}", value) for name in ("capabilities", "user") for value in ("x", 7, [7])),
+    *((f"linux.resources.{name}", value) for name in ("devices", "memory", "cpu", "pids") for value in ("x", 7, [7])),
+    ("process.capabilities", {"bounding": [{}]}), ("process.capabilities", {"bounding": [7]}),
+    ("process.rlimits", [None]), ("process.rlimits", ["x"]),
+    ("linux.resources.devices", [{}]), ("linux.resources", "x"), ("linux.seccomp", "x"), ("annotations", "x"),
+]  # fmt: skip
+
+
+def test_odd_values_of_a_configuration_are_refused_in_a_line(oci: Oci, tmp_path: Path, busybox_rootfs: Path) -> None:
+    made = bundle(tmp_path / "b", busybox_rootfs, "true")
+    file = made / "config.json"
+    good = file.read_text()
+    for field, odd in ODD_VALUES:
+        value = json.loads(good)
+        at = value
+        *around, last = field.split(".")
+        for name in around:
+            at = at.setdefault(name, {})
+        at[last] = odd
+        file.write_text(json.dumps(value))
+        result = oci("run", "-b", str(made), NAME)
+        assert result.status == 1 and len(result.err.splitlines()) == 1, (field, odd, result)
+        assert "please report this" not in result.err, (field, odd, result)
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", "{}", "{", "7", '"x"', "{} x"])
+def test_a_configuration_that_is_none_is_refused_in_a_line(
+    oci: Oci, tmp_path: Path, busybox_rootfs: Path, text: str
+) -> None:
+    made = bundle(tmp_path / "b", busybox_rootfs, "true")
+    (made / "config.json").write_text(text)
+    result = oci("create", "-b", str(made), NAME)
+    assert result.status == 1 and len(result.err.splitlines()) == 1 and "please report" not in result.err
+
+
+def test_exec_with_an_odd_configuration_is_refused_in_a_line(oci: Oci, sleeper: Path) -> None:
+    """The bundle's config.json may have changed since it was created."""
+    oci.running(sleeper, NAME)
+    options = ("-u", "1", "-g", "1", "-e", "A=b", "-c", "CAP_KILL")
+    for name, odd in (("user", 7), ("env", "x"), ("capabilities", "x"), ("rlimits", 7), ("cwd", 7)):
+        edit(sleeper, lambda value, name=name, odd=odd: value["process"].update({name: odd}))
+        result = oci("exec", *options, NAME, "true")
+        assert result.status == 255 and len(result.err.splitlines()) == 1 and "please report" not in result.err, name
+        edit(sleeper, lambda value, name=name: value["process"].update({name: {"cwd": "/"}.get(name)}))
+
+
+def test_what_runc_takes_and_a_reader_of_the_specification_would_not(oci: Oci, sleeper: Path) -> None:
+    """Found by comparison with runc 1.1.5 and 1.5.3."""
+    edit(sleeper, lambda value: value["linux"].update(uidMappings=[{"containerID": 0, "hostID": 9, "size": 1}]))
+    oci.running(sleeper, NAME)  # maps without a user namespace
+    for text in ("null", "{}", '{"memory": {"kernel": 1048576}}', '{"pids": null}'):
+        assert oci("update", "-r", "-", NAME, stdin=text).status == 0, text
+    oci.ok("update", "--pids-limit", "010", NAME)
+    assert (cgroup_of(int(oci.state(NAME)["pid"]), "pids") / "pids.max").read_text() == "8\n"
+    assert oci.ok("kill", NAME, "0", "--all") == ""  # an option behind operands
+    assert oci("kill", NAME, "-1").message == 'unknown signal "-1"'
+    oci.ok("kill", NAME, "+0")
+    assert oci.ok("list", "-q", "-f", "nothing") == f"{NAME}\n"
+    oci.ok("events", "--stats", "--interval", "+1m.5s", NAME)
+    oci.ok("pause", NAME)
+    assert oci("start", NAME).message == "cannot start a container in the paused state"
+    oci.ok("resume", NAME)
+    assert oci("exec", "--nope", NAME, "true").status == 1  # not 255: it was not tried
+    status = oci.ok("exec", "--no-new-privs=false", "--preserve-fds", "-1", NAME, "cat", "/proc/self/status")
+    assert "NoNewPrivs:\t0" in status  # although the first process has it
+    empty = oci("exec", NAME, "")
+    assert (
+        empty.message == 'exec failed: unable to start container process: exec: "": executable file not found in $PATH'
+    )
+    oci.ok("kill", NAME, "")  # SIGTERM
+
+
+def test_a_user_namespace_by_path_may_come_with_its_maps(oci: Oci, tmp_path: Path, busybox_rootfs: Path) -> None:
+    """containerd and cri-o give both for the containers of a pod."""
+    made = bundle(tmp_path / "b", busybox_rootfs, "cat", "/proc/self/uid_map")
+    command = ["unshare", "--user", "--map-root-user", "sh", "-c", "echo; exec sleep 99"]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == b"\n"
+        maps = [{"containerID": 0, "hostID": 0, "size": 1}]
+
+        def join(value: dict[str, Any]) -> None:
+            value["linux"].update(uidMappings=maps, gidMappings=maps)
+            value["linux"]["namespaces"].append({"type": "user", "path": f"/proc/{holder.pid}/ns/user"})
+            value["mounts"] = [mount for mount in value["mounts"] if mount["type"] in ("proc", "tmpfs")]
+
+        edit(made, join)
+        assert oci.ok("run", "-b", str(made), NAME).split() == ["0", "0", "1"]
+    finally:
+        holder.kill()
+        holder.communicate()

@@ -113,7 +113,8 @@ def init_messages(
         # They would be born into it, with the runtime's root, for whoever may trace processes there to use.
         raise SpecError("hooks.createContainer", "cannot run in a pid namespace with others in it")
     create = _mask(types - set(joined))
-    _check_maps(spec.linux, "user" in types - set(joined))
+    new_user = "user" in types - set(joined)
+    _check_maps(spec.linux, new_user, joined="user" in joined)
     if spec.linux.net_devices and "network" not in types:
         raise SpecError("linux.netDevices", "unable to move network devices without a NET namespace")
     if spec.linux.time_offsets and ("time" not in types or "time" in joined):
@@ -144,8 +145,8 @@ def init_messages(
     head = wire.bootstrap(
         create=create,
         paths=joined.items(),
-        uid_map=spec.linux.uid_mappings,
-        gid_map=spec.linux.gid_mappings,
+        uid_map=spec.linux.uid_mappings if new_user else (),
+        gid_map=spec.linux.gid_mappings if new_user else (),
         oom_score_adj=process.oom_score_adj,
         time_offsets=spec.linux.time_offsets,
         map_programs=map_programs,
@@ -179,17 +180,20 @@ def pause_messages(rootfs: str, join: Mapping[str, str]) -> bytes:
     return head + wire.message(wire.MESSAGE_PLAN, b"".join(steps), "the plan") + _strings(PAUSE)
 
 
-def exec_messages(process: Process, spec: Spec, join: Mapping[str, str], filter: bytes = b"") -> bytes:
+def exec_messages(
+    process: Process, spec: Spec, join: Mapping[str, str], filter: bytes = b"", *, on_host: bool = False
+) -> bytes:
     """Encode the messages for another process in a running container, into all namespaces that it was given.
 
-    `filter` is the container's (bpf.py).
+    `filter` is the container's (seccomp_bpf.py).  `on_host` lets a process do without the no_new_privs of the first
+    one, as runc does.
     """
     own = spec.process
     if own is not None:
         process = process.but(
             capabilities=process.capabilities if process.capabilities is not None else own.capabilities,
             rlimits=process.rlimits or own.rlimits,
-            no_new_privileges=process.no_new_privileges or own.no_new_privileges,
+            no_new_privileges=process.no_new_privileges or (own.no_new_privileges and not on_host),
             oom_score_adj=process.oom_score_adj if process.oom_score_adj is not None else own.oom_score_adj,
             scheduler=process.scheduler if process.scheduler is not None else own.scheduler,
             io_priority=process.io_priority if process.io_priority is not None else own.io_priority,
@@ -224,10 +228,11 @@ def _mask(types: Iterable[str]) -> int:
     return mask
 
 
-def _check_maps(linux: Linux, new_user: bool) -> None:
+def _check_maps(linux: Linux, new_user: bool, *, joined: bool) -> None:
+    """Check the id maps.  Of a namespace that is joined they say what it has: engines give both."""
     maps = {"linux.uidMappings": linux.uid_mappings, "linux.gidMappings": linux.gid_mappings}
     for name, mappings in maps.items():
-        if mappings and not new_user:
+        if mappings and not (new_user or joined):
             raise SpecError(name, "needs a new user namespace")
         if new_user and not mappings:
             raise SpecError(name, "is needed by a new user namespace")

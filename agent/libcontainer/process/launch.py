@@ -44,7 +44,7 @@ class Launch(Record):
     `stdio` is None iff it has a terminal.  `cgroup_fds` are entries of its cgroup by nsexec's names for them.
     `preserved` is how many descriptors from 3 on it keeps.  `announced` is called with its pid while it is set up.
     An init is put into its root by pivot_root(2), or for `pivot` False by chroot(2), and has a session keyring of its
-    own, or for `keyring` False the caller's.  `on_host`: as for plan.init_messages.
+    own, or for `keyring` False the caller's.  `on_host`: as for plan.init_messages and plan.exec_messages.
     """
 
     container_id: str

@@ -169,7 +169,7 @@ class ProcessLauncher:
         own_pipes(launch.stdio, spec)
         # Its root as it is now; the caller has checked that the pid is still its own.
         process = await self._with_user(process, f"/proc/{init_pid}/root", rootfs)
-        messages = _encode(lambda: plan.exec_messages(process, spec, join, filter))
+        messages = _encode(lambda: plan.exec_messages(process, spec, join, filter, on_host=launch.on_host))
         started = await self.starter.start(
             messages,
             "setns",
