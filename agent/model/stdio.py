@@ -35,6 +35,9 @@ BULK = 1 << 15
 GATHER = 0.001
 PAGE = 1 << 12
 
+#: A terminal whose reads bring so much flows: stdio(3) writes to one in pieces of this size.
+TERMINAL_PIECE = 1 << 10
+
 #: What a terminal's two buffers can hold at most (tty_buffer.c, n_tty.c); a pipe is asked.
 TERMINAL_CAPACITY = 1 << 17
 F_SETPIPE_SZ, F_GETPIPE_SZ = 1031, 1032
@@ -76,9 +79,11 @@ class _End:
 class Output(_End):
     """The reading end of one output stream."""
 
-    def __init__(self, fd: int, *, grows: bool = False) -> None:
+    def __init__(self, fd: int, *, grows: bool = False, is_terminal: bool = False) -> None:
         super().__init__(fd)
         self._grows = grows
+        self._is_terminal = is_terminal
+        self._gathered = bytearray()
         self._flows = False
         self._left: int | None = None  # bytes that may still come, once the process has exited
 
@@ -91,6 +96,8 @@ class Output(_End):
         if size == 0:
             return b""
         async with self._use():
+            if self._gathered:  # of a read that was cancelled
+                return self._take_gathered(size)
             while not self._released:
                 exited = child.status is not None  # looked at first: what it wrote before is in the buffer by now
                 if exited and self._left is None:
@@ -114,8 +121,36 @@ class Output(_End):
                 elif self._grows and len(data) >= BULK:
                     self._grow(size)
                 self._flows = len(data) >= PAGE
+                if self._is_terminal and not exited and len(data) >= TERMINAL_PIECE:
+                    return await self._gather(data, size)
                 return data
             raise EndOfStream
+
+    async def _gather(self, data: bytes, size: int) -> bytes:
+        """Add to a terminal's output while it flows: the kernel gives out less than a page at a time."""
+        self._gathered += data
+        came = len(data)
+        while came >= TERMINAL_PIECE and len(self._gathered) < size:
+            await asyncio.sleep(GATHER)
+            came = self._gather_all_there_is(size)
+        return self._take_gathered(size)
+
+    def _gather_all_there_is(self, size: int) -> int:
+        before = len(self._gathered)
+        try:
+            while not self._released and (left := size - len(self._gathered)) > 0:
+                data = os.read(self._fd, left)
+                if not data:
+                    break
+                self._gathered += data
+        except OSError:
+            pass  # none for now, or none any more: the next read finds out
+        return len(self._gathered) - before
+
+    def _take_gathered(self, size: int) -> bytes:
+        data = bytes(self._gathered[:size])
+        del self._gathered[:size]
+        return data
 
     def _grow(self, wanted: int) -> None:
         """Let the pipe hold what the reader would take at once: the fewer calls, the faster.
@@ -184,7 +219,7 @@ class Streams:
     @classmethod
     def of_terminal(cls, master: int) -> Streams:
         """Take over a terminal's master."""
-        output = Output(master)
+        output = Output(master, is_terminal=True)
         return cls(Input(os.dup(master)), output, output, os.dup(master))
 
     @property

@@ -9,6 +9,7 @@ import fcntl
 import os
 import struct
 import termios
+import tty
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -325,6 +326,28 @@ async def test_a_stream_that_flows_is_read_when_more_has_gathered(monkeypatch: p
     child._end(0)
     assert await all_of(output, child) == 2 * page
     os.close(theirs)
+
+
+async def test_a_terminal_that_flows_is_read_in_more_than_the_kernels_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("caisson.agent.model.stdio.GATHER", 0.3)
+    master, slave = os.openpty()
+    tty.setraw(slave)
+    streams, child = Streams.of_terminal(master), running()
+    os.write(slave, b"a" * 10)
+    assert await streams.stdout.read(LARGEST_READ, child) == b"a" * 10  # somebody types
+    os.write(slave, bytes(3000))
+    read = await pending(streams.stdout.read(9000, child))
+    for _ in range(2):
+        os.write(slave, bytes(3000))
+    assert len(await read) == 9000
+    os.write(slave, bytes(2000))
+    read = await pending(streams.stdout.read(9000, child))
+    read.cancel()  # while it gathers
+    await asyncio.wait([read])
+    os.close(slave)
+    child._end(0)
+    assert len(await all_of(streams.stdout, child)) == 2000
+    streams.close()
 
 
 async def test_a_stream_of_small_pieces_waits_for_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
