@@ -81,7 +81,7 @@ class Apk:
         entries: list[Entry] = []
         for name in self.repositories:
             place = f"{self.mirror}/{self.suite}/{name}/{self.architecture}"
-            found = read_index(_get(f"{place}/APKINDEX.tar.gz"), self.keys, f"{place}/APKINDEX.tar.gz")
+            found = read_index(_get(f"{place}/APKINDEX.tar.gz", MAX_INDEX), self.keys, f"{place}/APKINDEX.tar.gz")
             entries += (
                 entry for entry in parse(found, place) if entry.architecture in (self.architecture, "noarch", "")
             )
@@ -102,7 +102,7 @@ class Apk:
     def _fetch(self, entry: Entry) -> Package:
         file = self.directory / "apks" / entry.file
         if not file.is_file() or _wrong(file.read_bytes(), entry):
-            data = _get(f"{entry.repository}/{entry.file}")
+            data = _get(f"{entry.repository}/{entry.file}", entry.size)
             if complaint := _wrong(data, entry):
                 raise Untrusted(f"{entry.repository}/{entry.file}: {complaint}")
             with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as stream:
@@ -230,11 +230,11 @@ def _files(segment: bytes, shown: str) -> dict[str, bytes]:
         raise ImageError(f"{shown} is damaged: {error}") from error
 
 
-def _get(url: str) -> bytes:
-    """Fetch what a server (or, by file:, a directory) has.  Raises ImageError."""
+def _get(url: str, most: int) -> bytes:
+    """Fetch what a server (or, by file:, a directory) has; of more than ``most`` bytes one more.  Raises ImageError."""
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
-            data: bytes = answer.read()
+            data: bytes = answer.read(most + 1)
             return data
     except (OSError, ValueError) as error:
         raise ImageError(

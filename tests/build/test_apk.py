@@ -334,6 +334,36 @@ def test_an_index_is_not_unpacked_before_its_signature_was_checked(
     assert unpacked == [len(signature)]
 
 
+def test_an_index_is_fetched_up_to_a_bound(tmp_path: Path, mirror: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    mirror.publish()
+    monkeypatch.setattr("caisson.image.packages.apk.MAX_INDEX", 1000)
+    (mirror.place() / "APKINDEX.tar.gz").write_bytes(bytes(8 << 20))
+    packages = apk(tmp_path, mirror)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ImageError, match="more than 1000 bytes; name another mirror"):
+            packages.update()
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_package_is_fetched_up_to_its_size(tmp_path: Path, mirror: Repository) -> None:
+    mirror.publish()
+    packages = apk(tmp_path, mirror)
+    packages.update()
+    (musl,) = packages.fetch(["musl"])
+    musl.file.unlink()
+    (mirror.place() / musl.file.name).write_bytes(bytes(8 << 20))
+    tracemalloc.start()
+    try:
+        with pytest.raises(Untrusted, match="and the index says"):
+            packages.fetch(["musl"])
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_signature_is_unpacked_up_to_a_bound(tmp_path: Path) -> None:
     bomb = gzip.compress(bytes(64 << 20))
     tracemalloc.start()

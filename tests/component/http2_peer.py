@@ -21,6 +21,7 @@ FIELDS = (b":method", b"POST"), (b":scheme", b"http"), (b":path", b"/echo"), (b"
 BLOCK = encode(*FIELDS)
 HEAD, TAIL = encode((b":status", b"200")), encode((b"grpc-status", b"0"))
 LARGEST = 1 << 18
+TIMEOUT = 60  # seconds: a test of a bound that is gone must fail, and not wait
 END = frames.END_STREAM | frames.END_HEADERS
 
 
@@ -62,7 +63,7 @@ class Peer:
         assert kinds == [frames.SETTINGS, frames.WINDOW_UPDATE, frames.SETTINGS]
 
     async def frame(self) -> Frame:
-        """The next frame.  Raises EOFError."""
+        """The next frame.  Raises EOFError, TimeoutError."""
         while True:
             if len(self._got) >= frames.HEADER_SIZE:
                 size, kind, flags, stream = frames.parse_header(self._got, 0)
@@ -71,7 +72,8 @@ class Peer:
                     payload, self._got = self._got[frames.HEADER_SIZE : end], self._got[end:]
                     return Frame(kind, flags, stream, payload)
             try:
-                data = await asyncio.get_running_loop().sock_recv(self._sock, 1 << 16)
+                async with asyncio.timeout(TIMEOUT):
+                    data = await asyncio.get_running_loop().sock_recv(self._sock, 1 << 16)
             except ConnectionResetError:
                 data = b""
             if not data:
@@ -154,9 +156,10 @@ class Never:
         raise AssertionError
 
     async def until(self, begun: int, given_up: int) -> None:
-        while (self.begun, self.given_up) != (begun, given_up):
-            self.changed.clear()
-            await self.changed.wait()
+        async with asyncio.timeout(TIMEOUT):
+            while (self.begun, self.given_up) != (begun, given_up):
+                self.changed.clear()
+                await self.changed.wait()
 
 
 LARGE = (1 << 31) - 1

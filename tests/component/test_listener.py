@@ -130,7 +130,8 @@ async def test_on_vsock_only_the_host_is_welcome(cid: int, welcome: bool) -> Non
     loop.connect_accepted_socket = connect  # type: ignore[assignment]
     with socket.socket() as listener:
         task = asyncio.ensure_future(accept(listener, Echo, log))  # type: ignore[arg-type]
-        await (joined.wait() if welcome else log.said.wait())
+        async with asyncio.timeout(60):  # it is either joined or spoken of
+            await (joined.wait() if welcome else log.said.wait())
         task.cancel()
     assert (joined.is_set(), connection.closed) == (welcome, not welcome)
     if not welcome:

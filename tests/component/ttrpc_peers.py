@@ -28,6 +28,10 @@ HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
 Request = health_pb2.CheckRequest
 
 
+#: Seconds within which a server answers, or refuses to: a test of a bound that is gone must fail, and not wait.
+TIMEOUT = 60
+
+
 class Health:
     """Does what the request's `service` says."""
 
@@ -55,9 +59,10 @@ class Health:
         return health_pb2.VersionCheckResponse(agent_version=request.service)
 
     async def until_waiting(self, count: int) -> None:
-        while self.waiting != count:
-            self.changed.clear()
-            await self.changed.wait()
+        async with asyncio.timeout(TIMEOUT):
+            while self.waiting != count:
+                self.changed.clear()
+                await self.changed.wait()
 
 
 def status_of(error: Exception) -> tuple[StatusCode, str] | None:
@@ -82,9 +87,10 @@ class Pair:
         await asyncio.get_running_loop().sock_sendall(self.sock, b"".join(data))
 
     async def receive(self) -> tuple[int, Any]:
-        """The next response: its stream and message.  Raises EOFError."""
+        """The next response: its stream and message.  Raises EOFError, TimeoutError."""
         while (one := self._reader.next()) is None:
-            data = await asyncio.get_running_loop().sock_recv(self.sock, 1 << 16)
+            async with asyncio.timeout(TIMEOUT):
+                data = await asyncio.get_running_loop().sock_recv(self.sock, 1 << 16)
             if not data:
                 raise EOFError
             self._reader.feed(data)
