@@ -18,8 +18,8 @@ import pytest
 
 from caisson import image
 from caisson.image.build.cache import default_root
+from tests.support.checkout import copy_sources
 
-ROOT = Path(__file__).resolve().parents[2]
 #: This checkout under its import name.
 OURS = Path(image.__file__).parents[1]
 NOBODY = 65534
@@ -36,16 +36,6 @@ def seed(cache: Path) -> None:
         for deb in debs.glob("*.deb"):
             if not deb.name.startswith("linux-source"):
                 shutil.copy(deb, target)
-
-
-def checkout(place: Path) -> None:
-    """The sources, elsewhere."""
-    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout.decode()
-    files = [Path(name) for name in names.split("\0") if name and (ROOT / name).is_file()]
-    files += [file.relative_to(ROOT) for file in (ROOT / "proto").rglob("*_pb2.py*")]
-    for file in files:
-        (place / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / file, place / file)
 
 
 def builder(root: Path, python: str = sys.executable, arch: str | None = None) -> list[str]:
@@ -91,7 +81,7 @@ def test_an_ordinary_user_elsewhere_at_another_time_builds_the_same(elsewhere: P
     assert mine.returncode == 0, mine.stderr
 
     seed(theirs)
-    checkout(place)
+    copy_sources(place, compiled=True)
     temporary = elsewhere / "temporary"
     temporary.mkdir()
     for top in (theirs, place.parent, temporary):
