@@ -49,7 +49,7 @@ def document() -> dict[str, object]:
             "org.opencontainers.runc.version": VERSION,
             "org.opencontainers.runc.checkpoint.enabled": "false",
         },
-        "potentiallyUnsafeConfigAnnotations": [],  # none changes what is done
+        "potentiallyUnsafeConfigAnnotations": ["org.systemd.property."],
     }
 
 

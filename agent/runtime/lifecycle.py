@@ -222,8 +222,12 @@ def _make_cgroup(call: Call, bundle: Bundle) -> Cgroup | None:
         raise CommandError("invalid configuration: cannot use unified on cgroup v1")
     if call.systemd:
         from caisson.agent.libcontainer.cgroups.systemd import PREFIX, Systemd
+        from caisson.agent.libcontainer.cgroups.systemd_properties import properties
 
-        hierarchy, path = Systemd(hierarchy), path or f":{PREFIX}:{call.id}"
+        hierarchy = Systemd(hierarchy, properties(bundle.spec.annotations))
+        path = path or f":{PREFIX}:{call.id}"
+    else:
+        _ignore_unit_properties(call, bundle)
     below_own = not path.startswith("/")
     try:
         Container.reserve(
@@ -246,6 +250,13 @@ def _make_cgroup(call: Call, bundle: Bundle) -> Cgroup | None:
         complete(cgroup.delete())
         raise
     return cgroup
+
+
+def _ignore_unit_properties(call: Call, bundle: Bundle) -> None:
+    """Log annotations that are for systemd alone."""
+    for key in bundle.spec.annotations:
+        if key.startswith("org.systemd.property."):
+            call.log("debug", f"annotation {key}: ignored without --systemd-cgroup")
 
 
 def kill(call: Call) -> int:

@@ -36,6 +36,7 @@ value["process"].update(terminal=False, args=["sleep", "1000"], env=["PATH=/bin"
 value["root"]["path"] = ROOTFS
 value["linux"]["resources"].update(pids={"limit": 7}, memory={"limit": 1 << 26}, cpu={"quota": 50000, "period": 100000})
 value["linux"].update(json.loads(changes))
+value["annotations"] = {"org.systemd.property.TimeoutStopSec": "7", "org.systemd.property.CollectMode": "'inactive'"}
 json.dump(value, open(place, "w"))
 """
 PREPARE = """
@@ -110,8 +111,9 @@ def test_a_scope_of_systemd(shell: Shell) -> None:
         "67108864",
         "50000 100000",
     ]
-    show = "for name in TasksMax MemoryMax CPUQuotaPerSecUSec; do systemctl show -P $name test-box.scope; done"
-    assert shell(show).split("\n") == ["7", "67108864", "500ms"]
+    names = "TasksMax MemoryMax CPUQuotaPerSecUSec TimeoutStopUSec CollectMode"
+    show = f"for name in {names}; do systemctl show -P $name test-box.scope; done"
+    assert shell(show).split("\n") == ["7", "67108864", "500ms", "7s", "inactive"]
     assert shell("oci --systemd-cgroup update --pids-limit 9 box") == ""
     assert shell(f"systemctl daemon-reload; cat {files}/pids.max") == "9"
     assert shell("oci exec box cat /proc/self/cgroup") == "0::/"

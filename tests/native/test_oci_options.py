@@ -438,7 +438,7 @@ def test_features_say_what_callers_look_for(oci: Oci) -> None:
     assert {"v1", "v2", "systemd", "systemdUser"} <= linux["cgroup"].keys()
     assert {"actions", "operators", "archs", "knownFlags", "supportedFlags"} <= linux["seccomp"].keys()
     assert {"netDevices", "memoryPolicy", "intelRdt", "selinux", "apparmor", "capabilities"} <= linux.keys()
-    assert features["potentiallyUnsafeConfigAnnotations"] == []
+    assert features["potentiallyUnsafeConfigAnnotations"] == ["org.systemd.property."]
 
 
 def test_what_spec_writes(oci: Oci, tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from caisson.agent.libcontainer.cgroups import systemd_properties
 from caisson.agent.libcontainer.cgroups.base import CgroupError, Setting
-from caisson.agent.libcontainer.cgroups.systemd import Scope, properties
+from caisson.agent.libcontainer.cgroups.systemd import Scope, properties, start_command
 
 
 @pytest.fixture(autouse=True)
@@ -51,3 +52,52 @@ def test_limits_are_properties_of_the_unit() -> None:
     assert properties([Setting("linux", "cpu.max", "max 100000"), Setting("linux", "cpu.idle", "1")]) == [
         "CPUQuota=", "CPUQuotaPeriodSec=100000us", "CPUWeight=idle",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "assignment"),
+    [
+        ("TimeoutStopUSec", "uint64 123456789", "TimeoutStopSec=123456789us"),
+        ("TimeoutStopSec", "456", "TimeoutStopSec=456000000us"),
+        ("TimeoutStopSec", "byte 234", "TimeoutStopSec=234000000us"),
+        ("TimeoutStopSec", "@t 234", "TimeoutStopSec=234000000us"),
+        ("TimeoutStopSec", "234.789", "TimeoutStopSec=234789000us"),
+        ("RuntimeMaxUSec", "uint64 0xffffffffffffffff", "RuntimeMaxSec=infinity"),
+        ("CPUQuotaPerSecUSec", "uint64 500000", "CPUQuota=50%"),
+        ("FOOSec", "123", "FOOSec=123"),
+        ("Sec", "123", "Sec=123"),
+        ("TasksMax", "uint64 010", "TasksMax=8"),
+        ("CollectMode", "'inactive-or-failed'", "CollectMode=inactive-or-failed"),
+        ("Description", '"a \\"box\\""', 'Description=a "box"'),
+        ("SendSIGHUP", "true", "SendSIGHUP=yes"),
+        ("SendSIGHUP", "boolean false", "SendSIGHUP=no"),
+        ("After", "['a.service', \"b.service\"]", "After=a.service b.service"),
+        ("After", "@as []", "After="),
+    ],
+)
+def test_annotations_are_properties_of_the_unit(name: str, value: str, assignment: str) -> None:
+    annotations = {f"org.systemd.property.{name}": value, "some.other": "0"}
+    assert systemd_properties.properties(annotations) == [assignment]
+    assert f"--property={assignment}" in start_command(Scope(":runc:box"), [assignment])
+
+
+@pytest.mark.parametrize("name", ["", "xx", "A name", "3335", "Name1", "Кир", "a=b"])
+def test_names_that_no_property_has(name: str) -> None:
+    with pytest.raises(CgroupError, match=r"name incorrect: (too short|contains non-alphabetic character)$"):
+        systemd_properties.properties({f"org.systemd.property.{name}": "1"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("TimeoutStopSec", "false"), ("TimeoutStopSec", "'covfefe'"), ("TasksMax", "byte 256"),
+        ("TasksMax", "uint64 -1"),
+        ("TasksMax", "3000000000"), ("TasksMax", "1 2"), ("TasksMax", ""), ("TasksMax", "[1]"), ("TasksMax", "nope 1"),
+        ("TasksMax", "uint64 1.5"), ("CollectMode", "'open"), ("CollectMode", "string 1"), ("CollectMode", "inactive"),
+        ("After", "['a',]"), ("After", "['a' 'b']"), ("After", "[['a']]"), ("TasksMax", "uint64 09"),
+    ],
+)  # fmt: skip
+def test_values_that_are_none_of_a_property(name: str, value: str) -> None:
+    key = f"org.systemd.property.{name}"
+    with pytest.raises(CgroupError, match=rf"^annotation {key}=.* value parse error: "):
+        systemd_properties.properties({key: value})

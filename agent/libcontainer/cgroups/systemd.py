@@ -15,7 +15,7 @@ from caisson.agent.libcontainer.cgroups.v2.cgroup import CgroupOfV2
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from types import TracebackType
 
     from caisson.agent.libcontainer.cgroups.base import Setting
@@ -70,10 +70,11 @@ def _of_user() -> list[str]:
 
 
 class Systemd(Hierarchy):
-    """cgroup v2 as systemd shares it out."""
+    """cgroup v2 as systemd shares it out; a scope that is made gets `properties` as well (systemd_properties.py)."""
 
-    def __init__(self, below: Hierarchy) -> None:
+    def __init__(self, below: Hierarchy, properties: Sequence[str] = ()) -> None:
         self._below = below
+        self._properties = properties
 
     def place(self, path: str, *, below_own: bool = False) -> dict[str, str]:
         """Return the directory of a scope."""
@@ -86,7 +87,7 @@ class Systemd(Hierarchy):
         directory = self.place(path)[""]
         if os.path.exists(directory):  # noqa: PTH110 - no pathlib at start
             raise CgroupError(f"systemd: unit {scope.name} exists; delete what it belongs to first")
-        holder = _start(scope)
+        holder = _start(scope, self._properties)
         cgroup = ScopeCgroup(directory, holder)
         if cgroup.fd < 0:
             cgroup.release()
@@ -98,13 +99,19 @@ class Systemd(Hierarchy):
         return ScopeCgroup(paths[""])
 
 
-def _start(scope: Scope) -> subprocess.Popen[bytes]:
-    """Start the unit around a process that ends when its input does.  Raises CgroupError."""
-    command = [
+def start_command(scope: Scope, properties: Sequence[str] = ()) -> list[str]:
+    """Return what starts a unit around a process that ends when its input does; the last of a property wins."""
+    return [
         "systemd-run", *_manager(), "--scope", "--quiet", "--collect", f"--unit={scope.name}", f"--slice={scope.slice}",
         "--description=container", "--property=Delegate=yes", "--property=DefaultDependencies=no",
-        *(f"--property={kind}Accounting=yes" for kind in ("Memory", "CPU", "IO", "Tasks")), "--", *HOLDER,
+        *(f"--property={kind}Accounting=yes" for kind in ("Memory", "CPU", "IO", "Tasks")),
+        *(f"--property={assignment}" for assignment in properties), "--", *HOLDER,
     ]  # fmt: skip
+
+
+def _start(scope: Scope, properties: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start a unit, and wait until it is there.  Raises CgroupError."""
+    command = start_command(scope, properties)
     try:
         holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     except OSError as error:
@@ -217,4 +224,4 @@ def is_running() -> bool:
     return os.path.isdir(RUNNING)  # noqa: PTH112 - no pathlib at start
 
 
-__all__ = ["Cgroup", "Scope", "ScopeCgroup", "Systemd", "is_running", "properties"]
+__all__ = ["Cgroup", "Scope", "ScopeCgroup", "Systemd", "is_running", "properties", "start_command"]
