@@ -32,6 +32,17 @@ def test_flags(tmp_path: Path, program: str) -> None:
     assert {path.name for path in SOURCES[program]} - {"fuzz.c", "faults.c"} == built
 
 
+def test_the_directory_may_have_blanks_and_colons_in_its_name(tmp_path: Path) -> None:
+    name = " my project: a "
+    sources = shutil.copytree(NSEXEC, tmp_path / name / "nsexec", ignore=shutil.ignore_patterns("build*", "*.o"))
+    command = ["make", "-s", "-C", str(sources), "CFLAGS=-O0"]
+    subprocess.run([*command, f"BUILD={sources}/build", "nsexec", "front"], check=True)
+    assert {file.name for file in (sources / "build").iterdir()} == {"nsexec", "caisson-oci"}
+    again = subprocess.run([*command, f"BUILD={sources}/build", "nsexec", "front"], capture_output=True, text=True)
+    assert (again.returncode, again.stdout) == (0, "")
+    assert [one.name for one in tmp_path.iterdir()] == [name]
+
+
 @pytest.mark.parametrize("fixture", ["nsexec_path", "front_path"])
 def test_the_program(request: pytest.FixtureRequest, fixture: str) -> None:
     program: Path = request.getfixturevalue(fixture)
