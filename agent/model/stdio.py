@@ -98,6 +98,7 @@ class Output(_End):
         async with self._use():
             if self._gathered:  # of a read that was cancelled
                 return self._take_gathered(size)
+            looks_again = self._is_terminal  # tty_buffer.c: its last data may be on their way when it is found closed
             while not self._released:
                 exited = child.status is not None  # looked at first: what it wrote before is in the buffer by now
                 if exited and self._left is None:
@@ -113,6 +114,10 @@ class Output(_End):
                     data = b""
                 except OSError:  # EIO: the last holder of the terminal has closed it
                     data = b""
+                if not data and looks_again:
+                    looks_again = False
+                    await asyncio.sleep(GATHER)
+                    continue
                 if not data:  # also when all was taken that can have been there at the exit
                     self.release()
                     break

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import errno
 import fcntl
 import os
 import struct
@@ -406,6 +407,24 @@ async def test_a_terminals_output_is_complete_before_its_end(held: bool) -> None
     assert await all_of(streams.stdout, child) == b"x" * 3000 + b"\r\n"
     if held:
         os.close(slave)
+    streams.close()
+
+
+async def test_a_terminal_that_is_found_closed_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    master, slave = os.openpty()
+    streams, child = Streams.of_terminal(master), running()
+    os.write(slave, b"late")
+    os.close(slave)
+    child._end(0)
+    real, early = os.read, [OSError(errno.EIO, "")]
+
+    def read(fd: int, size: int) -> bytes:
+        if early:
+            raise early.pop()
+        return real(fd, size)
+
+    monkeypatch.setattr(os, "read", read)
+    assert await all_of(streams.stdout, child) == b"late"
     streams.close()
 
 
