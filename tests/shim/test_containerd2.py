@@ -61,7 +61,8 @@ def sleeper(containerd: Cri) -> Iterator[str]:
 
 def test_run_passes_streams_and_status(containerd: Cri) -> None:
     done = both(containerd, [], "sh", "-c", "echo out; echo err >&2; exit 7")
-    assert (done.returncode, done.stdout, done.stderr) == (7, b"out\n", b"err\n")
+    assert (done.returncode, done.stdout) == (7, b"out\n")
+    assert done.stderr.splitlines()[-1] == b"err"  # ctr warns of a host with cgroup v1 before
     assert both(containerd, [], "nosuch").returncode != 0
 
 
