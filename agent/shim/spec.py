@@ -88,8 +88,9 @@ def _mounts(mount: dict[str, Any], container_id: str, volumes: list[Volume]) -> 
     if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
         kind = "socket" if stat.S_ISSOCK(mode) else "device" if stat.S_ISBLK(mode) or stat.S_ISCHR(mode) else "FIFO"
         raise UnsupportedSpec(f"mounts: {source}: a {kind} of the host cannot be shared with a guest")
-    # A guest has one mount of what the host binds recursively: `ro` would be that of the mounts below, too.
-    apart = {"rbind", "ro"} <= set(options) and not PROPAGATED & set(options)
+    # A guest has one mount of what the host binds recursively: `ro` would be that of the mounts below, too.  And while
+    # such a copy of a mount point is in the host's namespace, its owner cannot remove it: rmdir(2), EBUSY.
+    apart = "rbind" in options and bool({"ro", "rro"} & set(options)) and not PROPAGATED & set(options)
     volume = Volume(source, f"volume{len(volumes)}", "rbind" in options and not apart, destination)
     volumes.append(volume)
     kept = [option for option in options if option not in PROPAGATED]

@@ -100,3 +100,24 @@ def test_containers_of_a_pod_share_a_vm_and_its_namespaces(containerd: Cri, runt
     assert containerd.addresses(pod)[0] in containerd.output("exec", "--sync", first, "ip", "addr")
     containerd.remove(pod)
     assert containerd.vms() == []
+
+
+def test_mounts_below_a_recursively_read_only_volume_are_read_only_and_their_owners(
+    containerd: Cri, tmp_path: Path
+) -> None:
+    below = tmp_path / "below"
+    below.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", below], check=True)
+    try:
+        pod = containerd.pod("caisson")
+        mounts = [{
+            "container_path": "/data", "host_path": str(tmp_path), "readonly": True, "recursive_read_only": True,
+        }]  # fmt: skip
+        container = containerd.container(pod, "sleep", "1000", mounts=mounts)
+        for path in ("/data/x", "/data/below/x"):
+            refused = containerd.crictl("exec", "--sync", container, "touch", path)
+            assert b"Read-only file system" in refused.stderr, path
+    finally:
+        subprocess.run(["umount", "--lazy", below], check=True)
+    below.rmdir()  # while the container runs
+    containerd.remove(pod)

@@ -110,22 +110,31 @@ def test_bind_mounts_become_volumes_of_the_share(tmp_path: Path) -> None:
     assert document["mounts"][0]["source"] == str(tmp_path / "hosts"), "the host's own is as it was"
 
 
-@pytest.mark.parametrize(("options", "count"), [(["rbind", "ro"], 2), (["bind", "ro"], 1), (["rbind", "rro"], 1)])
-def test_mounts_below_a_read_only_volume_stay_writable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], count: int
+@pytest.mark.parametrize(
+    ("options", "below"),
+    [
+        (["rbind", "ro"], [["bind"]]),
+        (["rbind", "rro"], [["bind", "rro"]]),
+        (["bind", "ro"], []),
+        (["rbind", "rslave", "ro"], []),
+    ],
+    ids=["writable", "read-only", "none", "those that come later, too"],
+)
+def test_mounts_below_a_read_only_volume_are_volumes_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], below: list[list[str]]
 ) -> None:
     (tmp_path / "a/b").mkdir(parents=True)
     monkeypatch.setattr(
         "caisson.agent.shim.spec.mount_points",
-        lambda top: [top] + [f"{top}/{below}" for below in ("a/b", "socket") if top == str(tmp_path)],
+        lambda top: [top] + [f"{top}/{place}" for place in ("a/b", "socket") if top == str(tmp_path)],
     )
     document = spec()
     document["mounts"] = [{"destination": "/data", "type": "bind", "source": str(tmp_path), "options": options}]
     made = guest_spec(document, "c1")
-    assert [one.source for one in made.volumes] == [str(tmp_path), str(tmp_path / "a/b")][:count]
-    assert [one.recursive for one in made.volumes] == ([False] * 2 if count == 2 else ["rbind" in options])
-    below = {"destination": "/data/a/b", "type": "bind", "source": f"{GUEST_SHARED}/c1/volume1", "options": ["bind"]}
-    assert made.document["mounts"][1:] == [below][: count - 1]
+    assert [one.source for one in made.volumes] == [str(tmp_path), str(tmp_path / "a/b")][: 1 + len(below)]
+    assert [one.recursive for one in made.volumes] == ([False] * 2 if below else ["rbind" in options])
+    place = {"destination": "/data/a/b", "type": "bind", "source": f"{GUEST_SHARED}/c1/volume1"}
+    assert made.document["mounts"][1:] == [{**place, "options": options} for options in below]
 
 
 def test_info_says_what_holds_in_a_guest(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
