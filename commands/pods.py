@@ -28,6 +28,9 @@ from caisson.image.vm.snapshot.snapshot import Snapshot
 #: Where services find programs.
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin"
 
+#: containerd's name for the program of io.containerd.caisson.v2.
+SHIM_PROGRAM = "containerd-shim-caisson-v2"
+
 #: The snapshot that pods' VMs are cloned from.
 POD_SNAPSHOT = "pods"
 
@@ -169,7 +172,9 @@ def _translated() -> Any:
 
 
 def install_shim(*, image: str, memory: int, cpus: int, config: str, accel: str, vsock: str) -> None:
-    """Build an image and a snapshot of it, write the shim's configuration, and print what others need."""
+    """Build an image and a snapshot of it, write the shim's configuration, link its program for containerd, and print
+    what others need.
+    """
     from caisson.commands.machines import image_directory
     from caisson.commands.snapshot import save_snapshot
     from caisson.commands.streams import info
@@ -191,9 +196,26 @@ def install_shim(*, image: str, memory: int, cpus: int, config: str, accel: str,
     except OSError as error:
         raise VMError(f"{file}: {(error.strerror or '').lower()}; choose another place: --config FILE") from error
     info(f"{file}: written")
-    program = shutil.which("containerd-shim-caisson-v2", path=os.pathsep.join((sysconfig.get_path("scripts"), PATH)))
-    if program is None:
-        info("containerd-shim-caisson-v2: not installed; install the package: pip install caisson-vm")
-    elif Path(program).parent not in map(Path, PATH.split(os.pathsep)):
-        info(f"containerd looks in {PATH}; link it there: ln -s {program} /usr/local/bin/")
+    info(link_program(Path(sysconfig.get_path("scripts")), PATH.split(os.pathsep)))
     print(INSTRUCTIONS.strip())
+
+
+def link_program(scripts: Path, path: Sequence[str]) -> str:
+    """Link the shim's program of this installation where containerd looks; returns a line on where it is, or why not.
+
+    ``path``: containerd's directories; the link is made in the second, /usr/local/bin.
+    """
+    program, link = scripts / SHIM_PROGRAM, Path(path[1]) / SHIM_PROGRAM
+    if not program.exists():
+        return f"{SHIM_PROGRAM}: not installed; install the package: pip install caisson-vm"
+    found = shutil.which(SHIM_PROGRAM, path=os.pathsep.join(path))
+    if found is not None and Path(found).samefile(program):
+        return f"{found}: is where containerd looks"
+    try:
+        if link.is_symlink():
+            link.unlink()  # of an installation before this one
+        link.symlink_to(program)
+    except OSError as error:
+        why = (error.strerror or "").lower()
+        return f"{link}: {why}; containerd looks in {', '.join(path)}; link it there: ln -sf {program} {link}"
+    return f"{link}: linked to {program}"

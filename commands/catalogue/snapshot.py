@@ -31,8 +31,9 @@ COMMANDS = (
         "install-shim",
         "Prepare this machine for containerd's runtime io.containerd.caisson.v2: image, snapshot, configuration.",
         "caisson.commands.pods:install_shim",
-        details="""It writes the configuration of the shim, and prints what containerd and docker need in theirs. The
-            shim itself never builds or downloads anything; after an upgrade, run this again.""",
+        details="""It writes the configuration of the shim, links its program in /usr/local/bin unless containerd finds
+            it, and prints what containerd and docker need in their configurations. The shim itself never builds or
+            downloads anything; after an upgrade, run this again.""",
         options=(
             Option("image", "directory of an image", DIRECTORY, default="", shown="the default, built if need be"),
             Option("memory", "memory of a pod's VM; without a unit: MiB", MEMORY, default=512, short="m", shown="512M"),

@@ -162,7 +162,10 @@ class Cache:
                 break
             # Out of sight first: a result is whole, or not there.
             gone = path.with_name(f".making-{path.name}")
-            with contextlib.suppress(BlockingIOError), self._locked(path.parent.name, path.name, wait=False):
+            with (
+                contextlib.suppress(BlockingIOError, FileNotFoundError),  # another is at it, or has just been
+                self._locked(path.parent.name, path.name, wait=False),
+            ):
                 path.rename(gone)
                 shutil.rmtree(gone, ignore_errors=True)
                 removed.append(Removed(path.parent.name, sizes[path]))
