@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import asyncio
     import socket
 
-    from caisson.agent.base.lazyimport import LazyImporter
     from caisson.agent.base.log import Log
     from caisson.agent.base.tracing import Tracing
     from caisson.agent.model.reaper import Reaper
@@ -75,23 +74,20 @@ def _run(options: Options, log: Log, timestamps: BootTimestamps) -> None:
     except ListenError as error:
         sys.exit(f"{CONSOLE_PREFIX}{error}")
     timestamps("listening")
-    lazy = LazyImporter()
-    sys.meta_path.insert(0, lazy)
+    sys.meta_path.insert(0, LazyImporter())
     if options.timeline:
         timestamps.time_imports()
     try:
         import asyncio
 
-        asyncio.run(_serve(options, listener, log, timestamps, lazy))
+        asyncio.run(_serve(options, listener, log, timestamps))
     finally:
         listener.close()
         if options.listen.startswith("unix:"):
             os.unlink(options.listen.removeprefix("unix:"))  # noqa: PTH108 - no pathlib at start
 
 
-async def _serve(
-    options: Options, listener: socket.socket, log: Log, timestamps: BootTimestamps, lazy: LazyImporter
-) -> None:
+async def _serve(options: Options, listener: socket.socket, log: Log, timestamps: BootTimestamps) -> None:
     """Serve until SIGTERM (or SIGINT: a guest's Ctrl-Alt-Delete); then kill every container."""
     import asyncio
     import signal
@@ -121,7 +117,6 @@ async def _serve(
     def services() -> Services:
         from caisson.agent.services import Services
 
-        lazy.load()
         reaper.start(loop)
         return Services(options, reaper, log, tracing, timestamps, stop.set)
 

@@ -6,6 +6,7 @@ Like importlib.util.LazyLoader, which however executes a module when it is impor
 from __future__ import annotations
 
 import sys
+from _thread import RLock
 from types import ModuleType
 
 TYPE_CHECKING = False
@@ -20,6 +21,31 @@ LATE = ("inspect", "asyncio.sslproto", "google.protobuf.internal.python_message"
 
 #: Of these, what nothing looks at where protobuf has its C library (and without it, protobuf's own import does).
 UNUSED = frozenset({"google.protobuf.internal.python_message"})
+
+
+#: Held while a deferred module is executed: a thread that looks at it meanwhile waits.
+_EXECUTING = RLock()
+
+#: A code object's flag of ``async def`` (CO_COROUTINE, inspect).
+_CO_COROUTINE = 0x80
+
+
+def _iscoroutinefunction(function: Any) -> bool:
+    """Answer as inspect's does: asyncio asks about each signal handler, and inspect takes longer than all else then."""
+    while (inner := getattr(function, "__func__", None) or _partial_of(function)) is not None:
+        function = inner
+    code = getattr(function, "__code__", None)
+    return code is not None and bool(code.co_flags & _CO_COROUTINE)
+
+
+def _partial_of(function: Any) -> Any:
+    from functools import partial
+
+    return function.func if isinstance(function, partial) else None
+
+
+#: Answers in place of a module that is not executed yet.
+STAND_INS = {("inspect", "iscoroutinefunction"): _iscoroutinefunction}
 
 
 class LazyImporter:
@@ -37,7 +63,7 @@ class LazyImporter:
         return spec
 
     def load(self) -> None:
-        """Execute the modules imported so far: before threads exist, which could see one half initialized."""
+        """Execute the modules imported so far."""
         for name in self._names - UNUSED:
             module = sys.modules.get(name)
             if isinstance(module, _LazyModule):
@@ -50,7 +76,7 @@ def deferring() -> list[LazyImporter]:
 
 
 def load_deferred() -> None:
-    """Execute every module that was deferred so far, and defer no more: before threads exist."""
+    """Execute every module that was deferred so far, and defer no more."""
     for finder in deferring():
         sys.meta_path.remove(finder)
         finder.load()
@@ -75,11 +101,22 @@ class _LazyModule(ModuleType):
         """Execute the module on first access; the import system's own look-ups (__path__) do not count."""
         if name.startswith("__"):
             raise AttributeError(name)
+        if (self.__name__, name) in STAND_INS:
+            return STAND_INS[self.__name__, name]
         self._run()
         return getattr(self, name)
 
     def _run(self) -> None:
-        spec = self.__spec__
-        assert spec is not None and spec.loader is not None
-        self.__class__ = ModuleType  # type: ignore[assignment]
-        spec.loader.exec_module(self)
+        with _EXECUTING:
+            if type(self) is ModuleType:  # another thread was first
+                return
+            spec = self.__spec__
+            assert spec is not None and spec.loader is not None
+            if spec.loader_state is _EXECUTING:  # its own code asks for what is not there yet
+                raise AttributeError(f"module {self.__name__!r} is executed at this moment")
+            spec.loader_state = _EXECUTING
+            try:
+                spec.loader.exec_module(self)
+            finally:
+                spec.loader_state = None
+            self.__class__ = ModuleType  # type: ignore[assignment]

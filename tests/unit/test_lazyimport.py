@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from caisson.agent.base.lazyimport import LazyImporter
+from caisson.agent.base.lazyimport import STAND_INS, LazyImporter
 
 CODE = "import sys\nsys.late_runs = getattr(sys, 'late_runs', 0) + 1\nvalue = 7\ndef double():\n    return 2 * value\n"
 
@@ -54,6 +58,43 @@ def test_load_executes_all_imported_modules(lazy: LazyImporter) -> None:
     assert late_module.value == 7
 
 
+def test_a_thread_waits_for_a_module_that_another_one_executes(lazy: LazyImporter, tmp_path: Path) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    sys.late_events = begun, go_on  # type: ignore[attr-defined]
+    waits = "begun, go_on = sys.late_events\nbegun.set()\nassert go_on.wait(60)\n"
+    (tmp_path / "late_module.py").write_text(f"import sys\n{waits}{CODE}")
+    import late_module
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(lambda: late_module.value)
+        assert begun.wait(60)
+        second = pool.submit(lambda: late_module.double())
+        go_on.set()
+        assert (first.result(60), second.result(60)) == (7, 14)
+    assert runs() == 1
+    del sys.late_events  # type: ignore[attr-defined]
+
+
+def test_a_module_that_asks_for_what_it_lacks_is_told_so(lazy: LazyImporter, tmp_path: Path) -> None:
+    asks = "import late_module\nassert not hasattr(late_module, 'value')\n"
+    (tmp_path / "late_module.py").write_text(f"{asks}{CODE}")
+    import late_module
+
+    assert late_module.value == 7 and runs() == 1
+
+
+def test_asyncio_asks_about_signal_handlers_as_of_inspect() -> None:
+    class Thing:
+        async def method(self) -> None: ...
+        def plain(self) -> None: ...
+
+    one = Thing()
+    functions = (one.method, one.plain, Thing.method, partial(one.method), partial(partial(print)), print, Thing, len)
+    for function in functions:
+        stand_in = STAND_INS["inspect", "iscoroutinefunction"]
+        assert stand_in(function) == inspect.iscoroutinefunction(function), function
+
+
 def test_a_module_that_is_not_there_is_not_there(lazy: LazyImporter) -> None:
     with pytest.raises(ModuleNotFoundError, match="late_and_missing"):
         import late_and_missing  # type: ignore[import-not-found]  # noqa: F401
@@ -68,7 +109,10 @@ def test_the_agent_gets_to_its_first_answer_without_them() -> None:
         sys.meta_path.insert(0, lazy)
         import asyncio
         import caisson.agent.api.health, caisson.agent.rpc.server, caisson.agent.rpc.listener
-        asyncio.run(asyncio.sleep(0))
+        async def handle():
+            asyncio.get_running_loop().add_signal_handler(10, print)
+            await asyncio.to_thread(print)
+        asyncio.run(handle())
         assert not {"ast", "google.protobuf.text_format"} & set(sys.modules), sorted(sys.modules)
         lazy.load()
         assert "ast" in sys.modules
