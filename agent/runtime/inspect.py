@@ -55,9 +55,9 @@ def list_containers(call: Call) -> int:
     form = call.options.text("format")
     try:
         names = list_ids(call.root)
-    except FileNotFoundError:
-        if call.root_given:
-            raise CommandError(f"open {call.root}: no such file or directory") from None
+    except OSError as error:
+        if call.root_given or not isinstance(error, FileNotFoundError):
+            raise CommandError(f"open {call.root}: {(error.strerror or '').lower()}") from None
         names = []
     if call.options.flag("quiet"):
         for name in names:

@@ -118,7 +118,10 @@ def _create(call: Call, bundle: Bundle, io: ProcessIO) -> Container:
 
     directory = f"{call.root}/{call.id}"
     rootfs = bundle.rootfs
-    os.makedirs(call.root, ROOT_MODE, exist_ok=True)  # noqa: PTH103 - no pathlib at start
+    try:
+        os.makedirs(call.root, ROOT_MODE, exist_ok=True)  # noqa: PTH103 - no pathlib at start
+    except OSError as error:
+        raise CommandError(f"mkdir {call.root}: {(error.strerror or '').lower()}") from None
     try:
         os.mkdir(directory, DIRECTORY_MODE)  # noqa: PTH102
     except FileExistsError:

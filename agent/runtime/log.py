@@ -71,8 +71,9 @@ def _write(fd: int, line: str) -> None:
     try:
         while data:
             data = data[os.write(fd, data) :]
-    except OSError:  # nobody reads it: there is nowhere to say so
-        pass
+    except OSError as error:
+        if fd != 2:  # else there is nowhere to say so
+            _write(2, f"Failed to write to log, {(error.strerror or '').lower()}\n")
 
 
 def quoted(text: str) -> str:

@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         log = Log.open(settings.text("log"), json=as_json, debug=settings.flag("debug"))
     except OSError as error:
-        Log().error(f"open {settings.text('log')}: {(error.strerror or '').lower()}")
+        Log(json=as_json).error(f"open {settings.text('log')}: {(error.strerror or '').lower()}")
         return 1
     with log:
         if "root" in settings.given:

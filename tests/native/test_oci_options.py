@@ -87,6 +87,21 @@ def test_global_options_that_are_refused(oci: Oci, options: tuple[str, ...], wor
     assert result.status == 1 and words in result.err + result.out
 
 
+def test_logs_that_cannot_be_written(oci: Oci, tmp_path: Path) -> None:
+    nowhere = oci("--log", str(tmp_path), "--log-format", "json", "list")
+    assert nowhere.status == 1 and json.loads(nowhere.err)["msg"] == f"open {tmp_path}: is a directory"
+    full = oci("--log", "/dev/full", "state", "nothere")
+    assert full.err == "Failed to write to log, no space left on device\ncontainer does not exist\n"
+
+
+def test_a_root_that_cannot_be_made(tmp_path: Path, oci: Oci, sleeper: Path) -> None:
+    oci.root = tmp_path / "file" / "root"
+    (tmp_path / "file").touch()
+    assert oci("list").message == f"open {oci.root}: not a directory"
+    assert oci("create", "-b", str(sleeper), NAME).message == f"runc create failed: mkdir {oci.root}: not a directory"
+    oci.root = tmp_path / "nothing"
+
+
 @pytest.mark.parametrize("options", [["--rootless=false"], ["--rootless", "auto"], ["--criu", "/x"], ["--debug"]])
 def test_global_options_that_change_nothing(oci: Oci, options: list[str]) -> None:
     oci.root.mkdir()
