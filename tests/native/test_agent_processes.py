@@ -8,6 +8,7 @@ import hashlib
 import random
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -252,19 +253,25 @@ async def test_interrupt_ends_an_init_that_leaves_it_to_the_kernel(agent: Runnin
         assert await deaf.init().wait() == 8
 
 
+def runs(agent: RunningAgent, program: str) -> Callable[[], bool]:
+    """Ask whether one of the agent's children is this program by now."""
+    return lambda: program in {Path(f"/proc/{pid}/comm").read_text().strip() for pid in agent.children()}
+
+
 async def test_interrupt_typed_at_a_terminal_ends_such_an_init_too(agent: RunningAgent) -> None:
     async with agent.connect() as client:
         await client.create_sandbox()
-        for name, script, status in (
-            ("cooked", "echo ready; exec sleep 1000", 137),
-            ("raw", "stty -isig -icanon; echo ready; read x; exit 8", 8),
-            ("deaf", "trap '' INT; echo ready; read x; exit 8", 8),
+        for name, script, program, status in (
+            ("cooked", "echo ready; exec sleep 1000", "sleep", 137),
+            ("raw", "stty -isig -icanon; echo ready; read x; exit 8", "sh", 8),
+            ("deaf", "trap '' INT; echo ready; read x; exit 8", "sh", 8),
         ):
             container = await client.ensure_container(name, agent.spec("/bin/sh", "-c", script, terminal=True))
             process = container.init(terminal=True)
             stream = process.stdout()
             while b"ready" not in await anext(stream):
                 pass
+            await until(runs(agent, program), f"{program}: a shell that will be it still handles the signal")
             await process.write(b"\x03")
             with contextlib.suppress(AgentError):  # it has ended
                 await process.write(b"\n")
