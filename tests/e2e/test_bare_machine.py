@@ -37,7 +37,8 @@ mount -t tmpfs tmpfs "$0/run"
 cd "$0"
 pivot_root . .
 umount -l .
-exec "$@"
+"$@"
+exit  # a shell stays process 1 and reaps orphans
 """
 
 #: What the README's first command has to bring back from the guest.

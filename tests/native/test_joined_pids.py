@@ -183,7 +183,7 @@ def test_only_the_makers_of_a_process_say_who_it_is() -> None:
     assert not isinstance(child_end, int)
     line, fd = b'{"stage1_pid":0,"stage2_pid":1}\n', os.pidfd_open(os.getpid())
     with socket.socket(fileno=os.dup(child_end.fileno())) as taken:
-        channel.spawned(1)  # the maker is somebody else
+        channel.spawned(os.getpid() + 1)  # the maker is somebody else
         socket.send_fds(taken, [line], [fd])
         channel.on_readable()
         assert (news, channel.pidfd) == ([], -1)
