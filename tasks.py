@@ -83,7 +83,9 @@ def _make_environment(python: Path) -> None:
     _info("setting up .venv")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     wanted = [*project["project"]["dependencies"], *project["project"]["optional-dependencies"]["checkout"]]
-    whole = python.exists() and any((place / "pip").is_dir() for place in _package_directories(python))
+    # Not pathlib's: an interpreter in somebody else's home cannot be looked at, and is none for this user.
+    there = os.path.exists(python)  # noqa: PTH110
+    whole = there and any((place / "pip").is_dir() for place in _package_directories(python))
     venv = [sys._base_executable, "-m", "venv", "--clear", str(ENVIRONMENT)]  # type: ignore[attr-defined]
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "constraints.txt"]
     # A user's settings of pip are about other places: `--user` alone makes pip refuse to work in an environment.

@@ -51,12 +51,12 @@ def test_every_door_is_the_same(checkout: Path, tmp_path: Path) -> None:
     assert shown[0][0].startswith("Usage: caisson exec ")
 
 
-def test_a_python_that_was_removed_or_upgraded_is_replaced(checkout: Path) -> None:
+def test_a_python_that_was_removed_upgraded_or_is_somebody_elses_is_replaced(checkout: Path) -> None:
     run(sys.executable, checkout / "tasks.py", "--version")
     python = checkout / ".venv/bin/python"
     target = python.readlink()
     python.unlink()
-    python.symlink_to("/usr/bin/python3.0")
+    python.symlink_to("/" + "n" * 300)  # stat(2) fails, and not because nothing is there: as in a home that is closed
     shown, said = run(sys.executable, checkout / "tasks.py", "--version")
     assert shown == f"caisson {VERSION}\n" and said.startswith(SET_UP)
     assert python.readlink() == target
