@@ -25,6 +25,7 @@ from caisson.image.programs import (
 )
 from caisson.image.vm.accel import Choice, Host, choose_accelerator, choose_vsock
 from caisson.image.vm.errors import VMError
+from caisson.image.vm.hotplug.virtiofs import command as share_command
 from caisson.image.vm.runroot import run_root
 from caisson.proto.contract import VERSION
 
@@ -128,6 +129,11 @@ def _device(name: str, instead: str, choose: Callable[[], Choice]) -> Finding:
 def _virtiofsd() -> Finding:
     path = which("virtiofsd")
     if path:
+        try:
+            share_command(Path("/"), 0, writable=True)
+        except VMError as error:
+            problem, _, remedy = str(error).removeprefix(f"{path}: ").partition("; ")
+            return Finding("virtiofsd", "limited", f"{path} {problem}", remedy)
         return Finding("virtiofsd", "ok", path)
     found = "not installed: `caisson share` works only for directories that were shared at boot"
     return Finding("virtiofsd", "limited", found, install_command(["virtiofsd"]))

@@ -177,9 +177,15 @@ def install_shim(*, image: str, memory: int, cpus: int, config: str, accel: str,
     """
     from caisson.commands.machines import image_directory
     from caisson.commands.snapshot import save_snapshot
-    from caisson.commands.streams import info
+    from caisson.commands.streams import check_writable, info
     from caisson.image.programs import TO_SERVE_PODS
 
+    file = Path(config)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise VMError(f"{file}: {(error.strerror or '').lower()}; choose another place: --config FILE") from error
+    check_writable("--config", file)  # now, and not after minutes of building
     directory = image_directory(image, info, also=TO_SERVE_PODS)
     if vsock == "auto":
         vsock = "user"  # with the kernel's device a clone has its snapshot's memory, and can be given no share
@@ -189,12 +195,7 @@ def install_shim(*, image: str, memory: int, cpus: int, config: str, accel: str,
     settings = {"snapshot": POD_SNAPSHOT, "image": str(directory), "accel": accel, "vsock": vsock}
     lines = [f"{name} = {json.dumps(value)}" for name, value in settings.items()]
     lines += [f"memory = {memory}", f"cpus = {cpus}"]
-    file = Path(config)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("\n".join(lines) + "\n")
-    except OSError as error:
-        raise VMError(f"{file}: {(error.strerror or '').lower()}; choose another place: --config FILE") from error
+    file.write_text("\n".join(lines) + "\n")
     info(f"{file}: written")
     info(link_program(Path(sysconfig.get_path("scripts")), PATH.split(os.pathsep)))
     print(INSTRUCTIONS.strip())

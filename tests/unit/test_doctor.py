@@ -44,6 +44,19 @@ def test_a_machine_without_qemu_gets_the_command_that_installs_it(bare: Path) ->
     assert findings["cache"].status == findings["run directory"].status == "ok"
 
 
+@pytest.mark.parametrize(("usage", "status"), [("--shared-dir", "ok"), ("-o source=", "limited")])
+def test_a_virtiofsd_that_an_ordinary_user_cannot_run_is_limited(
+    bare: Path, monkeypatch: pytest.MonkeyPatch, usage: str, status: str
+) -> None:
+    (bare / "virtiofsd").write_text(f"#!/bin/sh\necho '{usage}'\n")
+    (bare / "virtiofsd").chmod(0o755)
+    assert found()["virtiofsd"].status == "ok" or os.geteuid() != 0
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    finding = found()["virtiofsd"]
+    assert finding.status == status
+    assert status == "ok" or ("needs root" in finding.found and "apt-get install virtiofsd" in finding.remedy)
+
+
 def test_qemu_says_its_version(bare: Path) -> None:
     for name, text in (("qemu-system-x86_64", "echo QEMU emulator version 7.0"), ("setpriv", ":")):
         (bare / name).write_text(f"#!/bin/sh\n{text}\n")

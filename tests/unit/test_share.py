@@ -65,7 +65,11 @@ def test_qemus_own_and_the_one_in_rust(place: Path) -> None:
 @pytest.mark.parametrize(
     ("usage", "writable", "why"),
     [
-        (OLD, True, "is QEMU's own and needs root; run: sudo apt-get install virtiofsd; or share by 9p"),
+        (
+            OLD,
+            True,
+            r"is QEMU's own and needs root; run \(from Debian 13 on\): sudo apt-get install virtiofsd; or share by 9p",
+        ),
         (OLDER_RUST, False, "too old to share read-only without root; share --writable; or share by 9p"),
         (OLDER_RUST, True, ""),
         (RUST, False, ""),

@@ -21,6 +21,7 @@ from caisson.agent.shim.launch import Arguments, _bootstrap_id, group_of, socket
 from caisson.agent.shim.options import RuntimeOptions, shim_cgroup
 from caisson.agent.shim.pod import OVERHEAD, size_of
 from caisson.agent.shim.spec import GUEST_SHM, UnsupportedSpec, fill, guest_spec, network_namespace
+from caisson.commands import machines, pods
 from caisson.commands.shim import FEATURES_URL, main
 from caisson.proto.containerd import bootstrap_pb2, linux_runc_options_pb2, runc_options_pb2, types_pb2
 from caisson.proto.kata3 import oci_pb2
@@ -219,3 +220,14 @@ async def test_a_device_that_is_late_is_asked_for_again(codes: list[StatusCode],
         with pytest.raises(RpcError, match="late"):
             await until_plugged(method, "request")
     assert asked == ["request"] * calls
+
+
+@pytest.mark.parametrize(
+    ("config", "why"), [("/proc/nosuch/shim.toml", "choose another place"), ("/proc/version", "cannot be written")]
+)
+def test_install_shim_finds_out_before_it_builds_that_its_configuration_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, config: str, why: str
+) -> None:
+    monkeypatch.setattr(machines, "image_directory", pytest.fail)
+    with pytest.raises(Exception, match=why):
+        pods.install_shim(image="", memory=512, cpus=1, config=config, accel="auto", vsock="auto")

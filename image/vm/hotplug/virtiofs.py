@@ -53,7 +53,9 @@ def command(directory: Path, fd: int, *, writable: bool) -> list[str]:
             words.append(f"--modcaps={MODCAPS}")
         sealed = [*words, "--readonly"] if "--readonly" in usage else None
     elif os.geteuid() != 0:
-        raise VMError(f"{program}: is QEMU's own and needs root; run: sudo apt-get install virtiofsd; {ELSE}")
+        raise VMError(
+            f"{program}: is QEMU's own and needs root; run (from Debian 13 on): sudo apt-get install virtiofsd; {ELSE}"
+        )
     else:
         escaped = str(directory).replace("\\", "\\\\").replace(",", "\\,")
         words = [program, f"--fd={fd}", "-o", f"source={escaped}", "-o", f"modcaps={MODCAPS}"]
