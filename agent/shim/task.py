@@ -6,6 +6,7 @@ Source: containerd, api/runtime/task/v2/shim.proto and v3; core/runtime/v2/READM
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from google.protobuf.empty_pb2 import Empty
 
 from caisson.agent.pods.guest import CALL_TIMEOUT
 from caisson.agent.rpc.codes import StatusCode
-from caisson.agent.rpc.ttrpc.responses import RpcError
+from caisson.agent.rpc.ttrpc.responses import ConnectionClosed, RpcError
 from caisson.agent.shim import stats
 from caisson.agent.shim.bundle import KILLED, TaskBundle
 from caisson.agent.shim.container import Container
@@ -173,7 +174,8 @@ class TaskService:
 
     async def _end_unstarted(self, container: Container, status: int) -> None:
         """End a container that was created only: the agent has nothing to wait for there."""
-        await container.kill_all(signal.SIGKILL)
+        with contextlib.suppress(ConnectionClosed):  # it has ended with its VM
+            await container.kill_all(signal.SIGKILL)
         await container.init.end(status)
         await self._ended(container, container.init)
 

@@ -20,7 +20,7 @@ MISSED = {
     "boot to CreateSandbox's answer, own kernel, beside a C init (s)": 2.4,
     "boot to CreateSandbox's answer, Debian's kernel, beside a C init (s)": 2.2,
     "stdout by gRPC from the guest, beside raw vsock (ms/MiB)": 5.0,
-    "docker run --rm true, beside a clone + 2 x runc (s)": 2.5,
+    "docker run --rm true, beside a clone + 2 x runc (s)": 2.0,
 }
 
 TRIES = 3

@@ -117,6 +117,7 @@ async def test_a_shim_that_ends_while_it_creates_a_container_leaves_nothing(fake
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(1800)
 async def test_nothing_is_left_after_fifty_kills(fake: FakeContainerd) -> None:
     await check_rounds(fake, seed=random.randrange(1 << 30), rounds=50)
 

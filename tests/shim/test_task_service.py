@@ -342,3 +342,18 @@ async def test_a_guest_that_has_ended_ends_its_containers(fake: FakeContainerd) 
     assert await status(task) == STOPPED
     await task.call("Delete")
     await task.call("Shutdown")
+
+
+@pytest.mark.parametrize("method", ["Kill", "Delete"])
+async def test_a_created_container_ends_with_its_guest(fake: FakeContainerd, method: str) -> None:
+    task = await fake.start("c1", *SLEEP)
+    await task.create()
+    agent = agent_of(next(fake.place.glob("agents/*")))
+    os.kill(agent.pid, signal.SIGTERM)
+    await until(lambda: not agent.alive, "the guest's end")
+    if method == "Kill":
+        await task.call("Kill", signal=signal.SIGKILL)
+        assert (await task.call("Wait")).exit_status == 137
+    await task.call("Delete")
+    await task.call("Shutdown")
+    assert fake.topics("c1")[-2:] == ["exit", "delete"]
