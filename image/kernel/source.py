@@ -32,7 +32,7 @@ ARCHITECTURES = {"amd64": ("x86", "arch/x86/boot/bzImage"), "arm64": ("arm64", "
 REVISION = "10028efd58beed61727e0da5"
 
 #: Seconds between two lines of progress.
-PROGRESS_INTERVAL = 30.0
+PROGRESS_INTERVAL = 10.0
 
 #: What would otherwise tell in the kernel's bytes who built it, where and when.
 REPRODUCIBLE = {
@@ -119,8 +119,10 @@ class Compiled:
                 log = scratch / "build.log"
                 self.report(f"compiling the kernel: minutes, once; its log is {log}")
                 goal = "all" if self.arch == "arm64" else "bzImage"
-                with _progress(build, self.report):
+                counted = f"objects-{self.arch}"
+                with _progress(build, self.report, _last_count(target.parent, counted)):
                     _make(tree, build, self.arch, goal, jobs=os.cpu_count() or 1, log=log)
+                (target / counted).write_text(str(_objects(build)))
                 self._take(build, target, packages, verdict)
 
     def _take(self, build: Path, target: Path, packages: list[dict[str, str]], verdict: fragments.Verdict) -> None:
@@ -158,18 +160,35 @@ def _scratch(place: Path | None) -> Iterator[Path]:
     shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _objects(build: Path) -> int:
+    return sum(name.endswith(".o") for _, _, names in os.walk(build) for name in names)
+
+
+def _last_count(kernels: Path, name: str) -> str:
+    """Return how many objects the kernel that was compiled last had; empty where there was none."""
+    try:
+        counts = sorted(kernels.glob(f"[!.]*/{name}"), key=lambda file: file.stat().st_mtime)
+        return counts[-1].read_text() if counts else ""
+    except OSError:  # the cache is emptied meanwhile
+        return ""
+
+
 @contextmanager
-def _progress(build: Path, report: Callable[[str], None]) -> Iterator[None]:
-    """Say now and then during a block how many objects are compiled."""
+def _progress(build: Path, report: Callable[[str], None], last: str) -> Iterator[None]:
+    """Say now and then during a block how many objects are compiled, beside how many there were the ``last`` time.
+
+    How many there will be nobody knows before: make(1) decides directory by directory.
+    """
+    of = f" (the last kernel had {last})" if last else ""
     done = threading.Event()
 
     def watch() -> None:
         began = time.monotonic()
         while not done.wait(PROGRESS_INTERVAL):
-            count = sum(name.endswith(".o") for _, _, names in os.walk(build) for name in names)
+            count = _objects(build)
             if done.is_set():
                 return
-            report(f"compiling the kernel: {count} objects after {time.monotonic() - began:.0f} s")
+            report(f"compiling the kernel: {count} objects after {time.monotonic() - began:.0f} s{of}")
 
     threading.Thread(target=watch, name="progress", daemon=True).start()
     try:

@@ -134,3 +134,44 @@ def test_a_compile_says_how_far_it_is_and_where_its_log_is(tmp_path: Path, monke
     assert said[1].startswith(f"compiling the kernel: minutes, once; its log is {target}/.kernel-")
     assert "2 objects after" in said[2] or "2 objects after" in said[-1]
     assert [one.name for one in target.iterdir()] == ["seen"]
+
+
+COMPILING_MAKE = """\
+#!/bin/sh
+for word; do case $word in O=*) out=${word#O=} ;; esac; done
+case "$*" in
+*kernelversion*) echo 6.12 ;;
+*allnoconfig*) : >"$out/.config" ;;
+*) mkdir -p "$out/arch/arm64/boot" "$out/include/config"; : >"$out/a.o"; : >"$out/arch/b.o"; : >"$out/arch/c.o"
+   : >"$out/arch/arm64/boot/Image"; echo 6.12 >"$out/include/config/kernel.release"
+   while [ -e "$out/../../wait" ]; do sleep 0.05; done ;;
+esac
+"""
+
+
+def test_a_compile_says_how_many_objects_the_last_one_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, tree = tmp_path / "bin/make", tmp_path / "tree"
+    for place in (make.parent, tree):
+        place.mkdir()
+    make.write_text(COMPILING_MAKE)
+    make.chmod(0o755)
+    (tree / "Kconfig").touch()
+    monkeypatch.setenv("PATH", f"{make.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(source, "PROGRESS_INTERVAL", 0.05)
+
+    def compiled(name: str) -> list[str]:
+        target = tmp_path / "kernels" / name
+        target.mkdir(parents=True)
+        (target / "wait").touch()
+        said: list[str] = []
+
+        def report(line: str) -> None:
+            said.append(line)
+            if "objects after" in line:
+                (target / "wait").unlink(missing_ok=True)
+
+        source.Compiled(source.SourceTree(tree), "arm64", report).make(target, [])
+        return [line for line in said if "objects after" in line]
+
+    assert compiled("one")[0].endswith(" s")
+    assert compiled("two")[-1].endswith(" s (the last kernel had 3)")
