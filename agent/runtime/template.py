@@ -33,7 +33,8 @@ def spec(call: Call) -> int:
     except FileExistsError:
         raise CommandError("File config.json exists. Remove it first") from None
     except OSError as error:
-        raise CommandError(f"open {path}: {(error.strerror or '').lower()}") from None
+        what = f"open {path}" if os.path.isdir(directory) else f"chdir {directory}"  # noqa: PTH112
+        raise CommandError(f"{what}: {(error.strerror or '').lower()}") from None
     with open(fd, "w", encoding="utf-8") as file:  # noqa: PTH123 - a descriptor
         json.dump(document, file, indent="\t")
         file.write("\n")

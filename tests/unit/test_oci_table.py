@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -418,3 +420,32 @@ def test_the_wire_has_what_the_document_says() -> None:
     assert {name for name in missing if not any(name.startswith(only) for only in only_config)} == set()
     assert all(any(name.startswith(only) for name in missing) for only in only_config)
     assert not any(name.startswith(only) for name in on_wire for only in only_config)
+
+
+ODD: list[Any] = [None, "x", "", 7, -1, True, 1.5, [], {}, ["x"], [7], [None], [{}], {"a": 1}, [[]], 1 << 70, "\0"]
+
+
+def places(value: Any, at: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Every place in a document, of lists the first two elements."""
+    yield at
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from places(item, (*at, key))
+    elif isinstance(value, list):
+        for number, item in enumerate(value[:2]):
+            yield from places(item, (*at, number))
+
+
+def test_odd_values_at_any_place_are_read_or_refused_in_words() -> None:
+    good = copy.deepcopy(WHOLE)
+    for place in list(places(WHOLE))[1:]:
+        *around, last = place
+        at: Any = good
+        for key in around:
+            at = at[key]
+        kept = at[last]
+        for odd in ODD:
+            at[last] = copy.deepcopy(odd)
+            with contextlib.suppress(SpecError):
+                Spec.from_json(good)
+        at[last] = kept

@@ -138,9 +138,9 @@ def _action(r: Reader, key: str, errno_key: str) -> int:
 
 def _one_of(known: dict[str, int] | tuple[str, ...], what: str) -> Callable[[object, str], str]:
     def parse(value: object, where: str) -> str:
-        if value not in known:
+        if not isinstance(value, str) or value not in known:
             raise SpecError(where, f"{value!r} is not {what}")
-        return str(value)
+        return value
 
     return parse
 
