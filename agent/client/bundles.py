@@ -212,6 +212,9 @@ def _namespaces(linux: dict[str, Any], warn: Warn) -> None:
     types = {namespace.get("type") for namespace in kept}
     kept += [{"type": kind} for kind in ("mount", "ipc", "uts", "cgroup") if kind not in types]
     linux["namespaces"] = kept
+    if any(namespace.get("type") == "user" for namespace in kept):
+        for maps in ("uidMappings", "gidMappings"):  # `crun spec --rootless` leaves them to crun: root alone
+            linux[maps] = _list(linux.get(maps), f"linux.{maps}") or [{"containerID": 0, "hostID": 0, "size": 1}]
 
 
 def _process(process: dict[str, Any], privileged: bool, warn: Warn) -> None:

@@ -138,6 +138,15 @@ def test_capabilities_that_cannot_be_raised_or_are_unknown_are_left_out_with_a_w
     assert document["process"]["capabilities"]["ambient"] == ["CAP_KILL"] and len(warnings) == 1
 
 
+@pytest.mark.parametrize("maps", [None, [], [{"containerID": 0, "hostID": 7, "size": 9}]])
+def test_a_user_namespace_without_maps_has_roots_id_as_with_crun(maps: list[dict[str, int]] | None) -> None:
+    bundle = changed("linux.namespaces", [{"type": "user"}, {"type": "mount"}])
+    bundle["linux"] |= {"uidMappings": maps, "gidMappings": maps}
+    linux = of_bundle(bundle)[0]["linux"]
+    wanted = maps or [{"containerID": 0, "hostID": 0, "size": 1}]
+    assert linux["uidMappings"] == linux["gidMappings"] == wanted
+
+
 @pytest.mark.parametrize("permitted", [["CAP_KILL"], []])
 @pytest.mark.parametrize("inheritable", [["CAP_KILL"], ["CAP_CHOWN"], None])
 def test_an_ambient_capability_is_kept_where_it_can_be_raised_and_else_warned_of(
