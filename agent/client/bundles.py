@@ -139,6 +139,10 @@ def adapted(
             warn(f"config.json: linux.{key}: left out: it is about the host")
     linux.pop("cgroupsPath", None)
     document["mounts"] = _mounts(_list(document.get("mounts"), "mounts"), mounts, privileged, warn)
+    if any(isinstance(one, dict) and one.get("type") == "user" for one in _list(linux.get("namespaces"), "namespaces")):
+        for mount in document["mounts"]:
+            if mount.get("type") == "sysfs":  # the network is the guest's, so it cannot mount one of its own
+                mount |= {"type": "bind", "source": "/sys", "options": ["bind", "nosuid", "noexec", "nodev", "ro"]}
     _namespaces(linux, warn)
     _process(process, privileged, warn)
     if seccomp := _object(linux.get("seccomp"), "linux.seccomp"):

@@ -26,7 +26,7 @@ from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.state import CREATED, STOPPED, check_id
 from caisson.agent.model.adapted import adapted, guest_hooks, may_make_networks
 from caisson.agent.model.container import Container
-from caisson.agent.model.namespaces import SharedNamespaces
+from caisson.agent.model.namespaces import SHARED, SharedNamespaces
 from caisson.agent.model.oom import OomEvents
 
 TYPE_CHECKING = False
@@ -238,6 +238,9 @@ class Sandbox:
         spec, join = adapted(container_id, spec, self._open_files, self._hooks), dict(self._shared.paths)
         if not share_pids:
             join.pop("pid", None)
+        if any(namespace.type == "user" for namespace in spec.linux.namespaces):
+            for kind in SHARED:  # these are not its own, so it could neither mount a mqueue nor have a host name
+                join.pop(kind, None)
         directory = self._state / self._id / container_id
         try:
             directory.mkdir(mode=0o711)

@@ -212,6 +212,30 @@ def test_a_bundle(vm: Caisson, tmp_path: Path) -> None:
     assert refused.returncode == 125 and b"mounts[0]: /data is a path of the host" in refused.stderr
 
 
+def test_a_bundle_with_a_user_namespace_has_a_mqueue_a_sysfs_and_a_host_name(vm: Caisson, tmp_path: Path) -> None:
+    """What `crun spec --rootless` writes: no maps, and file systems of namespaces that are the guest's."""
+    (tmp_path / "rootfs.tar").write_bytes(LAYERS[0])
+    subprocess.run(["tar", "xf", tmp_path / "rootfs.tar", "-C", _made(tmp_path / "rootfs")], check=True)
+    (tmp_path / "rootfs.tar").unlink()
+    script = (
+        "busybox cat /proc/self/uid_map; busybox hostname; busybox ls -d /sys/kernel; busybox mkdir /sys/fs/cgroup/x"
+    )
+    kinds = ("pid", "network", "ipc", "uts", "user", "mount")
+    places = {"/proc": "proc", "/dev": "tmpfs", "/dev/mqueue": "mqueue", "/sys": "sysfs"}
+    document = {
+        "ociVersion": "1.0.0",
+        "hostname": "rootless",
+        "root": {"path": "rootfs"},
+        "process": {"args": ["/bin/busybox", "sh", "-c", script], "cwd": "/", "env": ["PATH=/bin"]},
+        "mounts": [{"destination": at, "type": kind, "source": kind} for at, kind in places.items()],
+        "linux": {"namespaces": [{"type": kind} for kind in kinds]},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    done = run(vm, tmp_path)
+    assert done.stdout.split() == [b"0", b"0", b"1", b"rootless", b"/sys/kernel"], done.stderr
+    assert done.returncode == 1 and b"cgroup/x" in done.stderr
+
+
 def test_in_the_background(vm: Caisson, layout: Path) -> None:
     done = run(vm, layout, "--detach", "--container", "apart")
     assert done.returncode == 0 and done.stdout == b"apart\n", done.stderr

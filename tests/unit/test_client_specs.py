@@ -147,6 +147,14 @@ def test_a_user_namespace_without_maps_has_roots_id_as_with_crun(maps: list[dict
     assert linux["uidMappings"] == linux["gidMappings"] == wanted
 
 
+def test_a_user_namespace_gets_the_guests_sysfs_without_what_is_mounted_in_it() -> None:
+    bundle = changed("linux.namespaces", [{"type": "user"}])
+    bundle["mounts"] = [{"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["ro"]}]
+    (sys,) = (mount for mount in of_bundle(bundle)[0]["mounts"] if mount["destination"] == "/sys")
+    assert (sys["type"], sys["source"]) == ("bind", "/sys")
+    assert "bind" in sys["options"] and "ro" in sys["options"]
+
+
 @pytest.mark.parametrize("permitted", [["CAP_KILL"], []])
 @pytest.mark.parametrize("inheritable", [["CAP_KILL"], ["CAP_CHOWN"], None])
 def test_an_ambient_capability_is_kept_where_it_can_be_raised_and_else_warned_of(
