@@ -27,11 +27,18 @@ PARALLEL = (8, 1)
 #: Kernel parameters for emulation.  Timers tick late there, so checking them fails or takes long; and patching every
 #: LOCK prefix out of a kernel on one CPU costs more than it saves.  Together some 0.3 s of a boot; `tsc=reliable`, a
 #: given TSC frequency and `nolapic_timer` changed nothing that could be told from chance (6.12, QEMU 7.2).
-#:
-#: To clear each page that the kernel hands out costs a third of all that moves data: vsock from the guest 128 -> 180
-#: MB/s, to it 137 -> 166.  It is a second line of defence inside the guest, and emulation is no line of defence itself
-#: (QEMU, docs/system/security.rst); `--append init_on_alloc=1` has it back.
-TCG_PARAMETERS = ("no_timer_check", "noreplace-smp", "init_on_alloc=0")
+TCG_PARAMETERS = ("no_timer_check", "noreplace-smp")
+
+#: Whether the kernel clears each page that it hands out.  To leave that out gives a third to all that moves data: vsock
+#: from the guest 128 -> 180 MB/s, to it 137 -> 166.  It is a second line of defence inside the guest, and emulation is
+#: no line of defence itself (QEMU, docs/system/security.rst).
+UNCLEARED_PAGES = "init_on_alloc=0"
+
+#: From this version on QEMU finds translated code by its physical address alone (CF_PCREL), and does not see what
+#: another process writes to the guest's memory: of programs read through virtiofs, most ran the code that had been on
+#: their pages before.  A page that the guest clears, it has written to itself, and what was translated of it is gone.
+CODE_BY_PAGE = (8, 0)
+CLEARED_PAGES = "init_on_alloc=1"
 
 #: "Enhanced rep movsb" tells Linux to copy by bytes; emulated, that is one byte each time around.  Without it the guest
 #: copies eight: file reads and writes of a guest took 0.2 to 0.5 times as long, vsock 1.5 (to it) and 2 times as fast.
@@ -200,12 +207,15 @@ def _version(program: str, changed: int) -> str:
     return subprocess.run([program, "--version"], capture_output=True, text=True).stdout
 
 
-def parameters(manifest: Mapping[str, Any], architecture: Architecture, accelerator: str, append: str = "") -> str:
+def parameters(
+    manifest: Mapping[str, Any], architecture: Architecture, accelerator: str, version: tuple[int, int], append: str
+) -> str:
     """Return the kernel's command line: of image, root, machine, accelerator and, to override these, the user."""
     words = [f"console={architecture.console}", str(manifest["cmdline"])]
     words += manifest["root"].get("cmdline", [])
     if accelerator == "tcg":
         words += architecture.tcg_parameters
+        words.append(UNCLEARED_PAGES if version < CODE_BY_PAGE else CLEARED_PAGES)
     return " ".join([*words, append]).rstrip()
 
 
@@ -266,7 +276,7 @@ def command(
         "-m", memory(wanted),
         "-kernel", str(image / manifest["kernel"]["file"]),
         *root(image, manifest),
-        "-append", parameters(manifest, architecture, wanted.accelerator, wanted.append),
+        "-append", parameters(manifest, architecture, wanted.accelerator, program.version, wanted.append),
         "-chardev", f"file,id=console,path={_escaped(devices.console)}",
         "-serial", "chardev:console",
         "-qmp", f"unix:{_escaped(devices.qmp)},server=on,wait=off",

@@ -142,7 +142,8 @@ class Supervisor:
         text, manifest = qemu.read_manifest(image)
         # What runs here, also when the image has gone from the builder's cache.
         (directory.path / "image.json").write_text(text)
-        program = qemu.QemuProgram(*config["program"])
+        path, (major, minor), title = config["program"]  # JSON has no tuples
+        program = qemu.QemuProgram(path, (major, minor), title)
         with directory.qemu_log.open("wb") as log, ChildProcesses(log) as children, contextlib.ExitStack() as stack:
             children.set_quit("qemu", self._quit_qemu)
             source = Path(config["snapshot"]) if config["snapshot"] else None

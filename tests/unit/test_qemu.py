@@ -52,7 +52,7 @@ def test_emulation_with_our_own_device() -> None:
     assert "socket,id=vsock,fd=9" in after(words, "-chardev")
     assert "vhost-user-vsock-pci,chardev=vsock" in after(words, "-device")
     assert "pcie-root-port,id=port0,chassis=1,addr=10" in after(words, "-device")
-    assert after(words, "-append") == ["console=ttyS0 quiet panic=-1 no_timer_check noreplace-smp init_on_alloc=0"]
+    assert after(words, "-append") == ["console=ttyS0 quiet panic=-1 no_timer_check noreplace-smp init_on_alloc=1"]
     assert "file,id=console,path=/vm/console,,1.log" in after(words, "-chardev")
     assert "-netdev" not in words
     assert "-nic" not in words
@@ -79,13 +79,18 @@ def test_aarch64() -> None:
     words = render(arch="arm64")
     assert after(words, "-cpu") == ["max,pauth-impdef=on"]
     assert after(words, "-machine")[0].startswith("virt,")
-    assert after(words, "-append") == ["console=ttyAMA0 quiet panic=-1"]
+    assert after(words, "-append") == ["console=ttyAMA0 quiet panic=-1 init_on_alloc=1"]
 
 
 def test_no_parameter_for_emulation_reaches_kvm() -> None:
     for arch in qemu.ARCHITECTURES:
-        for parameter in qemu.TCG_PARAMETERS:
+        for parameter in (*qemu.TCG_PARAMETERS, qemu.CLEARED_PAGES, qemu.UNCLEARED_PAGES):
             assert parameter not in after(render(arch=arch, accelerator="kvm"), "-append")[0].split()
+
+
+@pytest.mark.parametrize("version, parameter", [((7, 2), "init_on_alloc=0"), ((8, 0), "init_on_alloc=1")])
+def test_pages_are_cleared_where_their_old_code_would_run(version: tuple[int, int], parameter: str) -> None:
+    assert parameter in after(render(version=version), "-append")[0].split()
 
 
 @pytest.mark.parametrize("arch", list(qemu.ARCHITECTURES))
