@@ -9,14 +9,12 @@ and CreateSandbox; the peer is the command `caisson boot-vm --snapshot`.  They t
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -27,6 +25,7 @@ from tests.bench.rows import Row
 from tests.e2e.conftest import ROOT, Caisson, built, fresh
 from tests.shim.engine import rootfs
 from tests.support.poll import wait_until
+from tests.support.trees import unpacked
 
 ROUNDS = 5
 START_BUDGET = 1.5
@@ -55,8 +54,7 @@ def clone(caisson: Caisson, name: str) -> float:
 
 def measure(rounds: int, caisson: Caisson, place: Path) -> list[Row]:
     """The rows."""
-    with tarfile.open(fileobj=io.BytesIO(rootfs())) as archive:
-        archive.extractall(place / "root", filter="fully_trusted")
+    unpacked(rootfs(), place / "root")
     name, socket = f"bench-pods-{os.getpid()}", place / "hypervisor.sock"
     saved = caisson("save-snapshot", name, "--image", str(built()), "--vsock", "user")
     assert saved.returncode == 0, saved.stderr

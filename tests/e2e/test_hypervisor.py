@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,6 +22,7 @@ from caisson.image.packages.distribution import extract, packages_of
 from tests.e2e.conftest import PATIENCE, ROOT, Caisson, built, fresh
 from tests.shim.engine import rootfs
 from tests.support.poll import wait_until
+from tests.support.trees import unpacked
 
 pytestmark = [
     pytest.mark.root,
@@ -84,9 +83,7 @@ def serving(snapshot: str, programs: str = "") -> Iterator[Service]:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A container's root on the host."""
-    with tarfile.open(fileobj=io.BytesIO(rootfs())) as archive:
-        archive.extractall(tmp_path / "root", filter="fully_trusted")
-    return tmp_path / "root"
+    return unpacked(rootfs(), tmp_path / "root")
 
 
 @contextmanager

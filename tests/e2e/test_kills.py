@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import io
 import itertools
 import json
 import os
@@ -16,7 +15,6 @@ import random
 import shutil
 import signal
 import subprocess
-import tarfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ from tests.build.container_images import busybox_layer
 from tests.component.fake_qemu import files_of, processes_of
 from tests.e2e.conftest import COMPILING, Caisson, built
 from tests.support.poll import wait_until
+from tests.support.trees import unpacked
 
 KILLS = int(os.environ.get("CAISSON_KILLS", "3"))
 SEED = int(os.environ.get("CAISSON_SEED", str(random.randrange(10**6))))
@@ -90,8 +89,7 @@ class Stage:
         self._scratch = place / "tmp"
         self._scratch.mkdir()
         caisson.environment |= {"TMPDIR": str(self._scratch)}
-        with tarfile.open(fileobj=io.BytesIO(busybox_layer())) as archive:
-            archive.extractall(place / "root", filter="fully_trusted")
+        unpacked(busybox_layer(), place / "root")
         self._names = {"SNAPSHOT": self.snapshot, "ROOT": str(place / "root"), "COPY": str(place / "copy")}
         self._took: dict[str, float] = {}
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
 import struct
 import subprocess
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ from tests.build.container_images import (
 from tests.e2e.conftest import Caisson
 from tests.e2e.terminal import Terminal
 from tests.support.poll import wait_until
+from tests.support.trees import unpacked
 
 pytestmark = pytest.mark.vm
 
@@ -101,9 +100,16 @@ def test_an_image_runs_as_it_says_in_every_form(vm: Caisson, layout: Path, tmp_p
 
 def test_runs_that_were_killed_make_room(vm: Caisson, tmp_path: Path) -> None:
     """Each has a disk of its own, as directories do, and a guest has not many ports for disks."""
-    with tarfile.open(fileobj=io.BytesIO(busybox_layer())) as archive:
-        archive.extractall(tmp_path / "root", filter="fully_trusted")
-    words = ("run", str(tmp_path / "root"), "--name", "default", "--", "sh", "-c", "echo up; cat")
+    words = (
+        "run",
+        str(unpacked(busybox_layer(), tmp_path / "root")),
+        "--name",
+        "default",
+        "--",
+        "sh",
+        "-c",
+        "echo up; cat",
+    )
     for _ in (*PORTS, "one more"):
         with vm.start(*words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as command:
             assert command.stdout is not None
