@@ -33,7 +33,8 @@ class JSONSocket:
         self._connection.settimeout(None)
         data = json.dumps(message).encode() + b"\n"
         sent = socket.send_fds(self._connection, [data], fds) if fds else 0
-        self._connection.sendall(data[sent:])
+        if sent < len(data):  # to send nothing fails, too, once the other end has closed: it may have answered by then
+            self._connection.sendall(data[sent:])
 
     def receive(self, timeout: float | None = None) -> dict[str, Any] | None:
         """Return the next object, None at the end.  ``timeout`` in seconds; 0 takes only what has arrived.

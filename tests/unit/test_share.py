@@ -120,3 +120,20 @@ def test_descriptors_come_with_an_object_to_whoever_takes_them() -> None:
         [received] = receiver.fds
         assert os.path.sameopenfile(received, namespace.fileno()) and not os.get_inheritable(received)
         os.close(received)
+
+
+def test_an_answer_that_is_faster_than_the_end_of_the_request_is_received(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair()
+    send_fds = socket.send_fds
+
+    def answered(*arguments: Any) -> int:
+        sent = send_fds(*arguments)
+        theirs.sendall(b'{"socket": "x"}\n')
+        theirs.close()
+        return sent
+
+    monkeypatch.setattr(socket, "send_fds", answered)
+    with ours:
+        line = JSONSocket(ours)
+        line.send({"share": "t"}, [ours.fileno()])
+        assert line.receive(5) == {"socket": "x"}
