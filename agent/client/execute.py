@@ -161,11 +161,13 @@ class _ExecProcess:
     def attach(self) -> int:
         """Join the caller's streams to the process until it has ended and all its output is delivered."""
         with raw(0) if self._terminal else contextlib.nullcontext(), self._handling_signals():
+            # Now: once its container was removed, nobody knows its status any more.
+            self._post("WaitProcess", lambda frame: self._events.put(partial(self._exited, frame)))
             start_new_thread(self._feed, ())
             start_new_thread(self._copy, ("ReadStdout", 1))
             if not self._terminal:
                 start_new_thread(self._copy, ("ReadStderr", 2))
-            while self._status is None:
+            while self._outputs or self._status is None:
                 self._events.get()()
         return self._status
 
@@ -209,12 +211,11 @@ class _ExecProcess:
                 self._call("SignalProcess", (SIGNAL, signal.SIGPIPE))
             if not isinstance(error, BrokenPipeError):
                 raise unwritable(error) from error
-            self._status = 128 + signal.SIGPIPE
-        elif error is not None:
+            self._status, self._outputs = 128 + signal.SIGPIPE, 0
+            return
+        if error is not None and not (isinstance(error, AgentError) and error.reason == Reason.CONTAINER_NOT_FOUND):
             raise error
         self._outputs -= 1
-        if self._outputs == 0 and self._status is None:  # signals are handled while it is waited for
-            self._post("WaitProcess", lambda frame: self._events.put(partial(self._exited, frame)))
 
     def _exited(self, frame: Frame | None) -> None:
         try:

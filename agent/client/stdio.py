@@ -23,7 +23,7 @@ from caisson.agent.client.caller import (
     write_all,
 )
 from caisson.agent.client.connection import Process
-from caisson.agent.client.errors import AgentError
+from caisson.agent.client.errors import AgentError, Reason
 
 
 async def attach(process: Process, *, stdin: int = 0, stdout: int = 1, stderr: int = 2) -> int:
@@ -37,6 +37,7 @@ async def attach(process: Process, *, stdin: int = 0, stdout: int = 1, stderr: i
     """
     with raw(stdin) if process.terminal else contextlib.nullcontext():
         async with signals_passed_on(process, stdin) as stops:
+            waiting = asyncio.create_task(process.wait())  # once its container was removed, nobody knows its status
             feeder = asyncio.create_task(_feed(process, stdin))
             try:
                 copies = [_copy(process.stdout(), stdout)]
@@ -50,17 +51,22 @@ async def attach(process: Process, *, stdin: int = 0, stdout: int = 1, stderr: i
                     if isinstance(error, BrokenPipeError):
                         return 128 + signal.SIGPIPE
                     raise unwritable(error) from error
-                return status_of(await process.wait(), stops)
+                return status_of(await waiting, stops)
             finally:
-                feeder.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await feeder
+                for task in (feeder, waiting):
+                    task.cancel()
+                    with contextlib.suppress(asyncio.CancelledError, AgentError):
+                        await task
 
 
 async def _copy(stream: AsyncIterator[bytes], target: int) -> None:
-    async for data in stream:
-        # In a thread: a slow reader must not hold up the other streams.
-        await asyncio.to_thread(write_all, target, data)
+    try:
+        async for data in stream:
+            # In a thread: a slow reader must not hold up the other streams.
+            await asyncio.to_thread(write_all, target, data)
+    except AgentError as error:
+        if error.reason != Reason.CONTAINER_NOT_FOUND:  # it was removed: that is the end of its output
+            raise
 
 
 async def _feed(process: Process, source: int) -> None:

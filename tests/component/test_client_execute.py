@@ -69,8 +69,8 @@ class Agent:
         assert self.connection is not None
         if payload == b"end":
             self.connection.shutdown(socket.SHUT_RDWR)
-        elif payload is not None and payload[:4] == b"fail":
-            said = caisson_pb2.ErrorDetails(reason=caisson_pb2.PROGRAM_NOT_FOUND, text="no such program")
+        elif payload in REFUSALS:
+            said = caisson_pb2.ErrorDetails(reason=REFUSALS[payload], text="no such program")
             detail = "caisson.ErrorDetails", said.SerializeToString()
             failure = frames.failure(stream_id, StatusCode.NOT_FOUND, "kata's", detail)
             self.connection.sendall(failure)
@@ -83,6 +83,10 @@ class Agent:
         with self.seen:
             assert self.seen.wait_for(lambda: sum(one == method for one, _ in self.asked) >= count, 30)
             return [payload for one, payload in self.asked if one == method]
+
+
+#: Answers that are errors.
+REFUSALS = {b"fail": caisson_pb2.PROGRAM_NOT_FOUND, b"gone": caisson_pb2.CONTAINER_NOT_FOUND}
 
 
 def output(*pieces: bytes, then: threading.Event | None = None) -> Callable[[bytes], bytes]:
@@ -193,6 +197,12 @@ def test_signals_are_passed_on_and_the_third_request_to_stop_kills(tmp_path: Pat
             assert command.wait(60) == 9
     numbers = [agent_pb2.SignalProcessRequest.FromString(one).signal for one in sent]
     assert numbers == [signal.SIGUSR1, signal.SIGINT, signal.SIGTERM, signal.SIGKILL]
+
+
+def test_a_process_whose_container_is_removed_has_its_status(tmp_path: Path) -> None:
+    with pretended(tmp_path, ReadStdout=lambda _: b"gone", WaitProcess=status(137)) as (_, words):
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=60)
+    assert (done.returncode, done.stderr) == (137, b"")
 
 
 @pytest.mark.parametrize(
