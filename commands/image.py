@@ -11,8 +11,9 @@ from caisson.commands.declare import WRONG_USAGE
 from caisson.commands.parse import CommandLineError
 from caisson.commands.streams import check_writable, info
 from caisson.image.build import treemap as treemaps
+from caisson.image.build.choices import COMPRESSORS
 from caisson.image.errors import ImageError
-from caisson.image.programs import DEBIAN_KEYRING, TO_BUILD, TO_COMPILE, need, to_cross_build
+from caisson.image.programs import DEBIAN_KEYRING, TO_BUILD, TO_COMPILE, TO_UNPACK_KERNEL, need, to_cross_build
 
 #: What the steps' results are called for a user.
 CLEANED = {
@@ -64,7 +65,8 @@ def programs_to_build(loaded: Any) -> tuple[str, ...]:
     definition = loaded.definition
     keyring = (DEBIAN_KEYRING,) if definition.distribution == "debian" else ()
     cross = to_cross_build(definition.triplet) if definition.is_foreign else ()
-    return (*TO_BUILD, *keyring, *cross, *(TO_COMPILE if definition.kernel.source else ()))
+    kernel = TO_COMPILE if definition.kernel.source else TO_UNPACK_KERNEL.get(definition.suite, ())
+    return (*TO_BUILD, *keyring, *cross, *kernel, *COMPRESSORS[definition.compression][:1])
 
 
 def _print_json(value: object) -> None:

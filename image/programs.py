@@ -16,6 +16,8 @@ from caisson.image.errors import ImageError
 #: What it takes to build an image, and more with a kernel from source; to boot one; to make a container's disk.
 TO_BUILD = ("gcc", "make", "musl-gcc", "strip", "zstd", "mkfs.erofs", "mksquashfs")
 TO_COMPILE = ("flex", "bison", "bc", "xz")
+#: What kernels of a suite are unpacked with, where that is none of the above.
+TO_UNPACK_KERNEL = {"bookworm": ("lz4",)}
 #: By what uname says of a machine.
 QEMU = {"x86_64": "qemu-system-x86_64", "aarch64": "qemu-system-aarch64"}
 TO_BOOT = (QEMU.get(platform.machine(), QEMU["x86_64"]),)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import platform
 import subprocess
@@ -18,6 +19,7 @@ from caisson.image.programs import (
     TO_BUILD,
     TO_COMPILE,
     TO_PACK,
+    TO_UNPACK_KERNEL,
     need,
     to_cross_build,
 )
@@ -31,7 +33,7 @@ FOREIGN = {"aarch64": "x86_64-linux-gnu"}.get(platform.machine(), "aarch64-linux
 TO_TEST = (
     DEBIAN_KEYRING, *TO_BUILD, *to_cross_build(FOREIGN), *TO_COMPILE, *QEMU.values(), *TO_PACK,
     *(() if FOREIGN.startswith("x86_64") else ("/usr/aarch64-linux-gnu/lib/libc.a",)),
-    "/usr/bin/python3", "busybox", "clang", "clang-format",
+    *itertools.chain(*TO_UNPACK_KERNEL.values()), "/usr/bin/python3", "busybox", "clang", "clang-format",
     "cpio", "crun", "curl", "faketime", "fish", "go", "gpg", "ip", "mke2fs", "openssl", "runc", "sfdisk",
     "veritysetup", "zsh",
 )  # fmt: skip

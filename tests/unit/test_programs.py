@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from caisson.commands.image import programs_to_build
 from caisson.image import programs
+from caisson.image.build.definition import load
 from caisson.image.errors import ImageError
 from caisson.image.run import run
 
@@ -82,3 +84,12 @@ def test_a_missing_file_is_a_missing_package(tmp_path: Path, monkeypatch: pytest
     assert programs.packages_of_missing(["sh", keyring]) == ["some-archive-keyring"]
     Path(keyring).touch()
     assert programs.packages_of_missing(["sh", keyring]) == []
+
+
+@pytest.mark.parametrize(
+    ("suite", "settings", "program"),
+    [("bookworm", [], "lz4"), ("trixie", ["compression=lz4"], "lz4"), ("trixie", ["compression=gzip"], "gzip")],
+)
+def test_what_unpacks_the_kernel_and_packs_the_initrd_is_needed(suite: str, settings: list[str], program: str) -> None:
+    assert program in programs_to_build(load(suite=suite, settings=settings))
+    assert program not in programs_to_build(load(suite="trixie"))
