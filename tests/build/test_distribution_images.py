@@ -42,18 +42,10 @@ def host_python() -> dict[str, bytes | str]:
     """As much of this machine's interpreter as compiles Python, as files of a package."""
     program, library = Path(sys.executable).resolve(), Path(sysconfig.get_path("stdlib"))
     files: dict[str, bytes | str] = {f"usr/bin/python{PYTHON}": program.read_bytes()}
-    packages = (
-        "collections",
-        "concurrent",
-        "encodings",
-        "importlib",
-        "json",
-        "re",
-        "urllib",
-        "email",
-        "logging",
-        "ctypes",
-    )
+    packages = (  # some of them modules in older Pythons
+        "collections", "concurrent", "ctypes", "email", "encodings", "importlib", "json", "logging", "pathlib", "re",
+        "sysconfig", "urllib",
+    )  # fmt: skip
     for file in [*library.glob("*.py"), *(one for name in packages for one in (library / name).rglob("*.py"))]:
         files[f"usr/lib/python{PYTHON}/{file.relative_to(library)}"] = file.read_bytes()
     for file in (library / "lib-dynload").glob("_struct*.so"):
