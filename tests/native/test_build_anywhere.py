@@ -45,13 +45,17 @@ def builder(root: Path, python: str = sys.executable, arch: str | None = None) -
     return [python, "-c", f"import sys; {path}; from caisson import image; print({build})"]
 
 
-def everyones_python() -> tuple[str, dict[str, str]]:
-    """An interpreter that an ordinary user may run (ours may be below /root), and where it finds our libraries."""
+def everyones_python(place: Path) -> Path | str:
+    """An interpreter with our libraries that an ordinary user may run: ours may be below /root."""
     # setpriv itself has root's rights until it has become another program.
-    drop = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "sh", "-c", 'exec "$0" -c ""']
-    if subprocess.run([*drop, sys.executable], capture_output=True).returncode == 0:
-        return sys.executable, {}
-    return "/usr/bin/python3", {"PYTHONPATH": sysconfig.get_path("purelib")}
+    drop = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    script = '"$0" -c "import jinja2"'
+    if subprocess.run([*drop, "sh", "-c", script, sys.executable], capture_output=True).returncode == 0:
+        return sys.executable
+    subprocess.run(["/usr/bin/python3", "-m", "venv", "--without-pip", place / "python"], check=True)
+    [libraries] = (place / "python/lib").glob("python*/site-packages")
+    shutil.copytree(sysconfig.get_path("purelib"), libraries, dirs_exist_ok=True)
+    return place / "python/bin/python"
 
 
 def environment(cache: Path) -> dict[str, str]:
@@ -89,11 +93,8 @@ def test_an_ordinary_user_elsewhere_at_another_time_builds_the_same(elsewhere: P
     settings = {"TMPDIR": str(temporary), "TZ": "Pacific/Auckland", "HOME": str(temporary), "LANG": "de_DE.UTF-8"}
     script = 'umask 077; exec "$@"'
     words = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "faketime", "-f", "+2d"]
-    python, libraries = everyones_python()
-    argv = [*words, "sh", "-c", script, "sh", *builder(place, python, arch)]
-    other = subprocess.run(
-        argv, env=environment(theirs) | settings | libraries, capture_output=True, text=True, cwd=temporary
-    )
+    argv = [*words, "sh", "-c", script, "sh", *builder(place, str(everyones_python(elsewhere)), arch)]
+    other = subprocess.run(argv, env=environment(theirs) | settings, capture_output=True, text=True, cwd=temporary)
     assert other.returncode == 0, other.stderr
     assert digests(Path(other.stdout.strip())) == digests(Path(mine.stdout.strip()))
     assert list(temporary.glob("tmp*")) == []
