@@ -228,7 +228,7 @@ def test_users_that_are_neither_names_nor_ids_are_refused(box: Box) -> None:  # 
     from caisson.agent.libcontainer.config.process import Process
 
     (box.rootfs / "etc").mkdir(exist_ok=True)
-    names = ("+0", "0x3e8", "1000abc", "4294967296", "-1", "1000:", ":5", "nobody")
+    names = ("+0", "0x3e8", "1000abc", "4294967296", "-1", "nobody")
     (box.rootfs / "etc/passwd").write_text("".join(f"{name}:x:0:0::/:/bin/sh\n" for name in names[:-1]))
     for name in names:
         with pytest.raises(SpecError, match=r"process\.user\.username"):

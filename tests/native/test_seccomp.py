@@ -98,7 +98,8 @@ async def test_it_is_in_force_for_all_processes(box: Box, privileges: bool) -> N
     init = await box.running(own)
     status = Path(f"/proc/{init.child.pid}/status").read_text()
     assert "\nSeccomp:\t2\n" in status
-    assert (await box.exec(init, {"args": ["sh", "-c", script]}, own)) == (0, expected, "")
+    process = {"args": ["sh", "-c", script], "noNewPrivileges": not privileges}
+    assert (await box.exec(init, process, own)) == (0, expected, "")
 
 
 @pytest.mark.parametrize(
