@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import signal
 from pathlib import Path
 from typing import Any
@@ -295,7 +296,10 @@ async def test_the_shim_alone_is_in_the_cgroup_of_its_options(fake: FakeContaine
     assert f"/{name}\n" in Path(f"/proc/{shim}/cgroup").read_text()
     guest = agent_of(next(fake.place.glob("agents/*"))).pid
     assert all(line.endswith(f"/{parent}/c1") for line in Path(f"/proc/{guest}/cgroup").read_text().splitlines())
+    ended = os.pidfd_open(shim)
     await task.end()
+    await until(lambda: select.select([ended], [], [], 0)[0], "the shim has ended, and given up the pod's cgroup")
+    os.close(ended)
     await own.delete()
     for directory in map(Path, hierarchy.place(f"/{parent}").values()):
         with contextlib.suppress(FileNotFoundError):  # the shim has removed it
