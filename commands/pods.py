@@ -25,8 +25,9 @@ from caisson.image.vm.hotplug.share import end_server, share_of_namespace
 from caisson.image.vm.launch import SupervisorProcess
 from caisson.image.vm.snapshot.snapshot import Snapshot
 
-#: Where services find programs.
+#: Where services find programs, and where among these an administrator's own are.
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin"
+LOCAL = Path("/usr/local/bin")
 
 #: containerd's name for the program of io.containerd.caisson.v2.
 SHIM_PROGRAM = "containerd-shim-caisson-v2"
@@ -197,19 +198,18 @@ def install_shim(*, image: str, memory: int, cpus: int, config: str, accel: str,
     lines += [f"memory = {memory}", f"cpus = {cpus}"]
     file.write_text("\n".join(lines) + "\n")
     info(f"{file}: written")
-    info(link_program(Path(sysconfig.get_path("scripts")), PATH.split(os.pathsep)))
+    info(link_program(Path(sysconfig.get_path("scripts")), LOCAL, PATH))
     print(INSTRUCTIONS.strip())
 
 
-def link_program(scripts: Path, path: Sequence[str]) -> str:
-    """Link the shim's program of this installation where containerd looks; returns a line on where it is, or why not.
-
-    ``path``: containerd's directories; the link is made in the second, /usr/local/bin.
+def link_program(scripts: Path, directory: Path, path: str) -> str:
+    """Link the shim's program of this installation into a directory of ``path``, where containerd looks, unless it is
+    found there; returns a line on where it is, or why not.
     """
-    program, link = scripts / SHIM_PROGRAM, Path(path[1]) / SHIM_PROGRAM
+    program, link = scripts / SHIM_PROGRAM, directory / SHIM_PROGRAM
     if not program.exists():
         return f"{SHIM_PROGRAM}: not installed; install the package: pip install caisson-vm"
-    found = shutil.which(SHIM_PROGRAM, path=os.pathsep.join(path))
+    found = shutil.which(SHIM_PROGRAM, path=path)
     if found is not None and Path(found).samefile(program):
         return f"{found}: is where containerd looks"
     try:
@@ -218,5 +218,5 @@ def link_program(scripts: Path, path: Sequence[str]) -> str:
         link.symlink_to(program)
     except OSError as error:
         why = (error.strerror or "").lower()
-        return f"{link}: {why}; containerd looks in {', '.join(path)}; link it there: ln -sf {program} {link}"
+        return f"{link}: {why}; containerd looks in {path}; link it there: ln -sf {program} {link}"
     return f"{link}: linked to {program}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,3 +36,10 @@ def rewritten(layout: Path, change: Callable[[dict[str, Any]], None]) -> None:
     index = json.loads((layout / "index.json").read_text())
     change(index)
     (layout / "index.json").write_text(json.dumps(index))
+
+
+def listed(path: Path) -> set[str]:
+    """The names on an image's disk."""
+    with packed(path, "amd64", Cache(path.parent / "cache")) as image:
+        done = subprocess.run(["unsquashfs", "-l", image.disk], capture_output=True, text=True, check=True)
+    return {line.removeprefix("squashfs-root/") for line in done.stdout.splitlines()}

@@ -113,15 +113,22 @@ esac
 """
 
 
-def test_a_compile_says_how_far_it_is_and_where_its_log_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make, tree, target = tmp_path / "bin/make", tmp_path / "tree", tmp_path / "target"
-    for place in (make.parent, tree, target):
-        place.mkdir()
-    make.write_text(FAILING_MAKE)
+def source_tree(place: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Path:
+    """A kernel's sources, which a played make compiles; it is looked at often."""
+    make, tree = place / "bin/make", place / "tree"
+    for directory in (make.parent, tree):
+        directory.mkdir()
+    make.write_text(script)
     make.chmod(0o755)
     (tree / "Kconfig").touch()
     monkeypatch.setenv("PATH", f"{make.parent}:{os.environ['PATH']}")
     monkeypatch.setattr(source, "PROGRESS_INTERVAL", 0.05)
+    return tree
+
+
+def test_a_compile_says_how_far_it_is_and_where_its_log_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree, target = source_tree(tmp_path, monkeypatch, FAILING_MAKE), tmp_path / "target"
+    target.mkdir()
     said: list[str] = []
 
     def report(line: str) -> None:
@@ -150,14 +157,7 @@ esac
 
 
 def test_a_compile_says_how_many_objects_the_last_one_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make, tree = tmp_path / "bin/make", tmp_path / "tree"
-    for place in (make.parent, tree):
-        place.mkdir()
-    make.write_text(COMPILING_MAKE)
-    make.chmod(0o755)
-    (tree / "Kconfig").touch()
-    monkeypatch.setenv("PATH", f"{make.parent}:{os.environ['PATH']}")
-    monkeypatch.setattr(source, "PROGRESS_INTERVAL", 0.05)
+    tree = source_tree(tmp_path, monkeypatch, COMPILING_MAKE)
 
     def compiled(name: str) -> list[str]:
         target = tmp_path / "kernels" / name

@@ -10,31 +10,30 @@ from caisson.commands.pods import SHIM_PROGRAM, link_program
 
 
 @pytest.fixture
-def places(tmp_path: Path) -> tuple[Path, list[str]]:
-    """The scripts of an installation, and the directories in which containerd looks."""
-    scripts, path = tmp_path / "opt", [tmp_path / "sbin", tmp_path / "bin"]
-    for directory in (scripts, *path):
+def places(tmp_path: Path) -> tuple[Path, Path, str]:
+    """The scripts of an installation, and of the directories in which containerd looks the second one, and all."""
+    scripts, first, second = (tmp_path / name for name in ("opt", "sbin", "bin"))
+    for directory in (scripts, first, second):
         directory.mkdir()
     (scripts / SHIM_PROGRAM).touch(mode=0o755)
-    return scripts, [str(directory) for directory in path]
+    return scripts, second, f"{first}:{second}"
 
 
-def test_a_program_that_containerd_would_not_find_is_linked(places: tuple[Path, list[str]]) -> None:
-    scripts, path = places
-    link = Path(path[1]) / SHIM_PROGRAM
+def test_a_program_that_containerd_would_not_find_is_linked(places: tuple[Path, Path, str]) -> None:
+    scripts, directory, _ = places
+    link = directory / SHIM_PROGRAM
     link.symlink_to("/of/an/installation/before")
-    assert link_program(scripts, path) == f"{link}: linked to {scripts / SHIM_PROGRAM}"
+    assert link_program(*places) == f"{link}: linked to {scripts / SHIM_PROGRAM}"
     assert link.samefile(scripts / SHIM_PROGRAM)
-    assert link_program(scripts, path) == f"{link}: is where containerd looks"
+    assert link_program(*places) == f"{link}: is where containerd looks"
 
 
-def test_a_program_that_is_no_link_stays(places: tuple[Path, list[str]]) -> None:
-    scripts, path = places
-    other = Path(path[1]) / SHIM_PROGRAM
+def test_a_program_that_is_no_link_stays(places: tuple[Path, Path, str]) -> None:
+    other = places[1] / SHIM_PROGRAM
     other.write_text("another")
-    assert "file exists; containerd looks in " in link_program(scripts, path)
+    assert "file exists; containerd looks in " in link_program(*places)
     assert other.read_text() == "another"
 
 
 def test_a_program_that_is_not_installed_is_missed(tmp_path: Path) -> None:
-    assert "not installed" in link_program(tmp_path, ["/usr/local/sbin", "/usr/local/bin"])
+    assert "not installed" in link_program(tmp_path, Path("/usr/local/bin"), "/usr/local/sbin:/usr/local/bin")
