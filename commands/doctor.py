@@ -1,4 +1,4 @@
-"""Check what this machine can do and what it lacks, and name the command that mends it."""
+"""Check what this machine supports and what is missing, and name the command that fixes it."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from caisson.image.vm.hotplug.virtiofs import command as share_command
 from caisson.image.vm.runroot import run_root
 from caisson.proto.contract import VERSION
 
-#: "ok"; "limited": it works, with less than there could be; "missing": no guest can be built or booted.
+#: "ok"; "limited": it works, with limitations; "missing": no guest can be built or booted.
 Status = Literal["ok", "limited", "missing"]
 
-#: Bytes of free disk: for the first image with its downloads, and to be comfortable.
+#: Bytes of free disk: the least for a first image with its downloads, and a comfortable amount.
 LEAST_DISK, GOOD_DISK = 10**9, 4 * 10**9
 
-#: Bytes of memory that are free for a guest.
+#: Bytes of memory that should be available for a guest.
 GOOD_MEMORY = 10**9
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found out about one thing; ``remedy`` is a command or says what to do, "" if all is well."""
+    """The result of one check; ``remedy`` is a command or an instruction, "" if there is no problem."""
 
     name: str
     status: Status
@@ -114,7 +114,7 @@ def _vsock(host: Host) -> Finding:
 
 
 def _device(name: str, instead: str, choose: Callable[[], Choice]) -> Finding:
-    """Ask for a device as a user who insists on it would."""
+    """Request a device as a user who insists on it would."""
     try:
         choice = choose()
     except VMError as error:
@@ -145,7 +145,7 @@ def _disk() -> Finding:
     free = shutil.disk_usage(place).free
     found = f"{free / 1e9:.1f} GB free for {root}"
     if not os.access(place, os.W_OK):
-        return Finding("cache", "missing", f"{place} cannot be written", "choose another: export CAISSON_CACHE=DIR")
+        return Finding("cache", "missing", f"{place} is not writable", "choose another: export CAISSON_CACHE=DIR")
     if free < LEAST_DISK:
         return Finding("cache", "missing", f"{found}: too little for an image", "caisson clean --all")
     if free < GOOD_DISK:
@@ -158,11 +158,11 @@ def _run_directory() -> Finding:
     place = _existing(root)
     if os.access(place, os.W_OK):
         return Finding("run directory", "ok", str(root))
-    return Finding("run directory", "missing", f"{place} cannot be written", "choose another: export CAISSON_RUN=DIR")
+    return Finding("run directory", "missing", f"{place} is not writable", "choose another: export CAISSON_RUN=DIR")
 
 
 def _existing(path: Path) -> Path:
-    """Return the path, or the nearest directory above it that is there."""
+    """Return the path, or its nearest parent directory that exists."""
     return next(place for place in (path, *path.parents) if place.is_dir())
 
 
@@ -186,7 +186,7 @@ def lines(findings: Sequence[Finding]) -> Iterator[str]:
     limited = [finding.name for finding in findings if finding.status == "limited"]
     yield ""
     if missing:
-        yield f"No guest can be built and booted here yet: {', '.join(missing)}."
+        yield f"Guests cannot be built and booted here yet: {', '.join(missing)}."
     elif limited:
         yield f"Guests can be built and booted here; limited: {', '.join(limited)}."
     else:

@@ -1,4 +1,4 @@
-"""Commands about containers that run."""
+"""Commands for existing containers."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ COMMANDS = (
         details="Process IDs are the guest's.",
         positionals=(ONE_OR_ALL,),
         options=(
-            Option(
-                "all", "list containers that have exited, too, with their exit status", short="a", dest="everything"
-            ),
+            Option("all", "also list exited containers, with their exit status", short="a", dest="everything"),
             VM,
             JSON,
         ),
@@ -28,10 +26,10 @@ COMMANDS = (
     ),
     Command(
         "stats",
-        "Show how much CPU, memory and processes containers use.",
+        "Show the CPU, memory and process usage of containers.",
         "caisson.commands.container:stats",
         positionals=(ONE_OR_ALL,),
-        options=(VM, Option("interval", "measure CPU usage over this time", _INTERVAL, default=1.0), JSON),
+        options=(VM, Option("interval", "measure CPU usage over this interval", _INTERVAL, default=1.0), JSON),
         examples=("caisson stats --interval 5", "caisson stats web --json"),
     ),
     Command(
@@ -41,7 +39,7 @@ COMMANDS = (
         positionals=(ONE,),
         options=(
             Option("signal", "name or number of the signal", name("SIGNAL", "HUP"), default="TERM", short="s"),
-            Option("all", "signal all its processes, not only the first one", dest="everything"),
+            Option("all", "signal all its processes, not only the init process", dest="everything"),
             VM,
         ),
         examples=("caisson kill web --signal HUP",),
@@ -56,7 +54,7 @@ COMMANDS = (
     ),
     Command(
         "resume",
-        "Let a paused container continue.",
+        "Resume a paused container.",
         "caisson.commands.container:resume",
         positionals=(ONE,),
         options=(VM,),
@@ -68,23 +66,23 @@ COMMANDS = (
         "caisson.commands.container:rm",
         positionals=(ONE,),
         options=(
-            Option("timeout", "seconds to wait for its end; 0 waits forever", integer(0, 86400), default=30),
+            Option("timeout", "seconds to wait until it has exited; 0 waits forever", integer(0, 86400), default=30),
             VM,
         ),
         examples=("caisson rm web",),
     ),
     Command(
         "start",
-        "Start a container that has exited again: its program runs once more, on the files that it left.",
+        "Restart an exited container: run its program again, on the files that it left.",
         "caisson.commands.container:start",
-        details="It runs in the background; `caisson logs` shows what it has written since.",
+        details="It runs in the background; `caisson logs` shows its output since then.",
         positionals=(ONE,),
         options=(VM,),
         examples=("caisson start web",),
     ),
     Command(
         "wait",
-        "Wait until a container ends; prints its exit status.",
+        "Wait until a container exits, and print its exit status.",
         "caisson.commands.container:wait",
         positionals=(ONE,),
         options=(VM,),
@@ -92,9 +90,9 @@ COMMANDS = (
     ),
     Command(
         "attach",
-        "Join a detached container: its input and output, until it ends or Ctrl-P Ctrl-Q is typed on a terminal.",
+        "Attach to a detached container's input and output, until it exits or, on a terminal, Ctrl-P Ctrl-Q is typed.",
         "caisson.commands.container:attach",
-        details="The exit status is the container's; what it has written before is shown by `caisson logs`.",
+        details="The exit status is the container's; `caisson logs` shows its earlier output.",
         positionals=(ONE,),
         options=(VM,),
         examples=("caisson attach web",),

@@ -1,4 +1,4 @@
-"""Commands about this machine and this command line."""
+"""Commands for this machine and this command line."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from caisson.commands.declare import DIRECTORY, FILE, SNAPSHOT, Command, Option,
 
 HYPERVISOR = Command(
     "hypervisor",
-    "Run VMs for the pods of a Kata 3.x shim: its remote hypervisor, on a Unix socket, until SIGTERM.",
+    "Run VMs for the pods of a Kata 3.x shim, as its remote hypervisor, on a Unix socket until SIGTERM.",
     "caisson.commands.hypervisor:hypervisor",
-    details="""A pod's VM is a clone of the snapshot where that is large enough, and otherwise booted from the image.
-        Its files are what the shim shares, by virtiofs; its network is what is in the pod's network namespace. It ends
-        with its shim, and with this command, which writes a line of JSON to stderr for each. Needs root.""",
+    details="""A pod's VM is a clone of the snapshot if that is large enough, otherwise it is booted from the image. It
+        gets the files that the shim shares, by virtiofs, and the interfaces of the pod's network namespace. It stops
+        with its shim, and with this command, which logs each start and stop to stderr as a JSON line. Needs root.""",
     options=(
         Option("socket", "listen here: remote_hypervisor_socket in Kata's configuration", FILE,
                default="/run/peerpod/hypervisor.sock", short="s"),
-        Option("snapshot", "clone this snapshot", SNAPSHOT, default="", shown="install-shim's, if it is there"),
+        Option("snapshot", "clone this snapshot", SNAPSHOT, default="", shown="install-shim's, if it exists"),
         Option("image", "directory of an image", DIRECTORY, default="", shown="the snapshot's, or the default image"),
         Option("memory", "memory of a VM, unless its shim asks for more; without a unit: MiB", MEMORY, short="m",
                shown="the snapshot's, or 512M"),
@@ -33,24 +33,24 @@ HYPERVISOR = Command(
 COMMANDS = (
     Command(
         "doctor",
-        "Check what this machine can do and what it lacks, with the command that mends each.",
+        "Check what this machine supports and what is missing, with the command that fixes each problem.",
         "caisson.commands.host:doctor",
-        details="The exit status is 1 if something is missing without which no guest can be built or booted.",
+        details="The exit status is 1 if something is missing that is needed to build or boot guests.",
         options=(JSON,),
         examples=("caisson doctor", "caisson doctor --json"),
     ),
     Command(
         "report",
-        "Pack what a bug report needs: versions, doctor's findings, the state and last output of VMs.",
+        "Collect what a bug report needs: versions, doctor's findings, the state and last output of VMs.",
         "caisson.commands.host:report",
-        details="It holds no environment, no command lines of programs and no files of containers.",
+        details="It contains no environment variables, no command lines of programs and no files from containers.",
         options=(Option("output", "write the archive here", FILE, default="caisson-report.tar.gz", short="o"),),
         examples=("caisson report",),
     ),
     HYPERVISOR,
     Command(
         "completion",
-        "Print the completion of this command line for a shell.",
+        "Print a completion script for a shell.",
         "caisson.commands.host:completion",
         positionals=(Positional("shell", "bash, zsh or fish", choice("bash", "zsh", "fish")),),
         examples=(
@@ -60,7 +60,7 @@ COMMANDS = (
     ),
     Command(
         "help",
-        "Show the commands, or explain one.",
+        "List the commands, or explain one.",
         run="",
         positionals=(
             Positional("command", "the command to explain", name("COMMAND", "exec"), default="", optional=True),
@@ -70,7 +70,7 @@ COMMANDS = (
     ),
     Command(
         "complete",
-        "Print what can follow these words, for the shells' completion.",
+        "Print the possible next words, for shell completion.",
         run="",
         program=Program("the words after `caisson`, up to the one to complete", metavar="WORD", required=False),
         hidden=True,

@@ -1,4 +1,4 @@
-"""Commands that run programs in containers, and bring files and ports to them."""
+"""Commands that run programs in containers, and give them files and ports."""
 
 from __future__ import annotations
 
@@ -35,17 +35,13 @@ EXEC = Command(
     "exec",
     "Run a program in a container in a VM.",
     "caisson.commands.execute:exec_",
-    details="""Its standard streams are this command's; so is its exit status: 128+n if signal n ended it, 127 if there
-        is no such program, 126 if it cannot be executed, 125 if Caisson could not run it at all. Ctrl-C is passed on to
-        it; the third one kills it. With no VM running, one is booted for it and stopped afterwards.""",
+    details="""Standard streams and exit status are passed through: 128+n if signal n killed the program, 127 if it was
+        not found, 126 if it cannot be executed, 125 if Caisson could not run it at all. Ctrl-C is passed on to the
+        program; the third one kills it. If no VM is running, one is booted and stopped afterwards.""",
     options=(
         VM_OR_OWN,
-        Option(
-            "container", "the container", CONTAINER, short="c", shown="`default`, which is made on first use and kept"
-        ),
-        Option(
-            "guest", "run it in the guest itself, outside all containers: among the image's own files and processes"
-        ),
+        Option("container", "the container", CONTAINER, short="c", shown="`default`, created on first use and kept"),
+        Option("guest", "run it in the guest itself, outside all containers, with the image's own files and processes"),
         TTY,
         INTERACTIVE,
         ENV,
@@ -68,17 +64,17 @@ RUN = Command(
     "run",
     "Run a container image, an OCI bundle or a root file system as a container.",
     "caisson.commands.run:run",
-    details="""Entry point, environment, user and working directory are the image's; COMMAND takes the place of its own.
-        The container can write to its root; that is gone when it is removed: at its end, or with `caisson rm` if it
-        was detached. If this command is killed, the container is removed by the next `run`. The container is confined
-        as Docker does it: its capabilities, its filter of system calls, 2048 processes, and three quarters of the
-        guest's memory.""",
+    details="""Entry point, environment, user and working directory come from the image; COMMAND overrides its command.
+        The container's root is writable; changes are lost when it is removed: when it exits, or by `caisson rm` if it
+        was detached. If this command is killed, the next `run` removes the container. The container is confined as
+        Docker does it: its capabilities, its seccomp filter, 2048 processes, and three quarters of the guest's
+        memory.""",
     positionals=(
         Positional(
             "path",
-            "an OCI image layout, what `docker save` or skopeo's dir: writes, an OCI bundle or a root file system, a "
-            "directory or tar; PATH:TAG chooses one of several images; or the name of an image that was run before, or "
-            "in a registry",
+            "an OCI image layout, the output of `docker save` or skopeo's dir:, an OCI bundle or a root file system, "
+            "as a directory or tar; PATH:TAG selects one of several images; or the name of an image run "
+            "before, or of one in a registry",
             FILE,
         ),
     ),
@@ -87,19 +83,19 @@ RUN = Command(
         Option("container", "name of the container", CONTAINER, default="", short="c", shown="a new one"),
         TTY,
         INTERACTIVE,
-        Option("detach", "leave it running in the background, in the VM `default`; prints its name", short="d"),
-        Option("rm", "remove it at its end, as is done for all that are not detached"),
+        Option("detach", "leave it running in the background, in the VM `default`, and print its name", short="d"),
+        Option("rm", "remove it when it exits; always done unless it is detached"),
         ENV,
-        Option("env-file", "set variables from a file: NAME=value in each line", FILE, repeat=True),
+        Option("env-file", "set variables from a file with NAME=value lines", FILE, repeat=True),
         Option(
             "user", "run it as this user", name("USER[:GROUP]", "1000:1000"), default="", short="u", shown="the image's"
         ),
         Option("workdir", "its working directory", DIRECTORY_IN_GUEST, default="", short="w", shown="the image's"),
         Option("hostname", "its host name", name("NAME", "web"), default="", shown="caisson"),
-        Option("entrypoint", "run this in place of the image's entry point; '' for none", TEXT, shown="the image's"),
+        Option("entrypoint", "run this instead of the image's entry point; '' for none", TEXT, shown="the image's"),
         Option("memory", "its memory limit", memory(6, 16 << 20), default=0, short="m", shown="3/4 of the guest's"),
-        Option("cpus", "its limit of CPU time, in CPUs", decimal(0.01, 1024), default=0.0, shown="none"),
-        Option("pids-limit", "its limit of processes; -1 for none", integer(-1, 4194304), shown="2048"),
+        Option("cpus", "its CPU limit, in CPUs", decimal(0.01, 1024), default=0.0, shown="none"),
+        Option("pids-limit", "its process limit; -1 for none", integer(-1, 4194304), shown="2048"),
         Option("read-only", "make its root read-only"),
         Option("tmpfs", "mount a tmpfs", name("PATH[:OPTIONS]", "/tmp:size=64m"), repeat=True),
         Option(
@@ -107,16 +103,16 @@ RUN = Command(
         ),
         Option("cap-add", "add a capability, or ALL", name("CAPABILITY", "NET_ADMIN"), repeat=True),
         Option("cap-drop", "drop a capability, or ALL", name("CAPABILITY", "CHOWN"), repeat=True),
-        Option("privileged", "confine it by the guest alone: all capabilities, no filter, no limits"),
-        Option("init", "run an init in it that passes signals on and reaps processes"),
-        Option("timeout", "stop it after this time; the status is 124 then", seconds(), default=0.0, shown="never"),
+        Option("privileged", "do not confine it within the guest: all capabilities, no seccomp filter, no limits"),
+        Option("init", "run an init in it that forwards signals and reaps processes"),
+        Option("timeout", "stop it after this time, with exit status 124", seconds(), default=0.0, shown="never"),
         NETWORK,
         PUBLISH,
-        Option("tag", "which of several images", name("TAG", "latest"), default="", shown="the only one"),
-        Option("max-size", "refuse an image with more data", memory(1, 16 << 20), default=0, shown="16G at most"),
+        Option("tag", "which image, if there are several", name("TAG", "latest"), default="", shown="the only one"),
+        Option("max-size", "reject an image with more data", memory(1, 16 << 20), default=0, shown="16G at most"),
         VERBOSE.but(short=""),  # -v is --volume, as docker has it
     ),
-    program=Program("what to run in place of the image's own command", required=False),
+    program=Program("what to run instead of the image's command", required=False),
     runs_program=True,
     examples=(
         "caisson run alpine.tar",
@@ -128,11 +124,13 @@ RUN = Command(
 
 SHELL = Command(
     "shell",
-    "Work in a container, or with --guest in the guest itself.",
+    "Open a shell in a container, or with --guest in the guest itself.",
     "caisson.commands.program:shell",
     details="The exit status is the shell's.",
     positionals=(
-        Positional("container", "the container; `default` is made on first use and kept", CONTAINER, default="default"),
+        Positional(
+            "container", "the container; `default` is created on first use and kept", CONTAINER, default="default"
+        ),
     ),
     options=(Option("guest", "in the guest itself, outside all containers"), VM),
     runs_program=True,
@@ -154,18 +152,18 @@ CP = Command(
 
 SHARE = Command(
     "share",
-    "Share a directory of this machine with a container; prints where it is mounted.",
+    "Share a directory of this machine with a container, and print where it is mounted.",
     "caisson.commands.program:share",
-    details="""It is read-only unless --writable is given. It comes as virtiofs, or as 9p if the VM was booted with the
-        same share.""",
+    details="""It is read-only unless --writable is given. It is mounted by virtiofs, or by 9p if the VM was booted with
+        the same share.""",
     positionals=(Positional("directory", "the directory to share", DIRECTORY),),
     options=(
         VM,
         IN_CONTAINER,
-        Option("at", "where in the container", DIRECTORY_IN_GUEST, default="", shown="/run/shared/TAG"),
+        Option("at", "mount point in the container", DIRECTORY_IN_GUEST, default="", shown="/run/shared/TAG"),
         Option("tag", "name of the share", name("TAG", "src"), default="", shown="the directory's name"),
         Option("writable", "let the guest write to it"),
-        Option("only-plug", "do not mount it: the guest has a virtiofs device with this tag"),
+        Option("only-plug", "do not mount it: only give the guest a virtiofs device with this tag"),
     ),
     examples=("caisson share . --writable && caisson exec ls /run/shared",),
 )
@@ -181,11 +179,11 @@ UNSHARE = Command(
 
 FORWARD = Command(
     "forward",
-    "Forward a TCP port of this machine to a port of the guest, until Ctrl-C or the VM's end.",
+    "Forward a TCP port of this machine to a port of the guest, until Ctrl-C or until the VM stops.",
     "caisson.commands.program:forward",
     positionals=(
         Positional(
-            "ports", "[ADDRESS:]PORT:PORT, this machine's first (0: any free one), or [ADDRESS:]PORT:vsock:PORT",
+            "ports", "[ADDRESS:]PORT:PORT, this machine's port first (0: any free one), or [ADDRESS:]PORT:vsock:PORT",
             name("PORTS", "8080:80"),
         ),
     ),

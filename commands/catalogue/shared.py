@@ -1,44 +1,49 @@
-"""Options that several commands have."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
 from caisson.commands.declare import CONTAINER, TEXT, VM_NAME, Kind, Option, choice, memory, name, setting
 
-#: What a guest can have: less does not boot, more no machine has.
+#: A guest with less does not boot; no machine has more.
 MEMORY = memory(128, 16 << 20)
 
 VM = Option("name", "the VM", VM_NAME, default="default", short="n")
 VM_OR_OWN = Option(
-    "name", "the VM", VM_NAME, default="", short="n", shown="the running VM `default`, else one booted for this command"
+    "name",
+    "the VM",
+    VM_NAME,
+    default="",
+    short="n",
+    shown="the running VM `default`, otherwise one booted for this command",
 )
 IN_CONTAINER = Option(
-    "container", "the container; `default` is made on first use and kept", CONTAINER, default="default", short="c"
+    "container", "the container; `default` is created on first use and kept", CONTAINER, default="default", short="c"
 )
 JSON = Option("json", "print JSON", dest="as_json")
 ENV = Option(
-    "env", "set a variable of the program's environment", setting("NAME=value", "TERM=xterm"), repeat=True, short="e"
+    "env", "set an environment variable for the program", setting("NAME=value", "TERM=xterm"), repeat=True, short="e"
 )
 NETWORK = Option(
-    "network", "what network a VM booted for this command has", choice("none", "user"), default="",
+    "network", "network of a VM booted for this command", choice("none", "user"), default="",
     shown="none; user with --publish",
 )  # fmt: skip
 PUBLISH = Option(
-    "publish", "lead a port of this machine to a port of a VM booted for this command",
+    "publish", "publish a port of a VM booted for this command on this machine",
     name("[ADDR:]PORT:PORT[/udp]", "8080:80"), repeat=True, short="p",
 )  # fmt: skip
-VERBOSE = Option("verbose", "show progress, also when stderr is not a terminal", short="v")
-TTY = Option("tty", "give the program a terminal", short="t")
-INTERACTIVE = Option("interactive", "pass standard input on, as is always done; for fingers used to -it", short="i")
+VERBOSE = Option("verbose", "show progress even if stderr is not a terminal", short="v")
+TTY = Option("tty", "allocate a terminal for the program", short="t")
+INTERACTIVE = Option("interactive", "accepted for compatibility (-it): standard input is always passed on", short="i")
 ACCEL = Option(
-    "accel", "how the CPU is run; auto chooses by evidence and says why", choice("auto", "kvm", "tcg"), default="auto"
+    "accel", "accelerator; auto detects what works and says why", choice("auto", "kvm", "tcg"), default="auto"
 )
 VSOCK = Option(
-    "vsock", "vhost is the kernel's device, user our own; auto chooses by evidence", choice("auto", "vhost", "user"),
-    default="auto",
+    "vsock", "vsock device: the kernel's (vhost) or our own (user); auto detects what works",
+    choice("auto", "vhost", "user"), default="auto",
 )  # fmt: skip
 APPEND = Option(
     "append",
-    "add to the kernel's command line",
+    "append to the kernel command line",
     Kind("TEXT", TEXT.read, "agent.log=debug"),
     default="",
     shown="nothing",

@@ -1,4 +1,4 @@
-"""Commands about virtual machines."""
+"""Commands for virtual machines."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ BOOT_VM = Command(
     positionals=(Positional("name", "name of the VM; also --name", VM_NAME, default="default"),),
     options=(
         Option("detach", "leave it running in the background", short="d"),
-        Option("image", "directory of an image", DIRECTORY, default="", shown="the default image, built if need be"),
-        Option("snapshot", "start from a snapshot (see save-snapshot), as the guest was saved", SNAPSHOT, default=""),
+        Option("image", "directory of an image", DIRECTORY, default="", shown="the default image, built if needed"),
+        Option("snapshot", "clone a snapshot (see save-snapshot), in the state it was saved in", SNAPSHOT, default=""),
         Option("memory", "memory of the VM; without a unit: MiB", MEMORY, shown="512M", short="m"),
         Option("cpus", "virtual CPUs", CPUS, shown="1"),
-        Option("max-memory", "memory that can be reached by hotplug", MEMORY, shown="no hotplug"),
-        Option("max-cpus", "virtual CPUs that can be reached by hotplug", CPUS, shown="no hotplug"),
+        Option("max-memory", "maximum memory with hotplug", MEMORY, shown="no hotplug"),
+        Option("max-cpus", "maximum virtual CPUs with hotplug", CPUS, shown="no hotplug"),
         Option(
             "share", "share a directory of this machine, for the guest to mount; :rw makes it writable",
             setting("TAG=DIR[:rw]", "src=./src"), repeat=True,
         ),
         Option(
-            "network", "give the VM a network: user reaches what this user reaches, without root",
+            "network", "give the VM a network: user can reach whatever this user can, without root",
             choice("none", "user"), default="", shown="none; user with --publish",
         ),
         Option(
-            "publish", "lead a port of this machine to a port of the VM", name("[ADDR:]PORT:PORT[/udp]", "8080:80"),
+            "publish", "publish a port of the VM on this machine", name("[ADDR:]PORT:PORT[/udp]", "8080:80"),
             repeat=True, short="p",
         ),
         APPEND,
@@ -53,11 +53,11 @@ BOOT_VM = Command(
         VSOCK,
         Option("timeout", "wait this long for the agent", seconds(), default=0.0, shown="60 with KVM, 240 with TCG"),
         Option(
-            "timeline", "write where the time of the boot went, as .svg or .json; measuring costs some 2 %", FILE,
+            "timeline", "write where the boot time went, as .svg or .json; measuring costs about 2 %", FILE,
             default="",
         ),
-        Option("dry-run", "print QEMU's command, quoted for a shell, and start nothing; the reasons go to stderr"),
-        Option("json", "with --dry-run: print the command as a JSON list", dest="as_json"),
+        Option("dry-run", "print QEMU's command line, quoted for a shell, and start nothing; the reasons go to stderr"),
+        Option("json", "with --dry-run: print the command line as a JSON list", dest="as_json"),
     ),
     examples=(
         "caisson boot-vm --detach",
@@ -86,13 +86,13 @@ COMMANDS = (
     ),
     Command(
         "logs",
-        "Show a detached container's output, or a guest's console: its kernel's messages and its agent's log.",
+        "Show a detached container's output, or a guest's console: kernel messages and the agent's log.",
         "caisson.commands.vm:logs",
         positionals=(Positional("container", "the container", CONTAINER, default="", optional=True, shown="console"),),
         options=(
-            Option("agent", "only the agent's lines, JSON objects", dest="only_agent"),
-            Option("follow", "go on until the container or the VM ends", short="f"),
-            Option("since", "only what was written since: 10m ago, or a date", TEXT, default="", shown="all"),
+            Option("agent", "only the agent's lines, as JSON objects", dest="only_agent"),
+            Option("follow", "follow until the container exits or the VM stops", short="f"),
+            Option("since", "only output since then: 10m (ago), or a date", TEXT, default="", shown="all"),
             Option("tail", "only the last lines", integer(0, 1 << 30), shown="all"),
             VM,
         ),
@@ -100,9 +100,9 @@ COMMANDS = (
     ),
     Command(
         "balloon",
-        "Take memory from a running guest, or give it back; prints the MiB that it has then.",
+        "Take memory from a running guest, or give it back, and print how many MiB it then has.",
         "caisson.commands.vm:balloon",
-        details="""The guest keeps what it needs. One with a kernel of our own (template lean) returns free memory by
+        details="""The guest keeps what it needs. With our own kernel (template lean), it returns free memory by
             itself.""",
         positionals=(
             Positional(

@@ -90,7 +90,9 @@ def test_json_and_exit_status(bare: Path, capsys: pytest.CaptureFixture[str]) ->
     assert all(set(one) == {"name", "status", "found", "remedy"} for one in documents)
     assert all(one["remedy"] for one in documents if one["status"] != "ok")
     assert CommandLine(GROUPS).run(["doctor"]) == 1
-    assert capsys.readouterr().out.splitlines()[-1].startswith("No guest can be built and booted here yet: build tools")
+    assert (
+        capsys.readouterr().out.splitlines()[-1].startswith("Guests cannot be built and booted here yet: build tools")
+    )
 
 
 def test_a_report_has_the_evidence_and_no_secrets(
