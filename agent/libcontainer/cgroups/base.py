@@ -86,15 +86,16 @@ class Cgroup:
         return {controller: path for name, path in self.paths.items() for controller in name.split(",")}
 
     def join_files(self) -> list[str]:
-        """Return files into which a process writes itself to be in it; none where processes are born in it, by `fd`."""
+        """Return files that a process writes itself to in order to move in; none where it had better be born in it."""
         return []
 
-    def join_fds(self) -> JoinFds:
+    def join_fds(self, *, joins_pidns: bool = False) -> JoinFds:
         """Open descriptors by which nsexec gets into it, for a `with` block; by the names that it has for them.
 
-        Raises CgroupError.
+        With `joins_pidns`, being born in it takes nsexec one more stage.  Raises CgroupError.
         """
-        return JoinFds(self.path, self.fd, self.join_files())
+        files = self.join_files()
+        return JoinFds(self.path, -1 if joins_pidns and files else self.fd, files)
 
     def join_fds_of(self, pid: int) -> JoinFds:
         """Open the same of the cgroup below it that a process is in: one that has given controllers to cgroups below

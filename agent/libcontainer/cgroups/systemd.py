@@ -152,7 +152,7 @@ class ScopeCgroup(CgroupOfV2):
         self._unit = os.path.basename(path)  # noqa: PTH119 - no pathlib at start
         self._holder = holder
 
-    def join_fds(self) -> JoinFds:
+    def join_fds(self, *, joins_pidns: bool = False) -> JoinFds:
         """Open what joins it, as of every cgroup; at its end the scope lasts for as long as what has joined it."""
         return ScopeJoinFds(self)
 

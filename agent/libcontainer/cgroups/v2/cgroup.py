@@ -1,7 +1,7 @@
 """cgroup v2: a container's cgroup, its limits and its end.  https://docs.kernel.org/admin-guide/cgroup-v2.html
 
-Writing a pid to cgroup.procs costs an RCU grace period (about 15 ms); processes are therefore born in their cgroup, by
-the directory descriptor that `Cgroup.fd` is.
+Unless it is mounted with favordynmods, writing a pid to cgroup.procs costs an RCU grace period (about 15 ms); processes
+are therefore born in their cgroup, by the directory descriptor that `Cgroup.fd` is.
 """
 
 from __future__ import annotations
@@ -40,8 +40,17 @@ NESTING = {"cgroup.max.depth": "32", "cgroup.max.descendants": "2048"}
 class CgroupV2(Hierarchy):
     """The cgroup v2 hierarchy of this machine.  With `bounded`, containers may nest few cgroups in theirs."""
 
-    def __init__(self, root: str, parent: str = "", waits: Waits | None = None, *, bounded: bool = False) -> None:
+    def __init__(
+        self,
+        root: str,
+        parent: str = "",
+        waits: Waits | None = None,
+        *,
+        bounded: bool = False,
+        moves_are_cheap: bool = False,
+    ) -> None:
         self.root = root
+        self._moves_are_cheap = moves_are_cheap
         self._nesting = NESTING if bounded else {}
         self._parent = parent
         self._waits = waits
@@ -62,9 +71,11 @@ class CgroupV2(Hierarchy):
         """
         with open(mountinfo, encoding="utf-8", errors="surrogateescape") as lines:  # noqa: PTH123 - no pathlib at start
             for line in lines:
-                before, _, after = line.partition(" - ")
+                before, _, after = line.rstrip("\n").partition(" - ")
                 if after.startswith("cgroup2 "):
-                    return cls(unescape(before.split(" ")[4]), parent, waits, bounded=bounded)
+                    cheap = "favordynmods" in after.rpartition(" ")[2].split(",")
+                    root = unescape(before.split(" ")[4])
+                    return cls(root, parent, waits, bounded=bounded, moves_are_cheap=cheap)
         return None
 
     def create(self, path: str, *, below_own: bool = False) -> CgroupOfV2:
@@ -87,7 +98,7 @@ class CgroupV2(Hierarchy):
                     pass
             for name, value in self._nesting.items():
                 files.write(f"{at}/{name}", value)
-            cgroup = CgroupOfV2(at, self._made, self._waits)
+            cgroup = CgroupOfV2(at, self._made, self._waits, moves_are_cheap=self._moves_are_cheap)
         except OSError as e:
             files.remove_all(made)
             raise CgroupError(f"cgroup {path}: {(e.strerror or '').lower()}") from e
@@ -108,7 +119,7 @@ class CgroupV2(Hierarchy):
 
     def open(self, paths: Mapping[str, str]) -> CgroupOfV2:
         """Open the cgroup with these directories, which may be gone."""
-        return CgroupOfV2(paths[""], set(), self._waits)
+        return CgroupOfV2(paths[""], set(), self._waits, moves_are_cheap=self._moves_are_cheap)
 
 
 class CgroupOfV2(Cgroup):
@@ -117,10 +128,11 @@ class CgroupOfV2(Cgroup):
     `made` are directories around it that were made for it and its like: they go with the last.
     """
 
-    def __init__(self, path: str, made: set[str], waits: Waits | None = None) -> None:
+    def __init__(self, path: str, made: set[str], waits: Waits | None = None, *, moves_are_cheap: bool = False) -> None:
         super().__init__(waits)
         self.path = path
         self._made = made
+        self._moves_are_cheap = moves_are_cheap
         try:
             self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -129,6 +141,9 @@ class CgroupOfV2(Cgroup):
     @property
     def paths(self) -> Mapping[str, str]:
         return {"": self.path}
+
+    def join_files(self) -> list[str]:
+        return [self.file("cgroup.procs")] if self._moves_are_cheap else []
 
     def file(self, name: str) -> str:
         return f"{self.path}/{name}"
