@@ -191,7 +191,6 @@ class Container:
             created=_now(),
             cgroup_paths={} if cgroup is None else cgroup.by_controller,
             labels=spec.annotations,
-            oci_version=spec.oci_version,
             bundle=bundle,
             rootfs=rootfs,
             joined=join,

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 FILE = "state.json"
+#: The version of the runtime specification that states comply with ("State"), whatever a configuration names.
+OCI_VERSION = "1.3.0"
 #: A container's status (runtime.md, "State"; paused is runc's).
 CREATED, RUNNING, PAUSED, STOPPED = "created", "running", "paused", "stopped"
 ID_MAX = 255
@@ -51,7 +53,6 @@ class State(Record):
     created: str
     cgroup_paths: Mapping[str, str] = NOTHING
     labels: Mapping[str, str] = NOTHING
-    oci_version: str = ""
     bundle: str = ""
     rootfs: str = ""
     joined: Mapping[str, str] = NOTHING
@@ -74,7 +75,7 @@ class State(Record):
             "namespace_paths": {key: f"/proc/{pid}/ns/{file}" for key, file in NAMESPACE_FILES.items()},
             "external_descriptors": [],
             "config": {
-                "version": self.oci_version,
+                "version": OCI_VERSION,
                 "rootfs": self.rootfs,
                 "labels": [*labels, *([f"bundle={self.bundle}"] if self.bundle else [])],
             },
@@ -102,7 +103,6 @@ class State(Record):
             cgroup_paths=r.table("cgroup_paths"),
             bundle=labels.pop("bundle", ""),
             labels=labels,
-            oci_version=config.text("version"),
             rootfs=config.text("rootfs"),
             joined=r.table("joined_namespaces"),
             resources=resources if isinstance(resources, dict) else {},

@@ -170,7 +170,6 @@ class Container:
             created=datetime.now(UTC).isoformat().replace("+00:00", "Z"),
             cgroup_paths={} if self._cgroup is None else self._cgroup.by_controller,
             labels=self.spec.annotations,
-            oci_version=self.spec.oci_version,
             bundle=bundle,
             rootfs=root,
             joined=join,

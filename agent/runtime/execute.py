@@ -120,7 +120,7 @@ def _override(call: Call, document: dict[str, Any]) -> None:
     user = document.get("user") or {}
     if isinstance(user, dict):
         document["user"] = user | (_user(options.text("user")) if options.text("user") else {})
-        _extend(document["user"], "additionalGids", [_number(text) for text in options.texts("additional-gids")])
+        _extend(document["user"], "additionalGids", options.numbers("additional-gids"))
 
 
 def _add_capabilities(document: dict[str, Any], more: list[str]) -> None:
@@ -134,11 +134,11 @@ def _add_capabilities(document: dict[str, Any], more: list[str]) -> None:
 
 def _user(text: str) -> dict[str, int]:
     uid, colon, gid = text.partition(":")
-    found = {"uid": _number(uid, "uid")}
-    return found | {"gid": _number(gid, "gid")} if colon else found
+    found = {"uid": _number("uid", uid)}
+    return found | {"gid": _number("gid", gid)} if colon else found
 
 
-def _number(text: str, what: str = "gid") -> int:
+def _number(what: str, text: str) -> int:
     if not (text.isascii() and text.isdecimal()):
-        raise CommandError(f'parsing {text} as int for {what} failed: strconv.Atoi: parsing "{text}": invalid syntax')
+        raise CommandError(f'bad {what}: strconv.Atoi: parsing "{text}": invalid syntax')
     return int(text)

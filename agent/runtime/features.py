@@ -10,7 +10,8 @@ from caisson.agent.libcontainer.config.seccomp import ACTIONS, ARCHITECTURES, CO
 from caisson.agent.libcontainer.config.spec import NAMESPACE_TYPES
 from caisson.agent.libcontainer.plan.capabilities import CAPABILITIES
 from caisson.agent.libcontainer.plan.mounts import ATTRIBUTES, IDMAP, PROPAGATION, WITHOUT_EFFECT
-from caisson.agent.runtime.main import SPEC_VERSION, VERSION
+from caisson.agent.libcontainer.state import OCI_VERSION
+from caisson.agent.runtime.main import VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def document() -> dict[str, object]:
     """Say only what is so."""
     return {
         "ociVersionMin": "1.0.0",
-        "ociVersionMax": SPEC_VERSION,
+        "ociVersionMax": OCI_VERSION,
         "hooks": list(HOOKS),
         "mountOptions": sorted(_mount_options()),
         "linux": {

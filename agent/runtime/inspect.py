@@ -7,7 +7,7 @@ import sys
 
 from caisson.agent.base.json import dumps
 from caisson.agent.libcontainer.container import Container
-from caisson.agent.libcontainer.state import STOPPED
+from caisson.agent.libcontainer.state import OCI_VERSION, STOPPED
 from caisson.agent.libcontainer.state_directory import ContainerError, list_ids
 from caisson.agent.runtime.errors import CommandError
 
@@ -31,7 +31,7 @@ def describe(container: Container, owner: str = "") -> dict[str, object]:
 def document(state: State, status: str, owner: str = "") -> dict[str, object]:
     """Describe a state likewise, in the order of runc."""
     found: dict[str, object] = {
-        "ociVersion": state.oci_version,
+        "ociVersion": OCI_VERSION,
         "id": state.id,
         "pid": 0 if status == STOPPED else state.init_process_pid,
         "status": status,

@@ -81,6 +81,8 @@ def _read(path: str) -> dict[str, Any]:
             with open(path, encoding="utf-8") as file:  # noqa: PTH123 - no pathlib at start
                 text = file.read()
         found = loads(text)
+    except OSError as error:
+        raise CommandError(f"open {path}: {(error.strerror or '').lower()}") from None
     except (JsonError, UnicodeDecodeError) as error:
         raise CommandError(f"resources: {error}") from None
     if not isinstance(found, (dict, type(None))):

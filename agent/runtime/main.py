@@ -11,6 +11,7 @@ import sys
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.container import Container, Runtime
 from caisson.agent.libcontainer.errors import LaunchError
+from caisson.agent.libcontainer.state import OCI_VERSION
 from caisson.agent.libcontainer.state_directory import ContainerError
 from caisson.agent.runtime.errors import CommandError
 from caisson.agent.runtime.log import Log
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     T = TypeVar("T")
 
 #: Of the command line that callers expect, not of this program: they compare it to decide what they may ask for.
-VERSION, SPEC_VERSION = "1.3.0", "1.2.1"
+VERSION = "1.3.0"
 DEFAULT_ROOT = "/run/runc"
 #: Errors reported as one line, without a traceback.
 EXPECTED = (CommandError, ContainerError, SpecError, LaunchError, OSError)
@@ -141,7 +142,7 @@ def is_ordinary_user() -> bool:
 
 def version() -> str:
     """Write what --version prints: lines whose beginnings callers look for."""
-    return f"runc version {VERSION}\ncommit: caisson\nspec: {SPEC_VERSION}\n"
+    return f"runc version {VERSION}\ncommit: caisson\nspec: {OCI_VERSION}\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,11 +12,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    Value = str | int | bool | list[str]
+    Value = str | int | bool | list[str] | list[int]
 
-FLAG, TEXT, NUMBER, LIST = "flag", "text", "number", "list"
+FLAG, TEXT, NUMBER, LIST, NUMBERS = "flag", "text", "number", "list", "numbers"
 TRUE = ("1", "t", "T", "true", "TRUE", "True")
 FALSE = ("0", "f", "F", "false", "FALSE", "False")
+INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
 
 
 class OptionError(Exception):
@@ -37,7 +38,7 @@ class RuntimeOption(Record):
         """The value of an option that is not given."""
         if self.default is not None:
             return self.default
-        empty: dict[str, Value] = {FLAG: False, TEXT: "", NUMBER: 0, LIST: []}
+        empty: dict[str, Value] = {FLAG: False, TEXT: "", NUMBER: 0, LIST: [], NUMBERS: []}
         return empty[self.kind]
 
 
@@ -48,23 +49,24 @@ class Values:
         self._values: dict[str, Value | None] = {option.name: option.initial for option in options}
         self.given: set[str] = set()
 
-    def set(self, option: RuntimeOption, text: str) -> None:
-        """Take a value as written.  Raises OptionError."""
+    def set(self, option: RuntimeOption, word: str, text: str) -> None:
+        """Take a value as written, of an option that was named by `word`.  Raises OptionError."""
         self.given.add(option.name)
-        if option.kind == LIST:
-            found = self._values[option.name]
-            self._values[option.name] = [*(found if isinstance(found, list) else []), text]
-        elif option.kind == NUMBER:
-            try:
+        try:
+            if option.kind == LIST:
+                self._values[option.name] = [*self.texts(option.name), text]
+            elif option.kind == NUMBERS:
+                self._values[option.name] = [*self.numbers(option.name), decimal(text)]
+            elif option.kind == NUMBER:
                 self._values[option.name] = number(text)
-            except ValueError:
-                raise OptionError(f'invalid value "{text}" for flag -{option.name}: parse error') from None
-        elif option.kind == FLAG:
-            if text not in TRUE and text not in FALSE:
-                raise OptionError(f'invalid boolean value "{text}" for -{option.name}: parse error')
-            self._values[option.name] = text in TRUE
-        else:
-            self._values[option.name] = text
+            elif option.kind == FLAG:
+                if text not in TRUE and text not in FALSE:
+                    raise OptionError(f'invalid boolean value "{text}" for -{word}: parse error')
+                self._values[option.name] = text in TRUE
+            else:
+                self._values[option.name] = text
+        except ValueError as error:
+            raise OptionError(f'invalid value "{text}" for flag -{word}: {error}') from None
 
     def replace(self, name: str, value: Value) -> None:
         """Put another value in place of the one that was given."""
@@ -86,15 +88,40 @@ class Values:
 
     def texts(self, name: str) -> list[str]:
         """Return all values of a repeatable option."""
+        return [str(one) for one in self._list(name)]
+
+    def numbers(self, name: str) -> list[int]:
+        """Return all values of a repeatable numeric option."""
+        return [int(one) for one in self._list(name)]
+
+    def _list(self, name: str) -> list[str] | list[int]:
         value = self._values[name]
         assert isinstance(value, list)
         return value
 
 
 def number(text: str) -> int:
-    """Read a number as Go does: 0x10 is 16, and 010 is 8.  Raises ValueError."""
+    """Read a number as Go's flags do: 0x10 is 16, and 010 is 8.  Raises ValueError with Go's reason."""
     digits = text.lstrip("+-")
-    return int(text, 8 if digits.isdecimal() and digits.startswith("0") else 0)
+    try:
+        if not text.isascii() or text != text.strip():
+            raise ValueError
+        value = int(text, 8 if digits.isdecimal() and digits.startswith("0") else 0)
+    except ValueError:
+        raise ValueError("parse error") from None
+    if not INT64_MIN <= value <= INT64_MAX:
+        raise ValueError("value out of range")
+    return value
+
+
+def decimal(text: str) -> int:
+    """Read a decimal number as Go's strconv does.  Raises ValueError with Go's reason."""
+    digits = text[1:] if text[:1] in ("+", "-") else text
+    if not (digits.isascii() and digits.isdecimal()):
+        raise ValueError(f'strconv.ParseInt: parsing "{text}": invalid syntax')
+    if not INT64_MIN <= int(text) <= INT64_MAX:
+        raise ValueError(f'strconv.ParseInt: parsing "{text}": value out of range')
+    return int(text)
 
 
 def parse(options: Sequence[RuntimeOption], argv: Sequence[str], *, stop_at_operand: bool) -> tuple[Values, list[str]]:
@@ -122,16 +149,18 @@ def parse(options: Sequence[RuntimeOption], argv: Sequence[str], *, stop_at_oper
         if option is None and operands:
             operands.append(word)
             continue
+        if not name or name.startswith("-"):
+            raise OptionError(f"bad flag syntax: {word}")
         if option is None:
             raise OptionError(
                 "flag: help requested" if name in ("h", "help") else f"flag provided but not defined: -{name}"
             )
         if option.kind == FLAG:
-            values.set(option, value if equals else "true")
+            values.set(option, name, value if equals else "true")
         elif equals:
-            values.set(option, value)
+            values.set(option, name, value)
         elif rest:
-            values.set(option, rest.pop(0))
+            values.set(option, name, rest.pop(0))
         else:
             raise OptionError(f"flag needs an argument: -{name}")
     return values, operands

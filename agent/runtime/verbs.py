@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from caisson.agent.base.record import Record
-from caisson.agent.runtime.options import FLAG, LIST, NUMBER, TEXT, RuntimeOption
+from caisson.agent.runtime.options import FLAG, LIST, NUMBER, NUMBERS, TEXT, RuntimeOption
 
 HELP = RuntimeOption("help", FLAG, "show help", "h")
 
@@ -73,7 +73,7 @@ EXEC = (
     RuntimeOption("env", LIST, "set an environment variable, NAME=value", "e"),
     RuntimeOption("tty", FLAG, "give it a terminal", "t"),
     RuntimeOption("user", TEXT, "UID[:GID], numbers", "u"),
-    RuntimeOption("additional-gids", LIST, "one more group", "g"),
+    RuntimeOption("additional-gids", NUMBERS, "one more group", "g"),
     RuntimeOption("process", TEXT, "file with the process as JSON", "p"),
     DETACH, PID_FILE,
     RuntimeOption("process-label", TEXT, "SELinux label of the process"),

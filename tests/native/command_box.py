@@ -52,7 +52,7 @@ class CommandBox(Box):
         self.reaper = Reaper(self.loop)
         self.created: list[Launched] = []
         self._ids: dict[int, str] = {}
-        self._env = {**os.environ, "CAISSON_NSEXEC": str(nsexec)}
+        self._env = {"CAISSON_NSEXEC": str(nsexec)}
         self._fds, self._children = descriptors(), set(children())
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -123,7 +123,12 @@ class CommandBox(Box):
         streams = (stdio.stdin, stdio.stdout, stdio.stderr) if stdio else (subprocess.DEVNULL,) * 3
         command = [str(OURS), "--root", str(self.path / "root"), "--log", str(log), "--log-format", "json", *args]
         done = subprocess.run(
-            command, stdin=streams[0], stdout=streams[1], stderr=streams[2], env=self._env, timeout=SECONDS
+            command,
+            stdin=streams[0],
+            stdout=streams[1],
+            stderr=streams[2],
+            env={**os.environ, **self._env},
+            timeout=SECONDS,
         )
         if done.returncode:
             lines = [json.loads(line) for line in log.read_text().splitlines()]

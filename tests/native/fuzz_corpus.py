@@ -113,7 +113,7 @@ def front_seeds() -> dict[str, bytes]:
         "cpu": "/sys/fs/cgroup/cpu,cpuacct/x",
         "": "/sys/fs/cgroup/unified/x",
     }
-    state = State("box", 7, 99, "2026-01-01T00:00:00.000000000Z", paths, oci_version="1.0.2", bundle="/b", rootfs="/r")
+    state = State("box", 7, 99, "2026-01-01T00:00:00.000000000Z", paths, bundle="/b", rootfs="/r")
     found = {}
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "state.json").touch()

@@ -15,6 +15,7 @@ import pytest
 from caisson.agent.base.log import Log
 from caisson.agent.libcontainer.config.spec import Spec
 from caisson.agent.libcontainer.errors import LaunchError
+from caisson.agent.libcontainer.state import OCI_VERSION
 from caisson.agent.model.container import Container
 from caisson.agent.model.reaper import Reaper as AgentsReaper
 from caisson.agent.rpc.codes import StatusCode
@@ -112,7 +113,7 @@ async def test_each_gets_the_state(agents_box: Box) -> None:
     await container.start()
     await container.remove()
     pid = pid
-    common = {"ociVersion": "1.2.0", "id": "box", "bundle": str(box.path / "box"), "annotations": {"who": "a test"}}
+    common = {"ociVersion": OCI_VERSION, "id": "box", "bundle": str(box.path / "box"), "annotations": {"who": "a test"}}
     for point, status, number in (
         ("prestart", "creating", pid),
         ("createRuntime", "creating", pid),
@@ -175,6 +176,16 @@ def test_arguments_environment_and_descriptors_are_exact(box: Box) -> None:
         names = {word.partition("=")[0] for word in lines[1].split()}
         assert names <= {"A", "PATH", "PWD", "SHLVL", "OLDPWD"}, lines  # the rest is the shell's own
         assert lines[2].split() == ["0", "1", "2", "3"], lines  # 3 is the directory that ls reads
+
+
+@pytest.mark.parametrize("point", ["prestart", "createRuntime"])
+def test_a_hook_without_an_environment_has_the_runtimes(box: Box, monkeypatch: pytest.MonkeyPatch, point: str) -> None:
+    monkeypatch.setenv("OF_THE_RUNTIME", "seen")
+    with pytest.raises(LaunchError, match=r"exit status 3: seen-$"):
+        box.run(box.create(with_hooks("true", **{point: [sh("echo $OF_THE_RUNTIME-$OTHER; exit 3")]})))
+    with pytest.raises(LaunchError, match=r"exit status 3: -own$"):
+        hook = sh("echo $OF_THE_RUNTIME-$OTHER; exit 3", env=["OTHER=own"])
+        box.run(box.create(with_hooks("true", **{point: [hook]})))
 
 
 def test_arguments_default_to_the_path(box: Box) -> None:

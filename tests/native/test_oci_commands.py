@@ -24,6 +24,7 @@ def test_life_of_a_container(oci: Oci, sleeper: Path, tmp_path: Path) -> None:
     assert oci.detached("create", "-b", str(sleeper), "--pid-file", str(pid_file), NAME).status == 0
     state = oci.state(NAME)
     assert list(state) == ["ociVersion", "id", "pid", "status", "bundle", "rootfs", "created", "owner"]
+    assert state["ociVersion"] == json.loads(oci.ok("features"))["ociVersionMax"]  # not that of config.json
     assert (state["status"], state["bundle"], pid_file.read_text()) == ("created", str(sleeper), str(state["pid"]))
     assert oci(*("exec", NAME, "echo", "before")).out == "before\n"
     assert oci.status(NAME) == "created"
@@ -143,7 +144,7 @@ def test_exec_options(oci: Oci, sleeper: Path, tmp_path: Path) -> None:
     assert oci.ok("exec", "--cwd", "/tmp", NAME, "pwd") == "/tmp\n"
     assert oci.ok("exec", "-e", "A=b c", "-e", "X=", NAME, "sh", "-c", "echo $A-$X-$HOME") == "b c--/root\n"
     assert oci.ok("exec", "-u", "1000:100", "-g", "5", "-g", "6", NAME, "id").startswith("uid=1000 gid=100")
-    assert oci("exec", "-u", "root", NAME, "id").message.startswith("exec failed: parsing root as int for uid failed")
+    assert oci("exec", "-u", "root", NAME, "id").message.startswith("exec failed: bad uid: strconv.Atoi: ")
     capabilities = oci.ok("exec", "--cap", "CAP_SYS_ADMIN", NAME, "grep", "CapEff", "/proc/self/status")
     assert int(capabilities.split()[1], 16) & 1 << 21
     assert oci.ok("exec", NAME, "ls", "-d", "/bin") == "/bin\n"  # its options are not read

@@ -215,8 +215,8 @@ def test_a_failing_hook_says_which_and_why(oci: Oci, tmp_path: Path, busybox_roo
 
 EXEC_REFUSALS: list[tuple[list[str], str]] = [
     (["-e", "NOEQUALS", NAME, "true"], "NOEQUALS"),
-    (["-u", "5:x", NAME, "true"], "parsing x as int for gid failed"),
-    (["-g", "x", NAME, "true"], "parsing x as int for gid failed"),
+    (["-u", "5:x", NAME, "true"], 'bad gid: strconv.Atoi: parsing "x": invalid syntax'),
+    (["-g", "-1", NAME, "true"], "additionalGids"),
     (["--cwd", "relative", NAME, "true"], "Cwd must be an absolute path"),
     (["--cgroup", "../x", NAME, "true"], "bad sub cgroup path"),
     (["--cgroup", "nope:/", NAME, "true"], "unknown controller nope"),

@@ -93,7 +93,7 @@ def test_kernel_memory_of_a_configuration_is_ignored(oci: Oci, tmp_path: Path, b
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["-r", "/nothere", NAME], "no such file or directory"),
+        (["-r", "/nothere", NAME], "open /nothere: no such file or directory"),
         (["--cpu-period", "x", NAME], "cpu-period"),
         (["--pids-limit", "x", NAME], "pids-limit"),
         (["--mem-bw-schema", "MB:0=20", NAME], "Intel RDT/MBA"),

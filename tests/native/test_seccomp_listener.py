@@ -20,6 +20,7 @@ from caisson.agent.client.seccomp import BY_CAPABILITY, PERMITTED
 from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.process.nsexec import Nsexec
+from caisson.agent.libcontainer.state import OCI_VERSION
 from tests.native.nsexec_support import Box, config, make_rootfs
 from tests.native.test_seccomp import NATIVE
 
@@ -133,12 +134,12 @@ def test_an_agent_answers_for_the_kernel(box: Box, agent: Agent, no_new_privs: b
     assert out.split() == ["CapPrm:", rights, "CapEff:", rights, "NoNewPrivs:", str(int(no_new_privs))]
     (state,) = agent.states
     assert state == {
-        "ociVersion": "1.2.0",
+        "ociVersion": OCI_VERSION,
         "fds": ["seccompFd"],
         "pid": pid,
         "metadata": "for the agent",
         "state": {
-            "ociVersion": "1.2.0",
+            "ociVersion": OCI_VERSION,
             "id": "box",
             "status": "creating",
             "pid": pid,

@@ -45,13 +45,30 @@ def test_values_may_look_like_options() -> None:
         (["--nope"], "flag provided but not defined: -nope"),
         (["--preserve-fds", "x", "box"], 'invalid value "x" for flag -preserve-fds: parse error'),
         (["--detach=maybe", "box"], 'invalid boolean value "maybe" for -detach: parse error'),
+        (["-d=maybe", "box"], 'invalid boolean value "maybe" for -d: parse error'),
+        (["--preserve-fds", " 1", "box"], 'invalid value " 1" for flag -preserve-fds: parse error'),
+        (
+            ["--preserve-fds", f"{1 << 63}", "box"],
+            f'invalid value "{1 << 63}" for flag -preserve-fds: value out of range',
+        ),
         (["--bundle"], "flag needs an argument: -bundle"),
+        (["-b"], "flag needs an argument: -b"),
+        (["---detach"], "bad flag syntax: ---detach"),
+        (["--=x"], "bad flag syntax: --=x"),
     ],
 )
 def test_options_that_are_refused(words: list[str], message: str) -> None:
     with pytest.raises(OptionError) as caught:
         parse(VERBS["run"].options, words, stop_at_operand=False)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(("text", "why"), [("x", "invalid syntax"), ("0x10", "invalid syntax"), ("", "invalid syntax"),
+                                           (f"{1 << 63}", "value out of range")])  # fmt: skip
+def test_groups_that_are_no_numbers_are_no_command_line(text: str, why: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        parse(VERBS["exec"].options, ["-g", "5", "-g", text, "box", "id"], stop_at_operand=True)
+    assert str(caught.value) == f'invalid value "{text}" for flag -g: strconv.ParseInt: parsing "{text}": {why}'
 
 
 @pytest.mark.parametrize("value", [{}, [], {"a": [1, 2.5, {"x": 'é\n"<'}, [], {}], "b": None, "c": True}, "x", 0])

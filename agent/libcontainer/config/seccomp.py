@@ -56,6 +56,7 @@ ARCHITECTURES = tuple(
     for name in (
         "X86", "X86_64", "X32", "ARM", "AARCH64", "MIPS", "MIPS64", "MIPS64N32", "MIPSEL", "MIPSEL64", "MIPSEL64N32",
         "PPC", "PPC64", "PPC64LE", "S390", "S390X", "PARISC", "PARISC64", "RISCV64",
+        "LOONGARCH64", "M68K", "SH", "SHEB",
     )
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Hooks: programs that a configuration runs at points of a container's life (OCI runtime-spec 1.2, config.md).
+"""Hooks: programs that a configuration runs at points of a container's life (OCI runtime-spec 1.3, config.md).
 
 prestart, createRuntime, poststart and poststop hooks run here, in the runtime's own namespaces; createContainer and
 startContainer hooks run in the container's and are nsexec's (hooks.c).
@@ -10,6 +10,7 @@ import os
 
 from caisson.agent.base.json import dumps
 from caisson.agent.libcontainer.errors import LaunchError, reason
+from caisson.agent.libcontainer.state import OCI_VERSION
 from caisson.agent.libcontainer.waits import Deadline
 
 TYPE_CHECKING = False
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from caisson.agent.libcontainer.process.children import Child, Children
     from caisson.agent.libcontainer.waits import Waits
 
-VERSION = "1.2.0"  # of the state document
 OUTPUT_MAX = 800  # bytes of what a hook wrote last, for the error's text
 PIPE_MAX, READ = 1 << 20, 1 << 16  # what a process may let a pipe hold (pipe(7)), and what is read at once
 SIGKILL, SIGSTOP, SIGNALS = 9, 19, 64
@@ -34,7 +34,7 @@ def state(container_id: str, bundle: str, annotations: Mapping[str, str], status
     Without a status it stops short of `status` and `pid`, for nsexec to finish: only there it is known which number
     the process has in its own pid namespace.
     """
-    document: dict[str, object] = {"ociVersion": VERSION, "id": container_id, "bundle": bundle}
+    document: dict[str, object] = {"ociVersion": OCI_VERSION, "id": container_id, "bundle": bundle}
     if annotations:
         document["annotations"] = dict(annotations)
     if not status:
@@ -147,7 +147,7 @@ class _HookProcess:
             pid = os.posix_spawn(
                 hook.path,
                 hook.args or (hook.path,),
-                dict(variable.partition("=")[::2] for variable in hook.env),
+                dict(variable.partition("=")[::2] for variable in hook.env) or os.environ,  # as with runc and crun
                 file_actions=[
                     *((os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate((stdin, stdout, stdout))),
                     *((os.POSIX_SPAWN_CLOSE, fd) for fd in _inheritable()),

@@ -13,7 +13,8 @@ from caisson.agent.base import syscalls
 from caisson.agent.base.json import dumps, loads
 from caisson.agent.base.record import Record
 from caisson.agent.libcontainer.errors import LaunchError, reason
-from caisson.agent.libcontainer.process.hooks import VERSION, state
+from caisson.agent.libcontainer.process.hooks import state
+from caisson.agent.libcontainer.state import OCI_VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class Listener(Record):
     def _process_state(self, pid: int, metadata: str) -> bytes:
         status = "running" if self.init_pid else "creating"
         document = {
-            "ociVersion": VERSION,
+            "ociVersion": OCI_VERSION,
             "fds": [FD_NAME],
             "pid": pid,
             "metadata": metadata,
