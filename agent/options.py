@@ -45,25 +45,25 @@ UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, 
 def _level(text: str) -> str:
     level = SYNONYMS.get(text, text)
     if level not in LEVELS:
-        raise ValueError(f"a level is one of {', '.join(LEVELS)}")
+        raise ValueError(f"must be one of {', '.join(LEVELS)}")
     return level
 
 
 def _number(text: str) -> int:
     if not (text.isascii() and text.isdecimal()):
-        raise ValueError("it is a number")
+        raise ValueError("must be a number")
     return int(text)
 
 
 def _flag(text: str) -> bool:
     if text not in TRUE + FALSE:
-        raise ValueError("it is true or false")
+        raise ValueError("must be true or false")
     return text in TRUE
 
 
 def _version(text: str) -> str:
     if text not in ("v1", "v2"):
-        raise ValueError("it is v1 or v2")
+        raise ValueError("must be v1 or v2")
     return text
 
 
@@ -79,7 +79,7 @@ def _port(text: str) -> str:
     """Parse a port of the guest as an address; 0 is none."""
     port = _number(text)
     if port >= 1 << 32:
-        raise ValueError("a vsock port has 32 bits")
+        raise ValueError("must be a 32-bit vsock port")
     return f"vsock:{port}" if port else ""
 
 
@@ -87,10 +87,10 @@ def _duration(text: str) -> float:
     """Parse a duration as Go writes it, 1m30s or 500ms, into seconds."""
     parts = re.findall(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(h|ms|m|s|us|µs|ns)", text)
     if not parts or "".join(number + unit for number, unit in parts) != text:
-        raise ValueError("it is a time like 3s, 500ms or 1m30s")
+        raise ValueError("must be a duration like 3s, 500ms or 1m30s")
     seconds = sum(float(number) * UNITS[unit] for number, unit in parts)
     if seconds <= 0:
-        raise ValueError("it is a time above zero")
+        raise ValueError("must be longer than zero")
     return seconds
 
 
@@ -107,18 +107,23 @@ class _Option(Record):
 OPTIONS = (
     _Option("listen", str, "vsock:PORT or unix:PATH", argument="--listen"),
     _Option("nsexec", str, "the nsexec program", argument="--nsexec"),
-    _Option("state", str, "where containers are kept", argument="--state"),
-    _Option("log", _level, "the least level that is logged", argument="--log", name="log"),
-    _Option("log_listen", str, "where whoever connects gets the log: vsock:PORT or unix:PATH", argument="--log-listen"),
+    _Option("state", str, "directory for the state of containers", argument="--state"),
+    _Option("log", _level, "lowest level that is logged", argument="--log", name="log"),
+    _Option(
+        "log_listen",
+        str,
+        "serve the log to clients that connect here: vsock:PORT or unix:PATH",
+        argument="--log-listen",
+    ),
     _Option("log_listen", _port, "the vsock port of the log", name="log_vport"),
     _Option(
         "console_listen",
         str,
-        "where whoever connects gets a shell: vsock:PORT or unix:PATH",
+        "serve a shell to clients that connect here: vsock:PORT or unix:PATH",
         argument="--debug-console",
     ),
     _Option("console_listen", _port, "the vsock port of the debug console", name="debug_console_vport"),
-    _Option("console", _flag, "whether a shell runs on /dev/console", name="debug_console"),
+    _Option("console", _flag, "run a shell on /dev/console", name="debug_console"),
     _Option(
         "pipe_size",
         _number,
@@ -129,23 +134,23 @@ OPTIONS = (
     _Option(
         "hotplug_timeout",
         _duration,
-        "how long a device is waited for",
+        "how long to wait for a device",
         argument="--hotplug-timeout",
         name="hotplug_timeout",
     ),
-    _Option("cgroup", _version, "which cgroups limit containers: v1 or v2", argument="--cgroup"),
-    _Option("cgroup", _unified, "whether that is v2", name="unified_cgroup_hierarchy"),
-    _Option("trace", _tracing, "whether requests are traced from the start", argument="--trace", name="trace"),
-    _Option("trace_target", str, "where traces go: vsock:PORT of the host, or unix:PATH", argument="--trace-target"),
-    _Option("trace_target", _port, "the host's vsock port that traces go to", name="trace_vport"),
-    _Option("timeline", _flag, "whether the imports of the start are timed", name="timeline"),
-    _Option("cgroup_parent", str, "the cgroup that all others are made in", argument="--cgroup-parent"),
+    _Option("cgroup", _version, "version of cgroups for containers: v1 or v2", argument="--cgroup"),
+    _Option("cgroup", _unified, "use cgroup v2", name="unified_cgroup_hierarchy"),
+    _Option("trace", _tracing, "trace requests from the start", argument="--trace", name="trace"),
+    _Option("trace_target", str, "send traces here: vsock:PORT on the host, or unix:PATH", argument="--trace-target"),
+    _Option("trace_target", _port, "vsock port on the host to send traces to", name="trace_vport"),
+    _Option("timeline", _flag, "time the imports during startup", name="timeline"),
+    _Option("cgroup_parent", str, "the parent of all other cgroups", argument="--cgroup-parent"),
 )
 BY_NAME = {option.name: option for option in OPTIONS if option.name}
 
 #: Options of Kata agents that mean something else here, or nothing; a value that asks for more is a complaint.
 UNDERSTOOD: dict[str, tuple[Callable[[str], object], object, str]] = {
-    "use_vsock": (_flag, True, "serial ports are not supported; it is vsock"),
+    "use_vsock": (_flag, True, "serial ports are not supported; use vsock"),
 }
 
 
@@ -203,7 +208,7 @@ def _told(pairs: Iterable[tuple[str, str]], options: Options) -> Options:
             else:
                 complaints.append(f"Unknown option agent.{name}")
         except ValueError as error:
-            complaints.append(f"agent.{name}={value}: the value makes no sense: {error}")
+            complaints.append(f"agent.{name}={value}: invalid value: {error}")
     return options.but(complaints=tuple(complaints))
 
 
@@ -216,9 +221,9 @@ def from_arguments(arguments: list[str]) -> Options:
         description="Run containers on this machine, driven over gRPC.",
         epilog="example: python -m caisson.agent --listen unix:/tmp/agent.sock --nsexec build/nsexec --state /tmp/s",
     )
-    parser.add_argument("--config", help="a TOML file with options by their names on a kernel's command line")
+    parser.add_argument("--config", help="a TOML file with options by their names on the kernel's command line")
     parser.add_argument(
-        "--kernel-options", action="store_true", help="take agent.NAME=VALUE from the kernel's command line, too"
+        "--kernel-options", action="store_true", help="also take agent.NAME=VALUE from the kernel's command line"
     )
     default = Options()
     for option in OPTIONS:

@@ -30,11 +30,11 @@ def report(*, output: str) -> None:
     try:
         names = archive.write(Path(output))
     except FileExistsError as error:
-        text = f"{output}: exists already; remove it, or name another file: --output FILE"
+        text = f"{output}: already exists; remove it, or name another file: --output FILE"
         raise CommandLineError(text, 1) from error
     for name in names:
         info(f"packed {name}")
-    info("look through it before you send it")
+    info("review it before you send it")
     print(output)
 
 

@@ -32,7 +32,7 @@ def build_image(
         _print_json(images.schema()) if as_json else print("\n".join(images.describe()))
         return
     if treemap and not treemap.endswith((".html", ".svg")):
-        text = f"--treemap {treemap}: is neither a .html nor a .svg file; give it one of these endings"
+        text = f"--treemap {treemap}: must end in .html or .svg"
         raise CommandLineError(text, WRONG_USAGE)
     if treemap:
         check_writable("--treemap", Path(treemap))
@@ -51,7 +51,7 @@ def build_image(
     if treemap:
         draw = treemaps.html if treemap.endswith(".html") else treemaps.svg
         Path(treemap).write_text(draw(loaded.definition.name, build.files()))
-        info(f"{treemap}: what the image's bytes are")
+        info(f"{treemap}: what takes up space in the image")
     if as_json:
         _print_json({"directory": str(directory), "steps": [vars(step) for step in done]})
         return
@@ -80,7 +80,7 @@ def verify_image(*, directory: str, template: str, suite: str, arch: str, change
     differing = images.verify(loaded, images.Image.load(Path(directory)), report=info)
     if differing:
         raise ImageError(f"{directory}: differs from a new build in {', '.join(differing)}")
-    info("the same, byte for byte")
+    info("identical, byte for byte")
 
 
 def clean(*, everything: bool) -> None:

@@ -63,7 +63,9 @@ def vm_for(
     given a network, and ports of this machine that lead to it: raises UsageError.
     """
     if (network or publish) and (name or find_vm("default") is not None):
-        raise UsageError(f"VM {name or 'default'!r}: runs already; give it a network when it boots: caisson boot-vm")
+        raise UsageError(
+            f"VM {name or 'default'!r}: is already running; give it a network when it boots: caisson boot-vm"
+        )
     if name or find_vm("default") is not None:
         with end_explained(get_vm(name or "default")) as vm:
             if answering:

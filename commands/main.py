@@ -153,7 +153,7 @@ def one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # a write knows no name
-        return f"output: {error.strerror}; make room and try again"
+        return f"output: {error.strerror}; free some space and try again"
     return ""
 
 

@@ -13,17 +13,17 @@ directory; its agent listens on a Unix socket in it. The first command that need
 
 STATUSES = (
     ("0", "The command succeeded."),
-    ("1", "It failed; the reason is on standard error."),
-    ("2", "The command line makes no sense."),
+    ("1", "The command failed; the reason is on standard error."),
+    ("2", "The command line is invalid."),
     ("125", "exec, run and shell: the program could not be run at all."),
     ("126", "The program cannot be executed."),
-    ("127", "There is no such program."),
-    ("128+n", "Signal n ended the program, or this command: 130 for Ctrl-C."),
+    ("127", "The program was not found."),
+    ("128+n", "Signal n killed the program, or this command: 130 for Ctrl-C."),
 )
 
 VARIABLES = (
-    ("CAISSON_ACCEL", "What --accel auto is: kvm or tcg."),
-    ("CAISSON_VSOCK", "What --vsock auto is: vhost or user."),
+    ("CAISSON_ACCEL", "What --accel auto selects: kvm or tcg."),
+    ("CAISSON_VSOCK", "What --vsock auto selects: vhost or user."),
     ("CAISSON_CACHE", "Directory of images and downloads; ~/.cache/caisson if not set."),
     ("CAISSON_CACHE_SIZE", "Bytes that the cache may hold; 4000000000 if not set."),
     ("CAISSON_RUN", "Directory of running VMs; $XDG_RUNTIME_DIR/caisson or /run/caisson if not set."),

@@ -113,7 +113,7 @@ class _Parser:
     def _place(self, word: str) -> None:
         place = self._free_place()
         if place is None:
-            self._refuse(f"{show(word)}: one word too many; usage: {usage(self.command)}")
+            self._refuse(f"{show(word)}: unexpected argument; usage: {usage(self.command)}")
         else:
             self._set(place, place.metavar, word)
 
@@ -158,7 +158,7 @@ class _Parser:
         if meant:
             remedy = f"did you mean {meant}?"
         elif self.command.program:
-            remedy = f"a program's own words come after --: {usage(self.command)}"
+            remedy = f"a program's own options go after --: {usage(self.command)}"
         else:
             remedy = f"see caisson {self.command.name} --help"
         self._refuse(f"{show(name)}: unknown option; {remedy}")

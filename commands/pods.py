@@ -211,7 +211,7 @@ def link_program(scripts: Path, directory: Path, path: str) -> str:
         return f"{SHIM_PROGRAM}: not installed; install the package: pip install caisson-vm"
     found = shutil.which(SHIM_PROGRAM, path=path)
     if found is not None and Path(found).samefile(program):
-        return f"{found}: is where containerd looks"
+        return f"{found}: containerd finds it here"
     try:
         if link.is_symlink():
             link.unlink()  # of an installation before this one

@@ -59,7 +59,7 @@ def run(
     with vm_for(vm_name, reporter(verbose), network=network, publish=publish) as vm:
         registry = container_registry(vm)
         if container in registry.names():
-            raise UsageError(f"container {container!r}: exists already; remove it: caisson rm {container}")
+            raise UsageError(f"container {container!r}: already exists; remove it: caisson rm {container}")
         remove_orphaned(vm)
         with contextlib.ExitStack() as stack:
             volumes = _share(vm, shared, stack)

@@ -59,9 +59,7 @@ def overview(groups: Iterable[Group]) -> str:
         rows = [(command.name, command.summary.rstrip(".")) for command in group.commands if not command.hidden]
         if rows:
             parts.append(f"{group.title}:\n" + _table(rows, width, left=16))
-    parts.append(
-        "`caisson COMMAND --help` explains one and shows examples; `caisson --version` says which version this is."
-    )
+    parts.append("`caisson COMMAND --help` explains one and shows examples; `caisson --version` prints the version.")
     return "\n\n".join(parts) + "\n"
 
 

@@ -60,7 +60,7 @@ def boot_vm(
     """Boot a VM and wait for its agent; show its console until it ends, unless it is detached."""
     timeline_path = Path(timeline) if timeline else None
     if timeline_path and timeline_path.suffix not in (".svg", ".json"):
-        raise UsageError(f"--timeline {timeline}: is neither a .svg nor a .json file; give it one of these endings")
+        raise UsageError(f"--timeline {timeline}: must end in .svg or .json")
     if timeline_path:
         check_writable("--timeline", timeline_path)
     if as_json and not dry_run:
@@ -72,7 +72,9 @@ def boot_vm(
         given = (image, memory, cpus, max_memory, max_cpus, share, network, publish, append, timeline)
         clashing = [f"--{option}" for option, value in zip(SETTLED_BY_SNAPSHOT, given, strict=True) if value]
         if clashing:
-            raise UsageError(f"--snapshot: cannot be combined with {', '.join(clashing)}; the snapshot settles these")
+            raise UsageError(
+                f"--snapshot: cannot be combined with {', '.join(clashing)}; the snapshot determines these"
+            )
         need(TO_BOOT, info)
         found = Snapshot.named(snapshot)
         config = VMConfig.clone(found, name=name, accel=accel, vsock=vsock, on_resume=RESUME_COMMAND)

@@ -58,19 +58,19 @@ class AlreadyExists(ModelError):
 class SandboxExists(AlreadyExists):
     """The sandbox runs."""
 
-    sentence = "the sandbox runs already; destroy it first"
+    sentence = "the sandbox is already running; destroy it first"
 
 
 class ContainerExists(AlreadyExists):
     """There is a container of this id: ``container_id``."""
 
-    sentence = "container {container_id}: exists already; remove it first, or choose another id"
+    sentence = "container {container_id}: already exists; remove it first, or choose another id"
 
 
 class ProcessExists(AlreadyExists):
     """There is a process of this id in the container: ``container_id``, ``exec_id``."""
 
-    sentence = "process {exec_id}: exists already in container {container_id}; choose another id"
+    sentence = "process {exec_id}: already exists in container {container_id}; choose another id"
 
 
 class FailedPrecondition(ModelError):
@@ -80,7 +80,7 @@ class FailedPrecondition(ModelError):
 class SandboxNotRunning(FailedPrecondition):
     """There is no sandbox, or it is being destroyed."""
 
-    sentence = "the sandbox does not run; create it first"
+    sentence = "the sandbox is not running; create it first"
 
 
 class NotCreated(FailedPrecondition):
@@ -142,7 +142,7 @@ class PathOutside(InvalidArgument):
 class OutputNotKept(InvalidArgument):
     """Nobody has asked to keep a container's output: ``container_id``."""
 
-    sentence = "container {container_id}: nothing is kept of its output"
+    sentence = "container {container_id}: its output is not kept"
 
 
 class UnknownStorageDriver(InvalidArgument):
@@ -168,13 +168,13 @@ class Timeout(ModelError):
 class RemovalTimeout(Timeout):
     """A container was not removed, which goes on: ``container_id``, ``seconds``."""
 
-    sentence = "container {container_id}: not removed within {seconds:g} s; its removal goes on"
+    sentence = "container {container_id}: not removed within {seconds:g} s; removal continues"
 
 
 class ReadTimeout(Timeout):
     """What a container owns could not be read in time: ``container_id``, ``seconds``."""
 
-    sentence = "container {container_id}: could not be looked at within {seconds:g} s; kill it if that stays so"
+    sentence = "container {container_id}: could not be inspected within {seconds:g} s; kill it if this persists"
 
 
 class DeviceTimeout(Timeout):
@@ -196,7 +196,7 @@ class EndOfStream(ModelError):
 class BrokenStream(ModelError):
     """Nobody reads what is written."""
 
-    sentence = "nobody reads the standard input any more"
+    sentence = "nothing reads standard input any more"
 
 
 class ProcessExited(ModelError):

@@ -37,7 +37,7 @@ _ERROR_TYPE, _DONE_TYPE = 2, 3
 _TYPE_MASK = 0x3FFF  # without the flags "nested" and "network byte order"
 _BUFFER = 1 << 16  # the kernel's largest part of a dump is 32 KiB
 _KERNEL = 0  # its port (netlink(7)); whoever has CAP_NET_ADMIN in this network namespace can send to ours, too
-_CUT_OFF = "an answer of the kernel's network that is cut off"
+_CUT_OFF = "a truncated reply from the kernel's rtnetlink"
 
 
 class Message(Record):

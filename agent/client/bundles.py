@@ -133,10 +133,10 @@ def adapted(
         warn("config.json: hooks: not run: they are programs of the host")
     for key in ("apparmorProfile", "selinuxLabel"):
         if process.pop(key, None):
-            warn(f"config.json: process.{key}: left out: it names a label of the host")
+            warn(f"config.json: process.{key}: left out: it is a label of the host")
     for key in ("mountLabel", "intelRdt"):
         if linux.pop(key, None):
-            warn(f"config.json: linux.{key}: left out: it is about the host")
+            warn(f"config.json: linux.{key}: left out: it concerns the host")
     linux.pop("cgroupsPath", None)
     document["mounts"] = _mounts(_list(document.get("mounts"), "mounts"), mounts, privileged, warn)
     if any(isinstance(one, dict) and one.get("type") == "user" for one in _list(linux.get("namespaces"), "namespaces")):

@@ -110,7 +110,7 @@ def agent_error(error: RpcError) -> AgentError:
 
 def gone(why: str) -> AgentGone:
     """Return the error of a connection that could not be made, or has ended."""
-    return AgentGone(f"agent: does not answer ({why}); `caisson list-vms` tells whether its VM runs")
+    return AgentGone(f"agent: does not answer ({why}); `caisson list-vms` shows whether its VM is running")
 
 
 @contextlib.contextmanager
@@ -133,11 +133,11 @@ def _explanation(name: str, error: AgentError) -> str:
         return f"container {name}: does not exist; list them: caisson ps --all"
     if error.reason is Reason.CONTAINER_STOPPED:
         again = f"start it again with: caisson start {name}"
-        return f"container {name} has exited: its files are there for cp; {again}"
+        return f"container {name} has exited: its files are still available to cp; {again}"
     if error.reason is Reason.CONTAINER_PAUSED:
         return f"container {name}: is paused; resume it: caisson resume {name}"
     if error.reason is Reason.CONTAINER_RUNNING:
         return f"container {name}: has not exited; stop it first: caisson kill {name}"
     if error.reason is Reason.OUTPUT_NOT_KEPT:
-        return f"container {name}: was not detached; output is kept of: caisson run --detach"
+        return f"container {name}: was not detached; output is only kept with: caisson run --detach"
     return ""

@@ -218,7 +218,7 @@ def _capabilities(names: Iterable[str]) -> set[str]:
         elif f"CAP_{name}" in bundles.ALL_CAPABILITIES:
             found.add(f"CAP_{name}")
         else:
-            raise UsageError(f"capability {name!r}: unknown; capabilities(7) names them, e.g. NET_ADMIN")
+            raise UsageError(f"capability {name!r}: unknown; capabilities(7) lists them, e.g. NET_ADMIN")
     return found
 
 

@@ -52,7 +52,7 @@ class _Member(tarfile.TarInfo):
         if self.type in EXTRA and not 0 <= self.size <= MAX_HEADER:
             raise CopyError(f"archive: the container sent a header of {self.size} bytes; {MAX_HEADER} are accepted")
         if self.type == tarfile.GNUTYPE_SPARSE:
-            raise CopyError(f"{self.name!r}: the container sent it as a sparse file, which was not asked for")
+            raise CopyError(f"{self.name!r}: the container sent it as a sparse file, which was not requested")
         assert isinstance(archive, _Archive)
         archive.headers += 1
         if archive.headers > MAX_HEADERS:
@@ -127,7 +127,7 @@ def _check_numbers(member: tarfile.TarInfo) -> None:
     if "\0" in member.linkname:
         raise CopyError(f"{member.name!r}: the container sent it as a link to {member.linkname!r}")
     if member.sparse is not None:
-        raise CopyError(f"{member.name!r}: the container sent it as a sparse file, which was not asked for")
+        raise CopyError(f"{member.name!r}: the container sent it as a sparse file, which was not requested")
 
 
 def _make_directory(place: int, name: str, member: tarfile.TarInfo) -> bool:
@@ -187,7 +187,7 @@ def _parts(name: str, old: str, new: str) -> tuple[str, ...]:
     if old in ("", "."):
         parts = [old, *parts]
     if name.startswith("/") or ".." in parts or "\0" in name or not parts or parts[0] != old:
-        raise CopyError(f"{name!r}: the container sent it, and it was not asked for")
+        raise CopyError(f"{name!r}: the container sent it, but it was not requested")
     return tuple(part for part in (new, *parts[1:]) if part != ".")
 
 

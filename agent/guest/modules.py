@@ -36,7 +36,7 @@ def offer_bridges(log: Log) -> None:
     try:
         need(("bridge",))
     except ModuleNotLoaded as error:
-        log("warning", "containers can make no bridges", error=str(error))
+        log("warning", "containers cannot create bridges", error=str(error))
 
 
 def load(name: str, parameters: Sequence[str] = ()) -> None:
@@ -48,12 +48,12 @@ def load(name: str, parameters: Sequence[str] = ()) -> None:
         raise MissingArgument("Kernel module name is empty")
     spelled = name.replace("-", "_")
     if not spelled.replace("_", "").isalnum():
-        raise ModuleNotLoaded(module=name, why="is not a valid name of a module")
+        raise ModuleNotLoaded(module=name, why="is not a valid module name")
     if os.path.isdir(f"{LOADED}/{spelled}"):  # noqa: PTH112 - no pathlib at start
         return
     files = _listed().get(spelled)
     if files is None:
-        raise ModuleNotLoaded(module=name, why="the image does not have it")
+        raise ModuleNotLoaded(module=name, why="it is not in the image")
     for file in files:
         try:
             fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)

@@ -62,7 +62,9 @@ def _listening(path: Path) -> Any:
     if path.is_socket():
         with socket.socket(socket.AF_UNIX) as probe:
             if probe.connect_ex(str(path)) == 0:
-                raise ServiceError(f"{path}: another service serves it; stop that, or choose another: --socket PATH")
+                raise ServiceError(
+                    f"{path}: another service is listening there; stop it, or choose another: --socket PATH"
+                )
         path.unlink()
     try:
         listener = listen(f"unix:{path}")

@@ -75,7 +75,7 @@ class Sandboxes:
     def add(self, sandbox_id: str, shim: Peer, *, memory: int, cpus: int, namespace: str) -> SandboxVM:
         """Prepare a VM, and watch its shim.  Raises HypervisorError for an id that is in use."""
         if sandbox_id in self._vms:
-            raise HypervisorError(StatusCode.ALREADY_EXISTS, f"sandbox {sandbox_id}: has a VM already; stop that first")
+            raise HypervisorError(StatusCode.ALREADY_EXISTS, f"sandbox {sandbox_id}: already has a VM; stop it first")
         vm = SandboxVM(sandbox_id, shim, self._machines, self._log, memory=memory, cpus=cpus, namespace=namespace)
         self._vms[sandbox_id] = vm
         asyncio.get_running_loop().add_reader(shim.pidfd, self._shim_ended, vm)
@@ -103,7 +103,7 @@ class Sandboxes:
         await asyncio.gather(*map(self.end, list(self._vms)))
 
     def _shim_ended(self, vm: SandboxVM) -> None:
-        self._log("warning", "a shim has ended without ending its VM", sandbox=vm.id, vm=vm.name, pid=vm.shim.pid)
+        self._log("warning", "a shim exited without stopping its VM", sandbox=vm.id, vm=vm.name, pid=vm.shim.pid)
         loop = asyncio.get_running_loop()
         loop.remove_reader(vm.shim.pidfd)
         ending = loop.create_task(self.end(vm.id))
@@ -136,7 +136,7 @@ class HypervisorService:
         """Start it; when this returns its agent serves, and has share and network."""
         vm = self._sandboxes.get(request.id)
         if vm.started:
-            text = f"sandbox {request.id}: its VM was started already"
+            text = f"sandbox {request.id}: its VM was already started"
             raise HypervisorError(StatusCode.FAILED_PRECONDITION, text)
         try:
             await vm.start()

@@ -266,7 +266,7 @@ class Container:
             if self.status not in (CREATED, RUNNING):
                 raise CannotPause(container_id=self.id, status=self.status)
             if self._cgroup is None:
-                raise Unsupported("a container is paused by its cgroup, and this machine has no cgroup hierarchy")
+                raise Unsupported("pausing a container needs a cgroup, and this machine has no cgroup hierarchy")
             await self._cgroup.freeze()
             self._paused = True
 
@@ -288,9 +288,7 @@ class Container:
     async def stats(self) -> CgroupStats:
         """Read what it has used so far.  Takes no lock, and no time of others: the files are read in a thread."""
         if self._cgroup is None:
-            raise Unsupported(
-                "what a container uses is counted by its cgroup, and this machine has no cgroup hierarchy"
-            )
+            raise Unsupported("statistics of a container need a cgroup, and this machine has no cgroup hierarchy")
         return await self.reads(self._cgroup.stats)
 
     async def _update(self, resources: Resources) -> None:
@@ -298,7 +296,7 @@ class Container:
             if self.status == STOPPED:
                 raise NotRunning(container_id=self.id)
             if self._cgroup is None:
-                raise Unsupported("limits are set in a container's cgroup, and this machine has no cgroup hierarchy")
+                raise Unsupported("limits of a container need a cgroup, and this machine has no cgroup hierarchy")
             wanted = self._resources.updated(resources)
             await self._cgroup.update(wanted)
             self._resources = wanted
@@ -310,7 +308,7 @@ class Container:
         try:
             self._cgroup.allow_hotplugged_cpus(above_only=bool(self._resources.cpu.cpus))
         except CgroupError as error:
-            self._log("warning", "a container gets no part of new CPUs", error=str(error))
+            self._log("warning", "a container could not be given the new CPUs", error=str(error))
 
     async def pids(self) -> list[int]:
         """List the processes in it, by the agent's numbers; without cgroups only what the agent started."""
@@ -439,7 +437,9 @@ class Container:
                     try:
                         await self._kill_all()
                     except CgroupError as error:  # its removal tries again, and has somebody to tell
-                        self._log("error", "what is left in a container could not be ended", error=str(error))
+                        self._log(
+                            "error", "the remaining processes of a container could not be killed", error=str(error)
+                        )
                 return
             self._ended[process.exec_id] = None
             while len(self._ended) > MAX_ENDED_EXECS:

@@ -171,7 +171,7 @@ class Sandbox:
         try:
             directory.rmdir()
         except OSError as error:  # of an agent that was killed, most likely: not ours to delete
-            self._log("warning", "something is left in the sandbox's directory", path=str(directory), error=str(error))
+            self._log("warning", "the sandbox's directory is not empty", path=str(directory), error=str(error))
 
     async def _share_pids(self, shared: SharedNamespaces) -> None:
         """Make the pid namespace that containers share, unless another caller has done it meanwhile."""
@@ -368,7 +368,7 @@ class Sandbox:
             container.allow_hotplugged_cpus()
 
     def _out_of_memory(self, container_id: str) -> None:
-        self._log("warning", "the kernel ended a process for want of memory", container_id=container_id)
+        self._log("warning", "the OOM killer killed a process", container_id=container_id)
         self.oom_events.add(container_id)
 
     async def remove(self, container_id: str, timeout: float | None = None) -> None:

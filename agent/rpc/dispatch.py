@@ -144,7 +144,7 @@ class Dispatch:
             return StatusCode.UNIMPLEMENTED, Failure(f"{method.name}: not implemented by this agent")
         began = time.monotonic()
         request = method.request_class()
-        outcome: Outcome = StatusCode.CANCELLED, Failure("the caller has gone")
+        outcome: Outcome = StatusCode.CANCELLED, Failure("the caller has disconnected")
         try:
             try:
                 request.ParseFromString(payload)

@@ -16,7 +16,7 @@ PROGRAM = """NAME:
    {prog} - Open Container Initiative runtime
 
 Run containers from bundles: directories with a config.json (`{prog} spec` writes one) and a root file system.
-There is no daemon; what is known of a container is below --root.
+There is no daemon; container state is kept below --root.
 
     # {prog} run -b bundle container-id
 

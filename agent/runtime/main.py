@@ -242,7 +242,7 @@ def _carry_out(call: Call) -> int:
             import traceback
 
             call.log("debug", traceback.format_exc())
-            error = RuntimeError(f"{type(error).__name__}: {error}; please report this, with what --debug says")
+            error = RuntimeError(f"{type(error).__name__}: {error}; please report this, with the output of --debug")
         call.log.error(verb.prefix + sentence(error))
     return verb.status
 

@@ -8,12 +8,12 @@ from caisson.agent.runtime.options import FLAG, LIST, NUMBER, NUMBERS, TEXT, Run
 HELP = RuntimeOption("help", FLAG, "show help", "h")
 
 GLOBAL = (
-    RuntimeOption("debug", FLAG, "log what is done, also inside the container's setup"),
+    RuntimeOption("debug", FLAG, "log debug messages, including those of container setup"),
     RuntimeOption("log", TEXT, "append the log to this file instead of standard error"),
     RuntimeOption("log-format", TEXT, "format of the log: text or json", default="text"),
     RuntimeOption("root", TEXT, "directory for the state of containers; best on a tmpfs", default=""),
     RuntimeOption("criu", TEXT, "accepted and ignored: there is no checkpoint"),
-    RuntimeOption("systemd-cgroup", FLAG, "let systemd make the cgroups; cgroupsPath is then slice:prefix:name"),
+    RuntimeOption("systemd-cgroup", FLAG, "have systemd create the cgroups; cgroupsPath is then slice:prefix:name"),
     RuntimeOption("rootless", TEXT, "ignore cgroup permission errors: true, false or auto", default="auto"),
     HELP,
     RuntimeOption("version", FLAG, "print the version", "v"),
@@ -24,9 +24,9 @@ CONSOLE = RuntimeOption("console-socket", TEXT, "AF_UNIX socket that receives th
 PID_FILE = RuntimeOption("pid-file", TEXT, "write the process's pid to this file")
 PIDFD = RuntimeOption("pidfd-socket", TEXT, "AF_UNIX socket that receives a pidfd of the process")
 PRESERVE = RuntimeOption("preserve-fds", NUMBER, "pass N descriptors beyond stdio and those of LISTEN_FDS", default=0)
-DETACH = RuntimeOption("detach", FLAG, "return once the process runs", "d")
+DETACH = RuntimeOption("detach", FLAG, "return once the process is running", "d")
 NO_SUBREAPER = RuntimeOption("no-subreaper", FLAG, "do not reap what the container leaves behind")
-NO_PIVOT = RuntimeOption("no-pivot", FLAG, "use MS_MOVE and chroot in place of pivot_root, for a root on a ramdisk")
+NO_PIVOT = RuntimeOption("no-pivot", FLAG, "use MS_MOVE and chroot instead of pivot_root, for a root on a ramdisk")
 CREATE = (
     BUNDLE, CONSOLE, PID_FILE, PIDFD, NO_PIVOT,
     RuntimeOption("no-new-keyring", FLAG, "keep the caller's session keyring"),
@@ -40,7 +40,7 @@ CHECKPOINT = (
     RuntimeOption("shell-job", FLAG, "allow shell jobs"),
     RuntimeOption("file-locks", FLAG, "handle file locks"),
     RuntimeOption("manage-cgroups-mode", TEXT, "soft, full, strict or ignore"),
-    RuntimeOption("empty-ns", LIST, "make a namespace without restoring what is in it"),
+    RuntimeOption("empty-ns", LIST, "create a namespace without restoring its contents"),
     RuntimeOption("auto-dedup", FLAG, "deduplicate memory images"),
     RuntimeOption("lazy-pages", FLAG, "restore memory by userfaultfd"),
     RuntimeOption("link-remap", FLAG, "remap unlinked files"),
@@ -57,13 +57,13 @@ UPDATE = (
     RuntimeOption("cpu-rt-runtime", TEXT, "realtime CPU time in a period, microseconds"),
     RuntimeOption("cpuset-cpus", TEXT, "CPUs to use, such as 0-3,7"),
     RuntimeOption("cpuset-mems", TEXT, "memory nodes to use"),
-    RuntimeOption("cpu-idle", TEXT, "1: run only when nobody else wants to"),
+    RuntimeOption("cpu-idle", TEXT, "1: run only when the CPU is otherwise idle"),
     RuntimeOption("memory", TEXT, "memory limit; suffixes k, m, g; -1 is unlimited"),
     RuntimeOption("memory-reservation", TEXT, "soft memory limit"),
     RuntimeOption("memory-swap", TEXT, "limit of memory and swap together; -1 is unlimited"),
     RuntimeOption("kernel-memory", TEXT, "obsolete, ignored"),
     RuntimeOption("kernel-memory-tcp", TEXT, "obsolete, ignored"),
-    RuntimeOption("pids-limit", NUMBER, "most processes in the container", default=0),
+    RuntimeOption("pids-limit", NUMBER, "maximum number of processes", default=0),
     RuntimeOption("l3-cache-schema", TEXT, "schema of the L3 cache (Intel RDT/CAT)"),
     RuntimeOption("mem-bw-schema", TEXT, "schema of memory bandwidth (Intel RDT/MBA)"),
 )
@@ -71,15 +71,15 @@ EXEC = (
     CONSOLE, PIDFD,
     RuntimeOption("cwd", TEXT, "working directory in the container"),
     RuntimeOption("env", LIST, "set an environment variable, NAME=value", "e"),
-    RuntimeOption("tty", FLAG, "give it a terminal", "t"),
+    RuntimeOption("tty", FLAG, "allocate a terminal", "t"),
     RuntimeOption("user", TEXT, "UID[:GID], numbers", "u"),
-    RuntimeOption("additional-gids", NUMBERS, "one more group", "g"),
+    RuntimeOption("additional-gids", NUMBERS, "add a supplementary group", "g"),
     RuntimeOption("process", TEXT, "file with the process as JSON", "p"),
     DETACH, PID_FILE,
     RuntimeOption("process-label", TEXT, "SELinux label of the process"),
     RuntimeOption("apparmor", TEXT, "AppArmor profile of the process"),
     RuntimeOption("no-new-privs", FLAG, "set no_new_privs"),
-    RuntimeOption("cap", LIST, "give it one more capability", "c"),
+    RuntimeOption("cap", LIST, "add a capability", "c"),
     PRESERVE,
     RuntimeOption("cgroup", LIST, "run in a sub-cgroup: [CONTROLLER[,CONTROLLER]:]PATH"),
     RuntimeOption("ignore-paused", FLAG, "exec in a paused container; the process waits to be resumed"),
@@ -115,9 +115,9 @@ VERBS = {
             RuntimeOption("pre-dump", FLAG, "dump memory only, and leave the container running"),
         ), more="Checkpoints need CRIU and are not supported: the command says so and fails."),
         Verb("create", "create a container", "lifecycle:create", options=CREATE, prefix="runc create failed: ",
-             more="The container's first process waits until `start`.  Example:\n\n    PROG create -b /bundle box"),
-        Verb("delete", "delete a stopped container and what it holds", "lifecycle:delete", options=(
-            RuntimeOption("force", FLAG, "kill it first; an id that does not exist is fine", "f"),
+             more="The container's init process waits for `start`.  Example:\n\n    PROG create -b /bundle box"),
+        Verb("delete", "delete a stopped container and its resources", "lifecycle:delete", options=(
+            RuntimeOption("force", FLAG, "kill it first; ignore an id that does not exist", "f"),
         )),
         Verb("events", "print statistics and out-of-memory events", "events:events", options=(
             RuntimeOption("interval", TEXT, "time between statistics, such as 500ms or 5s", default="5s"),
@@ -128,7 +128,7 @@ VERBS = {
              status=255, prefix="exec failed: ", more="Example:\n\n    PROG exec -t box sh"),
         Verb("features", "print what this runtime supports, as JSON", "features:features", usage="", least=0,
              most=0),
-        Verb("kill", "signal a container's first process (default: SIGTERM)", "lifecycle:kill", options=(
+        Verb("kill", "signal a container's init process (default: SIGTERM)", "lifecycle:kill", options=(
             RuntimeOption("all", FLAG, "signal all processes of the container", "a"),
         ), usage="<container-id> [signal]", most=2),
         Verb("list", "list the containers of this root", "inspect:list_containers", usage="", least=0, most=0, options=(
@@ -144,11 +144,11 @@ VERBS = {
         ), more="Checkpoints need CRIU and are not supported: the command says so and fails."),
         Verb("resume", "resume all processes of a paused container", "limits:resume"),
         Verb("run", "create and run a container", "lifecycle:run", options=(
-            *CREATE, DETACH, RuntimeOption("keep", FLAG, "do not delete the container after its end"), NO_SUBREAPER,
+            *CREATE, DETACH, RuntimeOption("keep", FLAG, "do not delete the container when it exits"), NO_SUBREAPER,
         ), prefix="runc run failed: ", more="Example:\n\n    PROG run -b /bundle box"),
         Verb("spec", "write a config.json to start from", "template:spec", usage="", least=0, most=0, options=(
             RuntimeOption("bundle", TEXT, "directory to write it to", "b"),
-            RuntimeOption("rootless", FLAG, "write one for a container of an ordinary user"),
+            RuntimeOption("rootless", FLAG, "write one for a rootless container"),
         )),
         Verb("start", "execute the program of a created container", "lifecycle:start"),
         Verb("state", "print the state of a container as JSON", "inspect:state"),

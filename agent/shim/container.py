@@ -138,7 +138,7 @@ class Container:
     def add_exec(self, request: Any) -> Process:
         """Note a process to be started later.  Raises ShimError."""
         if request.exec_id in self.execs or request.exec_id == self.id:
-            raise ShimError(StatusCode.ALREADY_EXISTS, f"process {request.exec_id}: exists already")
+            raise ShimError(StatusCode.ALREADY_EXISTS, f"process {request.exec_id}: already exists")
         if self.init.status != RUNNING:
             raise wrong_state(f"container {self.id}: not running")
         pod = self._pod

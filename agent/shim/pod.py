@@ -107,13 +107,13 @@ class Pod:
 
     async def _start_machine(self, document: dict[str, Any]) -> PodMachine:
         if self._aborted:
-            raise MachineError(f"VM {self.name}: is not wanted any more")
+            raise MachineError(f"VM {self.name}: is no longer needed")
         memory, cpus = size_of(document)
         share = (SHARE_TAG, self.shared)
         return await asyncio.to_thread(self._machines.start, self.name, memory=memory, cpus=cpus, share=share)
 
     async def abort(self) -> None:
-        """Have `start`, or a call of the guest's agent, fail soon: the VM is not wanted any more."""
+        """Have `start`, or a call of the guest's agent, fail soon: the VM is no longer needed."""
         self._aborted = True
         if self._client is not None:
             await self._client.close()

@@ -38,7 +38,7 @@ class SandboxService:
 
     async def CreateSandbox(self, request: Any) -> Any:
         if self._bundle is not None:
-            raise ShimError(StatusCode.ALREADY_EXISTS, f"sandbox {request.sandbox_id}: exists already")
+            raise ShimError(StatusCode.ALREADY_EXISTS, f"sandbox {request.sandbox_id}: already exists")
         config = config_of(request)
         self._document = document_of(request, config)
         self._bundle = TaskBundle(request.bundle_path, request.sandbox_id)

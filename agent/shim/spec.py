@@ -128,7 +128,9 @@ def _rewrite_linux(linux: dict[str, Any]) -> None:
     else:
         rules = []
     for device in linux.get("devices") or ():
-        raise UnsupportedSpec(f"linux.devices: {device.get('path')}: a device of the host has no equal in the guest")
+        raise UnsupportedSpec(
+            f"linux.devices: {device.get('path')}: a device of the host has no equivalent in the guest"
+        )
     for name in ("mountLabel", "intelRdt", "uidMappings", "gidMappings"):
         linux.pop(name, None)
     for name in ("blockIO", "network", "rdma", "devices"):

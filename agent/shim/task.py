@@ -111,7 +111,7 @@ class TaskService:
         if request.checkpoint:
             raise ShimError(StatusCode.UNIMPLEMENTED, "restoring a checkpoint: not implemented")
         if request.id in self._containers:
-            raise ShimError(StatusCode.ALREADY_EXISTS, f"container {request.id}: exists already")
+            raise ShimError(StatusCode.ALREADY_EXISTS, f"container {request.id}: already exists")
         own_cgroup = shim_cgroup(request.options)
         bundle = TaskBundle(request.bundle, request.id)
         document = bundle.config()

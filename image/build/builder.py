@@ -65,9 +65,9 @@ class Image:
         try:
             document = json.loads((directory / "image.json").read_text())
         except (OSError, ValueError) as error:
-            raise ImageError(f"{directory}: holds no image ({error}); make one: caisson build-image") from error
+            raise ImageError(f"{directory}: contains no image ({error}); build one: caisson build-image") from error
         if document.get("format") != manifest.FORMAT:
-            raise ImageError(f"{directory}: its image has another format; build it again: caisson build-image")
+            raise ImageError(f"{directory}: its image has a different format; build it again: caisson build-image")
         return cls(directory.resolve(), document)
 
 
@@ -348,7 +348,7 @@ class Build:
         return Tools(self._step("tools", key, self._make_tools) / "tree")
 
     def _make_tools(self, target: Path) -> None:
-        self.report("fetching the programs that pack a disk")
+        self.report("fetching the programs that pack disks")
         (target / "tree").mkdir()
         arch = self.definition.native().arch
         extract(self._packages_of_suite(arch).fetch_all(TOOLS), target / "tree")

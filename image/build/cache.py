@@ -116,7 +116,7 @@ class Cache:
                     self._remove_in_background(making)
                 if isinstance(error, (OSError, ImageError)) and NO_SPACE in str(error):
                     raise ImageError(
-                        f"{self.root}: the disk is full; make room, or name another place in CAISSON_CACHE"
+                        f"{self.root}: the disk is full; free some space, or set CAISSON_CACHE to another directory"
                     ) from error
                 if isinstance(error, OSError):
                     raise ImageError(f"{step}: {error}") from error
@@ -191,7 +191,7 @@ class Cache:
                 lock = file.open("w")
             except OSError as error:
                 raise ImageError(
-                    f"the cache {self.root} is not usable: {error}; CAISSON_CACHE names another"
+                    f"the cache {self.root} is not usable: {error}; set CAISSON_CACHE to another directory"
                 ) from error
             with lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

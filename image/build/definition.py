@@ -40,18 +40,18 @@ UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 class KernelDefinition:
     """``kernel``: the fragments that it must satisfy, and where it comes from."""
 
-    fragments: tuple[str, ...] = setting("what is asked of it: names of rootfs-templates/kernel/*.conf, or paths")
-    package: str = setting("a package that brings it ready to boot", default="")
-    source: str = setting("or a package with its source, or a directory, from which it is compiled", default="")
+    fragments: tuple[str, ...] = setting("requirements: names of rootfs-templates/kernel/*.conf, or paths")
+    package: str = setting("a package with a bootable kernel", default="")
+    source: str = setting("or a source package or directory to compile it from", default="")
 
 
 @dataclass(frozen=True)
 class Limits:
     """``limits``: sizes like 24 MB; a build that exceeds one fails, and names the largest files."""
 
-    image: str = setting("of the packed root", default="")
-    tree: str = setting("of all files in it, unpacked", default="")
-    kernel: str = setting("of the compressed kernel", default="")
+    image: str = setting("maximum size of the packed root", default="")
+    tree: str = setting("maximum size of all files in it, unpacked", default="")
+    kernel: str = setting("maximum size of the compressed kernel", default="")
 
     def bytes_of(self, name: str) -> int | None:
         """Parse a limit into bytes, or None where there is none.  Raises DefinitionError for an invalid size."""
@@ -68,26 +68,28 @@ class Limits:
 class Definition:
     """What an image is made of; rootfs-templates/debian/image.yaml shows each key with its reasons."""
 
-    name: str = setting("what the image is called")
+    name: str = setting("name of the image")
     suite: str = setting("the distribution's release")
-    arch: str = setting("the machine's architecture, in Debian's words")
+    arch: str = setting("architecture, by Debian's name for it")
     python: str = setting("the version of the guest's interpreter, for example 3.13")
-    packages: tuple[str, ...] = setting("unpacked with all that they depend on")
+    packages: tuple[str, ...] = setting("packages to unpack, with all their dependencies")
     wheels: tuple[str, ...] = setting("from PyPI, pinned and with --hash=sha256:… each, for the guest's interpreter")
     busybox: str = setting("the package with a static busybox, for the container rootfs of `caisson exec`")
     kernel: KernelDefinition = section(KernelDefinition, "the kernel")
-    cmdline: str = setting("the kernel's command line, less what the machine adds")
-    distribution: str = setting("whose packages these are", default="debian", choices=tuple(DISTRIBUTIONS))
-    init: str = setting("who is process 1", default="agent", choices=("agent", "systemd"))
-    format: str = setting("how the root is packed", default="initrd", choices=FORMATS)
-    compression: str = setting("of an initrd", default="none", choices=tuple(COMPRESSORS))
-    layout: str = setting("of a disk", default="plain", choices=LAYOUTS)
+    cmdline: str = setting("kernel command line, without what the machine adds")
+    distribution: str = setting(
+        "distribution that the packages come from", default="debian", choices=tuple(DISTRIBUTIONS)
+    )
+    init: str = setting("what runs as process 1", default="agent", choices=("agent", "systemd"))
+    format: str = setting("format of the packed root", default="initrd", choices=FORMATS)
+    compression: str = setting("compression of an initrd", default="none", choices=tuple(COMPRESSORS))
+    layout: str = setting("layout of a disk", default="plain", choices=LAYOUTS)
     verity: bool = setting("check every block of a disk's root against a hash tree (dm-verity)", default=False)
-    files: Mapping[str, str] = setting("more files: path in the guest → path beside the definition", default={})
+    files: Mapping[str, str] = setting("additional files: path in the guest → path beside the definition", default={})
     hooks: tuple[str, ...] = setting("programs beside the definition, run with the tree as their argument", default=())
-    limits: Limits = section(Limits, "sizes that must not be exceeded")
+    limits: Limits = section(Limits, "maximum sizes")
     sources: bool = setting("keep Python sources beside the byte code", default=False)
-    prune: tuple[str, ...] = setting("paths in the guest, as shell patterns, that are removed again", default=())
+    prune: tuple[str, ...] = setting("paths in the guest to remove, as shell patterns", default=())
     keep: tuple[str, ...] = setting("exceptions from prune, and libraries that are loaded by name", default=())
 
     @property
@@ -129,7 +131,7 @@ def host_architecture() -> str:
     """Return Debian's name for this machine's architecture.  Raises DefinitionError for one that is not supported."""
     machine = platform.machine()
     if machine not in ARCHITECTURES:
-        raise DefinitionError(f"{machine}: no images are made for it; there are {' and '.join(ARCHITECTURES)}")
+        raise DefinitionError(f"{machine}: images cannot be built for it, only for {' and '.join(ARCHITECTURES)}")
     return ARCHITECTURES[machine]
 
 
@@ -176,7 +178,7 @@ def load(
     document, templates = _read(file, given, ())
     definition = _defined(file, document, settings)
     if bool(definition.kernel.package) == bool(definition.kernel.source):
-        raise DefinitionError(f"{file}: a kernel has either a package or a source; name one, and not both")
+        raise DefinitionError(f"{file}: a kernel is either a package or a source; give one, not both")
     if definition.arch not in ARCHITECTURES.values():
         raise DefinitionError(f"{file}: arch is {definition.arch!r}; there are {' and '.join(ARCHITECTURES.values())}")
     if arch and definition.arch != arch:
@@ -189,7 +191,7 @@ def load(
     if suite and definition.suite != suite:
         raise DefinitionError(f"{file}: its suite is fixed to {definition.suite}; `{{{{ suite }}}}` would take {suite}")
     if definition.format == "initrd" and (definition.verity or definition.layout != "plain"):
-        raise DefinitionError(f"{file}: verity and layout are a disk's; choose a format of {', '.join(FORMATS[1:])}")
+        raise DefinitionError(f"{file}: verity and layout need a disk; choose a format of {', '.join(FORMATS[1:])}")
     if definition.layout == "dax" and not ROOT_FORMATS[definition.format].dax:
         able = ", ".join(name for name, format in ROOT_FORMATS.items() if format.dax)
         raise DefinitionError(f"{file}: layout dax needs a format that can be mapped: {able}, not {definition.format}")

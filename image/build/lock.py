@@ -25,7 +25,7 @@ class Drift(ImageError):
 
     def __init__(self, differences: list[Difference]) -> None:
         lines = "\n".join(f"  {difference}" for difference in differences)
-        super().__init__(f"the packages are not those of the lock file:\n{lines}\nwithout --locked they are taken")
+        super().__init__(f"the packages differ from the lock file:\n{lines}\nto accept them, leave --locked out")
         self.differences = differences
 
 
@@ -44,7 +44,7 @@ class Lock:
         packages.sort(key=lambda package: (package["type"], package["name"]))
         for first, second in pairwise(packages):
             if _key(first) == _key(second) and first != second:
-                raise ImageError(f"{' '.join(_key(first))} is there twice: {first['version']} and {second['version']}")
+                raise ImageError(f"{' '.join(_key(first))} is listed twice: {first['version']} and {second['version']}")
         unique = {_key(package): package for package in packages}
         return cls(suite, arch, tuple(unique.values()))
 
@@ -64,9 +64,9 @@ class Difference:
             if self.locked["version"] != self.resolved["version"]:
                 return f"{what}: {self.locked['version']} is locked, {self.resolved['version']} is there"
             digests = f"sha256 {self.locked['sha256']} is locked, {self.resolved['sha256']} is there"
-            return f"{what}: {self.locked['version']} is another file: {digests}"
+            return f"{what}: {self.locked['version']} is a different file: {digests}"
         if isinstance(self.locked, Mapping):
-            return f"{what}: {self.locked['version']} is locked, and no longer wanted or found"
+            return f"{what}: {self.locked['version']} is locked, but no longer needed or found"
         if isinstance(self.resolved, Mapping):
             return f"{what}: {self.resolved['version']} is not in the lock file"
         return f"{what}: {self.locked} is locked, not {self.resolved}"

@@ -119,7 +119,7 @@ def _candidates(
 ) -> Iterator[_Candidate]:
     """Yield the images of an index and of those in it; what is no image (attestations, signatures) is left out."""
     if depth >= MAX_INDEXES:
-        raise Malformed(f"{files.shown}: more than {MAX_INDEXES} indexes in each other")
+        raise Malformed(f"{files.shown}: more than {MAX_INDEXES} nested indexes")
     if "layers" in index or "config" in index:
         raise Malformed(f"{files.shown}: ambiguous: an index and a manifest in one document")
     for descriptor in _objects(index, "manifests"):
@@ -309,7 +309,7 @@ def _checked(files: ImageFiles, name: str, digest: str) -> dict[str, Any]:
 def _sha256(digest: str) -> str:
     found = DIGEST.fullmatch(digest)
     if not found:
-        raise Malformed(f"{digest[:80]!r} is no digest of the kind sha256")
+        raise Malformed(f"{digest[:80]!r} is not a sha256 digest")
     return found[1]
 
 
@@ -322,14 +322,14 @@ def _json(stream: IO[bytes], what: str) -> Any:
             raise ValueError(f"more than {MAX_VALUES} values")
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise Malformed(f"{what} is no JSON document: {error}") from error
+        raise Malformed(f"{what} is not valid JSON: {error}") from error
 
 
 def _document(stream: IO[bytes], what: str) -> dict[str, Any]:
     with stream:
         document = _json(stream, what)
     if not isinstance(document, dict):
-        raise Malformed(f"{what} is no JSON object")
+        raise Malformed(f"{what} is not a JSON object")
     return document
 
 

@@ -53,7 +53,7 @@ class LayerMerger:
             parent = self.tree.find_directory(parts[:-1])
             hidden = parts[-1].removeprefix(WHITEOUT)
             if parts[-1] != OPAQUE and hidden in (b"", b".", b".."):
-                raise Malformed(f"{text(member.name)}: a whiteout of no valid name")
+                raise Malformed(f"{text(member.name)}: a whiteout with an invalid name")
             if parent is None or (hidden.startswith(WHITEOUT) and parts[-1] != OPAQUE):
                 continue
             if parts[-1] == OPAQUE:
@@ -89,7 +89,7 @@ class LayerMerger:
 
     def _node(self, member: Member, file: bytes) -> Node:
         if member.kind == stat.S_IFLNK and not member.link:
-            raise Malformed(f"{text(member.name)}: a link that leads nowhere")
+            raise Malformed(f"{text(member.name)}: a dangling link")
         if member.kind == stat.S_IFCHR and member.device == (0, 0):
             raise Malformed(f"{text(member.name)}: a device that overlayfs takes for a whiteout")
         for what in member.dropped:

@@ -152,7 +152,7 @@ class _Packer:
         if (stored := store.find(self._cache, source)) is not None:
             return stored
         if source.startswith(("/", "./", "../")) or not store.NAME.fullmatch(source) or kind in TRANSPORTS:
-            raise ImageError(f"{source}: there is no such image; name a file, a directory, or a stored image")
+            raise ImageError(f"{source}: no such image; name a file, a directory, or a stored image")
         return self._pulled(source)
 
     def _pulled(self, name: str) -> Path:

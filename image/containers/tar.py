@@ -112,7 +112,7 @@ class _Reader:
             header = self._header()
             if header is None:
                 if long or records:
-                    raise self._damaged("ends behind a header of a missing member")
+                    raise self._damaged("ends after the header of a missing member")
                 return None
             kind = header[156:157]
             if kind in (b"x", b"X"):
@@ -158,7 +158,7 @@ class _Reader:
         told = _number(block[148:156], self._damaged)
         rest = block[:148] + b" " * 8 + block[156:]
         if told not in (sum(rest), sum(rest) - 256 * sum(byte > 127 for byte in rest)):  # signed on some old systems
-            raise self._damaged("no header where one should be")
+            raise self._damaged("a header is missing")
         return block
 
     def _extra(self, header: bytes) -> bytes:
@@ -268,7 +268,7 @@ class _Reader:
             *found, rest = (rest + self._read(BLOCK)).split(b"\n")
             read += BLOCK
             if len(rest) > BLOCK:
-                raise self._damaged("a number without an end in a sparse map")
+                raise self._damaged("an unterminated number in a sparse map")
             if not lines and found:
                 runs = _decimal(found[0], member.name)
                 if not 0 <= runs <= MAX_EXTENTS:

@@ -131,7 +131,7 @@ def _inodes(members: Iterable[tuple[bytes, Node]]) -> list[_Inode]:
         if stat.S_IFMT(node.mode) not in _TYPES:
             raise ImageError(f"{text(path)}: is not a file, directory or link (mode {node.mode:o})")
         if path == b"lost+found":
-            raise ImageError("lost+found: is in every ext4 already; remove it from the tree")
+            raise ImageError("lost+found: is already in every ext4 file system; remove it from the tree")
         inode = _Inode(_FIRST + len(nodes) - 2, node)
         if inode.blocks > _EXTENTS_IN_INODE * _EXTENT_BLOCKS:
             raise ImageError(f"{text(path)}: is larger than 512 MiB; choose another format")

@@ -78,9 +78,7 @@ class _Scan:
             with self._beneath.directory(place) as directory:
                 state = os.fstat(directory.descriptor)
                 if (state.st_dev, state.st_ino) != identity:
-                    raise ImageError(
-                        f"{os.fsdecode(place)}: another directory than it was; it changed while it was read"
-                    )
+                    raise ImageError(f"{os.fsdecode(place)}: the directory was replaced while it was read")
                 ways += self._entries(directory.descriptor, place, parent)
 
     def _entries(self, descriptor: int, place: bytes, parent: int) -> list[tuple[bytes, int, tuple[int, int]]]:

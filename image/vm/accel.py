@@ -64,7 +64,7 @@ def _refusal(device: Path, use: Callable[[int], None] = lambda descriptor: None)
     except OSError as error:
         if error.errno == errno.EBUSY:
             return f"{device} is busy: another hypervisor, such as VirtualBox, uses the processor's virtualization"
-        return f"{device} makes no VM ({os.strerror(error.errno or 0)})"
+        return f"{device} cannot create a VM ({os.strerror(error.errno or 0)})"
     finally:
         os.close(descriptor)
     return None
@@ -101,7 +101,7 @@ def choose_accelerator(wanted: str, guest: str, host: Host) -> Choice:
     if wanted not in ("auto", "kvm", "tcg"):
         raise VMError(f"--accel {wanted!r}: is unknown; give auto, kvm or tcg")
     if wanted == "tcg":
-        return Choice("tcg", "TCG (emulation), as asked for")
+        return Choice("tcg", "TCG (emulation), as requested")
     foreign = None
     if guest != host.machine:
         foreign = f"the image is for {guest} and this machine is {host.machine}"
@@ -114,10 +114,10 @@ def choose_accelerator(wanted: str, guest: str, host: Host) -> Choice:
     if foreign:
         raise VMError(f"--accel kvm: {foreign}; KVM runs only a machine's own architecture: --accel tcg")
     if refusal:
-        way_out = "end its VMs, or choose --accel tcg" if "is busy" in refusal else _kvm_way_out(host.kvm)
+        way_out = "stop its VMs, or choose --accel tcg" if "is busy" in refusal else _kvm_way_out(host.kvm)
         raise VMError(f"--accel kvm: {refusal}; {way_out}")
     # The evidence may be wrong: whoever insists gets a try, and is told if it fails.
-    return Choice("kvm", "KVM, as asked for" + (f", although {doubt}" if doubt else ""), doubt or "")
+    return Choice("kvm", "KVM, as requested" + (f", although {doubt}" if doubt else ""), doubt or "")
 
 
 def _kvm_way_out(device: Path) -> str:
@@ -132,18 +132,18 @@ def _kvm_way_out(device: Path) -> str:
 def _way_in(device: Path) -> str:
     """Return the command by which somebody who may not open a device may."""
     if os.geteuid() == 0:
-        return f"what this runs in keeps it from root: {_given(device)}"
+        return f"not even root may open it here: {_given(device)}"
     try:
         group, mode = device.group(), device.stat().st_mode
     except KeyError:
         group, mode = "", 0
     if group in ("", "root") or mode & 0o060 != 0o060:
-        return f"let yourself in: sudo setfacl -m u:$USER:rw {device}"
+        return f"grant yourself access: sudo setfacl -m u:$USER:rw {device}"
     return f"join the group that owns it: sudo usermod -aG {group} $USER, and log in again"
 
 
 def _given(device: Path) -> str:
-    return f"it has to be given: docker run --device {device}"
+    return f"pass it to the container: docker run --device {device}"
 
 
 def choose_vsock(wanted: str, host: Host) -> Choice:
@@ -156,7 +156,7 @@ def choose_vsock(wanted: str, host: Host) -> Choice:
     if wanted not in ("auto", "vhost", "user"):
         raise VMError(f"--vsock {wanted!r}: is unknown; give auto, vhost or user")
     if wanted == "user":
-        return Choice("user", "our own vhost-user device, as asked for")
+        return Choice("user", "our own vhost-user device, as requested")
     device = host.vhost_vsock
     refusal = _refusal(device)
     if refusal is None:

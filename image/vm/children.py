@@ -60,7 +60,9 @@ class ChildProcesses:
         except OSError as error:
             raise VMError(f"{words[0]} cannot be started: {error.strerror}") from error
         except subprocess.SubprocessError as error:
-            raise VMError(f"{TITLES.get(name, name)} cannot be confined: this kernel lacks what it takes") from error
+            raise VMError(
+                f"{TITLES.get(name, name)} cannot be sandboxed: this kernel lacks the features for it"
+            ) from error
         self._processes[name] = process
         if helper:
             self._helpers.add(name)
@@ -87,7 +89,7 @@ class ChildProcesses:
         if name == "qemu" and status == 0:
             return POWERED_OFF
         if status < 0:
-            return f"{title} was ended by signal {-status} ({signal.strsignal(-status)})"
+            return f"{title} was killed by signal {-status} ({signal.strsignal(-status)})"
         return f"{title} exited with status {status}"
 
     def __enter__(self) -> Self:

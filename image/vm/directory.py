@@ -91,7 +91,7 @@ class VMDirectory:
             raise InvalidOption(f"VM {name!r}: is not a name; give letters, digits, '_', '.' and '-'")
         path = (owned_run_root() or run_root()) / name
         if len(os.fsencode(path)) + MAX_SOCKET_NAME > MAX_SOCKET_PATH:
-            raise VMError(f"{path}: is too long for the paths of sockets; a shorter name or CAISSON_RUN helps")
+            raise VMError(f"{path}: is too long for a socket's path; choose a shorter name, or set CAISSON_RUN")
         return cls(path)
 
     def refuse_running(self) -> None:
@@ -112,7 +112,7 @@ class VMDirectory:
                 os.mkdir(self.name, mode=0o700, dir_fd=root)
                 os.rename(NEW_LOCK + self.name, f"{self.name}/lock", src_dir_fd=root, dst_dir_fd=root)
             except FileExistsError:
-                raise VMError(f"{self.path}: is in the way, and is not a VM's; choose another name") from None
+                raise VMError(f"{self.path}: is in the way, and is not a VM's directory; choose another name") from None
             except OSError as error:
                 raise VMError(f"{self.path} cannot be made: {error.strerror}") from error
             return lock
@@ -155,10 +155,10 @@ class VMDirectory:
         except FileNotFoundError:
             return
         except OSError:
-            raise VMError(f"{self.path}: is in the way, and is not a VM's; choose another name") from None
+            raise VMError(f"{self.path}: is in the way, and is not a VM's directory; choose another name") from None
         try:
             if not _is_ours(directory):
-                raise VMError(f"{self.path}: is in the way, and is not a VM's; choose another name")
+                raise VMError(f"{self.path}: is in the way, and is not a VM's directory; choose another name")
             # The lock goes last: what is left by one who is killed on the way still carries the mark.
             for entry in os.scandir(directory):
                 if entry.is_dir(follow_symlinks=False):

@@ -233,7 +233,7 @@ class VM:
                 created = created or now
                 if now - created > (silence_limit := scaled(KVM_SILENCE_TIMEOUT)):
                     raise GuestDoesNotRun(
-                        f"KVM does not run the guest: its firmware has said nothing in {silence_limit:.0f} s"
+                        f"KVM does not run the guest: its firmware has printed nothing in {silence_limit:.0f} s"
                     )
             if now - began > limit:
                 silence = self._directory.console_silence()
@@ -317,7 +317,9 @@ class VM:
         Raises VMError.
         """
         config = self._config
-        assert self._line is not None and config is not None and config.savable, "only a savable VM's starter saves it"
+        assert self._line is not None and config is not None and config.savable, (
+            "only the starter of a savable VM can save it"
+        )
         compatibility = SnapshotCompatibility.here(config.image, self._info["accel"], self._info["vsock"])
         snapshot = Snapshot(name, place(name), config.image, compatibility, config.memory, config.cpus, config.append)
         document = dataclasses.asdict(snapshot) | {"directory": str(snapshot.directory), "image": str(snapshot.image)}

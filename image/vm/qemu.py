@@ -171,7 +171,7 @@ def read_manifest(image: Path) -> tuple[str, dict[str, Any]]:
                 raise VMError(f"{image}: its image lacks {part}; build it again: caisson build-image")
         str(manifest["cmdline"])
     except OSError as error:
-        raise VMError(f"{image}: holds no image ({error.strerror}); build one: caisson build-image") from error
+        raise VMError(f"{image}: contains no image ({error.strerror}); build one: caisson build-image") from error
     except (ValueError, TypeError, KeyError) as error:
         raise VMError(f"{image / 'image.json'} does not describe an image: {error!r}") from error
     return text, manifest
@@ -181,7 +181,7 @@ def architecture_of(manifest: Mapping[str, Any]) -> Architecture:
     """Return the machine for an image.  Raises VMError for an architecture that is not known."""
     name = str(manifest.get("arch"))
     if name not in ARCHITECTURES:
-        raise VMError(f"{name}: the image is for it, and VMs are made for {', '.join(ARCHITECTURES)}")
+        raise VMError(f"{name}: the image is for it, but VMs are available only for {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[name]
 
 

@@ -15,7 +15,7 @@ from caisson.image.vm.errors import VMError
 #: Links that a path may lead through (path_resolution(7) has the same bound).
 MAX_LINKS = 40
 
-ANOTHER = "CAISSON_RUN names another place"
+ANOTHER = "set CAISSON_RUN to another directory"
 
 
 def run_root() -> Path:
@@ -49,9 +49,9 @@ def owned_run_root(make: bool = False) -> Path | None:
     if not stat.S_ISDIR(state.st_mode):
         raise VMError(f"{root}: is not a directory; {ANOTHER}")
     if state.st_uid != os.geteuid():
-        raise VMError(f"{root}: belongs to somebody else; {ANOTHER}")
+        raise VMError(f"{root}: belongs to another user; {ANOTHER}")
     if state.st_mode & 0o022:
-        raise VMError(f"{root}: can be written by others; run: chmod go-w {root}")
+        raise VMError(f"{root}: is writable by others; run: chmod go-w {root}")
     return path
 
 
@@ -67,7 +67,7 @@ def _resolved(path: Path) -> Path:
         state = done.lstat()
         open_to_others = state.st_mode & 0o022 and not state.st_mode & stat.S_ISVTX
         if state.st_uid not in trusted or (open_to_others and not _is_our_group(state)):
-            raise VMError(f"{path}: others can exchange what is in {done}; {ANOTHER}")
+            raise VMError(f"{path}: others can replace files in {done}; {ANOTHER}")
         part = parts.pop(0)
         if part == "..":
             done = done.parent
@@ -78,7 +78,7 @@ def _resolved(path: Path) -> Path:
             done = step
             continue
         if state.st_uid not in trusted:
-            raise VMError(f"{path}: {step} is somebody else's link; {ANOTHER}")
+            raise VMError(f"{path}: {step} is another user's link; {ANOTHER}")
         links += 1
         if links > MAX_LINKS:
             raise VMError(f"{path}: too many links; {ANOTHER}")

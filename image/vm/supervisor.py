@@ -234,7 +234,7 @@ class Supervisor:
         """Stop the guest and store it as a snapshot."""
         from caisson.image.vm.snapshot.snapshot import Snapshot, SnapshotCompatibility, store  # hashes: 4 MiB
 
-        assert self._ram is not None, "only a guest that was started as savable is saved"
+        assert self._ram is not None, "only a guest that was started as savable can be saved"
         document |= {"directory": Path(document["directory"]), "image": Path(document["image"])}
         snapshot = Snapshot(**document | {"compatibility": SnapshotCompatibility(**document["compatibility"])})
         state = migration.save(self._directory.qmp_socket, self._scratch, alive)
@@ -294,7 +294,7 @@ class Supervisor:
             except TimeoutError:
                 return True
             if message is None:
-                raise Ended("the command that started it has ended")
+                raise Ended("the command that started it has exited")
             if "detach" in message:
                 self._detached = True
                 return False

@@ -23,7 +23,7 @@ def test_a_bundle(tmp_path: Path) -> None:
     assert read(tmp_path / "b").bundle["process"] == {"args": ["x"]}
     assert "etc" in listed(tmp_path / "b") and "config.json" not in listed(tmp_path / "b")
     (tmp_path / "b/config.json").write_text("[]")
-    with pytest.raises(Malformed, match="no JSON object"):
+    with pytest.raises(Malformed, match="not a JSON object"):
         read(tmp_path / "b")
 
 

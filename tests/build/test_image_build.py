@@ -255,10 +255,10 @@ def test_the_same_sources_give_the_same_bytes_under_another_umask(
 
 
 def test_a_directory_that_holds_no_image(tmp_path: Path) -> None:
-    with pytest.raises(image.ImageError, match=r"holds no image .*make one: caisson build-image"):
+    with pytest.raises(image.ImageError, match=r"contains no image .*build one: caisson build-image"):
         image.Image.load(tmp_path)
     (tmp_path / "image.json").write_text('{"format": 99}')
-    with pytest.raises(image.ImageError, match="another format; build it again"):
+    with pytest.raises(image.ImageError, match="different format; build it again"):
         image.Image.load(tmp_path)
 
 

@@ -175,12 +175,12 @@ def saved(manifest: object, config: bytes = b"{}") -> bytes:
         (saved([{"Config": "c", "Layers": ["x"]}]), "1 layers, and 0"),
         (saved([{"Config": "c", "Layers": "x"}]), "Layers must be of the type list"),
         (saved([{"Config": "c", "Layers": [1]}]), "list of strings"),
-        (saved([{"Config": "c", "Layers": []}], b"[]"), "no JSON object"),
-        (saved([{"Config": "c", "Layers": []}], b"{"), "no JSON document"),
+        (saved([{"Config": "c", "Layers": []}], b"[]"), "not a JSON object"),
+        (saved([{"Config": "c", "Layers": []}], b"{"), "not valid JSON"),
         (saved([{"Config": "c", "Layers": []}], b'{"a":[' + b"[]," * 270_000 + b"[]]}"), "more than 262144 values"),
         (layer(("manifest.json", file(b"[]")), ("/".join(["n" * 200] * 6), file())), "names no image"),
         (saved([{"Config": "c", "Layers": ["../../etc/passwd"]}], configuration([b""])), "lacks ../../etc/passwd"),
-        (saved([{"Config": "c", "Layers": []}], b'{"rootfs": {"diff_ids": ["md5:1"]}}'), "no digest"),
+        (saved([{"Config": "c", "Layers": []}], b'{"rootfs": {"diff_ids": ["md5:1"]}}'), "not a sha256 digest"),
         (saved([{"Config": "c", "Layers": []}], b'{"config": {"Env": {}}}'), "Env must be"),
         (b"", "not a tar archive"),
         (b"x" * 5000, "not a tar archive"),
@@ -201,7 +201,7 @@ def test_a_layer_that_reaches_out_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_oci_image_reports_missing_parts(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="there is no such image"):
+    with pytest.raises(ImageError, match="no such image"):
         read(tmp_path / "nowhere")
 
 

@@ -290,7 +290,7 @@ def test_the_largest_map_in_the_data_is_read() -> None:
         (b"99999999\n", "99999999 runs; at most"),
         (b"-1\n", "-1 runs; at most"),
         (b"x\n", "not a number"),
-        (b"1" * 2000, "without an end"),
+        (b"1" * 2000, "unterminated number"),
     ],
 )
 def test_reader_rejects_maps_that_lie(lines: bytes, why: str) -> None:

@@ -137,7 +137,7 @@ async def test_a_lost_agent_is_reported_in_words_of_its_own_and_connected_to_aga
 ) -> None:
     path = tmp_path / "agent.sock"
     async with Agent.connect(path, protocol) as agent:
-        with pytest.raises(AgentGone, match=r"^agent: does not answer \([a-z ]+\); `caisson list-vms` tells"):
+        with pytest.raises(AgentGone, match=r"^agent: does not answer \([a-z ]+\); `caisson list-vms` shows"):
             await agent.version()
         async with serving(path, FakeAgent()):
             async with asyncio.timeout(20):

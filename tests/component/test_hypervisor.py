@@ -98,7 +98,7 @@ async def test_a_vm_is_prepared_with_the_size_of_the_annotations(service: Played
     [(name, *size)] = service.machines.asked
     assert answer.agentSocketPath == str(service.machines.agent_socket(name)) and size == [2048, 3]
     assert await service.refused("StartVM", id="pod") == (
-        StatusCode.FAILED_PRECONDITION, "sandbox pod: its VM was started already",
+        StatusCode.FAILED_PRECONDITION, "sandbox pod: its VM was already started",
     )  # fmt: skip
     await service.call("StopVM", id="pod")
     assert await starting == (StatusCode.UNKNOWN, f"VM {name!r}: was stopped")
@@ -195,7 +195,7 @@ def test_a_socket_of_a_killed_service_is_replaced_and_one_in_use_is_not(tmp_path
         left.bind(str(path))
     with _listening(path):
         assert path.stat().st_mode & 0o777 == 0o600
-        with pytest.raises(ServiceError, match="another service serves it"), _listening(path):
+        with pytest.raises(ServiceError, match="another service is listening there"), _listening(path):
             pass
     assert not path.exists()
 

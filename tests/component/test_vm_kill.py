@@ -86,8 +86,8 @@ def test_a_killed_part_takes_everything_with_it(image: Path, tmp_path: Path, par
     ("part", "words"),
     [
         ("supervisor", "its supervisor died"),
-        ("qemu", "QEMU was ended by signal 9"),
-        ("vsock", "the vsock device was ended by signal 9"),
+        ("qemu", "QEMU was killed by signal 9"),
+        ("vsock", "the vsock device was killed by signal 9"),
     ],
 )
 def test_the_starter_hears_what_was_killed(image: Path, tmp_path: Path, part: str, words: str) -> None:

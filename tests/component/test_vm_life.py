@@ -365,7 +365,7 @@ def test_a_guest_that_panics_has_not_powered_off(image: Images) -> None:
 
 
 def test_a_directory_without_an_image_is_refused(image: Images, tmp_path: Path) -> None:
-    with pytest.raises(VMError, match=r"holds no image.*caisson build-image"):
+    with pytest.raises(VMError, match=r"contains no image.*caisson build-image"):
         start(tmp_path)
     incomplete = image("")
     (incomplete / "k").unlink()

@@ -90,7 +90,7 @@ UNKNOWN_PROCESS = (Code.NOT_FOUND, "process no: not found in container box")
 KATA3 = Generation(
     name="kata3",
     sandbox_not_running=UNKNOWN_CONTAINER,
-    create_without_sandbox=(Code.FAILED_PRECONDITION, "the sandbox does not run; create it first"),
+    create_without_sandbox=(Code.FAILED_PRECONDITION, "the sandbox is not running; create it first"),
     signal_without_sandbox=UNKNOWN_CONTAINER,
     container_not_found=UNKNOWN_CONTAINER,
     signal_unknown_container=UNKNOWN_CONTAINER,
@@ -98,7 +98,7 @@ KATA3 = Generation(
     signal_unknown_process=UNKNOWN_PROCESS,
     container_exists=(
         Code.ALREADY_EXISTS,
-        "container box: exists already; remove it first, or choose another id",
+        "container box: already exists; remove it first, or choose another id",
     ),
     start_running=(Code.FAILED_PRECONDITION, "container box: cannot be started: it is running"),
     start_stopped=(Code.FAILED_PRECONDITION, "container dead: cannot be started: it is stopped"),

@@ -169,7 +169,7 @@ def test_a_vm_ends_with_its_shim(service: Service, root: Path) -> None:
         assert len(service.vms()) == 1
         process.kill()
         wait_until(lambda: service.vms() == [], "the VM ends", found=service.log.read_text)
-    assert "a shim has ended without ending its VM" in service.log.read_text()
+    assert "a shim exited without stopping its VM" in service.log.read_text()
 
 
 @pytest.mark.nightly

@@ -164,7 +164,7 @@ async def processes(agent: Agent, name: str) -> str:
             try:
                 return str((await agent.guest.ListProcesses(caisson_pb2.ListProcessesRequest(container_id=name))).table)
             except AgentError as error:
-                if "could not be looked at within" not in str(error):
+                if "could not be inspected within" not in str(error):
                     raise
 
 

@@ -99,7 +99,7 @@ async def test_a_share_by_9p(own: Caisson, lean: Path, tmp_path: Path) -> None:
     )
     assert (out / "reply").read_text() == "again\n"
     kept = own("unshare", "out")
-    assert kept.returncode == 1 and b"stays until its end" in kept.stderr
+    assert kept.returncode == 1 and b"stays until it stops" in kept.stderr
     assert b"9p" not in own("exec", "--", "cat", "/proc/self/mounts").stdout
     assert own("stop-vm").returncode == 0
 

@@ -246,7 +246,7 @@ def test_in_the_background(vm: Caisson, layout: Path) -> None:
     done = run(vm, layout, "--detach", "--container", "apart")
     assert done.returncode == 0 and done.stdout == b"apart\n", done.stderr
     again = run(vm, layout, "--detach", "--container", "apart")
-    assert again.returncode == 125 and b"container 'apart': exists already" in again.stderr
+    assert again.returncode == 125 and b"container 'apart': already exists" in again.stderr
     assert vm("rm", "apart").returncode == 0
     wait_until(lambda: free_ports(vm), "its disk is taken out")
 
@@ -309,4 +309,4 @@ def test_run_rejects_other_files(vm: Caisson, tmp_path: Path, contents: bytes) -
     done = run(vm, tmp_path / "bad.tar")
     assert done.returncode == 125 and b"not a tar archive" in done.stderr and done.stderr.count(b"\n") == 1
     missing = run(vm, tmp_path / "none.tar")
-    assert missing.returncode == 125 and b"there is no such image" in missing.stderr
+    assert missing.returncode == 125 and b"no such image" in missing.stderr

@@ -146,7 +146,7 @@ def test_it_ends_with_its_vm(own: Caisson, shared: Path) -> None:
         (
             ("share", "/tmp", "--tag", "1 2"),
             2,
-            b"--tag 1 2: is not up to 31 letters, digits, - and _, a letter first",
+            b"--tag 1 2: is not a valid tag; give up to 31 letters, digits, - and _, a letter first",
         ),
         (("unshare", "nothing"), 1, b"share 'nothing': VM 'default' has none of this tag; there are: none"),
     ],

@@ -43,7 +43,7 @@ def test_the_time_of_a_boot_is_accounted_for(own: Caisson, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["--timeline", "boot.png"], "is neither a .svg nor a .json file"),
+        (["--timeline", "boot.png"], "must end in .svg or .json"),
         (["--timeline", "/nowhere/boot.svg"], "cannot be written"),
         (["--timeline", "/tmp/boot.svg", "--snapshot", "x"], "--snapshot: cannot be combined with --timeline"),
     ],

@@ -127,7 +127,7 @@ async def test_an_end_waits_for_what_is_in_the_making_and_lets_nothing_new_in(se
     failed = await settled(asyncio.ensure_future(sandbox.create("bad", "", SPEC)))
     end = await settled(asyncio.ensure_future(sandbox.destroy()))
     assert not sandbox.running
-    with pytest.raises(FailedPrecondition, match="the sandbox does not run"):
+    with pytest.raises(FailedPrecondition, match="the sandbox is not running"):
         await sandbox.create("new", "", SPEC)
     launcher.decided.set()
     await made

@@ -91,5 +91,5 @@ def test_for_tmpfs_alone() -> None:
     made["mounts"].append({"destination": "/x", "type": "bind", "source": "/tmp", "options": ["tmpcopyup"]})
     from caisson.agent.libcontainer.plan import plan
 
-    with pytest.raises(SpecError, match=r"mounts\[4\].options: 'tmpcopyup' is for tmpfs alone"):
+    with pytest.raises(SpecError, match=r"mounts\[4\].options: 'tmpcopyup' is only for tmpfs"):
         plan.init_messages(Spec.from_json(made), rootfs="/r", bundle="/", join={}, cgroups={})

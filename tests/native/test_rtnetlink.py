@@ -66,7 +66,7 @@ def test_what_another_process_sends_is_no_answer() -> None:
 
 @pytest.mark.parametrize("kind", [2, 3, rtnetlink.NEWLINK], ids=["error", "done", "link"])
 def test_a_message_that_is_too_short_is_an_error(kind: int) -> None:
-    with pytest.raises(OSError, match="cut off"):
+    with pytest.raises(OSError, match="truncated"):
         speaking(Recorded(HEADER.pack(HEADER.size + 2, kind, 0, 1, 0) + bytes(4))).dump(GETLINK)
 
 

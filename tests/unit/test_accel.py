@@ -60,7 +60,7 @@ def test_a_device_that_another_hypervisor_uses_is_busy(host: Host) -> None:
     choice = accel.choose_accelerator("auto", "x86_64", busy)
     assert choice.name == "tcg"
     assert "is busy: another hypervisor" in choice.reason
-    with pytest.raises(VMError, match=r"--accel kvm: .*kvm is busy: another hypervisor, .*; end its VMs, or choose"):
+    with pytest.raises(VMError, match=r"--accel kvm: .*kvm is busy: another hypervisor, .*; stop its VMs, or choose"):
         accel.choose_accelerator("kvm", "x86_64", busy)
 
 
@@ -74,7 +74,7 @@ def test_kvm_runs_its_own_architecture_only(host: Host) -> None:
 
 def test_accelerator_asked_for_is_used(host: Host) -> None:
     assert accel.choose_accelerator("tcg", "x86_64", host).name == "tcg"
-    assert accel.choose_accelerator("kvm", "x86_64", host).reason == "KVM, as asked for"
+    assert accel.choose_accelerator("kvm", "x86_64", host).reason == "KVM, as requested"
 
 
 def test_forced_accelerator_is_used_with_a_warning(host: Host) -> None:

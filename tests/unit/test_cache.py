@@ -214,7 +214,7 @@ def test_the_cap_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_cache_that_cannot_be_written_names_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ImageError, match="CAISSON_CACHE names another"):
+    with pytest.raises(ImageError, match="set CAISSON_CACHE to another directory"):
         Cache(tmp_path / "file").get_or_make("step", "k", never)
 
 
@@ -267,7 +267,7 @@ def test_a_full_disk_is_named_whoever_meets_it(cache: Cache) -> None:
 
     for make in (full, apt):
         with pytest.raises(
-            ImageError, match="the disk is full; make room, or name another place in CAISSON_CACHE"
+            ImageError, match="the disk is full; free some space, or set CAISSON_CACHE to another directory"
         ) as caught:
             cache.get_or_make("step", "k", make)
         assert str(caught.value).startswith(str(cache.root)) and "mirror" not in str(caught.value)

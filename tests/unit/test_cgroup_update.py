@@ -129,7 +129,7 @@ def test_update_reports_values_that_cannot_be_restored(kernel: Kernel) -> None:
     with pytest.raises(CgroupError) as caught:
         update(kernel, {}, {"memory": {"limit": 4096}, "pids": {"limit": 3}})
     assert str(caught.value) == (
-        "linux.resources.pids.limit: pids.max = '3': Invalid argument; and what was before could not be set again: "
+        "linux.resources.pids.limit: pids.max = '3': Invalid argument; and the previous values could not be restored: "
         "memory.max = 'max' (Device or resource busy)"
     )
 

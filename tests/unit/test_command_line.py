@@ -130,12 +130,12 @@ def test_a_vms_name_is_a_word_or_an_option() -> None:
         (BOOT_VM, ["--image", "--detach"], "--image: a value is missing before --detach"),
         (BOOT_VM, ["--timeout", "nan"], "--timeout nan: is not a time"),
         (BOOT_VM, ["--x\ny"], r"'--x\ny': unknown option"),
-        (STOP_VM, ["a", "b"], "b: one word too many; usage: caisson stop-vm [OPTIONS] [NAME]"),
+        (STOP_VM, ["a", "b"], "b: unexpected argument; usage: caisson stop-vm [OPTIONS] [NAME]"),
         (STOP_VM, [""], "NAME '': is empty; for example NAME web"),
         (CP, ["a"], "TARGET is missing; usage: caisson cp [OPTIONS] SOURCE TARGET"),
         (EXEC, [], "COMMAND is missing; usage: caisson exec [OPTIONS] [--] COMMAND [ARG…]"),
         (EXEC, ["--env", "x", "true"], "--env x: is not NAME=value; for example TERM=xterm"),
-        (EXEC, ["-x", "ls"], "-x: unknown option; a program's own words come after --"),
+        (EXEC, ["-x", "ls"], "-x: unknown option; a program's own options go after --"),
     ],
 )
 def test_wrong_words_are_named_with_a_remedy(command: Command, words: list[str], text: str) -> None:
@@ -289,7 +289,7 @@ def test_a_full_disk_is_one_line(word: str) -> None:
         words = [sys.executable, "-m", "caisson.commands.main", word]
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, timeout=60)
     assert done.returncode == 1
-    assert done.stderr == b"caisson: output: No space left on device; make room and try again\n"
+    assert done.stderr == b"caisson: output: No space left on device; free some space and try again\n"
 
 
 def test_a_locale_without_utf_8_is_enough() -> None:

@@ -131,7 +131,7 @@ def test_a_suite_that_the_template_does_not_know() -> None:
 
 def test_a_machine_that_is_not_supported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "s390x")
-    with pytest.raises(DefinitionError, match="s390x: no images are made for it; there are x86_64 and aarch64"):
+    with pytest.raises(DefinitionError, match="s390x: images cannot be built for it, only for x86_64 and aarch64"):
         load()
 
 

@@ -77,7 +77,7 @@ def test_only_what_carries_our_mark_makes_room(run: Path, tmp_path: Path, name: 
         (place / "file").touch()
         (place / "lock").symlink_to(run / "mine/lock") if "link" in name else (place / "lock").touch()
     before = sorted(other.iterdir() if name == "linked" else place.iterdir())
-    with pytest.raises(VMError, match="in the way, and is not a VM's"):
+    with pytest.raises(VMError, match="in the way, and is not a VM's directory"):
         VMDirectory.of(name).create()
     assert sorted(other.iterdir() if name == "linked" else place.iterdir()) == before
 
@@ -107,9 +107,9 @@ def test_somebody_elses_link_as_the_run_root_is_refused(tmp_path: Path, monkeypa
     monkeypatch.setenv("CAISSON_RUN", str(link))
     assert owned_run_root() == private
     os.chown(link, 12345, 12345, follow_symlinks=False)
-    with pytest.raises(VMError, match="somebody else's link; CAISSON_RUN"):
+    with pytest.raises(VMError, match="another user's link; set CAISSON_RUN"):
         owned_run_root()
-    with pytest.raises(VMError, match="somebody else's link"):
+    with pytest.raises(VMError, match="another user's link"):
         VMDirectory.of("v")
 
 
@@ -120,9 +120,9 @@ def test_a_marked_directory_of_somebody_elses_is_not_removed(run: Path, part: st
     directory = VMDirectory.of("v")
     directory.create().close()
     os.chown(directory.path / part, 12345, 12345)
-    with pytest.raises(VMError, match="in the way, and is not a VM's"):
+    with pytest.raises(VMError, match="in the way, and is not a VM's directory"):
         VMDirectory.of("v").create()
-    with pytest.raises(VMError, match="in the way, and is not a VM's"):
+    with pytest.raises(VMError, match="in the way, and is not a VM's directory"):
         directory.remove()
     assert (directory.path / "lock").exists()
 
@@ -131,10 +131,10 @@ def test_a_marked_directory_of_somebody_elses_is_not_removed(run: Path, part: st
 @pytest.mark.parametrize(
     ("what", "owner", "mode", "why"),
     [
-        (".", (12345, 0), 0o700, "belongs to somebody else"),
-        ("..", (12345, 0), 0o755, "others can exchange what is in"),
-        ("..", (0, 12345), 0o775, "others can exchange what is in"),
-        ("..", (12345, 12345), 0o1777, "others can exchange what is in"),
+        (".", (12345, 0), 0o700, "belongs to another user"),
+        ("..", (12345, 0), 0o755, "others can replace files in"),
+        ("..", (0, 12345), 0o775, "others can replace files in"),
+        ("..", (12345, 12345), 0o1777, "others can replace files in"),
     ],
 )
 def test_a_run_root_of_somebody_elses_is_refused(
@@ -152,7 +152,7 @@ def test_a_run_root_that_others_can_exchange_is_refused(tmp_path: Path, monkeypa
     (shared / "r").mkdir(parents=True, mode=0o700)
     monkeypatch.setenv("CAISSON_RUN", str(shared / "r"))
     shared.chmod(0o777)
-    with pytest.raises(VMError, match=r"others can exchange what is in .*shared; CAISSON_RUN"):
+    with pytest.raises(VMError, match=r"others can replace files in .*shared; set CAISSON_RUN"):
         owned_run_root()
     shared.chmod(0o1777)
     assert owned_run_root() == shared / "r"

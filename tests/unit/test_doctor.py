@@ -113,7 +113,7 @@ def test_a_report_has_the_evidence_and_no_secrets(
     assert texts["vms/web/console.log"].endswith("root_password=[removed] quiet\nthe last line\n")
     assert texts["vms/web/vm.json"] == '{"append": "quiet token=[removed]", "api_key": "[removed]"}'
     assert CommandLine(GROUPS).run(["report", "--output", str(archive)]) == 1
-    remedy = "exists already; remove it, or name another file: --output FILE"
+    remedy = "already exists; remove it, or name another file: --output FILE"
     assert capsys.readouterr().err == f"caisson: {archive}: {remedy}\n"
 
 

@@ -49,8 +49,8 @@ def test_missing_modules_are_skipped(loaded: list[tuple[str, str]]) -> None:
     "name, text",
     [
         ("", "Kernel module name is empty"),
-        ("no", "kernel module no: the image does not have it"),
-        ("../x", "not a valid name of a module"),
+        ("no", "kernel module no: it is not in the image"),
+        ("../x", "not a valid module name"),
         ("broken", "kernel module broken: .*no such file"),
     ],
 )

@@ -25,7 +25,7 @@ def test_a_program_that_containerd_would_not_find_is_linked(places: tuple[Path, 
     link.symlink_to("/of/an/installation/before")
     assert link_program(*places) == f"{link}: linked to {scripts / SHIM_PROGRAM}"
     assert link.samefile(scripts / SHIM_PROGRAM)
-    assert link_program(*places) == f"{link}: is where containerd looks"
+    assert link_program(*places) == f"{link}: containerd finds it here"
 
 
 def test_a_program_that_is_no_link_stays(places: tuple[Path, Path, str]) -> None:

@@ -56,9 +56,9 @@ def test_each_difference_is_named() -> None:
     assert [str(difference) for difference in lock.drift(locked(*BASE), now)] == [
         "suite: trixie is locked, not bookworm",
         "deb libc6: 2.41-12 is locked, 2.41-13 is there",
-        "deb libssl3t64: 3.5.1-1 is locked, and no longer wanted or found",
+        "deb libssl3t64: 3.5.1-1 is locked, but no longer needed or found",
         "deb zlib1g: 1.3 is not in the lock file",
-        f"wheel grpcio: 1.85.1 is another file: sha256 {A} is locked, {B} is there",
+        f"wheel grpcio: 1.85.1 is a different file: sha256 {A} is locked, {B} is there",
     ]
     with pytest.raises(lock.Drift) as caught:
         lock.check(locked(*BASE), now)
@@ -70,12 +70,12 @@ def test_a_deb_and_a_wheel_of_one_name_are_two_packages() -> None:
     both = locked(record("deb", "six", "1.16"), record("wheel", "six", "1.17"))
     assert len(both.packages) == 2
     assert [str(difference) for difference in lock.drift(both, locked(record("deb", "six", "1.16")))] == [
-        "wheel six: 1.17 is locked, and no longer wanted or found"
+        "wheel six: 1.17 is locked, but no longer needed or found"
     ]
 
 
 def test_one_package_in_two_versions_is_refused() -> None:
-    with pytest.raises(ImageError, match="deb libc6 is there twice: 1 and 2"):
+    with pytest.raises(ImageError, match="deb libc6 is listed twice: 1 and 2"):
         locked(record("deb", "libc6", "1"), record("deb", "libc6", "2"))
     assert len(locked(BASE[0], BASE[0]).packages) == 1
 

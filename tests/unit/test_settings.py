@@ -130,8 +130,8 @@ def test_templates_that_are_not_there(tmp_path: Path) -> None:
     [
         (["kernel.source=linux-source-6.12"], "either a package or a source"),
         (["kernel.package="], "either a package or a source"),
-        (["verity=true"], "verity and layout are a disk's; choose a format of erofs"),
-        (["layout=gpt"], "verity and layout are a disk's"),
+        (["verity=true"], "verity and layout need a disk; choose a format of erofs"),
+        (["layout=gpt"], "verity and layout need a disk"),
         (["format=squashfs", "layout=dax"], "layout dax needs a format that can be mapped: erofs, ext4, not squashfs"),
         (["limits.image=24 potatoes"], "limits.image: '24 potatoes' is not a size"),
     ],

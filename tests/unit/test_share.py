@@ -105,7 +105,7 @@ def test_a_vm_without_memory_to_share(tmp_path: Path) -> None:
     assert sharing.share(vm, tmp_path, writable=False) == sharing.Shared("9p", "data", False)
     with pytest.raises(VMError, match=r"--tag data: is in use for .* \(writable\); choose another tag"):
         sharing.share(vm, Path("/tmp"), "data", writable=False)
-    with pytest.raises(VMError, match="stays until its end"):
+    with pytest.raises(VMError, match="stays until it stops"):
         sharing.unshare(vm, "data")
 
 

@@ -183,7 +183,9 @@ class Cgroup:
         except BaseException as error:
             lost = self._take_back(undo)
             if lost and isinstance(error, CgroupError):
-                raise CgroupError(f"{error}; and what was before could not be set again: {', '.join(lost)}") from error
+                raise CgroupError(
+                    f"{error}; and the previous values could not be restored: {', '.join(lost)}"
+                ) from error
             raise
 
     async def _change_devices(self, rules: tuple[DeviceRule, ...]) -> None:
@@ -257,7 +259,7 @@ class Cgroup:
                 if undo is not None and before is not None:
                     undo.append((path, before))
                 if setting.unreliable and int(files.read(path)) > int(value):
-                    raise CgroupError(f"{field}: {file} = {value!r}: this kernel does not do it")
+                    raise CgroupError(f"{field}: {file} = {value!r}: this kernel does not support it")
             except OSError as e:
                 raise CgroupError(f"{field}: {file} = {value!r}: {e.strerror}") from e
             return

@@ -143,7 +143,7 @@ def parse_options(options: tuple[str, ...], *, type_: str, where: str) -> MountO
         elif option == "tmpcopyup" and type_ == "tmpfs":
             copy_up = True
         elif option == "tmpcopyup":
-            raise SpecError(where, f"{option!r} is for tmpfs alone")
+            raise SpecError(where, f"{option!r} is only for tmpfs")
         elif option not in WITHOUT_EFFECT:
             data.append(option)
     for option in data:

@@ -237,7 +237,7 @@ def _check_maps(linux: Linux, new_user: bool, *, joined: bool) -> None:
         if new_user and not mappings:
             raise SpecError(name, "is needed by a new user namespace")
         if len(mappings) > 340:
-            raise SpecError(name, f"holds {len(mappings)} mappings, and the kernel takes 340")
+            raise SpecError(name, f"holds {len(mappings)} mappings, and the kernel accepts at most 340")
 
 
 def _console(process: Process, *, bind: bool) -> Iterable[bytes]:

@@ -60,7 +60,7 @@ def _program(profile: Seccomp) -> bytes:
     compiled = _Library().compile(profile)
     if len(compiled) > INSTRUCTIONS_MAX * 8:
         raise SpecError(
-            "linux.seccomp", f"makes {len(compiled) // 8} instructions; the kernel takes {INSTRUCTIONS_MAX}"
+            "linux.seccomp", f"makes {len(compiled) // 8} instructions; the kernel accepts at most {INSTRUCTIONS_MAX}"
         )
     return pack("=I", profile.flags) + compiled
 
@@ -95,7 +95,7 @@ class _Library:
         """Compile a profile into instructions.  Raises SpecError."""
         context = self._library.seccomp_init(self._ctypes.c_uint32(profile.default))
         if not context:
-            raise SpecError("linux.seccomp.defaultAction", "is not one that libseccomp takes")
+            raise SpecError("linux.seccomp.defaultAction", "is not one that libseccomp accepts")
         filter_ = self._ctypes.c_void_p(context)
         try:
             architectures = self._architectures(filter_, profile)

@@ -86,7 +86,7 @@ class Starter:
                     await self._set_scheduler(started, scheduler, timeout)
                 await self._set_up(started, timeout, until_exec=until_exec)
                 if terminal and channel.console < 0:
-                    raise LaunchError("console: no terminal came", step="console")
+                    raise LaunchError("console: no terminal was received", step="console")
             except BaseException:
                 await started.destroy()
                 raise

@@ -37,7 +37,7 @@ def plug_cpus(vm: VM, count: int) -> None:
         if len(places) < count:
             raise VMError(
                 f"VM {vm.name!r}: room for {len(places)} more CPUs, not {count}; "
-                "the most it can have is set when it boots: --max-cpus"
+                "set the maximum when it boots: --max-cpus"
             )
         # The list is in descending order; the kernel numbers CPUs as they come.
         for place in list(reversed(places))[:count]:
@@ -48,14 +48,14 @@ def plug_cpus(vm: VM, count: int) -> None:
 def plug_memory(vm: VM, mebibytes: int) -> None:
     """Plug in memory, a multiple of 128 MiB.  Raises VMError when the VM has no room for it."""
     if mebibytes <= 0 or mebibytes % MEMORY_BLOCK:
-        raise VMError(f"{mebibytes} MiB: memory is plugged in by multiples of {MEMORY_BLOCK} MiB")
+        raise VMError(f"{mebibytes} MiB: memory is plugged in multiples of {MEMORY_BLOCK} MiB")
     with QMP(vm.directory / "qmp.sock", scaled(PLUG_TIMEOUT)) as monitor:
         plugged = monitor.execute("query-memory-devices")
         have = vm.info["memory"] + sum(device["data"]["size"] for device in plugged) // 2**20
         if have + mebibytes > vm.info["max_memory"]:
             raise VMError(
                 f"VM {vm.name!r}: it has {have} MiB and can have {max(have, vm.info['max_memory'])}; "
-                "the most it can have is set when it boots: --max-memory"
+                "set the maximum when it boots: --max-memory"
             )
         name = f"memory{len(plugged)}"
         # Shared, as the memory it booted with: a vhost-user device maps it.

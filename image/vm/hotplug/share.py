@@ -68,7 +68,7 @@ def share(vm: VM, directory: Path, tag: str = "", *, writable: bool) -> Shared:
     """
     path = directory.resolve()
     if tag and not TAG.fullmatch(tag):
-        raise InvalidOption(f"--tag {tag}: is not up to 31 letters, digits, - and _, a letter first")
+        raise InvalidOption(f"--tag {tag}: is not a valid tag; give up to 31 letters, digits, - and _, a letter first")
     if not path.is_dir():
         raise InvalidOption(f"{directory}: is not a directory; name one to share")
     with _alone(vm):
@@ -176,12 +176,12 @@ def _unshare(vm: VM, tag: str) -> None:
             f"share {tag!r}: VM {vm.name!r} has none of this tag; there are: {', '.join(sorted(there)) or 'none'}"
         )
     if there[tag][0] == "9p":
-        raise VMError(f"share {tag!r}: was there when VM {vm.name!r} booted, and stays until its end")
+        raise VMError(f"share {tag!r}: was set up when VM {vm.name!r} booted, and stays until it stops")
     with QMP(vm.directory / "qmp.sock", scaled(MONITOR_TIMEOUT)) as monitor:
         with contextlib.suppress(QMPError):  # it has gone, or is about to
             monitor.execute("device_del", {"id": f"share-{tag}"})
         if not unplugged(monitor, f"share-{tag}"):
-            raise VMError(f"the guest of VM {vm.name!r} keeps {tag!r}: something in it has it mounted")
+            raise VMError(f"the guest of VM {vm.name!r} keeps {tag!r}: it is still mounted there")
         with contextlib.suppress(QMPError):
             monitor.execute("chardev-remove", {"id": f"chardev-{tag}"})
     _ask(vm, {"unshare": tag})

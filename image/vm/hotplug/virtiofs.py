@@ -95,7 +95,7 @@ class Shares:
         if "unshare" in question:
             self._end(str(question["unshare"]))
             return {}
-        raise VMError("supervisor: the request is unknown; give share or unshare")
+        raise VMError("supervisor: unknown request; give share or unshare")
 
     def serve(self, tag: str, path: Path, writable: bool, mount_namespace: int | None = None) -> Path:
         """Start a virtiofsd, and return its socket, which accepts connections.  Raises VMError."""

@@ -92,7 +92,7 @@ class Snapshot:
         """Return the snapshot of this name.  Raises VMError when there is none."""
         found = cls.load(name)
         if found is None:
-            raise VMError(f"snapshot {name!r}: is not there; save it: caisson save-snapshot {name}")
+            raise VMError(f"snapshot {name!r}: does not exist; save it: caisson save-snapshot {name}")
         return found
 
     @classmethod
