@@ -167,7 +167,7 @@ OUT = "leaves the root"
         ([("a/.wh...", file())], "whiteout with an invalid name"),
         ([("x", {"type": tarfile.CHRTYPE})], "whiteout"),
         ([("x", {"type": b"Q"})], "unknown"),
-        ([("x", link(""))], "nowhere"),
+        ([("x", link(""))], "dangling"),
         ([("n" * 256, file())], "not a valid file name"),
     ],
 )
