@@ -1,4 +1,4 @@
-"""Run containers: turn an OCI configuration into a plan, and `nsexec`, which carries the plan out.
+"""Run containers: turn an OCI configuration into a plan, and `nsexec`, which executes it.
 
-Modules are imported one by one by who needs them; importing the package costs nothing.
+Importers import the modules they need; importing the package itself costs nothing.
 """

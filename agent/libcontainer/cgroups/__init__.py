@@ -1,7 +1,7 @@
 """cgroups: what a container may use, how much it has used, and what is in it.
 
-`v2` and `v1` are two implementations of the interface in `base`; whoever uses one need not know which.  `find` gives
-the one that was asked for.  v2 is the rule and imported with this package, v1 is not.
+`v2` and `v1` are two implementations of the interface in `base`; callers need not know which.  `find` returns the
+requested one.  v2 is the common case and imported with this package, v1 is not.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ __all__ = ["Cgroup", "CgroupError", "CgroupV2", "Hierarchy", "find", "of_host"]
 def find(
     version: str = "v2", parent: str = "", waits: Waits | None = None, *, bounded: bool = False
 ) -> Hierarchy | None:
-    """Find the cgroups of this machine, "v1" or "v2"; None where there are none.
+    """Find the cgroups of this machine, "v1" or "v2"; None if there are none.
 
-    All are made below the cgroup `parent`.  With `bounded`, containers may nest few cgroups in theirs (version 2).
+    All are created below the cgroup `parent`.  With `bounded`, a container may nest only a few cgroups in its own
+    (version 2).
     """
     if version == "v2":
         return CgroupV2.find(parent, waits=waits, bounded=bounded)

@@ -1,4 +1,4 @@
-"""What both versions of cgroups have in common: the interface, and limits that are set all or not at all."""
+"""The interface of both cgroup versions, and limits that are set all or none."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from caisson.agent.libcontainer.waits import Waits
 
     class Hierarchy(Protocol):
-        """Where cgroups are made."""
+        """The place where cgroups are created."""
 
         def create(self, path: str, *, below_own: bool = False) -> Cgroup:
-            """Make the cgroup `path` (as in linux.cgroupsPath): below the parent, or below this process's own cgroups.
+            """Create the cgroup `path` (as in linux.cgroupsPath) below the parent, or below this process's own cgroups.
 
             Raises CgroupError, also if it is in use.
             """
@@ -45,14 +45,14 @@ WHERE = "linux.resources"
 
 
 class CgroupError(Exception):
-    """A cgroup that could not be made, limited or removed; str() is the sentence for the user."""
+    """A cgroup that could not be created, limited or removed; str() is the message for the user."""
 
 
 class Setting(Record):
     """A value that a field of the configuration asks for, and the file that it goes to.
 
-    `fallbacks` are other files with their values for kernels without the first.  `optional`: what is asked for is so
-    anyway on a kernel that has none of the files.  `unreliable`: some kernels take the value and do nothing.
+    `fallbacks` are other files with their values for kernels without the first.  `optional`: on a kernel without any of
+    the files the value is in force anyway.  `unreliable`: some kernels accept the value and ignore it.
     """
 
     field: str
@@ -66,9 +66,9 @@ class Setting(Record):
 class Cgroup:
     """One cgroup of a container, in one hierarchy or in several."""
 
-    #: The directory that stands for it in messages, and the one that its processes are counted in.
+    #: The directory named in messages, and the one in which its processes are counted.
     path: str
-    #: A directory for clone3(CLONE_INTO_CGROUP), -1 where processes cannot be born in it.
+    #: A directory for clone3(CLONE_INTO_CGROUP), -1 if processes cannot be created in it.
     fd: int
 
     def __init__(self, waits: Waits | None = None) -> None:
@@ -86,11 +86,13 @@ class Cgroup:
         return {controller: path for name, path in self.paths.items() for controller in name.split(",")}
 
     def join_files(self) -> list[str]:
-        """Return files that a process writes itself to in order to move in; none where it had better be born in it."""
+        """Return the files that a process writes itself to in order to join; none if it is better created in the
+        cgroup.
+        """
         return []
 
     def join_fds(self, *, joins_pidns: bool = False) -> JoinFds:
-        """Open descriptors by which nsexec gets into it, for a `with` block; by the names that it has for them.
+        """Open the descriptors by which nsexec joins it, for a `with` block; by nsexec's names for them.
 
         With `joins_pidns`, being born in it takes nsexec one more stage.  Raises CgroupError.
         """
@@ -98,8 +100,8 @@ class Cgroup:
         return JoinFds(self.path, -1 if joins_pidns and files else self.fd, files)
 
     def join_fds_of(self, pid: int) -> JoinFds:
-        """Open the same of the cgroup below it that a process is in: one that has given controllers to cgroups below
-        takes no process (EBUSY), as happens where systemd or a container engine runs in the container.
+        """Open the same for the nested cgroup that a process is in: a cgroup that delegates controllers to its children
+        accepts no process (EBUSY), as happens when systemd or a container engine runs in the container.
 
         Takes time where there are many cgroups below.  Raises CgroupError if the process is in none of them.
         """
@@ -109,38 +111,40 @@ class Cgroup:
         return JoinFds(self.path, fd, [], owned=True)
 
     def pids(self) -> list[int]:
-        """List all processes in it and below, none if it is gone.  Takes time where there are many cgroups below."""
+        """List all processes in it and below; none if it has been removed.  Takes time where there are many cgroups
+        below.
+        """
         return files.pids_in(self.path)
 
     async def kill(self) -> None:
-        """SIGKILL to everything in it, without a race against forks.  Raises CgroupError."""
+        """Send SIGKILL to every process in it, without racing against forks.  Raises CgroupError."""
         raise NotImplementedError
 
     async def freeze(self) -> None:
-        """Stop everything in it; returns once it stands still.  Raises CgroupError."""
+        """Freeze every process in it; returns once all are frozen.  Raises CgroupError."""
         raise NotImplementedError
 
     async def thaw(self) -> None:
-        """Let it go on.  Raises CgroupError."""
+        """Thaw it.  Raises CgroupError."""
         raise NotImplementedError
 
     async def delete(self) -> None:
-        """Remove it and all below.  Retries while the kernel still tears down dead processes.  Raises CgroupError."""
+        """Remove it and all below.  Retries while the kernel tears down dead processes.  Raises CgroupError."""
         raise NotImplementedError
 
     def close(self) -> None:
         """Close descriptors; the cgroup stays.  Idempotent."""
 
     def settings(self, resources: Resources) -> Iterable[Setting]:
-        """Return the limits in an order that the kernel takes.  Raises SpecError for what this version has not."""
+        """Return the limits in an order that the kernel accepts.  Raises SpecError for what this version lacks."""
         raise NotImplementedError
 
     def file(self, name: str) -> str | None:
-        """Return the path of a file of the cgroup; None if its controller is not there."""
+        """Return the path of a file of the cgroup; None if its controller is not available."""
         raise NotImplementedError
 
     def controllers(self) -> frozenset[str]:
-        """Return the controllers that there are for it."""
+        """Return the controllers available to it."""
         raise NotImplementedError
 
     def read(self, name: str) -> str | None:
@@ -152,13 +156,13 @@ class Cgroup:
             return None
 
     def allow_devices(self, rules: tuple[DeviceRule, ...]) -> None:
-        """Put device rules in force, in the place of those before.  Raises CgroupError."""
+        """Apply device rules, replacing the previous ones.  Raises CgroupError."""
         raise NotImplementedError
 
     def apply(self, resources: Resources, *, devices: bool = True) -> None:
-        """Set limits and device rules of a new cgroup; in a user namespace there can be no device rules.
+        """Set limits and device rules of a new cgroup; device rules are not possible in a user namespace.
 
-        Raises CgroupError naming what this machine cannot do.
+        Raises CgroupError naming what this machine does not support.
         """
         self._check_usage(resources)
         for setting in self.settings(resources):
@@ -168,9 +172,9 @@ class Cgroup:
         self._devices = resources.devices
 
     async def update(self, resources: Resources) -> None:
-        """Change limits and device rules, all or none: after a failure the values before are in force again.
+        """Change limits and device rules, all or none: on failure the previous values are restored.
 
-        Raises SpecError or CgroupError, which name the field that cannot be set.
+        Raises SpecError or CgroupError naming the field that cannot be set.
         """
         undo: list[tuple[str, str]] = []
         try:
@@ -194,31 +198,31 @@ class Cgroup:
     def allow_hotplugged_cpus(self, *, above_only: bool) -> None:
         """Allow new CPUs to it, or only to the cgroups above it.  Raises CgroupError.
 
-        In cgroup v2 there is nothing to do: who is given no CPUs by number has all of those above.
+        Nothing to do in cgroup v2: a cgroup without explicit CPUs has all of its parent's.
         """
 
     def stats(self) -> CgroupStats:
-        """Read what it has used so far; zeros where nobody counts.  Reads many files, and may be called in a thread."""
+        """Read its usage so far; zeros where nothing is counted.  Reads many files, and may be called from a thread."""
         raise NotImplementedError
 
     def oom_kills(self) -> int:
-        """Return how many of its processes the kernel has ended for want of memory."""
+        """Return how many of its processes the OOM killer has killed."""
         raise NotImplementedError
 
     def oom_watch(self, killed: Callable[[], object]) -> OomWatch | None:
-        """Watch for processes that the kernel ends for want of memory: `killed` is called then.
+        """Watch for OOM kills: `killed` is called on each.
 
-        None on a machine on which nobody counts memory.  The caller closes it.  Raises CgroupError.
+        None on a machine without memory accounting.  The caller closes it.  Raises CgroupError.
         """
         raise NotImplementedError
 
     def known_devices(self, rules: tuple[DeviceRule, ...]) -> None:
-        """Note the device rules that are in force in a cgroup that was opened."""
+        """Record the device rules already in force in a cgroup that was opened."""
         self._devices = rules
 
     @property
     def exists(self) -> bool:
-        """Whether it is there."""
+        """Whether it exists."""
         return os.path.isdir(self.path)  # noqa: PTH112 - no pathlib at start
 
     @property
@@ -227,7 +231,7 @@ class Cgroup:
         raise NotImplementedError
 
     def _check_usage(self, resources: Resources) -> None:
-        """Refuse a limit below what is in use, which would end processes, where memory.checkBeforeUpdate says so."""
+        """Reject a limit below current usage, which would kill processes, if memory.checkBeforeUpdate is set."""
         memory = resources.memory
         if not memory.check_before_update:
             return
@@ -245,7 +249,7 @@ class Cgroup:
         raise NotImplementedError
 
     def _set(self, setting: Setting, undo: list[tuple[str, str]] | None) -> None:
-        """Write one value; what was before goes to `undo`, and what is so already is left alone then."""
+        """Write one value; with `undo`, record the previous one there, and skip a value that is already set."""
         field = setting.field
         for file, value in ((setting.file, setting.value), *setting.fallbacks):
             path = self.file(file)
@@ -273,7 +277,7 @@ class Cgroup:
         raise CgroupError(f"{field}: the cgroup controller {controller!r} is not available here")
 
     def _take_back(self, undo: list[tuple[str, str]]) -> list[str]:
-        """Write what was before, the last first.  Returns the files that do not take it."""
+        """Restore the previous values, the last first.  Returns the files that reject theirs."""
         lost = []
         for path, before in reversed(undo):
             try:
@@ -319,7 +323,7 @@ class JoinFds:
 
 
 def signal_pid(pid: int, number: int) -> None:
-    """Signal a process that is not a child, by way of its pidfd.  Raises ProcessLookupError."""
+    """Signal a process that is not a child, through a pidfd.  Raises ProcessLookupError."""
     import signal
 
     pidfd = os.pidfd_open(pid)
@@ -337,7 +341,7 @@ def own_cgroups(file: str = "/proc/self/cgroup") -> dict[str, str]:
 
 
 def check_unused(path: str, pids: list[int], *, frozen: bool) -> None:
-    """Refuse a cgroup that is in use.  Raises CgroupError."""
+    """Reject a cgroup that is in use.  Raises CgroupError."""
     if pids:
         raise CgroupError(f"cgroup {path}: container's cgroup is not empty: {len(pids)} process(es) found")
     if frozen:

@@ -1,6 +1,6 @@
-"""Which CPUs there are, and what becomes of a configuration that names others.
+"""The available CPUs, and how a configuration that names others is adjusted.
 
-Whoever writes a configuration may have the CPUs of another machine in mind: a VM has as many as it was given.
+A configuration may be written for the CPUs of another machine: a VM has only as many as it was given.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 ONLINE = "/sys/devices/system/cpu/online"
 
-#: Characters of a list, and numbers of a CPU, beyond which nobody means it; the kernel's own bound on CPUs is 8192.
+#: Largest sensible length of a list, and CPU number; the kernel's own limit is 8192 CPUs.
 LONGEST, HIGHEST = 4096, 1 << 14
 
 
 def numbers(text: str) -> frozenset[int] | None:
-    """Parse a list of CPUs such as 0-3,7; None for what is none, or absurd (cpuset(7), "List format")."""
+    """Parse a list of CPUs such as 0-3,7; None if it is invalid or absurd (cpuset(7), "List format")."""
     found: set[int] = set()
     if len(text) > LONGEST:
         return None
@@ -31,15 +31,15 @@ def numbers(text: str) -> frozenset[int] | None:
 
 
 def online(file: str = ONLINE) -> str:
-    """Read the CPUs that can be used, as the kernel writes them."""
+    """Read the online CPUs, as the kernel formats them."""
     with open(file, encoding="ascii") as stream:  # noqa: PTH123 - no pathlib at start
         return stream.read().strip()
 
 
 def available(resources: Resources, file: str = ONLINE) -> Resources:
-    """Return the limits with all CPUs that there are in the place of a list with some that are not.
+    """Return the limits, with all available CPUs in place of a list that names unavailable ones.
 
-    What is not a list is left to the kernel to refuse.
+    An invalid list is left for the kernel to reject.
     """
     wanted = numbers(resources.cpu.cpus) if resources.cpu.cpus else None
     if wanted is None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 DENY_ALL = DeviceRule(False, "a", None, None, "rwm")
 
-# What every container may use, whatever its rules say, as in runc: making nodes, and the nodes that it is given.
+# Always allowed, whatever the rules say, as in runc: creating nodes, and using the standard ones.
 ALWAYS = (
     DeviceRule(True, "c", None, None, "m"),
     DeviceRule(True, "b", None, None, "m"),
@@ -53,22 +53,22 @@ def program(rules: Iterable[DeviceRule]) -> bytes:
         _instruction(LOAD_WORD, R2, R1, 0),
         _instruction(MOVE_REG, R3, R2),
         _instruction(AND_IMM, R2, imm=0xFFFF),  # device type
-        _instruction(SHIFT_RIGHT_IMM, R3, imm=16),  # what is wanted
+        _instruction(SHIFT_RIGHT_IMM, R3, imm=16),  # requested access
         _instruction(LOAD_WORD, R4, R1, 4),
         _instruction(LOAD_WORD, R5, R1, 8),
     ]
     for rule in reversed([DENY_ALL, *rules, *ALWAYS]):
         code += _rule(rule)
         if rule.type == "a":
-            break  # nothing before it counts
+            break  # earlier rules have no effect
     return b"".join(code)
 
 
 def _rule(rule: DeviceRule) -> list[bytes]:
-    """Answer and stop if the rule decides; else fall through to what comes next.
+    """Return the verdict if the rule decides; otherwise fall through to the next one.
 
-    R3 holds what is wanted and not granted yet: an allowing rule takes its part out of it and decides when nothing is
-    left, a denying one decides when any of its part is still in it.
+    R3 holds the access requested and not yet granted: an allow rule clears its bits and decides when none are left, a
+    deny rule decides when any of its bits are still set.
     """
     answer = [_instruction(MOVE_IMM, R0, imm=rule.allow), _instruction(EXIT)]
     if rule.type == "a":
@@ -91,7 +91,7 @@ def _rule(rule: DeviceRule) -> list[bytes]:
 
 
 def attach(cgroup: int, rules: Iterable[DeviceRule]) -> None:
-    """Load the program for `rules` and attach it to the cgroup directory `cgroup`, in place of those before.
+    """Load the program for `rules` and attach it to the cgroup directory `cgroup`, replacing the previous one.
 
     Raises OSError.
     """
@@ -144,7 +144,7 @@ def _load(code: bytes) -> int:
     for _ in range(MAX_LOAD_TRIES - 1):
         try:
             return _bpf(BPF_PROG_LOAD, load)
-        except BlockingIOError:  # EAGAIN: a signal (SIGCHLD, mostly) interrupted the verifier; bpf(2) says to ask again
+        except BlockingIOError:  # EAGAIN: a signal (SIGCHLD, mostly) interrupted the verifier; bpf(2) says to retry
             continue
     return _bpf(BPF_PROG_LOAD, load)
 

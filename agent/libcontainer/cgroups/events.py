@@ -1,6 +1,6 @@
-"""What the kernel announces of a cgroup: that a file has changed, that processes were ended for want of memory.
+"""Kernel notifications about a cgroup: a file has changed, processes were OOM-killed.
 
-Nothing is waited for here: a watch has a descriptor, and whoever holds it calls `on_readable` when that can be read.
+Nothing here blocks: a watch has a descriptor, and its owner calls `on_readable` when that is readable.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 
 def oom_kills(files: CgroupDirectory, name: str) -> int:
-    """Count the processes that were ended so far, according to memory.events or memory.oom_control."""
+    """Count the processes killed so far, according to memory.events or memory.oom_control."""
     return files.table(name).get("oom_kill", 0)
 
 
 class FileWatch:
-    """Notice changes of a file of a cgroup, until its cgroup goes.
+    """Watch a cgroup file for changes, until its cgroup is removed.
 
-    Such a file is always readable; that it has changed is EPOLLPRI (cgroup-v2.rst, "poll and [id]notify events"),
-    which an event loop does not wait for.  An epoll of its own does, and is readable then.
+    Such a file is always readable; a change is reported as EPOLLPRI (cgroup-v2.rst, "poll and [id]notify events"),
+    which event loops do not wait for.  A nested epoll does, and becomes readable.
     """
 
     #: Seconds after which `on_timeout` is to be called; None for never.
@@ -42,11 +42,11 @@ class FileWatch:
         self._epoll.register(self._file, select.EPOLLPRI)
 
     def fileno(self) -> int:
-        """Return a descriptor that can be read when the file has changed; -1 once its cgroup is gone."""
+        """Return a descriptor that is readable when the file has changed; -1 once its cgroup is gone."""
         return self._epoll.fileno() if self._file >= 0 else -1
 
     def on_readable(self) -> None:
-        """Call back, and arm the watch again."""
+        """Call back, and rearm the watch."""
         try:
             os.pread(self._file, 4096, 0)
         except OSError:  # ENODEV: the cgroup is gone
@@ -54,7 +54,7 @@ class FileWatch:
         self._changed()
 
     def on_timeout(self) -> None:
-        """Do nothing: no time-out is asked for."""
+        """Do nothing: there is no timeout."""
 
     def close(self) -> None:
         """Stop watching.  Idempotent."""
@@ -73,7 +73,7 @@ class OomCounter:
         self._known = count()
 
     def look(self) -> bool:
-        """Return whether the counter has grown since the last look; then the callback was called."""
+        """Check the counter: call back, and return true, if it has grown since the last check."""
         now = self._count()
         grown = now > self._known
         self._known = max(now, self._known)
@@ -83,10 +83,10 @@ class OomCounter:
 
 
 class EventFdNotifier:
-    """Look at a cgroup of version 1 when the kernel reports that it ran out of memory, until it is closed.
+    """Check a v1 cgroup whenever the kernel reports that it ran out of memory, until closed.
 
-    The report comes by an eventfd, before anything was ended, and once more when the cgroup is removed
-    (cgroup-v1/memory.rst, "OOM Control"): so `look`, which tells whether it found something, is called a few times.
+    The report arrives on an eventfd before anything is killed, and again when the cgroup is removed
+    (cgroup-v1/memory.rst, "OOM Control"): so `look`, which returns whether it found something, is called a few times.
     """
 
     DELAYS = (0.0, 0.01, 0.1, 1.0)  # seconds
@@ -114,17 +114,17 @@ class EventFdNotifier:
         return self.DELAYS[self._attempt] if self._attempt < len(self.DELAYS) else None
 
     def fileno(self) -> int:
-        """Return a descriptor that can be read when the kernel reports something; -1 once it is closed."""
+        """Return a descriptor that is readable when the kernel reports something; -1 once closed."""
         return self._event
 
     def on_readable(self) -> None:
-        """Look, and again later if nothing is found."""
+        """Check now, and again later if nothing has changed."""
         os.eventfd_read(self._event)
         self._attempt = 0
         self.on_timeout()
 
     def on_timeout(self) -> None:
-        """Look again, after `delay`."""
+        """Check again, after `delay`."""
         self._attempt = len(self.DELAYS) if self._look() else self._attempt + 1
 
     def close(self) -> None:
@@ -134,5 +134,5 @@ class EventFdNotifier:
             self._event = -1
 
 
-#: What watches a cgroup for want of memory.
+#: A watch for OOM kills in a cgroup.
 OomWatch = FileWatch | EventFdNotifier

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
-#: Bytes of a cgroup.procs that are read: half a million processes.
+#: Bytes of a cgroup.procs to read: half a million processes.
 MAX_PROCS = 1 << 22
 
-#: Files whose lines with several words are one value, not values by key.
+#: Files in which a line of several words is one value, not a key and a value.
 NOT_KEYED = ("cpu.max",)
 
 
@@ -36,8 +36,8 @@ def write(path: str, value: str) -> None:
 def restoring(file: str, value: str, before: str) -> str:
     """Return what restores `file` as it was `before` the write of `value`; "" is written as an empty line.
 
-    Many files hold values by a key that comes first: a device, an interface, `default`.  Only the line of the key that
-    was written is of interest then, and where there was none the value is taken back in the words of that file.
+    Many files hold one value per key, which comes first: a device, an interface, `default`.  Then only the line of the
+    written key matters; if there was none, the value is reset in that file's own syntax.
     """
     lines = before.splitlines()
     if file == "memory.oom_control":
@@ -57,11 +57,11 @@ def restoring(file: str, value: str, before: str) -> str:
 
 
 def walk(path: str) -> Iterator[tuple[int, int, str]]:
-    """Visit a cgroup and all below it, the innermost first: its descriptor, that of the one above, and its name there.
+    """Walk a cgroup and all below it, innermost first: yield its descriptor, its parent's, and its name there.
 
-    Both are open until the next step.  A container may nest cgroups whose paths are longer than PATH_MAX, and as many
-    as it likes in version 1: so there are never more than two descriptors, and no path.  One that goes meanwhile is
-    passed over.  Raises OSError.
+    Both stay open until the next step.  A container may nest cgroups whose paths are longer than PATH_MAX, and as many
+    as it likes in version 1: so this never holds more than two descriptors, and uses no paths.  Cgroups removed
+    meanwhile are skipped.  Raises OSError.
     """
     try:
         at = os.open(os.path.dirname(path), DIRECTORY)  # noqa: PTH120 - no pathlib at start
@@ -105,12 +105,12 @@ def _subdirectories(fd: int) -> list[str]:
 
 
 def pids_in(path: str) -> list[int]:
-    """List all processes of the cgroup and below, none if it is gone."""
+    """List all processes in the cgroup and below; none if it has been removed."""
     return [pid for fd, _, _ in walk(path) for pid in _pids(fd)]
 
 
 def open_around(path: str, pid: int) -> int:
-    """Open the one of a cgroup and those below it that a process is in; -1 if it is in none."""
+    """Open the cgroup, among this one and those below it, that a process is in; -1 if there is none."""
     for fd, _, _ in walk(path):
         if pid in _pids(fd):
             return os.dup(fd)
@@ -127,7 +127,7 @@ def _pids(directory: int) -> list[int]:
 
 
 def remove_tree(path: str) -> bool:
-    """Remove the cgroup and all below; False while the kernel still tears down dead processes.  Raises OSError."""
+    """Remove the cgroup and all below; False while the kernel is still tearing down dead processes.  Raises OSError."""
     for _, above, name in walk(path):
         try:
             os.rmdir(name, dir_fd=above)
@@ -141,19 +141,19 @@ def remove_tree(path: str) -> bool:
 
 
 def remove_around(path: str, made: set[str]) -> None:
-    """Remove the directories above `path`, as long as they are of `made` and empty."""
+    """Remove the parents of `path`, as long as they are in `made` and empty."""
     around = os.path.dirname(path)  # noqa: PTH120 - no pathlib at start
     while around in made:
         try:
             os.rmdir(around)  # noqa: PTH106 - no pathlib at start
-        except OSError:  # another is in it
+        except OSError:  # in use by another
             return
         made.discard(around)
         around = os.path.dirname(around)  # noqa: PTH120 - no pathlib at start
 
 
 def remove_empty(paths: Iterable[str]) -> None:
-    """Remove cgroups that nothing is in or below; others stay."""
+    """Remove cgroups without processes or children; others stay."""
     for path in paths:
         try:
             os.rmdir(path)  # noqa: PTH106 - no pathlib at start
@@ -162,7 +162,7 @@ def remove_empty(paths: Iterable[str]) -> None:
 
 
 def remove_all(made: Iterable[str]) -> None:
-    """Remove empty directories, the last made first, as far as it goes."""
+    """Remove empty directories, newest first, as far as possible."""
     for path in reversed(list(made)):
         try:
             os.rmdir(path)  # noqa: PTH106 - no pathlib at start

@@ -1,6 +1,6 @@
-"""How much a container has used, as records whose fields are named as on the wire (proto/kata1/agent.proto).
+"""Resource usage of a container, as records whose fields are named as on the wire (proto/kata1/agent.proto).
 
-A file that is not there (a controller that is missing, a container that is gone) counts as zeros.
+A missing file (an unavailable controller, a removed container) counts as zeros.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-#: What stands for "no limit" where the kernel says "max".
+#: "No limit", where the kernel says "max".
 UNLIMITED = (1 << 64) - 1
 
 
@@ -26,7 +26,7 @@ class CpuUsage(Record):
 
 
 class ThrottlingData(Record):
-    """Periods with a quota, those in which it was used up, and nanoseconds of waiting."""
+    """Periods with a quota, periods in which it was exhausted, and nanoseconds throttled."""
 
     periods: int = 0
     throttled_periods: int = 0
@@ -59,14 +59,14 @@ class MemoryStats(Record):
 
 
 class PidsStats(Record):
-    """A limit of 0 is none."""
+    """A limit of 0 means none."""
 
     current: int = 0
     limit: int = 0
 
 
 class BlkioEntry(Record):
-    """One counter of one device; `op` is Read, Write, … or empty for what is not counted by operation."""
+    """One counter of one device; `op` is Read, Write, … or empty if not counted by operation."""
 
     major: int
     minor: int
@@ -104,13 +104,13 @@ class CgroupStats(Record):
 
 
 class CgroupDirectory:
-    """Files of one cgroup directory, read without complaint; one that is None has none."""
+    """Files of one cgroup directory; missing ones are not an error, nor is a missing directory (None)."""
 
     def __init__(self, path: str | None) -> None:
         self._path = path
 
     def text(self, name: str) -> str:
-        """Read a file, "" without it."""
+        """Read a file; "" if it is missing."""
         if self._path is None:
             return ""
         try:
@@ -119,7 +119,7 @@ class CgroupDirectory:
             return ""
 
     def number(self, name: str) -> int:
-        """Read a single number, "max" as UNLIMITED, 0 without the file."""
+        """Read a single number: UNLIMITED for "max", 0 if the file is missing."""
         return _number(self.text(name).strip())
 
     def table(self, name: str) -> dict[str, int]:
@@ -128,7 +128,7 @@ class CgroupDirectory:
         return {row[0]: _number(row[1]) for row in rows if len(row) == 2}
 
     def page_sizes(self, suffix: str) -> list[str]:
-        """List the huge page sizes that there is a file hugetlb.<size>.<suffix> for."""
+        """List the huge page sizes that have a file hugetlb.<size>.<suffix>."""
         import os
 
         try:

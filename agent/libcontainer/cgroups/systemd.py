@@ -1,8 +1,8 @@
-"""cgroups that systemd makes: a transient scope for each container, on a host with cgroup v2.
+"""cgroups managed by systemd: a transient scope per container, on a host with cgroup v2.
 
-systemd owns the tree then, and takes a scope away once nothing is in it; it is asked over D-Bus by its own programs,
-systemd-run(1) and systemctl(1).  Limits are written to the files of the cgroup, as without systemd, and are properties
-of the unit as well: else `systemctl daemon-reload` would set them back.
+systemd then owns the tree, and removes a scope once it is empty; it is called over D-Bus through its own programs,
+systemd-run(1) and systemctl(1).  Limits are written to the cgroup's files, as without systemd, and also set as
+properties of the unit: otherwise `systemctl daemon-reload` would reset them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ SLICES, USER_SLICES = "system.slice", "user.slice"
 PREFIX = "runc"
 UNIT_MAX = 255
 UNIT_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789:-_.\\@")
-TIMEOUT = 60  # seconds that systemd may take for a job
-HOLDER = ("cat",)  # keeps a scope until the first process is in it
+TIMEOUT = 60  # timeout of a systemd job, in seconds
+HOLDER = ("cat",)  # keeps a scope alive until the first process joins
 #: Properties of a unit (systemd.resource-control(5)) by the file that they are written to.
 PROPERTIES = {
     "memory.max": "MemoryMax", "memory.low": "MemoryLow", "memory.min": "MemoryMin", "memory.high": "MemoryHigh",
@@ -37,7 +37,7 @@ PROPERTIES = {
 
 
 class Scope:
-    """A unit: `slice` is where in the tree it is, `name` what it is called."""
+    """A unit: its `slice` in the tree, and its `name`."""
 
     def __init__(self, text: str) -> None:
         """Read linux.cgroupsPath, which is "slice:prefix:name".  Raises CgroupError."""
@@ -57,20 +57,20 @@ class Scope:
 
     @property
     def path(self) -> str:
-        """Its cgroup, as the slices above it say: "a-b.slice" is in "a.slice"."""
+        """Its cgroup, below its slices: "a-b.slice" is in "a.slice"."""
         steps = [step for step in self.slice.removesuffix(".slice").split("-") if step]
         slices = ["-".join(steps[: number + 1]) + ".slice" for number in range(len(steps))]
         return "/".join(["", *_of_user(), *slices, self.name])
 
 
 def _of_user() -> list[str]:
-    """Return the cgroups around those of a service manager: none for the system's."""
+    """Return the parent cgroup of a service manager: empty for the system's."""
     uid = os.geteuid()
     return [] if uid == 0 else ["user.slice", f"user-{uid}.slice", f"user@{uid}.service"]
 
 
 class Systemd(Hierarchy):
-    """cgroup v2 as systemd shares it out; a scope that is made gets `properties` as well (systemd_properties.py)."""
+    """cgroup v2 as delegated by systemd; a new scope also gets `properties` (systemd_properties.py)."""
 
     def __init__(self, below: Hierarchy, properties: Sequence[str] = ()) -> None:
         self._below = below
@@ -82,7 +82,9 @@ class Systemd(Hierarchy):
         return {"": root + Scope(path).path}
 
     def create(self, path: str, *, below_own: bool = False) -> ScopeCgroup:
-        """Start a scope, which lasts until a process has joined it and all in it have ended.  Raises CgroupError."""
+        """Start a scope, which lasts until a process has joined it and all its processes have exited.  Raises
+        CgroupError.
+        """
         scope = Scope(path)
         directory = self.place(path)[""]
         if os.path.exists(directory):  # noqa: PTH110 - no pathlib at start
@@ -100,7 +102,9 @@ class Systemd(Hierarchy):
 
 
 def start_command(scope: Scope, properties: Sequence[str] = ()) -> list[str]:
-    """Return what starts a unit around a process that ends when its input does; the last of a property wins."""
+    """Return the command that starts a unit around a process that exits at the end of its input; the last value of a
+    property wins.
+    """
     return [
         "systemd-run", *_manager(), "--scope", "--quiet", "--collect", f"--unit={scope.name}", f"--slice={scope.slice}",
         "--description=container", "--property=Delegate=yes", "--property=DefaultDependencies=no",
@@ -110,7 +114,7 @@ def start_command(scope: Scope, properties: Sequence[str] = ()) -> list[str]:
 
 
 def _start(scope: Scope, properties: Sequence[str]) -> subprocess.Popen[bytes]:
-    """Start a unit, and wait until it is there.  Raises CgroupError."""
+    """Start a unit, and wait until it is running.  Raises CgroupError."""
     command = start_command(scope, properties)
     try:
         holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -122,7 +126,7 @@ def _start(scope: Scope, properties: Sequence[str]) -> subprocess.Popen[bytes]:
         holder.stdin.flush()
         if holder.stdout.read(1):
             return holder
-    except OSError:  # it has ended, and says why
+    except OSError:  # it has exited, and says why
         pass
     said = holder.stderr.read(4096).decode("utf-8", "replace").strip()
     holder.stdin.close()
@@ -135,7 +139,7 @@ def _manager() -> list[str]:
 
 
 def _systemctl(*words: str) -> str:
-    """Ask systemd; what went wrong, "" for nothing."""
+    """Call systemctl; returns the problem, "" for none."""
     command = ["systemctl", *_manager(), "--no-ask-password", *words]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT)
@@ -153,11 +157,13 @@ class ScopeCgroup(CgroupOfV2):
         self._holder = holder
 
     def join_fds(self, *, joins_pidns: bool = False) -> JoinFds:
-        """Open what joins it, as of every cgroup; at its end the scope lasts for as long as what has joined it."""
+        """Open the descriptors to join it, as for every cgroup; after the block the scope lasts as long as its
+        processes.
+        """
         return ScopeJoinFds(self)
 
     def release(self) -> None:
-        """End the process that has held the scope."""
+        """End the process that was holding the scope."""
         holder, self._holder = self._holder, None
         if holder is None:
             return
@@ -175,7 +181,7 @@ class ScopeCgroup(CgroupOfV2):
         self._note(resources)
 
     def _note(self, resources: Resources) -> None:
-        """Have systemd know the limits.  Raises CgroupError."""
+        """Tell systemd the limits.  Raises CgroupError."""
         words = list(properties(self.settings(resources)))
         if not words:
             return
@@ -185,13 +191,13 @@ class ScopeCgroup(CgroupOfV2):
 
     async def delete(self) -> None:
         self.release()
-        _systemctl("stop", self._unit)  # most often it has gone with its last process
+        _systemctl("stop", self._unit)  # usually removed with its last process
         _systemctl("reset-failed", self._unit)
         await super().delete()
 
 
 class ScopeJoinFds(JoinFds):
-    """Descriptors of a scope's cgroup; when they are closed it is nobody's but the container's."""
+    """Descriptors of a scope's cgroup; once they are closed, only the container keeps it alive."""
 
     def __init__(self, cgroup: ScopeCgroup) -> None:
         super().__init__(cgroup.path, cgroup.fd, [])
@@ -203,7 +209,7 @@ class ScopeJoinFds(JoinFds):
 
 
 def properties(settings: Iterable[Setting]) -> list[str]:
-    """Return limits as properties of a unit; what systemd has no property for is left out."""
+    """Return limits as properties of a unit; those without a systemd property are left out."""
     found = {}
     for setting in settings:
         name, value = PROPERTIES.get(setting.file), setting.value

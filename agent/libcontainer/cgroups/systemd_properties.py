@@ -1,7 +1,7 @@
-"""Properties of a container's unit that its annotations ask for: org.systemd.property.NAME, as runc reads them.
+"""Properties of a container's unit requested by annotations: org.systemd.property.NAME, as runc reads them.
 
 A value is one of D-Bus in GVariant's text format, such as "uint64 5000000", "'inactive-or-failed'" or "['a.service']";
-systemd-run(1) takes the same in the form of unit files.
+systemd-run(1) takes it in unit file syntax.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     Value = bool | int | float | str | list[str]
 
 PREFIX = "org.systemd.property."
-#: Bits of the integer types, by keyword and by the letter of a signature; negative where there is a sign.
+#: Bits of the integer types, by keyword and by the letter of a signature; negative if signed.
 INTEGERS = {
     "byte": 8, "int16": -16, "uint16": 16, "int32": -32, "uint32": 32, "int64": -64, "uint64": 64,
     "y": 8, "n": -16, "q": 16, "i": -32, "u": 32, "x": -64, "t": 64,

@@ -1,4 +1,4 @@
-"""What cgroup v1 wants of the cgroups above one: CPUs and real-time that it can be given from."""
+"""What cgroup v1 requires of a cgroup's ancestors: enough CPUs and real-time bandwidth to hand down."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CPUSET = ("cpuset.cpus", "cpuset.mems")
 
 
 def fill_cpuset(above: str, directory: str) -> None:
-    """Give a new cgroup the CPUs and memory nodes of the one above; without any, no process can enter.
+    """Give a new cgroup its parent's CPUs and memory nodes; without any, no process can join.
 
     Raises OSError.
     """
@@ -23,13 +23,13 @@ def fill_cpuset(above: str, directory: str) -> None:
 
 
 def chain(root: str, directory: str) -> list[str]:
-    """List the cgroups between the root and `directory`, the upper first, both excluded."""
+    """List the cgroups between the root and `directory`, the topmost first, both excluded."""
     names = directory.removeprefix(f"{root}/").split("/")[:-1]
     return [f"{root}/{'/'.join(names[: depth + 1])}" for depth in range(len(names))]
 
 
 def widen_cpuset(root: str, directory: str, name: str, value: str) -> None:
-    """Give everything that the root has to those above that have less than is wanted: CPUs may be plugged in.
+    """Give all the root's CPUs to ancestors that have fewer than requested: CPUs may be hot-plugged.
 
     Raises OSError.
     """
@@ -41,9 +41,9 @@ def widen_cpuset(root: str, directory: str, name: str, value: str) -> None:
 
 
 def raise_realtime(root: str, directory: str, runtime: int | None, period: int | None) -> None:
-    """Give those above as much real-time as the ones in them have together, once `directory` has `runtime`.
+    """Raise each ancestor's real-time runtime to the sum of its children's, with `runtime` for `directory`.
 
-    Microseconds, by each one's own period; what is None stays.  Raises OSError.
+    Microseconds, relative to each one's own period; None leaves a value unchanged.  Raises OSError.
     """
     above = chain(root, directory)
     if not os.path.exists(f"{directory}/cpu.rt_runtime_us"):  # noqa: PTH110 - no pathlib at start

@@ -1,8 +1,8 @@
 """cgroup v1: a container's cgroup in every hierarchy.  https://docs.kernel.org/admin-guide/cgroup-v1/index.html
 
-A process cannot be born in a cgroup of v1 by clone3.  nsexec's first stage therefore writes itself into each before it
-makes anything: what it makes is in them from its first instruction on, and no descriptor of them gets any further.
-Hierarchies without a controller (name=systemd) limit nothing, and are left alone.
+A process cannot be created in a v1 cgroup by clone3.  nsexec's first stage therefore joins each of them before it
+creates anything: its children are in them from their first instruction on, and no descriptor of them is passed on.
+Hierarchies without a controller (name=systemd) limit nothing, and are ignored.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
     from caisson.agent.libcontainer.config.resources import DeviceRule, Resources
     from caisson.agent.libcontainer.waits import Waits
 
-#: What is among the options of a hierarchy's superblock and is no controller.
+#: Superblock options of a hierarchy that are not controllers.
 FLAGS = frozenset(("rw", "ro", "none", "noprefix", "xattr", "clone_children", "cpuset_v2_mode", "favordynmods"))
 
-#: The one that stands for all, if it is there: it is the freezer in which processes are counted while nobody forks.
+#: The representative hierarchy, if mounted: the freezer, in which processes can be counted while none forks.
 FIRST = ("freezer", "pids", "memory", "cpu", "devices")
 MAX_KILL_ROUNDS = 50
 NAME = "name="  # of a hierarchy without a controller
@@ -56,7 +56,7 @@ class CgroupV1(Hierarchy):
         self.roots = roots
         self._parent = parent
         self._waits = waits
-        self._made: set[str] = set()  # directories that go with the last cgroup in them
+        self._made: set[str] = set()  # directories to remove with the last cgroup in them
 
     @classmethod
     def find(
@@ -67,10 +67,10 @@ class CgroupV1(Hierarchy):
         *,
         every: bool = False,
     ) -> CgroupV1 | None:
-        """Find where hierarchies with controllers are mounted; None if none is.
+        """Find the mounted hierarchies with controllers; None if there are none.
 
-        With `every` those without controllers count, too: "name=systemd", and "" for version 2 of a hybrid host.  All
-        cgroups are made below the cgroup `parent`, which is made with the first and goes with the last.
+        With `every`, also those without controllers: "name=systemd", and "" for version 2 of a hybrid host.  All
+        cgroups are created below the cgroup `parent`, which is created with the first and removed with the last.
         """
         roots: dict[str, str] = {}
         with open(mountinfo, encoding="utf-8", errors="surrogateescape") as lines:  # noqa: PTH123 - no pathlib at start
@@ -129,7 +129,7 @@ class CgroupV1(Hierarchy):
 
 
 def _make(root: str, parts: list[str], made: list[str], fill: Callable[[str, str], None] | None) -> None:
-    """Make a directory in one hierarchy, level by level; what is new goes to `made`."""
+    """Create a directory in one hierarchy, level by level; adds new ones to `made`."""
     at = root
     for part in parts:
         above, at = at, f"{at}/{part}"
@@ -163,7 +163,7 @@ class CgroupOfV1(Cgroup):
         return self._paths
 
     def join_files(self) -> list[str]:
-        # The freezer is last: who enters one that is frozen goes no further.
+        # The freezer comes last: a process that joins a frozen one gets no further.
         return [
             f"{path}/cgroup.procs" for _, path in sorted(self._paths.items(), key=lambda item: "freezer" in item[0])
         ]
@@ -190,7 +190,7 @@ class CgroupOfV1(Cgroup):
             yield setting
 
     async def freeze(self) -> None:
-        """Stop everything in it; asked for again and again, because who forks meanwhile escapes the kernel's list."""
+        """Freeze every process in it; retried, because forks meanwhile escape the kernel's list."""
         if "freezer" not in self._directories:
             raise CgroupError(f"cgroup {self.path}: the cgroup controller 'freezer' is not available here")
         if not await self._freezer("FROZEN", FREEZE_TIMEOUT):
@@ -203,7 +203,7 @@ class CgroupOfV1(Cgroup):
 
     @property
     def frozen(self) -> bool:
-        """Whether all of it stands still."""
+        """Whether all of it is frozen."""
         return (self.read("freezer.state") or "").strip() == "FROZEN"
 
     async def _freezer(self, state: str, seconds: float) -> bool:
@@ -223,7 +223,9 @@ class CgroupOfV1(Cgroup):
             raise CgroupError(f"cgroup {self.path}: freezer: {e.strerror}") from e
 
     async def kill(self) -> None:
-        """SIGKILL to everything in it: while it is frozen, so that nobody forks away, and then it is thawed to die."""
+        """Send SIGKILL to every process in it while it is frozen, so that none can fork, and then thaw it to let them
+        die.
+        """
         frozen = False
         for _ in range(MAX_KILL_ROUNDS):
             if not os.path.isdir(self.path) or not await self._waits.work(self.pids):  # noqa: PTH112 - no pathlib at start
@@ -265,7 +267,7 @@ class CgroupOfV1(Cgroup):
             files.remove_around(path, self._made)
 
     def allow_devices(self, rules: tuple[DeviceRule, ...]) -> None:
-        """Change the kernel's list step by step to what the rules come to, and look whether it is that then."""
+        """Change the kernel's list step by step into what the rules amount to, and verify it."""
         directory = self._directories.get("devices")
         if directory is None:
             raise CgroupError(f"{WHERE}.devices: the cgroup controller 'devices' is not available here")
@@ -274,7 +276,7 @@ class CgroupOfV1(Cgroup):
 
     async def _change_devices(self, rules: tuple[DeviceRule, ...]) -> None:
         before = v1_devices.resolve(self._devices or ())
-        # From "all but" to "none but" and back there is a moment with neither; nobody shall run in it.
+        # Switching between "all but" and "none but" leaves a moment with neither; no process may run in it.
         still = before.default != v1_devices.resolve(rules).default and not self.frozen
         if still:
             await self.freeze()
@@ -323,7 +325,7 @@ class CgroupOfV1(Cgroup):
 
         def look() -> bool:
             if "oom_kill_disable 1\nunder_oom 1" in (self.read("memory.oom_control") or ""):
-                killed()  # nobody is ended, as was asked for, and all stand still
+                killed()  # as configured, nothing is killed, and all processes are blocked
                 return True
             return counter.look()
 

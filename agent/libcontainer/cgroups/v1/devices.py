@@ -1,8 +1,8 @@
 """Device rules as the list of the cgroup v1 controller, which holds what is allowed, or all but what is denied.
 
-Rules of a configuration come one after the other, and a later one may take back a part of an earlier one.  The kernel's
-list cannot: denying one device of a type that is allowed as a whole leaves it allowed, without an error.  So the
-rules are worked out here, what the list cannot hold is refused, and the kernel's list is read after it was written.
+The rules of a configuration apply in order, and a later one may revoke part of an earlier one.  The kernel's list
+cannot: denying one device of a type that is allowed as a whole leaves it allowed, without an error.  So the rules are
+resolved here, what the list cannot express is rejected, and the kernel's list is read back after writing.
 https://docs.kernel.org/admin-guide/cgroup-v1/devices.html
 """
 
@@ -26,7 +26,7 @@ EVERYTHING = "a *:* rwm"
 
 
 class DeviceList(Record):
-    """What is so by `default` (allowed or not), and accesses by device for which it is not."""
+    """The `default` (allowed or not), and the accesses by device that are exceptions from it."""
 
     default: bool
     exceptions: Mapping[Key, frozenset[str]] = NOTHING
@@ -37,7 +37,7 @@ class DeviceList(Record):
 
 
 def resolve(rules: Iterable[DeviceRule]) -> DeviceList:
-    """Return what rules come to, with those that are always in force.  Raises SpecError for what a list cannot hold."""
+    """Resolve rules, together with those that always apply.  Raises SpecError for what a list cannot express."""
     default = False
     found: dict[Key, frozenset[str]] = {}
     for rule in (DENY_ALL, *rules, *ALWAYS):
@@ -67,7 +67,7 @@ def _holds(outer: Key, inner: Key) -> bool:
 
 
 def _meet(one: Key, other: Key) -> bool:
-    """Return whether there is a device that both are about."""
+    """Return whether any device matches both."""
     return one[0] == other[0] and all(
         mine is None or its is None or mine == its for mine, its in zip(one[1:], other[1:], strict=True)
     )
@@ -82,9 +82,9 @@ def _access(letters: Iterable[str]) -> str:
 
 
 def changes(before: DeviceList | None, after: DeviceList) -> list[tuple[str, str]]:
-    """Return what to write into which file; from scratch if it is not known what was before."""
+    """Return what to write to which file; from scratch if the previous list is unknown."""
     allow, deny = "devices.allow", "devices.deny"
-    more, less = (deny, allow) if after.default else (allow, deny)  # more and fewer exceptions
+    more, less = (deny, allow) if after.default else (allow, deny)  # files that add and remove exceptions
     steps: list[tuple[str, str]] = []
     old: dict[str, str] = {}
     if before is None or before.default != after.default:
@@ -100,11 +100,11 @@ def changes(before: DeviceList | None, after: DeviceList) -> list[tuple[str, str
         added = _access(set(access) - set(old.get(device, "")))
         if added:
             steps.append((more, f"{device} {added}"))
-    return sorted(steps, key=lambda step: (step[1] != "a", step[0] == allow))  # what is denied comes before
+    return sorted(steps, key=lambda step: (step[1] != "a", step[0] == allow))  # denials first
 
 
 def apply(directory: str, before: DeviceList | None, after: DeviceList) -> None:
-    """Make the list of a cgroup what it shall be, and see that it is.  Raises CgroupError."""
+    """Write the list of a cgroup and verify it.  Raises CgroupError."""
     for file, line in changes(before, after):
         try:
             files.write(f"{directory}/{file}", line)

@@ -17,9 +17,9 @@ SHARES = (2, 262144)
 
 
 def settings(resources: Resources, now: Callable[[str], str | None] = lambda file: None) -> Iterator[Setting]:
-    """Yield the limits in an order in which the kernel takes them; `now` tells what a file says.
+    """Yield the limits in an order that the kernel accepts; `now` returns a file's current value.
 
-    Raises SpecError for what v1 cannot do.
+    Raises SpecError for what v1 does not support.
     """
     if resources.unified:
         raise SpecError(f"{WHERE}.unified", "is for cgroup v2, and this machine has v1")
@@ -37,7 +37,7 @@ def settings(resources: Resources, now: Callable[[str], str | None] = lambda fil
 
 
 def _memory(memory: MemoryLimits, where: str, now: Callable[[str], str | None]) -> Iterator[Setting]:
-    memory_and_swap(memory)  # whether they fit each other
+    memory_and_swap(memory)  # check that they are consistent
     limit, swap = memory.limit, memory.swap
     if limit and limit < 0 and not swap:
         swap = -1  # memory and swap together cannot have a limit when memory has none
@@ -46,7 +46,7 @@ def _memory(memory: MemoryLimits, where: str, now: Callable[[str], str | None]) 
         pair.append(Setting(f"{where}.limit", "memory.limit_in_bytes", str(limit)))
     if swap:
         setting = Setting(f"{where}.swap", "memory.memsw.limit_in_bytes", str(swap), optional=swap < 0)
-        # The sum may never be the smaller one: it goes up before, and down after.
+        # The sum may never be the smaller one: raise it first, lower it last.
         grows = _bytes(limit) > int(now("memory.memsw.limit_in_bytes") or NO_LIMIT)
         pair.insert(0 if grows else len(pair), setting)
     yield from pair
@@ -65,7 +65,7 @@ def _memory(memory: MemoryLimits, where: str, now: Callable[[str], str | None]) 
 
 
 def _bytes(limit: int | None) -> int:
-    """Return a limit as a number to compare; one that is not given is 0."""
+    """Return a limit as a number to compare; 0 if it is not given."""
     return NO_LIMIT if limit is not None and limit < 0 else limit or 0
 
 
@@ -90,7 +90,7 @@ def _bandwidth(cpu: CpuLimits, where: str, now: Callable[[str], str | None]) -> 
         setting = Setting(f"{where}.quota", "cpu.cfs_quota_us", str(max(cpu.quota, -1)))
         old_quota, old_period = (int(now(f"cpu.cfs_{name}_us") or -1) for name in ("quota", "period"))
         new_quota, new_period = max(cpu.quota, -1), cpu.period or old_period
-        # One of the two comes first; in between it must not be more than what the cgroup above has: the lesser share.
+        # One of the two comes first; in between, the ratio must not exceed the parent's: take the smaller one.
         quota_first = old_quota > 0 and new_quota > 0 and new_quota * new_period < old_quota * old_period
         found.insert(0 if quota_first else len(found), setting)
     if cpu.burst is not None:

@@ -1,4 +1,4 @@
-"""What a cgroup of version 1 has used.  https://docs.kernel.org/admin-guide/cgroup-v1/index.html"""
+"""Resource usage of a v1 cgroup.  https://docs.kernel.org/admin-guide/cgroup-v1/index.html"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-#: Fields and what their files are called, in the order in which schedulers count them.
+#: Fields and their files, in the order in which schedulers count them.
 BLKIO = {
     "io_service_bytes_recursive": "io_service_bytes",
     "io_serviced_recursive": "io_serviced",
@@ -39,7 +39,7 @@ FAMILIES = ("blkio.bfq.{}_recursive", "blkio.{}_recursive", "blkio.throttle.{}_r
 
 
 def read(directories: Mapping[str, str], count: Callable[[], int]) -> CgroupStats:
-    """Read all counters by the `directories` of controllers; `count` counts processes if the kernel does not."""
+    """Read all counters by the `directories` of controllers; `count` counts processes where the kernel does not."""
 
     def of(controller: str) -> CgroupDirectory:
         return CgroupDirectory(directories.get(controller))
@@ -95,7 +95,7 @@ def _blkio(files: CgroupDirectory) -> BlkioStats:
 
 
 def _entries(files: CgroupDirectory, name: str) -> tuple[BlkioEntry, ...]:
-    """Read lines "8:0 Read 5" or "8:0 5" of the first file that has any; sums over all devices have none."""
+    """Read lines "8:0 Read 5" or "8:0 5" of the first file that has any; totals over all devices have no entry."""
     for family in FAMILIES:
         found = []
         for line in files.text(family.format(name)).splitlines():

@@ -1,7 +1,7 @@
 """cgroup v2: a container's cgroup, its limits and its end.  https://docs.kernel.org/admin-guide/cgroup-v2.html
 
 Unless it is mounted with favordynmods, writing a pid to cgroup.procs costs an RCU grace period (about 15 ms); processes
-are therefore born in their cgroup, by the directory descriptor that `Cgroup.fd` is.
+are therefore created in their cgroup, through the directory descriptor `Cgroup.fd`.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from caisson.agent.libcontainer.waits import Waits
 
 
-#: Cgroups below a container's own: more than systemd with an engine in it makes, few enough to be walked through.
+#: Cgroups below a container's own: more than systemd running an engine creates, few enough to walk.
 NESTING = {"cgroup.max.depth": "32", "cgroup.max.descendants": "2048"}
 
 
 class CgroupV2(Hierarchy):
-    """The cgroup v2 hierarchy of this machine.  With `bounded`, containers may nest few cgroups in theirs."""
+    """The cgroup v2 hierarchy of this machine.  With `bounded`, a container may nest only a few cgroups in its own."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class CgroupV2(Hierarchy):
         self._nesting = NESTING if bounded else {}
         self._parent = parent
         self._waits = waits
-        self._made: set[str] = set()  # directories that go with the last cgroup in them
+        self._made: set[str] = set()  # directories to remove with the last cgroup in them
 
     @classmethod
     def find(
@@ -67,7 +67,7 @@ class CgroupV2(Hierarchy):
     ) -> CgroupV2 | None:
         """Find where cgroup2 is mounted; None if it is not.  On a hybrid host that is /sys/fs/cgroup/unified.
 
-        All cgroups are made below the cgroup `parent`, which is made with the first and goes with the last.
+        All cgroups are created below the cgroup `parent`, which is created with the first and removed with the last.
         """
         with open(mountinfo, encoding="utf-8", errors="surrogateescape") as lines:  # noqa: PTH123 - no pathlib at start
             for line in lines:
@@ -79,7 +79,7 @@ class CgroupV2(Hierarchy):
         return None
 
     def create(self, path: str, *, below_own: bool = False) -> CgroupOfV2:
-        """Make the cgroup `path` (as in linux.cgroupsPath, below the parent) with all controllers that there are.
+        """Make the cgroup `path` (as in linux.cgroupsPath, below the parent) with all available controllers.
 
         Raises CgroupError, also if it is in use.
         """
@@ -125,7 +125,7 @@ class CgroupV2(Hierarchy):
 class CgroupOfV2(Cgroup):
     """One cgroup.  `fd` is its directory, for clone3(CLONE_INTO_CGROUP); -1 if it is gone.
 
-    `made` are directories around it that were made for it and its like: they go with the last.
+    `made` are parents created for it and others like it: they are removed with the last.
     """
 
     def __init__(self, path: str, made: set[str], waits: Waits | None = None, *, moves_are_cheap: bool = False) -> None:
@@ -157,7 +157,7 @@ class CgroupOfV2(Cgroup):
         return settings(resources, self.read)
 
     async def kill(self) -> None:
-        """SIGKILL to everything in it, at once and without a race (Linux 5.14).  Raises CgroupError."""
+        """Send SIGKILL to every process in it, atomically (Linux 5.14).  Raises CgroupError."""
         try:
             files.write(self.file("cgroup.kill"), "1")
         except FileNotFoundError:
@@ -173,7 +173,7 @@ class CgroupOfV2(Cgroup):
 
     @property
     def frozen(self) -> bool:
-        """Whether all of it stands still."""
+        """Whether all of it is frozen."""
         return "frozen 1" in (self.read("cgroup.events") or "").splitlines()
 
     async def _freezer(self, value: str) -> None:
@@ -237,7 +237,7 @@ class CgroupOfV2(Cgroup):
             self.fd = -1
 
     def allow_devices(self, rules: tuple[DeviceRule, ...]) -> None:
-        """Replace one program by another: there is no moment without rules."""
+        """Replace one program by another atomically."""
         from caisson.agent.libcontainer.cgroups import device_program
 
         try:
@@ -250,12 +250,12 @@ class CgroupOfV2(Cgroup):
 
 
 def _beside_own() -> str:
-    """Return the cgroup around this process's: its own has processes, and cannot share out controllers."""
+    """Return the parent of this process's cgroup: its own has processes, and cannot delegate controllers."""
     return os.path.dirname(own_cgroups().get("", ""))  # noqa: PTH120 - no pathlib at start
 
 
 def _enable_controllers(path: str) -> None:
-    """Offer all controllers of `path` to its children; what cannot be offered shows when a limit is set."""
+    """Enable all controllers of `path` for its children; failures surface when a limit is set."""
     available = set(files.read(f"{path}/cgroup.controllers").split())
     for controller in available - set(files.read(f"{path}/cgroup.subtree_control").split()):
         try:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 DEFAULT_PERIOD = 100_000  # microseconds, the kernel's
 NOT_IN_V2 = "does not exist in cgroup v2"
 
-#: What v2 has nothing for: (record, its attribute, the field, why)
+#: What v2 does not have: (record, its attribute, the field, why)
 REFUSED = (
     ("memory", "kernel", "memory.kernel", f"kernel memory limits {NOT_IN_V2.replace('does', 'do')}"),
     ("memory", "kernel_tcp", "memory.kernelTCP", f"kernel TCP memory limits {NOT_IN_V2.replace('does', 'do')}"),
@@ -35,9 +35,9 @@ THROTTLES = {
 
 
 def settings(resources: Resources, now: Callable[[str], str | None] = lambda file: None) -> Iterator[Setting]:
-    """Yield the limits in an order in which the kernel takes them; `now` tells what a file says.
+    """Yield the limits in an order that the kernel accepts; `now` returns a file's current value.
 
-    Raises SpecError for what v2 cannot do.
+    Raises SpecError for what v2 does not support.
     """
     for record, attribute, field, why in REFUSED:
         value = getattr(getattr(resources, record), attribute)
@@ -74,7 +74,7 @@ def memory_and_swap(memory: MemoryLimits) -> int | None:
 def _memory(memory: MemoryLimits, where: str) -> Iterator[Setting]:
     swap = memory_and_swap(memory)
     if swap is not None:
-        # A kernel that does not count swap has none to give, or no limit for it: then only -1 is what is asked for.
+        # A kernel without swap accounting has no swap, or no limit on it: there, only -1 is satisfied.
         yield Setting(f"{where}.swap", "memory.swap.max", _or_max(swap), optional=swap < 0)
     if memory.limit:
         yield Setting(f"{where}.limit", "memory.max", _or_max(memory.limit))
@@ -94,7 +94,7 @@ def _cpu(cpu: CpuLimits, where: str, now: Callable[[str], str | None]) -> Iterat
         bandwidth.append(Setting(f"{where}.{field}", "cpu.max", f"{quota} {cpu.period or DEFAULT_PERIOD}"))
     if cpu.burst is not None:
         burst = Setting(f"{where}.burst", "cpu.max.burst", str(cpu.burst), optional=not cpu.burst)
-        # It may never be above the quota: it goes down before, and up after.
+        # It may never exceed the quota: lower it first, raise it last.
         bandwidth.insert(0 if cpu.burst < int(now("cpu.max.burst") or 0) else len(bandwidth), burst)
     yield from bandwidth
     if cpu.cpus:
@@ -126,7 +126,7 @@ def rdma(resources: Resources) -> Iterator[Setting]:
 
 
 def pids_max(limit: int) -> str:
-    """Format a limit of processes; there is always one, so that 0 is 1, as with runc."""
+    """Format a process limit; there is always at least one process, so 0 means 1, as with runc."""
     return "max" if limit < 0 else str(limit or 1)
 
 

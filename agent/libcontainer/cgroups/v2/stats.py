@@ -1,4 +1,4 @@
-"""What a cgroup of version 2 has used.  https://docs.kernel.org/admin-guide/cgroup-v2.html"""
+"""Resource usage of a v2 cgroup.  https://docs.kernel.org/admin-guide/cgroup-v2.html"""
 
 from __future__ import annotations
 
