@@ -1,7 +1,8 @@
-"""A container as its state directory, its cgroup and /proc say: nothing of it is known in memory alone.
+"""A container as described by its state directory, its cgroup and /proc: no state is kept only in memory.
 
-What one process has created another may start, a third exec into, and any other pause, update, kill and delete; one
-that is killed half-way leaves what the next can remove.  Commands that change a container hold a lock on its directory.
+One process may create a container, another start it, a third exec into it, and any other pause, update, kill and delete
+it; a process that is killed half-way leaves nothing that the next cannot remove.  Commands that change a container hold
+a lock on its directory.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ else:
 
 CONFIG, FILTER, GATE = "config.json", "seccomp", "exec.fifo"
 SIGKILL = 9
-KILL_TIMEOUT = 10.0  # seconds for what was killed to be gone
+KILL_TIMEOUT = 10.0  # seconds for killed processes to disappear
 DIRECTORY_MODE = 0o711
 
 
@@ -44,7 +45,7 @@ def ignore(container: Container) -> None:
 
 
 class Runtime(Record):
-    """What containers are run with: where their state is, and who starts processes, waits and has the cgroups.
+    """The environment for running containers: state directory, process launcher, waits and cgroups.
 
     `saved` is called after the state of a container with a process was written.
     """
@@ -81,26 +82,26 @@ class Container:
 
     @property
     def id(self) -> str:
-        """Its id."""
+        """The container's id."""
         return self.state.id
 
     @property
     def spec(self) -> Spec:
-        """Its configuration, as it was created.  Raises SpecError."""
+        """The configuration it was created with.  Raises SpecError."""
         if self._spec is None:
-            from caisson.agent.libcontainer.config.spec import Spec  # late: many commands only look
+            from caisson.agent.libcontainer.config.spec import Spec  # late: many commands only read the state
 
             self._spec = Spec.from_json(files.read_json(f"{self.directory}/{CONFIG}"))
         return self._spec
 
     @property
     def gate(self) -> str:
-        """The file at which it waits to be started (process/gate.py)."""
+        """The start gate: the file at which it waits (process/gate.py)."""
         return f"{self.directory}/{GATE}"
 
     @property
     def cgroup(self) -> Cgroup | None:
-        """Its cgroup; None without cgroups."""
+        """The cgroup; None without cgroups."""
         if self._cgroup is None and self.state.cgroup_paths:
             hierarchy = self.runtime.hierarchy()
             if self.state.systemd and hierarchy is not None:
@@ -111,7 +112,7 @@ class Container:
         return self._cgroup
 
     def stat(self) -> ProcessStat | None:
-        """Read its first process, if that is alive: one that has its pid by accident is not."""
+        """Read its init process if it is alive, and not another process that has reused the pid."""
         found = ProcessStat.read(self.state.init_process_pid) if self.state.init_process_pid > 0 else None
         if found is None or not found.alive or found.start_time != self.state.init_process_start:
             return None
@@ -128,7 +129,7 @@ class Container:
         return RUNNING if found.executed else CREATED
 
     def _is_frozen(self) -> bool:
-        """Return whether its cgroup is frozen, without the code of cgroups, for commands that only look."""
+        """Return whether its cgroup is frozen, without importing cgroup code, for commands that only read."""
         for controller, name, words in (("freezer", "freezer.state", "FROZEN"), ("", "cgroup.events", "frozen 1")):
             path = self.state.cgroup_paths.get(controller)
             if path is None:
@@ -141,12 +142,12 @@ class Container:
         return False
 
     def pidfd(self) -> int:
-        """Open a pidfd of its first process.  Raises ContainerError if that has ended."""
+        """Open a pidfd of its init process.  Raises ContainerError if it has exited."""
         try:
             pidfd = os.pidfd_open(self.state.init_process_pid)
         except (ProcessLookupError, ValueError, OSError):
             raise ContainerError("container not running") from None
-        if self.stat() is None:  # looked at after it was opened: the pid was not another's at that time
+        if self.stat() is None:  # checked after opening: the pid had not been reused by then
             os.close(pidfd)
             raise ContainerError("container not running")
         return pidfd
@@ -155,7 +156,7 @@ class Container:
 
     @staticmethod
     def reserve(directory: str, container_id: str, cgroup_paths: Mapping[str, str], *, systemd: bool = False) -> None:
-        """Note which cgroup is about to be made for a container, so that a create that is killed can be cleared up."""
+        """Record which cgroup is about to be created for a container, so that a killed create can be cleaned up."""
         paths = {controller: path for name, path in cgroup_paths.items() for controller in name.split(",")}
         State(container_id, -1, 0, "", paths, systemd=systemd).save(directory)
 
@@ -176,10 +177,11 @@ class Container:
         rootless: bool = False,
         systemd: bool = False,
     ) -> tuple[Container, Launched]:
-        """Make a container in its directory, which is there and empty, up to where its program waits to be started.
+        """Create a container in its directory, which exists and is empty, up to the point where its program waits to be
+        started.
 
-        `document` is the configuration that `spec` was read from.  On failure nothing is left but the directory and the
-        cgroup, which are the caller's.  Raises SpecError, CgroupError or LaunchError.
+        `document` is the configuration that `spec` was read from.  On failure only the directory and the cgroup are
+        left, for the caller to remove.  Raises SpecError, CgroupError or LaunchError.
         """
         directory = f"{runtime.root}/{container_id}"
         linux = document.get("linux")
@@ -223,7 +225,7 @@ class Container:
         return container, launched
 
     def _announced(self, pid: int, also: Callable[[int], object] | None) -> None:
-        """Save the pid while nsexec works on: whoever is to remove this container must find it."""
+        """Save the pid while nsexec continues: whoever removes this container must find it."""
         found = ProcessStat.read(pid)
         self.state = self.state.but(init_process_pid=pid, init_process_start=0 if found is None else found.start_time)
         self._save()
@@ -250,7 +252,7 @@ class Container:
         except LaunchError:
             try:
                 await self.kill(SIGKILL)
-            except ContainerError:  # it has ended
+            except ContainerError:  # it has exited
                 pass
             raise
 
@@ -265,7 +267,7 @@ class Container:
         await self.runtime.launcher().hooks.run(point, hooks, document)
 
     async def exec(self, process: Process, launch: Launch) -> Launched:
-        """Run one more process in it.  Raises ContainerError, SpecError or LaunchError."""
+        """Run another process in it.  Raises ContainerError, SpecError or LaunchError."""
         pidfd = self.pidfd()
         try:
             return await self.runtime.launcher().exec(
@@ -282,7 +284,7 @@ class Container:
             os.close(pidfd)
 
     def filter(self) -> bytes:
-        """Read flags and program of its system call filter, compiled; empty without one."""
+        """Read the flags and the compiled program of its seccomp filter; empty without one."""
         try:
             with open(f"{self.directory}/{FILTER}", "rb") as file:  # noqa: PTH123 - no pathlib at start
                 return file.read()
@@ -293,13 +295,13 @@ class Container:
 
     @property
     def has_own_pids(self) -> bool:
-        """Whether its pid namespace is its own, so that all in it end with the first process."""
+        """Whether it has its own pid namespace, so that all its processes end with init."""
         return "pid" not in self.state.joined and any(
             namespace.type == "pid" and not namespace.path for namespace in self.spec.linux.namespaces
         )
 
     async def kill(self, number: int, *, every: bool = False) -> None:
-        """Signal its first process, or all of them.  A paused one that is killed goes on to die.
+        """Signal its init process, or all processes.  A paused container that is killed is thawed, so that it dies.
 
         Raises ContainerError, ProcessLookupError or OSError.
         """
@@ -325,7 +327,7 @@ class Container:
             return
         frozen = cgroup.frozen
         if not frozen and cgroup.exists:
-            await cgroup.freeze()  # so that nobody forks away while the list is read
+            await cgroup.freeze()  # so that nothing can fork while the list is read
         faults.reach("kill_frozen")
         try:
             for pid in cgroup.pids():
@@ -354,7 +356,7 @@ class Container:
         faults.reach("resume_thawed")
 
     async def update(self, changes: Mapping[str, object]) -> None:
-        """Change limits: those that `changes` (as linux.resources) gives, all or none.  They are kept in the state.
+        """Change the limits given in `changes` (as linux.resources), all or none, and save them in the state.
 
         Raises ContainerError, SpecError or CgroupError.
         """
@@ -379,7 +381,7 @@ class Container:
         return self.cgroup
 
     def pids(self) -> list[int]:
-        """List its processes, by this namespace's numbers; without a cgroup the first alone."""
+        """List its processes, by their pids in this namespace; without a cgroup only the init process."""
         if self.cgroup is not None:
             return sorted(self.cgroup.pids())
         return [] if self.stat() is None else [self.state.init_process_pid]
@@ -387,9 +389,9 @@ class Container:
     # --- the end ---
 
     async def delete(self, *, force: bool = False) -> None:
-        """Remove a container that has ended, or was not started; with `force` kill it first.
+        """Remove a container that has exited or was never started; with `force` kill it first.
 
-        Raises ContainerError or CgroupError; it can be tried again then.
+        Raises ContainerError or CgroupError; it can be retried then.
         """
         status = self.status
         if status not in (STOPPED, CREATED) and not force:
@@ -398,7 +400,7 @@ class Container:
         faults.reach("delete_directory")
         try:
             hooks, rdt = self.spec.hooks.poststop, self.spec.linux.intel_rdt
-        except (OSError, SpecError):  # half of a create
+        except (OSError, SpecError):  # an interrupted create
             hooks, rdt = (), None
         if rdt is not None:
             from caisson.agent.libcontainer.intel_rdt import ResctrlGroup
@@ -412,9 +414,9 @@ class Container:
         remove_directory(self.directory)
 
     async def destroy(self) -> None:
-        """Kill what runs in it and remove its cgroup.  Raises ContainerError or CgroupError."""
+        """Kill its processes and remove its cgroup.  Raises ContainerError or CgroupError."""
         cgroup = self.cgroup
-        if not self.state.created:  # it was only to be made: what is in a cgroup of that name is somebody else's
+        if not self.state.created:  # it was only reserved: processes in a cgroup of that name are not its own
             if cgroup is not None:
                 from caisson.agent.libcontainer.cgroups.files import remove_empty
 
@@ -446,6 +448,6 @@ class Container:
 
 
 def _now() -> str:
-    """Return this moment as RFC 3339 with nanoseconds, in UTC."""
+    """Return the current time in RFC 3339 with nanoseconds, in UTC."""
     seconds, nanoseconds = divmod(time.time_ns(), 1_000_000_000)
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{nanoseconds:09d}Z"

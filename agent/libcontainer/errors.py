@@ -1,4 +1,4 @@
-"""What nsexec reports, as sentences for users."""
+"""Error reports of nsexec, as messages for users."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 
 
 class LaunchError(Exception):
-    """A process that could not be started: `step`, `path` and `errno` say where; str() is the sentence for the user."""
+    """A process that could not be started: `step`, `path` and `errno` say where; str() is the message for the user."""
 
     def __init__(self, message: str, *, step: str = "", path: str = "", errno: int = 0) -> None:
-        # Names of files and what hooks write may be any bytes; a sentence is text.
+        # File names and output of hooks may be any bytes; a message is text.
         super().__init__(message.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
         self.step = step
         self.path = path
@@ -17,13 +17,13 @@ class LaunchError(Exception):
 
 
 def reason(errno: int) -> str:
-    """Return the error's name in words, uncapitalised as runc and the shells have it."""
+    """Return the error's description, uncapitalised as in runc and shells."""
     words = os.strerror(errno)
     return words[:1].lower() + words[1:]
 
 
 def launch_error(step: str, path: str, errno: int, why: str) -> LaunchError:
-    """Make the error for a report of nsexec; look-ups of the program read exactly as runc's."""
+    """Build the error for a report of nsexec; failed program lookups read exactly as runc's."""
     words = reason(errno) if errno else ""
     if step == "lookup":
         return LaunchError(_lookup(path, why, words), step=step, path=path, errno=errno)
@@ -34,7 +34,7 @@ def launch_error(step: str, path: str, errno: int, why: str) -> LaunchError:
     where = f"error running {step}: {path}" if " hook #" in step else f"{step} {path}".strip()
     if step == "mount":
         where = f"error mounting {path}"
-    if " hook #" in step:  # C's names of signals begin with a capital
+    if " hook #" in step:  # C's signal descriptions begin with a capital
         said, name = why[:8], why[8:]
         why = said + name[:1].lower() + name[1:] if said == "signal: " else why
     detail = f"{why} ({words})" if why and words else why or words

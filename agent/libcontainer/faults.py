@@ -1,10 +1,10 @@
-"""Points at which a command may be killed, so that a test can have it killed there (tests/native/oci_driver.py).
+"""Points at which a test can have a command killed (tests/native/oci_driver.py).
 
-Those of nsexec are in agent/nsexec/faults.h.  A leaf, for whatever changes the state of a container.
+nsexec's are in agent/nsexec/faults.h.  A leaf module, for all code that changes a container's state.
 """
 
 from __future__ import annotations
 
 
 def reach(point: str) -> None:
-    """Do nothing: only a test puts another function in this one's place."""
+    """Do nothing; tests replace this function."""

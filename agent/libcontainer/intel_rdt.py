@@ -17,7 +17,7 @@ RESERVED = ("info", "mon_data", "mon_groups")
 
 
 class IntelRdt(Record):
-    """`linux.intelRdt`: an empty `clos_id` is a group of the container's own, named as it."""
+    """`linux.intelRdt`: an empty `clos_id` means the container's own group, named after it."""
 
     clos_id: str = ""
     schemata: tuple[str, ...] = ()
@@ -43,7 +43,7 @@ def from_json(value: object, where: str = WHERE) -> IntelRdt:
 
 
 def mounted(mountinfo: str = "/proc/self/mountinfo") -> str | None:
-    """Return where resctrl is mounted."""
+    """Return the mount point of resctrl."""
     with open(mountinfo, encoding="utf-8", errors="surrogateescape") as lines:  # noqa: PTH123 - no pathlib at start
         for line in lines:
             before, _, after = line.partition(" - ")
@@ -65,7 +65,7 @@ class ResctrlGroup:
         self._monitor = f"{self.path}/mon_groups/{container_id}" if settings.monitoring else ""
 
     def make(self) -> None:
-        """Make it and write its schemata; a group that was named is used as it is.  Raises LaunchError."""
+        """Create it and write its schemata; a named group is used as it is.  Raises LaunchError."""
         named, schemata = bool(self._settings.clos_id), self._settings.schemata
         exists = os.path.isdir(self.path)  # noqa: PTH112 - no pathlib at start
         if named and not schemata and not exists:
@@ -104,15 +104,15 @@ class ResctrlGroup:
         raise LaunchError(f"{WHERE}: {error.filename or self.path}: {error.strerror}", step="intelRdt") from error
 
     def remove(self) -> None:
-        """Remove what is the container's own: not a group that was named."""
+        """Remove the group, unless the configuration named it."""
         for path in (self._monitor, "" if self._settings.clos_id else self.path):
             try:
                 if path:
                     os.rmdir(path)  # noqa: PTH106 - no pathlib at start
-            except OSError:  # it was not made
+            except OSError:  # it was never created
                 continue
 
 
 def _plain(line: str) -> str:
-    """Return a line of a schema without blanks around its words."""
+    """Return a schema line without blanks around its words."""
     return "".join(line.split())

@@ -1,6 +1,6 @@
-"""state.json: what is known of a container, at `<root>/<id>/state.json`.
+"""state.json: the saved state of a container, at `<root>/<id>/state.json`.
 
-The keys are those of runc's BaseState (libcontainer, `container_linux.go`) as far as it has them.
+The keys are those of runc's BaseState (libcontainer, `container_linux.go`) where it has them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ START_TIME, FLAGS = 19, 6  # fields after the name, from 0
 
 
 def check_id(name: str) -> str:
-    """Return `name` if it can be an id: it becomes a directory and a cgroup.  Raises SpecError."""
+    """Return `name` if it is a valid id: it becomes a directory and a cgroup.  Raises SpecError."""
     if not name or len(name) > ID_MAX or name in (".", "..") or not ID_CHARACTERS.issuperset(name):
         raise SpecError("id", f"{name[:64]!r} is not of 1 to {ID_MAX} letters, digits and _+.-")
     return name
@@ -43,8 +43,8 @@ class State(Record):
     """One container.
 
     `created` is RFC 3339 in UTC; `cgroup_paths` is by controller, that of cgroup v2 by "".  `joined` are namespaces
-    that its first process joined beyond its configuration, as paths by type; `resources` its limits as they are now, as
-    in the configuration.  A pid of -1: it is being created.  With `systemd` its cgroup is that of a scope.
+    that its init process joined beyond its configuration, as paths by type; `resources` are its current limits, as in
+    the configuration.  A pid of -1 means that it is being created.  With `systemd` its cgroup is a scope's.
     """
 
     id: str
@@ -84,12 +84,12 @@ class State(Record):
         }
 
     def save(self, directory: str) -> None:
-        """Write state.json, whole or not at all.  Raises OSError."""
+        """Write state.json atomically.  Raises OSError."""
         write_whole(f"{directory}/{FILE}", dumps(self.to_json()))
 
     @classmethod
     def load(cls, directory: str) -> State:
-        """Read it back.  Raises OSError, or SpecError for what is not a state."""
+        """Read it back.  Raises OSError, or SpecError if it is invalid."""
         value = read_json(f"{directory}/{FILE}")
         r = Reader(value, FILE)
         config = Reader(r.raw("config") or {}, f"{FILE}.config")
@@ -112,7 +112,7 @@ class State(Record):
 
 
 def read_json(path: str) -> object:
-    """Decode a file.  Raises OSError, or SpecError for what is not JSON."""
+    """Decode a file.  Raises OSError, or SpecError if it is not JSON."""
     try:
         with open(path, encoding="utf-8") as file:  # noqa: PTH123 - no pathlib at start
             return loads(file.read())
@@ -121,7 +121,7 @@ def read_json(path: str) -> object:
 
 
 def write_whole(path: str, content: str | bytes) -> None:
-    """Write a file for the owner alone, whole or not at all.  Raises OSError."""
+    """Write a file atomically, readable only by its owner.  Raises OSError."""
     temporary = f"{path}.new"
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     with open(fd, "wb") as file:  # noqa: PTH123 - a descriptor
@@ -131,10 +131,10 @@ def write_whole(path: str, content: str | bytes) -> None:
 
 
 class ProcessStat(Record):
-    """One look at a process.
+    """A process's state at one moment.
 
-    `start_time` (clock ticks since boot) tells it from a later one with its pid; `state` is R, S, … Z for a zombie;
-    `executed` is whether it has executed a program since it was forked.
+    `start_time` (clock ticks since boot) distinguishes it from a later one with its pid; `state` is R, S, … Z for a
+    zombie; `executed` is whether it has executed a program since it was forked.
     """
 
     start_time: int
@@ -143,7 +143,7 @@ class ProcessStat(Record):
 
     @classmethod
     def read(cls, pid: int) -> ProcessStat | None:
-        """Look at a process; None if there is none."""
+        """Read a process's state; None if there is no such process."""
         try:
             with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123 - a procfs file
                 fields = file.read().rpartition(b")")[2].split()
@@ -153,5 +153,5 @@ class ProcessStat(Record):
 
     @property
     def alive(self) -> bool:
-        """Whether it runs, or can: it is not a zombie."""
+        """Whether it is alive: not a zombie."""
         return self.state not in ("Z", "X")

@@ -1,4 +1,4 @@
-"""The directory of a container's state: found, locked while it is changed, listed and removed."""
+"""A container's state directory: find, lock, list and remove it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from caisson.agent.libcontainer import state as files
 
 
 class ContainerError(Exception):
-    """What a container is not in a state for; str() is the message that callers of runc match."""
+    """An operation that the container's state does not allow; str() is the message that callers of runc match."""
 
 
 class DoesNotExist(ContainerError):
-    """There is no such container."""
+    """No such container."""
 
     def __init__(self) -> None:
         super().__init__("container does not exist")
 
 
 class ContainerLock:
-    """A lock on a container's directory, for a `with` block: who changes a container is alone with it."""
+    """An exclusive lock on a container's directory, for a `with` block that changes it."""
 
     def __init__(self, directory: str, *, wait: bool = True) -> None:
         """Raises DoesNotExist; BlockingIOError without `wait` if another has it."""
@@ -42,7 +42,7 @@ class ContainerLock:
                     break
             except FileNotFoundError:
                 pass
-            os.close(fd)  # of one that was removed meanwhile
+            os.close(fd)  # it was removed meanwhile
         self._fd = fd
 
     def __enter__(self) -> None:
@@ -53,13 +53,13 @@ class ContainerLock:
 
 
 def list_ids(root: str) -> list[str]:
-    """List the ids of the containers below a root, in order; half-made ones are left out.  Raises OSError."""
+    """List the ids of the containers below a root, in order; half-created ones are left out.  Raises OSError."""
     names = sorted(os.listdir(root))  # noqa: PTH208 - no pathlib at start
     return [name for name in names if os.path.exists(f"{root}/{name}/{files.FILE}")]  # noqa: PTH110
 
 
 def remove_directory(directory: str) -> None:
-    """Remove a container's directory and what a container has in it; fine if it is gone.  Raises OSError."""
+    """Remove a container's directory and its contents, if it exists.  Raises OSError."""
     for place, directories, names in os.walk(directory, topdown=False):
         for name in names:
             _unlink(f"{place}/{name}")

@@ -1,7 +1,7 @@
-"""How the library waits: the one thing that differs between a command and a program with an event loop.
+"""Waiting: the one thing that differs between a command and a program with an event loop.
 
-What takes time here is a coroutine over `Waits`.  An event loop awaits it; a command runs it to its end by `complete`,
-with waits that block.
+Operations that take time are coroutines over `Waits`.  An event loop awaits them; a command runs them with `complete`,
+using blocking waits.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ if TYPE_CHECKING:
         """Wait for descriptors and for time."""
 
         async def readable(self, *fds: int, seconds: float | None = None) -> bool:
-            """Wait until one of the descriptors can be read; False when that takes longer than `seconds`."""
+            """Wait until one of the descriptors is readable; False on timeout (`seconds`)."""
             ...
 
         async def drive(self, fd: int, step: Callable[[], bool], seconds: float | None = None) -> bool:
-            """Call ``step`` whenever the descriptor can be read until it returns true; False after `seconds`."""
+            """Call ``step`` whenever the descriptor is readable, until it returns true; False after `seconds`."""
             ...
 
         async def sleep(self, seconds: float) -> None:
-            """Let time pass."""
+            """Sleep."""
             ...
 
         async def work(self, function: Callable[[], T], *, seconds: float | None = None) -> T:
-            """Call a function that computes or blocks for long, without holding up others.
+            """Call a function that computes or blocks for long, without blocking others.
 
-            Raises TimeoutError where others go on when that takes longer than `seconds`.
+            Raises TimeoutError after `seconds`, if the caller can continue without it.
             """
             ...
 
 
 class BlockingWaits:
-    """Waits of a program that has nothing else to do."""
+    """Blocking waits, for a program without other work."""
 
     async def readable(self, *fds: int, seconds: float | None = None) -> bool:
         """Wait by poll(2)."""
@@ -62,12 +62,12 @@ class BlockingWaits:
         time.sleep(seconds)  # noqa: ASYNC251 - a program without an event loop
 
     async def work(self, function: Callable[[], T], *, seconds: float | None = None) -> T:
-        """Call it here, for as long as it takes."""
+        """Call it directly, without a timeout."""
         return function()
 
 
 def complete(work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine over BlockingWaits to its end: it never suspends."""
+    """Run a coroutine over BlockingWaits to completion: it never suspends."""
     try:
         work.send(None)
     except StopIteration as end:
@@ -90,7 +90,7 @@ class Deadline:
 
 
 async def wait_until(condition: Callable[[], bool], seconds: float, waits: Waits) -> bool:
-    """Poll for what the kernel does not announce; whether it came true in time."""
+    """Poll for a condition that the kernel does not announce; returns whether it came true in time."""
     pause = 0.0005
     deadline = Deadline(seconds)
     while not condition():

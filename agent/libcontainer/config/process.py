@@ -1,4 +1,4 @@
-"""`process` of the OCI configuration, and the document of `exec`: what runs, as whom and with which rights.
+"""`process` of the OCI configuration, and of the document for `exec`: the program, its user and its privileges.
 
 Source: the OCI runtime specification, config.md, "Process".
 """
@@ -29,7 +29,7 @@ class User(Record):
 
 
 class Capabilities(Record):
-    """`process.capabilities`: the five sets by name ("CAP_KILL"), exactly as the process shall have them."""
+    """`process.capabilities`: the five sets by name ("CAP_KILL"), exactly as the process gets them."""
 
     bounding: tuple[str, ...] = ()
     effective: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ class Rlimit(Record):
 
 
 class Process(Record):
-    """`process`: what runs, as whom and with which rights.  None means "not given"."""
+    """`process`: the program, its user and its privileges.  None means "not given"."""
 
     args: tuple[str, ...]
     cwd: str = "/"

@@ -1,4 +1,4 @@
-"""Reading a JSON object of an OCI configuration field by field, so that no field goes unread."""
+"""Read a JSON object of an OCI configuration field by field, so that no field goes unread."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ U64_MAX = (1 << 64) - 1
 
 
 class SpecError(Exception):
-    """A field of an OCI configuration that is wrong, or that asks for something this runtime does not do.
+    """A field of an OCI configuration that is invalid, or that asks for something this runtime does not support.
 
     `field` is its path as in config.json (`linux.namespaces[2].type`), `why` is a sentence fragment.
     """
@@ -27,9 +27,9 @@ class SpecError(Exception):
 
 
 class UnknownField(SpecError):
-    """A field that means nothing here: a drop-in for runc ignores it, but for one that is only spelled in other cases.
+    """An unknown field: a drop-in for runc ignores it, unless it differs from a known one only in case.
 
-    `meant` is the field that such a one stands for, "" for none.
+    `meant` is that known field, "" for none.
     """
 
     def __init__(self, field: str, why: str, holder: dict[str, Any], key: str, meant: str = "") -> None:
@@ -39,9 +39,9 @@ class UnknownField(SpecError):
         self._meant = meant
 
     def remove(self) -> str:
-        """Take the field out of the document that was being read; say what became of it.
+        """Remove the field from the document; return what was done with it.
 
-        Names of fields are told apart without case, and of several the last one counts, as by Go's decoder.
+        Field names are case-insensitive, and the last of several counts, as in Go's decoder.
         """
         value = self._holder.pop(self._key, None)
         if not self._meant:
@@ -53,10 +53,10 @@ class UnknownField(SpecError):
 
 
 class Reader:
-    """One JSON object being read.  Every accessor marks its key as read; `done()` refuses what is left.
+    """One JSON object being read.  Every accessor marks its key as read; `done()` rejects the rest.
 
     An absent key, null, and the key's empty value ("" [] {}) all count as not given: hosts that convert from protocol
-    buffers cannot tell them apart.
+    buffers cannot distinguish them.
     """
 
     def __init__(self, value: object, where: str) -> None:
@@ -143,19 +143,19 @@ class Reader:
         }
 
     def refuse(self, key: str, why: str) -> None:
-        """Raise if `key` is there and asks for anything."""
+        """Raise SpecError if `key` is present and not empty."""
         if self.raw(key) not in (None, "", [], (), {}, False):
             raise SpecError(self.name(key), why)
 
     def done(self) -> None:
-        """Raise if a key was never read: it would be ignored in silence."""
+        """Raise if a key was never read: it would be ignored silently."""
         if left := self._values.keys() - self._read:
             key = min(left)
             meant = next((name for name in self._read if name.lower() == key.lower()), "")
             raise UnknownField(self.name(key), "is not a field this runtime knows", self._values, key, meant)
 
     def unknown(self, key: str, why: str) -> None:
-        """Raise UnknownField if `key` is there and asks for anything."""
+        """Raise UnknownField if `key` is present and not empty."""
         if self.raw(key) not in (None, "", [], (), {}, False):
             raise UnknownField(self.name(key), why, self._values, key)
 

@@ -1,6 +1,6 @@
-"""OCI `linux.resources` as data: what a container may use (runtime-spec 1.2, config-linux.md).
+"""OCI `linux.resources` as data: the limits of a container (runtime-spec 1.2, config-linux.md).
 
-What a field means is the same for both versions of cgroups; whether a version has it is decided where it is set.
+A field means the same for both cgroup versions; whether a version supports it is decided where it is set.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
-#: Entries of one list: each is a rule of a program or a write to a file, and other calls wait meanwhile.
+#: Maximum entries of one list: each is a program rule or a write to a file, while other calls wait.
 MOST = 1024
 LEAF_WEIGHTS = "leaf weights went with the CFQ scheduler in Linux 5.0"
 SIZE_UNITS = ("KB", "MB", "GB")
@@ -61,7 +61,7 @@ class CpuLimits(Record):
 class BlockIO(Record):
     """Weights are 10 to 1000.  `device_weights` are by (major, minor), `throttles` by (what, major, minor).
 
-    What is throttled is "read_bps", "write_bps", "read_iops" or "write_iops"; a rate of 0 is none.
+    `what` is "read_bps", "write_bps", "read_iops" or "write_iops"; a rate of 0 means no limit.
     """
 
     weight: int | None = None
@@ -70,21 +70,21 @@ class BlockIO(Record):
 
 
 class NetworkLimits(Record):
-    """The class of what a container sends, and priorities by interface (net_cls and net_prio of cgroup v1)."""
+    """The class of a container's outgoing traffic, and priorities by interface (net_cls and net_prio of cgroup v1)."""
 
     class_id: int | None = None
     priorities: Mapping[str, int] = NOTHING
 
 
 class RdmaLimit(Record):
-    """How many handles and objects of one RDMA device."""
+    """Limits on handles and objects of one RDMA device."""
 
     handles: int | None
     objects: int | None
 
 
 class Resources(Record):
-    """All limits that can be asked for.  `huge_pages` is bytes by page size ("2MB").
+    """All limits that a configuration can set.  `huge_pages` is bytes by page size ("2MB").
 
     `unified` is written to the cgroup v2 files it names.
     """
@@ -118,17 +118,17 @@ class Resources(Record):
         return result
 
     def updated(self, new: Resources) -> Resources:
-        """Return these limits with everything that `new` gives in its place; what it does not give stays.
+        """Return these limits with those given in `new` replaced; the others stay.
 
-        Limits of one device, page size, interface or file are replaced one by one, device rules all together.
+        Limits of a device, page size, interface or file are replaced individually, device rules as a whole.
         """
         result: Resources = _merged(self, new)
         return result
 
 
-#: What tells the entries of a list apart.
+#: The keys that identify the entries of a list.
 KEYS = ("major", "minor", "pageSize", "name")
-#: Limits of which zero is a value: in the document, and as records.
+#: Limits for which zero is a value: in the document, and as records.
 ZEROS = ("cpu.idle", "cpu.burst", "pids.limit")
 ZERO_ATTRIBUTES = ("idle", "burst", "pids_limit")
 
@@ -149,7 +149,7 @@ def merge(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> di
 
 
 def _some(r: Reader, key: str, parse: Callable[[Any, str], T]) -> tuple[T, ...]:
-    """Read a list of at most MOST."""
+    """Read a list of at most MOST entries."""
     found = r.each(key, parse)
     if len(found) > MOST:
         raise SpecError(r.name(key), f"has {len(found)} entries, and {MOST} are the most")
@@ -189,7 +189,9 @@ def _device_rule(value: object, where: str) -> DeviceRule:
 
 def _memory(value: object, where: str) -> MemoryLimits:
     r = Reader(value, where)
-    r.flag("useHierarchy")  # always so since Linux 5.11: asking for it is granted, not asking cannot be told from false
+    r.flag(
+        "useHierarchy"
+    )  # always on since Linux 5.11: true is satisfied, and absent cannot be distinguished from false
     swappiness = r.number("swappiness", 0, U64_MAX)
     if swappiness is not None and 100 < swappiness < U64_MAX:
         raise SpecError(r.name("swappiness"), f"must be between 0 and 100, not {swappiness}")
@@ -199,7 +201,7 @@ def _memory(value: object, where: str) -> MemoryLimits:
         swap=r.number("swap", -1, I64_MAX),
         kernel=r.number("kernel", -1, I64_MAX),
         kernel_tcp=r.number("kernelTCP", -1, I64_MAX),
-        swappiness=None if swappiness == U64_MAX else swappiness,  # -1 of hosts that convert it: not given
+        swappiness=None if swappiness == U64_MAX else swappiness,  # -1 as some hosts convert it: not given
         disable_oom_killer=r.flag("disableOOMKiller"),
         check_before_update=r.flag("checkBeforeUpdate"),
     )
@@ -313,7 +315,7 @@ def _rdma(value: object, where: str) -> dict[str, RdmaLimit]:
 
 
 def _word(text: str, where: str, what: str) -> str:
-    """Read one word: what is written into a file of the kernel beside it must not become part of it."""
+    """Read one word: it must not contain anything that would change the meaning of the line written to the kernel."""
     if not text or text.split() != [text] or "\0" in text:
         raise SpecError(where, f"{text!r} is not {what}")
     return text

@@ -1,4 +1,4 @@
-"""How a process shares the machine: scheduler, I/O priority, CPUs, personality, memory policy.
+"""Scheduling of a process: scheduler, I/O priority, CPUs, personality, memory policy.
 
 Source: OCI runtime specification 1.3, config.md ("scheduler", "ioPriority", "execCPUAffinity") and config-linux.md
 ("personality", "memoryPolicy"); sched_setattr(2), ioprio_set(2), sched_setaffinity(2), personality(2).
@@ -44,7 +44,7 @@ CPUS_MAX = 8192
 
 
 class Affinity(Record):
-    """Sets of CPUs as masks, None where nothing is said: while a process is prepared, and when it runs."""
+    """CPU masks of a process while it is set up and when it runs; None if not given."""
 
     initial: bytes | None = None
     final: bytes | None = None
@@ -71,7 +71,7 @@ def scheduler(value: object, where: str) -> bytes:
 
 
 def is_lost_by_clone(attributes: bytes | None) -> bool:
-    """Return whether a clone loses its scheduler: it is reset, or the clone fails (sched(7))."""
+    """Return whether a clone loses this scheduler: it is reset, or the clone fails (sched(7))."""
     if attributes is None:
         return False
     _, policy, flags = unpack_from("=IIQ", attributes)

@@ -1,4 +1,4 @@
-"""linux.seccomp: which system calls a container's processes may make.
+"""linux.seccomp: the system calls that a container's processes may make.
 
 Source: OCI runtime specification, config-linux.md, "Seccomp"; seccomp(2), seccomp_rule_add(3).
 """
@@ -62,7 +62,7 @@ ARCHITECTURES = tuple(
 
 
 class Condition(Record):
-    """One comparison with argument `index` of a system call; `mask` is for MASKED_EQ alone."""
+    """One comparison with argument `index` of a system call; `mask` is only for MASKED_EQ."""
 
     index: int
     comparison: int
@@ -71,7 +71,9 @@ class Condition(Record):
 
 
 class Rule(Record):
-    """`action` (with its errno, as the kernel wants it) for system calls of these names, if all conditions hold."""
+    """`action` (including its errno, as the kernel expects it) for system calls of these names, if all conditions
+    hold.
+    """
 
     names: tuple[str, ...]
     action: int
@@ -79,7 +81,7 @@ class Rule(Record):
 
 
 class Seccomp(Record):
-    """A whole profile; `default` is the action for what no rule is about."""
+    """A whole profile; `default` is the action for system calls that match no rule."""
 
     default: int
     architectures: tuple[str, ...] = ()
@@ -92,7 +94,7 @@ class Seccomp(Record):
     def from_json(cls, value: object, where: str) -> Seccomp:
         """Parse `linux.seccomp`.  Raises SpecError."""
         r = Reader(value, where)
-        has_flags = r.raw("flags") is not None  # without any it is as runc's: speculation is not held up
+        has_flags = r.raw("flags") is not None  # without flags, as in runc: no speculation mitigations
         flags = sum({FLAGS[name] for name in r.each("flags", _one_of(FLAGS, "a flag of a filter"))})
         profile = cls(
             default=_action(r, "defaultAction", "defaultErrnoRet"),
@@ -107,7 +109,7 @@ class Seccomp(Record):
 
 
 def _with_listener(profile: Seccomp, r: Reader) -> Seccomp:
-    """Return the profile with the flags of its listener, if it has one.  Raises SpecError for what would hang."""
+    """Return the profile with the flags for its listener, if it has one.  Raises SpecError for what would hang."""
     notified = [rule for rule in profile.rules if rule.action == NOTIFY]
     if profile.default == NOTIFY:
         raise SpecError(r.name("defaultAction"), "SCMP_ACT_NOTIFY cannot be used as the default action")

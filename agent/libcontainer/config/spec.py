@@ -1,7 +1,7 @@
 """The OCI runtime configuration (config.json, runtime-spec 1.2, Linux) as frozen data.
 
-`Spec.from_json` is strict: a field is understood, or refused by a SpecError that names it.  What values mean (mount
-options, capability names, sysctls …) is decided where they are used, in `plan`.
+`Spec.from_json` is strict: a field is either understood or rejected by a SpecError that names it.  Values (mount
+options, capability names, sysctls …) are interpreted where they are used, in `plan`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Namespace(Record):
 
 
 class IdMapping(Record):
-    """`size` ids from `container_id` inside stand for those from `host_id` outside (user_namespaces(7))."""
+    """`size` ids from `container_id` inside map to those from `host_id` outside (user_namespaces(7))."""
 
     container_id: int
     host_id: int
@@ -52,7 +52,7 @@ class IdMapping(Record):
 
 
 class Mount(Record):
-    """One of `mounts`, in the order of the list; `uid_mappings` and `gid_mappings` are for an id-mapped one."""
+    """One of `mounts`, in order; `uid_mappings` and `gid_mappings` are for an id-mapped one."""
 
     destination: str
     source: str = ""
@@ -70,7 +70,7 @@ class TimeOffset(Record):
 
 
 class Device(Record):
-    """One of `linux.devices`: a node to make.  `type` is c, b, u or p; `file_mode` holds permission bits."""
+    """One of `linux.devices`: a node to create.  `type` is c, b, u or p; `file_mode` holds permission bits."""
 
     path: str
     type: str
@@ -82,7 +82,7 @@ class Device(Record):
 
 
 class Linux(Record):
-    """`linux`: namespaces, limits and what is hidden."""
+    """`linux`: namespaces, limits, masked paths and more."""
 
     namespaces: tuple[Namespace, ...] = ()
     uid_mappings: tuple[IdMapping, ...] = ()
@@ -155,7 +155,7 @@ class Hooks(Record):
 
 
 class Spec(Record):
-    """A whole config.json.  `process` and `root` may be absent in one that is only kept, never run."""
+    """A whole config.json.  `process` and `root` may be absent in one that is stored but not run."""
 
     oci_version: str = ""
     root: Root | None = None
@@ -169,7 +169,7 @@ class Spec(Record):
 
     @classmethod
     def from_json(cls, value: object) -> Spec:
-        """Parse a decoded config.json.  Raises SpecError naming the field that is wrong or cannot be honoured."""
+        """Parse a decoded config.json.  Raises SpecError naming the field that is invalid or not supported."""
         r = Reader(value, "")
         for key in ("solaris", "windows", "vm", "zos", "freebsd"):
             r.unknown(key, "is for another platform")
@@ -191,11 +191,11 @@ class Spec(Record):
 
 
 def ignoring_unknown(read: Callable[[], T], warn: Callable[[str], object]) -> T:
-    """Read a document, taking out of it every field that means nothing here, or is spelled in other cases.
+    """Read a document, removing every field that is unknown, or known only in another case.
 
     Each is reported to `warn`.
 
-    Raises SpecError for what is wrong.
+    Raises SpecError for an invalid field.
     """
     while True:
         try:
@@ -294,7 +294,7 @@ def _net_device(value: object, where: str) -> str:
 
 
 def _intel_rdt(value: object, where: str) -> IntelRdt:
-    from caisson.agent.libcontainer import intel_rdt  # late: next to nobody has it
+    from caisson.agent.libcontainer import intel_rdt  # late: rarely used
 
     return intel_rdt.from_json(value, where)
 

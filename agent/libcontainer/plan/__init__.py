@@ -1,1 +1,1 @@
-"""Configuration records turned into the messages that nsexec carries out."""
+"""Turn configuration records into the messages that nsexec executes."""

@@ -31,7 +31,7 @@ _RLIMIT_NUMBERS = {name: number for number, name in enumerate(RLIMITS)}
 
 
 def capability_mask(names: Iterable[str], where: str) -> int:
-    """Return the set as a bit mask.  Raises SpecError for a name that is no capability."""
+    """Return the set as a bit mask.  Raises SpecError for an unknown name."""
     mask = 0
     for name in names:
         bit = _CAPABILITY_BITS.get(name)
@@ -42,7 +42,7 @@ def capability_mask(names: Iterable[str], where: str) -> int:
 
 
 def rlimit_number(name: str, where: str) -> int:
-    """Return the kernel's number of a limit.  Raises SpecError for a name that is none."""
+    """Return the kernel's number of a limit.  Raises SpecError for an unknown name."""
     number = _RLIMIT_NUMBERS.get(name)
     if number is None:
         raise SpecError(where, f"{name!r} is not a resource limit")

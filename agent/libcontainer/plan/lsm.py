@@ -1,4 +1,4 @@
-"""Which security modules the kernel has that give processes labels."""
+"""The kernel's security modules that label processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def has_apparmor() -> bool:
 
 
 def has_selinux() -> bool:
-    """Return whether SELinux is: only then there is its file system."""
+    """Return whether SELinux is enabled: only then its file system exists."""
     return "selinuxfs" in _read("/proc/filesystems")
 
 

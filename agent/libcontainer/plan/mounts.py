@@ -1,9 +1,9 @@
-"""Plan a container's file system: mounts, devices, links, and what is read-only in the end.
+"""Plan a container's file system: mounts, devices, links, and what becomes read-only last.
 
 Options of fstab(5) become attributes of the mount API (mount_setattr(2)), propagation and data, once for every mount.
-The type `cgroup` stands for whatever cgroups the machine has: version 2 is one mount; version 1 is a small tmpfs with a
+The type `cgroup` means whichever cgroups the machine has: version 2 is one mount; version 1 is a small tmpfs with a
 directory for every hierarchy, and links for controllers that share one (config-linux.md, "Control groups").  Each of
-these has the options of the one line: what is read-only is so everywhere (CVE-2023-25809).
+these gets the options of the one entry: read-only applies to all of them (CVE-2023-25809).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from caisson.agent.libcontainer.config.spec import Spec
 
-#: Option: (attributes to set, attributes to clear).  With an `r` before it, it is for all mounts below, too.
+#: Option: (attributes to set, attributes to clear).  With an `r` prefix, it also applies to all mounts below.
 ATTRIBUTES: dict[str, tuple[int, int]] = {
     "ro": (MOUNT_ATTR_RDONLY, 0), "rw": (0, MOUNT_ATTR_RDONLY),
     "nosuid": (MOUNT_ATTR_NOSUID, 0), "suid": (0, MOUNT_ATTR_NOSUID),
@@ -64,13 +64,13 @@ REFUSED = {
     "loop": "is not supported: attach the image to a loop device first",
 }
 IDMAP = {"idmap": wire.MOUNT_IDMAP, "ridmap": wire.MOUNT_IDMAP | wire.MOUNT_IDMAP_RECURSIVE}
-#: Options of mount(8) that say what is so anyway, or nothing to the kernel.
+#: Options of mount(8) that are defaults, or mean nothing to the kernel.
 WITHOUT_EFFECT = ("", "defaults", "acl", "noacl", "iversion", "noiversion", "loud", "silent")
-DATA_MAX = 255  # bytes of a value that fsconfig(2) takes
+DATA_MAX = 255  # maximum bytes of a value for fsconfig(2)
 
 CGROUP_TYPES = ("cgroup", "cgroup2")
 CGROUPS = "/sys/fs/cgroup"
-#: File systems whose files are labelled by the policy, whoever mounts them.
+#: File systems whose files are labelled by policy, whoever mounts them.
 WITHOUT_LABEL = ("proc", "sysfs", *CGROUP_TYPES)
 DEFAULT_DEVICES = tuple(
     Device(path=f"/dev/{name}", type="c", major=major, minor=minor, file_mode=0o666)
@@ -78,7 +78,7 @@ DEFAULT_DEVICES = tuple(
         ("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0),
     )
 )  # fmt: skip
-#: Links in /dev: target, path, whether it takes the place of a file.
+#: Links in /dev: target, path, whether it replaces a file.
 LINKS = (
     ("pts/ptmx", "/dev/ptmx", True),
     ("/proc/self/fd", "/dev/fd", False),
@@ -86,7 +86,7 @@ LINKS = (
     ("/proc/self/fd/1", "/dev/stdout", False),
     ("/proc/self/fd/2", "/dev/stderr", False),
 )
-#: What lxcfs and the like put over files of proc; everything else below /proc is out of bounds for mounts.
+#: Files of proc that lxcfs and the like mount over; mounts elsewhere below /proc are not allowed.
 PROC_FILES = {
     f"/proc/{name}"
     for name in (
@@ -98,7 +98,7 @@ FILE_TYPES = {"c": S_IFCHR, "u": S_IFCHR, "b": S_IFBLK, "p": S_IFIFO}
 
 
 class MountOptions(Record):
-    """A mount's options taken apart; `data` goes to the filesystem as it is."""
+    """A mount's parsed options; `data` is passed to the file system unchanged."""
 
     bind: bool
     recursive: bool = False
@@ -114,7 +114,7 @@ class MountOptions(Record):
 
 
 def parse_options(options: tuple[str, ...], *, type_: str, where: str) -> MountOptions:
-    """Take options apart; later ones win, as in mount(8).  Raises SpecError for those that cannot be honoured."""
+    """Parse options; later ones win, as in mount(8).  Raises SpecError for unsupported ones."""
     bind, recursive, copy_up, remount, relatime, idmap = type_ == "bind", False, False, False, False, 0
     set_ = clear = recursive_set = recursive_clear = propagation = 0
     flagged = False
@@ -150,7 +150,7 @@ def parse_options(options: tuple[str, ...], *, type_: str, where: str) -> MountO
         if len(option.partition("=")[2]) > DATA_MAX:
             name = option.partition("=")[0]
             raise SpecError(where, f"the value of {name!r} is longer than the {DATA_MAX} bytes that fit")
-    # A bind mount has no file system to give data to, and the kernel ignores it.
+    # A bind mount has no file system to pass data to, and the kernel ignores it.
     if bind:
         clear = _bind_clear(set_, clear, relatime)
         remount = flagged
@@ -172,7 +172,7 @@ def parse_options(options: tuple[str, ...], *, type_: str, where: str) -> MountO
 
 
 def _bind_clear(set_: int, clear: int, relatime: bool) -> int:
-    """Return what a bind mount clears by request: of access times nothing, unless another way to keep them is set."""
+    """Return the flags that a bind mount clears: those of access times only if another atime mode is set."""
     clear &= ~(MOUNT_ATTR__ATIME | MOUNT_ATTR_NODIRATIME)
     if relatime or set_ & (MOUNT_ATTR__ATIME | MOUNT_ATTR_NODIRATIME):
         clear |= MOUNT_ATTR__ATIME | (MOUNT_ATTR_NODIRATIME & ~set_)
@@ -180,19 +180,21 @@ def _bind_clear(set_: int, clear: int, relatime: bool) -> int:
 
 
 class PlannedMount(Record):
-    """A mount to make: `where` is its field, `target` a cleaned path of the container."""
+    """A planned mount: `where` is its field, `target` a cleaned path in the container."""
 
     where: str
     target: str
     source: str
     type: str
     options: MountOptions
-    uid_map: str = ""  # as in /proc/PID/uid_map; "" for that of the user namespace that is joined
+    uid_map: str = ""  # as in /proc/PID/uid_map; "" for those of the joined user namespace
     gid_map: str = ""
 
     @property
     def late_readonly(self) -> bool:
-        """Whether it becomes read-only last: in a tmpfs later mounts and devices need their mount points made."""
+        """Whether it becomes read-only last: in a tmpfs, mount points of later mounts and devices must still be
+        created.
+        """
         return not self.options.bind and self.type == "tmpfs" and bool(self.options.set & MOUNT_ATTR_RDONLY)
 
 
@@ -209,7 +211,7 @@ class FileSystem:
         *,
         on_host: bool = False,
     ) -> None:
-        """`cgroups` are the container's directories by controllers, `types` the namespaces that it gets.
+        """`cgroups` are the container's directories by controllers, `types` its namespaces.
 
         A destination that begins with `rootfs` is taken to be below it, as by runc.
         """
@@ -234,7 +236,7 @@ class FileSystem:
                 self.mounts.append(planned)
 
     def _id_mapped(self, mount: PlannedMount) -> PlannedMount:
-        """Return the mount with the container's own id maps, if it is to be mapped and has none."""
+        """Return the mount with the container's own id maps, if it is id-mapped without maps."""
         if not mount.options.idmap or mount.uid_map:
             return mount
         if "user" not in self._types:
@@ -243,14 +245,14 @@ class FileSystem:
         return mount.but(uid_map=wire.map_lines(linux.uid_mappings), gid_map=wire.map_lines(linux.gid_mappings))
 
     def _labelled(self, mount: PlannedMount) -> PlannedMount:
-        """Return the mount with the container's SELinux context, where it is a new file system that can have one."""
+        """Return the mount with the container's SELinux context, if it is a new file system that supports one."""
         label, options = self._spec.linux.mount_label, mount.options
         if not label or options.bind or options.remount or mount.type in WITHOUT_LABEL:
             return mount
         return mount.but(options=options.but(data=(*options.data, f"context={label}")))
 
     def steps(self, procfs: str | None) -> Iterable[bytes]:
-        """Make mounts, device nodes and links, those of /dev among them, in this order.
+        """Encode mounts, device nodes and links, including those of /dev, in this order.
 
         `procfs` is as for `mount_step`.
         """
@@ -265,13 +267,13 @@ class FileSystem:
 
     @property
     def _dev_is_bound(self) -> bool:
-        """Whether /dev is somebody else's, who has put nodes and links into it."""
+        """Whether /dev is bind-mounted, and so has its own nodes and links."""
         return any(mount.options.bind and mount.target == "/dev" for mount in self.mounts)
 
     def _device_steps(self) -> Iterable[bytes]:
         devices = {device.path: device for device in DEFAULT_DEVICES}
         devices |= {absolute(device.path, "linux.devices"): device for device in self._spec.linux.devices}
-        devices.pop("/dev/ptmx", None)  # the link below
+        devices.pop("/dev/ptmx", None)  # created as a link below
         for path, device in devices.items():
             if self._dev_is_bound and path.startswith("/dev/"):
                 continue
@@ -280,7 +282,7 @@ class FileSystem:
             yield wire.attribute(wire.DEVICE, pack("=6I", mode, *numbers) + wire.texts(path))
 
     def readonly_steps(self) -> Iterable[bytes]:
-        """Make read-only what becomes so last."""
+        """Encode what becomes read-only last."""
         for mount in self.mounts:
             if mount.late_readonly:
                 yield wire.attribute(wire.REMOUNT, pack("=Q", MOUNT_ATTR_RDONLY) + wire.texts(mount.target))
@@ -289,7 +291,7 @@ class FileSystem:
 
 
 def plan_mount(mount: Mount, where: str) -> PlannedMount:
-    """Take a mount of the configuration apart.  Raises SpecError."""
+    """Plan a mount of the configuration.  Raises SpecError."""
     options = parse_options(mount.options, type_=mount.type, where=f"{where}.options")
     if bool(mount.uid_mappings) != bool(mount.gid_mappings):
         raise SpecError(f"{where}.uidMappings", "go together with gidMappings")
@@ -311,8 +313,8 @@ def plan_mount(mount: Mount, where: str) -> PlannedMount:
 def mount_step(mount: PlannedMount, bundle: str, procfs: str | None) -> bytes:
     """Encode one MOUNT step.
 
-    `procfs` is a mount of procfs of the pid namespace that is joined, "" if none is joined; None has nsexec make one
-    in there.  Raises SpecError.
+    `procfs` is a mount of the joined pid namespace's procfs, "" if none is joined; with None nsexec creates one
+    inside.  Raises SpecError.
     """
     target, options = mount.target, mount.options
     source, bind, set_ = mount.source, options.bind, options.set
@@ -329,7 +331,7 @@ def mount_step(mount: PlannedMount, bundle: str, procfs: str | None) -> bytes:
     elif target == "/proc" and mount.type != "proc" and not options.remount:
         raise SpecError(f"{mount.where}.destination", "only a proc filesystem can be mounted on /proc")
     if not bind and not options.remount and mount.type == "proc" and procfs != "":
-        # A new one would be that of the pid namespace where it is made, and that is not yet the one that is joined.
+        # A new one would belong to the pid namespace it is created in, which is not yet the joined one.
         flags |= wire.MOUNT_ORDINARY_DIR
         if procfs is None:
             flags |= wire.MOUNT_IN_CHILD
@@ -359,10 +361,10 @@ def mount_step(mount: PlannedMount, bundle: str, procfs: str | None) -> bytes:
 def expand_cgroups(
     mount: PlannedMount, cgroups: Mapping[str, str], *, namespace: bool
 ) -> tuple[list[PlannedMount], list[tuple[str, str]]]:
-    """Plan the mounts for a mount of cgroups, and links as (target, path) to be made in them.
+    """Plan the mounts for a cgroup mount, and the links in them as (target, path).
 
-    `cgroups` are the container's directories by controllers, "" for version 2.  In a cgroup namespace of its own the
-    filesystem itself shows the container's part; without one that directory is bound.  Raises SpecError.
+    `cgroups` are the container's directories by controllers, "" for version 2.  In its own cgroup namespace, the file
+    system itself shows the container's part; otherwise that directory is bind-mounted.  Raises SpecError.
     """
     where, options = mount.where, mount.options
     if options.data:
@@ -381,7 +383,7 @@ def expand_cgroups(
     own = options.but(propagation=0)
     for name, path in cgroups.items():
         if not name:
-            continue  # version 2 beside version 1: nobody looks for it here
+            continue  # version 2 beside version 1: not expected here
         one = mount.but(target=f"{mount.target}/{name.removeprefix('name=')}", options=own)
         controllers = tuple(name.split(","))
         if namespace:
@@ -399,7 +401,7 @@ def _bound(mount: PlannedMount, target: str, path: str) -> PlannedMount:
 
 
 def _bound_with_all(mount: PlannedMount, path: str) -> PlannedMount:
-    """Bind a directory with all mounts in it, each with the attributes of the one."""
+    """Bind a directory with all mounts in it, each with the same attributes."""
     options = mount.options
     return _bound(mount, mount.target, path).but(
         options=options.but(bind=True, recursive=True, recursive_set=options.set)
@@ -416,7 +418,7 @@ def root_propagation(name: str) -> Iterable[bytes]:
 
 
 def absolute(path: str, where: str) -> str:
-    """Clean a path of the container, which is resolved inside the container's root, whatever it says.
+    """Normalize a path in the container; it will be resolved inside the container's root in any case.
 
     Raises SpecError for one that is not absolute.
     """

@@ -1,7 +1,7 @@
-"""An OCI configuration turned into what nsexec carries out: three messages, bootstrap, plan and strings.
+"""Turn an OCI configuration into three messages for nsexec: bootstrap, plan and strings.
 
-All policy is here: which mounts, devices and links a container gets, what is refused.  The plan's steps stand in the
-order of their numbers, which is the order of execution (nsexec.h); nsexec refuses any other.
+All policy is here: which mounts, devices and links a container gets, and what is rejected.  The plan's steps are in the
+order of their numbers, which is the order of execution (nsexec.h); nsexec rejects any other.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def init_messages(
     keyring: bool = True,
     on_host: bool = False,
 ) -> bytes:
-    """Encode the messages for a container's first process.
+    """Encode the messages for a container's init process.
 
     `join` maps OCI namespace types to paths that are entered instead of making a new one; `cgroups` are
     the container's directories by controllers ("" for v2), shown at its cgroup mount; `procfs` is a
@@ -110,7 +110,7 @@ def init_messages(
     if not own_mounts and (spec.linux.masked_paths or spec.linux.readonly_paths):
         raise SpecError("linux.namespaces", "unable to restrict sys entries without a private MNT namespace")
     if "pid" in joined and spec.hooks.create_container:
-        # They would be born into it, with the runtime's root, for whoever may trace processes there to use.
+        # They would be created in it with the runtime's root, exposed to processes there that can trace them.
         raise SpecError("hooks.createContainer", "cannot run in a pid namespace with others in it")
     create = _mask(types - set(joined))
     new_user = "user" in types - set(joined)
@@ -163,10 +163,10 @@ def _way_to_root(own_mounts: bool, pivot: bool) -> int:
 
 
 def pause_messages(rootfs: str, join: Mapping[str, str]) -> bytes:
-    """Encode the messages for the first process of a pid namespace that containers share: in `rootfs`, as nobody.
+    """Encode the messages for the init of a pid namespace that containers share: in `rootfs`, as nobody.
 
-    Whoever may trace it there can make it do things: it has nothing of the machine, and limits to keep it from growing.
-    `join` maps namespace types to paths as for an init; the network is one of its own, with nothing in it.
+    A process that can trace it can control it: so it has no access to the machine, and limits that keep it small.
+    `join` maps namespace types to paths as for an init; it has its own, empty network namespace.
     """
     steps = [
         wire.number(PLAN_VERSION, VERSION),
@@ -183,10 +183,10 @@ def pause_messages(rootfs: str, join: Mapping[str, str]) -> bytes:
 def exec_messages(
     process: Process, spec: Spec, join: Mapping[str, str], filter: bytes = b"", *, on_host: bool = False
 ) -> bytes:
-    """Encode the messages for another process in a running container, into all namespaces that it was given.
+    """Encode the messages for another process in a running container, in all of its namespaces.
 
-    `filter` is the container's (seccomp_bpf.py).  `on_host` lets a process do without the no_new_privs of the first
-    one, as runc does.
+    `filter` is the container's (seccomp_bpf.py).  `on_host` does not impose the init process's no_new_privs, as in
+    runc.
     """
     own = spec.process
     if own is not None:
@@ -229,7 +229,7 @@ def _mask(types: Iterable[str]) -> int:
 
 
 def _check_maps(linux: Linux, new_user: bool, *, joined: bool) -> None:
-    """Check the id maps.  Of a namespace that is joined they say what it has: engines give both."""
+    """Check the id maps.  For a joined namespace they describe its existing maps: engines give both."""
     maps = {"linux.uidMappings": linux.uid_mappings, "linux.gidMappings": linux.gid_mappings}
     for name, mappings in maps.items():
         if mappings and not (new_user or joined):
@@ -258,7 +258,7 @@ def _names(spec: Spec, types: set[str]) -> Iterable[bytes]:
 
 
 def _early_hooks(hooks: Hooks, state: str, net_requests: Iterable[tuple[str, bytes]]) -> Iterable[bytes]:
-    """Encode hooks before pivot_root, the state for all of nsexec's, and what the runtime does while nsexec waits."""
+    """Encode the hooks before pivot_root, the state for all hooks that nsexec runs, and the pause for the runtime's."""
     requests = list(net_requests)
     if hooks.create_container or hooks.start_container:
         yield wire.text(HOOK_STATE, state, "the state for hooks")
@@ -282,7 +282,9 @@ def _process(
     filter: bytes = b"",
     hooks: Iterable[Hook] = (),
 ) -> Iterable[bytes]:
-    """Encode the steps that make a process what it is, alike for an init and an exec; `hooks` run right before it."""
+    """Encode the steps that set up a process, the same for an init and an exec; `hooks` run right before its
+    program.
+    """
     user = process.user
     if len(user.additional_gids) > GROUPS_MAX:
         raise SpecError("process.user.additionalGids", f"must be at most {GROUPS_MAX}, not {len(user.additional_gids)}")

@@ -1,4 +1,4 @@
-"""Which kernel parameters a container may set: those that belong to a namespace it has, and no others."""
+"""Which kernel parameters a container may set: only those that belong to one of its namespaces."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ IPC = {
 def path_of(key: str) -> str:
     """Return `net.ipv4.ip_forward` or `net/ipv4/ip_forward` as a path below /proc/sys.
 
-    As in sysctl(8): the first separator says which of the two it is, and the other character stands for itself inside a
-    name (`net.ipv4.conf.eth0/1.rp_filter` is about eth0.1).  Raises SpecError.
+    As in sysctl(8): the first separator decides between the two forms, and the other character is literal within a name
+    (`net.ipv4.conf.eth0/1.rp_filter` is about eth0.1).  Raises SpecError.
     """
     dot, slash = key.find("."), key.find("/")
     path = key.translate({ord("."): "/", ord("/"): "."}) if dot >= 0 and (slash < 0 or dot < slash) else key
@@ -29,7 +29,7 @@ def path_of(key: str) -> str:
 
 
 def needed_namespace(path: str) -> str | None:
-    """Return the namespace type that a parameter is part of; None for parameters of the whole machine."""
+    """Return the namespace type that a parameter belongs to; None for machine-wide ones."""
     if path in IPC or path.startswith("fs/mqueue/"):
         return "ipc"
     if path == "kernel/domainname":
@@ -42,7 +42,7 @@ def needed_namespace(path: str) -> str | None:
 
 
 def steps(kind: int, values: Mapping[str, str], types: set[str]) -> Iterable[bytes]:
-    """Encode the steps for what is allowed.  Raises SpecError for what is not."""
+    """Encode the steps for allowed parameters.  Raises SpecError for others."""
     for key, value in values.items():
         where = f"linux.sysctl[{key}]"
         path = path_of(key)

@@ -1,4 +1,4 @@
-"""passwd(5) and group(5) of a container: read inside its root whatever links say, only files, only up to a size."""
+"""passwd(5) and group(5) of a container: resolved inside its root, regular files only, of limited size."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ PIECE = 1 << 14
 
 
 class UserFiles:
-    """The files of a root directory that say who its users are.
+    """The user database files of a root directory.
 
-    With ``own``, the same directory as this program has it, only files of its file system are read: a container can
-    mount others, which it serves itself (fuse(4)) and which nobody may wait for.  To be closed (or used in `with`).
-    Raises OSError if there is no such directory.
+    With ``own``, the same directory as seen by this program, only files on its file system are read: a container can
+    mount others that it serves itself (fuse(4)), and waiting for them could block.  Must be closed (or used in
+    `with`).  Raises OSError if the directory does not exist.
     """
 
     def __init__(self, root: str, own: str = "") -> None:
@@ -40,9 +40,9 @@ class UserFiles:
         os.close(self._root)
 
     def table(self, path: str, columns: int) -> list[list[str]]:
-        """Return the lines that have all their columns; none if there is no such file.
+        """Return the lines with a full set of columns; none if the file does not exist.
 
-        Raises SpecError for what is no such file; with ``own`` OSError where it might have to be waited for.
+        Raises SpecError if it is not a regular file; with ``own`` OSError if reading it might block.
         """
         fd = self._open(path) if self._device is None else self._open_at_once(path)
         if fd < 0:
@@ -57,7 +57,7 @@ class UserFiles:
         if len(data) > FILE_MAX:
             raise SpecError(FIELD, f"the container's /{path} is larger than {FILE_MAX} bytes")
         text = data.decode(errors="surrogateescape")
-        lines = (line.split(":") for line in text.splitlines() if "\0" not in line)  # it would end a variable
+        lines = (line.split(":") for line in text.splitlines() if "\0" not in line)  # it would terminate a variable
         return [line for line in lines if len(line) >= columns]
 
     def _open(self, path: str) -> int:
@@ -67,13 +67,13 @@ class UserFiles:
                 return _open_plain(self._root, path)
             except FileNotFoundError:
                 return -1
-            except OSError:  # a link, most likely
+            except OSError:  # probably a link
                 return syscalls.openat2(self._root, path, FLAGS, resolve=RESOLVE)
         except OSError:
             return -1
 
     def _open_at_once(self, path: str) -> int:
-        """Return a descriptor, or -1.  Raises OSError for another file system, and what the kernel has to ask for."""
+        """Return a descriptor, or -1.  Raises OSError for another file system, or if opening would block."""
         try:
             found = syscalls.openat2(self._root, path, os.O_PATH, resolve=RESOLVE | syscalls.RESOLVE_CACHED)
         except FileNotFoundError:
@@ -87,7 +87,7 @@ class UserFiles:
 
 
 def _read(fd: int) -> bytes:
-    """Read a file up to a little over its greatest size, and close it.  Raises OSError."""
+    """Read a file up to slightly over the maximum size, and close it.  Raises OSError."""
     try:
         data = bytearray()
         while len(data) <= FILE_MAX and (piece := os.read(fd, PIECE)):
@@ -98,7 +98,7 @@ def _read(fd: int) -> bytes:
 
 
 def _open_plain(root: int, path: str) -> int:
-    """Open a file if no link is on the way, without the price of openat2 (ctypes).  Raises OSError."""
+    """Open a file whose path has no links, without the cost of openat2 (ctypes).  Raises OSError."""
     directory, _, name = path.rpartition("/")
     at = os.open(directory, DIRECTORY | os.O_NOFOLLOW, dir_fd=root)
     try:

@@ -1,7 +1,7 @@
-"""process.user.username: who a container's /etc/passwd and /etc/group say that is.
+"""process.user.username, resolved by a container's /etc/passwd and /etc/group.
 
-As runc has it: "user" or "user:group", each a number or a name.  What looks like a number never becomes a name: an
-image that has an entry for it would choose who that is (containerd CVE-2024-40635, crun CVE-2026-30892).
+As runc has it: "user" or "user:group", each a number or a name.  A number is never looked up as a name: an image with
+such an entry could choose its ids (containerd CVE-2024-40635, crun CVE-2026-30892).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ NAME_CHARACTERS = frozenset(f"{LETTERS}0123456789.-")
 
 
 def needs_files(process: Process) -> bool:
-    """Return whether `look_up` reads files of the container: for a name, or for a HOME that is not there."""
+    """Return whether `look_up` reads files of the container: for a name, or for a missing HOME."""
     return bool(process.user.username) or not has_home(process)
 
 
 def look_up(process: Process, root: str) -> Process:
-    """Return the process with all that the files of the root directory say of its user.  Raises SpecError."""
+    """Return the process with its user resolved by the files of the root directory.  Raises SpecError."""
     try:
         files = UserFiles(root)
     except OSError as error:
@@ -41,9 +41,9 @@ def look_up(process: Process, root: str) -> Process:
 
 
 def look_up_at_once(process: Process, root: str, rootfs: str) -> Process | None:
-    """Do as `look_up` in a container's root where that waits for nobody; None where it might.
+    """Look up as `look_up` does in a container's root, if that cannot block; None if it might.
 
-    ``rootfs`` is its root as this program has it: what is on that file system is read.  Raises SpecError.
+    ``rootfs`` is its root as seen by this program: only files on that file system are read.  Raises SpecError.
     """
     try:
         with UserFiles(root, own=rootfs) as files:
@@ -59,7 +59,7 @@ def _look_up(process: Process, files: UserFiles) -> Process:
 
 
 def in_user_namespace() -> bool:
-    """Return whether this program is in a user namespace that is not the machine's own."""
+    """Return whether this program is in a user namespace other than the initial one."""
     try:
         with open("/proc/self/uid_map", encoding="ascii") as file:  # noqa: PTH123 - no pathlib at start
             return file.read().split() != ["0", "0", str((1 << 32) - 1)]
@@ -68,16 +68,16 @@ def in_user_namespace() -> bool:
 
 
 def has_home(process: Process) -> bool:
-    """Return whether its environment has a HOME that is not empty."""
+    """Return whether its environment has a non-empty HOME."""
     homes = [variable for variable in process.env if variable.startswith("HOME=")]
     return bool(homes) and homes[-1] != "HOME="  # the last one counts
 
 
 def resolve(process: Process, files: UserFiles) -> Process:
-    """Return the process with the ids, the groups and (where it has none) the HOME of its user's name.
+    """Return the process with the ids, groups and (unless it has one) HOME of its user name.
 
-    USER: is USER, and :GROUP is root's, as for docker and podman.  Raises SpecError for a name that is none, and one
-    that the container does not know.
+    USER: is USER, and :GROUP is root's, as for docker and podman.  Raises SpecError for an invalid name, or one unknown
+    in the container.
     """
     user, _, group = process.user.username.partition(":")
     if not user and not group:
@@ -103,7 +103,7 @@ def resolve(process: Process, files: UserFiles) -> Process:
 
 
 def with_home(process: Process, files: UserFiles) -> Process:
-    """Return the process with a HOME: if it has none, or an empty one, that of its uid in /etc/passwd, else "/"."""
+    """Return the process with a HOME: if missing or empty, that of its uid in /etc/passwd, otherwise "/"."""
     if has_home(process):
         return process
     try:
@@ -120,7 +120,7 @@ def _with_home(process: Process, home: str) -> Process:
 
 
 def mapped_root(linux: Linux) -> tuple[int, int] | None:
-    """Return the ids outside of a container's root, or of its first id, if it has a user namespace of its own."""
+    """Return the outside ids of a container's root, or of its first id, if it has its own user namespace."""
     ids = [
         next((m.host_id for m in maps if m.container_id == 0), maps[0].host_id if maps else None)
         for maps in (linux.uid_mappings, linux.gid_mappings)
@@ -129,10 +129,11 @@ def mapped_root(linux: Linux) -> tuple[int, int] | None:
 
 
 def map_writers(linux: Linux) -> tuple[tuple[str, str] | None, bool]:
-    """Find who writes the maps of a new user namespace, the runtime or these programs, and whether setgroups is left.
+    """Decide who writes the maps of a new user namespace, the runtime or helper programs, and whether setgroups is
+    allowed.
 
-    A process without privileges may map its own ids alone, if it denies setgroups(2); newuidmap and newgidmap write all
-    other maps (user_namespaces(7)).  Raises SpecError if they are missing.
+    An unprivileged process may map only its own ids, and must deny setgroups(2); newuidmap and newgidmap write all
+    other maps (user_namespaces(7)).  Raises SpecError if those are missing.
     """
     uid = os.geteuid()
     if uid == 0 or not linux.uid_mappings:
@@ -152,7 +153,7 @@ def _program(name: str, field: str) -> str:
 
 
 def _entry(table: list[list[str]], wanted: str) -> list[str] | None:
-    """Return the first line about a number or a name.  Raises SpecError for what is neither."""
+    """Return the first line for a number or a name.  Raises SpecError for anything else."""
     if wanted.isascii() and wanted.isdecimal():
         number = _id(wanted)
         return next((line for line in table if _is_id(line[2]) and int(line[2]) == number), None)
@@ -163,9 +164,9 @@ def _entry(table: list[list[str]], wanted: str) -> list[str] | None:
 
 
 def _is_id(text: str) -> bool:
-    """Tell whether it is a number that the kernel takes for an id; the last one means "no change" to it.
+    """Return whether it is a number that the kernel accepts as an id; the largest means "no change".
 
-    int() refuses thousands of digits, and they are the container's.
+    int() rejects thousands of digits, and the text comes from the container.
     """
     return text.isascii() and text.isdecimal() and len(text) <= MAX_DIGITS and int(text) < U32_MAX
 

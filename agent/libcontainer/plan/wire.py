@@ -1,4 +1,4 @@
-"""Encode what nsexec reads: netlink-framed messages (struct nlmsghdr, struct nlattr), native byte order.
+"""Encode the messages for nsexec: netlink-framed (struct nlmsghdr, struct nlattr), native byte order.
 
 The bootstrap message and its attribute numbers are those of runc (libcontainer/message_linux.go); see nsexec's plan.c.
 """
@@ -65,14 +65,16 @@ PIVOT_ROOT, PIVOT_MOVE, PIVOT_CHROOT = 0, 1, 2  # pivot_root(2); MS_MOVE and chr
 
 
 class EncodingError(Exception):
-    """Something does not fit into the message: `what` is too large."""
+    """`what` is too large for the message."""
 
     def __init__(self, what: str, size: int, limit: int) -> None:
         super().__init__(f"{what} takes {size} bytes, and at most {limit} can be passed")
 
 
 def attribute(kind: int, payload: bytes, what: str = "attribute") -> bytes:
-    """Encode a struct nlattr, padded.  The length is 16 bits: too much is refused, never wrapped (CVE-2021-43784)."""
+    """Encode a struct nlattr, padded.  The length is 16 bits: overlong values are rejected, never wrapped
+    (CVE-2021-43784).
+    """
     size = 4 + len(payload)
     if size > 0xFFFF:
         raise EncodingError(what, len(payload), 0xFFFF - 4)
@@ -95,7 +97,7 @@ def truth(kind: int, value: bool) -> bytes:
 
 
 def encode(value: str | bytes) -> bytes:
-    """Encode text as the file system and execve see it."""
+    """Encode text as file names and execve arguments are encoded."""
     return value if isinstance(value, bytes) else value.encode("utf-8", "surrogateescape")
 
 
@@ -105,7 +107,7 @@ def texts(*values: str) -> bytes:
 
 
 def message(kind: int, body: bytes, what: str) -> bytes:
-    """Encode a whole message with its header; raises EncodingError if nsexec would not read it."""
+    """Encode a whole message with its header; raises EncodingError if it is too large for nsexec."""
     size = 16 + len(body)
     if size > MESSAGE_LIMITS[kind]:
         raise EncodingError(what, size, MESSAGE_LIMITS[kind])
@@ -113,7 +115,9 @@ def message(kind: int, body: bytes, what: str) -> bytes:
 
 
 def strings(values: Iterable[str]) -> bytes:
-    """Encode argv, then envp, each string NUL-terminated; the message is not padded, its length is read exactly."""
+    """Encode argv, then envp, each string NUL-terminated; the message is not padded; nsexec reads exactly its
+    length.
+    """
     return message(MESSAGE_STRINGS, b"".join([encode(value) + b"\0" for value in values]), "args and env")
 
 
@@ -130,7 +134,7 @@ def bootstrap(
     setgroups: bool = True,
     keyring: bool = True,
 ) -> bytes:
-    """Encode the bootstrap: namespaces to make (`create`, CLONE_NEW* bits), to join from the pidfd (`join`) and to
+    """Encode the bootstrap: namespaces to create (`create`, CLONE_NEW* bits), to join from the pidfd (`join`) and to
     join by path (OCI type, path), and what must happen outside of them.
 
     A runtime without privileges has `map_programs` (newuidmap, newgidmap) write the maps, or maps one id and denies

@@ -1,10 +1,10 @@
-"""The setup channel: the sockets and the pipe between a runtime and one nsexec, from the spawn to "ready".
+"""The setup channel: the sockets and pipe between a runtime and one nsexec, from spawn to "ready".
 
-Pids and pidfds come on the init socket, readiness and errors on the sync socket, the terminal on the console socket,
-lines for the log on the log pipe.  The other side runs before any of the container's own programs, but paths and errors
-in it come from images: everything is bounded and nothing of it is trusted to be well-formed.
+Pids and pidfds arrive on the init socket, readiness and errors on the sync socket, the terminal on the console socket,
+log lines on the log pipe.  The other side runs before any of the container's own programs, but paths and errors in it
+come from images: everything is bounded, and nothing is trusted to be well-formed.
 
-No I/O is waited for here: whoever drives the channel waits until `fileno()` can be read and calls `on_readable`.
+Nothing here blocks on I/O: the caller waits until `fileno()` is readable and calls `on_readable`.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ LINE_MAX = 8192
 SCM_CREDENTIALS = 2  # unix(7): struct ucred, filled in by the kernel
 INT_SIZE = 4
 SIGKILL = 9
-INIT_MESSAGES = 4  # handled at once: whoever sends more must not keep the caller from others
+INIT_MESSAGES = 4  # handled per call: a flood must not keep the caller from other work
 
 
 class SetupChannel:
     """Our ends of the channels to one nsexec.
 
-    `announced` is called with (stage 1 or 0, stage 2 or 0) for each stage that is made.  `at_hooks`: nsexec waits for
-    the runtime's hooks to have run, and for `release_init`.  `ready`: the process is set up.  `ended`: nobody holds the
-    sync socket any more: after execve, after the start of an init, or after the end of all stages.  `error` is why.
+    `announced` is called with (stage 1 or 0, stage 2 or 0) as each stage is created.  `at_hooks`: nsexec waits for the
+    runtime's hooks to have run, and for `release_init`.  `ready`: the process is set up.  `ended`: the sync socket is
+    closed on the other side: after execve, after the start of an init, or after all stages have exited.  `error` is
+    why.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class SetupChannel:
         self._line = b""
         self._unsent = memoryview(b"")
         self._killed = False
-        self._makers: set[int] = set()  # stages outside of the container: nobody else may announce
+        self._makers: set[int] = set()  # stages outside the container: only these may announce pids
         self.at_hooks = self.ready = self.ended = False
         self.error: LaunchError | None = None
         self.pidfd = self.stage1_pidfd = self.console = -1
@@ -60,7 +61,7 @@ class SetupChannel:
         self._epoll = select.epoll()
         self._child_ends: list[socket.socket | int] = []
         self._init = self._pair(socket.SOCK_STREAM)
-        # A process that is born into a namespace with others has this socket for a moment, and they may take it then.
+        # A process created in a shared namespace briefly holds this socket, and others there could take it.
         self._init.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._sync = self._pair(socket.SOCK_SEQPACKET)
         self._console = self._pair(socket.SOCK_STREAM) if terminal else None
@@ -69,7 +70,7 @@ class SetupChannel:
         self._child_ends.append(log_end)
         names = ["INITPIPE", "SYNCPIPE", *(["CONSOLE"] if terminal else []), "LOGPIPE"]
         ends = [end if isinstance(end, int) else end.fileno() for end in self._child_ends]
-        #: Descriptors for nsexec by the names of environment variables.
+        #: Descriptors for nsexec, by environment variable.
         self.child_fds = {f"_LIBCONTAINER_{name}": fd for name, fd in zip(names, ends, strict=True)}
 
     def _pair(self, kind: int) -> socket.socket:
@@ -79,16 +80,16 @@ class SetupChannel:
         return ours
 
     def fileno(self) -> int:
-        """Return a descriptor that can be read when there is something for `on_readable`."""
+        """Return a descriptor that is readable when `on_readable` has work."""
         return self._epoll.fileno()
 
     def send(self, messages: bytes) -> None:
-        """Put as much as fits into the init socket; the rest follows later.  To be called before the spawn."""
+        """Write as much as fits into the init socket; the rest follows later.  Call it before the spawn."""
         self._unsent = memoryview(messages)
         self._send()
 
     def spawned(self, pid: int) -> None:
-        """Follow stage 0.  To be called right after the spawn."""
+        """Follow stage 0.  Call it right after the spawn."""
         self._makers.add(pid)
         self.close_child_ends()
         self._handlers = {
@@ -102,13 +103,13 @@ class SetupChannel:
             self._epoll.modify(self._init.fileno(), select.EPOLLIN | select.EPOLLOUT)
 
     def close_child_ends(self) -> None:
-        """Close the ends that were for nsexec."""
+        """Close nsexec's ends."""
         for end in self._child_ends:
             os.close(end) if isinstance(end, int) else end.close()
         self._child_ends.clear()
 
     def on_readable(self) -> None:
-        """Read what has come, send what has room."""
+        """Read what has arrived, send what fits."""
         for fd, events in self._epoll.poll(0):
             if events & select.EPOLLOUT:
                 self._send()
@@ -116,7 +117,7 @@ class SetupChannel:
                 self._handlers[fd]()
 
     async def follow(self, waits: Waits, reached: Callable[[], bool], seconds: float | None) -> bool:
-        """Drive the channel until a state is reached; False when that takes longer than `seconds`."""
+        """Drive the channel until a state is reached; False on timeout (`seconds`)."""
 
         def step() -> bool:
             self.on_readable()
@@ -129,13 +130,13 @@ class SetupChannel:
             self._unsent = self._unsent[self._init.send(self._unsent) :]
         except BlockingIOError:
             return
-        except OSError:  # it is gone; the sync socket tells why
+        except OSError:  # it has exited; the sync socket says why
             self._unsent = memoryview(b"")
         if not self._unsent and self._init.fileno() in self._handlers:
             self._epoll.modify(self._init.fileno(), select.EPOLLIN)
 
     def _on_init(self) -> None:
-        """Receive messages one by one: those with descriptors are not merged (unix(7)).  Two are expected at most."""
+        """Receive messages one by one: those with descriptors are not merged (unix(7)).  At most two are expected."""
         for _ in range(INIT_MESSAGES):
             data, fds, sender = _receive(self._init, 256)
             if data is None:
@@ -149,7 +150,7 @@ class SetupChannel:
                 return
 
     def _on_announcement(self, found: dict[str, object], fds: list[int]) -> None:
-        """Note who was made last; its pidfd is taken out of `fds`."""
+        """Record the newest process; removes its pidfd from `fds`."""
         stage1, stage2 = found.get("stage1_pid"), found.get("stage2_pid")
         if not isinstance(stage1, int) or not isinstance(stage2, int) or stage1 < 0 or stage2 < 0:
             return
@@ -171,7 +172,7 @@ class SetupChannel:
             return
         except OSError:
             packet = b""
-        # What was sent before it may not have been read yet.
+        # Earlier messages may not have been read yet.
         if self.pidfd < 0 and self._init.fileno() in self._handlers:
             self._on_init()
         self._on_console()
@@ -239,16 +240,16 @@ class SetupChannel:
         """Tell the init that the runtime's hooks have run."""
         try:
             self._sync.send(b"1")
-        except OSError:  # it is gone; `ended` tells
+        except OSError:  # it has exited; `ended` says so
             pass
 
     def take_console(self) -> int | None:
-        """Hand the terminal's master over to the caller; None if there is none."""
+        """Give the terminal's master to the caller; None if there is none."""
         fd, self.console = self.console, -1
         return None if fd < 0 else fd
 
     def take_pidfd(self) -> int:
-        """Hand the process's pidfd over to the caller."""
+        """Give the process's pidfd to the caller."""
         fd, self.pidfd = self.pidfd, -1
         return fd
 
@@ -267,7 +268,7 @@ class SetupChannel:
 
 
 def kill(pidfd: int) -> None:
-    """Send SIGKILL to a process that may be gone."""
+    """Send SIGKILL to a process that may have exited."""
     try:
         signal.pidfd_send_signal(pidfd, SIGKILL)
     except ProcessLookupError:
@@ -275,14 +276,14 @@ def kill(pidfd: int) -> None:
 
 
 def report_error(found: dict[str, object]) -> LaunchError:
-    """Make the error of a procError packet."""
+    """Build the error from a procError packet."""
     where, path, why = (_text(found.get(key)) for key in ("step", "path", "why"))
     errno = found.get("errno")
     return launch_error(where, path, errno if isinstance(errno, int) else 0, why)
 
 
 def _receive(sock: socket.socket, size: int) -> tuple[bytes | None, list[int], int]:
-    """Receive data, descriptors and the sender's pid if the socket wants it; None when there is nothing yet."""
+    """Receive data, descriptors and the sender's pid if the socket passes it; None if nothing has arrived."""
     room = socket.CMSG_SPACE(4 * INT_SIZE) + socket.CMSG_SPACE(3 * INT_SIZE)
     try:
         data, ancillary, _, _ = sock.recvmsg(size, room, socket.MSG_CMSG_CLOEXEC)

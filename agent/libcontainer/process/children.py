@@ -1,6 +1,6 @@
-"""Children of the runtime: who waits for them.
+"""Children of the runtime, and who waits for them.
 
-An agent has one owner of all children (model/reaper.py); a command waits for its own, here.
+An agent has one owner of all children (model/reaper.py); a command waits for its own here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     class Child(Protocol):
-        """A child process, until its end."""
+        """A child process, until it exits."""
 
         pid: int
 
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
         ) -> bool | None: ...
 
     class Children(Protocol):
-        """Who waits for children."""
+        """The owner of child processes."""
 
         def expecting(self) -> Expecting:
             """Keep exit statuses of unknown pids for `claim` while inside."""
             ...
 
         def claim(self, pid: int) -> Child:
-            """Have this pid's exit go to the returned Child from now on."""
+            """Route this pid's exit to the returned Child from now on."""
             ...
 
 
 class OwnChild:
-    """A child of a program that waits for each by its pid."""
+    """A child that its parent waits for by pid."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid

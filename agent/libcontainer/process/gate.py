@@ -1,10 +1,11 @@
-"""The start gate: the file at which a created init waits until somebody, in whatever process, starts it.
+"""The start gate: the file at which a created init waits until some process starts it.
 
-A fifo: the init opens it for writing, which blocks until a starter opens it for reading; then it writes "0", and should
-it fail before its program is executed, the report of that (a procError packet).  The end of file is execve, or its end.
+A fifo: the init opens it for writing, which blocks until a starter opens it for reading; then it writes "0" and, if it
+fails before executing its program, an error report (a procError packet).  End of file means that it called execve, or
+exited.
 
-Where others are in its pid namespace an init holds nothing that leads to the file: there it is a socket that listens,
-of which it has the descriptor alone, and the same is said on the connection.  Sources: fifo(7), unix(7).
+In a shared pid namespace an init must hold nothing that leads to the file: there the gate is a listening socket, of
+which init has only the descriptor, and the connection carries the same data.  Sources: fifo(7), unix(7).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ NOT_EXECUTED = "the container's init died before its program was executed"
 
 
 def make(path: str, *, in_company: bool) -> tuple[str, int]:
-    """Make the gate; return the name and the descriptor under which nsexec gets it.  Raises LaunchError."""
+    """Create the gate; return the name and the descriptor by which nsexec gets it.  Raises LaunchError."""
     try:
         return ("_CAISSON_START_SOCKET", _listen(path)) if in_company else ("_LIBCONTAINER_FIFOFD", _make_fifo(path))
     except OSError as error:
@@ -67,7 +68,7 @@ def _listen(path: str) -> int:
 
 
 def remove(path: str) -> None:
-    """Remove the gate; fine if there is none."""
+    """Remove the gate, if it exists."""
     try:
         os.unlink(path)  # noqa: PTH108 - no pathlib at start
     except FileNotFoundError:
@@ -93,7 +94,7 @@ async def open_and_follow(path: str, pid: int, pidfd: int, waits: Waits, timeout
         if not await waits.readable(fd, pidfd, seconds=deadline.left):
             raise TimeoutError
         heard = _read(fd)
-        if not heard:  # its end, that of another starter's, or no writer yet of a fifo that was just opened
+        if not heard:  # its exit, another starter's, or no writer yet on a fifo just opened
             raise LaunchError(GONE, step="start", path=path)
         faults.reach("start_read")
         remove(path)
@@ -109,7 +110,7 @@ async def open_and_follow(path: str, pid: int, pidfd: int, waits: Waits, timeout
 
 
 def failure_of(heard: str) -> LaunchError:
-    """Make the error of a start by another program: `heard` is all that came through the gate (front/start.c)."""
+    """Build the error of a start by another program: `heard` is all that came through the gate (front/start.c)."""
     if len(heard) > 1:
         return _report(heard[1:].encode("utf-8", "surrogateescape"))
     return LaunchError(NOT_EXECUTED if heard else GONE, step="start")
@@ -135,7 +136,7 @@ def _read(fd: int) -> bytes:
 
 
 async def _rest(fd: int, waits: Waits, deadline: Deadline) -> bytes:
-    """Read all that comes until the end of file, bounded."""
+    """Read until end of file, up to a limit."""
     found = b""
     while len(found) < REPORT_MAX:
         if not await waits.readable(fd, seconds=deadline.left):

@@ -1,4 +1,4 @@
-"""Hooks: programs that a configuration runs at points of a container's life (OCI runtime-spec 1.3, config.md).
+"""Hooks: programs run at points of a container's lifecycle (OCI runtime-spec 1.3, config.md).
 
 prestart, createRuntime, poststart and poststop hooks run here, in the runtime's own namespaces; createContainer and
 startContainer hooks run in the container's and are nsexec's (hooks.c).
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from caisson.agent.libcontainer.process.children import Child, Children
     from caisson.agent.libcontainer.waits import Waits
 
-OUTPUT_MAX = 800  # bytes of what a hook wrote last, for the error's text
-PIPE_MAX, READ = 1 << 20, 1 << 16  # what a process may let a pipe hold (pipe(7)), and what is read at once
+OUTPUT_MAX = 800  # bytes of a hook's last output, for the error message
+PIPE_MAX, READ = 1 << 20, 1 << 16  # the maximum size of a pipe (pipe(7)), and of one read
 SIGKILL, SIGSTOP, SIGNALS = 9, 19, 64
 #: A Python process ignores some signals, and ignored signals survive execve.  32 and 33 are the C library's own.
 DEFAULT_SIGNALS = sorted(set(range(1, SIGNALS + 1)) - {SIGKILL, SIGSTOP, 32, 33})
@@ -31,8 +31,8 @@ DEFAULT_SIGNALS = sorted(set(range(1, SIGNALS + 1)) - {SIGKILL, SIGSTOP, 32, 33}
 def state(container_id: str, bundle: str, annotations: Mapping[str, str], status: str = "", pid: int = 0) -> str:
     """Write the state of a container that hooks get on standard input (runtime.md, "State").
 
-    Without a status it stops short of `status` and `pid`, for nsexec to finish: only there it is known which number
-    the process has in its own pid namespace.
+    Without a status it stops before `status` and `pid`, for nsexec to finish: only nsexec knows the process's number in
+    its own pid namespace.
     """
     document: dict[str, object] = {"ociVersion": OCI_VERSION, "id": container_id, "bundle": bundle}
     if annotations:
@@ -52,8 +52,8 @@ class HookRunner:
     async def run(self, point: str, hooks: Iterable[Hook], document: str) -> None:
         """Run hooks one after the other; `document` is their standard input.
 
-        Raises LaunchError at the first that cannot be executed, does not end with status 0, or not within its time (it
-        is killed then, with its process group).  A caller that is cancelled kills the hook that runs.
+        Raises LaunchError at the first that cannot be executed, fails, or exceeds its timeout (it is then killed with
+        its process group).  Cancelling the caller kills the running hook.
         """
         for number, hook in enumerate(hooks):
             await _HookProcess(self._children, self._waits, f"{point} hook #{number}", hook).run(document.encode())
@@ -62,8 +62,8 @@ class HookRunner:
 class RuntimeHooks:
     """A configuration's hooks while its container is created.
 
-    `outside` is whether there are some that run in the runtime's namespaces.  `state` is what those inside get (see
-    `state`); `create_timeout` and `start_timeout` are seconds that they may take one after the other, None for ever.
+    `outside` is whether any run in the runtime's namespaces.  `state` is the input of those inside (see `state`);
+    `create_timeout` and `start_timeout` are their total timeouts in seconds, None for no limit.
     """
 
     def __init__(self, runner: HookRunner, spec: Spec, container_id: str, bundle: str) -> None:
@@ -77,20 +77,20 @@ class RuntimeHooks:
         self.start_timeout = total_timeout(spec.hooks.start_container)
 
     async def run(self, pid: int) -> None:
-        """Run those of the runtime's namespaces, once the container's exist.  Raises LaunchError."""
+        """Run those in the runtime's namespaces, once the container's exist.  Raises LaunchError."""
         document = state(self._id, self._bundle, self._spec.annotations, "creating", pid)
         await self._runner.run("prestart", self._spec.hooks.prestart, document)
         await self._runner.run("createRuntime", self._spec.hooks.create_runtime, document)
 
 
 def total_timeout(hooks: Iterable[Hook]) -> int | None:
-    """Add up the seconds that hooks may take one after the other; None for ever."""
+    """Add up the timeouts of hooks in seconds; None for no limit."""
     timeouts = [hook.timeout for hook in hooks]
     return None if None in timeouts else sum(timeout for timeout in timeouts if timeout is not None)
 
 
 class _HookProcess:
-    """One hook, from its start to its end."""
+    """One hook, from start to exit."""
 
     def __init__(self, children: Children, waits: Waits, step: str, hook: Hook) -> None:
         self._children = children
@@ -103,7 +103,7 @@ class _HookProcess:
     async def run(self, document: bytes) -> None:
         """Run it.  Raises LaunchError."""
         child = self._spawn(document)
-        pidfd = os.pidfd_open(child.pid)  # nothing was awaited since: it is still there
+        pidfd = os.pidfd_open(child.pid)  # nothing was awaited since: it has not been reaped
         try:
             ended = await self._follow(pidfd)
         except BaseException:
@@ -122,7 +122,7 @@ class _HookProcess:
             raise self._error(f"signal: {signal_name(status - 128)}" if status > 128 else f"exit status {status}")
 
     async def _follow(self, pidfd: int) -> bool:
-        """Read its output until it ends; False when its time is over."""
+        """Read its output until it exits; False on timeout."""
         deadline = Deadline(self._hook.timeout)
         while True:
             fds = [pidfd] if self._stdout < 0 else [pidfd, self._stdout]
@@ -133,7 +133,7 @@ class _HookProcess:
                 return True
 
     def _spawn(self, document: bytes) -> Child:
-        """Start it, as the leader of its own session.  By posix_spawn: an agent has threads and must not fork."""
+        """Start it, as the leader of its own session.  Uses posix_spawn: an agent has threads and must not fork."""
         hook = self._hook
         child_fds: list[int] = []
         try:
@@ -165,7 +165,7 @@ class _HookProcess:
         return self._children.claim(pid)
 
     def _drain(self) -> None:
-        """Take what fits into a pipe, not all that may be written meanwhile; keep the last of it."""
+        """Read as much as fits into a pipe, not everything written meanwhile; keep the end of it."""
         if self._stdout < 0:
             return
         try:
@@ -190,14 +190,14 @@ class _HookProcess:
 
 
 def signal_name(number: int) -> str:
-    """Describe a signal in words, uncapitalised: "killed", "bad system call"."""
+    """Describe a signal, uncapitalised: "killed", "bad system call"."""
     from signal import strsignal  # late: its enums
 
     return (strsignal(number) or f"signal {number}").lower()
 
 
 def _inheritable() -> Iterable[int]:
-    """List descriptors that a library, or whoever started this process, left open for its children."""
+    """List descriptors that a library, or the parent of this process, left inheritable."""
     for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - no pathlib at start
         try:
             if int(name) > 2 and os.get_inheritable(int(name)):
@@ -207,7 +207,7 @@ def _inheritable() -> Iterable[int]:
 
 
 def _kill_group(pid: int) -> None:
-    """Send SIGKILL to a hook that was not reaped yet, and to all in its process group."""
+    """Send SIGKILL to a hook that has not been reaped yet, and to its process group."""
     try:
         os.killpg(pid, SIGKILL)
     except ProcessLookupError:

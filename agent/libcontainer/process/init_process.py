@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from caisson.agent.libcontainer.process.children import Child, Children
     from caisson.agent.libcontainer.waits import Waits
 
-CLEANUP_TIMEOUT = 5.0  # seconds for stages that were killed to end
+CLEANUP_TIMEOUT = 5.0  # seconds for killed stages to exit
 
 
 class InitProcess:
-    """A process that is being set up: its channel and its stages, as far as they are known.
+    """A process being set up: its channel and the stages known so far.
 
-    `announced` is called with the process's pid as soon as that is known, while nsexec works on.
+    `announced` is called with the process's pid as soon as it is known, while nsexec continues.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class InitProcess:
         self.channel = SetupChannel(terminal=terminal, announced=self._announced, log=log)
 
     def spawned(self, pid: int) -> None:
-        """Take note of stage 0.  Nothing was awaited since the spawn: the pid is still its own, even if it is dead."""
+        """Record stage 0.  Nothing was awaited since the spawn: the pid is still its own, even if it is dead."""
         self._pidfd0 = os.pidfd_open(pid)
         self.stages.append(self._children.claim(pid))
         self.channel.spawned(pid)
@@ -55,11 +55,12 @@ class InitProcess:
                 self._on_pid(stage2)
 
     async def destroy(self) -> None:
-        """Kill what there is of it, wait for all of it, close everything."""
+        """Kill all its stages, wait for them, close everything."""
         if self._pidfd0 >= 0:
             kill(self._pidfd0)
         self.channel.kill()
-        # A stage that is not known by pid yet sees its maker's end and follows; the sync socket closes with the last.
+        # A stage whose pid is not known yet exits when it sees its parent die; the sync socket closes with the last
+        # one.
         if self.stages:
             await self.channel.follow(self._waits, lambda: self.channel.ended, CLEANUP_TIMEOUT)
         deadline = Deadline(CLEANUP_TIMEOUT)
@@ -70,7 +71,7 @@ class InitProcess:
         self.close()
 
     def pidfds(self) -> list[int]:
-        """Return the stages' pidfds, in the order in which they were made."""
+        """Return the stages' pidfds, in order of creation."""
         fds = (self._pidfd0, self.channel.stage1_pidfd, self.channel.pidfd)
         return [fd for fd in fds if fd >= 0]
 

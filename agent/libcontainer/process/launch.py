@@ -1,4 +1,4 @@
-"""What a process is started with, and what its start returns."""
+"""The arguments and the result of starting a process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Launched(Record):
     """A started process.
 
     `console` is the master of its terminal, if it has one; `pidfd` is its own.  The caller owns both.  `stages` are the
-    children before it, which end by themselves.
+    children before it, which exit by themselves.
     """
 
     child: Child
@@ -39,12 +39,12 @@ class Launched(Record):
 
 
 class Launch(Record):
-    """What a process is started with, beside its messages.
+    """The arguments of a process's start, beside its messages.
 
-    `stdio` is None iff it has a terminal.  `cgroup_fds` are entries of its cgroup by nsexec's names for them.
-    `preserved` is how many descriptors from 3 on it keeps.  `announced` is called with its pid while it is set up.
-    An init is put into its root by pivot_root(2), or for `pivot` False by chroot(2), and has a session keyring of its
-    own, or for `keyring` False the caller's.  `on_host`: as for plan.init_messages and plan.exec_messages.
+    `stdio` is None if and only if it has a terminal.  `cgroup_fds` are entries of its cgroup by nsexec's names for
+    them. It keeps `preserved` descriptors from 3 on.  `announced` is called with its pid while it is set
+    up. An init is put into its root by pivot_root(2), or for `pivot` False by chroot(2), and has a session keyring of
+    its own, or for `keyring` False the caller's.  `on_host`: as for plan.init_messages and plan.exec_messages.
     """
 
     container_id: str
@@ -58,13 +58,13 @@ class Launch(Record):
 
 
 def check_stdio(terminal: bool, stdio: Stdio | None) -> None:
-    """Raise LaunchError for descriptors beside a terminal, or for neither."""
+    """Raise LaunchError for both descriptors and a terminal, or for neither."""
     if terminal != (stdio is None):
         raise LaunchError("stdio is given iff there is no terminal", step="stdio")
 
 
 def own_pipes(stdio: Stdio | None, spec: Spec) -> None:
-    """Give pipes to the root of the container's user namespace, who could not open /dev/stdout otherwise."""
+    """Give pipes to the root of the container's user namespace, which otherwise could not open /dev/stdout."""
     owner = users.mapped_root(spec.linux)
     if owner is None or stdio is None:
         return

@@ -1,4 +1,4 @@
-"""Start processes in containers: create, start and exec, by way of nsexec."""
+"""Start processes in containers through nsexec: create, start and exec."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 
 class ProcessLauncher:
-    """Make processes in containers.
+    """Start processes in containers.
 
-    `log(level, message, container=…)` gets nsexec's own lines, without `verbose` none of the level debug.  nsexec is
-    killed when it takes longer than `timeout` seconds; None waits for ever.
+    `log(level, message, container=…)` gets nsexec's log lines, those of level debug only if `verbose`.  nsexec is
+    killed after `timeout` seconds; None waits forever.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class ProcessLauncher:
         self._filters: Filters | None = None
 
     async def filter(self, profile: Seccomp | None) -> bytes:
-        """Compile a system call filter; empty without a profile.  Raises SpecError."""
+        """Compile a seccomp filter; empty without a profile.  Raises SpecError."""
         if profile is None:
             return b""
-        from caisson.agent.libcontainer.process.seccomp_bpf import Filters  # late: most processes have none
+        from caisson.agent.libcontainer.process.seccomp_bpf import Filters  # late: few processes have one
 
         if self._filters is None:
             self._filters = Filters(self._waits)
@@ -82,14 +82,14 @@ class ProcessLauncher:
         filter: bytes = b"",
         hooks: RuntimeHooks | None = None,
     ) -> Launched:
-        """Set up a container's first process up to where it waits at `start_gate`, which is made here (gate.py).
+        """Set up a container's init process up to where it waits at `start_gate`, which is created here (gate.py).
 
         `join` maps namespace types to paths to join; `cgroups` are the container's cgroup directories by controllers;
-        `procfs` is a mount of the pid namespace's procfs, if one is joined; `filter` is of system calls; `hooks` run as
-        the configuration wants them.  On failure nothing is left.  Raises SpecError or LaunchError.
+        `procfs` is a mount of the pid namespace's procfs, if one is joined; `filter` is a seccomp filter; `hooks` run
+        as configured.  Nothing is left on failure.  Raises SpecError or LaunchError.
         """
         if spec.process is not None:
-            # Here: nothing of the container runs yet that could serve these files itself.
+            # Here, no process of the container is running yet that could serve these files itself.
             spec = spec.but(process=users.look_up(spec.process, rootfs))
         process = spec.process
         devices = _net_devices(spec)
@@ -118,7 +118,7 @@ class ProcessLauncher:
         terminal = process is not None and process.terminal
         check_stdio(terminal, launch.stdio)
         own_pipes(launch.stdio, spec)
-        # Where others may look at it while it waits, it is not given anything that is the runtime's.
+        # If others can inspect it while it waits, it gets nothing that belongs to the runtime.
         in_company = "pid" in plan.joined_paths(spec.linux, join)
         name, gate_fd = gate.make(start_gate, in_company=in_company)
         group = _rdt_group(spec, launch.container_id)
@@ -159,15 +159,15 @@ class ProcessLauncher:
         bundle: str = "",
         rootfs: str = "",
     ) -> Launched:
-        """Run another process in all namespaces of a container; it has been executed when this returns.
+        """Run another process in all namespaces of a container; returns once it has been executed.
 
-        `pidfd` and `init_pid` are the container's first process; `rootfs` is its root as this program has it, for one
-        that may not wait for a container's files; what the process does not say (capabilities, limits,
-        no_new_privs) is as for that one.  Raises SpecError or LaunchError.
+        `pidfd` and `init_pid` are the container's init process; `rootfs` is its root as seen by this program, for a
+        caller that must not block on a container's files; attributes that the process does not set (capabilities,
+        limits, no_new_privs) are those of init.  Raises SpecError or LaunchError.
         """
         check_stdio(process.terminal, launch.stdio)
         own_pipes(launch.stdio, spec)
-        # Its root as it is now; the caller has checked that the pid is still its own.
+        # Its current root; the caller has checked that the pid is still its own.
         process = await self._with_user(process, f"/proc/{init_pid}/root", rootfs)
         messages = _encode(lambda: plan.exec_messages(process, spec, join, filter, on_host=launch.on_host))
         started = await self.starter.start(
@@ -183,7 +183,7 @@ class ProcessLauncher:
         return _launched(started)
 
     async def _with_user(self, process: Process, root: str, rootfs: str) -> Process:
-        """Look its user up in the container's files, which the container may serve itself.  Raises SpecError."""
+        """Look up its user in the container's files, which the container may serve itself.  Raises SpecError."""
         if not users.needs_files(process):
             return process
         if rootfs and (known := users.look_up_at_once(process, root, rootfs)) is not None:
@@ -196,10 +196,10 @@ class ProcessLauncher:
             ) from None
 
     async def start(self, start_gate: str, pid: int, hooks: Hooks, pidfd: int = -1) -> None:
-        """Let a created init go on to its program, and return once that has been executed.
+        """Let a created init execute its program, and return once it has.
 
-        Raises LaunchError if the init is gone, was started before, or its program could not be executed; an init that
-        takes too long, its startContainer hooks aside, is killed.
+        Raises LaunchError if the init has exited, was already started, or its program cannot be executed; an init that
+        takes too long, not counting its startContainer hooks, is killed.
         """
         opened = os.pidfd_open(pid) if pidfd < 0 else -1
         timeout: float | None = self._timeout
@@ -218,7 +218,7 @@ class ProcessLauncher:
 
     @property
     def hooks(self) -> HookRunner:
-        """Who runs hooks in the runtime's namespaces."""
+        """The runner of hooks in the runtime's namespaces."""
         from caisson.agent.libcontainer.process.hooks import HookRunner  # late: most containers have none
 
         return HookRunner(self._children, self._waits)
@@ -230,9 +230,9 @@ class ProcessLauncher:
         return RuntimeHooks(self.hooks, spec, container_id, bundle)
 
     async def pause(self, procfs: str, rootfs: str, join: Mapping[str, str]) -> Child:
-        """Start the first process of a new pid namespace, which only reaps; it ends by SIGKILL, or with its parent.
+        """Start the init of a new pid namespace, which only reaps; it ends by SIGKILL, or with its parent.
 
-        The namespace's procfs is mounted on the directory `procfs`; `rootfs` is an empty one; `join` maps namespace
+        The namespace's procfs is mounted on the directory `procfs`; `rootfs` is empty; `join` maps namespace
         types to paths to join.  Raises LaunchError.
         """
         target = os.open(procfs, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -263,7 +263,7 @@ def _launched(started: InitProcess) -> Launched:
 
 
 def _late_scheduler(process: Process, spec: Spec, join: Mapping[str, str] = NOTHING) -> bytes | None:
-    """Return the scheduler of a process in a joined pid namespace, if it does not survive the clone into that."""
+    """Return the scheduler of a process in a joined pid namespace, if it would not survive the clone into it."""
     attributes = process.scheduler or (spec.process.scheduler if spec.process is not None else None)
     if attributes is None or not ("pid" in join or any(one.type == "pid" for one in spec.linux.namespaces)):
         return None
@@ -273,16 +273,16 @@ def _late_scheduler(process: Process, spec: Spec, join: Mapping[str, str] = NOTH
 
 
 def _rdt_group(spec: Spec, container_id: str) -> ResctrlGroup | None:
-    """Return the container's group of resctrl, if it has one.  Raises LaunchError."""
+    """Return the container's resctrl group, if it has one.  Raises LaunchError."""
     if spec.linux.intel_rdt is None:
         return None
-    from caisson.agent.libcontainer.intel_rdt import ResctrlGroup  # late: next to nobody has one
+    from caisson.agent.libcontainer.intel_rdt import ResctrlGroup  # late: rarely used
 
     return ResctrlGroup(spec.linux.intel_rdt, container_id)
 
 
 def _also_in(launch: Launch, group: ResctrlGroup | None) -> Launch:
-    """Return the launch, whose process joins a group of resctrl before it runs."""
+    """Return the launch with its process joining a resctrl group before it runs."""
     if group is None:
         return launch
     also = launch.announced
@@ -304,7 +304,7 @@ def _net_devices(spec: Spec) -> tuple[NetDevice, ...]:
 
 
 def _listener(spec: Spec, container_id: str, bundle: str, init_pid: int = 0) -> Listener | None:
-    """Find where the listener of the filter goes, if it has one."""
+    """Return the destination of the filter's listener, if it has one."""
     if spec.linux.seccomp is None or not spec.linux.seccomp.listener_path:
         return None
     from caisson.agent.libcontainer.process.listener import Listener  # late: most containers have none

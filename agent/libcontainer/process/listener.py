@@ -1,8 +1,9 @@
 """Pass the listener of a seccomp filter to the agent that answers its notifications.
 
-nsexec reports the descriptor's number and waits; it is fetched by pidfd_getfd(2), so that the filter may already deny
-what it likes but write(2), and sent to the Unix socket of `linux.seccomp.listenerPath` with a ContainerProcessState.
-Sources: OCI runtime specification, config-linux.md, "Seccomp" and "The Container Process State"; seccomp_unotify(2).
+nsexec reports the descriptor's number and waits; the runtime fetches it by pidfd_getfd(2), so that the filter may
+already deny anything but write(2), and sends it to the Unix socket of `linux.seccomp.listenerPath` with a
+ContainerProcessState. Sources: OCI runtime specification, config-linux.md, "Seccomp" and "The Container Process State";
+seccomp_unotify(2).
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ INT_SIZE = 4
 NOTIF_RECV, NOTIF_SEND, NOTIF_SIZE = 0xC0502100, 0xC0182101, 80
 ANSWER = bytes(12) + (1).to_bytes(4, sys.byteorder)
 
-TIMEOUT = 10.0  # seconds for an agent to take it
+TIMEOUT = 10.0  # seconds for an agent to accept it
 
 
 class Listener(Record):
-    """Where the listener of a container's filter goes, and what is said of the process.
+    """The destination of a filter's listener, and the process state to send with it.
 
-    `init_pid` is that of the container's first process, if this is another one.
+    `init_pid` is the container's init process, if this is another one.
     """
 
     spec: Spec
@@ -54,7 +55,7 @@ class Listener(Record):
             raise _error("cannot be fetched", error) from error
 
     def let_through(self, fd: int) -> None:
-        """Have the kernel make the call that is asked about now, nsexec's own: one, as the next may be another's."""
+        """Let the kernel continue the pending call, which is nsexec's: only one, as the next may be another's."""
         import fcntl
         import select
 
@@ -65,7 +66,7 @@ class Listener(Record):
                 asked = bytearray(NOTIF_SIZE)
                 fcntl.ioctl(fd, NOTIF_RECV, asked)
                 fcntl.ioctl(fd, NOTIF_SEND, asked[:8] + ANSWER)
-        except FileNotFoundError:  # ENOENT: whoever asked has ended
+        except FileNotFoundError:  # ENOENT: the caller has exited
             return
 
     def send(self, fd: int, pid: int) -> None:

@@ -1,8 +1,8 @@
 """Move network devices into a container's network namespace: `linux.netDevices`.
 
-A device is moved by the runtime, in whose namespace it is, once the container's exists; it keeps its addresses, which
-the kernel drops on the way, by requests that nsexec makes inside (a plan's NETLINK steps).  Sources: OCI runtime
-specification, config-linux.md, "Network Devices"; rtnetlink(7).
+The runtime, in whose namespace a device is, moves it once the container's exists.  The kernel drops its addresses;
+requests that nsexec makes inside (the plan's NETLINK steps) restore them.  Sources: OCI runtime specification,
+config-linux.md, "Network Devices"; rtnetlink(7).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ IFF_UP = 0x1
 IFA_F_PERMANENT = 0x80
 RT_SCOPE_UNIVERSE = 0
 ENODEV = 19
-#: Attributes of an address that are kept; its label would name the device as it was.
+#: Attributes of an address to keep; its label would contain the old device name.
 KEPT_ATTRIBUTES = (rt.IFA_ADDRESS, rt.IFA_LOCAL, rt.IFA_BROADCAST, rt.IFA_FLAGS)
 
 
 class NetDevice(Record):
-    """A device by its index here; `requests` are made inside, once it is there as `name`."""
+    """A device by its index here; `requests` are made inside, once it is known there as `name`."""
 
     source: str
     name: str
@@ -64,7 +64,7 @@ def move(devices: Iterable[NetDevice], pid: int) -> None:
 
 
 def _is_kept(address: rt.Message) -> bool:
-    """Return whether an address is global and was not leased or configured by the kernel."""
+    """Return whether an address is global, and neither leased nor configured by the kernel."""
     flags = address.number(rt.IFA_FLAGS) or address.fixed[2]
     return address.fixed[3] == RT_SCOPE_UNIVERSE and bool(flags & IFA_F_PERMANENT)
 

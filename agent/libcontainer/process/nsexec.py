@@ -14,7 +14,8 @@ else:  # without the enums around them
     import _signal as signal
 
 MFD_EXEC = 0x10  # Linux 6.3; before that every memfd is executable
-#: nsexec begins with none ignored.  With those that have their default anyway: libc would ask for each one first.
+#: nsexec begins with none ignored.  The list includes signals that already have their default: libc would query each
+#: one first.
 SIGNALS = tuple(signal.valid_signals())
 SEALS = 0xF  # F_SEAL_SEAL | SHRINK | GROW | WRITE, fcntl(2)
 
@@ -46,7 +47,7 @@ class Nsexec:
         return cls(fd)
 
     def close(self) -> None:
-        """Forget the program.  Idempotent."""
+        """Close the program.  Idempotent."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

@@ -1,7 +1,7 @@
-"""Seccomp profiles → programs for the kernel, by libseccomp.
+"""Compile seccomp profiles into BPF programs, by libseccomp.
 
-libseccomp is loaded with the first profile.  What it cannot say is put before its program: system calls that are newer
-than all a profile knows get ENOSYS, not what it has for the forbidden.  A C library that tries a new call first takes
+libseccomp is loaded with the first profile.  What it cannot express is prepended to its program: system calls newer
+than any the profile knows get ENOSYS, not the profile's default action.  A C library that tries a new call first takes
 ENOSYS for "use the old one", and EPERM for a failure.
 """
 
@@ -36,7 +36,7 @@ X32_BIT = 0x40000000
 
 
 class Filters:
-    """Compiles profiles, and keeps the last programs: that takes up to 20 ms, and containers have the same ones."""
+    """Compile profiles, and cache the latest programs: compiling takes up to 20 ms, and containers share profiles."""
 
     def __init__(self, waits: Waits) -> None:
         self._waits = waits
@@ -45,14 +45,14 @@ class Filters:
     async def program(self, profile: Seccomp) -> bytes:
         """Return the filter's flags (32 bits) and instructions.  Raises SpecError.
 
-        Compiled in a thread: nobody else has to wait.
+        Compiled in a thread, so that other work continues.
         """
         found = self._kept.pop(profile, None)
         if found is None:
             found = await self._waits.work(lambda: _program(profile))
             if len(self._kept) >= MAX_PROGRAMS:
                 del self._kept[next(iter(self._kept))]
-        self._kept[profile] = found  # at the end: the oldest go first
+        self._kept[profile] = found  # to the end: the oldest are evicted first
         return found
 
 
@@ -66,7 +66,7 @@ def _program(profile: Seccomp) -> bytes:
 
 
 class _Library:
-    """libseccomp, as far as it is needed.  https://github.com/seccomp/libseccomp, seccomp.h"""
+    """The parts of libseccomp that are needed.  https://github.com/seccomp/libseccomp, seccomp.h"""
 
     def __init__(self) -> None:
         import ctypes
@@ -126,12 +126,12 @@ class _Library:
         for one in rule.conditions:
             data = (one.mask, one.value) if one.comparison == MASKED_EQ else (one.value, 0)
             conditions.append(self._comparison(one.index, one.comparison, *data))
-        # libseccomp takes one condition an argument; several are alternatives then, each a rule, as for runc.
+        # libseccomp accepts one condition per argument; several become alternatives, each its own rule, as in runc.
         several = len({one.index for one in rule.conditions}) != len(conditions)
         groups = [[one] for one in conditions] if several else [conditions]
         for name in rule.names:
             number = self._library.seccomp_syscall_resolve_name(name.encode())
-            if number == -1:  # a call that this library does not know yet: no rule can be about it
+            if number == -1:  # unknown to this library: no rule can match it
                 continue
             for group in groups:
                 array = (self._comparison * len(group))(*group)
@@ -148,7 +148,7 @@ class _Library:
             os.close(fd)
 
     def _newer(self, profile: Seccomp, architectures: list[int]) -> bytes:
-        """Encode the answer ENOSYS for numbers above the last one which the profile knows."""
+        """Encode ENOSYS for numbers above the last one that the profile knows."""
         if profile.default in (ALLOW, LOG, ERRNO | ENOSYS):
             return b""
         last = {token: self._last(profile, token) for token in architectures}
@@ -164,7 +164,7 @@ class _Library:
         return program if blocks else b""
 
     def _last(self, profile: Seccomp, architecture: int) -> int:
-        """Return the highest number that the profile says something of, on an architecture; -1 if there is none."""
+        """Return the highest system call number in the profile, on an architecture; -1 if there is none."""
         resolve = self._library.seccomp_syscall_resolve_name_arch
         token = self._ctypes.c_uint32(architecture)
         return max((resolve(token, name.encode()) for rule in profile.rules for name in rule.names), default=-1)
@@ -190,7 +190,7 @@ def _block(architecture: int, last: int, last_x32: int) -> bytes:
     """
     body = _instruction(LOAD, NUMBER_AT)
     if architecture == X86_64:
-        # Numbers with this bit are x32's: those of a profile without it are for libseccomp's program to refuse.
+        # Numbers with this bit are x32's: for a profile without x32, libseccomp's program rejects them.
         if last_x32 >= 0:
             body += _instruction(JUMP_AT_LEAST, X32_BIT, true=0, false=1) + _instruction(JUMP_GREATER, last_x32, 2, 1)
         else:

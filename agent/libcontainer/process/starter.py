@@ -1,4 +1,4 @@
-"""One nsexec from its spawn to the process that it becomes: hooks, listener and scheduler have their turn in it."""
+"""Follow one nsexec from its spawn to the process it becomes, including hooks, listener and scheduler."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ LOG_INFO, LOG_DEBUG = "4", "5"  # logrus's, which nsexec knows
 class Starter:
     """Spawn nsexec and follow it.
 
-    `log(level, message, container=…)` gets its lines, without `verbose` none of the level debug.  It is killed when it
-    takes longer than `timeout` seconds; None waits for ever.
+    `log(level, message, container=…)` gets its log lines, those of level debug only if `verbose`.  It is killed after
+    `timeout` seconds; None waits forever.
     """
 
     def __init__(
@@ -58,8 +58,8 @@ class Starter:
     ) -> InitProcess:
         """Return the process once it is set up, or with ``until_exec`` has executed its program.
 
-        ``messages`` are what it is to do and ``kind`` is its type on the wire; ``passed`` are more descriptors by names
-        of environment variables.  Nothing is left on failure.  Raises LaunchError.
+        ``messages`` tell it what to do, ``kind`` is its type on the wire; ``passed`` are further descriptors by
+        environment variable.  Nothing is left on failure.  Raises LaunchError.
         """
         with self._children.expecting():
             started = InitProcess(
@@ -109,7 +109,7 @@ class Starter:
     async def _run_hooks(
         self, started: InitProcess, hooks: RuntimeHooks | None, devices: tuple[NetDevice, ...]
     ) -> float | None:
-        """Do what belongs to the runtime while nsexec waits before pivot_root; return the time-out of what follows."""
+        """Do the runtime's part while nsexec waits before pivot_root; return the timeout for the rest."""
         channel = started.channel
         if devices or (hooks is not None and hooks.outside):
             await self._follow(started, lambda: channel.at_hooks or channel.ended, self._timeout)
@@ -127,7 +127,7 @@ class Starter:
         return with_hooks(self._timeout, hooks.create_timeout)
 
     async def _set_up(self, started: InitProcess, timeout: float | None, *, until_exec: bool) -> None:
-        """Follow nsexec to the end of the set-up.  Raises LaunchError."""
+        """Follow nsexec to the end of setup.  Raises LaunchError."""
         channel = started.channel
         await self._follow(started, lambda: channel.ended or (channel.ready and not until_exec), timeout)
         if channel.error is not None:
@@ -136,10 +136,10 @@ class Starter:
             raise LaunchError(await self._obituary(started), step="nsexec")
 
     async def _pass_listener(self, started: InitProcess, listener: Listener, timeout: float | None) -> None:
-        """Pass on the listener of the filter, before the process does what that may ask about.
+        """Pass on the filter's listener, before the process makes calls that it intercepts.
 
-        Where a pid namespace is joined it is a stage outside that has loaded the filter, and makes the process: until
-        that has a pid to be told of, what it asks about is answered here.
+        If a pid namespace is joined, a stage outside has loaded the filter and creates the process: until that has a
+        pid to report, notifications are answered here.
         """
         channel = started.channel
         await self._follow(started, lambda: channel.ended or channel.listener >= 0, timeout)
@@ -152,7 +152,7 @@ class Starter:
             while started.child is None and not channel.ended:
                 if deadline.left == 0 or not await self._waits.readable(channel.fileno(), fd, seconds=deadline.left):
                     raise too_late(timeout)
-                # The pid comes before anything that the process itself asks about: what waited before is the stage's.
+                # The pid arrives before any notification of the process itself: earlier ones are the stage's.
                 asks = await self._waits.readable(fd, seconds=0)
                 channel.on_readable()
                 if asks and started.child is None:
@@ -164,7 +164,7 @@ class Starter:
             os.close(fd)
 
     async def _set_scheduler(self, started: InitProcess, attributes: bytes, timeout: float | None) -> None:
-        """Give the process the scheduler that its clone could not have; it waits for that.  Raises LaunchError."""
+        """Set the scheduler that the clone could not inherit; the process waits for it.  Raises LaunchError."""
         channel = started.channel
         await self._follow(started, lambda: channel.ended or started.child is not None, timeout)
         if started.child is None:
@@ -182,7 +182,7 @@ class Starter:
             raise too_late(timeout)
 
     async def _obituary(self, started: InitProcess) -> str:
-        """Say what happened to an nsexec that ended without a report."""
+        """Describe how an nsexec exited without a report."""
         last = started.child or (started.stages[-1] if started.stages else None)
         if last is None:
             return "nsexec could not be started"
@@ -194,10 +194,10 @@ class Starter:
 
 
 def too_late(timeout: float | None) -> LaunchError:
-    """Return the error of an nsexec that was killed after so many seconds."""
+    """Return the error of an nsexec that was killed on timeout."""
     return LaunchError(f"nsexec took longer than {timeout:g} s and was killed", step="nsexec")
 
 
 def with_hooks(timeout: float | None, of_hooks: float | None) -> float | None:
-    """Return the seconds that nsexec may take with those of hooks; None for ever."""
+    """Return nsexec's timeout including that of hooks; None for no limit."""
     return None if timeout is None or of_hooks is None else timeout + of_hooks
