@@ -96,6 +96,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log, timestamps
 
     from caisson.agent.api.health import Health
     from caisson.agent.base import heap
+    from caisson.agent.base.signals import Signals
     from caisson.agent.base.tracing import Tracing
     from caisson.agent.model.reaper import Reaper
     from caisson.agent.rpc.dispatch import Dispatch, Service
@@ -108,7 +109,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log, timestamps
     # A mount that hangs holds a thread; the next container's mounts must not queue behind it.
     loop.set_default_executor(ThreadPoolExecutor(MAX_BLOCKED_CALLS, "blocking"))
     stop = asyncio.Event()
-    reaper = Reaper()
+    reaper, signals = Reaper(), Signals(loop)
     tracing = Tracing(options.trace_target)
     if options.trace:
         _trace(tracing, log)
@@ -117,7 +118,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log, timestamps
     def services() -> Services:
         from caisson.agent.services import Services
 
-        reaper.start(loop)
+        reaper.start(signals)
         return Services(options, reaper, log, tracing, timestamps, stop.set)
 
     health = Health(timestamps)
@@ -137,7 +138,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log, timestamps
         await health.answered(FIRST_ANSWER_TIMEOUT)
     services().load(server.spoken)
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        signals.handle(number, stop.set)
     if extras:
         tasks += _extras(options, reaper, log)
     if not connected and not options.timeline:  # as while a guest is made that is to be saved
@@ -150,7 +151,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log, timestamps
     await asyncio.gather(*tasks, return_exceptions=True)
     await server.stop(grace=1.0)
     await services().end()
-    reaper.stop(loop)
+    signals.close()
 
 
 def _status_for_grpc(error: Exception) -> tuple[StatusCode, str] | None:

@@ -26,27 +26,6 @@ UNUSED = frozenset({"google.protobuf.internal.python_message"})
 #: Held while a deferred module is executed: a thread that looks at it meanwhile waits.
 _EXECUTING = RLock()
 
-#: A code object's flag of ``async def`` (CO_COROUTINE, inspect).
-_CO_COROUTINE = 0x80
-
-
-def _iscoroutinefunction(function: Any) -> bool:
-    """Answer as inspect's does: asyncio asks about each signal handler, and inspect takes longer than all else then."""
-    while (inner := getattr(function, "__func__", None) or _partial_of(function)) is not None:
-        function = inner
-    code = getattr(function, "__code__", None)
-    return code is not None and bool(code.co_flags & _CO_COROUTINE)
-
-
-def _partial_of(function: Any) -> Any:
-    from functools import partial
-
-    return function.func if isinstance(function, partial) else None
-
-
-#: Answers in place of a module that is not executed yet.
-STAND_INS = {("inspect", "iscoroutinefunction"): _iscoroutinefunction}
-
 
 class LazyImporter:
     """Find modules as the path finder does, but do not execute them yet.  Source: importlib.abc.MetaPathFinder."""
@@ -101,8 +80,6 @@ class _LazyModule(ModuleType):
         """Execute the module on first access; the import system's own look-ups (__path__) do not count."""
         if name.startswith("__"):
             raise AttributeError(name)
-        if (self.__name__, name) in STAND_INS:
-            return STAND_INS[self.__name__, name]
         self._run()
         return getattr(self, name)
 

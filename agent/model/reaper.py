@@ -20,6 +20,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from caisson.agent.base.signals import Signals
+
 
 class Child:
     """A child process, until its end and after it."""
@@ -68,16 +70,12 @@ class Reaper:
         self._expecting = 0
         self._unclaimed: dict[int, int] = {}
 
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+    def start(self, signals: Signals) -> None:
         """Begin; orphans come to this process from now on (PR_SET_CHILD_SUBREAPER, prctl(2))."""
         if os.getpid() != 1:
             syscalls.set_child_subreaper()
-        loop.add_signal_handler(signal.SIGCHLD, self._reap)
+        signals.handle(signal.SIGCHLD, self._reap)
         self._reap()
-
-    def stop(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Stop reaping."""
-        loop.remove_signal_handler(signal.SIGCHLD)
 
     @contextmanager
     def expecting(self) -> Iterator[None]:

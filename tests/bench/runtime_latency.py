@@ -29,6 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from caisson.agent.base.signals import Signals
 from caisson.agent.libcontainer.config.process import Process
 from caisson.agent.libcontainer.config.spec import Hooks, Spec
 from caisson.agent.libcontainer.process.launch import Launch, Stdio
@@ -88,7 +89,8 @@ class Ours:
         subprocess.run(make, check=True)
         self._loop = asyncio.new_event_loop()
         self._reaper = Reaper()
-        self._reaper.start(self._loop)
+        self._signals = Signals(self._loop)
+        self._reaper.start(self._signals)
         self._nsexec = Nsexec.seal(work / "nsexec")
         self._launcher = ProcessLauncher(
             self._nsexec, self._reaper, AsyncioWaits(), lambda *_, **__: None, verbose=False
@@ -166,7 +168,7 @@ class Ours:
         if self._pidfd >= 0:
             os.close(self._pidfd)
         self._nsexec.close()
-        self._reaper.stop(self._loop)
+        self._signals.close()
         os.close(self._null)
         self._loop.close()
 

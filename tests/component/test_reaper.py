@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from caisson.agent.base.errors import ProcessExited
+from caisson.agent.base.signals import Signals
 from caisson.agent.model.reaper import Child, Reaper
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,12 +39,10 @@ SCENARIOS: dict[str, Scenario] = {}
 
 def play(scenario: Scenario) -> None:
     async def work() -> None:
-        reaper, loop = Reaper(), asyncio.get_running_loop()
-        reaper.start(loop)
-        try:
+        reaper = Reaper()
+        with Signals(asyncio.get_running_loop()) as signals:
+            reaper.start(signals)
             await asyncio.wait_for(scenario(reaper), 30)
-        finally:
-            reaper.stop(loop)
 
     asyncio.run(work())
 

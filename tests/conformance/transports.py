@@ -20,6 +20,7 @@ from caisson.agent.api.kata3 import status as kata3
 from caisson.agent.api.reasons import detail_of
 from caisson.agent.base.boot_timestamps import BootTimestamps
 from caisson.agent.base.log import Log
+from caisson.agent.base.signals import Signals
 from caisson.agent.base.tracing import Tracing
 from caisson.agent.client import Agent, errors, grpc_channel
 from caisson.agent.model.reaper import Reaper
@@ -111,12 +112,13 @@ class MemoryAgent(RunningAgent):
             self._connections -= 1
             if not self._connections:
                 await self._services.end()
-                self._reaper.stop(asyncio.get_running_loop())
+                self._signals.close()
 
     def _start(self) -> None:
         log = Log("debug", fd=os.open(self.log, os.O_WRONLY | os.O_APPEND))
         tracing, timestamps, self._reaper = Tracing(""), BootTimestamps(), Reaper()
-        self._reaper.start(asyncio.get_running_loop())
+        self._signals = Signals(asyncio.get_running_loop())
+        self._reaper.start(self._signals)
         self._services = Services(self._options, self._reaper, log, tracing, timestamps, lambda: None)
         health = Service(health_pb2.DESCRIPTOR.services_by_name["Health"], Health).bind(Health(timestamps))
         methods, status_of = self._api()

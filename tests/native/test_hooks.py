@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from caisson.agent.base.log import Log
+from caisson.agent.base.signals import Signals
 from caisson.agent.libcontainer.config.spec import Spec
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.state import OCI_VERSION
@@ -70,10 +71,11 @@ def life(box: Box, value: dict[str, Any]) -> Container:
 def agents_box(box: Box) -> Iterator[Box]:
     """A box whose children are reaped by the agent's own reaper."""
     reaper = AgentsReaper()
-    reaper.start(box.loop)
-    box.launcher.starter._children = box.launcher._children = reaper
-    yield box
-    box.run(asyncio.sleep(0))
+    with Signals(box.loop) as signals:
+        reaper.start(signals)
+        box.launcher.starter._children = box.launcher._children = reaper
+        yield box
+        box.run(asyncio.sleep(0))
     assert children() == []
     assert not (box.path / "box").exists()
 

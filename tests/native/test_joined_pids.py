@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from caisson.agent.base.log import Log
+from caisson.agent.base.signals import Signals
 from caisson.agent.base.syscalls import umount2
 from caisson.agent.libcontainer.config.process import Process
 from caisson.agent.libcontainer.config.reader import SpecError
@@ -147,7 +148,6 @@ async def test_one_that_is_killed_before_its_start(box: Box) -> None:
 
 async def test_without_cgroups_what_the_agent_started_ends_with_the_container(box: Box) -> None:
     reaper = Reaper()
-    reaper.start(box.loop)
     box.launcher.starter._children = box.launcher._children = reaper
     (box.path / "box").mkdir()
     spec = Spec.from_json(config("sh", "-c", "read x"))
@@ -163,15 +163,16 @@ async def test_without_cgroups_what_the_agent_started_ends_with_the_container(bo
         log=Log("fatal"),
         oom=lambda: None,
     )
-
-    async with joined(box) as arguments:
-        await one.create("box", arguments["join"], arguments["procfs"])
-        await one.start()
-        execs = [await one.exec(f"x{n}", Process(("sleep", "1000"), env=("PATH=/bin",))) for n in range(3)]
-        await one.process("").close_stdin()
-        assert await one.process("").wait() == 1
-        assert [await process.wait() for process in execs] == [137] * 3
-        await one.remove()
+    with Signals(box.loop) as signals:
+        reaper.start(signals)
+        async with joined(box) as arguments:
+            await one.create("box", arguments["join"], arguments["procfs"])
+            await one.start()
+            execs = [await one.exec(f"x{n}", Process(("sleep", "1000"), env=("PATH=/bin",))) for n in range(3)]
+            await one.process("").close_stdin()
+            assert await one.process("").wait() == 1
+            assert [await process.wait() for process in execs] == [137] * 3
+            await one.remove()
 
 
 def test_only_the_makers_of_a_process_say_who_it_is() -> None:

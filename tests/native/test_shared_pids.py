@@ -208,13 +208,14 @@ async def test_the_first_process_hears_only_the_agent(agent: RunningAgent) -> No
 ORPHAN = """
 import asyncio, os, sys
 from pathlib import Path
+from caisson.agent.base.signals import Signals
 from caisson.agent.libcontainer.process.launcher import ProcessLauncher
 from caisson.agent.libcontainer.process.nsexec import Nsexec
 from caisson.agent.model.reaper import Reaper
 from caisson.agent.model.waits import AsyncioWaits
 async def main():
     reaper = Reaper()
-    reaper.start(asyncio.get_running_loop())
+    reaper.start(Signals(asyncio.get_running_loop()))
     launcher = ProcessLauncher(Nsexec.seal(Path(sys.argv[1])), reaper, AsyncioWaits(), lambda *_, **__: None)
     print((await launcher.pause(sys.argv[2], sys.argv[3], {})).pid, flush=True)
     await asyncio.sleep(1000)

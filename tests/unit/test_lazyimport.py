@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from caisson.agent.base.lazyimport import STAND_INS, LazyImporter
+from caisson.agent.base.lazyimport import LazyImporter
 
 CODE = "import sys\nsys.late_runs = getattr(sys, 'late_runs', 0) + 1\nvalue = 7\ndef double():\n    return 2 * value\n"
 
@@ -83,18 +81,6 @@ def test_a_module_that_asks_for_what_it_lacks_is_told_so(lazy: LazyImporter, tmp
     assert late_module.value == 7 and runs() == 1
 
 
-def test_asyncio_asks_about_signal_handlers_as_of_inspect() -> None:
-    class Thing:
-        async def method(self) -> None: ...
-        def plain(self) -> None: ...
-
-    one = Thing()
-    functions = (one.method, one.plain, Thing.method, partial(one.method), partial(partial(print)), print, Thing, len)
-    for function in functions:
-        stand_in = STAND_INS["inspect", "iscoroutinefunction"]
-        assert stand_in(function) == inspect.iscoroutinefunction(function), function
-
-
 def test_a_module_that_is_not_there_is_not_there(lazy: LazyImporter) -> None:
     with pytest.raises(ModuleNotFoundError, match="late_and_missing"):
         import late_and_missing  # type: ignore[import-not-found]  # noqa: F401
@@ -109,8 +95,10 @@ def test_the_agent_gets_to_its_first_answer_without_them() -> None:
         sys.meta_path.insert(0, lazy)
         import asyncio
         import caisson.agent.api.health, caisson.agent.rpc.server, caisson.agent.rpc.listener
+        from caisson.agent.base.signals import Signals
         async def handle():
-            asyncio.get_running_loop().add_signal_handler(10, print)
+            with Signals(asyncio.get_running_loop()) as signals:
+                signals.handle(10, print)
             await asyncio.to_thread(print)
         asyncio.run(handle())
         assert not {"ast", "google.protobuf.text_format"} & set(sys.modules), sorted(sys.modules)

@@ -65,6 +65,7 @@ class SetupChannel:
         self._init.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._sync = self._pair(socket.SOCK_SEQPACKET)
         self._console = self._pair(socket.SOCK_STREAM) if terminal else None
+        # Its few lines are read along with what comes on the sync socket: nobody is woken for them alone.
         self._log_fd, log_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(log_end, True)
         self._child_ends.append(log_end)
@@ -95,7 +96,6 @@ class SetupChannel:
         self._handlers = {
             self._init.fileno(): self._on_init,
             self._sync.fileno(): self._on_sync,
-            self._log_fd: self._on_log,
         }
         for fd in self._handlers:
             self._epoll.register(fd, select.EPOLLIN)
@@ -221,7 +221,6 @@ class SetupChannel:
 
     def _close_log(self) -> None:
         if self._log_fd >= 0:
-            self._forget(self._log_fd)
             os.close(self._log_fd)
             self._log_fd = -1
 
@@ -256,6 +255,7 @@ class SetupChannel:
     def close(self) -> None:
         """Close everything.  Idempotent."""
         self.close_child_ends()
+        self._on_log()
         self._close_log()
         self._handlers.clear()
         for end in (self._init, self._sync, self._console, self._epoll):
