@@ -1,1 +1,1 @@
-"""The wire → the model: checks a request, calls the model, and turns what it refuses into a gRPC status."""
+"""Adapters from the wire to the model: check a request, call the model, and map its errors to a gRPC status."""

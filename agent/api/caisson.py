@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from caisson.agent.model.sandbox import Sandbox
 
 
-#: Bytes of a container's output that are kept, at most.
+#: Maximum bytes of a container's output to keep.
 MAX_LOG = 16 << 20
 
 
 class CaissonService:
-    """For clients of our own: containers that are made on first use, clones of a snapshot, mounts in containers."""
+    """Methods for Caisson's clients: containers created on first use, clones of a snapshot, mounts in containers."""
 
     def __init__(self, sandbox: Sandbox, hotplug_timeout: float, timestamps: BootTimestamps) -> None:
         """Wait ``hotplug_timeout`` seconds for a device that is being plugged in."""
@@ -94,7 +94,7 @@ class CaissonService:
     async def SignalContainer(self, request: caisson_pb2.SignalContainerRequest) -> Empty:
         container = self._sandbox.container(request.container_id)
         check_signal(request.signal)
-        if container.status != STOPPED:  # what was to be stopped has stopped
+        if container.status != STOPPED:  # it has already stopped
             await container.signal_all(request.signal)
         return EMPTY
 
@@ -129,7 +129,7 @@ class CaissonService:
         return answer
 
     def _forget_logs(self) -> None:
-        """Drop the logs of containers that were removed, or replaced by others of their names."""
+        """Drop the logs of containers that were removed, or replaced by others of the same name."""
         for container_id, log in list(self._logs.items()):
             try:
                 there = self._sandbox.container(container_id).process(container_id) is log.process

@@ -1,4 +1,4 @@
-"""grpc.AgentService: what is about containers and processes, and means the same in both generations of the API.
+"""grpc.AgentService: methods on containers and processes that are the same in both generations of the API.
 
 A generation's own service derives from this and adds the methods that differ.  A method checks its request, calls the
 model and answers.
@@ -50,11 +50,13 @@ EMPTY = empty_pb2.Empty()
 
 
 class ContainerService:
-    """``messages`` is the generated module of the generation; the other constants are what it differs in by value."""
+    """``messages`` is the generated module of the generation; the other constants are the values that differ between
+    them.
+    """
 
     messages: ClassVar[ModuleType]
 
-    #: Fields of a process that joins a container; what is not here is as for the container's first process.
+    #: Fields of a process that joins a container; the others are those of the container's init process.
     EXEC_FIELDS: ClassVar[tuple[str, ...]]
 
     DEVICE_HANDLERS: ClassVar[tuple[str, ...]]
@@ -158,7 +160,7 @@ def devices_of(request: CreateContainerRequest) -> list[GuestDevice]:
 
 
 def storage_of(one: kata1.Storage | kata3.Storage) -> Storage:
-    """Return what both generations say of a storage."""
+    """Return the fields of a storage that both generations have."""
     return Storage(
         driver=one.driver,
         source=one.source,
@@ -170,7 +172,7 @@ def storage_of(one: kata1.Storage | kata3.Storage) -> Storage:
 
 
 def check_signal(number: int) -> None:
-    """Check that a number is a signal's.  Raises InvalidArgument."""
+    """Check a signal number.  Raises InvalidArgument."""
     if not 0 <= number <= signal.SIGRTMAX:
         raise InvalidArgument(f"{number} is not a signal")
 
@@ -183,15 +185,15 @@ async def load_modules(wanted: Iterable[kata1.KernelModule | kata3.KernelModule]
         await asyncio.to_thread(modules.load, module.name, tuple(module.parameters))
 
 
-#: The only field of a ReadStreamResponse, of bytes.
+#: The only field of a ReadStreamResponse: bytes.
 DATA_FIELD = 1
 
 
 def read_response(data: bytes) -> list[bytes]:
-    """Return a ReadStreamResponse as it is on the wire.  Protobuf would copy a MiB twice to put two bytes before it."""
+    """Return a ReadStreamResponse as it is on the wire.  Protobuf would copy 1 MiB twice to prepend two bytes."""
     if not data:
         return []
-    head = bytearray([DATA_FIELD << 3 | 2])  # a field of bytes: their count, a varint, and they themselves
+    head = bytearray([DATA_FIELD << 3 | 2])  # a bytes field: its length as a varint, then the bytes
     size = len(data)  # (protobuf.dev, Encoding)
     while size >= 0x80:
         head.append(size & 0x7F | 0x80)

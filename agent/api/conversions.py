@@ -1,8 +1,9 @@
-"""Messages of both generations ⇄ what the model has: OCI messages → OCI JSON, records of statistics → messages.
+"""Conversions between messages of both generations and the model's types: OCI messages → OCI JSON, records of
+statistics → messages.
 
 Specs from the wire and from a config.json go through one parser.
 
-The two differ in spelling (UIDMappings, uidMappings) and in that the wire cannot say "not given": a zero is that.
+The two differ in spelling (UIDMappings, uidMappings), and the wire cannot express "not given": zero means that.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 #: Fields in which zero is a value: device number 0 is not any device.
 ZERO_COUNTS = {"grpc.LinuxDeviceCgroup": ("Major", "Minor"), "grpc.LinuxIDMapping": ("HostID", "ContainerID")}
 
-#: Names on the wire whose words are not told apart by capital letters.
+#: Names on the wire whose words are not separated by capitals.
 SPELLED = {"Pagesize": "pageSize", "errnoret": "errnoRet", "Version": "ociVersion"}
 
 
@@ -51,7 +52,7 @@ def _correct_devices(resources: dict[str, Any]) -> None:
 def exec_to_json(process: Message, fields: Container[str]) -> dict[str, Any]:
     """Return those ``fields`` of a grpc.Process, which is to join a container, as an OCI process document.
 
-    All others are as for the container's own first process.
+    All others are those of the container's init process.
     """
     return {name: value for name, value in _to_json(process).items() if name in fields}
 
@@ -75,7 +76,7 @@ def _to_json(message: Message) -> dict[str, Any]:
 def _value(field: FieldDescriptor, value: Any) -> Any:
     if field.message_type is None:
         return list(value) if field.is_repeated else value
-    if isinstance(value, Mapping):  # its entries' options would say so, too, and import descriptor_pb2
+    if isinstance(value, Mapping):  # its entries' options also say so, but would import descriptor_pb2
         return dict(value)
     return [_to_json(element) for element in value] if field.is_repeated else _to_json(value)
 

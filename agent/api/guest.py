@@ -1,6 +1,6 @@
-"""grpc.AgentService: what is about the guest itself, and means the same in both generations of the API.
+"""grpc.AgentService: methods on the guest itself that are the same in both generations of the API.
 
-None of it needs a sandbox: hosts set the network up before there is one.
+None needs a sandbox: hosts set up the network before creating one.
 """
 
 from __future__ import annotations
@@ -30,21 +30,23 @@ if TYPE_CHECKING:
 
 
 class GuestService:
-    """``messages`` and ``types`` are the generated modules of the generation; below is what it differs in by value."""
+    """``messages`` and ``types`` are the generated modules of the generation; the constants below are the values that
+    differ between them.
+    """
 
     messages: ClassVar[ModuleType]
     types: ClassVar[ModuleType]
 
-    #: Whether an interface loses the addresses that it is not given, and the main table the routes.
+    #: Whether addresses and routes that are not given are removed from an interface and the main table.
     ONLY_WHAT_IS_GIVEN: ClassVar[bool]
 
-    #: Whether a neighbour entry takes the place of one that is there.
+    #: Whether a neighbour entry replaces an existing one.
     REPLACE_NEIGHBOURS: ClassVar[bool]
 
-    #: The field of an interface that says where it is plugged in.
+    #: The field of an interface that says where it is attached.
     PLACE_OF_INTERFACE: ClassVar[str]
 
-    #: Destinations of default routes in answers, by the version of IP.
+    #: Destinations of default routes in responses, by IP version.
     DEFAULT_ROUTES: ClassVar[dict[int, str]]
 
     def __init__(self, hotplug_timeout: float, files: Files, cpus_came: Callable[[], object]) -> None:

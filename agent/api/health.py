@@ -1,4 +1,4 @@
-"""grpc.Health: is the agent there, and which one is it?"""
+"""grpc.Health: whether the agent serves, and its version."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Health:
         self._asked = asyncio.Event()
 
     async def answered(self, timeout: float) -> None:
-        """Wait until somebody has got an answer, for ``timeout`` seconds at most."""
+        """Wait until a caller has received a response, for at most ``timeout`` seconds."""
         try:
-            await asyncio.wait_for(self._asked.wait(), timeout)  # who set it has sent the answer before this goes on
+            await asyncio.wait_for(self._asked.wait(), timeout)  # the response was sent before this continues
         except TimeoutError:
             pass
 

@@ -1,6 +1,6 @@
-"""The detail of an error for programs: a reason from caisson.proto, and this agent's own sentence.
+"""The detail of an error for programs: a reason from caisson.proto, and this agent's own message.
 
-Kata's hosts look at codes and texts, which differ by the generation of the API; a client of ours looks at these.
+Kata's hosts look at codes and texts, which differ between API generations; our clients look at these.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from caisson.agent.libcontainer.state import PAUSED, STOPPED
 from caisson.agent.rpc.dispatch import bounded
 from caisson.proto.caisson import caisson_pb2
 
-#: The full name of the message, as it is among a status's details.
+#: The full name of the message in a status's details.
 NAME = caisson_pb2.DESCRIPTOR.message_types_by_name["ErrorDetails"].full_name
 
 REASONS = {
@@ -25,10 +25,10 @@ REASONS = {
     errors.EndOfStream: caisson_pb2.END_OF_OUTPUT,
 }
 
-#: Of a container that takes no process now, by its status.
+#: For a container that accepts no process now, by its status.
 CANNOT_EXEC = {STOPPED: caisson_pb2.CONTAINER_STOPPED, PAUSED: caisson_pb2.CONTAINER_PAUSED}
 
-#: Of a program that is looked up and found wanting, as shells tell them apart (127 and 126).
+#: For a program that is not found or not executable, as in shells (127 and 126).
 LOOKUP = {
     errno.ENOENT: caisson_pb2.PROGRAM_NOT_FOUND,
     errno.EACCES: caisson_pb2.PROGRAM_NOT_EXECUTABLE,
@@ -37,7 +37,7 @@ LOOKUP = {
 
 
 def detail_of(error: Exception) -> tuple[str, bytes] | None:
-    """Return a caisson.ErrorDetails, by its name and encoded; None where a status says it all."""
+    """Return a caisson.ErrorDetails, by its name and encoded; None if the status says everything."""
     reason = _reason(error)
     text = bounded(str(error)) if isinstance(error, errors.ModelError) else ""
     if not reason and not text:

@@ -1,4 +1,6 @@
-"""Errors → status codes and sentences, by an adapter's table of kinds.  Hosts compare some sentences, word by word."""
+"""Map errors to status codes and messages, by an adapter's table of kinds.  Hosts compare some messages word by
+word.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +15,18 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    #: Kinds of errors, each with its code and a sentence about its fields; ``{error}`` stands for the error's own.
+    #: Kinds of errors, each with its code and a message with its fields; ``{error}`` is the error's own message.
     Table = Mapping[type[Exception], tuple[StatusCode, str]]
     Status = tuple[StatusCode, str]
 
-#: The guest has no more of something; no bug, and no fault of the request.  A cgroup's ENOSPC and EAGAIN mean others.
+#: The guest has run out of a resource: neither a bug nor the request's fault.  A cgroup's ENOSPC and EAGAIN mean
+#: something else.
 USED_UP = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 SCARCE = (*USED_UP, errno.ENOSPC, errno.EAGAIN)
 
 
 class StatusError(Exception):
-    """An adapter's own refusal, of a request that does not get as far as the model."""
+    """An error of the adapter itself, for a request that does not reach the model."""
 
     def __init__(self, code: StatusCode, text: str) -> None:
         super().__init__(text)
@@ -31,9 +34,9 @@ class StatusError(Exception):
 
 
 def status_from(table: Table, error: Exception) -> Status | None:
-    """Return the code and text for an error that a caller can do something about; None for a bug of ours.
+    """Return the code and text for an error that the caller can act on; None for a bug.
 
-    The entry of the nearest class counts: one of a kind is for all that have none of their own.
+    The entry of the most specific class applies.
     """
     if isinstance(error, StatusError):
         return error.code, str(error)

@@ -1,4 +1,4 @@
-"""What asyncio leaves open: a coroutine completed though its caller is cancelled, two connections joined."""
+"""Additions to asyncio: run a coroutine to completion despite cancellation, relay between two connections."""
 
 from __future__ import annotations
 

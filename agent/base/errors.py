@@ -1,7 +1,7 @@
-"""What the model refuses: a kind, and the objects it is about.
+"""Errors of the model: a kind, and the objects concerned.
 
-Each generation of the API has status codes and sentences of its own, which hosts compare; they stand in its adapter's
-table (api/*/status.py), by kind.  ``str()`` of an error is a sentence for logs, and for adapters without one.
+Each generation of the API has its own status codes and messages, which hosts compare; they are in its adapter's table
+(api/*/status.py), by kind.  ``str()`` of an error is a message for logs, and for adapters without one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class ModelError(Exception):
     """A request that cannot be carried out."""
 
-    #: What is said of the fields where there is no text.
+    #: The message, if no text is given.
     sentence: ClassVar[str] = "the request cannot be carried out"
 
     def __init__(self, text: str = "", /, **fields: object) -> None:
@@ -56,7 +56,7 @@ class AlreadyExists(ModelError):
 
 
 class SandboxExists(AlreadyExists):
-    """The sandbox runs."""
+    """The sandbox is already running."""
 
     sentence = "the sandbox is already running; destroy it first"
 
@@ -74,7 +74,7 @@ class ProcessExists(AlreadyExists):
 
 
 class FailedPrecondition(ModelError):
-    """Not in the state that the object is in now."""
+    """Not possible in the object's current state."""
 
 
 class SandboxNotRunning(FailedPrecondition):
@@ -126,27 +126,27 @@ class NoTerminal(FailedPrecondition):
 
 
 class InvalidArgument(ModelError):
-    """A value that makes no sense, whatever the state."""
+    """A value that is invalid in any state."""
 
 
 class MissingArgument(InvalidArgument):
-    """A value that must be given and is not."""
+    """A required value is missing."""
 
 
 class PathOutside(InvalidArgument):
-    """A path that is not below the directory it must be in: ``path``, ``root``."""
+    """A path outside the directory it must be in: ``path``, ``root``."""
 
     sentence = "{path}: is not below {root}"
 
 
 class OutputNotKept(InvalidArgument):
-    """Nobody has asked to keep a container's output: ``container_id``."""
+    """A container's output is not being kept: ``container_id``."""
 
     sentence = "container {container_id}: its output is not kept"
 
 
 class UnknownStorageDriver(InvalidArgument):
-    """A storage of a kind that this agent does not know: ``driver``."""
+    """A storage of a kind that this agent does not support: ``driver``."""
 
     sentence = "storage driver {driver}: is not known"
 
@@ -158,48 +158,48 @@ class ModuleNotLoaded(ModelError):
 
 
 class Unsupported(ModelError):
-    """What this agent, or this guest, does not do."""
+    """Not supported by this agent, or this guest."""
 
 
 class Timeout(ModelError):
-    """Not done within the time that was given."""
+    """Not done within the given time."""
 
 
 class RemovalTimeout(Timeout):
-    """A container was not removed, which goes on: ``container_id``, ``seconds``."""
+    """A container was not removed in time; removal continues: ``container_id``, ``seconds``."""
 
     sentence = "container {container_id}: not removed within {seconds:g} s; removal continues"
 
 
 class ReadTimeout(Timeout):
-    """What a container owns could not be read in time: ``container_id``, ``seconds``."""
+    """A container's data could not be read in time: ``container_id``, ``seconds``."""
 
     sentence = "container {container_id}: could not be inspected within {seconds:g} s; kill it if this persists"
 
 
 class DeviceTimeout(Timeout):
-    """A device did not appear: ``device``, ``seconds``."""
+    """A device did not appear in time: ``device``, ``seconds``."""
 
     sentence = "device {device}: did not appear within {seconds:g} s"
 
 
 class SystemCallFailed(ModelError):
-    """The kernel refused."""
+    """The kernel returned an error."""
 
 
 class EndOfStream(ModelError):
-    """All output was delivered."""
+    """All output has been delivered."""
 
     sentence = "end of the output"
 
 
 class BrokenStream(ModelError):
-    """Nobody reads what is written."""
+    """There is no reader any more."""
 
     sentence = "nothing reads standard input any more"
 
 
 class ProcessExited(ModelError):
-    """The process has ended; a signal comes too late."""
+    """The process has exited, and cannot be signalled."""
 
     sentence = "the process has ended"

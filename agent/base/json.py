@@ -1,7 +1,7 @@
-"""JSON by the standard library's C code alone.
+"""JSON through only the standard library's C code.
 
-`import json` brings regular expressions along, which take a command as long to import as all else that it needs.
-Where Python has no C code for JSON (other implementations) the package is used.
+`import json` imports regular expressions, which take a command as long as all its other imports.
+If Python has no C code for JSON (other implementations), the package is used.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ SPACE = " \t\n\r"
 
 
 class JsonError(ValueError):
-    """What is not JSON; str() says where."""
+    """Invalid JSON; str() says where."""
 
 
 class _Context:
-    """What the scanner wants to know of a decoder."""
+    """The attributes of a decoder that the scanner needs."""
 
     strict = True
     object_hook = object_pairs_hook = None
@@ -42,7 +42,7 @@ def loads(text: str) -> Any:
         raise JsonError(f"no JSON value at character {stop.value}") from None
     except RecursionError:
         raise JsonError("nested too deeply") from None
-    except (SystemError, ValueError):  # it has no words for errors unless the package is imported
+    except (SystemError, ValueError):  # it has no error messages unless the package is imported
         return _slow_loads(text)
     if text[end:].strip(SPACE):
         raise JsonError(f"more than one JSON value: extra data at character {end}")

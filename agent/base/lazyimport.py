@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 #: Python's start to the agent's first answer.
 LATE = ("inspect", "asyncio.sslproto", "google.protobuf.internal.python_message")
 
-#: Of these, what nothing looks at where protobuf has its C library (and without it, protobuf's own import does).
+#: Those that nothing accesses if protobuf has its C library (without it, protobuf's own import does).
 UNUSED = frozenset({"google.protobuf.internal.python_message"})
 
 
-#: Held while a deferred module is executed: a thread that looks at it meanwhile waits.
+#: Held while a deferred module is executed: other threads that access it meanwhile wait.
 _EXECUTING = RLock()
 
 
@@ -85,11 +85,11 @@ class _LazyModule(ModuleType):
 
     def _run(self) -> None:
         with _EXECUTING:
-            if type(self) is ModuleType:  # another thread was first
+            if type(self) is ModuleType:  # another thread executed it first
                 return
             spec = self.__spec__
             assert spec is not None and spec.loader is not None
-            if spec.loader_state is _EXECUTING:  # its own code asks for what is not there yet
+            if spec.loader_state is _EXECUTING:  # its own code accesses an attribute not defined yet
                 raise AttributeError(f"module {self.__name__!r} is executed at this moment")
             spec.loader_state = _EXECUTING
             try:

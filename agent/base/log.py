@@ -30,7 +30,7 @@ class Log:
         self._threshold = LEVELS.index(level)
         self._fields = fields or {}
         self._fd = fd
-        self.listeners = [] if listeners is None else listeners  # one list for a log and all that are bound to it
+        self.listeners = [] if listeners is None else listeners  # one list, shared by a log and all logs bound to it
 
     def bind(self, **fields: object) -> Log:
         """Return a log whose lines carry these fields as well."""
@@ -44,7 +44,7 @@ class Log:
         """Write a line if its level is enabled.  An error in writing it is ignored."""
         if not self.enabled(level):
             return
-        import json  # late: it compiles patterns, and a guest reaches its first answer without logging
+        import json  # late: it compiles patterns, and a guest sends its first response without logging
 
         line = {"time": round(time.time(), 6), "level": level, "msg": message, **self._fields, **fields}
         data = json.dumps(line, default=str).encode() + b"\n"

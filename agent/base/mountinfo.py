@@ -16,7 +16,7 @@ def unescape(path: str) -> str:
 
 
 def mount_points(top: str, mountinfo: str = PATH) -> list[str]:
-    """Return the mount points at and below a directory, one a mount, in the order that they were made."""
+    """Return the mount points at and below a directory, one per mount, in mount order."""
     with open(mountinfo, "rb") as lines:  # noqa: PTH123 - no pathlib at start
         points = [unescape(os.fsdecode(line.split(b" ", 5)[4])) for line in lines]
     top = top.rstrip("/")

@@ -1,4 +1,4 @@
-"""rtnetlink(7): requests to the kernel about links, addresses, routes and neighbours, and its answers.
+"""rtnetlink(7): requests to the kernel about links, addresses, routes and neighbours, and its replies.
 
 pyroute2 would be the library for it, but needs ssl, unittest and multiprocessing, which a guest does not have, and a
 hundred modules of its own for four kinds of messages.
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from typing import Self
 
-# What to do with which kind of thing.  include/uapi/linux/rtnetlink.h
+# Message types: operation and object.  include/uapi/linux/rtnetlink.h
 NEWLINK, GETLINK, NEWADDR, DELADDR, GETADDR, NEWROUTE, DELROUTE, GETROUTE, NEWNEIGH = 16, 18, 20, 21, 22, 24, 25, 26, 28
-# How.  include/uapi/linux/netlink.h
+# Flags.  include/uapi/linux/netlink.h
 REQUEST, ACK, REPLACE, EXCL, DUMP, CREATE = 0x1, 0x4, 0x100, 0x200, 0x300, 0x400
 # Attributes, each within its kind.
 IFLA_ADDRESS, IFLA_IFNAME, IFLA_MTU, IFLA_NET_NS_PID = 1, 3, 4, 19
@@ -41,22 +41,22 @@ _CUT_OFF = "a truncated reply from the kernel's rtnetlink"
 
 
 class Message(Record):
-    """An answer: its fixed part as numbers, and its attributes as bytes."""
+    """A reply: its fixed part as numbers, and its attributes as bytes."""
 
     fixed: tuple[int, ...]
     attributes: Mapping[int, bytes]
 
     def number(self, attribute: int) -> int:
-        """Read an attribute that is a number; 0 if it is not there."""
+        """Read a numeric attribute; 0 if it is missing."""
         return int.from_bytes(self.attributes.get(attribute, b""), "little")
 
     def text(self, attribute: int) -> str:
-        """Read an attribute that is a string; empty if it is not there."""
+        """Read a string attribute; empty if it is missing."""
         return self.attributes.get(attribute, b"").rstrip(b"\0").decode(errors="replace")
 
 
 class Rtnetlink:
-    """A connection to the kernel.  It answers while one asks; nothing here waits for anything else."""
+    """A connection to the kernel, which replies within the call: nothing here waits for anything else."""
 
     def __enter__(self) -> Self:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
@@ -68,13 +68,13 @@ class Rtnetlink:
         self._socket.close()
 
     def change(self, kind: int, fixed: bytes, attributes: Mapping[int, bytes], flags: int = 0) -> None:
-        """Ask for a change.  Raises OSError with the kernel's reason."""
+        """Request a change.  Raises OSError with the kernel's reason."""
         self._send(kind, REQUEST | ACK | flags, fixed + encode_attributes(attributes))
         for _ in self._answers():
             pass
 
     def dump(self, kind: int, family: int = 0) -> list[Message]:
-        """Read all there is of a kind (one of GET…), of an address family or of all.  Raises OSError."""
+        """Dump all objects of a kind (one of GET…), of one address family or of all.  Raises OSError."""
         fixed = _FIXED[kind - 2]  # GETLINK is NEWLINK + 2, and so on
         self._send(kind, REQUEST | DUMP, bytes([family]).ljust(fixed.size, b"\0"))
         return [_decode(fixed, body) for _, body in self._answers()]
@@ -84,7 +84,7 @@ class Rtnetlink:
         self._socket.send(_HEADER.pack(_HEADER.size + len(body), kind, flags, self._sequence, 0) + body)
 
     def _answers(self) -> Iterator[tuple[int, bytes]]:
-        """Yield the parts of an answer, up to its end.  Raises OSError if that is an error."""
+        """Yield the parts of a reply, up to its end.  Raises OSError if that is an error."""
         while True:
             data, sender = self._socket.recvfrom(_BUFFER)
             if sender[0] != _KERNEL:

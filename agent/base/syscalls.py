@@ -1,6 +1,6 @@
 """System calls that Python does not wrap, by ctypes.  Errors are OSError, as for the functions of `os`.
 
-ctypes is imported by the first call (or by `preload`): an agent that makes none does not pay for it.
+ctypes is imported by the first call (or by `preload`): an agent that never calls them does not pay for it.
 """
 
 from __future__ import annotations
@@ -115,7 +115,9 @@ def openat2(dir_fd: int, path: str | os.PathLike[str], flags: int, mode: int = 0
 
 
 def device_of(fd: int) -> int:
-    """Return the device of a file, as st_dev, without asking who serves its file system: statx(2).  Raises OSError."""
+    """Return the device of a file, as st_dev, without contacting the server of its file system: statx(2).  Raises
+    OSError.
+    """
     import ctypes
     from struct import unpack_from
 

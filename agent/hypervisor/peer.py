@@ -1,6 +1,6 @@
-"""The shim at the other end of a connection: who it is, when it ends, and its mount namespace.
+"""The shim at the other end of a connection: its identity, its exit, and its mount namespace.
 
-A shim mounts the roots of its containers in a mount namespace of its own, so what serves them has to run in there.
+A shim mounts the roots of its containers in its own mount namespace, so whatever serves them must run there.
 Sources: unix(7), SO_PEERCRED; pidfd_open(2); setns(2).
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 #: struct ucred: pid, uid, gid.
 UCRED = struct.Struct("=iii")
 
-#: A pidfd of the peer, which no other process can be mistaken for.  Linux 6.5, asm-generic/socket.h.
+#: A pidfd of the peer, immune to pid reuse.  Linux 6.5, asm-generic/socket.h.
 SO_PEERPIDFD = 77
 
 
@@ -24,10 +24,10 @@ class PeerError(Exception):
 
 
 class Peer:
-    """A process that is connected to a Unix socket; to be closed."""
+    """A process connected to a Unix socket; must be closed."""
 
     def __init__(self, connection: socket.socket) -> None:
-        """Raises PeerError for a process of another user, and for one that has ended."""
+        """Raises PeerError for another user's process, and for one that has exited."""
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size)
         self.pid, uid, _ = UCRED.unpack(credentials)
         if uid != os.geteuid():
@@ -39,7 +39,7 @@ class Peer:
     def _open(self, connection: socket.socket) -> int:
         try:
             return connection.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD)
-        except OSError:  # before Linux 6.5; that it waits for an answer is what keeps its pid from being reused
+        except OSError:  # before Linux 6.5; it is waiting for a response, so its pid cannot be reused
             pass
         try:
             return os.pidfd_open(self.pid)
@@ -48,7 +48,7 @@ class Peer:
 
     @property
     def ended(self) -> bool:
-        """Whether the process has ended."""
+        """Whether the process has exited."""
         return bool(select.select([self.pidfd], [], [], 0)[0])
 
     def is_directory(self, path: str) -> bool:

@@ -1,4 +1,4 @@
-"""One pod's VM, from CreateVM to StopVM or the end of its shim, whichever comes first."""
+"""One pod's VM, from CreateVM to StopVM or the shim's exit, whichever comes first."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
     from caisson.agent.base.log import Log
     from caisson.agent.pods.machines import Machines, PodMachine
 
-#: Where a shim binds what its containers need, in its own mount namespace: read-only at the top, so that a guest adds
-#: nothing to it; the roots that are mounted below are as they are.
+#: Where a shim bind-mounts what its containers need, in its own mount namespace: read-only at the top, so that a guest
+#: can add nothing; the roots mounted below keep their modes.
 SHARED = "/run/kata-containers/shared/sandboxes/{}/shared"
 
-#: Seconds between two attempts to end a VM that is just being started.
+#: Seconds between two attempts to stop a VM that is just starting.
 STOP_INTERVAL = 0.1
 
-#: What a VM can fail to start of.
+#: The errors that starting a VM can raise.
 FAILURES = (MachineError, NetworkError, PeerError, RpcError, OSError)
 
 
 class SandboxVM:
-    """A VM, and everything of the host that goes with it."""
+    """A VM, and all its resources on the host."""
 
     def __init__(
         self, sandbox_id: str, shim: Peer, machines: Machines, log: Log, *, memory: int, cpus: int, namespace: str
     ) -> None:
-        """``memory`` (MiB) and ``cpus`` are at least so many, 0 for the service's own choice; ``namespace`` is the path
-        of a network namespace, empty for none.  ``shim`` is closed at the end.
+        """``memory`` (MiB) and ``cpus`` are minimums, 0 for the service's own choice; ``namespace`` is the path
+        of a network namespace, empty for none.  ``shim`` is closed when it stops.
         """
         self.id = sandbox_id
         self.name = machine_name(sandbox_id)
@@ -67,7 +67,7 @@ class SandboxVM:
         return self._starting is not None
 
     async def start(self) -> None:
-        """Start it; its share is mounted then, and its network configured.
+        """Start it, mount its share, and configure its network.
 
         Raises MachineError, NetworkError, PeerError, RpcError or OSError; nothing is left of it then.
         """
@@ -110,7 +110,7 @@ class SandboxVM:
             os.close(namespace)
 
     async def stop(self) -> None:
-        """End it, and leave nothing of it behind; whoever comes second waits.  Logs what cannot be ended."""
+        """Stop it, and leave nothing behind; a second caller waits.  Logs what cannot be stopped."""
         self._ending = True
         async with self._stopping:
             await self._stop()

@@ -1,4 +1,4 @@
-"""The service's process: a Unix socket that shims call, until SIGTERM; all VMs end with it."""
+"""The service's process: a Unix socket that shims call, until SIGTERM; all VMs stop with it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ async def _serve(path: Path, machines: Machines, ready: Callable[[], None]) -> N
 
 @contextlib.contextmanager
 def _listening(path: Path) -> Any:
-    """Listen on a path, in place of a service that was killed; nothing is left there afterwards."""
+    """Listen on a path, replacing the socket of a killed service; remove it afterwards."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if path.is_socket():
         with socket.socket(socket.AF_UNIX) as probe:
@@ -78,7 +78,7 @@ def _listening(path: Path) -> Any:
 
 
 class _Server:
-    """Connections, each with a dispatch of its own: a call is made by the process at its other end."""
+    """Connections, each with its own dispatch: calls act for the process at the other end."""
 
     def __init__(self, sandboxes: Sandboxes, log: Log) -> None:
         self._sandboxes = sandboxes
@@ -93,7 +93,7 @@ class _Server:
             try:
                 connection, _ = await loop.sock_accept(listener)
                 await loop.connect_accepted_socket(lambda: self._protocol(connection), connection)  # noqa: B023
-            except OSError as error:  # most likely out of descriptors
+            except OSError as error:  # probably out of descriptors
                 self._log("error", "accept failed", error=str(error))
                 await asyncio.sleep(0.1)
 

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from caisson.agent.base.log import Log
     from caisson.agent.pods.machines import Machines
 
-#: Ids of containerd's and CRI-O's; one is part of a path.
+#: Valid ids of containerd and CRI-O; an id is part of a path.
 SANDBOX_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
-#: Annotations by which a shim passes a pod's configuration on, without this prefix below.
+#: Prefix of the annotations with a pod's configuration; omitted below.
 PREFIX = "io.katacontainers.config.hypervisor."
 
-#: Those that ask for what a VM cannot have here; "0" and "" ask for nothing.
+#: Annotations for unsupported features; "0" and "" request nothing.
 UNSUPPORTED = {
     "image": "the image is the service's; choose it there: caisson hypervisor --image",
     "cc_init_data": "VMs are not confidential here; leave it out",
@@ -37,7 +37,7 @@ UNSUPPORTED = {
     "default_gpu_model": "VMs have no GPUs; leave it out",
 }
 
-#: The largest size that an annotation can ask for: MiB, and CPUs.
+#: The largest size that an annotation can request: MiB, and CPUs.
 MAX_MEMORY, MAX_CPUS = 16 << 20, 255
 
 
@@ -59,7 +59,7 @@ def status_of(error: Exception) -> tuple[StatusCode, str] | None:
 
 
 class Sandboxes:
-    """All VMs of the service, by the ids of their sandboxes; each ends with its shim."""
+    """All VMs of the service, by sandbox id; each stops with its shim."""
 
     def __init__(self, machines: Machines, log: Log) -> None:
         self._machines = machines
@@ -69,7 +69,7 @@ class Sandboxes:
 
     @property
     def ids(self) -> list[str]:
-        """The sandboxes that have a VM, or are to get one."""
+        """The ids of sandboxes that have a VM, or are getting one."""
         return list(self._vms)
 
     def add(self, sandbox_id: str, shim: Peer, *, memory: int, cpus: int, namespace: str) -> SandboxVM:
@@ -88,7 +88,7 @@ class Sandboxes:
         return self._vms[sandbox_id]
 
     async def end(self, sandbox_id: str) -> None:
-        """End the VM of a sandbox; fine when there is none."""
+        """Stop the VM of a sandbox, if there is one."""
         vm = self._vms.get(sandbox_id)
         if vm is None:
             return
@@ -99,7 +99,7 @@ class Sandboxes:
             del self._vms[sandbox_id]
 
     async def end_all(self) -> None:
-        """End all VMs."""
+        """Stop all VMs."""
         await asyncio.gather(*map(self.end, list(self._vms)))
 
     def _shim_ended(self, vm: SandboxVM) -> None:
@@ -112,14 +112,14 @@ class Sandboxes:
 
 
 class HypervisorService:
-    """The service as one connection has it: ``connect`` makes the Peer at its other end."""
+    """The service for one connection: ``connect`` creates the Peer at its other end."""
 
     def __init__(self, sandboxes: Sandboxes, connect: Callable[[], Peer]) -> None:
         self._sandboxes = sandboxes
         self._connect = connect
 
     async def CreateVM(self, request: Any) -> Any:
-        """Prepare a VM; nothing runs yet, but where its agent will be is known."""
+        """Prepare a VM: nothing runs yet, but its agent's address is known."""
         if not SANDBOX_ID.fullmatch(request.id):
             text = f"id {request.id!r}: is not a sandbox's; give up to 128 letters, digits, '_', '.' and '-'"
             raise HypervisorError(StatusCode.INVALID_ARGUMENT, text)
@@ -133,7 +133,7 @@ class HypervisorService:
         return hypervisor_pb2.CreateVMResponse(agentSocketPath=str(vm.agent_socket))
 
     async def StartVM(self, request: Any) -> Any:
-        """Start it; when this returns its agent serves, and has share and network."""
+        """Start it; when this returns, its agent serves, with share and network set up."""
         vm = self._sandboxes.get(request.id)
         if vm.started:
             text = f"sandbox {request.id}: its VM was already started"
@@ -146,12 +146,12 @@ class HypervisorService:
         return hypervisor_pb2.StartVMResponse()
 
     async def StopVM(self, request: Any) -> Any:
-        """End it, and forget it; fine for one that never was."""
+        """Stop it, if it exists."""
         await self._sandboxes.end(request.id)
         return hypervisor_pb2.StopVMResponse()
 
     async def Version(self, request: Any) -> Any:
-        """Return our version; shims ask for none in particular."""
+        """Return our version; shims accept any."""
         return hypervisor_pb2.VersionResponse(version=VERSION)
 
 
@@ -159,9 +159,9 @@ SERVICE = Service(hypervisor_pb2.DESCRIPTOR.services_by_name["Hypervisor"], Hype
 
 
 def size_of(annotations: Mapping[str, str]) -> tuple[int, int]:
-    """Return the MiB and CPUs that a pod's annotations ask for, 0 for none in particular.
+    """Return the MiB and CPUs that a pod's annotations ask for, 0 if not given.
 
-    Raises HypervisorError for an invalid value, and for what no VM has.
+    Raises HypervisorError for an invalid value, or an unsupported feature.
     """
     for name, remedy in UNSUPPORTED.items():
         if annotations.get(PREFIX + name, "") not in ("", "0"):

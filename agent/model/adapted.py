@@ -1,4 +1,4 @@
-"""What a guest makes of a container's configuration: its own namespaces, limits and hooks in place of a host's."""
+"""Adapt a container's configuration to the guest: its own namespaces, limits and hooks replace the host's."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 def adapted(container_id: str, spec: Spec, open_files: tuple[int, int], hooks: GuestHooks | None) -> Spec:
-    """Return the spec with the namespaces, limits and hooks that this guest gives a container.
+    """Return the spec with this guest's namespaces, limits and hooks.
 
-    IPC and UTS are the sandbox's, processes its own or the sandbox's, the network is the guest's unless a new one
-    is asked for; paths that a host sends mean nothing in a guest.  ``open_files`` is RLIMIT_NOFILE, soft and hard,
-    where the spec has none.  Raises FailedPrecondition.
+    IPC and UTS namespaces are the sandbox's, the pid namespace is its own or the sandbox's, the network is the guest's
+    unless a new one is requested; a host's paths mean nothing in a guest.  ``open_files`` is RLIMIT_NOFILE, soft and
+    hard, if the spec has none.  Raises FailedPrecondition.
     """
     kinds = {namespace.type: namespace.path for namespace in spec.linux.namespaces}
     if "pid" in kinds:
@@ -34,7 +34,7 @@ def adapted(container_id: str, spec: Spec, open_files: tuple[int, int], hooks: G
         soft, hard = open_files
         process = process.but(rlimits=(*process.rlimits, Rlimit("RLIMIT_NOFILE", soft=soft, hard=hard)))
     if process is not None and process.oom_score_adj is None:
-        process = process.but(oom_score_adj=0)  # the agent's own is not for containers
+        process = process.but(oom_score_adj=0)  # not the agent's own
     if hooks is not None or spec.hooks != Hooks():
         spec = (hooks or guest_hooks("")).added_to(spec)
     from caisson.agent.guest.resources import fit
@@ -44,13 +44,13 @@ def adapted(container_id: str, spec: Spec, open_files: tuple[int, int], hooks: G
 
 
 def may_make_networks(spec: Spec) -> bool:
-    """Tell whether its processes may have the capability by which links, and bridges of them, are made."""
+    """Return whether its processes may have the capability to create links and bridges."""
     capabilities = None if spec.process is None else spec.process.capabilities
     return capabilities is not None and "CAP_NET_ADMIN" in capabilities.bounding
 
 
 def guest_hooks(path: str) -> GuestHooks:
-    """Read the guest's own hooks, of which most guests have none.  Raises InvalidArgument."""
+    """Read the guest's own hooks; most guests have none.  Raises InvalidArgument."""
     from caisson.agent.guest.hooks import GuestHooks
 
     if path and not path.startswith("/"):

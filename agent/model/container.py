@@ -1,4 +1,4 @@
-"""A container: a first process in namespaces of its own, more processes beside it, and what they may use.
+"""A container: an init process in its own namespaces, further processes, and their limits.
 
 created → running → stopped, and paused in between; each change of state under the container's own lock, never a wider
 one.
@@ -53,10 +53,10 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
-#: For so long the end of processes that were killed is waited for before their cgroup is removed.
+#: Seconds to wait for killed processes to exit before their cgroup is removed.
 EMPTY_TIMEOUT = 8.0
 
-#: Ended execs whose status and output can still be asked for; the oldest go first.
+#: Exited execs whose status and output are kept; the oldest are dropped first.
 MAX_ENDED_EXECS = 256
 
 
@@ -75,7 +75,7 @@ class Container:
         log: Log,
         oom: Callable[[], object],
     ) -> None:
-        """``oom`` is called when the kernel has ended a process of it for want of memory."""
+        """``oom`` is called when the OOM killer has killed one of its processes."""
         self.id = container_id
         self._oom = oom
         self.spec = spec
@@ -89,21 +89,21 @@ class Container:
         self._lock = asyncio.Lock()
         self._processes: dict[str, Process] = {}
         self._starting: dict[str, asyncio.Event] = {}  # set when it is decided whether there is a process
-        self._ended: dict[str, None] = {}  # exec ids in the order in which they ended
-        #: Reads what is its own: its processes, cgroups and files.
+        self._ended: dict[str, None] = {}  # exec ids in the order in which they exited
+        #: Reads its processes, cgroups and files.
         self.reads = Readers(container_id)
         self._watchers: set[asyncio.Task[None]] = set()
         self._init: Process | None = None
         self._pidfd = -1  # its
         self._join: dict[str, str] = {}  # namespaces that it joined beyond its configuration's
         self._procfs: str | None = None  # of the pid namespace that it joined
-        self._filter = b""  # of system calls
+        self._filter = b""  # seccomp
         self._oom_watcher: OomWatcher | None = None
         self._paused = False
-        self._shares_pids = False  # the end of its first process does not end the others
-        self._hooks_may_have_run = False  # hooks may have run for it
+        self._shares_pids = False  # its other processes outlive init
+        self._hooks_may_have_run = False  # its hooks may have run
         self._poststart: asyncio.Task[None] | None = None
-        self._ending = False  # nothing starts in it any more
+        self._ending = False  # no process can start in it any more
         self._removed = False
 
     @property
@@ -117,11 +117,11 @@ class Container:
 
     @property
     def joined(self) -> tuple[dict[str, str], str | None]:
-        """What it was created with: namespaces to join, and the procfs of the one for processes."""
+        """The arguments it was created with: namespaces to join, and the procfs of the pid namespace."""
         return self._join, self._procfs
 
     async def create(self, exec_id: str, join: dict[str, str], procfs: str | None = None) -> None:
-        """Set the first process up, to the point before its program runs.  On failure nothing of it is left.
+        """Set up the init process, up to the point before its program runs.  Nothing is left on failure.
 
         `join` and `procfs` are as for ProcessLauncher.create.
         """
@@ -179,7 +179,7 @@ class Container:
     async def start(self) -> None:
         """Let the program run.  Raises NotCreated, or LaunchError when its init died before.
 
-        Once begun it is done: an init that has come half-way could not be started again.
+        Runs to completion: an init interrupted half-way could not be started again.
         """
         await run_to_completion(self._start())
 
@@ -192,11 +192,11 @@ class Container:
             if self.spec.hooks.poststart and not self._ending:
                 hooks = self._run_hooks("poststart", self.spec.hooks.poststart, RUNNING, self._init.child.pid)
                 self._poststart = asyncio.ensure_future(hooks)
-        if self._poststart is not None:  # not under the lock: they may take long, and it may be removed meanwhile
+        if self._poststart is not None:  # without the lock: they may take long, and removal may come meanwhile
             await asyncio.wait([self._poststart])
 
     async def _run_hooks(self, point: str, hooks: Iterable[Hook], status: str, pid: int = 0) -> None:
-        """Run hooks whose failures change nothing (runtime.md, "Lifecycle", steps 9 and 13): they are logged."""
+        """Run hooks whose failures are only logged (runtime.md, "Lifecycle", steps 9 and 13)."""
         from caisson.agent.libcontainer.process.hooks import state
 
         document = state(self.id, str(self._directory), self.spec.annotations, status, pid)
@@ -207,7 +207,7 @@ class Container:
                 self._log("warning", "a hook failed", error=str(error))
 
     async def exec(self, exec_id: str, process: ProcessSpec) -> Process:
-        """Run one more process in it; it runs when this returns.  Raises LaunchError when it cannot."""
+        """Run another process in it; returns once it is running.  Raises LaunchError when it cannot."""
         check_id(exec_id)
         if self._ending or self.status == STOPPED:
             raise CannotExec(container_id=self.id, status=STOPPED)
@@ -218,7 +218,7 @@ class Container:
         assert self._init is not None
         init = self._init.child
         assert self.spec.root is not None
-        # What a container mounts is seen here where it asks for that.
+        # A container's mounts propagate here if it asks for that.
         rootfs = "" if "shared" in self.spec.linux.rootfs_propagation else self.spec.root.path
 
         def launch(stdio: Stdio | None, cgroup_fds: dict[str, int]) -> Awaitable[Launched]:
@@ -250,7 +250,7 @@ class Container:
             self._watch(started)
             return started
         except LaunchError as error:
-            if self._ending or init.status is not None:  # that is why it could not
+            if self._ending or init.status is not None:  # that is why it failed
                 raise CannotExec(container_id=self.id, status=STOPPED) from error
             raise
         finally:
@@ -261,7 +261,7 @@ class Container:
         return None if self._cgroup is None else self._cgroup.join_fds(joins_pidns=joins_pidns)
 
     async def pause(self) -> None:
-        """Freeze all processes.  Raises CannotPause when they are frozen already, or it has ended."""
+        """Freeze all processes.  Raises CannotPause if they are already frozen, or it has exited."""
         async with self._lock:
             if self.status not in (CREATED, RUNNING):
                 raise CannotPause(container_id=self.id, status=self.status)
@@ -279,14 +279,14 @@ class Container:
             self._paused = False
 
     async def update(self, resources: Resources) -> None:
-        """Change what it may use: what `resources` gives, and all of that or nothing.
+        """Change the limits given in `resources`, all or none.
 
-        Raises NotRunning when it has ended, SpecError or CgroupError for what cannot be set.
+        Raises NotRunning if it has exited, SpecError or CgroupError for a limit that cannot be set.
         """
         await run_to_completion(self._update(resources))
 
     async def stats(self) -> CgroupStats:
-        """Read what it has used so far.  Takes no lock, and no time of others: the files are read in a thread."""
+        """Read its usage so far.  Takes no lock and blocks nothing else: the files are read in a thread."""
         if self._cgroup is None:
             raise Unsupported("statistics of a container need a cgroup, and this machine has no cgroup hierarchy")
         return await self.reads(self._cgroup.stats)
@@ -302,7 +302,7 @@ class Container:
             self._resources = wanted
 
     def allow_hotplugged_cpus(self) -> None:
-        """Let it use CPUs that were plugged in, unless it is to use certain ones only.  A failure is logged."""
+        """Let it use hot-plugged CPUs, unless it is restricted to certain ones.  A failure is logged."""
         if self._cgroup is None:
             return
         try:
@@ -311,26 +311,28 @@ class Container:
             self._log("warning", "a container could not be given the new CPUs", error=str(error))
 
     async def pids(self) -> list[int]:
-        """List the processes in it, by the agent's numbers; without cgroups only what the agent started."""
+        """List its processes, by their pids in the agent's namespace; without cgroups only those that the agent
+        started.
+        """
         return await self.look(sorted)
 
     async def look(self, reader: Callable[[Iterable[int]], T]) -> T:
-        """Call a function with everything that runs in it, which may look at these processes.  Raises ReadTimeout."""
+        """Call a function with all its pids, in a thread that may inspect these processes.  Raises ReadTimeout."""
         cgroup = self._cgroup
         known = [process.child.pid for process in self._processes.values() if process.child.status is None]
         return await self.reads(lambda: reader(sorted(known if cgroup is None else cgroup.pids())))
 
     def process(self, exec_id: str) -> Process:
-        """Return a process by its id; an empty one means the first.  Raises ProcessNotFound."""
+        """Return a process by its id; an empty id means init.  Raises ProcessNotFound."""
         process = self._init if not exec_id else self._processes.get(exec_id)
         if process is None:
             raise ProcessNotFound(container_id=self.id, exec_id=exec_id)
         return process
 
     async def signal_all(self, number: int) -> None:
-        """Signal every process in it; one that has just ended is no failure.  A paused container goes on after it.
+        """Signal every process in it, ignoring any that has just exited.  A paused container is resumed.
 
-        Without a cgroup that is what the agent has started.
+        Without a cgroup these are the processes that the agent started.
         """
         if self._cgroup is None:
             self._signal_children(number)
@@ -338,7 +340,7 @@ class Container:
         if number == signal.SIGKILL:
             await self._cgroup.kill()
             return
-        await self._cgroup.freeze()  # so that nobody forks away while the list is read
+        await self._cgroup.freeze()  # so that nothing can fork while the list is read
         try:
             for pid in await self.reads(self._cgroup.pids):
                 try:
@@ -350,11 +352,11 @@ class Container:
             self._paused = False
 
     async def signal(self, exec_id: str, number: int) -> None:
-        """Signal one process.  A first process that would not hear SIGTERM or SIGINT gets SIGKILL instead.
+        """Signal one process.  An init process for which the kernel would drop SIGTERM or SIGINT gets SIGKILL instead.
 
-        The kernel drops signals that PID 1 of a namespace leaves to it (pid_namespaces(7)), and who stops a container
-        should not have to wait for nothing.  One that ignores them, or blocks them to wait for them, has chosen so.
-        Raises ProcessExited.
+        The kernel drops signals that PID 1 of a namespace does not handle (pid_namespaces(7)), and stopping a container
+        should not have to wait for a timeout.  A process that ignores them, or blocks them to wait for them, has chosen
+        so. Raises ProcessExited.
         """
         process = self.process(exec_id)
         child = process.child
@@ -364,9 +366,9 @@ class Container:
         child.signal(number)
 
     async def remove(self) -> None:
-        """End it, whatever its state, and remove all that is left of it.  Another remove waits, then finds nothing.
+        """Kill it in any state, and remove everything it leaves.  A concurrent remove waits, then finds nothing.
 
-        Raises CgroupError or OSError; it can be tried again then.
+        Raises CgroupError or OSError; it can be retried then.
         """
         async with self._lock:
             if self._removed:
@@ -394,7 +396,7 @@ class Container:
                 await self._run_hooks("poststop", self.spec.hooks.poststop, STOPPED)
 
     def _close(self) -> None:
-        """Close what was held for its first process and its cgroup."""
+        """Close everything held for its init process and its cgroup."""
         if self._oom_watcher is not None:
             self._oom_watcher.close()
             self._oom_watcher = None
@@ -404,7 +406,9 @@ class Container:
         self.reads.close()
 
     async def _kill_all(self) -> None:
-        """SIGKILL to all in it, also to what is being started; without a cgroup, to all that the agent knows."""
+        """Send SIGKILL to all its processes, including those being started; without a cgroup, to all that the agent
+        knows.
+        """
         if self._cgroup is not None:
             await self._cgroup.kill()
         self._signal_children(signal.SIGKILL)
@@ -413,7 +417,7 @@ class Container:
         self._signal_children(signal.SIGKILL)
 
     def _signal_children(self, number: int) -> None:
-        """Signal what the agent itself has started in it and still runs."""
+        """Signal the running processes that the agent itself started in it."""
         for process in self._processes.values():
             try:
                 process.child.signal(number)
@@ -421,7 +425,9 @@ class Container:
                 continue
 
     async def _wait_until_empty(self, cgroup: Cgroup) -> None:
-        """Wait for what was killed and is nobody's child here; in a pid namespace of its own the kernel does that."""
+        """Wait for killed processes that are no children of the agent; in its own pid namespace the kernel does
+        that.
+        """
         pause = 0.001
         while await self.reads(cgroup.pids) and pause < EMPTY_TIMEOUT:
             await asyncio.sleep(pause)
@@ -436,7 +442,7 @@ class Container:
                 if self._shares_pids and not self._ending:
                     try:
                         await self._kill_all()
-                    except CgroupError as error:  # its removal tries again, and has somebody to tell
+                    except CgroupError as error:  # removal tries again, and reports the error
                         self._log(
                             "error", "the remaining processes of a container could not be killed", error=str(error)
                         )

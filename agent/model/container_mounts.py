@@ -1,9 +1,9 @@
 """Mount and unmount file systems inside running containers.
 
 A mount is created detached in the guest, which has the device, and attached inside by its descriptor: the container
-needs neither the device nor the right to mount.  A thread of the agent enters the mount namespace for one path, on
-which no symbolic link is followed; it imports nothing there (CVE-2019-14271).
-Source: fsopen(2), fsmount(2), move_mount(2), setns(2).
+needs neither the device nor the privilege to mount.  A thread of the agent enters the mount namespace for one path, on
+which no symbolic link is followed; it imports nothing there (CVE-2019-14271). Source: fsopen(2), fsmount(2),
+move_mount(2), setns(2).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class ContainerMounts:
         container = self._container(container_id)
         await asyncio.to_thread(modules.need, KINDS[fstype])
         deadline = time.monotonic() + self._timeout
-        while True:  # before Linux 6.9 there is no event for a new tag
+        while True:  # before Linux 6.9 there is no event for a new tag, so poll
             try:
                 made = await asyncio.to_thread(_make, source, fstype, options)
                 break
@@ -98,7 +98,7 @@ class ContainerMounts:
                 parent, _, name = mount_point.rstrip("/").rpartition("/")
                 at = open_point(parent, 0o755) if parent else os.open("/", os.O_PATH | os.O_CLOEXEC)
                 try:
-                    os.fchdir(at)  # of this thread alone
+                    os.fchdir(at)  # only this thread's
                 finally:
                     os.close(at)
                 syscalls.umount2(name, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
@@ -108,7 +108,7 @@ class ContainerMounts:
             except FailedPrecondition:
                 pass  # it has exited, and its mounts with it
             except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.ENOENT):  # unmounted from inside already
+                if error.errno not in (errno.EINVAL, errno.ENOENT):  # already unmounted from inside
                     raise SystemCallFailed(
                         f"Could not unmount {mount_point} of {container.id}: {_why(error)}"
                     ) from error
@@ -149,10 +149,10 @@ def _inside(container: Container, work: Callable[[], None]) -> None:
             syscalls.unshare(syscalls.CLONE_FS)  # root and current directory of this thread alone
             syscalls.setns(namespace, syscalls.CLONE_NEWNS)
             work()
-        except BaseException as error:  # nothing may be printed or lost in there
+        except BaseException as error:  # it must not print or raise in there
             failures.append(error)
 
-    thread = threading.Thread(target=enter)  # not a pool's: it stays in the container's namespace
+    thread = threading.Thread(target=enter)  # not from a pool: it stays in the container's namespace
     try:
         thread.start()
         thread.join()

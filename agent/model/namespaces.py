@@ -1,5 +1,5 @@
-"""The namespaces that all containers of a sandbox share: IPC and UTS, held by bind mounts while nobody is in them, and
-where the host wants it a pid namespace with a first process that reaps.
+"""The namespaces that all containers of a sandbox share: IPC and UTS, kept alive by bind mounts, and at the host's
+request a pid namespace with an init that reaps.
 
 Source: namespaces(7), "The /proc/[pid]/ns/ directory"; pid_namespaces(7).
 """
@@ -24,19 +24,19 @@ SHARED = ("ipc", "uts")
 
 
 class SharedNamespaces:
-    """IPC and UTS namespaces, maybe one of pids, each a file to join by its path."""
+    """IPC and UTS namespaces, optionally a pid namespace, each a file to join by path."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self.paths = {kind: str(directory / kind) for kind in SHARED}
-        self.procfs: str | None = None  # a mount of the shared pid namespace's, where there is one
+        self.procfs: str | None = None  # a mount of the shared pid namespace's procfs, if there is one
         self._pause: Child | None = None
 
     async def make(self, hostname: str, pids: ProcessLauncher | None = None) -> None:
-        """Make them; `pids` makes the pid namespace.  Raises OSError or LaunchError; nothing is left then."""
+        """Create them; with `pids` also the pid namespace.  Raises OSError or LaunchError; nothing is left then."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         failures: list[BaseException] = []
-        # A thread has these namespaces to itself (unshare(2)), and leaves the agent's others alone.
+        # Only this thread gets the new namespaces (unshare(2)); the agent's other threads are not affected.
         thread = threading.Thread(target=self._unshare, args=(hostname, failures))
         thread.start()
         thread.join()
@@ -62,7 +62,7 @@ class SharedNamespaces:
             failures.append(error)
 
     async def add_pid_namespace(self, launcher: ProcessLauncher) -> None:
-        """Make the pid namespace, with a first process that reaps.  Raises OSError or LaunchError."""
+        """Create the pid namespace, with an init that reaps.  Raises OSError or LaunchError."""
         procfs, root = str(self._directory / "proc"), str(self._directory / "empty")
         for path in (procfs, root):
             os.makedirs(path, 0o755, exist_ok=True)  # noqa: PTH103 - no pathlib at start
@@ -74,13 +74,13 @@ class SharedNamespaces:
         self.paths["pid"] = path
 
     async def release(self) -> None:
-        """Close them, and end what is left in a shared pid namespace; containers stay in the others."""
+        """Close them, and kill the processes left in a shared pid namespace; containers stay in the others."""
         if self._pause is not None:
             try:
                 self._pause.signal(signal.SIGKILL)
             except ProcessExited:
                 pass
-            await self._pause.wait()  # the kernel lets it go once all others in there have been reaped
+            await self._pause.wait()  # it exits once all others in there have been reaped
             self._pause = None
         if not self._directory.is_dir():
             return
@@ -89,7 +89,7 @@ class SharedNamespaces:
                 while True:
                     syscalls.umount2(path, syscalls.MNT_DETACH)
             except OSError:
-                pass  # there is none (any more)
+                pass  # not mounted (any more)
             os.rmdir(path) if os.path.isdir(path) else os.unlink(path)  # noqa: PTH106, PTH108, PTH112
         self._directory.rmdir()
 

@@ -1,4 +1,4 @@
-"""Containers that ran out of memory: watched, and queued in the order in which it happened for whoever asks."""
+"""Out-of-memory events of containers: watched, and queued in order for callers."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from caisson.agent.libcontainer.cgroups.events import OomWatch
 
-#: Events kept while nobody asks; the oldest go first.
+#: Maximum queued events; the oldest are dropped first.
 MAX_EVENTS = 100
 
 
 class OomEvents:
-    """A queue of container ids.  Who stops waiting takes no event along."""
+    """A queue of container ids.  A caller that stops waiting consumes no event."""
 
     def __init__(self) -> None:
         self._events: deque[str] = deque(maxlen=MAX_EVENTS)
         self._waiters: set[asyncio.Future[None]] = set()
 
     def add(self, container_id: str) -> None:
-        """Count a process of the container that the kernel has ended."""
+        """Record an OOM kill in the container."""
         self._events.append(container_id)
         self._wake(None)
 
@@ -39,12 +39,12 @@ class OomEvents:
         return self._events.popleft()
 
     def end(self) -> None:
-        """End all waits with the sandbox, and forget what was not asked for."""
+        """End all waits when the sandbox ends, and drop queued events."""
         self._events.clear()
         self._wake(NotFound("there are no more events: the sandbox has ended"))
 
     def _wake(self, error: NotFound | None) -> None:
-        # All of them: one who is woken may be cancelled before it comes to look.
+        # Wake all of them: one may be cancelled before it runs.
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None) if error is None else waiter.set_exception(error)
@@ -62,7 +62,7 @@ class OomWatcher:
 
     def _ready(self) -> None:
         self._watch.on_readable()
-        if self._watch.fileno() < 0:  # its cgroup is gone
+        if self._watch.fileno() < 0:  # its cgroup has been removed
             self.close()
         else:
             self._set_timer()

@@ -1,4 +1,4 @@
-"""Drain and keep the output of a process that nobody is attached to: it must not stop because nobody reads."""
+"""Drain and keep the output of a process that nobody is attached to, so that it does not block on a full pipe."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from caisson.agent.model.process import Process
 
-#: Bytes read at once, and given out in one answer.
+#: Maximum bytes of one read, and of one response.
 READ = 1 << 16
 MAX_ANSWER = 1 << 20
 
@@ -22,8 +22,8 @@ STDOUT, STDERR = 1, 2
 
 
 class OutputPiece:
-    """What was read at once: the number of its first byte among all of the process's, when (ns since 1970), of which
-    stream.
+    """The result of one read: the offset of its first byte in all of the process's output, its time (ns since 1970),
+    its stream.
     """
 
     __slots__ = ("data", "number", "stream", "time")
@@ -74,9 +74,9 @@ class OutputLog:
         self._changed = asyncio.Event()
 
     async def read(self, begin: int, *, follow: bool) -> tuple[list[OutputPiece], bool]:
-        """Return what there is from byte ``begin`` on, whole entries of one answer, and whether that was the end.
+        """Return the entries from byte ``begin`` on that fit one response, and whether that was the end.
 
-        With ``follow`` it waits for something while there is nothing.
+        With ``follow``, wait if there is nothing.
         """
         while True:
             found: list[OutputPiece] = []
@@ -91,7 +91,7 @@ class OutputLog:
             await self._changed.wait()
 
     def close(self) -> None:
-        """Stop draining, and forget what was kept."""
+        """Stop draining, and discard what was kept."""
         for task in self._tasks:
             task.cancel()
         self._entries.clear()

@@ -1,4 +1,4 @@
-"""A process in a container, from the moment it runs until nobody asks for it any more."""
+"""A process in a container, from its start until its status is no longer needed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from caisson.agent.libcontainer.cgroups.base import JoinFds
     from caisson.agent.libcontainer.process.launch import Launched, Stdio
 
-#: Bytes of a status file that are read.
+#: Maximum bytes of a status file to read.
 MAX_STATUS = 1 << 20
 
 
 class Process:
-    """A started process: its streams, its signals, its end."""
+    """A started process: its streams, signals and exit."""
 
     def __init__(self, exec_id: str, child: Child, streams: Streams) -> None:
         self.exec_id = exec_id
@@ -30,7 +30,7 @@ class Process:
 
     @property
     def has_terminal(self) -> bool:
-        """Whether its output is that of a terminal, one stream."""
+        """Whether it has a terminal, and so a single output stream."""
         return self._streams.is_terminal
 
     async def wait(self) -> int:
@@ -46,9 +46,10 @@ class Process:
         return await self._streams.stderr.read(size, self.child)
 
     async def write(self, data: bytes | memoryview) -> int:
-        """Give it input; returns how many bytes were taken.  Raises BrokenStream.
+        """Write input to it; returns how many bytes were accepted.  Raises BrokenStream.
 
-        ^C on a terminal ends a first process that the kernel would not interrupt, as it ends the program elsewhere.
+        ^C on a terminal also ends an init process that the kernel would not interrupt, as it would end the program
+        elsewhere.
         """
         taken = await self._streams.stdin.write(data, self.child)
         if self._streams.interrupts(data, self.child.pid) and drops(self.child.pid, signal.SIGINT):
@@ -67,18 +68,18 @@ class Process:
         self._streams.resize(rows, columns)
 
     def exited(self) -> None:
-        """Give back what a process that has ended does not need."""
+        """Release what an exited process does not need."""
         self._streams.exited()
 
     def release(self) -> None:
-        """Give back everything; unread output is lost."""
+        """Release everything; unread output is lost."""
         self._streams.close()
 
 
 def drops(pid: int, number: int) -> bool:
     """Return whether the kernel drops a signal: for PID 1 of a namespace that neither catches nor blocks it.
 
-    What it ignores is no loss.  Source: pid_namespaces(7); SigCgt, SigIgn and SigBlk in proc(5).
+    Ignored signals do not count.  Source: pid_namespaces(7); SigCgt, SigIgn and SigBlk in proc(5).
     """
     status = _status(pid)
     first = status.get(b"NSpid", [])[-1:] == [b"1"]

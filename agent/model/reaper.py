@@ -1,9 +1,9 @@
-"""The one owner of children: whatever waits for a process waits here.
+"""The one owner of child processes: all waiting for exits happens here.
 
-The agent is the parent of every container's processes, and as PID 1 or subreaper also of what they leave behind.  All
-of it runs in the event loop's thread, which gives two guarantees without a lock: between a spawn and its ``claim``
-nothing is reaped if nothing is awaited, and a pid that was not reaped yet cannot have been reused, so signals go to it
-alone.
+The agent is the parent of every container's processes, and as PID 1 or subreaper also of their orphans.  All of it runs
+in the event loop's thread, which gives two guarantees without a lock: between a spawn and its ``claim`` nothing is
+reaped if nothing is awaited, and a pid that was not reaped yet cannot have been reused, so signals reach only that
+process.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Child:
-    """A child process, until its end and after it."""
+    """A child process, before and after its exit."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -32,7 +32,7 @@ class Child:
         self._callbacks: dict[object, Callable[[], object]] = {}
 
     async def wait(self) -> int:
-        """Wait for the exit status, 0-255 or 128 + signal.  Any number of waiters, before and after the end."""
+        """Wait for the exit status, 0-255 or 128 + signal.  Any number of waiters, before and after its exit."""
         if self.status is None:
             ended = asyncio.Event()
             with self.on_exit(ended.set):
@@ -42,7 +42,7 @@ class Child:
 
     @contextmanager
     def on_exit(self, callback: Callable[[], object]) -> Iterator[None]:
-        """Have a callback called at the end, if that comes while the block runs."""
+        """Call a callback if it exits while the block runs."""
         key = object()
         self._callbacks[key] = callback
         try:
@@ -63,7 +63,7 @@ class Child:
 
 
 class Reaper:
-    """Reaps everything, and hands statuses to whoever claimed the pid."""
+    """Reap all children, and pass each status to the claimant of its pid."""
 
     def __init__(self) -> None:
         self._children: dict[int, Child] = {}
@@ -71,7 +71,7 @@ class Reaper:
         self._unclaimed: dict[int, int] = {}
 
     def start(self, signals: Signals) -> None:
-        """Begin; orphans come to this process from now on (PR_SET_CHILD_SUBREAPER, prctl(2))."""
+        """Start reaping; orphans become children of this process from now on (PR_SET_CHILD_SUBREAPER, prctl(2))."""
         if os.getpid() != 1:
             syscalls.set_child_subreaper()
         signals.handle(signal.SIGCHLD, self._reap)
@@ -79,7 +79,7 @@ class Reaper:
 
     @contextmanager
     def expecting(self) -> Iterator[None]:
-        """Keep exit statuses of pids that nobody has claimed yet for ``claim``, while inside."""
+        """Keep exit statuses of unclaimed pids for ``claim``, while inside."""
         self._expecting += 1
         try:
             yield
@@ -89,7 +89,7 @@ class Reaper:
                 self._unclaimed.clear()
 
     def claim(self, pid: int) -> Child:
-        """Send this pid's exit to the returned Child from now on."""
+        """Route this pid's exit to the returned Child from now on."""
         child = Child(pid)
         status = self._unclaimed.pop(pid, None)
         if status is None or _is_child(pid):  # a kept status may be an earlier, unrelated process's with this number
@@ -116,7 +116,7 @@ class Reaper:
 
 
 def _is_child(pid: int) -> bool:
-    """Return whether there is a child of this number that was not reaped yet."""
+    """Return whether there is an unreaped child with this pid."""
     try:
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:

@@ -43,12 +43,12 @@ if TYPE_CHECKING:
     from caisson.agent.libcontainer.config.spec import Spec
     from caisson.agent.libcontainer.process.launcher import ProcessLauncher
 
-#: A sandbox's name where the host gives none.
+#: A sandbox's name if the host gives none.
 UNNAMED = "sandbox"
 
 
 class Sandbox:
-    """There is one in a guest.  It runs between ``start`` and ``destroy``, and may run again."""
+    """The guest's only sandbox.  It runs between ``start`` and ``destroy``, and can be restarted."""
 
     def __init__(
         self,
@@ -61,8 +61,8 @@ class Sandbox:
         pipe_size: int = 0,
         hotplug_timeout: float = 3.0,
     ) -> None:
-        """``open_files`` is RLIMIT_NOFILE, soft and hard, for containers whose spec does not set it; a device that is
-        plugged in is waited for ``hotplug_timeout`` seconds.
+        """``open_files`` is RLIMIT_NOFILE, soft and hard, for containers whose spec does not set it;
+        ``hotplug_timeout`` is how many seconds to wait for a hot-plugged device.
         """
         self._launcher = launcher
         self._cgroups = cgroups
@@ -81,12 +81,12 @@ class Sandbox:
         self._resolver = Resolver()
         self._blocks = BlockDevices(hotplug_timeout)
         self._storages = Storages(self._blocks, log, hotplug_timeout)
-        self._mounts: dict[str, list[str]] = {}  # by container; "" are the sandbox's own
+        self._mounts: dict[str, list[str]] = {}  # by container; "" for the sandbox's own
         self.oom_events = OomEvents()
 
     @property
     def shares_pids(self) -> bool:
-        """Whether its containers are in one pid namespace."""
+        """Whether its containers share a pid namespace."""
         return self._shared is not None and self._shared.procfs is not None
 
     @property
@@ -103,9 +103,8 @@ class Sandbox:
         dns: Sequence[str] = (),
         storages: Sequence[Storage] = (),
     ) -> None:
-        """Start it; `hook_path` is where the guest has hooks of its own (guest/hooks.py), with `shared_pids` its
-        containers see each other's processes, `dns` are the lines of the guest's resolv.conf, and
-        `storages` are mounted.
+        """Start it; `hook_path` is the directory of the guest's own hooks (guest/hooks.py), with `shared_pids` its
+        containers see each other's processes, `dns` are the lines of the guest's resolv.conf, `storages` are mounted.
 
         Raises AlreadyExists, InvalidArgument, SystemCallFailed or Timeout; a failure leaves nothing behind.
         """
@@ -134,10 +133,10 @@ class Sandbox:
             self._id, self._shared, self._hooks = name, shared, hooks
 
     async def destroy(self) -> None:
-        """End all containers and the sandbox.  Fine when there is none.
+        """Destroy the sandbox with all its containers, if it exists.
 
-        Once begun it goes on.  If a container cannot be removed the others are all the same, the sandbox stays, and
-        it can be tried again.
+        Runs to completion.  If a container cannot be removed, the others still are, the sandbox stays, and this can be
+        retried.
         """
         await run_to_completion(self._destroy())
 
@@ -163,18 +162,18 @@ class Sandbox:
                 self._ending = False
 
     async def _release(self) -> None:
-        """Unmount what the sandbox itself has mounted."""
+        """Unmount the sandbox's own mounts."""
         await self._storages.unmount(self._mounts.pop("", []))
         await self._storages.release()
 
     def _forget_directory(self, directory: Path) -> None:
         try:
             directory.rmdir()
-        except OSError as error:  # of an agent that was killed, most likely: not ours to delete
+        except OSError as error:  # probably left by a killed agent: not ours to delete
             self._log("warning", "the sandbox's directory is not empty", path=str(directory), error=str(error))
 
     async def _share_pids(self, shared: SharedNamespaces) -> None:
-        """Make the pid namespace that containers share, unless another caller has done it meanwhile."""
+        """Create the pid namespace that containers share, unless another caller has done so meanwhile."""
         async with self._lock:
             if self._shared is not shared:
                 raise SandboxNotRunning
@@ -186,15 +185,15 @@ class Sandbox:
 
     @property
     def empty(self) -> bool:
-        """Whether there is no container in it, nor one in the making."""
+        """Whether it has no containers, not even one being created."""
         return not self._containers and not self._creating
 
     async def mount(self, storage: Storage) -> None:
-        """Mount what stays until the guest's end, whichever sandboxes come and go.  Raises as Storages.mount."""
+        """Mount a storage that outlives all sandboxes.  Raises as Storages.mount."""
         await self._storages.mount([storage])
 
     async def resize(self, storages: Sequence[Storage]) -> None:
-        """Give tmpfs mounts that were made before new options.  Raises InvalidArgument or SystemCallFailed."""
+        """Change the options of existing tmpfs mounts.  Raises InvalidArgument or SystemCallFailed."""
         await self._storages.resize(storages)
 
     def container(self, container_id: str) -> Container:
@@ -214,13 +213,13 @@ class Sandbox:
         *,
         share_pids: bool | None = None,
     ) -> Container:
-        """Create a container, with `storages` mounted for it before and the guest's numbers for its `devices`.
+        """Create a container, after mounting its `storages`, with the guest's numbers for its `devices`.
 
-        It joins the sandbox's pid namespace, which is made for the first that does, with `share_pids`; None leaves
+        With `share_pids` it joins the sandbox's pid namespace, which is created for the first that does; None leaves
         that to the sandbox.  On failure nothing is left and the id is free.
         """
         while container_id in self._creating:
-            await self._creating[container_id].wait()  # whoever is told that it exists may use it
+            await self._creating[container_id].wait()  # a caller that is told that it exists may use it
         if self._id is None or self._shared is None or self._ending:
             raise SandboxNotRunning
         check_id(container_id)
@@ -239,7 +238,7 @@ class Sandbox:
         if not share_pids:
             join.pop("pid", None)
         if any(namespace.type == "user" for namespace in spec.linux.namespaces):
-            for kind in SHARED:  # these are not its own, so it could neither mount a mqueue nor have a host name
+            for kind in SHARED:  # these are not its own, so it could neither mount mqueue nor have a host name
                 join.pop(kind, None)
         directory = self._state / self._id / container_id
         try:
@@ -266,7 +265,7 @@ class Sandbox:
             decided.set()
 
     async def _unmake(self, container_id: str, directory: Path) -> None:
-        """Remove the directory and the mounts of a container that was not created."""
+        """Remove the directory and the mounts of a container whose creation failed."""
         with suppress(OSError):
             directory.rmdir()
         await run_to_completion(self._storages.unmount(self._mounts.pop(container_id, [])))
@@ -274,7 +273,7 @@ class Sandbox:
     async def _make(
         self, container_id: str, exec_id: str, spec: Spec, join: dict[str, str], procfs: str | None
     ) -> Container:
-        """Create a container in its directory, on what is mounted for it.  On failure the directory is removed."""
+        """Create a container in its directory, on its mounted storages.  On failure the directory is removed."""
         assert self._id is not None
         cgroup: Cgroup | None = None
         if self._cgroups is not None:
@@ -300,7 +299,7 @@ class Sandbox:
         return container
 
     async def recreate(self, container_id: str) -> None:
-        """Create a container that has exited again, from its configuration and on the files that it left.
+        """Create an exited container again, from its configuration and on the files that it left.
 
         Its program runs after Container.start.  Raises NotFound, NotStopped, and as `create`; when it cannot be created
         it is removed.
@@ -330,10 +329,10 @@ class Sandbox:
             decided.set()
 
     async def ensure_running(self, container_id: str, spec: Callable[[], Spec]) -> bool:
-        """Return with a running container of this id: the one that is there, or one made from ``spec``.
+        """Ensure that a container of this id is running: the existing one, or a new one from ``spec``.
 
-        One that has ended makes room; where there is no sandbox, one is started.  Several callers at once all get the
-        same container.  Returns whether it was created for this caller.  Raises as `create` and Container.start.
+        An exited one is replaced, and a missing sandbox is started.  Concurrent callers get the same container.
+        Returns whether it was created for this caller.  Raises as `create` and Container.start.
         """
         while True:
             container = self._containers.get(container_id)
@@ -357,13 +356,13 @@ class Sandbox:
             return created
 
     async def update(self, container_id: str, resources: Resources) -> None:
-        """Change what a container may use.  Raises NotFound, and as Container.update."""
+        """Change the limits of a container.  Raises NotFound, and as Container.update."""
         from caisson.agent.guest.resources import fit
 
         await self.container(container_id).update(fit(resources))
 
     def allow_hotplugged_cpus(self) -> None:
-        """Let containers use CPUs that were plugged in, but for those that are to use certain ones only."""
+        """Let containers use hot-plugged CPUs, except those restricted to certain ones."""
         for container in self._containers.values():
             container.allow_hotplugged_cpus()
 
@@ -372,7 +371,7 @@ class Sandbox:
         self.oom_events.add(container_id)
 
     async def remove(self, container_id: str, timeout: float | None = None) -> None:
-        """End a container and forget it.  Raises NotFound, or Timeout: the work goes on then."""
+        """Kill and remove a container.  Raises NotFound, or Timeout, after which removal continues."""
         work = run_to_completion(self._remove(self.container(container_id)))
         try:
             await asyncio.wait_for(work, timeout or None)

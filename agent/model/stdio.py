@@ -1,6 +1,6 @@
 """A process's standard streams: pipes, or a terminal.
 
-The rules, each learned from a failure that users of container runtimes have met:
+The rules, each learned from a failure seen by users of container runtimes:
 * output is complete before its end is reported, and the end follows the process's own exit, whoever else (a background
   job) still holds the pipe or terminal;
 * nothing is read before somebody asks: a slow reader slows the writer, the agent buffers nothing.  Who reads in bulk
@@ -23,30 +23,30 @@ if TYPE_CHECKING:
 
     from caisson.agent.model.reaper import Child
 
-#: Bytes given out by one read, and what the pipe of a stream that is read in bulk grows to: four fit into a message.
+#: Maximum bytes of one read, and the size that the pipe of a bulk stream grows to: four fit into a message.
 LARGEST_READ = 1 << 20
 
-#: Who takes half of what the kernel gives a pipe, and would take more, gets a larger one.  (Not all of its bytes can be
-#: used: a write that does not fit into the last page begins a new one.)
+#: A reader that gets half of the default pipe size, and asks for more, gets a larger pipe.  (Not all of its bytes can
+#: be used: a write that does not fit into the last page begins a new one.)
 BULK = 1 << 15
 
-#: Seconds for a stream that flows (a page came with the last read) to gather more before it is read again.  Programs
-#: write a page at a time (stdio(3) to a pipe), and a call for each takes more than twice the processor time.
+#: Seconds to let a busy stream (whose last read returned a page) gather more before it is read again.  Programs write a
+#: page at a time (stdio(3) to a pipe), and a call for each takes more than twice the CPU time.
 GATHER = 0.001
 PAGE = 1 << 12
 
-#: A terminal whose reads bring so much flows: stdio(3) writes to one in pieces of this size.
+#: A terminal whose reads return this much is busy: stdio(3) writes to one in pieces of this size.
 TERMINAL_PIECE = 1 << 10
 
-#: What a terminal's two buffers can hold at most (tty_buffer.c, n_tty.c); a pipe is asked.
+#: The maximum contents of a terminal's two buffers (tty_buffer.c, n_tty.c); pipes are queried.
 TERMINAL_CAPACITY = 1 << 17
 F_SETPIPE_SZ, F_GETPIPE_SZ = 1031, 1032
 
 
 class _End:
-    """The agent's end of a stream: a descriptor that is used by one caller at a time, and closed by nobody else.
+    """The agent's end of a stream: a descriptor used by one caller at a time, and closed only here.
 
-    Closing it under a waiting caller would let its number come back as something else's.
+    Closing it under a waiting caller would let its number be reused for something else.
     """
 
     def __init__(self, fd: int) -> None:
@@ -65,7 +65,7 @@ class _End:
                     self._close()
 
     def release(self) -> None:
-        """Give the descriptor back, as soon as nobody uses it.  Idempotent."""
+        """Close the descriptor once it is not in use.  Idempotent."""
         self._released = True
         if not self._lock.locked():
             self._close()
@@ -85,10 +85,10 @@ class Output(_End):
         self._is_terminal = is_terminal
         self._gathered = bytearray()
         self._flows = False
-        self._left: int | None = None  # bytes that may still come, once the process has exited
+        self._left: int | None = None  # bytes that may still arrive, once the process has exited
 
     async def read(self, size: int, child: Child) -> bytes:
-        """Read what is there, at most ``size`` bytes; waits for something.  A cancelled read takes nothing.
+        """Read available output, at most ``size`` bytes; waits until there is some.  A cancelled read consumes nothing.
 
         Raises EndOfStream.
         """
@@ -96,11 +96,11 @@ class Output(_End):
         if size == 0:
             return b""
         async with self._use():
-            if self._gathered:  # of a read that was cancelled
+            if self._gathered:  # from a cancelled read
                 return self._take_gathered(size)
-            looks_again = self._is_terminal  # tty_buffer.c: its last data may be on their way when it is found closed
+            looks_again = self._is_terminal  # tty_buffer.c: the last data may still be in flight when it is seen closed
             while not self._released:
-                exited = child.status is not None  # looked at first: what it wrote before is in the buffer by now
+                exited = child.status is not None  # checked first: anything it wrote is in the buffer by now
                 if exited and self._left is None:
                     self._left = _capacity(self._fd)
                 try:
@@ -118,7 +118,7 @@ class Output(_End):
                     looks_again = False
                     await asyncio.sleep(GATHER)
                     continue
-                if not data:  # also when all was taken that can have been there at the exit
+                if not data:  # also once everything that can have been buffered at the exit was read
                     self.release()
                     break
                 if self._left is not None:
@@ -132,7 +132,7 @@ class Output(_End):
             raise EndOfStream
 
     async def _gather(self, data: bytes, size: int) -> bytes:
-        """Add to a terminal's output while it flows: the kernel gives out less than a page at a time."""
+        """Gather more of a busy terminal's output: the kernel returns less than a page at a time."""
         self._gathered += data
         came = len(data)
         while came >= TERMINAL_PIECE and len(self._gathered) < size:
@@ -149,7 +149,7 @@ class Output(_End):
                     break
                 self._gathered += data
         except OSError:
-            pass  # none for now, or none any more: the next read finds out
+            pass  # none now, or never again: the next read will tell
         return len(self._gathered) - before
 
     def _take_gathered(self, size: int) -> bytes:
@@ -158,16 +158,16 @@ class Output(_End):
         return data
 
     def _grow(self, wanted: int) -> None:
-        """Let the pipe hold what the reader would take at once: the fewer calls, the faster.
+        """Grow the pipe to the size that the reader asks for: fewer calls are faster.
 
-        So there is as much room as was shown to be of use, in the kernel, where it is the writer's (its pages are
-        charged to the container) and slows the writer when it is full.
+        The room is in the kernel, charged to the writer's container, and only grows when useful; a full pipe slows the
+        writer down.
         """
         if _capacity(self._fd) < wanted:
             self._grows = resize_pipe(self._fd, wanted)
 
     def exited(self) -> None:
-        """Close an empty pipe: the process has ended, whether somebody ever reads it or not."""
+        """Close an empty pipe: the process has exited, whether or not anyone will read it."""
         if self._fd >= 0 and _waiting(self._fd) == 0:
             self.release()
 
@@ -175,8 +175,8 @@ class Output(_End):
 class Input(_End):
     """The writing end of standard input.
 
-    One that is written in bulk gets a larger pipe, and is filled in large pieces: a reader of small ones (busybox's tar
-    takes 4 KiB) would have the agent woken for each.
+    Bulk input gets a larger pipe, filled in large pieces: a reader of small ones (busybox's tar reads 4 KiB) would
+    otherwise wake the agent for each.
     """
 
     def __init__(self, fd: int) -> None:
@@ -184,7 +184,7 @@ class Input(_End):
         self._grown = False
 
     async def write(self, data: bytes | memoryview, child: Child) -> int:
-        """Write all of it; returns how much was taken: nothing, after ``close``.  Raises BrokenStream."""
+        """Write all of it; returns how much was accepted: nothing after ``close``.  Raises BrokenStream."""
         async with self._use():
             if self._released and child.status is None:
                 return 0
@@ -201,19 +201,19 @@ class Input(_End):
                             continue
                     await _event_or_exit(self._fd, child, writing=True)
                     if len(view) >= BULK:
-                        await asyncio.sleep(GATHER)  # a page is free; soon there is room for many
+                        await asyncio.sleep(GATHER)  # a page is free; soon there will be room for many
                 except OSError:
                     raise BrokenStream from None
             return len(data)
 
     async def close(self) -> None:
-        """Let the process read end-of-file, after what was written before.  Idempotent."""
+        """Let the process read end-of-file after what was already written.  Idempotent."""
         async with self._use():
             self._released = True
 
 
 class Streams:
-    """What the agent holds of one process's stdio.  With a terminal the three are its master."""
+    """The agent's ends of one process's stdio.  With a terminal, all three are its master."""
 
     def __init__(self, stdin: Input, stdout: Output, stderr: Output, terminal: int | None) -> None:
         self.stdin = stdin
@@ -232,7 +232,7 @@ class Streams:
         return self._terminal is not None
 
     def resize(self, rows: int, columns: int) -> None:
-        """Set the terminal's size; the kernel tells its foreground processes.  Values are 16 bits wide."""
+        """Set the terminal's size; the kernel notifies its foreground processes.  Values are 16 bits wide."""
         import fcntl
         import struct
         import termios
@@ -255,7 +255,7 @@ class Streams:
             return False
 
     def exited(self) -> None:
-        """Close the input of a process that has ended, and forget its size.  Output waits for its reader."""
+        """Close the input of an exited process, and its terminal's size.  Output is kept for its reader."""
         self.stdin.release()
         if self._terminal is None:
             self.stdout.exited()
@@ -265,7 +265,7 @@ class Streams:
             self._terminal = -1
 
     def close(self) -> None:
-        """Give everything back.  Idempotent."""
+        """Close everything.  Idempotent."""
         self.exited()
         self.stdout.release()
         self.stderr.release()
@@ -274,7 +274,7 @@ class Streams:
 class Pipes:
     """The three pipes of a process about to start: ``child_ends`` for the child, the rest for Streams.
 
-    ``size`` is that of the pipes of output, in bytes; 0 begins with the kernel's, and a stream read in bulk gets more.
+    ``size`` is that of the pipes of output, in bytes; 0 starts with the kernel's default, and bulk streams get more.
     """
 
     def __init__(self, size: int = 0) -> None:
@@ -295,7 +295,7 @@ class Pipes:
                 resize_pipe(fd, size)
 
     def started(self) -> Streams:
-        """Keep our ends: the child has its own."""
+        """Keep only our ends: the child has its own."""
         self._close_child_ends()
         stdout, stderr = (Output(fd, grows=self._grow) for fd in (self._stdout, self._stderr))
         return Streams(Input(self._stdin), stdout, stderr, None)
@@ -321,7 +321,7 @@ def _capacity(fd: int) -> int:
 
 
 def resize_pipe(pipe: int, size: int) -> bool:
-    """Let a pipe hold so many bytes.  False where the kernel refuses: more than /proc/sys/fs/pipe-max-size."""
+    """Resize a pipe.  False if the kernel refuses: larger than /proc/sys/fs/pipe-max-size."""
     import fcntl
 
     try:
@@ -332,7 +332,7 @@ def resize_pipe(pipe: int, size: int) -> bool:
 
 
 def _waiting(pipe: int) -> int:
-    """Return the bytes in a pipe (FIONREAD, pipe(7)).  Of a terminal it would miss those on their way."""
+    """Return the bytes in a pipe (FIONREAD, pipe(7)).  For a terminal it would miss those in flight."""
     import array
     import fcntl
     import termios
@@ -343,7 +343,7 @@ def _waiting(pipe: int) -> int:
 
 
 async def _event_or_exit(fd: int, child: Child, *, writing: bool) -> None:
-    """Wait until a descriptor can be read (or written), or the process has ended."""
+    """Wait until a descriptor is readable (or writable), or the process has exited."""
     loop = asyncio.get_running_loop()
     happened = loop.create_future()
 

@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
-#: Threads that may look at one container at once, and seconds that each may take.
+#: Maximum threads that inspect one container, and timeout of each in seconds.
 MAX_READERS = 2
 READ_TIMEOUT = 10.0
 
 
 class AsyncioWaits:
-    """Wait without holding up others.  A descriptor is waited for by one caller at a time."""
+    """Wait without blocking the event loop.  Only one caller at a time may wait for a descriptor."""
 
     async def readable(self, *fds: int, seconds: float | None = None) -> bool:
-        """Wait until one of the descriptors can be read; False when that takes longer than `seconds`."""
+        """Wait until one of the descriptors is readable; False on timeout (`seconds`)."""
         if seconds == 0:
             poll = select.poll()
             for fd in fds:
@@ -33,21 +33,23 @@ class AsyncioWaits:
         return await _drive(fds, lambda: True, seconds)
 
     async def drive(self, fd: int, step: Callable[[], bool], seconds: float | None = None) -> bool:
-        """Call ``step`` whenever the descriptor can be read until it returns true; False after `seconds`."""
+        """Call ``step`` whenever the descriptor is readable, until it returns true; False after `seconds`."""
         return await _drive((fd,), step, seconds)
 
     async def sleep(self, seconds: float) -> None:
-        """Let time pass."""
+        """Sleep."""
         await asyncio.sleep(seconds)
 
     async def work(self, function: Callable[[], T], *, seconds: float | None = None) -> T:
-        """Call a function that computes for long in a thread.  Raises TimeoutError; the thread goes on then."""
+        """Call a function that computes for long in a thread.  Raises TimeoutError, after which the thread
+        continues.
+        """
         async with asyncio.timeout(seconds):  # not wait_for, which before 3.12 can lose the cancellation of its caller
             return await asyncio.to_thread(function)
 
 
 async def _drive(fds: Sequence[int], step: Callable[[], bool], seconds: float | None) -> bool:
-    """Call ``step`` in the event loop, which has the descriptors registered once, until it returns true or raises."""
+    """Call ``step`` from the event loop, with the descriptors registered once, until it returns true or raises."""
     loop = asyncio.get_running_loop()
     happened: asyncio.Future[bool] = loop.create_future()
 
@@ -77,10 +79,11 @@ async def _drive(fds: Sequence[int], step: Callable[[], bool], seconds: float | 
 
 
 class Readers:
-    """Read what a container owns in threads of its own.
+    """Read a container's data in threads of its own.
 
-    It decides how long that takes: by the number of its processes and cgroups, or for ever, where its memory or its
-    files are served by one of its own processes (fuse(4)).  So it holds up neither the event loop nor others' threads.
+    The container determines how long that takes: by the number of its processes and cgroups, or forever, if its memory
+    or files are served by one of its own processes (fuse(4)).  So it must block neither the event loop nor other
+    containers' threads.
     """
 
     def __init__(self, container_id: str) -> None:
@@ -88,7 +91,7 @@ class Readers:
         self._threads: ThreadPoolExecutor | None = None
 
     async def __call__(self, function: Callable[[], T]) -> T:
-        """Call a function in one of them.  Raises ReadTimeout; the thread goes on then."""
+        """Call a function in one of them.  Raises ReadTimeout, after which the thread continues."""
         if self._threads is None:
             from concurrent.futures import ThreadPoolExecutor
 
@@ -101,7 +104,7 @@ class Readers:
             raise ReadTimeout(container_id=self._name, seconds=READ_TIMEOUT) from None
 
     def close(self) -> None:
-        """End the threads as soon as they have nothing to do."""
+        """End the threads once they are idle."""
         if self._threads is not None:
             self._threads.shutdown(wait=False, cancel_futures=True)
             self._threads = None

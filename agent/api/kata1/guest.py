@@ -1,4 +1,4 @@
-"""grpc.AgentService of Kata 1.x: what is about the guest itself: network, hot-plug, tracing."""
+"""grpc.AgentService of Kata 1.x: methods on the guest itself: network, hot-plug, tracing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class GuestService(Common):
-    """Addresses and routes are exactly those that are given; CPUs are counted from those that are online."""
+    """Addresses and routes are replaced by those given; CPU counts are relative to those online."""
 
     messages: ClassVar[ModuleType] = agent_pb2
     types: ClassVar[ModuleType] = types_pb2
@@ -77,7 +77,7 @@ class GuestService(Common):
         if cpus:
             await hotplug.online_cpus(cpus)
         if not cpu_only:
-            await asyncio.to_thread(hotplug.online_memory)  # the kernel takes its time over large blocks
+            await asyncio.to_thread(hotplug.online_memory)  # large blocks take the kernel a while
         if cpus:
             self._cpus_came()
 

@@ -1,4 +1,4 @@
-"""grpc.AgentService of Kata 1.x: what is about the sandbox, containers and processes."""
+"""grpc.AgentService of Kata 1.x: methods on the sandbox, containers and processes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class AgentService(ContainerService):
-    """Before there is a sandbox most methods are refused."""
+    """Most methods are rejected before there is a sandbox."""
 
     messages: ClassVar[ModuleType] = agent_pb2
     EXEC_FIELDS = ("args", "env", "cwd", "user", "terminal")
@@ -102,7 +102,7 @@ class AgentService(ContainerService):
             ) from error
         check_signal(request.signal)
         if container.status == STOPPED:
-            return EMPTY  # what was to be stopped has stopped
+            return EMPTY  # it has already stopped
         if not request.exec_id or container.status == PAUSED:  # one of them would not hear it
             await container.signal_all(request.signal)
             return EMPTY
@@ -115,7 +115,7 @@ class AgentService(ContainerService):
                 f"Process {request.exec_id} not found (container {request.container_id})",
             ) from error
         except ProcessExited:
-            pass  # it ended a moment ago: no host should fail over that
+            pass  # it has just exited: no host should fail because of that
         return EMPTY
 
     async def ReadStdout(self, request: agent_pb2.ReadStreamRequest) -> list[bytes]:

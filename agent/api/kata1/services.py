@@ -1,4 +1,4 @@
-"""The services of a Kata 1.x agent, tied to their handlers: imported when the first host that speaks gRPC has come."""
+"""The services of a Kata 1.x agent, tied to their handlers: imported when the first host that speaks gRPC connects."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The status and sentence that Kata 1.x hosts get for each kind of error.
+"""The status and message that Kata 1.x hosts get for each kind of error.
 
-The reference gives most errors no status, which makes them UNKNOWN; hosts tell them by their texts.
+The reference gives most errors no status, which makes them UNKNOWN; hosts distinguish them by their texts.
 """
 
 from __future__ import annotations
@@ -61,5 +61,5 @@ TABLE: Table = {
 
 
 def status_of(error: Exception) -> Status | None:
-    """Return the code and text for an error that a caller can do something about; None for a bug of ours."""
+    """Return the code and text for an error that the caller can act on; None for a bug."""
     return status_from(TABLE, error)

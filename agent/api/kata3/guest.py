@@ -1,4 +1,4 @@
-"""grpc.AgentService of Kata 3.x: what is about the guest itself: network, memory, volumes, metrics."""
+"""grpc.AgentService of Kata 3.x: methods on the guest itself: network, memory, volumes, metrics."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class GuestService(Common):
-    """Addresses and routes are added to those that are there; CPUs are counted in all."""
+    """Addresses and routes are added to existing ones; CPU counts are totals."""
 
     messages: ClassVar[ModuleType] = agent_pb2
     types: ClassVar[ModuleType] = types_pb2
@@ -92,7 +92,7 @@ class GuestService(Common):
         if request.nb_cpus:
             await hotplug.online_total(request.nb_cpus)
         if not request.cpu_only:
-            await asyncio.to_thread(hotplug.online_memory)  # the kernel takes its time over large blocks
+            await asyncio.to_thread(hotplug.online_memory)  # large blocks take the kernel a while
         if request.nb_cpus:
             self._cpus_came()
         return EMPTY

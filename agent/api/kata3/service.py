@@ -1,4 +1,4 @@
-"""grpc.AgentService of Kata 3.x: what is about the sandbox, containers and processes."""
+"""grpc.AgentService of Kata 3.x: methods on the sandbox, containers and processes."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
     from caisson.agent.libcontainer.config.spec import Spec
     from caisson.agent.model.sandbox import Sandbox
 
-#: Where the kubelet says which file of a container's is its last message.
+#: The annotation in which the kubelet names a container's termination message file.
 TERMINATION_LOG = "io.kubernetes.container.terminationMessagePath"
 
-#: Bytes of it that anybody reads.
+#: Bytes of it that clients read.
 MAX_TERMINATION_LOG = 4096
 
 
 class AgentService(ContainerService):
-    """An empty exec_id is the container's first process everywhere, and the end of output an empty answer."""
+    """An empty exec_id means the container's init process, and an empty response the end of output."""
 
     messages: ClassVar[ModuleType] = agent_pb2
     EXEC_FIELDS = ("args", "env", "cwd", "user", "terminal", "capabilities")
@@ -51,7 +51,7 @@ class AgentService(ContainerService):
     )  # fmt: skip
 
     def __init__(self, sandbox: Sandbox, *, init: bool, end: Callable[[], object]) -> None:
-        """``end`` has the agent stop, once it has answered what it was asked; as PID 1 it powers the guest off then."""
+        """``end`` stops the agent, once it has answered pending requests; as PID 1 it then powers the guest off."""
         super().__init__(sandbox, init=init)
         self._end = end
 
@@ -60,7 +60,7 @@ class AgentService(ContainerService):
     async def CreateSandbox(self, request: agent_pb2.CreateSandboxRequest) -> Empty:
         await load_modules(request.kernel_modules)
         if self._sandbox.running and self._sandbox.empty:
-            await self._sandbox.destroy()  # a host may begin anew
+            await self._sandbox.destroy()  # a host may start over
         await self._sandbox.start(
             request.sandbox_id,
             request.hostname,
@@ -84,7 +84,7 @@ class AgentService(ContainerService):
 
     async def CreateContainer(self, request: agent_pb2.CreateContainerRequest) -> Empty:
         _refuse_ports(request)
-        request.OCI.Process.ApparmorProfile = ""  # of the host's: its profiles are not the guest's
+        request.OCI.Process.ApparmorProfile = ""  # the host's profile: not in the guest
         spec = spec_of(request)
         if request.shared_mounts:
             raise Unsupported("CreateContainer: shared_mounts are not supported by this agent")
@@ -135,7 +135,7 @@ class AgentService(ContainerService):
             else:
                 await container.signal(request.exec_id, request.signal)
         except ProcessExited:
-            pass  # it ended a moment ago: no host should fail over that
+            pass  # it has just exited: no host should fail because of that
         return EMPTY
 
     async def ReadStdout(self, request: agent_pb2.ReadStreamRequest) -> list[bytes]:
@@ -187,13 +187,13 @@ def _storage(one: agent_pb2.Storage) -> Storage:
 
 
 def _refuse_ports(request: agent_pb2.CreateContainerRequest | agent_pb2.ExecProcessRequest) -> None:
-    """Refuse streams beside this API, which hosts use where a kernel parameter says that they can."""
+    """Reject stream ports outside this API, which hosts use if a kernel parameter says that they can."""
     if request.stdin_port or request.stdout_port or request.stderr_port:
         raise Unsupported("stdin_port, stdout_port and stderr_port are not supported: streams go by this API")
 
 
 def _with_cgroupfs_path(spec: Spec) -> Spec:
-    """Take a path of systemd's form, SLICE:PREFIX:NAME, for one in the cgroup file system: SLICE/PREFIX-NAME."""
+    """Convert a path in systemd's form, SLICE:PREFIX:NAME, to one in the cgroup file system: SLICE/PREFIX-NAME."""
     parts = spec.linux.cgroups_path.split(":")
     if len(parts) != 3:
         return spec

@@ -1,6 +1,6 @@
-"""The status and sentence that Kata 3.x hosts get for each kind of error.
+"""The status and message that Kata 3.x hosts get for each kind of error.
 
-The reference answers nearly everything with INTERNAL, where codes here say more.  Hosts tell few things apart:
+The reference uses INTERNAL for nearly everything, where codes here are more specific.  Hosts distinguish only:
 UNIMPLEMENTED, and the texts "Link not found" and "ESRCH: No such process".
 """
 
@@ -40,5 +40,5 @@ TABLE: Table = {
 
 
 def status_of(error: Exception) -> Status | None:
-    """Return the code and text for an error that a caller can do something about; None for a bug of ours."""
+    """Return the code and text for an error that the caller can act on; None for a bug."""
     return status_from(TABLE, error)

@@ -189,9 +189,7 @@ def _device_rule(value: object, where: str) -> DeviceRule:
 
 def _memory(value: object, where: str) -> MemoryLimits:
     r = Reader(value, where)
-    r.flag(
-        "useHierarchy"
-    )  # always on since Linux 5.11: true is satisfied, and absent cannot be distinguished from false
+    r.flag("useHierarchy")  # always on since Linux 5.11: true is satisfied, false looks the same as absent
     swappiness = r.number("swappiness", 0, U64_MAX)
     if swappiness is not None and 100 < swappiness < U64_MAX:
         raise SpecError(r.name("swappiness"), f"must be between 0 and 100, not {swappiness}")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from caisson.agent.libcontainer.config.process import Process
     from caisson.agent.libcontainer.config.spec import Linux
 
-#: Digits of an id.
+#: Maximum digits of an id.
 MAX_DIGITS = 10
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_"
