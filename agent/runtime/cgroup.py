@@ -49,25 +49,24 @@ class ExecCgroup:
             self._paths[key] = os.path.normpath(f"{self._container.state.cgroup_paths[key]}/{path}")
 
     def __enter__(self) -> Mapping[str, int]:
+        unified = self._paths.get("")
         if set(self._paths) == {""}:
-            return self._enter_v2()
+            return {"_CAISSON_CGROUP": self._directory(unified or "")}
         found = {}
         files = dict.fromkeys(self._paths.values())
         for number, path in enumerate(sorted(files, key=lambda path: "/freezer/" in path)):
-            fd = self._open(f"{path}/cgroup.procs", os.O_WRONLY)
-            self._fds.append(fd)
-            found[f"_CAISSON_CGROUP_{number}"] = fd
+            at = self._directory(path) if path == unified else None
+            found[f"_CAISSON_CGROUP_{number}"] = self._open(f"{path}/cgroup.procs", os.O_WRONLY, at)
         return found
 
-    def _enter_v2(self) -> Mapping[str, int]:
-        path = self._paths[""]
-        fd = -1
+    def _directory(self, path: str) -> int:
+        """Open a cgroup of v2: where that takes no processes, the one below that the first process is in."""
         if not self._chosen and self._is_unusable(path):
             fd = open_around(path, self._container.state.init_process_pid)
-        if fd < 0:
-            fd = self._open(path, os.O_RDONLY | os.O_DIRECTORY)
-        self._fds.append(fd)
-        return {"_CAISSON_CGROUP": fd}
+            if fd >= 0:
+                self._fds.append(fd)
+                return fd
+        return self._open(path, os.O_RDONLY | os.O_DIRECTORY)
 
     def _is_unusable(self, path: str) -> bool:
         """Return whether no process can join: it is gone, or has given controllers to cgroups below it (EBUSY)."""
@@ -77,9 +76,12 @@ class ExecCgroup:
         except OSError:
             return True
 
-    def _open(self, path: str, flags: int) -> int:
+    def _open(self, path: str, flags: int, directory: int | None = None) -> int:
+        """Open a file, by its name in `directory` where there is one."""
         try:
-            return os.open(path, flags | os.O_CLOEXEC)
+            fd = os.open(path if directory is None else os.path.basename(path), flags | os.O_CLOEXEC, dir_fd=directory)  # noqa: PTH119
+            self._fds.append(fd)
+            return fd
         except OSError as error:
             pid = os.getpid()
             why = (error.strerror or "").lower()

@@ -12,7 +12,7 @@ import pytest
 from caisson.agent.client import Agent
 from caisson.agent.rpc.codes import StatusCode as Code
 from caisson.proto.kata1 import agent_pb2, oci_pb2
-from tests.native.agent_support import RunningAgent, errors, output, refused, sh
+from tests.native.agent_support import RunningAgent, errors, refused
 
 pytestmark = pytest.mark.root
 in_both = pytest.mark.parametrize("agent", ["v2", "v1"], indirect=True)
@@ -186,33 +186,3 @@ async def test_a_call_that_waits_for_memory_events_takes_no_time_of_others(agent
         await client.rpc.DestroySandbox(agent_pb2.DestroySandboxRequest())
         for call in waiting:
             assert (await refused(call))[0] is Code.NOT_FOUND
-
-
-@pytest.mark.parametrize("namespace", [True, False])
-@pytest.mark.parametrize("access", ["ro", "rw"])
-async def test_the_containers_own_cgroup_filesystem(agent: RunningAgent, namespace: bool, access: str) -> None:
-    """CVE-2023-25809: read-only is read-only, with and without a namespace; only the container's own is to be seen."""
-
-    async with agent.connect() as client:
-        await client.create_sandbox()
-        spec = agent.spec()
-        if not namespace:
-            kinds = [item.Type for item in spec.Linux.Namespaces if item.Type != "cgroup"]
-            del spec.Linux.Namespaces[:]
-            spec.Linux.Namespaces.extend(oci_pb2.LinuxNamespace(Type=kind) for kind in kinds)
-        options = [access, "nosuid", "nodev", "noexec", "relatime"]
-        spec.Mounts.add(destination="/sys/fs/cgroup", type="cgroup", source="cgroup", options=options)
-        container = await client.ensure_container("box", spec)
-        script = """
-                grep ' /sys/fs/cgroup' /proc/mounts; echo --
-                wc -l </sys/fs/cgroup/cgroup.procs; echo --
-                mkdir /sys/fs/cgroup/new 2>&1 && rmdir /sys/fs/cgroup/new; echo --
-                mkdir /tmp/m; mount -t cgroup -o pids none /tmp/m 2>&1; mount -t cgroup2 none /tmp/m 2>&1"""
-        process = await sh(container, script)
-        mounts, count, mkdir, mount = (await output(process)).decode().split("--\n")
-        (line,) = (line.split() for line in mounts.splitlines())
-        assert line[2] == "cgroup2" and {access, "nosuid", "nodev", "noexec"} <= set(line[3].split(","))
-        assert 1 <= int(count) <= 5
-        assert ("Read-only file system" in mkdir) is (access == "ro"), mkdir
-        # CVE-2022-0492: a hierarchy that a container mounts for itself would be writable.
-        assert mount.count("permission denied") + mount.count("Operation not permitted") == 2, mount

@@ -21,7 +21,7 @@ from caisson.agent.libcontainer.config.resources import Resources
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.rpc.codes import StatusCode as Code
 from caisson.proto.kata1 import agent_pb2, oci_pb2
-from tests.native.agent_support import RunningAgent, errors, output, refused, sh
+from tests.native.agent_support import RunningAgent, refused, sh
 from tests.native.nsexec_support import Box, children, config
 from tests.support.unique import unique
 
@@ -297,45 +297,6 @@ async def resources(client: Agent, **fields: Any) -> None:
 
 
 @with_v1
-async def test_containers_are_in_every_hierarchy_from_their_first_instruction(agent: RunningAgent) -> None:
-    async with agent.connect() as client:
-        await client.create_sandbox()
-        spec = agent.spec("/bin/sh", "-c", "cat /proc/self/cgroup; exec sleep 1000")
-        del spec.Linux.Namespaces[:]
-        spec.Linux.Namespaces.extend(oci_pb2.LinuxNamespace(Type=kind) for kind in ("mount", "ipc", "uts"))
-        container = await client.create_container("box", spec)
-        (file,) = agent.state.rglob("state.json")
-        paths = json.loads(file.read_text())["cgroup_paths"]
-        assert {"memory", "cpu", "cpuacct", "devices", "pids", "freezer"} <= set(paths)
-        await container.start()
-        first = (await anext(container.init().stdout())).decode()
-        process = await sh(container, "cat /proc/self/cgroup")
-        second = (await output(process)).decode()
-        for text in (first, second):
-            found: dict[str, str] = {}
-            for line in text.splitlines():
-                _, names, path = line.split(":")
-                found |= dict.fromkeys(names.split(","), path)
-            for controller in paths:
-                assert found[controller] == f"/{agent.cgroup_parent}/sandbox/box", controller
-            assert found.get("name=systemd", "/") == "/"
-
-
-@with_v1
-async def test_a_fork_bomb_in_an_exec_counts(agent: RunningAgent) -> None:
-    async with agent.connect() as client:
-        await client.create_sandbox()
-        spec = agent.spec()
-        spec.Linux.Resources.Pids.Limit = 12
-        container = await client.ensure_container("box", spec)
-        process = await sh(container, "i=0; while [ $i -lt 30 ]; do sleep 1000 & i=$((i+1)); done")
-        assert b"can't fork" in await errors(process)
-        (directory,) = (path for path in agent.cgroups() if path.name == "box" and "pids" in path.parts)
-        assert int((directory / "pids.current").read_text()) <= 12
-        await container.remove()
-
-
-@with_v1
 async def test_limits_devices_stats_and_their_changes_over_the_api(agent: RunningAgent) -> None:
     async with agent.connect() as client:
         await client.create_sandbox()
@@ -386,41 +347,3 @@ async def test_a_process_that_the_kernel_ends_for_want_of_memory_is_told_of(agen
         await asyncio.sleep(0.2)
         assert not again.done()
         again.cancel()
-
-
-@with_v1
-@pytest.mark.parametrize("namespace", [True, False])
-@pytest.mark.parametrize("access", ["ro", "rw"])
-async def test_the_containers_own_cgroup_filesystem(agent: RunningAgent, namespace: bool, access: str) -> None:
-    """CVE-2023-25809: read-only is read-only in every line, and nothing above the container's own is to be seen."""
-
-    async with agent.connect() as client:
-        await client.create_sandbox()
-        spec = agent.spec()
-        if not namespace:
-            kinds = [item.Type for item in spec.Linux.Namespaces if item.Type != "cgroup"]
-            del spec.Linux.Namespaces[:]
-            spec.Linux.Namespaces.extend(oci_pb2.LinuxNamespace(Type=kind) for kind in kinds)
-        options = [access, "nosuid", "nodev", "noexec", "relatime"]
-        spec.Mounts.add(destination="/sys/fs/cgroup", type="cgroup", source="cgroup", options=options)
-        container = await client.ensure_container("box", spec)
-        script = """
-                grep ' /sys/fs/cgroup' /proc/mounts; echo --
-                ls /sys/fs/cgroup; echo --
-                cat /sys/fs/cgroup/pids/cgroup.procs | wc -l; echo --
-                mkdir /sys/fs/cgroup/pids/new 2>&1 && rmdir /sys/fs/cgroup/pids/new; echo --
-                mkdir /sys/fs/cgroup/new 2>&1 && rmdir /sys/fs/cgroup/new; echo --
-                ls /sys/fs/cgroup/*/release_agent 2>&1"""
-        process = await sh(container, script)
-        mounts, names, count, mkdir, above, release = (await output(process)).decode().split("--\n")
-        lines = [line.split() for line in mounts.splitlines()]
-        assert {line[2] for line in lines} == {"tmpfs", "cgroup"}
-        for line in lines:
-            assert {access, "nosuid", "nodev", "noexec"} <= set(line[3].split(",")), line
-        assert {"pids", "memory", "freezer", "devices"} <= set(names.split())
-        assert int(count) >= 2  # those of the container, and no others
-        (directory,) = (path for path in agent.cgroups() if path.name == "box" and "pids" in path.parts)
-        assert int(count) <= len((directory / "cgroup.procs").read_text().split()) + 4
-        assert ("Read-only file system" in mkdir) is (access == "ro"), mkdir
-        assert ("Read-only file system" in above) is (access == "ro"), above
-        assert "No such file" in release

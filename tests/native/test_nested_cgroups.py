@@ -47,42 +47,9 @@ def nest(directory: Path, levels: int) -> int:
     return at
 
 
-def enter(directory: int, pid: int) -> None:
-    fd = os.open("cgroup.procs", os.O_WRONLY, dir_fd=directory)
-    try:
-        os.write(fd, str(pid).encode())
-    finally:
-        os.close(fd)
-
-
 async def pids(client: Agent) -> list[int]:
     request = agent_pb2.ListProcessesRequest(container_id="box", format="json")
     return list(json.loads((await client.rpc.ListProcesses(request)).process_list))
-
-
-@in_both
-async def test_a_process_60_levels_below_is_seen_and_ended(agent: RunningAgent) -> None:
-    async with agent.connect() as client:
-        await client.create_sandbox()
-        container = await client.ensure_container("box", agent.spec("/bin/sleep", "1000"))
-        process = await container.exec(["/bin/sleep", "1000"])
-        (pid,) = set(files.pids_in(str(own(agent)))) - {container_init(agent)}
-        deep = nest(own(agent), LEVELS)
-        try:
-            enter(deep, pid)
-        finally:
-            os.close(deep)
-        assert pid in await pids(client)
-        await container.signal(10)  # SIGUSR1 to all: whoever has no handler ends
-        assert await process.wait() == 138
-        again = await container.exec(["/bin/sleep", "1000"])
-        await container.signal(9)
-        assert await again.wait() == 137
-        await container.remove()
-
-
-def container_init(agent: RunningAgent) -> int:
-    return int(json.loads((agent.state / "sandbox" / "box" / "state.json").read_text())["init_process_pid"])
 
 
 async def test_cgroups_are_nested_to_a_bounded_depth(agent: RunningAgent) -> None:

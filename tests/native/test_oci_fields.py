@@ -217,7 +217,8 @@ async def test_device_rules_on_the_cgroup(box: Box, allow: bool, opened: list[st
         name: [*CAPABILITIES, "CAP_SYSLOG"] for name in ("bounding", "effective", "permitted")
     }
     value["linux"]["devices"] = [{"path": "/mnt/kmsg", "type": "c", "major": 1, "minor": 11}]
-    async with own_cgroup({"devices": rules}) as cgroup:
+    value["linux"]["resources"] = {"devices": rules}
+    async with own_cgroup(value["linux"]["resources"]) as cgroup:
         status, out, err = await box.output(value, cgroup=cgroup)
     assert (status, out.split()) == (0, opened), err
     assert "Operation not permitted" in err
