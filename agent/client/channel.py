@@ -27,6 +27,9 @@ class AgentChannel(Protocol):
     #: Whether the agent stops a call that is cancelled here.
     cancels: bool
 
+    #: Whether the agent begins calls in the order in which they are made here.
+    in_order: bool
+
     async def call(self, service: str, method: str, payload: bytes, timeout: float | None) -> bytes:
         """Call a method with an encoded request within so many seconds; returns the encoded response.
 
@@ -42,6 +45,7 @@ class TtrpcChannel:
 
     generation = 3
     cancels = False
+    in_order = True
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """``path`` is the Unix socket of a VM's agent."""

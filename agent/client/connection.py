@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -262,6 +262,7 @@ class Process:
         self.terminal = terminal
         self._rpc = container.agent.rpc
         self._cancels = container.agent.channel.cancels
+        self._ahead = int(container.agent.channel.in_order)  # pieces of input sent before an earlier one is taken
         self._reads: dict[str, asyncio.Future[Any]] = {}  # that nobody waits for, by their methods
         self._key = {"container_id": container.id, "exec_id": exec_id}
 
@@ -269,6 +270,26 @@ class Process:
         """Write to standard input; returns when the process's pipe has taken all of it."""
         if data:  # to 3.x none would be the end
             await self._rpc.WriteStdin(agent_pb2.WriteStreamRequest(data=data, **self._key))
+
+    async def feed(self, pieces: AsyncIterable[bytes]) -> None:
+        """Write pieces to standard input, and close it at their end.
+
+        Where calls keep their order a piece is on its way while the process takes the one before: the guest does not
+        wait for this machine.
+        """
+        writing: list[asyncio.Task[None]] = []
+        try:
+            async for piece in pieces:
+                writing.append(asyncio.create_task(self.write(piece)))
+                if len(writing) > self._ahead:
+                    await writing.pop(0)
+            for last in writing:
+                await last
+            await self.close_stdin()
+        finally:
+            for task in writing:
+                task.cancel()
+            await asyncio.gather(*writing, return_exceptions=True)
 
     async def close_stdin(self) -> None:
         """Close standard input; a no-op on a terminal."""

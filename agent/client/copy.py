@@ -317,12 +317,15 @@ def _pipe() -> tuple[int, int]:
 
 async def _feed(process: Process, source: int, progress: Progress) -> None:
     """Write what comes from a pipe to a process; when the process takes no more the pipe is closed."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        while data := await asyncio.to_thread(os.read, source, CHUNK):
+            yield data
+            progress.add(len(data))
+
     try:
         with suppress(AgentError):
-            while data := await asyncio.to_thread(os.read, source, CHUNK):
-                await process.write(data)
-                progress.add(len(data))
-            await process.close_stdin()
+            await process.feed(pieces())
     finally:
         os.close(source)
 

@@ -48,6 +48,7 @@ class GrpcChannel:
 
     generation = 1
     cancels = True
+    in_order = False  # each is a stream of its own, and a short one overtakes a long one
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """``path`` is the Unix socket of a VM's agent."""

@@ -7,10 +7,12 @@ import contextlib
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from google.protobuf import empty_pb2
 
 from caisson.agent.api.kata3 import status as kata3
 from caisson.agent.api.reasons import detail_of
@@ -25,6 +27,7 @@ from caisson.agent.rpc.listener import accept, listen
 from caisson.agent.rpc.server import Server
 from caisson.proto.caisson import caisson_pb2
 from caisson.proto.kata3 import agent_pb2, health_pb2
+from tests.support.poll import until
 
 Protocol = Literal["grpc", "ttrpc"]
 
@@ -38,11 +41,16 @@ class FakeAgent:
     def __init__(self) -> None:
         self.raised: Exception = errors.ContainerNotFound(container_id="box")
         self.output: asyncio.Queue[bytes] = asyncio.Queue()
+        self.input: asyncio.Queue[bytes] = asyncio.Queue()
+        self.taken = asyncio.Semaphore(0)
+        self.closed = asyncio.Event()
         self.methods = {
             "/grpc.Health/Check": Method("Check", health_pb2.CheckRequest, self.check),
             "/grpc.Health/Version": Method("Version", health_pb2.CheckRequest, self.version),
             "/grpc.AgentService/PauseContainer": Method("Pause", agent_pb2.PauseContainerRequest, self.refuse),
             "/grpc.AgentService/ReadStdout": Method("ReadStdout", agent_pb2.ReadStreamRequest, self.read),
+            "/grpc.AgentService/WriteStdin": Method("WriteStdin", agent_pb2.WriteStreamRequest, self.write),
+            "/grpc.AgentService/CloseStdin": Method("CloseStdin", agent_pb2.CloseStdinRequest, self.close_stdin),
         }
 
     async def check(self, request: Any) -> Any:
@@ -56,6 +64,15 @@ class FakeAgent:
 
     async def read(self, request: Any) -> Any:
         return agent_pb2.ReadStreamResponse(data=await self.output.get())
+
+    async def write(self, request: Any) -> Any:
+        self.input.put_nowait(request.data)
+        await self.taken.acquire()
+        return agent_pb2.WriteStreamResponse(len=len(request.data))
+
+    async def close_stdin(self, request: Any) -> Any:
+        self.closed.set()
+        return empty_pb2.Empty()
 
 
 @contextlib.asynccontextmanager
@@ -198,6 +215,31 @@ async def test_output_of_a_read_that_was_given_up_goes_to_the_next_one(tmp_path:
         assert await anext(process.stdout()) == b"first"
         fake.output.put_nowait(b"")
         assert [data async for data in process.stdout()] == []
+
+
+@pytest.mark.parametrize(("protocol", "ahead"), [("ttrpc", 2), ("grpc", 1)])
+async def test_input_is_sent_ahead_where_calls_keep_their_order(tmp_path: Path, protocol: Protocol, ahead: int) -> None:
+    """By gRPC a short piece would overtake a long one."""
+    fake = FakeAgent()
+    asked: list[int] = []
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for number in range(6):
+            asked.append(number)
+            yield bytes([number]) * (1 << 18 if number % 2 else 1)
+
+    async with serving(tmp_path / "s", fake), Agent.connect(tmp_path / "s", protocol) as agent:
+        feeding = asyncio.create_task(agent.container("box").init().feed(pieces()))
+        for number in range(6):
+            assert (await asyncio.wait_for(fake.input.get(), 10))[:1] == bytes([number])
+            await until(partial(_has, asked, min(number + ahead, 6)), found=lambda: asked)
+            fake.taken.release()
+        await asyncio.wait_for(feeding, 10)
+        assert fake.closed.is_set()
+
+
+def _has(pieces: list[int], count: int) -> bool:
+    return len(pieces) == count
 
 
 async def test_a_request_that_ttrpc_cannot_carry_is_refused_here(tmp_path: Path) -> None:

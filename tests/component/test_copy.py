@@ -15,12 +15,15 @@ import pytest
 
 from caisson.agent.client import AgentError
 from caisson.agent.client import copy as copying
+from caisson.agent.client.connection import Process
 from caisson.agent.client.errors import CopyError
 from caisson.agent.rpc.codes import StatusCode
 
 
 class LocalProcess:
     """A process of this machine with a Process's methods."""
+
+    feed, _ahead = Process.feed, 1
 
     def __init__(self, exec_id: str) -> None:
         self.exec_id = exec_id

@@ -212,6 +212,30 @@ async def test_a_flood_of_frames_leaves_turns_to_other_connections(monkeypatch: 
         assert max(after - before for before, after in itertools.pairwise(seen)) <= 8
 
 
+async def test_a_long_request_that_comes_by_the_page_is_received_in_a_few_pieces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A turn of the event loop takes longer than receiving a page does."""
+    received: list[int] = []
+    note = frames.FrameReader.received
+
+    def noted(reader: frames.FrameReader, count: int) -> None:
+        received.append(count)
+        note(reader, count)
+
+    monkeypatch.setattr(frames.FrameReader, "received", noted)
+
+    async with connected() as pair:
+        page, request = 1 << 12, check(1, "x" * 600_000)
+        for begin in range(0, len(request), page):
+            await pair.send(request[begin : begin + page])
+            await asyncio.sleep(0)  # the server's turn
+        assert (await pair.error())[:2] == (1, StatusCode.UNKNOWN)
+        assert sum(received) > 500_000
+        assert len(received) < 60, received
+        await pair.still_serves()
+
+
 @pytest.mark.fuzz
 @pytest.mark.timeout(fuzz.LIMIT)
 async def test_anything_at_all_is_survived() -> None:

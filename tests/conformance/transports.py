@@ -40,6 +40,7 @@ class MemoryChannel:
     """Joins a client and a dispatch without a socket; has what the client library uses of a channel."""
 
     cancels = True
+    in_order = True
 
     def __init__(self, dispatch: Dispatch, generation: int) -> None:
         self.generation = generation

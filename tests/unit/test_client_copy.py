@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from caisson.agent.client import AgentGone
+from caisson.agent.client.connection import Process
 from caisson.agent.client.copy import Place, get, put
 from caisson.agent.client.diagnostics import MAX_LINE, AgentLines
 from caisson.agent.client.errors import CopyError, UsageError
@@ -145,6 +146,7 @@ class DyingGuest:
         self._gone = asyncio.Event()
 
     exec_id = "1"
+    feed, _ahead = Process.feed, 1
 
     def process(self, exec_id: str) -> Any:
         return self

@@ -6,6 +6,7 @@ peer, so what exceeds a limit gets an error response, and a peer that does not r
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 
 from google.protobuf.message import DecodeError
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from caisson.agent.base.log import Log
     from caisson.agent.rpc.connection import Buffer
     from caisson.agent.rpc.dispatch import Dispatch
+
+#: Seconds for more of a long frame to gather before it is received: through vsock data come by the page, and a turn of
+#: the event loop for each takes more processor time than all else that is done with them.
+GATHER = 0.001
 
 
 class TtrpcConnection(Connection):
@@ -48,7 +53,11 @@ class TtrpcConnection(Connection):
             return
         self._room = None
         self._reader.received(count)
-        self._take_turn()
+        if self._reader.room() is None:
+            self._take_turn()
+        elif self._transport is not None:
+            self._transport.pause_reading()
+            asyncio.get_running_loop().call_later(GATHER, self._schedule)
 
     def feed(self, data: memoryview) -> None:
         self._reader.feed(data)
