@@ -17,11 +17,11 @@ def ps(*, container: str, everything: bool, name: str, as_json: bool) -> None:
         found = call_sync(vm, lambda agent: listing.processes(agent, container_registry(vm), container))
     shown = [one for one in found if one["processes"] or everything or container]
     rows = (
-        {"container": one["container"]} | row
+        {"container": one["container"], "status": one["status"]} | row
         for one in shown
         for row in one["processes"] or [{"command": f"exited with status {one['exit_status']}"}]
     )
-    listing.show(("container", *listing.COLUMNS), shown, rows, as_json=as_json)
+    listing.show(("container", "status", *listing.COLUMNS), shown, rows, as_json=as_json)
 
 
 def start(*, container: str, name: str) -> None:

@@ -103,7 +103,7 @@ class CaissonService:
 
         container = self._sandbox.container(request.container_id)
         pids, table = await container.look(lambda pids: (pids, ps.table(pids)))
-        return caisson_pb2.ListProcessesResponse(pids=pids, table=table)
+        return caisson_pb2.ListProcessesResponse(pids=pids, table=table, status=container.status)
 
     async def KeepLog(self, request: caisson_pb2.KeepLogRequest) -> Empty:
         from caisson.agent.model.output_log import OutputLog

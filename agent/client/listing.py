@@ -33,16 +33,18 @@ UNLIMITED = 1 << 60
 
 
 async def processes(agent: Agent, known: Registry, container: str = "") -> list[dict[str, Any]]:
-    """List the processes of a container, or of all: {"container", "processes": [{"uid", "pid", …}], "exit_status"}.
+    """List the processes of a container, or of all.
 
-    pids are the guest's.  A container that has exited has no processes, and an exit status; others have none (None).
+    Each is {"container", "status", "processes": [{"uid", "pid", …}], "exit_status"}.  The status is created, running,
+    paused or stopped; pids are the guest's.  One that has exited has no processes, and an exit status; others have none
+    (None).
     """
 
     async def listed(container_id: str) -> dict[str, Any]:
         answer = await agent.guest.ListProcesses(caisson_pb2.ListProcessesRequest(container_id=container_id))
         found = parse_table(answer.table)
         status = None if found else await agent.container(container_id).init().wait()
-        return {"container": container_id, "processes": found, "exit_status": status}
+        return {"container": container_id, "status": answer.status, "processes": found, "exit_status": status}
 
     return await _each(known, container, listed)
 

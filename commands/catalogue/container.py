@@ -15,7 +15,7 @@ COMMANDS = (
         "ps",
         "List the processes of containers.",
         "caisson.commands.container:ps",
-        details="Process IDs are the guest's.",
+        details="Process IDs are the guest's; a paused container says so.",
         positionals=(ONE_OR_ALL,),
         options=(
             Option("all", "also list exited containers, with their exit status", short="a", dest="everything"),

@@ -36,8 +36,8 @@ def test_container_life_cycle(vm: Caisson) -> None:
     assert sleeping["pid"] > 1 and sleeping["uid"] == 0
     assert listed(vm, "ps", "--container", "days").keys() == {"days"}
     lines = run(vm, "ps", "--container", "days").decode().splitlines()
-    assert lines[0].split() == ["container", "uid", "pid", "ppid", "cpu", "started", "tty", "time", "command"]
-    assert any(line.startswith("days ") and line.endswith("sleep 4242") for line in lines)
+    assert lines[0].split() == ["container", "status", "uid", "pid", "ppid", "cpu", "started", "tty", "time", "command"]
+    assert any(line.split()[:2] == ["days", "running"] and line.endswith("sleep 4242") for line in lines)
 
     used = listed(vm, "stats", "--container", "days", "--interval", "0.2")["days"]
     assert used["pids"] == len(found["days"]["processes"]) and used["memory"] > 0 and used["cpu_seconds"] > 0
@@ -46,12 +46,15 @@ def test_container_life_cycle(vm: Caisson) -> None:
     refused = vm("exec", "--container", "days", "--", "true")
     assert refused.returncode == 125 and b"paused" in refused.stderr
     assert vm("pause", "days").returncode == 1
+    statuses = {name: one["status"] for name, one in listed(vm, "ps").items()}
+    assert (statuses["days"], statuses["days-2"]) == ("paused", "running")
     run(vm, "resume", "days")
     run(vm, "exec", "--container", "days", "--", "true")
 
     run(vm, "kill", "days")  # its first process ends at SIGTERM, and with it the container
     wait_until(lambda: listed(vm, "ps", "--all")["days"]["exit_status"] == 0, "it ends")
     assert "days" not in listed(vm, "ps")
+    assert listed(vm, "ps", "--all")["days"]["status"] == "stopped"
     assert any(line.endswith("exited with status 0") for line in run(vm, "ps", "-a").decode().splitlines())
     run(vm, "kill", "days-2", "--signal", "9", "--all")
     wait_until(lambda: listed(vm, "ps", "--all")["days-2"]["exit_status"] == 137, "it ends")
