@@ -1,1 +1,1 @@
-"""The machine around the containers."""
+"""The guest machine around the containers."""

@@ -1,7 +1,6 @@
-"""Disks that the host plugs in: from what it calls them to the node in /dev.
+"""Disks that the host plugs in: map the host's identifiers to nodes in /dev.
 
-sysfs is looked at until it is there, instead of listening to uevents: what came before somebody listened is found as
-well, and a disk that has a node in /dev is complete.
+sysfs is polled instead of listening to uevents: that also finds earlier disks, and a disk with a node in /dev is ready.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 INTERVAL = 0.02
 PCI_PATH = re.compile(r"[0-9a-f]{2}(\.[0-7])?(/[0-9a-f]{2}(\.[0-7])?)*")
 
-#: A bus has fewer slots: in a PCI path that begins with this, or more, the first number is that of a root bus (NUMA).
+#: More than a bus has slots: if a PCI path begins with at least this number, it is a root bus (NUMA).
 SLOTS = 0x20
 SCSI_ADDRESS = re.compile(r"[0-9]+:[0-9]+")
 PMEM = re.compile(r"/dev/pmem[0-9]+")
@@ -28,7 +27,7 @@ CCW = re.compile(r"[0-9a-f]\.[0-9a-f]\.[0-9a-f]{4}")
 
 
 class BlockDevices:
-    """Find disks, waiting up to `seconds` for one that is being plugged in."""
+    """Find disks, waiting up to `seconds` for one being plugged in."""
 
     def __init__(self, seconds: float = 3.0, *, sys: str = "/sys", dev: str = "/dev") -> None:
         self._seconds = seconds
@@ -46,7 +45,7 @@ class BlockDevices:
         return path
 
     async def appearing(self, path: str) -> str:
-        """Return a node by its path, as soon as it is there.  Raises InvalidArgument or DeviceTimeout."""
+        """Return a node by its path, once it exists.  Raises InvalidArgument or DeviceTimeout."""
         if path.startswith(f"{self._dev}/"):
             await self._wait(lambda: path if os.path.exists(path) else None, path)  # noqa: PTH110 - no pathlib at start
         return path
@@ -132,7 +131,7 @@ class BlockDevices:
         return found
 
     def _write(self, file: str, text: str) -> None:
-        """Have the kernel look for what was plugged in; where there is no such bus there is nothing to look at."""
+        """Make the kernel rescan a bus; does nothing if there is no such bus."""
         try:
             with open(f"{self._sys}/{file}", "w") as stream:  # noqa: PTH123 - a sysfs file
                 stream.write(text)

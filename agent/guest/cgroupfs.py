@@ -1,6 +1,6 @@
-"""The cgroup filesystems of a guest: one of version 2, or the hierarchies of version 1; and who is protected in them.
+"""The cgroup file systems of a guest: version 2, or the hierarchies of version 1; and the agent's protection in them.
 
-favordynmods (Linux 6.0) spares a process a grace period of some 15 ms on its way into a cgroup.
+favordynmods (Linux 6.0) saves a process a grace period of about 15 ms when it joins a cgroup.
 Sources: cgroup-v2.rst, cgroup-v1/cgroups.rst (Documentation/admin-guide), cgroups(7).
 """
 
@@ -17,28 +17,28 @@ if TYPE_CHECKING:
 
 CGROUPS = "/sys/fs/cgroup"
 
-#: The cgroup of the agent and its helpers, and the one that all containers are below.
+#: The cgroup of the agent and its helpers, and the parent of all containers' cgroups.
 AGENT, CONTAINERS = "agent", "containers"
 
-#: Bytes that the kernel does not take from the agent, and tasks that containers leave to the guest.
+#: Bytes of memory protected for the agent, and tasks reserved for the guest.
 AGENT_MEMORY = 64 << 20
 RESERVED_TASKS = 256
 
-#: The agent's share of the CPUs where all are wanted, to a container's 100: it needs little, and at once.
+#: The agent's CPU weight, against a container's 100: it needs little, but promptly.
 AGENT_WEIGHT = 1000
 
-#: The kernel counts epoll's watches by user, and containers' root is the agent's: one container could have them all
-#: (epoll(7)).  Their memory counts as the container's anyway.
+#: The kernel counts epoll watches per user, and a container's root is the agent's user: one container could use them
+#: all (epoll(7)).  Their memory is charged to the container anyway.
 WATCHES = "/proc/sys/fs/epoll/max_user_watches"
 MAX_WATCHES = 1 << 40
 FLAGS = MS_NOSUID | MS_NODEV | MS_NOEXEC
 
-#: Controllers that share a hierarchy, as everywhere.
+#: Controllers that conventionally share a hierarchy.
 TOGETHER = (("cpu", "cpuacct"), ("net_cls", "net_prio"))
 
 
 def mount_v2() -> None:
-    """cgroup v2, with every controller handed down.  Raises OSError."""
+    """Mount cgroup v2, with every controller delegated.  Raises OSError."""
     _mount("cgroup2", CGROUPS, "nsdelegate")
     with open(f"{CGROUPS}/cgroup.controllers") as file:  # noqa: PTH123 - no pathlib at start
         controllers = file.read().split()
@@ -47,10 +47,10 @@ def mount_v2() -> None:
 
 
 def mount_v1() -> None:
-    """cgroup v1, every hierarchy that the kernel has, with links for controllers that share one.
+    """Mount every cgroup v1 hierarchy of the kernel, with links for controllers that share one.
 
-    What a kernel has no v1 of (memory and cpuset since Linux 6.12, unless configured) is not there then, and who asks
-    for a limit of it is told so.  Raises OSError.
+    Controllers without v1 support in this kernel (memory and cpuset since Linux 6.12, unless configured) are missing,
+    and requests for their limits fail with an error.  Raises OSError.
     """
     syscalls.mount("tmpfs", CGROUPS, "tmpfs", FLAGS, "mode=755,size=64k")
     with open("/proc/cgroups") as lines:  # noqa: PTH123
@@ -71,9 +71,10 @@ def mount_v1() -> None:
 
 
 def protect_agent() -> None:
-    """Keep what the agent needs from containers: memory, CPUs, tasks, watches; and the OOM killer from the agent.
+    """Reserve memory, CPUs, tasks and watches for the agent, and protect it from the OOM killer.
 
-    Called by a process without threads that is still small: memory counts where it was first used.  Raises OSError.
+    Must be called while the process is small and has no threads: memory is charged where it was first used.  Raises
+    OSError.
     """
     _write("/proc/self/oom_score_adj", "-1000")
     _write(WATCHES, str(MAX_WATCHES))
@@ -81,19 +82,19 @@ def protect_agent() -> None:
         try:
             os.mkdir(f"{root}/{CONTAINERS}")  # noqa: PTH102
             _write(f"{root}/{CONTAINERS}/pids.max", str(max(RESERVED_TASKS, _most_tasks() - RESERVED_TASKS)))
-        except OSError:  # the other version of cgroups, or a kernel that does not count tasks
+        except OSError:  # the other cgroup version, or a kernel without the pids controller
             continue
     try:
         os.mkdir(f"{CGROUPS}/{AGENT}")  # noqa: PTH102
         _write(f"{CGROUPS}/{AGENT}/memory.min", str(AGENT_MEMORY))
         _write(f"{CGROUPS}/{AGENT}/cpu.weight", str(AGENT_WEIGHT))
         _write(f"{CGROUPS}/{AGENT}/cgroup.procs", "0")
-    except OSError:  # version 1 has no such protection
+    except OSError:  # not in version 1
         pass
 
 
 def _most_tasks() -> int:
-    """Count the processes and threads that the kernel allows (proc_sys_kernel(5))."""
+    """Return the maximum number of processes and threads (proc_sys_kernel(5))."""
     found = []
     for name in ("threads-max", "pid_max"):
         with open(f"/proc/sys/kernel/{name}") as file:  # noqa: PTH123

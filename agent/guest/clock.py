@@ -1,4 +1,4 @@
-"""The guest's clock and its random numbers, which a host sets after it has stopped or copied a guest."""
+"""The guest's clock and random numbers, which a host sets after it has stopped or cloned a guest."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def set_time(seconds: int, microseconds: int) -> None:
 
 
 def reseed(data: bytes) -> None:
-    """Stir entropy from outside into the kernel's random numbers, and have them begin anew.
+    """Add external entropy to the kernel's random number generator, and reseed it.
 
     Raises MissingArgument or SystemCallFailed.
 
-    All of it counts: what the host sends is random, or the guest is lost anyway.
+    All of it is credited: if the host's bytes are not random, the guest is lost anyway.
     """
     import fcntl
     import struct

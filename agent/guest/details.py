@@ -1,4 +1,4 @@
-"""What a host may want to know of the guest before it plugs something in."""
+"""Facts about the guest that a host needs for hot-plug."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _read(file: str) -> str | None:
 
 
 def memory_block_size() -> int:
-    """Return the size in bytes of a block of hot-plugged memory; 0 where the kernel has none.
+    """Return the size in bytes of a block of hot-plugged memory; 0 if the kernel does not support it.
 
     Source: Documentation/ABI/testing/sysfs-devices-memory (the file is hexadecimal).
     """
@@ -24,12 +24,12 @@ def memory_block_size() -> int:
 
 
 def memory_probe() -> bool:
-    """Return whether hot-plugged memory must be probed for by its address: there is a file for it, and no ACPI."""
+    """Return whether hot-plugged memory must be probed by address: there is a probe file, and no ACPI."""
     import os
 
     return os.path.exists(PROBE) and _read(ACPI_HOTPLUG) != "1"  # noqa: PTH110 - no pathlib at start
 
 
 def supports_seccomp() -> bool:
-    """Return whether the kernel filters system calls (seccomp(2)), as the process's own status says."""
+    """Return whether the kernel filters system calls (seccomp(2)), according to the process's own status."""
     return "\nSeccomp:" in (_read("/proc/self/status") or "")

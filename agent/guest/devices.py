@@ -1,8 +1,8 @@
-"""Devices of the host that a container gets: found in the guest, where they have other numbers.
+"""Host devices of a container: found in the guest, where their numbers differ.
 
-A configuration comes with the host's numbers.  The device of a container's path gets the guest's, and so does every
-cgroup rule about the host's: by an index made first, or a number that one device gives up and another takes would be
-changed twice.
+A configuration has the host's numbers.  The device at a container's path gets the guest's, and so does every cgroup
+rule with the host's: by an index built first, as a number freed by one device and taken by another would be changed
+twice.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TYPES = ("mmioblk", "blk", "blk-ccw", "scsi", "nvdimm")
 
 
 class GuestDevice(Record):
-    """One of CreateContainer's: what it is called (`id`, or `vm_path`), and where the container has it."""
+    """A device of CreateContainer: its name (`id`, or `vm_path`), and its path in the container."""
 
     id: str
     type: str

@@ -1,4 +1,4 @@
-"""Name servers for the guest: a resolv.conf of the host's making, over the guest's own."""
+"""Name servers for the guest: the host's resolv.conf, bound over the guest's own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SOURCE = "/run/kata-containers/sandbox/resolv.conf"
 
 
 class Resolver:
-    """The guest's resolv.conf.  It is read-only, so another one is bound over it: containers that mount it see that."""
+    """The guest's resolv.conf.  It is read-only, so another one is bind-mounted over it, which containers then see."""
 
     def __init__(self, target: str = TARGET, source: str = SOURCE) -> None:
         self._target = target
@@ -24,9 +24,9 @@ class Resolver:
         self._set = False
 
     def set(self, lines: Sequence[str]) -> bool:
-        """Have these lines; nothing changes when there are none.  False when the guest has no such file to begin with.
+        """Set these lines; does nothing if there are none.  False if the guest has no such file.
 
-        Raises SystemCallFailed; nothing is left then.
+        Raises SystemCallFailed; nothing changes then.
         """
         if not lines:
             return True
@@ -52,7 +52,7 @@ class Resolver:
         try:
             syscalls.umount2(self._target, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
         except OSError:
-            pass  # somebody else has taken it away
+            pass  # already unmounted
         self._forget_source()
 
     def _forget_source(self) -> None:

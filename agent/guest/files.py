@@ -1,8 +1,8 @@
-"""Files that the host sends, in pieces: resolv.conf, secrets, what cannot be shared otherwise.
+"""Files that the host sends in pieces: resolv.conf, secrets, anything that cannot be shared otherwise.
 
-Containers may have write access to the directories around, so no symbolic link is followed anywhere on the way
-(openat2(2), RESOLVE_NO_SYMLINKS), and a file is without a name until all of it is there (O_TMPFILE, open(2)): nobody
-sees half of it, and nothing is left when the rest never comes.
+Containers may have write access to the directories around, so no symbolic link is followed in any path component
+(openat2(2), RESOLVE_NO_SYMLINKS), and a file has no name until it is complete (O_TMPFILE, open(2)): nobody sees a
+partial file, and nothing is left if the rest never arrives.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 ROOT = "/run"
 
-#: Where a Kata host shares, or copies, what containers use.
+#: Where a Kata host shares, or copies, files for containers.
 SHARED = "/run/kata-containers/shared/containers"
 RESOLVE = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
 
-#: Files of which some pieces have come; with more the oldest is given up.
+#: Maximum number of incomplete files; beyond it, the oldest is dropped.
 UNFINISHED = 32
 
 
 class Piece(Record):
-    """A piece of a file: `data` is what is at `offset` of its `size` bytes.
+    """A piece of a file: `data` at `offset` of its `size` bytes.
 
-    `mode` may have the bits of a type (inode(7)): a directory has no data, that of a symbolic link is its target.
+    `mode` may include a file type (inode(7)): a directory has no data, a symbolic link's data is its target.
     """
 
     path: str
@@ -45,7 +45,7 @@ class Piece(Record):
 
 
 class _Unfinished:
-    """A file without a name yet, and which parts of it have come."""
+    """A file without a name yet, and the parts received so far."""
 
     def __init__(self, directory: int, size: int) -> None:
         self.size = size
@@ -57,7 +57,7 @@ class _Unfinished:
         return not self.size or self._parts == [(0, self.size)]
 
     def contradicts(self, offset: int, data: bytes) -> bool:
-        """Return whether other data came for this range before: the host has started over."""
+        """Return whether different data was received for this range before: the host has started over."""
         for start, end in self._parts:
             low, high = max(start, offset), min(end, offset + len(data))
             if low < high and os.pread(self.fd, high - low, low) != data[low - offset : high - offset]:
@@ -83,10 +83,10 @@ class _Unfinished:
 class Files:
     """Files on their way into the guest, all below one directory."""
 
-    #: Types that are taken; 0 is that of a file, too.
+    #: Accepted types; 0 also means a file.
     TYPES: ClassVar[tuple[int, ...]] = (0, stat.S_IFREG)
 
-    #: Bits of a mode that are taken: a host's set-user-ID is not.
+    #: Accepted mode bits: not the host's set-user-ID.
     MODE = 0o777
 
     def __init__(self, root: str = ROOT) -> None:
@@ -95,12 +95,12 @@ class Files:
         self._count = 0
 
     def write(self, piece: Piece) -> None:
-        """Take a piece, in any order; the file appears with the last of them, in place of what had its name.
+        """Take a piece, in any order; with the last one the file appears, replacing any existing one.
 
-        A piece that comes again is fine; one with other contents begins the file anew.  Raises PathOutside for a path
-        elsewhere, InvalidArgument, or SystemCallFailed.
+        A repeated piece is accepted; one with different contents starts the file over.  Raises PathOutside for a path
+        outside, InvalidArgument, or SystemCallFailed.
         """
-        path = os.path.normpath(piece.path)  # as hosts expect: "/run/../etc" is a path elsewhere
+        path = os.path.normpath(piece.path)  # as hosts expect: "/run/../etc" is a path outside
         if not path.startswith(f"{self._root}/"):
             raise PathOutside(path=path, root=self._root)
         if "\0" in path:
@@ -125,7 +125,7 @@ class Files:
             raise SystemCallFailed(f"{path}: {os.strerror(error.errno or 0)}") from error
 
     def _put(self, directory: int, name: str, path: str, piece: Piece) -> None:
-        """Take a piece of the file of a name in a directory."""
+        """Take a piece of a file in a directory."""
         unfinished = self._unfinished.get(path)
         if unfinished and (unfinished.size != piece.size or unfinished.contradicts(piece.offset, piece.data)):
             self._forget(path)
@@ -142,7 +142,7 @@ class Files:
             self._forget(path)
 
     def _open_directory(self, path: str, piece: Piece) -> int:
-        """Open a directory below the root, and make what is missing of it."""
+        """Open a directory below the root, creating missing components."""
         at = os.open(self._root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         for name in path.split("/") if path else ():
             try:
@@ -158,10 +158,10 @@ class Files:
         return at
 
     def _made(self, at: int, name: str, piece: Piece) -> None:
-        """Give a directory that was made on the way to a file its owner; here it stays root's."""
+        """Set the owner of a directory that was created as a file's parent; here it stays root's."""
 
     def _name(self, fd: int, directory: int, name: str) -> None:
-        """Give the file its name, over whatever has it now: link(2) cannot replace, rename(2) can."""
+        """Give the file its name, replacing any existing one: link(2) cannot replace, rename(2) can."""
         passing = self._passing_name()
         os.link(f"/proc/self/fd/{fd}", passing, dst_dir_fd=directory, follow_symlinks=True)
         self._rename(directory, passing, name)
@@ -184,16 +184,16 @@ class Files:
             unfinished.close()
 
     def close(self) -> None:
-        """Give up what is unfinished."""
+        """Drop incomplete files."""
         for path in list(self._unfinished):
             self._forget(path)
 
 
 class Trees(Files):
-    """Whole trees of files below one directory, which is made when the first file comes: volumes of a pod.
+    """Trees of files below one directory, created with the first file: volumes of a pod.
 
-    Directories and symbolic links are taken as well, every mode, and owners also of directories that are made on the
-    way.  What is in the way of a file is removed, be it a directory.
+    Also accepts directories, symbolic links and any mode, and sets owners of created parents.  A file replaces anything
+    in its place, even a directory.
     """
 
     TYPES: ClassVar[tuple[int, ...]] = (0, stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK)
@@ -242,12 +242,12 @@ class Trees(Files):
 
     @staticmethod
     def _remove_tree(directory: int, name: str) -> None:
-        """Remove a directory that is in the way; anything else is replaced by a rename."""
+        """Remove a directory in the way; anything else is replaced by a rename."""
         try:
             if not stat.S_ISDIR(os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode):
                 return
         except FileNotFoundError:
             return
-        import shutil  # here: it imports much, and few trees change so
+        import shutil  # late: it imports much, and this is rare
 
         shutil.rmtree(name, dir_fd=directory)

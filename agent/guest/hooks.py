@@ -1,6 +1,6 @@
-"""Hooks that a guest image brings along, in a directory that the host names when it makes the sandbox.
+"""Hooks that are part of a guest image, in a directory that the host names when it creates the sandbox.
 
-As Kata's agent has it: DIRECTORY/prestart, /poststart and /poststop hold programs, run in the order of their names for
+As in Kata's agent: DIRECTORY/prestart, /poststart and /poststop hold programs, run in the order of their names for
 every container, after those of the container's own configuration.
 """
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 class GuestHooks:
-    """The programs found below a directory of the guest; none when its name is empty or nothing is there."""
+    """The hook programs below a directory of the guest; none if its name is empty or it does not exist."""
 
     def __init__(self, directory: str) -> None:
-        """Raises OSError for what cannot be looked at; that there is no directory is fine."""
+        """Raises OSError if the directory exists but cannot be read."""
         self._directory = directory
         self._prestart = self._find("prestart")
         self._poststart = self._find("poststart")
@@ -43,8 +43,8 @@ class GuestHooks:
     def added_to(self, spec: Spec) -> Spec:
         """Return a configuration from the host with the guest's hooks after its own.
 
-        Its own have to be programs below the directory, too: whoever may write a container's configuration (in the
-        end, by annotations, a user of the cluster: CVE-2020-27151) does not choose programs of the guest.  Raises
+        Its own must also be programs below the directory: the author of a container's configuration (ultimately,
+        through annotations, a user of the cluster: CVE-2020-27151) must not choose programs in the guest.  Raises
         SpecError.
         """
         own = spec.hooks

@@ -22,7 +22,7 @@ POLL_INTERVAL = 0.05  # sysfs has no event for a CPU that is present but offline
 
 
 async def online_cpus(count: int, system: str = SYSTEM) -> None:
-    """Bring `count` CPUs online, waiting for those not present yet.  Raises SystemCallFailed when there are fewer."""
+    """Bring `count` CPUs online, waiting for those not present yet.  Raises SystemCallFailed if there are fewer."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + CPU_TIMEOUT
     done = 0
@@ -38,7 +38,7 @@ async def online_cpus(count: int, system: str = SYSTEM) -> None:
 
 
 async def online_total(total: int, system: str = SYSTEM) -> None:
-    """Bring CPUs online until `total` are, those included that were before.  Raises SystemCallFailed."""
+    """Bring CPUs online until `total` are online.  Raises SystemCallFailed."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + CPU_TIMEOUT
     while (online := _count_online(f"{system}/cpu/online")) < total:
@@ -82,7 +82,7 @@ def probe_memory(addresses: Iterable[int], system: str = SYSTEM) -> None:
 
 
 def check_count(count: int, cpu_only: bool) -> None:
-    """Check a request for CPUs.  Raises MissingArgument for one that asks for none."""
+    """Check a request for CPUs.  Raises MissingArgument if the count is 0."""
     if cpu_only and not count:
         raise MissingArgument("requested number of CPUs '0' must be greater than 0")
 

@@ -1,4 +1,4 @@
-"""Set the guest's host name and machine id (machine-id(5)), which a clone of a snapshot needs anew."""
+"""Set the guest's host name and machine id (machine-id(5)), which a clone of a snapshot needs to replace."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def prepare(done: Callable[[str], object] = lambda duty: None) -> None:
 
 
 def leave_rootfs() -> None:
-    """Make / a mount with a parent, as pivot_root wants it: the kernel's initial root has none.
+    """Make / a mount with a parent, as pivot_root requires: the kernel's initial root has none.
 
     A bind mount of the root, moved onto the root, is the same files with the initial mount below it.
     """

@@ -32,7 +32,7 @@ NETWORK = (
     "recv_multicast", "sent_bytes", "sent_packets", "sent_errs", "sent_drop", "sent_fifo", "sent_colls",
     "sent_carrier", "sent_compressed",
 )  # fmt: skip
-#: Names of /proc/meminfo whose words are not told apart by capital letters.
+#: Names of /proc/meminfo whose words are not separated by capitals.
 MEMINFO = {
     "AnonHugePages": "anon_hugepages", "ShmemHugePages": "shmem_hugepages", "Percpu": "per_cpu", "Committed_AS":
     "committed_as", "HugePages_Total": "hugepages_total", "HugePages_Free": "hugepages_free", "HugePages_Rsvd":
@@ -42,14 +42,14 @@ MEMINFO = {
 
 
 class Metrics:
-    """Reads /proc anew at every scrape, and counts the scrapes."""
+    """Read /proc at every scrape, and count the scrapes."""
 
     def __init__(self, proc: str = "/proc") -> None:
         self._proc = proc
         self._scrapes = 0
 
     def text(self) -> str:
-        """Scrape once.  What this kernel does not tell is left out."""
+        """Scrape once.  What this kernel does not report is left out."""
         self._scrapes += 1
         ticks = os.sysconf("SC_CLK_TCK")
         stat = self._words("self/stat", after=")")  # from field 3 on, proc_pid_stat(5)
@@ -82,7 +82,7 @@ class Metrics:
             with open(f"{self._proc}/{file}") as stream:  # noqa: PTH123 - a procfs file
                 return stream.read().splitlines()
         except OSError:
-            return []  # not in this kernel, or not for this process
+            return []  # not reported by this kernel, or for this process
 
     def _words(self, file: str, after: str = "") -> list[str]:
         text = " ".join(self._lines(file))
@@ -136,7 +136,7 @@ def _family(name: str, kind: str, about: str, samples: Callable[[], Samples]) ->
     try:
         lines = [f"kata_{name}{_labels(labels)} {value:.15g}\n" for labels, value in samples()]
     except (ValueError, IndexError):
-        return ""  # a file of another form than we know
+        return ""  # a file in an unknown format
     return f"# HELP kata_{name} {about}\n# TYPE kata_{name} {kind}\n{''.join(lines)}" if lines else ""
 
 

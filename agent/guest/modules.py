@@ -1,6 +1,6 @@
-"""Modules of the kernel that are in the image and loaded when something needs them.
+"""Kernel modules in the image, loaded on demand.
 
-There is no modprobe in a guest: the image says what belongs to a module, in the order in which it loads.
+There is no modprobe in a guest: the image lists the files of each module, in load order.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
     from caisson.agent.base.log import Log
 
-#: A line a module: its name, and the files that make it work.
+#: One line per module: its name, and its files with dependencies.
 LISTED = "/lib/modules/caisson.later"
 LOADED = "/sys/module"
 
 
 def need(names: Iterable[str], filesystem: str = "") -> None:
-    """Load what is in the image of these, and of a file system by its name.  What is built in, or not there, is not
-    this function's business: whoever uses it will say.
+    """Load those of these modules (or a file system's, by its name) that are in the image.  Others are built in or
+    missing, which their user will report.
     """
     listed = _listed()
     for name in (*names, filesystem):
@@ -32,7 +32,7 @@ def need(names: Iterable[str], filesystem: str = "") -> None:
 
 
 def offer_bridges(log: Log) -> None:
-    """Load what a kernel without modprobe would not find when a container makes a bridge."""
+    """Load the modules that the kernel, without modprobe, cannot load itself when a container creates a bridge."""
     try:
         need(("bridge",))
     except ModuleNotLoaded as error:
@@ -40,7 +40,7 @@ def offer_bridges(log: Log) -> None:
 
 
 def load(name: str, parameters: Sequence[str] = ()) -> None:
-    """Load a module, with parameters as in "debug=1".  Fine when it is loaded, or built in.
+    """Load a module, with parameters as in "debug=1".  Does nothing if it is loaded or built in.
 
     Raises ModuleNotLoaded or MissingArgument.
     """

@@ -1,6 +1,6 @@
-"""The guest's network interfaces, routes and neighbours, as the host wants them.
+"""The guest's network interfaces, routes and neighbours, configured by the host.
 
-Every change names what it could not do; when a route cannot be made, all are as they were.
+Every error names the failed change; if a route cannot be added, all routes are restored.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from ipaddress import IPv4Address, IPv6Address
 
 IFF_UP, IFF_NOARP = 0x1, 0x80  # netdevice(7)
-IFA_F_NODAD = 0x02  # the address is ours: do not ask the link whether another has it
+IFA_F_NODAD = 0x02  # the address is ours: no duplicate address detection
 RTM_F_CLONED = 0x200
 RT_TABLE_MAIN, RTPROT_KERNEL, RTPROT_BOOT, RTN_UNICAST = 254, 2, 3, 1  # rtnetlink(7)
 NUD_PERMANENT = 0x80
-#: How hosts write the destination of a default route.
+#: Hosts' notations for the destination of a default route.
 DEFAULT_ROUTES = ("", "default", "0.0.0.0", "::")
 NAME_MAX = 15  # IFNAMSIZ, less the NUL
 FAMILIES = {4: socket.AF_INET, 6: socket.AF_INET6}
@@ -60,7 +60,7 @@ class Interface(Record):
 class Route(Record):
     """A route of the main table; an empty `destination` is the default route, an empty `gateway` a direct one.
 
-    `version` of IP is 0 where the addresses tell; `flags` are RTNH_F_ of rtnetlink(7), `mtu` in bytes, 0 for none.
+    `version` of IP is 0 if the addresses imply it; `flags` are RTNH_F_ of rtnetlink(7), `mtu` in bytes, 0 for none.
     """
 
     destination: str
@@ -74,7 +74,7 @@ class Route(Record):
 
 
 class Neighbour(Record):
-    """Who has an address on a link; `state` and `flags` as in rtnetlink(7), NUD_ and NTF_."""
+    """A neighbour on a link; `state` and `flags` as in rtnetlink(7), NUD_ and NTF_."""
 
     address: str
     device: str
@@ -84,7 +84,7 @@ class Neighbour(Record):
 
 
 class _RouteRequest(Record):
-    """What rtnetlink is told of a route."""
+    """A route as an rtnetlink request."""
 
     fixed: bytes
     attributes: dict[int, bytes]
@@ -92,9 +92,9 @@ class _RouteRequest(Record):
 
 
 class Network:
-    """What the host says of the network.  One change at a time: they consist of several steps each.
+    """Apply the host's network configuration.  One change at a time: each consists of several steps.
 
-    The kernel may hold its answers back while it is busy with a device, so all of it happens in threads.
+    The kernel may delay its replies while it is busy with a device, so everything runs in threads.
     """
 
     def __init__(self, hotplug_seconds: float = 3.0) -> None:
@@ -112,8 +112,8 @@ class Network:
     async def update_interface(self, wanted: Interface, *, plugged: bool = False, only: bool = True) -> None:
         """Give the interface with this MAC its name, MTU and addresses, and bring it up.
 
-        `plugged`: it may still be on its way, and is waited for.  `only`: it loses all other
-        addresses.  Raises InvalidArgument, LinkNotFound, SystemCallFailed or DeviceTimeout.
+        `plugged`: wait for it if it is still being plugged in.  `only`: remove all other addresses.  Raises
+        InvalidArgument, LinkNotFound, SystemCallFailed or DeviceTimeout.
         """
         if not wanted.mac:
             raise InvalidArgument("Interface HwAddr empty")
@@ -127,7 +127,7 @@ class Network:
             if plugged:
                 await self._wait_for(wanted.mac)
             elif not await asyncio.to_thread(_present, wanted.mac):
-                await asyncio.to_thread(_find_interfaces)  # hosts that do not say so repeat the call
+                await asyncio.to_thread(_find_interfaces)  # other hosts retry the call
             await asyncio.to_thread(_update_interface, wanted, only)
 
     async def _wait_for(self, mac: str) -> None:
@@ -140,21 +140,23 @@ class Network:
             await asyncio.sleep(0.05)
 
     async def update_routes(self, wanted: Sequence[Route], *, only: bool = True) -> None:
-        """Install these routes, and with `only` no others but for the kernel's own and those of lo.
+        """Install these routes; with `only`, remove all others except the kernel's own and those of lo.
 
-        Direct routes come first: gateways are reached by them.  Raises SystemCallFailed; the old routes stay then.
+        Direct routes come first: gateways are reached through them.  On SystemCallFailed the old routes are restored.
         """
         async with self._lock:
             await asyncio.to_thread(_update_routes, sorted(wanted, key=lambda route: bool(route.gateway)), only)
 
     async def add_neighbours(self, neighbours: Sequence[Neighbour], *, replace: bool = False) -> None:
-        """Add entries to the neighbour tables.  Raises SystemCallFailed, or finds one without `replace`."""
+        """Add entries to the neighbour tables.  Raises SystemCallFailed, also for an existing entry without
+        `replace`.
+        """
         async with self._lock:
             await asyncio.to_thread(_add_neighbours, neighbours, rt.REPLACE if replace else rt.EXCL)
 
 
 def _find_interfaces() -> None:
-    """Have the kernel look for what was plugged in.  Raises FailedPrecondition where the driver cannot be loaded."""
+    """Make the kernel scan for hot-plugged devices.  Raises FailedPrecondition if the driver cannot be loaded."""
     modules.need(("virtio_net",))
     _rescan_pci()
 
@@ -293,13 +295,13 @@ def _update_routes(wanted: Sequence[Route], only: bool) -> None:
             for kind, request, flags in reversed(undo):
                 try:
                     netlink.change(kind, request.fixed, request.attributes, flags)
-                except OSError:  # it went with another
+                except OSError:  # removed together with another
                     continue
             raise
 
 
 def _put(netlink: Rtnetlink, request: _RouteRequest) -> bool:
-    """Add a route; one that equals it but for details goes.  Returns whether there was none."""
+    """Add a route, replacing one to the same destination.  Returns whether there was none."""
     try:
         netlink.change(rt.NEWROUTE, request.fixed, request.attributes, rt.CREATE | rt.EXCL)
     except FileExistsError:
@@ -367,7 +369,7 @@ def _add_neighbours(neighbours: Sequence[Neighbour], flag: int) -> None:
 
 @contextmanager
 def _doing(what: str) -> Iterator[None]:
-    """Turn the kernel's refusal into SystemCallFailed, with what was tried."""
+    """Turn the kernel's error into SystemCallFailed, naming the attempted change."""
     try:
         yield
     except OSError as error:
@@ -391,7 +393,7 @@ def _mac(text: str) -> bytes:
 
 
 def _rescan_pci() -> None:
-    """Have the kernel look for what was plugged in (sysfs-bus-pci); without a PCI bus there is nothing to look at."""
+    """Make the kernel rescan the PCI bus (sysfs-bus-pci), if there is one."""
     try:
         with open("/sys/bus/pci/rescan", "w") as file:  # noqa: PTH123 - a sysfs file
             file.write("1")

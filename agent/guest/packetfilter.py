@@ -1,6 +1,6 @@
-"""The guest's packet filter, by ip[6]tables-save(8) and ip[6]tables-restore(8) where the image has them.
+"""The guest's packet filter, by ip[6]tables-save(8) and ip[6]tables-restore(8), if the image has them.
 
-The programs' streams are files in memory (memfd_create(2)): nothing has to be read while one runs, and nothing can hang
+The programs' streams are files in memory (memfd_create(2)): no reading is needed while one runs, and nothing can block
 on a full pipe.
 """
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
     from caisson.agent.libcontainer.process.children import Children
 
-#: Where the programs are, in the order in which they are looked for.
+#: Paths of the programs, in search order.
 DIRECTORIES = ("/usr/sbin", "/sbin", "/usr/bin", "/bin")
 ENVIRONMENT = {"PATH": ":".join(DIRECTORIES)}
 
-#: Seconds that a program may take, of which so many to wait for another one's lock, and bytes of output that are read.
+#: Timeout of a program in seconds, the part of it for waiting for another one's lock, and the maximum output in bytes.
 PROGRAM_TIMEOUT = 30.0
 LOCK_TIMEOUT = "5"
 MAX_OUTPUT = 3 << 20
@@ -35,11 +35,11 @@ class PacketFilter:
         self._children = children
 
     async def save(self, *, ipv6: bool) -> bytes:
-        """Return all rules.  Raises Unsupported where there is no such program, SystemCallFailed, or Timeout."""
+        """Return all rules.  Raises Unsupported if the program is missing, SystemCallFailed, or Timeout."""
         return await self._run(f"{_program(ipv6)}-save")
 
     async def restore(self, rules: bytes, *, ipv6: bool) -> bytes:
-        """Replace the rules of the tables that ``rules`` name; returns what the program says.  Raises as `save`."""
+        """Replace the rules of the tables that ``rules`` name; returns the program's output.  Raises as `save`."""
         return await self._run(f"{_program(ipv6)}-restore", "--wait", LOCK_TIMEOUT, data=rules)
 
     async def _run(self, name: str, *arguments: str, data: bytes = b"") -> bytes:
@@ -61,7 +61,7 @@ class PacketFilter:
                 os.close(fd)
 
     async def _wait(self, name: str, pid: int) -> int:
-        """Wait for a program; one that takes too long, or whose caller has gone, is killed."""
+        """Wait for a program; it is killed on timeout, or if its caller is cancelled."""
         child = self._children.claim(pid)
         waiting = asyncio.ensure_future(child.wait())
         try:

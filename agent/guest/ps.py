@@ -1,4 +1,4 @@
-"""What ps(1) would say of some processes.  A guest has no ps, and needs none for one format.  Source: proc(5)."""
+"""The output of ps(1) for given processes.  A guest has no ps, and needs none for one format.  Source: proc(5)."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-#: Bytes of a process's command line that are shown, and of all together: an answer of 4 MiB is refused by gRPC.  The
-#: kernel gives as much as a process says it has (PR_SET_MM, prctl(2)), from pages that are made for it.
+#: Maximum bytes of one command line, and of all together: gRPC rejects a response of 4 MiB.  The kernel returns as much
+#: as a process claims to have (PR_SET_MM, prctl(2)), from pages allocated for it.
 MAX_COMMAND = 4096
 MAX_COMMANDS = 1 << 20
 
-#: What `ps -ef` prints, with its widths.
+#: The heading of `ps -ef`, with its widths.
 HEADER = "UID          PID    PPID  C STIME TTY          TIME CMD"
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
 def table(pids: Iterable[int]) -> str:
-    """Return the lines of `ps -ef` for these processes, under their heading, without those that have just ended.
+    """Return the lines of `ps -ef` for these processes, with its heading, without those that have just exited.
 
-    UID is a number: the names of the guest's users are not the container's.  Reading a command line takes as long as
-    the process likes, whose memory it is: call this in a thread.
+    UID is a number: the names of the guest's users are not the container's.  Reading a command line can take as long as
+    the process wants, since it is its memory: call this in a thread.
     """
     now, uptime = time.time(), _uptime()
     lines = [HEADER]

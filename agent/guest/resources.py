@@ -1,4 +1,4 @@
-"""What a host asks for, fitted to this guest: its CPUs are others than the host's, and its disks are its own."""
+"""Adapt a host's requests to this guest: its CPUs differ from the host's, and its disks are its own."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 
 def fit(resources: Resources) -> Resources:
-    """Return the limits with CPUs that exist, and with device rules, if any, that end in a ban of the guest's disks.
+    """Return the limits with existing CPUs only, and with device rules, if any, that end by denying the guest's disks.
 
-    Making nodes of them stays allowed, as it is for any device: a node that cannot be opened does no harm.
+    Creating nodes for them stays allowed, as for any device: a node that cannot be opened is harmless.
     """
     fitted = available(resources)
     if not fitted.devices:
-        return fitted  # nothing but what every container may use
+        return fitted  # only what every container may use
     bans = tuple(DeviceRule(False, "b", major, minor, "rw") for major, minor in root_disks())
     return fitted.but(devices=(*fitted.devices, *bans))
 
 
 def take_network_parameters(spec: Spec) -> tuple[Spec, dict[str, str]]:
-    """Split off the kernel parameters of the network where it is the guest's: all containers of a pod share it.
+    """Split off the network's kernel parameters if the network is the guest's: all containers of a pod share it.
 
     Returns the spec without them, and their values by path below /proc/sys.  Raises SpecError.
     """

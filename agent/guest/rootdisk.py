@@ -14,7 +14,7 @@ SYSFS = "/sys/dev/block"
 def root_disks(path: str = "/", sysfs: str = SYSFS) -> tuple[tuple[int, int], ...]:
     """Return the device that `path` lies on, and all below it: of mapped devices, the disk, its partitions.
 
-    Nothing for a root that is on no disk.  (major, minor) each, sorted.
+    Empty for a root that is not on a disk.  Sorted (major, minor) pairs.
     """
     device = os.stat(path).st_dev  # noqa: PTH116 - no pathlib at start
     found: set[tuple[int, int]] = set()

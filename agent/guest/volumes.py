@@ -1,4 +1,4 @@
-"""Volumes as a host asks after them: how full they are, what was left in them, and swap."""
+"""A host's queries about volumes: usage, files left in them, and swap."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ def usage(path: str) -> tuple[Usage, Usage]:
 
 
 def refresh_shares(directory: str = SHARED) -> None:
-    """Look at every mount of the shared directory: the kernel asks the host, and forgets those that have gone.
+    """Stat every mount of the shared directory: the kernel asks the host, and drops those that are gone.
 
-    The host's virtiofsd gives a directory up only then.
+    Only then does the host's virtiofsd release a directory.
     """
     for path in mount_points(directory):
         try:
             os.stat(path)  # noqa: PTH116 - no pathlib at start
         except OSError:
-            continue  # that is what was to be found out
+            continue  # the lookup was the point
 
 
 def read_head(path: str, size: int) -> bytes:
-    """Return at most the first bytes of a file, nothing where there is none.
+    """Return the first bytes of a file; empty if it does not exist.
 
-    A container may have written it: no symbolic link is followed, and nothing is opened that could block.  Raises
+    A container may have created it: no symbolic link is followed, and nothing that could block is opened.  Raises
     SystemCallFailed.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY

@@ -1,1 +1,1 @@
-"""What a pod needs of its host, whoever runs pods: a VM, its network, and the guest's side of both."""
+"""The resources of a pod on its host, for any runner of pods: a VM, its network, and the guest's side of both."""

@@ -1,4 +1,4 @@
-"""The guest's side of a pod, by the agent's API of Kata 3.x: its network, and what tells a clone from others."""
+"""The guest's side of a pod, through the agent's Kata 3.x API: its network, and what makes a clone unique."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from caisson.agent.pods.machines import PodMachine
 
-#: The tag by which hosts and guests of Kata know a pod's share, and where the guest has it.
+#: The tag of a pod's share in Kata, and its mount point in the guest.
 SHARE_TAG = "kataShared"
 GUEST_SHARED = "/run/kata-containers/shared/containers"
 
 #: Seconds for a call that changes the guest.
 CALL_TIMEOUT = 60.0
 
-#: How often the agent waits for a device: its own time is a few seconds, too few for an emulated guest.
+#: How often to retry a wait for a device: the agent's timeout of a few seconds is too short for an emulated guest.
 MAX_WAITS = 5
 
-#: A neighbour that is not asked for, and never forgotten.  rtnetlink(7)
+#: A permanent neighbour entry, never resolved.  rtnetlink(7)
 NUD_PERMANENT = 0x80
 
-#: Bytes of entropy: what the kernel's generator is keyed with, twice.
+#: Bytes of entropy: twice the key of the kernel's generator.
 ENTROPY_BYTES = 64
 
 
 async def personalize(rpc: Any) -> None:
-    """Give a guest entropy of its own and the host's clock: a clone has those of its snapshot.  Raises RpcError."""
+    """Give a guest fresh entropy and the host's time: a clone has those of its snapshot.  Raises RpcError."""
     now = time.time_ns()
     await asyncio.gather(
         rpc.ReseedRandomDev(agent_pb2.ReseedRandomDevRequest(data=os.urandom(ENTROPY_BYTES)), timeout=CALL_TIMEOUT),
@@ -47,7 +47,7 @@ async def personalize(rpc: Any) -> None:
 
 
 async def until_plugged(method: Callable[..., Awaitable[Any]], request: Any) -> None:
-    """Call a method that needs a device which is being plugged in.  Raises RpcError."""
+    """Call a method that needs a device being plugged in.  Raises RpcError."""
     for left in reversed(range(MAX_WAITS)):
         try:
             await method(request, timeout=CALL_TIMEOUT)
@@ -58,7 +58,7 @@ async def until_plugged(method: Callable[..., Awaitable[Any]], request: Any) -> 
 
 
 class GuestNetwork:
-    """A pod's network namespace on the host, joined to its VM."""
+    """A pod's network namespace on the host, connected to its VM."""
 
     def __init__(self, namespace: str, machine: PodMachine, rpc: Any) -> None:
         """``namespace`` is a path; ``rpc`` the agent's service (ttrpc.client.Stub)."""
@@ -69,9 +69,9 @@ class GuestNetwork:
         self._routes: list[PodRoute] = []
 
     async def connect(self) -> None:
-        """Give the guest the interfaces, addresses, routes and neighbours that are in the namespace by now.
+        """Give the guest the interfaces, addresses, routes and neighbours now in the namespace.
 
-        Raises NetworkError, MachineError or RpcError; what was connected before stays so.
+        Raises NetworkError, MachineError or RpcError; earlier connections stay.
         """
         links = await asyncio.to_thread(network.links, self._namespace)
         if not links:
@@ -86,11 +86,11 @@ class GuestNetwork:
 
     @property
     def links(self) -> Sequence[Link]:
-        """The interfaces that the guest has got."""
+        """The guest's interfaces."""
         return self._links
 
     async def add_address_of_host(self, address: str) -> None:
-        """Have the host answer, in the namespace, on an address that the guest reaches by its first interface.
+        """Add an address in the namespace, on the host's side, that the guest reaches through its first interface.
 
         Raises NetworkError or RpcError.
         """
@@ -100,7 +100,7 @@ class GuestNetwork:
         await self._route([])
 
     async def _route(self, routes: Sequence[PodRoute]) -> None:
-        """Give the guest these routes, with those before: it forgets others."""
+        """Give the guest these routes and the earlier ones: it drops all others."""
         self._routes += routes
         if routes := sorted(self._routes, key=lambda route: bool(route.gateway)):
             request = agent_pb2.UpdateRoutesRequest()
@@ -135,11 +135,11 @@ class GuestNetwork:
         await self._until_found(request)
 
     async def _until_found(self, request: agent_pb2.UpdateInterfaceRequest) -> None:
-        request.interface.devicePath = request.interface.hwAddr  # the agent waits for what is being plugged in
+        request.interface.devicePath = request.interface.hwAddr  # the agent waits for a device being plugged in
         await until_plugged(self._rpc.UpdateInterface, request)
 
     def disconnect(self) -> None:
-        """Leave the namespace as it was, after the VM's end: the tap devices have gone with it."""
+        """Restore the namespace after the VM has stopped: its tap devices are gone."""
         for link in self._links:
             network.release(self._namespace, link)
         self._links = []

@@ -1,4 +1,6 @@
-"""What the shim asks of virtual machines: a protocol, so that this half knows no QEMU (commands/shim.py has it)."""
+"""The interface of virtual machines for the shim: a protocol, so that this half does not depend on QEMU
+(commands/shim.py implements it).
+"""
 
 from __future__ import annotations
 
@@ -13,47 +15,47 @@ class PodMachine(Protocol):
 
     @property
     def agent_socket(self) -> Path:
-        """The Unix socket that leads to the guest's agent."""
+        """The Unix socket of the guest's agent."""
 
     @property
     def pid(self) -> int:
-        """The process whose end is the VM's."""
+        """The process whose exit is the VM's."""
 
     @property
     def is_clone(self) -> bool:
-        """Whether it has the clock and the random numbers of a snapshot."""
+        """Whether it has a snapshot's clock and random numbers."""
 
     def end_share(self, tag: str) -> None:
-        """Close all files of the share that it was started with, as the VM is about to end."""
+        """Close all files of the share it was started with, as the VM is about to stop."""
 
     def share_of_namespace(self, directory: str, tag: str, mount_namespace: int) -> None:
-        """Plug in a directory as another mount namespace has it, by the descriptor of that."""
+        """Plug in a directory as seen in another mount namespace, given by its descriptor."""
 
     def add_interface(self, tap: int, mac: str) -> None:
-        """Plug a network interface in, whose packets go through a tap device's descriptor."""
+        """Plug in a network interface whose packets go through a tap device's descriptor."""
 
     def stop(self) -> None:
-        """End it; returns when nothing of it is left."""
+        """Stop it; returns when nothing of it is left."""
 
 
 class Machines(Protocol):
-    """Where VMs come from."""
+    """A source of VMs."""
 
     def start(self, name: str, *, memory: int, cpus: int, share: tuple[str, Path] | None = None) -> PodMachine:
-        """Start a VM, with at least so many MiB and CPUs, and wait for its agent.
+        """Start a VM with at least this many MiB and CPUs, and wait for its agent.
 
-        ``share`` is a directory of the host that it has as a virtiofs device, after the tag of that.
+        ``share`` is the tag of a virtiofs device and the host directory behind it.
         """
 
     @property
     def pids(self) -> Sequence[int]:
-        """Processes that are there already for the next VM."""
+        """Processes already started for the next VM."""
 
     def stop(self, name: str) -> None:
-        """End a VM by its name, if it runs."""
+        """Stop a VM by name, if it is running."""
 
     def agent_socket(self, name: str) -> Path:
-        """Return where the agent of a VM of this name is reached, once it runs."""
+        """Return the agent's socket for a VM of this name, once it runs."""
 
 
 class MachineError(Exception):
@@ -61,5 +63,5 @@ class MachineError(Exception):
 
 
 def machine_name(*ids: str) -> str:
-    """Return the name of a pod's VM: short, as paths of sockets are."""
+    """Return the name of a pod's VM: short, to fit socket paths."""
     return f"pod-{hashlib.sha256('/'.join(ids).encode()).hexdigest()[:16]}"

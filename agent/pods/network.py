@@ -1,7 +1,7 @@
-"""A pod's network namespace on the host, joined to its VM: each interface's packets go to a tap device and back.
+"""A pod's network namespace on the host, connected to its VM: each interface's packets go to a tap device and back.
 
-What CNI or docker put into the namespace (addresses, routes, MTU) is what the guest gets; on the host's side the
-interface keeps its name and its counters, and tc redirects what comes in.  Source: tc-mirred(8); veth(4); tun(4).
+The guest gets what CNI or docker put into the namespace (addresses, routes, MTU); on the host's side the interface
+keeps its name and its counters, and tc redirects incoming packets.  Source: tc-mirred(8); veth(4); tun(4).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 #: Scopes of routes.  rtnetlink(7)
 SCOPE_LINK, SCOPE_HOST = 253, 254
 
-#: ip(8)'s options for the families, and what a default route's destination is called in each.
+#: ip(8)'s options for the families, and the destination of a default route in each.
 DEFAULT = {"-4": "", "-6": "::"}
 
 #: The gateway is on the link, whatever the addresses say.  rtnetlink(7)
@@ -38,7 +38,7 @@ COMMAND_TIMEOUT = 20.0
 
 
 class NetworkError(Exception):
-    """The namespace could not be read or joined; the text is one line."""
+    """The namespace could not be read or connected; the text is one line."""
 
 
 class Link(Record):
@@ -66,7 +66,7 @@ class PodRoute(Record):
 
 
 class PodNeighbour(Record):
-    """Who has an address on a link, as CNI has decided for good."""
+    """A permanent neighbour on a link, set by CNI."""
 
     address: str
     mac: str
@@ -74,13 +74,13 @@ class PodNeighbour(Record):
 
 
 class Holder:
-    """A process in a network namespace, which containerd and docker take for the container's.
+    """A process in a network namespace that containerd and docker take for the container's.
 
-    It ends with this process, which keeps the namespace.
+    It exits with this process, which keeps the namespace.
     """
 
     def __init__(self, namespace: str = "") -> None:
-        """Join the namespace at a path, or make one.  Raises NetworkError."""
+        """Join the namespace at a path, or create one.  Raises NetworkError."""
         words = ["nsenter", f"--net={namespace}"] if namespace else ["unshare", "--net"]
         words += ["setpriv", "--pdeathsig", "KILL", "--", "sh", "-c", "echo; exec cat"]
         self._process = subprocess.Popen(
@@ -119,9 +119,9 @@ class Holder:
 
 
 def links(namespace: str) -> list[Link]:
-    """Return the interfaces of a namespace, less lo.
+    """Return the interfaces of a namespace except lo.
 
-    Raises NetworkError, also for the namespace of this process: its interfaces are the host's, and not to be taken.
+    Raises NetworkError, also for this process's own namespace: its interfaces are the host's, and must not be taken.
     """
     try:
         is_ours = Path(namespace).samefile("/proc/self/ns/net")
@@ -145,7 +145,7 @@ def links(namespace: str) -> list[Link]:
 def routes(namespace: str) -> list[PodRoute]:
     """Return the routes of a namespace's main table, direct ones first.  Raises NetworkError.
 
-    Those that go nowhere (blackhole, unreachable) are left out; of several next hops, the first is taken.
+    Blackhole and unreachable routes are left out; of several next hops, the first is used.
     """
     found = []
     for family in DEFAULT:
@@ -179,7 +179,8 @@ def neighbours(namespace: str) -> list[PodNeighbour]:
 
 
 def tap(namespace: str, link: Link, number: int) -> int:
-    """Make a tap device in a namespace, joined to one of its interfaces; returns its descriptor, which is the device.
+    """Create a tap device in a namespace, connected to one of its interfaces; returns its descriptor, which keeps it
+    alive.
 
     Raises NetworkError.
     """
@@ -201,7 +202,7 @@ def tap(namespace: str, link: Link, number: int) -> int:
 
 
 def release(namespace: str, link: Link) -> None:
-    """Have an interface's packets stay in their namespace again; fine where it has gone, or the namespace."""
+    """Stop redirecting an interface's packets; does nothing if it, or the namespace, is gone."""
     try:
         run(namespace, "tc", "qdisc", "del", "dev", link.name, "ingress")
     except NetworkError:
@@ -209,7 +210,7 @@ def release(namespace: str, link: Link) -> None:
 
 
 def answer_on_tap(namespace: str, number: int, address: str, link: Link) -> None:
-    """Give a tap device an address of the host's side, which the guest reaches over it.  Raises NetworkError."""
+    """Give a tap device an address on the host's side, reachable from the guest.  Raises NetworkError."""
     name = f"caisson{number}"
     matches = {
         "ip": ("match", "ip", "dst", f"{address}/32"),
@@ -238,7 +239,7 @@ def _open_tap(name: str) -> int:
 
 
 def inside(namespace: str, work: Any) -> Any:
-    """Run a function in a network namespace, in a thread of its own.  Raises NetworkError."""
+    """Run a function in a network namespace, in its own thread.  Raises NetworkError."""
     syscalls.preload()
     result: list[Any] = []
     failures: list[BaseException] = []
@@ -267,7 +268,7 @@ def _json(namespace: str, *words: str) -> list[dict[str, Any]]:
 
 
 def run(namespace: str, *words: str) -> bytes:
-    """Run a command in a network namespace; returns what it prints.  Raises NetworkError."""
+    """Run a command in a network namespace; returns its output.  Raises NetworkError."""
     command: Sequence[str] = ("nsenter", f"--net={namespace}", *words)
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=COMMAND_TIMEOUT)

@@ -1,1 +1,3 @@
-"""Unary remote procedure calls on asyncio: gRPC over HTTP/2 and ttrpc, before one dispatch that knows neither."""
+"""Unary remote procedure calls on asyncio: gRPC over HTTP/2 and ttrpc, in front of one protocol-independent
+dispatch.
+"""

@@ -1,4 +1,4 @@
-"""A server's end of a connection, whatever its protocol: input in turns, calls under way, output, memory held."""
+"""A server's end of a connection, for any protocol: fair input, calls in progress, output, memory limits."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
     Buffer = bytes | bytearray | memoryview
 
-#: Frames handled before other connections have their turn: a buffer can hold tens of thousands of small ones.
+#: Frames handled before other connections get a turn: a buffer can hold tens of thousands of small ones.
 FRAMES_PER_TURN = 64
 
-#: Calls under way on a connection.
+#: Maximum calls in progress on a connection.
 MAX_CALLS = 4096
 
 #: Bytes that a connection's requests and unsent responses may hold: 64 inputs of a MiB each.
@@ -25,14 +25,13 @@ MAX_HELD = 64 << 20
 
 
 class Connection(asyncio.BufferedProtocol):
-    """What a protocol's connection is derived from: it defines ``feed``, ``handle_frame`` and ``leave``.
+    """Base class of a protocol's connection, which defines ``feed``, ``handle_frame`` and ``leave``.
 
-    ``buffer`` is where input is first put: all connections of a thread can share one.  ``on_lost`` is called at the
-    end.
+    ``buffer`` receives input: all connections of a thread can share one.  ``on_lost`` is called when it closes.
     """
 
-    #: Whether a call begins within the turn in which its request came, where Python can (3.12): what answers without
-    #: waiting takes no turn of the event loop of its own then.
+    #: Whether a call starts in the loop iteration that received its request, if Python can do so (3.12): a method that
+    #: does not wait then needs no iteration of its own.
     EAGER: ClassVar[bool] = False
 
     def __init__(self, buffer: memoryview, log: Log, on_lost: Callable[[Any], None]) -> None:
@@ -43,30 +42,30 @@ class Connection(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._output: list[Buffer] = []
         self._calls: dict[int, asyncio.Task[None]] = {}
-        self._backlog = False  # frames may be there that were not handled
+        self._backlog = False  # there may be unhandled frames
         self._blocked = False  # the peer does not read
         self._turn: asyncio.Handle | None = None
         self._in_turn = False
 
-    # What a protocol defines
+    # Defined by a protocol
 
     def feed(self, data: memoryview) -> None:
-        """Take input; the memory is used again afterwards."""
+        """Take input; the memory is reused afterwards."""
         raise NotImplementedError
 
     def handle_frame(self) -> bool:
-        """Handle the next frame of what was fed; False where there is none that is whole."""
+        """Handle the next frame of the input; False if there is no complete one."""
         raise NotImplementedError
 
     def leave(self) -> None:
-        """Take no more requests, and tell the peer where the protocol can."""
+        """Accept no more requests, and tell the peer if the protocol can."""
         raise NotImplementedError
 
     # Calls and output
 
     @property
     def calls(self) -> list[asyncio.Task[None]]:
-        """The calls under way."""
+        """The calls in progress."""
         return list(self._calls.values())
 
     def start_call(self, stream_id: int, work: Coroutine[Any, Any, None]) -> None:
@@ -80,13 +79,13 @@ class Connection(asyncio.BufferedProtocol):
             self._calls[stream_id] = task
 
     def end_call(self, stream_id: int) -> None:
-        """Forget a call.  Not a callback of its task: that would take one more turn of the event loop for each."""
+        """Forget a call.  Not a callback of its task: that would take another loop iteration per call."""
         self._calls.pop(stream_id, None)
 
     def cancel_call(self, stream_id: int) -> None:
-        """Cancel a call if it is under way; it counts as one until it has ended."""
+        """Cancel a call if it is in progress; it counts until it has ended."""
         if (task := self._calls.get(stream_id)) is not None:
-            task.add_done_callback(lambda _: self.end_call(stream_id))  # if it is cancelled before it has begun
+            task.add_done_callback(lambda _: self.end_call(stream_id))  # if it is cancelled before it has started
             task.cancel()
 
     def write(self, *data: Buffer) -> None:
@@ -94,7 +93,7 @@ class Connection(asyncio.BufferedProtocol):
         self._output += data
 
     def flush(self) -> None:
-        """Send what was queued; done after each turn, and not within one."""
+        """Send queued output; done after each turn, not within one."""
         if self._in_turn or not self._output:
             return
         output, self._output = self._output, []
@@ -106,7 +105,7 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.writelines(output)
 
     def close(self) -> None:
-        """Send what was queued, close the connection, and cancel its calls."""
+        """Send queued output, close the connection, and cancel its calls."""
         self._in_turn = False
         self.flush()
         if self._transport is not None:
@@ -131,7 +130,7 @@ class Connection(asyncio.BufferedProtocol):
         self._take_turn()
 
     def pause_writing(self) -> None:
-        # A peer that does not read is not heard, either: answers, also those to pings and errors, do not pile up.
+        # Do not read from a peer that does not read: responses, including those to pings and errors, must not pile up.
         self._blocked = True
         self._schedule()
 
@@ -147,7 +146,7 @@ class Connection(asyncio.BufferedProtocol):
         self._on_lost(self)
 
     def _take_turn(self) -> None:
-        """Handle a bounded number of frames, and leave the rest to the next turn."""
+        """Handle a bounded number of frames, and leave the rest for the next turn."""
         self._turn = None
         self._in_turn = True
         try:

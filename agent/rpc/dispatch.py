@@ -1,7 +1,7 @@
 """Dispatch of unary calls: decode, deadline, call, map errors, log, trace.
 
-It knows methods by their paths ("/grpc.Health/Check") and messages by their bytes, and nothing of the wire that they
-came by: gRPC (http2/grpc.py) and ttrpc (ttrpc/server.py) are codecs over it.
+It identifies methods by path ("/grpc.Health/Check") and takes messages as bytes, independent of the wire: gRPC
+(http2/grpc.py) and ttrpc (ttrpc/server.py) are codecs over it.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ if TYPE_CHECKING:
     from caisson.agent.base.log import Log
     from caisson.agent.base.tracing import Tracing
 
-    #: How a call ended: OK and the pieces of the encoded response, or an error and what is said of it.
+    #: The outcome of a call: OK and the pieces of the encoded response, or an error and its description.
     Outcome = tuple[StatusCode, "Failure | list[bytes]"]
 
     #: Answers a request with a message, or with the pieces of an encoded one.
     Handler = Callable[[Any], Awaitable[Any]]
 
-    #: The status of an error that a caller can do something about; None for a bug.
+    #: The status of an error that the caller can act on; None for a bug.
     StatusOf = Callable[[Exception], tuple[StatusCode, str] | None]
 
-    #: What programs are told of an error: a message by its full name, encoded; None where there is nothing.
+    #: The detail of an error for programs: a message by its full name, encoded; None if there is none.
     DetailOf = Callable[[Exception], tuple[str, bytes] | None]
 
-#: Characters of an error's text: gRPC's clients give up on a call whose trailers exceed 8 KiB.
+#: Characters of an error's text: gRPC clients fail a call whose trailers exceed 8 KiB.
 MAX_ERROR_TEXT = 2048
 
-#: Fields of requests that log lines and spans carry, where a request has them: Kata's, and those of containerd's tasks.
+#: Request fields to include in log lines and spans, if present: Kata's, and those of containerd's tasks.
 ID_FIELDS = ("id", "container_id", "exec_id")
 
 
 class Failure:
-    """What is said of an error: a text for people and, where the transport can carry it, a message for programs."""
+    """The description of an error: a text for people and, if the transport supports it, a message for programs."""
 
     __slots__ = ("detail", "text")
 
@@ -56,14 +56,14 @@ class Method:
     """A unary method: the class of its request, and its handler."""
 
     def __init__(self, name: str, request_class: Any, handler: Handler | None) -> None:
-        """``handler`` is None for one that is known and not implemented."""
+        """``handler`` is None for a known method that is not implemented."""
         self.name = name
         self.request_class = request_class
         self.handler = handler
 
 
 class Service:
-    """The methods of a service, tied to the functions that handle them when it is made: at import.
+    """The methods of a service, bound to their handlers when it is created: at import.
 
     A handler is a coroutine function of the method's name in one of the classes.
     """
@@ -99,7 +99,7 @@ class Service:
             raise TypeError(f"{descriptor.full_name}: no method {', '.join(sorted(unknown))}")
 
     def bind(self, *instances: object) -> dict[str, Method]:
-        """Make the table of its methods by their paths, handled by an instance of each class."""
+        """Build the table of its methods by path, handled by an instance of each class."""
         by_class = dict(zip(self._classes, instances, strict=True))
         table = {}
         for method in self._descriptor.methods:
@@ -111,7 +111,7 @@ class Service:
 
 
 class Dispatch:
-    """Calls methods by their paths."""
+    """Call methods by path."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class Dispatch:
         more: Callable[[], Mapping[str, Method]] | None = None,
         detail_of: DetailOf | None = None,
     ) -> None:
-        """``more`` makes the table of further methods, once, when one is called that is not in the first; ``detail_of``
+        """``more`` builds a table of further methods, once, when a method is not in the first; ``detail_of``
         is asked about errors that have a status.
         """
         self._methods = dict(methods)
@@ -135,7 +135,7 @@ class Dispatch:
     async def call(self, path: str, payload: bytes | bytearray | memoryview, timeout: float | None = None) -> Outcome:
         """Call a method with an encoded request; its handler is cancelled after ``timeout`` seconds.
 
-        Cancelling this cancels the handler.  What a handler raises is in the outcome, never raised.
+        Cancelling this cancels the handler.  A handler's exceptions become the outcome, and are never raised.
         """
         method = self._find(path)
         if method is None:
@@ -152,10 +152,10 @@ class Dispatch:
                 text = f"{method.name}: the request is not a valid {request.DESCRIPTOR.name}"
                 outcome = StatusCode.INVALID_ARGUMENT, Failure(text)
             else:
-                del payload  # not kept for as long as the call takes
+                del payload  # free it during the call
                 outcome = await self._handle(method.name, method.handler(request), timeout)
         finally:
-            if self._tracing.enabled or self._log.enabled("debug"):  # by now: a call may have turned it on
+            if self._tracing.enabled or self._log.enabled("debug"):  # now: a call may have turned it on
                 self._record(method.name, request, outcome, time.monotonic() - began)
         return outcome
 
@@ -194,7 +194,7 @@ class _DeadlineExceeded(Exception):
 
 
 async def _within(timeout: float, handling: Awaitable[Any]) -> Any:
-    """Await a handler for so many seconds.  Raises _DeadlineExceeded."""
+    """Await a handler for at most ``timeout`` seconds.  Raises _DeadlineExceeded."""
     deadline = asyncio.timeout(timeout)
     try:
         async with deadline:
@@ -206,7 +206,7 @@ async def _within(timeout: float, handling: Awaitable[Any]) -> Any:
 
 
 def bounded(text: str) -> str:
-    """Make a text one that any wire can carry: of bounded length, and valid Unicode (paths may hold other bytes)."""
+    """Make a text safe for any wire: of bounded length, and valid Unicode (paths may hold other bytes)."""
     if len(text) > MAX_ERROR_TEXT:
         text = f"{text[: MAX_ERROR_TEXT - 1]}…"
     return text.encode(errors="backslashreplace").decode()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from caisson.agent.base.log import Log
 
-#: Only the host may drive the agent.  Containers share the guest's vsock address family, which no namespace divides.
+#: Only the host may connect to the agent.  Containers can use vsock too, as it has no namespaces.
 HOST_CID = 2
 ANY_CID = 0xFFFFFFFF
 
@@ -24,7 +24,7 @@ BACKLOG = 1024
 
 
 class ListenError(Exception):
-    """An address that is not valid, or that cannot be listened on."""
+    """An invalid address, or one that cannot be listened on."""
 
 
 def listen(address: str) -> socket.socket:
@@ -51,7 +51,7 @@ def listen(address: str) -> socket.socket:
 
 
 async def accept(listener: socket.socket, protocol: Callable[[], BaseProtocol], log: Log) -> None:
-    """Accept connections until cancelled, each with a protocol of its own."""
+    """Accept connections until cancelled, each with its own protocol instance."""
     import asyncio
 
     loop = asyncio.get_running_loop()
@@ -59,7 +59,7 @@ async def accept(listener: socket.socket, protocol: Callable[[], BaseProtocol], 
         try:
             connection, peer = await loop.sock_accept(listener)
         except OSError as error:
-            # Most likely out of descriptors: the queue is served when some are closed.
+            # Probably out of descriptors: the queue is served once some are closed.
             log("error", "accept failed", error=str(error))
             await asyncio.sleep(0.1)
             continue

@@ -1,4 +1,4 @@
-"""A server of gRPC and ttrpc on one address: the first byte of a connection says which one its peer speaks."""
+"""A server of gRPC and ttrpc on one address: the first byte of a connection tells which one its peer speaks."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ BUFFER_SIZE = 1 << 18
 
 
 class Server:
-    """Serves any number of connections."""
+    """Serve any number of connections."""
 
     def __init__(self, log: Log, *, grpc: Dispatch | None = None, ttrpc: Dispatch | None = None) -> None:
-        """A protocol without a dispatch is not spoken."""
+        """A protocol without a dispatch is disabled."""
         self._log = log
         self._buffer = memoryview(bytearray(BUFFER_SIZE))
         self._connections: set[Connection] = set()
-        self._silent: set[asyncio.BaseTransport] = set()  # nothing has come yet on these
+        self._silent: set[asyncio.BaseTransport] = set()  # no input yet on these
         self._protocols: dict[int, tuple[str, Callable[[], Connection]]] = {}
         if grpc is not None:  # of HTTP/2's preface, RFC 9113 section 3.4
             self._protocols[ord("P")] = "grpc", lambda: self._grpc_connection(grpc)
         if ttrpc is not None:  # of a frame's length, which is at most 4 MiB
             self._protocols[0] = "ttrpc", lambda: self._ttrpc_connection(ttrpc)
-        #: The protocols that were spoken so far, "grpc" and "ttrpc".
+        #: The protocols used so far, "grpc" and "ttrpc".
         self.spoken: set[str] = set()
 
     def accept(self) -> asyncio.BufferedProtocol:
-        """Make the protocol of one more connection."""
+        """Create the protocol instance for a new connection."""
         return _FirstByte(self._buffer, self._silent, self._choose)
 
     async def rehearse(self, service: str, method: str) -> None:
-        """Answer a call of our own by ttrpc, with an empty request, and import what gRPC needs.
+        """Serve one internal ttrpc call with an empty request, and import what gRPC needs.
 
-        A guest that is saved afterwards answers the first host of each clone without cold code on the way.
+        In a guest saved afterwards, each clone serves its first host without running cold code.
         """
         import socket
 
@@ -57,7 +57,7 @@ class Server:
             await loop.sock_recv(near, BUFFER_SIZE)
 
     async def stop(self, grace: float) -> None:
-        """Take no more requests; those under way get ``grace`` seconds.  Closes all connections."""
+        """Accept no more requests; those in progress get ``grace`` seconds.  Closes all connections."""
         for transport in self._silent:
             transport.close()
         calls: list[asyncio.Task[None]] = []
@@ -79,7 +79,7 @@ class Server:
         self._connections.add(connection)
         return connection
 
-    # Imports are late: a guest needs one of the two on the way to its first answer.
+    # Late imports: a guest needs only one of the two for its first response.
 
     def _grpc_connection(self, dispatch: Dispatch) -> Connection:
         from functools import partial
@@ -98,7 +98,7 @@ class Server:
 
 
 class _FirstByte(asyncio.BufferedProtocol):
-    """Waits for the first input of a connection, and hands over to the protocol that it is of."""
+    """Wait for the first input of a connection, and switch to its protocol."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class _FirstByte(asyncio.BufferedProtocol):
         silent: set[asyncio.BaseTransport],
         choose: Callable[[int], Connection | None],
     ) -> None:
-        """``silent`` holds the transport while it waits; ``choose`` makes the protocol of a first byte."""
+        """``silent`` holds the transport while it waits; ``choose`` returns the protocol for a first byte."""
         self._buffer = buffer
         self._silent = silent
         self._choose = choose

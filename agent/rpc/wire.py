@@ -1,6 +1,6 @@
-"""Protobuf's wire format, for programs that end before protobuf would be imported.  Source: protobuf.dev, Encoding.
+"""Protobuf's wire format, for programs that finish before protobuf would be imported.  Source: protobuf.dev, Encoding.
 
-For messages of a few scalar fields; the numbers of their fields are held to the schemas by a test.
+For messages of a few scalar fields; a test compares their field numbers with the schemas.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     Message = TypeVar("Message", bytes, memoryview)
 
-#: Wire types; groups, which proto3 does not have, are refused.
+#: Wire types; groups, which proto3 does not have, are rejected.
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 #: Bytes of a varint: ten of seven bits hold 64.
@@ -23,11 +23,11 @@ MAX_FIELDS = 1000
 
 
 class WireError(ValueError):
-    """Bytes that are not an encoded message."""
+    """An invalid encoded message."""
 
 
 def varint(number: int) -> bytes:
-    """Encode an integer of seven bits a byte, the lowest first."""
+    """Encode an integer, seven bits per byte, lowest first."""
     out = bytearray()
     while number >= 0x80:
         out.append(number & 0x7F | 0x80)
@@ -37,9 +37,9 @@ def varint(number: int) -> bytes:
 
 
 def encode(fields: Iterable[tuple[int, int | str | bytes]]) -> bytes:
-    """Encode a message's fields, given by their numbers; zeros and empty strings are left out, as proto3 does.
+    """Encode a message's fields, given by number; zeros and empty strings are omitted, as in proto3.
 
-    Words that are no UTF-8 are those of os.fsdecode(): their bytes are sent as they were.
+    Strings may contain the surrogates of os.fsdecode(): the original bytes are sent.
     """
     out = bytearray()
     for number, value in fields:
@@ -55,7 +55,7 @@ def encode(fields: Iterable[tuple[int, int | str | bytes]]) -> bytes:
 
 
 def decode(message: Message) -> list[tuple[int, int | Message]]:
-    """Return a message's fields in their order: integers as they were sent, all others as parts of the message.
+    """Return a message's fields in order: integers as sent, all others as parts of the message.
 
     Of a memoryview they are not copied.  Raises WireError.
     """
@@ -86,7 +86,7 @@ def decode(message: Message) -> list[tuple[int, int | Message]]:
 def views(message: memoryview, count: int) -> list[memoryview] | None:
     """Return the fields 1 to ``count`` of a message, without copying them.
 
-    None where it is not made of just these, each a string or bytes, in their order: protobuf has to be asked then.
+    None if it does not consist of exactly these, each a string or bytes, in order: then use protobuf.
     """
     try:
         fields = decode(message)
@@ -107,5 +107,5 @@ def _read_varint(message: bytes | memoryview, at: int) -> tuple[int, int]:
 
 
 def value_of(message: bytes, number: int) -> int | bytes | None:
-    """Return the last value of a field, None where it is not there.  Raises WireError."""
+    """Return the last value of a field; None if it is absent.  Raises WireError."""
     return dict(decode(message)).get(number)

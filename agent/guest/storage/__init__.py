@@ -1,4 +1,4 @@
-"""Storages: what the host has mounted in the guest before a container, or all of a sandbox, uses it."""
+"""Storages: mounts made in the guest for the host, before a container or sandbox uses them."""
 
 from caisson.agent.guest.storage.mounts import open_point
 from caisson.agent.guest.storage.storages import DRIVERS, MODULES, FsGroup, Storage, Storages

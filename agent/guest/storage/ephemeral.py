@@ -1,4 +1,4 @@
-"""Storages that the guest's own memory holds: tmpfs, huge pages, and plain directories.
+"""Storages in the guest's own memory: tmpfs, huge pages, and plain directories.
 
 The containers of a pod share them, and one that is restarted finds its files again: they stay until the sandbox ends.
 """
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 HUGE_PAGES = "/sys/kernel/mm/hugepages"
 
-#: The option that names the group of a pod's volume; no option of any file system.
+#: The option that names the group of a pod's volume; not a file system option.
 GROUP = "fsgid"
 
 
 def make_local(storage: Storage) -> None:
-    """Make a directory with the mode and group that options give it.  Raises InvalidArgument or SystemCallFailed."""
+    """Create a directory with the mode and group given by options.  Raises InvalidArgument or SystemCallFailed."""
     text = mounts.option(storage.options, "mode") or "0777"
     try:
         mode = int(text, 8)
@@ -35,7 +35,7 @@ def make_local(storage: Storage) -> None:
 
 
 def make_ephemeral(storage: Storage) -> None:
-    """Mount a tmpfs, or huge pages of which as many are reserved as the options say.
+    """Mount a tmpfs, or huge pages, reserving as many as the options say.
 
     Raises InvalidArgument or SystemCallFailed.
     """
@@ -63,7 +63,7 @@ def _without_group(options: Sequence[str]) -> tuple[str, ...]:
 
 
 def _set_group(storage: Storage) -> None:
-    """Give the root to the pod's group, and with the set-group-ID bit what is made in it (inode(7))."""
+    """Give the root to the pod's group, with the set-group-ID bit so that new files inherit it (inode(7))."""
     text = mounts.option(storage.options, GROUP)
     if not text:
         return
@@ -95,5 +95,5 @@ def _reserve_huge_pages(storage: Storage) -> None:
             got = int(pages.read())
     except OSError as error:
         raise SystemCallFailed(f"{file}: {mounts.reason(error)}") from error
-    if got < wanted:  # the write succeeds whatever the kernel has found
+    if got < wanted:  # the write succeeds regardless of how many were found
         raise SystemCallFailed(f"{file}: only {got} of {wanted} huge pages; give the guest more memory")

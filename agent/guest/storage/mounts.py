@@ -1,6 +1,6 @@
-"""Mount points in the guest: made, mounted on and unmounted without following a symbolic link on the way.
+"""Mount points in the guest: created, mounted and unmounted without following symbolic links.
 
-They lie where containers may have been able to write, so every one is reached by its descriptor (openat2(2),
+Containers may have been able to write there, so each is accessed through a descriptor (openat2(2),
 RESOLVE_NO_SYMLINKS).
 """
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
     from caisson.agent.guest.storage.storages import Storage
 
-#: Words of fstab(5) that are flags of mount(2); all others are for the file system.
+#: Options of fstab(5) that are flags of mount(2); all others are passed to the file system.
 FLAGS = {
     "ro": 0x1, "nosuid": 0x2, "nodev": 0x4, "noexec": 0x8, "sync": 0x10, "remount": 0x20, "mand": 0x40,
     "dirsync": 0x80, "noatime": 0x400, "nodiratime": 0x800, "bind": 0x1000, "rbind": 0x5000, "silent": 0x8000,
     "acl": 0x10000, "relatime": 0x200000, "iversion": 0x800000, "strictatime": 0x1000000, "lazytime": 0x2000000,
     "rw": 0, "defaults": 0, "async": 0, "atime": 0, "dev": 0, "diratime": 0, "exec": 0, "loud": 0, "noiversion": 0,
-    "nolazytime": 0, "nomand": 0, "norelatime": 0, "nostrictatime": 0, "suid": 0,  # as it is unless said otherwise
+    "nolazytime": 0, "nomand": 0, "norelatime": 0, "nostrictatime": 0, "suid": 0,  # the default
 }  # fmt: skip
 PROPAGATION = {
     "unbindable": 1 << 17, "private": 1 << 18, "slave": 1 << 19, "shared": 1 << 20,
@@ -36,9 +36,9 @@ NAMED_BY_A_TAG = ("9p", "virtiofs", "tmpfs", "hugetlbfs", "overlay")
 
 
 def open_point(path: str, mode: int, *, directory: bool = True) -> int:
-    """Open a mount point with O_PATH, made with the directories around it where it is missing.
+    """Open a mount point with O_PATH, creating it and its parents if missing.
 
-    Raises OSError; ELOOP where there is a symbolic link on the way.
+    Raises OSError; ELOOP if a component is a symbolic link.
     """
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if not path.startswith("/") or not parts or ".." in parts:
@@ -66,7 +66,7 @@ def open_point(path: str, mode: int, *, directory: bool = True) -> int:
 
 
 def make_directory(path: str, mode: int = 0o755) -> None:
-    """Make a directory with those around it.  Raises SystemCallFailed."""
+    """Create a directory and its parents.  Raises SystemCallFailed."""
     try:
         os.close(open_point(path, mode))
     except OSError as error:
@@ -107,7 +107,7 @@ def mount(storage: Storage) -> None:
 
 
 def _set_attributes(target: str, flags: int, propagation: list[int]) -> None:
-    """Set what takes a call of its own: attributes of a bind mount, and propagation (mount(2), "Notes")."""
+    """Set what needs a separate call: attributes of a bind mount, and propagation (mount(2), "Notes")."""
     attributes = flags & (FLAGS["ro"] | FLAGS["nosuid"] | FLAGS["nodev"] | FLAGS["noexec"])
     if not (propagation or (flags & FLAGS["bind"] and attributes)):
         return
@@ -123,7 +123,7 @@ def _set_attributes(target: str, flags: int, propagation: list[int]) -> None:
 
 
 def remount(target: str, options: Sequence[str]) -> None:
-    """Change the options of what is mounted on a path (MS_REMOUNT).  Raises SystemCallFailed."""
+    """Change the options of the mount at a path (MS_REMOUNT).  Raises SystemCallFailed."""
     flags, _, data = parse_options(options)
     try:
         mounted = open_point(target, 0o755)
@@ -137,7 +137,7 @@ def remount(target: str, options: Sequence[str]) -> None:
 
 
 def unmount(path: str) -> None:
-    """Detach what is mounted on a path.  Raises OSError."""
+    """Detach the mount at a path.  Raises OSError."""
     mounted = open_point(path, 0o755, directory=stat.S_ISDIR(os.lstat(path).st_mode))
     try:
         syscalls.umount2(f"/proc/self/fd/{mounted}", syscalls.MNT_DETACH)
@@ -159,10 +159,10 @@ def parse_options(options: Sequence[str]) -> tuple[int, list[int], str]:
 
 
 def option(options: Sequence[str], name: str) -> str:
-    """Return the value of the option NAME=VALUE, empty where there is none."""
+    """Return the value of the option NAME=VALUE, empty if missing."""
     return next((one.partition("=")[2] for one in options if one.partition("=")[0] == name), "")
 
 
 def reason(error: OSError) -> str:
-    """Say why a system call failed, as in the middle of a sentence."""
+    """Describe why a system call failed, for use within a sentence."""
     return os.strerror(error.errno or 0).lower()

@@ -1,7 +1,7 @@
-"""Roots of several layers: overlayfs of directories that are there, and of disks that are mounted for it (erofs).
+"""Roots of several layers: overlayfs over existing directories, and over disks mounted for it (erofs).
 
-Source: Documentation/filesystems/overlayfs.rst.  Options that begin with ``io.katacontainers.`` or ``X-kata.`` are the
-host's words to the agent, and none of the file system's.
+Source: Documentation/filesystems/overlayfs.rst.  Options that begin with ``io.katacontainers.`` or ``X-kata.`` are from
+the host to the agent, not for the file system.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Find = Callable[[Storage], Awaitable[str]]
     Mount = Callable[[Storage], Awaitable[None]]
 
-#: Where a container's own directories are: of writable layers, and of layers that are mounted for it.
+#: Where a container's own directories are: writable layers, and layers mounted for it.
 BUNDLES = "/run/kata-containers"
 
 CREATE_DIRECTORY = "io.katacontainers.volume.overlayfs.create_directory"
@@ -34,7 +34,7 @@ VERITY = "X-kata.dmverity"
 
 
 def prepared(storage: Storage, container_id: str) -> Storage:
-    """Make the directories that an overlay needs; returns what is to be mounted.
+    """Create the directories that an overlay needs; returns the storage to mount.
 
     Raises InvalidArgument or SystemCallFailed.
     """
@@ -70,9 +70,9 @@ class Layers:
     async def mount(
         self, node: Callable[[Storage], Awaitable[str]], mount: Callable[[Storage], Awaitable[None]]
     ) -> None:
-        """Mount the layers, and the overlay of them on the mount point.
+        """Mount the layers, and their overlay on the mount point.
 
-        ``node`` finds the device of a layer, and ``mount`` mounts one and has it unmounted with the others.
+        ``node`` finds the device of a layer, and ``mount`` mounts one and registers it for unmounting.
         """
         assert self.upper is not None
         upper, lower = f"{self._base}/upper", [f"{self._base}/lower-{number}" for number in range(len(self.lower))]

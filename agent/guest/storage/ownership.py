@@ -1,6 +1,6 @@
 """The group that a pod's volumes belong to (fsGroup of Kubernetes' PodSecurityContext).
 
-What is in a volume may be anybody's work: no symbolic link is followed, and each file is changed by its descriptor.
+A volume's contents are untrusted: no symbolic link is followed, and each file is changed through its descriptor.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 READ_WRITE, READ_ONLY = 0o660, 0o440
 OF_DIRECTORIES = 0o110 | stat.S_ISGID
 
-#: Directories within each other; a path of more cannot be used anyway (PATH_MAX).
+#: Maximum nesting of directories; a deeper path cannot be used anyway (PATH_MAX).
 MAX_DEPTH = 400
 
 
 def give_to_group(path: str, group: FsGroup, *, read_only: bool) -> None:
     """Give a mounted file system to a group, which may then read and, unless it is read-only, write all of it.
 
-    With the policy OnRootMismatch nothing is done when its root is as it should be.  Raises SystemCallFailed.
+    With the policy OnRootMismatch, nothing is done if its root is already correct.  Raises SystemCallFailed.
     """
     mode = READ_ONLY if read_only else READ_WRITE
     try:

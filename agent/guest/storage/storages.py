@@ -1,6 +1,6 @@
-"""What is mounted for the host, counted by mount point: several containers of a pod may use one.
+"""Storages mounted for the host, reference-counted by mount point: several containers of a pod may use one.
 
-Mounting can take as long as the host takes to answer: it happens in threads.
+Mounting can take as long as the host takes to respond, so it happens in threads.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from caisson.agent.guest.blockdevices import BlockDevices
     from caisson.agent.guest.storage.watchable import Watched
 
-#: Drivers, with the modules of the kernel that they are about.
+#: Drivers, with the kernel modules that they need.
 MODULES: dict[str, tuple[str, ...]] = {
     "9p": ("9pnet_virtio", "9p"),
     "virtio-fs": ("virtiofs",),
@@ -46,10 +46,10 @@ MODULES: dict[str, tuple[str, ...]] = {
 }
 DRIVERS = tuple(MODULES)
 
-#: Drivers of what lives until the sandbox ends: a container that is restarted finds its files again.
+#: Drivers of storages that live until the sandbox ends: a restarted container finds its files again.
 LASTING = ("ephemeral", "local")
 
-#: The tag of the directory that a Kata host shares; an image, or a hypervisor's service, may have mounted it already.
+#: The tag of a Kata host's share; an image, or a hypervisor's service, may already have mounted it.
 SHARED_DIRECTORY = "kataShared"
 
 #: Drivers whose source is the tag of a share, and the errors for a tag that does not exist (yet).
@@ -57,12 +57,12 @@ SHARES = ("9p", "virtio-fs")
 UNKNOWN_TAG = (errno.EINVAL, errno.ENOENT)
 POLL_INTERVAL = 0.02
 
-#: A driver option that asks for what needs a key service in the guest.
+#: A driver option that would need a key service in the guest.
 ENCRYPTION = "encryption_key"
 
 
 class FsGroup(Record):
-    """The group that a storage's files are to belong to; ``only_on_mismatch`` of the root."""
+    """The group that a storage's files must belong to; ``only_on_mismatch``: only if the root's differs."""
 
     gid: int
     only_on_mismatch: bool = False
@@ -85,7 +85,7 @@ class Storage(Record):
 
 
 class _Point:
-    """One mount point: how many use it, and what is to be undone when nobody does."""
+    """One mount point: its reference count, and the actions to undo it when that drops to zero."""
 
     def __init__(self) -> None:
         self.lock = asyncio.Lock()
@@ -97,10 +97,10 @@ class _Point:
 
 
 class Storages:
-    """All mount points of a sandbox, and who uses them."""
+    """All mount points of a sandbox, and their users."""
 
     def __init__(self, devices: BlockDevices, log: Log, hotplug_timeout: float = 0.0) -> None:
-        """A share that is being plugged in is awaited for ``hotplug_timeout`` seconds."""
+        """A share being plugged in is awaited for ``hotplug_timeout`` seconds."""
         self._devices = devices
         self._hotplug_timeout = hotplug_timeout
         self._log = log
@@ -109,8 +109,8 @@ class Storages:
     async def mount(self, storages: Sequence[Storage], container_id: str = "") -> list[str]:
         """Mount all of them, in this order; returns the mount points that `unmount` is to release.
 
-        One that is in use already is counted, not mounted again.  Raises InvalidArgument, MissingArgument,
-        SystemCallFailed, Unsupported or Timeout; nothing of them is left then, but what lasts.
+        One already in use is counted, not mounted again.  Raises InvalidArgument, MissingArgument,
+        SystemCallFailed, Unsupported or Timeout; all but permanent ones are then undone.
         """
         for storage in storages:
             self._check(storage)
@@ -137,7 +137,7 @@ class Storages:
             point = self._points.setdefault(first.mount_point, _Point())
             async with point.lock:
                 if self._points.get(first.mount_point) is not point:
-                    continue  # its last user has removed it meanwhile
+                    continue  # its last user removed it meanwhile
                 if not point.users:
                     try:
                         await self._make(group, point, container_id)
@@ -204,7 +204,7 @@ class Storages:
         await layers.mount(node, lambda layer: self._mount(point, layer))
 
     async def _mount(self, point: _Point, storage: Storage) -> None:
-        """Mount in a thread, which cannot be broken off: a caller that has gone would leave a mount otherwise."""
+        """Mount in a thread, to completion: a cancelled caller would otherwise leave a mount behind."""
         work = asyncio.ensure_future(asyncio.to_thread(mounts.mount, storage))
         try:
             await asyncio.shield(work)
@@ -216,7 +216,7 @@ class Storages:
     async def _mount_share(self, point: _Point, storage: Storage) -> None:
         """Mount a share of the host.  Before Linux 6.9 there is no event for a new tag.
 
-        Raises SystemCallFailed, or DeviceTimeout where no such tag appears.
+        Raises SystemCallFailed, or DeviceTimeout if the tag does not appear.
         """
         deadline = time.monotonic() + self._hotplug_timeout
         while True:
@@ -231,7 +231,7 @@ class Storages:
             await asyncio.sleep(POLL_INTERVAL)
 
     async def _source(self, storage: Storage) -> str:
-        """Return the device, or whatever else is mounted.  Raises InvalidArgument or Timeout."""
+        """Return the device, or other source to mount.  Raises InvalidArgument or Timeout."""
         if storage.driver == "mmioblk":
             return await self._devices.appearing(storage.source)
         if storage.driver == "nvdimm":
@@ -248,9 +248,9 @@ class Storages:
         return await self._devices.pci(storage.source)
 
     async def unmount(self, mount_points: Sequence[str]) -> None:
-        """Give mount points back, the last one first; what nobody uses any more is unmounted.
+        """Release mount points, the last one first; those no longer used are unmounted.
 
-        A failure is logged, and the others are unmounted all the same.
+        A failure is logged, and the others are still unmounted.
         """
         for path in reversed(mount_points):
             point = self._points.get(path)
@@ -263,7 +263,7 @@ class Storages:
                     self._points.pop(path, None)
 
     async def resize(self, storages: Sequence[Storage]) -> None:
-        """Give tmpfs mounts new options.  Raises InvalidArgument or SystemCallFailed."""
+        """Change the options of tmpfs mounts.  Raises InvalidArgument or SystemCallFailed."""
         from caisson.agent.guest.storage.ephemeral import resize
 
         for storage in storages:
@@ -272,7 +272,7 @@ class Storages:
             await asyncio.to_thread(resize, storage)
 
     async def release(self) -> None:
-        """Unmount what lasts, at the end of the sandbox."""
+        """Unmount permanent storages, at the end of the sandbox."""
         await self.unmount([path for path, point in self._points.items() if point.lasting])
 
     async def _undo(self, point: _Point) -> None:
@@ -283,16 +283,16 @@ class Storages:
                 await asyncio.to_thread(mounts.unmount, path)
             except OSError as error:
                 self._log("error", "a storage could not be unmounted", mount_point=path, error=str(error))
-                return  # its directory is not ours to remove then
+                return  # then its directory is not ours to remove
         if point.directories:
-            import shutil  # here: it imports much, and a sandbox ends once
+            import shutil  # late: it imports much, and a sandbox ends once
 
             for path in point.directories:
                 await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
 
 
 def _grouped(storages: Sequence[Storage]) -> list[list[Storage]]:
-    """Put the layers of one root together, in the place of the first of them; everything else is by itself."""
+    """Group the layers of one root, at the position of the first of them; all others stay separate."""
     groups: list[list[Storage]] = []
     layers: list[Storage] = []
     for storage in storages:

@@ -1,8 +1,8 @@
-"""Small directories of the host whose changes containers are to see: config maps and secrets.
+"""Small host directories whose changes containers must see: config maps and secrets.
 
-A virtiofs says nothing of changes that the host makes (inotify(7) is for one's own), so a directory is read again and
-again, and copied.  What is too large to be copied is bound instead: it is current, and nobody is told when it changes.
-Kubernetes changes such a directory by a rename of the link ``..data``; links are changed last here, too.
+virtiofs does not report changes made by the host (inotify(7) only sees the guest's own), so a directory is polled and
+copied.  One too large to copy is bind-mounted instead: it is current, but changes are not reported. Kubernetes changes
+such a directory by a rename of the link ``..data``; links are changed last here, too.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
 
     from caisson.agent.base.log import Log
 
-#: Seconds between two looks.
+#: Polling interval in seconds.
 POLL_INTERVAL = 2.0
 
-#: What is copied: so many files, and so many bytes in all.  Kubernetes allows a config map 1 MiB.
+#: Maximum files, and total bytes, to copy.  Kubernetes allows a config map 1 MiB.
 MAX_FILES = 16
 MAX_BYTES = 1 << 20
 
-#: What tells whether a file has changed.
+#: The attributes that show whether a file has changed.
 Stamp = tuple[int, int, int, int, int]
 
 
 class TreeTooLarge(Exception):
-    """More than is copied."""
+    """The directory is too large to copy."""
 
 
 class Watched:
-    """A directory or file that is kept like another one."""
+    """A directory or file kept in sync with another one."""
 
     def __init__(self, source: str, target: str, log: Log, interval: float = POLL_INTERVAL) -> None:
         self._source = source
@@ -49,17 +49,17 @@ class Watched:
         self._seen: dict[str, Stamp] = {}
         self._task: asyncio.Task[None] | None = None
         self._bound = False
-        self._lock = threading.Lock()  # a thread that copies is not stopped by a cancelled task
+        self._lock = threading.Lock()  # cancelling the task does not stop a copying thread
         self._stopped = False
 
     async def start(self) -> None:
-        """Copy it, and go on doing so.  Raises SystemCallFailed."""
+        """Copy it, and keep it in sync.  Raises SystemCallFailed."""
         await asyncio.to_thread(self._begin)
         if not self._bound:
             self._task = asyncio.get_running_loop().create_task(self._watch())
 
     async def stop(self) -> None:
-        """Stop, and take the copy away."""
+        """Stop, and remove the copy."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
@@ -78,7 +78,7 @@ class Watched:
             await asyncio.sleep(self._interval)
             try:
                 await asyncio.to_thread(self._update_or_bind)
-            except (OSError, SystemCallFailed) as error:  # most likely in the middle of a change: the next look tells
+            except (OSError, SystemCallFailed) as error:  # probably in the middle of a change: the next poll will tell
                 self._log("debug", "a watched directory could not be copied", source=self._source, error=str(error))
 
     def _update_or_bind(self) -> None:
@@ -88,7 +88,7 @@ class Watched:
             self._bind()
 
     def _update(self) -> None:
-        """Copy what has changed, and remove what has gone.  Raises TreeTooLarge, or OSError."""
+        """Copy changed files, and remove deleted ones.  Raises TreeTooLarge, or OSError."""
         with self._lock:
             found = dict(_files(self._source))
             if found != self._seen and not self._stopped:
@@ -135,7 +135,7 @@ class Watched:
 
 
 def _files(source: str) -> Iterator[tuple[str, Stamp]]:
-    """Yield what is below a path, directories before what is in them.  Raises TreeTooLarge, or OSError."""
+    """Yield everything below a path, directories before their contents.  Raises TreeTooLarge, or OSError."""
     count = size = 0
     waiting = [""]
     while waiting:
@@ -157,7 +157,7 @@ def _files(source: str) -> Iterator[tuple[str, Stamp]]:
 
 
 def _copy(source: str, root: int, name: str, mode: int) -> None:
-    """Make a copy in place of what is there.  Raises OSError."""
+    """Copy a file, replacing any existing one.  Raises OSError."""
     parent, _, last = name.rpartition("/")
     at = syscalls.openat2(root, parent or ".", os.O_PATH | os.O_DIRECTORY, resolve=_BENEATH)
     try:
@@ -180,7 +180,7 @@ def _copy(source: str, root: int, name: str, mode: int) -> None:
                 os.fchown(copy.fileno(), status.st_uid, status.st_gid)
                 os.fchmod(copy.fileno(), stat.S_IMODE(mode))
         else:
-            return  # a socket, or the like: nothing that a config map holds
+            return  # a socket, or the like: not found in a config map
         os.rename(passing, last, src_dir_fd=at, dst_dir_fd=at)
     finally:
         os.close(at)
@@ -191,7 +191,7 @@ def _delete(root: int, name: str) -> None:
     try:
         at = syscalls.openat2(root, parent or ".", os.O_PATH | os.O_DIRECTORY, resolve=_BENEATH)
     except OSError:
-        return  # it has gone with its directory
+        return  # removed with its directory
     try:
         os.unlink(last, dir_fd=at)
     except IsADirectoryError:

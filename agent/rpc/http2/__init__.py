@@ -1,1 +1,3 @@
-"""HTTP/2 (RFC 9113) for a server, on asyncio: as much of it as gRPC needs, and whatever else a peer may send."""
+"""HTTP/2 (RFC 9113) for a server, on asyncio: what gRPC needs, and safe handling of everything else that a peer may
+send.
+"""

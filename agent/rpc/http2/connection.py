@@ -1,8 +1,7 @@
 """A server's HTTP/2 connection: frames, streams, flow control.  Source: RFC 9113.
 
-A request is handed over when all of it has come, and its response is sent whole: that is all that gRPC's unary calls
-need.  Input is not trusted: every length, window and order is checked, and what a peer can make this side keep is
-bounded.
+A request is passed on when it is complete, and its response is sent as a whole: gRPC's unary calls need no more.  Input
+is not trusted: every length, window and order is checked, and the memory that a peer can use is bounded.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ if TYPE_CHECKING:
 
     from caisson.agent.base.log import Log
 
-#: Bytes that may be on their way to us: on one stream, and on all together.
+#: Receive windows in bytes: of one stream, and of the connection.
 WINDOW = 1 << 24
 
-#: The largest frame that is taken: two for a request with a MiB of input.
+#: The largest accepted frame: a request with 1 MiB of input takes two.
 MAX_FRAME_SIZE = 1 << 20
 
 #: Bytes of a field section, encoded and as they count (section 6.5.2).
 MAX_HEADER_LIST_SIZE = 1 << 16
 
-#: CONTINUATION frames of a field block, and DATA frames of a request that carry nothing: each costs time all the same.
+#: Maximum CONTINUATION frames of a field block, and empty DATA frames of a request: each costs time.
 MAX_CONTINUATIONS = 64
 MAX_EMPTY_FRAMES = 64
 
@@ -39,7 +38,7 @@ MAX_SETTINGS = 64
 
 
 class _FieldBlock:
-    """A field block whose END_HEADERS has not come yet (section 4.3)."""
+    """A field block whose END_HEADERS has not arrived yet (section 4.3)."""
 
     def __init__(self, stream_id: int, ends_stream: bool) -> None:
         self.stream_id = stream_id
@@ -51,8 +50,8 @@ class _FieldBlock:
 class Http2Connection(Connection):
     """Serves one peer.
 
-    ``serve`` answers a request; it is cancelled when the peer resets the stream or has gone.  ``max_body``: bytes of a
-    request's body; of a longer one no more are kept, and it is served at once.
+    ``serve`` answers a request; it is cancelled if the peer resets the stream or disconnects.  ``max_body``: maximum
+    bytes of a request's body; a longer one is truncated and served at once.
     """
 
     def __init__(
@@ -74,13 +73,13 @@ class Http2Connection(Connection):
         self._block: _FieldBlock | None = None
         self._streams: dict[int, Stream] = {}
         self._flow = FlowControl(self.write, self._release, self._finish_stream)
-        self._reset_ids: dict[int, None] = {}  # streams that were reset from here a short while ago, oldest first
+        self._reset_ids: dict[int, None] = {}  # streams recently reset from here, oldest first
         self._last_stream_id = 0
         self._incoming_window = WINDOW
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        # Sent after the client's preface has come: a peer of another protocol must not get it.
+        # Sent after the client's preface: a peer of another protocol must not get it.
         self.write(
             frames.settings(
                 {
@@ -167,8 +166,8 @@ class Http2Connection(Connection):
             receiver(self, flags, stream_id, payload)
 
     def _receive_data(self, flags: int, stream_id: int, payload: bytearray) -> None:
-        # The window is given back at once: what is kept is bounded by max_body and MAX_HELD, whose excess closes a
-        # stream.  A window held back could let requests that are half here starve each other for ever.
+        # Replenish the window at once: memory is bounded by max_body and MAX_HELD, and exceeding those closes a
+        # stream.  Withholding the window could let incomplete requests starve each other forever.
         self._incoming_window -= len(payload)
         if self._incoming_window < WINDOW // 2:
             self.write(frames.number(frames.WINDOW_UPDATE, 0, WINDOW - self._incoming_window))
@@ -177,14 +176,14 @@ class Http2Connection(Connection):
         stream = self._streams.get(stream_id)
         if stream is None or stream.ended:
             if stream_id in self._reset_ids:
-                return  # it was on its way (section 5.1, closed)
+                return  # it was in flight (section 5.1, closed)
             raise StreamError(stream_id, Code.STREAM_CLOSED)
         payload = unpadded(flags, payload)
         if not payload and not flags & frames.END_STREAM:
             stream.empty_frames += 1
             if stream.empty_frames > MAX_EMPTY_FRAMES:
                 raise StreamError(stream_id, Code.ENHANCE_YOUR_CALM)
-        if not stream.answering:  # else it is too long, and being answered for that
+        if not stream.answering:  # otherwise it is too long, and an error is being sent
             self._hold(stream, len(payload))
             if stream.request.body:
                 stream.request.body += payload
@@ -218,9 +217,9 @@ class Http2Connection(Connection):
             self._receive_fields(block)
 
     def _receive_fields(self, block: _FieldBlock) -> None:
-        """Handle a whole field block: a request's header, or its trailers."""
+        """Handle a complete field block: a request's header, or its trailers."""
         try:
-            fields = self._decoder.decode(bytes(block.data))  # also of what is refused: the table has to keep up
+            fields = self._decoder.decode(bytes(block.data))  # even if rejected: the table must stay in sync
         except HpackError as error:
             raise ProtocolError(Code.COMPRESSION_ERROR, str(error)) from None
         stream_id = block.stream_id
@@ -290,7 +289,7 @@ class Http2Connection(Connection):
             return
         self._check_not_idle(stream_id)
         stream = self._streams.get(stream_id)
-        if stream is not None:  # else it was closed a moment ago
+        if stream is not None:  # otherwise it was just closed
             self._flow.grow_stream_window(stream, increment)
 
     def _check_not_idle(self, stream_id: int) -> None:
@@ -320,13 +319,13 @@ class Http2Connection(Connection):
         if self._streams.get(stream.id) is not stream:
             return
         size = sum(map(len, response.body))
-        self.held += size - stream.held  # of its request nothing is kept
+        self.held += size - stream.held  # free its request
         stream.held = size
         self._flow.start(stream, response)
         self.flush()
 
     def _hold(self, stream: Stream, size: int) -> None:
-        """Count bytes that a stream makes us keep.  Raises StreamError beyond MAX_HELD."""
+        """Count bytes held for a stream.  Raises StreamError beyond MAX_HELD."""
         stream.held += size
         self.held += size
         if self.held > MAX_HELD:
@@ -340,7 +339,7 @@ class Http2Connection(Connection):
         """Forget a stream whose response is sent."""
         self._release(stream, stream.held)
         del self._streams[stream.id]
-        if not stream.ended:  # the rest of the request is not wanted (section 8.1)
+        if not stream.ended:  # the rest of the request is not needed (section 8.1)
             self._reset_stream(stream.id, Code.NO_ERROR)
 
     def _close_stream(self, stream_id: int) -> None:

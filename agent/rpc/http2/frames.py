@@ -23,7 +23,7 @@ _SETTING = struct.Struct(">HL")
 #: The initial values of a window and of the largest frame (section 6.5.2).
 DEFAULT_WINDOW, DEFAULT_FRAME_SIZE = (1 << 16) - 1, 1 << 14
 
-#: The most that a window, and that a frame's size can be set to.
+#: The maximum settings of a window and of the frame size.
 LARGEST_WINDOW, LARGEST_FRAME_SIZE = (1 << 31) - 1, (1 << 24) - 1
 
 
@@ -43,7 +43,7 @@ class Code(IntEnum):
 
 
 def header(size: int, kind: int, flags: int = 0, stream_id: int = 0) -> bytes:
-    """Encode the header of a frame with a payload of so many bytes."""
+    """Encode the header of a frame with a payload of the given size."""
     return _HEADER.pack(size >> 16, size & 0xFFFF, kind, flags, stream_id)
 
 

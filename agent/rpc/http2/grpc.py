@@ -1,6 +1,6 @@
 """gRPC's unary calls as HTTP/2 requests: a codec over the dispatch.  Source: grpc/grpc, doc/PROTOCOL-HTTP2.md.
 
-Our own and not grpcio: its wheels cannot use vsock, so every byte would be relayed through a Unix socket, and under
+Our own instead of grpcio, whose wheels cannot use vsock: every byte would be relayed through a Unix socket, and under
 emulation a call takes three times as long.
 """
 
@@ -43,7 +43,7 @@ async def serve(dispatch: Dispatch, request: HttpRequest) -> HttpResponse:
         return _failure(StatusCode.INTERNAL, "grpc-timeout: not a valid timeout")
     path = headers[b":path"].decode("latin-1")
     payload = bytes(memoryview(request.body)[PREFIX_SIZE:])
-    request.body = bytearray()  # not kept for as long as the call takes
+    request.body = bytearray()  # free it during the call
     code, result = await dispatch.call(path, payload, timeout)
     if not isinstance(result, list):
         return _failure(code, result.text)
@@ -52,7 +52,7 @@ async def serve(dispatch: Dispatch, request: HttpRequest) -> HttpResponse:
 
 
 def _problem(body: bytearray) -> tuple[StatusCode, str] | None:
-    """Return what is wrong with a body that is to be one message."""
+    """Return what is wrong with a body that must be one message."""
     length = int.from_bytes(body[1:PREFIX_SIZE], "big")
     if length > MAX_MESSAGE:
         text = f"received message larger than max ({length} vs. {MAX_MESSAGE})"
@@ -75,6 +75,6 @@ def _timeout(value: bytes | None) -> float | None:
 
 
 def _failure(code: StatusCode, text: str) -> HttpResponse:
-    """Make a response of trailers alone, the text percent-encoded as the protocol wants it."""
+    """Build a trailers-only response, with the text percent-encoded as the protocol requires."""
     message = "".join(chr(byte) if 0x20 <= byte <= 0x7E and byte != 0x25 else f"%{byte:02X}" for byte in text.encode())
     return HttpResponse(hpack.encode(*_HEADERS, (b"grpc-status", b"%d" % code), (b"grpc-message", message.encode())))

@@ -1,6 +1,6 @@
 """HPACK, the compression of HTTP/2's header fields.  Source: RFC 7541.
 
-The encoder uses neither a dynamic table nor the Huffman code: it needs no state, and blocks can be encoded once.
+The encoder uses neither a dynamic table nor Huffman coding: it is stateless, and blocks can be encoded once.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from functools import cache
 #: Bytes of the dynamic table that a peer may fill: the initial value of SETTINGS_HEADER_TABLE_SIZE.
 MAX_TABLE_SIZE = 4096
 
-#: Bytes that an entry counts beside its name and value (section 4.1).
+#: Bytes that an entry counts in addition to its name and value (section 4.1).
 ENTRY_OVERHEAD = 32
 
 #: Appendix A: name, or name=value.
@@ -36,7 +36,7 @@ END_OF_STRING = 256
 
 
 class HpackError(Exception):
-    """A field block that cannot be decoded: the tables of the two sides differ from then on (section 2.2)."""
+    """A field block that cannot be decoded: the two sides' tables are out of sync from then on (section 2.2)."""
 
 
 class Decoder:
@@ -99,7 +99,7 @@ class Decoder:
 
 
 def encode(*fields: tuple[bytes, bytes]) -> bytes:
-    """Encode a field block: an index where the static table has the field, else a literal without indexing."""
+    """Encode a field block: an index if the static table has the field, otherwise a literal without indexing."""
     block = bytearray()
     for name, value in fields:
         if (name, value) in STATIC:
@@ -133,7 +133,7 @@ def _integer(block: bytes, at: int, bits: int) -> tuple[int, int]:
     at += 1
     if number < most:
         return number, at
-    for shift in range(0, 28, 7):  # no length or index that makes sense has more bits
+    for shift in range(0, 28, 7):  # no sensible length or index has more bits
         if at >= len(block):
             break
         byte = block[at]
@@ -156,9 +156,9 @@ def _string(block: bytes, at: int) -> tuple[bytes, int]:
     return (_huffman_decode(data) if huffman else data), at + length
 
 
-@cache  # made when first needed: every millisecond counts at the agent's start
+@cache  # built on first use: every millisecond counts during the agent's start
 def _codes() -> dict[int, int]:
-    """Make the Huffman code (appendix B): code, with a bit set before it that keeps its zeros → symbol."""
+    """Build the Huffman code (appendix B): code, with a bit set before it that keeps its zeros → symbol."""
     codes: dict[int, int] = {}
     code = before = 0
     for length, symbol in sorted((int(digit, 36), symbol) for symbol, digit in enumerate(LENGTHS)):

@@ -14,7 +14,7 @@ _PSEUDO = (b":method", b":scheme", b":path", b":authority")
 
 
 class HttpRequest:
-    """A request.  ``body`` is truncated where it is longer than the server takes."""
+    """A request.  ``body`` is truncated if it exceeds the server's limit."""
 
     def __init__(self, headers: dict[bytes, bytes]) -> None:
         self.headers = headers

@@ -1,4 +1,4 @@
-"""Streams, and the sending of responses as flow control allows.  Source: RFC 9113, sections 5.2 and 6.9."""
+"""Streams, and sending responses within flow control.  Source: RFC 9113, sections 5.2 and 6.9."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 class Stream:
-    """A request, and what of its response waits for flow control."""
+    """A request, and the part of its response that waits for flow control."""
 
     def __init__(self, stream_id: int, request: HttpRequest, window: int) -> None:
         self.id = stream_id
         self.request = request
-        self.window = window  # bytes that the peer takes
+        self.window = window  # the peer's window in bytes
         self.ended = False  # END_STREAM was received
         self.answering = False
         self.empty_frames = 0
@@ -33,7 +33,7 @@ class FlowControl:
     """Send responses within the peer's windows and frame size.
 
     ``write`` queues output; ``sent`` is called with a stream and the number of bytes of its response that were sent,
-    ``finished`` with one whose response is sent whole.
+    ``finished`` with a stream whose response is complete.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class FlowControl:
         self.initial_window = frames.DEFAULT_WINDOW  # of a new stream
 
     def start(self, stream: Stream, response: HttpResponse) -> None:
-        """Send a response, or what the windows allow of it."""
+        """Send a response, as far as the windows allow."""
         only = not response.body and not response.trailers
         flags = frames.END_HEADERS | (frames.END_STREAM if only else 0)
         self._write(frames.header(len(response.header), frames.HEADERS, flags, stream.id), response.header)
@@ -82,7 +82,7 @@ class FlowControl:
         self._finished(stream)
 
     def resume_blocked(self) -> None:
-        """Send more of the responses that wait; each gets a frame's turn while the connection's window is small."""
+        """Send more of the waiting responses, one frame each in turn while the connection's window is small."""
         for stream in list(self.blocked.values()):
             if self._window <= 0:
                 return
@@ -126,7 +126,7 @@ class FlowControl:
 
 
 def _take(pieces: deque[memoryview], room: int) -> tuple[list[Buffer], int]:
-    """Take up to so many bytes from the front, uncopied."""
+    """Take up to the given number of bytes from the front, without copying."""
     parts: list[Buffer] = []
     size = 0
     while pieces and size < room:

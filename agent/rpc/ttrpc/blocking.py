@@ -1,11 +1,12 @@
-"""A ttrpc client for threads: calls of any number of them at once over one connection, without an event loop.
+"""A ttrpc client for threads: concurrent calls over one connection, without an event loop.
 
-It is there for commands that end before asyncio would be imported.  What holds for a hostile server is as in client.py.
+For commands that finish before asyncio would be imported.  Hostile servers are handled as in client.py.
 """
 
 from __future__ import annotations
 
-# C modules alone: socket, threading and queue would take as long to import as all else that a short command needs.
+# Only C modules: socket, threading and queue would take as long to import as everything else that a short command
+# needs.
 from _queue import Empty, SimpleQueue
 from _socket import AF_UNIX, SHUT_RDWR, socket
 from _thread import allocate_lock, start_new_thread
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Self
 
-    #: Takes the response of a call, None when the connection has ended before it came.
+    #: Receives the response of a call; None if the connection closed before it.
     Deliver = Callable[[frames.Frame | None], None]
 
 #: Bytes received at once.
@@ -28,7 +29,7 @@ RECEIVE = 256 << 10
 
 
 class BlockingClient:
-    """A connection to a ttrpc server; its responses are received by a thread of its own."""
+    """A connection to a ttrpc server; its own thread receives responses."""
 
     def __init__(self, connected: socket) -> None:
         """Speak over a connected stream socket, which it then owns."""
@@ -51,7 +52,7 @@ class BlockingClient:
             raise
 
     def close(self) -> None:
-        """Close the connection; calls under way raise ConnectionClosed."""
+        """Close the connection; calls in progress raise ConnectionClosed."""
         self._shut_down()
 
     def call(self, service: str, method: str, payload: bytes, timeout: float | None = None) -> bytes:
@@ -81,7 +82,7 @@ class BlockingClient:
                 self._socket.sendall(request)
             except OSError as error:
                 del self._waiting[stream_id]
-                self._shut_down()  # part of a request was sent: nothing can follow it
+                self._shut_down()  # a partial request was sent: nothing can follow it
                 raise ConnectionClosed from error
 
     def _receive(self) -> None:
@@ -111,7 +112,7 @@ class BlockingClient:
 
 
 def received(frame: frames.Frame | None) -> bytes:
-    """Return the payload of what was delivered.  Raises RpcError, ConnectionClosed."""
+    """Return the payload of a delivered response.  Raises RpcError, ConnectionClosed."""
     if frame is None:
         raise ConnectionClosed
     return payload_of(frame)

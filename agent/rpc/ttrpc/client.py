@@ -1,7 +1,7 @@
-"""A ttrpc client on asyncio: any number of calls at once over one connection.
+"""A ttrpc client on asyncio: any number of concurrent calls over one connection.
 
-The server may be hostile (a guest is): a frame of more than ttrpc's 4 MiB is not kept, and a response that nobody waits
-for is dropped.
+The server may be hostile (a guest is): a frame beyond ttrpc's 4 MiB is discarded, and an unexpected response is
+dropped.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Client(asyncio.Protocol):
         connected.setblocking(False)
         try:
             try:
-                connected.connect(os.fspath(path))  # done at once, unless the listener's queue is full
+                connected.connect(os.fspath(path))  # immediate, unless the listener's queue is full
             except BlockingIOError:
                 await asyncio.get_running_loop().sock_connect(connected, os.fspath(path))
             _, client = await asyncio.get_running_loop().create_unix_connection(cls, sock=connected)
@@ -63,11 +63,11 @@ class Client(asyncio.Protocol):
 
     @property
     def closed(self) -> bool:
-        """Whether no more calls can be made: the connection has ended, or is out of stream ids."""
+        """Whether no more calls can be made: the connection is closed, or out of stream ids."""
         return self._transport is None or self._transport.is_closing() or self._next_id > MAX_STREAM_ID
 
     async def close(self) -> None:
-        """Close the connection; calls under way raise ConnectionClosed."""
+        """Close the connection; calls in progress raise ConnectionClosed."""
         if self._transport is not None:
             self._transport.abort()
         await self._closed.wait()
@@ -77,7 +77,7 @@ class Client(asyncio.Protocol):
     ) -> bytes:
         """Call a method with an encoded request, and return the encoded response.
 
-        ``timeout`` in seconds holds at the server and here.  Raises RpcError, ConnectionClosed, and ValueError for a
+        ``timeout`` in seconds applies at the server and here.  Raises RpcError, ConnectionClosed, and ValueError for a
         request that is too long.
         """
         if timeout is None:
@@ -120,7 +120,7 @@ class Client(asyncio.Protocol):
         while (frame := self._reader.next()) is not None:
             pending = self._pending.get(frame.stream_id)
             if frame.kind != frames.RESPONSE or pending is None or pending.done():
-                continue  # of a call that was given up
+                continue  # its call was cancelled
             try:
                 pending.set_result(payload_of(frame))
             except RpcError as error:
@@ -134,7 +134,7 @@ class Client(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._transport = None
-        self._writable.set()  # whoever waits for it learns that it is closed
+        self._writable.set()  # its waiter will see that it is closed
         self._closed.set()
         for pending in self._pending.values():
             if not pending.done():
@@ -144,7 +144,7 @@ class Client(asyncio.Protocol):
 class Stub:
     """A service's methods as coroutines: ``await stub.Check(request, timeout=5)`` returns its response.
 
-    They raise what Client.call raises.
+    They raise the same as Client.call.
     """
 
     def __init__(self, client: Client, descriptor: Any) -> None:

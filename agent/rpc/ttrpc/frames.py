@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 _HEADER = struct.Struct(">LLBB")
 HEADER_SIZE = _HEADER.size
 
-#: Bytes of a frame's data: so the first byte of a connection is 0, whatever is sent.
+#: Maximum bytes of a frame's data: hence the first byte of a connection is always 0.
 MAX_DATA = 4 << 20
 
-#: Bytes of a frame's data that are received in their place: less is copied sooner than that is arranged.
+#: Bytes of frame data from which they are received in place: below, copying is cheaper.
 LONG = 1 << 17
 
 REQUEST, RESPONSE, DATA = 1, 2, 3
 
-#: Flags of streams that are more than one request and one response.
+#: Flags of streams with more than one request and one response.
 REMOTE_CLOSED, REMOTE_OPEN, NO_DATA = 0x1, 0x2, 0x4
 
-#: Before the name of a message's type, where a status has details (google/protobuf/any.proto).
+#: Prefix of a message type's name in the details of a status (google/protobuf/any.proto).
 TYPE_URL = "type.googleapis.com/"
 
 #: The field of a Response that holds the method's response, as its first byte on the wire.
@@ -39,9 +39,9 @@ _PAYLOAD = b"\x12"
 
 
 class Frame:
-    """A frame; ``data`` is None where it was longer than MAX_DATA, and thrown away.
+    """A frame; ``data`` is None if it exceeded MAX_DATA, and was discarded.
 
-    Of a frame of LONG bytes or more that came in parts they are a bytearray, which is the caller's.
+    For a frame of LONG bytes or more that arrived in parts, it is a bytearray owned by the caller.
     """
 
     __slots__ = ("data", "flags", "kind", "length", "stream_id")
@@ -55,12 +55,12 @@ class Frame:
 
 
 class FrameReader:
-    """Cut a byte stream into frames; holds no more than what was fed last and one frame."""
+    """Split a byte stream into frames; holds at most the latest input and one frame."""
 
     def __init__(self) -> None:
-        self._input: bytes | bytearray = b""  # bytes where all frames came whole, so that they are copied once
+        self._input: bytes | bytearray = b""  # bytes if all frames arrived complete, so that they are copied once
         self._at = 0  # what was returned
-        self._discard = 0  # bytes yet to come of a frame that is too long
+        self._discard = 0  # remaining bytes of an oversized frame
         self._long: Frame | None = None  # whose data are coming
         self._came = 0  # of these
 
@@ -86,9 +86,9 @@ class FrameReader:
         self._at = 0
 
     def room(self) -> memoryview | None:
-        """Return where the next bytes belong that a long frame lacks; None where nothing lacks any.
+        """Return the buffer for the next bytes of an incomplete long frame; None if there is none.
 
-        They can be received there in place of being fed; ``received`` says how many were.
+        They can be received there instead of being fed; report the number with ``received``.
         """
         if self._long is None or self._came == self._long.length:
             return None
@@ -96,11 +96,11 @@ class FrameReader:
         return memoryview(self._long.data)[self._came :]
 
     def received(self, count: int) -> None:
-        """Take note of bytes that were put into the ``room``."""
+        """Record bytes that were received into ``room``."""
         self._came += count
 
     def next(self) -> Frame | None:
-        """Return the next frame, None until more was fed."""
+        """Return the next frame; None until there is more input."""
         if self._long is not None:
             if self._came < self._long.length:
                 return None
@@ -142,7 +142,7 @@ def request(
     timeout: float | None = None,
     metadata: Iterable[tuple[str, str]] = (),
 ) -> bytes:
-    """Encode a request's frame; ``timeout`` in seconds.  Raises ValueError where it would exceed MAX_DATA."""
+    """Encode a request's frame; ``timeout`` in seconds.  Raises ValueError if it exceeds MAX_DATA."""
     nanoseconds = 0 if timeout is None else max(1, int(timeout * 1e9))
     pairs = [(5, wire.encode([(1, key), (2, value)])) for key, value in metadata]
     data = wire.encode([(1, service), (2, method), (3, payload), (4, nanoseconds), *pairs])
@@ -154,7 +154,7 @@ def request(
 def response(stream_id: int, pieces: Sequence[bytes]) -> list[bytes]:
     """Encode an OK response, given as the pieces of the method's response, without copying them.
 
-    One that would exceed MAX_DATA becomes an error, as no frame can hold it.
+    One that exceeds MAX_DATA becomes an error, as no frame can hold it.
     """
     size = sum(map(len, pieces))
     if not size:
@@ -175,5 +175,5 @@ def failure(stream_id: int, code: StatusCode, text: str, detail: tuple[str, byte
 
 
 def too_long(length: int) -> str:
-    """Return the error's text for a frame of so many bytes, as ttrpc's other servers write it."""
+    """Return the error text for a frame of this size, as other ttrpc servers write it."""
     return f"message length {length} exceed maximum message size of {MAX_DATA}"

@@ -1,6 +1,6 @@
-"""What comes of a ttrpc call: the encoded response of its method, or an error.  Neither asyncio nor protobuf is needed.
+"""The result of a ttrpc call: the encoded response of its method, or an error.  Needs neither asyncio nor protobuf.
 
-The server may be hostile (a guest is): texts are cut, and few details are kept.
+The server may be hostile (a guest is): texts are truncated, and only a few details are kept.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class RpcError(Exception):
 
 
 class ConnectionClosed(RpcError):
-    """The connection ended before the response came; whether the call was carried out is not known."""
+    """The connection closed before the response arrived; the call may or may not have been executed."""
 
     def __init__(self, text: str = "the connection is closed") -> None:
         super().__init__(StatusCode.UNAVAILABLE, text)
 
 
 def payload_of(frame: frames.Frame) -> bytes:
-    """Return a response's payload, or raise the RpcError that it is."""
+    """Return a response's payload, or raise its RpcError."""
     if frame.data is None:
         raise RpcError(StatusCode.RESOURCE_EXHAUSTED, frames.too_long(frame.length))
     payload = status = b""
@@ -60,7 +60,7 @@ def payload_of(frame: frames.Frame) -> bytes:
 
 
 def _raise_unless_ok(status: bytes) -> None:
-    """Raise the RpcError that a ttrpc.Status is.  Raises WireError for bytes that are none."""
+    """Raise the RpcError of a ttrpc.Status, unless it is OK.  Raises WireError if it is invalid."""
     code, text = 0, ""
     details: list[tuple[str, bytes]] = []
     for number, value in wire.decode(status):

@@ -1,7 +1,7 @@
 """A ttrpc server's connection, on asyncio.  Source: containerd/ttrpc, PROTOCOL.md.
 
-Requests of a connection are handled concurrently and answered in any order.  The protocol cannot refuse or slow down a
-peer, so what exceeds a limit gets an error response, and a peer that does not read its responses is not read from.
+Requests of a connection are handled concurrently and answered in any order.  The protocol has no flow control, so a
+request beyond a limit gets an error response, and a peer that does not read its responses is not read from.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ GATHER = 0.001
 
 
 class TtrpcConnection(Connection):
-    """Serves one peer from a dispatch."""
+    """Serve one peer from a dispatch."""
 
     EAGER = True
 
@@ -73,7 +73,7 @@ class TtrpcConnection(Connection):
         return True
 
     def leave(self) -> None:
-        self._leaving = True  # there is no frame to say so
+        self._leaving = True  # there is no frame to announce it
 
     def _handle(self, frame: frames.Frame) -> None:
         if frame.kind not in (frames.REQUEST, frames.DATA):
@@ -106,7 +106,7 @@ class TtrpcConnection(Connection):
 
     async def _serve(self, stream_id: int, path: str, payload: list[Buffer], timeout: float | None, size: int) -> None:
         try:
-            code, result = await self._dispatch.call(path, payload.pop(), timeout)  # not kept for as long as it takes
+            code, result = await self._dispatch.call(path, payload.pop(), timeout)  # free it during the call
         finally:
             self.held -= size
             self.end_call(stream_id)
@@ -118,7 +118,7 @@ class TtrpcConnection(Connection):
 
 
 class _Refused(Exception):
-    """A request that is answered with an error at once."""
+    """A request that is rejected immediately."""
 
     def __init__(self, code: StatusCode, text: str) -> None:
         super().__init__(code, text)
@@ -128,7 +128,7 @@ class _Refused(Exception):
 def _request(data: bytes | bytearray) -> tuple[str, Buffer, float | None]:
     """Return the path, the payload and the timeout in seconds of a ttrpc.Request.  Raises DecodeError.
 
-    The payload of a long one stays where it was received: protobuf would copy it twice.
+    A long payload stays in its receive buffer: protobuf would copy it twice.
     """
     if isinstance(data, bytearray) and (fields := wire.views(memoryview(data), 3)):
         service, method, payload = fields
