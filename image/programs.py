@@ -50,6 +50,7 @@ PACKAGES = {
     "/usr/aarch64-linux-gnu/lib/libc.a": "libc6-dev-arm64-cross",
     "aarch64-linux-gnu-strip": "binutils-aarch64-linux-gnu",
     "apt-config": "apt",
+    "apt-ftparchive": "apt-utils",
     "apt-get": "apt",
     "busybox": "busybox-static",
     "clang": "clang libclang-rt-dev",
