@@ -1,4 +1,4 @@
-"""What runs in a guest: containers, driven over gRPC (grpc.AgentService of Kata Containers 1.x).
+"""The agent: run containers in a guest, driven over gRPC (grpc.AgentService of Kata Containers 1.x) or ttrpc (3.x).
 
-Start-up is paid under emulation at 10-20 times its native price, so modules here import little, and late.
+Under emulation, startup costs 10-20 times as much as natively, so modules here import little, and late.
 """

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from caisson.agent.services import Services
 
 
-#: System calls that may block in threads at once before others queue.
+#: Threads for blocking system calls; further ones queue.
 MAX_BLOCKED_CALLS = 64
 
-#: Seconds that the rest of the start waits for the first Health answer to be sent.
+#: Seconds for which the rest of startup waits for the first Health response to be sent.
 FIRST_ANSWER_TIMEOUT = 1.0
 
 
@@ -59,7 +59,7 @@ def _run_as_init(timestamps: BootTimestamps) -> None:
     except BaseException as error:
         import traceback
 
-        expected = isinstance(error, (init.DutyFailed, SystemExit))  # the text says all
+        expected = isinstance(error, (init.DutyFailed, SystemExit))  # the text says everything
         for line in [str(error)] if expected else traceback.format_exception(error):
             init.print_line(line.rstrip().removeprefix(CONSOLE_PREFIX))
     init.power_off()
@@ -70,7 +70,7 @@ def _run(options: Options, log: Log, timestamps: BootTimestamps) -> None:
     from caisson.agent.rpc.listener import ListenError, listen
 
     try:
-        listener = listen(options.listen)  # first of all: a host that connects early waits in the queue
+        listener = listen(options.listen)  # before anything else: a host that connects early waits in the queue
     except ListenError as error:
         sys.exit(f"{CONSOLE_PREFIX}{error}")
     timestamps("listening")
@@ -106,7 +106,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log, timestamps
 
     timestamps("imports")
     loop = asyncio.get_running_loop()
-    # A mount that hangs holds a thread; the next container's mounts must not queue behind it.
+    # A hanging mount occupies a thread; the next container's mounts must not queue behind it.
     loop.set_default_executor(ThreadPoolExecutor(MAX_BLOCKED_CALLS, "blocking"))
     stop = asyncio.Event()
     reaper, signals = Reaper(), Signals(loop)
@@ -131,7 +131,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log, timestamps
     heap.raise_mmap_threshold()
     timestamps("server")
     tasks = [loop.create_task(accept(listener, server.accept, log))]
-    # Hosts that enabled further ports find them open with the first answer.
+    # Hosts that enabled further ports find them open by the first response.
     extras = options.log_listen or options.console_listen or options.console
     connected = _host_is_connected(listener)
     if not extras and connected:
@@ -141,7 +141,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log, timestamps
         signals.handle(number, stop.set)
     if extras:
         tasks += _extras(options, reaper, log)
-    if not connected and not options.timeline:  # as while a guest is made that is to be saved
+    if not connected and not options.timeline:  # as when a guest is booted to be saved
         services().import_for_containers()
         await server.rehearse(health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, "Check")
     print(f"{READY_LINE} {options.listen}", flush=True)
@@ -155,7 +155,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log, timestamps
 
 
 def _status_for_grpc(error: Exception) -> tuple[StatusCode, str] | None:
-    from caisson.agent.api.kata1.status import status_of  # here, as below: it imports the whole model
+    from caisson.agent.api.kata1.status import status_of  # late, as below: it imports the whole model
 
     return status_of(error)
 
@@ -173,7 +173,7 @@ def _detail(error: Exception) -> tuple[str, bytes] | None:
 
 
 def _host_is_connected(listener: socket.socket) -> bool:
-    """Return whether a host is in the listen queue already, waiting for the first answer."""
+    """Return whether a host is already in the listen queue, waiting for the first response."""
     import select
 
     return bool(select.select([listener], [], [], 0)[0])

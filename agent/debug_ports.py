@@ -1,6 +1,6 @@
 """Debugging services beside the API: the agent's log and a debug console.
 
-Each has a vsock port of its own, for the host alone, and is off unless an option enables it.
+Each has its own vsock port, only for the host, and is off unless an option enables it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MAX_BUFFERED = 1 << 18
 BLOCK = 1 << 16
 
-#: The first of these that exists; the last is the one in the guest's container image, which needs nothing else.
+#: The first of these that exists is used; the last is from the guest's container image, and has no dependencies.
 SHELLS = (("/bin/bash",), ("/bin/sh",), (f"{BUSYBOX_ROOTFS}/bin/busybox", "sh"))
 ENVIRONMENT = {"PATH": "/bin:/sbin:/usr/bin:/usr/sbin", "HOME": "/", "TERM": "linux"}
 RESTART_SECONDS = 1.0
@@ -74,7 +74,7 @@ class LogStream:
     def __init__(self) -> None:
         self._lines: deque[bytes] = deque()
         self._size = 0
-        self._end = 0  # the number of lines ever
+        self._end = 0  # total number of lines
         self._news = asyncio.Event()
 
     def add(self, line: bytes) -> None:
@@ -158,7 +158,7 @@ class DebugConsole:
             await asyncio.sleep(RESTART_SECONDS)
 
     def _spawn(self, terminal: str) -> Child:
-        """Start a shell in a new session, whose controlling terminal is the first it opens (setsid(2), tty(4))."""
+        """Start a shell in a new session, whose controlling terminal is the first that it opens (setsid(2), tty(4))."""
         shell = next((words for words in SHELLS if os.access(words[0], os.X_OK)), None)
         if shell is None:
             raise FileNotFoundError(f"the image has none of {', '.join(words[0] for words in SHELLS)}")

@@ -1,6 +1,6 @@
-"""What the agent is told: by its command line, in a guest by the kernel's (agent.name=value), or by a file (TOML).
+"""The agent's options: from its command line, in a guest from the kernel's (agent.name=value), or from a TOML file.
 
-Each option is declared once, below; all three ways, their help and their complaints come from there.
+Each option is declared once, below; all three sources, their help and their errors derive from that.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _duration(text: str) -> float:
 
 
 class _Option(Record):
-    """`name` is what it is called on the kernel's command line and in a file, `argument` on the agent's own."""
+    """`name` is its name on the kernel's command line and in a file, `argument` on the agent's own command line."""
 
     field: str
     parse: Callable[[str], object]
@@ -148,7 +148,7 @@ OPTIONS = (
 )
 BY_NAME = {option.name: option for option in OPTIONS if option.name}
 
-#: Options of Kata agents that mean something else here, or nothing; a value that asks for more is a complaint.
+#: Options of Kata agents with another meaning here, or none; an unsupported value is reported.
 UNDERSTOOD: dict[str, tuple[Callable[[str], object], object, str]] = {
     "use_vsock": (_flag, True, "serial ports are not supported; use vsock"),
 }
@@ -163,8 +163,7 @@ def kernel_words() -> list[str]:
 def from_kernel(words: Iterable[str], options: Options | None = None) -> Options:
     """Read options from the kernel's command line, and from the file that it names with agent.config_file.
 
-    A value that makes no sense and an option that is not known are complaints, for the log: a guest that does not boot
-    over a typo helps nobody.
+    An invalid value or an unknown option is only reported in the log: a typo should not keep a guest from booting.
     """
     pairs = [word.removeprefix("agent.").partition("=") for word in words if word.startswith("agent.")]
     options = options or Options()
@@ -179,7 +178,7 @@ def from_kernel(words: Iterable[str], options: Options | None = None) -> Options
 def from_file(path: str, options: Options) -> Options:
     """Read options from a TOML file: the names of the kernel's command line without "agent.".
 
-    What cannot be read or makes no sense is a complaint.
+    What is unreadable or invalid is reported.
     """
     import tomllib
 
@@ -213,7 +212,7 @@ def _told(pairs: Iterable[tuple[str, str]], options: Options) -> Options:
 
 
 def from_arguments(arguments: list[str]) -> Options:
-    """Read the options of an agent that is not PID 1.  Exits with a message for what it does not know."""
+    """Read the options of an agent that is not PID 1.  Exits with a message on an invalid argument."""
     import argparse
 
     parser = argparse.ArgumentParser(

@@ -1,6 +1,6 @@
 """Compose the services beside Health: the model of sandbox and containers, and the API adapters over it.
 
-Most of the agent's imports are here; none is needed for the first Health answer.
+Most of the agent's imports are here; none is needed for the first Health response.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     from caisson.agent.options import Options
     from caisson.agent.rpc.dispatch import Method
 
-#: Kernel modules loaded before the first container: overlayfs, and the random number generator that keeps clones of a
-#: snapshot from sharing their random numbers.
+#: Kernel modules loaded before the first container: overlayfs, and the random number generator, so that clones of a
+#: snapshot do not share their random numbers.
 MODULES = ("overlay", "virtio_rng")
 
-#: What a pod's first containers import: later than the first answer, but before a guest is saved.
+#: Imports of a pod's first containers: after the first response, but before a guest is saved.
 FIRST_CONTAINERS = (
     "guest.devices", "guest.network", "guest.ps", "guest.resources", "guest.rootdisk", "guest.storage",
     "guest.storage.ephemeral", "guest.storage.overlay", "guest.storage.ownership", "guest.storage.storages",
@@ -52,9 +52,9 @@ GUEST = Service(caisson_pb2.DESCRIPTOR.services_by_name["Guest"], CaissonService
 
 
 class Services:
-    """The methods of the agent: ``grpc`` are those for hosts that speak gRPC, ``ttrpc`` for those that speak ttrpc.
+    """The agent's methods: ``grpc`` for hosts that speak gRPC, ``ttrpc`` for those that speak ttrpc.
 
-    Each table, and the modules of its generation of Kata's API, is made when a host first asks for more than Health.
+    Each table is built, and its API generation imported, when a host first calls a method beyond Health.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Services:
         timestamps: BootTimestamps,
         stop: Callable[[], object],
     ) -> None:
-        """``stop`` has the agent end once all calls are answered.  Raises OSError where nsexec is not to be had."""
+        """``stop`` makes the agent exit once all calls are answered.  Raises OSError if nsexec is not available."""
         try:
             modules.need(MODULES)
         except ModelError as error:
@@ -91,7 +91,7 @@ class Services:
 
     @cached_property
     def grpc(self) -> dict[str, Method]:
-        """The methods for hosts that speak gRPC: Kata 1.x, and clients of our own."""
+        """The methods for hosts that speak gRPC: Kata 1.x, and our own clients."""
         from caisson.agent.api.kata1.guest import GuestService
         from caisson.agent.api.kata1.service import AgentService
         from caisson.agent.api.kata1.services import AGENT
@@ -110,7 +110,7 @@ class Services:
 
     @cached_property
     def ttrpc(self) -> dict[str, Method]:
-        """The methods for hosts that speak ttrpc: Kata 3.x, and clients of our own."""
+        """The methods for hosts that speak ttrpc: Kata 3.x, and our own clients."""
         from caisson.agent.api.kata3.guest import GuestService
         from caisson.agent.api.kata3.service import AgentService
         from caisson.agent.api.kata3.services import AGENT
@@ -129,13 +129,13 @@ class Services:
         return {**kata3, **self._guest}
 
     def load(self, protocols: Iterable[str]) -> None:
-        """Make the tables of the hosts that are there before they ask; of none, that of today's hosts."""
+        """Build the tables for connected hosts in advance; without any, the table for current Kata hosts."""
         for protocol in tuple(protocols) or ("ttrpc",):
             getattr(self, protocol)
 
     @staticmethod
     def import_for_containers() -> None:
-        """Import what the first containers need, so that clones of a guest that is saved next do not."""
+        """Import what the first containers need, so that clones of this guest need not."""
         for name in FIRST_CONTAINERS:
             import_module(f"caisson.agent.{name}")
 

@@ -1,4 +1,4 @@
-"""The host's side: drive the agent in a guest from Python.
+"""The client side: drive the agent in a guest from Python.
 
 async with Agent.connect("/run/caisson/default/agent.sock") as agent:
     await agent.create_sandbox()
@@ -9,7 +9,7 @@ async with Agent.connect("/run/caisson/default/agent.sock") as agent:
         ...
     status = await process.wait()
 
-Modules are imported when something of them is first used: a command does not pay for what it does not need.
+Modules are imported on first use: a command does not pay for what it does not need.
 """
 
 from __future__ import annotations

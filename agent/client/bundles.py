@@ -1,8 +1,8 @@
-"""Adapt the config.json of an OCI bundle, of whatever tool, to a guest.
+"""Adapt the config.json of an OCI bundle, from any tool, to a guest.
 
-What it leaves out is filled in from the defaults.  What only means something on the host that it was made for is left
-out with a warning: namespaces and cgroups by path, hooks, labels, the engine's own /etc/hosts.  What it names beyond
-the defaults (capabilities, devices, mounts, sysctls of the whole guest) is refused by its field, unless privileged.
+Missing fields are filled in from the defaults.  What is meaningful only on its original host is left out with a
+warning: namespaces and cgroups by path, hooks, labels, the engine's own /etc/hosts.  Anything beyond the defaults
+(capabilities, devices, mounts, sysctls of the whole guest) is rejected, naming the field, unless privileged.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ PERMITTED_CAPABILITIES = {
 PERMITTED_DEVICES = {(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2)}
 PTY_MAJORS = {3, 136}
 
-#: File systems that hold nothing of the guest's.
+#: File systems that expose nothing of the guest.
 PERMITTED_MOUNTS = {"proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"}
 
-#: Sysctls that a container has for itself.
+#: Sysctls that are private to a container.
 PERMITTED_SYSCTLS = (
     "kernel.shm",
     "kernel.msg",
@@ -93,16 +93,16 @@ PERMITTED_SYSCTLS = (
     "net.",
 )
 
-#: Actions of a filter under which a system call does not happen.
+#: Seccomp actions that prevent a system call.
 REFUSING_ACTIONS = {"SCMP_ACT_ERRNO", "SCMP_ACT_KILL", "SCMP_ACT_KILL_THREAD", "SCMP_ACT_KILL_PROCESS", "SCMP_ACT_TRAP"}
 
-#: System calls that reach the guest's kernel where it is least tried.  Profiles of some engines permit some of them.
+#: System calls that reach the least tested parts of the guest's kernel.  Some engines' profiles permit some of them.
 NEVER_PERMITTED = {
     "add_key", "io_uring_enter", "io_uring_register", "io_uring_setup", "kexec_file_load", "kexec_load", "keyctl",
     "request_key", "userfaultfd",
 }  # fmt: skip
 
-#: Files that engines bind into each container, and a guest has its own of.
+#: Files that engines bind into each container, and for which a guest has its own.
 ENGINE_FILES = {
     "/etc/hosts", "/etc/hostname", "/etc/resolv.conf", "/run/.containerenv", "/run/secrets", "/.dockerenv",
     "/etc/mtab",
@@ -141,7 +141,7 @@ def adapted(
     document["mounts"] = _mounts(_list(document.get("mounts"), "mounts"), mounts, privileged, warn)
     if any(isinstance(one, dict) and one.get("type") == "user" for one in _list(linux.get("namespaces"), "namespaces")):
         for mount in document["mounts"]:
-            if mount.get("type") == "sysfs":  # the network is the guest's, so it cannot mount one of its own
+            if mount.get("type") == "sysfs":  # it shares the guest's network, so it cannot mount its own sysfs
                 mount |= {"type": "bind", "source": "/sys", "options": ["bind", "nosuid", "noexec", "nodev", "ro"]}
     _namespaces(linux, warn)
     _process(process, privileged, warn)
@@ -188,7 +188,7 @@ def _mounts(
         place, kind = str(mount.get("destination")), str(mount.get("type") or "")
         options = [str(option) for option in _list(mount.get("options"), f"mounts[{number}].options")]
         bound = kind == "bind" or bool({"bind", "rbind"} & set(options))
-        if bound and place in by_place:  # of a tool without root, which cannot mount one of its own
+        if bound and place in by_place:  # from a rootless tool, which cannot mount its own
             kind, source, words = by_place[place]
             mount = {"destination": place, "type": kind, "source": source, "options": words.split(",")}
         elif bound and place.rstrip("/") in ENGINE_FILES:
@@ -204,7 +204,7 @@ def _mounts(
 
 
 def _namespaces(linux: dict[str, Any], warn: Warn) -> None:
-    """Keep what is a container's own; processes and network are the guest's to decide."""
+    """Keep namespaces that are a container's own; the guest decides on processes and network."""
     kept = []
     for number, one in enumerate(_list(linux.get("namespaces"), "linux.namespaces")):
         namespace = _object(one, f"linux.namespaces[{number}]")
@@ -217,7 +217,7 @@ def _namespaces(linux: dict[str, Any], warn: Warn) -> None:
     kept += [{"type": kind} for kind in ("mount", "ipc", "uts", "cgroup") if kind not in types]
     linux["namespaces"] = kept
     if any(namespace.get("type") == "user" for namespace in kept):
-        for maps in ("uidMappings", "gidMappings"):  # `crun spec --rootless` leaves them to crun: root alone
+        for maps in ("uidMappings", "gidMappings"):  # `crun spec --rootless` leaves them to crun: only root
             linux[maps] = _list(linux.get(maps), f"linux.{maps}") or [{"containerID": 0, "hostID": 0, "size": 1}]
 
 
@@ -232,7 +232,7 @@ def _process(process: dict[str, Any], privileged: bool, warn: Warn) -> None:
         for name in sets[kind]:
             if name not in PERMITTED_CAPABILITIES and not privileged:
                 raise _refused(field, f"{name} is beyond the default set")
-    if ambient := sets.get("ambient"):  # capabilities(7): it must be permitted and inheritable
+    if ambient := sets.get("ambient"):  # capabilities(7): ambient requires permitted and inheritable
         raised = [name for name in ambient if name in sets.get("permitted", ()) and name in sets.get("inheritable", ())]
         if raised != ambient:
             warn("config.json: process.capabilities.ambient: left out where not permitted and inheritable")
@@ -242,7 +242,7 @@ def _process(process: dict[str, Any], privileged: bool, warn: Warn) -> None:
 
 
 def _seccomp(profile: dict[str, Any], privileged: bool, warn: Warn) -> None:
-    """Check a system call filter of the bundle's own: what is in no rule must fail in it, too."""
+    """Check a bundle's own seccomp filter: system calls without a rule must be denied by it, too."""
     for key in ("listenerPath", "listenerMetadata"):
         if profile.pop(key, None):
             warn(f"config.json: linux.seccomp.{key}: left out: it is a socket of the host")
@@ -263,7 +263,7 @@ def _seccomp(profile: dict[str, Any], privileged: bool, warn: Warn) -> None:
 
 
 def _check_shares(process: dict[str, Any], linux: dict[str, Any]) -> None:
-    """Refuse what takes the guest's time or memory from others: no limits, and priorities above theirs."""
+    """Reject what takes CPU time or memory from others: no limits, or priorities above theirs."""
     resources = _object(linux.get("resources"), "linux.resources")
     for name in ("pids", "memory"):
         limit = _object(resources.get(name), f"linux.resources.{name}").get("limit")
@@ -302,6 +302,6 @@ def _check_devices(linux: dict[str, Any]) -> None:
     for number, one in enumerate(_list(resources.get("devices"), "linux.resources.devices")):
         rule = _object(one, f"linux.resources.devices[{number}]")
         numbers = rule.get("major"), rule.get("minor")
-        only_nodes = str(rule.get("access")) == "m"  # to make a node is not to open it
+        only_nodes = str(rule.get("access")) == "m"  # creating a node does not permit opening it
         if rule.get("allow") and not only_nodes and numbers not in PERMITTED_DEVICES and numbers[0] not in PTY_MAJORS:
             raise _refused(f"linux.resources.devices[{number}]", "allows more than the default devices")

@@ -1,4 +1,4 @@
-"""What a program in a container has of its caller: streams, signals, the terminal, and the words for its user."""
+"""The caller's side of a program in a container: streams, signals, the terminal, and the --user syntax."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-#: The container of a VM that is there without anybody's asking.
+#: The default container of a VM.
 DEFAULT = "default"
 
-#: Bytes asked for or sent in one call.  A pipe holds 64 KiB by default, a message 4 MiB.
+#: Bytes requested or sent in one call.  A pipe holds 64 KiB by default, a message 4 MiB.
 CHUNK = 1 << 20
 
 #: Signals that are passed on to the process.
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
-#: Requests to stop, and after how many of them the process is killed.
+#: Signals to stop, and how many of them before the process is killed.
 STOPS = (signal.SIGINT, signal.SIGTERM)
 MAX_STOPS = 3
 
-#: The user that a program has unless it is given another.
+#: The default user of a program.
 ROOT: Mapping[str, Any] = {"uid": 0, "gid": 0}
 
-#: What names of users and groups are made of, beside letters and digits (useradd(8)).
+#: Characters of user and group names, besides letters and digits (useradd(8)).
 NAME_SIGNS = "_.$-"
 
-#: The search path of a program that is given none.
+#: The default search path of a program.
 PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -70,12 +70,12 @@ def raw(terminal: int) -> Iterator[None]:
 
 
 def status_of(status: int, stops: Sequence[int]) -> int:
-    """Return the status of a process after signals to stop it: the agent may have killed it in place of the last."""
+    """Return the status of a process after signals to stop it: the agent may have sent SIGKILL instead of the last."""
     return 128 + stops[-1] if 0 < len(stops) < MAX_STOPS and status == 128 + signal.SIGKILL else status
 
 
 def terminal_size(terminal: bool, descriptor: int = 0) -> tuple[int, int] | None:
-    """Return the rows and columns of the caller's terminal: a program may ask before it could be told later."""
+    """Return the rows and columns of the caller's terminal: a program may query it before a later update arrives."""
     with contextlib.suppress(OSError, ValueError):
         size = os.get_terminal_size(descriptor)
         if terminal and size.lines and size.columns:

@@ -1,6 +1,6 @@
-"""ttrpc to an agent: connected at the first call, and again after the connection was lost.
+"""ttrpc to an agent: connected on the first call, and reconnected if the connection is lost.
 
-What a channel is to the rest of the client is `AgentChannel`; gRPC, for agents of Kata 1.x, is grpc_channel.py.
+`AgentChannel` is the interface of channels; the one for gRPC, for Kata 1.x agents, is in grpc_channel.py.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from caisson.agent.rpc.ttrpc.responses import RpcError, payload_of
 
 
 class AgentChannel(Protocol):
-    """Carries calls to one agent."""
+    """Carry calls to one agent."""
 
     #: The generation of Kata's API at the other end: 1, which hosts speak over gRPC, or 3, over ttrpc.
     generation: int
 
-    #: Whether the agent stops a call that is cancelled here.
+    #: Whether cancelling a call here also cancels it in the agent.
     cancels: bool
 
     #: Whether the agent begins calls in the order in which they are made here.
     in_order: bool
 
     async def call(self, service: str, method: str, payload: bytes, timeout: float | None) -> bytes:
-        """Call a method with an encoded request within so many seconds; returns the encoded response.
+        """Call a method with an encoded request and a timeout in seconds; returns the encoded response.
 
         Raises AgentError.
         """
 
     async def close(self) -> None:
-        """Close the connection; calls under way raise AgentGone."""
+        """Close the connection; calls in progress raise AgentGone."""
 
 
 class TtrpcChannel:
-    """A channel by ttrpc, which has no way to cancel a call."""
+    """A channel over ttrpc, which cannot cancel calls."""
 
     generation = 3
     cancels = False
@@ -77,8 +77,8 @@ class TtrpcChannel:
             return self._client
 
 
-#: Seconds between two attempts to reach an agent that does not listen yet; later the hundredth part of the time that it
-#: has taken so far, as each attempt takes a slow machine's time from the guest.
+#: Seconds between two attempts to reach an agent that does not listen yet; later a hundredth of the time taken so far,
+#: as on a slow machine each attempt takes CPU time from the guest.
 RETRY_INTERVAL = 0.02
 RETRY_SHARE = 0.01
 
@@ -86,8 +86,8 @@ RETRY_SHARE = 0.01
 class ReadinessProbe:
     """Probe whether a guest's agent serves; the `ready` of VM.start.  Each call waits up to ``timeout`` seconds.
 
-    One Health.Check is sent on a connection that is retried at short intervals.  The guest accepts as soon as the
-    agent listens, long before it serves, and answers the request that waits there.
+    One Health.Check is sent on a connection that is retried at short intervals.  The guest accepts as soon as the agent
+    listens, long before it serves, and answers the pending request.
     """
 
     def __init__(self, timeout: float = 1.0) -> None:
@@ -117,7 +117,7 @@ class ReadinessProbe:
         return False
 
     def close(self) -> None:
-        """Close its connection; the next call makes another one."""
+        """Close its connection; the next call opens a new one."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -130,7 +130,7 @@ class ReadinessProbe:
         self._connection.sendall(frames.request(1, "grpc.Health", "Check", b""))
 
     def _receive(self, timeout: float) -> frames.Frame | None:
-        """Receive once, and return the answer when it is whole.  Raises OSError, also at the connection's end."""
+        """Receive once, and return the response when it is complete.  Raises OSError, also if the connection closes."""
         assert self._connection is not None
         self._connection.settimeout(timeout)
         data = self._connection.recv(4096)
@@ -153,7 +153,7 @@ def _is_serving(answer: frames.Frame) -> bool:
 
 
 def is_serving(path: str | os.PathLike[str], timeout: float) -> bool:
-    """Check whether an agent serves on a socket, waiting up to ``timeout`` seconds for one that starts."""
+    """Check whether an agent serves on a socket, waiting up to ``timeout`` seconds for it to start."""
     probe = ReadinessProbe(timeout)
     try:
         return probe(path)

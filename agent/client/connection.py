@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 def _json(document: Mapping[str, Any]) -> bytes:
-    """Encode a document; words that are no UTF-8 become escapes of lone surrogates."""
+    """Encode a document; bytes that are not UTF-8 become escaped lone surrogates."""
     return json.dumps(document).encode()
 
 
 class _Service:
-    """Call the methods of one service as coroutines: ``await service.ReadStdout(request)``."""
+    """The methods of one service as coroutines: ``await service.ReadStdout(request)``."""
 
     def __init__(self, channel: AgentChannel, descriptor: Any) -> None:
         self._channel = channel
@@ -55,7 +55,7 @@ class _Service:
 
 
 class Agent:
-    """One connection to the agent in a guest.  ``rpc`` and ``health`` give every method of the API by its name.
+    """One connection to the agent in a guest.  ``rpc`` and ``health`` have every method of the API by name.
 
     ``rpc`` is grpc.AgentService of Kata 1.x over gRPC and of Kata 3.x over ttrpc; ``guest`` is caisson.Guest over both.
     """
@@ -68,8 +68,8 @@ class Agent:
     def connect(cls, socket: str | os.PathLike[str], protocol: Literal["grpc", "ttrpc"] = "grpc") -> Self:
         """Return a lazy connection to a VM's ``agent.sock``; nothing is sent yet.
 
-        An agent of ours speaks either protocol, and faster ttrpc, which takes no import of grpc; a call that is
-        cancelled is cancelled in the guest only over gRPC.
+        Our agent speaks both protocols; ttrpc is faster and needs no grpc import, but only over gRPC does cancelling a
+        call cancel it in the guest.
         """
         if protocol == "ttrpc":
             return cls(TtrpcChannel(socket))
@@ -95,7 +95,7 @@ class Agent:
 
     @cached_property
     def guest(self) -> _Service:
-        """caisson.Guest, of agents of ours."""
+        """caisson.Guest, served by our agents."""
         return _Service(self.channel, caisson_pb2.DESCRIPTOR.services_by_name["Guest"])
 
     async def __aenter__(self) -> Self:
@@ -112,8 +112,8 @@ class Agent:
         return str(answer.agent_version)
 
     async def create_sandbox(self, sandbox_id: str = "sandbox", *, hostname: str = "", dns: Sequence[str] = ()) -> bool:
-        """Start the sandbox; False when there is one already.  ``dns`` are the lines of the guest's resolv.conf."""
-        if self.channel.generation == 3:  # whose CreateSandbox takes the place of a sandbox that is empty
+        """Start the sandbox; False if there already is one.  ``dns`` are the lines of the guest's resolv.conf."""
+        if self.channel.generation == 3:  # whose CreateSandbox replaces an empty sandbox
             wanted = caisson_pb2.EnsureSandboxRequest(sandbox_id=sandbox_id, hostname=hostname, dns=dns)
             return bool((await self.guest.EnsureSandbox(wanted)).created)
         request = agent_pb2.CreateSandboxRequest(sandbox_id=sandbox_id, hostname=hostname, dns=dns)
@@ -126,18 +126,18 @@ class Agent:
         return True
 
     async def destroy_sandbox(self, timeout: float | None = None) -> None:
-        """End every container."""
+        """Destroy the sandbox with all its containers."""
         if self.channel.generation == 3:  # whose DestroySandbox ends the guest
             await self.guest.DestroySandbox(caisson_pb2.DestroySandboxRequest(), timeout)
         else:
             await self.rpc.DestroySandbox(agent_pb2.DestroySandboxRequest(), timeout)
 
     async def load_module(self, name: str) -> None:
-        """Load a module of the guest's kernel from its image; a no-op when it is loaded or built in."""
+        """Load a kernel module from the guest's image; a no-op if it is loaded or built in."""
         await self.guest.LoadModule(caisson_pb2.LoadModuleRequest(name=name))
 
     def container(self, container_id: str) -> Container:
-        """Return a handle on a container that exists."""
+        """Return a handle on an existing container."""
         return Container(self, container_id)
 
     async def create_container(
@@ -145,7 +145,7 @@ class Agent:
     ) -> Container:
         """Create a container from a config.json document, or a grpc.Spec; it runs after ``start``.
 
-        Raises AgentError when the id is taken.
+        Raises AgentError if the id is in use.
         """
         if isinstance(spec, Mapping):
             await self.create_container_reporting(container_id, spec, storages)
@@ -166,15 +166,17 @@ class Agent:
     async def create_container_reporting(
         self, container_id: str, document: Mapping[str, Any], storages: Iterable[caisson_pb2.Storage] = ()
     ) -> list[str]:
-        """Create a container from a config.json document; returns warnings about fields that mean nothing there."""
+        """Create a container from a config.json document; returns warnings about fields that have no meaning in a
+        guest.
+        """
         config = _json(document)
         request = caisson_pb2.CreateContainerRequest(container_id=container_id, config=config, storages=storages)
         return list((await self.guest.CreateContainer(request)).warnings)
 
     async def ensure_container(self, container_id: str, spec: oci_pb2.Spec | Mapping[str, Any]) -> Container:
-        """Return a running container of this id, created from the spec where there is none, in one call.
+        """Return a running container of this id, creating it from the spec if needed, in one call.
 
-        A stopped one is replaced, and where there is no sandbox one is started.  Concurrent callers all get the same
+        A stopped one is replaced, and a missing sandbox is started.  Concurrent callers all get the same
         container.
         """
         encoded = _json(spec) if isinstance(spec, Mapping) else spec.SerializeToString()
@@ -191,7 +193,7 @@ class Container:
         self.id = container_id
 
     async def recreate(self) -> None:
-        """Create it again when it has exited, on the files that it left; it runs after ``start``."""
+        """Create it again after it has exited, on the files that it left; it runs after ``start``."""
         await self.agent.guest.RecreateContainer(caisson_pb2.RecreateContainerRequest(container_id=self.id))
 
     async def start(self) -> None:
@@ -199,11 +201,11 @@ class Container:
         await self.agent.rpc.StartContainer(agent_pb2.StartContainerRequest(container_id=self.id))
 
     def init(self, *, terminal: bool = False) -> Process:
-        """Return its first process; ``terminal`` as in its spec."""
+        """Return its init process; ``terminal`` as in its spec."""
         return Process(self, self.id, terminal=terminal)
 
     def process(self, exec_id: str, *, terminal: bool = False) -> Process:
-        """Return a handle on a process of it."""
+        """Return a handle on one of its processes."""
         return Process(self, exec_id, terminal=terminal)
 
     async def exec(
@@ -220,8 +222,8 @@ class Container:
     ) -> Process:
         """Execute another process and return once it runs.
 
-        ``env`` holds ``NAME=value`` strings, ``size`` is a terminal's, in rows and columns.  Words that are no UTF-8
-        are those of os.fsdecode().  Raises ProgramError when the program cannot be run.
+        ``env`` holds ``NAME=value`` strings, ``size`` is a terminal's, in rows and columns.  Strings that are not UTF-8
+        are as from os.fsdecode().  Raises ProgramError when the program cannot be run.
         """
         exec_id = exec_id or os.urandom(16).hex()
         user = {"uid": uid, "gid": gid}
@@ -234,7 +236,7 @@ class Container:
 
     async def signal(self, number: int) -> None:
         """Signal every process in it."""
-        if self.agent.channel.generation == 3:  # whose SignalProcess asks the first process alone
+        if self.agent.channel.generation == 3:  # whose SignalProcess signals only init
             request = caisson_pb2.SignalContainerRequest(container_id=self.id, signal=number)
             await self.agent.guest.SignalContainer(request)
         else:
@@ -263,12 +265,12 @@ class Process:
         self._rpc = container.agent.rpc
         self._cancels = container.agent.channel.cancels
         self._ahead = int(container.agent.channel.in_order)  # pieces of input sent before an earlier one is taken
-        self._reads: dict[str, asyncio.Future[Any]] = {}  # that nobody waits for, by their methods
+        self._reads: dict[str, asyncio.Future[Any]] = {}  # reads that nobody waits for, by method
         self._key = {"container_id": container.id, "exec_id": exec_id}
 
     async def write(self, data: bytes) -> None:
-        """Write to standard input; returns when the process's pipe has taken all of it."""
-        if data:  # to 3.x none would be the end
+        """Write to standard input; returns once the process's pipe has accepted all of it."""
+        if data:  # in 3.x empty data means end of input
             await self._rpc.WriteStdin(agent_pb2.WriteStreamRequest(data=data, **self._key))
 
     async def feed(self, pieces: AsyncIterable[bytes]) -> None:
@@ -321,7 +323,7 @@ class Process:
         reading = getattr(self._rpc, method)
         if self._cancels:
             return await reading(request)
-        # The agent goes on with a read that is cancelled here: what it brings is for the next one.
+        # The agent continues a read that is cancelled here: its result is for the next one.
         read = self._reads.pop(method, None) or asyncio.ensure_future(reading(request))
         try:
             return await asyncio.shield(read)
@@ -332,7 +334,7 @@ class Process:
             raise
 
     async def resize(self, rows: int, columns: int) -> None:
-        """Set the size of its terminal, in characters."""
+        """Set its terminal's size, in characters."""
         await self._rpc.TtyWinResize(agent_pb2.TtyWinResizeRequest(row=rows, column=columns, **self._key))
 
     async def signal(self, number: int) -> None:

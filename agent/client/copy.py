@@ -1,7 +1,7 @@
 """Copy files and directories into a container and out of it, as cp(1) and `docker cp` do.
 
-Archives of tar(1) go through a process in the container: that way its mounts and links are what the container itself
-sees, and nothing outside of it can be reached.  So the container needs `sh` and `tar`, as with `kubectl cp`.
+tar(1) archives go through a process in the container: so mounts and links resolve as the container sees them, and
+nothing outside is reachable.  The container needs `sh` and `tar`, as with `kubectl cp`.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from caisson.agent.client.connection import Agent, Container, Process
 from caisson.agent.client.errors import AgentError, CopyError, ProgramError, UsageError
 from caisson.agent.client.unpack import received, unpack, unpack_to
 
-#: A container's name and a path in it; what begins with "/" or "." is a path of the host's, whatever is in it.
+#: A container's name and a path in it; anything that begins with "/" or "." is a host path.
 PLACE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]*):(.+)", re.DOTALL)
 
-#: Bytes of stderr that are shown: more is of no use.
+#: Maximum bytes of stderr to show.
 MAX_STDERR = 4096
 
-#: Seconds for an interrupted process to clean up and end, and between two lines of progress.
+#: Seconds for an interrupted process to clean up and exit, and between two progress lines.
 STOP_TIMEOUT = 1.5
 PROGRESS_INTERVAL = 2.0
 
-#: Bytes of a file that says it has none: those of /proc and /sys are read to their end.
+#: Maximum size of a file that claims to be empty: those in /proc and /sys are read to their end.
 MAX_UNSIZED = 64 << 20
 
-#: What every script begins with.  Arguments come with octal escapes: on the wire they are text, names are bytes.
+#: The beginning of every script.  Arguments have octal escapes: on the wire they are text, but names are bytes.
 PROLOGUE = r"""
 plain() { printf '%b_' "$1"; }
 fail() { echo "$1" >&2; exit 1; }
 at=$(plain "$1") at=${at%_} name=$(plain "$2") name=${name%_}
 """
 
-#: $1 target, $2 name, $3 file, directory or contents, $4 whether a directory was asked for, $5 a name for itself.
-#: All of it is unpacked beside its place and moved there when it is whole; directories that are there are kept.
+#: $1 target, $2 name, $3 file, directory or contents, $4 whether a directory was requested, $5 a unique name.
+#: Everything is unpacked beside its destination and moved there when complete; existing directories are kept.
 PUT = (
     PROLOGUE
     + r"""
@@ -90,7 +90,7 @@ mkdir -m 700 "$made" && tar -x -f - -C "$made" && place "$made/x" "$final"
 """
 )
 
-#: $1 directory, $2 name in it, $3 what it was called, $4 a name for itself.
+#: $1 directory, $2 name in it, $3 its name as given, $4 a unique name.
 GET = (
     PROLOGUE
     + r"""
@@ -120,14 +120,14 @@ exec tar -c -f - "./$name"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a file is: ``container`` is empty for the host."""
+    """The location of a file: ``container`` is empty for the host."""
 
     container: str
     path: str
 
     @classmethod
     def parse(cls, text: str) -> Place:
-        """Parse CONTAINER:PATH, or a path of the host's.  Raises UsageError."""
+        """Parse CONTAINER:PATH, or a host path.  Raises UsageError."""
         found = PLACE.fullmatch(text)
         if not text or text.endswith(":"):
             raise UsageError(f"{text!r}: is neither a path nor CONTAINER:PATH; give one of these")
@@ -135,7 +135,7 @@ class Place:
 
 
 class Progress:
-    """Counts bytes, and reports how many there were, now and then."""
+    """Count bytes, and report the total periodically."""
 
     def __init__(self, report: Callable[[str], None] | None = None) -> None:
         self._report = report
@@ -158,11 +158,11 @@ async def copy(
 ) -> list[str]:
     """Copy a file or a directory between the host and a container, one of which is CONTAINER:PATH.
 
-    Into a directory that exists, else under the target's name; of SOURCE/. the contents.  What is new gets the source's
-    mode (on the host less the umask) and time, and is root's in the container and the caller's on the host; modes of
-    what is there are kept.  Interrupted, it leaves nothing half-made.
+    Copies into an existing directory, otherwise to the target's name; SOURCE/. copies the contents.  New files get the
+    source's mode (on the host minus the umask) and time, and belong to root in the container and to the caller on the
+    host; existing modes are kept.  If interrupted, it leaves nothing incomplete.
 
-    ``reach`` returns a running container with the files of the one of this name.  Returns the names of what cannot be
+    ``reach`` returns a running container with the files of the named one.  Returns the names of files that cannot be
     copied: sockets and devices.  Raises UsageError, CopyError, AgentError.
     """
     from_, to = places(source, target)
@@ -217,7 +217,7 @@ async def put(container: Container, source: str, path: str, progress: Progress |
             await feeding
             try:
                 left_out = await packing
-            except BrokenPipeError:  # tar has ended first: it says why
+            except BrokenPipeError:  # tar has exited first: it says why
                 left_out = []
             except OSError as error:
                 raise CopyError(f"{error.filename or source}: {error.strerror or error}") from error
@@ -267,7 +267,7 @@ async def get(container: Container, path: str, target: str, progress: Progress |
 
 @asynccontextmanager
 async def _script(container: Container, script: str, words: list[str]) -> AsyncIterator[Process]:
-    """Run a script in the container for the time of a block; it has ended with all it started when that fails."""
+    """Run a script in the container for the duration of a block; on failure it is killed with all its children."""
     process = container.process(uuid.uuid4().hex)
     argv = ["sh", "-c", script, "sh", *map(_escaped, words), process.exec_id]
     try:
@@ -276,7 +276,7 @@ async def _script(container: Container, script: str, words: list[str]) -> AsyncI
     except BaseException:
         with suppress(AgentError, TimeoutError):
             await process.signal(signal.SIGTERM)
-            await process.close_stdin()  # what tar waits for, before the shell sees the signal
+            await process.close_stdin()  # end tar's input before the shell sees the signal
             try:
                 await asyncio.wait_for(process.wait(), STOP_TIMEOUT)
             except TimeoutError:
@@ -291,7 +291,7 @@ def _escaped(word: str) -> str:
 
 @asynccontextmanager
 async def _ending(moving: asyncio.Task[None], working: asyncio.Task[list[str]]) -> AsyncIterator[None]:
-    """See to it that both have ended: when ``moving`` does, it closes the pipe that ``working``'s thread is at."""
+    """Ensure that both have ended: when ``moving`` ends, it closes the pipe that ``working``'s thread uses."""
     try:
         yield
     finally:
@@ -300,7 +300,7 @@ async def _ending(moving: asyncio.Task[None], working: asyncio.Task[list[str]]) 
 
 
 async def _complaints(process: Process) -> str:
-    """Return what a process writes to standard error until its end, in one line."""
+    """Return a process's standard error output until its exit, as one line."""
     said = b""
     async for data in process.stderr():
         said = (said + data)[:MAX_STDERR]
@@ -308,7 +308,7 @@ async def _complaints(process: Process) -> str:
 
 
 def _pipe() -> tuple[int, int]:
-    """Make a pipe that holds what goes in one call."""
+    """Create a pipe that holds the data of one call."""
     read_end, write_end = os.pipe()
     with suppress(OSError):  # more than /proc/sys/fs/pipe-max-size
         fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, CHUNK)
@@ -316,7 +316,7 @@ def _pipe() -> tuple[int, int]:
 
 
 async def _feed(process: Process, source: int, progress: Progress) -> None:
-    """Write what comes from a pipe to a process; when the process takes no more the pipe is closed."""
+    """Copy from a pipe to a process; the pipe is closed when the process accepts no more."""
 
     async def pieces() -> AsyncIterator[bytes]:
         while data := await asyncio.to_thread(os.read, source, CHUNK):
@@ -331,7 +331,7 @@ async def _feed(process: Process, source: int, progress: Progress) -> None:
 
 
 async def _drain(process: Process, target: int, progress: Progress) -> None:
-    """Write what a process writes to a pipe; when nobody reads it the process is killed."""
+    """Copy a process's output to a pipe; the process is killed when the pipe has no reader."""
     try:
         async for data in process.stdout():
             await asyncio.to_thread(write_all, target, data)
@@ -344,7 +344,7 @@ async def _drain(process: Process, target: int, progress: Progress) -> None:
 
 
 def _uncopied(mode: int) -> str | None:
-    """Return what kind of file it is that cannot be copied."""
+    """Return the type of a file that cannot be copied."""
     if stat.S_ISSOCK(mode):
         return "socket"
     return "device" if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else None
@@ -353,11 +353,11 @@ def _uncopied(mode: int) -> str | None:
 def _pack(target: int, source: Path) -> list[str]:
     """Write an archive of a file or a directory, called "x" in it, to a descriptor, which is closed.
 
-    Returns the names of what is left out.  Raises OSError.
+    Returns the names of files left out.  Raises OSError.
     """
     left_out: list[str] = []
     with os.fdopen(target, "wb") as file:
-        # Of GNU: busybox knows no other way to write down long names.
+        # GNU format: the only one for long names that busybox understands.
         options = {"format": tarfile.GNU_FORMAT, "encoding": "utf-8", "errors": "surrogateescape"}
         with tarfile.open(fileobj=file, mode="w|", **options) as archive:  # type: ignore[call-overload]
             ways = [(source, "x")]
@@ -368,7 +368,7 @@ def _pack(target: int, source: Path) -> list[str]:
                     left_out.append(f"{path}: a {kind}")
                     continue
                 _add(archive, path, name)
-                archive.members = []  # it would keep them all
+                archive.members = []  # tarfile would keep them all
                 if stat.S_ISDIR(mode):
                     ways += [(inner, f"{name}/{inner.name}") for inner in sorted(path.iterdir(), reverse=True)]
     return left_out
@@ -400,6 +400,6 @@ def _unpack(source: int, directory: Path, old: str, new: str) -> list[str]:
                 unpack_to(archive, target)
         else:
             left_out = unpack(archive, directory, old, new)
-        while file.read(CHUNK):  # what follows an archive's end is padding
+        while file.read(CHUNK):  # padding follows an archive's end
             pass
     return [f"{name}: a device" for name in left_out]

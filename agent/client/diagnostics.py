@@ -1,4 +1,4 @@
-"""Read what a guest says of itself: the agent's log on its console, and when each step of its boot was reached."""
+"""Read a guest's diagnostics: the agent's log on its console, and the times of its boot steps."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ CALL_TIMEOUT = 60.0
 class BootTimes:
     """All times are seconds, of the guest's CLOCK_MONOTONIC.
 
-    ``marks`` are named points of the agent's start, ``imports`` its modules with begin and end (only of a guest booted
+    ``marks`` are named points of the agent's start, ``imports`` its modules with begin and end (only in a guest booted
     with agent.timeline), ``kernel_log`` the records of /dev/kmsg; this host's CLOCK_MONOTONIC is ``ahead`` of the
-    guest's, give or take ``error``.
+    guest's, plus or minus ``error``.
     """
 
     marks: list[tuple[str, float]]
@@ -55,12 +55,12 @@ async def boot_times(socket: Path) -> BootTimes:
     )
 
 
-#: Bytes of a line of the agent's log.
+#: Maximum bytes of a line of the agent's log.
 MAX_LINE = 64 << 10
 
 
 class AgentLines:
-    """Pass on the agent's lines of a console's output (JSON with a level), which may come in any pieces."""
+    """Extract the agent's lines (JSON with a level) from a console's output, which may arrive in any pieces."""
 
     def __init__(self, write: Callable[[bytes], None]) -> None:
         self._write = write
@@ -68,7 +68,7 @@ class AgentLines:
 
     def __call__(self, data: bytes) -> None:
         *lines, rest = (self._rest + data).split(b"\n")
-        self._rest = rest[:MAX_LINE]  # of a longer one, the beginning: that is no document
+        self._rest = rest[:MAX_LINE]  # the beginning of a longer one, which is not a document
         found = [line.rstrip(b"\r") for line in lines if _is_logged(line)]
         if found:
             self._write(b"\n".join([*found, b""]))

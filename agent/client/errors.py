@@ -1,4 +1,4 @@
-"""Errors of the host's side: those that the caller can fix, and what an agent refuses."""
+"""Client errors: those that the caller can fix, and those from an agent."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class ClientError(Exception):
 
 
 class UsageError(ClientError):
-    """Report a request that makes no sense."""
+    """Report an invalid request."""
 
 
 class ContainerUnavailable(ClientError):
-    """Report a container that is not in a state for what is asked: it has exited, is paused, or is not there."""
+    """Report a container whose state does not allow the operation: it has exited, is paused, or does not exist."""
 
 
 class CopyError(ClientError):
@@ -29,7 +29,7 @@ class CopyError(ClientError):
 
 
 class Reason(IntEnum):
-    """Why an agent refused, for programs; caisson.proto's numbers."""
+    """The reason of an agent's error, for programs; numbers from caisson.proto."""
 
     UNSPECIFIED = 0
     CONTAINER_NOT_FOUND = 1
@@ -46,17 +46,17 @@ class Reason(IntEnum):
 #: The name of caisson.ErrorDetails among the details of a status.
 ERROR_DETAILS = f"{frames.TYPE_URL}caisson.ErrorDetails"
 
-#: Characters of an agent's text that are kept.
+#: Maximum characters of an agent's text.
 MAX_TEXT = 4096
 
-#: What a shell reports of a program that cannot be run.
+#: A shell's exit statuses for a program that cannot be run.
 EXIT_STATUS = {Reason.PROGRAM_NOT_FOUND: 127, Reason.PROGRAM_NOT_EXECUTABLE: 126}
 
 
 class AgentError(Exception):
-    """The agent refused a call.
+    """The agent returned an error.
 
-    ``details`` is the text of its status, as the hosts of its API expect it; str() is one for people, where the agent
+    ``details`` is the text of its status, as the hosts of its API expect it; str() is the one for people, if the agent
     has sent one.
     """
 
@@ -68,7 +68,7 @@ class AgentError(Exception):
 
 
 class AgentGone(AgentError):
-    """Nobody answers on the agent's socket any more: the guest or its VM has ended."""
+    """The agent's socket no longer answers: the guest or its VM has exited."""
 
     def __init__(self, details: str) -> None:
         super().__init__(StatusCode.UNAVAILABLE, details)
@@ -83,7 +83,7 @@ class ProgramError(AgentError):
 
 
 def refused(code: StatusCode, details: str, reason: Reason = Reason.UNSPECIFIED, sentence: str = "") -> AgentError:
-    """Return the error for what an agent has said."""
+    """Return the error for an agent's response."""
     kind = ProgramError if reason in EXIT_STATUS else AgentError
     return kind(code, details, reason, sentence)
 
@@ -91,7 +91,7 @@ def refused(code: StatusCode, details: str, reason: Reason = Reason.UNSPECIFIED,
 def agent_error(error: RpcError) -> AgentError:
     """Return the error for a ttrpc call that failed.
 
-    The details of a status are for us, its text is what Kata's hosts expect.
+    A status's details are for us, its text is for Kata's hosts.
     """
     if isinstance(error, ConnectionClosed):
         return gone(error.text)
@@ -101,7 +101,7 @@ def agent_error(error: RpcError) -> AgentError:
                 fields = dict(wire.decode(value))
                 number, text = fields.get(1, 0), fields.get(2, b"")
                 reason = Reason(number if isinstance(number, int) else 0)
-            except ValueError:  # does not decode, or a later agent's
+            except ValueError:  # malformed, or from a later agent
                 continue
             sentence = text.decode(errors="replace")[:MAX_TEXT] if isinstance(text, bytes) else ""
             return refused(error.code, error.text, reason, sentence)
@@ -109,15 +109,15 @@ def agent_error(error: RpcError) -> AgentError:
 
 
 def gone(why: str) -> AgentGone:
-    """Return the error of a connection that could not be made, or has ended."""
+    """Return the error for a connection that failed or was closed."""
     return AgentGone(f"agent: does not answer ({why}); `caisson list-vms` shows whether its VM is running")
 
 
 @contextlib.contextmanager
 def container_explained(container_id: str) -> Iterator[None]:
-    """Say what is wrong with a container and what to do, in place of the agent's words.
+    """Explain a container's problem and its remedy, in place of the agent's message.
 
-    Raises ContainerUnavailable then.
+    Raises ContainerUnavailable in that case.
     """
     try:
         yield

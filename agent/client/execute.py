@@ -1,7 +1,7 @@
 """Run a program in a container for a command line: its streams and exit status are the caller's.
 
-In a container that runs this is one call, and then those of the program's streams.  There is no event loop: to import
-one would take longer than all else that the command does.
+In a running container this is one call, plus those for the program's streams.  There is no event loop: importing one
+would take longer than everything else that the command does.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ if TYPE_CHECKING:
     from caisson.agent.client.guest import Machine
     from caisson.agent.rpc.ttrpc.frames import Frame
 
-#: Of the default container before its first use, or when its first process has ended.
+#: Reasons of the default container before its first use, or after its init process has exited.
 NOT_THERE = (Reason.CONTAINER_NOT_FOUND, Reason.CONTAINER_STOPPED)
 
-#: Seconds for which a program that is starting is looked for after Ctrl-C, and between two looks.
+#: Seconds to look for a starting program after Ctrl-C, and between two attempts.
 KILL_TIMEOUT = 1.0
 KILL_INTERVAL = 0.05
 
-#: The services that are called.  Their requests begin with the container's id and the process's.
+#: The services to call.  Their requests begin with the ids of the container and the process.
 GUEST, AGENT = "caisson.Guest", "grpc.AgentService"
 
-#: Numbers of the fields that follow in requests, and of the one in a response; the same in all messages that have them.
+#: Numbers of the fields that follow in requests, and of the one in a response; the same in all messages.
 PROCESS = DATA = LENGTH = SIGNAL = ROWS = 3
 COLUMNS = 4
 RESPONSE_DATA = STATUS = 1
@@ -70,15 +70,15 @@ def execute(
     user: Mapping[str, Any] = ROOT,
     terminal: bool = False,
 ) -> int:
-    """Run a program in a container that runs (the VM's default one is created on first use); returns its exit status.
+    """Run a program in a running container (the VM's default one is created on first use); returns its exit status.
 
-    Until its end and that of its output the caller's streams are the process's.  With a terminal, standard input is in
-    raw mode meanwhile and its size is followed; it is always restored.  Signals are passed on, the third to stop as
-    SIGKILL; what the agent kills in place of one has the status of that one.  When the reader of stdout or stderr goes
-    away the process gets SIGPIPE, as in a pipeline, and the status is 141.
+    Until the process has exited and its output has ended, the caller's streams are connected to it.  With a terminal,
+    standard input is in raw mode meanwhile and its size is followed; it is always restored.  Signals are passed on, the
+    third one to stop as SIGKILL; if the agent kills the process instead, the status is that of the signal.  When the
+    reader of stdout or stderr goes away the process gets SIGPIPE, as in a pipeline, and the status is 141.
 
-    Raises ContainerUnavailable for a container that has exited or never was, ProgramError when the program cannot be
-    run, OutputError when output cannot be written for another reason, and AgentGone.
+    Raises ContainerUnavailable if the container has exited or does not exist, ProgramError if the program cannot be
+    run, OutputError if output cannot be written for another reason, and AgentGone.
     """
     document = {
         "args": list(words),
@@ -98,7 +98,7 @@ def execute(
                 if container_id != DEFAULT or not (isinstance(error, AgentGone) or error.reason in NOT_THERE):
                     raise
                 _make_default_container(machine)
-                process.start(machine, document)  # by the same id: it is not run twice
+                process.start(machine, document)  # with the same id, so that it cannot run twice
         return process.attach()
     except KeyboardInterrupt:
         process.kill()
@@ -122,14 +122,14 @@ def _make_default_container(machine: Machine) -> None:
 class _ExecProcess:
     """A process, and its streams.
 
-    The first thread carries out what the others and the handlers of signals put in ``_events``.
+    The main thread processes the events that other threads and signal handlers put into ``_events``.
     """
 
     def __init__(self, container_id: str, exec_id: str, terminal: bool) -> None:
         self._client: BlockingClient | None = None
         self._key = ((1, container_id), (2, exec_id))
         self._terminal = terminal
-        self._outputs = 1 if terminal else 2  # that have not ended
+        self._outputs = 1 if terminal else 2  # streams that have not ended
         self._stops: list[int] = []
         self._status: int | None = None
         self._events: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -141,7 +141,7 @@ class _ExecProcess:
             self._client = BlockingClient.connect(machine.agent_socket)
         except OSError as error:
             raise gone((error.strerror or str(error)).lower()) from error
-        encoded = json.dumps(document).encode(errors="backslashreplace")  # no UTF-8: escapes of lone surrogates
+        encoded = json.dumps(document).encode(errors="backslashreplace")  # not UTF-8: escaped lone surrogates
         self._call("ExecProcess", (PROCESS, encoded), service=GUEST)
 
     def close(self) -> None:
@@ -159,9 +159,9 @@ class _ExecProcess:
             time.sleep(KILL_INTERVAL)
 
     def attach(self) -> int:
-        """Join the caller's streams to the process until it has ended and all its output is delivered."""
+        """Connect the caller's streams to the process until it has exited and all its output is delivered."""
         with raw(0) if self._terminal else contextlib.nullcontext(), self._handling_signals():
-            # Now: once its container was removed, nobody knows its status any more.
+            # Call it now: once the container is removed, the status is lost.
             self._post("WaitProcess", lambda frame: self._events.put(partial(self._exited, frame)))
             start_new_thread(self._feed, ())
             start_new_thread(self._copy, ("ReadStdout", 1))
@@ -177,7 +177,7 @@ class _ExecProcess:
     def _call(
         self, method: str, *fields: tuple[int, int | str | bytes], service: str = AGENT, timeout: float | None = None
     ) -> bytes:
-        """Call a method of the process's.  Raises AgentError."""
+        """Call a method on the process.  Raises AgentError."""
         assert self._client is not None
         try:
             return self._client.call(service, method, self._request(*fields), timeout)
@@ -187,15 +187,15 @@ class _ExecProcess:
             raise AgentError(StatusCode.RESOURCE_EXHAUSTED, str(error)) from error
 
     def _feed(self) -> None:
-        """Pass standard input on: in a thread, as not all files can be polled."""
-        with contextlib.suppress(AgentError):  # it has ended or closed its input: unread input is no error
+        """Copy standard input, in a thread, as not all files can be polled."""
+        with contextlib.suppress(AgentError):  # it has exited or closed its input: unread input is not an error
             while data := _read_input():
                 self._call("WriteStdin", (DATA, data))
             if not self._terminal:
                 self._call("CloseStdin")
 
     def _copy(self, method: str, target: int) -> None:
-        """Copy an output to its end: in a thread, as a slow reader must not hold up the other streams."""
+        """Copy an output stream to its end, in a thread, as a slow reader must not block the other streams."""
         error: Exception | None = None
         try:
             while data := _field(self._call(method, (LENGTH, CHUNK)), RESPONSE_DATA, method):
@@ -225,7 +225,7 @@ class _ExecProcess:
         self._status = status_of(status if isinstance(status, int) else 0, self._stops)
 
     def _post(self, method: str, deliver: Callable[[Frame | None], None], *fields: tuple[int, int]) -> None:
-        """Call a method without waiting for its end.  Raises AgentError."""
+        """Call a method without waiting for its response.  Raises AgentError."""
         assert self._client is not None
         try:
             self._client.post(AGENT, method, self._request(*fields), deliver)
@@ -234,7 +234,7 @@ class _ExecProcess:
 
     @contextlib.contextmanager
     def _handling_signals(self) -> Iterator[None]:
-        """Pass signals and the size of the caller's terminal on to the process."""
+        """Pass on signals and the size of the caller's terminal to the process."""
         actions: dict[int, Callable[[], None]] = {number: partial(self._signalled, number) for number in FORWARDED}
         if self._terminal and os.isatty(0):
             self._resize()
@@ -264,7 +264,7 @@ class _ExecProcess:
 
 
 def _ignore(_: object) -> None:
-    """Take a response that changes nothing."""
+    """Ignore a response."""
 
 
 def _read_input() -> bytes:
@@ -275,7 +275,7 @@ def _read_input() -> bytes:
 
 
 def _field(response: bytes, number: int, method: str) -> int | bytes | None:
-    """Return a response's field.  Raises AgentError."""
+    """Return the field of a response.  Raises AgentError."""
     try:
         return wire.value_of(response, number)
     except wire.WireError:

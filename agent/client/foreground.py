@@ -1,4 +1,4 @@
-"""Run images as containers for a command line: their streams and exit status are the caller's."""
+"""Run images as containers for a command line: their streams and exit status are passed through."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from caisson.proto.kata3 import agent_pb2
 if TYPE_CHECKING:
     from caisson.agent.client.run_specs import SharedVolume
 
-#: Where the guest mounts storages of containers, as Kata's hosts do.
+#: Where the guest mounts storages of containers, as with Kata's hosts.
 SHARED = "/run/kata-containers/shared/containers"
 
-#: Seconds for a plugged disk to show up: an emulated guest is slow, and its agent gives up sooner.
+#: Seconds for a hot-plugged disk to appear: an emulated guest is slow, and its agent gives up sooner.
 PLUG_TIMEOUT = 90.0
 
-#: Seconds from the signal that a container is to end by to the one that ends it, and for word of a lack of memory.
+#: Seconds from the stop signal to SIGKILL, and to wait for an out-of-memory event.
 STOP_TIMEOUT = 10.0
 OOM_TIMEOUT = 1.0
 
-#: Exit statuses: of a process that SIGKILL has ended, and of timeout(1).
+#: Exit statuses: of a process killed by SIGKILL, and of timeout(1).
 KILLED = 128 + signal.SIGKILL
 TIMED_OUT = 124
 
@@ -50,16 +50,16 @@ async def execute_in_guest(
     user: Mapping[str, Any] = ROOT,
     terminal: bool = False,
 ) -> int:
-    """Run a program in the guest's own root, with all its rights; returns its exit status.
+    """Run a program in the guest's own root, with all privileges; returns its exit status.
 
-    For that time it is the first process of a container of this id, whose root is the guest's with what is mounted in
-    it.  Raises ProgramError when the program cannot be run, and as `attach` does.
+    Meanwhile it is the init process of a container with this id, whose root is the guest's with all its mounts.  Raises
+    ProgramError when the program cannot be run, and as `attach` does.
     """
     document = guest_document(words, busybox_root(machine), env=[*terminal_env(terminal), *env], cwd=cwd, user=user)
     document["process"]["terminal"] = terminal
     if (size := terminal_size(terminal)) is not None:
         document["process"]["consoleSize"] = {"height": size[0], "width": size[1]}
-    # One for all: the agent mounts it for the first and unmounts it after the last.
+    # Shared by all: the agent mounts it for the first and unmounts it after the last.
     document["root"]["path"] = f"{SHARED}/guest/root"
     root = _storage("bind", "/", "bind", document["root"]["path"], ["rbind", "rprivate"])
     async with Guest(machine) as guest:
@@ -86,9 +86,9 @@ async def run_image(
 ) -> int | None:
     """Run a container whose root is on a plugged disk; returns its exit status, None when detached.
 
-    Unless detached, the container is removed at its end; after ``timeout`` seconds (0: never) it is stopped, and the
-    status is that of timeout(1).  ``report`` gets a line about what the guest leaves out, or when it was out of memory.
-    Raises AgentError.
+    Unless detached, the container is removed when it exits; after ``timeout`` seconds (0: never) it is stopped, and the
+    status is that of timeout(1).  ``report`` gets a line about fields that the guest ignores, and about running out of
+    memory. Raises AgentError.
     """
     dns = resolver_lines(machine)
     async with Agent.connect(machine.agent_socket, "ttrpc") as agent:
@@ -143,7 +143,7 @@ async def _kill(process: Process) -> None:
 
 
 async def _out_of_memory(agent: Agent, container_id: str) -> bool:
-    """Check whether the guest's kernel has killed a process of the container for its memory."""
+    """Check whether the OOM killer has killed a process of the container."""
     with contextlib.suppress(AgentError):
         while True:
             event = await agent.rpc.GetOOMEvent(agent_pb2.GetOOMEventRequest(), timeout=OOM_TIMEOUT)
@@ -161,7 +161,7 @@ async def create_on_disk(
     volumes: Sequence[SharedVolume] = (),
     dns: Sequence[str] = (),
 ) -> list[str]:
-    """Create a container on a disk, waiting for the disk to show up; returns the guest's warnings.
+    """Create a container on a disk, waiting for the disk to appear; returns the guest's warnings.
 
     Sets the document's root; ``dns`` are the lines of its resolv.conf.  Raises AgentError.
     """
@@ -184,7 +184,7 @@ async def create_on_disk(
         except AgentError as error:
             if error.code is not StatusCode.DEADLINE_EXCEEDED or time.monotonic() > deadline:
                 raise
-            await asyncio.sleep(0)  # the agent has waited
+            await asyncio.sleep(0)  # the agent has already waited
 
 
 async def _write_files(agent: Agent, document: Document, place: str, dns: Sequence[str]) -> None:
@@ -212,7 +212,7 @@ async def _write_files(agent: Agent, document: Document, place: str, dns: Sequen
 def storages(pci_path: str, place: str, fstype: str) -> list[caisson_pb2.Storage]:
     """Return the mounts of a writable root: the disk at ``place``/lower, an overlay with a tmpfs at ``place``/root.
 
-    The drivers are ones whose source the agent takes as it is; "local" makes directories.
+    These drivers' sources are used unchanged by the agent; "local" creates directories.
     """
     lower, upper, work = f"{place}/lower", f"{place}/layer/upper", f"{place}/layer/work"
     layers = [f"lowerdir={lower}", f"upperdir={upper}", f"workdir={work}"]

@@ -1,8 +1,8 @@
 """Forward TCP ports of the host to ports of a guest, and back.
 
-The host cannot reach a guest's network, so a TCP port is reached from within: by `nc` in a container, which shares the
-guest's network namespace.  vsock ports are reached by the hybrid handshake of Firecracker and Cloud Hypervisor on the
-VM's socket: CONNECT <port>, answered by OK <port>.
+The host cannot reach a guest's network, so a TCP port is reached from inside: through `nc` in a container, which shares
+the guest's network namespace.  vsock ports are reached through the hybrid handshake of Firecracker and Cloud Hypervisor
+on the VM's socket: CONNECT <port>, answered by OK <port>.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class ForwardRule:
 
 
 async def dial(socket: Path, port: int) -> Streams:
-    """Connect to a vsock port of the guest.  Raises UsageError when nothing listens, or the VM has ended."""
+    """Connect to a vsock port of the guest.  Raises UsageError if nothing listens, or the VM has exited."""
     if not 0 <= port <= MAX_PORT:
         raise UsageError(f"vsock port {port}: out of range; ports are 0 to {MAX_PORT}")
     try:
@@ -80,7 +80,7 @@ async def dial(socket: Path, port: int) -> Streams:
 
 
 def to_vsock(socket: Path, port: int) -> Serve:
-    """Serve a connection by a vsock port of the guest."""
+    """Relay a connection to a vsock port of the guest."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await join((reader, writer), await dial(socket, port))
@@ -89,7 +89,7 @@ def to_vsock(socket: Path, port: int) -> Serve:
 
 
 def to_tcp(address: str, port: int) -> Serve:
-    """Serve a connection by a TCP port that the host can reach."""
+    """Relay a connection to a TCP port that the host can reach."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await join((reader, writer), await asyncio.open_connection(address, port))
@@ -98,13 +98,13 @@ def to_tcp(address: str, port: int) -> Serve:
 
 
 def to_container(container: Container, port: int) -> Serve:
-    """Serve a connection by a TCP port of the guest, through `nc` in a container."""
+    """Relay a connection to a TCP port of the guest, through `nc` in a container."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         process = await container.exec(["nc", "127.0.0.1", str(port)], env=[PATH])
 
         async def inward() -> None:
-            with contextlib.suppress(AgentError):  # it has ended: its output has, too
+            with contextlib.suppress(AgentError):  # it has exited: so has its output
                 while data := await reader.read(CHUNK):
                     await process.write(data)
                 await process.close_stdin()
@@ -119,12 +119,12 @@ def to_container(container: Container, port: int) -> Serve:
 
         feeder = asyncio.create_task(inward())
         try:
-            if not await outward() and await process.wait():  # nc has said why, and it can mean little else
+            if not await outward() and await process.wait():  # nc has said why, and this is the only likely reason
                 raise UsageError(f"tcp port {port}: nothing listens there in the guest")
         finally:
             feeder.cancel()
             with contextlib.suppress(AgentError):
-                await process.signal(9)  # the peer has hung up
+                await process.signal(9)  # the peer has disconnected
 
     return serve
 

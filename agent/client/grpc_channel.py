@@ -1,6 +1,6 @@
-"""gRPC to an agent: of Kata Containers 1.x, or one of ours by choice.  Imported only where it is asked for.
+"""gRPC to an agent: of Kata Containers 1.x, or one of ours by choice.  Imported only on request.
 
-The 1.x API has no reasons but texts, which its agents and hosts agree on; they become reasons here, and nowhere else.
+The 1.x API has no reasons, only texts that its agents and hosts agree on; they are mapped to reasons only here.
 """
 
 from __future__ import annotations
@@ -14,30 +14,31 @@ import grpc
 from caisson.agent.client.errors import AgentError, Reason, gone, refused
 from caisson.agent.rpc.codes import StatusCode
 
-#: A MiB of output in one message, which the client asks for, and gRPC's default limit.
+#: Message size for 1 MiB of output, as the client requests, and gRPC's default limit.
 MIB = 1 << 20
 
-#: A guest's agent is one hop away: a lost connection is tried again at once, not after gRPC's second.
+#: A guest's agent is one hop away: reconnect at once, not after gRPC's default of a second.
 CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 50),
-    # By its name a pause; to gRPC it is also how long an attempt may take, and a busy guest without KVM takes its time.
+    # Named a backoff, but for gRPC also the timeout of an attempt, and a busy guest without KVM is slow.
     ("grpc.min_reconnect_backoff_ms", 20_000),
     ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.enable_http_proxy", 0),
     # The peer of a Unix socket has no name; without this the path itself becomes the :authority.
     ("grpc.default_authority", "agent"),
-    # An answer with a MiB of output comes in one piece: the agent need not wait for room, nor cut it into 16 KiB.
+    # A response with 1 MiB of output arrives in one piece: the agent need not wait for window, nor split it into 16
+    # KiB.
     ("grpc.http2.lookahead_bytes", 4 * MIB),
     ("grpc.http2.max_frame_size", 2 * MIB),
 ]
 
-#: Texts of 1.x that say more than their codes (docker and containerd look for some, too).
+#: Texts of 1.x that say more than their codes (docker and containerd also match some).
 TEXTS = (
     ("executable file not found in $PATH", "exec: ", Reason.PROGRAM_NOT_FOUND),
     ("no such file or directory", "exec: ", Reason.PROGRAM_NOT_FOUND),
     ("permission denied", "exec: ", Reason.PROGRAM_NOT_EXECUTABLE),
     ("is a directory", "exec: ", Reason.PROGRAM_NOT_EXECUTABLE),
-    ("input/output error", "", Reason.END_OF_OUTPUT),  # of a terminal whose last process has gone
+    ("input/output error", "", Reason.END_OF_OUTPUT),  # from a terminal whose last process has exited
     ("Cannot exec in stopped container", "", Reason.CONTAINER_STOPPED),
     ("Cannot exec in paused container", "", Reason.CONTAINER_PAUSED),
 )

@@ -1,6 +1,6 @@
 """Drive a guest from tests and programs: its agent, and a container to run programs in.
 
-The caller boots and ends the guest (image.vm.VM, or another VMM's): docs/library.md.
+The caller boots and stops the guest (image.vm.VM, or another VMM's): docs/library.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from caisson.proto.caisson import caisson_pb2
 
 T = TypeVar("T")
 
-#: Seconds to wait for the agent of a VM that is starting, and between two looks whether the VM still runs.
+#: Seconds to wait for the agent of a starting VM, and between two checks that the VM is still running.
 AGENT_TIMEOUT = 60.0
 CHECK_INTERVAL = 3.0
 
@@ -35,7 +35,7 @@ class Machine(Protocol):
 
     @property
     def directory(self) -> Path:
-        """Where image.json says what is in it."""
+        """The directory with image.json."""
 
 
 def container_registry(machine: Machine) -> client.Registry:
@@ -49,7 +49,7 @@ def forward_registry(machine: Machine) -> client.Registry:
 
 
 def active_forwards(machine: Machine) -> list[str]:
-    """List the ports that are forwarded now: "127.0.0.1:8080 → tcp port 80"."""
+    """List the ports currently forwarded: "127.0.0.1:8080 → tcp port 80"."""
     known = forward_registry(machine)
     for name in known.orphaned():
         known.discard(name)
@@ -57,7 +57,7 @@ def active_forwards(machine: Machine) -> list[str]:
 
 
 def call_sync(machine: Machine, work: Callable[[client.Agent], Awaitable[T]]) -> T:
-    """Run a coroutine with a VM's agent to its end.  Raises AgentError."""
+    """Run a coroutine with a VM's agent to completion.  Raises AgentError."""
 
     async def asked() -> T:
         async with client.Agent.connect(machine.agent_socket, "ttrpc") as agent:
@@ -76,18 +76,18 @@ class CompletedRun:
 
 
 def guest_memory(machine: Machine) -> int:
-    """Return the bytes of a VM's memory, 0 where nothing says them."""
+    """Return a VM's memory in bytes; 0 if unknown."""
     return int(_description(machine).get("memory") or 0) << 20
 
 
 def guest_cpus(machine: Machine) -> int:
-    """Return the CPUs that a VM has or may come to have, 1 where nothing says them."""
+    """Return the maximum CPUs of a VM, including hot-plug; 1 if unknown."""
     said = _description(machine)
     return max(1, int(said.get("cpus") or 1), int(said.get("max_cpus") or 0))
 
 
 def resolver_lines(machine: Machine) -> list[str]:
-    """Return the lines of resolv.conf for a VM's network, none where it has no network."""
+    """Return the lines of resolv.conf for a VM's network, none if it has no network."""
     return [f"nameserver {server}" for server in (_description(machine).get("network") or {}).get("dns") or ()]
 
 
@@ -111,7 +111,7 @@ def _description(machine: Machine) -> dict[str, Any]:
 
 
 class Guest:
-    """Connect to the guest of a running VM for the time of a block."""
+    """A connection to the guest of a running VM, for a `with` block."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
@@ -127,19 +127,19 @@ class Guest:
     async def container(self, container_id: str = DEFAULT) -> client.Container:
         """Return the container of this id, created on first use from the image's own root file system."""
         contents = _manifest(self.machine)
-        from caisson.agent.client import specs  # here, as below: most calls make no container
+        from caisson.agent.client import specs  # late, as below: most calls create no container
 
         document = specs.container_document(contents["containers"]["busybox"])
         architecture = str(contents.get("arch", "amd64"))
         specs.confined(document, guest_memory(self.machine), architecture, guest_cpus(self.machine))
-        # Before: a command that is interrupted here has made it all the same.  After: a list may have come in between.
+        # Before: a command interrupted here has still created it.  After: a listing may have come in between.
         self._register(container_id)
         container = await self._ensure(container_id, document)
         self._register(container_id)
         return container
 
     def _register(self, container_id: str) -> None:
-        """Note a container, unless it is; the entry of one from a container image names its disk."""
+        """Register a container, unless it already is; the entry of one from a container image names its disk."""
         made = container_registry(self.machine)
         if container_id not in made.names():
             made.add(container_id)
@@ -150,7 +150,7 @@ class Guest:
 
     @contextlib.asynccontextmanager
     async def with_files_of(self, container_id: str) -> AsyncIterator[client.Container]:
-        """Yield a running container that has the files of this one: itself, or one on its root when it has exited.
+        """Yield a running container with the files of this one: itself, or one on its root if it has exited.
 
         Only the VM's default container is created.  Raises AgentError.
         """
@@ -172,7 +172,7 @@ class Guest:
                 await stand_in.remove()
 
     async def _ensure(self, container_id: str, spec: Mapping[str, Any]) -> client.Container:
-        """Call an agent that may be starting still: it is asked first when the call has failed."""
+        """Call an agent that may still be starting: wait for it only if the call fails."""
         try:
             return await self.agent.ensure_container(container_id, spec)
         except client.AgentGone:
@@ -183,7 +183,7 @@ class Guest:
             return await self.agent.ensure_container(container_id, spec)
 
     async def run(self, *words: str | os.PathLike[str], container: str = DEFAULT, stdin: bytes = b"") -> CompletedRun:
-        """Run a program in a container to its end.  Raises ProgramError when it cannot be run."""
+        """Run a program in a container to completion.  Raises ProgramError when it cannot be run."""
         process = await (await self.container(container)).exec([os.fspath(word) for word in words], env=[client.PATH])
 
         async def feed() -> None:

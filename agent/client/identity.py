@@ -1,8 +1,8 @@
-"""Make a clone a machine of its own: host name, machine id, random numbers and clock; set a guest's clock.
+"""Give a clone its own identity: host name, machine id, random numbers and clock; set a guest's clock.
 
     python -m caisson.agent.client.identity SOCKET     set the clock of the guest behind a VM's agent.sock
 
-A clone's clock is at the time of its snapshot; that of any guest stands still while its host is suspended.
+A clone's clock shows the time of its snapshot; any guest's clock stops while its host is suspended.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from caisson.agent.client.errors import AgentError
 from caisson.proto.caisson import caisson_pb2
 from caisson.proto.kata3 import agent_pb2
 
-#: Bytes of entropy: what the kernel's generator is keyed with, twice.
+#: Bytes of entropy: twice the key of the kernel's generator.
 ENTROPY_BYTES = 64
 
-#: Seconds that the clock may be off, and attempts to get there on a busy machine.
+#: Maximum error of the clock in seconds, and attempts to reach it on a busy machine.
 MAX_ERROR = 0.5
 MAX_ATTEMPTS = 5
 
@@ -34,7 +34,7 @@ CALL_TIMEOUT = 60.0
 async def personalize(agent: Agent, hostname: str, machine_id: str = "") -> None:
     """Give a clone its own host name, machine id, entropy and clock, before its first container starts.
 
-    ``machine_id``: 32 hexadecimal digits, by default random ones.  Raises AgentError.
+    ``machine_id``: 32 hexadecimal digits, random by default.  Raises AgentError.
     """
     identity = caisson_pb2.IdentifyRequest(hostname=hostname, machine_id=machine_id or uuid.uuid4().hex)
     await asyncio.gather(

@@ -18,17 +18,17 @@ from caisson.proto.kata3 import agent_pb2
 
 T = TypeVar("T")
 
-#: The columns of `ps -ef`, by the names they get here; the last one holds spaces.
+#: The columns of `ps -ef`, by their names here; the last one may contain spaces.
 COLUMNS = ("uid", "pid", "ppid", "cpu", "started", "tty", "time", "command")
 NUMBERS = ("uid", "pid", "ppid", "cpu")
 
-#: The fields of what a container uses.
+#: The fields of a container's usage.
 USAGE = ("container", "cpu_percent", "cpu_seconds", "memory", "memory_limit", "pids", "pids_limit")
 
-#: Seconds between two looks whether an agent is still there, while nothing is asked of it.
+#: Seconds between two checks that an idle agent is still there.
 ALIVE_INTERVAL = 2.0
 
-#: From here on a limit is none: cgroups have several numbers for "no limit", all of them beyond any machine.
+#: From here on a limit means none: cgroups have several numbers for "no limit", all beyond any machine's memory.
 UNLIMITED = 1 << 60
 
 
@@ -52,7 +52,7 @@ async def processes(agent: Agent, known: Registry, container: str = "") -> list[
 def parse_table(text: str) -> list[dict[str, Any]]:
     """Parse the output of `ps -ef`; ``cpu`` is a percentage.
 
-    A process chooses its command, line ends and all: what is not a row is shown as a command, and is no error.
+    A process chooses its own command line, even with newlines: a line that is not a row is shown as a command.
     """
     found: list[dict[str, Any]] = []
     for line in filter(None, text.split("\n")[1:]):
@@ -83,7 +83,7 @@ async def stats(agent: Agent, known: Registry, container: str = "", interval: fl
 
 
 async def _sleep_beside(agent: Agent, seconds: float) -> None:
-    """Sleep, and look now and then whether the agent is still there.  Raises AgentGone."""
+    """Sleep, checking periodically that the agent is still there.  Raises AgentGone."""
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > ALIVE_INTERVAL:
         await asyncio.sleep(ALIVE_INTERVAL)
@@ -96,7 +96,7 @@ def usage(container_id: str, before: float, first: Any, after: float, last: Any)
     busy = last.cpu_stats.cpu_usage.total_usage - first.cpu_stats.cpu_usage.total_usage
     return {
         "container": container_id,
-        "cpu_percent": round(busy / 1e7 / max(after - before, 1e-3), 1),  # nanoseconds a second
+        "cpu_percent": round(busy / 1e7 / max(after - before, 1e-3), 1),  # nanoseconds per second
         "cpu_seconds": round(last.cpu_stats.cpu_usage.total_usage / 1e9, 3),
         "memory": last.memory_stats.usage.usage,
         "memory_limit": _limit(last.memory_stats.usage.limit),
@@ -129,7 +129,7 @@ async def _each(known: Registry, container: str, ask: Callable[[str], Awaitable[
 
 
 async def signal_container(container: Container, number: int, *, everything: bool = False) -> None:
-    """Signal the first process of a container, or all of them."""
+    """Signal the init process of a container, or all processes."""
     await (container.signal(number) if everything else container.init().signal(number))
 
 

@@ -1,4 +1,4 @@
-"""Detached containers: keep their output, show it, wait for their end, attach to them again."""
+"""Detached containers: keep and show their output, wait for their exit, attach to them again."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from caisson.agent.client.stdio import read, signals_passed_on
 from caisson.proto.caisson import caisson_pb2
 from caisson.proto.foreign_text import TerminalFilter
 
-#: Bytes of a detached container's output that the guest keeps.
+#: Bytes of a detached container's output to keep in the guest.
 MAX_LOG = 4 << 20
 
-#: What detaches, typed on a terminal: Ctrl-P, Ctrl-Q.
+#: The key sequence to detach on a terminal: Ctrl-P, Ctrl-Q.
 DETACH = b"\x10\x11"
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -30,19 +30,19 @@ Entry = caisson_pb2.ReadLogResponse.Entry
 
 
 async def keep(agent: Agent, container_id: str) -> None:
-    """Have the guest drain a container's output and keep the last of it.  Raises AgentError."""
+    """Make the guest drain a container's output and keep the last of it.  Raises AgentError."""
     await agent.guest.KeepLog(caisson_pb2.KeepLogRequest(container_id=container_id, max_bytes=MAX_LOG))
 
 
 async def restart(agent: Agent, container: Container) -> None:
-    """Run the program of a container that has exited once more, on the files that it left.  Raises AgentError."""
+    """Run the program of an exited container again, on the files that it left.  Raises AgentError."""
     await container.recreate()
     await keep(agent, container.id)
     await container.start()
 
 
 async def entries(agent: Agent, container_id: str, *, follow: bool = False, begin: int = 0) -> AsyncIterator[Entry]:
-    """Yield what is kept of a container's output, with ``follow`` until it has ended.  Raises AgentError."""
+    """Yield a container's kept output, with ``follow`` until it has exited.  Raises AgentError."""
     while True:
         request = caisson_pb2.ReadLogRequest(container_id=container_id, begin=begin, follow=follow)
         answer = await agent.guest.ReadLog(request)
@@ -58,8 +58,8 @@ async def show(
 ) -> None:
     """Write a container's output to standard output and error; to a terminal without its control characters.
 
-    Who looks at it later is not who ran the program.  ``since`` is in seconds since 1970; of ``tail`` lines the last
-    ones are shown.  Raises AgentError, OSError.
+    The viewer may not be the user who ran the program.  ``since`` is in seconds since 1970; with ``tail``, only the
+    last lines are shown.  Raises AgentError, OSError.
     """
     begin = 0
     with _shown() as write:
@@ -77,7 +77,7 @@ async def show(
 
 @contextlib.contextmanager
 def _shown() -> Iterator[Callable[[int, bytes], None]]:
-    """Yield what writes output to a standard stream: as it is, or to a terminal without its control characters."""
+    """Yield a writer to a standard stream: unchanged, or without control characters if it is a terminal."""
     filters = {stream: TerminalFilter() for stream in (1, 2) if os.isatty(stream)}
 
     def write(stream: int, data: bytes) -> None:
@@ -122,9 +122,10 @@ def moment(text: str) -> float:
 
 
 async def attach_detached(agent: Agent, container: Container, *, terminal: bool) -> int | None:
-    """Join a detached container's first process until it ends, or the detach key is typed; returns its exit status.
+    """Attach to a detached container's init process until it exits, or the detach keys are typed; returns its exit
+    status.
 
-    None is for detached.  What was written before is not shown.  Raises AgentError, OSError.
+    None if detached.  Earlier output is not shown.  Raises AgentError, OSError.
     """
     process = container.init(terminal=terminal)
     begin = 0

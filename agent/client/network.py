@@ -1,4 +1,4 @@
-"""Set up a guest's side of its network: the VM's starter knows the addresses; nothing in the guest asks for them."""
+"""Configure a guest's network: the VM's starter knows the addresses, so the guest needs no DHCP."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from caisson.agent.client.connection import Agent
 from caisson.proto.kata3 import agent_pb2, types_pb2
 
-#: The module of the guest's kernel, where it is not built in.
+#: The guest's kernel module, if it is not built in.
 DRIVER = "virtio_net"
 
 
 async def configure(agent: Agent, network: Mapping[str, Any]) -> None:
-    """Give the guest address, default route and name servers; nothing to do where ``network`` is of kind "none".
+    """Give the guest address, default route and name servers; does nothing if ``network`` is of kind "none".
 
     ``network`` is vm.json's: interface, mac, address, prefix, gateway, dns, mtu.  Raises AgentError.
     """

@@ -1,7 +1,7 @@
 """The pytest plugin `caisson`: tests that run programs inside a guest, one for the session.
 
-Which guest that is, a fixture `caisson_machine` of the project's own says (docs/library.md).  pytest loads this in
-every project of an environment, so it imports what it needs when a guest is asked for.
+The project's own fixture `caisson_machine` provides the guest (docs/library.md).  pytest loads this plugin in every
+project of an environment, so it imports what it needs only when a guest is requested.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 class GuestRunner:
-    """A guest for tests that are no coroutines."""
+    """A guest for tests that are not coroutines."""
 
     def __init__(self, runner: asyncio.Runner, guest: Guest) -> None:
         self._runner = runner
         self.guest = guest
 
     def run(self, *words: str, container: str = "default", stdin: bytes = b"") -> CompletedRun:
-        """Run a program in a container of the guest to its end."""
+        """Run a program in a container of the guest to completion."""
         return self._runner.run(self.guest.run(*words, container=container, stdin=stdin))
 
 

@@ -1,7 +1,7 @@
 """Register what commands on this host have created in a VM: its containers and forwarded ports.
 
 One JSON file per entry, in a directory that is removed with the VM.  The agent's API cannot list containers; an entry
-only says which names to ask the agent about.
+only tells which names to query.
 
 An entry that must not outlive its command, such as a forwarded port, is leased: its file is locked (flock(2)) until
 that command closes it or dies.
@@ -26,7 +26,7 @@ class Registry:
         self._directory = directory
 
     def add(self, name: str, **metadata: Any) -> None:
-        """Add or replace an entry.  Raises AgentGone when the VM has ended."""
+        """Add or replace an entry.  Raises AgentGone if the VM has exited."""
         self._put(name, metadata).close()
 
     def lease(self, name: str, **metadata: Any) -> IO[str]:
@@ -34,7 +34,7 @@ class Registry:
         return self._put(name, metadata | {"held": True})
 
     def _put(self, name: str, metadata: dict[str, Any]) -> IO[str]:
-        # A name that no container can have: nobody sees half a file, or one that is not locked yet.
+        # A name that no container can have: nobody sees a partial file, or one not locked yet.
         new = self._directory / f".{uuid.uuid4().hex}"
         try:
             self._directory.mkdir(mode=0o700, exist_ok=True)
@@ -61,7 +61,7 @@ class Registry:
             return []
 
     def metadata(self, name: str) -> dict[str, Any]:
-        """Return the metadata of an entry, empty where there is none."""
+        """Return the metadata of an entry; empty if there is none."""
         try:
             return dict(json.loads((self._directory / name).read_text()))
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The OCI runtime specification (config.json) of what `run` starts: an image or a bundle, and docker's options over it.
+"""The OCI configuration (config.json) of `run`: an image or a bundle, with docker's options applied.
 
 Source of the options' meaning: docker-run(1).
 """
@@ -28,16 +28,16 @@ from caisson.agent.client.specs import (
 
 MIB = 1 << 20
 
-#: A container of less memory cannot start a program.
+#: A container with less memory cannot start a program.
 MIN_MEMORY = 6 * MIB
 
-#: A container's quota is for so many microseconds (cgroup v2, cpu.max).
+#: Period of a container's CPU quota in microseconds (cgroup v2, cpu.max).
 CPU_PERIOD = 100_000
 
-#: Where --init has its program: in /dev, which is the container's own.  busybox is what it is called.
+#: Path of --init's program: in /dev, which is the container's own.  It must be called busybox.
 INIT = "/dev/.caisson/busybox"
 
-#: A first process that passes signals on, reaps what is left to it, and ends as its child does.
+#: An init that forwards signals, reaps orphans, and exits with its child's status.
 INIT_SCRIPT = """exec 3<&0; "$@" <&3 3<&- & child=$!; exec 3<&-
 for name in HUP INT QUIT TERM USR1 USR2; do trap "kill -$name $child" $name; done
 while :; do wait $child; status=$?; kill -0 $child 2>/dev/null || exit $status; done"""
@@ -45,7 +45,7 @@ while :; do wait $child; status=$?; kill -0 $child 2>/dev/null || exit $status; 
 
 @dataclass(frozen=True)
 class SharedVolume:
-    """A share of the host's in a container: a file system of the guest by its ``fstype`` and ``tag``."""
+    """A host share in a container: a file system in the guest, by its ``fstype`` and ``tag``."""
 
     fstype: str
     tag: str
@@ -55,11 +55,11 @@ class SharedVolume:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What `run` was asked for beside the image; empty or None is "as the image and the defaults have it".
+    """Options of `run` besides the image; empty or None means the image's or the default value.
 
     ``memory`` is in bytes, ``cpus`` in CPUs, ``pids_limit`` -1 for none.  ``tmpfs`` holds PATH[:OPTIONS].
-    ``guest_memory`` is the VM's, in bytes, ``guest_cpus`` how many it may come to have, and ``busybox`` where the guest
-    has the program of --init.
+    ``guest_memory`` is the VM's, in bytes, ``guest_cpus`` its maximum, and ``busybox`` the path of --init's program in
+    the guest.
     """
 
     env: Sequence[str] = ()
@@ -85,7 +85,7 @@ class RunOptions:
 
 
 class ImageConfig(Protocol):
-    """The configuration of a container image; image.containers.documents has it."""
+    """The configuration of a container image; image.containers.documents implements it."""
 
     @property
     def entrypoint(self) -> Sequence[str]: ...
@@ -112,7 +112,7 @@ def image_document(
 ) -> Document:
     """Return the spec of an image, or of a bundle if its config.json is not empty; options override both.
 
-    Its root is set when it is created.  ``warn`` gets a line about each field of a bundle that means nothing in a
+    Its root is set when it is created.  ``warn`` gets a line about each field of a bundle that has no meaning in a
     guest.  Raises UsageError.
     """
     if bundle:
@@ -134,7 +134,7 @@ def image_document(
 
 
 def _fit_memory(linux: Document, guest_memory: int, warn: Any) -> None:
-    """Lower a bundle's limit, made for a larger machine, to what leaves the guest its own."""
+    """Lower a bundle's limit, made for a larger machine, so that the guest keeps memory of its own."""
     memory = (linux.get("resources") or {}).get("memory") or {}
     most, limit = int(guest_memory * MEMORY_SHARE), memory.get("limit") or 0
     if 0 < most < limit:
@@ -145,7 +145,7 @@ def _fit_memory(linux: Document, guest_memory: int, warn: Any) -> None:
 
 
 def _words(config: ImageConfig, words: Sequence[str], options: RunOptions) -> list[str]:
-    if options.entrypoint is not None:  # it replaces the image's words, all of them, as with docker
+    if options.entrypoint is not None:  # it replaces the image's entire command, as with docker
         found = [*([options.entrypoint] if options.entrypoint else []), *words]
         if not found:
             raise UsageError("--entrypoint '': no program is left; name one after --")
@@ -200,7 +200,7 @@ def _set_capabilities(process: Document, linux: Document, options: RunOptions) -
         linux.pop("seccomp", None)
     added, dropped = _capabilities(options.cap_add), _capabilities(options.cap_drop)
     if "ALL" in _upper(options.cap_drop):
-        dropped -= added  # all but these
+        dropped -= added  # all except these
     held = (held | added) - dropped
     if options.privileged or options.cap_add or options.cap_drop:
         process["capabilities"] = {kind: sorted(held) for kind in ("bounding", "effective", "permitted")}
@@ -223,7 +223,7 @@ def _capabilities(names: Iterable[str]) -> set[str]:
 
 
 def env_file(path: str) -> list[str]:
-    """Read settings from a file: NAME=value in each line, NAME for the caller's own value, "#" before a comment.
+    """Read settings from a file: NAME=value per line, NAME for the caller's own value, "#" for a comment.
 
     Raises UsageError.
     """

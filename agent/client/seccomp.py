@@ -1,6 +1,6 @@
-"""The system calls that a container may make: what Docker's default profile permits (moby, profiles/seccomp).
+"""The system calls that a container may make: those that Docker's default profile permits (moby, profiles/seccomp).
 
-User namespaces, keyrings, io_uring, userfaultfd and AF_VSOCK are not among them.  Some come with a capability.
+User namespaces, keyrings, io_uring, userfaultfd and AF_VSOCK are not among them.  Some require a capability.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ EPERM, ENOSYS = 1, 38
 #: AF_VSOCK reaches the host, not other containers.
 AF_VSOCK = 40
 
-#: The CLONE_NEW* flags of namespaces but for time: clone(2) is permitted without them.
+#: The CLONE_NEW* flags of all namespaces but time: clone(2) is permitted without them.
 NEW_NAMESPACES = 0x7E020000
 
 #: personality(2): Linux, UNAME26 with and without ADDR_NO_RANDOMIZE's neighbours, and the query.
 PERSONALITIES = (0x0, 0x0008, 0x20000, 0x20008, 0xFFFFFFFF)
 
-#: Machines, and what else runs on them.
+#: Machines, and the other architectures they can run.
 ARCHITECTURES = {
     "amd64": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"],
     "arm64": ["SCMP_ARCH_AARCH64", "SCMP_ARCH_ARM"],
@@ -61,7 +61,7 @@ timerfd_gettime timerfd_gettime64 timerfd_settime timerfd_settime64 times tkill 
 uname unlink unlinkat utime utimensat utimensat_time64 utimes vfork vmsplice wait4 waitid waitpid write writev
 """
 
-#: What is permitted beside these with a capability.
+#: System calls additionally permitted with a capability.
 BY_CAPABILITY = {
     "CAP_BPF": "bpf",
     "CAP_DAC_READ_SEARCH": "open_by_handle_at",

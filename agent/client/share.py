@@ -14,7 +14,7 @@ from caisson.proto.caisson import caisson_pb2
 #: Default parent of mount points in a container: most can write to /run.
 SHARED = "/run/shared"
 
-#: Seconds for a plugged device to show up: an emulated guest is slow, and its agent gives up sooner.
+#: Seconds for a hot-plugged device to appear: an emulated guest is slow, and its agent gives up sooner.
 PLUG_TIMEOUT = 90.0
 
 #: Mount options of a file system on its virtio device.
@@ -39,7 +39,7 @@ async def mount(
             except AgentError as error:
                 if error.code is not StatusCode.DEADLINE_EXCEEDED or time.monotonic() > deadline:
                     raise
-                await asyncio.sleep(0)  # the agent has waited
+                await asyncio.sleep(0)  # the agent has already waited
 
 
 async def unmount(agent: Agent, tag: str) -> None:

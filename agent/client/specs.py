@@ -1,10 +1,10 @@
-"""The OCI runtime specification (config.json) of a container: the defaults, and what confines it.
+"""The OCI configuration (config.json) of a container: defaults and confinement.
 
 Namespaces, mounts, masks and capabilities are those that container engines agree on: a private view of processes,
 mounts, IPC and host name; no way to load modules, set the clock or reach the guest's devices.  The network namespace is
-the guest's, as in every Kata guest: there is one pod in a VM.
+the guest's, as in every Kata guest: a VM holds one pod.
 
-Specs are decoded config.json documents; words that are no UTF-8 are in them as os.fsdecode() has them.
+Specs are decoded config.json documents; strings that are not UTF-8 are as from os.fsdecode().
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from caisson.agent.client.caller import PATH, ROOT
 if TYPE_CHECKING:
     from caisson.proto.kata1 import oci_pb2
 
-#: Docker's default set (moby profiles), less CAP_MKNOD: /dev is made by the runtime.
+#: Docker's default set (moby profiles), without CAP_MKNOD: the runtime creates /dev.
 CAPABILITIES = sorted(bundles.PERMITTED_CAPABILITIES - {"CAP_MKNOD"})
 
 MOUNTS = [
@@ -50,7 +50,7 @@ THERMAL = "/sys/devices/system/cpu/cpu{}/thermal_throttle"
 
 READONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
 
-#: Processes and threads of a container, and the share of the guest's memory that it may use, unless told otherwise.
+#: Default limit of a container's processes and threads, and its share of the guest's memory.
 PIDS_LIMIT = 2048
 MEMORY_SHARE = 0.75
 
@@ -58,7 +58,7 @@ Document = dict[str, Any]
 
 
 def keep_alive() -> list[str]:
-    """Return a first process that reaps orphans and exits on SIGTERM."""
+    """Return an init command that reaps orphans and exits on SIGTERM."""
     return ["/bin/sh", "-c", "trap 'exit 0' TERM INT; while :; do sleep 2147483647 & wait $!; done"]
 
 
@@ -72,7 +72,7 @@ def container_document(
     terminal: bool = False,
     scratch: Sequence[str] = ("/tmp", "/run", "/root", "/home", "/var"),
 ) -> Document:
-    """Return the spec of a container whose root is a directory of the guest, read-only but for tmpfs on ``scratch``.
+    """Return the spec of a container whose root is a directory in the guest, read-only except for tmpfs on ``scratch``.
 
     ``args`` defaults to ``keep_alive``.
     """
@@ -105,14 +105,14 @@ def container_document(
 def guest_document(
     args: Sequence[str], busybox: str, *, env: Sequence[str] = (), cwd: str = "/", user: Mapping[str, Any] = ROOT
 ) -> Document:
-    """Return the spec of a program that is confined by the guest alone, in its root, which the caller sets.
+    """Return the spec of a program confined only by the guest, in its root, which the caller sets.
 
-    /proc shows all the guest's processes.  In PATH the programs of the guest's packages come before those of busybox.
+    /proc shows all the guest's processes.  In PATH the guest's packages come before busybox.
     """
     return {
         "ociVersion": "1.2.0",
         "root": {"path": "", "readonly": False},
-        "mounts": [mount_entry("/dev", "bind", "/dev", "rbind")],  # so that nothing is made in it
+        "mounts": [mount_entry("/dev", "bind", "/dev", "rbind")],  # so that nothing is created in it
         "process": {
             "args": list(args),
             "env": [f"{PATH}:{busybox}/bin", "HOME=/", *env],
@@ -132,14 +132,14 @@ def mount_entry(destination: str, kind: str, source: str, options: str) -> Docum
 def _scratch_options(where: str) -> str:
     """Return the options of a scratch file system.
 
-    All of a default container together are below MEMORY_SHARE: who fills them gets ENOSPC, and is not killed.
+    A default container's total is below MEMORY_SHARE: filling them causes ENOSPC, not an OOM kill.
     """
     return "nosuid,nodev," + ("mode=1777,size=45%" if where == "/tmp" else "mode=755,size=7%")
 
 
 def default_spec(rootfs: str, args: Sequence[str] = (), **options: Any) -> oci_pb2.Spec:
-    """Return `container_document` as Kata 1.x has it on the wire; it has no field for a filter's errno."""
-    from caisson.agent.client.wire_specs import to_wire  # here: commands send JSON
+    """Return `container_document` in Kata 1.x wire format, which has no field for a filter's errno."""
+    from caisson.agent.client.wire_specs import to_wire  # late: commands send JSON
 
     return to_wire(container_document(rootfs, args, **options))
 
@@ -147,8 +147,8 @@ def default_spec(rootfs: str, args: Sequence[str] = (), **options: Any) -> oci_p
 def confined(document: Document, guest_memory: int, architecture: str = "amd64", cpus: int = 1) -> Document:
     """Fill in what a spec leaves out: Docker's system call filter, masks, and limits on processes and memory.
 
-    ``guest_memory`` is in bytes; 0 is for a guest that nothing is known of, which may not know of limits either.
-    ``cpus`` are those that the guest has or may come to have.
+    ``guest_memory`` is in bytes; 0 if unknown, in which case the guest may not support limits either.
+    ``cpus`` is the guest's maximum.
     """
     linux = document.setdefault("linux", {})
     masked = linux.get("maskedPaths") or []

@@ -27,17 +27,18 @@ from caisson.agent.client.errors import AgentError, Reason
 
 
 async def attach(process: Process, *, stdin: int = 0, stdout: int = 1, stderr: int = 2) -> int:
-    """Attach until the process has ended and all its output is delivered; returns its exit status.
+    """Attach until the process has exited and all its output is delivered; returns its exit status.
 
     With a terminal, ``stdin`` is in raw mode meanwhile and its size is followed; it is always restored.  Signals are
-    passed on, the third to stop as SIGKILL; what the agent kills in place of one has the status of that one.  When the
-    reader of ``stdout`` or ``stderr`` goes away the process gets SIGPIPE, as in a pipeline, and the status is 141.
+    passed on, the third one to stop as SIGKILL; if the agent kills the process instead, the status is that of the
+    signal.  When the reader of ``stdout`` or ``stderr`` goes away the process gets SIGPIPE, as in a pipeline, and the
+    status is 141.
 
-    Raises OutputError when they cannot be written for another reason, and AgentGone.
+    Raises OutputError if they cannot be written for another reason, and AgentGone.
     """
     with raw(stdin) if process.terminal else contextlib.nullcontext():
         async with signals_passed_on(process, stdin) as stops:
-            waiting = asyncio.create_task(process.wait())  # once its container was removed, nobody knows its status
+            waiting = asyncio.create_task(process.wait())  # once its container is removed, its status is lost
             feeder = asyncio.create_task(_feed(process, stdin))
             try:
                 copies = [_copy(process.stdout(), stdout)]
@@ -62,10 +63,10 @@ async def attach(process: Process, *, stdin: int = 0, stdout: int = 1, stderr: i
 async def _copy(stream: AsyncIterator[bytes], target: int) -> None:
     try:
         async for data in stream:
-            # In a thread: a slow reader must not hold up the other streams.
+            # In a thread: a slow reader must not block the other streams.
             await asyncio.to_thread(write_all, target, data)
     except AgentError as error:
-        if error.reason != Reason.CONTAINER_NOT_FOUND:  # it was removed: that is the end of its output
+        if error.reason != Reason.CONTAINER_NOT_FOUND:  # it was removed: this is the end of its output
             raise
 
 
@@ -75,15 +76,15 @@ async def _feed(process: Process, source: int) -> None:
             await process.write(data)
         await process.close_stdin()
     except AgentError:
-        # It has ended or closed its input: unread input is no error.
+        # It has exited or closed its input: unread input is not an error.
         pass
 
 
 async def read(source: int) -> AsyncIterator[bytes]:
-    """Read a descriptor of any kind until its end.
+    """Read a descriptor of any type to its end.
 
-    In a thread of its own, as regular files and terminals shared with others cannot be polled; a daemon, because a
-    read that blocks for ever must not keep the command alive.
+    In its own thread, as regular files and shared terminals cannot be polled; a daemon thread, because a read that
+    blocks forever must not keep the command alive.
     """
     loop = asyncio.get_running_loop()
     ready: asyncio.Queue[bytes] = asyncio.Queue()
@@ -110,7 +111,7 @@ async def read(source: int) -> AsyncIterator[bytes]:
 
 @contextlib.asynccontextmanager
 async def signals_passed_on(process: Process, stdin: int) -> AsyncIterator[list[int]]:
-    """Pass signals and the size of the caller's terminal on to the process; gives the signals to stop so far."""
+    """Pass on signals and the size of the caller's terminal to the process; yields the stop signals received so far."""
     loop = asyncio.get_running_loop()
     tasks: set[asyncio.Task[None]] = set()
     stops: list[int] = []
@@ -134,7 +135,7 @@ async def signals_passed_on(process: Process, stdin: int) -> AsyncIterator[list[
             stops.append(number)
         start(forward(signal.SIGKILL if len(stops) >= MAX_STOPS else number))
 
-    # Not loop.add_signal_handler, which imports the inspection of source code to look at its callback.
+    # Not loop.add_signal_handler, which imports inspect to check its callback.
     def handle(number: int, action: Callable[[], None]) -> None:
         before[number] = signal.signal(number, lambda *_: loop.call_soon_threadsafe(action))
 

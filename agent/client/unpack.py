@@ -1,8 +1,8 @@
 """Unpack a tar archive from a container below one directory of the host and nowhere else.
 
-Names are walked from the directory's descriptor without following any link (O_NOFOLLOW), so neither what is in the
-archive nor what is there already leads elsewhere.  No more is written than was received, and each file appears under
-its name when all of it is there.
+Names are walked from the directory's descriptor without following any link (O_NOFOLLOW), so neither the archive's
+contents nor existing files can lead elsewhere.  No more is written than was received, and each file appears under its
+name only when complete.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from caisson.agent.client.errors import CopyError
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
-#: Without set-uid and set-gid: a file from a container becomes its new owner's.
+#: Mode bits without set-uid and set-gid: a file from a container gets a new owner.
 MODE = 0o777
 
-#: Bytes of a header that belongs to another (a long name, pax records), and how many there may be in a row.
+#: Maximum size of an extension header (a long name, pax records), and how many may follow each other.
 MAX_HEADER = 1 << 20
 MAX_HEADERS = 8
 
-#: Seconds since 1970: what file systems can hold.
+#: Seconds since 1970: the range that file systems support.
 MAX_TIME = (1 << 34) - 1
 
 EXTRA = (
@@ -38,11 +38,11 @@ EXTRA = (
 
 
 class _Member(tarfile.TarInfo):
-    """A member whose headers are read in bounded memory; without holes, which nobody asked for."""
+    """A member whose headers are read in bounded memory; sparse files are not expected."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
-        """Read a member: what is not one would be taken for the archive's end."""
+        """Read a member: tarfile would take an invalid one for the archive's end."""
         try:
             return super().fromtarfile(archive)
         except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
@@ -66,34 +66,34 @@ class _Archive(tarfile.TarFile):
 
     def next(self) -> tarfile.TarInfo | None:
         self.headers = 0
-        self.members: list[tarfile.TarInfo] = []  # it would keep them all
+        self.members: list[tarfile.TarInfo] = []  # tarfile would keep them all
         try:
             return super().next()
-        except (ValueError, LookupError, ArithmeticError) as error:  # of numbers and maps that are none
+        except (ValueError, LookupError, ArithmeticError) as error:  # from invalid numbers and maps
             raise CopyError(f"archive: the container sent a damaged header: {error}") from error
 
 
 def received(stream: BinaryIO) -> tarfile.TarFile:
-    """Open the archive that a container sends.  Raises tarfile.TarError."""
+    """Open an archive sent by a container.  Raises tarfile.TarError."""
     return _Archive.open(fileobj=stream, mode="r|", tarinfo=_Member, errors="surrogateescape", encoding="utf-8")
 
 
 def unpack(archive: tarfile.TarFile, directory: Path, old: str, new: str) -> list[str]:
     """Unpack an archive whose names all begin with ``old``, as ``new`` in the directory, or into it with ".".
 
-    What is new gets the archive's mode less the umask, and is the caller's.  Files that are there are replaced and keep
-    their modes, and directories are kept.  Returns the names of what is left out: devices.  Raises CopyError for other
-    names and odd numbers, OSError, and tarfile.TarError.
+    New files get the archive's mode minus the umask, and belong to the caller.  Existing files are replaced but keep
+    their modes, and directories are kept.  Returns the names of files left out: devices.  Raises CopyError for other
+    names and invalid numbers, OSError, and tarfile.TarError.
     """
     left_out: list[str] = []
-    times: list[tuple[tuple[str, ...], tarfile.TarInfo]] = []  # of new directories: set last, they may be read-only
+    times: list[tuple[tuple[str, ...], tarfile.TarInfo]] = []  # of new directories, set last as they may be read-only
     root = os.open(directory, DIRECTORY & ~os.O_NOFOLLOW)
     try:
         for member in archive:
             _check_numbers(member)
             parts = _parts(member.name, old, new)
             if not parts:
-                continue  # the directory itself, which is there
+                continue  # the directory itself, which exists
             with _directory(root, parts[:-1]) as place:
                 if member.isdir():
                     if _make_directory(place, parts[-1], member):
@@ -131,7 +131,7 @@ def _check_numbers(member: tarfile.TarInfo) -> None:
 
 
 def _make_directory(place: int, name: str, member: tarfile.TarInfo) -> bool:
-    """Make a directory; returns whether it is new."""
+    """Create a directory; returns whether it is new."""
     try:
         os.mkdir(name, member.mode & MODE | 0o700, dir_fd=place)
     except FileExistsError:
@@ -144,7 +144,7 @@ def _make_directory(place: int, name: str, member: tarfile.TarInfo) -> bool:
 def _replace(
     archive: tarfile.TarFile, member: tarfile.TarInfo, place: int, name: str, root: int, old: str, new: str
 ) -> None:
-    """Make a file, a link or a FIFO beside its name, and rename it when it is whole."""
+    """Create a file, a link or a FIFO under a temporary name, and rename it when complete."""
     there: os.stat_result | None = None
     with contextlib.suppress(FileNotFoundError):
         there = os.stat(name, dir_fd=place, follow_symlinks=False)

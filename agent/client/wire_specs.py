@@ -1,4 +1,4 @@
-"""config.json documents as Kata's hosts send them: grpc.Spec of either generation of the API."""
+"""Convert config.json documents to what Kata's hosts send: grpc.Spec of either API generation."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from caisson.agent.client.errors import UsageError
 from caisson.proto.kata1 import oci_pb2
 from caisson.proto.kata3 import oci_pb2 as kata3
 
-#: Field renamed on the wire; the others differ in case only, and Go's decoder takes any case.
+#: Fields renamed on the wire; the others differ only in case, which Go's decoder ignores.
 RENAMED = {"ociversion": "version"}
 
 
 def to_wire(document: Mapping[str, Any]) -> oci_pb2.Spec:
-    """Return a spec as Kata 1.x has it on the wire.  Raises UsageError for a field that the wire lacks."""
+    """Return a spec in Kata 1.x wire format.  Raises UsageError for a field that the wire lacks."""
     spec = oci_pb2.Spec()
     _fill(spec, document, "")
     return spec
@@ -60,7 +60,7 @@ def _set(message: Any, field: FieldDescriptor, value: Any, place: str) -> None:
 
 
 def to_kata3(spec: oci_pb2.Spec) -> kata3.Spec:
-    """Return a spec of Kata 1.x as 3.x has it: the same bytes but for the system call filter, whose fields moved."""
+    """Convert a Kata 1.x spec to 3.x: the same bytes except for the seccomp filter, whose fields have moved."""
     rest = oci_pb2.Spec()
     rest.CopyFrom(spec)
     if spec.HasField("Linux"):
