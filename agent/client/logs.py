@@ -169,5 +169,6 @@ async def _feed(process: Process, terminal: bool, detach: Callable[[], None]) ->
                 data, held = data[:-1], data[-1:]
             if data:
                 await process.write(data)
+        await process.write(held)
         if not terminal:
             await process.close_stdin()
