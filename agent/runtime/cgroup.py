@@ -71,7 +71,7 @@ class ExecCgroup:
     def _is_unusable(self, path: str) -> bool:
         """Return whether no process can join: it is gone, or has given controllers to cgroups below it (EBUSY)."""
         try:
-            with open(f"{path}/cgroup.subtree_control", encoding="ascii") as file:  # noqa: PTH123
+            with open(f"{path}/cgroup.subtree_control", encoding="utf-8") as file:  # noqa: PTH123
                 return bool(file.read().strip())
         except OSError:
             return True

@@ -32,7 +32,7 @@ def numbers(text: str) -> frozenset[int] | None:
 
 def online(file: str = ONLINE) -> str:
     """Read the online CPUs, as the kernel formats them."""
-    with open(file, encoding="ascii") as stream:  # noqa: PTH123 - no pathlib at start
+    with open(file, encoding="utf-8") as stream:  # noqa: PTH123 - no pathlib at start
         return stream.read().strip()
 
 

@@ -61,7 +61,7 @@ def _look_up(process: Process, files: UserFiles) -> Process:
 def in_user_namespace() -> bool:
     """Return whether this program is in a user namespace other than the initial one."""
     try:
-        with open("/proc/self/uid_map", encoding="ascii") as file:  # noqa: PTH123 - no pathlib at start
+        with open("/proc/self/uid_map", encoding="utf-8") as file:  # noqa: PTH123 - no pathlib at start
             return file.read().split() != ["0", "0", str((1 << 32) - 1)]
     except OSError:
         return False

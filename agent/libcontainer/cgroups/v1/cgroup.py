@@ -8,7 +8,6 @@ Hierarchies without a controller (name=systemd) limit nothing, and are ignored.
 from __future__ import annotations
 
 import os
-from functools import partial
 
 from caisson.agent.base.mountinfo import unescape
 from caisson.agent.libcontainer.cgroups import files
@@ -251,7 +250,7 @@ class CgroupOfV1(Cgroup):
         for attempt in range(DELETE_TRIES):
             for name, path in list(left.items()):
                 try:
-                    if await self._waits.work(partial(files.remove_tree, path)):
+                    if await self._removed(path):
                         del left[name]
                 except OSError as e:
                     raise CgroupError(f"cgroup {path}: cannot be removed: {e.strerror}") from e
@@ -265,6 +264,9 @@ class CgroupOfV1(Cgroup):
         for path in self._paths.values():
             self._made.discard(path)
             files.remove_around(path, self._made)
+
+    async def _removed(self, path: str) -> bool:
+        return await self._waits.work(lambda: files.remove_tree(path))
 
     def allow_devices(self, rules: tuple[DeviceRule, ...]) -> None:
         """Change the kernel's list step by step into what the rules amount to, and verify it."""
