@@ -47,6 +47,9 @@ Kubernetes, in /etc/containerd/config.toml of containerd 1.x:
 #: The configuration; another file for tests.
 CONFIGURATION = Path(os.environ.get("CAISSON_SHIM_CONFIG", "/etc/caisson/shim.toml"))
 
+#: Its settings and their types.
+SETTINGS = {"snapshot": str, "image": str, "memory": int, "cpus": int, "accel": str, "vsock": str}
+
 
 class Pods:
     """Machines for pods (caisson.agent.pods.machines.Machines); their VMs end with this process, however it ends."""
@@ -83,12 +86,15 @@ class Pods:
         try:
             settings = tomllib.loads(file.read_text() if self._text is None else self._text)
         except FileNotFoundError:
-            settings = {}
+            raise MachineError(f"{file}: no such file; run: caisson install-shim") from None
         except (OSError, tomllib.TOMLDecodeError) as error:
             raise MachineError(f"{file}: {error}") from error
-        for name in ("memory", "cpus"):
-            if not isinstance(settings.get(name, 1), int):
-                raise MachineError(f"{file}: {name}: not a whole number; memory is in MiB")
+        for name, value in settings.items():
+            if name not in SETTINGS:
+                raise MachineError(f"{file}: {name}: unknown setting; the settings are {', '.join(SETTINGS)}")
+            if type(value) is not SETTINGS[name]:
+                wanted = "a string" if SETTINGS[name] is str else "a whole number; memory is in MiB"
+                raise MachineError(f"{file}: {name}: not {wanted}")
         return settings
 
     def start(self, name: str, *, memory: int, cpus: int, share: tuple[str, Path] | None = None) -> PodMachine:

@@ -6,6 +6,9 @@ from typing import Any
 
 from caisson.proto.containerd import metrics_pb2
 
+#: No limit.
+UNLIMITED = (1 << 64) - 1
+
 #: Counters of memory.stat that metrics have by the same name.
 MEMORY = tuple(
     field.name
@@ -30,7 +33,9 @@ def metrics(stats: Any) -> metrics_pb2.Metrics:
         setattr(made.memory, name, memory.stats.get(name, 0))
     made.memory.usage, made.memory.usage_limit = memory.usage.usage, memory.usage.limit
     made.memory.max_usage = memory.usage.max_usage
-    made.memory.swap_usage, made.memory.swap_limit = memory.swap_usage.usage, memory.swap_usage.limit
+    both = memory.swap_usage  # with memory, in the agent's API; without it in containerd's
+    made.memory.swap_usage = max(0, both.usage - memory.usage.usage)
+    made.memory.swap_limit = both.limit if both.limit == UNLIMITED else max(0, both.limit - memory.usage.limit)
     made.memory_events.max = memory.usage.failcnt
     _add_io(made, cgroup.blkio_stats)
     for page_size, huge in cgroup.hugetlb_stats.items():

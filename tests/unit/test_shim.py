@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from google.protobuf import any_pb2
 
 from caisson.agent.pods.guest import GUEST_SHARED, MAX_WAITS, until_plugged
+from caisson.agent.pods.machines import MachineError
 from caisson.agent.pods.network import NetworkError, links
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.responses import RpcError
@@ -21,10 +23,11 @@ from caisson.agent.shim.launch import Arguments, _bootstrap_id, group_of, socket
 from caisson.agent.shim.options import RuntimeOptions, shim_cgroup
 from caisson.agent.shim.pod import OVERHEAD, size_of
 from caisson.agent.shim.spec import GUEST_SHM, UnsupportedSpec, fill, guest_spec, network_namespace
+from caisson.agent.shim.stats import UNLIMITED, metrics
 from caisson.commands import machines, pods
 from caisson.commands.shim import FEATURES_URL, main
 from caisson.proto.containerd import bootstrap_pb2, linux_runc_options_pb2, runc_options_pb2, types_pb2
-from caisson.proto.kata3 import oci_pb2
+from caisson.proto.kata3 import agent_pb2, oci_pb2
 
 NAMESPACES = [{"type": kind} for kind in ("mount", "network", "uts", "pid", "ipc")]
 
@@ -231,3 +234,45 @@ def test_install_shim_finds_out_before_it_builds_that_its_configuration_cannot_b
     monkeypatch.setattr(machines, "image_directory", pytest.fail)
     with pytest.raises(Exception, match=why):
         pods.install_shim(image="", memory=512, cpus=1, config=config, accel="auto", vsock="auto")
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("memroy = 1", "memroy: unknown setting; the settings are snapshot, image, memory, cpus, accel, vsock"),
+        ("memory = '1G'", "memory: not a whole number; memory is in MiB"),
+        ("cpus = true", "cpus: not a whole number"),
+        ("image = 7", "image: not a string"),
+        ("memory =", "Invalid value"),
+        ("", "names no image; run: caisson install-shim"),
+    ],
+)
+def test_a_configuration_that_is_wrong_is_refused_by_its_setting(tmp_path: Path, text: str, why: str) -> None:
+    file = tmp_path / "shim.toml"
+    file.write_text(text)
+    for configured in (pods.Pods(configuration=file), pods.Pods.configured("", text)):
+        with pytest.raises(MachineError, match=re.escape(why)):
+            configured.start("pod", memory=64, cpus=1)
+
+
+def test_a_configuration_that_is_not_there_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match=r"shim\.toml: no such file; run: caisson install-shim"):
+        pods.Pods(configuration=tmp_path / "shim.toml").start("pod", memory=64, cpus=1)
+
+
+@pytest.mark.parametrize(
+    ("agents", "containerds"),
+    [
+        ((100, 500, 130, 600), (30, 100)),
+        ((100, 500, 100, UNLIMITED), (0, UNLIMITED)),
+        ((100, UNLIMITED, 99, UNLIMITED), (0, UNLIMITED)),  # read at two moments
+    ],
+)
+def test_swap_is_counted_without_memory(agents: tuple[int, ...], containerds: tuple[int, int]) -> None:
+    """As containerd's metrics have it; the agent's, like those of cgroup v1, count both together."""
+    stats = agent_pb2.StatsContainerResponse()
+    memory = stats.cgroup_stats.memory_stats
+    memory.usage.usage, memory.usage.limit, memory.swap_usage.usage, memory.swap_usage.limit = agents
+    made = metrics(stats).memory
+    assert (made.usage, made.usage_limit) == agents[:2]
+    assert (made.swap_usage, made.swap_limit) == containerds
