@@ -58,7 +58,6 @@ SHORT_FILES = {
     "agent.runtime.checkpoint": LATE,
     "agent.runtime.errors": EVERYBODY_IMPORTS_IT,
     "agent.shim.errors": EVERYBODY_IMPORTS_IT,
-    "agent.shim.stats": "one message turned into another",
     "commands.catalogue.shared": EVERYBODY_IMPORTS_IT,
     "commands.catalogue.snapshot": ONE_OF_A_KIND,
     "commands.host": ONE_OF_A_KIND,
