@@ -6,6 +6,7 @@ import os
 import sys
 
 from caisson.agent.base.json import dumps
+from caisson.agent.libcontainer.config.reader import SpecError
 from caisson.agent.libcontainer.container import Container
 from caisson.agent.libcontainer.state import OCI_VERSION, STOPPED
 from caisson.agent.libcontainer.state_directory import ContainerError, list_ids
@@ -80,6 +81,9 @@ def _row(call: Call, name: str) -> dict[str, object] | None:
         container = Container.load(call.runtime, name)
         return describe(container, _owner(os.stat(container.directory).st_uid))  # noqa: PTH116
     except (ContainerError, OSError):  # it goes this moment
+        return None
+    except SpecError as error:
+        call.warn(f"load container {name}: {error}")
         return None
 
 

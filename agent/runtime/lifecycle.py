@@ -318,8 +318,11 @@ def delete(call: Call) -> int:
 
 
 def _load(call: Call, directory: str) -> Container | None:
-    """Load the container of a directory, also one without a pid; None if there is no state that can be read."""
+    """Load the container of a directory, also one without a pid; None if it has no state yet.
+
+    Raises SpecError for a state that cannot be read: where its processes are is not known then.
+    """
     try:
         return Container(call.runtime, directory, State.load(directory))
-    except (OSError, SpecError):
+    except FileNotFoundError:
         return None

@@ -293,6 +293,23 @@ def test_delete_of_a_half_made_state(oci: Oci) -> None:
     assert not (oci.root / NAME).exists()
 
 
+def test_a_state_that_cannot_be_read_hides_no_other_and_is_not_lost(oci: Oci, sleeper: Path) -> None:
+    oci.running(sleeper, NAME)
+    edit(sleeper, lambda value: value["linux"].update(cgroupsPath=f"/{NAME}-other"))
+    pid = oci.running(sleeper, "other")
+    file = oci.root / "other" / "state.json"
+    state = file.read_text()
+    file.write_text("{")
+    listed = oci("list", "-f", "json")
+    assert (listed.status, [one["id"] for one in json.loads(listed.out)]) == (0, [NAME])
+    assert f"load container other: {file}: is not JSON" in listed.err
+    for words in (["state", "other"], ["kill", "other", "KILL"], ["delete", "-f", "other"]):
+        result = oci(*words)
+        assert result.status == 1 and result.message.startswith(f"{file}: is not JSON"), words
+    file.write_text(state)
+    assert oci.state("other")["pid"] == pid
+
+
 def test_delete_force_ends_a_paused_container(oci: Oci, sleeper: Path) -> None:
     oci.running(sleeper, NAME)
     oci.ok("pause", NAME)
