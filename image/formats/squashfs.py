@@ -105,6 +105,8 @@ def kept_xattrs(path: bytes, xattrs: Mapping[str, bytes], warn: Warn) -> dict[st
             break
         if name.startswith(OVERLAY):
             warn(f"{text(path)}: attribute {name[:80]}: not kept: it is overlayfs's own")
+        elif "=" in name:
+            warn(f"{text(path)}: attribute {name[:80]!r}: not kept: an archive's records cannot hold its name")
         elif name.startswith(XATTRS) and len(value) <= MAX_XATTR and 0 < len(os.fsencode(name.partition(".")[2])) < 256:
             kept[name] = value
         else:

@@ -6,9 +6,11 @@ import base64
 import io
 import os
 import stat
+import struct
 import subprocess
 import sys
 import tarfile
+import urllib.parse
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from caisson.image.containers.tar import HARD_LINK, MAX_EXTENTS, MAX_HEADER, MAX_RECORDS, Member, members
-from caisson.image.formats.tree import Malformed
+from caisson.image.formats.squashfs import write_archive
+from caisson.image.formats.tree import Malformed, Node, Tree
 
 TIB = 1 << 40
 
@@ -180,6 +183,86 @@ def test_extended_attributes_of_every_dialect() -> None:
     member = one(pax(**headers))
     assert member.xattrs == {"user.a": value, "user.b=": value, "user.c=%25": value, "security.selinux": b"system_u"}
     assert sorted(member.dropped) == ["access ACL", "default ACL", "file flags"]
+
+
+ATTRIBUTES = st.dictionaries(
+    st.tuples(
+        st.sampled_from(["user", "trusted", "security", "system", "odd"]),
+        st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), min_size=1, max_size=20),
+    ).map(".".join)
+    | st.sampled_from(["security.capability", "system.posix_acl_access", "user.=%=%3D%25"]),
+    st.binary(max_size=60),
+    max_size=4,
+)
+ACL_WORDS = st.sets(st.sampled_from(["SCHILY.acl.access", "SCHILY.acl.default", "SCHILY.acl.ace", "SCHILY.fflags"]))
+
+
+def by_gnu_tar(name: str) -> str:
+    return "SCHILY.xattr." + name.replace("%", "%25").replace("=", "%3D")
+
+
+def by_libarchive(name: str) -> str:
+    return "LIBARCHIVE.xattr." + urllib.parse.quote_from_bytes(os.fsencode(name), safe=".")
+
+
+@settings(max_examples=150, deadline=None)
+@given(ATTRIBUTES, ACL_WORDS, st.sampled_from(["GNU tar", "libarchive", "both"]))
+def test_attributes_of_any_name_and_value_are_kept_or_warned_of_by_name(
+    attributes: dict[str, bytes], acls: set[str], dialect: str
+) -> None:
+    """From each dialect to the disk's own archive, whose reader decodes no names."""
+    records = dict.fromkeys(sorted(acls), "user::rwx")
+    for name, value in attributes.items():
+        if dialect != "libarchive":
+            records[by_gnu_tar(name)] = value.decode(errors="surrogateescape")
+        if dialect != "GNU tar":
+            records[by_libarchive(name)] = base64.b64encode(value).decode().rstrip("=")
+    member = one(pax(**records))
+    assert member.xattrs == attributes
+    assert len(member.dropped) == len(acls)
+
+    kept: dict[str, bytes] = {}
+    warned: list[str] = []
+    made = io.BytesIO()
+    with Tree() as tree:
+        tree.put(b"f", Node(stat.S_IFREG | 0o644, data=b"", xattrs=member.xattrs))
+        write_archive(tree, made, warned.append)
+    made.seek(0)
+    with tarfile.open(fileobj=made, errors="surrogateescape") as written:
+        for key, shown in written.getmembers()[-1].pax_headers.items():
+            kept[key.removeprefix("SCHILY.xattr.")] = shown.encode(errors="surrogateescape")
+    assert kept.items() <= attributes.items()
+    for name in attributes.keys() - kept.keys():
+        assert name.startswith(("system.", "odd.", "user.overlay.", "trusted.overlay.")) or "=" in name
+        assert any(name in line or repr(name) in line for line in warned), warned
+    assert len(warned) == len(attributes.keys() - kept.keys())
+
+
+def test_access_control_lists_that_tar_writes_are_warned_of_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "f"
+    file.touch()
+    entries = [
+        (1, 6, -1),
+        (2, 4, 1234),
+        (4, 4, -1),
+        (0x10, 4, -1),
+        (0x20, 4, -1),
+    ]  # user, one by id, group, mask, others
+    try:
+        os.setxattr(file, "user.x", b"\0\xff=\n")
+        acl = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
+        os.setxattr(file, "system.posix_acl_access", acl)
+    except OSError as error:
+        pytest.skip(f"this file system has no attributes of this kind: {error}")
+    for options in ([], ["--xattrs-include=*"]):
+        made = tmp_path / "made.tar"
+        words = ["tar", "--format=pax", "--xattrs", "--acls", *options, "-C", str(tmp_path), "-cf", str(made), "f"]
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode or done.stderr:
+            pytest.skip(f"tar: {done.stderr}")
+        member = one(made.read_bytes())
+        assert member.xattrs["user.x"] == b"\0\xff=\n"
+        assert "access ACL" in member.dropped
 
 
 @pytest.mark.parametrize("end", [b"", bytes(512), bytes(1024), bytes(10240)])
