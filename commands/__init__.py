@@ -1,4 +1,4 @@
-"""The composition roots: every user command, from its declaration to what it does.
+"""The composition roots: every user command, from its declaration to its implementation.
 
 With tasks.py the only importer of both halves: image (makes and boots guests) and agent.client (talks to their agents).
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from caisson.commands.declare import HELP, Command, Kind, Option
 
-#: What stands for names of files in an answer: a shell completes these itself.
+#: Placeholders for file names: the shell completes these itself.
 FILES = {"file": ":file", "directory": ":directory"}
 
-#: Finds the names of a kind ("vm", "snapshot", …), given the values so far.
+#: Looks up names of a kind ("vm", "snapshot", …), given the values so far.
 Lookup = Callable[[str, Mapping[str, str]], Sequence[str]]
 
 BASH = """\
@@ -71,7 +71,7 @@ SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
 
 
 def complete(commands: Mapping[str, Command], words: Sequence[str], lookup: Lookup) -> list[str]:
-    """Find what the last word can become: lines of "WORD<tab>description", and :file or :directory.
+    """Return the completions of the last word: lines of "WORD<tab>description", and :file or :directory.
 
     ``words`` are those after the program's name, as the shell splits them; bash makes `--name`, `=`, `we` of
     `--name=we` and wants only what replaces the last of them.
@@ -144,7 +144,7 @@ class _Completer:
         return None
 
     def _option(self, word: str) -> Option | None:
-        """Note an option with its value; returns one whose value comes next."""
+        """Record an option with its value; returns one whose value comes next."""
         name, equals, value = word.partition("=")
         option = self._find(name)
         if option is None or option.kind is None:

@@ -1,4 +1,4 @@
-"""List, measure, signal, pause and remove containers that run."""
+"""List, measure, signal, pause and remove containers."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def ps(*, container: str, everything: bool, name: str, as_json: bool) -> None:
 
 
 def start(*, container: str, name: str) -> None:
-    """Start a container that has exited again; prints its name."""
+    """Restart an exited container; prints its name."""
     with running_vm(name) as vm, container_explained(container):
         call_sync(vm, lambda agent: container_logs.restart(agent, agent.container(container)))
     print(container)
 
 
 def stats(*, container: str, name: str, interval: float, as_json: bool) -> None:
-    """Show what containers use."""
+    """Show the resource usage of containers."""
     with running_vm(name) as vm, container_explained(container):
         found = call_sync(vm, lambda agent: listing.stats(agent, container_registry(vm), container, interval))
     shown = (one | {name: _mebibytes(one[name]) for name in ("memory", "memory_limit")} for one in found)
@@ -74,14 +74,14 @@ def rm(*, container: str, timeout: int, name: str) -> None:
 
 
 def wait(*, container: str, name: str) -> None:
-    """Wait until a container ends; prints its exit status."""
+    """Wait until a container exits; prints its exit status."""
     with running_vm(name) as vm, container_explained(container):
         status = call_sync(vm, lambda agent: agent.container(container).init().wait())
     print(status)
 
 
 def attach(*, container: str, name: str) -> int:
-    """Join a detached container; returns its exit status, 0 when it was left running."""
+    """Attach to a detached container; returns its exit status, 0 after detaching."""
     with running_vm(name) as vm, container_explained(container):
         terminal = bool(container_registry(vm).metadata(container).get("terminal"))
 

@@ -1,6 +1,6 @@
-"""Declare a command once: parser, help, manual page, completion and tests are made from it.
+"""Declare a command once: parser, help, manual page, completion and tests derive from it.
 
-Nearly nothing is imported, as by everything on the way to `caisson --version` and to the first word of an error.
+Imports almost nothing, like everything needed for `caisson --version` and for usage errors.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-#: Exit status of a command line that makes no sense, as of other commands.
+#: Exit status of a usage error, as in other commands.
 WRONG_USAGE = 2
 
 #: Exit status of exec, run and shell when the program could not be run at all; 126, 127 and 128+n are those of a shell.
@@ -24,14 +24,14 @@ TIME_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 class BadValue(ValueError):
-    """A word is not a value of its kind; the text ends the sentence "--option 'word': …"."""
+    """An invalid value; the text completes the sentence "--option 'word': …"."""
 
 
 class Kind(Record):
-    """Describe the values that a word can have.
+    """Describe a kind of values.
 
-    ``read`` makes the value from the word and raises BadValue; ``metavar`` stands for it in help; ``complete`` names
-    what a shell can offer: "file", "directory", "vm", "container", "snapshot", "template" or nothing.
+    ``read`` parses a word and raises BadValue; ``metavar`` stands for it in help; ``complete`` says how a shell
+    completes it: "file", "directory", "vm", "container", "snapshot", "template" or nothing.
     """
 
     metavar: str
@@ -62,7 +62,7 @@ TEMPLATE = Kind("TEMPLATE", _present, "lean", complete="template")
 
 
 def name(metavar: str, example: str, complete: str = "") -> Kind:
-    """Accept any word that is not empty."""
+    """Accept any non-empty word."""
     return Kind(metavar, _present, example, complete=complete)
 
 
@@ -91,7 +91,7 @@ def integer(low: int, high: int) -> Kind:
 
 
 def decimal(low: float, high: float) -> Kind:
-    """Accept a number with or without a point in this range."""
+    """Accept a decimal number in this range."""
 
     def read(word: str) -> float:
         try:
@@ -106,7 +106,7 @@ def decimal(low: float, high: float) -> Kind:
 
 
 def memory(low: int, high: int) -> Kind:
-    """Read a size in MiB, or with a unit (powers of 1024): 512, 512M, 2G, 1.5GiB; read as MiB."""
+    """Accept a size in MiB, or with a unit (powers of 1024): 512, 512M, 2G, 1.5GiB; the value is in MiB."""
     range = f"{show_memory(low)} to {show_memory(high)}"
 
     def read(word: str) -> int:
@@ -124,7 +124,7 @@ def memory(low: int, high: int) -> Kind:
 
 
 def show_memory(size: int) -> str:
-    """Write a number of MiB with the largest unit that leaves it whole."""
+    """Format a number of MiB with the largest unit that keeps it whole."""
     for unit in "TG":
         if size and size % MEMORY_UNITS[unit] == 0:
             return f"{size // int(MEMORY_UNITS[unit])}{unit}"
@@ -132,7 +132,7 @@ def show_memory(size: int) -> str:
 
 
 def seconds(low: float = 0, high: float = 86400 * 365) -> Kind:
-    """Read a time in seconds, or with a unit: 30, 0.5, 30s, 5m, 1h."""
+    """Accept a time in seconds, or with a unit: 30, 0.5, 30s, 5m, 1h."""
 
     def read(word: str) -> float:
         unit = TIME_UNITS.get(word[-1:], 0.0)
@@ -148,7 +148,7 @@ def seconds(low: float = 0, high: float = 86400 * 365) -> Kind:
 
 
 def _number(word: str) -> float:
-    """Read digits with at most one point: no sign but "-", no exponent, no "nan"."""
+    """Parse digits with at most one point: no sign but "-", no exponent, no "nan"."""
     digits = word.removeprefix("-").replace(".", "", 1)
     if not digits.isascii() or not digits.isdecimal() or len(digits) > 20:
         raise BadValue("is not a number")
@@ -169,8 +169,8 @@ def setting(metavar: str, example: str) -> Kind:
 class Option(Record):
     """Declare an option; one without a kind is a flag.
 
-    A default that only the command knows is None, and ``shown`` says in words what happens.  One that may be repeated
-    has a list for its value.
+    If only the command knows the default, it is None, and ``shown`` describes it.  A repeatable option's value is a
+    list.
     """
 
     name: str
@@ -196,9 +196,9 @@ class Option(Record):
 
 
 class Positional(Record):
-    """Declare a word by its place; it can also be given as an option of its name.
+    """Declare a positional; it can also be given as an option of its name.
 
-    One with a default or ``optional`` may be left out; ``repeat`` takes all the words that are left.
+    One with a default or ``optional`` may be omitted; ``repeat`` takes all remaining words.
     """
 
     name: str
@@ -228,7 +228,7 @@ class Positional(Record):
 
 
 class Program(Record):
-    """Declare that the command runs a program: from its first word on, everything is the program's."""
+    """Declare that the command runs a program: everything from its first word on belongs to the program."""
 
     help: str
     metavar: str = "COMMAND"
@@ -237,10 +237,11 @@ class Program(Record):
 
 
 class Command(Record):
-    """Declare a command; ``run`` is "module:function", imported when it is run ("": the command line itself does it).
+    """Declare a command; ``run`` is "module:function", imported on use ("": built into the command line).
 
-    The function takes the values of all options, positionals and the program's words as keywords.  The exit status of
-    one with ``runs_program`` is a program's, so what goes wrong before has one that a shell gives to no program.
+    The function takes the values of all options, positionals and the program's words as keywords.  With
+    ``runs_program``, the exit status is the program's, so earlier failures have a status that no shell gives to a
+    program.
     """
 
     name: str
@@ -256,12 +257,12 @@ class Command(Record):
 
     @property
     def usage_status(self) -> int:
-        """The exit status for a command line that makes no sense."""
+        """The exit status of a usage error."""
         return NOT_RUN if self.runs_program else WRONG_USAGE
 
     @property
     def error_status(self) -> int:
-        """The exit status for what went wrong later."""
+        """The exit status of a later error."""
         return NOT_RUN if self.runs_program else 1
 
     def parameters(self) -> Iterator[Option | Positional]:

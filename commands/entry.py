@@ -1,7 +1,6 @@
 """Start a command line: the entry point of `caisson`.
 
-Modules that few commands use are deferred first, here and in the standard library: asyncio alone imports TLS and the
-inspection of source code.
+First defer modules that few commands use, ours and the standard library's: asyncio alone imports TLS and inspect.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ DEFERRED = (*lazyimport.LATE, "difflib", "ipaddress", "platform", "shutil", "ssl
 def main(more: str = "") -> int:
     """Run sys.argv's command line and return its exit status; ``more`` is a module with a GROUP of other commands."""
     interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # and not in a job that ignores it
-    if interruptible:  # Ctrl-C while modules are imported is an end like any other, and no traceback
+    if interruptible:  # Ctrl-C during imports exits without a traceback, as at any other time
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.meta_path.insert(0, lazyimport.LazyImporter(DEFERRED))
     from caisson.commands.main import main as run
@@ -27,7 +26,7 @@ def main(more: str = "") -> int:
     if interruptible:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     status = run(None, *([import_module(more).GROUP] if more else []))
-    if lazyimport.deferring():  # it was a short one, and to take down what was imported would be a fifth of its time
+    if lazyimport.deferring():  # a short command: interpreter shutdown would be a fifth of its time
         sys.stderr.flush()
         os._exit(status)
     return status

@@ -1,6 +1,6 @@
-"""Run a program in a container: the command that is run most, so nothing is imported that it does not need.
+"""Run a program in a container: the most frequent command, so it imports only what it needs.
 
-A VM that runs is found by its directory alone; what boots one is imported where none does.
+A running VM is found by its directory alone; the code to boot one is imported only if none is running.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class RunningMachine(Record):
-    """What the client needs of a VM that runs."""
+    """The part of a running VM that the client needs."""
 
     directory: Path
     agent_socket: Path
@@ -53,7 +53,7 @@ def exec_(
 
 @contextlib.contextmanager
 def _machine(name: str, network: str, verbose: bool) -> Iterator[Machine]:
-    """Yield the VM that runs under this name, or else what `vm_for` makes of it.  Raises VMError, UsageError."""
+    """Yield the running VM of this name, or otherwise the one from `vm_for`.  Raises VMError, UsageError."""
     found = None if network else find_running(name or "default")
     if found is None:
         load_deferred()
@@ -75,6 +75,6 @@ def _machine(name: str, network: str, verbose: bool) -> Iterator[Machine]:
 
 
 def check_terminal(wanted: bool) -> None:
-    """Refuse a terminal for a program whose input is not one, and would never end.  Raises UsageError."""
+    """Reject --tty if standard input is not a terminal: input would never end.  Raises UsageError."""
     if wanted and not sys.stdin.isatty():
         raise UsageError("--tty: standard input is not a terminal; leave --tty out")

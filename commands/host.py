@@ -1,4 +1,4 @@
-"""What is about this machine and this command line."""
+"""Commands for this machine and this command line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from caisson.commands.streams import info
 
 
 def doctor(*, as_json: bool) -> int:
-    """Show what this machine can do; return 1 if guests cannot be built and booted on it."""
+    """Show what this machine supports; return 1 if guests cannot be built and booted on it."""
     from caisson.commands import doctor as examination
 
     findings = examination.examine()

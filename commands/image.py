@@ -15,7 +15,7 @@ from caisson.image.build.choices import COMPRESSORS
 from caisson.image.errors import ImageError
 from caisson.image.programs import DEBIAN_KEYRING, TO_BUILD, TO_COMPILE, TO_UNPACK_KERNEL, need, to_cross_build
 
-#: What the steps' results are called for a user.
+#: Names of the steps' results for users.
 CLEANED = {
     "images": "images", "base": "packages, unpacked", "kernel": "kernels", "agent": "compiled agents",
     "tools": "programs that pack disks", "containers": "container images", "snapshots": "snapshots",
@@ -61,7 +61,7 @@ def build_image(
 
 
 def programs_to_build(loaded: Any) -> tuple[str, ...]:
-    """Return the programs that building this definition takes."""
+    """Return the programs needed to build this definition."""
     definition = loaded.definition
     keyring = (DEBIAN_KEYRING,) if definition.distribution == "debian" else ()
     cross = to_cross_build(definition.triplet) if definition.is_foreign else ()
@@ -74,7 +74,7 @@ def _print_json(value: object) -> None:
 
 
 def verify_image(*, directory: str, template: str, suite: str, arch: str, changes: list[str]) -> None:
-    """Build an image's definition once more and compare byte for byte."""
+    """Rebuild an image's definition and compare byte for byte."""
     loaded = images.load(images.find(template), suite=suite or None, arch=arch or None, settings=changes)
     need(programs_to_build(loaded), info)
     differing = images.verify(loaded, images.Image.load(Path(directory)), report=info)
@@ -84,7 +84,7 @@ def verify_image(*, directory: str, template: str, suite: str, arch: str, change
 
 
 def clean(*, everything: bool) -> None:
-    """Empty the cache of images and of the steps on the way to them."""
+    """Empty the cache of images and build steps."""
     removed = images.clean(everything=everything)
     for step, what in CLEANED.items():
         sizes = [one.bytes for one in removed if one.step == step]

@@ -1,4 +1,4 @@
-"""Find the VM that a command is about, or boot one for it."""
+"""Find the VM for a command, or boot one."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from caisson.image.vm.errors import VMEnded
 from caisson.image.vm.network import Publish
 from caisson.image.vm.qemu import architecture_of
 
-#: Run by a VM's supervisor when this machine was suspended: guests' clocks stood still meanwhile.
+#: Run by a VM's supervisor after this machine was suspended: guests' clocks stood still meanwhile.
 RESUME_COMMAND = (sys.executable, "-m", "caisson.agent.client.identity")
 
-#: Seconds for the agent of a running VM to answer, and after which to look whether the VM still runs.
+#: Seconds for the agent of a running VM to answer, and between checks that the VM is still running.
 AGENT_TIMEOUT = 60.0
 CHECK_INTERVAL = 3.0
 
-#: Seconds for a VM to end when its agent has gone.
+#: Seconds for a VM to exit after its agent is gone.
 EXIT_TIMEOUT = 2.0
 
 
 @contextlib.contextmanager
 def running_vm(name: str) -> Iterator[VM]:
-    """Find the running VM of this name, whose agent answers; should it end within the block, that is said.
+    """Find the running VM of this name, whose agent answers; if it exits within the block, report that.
 
     Raises VMError.
     """
@@ -57,10 +57,10 @@ def _await_agent(vm: VM) -> None:
 def vm_for(
     name: str, report: Callable[[str], None], *, answering: bool = True, network: str = "", publish: Sequence[str] = ()
 ) -> Iterator[VM]:
-    """Find the VM of this name; with no name the running default one, or else boot one for the time of this block.
+    """Find the VM of this name; without a name the running default one, or boot one for the duration of this block.
 
-    Unless ``answering``, the caller waits for the agent of a VM that runs already.  Only a VM of the block's own can be
-    given a network, and ports of this machine that lead to it: raises UsageError.
+    Unless ``answering``, the caller waits for the agent of an already running VM.  Only a VM booted for the block can
+    be given a network and published ports; otherwise raises UsageError.
     """
     if (network or publish) and (name or find_vm("default") is not None):
         raise UsageError(
@@ -85,7 +85,7 @@ def vm_for(
 
 @contextlib.contextmanager
 def end_explained(vm: VM) -> Iterator[VM]:
-    """Say why a VM has ended, in place of what became of a connection or a file of it.  Raises VMEnded then."""
+    """If the VM has exited, raise VMEnded with its reason, in place of a connection or file error."""
     try:
         yield vm
     except VMEnded:
@@ -99,7 +99,8 @@ def end_explained(vm: VM) -> Iterator[VM]:
 
 
 def image_directory(path: str, report: Callable[[str], None], also: tuple[str, ...] = ()) -> Path:
-    """Find the image to boot, in a directory or the default one, built if need be; ``also`` are programs needed then.
+    """Find the image to boot, in a directory or the default one, building it if needed; ``also`` are further required
+    programs.
 
     Raises ImageError, which names all missing programs at once.
     """

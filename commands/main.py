@@ -1,4 +1,4 @@
-"""From argv to an exit status: find the command, read its words, run it, and say in one line what went wrong."""
+"""From argv to an exit status: find the command, parse its arguments, run it, and report errors in one line."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ EXPECTED_ERRORS = (
     "caisson.image.vm.errors:VMError",
 )
 
-#: Of these, what is wrong with the command line itself.
+#: Those of them that are usage errors.
 USAGE_ERRORS = ("caisson.agent.client.errors:UsageError", "caisson.image.vm.errors:InvalidOption")
 
-#: First words that ask for the overview; the last two are those of Invoke.
+#: First words that request the overview; the last two are Invoke's.
 OVERVIEW_WORDS = ("--help", "-h", "--list", "-l")
 
-#: Exit statuses of a command that a signal ends: 128 and its number.
+#: Exit statuses of a command killed by a signal: 128 plus its number.
 INTERRUPTED, PIPE_CLOSED = 130, 141
 
 
@@ -48,7 +48,7 @@ def main(words: Sequence[str] | None = None, *more: Group) -> int:
         if error and status == 0:
             streams.info(one_line(error) or f"stdout: {error.strerror}")
         return status or int(error is not None)
-    except BrokenPipeError:  # nobody reads on, as with `| head`
+    except BrokenPipeError:  # the reader is gone, as with `| head`
         streams.give_up_stdout()
         return PIPE_CLOSED
     except OSError as error:  # of help, or of the version: a command's own are reported by it
@@ -70,10 +70,10 @@ class CommandLine:
         self._own: dict[str, Callable[..., int | None]] = {
             "help": self._help,
             "complete": self._complete,
-        }  # these are about the others
+        }  # these are about other commands
 
     def run(self, words: Sequence[str]) -> int:
-        """Run the command that the first word names; returns its exit status."""
+        """Run the command named by the first word; returns its exit status."""
         try:
             if not words or words[0] in OVERVIEW_WORDS:
                 words = ["help", *(word for word in words[1:] if not word.startswith("-"))]
@@ -98,7 +98,7 @@ class CommandLine:
         for line in old:
             streams.info(line)
         try:
-            if command.name != "exec":  # which does so itself, where it comes to more than asking an agent
+            if command.name != "exec":  # which does so itself, if it needs more than an agent call
                 load_deferred()
             function = self._own[command.name] if command.name in self._own else load(command.run)
             return int(function(**values) or 0)
@@ -127,14 +127,14 @@ class CommandLine:
 
 
 def load(run: str) -> Callable[..., int | None]:
-    """Import what a declaration's ``run`` names."""
+    """Import the function named by a declaration's ``run``."""
     module, _, function = run.partition(":")
     found: Callable[..., int | None] = getattr(importlib.import_module(module), function)
     return found
 
 
 def _report(error: Exception, command: Command) -> int:
-    """Say what went wrong: in one line where it is the user's to know; a bug keeps its traceback."""
+    """Report an error: in one line if the user can act on it; a bug keeps its traceback."""
     text = one_line(error)
     if not text or os.environ.get("CAISSON_DEBUG"):
         traceback.print_exc()
@@ -147,12 +147,12 @@ def _report(error: Exception, command: Command) -> int:
 
 
 def one_line(error: Exception) -> str:
-    """Return the line for the user, or nothing if this is a bug."""
+    """Return the line for the user; empty if this is a bug."""
     if _names(error) & set(EXPECTED_ERRORS):
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # a write knows no name
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # a write error has no file name
         return f"output: {error.strerror}; free some space and try again"
     return ""
 

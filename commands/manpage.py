@@ -76,7 +76,7 @@ def _command(command: Command) -> Iterator[str]:
 
 
 def text_of_code(line: str) -> str:
-    """Escape a line that is to stay as it is."""
+    """Escape a line to be shown verbatim."""
     escaped = line.replace("\\", "\\e").replace("-", "\\-").replace("'", "\\(aq").replace("`", "\\(ga")
     return f"\\&{escaped}"
 

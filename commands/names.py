@@ -1,4 +1,4 @@
-"""Names of what is there now, for the shells' completion."""
+"""Current names of objects, for shell completion."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 
 def lookup(kind: str, values: Mapping[str, str]) -> Sequence[str]:
-    """List the names of a kind; ``values`` are options given before.  Nothing for what cannot be found out."""
+    """List the names of a kind; ``values`` are options given before.  Empty if they cannot be determined."""
     finders = {"vm": _vms, "container": _containers, "snapshot": _snapshots, "template": _templates}
     try:
         return finders[kind](values)
-    except Exception:  # a shell in the middle of a line is no place for an error
+    except Exception:  # do not print errors into a line being edited
         return ()
 
 

@@ -1,7 +1,7 @@
-"""The entry of the OCI command line `caisson-oci`, where it is called as a function of this package.
+"""The entry point of the OCI command line `caisson-oci`, as a function of this package.
 
-The installed command does not come by here: it is a script that starts an interpreter with nothing but what the command
-needs (commands/caisson-oci).
+The installed command does not use it: it is a script that starts an interpreter with only what the command needs
+(commands/caisson-oci).
 """
 
 from __future__ import annotations

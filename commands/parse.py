@@ -1,7 +1,7 @@
-"""Read a command line by the declarations.
+"""Parse a command line according to the declarations.
 
-Why not argparse: a program's words have to come through untouched from the first one on (its REMAINDER loses `--` or
-keeps it, by version), wrong words have to be one line that names the way out, and exec has an exit status of its own.
+Why not argparse: a program's arguments must be passed on untouched (its REMAINDER drops or keeps `--`, depending on the
+version), errors must be one line with a remedy, and exec has its own exit status.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
-#: A word that begins with "-" and is a value all the same.
+#: A word that begins with "-" but is a value.
 NEGATIVE = re.compile(r"-\.?\d[\d.]*[A-Za-z]{0,3}")
 
 
 class CommandLineError(Exception):
-    """A command line makes no sense; the text is `object: problem; remedy`."""
+    """An invalid command line; the text is `object: problem; remedy`."""
 
     def __init__(self, text: str, status: int) -> None:
         super().__init__(text)
@@ -32,23 +32,23 @@ class CommandLineError(Exception):
 
 
 class HelpWanted(Exception):
-    """The command line asks for help, wherever in it."""
+    """--help was given anywhere on the command line."""
 
 
 def show(word: str) -> str:
-    """Write a word of the user's on one line."""
+    """Format a user's word on one line."""
     return word if word.isprintable() and word and " " not in word else repr(word)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Find the known word that may have been meant, or nothing."""
+    """Return the known word that was probably meant; empty if there is none."""
     lowered = {one.lower(): one for one in known}
     close = difflib.get_close_matches(word.lower(), lowered, n=1, cutoff=0.6)
     return lowered[close[0]] if close else ""
 
 
 def find_command(word: str, commands: Mapping[str, Command]) -> Command:
-    """Look a command up.  Raises CommandLineError with the one that may have been meant."""
+    """Look up a command.  Raises CommandLineError suggesting the one that was probably meant."""
     if word in commands:
         return commands[word]
     known = [name for name, command in commands.items() if not command.hidden]
@@ -59,7 +59,7 @@ def find_command(word: str, commands: Mapping[str, Command]) -> Command:
 
 
 def parse(command: Command, words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Read the words after a command's name: the values by parameter, and the old words that were used.
+    """Parse the words after a command's name: returns values by parameter, and the old names that were used.
 
     Raises CommandLineError, and HelpWanted for --help before the program's first word.
     """
@@ -89,7 +89,7 @@ class _Parser:
             if word.startswith("-") and word != "-" and not self._is_number(word):
                 self._option(word, queue)
             elif self.command.program and self._free_place() is None:
-                program = [word, *queue]  # its first word: all the others are its own
+                program = [word, *queue]  # its first word: the rest belongs to it
                 break
             else:
                 self._place(word)
@@ -97,7 +97,7 @@ class _Parser:
         return self.values, self.old
 
     def _after_dashes(self, queue: deque[str]) -> list[str]:
-        """Read what follows `--`, which has no options: places that must be filled, and then the program."""
+        """Parse what follows `--`, which has no options: required positionals, then the program."""
         while queue and (not self.command.program or self._free_place(required=True) is not None):
             self._place(queue.popleft())
         return list(queue)
@@ -106,7 +106,7 @@ class _Parser:
         return bool(NEGATIVE.fullmatch(word)) and word[:2] not in self.short and bool(self.command.positionals)
 
     def _free_place(self, required: bool = False) -> Positional | None:
-        """Find the next word's place."""
+        """Find the positional for the next word."""
         free = [place for place in self.command.positionals if place.repeat or place.parameter not in self.given]
         return next((place for place in free if place.required or not required), None)
 
@@ -131,7 +131,7 @@ class _Parser:
             self._set(option, name, value if equals else self._value(name, option, queue))
 
     def _short_options(self, word: str, queue: deque[str]) -> None:
-        """Read `-it` as `-i -t`, and `-ualice` as `-u alice`."""
+        """Parse `-it` as `-i -t`, and `-ualice` as `-u alice`."""
         for place, letter in enumerate(word[1:], 1):
             option = self.short.get(f"-{letter}")
             if option is None:

@@ -1,7 +1,7 @@
-"""VMs for pods: clones of a snapshot where it is large enough, and otherwise booted from an image.
+"""VMs for pods: clones of a snapshot if it is large enough, otherwise booted from an image.
 
-/etc/caisson/shim.toml says which: ``snapshot`` and ``image`` (a directory), ``memory`` in MiB, ``cpus``, ``accel``,
-``vsock``.  Nothing is built here: `caisson install-shim` has done so.
+/etc/caisson/shim.toml configures them: ``snapshot`` and ``image`` (a directory), ``memory`` in MiB, ``cpus``,
+``accel``, ``vsock``.  Nothing is built here: `caisson install-shim` has done that.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from caisson.image.vm.hotplug.share import end_server, share_of_namespace
 from caisson.image.vm.launch import SupervisorProcess
 from caisson.image.vm.snapshot.snapshot import Snapshot
 
-#: Where services find programs, and where among these an administrator's own are.
+#: Search path of services, and the directory in it for local programs.
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin"
 LOCAL = Path("/usr/local/bin")
 
@@ -35,7 +35,7 @@ SHIM_PROGRAM = "containerd-shim-caisson-v2"
 #: The snapshot that pods' VMs are cloned from.
 POD_SNAPSHOT = "pods"
 
-#: What containerd and docker are told, once the shim is on the PATH of containerd.
+#: Configuration for containerd and docker, once the shim is in containerd's PATH.
 INSTRUCTIONS = """
 docker, in /etc/docker/daemon.json (or name the runtime itself: docker run --runtime io.containerd.caisson.v2):
     {"runtimes": {"caisson": {"runtimeType": "io.containerd.caisson.v2"}}}
@@ -44,7 +44,7 @@ Kubernetes, in /etc/containerd/config.toml of containerd 1.x:
       runtime_type = "io.containerd.caisson.v2"
 """
 
-#: The configuration; another file for tests.
+#: The configuration file; tests replace it.
 CONFIGURATION = Path(os.environ.get("CAISSON_SHIM_CONFIG", "/etc/caisson/shim.toml"))
 
 #: Its settings and their types.
@@ -52,7 +52,7 @@ SETTINGS = {"snapshot": str, "image": str, "memory": int, "cpus": int, "accel": 
 
 
 class Pods:
-    """Machines for pods (caisson.agent.pods.machines.Machines); their VMs end with this process, however it ends."""
+    """Machines for pods (caisson.agent.pods.machines.Machines); their VMs stop with this process, however it exits."""
 
     def __init__(
         self,
@@ -62,9 +62,9 @@ class Pods:
         text: str | None = None,
         supervisor: SupervisorProcess | None = None,
     ) -> None:
-        """``settings`` in place of a configuration, or its ``text``; ``supervisor`` is one for the first VM.
+        """``settings`` or ``text`` replace the configuration file; ``supervisor`` is a prestarted one for the first VM.
 
-        What is wrong with a configuration is raised by ``start``.
+        Errors in the configuration are raised by ``start``.
         """
         self._given = settings
         self._configuration = configuration
@@ -73,7 +73,7 @@ class Pods:
 
     @classmethod
     def configured(cls, path: str, body: str, supervisor: SupervisorProcess | None = None) -> Pods:
-        """Make those that a runtime's options configure: by a file, or by its text."""
+        """Return machines configured by a runtime's options: by a file, or by its text."""
         if path:
             return cls(configuration=Path(path), supervisor=supervisor)
         return cls(configuration=Path("the runtime's options"), text=body, supervisor=supervisor)
@@ -129,7 +129,7 @@ class Pods:
         return VMConfig(image=Path(settings["image"]), name=name, memory=memory or 512, cpus=cpus or 1, **devices)
 
     def stop(self, name: str) -> None:
-        """End a VM by its name, if it runs.  Raises MachineError."""
+        """Stop a VM by name, if it is running.  Raises MachineError."""
         with _translated():
             if (vm := find_vm(name)) is not None:
                 vm.stop()
@@ -179,8 +179,8 @@ def _translated() -> Any:
 
 
 def install_shim(*, image: str, memory: int, cpus: int, config: str, accel: str, vsock: str) -> None:
-    """Build an image and a snapshot of it, write the shim's configuration, link its program for containerd, and print
-    what others need.
+    """Build an image and a snapshot, write the shim's configuration, link its program for containerd, and print what to
+    configure elsewhere.
     """
     from caisson.commands.machines import image_directory
     from caisson.commands.snapshot import save_snapshot
@@ -192,10 +192,10 @@ def install_shim(*, image: str, memory: int, cpus: int, config: str, accel: str,
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise VMError(f"{file}: {(error.strerror or '').lower()}; choose another place: --config FILE") from error
-    check_writable("--config", file)  # now, and not after minutes of building
+    check_writable("--config", file)  # fail now, not after minutes of building
     directory = image_directory(image, info, also=TO_SERVE_PODS)
     if vsock == "auto":
-        vsock = "user"  # with the kernel's device a clone has its snapshot's memory, and can be given no share
+        vsock = "user"  # with the kernel's device a clone maps its snapshot's memory, and cannot get a share
     save_snapshot(
         name=POD_SNAPSHOT, image=str(directory), memory=memory, cpus=cpus, append="", accel=accel, vsock=vsock
     )
@@ -209,8 +209,8 @@ def install_shim(*, image: str, memory: int, cpus: int, config: str, accel: str,
 
 
 def link_program(scripts: Path, directory: Path, path: str) -> str:
-    """Link the shim's program of this installation into a directory of ``path``, where containerd looks, unless it is
-    found there; returns a line on where it is, or why not.
+    """Link this installation's shim into a directory of ``path``, containerd's search path, unless it is found there;
+    returns a line on where it is, or why not.
     """
     program, link = scripts / SHIM_PROGRAM, directory / SHIM_PROGRAM
     if not program.exists():
@@ -220,7 +220,7 @@ def link_program(scripts: Path, directory: Path, path: str) -> str:
         return f"{found}: containerd finds it here"
     try:
         if link.is_symlink():
-            link.unlink()  # of an installation before this one
+            link.unlink()  # from an earlier installation
         link.symlink_to(program)
     except OSError as error:
         why = (error.strerror or "").lower()

@@ -1,4 +1,4 @@
-"""Open shells in containers, and bring files and ports to them."""
+"""Open shells in containers, and give them files and ports."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from caisson.image.vm import VM, VMError
 from caisson.image.vm.hotplug import share as sharing
 from caisson.image.vm.hotplug.disks import unplug_unused
 
-#: An interactive shell: bash where there is one.
+#: An interactive shell: bash if available.
 SHELL = ["sh", "-c", "command -v bash >/dev/null && exec bash; exec sh"]
 
 
 def execute_in_guest(vm: VM, words: Sequence[str], *, terminal: bool, **options: Any) -> int:
-    """Run a program in the guest itself; the container that it is for that time is leased, in case this is killed."""
+    """Run a program in the guest itself; its temporary container is leased, in case this process is killed."""
     remove_orphaned(vm)
     container, registry = f"guest-{uuid.uuid4().hex[:8]}", container_registry(vm)
     with registry.lease(container):
@@ -46,7 +46,7 @@ def execute_in_guest(vm: VM, words: Sequence[str], *, terminal: bool, **options:
 def remove_orphaned(vm: VM) -> None:
     """Remove the containers whose `run` was killed."""
     for container in container_registry(vm).orphaned():
-        with contextlib.suppress(AgentError):  # it may not have got so far
+        with contextlib.suppress(AgentError):  # it may not have been created
             remove_container(vm, container, timeout=30)
         release_disk(vm, container)
 
@@ -57,10 +57,10 @@ def remove_container(vm: VM, container: str, timeout: int) -> None:
 
 
 def release_disk(vm: VM, container: str) -> None:
-    """Forget a removed container, and unplug the disks that no other uses."""
+    """Unregister a removed container, and unplug disks that no other container uses."""
     registry = container_registry(vm)
     registry.discard(container)
-    with contextlib.suppress(VMError):  # they end with the VM
+    with contextlib.suppress(VMError):  # they disappear with the VM
         unplug_unused(vm, lambda: {str(registry.metadata(other).get("disk")) for other in registry.names()})
 
 
@@ -73,7 +73,7 @@ def shell(*, container: str, guest: bool, name: str) -> int:
 
 
 def cp(*, source: str, target: str, name: str) -> int:
-    """Copy a file or a directory into a container or out of it; returns 1 when something cannot be copied."""
+    """Copy a file or a directory into or out of a container; returns 1 if something cannot be copied."""
     from_, to = copy.places(source, target)
     with running_vm(name) as vm, container_explained(from_.container or to.container):
         left_out = asyncio.run(_copy(vm, source, target))
@@ -116,7 +116,7 @@ def unshare(*, tag: str, name: str) -> None:
 
 
 def forward(*, ports: str, reverse: bool, container: str, name: str) -> None:
-    """Join a TCP port of the host to a port of the guest, until Ctrl-C or the VM's end."""
+    """Forward a TCP port of the host to a port of the guest, until Ctrl-C or until the VM stops."""
     rule = forwarding.ForwardRule.parse(ports)
     if reverse and rule.kind != "vsock":
         raise UsageError(f"--reverse: is for vsock ports, not {ports!r}; give PORT:vsock:PORT")

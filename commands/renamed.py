@@ -1,4 +1,4 @@
-"""The words that commands and options had: they still work, and say once what the new one is."""
+"""Old names of commands and options: they still work, and print the new name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pack what a bug report needs into one archive, and nothing secret."""
+"""Collect what a bug report needs in one archive, without secrets."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from caisson.image.vm.directory import VMDirectory
 from caisson.image.vm.runroot import run_root
 from caisson.proto.contract import VERSION
 
-#: Bytes of a log's end, and of anything else.
+#: Maximum bytes of a log's end, and of other files.
 MAX_TAIL, MAX_FILE = 256 << 10, 1 << 20
 
-#: Files of a VM that say what it is and what it last said; everything else stays.
+#: Files that describe a VM and its last output; others are not included.
 TEXTS = ("vm.json", "image.json", "console.log", "qemu.log", "firmware.log")
 
-#: A setting whose name says that its value is secret, on a command line or in JSON.  Bounded: a log is the guest's.
+#: A setting whose name suggests a secret value, on a command line or in JSON.  Bounded: a log comes from the guest.
 SECRET = re.compile(
     r'((?:passw(?:or)?d|secret|token|credential|api[_-]?key)[\w.-]{0,40}"?\s{0,4}[=:]\s{0,4}"?)[^\s",]+', re.IGNORECASE
 )
@@ -34,7 +34,7 @@ LIBRARIES = ("grpcio", "protobuf", "jinja2", "pyyaml", "kconfiglib", "invoke", "
 
 
 def write(archive: Path) -> list[str]:
-    """Write a .tar.gz; returns the names of what is in it.  Raises OSError."""
+    """Write a .tar.gz; returns the names of its members.  Raises OSError."""
     names = []
     with tarfile.open(archive, "x:gz") as tar:
         for name, text in _texts():
@@ -47,7 +47,7 @@ def write(archive: Path) -> list[str]:
 
 
 def without_secrets(text: str) -> str:
-    """Take out values of settings that are secret by their name, and the name of the user's home."""
+    """Remove values of settings that are secret by name, and the name of the user's home."""
     home = str(Path.home())
     text = text.replace(f"{home}/", "~/") if len(home) > 1 else text
     return SECRET.sub(r"\1[removed]", text)
@@ -65,7 +65,7 @@ def _texts() -> Iterator[tuple[str, str]]:
 
 
 def _or_why_not(text: Callable[[], str]) -> str:
-    """Collect a part of a report, or say why it fails: reports are made where things are broken."""
+    """Collect a part of a report, or say why it fails: reports are made when things are broken."""
     try:
         return text()
     except Exception as error:

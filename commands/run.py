@@ -1,4 +1,4 @@
-"""Run container images, and keep those that were run before."""
+"""Run container images, and manage stored ones."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from caisson.image.vm import VM, VMError
 from caisson.image.vm.hotplug import share as sharing
 from caisson.image.vm.hotplug.disks import plug_disk
 
-#: Names of containers, as Kata and Docker take them.
+#: Valid container names in Kata and Docker.
 CONTAINER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,252}")
 
-#: Names of hosts, as they can stand in /etc/hosts and in the kernel (sethostname(2)).
+#: Valid host names in /etc/hosts and the kernel (sethostname(2)).
 HOST_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 MIB = 1 << 20
@@ -43,7 +43,7 @@ def run(
     cap_drop: list[str], privileged: bool, init: bool, timeout: float, tag: str, max_size: int, network: str,
     publish: list[str], verbose: bool,
 ) -> int:  # fmt: skip
-    """Run an image as a container; returns its exit status, 0 for one that is detached."""
+    """Run an image as a container; returns its exit status, 0 if detached."""
     container = container or f"run-{uuid.uuid4().hex[:8]}"
     if not CONTAINER_NAME.fullmatch(container):
         raise UsageError(f"--container {container!r}: is not a name; letters, digits, . _ and -, at most 253 of them")
@@ -91,7 +91,7 @@ def run(
 
 
 def _parse_volume(text: str) -> tuple[Path, str, bool]:
-    """Parse HOST:GUEST[:ro|:rw]; of several colons those are meant that leave a directory.  Raises UsageError."""
+    """Parse HOST:GUEST[:ro|:rw]; with several colons, those that leave a directory are used.  Raises UsageError."""
     rest, mode = text, "rw"
     if text.endswith((":ro", ":rw")) and not Path(text).is_dir():
         rest, mode = text[:-3], text[-2:]
@@ -106,7 +106,7 @@ def _parse_volume(text: str) -> tuple[Path, str, bool]:
 def _share(
     vm: VM, volumes: Sequence[tuple[Path, str, bool]], stack: contextlib.ExitStack
 ) -> list[run_specs.SharedVolume]:
-    """Have the guest see directories; the stack unplugs those that it did not see before.  Raises VMError."""
+    """Share directories with the guest; the stack unplugs the newly added ones.  Raises VMError."""
     found = []
     for host, guest, writable in volumes:
         shared = sharing.share(vm, host, writable=writable)
@@ -117,12 +117,12 @@ def _share(
 
 
 def _unshare(vm: VM, tag: str) -> None:
-    with contextlib.suppress(VMError):  # another container has mounted it since, or the VM has ended
+    with contextlib.suppress(VMError):  # another container has mounted it since, or the VM has exited
         sharing.unshare(vm, tag)
 
 
 def images(*, as_json: bool) -> None:
-    """List the container images that were run before."""
+    """List the stored container images."""
     rows: list[dict[str, Any]] = [
         {"name": name, "id": one.id[:12], "size": one.bytes, "used": int(one.used)}
         for one in store.images(Cache(default_root()))
@@ -141,6 +141,6 @@ def rmi(*, image: str) -> None:
 
 
 def prune(*, older: float) -> None:
-    """Remove stored images that were not used for a while."""
+    """Remove stored images that have not been used for a while."""
     gone = store.prune(Cache(default_root()), older=older)
     info(f"{len(gone)} images removed, {sum(one.bytes for one in gone) / 1e6:.0f} MB freed")

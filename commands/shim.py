@@ -1,6 +1,6 @@
 """`containerd-shim-caisson-v2`: containerd's runtime shim over our VMs.
 
-The first lines are on the way of every `docker run`: what serves is imported after containerd has its answer.
+The first lines delay every `docker run`: the server is imported after containerd has its response.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import sys
 
 from caisson.agent.shim.launch import Arguments, start
 
-#: How containerd names an OCI features document (containerd, core/runtime/typeurl.go).
+#: containerd's type name of an OCI features document (containerd, core/runtime/typeurl.go).
 FEATURES_URL = "types.containerd.io/opencontainers/runtime-spec/1/features/Features"
 
-#: OpenSSL costs a shim 5 MiB, and is of no use to it: asyncio and hashlib do without.
+#: OpenSSL costs a shim 5 MiB for nothing: asyncio and hashlib work without it.
 OPENSSL = ("ssl", "_hashlib")
 
-#: Modules that are imported and never used where protobuf has its C library.
+#: Modules that are imported but never used if protobuf has its C library.
 DEFERRED = ("google.protobuf.internal.python_message",)
 
 TYPE_CHECKING = False
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from caisson.image.vm.launch import SupervisorProcess
 
     class MachineSource(Protocol):
-        """Where VMs come from."""
+        """A source of VMs."""
 
         def prepare(self) -> None:
-            """Start what the first VM needs while this process is still importing."""
+            """Start the first VM's processes while this process is still importing."""
 
         def machines(self, options: RuntimeOptions | None) -> Machines:
-            """Return the VMs that the runtime's options configure."""
+            """Return the source of VMs configured by the runtime's options."""
 
 
 class PodVMs:
@@ -57,7 +57,7 @@ class PodVMs:
 
 
 def main(source: MachineSource | None = None) -> int:
-    """Do what containerd asks for.  Returns the exit status; what is wrong goes to stderr, in one line."""
+    """Execute containerd's command.  Returns the exit status; errors go to stderr in one line."""
     source = source or PodVMs()
     try:
         arguments = Arguments(sys.argv[1:])
@@ -81,7 +81,7 @@ def main(source: MachineSource | None = None) -> int:
 
 def _serve(listener: socket.socket, options: bytes, arguments: Arguments, source: MachineSource) -> None:
     source.prepare()
-    if "hashlib" not in sys.modules:  # Python's own hashes were there for `start`
+    if "hashlib" not in sys.modules:  # Python's own hashes were only for `start`
         sys.modules.update(dict.fromkeys(OPENSSL))  # type: ignore[arg-type]
 
     from caisson.agent.base.lazyimport import LazyImporter

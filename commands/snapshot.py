@@ -15,12 +15,12 @@ from caisson.image.vm import VM, VMConfig
 from caisson.image.vm.pace import scaled
 from caisson.image.vm.snapshot.snapshot import checked, says_ready
 
-#: Minutes that a quiet processor takes for the kernel of the template `lean`.
+#: Minutes that an idle CPU takes to compile the kernel of the template `lean`.
 COMPILE_MINUTES = 20.0
 
 
 def save_snapshot(*, name: str, image: str, memory: int, cpus: int, append: str, accel: str, vsock: str) -> None:
-    """Boot a guest and save it, its agent listening."""
+    """Boot a guest and save it with its agent listening."""
     checked(name)
     directory = image_directory(image, info) if image else lean_image()
     config = VMConfig(
@@ -36,7 +36,7 @@ def save_snapshot(*, name: str, image: str, memory: int, cpus: int, append: str,
 
 
 def lean_image() -> Path:
-    """Build the image of snapshots: all is built into its kernel, and its root is no part of its memory."""
+    """Build the image for snapshots: everything is built into its kernel, and its root does not take memory."""
     loaded = images.load(images.find("lean"), settings=["format=erofs"])
     need((*programs_to_build(loaded), *TO_BOOT), info)
     build = images.Build(loaded, report=info)

@@ -1,4 +1,4 @@
-"""Make the standard streams safe to use, whatever they were started with."""
+"""Make the standard streams safe to use, however the program was started."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ STANDARD = (0, 1, 2)
 
 
 def occupy_standard_descriptors() -> None:
-    """Open /dev/null in place of standard streams that are closed, before another file gets their number."""
+    """Open /dev/null in place of closed standard streams, before another file gets their numbers."""
     for number in STANDARD:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number: this one
             os.set_inheritable(number, True)
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
@@ -33,7 +33,7 @@ def occupy_standard_descriptors() -> None:
 
 
 def write_any_text() -> None:
-    """Let stdout and stderr take any text: names that are not UTF-8 as they are, and "?" for what a locale lacks."""
+    """Make stdout and stderr accept any text: names that are not UTF-8 unchanged, and "?" for what a locale lacks."""
     codecs.register_error("caisson", _encode)
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
@@ -62,12 +62,12 @@ def flush() -> OSError | None:
 
 
 def give_up_stdout() -> None:
-    """Drop what is buffered for stdout, which nobody reads any more: it must not fail at exit."""
+    """Drop buffered output for a stdout without readers: it must not fail at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def check_writable(option: str, path: Path) -> None:
-    """Find out whether a file can be written before there is anything to write; one that was not there is not made.
+    """Check whether a file can be written before there is anything to write; does not create it.
 
     Raises CommandLineError.
     """
@@ -82,17 +82,17 @@ def check_writable(option: str, path: Path) -> None:
 
 
 def info(line: str) -> None:
-    """Tell the user something, on stderr."""
+    """Print a message for the user on stderr."""
     print(f"caisson: {line}", file=sys.stderr, flush=True)
 
 
 def reporter(verbose: bool) -> Callable[[str], None]:
-    """Report progress to a terminal, or where it was asked for: a command's stderr is the program's alone."""
+    """Report progress on a terminal, or on request: otherwise a command's stderr belongs to the program."""
     return info if verbose or sys.stderr.isatty() else lambda line: None
 
 
 class _TerminalText(io.TextIOWrapper):
-    """A terminal that gets text only: names, messages and logs are a guest's, and may hold escape sequences."""
+    """A terminal that only gets text: names, messages and logs come from a guest, and may contain escape sequences."""
 
     def write(self, text: str) -> int:
         super().write(printable(text))
@@ -100,7 +100,7 @@ class _TerminalText(io.TextIOWrapper):
 
 
 def filter_terminals() -> None:
-    """Keep control characters from stdout and stderr where these are terminals.  Bytes written below them pass."""
+    """Keep control characters from stdout and stderr if they are terminals.  Bytes written to the descriptors pass."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper) and stream.isatty():
@@ -112,7 +112,7 @@ def filter_terminals() -> None:
 
 
 def console_writer() -> Callable[[bytes], None]:
-    """Return what writes a guest's output to stdout as it comes: as it is, or to a terminal without its controls."""
+    """Return a writer of a guest's output to stdout: unchanged, or without control characters on a terminal."""
     filtered = TerminalFilter() if sys.stdout.isatty() else None
 
     def write(data: bytes) -> None:

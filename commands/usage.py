@@ -8,15 +8,15 @@ from collections.abc import Iterable, Iterator
 
 from caisson.commands.declare import HELP, Command, Group, Option, Positional
 
-#: Columns of help, as far as the terminal has them.
+#: Maximum columns of help.
 MAX_WIDTH = 100
 
-#: Columns of an option's own words; longer ones get a line of their own.
+#: Columns for an option's name; longer ones get their own line.
 LEFT = 26
 
 
 def usage(command: Command) -> str:
-    """Format a command's words on one line."""
+    """Format a command's usage on one line."""
     words = ["caisson", command.name]
     if command.options:
         words.append("[OPTIONS]")
@@ -49,7 +49,7 @@ def help_of(command: Command) -> str:
 
 
 def overview(groups: Iterable[Group]) -> str:
-    """Return what `caisson` alone shows: the commands, in groups."""
+    """Format the page that `caisson` alone shows: the commands, in groups."""
     width = _width()
     parts = [
         "Usage: caisson COMMAND [ARGUMENT…]",

@@ -34,10 +34,10 @@ from caisson.image.vm.machine import vms_of_other_versions
 from caisson.image.vm.network import Publish
 from caisson.image.vm.snapshot.snapshot import Snapshot
 
-#: Kernel parameters of a boot that is measured.
+#: Kernel parameters for measuring a boot.
 TIMELINE_PARAMETERS = f"{timelines.PARAMETERS} agent.timeline"
 
-#: Options that a snapshot has settled already.
+#: Options determined by a snapshot.
 SETTLED_BY_SNAPSHOT = (
     "image",
     "memory",
@@ -57,7 +57,7 @@ def boot_vm(
     max_cpus: int | None, share: list[str], network: str, publish: list[str], append: str, accel: str, vsock: str,
     timeout: float, timeline: str, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Boot a VM and wait for its agent; show its console until it ends, unless it is detached."""
+    """Boot a VM and wait for its agent; unless detached, show its console until it stops."""
     timeline_path = Path(timeline) if timeline else None
     if timeline_path and timeline_path.suffix not in (".svg", ".json"):
         raise UsageError(f"--timeline {timeline}: must end in .svg or .json")
@@ -102,7 +102,7 @@ def _boot(
     began = time.monotonic()
     firmware_times: list[float] = []
 
-    def note_firmware(_: bytes) -> None:  # looked for every two milliseconds: only where a boot is measured
+    def note_firmware(_: bytes) -> None:  # polled every two milliseconds: only when measuring a boot
         firmware_times.append(time.monotonic())
 
     write_console = console_writer()
@@ -125,7 +125,7 @@ def _boot(
 
 
 def _timeline(vm: VM, began: float, firmware_times: list[float], answered: float) -> timelines.Timeline:
-    """Join what this machine, the guest's kernel and its agent know of the boot."""
+    """Combine the boot times of this machine, the guest's kernel and its agent."""
     times = asyncio.run(client.boot_times(vm.agent_socket))
     document = vm.info
     firmware = (firmware_times[0], firmware_times[-1]) if firmware_times else None
@@ -153,7 +153,7 @@ def stop_vm(*, name: str, everything: bool) -> None:
         vm.stop()
         info(f"{vm.name}: stopped")
     for other in vms_of_other_versions() if everything else ():
-        find_vm(other)  # says how it is stopped
+        find_vm(other)  # its error says how to stop it
 
 
 def list_running(*, as_json: bool) -> None:
@@ -172,8 +172,8 @@ def list_running(*, as_json: bool) -> None:
 
 
 def logs(*, container: str, only_agent: bool, follow: bool, since: str, tail: int | None, name: str) -> None:
-    """Show what a detached container or a guest has printed."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as cat(1) ends when nobody reads on
+    """Show the output of a detached container or a guest."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # exit as cat(1) does when the reader is gone
     if container:
         moment = container_logs.moment(since) if since else 0.0
         with running_vm(name) as vm, container_explained(container):
@@ -186,7 +186,7 @@ def logs(*, container: str, only_agent: bool, follow: bool, since: str, tail: in
 
 
 def balloon(*, size: int, name: str) -> None:
-    """Set the memory that a guest keeps; prints the MiB that it has then."""
+    """Set the memory that a guest keeps; prints the MiB that it then has."""
     with running_vm(name) as vm:
         call_sync(vm, lambda agent: agent.load_module("virtio_balloon"))
         kept = set_memory(vm, size)

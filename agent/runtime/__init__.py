@@ -1,1 +1,1 @@
-"""The OCI runtime command line `caisson-oci`: one function a verb over libcontainer, no daemon, no event loop."""
+"""The OCI runtime command line `caisson-oci`: one function per verb over libcontainer, no daemon, no event loop."""

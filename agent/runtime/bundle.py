@@ -1,4 +1,4 @@
-"""A bundle: its configuration read, checked and brought into the form that libcontainer takes."""
+"""A bundle: read its configuration, check it, and normalize it for libcontainer."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ SETS = ("bounding", "effective", "inheritable", "permitted", "ambient")
 
 
 class Bundle:
-    """A directory with config.json; `document` is what that says, `spec` the same as records."""
+    """A directory with config.json; `document` is its contents, `spec` the same as records."""
 
     def __init__(self, call: Call, directory: str) -> None:
         """Raises CommandError or SpecError."""
-        self.path = os.path.realpath(directory or ".")  # as for runc, which changes to it; no pathlib at start
+        self.path = os.path.realpath(directory or ".")  # as in runc, which changes to it; pathlib starts slowly
         self.document = read_config(self.path, directory)
         self._call = call
         normalize(call, self.document)
@@ -36,13 +36,13 @@ class Bundle:
         return ignoring_unknown(lambda: Spec.from_json(self.document), lambda text: self._call.log("debug", text))
 
     def add_environment(self, *variables: str) -> None:
-        """Give the process more variables."""
+        """Add environment variables to the process."""
         process = self.document["process"]
         process["env"] = [*(process.get("env") or []), *variables]
         self.spec = self._read()
 
     def add_mount(self, mount: dict[str, object]) -> None:
-        """Give the container one more mount."""
+        """Add a mount to the container."""
         self.document["mounts"] = [*(self.document.get("mounts") or []), mount]
         self.spec = self._read()
 
@@ -59,7 +59,7 @@ class Bundle:
 
 
 def read_config(bundle: str, given: str = "") -> dict[str, Any]:
-    """Decode config.json of a bundle, which a caller has `given` by another path.  Raises CommandError."""
+    """Decode config.json of a bundle; `given` is its path as the caller gave it.  Raises CommandError."""
     path = os.path.join(bundle, "config.json")  # noqa: PTH118
     if not os.path.isdir(bundle):  # noqa: PTH112
         why = "not a directory" if os.path.exists(bundle) else "no such file or directory"  # noqa: PTH110
@@ -77,7 +77,7 @@ def read_config(bundle: str, given: str = "") -> dict[str, Any]:
 
 
 def normalize(call: Call, document: dict[str, Any]) -> None:
-    """Check what runc checks first, and bring the document into the form that libcontainer takes.
+    """Make the checks that runc makes first, and normalize the document for libcontainer.
 
     Raises CommandError.
     """
@@ -89,7 +89,7 @@ def normalize(call: Call, document: dict[str, Any]) -> None:
         document["linux"] = {}
     linux = document["linux"]
     if isinstance(linux, dict):
-        if linux.get("memoryPolicy") == {}:  # there, and without a mode
+        if linux.get("memoryPolicy") == {}:  # present, but without a mode
             raise CommandError("invalid memory policy mode: it is empty")
         normalize_resources(call, linux.get("resources"))
         _normalize_maps(call, linux)
@@ -101,12 +101,12 @@ def normalize(call: Call, document: dict[str, Any]) -> None:
 
 
 def _list(value: object) -> list[Any]:
-    """Return a list as it is, and nothing for what is not one: that is for the parser to refuse."""
+    """Return a list unchanged, and an empty one for anything else, which the parser rejects."""
     return value if isinstance(value, list) else []
 
 
 def _normalize_maps(call: Call, linux: dict[str, Any]) -> None:
-    """Leave out id maps of a container without a user namespace, as runc does."""
+    """Drop id maps of a container without a user namespace, as runc does."""
     if any(isinstance(one, dict) and one.get("type") == "user" for one in _list(linux.get("namespaces"))):
         return
     for name in ("uidMappings", "gidMappings"):
@@ -115,9 +115,9 @@ def _normalize_maps(call: Call, linux: dict[str, Any]) -> None:
 
 
 def normalize_resources(call: Call, resources: object) -> None:
-    """Leave out letters of device rules that mean nothing, and limits of kernel memory, as runc does.
+    """Drop meaningless letters of device rules, and kernel memory limits, as runc does.
 
-    Raises CommandError for a rule without letters, and for shares that the kernel would change.
+    Raises CommandError for a rule without access letters, and for shares that the kernel would change.
     """
     if not isinstance(resources, dict):
         return
@@ -137,7 +137,7 @@ def normalize_resources(call: Call, resources: object) -> None:
 
 
 def _check_shares(call: Call, shares: int) -> None:
-    """Refuse what cgroup v1 would make another number of; in v2 all are weights from 1 to 10,000."""
+    """Reject shares that cgroup v1 would clamp; in v2 all are weights from 1 to 10,000."""
     if shares == 0 or SHARES_MIN <= shares <= SHARES_MAX:
         return
     hierarchy = call.hierarchy()
@@ -155,7 +155,7 @@ def normalize_process(call: Call, process: dict[str, Any]) -> None:
     if not process.get("args"):
         raise CommandError("args must not be empty")
     limits = process.get("rlimits")
-    if isinstance(limits, list) and all(isinstance(limit, dict) for limit in limits):  # the last one of a type wins
+    if isinstance(limits, list) and all(isinstance(limit, dict) for limit in limits):  # the last of each type wins
         process["rlimits"] = list({str(limit.get("type")): limit for limit in limits}.values())
     sets = process.get("capabilities")
     if isinstance(sets, dict):
@@ -165,7 +165,7 @@ def normalize_process(call: Call, process: dict[str, Any]) -> None:
 def _normalize_capabilities(call: Call, sets: dict[str, Any]) -> None:
     given = {name: _list(sets.get(name)) for name in SETS}
     if not all(isinstance(one, str) for names in given.values() for one in names):
-        return  # which one, the parser says
+        return  # the parser names it
     unknown = dict.fromkeys(one for names in given.values() for one in names if one not in CAPABILITIES)
     if unknown:
         call.warn(f"ignoring unknown or unavailable capabilities: [{' '.join(unknown)}]")

@@ -69,7 +69,7 @@ class ExecCgroup:
         return self._open(path, os.O_RDONLY | os.O_DIRECTORY)
 
     def _is_unusable(self, path: str) -> bool:
-        """Return whether no process can join: it is gone, or has given controllers to cgroups below it (EBUSY)."""
+        """Return whether no process can join: it is gone, or delegates controllers to its children (EBUSY)."""
         try:
             with open(f"{path}/cgroup.subtree_control", encoding="utf-8") as file:  # noqa: PTH123
                 return bool(file.read().strip())

@@ -1,4 +1,4 @@
-"""`checkpoint` and `restore`, which this runtime does not have: their options are read, and they say so."""
+"""`checkpoint` and `restore`, which are not supported: their options are parsed, and they fail with a message."""
 
 from __future__ import annotations
 

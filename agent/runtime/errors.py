@@ -1,4 +1,4 @@
-"""The failure of a command, and the sentences of errors as callers of runc match them."""
+"""The failure of a command, and error messages as callers of runc match them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ INIT = "unable to start container process: error during container init:"
 
 
 class CommandError(Exception):
-    """A command that failed; str() is the message that callers match.  `status` None is the command's usual one."""
+    """A command that failed; str() is the message that callers match.  `status` None means the command's usual one."""
 
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
@@ -17,7 +17,7 @@ class CommandError(Exception):
 
 
 def is_of_program(error: BaseException) -> bool:
-    """Return whether it is the failure of execve(2), after everything else was done."""
+    """Return whether it is a failure of execve(2), after everything else succeeded."""
     return isinstance(error, LaunchError) and error.step == "execve"
 
 
@@ -34,7 +34,7 @@ def sentence(error: BaseException) -> str:
 
 
 def spec(error: SpecError) -> str:
-    """Write what is wrong with a configuration."""
+    """Write the message for an invalid configuration."""
     field, why = error.field, error.why
     if field.startswith("linux.sysctl[") and ("namespace" in why):
         return f'sysctl "{field.removeprefix("linux.sysctl[").removesuffix("]")}" is not in a separate kernel namespace'
@@ -46,7 +46,7 @@ def spec(error: SpecError) -> str:
 
 
 def launch(error: LaunchError) -> str:
-    """Write why a process could not be started."""
+    """Write the message for a process that could not be started."""
     if error.step == "start":
         return str(error)
     if error.step == "execve":  # after the start: the process's own error

@@ -1,4 +1,4 @@
-"""`events`: what a container uses, now and then, and its out-of-memory events, in JSON lines (types/events.go)."""
+"""`events`: a container's periodic statistics and out-of-memory events, as JSON lines (types/events.go)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CPUSET = (
 
 
 def events(call: Call) -> int:
-    """Print events until the container ends, or its statistics once."""
+    """Print events until the container exits, or its statistics once."""
     interval = duration(call.options.text("interval"))
     if interval <= 0:
         raise CommandError("duration interval must be greater than 0")
@@ -73,7 +73,7 @@ def _print(kind: str, name: str, about: dict[str, Any] | None) -> None:
 
 
 def duration(text: str) -> float:
-    """Parse a duration of Go's such as 1m30s or 500ms into seconds.  Raises CommandError."""
+    """Parse a Go duration such as 1m30s or 500ms into seconds.  Raises CommandError."""
     import re  # late: no other command needs it
 
     part = r"(\d+\.?\d*|\.\d+)(ns|us|µs|ms|s|m|h)"
@@ -84,7 +84,7 @@ def duration(text: str) -> float:
 
 
 def data(cgroup: Cgroup) -> dict[str, Any]:
-    """Return the statistics of a cgroup, in the names that callers read."""
+    """Return the statistics of a cgroup, under the names that callers expect."""
     stats = cgroup.stats()
     return {
         "cpu": _cpu(stats, cgroup),
@@ -132,7 +132,7 @@ def _cpu(stats: CgroupStats, cgroup: Cgroup) -> dict[str, Any]:
 
 
 def _pressure(cgroup: Cgroup, what: str) -> dict[str, Any]:
-    """Read pressure stall information (accounting/psi.rst), where the kernel has it."""
+    """Read pressure stall information (accounting/psi.rst), if the kernel has it."""
     text = cgroup.read(f"{what}.pressure")
     if not text:
         return {}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def execute(call: Call) -> int:
-    """Run a process in a container; unless detached wait for its end and exit with its status."""
+    """Run a process in a container; unless detached, wait for its exit and exit with its status."""
     if call.options.flag("detach") is False and call.options.text("console-socket"):
         raise CommandError("cannot use console socket if runc will not detach or allocate tty")
     container = call.container()
@@ -38,7 +38,7 @@ def execute(call: Call) -> int:
 
 
 def _identity(call: Call, container: Container) -> Identity | None:
-    """Return the bundle's config.json, if the process is no other than that says."""
+    """Return the bundle's config.json, if the process is the one it describes."""
     if call.options.given - {"detach"} or listen_environment():
         return None
     from caisson.agent.runtime.prepared import identity
@@ -67,7 +67,7 @@ def _run(call: Call, container: Container, process: Process, config: Identity | 
 
 
 def _document(call: Call, container: Container) -> dict[str, Any]:
-    """Return the process as a document: of the file that was given, or the bundle's with this command line over it."""
+    """Return the process as a document: from the given file, or the bundle's with this command line applied."""
     path = call.options.text("process")
     if path:
         document = _read(path)
@@ -83,7 +83,7 @@ def _document(call: Call, container: Container) -> dict[str, Any]:
 
 
 def _extend(document: dict[str, Any], key: str, more: list[Any]) -> None:
-    """Append to a list of a document; what is not a list is left for the parser to refuse."""
+    """Append to a list in a document; anything else is left for the parser to reject."""
     found = document.get(key)
     if more and (found is None or isinstance(found, list)):
         document[key] = [*(found or []), *more]
@@ -124,7 +124,7 @@ def _override(call: Call, document: dict[str, Any]) -> None:
 
 
 def _add_capabilities(document: dict[str, Any], more: list[str]) -> None:
-    """Add capabilities: ambient ones only where the configuration has inheritable ones."""
+    """Add capabilities: ambient ones only if the configuration has inheritable ones."""
     sets = document.get("capabilities") or {}
     if isinstance(sets, dict):
         document["capabilities"] = sets = dict(sets)

@@ -1,4 +1,4 @@
-"""`features`: what this runtime supports, as the specification has callers ask for it (features.md)."""
+"""`features`: what this runtime supports, in the specification's format (features.md)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def features(call: Call) -> int:
 
 
 def document() -> dict[str, object]:
-    """Say only what is so."""
+    """Return the features document."""
     return {
         "ociVersionMin": "1.0.0",
         "ociVersionMax": OCI_VERSION,
@@ -71,7 +71,7 @@ def _seccomp() -> dict[str, object]:
 
 
 def document_of_guest() -> dict[str, object]:
-    """Return what holds of containers in a VM: no ids of the host's, no labels of its kernel, no hooks in the guest."""
+    """Return the features of containers in a VM: no host ids, no labels of its kernel, no hooks in the guest."""
     made = document()
     disabled = {"enabled": False}
     linux = {

@@ -1,4 +1,4 @@
-"""A process in the foreground: its streams copied, its terminal ours, our signals its.
+"""A process in the foreground: copy its streams, share the terminal, pass on signals.
 
 Source: runc(8), "terminals.md"; tty_ioctl(4), termios(3).
 """
@@ -16,13 +16,13 @@ else:
 
 CHUNK = 1 << 16
 SIGCHLD, SIGURG, SIGWINCH, SIGPIPE, SIGKILL, SIGSTOP = 17, 23, 28, 13, 9, 19
-#: Not passed on: those of this program, and the C library's own.
+#: Signals not passed on: this program's, and the C library's own.
 OWN_SIGNALS = (SIGCHLD, SIGURG, SIGWINCH, SIGPIPE, SIGKILL, SIGSTOP, 32, 33)
 SIGNALS = range(1, 65)
 
 
 class Foreground:
-    """Copy between this program's streams and a process's, until that ends.
+    """Copy between this program's streams and a process's, until it exits.
 
     `own` are our ends of its pipes (stdin, stdout, stderr); `console` is the master of its terminal, or -1.
     """
@@ -32,7 +32,7 @@ class Foreground:
         self._pidfd = pidfd
         self._console = console
         self._input = console if console >= 0 else own[0]
-        #: From where to where output goes.
+        #: Source and destination of output.
         self._outputs = {console: 1} if console >= 0 else {own[1]: 1, own[2]: 2}
         self._unsent = b""
         self._stdin_open = True
@@ -42,7 +42,7 @@ class Foreground:
         self._terminal = -1
 
     def run(self) -> int:
-        """Go on until the process ends; return its exit status, or 128 + signal."""
+        """Run until the process exits; return its exit status, or 128 + signal."""
         for fd in (*self._outputs, self._input):
             os.set_blocking(fd, False)
         for number in SIGNALS:
@@ -82,7 +82,7 @@ class Foreground:
             pass
 
     def _reap(self) -> None:
-        """Wait for what has ended: the process, and what was left to this program as a subreaper."""
+        """Reap the process, and orphans that this program got as a subreaper."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -107,11 +107,11 @@ class Foreground:
             elif self._status is None:
                 try:
                     signal.pidfd_send_signal(self._pidfd, number)
-                except OSError:  # it has just ended
+                except OSError:  # it has just exited
                     pass
 
     def _read_input(self) -> None:
-        if self._unsent:  # what was read before is not taken yet
+        if self._unsent:  # earlier input is still pending
             self._poll.unregister(0)
             return
         try:
@@ -131,7 +131,7 @@ class Foreground:
             self._unsent = self._unsent[os.write(self._input, self._unsent) :]
         except BlockingIOError:
             pass
-        except OSError:  # it does not read any more
+        except OSError:  # it has stopped reading
             self._unsent = b""
             self._end_input()
             return
@@ -162,7 +162,7 @@ class Foreground:
             pass
 
     def _copy_output(self, fd: int) -> bool:
-        """Copy what is there; whether there was something."""
+        """Copy available output; returns whether there was any."""
         try:
             data = os.read(fd, CHUNK)
         except BlockingIOError:
@@ -179,7 +179,7 @@ class Foreground:
         try:
             while data:
                 data = data[os.write(target, data) :]
-        except OSError:  # nobody reads it
+        except OSError:  # there is no reader
             return True
         return True
 
@@ -197,7 +197,7 @@ class Foreground:
 
 
 def find_terminal() -> int:
-    """Find the terminal of this program: among its streams, else /dev/tty; -1 for none."""
+    """Find this program's terminal: among its streams, otherwise /dev/tty; -1 for none."""
     for fd in (2, 1, 0):
         if os.isatty(fd):
             return fd
@@ -208,7 +208,7 @@ def find_terminal() -> int:
 
 
 def keep_newlines(master: int) -> None:
-    """Have a terminal's output end lines by a newline alone: our own terminal adds the carriage return."""
+    """Make a terminal end lines with a newline only: our own terminal adds the carriage return."""
     import termios
 
     mode = termios.tcgetattr(master)
@@ -217,7 +217,7 @@ def keep_newlines(master: int) -> None:
 
 
 def make_raw(terminal: int) -> list[object] | None:
-    """Pass all bytes of a terminal through; return how it was."""
+    """Put a terminal into raw mode; return its previous settings."""
     import termios
 
     try:
@@ -228,7 +228,7 @@ def make_raw(terminal: int) -> list[object] | None:
             | termios.ICRNL | termios.IXON
         )  # fmt: skip
         mode[1] &= ~termios.OPOST
-        mode[1] |= termios.OPOST | termios.ONLCR  # lines of the process end by a newline alone
+        mode[1] |= termios.OPOST | termios.ONLCR  # the process's lines end with a newline only
         mode[2] = mode[2] & ~(termios.CSIZE | termios.PARENB) | termios.CS8
         mode[3] &= ~(termios.ECHO | termios.ECHONL | termios.ICANON | termios.ISIG | termios.IEXTEN)
         termios.tcsetattr(terminal, termios.TCSANOW, mode)
@@ -238,7 +238,7 @@ def make_raw(terminal: int) -> list[object] | None:
 
 
 def restore(terminal: int, saved: list[object]) -> None:
-    """Make a terminal what it was."""
+    """Restore a terminal's settings."""
     import termios
 
     try:

@@ -1,4 +1,4 @@
-"""Commands that look at containers: state, list, ps."""
+"""Commands that inspect containers: state, list, ps."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def state(call: Call) -> int:
 
 
 def list_containers(call: Call) -> int:
-    """Print the containers of this root."""
+    """Print the containers below this root."""
     form = call.options.text("format")
     try:
         names = list_ids(call.root)
@@ -80,7 +80,7 @@ def _row(call: Call, name: str) -> dict[str, object] | None:
     try:
         container = Container.load(call.runtime, name)
         return describe(container, _owner(os.stat(container.directory).st_uid))  # noqa: PTH116
-    except (ContainerError, OSError):  # it goes this moment
+    except (ContainerError, OSError):  # being removed
         return None
     except SpecError as error:
         call.warn(f"load container {name}: {error}")

@@ -1,4 +1,4 @@
-"""Commands of a container's life: create, start, run, kill, delete."""
+"""Commands of a container's lifecycle: create, start, run, kill, delete."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from caisson.agent.runtime.stdio import ProcessIO
 
 DIRECTORY_MODE, ROOT_MODE = 0o711, 0o700
-START_FAILED = "_CAISSON_START_FAILED"  # what the front has heard of a start that failed (agent/nsexec/front/start.c)
+START_FAILED = "_CAISSON_START_FAILED"  # what the front received from a failed start (agent/nsexec/front/start.c)
 RTMIN, RTMAX = 34, 64
-#: signal(7), without the prefix; the same on all architectures that are supported.
+#: signal(7), without the prefix; the same on all supported architectures.
 SIGNALS = {
     name: number
     for number, names in enumerate(
@@ -62,7 +62,7 @@ def start(call: Call) -> int:
 
 
 def _start(container: Container, *, wait: bool = True) -> None:
-    """Execute the program, and with `wait` wait until it is ready where it is to say so."""
+    """Execute the program, and with `wait` wait until it is ready, if it reports that."""
     from caisson.agent.runtime.notify import NotifyListener
 
     listener = NotifyListener(container)
@@ -75,7 +75,7 @@ def _start(container: Container, *, wait: bool = True) -> None:
 
 
 def run(call: Call) -> int:
-    """Create a container, start it, and unless detached wait for its end and delete it."""
+    """Create a container, start it, and unless detached wait for its exit and delete it."""
     from caisson.agent.runtime.stdio import ProcessIO
 
     detach = call.options.flag("detach")
@@ -113,7 +113,7 @@ def _bundle(call: Call) -> Bundle:
 
 
 def _create(call: Call, bundle: Bundle, io: ProcessIO) -> Container:
-    """Make the container; on failure nothing of it is left."""
+    """Create the container; nothing of it is left on failure."""
     from caisson.agent.runtime import notify
 
     directory = f"{call.root}/{call.id}"
@@ -198,7 +198,7 @@ def _limit_processes(bundle: Bundle, cgroup: Cgroup | None) -> None:
 
 
 def _undo(call: Call, directory: str, cgroup: Cgroup | None, container: Container | None) -> None:
-    """Remove what a create that failed has made."""
+    """Remove what a failed create has made."""
     try:
         if container is not None:
             complete(container.destroy())
@@ -247,7 +247,7 @@ def _make_cgroup(call: Call, bundle: Bundle) -> Cgroup | None:
         raise CommandError(f"unable to start container process: {why}") from error
     try:
         in_userns = any(namespace.type == "user" for namespace in bundle.spec.linux.namespaces)
-        # How many processes there may be is set once nsexec has made its own (_limit_processes).
+        # The process limit is set once nsexec has created its own stages (_limit_processes).
         cgroup.apply(resources.but(pids_limit=None), devices=not in_userns and not call.is_rootless)
     except (CgroupError, SpecError):
         complete(cgroup.delete())
@@ -256,14 +256,14 @@ def _make_cgroup(call: Call, bundle: Bundle) -> Cgroup | None:
 
 
 def _ignore_unit_properties(call: Call, bundle: Bundle) -> None:
-    """Log annotations that are for systemd alone."""
+    """Log annotations that only matter to systemd."""
     for key in bundle.spec.annotations:
         if key.startswith("org.systemd.property."):
             call.log("debug", f"annotation {key}: ignored without --systemd-cgroup")
 
 
 def kill(call: Call) -> int:
-    """Signal a container's first process, or all of its processes."""
+    """Signal a container's init process, or all of its processes."""
     text = (call.operands[1] if len(call.operands) > 1 else "") or "SIGTERM"
     container = call.container()
     number = signal_number(text)
@@ -279,7 +279,7 @@ def kill(call: Call) -> int:
 
 
 def signal_number(text: str) -> int:
-    """Parse a signal that is given by number or name.  Raises CommandError."""
+    """Parse a signal number or name.  Raises CommandError."""
     digits = text.removeprefix("+")
     if digits.isascii() and digits.isdecimal() and int(digits) <= RTMAX:
         return int(digits)
@@ -294,7 +294,7 @@ def signal_number(text: str) -> int:
 
 
 def delete(call: Call) -> int:
-    """Delete a container; one that was half made goes as well."""
+    """Delete a container, even a half-created one."""
     force = call.options.flag("force")
     directory = f"{call.root}/{call.id}"
     try:
@@ -304,12 +304,12 @@ def delete(call: Call) -> int:
                 remove_directory(directory)
                 if not force:
                     raise DoesNotExist
-            elif container.state.init_process_pid < 0:  # a create that was killed
+            elif container.state.init_process_pid < 0:  # a killed create
                 complete(container.destroy())
                 remove_directory(directory)
             else:
                 if not force and container.status == STOPPED and not container.has_own_pids:
-                    force = True  # what is left of it is in its cgroup
+                    force = True  # its remains are in its cgroup
                 complete(container.delete(force=force))
     except DoesNotExist:
         if not force:
@@ -320,7 +320,7 @@ def delete(call: Call) -> int:
 def _load(call: Call, directory: str) -> Container | None:
     """Load the container of a directory, also one without a pid; None if it has no state yet.
 
-    Raises SpecError for a state that cannot be read: where its processes are is not known then.
+    Raises SpecError for an unreadable state: its processes are then unknown.
     """
     try:
         return Container(call.runtime, directory, State.load(directory))

@@ -1,4 +1,4 @@
-"""Commands that change what a container may use, or whether it runs: update, pause, resume."""
+"""Commands that change a container's limits, or freeze it: update, pause, resume."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The log of a command: lines of logrus, which callers of runc read, in text or JSON.
 
-An error goes to the log and, where the log is a file, as a bare message to standard error, too.
+An error goes to the log and, if the log is a file, also to standard error as a bare message.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ESCAPES = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 class Log:
     """Write lines to a file, or to standard error.
 
-    `fd` is -1 for standard error; `json` chooses the format; without `debug` lines of that level are left out.
+    `fd` is -1 for standard error; `json` chooses the format; without `debug`, lines of that level are dropped.
     """
 
     def __init__(self, fd: int = -1, *, json: bool = False, debug: bool = False) -> None:
@@ -30,7 +30,7 @@ class Log:
 
     @classmethod
     def open(cls, path: str, *, json: bool, debug: bool) -> Log:
-        """Append to a file, made with mode 0644.  Raises OSError."""
+        """Append to a file, created with mode 0644.  Raises OSError."""
         fd = -1
         if path:
             fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_SYNC | os.O_CLOEXEC, 0o644)
@@ -45,7 +45,7 @@ class Log:
             self._fd = -1
 
     def __call__(self, level: str, message: str, **_: object) -> None:
-        """Write one line; `message` may hold what a container chose, and is escaped."""
+        """Write one line; `message` may contain a container's text, and is escaped."""
         if level == "debug" and not self.verbose:
             return
         level = level if level in LEVELS else "error"
@@ -72,12 +72,12 @@ def _write(fd: int, line: str) -> None:
         while data:
             data = data[os.write(fd, data) :]
     except OSError as error:
-        if fd != 2:  # else there is nowhere to say so
+        if fd != 2:  # otherwise there is nowhere to report it
             _write(2, f"Failed to write to log, {(error.strerror or '').lower()}\n")
 
 
 def quoted(text: str) -> str:
-    """Quote a value as logrus's text format does, unless it is one plain word."""
+    """Quote a value as logrus's text format does, unless it is a plain word."""
     if text and PLAIN.issuperset(text):
         return text
     return '"' + "".join(ESCAPES.get(c) or (c if c.isprintable() else f"\\x{ord(c):02x}") for c in text) + '"'

@@ -1,6 +1,6 @@
 """The entry of the command line: global options, the command, its errors and its status.
 
-Source: runc's man pages (runc.8 and those of its commands); what callers match is to the letter.
+Source: runc's man pages (runc.8 and those of its commands); texts that callers match are exact.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
-#: Of the command line that callers expect, not of this program: they compare it to decide what they may ask for.
+#: Version of the command line that callers expect, not of this program: they compare it to decide what to use.
 VERSION = "1.3.0"
 DEFAULT_ROOT = "/run/runc"
 #: Errors reported as one line, without a traceback.
@@ -37,7 +37,7 @@ EXPECTED = (CommandError, ContainerError, SpecError, LaunchError, OSError)
 
 
 class Call:
-    """One command: its options and operands, and the runtime that it works with."""
+    """One command: its options and operands, and the runtime it uses."""
 
     def __init__(self, prog: str, verb: Verb, options: Values, operands: list[str], settings: Values, log: Log) -> None:
         self.prog = prog
@@ -61,12 +61,12 @@ class Call:
         self.log("warning", message)
 
     def container(self) -> Container:
-        """Return the container that the command is about.  Raises ContainerError or CommandError."""
+        """Return the container that the command operates on.  Raises ContainerError or CommandError."""
         return Container.load(self.runtime, self.id)
 
     @property
     def id(self) -> str:
-        """The id of the container.  Raises CommandError for one that cannot be one."""
+        """The id of the container.  Raises CommandError for an invalid one."""
         name = self.operands[0]
         if not name:
             raise CommandError("container id cannot be empty")
@@ -86,7 +86,7 @@ class Call:
         return self._hierarchy[0]
 
     def _nsexec_log(self, level: str, message: str, **_: object) -> None:
-        """Log a line of nsexec's; what it fails of is reported by the error that ends the command."""
+        """Log a line from nsexec; failures are reported by the error that ends the command."""
         self.log("debug" if level == "fatal" else level, message)
 
     def _make_launcher(self) -> ProcessLauncher:
@@ -105,34 +105,34 @@ class Call:
 
 
 def _saved(container: Container) -> None:
-    """Keep for the front what it asks of a container."""
+    """Write the files that the front needs for a container."""
     from caisson.agent.runtime.prepared import keep_state
 
     keep_state(container)
 
 
 def waits() -> Any:
-    """Return the waits of a program that has nothing else to do."""
+    """Return blocking waits: the program has nothing else to do."""
     from caisson.agent.libcontainer.waits import BlockingWaits
 
     return BlockingWaits()
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """Run a coroutine of libcontainer to its end."""
+    """Run a coroutine of libcontainer to completion."""
     from caisson.agent.libcontainer.waits import complete
 
     return complete(work)
 
 
 def default_root() -> str:
-    """Return where state is kept unless --root says otherwise."""
+    """Return the default of --root."""
     directory = os.environ.get("XDG_RUNTIME_DIR", "")
     return f"{directory}/runc" if directory and is_ordinary_user() else DEFAULT_ROOT
 
 
 def is_ordinary_user() -> bool:
-    """Return whether this is no root of the machine: podman runs its runtime as the root of a user namespace."""
+    """Return whether this is not the machine's root: podman runs its runtime as root of a user namespace."""
     if os.geteuid() != 0:
         return True
     from caisson.agent.libcontainer.plan.users import in_user_namespace
@@ -141,7 +141,7 @@ def is_ordinary_user() -> bool:
 
 
 def version() -> str:
-    """Write what --version prints: lines whose beginnings callers look for."""
+    """Write the output of --version: callers match the beginnings of its lines."""
     return f"runc version {VERSION}\ncommit: caisson\nspec: {OCI_VERSION}\n"
 
 
@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_and_exit() -> None:
-    """Run the command line of this process and end it: an interpreter takes 5 ms to take itself apart in order."""
+    """Run the command line of this process and exit at once: an orderly interpreter shutdown takes 5 ms."""
     status = main()
     sys.stdout.flush()
     os._exit(status)
@@ -238,7 +238,7 @@ def _carry_out(call: Call) -> int:
         from caisson.agent.libcontainer.cgroups.base import CgroupError
         from caisson.agent.runtime.errors import sentence
 
-        if not isinstance(error, CgroupError):  # a mistake of ours: callers read the log, and nothing else
+        if not isinstance(error, CgroupError):  # a bug: callers read only the log
             import traceback
 
             call.log("debug", traceback.format_exc())
@@ -248,7 +248,7 @@ def _carry_out(call: Call) -> int:
 
 
 def check_systemd() -> None:
-    """Refuse --systemd-cgroup where systemd cannot make cgroups.  Raises CommandError."""
+    """Reject --systemd-cgroup if systemd cannot manage cgroups.  Raises CommandError."""
     if not os.path.isdir("/run/systemd/system"):  # noqa: PTH112
         raise CommandError("systemd cgroup flag passed, but systemd support for managing cgroups is not available")
     if not os.path.exists("/sys/fs/cgroup/cgroup.controllers"):  # noqa: PTH110
@@ -264,7 +264,7 @@ def _function(verb: Verb) -> Callable[[Call], int | None]:
 
 
 def _check_operands(verb: Verb, count: int) -> str:
-    """Return what is wrong with a number of operands; "" if nothing is."""
+    """Return what is wrong with the number of operands; "" if nothing."""
     if verb.least == verb.most and count != verb.least:
         return f'runc: "{verb.name}" requires exactly {verb.least} argument(s)'
     if count < verb.least:

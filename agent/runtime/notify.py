@@ -1,4 +1,4 @@
-"""NOTIFY_SOCKET: a container's readiness passed on to the service manager (sd_notify(3))."""
+"""NOTIFY_SOCKET: pass a container's readiness on to the service manager (sd_notify(3))."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BARRIER_TIMEOUT = 5.0
 
 
 def prepare(call: Call, bundle: Bundle, directory: str) -> None:
-    """Have the container find the directory of a socket of its own, where this program was given one."""
+    """Mount the directory of a socket of its own into the container, if this program was given one."""
     if not os.environ.get(VARIABLE):
         return
     place = f"{directory}/notify"
@@ -33,10 +33,10 @@ def prepare(call: Call, bundle: Bundle, directory: str) -> None:
 
 
 class NotifyListener:
-    """The socket of a container, and what is passed on of what it says."""
+    """The notify socket of a container, and the messages passed on."""
 
     def __init__(self, container: Container) -> None:
-        """Bind it, where the container was prepared for it and this program has one to pass on to."""
+        """Bind it, if the container was prepared for it and this program has one to pass on to."""
         self._container = container
         self._host = os.environ.get(VARIABLE, "")
         self._socket: socket.socket | None = None
@@ -44,7 +44,7 @@ class NotifyListener:
         if not self._host or not os.path.isdir(place):  # noqa: PTH112
             return
         fd = os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:  # sun_path is short
+        try:  # sun_path is too short for long paths
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             self._socket.bind(f"/proc/self/fd/{fd}/{NAME}")
             os.chmod(f"{place}/{NAME}", 0o777)  # noqa: PTH101
@@ -52,7 +52,7 @@ class NotifyListener:
             os.close(fd)
 
     def wait_ready(self) -> None:
-        """Wait until the container is ready, or ends; pass that on."""
+        """Wait until the container is ready, or exits; pass that on."""
         if self._socket is None:
             return
         from caisson.agent.libcontainer.state_directory import ContainerError
@@ -67,7 +67,7 @@ class NotifyListener:
             while True:
                 run(waits.readable(self._socket.fileno(), pidfd))
                 if not run(waits.readable(self._socket.fileno(), seconds=0)):
-                    return  # it has ended
+                    return  # it has exited
                 lines = self._socket.recv(4096).split(b"\n")
                 ready = next((line for line in lines if line.startswith(b"READY=")), None)
                 if ready is not None:
@@ -84,13 +84,13 @@ class NotifyListener:
             outside.send(ready + b"\n")
             outside.send(b"MAINPID=%d" % self._container.state.init_process_pid)
             self._barrier(outside)
-        except OSError:  # nobody listens
+        except OSError:  # there is no listener
             pass
         finally:
             outside.close()
 
     def _barrier(self, outside: socket.socket) -> None:
-        """Wait until all of it was read: the other side closes the descriptor then."""
+        """Wait until everything was read: the other side then closes the descriptor."""
         import select
 
         ours, theirs = os.pipe2(os.O_CLOEXEC)

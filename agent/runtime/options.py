@@ -1,7 +1,7 @@
 """Options of the command line as runc (Go's flag package, urfave/cli) reads them.
 
-`-name` and `--name` are the same, a value follows as `=value` or as the next argument, a repeatable option is given
-again.  argparse is not used: importing it takes as long as the whole of `state` may.
+`-name` and `--name` are the same, a value follows as `=value` or as the next argument, a repeatable option can be given
+again.  argparse is not used: importing it takes as long as all of `state` should.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
 
 
 class OptionError(Exception):
-    """A command line that cannot be understood; str() follows "Incorrect Usage: "."""
+    """An invalid command line; str() follows "Incorrect Usage: "."""
 
 
 class RuntimeOption(Record):
-    """One option.  `default` is what it is when it is not given; for numbers in text form None shows no default."""
+    """One option.  `default` is its value if not given; None shows no default."""
 
     name: str
     kind: str
@@ -35,7 +35,7 @@ class RuntimeOption(Record):
 
     @property
     def initial(self) -> Value | None:
-        """The value of an option that is not given."""
+        """The initial value of the option."""
         if self.default is not None:
             return self.default
         empty: dict[str, Value] = {FLAG: False, TEXT: "", NUMBER: 0, LIST: [], NUMBERS: []}
@@ -43,14 +43,14 @@ class RuntimeOption(Record):
 
 
 class Values:
-    """The options of one command: values by name, and which of them were given."""
+    """The options of one command: values by name, and which ones were given."""
 
     def __init__(self, options: Iterable[RuntimeOption]) -> None:
         self._values: dict[str, Value | None] = {option.name: option.initial for option in options}
         self.given: set[str] = set()
 
     def set(self, option: RuntimeOption, word: str, text: str) -> None:
-        """Take a value as written, of an option that was named by `word`.  Raises OptionError."""
+        """Set a value as written, for the option named by `word`.  Raises OptionError."""
         self.given.add(option.name)
         try:
             if option.kind == LIST:
@@ -69,7 +69,7 @@ class Values:
             raise OptionError(f'invalid value "{text}" for flag -{word}: {error}') from None
 
     def replace(self, name: str, value: Value) -> None:
-        """Put another value in place of the one that was given."""
+        """Replace the given value."""
         self._values[name] = value
 
     def flag(self, name: str) -> bool:
@@ -101,7 +101,7 @@ class Values:
 
 
 def number(text: str) -> int:
-    """Read a number as Go's flags do: 0x10 is 16, and 010 is 8.  Raises ValueError with Go's reason."""
+    """Parse a number as Go's flags do: 0x10 is 16, and 010 is 8.  Raises ValueError with Go's reason."""
     digits = text.lstrip("+-")
     try:
         if not text.isascii() or text != text.strip():
@@ -115,7 +115,7 @@ def number(text: str) -> int:
 
 
 def decimal(text: str) -> int:
-    """Read a decimal number as Go's strconv does.  Raises ValueError with Go's reason."""
+    """Parse a decimal number as Go's strconv does.  Raises ValueError with Go's reason."""
     digits = text[1:] if text[:1] in ("+", "-") else text
     if not (digits.isascii() and digits.isdecimal()):
         raise ValueError(f'strconv.ParseInt: parsing "{text}": invalid syntax')
@@ -125,9 +125,9 @@ def decimal(text: str) -> int:
 
 
 def parse(options: Sequence[RuntimeOption], argv: Sequence[str], *, stop_at_operand: bool) -> tuple[Values, list[str]]:
-    """Read options and operands; with `stop_at_operand` all that follows the first operand is operands, too.
+    """Parse options and operands; with `stop_at_operand`, everything after the first operand is operands.
 
-    Without it options that are known may follow operands, and what is not known is an operand there.  `--` ends the
+    Without it, known options may follow operands, and unknown ones there are operands.  `--` ends the
     options.  Raises OptionError.
     """
     known = {name: option for option in options for name in (option.name, option.short) if name}

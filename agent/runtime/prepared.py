@@ -1,4 +1,5 @@
-"""What the front (agent/nsexec/front) finds in a state directory, to do plain commands without an interpreter.
+"""Files for the front (agent/nsexec/front) in a state directory, so that it can run plain commands without an
+interpreter.
 
 `front.state` is what `state` prints and other commands ask of a container, as long as state.json is the one that it was
 made from; `exec.plan` is what nsexec is told of an `exec` without options, as long as the bundle's config.json is the
@@ -31,14 +32,14 @@ Identity = tuple[int, int, int, int, int]
 
 
 def identity(path: str) -> Identity:
-    """Return which file it is, and in what state.  Raises OSError."""
+    """Return the identity of a file, including its state.  Raises OSError."""
     now = os.stat(path)  # noqa: PTH116 - no pathlib at start
     return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns
 
 
 def keep_state(container: Container) -> None:
-    """Write front.state after state.json; without it the interpreter does all."""
-    if container.state.systemd or container.spec.linux.intel_rdt is not None:  # who else is asked, only Python knows
+    """Write front.state after state.json; without it the interpreter does everything."""
+    if container.state.systemd or container.spec.linux.intel_rdt is not None:  # handled only in Python
         return
     try:
         write_whole(f"{container.directory}/front.state", encode_state(container))
@@ -65,7 +66,7 @@ def encode_state(container: Container) -> bytes:
 
 
 def keep_exec(container: Container, process: Process, config: Identity) -> None:
-    """Write exec.plan for a process of the bundle's, unless another command has the container at this moment."""
+    """Write exec.plan for a process of the bundle, unless another command holds the container's lock."""
     seccomp = container.spec.linux.seccomp
     if process.user.username or process.terminal or (seccomp is not None and seccomp.listener_path):
         return

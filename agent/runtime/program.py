@@ -1,4 +1,4 @@
-"""Find nsexec, which containers are made with; it is built where it was not installed, and the front with it."""
+"""Find nsexec, which creates containers; build it, together with the front, if it is not installed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def find() -> str:
     sources = f"{os.path.dirname(os.path.dirname(os.path.abspath(__file__)))}/nsexec"  # noqa: PTH100, PTH120
     if os.path.exists(f"{sources}/{NSEXEC}"):  # noqa: PTH110 - installed with the package
         return f"{sources}/{NSEXEC}"
-    beside = f"{sources}/build"  # where commands/caisson-oci looks for the front
+    beside = f"{sources}/build"  # commands/caisson-oci looks for the front there
     if _is_built(beside, sources):
         return f"{beside}/{NSEXEC}"
     directory = beside if os.access(sources, os.W_OK) else f"{_cache()}/nsexec-{_key(sources)}"
@@ -29,7 +29,7 @@ def find() -> str:
 
 
 def _is_built(directory: str, sources: str) -> bool:
-    """Return whether both programs are there, and newer than what they are made of."""
+    """Return whether both programs exist, and are newer than their sources."""
     try:
         built = min(os.stat(f"{directory}/{name}").st_mtime_ns for name in (NSEXEC, FRONT))  # noqa: PTH116
     except OSError:
@@ -47,7 +47,7 @@ def _cache() -> str:
 
 
 def _key(sources: str) -> str:
-    """Name what the sources are now, by their sizes and times."""
+    """Return a key of the current sources, by their sizes and times."""
     key = 0
     for entry in _files(sources):
         stat = entry.stat()
@@ -56,7 +56,7 @@ def _key(sources: str) -> str:
 
 
 def _build(sources: str, directory: str) -> None:
-    """Build both beside their place, so that two commands at once do not write one file.  Raises CommandError."""
+    """Build both under temporary names, so that two concurrent commands do not write one file.  Raises CommandError."""
     import shutil
     import subprocess
 

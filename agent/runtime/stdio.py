@@ -1,4 +1,4 @@
-"""Standard streams of a container's process, and what callers are told of it: terminal, pipes, pid file, sockets."""
+"""Standard streams of a container's process, and how callers learn of it: terminal, pipes, pid file, sockets."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ TIOCGPTN = 0x80045430
 
 
 class ProcessIO:
-    """What a process gets of this program's descriptors, for a `with` block around its start.
+    """The descriptors that a process gets from this program, for a `with` block around its start.
 
-    `stdio` is None for a process with a terminal; `preserved` is how many descriptors from 3 on it keeps.
+    `stdio` is None for a process with a terminal; it keeps `preserved` descriptors from 3 on.
     """
 
     def __init__(self, call: Call, process: Process | None, *, detach: bool) -> None:
-        """Raises CommandError for options that contradict each other."""
+        """Raises CommandError for contradictory options."""
         self._call = call
         self._detach = detach
         self._console_socket = call.options.text("console-socket")
@@ -72,7 +72,7 @@ class ProcessIO:
         self._child_ends = []
 
     def announced(self, pid: int) -> None:
-        """Send a pidfd to who wants one, before the program runs.  Raises CommandError."""
+        """Send a pidfd to the --pidfd-socket, before the program runs.  Raises CommandError."""
         path = self._call.options.text("pidfd-socket")
         if path:
             pidfd = os.pidfd_open(pid)
@@ -82,7 +82,7 @@ class ProcessIO:
                 os.close(pidfd)
 
     def launched(self, launched: Launched) -> None:
-        """Take over the terminal and the pidfd of a process that was started.  Raises CommandError."""
+        """Take over the terminal and the pidfd of a started process.  Raises CommandError."""
         self._close_child_ends()
         self._pidfd = launched.pidfd
         for stage in launched.stages:  # as zombies they would count as processes of the container
@@ -100,7 +100,7 @@ class ProcessIO:
             write_pid_file(path, launched.child.pid)
 
     def follow(self, pid: int, *, reap_all: bool = True) -> int:
-        """Copy the streams and pass on signals until the process ends; return its status."""
+        """Copy the streams and pass on signals until the process exits; return its status."""
         from caisson.agent.runtime.foreground import Foreground
 
         own, self._own = self._own, []
@@ -131,7 +131,7 @@ def send_fd(path: str, fd: int, payload: bytes) -> None:
 
 
 def write_pid_file(path: str, pid: int) -> None:
-    """Write a pid to a file, whole or not at all.  Raises CommandError or OSError."""
+    """Write a pid to a file atomically.  Raises CommandError or OSError."""
     path = os.path.abspath(path)  # noqa: PTH100 - no pathlib at start
     temporary = f"{os.path.dirname(path)}/.{os.path.basename(path)}"  # noqa: PTH119, PTH120
     try:
@@ -146,7 +146,7 @@ def write_pid_file(path: str, pid: int) -> None:
 
 
 def listen_fds() -> int:
-    """Return how many sockets this program was started with for the container (sd_listen_fds(3))."""
+    """Return how many sockets this program was given for the container (sd_listen_fds(3))."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return 0
     text = os.environ.get("LISTEN_FDS", "")
@@ -154,7 +154,7 @@ def listen_fds() -> int:
 
 
 def listen_environment() -> list[str]:
-    """Return the environment of a process that gets them."""
+    """Return the environment for a process that gets them."""
     count = listen_fds()
     return [f"LISTEN_FDS={count}", "LISTEN_PID=1"] if count else []
 
@@ -163,7 +163,7 @@ def check_preserved(count: int) -> None:
     """Check that all descriptors to pass on were given to this program.  Raises CommandError."""
     for fd in range(FIRST, FIRST + count):
         try:
-            given = os.get_inheritable(fd)  # what this program opened itself is not
+            given = os.get_inheritable(fd)  # descriptors that this program opened do not count
         except OSError:
             given = False
         if not given:

@@ -42,7 +42,7 @@ def spec(call: Call) -> int:
 
 
 def config(*, rootless: bool, cgroup2: bool) -> dict[str, Any]:
-    """Make the document: a shell with a terminal, in namespaces of its own, with few rights."""
+    """Build the document: a shell with a terminal, in its own namespaces, with few privileges."""
     namespaces = ["pid", *([] if rootless else ["network"]), "ipc", "uts", "mount", *(["user"] if rootless else [])]
     namespaces += ["cgroup"] if cgroup2 else []
     linux: dict[str, Any] = {} if rootless else {"resources": {"devices": [{"allow": False, "access": "rwm"}]}}

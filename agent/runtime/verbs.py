@@ -1,4 +1,4 @@
-"""The commands of the OCI command line: their options, operands and help, and where each is carried out."""
+"""The commands of the OCI command line: their options, operands, help and implementations."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ FORMAT = RuntimeOption("format", TEXT, "table or json", "f", default="table")
 
 
 class Verb(Record):
-    """A command.  `carried_out` is "module:function" below this package; `most` None is any number of operands."""
+    """A command.  `carried_out` is "module:function" below this package; `most` None allows any number of operands."""
 
     name: str
     help: str

@@ -1,6 +1,6 @@
-"""A container's bundle: its configuration, the pod that it belongs to, and what the shim has recorded in it.
+"""A container's bundle: its configuration, its pod, and the shim's record in it.
 
-The record is what `delete` works from after a shim was killed.
+`delete` works from the record if the shim was killed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from caisson.agent.base.record import NOTHING, Record
 from caisson.agent.shim.launch import group_of
 
-#: Exit status of a process whose VM has ended: as of one that was killed.
+#: Exit status of a process whose VM has exited: as if killed.
 KILLED = 137
 
 #: The shim's own file in a bundle.
@@ -27,26 +27,26 @@ SANDBOX_MEMORY = "io.kubernetes.cri.sandbox-memory"
 
 
 class ProcessId(Record):
-    """A process that cannot be mistaken for another: its pid, and when it was started (clock ticks since boot)."""
+    """A process identified despite pid reuse: its pid, and its start time (clock ticks since boot)."""
 
     pid: int
     start_time: int
 
     @classmethod
     def of(cls, pid: int) -> ProcessId:
-        """Return that of a running process.  Raises OSError."""
+        """Return the id of a running process.  Raises OSError."""
         return cls(pid, _start_time(pid))
 
     @property
     def alive(self) -> bool:
-        """Whether it still runs."""
+        """Whether it is still running."""
         try:
             return _start_time(self.pid) == self.start_time
         except OSError:
             return False
 
     def ends(self, timeout: float) -> bool:
-        """Wait for its end; False if it still runs after ``timeout`` seconds."""
+        """Wait for its exit; False if it is still running after ``timeout`` seconds."""
         try:
             pidfd = os.pidfd_open(self.pid)
         except ProcessLookupError:
@@ -58,16 +58,16 @@ class ProcessId(Record):
 
 
 class BundleRecord(Record):
-    """What `delete` needs: the pod, its VM, its directory, and the processes of the host's side."""
+    """The data for `delete`: the pod, its VM, its directory, and the processes on the host."""
 
     sandbox: str
-    owner: bool  # whether the VM ends with this container
+    owner: bool  # whether the VM stops with this container
     machine: str
     directory: str
     shim: ProcessId
     holder: ProcessId
     cgroups: Mapping[str, str] = NOTHING  # of the pod on the host: directories by controllers
-    helpers: Sequence[ProcessId] = ()  # processes of the VM that were there before it
+    helpers: Sequence[ProcessId] = ()  # processes of the VM started before it
     ending: bool = False  # whether the shim is cleaning up itself; it removes the record at the end
 
 
@@ -91,7 +91,7 @@ class TaskBundle:
         return group_of(str(self.path)) or self.id
 
     def write(self, record: BundleRecord) -> None:
-        """Store the record, whole or not at all.  Raises OSError."""
+        """Store the record atomically.  Raises OSError."""
         document = {**vars(record), "shim": vars(record.shim), "holder": vars(record.holder)}
         document["helpers"] = [vars(helper) for helper in record.helpers]
         passing = self.path / f".{RECORD}"
@@ -99,7 +99,7 @@ class TaskBundle:
         passing.replace(self.path / RECORD)
 
     def read(self) -> BundleRecord | None:
-        """Return the record; None where there is none, or it makes no sense."""
+        """Return the record; None if it is missing or invalid."""
         try:
             document: dict[str, Any] = json.loads((self.path / RECORD).read_text())
             document |= {name: ProcessId(**document[name]) for name in ("shim", "holder")}
@@ -109,7 +109,7 @@ class TaskBundle:
             return None
 
     def forget(self) -> None:
-        """Remove the record: nothing is left to be done."""
+        """Remove the record: nothing is left to do."""
         (self.path / RECORD).unlink(missing_ok=True)
 
 

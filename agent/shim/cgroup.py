@@ -1,6 +1,6 @@
-"""A pod's cgroup on the host: its shim, supervisor, device back ends and VMM are accounted where the client asked for.
+"""A pod's cgroup on the host: its shim, supervisor, device back ends and VMM are accounted where the client requested.
 
-Memory is bounded by the size of the VM, not here: the guest's kernel may use all of it, whatever its containers may.
+Memory is bounded by the VM's size, not here: the guest's kernel may use all of it, whatever its containers' limits.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
     from caisson.agent.libcontainer.cgroups import Cgroup, Hierarchy
 
-#: Limits of a container that hold for its VM, too.
+#: Limits of a container that also apply to its VM.
 CPU_LIMITS = ("shares", "quota", "period", "cpus", "mems")
 
 
 class HostCgroup:
-    """The cgroup that this process is in, and in which its children are born, until it leaves."""
+    """The cgroup that this process and its new children are in, until it leaves."""
 
     def __init__(self, cgroup: Cgroup, hierarchy: Hierarchy, before: Mapping[str, str]) -> None:
         self._cgroup = cgroup
@@ -35,9 +35,9 @@ class HostCgroup:
 
     @classmethod
     def join(cls, document: dict[str, Any], pids: Iterable[int] = ()) -> HostCgroup | None:
-        """Make the cgroup that linux.cgroupsPath names, with the CPU limits, and join it; None where none is named.
+        """Create the cgroup named by linux.cgroupsPath, with the CPU limits, and join it; None if none is named.
 
-        ``pids`` are other processes that join it.  Raises CgroupError or SpecError.
+        ``pids`` are other processes that also join it.  Raises CgroupError or SpecError.
         """
         linux = document.get("linux") or {}
         path = cgroupfs_path(str(linux.get("cgroupsPath") or ""))
@@ -59,7 +59,7 @@ class HostCgroup:
         return cls(cgroup, hierarchy, before)
 
     async def leave(self) -> None:
-        """Go back to where this process came from, and remove the cgroup.  Raises CgroupError."""
+        """Return to this process's original cgroup, and remove this one.  Raises CgroupError."""
         for name, directory in self._hierarchy.place("x").items():
             root = directory.removesuffix("/x")
             _enter(f"{root}{self._before.get(name, '/')}")
@@ -67,7 +67,7 @@ class HostCgroup:
 
 
 def enter(path: str) -> None:
-    """Have this process join a cgroup that there is, in every hierarchy that has it.  Raises CgroupError."""
+    """Make this process join an existing cgroup, in every hierarchy that has it.  Raises CgroupError."""
     hierarchy = cgroups.of_host()
     for directory in hierarchy.place(path).values() if hierarchy is not None else ():
         if os.path.isdir(directory):  # noqa: PTH112
@@ -75,21 +75,21 @@ def enter(path: str) -> None:
 
 
 def planned(document: dict[str, Any]) -> dict[str, str]:
-    """Return the directories by controllers that `HostCgroup.join` makes, for `remove`.  Raises CgroupError."""
+    """Return the directories by controllers that `HostCgroup.join` creates, for `remove`.  Raises CgroupError."""
     path = cgroupfs_path(str((document.get("linux") or {}).get("cgroupsPath") or ""))
     hierarchy = cgroups.of_host() if path else None
     return {} if hierarchy is None else hierarchy.place(path)
 
 
 async def remove(paths: Mapping[str, str]) -> None:
-    """Remove a cgroup of these directories, after all that was in it has ended.  Raises CgroupError."""
+    """Remove the cgroup with these directories, once all its processes have exited.  Raises CgroupError."""
     hierarchy = cgroups.of_host()
     if hierarchy is not None and paths:
         await hierarchy.open(paths).delete()
 
 
 def cgroupfs_path(path: str) -> str:
-    """Return a path in the cgroup file system for one of systemd's form, SLICE:PREFIX:NAME; others as they are.
+    """Convert a path in systemd's form, SLICE:PREFIX:NAME, to one in the cgroup file system; return others unchanged.
 
     Each dash of a slice's name is a level: systemd.slice(5).
     """

@@ -1,4 +1,4 @@
-"""A container in a pod: created, started, its processes, and its end."""
+"""A container in a pod: its creation, start, processes and removal."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 RESOLV_CONF = "/etc/resolv.conf"
 
-#: Seconds that the end of a container waits for those of its execs, which are told first.
+#: Seconds that a container's exit event waits for those of its execs, which are published first.
 EXECS_TIMEOUT = 2.0
 
 
 class Container:
-    """One container; ``owner`` if its pod ends with it."""
+    """One container; ``owner`` if its pod stops with it."""
 
     def __init__(self, pod: Pod, bundle: TaskBundle, document: dict[str, Any], request: Any, *, owner: bool):
         self.id = bundle.id
@@ -49,7 +49,7 @@ class Container:
     async def create(
         cls, pod: Pod, bundle: TaskBundle, document: dict[str, Any], request: Any, *, owner: bool
     ) -> Container:
-        """Create a container in a pod's guest.  Raises what status_of knows; nothing of it is left then."""
+        """Create a container in a pod's guest.  Raises the errors that status_of knows; nothing of it is left then."""
         container = cls(pod, bundle, document, request, owner=owner)
         try:
             await container._create(request)
@@ -78,7 +78,7 @@ class Container:
             container_id=self.id, exec_id=self.id, sandbox_pidns=shares_pid_namespace(self._document)
         )
         fill(create.OCI, wanted.document)
-        # The hooks are for the host's side of the pod, which is there: they need not wait for the guest's.
+        # The hooks concern the host's side of the pod, which is ready: they need not wait for the guest's.
         hooks = asyncio.ensure_future(self._run_hooks("prestart", "createRuntime"))
         try:
             await pod.rpc.CreateContainer(create, timeout=CALL_TIMEOUT)
@@ -86,9 +86,9 @@ class Container:
             await hooks
 
     def _with_own_resolv_conf(self, volumes: Iterable[Volume]) -> list[Volume]:
-        """Put a copy in the place of the host's resolv.conf: docker writes its name server in as late as before start.
+        """Replace the host's resolv.conf by a copy: docker writes its name server into it as late as just before start.
 
-        A pod's file is the kubelet's, and final.
+        A pod's file comes from the kubelet, and is final.
         """
         chosen = []
         for volume in volumes:
@@ -100,7 +100,7 @@ class Container:
         return chosen
 
     async def _connect(self) -> None:
-        """Connect the pod's network, and the name server that docker has put there by now."""
+        """Connect the pod's network, and docker's name server, which is configured by now."""
         await self._pod.connect_network()
         if self._resolv_conf is not None and dns.is_dockers(self._resolv_conf):
             await self._pod.forward_dns()
@@ -114,7 +114,7 @@ class Container:
         await self._pod.run_hooks(self._document, names, state)
 
     def process(self, exec_id: str) -> Process:
-        """Return a process; the first for an empty id.  Raises ShimError."""
+        """Return a process; init for an empty id.  Raises ShimError."""
         if not exec_id:
             return self.init
         if exec_id not in self.execs:
@@ -122,7 +122,7 @@ class Container:
         return self.execs[exec_id]
 
     async def start(self) -> None:
-        """Start the first process.  Raises what status_of knows; its streams are closed then."""
+        """Start the init process.  Raises the errors that status_of knows; its streams are closed then."""
         async with self._lock:
             if self.init.status != CREATED:
                 raise wrong_state(f"container {self.id}: not in created state")
@@ -136,7 +136,7 @@ class Container:
             await self._run_hooks("poststart")
 
     def add_exec(self, request: Any) -> Process:
-        """Note a process to be started later.  Raises ShimError."""
+        """Register a process to be started later.  Raises ShimError."""
         if request.exec_id in self.execs or request.exec_id == self.id:
             raise ShimError(StatusCode.ALREADY_EXISTS, f"process {request.exec_id}: already exists")
         if self.init.status != RUNNING:
@@ -149,7 +149,7 @@ class Container:
         return process
 
     async def start_exec(self, process: Process) -> None:
-        """Start a process that was added.  Raises what status_of knows; its streams are closed then."""
+        """Start a registered process.  Raises the errors that status_of knows; its streams are closed then."""
         if process.status != CREATED:
             raise wrong_state(f"process {process.exec_id}: not in created state")
         if self.init.status != RUNNING:
@@ -169,7 +169,7 @@ class Container:
             raise
 
     async def execs_ended(self) -> None:
-        """Wait for the ends of the other processes, which the kernel has killed with the first."""
+        """Wait for the exits of the other processes, which the kernel has killed with init."""
         running = [process.exited.wait() for process in self.execs.values() if process.status == RUNNING]
         if running:
             await asyncio.wait([asyncio.ensure_future(one) for one in running], timeout=EXECS_TIMEOUT)
@@ -182,9 +182,9 @@ class Container:
         await self._pod.rpc.SignalProcess(request, timeout=CALL_TIMEOUT)
 
     async def remove(self, *, guest_ends: bool) -> None:
-        """Remove it from the guest, unless that ends with it, and what the host mounted for it.
+        """Remove it from the guest, unless the guest stops with it, and unmount its mounts on the host.
 
-        Raises ShimError for one that runs.
+        Raises ShimError if it is running.
         """
         if self.init.status == RUNNING:
             raise wrong_state(f"container {self.id}: cannot be deleted while it runs")
@@ -204,9 +204,9 @@ class Container:
             stale = agent_pb2.RemoveStaleVirtiofsShareMountsRequest()
             await self._pod.rpc.RemoveStaleVirtiofsShareMounts(stale, timeout=CALL_TIMEOUT)
         except (RpcError, ConnectionClosed):
-            pass  # the VM has gone
+            pass  # the VM has exited
 
     def unmount(self) -> None:
-        """Unmount what the host has mounted for it.  Idempotent."""
+        """Unmount its mounts on the host.  Idempotent."""
         mounts.release(self._pod.shared / self.id)
         mounts.unmount_rootfs(self.bundle.path)

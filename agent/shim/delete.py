@@ -1,6 +1,6 @@
-"""What `delete` does: clean up after a container, from its bundle alone, however its shim has ended.
+"""`delete`: clean up after a container from its bundle alone, however its shim has exited.
 
-containerd calls it after every container whose `start` it called, also in a pod that goes on.
+containerd calls it for every container whose `start` it called, even if the pod continues.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from caisson.agent.rpc.wire import encode
 from caisson.agent.shim import mounts
 from caisson.agent.shim.bundle import KILLED, BundleRecord, TaskBundle
 
-#: Seconds for a shim that is ending its pod, and for its processes once it was killed.
+#: Seconds for a shim to end its pod, and for its processes to exit once killed.
 ENDING_TIMEOUT = 3.0
 HELPER_TIMEOUT = 1.0
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def delete(bundle: TaskBundle, make_machines: Callable[[], Machines]) -> bytes:
     """Clean up and return an encoded DeleteResponse.  A pod whose shim lives is left alone.
 
-    containerd waits five seconds, and mostly there is no VM to end: what that takes is imported for it alone.
+    containerd waits five seconds, and usually there is no VM to stop: the imports for that are late.
     Raises MachineError when the VM does not stop.
     """
     record = bundle.read()
@@ -51,13 +51,13 @@ def delete(bundle: TaskBundle, make_machines: Callable[[], Machines]) -> bytes:
 def _end_pod(record: BundleRecord, machines: Machines) -> None:
     try:
         machines.stop(record.machine)
-        for helper in record.helpers:  # they end with the shim, after what they are at
+        for helper in record.helpers:  # they exit with the shim, after their current work
             if not helper.ends(HELPER_TIMEOUT):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(helper.pid, signal.SIGKILL)
     finally:
         if record.holder.alive:
-            with contextlib.suppress(ProcessLookupError):  # it ends with its shim, by itself
+            with contextlib.suppress(ProcessLookupError):  # it exits by itself, with its shim
                 os.kill(record.holder.pid, signal.SIGKILL)
         mounts.release(Path(record.directory))
         if record.cgroups:

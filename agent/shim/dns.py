@@ -1,7 +1,7 @@
-"""docker's name server in the guest: it listens on 127.0.0.11 inside the pod's namespace on the host alone.
+"""docker's name server for the guest: docker's only listens on 127.0.0.11 inside the pod's namespace on the host.
 
-The guest asks another address, which the tap device has on the host's side: what comes in for it is not redirected but
-answered here, by asking docker's in the same namespace.  Source: RFC 1035, section 4; tc-u32(8).
+The guest queries another address, which the tap device has on the host's side: packets for it are not redirected but
+answered here, by querying docker's server in the same namespace.  Source: RFC 1035, section 4; tc-u32(8).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DOCKERS, OURS = "127.0.0.11", "169.254.0.11"
 
 PORT = 53
 
-#: Queries under way: docker has answered, or will never answer, those before.
+#: Maximum pending queries: docker has answered, or never will, those before.
 MAX_QUERIES = 1024
 
 #: Bytes of a message's header, and of a message over UDP with extensions (RFC 6891).
@@ -30,7 +30,7 @@ CONNECT_TIMEOUT = 5.0
 
 
 def is_dockers(resolv_conf: Path) -> bool:
-    """Return whether a container's resolv.conf names docker's server."""
+    """Return whether a container's resolv.conf uses docker's server."""
     try:
         return DOCKERS in resolv_conf.read_text(errors="replace").split()
     except OSError:
@@ -44,7 +44,7 @@ def rewritten(resolv_conf: Path) -> str:
 
 
 class DnsForwarder:
-    """Answers on OURS in a network namespace, by asking DOCKERS there."""
+    """Answer queries to OURS in a network namespace, by forwarding them to DOCKERS there."""
 
     def __init__(self, namespace: str) -> None:
         self._namespace = namespace
@@ -63,7 +63,7 @@ class DnsForwarder:
         self._server = await asyncio.start_server(self._serve, sock=stream)
 
     def close(self) -> None:
-        """Answer no more."""
+        """Stop answering."""
         for transport in self._transports:
             transport.close()
         if self._server is not None:
@@ -84,7 +84,7 @@ class DnsForwarder:
 
 
 class _Relay:
-    """Queries under way, by the ids that docker's server sees: clients may use the same ones."""
+    """Pending queries, by the ids sent to docker's server, as clients may use equal ones."""
 
     def __init__(self) -> None:
         self.upper: asyncio.DatagramTransport | None = None

@@ -18,17 +18,17 @@ class ShimError(Exception):
 
 
 def not_found(what: str) -> ShimError:
-    """Return the error for a container or process that is not known."""
+    """Return the error for an unknown container or process."""
     return ShimError(StatusCode.NOT_FOUND, f"{what}: not found")
 
 
 def finished() -> ShimError:
-    """Return the error for a signal to a process that has ended: clients know this text."""
+    """Return the error for a signal to an exited process: clients match this text."""
     return ShimError(StatusCode.NOT_FOUND, "process already finished")
 
 
 def wrong_state(text: str) -> ShimError:
-    """Return the error for a request that does not fit the state of a process."""
+    """Return the error for a request that a process's state does not allow."""
     return ShimError(StatusCode.FAILED_PRECONDITION, text)
 
 

@@ -1,4 +1,4 @@
-"""Events for containerd: published one after the other, in order, and again after containerd was restarted.
+"""Events for containerd: published in order, and retried across restarts of containerd.
 
 Source: containerd, api/services/ttrpc/events/v1/events.proto; core/runtime/v2/README.md, "Events".
 """
@@ -17,7 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from caisson.agent.base.log import Log
 
-#: Seconds for containerd to take one event, and between attempts while it is restarted.
+#: Seconds for containerd to accept an event, and between attempts while it restarts.
 EVENT_TIMEOUT = 5.0
 RETRY_INTERVAL = 1.0
 MAX_ATTEMPTS = 5
@@ -37,7 +37,7 @@ TOPICS = {
 
 
 class Publisher:
-    """Publish events of one namespace to containerd's socket; with an empty address they go nowhere."""
+    """Publish events of one namespace to containerd's socket; with an empty address they are dropped."""
 
     def __init__(self, address: str, namespace: str, log: Log) -> None:
         self._address = address.removeprefix("unix://")
@@ -47,7 +47,7 @@ class Publisher:
         self._client: Client | None = None
 
     def publish(self, event: Any) -> None:
-        """Queue an event (a message of containerd.events); it is stamped with the present time."""
+        """Queue an event (a message of containerd.events); it gets the current time."""
         envelope = publisher_pb2.ForwardRequest()
         stamp(envelope.envelope.timestamp, time.time_ns())
         envelope.envelope.namespace = self._namespace
@@ -67,7 +67,7 @@ class Publisher:
                 self._queue.task_done()
 
     async def flush(self, timeout: float) -> None:
-        """Wait until all queued events are forwarded, for at most so many seconds."""
+        """Wait until all queued events are forwarded, at most ``timeout`` seconds."""
         try:
             async with asyncio.timeout(timeout):
                 await self._queue.join()

@@ -1,6 +1,6 @@
 """The shim's command line: ``-namespace NS -address SOCKET -publish-binary PROGRAM -id ID [-bundle DIR] start|delete``.
 
-``start`` is on the way of every `docker run`, so this module imports next to nothing: it binds the socket, forks, and
+``start`` delays every `docker run`, so this module imports almost nothing: it binds the socket, forks, and
 prints the address while the server still imports.  Source: containerd, core/runtime/v2/README.md.
 """
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any, NoReturn
 
-#: Where containerd's own shims have their sockets: root's alone, and short enough for sockaddr_un.
+#: Where containerd's own shims have their sockets: only accessible to root, and short enough for sockaddr_un.
 SOCKET_DIRECTORY = "/run/containerd/s"
 
-#: Annotations of config.json that name the pod of a container, whose shim serves it, too.
+#: Annotations of config.json that name the pod of a container, whose shim also serves it.
 GROUPS = ("io.containerd.runc.v2.group", "io.kubernetes.cri.sandbox-id")
 
-#: Connections that wait until the server has imported what it needs.
+#: Backlog of connections while the server is still importing.
 BACKLOG = 128
 
 #: The highest score: include/uapi/linux/oom.h.
@@ -32,10 +32,10 @@ _FIRST_STRING = 0x0A
 
 
 class Arguments:
-    """What containerd says on the command line, in Go's syntax: one dash or two, `-name value` or `-name=value`."""
+    """The command line from containerd, in Go's syntax: one dash or two, `-name value` or `-name=value`."""
 
     def __init__(self, words: Sequence[str], environment: Any = os.environ) -> None:
-        """Raises ValueError for a flag that is not known or lacks its value."""
+        """Raises ValueError for a flag that is unknown or lacks its value."""
         self.id = ""
         self.namespace = environment.get("NAMESPACE", "")
         self.address = environment.get("GRPC_ADDRESS", "")
@@ -63,7 +63,7 @@ class Arguments:
 
 
 def start(arguments: Arguments, serve: Callable[[socket.socket, bytes, Arguments], None]) -> None:
-    """Print the address of the shim that serves a container, started first unless it serves its pod already.
+    """Print the address of the shim that serves a container, starting it unless its pod already has one.
 
     ``serve`` runs in the new process until all containers are deleted; it gets the listening socket, and the runtime
     options as they came on standard input.  Raises OSError.
@@ -99,13 +99,15 @@ def group_of(bundle: str) -> str:
 
 
 def socket_path(arguments: Arguments, group: str) -> str:
-    """Return where the shim of a group listens: the same for all its containers, another for each containerd."""
+    """Return the socket of a group's shim: the same for all its containers, different for each containerd."""
     name = "/".join((arguments.address, arguments.namespace, group))
     return f"{SOCKET_DIRECTORY}/{_sha256(name.encode()).hexdigest()}"
 
 
 def _sha256(data: bytes) -> Any:
-    """Python's own, where it has one: hashlib's is OpenSSL's, 3 MiB that the server would keep."""
+    """Compute SHA-256 with Python's own module, if there is one: hashlib loads OpenSSL, 3 MiB that the server would
+    keep.
+    """
     for name in ("_sha2", "_sha256"):  # since Python 3.12, and before
         try:
             return __import__(name).sha256(data)
@@ -146,7 +148,7 @@ def _become_server(serve: Callable[[], None]) -> NoReturn:
     os.setsid()
     _be_killed_before_containerd()
     null = os.open(os.devnull, os.O_RDWR)
-    try:  # for reading as well: writing to a FIFO that nobody reads is an error
+    try:  # also for reading: writing to a FIFO without readers is an error
         log = os.open("log", os.O_RDWR | os.O_NONBLOCK)
     except OSError:
         log = null
@@ -167,7 +169,7 @@ def _become_server(serve: Callable[[], None]) -> NoReturn:
 
 
 def _be_killed_before_containerd() -> None:
-    """Raise this process's OOM score above containerd's, which started it with its own."""
+    """Raise this process's OOM score above containerd's, which it inherited."""
     with open("/proc/self/oom_score_adj", "r+") as file:  # noqa: PTH123
         score = int(file.read()) + 1
         file.seek(0)

@@ -1,7 +1,7 @@
-"""A pod's shared directory: everything that its containers need from the host, bound below it.
+"""A pod's shared directory: everything that its containers need from the host is bind-mounted below it.
 
-The directory is a shared mount, so that what is bound later is seen by virtiofsd, which has a mount namespace of its
-own.  Source: mount_namespaces(7), "Shared subtrees"; mount(8).
+The directory is a shared mount, so that later mounts propagate to virtiofsd, which has its own mount namespace.
+Source: mount_namespaces(7), "Shared subtrees"; mount(8).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class RootfsMount(Protocol):
 
 
 def make_shared(directory: Path) -> None:
-    """Make a directory a mount of its own whose mounts are propagated.  Raises MountError."""
+    """Make a directory a mount with shared propagation.  Raises MountError."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         syscalls.mount(str(directory), directory, None, syscalls.MS_BIND)
@@ -48,9 +48,9 @@ def make_shared(directory: Path) -> None:
 
 
 def mount_rootfs(mounts: Iterable[RootfsMount], bundle_rootfs: Path, place: Path, root: str) -> None:
-    """Mount a container's root file system in its bundle, in order, and bind it below the share.
+    """Mount a container's root file system in its bundle, in order, and bind-mount it below the share.
 
-    Without mounts it is there already, at ``root`` (docker's graph drivers).  Raises MountError.
+    Without mounts it already exists at ``root`` (docker's graph drivers).  Raises MountError.
     """
     count = 0
     for mount in mounts:
@@ -62,7 +62,7 @@ def mount_rootfs(mounts: Iterable[RootfsMount], bundle_rootfs: Path, place: Path
 
 
 def bind(source: Path, place: Path, *, recursive: bool) -> None:
-    """Bind a directory or a file below the share.  Raises MountError."""
+    """Bind-mount a directory or a file below the share.  Raises MountError."""
     try:
         if source.is_dir():
             place.mkdir(parents=True, exist_ok=True)
@@ -76,13 +76,13 @@ def bind(source: Path, place: Path, *, recursive: bool) -> None:
 
 
 def bind_volumes(volumes: Iterable[Volume], directory: Path) -> None:
-    """Bind a container's volumes below its directory in the share.  Raises MountError."""
+    """Bind-mount a container's volumes below its directory in the share.  Raises MountError."""
     for volume in volumes:
         bind(Path(volume.source), directory / volume.name, recursive=volume.recursive)
 
 
 def release(directory: Path) -> None:
-    """Unmount everything at and below a directory, and remove what was made there.  Nothing of the host is removed.
+    """Unmount everything at and below a directory, and remove the mount points.  No host files are removed.
 
     Idempotent.
     """
@@ -92,13 +92,13 @@ def release(directory: Path) -> None:
 
 
 def unmount_rootfs(bundle: Path) -> None:
-    """Unmount what mount_rootfs has mounted in a bundle.  Idempotent."""
+    """Unmount what mount_rootfs mounted in a bundle.  Idempotent."""
     for place in reversed(mount_points(str(bundle / "rootfs"))):
         detach(place)
 
 
 def detach(place: str) -> None:
-    """Unmount what is on top of a mount point, however busy; fine when that is nothing."""
+    """Detach the top mount at a mount point, however busy, if there is one."""
     try:
         syscalls.umount2(place, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
     except OSError:
@@ -106,7 +106,7 @@ def detach(place: str) -> None:
 
 
 def _remove_empty(directory: Path) -> None:
-    """Remove directories and empty files, and never look into what is still mounted."""
+    """Remove directories and empty files, without descending into mounts."""
     if not directory.is_dir() or mount_points(str(directory)):
         return
     for parent, directories, files in os.walk(directory, topdown=False):

@@ -1,7 +1,7 @@
-"""The runtime's options, as containerd's configuration (`ConfigPath`) and docker's daemon.json give them.
+"""The runtime's options, from containerd's configuration (`ConfigPath`) or docker's daemon.json.
 
 They come on the standard input of `start`: an Any, or since containerd 2.3 an extension of BootstrapParams; and again
-with Create, which is where those of runc are read that clients send to any runtime.
+with Create, where runc's options are read, which clients send to any runtime.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ RUNC_OPTIONS = {
 
 
 def shim_cgroup(options: Any) -> str:
-    """Return the cgroup that runc's options want the shim's process itself to be in; empty for none.
+    """Return the cgroup for the shim's own process from runc's options; empty for none.
 
-    Raises ShimError for the name of a program in the place of runc, as none of the host's runs containers here.
+    Raises ShimError if they name another program than runc, as no host program runs containers here.
     """
     name = options.type_url.rpartition("/")[2]
     if name not in RUNC_OPTIONS:
@@ -43,14 +43,14 @@ def shim_cgroup(options: Any) -> str:
 
 
 class RuntimeOptions(Record):
-    """A configuration in place of /etc/caisson/shim.toml: a file's path, or its text."""
+    """A configuration instead of /etc/caisson/shim.toml: a file's path, or its text."""
 
     path: str
     body: str
 
     @classmethod
     def parse(cls, message: bytes, container_id: str) -> RuntimeOptions | None:
-        """Return the options in what containerd has sent; None for none, and for those of another runtime."""
+        """Parse the options sent by containerd; None if there are none, or they are another runtime's."""
         for one in _candidates(message, container_id):
             if one.type_url.rpartition("/")[2] == TYPE_URL:
                 options = options_pb2.Options.FromString(one.value)

@@ -29,17 +29,17 @@ if TYPE_CHECKING:
     from caisson.agent.base.log import Log
     from caisson.agent.pods.machines import Machines, PodMachine
 
-#: The directory of all pods: beside that of VMs.
+#: The directory of all pods, beside that of VMs.
 PODS = Path(f"{os.environ.get('CAISSON_RUN', '/run/caisson')}-pods")
 
 MIB = 1 << 20
 
-#: MiB that a guest needs besides what its containers may use.
+#: MiB that a guest needs in addition to its containers' limits.
 OVERHEAD = 192
 
 
 class Pod:
-    """One pod on its VM.  ``rpc`` is the agent's service once it is started."""
+    """One pod on its VM.  ``rpc`` is the agent's service, once started."""
 
     def __init__(self, sandbox_id: str, namespace: str, machines: Machines, log: Log) -> None:
         self.id = sandbox_id
@@ -62,7 +62,7 @@ class Pod:
         self._aborted = False
         self.sysctls: dict[str, str] = {}  # of a sandbox without a first container: each container sets them
         self.mounts: list[dict[str, Any]] = []  # likewise, where a container has none of its own at their places
-        self.lost = asyncio.Event()  # the VM has ended
+        self.lost = asyncio.Event()  # the VM has exited
         self.is_of_cri = False
         self._log = log
 
@@ -73,14 +73,14 @@ class Pod:
 
     @property
     def pid(self) -> int:
-        """A live process of the host in the pod's network namespace: what containerd takes for the containers'."""
+        """A live process of the host in the pod's network namespace: containerd takes it for the containers'."""
         assert self._holder is not None
         return self._holder.pid
 
     async def start(self, document: dict[str, Any], bundle: TaskBundle, shim_cgroup: str) -> None:
         """Start the VM of a pod from the configuration of its first container.
 
-        ``shim_cgroup`` is where this process belongs, if not among the pod's.
+        ``shim_cgroup`` is this process's cgroup, if not the pod's.
         Raises MachineError, MountError, NetworkError, CgroupError or RpcError; nothing is left then.
         """
         self.is_of_cri = CONTAINER_TYPE in (document.get("annotations") or {})
@@ -98,7 +98,7 @@ class Pod:
             self._client = await Client.connect(self._machine.agent_socket)
             self.rpc = Stub(self._client, agent_pb2.DESCRIPTOR.services_by_name["AgentService"])
             calls = [self._create(document)]
-            if self._machine.is_clone:  # what makes it different is needed by its containers, not by the pod
+            if self._machine.is_clone:  # a clone's identity is needed by its containers, not by the pod
                 calls.append(personalize(self.rpc))
             await asyncio.gather(*calls)
         except BaseException:
@@ -113,12 +113,12 @@ class Pod:
         return await asyncio.to_thread(self._machines.start, self.name, memory=memory, cpus=cpus, share=share)
 
     async def abort(self) -> None:
-        """Have `start`, or a call of the guest's agent, fail soon: the VM is no longer needed."""
+        """Make `start`, or a pending call to the agent, fail soon: the VM is no longer needed."""
         self._aborted = True
         if self._client is not None:
             await self._client.close()
         else:
-            with contextlib.suppress(MachineError):  # it ends by itself, or is not there yet
+            with contextlib.suppress(MachineError):  # it exits by itself, or does not exist yet
                 await asyncio.to_thread(self._machines.stop, self.name)
 
     async def _create(self, document: dict[str, Any]) -> None:
@@ -138,7 +138,7 @@ class Pod:
         await until_plugged(self.rpc.CreateSandbox, request)
 
     def record(self, bundle: TaskBundle, *, owner: bool, ending: bool = False) -> None:
-        """Write into a bundle what `delete` needs after this process was killed."""
+        """Write the record for `delete` into a bundle, in case this process is killed."""
         holder = self._holder_id
         assert holder is not None
         if owner:
@@ -151,7 +151,7 @@ class Pod:
         )
 
     async def connect_network(self) -> None:
-        """Give the guest the interfaces, addresses and routes that are in the pod's namespace by now; once.
+        """Give the guest the interfaces, addresses and routes now in the pod's namespace, once.
 
         Raises NetworkError, MachineError or RpcError.
         """
@@ -163,7 +163,7 @@ class Pod:
                 await self._forward_ports(self._network.links)
 
     async def forward_dns(self) -> None:
-        """Have docker's name server answer the guest, too; once.  Raises NetworkError or RpcError."""
+        """Make docker's name server available to the guest, once.  Raises NetworkError or RpcError."""
         if self._dns is not None or self._network is None or not self._network.links:
             return
         await self._network.add_address_of_host(dns.OURS)
@@ -181,21 +181,21 @@ class Pod:
             self._log("warning", "ports of this pod cannot be forwarded", error=str(error))
 
     async def end_holder(self) -> None:
-        """End the process that clients take for the containers', as the last of them has ended."""
+        """End the process that clients take for the containers', once the last of them has exited."""
         if self._holder is not None:
             await asyncio.to_thread(self._holder.end)
 
     async def run_hooks(self, document: dict[str, Any], names: tuple[str, ...], state: dict[str, Any]) -> None:
-        """Run hooks of the host, which docker's network needs.  Raises ShimError."""
+        """Run the host's hooks, which docker's network needs.  Raises ShimError."""
         hooks = document.get("hooks") or {}
         for name in names:
             for hook in hooks.get(name) or ():
                 await asyncio.to_thread(_run_hook, hook, state, name)
 
     async def release(self) -> None:
-        """Give back the files of the host before the VM ends, which takes longer; `stop` is to follow.
+        """Release the host's files before the VM stops, which takes longer; call `stop` afterwards.
 
-        `delete` waits for that: whoever is told of the pod's end finds nothing of it.
+        `delete` waits for this: once a client learns that the pod has ended, nothing of it is left.
         """
         if self._bundle is not None:
             self.record(self._bundle, owner=True, ending=True)
@@ -207,7 +207,7 @@ class Pod:
         await asyncio.to_thread(mounts.release, self.shared)
 
     async def stop(self) -> None:
-        """End the VM, and leave nothing of the pod behind."""
+        """Stop the VM, and leave nothing of the pod behind."""
         for forwarder in (self._forwarder, self._dns):
             if forwarder is not None:
                 forwarder.close()

@@ -1,9 +1,9 @@
 """Port forwarding into a pod: CRI's server connects to localhost inside the pod's namespace on the host, and reaches
 the guest.
 
-A listener there gets every connection to the loopback address (a nat rule redirects them) and connects to the same port
-of the pod's address, from the host.  What listens on the guest's own loopback address alone is not reached.
-Source: iptables-extensions(8), REDIRECT; include/uapi/linux/netfilter_ipv4.h.
+A listener there accepts every connection to the loopback address (a nat rule redirects them) and connects to the same
+port of the pod's address, from the host.  Servers that listen only on the guest's own loopback address are not
+reachable. Source: iptables-extensions(8), REDIRECT; include/uapi/linux/netfilter_ipv4.h.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class PortForwarder:
         return cls(server)
 
     def close(self) -> None:
-        """Accept no more."""
+        """Stop accepting."""
         self._server.close()
 
 

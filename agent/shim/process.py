@@ -18,17 +18,17 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-#: Seconds that Delete waits for output to be copied, and that the agent may take to take input.
+#: Seconds that Delete waits for output to be copied, and for the agent to accept input.
 DRAIN_TIMEOUT = 10.0
 
 CREATED, RUNNING, STOPPED = tasks_pb2.CREATED, tasks_pb2.RUNNING, tasks_pb2.STOPPED
 
 
 class Process:
-    """The first process of a container, or one that was added by Exec."""
+    """The init process of a container, or one added by Exec."""
 
     def __init__(self, rpc: Any, container_id: str, exec_id: str, guest_id: str, request: Any, namespace: str) -> None:
-        """``exec_id`` is containerd's, empty for the first; ``guest_id`` the agent's; ``request`` has the streams."""
+        """``exec_id`` is containerd's, empty for init; ``guest_id`` the agent's; ``request`` has the streams."""
         self.exec_id = exec_id
         self.stdin, self.stdout, self.stderr = str(request.stdin), str(request.stdout), str(request.stderr)
         self.terminal = bool(request.terminal)
@@ -36,7 +36,7 @@ class Process:
         self.exit_status = 0
         self.exited_at = 0  # nanoseconds since the epoch
         self.exited = asyncio.Event()
-        self.spec: dict[str, Any] = {}  # of one that was added by Exec
+        self.spec: dict[str, Any] = {}  # for one added by Exec
         self._rpc = rpc
         self._container_id = container_id
         self._ids: dict[str, Any] = {"container_id": container_id, "exec_id": guest_id}
@@ -47,7 +47,7 @@ class Process:
 
     @property
     def ids(self) -> dict[str, Any]:
-        """What the agent calls it."""
+        """Its ids in the agent's API."""
         return self._ids
 
     async def open(self) -> None:
@@ -63,7 +63,7 @@ class Process:
             raise ShimError(StatusCode.UNKNOWN, f"{what}: {(error.strerror or '').lower()}") from error
 
     def started(self, ended: Callable[[Process], Any]) -> None:
-        """Note that it runs, copy its streams, and call ``ended`` when it has exited."""
+        """Record that it is running, copy its streams, and call ``ended`` when it has exited."""
         self.status = RUNNING
         loop = asyncio.get_running_loop()
         streams = self._streams
@@ -78,14 +78,14 @@ class Process:
     async def _wait(self, ended: Callable[[Process], Any]) -> None:
         try:
             answer = await self._rpc.WaitProcess(agent_pb2.WaitProcessRequest(**self._ids))
-            status = int(answer.status) & 0xFF  # what a guest says is not trusted to be one
+            status = int(answer.status) & 0xFF  # do not trust the guest's value
         except RpcError:
-            status = KILLED  # the VM has gone, and the process with it
+            status = KILLED  # the VM has exited, and the process with it
         await self.end(status)
         await ended(self)
 
     async def end(self, status: int) -> None:
-        """Note that it has exited; output that it wrote itself is copied first, unless nobody reads it."""
+        """Record that it has exited; its own output is copied first, unless nobody reads it."""
         if self._copies:
             await asyncio.wait(self._copies, timeout=0.5)
         self.status, self.exit_status, self.exited_at = STOPPED, status, time.time_ns()
@@ -109,7 +109,7 @@ class Process:
             pass  # it has exited, or closed its stdin
 
     def close_input(self) -> None:
-        """Close its stdin once what is queued was read."""
+        """Close its stdin once queued input has been read."""
         if self._streams is not None and self._streams.stdin is not None:
             self._streams.stdin.close_input()
 
@@ -133,7 +133,7 @@ class Process:
         try:
             await self._rpc.SignalProcess(agent_pb2.SignalProcessRequest(**self._ids, signal=number))
         except ConnectionClosed:
-            pass  # it ends with its VM
+            pass  # it exits with its VM
         except RpcError as error:
             if self.exited.is_set() or error.code == StatusCode.NOT_FOUND:
                 raise finished() from error

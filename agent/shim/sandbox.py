@@ -26,7 +26,7 @@ READY, NOT_READY = "SANDBOX_READY", "SANDBOX_NOTREADY"
 
 
 class SandboxService:
-    """The one sandbox of this shim.  Its pod is the Task service's: containers are created in it."""
+    """The one sandbox of this shim.  It shares its pod with the Task service, which creates containers in it."""
 
     def __init__(self, task: TaskService, shut_down: Callable[[], None]) -> None:
         self._task = task
@@ -123,7 +123,7 @@ class SandboxService:
 
 
 def config_of(request: Any) -> cri_pb2.PodSandboxConfig:
-    """Return the kubelet's configuration, as CreateSandbox's options have it.  Raises ShimError."""
+    """Return the kubelet's configuration from CreateSandbox's options.  Raises ShimError."""
     config = cri_pb2.PodSandboxConfig()
     if request.options.type_url.endswith("PodSandboxConfig"):
         try:
@@ -134,7 +134,7 @@ def config_of(request: Any) -> cri_pb2.PodSandboxConfig:
 
 
 def document_of(request: Any, config: cri_pb2.PodSandboxConfig) -> dict[str, Any]:
-    """Return the configuration that a pause container would have."""
+    """Return the configuration of an equivalent pause container."""
     limits = config.linux.resources
     cpu = {"quota": limits.cpu_quota, "period": limits.cpu_period, "shares": limits.cpu_shares}
     parent = config.linux.cgroup_parent
@@ -152,9 +152,9 @@ def document_of(request: Any, config: cri_pb2.PodSandboxConfig) -> dict[str, Any
 
 
 def write_files(directory: Path, config: cri_pb2.PodSandboxConfig) -> list[dict[str, Any]]:
-    """Write the files that containerd makes for other sandboxes only, and return their mounts, for every container.
+    """Write the files that containerd creates only for other sandboxes, and return their mounts, for every container.
 
-    What the kubelet leaves open is as on the host.  Raises OSError.
+    Settings that the kubelet leaves open are the host's.  Raises OSError.
     """
     texts = {"hostname": f"{config.hostname}\n" if config.hostname else "", "hosts": "", "resolv.conf": ""}
     if config.HasField("dns_config"):

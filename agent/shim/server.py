@@ -23,16 +23,16 @@ from caisson.agent.shim.sandbox import SandboxService
 from caisson.agent.shim.task import TaskService
 from caisson.proto.containerd import sandbox_pb2, task_v2_pb2, task_v3_pb2
 
-#: The service by both of its names, with its handlers: one that lacks a handler is an error at import.
+#: The service under both of its names, with its handlers: a missing handler is an error at import.
 SERVICES = [Service(module.DESCRIPTOR.services_by_name["Task"], TaskService) for module in (task_v2_pb2, task_v3_pb2)]
 SANDBOX = Service(sandbox_pb2.DESCRIPTOR.services_by_name["Sandbox"], SandboxService)
 
-#: Seconds for the last events, at the end.
+#: Seconds to forward the last events on exit.
 FLUSH_TIMEOUT = 3.0
 
 
 def serve(listener: socket.socket, arguments: Arguments, machines: Machines) -> None:
-    """Serve until Shutdown or SIGTERM; nothing of the pod is left then."""
+    """Serve until Shutdown or SIGTERM; then nothing of the pod is left."""
     asyncio.run(_serve(listener, arguments, machines))
 
 

@@ -1,4 +1,4 @@
-"""A container's configuration on the host → the one for the guest: paths that the share has, and no host in it.
+"""Rewrite a container's host configuration for the guest: paths become the share's, and host references are removed.
 
 Source: OCI runtime specification 1.2, config.md and config-linux.md.
 """
@@ -17,23 +17,23 @@ from caisson.agent.pods.guest import GUEST_SHARED
 #: The tmpfs that all containers of a pod have as /dev/shm.
 GUEST_SHM = "/run/kata-containers/sandbox/shm"
 
-#: Fields that mean something on the host alone.
+#: Fields that are meaningful only on the host.
 HOST_FIELDS = ("hooks", "vm", "windows", "solaris", "zos", "freebsd")
 HOST_PROCESS_FIELDS = ("apparmorProfile", "selinuxLabel")
 
-#: Options of a bind whose later mounts are seen on the other side.
+#: Options of a bind mount that receives later mounts.
 PROPAGATED = {"shared", "rshared", "slave", "rslave"}
 
-#: Namespaces that a container has of its own; of pid, the agent decides.
+#: Namespaces of a container's own; the agent decides about pid.
 OWN_NAMESPACES = ("mount", "ipc", "uts", "cgroup")
 
 
 class UnsupportedSpec(Exception):
-    """The configuration asks for something of the host that no guest has; the text names it."""
+    """The configuration needs something of the host that no guest has; the text names it."""
 
 
 class Volume(Record):
-    """A directory or file of the host that a container has at ``destination``: ``name`` in the share."""
+    """A host directory or file that a container gets at ``destination``: ``name`` in the share."""
 
     source: str
     name: str
@@ -42,14 +42,14 @@ class Volume(Record):
 
 
 class GuestSpec(Record):
-    """``document`` is the configuration for the guest; ``volumes`` have to be in the share before it is created."""
+    """``document`` is the configuration for the guest; ``volumes`` must be in the share before it is created."""
 
     document: dict[str, Any]
     volumes: tuple[Volume, ...]
 
 
 def guest_spec(document: dict[str, Any], container_id: str) -> GuestSpec:
-    """Rewrite a configuration for the guest.  Raises UnsupportedSpec, by the name of a field."""
+    """Rewrite a configuration for the guest.  Raises UnsupportedSpec, naming the field."""
     document = copy.deepcopy(document)
     for name in HOST_FIELDS:
         document.pop(name, None)
@@ -74,7 +74,7 @@ def _is_wanted(mount: dict[str, Any]) -> bool:
 
 
 def _mounts(mount: dict[str, Any], container_id: str, volumes: list[Volume]) -> list[dict[str, Any]]:
-    """Rewrite a mount: a bind's source is in the share afterwards."""
+    """Rewrite a mount: a bind mount's source becomes a path in the share."""
     options = mount.get("options") or []
     if mount.get("type") != "bind" and not {"bind", "rbind"} & set(options):
         return [mount]
@@ -103,7 +103,7 @@ def _mounts(mount: dict[str, Any], container_id: str, volumes: list[Volume]) -> 
 
 
 def _submounts(source: str) -> list[str]:
-    """Return the mount points below a directory, relative to it, less those of sockets and devices."""
+    """Return the mount points below a directory, relative to it, except those of sockets and devices."""
     top = Path(source).resolve()
     points = {Path(point).relative_to(top) for point in mount_points(str(top)) if point != str(top)}
     return sorted(str(point) for point in points if (top / point).is_dir() or (top / point).is_file())
@@ -123,7 +123,7 @@ def _rewrite_linux(linux: dict[str, Any]) -> None:
     linux["namespaces"] = [{"type": kind} for kind in OWN_NAMESPACES if kind in kinds or kind == "mount"]
     resources = linux.get("resources") or {}
     if _is_privileged(resources):
-        linux.pop("devices", None)  # all of the host's: the guest has its own
+        linux.pop("devices", None)  # the host's: the guest has its own
         rules = [{"allow": True, "type": "a", "access": "rwm"}]
     else:
         rules = []
@@ -143,7 +143,7 @@ def _rewrite_linux(linux: dict[str, Any]) -> None:
 
 
 def _is_privileged(resources: dict[str, Any]) -> bool:
-    """Return whether every device may be used: what engines write for --privileged."""
+    """Return whether every device is allowed, as engines write for --privileged."""
     return any(
         rule.get("allow") and rule.get("type", "a") in ("", "a") and rule.get("major") is None
         for rule in resources.get("devices") or ()
@@ -157,12 +157,12 @@ def shares_pid_namespace(document: dict[str, Any]) -> bool:
 
 
 def network_namespace(document: dict[str, Any]) -> str:
-    """Return the path of the network namespace that a configuration joins; empty for one of its own."""
+    """Return the path of the network namespace that a configuration joins; empty for a new one."""
     namespaces = (document.get("linux") or {}).get("namespaces") or []
     return next((str(one.get("path") or "") for one in namespaces if one.get("type") == "network"), "")
 
 
-#: Fields that the wire calls otherwise.
+#: Fields with another name on the wire.
 RENAMED = {"ociversion": "version", "defaulterrnoret": "", "errnoret": "errnoret"}
 
 

@@ -1,4 +1,4 @@
-"""The agent's counters of a container → containerd's metrics (io.containerd.cgroups.v2.Metrics)."""
+"""Convert the agent's counters of a container to containerd's metrics (io.containerd.cgroups.v2.Metrics)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from caisson.proto.containerd import metrics_pb2
 #: No limit.
 UNLIMITED = (1 << 64) - 1
 
-#: Counters of memory.stat that metrics have by the same name.
+#: Counters of memory.stat with the same name in the metrics.
 MEMORY = tuple(
     field.name
     for field in metrics_pb2.MemoryStat.DESCRIPTOR.fields

@@ -14,18 +14,18 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-#: Bytes that are read from the guest, or from a FIFO, at once.
+#: Bytes to read at once from the guest, or from a FIFO.
 BLOCK = 1 << 16
 
-#: Seconds for a logging program to start and to end.
+#: Seconds for a logging program to start and to exit.
 LOGGER_TIMEOUT = 12.0
 
 
 class Writer:
-    """The writing end of a stream of the host; closing it lets readers see the end of file."""
+    """The writing end of a host stream; closing it gives readers end of file."""
 
     def __init__(self, fd: int, held: int = -1) -> None:
-        """``held`` is a reading end of a FIFO: with it a client may go and come back (attach) without SIGPIPE."""
+        """``held`` is a reading end of a FIFO: it lets a client disconnect and return (attach) without SIGPIPE."""
         self._fd = fd
         self._held = held
 
@@ -60,7 +60,7 @@ class Writer:
 
 
 class StdinReader:
-    """The reading end of a process's stdin.  A writing end is held: only ``close_input`` makes an end of file."""
+    """The reading end of a process's stdin.  A writing end is held: only ``close_input`` causes end of file."""
 
     def __init__(self, path: str) -> None:
         """Raises OSError."""
@@ -80,7 +80,7 @@ class StdinReader:
                 await _ready(self._fd, write=False)
 
     def close_input(self) -> None:
-        """Let the reader see the end of file after what is queued (CloseIO)."""
+        """Give the reader end of file after queued input (CloseIO)."""
         if self._held >= 0:
             os.close(self._held)
             self._held = -1
@@ -132,12 +132,12 @@ class Logger:
         return logger, Writer(out_write), Writer(err_write)
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill it at once."""
         signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         self._reap()
 
     async def stop(self) -> None:
-        """Let it read to the end of its pipes, which are closed, then end it."""
+        """Close its pipes, let it read to their end, then stop it."""
         try:
             async with asyncio.timeout(LOGGER_TIMEOUT):
                 await _ready(self._pidfd, write=False)
@@ -168,7 +168,7 @@ def _spawn_logger(words: list[str], environment: dict[str, str], fds: tuple[int,
 
 
 class TaskStreams:
-    """The streams of one process; those that nobody wants are None."""
+    """The streams of one process; unused ones are None."""
 
     def __init__(self, stdin: StdinReader | None, stdout: Writer | None, stderr: Writer | None, logger: Logger | None):
         self.stdin = stdin
@@ -178,7 +178,7 @@ class TaskStreams:
 
     @classmethod
     async def open(cls, stdin: str, stdout: str, stderr: str, container_id: str, namespace: str) -> TaskStreams:
-        """Open them by their paths or URLs.  Raises OSError or TimeoutError; nothing is open then."""
+        """Open them by their paths or URLs.  Raises OSError or TimeoutError; then nothing is left open."""
         if stdout.startswith("binary:"):
             reader = StdinReader(stdin) if stdin else None
             try:
@@ -201,7 +201,7 @@ class TaskStreams:
             raise
 
     async def close(self) -> None:
-        """Close all of them, and end the logging program."""
+        """Close all of them, and stop the logging program."""
         for stream in (self.stdin, self.stdout, self.stderr):
             if stream is not None:
                 stream.close()
@@ -210,9 +210,9 @@ class TaskStreams:
 
 
 async def copy_output(read: Callable[[], Awaitable[bytes]], writer: Writer | None) -> None:
-    """Copy a process's output to its end, and close the writer: clients wait for that before they delete a task.
+    """Copy a process's output to its end, and close the writer: clients wait for this before they delete a task.
 
-    What nobody wants is read all the same.  ``read`` returns b"" at the end.
+    Unused output is still read.  ``read`` returns b"" at the end.
     """
     wanted = writer is not None
     try:
@@ -221,7 +221,7 @@ async def copy_output(read: Callable[[], Awaitable[bytes]], writer: Writer | Non
                 try:
                     await writer.write(data)
                 except OSError:
-                    wanted = False  # its disk is full, or its reader has gone: the process must not stop for that
+                    wanted = False  # its disk is full, or its reader is gone: that must not block the process
     finally:
         if writer is not None:
             writer.close()

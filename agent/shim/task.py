@@ -1,4 +1,4 @@
-"""containerd's Task service: what containerd asks of a shim, for all containers of one pod.
+"""containerd's Task service: containerd's requests to a shim, for all containers of one pod.
 
 Source: containerd, api/runtime/task/v2/shim.proto and v3; core/runtime/v2/README.md for the order of events.
 """
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from caisson.agent.base.log import Log
 
-#: Seconds between two attempts to end a pod that is just being started.
+#: Seconds between two attempts to end a pod that is just starting.
 ABORT_INTERVAL = 0.1
 
 #: Version of the Task service that Connect reports.
@@ -43,12 +43,12 @@ TASK_VERSION = "v3"
 
 
 class TaskService:
-    """The containers of a pod.  Versions 2 and 3 of the service have the same messages, on the wire."""
+    """The containers of a pod.  Versions 2 and 3 of the service have the same messages on the wire."""
 
     def __init__(
         self, make_pod: Callable[[str], Pod], publisher: Publisher, log: Log, shut_down: Callable[[], None]
     ) -> None:
-        """``make_pod`` makes a pod of an id; ``shut_down`` ends this process once the last container is deleted."""
+        """``make_pod`` creates a pod by id; ``shut_down`` ends this process once the last container is deleted."""
         self._make_pod = make_pod
         self._publisher = publisher
         self._log = log
@@ -60,7 +60,7 @@ class TaskService:
         self._ending: asyncio.Future[None] | None = None  # the pod's end, after its last container was deleted
         self._closed = False
         self._oom: asyncio.Task[None] | None = None
-        self._sandboxed = False  # the Sandbox service says when the pod ends
+        self._sandboxed = False  # the Sandbox service decides when the pod ends
 
     def _container(self, container_id: str) -> Container:
         if container_id not in self._containers:
@@ -77,11 +77,13 @@ class TaskService:
 
     @property
     def pod(self) -> Pod | None:
-        """The pod, while there is one."""
+        """The pod, if there is one."""
         return self._pod
 
     async def start_sandbox(self, bundle: TaskBundle, document: dict[str, Any]) -> Pod:
-        """Start the pod for a sandbox: it stays when its last container is deleted.  Raises what status_of knows."""
+        """Start the pod for a sandbox: it stays when its last container is deleted.  Raises the errors that status_of
+        knows.
+        """
         async with self._creating:
             self._sandboxed = True
             pod = await self._start_pod(bundle.id, document, bundle)
@@ -103,7 +105,7 @@ class TaskService:
         return pod
 
     def _watch(self, pod: Pod) -> None:
-        """Wait for out-of-memory events from now on: late, as the guest has one CPU and a container to create."""
+        """Start waiting for out-of-memory events: late, as the guest has one CPU and a container to create."""
         if self._oom is None or self._oom.done():
             self._oom = asyncio.get_running_loop().create_task(self._watch_oom(pod))
 
@@ -115,7 +117,7 @@ class TaskService:
         own_cgroup = shim_cgroup(request.options)
         bundle = TaskBundle(request.bundle, request.id)
         document = bundle.config()
-        guest_spec(document, request.id)  # what no guest has is refused before a VM is started
+        guest_spec(document, request.id)  # reject unsupported specs before starting a VM
         async with self._creating:
             pod = self._pod if self._ending is None else None
             owner = pod is None
@@ -152,7 +154,7 @@ class TaskService:
         else:
             await container.start()
             event = events_pb2.TaskStart(container_id=request.id, pid=self._pid)
-        self._publisher.publish(event)  # before anything of the process's end
+        self._publisher.publish(event)  # before any event of the process's exit
         process.started(ended)
         return task_v2_pb2.StartResponse(pid=self._pid)
 
@@ -167,14 +169,16 @@ class TaskService:
         process.exited.set()
 
     async def _end_holder(self) -> None:
-        """Whoever is told of the last container's end may look whether its process is there still."""
+        """End the holder first: a client that learns of the last container's exit may check that its process is
+        gone.
+        """
         ended = all(one.init.status == STOPPED for one in self._containers.values())
         if ended and not self._sandboxed and self._pod is not None:
             await self._pod.end_holder()
 
     async def _end_unstarted(self, container: Container, status: int) -> None:
-        """End a container that was created only: the agent has nothing to wait for there."""
-        with contextlib.suppress(ConnectionClosed):  # it has ended with its VM
+        """End a container that was only created: there is no exit for the agent to report."""
+        with contextlib.suppress(ConnectionClosed):  # it has exited with its VM
             await container.kill_all(signal.SIGKILL)
         await container.init.end(status)
         await self._ended(container, container.init)
@@ -184,7 +188,7 @@ class TaskService:
         process = container.process(request.exec_id)
         pid = self._pid
         if process.exited_at:
-            await process.exited.wait()  # its end is told before its deletion
+            await process.exited.wait()  # its exit is published before its deletion
         if request.exec_id:
             if process.status != STOPPED and process.status != tasks_pb2.CREATED:
                 raise ShimError(StatusCode.FAILED_PRECONDITION, f"process {request.exec_id}: is running")
@@ -218,7 +222,7 @@ class TaskService:
             self._pod = self._ending = None
 
     async def _end_pod(self) -> None:
-        """End the pod, unless it is ending already, and wait for its end."""
+        """End the pod, unless it is already ending, and wait until it has ended."""
         self._start_end()
         if self._ending is not None:
             await asyncio.shield(self._ending)
@@ -334,13 +338,13 @@ class TaskService:
             try:
                 event = await pod.rpc.GetOOMEvent(agent_pb2.GetOOMEventRequest())
             except RpcError:
-                pod.lost.set()  # the VM has ended
+                pod.lost.set()  # the VM has exited
                 return
             if event.container_id in self._containers:
                 self._publisher.publish(events_pb2.TaskOOM(container_id=event.container_id))
 
     async def close(self) -> None:
-        """End the pod, whatever is left of it; also one that is just being started."""
+        """End the pod, whatever is left of it, even one that is just starting."""
         self._closed = True
         idle = asyncio.ensure_future(self._creating.acquire())
         while not (await asyncio.wait([idle], timeout=ABORT_INTERVAL))[0]:

@@ -1,4 +1,4 @@
-"""All commands, in the groups and the order of the overview: the one declaration of each."""
+"""All commands, in the groups and the order of the overview."""
 
 from __future__ import annotations
 
