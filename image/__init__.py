@@ -1,7 +1,7 @@
-"""Making and booting guests.  This half does not know the agent: they meet in proto/, commands/ and tasks.py.
+"""Build and boot guests.  This half is independent of the agent: they meet in proto/, commands/ and tasks.py.
 
 `build_image(…)` builds an image, `Image.load(directory)` loads a built one.  Both import the builder, with jinja2 and
-YAML, when they are first used: a VM's supervisor and its vsock device start without.
+YAML, on first use: a VM's supervisor and its vsock device start without them.
 """
 
 from __future__ import annotations

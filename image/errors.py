@@ -1,7 +1,7 @@
-"""What can go wrong while making an image, in words for the person who asked for it."""
+"""Errors of building an image, with messages for the user."""
 
 from __future__ import annotations
 
 
 class ImageError(Exception):
-    """An image could not be made; the text says what, why and, where there is one, the way out."""
+    """An image could not be built; the text names the problem, the cause and, if there is one, the remedy."""

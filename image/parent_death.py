@@ -1,8 +1,8 @@
-"""Kill what a process has started when that process dies, also where it was killed and can do nothing itself.
+"""Kill a process's children when it dies, even if it is killed and cannot do so itself.
 
-For a command with all that it starts, as a session of its own, and for the caller's own process group, with something
-to clean up: a shell waits for end of file on a pipe whose other end only this process holds.  (For one process there is
-the kernel's parent-death signal: vm/sandbox.py sets it, on the way to exec.)
+Either a command with all its children, in its own session, or the caller's own process group, with a cleanup: a shell
+waits for end of file on a pipe whose other end only this process holds.  (For a single process, vm/sandbox.py sets the
+kernel's parent-death signal before exec.)
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ exec /bin/sh -c "$script" caisson-janitor "$@"
 
 @contextlib.contextmanager
 def session_killed_with_parent(argv: Sequence[str]) -> Iterator[tuple[list[str], int]]:
-    """Wrap a command so that it dies, with all that it started, when this block is left or this process dies.
+    """Wrap a command so that it is killed, with all its children, when the block is left or this process dies.
 
-    Yields the command and the descriptor to pass to it; it has to be started with ``start_new_session=True``.
+    Yields the command and the descriptor to pass to it; start it with ``start_new_session=True``.
     """
     reading, writing = os.pipe()
     try:
@@ -50,7 +50,7 @@ def session_killed_with_parent(argv: Sequence[str]) -> Iterator[tuple[list[str],
 
 @contextlib.contextmanager
 def cleaned_up_if_killed(script: str, arguments: Sequence[str]) -> Iterator[None]:
-    """Have this process's group killed and a shell script run, should this process die before the block is left."""
+    """Kill this process's group and run a shell script if this process dies before the block is left."""
     reading, writing = os.pipe()
     quiet = subprocess.DEVNULL
     argv = ["/bin/sh", "-c", KILL_AND_CLEAN_UP, "caisson-janitor", str(os.getpgrp()), script, *arguments]

@@ -1,4 +1,4 @@
-"""The programs that making and booting images needs: where they are, and which Debian packages bring them."""
+"""The programs needed to build and boot images: their locations, and their Debian packages."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from pathlib import Path
 
 from caisson.image.errors import ImageError
 
-#: What it takes to build an image, and more with a kernel from source; to boot one; to make a container's disk.
+#: Programs to build an image, to compile a kernel, to boot a guest, to create a container's disk.
 TO_BUILD = ("gcc", "make", "musl-gcc", "strip", "zstd", "mkfs.erofs", "mksquashfs")
 TO_COMPILE = ("flex", "bison", "bc", "xz")
-#: What kernels of a suite are unpacked with, where that is none of the above.
+#: Further programs to unpack a suite's kernels.
 TO_UNPACK_KERNEL = {"bookworm": ("lz4",)}
-#: By what uname says of a machine.
+#: By uname's machine name.
 QEMU = {"x86_64": "qemu-system-x86_64", "aarch64": "qemu-system-aarch64"}
 TO_BOOT = (QEMU.get(platform.machine(), QEMU["x86_64"]),)
 TO_PACK = ("sqfstar", "zstd")
 
 
 def to_cross_build(triplet: str) -> tuple[str, ...]:
-    """Return what it takes besides TO_BUILD to build an image of another architecture, by GNU's name of it."""
+    """Return the programs besides TO_BUILD to build an image for another architecture, by its GNU name."""
     return (f"{triplet}-gcc", f"{triplet}-strip")
 
 
-#: What serves pods: namespaces, network, mounts, shares.
+#: Programs to serve pods: namespaces, network, mounts, shares.
 TO_SERVE_PODS = ("ip", "tc", "nsenter", "unshare", "mount", "virtiofsd")
 
-#: What Debian's packages are verified with: a file where others are programs.
+#: The keyring to verify Debian's packages: a file, unlike the programs.
 DEBIAN_KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
 Report = Callable[[str], None]
 
-#: What apt and dpkg say when another holds a lock; how long it is waited for, in seconds, and how often tried again.
+#: Messages of apt and dpkg when another process holds a lock; seconds to wait for it, and between attempts.
 LOCKED = re.compile(r"Could not get lock|Unable to acquire the dpkg frontend lock|Unable to lock directory")
 LOCK_TIMEOUT = 1800.0
 LOCK_INTERVAL = 2.0
 
-#: Which Debian packages bring a program, where the names differ.
+#: Debian packages of programs, if the names differ.
 PACKAGES = {
     "/usr/bin/python3": "python3",
     DEBIAN_KEYRING: "debian-archive-keyring",
@@ -85,7 +85,7 @@ SYSTEM = ("/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/libexec", "/usr/lib/qem
 
 
 def search_path() -> str:
-    """Return PATH, and after it the system's own places."""
+    """Return PATH, followed by the system's own directories."""
     return os.pathsep.join((os.environ.get("PATH", os.defpath), *SYSTEM))
 
 
@@ -95,7 +95,7 @@ def which(program: str) -> str | None:
 
 
 def package_of(program: str) -> str:
-    """Return the packages that bring a program, separated by spaces."""
+    """Return the packages that contain a program, separated by spaces."""
     return PACKAGES.get(program, program)
 
 
@@ -104,7 +104,7 @@ class MissingPrograms(ImageError):
 
 
 def packages_of_missing(programs: Iterable[str]) -> list[str]:
-    """Return the Debian packages that bring those programs that are not there."""
+    """Return the Debian packages of missing programs."""
     missing = (package_of(program).split() for program in programs if not _is_there(program))
     return sorted({package for names in missing for package in names})
 
@@ -114,19 +114,19 @@ def _is_there(program: str) -> bool:
 
 
 def install_command(packages: Iterable[str]) -> str:
-    """Return the command that installs packages; a keyring's file can be gone although its package is there."""
+    """Return the command that installs packages; a keyring's file can be missing although its package is installed."""
     packages = list(packages)
     again = "--reinstall " if any(package.endswith("-keyring") for package in packages) else ""
     return f"sudo apt-get install --yes --no-install-recommends {again}{' '.join(packages)}"
 
 
 def need(programs: Iterable[str], report: Report) -> None:
-    """Have these programs: for root, apt installs what is missing.  Raises MissingPrograms."""
+    """Ensure that these programs exist: as root, install missing ones with apt.  Raises MissingPrograms."""
     need_packages(packages_of_missing(programs), report)
 
 
 def need_packages(packages: Sequence[str], report: Report) -> None:
-    """Install these packages, for root and with apt.  Raises MissingPrograms, which names them all."""
+    """Install these packages with apt, as root.  Raises MissingPrograms, which names them all."""
     if not packages:
         return
     if os.geteuid() != 0 or which("apt-get") is None:
@@ -138,7 +138,7 @@ def need_packages(packages: Sequence[str], report: Report) -> None:
 
 
 def _apt(step: Sequence[str], report: Report) -> None:
-    """Run apt-get, as soon as no other apt or dpkg holds a lock.  Raises MissingPrograms."""
+    """Run apt-get, once no other apt or dpkg holds a lock.  Raises MissingPrograms."""
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"}
     deadline = time.monotonic() + LOCK_TIMEOUT
     waiting = False

@@ -1,4 +1,4 @@
-"""The one door to other programs."""
+"""The only place that runs other programs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from caisson.image.errors import ImageError
 from caisson.image.parent_death import session_killed_with_parent
 from caisson.image.programs import package_of, search_path
 
-#: Bytes of a log's end that an error is looked for in.
+#: Bytes of a log's end in which to look for an error.
 MAX_TAIL = 64 << 10
 
-#: What is passed on of the caller's environment: where things are, and how the network is reached.
+#: Environment variables to pass on: paths, and network access.
 INHERITED = re.compile(
     r"PATH|HOME|TMPDIR|XDG_\w+_HOME|PIP_\w+"
     r"|(?i:https?|ftp|all|no)_(?i:proxy)|(?:REQUESTS|SSL|CURL)_C\w+"
@@ -35,7 +35,7 @@ class MissingProgram(ImageError):
 
 
 class CommandFailed(ImageError):
-    """A program ended with a failure: its command line, status and last words."""
+    """A program failed: its command line, status and last output."""
 
     def __init__(self, argv: Sequence[str], status: int, output: str) -> None:
         words = "\n".join(output.strip().splitlines()[-15:])
@@ -52,12 +52,12 @@ def run(
     stdin: bytes = b"",
     log: Path | None = None,
 ) -> bytes:
-    """Run a program to its end and return what it printed, unless that goes to a ``log``.
+    """Run a program to completion and return its output, unless that goes to a ``log``.
 
     ``env`` is added to a minimal environment.
 
-    It and all that it starts end with this process, also when that is killed.  Raises MissingProgram, or CommandFailed
-    with what it wrote to stderr; 128+n is the status of one that signal n ended.
+    It and all its children are killed with this process, even if that is killed.  Raises MissingProgram, or
+    CommandFailed with its stderr; the status is 128+n if signal n killed it.
     """
     words = [os.fspath(word) for word in argv]
     settings = {name: value for name, value in os.environ.items() if INHERITED.fullmatch(name)}
@@ -83,7 +83,7 @@ def _end_of(log: IO[bytes]) -> bytes:
 
 
 def remove_in_background(*paths: Path) -> None:
-    """Remove directories and files, one after the other, beside this process and also after its end."""
-    # Twice: what has been killed may still be writing.
+    """Remove directories and files in the background, even after this process has exited."""
+    # Twice: a killed process may still be writing.
     script = 'for path; do rm -rf -- "$path" || { sleep 1; rm -rf -- "$path"; }; done >/dev/null 2>&1 &'
     subprocess.run(["/bin/sh", "-c", script, "sh", *paths], start_new_session=True, check=False)

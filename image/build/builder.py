@@ -1,4 +1,4 @@
-"""Building an image: the steps, each kept in the cache by the digest of what it reads.
+"""Build an image in steps, each cached by the digest of its inputs.
 
 base        packages, wheels and container rootfs, pruned and compiled    (minutes old, or years: changes rarely)
 native      for a guest of another architecture: the same packages for this one, to run while building
@@ -39,10 +39,10 @@ from caisson.proto.contract import BUSYBOX_ROOTFS
 #: The directory of the packages: a checkout, or the installed `caisson`.
 ROOT = Path(__file__).resolve().parents[2]
 
-#: Where Kata's tools look for what an image is made of.
+#: Where Kata's tools look for an image's description.
 OSBUILDER = "var/lib/osbuilder/osbuilder.yaml"
 
-#: The modules that decide what a step makes: a change of one is a change of what it makes.
+#: The modules that determine a step's result: changing one invalidates it.
 PACKAGES_CODE = tuple(f"packages/{name}.py" for name in ("apk", "apk_index", "apt", "distribution", "package"))
 BASE_CODE = (*PACKAGES_CODE, "packages/contents.py", "build/choices.py", "build/libraries.py", "build/rootfs.py")
 KERNEL_CODE = (*PACKAGES_CODE, "kernel/bzimage.py", "kernel/kernel.py")
@@ -61,7 +61,7 @@ class Image:
 
     @classmethod
     def load(cls, directory: Path) -> Image:
-        """Load an image that was built before.  Raises ImageError when the directory holds none."""
+        """Load a built image.  Raises ImageError if the directory contains none."""
         try:
             document = json.loads((directory / "image.json").read_text())
         except (OSError, ValueError) as error:
@@ -73,7 +73,7 @@ class Image:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What became of a step: ``seconds`` it took, and the ``bytes`` of its result."""
+    """The outcome of a step: the ``seconds`` it took, and the ``bytes`` of its result."""
 
     step: str
     key: str
@@ -91,19 +91,19 @@ def build_image(
     cache: Cache | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Image:
-    """Build the image of a definition, or take it from the cache when nothing that goes into it has changed.
+    """Build the image of a definition, or take it from the cache if none of its inputs has changed.
 
-    ``report`` gets a line for each step that takes time.  Raises ImageError; whatever happens, the cache holds only
-    whole results.
+    ``report`` gets a line for each step that takes time.  Raises ImageError; in any case, the cache holds only complete
+    results.
     """
     loaded = load(definition or DEFAULT, suite=suite, arch=arch, settings=settings)
     return Build(loaded, cache, report).image()
 
 
 def verify(loaded: Loaded, image: Image, report: Callable[[str], None] = lambda line: None) -> list[str]:
-    """Build a definition once more, from packages to the end, and compare with an image of it.
+    """Rebuild a definition from its packages, and compare with an existing image.
 
-    Returns the names of the files that differ.  Nothing of it stays in the cache.  Raises ImageError.
+    Returns the names of the files that differ.  The rebuild is not cached.  Raises ImageError.
     """
     root = default_root()
     with Cache(root).scratch("verify") as scratch:
@@ -117,7 +117,7 @@ def _same(one: Path, another: Path) -> bool:
 
 
 class Build:
-    """The steps of one definition.  ``done`` tells what became of those that were taken."""
+    """The steps of one definition.  ``done`` lists the outcome of those executed."""
 
     def __init__(
         self,
@@ -128,7 +128,9 @@ class Build:
         downloads: Path | None = None,
         locked: lock.Lock | None = None,
     ) -> None:
-        """``downloads`` is where packages are kept (default: in the cache); with ``locked`` others are refused."""
+        """``downloads`` is where packages are kept (default: in the cache); with ``locked``, other packages are
+        rejected.
+        """
         self.loaded = loaded
         self.definition = loaded.definition
         self.cache = cache or Cache(default_root())
@@ -138,13 +140,13 @@ class Build:
         self.done: list[StepResult] = []
         self.requests: list[Request] = merge(parse(self._fragment(name)) for name in self.definition.kernel.fragments)
         self._packages: dict[str, Packages] = {}
-        self.template_files = TemplateFiles(loaded)  # what hooks lack is said before anything is made
+        self.template_files = TemplateFiles(loaded)  # report broken hooks before building anything
 
     def image(self) -> Image:
-        """Make the image.  Raises ImageError, and Drift when its packages are not those of the lock."""
+        """Build the image.  Raises ImageError, and Drift if its packages differ from the lock."""
         try:
             directory = self._made()
-        except SourcesChanged:  # what takes long is in the cache by now
+        except SourcesChanged:  # the slow steps are cached by now
             directory = self._made()
         if not self.done[-1].cached:
             self.cache.trim(cap())
@@ -157,11 +159,11 @@ class Build:
         return self._step("images", key, lambda target: self._make_image(key, target))
 
     def is_cached(self) -> bool:
-        """Return whether the image is there already, so that nothing has to be made."""
+        """Return whether the image is cached, so that nothing has to be built."""
         return self.cache.get("images", self.key()) is not None
 
     def plan(self) -> list[StepResult]:
-        """List the steps with their keys and whether each is in the cache; nothing is made."""
+        """List the steps with their keys and whether each is cached, without building anything."""
         keys = {"base": self.base_key(), "kernel": self.kernel_key(), "agent": self.agent_key(), "images": self.key()}
         return [StepResult(step, key, self.cache.get(step, key) is not None, 0.0, 0) for step, key in keys.items()]
 
@@ -173,7 +175,7 @@ class Build:
         return result
 
     def key(self) -> str:
-        """Return the digest of all that goes into the image."""
+        """Return the digest of all inputs of the image."""
         return digest_of(
             "image", manifest.plain(self.definition), self.base_key(), self.kernel_key(), self.agent_key(),
             _code(_image_code()),
@@ -182,7 +184,7 @@ class Build:
         )  # fmt: skip
 
     def base_key(self) -> str:
-        """Return the digest of what the packages' part is made of."""
+        """Return the digest of the inputs of the base: packages and wheels."""
         d = manifest.plain(self.definition)
         names = (
             "distribution", "suite", "arch", "python", "packages", "wheels", "busybox", "sources", "prune", "keep",
@@ -192,7 +194,7 @@ class Build:
         return digest_of("base", {name: d[name] for name in names}, _code(BASE_CODE), digest_of_files(TEMPLATES, etc))
 
     def kernel_key(self) -> str:
-        """Return the digest of what decides the kernel.  A package's newest version is taken once, and then kept."""
+        """Return the digest of the kernel's inputs.  A package's newest version is used once, and then kept."""
         d = self.definition
         if d.kernel.source:
             source = self._kernel_source().key(), kernelsource.compiler_version()
@@ -220,7 +222,7 @@ class Build:
         return self.loaded.beside(name) if name.endswith(".conf") else TEMPLATES / "kernel" / f"{name}.conf"
 
     def base(self) -> Path:
-        """Make the tree of packages, wheels and container rootfs."""
+        """Build the tree of packages, wheels and container rootfs."""
         return self._step("base", self.base_key(), self._make_base)
 
     def _make_base(self, target: Path) -> None:
@@ -260,7 +262,7 @@ class Build:
         (target / "owners.json").write_text(json.dumps(owners))
 
     def _native(self) -> Path:
-        """Make the tree of the guest's packages for this machine: an interpreter to compile with, a busybox to run."""
+        """Build the tree of the guest's packages for this machine: an interpreter to compile with, a busybox to run."""
         d = self.definition.native()
         key = digest_of("native", d.distribution, d.suite, d.arch, d.packages, d.busybox, _code(PACKAGES_CODE))
         return self._step("native", key, self._make_native) / "tree"
@@ -273,7 +275,7 @@ class Build:
         extract([*packages.fetch_all(d.packages), *packages.fetch([d.busybox])], target / "tree")
 
     def kernel(self) -> Kernel:
-        """Make the kernel with the modules that the fragments name."""
+        """Build the kernel with the modules that the fragments name."""
         return Kernel.load(self._step("kernel", self.kernel_key(), self._make_kernel))
 
     def _make_kernel(self, target: Path) -> None:
@@ -292,11 +294,11 @@ class Build:
 
     def _sources(self) -> apt.Apt:
         packages = self._packages_of_suite()
-        assert isinstance(packages, apt.Apt)  # load() takes no name of a package with sources elsewhere
+        assert isinstance(packages, apt.Apt)  # load() rejects source packages of other distributions
         return packages
 
     def agent(self, base: Path) -> Path:
-        """Make the layer of our own sources: the agent's byte code, and nsexec."""
+        """Build the layer of our own sources: the agent's byte code, and nsexec."""
         return self._step("agent", self.agent_key(), lambda target: self._make_agent(base, target / "tree")) / "tree"
 
     def _make_agent(self, base: Path, target: Path) -> None:
@@ -317,7 +319,7 @@ class Build:
             raise SourcesChanged("the agent's sources changed while they were compiled; build it again")
 
     def files(self) -> list[treemap.File]:
-        """List the files of the image before it is packed, and who brought them; steps not cached are taken."""
+        """List the files of the image before it is packed, and their packages; runs steps that are not cached."""
         base, kernel = self.base(), self.kernel()
         owners = json.loads((base / "owners.json").read_text())
         found = [treemap.File(kernel.file.name, kernel.file.stat().st_size, "kernel", "kernel")]
@@ -330,7 +332,7 @@ class Build:
             found += [treemap.File(path, size, "files", "template") for path, size in treemap.sizes(Path(scratch))]
         found += [treemap.File(path, size, "agent", "agent") for path, size in treemap.sizes(self.agent(base))]
         for path, size in treemap.sizes(base / "tree"):
-            # Sources are byte code by now; what is in the container's root is one program, and links to it.
+            # Sources are byte code by now; the container's root has one program, and links to it.
             source = path.removesuffix("c") if path.endswith(".pyc") else path
             busybox = (
                 (self.definition.busybox, "deb") if f"/{path}".startswith(BUSYBOX_ROOTFS) else ("made here", "made")
@@ -340,7 +342,7 @@ class Build:
         return found
 
     def tools(self) -> Tools:
-        """Fetch what packs a disk: the programs of the suite itself, so that this machine's versions play no part."""
+        """Fetch the programs that pack disks, from the suite itself, so that this machine's versions do not matter."""
         d = self.definition.native()
         if d.format == "initrd":
             return HOST
@@ -387,7 +389,7 @@ class Build:
 
 
 def _image_code() -> Iterable[str]:
-    """Name every module of this half that a build runs."""
+    """List every module of this half that a build runs."""
     files = (path.relative_to(ROOT / "image") for path in (ROOT / "image").rglob("*.py"))
     return sorted(str(path) for path in files if path.parts[0] not in ("containers", "vm"))
 

@@ -1,6 +1,6 @@
-"""Results of build steps, kept by the digest of what went into them.
+"""Results of build steps, keyed by the digest of their inputs.
 
-<root>/<step>/<key>/        a finished result: it appears by rename, so whatever is there is whole
+<root>/<step>/<key>/        a finished result: it appears by rename, so it is complete
 <root>/<step>/.lock-<key>   held while one is being made; a second builder of the same waits and then finds it
 <root>/<step>/.making-<key> being made; left only by a build that was killed, and removed by the next one of its step
 """
@@ -34,7 +34,7 @@ def default_root() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "caisson"
 
 
-#: Bytes of results that are kept, unless $CAISSON_CACHE_SIZE says otherwise.
+#: Default bytes of results to keep, if $CAISSON_CACHE_SIZE is not set.
 CAP = 4 * 10**9
 
 
@@ -46,7 +46,7 @@ def cap() -> int:
     return int(text)
 
 
-#: What every program says of a full disk (ENOSPC).
+#: The message of every program for a full disk (ENOSPC).
 NO_SPACE = os.strerror(errno.ENOSPC)
 
 
@@ -56,7 +56,7 @@ def digest_of(*inputs: object) -> str:
 
 
 def digest_of_files(root: Path, files: list[Path]) -> str:
-    """Return the digest of files' names below ``root``, modes and contents, in an order of its own."""
+    """Return the digest of files' names below ``root``, modes and contents, in a fixed order."""
     state = hashlib.sha256()
     for file in sorted(files):
         mode = file.stat().st_mode & 0o111
@@ -68,7 +68,7 @@ def digest_of_files(root: Path, files: list[Path]) -> str:
 
 @dataclass(frozen=True)
 class Removed:
-    """A result that was removed: of which step, and the bytes that it had."""
+    """A removed result: its step, and its bytes."""
 
     step: str
     bytes: int
@@ -81,24 +81,24 @@ class Cache:
         self.root = root
 
     def get(self, step: str, key: str) -> Path | None:
-        """Return the result, if there is one."""
+        """Return the result, if it exists."""
         result = self.root / step / key
         if not result.is_dir():
             return None
         with_time = result / ".used"
-        with_time.touch()  # what trim() goes by
+        with_time.touch()  # for trim()
         return result
 
     def get_or_make(self, step: str, key: str, make: Callable[[Path], None]) -> Path:
-        """Return the result of a step: found, or made by ``make`` in an empty directory.
+        """Return the result of a step: cached, or created by ``make`` in an empty directory.
 
-        A failure or an interruption leaves nothing that could be taken for a result.
+        A failure or an interruption leaves nothing that could be mistaken for a result.
         """
         found = self.get(step, key)
         if found is not None:
             return found
         with self._locked(step, key):
-            found = self.get(step, key)  # by whoever held the lock before
+            found = self.get(step, key)  # by the previous holder of the lock
             if found is not None:
                 return found
             making = self.root / step / f".making-{key}"
@@ -112,7 +112,7 @@ class Cache:
             except BaseException as error:
                 if isinstance(error, Exception):
                     shutil.rmtree(making, ignore_errors=True)
-                else:  # somebody waits at a terminal
+                else:  # the user is waiting
                     self._remove_in_background(making)
                 if isinstance(error, (OSError, ImageError)) and NO_SPACE in str(error):
                     raise ImageError(
@@ -124,19 +124,21 @@ class Cache:
         return self.root / step / key
 
     def _remove_in_background(self, making: Path) -> None:
-        """Move what is half made out of the way, and remove it beside: a kernel's tree takes many seconds."""
+        """Move an unfinished result out of the way, and remove it in the background: a kernel tree takes many
+        seconds.
+        """
         gone = making.with_name(f".making-{uuid.uuid4().hex}")
         try:
             making.rename(gone)
         except FileNotFoundError:
             return
-        lock = gone.with_name(gone.name.replace("making", "lock", 1))  # so that a sweep finds it, should rm be killed
+        lock = gone.with_name(gone.name.replace("making", "lock", 1))  # so that a sweep finds it if rm is killed
         lock.touch()
         remove_in_background(gone, lock)
 
     @contextmanager
     def scratch(self, step: str) -> Iterator[Path]:
-        """Make an empty directory for the time of a block; what a killed one leaves, the next of its step removes."""
+        """Create an empty directory for a block; if the process is killed, the next one of its step removes it."""
         self._sweep(step)
         key = uuid.uuid4().hex
         with self._locked(step, key):
@@ -149,9 +151,8 @@ class Cache:
                 (making.parent / f".lock-{key}").unlink()
 
     def trim(self, cap: int, *, spare: float = 3600.0) -> list[Removed]:
-        """Forget results, those used longest ago first, until all steps together have ``cap`` bytes or less; but none
-        that was used within the last ``spare`` seconds.  Removes what killed builds have left, too.  Returns what it
-        removed.
+        """Remove results, least recently used first, until all steps together have at most ``cap`` bytes, except those
+        used within the last ``spare`` seconds.  Also removes remains of killed builds.  Returns what it removed.
         """
         results = [path for path in self.root.glob("*/*/") if (path / ".used").is_file()]
         sizes = {path: _recorded_size(path) for path in results}
@@ -160,10 +161,10 @@ class Cache:
         for path in sorted(results, key=_last_use):
             if total - sum(one.bytes for one in removed) <= cap or now - _last_use(path) < spare:
                 break
-            # Out of sight first: a result is whole, or not there.
+            # Rename it first: a result is complete or absent.
             gone = path.with_name(f".making-{path.name}")
             with (
-                contextlib.suppress(BlockingIOError, FileNotFoundError),  # another is at it, or has just been
+                contextlib.suppress(BlockingIOError, FileNotFoundError),  # in use by another process, or removed by it
                 self._locked(path.parent.name, path.name, wait=False),
             ):
                 path.rename(gone)
@@ -173,7 +174,7 @@ class Cache:
         return removed
 
     def _sweep(self, steps: str) -> None:
-        """Remove what killed makers have left, of a step or (``*``) of all."""
+        """Remove the remains of killed builds, of one step or (``*``) of all."""
         for lock in self.root.glob(f"{steps}/.lock-*"):
             step, key = lock.parent.name, lock.name.removeprefix(".lock-")
             with contextlib.suppress(BlockingIOError), self._locked(step, key, wait=False):
@@ -186,7 +187,7 @@ class Cache:
         file = place / f".lock-{key}"
         while True:
             try:
-                self.root.mkdir(mode=0o700, parents=True, exist_ok=True)  # disks and memory are its owner's alone
+                self.root.mkdir(mode=0o700, parents=True, exist_ok=True)  # disks and memory are private to the owner
                 place.mkdir(exist_ok=True)
                 lock = file.open("w")
             except OSError as error:
@@ -201,7 +202,7 @@ class Cache:
 
 
 def _is_still(lock: IO[str], file: Path) -> bool:
-    """Return whether an open file is what its name leads to: trim() removes locks that nobody holds."""
+    """Return whether an open file still has its name: trim() removes locks that nobody holds."""
     try:
         return os.path.samestat(os.fstat(lock.fileno()), file.stat())
     except FileNotFoundError:
@@ -234,7 +235,7 @@ def _last_use(result: Path) -> float:
 def clean(root: Path | None = None, *, everything: bool = False) -> list[Removed]:
     """Remove all results, and with ``everything`` all downloads; returns what it removed.
 
-    What is being made meanwhile stays.
+    Results being built meanwhile stay.
     """
     cache = Cache(root or default_root())
     removed = cache.trim(0, spare=0)

@@ -1,4 +1,6 @@
-"""The image definition: YAML, rendered by jinja2, laid over what it extends, then checked into a frozen Definition."""
+"""The image definition: YAML, rendered by jinja2, merged over what it extends, then validated into a frozen
+Definition.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,10 @@ DEFAULT_SUITE = "trixie"
 #: Debian's names for what `uname -m` says.
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 
-#: How the guest's root may be packed; all but the first are file systems on a disk.
+#: Formats of the guest's root; all but the first are file systems on a disk.
 FORMATS = ("initrd", *ROOT_FORMATS)
 
-#: How a disk is laid out: the file system alone, with a partition table, or as Kata's hosts map it into the guest.
+#: Layouts of a disk: only the file system, with a partition table, or as Kata's hosts map it into the guest.
 LAYOUTS = ("plain", "gpt", "dax")
 
 #: Bytes in a unit of a limit.
@@ -38,7 +40,7 @@ UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 
 @dataclass(frozen=True)
 class KernelDefinition:
-    """``kernel``: the fragments that it must satisfy, and where it comes from."""
+    """``kernel``: its required fragments, and its origin."""
 
     fragments: tuple[str, ...] = setting("requirements: names of rootfs-templates/kernel/*.conf, or paths")
     package: str = setting("a package with a bootable kernel", default="")
@@ -47,14 +49,14 @@ class KernelDefinition:
 
 @dataclass(frozen=True)
 class Limits:
-    """``limits``: sizes like 24 MB; a build that exceeds one fails, and names the largest files."""
+    """``limits``: sizes like 24 MB; a build that exceeds one fails and names the largest files."""
 
     image: str = setting("maximum size of the packed root", default="")
     tree: str = setting("maximum size of all files in it, unpacked", default="")
     kernel: str = setting("maximum size of the compressed kernel", default="")
 
     def bytes_of(self, name: str) -> int | None:
-        """Parse a limit into bytes, or None where there is none.  Raises DefinitionError for an invalid size."""
+        """Parse a limit into bytes; None if there is none.  Raises DefinitionError for an invalid size."""
         text = getattr(self, name)
         if not text:
             return None
@@ -66,7 +68,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Definition:
-    """What an image is made of; rootfs-templates/debian/image.yaml shows each key with its reasons."""
+    """The definition of an image; rootfs-templates/debian/image.yaml shows each key with its reasons."""
 
     name: str = setting("name of the image")
     suite: str = setting("the distribution's release")
@@ -94,16 +96,16 @@ class Definition:
 
     @property
     def triplet(self) -> str:
-        """The architecture as GNU's tools call it."""
+        """GNU's name of the architecture."""
         return {"amd64": "x86_64-linux-gnu", "arm64": "aarch64-linux-gnu"}[self.arch]
 
     @property
     def is_foreign(self) -> bool:
-        """Whether this machine cannot run the guest's programs: they are of another architecture."""
+        """Whether the guest's architecture differs, so that this machine cannot run its programs."""
         return self.arch != host_architecture()
 
     def native(self) -> Definition:
-        """Return the definition for this machine's own architecture: what a build for another one runs."""
+        """Return the definition for this machine's own architecture, for programs that a cross-build runs."""
         return dataclasses.replace(self, arch=host_architecture())
 
     @property
@@ -114,13 +116,13 @@ class Definition:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A definition with the directories of the files that it was read from, what is extended first."""
+    """A definition with the directories of the files that it was read from, base templates first."""
 
     definition: Definition
     templates: tuple[Path, ...]
 
     def beside(self, name: str) -> Path:
-        """Return a file that a definition names: the last template that has it wins.  Raises DefinitionError."""
+        """Return a file named by a definition: the last template that has it wins.  Raises DefinitionError."""
         for place in reversed(self.templates):
             if (place / name).exists():
                 return place / name
@@ -128,7 +130,7 @@ class Loaded:
 
 
 def host_architecture() -> str:
-    """Return Debian's name for this machine's architecture.  Raises DefinitionError for one that is not supported."""
+    """Return Debian's name for this machine's architecture.  Raises DefinitionError for an unsupported one."""
     machine = platform.machine()
     if machine not in ARCHITECTURES:
         raise DefinitionError(f"{machine}: images cannot be built for it, only for {' and '.join(ARCHITECTURES)}")
@@ -136,12 +138,12 @@ def host_architecture() -> str:
 
 
 def schema() -> dict[str, Any]:
-    """Return the JSON schema of a definition (after jinja2, and with what it extends laid under it)."""
+    """Return the JSON schema of a definition (after rendering, and merged over what it extends)."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | declared.schema(Definition)
 
 
 def find(name: str) -> Path:
-    """Find the definition that a user names: a template of ours, a directory with an image.yaml, or a file.
+    """Find a definition by name: one of our templates, a directory with an image.yaml, or a file.
 
     Raises DefinitionError.
     """
@@ -157,7 +159,7 @@ def find(name: str) -> Path:
 
 
 def _defined(file: Path, document: Mapping[str, Any], settings: Sequence[str]) -> Definition:
-    """Check a definition with ``settings`` laid over it; an error names these where the file alone is right."""
+    """Validate a definition with ``settings`` applied; an error names these if the file alone is valid."""
     complete = functools.reduce(merged, map(override, settings), dict(document))
     try:
         return typing.cast(Definition, checked(Definition, complete, str(file)))
@@ -171,7 +173,7 @@ def _defined(file: Path, document: Mapping[str, Any], settings: Sequence[str]) -
 def load(
     file: Path = DEFAULT, *, suite: str | None = None, arch: str | None = None, settings: Sequence[str] = ()
 ) -> Loaded:
-    """Read a definition; ``settings`` are like KEY=VALUE and win over the file.  ``arch`` is Debian's name of the
+    """Read a definition; ``settings`` are KEY=VALUE strings and override the file.  ``arch`` is Debian's name of the
     guest's architecture, this machine's unless given.  Raises DefinitionError.
     """
     given = {"suite": suite or DEFAULT_SUITE, "chosen": suite or "", "arch": arch or host_architecture()}
@@ -207,7 +209,7 @@ def _kernel_sources(definition: Definition) -> bool:
 
 
 class _Undefined(jinja2.StrictUndefined):
-    """A value that a template lacks, which is an error; of a mapping (of suites, say) it names what is known."""
+    """An undefined value in a template, which is an error; for a mapping (of suites, say) it lists the known keys."""
 
     @property
     def _undefined_message(self) -> str:
@@ -217,7 +219,7 @@ class _Undefined(jinja2.StrictUndefined):
 
 
 def _read(file: Path, given: Mapping[str, str], below: tuple[Path, ...]) -> tuple[dict[str, Any], tuple[Path, ...]]:
-    """Read a file's mapping over that of the template it extends, and the directories of both."""
+    """Read a file's mapping, merged over the template it extends, and the directories of both."""
     file = file.resolve()
     if file in below:
         raise DefinitionError(f"{file}: extends itself, by {' → '.join(map(str, below))}")
@@ -237,7 +239,7 @@ def _read(file: Path, given: Mapping[str, str], below: tuple[Path, ...]) -> tupl
     if parent is None:
         return document, (file.parent,)
     beside = file.parent / str(parent)
-    # What a definition says of these, what it extends is rendered with.
+    # The base template is rendered with the definition's values of these.
     said = {name: document[name] for name in ("suite", "python") if isinstance(document.get(name), str)}
     if "suite" in said:
         said["chosen"] = said["suite"]

@@ -1,8 +1,8 @@
-"""image.lock: every package of an image with its version and digest, so that the same image can be made again later.
+"""image.lock: every package of an image with its version and digest, so that the same image can be built again later.
 
     {"format": 1, "suite": "trixie", "arch": "amd64", "packages": [{"type", "name", "version", "sha256"}, …]}
 
-Packages are those of ``Package.record()``; one line each, so that a change reads well in a diff.
+Packages are those of ``Package.record()``; one line each, for readable diffs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FIELDS = ("type", "name", "version", "sha256")
 
 
 class Drift(ImageError):
-    """What would go into an image now is not what its lock file says; the text names each difference."""
+    """The packages resolved for an image differ from its lock file; the text names each difference."""
 
     def __init__(self, differences: list[Difference]) -> None:
         lines = "\n".join(f"  {difference}" for difference in differences)
@@ -31,7 +31,7 @@ class Drift(ImageError):
 
 @dataclass(frozen=True)
 class Lock:
-    """What an image was made of: the suite, Debian's name of the architecture, and all packages."""
+    """The contents of an image: the suite, Debian's name of the architecture, and all packages."""
 
     suite: str
     arch: str
@@ -39,7 +39,7 @@ class Lock:
 
     @classmethod
     def of(cls, suite: str, arch: str, records: Iterable[Mapping[str, str]]) -> Lock:
-        """Make the lock of packages' records, sorted.  Raises ImageError when one package is there in two versions."""
+        """Create the lock from packages' records, sorted.  Raises ImageError if a package occurs in two versions."""
         packages = [{field: record[field] for field in _FIELDS} for record in records]
         packages.sort(key=lambda package: (package["type"], package["name"]))
         for first, second in pairwise(packages):
@@ -51,7 +51,7 @@ class Lock:
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that is not as locked: what it is, and its value (for a package: its record) on either side, if any."""
+    """One difference from the lock: what differs, and its value (for a package: its record) on either side, if any."""
 
     kind: str
     name: str
@@ -80,7 +80,7 @@ def write(lock: Lock, file: Path) -> None:
 
 
 def read(file: Path) -> Lock:
-    """Read a lock file.  Raises ImageError, naming what in it is not understood."""
+    """Read a lock file.  Raises ImageError, naming what is invalid in it."""
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -99,7 +99,7 @@ def read(file: Path) -> Lock:
 
 
 def drift(locked: Lock, resolved: Lock) -> list[Difference]:
-    """List what of ``resolved`` is not as ``locked`` says, sorted; empty when all is."""
+    """List the differences of ``resolved`` from ``locked``, sorted; empty if there are none."""
     differences = [
         Difference(name, "", before, now)
         for name, before, now in (("suite", locked.suite, resolved.suite), ("arch", locked.arch, resolved.arch))
@@ -114,7 +114,7 @@ def drift(locked: Lock, resolved: Lock) -> list[Difference]:
 
 
 def check(locked: Lock, resolved: Lock) -> None:
-    """Raise Drift unless ``resolved`` is what is locked."""
+    """Raise Drift unless ``resolved`` equals the lock."""
     if differences := drift(locked, resolved):
         raise Drift(differences)
 

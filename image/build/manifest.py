@@ -1,4 +1,4 @@
-"""image.json: what is in an image, beside it and inside it.  The VM half reads nothing else."""
+"""image.json: the contents of an image, stored beside it and inside it.  The VM half reads nothing else."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def plain(definition: Definition) -> dict[str, Any]:
 def contents(
     definition: Definition, key: str, kernel: Kernel, packages: list[dict[str, str]], agent: str
 ) -> dict[str, Any]:
-    """Return the document, as far as it is known before the image is packed."""
-    # Whoever reads this takes an image that does not say whose it is for Debian's.
+    """Return the part of the document known before the image is packed."""
+    # Readers assume Debian if an image does not name its distribution.
     whose = {} if definition.distribution == "debian" else {"distribution": definition.distribution}
     return {
         "format": FORMAT,
@@ -88,5 +88,5 @@ def osbuilder(document: Mapping[str, Any], definition: Definition) -> str:
 
 
 def write(document: dict[str, Any], file: Path) -> None:
-    """Write a document as JSON that a person can read."""
+    """Write a document as human-readable JSON."""
     file.write_text(json.dumps(document, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Packing a guest's root: from the layers of a build to one file that a kernel can mount, within its limits."""
+"""Pack a guest's root: from the layers of a build to one file that a kernel can mount, within its limits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from caisson.image.formats.scan import overlaid
 from caisson.image.formats.tree import Tree, text
 from caisson.image.kernel.kernel import Kernel
 
-#: What a kernel must have built in to mount a root of a format from a disk, with nothing to load modules before.
+#: What a kernel must have built in to mount a root of a format from a disk, without loading modules first.
 BUILT_IN = {
     "erofs": ("CONFIG_EROFS_FS",),
     "erofs-lz4hc": ("CONFIG_EROFS_FS", "CONFIG_EROFS_FS_ZIP"),
@@ -29,12 +29,12 @@ DISK = ("CONFIG_VIRTIO_PCI", "CONFIG_VIRTIO_BLK")
 PARTITIONS = {"plain": (), "gpt": ("CONFIG_EFI_PARTITION",), "dax": ("CONFIG_MSDOS_PARTITION",)}
 VERITY = ("CONFIG_DM_VERITY", "CONFIG_DM_INIT", "CONFIG_CRYPTO_SHA256")
 
-#: An initrd is unpacked into a ramfs, not into a tmpfs: nobody writes to it later, so what tmpfs can do more (limits,
-#: swapping, extended attributes) is for nothing, and 4 % of a boot that unpacks 45 MB under emulation.
-#: Source: Documentation/filesystems/ramfs-rootfs-initramfs.rst.
+#: An initrd is unpacked into a ramfs, not into a tmpfs: nobody writes to it later, so tmpfs's extra features (limits,
+#: swapping, extended attributes) are useless, and cost 4 % of a boot that unpacks 45 MB under emulation. Source:
+#: Documentation/filesystems/ramfs-rootfs-initramfs.rst.
 INITRD_ROOT = "rootfstype=ramfs"
 
-#: How many of the largest files are named when a limit is exceeded.
+#: Number of largest files to name when a limit is exceeded.
 CULPRITS = 10
 
 
@@ -43,7 +43,7 @@ class TooLarge(ImageError):
 
 
 def check_kernel(definition: Definition, kernel: Kernel) -> None:
-    """Check that the kernel can mount the root that the definition asks for.  Raises ImageError."""
+    """Check that the kernel can mount the root of the definition.  Raises ImageError."""
     if definition.format == "initrd":
         return
     wanted = [
@@ -63,9 +63,9 @@ def check_kernel(definition: Definition, kernel: Kernel) -> None:
 
 
 def root(definition: Definition, trees: Sequence[Path], kernel: Kernel, target: Path, tools: Tools) -> dict[str, Any]:
-    """Pack the trees, laid over each other, into ``target``; returns what the manifest says of it.
+    """Pack the merged trees into ``target``; returns its entry in the manifest.
 
-    Raises TooLarge, and ImageError for a tool that fails.
+    Raises TooLarge, and ImageError if a tool fails.
     """
     with overlaid(trees, initrd.CONSOLE) as tree:
         _check_limit(definition, "tree", sum(node.length for _, node in tree.files()), tree)
@@ -90,7 +90,7 @@ def _initrd(definition: Definition, tree: Tree, target: Path) -> dict[str, Any]:
 
 
 def _disk(definition: Definition, tree: Tree, target: Path, tools: Tools) -> dict[str, Any]:
-    """Write a disk in the definition's layout.  ``cmdline`` is what the kernel must be told to mount it."""
+    """Write a disk in the definition's layout.  ``cmdline`` is what the kernel needs to mount it."""
     filesystem, image = target / "root.filesystem", target / "root.img"
     disk.write_filesystem(filesystem, tree, definition.format, tools=tools)
     said: dict[str, Any] = {"file": image.name, "layout": definition.layout}
@@ -102,7 +102,7 @@ def _disk(definition: Definition, tree: Tree, target: Path, tools: Tools) -> dic
             hashed, hashes = verity.hash_tree(filesystem), "/dev/vda2"
         else:
             hashed = verity.append(filesystem)
-        # Nothing of a root that is not what was built may run: not even the part that is.
+        # Nothing of a tampered root may run: not even its intact parts.
         mount = hashed.command_line(data, hashes, on_corruption="panic")
         said["verity"] = hashed.record()
     if definition.layout == "plain":

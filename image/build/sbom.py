@@ -1,4 +1,4 @@
-"""A software bill of materials: SPDX 2.3 as JSON, out of an image's manifest and nothing else, so the same each time.
+"""A software bill of materials: SPDX 2.3 as JSON, derived only from an image's manifest, so always the same.
 
 Sources: the SPDX 2.3 specification (spdx.github.io/spdx-spec/v2.3) and its JSON schema; the package-URL specification.
 """
@@ -16,16 +16,16 @@ from urllib.parse import quote
 
 from caisson.image.packages.contents import REFERENCE, references
 
-#: Names a document of an image nobody has to publish: .invalid is reserved, the digest makes it unique (RFC 2606).
+#: Namespace of a document that need not be published: .invalid is reserved (RFC 2606), the digest makes it unique.
 NAMESPACE = "https://caisson.invalid/spdx"
 
 #: The kernel's licence (its COPYING), and this project's.
 LINUX, OURS = "GPL-2.0-only WITH Linux-syscall-note", "Apache-2.0"
 
-#: What stands for the text of a licence that SPDX does not know.
+#: Placeholder text of a licence that SPDX does not know.
 EXTRACTED = "as in the copyright file of the package that declares it"
 
-#: For what a manifest knows nothing of.
+#: For facts that the manifest lacks.
 _UNKNOWN = "NOASSERTION"
 
 
@@ -46,7 +46,7 @@ def document(manifest: Mapping[str, Any], *, created: int = 0) -> dict[str, Any]
                 locator=_purl(record, manifest), purpose="LIBRARY" if record["type"] == "wheel" else None,
             )
         )  # fmt: skip
-    # By identifier: sorted, and once what a manifest has twice.
+    # Keyed by identifier: sorted, without duplicates.
     contents = [package for _, package in sorted({str(package["SPDXID"]): package for package in contents}.items())]
     document = {
         "spdxVersion": "SPDX-2.3",
@@ -65,7 +65,7 @@ def document(manifest: Mapping[str, Any], *, created: int = 0) -> dict[str, Any]
         ],
     }
     others = references(package["licenseDeclared"] for package in contents)
-    if others:  # the specification wants a text of each, and it is in the packages
+    if others:  # the specification requires a text of each, which is in the packages
         document["hasExtractedLicensingInfos"] = [
             {"licenseId": one, "name": one.removeprefix(REFERENCE), "extractedText": EXTRACTED} for one in others
         ]
@@ -73,7 +73,7 @@ def document(manifest: Mapping[str, Any], *, created: int = 0) -> dict[str, Any]
 
 
 def write(manifest: Mapping[str, Any], file: Path, *, created: int = 0) -> None:
-    """Write the document, as JSON that a person can read."""
+    """Write the document as human-readable JSON."""
     file.write_text(json.dumps(document(manifest, created=created), indent=2) + "\n", encoding="utf-8")
 
 
@@ -87,7 +87,7 @@ def _package(
     locator: str = "",
     purpose: str | None = None,
 ) -> dict[str, Any]:
-    # An identifier has letters, digits, dots and hyphens only; what else a name has would make two names one.
+    # An identifier has letters, digits, dots and hyphens only; dropping other characters would make two names one.
     readable = re.sub(r"[^A-Za-z0-9.-]", "-", f"{kind}-{name}")
     unique = hashlib.sha256(f"{kind} {name} {version}".encode()).hexdigest()[:8]
     package: dict[str, Any] = {
@@ -112,7 +112,7 @@ def _package(
 
 
 def _purl(record: Mapping[str, str], manifest: Mapping[str, Any]) -> str:
-    """Return a package URL: what scanners look vulnerabilities up by."""
+    """Return a package URL, by which scanners look up vulnerabilities."""
     if record["type"] == "wheel":
         name = re.sub(r"[-_.]+", "-", record["name"]).lower()
         return f"pkg:pypi/{name}@{quote(record['version'], safe='~')}"

@@ -18,11 +18,11 @@ from caisson.image.errors import ImageError
 
 
 class DefinitionError(ImageError):
-    """A setting is not understood; the text names where it is written, its key, and what would be right."""
+    """An invalid setting; the text names its location, its key, and what is expected."""
 
 
 def setting(help: str, *, default: Any = dataclasses.MISSING, choices: Sequence[str] = ()) -> Any:
-    """Declare a setting.  ``help`` is a phrase; one without a default has to be given."""
+    """Declare a setting.  ``help`` is a phrase; one without a default is required."""
     metadata = {"help": help, "choices": tuple(choices)}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: types.MappingProxyType(default), metadata=metadata)
@@ -30,7 +30,7 @@ def setting(help: str, *, default: Any = dataclasses.MISSING, choices: Sequence[
 
 
 def section(kind: type, help: str) -> Any:
-    """Declare a class of settings as one; left out, it has that class's defaults, if all have one."""
+    """Declare a nested class of settings; if omitted, it has that class's defaults, if all have one."""
     metadata = {"help": help, "choices": ()}
     if any(_required(field) for field in dataclasses.fields(kind)):
         return dataclasses.field(metadata=metadata)
@@ -82,7 +82,9 @@ def _value(hint: Any, value: object, where: str, key: str) -> Any:
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Lay a mapping over another: mappings are merged, everything else is replaced, and ``key+`` adds to a list."""
+    """Merge a mapping over another: mappings are merged, everything else is replaced, and ``key+`` appends to a
+    list.
+    """
     result = dict(base)
     for key, value in over.items():
         name = key.removesuffix("+") if isinstance(key, str) else key
@@ -118,7 +120,7 @@ def override(assignment: str) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """A setting as its help tells of it."""
+    """The help of a setting."""
 
     key: str
     type: str
@@ -128,7 +130,7 @@ class Described:
 
 
 def described(kind: type, prefix: str = "") -> Iterator[Described]:
-    """List all settings of a class and its sections in order.  ``default`` is None for those that must be given."""
+    """List all settings of a class and its sections in order.  ``default`` is None for required ones."""
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         hint = hints[field.name]

@@ -1,4 +1,4 @@
-"""What of this project goes into a guest: the agent without its host side, the compiled protocol, and nsexec."""
+"""The sources that go into a guest: the agent without its host side, the compiled protocol, and nsexec."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from caisson.proto.contract import VERSION
 #: The directory of the packages: a checkout, or the installed `caisson`.
 ROOT = Path(__file__).resolve().parents[2]
 
-#: The import name: a namespace package, so a directory without a file of its own.
+#: The import name: a namespace package, so a directory without __init__.py.
 PACKAGE = "caisson"
 
-#: Rooms of agent/ that no guest needs.
+#: Packages of agent/ that no guest needs.
 HOST_ROOMS = ("client", "hypervisor", "nsexec", "pods", "runtime", "shim")
 
-#: What of proto/ no guest needs.
+#: Modules of proto/ that no guest needs.
 HOST_PROTOCOLS = ("containerd/", "generate.py", "kata3/hypervisor_", "kata3/confidential_data_hub_")
 
 #: The sources of nsexec, with the Makefile that compiles them.
@@ -27,7 +27,7 @@ NSEXEC = ROOT / "agent/nsexec"
 
 
 def agent_files() -> list[Path]:
-    """Return the Python modules of a guest.  Raises ImageError when the protocol is not compiled yet."""
+    """Return the Python modules of a guest.  Raises ImageError if the protocol is not compiled yet."""
     proto = ROOT / "proto"
     protocol = [file for file in proto.rglob("*.py") if not str(file.relative_to(proto)).startswith(HOST_PROTOCOLS)]
     if not any(file.name.endswith("_pb2.py") for file in protocol):
@@ -37,7 +37,7 @@ def agent_files() -> list[Path]:
 
 
 def agent_version() -> str:
-    """Return the version of the agent, which is that of the whole project."""
+    """Return the version of the agent: the project's."""
     return VERSION
 
 
@@ -48,7 +48,7 @@ def digests() -> tuple[str, str]:
 
 
 def copy(home: Path) -> None:
-    """Copy the modules below a guest's directory of ours.  Raises ImageError."""
+    """Copy the modules below our directory in a guest.  Raises ImageError."""
     for source in agent_files():
         place = home / PACKAGE / source.relative_to(ROOT)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def copy(home: Path) -> None:
 
 
 def compile_nsexec(build: Path, target: Path, triplet: str, musl: Path | None) -> None:
-    """Compile nsexec in a directory, and put it into its place.  Raises CommandFailed.
+    """Compile nsexec in a directory, and install it.  Raises CommandFailed.
 
     ``musl`` is the unpacked C library of another architecture, for which its compiler of this triplet is used.
     """

@@ -1,4 +1,4 @@
-"""What a definition and its templates put into a guest beside packages: their own files, and hooks that change it."""
+"""Additions of a definition and its templates to a guest: their own files, and hooks that change the tree."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from caisson.image.run import run
 
 
 class TemplateFiles:
-    """The files and hooks of a definition.  Raises ImageError for a hook that cannot be run."""
+    """The files and hooks of a definition.  Raises ImageError for a hook that is not executable."""
 
     def __init__(self, loaded: Loaded) -> None:
         self._loaded = loaded
@@ -38,7 +38,7 @@ class TemplateFiles:
         return sorted(found.items())
 
     def render(self, layer: Path) -> None:
-        """Write the files: *.j2 are rendered with the definition, others are taken as they are."""
+        """Write the files: *.j2 are rendered with the definition, others are copied."""
         values = manifest.plain(self._loaded.definition)
         for name, source in self.sources():
             place = layer / name
@@ -53,7 +53,7 @@ class TemplateFiles:
             place.chmod(0o755 if script or os.access(source, os.X_OK) else 0o644)
 
     def run_hooks(self, trees: Iterable[Path], whole: Path, report: Callable[[str], None]) -> Path:
-        """Copy all layers into one tree and have the hooks change it.  Raises ImageError for a hook that fails."""
+        """Copy all layers into one tree and run the hooks on it.  Raises ImageError if a hook fails."""
         for tree in trees:
             shutil.copytree(tree, whole, symlinks=True, dirs_exist_ok=True)
         for hook in self.hooks:

@@ -1,7 +1,7 @@
 """The programs that pack an image: this machine's, or those of the image's own package snapshot.
 
-Each version of mkfs.erofs and mksquashfs lays out its files in another way.  With the versions that the snapshot has,
-an image is the same on every host: they run where they were unpacked, by their own loader with their own libraries.
+Each version of mkfs.erofs and mksquashfs lays out files differently.  With the snapshot's versions, an image is the
+same on every host: they run from where they were unpacked, with their own loader and libraries.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from pathlib import Path
 
 from caisson.image.errors import ImageError
 
-#: The Debian packages of what packs file systems; what they depend on has to be unpacked with them.
+#: The Debian packages with the packing programs; their dependencies must be unpacked with them.
 PACKAGES = ("erofs-utils", "squashfs-tools")
 
-#: Where program loaders are, in a directory of libraries: glibc's, and musl's.
+#: Program loaders in a directory of libraries: glibc's, and musl's.
 LOADERS = ("*/ld-linux-*.so.*", "ld-musl-*.so.1")
 
 
 @dataclass(frozen=True)
 class Tools:
-    """Where programs are taken from: ``tree`` has unpacked packages of an architecture that this machine runs.
+    """The source of programs: ``tree`` has unpacked packages of an architecture that this machine runs.
 
-    Without a tree they are those in PATH.
+    Without a tree, PATH is used.
     """
 
     tree: Path | None = None
 
     def command(self, program: str) -> list[str]:
-        """Return the words that start a program.  Raises ImageError when the tree lacks it, or a loader for it."""
+        """Return the command that starts a program.  Raises ImageError if the tree lacks it, or its loader."""
         if self.tree is None:
             return [program]
         file = _first(self.tree, f"usr/bin/{program}", f"usr/sbin/{program}", f"bin/{program}", f"sbin/{program}")

@@ -1,6 +1,6 @@
-"""Draw what an image's bytes are: one picture by package, one by directory, as SVG or as a page of HTML.
+"""Draw an image's size as treemaps by package and by directory, as SVG or HTML.
 
-Both are treemaps: an area is a number of bytes.  Source of the layout: Bruls, Huizing, van Wijk, "Squarified Treemaps"
+An area is proportional to bytes.  Source of the layout: Bruls, Huizing, van Wijk, "Squarified Treemaps"
 (2000).
 """
 
@@ -13,29 +13,28 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-#: Pixels of the picture: its width, the height of each map, the head of the picture and of each group, what is between.
+#: Pixels of the picture: its width, the height of each map, the head of the picture and of each group, the gap.
 WIDTH, HEIGHT, TITLE, HEAD, GAP = 1200, 560, 64, 20, 40
 
-#: Pixels that a letter takes, in a font of one width, so that what fits can be counted; a line of letters; a letter of
-#: the title.
+#: Pixels of a letter in a monospace font, so that fitting text can be counted; of a line; of a letter of the title.
 LETTER, LINE, TITLE_LETTER = 6.7, 14, 9.7
 
-#: Directories are grouped by so many of their components, and told apart by one more.
+#: Directories are grouped by this many components, and distinguished by one more.
 DEPTH = 3
 
-#: Shares of the whole below which things are joined: one of them would be a dot.
+#: Shares of the whole below which items are merged: each would be a dot.
 SMALL = 0.002
 
-#: What kinds of packages are called.
+#: Titles of package kinds.
 KINDS = {"deb": "Debian packages", "apk": "Alpine packages", "wheel": "Python wheels"}
 
-#: Light grounds that black letters can be read on; by the order of groups' sizes.
+#: Light background colours for black text, in the order of groups' sizes.
 COLOURS = ("#8ecae6", "#ffd166", "#a7d7a0", "#f4a6a0", "#cdb4db", "#f9c784", "#b8c4d6", "#e9edc9")
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of an image: its path, its bytes, and the package and kind of package that brought it."""
+    """A file of an image: its path, its bytes, and its package and package kind."""
 
     path: str
     size: int
@@ -58,7 +57,7 @@ Groups = Mapping[str, Mapping[str, int]]
 
 
 def sizes(tree: Path) -> Iterator[tuple[str, int]]:
-    """Yield the files of a tree with their bytes, each once if it has several names."""
+    """Yield the files of a tree with their bytes; hard links only once."""
     seen = set()
     for file in sorted(tree.rglob("*")):
         state = file.lstat()
@@ -76,7 +75,7 @@ def by_package(files: Iterable[File]) -> Groups:
 
 
 def by_directory(files: Iterable[File]) -> Groups:
-    """Return the bytes of each directory or file, grouped by the directory around it."""
+    """Return the bytes of each directory or file, grouped by parent directory."""
     found: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for file in files:
         *parts, name = file.path.split("/")
@@ -107,7 +106,7 @@ def svg(title: str, files: Sequence[File]) -> str:
 
 
 def html(title: str, files: Sequence[File]) -> str:
-    """Return the picture as a page that needs nothing else; what the mouse points at is named in full."""
+    """Return the picture as a self-contained page with tooltips."""
     return (
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
         "<style>body{margin:1em;background:#fff} svg{max-width:100%;height:auto}</style>\n"
@@ -136,7 +135,7 @@ def _map(groups: Groups, box: Box, whole: int) -> Iterator[str]:
 
 
 def _joined(sizes: Mapping[str, int], whole: int) -> dict[str, int]:
-    """Return sizes with the small ones as one, the largest first."""
+    """Return sizes with the small ones merged, largest first."""
     large = {name: size for name, size in sizes.items() if size >= SMALL * whole}
     small = [size for name, size in sizes.items() if name not in large]
     if len(small) == 1:
@@ -147,9 +146,9 @@ def _joined(sizes: Mapping[str, int], whole: int) -> dict[str, int]:
 
 
 def squarified(sizes: Mapping[str, int], box: Box) -> Iterator[tuple[str, Box]]:
-    """Yield a rectangle for each size, the largest first, as near to a square as they come; together they fill the box.
+    """Yield a rectangle for each size, largest first, as close to a square as possible; together they fill the box.
 
-    Sizes are in falling order, and none is 0.
+    Sizes are in descending order and not 0.
     """
     left = [(name, float(size)) for name, size in sizes.items()]
     total = sum(size for _, size in left)
@@ -194,7 +193,7 @@ def _rectangle(box: Box, what: str) -> str:
 
 
 def _text(box: Box, text: str, kind: str, figure: str = "") -> str:
-    """Write a name, and below it a figure, as far as there is room."""
+    """Write a name, and a figure below it, if there is room."""
     shown = _fit(text, box.width - 8, LETTER)
     if box.height < LINE or (shown != text and len(shown) < 4):
         return ""

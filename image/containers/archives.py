@@ -1,4 +1,4 @@
-"""The files of a container image by their names: in a directory or an archive, checked, uncompressed, bounded."""
+"""The files of a container image by name: in a directory or an archive, verified, decompressed, size-limited."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ BLOCK = 1 << 20
 
 GZIP, XZ, BZIP2, ZSTD = b"\x1f\x8b", b"\xfd7zXZ\0", b"BZh", b"\x28\xb5\x2f\xfd"
 
-#: Frames that carry no data and may come first: 0x184D2A50 to 0x184D2A5F (RFC 8878, section 3.1.2).
+#: Skippable frames, which may come first: 0x184D2A50 to 0x184D2A5F (RFC 8878, section 3.1.2).
 SKIPPABLE = b"\x2a\x4d\x18"
 
-#: Programs that decompress, each with a bound on the memory it takes.
+#: Decompression programs, each with a memory limit.
 DECOMPRESSORS = {
     "zstd": ["zstd", "-dcq", "--memory=256MB"],
     "xz": ["xz", "-dcq", "--memlimit-decompress=256MiB"],
 }
 
-#: Files in an archive of an image: blobs and documents.
+#: Maximum files in an image archive: blobs and documents.
 MAX_FILES = 65_536
 
-#: Bytes of a name in an archive of an image: a blob's has 77.
+#: Maximum bytes of a name in an image archive: a blob's has 77.
 MAX_NAME = 1024
 
-#: Links from one name in an archive to the next.
+#: Maximum links to follow from a name in an archive.
 MAX_LINKS = 8
 
 
 class Budget:
-    """Counts the bytes of an image's data.  Raises Malformed when there are more than ``most``."""
+    """Count the bytes of an image's data.  Raises Malformed if there are more than ``most``."""
 
     def __init__(self, most: int, advance: Callable[[int], None] = lambda count: None) -> None:
         self.most = most
@@ -59,7 +59,7 @@ class Budget:
 
 
 class Directory:
-    """Files of an image by their names, in a directory."""
+    """Files of an image by name, in a directory."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -75,7 +75,7 @@ class Directory:
 
 
 class Archive:
-    """The same, in a tar archive; one of more than MAX_FILES files is not an image's, and has none here."""
+    """The same in a tar archive; one with more than MAX_FILES files is not an image, and appears empty."""
 
     def __init__(self, stream: IO[bytes], shown: str) -> None:
         self._file = stream.fileno()
@@ -85,7 +85,7 @@ class Archive:
             if member.kind == stat.S_IFDIR:
                 continue
             link = os.fsdecode(member.link) if member.kind != stat.S_IFREG else ""
-            if member.kind == stat.S_IFLNK:  # as older `docker save` spares itself a layer that it has had
+            if member.kind == stat.S_IFLNK:  # as older `docker save` does for a repeated layer
                 link = f"{os.path.dirname(os.fsdecode(member.name))}/{link}"  # noqa: PTH120 - not of this machine
             if member.extents is None and len(member.name) <= MAX_NAME and len(link) <= MAX_NAME:
                 self._members[_normal(os.fsdecode(member.name))] = member.data, member.size, _normal(link)
@@ -96,7 +96,7 @@ class Archive:
     @classmethod
     @contextlib.contextmanager
     def of(cls, file: Path, shown: str) -> Iterator[Archive]:
-        """Open an archive for the time of a block.  Raises Malformed."""
+        """Open an archive for a block.  Raises Malformed."""
         with file.open("rb") as stream:
             yield cls(stream, shown)
 
@@ -104,7 +104,7 @@ class Archive:
         return name in self._members
 
     def misplaced(self) -> str:
-        """Return what to do with an archive that has an image in it and is none; empty for any other."""
+        """Return advice for an archive that contains an image but is not one; empty for any other."""
         if self.has("repositories") and any(name.endswith("/layer.tar") for name in self._members):
             return "it was saved by a Docker before 1.10; load it into a newer one, and save it again"
         if self.has("config.json") and any(name.startswith("rootfs/") for name in self._members):
@@ -126,7 +126,7 @@ class Archive:
 
 
 class Whole:
-    """A root file system's archive: all of it is one layer, without a name."""
+    """An archive of a root file system: a single layer without a name."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -175,7 +175,7 @@ def _normal(name: str) -> str:
 
 
 def plain(path: Path, target: Path, budget: Budget) -> Path:
-    """Return a file that is not compressed: this one, or its contents written to ``target``.  Raises Malformed."""
+    """Return an uncompressed file: this one, or its contents written to ``target``.  Raises Malformed."""
     with path.open("rb") as source:
         if not compression(source):
             return path
@@ -184,7 +184,7 @@ def plain(path: Path, target: Path, budget: Budget) -> Path:
 
 
 def compression(source: IO[bytes]) -> str:
-    """Return how a file is compressed, by its first bytes; empty for one that is not."""
+    """Return a file's compression, by its first bytes; empty if uncompressed."""
     magic = source.read(6)
     source.seek(0)
     if magic.startswith(ZSTD) or (magic[1:4] == SKIPPABLE and magic[0] & 0xF0 == 0x50):
@@ -221,12 +221,12 @@ def unpack(source: IO[bytes], target: Path, shown: str, budget: Budget) -> str:
 
 @contextlib.contextmanager
 def _decompressed(kind: str, source: IO[bytes], beside: Path, shown: str) -> Iterator[IO[bytes]]:
-    """Decompress by a program of its own: zstd comes with Python from 3.14 on, and lzma's takes any memory."""
+    """Decompress with an external program: Python has zstd only from 3.14 on, and its lzma uses unbounded memory."""
     words = DECOMPRESSORS[kind]
     program = which(words[0])
     if program is None:
         raise MissingProgram(words[0])
-    with beside.open("w+b") as file:  # a member of an archive is no file that a program could read
+    with beside.open("w+b") as file:  # a program could not read a member of an archive
         while data := source.read(BLOCK):
             file.write(data)
         file.seek(0)

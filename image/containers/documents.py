@@ -1,4 +1,4 @@
-"""Read the JSON documents of container images: checked by digest, of bounded size, with fields of the right type.
+"""Read the JSON documents of container images: verified by digest, size-limited, with type-checked fields.
 
 Sources: OCI image specification, image-index.md, manifest.md and config.md; moby, image/tarexport (manifest.json).
 """
@@ -22,23 +22,23 @@ from caisson.image.formats.tree import Malformed
 
 DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 
-#: How many indexes may lead to a manifest, and how many manifests an image may have.
+#: Maximum nesting of indexes, and manifests of an image.
 MAX_INDEXES = 4
 MAX_MANIFESTS = 1000
 
-#: Bytes of a document, and values in it: each takes up to a hundred bytes when it is read.
+#: Maximum bytes of a document, and values in it: each takes up to a hundred bytes of memory.
 MAX_DOCUMENT = 4 << 20
 MAX_VALUES = 1 << 18
 
-#: Kinds of manifests in an index, Docker's and OCI's; a descriptor of another kind is no image.
+#: Kinds of manifests in an index, Docker's and OCI's; other descriptors are not images.
 MANIFESTS = re.compile(
     r"application/vnd\.(oci\.image\.(manifest|index)\.v1|docker\.distribution\.manifest(\.list)?\.v2)\+json"
 )
 
-#: Machines as the kernel calls them, which some tools write, in Go's words.
+#: Go's names of architectures, by the kernel's names, which some tools write.
 ARCHITECTURES = {"x86_64": "amd64", "x86-64": "amd64", "aarch64": "arm64"}
 
-#: What is run when nothing says what.
+#: The default command.
 SHELL = ("/bin/sh",)
 
 #: Annotations that name an image in an index: OCI's, and containerd's.
@@ -46,7 +46,7 @@ NAMES = ("io.containerd.image.name", "org.opencontainers.image.ref.name")
 
 
 class ImageFiles(Protocol):
-    """The files of an image by their names."""
+    """The files of an image by name."""
 
     shown: str
 
@@ -57,7 +57,7 @@ class ImageFiles(Protocol):
 
 @dataclass(frozen=True)
 class Config:
-    """What an image is to run; ``user`` is USER[:GROUP], by names or numbers."""
+    """What an image runs; ``user`` is USER[:GROUP], by name or number."""
 
     entrypoint: tuple[str, ...] = ()
     command: tuple[str, ...] = SHELL
@@ -73,7 +73,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Layer:
-    """``name`` in the image's files; the digests of the file and of its contents, empty where nothing says them."""
+    """``name`` in the image's files; the digests of the file and of its contents, empty if unknown."""
 
     name: str
     digest: str
@@ -82,7 +82,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class ContainerImage:
-    """An image that was chosen: its layers from the lowest on, a digest that identifies it, and its names."""
+    """A selected image: its layers, lowest first, a digest that identifies it, and its names."""
 
     layers: list[Layer]
     config: Config
@@ -100,7 +100,7 @@ class _Candidate:
 
 
 def read_layout(files: ImageFiles, architecture: str, tag: str) -> ContainerImage:
-    """Choose an image of an OCI image layout.  Raises ImageError."""
+    """Select an image from an OCI image layout.  Raises ImageError."""
     index = _document(files.open("index.json"), "index.json")
     return _choose(list(_candidates(files, index, (), 0, [0])), files, architecture, tag, "blobs/sha256/{}")
 
@@ -117,7 +117,7 @@ def read_directory(files: ImageFiles, architecture: str) -> ContainerImage:
 def _candidates(
     files: ImageFiles, index: dict[str, Any], names: tuple[str, ...], depth: int, seen: list[int]
 ) -> Iterator[_Candidate]:
-    """Yield the images of an index and of those in it; what is no image (attestations, signatures) is left out."""
+    """Yield the images of an index and nested ones, without attestations and signatures."""
     if depth >= MAX_INDEXES:
         raise Malformed(f"{files.shown}: more than {MAX_INDEXES} nested indexes")
     if "layers" in index or "config" in index:
@@ -136,7 +136,7 @@ def _candidates(
         digest = _sha256(_of(descriptor, "digest", str))
         own = tuple(str(annotations[key]) for key in NAMES if annotations.get(key)) or names
         if not files.has(f"blobs/sha256/{digest}"):
-            # Of several platforms, or tags, often only one was copied.
+            # Often only one of several platforms or tags was copied.
             yield _Candidate(digest, own, {}, platform, str(platform.get("variant") or ""))
             continue
         document = _checked(files, f"blobs/sha256/{digest}", digest)
@@ -152,7 +152,7 @@ def _candidates(
 
 
 def _check_manifest(document: dict[str, Any], what: str) -> None:
-    """Refuse what two tools would read as two different images (CVE-2021-41190), and what is no manifest."""
+    """Reject what two tools would read as different images (CVE-2021-41190), and what is not a manifest."""
     if "manifests" in document:
         raise Malformed(f"{what}: ambiguous: an index and a manifest in one document")
     if "layers" not in document:
@@ -167,7 +167,7 @@ def _is_image(manifest: dict[str, Any], descriptor: dict[str, Any]) -> bool:
 
 
 def _choose(candidates: list[_Candidate], files: ImageFiles, architecture: str, tag: str, place: str) -> ContainerImage:
-    """Choose the image of a tag for a guest: the only one that fits, listed where there are several."""
+    """Select the image of a tag for a guest: the only one that fits; several are listed in the error."""
     shown = files.shown
     if tag:
         named = [one for one in candidates if _is_called(one, tag)]
@@ -180,7 +180,7 @@ def _choose(candidates: list[_Candidate], files: ImageFiles, architecture: str, 
         raise ImageError(f"{shown}: no image for linux/{architecture}; it has {has}")
     fitting = [one for one in fitting if one.manifest] or fitting
     distinct = {one.digest: one for one in fitting}
-    if len(distinct) > 1:  # of variants (amd64/v3) the one that runs everywhere
+    if len(distinct) > 1:  # among variants (amd64/v3), the one that runs everywhere
         least = min(one.variant for one in distinct.values())
         distinct = {digest: one for digest, one in distinct.items() if one.variant == least}
     if len(distinct) > 1:
@@ -206,7 +206,7 @@ def _listed(candidates: Sequence[_Candidate]) -> str:
 
 
 def _platform(document: dict[str, Any], architecture: str) -> str:
-    """Return OS/ARCHITECTURE in Go's words; what a document leaves out is the guest's."""
+    """Return OS/ARCHITECTURE in Go's names; missing values are the guest's."""
     said = _of(document, "architecture", str) or architecture
     system = (_of(document, "os", str) or "linux").lower()
     return f"{system}/{ARCHITECTURES.get(said.lower(), said)}"
@@ -227,7 +227,7 @@ def _image(candidate: _Candidate, files: ImageFiles, architecture: str, place: s
 
 
 def read_docker(files: ImageFiles, architecture: str, tag: str, identify: Any) -> ContainerImage:
-    """Choose an image of what `docker save` wrote; ``identify`` digests its configuration.  Raises ImageError."""
+    """Select an image from the output of `docker save`; ``identify`` digests its configuration.  Raises ImageError."""
     with files.open("manifest.json") as stream:
         manifests = _json(stream, "manifest.json")
     if not isinstance(manifests, list) or not manifests or not all(isinstance(one, dict) for one in manifests):
@@ -268,7 +268,7 @@ def _config(document: dict[str, Any], architecture: str, shown: str) -> Config:
     return Config(
         entrypoint=tuple(entrypoint),
         command=tuple(command) if command or entrypoint else SHELL,
-        env=tuple(variable for variable in _strings(said, "Env") if "=" in variable),  # as docker: others are unset
+        env=tuple(variable for variable in _strings(said, "Env") if "=" in variable),  # as in docker: others are unset
         user=_string(_of(said, "User", str), "User"),
         workdir=_absolute(_string(_of(said, "WorkingDir", str), "WorkingDir")),
         volumes=tuple(sorted(_absolute(_string(one, "Volumes")) for one in _of(said, "Volumes", dict))),
@@ -276,12 +276,12 @@ def _config(document: dict[str, Any], architecture: str, shown: str) -> Config:
 
 
 def _absolute(path: str) -> str:
-    """Return a path as engines take it: from the root on, with "." and ".." resolved."""
+    """Return a path as engines interpret it: absolute, with "." and ".." resolved."""
     return "/" + posixpath.normpath(f"/{path}").lstrip("/")
 
 
 def read_bundle(bundle: Beneath) -> dict[str, Any]:
-    """Return the configuration of a bundle, a file of its own.  Raises Malformed, OSError."""
+    """Return the configuration of a bundle, which must be a regular file.  Raises Malformed, OSError."""
     try:
         stream = os.fdopen(bundle.open(b"config.json"), "rb")
     except OSError as error:
@@ -334,7 +334,7 @@ def _document(stream: IO[bytes], what: str) -> dict[str, Any]:
 
 
 def _of(document: dict[str, Any], name: str, kind: type) -> Any:
-    """Return a field, empty where there is none."""
+    """Return a field; empty if missing."""
     value = document.get(name)
     if value is None:
         return kind()
@@ -358,7 +358,7 @@ def _strings(document: dict[str, Any], name: str) -> list[str]:
 
 
 def _words(document: dict[str, Any], name: str) -> list[str]:
-    """Return a program's words; a string is one, as for docker."""
+    """Return a program's arguments; a string is a single one, as in docker."""
     value = document.get(name)
     return _strings({name: [value]} if isinstance(value, str) else document, name)
 

@@ -1,7 +1,7 @@
 """Apply the layers of a container image to a file tree.
 
-Nothing is unpacked on this machine, so neither root nor a file system with the right features is needed, and no name in
-an archive can reach anything here.  Source: OCI image specification, layer.md.
+Nothing is unpacked on this machine, so neither root nor particular file system features are needed, and no name in an
+archive can reach anything here.  Source: OCI image specification, layer.md.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from caisson.image.formats.tree import Malformed, Node, Tree, directory, split, 
 WHITEOUT = b".wh."
 OPAQUE = b".wh..wh..opq"
 
-#: What aufs keeps for itself at the root: of these the files that layers of old engines hard-link to.
+#: Private files of aufs at the root: among them those that layers of old engines hard-link to.
 AUFS, AUFS_LINKS = b".wh..wh.", b".wh..wh.plnk"
 
-#: Names in all layers of an image.
+#: Maximum names in all layers of an image.
 MAX_ENTRIES = 1 << 22
 
 
 class LayerMerger:
-    """Lay the layers of an image over each other in a tree, from the lowest on."""
+    """Merge the layers of an image into a tree, lowest first."""
 
     def __init__(self, tree: Tree, warn: Warn, max_file: int) -> None:
         self.tree = tree
@@ -37,12 +37,12 @@ class LayerMerger:
         """Apply a layer, an uncompressed archive; the tree's contents stay in it.  Raises Malformed."""
         with file.open("rb") as stream:
             self._white_out(stream, shown)
-            aufs = self.tree.add(directory())  # a directory without a name, that goes with this layer
+            aufs = self.tree.add(directory())  # a directory without a name, removed after this layer
             for member in members(stream, shown, self._max_file):
                 self._place(member, str(file).encode(), aufs)
 
     def _white_out(self, stream: IO[bytes], shown: str) -> None:
-        """Remove what a layer hides: only below it, so before any of its own files is there."""
+        """Apply whiteouts, which only hide lower layers, so before any of this layer's files is added."""
         for member in members(stream, shown, self._max_file):
             self._entries += 1
             if self._entries > MAX_ENTRIES:

@@ -1,4 +1,4 @@
-"""Turn container images, in the forms that people have them, into disks for a guest.
+"""Turn container images, in all common forms, into disks for a guest.
 
     an OCI image layout, a directory or a tar archive of one     (image-layout.md)
     what `docker save` writes: a tar archive with manifest.json   (moby, image/tarexport)
@@ -7,7 +7,7 @@
     a root file system: a directory, or a tar archive
     a name: of an image that was packed before, or in a registry, fetched by skopeo(1)
 
-What is named by a digest is checked against it, layers by that of their contents, too.
+Everything named by a digest is verified, layers also by the digest of their contents.
 """
 
 from __future__ import annotations
@@ -35,21 +35,22 @@ from caisson.image.formats.tree import Malformed, Tree
 from caisson.image.programs import which
 from caisson.image.run import run
 
-#: Bytes of data in an image, unless told otherwise or half of the free disk is less; bytes of one file, with its holes.
+#: Default maximum bytes of data in an image (or half of the free disk, if less); maximum size of one file, with its
+#: holes.
 MAX_SIZE = 16 << 30
 MAX_FILE = 1 << 40
 
-#: Disks of images are kept; bump VERSION when the same image is to become another disk.
+#: Disks of images are cached; bump VERSION when the same image must produce a different disk.
 STEP = store.STEP
 VERSION = 2
 
-#: What a root file system has at least one of.
+#: A root file system has at least one of these.
 ROOT_MARKS = ("bin", "sbin", "usr", "etc", "lib", "proc")
 
-#: How the kinds of images are told apart where the path does not say (containers-transports(5)).
+#: Prefixes that name the kind of an image (containers-transports(5)).
 TRANSPORTS = ("oci", "oci-archive", "docker-archive", "dir")
 
-#: Seconds until there is word of progress, and lines about what is not kept.
+#: Seconds until progress is reported, and maximum lines about dropped files.
 PROGRESS_INTERVAL = 2.0
 MAX_WARNINGS = 10
 
@@ -58,9 +59,9 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Packed:
-    """An image as a disk: ``name`` is the same for the same contents, and unknown (empty) for a directory's.
+    """An image as a disk: ``name`` identifies the contents; empty for a directory's.
 
-    ``bundle`` is the configuration of a bundle, all of it.
+    ``bundle`` is the whole configuration of a bundle.
     """
 
     disk: Path
@@ -79,11 +80,12 @@ def packed(
     max_size: int | None = None,
     report: Report = lambda line: None,
 ) -> Iterator[Packed]:
-    """Pack an image of any form as a read-only disk (squashfs), which may go after the block unless it is cached.
+    """Pack an image of any form as a read-only disk (squashfs), which may disappear after the block unless it is
+    cached.
 
-    ``architecture`` is the guest's, in the words of Go and Debian: amd64.  Of several images in one place ``tag``
-    chooses; so does PATH:TAG.  ``max_size`` bounds the bytes of data.  ``report`` gets a line about what takes long and
-    what is not kept.  Raises ImageError; Malformed for an image that is damaged, too large, or leaves its root.
+    ``architecture`` is the guest's, by Go's and Debian's name: amd64.  ``tag`` selects one of several images; so does
+    PATH:TAG.  ``max_size`` bounds the bytes of data.  ``report`` gets lines about slow steps and dropped files.  Raises
+    ImageError; Malformed for an image that is damaged, too large, or escapes its root.
     """
     cache = cache or Cache(default_root())
     with cache.scratch(STEP) as scratch:
@@ -135,7 +137,7 @@ class _Packer:
         return Packed(self._packed_directory(place), "", Config())
 
     def _located(self) -> Path | store.Stored:
-        """Find what a source names, by its transport, as a path, PATH:TAG, or a name."""
+        """Find the image that a source names: by its transport, as a path, PATH:TAG, or a name."""
         source = self._source
         if source.startswith(("docker://", "docker:/")):
             return self._pulled(re.sub("^docker:/+", "", source))
@@ -195,7 +197,7 @@ class _Packer:
         return disk
 
     def _finish(self, files: ImageFiles, image: ContainerImage) -> Packed:
-        """Return the disk of an image: from the cache, or made now."""
+        """Return the disk of an image: cached, or created now."""
         key = digest_of(VERSION, image.identity)
         made = self._cache.get_or_make(STEP, key, lambda target: self._make(files, image, target))
         stem = Path(files.shown).name.partition(".")[0]
@@ -227,7 +229,7 @@ class _Packer:
 
     @contextlib.contextmanager
     def _warnings(self) -> Iterator[Report]:
-        """Pass on the first lines of many."""
+        """Pass on only the first warnings."""
         count = 0
 
         def warn(line: str) -> None:
@@ -242,7 +244,7 @@ class _Packer:
 
 
 class _Progress:
-    """Says how far a long pack is, now and then."""
+    """Report the progress of a long pack periodically."""
 
     def __init__(self, source: str, report: Report) -> None:
         self._source = source
@@ -259,7 +261,7 @@ class _Progress:
 
 
 def open_root(bundle: Beneath, place: Path, path: str) -> Beneath:
-    """Open root.path of a bundle, which is at ``place``: below it, through no link and no "..".  Raises ImageError."""
+    """Open root.path of a bundle at ``place``: below it, without links or "..".  Raises ImageError."""
     shown = f"{place}: root.path {path!r}"
     if path.startswith("/"):
         try:
@@ -275,7 +277,7 @@ def open_root(bundle: Beneath, place: Path, path: str) -> Beneath:
 
 
 def _fetch(files: ImageFiles, layer: Layer, target: Path, budget: Budget) -> None:
-    """Write a layer's contents to a file of its own, checked."""
+    """Write a layer's contents to its own file, verified."""
     with files.open(layer.name) as source:
         if layer.digest and layer.name:
             check(sha256_of(source), layer.digest, layer.name)

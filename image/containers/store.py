@@ -1,4 +1,4 @@
-"""The images that were packed before, by name: what `images` lists, `run NAME` takes and `rmi` removes.
+"""The stored images, by name: `images` lists them, `run NAME` uses them, `rmi` removes them.
 
 <cache>/containers/<id>/disk image.json     a packed image, and what it runs
 <cache>/names/<name, quoted>                the id of the image that has this name now
@@ -25,10 +25,10 @@ from caisson.image.errors import ImageError
 STEP = "containers"
 NAMES = "names"
 
-#: A name as registries have it: HOST/PATH:TAG@DIGEST, in lower case but for the tag.
+#: A registry name: HOST/PATH:TAG@DIGEST, in lower case except for the tag.
 NAME = re.compile(r"[a-z0-9][a-z0-9._/:-]{0,254}(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[0-9a-f]{64})?")
 
-#: Digits of an id that are enough to mean it.
+#: Minimum digits to identify an image by id.
 MIN_ID = 6
 
 
@@ -45,41 +45,41 @@ class Stored:
 
 
 def describe(target: Path, config: Config) -> None:
-    """Write what an image runs beside its disk."""
+    """Write an image's configuration beside its disk."""
     (target / "image.json").write_text(json.dumps(asdict(config)))
 
 
 def qualified(name: str) -> str:
-    """Return a name with its tag, which is "latest" where it has none."""
+    """Return a name with its tag, "latest" by default."""
     return name if ":" in name.rpartition("/")[2] or "@" in name else f"{name}:latest"
 
 
 def _file_name(name: str) -> str:
-    """Return the name of the file that a name of an image is kept in: of any bytes, and none that is hidden."""
+    """Return the file name for an image's name, which may contain any bytes; never a hidden one."""
     quoted = quote(os.fsencode(name), safe="")
     return f"%2E{quoted[1:]}" if quoted.startswith(".") else quoted
 
 
 def remember(cache: Cache, key: str, names: Iterable[str]) -> None:
-    """Let names mean an image."""
+    """Point names to an image."""
     place = cache.root / NAMES
     place.mkdir(parents=True, exist_ok=True)
     for name in names:
         new = place / f".{os.getpid()}"
         new.write_text(key)
-        with contextlib.suppress(OSError):  # a name that no file can have
+        with contextlib.suppress(OSError):  # not a possible file name
             new.rename(place / _file_name(name))
         new.unlink(missing_ok=True)
 
 
 def images(cache: Cache) -> list[Stored]:
-    """Return the stored images, those used last first."""
+    """Return the stored images, most recently used first."""
     names: dict[str, list[str]] = {}
     for file in sorted((cache.root / NAMES).glob("[!.]*")):
         names.setdefault(file.read_text(), []).append(os.fsdecode(unquote_to_bytes(file.name)))
     found = []
     for place in (cache.root / STEP).glob("[!.]*/"):
-        with contextlib.suppress(OSError, ValueError, TypeError):  # removed meanwhile, or of an older version
+        with contextlib.suppress(OSError, ValueError, TypeError):  # removed meanwhile, or from an older version
             config = json.loads((place / "image.json").read_text())
             config = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
             Config(**config)
@@ -90,7 +90,7 @@ def images(cache: Cache) -> list[Stored]:
 
 
 def find(cache: Cache, name: str) -> Stored | None:
-    """Return the image of a name, with or without its tag, or of an id's first digits."""
+    """Find an image by name, with or without tag, or by the first digits of its id."""
     stored = images(cache)
     wanted = qualified(name)
     found = next((one for one in stored if wanted in one.names), None)
@@ -98,12 +98,12 @@ def find(cache: Cache, name: str) -> Stored | None:
         matching = [one for one in stored if one.id.startswith(name)]
         found = matching[0] if len(matching) == 1 else None
     if found is not None:
-        cache.get(STEP, found.id)  # it was used
+        cache.get(STEP, found.id)  # mark it as used
     return found
 
 
 def remove(cache: Cache, name: str) -> int:
-    """Remove an image's name, and the image with its last one; returns the bytes freed.  Raises ImageError.
+    """Remove an image's name, and with the last name the image; returns the bytes freed.  Raises ImageError.
 
     VMs that have its disk plugged in keep it.
     """
@@ -118,7 +118,7 @@ def remove(cache: Cache, name: str) -> int:
 
 
 def prune(cache: Cache, *, older: float = 0.0) -> list[Stored]:
-    """Remove the images that were not used for ``older`` seconds; returns them."""
+    """Remove the images that have not been used for ``older`` seconds; returns them."""
     gone = [one for one in images(cache) if time.time() - one.used >= older]
     for one in gone:
         for name in one.names:
@@ -131,7 +131,7 @@ def _removed(cache: Cache, stored: Stored) -> int:
     place = stored.disk.parent
     freed = size_of(place)
     gone = place.with_name(f".making-{place.name}")
-    place.rename(gone)  # out of sight first: a result is whole, or not there
+    place.rename(gone)  # rename it first: a result is complete or absent
     shutil.rmtree(gone, ignore_errors=True)
     del cache
     return freed

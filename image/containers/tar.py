@@ -1,8 +1,8 @@
-"""Read a tar archive that somebody else made, one member at a time and in bounded memory.
+"""Read an untrusted tar archive, one member at a time and in bounded memory.
 
-All dialects that engines and tar(1) write: V7, ustar, GNU (long names, base-256 numbers, sparse), pax (sparse 0.0, 0.1
-and 1.0), star's and libarchive's extended attributes.  Python's own tarfile takes a damaged header for the end, wraps
-large owners, and holds headers of any size in memory.
+Supports all dialects that engines and tar(1) write: V7, ustar, GNU (long names, base-256 numbers, sparse), pax (sparse
+0.0, 0.1 and 1.0), star's and libarchive's extended attributes.  Python's own tarfile treats a damaged header as the
+end, wraps large owner ids, and keeps headers of any size in memory.
 
 Sources: tar(5) of libarchive, POSIX pax, GNU tar manual, appendix "Tar Internals".
 """
@@ -23,21 +23,21 @@ from caisson.image.formats.tree import Extent, Malformed, text
 
 BLOCK = 512
 
-#: Bytes of one pax header or long name, and of all global ones.
+#: Maximum bytes of one pax header or long name, and of all global ones.
 MAX_HEADER = 1 << 20
 
-#: Headers for one member, records of a pax header and of all global ones, and runs of data of a sparse member.
+#: Maximum headers of one member, records of a pax header and of all global ones, and data runs of a sparse member.
 MAX_HEADERS = 32
 MAX_RECORDS = 1 << 15
 MAX_EXTENTS = 65_536
 
-#: Ids that stat(2) can give; the last one of 32 bits means "none".
+#: The range of ids that stat(2) can return; the largest 32-bit number means "none".
 MAX_ID = (1 << 32) - 2
 
-#: Seconds since or before 1970: more than any file system holds, and less than a database's integer.
+#: Range of times in seconds: more than any file system supports, and within the database's integers.
 MAX_TIME = (1 << 62) - 1
 
-#: Bytes of a symbolic link's target (limits.h, PATH_MAX, without its NUL).
+#: Maximum bytes of a symbolic link's target (limits.h, PATH_MAX, without its NUL).
 MAX_TARGET = 4095
 
 #: Device numbers as the kernel's 32-bit dev_t has them.
@@ -52,18 +52,18 @@ KINDS = {
 #: GNU's volume labels and the like: not files.
 IGNORED = (b"V", b"M", b"N")
 
-#: Access control lists in words (star, GNU tar), and other attributes that are no xattrs.
+#: Textual access control lists (star, GNU tar), and other attributes that are not xattrs.
 ACLS = {b"SCHILY.acl.access": "access ACL", b"SCHILY.acl.default": "default ACL", b"SCHILY.acl.ace": "NFSv4 ACL"}
 FLAGS = b"SCHILY.fflags"
 
 
-#: Makes the error of an archive that is damaged in this way.
+#: Creates the error for this kind of damage.
 Damaged = Callable[[str], Malformed]
 
 
 @dataclass
 class Member:
-    """A member; ``kind`` is the type of stat(2), or HARD_LINK.  ``data`` is where its contents begin in the archive.
+    """A member; ``kind`` is the type of stat(2), or HARD_LINK.  ``data`` is the offset of its contents in the archive.
 
     ``dropped`` names attributes that this reader cannot pass on.
     """
@@ -84,10 +84,10 @@ class Member:
 
 
 def members(stream: IO[bytes], shown: str, max_file: int) -> Iterator[Member]:
-    """Yield the members of a seekable archive, from its beginning.
+    """Yield the members of a seekable archive, from the start.
 
-    An archive may be empty, and end without its two blocks of zeros.  Raises Malformed for what is damaged, a file of
-    more than ``max_file`` bytes, and ids that are out of range.
+    An archive may be empty, and lack its two final blocks of zeros.  Raises Malformed for damage, a file of more than
+    ``max_file`` bytes, and out-of-range ids.
     """
     reader = _Reader(stream, shown, max_file)
     while (member := reader.next()) is not None:
@@ -142,7 +142,7 @@ class _Reader:
         return data
 
     def _skip(self, size: int) -> None:
-        """Go behind contents and their padding, which the last member may lack."""
+        """Skip contents and their padding, which the last member may lack."""
         if size < 0 or self._at + size > self._end:
             raise self._damaged("ends in the middle")
         self._at = min(self._at + size + -size % BLOCK, self._end)
@@ -209,7 +209,7 @@ class _Reader:
                 most = f"a file may have {self._max_file} (--max-size raises it)"
                 raise Malformed(f"{text(name)}: {member.size} bytes; {most}")
             if kind == b"S":
-                begin = member.data  # the rest of its map comes before, and does not count
+                begin = member.data  # the rest of its map comes first, and does not count
             if runs is not None:
                 member.extents = _extents(member, runs, begin + stored - member.data)
             self._at = begin
@@ -217,14 +217,14 @@ class _Reader:
         else:
             member.size = 0
             if kind == b"D":
-                self._skip(stored)  # the names in it, of an incremental backup
+                self._skip(stored)  # a list of names, from an incremental backup
         _attributes(member, pax)
         return member
 
     def _sparse(
         self, member: Member, header: bytes, pax: dict[bytes, bytes], records: list[tuple[bytes, bytes]]
     ) -> list[int] | None:
-        """Set the size of a sparse file, and where its data begins; returns its map: (start, length) of each run."""
+        """Set the size of a sparse file, and the offset of its data; returns its map: (start, length) of each run."""
         if header[156:157] == b"S":
             runs, member.size = self._old_map(header)
             member.data = self._at
@@ -244,7 +244,7 @@ class _Reader:
         return runs
 
     def _old_map(self, header: bytes) -> tuple[list[int], int]:
-        """Read GNU's old map: four runs in the header, 21 in each block that follows."""
+        """Read GNU's old map: four runs in the header, 21 in each following block."""
         runs: list[int] = []
         block, begin, count, more = header, 386, 4, header[482]
         while True:
@@ -260,7 +260,7 @@ class _Reader:
 
     def _map_in_data(self, member: Member) -> list[int]:
         """Read the map of pax 1.0: lines with numbers, the first says how many runs, up to the end of a block."""
-        lines: list[bytes] = []  # the last one is not whole yet, or is padding
+        lines: list[bytes] = []  # the last one is incomplete, or padding
         rest, read, wanted = b"", 0, 1
         while len(lines) < wanted:
             if read > MAX_HEADER:

@@ -1,1 +1,1 @@
-"""The forms a root file system is packed in: initramfs, disks, partition tables, hash trees."""
+"""Formats of a packed root file system: initramfs, disks, partition tables, hash trees."""

@@ -1,4 +1,4 @@
-"""Open files below a directory that others may exchange under us: by descriptors, and through no link."""
+"""Open files below a directory that others may modify concurrently: by descriptors, without following links."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class Beneath:
-    """A directory of this machine, held by a descriptor.  Use it in a `with` block, or close it.
+    """A directory of this machine, held by a descriptor.  Use in a `with` block, or close it.
 
     Paths are relative to it, without ".."; no component of one may be a symbolic link (openat(2), O_NOFOLLOW).
     """
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
-        self._parent = b""  # the directory that was opened last: files are read directory by directory
+        self._parent = b""  # the last opened directory: files are read directory by directory
         self._opened = -1
 
     @classmethod
     def of(cls, path: Path) -> Self:
-        """Open a directory; a path that is a link is followed, it is the user's.  Raises OSError."""
+        """Open a directory; a link in the user's own path is followed.  Raises OSError."""
         return cls(os.open(path, DIRECTORY & ~os.O_NOFOLLOW))
 
     def __enter__(self) -> Self:
@@ -61,7 +61,7 @@ class Beneath:
         return type(self)(descriptor)
 
     def open(self, path: bytes) -> int:
-        """Open a file to be read; what it is the caller looks at.  Raises OSError, ImageError for ".."."""
+        """Open a file for reading; the caller checks its type.  Raises OSError, ImageError for ".."."""
         parent, _, name = path.rpartition(b"/")
         if self._opened < 0 or parent != self._parent:
             found = self.directory(parent)

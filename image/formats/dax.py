@@ -5,7 +5,7 @@
     2 MiB    MBR #2: the root partition 1 MiB further on; all that the driver shows as /dev/pmem0 starts here
     3 MiB    the root file system
 
-Pages of an uncompressed file system are then the host's own (DAX), shared by all guests of the image.
+Pages of an uncompressed file system are then the host's (DAX), shared by all guests of the image.
 
 Sources: Linux drivers/nvdimm/pfn.h (the block), pfn_devs.c nd_pfn_validate (what of it is checked), core.c (the
 checksum); the diagram in osbuilder's image_builder.sh.
@@ -48,7 +48,7 @@ _MODE_RAM = 1  # struct pages in the guest's memory, where there is room, and no
 def write_dax(target: Path, filesystem: Path, *, grain: int = GRAIN) -> None:
     """Write the image around a file system; the file is a multiple of ``grain`` bytes.
 
-    Raises ImageError when the file system is empty or not whole sectors.
+    Raises ImageError if the file system is empty or not whole sectors.
     """
     size = filesystem.stat().st_size
     if size == 0 or size % SECTOR:
@@ -68,7 +68,7 @@ def write_dax(target: Path, filesystem: Path, *, grain: int = GRAIN) -> None:
 
 
 def info_block(uuid: bytes, pages: int) -> bytes:
-    """Encode a struct nd_pfn_sb of version 1.4.  The parent is no one's: a namespace without labels has no UUID."""
+    """Encode a struct nd_pfn_sb of version 1.4.  The parent UUID is zero: a namespace without labels has none."""
     fields = _INFO.pack(
         b"NVDIMM_PFN_INFO\0", uuid, bytes(16), 0, 1, 4, DATA_OFFSET, pages, _MODE_RAM, 0, 0, GRAIN, _PAGE, 64
     )

@@ -5,11 +5,11 @@
     squashfs       zstd: the smallest, the slowest to make
     ext4           for hosts and kernels that have nothing else; can be mapped, too
 
-What is in an image follows from its members alone, and, but for ext4, from the version of the tool that packs it (see
-image/build/tools.py): not from who builds, where, when, or under which umask.
+An image depends only on its members and, except for ext4, on the version of the tool that packs it (see
+image/build/tools.py): not on who builds it, where, when, or under which umask.
 
-Device nodes are left out: the kernel mounts devtmpfs over /dev before it starts an init from a disk, and mkfs.erofs can
-only take them from a tree that root made.
+Device nodes are left out: the kernel mounts devtmpfs over /dev before it starts an init from a disk, and mkfs.erofs
+only takes them from a tree created by root.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from caisson.image.run import run
 #: All times in an image, in seconds since 1970.
 EPOCH = 0
 
-#: What a guest's root has, but for devices.
+#: The file types in a guest's root, except devices.
 KINDS = (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK)
 
-#: How hard zstd tries for a squashfs: 19 takes 2.5 times the CPU time of 15 and saves 1 %, 12 takes half and adds 6 %.
+#: zstd level for a squashfs: 19 takes 2.5 times the CPU time of 15 and saves 1 %, 12 takes half and adds 6 %.
 ZSTD_LEVEL = 15
 
 
 def write_filesystem(target: Path, tree: Tree, format: str, tools: Tools = HOST) -> None:
-    """Write an image of one of WRITERS; a file that is there already is replaced.
+    """Write an image with one of WRITERS, replacing an existing file.
 
-    Its UUID follows from the members.  While it is made, a copy of the members is beside the target.
-    Raises ImageError: for a member of another kind, a missing tool, or what that tool complains of.
+    Its UUID is derived from the members.  Meanwhile, a copy of the members is beside the target.  Raises ImageError for
+    a member of another type, a missing tool, or a failure of the tool.
     """
     identity = hashlib.sha256(format.encode())
     for path, node in members(tree):
@@ -75,7 +75,7 @@ def _stage(place: Path, tree: Tree) -> None:
                 with member.open("wb") as file:
                     file.writelines(node.contents())
                 member.chmod(stat.S_IMODE(node.mode))
-    for member, mode in reversed(directories):  # now that nothing more has to be made in them
+    for member, mode in reversed(directories):  # now that nothing more is created in them
         member.chmod(mode)
 
 
@@ -104,9 +104,9 @@ def _write_ext4(target: Path, tree: Tree, uuid: UUID, tools: Tools) -> None:
     write_ext4(target, members(tree), uuid)
 
 
-#: Who writes each of build.choices.ROOT_FORMATS.
+#: The writer of each of build.choices.ROOT_FORMATS.
 WRITERS: dict[str, Callable[[Path, Tree, UUID, Tools], None]] = {
-    # Tails of files are not put beside their inodes: only whole pages can be mapped.
+    # No tail packing beside inodes: only whole pages can be mapped.
     "erofs": partial(_write_erofs, options=["-Enoinline_data"]),
     "erofs-lz4hc": partial(_write_erofs, options=["-zlz4hc"]),
     "squashfs": _write_squashfs,

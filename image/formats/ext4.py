@@ -1,12 +1,12 @@
-"""Writing an ext4 file system that is read and never written: exact-sized, byte for byte the same everywhere.
+"""Write a read-only ext4 file system: sized exactly, byte for byte the same everywhere.
 
-mke2fs takes owners, times and order from a directory, and from an archive only since 1.47.1, which not every suite that
-images are made of has; its layout is from /etc and its version, and has room to grow.  Here all of it follows from the
-members.  What is never needed without writing is left out: journal, free blocks, backups of the superblock.
+mke2fs takes owners, times and order from a directory, and from an archive only since 1.47.1, which not every supported
+suite has; its layout depends on /etc and its version, and leaves room to grow.  Here everything is derived from the
+members.  What a read-only file system does not need is left out: journal, free blocks, backups of the superblock.
 
     block 0      superblock (at byte 1024)
     then         group descriptors, block bitmaps, inode bitmaps, inode tables of all groups (flex_bg)
-    then         contents, each in one piece, in the order of the members
+    then         contents, each contiguous, in the order of the members
 
 Source: Linux Documentation/filesystems/ext4/ (super, group_descr, inodes, ifork, directory, bitmaps).
 """
@@ -44,7 +44,7 @@ _TYPES = {stat.S_IFREG: 1, stat.S_IFDIR: 2, stat.S_IFLNK: 7}
 
 @dataclass
 class _Inode:
-    """A file's place: its number, links and first block; ``records`` are a directory's names and its contents."""
+    """A file's location: its number, links and first block; ``records`` are a directory's names, and its contents."""
 
     number: int
     node: Node
@@ -69,10 +69,10 @@ class _Inode:
 
 
 def write_ext4(target: Path, members: Iterable[tuple[bytes, Node]], uuid: UUID) -> None:
-    """Write the members, each after its directory, into a file system that has room for nothing else.
+    """Write the members, each after its directory, into a file system without free space.
 
-    All of it is root's and has the time 0.  ``uuid`` names the file system and seeds its hashes.
-    Raises ImageError for what is no file, directory or link, and for a file of more than 512 MiB.
+    Everything belongs to root and has the time 0.  ``uuid`` names the file system and seeds its hashes.  Raises
+    ImageError for anything but files, directories and links, and for a file of more than 512 MiB.
     """
     nodes = _inodes(members)
     inodes = _FIRST + len(nodes) - 2 - 1  # the last number in use; the root and lost+found have those below
@@ -100,7 +100,7 @@ def write_ext4(target: Path, members: Iterable[tuple[bytes, Node]], uuid: UUID) 
 
 
 class _Plan:
-    """Where everything is, in blocks, for a number of groups."""
+    """The layout in blocks, for a number of groups."""
 
     def __init__(self, groups: int, inodes: int, contents: int) -> None:
         self.groups = groups
@@ -221,7 +221,7 @@ def _descriptors(plan: _Plan, last: int, nodes: Sequence[_Inode]) -> bytes:
 
 
 def _write_bitmaps(stream: BinaryIO, plan: _Plan, last: int) -> None:
-    """Mark every block as in use, and those that are not there as well; so it is with inodes."""
+    """Mark every block as in use, including nonexistent ones; likewise inodes."""
     stream.seek(plan.block_bitmaps * BLOCK)
     stream.write(b"\xff" * BLOCK * plan.groups)
     for group in range(plan.groups):

@@ -1,6 +1,6 @@
-"""A raw disk with a GUID partition table: a root file system and, where there is one, its hash tree.
+"""A raw disk with a GUID partition table: a root file system and, if there is one, its hash tree.
 
-Written byte by byte: no loop device, no partitioning tool, and every GUID follows from the contents.
+Written byte by byte: no loop device, no partitioning tool, and every GUID is derived from the contents.
 
 Sources: UEFI specification 2.10, chapter 5 (GPT); the UAPI group's Discoverable Partitions Specification (types, flags,
 and which GUIDs partitions under dm-verity have).
@@ -47,7 +47,7 @@ ROOT_VERITY = {
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition that is as large as its contents; ``guid`` follows from them when none is given."""
+    """A partition as large as its contents; ``guid`` is derived from them by default."""
 
     type: UUID
     name: str
@@ -57,14 +57,14 @@ class Partition:
 
 
 def verity_guids(root_hash: bytes) -> tuple[UUID, UUID]:
-    """Return the GUIDs by which systemd finds a root partition and its hash tree: the two ends of the root hash."""
+    """Return the GUIDs by which systemd finds a root partition and its hash tree: the two halves of the root hash."""
     return UUID(bytes=root_hash[:16]), UUID(bytes=root_hash[-16:])
 
 
 def write_disk(target: Path, partitions: Sequence[Partition]) -> None:
-    """Write the disk: as large as its partitions and the two tables need.
+    """Write the disk, as large as its partitions and the two tables require.
 
-    Raises ImageError for contents that are not whole sectors, or a name that does not fit.
+    Raises ImageError for contents that are not whole sectors, or a name that is too long.
     """
     place = ALIGNMENT // SECTOR
     entries = bytearray()
@@ -115,7 +115,7 @@ def mbr(partitions: Sequence[tuple[int, int, int]], signature: int = 0) -> bytes
 
 
 def copy_to(stream: BinaryIO, offset: int, source: Path) -> None:
-    """Copy a file's contents to a place, in bytes, in a stream."""
+    """Copy a file's contents to an offset in bytes."""
     stream.seek(offset)
     with source.open("rb") as content:
         shutil.copyfileobj(content, stream, 1 << 20)

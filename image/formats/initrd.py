@@ -1,4 +1,4 @@
-"""Writing an initramfs: a cpio archive in the "newc" format, without root and without device nodes on disk.
+"""Write an initramfs: a cpio archive in the "newc" format, without root and without device nodes on disk.
 
 Source: Documentation/driver-api/early-userspace/buffer-format.rst.
 """
@@ -34,6 +34,6 @@ def _write(target: BinaryIO, path: bytes, node: Node, inode: int) -> None:
 
 
 def pack(archive: bytes, compression: str) -> bytes:
-    """Compress an archive.  Raises ImageError when the tool is missing."""
+    """Compress an archive.  Raises ImageError if the tool is missing."""
     command = COMPRESSORS[compression]
     return run(command, stdin=archive) if command else archive

@@ -1,4 +1,4 @@
-"""Read directories of this machine into file trees: as they are, or as a guest is to have them."""
+"""Read directories of this machine into file trees: unchanged, or as a guest gets them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from caisson.image.formats.tree import ROOT, Extent, Node, Tree
 
 
 def overlaid(trees: Sequence[Path], extra: Mapping[str, Node]) -> Tree:
-    """Return directories laid over each other, the last one on top, and some more files, as a guest has them.
+    """Merge directories, the last one on top, and further files, as a guest gets them.
 
-    Everything in a guest is root's, readable by all, from 1970 and not set-id: neither who builds nor their umask plays
-    a part.  Of the mode only what is runnable, and which directory is for everyone's files, is taken over.
+    Everything in a guest belongs to root, is readable by all, from 1970 and not set-id: neither the builder nor the
+    umask matters.  Of the mode, only the executable bits and a directory's sticky bit are kept.
     """
     tree = Tree()
     for top in trees:
@@ -43,7 +43,7 @@ def _as_in_a_guest(path: Path) -> Node:
 
 
 def from_directory(root: Path | Beneath) -> Tree:
-    """Return the tree of a directory of this machine, whatever is exchanged in it meanwhile.  Raises ImageError."""
+    """Return the tree of a directory of this machine, robust against concurrent changes.  Raises ImageError."""
     try:
         beneath = root if isinstance(root, Beneath) else Beneath.of(root)
     except OSError as error:
@@ -61,7 +61,7 @@ def from_directory(root: Path | Beneath) -> Tree:
 
 
 class _Scan:
-    """Reads a directory and all below it, one directory at a time and each by its own descriptor."""
+    """Read a directory and all below it, one directory at a time, each through its own descriptor."""
 
     def __init__(self, tree: Tree, beneath: Beneath) -> None:
         self._tree = tree
@@ -82,14 +82,14 @@ class _Scan:
                 ways += self._entries(directory.descriptor, place, parent)
 
     def _entries(self, descriptor: int, place: bytes, parent: int) -> list[tuple[bytes, int, tuple[int, int]]]:
-        """Add what a directory holds; return the directories among that."""
+        """Add a directory's entries; return its subdirectories."""
         found = []
         with os.scandir(descriptor) as entries:
             for entry in entries:
                 name = os.fsencode(entry.name)
                 path = place + b"/" + name if place else name
                 state = entry.stat(follow_symlinks=False)
-                if stat.S_ISSOCK(state.st_mode):  # of a running program; an image cannot hold it
+                if stat.S_ISSOCK(state.st_mode):  # of a running program; images cannot contain it
                     continue
                 identity = state.st_dev, state.st_ino
                 number = self._known.get(identity)
@@ -109,7 +109,7 @@ def _attributes(state: os.stat_result, file: int | bytes) -> Node:
 
 
 def _scanned(directory: int, name: bytes, path: bytes, state: os.stat_result) -> Node:
-    """Return a directory's entry; its contents are read later, by its path beneath the tree's directory."""
+    """Return a directory's entry; its contents are read later, by path beneath the tree's directory."""
     node = _attributes(state, b"/proc/self/fd/%d/%s" % (directory, name))
     if stat.S_ISLNK(state.st_mode):
         return replace(node, target=os.readlink(name, dir_fd=directory))
@@ -123,7 +123,7 @@ def _scanned(directory: int, name: bytes, path: bytes, state: os.stat_result) ->
 
 
 def _xattrs(file: int | bytes) -> dict[str, bytes]:
-    """Read extended attributes of an open directory, or of a path, of a link those of the link."""
+    """Read extended attributes of an open directory, or of a path without following a link."""
     follow = isinstance(file, int)
     try:
         names = os.listxattr(file, follow_symlinks=follow)
@@ -133,7 +133,7 @@ def _xattrs(file: int | bytes) -> dict[str, bytes]:
 
 
 def _extents(directory: int, name: bytes, size: int) -> tuple[Extent, ...] | None:
-    """Return where a file has data (lseek(2), SEEK_DATA)."""
+    """Return the data extents of a file (lseek(2), SEEK_DATA)."""
     found = []
     descriptor = os.open(name, FILE, dir_fd=directory)
     try:

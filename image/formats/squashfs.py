@@ -1,7 +1,8 @@
-"""Write a file tree as a read-only disk that a guest can mount, without root: by sqfstar(1), from a stream.
+"""Write a file tree as a read-only disk that a guest can mount, without root: with sqfstar(1), from a stream.
 
-Not erofs: its mkfs takes owners, attributes and devices from a tree on disk that only root could make, and an archive
-only since 1.7, which Debian 12 does not have.  Nothing is compressed: emulated guests pay for that at each read.
+Not erofs: its mkfs takes owners, attributes and devices from a tree on disk that only root could create, or from an
+archive only since 1.7, which Debian 12 does not have.  Nothing is compressed: emulated guests would pay for that at
+each read.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ TYPES = {
     stat.S_IFIFO: tarfile.FIFOTYPE,
 }
 
-#: What the fields of a header hold (tar(5)): octal digits, and bytes of a name.
+#: Capacities of header fields (tar(5)): octal digits, and bytes of a name.
 MAX_ID = 0o7777777
 MAX_SIZE = 0o77777777777
 MAX_FIELD_NAME = 99
@@ -39,23 +40,23 @@ MAX_FIELD_NAME = 99
 #: Times in a squashfs have 32 bits.
 MAX_TIME = (1 << 32) - 1
 
-#: The kinds of attributes that a squashfs holds, and those in which overlayfs says which files to show for others.
+#: The attribute namespaces that squashfs supports, and overlayfs's own attributes.
 XATTRS = ("user.", "trusted.", "security.")
 OVERLAY = ("trusted.overlay.", "user.overlay.")
 MAX_XATTR = 1 << 16
-MAX_XATTR_NAMES = 1 << 16  # of a file, with a NUL each (limits.h, XATTR_LIST_MAX)
+MAX_XATTR_NAMES = 1 << 16  # per file, with a NUL each (limits.h, XATTR_LIST_MAX)
 
-#: Takes a line about what is not kept.
+#: Receives a line about each dropped item.
 Warn = Callable[[str], None]
 
 
 def write_squashfs(
     tree: Tree, target: Path, warn: Warn = lambda line: None, count: Callable[[int], None] = lambda size: None
 ) -> None:
-    """Write a disk with all of a tree; its root directory's own attributes are not kept.
+    """Write a disk with an entire tree, except the root directory's own attributes.
 
-    ``count`` gets the bytes of data that were written.  Raises ImageError: a program that is missing or fails, or a
-    file that changes meanwhile.
+    ``count`` gets the bytes of data written.  Raises ImageError if a program is missing or fails, or a file changes
+    meanwhile.
     """
     program = which(PROGRAM)
     if program is None:
@@ -82,10 +83,9 @@ def write_squashfs(
 def write_archive(
     tree: Tree, stream: IO[bytes], warn: Warn = lambda line: None, count: Callable[[int], None] = lambda size: None
 ) -> None:
-    """Write a tree as a tar archive, in the dialect that squashfs-tools reads without loss.
+    """Write a tree as a tar archive, in the dialect that squashfs-tools reads losslessly.
 
-    Attributes are pax records; long names and holes are GNU's: of pax names it drops what a link begins with ("/",
-    "..").
+    Attributes are pax records; long names and holes are GNU's: in pax names it drops a link's leading "/" or "..".
     """
     for path, node, first in tree.walk():
         stream.write(_header(path, node, first, kept_xattrs(path, node.xattrs, warn)))
@@ -95,7 +95,7 @@ def write_archive(
 
 
 def kept_xattrs(path: bytes, xattrs: Mapping[str, bytes], warn: Warn) -> dict[str, bytes]:
-    """Return the attributes that a disk holds; ``warn`` gets the names of the others."""
+    """Return the attributes that a disk supports; ``warn`` gets the names of the others."""
     kept: dict[str, bytes] = {}
     names = 0
     for name, value in xattrs.items():
@@ -177,7 +177,7 @@ def _field(number: int) -> bytes:
 
 
 def _extra(kind: bytes, data: bytes) -> bytes:
-    """Return a header that belongs to the next one, with its data."""
+    """Return an extension header for the next one, with its data."""
     header = tarfile.TarInfo("././@LongLink")
     header.type, header.size = kind, len(data)
     return header.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)

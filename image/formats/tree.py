@@ -1,8 +1,8 @@
 """The file tree of an image: merged from layers, directories and generated files, read by every format's writer.
 
-Names and attributes are kept in a temporary database that SQLite spills to disk, contents where they are already: a
-tree of a million names needs no more memory than one of ten.  Names are bytes, as on disk; nothing in a tree is ever a
-path of this machine, and links are resolved inside it.
+Names and attributes are kept in a temporary database that SQLite spills to disk, contents stay where they are: a tree
+of a million names needs no more memory than one of ten.  Names are bytes, as on disk; names in a tree are never used as
+paths on this machine, and links are resolved inside it.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from caisson.image.formats.beneath import FILE, Beneath
 #: The inode number of the root directory.
 ROOT = 1
 
-#: Symbolic links that are followed on the way to a name (path_resolution(7)).
+#: Maximum symbolic links followed to a name (path_resolution(7)).
 MAX_LINKS = 40
 
-#: Directories that a path may go through.
+#: Maximum directories in a path.
 MAX_DEPTH = 10_000
 
-#: Bytes of a name (limits.h, NAME_MAX).
+#: Maximum bytes of a name (limits.h, NAME_MAX).
 MAX_NAME = 255
 
 #: Bytes of cached directory paths.
@@ -46,12 +46,14 @@ COLUMNS = "mode, uid, gid, mtime, target, major, minor, size, file, offset, exte
 
 
 class Malformed(ImageError):
-    """An image that is damaged, contradicts itself, or leaves its root."""
+    """An image that is damaged, contradicts itself, or escapes its root."""
 
 
 @dataclass(frozen=True)
 class Extent:
-    """A run of data in a sparse file: ``start`` in the file, ``length`` bytes, ``stored`` where they are read from."""
+    """A run of data in a sparse file: ``start`` in the file, ``length`` bytes, ``stored`` the offset to read them
+    from.
+    """
 
     start: int
     length: int
@@ -63,7 +65,7 @@ class Node:
     """A file of a tree; ``mode`` is stat(2)'s, with the type.
 
     The contents of a regular file are ``size`` bytes: ``data``, or those of ``file`` on this machine from ``offset``
-    on, a path beneath ``within`` where that is given.  Of a sparse one only the ``extents`` are there, in order.
+    on, a path beneath ``within`` where that is given.  Of a sparse one only the ``extents`` are stored, in order.
     """
 
     mode: int
@@ -82,7 +84,7 @@ class Node:
 
     @classmethod
     def of(cls, mode: int, data: bytes = b"", device: tuple[int, int] = (0, 0)) -> Node:
-        """Return root's file of these contents; those of a link are its target."""
+        """Return a file owned by root with these contents; a link's are its target."""
         if stat.S_ISLNK(mode):
             return cls(mode, target=data)
         return cls(mode, size=len(data), data=data, device=device)
@@ -96,7 +98,7 @@ class Node:
         return stat.S_ISREG(self.mode)
 
     def contents(self) -> Iterator[bytes]:
-        """Yield the contents in pieces; of a sparse file those of its extents.  Raises OSError, ImageError."""
+        """Yield the contents in pieces; for a sparse file those of its extents.  Raises OSError, ImageError."""
         if self.data is not None:
             yield self.data
             return
@@ -127,22 +129,21 @@ class Node:
 
 
 def directory(mode: int = 0o755) -> Node:
-    """Return a directory of root's."""
+    """Return a directory owned by root."""
     return Node(stat.S_IFDIR | mode)
 
 
 def text(path: bytes) -> str:
-    """Return an absolute path for a message: printable, and not longer than one line."""
+    """Return an absolute path for a message: printable, on one line."""
     shown = path.decode(errors="backslashreplace")
     shown = "".join(one if one.isprintable() else f"\\x{ord(one):02x}" for one in shown[:2000])
     return "/" + (shown if len(shown) <= 120 else f"{shown[:60]}…{shown[-50:]}")
 
 
 class Tree:
-    """A root directory and all below it.  Use it in a `with` block, or close it.
+    """A root directory and all below it.  Use in a `with` block, or close it.
 
-    ``within`` is the directory of this machine that its files' contents are in, which it closes; None for contents at
-    absolute paths.
+    ``within`` is the directory with its files' contents, which it closes; None for contents at absolute paths.
     """
 
     def __init__(self, within: Beneath | None = None) -> None:
@@ -171,14 +172,14 @@ class Tree:
     # Inodes
 
     def add(self, node: Node) -> int:
-        """Add a file that has no name yet; returns its number."""
+        """Add a file without a name; returns its number."""
         number = self._db.execute(f"INSERT INTO inode ({COLUMNS}) VALUES ({','.join('?' * 12)})", _row(node)).lastrowid
         assert number is not None
         self._set_xattrs(number, node)
         return number
 
     def change(self, number: int, node: Node) -> None:
-        """Give an inode other attributes."""
+        """Change an inode's attributes."""
         values = ", ".join(f"{column.strip()} = ?" for column in COLUMNS.split(","))
         self._db.execute(f"UPDATE inode SET {values} WHERE number = ?", (*_row(node), number))
         self._db.execute("DELETE FROM xattr WHERE inode = ?", (number,))
@@ -203,16 +204,16 @@ class Tree:
         return row and int(row[0])
 
     def link(self, parent: int, name: bytes, number: int) -> None:
-        """Give an inode a name, in place of what has it."""
+        """Give an inode a name, replacing an existing entry."""
         self._forget(parent, name)
         self._db.execute("INSERT OR REPLACE INTO entry VALUES (?, ?, ?)", (parent, name, number))
 
     def share(self, number: int) -> None:
-        """Note that an inode has several names."""
+        """Record that an inode has several names."""
         self._db.execute("UPDATE inode SET shared = 1 WHERE number = ?", (number,))
 
     def unlink(self, parent: int, name: bytes) -> None:
-        """Remove a name, and with a directory's all below it."""
+        """Remove a name, and everything below a directory."""
         self._forget(parent, name)
         self._db.execute("DELETE FROM entry WHERE parent = ? AND name = ?", (parent, name))
 
@@ -232,9 +233,9 @@ class Tree:
     # Paths
 
     def put(self, path: bytes, node: Node) -> int:
-        """Put a file at a path, in place of what is there; a directory keeps its entries.  Returns its number.
+        """Put a file at a path, replacing what is there; a directory keeps its entries.  Returns its number.
 
-        Directories on the way are made.  Raises Malformed.
+        Missing parents are created.  Raises Malformed.
         """
         *above, name = split(path) or [b""]
         if not name:
@@ -252,17 +253,17 @@ class Tree:
         return number
 
     def make_directory(self, parts: list[bytes]) -> int:
-        """Return the directory at a path; what is missing on the way is made, and what is no directory replaced."""
+        """Return the directory at a path; missing components are created, and non-directories replaced."""
         found = self._walk(parts, make=True)
         assert found is not None
         return found
 
     def find_directory(self, parts: list[bytes]) -> int | None:
-        """Return the directory at a path, if there is one."""
+        """Return the directory at a path, if it exists."""
         return self._walk(parts, make=False)
 
     def find(self, path: bytes) -> tuple[int, Node] | None:
-        """Return the file at a path; a link at its end is not followed."""
+        """Return the file at a path, without following a final link."""
         *above, name = split(path) or [b""]
         if not name:
             return ROOT, self.node(ROOT)
@@ -271,7 +272,7 @@ class Tree:
         return None if number is None else (number, self.node(number))
 
     def ensure_directory(self, path: bytes) -> None:
-        """Make a directory, following a link at its end.  Raises Malformed when it is something else."""
+        """Create a directory, following a final link.  Raises Malformed if it is something else."""
         parts = split(path)
         for end in range(1, len(parts) + 1):
             above = b"/".join(parts[:end])
@@ -290,7 +291,7 @@ class Tree:
         while rest:
             name = rest.pop()
             if name == b"..":
-                del way[max(1, len(way) - 1) :]  # above the root there is the root
+                del way[max(1, len(way) - 1) :]  # the root's parent is the root
                 continue
             number = self.child(way[-1], name)
             mode, target = (stat.S_IFDIR, b"") if number is None else self._mode(number)
@@ -320,7 +321,7 @@ class Tree:
     def walk(self) -> Iterator[tuple[bytes, Node, bytes | None]]:
         """Yield (path, file, path of its first name) in order, a directory before its entries.
 
-        The last is None but for a file with several names that has come under another one before.
+        The last is None except for a file already yielded under another name.
         """
         self._db.execute("UPDATE inode SET first = NULL WHERE shared")
         following = "SELECT name, inode FROM entry WHERE parent = ? AND name > ? ORDER BY name LIMIT 1"
@@ -358,7 +359,7 @@ class Tree:
 def split(path: bytes) -> list[bytes]:
     """Return the components of a path, with "." and ".." resolved lexically.
 
-    Raises Malformed for one that leaves the root, or holds a name that no file can have.
+    Raises Malformed for one that escapes the root, or contains an invalid name.
     """
     parts: list[bytes] = []
     for part in path.split(b"/"):

@@ -1,7 +1,7 @@
 """dm-verity: a hash tree over a file-system image, and the kernel command line that opens it without an initrd.
 
 The tree is the one of `veritysetup format --no-superblock`: version 1, sha256, 4096-byte blocks, the top level first.
-It is computed here, in one pass over the file: without root, without loop devices, and always with the same bytes.
+It is computed here, in one pass over the file: without root or loop devices, and reproducibly.
 
 Sources: Documentation/admin-guide/device-mapper/{verity,dm-init}.rst, cryptsetup's wiki page "DMVerity".
 """
@@ -20,8 +20,8 @@ BLOCK = 4096
 SECTOR = 512
 DIGEST = hashlib.sha256().digest_size
 
-#: What the kernel does about a block that is not what was hashed: "fail" the read, so that a root file system cannot
-#: be mounted or its programs not be run; or end the machine at once ("panic" needs Linux 5.9).
+#: The kernel's reaction to a corrupted block: "fail" the read, so that the root cannot be mounted or a program not run;
+#: or stop the machine at once ("panic" needs Linux 5.9).
 OnCorruption = Literal["fail", "restart", "panic"]
 _OPTIONS: dict[OnCorruption, str] = {
     "fail": "",
@@ -40,7 +40,7 @@ class HashTree:
     stored: bytes
 
     def record(self) -> dict[str, str | int]:
-        """Return what image.json says of it; the tree itself starts at ``hash_offset`` bytes when it was appended."""
+        """Return its entry in image.json; an appended tree starts at ``hash_offset`` bytes."""
         return {
             "hash": "sha256",
             "root_hash": self.root_hash.hex(),
@@ -53,9 +53,9 @@ class HashTree:
     def command_line(
         self, data: str = "/dev/vda", hashes: str | None = None, *, on_corruption: OnCorruption = "fail"
     ) -> str:
-        """Return the kernel parameters that make /dev/dm-0 of the device ``data`` and mount it as the root.
+        """Return the kernel parameters that set up /dev/dm-0 on the device ``data`` and mount it as the root.
 
-        The tree is on the device ``hashes``, from its start; without one it follows the data on the same device.
+        The tree is on the device ``hashes``, from its start; by default it follows the data on the same device.
         """
         start = self.blocks if hashes is None else 0
         table = (
@@ -66,9 +66,9 @@ class HashTree:
 
 
 def hash_tree(image: Path) -> HashTree:
-    """Compute the tree over a file.  The salt is the file's own digest: fixed for its bytes, other for any other file.
+    """Compute the tree over a file.  The salt is the file's own digest: reproducible, and different for any other file.
 
-    Raises ImageError when the file is empty or not a whole number of blocks.
+    Raises ImageError if the file is empty or not a whole number of blocks.
     """
     size = image.stat().st_size
     if size == 0 or size % BLOCK:
@@ -85,7 +85,7 @@ def hash_tree(image: Path) -> HashTree:
 
 
 def append(image: Path) -> HashTree:
-    """Put a file's tree behind its data."""
+    """Append a file's tree to its data."""
     tree = hash_tree(image)
     with image.open("ab") as stream:
         stream.write(tree.stored)
