@@ -1,7 +1,7 @@
 /*
- * console.c: the terminal of a process, and /dev/null as its stdio.  Both come from the container's /dev, which is the
- * image's or a bind mount: each node is verified to be the expected device before it is opened (CVE-2025-31133,
- * -52565).
+ * console.c: set up the terminal of a process, and /dev/null as its stdio.  Both come from the container's /dev, which
+ * is the image's or a bind mount: each node is verified to be the expected device before it is opened (CVE-2025-31133,
+ * CVE-2025-52565).
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -30,7 +30,7 @@ static int open_ptmx(int root)
 		fail_errno("console", "/dev/pts", NULL);
 	if (fstatfs(dir, &fs) < 0 || fs.f_type != MAGIC_DEVPTS)
 		fail(ENODEV, "console", "/dev/pts", "is not a devpts filesystem");
-	/* In devpts only the kernel creates nodes; RESOLVE_NO_XDEV excludes a mount on top of one. */
+	/* Only the kernel creates nodes in devpts; RESOLVE_NO_XDEV rules out a mount on top of one. */
 	master = sys_openat2(dir, "ptmx", O_RDWR | O_NOCTTY | O_NOFOLLOW | O_CLOEXEC, 0,
 			     RESOLVE_BENEATH | RESOLVE_NO_XDEV | RESOLVE_NO_SYMLINKS);
 	if (master < 0)
@@ -80,7 +80,7 @@ void open_console(int root, const struct console_step *console, int socket)
 	master = open_ptmx(root);
 	if (ioctl(master, TIOCSPTLCK, &unlock) < 0)
 		fail_errno("console", "/dev/pts/ptmx", NULL);
-	/* The other end, without a lookup of its name. */
+	/* Open the peer without looking up its name. */
 	peer = ioctl(master, TIOCGPTPEER, O_RDWR | O_NOCTTY | O_CLOEXEC);
 	if (peer < 0)
 		fail_errno("console", "terminal", NULL);
@@ -96,14 +96,14 @@ void open_console(int root, const struct console_step *console, int socket)
 	close(peer);
 }
 
-/* Make stdin the controlling terminal of the session that this process leads. */
+/* Make stdin the controlling terminal of this process's session, of which it is the leader. */
 void set_controlling_terminal(void)
 {
 	if (ioctl(0, TIOCSCTTY, 0) < 0)
 		fail_errno("console", "terminal", NULL);
 }
 
-/* Replace the host's /dev/null by the container's: whoever holds the inode can change its owner and mode. */
+/* Replace the host's /dev/null with the container's: whoever has the inode open can change its owner and mode. */
 void replace_null_stdio(int root)
 {
 	int node = -1, null;

@@ -1,8 +1,9 @@
 /*
- * copyup.c: fill a tmpfs with the content of the directory that it will cover (mount option tmpcopyup).
+ * copyup.c: fill a tmpfs with the contents of the directory it will cover (mount option tmpcopyup).
  *
- * By descriptors only, and without following symbolic links.  Owners, modes, times and device numbers are kept; hard
- * links become separate files, extended attributes are not copied.  The size of the tmpfs is the limit.
+ * Files are opened relative to descriptors only, without following symbolic links.  Owners, modes, times and device
+ * numbers are preserved; hard links become separate files, extended attributes are not copied.  The limit is the size
+ * of the tmpfs.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -15,7 +16,7 @@
 
 #include "nsexec.h"
 
-#define DEPTH_MAX 64 /* nested directories; each takes a buffer and two descriptors */
+#define DEPTH_MAX 64 /* nested directories; each needs a buffer and two descriptors */
 
 struct linux_dirent {
 	uint64_t inode;
@@ -29,7 +30,7 @@ static void copy_metadata(int fd, const char *name, const struct stat *st)
 {
 	const struct timespec times[2] = {st->st_atim, st->st_mtim};
 
-	/* First the owner, then the mode: chown clears setuid bits. */
+	/* Owner first, then mode: chown clears setuid bits. */
 	if (fchown(fd, st->st_uid, st->st_gid) < 0 || fchmod(fd, st->st_mode & 07777u) < 0 || futimens(fd, times) < 0)
 		fail_errno("tmpcopyup", name, NULL);
 }
@@ -127,7 +128,7 @@ static void copy_directory(int from, int to, const char *name, unsigned depth)
 		fail_errno("tmpcopyup", name, NULL);
 }
 
-/* `covered` is the directory in the image, `mount` the new file system, not mounted yet. */
+/* Copy `covered`, the directory in the image, into `mount`, the new file system, which is not attached yet. */
 void copy_up(int covered, int mount, const char *path)
 {
 	int from = openat(covered, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);

@@ -10,7 +10,7 @@
 
 static enum fault_point wanted = FAULT_COUNT;
 
-/* To be called before the environment is replaced. */
+/* Must be called before the environment is replaced. */
 void faults_from_environment(void)
 {
 #define POINT(name) #name,
@@ -28,7 +28,7 @@ static void interrupt(int number)
 	(void)number;
 }
 
-/* Stand still until the runtime dies: then go on, as a stage that was not stopped does. */
+/* Pause until the runtime dies; then continue, as a stage that was never stopped would. */
 void fault(enum fault_point here)
 {
 	if (here != wanted)

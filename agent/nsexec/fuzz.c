@@ -1,6 +1,6 @@
 /*
- * fuzz.c: the parser of bootstrap and plan under libFuzzer, AddressSanitizer and UBSan (`make fuzz`), and, with
- * -DSTANDALONE, under a mutator of its own for machines that have only gcc (`make fuzz-gcc`).  No plan is executed.
+ * fuzz.c: fuzz the parser of bootstrap and plan with libFuzzer, AddressSanitizer and UBSan (`make fuzz`), or, with
+ * -DSTANDALONE, with a built-in mutator for machines that have only gcc (`make fuzz-gcc`).  No plan is executed.
  *
  * Input: one byte (1: an exec's plan), then the three messages as on the init pipe.
  */
@@ -15,14 +15,14 @@
 static jmp_buf rejected;
 static long accepted;
 
-/* Instead of report.c's: to reject an input is a good outcome. */
+/* Replaces report.c's fail(): rejecting an input is a good outcome. */
 NORETURN void fail(int error, const char *step, const char *path, const char *format, ...)
 {
 	(void)step, (void)path, (void)error, (void)format;
 	longjmp(rejected, 1);
 }
 
-/* Decode again what rootfs.c decodes when it executes the plan. */
+/* Decode again all steps that rootfs.c decodes when it executes the plan. */
 static void walk(const struct plan *plan)
 {
 	struct cursor steps = plan->steps;

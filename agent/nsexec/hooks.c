@@ -1,9 +1,10 @@
 /*
- * hooks.c: hooks that run in the container's namespaces: createContainer, a program of the host before pivot_root, and
- * startContainer, a program of the container right before its own (OCI config.md, "POSIX-platform Hooks").
+ * hooks.c: run hooks in the container's namespaces: createContainer, a host program, before pivot_root, and
+ * startContainer, a program in the container, right before the container's process (OCI config.md, "POSIX-platform
+ * Hooks").
  *
- * A hook runs in a session of its own, reads the container's state from stdin, and must exit with status 0 before its
- * timeout, at which its process group is killed.  The end of its output becomes part of the error.  prestart and
+ * A hook runs in its own session, reads the container's state from stdin, and must exit with status 0 before its
+ * timeout, when its process group is killed.  The tail of its output becomes part of the error.  prestart and
  * createRuntime hooks are run by the runtime, while nsexec waits.
  */
 #define _GNU_SOURCE
@@ -21,19 +22,19 @@
 
 #include "nsexec.h"
 
-#define OUTPUT_MAX 800u /* bytes of output in an error */
+#define OUTPUT_MAX 800u /* bytes of output quoted in an error */
 
 struct hook_run {
 	const struct context *ctx;
 	bool creating;	/* createContainer, not startContainer */
 	char point[40]; /* the hook's name and number, for errors */
 	const struct hook_step *hook;
-	int cwd; /* descriptor of its working directory, -1 to inherit it */
+	int cwd; /* its working directory, -1 to inherit it */
 	char output[OUTPUT_MAX + 1];
 	size_t kept;
 };
 
-/* Complete the state that the runtime has begun: JSON, with the members that only this process knows. */
+/* Complete the runtime's JSON state with the members that only this process knows. */
 static const char *finish_state(const char *head, const char *status, size_t *size)
 {
 	static char state[1 << 16];
@@ -72,12 +73,12 @@ NORETURN static void exec_hook(const struct hook_run *run, int parent, int input
 		close_all_but(3, &run->ctx->fds.sync, 1);
 	else if (plan->filter != NULL && !run->ctx->filtered)
 		load_filter(plan);
-	/* As by runc, a startContainer hook without an environment gets that of the container's process. */
+	/* As in runc, a startContainer hook without an environment gets that of the container's process. */
 	execve(hook->path, vectors, run->creating || hook->envc > 0 ? vectors + hook->argc + 1 : plan->envp);
 	fail_errno(run->point, hook->path, NULL);
 }
 
-/* Read at most what a pipe holds (pipe(7)), so that a hook that never stops writing cannot block; keep the end. */
+/* Read at most a pipe's capacity (pipe(7)), so that a hook that never stops writing cannot block us; keep the tail. */
 static void drain(struct hook_run *run, int fd)
 {
 	static char chunk[1 << 16];
@@ -95,7 +96,7 @@ static void drain(struct hook_run *run, int fd)
 
 NORETURN static void fail_hook(struct hook_run *run, const char *format, ...) PRINTF(2, 3);
 
-/* Fail with a reason and the end of the hook's output. */
+/* Fail with a reason and the tail of the hook's output. */
 NORETURN static void fail_hook(struct hook_run *run, const char *format, ...)
 {
 	char why[128];
@@ -121,7 +122,7 @@ static long long now_ms(void)
 	return now.tv_sec * 1000ll + now.tv_nsec / 1000000;
 }
 
-/* Write the state, read the output, until it exits (true) or its timeout is over (false). */
+/* Write the state and read the output until the hook exits (true) or times out (false). */
 static bool wait_hook(struct hook_run *run, int pidfd, int input, int output, const char *state, size_t size)
 {
 	long long deadline = now_ms() + run->hook->timeout * 1000ll;
@@ -142,7 +143,7 @@ static bool wait_hook(struct hook_run *run, int pidfd, int input, int output, co
 		if (polled[1].revents != 0) {
 			drain(run, output);
 			if ((polled[1].revents & POLLIN) == 0)
-				output = -1; /* closed by all writers; poll(2) ignores it */
+				output = -1; /* closed by all writers; poll(2) ignores -1 */
 		}
 		if (polled[2].revents != 0) {
 			ssize_t taken = write(input, state, size);
@@ -170,7 +171,7 @@ static void run_hook(struct hook_run *run, const char *state, size_t size)
 	if (pipe2(input, O_CLOEXEC) < 0 || pipe2(output, O_CLOEXEC) < 0 || fcntl(input[1], F_SETFL, O_NONBLOCK) < 0 ||
 	    fcntl(output[0], F_SETFL, O_NONBLOCK) < 0)
 		fail_errno(run->point, run->hook->path, "pipe");
-	/* clone, not clone3, which most filters deny. */
+	/* clone, because most filters deny clone3. */
 	pid = (int)syscall(SYS_clone, (unsigned long)(CLONE3_PIDFD | SIGCHLD), NULL, &pidfd, NULL, NULL);
 	if (pid < 0)
 		fail_errno(run->point, run->hook->path, "clone");
@@ -180,7 +181,7 @@ static void run_hook(struct hook_run *run, const char *state, size_t size)
 	close(output[1]);
 	ended = wait_hook(run, pidfd, input[1], output[0], state, size);
 	if (!ended) {
-		kill(-pid, SIGKILL); /* its group; if it has not called setsid yet, only itself */
+		kill(-pid, SIGKILL); /* its process group, unless it has not called setsid yet */
 		kill(pid, SIGKILL);
 	}
 	while (waitpid(pid, &status, 0) < 0)
@@ -213,7 +214,7 @@ void run_hooks(const struct context *ctx, uint16_t type, int cwd)
 			continue;
 		if (state == NULL) {
 			state = finish_state(ctx->plan.hook_state, creating ? "creating" : "created", &size);
-			signal(SIGPIPE, SIG_IGN); /* a hook need not read it */
+			signal(SIGPIPE, SIG_IGN); /* the hook may not read it */
 		}
 		decode_hook(&a, &hook);
 		snprintf(run.point, sizeof(run.point), "%s hook #%d", creating ? "createContainer" : "startContainer",
@@ -226,7 +227,7 @@ void run_hooks(const struct context *ctx, uint16_t type, int cwd)
 		signal(SIGPIPE, SIG_DFL);
 }
 
-/* Let the runtime run its hooks: after the mounts, before pivot_root. */
+/* Wait while the runtime runs its hooks, after the mounts and before pivot_root. */
 void wait_for_runtime_hooks(int sync)
 {
 	report_progress(PROGRESS_HOOKS);

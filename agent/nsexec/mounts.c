@@ -1,8 +1,8 @@
 /*
- * mounts.c: single mounts, by descriptor only (fsopen, open_tree, mount_setattr, move_mount).
+ * mounts.c: execute single mounts, by descriptor only (fsopen, open_tree, mount_setattr, move_mount).
  *
- * A mount is created detached, gets its attributes, and is then attached to a target that was resolved inside the
- * container's root: no path is looked up twice, and no mount is visible before it is read-only, nosuid … as configured.
+ * A mount is created detached, gets its attributes, and is then attached to a target resolved inside the container's
+ * root: no path is looked up twice, and no mount is visible before it is read-only, nosuid, … as configured.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -22,7 +22,7 @@
 #define PROC_ROOT_INODE 1
 #define CLONE_SHARE_FILES 0x400 /* CLONE_FILES, clone(2) */
 
-/* Fail with the file system's own message about its options, if there is one (fsconfig(2)). */
+/* Fail with the file system's own error message, if there is one (fsconfig(2)). */
 NORETURN static void fail_filesystem(int fs, const char *path)
 {
 	int error = errno;
@@ -57,7 +57,7 @@ static void set_propagation(int fd, uint32_t propagation, const char *path)
 		fail_errno("propagation", path, NULL);
 }
 
-/* A detached clone of the mount at `fd`. */
+/* Return a detached clone of the mount at `fd`. */
 int clone_mount(int fd, const char *step, const char *path, bool recursive)
 {
 	int tree = sys_open_tree(fd, "",
@@ -68,7 +68,7 @@ int clone_mount(int fd, const char *step, const char *path, bool recursive)
 	return tree;
 }
 
-/* A procfs that is attached nowhere: nobody can mount over it or link into it (CVE-2025-52881). */
+/* Return a detached procfs: nobody can mount over it or place links in it (CVE-2025-52881). */
 int private_procfs(bool processes_only)
 {
 	int fs = sys_fsopen("proc"), mount;
@@ -89,8 +89,8 @@ int private_procfs(bool processes_only)
 }
 
 /*
- * Make the mount that `path` is on private, or a slave: pivot_root(2) wants that, and mounts must not propagate to its
- * peers.
+ * Make the mount that contains `path` private, or a slave: pivot_root(2) requires it, and mounts must not propagate to
+ * its peers.
  */
 static void isolate_parent_mount(const char *path, unsigned long propagation)
 {
@@ -102,14 +102,14 @@ static void isolate_parent_mount(const char *path, unsigned long propagation)
 	while (mount(NULL, at, NULL, propagation, NULL) < 0) {
 		char *slash = strrchr(at, '/');
 
-		/* EINVAL: not a mount point; go up to the one it is on. */
+		/* EINVAL: not a mount point; try the parent directory. */
 		if (errno != EINVAL || slash == NULL || strcmp(at, "/") == 0)
 			fail_errno("rootfs", path, "the mount that it is on cannot be made private");
 		slash[slash == at ? 1 : 0] = '\0';
 	}
 }
 
-/* `propagation` is for the mount below; 0 in the runtime's own mount namespace, where only the new one is changed. */
+/* `propagation` is for the parent mount; 0 in the runtime's own mount namespace, where only the new mount changes. */
 void attach_rootfs(const char *path, int *root, unsigned long propagation)
 {
 	static const struct mount_attr_args slave = {.propagation = MS_SLAVE};
@@ -164,7 +164,7 @@ static void set_option(int fs, const char *option, const char *path)
 		fail_filesystem(fs, path);
 }
 
-/* A tmpfs without a mode option gets the mode of the directory that it covers. */
+/* Give a tmpfs without a mode option the mode of the directory it covers. */
 static void inherit_mode(int fs, int root, const struct mount_step *step)
 {
 	struct stat st;
@@ -175,7 +175,7 @@ static void inherit_mode(int fs, int root, const struct mount_step *step)
 		return;
 	dir = open_in(root, step->target, O_PATH | O_DIRECTORY, 0);
 	if (dir < 0)
-		return; /* it will be created, with the default mode */
+		return; /* to be created with the default mode */
 	if (fstat(dir, &st) == 0) {
 		snprintf(mode, sizeof(mode), "%o", st.st_mode & 07777u);
 		if (sys_fsconfig(fs, FSCONFIG_SET_STRING, "mode", mode) < 0)
@@ -206,8 +206,9 @@ static int new_filesystem_here(int root, const struct mount_step *step)
 }
 
 /*
- * A procfs shows the pid namespace of whoever mounts it, and this process stays outside of the one that it has joined:
- * a child that shares its descriptors mounts it.  It holds nothing that its parent does not, and is not dumpable.
+ * Mount procfs in a child that shares this process's descriptors: procfs shows the pid namespace of its mounter, and
+ * this process itself stays outside the one it has joined.  The child holds nothing more than its parent, and is not
+ * dumpable.
  */
 static int new_filesystem_in_child(int root, const struct mount_step *step)
 {
@@ -225,7 +226,7 @@ static int new_filesystem_in_child(int root, const struct mount_step *step)
 	while (waitpid(pid, &status, __WALL) < 0)
 		if (errno != EINTR)
 			fail_errno("mount", step->target, "waitpid");
-	if (!WIFEXITED(status) || WEXITSTATUS(status) != 0) /* it has reported why */
+	if (!WIFEXITED(status) || WEXITSTATUS(status) != 0) /* it has reported the error */
 		_exit(1);
 	if (read(answer[0], &mount, sizeof(mount)) != sizeof(mount))
 		fail(EIO, "mount", step->target, NULL);
@@ -240,7 +241,7 @@ static int new_filesystem(int root, const struct mount_step *step)
 						   : new_filesystem_here(root, step);
 }
 
-/* Open or create the target: never the root itself, nor in procfs, but for files that may be mounted over there. */
+/* Open or create the target: never the root itself, nor anything in procfs except files that may be mounted over. */
 static int mount_target(int root, const struct mount_step *step, bool directory)
 {
 	struct stat root_stat, st;
@@ -264,7 +265,7 @@ static int mount_target(int root, const struct mount_step *step, bool directory)
 	if (st.st_dev == root_stat.st_dev && st.st_ino == root_stat.st_ino)
 		fail(EINVAL, "mount target", step->target, "is the container's root");
 	if (fs.f_type == MAGIC_PROC && !((step->flags & MOUNT_OVER_PROC_FILE) != 0 && S_ISREG(st.st_mode)) &&
-	    !((step->flags & MOUNT_ORDINARY_DIR) != 0 && st.st_ino == PROC_ROOT_INODE)) /* another procfs over procfs */
+	    !((step->flags & MOUNT_ORDINARY_DIR) != 0 && st.st_ino == PROC_ROOT_INODE)) /* procfs over procfs */
 		fail(EPERM, "mount target", step->target, "is inside procfs");
 	if (S_ISDIR(st.st_mode) != directory)
 		fail(directory ? ENOTDIR : EISDIR, "mount target", step->target, NULL);
@@ -273,7 +274,7 @@ static int mount_target(int root, const struct mount_step *step, bool directory)
 
 #define LOCKABLE (ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV | ATTR_NOEXEC)
 
-/* Clear attributes that are not given, but for those that a user namespace has locked (mount_namespaces(7)). */
+/* Clear attributes that are not given, except those locked by a user namespace (mount_namespaces(7)). */
 static void clear_other_attributes(int fd, const struct mount_step *step, bool locked)
 {
 	struct mount_attr_args attr = {.attr_clr = (ATTR_NOSYMFOLLOW | (locked ? 0 : LOCKABLE)) & ~step->set};
@@ -286,7 +287,7 @@ static void clear_other_attributes(int fd, const struct mount_step *step, bool l
 		fail_errno("mount", step->target, NULL);
 }
 
-/* Fail where attributes are to be cleared that the user namespace would have locked, had it opened the mount. */
+/* Fail if attributes to clear would be locked, had the mount been opened in the user namespace. */
 static void check_locked_attributes(int tree, const struct mount_step *step)
 {
 	struct statvfs fs;
@@ -305,7 +306,7 @@ static void check_locked_attributes(int tree, const struct mount_step *step)
 		fail(EPERM, "mount", step->target, NULL);
 }
 
-/* Change the mount that is there, and its file system's options, if any are given. */
+/* Change the existing mount, and its file system's options, if any are given. */
 static int remount(int root, const struct mount_step *step)
 {
 	struct cursor options = step->options;
@@ -328,7 +329,7 @@ static int remount(int root, const struct mount_step *step)
 	return fd;
 }
 
-/* Nothing but the root of a procfs may be bound over procfs. */
+/* Only the root of a procfs may be bind-mounted over procfs. */
 static void check_procfs(int tree, const struct mount_step *step)
 {
 	struct statfs fs;
@@ -341,8 +342,8 @@ static void check_procfs(int tree, const struct mount_step *step)
 }
 
 /*
- * Execute a mount step; `source` is that of a bind mount, and `locked` whether it was opened for a user namespace.
- * Returns the descriptor of the mount.
+ * Execute a mount step and return the descriptor of the mount.  `source` is that of a bind mount; `locked` says whether
+ * it was opened for a user namespace.
  */
 int do_mount(int root, const struct mount_step *step, int source, bool locked)
 {

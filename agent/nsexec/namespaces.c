@@ -1,5 +1,5 @@
 /*
- * namespaces.c: joining namespaces, and what a new user, time or network namespace needs before it can be used.
+ * namespaces.c: join namespaces, and initialise new user, time and network namespaces.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -14,7 +14,7 @@
 
 #include "nsexec.h"
 
-#define MAP_LINES_MAX 340 /* UID_GID_MAP_MAX_EXTENTS of the kernel */
+#define MAP_LINES_MAX 340 /* the kernel's UID_GID_MAP_MAX_EXTENTS */
 
 static const struct namespace_name {
 	const char *name;
@@ -32,7 +32,7 @@ static const struct namespace_name *find_name(const char *name, size_t length)
 	return NULL;
 }
 
-/* Take the next "type:path" of a list; false at its end. */
+/* Read the next "type:path" of a list; false at its end. */
 static bool next_namespace(const char **at, const struct namespace_name **name, char path[PATH_MAX])
 {
 	size_t type, length;
@@ -63,7 +63,7 @@ bool joins_by_path(const struct bootstrap *boot, uint32_t flag)
 	return false;
 }
 
-/* Open the whole list "type:path,type:path" before joining the first: the paths are of the runtime's namespaces. */
+/* Open the whole list "type:path,type:path" before joining the first: the paths are in the runtime's namespaces. */
 void open_namespaces(const struct bootstrap *boot, struct namespace_files *files)
 {
 	const struct namespace_name *name;
@@ -86,7 +86,7 @@ void open_namespaces(const struct bootstrap *boot, struct namespace_files *files
 	}
 }
 
-/* Become root of the user namespace that was entered or, where 0 is not mapped, the user of the process. */
+/* Become root in the user namespace that was entered or, if 0 is not mapped, the process's user. */
 void become_root_of_namespace(const struct plan *plan)
 {
 	uint32_t uid = 0, gid = 0;
@@ -101,7 +101,7 @@ void become_root_of_namespace(const struct plan *plan)
 		fail_errno("user namespace", "", "uid %u is not mapped", uid);
 }
 
-/* First the namespaces owned by the runtime's user namespace, then the user namespace, then those owned by that one. */
+/* Join first the namespaces owned by the runtime's user namespace, then the user namespace, then those owned by it. */
 static void join_files(const struct plan *plan, struct namespace_files *files)
 {
 	for (int pass = 0; pass < 3; pass++) {
@@ -137,7 +137,7 @@ void join_namespaces(struct context *ctx, struct namespace_files *files)
 	ctx->fds.pidfd = -1;
 }
 
-/* Write a file of /proc/PID (0: of this process).  Only for stages that still see the runtime's own procfs. */
+/* Write a file in /proc/PID (0: of this process).  Only for stages that still see the runtime's own procfs. */
 void write_proc(const char *step, int pid, const char *file, const char *text)
 {
 	char path[64];
@@ -153,7 +153,7 @@ void write_proc(const char *step, int pid, const char *file, const char *text)
 	close(fd);
 }
 
-/* Run newuidmap or newgidmap: PROGRAM PID followed by the numbers of the map. */
+/* Run newuidmap or newgidmap: PROGRAM PID, then the numbers of the map. */
 static void run_map_program(const char *program, int pid, const char *map)
 {
 	static char numbers[1u << 15], pid_text[16], *argv[3 + 3 * MAP_LINES_MAX];
@@ -184,7 +184,7 @@ static void run_map_program(const char *program, int pid, const char *map)
 		fail(EPERM, "id maps", program, "failed for the map %s", map);
 }
 
-/* The maps of a user namespace, written from outside of it (user_namespaces(7)). */
+/* Write the id maps of a user namespace, from outside it (user_namespaces(7)). */
 void write_id_maps(const struct bootstrap *boot, int pid)
 {
 	if (!boot->setgroups && boot->gid_map != NULL)
@@ -212,7 +212,7 @@ void bring_loopback_up(void)
 	close(s);
 }
 
-/* Send a request about an interface of this network namespace (rtnetlink(7)), and wait for its acknowledgement. */
+/* Send a request about an interface of this network namespace (rtnetlink(7)), and wait for the acknowledgement. */
 void request_netlink(const struct netlink_step *step)
 {
 	static uint8_t buffer[1u << 16];

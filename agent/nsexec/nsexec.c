@@ -1,5 +1,5 @@
 /*
- * nsexec.c: the stages, from a program started by the runtime to a process in its namespaces.
+ * nsexec.c: the stages, from the program the runtime starts to the process in its namespaces.
  *
  *   runtime             stage 0                stage 1 (only if needed)      stage 2, the container's process
  *      |-- bootstrap, plan, strings -->|                  |                                |
@@ -19,21 +19,21 @@
  *      |<- procSeccomp (sync), if the filter has a listener ------------------------------|
  *      |-- 1 byte, after pidfd_getfd ---------------------------------------------------->| close it
  *      |<- procReady (sync) --------------------------------------------------------------|
- *      |-- exec.fifo is opened, or the start socket connected to (joined pidns) --------->| startContainer hooks
+ *      |-- opens exec.fifo, or connects to the start socket (joined pidns) -------------->| startContainer hooks
  *      |<- EOF, or procError (sync) ------------------------------------------------------| execve
  *
- * Stage 1 exists only where a process is needed in between: the maps of a user namespace are written from outside, time
- * offsets before the first process enters, and the descriptor of a cgroup to start in must not be seen by other members
- * of a joined pid or user namespace.  Without it, stage 0 clones stage 2 with all new namespaces at once.
+ * Stage 1 exists only if an intermediate process is needed: id maps of a user namespace are written from outside, time
+ * offsets must be set before the first process enters, and the descriptor of a cgroup to start in must not be visible
+ * to other members of a joined pid or user namespace.  Otherwise stage 0 clones stage 2 with all new namespaces.
  *
- * Members of a joined pid namespace see a new process from its first moment, and with CAP_SYS_PTRACE control it,
- * dumpable or not (CVE-2016-9962).  So a pid namespace is entered last: the last stage outside executes the whole plan
- * (setup_before_pidns), and stage 2 (late_child_main) starts with the container's root, user and capabilities, its
- * stdio and the sync socket, and has only to execute the program.  A scheduler that the clone would lose, the runtime
- * sets, and sends a byte.
+ * Members of a joined pid namespace see a new process from the moment it exists, and with CAP_SYS_PTRACE they control
+ * it, dumpable or not (CVE-2016-9962).  So the pid namespace is entered last: the last stage outside executes the whole
+ * plan (setup_before_pidns), and stage 2 (late_child_main) starts with the container's root, user and capabilities, its
+ * stdio and the sync socket, and only has to execute the program.  If the clone would lose the scheduler, the runtime
+ * sets it and sends a byte.
  *
- * All stages are children of the runtime (CLONE_PARENT).  The stage that clones another one sends its pid and a pidfd
- * to the runtime before the new one may run; if it dies before that, the new one exits.
+ * All stages are children of the runtime (CLONE_PARENT).  A stage that clones another sends the new stage's pid and a
+ * pidfd to the runtime before letting it run; if it dies before that, the new stage exits.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -52,7 +52,7 @@
 #define LIMIT_PLAN (1u << 20)
 #define LIMIT_STRINGS ((2u << 20) - 4096)
 
-/* Words between stage 0 and stage 1: runc's enum sync_t (libcontainer/nsenter/nsexec.c), without its pid exchange. */
+/* Messages between stages 0 and 1: runc's enum sync_t (libcontainer/nsenter/nsexec.c), without its pid exchange. */
 enum sync_word {
 	USERMAP_PLS = 0x40,
 	USERMAP_ACK = 0x41,
@@ -64,7 +64,7 @@ enum sync_word {
 
 /* --- what the runtime passed --- */
 
-/* The number in an environment variable, -1 without one. */
+/* Return the number in an environment variable, or -1 if it is not set. */
 static int number_from(const char *name, int least, const char *otherwise)
 {
 	const char *text = getenv(name);
@@ -129,8 +129,8 @@ static void close_unknown_descriptors(const struct channels *fds)
 }
 
 /*
- * Ignored signals survive execve.  Whoever spawns nsexec resets all but those that libcs keep to themselves, which
- * whoever started the runtime may have ignored, too.
+ * Ignored signals survive execve.  The runtime resets all except those that libcs reserve, which may have been ignored
+ * when the runtime started.
  */
 static void reset_signals(void)
 {
@@ -152,7 +152,7 @@ static void read_messages(struct context *ctx, struct inbox *inbox)
 	decode_bootstrap(read_message(inbox, fds->init, MESSAGE_BOOTSTRAP, LIMIT_BOOTSTRAP), &ctx->boot);
 	decode_plan(read_message(inbox, fds->init, MESSAGE_PLAN, LIMIT_PLAN), fds->joins, &ctx->plan);
 	decode_strings(read_message(inbox, fds->init, MESSAGE_STRINGS, LIMIT_STRINGS), &ctx->plan);
-	/* An init in the runtime's mount namespace changes the host's mounts: only where that is asked for. */
+	/* An init in the runtime's mount namespace changes the host's mounts: only if requested. */
 	own_mounts = (boot->create & NS_MNT) != 0 || joins_by_path(boot, NS_MNT);
 	if (fds->joins ? boot->join == 0 && boot->paths == NULL : own_mounts == ctx->plan.shares_mounts)
 		fail(EINVAL, "bootstrap", "namespaces", "do not fit the type of process");
@@ -162,8 +162,8 @@ static void read_messages(struct context *ctx, struct inbox *inbox)
 }
 
 /*
- * cgroup v1 has no clone into a cgroup, and in v2 moving may be cheaper than one more stage: this process joins each,
- * and its children start in them.  The descriptors are closed here, outside of all namespaces of the container.
+ * cgroup v1 has no CLONE_INTO_CGROUP, and in v2 moving may be cheaper than one more stage: this process joins each
+ * cgroup, and its children start there.  The descriptors are closed here, outside all of the container's namespaces.
  */
 static void join_cgroups(const struct channels *fds)
 {
@@ -189,9 +189,9 @@ static void join_cgroups(const struct channels *fds)
 /* --- stages --- */
 
 /*
- * Clone a child of the runtime, like this process.  clone3 with CLONE_PARENT inherits the exit signal and rejects one.
- * Where clone3 is not needed, it is clone: a container's filter may be active already, and most deny clone3, whose
- * arguments they cannot inspect.
+ * Clone a sibling: another child of the runtime.  clone3 with CLONE_PARENT inherits the exit signal and rejects an
+ * explicit one.  Use clone unless clone3 is needed: the container's filter may already be active, and most deny clone3,
+ * whose arguments they cannot inspect.
  */
 static int clone_sibling(uint32_t namespaces, int cgroup, int *pidfd)
 {
@@ -234,7 +234,7 @@ static void wait_for_parent(struct channels *fds, int gate)
 	FAULT(stage2_released);
 }
 
-/* Everything that is done in the container's namespaces, up to the process itself. */
+/* Do all setup in the container's namespaces, except that of the process itself. */
 static void set_up(struct context *ctx)
 {
 	struct channels *fds = &ctx->fds;
@@ -242,7 +242,7 @@ static void set_up(struct context *ctx)
 
 	log_debug("child process in init()", "");
 	umask(DEFAULT_UMASK);
-	/* The session keyring of the runtime must not be the container's. */
+	/* The container must not inherit the runtime's session keyring. */
 	if (!ctx->boot.keep_keyring && syscall(SYS_keyctl, KEYCTL_JOIN_SESSION, NULL) < 0 && errno != ENOSYS)
 		fail_errno("session keyring", "", NULL);
 	if ((ctx->boot.create & NS_CGROUP) != 0 && syscall(SYS_unshare, NS_CGROUP) < 0)
@@ -270,7 +270,7 @@ static void start_session(void)
 		fail_errno("setsid", "", NULL);
 }
 
-/* Stage 2, in namespaces that are all its own. */
+/* Run stage 2, unless it joins a pid namespace. */
 NORETURN static void child_main(struct context *ctx, int gate)
 {
 	close_cgroup(&ctx->fds);
@@ -291,20 +291,20 @@ NORETURN static void child_main(struct context *ctx, int gate)
 	run_program(ctx);
 }
 
-/* Stage 2 in a pid namespace that was joined. */
+/* Run stage 2 in a joined pid namespace. */
 NORETURN static void late_child_main(struct context *ctx, int gate)
 {
 	wait_for_parent(&ctx->fds, gate);
 	if (scheduler_is_lost_by_clone(&ctx->plan))
-		wait_for_runtime(ctx->fds.sync); /* it sets the scheduler */
+		wait_for_runtime(ctx->fds.sync); /* which sets the scheduler */
 	start_session();
 	if (ctx->plan.has_console)
 		set_controlling_terminal();
-	set_limits(&ctx->plan); /* here, since RLIMIT_NPROC would count against the stages outside, too */
+	set_limits(&ctx->plan); /* only now: RLIMIT_NPROC would also count the stages outside */
 	run_program(ctx);
 }
 
-/* Tell the runtime who was cloned: JSON, and a pidfd of the last one.  0 stands for a stage that there is not. */
+/* Send the runtime the pids of the cloned stages as JSON, with a pidfd of the last.  0 means no such stage. */
 static void send_pids(const struct channels *fds, int stage1, int stage2, int pidfd)
 {
 	char text[64];
@@ -336,7 +336,7 @@ static void spawn_child(struct context *ctx, uint32_t namespaces, int cgroup, in
 		fail_errno("pipe", "", NULL);
 }
 
-/* Execute the whole plan here, outside of the pid namespace that is joined, and let only the result in. */
+/* Execute the whole plan here, outside the joined pid namespace, so that only the finished process enters it. */
 static void setup_before_pidns(struct context *ctx, uint32_t namespaces, int stage1)
 {
 	const int kept[] = {ctx->fds.sync, ctx->fds.init, ctx->fds.gate};
@@ -358,7 +358,7 @@ static void request_stage0(int peer, enum sync_word request, enum sync_word answ
 
 	if (write(peer, &word, sizeof(word)) != sizeof(word) || read(peer, &word, sizeof(word)) != sizeof(word) ||
 	    word != answer)
-		_exit(1); /* stage 0 has died, or reported why it could not */
+		_exit(1); /* stage 0 died, or reported an error */
 	log_debug("done by stage 0:", step);
 }
 
@@ -379,7 +379,7 @@ NORETURN static void stage1_main(struct context *ctx, struct namespace_files *fi
 		if (syscall(SYS_unshare, NS_USER) < 0)
 			fail_errno("unshare", "user", NULL);
 		FAULT(stage1_unmapped);
-		/* The files of a process that is not dumpable are root's: others could not write the maps (proc(5)). */
+		/* A non-dumpable process's /proc files belong to root: others could not write the maps (proc(5)). */
 		if (!privileged && prctl(PR_SET_DUMPABLE, 1, 0, 0, 0) < 0)
 			fail_errno("dumpable", "", NULL);
 		request_stage0(peer, USERMAP_PLS, USERMAP_ACK, "id maps");
@@ -405,7 +405,7 @@ NORETURN static void stage1_main(struct context *ctx, struct namespace_files *fi
 	_exit(0);
 }
 
-/* Write what stage 1 cannot, from outside of its user namespace, until it needs no more. */
+/* Write maps and offsets for stage 1, which cannot, from outside its user namespace; exit at CHILD_FINISH. */
 NORETURN static void serve_stage1(const struct context *ctx, int peer, int pid)
 {
 	uint32_t word;
@@ -477,7 +477,7 @@ NORETURN static void stage0_main(struct context *ctx)
 		fail_errno("unshare", "time", NULL);
 	if (joins_pidns)
 		setup_before_pidns(ctx, boot->create & ~(NS_CGROUP | NS_TIME), 0);
-	else /* the pause process first mounts its procfs where the runtime sees it, in the runtime's mount namespace */
+	else /* the pause process first mounts its procfs in the runtime's mount namespace, where the runtime sees it */
 		spawn_child(ctx, boot->create & ~(NS_CGROUP | NS_TIME | (ctx->fds.pauses ? NS_MNT : 0)),
 			    ctx->fds.cgroup, 0, child_main);
 	_exit(0);

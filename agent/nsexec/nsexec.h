@@ -3,8 +3,8 @@
  *
  * The runtime (libcontainer, in Python) starts nsexec once for each process of a container.  nsexec reads three
  * messages from the init socket (bootstrap, plan, argv and envp), joins and creates namespaces, executes the plan's
- * steps in order and becomes the container's process.  Policy is the runtime's: nsexec only executes.  It allocates no
- * memory, parses no text but numbers in its environment and id maps, and exits at the first failure, reported as
+ * steps in order and becomes the container's process.  The runtime decides policy; nsexec only executes.  It allocates
+ * no memory, parses no text except numbers in its environment and id maps, and exits at the first failure, reported as
  * {step, path, errno}.
  */
 #ifndef NSEXEC_H
@@ -24,22 +24,22 @@
 #define CGROUPS_MAX 16 /* more than cgroup v1 has controllers */
 #define ARRAY_SIZE(a) (sizeof(a) / sizeof((a)[0]))
 
-/* --- descriptors passed by the runtime; -1 where there is none --- */
+/* --- descriptors passed by the runtime; -1 if absent --- */
 struct channels {
 	int init;    /* stream socket: messages down, pids up */
 	int sync;    /* seqpacket socket: progress and errors up; EOF after execve */
 	int log;     /* pipe: JSON lines up */
 	int console; /* stream socket: the pty master up */
-	int fifo;    /* O_PATH exec.fifo, at which an init waits to be started */
-	int gate;    /* socket that listens for the start instead, in a joined pid namespace */
+	int fifo;    /* O_PATH exec.fifo, on which an init waits to be started */
+	int gate;    /* listening socket used instead of the fifo in a joined pid namespace */
 	int cgroup;  /* cgroup v2 directory to start in */
 	int cgroup_procs
 		[CGROUPS_MAX]; /* cgroup.procs of cgroup v1, joined before anything is created; -1 after the last */
-	int pidfd;	       /* process whose namespaces are joined */
+	int pidfd;	       /* process whose namespaces to join */
 	int procfs;	       /* O_PATH directory on which the pause process mounts procfs of its pid namespace */
 	bool joins;	       /* an exec into a container, rather than its init */
 	bool pauses;	       /* the pause process: an init that runs no program */
-	unsigned first_closed; /* descriptors from 3 to below this are the program's */
+	unsigned first_closed; /* descriptors from 3 up to this one, exclusive, belong to the program */
 };
 
 /* --- report.c --- */
@@ -51,12 +51,12 @@ void log_close(void);
 #define PROGRESS_HOOKS "procHooks" /* the runtime may run its hooks; nsexec waits for one byte */
 void report_progress(const char *what);
 void report_started(int gate);
-void report_listener(int fd); /* "procSeccomp": the number of the filter's listener here; nsexec waits for one byte */
+void report_listener(int fd); /* "procSeccomp": the filter's listener, as numbered here; nsexec waits for one byte */
 void report_to_stderr_if_closed(void);
-/* One message of a stream socket with a descriptor: 0, or -1 and errno; the descriptor, or -1. */
+/* Pass a descriptor with one message over a stream socket.  Return 0, or -1 and errno; the descriptor, or -1. */
 int send_descriptor(int socket, const void *data, size_t size, int fd);
 int receive_descriptor(int socket, void *data, size_t size);
-/* Report {step, path, error} with a reason in words (NULL: the error's own words are enough), and exit. */
+/* Report {step, path, error} with a formatted reason (NULL: strerror(error) is enough), and exit. */
 NORETURN void fail(int error, const char *step, const char *path, const char *format, ...) PRINTF(4, 5);
 #define fail_errno(...) fail(errno, __VA_ARGS__)
 
@@ -75,7 +75,7 @@ struct cursor {
 	const uint8_t *at, *end;
 };
 
-struct inbox { /* all messages, one after the other; pages that are not written to cost nothing */
+struct inbox { /* all messages, back to back; pages never written to cost nothing */
 	size_t used;
 	_Alignas(8) uint8_t bytes[4u << 20];
 };
@@ -96,11 +96,11 @@ struct bootstrap {
 	uint32_t join;	   /* NS_* to join from the pidfd */
 	const char *paths; /* "type:path,…" to join */
 	const char *uid_map, *gid_map, *oom_score_adj, *time_offsets;
-	const char *uid_map_program, *gid_map_program; /* newuidmap and newgidmap, of a runtime without privileges */
+	const char *uid_map_program, *gid_map_program; /* newuidmap and newgidmap, for an unprivileged runtime */
 	bool setgroups, keep_keyring;
 };
 
-/* Steps of a plan (types of its attributes), in the order of execution; those marked * may be repeated. */
+/* Steps of a plan (its attribute types), in order of execution; those marked * may be repeated. */
 enum {
 	PLAN_VERSION = 27400,
 	PLAN_PROPAGATION,
@@ -143,28 +143,28 @@ enum {
 };
 #define PLAN_FORMAT 1
 #define PIVOT_ROOT 0u
-#define PIVOT_MOVE 1u	  /* without pivot_root(2): by MS_MOVE and chroot(2) */
-#define PIVOT_CHROOT 2u	  /* in the runtime's own mount namespace: by chroot(2) alone */
-#define GROUPS_MAX 65536  /* NGROUPS_MAX of the kernel; that of musl is 32 */
+#define PIVOT_MOVE 1u	  /* MS_MOVE and chroot(2) instead of pivot_root(2) */
+#define PIVOT_CHROOT 2u	  /* chroot(2) alone, in the runtime's own mount namespace */
+#define GROUPS_MAX 65536  /* the kernel's NGROUPS_MAX; musl's is 32 */
 #define CPU_MASK_MAX 1024 /* bytes */
 #define SCHEDULER_SIZE 48 /* SCHED_ATTR_SIZE_VER0 */
 
 #define MOUNT_BIND 1u		  /* the source is a path */
-#define MOUNT_RECURSIVE 2u	  /* with the mounts below it */
+#define MOUNT_RECURSIVE 2u	  /* including submounts */
 #define MOUNT_ORDINARY_DIR 4u	  /* the target must be a directory reached without a symbolic link */
-#define MOUNT_OVER_PROC_FILE 8u	  /* the target may be a regular file of procfs, and nothing else */
-#define MOUNT_COPY_UP 16u	  /* a tmpfs starts with the content of the directory that it covers */
-#define MOUNT_IDMAP 32u		  /* owners are mapped */
-#define MOUNT_IDMAP_RECURSIVE 64u /* … in the mounts below it, too */
-#define MOUNT_REMOUNT 128u  /* flags that are not given are cleared; not a bind mount: of the mount that is there */
-#define MOUNT_IN_CHILD 256u /* a procfs of the pid namespace that children of this process are in */
+#define MOUNT_OVER_PROC_FILE 8u	  /* the target may be a regular file in procfs, and nothing else */
+#define MOUNT_COPY_UP 16u	  /* a tmpfs starts with the contents of the directory it covers */
+#define MOUNT_IDMAP 32u		  /* id-mapped */
+#define MOUNT_IDMAP_RECURSIVE 64u /* … including submounts */
+#define MOUNT_REMOUNT 128u	  /* clear flags that are not given; without MOUNT_BIND, change the existing mount */
+#define MOUNT_IN_CHILD 256u	  /* procfs of the pid namespace that this process's children are in */
 
 struct mount_step {
 	uint32_t flags, propagation;
 	uint64_t set, clear, recursive_set, recursive_clear; /* MOUNT_ATTR_* */
 	const char *target, *source, *type, *uid_map,
-		*gid_map;      /* maps as in /proc/PID/uid_map, "" for the joined user namespace's */
-	struct cursor options; /* "key" or "key=value", each ended by NUL */
+		*gid_map;      /* maps as in /proc/PID/uid_map; "" for those of the joined user namespace */
+	struct cursor options; /* "key" or "key=value", each NUL-terminated */
 };
 
 struct device_step {
@@ -184,7 +184,7 @@ struct rlimit_step {
 
 struct netlink_step {
 	const char *interface;
-	struct cursor request; /* struct nlmsghdr and what follows; nsexec fills in the interface's index */
+	struct cursor request; /* struct nlmsghdr and payload; nsexec fills in the interface index */
 };
 
 struct hook_step {
@@ -203,15 +203,15 @@ struct console_step {
 };
 
 struct plan {
-	struct cursor steps; /* all attributes, checked */
+	struct cursor steps; /* all attributes, validated */
 	bool has_user, has_capabilities, has_umask, no_new_privs, has_console, has_sysctl;
-	bool slave_root;    /* mounts of the host may appear in the container's root */
-	bool shares_mounts; /* it stays in the mount namespace of the runtime */
+	bool slave_root;    /* mounts may propagate from the host into the container's root */
+	bool shares_mounts; /* the container stays in the runtime's mount namespace */
 	uint32_t umask, uid, gid;
 	size_t group_count; /* in all PLAN_GROUPS */
 	struct capability_sets capabilities;
 	struct console_step console;
-	const uint8_t *cpus, *final_cpus; /* masks of whole words; NULL: not given */
+	const uint8_t *cpus, *final_cpus; /* masks of whole words; NULL if not given */
 	size_t cpus_size, final_cpus_size;
 	const uint8_t *scheduler; /* struct sched_attr */
 	bool has_io_priority, has_personality;
@@ -219,10 +219,10 @@ struct plan {
 	uint32_t memory_policy;
 	const uint8_t *memory_nodes; /* a mask of whole words, NULL if there is no policy */
 	size_t memory_nodes_size;
-	const char *label_file, *label; /* below /proc/thread-self/attr, and what to write there */
+	const char *label_file, *label; /* a file below /proc/thread-self/attr, and its new content */
 	const uint8_t *filter;		/* struct sock_filter, after a uint32_t of flags */
 	size_t filter_size;
-	const char *cwd, *hook_state; /* the state as JSON, without the members that nsexec appends */
+	const char *cwd, *hook_state; /* the state as JSON, without the members nsexec appends */
 	char **argv, **envp;
 	size_t vectors_size; /* bytes mapped for both */
 };
@@ -239,21 +239,21 @@ void decode_netlink(const struct attribute *a, struct netlink_step *out);
 void decode_pair(const struct attribute *a, const char **first, const char **second);
 void decode_remount(const struct attribute *a, uint64_t *set, const char **path);
 
-#define SOURCES_MAX 512 /* mounts of a plan */
+#define SOURCES_MAX 512 /* mounts in a plan */
 
-/* What the stages share.  A stage is a clone without CLONE_VM: each has a copy. */
+/* State passed from stage to stage.  Stages are cloned without CLONE_VM, so each has its own copy. */
 struct context {
 	struct channels fds;
 	struct bootstrap boot;
 	struct plan plan;
 	struct handles {
 		int root;      /* O_PATH of the container's "/" */
-		int processes; /* private procfs with processes only, -1 where not needed */
-		int sysctl;    /* private whole procfs, -1 where not needed */
+		int processes; /* private procfs with subset=pid, -1 if not needed */
+		int sysctl;    /* private full procfs, -1 if not needed */
 	} handles;
-	int sources[SOURCES_MAX];  /* of the plan's mounts, opened by stage 0; -1 where not */
-	int mappings[SOURCES_MAX]; /* user namespaces for sources that stage 2 opens; -1 where not */
-	int source_server;	   /* a socket to who maps sources for a stage 2 that may not; else -1 */
+	int sources[SOURCES_MAX];  /* of the plan's mounts, opened by stage 0; else -1 */
+	int mappings[SOURCES_MAX]; /* user namespaces to map sources opened by stage 2; else -1 */
+	int source_server;	   /* socket to the process that maps sources for an unprivileged stage 2; else -1 */
 	const char *program;	   /* argv[0] as found in PATH */
 	bool filtered;		   /* the seccomp filter is active */
 	bool has_userns;	   /* the container has a user namespace, created or joined */
@@ -273,7 +273,7 @@ struct namespace_files {
 	size_t count;
 };
 
-bool joins_by_path(const struct bootstrap *boot, uint32_t flag); /* whether the list of paths has that type */
+bool joins_by_path(const struct bootstrap *boot, uint32_t flag); /* whether the list of paths includes that type */
 void open_namespaces(const struct bootstrap *boot, struct namespace_files *files);
 void join_namespaces(struct context *ctx, struct namespace_files *files);
 void become_root_of_namespace(const struct plan *plan);
@@ -282,7 +282,7 @@ void write_id_maps(const struct bootstrap *boot, int pid);
 void bring_loopback_up(void);
 void request_netlink(const struct netlink_step *step);
 
-/* --- paths.c: every path of a container is resolved inside its root --- */
+/* --- paths.c: every container path is resolved inside its root --- */
 int open_in(int root, const char *path, int flags, uint64_t resolve);
 int make_directory_in(int root, const char *path, unsigned mode);
 int make_target_in(int root, const char *path, bool directory);

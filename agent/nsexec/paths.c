@@ -1,6 +1,6 @@
 /*
- * paths.c: paths of a container, resolved inside its root by the kernel (openat2(2), RESOLVE_IN_ROOT), as descriptors.
- * No magic link is followed.
+ * paths.c: resolve container paths to descriptors; the kernel keeps them inside the root (openat2(2), RESOLVE_IN_ROOT).
+ * Magic links are never followed.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -14,9 +14,9 @@
 #include "nsexec.h"
 
 #define RACES 64     /* openat2 fails with EAGAIN while a concurrent rename makes ".." unsafe to resolve */
-#define LINKS_MAX 40 /* followed in one path, as by the kernel (path_resolution(7)) */
+#define LINKS_MAX 40 /* followed in one path, as in the kernel (path_resolution(7)) */
 
-/* Open `path` as the container would see it.  -1 and errno on error. */
+/* Open `path` as the container would see it.  Return -1 and set errno on error. */
 int open_in(int root, const char *path, int flags, uint64_t resolve)
 {
 	for (int attempt = 0;; attempt++) {
@@ -27,7 +27,7 @@ int open_in(int root, const char *path, int flags, uint64_t resolve)
 	}
 }
 
-/* The next component of *path into `name`.  False at the end, and with an errno for a component that is too long. */
+/* Copy the next component of *path to `name`.  False at the end, and, with errno set, if a component is too long. */
 static bool next_component(const char **path, char name[NAME_MAX + 1])
 {
 	size_t length;
@@ -44,8 +44,8 @@ static bool next_component(const char **path, char name[NAME_MAX + 1])
 }
 
 /*
- * Replace, in `path`, the dangling link `name` in `dir` by its target: /parent/name/rest becomes /parent/target/rest.
- * `parent` and `rest` are parts of `path`.  False and errno on error.
+ * Replace, in `path`, the dangling link `name` in `dir` with its target: /parent/name/rest becomes /parent/target/rest.
+ * `parent` and `rest` are parts of `path`.  False with errno set on error.
  */
 static bool follow_link(int dir, const char *name, char path[PATH_MAX], size_t parent, const char *rest)
 {
@@ -66,8 +66,8 @@ static bool follow_link(int dir, const char *name, char path[PATH_MAX], size_t p
 }
 
 /*
- * Walk down `path` once, creating what is missing.  Returns the directory, -1 and errno, or LINK after `path` was
- * changed at a dangling link.
+ * Walk down `path` once, creating missing directories.  Return the directory, -1 with errno set, or LINK if a dangling
+ * link was replaced in `path`.
  */
 #define LINK (-2)
 static int walk_and_make(int root, char path[PATH_MAX], unsigned mode)
@@ -83,7 +83,7 @@ static int walk_and_make(int root, char path[PATH_MAX], unsigned mode)
 
 		next = -1;
 		errno = made && strcmp(name, "..") == 0 ? EINVAL
-							: ENOENT; /* what was just created has no ".." to mean */
+							: ENOENT; /* ".." makes no sense in a directory just created */
 		if (!made) {
 			memcpy(prefix, path, length);
 			prefix[length] = '\0';
@@ -107,10 +107,7 @@ static int walk_and_make(int root, char path[PATH_MAX], unsigned mode)
 	return dir;
 }
 
-/*
- * The directory `path`, created with its parents where missing, inside the root.  A link that leads nowhere is created
- * where it leads.
- */
+/* Open the directory `path` inside the root, creating it with missing parents; for a dangling link, its target. */
 int make_directory_in(int root, const char *path, unsigned mode)
 {
 	char current[PATH_MAX];
@@ -132,7 +129,7 @@ int make_directory_in(int root, const char *path, unsigned mode)
 	return -1;
 }
 
-/* Open (or make) the directory that holds `path` and copy out the last component. */
+/* Open (or create) the parent directory of `path`, and copy the last component to `name`. */
 int open_parent_in(int root, const char *path, char name[NAME_MAX + 1])
 {
 	char parent[PATH_MAX];
@@ -174,7 +171,7 @@ static int make_file_in(int root, char path[PATH_MAX])
 	return fd;
 }
 
-/* A directory or file to mount on, O_PATH; created where missing. */
+/* Open a directory or file to mount on, O_PATH; create it if missing. */
 int make_target_in(int root, const char *path, bool directory)
 {
 	char current[PATH_MAX];
@@ -205,7 +202,7 @@ bool is_null_device(int fd)
 	return fstat(fd, &st) == 0 && S_ISCHR(st.st_mode) && st.st_rdev == makedev(1, 3);
 }
 
-/* The container's /dev/null, O_PATH, only if it is that device and nothing else (CVE-2025-31133). */
+/* Open the container's /dev/null, O_PATH; fail if it is anything but that device (CVE-2025-31133). */
 int open_verified_null(int root)
 {
 	int fd = open_in(root, "/dev/null", O_PATH | O_NOFOLLOW, RESOLVE_NO_SYMLINKS);

@@ -1,7 +1,7 @@
 /*
- * pause.c: the first process of a pid namespace that containers share.  It reaps orphans (pid_namespaces(7)) and does
- * nothing else: no capabilities, an empty root, no descriptors.  It ends by the runtime's SIGKILL, the only signal that
- * reaches it, or with the runtime; all processes of the namespace end with it.
+ * pause.c: the first process of a pid namespace that containers share.  It only reaps orphans (pid_namespaces(7)): it
+ * has no capabilities, an empty root and no descriptors.  It is ended by the runtime's SIGKILL, the only signal that
+ * reaches it, or with the runtime, and all processes of the namespace end with it.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -13,8 +13,8 @@
 #include "nsexec.h"
 
 /*
- * Mount a procfs of this pid namespace on a directory of the runtime's mount namespace.  The namespace's containers get
- * copies of it: only a privileged member could create one, and once containers are in there must be none.
+ * Mount a procfs of this pid namespace on a directory in the runtime's mount namespace.  Containers get clones of it:
+ * only a privileged member of the namespace could mount one, and once containers have joined there must be none.
  */
 void attach_pause_procfs(int target)
 {

@@ -1,8 +1,8 @@
 /*
- * plan.c: decoding of bootstrap and plan, completely checked before anything is executed.
+ * plan.c: decode the bootstrap and plan messages; both are fully validated before anything is executed.
  *
- * Types of the bootstrap are runc's (27281-27290, libcontainer/message_linux.go) and one of our own; steps of a plan
- * are declared in nsexec.h.  Unknown, duplicate, misplaced or malformed attributes are errors.
+ * Bootstrap attribute types are runc's (27281-27290, libcontainer/message_linux.go) and two of our own; plan steps are
+ * declared in nsexec.h.  Unknown, duplicate, misplaced or malformed attributes are errors.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -26,7 +26,7 @@ enum {
 	BOOT_GID_MAP_PATH,
 	BOOT_TIME_OFFSETS,
 	BOOT_JOIN_MASK = 27350, /* our own: namespaces to join from the pidfd, u32 */
-	BOOT_KEEP_KEYRING,	/* our own: the session keyring of the runtime stays the process's, bool */
+	BOOT_KEEP_KEYRING,	/* our own: the process keeps the runtime's session keyring, bool */
 	BOOT_END
 };
 
@@ -192,7 +192,7 @@ void decode_netlink(const struct attribute *a, struct netlink_step *out)
 	out->interface = read_text(&c, "netlink");
 	out->request = c;
 	read_bytes(&c, &length, sizeof(length), "netlink");
-	/* struct nlmsghdr, and a header in which the index comes after four bytes (ifinfomsg, ifaddrmsg) */
+	/* struct nlmsghdr, and a header with the index at offset 4 (ifinfomsg, ifaddrmsg) */
 	if (length < 24 || length != (size_t)(out->request.end - out->request.at) || strlen(out->interface) >= IFNAMSIZ)
 		malformed("netlink", "not a whole request");
 }
@@ -236,7 +236,7 @@ static bool may_repeat(uint16_t type)
 	}
 }
 
-/* argv and envp: pointers into the strings message, which follows.  Mapped, for there is no heap. */
+/* Map argv and envp, which will point into the strings message that follows: there is no heap. */
 static void make_vectors(const struct attribute *a, struct plan *out)
 {
 	struct cursor c = attribute_cursor(a);
@@ -253,7 +253,7 @@ static void make_vectors(const struct attribute *a, struct plan *out)
 	if (vectors == MAP_FAILED)
 		fail_errno("bootstrap", "strings", NULL);
 	for (uint32_t i = 0; i < argc + envc + 1; i++)
-		vectors[i] = (char *)""; /* decode_strings replaces all up to NULL */
+		vectors[i] = (char *)""; /* decode_strings replaces all of them up to NULL */
 	vectors[argc] = NULL;
 	vectors[argc + 1 + envc] = NULL;
 	out->argv = vectors;

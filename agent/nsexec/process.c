@@ -1,6 +1,6 @@
 /*
- * process.c: the last part of a plan: limits, LSM label, seccomp filter, user, capabilities, working directory and
- * program; then procReady, the wait to be started, and execve.
+ * process.c: execute the last part of a plan: limits, LSM label, seccomp filter, user, capabilities, working directory
+ * and program; then report procReady, wait to be started, and call execve.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -97,7 +97,7 @@ static void set_label(const struct plan *plan, int procfs)
 		close(own);
 }
 
-/* Returns the listener's descriptor, if the filter's flags ask for one. */
+/* Load the seccomp filter; return the listener's descriptor, if the filter's flags ask for one. */
 int load_filter(const struct plan *plan)
 {
 	struct filter_program program;
@@ -122,7 +122,7 @@ static bool has_listener(const struct plan *plan)
 	return (flags & SECCOMP_NEW_LISTENER) != 0;
 }
 
-/* Change to the working directory, without magic links such as /proc/self/fd/N (CVE-2024-21626).  0 or errno. */
+/* Change to the working directory, without magic links such as /proc/self/fd/N (CVE-2024-21626).  Return 0 or errno. */
 static int enter_cwd(int root, const char *path, bool make)
 {
 	int fd = make ? make_directory_in(root, path, 0755) : open_in(root, path, O_PATH | O_DIRECTORY, 0);
@@ -145,7 +145,7 @@ static void verify_cwd(const char *path)
 		fail(EXDEV, "cwd", path, "is outside of the container's root");
 }
 
-/* Each system call counts here: what is to go is dropped, and only asked about where that may not be done. */
+/* Save system calls: drop unwanted capabilities right away, and read them only if that is not permitted. */
 static void set_bounding(uint64_t wanted)
 {
 	for (unsigned capability = 0; capability < 64; capability++) {
@@ -198,7 +198,7 @@ static void set_ambient(uint64_t wanted)
 				   "an ambient capability must be permitted and inheritable");
 }
 
-/* Give pipes, sockets and terminals to the user, who must be able to reopen its stdio.  Files keep their owner. */
+/* Make the user own stdio pipes, sockets and terminals, so that it can reopen them.  Files keep their owner. */
 static void own_stdio(const struct plan *plan)
 {
 	struct stat st;
@@ -225,7 +225,7 @@ static void set_groups(const struct plan *plan)
 			memcpy(groups + count, a.data, a.size);
 			count += a.size / sizeof(gid_t);
 		}
-	/* A user namespace may deny setgroups: then no groups is the only list there is. */
+	/* A user namespace may deny setgroups; then only an empty list is accepted. */
 	if (syscall(SYS_setgroups, count, groups) < 0 && !(errno == EPERM && count == 0))
 		fail_errno("groups", "", NULL);
 }
@@ -258,7 +258,7 @@ static void drop_privileges(const struct plan *plan, int root, bool make_cwd)
 	if (prctl(PR_SET_KEEPCAPS, 0, 0, 0, 0) < 0 || prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) < 0)
 		fail_errno("capabilities", "keep", NULL);
 	struct capability_sets held = plan->capabilities;
-	if (plan->filter != NULL && !plan->no_new_privs) { /* until load_early_filter */
+	if (plan->filter != NULL && !plan->no_new_privs) { /* dropped by load_early_filter */
 		held.effective |= CAPABILITY_SYS_ADMIN;
 		held.permitted |= CAPABILITY_SYS_ADMIN;
 	}
@@ -266,7 +266,7 @@ static void drop_privileges(const struct plan *plan, int root, bool make_cwd)
 	set_ambient(plan->capabilities.ambient);
 }
 
-/* 0, or errno and in *why the call that failed ("" for none); order and answers are those of Go's exec.LookPath. */
+/* Return 0, or errno and in *why the failed call ("" if none); order and errors are those of Go's exec.LookPath. */
 static int executable(const char *path, const char **why)
 {
 	struct stat st;
@@ -299,7 +299,7 @@ static const char *look_up(const struct plan *plan)
 	while (path != NULL && *path != '\0') {
 		size_t directory = strcspn(path, ":");
 
-		/* Relative entries of PATH are ignored, as by Go. */
+		/* Relative entries of PATH are ignored, as in Go. */
 		if (path[0] == '/' && directory + length + 2 <= sizeof(candidate)) {
 			memcpy(candidate, path, directory);
 			candidate[directory] = '/';
@@ -312,7 +312,7 @@ static const char *look_up(const struct plan *plan)
 	fail(ENOENT, "lookup", program, "path");
 }
 
-/* Close all descriptors from one on but those kept, before execve: its path may be /proc/self/fd/N (CVE-2024-21626). */
+/* Close all descriptors from one on, except those kept, before execve of, say, /proc/self/fd/N (CVE-2024-21626). */
 void close_all_but(unsigned from, const int *kept, size_t count)
 {
 	for (;;) {
@@ -344,7 +344,7 @@ static int open_fifo(const struct channels *fds, int procfs)
 	return fifo;
 }
 
-/* Block until somebody connects and sends a byte. */
+/* Block until a client connects and sends a byte. */
 static int accept_start(int gate)
 {
 	for (;;) {
@@ -358,11 +358,11 @@ static int accept_start(int gate)
 			return connection;
 		}
 		if (connection >= 0)
-			close(connection); /* who connected is gone */
+			close(connection); /* the client has gone */
 	}
 }
 
-/* Wait to be started, in a joined pid namespace with nothing of the host but a socket; then report to the starter. */
+/* Wait to be started (in a joined pid namespace, at a socket, all that is left of the host); report to the starter. */
 static void wait_for_start(struct context *ctx)
 {
 	struct channels *fds = &ctx->fds;
@@ -373,7 +373,7 @@ static void wait_for_start(struct context *ctx)
 	report_started(started);
 }
 
-/* Block until the runtime sends a byte: it has run its hooks, or starts the program. */
+/* Block until the runtime sends a byte: it has run its hooks, or lets the program start. */
 void wait_for_runtime(int sync)
 {
 	char byte;
@@ -386,7 +386,7 @@ void wait_for_runtime(int sync)
 		_exit(1); /* the runtime has exited, or closed the socket */
 }
 
-/* Do what needs privileges, or must not be done in view of the pid namespace; then have the container's own. */
+/* Do everything that needs privileges or must not be visible in the pid namespace; then drop to the container's. */
 void prepare_process(struct context *ctx, bool before_clone)
 {
 	const struct plan *plan = &ctx->plan;
@@ -406,10 +406,10 @@ void prepare_process(struct context *ctx, bool before_clone)
 }
 
 /*
- * The filter is loaded last, so that it need permit only execve, and write for an error.  Two kinds cannot wait:
- * without no_new_privs it needs CAP_SYS_ADMIN, which a process that waits to be started must not have; and its
- * listener must reach the runtime while there is one.  They must permit what follows in run_program, of system calls
- * that all profiles know.
+ * The filter is loaded last, so that it need only permit execve, and write for an error.  Two kinds cannot wait:
+ * without no_new_privs, loading requires CAP_SYS_ADMIN, which a process that waits to be started must not have; and a
+ * listener must reach the runtime before it exits.  These must permit the rest of run_program: only system calls that
+ * every profile allows.
  */
 static bool needs_early_filter(const struct plan *plan)
 {
@@ -424,7 +424,7 @@ void load_early_filter(struct context *ctx)
 	signal(SIGPIPE, SIG_DFL);
 	listener = load_filter(plan);
 	ctx->filtered = true;
-	if (has_listener(plan)) { /* before anything that it may be asked about, but for what the runtime says for it */
+	if (has_listener(plan)) { /* before any system call that the filter may pass to it */
 		report_listener(listener);
 		wait_for_runtime(ctx->fds.sync);
 		close(listener);
@@ -439,7 +439,7 @@ static void end_by_signal(int number)
 	_exit(128 + number);
 }
 
-/* The first process of a pid namespace is not ended by these signals, unless it has handlers; execve resets them. */
+/* These signals end the first process of a pid namespace only if it has handlers; execve resets them. */
 static void end_on_signals(void)
 {
 	static const int numbers[] = {SIGHUP, SIGINT, SIGQUIT, SIGTERM};
@@ -448,14 +448,14 @@ static void end_on_signals(void)
 		signal(numbers[i], end_by_signal);
 }
 
-/* Report that the process is ready, wait to be started where it has to, and execute the program. */
+/* Report that the process is ready, wait to be started if it is an init, and execute the program. */
 NORETURN void run_program(struct context *ctx)
 {
 	const struct channels *fds = &ctx->fds;
 	const struct plan *plan = &ctx->plan;
 	const int kept[] = {fds->sync, fds->fifo, fds->gate, fds->fifo < 0 ? -1 : ctx->handles.processes};
 
-	if (!ctx->filtered) { /* a filter of the stage before: that one has closed the rest, too */
+	if (!ctx->filtered) { /* else the previous stage loaded the filter, and closed the descriptors */
 		if (!fds->joins)
 			end_on_signals();
 		close_all_but(fds->first_closed, kept, ARRAY_SIZE(kept));

@@ -1,9 +1,9 @@
 /*
- * report.c: progress and errors.  JSON lines on the log pipe (best effort), and on the sync socket a packet for each
- * point of progress and one for the error that ended nsexec.  Paths come from images: everything is escaped and
+ * report.c: report progress and errors: JSON lines on the log pipe (best effort), and on the sync socket a packet for
+ * each progress report and one for the error that ended nsexec.  Paths come from images: everything is escaped and
  * bounded.
  *
- * Where reports go is the one state of the whole program: any function may fail.
+ * The destination of reports is the program's only global state, because any function may fail.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -48,7 +48,7 @@ static void put(struct text *t, const char *s)
 	t->used += length;
 }
 
-/* At most TEXT_MAX bytes of `s`, escaped for JSON: six bytes each at worst, so that a packet always fits. */
+/* Append at most TEXT_MAX bytes of `s`, escaped for JSON: at worst six bytes each, so that a packet always fits. */
 static void put_escaped(struct text *t, const char *s)
 {
 	char code[8];
@@ -78,7 +78,7 @@ static void put_number(struct text *t, long number)
 	put(t, digits);
 }
 
-/* By write(2) also to the socket, since every seccomp filter permits that.  SIGPIPE is ignored (reset_signals). */
+/* Use write(2) for the socket, too: every seccomp filter permits it.  SIGPIPE is ignored (reset_signals). */
 static void send_all(int fd, const struct text *t)
 {
 	if (fd >= 0)
@@ -118,7 +118,7 @@ void log_debug(const char *text, const char *detail)
 		log_line("debug", text, detail, 0);
 }
 
-/* The runtime reads the log up to its end: it must not stay open in a container that waits to be started. */
+/* The runtime reads the log until EOF: it must not stay open in a container that waits to be started. */
 void log_close(void)
 {
 	if (log_fd >= 0)
@@ -133,12 +133,12 @@ void report_progress(const char *what)
 	put(&t, "{\"type\":\"");
 	put(&t, what);
 	put(&t, "\"}");
-	/* Nobody knows of a process whose runtime was killed before it was ready. */
+	/* The runtime was killed before this process was ready: nobody knows about it. */
 	if (write(sync_fd, t.bytes, t.used) < 0)
 		_exit(1);
 }
 
-/* Tell whoever opened the gate that the process goes on; errors are reported there now, and EOF is execve. */
+/* Report to the starter, at the gate, that the process continues; later errors go there, too, and EOF means execve. */
 void report_started(int gate)
 {
 	sync_fd = gate;
@@ -155,7 +155,7 @@ void report_listener(int fd)
 	send_all(sync_fd, &t);
 }
 
-/* A runtime that created the container and exited reads no more: later errors are for the container's stderr. */
+/* If the runtime has created the container and exited, later errors go to the container's stderr. */
 void report_to_stderr_if_closed(void)
 {
 	struct pollfd polled = {.fd = sync_fd};
@@ -223,7 +223,7 @@ NORETURN void fail(int error, const char *step, const char *path, const char *fo
 	}
 	log_line("fatal", step, path, error);
 	if (sync_fd < 0) {
-		const char *words = why[0] != '\0' ? why : strerror(error); /* uncapitalised, as by Go */
+		const char *words = why[0] != '\0' ? why : strerror(error); /* uncapitalised, as in Go */
 
 		dprintf(2, "%s %s: %c%s\n", strcmp(step, "execve") == 0 ? "exec" : step, path, words[0] | 0x20,
 			words + 1);

@@ -1,6 +1,6 @@
 /*
- * rootfs.c: the steps of a plan that set up the root file system and the host name: propagation, root, mounts, devices,
- * links, hooks, pivot_root, console, read-only remounts, sysctls, read-only and masked paths.
+ * rootfs.c: execute the plan steps that set up the root file system and the host name: propagation, root, mounts,
+ * devices, links, hooks, pivot_root, console, read-only remounts, sysctls, read-only and masked paths.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -17,7 +17,7 @@ static void bind_device(int root, const struct device_step *device)
 	struct stat st;
 	int node = open(device->path, O_PATH | O_NOFOLLOW | O_CLOEXEC), tree, target;
 
-	/* Nodes cannot be created in a user namespace: bind the host's, if it is the right device. */
+	/* Device nodes cannot be created in a user namespace: bind the host's, if it is the right device. */
 	if (node < 0 || fstat(node, &st) < 0)
 		fail_errno("device", device->path, NULL);
 	if ((st.st_mode & S_IFMT) != (device->mode & S_IFMT) || st.st_rdev != makedev(device->major, device->minor))
@@ -45,7 +45,7 @@ static void make_device(int root, const struct device_step *device)
 	dir = open_parent_in(root, device->path, name);
 	if (dir < 0)
 		fail_errno("device", device->path, NULL);
-	/* The exact mode at once: a later chmod by name could reach another file. */
+	/* Create it with the exact mode: a later chmod by name could hit another file. */
 	umask(0);
 	if (mknodat(dir, name, device->mode, number) < 0 && errno != EEXIST)
 		fail_errno("device", device->path, NULL);
@@ -76,8 +76,8 @@ static void make_link(int root, const struct link_step *link)
 }
 
 /*
- * For a host whose root is an initramfs, which cannot be changed: move the new root over it.  The host's own procfs and
- * sysfs must go: as long as they are there, unmasked, a user namespace may mount new ones (mount_too_revealing()).
+ * Move the new root over a host root that pivot_root(2) cannot replace (an initramfs).  The host's own procfs and sysfs
+ * must be unmounted: as long as they exist, unmasked, a user namespace may mount new ones (mount_too_revealing()).
  */
 static void move_root(int root)
 {
@@ -90,14 +90,14 @@ static void move_root(int root)
 		fail_errno("chroot", "/", NULL);
 }
 
-/* In the runtime's own mount namespace: what was mounted stays there, as with runc. */
+/* Enter the root in the runtime's own mount namespace: the mounts stay there, as with runc. */
 static void enter_root(int root)
 {
 	if (fchdir(root) < 0 || chroot(".") < 0 || chdir("/") < 0)
 		fail_errno("chroot", "/", NULL);
 }
 
-/* pivot_root(2) with new and old root on the same directory; then the old root is unmounted. */
+/* Call pivot_root(2) with new and old root on the same directory, then unmount the old root. */
 static void change_root(int root, uint32_t way)
 {
 	int old;
@@ -140,7 +140,7 @@ static void set_sysctl(int procfs, const char *path, const char *value)
 	close(fd);
 }
 
-/* The container's procfs and sysfs, by descriptor: others who share the image may rename the directories. */
+/* The container's procfs and sysfs, by descriptor: other users of the image may rename the directories. */
 struct kernel_mounts {
 	struct {
 		int fd;
@@ -152,7 +152,7 @@ struct kernel_mounts {
 static void record_kernel_mount(struct kernel_mounts *mounts, int fd, const char *target)
 {
 	if (mounts->count == ARRAY_SIZE(mounts->list) || strlen(target) >= sizeof(mounts->list[0].target)) {
-		close(fd); /* found by path, as other mounts are */
+		close(fd); /* found by path, like other mounts */
 		return;
 	}
 	mounts->list[mounts->count].fd = fd;
@@ -161,8 +161,8 @@ static void record_kernel_mount(struct kernel_mounts *mounts, int fd, const char
 }
 
 /*
- * Open a path that is masked or read-only.  Below a recorded mount it is looked up from there: a path that is exchanged
- * for a moment would leave the real one unmasked (CVE-2019-19921).
+ * Open a path to mask or make read-only.  Below a recorded mount it is looked up from there: a path swapped
+ * temporarily would leave the real one unmasked (CVE-2019-19921).
  */
 static int open_in_kernel_mount(const struct kernel_mounts *mounts, int root, const char *path)
 {
@@ -191,7 +191,7 @@ static void make_readonly(const struct kernel_mounts *mounts, int root, const ch
 	close(target);
 }
 
-/* An empty read-only directory; all masked directories share one tmpfs. */
+/* Return an empty read-only directory; all masked directories share one tmpfs. */
 static int empty_directory(int *cached)
 {
 	int fs;
@@ -277,7 +277,7 @@ struct rootfs_state {
 	struct kernel_mounts mounts;
 	int null, empty;
 	size_t mount_index; /* of the next PLAN_MOUNT */
-	bool hooks_done;    /* all createContainer hooks have run at the first of them */
+	bool hooks_done;    /* the first createContainer step runs all of them */
 };
 
 static void do_step(const struct attribute *a, struct rootfs_state *s)
@@ -347,7 +347,7 @@ static void do_step(const struct attribute *a, struct rootfs_state *s)
 		make_mount_readonly(*root, a);
 		break;
 	case PLAN_ROOT_READONLY: {
-		/* The working directory is created if missing, which a read-only root would prevent later. */
+		/* Create a missing working directory now: a read-only root would prevent it later. */
 		int cwd = make_directory_in(*root, plan->cwd, 0755);
 
 		if (cwd < 0)
@@ -382,7 +382,7 @@ void build_rootfs(struct context *ctx)
 	struct cursor steps = ctx->plan.steps;
 	struct attribute a;
 
-	/* Before anything of the container is reachable, and while the host's procfs still permits a new one. */
+	/* Before any of the container's files is reachable, and while the host's procfs still permits a new one. */
 	if (ctx->fds.fifo >= 0)
 		handles->processes = private_procfs(true);
 	if (ctx->plan.has_sysctl)

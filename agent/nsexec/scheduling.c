@@ -1,5 +1,5 @@
 /*
- * scheduling.c: CPU affinity, scheduler, I/O priority, personality and memory policy of the process.
+ * scheduling.c: set CPU affinity, scheduler, I/O priority, personality and memory policy of the process.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -12,7 +12,7 @@
 #define POLICY_DEADLINE 6u
 #define FLAG_RESET_ON_FORK 1u
 
-/* Log a mask as one number, without leading zeros. */
+/* Log a mask as one hexadecimal number, without leading zeros. */
 static void log_cpus(const uint8_t *mask, size_t size)
 {
 	static char text[2 * CPU_MASK_MAX + 3];
@@ -49,8 +49,8 @@ void set_initial_cpus(const struct plan *plan)
 }
 
 /*
- * Whether a clone would not have this process's scheduler: it is reset, or clone fails (sched(7)).  The runtime sets it
- * then, since the stage that clones has only the container's capabilities left.
+ * Whether a clone would lose this process's scheduler: it is reset, or clone fails (sched(7)).  Then the runtime sets
+ * it, because the cloning stage has only the container's capabilities left.
  */
 bool scheduler_is_lost_by_clone(const struct plan *plan)
 {
@@ -64,7 +64,7 @@ bool scheduler_is_lost_by_clone(const struct plan *plan)
 	return policy == POLICY_DEADLINE || (flags & FLAG_RESET_ON_FORK) != 0;
 }
 
-/* To be called with all capabilities; by the stage that clones the process, if that is made `before_clone`. */
+/* Must be called with full capabilities; `before_clone` if called by the stage that clones the process. */
 void set_scheduling(const struct plan *plan, bool before_clone)
 {
 	bool later = before_clone && scheduler_is_lost_by_clone(plan);

@@ -1,10 +1,10 @@
 /*
- * sources.c: sources of bind mounts that stage 0 opens, with the rights of the runtime.
+ * sources.c: open sources of bind mounts in stage 0, with the runtime's privileges.
  *
- * The root of a user namespace may not reach the source of a bind mount (a directory of mode 0700 above it), nor map
- * its owners: mount_setattr(2) with MOUNT_ATTR_IDMAP wants CAP_SYS_ADMIN over the file system.  So stage 0 clones the
- * mount, detached, and stage 2, which inherits the descriptor, attaches it.  Elsewhere stage 2 opens sources itself;
- * for those that it may not map, it asks a process that stage 0 leaves behind (serve_sources).
+ * Root in a user namespace may be unable to reach the source of a bind mount (below a directory of mode 0700, say) or
+ * to id-map it: mount_setattr(2) with MOUNT_ATTR_IDMAP requires CAP_SYS_ADMIN over the file system.  So stage 0 clones
+ * the mount, detached, and stage 2, which inherits the descriptor, attaches it.  Otherwise stage 2 opens sources
+ * itself; those it cannot map, it requests from a process that stage 0 leaves behind (serve_sources).
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -24,7 +24,7 @@ struct id_maps {
 	const char *uid_map, *gid_map;
 };
 
-/* A user namespace with these maps, which outlives the process that creates it by the descriptor alone. */
+/* Create a user namespace with these maps; the descriptor keeps it alive after the process that creates it. */
 static int create_userns(const char *uid_map, const char *gid_map, const char *path)
 {
 	const struct bootstrap boot = {.uid_map = uid_map, .gid_map = gid_map, .setgroups = true};
@@ -35,7 +35,7 @@ static int create_userns(const char *uid_map, const char *gid_map, const char *p
 	if (pid < 0)
 		fail_errno("id-mapped mount", path, "clone");
 	if (pid == 0) {
-		/* A parent that died before prctl took effect is not there any more. */
+		/* getppid: the parent may have died before prctl took effect. */
 		if (prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0) == 0 && getppid() == parent)
 			pause();
 		_exit(1);
@@ -51,7 +51,7 @@ static int create_userns(const char *uid_map, const char *gid_map, const char *p
 	return fd;
 }
 
-/* The user namespace with the maps of a mount; `last` keeps the one that was created last. */
+/* Return a user namespace with the maps of a mount; `last` caches the one created last. */
 static int mapping_userns(const struct mount_step *step, int joined_userns, struct id_maps *last)
 {
 	if (step->uid_map[0] == '\0') {
@@ -80,7 +80,7 @@ static void map_ids(int tree, const struct mount_step *step, int userns)
 			   errno == EINVAL ? "its file system does not support it" : NULL);
 }
 
-/* A detached clone of the source; -1 where that takes privileges which need not be there. */
+/* Return a detached clone of the source; -1 if that is not permitted and not a must. */
 int open_source(const struct mount_step *step, bool must)
 {
 	bool recursive = (step->flags & MOUNT_RECURSIVE) != 0;
@@ -92,7 +92,7 @@ int open_source(const struct mount_step *step, bool must)
 	return tree;
 }
 
-/* A source below the root itself may be what an earlier mount puts there: stage 2 opens it when its turn comes. */
+/* A source below the root may be provided by an earlier mount: stage 2 opens it when its turn comes. */
 static bool is_below(const char *path, const char *rootfs)
 {
 	size_t length = rootfs == NULL ? 0 : strlen(rootfs);
@@ -123,7 +123,7 @@ int open_late_source(struct context *ctx, const struct mount_step *step, size_t 
 	close(mounts);
 	tree = receive_descriptor(ctx->source_server, &index, sizeof(index));
 	if (tree < 0)
-		_exit(1); /* the server has reported why */
+		_exit(1); /* the server has reported the error */
 	return tree;
 }
 
@@ -140,7 +140,7 @@ static void find_mount(const struct plan *plan, size_t index, struct mount_step 
 	_exit(1);
 }
 
-/* Open and map sources in the mount namespaces that come with their numbers, until there is nobody left to ask. */
+/* Open and map sources by index, in the mount namespace sent with each request, until the peer closes the socket. */
 NORETURN static void serve_sources(const struct context *ctx, int peer)
 {
 	struct mount_step step;
@@ -177,7 +177,7 @@ static void start_source_server(struct context *ctx)
 	ctx->source_server = pair[0];
 }
 
-/* A descriptor of its own for a mount that stage 2 maps: without it the source would be mounted with other owners. */
+/* Duplicate the user namespace for a mount that stage 2 maps: without it the mount would have the wrong owners. */
 static int keep_userns(int userns, const char *path)
 {
 	int fd = fcntl(userns, F_DUPFD_CLOEXEC, 0);
@@ -189,7 +189,7 @@ static int keep_userns(int userns, const char *path)
 
 void open_sources(struct context *ctx, int joined_userns)
 {
-	/* In the runtime's mount namespace the source may have peers, which must not get the container's mounts. */
+	/* In the runtime's mount namespace the source may have peers, to which mounts must not propagate. */
 	static const struct mount_attr_args slave = {.propagation = MS_SLAVE};
 	const char *rootfs = NULL;
 	struct cursor steps = ctx->plan.steps;
@@ -221,7 +221,7 @@ void open_sources(struct context *ctx, int joined_userns)
 				continue;
 			}
 			tree = open_source(&step, !ctx->has_userns || (step.flags & MOUNT_IDMAP) != 0);
-			if (tree < 0) /* a runtime without privileges: its user namespace may */
+			if (tree < 0) /* an unprivileged runtime: its user namespace may */
 				continue;
 			if (sys_mount_setattr(tree, AT_EMPTY_PATH | AT_RECURSIVE_FLAG, &slave) < 0)
 				fail_errno("mount source", step.source, "propagation");

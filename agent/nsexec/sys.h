@@ -1,4 +1,4 @@
-/* sys.h: system calls and constants that musl has no wrapper or header for (Linux 5.12 and later; raw syscall(2)). */
+/* sys.h: system calls and constants without a musl wrapper or header (Linux 5.12 and later; raw syscall(2)). */
 #ifndef NSEXEC_SYS_H
 #define NSEXEC_SYS_H
 
@@ -38,7 +38,7 @@ struct open_how_args {
 };
 
 /* the mount API of Linux 5.2 and 5.12: open_tree, move_mount, fsopen, fsconfig, fsmount, mount_setattr */
-#ifndef OPEN_TREE_CLONE /* glibc has these, which the fuzzer is built with */
+#ifndef OPEN_TREE_CLONE /* defined by glibc, with which the fuzzer is built */
 #define OPEN_TREE_CLONE 1u
 #define FSOPEN_CLOEXEC 1u
 #define FSMOUNT_CLOEXEC 1u

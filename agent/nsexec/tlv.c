@@ -1,10 +1,10 @@
 /*
- * tlv.c: reading the messages of the init pipe, netlink framing (struct nlmsghdr, then struct nlattr each padded to 4
+ * tlv.c: read the messages of the init pipe, in netlink framing (struct nlmsghdr, then struct nlattr each padded to 4
  * bytes).
  *
- * No length is trusted before it is checked (CVE-2021-43784): an attribute has at least its header and fits into the
- * rest of the message, numbers have their exact size, text ends in its only NUL, padding is part of the message.
- * Short reads are continued; a message has at most `limit` bytes.  Anything else is an error.
+ * No length is trusted before it is checked (CVE-2021-43784): an attribute has at least its header and fits in the rest
+ * of the message, numbers have their exact size, text ends in its only NUL, padding is part of the message.  Short
+ * reads are continued; a message has at most `limit` bytes.  Anything else is an error.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -96,7 +96,7 @@ uint32_t attribute_u32(const struct attribute *a)
 	return value;
 }
 
-/* One byte and three of padding that count as payload, as runc encodes it. */
+/* One byte and three bytes of padding that count as payload, as runc encodes it. */
 bool attribute_bool(const struct attribute *a)
 {
 	if (a->size != 4)

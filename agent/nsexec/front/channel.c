@@ -1,8 +1,8 @@
 /*
- * channel.c: one nsexec, from the spawn to the execve of the program (libcontainer's channel.py and launcher.py).
+ * channel.c: follow one nsexec, from spawn to execve of the program (libcontainer's channel.py and launcher.py).
  *
- * A member of the container's pid namespace may take the init socket for a moment: only the stages that are known
- * announce others.
+ * A member of the container's pid namespace may briefly get hold of the init socket: only known stages may announce
+ * others.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -27,7 +27,7 @@
 #define PASSED_MAX (CGROUPS_MAX + 4)
 #define ENV_SIZE 48
 
-struct passed { /* descriptors that nsexec gets, by the names of environment variables */
+struct passed { /* descriptors passed to nsexec, by environment variable name */
 	int fds[PASSED_MAX];
 	char env[PASSED_MAX][ENV_SIZE];
 	size_t count;
@@ -47,7 +47,7 @@ static void pass(struct passed *passed, const char *name, int fd)
 	passed->fds[passed->count++] = fd;
 }
 
-/* A copy that nothing can write to, not even root in a container that reached it (CVE-2019-5736). */
+/* Make a sealed copy, which even root in a container cannot write to (CVE-2019-5736). */
 static int seal(const char *nsexec)
 {
 	int from = open(nsexec, O_RDONLY | O_CLOEXEC),
@@ -72,7 +72,7 @@ static int seal(const char *nsexec)
 	return to;
 }
 
-/* Version 2: its directory, unless it has given controllers to cgroups below it and takes no processes. */
+/* Pass the cgroup v2 directory, unless controllers are enabled for its children, so that it accepts no processes. */
 static bool pass_unified(const char *directory, struct passed *passed)
 {
 	char path[4096 + 32], text[1024];
@@ -87,7 +87,7 @@ static bool pass_unified(const char *directory, struct passed *passed)
 	return fd >= 0;
 }
 
-/* Entries of the container's cgroups; the freezer is last, since who enters one that is frozen goes no further. */
+/* Pass the files to join the container's cgroups; the freezer is last, since joining a frozen one stops the process. */
 static bool pass_cgroups(const struct container *container, struct passed *passed)
 {
 	if (container->cgroup_count == 1 && container->cgroups[0].kind == 'u')
@@ -122,7 +122,7 @@ static bool spawn(int program, struct passed *passed, const int stdio[3], pid_t 
 	for (int i = 0; i < 3; i++)
 		error |= posix_spawn_file_actions_adddup2(&actions, stdio[i], i);
 	for (; count < passed->count; count++) {
-		/* Onto itself: the number stays, close-on-exec goes. */
+		/* Onto itself: keeps the number, clears close-on-exec. */
 		error |= posix_spawn_file_actions_adddup2(&actions, passed->fds[count], passed->fds[count]);
 		env[count] = passed->env[count];
 	}
@@ -138,7 +138,7 @@ static bool spawn(int program, struct passed *passed, const int stdio[3], pid_t 
 	return error == 0 && posix_spawn(pid, path, &actions, &attributes, argv, env) == 0;
 }
 
-/* A message of the init socket: its text, its sender, and the descriptor that came with it. */
+/* Receive a message from the init socket: its text, sender and descriptor. */
 static ssize_t receive(int init, char *text, size_t size, pid_t *sender, int *fd)
 {
 	union {
@@ -168,7 +168,7 @@ static ssize_t receive(int init, char *text, size_t size, pid_t *sender, int *fd
 	return got;
 }
 
-/* Note who was made last: stage 1, or the process itself. */
+/* Record the process cloned last: stage 1, or the process itself. */
 static void on_init(struct channel *channel)
 {
 	char text[256];
@@ -206,10 +206,10 @@ static void on_sync(struct channel *channel)
 	else if (got == 20 && memcmp(packet, "{\"type\":\"procReady\"}", 20) == 0)
 		channel->ready = true;
 	else
-		channel->failed = true; /* why, Python finds out and says */
+		channel->failed = true; /* Python will find out and report why */
 }
 
-/* Follow nsexec until nobody holds the sync socket any more: the program was executed, or all stages have ended. */
+/* Follow nsexec until EOF on the sync socket: the program was executed, or all stages have ended. */
 static void follow_setup(struct channel *channel)
 {
 	while (!channel->ended && !channel->failed) {
@@ -218,14 +218,14 @@ static void follow_setup(struct channel *channel)
 
 		if (poll(polled, 2, -1) < 0 && errno != EINTR)
 			channel->failed = true;
-		else if (polled[0].revents != 0) /* before what came after it */
+		else if (polled[0].revents != 0) /* pids first: they are sent before progress */
 			on_init(channel);
 		else if (polled[1].revents != 0)
 			on_sync(channel);
 	}
 }
 
-/* Kill and wait for all of it: whoever hands over leaves nothing. */
+/* Kill and reap all stages: nothing may be left when handing over. */
 static void end_setup(const struct channel *channel)
 {
 	const int pidfds[] = {channel->stage1_pidfd, channel->process.pidfd};
@@ -273,7 +273,7 @@ bool launch(const struct container *container, const char *nsexec, struct slice 
 		end_setup(&channel);
 		return false;
 	}
-	waitpid(channel.stage0, NULL, 0); /* as zombies they would count as processes of the container */
+	waitpid(channel.stage0, NULL, 0); /* zombies would count as processes of the container */
 	if (channel.stage1 > 0)
 		waitpid(channel.stage1, NULL, 0);
 	*out = channel.process;

@@ -1,5 +1,5 @@
 /*
- * container.c: a container as its state directory, /proc and its cgroups say (libcontainer's state.py, container.py).
+ * container.c: read a container's state directory, /proc files and cgroups (libcontainer's state.py, container.py).
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -13,12 +13,12 @@
 
 #include "front.h"
 
-#define PF_FORKNOEXEC 0x40u /* include/linux/sched.h: forked, and nothing executed since */
+#define PF_FORKNOEXEC 0x40u /* include/linux/sched.h: forked, but no execve since */
 #define PID_MAX (1u << 22)
 
 static const char MAGIC[8] = {'C', 'A', 'I', 'S', 'F', 'R', 'O', '1'};
 
-struct header { /* of front.state; what has a size follows in this order */
+struct header { /* of front.state; the variable-size parts follow in this order */
 	char magic[8];
 	struct identity state;
 	uint64_t start_time;
@@ -76,7 +76,7 @@ bool load_container(const char *root, const char *id, struct container *out)
 	       decode_container(file, out) && is_same_file(out->directory, "state.json", &out->state);
 }
 
-/* Whether the first process lives, and has executed a program. */
+/* Whether the first process is alive, and (in *executed) whether it has executed a program. */
 static bool look_at(const struct container *container, bool *executed)
 {
 	char path[32], text[1024];
@@ -89,7 +89,7 @@ static bool look_at(const struct container *container, bool *executed)
 	if (!read_file(AT_FDCWD, path, &file, text, sizeof(text) - 1))
 		return false;
 	text[file.size] = '\0';
-	fields = strrchr(text, ')'); /* the name before it may be anything */
+	fields = strrchr(text, ')'); /* the name before it may contain anything */
 	if (fields == NULL ||
 	    sscanf(fields + 1, " %c %*s %*s %*s %*s %*s %llu %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %llu",
 		   &state, &flags, &start) != 3)
@@ -134,20 +134,20 @@ enum status status_of(const struct container *container)
 	return executed ? STATUS_RUNNING : STATUS_CREATED;
 }
 
-/* A pidfd of the first process; -1 if that has ended. */
+/* Return a pidfd of the first process; -1 if it has ended. */
 int pidfd_of(const struct container *container)
 {
 	int pidfd = (int)syscall(SYS_pidfd_open, container->pid, 0);
 	bool executed;
 
-	if (pidfd >= 0 && !look_at(container, &executed)) { /* after it was opened: it was not another's at that time */
+	if (pidfd >= 0 && !look_at(container, &executed)) { /* checked after opening: the pid was not reused */
 		close(pidfd);
 		return -1;
 	}
 	return pidfd;
 }
 
-/* Whether it has executed a program, if it is there at all. */
+/* Whether the first process is alive and has executed a program. */
 bool has_executed(const struct container *container)
 {
 	bool executed = true;
@@ -156,7 +156,7 @@ bool has_executed(const struct container *container)
 	return executed;
 }
 
-/* Lock the directory, until this program ends; false if it is not the container's any more. */
+/* Lock the directory until this program exits; false if it is no longer the container's. */
 bool lock_container(const struct container *container)
 {
 	struct stat held, now;

@@ -1,8 +1,8 @@
 /*
- * delete.c: `delete` of a container that has ended by itself, as Container.delete.
+ * delete.c: `delete` a container that has ended by itself, as Container.delete does.
  *
- * Whatever is more than an empty cgroup and the files of a state directory is left to Python, which goes on from there:
- * to remove what is gone already is no failure.
+ * Anything beyond an empty cgroup and the files of a state directory is left to Python, which continues from there:
+ * removing what is already gone is not a failure.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -13,7 +13,7 @@
 
 #include "front.h"
 
-/* state.json is the last: until then another command can find the container. */
+/* state.json is last: until then other commands can find the container. */
 static const char *const FILES[] = {"config.json", "seccomp", "exec.plan", "exec.fifo", "front.state", "state.json"};
 
 static bool holds_nothing_else(const struct container *container)
@@ -36,14 +36,14 @@ static bool holds_nothing_else(const struct container *container)
 
 int delete_container(const struct container *container, const struct request *request)
 {
-	(void)request; /* one that has ended is not killed first */
+	(void)request; /* --force changes nothing for an ended container */
 	if ((container->flags & (FLAG_POSTSTOP_HOOKS | FLAG_OWN_PIDS)) != FLAG_OWN_PIDS || !lock_container(container) ||
 	    status_of(container) != STATUS_STOPPED || !holds_nothing_else(container))
 		return HAND_OVER;
 	FAULT(delete_cgroup);
 	for (size_t i = 0; i < container->cgroup_count; i++)
 		if (rmdir(container->cgroups[i].path) < 0 && errno != ENOENT)
-			return HAND_OVER; /* there are cgroups below it, or the kernel still tears down processes */
+			return HAND_OVER; /* it has child cgroups, or the kernel is still tearing down processes */
 	FAULT(delete_directory);
 	for (size_t i = 0; i < ARRAY_SIZE(FILES); i++)
 		if (unlinkat(container->directory, FILES[i], 0) < 0 && errno != ENOENT)

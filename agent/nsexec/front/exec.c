@@ -1,4 +1,4 @@
-/* exec.c: `exec` of a program with the process of the bundle's config.json, as runtime/execute.py. */
+/* exec.c: `exec` a program with the process settings of the bundle's config.json, as runtime/execute.py does. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -19,7 +19,7 @@ static bool is_unchanged(const struct container *container, const struct exec_pl
 	return bundle >= 0 && is_same_file(bundle, "config.json", &plan->config);
 }
 
-/* The container's passwd(5), found inside its root whatever links say. */
+/* Find the home directory in the container's passwd(5), resolved inside its root. */
 static bool find_home(const struct container *container, uint32_t uid, struct slice *home)
 {
 	static char text[FILE_MAX_SIZE];

@@ -1,4 +1,4 @@
-/* files.c: files that are read whole, up to a bound, and output that is written whole. */
+/* files.c: read whole files, up to a limit, and write whole output. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -8,7 +8,7 @@
 
 #include "front.h"
 
-/* Read what is open, a file of at most `size` bytes, and close it. */
+/* Read an open file of at most `size` bytes, and close it. */
 bool read_whole(int fd, struct slice *out, char *room, size_t size)
 {
 	struct stat stat;

@@ -1,4 +1,4 @@
-/* follow.c: a process in the foreground: its streams copied, our signals its (runtime/foreground.py). */
+/* follow.c: follow a foreground process: copy its streams, forward signals to it (runtime/foreground.py). */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -15,10 +15,10 @@
 
 struct streams {
 	const struct process *process;
-	int input, outputs[2]; /* our ends of its pipes; -1 after their end */
-	int signals, status;   /* -1 while it runs */
+	int input, outputs[2]; /* our ends of its pipes; -1 after EOF */
+	int signals, status;   /* status is -1 while it runs */
 	bool stdin_open;
-	size_t unsent, sent; /* of `buffer`, which holds what it has not taken yet */
+	size_t unsent, sent; /* in `buffer`, which holds input the process has not read yet */
 	char buffer[CHUNK];
 };
 
@@ -44,14 +44,14 @@ static void on_signal(struct streams *streams)
 	}
 }
 
-/* Copy what is there to standard output or error; whether there was something. */
+/* Copy available output to stdout or stderr; return whether there was any. */
 static bool copy_output(struct streams *streams, int number)
 {
 	static char data[CHUNK];
 	ssize_t got = streams->outputs[number] < 0 ? -1 : read(streams->outputs[number], data, sizeof(data));
 
 	if (got > 0) {
-		write_all(number + 1, data, (size_t)got); /* if nobody reads it, it goes nowhere */
+		write_all(number + 1, data, (size_t)got); /* dropped if nobody reads it */
 		return true;
 	}
 	if (streams->outputs[number] >= 0 && (got == 0 || errno != EAGAIN)) {
@@ -61,7 +61,7 @@ static bool copy_output(struct streams *streams, int number)
 	return false;
 }
 
-/* Let the process read end-of-file once it has read what there was. */
+/* Close the process's stdin: it reads EOF after the rest of its input. */
 static void end_input(struct streams *streams)
 {
 	if (streams->input >= 0)
@@ -77,7 +77,7 @@ static void send_input(struct streams *streams)
 	if (done < 0 && (errno == EAGAIN || errno == EINTR))
 		return;
 	if (done < 0) {
-		end_input(streams); /* it does not read any more */
+		end_input(streams); /* the process has closed stdin */
 		return;
 	}
 	streams->sent += (size_t)done;
@@ -123,7 +123,7 @@ static void step(struct streams *streams)
 		reap(streams);
 }
 
-/* Copy the streams and pass on signals until the process ends; its status, or 128 and the signal. */
+/* Copy the streams and forward signals until the process ends; return its status, or 128 plus the signal. */
 int follow(const struct process *process, int in, int out, int err)
 {
 	static struct streams streams;
@@ -139,7 +139,7 @@ int follow(const struct process *process, int in, int out, int err)
 		fcntl((int[]){in, out, err}[i], F_SETFL, O_NONBLOCK | (i == 0 ? O_WRONLY : O_RDONLY));
 	sigfillset(&passed);
 	sigdelset(&passed, SIGURG);
-	sigdelset(&passed, SIGWINCH); /* there is no terminal to resize */
+	sigdelset(&passed, SIGWINCH); /* no terminal to resize */
 	sigdelset(&passed, SIGPIPE);
 	sigprocmask(SIG_BLOCK, &passed, NULL);
 	streams.signals = signalfd(-1, &passed, SFD_CLOEXEC | SFD_NONBLOCK);

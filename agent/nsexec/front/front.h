@@ -1,14 +1,14 @@
 /*
  * front.h: declarations shared by the parts of the front.
  *
- * The front is what commands/caisson-oci starts first, with the command line of the interpreter as its arguments.  It
- * carries out the plain forms of state, kill, start, delete and exec by itself, in a tenth of the time that an
- * interpreter takes to start.  Whatever it does not understand completely (an option, a surprising state, any failure)
- * it hands over: it executes its arguments, and Python does it all, with every text and status.  That happens before
- * anything was changed, or where what was changed would be done again to the same end.
+ * commands/caisson-oci starts the front first, with the Python interpreter's command line as its arguments.  The front
+ * executes the simple forms of state, kill, start, delete and exec by itself, in a tenth of the time an interpreter
+ * takes to start.  Anything it does not fully understand (an option, an unexpected state, any failure) it hands over:
+ * it executes its arguments, and Python handles the whole command, with all messages and statuses.  That happens before
+ * anything is changed, or where repeating the changes has the same result.
  *
- * What it knows of a container Python has written for it (agent/runtime/prepared.py): it reads no JSON.  What it reads
- * is bounded, and good only as long as the files that it was made from are the same.
+ * It reads no JSON: Python has prepared all it needs to know about a container (agent/runtime/prepared.py).  These
+ * files are bounded, and valid only as long as the files they were made from are unchanged.
  */
 #ifndef FRONT_H
 #define FRONT_H
@@ -23,17 +23,17 @@
 #define CGROUPS_MAX 16
 
 /* --- files.c --- */
-struct slice { /* of a file that was read */
+struct slice { /* of a file's contents */
 	const char *at;
 	size_t size;
 };
 
-#define READ_FLAGS (O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC) /* of what may not be a file */
+#define READ_FLAGS (O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC) /* for what may not be a regular file */
 bool read_whole(int fd, struct slice *out, char *room, size_t size);
 bool read_file(int directory, const char *path, struct slice *out, char *room, size_t size);
 bool write_all(int fd, const char *data, size_t size);
 
-/* Which file it is: device, inode, size, mtime and ctime in nanoseconds. */
+/* A file's identity: device, inode, size, mtime and ctime in nanoseconds. */
 struct identity {
 	uint64_t numbers[5];
 };
@@ -41,19 +41,19 @@ struct identity {
 bool is_same_file(int directory, const char *path, const struct identity *identity);
 
 /* --- container.c --- */
-#define FLAG_OWN_PIDS 1u       /* its pid namespace is its own: all in it end with the first process */
+#define FLAG_OWN_PIDS 1u       /* it has its own pid namespace: all processes end with the first */
 #define FLAG_START_HOOKS 2u    /* it has startContainer or poststart hooks */
 #define FLAG_POSTSTOP_HOOKS 4u /* it has poststop hooks */
 
-struct container { /* front.state as runtime/prepared.py writes it, and where it was found */
+struct container { /* front.state, written by runtime/prepared.py, and its directory */
 	int directory;
 	char path[4096];
 	struct identity state; /* of state.json */
 	uint64_t start_time;
 	uint32_t pid, flags;
-	struct slice before, after; /* the answer of `state`, up to the pid and from the status on */
+	struct slice before, after; /* the output of `state`: up to the pid, and from the status on */
 	struct {
-		char kind; /* 'f' has the freezer, 'u' is of version 2 */
+		char kind; /* 'f': with the freezer, 'u': version 2 */
 		const char *path;
 	} cgroups[CGROUPS_MAX]; /* the freezer is the last */
 	size_t cgroup_count;
@@ -86,10 +86,10 @@ int execute(const struct container *container, const struct request *request);
 /* --- messages.c --- */
 #define NOBODY_ELSE UINT32_MAX
 
-struct exec_plan {		/* exec.plan as runtime/prepared.py writes it */
+struct exec_plan {		/* exec.plan, written by runtime/prepared.py */
 	struct identity config; /* of the bundle's config.json */
-	uint32_t owner, group;	/* of pipes, in a user namespace; else NOBODY_ELSE */
-	uint32_t uid, has_home; /* without HOME it is that of the uid */
+	uint32_t owner, group;	/* of pipes, in a user namespace; otherwise NOBODY_ELSE */
+	uint32_t uid, has_home; /* if HOME is not set, it is looked up by uid */
 	uint32_t env_count, env_size, plan_size;
 	const char *plan, *env;
 };
@@ -110,7 +110,7 @@ bool launch(const struct container *container, const char *nsexec, struct slice 
 /* --- follow.c --- */
 int follow(const struct process *process, int in, int out, int err);
 
-/* --- points at which a test build (`make FAULTS=1`) is killed; the program that is shipped has none --- */
+/* --- points at which a test build (`make FAULTS=1`) is killed; release builds have none --- */
 #ifdef FAULTS
 #include <signal.h>
 #include <stdlib.h>

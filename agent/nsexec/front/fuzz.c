@@ -1,5 +1,5 @@
 /*
- * fuzz.c: what the front reads, under a fuzzer: the first byte says as what, the rest is the file.
+ * fuzz.c: fuzz the files that the front reads: the first byte selects the kind of file, the rest is its contents.
  *
  * With clang by libFuzzer; with gcc (-DSTANDALONE) by a mutator: ROUNDS SEED FILE…; with 0 rounds each file is tried
  * unchanged, and all must be accepted.
@@ -15,7 +15,7 @@
 
 static long accepted;
 
-/* Every byte of what was accepted is read: a slice must lie within the file. */
+/* Read every byte of an accepted slice: it must lie within the file. */
 static void touch(struct slice text)
 {
 	static volatile char last;
@@ -95,7 +95,7 @@ int main(int argc, char **argv)
 			input[1 + (size_t)random() % (size - 1)] = (uint8_t)random();
 		if (rounds != 0 && random() % 8 == 0)
 			size = (size_t)random() % (size + 1);
-		exact = malloc(size + 1); /* so that a byte too far is found */
+		exact = malloc(size + 1); /* so that reading one byte too far is detected */
 		memcpy(exact, input, size);
 		LLVMFuzzerTestOneInput(exact, size);
 		free(exact);

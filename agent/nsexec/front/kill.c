@@ -1,4 +1,4 @@
-/* kill.c: `kill` of the first process, as Container.kill. */
+/* kill.c: `kill` the first process, as Container.kill does. */
 #define _GNU_SOURCE
 #include <signal.h>
 #include <stdlib.h>
@@ -9,7 +9,7 @@
 
 #include "front.h"
 
-/* signal(7), by number, without the prefix; those with two names and the real-time ones are Python's. */
+/* signal(7), by number, without the prefix; aliases and real-time signals are left to Python. */
 static const char *const SIGNALS[] = {"",     "HUP",  "INT",  "QUIT", "ILL",  "TRAP", "ABRT",	"BUS",	"FPE",	"KILL",
 				      "USR1", "SEGV", "USR2", "PIPE", "ALRM", "TERM", "STKFLT", "CHLD", "CONT", "STOP",
 				      "TSTP", "TTIN", "TTOU", "URG",  "XCPU", "XFSZ", "VTALRM", "PROF", "WINCH"};
@@ -35,13 +35,13 @@ int kill_container(const struct container *container, const struct request *requ
 
 	if (number < 0 || status == STATUS_STOPPED)
 		return HAND_OVER;
-	/* Without pids of its own it is killed by its cgroup; a paused one is thawed to die. */
+	/* Without its own pid namespace it is killed through its cgroup; a paused one must be thawed to die. */
 	if (number == SIGKILL && (status == STATUS_PAUSED || (container->flags & FLAG_OWN_PIDS) == 0))
 		return HAND_OVER;
 	pidfd = pidfd_of(container);
 	FAULT(kill_signal);
 	if (pidfd < 0 || syscall(SYS_pidfd_send_signal, pidfd, number, NULL, 0) < 0)
 		return HAND_OVER;
-	/* Paused in this moment, it would die when it is resumed. */
+	/* If it was paused just now, it would die only when resumed. */
 	return number == SIGKILL && status_of(container) == STATUS_PAUSED ? HAND_OVER : 0;
 }

@@ -1,4 +1,4 @@
-/* look.c: `state`, as runtime/inspect.py prints it. */
+/* look.c: print the `state`, as runtime/inspect.py does. */
 #include <stdio.h>
 
 #include "front.h"

@@ -1,9 +1,9 @@
 /*
- * main.c: the options that the front understands, and whom a command is passed to.
+ * main.c: parse the options that the front understands, and dispatch the command.
  *
  *   caisson-oci PYTHON -I -S -c SCRIPT NAME PACKAGES [global options] COMMAND [options] ID [arguments]
  *
- * What follows PACKAGES is the command line of the user; all that precedes it is how to hand over.
+ * The user's command line follows PACKAGES; everything before it is the command to hand over to.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -25,7 +25,7 @@ struct call {
 	char **rest;
 };
 
-/* Whether `word` is the option `name`, whose value is in the word or the next one. */
+/* Return the value of the option `name`, from the same word or the next one; NULL for another word. */
 static const char *value_of(const char *name, char ***word)
 {
 	const char *text = **word;
@@ -62,7 +62,7 @@ static bool read_globals(char **word, struct call *call)
 	return *word != NULL;
 }
 
-/* An absolute path that means the same before and after it is normalised. */
+/* Whether this is an absolute path in normal form. */
 static bool is_plain_path(const char *path)
 {
 	size_t length = strlen(path);
@@ -81,7 +81,7 @@ static bool is_id(const char *text)
 	       strcmp(text, "..") != 0 && text[0] != '-';
 }
 
-/* Sockets and descriptors that a service manager passes on are Python's, and so are streams that are closed. */
+/* Sockets and descriptors passed by a service manager, and closed standard streams, are left to Python. */
 static bool is_plain_environment(void)
 {
 	for (int fd = 0; fd < 3; fd++)
@@ -90,7 +90,7 @@ static bool is_plain_environment(void)
 	return getenv("NOTIFY_SOCKET") == NULL && getenv("LISTEN_PID") == NULL;
 }
 
-/* The log is made, or found not to be writable, by every command; nothing is written to it by one that succeeds. */
+/* Every command creates the log, or fails if it is not writable; a command that succeeds writes nothing to it. */
 static bool open_log(const char *path)
 {
 	int fd;
@@ -118,9 +118,9 @@ static const char *nsexec_beside(const char *self)
 }
 
 static const struct command {
-	const char *name, *option, *long_option; /* the one that it may have */
+	const char *name, *option, *long_option; /* the only option allowed */
 	size_t least, most;			 /* arguments after the id */
-	bool cgroup_by_path;			 /* not of a container whose cgroup is systemd's */
+	bool cgroup_by_path;			 /* not if systemd manages the container's cgroup */
 	int (*carry_out)(const struct container *container, const struct request *request);
 } COMMANDS[] = {
 	{"state", "", "", 0, 0, false, print_state},

@@ -1,8 +1,8 @@
 /*
- * messages.c: the messages for nsexec, from exec.plan and the arguments.
+ * messages.c: build the messages for nsexec from exec.plan and the arguments.
  *
- * Which steps a process in the container takes was decided by Python (libcontainer/plan) from the bundle's config.json
- * as that is now; the program and its arguments are all that is added here.
+ * Python (libcontainer/plan) has already chosen the plan's steps from the bundle's current config.json; only the
+ * program and its arguments are added here.
  */
 #define _GNU_SOURCE
 #include <stdio.h>
@@ -15,7 +15,7 @@
 static const char PLAN_MAGIC[8] = {'C', 'A', 'I', 'S', 'E', 'X', 'E', '1'};
 #define NUMBERS_SIZE (7 * sizeof(uint32_t))
 #define HEADER_SIZE (sizeof(PLAN_MAGIC) + sizeof(struct identity) + NUMBERS_SIZE)
-#define STRINGS_SIZE 12u /* the last attribute of a plan: its header, argc and envc */
+#define STRINGS_SIZE 12u /* a plan's last attribute: header, argc and envc */
 
 bool decode_exec_plan(struct slice file, struct exec_plan *out)
 {
@@ -36,7 +36,7 @@ bool decode_exec_plan(struct slice file, struct exec_plan *out)
 	       (out->env_size == 0 ? out->env_count == 0 : out->env[out->env_size - 1] == '\0');
 }
 
-/* The directory of a user in a container's passwd(5), "/" if it has none; false for a file that is not plain. */
+/* Find a user's home directory in a container's passwd(5), "/" if it has none; false if the file is unusual. */
 bool home_in(struct slice passwd, uint32_t uid, struct slice *home)
 {
 	const char *end = passwd.at + passwd.size;
@@ -89,7 +89,7 @@ static void put(struct sheet *sheet, const void *data, size_t size)
 	sheet->used += size;
 }
 
-/* All three messages one after the other; 0 if they do not fit. */
+/* Write all three messages, back to back; return 0 if they do not fit. */
 size_t nsexec_messages(const struct exec_plan *plan, struct slice home, char **args, char *out, size_t room)
 {
 	struct sheet sheet = {.bytes = out, .room = room};

@@ -1,4 +1,4 @@
-/* start.c: `start` at a fifo, as process/gate.py. */
+/* start.c: `start` through a fifo, as process/gate.py does. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -22,7 +22,7 @@ static bool readable(int fd, int pidfd)
 	return ready > 0;
 }
 
-/* All that the init says until it has executed its program, or ended; -1 if it was never there. */
+/* Read the init's report until it has executed its program, or ended; -1 if it never opened the fifo. */
 static ssize_t read_report(int fd, int pidfd, char *report)
 {
 	size_t used = 0;
@@ -49,7 +49,7 @@ static ssize_t read_report(int fd, int pidfd, char *report)
 	return (ssize_t)used;
 }
 
-/* What the init said is put into words by Python, which finds it in the environment (gate.failure_of). */
+/* Hand the init's report to Python, in the environment, which turns it into an error message (gate.failure_of). */
 static int report_failure(char *report, size_t size)
 {
 	report[size] = '\0';
