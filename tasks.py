@@ -1,10 +1,10 @@
-"""Caisson's command line in a checkout: sets up what it needs, then does what the installed `caisson` does.
+"""Run Caisson's command line in a checkout: set up the environment, then do what the installed `caisson` does.
 
-    python3 tasks.py exec -- uname -a      # needs nothing but Python and apt: builds, boots and runs
-    python3 tasks.py test                  # everything is tested
-    python3 tasks.py                       # all commands; `invoke …` in .venv/bin is the same
+    python3 tasks.py exec -- uname -a      # needs only Python and apt: builds, boots and runs
+    python3 tasks.py test                  # runs all tests
+    python3 tasks.py                       # lists all commands; `invoke …` in .venv/bin is the same
 
-The commands are in commands/; only those for developers, test and bench, are here.
+The commands are in commands/; those for developers only, test and bench, are in tests/.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ ENVIRONMENT = ROOT / ".venv"
 #: The directories that are packages of `caisson`.
 PACKAGES = ("agent", "commands", "image", "proto")
 
-#: First words of command lines that build or boot a guest: what these need is installed before anything else.
+#: Commands that build or boot a guest: their requirements are installed first.
 NEED_GUESTS = ("exec", "run", "boot-vm", "build-image")
 
 
 def enter_environment() -> None:
-    """Continue inside .venv, made first where it is missing, or older than pyproject.toml or its Python.
+    """Re-execute inside .venv; create it first if it is missing, or older than pyproject.toml or its Python.
 
-    Standard library only: this runs on a machine that has nothing but Python and apt.
+    Standard library only: this runs on a machine with nothing but Python and apt.
     """
     if sys.version_info < (3, 11):  # noqa: UP036
         sys.exit(f"caisson: Python {sys.version.split()[0]}: is too old; install Python 3.11 or newer")
@@ -52,7 +52,7 @@ def _set_up(python: Path) -> None:
 
 
 def _is_current(python: Path) -> bool:
-    """Whether .venv was made from these requirements by a Python that is still there."""
+    """Return whether .venv was made from these requirements by a Python that still exists."""
     try:
         return (ENVIRONMENT / "made-of").read_text() == _made_of(python.resolve(strict=True))
     except OSError:
@@ -83,12 +83,12 @@ def _make_environment(python: Path) -> None:
     _info("setting up .venv")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     wanted = [*project["project"]["dependencies"], *project["project"]["optional-dependencies"]["checkout"]]
-    # Not pathlib's: an interpreter in somebody else's home cannot be looked at, and is none for this user.
+    # Not pathlib's exists(): an interpreter in another user's home raises PermissionError, and is unusable anyway.
     there = os.path.exists(python)  # noqa: PTH110
     whole = there and any((place / "pip").is_dir() for place in _package_directories(python))
     venv = [sys._base_executable, "-m", "venv", "--clear", str(ENVIRONMENT)]  # type: ignore[attr-defined]
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "constraints.txt"]
-    # A user's settings of pip are about other places: `--user` alone makes pip refuse to work in an environment.
+    # A user's pip settings do not apply here: `--user` alone makes pip refuse to work in a virtual environment.
     variables = {name: value for name, value in os.environ.items() if name not in ("PIP_TARGET", "PIP_PREFIX")}
     for command in ([*pip, *wanted],) if whole else (venv, [*pip, *wanted]):
         done = subprocess.run(command, cwd=ROOT, env=variables | {"PIP_USER": "0"}, stdout=sys.stderr)
@@ -103,7 +103,7 @@ def _make_environment(python: Path) -> None:
 
 
 def _needed_programs() -> tuple[str, ...]:
-    """What the command will ask for later: a user is told of everything at once."""
+    """Return the programs the command will need, so that all missing ones are reported at once."""
     from caisson.image import programs
 
     if sys.argv[1:2] == ["test"] and "--quick" not in sys.argv:
@@ -115,7 +115,7 @@ def _needed_programs() -> tuple[str, ...]:
 
 
 def _package_directories(python: Path) -> list[Path]:
-    """Where this interpreter of .venv looks for packages: a Python that was upgraded has another directory."""
+    """Return the site-packages directories of .venv's interpreter: an upgraded Python has a different one."""
     name = python.resolve().name
     return sorted(ENVIRONMENT.glob(f"lib/{name if name.startswith('python3.') else 'python3.*'}/site-packages"))
 
@@ -134,7 +134,7 @@ def _link_packages() -> None:
 
 
 def _write_launcher(python: Path) -> None:
-    """Write .venv/bin/caisson, as an install has it."""
+    """Write .venv/bin/caisson, as an installation would."""
     import shlex
 
     launcher = ENVIRONMENT / "bin" / "caisson"
@@ -147,7 +147,7 @@ def _info(line: str) -> None:
 
 
 def run() -> int:
-    """Run the command line with the commands for developers beside the others."""
+    """Run the command line, with the commands for developers in addition."""
     from caisson.proto import generate
 
     generate.ensure()
@@ -156,7 +156,7 @@ def run() -> int:
     return main("tests.catalogue")
 
 
-# Invoke loads this file for `invoke …`: the same command line, not Invoke's own.
+# `invoke …` loads this file: run the same command line, not Invoke's own.
 if __name__ == "__main__" or Path(sys.argv[0]).name in ("invoke", "inv"):
     sys.path.insert(0, str(ROOT))
     enter_environment()
