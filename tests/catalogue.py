@@ -1,4 +1,4 @@
-"""Declare the commands for developers, which only a checkout has; every command line there imports this."""
+"""Declare the commands for developers, available only in a checkout; every command line there imports this."""
 
 from __future__ import annotations
 

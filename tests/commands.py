@@ -1,4 +1,4 @@
-"""Run the commands for developers, which only a checkout has: test and bench.  catalogue.py declares them."""
+"""Implement the commands for developers, available only in a checkout: test and bench.  catalogue.py declares them."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from caisson.image.programs import (
 
 ROOT = Path(__file__).resolve().parents[1]
 
-#: The other architecture that guests are built for on this machine.
+#: The other architecture for which guests are built on this machine.
 FOREIGN = {"aarch64": "x86_64-linux-gnu"}.get(platform.machine(), "aarch64-linux-gnu")
 
-#: What the tests need besides: to make and read images, to sign repositories with, to compare with.
+#: Further programs that tests need: to create and read images, to sign repositories, to compare with.
 TO_TEST = (
     DEBIAN_KEYRING, *TO_BUILD, *to_cross_build(FOREIGN), *TO_COMPILE, *QEMU.values(), *TO_PACK,
     *(() if FOREIGN.startswith("x86_64") else ("/usr/aarch64-linux-gnu/lib/libc.a",)),
@@ -40,7 +40,7 @@ TO_TEST = (
 
 
 def test(*, quick: bool, nested: bool, words: list[str]) -> None:
-    """Install what the tests need, and become pytest."""
+    """Install the tests' requirements, and execute pytest."""
     if not quick:
         _need_all()
     _install("test")
@@ -49,19 +49,19 @@ def test(*, quick: bool, nested: bool, words: list[str]) -> None:
 
 
 def selection(quick: bool, nested: bool, words: list[str]) -> list[str]:
-    """Return pytest's arguments for a choice of tests, before those of the user, of which the last ones count."""
+    """Return pytest's arguments for a choice of tests, to precede the user's: in a conflict, the last one counts."""
     selected = ["-m", "quick"] if quick else []
-    if quick and all(word.startswith("-") for word in words):  # they are in one directory
+    if quick and all(word.startswith("-") for word in words):  # they are all in one directory
         selected.append("tests/unit")
     if nested:
         selected += ["-s", "tests/nested"]
-        if not any(word.startswith("-m") for word in words):  # all of them take hours
+        if not any(word.startswith("-m") for word in words):  # all tests take hours
             selected += ["-m", "nested and nightly", "-k", "test_a_guest_runs and trixie"]
     return selected
 
 
 def bench(*, quick: bool, as_json: bool, html: str | None) -> None:
-    """Install what measuring needs, and become the benchmark."""
+    """Install the benchmark's requirements, and execute the benchmark."""
     _need_all()
     _install("test")
     words = [f"--{name}" for name, wanted in (("quick", quick), ("json", as_json)) if wanted]
@@ -73,11 +73,11 @@ def bench(*, quick: bool, as_json: bool, html: str | None) -> None:
 
 def _need_all() -> None:
     need(TO_TEST, info)
-    need(("virtiofsd",), info)  # looked for after QEMU has come, since up to 7.2 QEMU's packages bring it
+    need(("virtiofsd",), info)  # checked after installing QEMU, whose packages include it up to 7.2
 
 
 def _install(extra: str) -> None:
-    """Install an extra's requirements into .venv, at the versions of constraints.txt."""
+    """Install an extra's requirements into .venv, in the versions of constraints.txt."""
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"][extra]
     if importlib.util.find_spec("pytest") is None:
         info(f"installing what the tests need into {Path(sys.prefix).name}")

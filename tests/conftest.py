@@ -1,4 +1,4 @@
-"""What every test can count on: compiled protocol modules, markers, and a failure (not a skip) in CI without root."""
+"""Set up every test: compiled protocol modules, markers, and in CI without root a failure instead of a skip."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ generate.ensure()
 # mke2fs, sfdisk and the like need no root for files, but Debian keeps them out of an ordinary user's PATH.
 os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
 
-# An example that takes long on a busy machine is not wrong.
-with contextlib.suppress(ImportError):  # a guest that runs a few tests (tests/nested) does not have it
+# No deadline: an example that takes long on a busy machine is not wrong.
+with contextlib.suppress(ImportError):  # not installed in a guest that runs some of the tests (tests/nested)
     from hypothesis import settings
 
     settings.register_profile("without deadlines", settings(), deadline=None)
@@ -27,7 +27,7 @@ UNIT = Path(__file__).parent / "unit"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark tests by the directory that they are in, and leave those for the night to it."""
+    """Mark tests by directory, and deselect nightly tests unless requested."""
     for item in items:
         if item.path.is_relative_to(UNIT):
             item.add_marker(pytest.mark.quick)

@@ -1,9 +1,9 @@
-"""Every benchmark beside its peer and its limit, in one run and one table.
+"""Run every benchmark against its peer and its limit, and print one table.
 
     python -m tests.bench [--quick] [--json] [--html FILE]
 
-Each part is a program of its own that prints its rows as JSON: some need a mount namespace of their own, and none
-leaves anything in the next one's process.  A part that fails is a row that says so.
+Each part is a separate program that prints its rows as JSON: some need their own mount namespace, and none affects the
+next one's process.  A part that fails becomes a row that says so.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from tests.bench import picture
 from tests.bench.rows import Row, table
 from tests.bench.runtime_latency import ROOT
 
-#: The last runs' ratios, in the cache.
+#: Ratios of the last runs, in the cache.
 HISTORY = "bench.jsonl"
 
-#: Modules, with what makes each of them quick.
+#: Modules, with the arguments that make each of them quick.
 PARTS = {
     "runtime_latency": (["--json"], ["--json", "--samples", "15"]),
     "native": ([], ["--quick"]),
@@ -41,7 +41,7 @@ PARTS = {
 
 
 def measured(part: str, quick: bool) -> list[Row]:
-    """The rows of one part."""
+    """Return the rows of one part."""
     whole, short = PARTS[part]
     command = [sys.executable, "-m", f"tests.bench.{part}", *(short if quick else whole)]
     done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)

@@ -1,8 +1,8 @@
-"""A grpc.aio server that does nothing: what an agent's calls, and its memory, are measured against.
+"""Serve calls that do nothing, with grpc.aio: the peer of an agent's calls and memory.
 
     python -m tests.bench.bare PATH
 
-It listens on a Unix socket.  `Nothing` answers with nothing, `Bytes` with as many bytes as the request says.
+It listens on a Unix socket.  `Nothing` returns an empty response, `Bytes` as many bytes as requested.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ async def _bytes(data: bytes, context: Any) -> bytes:
 
 
 async def serve(path: str) -> None:
-    """Serve until killed; says `ready` on stdout."""
+    """Serve until killed; print `ready` on stdout."""
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     handlers = {"Nothing": _nothing, "Bytes": _bytes}
     methods = {name: grpc.unary_unary_rpc_method_handler(handler) for name, handler in handlers.items()}

@@ -1,11 +1,11 @@
-"""From QEMU's start to the answers that a host waits for: our guests beside a static C init on the same kernel.
+"""Measure boots to the responses a host waits for: our guests against a static C init on the same kernel.
 
     python -m tests.bench.boot [--rounds N]
 
-Prints rows as JSON.  The time is that of the user: from the start of the QEMU process, as the kernel has it, to the
-answer of Health.Check through the VM's agent.sock, and on to that of CreateSandbox, which is called then; of the C init
-to the answer through the same socket, or to its marker on the serial console where the kernel has vsock as a module.
-Guests boot in turn.
+Prints rows as JSON.  The time is what a user sees: from the start of the QEMU process, as recorded by the kernel, to
+the response of Health.Check through the VM's agent.sock, and then to that of CreateSandbox; for the C init, to its
+answer through the same socket, or to its marker on the serial console if vsock is a module of the kernel.  Guests boot
+in turn.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SOURCE_BUDGET, PREBUILT_BUDGET, ARM64_BUDGET = 5.0, 2.0, 3.5
 SOURCE_SANDBOX_BUDGET, PREBUILT_SANDBOX_BUDGET = 1.8, 1.6
 MARKER = b"caisson-bench-init"
 
-#: The image with a kernel of our own: as small and as fast as any, and with what it is compared with in it.
+#: The image with a custom kernel: as small and fast as any, with its peers included.
 LEAN = (
     "--template", "lean", "--set", "format=erofs",
     "--set", "packages+=[crun, runc]", "--set", "wheels+=[grpcio==1.85.1, typing_extensions==4.16.0]",
@@ -50,7 +50,7 @@ LEAN = (
 
 
 def minimal(image: Path, work: Path) -> Path:
-    """An image with the kernel and the kernel's parameters of another, and nothing but the C init."""
+    """Build an image with another's kernel and kernel parameters, and nothing but the C init."""
     target = work / f"minimal-{image.name}"
     target.mkdir()
     program = work / "init"
@@ -69,13 +69,13 @@ def minimal(image: Path, work: Path) -> Path:
 
 
 def headers() -> list[str]:
-    """Where the kernel's headers are for musl's compiler: those of an architecture are apart in Debian."""
+    """Return the directory of the kernel headers for musl's compiler: Debian splits off those of an architecture."""
     triplet = subprocess.run(["gcc", "-print-multiarch"], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
     return ["-idirafter", f"/usr/include/{triplet}"] if triplet else []
 
 
 def init_answers(path: Path) -> bool:
-    """Whether the C init sends a byte back."""
+    """Return whether the C init sends a byte back."""
     with socket.socket(socket.AF_UNIX) as stream, contextlib.suppress(OSError):
         stream.settimeout(1.0)
         stream.connect(str(path))
@@ -85,15 +85,15 @@ def init_answers(path: Path) -> bool:
 
 
 def init_prints(path: Path) -> bool:
-    """Whether the C init's marker is on the console."""
+    """Return whether the C init's marker is on the console."""
     console = path.parent / "console.log"
     return console.exists() and MARKER in console.read_bytes()
 
 
 class SandboxProbe:
-    """Wait for Health.Check's answer, then for CreateSandbox's: the `ready` of a VM.
+    """Wait for the response of Health.Check, then for that of CreateSandbox: the VM's `ready` probe.
 
-    ``create_seconds`` is how long after the first answer the second one came.
+    ``create_seconds`` is the time between the two.
     """
 
     def __init__(self) -> None:
@@ -113,14 +113,14 @@ class SandboxProbe:
 
 
 def since_start(pid: int) -> float:
-    """Seconds since a process was started (proc(5), field 22)."""
+    """Return the seconds since a process started (proc(5), field 22)."""
     ticks = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager
 def booted(config: VMConfig, ready: Callable[[Path], bool]) -> Iterator[tuple[VM, float]]:
-    """A VM, and the seconds until it was ready."""
+    """Boot a VM; yield it, and the seconds until it was ready."""
     answered = 0.0
 
     def asked(path: Path) -> bool:
@@ -135,7 +135,7 @@ def booted(config: VMConfig, ready: Callable[[Path], bool]) -> Iterator[tuple[VM
 
 
 def measure(rounds: int, work: Path) -> list[Row]:
-    """The rows."""
+    """Return the rows."""
     lean, prebuilt, arm64 = built(*LEAN), built(), built("--arch", "arm64")
     guests: dict[str, tuple[Path, Callable[[Path], bool]]] = {
         "lean": (lean, SandboxProbe()),
@@ -168,7 +168,7 @@ def measure(rounds: int, work: Path) -> list[Row]:
 
 @contextlib.contextmanager
 def own_run_directory() -> Iterator[Path]:
-    """A place for VMs of this run alone; short, since the path of a Unix socket holds 107 bytes."""
+    """Create a run directory for this run only; short, because a Unix socket's path holds 107 bytes."""
     with tempfile.TemporaryDirectory(prefix="caisson-", dir="/tmp") as directory:
         os.environ["CAISSON_RUN"] = directory
         yield Path(directory)

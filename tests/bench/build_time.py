@@ -1,9 +1,9 @@
-"""Seconds to build an image, whole and after a change of the agent, beside mkosi where that is installed; to verify it.
+"""Measure image builds, full and after a change of the agent, against mkosi if installed; and image verification.
 
     python -m tests.bench.build_time [--quick]
 
-Packages are downloaded before (both keep a cache of them), and the kernel is made before: mkosi's image, a directory
-with Python alone, has none.
+Packages are downloaded beforehand (both cache them), and so is the kernel: mkosi's image, a directory with only Python,
+has none.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ VERIFY = "verify-image, beside a full build with the kernel's part (s)"
 
 
 class NotMeasured(Exception):
-    """The peer has no figure; the text says why."""
+    """The peer has no figure; the text is the reason."""
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -40,12 +40,12 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def ours() -> tuple[float, float, Row]:
-    """Seconds for the whole image in an empty cache, and for the next one with another version of the agent.
+    """Return the seconds for a full image in an empty cache, and for the next one with another version of the agent.
 
-    The row is that of verify-image, which makes the kernel's part as well.
+    The row is that of verify-image, which builds the kernel part as well.
     """
     downloads = default_root() / "apt"
-    image = builder.Build(load()).image()  # packages and kernel are there then
+    image = builder.Build(load()).image()  # now packages and kernel are cached
     with tempfile.TemporaryDirectory(dir=default_root(), prefix="bench-") as scratch:
         cache = Cache(Path(scratch))
         kernel = timed(lambda: builder.Build(load(), cache, downloads=downloads).kernel())
@@ -60,7 +60,7 @@ def ours() -> tuple[float, float, Row]:
 
 
 def mkosis() -> tuple[float, float]:
-    """The same of mkosi: a directory with Python, and that once more from its own cache."""
+    """Return the same for mkosi: a directory with Python, then the same from its own cache."""
     with tempfile.TemporaryDirectory(prefix="mkosi-") as scratch:
         for name in ("cache", "output"):
             (Path(scratch) / name).mkdir()
@@ -82,7 +82,7 @@ def mkosis() -> tuple[float, float]:
 
 
 def own_words(cache: Path) -> list[str]:
-    """Options of this mkosi: 14, which is Debian 12's, works in containers, and without a system bus when told so."""
+    """Return options for this mkosi: Debian 12's 14 needs some for containers, and without a system bus."""
     version = re.search(r"\d+", subprocess.run(["mkosi", "--version"], capture_output=True, text=True).stdout)
     old = version is not None and int(version[0]) < 15
     return [f"--cache={cache}", "--nspawn-keep-unit"] if old else [f"--cache-dir={cache}"]

@@ -1,10 +1,10 @@
-"""From a snapshot of a running guest to the first answer, beside a cold boot of a static C init on the same kernel.
+"""Measure clones, from snapshot to first response, against a cold boot of a static C init on the same kernel.
 
     python -m tests.bench.clones [--rounds N] [--memory MIB]
 
-Prints rows as JSON.  The time is the user's, as in tests.bench.boot: from the start of the QEMU process to the answer
-of Health.Check; for a settled clone also with its identity, clock and random numbers set.  A boot of the same image
-shows what the snapshot saves.  All of them in turn, so that what else the machine does hits all.
+Prints rows as JSON.  The time is what a user sees, as in tests.bench.boot: from the start of the QEMU process to the
+response of Health.Check; for a personalized clone, until identity, clock and random numbers are set, too.  A boot of
+the same image shows what the snapshot saves.  They take turns, so that other load affects all of them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SETTLED = "a clone with name, clock and seed set, beside the bare clone (s)"
 
 @contextmanager
 def saved(image: Path, memory: int) -> Iterator[Snapshot]:
-    """A snapshot of an image's running guest."""
+    """Save a snapshot of an image's running guest."""
     name = f"bench-{os.getpid()}"
     with VM.start(VMConfig(image, name="saved", memory=memory, savable=True), ready=says_ready) as vm:
         vm.save(name)
@@ -48,7 +48,7 @@ def saved(image: Path, memory: int) -> Iterator[Snapshot]:
 
 
 def measure(rounds: int, memory: int, work: Path) -> list[Row]:
-    """The rows."""
+    """Return the rows."""
     lean = built(*LEAN)
     with saved(lean, memory) as snapshot:
         clone = VMConfig.clone(snapshot, name="bench")

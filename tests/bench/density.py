@@ -1,9 +1,9 @@
-"""Many guests on one machine: the memory of each, and how long it takes to list and to stop them all.
+"""Run many guests on one machine: measure the memory of each, and the time to list and to stop all of them.
 
     python -m tests.bench.density [--clones N]
 
-Prints rows as JSON.  Memory is that of all of a VM's processes as PSS (proc(5)): a page that clones share is counted
-once, in equal parts.  Clones are real ones, of a snapshot, and idle; the peer is a single one.
+Prints rows as JSON.  Memory is the PSS of all of a VM's processes (proc(5)): shared pages are divided among the clones.
+The clones are real, of a snapshot, and idle; the peer is a single one.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from tests.e2e.conftest import built
 
 CLONES, LISTINGS = 50, 5
 
-#: MiB of each idle clone of COUNTED; and what listing and stopping all may take beside one.
+#: Budgets: MiB of each idle clone out of COUNTED, and the time to list and stop all against that for one.
 CLONE_BUDGET, LIST_BUDGET, STOP_BUDGET = 40.0, 2.0, 10.0
 
-#: Clones that memory is counted at.
+#: Number of clones at which memory is measured.
 COUNTED = 20
 
 
 def pss(vms: list[VM]) -> float:
-    """Return the MiB of all processes of some VMs, shared pages in parts."""
+    """Return the PSS of some VMs' processes, in MiB."""
     rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text() for vm in vms for pid in vm.info["pids"].values()]
     return sum(int(found[1]) for text in rollups if (found := re.search(r"^Pss: +(\d+) kB", text, re.M))) / 1024
 
@@ -59,7 +59,7 @@ def start(snapshot: Snapshot, number: int) -> VM:
 
 
 def measure(clones: int) -> list[Row]:
-    """The rows."""
+    """Return the rows."""
     lean, counted = built(*LEAN), min(clones, COUNTED)
     with booted(VMConfig(lean, name="bench", memory=MEMORY), client.ReadinessProbe()) as (vm, _):
         alone = pss([vm])

@@ -1,10 +1,9 @@
-"""The first `exec` of a user: with nothing on the machine, and with an image but no VM, beside the least it takes.
+"""Measure a user's first `exec`, from nothing or with an image but no VM, against the minimum.
 
     python -m tests.bench.first_exec [--rounds N] [--bare]
 
-Prints rows as JSON.  Each is the whole command, `caisson exec -- true`.  With --bare the first one begins with an empty
-cache: it downloads packages, so it takes the network's time as well; beside it, the same build without downloads and a
-boot.
+Prints rows as JSON.  Each is the whole command, `caisson exec -- true`.  With --bare the first one starts with an empty
+cache: it downloads packages, so the network counts as well; its peer is the same build without downloads, and a boot.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ SECOND_BUDGET, FIRST_BUDGET = 1.3, 3.0
 
 
 def exec_true(cache: Path | None = None) -> float:
-    """Seconds of the command, which boots a VM for itself and ends it."""
+    """Return the seconds of the command, which boots its own VM and stops it."""
     environment = os.environ | ({"CAISSON_CACHE": str(cache)} if cache else {})
     command = [sys.executable, "-m", "caisson.commands.entry", "exec", "--", "true"]
     began = time.perf_counter()
@@ -42,7 +41,7 @@ def exec_true(cache: Path | None = None) -> float:
 
 
 def second(rounds: int) -> tuple[Row, float]:
-    """The row with an image that is there, and what a boot takes."""
+    """Return the row with an existing image, and the duration of a boot."""
     image = built()
     ours, boots = [], []
     for _ in range(rounds):
@@ -55,7 +54,7 @@ def second(rounds: int) -> tuple[Row, float]:
 
 
 def first(boot: float) -> Row:
-    """The row of a machine with nothing on it."""
+    """Return the row of a machine with nothing on it."""
     with tempfile.TemporaryDirectory(dir=default_root(), prefix="bench-") as scratch:
         ours = exec_true(Path(scratch))
     with tempfile.TemporaryDirectory(dir=default_root(), prefix="bench-") as scratch:

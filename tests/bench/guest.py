@@ -1,9 +1,9 @@
-"""In a booted guest: exec beside crun and runc there, bulk output beside raw vsock, memory and processor time at rest.
+"""Measure a booted guest: exec against crun and runc, bulk output against raw vsock, memory and idle CPU time.
 
     python -m tests.bench.guest [--quick]
 
-Prints rows as JSON.  The guest has the kernel of our own, and crun and runc in its image (tests.bench.boot.LEAN).
-Whatever runs beside the agent is started by a shell of the guest's own, on a vsock port.
+Prints rows as JSON.  The guest has the custom kernel, and crun and runc in its image (tests.bench.boot.LEAN).
+Everything that runs beside the agent is started by a shell in the guest, on a vsock port.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CONSOLE, RAW = 1026, 2000
 EXEC_BUDGET, BULK_BUDGET, MEMORY_BUDGET, MEMORY_RATIO, IDLE_BUDGET = 1.0, 2.0, 40.0, 1.3, 1.0
 COMMAND_BUDGET = 4.0
 
-#: Calls that processor time is counted over: it is told in hundredths of a second.
+#: Calls over which CPU time is measured: its unit is 10 ms.
 CALLS = 100
 PLACE = "/run/caisson-bench"
 BUSYBOX = "/usr/lib/caisson/containers/busybox"
@@ -48,7 +48,7 @@ PEERS = ("crun", "runc")
 
 
 class Shell:
-    """A shell of the guest's own."""
+    """A shell in the guest."""
 
     def __init__(self, vm: VM) -> None:
         self._socket = dial(vm.vsock_socket, CONSOLE)
@@ -57,21 +57,21 @@ class Shell:
         self(f"PATH=$PATH:{BUSYBOX}/bin PS1= PS2=; stty -echo")
 
     def __call__(self, script: str) -> str:
-        """Run a script; returns what it prints."""
-        # The marker is written so that the terminal's echo of it is not taken for it.
+        """Run a script; return its output."""
+        # The marker is written so that the terminal's echo does not match it.
         self.begin(f"{script}\necho do'ne'-$?-")
         return self._until(rb"done-\d+-\r\n")
 
     def begin(self, text: str) -> None:
-        """Give it a line, or a program that it runs."""
+        """Send it a line, or start a program in it."""
         self._socket.sendall(text.encode() + b"\n")
 
     def line(self) -> str:
-        """The next line."""
+        """Return the next line."""
         return self._until(rb"\r\n")
 
     def ask(self, question: str) -> str:
-        """A line for a line."""
+        """Send a line, and return the answer."""
         self.begin(question)
         return self.line()
 
@@ -89,7 +89,7 @@ class Shell:
 
 
 def kib(text: str, field: str) -> int:
-    """A line of smaps_rollup (proc(5))."""
+    """Return a value of smaps_rollup (proc(5))."""
     found = re.search(rf"^{field}: +(\d+) kB", text, re.M)
     if found is None:
         raise SystemExit(f"no {field} in {text!r}")
@@ -97,7 +97,7 @@ def kib(text: str, field: str) -> int:
 
 
 def idle(vm: VM, seconds: float) -> float:
-    """Percent of a processor that a VM with nothing to do takes: QEMU, the vsock device and the supervisor."""
+    """Return the CPU percentage of an idle VM: QEMU, the vsock device and the supervisor."""
     pids = vm.info["pids"].values()
     before, began = sum(map(cpu, pids)), time.monotonic()
     time.sleep(seconds)
@@ -105,7 +105,7 @@ def idle(vm: VM, seconds: float) -> float:
 
 
 def processor_time(*words: str) -> float:
-    """Milliseconds of processor time that a command takes on this machine."""
+    """Return the milliseconds of CPU time that a command takes on this machine."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(words, stdin=subprocess.DEVNULL, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -113,13 +113,13 @@ def processor_time(*words: str) -> float:
 
 
 def whole_command(vm: VM, samples: int) -> Row:
-    """`exec -- true` from the shell's fork to its status, in a container that runs.
+    """Measure `exec -- true` from the shell's fork to the status, in a running container.
 
-    Processor time, since the guest's part of the other would be emulation's.
+    CPU time, because the wall time would be mostly that of the emulated guest.
     """
     command = sys.executable, "-m", "caisson.commands.entry", "exec", "--name", vm.name, "--", "true"
     least = sys.executable, "-I", "-c", "pass"
-    processor_time(*command)  # makes the container, and byte code
+    processor_time(*command)  # creates the container, and byte code
     pairs = [(processor_time(*command), processor_time(*least)) for _ in range(samples)]
     own, peer = (statistics.quantiles(column, n=4)[0] for column in zip(*pairs, strict=True))
     what = "processor time of a whole `exec -- true`, beside `python3 -I -c pass` (ms)"
@@ -127,14 +127,14 @@ def whole_command(vm: VM, samples: int) -> Row:
 
 
 def through_a_pipe(shell: Shell, size: int) -> float:
-    """Milliseconds per MiB from one program of the guest's to another: what output takes before anybody sends it."""
+    """Return the milliseconds per MiB between two programs in the guest: the cost of output before it is sent."""
     began = time.perf_counter()
     shell(f"dd if=/dev/zero bs=1M count={size // MIB} 2>/dev/null | dd of=/dev/null bs=1M 2>/dev/null")
     return (time.perf_counter() - began) * 1000 * MIB / size
 
 
 def memory(shell: Shell, agent_alone: str) -> list[Row]:
-    """The agent's memory, and that of a server that does nothing, which shares its pages: alone it would have all."""
+    """Return the agent's memory, and the RSS of a server that does nothing (its pages are shared with the agent)."""
     own = kib(agent_alone, "Pss") / 1024
     start = f"sys.path.append('/usr/lib/caisson'); sys.argv[1:] = ['{PLACE}/bare']"
     script = f"import sys, runpy; {start}; runpy.run_path('{PLACE}/bare.py', run_name='__main__')"
@@ -150,7 +150,7 @@ def memory(shell: Shell, agent_alone: str) -> list[Row]:
 
 
 async def call_cost(vm: VM, samples: int) -> Row:
-    """Processor time of an empty call, of QEMU, the vsock device and the client: whatever else the machine does."""
+    """Measure the CPU time of an empty call in QEMU, the vsock device and the client: other load does not affect it."""
     pids = vm.info["pids"].values()
 
     async def spent(agent: Agent) -> float:
@@ -167,7 +167,7 @@ async def call_cost(vm: VM, samples: int) -> Row:
 
 
 async def calls(vm: VM, shell: Shell, program: bytes, samples: int, size: int) -> list[Row]:
-    """Exec and bulk output through the API."""
+    """Measure exec and bulk output through the API."""
     async with Agent.connect(vm.agent_socket) as agent:
         await agent.create_sandbox()
         container = await agent.create_container("bench", default_spec(BUSYBOX))
@@ -225,7 +225,7 @@ async def copy_in(vm: VM, files: dict[str, bytes]) -> None:
 
 
 def measure(quick: bool, work: Path) -> list[Row]:
-    """All rows."""
+    """Return all rows."""
     program = compile_peer(work).read_bytes()
     config = VMConfig(built(*LEAN), name="bench", append=f"agent.debug_console_vport={CONSOLE}")
     with booted(config, client.ReadinessProbe()) as (vm, _):

@@ -1,9 +1,9 @@
-"""The agent on this machine, through its API: beside crun, and beside a grpc.aio server that does nothing.
+"""Measure the agent on this machine, through its API, against crun and a grpc.aio server that does nothing.
 
     python -m tests.bench.native [--quick]
 
-Prints rows as JSON.  The agent runs in the caller's mount namespace; this program, and crun with it, in one without
-cgroup v2, which crun 1.8 refuses beside v1 (see runtime_latency).
+Prints rows as JSON.  The agent runs in the caller's mount namespace; this program and crun run in one without cgroup
+v2, which crun 1.8 rejects in combination with v1 (see runtime_latency).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ EXEC_BUDGET, ECHO_BUDGET, BULK_BUDGET = 1.0, 3.0, 2.0
 
 
 class Crun:
-    """A container of crun's, in which programs are run."""
+    """A crun container in which to run programs."""
 
     def __init__(self, work: Path, rootfs: Path) -> None:
         bundle = work / "crun"
@@ -56,7 +56,7 @@ class Crun:
         )
 
     def first_byte(self) -> float:
-        """Milliseconds from the command to the first byte of its output."""
+        """Return the milliseconds from the command to the first byte of its output."""
         began = time.perf_counter()
         with subprocess.Popen(
             [*self._words, "exec", "bench", *ECHO], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, bufsize=0
@@ -72,7 +72,7 @@ class Crun:
 
 @contextmanager
 def bare_server(work: Path) -> Iterator[Path]:
-    """A server that does nothing, and its socket."""
+    """Start a server that does nothing; yield it and its socket."""
     path = work / "bare.sock"
     with subprocess.Popen(
         [sys.executable, "-m", "tests.bench.bare", path], cwd=ROOT, stdout=subprocess.PIPE
@@ -86,21 +86,21 @@ def bare_server(work: Path) -> Iterator[Path]:
 
 @asynccontextmanager
 async def bare_calls(path: Path) -> AsyncIterator[Callable[[str, bytes], Awaitable[bytes]]]:
-    """The methods of such a server."""
+    """Return the methods of such a server."""
     async with grpc.aio.insecure_channel(f"unix:{path}", options=CHANNEL_OPTIONS) as channel:
         calls: dict[str, Any] = {name: channel.unary_unary(f"/{SERVICE}/{name}") for name in ("Nothing", "Bytes")}
         yield lambda name, data: calls[name](data)
 
 
 async def timed(work: Awaitable[Any]) -> float:
-    """Milliseconds that something takes."""
+    """Return the milliseconds that an awaitable takes."""
     began = time.perf_counter()
     await work
     return (time.perf_counter() - began) * 1000
 
 
 async def first_byte(container: Container) -> float:
-    """Milliseconds from ExecProcess to the first byte of the program's output."""
+    """Return the milliseconds from ExecProcess to the first byte of the program's output."""
     began = time.perf_counter()
     process = await container.exec(ECHO)
     assert await anext(process.stdout()) == b"x\n"
@@ -112,13 +112,13 @@ async def first_byte(container: Container) -> float:
 async def echo_times(
     container: Container, count: int, between: Callable[[], Awaitable[Any]]
 ) -> tuple[list[float], list[float]]:
-    """Milliseconds of round trips through `cat`, and of what is called between two of them."""
+    """Return the milliseconds of round trips through `cat`, and of calls between two of them."""
     ours, theirs = [], []
     process = await container.exec(["/bin/cat"])
     output = process.stdout()
     for number in range(count + 10):
         reading = asyncio.ensure_future(anext(output))
-        peer = await timed(between())  # by then the read waits in the agent
+        peer = await timed(between())  # by now the read waits in the agent
         began = time.perf_counter()
         await asyncio.gather(process.write(MESSAGE), reading)
         if number >= 10:
@@ -131,16 +131,16 @@ async def echo_times(
 
 
 async def echo(container: Container) -> float:
-    """Milliseconds of a round trip through `cat`: the median of some."""
+    """Return the milliseconds of a round trip through `cat`: the median of some."""
     took, _ = await echo_times(container, 10, lambda: asyncio.sleep(0.01))
     return statistics.median(took)
 
 
 async def bulk(container: Container, size: int) -> float:
-    """Milliseconds per MiB of what a program writes.
+    """Return the milliseconds per MiB of a program's output.
 
-    One that spends no time of its own: busybox's `head` copies byte by byte, which alone takes twice as long natively,
-    and ten times as long under emulation, as the whole way from its pipe to here.
+    The program must use little time itself: busybox's `head` copies byte by byte, which alone takes twice as long
+    natively, and ten times as long under emulation, as the whole way from its pipe to here.
     """
     process = await container.exec(["/bin/sh", "-c", f"read x; exec dd if=/dev/zero bs=1M count={size // MIB}"])
     output, got = process.stdout(), 0
@@ -154,7 +154,7 @@ async def bulk(container: Container, size: int) -> float:
 
 
 async def raw_bulk(call: Callable[[str, bytes], Awaitable[bytes]], size: int) -> float:
-    """Milliseconds per MiB of messages as large as the agent may send."""
+    """Return the milliseconds per MiB of messages of the maximum size the agent may send."""
     began = time.perf_counter()
     for _ in range(size // CHUNK):
         assert len(await call("Bytes", b"%d" % CHUNK)) == CHUNK
@@ -162,7 +162,7 @@ async def raw_bulk(call: Callable[[str, bytes], Awaitable[bytes]], size: int) ->
 
 
 async def measure(work: Path, running: RunningAgent, crun: Crun, samples: int, quick: bool) -> list[Row]:
-    """All rows."""
+    """Return all rows."""
     size = (32 if quick else 128) * MIB
     rows = []
     async with Agent.connect(running.socket) as agent:
@@ -172,7 +172,7 @@ async def measure(work: Path, running: RunningAgent, crun: Crun, samples: int, q
         ours, theirs = [], []
         for number in range(samples + 3):
             pair = await first_byte(container), crun.first_byte()
-            if number >= 3:  # the first ones warm caches
+            if number >= 3:  # the first ones warm up caches
                 ours.append(pair[0])
                 theirs.append(pair[1])
         pid = next(iter(await pids(agent)))
@@ -194,13 +194,13 @@ async def measure(work: Path, running: RunningAgent, crun: Crun, samples: int, q
 
 
 async def pids(agent: Agent) -> list[int]:
-    """The processes of the container."""
+    """Return the pids of the container's processes."""
     answer = await agent.rpc.ListProcesses(agent_pb2.ListProcessesRequest(container_id="bench", format="json"))
     return [int(pid) for pid in json.loads(answer.process_list)]
 
 
 def inside(*words: str, module: str) -> list[str]:
-    """The command that runs a module of the benchmark where crun 1.8 runs, too."""
+    """Return the command that runs a benchmark module in an environment in which crun 1.8 works."""
     script = 'umount -l /sys/fs/cgroup/unified 2>/dev/null; CAISSON_BENCH_INSIDE=1 exec "$@"'
     where = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "bench"]
     return [*where, sys.executable, "-m", module, *words]

@@ -1,6 +1,6 @@
-"""Draw the benchmark's rows on one page: ours as a multiple of the peer's, with limit, budget and the last runs.
+"""Draw the benchmark's rows on one page: ours relative to the peer's, with limit, budget and the last runs.
 
-The page is a single file that needs no network and no script.
+The page is a single file without scripts or external resources.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 
 from tests.bench.rows import Row, figure
 
-#: Runs that are remembered, and drawn beside a row.
+#: Number of runs that are remembered, and drawn beside a row.
 MAX_RUNS = 30
 
-#: The scale, as multiples of the peer; what lies outside is drawn at its end.
+#: The scale, as multiples of the peer; values outside are drawn at its ends.
 LOWEST, HIGHEST = 1 / 32, 16
 TICKS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8, 16)
 
@@ -47,9 +47,9 @@ p, .skipped { color: var(--faint); }
 
 
 def remember(rows: Iterable[Row], file: Path, now: float | None = None) -> list[Mapping[str, float]]:
-    """Add a run's ratios (or figures, where there is no peer) to a file; return all that it holds, the latest last.
+    """Append a run's ratios (or figures without a peer) to a file; return all runs in it, the latest last.
 
-    A line that does not parse is left out: of a run that was interrupted.
+    A line that does not parse comes from an interrupted run, and is skipped.
     """
     runs: list[Mapping[str, float]] = []
     for line in file.read_text().splitlines() if file.exists() else []:
@@ -66,7 +66,7 @@ def remember(rows: Iterable[Row], file: Path, now: float | None = None) -> list[
 
 
 def page(rows: Iterable[Row], runs: Sequence[Mapping[str, float]], title: str) -> str:
-    """Return the page of these rows, with what earlier ``runs`` found for each."""
+    """Return the page of these rows, with the results of earlier ``runs`` for each."""
     body = "\n".join(_line(row, [run[row.what] for run in runs if row.what in run]) for row in rows)
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>
@@ -115,14 +115,14 @@ def _tick(kind: str, value: float) -> str:
 
 
 def _at(value: float) -> float:
-    """Return the place of a multiple of the peer on the scale, in pixels."""
+    """Return the position of a multiple of the peer on the scale, in pixels."""
     within = min(max(value, LOWEST), HIGHEST)
     share = math.log(within / LOWEST) / math.log(HIGHEST / LOWEST)
     return MARGIN + share * (SCALE_WIDTH - 2 * MARGIN)
 
 
 def _history(past: Sequence[float]) -> str:
-    """Draw the ratios of the last runs as a line whose height is a factor of two, or more where they differ by more."""
+    """Draw the last runs' ratios as a line, whose height is a factor of two, or more if they differ by more."""
     past = [value for value in past if value > 0]
     if len(past) < 2:
         return ""

@@ -1,9 +1,9 @@
-"""A pod's start by Kata's remote hypervisor, beside a clone of the same snapshot; and the end of its containers.
+"""Measure pod starts by Kata's remote hypervisor against a clone of the same snapshot; and the end of containers.
 
     python -m tests.bench.pods [--rounds N]
 
-Prints rows as JSON.  A pod is started as a Kata shim does it: CreateVM, StartVM with a shared directory, Health.Check
-and CreateSandbox; the peer is the command `caisson boot-vm --snapshot`.  They take turns.
+Prints rows as JSON.  A pod is started as by a Kata shim: CreateVM, StartVM with a shared directory, Health.Check and
+CreateSandbox; the peer is the command `caisson boot-vm --snapshot`.  They take turns.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ REMOVE_BUDGET = 0.2
 
 
 def pod(socket: Path, root: Path, number: int) -> dict[str, Any]:
-    """What a shim has measured, whose pod is started and stopped."""
+    """Start and stop a pod; return the times a shim would measure."""
     words = ["unshare", "--mount", "--propagation", "private", sys.executable, "-m", "tests.e2e.kata_shim"]
     words += [str(socket), str(root), f"bench{number}"]
     done = subprocess.run(words, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True)
@@ -43,7 +43,7 @@ def pod(socket: Path, root: Path, number: int) -> dict[str, Any]:
 
 
 def clone(caisson: Caisson, name: str) -> float:
-    """Seconds of the command that starts a clone."""
+    """Return the seconds of the command that starts a clone."""
     began = time.monotonic()
     started = caisson("boot-vm", "bench", "--snapshot", name, "--detach")
     seconds = time.monotonic() - began
@@ -53,7 +53,7 @@ def clone(caisson: Caisson, name: str) -> float:
 
 
 def measure(rounds: int, caisson: Caisson, place: Path) -> list[Row]:
-    """The rows."""
+    """Return the rows."""
     unpacked(rootfs(), place / "root")
     name, socket = f"bench-pods-{os.getpid()}", place / "hypervisor.sock"
     saved = caisson("save-snapshot", name, "--image", str(built()), "--vsock", "user")

@@ -1,8 +1,8 @@
-"""A line of the benchmarks' table, and how the table is printed.
+"""Define a row of the benchmarks' table, and print the table.
 
-Every figure is one that is better when it is smaller: times, memory, shares of a processor.  So a budget is always a
-ceiling: of the ratio to the peer, or, where there is no peer, of the figure itself.  A row that could not be measured
-says why in `skipped`; it neither passes nor fails.
+For every figure, smaller is better: times, memory, CPU shares.  So a budget is always an upper bound: of the ratio to
+the peer, or, without a peer, of the figure itself.  A row that could not be measured gives the reason in `skipped`; it
+neither passes nor fails.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ HEAD = ("what", "ours", "peer", "limit", "ratio", "budget", "pass")
 
 @dataclass(frozen=True)
 class Row:
-    """`limit` is the least that the machine and the kernel ask for; `ratio` is ours to the peer's."""
+    """A row of the table; `limit` is the minimum set by machine and kernel, `ratio` is ours to the peer's."""
 
     what: str
     ours: float | None
@@ -29,22 +29,22 @@ class Row:
 
     @classmethod
     def beside(cls, what: str, ours: float, peer: float, budget: float | None, limit: float | None = None) -> Row:
-        """A row with a peer."""
+        """Return a row with a peer."""
         return cls(what, ours, peer, limit, ours / peer, budget)
 
     @classmethod
     def missing(cls, what: str, why: str) -> Row:
-        """A row that could not be measured."""
+        """Return a row that could not be measured."""
         return cls(what, None, skipped=why)
 
     @property
     def relative(self) -> float | None:
-        """The ratio, or where there is no peer the figure itself."""
+        """Return the ratio or, without a peer, the figure itself."""
         return self.ours if self.ratio is None else self.ratio
 
     @property
     def excess(self) -> float | None:
-        """How often the budget is used up: up to 1 is within it.  None without a budget or a figure."""
+        """Return how much of the budget is used: up to 1 is within it.  None without a budget or a figure."""
         return None if self.relative is None or self.budget is None else self.relative / self.budget
 
     @property
@@ -52,7 +52,7 @@ class Row:
         return None if self.excess is None else self.excess <= 1
 
     def plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return a JSON representation."""
         what = f"{self.what} [not measured: {self.skipped}]" if self.skipped else self.what
         return {
             "what": what,
@@ -66,19 +66,19 @@ class Row:
 
     @classmethod
     def from_plain(cls, document: dict[str, Any]) -> Row:
-        """What `plain` made."""
+        """Return the row that `plain` represents."""
         what, _, why = str(document["what"]).partition(" [not measured: ")
         figures = {name: document[name] for name in ("ours", "peer", "limit", "ratio", "budget")}
         return cls(what, **figures, skipped=why.removesuffix("]"))
 
 
 def figure(value: float | None) -> str:
-    """A figure with three digits; a dash for none."""
+    """Format a figure with three digits; a dash for None."""
     return "-" if value is None else f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def table(rows: Iterable[Row]) -> Iterable[str]:
-    """The lines of the table."""
+    """Return the lines of the table."""
     verdicts = {None: "", True: "pass", False: "FAIL"}
     lines = [HEAD]
     for row in rows:

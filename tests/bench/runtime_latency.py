@@ -1,14 +1,14 @@
-"""How long a container takes, and a process in one: ours beside crun, runc and the least that the kernel asks for.
+"""Measure the latency of a container, and of an exec: ours against crun, runc and the kernel's minimum.
 
-All of them run the same program (busybox's true) in the same root by the same config.json, in turn and in one run, from
-the request to the moment at which the runtime knows that the program has ended.  Ours is what the agent does without an
-RPC: the launcher of agent/libcontainer and nsexec.  The others are spawned as a host would spawn them.  Nobody uses
-cgroups: crun 1.8 refuses the layout that many machines have, so all run in a mount namespace without cgroup v2, and the
-others with cgroups disabled where they can be.
+All of them run the same program (busybox's true) in the same root with the same config.json, in turn and in one run,
+from the request until the runtime knows that the program has exited.  Ours is the agent's path without an RPC: the
+launcher of agent/libcontainer and nsexec.  The others are spawned as a host would spawn them.  No cgroups are used:
+crun 1.8 rejects the hybrid layout of many machines, so all run in a mount namespace without cgroup v2, and the others
+with cgroups disabled if possible.
 
-`caisson-oci` is the command line, spawned like the others, with cgroups as runc; its front does `exec` and `state`.
-`exec` is a process in a running container; `create+start` a container from nothing to its end; `private memory` is what
-the process that sets the container up has of its own while it waits to be started.
+`caisson-oci` is the command line, spawned like the others, with cgroups like runc; its front handles `exec` and
+`state`. `exec` is a process in a running container; `create+start` a container from creation to exit; `private memory`
+is that of the process which sets up the container, while it waits to be started.
 
     python -m tests.bench.runtime_latency [--samples N] [--json]
 """
@@ -42,7 +42,7 @@ from tests.bench.rows import Row, table
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = 60
 EXEC_BUDGET, RUN_BUDGET, MEMORY_BUDGET = 0.5, 0.6, 1.0
-#: Of the command line, beside runc.  `run` is bound by the start of an interpreter and its imports.
+#: For the command line, against runc.  `run` is dominated by the start of an interpreter and its imports.
 COMMAND_BUDGETS = {"run": 3.0, "exec": 1.0, "state": 1.0}
 COMMAND = ROOT / "commands" / "caisson-oci"
 TRUE = ["/bin/true"]
@@ -82,7 +82,7 @@ CONFIG: dict[str, Any] = {
 
 
 class Ours:
-    """The agent's own way, in this process's event loop."""
+    """The agent's path, in this process's event loop."""
 
     def __init__(self, work: Path, bundle: Path) -> None:
         make = ["make", "-s", "-C", str(ROOT / "agent/nsexec"), f"BUILD={work}", "nsexec", "front"]
@@ -98,7 +98,7 @@ class Ours:
         self._null = os.open("/dev/null", os.O_RDWR)
         self._bundle = bundle
         self._gate = work / "exec.fifo"
-        self._spec = Spec.from_json(CONFIG)  # of the container that processes are run in: an agent knows it
+        self._spec = Spec.from_json(CONFIG)  # of the container in which processes are run: an agent knows it
         self.target: Child | None = None
         self._pidfd = -1
 
@@ -134,7 +134,7 @@ class Ours:
         assert await launched.child.wait() == 0
 
     def begin(self) -> None:
-        """Have a container in which processes can be run."""
+        """Start a container in which to run processes."""
         config = CONFIG | {"process": CONFIG["process"] | {"args": ["/bin/sleep", "1000000"]}}
         self.target, self._pidfd = self._loop.run_until_complete(self._run(config))
 
@@ -183,7 +183,7 @@ class Peer:
         self._number = 0
 
     def _do(self, *words: str) -> None:
-        # Not by the subprocess module: it would wait for its child itself, and here the reaper does.
+        # Not with subprocess, which would wait for its child itself: here the reaper does.
         pid = os.posix_spawn(
             self._words[0],
             [*self._words, *words],
@@ -196,7 +196,7 @@ class Peer:
 
     def _created(self, words: tuple[str, ...]) -> str:
         self._number += 1
-        name = f"bench-{os.getpid()}-{Path(self.program).name}-{self._number}"  # also of a cgroup
+        name = f"bench-{os.getpid()}-{Path(self.program).name}-{self._number}"  # also for a cgroup
         self._do(*words, "--bundle", str(self._bundle), name)
         return name
 
@@ -228,7 +228,7 @@ class Peer:
 
 
 def private_memory(pid: int) -> int:
-    """KiB that no other process shares (smaps_rollup, proc(5))."""
+    """Return the KiB that no other process shares (smaps_rollup, proc(5))."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
 
@@ -240,14 +240,14 @@ def timed(work: Callable[[], None]) -> float:
 
 
 def limit(program: Path, kind: str, where: str, samples: int) -> float:
-    """The C program's median, in milliseconds."""
+    """Return the C program's median, in milliseconds."""
     command = [str(program), kind, where, str(samples), *TRUE]
     out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     return statistics.median(map(int, out.split())) / 1000
 
 
 def measure(samples: int) -> list[Row]:
-    """The rows, in a mount namespace that is private and has no cgroup v2 (see `main`)."""
+    """Return the rows; must run in a private mount namespace without cgroup v2 (see `main`)."""
     for program in ("crun", "runc", "gcc", "busybox"):
         if shutil.which(program) is None:
             raise SystemExit(f"{program} is not installed; run: sudo apt-get install crun runc gcc busybox-static")
@@ -277,7 +277,7 @@ def measure(samples: int) -> list[Row]:
                 for name, one in everyone.items():
                     for kind in ("exec", "run") if one is ours else ("exec", "run", "state"):
                         took = timed(getattr(one, kind))
-                        if number >= 3:  # the first ones warm caches
+                        if number >= 3:  # the first ones warm up caches
                             times.setdefault((name, kind), []).append(took)
                 for kind, where in (("exec", str(ours.target.pid)), ("run", str(rootfs))):
                     times.setdefault(("limit", kind), []).append(limit(work / "limit", kind, where, 1))

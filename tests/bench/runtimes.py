@@ -1,9 +1,9 @@
-"""Runs inside a guest: milliseconds from the start of `crun exec` or `runc exec` to the first byte of output.
+"""Measure, inside a guest, milliseconds from the start of `crun exec` or `runc exec` to the first byte of output.
 
     python -I -S runtimes.py ROOTFS CONFIG_JSON
 
-Says `ready`; then each line of its input is the name of a runtime, answered with a line: a number, or a word on why
-there is none.  Standard library alone.
+Prints `ready`; then answers each input line, the name of a runtime, with a line: a number, or a word on why there is
+none.  Standard library only.
 """
 
 import json
@@ -17,13 +17,13 @@ OPTIONS = {"crun": ["--cgroup-manager=disabled"], "runc": []}
 
 
 def call(words: list[str], output: int) -> int:
-    """Run a command with this for its stdout; returns its pid."""
+    """Run a command with this stdout; return its pid."""
     actions = [(os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDWR, 0), (os.POSIX_SPAWN_DUP2, output, 1)]
     return os.posix_spawn(words[0], words, os.environ, file_actions=actions)
 
 
 class Runtime:
-    """A runtime with a container in which programs are run."""
+    """A runtime with a container in which to run programs."""
 
     def __init__(self, name: str, config: dict[str, object]) -> None:
         program = shutil.which(name)
@@ -33,14 +33,14 @@ class Runtime:
         os.makedirs(bundle, exist_ok=True)  # noqa: PTH103 - no pathlib, which takes a while to import there
         with open(f"{bundle}/config.json", "w") as file:  # noqa: PTH123
             json.dump(config, file)
-        # Its output stays open in the container, so not a pipe.
+        # Not a pipe, because its output stays open in the container.
         with open(f"{bundle}/log", "wb") as log:  # noqa: PTH123
             run = ["run", "--detach", "--bundle", bundle, "bench"]
             if program and os.waitpid(call([*self._words, *run], log.fileno()), 0)[1]:
                 self.failure = f"{name} run fails in the guest"
 
     def first_byte(self) -> str:
-        """One exec."""
+        """Measure one exec."""
         if self.failure:
             return self.failure
         here, there = os.pipe()

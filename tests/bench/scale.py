@@ -1,8 +1,8 @@
-"""One agent with hundreds of containers, and a thousand streams: what grows, and what it does when nothing is asked.
+"""Measure one agent with hundreds of containers and a thousand streams: growth, and idle CPU time.
 
     python -m tests.bench.scale [--containers N] [--streams N] [--execs N]
 
-Prints rows as JSON.  The agent runs on this machine: what grows with containers is its, and not the emulated guest's.
+Prints rows as JSON.  The agent runs on this machine: growth with containers is the agent's, not the emulated guest's.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from tests.native.nsexec_support import make_rootfs
 CONTAINERS, STREAMS, EXECS = 500, 1000, 1000
 STEP = 100
 
-#: Beside one container, the first exec, one stream.
+#: Relative to one container, the first exec, one stream.
 FLAT_BUDGET, AT_ONCE_BUDGET = 1.3, 1.0
 
-#: Milliseconds of processor time that an agent with all of these containers may take in so many seconds.
+#: Milliseconds of CPU time an agent with all of these containers may use in so many seconds.
 IDLE_BUDGET, IDLE_TIME = 1.0, 3.0
 
 
 async def lowest(container: Container) -> float:
-    """Milliseconds of an exec at the best of times: the median of a busy machine is the other work's."""
+    """Return the milliseconds of an exec, as a minimum: on a busy machine the median measures other load."""
     return statistics.quantiles([await first_byte(container) for _ in range(60)], n=10)[0]
 
 
 async def flat(agent: Agent, running: RunningAgent, container: Container, count: int, execs: int) -> list[Row]:
-    """Exec latency with many containers, and after many execs, beside the same agent with one container.
+    """Measure exec latency with many containers, and after many execs, against the same agent with one container.
 
-    That is measured before and after, as the machine's other work comes and goes.
+    The latter is measured before and after, because other load varies.
     """
     found: dict[str, float] = {}
     more: list[Container] = []
@@ -70,14 +70,14 @@ async def flat(agent: Agent, running: RunningAgent, container: Container, count:
 
 
 async def idle_time(running: RunningAgent) -> float:
-    """Milliseconds of processor time that the agent takes while nobody asks anything."""
+    """Return the milliseconds of CPU time an idle agent uses."""
     before = busy(running.pid)
     await asyncio.sleep(IDLE_TIME)
     return busy(running.pid) - before
 
 
 async def echo(process: Process) -> None:
-    """A message to `cat` and back, by a ReadStdout that waits already."""
+    """Send a message to `cat` and back, with a ReadStdout already waiting."""
     reading = asyncio.ensure_future(anext(process.stdout()))
     await asyncio.sleep(0)
     await process.write(MESSAGE)
@@ -85,7 +85,7 @@ async def echo(process: Process) -> None:
 
 
 async def streams(container: Container, count: int) -> Row:
-    """The time of an echo when many are under way, each with its ReadStdout, beside one after the other."""
+    """Measure the time of an echo with many in progress, each with its ReadStdout, against one after the other."""
     processes = [await container.exec(["/bin/cat"]) for _ in range(count)]
 
     async def at_once() -> float:
@@ -109,7 +109,7 @@ async def streams(container: Container, count: int) -> Row:
 
 
 async def measure(running: RunningAgent, containers: int, streams_: int, execs: int) -> list[Row]:
-    """All rows."""
+    """Return all rows."""
     async with Agent.connect(running.socket, "ttrpc") as agent:
         await agent.create_sandbox()
         container = await agent.create_container("bench", running.spec())

@@ -1,4 +1,4 @@
-"""docker over our shim beside docker over runc: run, exec, ten at once; the shim's start, and the memory of a pod.
+"""Measure docker with our shim against docker with runc: run, exec, ten at once; shim start; memory of a pod.
 
     python -m tests.bench.shim [--rounds N]
 
@@ -27,17 +27,17 @@ from tests.shim.fake_containerd import FakeContainerd
 
 ROUNDS = 5
 
-#: How many containers are started at once, and what that may take beside one.
+#: How many containers are started at once, and the budget relative to one.
 MANY, MANY_BUDGET = 10, 12.0
 
-#: Beside runc, and for start beside a Python that does nothing; MiB of a pod's processes other than QEMU.
+#: Budgets relative to runc, and for start, to a Python that does nothing; MiB of a pod's processes except QEMU.
 RUN_BUDGET, EXEC_BUDGET, START_BUDGET, RESIDENT_BUDGET = 1.0, 2.0, 4.0, 60.0
 
 MIB = 1 << 20
 
 
 def median(work: Callable[[], object], rounds: int) -> float:
-    """Return the seconds that something takes; the first time does not count."""
+    """Return the median seconds; the first run does not count."""
     work()
     times = []
     for _ in range(rounds):
@@ -57,14 +57,14 @@ def run(engine: Engine, runtime: str) -> None:
 
 
 def clone(engine: Engine) -> None:
-    """Start a VM as the shim does, and end it."""
+    """Start a VM as the shim does, and stop it."""
     pods = Pods(configuration=engine.place / "shim.toml")
     machine = pods.start("pod-bench", memory=0, cpus=0)
     machine.stop()
 
 
 def resident(engine: Engine, container: str) -> float:
-    """Return the MiB of the processes of a container's pod, less QEMU's and virtiofsd's."""
+    """Return the MiB of the processes of a container's pod, except QEMU and virtiofsd."""
     full = engine.docker("inspect", "--format", "{{.Id}}", container).stdout.decode().strip()
     bundle = next(engine.place.glob(f"state/io.containerd.runtime.v2.task/*/{full}"))
     record = json.loads((bundle / "caisson.json").read_text())
@@ -110,7 +110,7 @@ async def _started(place: Path, rounds: int) -> float:
 
 
 def start(rounds: int) -> Row:
-    """Return the row of the shim's `start`, from exec to its answer's end."""
+    """Return the row of the shim's `start`, from exec to the end of its output."""
     with tempfile.TemporaryDirectory(prefix="cs-") as place:
         ours = asyncio.run(_started(Path(place), rounds))
     nothing = median(lambda: subprocess.run([sys.executable, "-I", "-c", "pass"], check=True), rounds)

@@ -1,7 +1,6 @@
-"""The quick form of every benchmark: no row is more than half as bad again as its budget.  Which are met, it prints.
+"""Run the quick form of every benchmark: no row exceeds its budget by more than half.  Prints which budgets are met.
 
-What is over that is measured again before it counts: the machine's other work comes and goes, and the two sides of a
-ratio seldom meet it alike.
+A row above that is measured again before it counts: other load varies, and seldom affects both sides of a ratio alike.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ from tests.e2e.conftest import COMPILING
 
 pytestmark = [pytest.mark.root, pytest.mark.vm, pytest.mark.timeout(COMPILING)]
 
-#: How often a budget may be used up, and what of it is not met (docs/performance.md says why): it is not to get worse.
+#: The allowed multiple of a budget, and the known exceptions (docs/performance.md gives the reasons), which must not
+#: get worse.
 FAR = 1.5
 MISSED = {
     "boot to CreateSandbox's answer, own kernel, beside a C init (s)": 2.4,
@@ -37,7 +37,7 @@ def far_over(part: str) -> set[str]:
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The budgets of guests are those of emulation."""
+    """Budgets for guests are those under emulation."""
     monkeypatch.setenv("CAISSON_ACCEL", "tcg")
     monkeypatch.setenv("CAISSON_VSOCK", "user")
 

@@ -1,9 +1,9 @@
-"""Bytes into a guest and out of it: standard input, `cp` and shared directories, beside vsock and virtiofs alone.
+"""Measure transfers to and from a guest: stdin, `cp` and shared directories, against plain vsock and virtiofs.
 
     python -m tests.bench.transfers [--quick] [--stream GB]
 
-Prints rows as JSON.  Beside the agent runs what tests/guest/peer.c does with a bare vsock connection, and what a shell
-of the guest's own does with a mount of its own.  All of it in turn, in one guest with a kernel of our own.
+Prints rows as JSON.  The peers are tests/guest/peer.c on a plain vsock connection, and a shell in the guest with its
+own mount.  They take turns, in one guest with a custom kernel.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ MEMORY = 1024
 STDIN_BUDGET, COPY_BUDGET, SHARE_BUDGET, STREAM_BUDGET = 4.0, 2.0, 1.2, 1.3
 TAG = "bench"
 
-#: Bytes of a shared file: much, as a program's end comes by a call that is not the file system's.
+#: Bytes of a shared file: large, because the end of a program is reported by a call that is not the file system's.
 SHARED = 96 * MIB
 
-#: Where the copied file is in the guest, whose file systems are in memory; and the guest's own mount of a share.
+#: Paths of the copied file in the guest, whose file systems are in memory, and of the guest's own mount of a share.
 FILE, MOUNTED = "/tmp/caisson-bench", f"{PLACE}/shared"
 
 
@@ -57,7 +57,7 @@ def caisson(vm: VM, *words: str) -> None:
 
 
 class Transfers:
-    """A guest, with a shell of its own, a bare connection to it, and a directory that it shares."""
+    """A guest, with its own shell, a plain connection to it, and a shared directory."""
 
     def __init__(self, vm: VM, shell: Shell, shared: Path, size: int) -> None:
         self._vm = vm
@@ -74,13 +74,13 @@ class Transfers:
         self._raw.close()
 
     def stdin(self) -> tuple[float, float, float]:
-        """Milliseconds a MiB: to a program's standard input, through vsock alone, through that and a pipe."""
+        """Return milliseconds per MiB: to a program's stdin, through plain vsock, and through vsock and a pipe."""
         raw = MIB / 1e3 / to_guest(self._raw, self._size)
         ours = asyncio.run(self._with_container(self._write)) * 1000 * MIB / self._size
         return ours, raw, raw + through_a_pipe(self._shell, self._size)
 
     def copy_in(self) -> tuple[float, float, float]:
-        """Seconds: `cp` into a container, vsock alone, that and the guest's writing of such a file."""
+        """Return seconds of `cp` into a container, plain vsock, and plain vsock with the guest writing the file."""
         raw = self._size / to_guest(self._raw, self._size) / 1e6
         written = self._guest(f"dd if=/dev/zero of={FILE}.own bs=1M count={self._size // MIB} 2>/dev/null; ")
         self._shell(f"rm {FILE}.own")
@@ -88,7 +88,7 @@ class Transfers:
         return ours, raw, raw + written
 
     def copy_out(self) -> tuple[float, float, float]:
-        """Seconds: `cp` out of a container, vsock alone, that and this machine's writing of such a file."""
+        """Return seconds of `cp` out of a container, plain vsock, and plain vsock with the file written here."""
         ours = seconds(lambda: caisson(self._vm, "cp", f"{DEFAULT}:{FILE}", str(self._target)))
         if self._target.read_bytes() != self._source.read_bytes():
             raise SystemExit("cp: what came back is not what was copied")
@@ -98,15 +98,15 @@ class Transfers:
         return ours, raw, raw + written
 
     def share_read(self) -> tuple[float, float]:
-        """Seconds to read a file of a share: a program in a container, and one beside it."""
+        """Return the seconds to read a file in a share, by a program in a container and one outside."""
         return self._shared_by(f"dd if={{}}/read of=/dev/null bs=1M count={SHARED // MIB}")
 
     def share_write(self) -> tuple[float, float]:
-        """Seconds to write one, to its end on this machine."""
+        """Return the seconds to write one, until it is complete on this machine."""
         return self._shared_by(f"dd if=/dev/zero of={{}}/written bs=1M count={SHARED // MIB} conv=fsync")
 
     def _shared_by(self, command: str) -> tuple[float, float]:
-        """Seconds of a command in a container and beside it, by turns first: the first one finds less memory in use."""
+        """Time a command in a container and outside; they take turns being first, which finds less memory in use."""
         kinds: list[Callable[[], float]] = [
             lambda: asyncio.run(self._with_container(lambda one: self._run(one, command.format(f"/run/shared/{TAG}")))),
             lambda: self._guest(f"{command.format(MOUNTED)} 2>/dev/null"),
@@ -119,7 +119,7 @@ class Transfers:
         return found[0], found[1]
 
     def _forget(self) -> None:
-        """Empty the guest's cache of pages, and remove what was written."""
+        """Drop the guest's page cache, and remove written files."""
         (self._shared / "written").unlink(missing_ok=True)
         self._shell("sync; echo 3 >/proc/sys/vm/drop_caches")
 
@@ -155,7 +155,7 @@ async def make_container(vm: VM) -> None:
 
 
 async def stream(vm: VM, size: int, least: int) -> Row:
-    """The row of a long stream beside a short one."""
+    """Return the row of a long stream against a short one."""
     async with Agent.connect(vm.agent_socket, "ttrpc") as agent:
         container = agent.container(DEFAULT)
         short = await bulk(container, least)
@@ -164,7 +164,7 @@ async def stream(vm: VM, size: int, least: int) -> Row:
 
 
 def measure(rounds: int, size: int, long: int, work: Path) -> list[Row]:
-    """The rows: each the median of some rounds, the first of which warms caches."""
+    """Return the rows: each the median of some rounds, the first of which warms up caches."""
     config = VMConfig(built(*LEAN), name="bench", memory=MEMORY, append=f"agent.debug_console_vport={CONSOLE}")
     shared = work / "shared"
     shared.mkdir()

@@ -1,4 +1,4 @@
-"""The agent over ttrpc, beside the same calls over gRPC, one after the other on two connections."""
+"""Measure the agent over ttrpc against the same calls over gRPC, one after the other on two connections."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.bench.rows import Row
 
 CALL_BUDGET, EXEC_BUDGET, ECHO_BUDGET, BULK_BUDGET = 0.5, 0.9, 1.0, 1.0
 
-#: Calls that a sample of an empty one is the mean of, and how many times more samples of it there are.
+#: Calls averaged in a sample of an empty call, and how many times more such samples are taken.
 CALLS, MORE = 5, 4
 
 
@@ -27,7 +27,7 @@ async def measure(
     echo: Callable[[Container], Awaitable[float]],
     bulk: Callable[[Container, int], Awaitable[float]],
 ) -> list[Row]:
-    """All rows; the functions return milliseconds for a container, that last one a MiB of so many bytes."""
+    """Return all rows; the functions return milliseconds per container, the last one per MiB."""
     async with Agent.connect(socket, "grpc") as grpc, Agent.connect(socket, "ttrpc") as ttrpc:
         agents = (ttrpc, grpc)
         ours, peers = (agent.container(container_id) for agent in agents)
@@ -35,7 +35,7 @@ async def measure(
         async def row(what: str, count: int, budget: float, one: Callable[[Any], Awaitable[float]]) -> Row:
             subjects = agents if one is empty_calls else (ours, peers)
             pairs = [[await one(subject) for subject in subjects] for _ in range(count + 2)]
-            # Of a busy machine the median is the other work's: both of its sides are the same then.
+            # On a busy machine the median measures other load, the same on both sides.
             own, peer = (statistics.quantiles(column, n=4)[0] for column in zip(*pairs[2:], strict=True))
             return Row.beside(f"{what}, beside the same by gRPC (ms)", own, peer, budget)
 
@@ -48,7 +48,7 @@ async def measure(
 
 
 async def empty_calls(agent: Agent) -> float:
-    """Milliseconds of an empty call."""
+    """Return the milliseconds of an empty call."""
     began = time.perf_counter()
     for _ in range(CALLS):
         await agent.health.Check(health_pb2.CheckRequest())

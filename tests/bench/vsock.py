@@ -1,9 +1,9 @@
-"""Our vsock device beside a virtio-serial port and QEMU's user-mode network, in one guest and in one run.
+"""Measure our vsock device against a virtio-serial port and QEMU's user-mode network, in one guest and one run.
 
-Latency is the time of one request of 64 bytes and its answer of 64 bytes; bulk is one stream of some MB in one
-direction, as the time of a MiB.  All three are measured in turn, round by round, and a ratio is the median of the
-rounds' ratios: the machine's other work slows all of them at a time.  A virtio-serial port is inside QEMU, and one
-stream: it is what the guest and QEMU can do at best.  Then many connections are opened at once, used, and left idle.
+Latency is the round trip of a 64-byte request and a 64-byte response; bulk is one stream of some MB in one direction,
+as time per MiB.  All three are measured in turn, round by round, and a ratio is the median of the rounds' ratios: other
+load slows all of them alike.  A virtio-serial port is inside QEMU, and one stream: the best the guest and QEMU can do.
+Then many connections are opened at once, used, and left idle.
 
     python -m tests.bench.vsock [--rounds N] [--mb N] [--connections N] [--quick] [--json]
 """
@@ -37,21 +37,21 @@ VSOCK_PORT, TCP_PORT = 2000, 2001
 MAC = "52:54:00:00:00:77"
 MESSAGE = 64
 PIECE = 1 << 18
-MIB = (1 << 20) / 1e3  # ms a MiB are this by MB/s
+MIB = (1 << 20) / 1e3  # ms per MiB are this divided by MB/s
 PATIENCE = 20
 ROUNDS, MEGABYTES, MESSAGES, CONNECTIONS = 15, 16, 200, 4000
 QUICK_ROUNDS, QUICK_MEGABYTES, QUICK_CONNECTIONS = 10, 4, 600
 TRANSPORTS = ("vsock", "virtio-serial", "user-net TCP")
 
-#: What may be times as long as the peer's: a round trip, a MiB (0.8 times as fast).
+#: Allowed multiples of the peer: for a round trip, and for a MiB (0.8 times as fast).
 SERIAL_LATENCY, SERIAL_BULK, NET = 1.3, 1.25, 1.0
 MEMORY_MIB = 24.0
-#: Of 3 s: the kernel's own work for a process that sleeps.
+#: Out of 3 s: the kernel's own work for a sleeping process.
 IDLE_MS = 1.0
 
 
 class Stuck(Exception):
-    """A transport has stood still."""
+    """A transport has stalled."""
 
 
 class Machine:
@@ -59,7 +59,7 @@ class Machine:
 
     def __init__(self, caisson: Caisson, work: Path) -> None:
         self._directory = caisson.run_directory / "bench"
-        self._serial_path = self._directory / "serial.sock"  # QEMU can write nowhere else
+        self._serial_path = self._directory / "serial.sock"  # QEMU cannot write anywhere else
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self._port = probe.getsockname()[1]
         command = ("boot-vm", "--name", "bench", "--detach", "--memory", "1024")
@@ -75,13 +75,13 @@ class Machine:
         self._streams = {"virtio-serial": serial}
 
     def stream(self, transport: str) -> socket.socket:
-        """The connection that a transport is measured on."""
+        """Return the connection on which a transport is measured."""
         if transport not in self._streams:
             self._streams[transport] = self.dial() if transport == "vsock" else self._dial_tcp()
         return self._streams[transport]
 
     def guest(self) -> int:
-        """The thread that is the guest's processor: QEMU's busiest but the first."""
+        """Return the vCPU thread: QEMU's busiest except the first."""
         threads = {int(path.name) for path in Path(f"/proc/{self.pids['qemu']}/task").iterdir()}
         return max(threads - {self.pids["qemu"]}, key=busy)
 
@@ -104,7 +104,7 @@ class Machine:
             wanted = types_pb2.Interface(name="eth0", hwAddr=MAC, mtu=1500, IPAddresses=[address], pciPath="11/00")
             request = agent_pb2.UpdateInterfaceRequest(interface=wanted)
             waiting = asyncio.ensure_future(client.rpc.UpdateInterface(request, 120))
-            await client.version()  # by then it waits
+            await client.version()  # by now it waits
             await asyncio.to_thread(self._plug)
             await waiting
             finding = default_spec(root, ["/bin/sh", "-c", FIND_SERIAL])
@@ -139,7 +139,7 @@ class Machine:
             monitor.execute("device_add", interface)
 
 
-#: Waits until the port is there, and prints its device number.
+#: Waits until the port exists, and prints its device number.
 FIND_SERIAL = "until cat /sys/class/virtio-ports/*/dev 2>/dev/null; do sleep 0.1; done"
 
 
@@ -152,7 +152,7 @@ def exactly(sock: socket.socket, size: int, buffer: memoryview) -> None:
 
 
 def ping_pong(sock: socket.socket, count: int) -> list[float]:
-    """The microseconds of each of ``count`` round trips."""
+    """Return the microseconds of each of ``count`` round trips."""
     buffer, message = memoryview(bytearray(MESSAGE)), bytes(MESSAGE)
     sock.sendall(REQUEST.pack(ECHO, 0, 0, MESSAGE, count * MESSAGE, 0, 0))
     took = []
@@ -165,7 +165,7 @@ def ping_pong(sock: socket.socket, count: int) -> list[float]:
 
 
 def to_guest(sock: socket.socket, size: int) -> float:
-    """MB/s into the guest; its answer says that it has read all."""
+    """Return MB/s into the guest; its answer means that it has read everything."""
     data, buffer = bytes(PIECE), memoryview(bytearray(1))
     began = time.perf_counter()
     sock.sendall(REQUEST.pack(SINK, 0, 0, 0, size, 0, 0))
@@ -176,7 +176,7 @@ def to_guest(sock: socket.socket, size: int) -> float:
 
 
 def from_guest(sock: socket.socket, size: int) -> float:
-    """MB/s out of the guest."""
+    """Return MB/s out of the guest."""
     buffer = memoryview(bytearray(PIECE))
     began = time.perf_counter()
     sock.sendall(REQUEST.pack(SOURCE, 0, 0, 0, 0, size, 0))
@@ -185,27 +185,27 @@ def from_guest(sock: socket.socket, size: int) -> float:
 
 
 def cpu(pid: int) -> float:
-    """Seconds of processor time of a process so far."""
+    """Return the seconds of CPU time a process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def busy(pid: int) -> float:
-    """Milliseconds of processor time so far of a thread, or of a process with one: finer than ``cpu``."""
+    """Return the milliseconds of CPU time of a thread, or a single-threaded process: finer than ``cpu``."""
     return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e6
 
 
 def memory(pid: int) -> float:
-    """MiB of a process without the guest's memory, which it shares."""
+    """Return the MiB of a process without the guest's memory, which it shares."""
     fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssFile")) / 1024
 
 
 @dataclass
 class Samples:
-    """What was measured of one transport in each round: round trips (us), a MiB each way (ms).
+    """Measurements of one transport in each round: round trips (us), a MiB each way (ms).
 
-    Of each MiB also the time that the guest's processor was busy: nothing outside the guest makes it faster than that.
+    For each MiB also the time the vCPU was busy: nothing outside the guest can make it faster than that.
     """
 
     trips: list[list[float]]
@@ -216,7 +216,7 @@ class Samples:
 
 
 def measure(machine: Machine, rounds: int, size: int) -> dict[str, Samples]:
-    """All transports in turn; the first round warms caches and is thrown away.  Raises Stuck."""
+    """Measure all transports in turn; the first round warms up caches and is discarded.  Raises Stuck."""
     found = {transport: Samples([], [], [], [], []) for transport in TRANSPORTS}
     guest = machine.guest()
     for number in range(rounds + 1):
@@ -240,7 +240,7 @@ def measure(machine: Machine, rounds: int, size: int) -> dict[str, Samples]:
 
 
 def compare(found: dict[str, Samples]) -> Iterator[Row]:
-    """Our device beside each of the others."""
+    """Compare our device with each of the others."""
 
     def p99(trips: list[float]) -> float:
         return statistics.quantiles(trips, n=100)[98]
@@ -262,7 +262,7 @@ def compare(found: dict[str, Samples]) -> Iterator[Row]:
 
 
 def crowd(machine: Machine, count: int) -> Iterator[Row]:
-    """Many connections at once: each is used, then all are idle."""
+    """Measure many connections at once: each is used, then all are idle."""
     device = machine.pids["vsock"]
     with ExitStack() as ends:
         began = time.perf_counter()
@@ -289,14 +289,14 @@ def machine() -> Iterator[Machine]:
 
 
 def measured(rounds: int, size: int, connections: int) -> list[Row]:
-    """The table."""
+    """Return the table."""
     attempts = 3
     while True:
         with machine() as booted:
             try:
                 return [*compare(measure(booted, rounds, size)), *crowd(booted, connections)]
             except Stuck as stuck:
-                # Now and then QEMU 7.2 reads no more from a port's socket.
+                # Occasionally QEMU 7.2 stops reading from a port's socket.
                 attempts -= 1
                 print(f"{stuck} has stood still for {PATIENCE} s", file=sys.stderr)
                 if not attempts or str(stuck) != "virtio-serial":

@@ -1,4 +1,4 @@
-"""Conformance tests run on an agent of this machine, as the native ones do, and over every transport."""
+"""Run conformance tests against an agent on this machine, as the native tests do, over every transport."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.native.conftest import busybox_rootfs, check_nothing_is_left, nsexec_
 
 __all__ = ["busybox_rootfs", "nsexec_path"]
 
-#: Each with the generation of the API that is spoken over it.
+#: Each with the API generation spoken over it.
 TRANSPORTS = {
     "http2": (RunningAgent, KATA1),
     "ttrpc": (TtrpcAgent, KATA3),
@@ -28,7 +28,7 @@ TRANSPORTS = {
 def agent(
     request: pytest.FixtureRequest, tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path
 ) -> Iterator[RunningAgent]:
-    """A fresh agent behind each transport; at the end nothing is left of it."""
+    """Start a fresh agent behind each transport; at the end nothing of it is left."""
     running = TRANSPORTS[request.param][0](tmp_path, nsexec_path, busybox_rootfs)
     yield running
     running.stop()
@@ -37,13 +37,13 @@ def agent(
 
 @pytest.fixture
 def generation(agent: RunningAgent, request: pytest.FixtureRequest) -> Generation:
-    """What the agent's hosts of its transport are told."""
+    """Return the statuses and rules for the transport's generation."""
     return next(generation for kind, generation in TRANSPORTS.values() if type(agent) is kind)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    """Run a test of an agent in this process in a process of its own, with an event loop of that one."""
+    """Run a test of an in-process agent in a separate process, with its own event loop."""
     if not isinstance(pyfuncitem.funcargs.get("agent"), MemoryAgent):
         return None
     arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}

@@ -1,4 +1,4 @@
-"""What differs between the generations of Kata's agent API, in one table: tests of both are the same otherwise."""
+"""List all differences between the generations of Kata's agent API in one table; otherwise their tests are the same."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from caisson.agent.rpc.codes import StatusCode as Code
 
-#: A status and its text.
+#: A status code and its text.
 Answer = tuple[Code, str]
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What hosts of a generation are told, and a few rules."""
+    """The statuses and rules that hosts of a generation expect."""
 
     #: The package of its generated modules.
     name: str
@@ -30,22 +30,22 @@ class Generation:
     exec_stopped: Answer
     no_terminal: Answer
 
-    #: None where the end of output is an empty answer.
+    #: None if the end of output is an empty response.
     end_of_output: Answer | None
 
-    #: None where a sandbox may be created anew.
+    #: None if a sandbox may be created again.
     sandbox_exists: Answer | None
 
-    #: Methods that are refused without a sandbox; the others do not find the container.
+    #: Methods that fail without a sandbox; the others fail because the container is unknown.
     gated: frozenset[str]
 
-    #: Methods that there are in this generation alone.
+    #: Methods that only this generation has.
     only: frozenset[str]
 
-    #: Whether an exec has capabilities of its own, if it names some.
+    #: Whether an exec has its own capabilities, if it specifies any.
     exec_has_capabilities: bool
 
-    #: Whether the agent goes on after DestroySandbox.
+    #: Whether the agent keeps running after DestroySandbox.
     survives_destroy: bool
 
 

@@ -1,7 +1,8 @@
-"""Requests of any shape: each gets a status in time, and the agent serves on.
+"""Send requests of any shape: each gets a status in time, and the agent keeps serving.
 
-They are made from the descriptors, so a new field or method is asked about without a change here.  The agent runs with
-a network of its own; values that would change this machine (its clock, files outside of the test's) are not made.
+Requests are generated from the descriptors, so new fields and methods are covered without a change here.  The agent
+runs in its own network namespace; values that would change this machine (its clock, files outside the test's) are not
+generated.
 """
 
 from __future__ import annotations
@@ -34,20 +35,20 @@ pytestmark = pytest.mark.root
 
 SECONDS = fuzz.seconds(20)
 
-#: Methods that must have done their work at least once, and how many seconds more chance may take to get there.
+#: Methods that must have succeeded at least once, and how many extra seconds random requests get to reach them.
 FAR = {"CreateContainer", "StartContainer", "ExecProcess"}
 EXTRA = 200
 
-#: Methods that may wait for something to happen: the caller hangs up instead.
+#: Methods that may wait for an event: the caller hangs up instead.
 WAIT = {"WaitProcess", "ReadStdout", "ReadStderr", "WriteStdin", "GetOOMEvent", "CloseStdin", "OnlineCPUMem"}
 HANG_UP, DEADLINE = 0.05, 30.0
 
-#: Texts by which an agent says itself that something is late or not to be had; a client says that of one that is gone.
+#: Texts with which the agent itself reports a timeout or unavailability; the client uses others for a lost agent.
 OWN_TEXTS = ("Timeout reached after", "did not appear within", "no tty")
 
 
 class Api:
-    """A generation's services and messages; those of its methods are left out that end the agent."""
+    """A generation's services and messages, without the methods that end the agent."""
 
     def __init__(self, agent: Any, health: Any, oci: Any, *without: str) -> None:
         self.agent = agent
@@ -82,7 +83,7 @@ IDS = st.one_of(st.sampled_from(["box", "a", "b", "sandbox"]), TEXTS)
 
 
 class Requests:
-    """Strategies for messages; `root` is a directory that a container may have as its root."""
+    """Strategies for messages; `root` is a directory usable as a container's root."""
 
     def __init__(self, root: Path) -> None:
         paths = st.one_of(st.sampled_from([str(root), "/bin/true", "/proc", "/dev", "tmpfs", "/nonexistent/x"]), TEXTS)
@@ -93,7 +94,7 @@ class Requests:
             "timeout": st.integers(0, 5),
             "signal": st.integers(0, 100),
             "Args": st.lists(st.sampled_from(["/bin/true", "sleep", "100", "", "no\0"]), max_size=3),
-            "Sec": st.just((1 << 63) - 1),  # beyond any clock
+            "Sec": st.just((1 << 63) - 1),  # beyond any clock's range
             "Usec": st.integers(1_000_000, (1 << 63) - 1),
             "type": st.one_of(
                 st.sampled_from(["pid", "mount", "ipc", "uts", "network", "user", "time", "tmpfs"]), TEXTS
@@ -110,7 +111,7 @@ class Requests:
         }
 
     def nearly(self, sound: Any) -> st.SearchStrategy[Any]:
-        """A sound message, and variants of it with something else merged into it."""
+        """Generate a valid message, and variants with something else merged in."""
 
         @st.composite
         def build(draw: Any) -> Any:
@@ -125,7 +126,7 @@ class Requests:
         return build()
 
     def message(self, descriptor: Descriptor, depth: int = 0) -> st.SearchStrategy[Any]:
-        """Messages of a type; the deeper, the emptier."""
+        """Generate messages of a type; the deeper, the emptier."""
         kind = message_factory.GetMessageClass(descriptor)
         fields = {field.name: self._field(field, depth) for field in descriptor.fields}
 
@@ -180,7 +181,7 @@ class Requests:
 
 @pytest.fixture
 def secluded(tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path) -> Iterator[RunningAgent]:
-    """An agent that cannot change this machine's network."""
+    """Start an agent that cannot change this machine's network."""
     running = RunningAgent(
         tmp_path, nsexec_path, busybox_rootfs, "--hotplug-timeout=100ms", within=("unshare", "--net", "--mount")
     )
@@ -219,7 +220,7 @@ def test_any_request_gets_a_status(secluded: RunningAgent, transport: str) -> No
         until = time.monotonic() + SECONDS
 
         def goes_on() -> bool:
-            """Chance has to get as far as to a process in a container, however slow the machine is."""
+            """Random requests must get as far as a process in a container, however slow the machine is."""
             return time.monotonic() < until + (0 if set(done) >= FAR else EXTRA)
 
         weights = [pair for pair in api.methods for _ in range(3 if "Container" in pair[1].name else 1)]
@@ -243,7 +244,7 @@ def test_any_request_gets_a_status(secluded: RunningAgent, transport: str) -> No
         @settings(
             max_examples=500,
             deadline=None,
-            derandomize=False,  # in CI it would be: the same requests over and over
+            derandomize=False,  # in CI it would be: always the same requests
             database=None,
             phases=[Phase.generate],
             verbosity=Verbosity.quiet,

@@ -1,7 +1,7 @@
-"""`docker exec -it` as a Kata 1.x host says it to the agent, call by call as it was recorded.
+"""Replay `docker exec -it` as a Kata 1.x host sends it to the agent, call by call as recorded.
 
-The host writes what is typed one byte at a time, and sends SIGURG (23) after each: the Go runtime of its client uses
-that signal for itself, and passes on all that it gets.
+The host writes typed input one byte at a time, and sends SIGURG (23) after each: the Go runtime of its client uses that
+signal itself, and forwards every one it gets.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KEY: dict[str, Any] = {"container_id": "c", "exec_id": "e"}
 
 
 class Terminal:
-    """The host's side of the output: one read is always pending, and what it got is kept."""
+    """The host's side of the output: one read is always pending, and its results are kept."""
 
     def __init__(self, client: Agent) -> None:
         self.seen = b""
@@ -44,7 +44,7 @@ class Terminal:
             self._changed.set()
 
     async def until(self, text: bytes, start: int = 0) -> None:
-        """Wait for a text, after what was seen before."""
+        """Wait for a text after the position already seen."""
         while text not in self.seen[start:]:
             assert self.end is None, (self.seen, self.end)
             self._changed.clear()

@@ -1,6 +1,6 @@
-"""What each method answers without a sandbox, to an unknown container and to an unknown process.
+"""Check each method's error without a sandbox, for an unknown container and for an unknown process.
 
-Row by row the table of each generation: hosts see codes and texts, and some compare them.
+Compares, row by row, with the table of each generation: hosts see codes and texts, and some compare them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.root
 
 PROCESS = oci_pb2.Process(Args=["/bin/true"], Cwd="/")
 
-#: With what each method is called; container "no" and process "no" are never there.
+#: Each method's arguments; container "no" and process "no" never exist.
 REQUESTS: dict[str, Any] = {
     "CreateContainer": agent_pb2.CreateContainerRequest(OCI=oci_pb2.Spec(Process=PROCESS)),
     "StartContainer": agent_pb2.StartContainerRequest(),

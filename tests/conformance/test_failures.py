@@ -1,6 +1,6 @@
-"""Fifteen failures that users of Kata agents have met.
+"""Check for fifteen failures that users of Kata agents have met.
 
-Each test was seen to fail against an agent that has the defect.
+Each test was seen to fail against an agent with the defect.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ async def box(client: Agent, agent: RunningAgent, *args: str) -> Container:
 
 
 async def rest(process: Process) -> tuple[bytes, float]:
-    """All of its output, and how long the end of it took."""
+    """Read the rest of its output, and time how long its end took."""
     began = time.monotonic()
     return await output(process), time.monotonic() - began
 
 
 async def test_01_output_is_not_cut_off(agent: RunningAgent) -> None:
-    """What was written before the exit is delivered, also when the exit comes before the first read."""
+    """What was written before the exit is delivered, even if the process exits before the first read."""
 
     async with agent.connect() as client:
         container = await box(client, agent)
@@ -64,7 +64,7 @@ async def test_03_a_background_job_on_the_pipes_does_not_hold_the_end(agent: Run
 
 
 async def test_04_short_output_is_never_lost(agent: RunningAgent) -> None:
-    """The exit must not win over the read that is pending."""
+    """The exit must not overtake the pending read."""
 
     async with agent.connect() as client:
         container = await box(client, agent)
@@ -72,7 +72,7 @@ async def test_04_short_output_is_never_lost(agent: RunningAgent) -> None:
         async def one(number: int) -> None:
             process = await sh(container, f"read go; echo {number}")
             reading = asyncio.ensure_future(output(process))
-            await client.version()  # by then it is pending
+            await client.version()  # by now it is pending
             await process.close_stdin()
             assert await reading == f"{number}\n".encode()
 
@@ -96,7 +96,7 @@ async def test_06_all_waiters_get_the_status(agent: RunningAgent) -> None:
     async with agent.connect() as client:
         process = await sh(await box(client, agent), "read line; exit 7")
         waiters = [asyncio.ensure_future(process.wait()) for _ in range(10)]
-        for _ in range(10):  # by then they wait
+        for _ in range(10):  # by now they wait
             await client.version()
         await process.close_stdin()
         assert await asyncio.gather(*waiters) == [7] * 10
@@ -115,7 +115,7 @@ async def test_07_a_process_that_ends_at_once_is_not_missed(agent: RunningAgent)
 
 
 async def test_08_statuses_of_hooks_are_not_lost(agent: RunningAgent, tmp_path: Path) -> None:
-    """Helpers of the agent are its children, too: their status belongs to whoever started them."""
+    """The agent's helpers are its children, too: their status belongs to whoever started them."""
     verdict = tmp_path / "verdict"
     for kind in ("prestart", "poststop"):
         hook = tmp_path / "hooks" / kind / "look"
@@ -140,7 +140,7 @@ async def test_08_statuses_of_hooks_are_not_lost(agent: RunningAgent, tmp_path: 
 
 
 async def test_09_the_thousandth_exec_is_like_the_first(agent: RunningAgent) -> None:
-    """Nobody reads, writes or closes anything: it must not cost descriptors."""
+    """A process nobody reads from, writes to or closes must not leak descriptors."""
 
     async with agent.connect() as client:
         container = await box(client, agent)
@@ -160,7 +160,7 @@ async def test_10_what_nobody_waits_for_is_not_kept_for_ever(agent: RunningAgent
     async with agent.connect() as client:
         container = await box(client, agent)
         fds = agent.fds()
-        async with agent.connect() as other:  # a host that vanishes
+        async with agent.connect() as other:  # a host that disappears
             container.agent = other
             processes = [await sh(container, "echo x; echo y >&2") for _ in range(50)]
         container.agent = client
@@ -171,7 +171,7 @@ async def test_10_what_nobody_waits_for_is_not_kept_for_ever(agent: RunningAgent
 
 
 async def test_11_orphans_are_reaped(agent: RunningAgent, tmp_path: Path) -> None:
-    """What processes of the guest leave behind comes to the agent; what those of a container leave, to its init."""
+    """Orphans in the guest are reparented to the agent; those in a container, to its init."""
     hook = tmp_path / "hooks/prestart/leave"
     hook.parent.mkdir(parents=True)
     hook.write_text("#!/bin/sh\nfor i in 1 2 3 4 5; do (sleep 0.01 </dev/null >/dev/null 2>&1 &); done\n")
@@ -186,7 +186,7 @@ async def test_11_orphans_are_reaped(agent: RunningAgent, tmp_path: Path) -> Non
         assert await process.wait() == 0
         count = "for s in /proc/[0-9]*/stat; do cat $s 2>/dev/null; done | grep -c ') Z' || true"
         while (await output(await sh(container, count))).strip() != b"0":
-            pass  # its init waits for children between two sleeps
+            pass  # its init reaps children between two sleeps
         await until(lambda: len(agent.children()) == 1, "no zombies are the agent's")
 
 
@@ -230,7 +230,7 @@ async def test_14_closing_stdin_touches_nothing_else(agent: RunningAgent) -> Non
 
 
 async def test_15_a_signal_that_comes_too_late_is_no_failure(agent: RunningAgent) -> None:
-    """And one for a container that stands still wakes it, instead of hanging."""
+    """And if the container is stopped, the signal wakes it, instead of hanging."""
 
     async with agent.connect() as client:
         container = await box(client, agent)

@@ -1,4 +1,4 @@
-"""containerd's own ttrpc library, in Go, drives the agent: calls, errors, deadlines, a thousand at once.
+"""Drive the agent with containerd's own ttrpc library, in Go: calls, errors, deadlines, a thousand at once.
 
 Its stubs are generated from our .proto files, in the test's build directory.
 """
@@ -32,7 +32,7 @@ BUILD_TIMEOUT, RUN_TIMEOUT = 600, 120
 
 @pytest.fixture(scope="session")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The program in go_ttrpc, built."""
+    """Build the program in go_ttrpc."""
     module = Module(Path(__file__).with_name("go_ttrpc"), tmp_path_factory.mktemp("go") / "ttrpc")
     for generator in GENERATORS:
         module.build(generator, generator.rpartition("/")[2])
@@ -54,7 +54,7 @@ def _generate_stubs(build: Path) -> None:
 
 @pytest.fixture
 def running(tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path) -> Iterator[RunningAgent]:
-    """A fresh agent."""
+    """Start a fresh agent."""
     agent = RunningAgent(tmp_path, nsexec_path, busybox_rootfs)
     yield agent
     agent.stop()
@@ -89,7 +89,7 @@ def test_gos_ttrpc_library_drives_the_agent(driver: Path, running: RunningAgent,
     assert results["deadline"]["code"] == "DeadlineExceeded"
     assert results["at once"] == {"given up": 1000, "answered": 1000}
     assert results["copied"] is True
-    # The deadline went over the wire, and held at the agent as well.
+    # The deadline was transmitted, and enforced by the agent as well.
     log = [json.loads(line) for line in running.log.read_text().splitlines()]
     late = [line for line in log if line.get("method") == "GetOOMEvent" and line["status"] == "DEADLINE_EXCEEDED"]
     assert len(late) == 1

@@ -1,4 +1,4 @@
-"""h2spec, the conformance test of HTTP/2 servers, finds nothing to complain of."""
+"""Run h2spec, the conformance test of HTTP/2 servers: it reports no failures."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from tests.support.golang import Module
 PACKAGE = "github.com/summerwind/h2spec/cmd/h2spec"
 BUILD_TIMEOUT, RUN_TIMEOUT = 600, 120
 
-#: It sends this one with 20 KB, which is too much for a server with the smallest MAX_FRAME_SIZE, and not for ours.
+#: h2spec sends this one with 20 KB: too much for a server with the smallest MAX_FRAME_SIZE, but not for ours.
 LARGE_HEADERS = "Sends a large size HEADERS frame that exceeds the SETTINGS_MAX_FRAME_SIZE"
 
 
 @pytest.fixture(scope="session")
 def h2spec(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The program."""
+    """Build h2spec."""
     module = Module(Path(__file__).with_name("go_h2spec"), tmp_path_factory.mktemp("go") / "h2spec")
     return module.build(PACKAGE, "h2spec")
 
 
 @pytest.fixture
 async def port() -> AsyncIterator[int]:
-    """A port of this machine where every request gets a response."""
+    """Return a port on this machine where every request gets a response."""
     header = hpack.encode((b":status", b"200"), (b"content-type", b"text/plain"))
     buffer = memoryview(bytearray(1 << 18))
 
@@ -47,7 +47,7 @@ async def port() -> AsyncIterator[int]:
 
 
 async def failures(h2spec: Path, port: int, report: Path, *words: str) -> tuple[int, set[str]]:
-    """Run it; returns how many tests ran, and which failed."""
+    """Run h2spec; return how many tests ran, and which failed."""
     command = [str(h2spec), "-h", "127.0.0.1", "-p", str(port), "-o", "10", "-j", str(report), *words]
     pipe = asyncio.subprocess.PIPE
     program = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=asyncio.subprocess.STDOUT)
@@ -67,6 +67,6 @@ async def test_h2spec_finds_nothing(h2spec: Path, port: int, tmp_path: Path) -> 
 
 @pytest.mark.timeout(BUILD_TIMEOUT + RUN_TIMEOUT)
 async def test_a_frame_beyond_the_largest_that_we_take_is_an_error(h2spec: Path, port: int, tmp_path: Path) -> None:
-    longer = str(MAX_FRAME_SIZE // 4)  # five fields of so many bytes
+    longer = str(MAX_FRAME_SIZE // 4)  # five fields of this many bytes
     count, failed = await failures(h2spec, port, tmp_path / "report", "--max-header-length", longer, "http2/4.2/3")
     assert (count, failed) == (1, set())

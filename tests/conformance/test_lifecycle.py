@@ -1,4 +1,4 @@
-"""Rules of the API that no other file is about: what hosts do in odd orders, and what they may rely on."""
+"""Check rules of the API that no other file covers: unusual call orders of hosts, and what hosts may rely on."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ async def test_a_status_is_there_for_whoever_comes_later(agent: RunningAgent) ->
     async with agent.connect() as client:
         await client.create_sandbox()
         container = await client.create_container("box", agent.spec("/bin/sh", "-c", "exit 7"))
-        waiting = asyncio.ensure_future(container.init().wait())  # before it is started
+        waiting = asyncio.ensure_future(container.init().wait())  # before it starts
         await client.version()
         await container.start()
         assert await waiting == 7

@@ -1,4 +1,4 @@
-"""Many at once, and much at once: nothing is lost, nothing is kept."""
+"""Run many containers and large transfers at once: nothing is lost, nothing is leaked."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GIGABYTE = 1 << 30
 
 @pytest.mark.timeout(300)
 async def test_a_thousand_execs_in_two_hundred_containers(agent: RunningAgent) -> None:
-    # Each writes its own: numbered lines, cut at 64 KiB.
+    # Each writes its own output: numbered lines, cut at 64 KiB.
     script = 'i=0; while [ $i -lt 6000 ]; do echo "$0 $i"; i=$((i + 1)); done | head -c 65536'
 
     def expected(number: int) -> str:

@@ -1,4 +1,4 @@
-"""Every line of what a Kata agent is to be held to has a test, and it is there."""
+"""Check that every requirement for a Kata agent has a test, and that the test exists."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.native.agent_support import ROOT
 
 C, N, U, E = "tests/conformance/", "tests/native/", "tests/unit/", "tests/e2e/"
 
-#: What a Kata agent does → the tests that hold this one to it.
+#: Requirements for a Kata agent → the tests that check them here.
 # ruff: noqa: E501
 LINES = {
     "the table of gates, row by row": [f"{C}test_error_statuses.py::test_without_a_sandbox", f"{C}test_error_statuses.py::test_unknown_containers"],

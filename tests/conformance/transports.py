@@ -1,4 +1,4 @@
-"""Agents that are called in other ways than by gRPC: over ttrpc, and in this process, without a socket."""
+"""Run agents that are called by other means than gRPC: over ttrpc, and in this process, without a socket."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class MemoryChannel:
-    """Joins a client and a dispatch without a socket; has what the client library uses of a channel."""
+    """Joins a client and a dispatcher without a socket; has what the client library uses of a channel."""
 
     cancels = True
     in_order = True
@@ -60,7 +60,7 @@ class MemoryChannel:
         raise errors.agent_error(RpcError(code, result.text, [(TYPE_URL + name, value)]))
 
     async def close(self) -> None:
-        """Hang up: calls under way are cancelled."""
+        """Hang up: calls in progress are cancelled."""
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -75,9 +75,9 @@ class TtrpcAgent(RunningAgent):
 
 
 class MemoryAgent(RunningAgent):
-    """An agent in this process, there while somebody is connected.
+    """An agent in this process, which exists while somebody is connected.
 
-    It reaps every child and adopts orphans: a test of it runs in a process of its own (``run_in_child``).
+    It reaps every child and adopts orphans, so its tests run in a separate process (``run_in_child``).
     """
 
     generation = 1
@@ -99,7 +99,7 @@ class MemoryAgent(RunningAgent):
         return os.getpid()
 
     def stop(self) -> None:
-        """Nothing: it ended with its last connection."""
+        """Do nothing: the agent ended with its last connection."""
 
     @asynccontextmanager
     async def connect(self) -> AsyncIterator[Agent]:  # type: ignore[override]
@@ -130,7 +130,7 @@ class MemoryAgent(RunningAgent):
 
 
 class MemoryAgent3(MemoryAgent):
-    """The same, in the later generation of the API."""
+    """The same, with the later generation of the API."""
 
     generation = 3
 
@@ -139,12 +139,12 @@ class MemoryAgent3(MemoryAgent):
 
 
 def run_in_child(function: Callable[..., object], arguments: dict[str, Any]) -> str:
-    """Call a function or run a coroutine in a process forked off this one; returns the traceback of what it raised."""
+    """Call a function or run a coroutine in a forked process; return the traceback of its exception, if any."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            gc.freeze()  # gRPC's objects of other tests have threads to wait for, which are not here
+            gc.freeze()  # gRPC objects of other tests wait for threads that do not exist here
             if inspect.iscoroutine(returned := function(**arguments)):
                 asyncio.run(returned)
         except BaseException:
@@ -156,5 +156,5 @@ def run_in_child(function: Callable[..., object], arguments: dict[str, Any]) -> 
         with os.fdopen(reading) as pipe:
             return pipe.read()
     finally:
-        os.kill(pid, signal.SIGKILL)  # it has ended, unless this was interrupted
+        os.kill(pid, signal.SIGKILL)  # it has exited, unless this was interrupted
         os.waitpid(pid, 0)

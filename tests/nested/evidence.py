@@ -1,8 +1,8 @@
-"""A plugin for pytest: which accelerator and vsock device each test's VM had, by the guest's own evidence.
+"""Check by the guest's own evidence, as a pytest plugin, which accelerator and vsock device each test's VM had.
 
-The guest says what its processor calls the hypervisor (CPUID leaf 0x40000000), which clocks its kernel found, and which
-context id its vsock device gave it.  Each test is reported with what its VMs said; one whose VM is not what
-$CAISSON_ACCEL and $CAISSON_VSOCK promise fails, and so does one that had a VM of which nothing is known.
+The guest reports the hypervisor's CPUID signature (leaf 0x40000000), the clock sources its kernel found, and the
+context id of its vsock device.  Each test is reported with the evidence of its VMs; it fails if a VM does not match
+$CAISSON_ACCEL and $CAISSON_VSOCK, or if there is no evidence about one.
 
 Sources: Documentation/virt/kvm/x86/cpuid.rst; vsock(7), IOCTL_VM_SOCKETS_GET_LOCAL_CID.
 """
@@ -22,17 +22,17 @@ import pytest
 from caisson.agent import client
 from tests.support import guest_root
 
-#: What the leaf holds under KVM, and under QEMU's own emulation.
+#: The signature under KVM, and under QEMU's own emulation.
 SIGNATURES = {"kvm": "KVMKVMKVM", "tcg": "TCGTCGTCGTCG"}
 
-#: How often a guest is asked that does not answer.
+#: How often to ask a guest that does not answer.
 ATTEMPTS = 5
 
-#: A guest of our own vsock device has this context id, unless it is a clone; the others are drawn at random above it.
+#: The context id of guests on our own vsock device, except clones; the others get random ones above it.
 USER_CID = 3
 
-#: Runs in the guest.  The bytes are: push rbx; mov r8, rdi; mov eax, 0x40000000; xor ecx, ecx; cpuid; and then what is
-#: in ebx, ecx and edx is stored at the first argument.
+#: Runs in the guest.  The bytes are: push rbx; mov r8, rdi; mov eax, 0x40000000; xor ecx, ecx; cpuid; then ebx, ecx and
+#: edx are stored at the first argument.
 PROGRAM = """
 import ctypes, fcntl, json, mmap, os, struct
 code = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
@@ -47,7 +47,7 @@ print(json.dumps({"hypervisor": words.raw.rstrip(b"\\0").decode(), "cid": cid, "
 
 
 async def ask(directory: Path) -> dict[str, Any]:
-    """Ask the guest of the VM in a directory; a slow one more than once, for as long as it runs.  Raises AgentError."""
+    """Ask the guest of the VM in a directory; retry a slow one while it runs.  Raises AgentError."""
     python = guest_root.python_of(json.loads((directory / "image.json").read_text()))
     for number in range(ATTEMPTS):
         try:
@@ -56,9 +56,9 @@ async def ask(directory: Path) -> dict[str, Any]:
                 container = await guest_root.container(agent, f"evidence{number}", idle)
                 done = await guest_root.run(container, python, "-IS", "-c", PROGRAM)
                 await container.remove()
-                await agent.destroy_sandbox()  # a test can begin with one of its own
+                await agent.destroy_sandbox()  # a test may start by creating one
                 break
-        except client.AgentGone:  # an attempt to connect may take so long, and no longer
+        except client.AgentGone:  # the time limit of an attempt to connect
             if number == ATTEMPTS - 1:
                 raise
     assert done.status == 0, done.stderr.decode()
@@ -66,13 +66,13 @@ async def ask(directory: Path) -> dict[str, Any]:
 
 
 def _in_a_thread(directory: Path) -> dict[str, Any]:
-    """Ask as ``ask`` does, also where an event loop runs already."""
+    """Do the same as ``ask``, even if an event loop is already running."""
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, ask(directory)).result()
 
 
 def judge(said: dict[str, Any], info: dict[str, Any], vsock: str) -> list[str]:
-    """Return what of a guest's evidence is not as vm.json and the environment say, or of this vsock device."""
+    """Return how a guest's evidence contradicts vm.json, the environment, or this vsock device."""
     accel = os.environ["CAISSON_ACCEL"]
     found = []
     if said["hypervisor"] != SIGNATURES[accel]:
@@ -89,24 +89,24 @@ def judge(said: dict[str, Any], info: dict[str, Any], vsock: str) -> list[str]:
 
 
 class Plugin:
-    """Asks guests when they have booted, and before they are stopped; reports after each test."""
+    """Ask guests after boot and before they are stopped; report after each test."""
 
     def __init__(self) -> None:
-        self._evidence: dict[Path, str] = {}  # by the VM's directory, and when it was started
+        self._evidence: dict[Path, str] = {}  # by the VM's directory and start time
         self._wrapped: set[type] = set()
         self._problems: list[str] = []
         self.lines: list[str] = []
         self._new: list[str] = []
 
     def _wrap(self, kind: type) -> None:
-        """Have each VM's guest asked that a command line of this kind boots in the background, or stops."""
+        """Make commands of this kind, which boot a VM in the background or stop one, ask its guest."""
         if kind in self._wrapped:
             return
         self._wrapped.add(kind)
         run = kind.__call__
 
         def call(caisson: Any, *words: str, **options: Any) -> Any:
-            if words[:1] == ("stop-vm",):  # it can have been booted by a process of its own
+            if words[:1] == ("stop-vm",):  # it may have been booted by a separate process
                 self._look(caisson.run_directory, os.environ["CAISSON_VSOCK"])
             done = run(caisson, *words, **options)
             if words[:1] == ("boot-vm",) and "--dry-run" not in words and done.returncode == 0:
@@ -117,7 +117,7 @@ class Plugin:
         kind.__call__ = call  # type: ignore[method-assign]
 
     def _look(self, place: Path, vsock: str) -> None:
-        """Ask the guests in a run directory that were not asked yet."""
+        """Ask the guests in a run directory that have not been asked yet."""
         for file in sorted(place.glob("*/vm.json")):
             info = json.loads(file.read_text())
             key = file.parent / str(info["started"])
@@ -135,7 +135,7 @@ class Plugin:
             self._new.append(self._evidence[key])
 
     def _of_the_session(self, item: pytest.Item) -> list[str]:
-        """What the VM said, when it was booted, that a test shares with others."""
+        """Return the evidence, recorded at boot, of VMs shared between tests."""
         vm = getattr(item, "funcargs", {}).get("vm")
         return [said for key, said in self._evidence.items() if vm and key.parent == vm.run_directory / "default"]
 
@@ -160,7 +160,7 @@ class Plugin:
         return done
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Show a failure at once: a run takes long, and can be cut short."""
+        """Show a failure at once: a run takes long, and may be cut short."""
         if report.failed:
             print(f"\n{report.longreprtext}", flush=True)
 

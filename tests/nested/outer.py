@@ -1,8 +1,8 @@
-"""The outer machine: a guest of our own in which KVM and vhost-vsock are real, with this checkout's wheel and tests.
+"""Boot the outer machine: a guest with real KVM and vhost-vsock, and this checkout's wheel and tests.
 
-QEMU's emulation of an AMD processor has SVM with nested paging, so a kernel in it loads kvm_amd, and vhost_vsock, and a
-guest booted in there runs under KVM over the kernel's vsock device.  Where this machine has KVM itself, the outer
-machine runs under it: nested KVM.
+QEMU's emulated AMD processor has SVM with nested paging, so its kernel loads kvm_amd and vhost_vsock, and a guest
+booted inside runs under KVM with the kernel's vsock device.  If this machine has KVM itself, the outer machine runs
+under it: nested KVM.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from tests.support import guest_root
 from tests.support.checkout import copy_sources
 from tests.support.source import ROOT
 
-#: MiB: an image of some 300 MB in memory, a guest of 512 in it, and files for both.
+#: MiB: for an image of some 300 MB in memory, a guest with 512, and files for both.
 MEMORY = 3072
 
-#: Seconds until it has booted: emulated, on a machine that does much else.
+#: Seconds to boot: emulated, on a busy machine.
 BOOT_TIMEOUT = 1200.0
 
-#: Where everything is put in it.
+#: Where everything is installed in it.
 HOME = "/tmp/nested"
 
-#: Kernel modules, by what the processor's flags say.
+#: Kernel modules, by processor flags.
 MODULES = {"svm": "kvm_amd", "vmx": "kvm_intel"}
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a run of pytest ended, and all that it wrote."""
+    """The result of a pytest run, and all of its output."""
 
     status: int
     output: str
@@ -51,7 +51,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Outer:
-    """A booted outer machine that is ready for tests."""
+    """A booted outer machine, ready for tests."""
 
     caisson: Caisson
     name: str
@@ -62,7 +62,7 @@ class Outer:
         return self.caisson.run_directory / self.name / "agent.sock"
 
     def pytest(self, tests: Sequence[str], settings: Mapping[str, str], timeout: float) -> Result:
-        """Run tests of this checkout in it; what they write is shown as it comes."""
+        """Run tests of this checkout in it; show their output as it arrives."""
         words = [
             self.python, "-m", "pytest", "-v", "-p", "tests.nested.evidence", "-p", "no:cacheprovider", "--color=no",
             "-o", f"timeout={timeout:.0f}", *tests,
@@ -91,7 +91,7 @@ def _show(data: bytes) -> None:
 
 @contextlib.contextmanager
 def outer_machine(suite: str, more: Mapping[str, Sequence[str]] | None = None) -> Iterator[Outer]:
-    """Boot an outer machine of a suite of Debian, with the default image and more, by what builds them."""
+    """Boot an outer machine with a suite of Debian, the default image and further ones, given by what builds them."""
     image = images.Image.load(built("--suite", suite, "--template", "kvm-host"))
     default = images.build_image().directory
     inner = {f"cache/images/{default.name}": default}
@@ -112,10 +112,10 @@ def outer_machine(suite: str, more: Mapping[str, Sequence[str]] | None = None) -
 async def _furnish(outer: Outer, archive: bytes) -> None:
     """Start a container with everything in it, and load KVM and vhost-vsock."""
     async with client.Agent.connect(outer._socket) as agent:
-        container = await guest_root.container(agent, "nested", specs.keep_alive())  # which reaps
+        container = await guest_root.container(agent, "nested", specs.keep_alive())  # reaps orphans
         flags = (await guest_root.run(container, "/usr/bin/cat", "/proc/cpuinfo")).stdout.decode().split()
         modules = [name for flag, name in MODULES.items() if flag in flags]
-        assert modules, "this processor has neither SVM nor VMX in a guest; on real KVM, nested has to be on"
+        assert modules, "this processor offers neither SVM nor VMX to a guest; on real KVM, enable nested"
         for name in (*modules, "vhost_vsock"):
             await agent.load_module(name)
         script = f"mkdir -p {HOME} && tar -x -C {HOME} && ls -l /dev/kvm /dev/vhost-vsock"
@@ -124,7 +124,7 @@ async def _furnish(outer: Outer, archive: bytes) -> None:
 
 
 def payload(inner: Mapping[str, Path]) -> bytes:
-    """Return an archive of the wheel, unpacked (`site`), the tests (`checkout`), and directories by where they go."""
+    """Return an archive of the unpacked wheel (`site`), the tests (`checkout`), and directories by destination."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as archive:
         for name, directory in inner.items():
@@ -144,7 +144,7 @@ def _without_byte_code(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
 
 
 def make_wheel(directory: Path) -> Path:
-    """Build this checkout's wheel, with the protocol as it is compiled here."""
+    """Build this checkout's wheel, with the protocol as compiled here."""
     copy_sources(directory / "source", compiled=True)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps"]
     done = subprocess.run(

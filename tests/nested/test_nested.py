@@ -1,7 +1,7 @@
-"""Guests under real KVM, over the kernel's vhost-vsock, inside a guest: the end-to-end tests as they are.
+"""Run the end-to-end tests in guests under real KVM, over the kernel's vhost-vsock, inside a guest.
 
-The quick form is a boot, streams, bulk both ways and the end; the whole (``-m nightly``) is everything that a VM can
-do, with both vsock devices, and with the QEMU of each suite of Debian as the inner one.
+The quick form is a boot, streams, bulk transfers both ways and the shutdown; the full form (``-m nightly``) is
+everything a VM can do, with both vsock devices, and with the QEMU of each suite of Debian as the inner one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tests.nested.outer import Outer, outer_machine
 
 pytestmark = [pytest.mark.nested, pytest.mark.vm, pytest.mark.root]
 
-#: Seconds for a test inside, and for all of the quick ones: two minutes on a quiet machine, and many on a busy one.
+#: Timeouts in seconds, for a test inside and for all quick ones: two minutes on a quiet machine, many on a busy one.
 INNER_TIMEOUT, QUICK_TIMEOUT, WHOLE_TIMEOUT = 1500, 2400, 4 * 3600
 
 QUICK = (
@@ -24,12 +24,12 @@ QUICK = (
     "tests/e2e/test_vm.py::test_auto_picks_by_evidence_and_says_why",
 )
 
-#: Images besides the default one, by the last of the words that tests build them with: snapshots and shares by 9p need
-#: a kernel of our own.
+#: Images besides the default one, by the last argument with which tests build them: snapshots and 9p shares need a
+#: custom kernel.
 MORE_IMAGES = {"lean": ("--template", "lean", "--set", "format=erofs")}
 
-#: Each has a guest that can be asked: not those whose VM ends with the command, and those that are refused.  And each
-#: guest has one CPU, as its machine has: three that wait for each other on an emulated one lock up (CPUs plugged in).
+#: Each boots a guest that can be asked: VMs that end with the command, or are refused, are excluded.  Guests have one
+#: CPU, as their machine does: three that spin on each other on one emulated CPU lock up (CPU hot-plug).
 WHOLE = (
     *QUICK,
     "tests/e2e/test_exec.py::test_a_terminal_is_one",

@@ -1,4 +1,4 @@
-"""Copy the project's sources, and run programs without what would lead back to this checkout."""
+"""Copy the project's sources, and run programs with nothing in the environment that refers to this checkout."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 from tests.support.source import ROOT
 
-#: What a checkout has beside its sources: at its top, and anywhere.
+#: Files in a checkout that are not sources: at its top, and anywhere.
 NOT_AT_TOP = {".git", ".venv", "build", "dist"}
 NOT_SOURCES = ("*.egg-info", "__pycache__", ".*_cache")
 COMPILED = ("*_pb2.py", "*_pb2.pyi")
 
 
 def copy_sources(target: Path, *, compiled: bool = False) -> None:
-    """Copy what a fresh clone would have, and the protocol as it is compiled here if that is wanted."""
+    """Copy the files a fresh clone would have, and optionally the protocol as compiled here."""
     matching = shutil.ignore_patterns(*NOT_SOURCES, *(() if compiled else COMPILED))
 
     def ignored(directory: str, names: list[str]) -> set[str]:
@@ -25,6 +25,6 @@ def copy_sources(target: Path, *, compiled: bool = False) -> None:
 
 
 def clean_environment() -> dict[str, str]:
-    """Return this process's, without what would lead to the checkout, to another pytest or to this one's VMs."""
+    """Return this process's environment, without references to the checkout, to another pytest or to this one's VMs."""
     foreign = ("PYTHON", "PYTEST", "VIRTUAL_ENV", "COV", "CAISSON_RUN")
     return {name: value for name, value in os.environ.items() if not name.startswith(foreign)}

@@ -1,6 +1,6 @@
-"""Fuzzers: some seconds each at every change, and ``CAISSON_FUZZ_SECONDS`` each where that is set (``-m fuzz``).
+"""Run fuzzers: for some seconds at every change, for ``CAISSON_FUZZ_SECONDS`` each if that is set (``-m fuzz``).
 
-``CAISSON_FUZZ_SEED`` says which inputs chance makes; a failure names the seed and the round that found it.
+``CAISSON_FUZZ_SEED`` sets the seed of the random inputs; a failure names the seed and the round that found it.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from contextlib import AbstractContextManager
 SECONDS = float(os.environ.get("CAISSON_FUZZ_SECONDS", "0"))
 SEED = os.environ.get("CAISSON_FUZZ_SEED", "1")
 
-#: Seconds that a fuzzer may take for all that is not fuzzing, on a busy machine.
+#: Seconds a fuzzer's test may spend on everything but fuzzing, on a busy machine.
 EXTRA = 330
 
-#: Seconds that a fuzzer's test may take.
+#: Timeout of a fuzzer's test, in seconds.
 LIMIT = SECONDS + EXTRA
 
 
 def seconds(default: float) -> float:
-    """Return how long a fuzzer looks, which takes so many seconds at every change."""
+    """Return for how many seconds to fuzz; the argument is the default at every change."""
     return SECONDS or default
 
 
 def rounds(count: int) -> Iterator[AbstractContextManager[random.Random]]:
-    """Yield a context with chance of its own for each round: so many at least, and as long as there is time."""
+    """Yield a context with its own random generator for each round: at least this many, and until time is up."""
     until = time.monotonic() + SECONDS
     number = 0
     while number < count or time.monotonic() < until:

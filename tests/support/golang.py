@@ -1,4 +1,4 @@
-"""Programs in Go that tests use as peers: built from the module proxy, as the go.sum beside each pins it."""
+"""Build Go programs that tests use as peers, from the module proxy, pinned by the go.sum beside each."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from caisson.image.programs import which
 
 
 class Module:
-    """A copy of a module's sources, in which it is built."""
+    """A copy of a module's sources, in which to build it."""
 
     def __init__(self, sources: Path, build: Path) -> None:
-        """Skips the test where Go is missing; fails it in CI."""
+        """Skips the test if Go is missing; fails it in CI."""
         go = which("go")
         if go is None:
             if os.environ.get("CI"):
@@ -27,7 +27,7 @@ class Module:
         shutil.copytree(sources, build)
 
     def build(self, package: str, name: str) -> Path:
-        """Build a package of the module, or of one that it requires; returns the program."""
+        """Build a package of the module, or of one that it requires; return the program."""
         environment = os.environ | {"GOFLAGS": "-mod=readonly", "GOTOOLCHAIN": "local", "CGO_ENABLED": "0"}
         words = [self._go, "build", "-o", name, package]
         done = subprocess.run(words, cwd=self.path, env=environment, capture_output=True, text=True)

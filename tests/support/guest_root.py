@@ -1,4 +1,4 @@
-"""Run programs on a guest's own root file system with all of its rights: for tests that look at the machine itself."""
+"""Run programs on a guest's own root file system with full privileges, for tests that inspect the guest itself."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from caisson.agent import client
 from caisson.agent.client import bundles, specs
 from caisson.proto.caisson import caisson_pb2
 
-#: Where the root is mounted for the container.
+#: Where the container has the guest's root mounted.
 ROOTFS = "/run/caisson-tests/root"
 
 PATH = "PATH=/usr/sbin:/usr/bin:/sbin:/bin"
 
-#: Bytes that are sent at a time.
+#: Bytes sent at a time.
 CHUNK = 1 << 20
 
 
@@ -41,7 +41,7 @@ def document() -> dict[str, Any]:
 
 
 async def container(agent: client.Agent, name: str, keep_alive: Sequence[str]) -> client.Container:
-    """Start such a container, whose first program does nothing until it is told to end."""
+    """Start such a container; its init does nothing until it is killed."""
     spec = document()
     spec["process"]["args"] = list(keep_alive)
     await agent.create_sandbox()
@@ -59,7 +59,7 @@ def python_of(manifest: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Done:
-    """What became of a program."""
+    """The result of a program."""
 
     status: int
     stdout: bytes
@@ -74,7 +74,7 @@ async def run(
     cwd: str = "/",
     show: Callable[[bytes], None] = lambda data: None,
 ) -> Done:
-    """Run a program there to its end; ``show`` gets its output as it comes."""
+    """Run a program to completion; ``show`` gets its output as it arrives."""
     process = await container.exec(list(words), env=[PATH, "HOME=/tmp", *env], cwd=cwd)
 
     async def feed() -> None:

@@ -1,4 +1,4 @@
-"""Wait for conditions about other processes, which nobody announces.  What can be waited for as an event is."""
+"""Poll for conditions in other processes that no event announces.  Prefer events where there are any."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Found = Callable[[], object] | None
 
 WHAT = "what a test waits for"
 
-#: Seconds within which anything is done on a machine of 2020 (and never more than what pytest leaves to a test), and
-#: between two looks.
+#: Seconds within which anything is done on a machine of 2020 (at most what pytest leaves to a test), and between two
+#: polls.
 TIMEOUT, MAX_TIMEOUT = 60.0, 240.0
 INTERVAL = 0.01
 
 
 def wait_until(condition: Condition, what: str = WHAT, timeout: float | None = None, found: Found = None) -> None:
-    """Poll until a condition holds; at a timeout fail with what was waited for, and what ``found`` gives then."""
+    """Poll until a condition holds; at a timeout fail with its description, and what ``found`` returns then."""
     timeout = timeout or min(scaled(TIMEOUT), MAX_TIMEOUT)
     deadline = time.monotonic() + timeout
     while not condition():
@@ -30,7 +30,7 @@ def wait_until(condition: Condition, what: str = WHAT, timeout: float | None = N
 
 
 async def until(condition: Condition, what: str = WHAT, timeout: float | None = None, found: Found = None) -> None:
-    """Do as ``wait_until`` does, and let other tasks run meanwhile."""
+    """Do the same as ``wait_until``, and let other tasks run meanwhile."""
     timeout = timeout or min(scaled(TIMEOUT), MAX_TIMEOUT)
     deadline = time.monotonic() + timeout
     while not condition():

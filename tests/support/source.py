@@ -16,7 +16,7 @@ PACKAGES = ("agent", "commands", "image", "proto")
 
 @dataclass(frozen=True)
 class Module:
-    """A module by its name below `caisson`; that of a package is the package's."""
+    """A module by its name below `caisson`; a package's __init__ has the package's name."""
 
     name: str
     path: Path
@@ -27,7 +27,9 @@ class Module:
         return _parse(self.text)
 
     def imports(self) -> Iterator[str]:
-        """Yield the full names of imported modules and members: also those inside functions and for type checkers."""
+        """Yield the full names of imported modules and members, including imports inside functions and for type
+        checkers.
+        """
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
                 yield from (alias.name for alias in node.names)
@@ -36,13 +38,13 @@ class Module:
                 yield from (f"{origin}.{alias.name}" for alias in node.names)
 
     def _anchor(self, level: int) -> str:
-        """The package that a relative import of so many dots starts at."""
+        """Return the package from which a relative import with so many dots starts."""
         parts = ["caisson", *self.name.split(".")]
         up = level - 1 if self.path.name == "__init__.py" else level
         return ".".join(parts[: len(parts) - up]) if level else ""
 
     def strings(self) -> Iterator[str]:
-        """Yield the texts in the code, those of f-strings in pieces; docstrings are none."""
+        """Yield the string constants in the code, f-strings in pieces; docstrings are not included."""
         documentation = {
             id(node.body[0].value)
             for node in ast.walk(self.tree)
@@ -62,7 +64,7 @@ def _parse(text: str) -> ast.Module:
 
 @functools.cache
 def modules() -> tuple[Module, ...]:
-    """Return the modules of all packages, but for those that protoc generates."""
+    """Return the modules of all packages, except those that protoc generates."""
     found = []
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
@@ -73,5 +75,5 @@ def modules() -> tuple[Module, ...]:
 
 
 def within(module: str, package: str) -> bool:
-    """Say whether a dotted name is a package's or of something in it."""
+    """Return whether a dotted name is the package or something in it."""
     return f"{module}.".startswith(f"{package}.")

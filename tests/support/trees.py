@@ -1,4 +1,4 @@
-"""Unpack archives that tests have made."""
+"""Unpack archives made by tests."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def unpacked(archive: bytes, directory: Path) -> Path:
-    """Unpack a tar archive as it is into a new directory, and return that.
+    """Unpack a tar archive unchanged into a new directory, and return the directory.
 
-    By tar(1): tarfile's own filters are not in the Python of Debian 12, and without one newer Pythons refuse links.
+    Uses tar(1): Debian 12's Python lacks tarfile's filters, and newer ones reject links without a filter.
     """
     directory.mkdir()
     subprocess.run(["tar", "-x", "-p", "-C", directory], input=archive, check=True)
