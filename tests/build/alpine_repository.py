@@ -1,4 +1,4 @@
-"""An Alpine repository in a directory, made by a test: packages, an index, and the key that signs it."""
+"""Create Alpine repositories in a directory for tests: packages, an index, and the key that signs it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pathlib import Path
 KEY = "test-0123.rsa.pub"
 
 
-#: When an index was made, unless a test says otherwise.
+#: The default date of an index.
 NOW = int(time.time())
 
 
 def segment(files: Mapping[str, bytes | str], *, end: bool = False, mtime: int = NOW) -> bytes:
-    """A compressed tar segment: text is the target of a symbolic link; ``end``: a whole archive."""
+    """Return a compressed tar segment: text is the target of a symbolic link; ``end`` completes the archive."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for name, content in files.items():
@@ -40,7 +40,7 @@ def segment(files: Mapping[str, bytes | str], *, end: bool = False, mtime: int =
 
 
 def make_key(directory: Path) -> Path:
-    """A private key, and its public half in ``directory/keys``."""
+    """Create a private key, and its public half in ``directory/keys``."""
     (directory / "keys").mkdir(parents=True)
     private = directory / "private.pem"
     subprocess.run(["openssl", "genrsa", "-out", private, "2048"], check=True, capture_output=True)
@@ -80,7 +80,7 @@ class Repository:
         extra: str = "",
         repository: str = "main",
     ) -> Path:
-        """Put a package there; the index is written by ``publish``."""
+        """Add a package; ``publish`` writes the index."""
         data = segment(files or {f"usr/share/{name}": name.encode()}, end=True)
         information = f"pkgname = {name}\npkgver = {version}\ndatahash = {hashlib.sha256(data).hexdigest()}\n"
         control = segment({".PKGINFO": information.encode()})
@@ -96,7 +96,7 @@ class Repository:
         return file
 
     def publish(self, *, algorithm: str = "RSA", key: str = KEY) -> None:
-        """Write the indexes, signed."""
+        """Write and sign the indexes."""
         for name, records in self.records.items():
             index = segment({"DESCRIPTION": b"a test", "APKINDEX": "\n".join(records).encode()}, end=True)
             digest = {"RSA": "-sha1", "RSA256": "-sha256"}[algorithm]

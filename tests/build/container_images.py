@@ -1,4 +1,4 @@
-"""Images of containers, made of nothing but busybox, in every form that people have them."""
+"""Build container images from busybox alone, in every common format."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def hard_link(target: str) -> dict[str, Any]:
 
 
 def layer(*members: Member) -> bytes:
-    """A layer's archive: names with their fields, `data` for contents and `xattrs` for attributes."""
+    """Return a layer's archive: names with their fields, `data` for contents and `xattrs` for attributes."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for name, fields in members:
@@ -47,14 +47,14 @@ def layer(*members: Member) -> bytes:
 
 
 def hosts_busybox() -> bytes:
-    """The busybox of this machine."""
+    """Return this machine's busybox."""
     program = shutil.which("busybox")
     assert program is not None
     return Path(program).read_bytes()
 
 
 def busybox_layer(program: bytes | None = None) -> bytes:
-    """A root in which there is busybox (this machine's, or a given one), with links for what tests call, and users."""
+    """Return a layer with busybox (this machine's, or a given one), links for the applets tests call, and users."""
     applets = ("sh", "cat", "id", "ls", "pwd", "env", "echo", "stat", "touch", "sleep", "readlink", "tar", "test")
     return layer(
         ("bin", FOLDER),
@@ -72,7 +72,7 @@ def sha256(data: bytes) -> str:
 
 
 def configuration(layers: Sequence[bytes], architecture: str = "amd64", **config: Any) -> bytes:
-    """An image's configuration; `config` is what it says of running it."""
+    """Return an image configuration; `config` holds its runtime settings."""
     document = {
         "architecture": architecture,
         "os": "linux",
@@ -83,7 +83,7 @@ def configuration(layers: Sequence[bytes], architecture: str = "amd64", **config
 
 
 def oci_layout(target: Path, layers: Sequence[bytes], architecture: str = "amd64", **config: Any) -> Path:
-    """An OCI image layout, with gzip-compressed layers."""
+    """Write an OCI image layout, with gzip-compressed layers."""
     blobs = target / "blobs/sha256"
     blobs.mkdir(parents=True)
 
@@ -103,7 +103,7 @@ def oci_layout(target: Path, layers: Sequence[bytes], architecture: str = "amd64
 
 
 def packed_directory(target: Path, source: Path) -> Path:
-    """A directory as an archive."""
+    """Pack a directory into an archive."""
     with tarfile.open(target, "w") as archive:
         for path in sorted(source.rglob("*")):
             archive.add(path, arcname=str(path.relative_to(source)), recursive=False)
@@ -111,7 +111,7 @@ def packed_directory(target: Path, source: Path) -> Path:
 
 
 def docker_archive(target: Path, layers: Sequence[bytes], **config: Any) -> Path:
-    """What `docker save` wrote before it wrote OCI image layouts."""
+    """Write the format of `docker save` before it switched to OCI image layouts."""
     document = configuration(layers, **config)
     names = [f"{sha256(one)}/layer.tar" for one in layers]
     manifest = [{"Config": f"{sha256(document)}.json", "RepoTags": ["test:latest"], "Layers": names}]

@@ -1,4 +1,4 @@
-"""A repository of Debian's kind in a directory, made by a test: packages, indexes, and the key that signs them."""
+"""Create Debian-style repositories in a directory for tests: packages, indexes, and the key that signs them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 class Signer:
-    """A key of a test's own, in a home of its own (with a short name: gpg's agent has its socket there)."""
+    """A test's own key, in its own home directory (with a short name: gpg-agent has its socket there)."""
 
     def __init__(self) -> None:
         self.home = Path(tempfile.mkdtemp(prefix="gpg-"))
@@ -29,7 +29,7 @@ class Signer:
         return self._gpg("--clearsign", stdin=text.encode())
 
     def close(self) -> None:
-        """End gpg's agent, and remove the key."""
+        """Stop gpg-agent, and remove the key."""
         subprocess.run(["gpgconf", "--homedir", self.home, "--kill", "all"], check=True)
         shutil.rmtree(self.home)
 
@@ -44,7 +44,7 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 def build_deb(file: Path, control: str, files: Mapping[str, bytes | str]) -> None:
-    """A package: text is the target of a symbolic link."""
+    """Build a package: text is the target of a symbolic link."""
     with tempfile.TemporaryDirectory() as scratch:
         tree = Path(scratch) / "tree"
         for name, content in {"DEBIAN/control": control.encode(), **files}.items():
@@ -64,7 +64,7 @@ def build_deb(file: Path, control: str, files: Mapping[str, bytes | str]) -> Non
 
 @dataclass
 class Repository:
-    """``root`` is a mirror with packages in ``pool``, and an index for each suite that has some."""
+    """``root`` is a mirror with packages in ``pool``, and an index for each suite with packages."""
 
     root: Path
     signer: Signer
@@ -73,7 +73,7 @@ class Repository:
     @classmethod
     @contextlib.contextmanager
     def served(cls, root: Path, signer: Signer) -> Iterator[tuple[Repository, str]]:
-        """One with its URL, while the block runs: apt fetches nothing that is in a directory of this machine."""
+        """Serve one while the block runs, and yield its URL: apt does not fetch from local directories."""
         handler = functools.partial(_Quiet, directory=str(root))
         with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
             thread = threading.Thread(target=server.serve_forever, args=(0.05,))
@@ -93,7 +93,7 @@ class Repository:
         *,
         depends: str = "",
     ) -> None:
-        """Put a package there; the indexes are written by ``publish``."""
+        """Add a package; ``publish`` writes the indexes."""
         (self.root / "pool").mkdir(parents=True, exist_ok=True)
         file = self.root / "pool" / f"{name}_{version}_amd64.deb"
         control = f"Package: {name}\nVersion: {version}\nArchitecture: amd64\nMaintainer: nobody <n@example.org>\n"
@@ -104,7 +104,7 @@ class Repository:
         self.suites.setdefault(suite, []).append(f"{control}{where}Description: of a test\n")
 
     def publish(self) -> None:
-        """Write the indexes, signed."""
+        """Write and sign the indexes."""
         for suite, records in self.suites.items():
             name = "main/binary-amd64/Packages"
             index = self.root / "dists" / suite / name

@@ -1,4 +1,4 @@
-"""One image in every form: its layers, its configuration, and what is read of it."""
+"""Provide one image in every format: its layers, its configuration, and the expected results of reading it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def rewritten(layout: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def listed(path: Path) -> set[str]:
-    """The names on an image's disk."""
+    """Return the names on an image's disk."""
     with packed(path, "amd64", Cache(path.parent / "cache")) as image:
         done = subprocess.run(["unsquashfs", "-l", image.disk], capture_output=True, text=True, check=True)
     return {line.removeprefix("squashfs-root/") for line in done.stdout.splitlines()}

@@ -1,4 +1,4 @@
-"""Alpine packages: versions, what needs what, and that nothing is taken that nobody has signed."""
+"""Test Alpine packages: versions, dependencies, and that nothing unsigned is accepted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from caisson.image.packages.apk import Apk, Untrusted, extract, read_index, spli
 from caisson.image.packages.apk_index import Dependency, Entry, Index, Unresolvable, compare, parse
 from tests.build.alpine_repository import KEY, NOW, Repository, make_key, segment
 
-#: Oldest first; each is older than all after it.
+#: Oldest first; each version is older than all that follow.
 VERSIONS = [
     "0.9", "1.0_alpha", "1.0_alpha2", "1.0_beta1", "1.0_pre1", "1.0_rc1", "1.0_rc1-r3", "1.0_rc2", "1.0", "1.0-r1",
     "1.0-r10", "1.0_cvs1", "1.0_git20240101", "1.0_p1", "1.0_p1-r1", "1.0_p2", "1.0a", "1.0b", "1.0.1", "1.0.5",
@@ -31,7 +31,7 @@ def test_versions_have_an_order() -> None:
     ]
     assert wrong == []
     assert [compare(version, version) for version in VERSIONS] == [0] * len(VERSIONS)
-    assert compare("1.05", "1.1") < 0 < compare("1.05", "1.01")  # as fractions
+    assert compare("1.05", "1.1") < 0 < compare("1.05", "1.01")  # compared as fractions
 
 
 @pytest.mark.parametrize("version", ["", "a", "1.", "1.0-1", "1.0_foo", "1.0-r", "../1"])
@@ -221,7 +221,7 @@ def test_packages_come_from_a_repository(tmp_path: Path, mirror: Repository, alg
     assert (tree / "usr/lib/ld-musl-x86_64.so.1").read_bytes() == b"loader"
     assert (tree / "usr/lib/libc.so").readlink() == Path("ld-musl-x86_64.so.1")
     assert os.access(tree / "usr/bin/tool", os.X_OK)
-    assert {path.name for path in tree.iterdir()} == {"lib", "usr"}  # nothing of the control part
+    assert {path.name for path in tree.iterdir()} == {"lib", "usr"}  # nothing from the control segment
 
 
 def test_packages_are_fetched_once_unless_damaged(tmp_path: Path, mirror: Repository) -> None:

@@ -1,4 +1,4 @@
-"""OCI bundles that are packed: their configuration, and the root that it names, whatever is exchanged meanwhile."""
+"""Test packing OCI bundles: their configuration and root, even if files are swapped meanwhile."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_bundle(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["fifo", "link", "device"])
 def test_the_configuration_of_a_bundle_is_a_file_of_its_own(tmp_path: Path, kind: str) -> None:
-    """A FIFO would be waited for, a link leads to another's document, and some devices have no end."""
+    """A FIFO would block, a link leads to another document, and some devices are endless."""
     (tmp_path / "secret.json").write_text('{"root": {"path": "rootfs"}}')
     (tmp_path / "b/rootfs/etc").mkdir(parents=True)
     if kind == "fifo":
@@ -57,7 +57,7 @@ def test_a_bundle_is_read_beneath_its_own_directory(tmp_path: Path, path: str) -
 def test_a_bundle_that_is_exchanged_under_the_build_shows_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """Whoever owns the bundle puts a link in a directory's place: after it was found, or before its files are read."""
+    """The owner of the bundle replaces a directory with a link: after it was found, or before its files are read."""
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside/passwd").write_text("secret")
     etc = tmp_path / "bundle/rootfs/etc"

@@ -1,4 +1,4 @@
-"""Taking the ELF kernel out of a bzImage, and refusing what is none."""
+"""Test extracting the ELF kernel from a bzImage, and rejecting other files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kata's layout of a disk that is also persistent memory: what is at each place, and what the kernel checks."""
+"""Test Kata's layout of a disk that is also persistent memory: its contents, and what the kernel checks."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_info_block_says_what_the_driver_checks(tmp_path: Path, filesystem: 
     assert pages == (image.stat().st_size - 2 * MIB) // 4096
     assert struct.unpack_from("<IIIIH", block, 76) == (0, 0, 2 * MIB, 4096, 64)
     assert block[94:4088] == bytes(3994)
-    # The kernel's sum over the block with its checksum taken as zero.
+    # The kernel's checksum of the block, with the checksum field set to zero.
     words = struct.unpack("<1024I", block[:4088] + bytes(8))
     low = sum(words) % 2**32
     high = sum((1024 - at) * word for at, word in enumerate(words)) % 2**32

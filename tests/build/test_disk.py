@@ -1,4 +1,4 @@
-"""Root file systems as disk images: read back by each format's own tools, and the same bytes whoever makes them."""
+"""Test root file systems as disk images: each format's own tools can read them, and builds are reproducible."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def write(target: Path, members: list[Member], format: str, tools: Tools = HOST)
         disk.write_filesystem(target, tree, format, tools)
 
 
-#: A guest in small: every kind of member, modes that a umask would change, and more names than a block holds.
+#: A small guest: every file type, modes that a umask would change, and more names than fit in a block.
 MEMBERS = [
     *CONSOLE.items(),
     entry("bin", LINK | 0o777, b"usr/bin"),
@@ -82,7 +82,7 @@ def tool(*words: str | Path) -> str:
 
 
 def unpack(image: Path, format: str, target: Path) -> None:
-    """By the tools of the format, which check it, too."""
+    """Unpack with the format's own tools, which also check it."""
     if format == "ext4":
         tool("e2fsck", "-f", "-n", image)
         target.mkdir()
@@ -91,7 +91,7 @@ def unpack(image: Path, format: str, target: Path) -> None:
         for mode, name in re.findall(
             r"^/\d+/04(\d+)/0/0/(\w+)/", tool("debugfs", "-R", "ls -p /", image), re.MULTILINE
         ):
-            (target / name).chmod(int(mode, 8))  # rdump leaves the sticky bit out
+            (target / name).chmod(int(mode, 8))  # rdump drops the sticky bit
     elif format == "squashfs":
         tool("unsquashfs", "-no-xattrs", "-d", target, image)
     else:
@@ -99,7 +99,7 @@ def unpack(image: Path, format: str, target: Path) -> None:
 
 
 def owner_and_time(image: Path, format: str, path: str) -> tuple[int, int, bool]:
-    """User, group, and whether the time is that of 1970."""
+    """Return user, group, and whether the time is that of 1970."""
     if format == "ext4":
         said = tool("debugfs", "-R", f"stat /{path}", image)
         found = re.search(r"User:\s+(\d+)\s+Group:\s+(\d+)", said)
@@ -153,7 +153,7 @@ def test_an_image_is_whole_blocks_and_no_more_than_it_needs(tmp_path: Path, form
     size = image.stat().st_size
     assert size % 4096 == 0
     blocks = sum(-(-node.length // 4096) for _, node in MEMBERS)
-    # A block for every 16 inodes, some for directories, and what a file system says of itself.
+    # One block per 16 inodes, some for directories, and the file system's own metadata.
     assert size <= (blocks + len(MEMBERS) // 16 + 24) * 4096
 
 
@@ -177,7 +177,7 @@ def test_the_uuid_follows_from_the_members(tmp_path: Path) -> None:
     assert len({same[0], *others}) == 4
 
 
-# The same bytes, whoever makes it.
+# The same bytes, whoever builds it.
 
 Change = Callable[[Path], Path]
 
@@ -209,17 +209,17 @@ def with_another_temporary_directory(place: Path) -> Path:
 def at_another_path(place: Path) -> Path:
     other = place / ("another path" * 10)
     other.mkdir()
-    other.chmod(0o2777)  # its group is given to what is made in it
+    other.chmod(0o2777)  # new files inherit its group
     return other
 
 
 def in_memory(place: Path) -> Path:
-    """Another file system lists files in another order."""
+    """Copy to another file system, which lists files in a different order."""
     return Path(tempfile.mkdtemp(dir="/dev/shm"))
 
 
 def in_another_year(place: Path) -> Path:
-    """The tools are told another date: this process's own environment does not reach them."""
+    """Give the tools a different date: they do not see this process's own environment."""
     (place / "bin").mkdir()
     for name in ("mkfs.erofs", "mksquashfs"):
         wrapper = place / "bin" / name
@@ -232,7 +232,7 @@ def in_another_year(place: Path) -> Path:
 
 @pytest.fixture
 def open_place() -> Iterator[Path]:
-    """A directory that other users reach, too."""
+    """Create a directory accessible to other users, too."""
     place = Path(tempfile.mkdtemp())
     place.chmod(0o777)
     yield place
@@ -241,7 +241,7 @@ def open_place() -> Iterator[Path]:
 
 def _digest(change: Change, place: Path, format: str, answer: Path) -> None:
     answer.touch(0o666)
-    with answer.open("w") as stream:  # before the user changes
+    with answer.open("w") as stream:  # before switching the user
         target = change(place) / "image"
         write(target, MEMBERS, format)
         stream.write(hashlib.sha256(target.read_bytes()).hexdigest())
@@ -275,7 +275,7 @@ def test_the_bytes_depend_on_the_members_alone(tmp_path: Path, open_place: Path,
 
 @pytest.fixture(scope="module")
 def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tools and their libraries, as if their packages had been unpacked somewhere."""
+    """The tools and their libraries, as if their packages had been unpacked there."""
     tree = tmp_path_factory.mktemp("snapshot")
     libraries = tree / "usr/lib/some-triplet"
     libraries.mkdir(parents=True)
@@ -316,7 +316,7 @@ def test_what_a_snapshot_lacks_is_named(tmp_path: Path, snapshot: Path) -> None:
         Tools(tmp_path).command("mkfs.erofs")
 
 
-# What cannot be.
+# Invalid input.
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -342,7 +342,7 @@ def test_errors_of_tools_are_passed_on(tmp_path: Path) -> None:
     assert list(tmp_path.glob(".*")) == []
 
 
-# ext4, of which we make every byte.
+# ext4, of which we write every byte.
 
 
 def test_an_ext4_of_several_groups_is_sound(tmp_path: Path) -> None:
@@ -350,7 +350,7 @@ def test_an_ext4_of_several_groups_is_sound(tmp_path: Path) -> None:
     large = [entry("large", FILE | 0o644, bytes(129 << 20)), entry("z", FILE | 0o644, b"behind it")]
     write(image, [*MEMBERS, *large], "ext4")
     said = tool("e2fsck", "-f", "-n", image)
-    assert re.search(r"(\d+)/\1 blocks", said)  # not one that is free
+    assert re.search(r"(\d+)/\1 blocks", said)  # no free blocks
     assert tool("debugfs", "-R", "cat /z", image).startswith("behind it")
     assert "Group 1" in tool("dumpe2fs", image)
 
@@ -360,7 +360,7 @@ def test_e2fsck_would_notice_a_wrong_ext4(tmp_path: Path) -> None:
     write(image, MEMBERS, "ext4")
     with image.open("r+b") as stream:
         stream.seek(2 * 4096)
-        stream.write(bytes(8))  # which blocks are in use
+        stream.write(bytes(8))  # the block bitmap
     assert subprocess.run(["e2fsck", "-f", "-n", image], capture_output=True).returncode != 0
 
 

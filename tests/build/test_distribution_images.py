@@ -1,4 +1,4 @@
-"""Images of distributions whose servers are not asked: built from repositories that the test makes."""
+"""Build images of distributions from repositories created by the test, without contacting their servers."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from caisson.image.packages.distribution import extract
 from caisson.image.packages.package import Package
 from tests.build import alpine_repository, debian_repository
 
-#: Of the interpreter that runs this: the only one that is here for sure, and so that of the guests below.
+#: The version of the interpreter running this, the only one certain to be here, and so the guests' version below.
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="repositories are made for x86_64")
 
 
 def libraries_of(program: Path) -> dict[str, bytes]:
-    """The shared libraries that a program of this machine loads, by name."""
+    """Return the shared libraries that a program on this machine loads, by name."""
     said = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
     return {Path(name).name: Path(name).read_bytes() for name in re.findall(r"(/\S+) \(0x", said)}
 
 
 def host_python() -> dict[str, bytes | str]:
-    """As much of this machine's interpreter as compiles Python, as files of a package."""
+    """Return the part of this machine's interpreter that compiles Python, as files of a package."""
     program, library = Path(sys.executable).resolve(), Path(sysconfig.get_path("stdlib"))
     files: dict[str, bytes | str] = {f"usr/bin/python{PYTHON}": program.read_bytes()}
-    packages = (  # some of them modules in older Pythons
+    packages = (  # some of these are modules in older Pythons
         "collections", "concurrent", "ctypes", "email", "encodings", "importlib", "json", "logging", "pathlib", "re",
         "sysconfig", "urllib",
     )  # fmt: skip
@@ -60,7 +60,7 @@ def busybox() -> bytes:
 
 
 def kernel_files(release: str, image: str) -> dict[str, bytes | str]:
-    """A kernel package's files, of which none boots."""
+    """Return a kernel package's files, which cannot boot."""
     return {
         f"boot/config-{release}": b"CONFIG_VSOCKETS=m\nCONFIG_NET=y\n",
         f"boot/{image}": b"a kernel",
@@ -70,7 +70,7 @@ def kernel_files(release: str, image: str) -> dict[str, bytes | str]:
 
 
 def definition(tmp_path: Path, template: str, more: str) -> Loaded:
-    """A template with this machine's interpreter, no wheels, and a kernel of which little is asked."""
+    """Return a template with this machine's interpreter, no wheels, and few kernel requirements."""
     (tmp_path / "definition").mkdir()
     file = tmp_path / "definition/image.yaml"
     file.write_text(f'extends: {template}\npython: "{PYTHON}"\nwheels: []\nkernel: {{fragments: [test.conf]}}\n{more}')
@@ -79,7 +79,7 @@ def definition(tmp_path: Path, template: str, more: str) -> Loaded:
 
 
 def check_image(image: Image, kind: str, distribution: str, suite: str, packages: set[str]) -> None:
-    """What every built image has, whoever its packages are from."""
+    """Check everything that holds for every built image, whichever distribution its packages come from."""
     manifest = image.manifest
     assert (manifest["distribution"], manifest["suite"]) == (distribution, suite)
     assert {one["name"] for one in manifest["packages"] if one["type"] == kind} == packages
@@ -109,7 +109,7 @@ def private(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_image_of_alpine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, private: Path) -> None:
     mirror = alpine_repository.Repository(tmp_path / "mirror", private)
     program = Path(sys.executable).resolve()
-    # The libraries of this machine's interpreter under musl's names: one loader is as good as the other.
+    # The libraries of this machine's interpreter under musl's names: either loader will do.
     libraries = {f"usr/lib/{name}": data for name, data in libraries_of(program).items() if not name.startswith("ld-")}
     (loader,) = (data for name, data in libraries_of(program).items() if name.startswith("ld-"))
     mirror.add("musl", files={"lib/ld-musl-x86_64.so.1": loader, **libraries}, provides="so:libc.musl-x86_64.so.1=1")
@@ -117,7 +117,7 @@ def test_an_image_of_alpine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pri
     mirror.add("libstdc++", files={"usr/lib/libunused.so.6": libraries["usr/lib/libc.so.6"]})
     mirror.add("libseccomp", files={"usr/lib/libseccomp.so.2": libraries["usr/lib/libc.so.6"]})
     mirror.add("busybox-static", files={"bin/busybox.static": busybox()})
-    # What it depends on is for a machine that makes its own initrd: nobody asks for it.
+    # Its dependency is for machines that build their own initrd, and is not installed.
     mirror.add("linux-virt", "6.12.1-r0", kernel_files("6.12.1-0-virt", "vmlinuz-virt"), depends="mkinitfs")
     mirror.publish()
     monkeypatch.setenv("CAISSON_ALPINE_MIRROR", mirror.root.as_uri())
@@ -146,7 +146,7 @@ def signer() -> Iterator[debian_repository.Signer]:
 
 @pytest.fixture
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signer: debian_repository.Signer) -> Iterator[Served]:
-    """A repository, and its URL."""
+    """Serve a repository; yield it and its URL."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with debian_repository.Repository.served(tmp_path / "mirror", signer) as both:
         yield both
@@ -191,14 +191,14 @@ def test_an_image_of_ubuntu(
 
 
 def run_guests_python(tree: Path, libraries: str, loader: str) -> None:
-    """The interpreter of the tree runs byte code of the tree, with the tree's libraries."""
+    """Check that the tree's interpreter runs byte code from the tree, with the tree's libraries."""
     start: list[str | Path] = [
         tree / libraries / loader,
         "--library-path",
         tree / libraries,
         tree / f"usr/bin/python{PYTHON}",
     ]
-    # Loaded from a file: the interpreter has `os` frozen within itself.
+    # Loaded from a file: the interpreter has `os` as a frozen module.
     program = "import textwrap; print(textwrap.__file__)"
     environment = {"PYTHONHOME": str(tree / "usr")}
     done = subprocess.run([*start, "-P", "-S", "-c", program], env=environment, capture_output=True, text=True)

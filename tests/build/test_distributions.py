@@ -1,4 +1,4 @@
-"""Templates of distributions, rendered; and how their packages are asked for."""
+"""Test rendering distributions' templates, and the package requests that result."""
 
 from __future__ import annotations
 

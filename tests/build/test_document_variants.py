@@ -1,7 +1,7 @@
-"""Documents of images with one or two odd places each: an image, or a refusal in one line; never anything else.
+"""Test image documents with one or two odd values each: the result is an image or a one-line error.
 
-Every place of an index, a manifest and a configuration gets every odd value by turns, is left out, and is there twice;
-hypothesis nests indexes and repeats descriptors.  Digests are right throughout, as a tool's would be.
+Every odd value is put in every place of an index, a manifest and a configuration; every place is also left out, and
+duplicated.  hypothesis nests indexes and repeats descriptors.  Digests are always correct, as a tool would write them.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ Place = tuple[str | int, ...]
 
 
 class Files:
-    """The files of an image, in memory."""
+    """An image's files, in memory."""
 
     shown = "image"
 
@@ -90,7 +90,7 @@ class Files:
 
 
 def layout(index: Any, manifest: Any, config: Any) -> Files:
-    """A layout of such documents, whose descriptors get their digests where they have a place for one."""
+    """Return a layout with these documents; descriptors get their digests if they have a field for one."""
     files = Files(**{f"blobs/sha256/{LAYER}": b""})
     digest = files.add(config)
     with contextlib.suppress(KeyError, TypeError, IndexError):
@@ -105,7 +105,7 @@ def layout(index: Any, manifest: Any, config: Any) -> Files:
 
 
 def directory(index: Any, manifest: Any, config: Any) -> Files:
-    """skopeo's `dir:` of the same documents."""
+    """Return the same documents as skopeo's `dir:`."""
     files = Files(**{LAYER: b""})
     digest = files.add(config, "{}")
     with contextlib.suppress(KeyError, TypeError, IndexError):
@@ -131,7 +131,7 @@ def places(value: Any, at: Place = ()) -> Iterator[Place]:
 
 
 def changed(document: Any, place: Place, change: Callable[[Any, Any], None]) -> Any:
-    """A copy of a document where ``change`` has been at a place, given what holds it and its key there."""
+    """Return a copy of a document with ``change`` applied in one place; it gets the parent and the key there."""
     if not place:
         holder = [copy.deepcopy(document)]
         change(holder, 0)
@@ -149,7 +149,7 @@ def replaced(value: Any, holder: Any, key: Any) -> None:
 
 
 def variants(document: Any) -> Iterator[Any]:
-    """A document with every odd value at every place, without every place, and with elements of lists twice."""
+    """Yield a document with every odd value in every place, without each place, and with list elements duplicated."""
 
     def left_out(holder: Any, key: Any) -> None:
         del holder[key]
@@ -166,7 +166,7 @@ def variants(document: Any) -> Iterator[Any]:
 
 
 def outcome(read: Callable[[], ContainerImage]) -> ContainerImage | None:
-    """The image, of which all that reaches a guest is in order; None where it was refused in one line."""
+    """Return the image, having checked everything that reaches a guest; None after a one-line error."""
     try:
         image = read()
     except ImageError as error:
@@ -267,7 +267,7 @@ def test_nested_indexes_of_any_descriptors_are_read_or_refused_in_one_line(
     if image is not None:
         assert image.identity == manifest.removeprefix("sha256:")
     once = Files(**{**files.files, "index.json": json.dumps({"manifests": manifests}).encode()})
-    assert image == outcome(lambda: of_layout(once, tag)), "an image that is there twice is one"
+    assert image == outcome(lambda: of_layout(once, tag)), "an image listed twice counts once"
 
 
 def test_indexes_in_each_other_end() -> None:

@@ -1,4 +1,4 @@
-"""Raw disks: what sfdisk reads of them, and what is at each place."""
+"""Test raw disks: what sfdisk reads, and the contents in each place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The default image, built for real (or found in the cache, where it was built before), and what is in it."""
+"""Test the contents of the default image, really built (or taken from the cache, if built before)."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def names(archive: bytes) -> set[str]:
 
 @pytest.fixture(scope="session")
 def guest(archive: bytes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The guest's root, unpacked; device nodes, which only root may make, are left out."""
+    """Unpack the guest's root, without device nodes, which only root may create."""
     root = tmp_path_factory.mktemp("guest")
     unpack = ["cpio", "-id", "--quiet", "--no-absolute-filenames", "--nonmatching", "dev/*"]
     subprocess.run(unpack, input=archive, cwd=root, check=True)
@@ -109,14 +109,14 @@ def test_licences_are_those_that_the_packages_declare(built: image.Image) -> Non
     parsed = JsonLikeDictParser().parse(found)  # type: ignore[no-untyped-call]
     assert [message.validation_message for message in validate_full_spdx_document(parsed)] == []
     declared = {package["name"]: package["licenseDeclared"] for package in found["packages"]}
-    assert declared["busybox-static"] == "NOASSERTION", "its copyright file is for people"
+    assert declared["busybox-static"] == "NOASSERTION", "its copyright file is only for people"
     assert declared["protobuf"] == "BSD-3-Clause"
     assert "LGPL-2.1-or-later" in declared["libc6"] and declared["zlib1g"] == "Zlib"
     assert declared["linux"] == "GPL-2.0-only WITH Linux-syscall-note"
 
 
 def test_every_byte_of_the_guest_has_an_owner(built: image.Image, guest: Path) -> None:
-    """As `--treemap` draws it."""
+    """As drawn by `--treemap`."""
     files = Build(load()).files()
     owners = {file.path: (file.package, file.kind) for file in files}
     version = load().definition.python
@@ -128,7 +128,7 @@ def test_every_byte_of_the_guest_has_an_owner(built: image.Image, guest: Path) -
     unknown = sum(file.size for file in files if file.kind == "made")
     assert unknown < sum(file.size for file in files) / 100
     there = {str(path.relative_to(guest)) for path in guest.rglob("*") if path.is_file() and not path.is_symlink()}
-    written = {f"{HOME}/image.json", "var/lib/osbuilder/osbuilder.yaml"}  # when all else is known
+    written = {f"{HOME}/image.json", "var/lib/osbuilder/osbuilder.yaml"}  # written after everything else is known
     assert {name for name in there - owners.keys() if (guest / name).stat().st_nlink == 1} <= written
 
 
@@ -233,7 +233,7 @@ def test_the_container_has_every_applet(guest: Path) -> None:
 
 @pytest.fixture
 def cache(built: image.Image, tmp_path: Path) -> Cache:
-    """A cache with all that takes a network, but no image."""
+    """A cache with everything that needs a network, but no image."""
     build = Build(load())
     for step, key in (("base", build.base_key()), ("kernel", build.kernel_key())):
         shutil.copytree(default_root() / step / key, tmp_path / step / key, symlinks=True)
@@ -288,7 +288,7 @@ def test_sources_that_change_meanwhile_are_not_taken_for_those_of_the_key(
 
 
 def rebuilt(cache: Cache, template: Path) -> dict[str, bytes]:
-    """An image of a template of one's own, as its files' contents by name."""
+    """Return an image of a custom template, as its files' contents by name."""
     made = image.build_image(template, cache=cache)
     with tempfile.TemporaryDirectory() as place:
         unpack = ["cpio", "-id", "--quiet", "--no-absolute-filenames", "--nonmatching", "dev/*"]

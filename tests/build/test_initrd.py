@@ -1,4 +1,4 @@
-"""The initramfs archive, read back by cpio and by a reader of its own."""
+"""Test the initramfs archive, read back with cpio and with a reader of our own."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def archive(*trees: Path, **extra: Node) -> bytes:
 
 
 def members(data: bytes) -> Iterator[tuple[str, list[int], bytes]]:
-    """Name, header fields and contents of each member, as buffer-format.rst has them."""
+    """Return the name, header fields and contents of each member, as described by buffer-format.rst."""
     at = 0
     while True:
         assert data[at : at + 6] == b"070701"
@@ -78,15 +78,15 @@ def test_a_tree_reads_back_as_it_is(tree: Path) -> None:
     assert read["dangling"][1] == b"/nowhere"
     assert read["usr/bin/program"][1] == b"\x7fELF"
     assert read["größe"][1] == "é".encode()
-    assert all(fields[2:4] == [0, 0] and fields[5] == 0 for fields, _ in read.values()), "owner and time"
-    assert len({fields[0] for fields, _ in read.values()}) == len(read), "inode numbers: equal ones are hard links"
+    assert all(fields[2:4] == [0, 0] and fields[5] == 0 for fields, _ in read.values()), "wrong owner or time"
+    assert len({fields[0] for fields, _ in read.values()}) == len(read), "duplicate inode numbers mean hard links"
 
 
 def test_cpio_agrees(tree: Path) -> None:
     data = archive(tree, dev=Node.of(stat.S_IFDIR | 0o755))
     listed = subprocess.run(["cpio", "-it", "--quiet"], input=data, capture_output=True, check=True)
     assert [os.fsencode(name) for name, _, _ in members(data)] == [
-        # cpio shows bytes beyond ASCII as they are when it does not write to a terminal
+        # cpio prints non-ASCII bytes unchanged if it does not write to a terminal
         line
         for line in listed.stdout.splitlines()
     ]

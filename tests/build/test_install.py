@@ -1,4 +1,4 @@
-"""Caisson installed by pip, far from its checkout: the command, the library, the pytest plugin, the archives."""
+"""Test Caisson installed with pip, far from its checkout: the command, the library, the pytest plugin, the archives."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tests.support.unique import unique
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: Seconds for pip with a slow mirror, and for a guest that is built and booted without hardware virtualization.
+#: Seconds for pip with a slow mirror, and for building and booting a guest without hardware virtualization.
 PIP_TIMEOUT, GUEST_TIMEOUT = 600, 280
 
 
 @dataclass
 class Environment:
-    """A virtual environment of its own, with Caisson in it."""
+    """A separate virtual environment, with Caisson installed."""
 
     directory: Path
     checkout: Path
@@ -51,7 +51,7 @@ class Environment:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    """Caisson from a checkout that is not there any more; spaces in both paths."""
+    """Install Caisson from a checkout that is then removed; both paths contain spaces."""
     place = tmp_path_factory.mktemp("an install")
     checkout = place / "a checkout"
     copy_sources(checkout)
@@ -64,7 +64,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Environment:
 
 @pytest.fixture
 def run_directory(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where VMs live: a short path, since those of sockets are limited."""
+    """Create the run directory: its path is short because socket paths are limited."""
     directory = Path("/tmp") / unique("caisson-install")
     monkeypatch.setenv("CAISSON_RUN", str(directory))
     yield directory
@@ -83,7 +83,7 @@ def test_the_command_runs_a_program_in_a_guest(installed: Environment, run_direc
 def test_a_project_of_its_own_has_the_library_and_the_plugin(
     installed: Environment, run_directory: Path, tmp_path: Path
 ) -> None:
-    """docs/library.md, as it is written."""
+    """docs/library.md, as written."""
     installed.pip("install", "--quiet", "pytest")
     files = re.findall(r"```python (\S+)\n(.*?)```", (ROOT / "docs/library.md").read_text(), re.DOTALL)
     assert [name for name, _ in files] == ["conftest.py", "test_guest.py"]
@@ -114,7 +114,7 @@ def test_packages_that_are_called_alike_are_left_alone(installed: Environment, t
 
 
 def test_a_source_archive_builds_without_a_network(installed: Environment, tmp_path: Path) -> None:
-    """A distribution's packagers have no PyPI: the archive holds the compiled protocol."""
+    """A distribution's packagers have no PyPI: the archive contains the compiled protocol."""
     installed.pip("install", "--quiet", "setuptools>=77", "wheel", "grpcio-tools", "-c", ROOT / "constraints.txt")
     source = tmp_path / "source"
     shutil.copytree(installed.checkout, source)

@@ -1,4 +1,4 @@
-"""A prebuilt kernel: which modules it gives, in which order, and what is refused."""
+"""Test prebuilt kernels: which modules are taken, in which order, and what is rejected."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from caisson.image.run import run
 
 
 def module(depends: str = "", *softdeps: str) -> bytes:
-    """As the linker lays .modinfo out: NUL-terminated strings, one after the other, somewhere in the file."""
+    """Return a file with .modinfo as laid out by the linker: consecutive NUL-terminated strings, somewhere in it."""
     lines = ["license=GPL", f"depends={depends}", *(f"softdep={soft}" for soft in softdeps), "name=x"]
     return b"\x7fELF\0\0\0" + b"".join(line.encode() + b"\0" for line in lines) + b"\xff\0"
 
@@ -99,7 +99,7 @@ def test_fields_of_a_module() -> None:
 
 
 class FakeApt(Apt):
-    """Knows the packages that it was given, as (name, file)."""
+    """Provides the given packages, as (name, file)."""
 
     def __init__(self, packages: dict[str, Path]) -> None:
         self.packages = packages

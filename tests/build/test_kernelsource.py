@@ -1,4 +1,4 @@
-"""A kernel's configuration from fragments: what is asked for comes out, or it is said why.  Debian's real source."""
+"""Test kernel configurations from fragments, with Debian's source: each request is met, or an error says why not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from caisson.image.packages import apt
 
 ARCH = host_architecture()
 FRAGMENTS = {file.stem: parse(file) for file in sorted((TEMPLATES / "kernel").glob("*.conf"))}
-#: What a fragment stands on; a kernel of our own has no modules, which only prebuilt ones need.
+#: The base of every fragment; a custom kernel has no modules, which only prebuilt ones need.
 FOUNDATION = FRAGMENTS["own"] + FRAGMENTS["base"]
 
 pytestmark = pytest.mark.timeout(900)
@@ -53,7 +53,7 @@ def tree(request: pytest.FixtureRequest) -> Path:
 
 
 def configured(tree: Path, tmp_path: Path, *requests: Request) -> str:
-    """Configure a kernel of the foundation and more; returns its .config.  Raises Unsatisfied."""
+    """Configure a kernel with the base and further fragments; return its .config.  Raises Unsatisfied."""
     build = tmp_path / "build"
     build.mkdir()
     configure(tree, build, ARCH, merge([FOUNDATION, list(requests)]))
@@ -73,7 +73,7 @@ def test_each_fragment_by_itself(newest: Path, tmp_path: Path, name: str) -> Non
     configured(newest, tmp_path, *FRAGMENTS[name])
 
 
-#: Fragments that are wrong, each in another way, and what is said of them.
+#: Invalid fragments, each in a different way, with their errors.
 WRONG = {
     "CONFIG_NFS_FS=y: unmet": r"needs CONFIG_NETWORK_FILESYSTEMS \(fs/Kconfig:\d+\), which is n",
     "CONFIG_VIRTIO_VSOCKET=y: a typing error": r"no such symbol; did you mean CONFIG_VIRTIO_VSOCKETS\?",
@@ -130,7 +130,7 @@ def test_katas_symbols_are_judged_and_those_unmet_are_named(tree: Path, tmp_path
         one.symbol: line
         for (one, _), line in zip(caught.value.lacking, str(caught.value).splitlines()[1:], strict=True)
     }
-    assert "no such symbol" in said["CONFIG_MEMCG_SWAP"]  # gone since 6.1
+    assert "no such symbol" in said["CONFIG_MEMCG_SWAP"]  # removed since 6.1
     assert re.search(r"needs .*CONFIG_DNS_RESOLVER|needs CONFIG_NETWORK_FILESYSTEMS", said["CONFIG_CIFS"])
     assert 5 < len(said) < 60, sorted(said)
 

@@ -1,4 +1,4 @@
-"""LayerMerger laid over each other: what hides what, what is refused, and that all of it reaches the archive."""
+"""Test merging layers: what hides what, what is rejected, and that the result reaches the archive."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.build.container_images import FOLDER, Member, file, hard_link, layer,
 
 @pytest.fixture
 def laid(tmp_path: Path) -> Iterator[Callable[..., Tree]]:
-    """Make a tree of layers."""
+    """Merge layers into a tree."""
     with Tree() as tree:
 
         def lay(*layers: bytes, warn: Callable[[str], None] = pytest.fail) -> Tree:
@@ -47,7 +47,7 @@ def nodes(tree: Tree) -> dict[bytes, Node]:
 
 
 def written(tree: Tree) -> dict[str, tuple[tarfile.TarInfo, bytes]]:
-    """What is in the archive that is written of a tree, by name."""
+    """Return the contents of a tree's archive, by name."""
     stream = io.BytesIO()
     write_archive(tree, stream)
     stream.seek(0)
@@ -79,26 +79,26 @@ BELOW = ["a", "a/b", "a/c", "a/d", "a/d/e", "f"]
         ([("a/.wh.b", file())], ["a", "a/c", "a/d", "a/d/e", "f", "link"]),
         ([(".wh.a", file())], ["f", "link"]),
         ([(".wh.a", file()), ("a/new", file())], ["a", "a/new", "f", "link"]),
-        # In any order: only what is below is hidden.
+        # In any order: only lower layers are hidden.
         ([("a/new", file()), ("a/.wh..wh..opq", file())], ["a", "a/new", "f", "link"]),
         ([("a/.wh..wh..opq", file()), ("a/b", file())], ["a", "a/b", "f", "link"]),
         ([("a/b", file()), ("a/.wh.b", file())], ["a", "a/b", "a/c", "a/d", "a/d/e", "f", "link"]),
         ([(".wh.nothing", file()), ("no/.wh.where", file())], ["a", "a/b", "a/c", "a/d", "a/d/e", "f", "link"]),
         ([(".wh..wh.plnk", FOLDER)], ["a", "a/b", "a/c", "a/d", "a/d/e", "f", "link"]),
-        # A directory goes with all in it for something else, and stays for a directory.
+        # A directory is replaced with its contents by anything else, and kept by another directory.
         ([("a", file())], ["a", "f", "link"]),
         ([("a", FOLDER)], ["a", "a/b", "a/c", "a/d", "a/d/e", "f", "link"]),
         ([("f/x", file())], ["a", "a/b", "a/c", "a/d", "a/d/e", "f", "f/x", "link"]),
-        # ".." stays inside, in names and in links, as with the engines.
+        # ".." stays inside, in names and in links, as in container engines.
         ([("a/../x", file())], ["a", "a/b", "a/c", "a/d", "a/d/e", "f", "link", "x"]),
         ([("up", link("..")), ("up/x", file())], ["a", "a/b", "a/c", "a/d", "a/d/e", "f", "link", "up", "x"]),
-        # Links of aufs go to files that it keeps beside.
+        # aufs links refer to files that it keeps separately.
         (
             [(".wh..wh.plnk/1.2", file()), ("g", hard_link(".wh..wh.plnk/1.2"))],
             ["a", "a/b", "a/c", "a/d", "a/d/e", "f", "g", "link"],
         ),
         ([("f", FOLDER), ("f/x", file())], ["a", "a/b", "a/c", "a/d", "a/d/e", "f", "f/x", "link"]),
-        # Links to directories are followed on the way, and replaced at its end.
+        # Links to directories are followed as parents, and replaced as the last component.
         ([("link/x", file())], ["a", "a/b", "a/c", "a/d", "a/d/e", "a/d/x", "f", "link"]),
         ([("link", FOLDER), ("link/x", file())], ["a", "a/b", "a/c", "a/d", "a/d/e", "f", "link", "link/x"]),
         ([("link/.wh.e", file())], ["a", "a/b", "a/c", "a/d", "f", "link"]),
@@ -179,7 +179,7 @@ def test_layers_reject_malformed_archives(laid: Lay, members: list[Member], why:
 @pytest.mark.parametrize("cut", [1, 200, 600, 1000, 1024, 2047])
 def test_an_archive_that_is_cut_short(laid: Lay, cut: int) -> None:
     data = layer(("a", file(b"x" * 1000)), ("b", file(b"y")))
-    whole = 512 + 1024 + 512 + 1  # up to the last byte of contents
+    whole = 512 + 1024 + 512 + 1  # up to the last byte of data
     with pytest.raises(Malformed):
         laid(data[: whole - cut])
 

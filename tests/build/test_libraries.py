@@ -1,4 +1,4 @@
-"""Shared libraries of a guest: those that nothing needs go, whatever the C library is."""
+"""Test shared libraries of a guest: unneeded ones are removed, whatever the C library is."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_libraries_that_nothing_needs_go_where_the_c_library_is_musl(tmp_path: P
 
 
 def test_a_library_stays_of_which_an_object_needs_a_version(tmp_path: Path) -> None:
-    """grpcio names libpthread, whose functions are libc's by now; without it ld.so ends the program."""
+    """grpcio needs libpthread by name, though its functions have moved to libc; without it ld.so ends the program."""
     from grpc._cython import cygrpc
 
     module = Path(shutil.copy(cygrpc.__file__, tmp_path))

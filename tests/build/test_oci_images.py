@@ -1,4 +1,4 @@
-"""Images in their forms: what they say is read, what is damaged or for somebody else is refused."""
+"""Test images in all their formats: they are read, and damaged or foreign ones are rejected."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_cap_of_the_cache_is_for_their_disks_too(tmp_path: Path, monkeypatch
     os.utime(one.disk.parent / ".used", (1000, 1000))
     monkeypatch.setenv("CAISSON_CACHE_SIZE", "1")
     three = read(docker_archive(tmp_path / "three.tar", LAYERS[1:]))
-    assert not one.disk.exists() and three.disk.exists(), "what was used long ago goes, and what is in use stays"
+    assert not one.disk.exists() and three.disk.exists(), "what was used long ago is removed, what is in use stays"
 
 
 def test_a_root_file_system(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_the_manifest_for_the_guests_platform(tmp_path: Path) -> None:
     assert read(layout).config == READ
     with pytest.raises(ImageError, match=r"no image for linux/s390x; it has linux/arm64, linux/amd64"):
         read(layout, "s390x")
-    # An index in an index.
+    # A nested index.
     inner = (layout / "index.json").read_bytes()
     (layout / "blobs/sha256" / sha256(inner)).write_bytes(inner)
     rewritten(layout, lambda index: index.update(manifests=[{"digest": f"sha256:{sha256(inner)}"}]))

@@ -1,4 +1,4 @@
-"""OCI indexes: one image under several tags, several images, other platforms, and what is no image beside them."""
+"""Test OCI indexes: one image with several tags, several images, other platforms, and entries that are not images."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def blob(layout: Path, document: object) -> str:
 
 
 def second(layout: Path, text: bytes) -> str:
-    """Add a manifest with another layer to a layout; returns its digest."""
+    """Add a manifest with another layer to a layout; return its digest."""
     other = layer(("second", file(text)))
     manifest = {
         "schemaVersion": 2,
@@ -47,7 +47,7 @@ def second(layout: Path, text: bytes) -> str:
 
 
 def repackaged(layout: Path, config: dict[str, Any], layers: list[dict[str, Any]] | None = None) -> None:
-    """Give the image of a layout another configuration, and other layers."""
+    """Give the image of a layout another configuration and other layers."""
 
     def change(index: dict[str, Any]) -> None:
         (mine,) = index["manifests"]

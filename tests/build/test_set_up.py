@@ -1,4 +1,4 @@
-"""tasks.py in a fresh checkout: sets up its environment on machines as they are, and once."""
+"""Test tasks.py in a fresh checkout: it sets up its environment on all kinds of machines, and only once."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ pytestmark = pytest.mark.timeout(PIP_TIMEOUT)
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of this one, without what it has made, in a path with a space."""
+    """Copy this checkout, without generated files, to a path with a space."""
     place = tmp_path_factory.mktemp("a place") / "caisson"
     copy_sources(place)
     return place
 
 
 def run(*words: str | Path, **settings: str) -> tuple[str, str]:
-    """What a command that succeeds writes to stdout and stderr."""
+    """Return a successful command's stdout and stderr."""
     environment = clean_environment() | settings
     done = subprocess.run(words, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -56,7 +56,7 @@ def test_a_python_that_was_removed_upgraded_or_is_somebody_elses_is_replaced(che
     python = checkout / ".venv/bin/python"
     target = python.readlink()
     python.unlink()
-    python.symlink_to("/" + "n" * 300)  # stat(2) fails, and not because nothing is there: as in a home that is closed
+    python.symlink_to("/" + "n" * 300)  # stat(2) fails, though not with ENOENT: as in an inaccessible home
     shown, said = run(sys.executable, checkout / "tasks.py", "--version")
     assert shown == f"caisson {VERSION}\n" and said.startswith(SET_UP)
     assert python.readlink() == target

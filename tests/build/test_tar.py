@@ -1,4 +1,4 @@
-"""Archives of every dialect are read as tar(1) and Python write them; what is out of bounds is refused by name."""
+"""Test reading archives in every dialect, as written by tar(1) and Python; those out of bounds are rejected by name."""
 
 from __future__ import annotations
 
@@ -154,13 +154,13 @@ def with_checksum(header: bytes) -> bytes:
 
 
 def with_field(at: int, value: bytes) -> bytes:
-    """An archive of one file whose header has these bytes there."""
+    """Return an archive of one file with these bytes in its header."""
     header = archive(info())[:512]
     return with_checksum(header[:at] + value + header[at + len(value) :]) + bytes(1024)
 
 
 def extra_header(header: bytes, data: bytes) -> bytes:
-    """A header of a type that has data, with its data."""
+    """Return a header of a type that has data, and its data."""
     return with_checksum(header[:124] + b"%011o\0" % len(data) + header[136:]) + data + bytes(-len(data) % 512)
 
 
@@ -270,7 +270,7 @@ def test_an_archive_may_end_in_any_way(end: bytes) -> None:
     body = archive(info("a", size=5))[:1024]
     assert [member.name for member in read(body + end)] == [b"a"]
     assert read(end) == []
-    assert [member.name for member in read(body[: 512 + 5])] == [b"a"], "without its padding"
+    assert [member.name for member in read(body[: 512 + 5])] == [b"a"], "padding may be missing"
 
 
 def test_a_lone_block_of_zeros_is_no_end() -> None:
@@ -314,7 +314,7 @@ def test_odd_numbers_are_refused(data: bytes, why: str) -> None:
 
 
 def test_names_of_global_records_are_bounded() -> None:
-    """They hold for all members that follow; those of a name and no value as well."""
+    """They apply to all following members, including those with a name and no value."""
     header, end = archive(info("x", type=b"g"))[:512], archive(info())[:512]
     longest = MAX_HEADER // 4
     names = (extra_header(header, b"%d %05d%s=\n" % (longest, number, b"k" * (longest - 14))) for number in range(5))

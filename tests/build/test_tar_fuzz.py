@@ -1,6 +1,6 @@
-"""Layers that somebody has tampered with: each is a tree or a complaint in words, in bounded memory.
+"""Fuzz layers: each is read as a tree or rejected with an error, in bounded memory.
 
-What can be read can be written as a disk's archive, too.
+What can be read can also be written to a disk's archive.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from caisson.image.formats.squashfs import write_archive
 from caisson.image.formats.tree import Malformed, Tree
 from tests.support import fuzz
 
-#: Bytes that a layer of some KB may take of Python's memory: a header of a MiB, and what is made of it.
+#: Bytes of Python's memory for a layer of some KB: a header of one MiB, and what is built from it.
 MEMORY = 16 << 20
 MAX_FILE = 1 << 30
 BLOCK = 512
 
 
 def dialects(directory: Path) -> list[bytes]:
-    """Archives of every dialect, with every kind of entry; sparse files as GNU tar and its pax dialects have them."""
+    """Return archives in every dialect, with every entry type; sparse files in the formats of GNU tar and pax."""
     found = []
     for format in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         stream = io.BytesIO()
@@ -73,7 +73,7 @@ def with_checksum(header: bytearray) -> None:
 
 
 def tampered(data: bytes, chance: random.Random) -> bytes:
-    """One to eight changes; a header's checksum is right again most of the time, so that what follows it is read."""
+    """Return one to eight changes; usually the header's checksum is corrected, so that parsing continues."""
     made = bytearray(data)
     numbers = (b"0", b"7", b"\0", b" ", b"-", b"\x80", b"\xff", b"9", b"=", b"\n", b"/", b".", b"x", b"g", b"L", b"S")
     for _ in range(chance.randrange(1, 9)):
@@ -106,7 +106,7 @@ def tampered(data: bytes, chance: random.Random) -> bytes:
 
 
 def refuses_or_reads(data: bytes, file: Path) -> bool:
-    """Whether a layer was read; it is refused with words otherwise."""
+    """Return whether a layer was read; it must be rejected with an error otherwise."""
     file.write_bytes(data)
     with Tree() as tree:
         try:
@@ -145,8 +145,8 @@ def test_tampered_layers_are_read_or_refused_in_words(tmp_path: Path) -> None:
 @pytest.mark.fuzz
 @pytest.mark.timeout(fuzz.LIMIT)
 def test_tampered_archives_are_unpacked_beneath_their_directory_or_refused(tmp_path: Path) -> None:
-    """What `cp` makes of what a container sends."""
-    originals = dialects(tmp_path)[:3]  # the others are sparse, and refused
+    """What `cp` makes of a container's data."""
+    originals = dialects(tmp_path)[:3]  # the others are sparse, and rejected
     read, refused = 0, 0
     for number, one in enumerate(fuzz.rounds(500)):
         with one as chance:

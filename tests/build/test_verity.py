@@ -1,4 +1,4 @@
-"""Hash trees: as veritysetup makes them and checks them, and the command line that the kernel opens them by."""
+"""Test hash trees as veritysetup creates and verifies them, and the command line with which the kernel opens them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_an_appended_tree_is_verified_and_a_flipped_byte_is_not(tmp_path: Path) 
     image.write_bytes(noise(size))
     tree = verity.append(image)
     assert tree.record()["hash_offset"] == size
-    assert image.stat().st_size == size + 4 * BLOCK  # 3 blocks of digests, and the one above them
+    assert image.stat().st_size == size + 4 * BLOCK  # 3 blocks of digests, and the root block
     offset = f"--hash-offset={size}"
     veritysetup("verify", tree, image, image, offset)
     whole = image.read_bytes()

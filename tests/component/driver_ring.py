@@ -1,4 +1,4 @@
-"""The driver's side of a split virtqueue (virtio 1.2, section 2.7)."""
+"""Implement the driver's side of a split virtqueue (virtio 1.2, section 2.7)."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class DriverRing:
             self.notify(1)
 
     def notify(self, added: int) -> None:
-        """Kick the device for the last ``added`` chains, if it wants that."""
-        with self.lock:  # a full barrier between our store and the next load
+        """Notify the device of the last ``added`` chains, if it wants that."""
+        with self.lock:  # a full barrier between the store above and the next load
             pass
         if self.event_idx:
             wanted = (self.index - self.used[2 + 4 * self.size] - 1) & 0xFFFF < added
@@ -48,7 +48,7 @@ class DriverRing:
             os.eventfd_write(self.kick, 1)
 
     def done(self) -> list[tuple[int, int]]:
-        """Heads and lengths that the device returned.  Asks for an interrupt at the next one."""
+        """Return the heads and lengths of used chains.  Requests an interrupt at the next one."""
         found = []
         while self.seen != self.used[1]:
             at = 1 + 2 * (self.seen % self.size)

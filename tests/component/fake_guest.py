@@ -1,4 +1,4 @@
-"""A stand-in for QEMU and a guest's vsock driver, at native speed: drives the vhost-user device (vhost_device.py).
+"""Play QEMU and a guest's vsock driver, at native speed, to drive the vhost-user device (vhost_device.py).
 
 ``Guest`` is the front end, the memory (a memfd), two rings and a small vsock implementation, all in one thread:
 ``guest.until(condition, *sockets)`` handles what the device sends until the condition holds.
@@ -23,8 +23,8 @@ from caisson.image.vm.vsock.vhost_user import protocol as p
 from tests.component.driver_ring import RING_SIZE, DriverRing
 from tests.component.vhost_device import AGENT, CID, Backend
 
-USER = 0x7F00_0000_0000  # where "QEMU" sees the guest's memory
-GUEST = 0x1000_0000  # where the guest does
+USER = 0x7F00_0000_0000  # where "QEMU" maps the guest's memory
+GUEST = 0x1000_0000  # the guest-physical address
 SLOT = 64 << 10
 
 
@@ -37,8 +37,8 @@ class Stream:
         self.connected = self.reset = False
         self.peer_shut = 0
         self.data = bytearray()
-        self.reading = True  # else what arrives stays unread, and no credit is given
-        self.keep = True  # else what was read is only counted and given to ``sink``
+        self.reading = True  # otherwise data stays unread, and no credit is given
+        self.keep = True  # otherwise data is only counted and passed to ``sink``
         self.sink: Callable[[memoryview], object] = lambda data: None
         self.received = self.forwarded = self.reported = 0
         self.window = 256 << 10
@@ -89,7 +89,7 @@ class Guest:
         self.memory = memoryview(self.mapping)
         self.streams: dict[tuple[int, int], Stream] = {}
         self.accepted: dict[int, deque[Stream]] = {}
-        self.packets: list[tuple[int, ...]] = []  # for no stream
+        self.packets: list[tuple[int, ...]] = []  # of no stream
         self.handler: Callable[[tuple[int, ...]], bool] | None = None  # sees packets first
         self.rx = self.tx = DriverRing(self.memory, 0)
         self.wanted = features
@@ -116,20 +116,20 @@ class Guest:
         return self.ask(request, payload, fds, 1 | p.NEED_REPLY) == bytes(8)
 
     def greet(self) -> None:
-        """What QEMU says first to a device."""
+        """Send QEMU's first requests to a device."""
         self.features = self.ask_u64(p.GET_FEATURES) & self.wanted | p.F_PROTOCOL_FEATURES
         self.tell(p.SET_PROTOCOL_FEATURES, struct.pack("<Q", self.ask_u64(p.GET_PROTOCOL_FEATURES)))
         self.tell(p.SET_OWNER)
 
     def move(self, backend: Backend) -> None:
-        """Go on with another device, where the rings are."""
+        """Switch to another device, keeping the rings."""
         self.backend, self.control = backend, backend.control
         self.control.settimeout(10)
         self.greet()
         self.resume()
 
     def boot(self) -> None:
-        """A driver starts: empty rings, no sockets."""
+        """Start a driver: empty rings, no sockets."""
         self.rx.close()
         self.memory[:0x100000] = bytes(0x100000)
         event_idx = bool(self.features & p.F_EVENT_IDX)
@@ -145,7 +145,7 @@ class Guest:
         self.resume()
 
     def resume(self) -> None:
-        """Start the rings where they were."""
+        """Start the rings where they stopped."""
         self.tell(p.SET_FEATURES, struct.pack("<Q", self.features))
         table = struct.pack("<IIQQQQ", 1, 0, GUEST, self.size, USER, 0)
         assert self.acknowledged(p.SET_MEM_TABLE, table, (self.memfd,))
@@ -160,7 +160,7 @@ class Guest:
             assert self.acknowledged(p.SET_VRING_ENABLE, struct.pack("<II", number, 1))
 
     def pause(self) -> None:
-        """Stop the rings, as QEMU does for a pause and for a reset alike."""
+        """Stop the rings, as QEMU does both to pause and to reset."""
         bases = []
         for number in (0, 1):
             self.tell(p.SET_VRING_ENABLE, struct.pack("<II", number, 0))
@@ -198,8 +198,8 @@ class Guest:
         self, op: int, port: int, host_port: int, data: bytes | memoryview = b"", flags: int = 0,
         window: int = 256 << 10, forwarded: int = 0, *, cid: int = CID, to: int = 2, kind: int = 1, length: int = -1,
     ) -> None:  # fmt: skip
-        """Send a packet; with the wrong numbers, if wanted."""
-        while not self.slots:  # without handling anything else: this may be the answer to something
+        """Send a packet; with wrong numbers, on request."""
+        while not self.slots:  # without handling anything else: this may be the reply to something
             self.reclaim()
             select.select([self.tx.call], [], [], 0.1)
         slot = self.slots.popleft()
@@ -220,7 +220,7 @@ class Guest:
             self.slots.append(head // 2)
 
     def process(self) -> None:
-        """Handle everything that the device has returned."""
+        """Handle everything the device has returned."""
         self.reclaim()
         received = self.rx.done()
         for head, length in received:
@@ -269,7 +269,7 @@ class Guest:
             stream.packet(packet.CREDIT_UPDATE)
         elif op == packet.RW:
             stream.received += length
-            assert stream.received - stream.forwarded <= stream.window, "the device ignored the credit"
+            assert stream.received - stream.forwarded <= stream.window, "the device exceeded its credit"
             if stream.keep:
                 stream.data += payload
             stream.sink(payload)
@@ -279,7 +279,7 @@ class Guest:
                     stream.packet(packet.CREDIT_UPDATE)
 
     def feed(self) -> None:
-        """Give receive buffers again, after ``feeding = False``."""
+        """Add receive buffers again, after ``feeding = False``."""
         self.feeding = True
         while self.hungry:
             self.rx.offer(self.hungry.pop())
@@ -305,7 +305,7 @@ class Guest:
         self.process()
         while not condition():
             left = deadline - time.monotonic()
-            assert left > 0, f"nothing happened in {timeout} s; the device says: {self.backend.lines()}"
+            assert left > 0, f"nothing happened in {timeout} s; the device reports: {self.backend.lines()}"
             ready, _, _ = select.select([self.rx.call, self.tx.call, *(each.fileno() for each in others)], [], [], left)
             for fd in (self.rx.call, self.tx.call):
                 if fd in ready:
@@ -313,7 +313,7 @@ class Guest:
             self.process()
 
     def host_receives(self, sock: socket.socket, size: int) -> bytes:
-        """Read from a host program's socket; less than ``size`` at its end."""
+        """Receive from a host program's socket; less than ``size`` bytes at EOF."""
         data = bytearray()
         ended = False
 
@@ -323,7 +323,7 @@ class Guest:
                 return False
             try:
                 piece = sock.recv(size - len(data))
-            except ConnectionResetError:  # closed, with something of ours unread
+            except ConnectionResetError:  # closed, with unread data from us
                 piece = b""
             data.extend(piece)
             ended = not piece
@@ -333,16 +333,16 @@ class Guest:
         return bytes(data)
 
     def ended(self, sock: socket.socket) -> bool:
-        """Wait for the end of a host program's socket; False if data comes first."""
+        """Wait until a host program's socket is closed; return False if data comes first."""
         return self.host_receives(sock, 1) == b""
 
     def settle(self) -> None:
-        """Return when the device has looked at everything that was kicked before."""
+        """Return once the device has handled everything it was notified of before."""
         for _ in range(2):
             self.ask_u64(p.GET_PROTOCOL_FEATURES)
 
     def pair(self) -> tuple[socket.socket, Stream]:
-        """A connection that both ends know of: a program that leaves earlier than that is another case."""
+        """Open a connection known to both ends: a program that leaves earlier is a different case."""
         sock = self.backend.connect()
         stream = self.accept()
         stream.send(b"!")
@@ -350,7 +350,7 @@ class Guest:
         return sock, stream
 
     def echo(self, sock: socket.socket, stream: Stream) -> None:
-        """A connection works both ways."""
+        """Check that a connection works both ways."""
         stream.data.clear()
         sock.sendall(b"ping")
         self.until(lambda: stream.data == b"ping")
@@ -368,7 +368,7 @@ Start = Callable[..., tuple[Backend, Guest]]
 
 @contextmanager
 def starter(directory: Path) -> Iterator[Start]:
-    """Start the device and a guest that listens on the agent's port; end both."""
+    """Start the device and a guest that listens on the agent's port; stop both at the end."""
     with ExitStack() as ends:
 
         def start(*, layout: str = "two", features: int = -1, **limits: float) -> tuple[Backend, Guest]:

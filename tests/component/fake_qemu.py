@@ -1,4 +1,4 @@
-"""Plays QEMU for tests of a VM's life without a guest; and looks for what a VM has left behind."""
+"""Play QEMU for tests of a VM's life without a guest; and find what a VM has left behind."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from caisson.image.vm.qmp import QMP, QMPError
 from tests.support.poll import wait_until
 
-#: Says its version, prints to the console, and does what the image's command line says.
+#: Prints its version, writes to the console, and does what the image's command line says.
 PROGRAM = """#!{python} -IS
 import json, os, signal, socket, sys, time
 if "--version" in sys.argv:
@@ -67,7 +67,7 @@ time.sleep(1000)
 
 
 def install(directory: Path) -> None:
-    """Put it where PATH finds it."""
+    """Install it on PATH."""
     directory.mkdir()
     program = directory / "qemu-system-x86_64"
     program.write_text(PROGRAM.format(python=sys.executable))
@@ -75,7 +75,7 @@ def install(directory: Path) -> None:
 
 
 def make_image(directory: Path, behaviour: str = "") -> Path:
-    """An image whose guest does as told."""
+    """Make an image whose guest follows these instructions."""
     directory.mkdir()
     manifest = {
         "arch": "amd64",
@@ -90,7 +90,7 @@ def make_image(directory: Path, behaviour: str = "") -> Path:
 
 
 def processes_of(run: Path) -> dict[int, str]:
-    """The command lines of living processes, but this one, that were told of this run directory."""
+    """Return the command lines of living processes, except this one, that mention this run directory."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -112,12 +112,12 @@ def lives(pid: int) -> bool:
 
 
 def files_of(run: Path) -> list[str]:
-    """All that is below a directory, also while somebody removes it (os.walk passes over what is gone)."""
+    """Return all paths below a directory, even while it is being removed (os.walk skips what has gone)."""
     return [f"{place}/{name}" for place, names, files in os.walk(run) for name in names + files]
 
 
 def monitor_of(path: Path) -> QMP:
-    """A connection to a QEMU that may be starting still."""
+    """Connect to a QEMU that may still be starting."""
     connected: list[QMP] = []
 
     def connect() -> bool:
@@ -130,6 +130,6 @@ def monitor_of(path: Path) -> QMP:
 
 
 def nothing_left(run: Path) -> None:
-    """Wait until there is no process and no file of a run directory."""
+    """Wait until no process and no file of a run directory is left."""
     wait_until(lambda: not files_of(run), "no file is left", found=lambda: files_of(run))
     wait_until(lambda: not processes_of(run), "no process is left", found=lambda: processes_of(run))

@@ -1,7 +1,7 @@
-"""A guest, and a front end, without manners: random states of rings near the edges of what is allowed.
+"""Play a hostile guest and front end: random ring states near the limits of what is allowed.
 
-``Hostile`` scribbles over the rings of a ``fake_guest.Guest``, restarts them by as few requests as possible and says
-whether the device still answers.  Memory is two regions of a file with a hole between them: what the device may not
+``Hostile`` corrupts the rings of a ``fake_guest.Guest``, restarts them with as few requests as possible and reports
+whether the device still answers.  Memory is two regions of a file with a hole between them: what the device must not
 touch is watched.
 """
 
@@ -21,12 +21,13 @@ from tests.component.vhost_device import AGENT, CID
 
 MB = 1 << 20
 NEXT, WRITE, INDIRECT = 1, 2, 4
-#: Regions: offset in the file (and from GUEST and USER), size.  Between them, and behind, is what nobody may touch.
+#: Regions: offset in the file (and from GUEST and USER), size.  The gap between them, and everything after, is off
+#: limits.
 REGIONS = ((0, 8 * MB), (12 * MB, 3 * MB))
 #: Never offered to the device: the end of the first region, the hole, and the end of the file.
 FORBIDDEN = ((0x780000, 8 * MB - 4096), (8 * MB, 12 * MB), (15 * MB, 16 * MB))
 PACKETS, BUFFERS, TABLES = 0x500000, 0x200000, 0x580000
-#: Where a program of the host listens, to be connected to.
+#: Where a host program listens for connections.
 PORT = 7000
 ADDRESSES = [
     0, GUEST - 1, GUEST + 8 * MB - 44, GUEST + 8 * MB, GUEST + 12 * MB - 1, GUEST + 15 * MB - 43, GUEST + 15 * MB,
@@ -38,14 +39,14 @@ COUNTS = [1, 1, 2, 2, 3, 16, 64, RING_SIZE]
 TOO_MANY = [RING_SIZE + 1, 2 * RING_SIZE, 32768, 65535]
 BASES = [0, 0, 1, 127, 128, 65400, 65534, 65535]
 SIZES = [0, 1, 4096, MB, 15 * MB, 16 * MB, GUEST, USER, USER + MB, 2**31, 2**62, 2**63 - 1, 2**63, 2**64 - 4096]
-#: Requests, but those whose answers say whether the device is there.
+#: All requests except those whose replies show whether the device is alive.
 REQUESTS = [number for number in (*range(1, 6), *range(8, 15), 16, 18) if number != p.GET_PROTOCOL_FEATURES]
 UNKNOWN = [number for number in (0, *range(19, 48), 2**32 - 1) if number != p.GET_CONFIG]
 OPERATIONS = [*range(9), packet.REQUEST, packet.RW, packet.RW, 255, 65535]
 
 
 class Hostile:
-    """Drives the device of ``guest``, whose rings are good again after ``guest.reboot()``."""
+    """Drives the device of ``guest``; ``guest.reboot()`` restores its rings."""
 
     def __init__(self, guest: Guest, chance: random.Random) -> None:
         self.guest = guest
@@ -66,20 +67,20 @@ class Hostile:
             end.close()
 
     def intact(self) -> bool:
-        """Nothing was written where nothing was offered."""
+        """Check that nothing was written to memory that was not offered."""
         return all(self.guest.memory[start:end] == data for (start, end), data in self.canaries.items())
 
     def share_memory(self) -> None:
-        """Give the device the two regions."""
+        """Share the two regions with the device."""
         table = struct.pack("<II", len(REGIONS), 0)
         for offset, size in REGIONS:
             table += struct.pack("<QQQQ", GUEST + offset, size, USER + offset, offset)
         assert self.guest.acknowledged(p.SET_MEM_TABLE, table, (self.guest.memfd,) * len(REGIONS))
 
-    # Packets in chains that are as they should be.
+    # Packets in well-formed chains.
 
     def packet(self, spared: tuple[int, int]) -> None:
-        """Send nonsense that is nobody's but that of the port pairs in it; never of the ``spared`` one."""
+        """Send random packets to the given port pairs, or none; never for the ``spared`` one."""
         chance = self.chance
         ports = chance.choice([AGENT, 5000, 5001, 2**32 - 1]), chance.choice([PORT, PORT + 1, 1 << 30, spared[1], 0])
         if ports == spared:
@@ -100,9 +101,9 @@ class Hostile:
     # Rings.
 
     def ring_state(self, between: Callable[[], object] | None = None) -> None:
-        """Scribble over both rings, start them, kick, wait until the device has looked, stop them.
+        """Corrupt both rings, start them, notify, wait until the device has looked, stop them.
 
-        ``between`` is done when one ring has started and programs of the host wait for the other.
+        ``between`` is called once one ring has started and host programs wait for the other.
         """
         chance, guest = self.chance, self.guest
         for number in (0, 1):
@@ -139,7 +140,7 @@ class Hostile:
         ring.used[1] = chance.choice([base, base, chance.randrange(65536)])
 
     def _chain(self, number: int, first: int) -> int:
-        """A chain of up to ten descriptors from ``first`` on; most are right but for one."""
+        """Write a chain of up to ten descriptors from ``first`` on; usually all but one are valid."""
         chance, ring = self.chance, self._ring(number)
         good = 0 if number else WRITE
         size = chance.choice([1, 1, 2, 2, 3, 10])
@@ -163,7 +164,7 @@ class Hostile:
             fields[1] = chance.choice(LENGTHS)
         elif kind == 2:
             fields[2] = chance.choice([0, 1, 2, 3, 4, 5, 7, 65535])
-        elif kind == 3:  # a loop, or out of the table
+        elif kind == 3:  # a loop, or outside the table
             fields[2:] = fields[2] | NEXT, chance.choice([first, first + size - 1, RING_SIZE, 65535])
         else:
             fields[:] = [chance.choice(ADDRESSES), chance.choice(LENGTHS), chance.randrange(8), chance.randrange(65536)]
@@ -171,7 +172,7 @@ class Hostile:
     def _address(self, number: int) -> int:
         chance = self.chance
         if number == 0:
-            # Also over the rings themselves, of which the guest may make what it likes.
+            # Also over the rings themselves: the guest may write anything there.
             places = [BUFFERS + 8192 * chance.randrange(64)] * 9 + [0x10000, 0x14000, 0x18000, 0x20000, 12 * MB]
             return GUEST + chance.choice(places)
         place = PACKETS + 128 * chance.randrange(64)
@@ -184,7 +185,7 @@ class Hostile:
         return GUEST + place
 
     def _table(self, number: int) -> int:
-        """An indirect table of ten descriptors, some of them wrong."""
+        """Write an indirect table of ten descriptors, some of them invalid."""
         chance = self.chance
         place = TABLES + 256 * chance.randrange(64)
         good = 0 if number else WRITE
@@ -196,7 +197,7 @@ class Hostile:
         return GUEST + place
 
     def _misplace(self, number: int) -> None:
-        """A ring of another size, or elsewhere."""
+        """Change a ring's size or address."""
         chance = self.chance
         places = [USER + offset for offset in self._ring(number).offsets]
         if chance.random() < 0.5:
@@ -215,7 +216,7 @@ class Hostile:
     # The control socket.
 
     def request(self) -> None:
-        """A request that QEMU would not make, with descriptors of all kinds, and the wait for what it is answered."""
+        """Send a request that QEMU would not send, with descriptors of all kinds, and wait for the reply."""
         chance, guest = self.chance, self.guest
         number = chance.choice(REQUESTS) if chance.random() < 0.8 else chance.choice(UNKNOWN)
         payload = self._payload(number)
@@ -235,7 +236,7 @@ class Hostile:
                 return
 
     def _payload(self, number: int) -> bytes:
-        """Of the right length, at least."""
+        """Return a payload, at least of the right length."""
         chance = self.chance
         if number in (p.SET_FEATURES, p.SET_PROTOCOL_FEATURES):
             return struct.pack(

@@ -1,4 +1,4 @@
-"""A peer of an HTTP/2 connection that says exactly what a test wants it to."""
+"""Provide an HTTP/2 peer that sends exactly what a test specifies."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FIELDS = (b":method", b"POST"), (b":scheme", b"http"), (b":path", b"/echo"), (b"
 BLOCK = encode(*FIELDS)
 HEAD, TAIL = encode((b":status", b"200")), encode((b"grpc-status", b"0"))
 LARGEST = 1 << 18
-TIMEOUT = 60  # seconds: a test of a bound that is gone must fail, and not wait
+TIMEOUT = 60  # seconds: if a limit is missing, the test must fail, not wait
 END = frames.END_STREAM | frames.END_HEADERS
 
 
@@ -37,7 +37,7 @@ def frame(kind: int, payload: bytes = b"", flags: int = 0, stream: int = 0) -> b
 
 
 def request(stream: int, body: bytes = b"", block: bytes = BLOCK) -> bytes:
-    """A request whose body is in frames of 16 KiB."""
+    """Return a request whose body is in frames of 16 KiB."""
     whole = frame(frames.HEADERS, block, frames.END_HEADERS, stream)
     for at in range(0, len(body), frames.DEFAULT_FRAME_SIZE):
         whole += frame(frames.DATA, body[at : at + frames.DEFAULT_FRAME_SIZE], 0, stream)
@@ -45,7 +45,7 @@ def request(stream: int, body: bytes = b"", block: bytes = BLOCK) -> bytes:
 
 
 class Peer:
-    """A client's end of a connection."""
+    """The client's end of a connection."""
 
     def __init__(self, sock: socket.socket, server: Http2Connection, lines: list[tuple[Any, ...]]) -> None:
         self._sock = sock
@@ -63,7 +63,7 @@ class Peer:
         assert kinds == [frames.SETTINGS, frames.WINDOW_UPDATE, frames.SETTINGS]
 
     async def frame(self) -> Frame:
-        """The next frame.  Raises EOFError, TimeoutError."""
+        """Read the next frame.  Raises EOFError, TimeoutError."""
         while True:
             if len(self._got) >= frames.HEADER_SIZE:
                 size, kind, flags, stream = frames.parse_header(self._got, 0)
@@ -81,7 +81,7 @@ class Peer:
             self._got += data
 
     async def answer(self, stream: int) -> bytes:
-        """The body of an answer that comes without anything between."""
+        """Return the body of a response with no other frames in between."""
         assert await self.frame() == (frames.HEADERS, frames.END_HEADERS, stream, HEAD)
         body = b""
         while (got := await self.frame()).kind == frames.DATA:
@@ -91,7 +91,7 @@ class Peer:
         return body
 
     async def goodbye(self) -> Code:
-        """Why the server ends the connection."""
+        """Return why the server closes the connection."""
         while (got := await self.frame()).kind != frames.GOAWAY:
             pass
         with pytest.raises(EOFError):
@@ -99,12 +99,12 @@ class Peer:
         return Code(int.from_bytes(got.payload[4:8], "big"))
 
     async def still_there(self) -> None:
-        """The connection works."""
+        """Check that the connection still works."""
         await self.send(frame(frames.PING, b"12345678"))
         assert await self.frame() == (frames.PING, frames.ACK, 0, b"12345678")
 
     async def still_there_among_responses(self) -> None:
-        """The connection works; what comes before the answer is kept in `others`."""
+        """Check that the connection works; keep frames before the response in `others`."""
         await self.send(frame(frames.PING, b"12345678"))
         while (got := await self.frame()).kind != frames.PING:
             self.others.append(got)
@@ -116,7 +116,7 @@ async def echo(one: HttpRequest) -> HttpResponse:
 
 @contextlib.asynccontextmanager
 async def connected(serve: Callable[[HttpRequest], Awaitable[HttpResponse]] = echo) -> AsyncIterator[Peer]:
-    """A peer of a connection.  At the end it is lost, and nothing is left of it."""
+    """Connect a peer.  At the end the connection is lost, and nothing is left of it."""
     loop, lines, ours, theirs = asyncio.get_running_loop(), [], *socket.socketpair()
     ours.setblocking(False)
     before, failures = asyncio.all_tasks(), []
@@ -139,7 +139,7 @@ async def connected(serve: Callable[[HttpRequest], Awaitable[HttpResponse]] = ec
 
 
 class Never:
-    """Answers nothing, and tells of who gave up."""
+    """Never responds, and records cancelled calls."""
 
     def __init__(self) -> None:
         self.begun = self.given_up = 0

@@ -1,4 +1,4 @@
-"""`caisson bench` in a checkout that has only ever run guests: what it needs is installed, what fails is shown."""
+"""Test `caisson bench` in a checkout used only to run guests: it installs its requirements, and shows failures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.bench import __main__ as bench
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: Stands for .venv's interpreter: writes down what it is asked for, and is told how to end.
+#: Stands for .venv's interpreter: records its arguments, and exits as told.
 RECORDER = """\
 #!/bin/sh
 echo "$@" >>"${0%/*}/asked"
@@ -24,7 +24,7 @@ BENCH = "import sys; sys.executable = sys.argv[1]; from tests import commands; c
 
 
 def asked(place: Path, call: str) -> tuple[list[str], subprocess.CompletedProcess[str]]:
-    """What a command for developers asks its interpreter for, line by line."""
+    """Return what a developers' command runs its interpreter with, line by line."""
     interpreter = place / "python"
     interpreter.write_text(RECORDER)
     interpreter.chmod(0o755)

@@ -1,4 +1,4 @@
-"""What is written down for CI is there: workflows and the examples of docs/ci.md name files, commands and variables."""
+"""Test that CI's files are consistent: files, commands and variables named by workflows and docs/ci.md exist."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def jobs() -> Iterator[tuple[str, dict[str, Any]]]:
-    """All jobs of the workflows, and of the examples for GitHub."""
+    """Return all jobs of the workflows, and of the examples for GitHub."""
     page = (ROOT / "docs/ci.md").read_text()
     texts = [path.read_text() for path in WORKFLOWS] + re.findall(r"```yaml\n(jobs:.*?)```", page, re.DOTALL)
     assert len(texts) == len(WORKFLOWS) + 1
@@ -31,7 +31,7 @@ def jobs() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def sources() -> str:
-    """All code that could ask for a variable."""
+    """Return all code that could read a variable."""
     return "".join(path.read_text() for name in ("image", "agent", "tests") for path in (ROOT / name).rglob("*.py"))
 
 
@@ -41,11 +41,11 @@ def test_a_job_names_what_is_there(name: str, job: dict[str, Any]) -> None:
     (run,) = [command for command in commands if ".ci/run" in command or "tasks.py" in command]
     for file in re.findall(r"(?:caisson/)?((?:tests|\.ci|\.github)/[\w./-]+|tasks\.py)", " ".join(commands)):
         assert (ROOT / file).exists(), f"{name}: {file}"
-    if "sudo" in run:  # which passes on only what it is told to
+    if "sudo" in run:  # which passes only the listed variables
         (passed,) = re.findall(r"--preserve-env=(\S+)", run)
         assert set(passed.split(",")) == {"CI", *job["env"]}, name
     for variable in job["env"]:
-        assert f'"{variable}"' in sources(), f"{name}: nobody asks for {variable}"
+        assert f'"{variable}"' in sources(), f"{name}: nothing reads {variable}"
 
 
 def test_scripts_can_be_run_and_are_shell() -> None:
@@ -57,7 +57,7 @@ def test_scripts_can_be_run_and_are_shell() -> None:
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
 def test_workflows_have_few_rights_and_pinned_actions(path: Path) -> None:
-    """Read access, no credentials left in the checkout, actions by the digest of a commit, one run of a branch."""
+    """Read access, no credentials left in the checkout, actions pinned by commit, one run per branch."""
     workflow = yaml.safe_load(path.read_text())
     assert workflow["permissions"] == {"contents": "read"}
     assert workflow["concurrency"]["cancel-in-progress"] is True
@@ -69,7 +69,7 @@ def test_workflows_have_few_rights_and_pinned_actions(path: Path) -> None:
             if step.get("uses", "").startswith("actions/checkout@"):
                 assert step["with"]["persist-credentials"] is False
     for line in re.findall(r"uses: .*", path.read_text()):
-        assert re.search(r" # v\d+\.\d+\.\d+$", line), f"{line}: says which version that is"
+        assert re.search(r" # v\d+\.\d+\.\d+$", line), f"{line}: add a comment with the version"
 
 
 @pytest.mark.nightly
@@ -93,7 +93,7 @@ def test_gitlab_jobs_name_what_is_there() -> None:
     for job in jobs.values():
         assert job["extends"] == ".test" and job["tags"]
         for variable in job["variables"]:
-            assert f'"{variable}"' in sources(), f"nobody asks for {variable}"
+            assert f'"{variable}"' in sources(), f"nothing reads {variable}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -104,7 +104,7 @@ def test_pages_name_variables_that_are_asked_for(page: Path) -> None:
 
 
 def test_pages_name_commands_that_there_are() -> None:
-    """Those in code: `caisson NAME`, or indented lines of them; with the options that each has."""
+    """Those in code: `caisson NAME`, or indented lines of them; with each one's options."""
     commands = COMMANDS | {command.name: command for command in GROUP.commands}
     for page in PAGES:
         found = re.findall(

@@ -1,4 +1,4 @@
-"""The client's connections: to an agent that takes its time, goes away, or refuses; by gRPC and by ttrpc."""
+"""Test the client's connections, by gRPC and ttrpc, to an agent that is slow, goes away, or refuses."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from tests.support.poll import until
 
 Protocol = Literal["grpc", "ttrpc"]
 
-#: Seconds for an agent's first answer: more than the client's longest pause between two attempts.
+#: Seconds until an agent's first response: more than the client's longest pause between two attempts.
 SLOWNESS = 1.5
 
 
 class FakeAgent:
-    """Answers Health, and a few methods as a test wants them."""
+    """Answers Health, and a few methods as a test requires."""
 
     def __init__(self) -> None:
         self.raised: Exception = errors.ContainerNotFound(container_id="box")
@@ -98,13 +98,13 @@ async def _carry(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> 
 
 @pytest.mark.parametrize("protocol", ["grpc", "ttrpc"])
 async def test_an_agent_that_is_slow_to_answer_is_waited_for(tmp_path: Path, protocol: Protocol) -> None:
-    """A busy guest without KVM: whoever connected and heard nothing for half a second was told that nobody answers."""
+    """In a busy guest without KVM, a client that heard nothing for half a second after connecting reported no agent."""
     attempts = 0
 
     async def delayed(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal attempts
         attempts += 1
-        await asyncio.sleep(SLOWNESS)  # what this is about
+        await asyncio.sleep(SLOWNESS)  # what this test is about
         inner, outer = await asyncio.open_unix_connection(str(tmp_path / "server"))
         await asyncio.gather(_carry(reader, outer), _carry(inner, writer), return_exceptions=True)
 
@@ -117,7 +117,7 @@ async def test_an_agent_that_is_slow_to_answer_is_waited_for(tmp_path: Path, pro
 
 
 async def test_a_guests_first_answer_comes_on_the_first_connection_that_the_guest_takes(tmp_path: Path) -> None:
-    """A starting guest refuses, then lets the question wait, and then answers it: it is asked once, and not again."""
+    """A starting guest refuses, then leaves the request waiting, then answers it: it is sent once, and not repeated."""
     attempts = 0
     refusing, started = 3, asyncio.Event()
 
@@ -133,7 +133,7 @@ async def test_a_guests_first_answer_comes_on_the_first_connection_that_the_gues
 
     async with serving(tmp_path / "server", FakeAgent()):
         ready, told = ReadinessProbe(timeout=0.2), []
-        told.append(await asyncio.to_thread(ready, tmp_path / "agent.sock"))  # nobody is there yet
+        told.append(await asyncio.to_thread(ready, tmp_path / "agent.sock"))  # nothing is listening yet
         guest = await asyncio.start_unix_server(starting, tmp_path / "agent.sock")
         while attempts <= refusing:
             told.append(await asyncio.to_thread(ready, tmp_path / "agent.sock"))
@@ -205,7 +205,7 @@ async def test_an_error_has_its_reason_and_a_sentence_beside_what_kata_hosts_are
 
 
 async def test_output_of_a_read_that_was_given_up_goes_to_the_next_one(tmp_path: Path) -> None:
-    """ttrpc cannot cancel a call: what the agent has taken from the pipe by then must not be lost."""
+    """ttrpc cannot cancel a call: data that the agent has already taken from the pipe must not be lost."""
     fake = FakeAgent()
     async with serving(tmp_path / "s", fake), Agent.connect(tmp_path / "s", "ttrpc") as agent:
         process = agent.container("box").init()
@@ -219,7 +219,7 @@ async def test_output_of_a_read_that_was_given_up_goes_to_the_next_one(tmp_path:
 
 @pytest.mark.parametrize(("protocol", "ahead"), [("ttrpc", 2), ("grpc", 1)])
 async def test_input_is_sent_ahead_where_calls_keep_their_order(tmp_path: Path, protocol: Protocol, ahead: int) -> None:
-    """By gRPC a short piece would overtake a long one."""
+    """Over gRPC a short piece would overtake a long one."""
     fake = FakeAgent()
     asked: list[int] = []
 

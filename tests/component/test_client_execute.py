@@ -1,4 +1,4 @@
-"""An exec of the command line beside an agent that only pretends: streams, signals, and a connection that ends."""
+"""Test the command line's exec with a fake agent: streams, signals, and a lost connection."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from caisson.proto.caisson import caisson_pb2
 from caisson.proto.kata3 import agent_pb2
 from caisson.proto.ttrpc import ttrpc_pb2
 
-#: What the command is, without a VM: the socket is its argument.
+#: The command without a VM: the socket is its argument.
 COMMAND = """
 import sys
 from pathlib import Path
@@ -39,12 +39,12 @@ print(*sorted(sys.modules), sep="\\n", file=open(sys.argv[2], "w"))
 sys.exit(status)
 """
 
-#: What an import of would take longer than the whole command may.
+#: Modules whose import would take longer than the whole command may.
 HEAVY = {"asyncio", "google.protobuf", "grpc", "json", "socket", "threading", "typing"}
 
 
 class Agent:
-    """Answers calls by ``answers``; those that it has none for wait.  Keeps what it was asked."""
+    """Answers calls from ``answers``; others wait.  Records requests."""
 
     def __init__(self, answers: dict[str, Callable[[bytes], bytes | None]]) -> None:
         self.answers = answers
@@ -75,22 +75,22 @@ class Agent:
             failure = frames.failure(stream_id, StatusCode.NOT_FOUND, "kata's", detail)
             self.connection.sendall(failure)
         elif payload is not None:
-            with suppress(BrokenPipeError):  # the command has ended
+            with suppress(BrokenPipeError):  # the command has exited
                 self.connection.sendall(b"".join(frames.response(stream_id, [payload])))
 
     def wait_for(self, method: str, count: int = 1) -> list[bytes]:
-        """The payloads of a method's calls, once there are as many."""
+        """Return the payloads of a method's calls, once there are as many."""
         with self.seen:
             assert self.seen.wait_for(lambda: sum(one == method for one, _ in self.asked) >= count, 30)
             return [payload for one, payload in self.asked if one == method]
 
 
-#: Answers that are errors.
+#: Error responses.
 REFUSALS = {b"fail": caisson_pb2.PROGRAM_NOT_FOUND, b"gone": caisson_pb2.CONTAINER_NOT_FOUND}
 
 
 def output(*pieces: bytes, then: threading.Event | None = None) -> Callable[[bytes], bytes]:
-    """Answer reads with these pieces, and then with the end."""
+    """Answer reads with these pieces, then with EOF."""
     left = list(pieces)
 
     def read(_: bytes) -> bytes:
@@ -115,7 +115,7 @@ ENDS = {"ExecProcess": ok, "CloseStdin": ok, "ReadStderr": output(), "ReadStdout
 
 @contextmanager
 def pretended(tmp_path: Path, **answers: Callable[[bytes], bytes | None]) -> Iterator[tuple[Agent, list[str]]]:
-    """An agent, and the words that run the command beside it."""
+    """Start a fake agent; return it and the words that run the command against it."""
     agent = Agent({**ENDS, **answers})
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "agent.sock"))

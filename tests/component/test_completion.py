@@ -1,4 +1,4 @@
-"""Completion in bash, zsh and fish, each asked as a person would ask it: by the tab key, or what stands for it."""
+"""Test completion in bash, zsh and fish, each driven as by a user: with the tab key, or its equivalent."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TIMEOUT = 60.0
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """A directory with files, and `caisson` beside them, in bin/."""
+    """A directory with files, and `caisson` in bin/."""
     (tmp_path / "bin").mkdir()
     command = tmp_path / "bin/caisson"
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m caisson.commands.main "$@"\n')
@@ -36,7 +36,7 @@ def home(tmp_path: Path) -> Path:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """Nothing of the user's: neither configuration nor running VMs."""
+    """Return an environment without the user's configuration or running VMs."""
     return {
         "PATH": f"{home}/bin:/usr/bin:/bin", "HOME": str(home), "TERM": "dumb", "LC_ALL": "C.UTF-8",
         "PS1": "$ ", "CAISSON_RUN": str(home / "run"), "CAISSON_CACHE": str(home / "cache"),
@@ -44,7 +44,7 @@ def environment(home: Path) -> dict[str, str]:
 
 
 class Shell:
-    """An interactive shell under a pseudo-terminal."""
+    """An interactive shell on a pseudo-terminal."""
 
     def __init__(self, words: list[str], home: Path) -> None:
         self.fd, other = pty.openpty()
@@ -61,7 +61,7 @@ class Shell:
         deadline = time.monotonic() + TIMEOUT
         while text.encode() not in shown:
             ready, _, _ = select.select([self.fd], [], [], max(0, deadline - time.monotonic()))
-            assert ready, f"{text!r} was not shown, but {shown.decode(errors='replace')!r}"
+            assert ready, f"{text!r} was not shown; got {shown.decode(errors='replace')!r}"
             shown += os.read(self.fd, 65536).replace(b"\x07", b"")  # zsh rings the bell before the rest of a name
 
     def end(self) -> None:

@@ -1,4 +1,4 @@
-"""cp's scripts, run by the shells and tools that containers have, on this machine in the place of a container."""
+"""Test cp's scripts with the shells and tools found in containers, run on this machine instead of in a container."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from caisson.agent.rpc.codes import StatusCode
 
 
 class LocalProcess:
-    """A process of this machine with a Process's methods."""
+    """A process on this machine with the methods of Process."""
 
     feed, _ahead = Process.feed, 1
 
@@ -66,7 +66,7 @@ class LocalProcess:
 
 
 class LocalContainer:
-    """Runs what is run in a container, with the tools of a directory."""
+    """Runs a container's commands here, with the tools of a directory."""
 
     def __init__(self, tools: Path) -> None:
         self._path = tools
@@ -92,7 +92,7 @@ async def container(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIter
     yield made
     for process in (one for one in made.ran if one.running):
         transport: Any = process.process._transport  # type: ignore[attr-defined]
-        transport.close()  # a pipe that nobody has read to its end
+        transport.close()  # a pipe that nobody has read to EOF
 
 
 def busybox_tools(tmp_path: Path) -> Path:
@@ -107,7 +107,7 @@ def busybox_tools(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def inside(tmp_path: Path) -> Path:
-    """A directory of the container's."""
+    """A directory in the container."""
     (tmp_path / "inside").mkdir()
     return tmp_path / "inside"
 

@@ -1,4 +1,4 @@
-"""An HTTP/2 connection, by a peer that says exactly what a test wants it to."""
+"""Test an HTTP/2 connection, with a peer that sends exactly what a test specifies."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ async def test_an_answer_is_sent_as_there_is_room() -> None:
         await peer.still_there()  # and nothing more
         await peer.send(frames.number(frames.WINDOW_UPDATE, 1, 7))
         assert (await peer.frame()).payload == data[10:17]
-        # Settings change the window of a stream that is open, too: to less than nothing, and back (6.9.2).
+        # Settings also change the window of open streams: below zero, and back (6.9.2).
         await peer.send(frames.settings({frames.INITIAL_WINDOW_SIZE: 5}))
         assert (await peer.frame()).flags == frames.ACK
         await peer.send(frames.number(frames.WINDOW_UPDATE, 1, 5))
@@ -84,7 +84,7 @@ async def test_an_answer_is_sent_as_there_is_room() -> None:
         await peer.send(frames.settings({frames.INITIAL_WINDOW_SIZE: 100_000}))
         assert (await peer.frame()).flags == frames.ACK
         rest = b""
-        while len(rest) < frames.DEFAULT_WINDOW - 17:  # what the connection's window lets through
+        while len(rest) < frames.DEFAULT_WINDOW - 17:  # what the connection's window permits
             got = await peer.frame()
             assert 0 < len(got.payload) <= frames.DEFAULT_FRAME_SIZE
             rest += got.payload
@@ -160,7 +160,7 @@ async def test_a_body_that_is_too_long_is_cut_and_answered() -> None:
         await peer.send(*[piece] * (LARGEST // frames.DEFAULT_FRAME_SIZE + 1))
         assert await peer.frame() == (frames.HEADERS, END, 1, HEAD)
         assert await peer.frame() == (frames.RST_STREAM, 0, 1, bytes(4))
-        await peer.send(piece)  # was on its way: ignored
+        await peer.send(piece)  # it was in flight: ignored
         await peer.still_there()
         assert LARGEST < seen[0] <= LARGEST + frames.DEFAULT_FRAME_SIZE
 
@@ -224,7 +224,7 @@ async def test_server_stops_reading_from_a_peer_that_does_not_read() -> None:
                 async with asyncio.timeout(1):
                     await peer.send(ping)
                 sent += len(ping)
-        # What the sockets take, and some.
+        # The sockets' capacity, and some more.
         assert sent < 1 << 23
 
 
@@ -239,7 +239,7 @@ async def test_responses_that_the_peer_does_not_take_are_bounded(monkeypatch: py
         for stream in range(1, 101, 2):
             await peer.send(request(stream))
             await peer.still_there_among_responses()
-        assert peer.server.held <= (1 << 20) + 200_000  # a call that has begun may end
+        assert peer.server.held <= (1 << 20) + 200_000  # a call that has begun may finish
         resets = [one for one in peer.others if one.kind == frames.RST_STREAM]
         assert len(resets) > 40
         assert {one.payload for one in resets} == {Code.ENHANCE_YOUR_CALM.to_bytes(4, "big")}

@@ -1,4 +1,4 @@
-"""Requests of HTTP/2 that no peer should make: errors of streams and connections, and anything at all."""
+"""Test HTTP/2 requests that no peer should send: stream and connection errors, and arbitrary frames."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ async def test_a_request_that_has_ended_takes_nothing_more() -> None:
         await peer.hello()
         await peer.send(request(1), frame(frames.DATA, b"x", 0, 1))
         assert (await peer.frame()).payload == Code.STREAM_CLOSED.to_bytes(4, "big")
-        # What is still on its way to a stream that was reset is ignored.
+        # Frames in flight to a stream that was reset are ignored.
         await peer.send(frames.number(frames.WINDOW_UPDATE, 1, 1), frame(frames.DATA, b"x", 0, 1) * 1000)
         await peer.send(frame(frames.HEADERS, BLOCK, END, 1))
         await peer.still_there()
@@ -139,7 +139,7 @@ async def test_other_protocols_are_closed_with_a_word_in_the_log(first: bytes) -
 @pytest.mark.fuzz
 @pytest.mark.timeout(fuzz.LIMIT)
 async def test_anything_at_all_is_survived() -> None:
-    """Frames of chance, most of them wrong somewhere: there are answers, or an end, and no exception."""
+    """Random frames, most of them invalid somewhere: the server responds or closes, without an exception."""
 
     def some(chance: random.Random) -> bytes:
         kind = chance.choice([*range(10), 200])

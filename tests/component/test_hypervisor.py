@@ -1,4 +1,4 @@
-"""The remote hypervisor's service, called as a Kata shim calls it; its VMs are played."""
+"""Test the remote hypervisor service, called as by a Kata shim, with fake VMs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.support.poll import until
 
 
 class PlayedMachines:
-    """Starts nothing: whoever starts a VM waits until it is stopped, and then fails."""
+    """Starts nothing: starting a VM blocks until it is stopped, and then fails."""
 
     def __init__(self, place: Path) -> None:
         self.place = place
@@ -55,7 +55,7 @@ class PlayedMachines:
 
 
 class Played:
-    """A service with played machines; ``call`` dials anew, as a shim does."""
+    """A service with fake machines; ``call`` reconnects every time, as a shim does."""
 
     def __init__(self, place: Path) -> None:
         self.path = place / "hypervisor.sock"
@@ -145,7 +145,7 @@ def test_sizes_that_are_not_given_are_the_services() -> None:
 
 
 async def test_a_sandbox_ends_with_the_process_that_made_it(service: Played, tmp_path: Path) -> None:
-    """Not with its connection: a shim dials anew for each call."""
+    """Not with its connection: a shim reconnects for each call."""
     program = tmp_path / "shim.py"
     program.write_text(
         "import socket, sys\nfrom caisson.agent.rpc.ttrpc import frames\n"
@@ -201,7 +201,7 @@ def test_a_socket_of_a_killed_service_is_replaced_and_one_in_use_is_not(tmp_path
 
 
 def test_what_is_larger_than_the_snapshot_is_booted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """By the shim's wishes and by the service's own options: whichever is more."""
+    """The shim's request and the service's own options: the larger one wins."""
     saved: Any = SimpleNamespace(memory=512, cpus=1)
     monkeypatch.setattr(Snapshot, "named", lambda name: saved)
     monkeypatch.setattr(VMConfig, "clone", lambda snapshot, **changes: "a clone")

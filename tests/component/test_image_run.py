@@ -1,4 +1,4 @@
-"""The one door to other programs: what goes in, what comes out, and what is said when it does not work."""
+"""Test the single wrapper for running programs: input, output, and error messages."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_environment_is_a_small_one(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_nothing_outlives_who_runs_it(tmp_path: Path, how: signal.Signals) -> None:
-    """As with make: a program whose own children go on when it is gone."""
+    """As with make: a program whose children outlive it."""
     jobs = "sleep 1000 & sleep 1000 & echo $$ $! > new; mv new pids; wait"
     program = f"from caisson.image.run import run; run(['sh', '-c', {jobs!r}], cwd={str(tmp_path)!r})"
     with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.DEVNULL) as runner:

@@ -1,4 +1,4 @@
-"""Ctrl-C: commands come back within two seconds, and leave nothing that runs and nothing half-made."""
+"""Test Ctrl-C: commands exit within two seconds, and leave no processes and nothing half-finished."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tests.support.poll import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: Seconds from Ctrl-C to the end; what this machine is busy with counts, too.
+#: Seconds from Ctrl-C to the exit; other load on this machine counts, too.
 SOON = 2.0
 
-#: A compile that goes on for ever: what it starts ignores signals, as some compilers' children do, and it writes.
+#: A compilation that runs forever: its children ignore signals, as those of some compilers do, and it writes files.
 MAKE = """\
 #!/bin/sh
 case "$*" in
@@ -31,7 +31,7 @@ for word; do case $word in O=*) out=${word#O=} ;; esac; done
 sh -c 'trap "" INT TERM HUP; echo $$ >"$1/pid"; n=0; while :; do n=$((n + 1)); echo >"$1/$n.o"; done' sh "$out"
 """
 
-#: Removing a tree takes as long as a kernel's does on a busy machine, unless somebody else does it.
+#: Removing a tree takes as long as a kernel's does on a busy machine, unless done in the background.
 COMPILE = """
 import shutil, sys, time
 shutil.rmtree = lambda *_, **__: time.sleep(30)
@@ -114,7 +114,7 @@ esac
 
 
 def source_tree(place: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Path:
-    """A kernel's sources, which a played make compiles; it is looked at often."""
+    """Return kernel sources for a fake make; it checks often."""
     make, tree = place / "bin/make", place / "tree"
     for directory in (make.parent, tree):
         directory.mkdir()

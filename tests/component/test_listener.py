@@ -1,4 +1,4 @@
-"""Where an agent listens, and who may connect."""
+"""Test where an agent listens, and who may connect."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from caisson.agent.rpc.listener import ListenError, accept, listen
 
 
 class Lines:
-    """A log to look into."""
+    """A log for inspection."""
 
     def __init__(self) -> None:
         self.lines: list[tuple[str, str, dict[str, object]]] = []
@@ -29,7 +29,7 @@ class Lines:
 
 
 class Echo(asyncio.Protocol):
-    """Says what it hears."""
+    """Echoes what it receives."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -41,7 +41,7 @@ class Echo(asyncio.Protocol):
 
 @contextlib.asynccontextmanager
 async def accepting(directory: Path) -> AsyncIterator[tuple[Path, Lines]]:
-    """An address where everybody gets an echo, and its log.  No descriptor is left."""
+    """Serve an echo at an address; yield its log.  No descriptor is left open."""
     before = len(list(Path("/proc/self/fd").iterdir()))
     listener, log = listen(f"unix:{directory / 'front'}"), Lines()
     task = asyncio.ensure_future(accept(listener, Echo, log))  # type: ignore[arg-type]
@@ -130,7 +130,7 @@ async def test_on_vsock_only_the_host_is_welcome(cid: int, welcome: bool) -> Non
     loop.connect_accepted_socket = connect  # type: ignore[assignment]
     with socket.socket() as listener:
         task = asyncio.ensure_future(accept(listener, Echo, log))  # type: ignore[arg-type]
-        async with asyncio.timeout(60):  # it is either joined or spoken of
+        async with asyncio.timeout(60):  # it is either awaited or reported
             await (joined.wait() if welcome else log.said.wait())
         task.cancel()
     assert (joined.is_set(), connection.closed) == (welcome, not welcome)

@@ -1,4 +1,4 @@
-"""The monitor's client, against a program that plays QEMU, and against QEMU."""
+"""Test the monitor's client, with a program that plays QEMU, and with QEMU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Server = Callable[..., Path]
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Server]:
-    """Serves one client: sends the greeting, then one answer a line that comes in, then waits for its end."""
+    """Serve one client: send the greeting, then one response per line received, then wait for EOF."""
     threads = []
     path = tmp_path / "qmp.sock"
     listener = socket.socket(socket.AF_UNIX)
@@ -111,7 +111,7 @@ def test_a_real_qemu(tmp_path: Path) -> None:
                 with pytest.raises(QMPError, match="nonsense") as caught:
                     monitor.execute("nonsense")
                 assert caught.value.kind == "CommandNotFound"
-                # It serves one client at a time: another one is told so in time.
+                # It serves one client at a time: another one gets an error in time.
                 with pytest.raises(QMPError, match="no answer"):
                     QMP(path, timeout=0.2)
                 monitor.execute("quit")

@@ -1,4 +1,4 @@
-"""The one owner of children.  Each test is a process of its own: a reaper takes every child that there is."""
+"""Test the single owner of children.  Tests run in separate processes: a reaper takes all of a process's children."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Scenario = Callable[[Reaper], Coroutine[None, None, None]]
 
 
 def alone(scenario: Scenario) -> Callable[[], None]:
-    """Run a scenario in a fresh process, with a reaper that has started."""
+    """Run a scenario in a fresh process, with a running reaper."""
     name = scenario.__name__
     code = f"from tests.component import test_reaper; test_reaper.play(test_reaper.SCENARIOS[{name!r}])"
 
@@ -57,7 +57,7 @@ async def is_reaped(pid: int) -> None:
 
 
 async def until_it_has_ended(child: Child) -> None:
-    """Let a process that stops itself go on: again and again, since it may not have stopped yet."""
+    """Continue a process that stops itself: repeatedly, since it may not have stopped yet."""
     while child.status is None:
         child.signal(signal.SIGCONT)
         await asyncio.sleep(0.001)
@@ -106,7 +106,7 @@ async def test_unclaimed_statuses_go_with_the_last_who_expects(reaper: Reaper) -
 async def test_a_kept_status_is_not_given_to_a_later_process_of_the_same_number(reaper: Reaper) -> None:
     with reaper.expecting():
         pid = spawn("kill -STOP $$; exit 8")
-        reaper._unclaimed[pid] = 1  # as if an orphan of this number had ended before
+        reaper._unclaimed[pid] = 1  # as if an orphan with this pid had exited before
         child = reaper.claim(pid)
         assert child.status is None
         await until_it_has_ended(child)

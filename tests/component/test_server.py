@@ -1,4 +1,4 @@
-"""gRPC, by gRPC's own client, by another one, and by requests that no client makes."""
+"""Test gRPC, with gRPC's own client, with another one, and with requests that no client sends."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Code = grpc.StatusCode
 
 
 class Health:
-    """Methods to be called: what they do is said by the request's `service`."""
+    """Methods to call: the request's `service` says what they do."""
 
     def __init__(self) -> None:
         self.waiting = asyncio.Event()
@@ -125,7 +125,7 @@ async def test_answers_and_errors(tmp_path: Path) -> None:
 
 async def test_the_largest_message_and_a_larger_one(tmp_path: Path) -> None:
     async with served(tmp_path) as one:
-        unknown = b"\x7a"  # field 15, of bytes: passed over
+        unknown = b"\x7a"  # field 15, of bytes: skipped
         size = codec.MAX_MESSAGE - 5
         padded = unknown + bytes([size & 0x7F | 0x80, size >> 7 & 0x7F | 0x80, size >> 14 & 0x7F | 0x80, size >> 21])
         assert await one.raw(padded + bytes(size)) == SERVING
@@ -221,7 +221,7 @@ async def test_a_client_with_another_http2(tmp_path: Path) -> None:
 
 async def test_the_first_answer_is_waited_for_but_not_for_ever() -> None:
     health = FirstHealth(BootTimestamps())
-    await health.answered(timeout=0.01)  # nobody asks
+    await health.answered(timeout=0.01)  # nobody calls
     waiting = asyncio.ensure_future(health.answered(timeout=60))
     await asyncio.sleep(0)
     early = waiting.done()

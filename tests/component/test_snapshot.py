@@ -1,4 +1,4 @@
-"""Snapshots: files with holes, names, bonds; and a guest of three instructions saved and cloned by the real QEMU."""
+"""Test snapshots: sparse files, names, compatibility; and the real QEMU saves and clones a tiny guest."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def stored(name: str, tmp_path: Path, text: bytes = b"memory") -> Snapshot:
-    """A snapshot in the cache, of a guest without one."""
+    """Store a snapshot in the cache, of a VM without a guest."""
     with (tmp_path / "guest").open("w+b", buffering=0) as file:
         file.truncate(1 << 20)
         file.write(text)
@@ -48,7 +48,7 @@ def test_memory_is_copied_with_its_holes(tmp_path: Path, copy: Callable[[int, in
             source.seek(position)
             source.write(b"12345")
         source.seek(20 << 20)
-        source.write(bytes(1 << 20))  # zeros that are there
+        source.write(bytes(1 << 20))  # zeros that are allocated
         copied = copy(source.fileno(), target.fileno())
         digests = {hashlib.sha256(os.pread(file.fileno(), size, 0)).digest() for file in (source, target)}
     assert len(digests) == 1
@@ -69,7 +69,7 @@ def test_it_is_found_by_its_name_replaced_and_cleaned(tmp_path: Path, cache: Pat
 
 
 def test_a_snapshot_is_for_its_owner_only(tmp_path: Path, cache: Path) -> None:
-    """It holds a guest's memory."""
+    """It contains a guest's memory."""
     directory = stored("t", tmp_path).directory
     assert directory.stat().st_mode & 0o777 == 0o700
     assert {file.stat().st_mode & 0o777 for file in directory.iterdir()} == {0o600}

@@ -1,4 +1,4 @@
-"""Streams: complete before their end, an end that nobody can hold back, and nothing read before it is asked for."""
+"""Test streams: they are complete before EOF, nobody can hold EOF back, and nothing is read before it is requested."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ PIPE = 65536
 
 @pytest.fixture(autouse=True)
 def descriptors() -> Iterator[None]:
-    """No test leaves one open."""
+    """Check that no test leaves one open."""
     before = sorted(Path("/proc/self/fd").iterdir())
     yield
     assert sorted(Path("/proc/self/fd").iterdir()) == before
 
 
 def running() -> Child:
-    """A child of whose end the test decides."""
+    """Provide a child that exits when the test says so."""
     return Child(0)
 
 
@@ -47,7 +47,7 @@ async def all_of(output: Output, child: Child) -> bytes:
 
 
 async def pending(work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-    """A task that has got as far as it can, and waits."""
+    """Return a task that has run as far as it can, and waits."""
     task = asyncio.ensure_future(work)
     for _ in range(10):
         await asyncio.sleep(0)
@@ -56,7 +56,7 @@ async def pending(work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
 
 
 def waiting(fd: int) -> int:
-    """Bytes in a pipe."""
+    """Return the number of bytes in a pipe."""
     value = array.array("i", [0])
     fcntl.ioctl(fd, termios.FIONREAD, value)
     return value[0]
@@ -77,7 +77,7 @@ async def test_a_read_waits_for_something_and_takes_no_more_than_asked_for() -> 
 
 @pytest.mark.parametrize("size", [1, 1000, PIPE])
 async def test_all_that_was_written_before_the_exit_comes_before_the_end_whoever_holds_the_pipe(size: int) -> None:
-    ours, theirs = os.pipe()  # theirs stays open: a background job
+    ours, theirs = os.pipe()  # theirs stays open, as in a background job
     output, child = Output(ours), running()
     os.write(theirs, bytes(size))
     child._end(0)
@@ -106,7 +106,7 @@ async def test_a_job_that_writes_for_ever_does_not_hold_back_the_end() -> None:
     with pytest.raises(EndOfStream):
         while total < 100 * PIPE:
             total += len(await output.read(1000, child))
-            with contextlib.suppress(BlockingIOError):  # no page of it is free yet
+            with contextlib.suppress(BlockingIOError):  # until no page of it is free
                 os.write(theirs, bytes(1000))
     assert PIPE <= total <= 2 * PIPE
     os.close(theirs)
@@ -154,7 +154,7 @@ async def test_a_descriptor_is_not_closed_under_who_waits_for_it() -> None:
     output, child = Output(ours), running()
     read = await pending(output.read(2, child))
     output.release()
-    os.fstat(ours)  # still there
+    os.fstat(ours)  # still open
     child._end(0)
     with pytest.raises(EndOfStream):
         await read
@@ -219,7 +219,7 @@ async def test_a_write_that_nobody_reads_is_broken() -> None:
 
 
 async def test_the_exit_breaks_a_write_that_waits() -> None:
-    theirs, ours = os.pipe()  # theirs stays open: a background job
+    theirs, ours = os.pipe()  # theirs stays open, as in a background job
     stdin, child = Input(ours), running()
     write = await pending(stdin.write(bytes(2 * LARGEST_READ), child))
     child._end(0)
@@ -249,11 +249,11 @@ def test_pipes_of_a_child_that_did_not_start_and_of_a_given_size() -> None:
     pipes = Pipes(size=1 << 18)
     assert fcntl.fcntl(pipes.child_ends.stdout, 1032) == 1 << 18
     pipes.failed()
-    Pipes(size=1 << 40).failed()  # more than there can be: said by nobody, the default does
+    Pipes(size=1 << 40).failed()  # larger than possible: not an error, the default is used
 
 
 def fill(fd: int) -> int:
-    """Write until nothing more goes in; returns how much did."""
+    """Write until the pipe is full; return the number of bytes."""
     os.set_blocking(fd, False)
     total = 0
     with contextlib.suppress(BlockingIOError):
@@ -309,7 +309,7 @@ async def test_a_stream_that_flows_is_read_when_more_has_gathered(monkeypatch: p
     output, child = Output(ours), running()
     page = bytes(PAGE)
     os.write(theirs, page)
-    assert await output.read(LARGEST_READ, child) == page  # the first one waits for nothing more
+    assert await output.read(LARGEST_READ, child) == page  # the first one does not wait for more
     for _ in range(2):
         read = await pending(output.read(LARGEST_READ, child))
         for _ in range(3):
@@ -321,7 +321,7 @@ async def test_a_stream_that_flows_is_read_when_more_has_gathered(monkeypatch: p
     os.write(theirs, page)
     for _ in range(5):
         await asyncio.sleep(0)
-    read.cancel()  # while it gathers
+    read.cancel()  # while it collects
     await asyncio.wait([read])
     os.write(theirs, page)
     child._end(0)
@@ -335,7 +335,7 @@ async def test_a_terminal_that_flows_is_read_in_more_than_the_kernels_pieces(mon
     tty.setraw(slave)
     streams, child = Streams.of_terminal(master), running()
     os.write(slave, b"a" * 10)
-    assert await streams.stdout.read(LARGEST_READ, child) == b"a" * 10  # somebody types
+    assert await streams.stdout.read(LARGEST_READ, child) == b"a" * 10  # somebody is typing
     os.write(slave, bytes(3000))
     read = await pending(streams.stdout.read(9000, child))
     for _ in range(2):
@@ -343,7 +343,7 @@ async def test_a_terminal_that_flows_is_read_in_more_than_the_kernels_pieces(mon
     assert len(await read) == 9000
     os.write(slave, bytes(2000))
     read = await pending(streams.stdout.read(9000, child))
-    read.cancel()  # while it gathers
+    read.cancel()  # while it collects
     await asyncio.wait([read])
     os.close(slave)
     child._end(0)
@@ -435,6 +435,6 @@ async def test_a_terminals_size() -> None:
         streams.resize(rows, columns)
         assert struct.unpack("HHHH", fcntl.ioctl(slave, termios.TIOCGWINSZ, bytes(8)))[:2] == seen
     streams.exited()
-    streams.resize(1, 1)  # too late, and no failure
+    streams.resize(1, 1)  # too late, but not an error
     streams.close()
     os.close(slave)

@@ -1,4 +1,4 @@
-"""What a command shows of a guest on a terminal, and in a file."""
+"""Test what a command prints about a guest, on a terminal and to a file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ write(b"[2Jgone\\n")
 """
 
 
-#: Shows what was kept of a container's output.
+#: Prints what was recorded of a container's output.
 LOGS = """
 import asyncio, sys
 from caisson.agent.client import logs
@@ -50,7 +50,7 @@ def on_a_terminal(stream: str, program: str = PROGRAM, *words: str) -> bytes:
         while True:
             try:
                 piece = reading.read(4096)
-            except OSError:  # EIO: the last end of it is closed
+            except OSError:  # EIO: the last descriptor of the other end was closed
                 break
             if not piece:
                 break

@@ -1,4 +1,4 @@
-"""ttrpc's server: calls, errors, deadlines, limits, and peers that break the protocol."""
+"""Test the ttrpc server: calls, errors, deadlines, limits, and peers that violate the protocol."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ async def test_a_stream_id_in_use_is_refused_and_its_call_goes_on() -> None:
     async with connected() as pair:
         await pair.send(check(5, "wait"), check(5))
         assert await pair.error() == (5, StatusCode.INVALID_ARGUMENT, "stream id is in use")
-        await pair.still_serves(3)  # a lower id than the last: clients with several threads send them out of order
+        await pair.still_serves(3)  # a lower id than the last: multi-threaded clients send them out of order
         pair.health.go.set()
         assert (await pair.receive())[0] == 5
 
@@ -183,7 +183,7 @@ async def test_requests_under_way_hold_a_bounded_number_of_bytes(monkeypatch: py
     ("count", "size", "most"), [(1000, 0, 1 << 23), (30, 4096, 1 << 25)], ids=["many frames", "few in a turn"]
 )
 async def test_server_stops_reading_from_a_peer_that_does_not_read(count: int, size: int, most: int) -> None:
-    """What the sockets take, and some."""
+    """The sockets' capacity, and some more."""
     async with connected() as pair:
         sent, block = 0, frames.frame(2, frames.REQUEST, bytes(size)) * count
         with pytest.raises(TimeoutError):
@@ -195,7 +195,7 @@ async def test_server_stops_reading_from_a_peer_that_does_not_read(count: int, s
 
 
 async def test_a_flood_of_frames_leaves_turns_to_other_connections(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One turn of the event loop handles no more than so many frames of a connection."""
+    """One turn of the event loop handles a limited number of frames per connection."""
     monkeypatch.setattr(connection_module, "FRAMES_PER_TURN", 8)
 
     async with connected() as pair:
@@ -215,7 +215,7 @@ async def test_a_flood_of_frames_leaves_turns_to_other_connections(monkeypatch: 
 async def test_a_long_request_that_comes_by_the_page_is_received_in_a_few_pieces(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A turn of the event loop takes longer than receiving a page does."""
+    """A turn of the event loop takes longer than receiving a page."""
     received: list[int] = []
     note = frames.FrameReader.received
 
@@ -239,7 +239,7 @@ async def test_a_long_request_that_comes_by_the_page_is_received_in_a_few_pieces
 @pytest.mark.fuzz
 @pytest.mark.timeout(fuzz.LIMIT)
 async def test_anything_at_all_is_survived() -> None:
-    """Frames of chance, most of them wrong somewhere: there are answers, and no exception."""
+    """Random frames, most of them invalid somewhere: the server responds, without an exception."""
 
     def some(chance: random.Random) -> bytes:
         data = chance.choice([b"", check(1)[frames.HEADER_SIZE :], chance.randbytes(40), b"\x0a\x0bgrpc.Health"])

@@ -1,4 +1,4 @@
-"""ttrpc's client, by a server that says exactly what a test wants it to."""
+"""Test the ttrpc client, with a server that sends exactly what a test specifies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.component.ttrpc_peers import Request, called, failed
 
 
 async def answered(respond: Callable[[int], bytes]) -> tuple[StatusCode, str] | bytes:
-    """What a call makes of a server's bytes, which are made for its stream."""
+    """Return the result of a call, given the bytes the server sends on its stream."""
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     with theirs:

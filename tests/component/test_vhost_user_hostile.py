@@ -1,4 +1,4 @@
-"""The vhost-user vsock device with a guest that wants to crash it, stop it, fill it or get out of its memory."""
+"""Test the vhost-user vsock device with a guest that tries to crash, stop or fill it, or to reach beyond its memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.component.vhost_device import CID, Backend
 
 BASE = GUEST + 0x200000
 NEXT, WRITE, INDIRECT = 1, 2, 4
-MAX_PACKETS = 2000  # of 4 KiB: many times what a stream's buffer takes
+MAX_PACKETS = 2000  # of 4 KiB: many times a stream's buffer
 
 
 @pytest.fixture
@@ -87,11 +87,11 @@ BROKEN_BUFFERS: dict[str, tuple[int, int, int, int]] = {
 
 
 def recovers(backend: Backend, guest: Guest, sock: socket.socket) -> None:
-    """The ring is stopped, with one line; the guest's restart makes all good again."""
+    """Check that the ring is stopped, with one log line, and that a restart of the guest recovers it."""
     assert guest.ended(sock)
     assert backend.lines().count("\n") == 1 and "broke its" in backend.lines()
     refused = backend.connect()
-    assert refused.recv(1) == b"", "nobody should wait for a device that is off"
+    assert refused.recv(1) == b"", "nobody should wait for a stopped device"
     guest.reboot()
     guest.listen()
     again, stream = guest.pair()
@@ -140,7 +140,7 @@ def test_header_and_payload_in_pieces(start: Start) -> None:
         guest.tx.describe(index, BASE + index, 1, NEXT if more else 0, index + 1)
     guest.tx.offer(0)
     assert guest.host_receives(sock, 40) == bytes(range(40))
-    # Normal descriptors before an indirect table, and an empty one: unusual, and allowed.
+    # Normal descriptors before an indirect table, and an empty one: unusual, but allowed.
     struct.pack_into("<QIHH", guest.memory, 0x210000, BASE + 30, 14 + 5, 0, 0)
     guest.memory[0x200000:0x200031] = header(packet.RW, stream.port, stream.host_port, 5) + b"mixed"
     guest.tx.describe(0, BASE, 30, NEXT, 1)
@@ -179,12 +179,12 @@ def test_packets_for_nobody(start: Start) -> None:
         guest.packet(op, 600, 700)
         assert refusal(guest)[2:6] == (700, 600, 0, 1)
     guest.packet(packet.REQUEST, 600, 700, kind=2)
-    assert refusal(guest)[5] == 2, "a refusal has the type of what it refuses"
+    assert refusal(guest)[5] == 2, "an RST must have the type of the refused packet"
     guest.packet(packet.RST, 600, 700)
     guest.packet(packet.REQUEST, 600, 700, cid=CID + 1)
     guest.packet(packet.REQUEST, 600, 700, to=1)
     guest.echo(sock, stream)
-    assert not guest.packets, "neither an RST nor somebody else's packet has an answer"
+    assert not guest.packets, "an RST or a packet for another CID must not be answered"
     assert "packet from CID 43 to CID 2" in backend.lines()
     sock.close()
 
@@ -235,7 +235,7 @@ def test_ignored_credit_is_not_buffered(start: Start) -> None:
             guest.process()
             if broken.reset:
                 break
-        assert broken.reset, "its credit is ignored"
+        assert broken.reset, "credit was exceeded"
     assert backend.rss() - before < 8 << 10
     guest.echo(sock, stream)
     for each in (sock, *(victim for victim, _ in victims)):
@@ -265,14 +265,14 @@ def test_refusals_do_not_pile_up(start: Start) -> None:
     assert (guest.tx.index - guest.tx.used[1]) & 0xFFFF >= 50, "it should have stopped taking packets"
     before = backend.cpu()
     select.select([], [], [], 0.3)
-    assert backend.cpu() - before < 0.05, "and wait for buffers"
+    assert backend.cpu() - before < 0.05, "it should wait for buffers"
     guest.feed()
     guest.until(lambda: len(guest.packets) == flood)
     assert [each[3] for each in guest.packets] == list(range(flood))
 
 
 def test_random_packets(start: Start) -> None:
-    """Well-formed chains with nonsense in them break their own connections at most."""
+    """Well-formed chains with garbage in them break at most their own connections."""
     backend, guest = start()
     chance = random.Random(1)
     sock, stream = guest.pair()
@@ -313,7 +313,7 @@ def test_random_packets(start: Start) -> None:
 
 
 def scramble(guest: Guest, chance: random.Random) -> None:
-    """Random rings: most numbers near the edges of what is allowed."""
+    """Corrupt the rings at random: most numbers are near the limits of what is allowed."""
     addresses = [0, GUEST, BASE, BASE + 4096, GUEST + guest.size - 44, GUEST + guest.size, 2**64 - 1, GUEST + 0x10000]
     lengths = [0, 1, 16, 32, 43, 44, 45, 4096, 4140, 65536, guest.size, 2**31, 2**32 - 1]
     for ring in (guest.rx, guest.tx):
@@ -365,7 +365,7 @@ def test_random_rings(start: Start, rounds: int = 400) -> None:
 
 
 def test_random_requests_on_the_control_socket(start: Start) -> None:
-    """QEMU is not hostile, but what it sends is checked no less."""
+    """QEMU is not hostile, but its requests are checked just the same."""
     backend, guest = start()
     chance = random.Random(3)
     sock, _ = guest.pair()
@@ -379,13 +379,13 @@ def test_random_requests_on_the_control_socket(start: Start) -> None:
         fds = [guest.memfd, guest.rx.kick, guest.tx.call][: chance.choice([0, 0, 1, 2, 3])]
         guest.tell(request, payload, tuple(fds))
         guest.tell(p.GET_PROTOCOL_FEATURES)
-        while True:  # replies to what happened to make sense
+        while True:  # replies to requests that happened to be valid
             answer, _flags, size = struct.unpack("<III", guest.control.recv(12, socket.MSG_WAITALL))
             if size:
                 guest.control.recv(size, socket.MSG_WAITALL)
             if answer == p.GET_PROTOCOL_FEATURES:
                 break
-    assert len(list(Path(f"/proc/{backend.process.pid}/fd").iterdir())) < 30, "descriptors that came along are closed"
+    assert len(list(Path(f"/proc/{backend.process.pid}/fd").iterdir())) < 30, "received descriptors must be closed"
     guest.tell(p.SET_PROTOCOL_FEATURES, struct.pack("<Q", guest.ask_u64(p.GET_PROTOCOL_FEATURES)))
     guest.streams.clear()
     guest.reboot()

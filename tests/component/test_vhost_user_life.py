@@ -1,4 +1,4 @@
-"""The vhost-user vsock device's life: QEMU's requests, pause, reset, memory, sockets, the end."""
+"""Test the vhost-user vsock device's life: QEMU's requests, pause, reset, memory, sockets, shutdown."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_features_and_configuration(start: Start) -> None:
     assert guest.ask_u64(p.GET_PROTOCOL_FEATURES) == 1 << 9 | 1 << 3
     answer = guest.ask(p.GET_CONFIG, struct.pack("<IIIQ", 0, 8, 0, 0))
     assert struct.unpack("<IIIQ", answer) == (0, 8, 0, CID)
-    assert guest.ask(p.GET_CONFIG, struct.pack("<III", 4, 8, 0)) == struct.pack("<III", 4, 0, 0), "behind its end"
+    assert guest.ask(p.GET_CONFIG, struct.pack("<III", 4, 8, 0)) == struct.pack("<III", 4, 0, 0), "beyond its end"
 
 
 def test_pause_keeps_connections(start: Start) -> None:
@@ -66,12 +66,12 @@ def test_pause_gives_back_receive_buffers_that_were_taken_ahead(start: Start) ->
     sock.setblocking(False)
     for _ in range(50):
         try:
-            sock.send(bytes(50_000))  # many buffers at once, some of them taken ahead
+            sock.send(bytes(50_000))  # many buffers at once, some of them taken in advance
         except BlockingIOError:
             pass
         guest.pause()
         guest.process()
-        assert guest.bases[0] == guest.rx.used[1], "what was not used is still the guest's"
+        assert guest.bases[0] == guest.rx.used[1], "unused buffers must still be the guest's"
         guest.resume()
     sock.setblocking(True)
     stream.keep = True
@@ -97,7 +97,7 @@ def test_reset_drops_connections(start: Start) -> None:
 
 
 def test_a_device_that_is_unplugged_and_plugged_in_again(start: Start) -> None:
-    """On the same socket: QEMU stops the rings, greets anew, and the driver begins anew."""
+    """On the same socket: QEMU stops the rings, negotiates again, and the driver starts over."""
     _, guest = start()
     for _ in range(3):
         sock, stream = guest.pair()
@@ -292,7 +292,7 @@ def test_small_packets_are_given_back_together(start: Start) -> None:
     _, guest = start(publish_delay=1000, unpublished=16, unpublished_bytes=4096)
     sock, stream = guest.pair()
     guest.pause()
-    assert guest.tx.used[1] == guest.tx.index, "nothing is kept while the rings stand still"
+    assert guest.tx.used[1] == guest.tx.index, "nothing may be buffered while the rings are stopped"
     guest.resume()
 
     def missing() -> int:
@@ -321,7 +321,7 @@ def test_a_small_packet_is_given_back_soon(start: Start) -> None:
 
 
 def test_it_starts_without_a_warning(tmp_path: Path) -> None:
-    """Newer Pythons warn of a package that a program gives itself."""
+    """Newer Pythons warn if a program replaces its own package."""
     home = Path(package.__file__).parent
     words = [sys.executable, "-I", "-S", "-W", "error", str(home), "--help"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=30)

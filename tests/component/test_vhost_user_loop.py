@@ -1,4 +1,4 @@
-"""When the vhost-user device's loop looks for what comes next, and when it sleeps."""
+"""Test when the vhost-user device's loop polls, and when it sleeps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from caisson.image.vm.vsock.vhost_user.loop import POLL_BACKOFF, Loop
 
 
 class Calls:
-    """Work that notes what the loop asks of it, and whose event comes as soon as it rests."""
+    """Work that records what the loop asks of it, and whose event fires as soon as it rests."""
 
     def __init__(self) -> None:
         self.made: list[str] = []
@@ -56,7 +56,7 @@ def calls() -> Iterator[Calls]:
 
 
 def run(calls: Calls, patience: float, turns: int) -> list[str]:
-    """What the loop asked for in so many turns."""
+    """Return what the loop asked for in so many turns."""
     loop = Loop(RateLimitedLog("test", 20), patience)
 
     def turned() -> None:

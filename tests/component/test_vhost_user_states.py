@@ -1,4 +1,5 @@
-"""The vhost-user vsock device through very many states that no driver would make, beside connections that go on.
+"""Put the vhost-user vsock device through random states that no driver would create, beside connections that keep
+working.
 
 100,000 states take 40 s on an idle machine.
 """
@@ -27,7 +28,7 @@ from tests.support import fuzz
 #: Rounds of 500 states each at every change.
 ROUNDS = 40 if "CI" in os.environ else 10
 
-#: All that the device may have to say; anything else is a case that nobody thought of.
+#: All messages the device may log; any other is a case that nobody thought of.
 COMPLAINTS = re.compile(
     r"vsock 42: (the guest broke its (rx|tx) ring, the device is off until the guest restarts it: (rx|tx): .*"
     r"|the guest broke a connection, its port \d+ to port \d+: .*"
@@ -35,7 +36,7 @@ COMPLAINTS = re.compile(
     r"|the guest has too many connections: one to port \d+ refused"
     r"|QEMU's request \d+ failed: .*)"
 )
-#: KiB that the device may have of its own; seconds of processor time that it may take for a state, at most.
+#: KiB of private memory of the device; seconds of CPU time per state, at most.
 MEMORY = 24 << 10
 TIME = 0.01
 
@@ -47,7 +48,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 class Program:
-    """A program of the host that the guest may connect to: takes what comes, answers, hangs up."""
+    """A host program that the guest may connect to: reads, replies, hangs up."""
 
     def __init__(self, backend: Backend) -> None:
         self._listener = socket.socket(socket.AF_UNIX)
@@ -62,7 +63,7 @@ class Program:
                 sock, _ = self._listener.accept()
             except BlockingIOError:
                 break
-            with contextlib.suppress(OSError):  # the guest has broken it already
+            with contextlib.suppress(OSError):  # the guest has already broken it
                 sock.send(b"hello")
             self._socks.append(sock)
         while len(self._socks) > 8:
@@ -78,13 +79,13 @@ def unknown_complaints(backend: Backend) -> list[str]:
 
 
 def call(sock: socket.socket, backend: Backend) -> None:
-    with contextlib.suppress(BrokenPipeError):  # one ring is broken already
+    with contextlib.suppress(BrokenPipeError):  # one ring is already broken
         sock.connect(backend.raw)
         sock.send(bytes(1000))
 
 
 def packets(backend: Backend, guest: Guest, hostile: Hostile, program: Program, count: int) -> None:
-    """Packets of nonsense, beside an honest connection that does not notice."""
+    """Send random packets, beside an honest connection that does not notice."""
     guest.reboot()
     guest.listen()
     sock, stream = guest.pair()
@@ -101,7 +102,7 @@ def packets(backend: Backend, guest: Guest, hostile: Hostile, program: Program, 
 
 
 def rings(backend: Backend, guest: Guest, hostile: Hostile, program: Program, count: int) -> None:
-    """Rings of nonsense; some with a program that wants to connect, some with another set of features."""
+    """Set up random rings; some with a program that wants to connect, some with other features."""
     guest.pause()
     features = hostile.chance.choice([-1, -1, ~p.F_EVENT_IDX, ~p.F_INDIRECT_DESC, p.F_VERSION_1])
     guest.tell(p.SET_FEATURES, struct.pack("<Q", guest.features & features | p.F_PROTOCOL_FEATURES))
@@ -120,11 +121,11 @@ def rings(backend: Backend, guest: Guest, hostile: Hostile, program: Program, co
 
 
 def requests(backend: Backend, guest: Guest, hostile: Hostile, program: Program, count: int) -> None:
-    """Requests of nonsense on the control socket."""
+    """Send random requests on the control socket."""
     for _ in range(count):
         hostile.request()
     guest.tell(p.SET_PROTOCOL_FEATURES, struct.pack("<Q", guest.ask_u64(p.GET_PROTOCOL_FEATURES)))
-    assert len(list(Path(f"/proc/{backend.process.pid}/fd").iterdir())) < 60, "descriptors that came along are closed"
+    assert len(list(Path(f"/proc/{backend.process.pid}/fd").iterdir())) < 60, "received descriptors must be closed"
 
 
 @pytest.mark.fuzz
@@ -140,7 +141,7 @@ def test_very_many_states(start: Start) -> None:
                 kind(backend, guest, hostile, program, count)
                 assert backend.process.poll() is None
             used = backend.cpu() - before
-            assert used < 500 * TIME, f"{used} s of processor time for 500 states"
+            assert used < 500 * TIME, f"{used} s of CPU time for 500 states"
             assert backend.rss() < MEMORY
     assert unknown_complaints(backend) == []
     guest.reboot()
@@ -149,7 +150,7 @@ def test_very_many_states(start: Start) -> None:
     guest.echo(sock, stream)
     before = backend.cpu()
     assert select.select([sock], [], [], 0.5)[0] == []
-    assert backend.cpu() - before < 0.05, "all is quiet, and costs nothing"
+    assert backend.cpu() - before < 0.05, "an idle device must use no CPU time"
     hostile.close()
     program.close()
     sock.close()

@@ -1,4 +1,4 @@
-"""The vhost-user vsock device with a guest that behaves: connections, data and ends in both directions."""
+"""Test the vhost-user vsock device with a well-behaved guest: connections, data and shutdown in both directions."""
 
 from __future__ import annotations
 
@@ -87,9 +87,9 @@ def test_hybrid_handshake(start: Start) -> None:
     assert answer == b"OK %d\n" % stream.host_port
     guest.until(lambda: stream.data == b"pipelined")
     slow = backend.connect(backend.hybrid)
-    for byte in b"connect 1024":  # as Kata's shim in Rust writes it
+    for byte in b"connect 1024":  # as Kata's Rust shim writes it
         slow.send(bytes([byte]))
-    # Its first bytes were seen before another connection was served.
+    # Its first bytes were read before another connection was served.
     guest.pair()[0].close()
     slow.send(b"\n")
     assert guest.host_receives(slow, 3) == b"OK "
@@ -162,8 +162,8 @@ def test_guest_connects(start: Start) -> None:
     sock.close()
     guest.until(lambda: stream.data == b"to the guest" and stream.peer_shut == packet.SHUTDOWN_BOTH)
     server.close()
-    assert guest.connect(7000, 5001).reset, "nobody listens any more"
-    assert guest.connect(7001, 5002).reset, "there never was a socket"
+    assert guest.connect(7000, 5001).reset, "connected, though nobody listens any more"
+    assert guest.connect(7001, 5002).reset, "connected, though there never was a socket"
 
 
 def transfer_to_host(guest: Guest, stream: Stream, sock: socket.socket, size: int) -> None:
@@ -274,7 +274,7 @@ def test_buffered_bytes_are_delivered_after_the_guest_closes(start: Start, end: 
     sock, stream = guest.pair()
     payload = os.urandom(300_000)
     stream.send(payload)
-    # The host takes nothing: its socket's buffer fills, the rest is in the device.
+    # The host reads nothing: its socket's buffer fills, the rest is in the device.
     guest.until(lambda: not stream.out)
     if end == "rst":
         stream.packet(packet.RST)
@@ -292,7 +292,7 @@ def test_buffered_bytes_are_delivered_after_the_guest_closes(start: Start, end: 
 def test_unconfirmed_close_ends_with_rst(start: Start) -> None:
     _backend, guest = start(close_timeout=0.2)
     sock, stream = guest.pair()
-    stream.reading = False  # as a program that does not look at its socket: no RST from the guest
+    stream.reading = False  # like a program that ignores its socket: no RST from the guest
     sock.close()
     guest.until(lambda: stream.peer_shut == packet.SHUTDOWN_BOTH)
     guest.until(lambda: stream.reset)
@@ -405,7 +405,7 @@ def test_connections_before_the_driver_wait_for_it(tmp_path: Path) -> None:
 
 
 def test_no_packet_is_missed_between_looking_and_sleeping(start: Start) -> None:
-    """The guest tells of a packet only if it was asked to, and answers just when the device gives up looking."""
+    """The guest notifies only on request, and replies just when the device stops polling."""
     _backend, guest = start(busy_poll=0.0004)
     sock, stream = guest.pair()
     for number in range(1500):

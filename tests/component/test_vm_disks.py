@@ -1,4 +1,4 @@
-"""Disks for a VM that runs: into which port, under which name, and out again."""
+"""Test disks of a running VM: port, name, and removal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PORTS = ("10", "11")
 
 @pytest.fixture
 def vm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A machine with two ports, in which no guest runs: it lets go of nothing."""
+    """A machine with two ports and no guest: it never releases anything."""
     monkeypatch.setattr(disks, "PORTS", PORTS)
     words = ["qemu-system-x86_64", "-machine", "q35", "-m", "64M", "-nodefaults", "-display", "none", "-S"]
     for number, slot in enumerate(PORTS):
@@ -72,7 +72,7 @@ def test_unplug_leaves_disks_of_others(vm: Any, file: Path, monkeypatch: pytest.
     monkeypatch.setattr(QMP, "execute", _noting(asked, QMP.execute))
     disks.unplug_unused(vm, lambda: {"one"})
     assert "device_del" not in asked
-    disks.unplug_unused(vm, set)  # the guest keeps it: that is waited for, but not forever
+    disks.unplug_unused(vm, set)  # the guest keeps it: we wait, but not forever
     assert asked.count("device_del") == 1
     assert plugged(vm) == {"port0": {"mine"}, "port1": {"disk-one"}}
 

@@ -1,4 +1,4 @@
-"""The janitor, after a process that was killed at one precise moment."""
+"""Test the janitor, after a process was killed at a precise moment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from caisson.image.vm.directory import VMDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: Is killed in the middle, and then waits for all that it has started: they become its parent's children.
+#: Is killed midway, then waits for everything it has started: they become its parent's children.
 PROGRAM = """
 import ctypes, os, signal, subprocess, sys
 from pathlib import Path
@@ -45,7 +45,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def killed(directory: Path, then: str) -> None:
-    """Run a program that is killed after doing something, and wait until all that it has started has ended, too."""
+    """Run a program that is killed after an action, and wait until everything it has started has exited, too."""
     program = PROGRAM.format(then=then)
     subprocess.run([sys.executable, "-c", program, directory], cwd=ROOT, check=True, timeout=30)
 
@@ -83,7 +83,7 @@ def test_somebody_elses_directory_is_not_touched(run: Path) -> None:
 
 
 def test_a_directory_without_our_mark_is_not_touched(run: Path, tmp_path: Path) -> None:
-    """As a package manager's, which has a file `lock`; also where a link leads to it."""
+    """Such as a package manager's, which has a file `lock`; also if reached through a link."""
     (run / "dpkg").mkdir()
     (run / "dpkg/lock").touch()
     (run / "dpkg/status").touch()
@@ -95,7 +95,7 @@ def test_a_directory_without_our_mark_is_not_touched(run: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize("kind", ["link to a VM's", "lock by a link", "somebody else's", "somebody else's lock"])
 def test_a_mark_in_the_wrong_place_is_none(run: Path, tmp_path: Path, kind: str) -> None:
-    """The mark is no secret: only in a directory and a file of this user's, reached through no link, does it count."""
+    """The mark is no secret: it counts only in a directory and a file owned by this user, reached through no link."""
     if "somebody" in kind and os.geteuid() != 0:
         pytest.skip("needs another user's files")
     stale = VMDirectory.of("stale")
@@ -114,7 +114,7 @@ def test_a_mark_in_the_wrong_place_is_none(run: Path, tmp_path: Path, kind: str)
 
 
 def test_directories_are_made_and_removed_one_at_a_time(run: Path) -> None:
-    """A VM that is being made looks stale for a moment: who cleans up waits for that to be over."""
+    """A VM being created looks stale for a moment: cleaning up waits until that is over."""
     program = (
         "import sys; from pathlib import Path; from caisson.image.vm import directory\n"
         "with directory._alone(Path(sys.argv[1])):\n"

@@ -1,4 +1,4 @@
-"""Every party of a VM killed at any moment: no process, no socket, no directory stays."""
+"""Kill every process of a VM at any moment: no process, socket or directory is left."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ print('up', flush=True)
 time.sleep(1000)
 """
 
-#: A guest that is started and then detached and stopped, saved as a snapshot, or made from one.
+#: A guest that is started, then detached and stopped, saved as a snapshot, or cloned from one.
 LIFE = """
 import sys
 from pathlib import Path
@@ -47,7 +47,7 @@ with VM.start(config, ready=lambda _: True) as vm:
         find_vm('v').stop()
 """
 
-#: Kills of each party in each life, at moments that the seed chooses.
+#: Kills of each party in each life, at moments chosen from the seed.
 ROUNDS = 4
 SEED = os.environ.get("CAISSON_SEED") or str(random.randrange(10**6))
 
@@ -108,7 +108,7 @@ def test_a_killed_starter_takes_its_vm_with_it(image: Path, tmp_path: Path) -> N
 
 
 def killed(image: Path, run: Path, life: str, victim: str, moment: float) -> None:
-    """Kill one party, ``moment`` seconds into a life; whatever has come of it by then, nothing is left."""
+    """Kill one party, ``moment`` seconds into a life; however far it got, nothing is left."""
     quiet = subprocess.DEVNULL
     with subprocess.Popen(life_of(image, life), cwd=ROOT, stdout=quiet, stderr=quiet) as starter:
 
@@ -123,7 +123,7 @@ def killed(image: Path, run: Path, life: str, victim: str, moment: float) -> Non
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         starter.wait(30)
-    if victim == "starter" and (vm := find_vm("v")):  # it may have been detached before
+    if victim == "starter" and (vm := find_vm("v")):  # it may already have been detached
         vm.stop()
     nothing_left(run)
 
@@ -144,7 +144,7 @@ def test_killed_at_any_moment(image: Path, tmp_path: Path, life: str, victim: st
 
 
 def test_two_starts_of_one_name_and_a_look_at_all_times(image: Path, tmp_path: Path) -> None:
-    """Of those who want a name at once, one gets it; those who clean up meanwhile take nothing from it."""
+    """Of several that request a name at once, one gets it; those that clean up meanwhile take nothing from it."""
     program = STARTER.replace("time.sleep(1000)", "sys.stdin.read()")
     words = [sys.executable, "-c", program, str(image)]
     for _ in range(4):

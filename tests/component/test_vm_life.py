@@ -1,4 +1,4 @@
-"""A VM's life without a guest, with a program that plays QEMU."""
+"""Test a VM's life without a guest, with a program that plays QEMU."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Images = Callable[[str], Path]
 
 @pytest.fixture
 def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Images]:
-    """Makes images whose guest does as told, in a run directory of the test's own."""
+    """Make images whose guest follows instructions, in the test's own run directory."""
     install(tmp_path / "bin")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     monkeypatch.setenv("CAISSON_CACHE", str(tmp_path / "cache"))
@@ -71,7 +71,7 @@ def test_a_vm_is_found_described_and_stopped(image: Images) -> None:
         assert vm.directory.stat().st_mode & 0o777 == 0o700
         with pytest.raises(VMError, match="stop-vm v"):
             start(Path(vm.info["image"]))
-        assert find_vm("v") is not None  # the refused one has not harmed it
+        assert find_vm("v") is not None  # the rejected one has done it no harm
     assert find_vm("v") is None
 
 
@@ -161,7 +161,7 @@ def test_it_is_starting_until_it_is_ready(image: Images) -> None:
         assert states == ["starting"]
         assert vm.info["state"] == "running"
         assert 0 < vm.info["boot_seconds"] < 30
-    assert vm.info["state"] == "running"  # what was known last
+    assert vm.info["state"] == "running"  # the last known state
 
 
 def test_qemu_is_asked_to_quit_before_anything_else(image: Images) -> None:
@@ -277,7 +277,7 @@ def test_ctrl_c_ends_a_boot_within_two_seconds(image: Images, behaviour: str) ->
 def test_kvm_that_runs_nothing_is_found_out(
     image: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behaviour: str
 ) -> None:
-    """Behind /dev/kvm is a back end in which stock guests hang, or on which QEMU gives up."""
+    """/dev/kvm may belong to a back end in which stock guests hang, or on which QEMU gives up."""
     (tmp_path / "kvm").touch()
     machine = accel.Host("x86_64", "flags\t: vmx\n", kvm=tmp_path / "kvm", vhost_vsock=tmp_path / "none")
     monkeypatch.setattr(accel.Host, "here", lambda: machine)
@@ -320,7 +320,7 @@ def test_why_a_vm_in_the_background_has_ended(image: Images) -> None:
     vm = start(image(""))
     vm.detach()
     vm.stop()
-    assert "ended" not in said()  # somebody wanted it to
+    assert "ended" not in said()  # it was intended
 
 
 def said() -> str:
@@ -330,7 +330,7 @@ def said() -> str:
 
 
 def test_a_host_that_was_suspended(image: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine cannot be suspended for a test, so its clocks are played."""
+    """A machine cannot be suspended for a test, so its clocks are faked."""
     monkeypatch.setattr(supervisor, "SUSPEND_CHECK_INTERVAL", 0.05)
     told, seconds = tmp_path / "told", [5.0]
     config = VMConfig(
@@ -406,7 +406,7 @@ def test_a_vm_of_another_version_is_refused_by_name_and_listed(
 
 
 def lost(vm: VM, error: Exception, *, kill: bool) -> None:
-    """What a command meets in its block."""
+    """Return what a command runs into in its block."""
     with end_explained(vm):
         if kill:
             os.kill(vm.info["pids"]["qemu"], signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The real QEMU, with a guest of three instructions or with none."""
+"""Test the real QEMU, with a guest of three instructions or none."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.component.fake_qemu import make_image, monitor_of, nothing_left
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-system-x86_64") is None, reason="needs QEMU")
 
-#: Where the guest's code is, in its memory and in its file.
+#: The address of the guest's code in memory, and its offset in the file.
 ENTRY, OFFSET = 0x100000, 0x1000
 
 
 def sleeping_kernel() -> bytes:
-    """An ELF kernel with the PVH entry note (Xen, elfnote.h: XEN_ELFNOTE_PHYS32_ENTRY) that halts for ever."""
+    """Return an ELF kernel with the PVH entry note (Xen, elfnote.h: XEN_ELFNOTE_PHYS32_ENTRY) that halts forever."""
     code = bytes.fromhex("fa f4 eb fc")  # cli; 1: hlt; jmp 1b - 1
     note = struct.pack("<III4sI", 4, 4, 18, b"Xen\0", ENTRY)
     header = struct.pack(

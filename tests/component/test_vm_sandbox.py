@@ -1,4 +1,4 @@
-"""What the processes of a VM may do: as /proc says of a running VM, and as a confined process finds out."""
+"""Test what the processes of a VM may do: as shown in /proc for a running VM, and as tried by a confined process."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_writable_share_is_the_only_other_place_to_write_to(vm: Callable[..., 
 
 
 def confined(confinement: Confinement, program: str, place: Path) -> str:
-    """Return what a confined program prints."""
+    """Return the output of a confined program."""
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=place, capture_output=True, text=True, timeout=30,
         preexec_fn=confinement.preexec(),
@@ -123,7 +123,7 @@ def test_no_confined_process_makes_a_set_id_file(tmp_path: Path) -> None:
     assert set(said[-1].strip("[]").split(", ")) == {"'0o0'"}
 
 
-#: Every way to a set-ID bit, by number: what a C library, or Python, would choose is not all that there is.
+#: Every way to set a set-ID bit, by system call number: a C library, or Python, does not use all of them.
 ROUNDABOUT = """
 import ctypes, os
 libc = ctypes.CDLL(None, use_errno=True)

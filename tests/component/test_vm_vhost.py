@@ -1,7 +1,6 @@
-"""The kernel's vsock: taking a context id, and the relay between Unix sockets and a guest's ports.
+"""Test the kernel's vsock: choosing a context id, and the relay between Unix sockets and a guest's ports.
 
-There need not be a vhost-vsock on this machine: the guest is a Unix socket here, reached through a dialler of the
-test's own.
+This machine need not have vhost-vsock: the guest is a Unix socket here, reached by a test dialler.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ def test_no_id_is_an_error_that_leaves_nothing_open(tmp_path: Path, failure: int
 
 @contextlib.asynccontextmanager
 async def relayed(tmp_path: Path, guest: Guest, refusals: tuple[int, ...] = ()) -> AsyncIterator[list[int]]:
-    """A relay to a guest whose every port does the same; yields the ports that were dialled."""
+    """Run a relay to a guest whose ports all do the same; yield the ports that were dialled."""
     ports: list[int] = []
     pending = list(refusals)
     server = await asyncio.start_unix_server(guest, str(tmp_path / "guest"))
@@ -182,11 +181,11 @@ async def test_a_port_where_nobody_listens_is_an_end(tmp_path: Path) -> None:
 
 
 async def test_one_side_that_breaks_ends_the_other(tmp_path: Path) -> None:
-    """A guest's reset reaches a client that only waits, and a client's one that only sends."""
+    """A guest's reset reaches a client that only waits, and one that only sends."""
 
     async def breaks(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readexactly(1)
-        writer.transport.abort()  # the rest that was sent lies unread: a reset
+        writer.transport.abort()  # the rest of the data is unread: a reset
 
     async with relayed(tmp_path, breaks):
         reader, writer = await asyncio.open_unix_connection(str(tmp_path / "a"))
@@ -201,7 +200,7 @@ async def test_one_side_that_breaks_ends_the_other(tmp_path: Path) -> None:
 
 
 async def test_guest_connects_to_ports_of_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A port of the host is a Unix socket here; another VM has it at first."""
+    """A host port is a Unix socket here; another VM has it at first."""
     monkeypatch.setattr(relay, "SCAN_INTERVAL", 0.01)
     busy, ours = [True], [True]
 

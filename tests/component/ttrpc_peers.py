@@ -1,4 +1,4 @@
-"""ttrpc's server and client, joined by a pair of sockets."""
+"""Join the ttrpc server and client by a pair of sockets."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
 Request = health_pb2.CheckRequest
 
 
-#: Seconds within which a server answers, or refuses to: a test of a bound that is gone must fail, and not wait.
+#: Seconds for a server to respond, or to refuse: if a limit is missing, the test must fail, not wait.
 TIMEOUT = 60
 
 
@@ -87,7 +87,7 @@ class Pair:
         await asyncio.get_running_loop().sock_sendall(self.sock, b"".join(data))
 
     async def receive(self) -> tuple[int, Any]:
-        """The next response: its stream and message.  Raises EOFError, TimeoutError."""
+        """Return the next response: its stream and message.  Raises EOFError, TimeoutError."""
         while (one := self._reader.next()) is None:
             async with asyncio.timeout(TIMEOUT):
                 data = await asyncio.get_running_loop().sock_recv(self.sock, 1 << 16)
@@ -98,7 +98,7 @@ class Pair:
         return one.stream_id, ttrpc_pb2.Response.FromString(bytes(one.data or b""))
 
     async def error(self) -> tuple[int, StatusCode, str]:
-        """The next response, which is an error's."""
+        """Return the next response, which must be an error."""
         stream_id, response = await self.receive()
         assert not response.payload
         return stream_id, StatusCode(response.status.code), response.status.message
@@ -115,7 +115,7 @@ def check(stream_id: int, service: str = "", timeout: float | None = None) -> by
 
 @contextlib.asynccontextmanager
 async def connected() -> AsyncIterator[Pair]:
-    """A server with one connection; at the end it is lost, and nothing is left of it."""
+    """Start a server with one connection; at the end it is lost, and nothing is left of it."""
     loop, health, (ours, theirs) = asyncio.get_running_loop(), Health(), socket.socketpair()
     ours.setblocking(False)
     before, failures = asyncio.all_tasks(), []
@@ -131,7 +131,7 @@ async def connected() -> AsyncIterator[Pair]:
 
 @contextlib.asynccontextmanager
 async def called() -> AsyncIterator[tuple[Client, Any, Pair]]:
-    """A client of such a server, its stub and the pair."""
+    """Return a client of such a server, its stub and the pair."""
     async with connected() as pair:
         async with await Client.over(pair.sock) as client:
             yield client, Stub(client, HEALTH), pair

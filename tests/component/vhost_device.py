@@ -1,4 +1,4 @@
-"""The vhost-user device under test: a process of its own, with the sockets of a VM's directory."""
+"""Run the vhost-user device under test: a separate process, with the sockets of a VM's directory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ START += "limits = DeviceLimits(); limits.__dict__.update({1!r}); sys.exit(main(
 
 
 class Backend:
-    """The device's process.  ``limits`` changes some of its bounds."""
+    """The device's process.  ``limits`` overrides some of its limits."""
 
     def __init__(self, directory: Path, **limits: float) -> None:
         self.directory = directory
@@ -45,12 +45,12 @@ class Backend:
         return self.log.read()
 
     def rss(self) -> int:
-        """Private memory in KiB: without the guest's, which is shared."""
+        """Return private memory in KiB: without the guest's, which is shared."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.split("RssAnon:")[1].split()[0])
 
     def cpu(self) -> float:
-        """Seconds of processor time so far."""
+        """Return the seconds of CPU time so far."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

@@ -1,4 +1,4 @@
-"""One docker for all tests of the shim that need a VM; a containerd of our own for those that need none."""
+"""Provide one docker for all shim tests that need a VM, and a containerd of our own for the rest."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["busybox_rootfs", "nsexec_path"]
 
 @pytest.fixture(scope="session")
 def docker() -> Iterator[Engine]:
-    """A docker with our runtime, beside runc."""
+    """Start docker with our runtime, alongside runc."""
     with engine() as made:
         yield made
         assert made.vms() == [] and made.mounts() == []
@@ -31,22 +31,22 @@ def docker() -> Iterator[Engine]:
 
 @pytest.fixture
 async def fake(nsexec_path: Path, busybox_rootfs: Path) -> AsyncIterator[FakeContainerd]:
-    """A containerd of our own.  Tests delete what they create: nothing of a pod may be left."""
+    """Start a containerd of our own.  Tests delete what they create: nothing of a pod may be left."""
     place = Path(tempfile.mkdtemp(prefix="cs-"))  # short, for sockets
     try:
         async with FakeContainerd(place, nsexec_path, busybox_rootfs) as containerd:
             yield containerd
-            # A pod's end goes on after the answer to its last call; containerd's `delete` waits for it.
+            # A pod's teardown continues after the response to its last call; containerd's `delete` waits for it.
             await until(lambda: not list(place.glob("agents/*/pid")), "the end of the agents")
             await until(lambda: not list(place.glob("run-pods/*")), "the end of the pods' directories")
             assert str(place) not in Path("/proc/self/mountinfo").read_text()
     finally:
-        for path in place.glob("bundles/*"):  # of tests that have failed
+        for path in place.glob("bundles/*"):  # left by failed tests
             record = TaskBundle(path, path.name).read()
             if record is not None and record.shim.alive:
                 os.kill(record.shim.pid, signal.SIGTERM)
         for agent in place.glob("agents/*"):
             stop(agent)
         unmount(place)
-        shutil.rmtree(place, ignore_errors=True)  # a shim at its end removes its record meanwhile
+        shutil.rmtree(place, ignore_errors=True)  # an exiting shim removes its record meanwhile
         assert not place.exists()

@@ -1,4 +1,4 @@
-"""containerd with its CRI plugin in a network namespace of its own, the node's, and crictl to drive it."""
+"""Run containerd with its CRI plugin in a network namespace, the node's, and drive it with crictl."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from tests.shim.engine import COMMAND_TIMEOUT, await_answer, environment_of, roo
 
 PACKAGES = ("containerd", "containernetworking-plugins")
 
-#: Seconds for a page.
+#: Seconds to fetch a page.
 FETCH_TIMEOUT = 30.0
 
-#: What is the same in all versions of the file.
+#: The part common to all versions of the file.
 PLACES = """\
 root = "{place}/root"
 state = "{place}/state"
@@ -83,27 +83,27 @@ class Cri:
         self._count = 0
 
     def crictl(self, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-        """Run a command of crictl's to its end."""
+        """Run a crictl command to completion."""
         command = [*self._command, *words]
         return subprocess.run(command, input=stdin, env=self._environment, capture_output=True, timeout=COMMAND_TIMEOUT)
 
     def ctr(self, *words: str) -> subprocess.CompletedProcess[bytes]:
-        """Run a command of ctr's to its end."""
+        """Run a ctr command to completion."""
         command = ["ctr", "--address", f"{self.place}/containerd.sock", "--namespace", "k8s.io", *words]
         return subprocess.run(command, env=self._environment, capture_output=True, timeout=COMMAND_TIMEOUT)
 
     def start(self, *words: str) -> subprocess.Popen[bytes]:
-        """Start a command of crictl's that goes on until it is killed."""
+        """Start a crictl command that runs until it is killed."""
         return subprocess.Popen([*self._command, *words], env=self._environment, stdout=subprocess.PIPE)
 
     def output(self, *words: str) -> str:
-        """Return what a command of crictl's prints; it must succeed."""
+        """Return the output of a crictl command, which must succeed."""
         done = self.crictl(*words)
         assert done.returncode == 0, done.stderr.decode()
         return done.stdout.decode().strip()
 
     def pod(self, runtime: str, **config: Any) -> str:
-        """Run a pod sandbox; returns its id."""
+        """Run a pod sandbox; return its id."""
         self._count += 1
         name = f"pod{self._count}"
         metadata = {"name": name, "uid": f"{name}-uid", "namespace": "default", "attempt": 1}
@@ -112,7 +112,7 @@ class Cri:
         return self.output("runp", "--runtime", runtime, str(self._file("pod")))
 
     def container(self, pod: str, *command: str, **config: Any) -> str:
-        """Create and start a container in the pod that was run last; returns its id."""
+        """Create and start a container in the most recent pod; return its id."""
         self._count += 1
         name = f"c{self._count}"
         document = {
@@ -135,7 +135,7 @@ class Cri:
         return [network["ip"], *(one["ip"] for one in network.get("additionalIps") or ())]
 
     def fetch(self, address: str) -> bytes:
-        """Return what a web server answers to the node."""
+        """Return what a web server sends to the node."""
 
         def get() -> bytes:
             with urllib.request.urlopen(f"http://{address}/", timeout=FETCH_TIMEOUT) as answer:
@@ -150,14 +150,14 @@ class Cri:
         self.output("rmp", "--force", pod)
 
     def vms(self) -> list[str]:
-        """Return the names of the VMs that run."""
+        """Return the names of the running VMs."""
         return sorted(path.name for path in Path(self._environment["CAISSON_RUN"]).glob("pod-*"))
 
     def _file(self, kind: str) -> Path:
         return self.place / f"{kind}.json"
 
 
-#: The same for containerd 2.x, whose pods of the second runtime are made by the Sandbox service.
+#: The same for containerd 2.x, where the Sandbox service creates pods of the second runtime.
 CONFIGURATION_2 = (
     "version = 3\n"
     + PLACES
@@ -185,7 +185,7 @@ CONFIGURATION_2 = (
 def cri(crictl: Path, configuration: str = CONFIGURATION, programs: Sequence[Path] = ()) -> Iterator[Cri]:
     """Start containerd with busybox and a pause image; at the end nothing of it is left.
 
-    ``programs`` are in the place of the distribution's.
+    ``programs`` replace the distribution's.
     """
     place = Path(tempfile.mkdtemp(prefix="cs-"))  # short, for sockets
     process = None

@@ -1,4 +1,4 @@
-"""docker and containerd from a distribution's packages, unpacked and started below one directory of a test's own."""
+"""Run docker and containerd from a distribution's packages, unpacked and started below a test's own directory."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from caisson.commands.snapshot import save_snapshot
 from caisson.image.build.cache import default_root
 from caisson.image.packages.distribution import extract, packages_of
 
-#: The release whose docker takes a runtime by its name, and its packages; they run on the release before it, too.
+#: The release whose docker accepts a runtime by name, and its packages; they also run on the release before it.
 SUITE = "trixie"
 PACKAGES = ("docker.io", "docker-cli", "containerd")
 
 RUNTIME = "io.containerd.caisson.v2"
 SNAPSHOT = "tests-shim"
 
-#: Seconds for one command of docker's, in which a VM may be cloned on a busy machine.
+#: Seconds for one docker command, which may clone a VM on a busy machine.
 COMMAND_TIMEOUT = 120.0
 
 CONFIGURATION = """
@@ -58,7 +58,7 @@ class Engine:
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def start(self) -> None:
-        """Start containerd, and docker on it."""
+        """Start containerd, and docker on top."""
         self._processes = [self._containerd()]
         self._processes.append(self._started(_dockerd(self.place)))
         await_answer(["docker", "version"], self._environment, self.place)
@@ -73,7 +73,7 @@ class Engine:
             return subprocess.Popen(words, env=self._environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
     def kill_containerd(self) -> None:
-        """Kill containerd, and start it again."""
+        """Kill and restart containerd."""
         self._processes[0].kill()
         self._processes[0].wait()
         self._processes[0] = self._containerd()
@@ -85,18 +85,18 @@ class Engine:
             process.wait(30)
 
     def docker(self, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-        """Run a command of docker's to its end."""
+        """Run a docker command to completion."""
         return subprocess.run(
             ["docker", *words], input=stdin, env=self._environment, capture_output=True, timeout=COMMAND_TIMEOUT
         )
 
     def ctr(self, *words: str) -> subprocess.CompletedProcess[bytes]:
-        """Run a command of ctr's, in a namespace of its own."""
+        """Run a ctr command, in a separate namespace."""
         command = ["ctr", "--address", f"{self.place}/containerd.sock", "--namespace", "pods", *words]
         return subprocess.run(command, env=self._environment, capture_output=True, timeout=COMMAND_TIMEOUT)
 
     def on_terminal(self, rows: int, columns: int, *words: str) -> subprocess.CompletedProcess[bytes]:
-        """Run a command of docker's on a terminal of this size."""
+        """Run a docker command on a terminal of this size."""
         command = f"stty rows {rows} cols {columns}; exec docker {' '.join(words)}"
         return subprocess.run(
             ["script", "-qec", command, os.devnull], env=self._environment, stdin=subprocess.DEVNULL,
@@ -104,7 +104,7 @@ class Engine:
         )  # fmt: skip
 
     def vms(self) -> list[str]:
-        """Return the names of the VMs that run."""
+        """Return the names of the running VMs."""
         return sorted(path.name for path in Path(self._environment["CAISSON_RUN"]).glob("pod-*"))
 
     def mounts(self) -> list[str]:
@@ -137,7 +137,7 @@ def engine() -> Iterator[Engine]:
 
 
 def environment_of(place: Path, wanted: Sequence[str], configuration: str) -> dict[str, str]:
-    """Unpack the programs, write their configurations, and return the environment that they are run in."""
+    """Unpack the programs, write their configurations, and return the environment in which to run them."""
     tree, programs, run = place / "tree", place / "bin", place / "run"
     packages = packages_of("debian", default_root() / "apt" / f"{SUITE}-docker", SUITE, "amd64")
     packages.update()
@@ -181,14 +181,14 @@ def await_answer(words: list[str], environment: dict[str, str], place: Path) -> 
 
 
 def unmount(place: Path) -> None:
-    """Unmount what is below a directory."""
+    """Unmount everything below a directory."""
     lines = Path("/proc/self/mountinfo").read_text().splitlines()
     for point in sorted((line.split()[4] for line in lines if line.split()[4].startswith(f"{place}/")), reverse=True):
         subprocess.run(["umount", "--lazy", point], capture_output=True)
 
 
 def rootfs() -> bytes:
-    """Return a tar of a root file system: a static busybox, and who root and nobody are."""
+    """Return a tar of a root file system: a static busybox, and the users root and nobody."""
     program = Path(shutil.which("busybox") or "/bin/busybox")
     with BytesIO() as buffer:
         with tarfile.open(fileobj=buffer, mode="w") as archive:

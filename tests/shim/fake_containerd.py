@@ -1,4 +1,4 @@
-"""containerd as a shim sees it: it makes bundles, runs the shim's program, calls the Task service and takes events."""
+"""Play containerd for a shim: create bundles, run the shim's program, call the Task service and receive events."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.source import ROOT
 #: containerd's namespace.
 NAMESPACE = "tests"
 
-#: Seconds for anything on a busy machine.
+#: Timeout in seconds, on a busy machine.
 TIMEOUT = 60.0
 
 SERVICES = {2: task_v2_pb2, 3: task_v3_pb2}
@@ -60,12 +60,12 @@ def process(*args: str, terminal: bool = False, **fields: Any) -> dict[str, Any]
 
 
 class FakeContainerd:
-    """One directory of containerd's: sockets, bundles, and the shim's program."""
+    """A containerd directory: sockets, bundles, and the shim's program."""
 
     def __init__(self, place: Path, nsexec: Path, rootfs: Path) -> None:
         self.place = place
         self.rootfs = rootfs
-        self.events: list[tuple[str, Any]] = []  # topics and messages, in the order that they came in
+        self.events: list[tuple[str, Any]] = []  # topics and messages, in order of arrival
         self._news = asyncio.Condition()
         self._server: asyncio.Server | None = None
         self._accepting: Server | None = None
@@ -90,7 +90,7 @@ class FakeContainerd:
         await self.close()
 
     async def listen(self) -> None:
-        """Take events."""
+        """Receive events."""
         service = Service(publisher_pb2.DESCRIPTOR.services_by_name["Events"], FakeContainerd)
         self._accepting = Server(
             Log("error"), ttrpc=Dispatch(service.bind(self), Log("error"), Tracing(""), _no_status)
@@ -99,7 +99,7 @@ class FakeContainerd:
         self._server = await loop.create_unix_server(self._accepting.accept, f"{self.place}/ttrpc")
 
     async def close(self) -> None:
-        """Take no more events, as a containerd that is restarted."""
+        """Stop receiving events, like a containerd being restarted."""
         assert self._server is not None and self._accepting is not None
         self._server.close()
         await self._accepting.stop(grace=0)
@@ -115,7 +115,7 @@ class FakeContainerd:
         return Empty()
 
     def topics(self, container_id: str) -> list[str]:
-        """Return what has come in of a container: topics, less "/tasks/"; those of execs with their ids."""
+        """Return the events of a container: topics, without "/tasks/"; those of execs with their ids."""
         found = []
         for topic, event in self.events:
             if event.container_id == container_id:
@@ -125,7 +125,7 @@ class FakeContainerd:
         return found
 
     async def until(self, condition: Callable[[], object]) -> None:
-        """Wait until a condition of the events holds."""
+        """Wait until a condition on the events holds."""
         try:
             async with asyncio.timeout(TIMEOUT), self._news:
                 await self._news.wait_for(condition)
@@ -133,14 +133,14 @@ class FakeContainerd:
             raise AssertionError(f"these events only: {self.events}") from None
 
     def bundle(self, container_id: str, spec: dict[str, Any]) -> Path:
-        """Make a bundle."""
+        """Create a bundle."""
         path = self.place / "bundles" / container_id
         (path / "rootfs").mkdir(parents=True)
         (path / "config.json").write_text(json.dumps(spec))
         return path
 
     def spec(self, *args: str, **fields: Any) -> dict[str, Any]:
-        """Return a configuration such as containerd makes."""
+        """Return a configuration like containerd's."""
         namespaces = [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network")]
         return {
             "ociVersion": "1.1.0", "process": process(*args), "root": {"path": "rootfs"}, "mounts": MOUNTS,
@@ -148,7 +148,7 @@ class FakeContainerd:
         }  # fmt: skip
 
     async def run_shim(self, bundle: Path, *words: str, stdin: bytes = b"") -> bytes:
-        """Run the shim's program to its end; what it writes to either stream is its answer."""
+        """Run the shim's program to completion; return its output on either stream."""
         command = ["-namespace", NAMESPACE, "-address", f"{self.place}/grpc", "-id", bundle.name, *words]
         program = await asyncio.create_subprocess_exec(
             self._program, *command, cwd=bundle, env=self.environment, stdin=asyncio.subprocess.PIPE,
@@ -160,7 +160,7 @@ class FakeContainerd:
         return answer
 
     async def start(self, container_id: str, *args: str, version: int = 3, **fields: Any) -> Task:
-        """Make a bundle, start its shim, and connect to it."""
+        """Create a bundle, start its shim, and connect to it."""
         bundle = self.bundle(container_id, self.spec(*args, **fields))
         parameters = bootstrap_pb2.BootstrapParams(instance_id=container_id, namespace=NAMESPACE)
         answer = await self.run_shim(bundle, "start", stdin=parameters.SerializeToString() if version == 3 else b"")
@@ -170,14 +170,14 @@ class FakeContainerd:
         return Task(self, bundle, address, client, version)
 
     async def run(self, container_id: str, *args: str, **fields: Any) -> Task:
-        """Start a shim, create a container, and start that."""
+        """Start a shim, create a container, and start it."""
         task = await self.start(container_id, *args, **fields)
         await task.create()
         await task.call("Start")
         return task
 
     async def delete_program(self, task: Task) -> Any:
-        """Run the program's `delete`, and return what it answers."""
+        """Run the program's `delete`, and return its output."""
         return task_v3_pb2.DeleteResponse.FromString(await self.run_shim(task.bundle, "delete"))
 
 
@@ -207,7 +207,7 @@ class Task:
         raise AssertionError(f"{method} was to be refused")
 
     async def create(self, **fields: Any) -> Any:
-        """Create the container, its root bound from busybox's."""
+        """Create the container, its root bind-mounted from busybox's."""
         root = task_v3_pb2.DESCRIPTOR.pool.FindMessageTypeByName("containerd.types.Mount")
         mount = message_factory.GetMessageClass(root)(
             type="bind", source=str(self._containerd.rootfs), options=["rbind", "ro"]
@@ -228,7 +228,7 @@ class Task:
         await self.call("Exec", exec_id=exec_id, spec=spec, terminal=terminal, **fields)
 
     async def end(self) -> None:
-        """Kill the container if it runs, delete it, and have the shim end."""
+        """Kill the container if it is running, delete it, and shut the shim down."""
         await self.call("Kill", signal=9, all=True)
         await self.call("Wait")
         await self.call("Delete")
@@ -236,7 +236,7 @@ class Task:
 
 
 class Fifo:
-    """A stream of a client's: a FIFO, whose end here is open."""
+    """A client's stream: a FIFO, whose local end is open."""
 
     def __init__(self, path: Path, flags: int) -> None:
         os.mkfifo(path)
@@ -244,14 +244,14 @@ class Fifo:
         self.fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
 
     async def read(self) -> bytes:
-        """Read to the end of file."""
+        """Read until EOF."""
         pieces = []
         while data := await self.read_some():
             pieces.append(data)
         return b"".join(pieces)
 
     async def read_some(self) -> bytes:
-        """Read what comes next; nothing at the end of file.  A FIFO that nobody has opened yet is at its end, too."""
+        """Read what comes next; empty at EOF, also for a FIFO that nobody has opened yet."""
         loop = asyncio.get_running_loop()
         ready = asyncio.Event()
         loop.add_reader(self.fd, ready.set)

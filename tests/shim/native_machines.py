@@ -1,7 +1,7 @@
-"""Machines for the shim that are no machines: agents on this host, each with mounts and a network of its own.
+"""Replace the shim's VMs with agents on this host, each with its own mounts and network.
 
-The shim, its ttrpc server, its streams and its mounts are the real ones; only the VM is left out, so that each of
-containerd's methods is tested within a second.
+The shim, its ttrpc server, its streams and its mounts are real; only the VM is left out, so that each of containerd's
+methods is tested within a second.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from tests.support.poll import wait_until
 from tests.support.source import ROOT
 from tests.support.unique import unique
 
-#: What a test says to the shim's process: the directory for agents, and nsexec.
+#: What a test passes to the shim's process: the directory for agents, and nsexec.
 PLACE, NSEXEC = "CAISSON_TEST_PLACE", "CAISSON_TEST_NSEXEC"
 
-#: The version of cgroups that has controllers here.
+#: The cgroup version that has controllers here.
 CGROUP = "v2" if Path("/sys/fs/cgroup/cgroup.controllers").exists() else "v1"
 
 APART = (
@@ -30,7 +30,7 @@ APART = (
     'mkdir -p /run/kata-containers && mount -t tmpfs tmpfs /run/kata-containers && exec "$@"', "sh",
 )  # fmt: skip
 
-#: The agent has the share where a guest mounts it; as a mount of this tag is there already, it mounts none itself.
+#: The agent sees the share where a guest mounts it; as a mount with this tag already exists, it does not mount it.
 SHARE = f"mkdir -p {GUEST_SHARED} && mount --rbind DIRECTORY {GUEST_SHARED} && mount --make-rslave {GUEST_SHARED}"
 
 
@@ -62,7 +62,7 @@ class NativeMachine:
         subprocess.run(["nsenter", f"--mount=/proc/{self.pid}/ns/mnt", "sh", "-c", script], check=True)
 
     def end_share(self, tag: str) -> None:
-        """The agent has the mounts of this host: what is unmounted here is gone there."""
+        """The agent shares this host's mounts: what is unmounted here is unmounted there."""
 
     def share_of_namespace(self, directory: str, tag: str, mount_namespace: int) -> None:
         raise MachineError("an agent on this host has the mounts of this host")
@@ -75,7 +75,7 @@ class NativeMachine:
 
 
 class NativeMachines:
-    """Where agents come from (caisson.agent.pods.machines.Machines)."""
+    """Creates agents (caisson.agent.pods.machines.Machines)."""
 
     pids = ()
 
@@ -93,13 +93,13 @@ class NativeMachines:
 
 
 def agent_of(place: Path) -> ProcessId:
-    """Return the agent that runs in a directory.  Raises OSError."""
+    """Return the agent running in a directory.  Raises OSError."""
     pid, start_time = (place / "pid").read_text().split()
     return ProcessId(int(pid), int(start_time))
 
 
 def stop(place: Path) -> None:
-    """End an agent; it ends its containers."""
+    """Stop an agent; it kills its containers."""
     try:
         agent = agent_of(place)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""containerd 2.x: what ctr does, with our runtime and with runc, and pods by the Sandbox service."""
+"""Test containerd 2.x: ctr with our runtime and with runc, and pods through the Sandbox service."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROGRAMS = ("containerd", "containerd-shim-runc-v2", "ctr")
 
 @pytest.fixture(scope="module")
 def containerd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cri]:
-    """containerd of this release, built from the module proxy; Go's cache makes that quick the second time."""
+    """Build containerd of this release from the module proxy; Go's cache makes it quick the second time."""
     build, sources = tmp_path_factory.mktemp("go"), Path(__file__).parent
     crictl = Module(sources / "go_crictl", build / "crictl").build("sigs.k8s.io/cri-tools/cmd/crictl", "crictl")
     module = Module(sources / "go_containerd", build / "containerd")
@@ -33,7 +33,7 @@ def containerd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cri]:
 
 
 def both(containerd: Cri, options: list[str], *command: str) -> subprocess.CompletedProcess[bytes]:
-    """Run a container by `ctr run --rm` with runc and with ours; the two must not differ."""
+    """Run a container by `ctr run --rm` with runc and with ours; the results must be the same."""
     runc, ours = (
         containerd.ctr("run", "--rm", "--runtime", runtime, *options, IMAGE, "c1", *command)
         for runtime in (RUNC, RUNTIME)
@@ -49,7 +49,7 @@ def task(containerd: Cri, name: str) -> bytes:
 
 @pytest.fixture
 def sleeper(containerd: Cri) -> Iterator[str]:
-    """A container that runs until it is killed."""
+    """Start a container that runs until it is killed."""
     run = containerd.ctr("run", "--detach", "--runtime", RUNTIME, IMAGE, "sleeper", "sleep", "1000")
     assert run.returncode == 0, run.stderr
     yield "sleeper"
@@ -62,7 +62,7 @@ def sleeper(containerd: Cri) -> Iterator[str]:
 def test_run_passes_streams_and_status(containerd: Cri) -> None:
     done = both(containerd, [], "sh", "-c", "echo out; echo err >&2; exit 7")
     assert (done.returncode, done.stdout) == (7, b"out\n")
-    assert done.stderr.splitlines()[-1] == b"err"  # ctr warns of a host with cgroup v1 before
+    assert done.stderr.splitlines()[-1] == b"err"  # ctr warns about cgroup v1 first
     assert both(containerd, [], "nosuch").returncode != 0
 
 

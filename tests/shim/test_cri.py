@@ -1,4 +1,4 @@
-"""Kubernetes' pods: what a kubelet asks of containerd's CRI plugin, with our runtime."""
+"""Test Kubernetes pods: a kubelet's calls to containerd's CRI plugin, with our runtime."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def kubelet(crictl: Path) -> Iterator[Cri]:
 
 @pytest.fixture(params=["caisson", "runc"])
 def runtime(request: pytest.FixtureRequest) -> str:
-    """Run each test with runc as well: what it holds pods in VMs to is what runc does."""
+    """Run each test with runc as well: pods in VMs must behave as runc's do."""
     return str(request.param)
 
 

@@ -1,4 +1,4 @@
-"""What docker's users do, with our runtime and with runc: the same output, the same status."""
+"""Test what docker users do, with our runtime and with runc: the same output, the same status."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SLEEPER = 'trap "echo bye; exit 3" TERM; echo $A; pwd; id -u; hostname; while :;
 
 
 def both(docker: Engine, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    """Run a container by `docker run --rm` with runc and with ours; the two must not differ."""
+    """Run a container by `docker run --rm` with runc and with ours; the results must be the same."""
     runc, ours = (
         docker.docker("run", "--rm", "--interactive", "--network", "none", "--runtime", name, *words, stdin=stdin)
         for name in ("runc", RUNTIME)
@@ -28,7 +28,7 @@ def both(docker: Engine, *words: str, stdin: bytes = b"") -> subprocess.Complete
 
 @pytest.fixture
 def sleeper(docker: Engine) -> Iterator[tuple[str, str]]:
-    """The same container with runc and with ours, which says goodbye when it is stopped."""
+    """Start the same container with runc and with ours; it prints a goodbye when stopped."""
     names = ("runc", "ours")
     for name, runtime in zip(names, ("runc", RUNTIME), strict=True):
         started = docker.docker(
@@ -42,7 +42,7 @@ def sleeper(docker: Engine) -> Iterator[tuple[str, str]]:
 
 
 def same(docker: Engine, names: tuple[str, str], *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    """Run a command of docker's on both containers (NAME stands for one); the answers must not differ."""
+    """Run a docker command on both containers (NAME stands for one); the results must be the same."""
     runc, ours = (docker.docker(*(word.replace("NAME", name) for word in words), stdin=stdin) for name in names)
     assert (ours.returncode, ours.stdout.replace(b"ours", b"runc")) == (runc.returncode, runc.stdout), ours.stderr
     return ours
@@ -127,7 +127,7 @@ def test_out_of_memory_is_told(docker: Engine) -> None:
 
 
 def fetched(url: str) -> bytes:
-    """Return what is served at a URL; nothing while the server is not up: the proxy listens before it does."""
+    """Return what is served at a URL; nothing while the server is starting: the proxy listens earlier."""
     try:
         with urllib.request.urlopen(url, timeout=30) as answer:
             return bytes(answer.read())

@@ -1,4 +1,4 @@
-"""The shim, the guest and the VM's processes killed at random moments: nothing is left, and the next container runs."""
+"""Kill the shim, the guest and the VM's processes at random moments: nothing is left, and the next container runs."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from tests.support.poll import until, wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(300)]
 
-#: Seconds within which a container is created, started, and has run a process on a quiet machine.
+#: Seconds in which a container is created, started, and has run a process on a quiet machine.
 LIFE = 1.5
 
-#: Seconds within which its creation is under way, also on a quick one.
+#: Seconds in which creation has started, even on a fast one.
 CREATION = 0.4
 
-#: Seconds within which every pending call fails once the VM or the shim is dead.
+#: Seconds in which every pending call fails once the VM or the shim is dead.
 FAILURE_TIMEOUT = 10.0
 
 
-#: Ways of the shim's end.
+#: Ways to end the shim.
 SHIM_SIGNALS = {"shim": signal.SIGKILL, "shim that cleans up": signal.SIGTERM}
 
 
@@ -47,7 +47,7 @@ async def live(task: Task) -> None:
 
 
 async def kill(fake: FakeContainerd, victim: str, shim: int) -> None:
-    """Kill the shim, or have it end; or the guest, as soon as there is one."""
+    """Kill the shim, or shut it down; or kill the guest, as soon as there is one."""
     if victim in SHIM_SIGNALS:
         os.kill(shim, SHIM_SIGNALS[victim])
         return
@@ -57,12 +57,12 @@ async def kill(fake: FakeContainerd, victim: str, shim: int) -> None:
 
 
 def guests(fake: FakeContainerd) -> list[Path]:
-    """Return the directories of the agents that run."""
+    """Return the directories of the running agents."""
     return [path.parent for path in fake.place.glob("agents/*/pid") if path.stat().st_size]
 
 
 def nothing_left(fake: FakeContainerd) -> bool:
-    """Whether no agent, directory or mount of a pod is left."""
+    """Return whether no agent, directory or mount of a pod is left."""
     left = [*fake.place.glob("agents/*/pid"), *fake.place.glob("run-pods/*")]
     return not left and str(fake.place) not in Path("/proc/self/mountinfo").read_text()
 
@@ -81,15 +81,15 @@ async def run_and_kill(fake: FakeContainerd, name: str, victim: str, moment: flo
     await asyncio.wait([living], timeout=moment)
     await kill(fake, victim, shim)
     await asyncio.wait([living], timeout=FAILURE_TIMEOUT)
-    assert living.done(), "calls fail with the VM, and do not wait for it"
+    assert living.done(), "calls must fail with the VM, and not wait for it"
     if victim == "guest":
-        # As containerd: it deletes a task whose end it was told.
+        # Like containerd, which deletes a task after its exit event.
         for method, fields in (("Wait", {}), ("Kill", {"signal": 9}), ("Delete", {}), ("Shutdown", {})):
             with contextlib.suppress(RpcError):
                 await task.call(method, **fields)
     if victim == "shim that cleans up":
         await until(lambda: not alive(shim), "the shim's end")
-        assert nothing_left(fake), "there is nothing left to do for containerd"
+        assert nothing_left(fake), "something is left for containerd to do"
     await fake.delete_program(task)
     Path(task.address.removeprefix("unix://")).unlink(missing_ok=True)
 
@@ -122,12 +122,12 @@ async def test_nothing_is_left_after_fifty_kills(fake: FakeContainerd) -> None:
     await check_rounds(fake, seed=random.randrange(1 << 30), rounds=50)
 
 
-#: The processes of a VM's chain; containerd is started again.
+#: The processes in a VM's chain; containerd is restarted.
 CHAIN = ("shim", "supervisor", "qemu", "vsock", "containerd")
 
 
 def kill_in_chain(docker: Engine, victim: str) -> None:
-    """Kill one process of every pod's chain that there is by now."""
+    """Kill one process in the chain of every pod that exists by now."""
     if victim == "containerd":
         docker.kill_containerd()
         return

@@ -1,4 +1,4 @@
-"""Pods as CRI makes them: several containers in one VM, by ctr and the annotations that name a pod."""
+"""Test pods as CRI creates them: several containers in one VM, by ctr and the annotations that name a pod."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ IMAGE = "docker.io/library/busybox:latest"
 
 @pytest.fixture(scope="module")
 def containerd(docker: Engine) -> Iterator[Engine]:
-    """containerd with docker's image in a namespace of its own."""
+    """Provide containerd with docker's image in a separate namespace."""
     saved = docker.place / "busybox.tar"
     assert docker.docker("save", "--output", str(saved), "busybox").returncode == 0
     imported = docker.ctr("images", "import", "--snapshotter", "native", str(saved))
@@ -56,9 +56,9 @@ def test_containers_of_a_pod_share_a_vm_and_its_namespaces(containerd: Engine) -
     for namespace in ("ipc", "uts", "net"):
         link = f"readlink /proc/self/ns/{namespace}"
         assert output(containerd, "p1", link) == output(containerd, "p2", link) != b"", namespace
-    assert b"sleep" not in output(containerd, "p2", "cat /proc/2/cmdline"), "processes are each container's own"
+    assert b"sleep" not in output(containerd, "p2", "cat /proc/2/cmdline"), "processes must not be shared"
     end(containerd, "p2")
-    assert output(containerd, "p1", "echo here") == b"here\n", "the pod lives on"
+    assert output(containerd, "p1", "echo here") == b"here\n", "the pod must survive"
     end(containerd, "p1")
     assert containerd.vms() == before and containerd.mounts() == []
 

@@ -1,4 +1,4 @@
-"""The Sandbox service, as containerd 2.x calls it with `sandboxer = "shim"`: a pod before its containers."""
+"""Test the Sandbox service as containerd 2.x calls it with `sandboxer = "shim"`: the pod before its containers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def connected(fake: FakeContainerd) -> tuple[Any, str, Client, Path]:
 async def test_a_sandbox_outlives_its_containers(fake: FakeContainerd, tmp_path: Path) -> None:
     fake.rootfs = make_rootfs(tmp_path / "rootfs")
     for name in ("hostname", "hosts", "resolv.conf"):
-        (fake.rootfs / "etc" / name).touch()  # mount points, as this root is mounted read-only
+        (fake.rootfs / "etc" / name).touch()  # mount points, because this root is mounted read-only
     rpc, address, client, bundle = await connected(fake)
     await rpc.CreateSandbox(request_of(CONFIG, bundle))
     started = await rpc.StartSandbox(sandbox_pb2.StartSandboxRequest(sandbox_id=POD))
@@ -60,12 +60,12 @@ async def test_a_sandbox_outlives_its_containers(fake: FakeContainerd, tmp_path:
     assert (status.state, status.pid) == ("SANDBOX_READY", started.pid)
     await rpc.PingSandbox(sandbox_pb2.PingRequest(sandbox_id=POD))
     waiting = asyncio.ensure_future(rpc.WaitSandbox(sandbox_pb2.WaitSandboxRequest(sandbox_id=POD)))
-    for name in ("c1", "c2"):  # containers come on the sandbox's connection, without a `start` of their own
+    for name in ("c1", "c2"):  # containers use the sandbox's connection, without a `start` of their own
         spec = fake.spec("sh", "-c", "grep -q 10.0.0.10 /etc/resolv.conf && exit 3")
         container = Task(fake, fake.bundle(name, spec), address, client, 3)
         await container.create()
         await container.call("Start")
-        assert (await container.call("Wait")).exit_status == 3, "its resolv.conf is the sandbox's"
+        assert (await container.call("Wait")).exit_status == 3, "its resolv.conf must be the sandbox's"
         await container.call("Delete")
         await container.call("Shutdown")
         assert (await rpc.SandboxStatus(sandbox_pb2.SandboxStatusRequest(sandbox_id=POD))).state == "SANDBOX_READY"
@@ -112,5 +112,5 @@ def test_files_of_a_sandbox_are_what_the_kubelet_says(tmp_path: Path) -> None:
     mounts = {mount["destination"]: Path(mount["source"]) for mount in write_files(tmp_path, CONFIG)}
     assert mounts["/etc/resolv.conf"].read_text() == "search svc.local\nnameserver 10.0.0.10\noptions ndots:5\n"
     assert mounts["/etc/hostname"].read_text() == "hh\n"
-    hosts = Path("/etc/hosts")  # which a bare machine lacks
+    hosts = Path("/etc/hosts")  # missing on a bare machine
     assert mounts["/etc/hosts"].read_text() == hosts.read_text() if hosts.exists() else "/etc/hosts" not in mounts

@@ -1,4 +1,4 @@
-"""Every method of containerd's Task service, called as containerd calls it, on a shim whose guest is this host."""
+"""Call every method of containerd's Task service as containerd does, on a shim whose guest is this host."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ async def status(task: Task, exec_id: str = "") -> Any:
 async def test_a_container_from_create_to_shutdown(fake: FakeContainerd) -> None:
     task = await fake.start("c1", "sh", "-c", "exit 7")
     created = await task.create()
-    assert Path(f"/proc/{created.pid}/ns/net").exists(), "the pid is a live process of this host"
+    assert Path(f"/proc/{created.pid}/ns/net").exists(), "the pid must be a live process on this host"
     assert await status(task) == CREATED
     waiting = [asyncio.ensure_future(task.call("Wait")) for _ in range(3)]
     started = await task.call("Start")
     assert started.pid == created.pid
     ended = [await one for one in waiting]
     assert {one.exit_status for one in ended} == {7} and ended[0].exited_at.seconds
-    assert (await task.call("Wait")).exit_status == 7, "until Delete it is answered"
+    assert (await task.call("Wait")).exit_status == 7, "Wait must be answered until Delete"
     state = await task.call("State")
     assert (state.status, state.exit_status, state.exited_at) == (STOPPED, 7, ended[0].exited_at)
     deleted = await task.call("Delete")
@@ -143,7 +143,7 @@ async def test_kill_ends_a_container_that_was_only_created(fake: FakeContainerd)
 
 async def test_exec_from_exec_to_delete(fake: FakeContainerd) -> None:
     task = await fake.run("c1", *SLEEP)
-    for _ in range(2):  # ids are used again at once
+    for _ in range(2):  # ids are reused at once
         await task.add("e1", "sh", "-c", "exit 3")
         assert await status(task, "e1") == CREATED
         assert (await task.refused("Exec", exec_id="e1", spec={}))[0] == StatusCode.ALREADY_EXISTS
@@ -216,7 +216,7 @@ async def test_pids_connect_stats_and_update(fake: FakeContainerd) -> None:
     await task.call("Update", resources=limits)
     metrics = metrics_pb2.Metrics.FromString((await task.call("Stats")).stats.value)
     assert (metrics.pids.limit, metrics.memory.usage_limit) == (77, 32 << 20)
-    await task.call("Shutdown")  # while a container is left it stays
+    await task.call("Shutdown")  # it stays while a container is left
     assert await status(task) == RUNNING
     await task.end()
 
@@ -256,7 +256,7 @@ async def test_containers_of_a_group_have_one_shim_and_one_guest(fake: FakeConta
     await second.call("Wait")
     await second.call("Delete")
     await second.call("Shutdown")
-    await fake.delete_program(second)  # containerd does so after every container: the pod lives on
+    await fake.delete_program(second)  # containerd does so after every container: the pod stays
     assert await status(first) == RUNNING
     await first.exec("e1", "true")
     assert (await first.call("Wait", exec_id="e1")).exit_status == 0
@@ -279,7 +279,7 @@ async def test_the_hosts_side_is_in_the_containers_cgroup(fake: FakeContainerd, 
     await fake.delete_program(task)
     for hierarchy in (Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir()):
         assert not (hierarchy / parent / "c1").exists(), hierarchy
-        if (hierarchy / parent).is_dir():  # which containerd's client has made, or a kubelet
+        if (hierarchy / parent).is_dir():  # created by containerd's client, or a kubelet
             (hierarchy / parent).rmdir()
 
 
@@ -334,7 +334,7 @@ async def test_after_a_killed_shim_delete_works_from_the_bundle(fake: FakeContai
     os.kill(record.shim.pid, signal.SIGKILL)
     assert (await fake.delete_program(task)).exit_status == 137
     assert [one.alive for one in processes] == [False, False]
-    Path(task.address.removeprefix("unix://")).unlink()  # a socket that nobody serves is taken over at the next start
+    Path(task.address.removeprefix("unix://")).unlink()  # a stale socket is taken over at the next start
 
 
 async def test_a_guest_that_has_ended_ends_its_containers(fake: FakeContainerd) -> None:

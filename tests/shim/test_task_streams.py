@@ -1,4 +1,4 @@
-"""Streams and events of tasks: FIFOs, files, logging programs, terminals; containerd away for a while."""
+"""Test tasks' streams and events: FIFOs, files, logging programs, terminals; and containerd temporarily away."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def test_input_ends_by_close_io_alone(fake: FakeContainerd) -> None:
     task = await fake.start("c1", "cat")
     await task.create(stdin=into.path, stdout=out.path)
     await task.call("Start")
-    for text in (b"one\n", b"two\n"):  # a client that has gone may come back
+    for text in (b"one\n", b"two\n"):  # a client that left may return
         client = os.open(into.path, os.O_WRONLY)
         os.write(client, text)
         os.close(client)
@@ -61,7 +61,7 @@ async def test_input_ends_by_close_io_alone(fake: FakeContainerd) -> None:
 async def test_a_terminal_is_one_stream_and_has_a_size(fake: FakeContainerd) -> None:
     out, into = Fifo(fake.place / "out", os.O_RDONLY), Fifo(fake.place / "in", os.O_RDWR)
     task = await fake.run("c1", "sleep", "1000")
-    await task.call("ResizePty", width=1, height=1)  # without a terminal there is nothing to do
+    await task.call("ResizePty", width=1, height=1)  # no-op without a terminal
     words = ("sh", "-c", "tty >&2; read line; stty size; echo $line")
     await task.exec("e1", *words, terminal=True, stdin=into.path, stdout=out.path)
     assert await out.read_some() == b"/dev/pts/0\r\n"
@@ -154,5 +154,5 @@ async def test_start_prints_what_each_containerd_understands(fake: FakeContainer
     assert task.address == (task.bundle / "address").read_text()
     assert Path(task.address.removeprefix("unix://")).stat().st_mode & 0o777 == 0o600
     again = await fake.run_shim(task.bundle, "start")
-    assert again.decode() == task.address, "a shim that serves the container already is not started again"
+    assert again.decode() == task.address, "a shim that already serves the container must not be restarted"
     await task.call("Shutdown")
