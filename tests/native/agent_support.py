@@ -1,4 +1,4 @@
-"""What the tests of the agent share: an agent on a Unix socket of this machine, and a busybox root to run things in."""
+"""Support tests of the agent: an agent on a Unix socket of this machine, and a busybox root to run things in."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.support.unique import unique
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
 
-#: Seconds within which anything here is done on a busy machine.
+#: Seconds in which anything here is done, on a busy machine.
 PATIENCE = 60.0
 
 
 class RunningAgent:
-    """An agent process and the directory that it works in."""
+    """An agent process and its working directory."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class RunningAgent:
         within: Sequence[str] = (),
         module: str = "caisson.agent",
     ) -> None:
-        """`options` are more of its own; `within` is a command that runs another: unshare(1); `module` is what runs."""
+        """`options` are extra ones; `within` is a command that runs another (unshare(1)); `module` is what to run."""
         self.socket = directory / "agent.sock"
         self.state = directory / "state"
         self.rootfs = rootfs
@@ -59,7 +59,7 @@ class RunningAgent:
         try:
             assert self.process.wait(PATIENCE) == 0
         finally:
-            self.process.kill()  # one that hangs is a failure, and nothing else
+            self.process.kill()  # a hang is a failure like any other
             self.process.wait()
             assert self.process.stdout is not None
             self.process.stdout.close()
@@ -68,10 +68,10 @@ class RunningAgent:
         return Agent.connect(self.socket)
 
     def cgroups(self) -> list[Path]:
-        """The cgroups that it has made, its parent included."""
+        """Return the cgroups it has created, including its parent."""
         found = []
         for root in (Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir()):
-            walk = os.walk(root / self.cgroup_parent)  # passes over what goes meanwhile, and over others' cgroups
+            walk = os.walk(root / self.cgroup_parent)  # skips cgroups removed meanwhile, and those of others
             found += [Path(place) for place, _, _ in walk]
         return found
 
@@ -79,7 +79,7 @@ class RunningAgent:
         return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
 
     def memory(self) -> int:
-        """Resident bytes."""
+        """Return resident memory in bytes."""
         return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * 4096
 
     def children(self) -> set[int]:
@@ -95,12 +95,12 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 
 async def output(process: Process) -> bytes:
-    """All that it writes to standard output."""
+    """Return all of its standard output."""
     return b"".join([data async for data in process.stdout()])
 
 
 async def errors(process: Process) -> bytes:
-    """All that it writes to standard error."""
+    """Return all of its standard error."""
     return b"".join([data async for data in process.stderr()])
 
 
@@ -110,7 +110,7 @@ async def sh(container: Container, script: str, **options: Any) -> Process:
 
 
 async def refused(call: Awaitable[Any]) -> tuple[StatusCode, str]:
-    """The status and text of a call that must fail."""
+    """Return the status and text of a call that must fail."""
     try:
         await call
     except AgentError as error:

@@ -1,4 +1,4 @@
-"""The box of the runtime's tests, driven by the OCI command line: the same tests, a second driver."""
+"""Drive the box of the runtime's tests through the OCI command line: the same tests, with a second driver."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from tests.native.nsexec_support import Box, Reaper, children, descriptors
 from tests.native.oci_support import OURS, become_subreaper
 
 SECONDS = 60
-#: What the command line writes before the runtime's own sentence.
+#: The prefix that the command line puts before the runtime's own message.
 PREFIXES = (
     "runc create failed: ", "exec failed: ", "unable to start container process: ", "error during container init: ",
 )  # fmt: skip
 
 
 class CommandFailed(LaunchError, SpecError):
-    """A command that failed; str() is the sentence of the library."""
+    """A command failed; str() is the library's message."""
 
     def __init__(self, message: str) -> None:
-        Exception.__init__(self, message)  # neither's own: their arguments differ
+        Exception.__init__(self, message)  # neither base class's own: their arguments differ
         self.step, self.path, self.errno = "command", "", 0
         self.field, self.why = "", message
         self.message = message
@@ -42,7 +42,7 @@ class CommandFailed(LaunchError, SpecError):
 
 
 class CommandBox(Box):
-    """A box whose containers are made by commands.  What only the library has skips the test."""
+    """A box whose containers are created by commands.  Features that only the library has skip the test."""
 
     def __init__(self, path: Path, rootfs: Path, nsexec: Path) -> None:  # not Box's: there is no launcher
         become_subreaper()
@@ -65,7 +65,7 @@ class CommandBox(Box):
         options += [] if keywords.pop("pivot", True) else ["--no-pivot"]
         options += [] if keywords.pop("keyring", True) else ["--no-new-keyring"]
         stdio, join = keywords.pop("stdio", None), keywords.pop("join", {})
-        if value.get("linux", {}).get("resources"):  # by which a command makes a cgroup of its own
+        if value.get("linux", {}).get("resources"):  # so that the command creates a cgroup
             keywords.pop("cgroup", None)
         if keywords:
             pytest.skip(f"{', '.join(keywords)}: the library's alone")
@@ -82,13 +82,13 @@ class CommandBox(Box):
         return launched
 
     async def start(self, launched: Launched) -> None:
-        """Start a container that was created."""
+        """Start a created container."""
         self._command("start", self._ids[launched.child.pid])
 
     async def exec(
         self, init: Launched, process: dict[str, Any], value: dict[str, Any] | None = None, **keywords: Any
     ) -> tuple[int, str, str]:
-        """Exec and wait: status, stdout, stderr."""
+        """Exec and wait; return status, stdout, stderr."""
         if keywords:
             pytest.skip(f"{', '.join(keywords)}: the library's alone")
         file = self.path / "process.json"
@@ -101,7 +101,7 @@ class CommandBox(Box):
         return status, out.read_text(), err.read_text()
 
     def _launch(self, options: list[str], name: str, stdio: Stdio | None, *, terminal: bool) -> Launched:
-        """Run a command that leaves a process of a container, and claim that."""
+        """Run a command that leaves a container process, and claim that process."""
         pid_file, console = self.path / "pid", None
         with contextlib.ExitStack() as stack:
             if terminal:

@@ -1,4 +1,4 @@
-"""What native tests run on: nsexec freshly built, a box for it, and a whole agent on this machine."""
+"""Provide the environment of native tests: a freshly built nsexec, a box for it, and an agent on this machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.native.command_box import CommandBox
 from tests.native.nsexec_support import Box, make_rootfs
 from tests.native.oci_support import OURS, Oci, become_subreaper, bundle, reaping
 
-#: Tests of the library that mean nothing to a command, and why.
+#: Tests of the library that do not apply to a command, with reasons.
 LIBRARY_ONLY = {
     r"test_names_that_are_not_valid[command-devices3-eth0\\.mtu]": "a command ignores unknown fields",
     "test_exec_failures_read_as_runcs_and_leave_nothing": "its texts by a command are in test_oci_commands.py",
@@ -33,7 +33,7 @@ LIBRARY_ONLY = {
 
 @pytest.fixture(scope="session")
 def nsexec_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """nsexec, freshly built."""
+    """Build nsexec."""
     build = tmp_path_factory.mktemp("nsexec")
     subprocess.run(["make", "-s", "-C", ROOT / "agent/nsexec", f"BUILD={build}"], check=True)
     return build / "nsexec"
@@ -41,7 +41,7 @@ def nsexec_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def front_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The front of the OCI command line, freshly built."""
+    """Build the front of the OCI command line."""
     build = tmp_path_factory.mktemp("front")
     subprocess.run(["make", "-s", "-C", ROOT / "agent/nsexec", f"BUILD={build}", "front"], check=True)
     return build / "caisson-oci"
@@ -49,7 +49,7 @@ def front_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sealed(nsexec_path: Path) -> Iterator[Nsexec]:
-    """The sealed program."""
+    """Return the sealed program."""
     nsexec = Nsexec.seal(nsexec_path)
     yield nsexec
     nsexec.close()
@@ -57,9 +57,9 @@ def sealed(nsexec_path: Path) -> Iterator[Nsexec]:
 
 @pytest.fixture(params=["library", "command"])
 async def box(sealed: Nsexec, nsexec_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Box]:
-    """A fresh bundle; leaves nothing behind, or fails.
+    """Provide a fresh bundle; fail if anything is left behind.
 
-    Every rule of the runtime is held by two drivers: the library's launcher, and the OCI command line.
+    Two drivers are tested against every rule of the runtime: the library's launcher, and the OCI command line.
     """
     by_command = request.param == "command"
     for name in (request.function.__name__, request.node.name):
@@ -67,7 +67,7 @@ async def box(sealed: Nsexec, nsexec_path: Path, request: pytest.FixtureRequest)
             pytest.skip(LIBRARY_ONLY[name])
     with tempfile.TemporaryDirectory(prefix="caisson-box-") as directory:
         path = Path(directory)
-        path.chmod(0o755)  # pytest's own directories cannot be entered by the root of a user namespace
+        path.chmod(0o755)  # pytest's own directories are inaccessible to the root of a user namespace
         rootfs = make_rootfs(path / "rootfs")
         box = CommandBox(path, rootfs, nsexec_path) if by_command else Box(path, rootfs, sealed)
         yield box
@@ -83,9 +83,9 @@ def busybox_rootfs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def agent(
     tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path, request: pytest.FixtureRequest
 ) -> Iterator[RunningAgent]:
-    """A fresh agent; at the end it stops when told to, and leaves no mount, cgroup or file.
+    """Start a fresh agent; at the end it stops on request, and leaves no mount, cgroup or file.
 
-    Parametrized indirectly, with v1 or v2 it is one whose containers are in cgroups of that version.
+    Parametrized indirectly with v1 or v2, its containers are in cgroups of that version.
     """
     options = ["--cgroup", request.param] if hasattr(request, "param") else []
     running = RunningAgent(tmp_path, nsexec_path, busybox_rootfs, *options)
@@ -95,7 +95,7 @@ def agent(
 
 
 def check_nothing_is_left(running: RunningAgent, directory: Path) -> None:
-    """What an agent has to clean up before it ends."""
+    """Check everything that an agent must clean up before it exits."""
     assert not running.socket.exists()
     assert list(running.state.rglob("*")) == []
     assert str(directory) not in Path("/proc/self/mountinfo").read_text()
@@ -105,7 +105,7 @@ def check_nothing_is_left(running: RunningAgent, directory: Path) -> None:
 
 @pytest.fixture(params=["python", "front"])
 def oci(request: pytest.FixtureRequest, tmp_path: Path, nsexec_path: Path, front_path: Path) -> Iterator[Oci]:
-    """Our command line with a root of its own; leaves nothing behind, or fails."""
+    """Provide our command line with its own root; fail if anything is left behind."""
     become_subreaper()
     runtime = Oci(OURS, tmp_path / "root", nsexec_path, front_path if request.param == "front" else None)
     with reaping():

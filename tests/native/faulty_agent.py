@@ -1,4 +1,4 @@
-"""The agent, whose nsexec stands still at the point that a file names (agent/nsexec/faults.h): a program for tests."""
+"""Run the agent with an nsexec that stops at the point named in a file (agent/nsexec/faults.h): a program for tests."""
 
 from __future__ import annotations
 

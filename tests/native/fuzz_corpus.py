@@ -1,4 +1,4 @@
-"""Where the fuzzers begin: real messages and files of rich configurations, and ones known to be bad."""
+"""Provide the fuzzers' initial corpus: real messages and files of rich configurations, and known bad ones."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from caisson.agent.runtime import prepared
 from tests.native.nsexec_support import config
 from tests.native.test_nsexec_messages import BAD
 
-#: An input begins with the kind of plan that follows.
+#: An input starts with the kind of plan that follows.
 INIT, EXEC = b"\0", b"\1"
 
 
 def rich() -> dict[str, Any]:
-    """A configuration with something of nearly everything."""
+    """Return a configuration that uses nearly every feature."""
     value = config("sh", "-c", "true", cwd="/tmp", noNewPrivileges=True, oomScoreAdj=100)
     value["process"] |= {
         "user": {"uid": 7, "gid": 8, "additionalGids": [1, 2, 3], "umask": 0o27},
@@ -63,7 +63,7 @@ def rich() -> dict[str, Any]:
 
 
 def hooked() -> dict[str, Any]:
-    """One with hooks that nsexec runs, and a terminal."""
+    """Return one with hooks run by nsexec, and a terminal."""
     value = config("true", terminal=True, consoleSize={"height": 24, "width": 80})
     hook = {"path": "/bin/hook", "args": ["hook", "x"], "env": ["A=b"], "timeout": 3}
     value["hooks"] = {"createContainer": [hook, hook], "startContainer": [hook]}
@@ -71,7 +71,7 @@ def hooked() -> dict[str, Any]:
 
 
 def seeds() -> dict[str, bytes]:
-    """Inputs by name; the good ones begin with "good"."""
+    """Return inputs by name; valid ones start with "good"."""
     found = {f"bad {name}": INIT + data for name, data in BAD.items()}
     for name, value in (("plain", config("true")), ("rich", rich()), ("hooked", hooked())):
         spec = Spec.from_json(value)
@@ -107,7 +107,7 @@ def seeds() -> dict[str, bytes]:
 
 
 def front_seeds() -> dict[str, bytes]:
-    """What the front reads: front.state, exec.plan, passwd(5); as which, the first byte says."""
+    """Return files that the front reads: front.state, exec.plan, passwd(5); the first byte selects which."""
     paths = {
         "freezer": "/sys/fs/cgroup/freezer/x",
         "cpu": "/sys/fs/cgroup/cpu,cpuacct/x",
@@ -130,7 +130,7 @@ def front_seeds() -> dict[str, bytes]:
 
 
 def write(directory: Path, inputs: dict[str, bytes]) -> int:
-    """Write inputs as files; returns the length of the longest."""
+    """Write inputs to files; return the length of the longest."""
     for number, data in enumerate(inputs.values()):
         (directory / f"{number:03}").write_bytes(data)
     return max(map(len, inputs.values()))

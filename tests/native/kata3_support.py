@@ -1,4 +1,4 @@
-"""A Kata 3.x host for tests: typed calls over ttrpc, to an agent whose /run/kata-containers is its own."""
+"""Play a Kata 3.x host for tests: typed calls over ttrpc, to an agent with its own /run/kata-containers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from caisson.agent.rpc.ttrpc.responses import RpcError
 from caisson.proto.kata3 import agent_pb2, health_pb2, oci_pb2
 from tests.native.agent_support import RunningAgent
 
-#: In a mount namespace, and a network namespace, of its own.
+#: In its own mount and network namespaces.
 APART = (
     "unshare", "--mount", "--net", "sh", "-c",
     'mkdir -p /run/kata-containers && mount -t tmpfs tmpfs /run/kata-containers && exec "$@"', "sh",
 )  # fmt: skip
 SHARED = "/run/kata-containers/shared/containers"
 
-#: A pod's shared memory, as a shim asks for it.
+#: A pod's shared memory, as requested by a shim.
 SHM = agent_pb2.Storage(
     driver="ephemeral",
     source="shm",
@@ -42,7 +42,7 @@ CONTAINERDS_MOUNTS = (
 
 
 class Host:
-    """One connection; ``rpc`` has every method by its name."""
+    """One connection; ``rpc`` has every method by name."""
 
     def __init__(self, client: Client, rootfs: Path | str) -> None:
         self._client = client
@@ -61,7 +61,7 @@ class Host:
         await self._client.close()
 
     def spec(self, *args: str, **fields: Any) -> oci_pb2.Spec:
-        """The least that runs: a busybox root, and what every container has."""
+        """Return the minimal spec that runs: a busybox root, and what every container has."""
         mounts = [oci_pb2.Mount(destination="/proc", type="proc", source="proc")]
         return oci_pb2.Spec(
             Version="1.2.0",
@@ -75,7 +75,7 @@ class Host:
         )
 
     def containerds_spec(self, *args: str, **fields: Any) -> oci_pb2.Spec:
-        """A spec as containerd's CRI makes it and Kata's shim passes it on, but for limits and paths of the host's."""
+        """Return a spec as containerd's CRI creates it and Kata's shim forwards it, without limits and host paths."""
         mounts = [
             oci_pb2.Mount(destination=where, type=kind, source=kind, options=options.split(","))
             for where, kind, options in CONTAINERDS_MOUNTS
@@ -112,7 +112,7 @@ class Host:
         await self.rpc.RemoveContainer(agent_pb2.RemoveContainerRequest(container_id=container_id))
 
     async def sh(self, container_id: str, script: str) -> str:
-        """What a shell script in a container writes."""
+        """Return the output of a shell script in a container."""
         exec_id = uuid.uuid4().hex
         process = oci_pb2.Process(Args=["/bin/sh", "-c", script], Env=["PATH=/bin"], Cwd="/")
         request = agent_pb2.ExecProcessRequest(container_id=container_id, exec_id=exec_id, process=process)
@@ -120,7 +120,7 @@ class Host:
         return (await self.output(container_id, exec_id)).decode()
 
     async def output(self, container_id: str, exec_id: str = "") -> bytes:
-        """All of a process's standard output: its end is an empty answer."""
+        """Return all of a process's standard output, up to the empty response."""
         request = agent_pb2.ReadStreamRequest(container_id=container_id, exec_id=exec_id, len=32 << 10)
         pieces = []
         while data := (await self.rpc.ReadStdout(request)).data:
@@ -129,7 +129,7 @@ class Host:
 
 
 async def refused(call: Any) -> tuple[StatusCode, str]:
-    """The status and text of a call that must fail."""
+    """Return the status and text of a call that must fail."""
     try:
         await call
     except RpcError as error:
@@ -139,7 +139,7 @@ async def refused(call: Any) -> tuple[StatusCode, str]:
 
 @pytest.fixture
 def apart(tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path) -> Iterator[RunningAgent]:
-    """An agent with mounts and a network of its own; it ends with its sandbox, or when told to."""
+    """Start an agent with its own mounts and network; it ends with its sandbox, or on request."""
     running = RunningAgent(tmp_path, nsexec_path, busybox_rootfs, "--hotplug-timeout=100ms", within=APART)
     yield running
     running.stop()
@@ -149,12 +149,12 @@ def apart(tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path) -> Iterator[R
 
 
 def inside(agent: RunningAgent, path: str) -> Path:
-    """A path as the agent sees it."""
+    """Return a path as the agent sees it."""
     return Path(f"/proc/{agent.pid}/root{path}")
 
 
 def mounts(agent: RunningAgent, path: str) -> list[str]:
-    """Types and options of what is mounted on a path of the agent's."""
+    """Return the types and options of mounts on one of the agent's paths."""
     found = []
     for line in Path(f"/proc/{agent.pid}/mountinfo").read_text().splitlines():
         before, _, after = line.partition(" - ")

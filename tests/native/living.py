@@ -1,6 +1,6 @@
-"""A living container by two drivers: the agent's API, and the OCI command line.
+"""Drive a running container in two ways: through the agent's API, and with the OCI command line.
 
-What is asked of it is in the words of config.json and of a shell, so that a rule of the runtime is one test for both.
+Requests are in terms of config.json and a shell, so that a rule of the runtime is one test for both.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Living(Protocol):
     pid: int
 
     async def begin(self, spec: dict[str, Any]) -> None:
-        """Create it, and start it."""
+        """Create and start it."""
 
     async def sh(self, script: str) -> tuple[int, str, str]:
         """Run a shell script in it; return its status and both outputs."""
 
     async def exec(self, *args: str) -> int:
-        """Have one more process run in it; return its pid."""
+        """Run another process in it; return its pid."""
 
     async def pids(self) -> list[int]:
         """List its processes."""
@@ -44,17 +44,17 @@ class Living(Protocol):
         """Signal all its processes."""
 
     async def pause(self) -> None:
-        """Suspend it."""
+        """Pause it."""
 
     async def resume(self) -> None:
-        """Let it go on."""
+        """Resume it."""
 
     async def remove(self) -> None:
-        """End and delete it."""
+        """Stop and delete it."""
 
 
 def spec(living: Living, *args: str, without: tuple[str, ...] = (), **resources: Any) -> dict[str, Any]:
-    """A configuration with these limits, `without` namespaces of some types."""
+    """Return a configuration with these limits, `without` namespaces of some types."""
     value = container_document(str(living.rootfs), args or ("/bin/sleep", "1000"))
     linux = value["linux"]
     linux["namespaces"] = [one for one in linux["namespaces"] if one["type"] not in without]
@@ -63,7 +63,7 @@ def spec(living: Living, *args: str, without: tuple[str, ...] = (), **resources:
 
 
 def cgroups(living: Living) -> dict[str, Path]:
-    """Its cgroups on this machine, by controller; that of cgroup v2 is "" and the named one of systemd left out."""
+    """Return its cgroups on this machine, by controller; cgroup v2 is "", and systemd's named one is omitted."""
     found = {}
     for line in Path(f"/proc/{living.pid}/cgroup").read_text().splitlines():
         _, names, path = line.split(":", 2)
@@ -74,13 +74,13 @@ def cgroups(living: Living) -> dict[str, Path]:
 
 
 def counted(living: Living) -> Path:
-    """The one of them in which its processes are counted."""
+    """Return the one of them in which its processes are counted."""
     found = cgroups(living)
     return found.get("freezer") or found[""]
 
 
 class ByAgent:
-    """Through the API of an agent."""
+    """Through an agent's API."""
 
     def __init__(self, agent: RunningAgent, client: Agent) -> None:
         self.rootfs = agent.rootfs
@@ -144,7 +144,7 @@ class ByCommand:
     async def begin(self, spec: dict[str, Any]) -> None:
         linux = spec["linux"]
         linux["cgroupsPath"] = f"/caisson-living-{os.getpid()}-{NAME}"
-        linux["namespaces"].append({"type": "pid"})  # which an agent gives to every container
+        linux["namespaces"].append({"type": "pid"})  # which an agent gives every container
         spec["process"]["terminal"] = False
         self._bundle.mkdir()
         (self._bundle / "config.json").write_text(json.dumps(spec))

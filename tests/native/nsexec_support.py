@@ -1,4 +1,4 @@
-"""What the tests of nsexec share: a busybox root, a reaper that is not the agent's, and a box to run containers in."""
+"""Support tests of nsexec: a busybox root, a reaper other than the agent's, and a box to run containers in."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ CONFIG: dict[str, Any] = {
 
 
 def config(*args: str, **process: Any) -> dict[str, Any]:
-    """A config.json to change at will; `process` replaces fields of its process."""
+    """Return a config.json to modify at will; `process` replaces fields of its process."""
     value = copy.deepcopy(CONFIG)
     value["process"].update({"args": list(args) or ["true"], **process})
     return value
@@ -76,7 +76,7 @@ class TestChild:
 
 
 class Reaper:
-    """The launcher's Children, as simple as it can be."""
+    """The launcher's Children, as simple as possible."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._known: dict[int, TestChild] = {}
@@ -119,9 +119,9 @@ class Reaper:
 
 
 class Box:
-    """A bundle and a launcher on the running event loop; and a look at what is left behind.
+    """A bundle and a launcher on the running event loop; checks for leaks.
 
-    Tests that are no coroutines use the loop between its other tasks: ``run``, ``sh``.
+    Tests that are not coroutines use the loop between its other tasks: ``run``, ``sh``.
     """
 
     def __init__(self, path: Path, rootfs: Path, nsexec: Nsexec, *, timeout: float = 20.0) -> None:
@@ -138,7 +138,7 @@ class Box:
             timeout=timeout,
         )
         self.fifo = path / "exec.fifo"
-        self.specs: dict[int, tuple[Spec, dict[str, str], bytes]] = {}  # by the pid of an init
+        self.specs: dict[int, tuple[Spec, dict[str, str], bytes]] = {}  # by an init's pid
         self.created: list[Launched] = []
         self._fds, self._children = descriptors(), set(children())
 
@@ -147,7 +147,7 @@ class Box:
 
     @contextlib.contextmanager
     def stdio(self, stdin: bytes = b"") -> Iterator[tuple[Stdio, Path, Path]]:
-        """Files for the three streams; a pipe would need somebody to read it while the process runs."""
+        """Return files for the three streams; a pipe would need a reader while the process runs."""
         source, out, err = (self.path / name for name in ("stdin", "stdout", "stderr"))
         source.write_bytes(stdin)
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
@@ -187,7 +187,7 @@ class Box:
         return launched
 
     async def start(self, launched: Launched) -> None:
-        """Start a container that was created."""
+        """Start a created container."""
         spec, _, _ = self.specs[launched.child.pid]
         await self.launcher.start(str(self.fifo), launched.child.pid, spec.hooks, launched.pidfd)
 
@@ -205,7 +205,7 @@ class Box:
         return launched
 
     async def output(self, value: dict[str, Any], *, stdin: bytes = b"", **keywords: Any) -> tuple[int, str, str]:
-        """Create, start, wait: status, stdout, stderr."""
+        """Create, start and wait; return status, stdout, stderr."""
         with self.stdio(stdin) as (stdio, out, err):
             launched = await self.create(value, stdio=stdio, **keywords)
             await self.start(launched)
@@ -213,7 +213,7 @@ class Box:
         return status, out.read_text(errors="replace"), err.read_text(errors="replace")
 
     async def shell(self, script: str, value: dict[str, Any] | None = None, **keywords: Any) -> str:
-        """What a shell script prints in a new container; it must succeed."""
+        """Return the output of a shell script in a new container; it must succeed."""
         value = value or config()
         value["process"]["args"] = ["sh", "-c", script]
         status, out, err = await self.output(value, **keywords)
@@ -221,11 +221,11 @@ class Box:
         return out
 
     def sh(self, script: str, value: dict[str, Any] | None = None, **keywords: Any) -> str:
-        """The same, for tests that are no coroutines."""
+        """Do the same, for tests that are not coroutines."""
         return self.run(self.shell(script, value, **keywords))
 
     async def running(self, value: dict[str, Any] | None = None, **keywords: Any) -> Launched:
-        """A container that stays."""
+        """Start a container that keeps running."""
         value = value or config("sleep", "1000")
         launched = await self.create(value, **keywords)
         await self.start(launched)
@@ -234,7 +234,7 @@ class Box:
     async def exec(
         self, init: Launched, process: dict[str, Any], value: dict[str, Any] | None = None, **keywords: Any
     ) -> tuple[int, str, str]:
-        """Exec and wait: status, stdout, stderr."""
+        """Exec and wait; return status, stdout, stderr."""
         spec = Spec.from_json(value or config())
         process = {"env": ["PATH=/bin"], "cwd": "/", **process}
         with self.stdio() as (stdio, out, err):
@@ -259,7 +259,7 @@ class Box:
 
 
 def descriptors() -> set[str]:
-    """Open descriptors of this process, as number and what it is."""
+    """Return this process's open descriptors: numbers and targets."""
     found = set()
     for link in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # the directory just read
@@ -268,12 +268,12 @@ def descriptors() -> set[str]:
 
 
 def children() -> list[int]:
-    """Children of this process, zombies included."""
+    """Return this process's children, including zombies."""
     return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
 
 
 def make_rootfs(path: Path) -> Path:
-    """A root with busybox and empty directories."""
+    """Create a root with busybox and empty directories."""
     assert Path("/bin/busybox").exists(), "busybox is not installed; run: apt-get install busybox-static"
     for name in ("bin", "proc", "sys", "dev", "tmp", "run", "root", "home", "var", "etc", "mnt"):
         (path / name).mkdir(parents=True)

@@ -1,7 +1,7 @@
-"""The OCI command line where it can be killed: `python -I -S oci_driver.py PACKAGES ARGUMENT…`.
+"""Run the OCI command line so that it can be killed: `python -I -S oci_driver.py PACKAGES ARGUMENT…`.
 
 _CAISSON_FAULT names a point.  The command is killed at one of its own (agent/libcontainer/faults.py); a test build of
-nsexec stands still at one of its (agent/nsexec/faults.h).  The process fails if an event loop was imported.
+nsexec stops at one of its own (agent/nsexec/faults.h).  The process fails if an event loop was imported.
 """
 
 import os
@@ -19,12 +19,12 @@ spawn = Nsexec.spawn
 
 
 def spawn_faulty(self, stdio, passed, env):  # type: ignore[no-untyped-def]
-    """Tell nsexec where to stand still."""
+    """Tell nsexec where to stop."""
     return spawn(self, stdio, passed, {**env, "_CAISSON_FAULT": WANTED})
 
 
 def die(point: str) -> None:
-    """End here, as by chance."""
+    """Kill this process, as if by chance."""
     if point == WANTED:
         os.kill(os.getpid(), signal.SIGKILL)
 

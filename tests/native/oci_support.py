@@ -1,4 +1,4 @@
-"""The OCI command line for tests: bundles, and a driver that runs ours (or another runtime's) like its callers do."""
+"""Support tests of the OCI command line: bundles, and a driver for ours or another runtime."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OF_CONTAINERS = ("nsexec:", "sleep", "busybox", "sh", "true")
 
 
 class Result:
-    """What a command left: its status and both outputs, times of log lines taken out."""
+    """The result of a command: its status and both outputs, without timestamps of log lines."""
 
     def __init__(self, status: int, out: str, err: str) -> None:
         self.status = status
@@ -31,13 +31,13 @@ class Result:
 
     @property
     def message(self) -> str:
-        """The message of the last error in the log."""
+        """Return the message of the last error in the log."""
         found = re.findall(r"level=error msg=(.*)", self.err)
         return json.loads(found[-1]) if found else ""
 
 
 class Oci:
-    """A runtime with a root of its own; without a `front` the interpreter does all."""
+    """A runtime with its own root; without a `front` the interpreter does everything."""
 
     def __init__(self, program: Path, root: Path, nsexec: Path, front: Path | None = None) -> None:
         self.program = program
@@ -48,7 +48,7 @@ class Oci:
         return [str(self.program), "--root", str(self.root), *args]
 
     def __call__(self, *args: str, stdin: str = "", env: dict[str, str] | None = None, **options: Any) -> Result:
-        """Run a command to its end."""
+        """Run a command to completion."""
         done = subprocess.run(
             self.argv(*args), input=stdin, capture_output=True, text=True, env={**self._env, **(env or {})},
             timeout=SECONDS, **options,
@@ -66,7 +66,7 @@ class Oci:
         return Result(done.returncode, "", errors.read_text())
 
     def ok(self, *args: str, **options: Any) -> str:
-        """Run a command that must succeed without a word of error; return its output."""
+        """Run a command that must succeed without error output; return its output."""
         result = self(*args, **options)
         assert (result.status, result.err) == (0, ""), result
         return result.out
@@ -94,7 +94,7 @@ class Oci:
 
 
 def bundle(directory: Path, rootfs: Path, *args: str, **process: Any) -> Path:
-    """A bundle with a configuration as `spec` writes it, without a terminal."""
+    """Create a bundle with a configuration as `spec` writes it, without a terminal."""
     directory.mkdir(exist_ok=True)
     config = directory / "config.json"
     config.unlink(missing_ok=True)
@@ -116,7 +116,7 @@ def edit(directory: Path, change: Any) -> None:
 
 
 def become_subreaper() -> None:
-    """Have what commands leave behind become children of this process, as it is for every caller of a runtime."""
+    """Make orphans of commands children of this process, as for every caller of a runtime."""
     from caisson.agent.base.syscalls import set_child_subreaper
 
     set_child_subreaper()
@@ -124,7 +124,7 @@ def become_subreaper() -> None:
 
 @contextlib.contextmanager
 def reaping() -> Iterator[None]:
-    """Wait for what containers leave to this process, all the while; commands are waited for by who began them."""
+    """Reap continually what containers leave to this process; commands are waited for by whoever started them."""
     done = threading.Event()
 
     def work() -> None:
@@ -141,7 +141,7 @@ def reaping() -> Iterator[None]:
 
 
 def reap() -> None:
-    """Wait for processes of containers, and stages of nsexec, that have ended."""
+    """Reap exited processes of containers, and stages of nsexec."""
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):
             for pid in (task / "children").read_text().split():
@@ -151,7 +151,7 @@ def reap() -> None:
 
 
 def cgroup_of(pid: int, controller: str) -> Path:
-    """The cgroup of a process in a hierarchy of version 1."""
+    """Return the cgroup of a process in a v1 hierarchy."""
     for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
         _, names, path = line.split(":", 2)
         if controller in names.split(","):

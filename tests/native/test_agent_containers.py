@@ -1,4 +1,4 @@
-"""Sandbox and containers over the real API on this machine: states, refusals with their texts, and what is left."""
+"""Test sandbox and containers over the real API on this machine: states, errors with their texts, and cleanup."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ async def test_states(agent: RunningAgent) -> None:
         container = await client.create_container("box", agent.spec("/bin/sh", "-c", "read x; exit 3"))
         code, text = await refused(client.create_container("box", agent.spec()))
         assert (code, text) == (Code.ALREADY_EXISTS, "Container box already exists, impossible to create")
-        waiter = asyncio.create_task(container.init().wait())  # before it was started
+        waiter = asyncio.create_task(container.init().wait())  # before it is started
         await container.start()
         code, text = await refused(container.start())
         assert (code, text) == (Code.FAILED_PRECONDITION, "Container box status running, should be created")
@@ -122,7 +122,7 @@ async def test_states(agent: RunningAgent) -> None:
         assert (code, text) == (Code.FAILED_PRECONDITION, "Container box status stopped, should be created")
         code, text = await refused(container.exec(["/bin/true"]))
         assert (code, text) == (Code.FAILED_PRECONDITION, "Cannot exec in stopped container box")
-        await container.init().signal(15)  # it has stopped: that is what was wanted
+        await container.init().signal(15)  # it has stopped, as requested
         await container.remove()
         assert (await refused(container.remove()))[0] is Code.NOT_FOUND
 
@@ -257,8 +257,8 @@ async def test_several_are_removed_at_a_time(agent: RunningAgent) -> None:
 
 async def test_a_connection_of_neither_protocol_is_closed(agent: RunningAgent) -> None:
     reader, writer = await asyncio.open_unix_connection(agent.socket)
-    writer.write(b"\x16\x03\x01")  # a client hello of TLS
-    with contextlib.suppress(ConnectionResetError):  # what was sent is left unread
+    writer.write(b"\x16\x03\x01")  # a TLS client hello
+    with contextlib.suppress(ConnectionResetError):  # unread data causes a reset
         assert await reader.read() == b""
     writer.close()
     async with agent.connect() as client:

@@ -1,4 +1,4 @@
-"""One call that makes or finds a running container (caisson.Guest)."""
+"""Test the call that creates or finds a running container (caisson.Guest)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.root
 
 
 def methods(agent: RunningAgent) -> list[str]:
-    """The methods that were answered, in order."""
+    """Return the methods that were answered, in order."""
     lines = map(json.loads, agent.log.read_text().splitlines())
     return [line["method"] for line in lines if line.get("msg") == "request"]
 
@@ -31,7 +31,7 @@ async def test_a_container_is_made_once_and_with_it_the_sandbox(agent: RunningAg
         assert (await client.guest.EnsureRunning(request)).created
         assert not (await client.guest.EnsureRunning(request)).created
         assert await output(await sh(client.container("box"), "echo runs")) == b"runs\n"
-        request.spec = b"\xff"  # not looked at
+        request.spec = b"\xff"  # not parsed
         assert not (await client.guest.EnsureRunning(request)).created
 
 
@@ -74,7 +74,7 @@ async def test_what_cannot_be_made_leaves_nothing(
 
 
 class Machine:
-    """What a command knows of a VM."""
+    """A command's view of a VM."""
 
     def __init__(self, agent: RunningAgent, directory: Path) -> None:
         self.agent_socket = agent.socket

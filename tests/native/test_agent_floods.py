@@ -1,6 +1,7 @@
-"""What a client can do to the agent by its protocols: floods, hoards and slow drips cost it little, and others nothing.
+"""Test what a client can do to the agent through its protocols: floods, hoards and slow drips cost little, others
+nothing.
 
-Each peer is a plain socket with frames written by hand, so that it can say what no library says.
+Each peer is a plain socket with hand-written frames, so that it can send what no library sends.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def ttrpc_frame(kind: int, data: bytes, stream: int = 1) -> bytes:
 
 
 class Peer:
-    """A client of HTTP/2 that has introduced itself."""
+    """An HTTP/2 client after the preface."""
 
     def __init__(self, agent: RunningAgent) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
@@ -59,7 +60,7 @@ class Peer:
         self.socket.sendall(b"".join(data))
 
     def frames(self) -> Iterator[tuple[int, int, bytes]]:
-        """The frames that come: type, stream, payload; until the end of the connection."""
+        """Yield frames (type, stream, payload) until EOF."""
         try:
             while header := self._file.read(9):
                 high, low, kind, _, stream = struct.unpack(">BHBBL", header)
@@ -68,7 +69,7 @@ class Peer:
             return
 
     def check(self, stream: int) -> float:
-        """Seconds that a Health.Check takes."""
+        """Return the seconds that a Health.Check takes."""
         began = time.monotonic()
         self.send(frame(HEADERS, BLOCK, END_HEADERS, stream), frame(DATA, bytes(5), END_STREAM, stream))
         answer = next(payload for kind, of, payload in self.frames() if (kind, of) == (DATA, stream))
@@ -78,7 +79,7 @@ class Peer:
 
 @contextmanager
 def flooding(agent: RunningAgent, opening: bytes, block: bytes) -> Iterator[None]:
-    """Let another client send the same block as fast as it is taken."""
+    """Make another client send the same block as fast as it is read."""
     stop = threading.Event()
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(1)
@@ -102,7 +103,7 @@ def flooding(agent: RunningAgent, opening: bytes, block: bytes) -> Iterator[None
 
 
 def test_a_hundred_unfinished_requests_are_not_hoarded(agent: RunningAgent) -> None:
-    """A connection makes the agent keep 64 MiB at most; beyond that its streams are closed, and others are served."""
+    """A connection makes the agent buffer at most 64 MiB; beyond that its streams are closed, and others are served."""
     with Peer(agent) as hoarder, Peer(agent) as other:
         other.check(1)
         before, piece = agent.memory(), bytes(16384)
@@ -167,12 +168,12 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(SETTINGS)
     ids=["http2", "ttrpc"],
 )
 def test_one_client_is_never_the_only_one_served(agent: RunningAgent, opening: bytes, flood: bytes) -> None:
-    """Under a flood of frames that ask for nothing, another client waits for a turn of some, not of a whole buffer."""
+    """During a flood of no-op frames, another client waits for a turn of a few frames, not of a whole buffer."""
     with Peer(agent) as other:
         other.check(1)
         with Peer(agent) as alone:
             alone.send(frame(PRIORITY, bytes(5), 0, 1) * 20_000)
             whole = alone.check(3)
         with flooding(agent, opening, flood):
-            waits = [other.check(stream) for stream in range(3, 83, 2)][10:]  # the flood is there by then
-        assert statistics.median(waits) < whole / 4, f"{waits} beside {whole}"
+            waits = [other.check(stream) for stream in range(3, 83, 2)][10:]  # the flood has started by then
+        assert statistics.median(waits) < whole / 4, f"{waits} against {whole}"

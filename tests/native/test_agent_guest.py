@@ -1,4 +1,4 @@
-"""Methods about the guest itself, as far as this machine may stand in for one."""
+"""Test methods about the guest itself, as far as this machine can stand in for one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.unique import unique
 
 pytestmark = pytest.mark.root
 
-#: Runs a command with an empty /run and mounts of its own, as a guest has them.
+#: Runs a command with an empty /run and its own mounts, as in a guest.
 PRIVATE_RUN = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs /run && exec "$@"', "sh")
 
 

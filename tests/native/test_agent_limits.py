@@ -1,4 +1,4 @@
-"""Limits of a living container: changed, refused, and set back, over the API."""
+"""Test limits of a running container over the API: changed, rejected, and restored."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ async def update(client: Agent, resources: oci_pb2.LinuxResources) -> None:
 
 
 def huge(limit: int) -> oci_pb2.LinuxResources:
-    """The one limit that this machine's cgroup v2 hierarchy is sure to have."""
+    """Return the only limit that this machine's cgroup v2 hierarchy certainly has."""
     return oci_pb2.LinuxResources(HugepageLimits=[oci_pb2.LinuxHugepageLimit(Pagesize="2MB", Limit=limit)])
 
 
 def unrelated(agent: RunningAgent, number: int) -> oci_pb2.LinuxResources:
-    """A limit that has nothing to do with anything else, in either version of cgroups."""
+    """Return a limit independent of all others, in either cgroup version."""
     if "v1" in str(agent.process.args):
         return oci_pb2.LinuxResources(Pids=oci_pb2.LinuxPids(Limit=100 + number))
     return huge(number * 2 * MEBIBYTE)
@@ -68,7 +68,7 @@ async def test_updates_that_cannot_be(agent: RunningAgent) -> None:
         assert await refused(update(client, swappy)) == (
             Code.INVALID_ARGUMENT, "linux.resources.memory.swappiness: does not exist in cgroup v2",
         )  # fmt: skip
-        await update(client, oci_pb2.LinuxResources())  # nothing is asked for
+        await update(client, oci_pb2.LinuxResources())  # an empty request
         await container.init().signal(9)
         await container.init().wait()
         assert await refused(update(client, huge(1))) == (Code.UNKNOWN, "container not running")
@@ -76,7 +76,7 @@ async def test_updates_that_cannot_be(agent: RunningAgent) -> None:
 
 @in_both
 async def test_device_rules_follow_an_update_and_survive_others(agent: RunningAgent) -> None:
-    """GHSA-g54h-m393-cpwq: rules are what is allowed, before and after a change of other limits."""
+    """GHSA-g54h-m393-cpwq: the rules hold before and after a change of other limits."""
 
     async with agent.connect() as client:
         await client.create_sandbox()
@@ -105,10 +105,10 @@ async def test_device_rules_follow_an_update_and_survive_others(agent: RunningAg
 
 @in_both
 async def test_the_disk_that_the_guest_runs_from_is_out_of_reach(agent: RunningAgent) -> None:
-    """CVE-2020-2023: whatever the rules allow, the root disk can be named, and not be opened."""
+    """CVE-2020-2023: whatever the rules allow, a node for the root disk can be made, but not opened."""
     root = Path("/").stat().st_dev
     number = count()
-    assert os.major(root), "this machine's root is on no disk"
+    assert os.major(root), "this machine's root is not on a disk"
     others = [path.name for path in Path("/sys/dev/block").iterdir() if "loop" in str(path.readlink())]
     assert others, "this machine has no loop device to compare with"
 

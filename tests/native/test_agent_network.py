@@ -1,4 +1,4 @@
-"""Interfaces, routes and neighbours, in a network namespace of the agent's own."""
+"""Test interfaces, routes and neighbours, in the agent's own network namespace."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAC = "02:00:00:00:00:0a"
 
 @pytest.fixture
 def alone(tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path) -> Iterator[RunningAgent]:
-    """An agent in a network namespace with a pair of interfaces, of which one has the MAC address."""
+    """Start an agent in a network namespace with a pair of interfaces, one of which has the MAC address."""
     running = RunningAgent(tmp_path, nsexec_path, busybox_rootfs, within=("unshare", "--net"))
     ip(running, "link", "add", "plugged", "address", MAC, "type", "veth", "peer", "name", "other")
     ip(running, "link", "set", "other", "up")
@@ -31,7 +31,7 @@ def alone(tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path) -> Iterator[R
 
 
 def ip(agent: RunningAgent, *words: str) -> Any:
-    """What ip(8) says in the agent's namespace."""
+    """Return the output of ip(8) in the agent's namespace."""
     command = ["nsenter", f"--net=/proc/{agent.process.pid}/ns/net", "ip", "-json", *words]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return json.loads(out) if out.strip() else []
@@ -61,7 +61,7 @@ def routes(*given: dict[str, Any]) -> Any:
 
 
 async def table(client: Agent, device: str = "eth7") -> set[tuple[str, str]]:
-    """The routes by a device that were not made by the kernel for its addresses."""
+    """Return a device's routes, except those the kernel created for its addresses."""
     listed = (await client.rpc.ListRoutes(agent_pb2.ListRoutesRequest())).Routes
     return {(one.dest, one.gateway) for one in listed if one.device == device and not one.dest.startswith("fe80::")}
 
@@ -108,7 +108,7 @@ async def test_an_interface_that_cannot_be_made(alone: RunningAgent, request_: A
     async with alone.connect() as client:
         found, message = await refused(client.rpc.UpdateInterface(request_))
         assert (found, message[: len(text)]) == (code, text)
-        await client.rpc.UpdateInterface(wanted())  # nothing of it stands in the way
+        await client.rpc.UpdateInterface(wanted())  # nothing is in the way
 
 
 async def test_an_interface_that_is_still_to_come(alone: RunningAgent) -> None:
@@ -130,7 +130,7 @@ async def test_routes_are_replaced(alone: RunningAgent) -> None:
         kernels = {("192.0.2.0/24", ""), ("2001:db8::/64", "")}
         assert await table(client) == kernels
         first = routes(
-            {"gateway": "203.0.113.1"},  # reached by the next one: the order is not the host's to care about
+            {"gateway": "203.0.113.1"},  # reached through the next one: the host need not order them
             {"dest": "203.0.113.0/24", "scope": 253},
             {"dest": "2001:db8:1::/48", "gateway": "2001:db8::1"},
         )
@@ -141,7 +141,7 @@ async def test_routes_are_replaced(alone: RunningAgent) -> None:
         assert await table(client) == kernels | {("", "192.0.2.1")}
         (default,) = ip(alone, "route", "show", "default")
         assert (default["gateway"], default["prefsrc"]) == ("192.0.2.1", "192.0.2.10")
-        # One that the kernel has already is not in the way; a default of a device alone is ipvlan's.
+        # A route the kernel already has is no obstacle; a default route with only a device is ipvlan's.
         await client.rpc.UpdateRoutes(routes({"dest": "192.0.2.0/24", "source": "192.0.2.10", "scope": 253}, {}))
         assert await table(client) == kernels | {("", "")}
 

@@ -1,4 +1,4 @@
-"""Containers that nobody is attached to: their output is drained and kept, and read again in any way."""
+"""Test containers that nobody is attached to: their output is drained and kept, and can be read repeatedly."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def test_a_program_does_not_stop_because_nobody_reads(agent: RunningAgent)
         made = await detached(agent, client, "head -c 3000000 /dev/zero; exit 7", max_bytes=200_000)
         assert await asyncio.wait_for(made.init().wait(), 60) == 7
         data = b"".join(data for _, data in await kept(client, follow=True))
-        assert 130_000 < len(data) <= 200_000, "the last of it"
+        assert 130_000 < len(data) <= 200_000, "expected the tail"
 
 
 async def test_output_is_there_after_the_end_and_by_stream(agent: RunningAgent) -> None:
@@ -41,7 +41,7 @@ async def test_output_is_there_after_the_end_and_by_stream(agent: RunningAgent) 
         made = await detached(agent, client, "echo one; sleep 0.1; echo two >&2; exit 3")
         assert await made.init().wait() == 3
         assert await kept(client, follow=True) == [(1, b"one\n"), (2, b"two\n")]
-        assert await kept(client) == [(1, b"one\n"), (2, b"two\n")], "again"
+        assert await kept(client) == [(1, b"one\n"), (2, b"two\n")], "expected the same again"
         assert await kept(client, begin=4) == [(2, b"two\n")]
 
 
@@ -62,7 +62,7 @@ async def test_a_log_is_shown_from_a_moment_on_and_by_its_last_lines(
     async with agent.connect() as client:
         made = await detached(agent, client, "echo one; read line; echo two; echo three >&2; exit 3")
         async for entry in container_logs.entries(client, "box", follow=True):
-            since = entry.time / 1e9 + 1e-6  # more than a time in seconds loses
+            since = entry.time / 1e9 + 1e-6  # finer than a float of seconds
             break
         await made.init().write(b"\n")
         assert await made.init().wait() == 3

@@ -1,4 +1,4 @@
-"""Containers that stand still, and who is in a container."""
+"""Test paused containers, and listing a container's processes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ async def test_a_paused_container_stands_still(agent: RunningAgent) -> None:
 async def test_a_signal_wakes_a_paused_container(agent: RunningAgent) -> None:
     async with agent.connect() as client:
         await client.create_sandbox()
-        # A first process that the signal does not end: its end would be everybody's, by SIGKILL.
+        # An init that survives the signal: its exit would end all others, by SIGKILL.
         container = await client.ensure_container("box", agent.spec("/bin/sleep", "1000"))
         processes = [await container.exec(["/bin/sleep", "1000"]) for _ in range(2)]
         await client.rpc.PauseContainer(PAUSE)
@@ -74,7 +74,7 @@ async def test_processes_of_a_container_are_listed(agent: RunningAgent) -> None:
         for _ in range(2):
             await container.exec(["/bin/sleep", "1000"])
         pids: list[int] = []
-        while len(pids) != 3:  # nsexec's own stages may be on their way out
+        while len(pids) != 3:  # nsexec's own stages may still be exiting
             pids = json.loads((await client.rpc.ListProcesses(request)).process_list)
         assert set(pids) == agent.children()
         for form in ("", "yaml"):

@@ -1,4 +1,4 @@
-"""The log and the debug console, each on a socket of its own."""
+"""Test the log and the debug console, each on its own socket."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.root
 
 @pytest.fixture
 def talkative(tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path) -> Iterator[RunningAgent]:
-    """An agent with both."""
+    """Start an agent with both."""
     options = [f"--log-listen=unix:{tmp_path}/log.sock", f"--debug-console=unix:{tmp_path}/console.sock"]
     running = RunningAgent(tmp_path, nsexec_path, busybox_rootfs, *options)
     yield running
@@ -80,11 +80,11 @@ def test_a_shell_on_a_terminal(talkative: RunningAgent) -> None:
         assert b"/dev/pts/" in seen and b"24 80" in seen
         connection.sendall(b"sh -c 'echo sleeping-$((1 + 1)); exec sleep 1000'\n")
         read_until(connection, b"sleeping-2")
-        connection.sendall(b"\x03")  # ^C reaches what runs in the foreground
+        connection.sendall(b"\x03")  # ^C reaches the foreground process
         connection.sendall(b"echo still-$((1 + 1))\nexit\n")
         read_until(connection, b"still-2")
         while connection.recv(4096):
-            pass  # the end follows the shell's
+            pass  # EOF follows the shell's exit
 
 
 def test_closed_console_leaves_nothing(talkative: RunningAgent) -> None:

@@ -1,4 +1,4 @@
-"""Processes over the real API on this machine: their ends, their streams, their signals."""
+"""Test processes over the real API on this machine: exits, streams, signals."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.poll import until
 
 pytestmark = pytest.mark.root
 
-#: A first process that ends with the number of the first signal in its queue.
+#: An init that exits with the number of the first signal in its queue.
 QUEUE = """
 #include <signal.h>
 #include <unistd.h>
@@ -38,7 +38,7 @@ int main(void) {
 
 
 async def started(agent: Agent, running: RunningAgent, *args: str) -> Container:
-    """A running container in a running sandbox."""
+    """Start a container in a sandbox."""
     await agent.create_sandbox()
     return await agent.ensure_container("box", running.spec(*args))
 
@@ -51,7 +51,7 @@ async def test_exit_status(agent: RunningAgent, script: str, status: int) -> Non
     async with agent.connect() as client:
         process = await sh(await started(client, agent), script)
         assert await process.wait() == status
-        assert await process.wait() == status  # it is kept for those who come late
+        assert await process.wait() == status  # the status is kept for late callers
 
 
 async def test_streams_are_separate_and_complete(agent: RunningAgent) -> None:
@@ -129,7 +129,7 @@ async def test_a_terminal_has_a_size_and_one_output(agent: RunningAgent) -> None
         process = await sh(container, "read x; stty size; tty; echo err >&2; cat", terminal=True)
         await process.resize(33, 99)
         await process.write(b"go\n")
-        await process.close_stdin()  # cuts nothing off
+        await process.close_stdin()  # truncates nothing
         await process.write(b"\x04")
         text = await output(process)
         assert b"33 99" in text
@@ -190,7 +190,7 @@ async def test_signals(agent: RunningAgent) -> None:
         await process.signal(signal.SIGUSR1)
         assert await anext(stream) == b"told\n"
         assert await process.wait() == 6
-        await process.signal(signal.SIGKILL)  # too late: no failure
+        await process.signal(signal.SIGKILL)  # too late, but not an error
         assert (await refused(process.signal(4000)))[0] is StatusCode.INVALID_ARGUMENT
 
 
@@ -220,7 +220,7 @@ async def test_a_signal_that_an_init_ignores_does_not_end_it(agent: RunningAgent
 
 @pytest.fixture
 def queue(tmp_path: Path) -> Path:
-    """A directory with that program in it, as `init`."""
+    """A directory containing that program as `init`."""
     tmp_path.chmod(0o755)
     (tmp_path / "init.c").write_text(QUEUE)
     subprocess.run(["musl-gcc", "-static", "-o", tmp_path / "init", tmp_path / "init.c"], check=True)
@@ -228,7 +228,7 @@ def queue(tmp_path: Path) -> Path:
 
 
 async def test_an_init_that_blocks_signals_gets_them_from_its_queue(agent: RunningAgent, queue: Path) -> None:
-    """Such inits pass signals on to their only child: SIGKILL would end that without a word."""
+    """Such inits forward signals to their only child: SIGKILL would kill it unnoticed."""
     async with agent.connect() as client:
         await client.create_sandbox()
         spec = agent.spec("/mnt/init")
@@ -254,7 +254,7 @@ async def test_interrupt_ends_an_init_that_leaves_it_to_the_kernel(agent: Runnin
 
 
 def runs(agent: RunningAgent, program: str) -> Callable[[], bool]:
-    """Ask whether one of the agent's children is this program by now."""
+    """Return whether one of the agent's children is running this program by now."""
     return lambda: program in {Path(f"/proc/{pid}/comm").read_text().strip() for pid in agent.children()}
 
 
@@ -273,7 +273,7 @@ async def test_interrupt_typed_at_a_terminal_ends_such_an_init_too(agent: Runnin
                 pass
             await until(runs(agent, program), f"{program}: a shell that will be it still handles the signal")
             await process.write(b"\x03")
-            with contextlib.suppress(AgentError):  # it has ended
+            with contextlib.suppress(AgentError):  # it has exited
                 await process.write(b"\n")
             assert await process.wait() == status, name
 
@@ -332,4 +332,4 @@ async def test_a_home_is_of_the_passwd_that_the_container_has_mounted(agent: Run
                 process = await container.exec(["/bin/sh", "-c", "echo $HOME"], env=["PATH=/bin"], uid=7, gid=7)
                 assert await output(process) == expected
     finally:
-        below.write_text(plain)  # in a root that other tests have, too
+        below.write_text(plain)  # in a root shared with other tests

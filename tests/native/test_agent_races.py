@@ -1,4 +1,4 @@
-"""Calls that meet: what comes at once, what is broken off half-way, what is slow, and what is scarce."""
+"""Test calls that race: simultaneous, cancelled midway, slow, and short of resources."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.root
 
 
 async def broken_off(call: Coroutine[Any, Any, Any], seconds: float) -> bool:
-    """Make a call and hang up after a while; whether that came before its end."""
+    """Make a call and hang up after a while; return whether that was before it finished."""
     try:
         await asyncio.wait_for(call, seconds)
     except TimeoutError:
@@ -66,7 +66,7 @@ async def test_execs_that_meet_a_removal_run_or_are_refused_and_leave_nothing(ag
         await until(lambda: agent.fds() <= fds and agent.children() == set(), "all is given back")
 
 
-#: An exec of the command line, without a VM.
+#: The command line's exec, without a VM.
 COMMAND = """
 import sys
 from pathlib import Path
@@ -115,7 +115,7 @@ async def test_calls_broken_off_at_any_moment_leave_all_or_nothing(agent: Runnin
         for _ in range(30):
             early += await broken_off(client.create_container("box", agent.spec()), chance.random() * 0.03)
             try:
-                await client.create_container("box", agent.spec())  # the id is free, or it is there
+                await client.create_container("box", agent.spec())  # the id is free, or the container exists
             except AgentError as error:
                 assert error.code is Code.ALREADY_EXISTS, error.details
             container = client.container("box")
@@ -239,7 +239,7 @@ async def test_the_agents_limit_is_not_the_containers(agent: RunningAgent) -> No
         await client.create_sandbox()
         soft, hard = resource.prlimit(agent.process.pid, resource.RLIMIT_NOFILE)
         inherited = resource.getrlimit(resource.RLIMIT_NOFILE)
-        assert soft == hard  # without CAP_SYS_RESOURCE it goes no further
+        assert soft == hard  # without CAP_SYS_RESOURCE it goes no higher
         assert hard in (int(Path("/proc/sys/fs/nr_open").read_text()), inherited[1])
         container = await running(client, agent)
         seen = (await output(await sh(container, "ulimit -Sn; ulimit -Hn"))).decode().split()
@@ -262,7 +262,7 @@ async def test_state_of_an_earlier_agent_is_neither_used_nor_deleted(agent: Runn
             place.parent.rmdir()
 
 
-#: Methods to which an empty request is one like another.
+#: Methods for which an empty request is like any other.
 NEEDS_NOTHING = (
     "DestroySandbox", "GetGuestDetails", "ListInterfaces", "ListRoutes", "StartTracing", "StopTracing",
 )  # fmt: skip
@@ -272,7 +272,7 @@ async def test_bytes_that_are_no_request_get_a_status(agent: RunningAgent) -> No
     chance = random.Random(5)
     garbage = [b"\xff" * 50, b"\x0a\xff\xff\xff\xff\x0f", b"\x0a\x02\xff\xfe", chance.randbytes(1000)]
     methods = {method.name for method in agent_pb2.DESCRIPTOR.services_by_name["AgentService"].methods}
-    # Garbage of unknown fields is an empty request, and these would do as it says to this machine, or wait.
+    # Garbage in unknown fields is an empty request, and these would do to this machine what it says, or wait.
     methods -= {"SetGuestDateTime", "OnlineCPUMem", "MemHotplugByProbe", "ReseedRandomDev", "GetOOMEvent"}
 
     async with agent.connect() as client:
@@ -280,7 +280,7 @@ async def test_bytes_that_are_no_request_get_a_status(agent: RunningAgent) -> No
             for data in garbage:
                 try:
                     await client.channel.call("grpc.AgentService", method, data, 20)
-                    # fields that nobody knows are no error
+                    # unknown fields are not an error
                     assert method in NEEDS_NOTHING, (method, data)
                 except AgentError as error:
                     assert "calling application" not in error.details, (method, data)

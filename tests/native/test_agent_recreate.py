@@ -1,4 +1,4 @@
-"""A container that has exited runs once more, on the files that it left (caisson.Guest, RecreateContainer)."""
+"""Test running an exited container again, on the files it left (caisson.Guest, RecreateContainer)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.root
 
 
 async def made(agent: RunningAgent, client: Agent, place: Path, script: str) -> Container:
-    """A container with a tmpfs of its own at /data, which is there as long as the agent keeps its storages mounted."""
+    """Create a container with its own tmpfs at /data, which exists as long as the agent keeps its storages mounted."""
     layer = str(place / "layer")
     document = container_document(str(agent.rootfs), ["/bin/sh", "-c", script], scratch=("/tmp",))
     document["mounts"].append({"destination": "/data", "type": "bind", "source": layer, "options": ["rbind", "rw"]})

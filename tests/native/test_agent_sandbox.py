@@ -1,4 +1,4 @@
-"""The sandbox with a launcher of the test's own, for what no real container does when it is wanted: taking long."""
+"""Test the sandbox with a test launcher, for what real containers do not do on demand: be slow."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SPEC = Spec.from_json({"ociVersion": "1.2.0", "root": {"path": "/r"}, "process":
 
 
 class ProcessLauncher:
-    """Makes containers of which the test says when they are created and when they end."""
+    """Creates containers whose creation and exit the test triggers."""
 
     def __init__(self) -> None:
         self.inits: dict[str, Child] = {}
@@ -48,14 +48,14 @@ class ProcessLauncher:
         return Launched(self.inits[container_id], None, os.pidfd_open(pid))
 
     def ends(self, container_id: str) -> None:
-        """Let an init that was killed have ended."""
+        """Make a killed init exit."""
         child = self.inits.pop(container_id)
         _, status = os.waitpid(child.pid, 0)
         child._end(128 - os.waitstatus_to_exitcode(status))
 
 
 class Setting:
-    """A running sandbox over such a launcher."""
+    """A running sandbox with such a launcher."""
 
     def __init__(self, state: Path) -> None:
         self.state = state
@@ -65,7 +65,7 @@ class Setting:
 
 @pytest.fixture
 def setting(tmp_path: Path) -> Iterator[Setting]:
-    """Leaves no mount and no process, or fails; also takes away what a failed test has left."""
+    """Fail if a mount or process is left; also clean up after a failed test."""
     setting = Setting(tmp_path / "state")
     yield setting
     left = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(tmp_path) in line]
@@ -79,7 +79,7 @@ def setting(tmp_path: Path) -> Iterator[Setting]:
 
 
 async def settled(task: asyncio.Future[Any]) -> asyncio.Future[Any]:
-    """A task that has got as far as it can, and waits."""
+    """Return a task that has run as far as it can, and waits."""
     for _ in range(50):
         await asyncio.sleep(0)
     assert not task.done()
@@ -92,8 +92,8 @@ async def test_a_removal_that_takes_too_long_is_told_in_time_and_goes_on(setting
     await sandbox.create("slow", "", SPEC)
     with pytest.raises(Timeout, match=r"not removed within 0\.05 s"):
         await sandbox.remove("slow", 0.05)
-    assert sandbox.container("slow").status == "running"  # it is still there
-    await sandbox.create("other", "", SPEC)  # and holds up nobody
+    assert sandbox.container("slow").status == "running"  # it still exists
+    await sandbox.create("other", "", SPEC)  # and blocks nobody
     removal = await settled(asyncio.ensure_future(sandbox.remove("other")))
     launcher.ends("other")
     await removal
@@ -190,7 +190,7 @@ async def test_an_end_that_is_broken_off_goes_on(setting: Setting) -> None:
     await asyncio.wait([end])
     assert not setting.sandbox.running
     setting.launcher.ends("box")
-    await setting.sandbox.start("next", "")  # waits for that end
+    await setting.sandbox.start("next", "")  # waits for that to end
     assert [path.name for path in setting.state.iterdir()] == ["next"]
     await setting.sandbox.destroy()
 

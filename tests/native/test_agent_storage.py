@@ -1,4 +1,4 @@
-"""Storages that this machine can give."""
+"""Test storages that this machine can provide."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.root
 
 @pytest.fixture
 def place(tmp_path: Path, agent: RunningAgent) -> Iterator[Path]:
-    """Where the tests mount; at the end nothing is mounted there, and nothing left but what the test made."""
+    """Where the tests mount; at the end nothing is mounted there, and nothing is left but what the test created."""
     path = tmp_path / "place"
     path.mkdir()
     yield path
@@ -31,7 +31,7 @@ def storage(mount_point: Path | str, driver: str = "", **fields: Any) -> Any:
 
 
 def mounts(agent: RunningAgent, path: Path) -> list[str]:
-    """Types and options of what is mounted on a path, in the agent's namespace."""
+    """Return the types and options of mounts on a path, in the agent's namespace."""
     found = []
     for line in Path(f"/proc/{agent.process.pid}/mountinfo").read_text().splitlines():
         before, _, after = line.partition(" - ")
@@ -165,7 +165,7 @@ async def test_a_failure_takes_back_what_was_mounted(
         found, message = await refused(create(client, agent, good, storage(place / "bad", **bad)))
         assert (found, message[: len(text)]) == (code, text)
         assert mounts(agent, place / "good") == []
-        # And so does one of the container itself.
+        # And so does one in the container itself.
         request = agent_pb2.CreateContainerRequest(container_id="box", OCI=agent.spec("missing"), storages=[good])
         assert "executable file not found" in (await refused(client.rpc.CreateContainer(request)))[1]
         assert mounts(agent, place / "good") == []

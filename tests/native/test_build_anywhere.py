@@ -1,4 +1,4 @@
-"""The same image, whoever builds it, where and when; and a build that was cut short harms no later one."""
+"""Test that anyone, anywhere and at any time, builds the same image; and that interrupted builds do no harm later."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
 
 
 def seed(cache: Path) -> None:
-    """Packages that were downloaded before, without the kernel's source."""
+    """Provide downloaded packages, without the kernel source."""
     for debs in default_root().glob(f"apt/{SUITE}-a*/debs"):
         target = cache / "apt" / debs.parent.name / "debs"
         target.mkdir(parents=True)
@@ -39,15 +39,15 @@ def seed(cache: Path) -> None:
 
 
 def builder(root: Path, python: str = sys.executable, arch: str | None = None) -> list[str]:
-    """The command that builds the default image with the sources in a directory called `caisson`."""
+    """Return the command that builds the default image, with the sources in a directory called `caisson`."""
     path = f"sys.path.insert(0, {str(root.parent)!r})"
     build = f"image.build_image(arch={arch!r}).directory"
     return [python, "-c", f"import sys; {path}; from caisson import image; print({build})"]
 
 
 def everyones_python(place: Path) -> Path | str:
-    """An interpreter with our libraries that an ordinary user may run: ours may be below /root."""
-    # setpriv itself has root's rights until it has become another program.
+    """Provide an interpreter with our libraries that an ordinary user may run: ours may be below /root."""
+    # setpriv itself has root's privileges until it has executed another program.
     drop = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
     script = '"$0" -c "import jinja2"'
     if subprocess.run([*drop, "sh", "-c", script, sys.executable], capture_output=True).returncode == 0:
@@ -71,7 +71,7 @@ def digests(directory: Path) -> dict[str, str]:
 
 @pytest.fixture
 def elsewhere() -> Iterator[Path]:
-    """A directory that an ordinary user may enter; pytest's own are root's alone."""
+    """A directory accessible to an ordinary user; pytest's own are only accessible to root."""
     with tempfile.TemporaryDirectory(prefix="caisson-build-") as place:
         Path(place).chmod(0o755)
         yield Path(place)
@@ -128,7 +128,7 @@ def test_a_build_that_was_killed_at_any_moment_is_followed_by_a_whole_one(elsewh
         assert again.returncode == 0, again.stderr
         assert digests(Path(again.stdout.strip())) == wanted
         assert list(cache.glob("*/.making-*")) == []
-    assert killed >= 2, "or this test tests nothing"
+    assert killed >= 2, "otherwise this test is vacuous"
 
 
 def test_a_full_disk_is_said_and_later_forgotten(elsewhere: Path) -> None:

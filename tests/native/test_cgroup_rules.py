@@ -1,4 +1,4 @@
-"""What a container's cgroups promise, by the agent's API (v1 and v2) and by the OCI command line alike."""
+"""Test guarantees of containers' cgroups, through the agent's API (v1 and v2) and the OCI command line alike."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.root
 async def living(
     request: pytest.FixtureRequest, tmp_path: Path, nsexec_path: Path, front_path: Path, busybox_rootfs: Path
 ) -> AsyncIterator[Living]:
-    """Whatever makes containers; leaves nothing behind, or fails."""
+    """Provide a driver that creates containers; fail if anything is left behind."""
     if request.param == "command":
         become_subreaper()
         oci = Oci(OURS, tmp_path / "root", nsexec_path, front_path)
@@ -56,7 +56,7 @@ async def test_a_fork_bomb_in_an_exec_counts(living: Living) -> None:
     try:
         await living.begin(spec(living, pids={"limit": 12}))
     except AgentError as error:
-        pytest.skip(str(error))  # the cgroup v2 hierarchy of this machine may be without
+        pytest.skip(str(error))  # this machine's cgroup v2 hierarchy may lack it
     own = cgroups(living)
     directory = own.get("pids", own.get(""))
     assert directory is not None
@@ -74,7 +74,7 @@ async def test_a_process_60_levels_below_is_seen_and_ended(living: Living) -> No
         procs.write(str(pid))
     os.close(deep)
     assert sorted(await living.pids()) == sorted([living.pid, pid])
-    await living.signal_all(signal.SIGUSR1)  # its first process has no handler, and does not hear it
+    await living.signal_all(signal.SIGUSR1)  # its init has no handler, and does not receive it
     await until(lambda: not is_alive(pid), "the process below to end")
     assert await living.pids() == [living.pid]
     another = await living.exec("/bin/sleep", "1000")
@@ -85,7 +85,7 @@ async def test_a_process_60_levels_below_is_seen_and_ended(living: Living) -> No
 
 
 async def test_exec_joins_the_first_process_where_the_cgroup_was_divided(living: Living) -> None:
-    """As systemd and container engines do: all move into one below, which then has controllers of its own."""
+    """As systemd and container engines do: all processes move into a child cgroup, which then gets controllers."""
     await living.begin(spec(living, without=("cgroup",)))
     own = cgroups(living).get("")
     if own is None:
@@ -122,7 +122,7 @@ async def test_a_paused_container_stands_still(living: Living) -> None:
 @pytest.mark.parametrize("access", ["ro", "rw"])
 @pytest.mark.parametrize("namespace", [True, False])
 async def test_the_containers_own_cgroup_filesystem(living: Living, namespace: bool, access: str) -> None:
-    """CVE-2023-25809: read-only is read-only in every line, and nothing above the container's own is to be seen."""
+    """CVE-2023-25809: read-only in every line, and nothing above the container's own cgroup is visible."""
     value = spec(living, without=() if namespace else ("cgroup",))
     options = [access, "nosuid", "nodev", "noexec", "relatime"]
     mounts = [one for one in value["mounts"] if one["destination"] != "/sys/fs/cgroup"]
@@ -141,16 +141,16 @@ async def test_the_containers_own_cgroup_filesystem(living: Living, namespace: b
     lines, count, below, above, release, mount = out.split("--\n")
     for line in map(str.split, lines.splitlines()):
         assert {access, "nosuid", "nodev", "noexec"} <= set(line[3].split(",")), line
-    assert 1 <= int(count) <= 5  # the container's processes, and no others
+    assert 1 <= int(count) <= 5  # the container's processes only
     assert ("Read-only file system" in below) is (access == "ro"), below
     assert ("Read-only file system" in above) is (access == "ro"), above
     assert release == ""
-    # CVE-2022-0492: a hierarchy that a container mounts for itself would be writable.
+    # CVE-2022-0492: a hierarchy that a container mounts itself would be writable.
     assert mount.count("permission denied") + mount.count("Operation not permitted") == 2, mount
 
 
 def is_alive(pid: int) -> bool:
-    """Whether it is a process that has not ended."""
+    """Return whether this process exists and has not exited."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""cgroup v1: the controllers that this machine really has, and an agent that uses them."""
+"""Test cgroup v1: the controllers that this machine has, and an agent that uses them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def content(cgroup: CgroupOfV1, file: str) -> str:
 
 
 def put_in(cgroup: CgroupOfV1, *argv: str, **options: Any) -> subprocess.Popen[bytes]:
-    """A process in all of the cgroup's hierarchies."""
+    """Put a process in all of the cgroup's hierarchies."""
 
     def enter() -> None:
         for path in cgroup.join_files():
@@ -146,7 +146,7 @@ async def test_limits_reach_their_files_or_name_the_controller(
 
 
 async def _updated_in_vain(cgroup: CgroupOfV1, limit: dict[str, Any]) -> None:
-    """An update that changes nothing and fails at the end."""
+    """Update to the same values, failing at the end."""
     resources = Resources.from_json(limit).updated(Resources.from_json({"rdma": {"none": {"hcaHandles": 1}}}))
     with pytest.raises(CgroupError, match=r"linux\.resources\.rdma\.none: the cgroup controller 'rdma'"):
         await cgroup.update(resources)
@@ -194,7 +194,7 @@ async def test_an_update_that_fails_leaves_all_as_it_was(cgroup: CgroupOfV1) -> 
         "cpu": {"quota": 50000, "period": 100000, "shares": 99, "cpus": "0"},
         "pids": {"limit": 9},
         "blockIO": {"throttleReadBpsDevice": [{"major": MAJOR, "minor": MINOR, "rate": 5}]},
-        # The last to be set, and impossible: a part of what is allowed as a whole.
+        # Set last, and invalid: a part of what is allowed as a whole.
         "devices": [
             {"allow": True, "type": "b", "access": "rw"},
             {"allow": False, "type": "b", "major": 1, "minor": 2, "access": "r"},
@@ -246,7 +246,7 @@ def test_everything_in_it_is_ended_even_what_forks_and_what_is_frozen(cgroup: Cg
 
     asyncio.run(work())
     assert bomb.wait() == -9
-    for _ in range(100):  # the rest are the reaper's of this machine
+    for _ in range(100):  # the rest are reaped by this machine's init
         if not cgroup.pids():
             break
         asyncio.run(asyncio.sleep(0.02))
@@ -257,7 +257,7 @@ def test_cpus_that_are_plugged_in_are_offered(hierarchies: CgroupV1, cgroup: Cgr
     cgroup.apply(Resources.from_json({"cpu": {"cpus": "0"}}))
     above = Path(cgroup.file("cpuset.cpus") or "").parent.parent / "cpuset.cpus"
     everything = Path(hierarchies.roots["cpuset"], "cpuset.cpus").read_text()
-    above.write_text("0")  # as it was before the others came
+    above.write_text("0")  # as before the others came
     cgroup.allow_hotplugged_cpus(above_only=True)
     assert (above.read_text(), content(cgroup, "cpuset.cpus")) == (everything, "0")
     cgroup.allow_hotplugged_cpus(above_only=False)
@@ -277,7 +277,7 @@ def test_create_rejects_a_cgroup_in_use(hierarchies: CgroupV1, cgroup: CgroupOfV
 
 
 async def test_a_cgroup_that_cannot_be_entered_is_named_and_nothing_is_left(box: Box, cgroup: CgroupOfV1) -> None:
-    Path(cgroup.file("cpuset.mems") or "").write_text("\n")  # without memory nodes nobody gets in
+    Path(cgroup.file("cpuset.mems") or "").write_text("\n")  # without memory nodes nobody can join
     with pytest.raises(LaunchError) as caught:
         await box.create(config("true"), cgroup=cgroup)
     assert str(caught.value) == f"cgroup {cgroup.paths['cpuset']}/cgroup.procs: no space left on device"
@@ -343,7 +343,7 @@ async def test_a_process_that_the_kernel_ends_for_want_of_memory_is_told_of(agen
         assert await (await sh(container, "exec tail /dev/zero")).wait() == 137
         assert (await event).container_id == "box"
         again = asyncio.ensure_future(client.rpc.GetOOMEvent(agent_pb2.GetOOMEventRequest()))
-        await container.remove()  # which the kernel tells on the same eventfd
+        await container.remove()  # which the kernel reports on the same eventfd
         await asyncio.sleep(0.2)
         assert not again.done()
         again.cancel()

@@ -1,6 +1,7 @@
-"""A container is what its directory, its cgroup and /proc say: one process creates it, others do everything else.
+"""Test that a container is fully described by its directory, cgroup and /proc: one process creates it, others do the
+rest.
 
-Every command is a process of its own, the interpreter alone or the front before it; each is killed at every point at
+Every command is a separate process, the interpreter alone or preceded by the front; each is killed at every point at
 which it or its nsexec can be stopped, and at others.
 """
 
@@ -31,7 +32,7 @@ PACKAGES = ROOT / ".venv" / "src"
 DRIVER = ROOT / "tests" / "native" / "oci_driver.py"
 KILLS = 50
 SECONDS = 20
-#: What leads to where a command can be tried.
+#: The commands that lead to a state in which a command can be tried.
 LIFE = {
     "create": (),
     "start": ("create",),
@@ -45,7 +46,7 @@ LIFE = {
 
 
 def points(directory: str, pattern: str) -> list[str]:
-    """The points at which programs in a directory can be killed."""
+    """Return the points at which programs in a directory can be killed."""
     sources = sorted((ROOT / directory).rglob("*.[cp]*"))
     found = (re.findall(pattern, path.read_text()) for path in sources if path.suffix in (".py", ".c"))
     return sorted({name for names in found for name in names})
@@ -59,7 +60,7 @@ OF_FRONT = points("agent/nsexec/front", r"FAULT\((\w+_\w+)\)")
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where nsexec and the front are that can be stopped."""
+    """Provide a directory with an nsexec and a front that can be stopped."""
     build = tmp_path_factory.mktemp("faults")
     command = ["make", "-s", "-C", str(ROOT / "agent/nsexec"), f"BUILD={build}", "FAULTS=1", "nsexec", "front"]
     subprocess.run(command, check=True)
@@ -67,7 +68,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Driver(Oci):
-    """The command line without a shell before it, so that its pid is known; `front` is the front's, or none."""
+    """The command line without a shell in front, so that its pid is known; `front` is the front, if any."""
 
     front: Path | None = None
 
@@ -83,13 +84,13 @@ class Driver(Oci):
         )  # fmt: skip
 
     def lead_to(self, command: str, made: Path) -> None:
-        """Do what comes before a command in a container's life."""
+        """Run what precedes a command in a container's life."""
         for name in LIFE[command]:
             assert self.begin(*words(name, made)).wait() == 0, name
 
 
 def words(command: str, made: Path) -> list[str]:
-    """The arguments of a command about the container."""
+    """Return the command's arguments for the container."""
     more = {
         "create": ["-b", str(made), NAME],
         "exec": [NAME, "true"],
@@ -120,7 +121,7 @@ def stands_still(parent: int) -> bool:
 
 
 def kill_at_point(command: subprocess.Popen[bytes]) -> bool:
-    """Kill a command when its nsexec stands still; False if it came to its end without."""
+    """Kill a command when its nsexec stops; return False if it finished without stopping."""
     deadline = time.monotonic() + SECONDS
     while command.poll() is None:
         if stands_still(command.pid):
@@ -133,7 +134,7 @@ def kill_at_point(command: subprocess.Popen[bytes]) -> bool:
 
 
 def cgroups_left() -> list[str]:
-    """Our containers' cgroups, which are below this process's own."""
+    """Return our containers' cgroups, which are below this process's own."""
     left: list[str] = []
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, names, path = line.split(":", 2)
@@ -143,7 +144,7 @@ def cgroups_left() -> list[str]:
 
 
 def nothing_is_left(oci: Driver) -> None:
-    """No process, no cgroup, no directory."""
+    """Check that no process, cgroup or directory is left."""
     assert list(oci.root.iterdir()) == []
     deadline = time.monotonic() + SECONDS
     while True:
@@ -192,7 +193,7 @@ def test_exec_that_is_killed(oci: Driver, sleeper: Path, point: str) -> None:
 
 
 def commands_at(point: str) -> Iterator[str]:
-    """The commands that come by a point, which begins with the name of one; all of them write the state."""
+    """Return the commands that pass a point, which starts with the name of one; all of them write the state."""
     if point == "state_written":
         yield from ("create", "update")
     else:
@@ -219,7 +220,7 @@ def test_command_killed_where_it_changes_the_state(oci: Driver, sleeper: Path, c
     assert known.message == "container does not exist" or json.loads(known.out)["status"] in (
         "created", "running", "paused", "stopped"
     )  # fmt: skip
-    if command in ("pause", "update", "resume"):  # once more, by another, is as if it had never been
+    if command in ("pause", "update", "resume"):  # repeated by another command, it is as if it had never happened
         if oci.status(NAME) != {"pause": "paused", "resume": "running"}.get(command):
             oci.ok(*argv)
         assert oci.status(NAME) == ("paused" if command == "pause" else "running")
@@ -250,7 +251,7 @@ def test_start_that_is_killed(oci: Driver, sleeper: Path) -> None:
 
 @pytest.mark.parametrize("oci", ["python"], indirect=True)
 def test_commands_killed_at_random(oci: Driver, sleeper: Path, faulty: Path) -> None:
-    """Seeded: create, start, exec and delete, each killed after some of the time that it takes."""
+    """Seeded: create, start, exec and delete, each killed after a random part of its duration."""
     rng = random.Random(20261127)
     for _ in range(KILLS):
         commands = [
@@ -265,7 +266,7 @@ def test_commands_killed_at_random(oci: Driver, sleeper: Path, faulty: Path) -> 
         oci.front = rng.choice([None, faulty / "caisson-oci"])
         victim = oci.begin(*commands[doomed])
         longest = 0.12 if oci.front is None or doomed == 0 else 0.02
-        time.sleep(rng.uniform(0.0005, longest))  # what is tried is this moment
+        time.sleep(rng.uniform(0.0005, longest))  # the moment is what is tested
         victim.send_signal(signal.SIGKILL)
         victim.wait()
         oci.front = None
@@ -287,7 +288,7 @@ def test_two_creates_of_one_id(oci: Driver, sleeper: Path) -> None:
 
 
 def test_two_commands_at_once(oci: Driver, sleeper: Path) -> None:
-    """Seeded: whatever two commands do to one container at once, the third finds one that is whole."""
+    """Seeded: whatever two commands do to one container at once, a third finds a consistent one."""
     rng = random.Random(17)
     for _ in range(12):
         oci.lead_to("exec", sleeper)
@@ -295,7 +296,7 @@ def test_two_commands_at_once(oci: Driver, sleeper: Path) -> None:
         started = [oci.begin(*argv) for argv in both]
         for command, argv in zip(started, both, strict=True):
             if argv[0] == "exec" and not command.poll():
-                oci("resume", NAME)  # it waits in a container that was paused meanwhile
+                oci("resume", NAME)  # it waits in a container that has been paused meanwhile
             assert command.wait(SECONDS) in (0, 1, 137, 255), both
         state = oci("state", NAME)
         assert state.message == "container does not exist" or json.loads(state.out)["id"] == NAME, both

@@ -1,4 +1,4 @@
-"""File systems that are mounted in containers while they run: tmpfs, which needs no host."""
+"""Test mounting file systems in running containers: tmpfs, which needs no host."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ async def test_it_is_there_for_all_processes_and_gone_again(agent: RunningAgent)
         await unmount(client)
         assert await said(client, "grep -c scratch /proc/self/mounts || true") == "0\n"
         assert "sealed" in await said(client, "cat /proc/self/mounts")
-        await unmount(client)  # there is nothing
+        await unmount(client)  # nothing is mounted
 
         await mount(client, "/tmp/again")
         await mount(client, "/tmp/again", container_id="other")
@@ -111,7 +111,7 @@ async def test_an_option_that_is_none_and_a_container_that_has_ended(agent: Runn
 
 
 def test_a_thread_in_a_container_imports_nothing() -> None:
-    """A fresh interpreter has imported everything that the thread calls before it enters."""
+    """A fresh interpreter has imported everything that the thread calls before it enters the container."""
     program = """if True:
         import os, sys, threading
         from caisson.agent.model import container_mounts

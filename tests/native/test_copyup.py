@@ -1,4 +1,4 @@
-"""A tmpfs that begins with what the image has there."""
+"""Test tmpfs mounts that start with the image's contents."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def value(*options: str, destination: str = "/data") -> dict[str, Any]:
 
 
 def fill(data: Path) -> None:
-    """One of each kind, with owners and modes of their own."""
+    """Create one file of each type, with different owners and modes."""
     (data / "inner/deep").mkdir(parents=True)
     (data / "file").write_bytes(b"x" * 100_000)
     os.utime(data / "file", (1_000_000, 1_000_000))
@@ -56,7 +56,7 @@ def test_everything_is_copied_and_nothing_followed(box: Box) -> None:
         return [line.rpartition(" ")[0] if " directory " in line else line for line in text.splitlines()]
 
     assert without_sizes_of_directories(copied) == [*without_sizes_of_directories(plain), "1"]
-    assert (data / "file").exists() and not (data / "new").exists()  # the image is as it was
+    assert (data / "file").exists() and not (data / "new").exists()  # the image is unchanged
 
 
 def test_read_only_and_with_a_mode(box: Box) -> None:

@@ -1,6 +1,6 @@
-"""kill -9 of nsexec's stages at each point at which they depend on one another, and at any other moment.
+"""Kill nsexec's stages at each point at which they depend on each other, and at random moments.
 
-A test build stands still at a named point (agent/nsexec/faults.h), and is killed there from outside, or never goes on.
+A test build stops at a named point (agent/nsexec/faults.h), and is killed there from outside, or never continues.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ pytestmark = pytest.mark.root
 POINTS = re.findall(r"^\tPOINT\((\w+)\)", (ROOT / "agent/nsexec/faults.h").read_text(), re.MULTILINE)
 BEFORE_READY = POINTS[: POINTS.index("ready")]
 
-#: Where one that never goes on is tried: each costs the agent's timeout.
+#: Where a stage that never continues is tried: each costs the agent's timeout.
 HANGS = ["entry", "stage1_reported", "stage0_maps", "stage2_cloned", "stage2_entry", "prepared"]
 STANDS_STILL = "nsexec:fault"
 
-#: Seconds for a call to fail after its stage was killed; most of it is the machine's being busy.
+#: Seconds for a call to fail after its stage was killed; mostly an allowance for a busy machine.
 PROMPTLY = 1.0
 
 
 class FaultyNsexec(Nsexec):
-    """One that is told where to stand still: only a test build listens, and only tests tell it."""
+    """A variant that is told where to stop: only a test build obeys, and only tests tell it."""
 
     point = ""
 
@@ -62,7 +62,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyNsexec]:
 
 @pytest.fixture
 async def fault_box(faulty: FaultyNsexec) -> AsyncIterator[Box]:
-    """A box with such a nsexec, that does not wait long."""
+    """A box with such an nsexec and a short timeout."""
     with tempfile.TemporaryDirectory(prefix="caisson-box-") as directory:
         path = Path(directory)
         path.chmod(0o755)
@@ -74,7 +74,7 @@ async def fault_box(faulty: FaultyNsexec) -> AsyncIterator[Box]:
 
 
 def kinds() -> dict[str, dict[str, Any]]:
-    """Containers whose making goes through different stages."""
+    """Return containers whose creation uses different stages."""
     ids = {name: [{"containerID": 0, "hostID": 100000, "size": 1000}] for name in ("uidMappings", "gidMappings")}
     user, ahead = config("true"), config("true")
     user["linux"] |= ids
@@ -90,7 +90,7 @@ def kinds() -> dict[str, dict[str, Any]]:
 
 
 def standing_still(parent: int) -> list[int]:
-    """Children that have come to their point."""
+    """Return children that have reached their point."""
     found = []
     for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
         try:
@@ -102,7 +102,7 @@ def standing_still(parent: int) -> list[int]:
 
 
 async def interrupted(call: asyncio.Task[Any], *, kill: bool) -> bool:
-    """Wait until a stage stands still, or the call is done without; kill that stage and nothing else."""
+    """Wait until a stage stops, or the call finishes without; kill only that stage."""
     while not call.done():
         for pid in standing_still(os.getpid()):
             if kill:
@@ -113,7 +113,7 @@ async def interrupted(call: asyncio.Task[Any], *, kill: bool) -> bool:
 
 
 def left(box: Box) -> list[str]:
-    """What a failed call must not leave."""
+    """Return what a failed call must not leave."""
     found = [path.name for path in box.path.iterdir() if path.name == "exec.fifo"]
     if str(box.path) in Path("/proc/self/mountinfo").read_text():
         found.append("a mount")
@@ -121,7 +121,7 @@ def left(box: Box) -> list[str]:
 
 
 async def fails_cleanly(box: Box, call: asyncio.Task[Any], *, kill: bool) -> bool:
-    """Whether the point was come by; if it was the call has failed in time, with a reason, and left nothing."""
+    """Return whether the point was reached; then the call must have failed in time, with a reason, and left nothing."""
     if not await interrupted(call, kill=kill):
         return False
     began = time.monotonic()
@@ -159,7 +159,7 @@ async def test_create(fault_box: Box, faulty: FaultyNsexec, kind: str, kill: boo
 
 
 async def on_a_terminal(box: Box, init: Any, value: dict[str, Any]) -> int:
-    """The status of a process on a terminal of its own."""
+    """Return the status of a process on its own terminal."""
     process = Process.from_json({"args": ["true"], "cwd": "/", "env": ["PATH=/bin"], "terminal": True})
     launched = await box.launch_exec(process, init, Spec.from_json(value), None)
     assert launched.console is not None
@@ -170,14 +170,14 @@ async def on_a_terminal(box: Box, init: Any, value: dict[str, Any]) -> int:
 
 
 async def end(box: Box, launched: Any) -> None:
-    """Let a created container run to its end."""
+    """Let a created container run to completion."""
     await box.start(launched)
     assert await launched.child.wait() == 0
 
 
 @pytest.mark.parametrize("point", ["ready", "executing"])
 async def test_start(fault_box: Box, faulty: FaultyNsexec, point: str) -> None:
-    """One that is killed before its program is executed was not started."""
+    """A process killed before its program is executed was not started."""
 
     faulty.point = point
     launched = await fault_box.create(config("true"))
@@ -215,7 +215,7 @@ def test_exec(fault_box: Box, faulty: FaultyNsexec, kind: str, kill: bool) -> No
             call = asyncio.ensure_future(run())
             if await interrupted(call, kill=kill):
                 met.add(point)
-                if point == "executing" and kill:  # it has run, as far as anybody can tell
+                if point == "executing" and kill:  # as far as anybody can tell, it has run
                     assert await call == 137
                     continue
                 with pytest.raises(LaunchError):
@@ -226,7 +226,7 @@ def test_exec(fault_box: Box, faulty: FaultyNsexec, kind: str, kill: bool) -> No
         assert await run() == 0
         assert init.child.pid in map(
             int, Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-        )  # the container is as it was
+        )  # the container is unchanged
 
     fault_box.run(work())
     assert {"entry", "stage2_cloned", "stage2_entry", "prepared"} <= met
@@ -240,7 +240,7 @@ def test_the_program_that_is_shipped_has_no_such_points(nsexec_path: Path) -> No
 
 @pytest.mark.timeout(200)
 async def test_stages_killed_at_any_moment(agent: RunningAgent) -> None:
-    """From outside and by chance, as by the kernel when memory is short."""
+    """From outside and at random, as by the kernel's OOM killer."""
     chance = random.Random(11)
 
     def kill_one() -> int:

@@ -1,4 +1,4 @@
-"""The front of the OCI command line: what it does by itself, what it hands over, and that nobody can tell which.
+"""Test the front of the OCI command line: what it does itself, what it hands over, and that results do not differ.
 
 Source: agent/nsexec/front, runtime/prepared.py.
 """
@@ -20,7 +20,7 @@ from tests.native.oci_support import OURS, Oci, Result, become_subreaper, bundle
 
 pytestmark = pytest.mark.root
 NAME = f"front-{os.getpid()}"
-#: What leads to a state.
+#: The commands that lead to a state.
 STATES = {
     "missing": (),
     "created": ("create",),
@@ -28,7 +28,7 @@ STATES = {
     "paused": ("create", "start", "pause"),
     "stopped": ("create", "start", "end"),
 }
-#: What is tried in it.
+#: The commands to try in it.
 COMMANDS = {
     "missing": [
         ["state", NAME], ["state", "a/b"], ["--log-format", "json", "state", NAME],
@@ -49,7 +49,7 @@ COMMANDS = {
 
 
 class Pair:
-    """The interpreter alone, and the front before it; each has a root of its own and takes its turn."""
+    """The interpreter alone, and with the front; each has its own root, and they take turns."""
 
     def __init__(self, directory: Path, nsexec: Path, front: Path) -> None:
         self.python = Oci(OURS, directory / "python", nsexec)
@@ -84,7 +84,7 @@ def sleeper(tmp_path: Path, busybox_rootfs: Path) -> Path:
 
 
 def bring(oci: Oci, made: Path, state: str) -> None:
-    """Have a container in a state."""
+    """Bring a container into a state."""
     for step in STATES[state]:
         if step == "create":
             assert oci.detached("create", "-b", str(made), NAME).status == 0
@@ -95,11 +95,11 @@ def bring(oci: Oci, made: Path, state: str) -> None:
         else:
             oci.ok(step, NAME)
             if step == "start":
-                oci.ok("exec", NAME, "true")  # from now on the front knows how
+                oci.ok("exec", NAME, "true")  # from now on the front can exec
 
 
 def comparable(result: Result, oci: Oci) -> tuple[int, str, str]:
-    """A result without what differs between two containers."""
+    """Return a result without what differs between two containers."""
     out = re.sub(r'"(pid|created)": [^\n]*', r'"\1"', result.out)
     return result.status, out, re.sub(r',"time":"[^"]*"', "", result.err).replace(str(oci.root), "ROOT")
 
@@ -124,7 +124,7 @@ def test_both_do_and_say_the_same(pair: Pair, sleeper: Path, state: str, command
 def alone(
     front: Path, oci: Oci, *args: str, instead: str = "/bin/false", **options: object
 ) -> subprocess.CompletedProcess[str]:
-    """What the front does with a command if there is no interpreter to hand it over to."""
+    """Return the front's result if there is no interpreter to hand over to."""
     argv = [str(front), instead, "-I", "-S", "-c", "", "caisson-oci", "/packages", "--root", str(oci.root), *args]
     env = {**os.environ, "CAISSON_NSEXEC": oci._env["CAISSON_NSEXEC"]}
     return subprocess.run(argv, capture_output=True, text=True, env=env, timeout=60, **options)  # type: ignore[call-overload, no-any-return]
@@ -139,7 +139,7 @@ def test_plain_commands_need_no_interpreter(oci: Oci, front_path: Path, tmp_path
     log = tmp_path / "log"
     done = alone(front_path, oci, "--log", str(log), "exec", NAME, "sh", "-c", "cat; exit 4", input="in")
     assert (done.returncode, done.stdout, done.stderr, log.read_text()) == (4, "in", "", "")
-    assert alone(front_path, oci, "exec", NAME, "nothere").returncode == 1  # which Python would say better
+    assert alone(front_path, oci, "exec", NAME, "nothere").returncode == 1  # which Python reports better
     assert alone(front_path, oci, "kill", NAME, "KILL").returncode == 0
     while json.loads(alone(front_path, oci, "state", NAME).stdout)["status"] != "stopped":
         pass
@@ -231,7 +231,7 @@ def test_a_program_that_cannot_be_executed_at_start(pair: Pair, tmp_path: Path) 
 
 
 def test_a_front_older_than_its_sources_is_left_alone(tmp_path: Path) -> None:
-    """A checkout that was changed: the script looks, by the times of files."""
+    """A modified checkout: the script checks file times."""
     place = tmp_path / "packages" / "caisson" / "agent"
     for name in ("runtime", "nsexec/front", "nsexec/build"):
         (place / name).mkdir(parents=True)

@@ -1,7 +1,6 @@
-"""The parsers of nsexec and of the front under a fuzzer, AddressSanitizer and UndefinedBehaviorSanitizer.
+"""Fuzz the parsers of nsexec and of the front, with AddressSanitizer and UndefinedBehaviorSanitizer.
 
-With clang that is libFuzzer, which finds its way by coverage;
-where there is only gcc, the mutator in fuzz.c.
+With clang by libFuzzer, guided by coverage; if there is only gcc, by the mutator in fuzz.c.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ pytestmark = pytest.mark.root
 
 SECONDS = int(fuzz.seconds(30))
 
-#: Branches that are reached when every kind of attribute is: far fewer would mean that it is stuck at a header.
+#: Branches reached when every kind of attribute is: far fewer would mean that it is stuck at a header.
 EDGES, FRONT_EDGES = 300, 150
 
 
 def build(target: str, directory: Path) -> Path:
-    """A target of nsexec's Makefile."""
+    """Build a target of nsexec's Makefile."""
     made = ["make", "-s", "-C", str(ROOT / "agent/nsexec"), f"BUILD={directory}", target]
     done = subprocess.run(made, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -36,7 +35,7 @@ def build(target: str, directory: Path) -> Path:
 
 
 def finished(command: list[str], directory: Path) -> str:
-    """What a fuzzer says; a finding fails, with the input that leads to it."""
+    """Return a fuzzer's output; a finding fails the test, with the input that leads to it."""
     environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
     done = subprocess.run(
         command, capture_output=True, cwd=directory, env=environment, timeout=SECONDS + 200, errors="replace", text=True
@@ -65,7 +64,7 @@ def test_nothing_is_found(tmp_path: Path, target: str, inputs: Callable[[], dict
         assert "accepted" in finished([str(program), str(SECONDS * 10_000), "1", *good], tmp_path)
         return
     program = build(target, tmp_path)
-    # No limit of resident memory: libFuzzer reads ru_maxrss, which begins with what pytest once had (vfork, exec).
+    # No RSS limit: libFuzzer reads ru_maxrss, which starts with pytest's peak (vfork, exec).
     said = finished(
         [str(program), f"-max_total_time={SECONDS}", f"-max_len={longest}", "-timeout=10", "-rss_limit_mb=0",
          "-malloc_limit_mb=64",
@@ -85,7 +84,7 @@ def test_nothing_is_found(tmp_path: Path, target: str, inputs: Callable[[], dict
     ids=["nsexec", "front"],
 )
 def test_good_messages_are_accepted(tmp_path: Path, target: str, inputs: Callable[[], dict[str, bytes]]) -> None:
-    """What the fuzzer begins with is what Python writes; else it would look for errors in the wrong place."""
+    """The fuzzer's seeds are what Python writes; otherwise it would look for errors in the wrong place."""
     program = build(target, tmp_path)
     files = []
     for name, data in inputs().items():

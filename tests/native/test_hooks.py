@@ -1,4 +1,4 @@
-"""Hooks of a configuration: where and when they run, what they get, and what becomes of those that fail or hang."""
+"""Test a configuration's hooks: where and when they run, their input, and failures and hangs."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ AGENTS = ("prestart", "createRuntime", "poststart", "poststop")
 
 
 def sh(script: str, **more: Any) -> dict[str, Any]:
-    """A hook that is a shell script of the guest, or of the container."""
+    """Return a hook that is a shell script in the guest, or in the container."""
     return {"path": "/bin/sh", "args": ["sh", "-c", script], **more}
 
 
 def note(box: Box, what: str) -> dict[str, Any]:
-    """A hook that writes a word to where all hooks can: the directory of the test, or inside the container /tmp."""
+    """Return a hook that writes a word where all hooks can: the test's directory, or /tmp in the container."""
     return sh(f"echo {what} >> {box.path}/order")
 
 
@@ -49,7 +49,7 @@ def with_hooks(*args: str, **hooks: Any) -> dict[str, Any]:
 
 
 def life(box: Box, value: dict[str, Any]) -> Container:
-    """A container on the launcher of a box, as the sandbox makes it."""
+    """Run a container with a box's launcher, as the sandbox does."""
     directory = box.path / "box"
     directory.mkdir(exist_ok=True)
     spec = Spec.from_json(value)
@@ -129,7 +129,7 @@ async def test_each_gets_the_state(agents_box: Box) -> None:
 
 
 async def test_namespaces_and_roots(agents_box: Box) -> None:
-    """The agent's or the container's namespaces; the guest's root, or the container's."""
+    """The agent's namespaces and the guest's root, or the container's."""
     box = agents_box
     look = "readlink /proc/self/ns/mnt /proc/self/ns/uts"
     hooks: dict[str, Any] = {
@@ -153,7 +153,7 @@ async def test_namespaces_and_roots(agents_box: Box) -> None:
     *theirs, cwd, mounts = (box.path / "createContainer").read_text().split()
     assert not set(ours) & set(theirs)
     assert cwd == str(box.rootfs)
-    assert int(mounts) > 3  # the container's, still below the guest's root
+    assert int(mounts) > 3  # the container's, while still below the guest's root
     assert (box.rootfs / "tmp" / "start").read_text().split() == ["box", "/bin/busybox", "7"]
 
 
@@ -176,7 +176,7 @@ def test_arguments_environment_and_descriptors_are_exact(box: Box) -> None:
         assert lines[0] == "zero one", point
         assert lines[1].startswith("A=b=c "), lines
         names = {word.partition("=")[0] for word in lines[1].split()}
-        assert names <= {"A", "PATH", "PWD", "SHLVL", "OLDPWD"}, lines  # the rest is the shell's own
+        assert names <= {"A", "PATH", "PWD", "SHLVL", "OLDPWD"}, lines  # the rest are the shell's own
         assert lines[2].split() == ["0", "1", "2", "3"], lines  # 3 is the directory that ls reads
 
 
@@ -231,7 +231,7 @@ async def test_a_hook_that_fails_fails_the_create(agents_box: Box, point: str, h
 @pytest.mark.parametrize("point", [*CREATE, "startContainer"])
 async def test_a_hook_that_takes_too_long_is_killed_with_its_group(agents_box: Box, point: str) -> None:
     box = agents_box
-    # In the container's own pid namespace its end takes everything along; the agent's hooks have only their group.
+    # In the container's own pid namespace killing it kills everything; the agent's hooks have only their process group.
     hang = sh(f"echo began; {SLEEP} & {SLEEP}", timeout=1)
 
     began = time.monotonic()
@@ -261,7 +261,7 @@ async def test_a_hook_that_never_stops_talking_is_not_listened_to_for_longer(age
 @pytest.mark.parametrize("point", CREATE)
 async def test_a_hook_without_a_timeout_is_waited_for_until_nobody_wants_it(agents_box: Box, point: str) -> None:
     box = agents_box
-    box.launcher.starter._timeout = 0.5  # nsexec's own time, of which hooks take nothing
+    box.launcher.starter._timeout = 0.5  # nsexec's own time, which excludes hooks
     value = with_hooks("true", **{point: [sh(f"touch {box.path}/began; {SLEEP} & wait")]})
 
     container = life(box, value)
@@ -276,7 +276,7 @@ async def test_a_hook_without_a_timeout_is_waited_for_until_nobody_wants_it(agen
 
 
 async def test_a_hook_need_not_read_and_may_leave_somebody_behind(agents_box: Box) -> None:
-    """A state that no pipe holds, and a daemon that keeps the output open."""
+    """A state larger than a pipe, and a daemon that keeps the output open."""
     box = agents_box
     daemon = sh(f"sh -c 'echo $$ > {box.path}/daemon; exec {SLEEP}' & while ! [ -s {box.path}/daemon ]; do :; done")
     value = with_hooks("sleep", "1000", prestart=[daemon], createRuntime=[sh("wc -c"), sh("exec <&-")])
@@ -343,7 +343,7 @@ async def test_a_start_container_hook_that_fails_stops_the_container(agents_box:
 
 
 async def test_hooks_from_the_wire(agent: RunningAgent, tmp_path: Path) -> None:
-    """CVE-2020-27151: a host's configuration does not choose programs of the guest, but those meant to be hooks."""
+    """CVE-2020-27151: a host's configuration must not choose programs in the guest, except those meant as hooks."""
     guest = tmp_path / "hooks"
     for point in ("prestart", "poststart", "poststop"):
         (guest / point).mkdir(parents=True)
@@ -386,9 +386,9 @@ async def test_hooks_from_the_wire(agent: RunningAgent, tmp_path: Path) -> None:
         code, text = await refused(connection.rpc.CreateSandbox(agent_pb2.CreateSandboxRequest(guest_hook_path="x")))
         assert (code, text) == (StatusCode.INVALID_ARGUMENT, "guest_hook_path: 'x' must be an absolute path")
     assert not (tmp_path / "bad").exists()
-    # The argument is the point; links and files that are no programs are passed over.
+    # The argument is what is tested; links and files that are not executable are skipped.
     lines = (tmp_path / "notes").read_text().splitlines()
     assert lines[:4] == ["extra", "prestart", "poststart", "poststop"], lines
-    assert set(lines[4:]) == {"poststop"}  # of containers whose create failed, too
+    assert set(lines[4:]) == {"poststop"}  # also of containers whose create failed
     states = (tmp_path / "states").read_text()
     assert [word in states for word in ('"creating"', '"running"', '"stopped"')] == [True] * 3

@@ -1,4 +1,4 @@
-"""What a container says of its processes is read in bounded pieces, and by threads that hold up nobody else."""
+"""Test that data about a container's processes is read in bounded pieces, by threads that block nobody else."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tests.native.agent_support import RunningAgent
 
 pytestmark = pytest.mark.root
 
-#: MiB of command line; seconds within which ps answers, and any other call meanwhile.
+#: MiB of command line; seconds in which ps responds, and any other call meanwhile.
 MANY, PROMPTLY = 1500, 2.0
 
 
 @pytest.fixture(scope="module")
 def longargs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the program in it (tests/native/longargs.c)."""
+    """A directory containing the program (tests/native/longargs.c)."""
     directory = tmp_path_factory.mktemp("longargs")
     source = Path(__file__).with_name("longargs.c")
     target = directory / "longargs"
@@ -35,7 +35,7 @@ def longargs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @asynccontextmanager
 async def liar(client: Agent, agent: RunningAgent, longargs: Path, count: int) -> AsyncIterator[Container]:
-    """A container with processes of such a command line, as an ordinary user."""
+    """Start a container with processes of such a command line, as an ordinary user."""
     await client.create_sandbox()
     spec = agent.spec()
     spec.Mounts.append(oci_pb2.Mount(destination="/mnt", type="bind", source=str(longargs), options=["rbind", "ro"]))
@@ -66,7 +66,7 @@ async def test_a_command_line_of_1500_mib_costs_nothing(agent: RunningAgent, lon
 
 
 async def test_a_process_in_65000_groups_is_stopped_as_any_other(agent: RunningAgent) -> None:
-    """Its status, in which its handlers are looked up, has 400 KB."""
+    """Its status, from which its handlers are read, has 400 KB."""
     async with agent.connect() as client:
         await client.create_sandbox()
         spec = agent.spec("/bin/sleep", "1000")

@@ -1,4 +1,4 @@
-"""Containers in a pid namespace with a pause process, by the launcher alone: what the API cannot ask for or provoke."""
+"""Test containers in a pid namespace with a pause process, by the launcher: cases that the API cannot cause."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.root
 
 @contextlib.asynccontextmanager
 async def joined(box: Box) -> AsyncIterator[dict[str, Any]]:
-    """A pid namespace with a pause process, as arguments for ProcessLauncher.create."""
+    """Create a pid namespace with a pause process; yield arguments for ProcessLauncher.create."""
     procfs, empty = box.path / "proc", box.path / "empty"
     procfs.mkdir()
     empty.mkdir()
@@ -46,7 +46,7 @@ async def joined(box: Box) -> AsyncIterator[dict[str, Any]]:
 
 
 def test_with_every_other_namespace(box: Box) -> None:
-    """User with maps, time with offsets, cgroup, network: all of it is made before the pid namespace is entered."""
+    """User with maps, time with offsets, cgroup, network: all are created before the pid namespace is entered."""
     kinds = ("pid", "ipc", "uts", "mount", "network", "user", "time", "cgroup")
     value = config("sh", "-c", "id -u; cut -d. -f1 /proc/uptime; cat /proc/1/comm; ip -o link; hostname; echo $$")
     value["linux"]["namespaces"] = [{"type": kind} for kind in kinds]
@@ -67,7 +67,7 @@ def test_with_every_other_namespace(box: Box) -> None:
 
 
 def test_hooks_and_rights(box: Box) -> None:
-    """Of hooks in the container, those of its own programs run; those of the guest would be in the others' reach."""
+    """Hooks run inside only if they are the container's own programs; the guest's would be exposed to other members."""
     script = "ulimit -u; umask; id -u; grep -e NoNew -e CapEff /proc/self/status"
     value = config("sh", "-c", script, user={"uid": 7})
     value["process"].update(rlimits=[{"type": "RLIMIT_NPROC", "soft": 3, "hard": 3}], noNewPrivileges=True)
@@ -92,7 +92,7 @@ def test_hooks_and_rights(box: Box) -> None:
 
 @pytest.mark.parametrize("user", [False, True], ids=["", "user namespace"])
 async def test_giving_up_at_any_moment_leaves_nothing(box: Box, user: bool) -> None:
-    """A create and an exec that are cancelled: the stages outside end with them, whoever of them is known by then."""
+    """A create and an exec that are cancelled: the stages outside end with them, whichever of them is known by then."""
     value = config("sleep", "1000")
     if user:
         value["linux"]["namespaces"].append({"type": "user"})
@@ -100,7 +100,7 @@ async def test_giving_up_at_any_moment_leaves_nothing(box: Box, user: bool) -> N
             value["linux"][kind] = [{"containerID": 0, "hostID": 100000, "size": 65536}]
 
     async def gives_up(make: Callable[[], Coroutine[Any, Any, Launched]], left: set[int]) -> None:
-        for turns in range(1000):  # of the event loop: from before the spawn to the end
+        for turns in range(1000):  # turns of the event loop: from before the spawn to the end
             task = asyncio.ensure_future(make())
             for _ in range(turns):
                 await asyncio.sleep(0)
@@ -176,7 +176,7 @@ async def test_without_cgroups_what_the_agent_started_ends_with_the_container(bo
 
 
 def test_only_the_makers_of_a_process_say_who_it_is() -> None:
-    """A process in a shared namespace may have taken the socket out of one that was just made."""
+    """A process in a shared namespace may have taken the socket from one that was just created."""
 
     news: list[tuple[int, int]] = []
     channel = SetupChannel(terminal=False, announced=lambda *pids: news.append(pids), log=lambda *_: None)
@@ -184,7 +184,7 @@ def test_only_the_makers_of_a_process_say_who_it_is() -> None:
     assert not isinstance(child_end, int)
     line, fd = b'{"stage1_pid":0,"stage2_pid":1}\n', os.pidfd_open(os.getpid())
     with socket.socket(fileno=os.dup(child_end.fileno())) as taken:
-        channel.spawned(os.getpid() + 1)  # the maker is somebody else
+        channel.spawned(os.getpid() + 1)  # it was created by someone else
         socket.send_fds(taken, [line], [fd])
         channel.on_readable()
         assert (news, channel.pidfd) == ([], -1)

@@ -1,4 +1,4 @@
-"""Containers and processes as a Kata 3.x host has them, where that differs from 1.x."""
+"""Test containers and processes as used by a Kata 3.x host, where that differs from 1.x."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ async def test_an_empty_exec_id_is_the_first_process(apart: RunningAgent) -> Non
         await host.run("c", host.spec("/bin/sh", "-c", "read line; echo got $line; cat; exit 4"))
         write = agent_pb2.WriteStreamRequest(container_id="c", data=b"it\nrest")
         assert (await host.rpc.WriteStdin(write)).len == 7
-        write.data = b""  # no data: the end of its input
+        write.data = b""  # no data: EOF of its input
         assert (await host.rpc.WriteStdin(write)).len == 0
         assert await host.output("c") == b"got it\nrest"
         wait = agent_pb2.WaitProcessRequest(container_id="c")
-        for _ in range(2):  # a host waits again after it has killed
+        for _ in range(2):  # a host waits again after killing it
             assert (await host.rpc.WaitProcess(wait)).status == 4
         await host.remove("c")
 
@@ -46,7 +46,7 @@ async def test_sigkill_without_an_exec_id_is_for_all_and_other_signals_for_the_f
         for exec_id in ("c", "e"):
             wait = agent_pb2.WaitProcessRequest(container_id="c", exec_id=exec_id)
             assert (await host.rpc.WaitProcess(wait)).status == 137
-        await host.rpc.SignalProcess(signal)  # too late, which is fine
+        await host.rpc.SignalProcess(signal)  # too late, but not an error
         signal.exec_id = "e"
         await host.rpc.SignalProcess(signal)
         signal.signal = 99
@@ -177,7 +177,7 @@ async def test_a_spec_as_containerd_makes_it(apart: RunningAgent) -> None:
 
 
 async def test_hosts_of_both_generations_at_once(apart: RunningAgent) -> None:
-    """Whoever runs pods by a Kata host can still look into them with commands of ours."""
+    """Users who run pods through a Kata host can still inspect them with our commands."""
     async with await Host.connect(apart) as host, apart.connect() as client:
         await host.rpc.CreateSandbox(agent_pb2.CreateSandboxRequest(sandbox_id="pod"))
         await host.run("c", host.spec("/bin/sh", "-c", "read line; echo $line; exit 5"))
@@ -189,4 +189,4 @@ async def test_hosts_of_both_generations_at_once(apart: RunningAgent) -> None:
         assert await first.wait() == 5
         wait = agent_pb2.WaitProcessRequest(container_id="c")
         assert (await host.rpc.WaitProcess(wait)).status == 5
-        assert await output(first) == b""  # its end, as each generation has it
+        assert await output(first) == b""  # EOF, as each generation reports it

@@ -1,4 +1,4 @@
-"""The guest itself as a Kata 3.x host has it: files, volumes, metrics, network."""
+"""Test the guest itself as used by a Kata 3.x host: files, volumes, metrics, network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAC = "02:00:00:00:00:0a"
 
 
 def ip(agent: RunningAgent, *words: str) -> Any:
-    """What ip(8) says in the agent's namespace."""
+    """Return the output of ip(8) in the agent's namespace."""
     command = ["nsenter", f"--net=/proc/{agent.pid}/ns/net", "ip", "-json", *words]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return json.loads(out) if out.strip() else []
@@ -55,7 +55,7 @@ async def test_a_tree_is_copied_with_links_owners_and_modes(apart: RunningAgent)
         assert (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid) == (0o2770, 7, 8)
         assert (root / "..data").lstat().st_uid == 7
         assert (root / "empty").stat().st_size == 0
-        # A change: other contents beside, and the link replaced.
+        # A change: different contents beside it, and the link replaced.
         await copy("/..2027/key", 0o104755, b"tw", file_size=3)
         await copy("/..2027/key", 0o104755, b"o", file_size=3, offset=2)
         await copy("/..data", 0o120777, b"..2027")
@@ -170,7 +170,7 @@ async def test_addresses_and_routes_are_added_to_what_is_there(apart: RunningAge
 
         missing = interface("192.0.2.10/24")
         missing.interface.hwAddr = "02:00:00:00:00:99"
-        code, text = await refused(host.rpc.UpdateInterface(missing))  # hosts try again while it says so
+        code, text = await refused(host.rpc.UpdateInterface(missing))  # hosts retry on this code
         assert (code, "Link not found" in text) == (StatusCode.INTERNAL, True)
 
 

@@ -1,4 +1,4 @@
-"""Storages of a Kata 3.x host that need no disk: overlays, tmpfs, directories, watched ones; and who they belong to."""
+"""Test storages of a Kata 3.x host that need no disk: overlays, tmpfs, directories, watched ones; and their owners."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ async def test_a_volume_is_given_to_a_group_without_following_links(apart: Runni
         await host.remove("c")
         (source / "a/b/file").chmod(0o600)
         volume.fs_group.group_change_policy = types_pb2.OnRootMismatch
-        await host.create("c", storages=[volume])  # the root is as it should be: nothing is looked at
+        await host.create("c", storages=[volume])  # the root is already correct: nothing is changed
         assert stat.S_IMODE((root / "a/b/file").stat().st_mode) == 0o600
 
 
@@ -199,13 +199,13 @@ async def test_a_watched_directory_follows_the_hosts(apart: RunningAgent) -> Non
         (real / "..2").mkdir()
         (real / "..2/key").write_text("two")
         (real / "..next").symlink_to("..2")
-        (real / "..next").rename(real / "..data")  # as Kubernetes does it
+        (real / "..next").rename(real / "..data")  # as Kubernetes does
         (real / "..1/key").unlink()
         (real / "..1").rmdir()
         copied = inside(apart, target)
         await until(lambda: (copied / "key").read_text() == "two" and not (copied / "..1").exists(), "the change")
         assert await host.sh("c", "cat /config/key") == "two"
-        (real / "large").write_bytes(bytes(2 << 20))  # more than is copied: it is bound from now on
+        (real / "large").write_bytes(bytes(2 << 20))  # larger than the limit for copies: bind-mounted from now on
         await until(lambda: mounts(apart, target) != [], "the bind mount")
         await host.remove("c")
         assert mounts(apart, target) == [] and not copied.exists()
@@ -278,7 +278,7 @@ async def test_the_shared_directory_may_be_mounted_already(apart: RunningAgent) 
 
 @pytest.fixture
 def loop_devices(tmp_path: Path, busybox_rootfs: Path) -> Iterator[tuple[str, str]]:
-    """Two disks: an ext4 to write to, and an erofs of the busybox root."""
+    """Provide two disks: an ext4 to write to, and an erofs of the busybox root."""
     writable, layer = tmp_path / "writable", tmp_path / "layer"
     with writable.open("wb") as file:
         file.truncate(16 << 20)

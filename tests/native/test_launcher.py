@@ -1,4 +1,4 @@
-"""create, start and exec through the launcher: failures leave nothing, and read as runc's do."""
+"""Test create, start and exec through the launcher: failures leave nothing, and their messages are runc's."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ async def test_exec_has_the_containers_rights_unless_it_names_its_own(box: Box) 
     ]
     first, second = [out.split() for _, out, _ in results]
     mask = f"{1 << 0 | 1 << 1 | 1 << 3 | 1 << 5 | 1 << 6 | 1 << 7 | 1 << 10:016x}"
-    privileges = "0" if isinstance(box, CommandBox) else "1"  # on a host as the process says alone, as by runc
+    privileges = "0" if isinstance(box, CommandBox) else "1"  # on a host, as process.noNewPrivileges says, as in runc
     assert first == ["0" * 16, mask, mask, privileges, "50", "4"]
     assert second == ["0" * 16, f"{1 << 5:016x}", f"{1 << 5:016x}", privileges, "50", "4"]
 
@@ -256,7 +256,7 @@ async def test_terminal_of_an_exec_is_controlling(box: Box) -> None:
 
 
 async def _read_console(launched: Launched) -> str:
-    """All that is written, until the last process lets go of the terminal."""
+    """Read all output, until the last process closes the terminal."""
     assert launched.console is not None
     seen = b""
     loop = asyncio.get_running_loop()
@@ -277,7 +277,7 @@ async def test_the_fifo_can_be_opened_by_another_user(box: Box) -> None:
 
 
 def _fake(tmp_path: Path, text: str) -> Nsexec:
-    """Something else in nsexec's place."""
+    """Replace nsexec with something else."""
     source = tmp_path / "fake.c"
     source.write_text(text)
     subprocess.run(["musl-gcc", "-static", "-o", tmp_path / "fake", source], check=True)
@@ -309,7 +309,7 @@ async def test_an_nsexec_that_dies_or_hangs(tmp_path: Path, body: str, message: 
 
 
 async def test_cancelling_a_create_leaves_nothing(box: Box) -> None:
-    for turns in range(60):  # of the event loop: from before the spawn to the end of the create
+    for turns in range(60):  # turns of the event loop: from before the spawn to the end of the create
         task = asyncio.ensure_future(box.create(config("sleep", "1000")))
         for _ in range(turns):
             await asyncio.sleep(0)
@@ -319,7 +319,7 @@ async def test_cancelling_a_create_leaves_nothing(box: Box) -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         assert not box.fifo.exists()
-        async with asyncio.timeout(1):  # a stage 2 that nobody knew of sees its maker's end, and goes
+        async with asyncio.timeout(1):  # a stage 2 that nobody knew of notices its parent's exit, and exits
             while children():  # noqa: ASYNC110 - it is the reaper's, which tells nobody
                 await asyncio.sleep(0.001)
 

@@ -1,4 +1,4 @@
-"""Cgroups that a container makes below its own: deep, many, and with all processes moved into them."""
+"""Test cgroups that a container creates below its own: deep, many, and with all processes moved into them."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ in_both = pytest.mark.parametrize("agent", ["v2", "v1"], indirect=True)
 LEVELS, NAME = 60, "x" * 250
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY
 
-#: The part of a walk through thousands of cgroups within which any call of another client is answered.
+#: While thousands of cgroups are walked, any other call is answered within this part of the time.
 PROMPTLY = 0.6
 
 
 def own(agent: RunningAgent) -> Path:
-    """The directory in which the processes of the container "box" are counted."""
+    """Return the directory in which the processes of the container "box" are counted."""
     found = [path for path in agent.cgroups() if path.name == "box"]
     return next((path for path in found if "freezer" in path.parts), found[0])
 
 
 def nest(directory: Path, levels: int) -> int:
-    """Make cgroups in one another, as deep as it goes; returns a descriptor of the innermost."""
+    """Create nested cgroups, as deep as possible; return a descriptor of the innermost."""
     at = os.open(directory, DIRECTORY)
     for _ in range(levels):
         try:
@@ -85,7 +85,7 @@ async def test_thousands_of_cgroups_stop_nobody(agent: RunningAgent) -> None:
 
 
 async def test_exec_joins_the_first_process_where_the_container_divided_its_cgroup(agent: RunningAgent) -> None:
-    """As systemd and container engines do: all move into one below, which then has controllers of its own."""
+    """As systemd and container engines do: all processes move into a child cgroup, which then gets controllers."""
     async with agent.connect() as client:
         await client.create_sandbox()
         container = await client.ensure_container("box", agent.spec())

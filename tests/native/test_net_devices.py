@@ -1,4 +1,4 @@
-"""Network devices that are moved into a container, with their addresses."""
+"""Test moving network devices into a container, with their addresses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.root
 
 @pytest.fixture
 def device() -> Iterator[str]:
-    """A network device that nobody else has, with addresses of all kinds."""
+    """Create a network device of our own, with addresses of all kinds."""
     name = f"c{uuid4().hex[:10]}"
     peer = f"{name}p"
     commands = (
@@ -32,7 +32,7 @@ def device() -> Iterator[str]:
     for words in commands:
         subprocess.run(["ip", *words], check=True)
     yield name
-    subprocess.run(["ip", "link", "del", peer], capture_output=True)  # gone already if the other's namespace is
+    subprocess.run(["ip", "link", "del", peer], capture_output=True)  # already gone if the peer's namespace is
 
 
 def with_devices(**devices: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""After every create and exec that fails, the agent has as many descriptors, children, mounts and cgroups as before."""
+"""Test that a failing create or exec leaves nothing in the agent: descriptors, children, mounts or cgroups."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Spec = oci_pb2.Spec
 
 
 class Holdings:
-    """What an agent has: numbers of descriptors, children, mounts and threads, and its cgroups and files."""
+    """An agent's resources: numbers of descriptors, children, mounts and threads, and its cgroups and files."""
 
     def __init__(self, agent: RunningAgent) -> None:
         self._agent = agent
@@ -48,7 +48,7 @@ class Holdings:
         return {name: (was, now[name]) for name, was in self._before.items() if now[name] != was}
 
     async def are_as_before(self, after: str) -> None:
-        """What ends by itself (a killed child) may take a moment."""
+        """Wait for what ends by itself (a killed child), then compare."""
         await until(lambda: not self.differences(), f"nothing is left after {after}", 5, self.differences)
 
 
@@ -95,7 +95,7 @@ def hook(kind: str, path: str) -> Callable[[Spec], object]:
     return lambda spec: getattr(spec.Hooks, kind).add(Path=path, Args=["hook"], Timeout=1)
 
 
-#: Configurations that fail, each in another place.
+#: Configurations that fail, each in a different place.
 BAD: dict[str, Callable[[Spec], object]] = {
     "a root that is not there": set_field(root_Path="/no/such/root"),
     "a root that is a file": set_field(root_Path="/etc/hostname"),
@@ -149,7 +149,7 @@ BAD_EXECS: dict[str, dict[str, Any]] = {
 
 
 async def fails(work: Any) -> str:
-    """The text of a call that must fail, and not over a bug."""
+    """Return the text of a call that must fail, but not because of a bug."""
     try:
         await work
     except AgentError as error:
@@ -159,7 +159,7 @@ async def fails(work: Any) -> str:
 
 
 async def base(client: Agent, agent: RunningAgent) -> Container:
-    """A running container beside; all that is loaded late has been loaded after it."""
+    """Run another container, after everything that is imported lazily has been."""
     await client.create_sandbox()
     container = await client.ensure_container("base", agent.spec())
     await output(await container.exec(["/bin/true"]))
@@ -221,14 +221,14 @@ async def test_nothing_is_left_of_an_exec_that_fails(agent: RunningAgent) -> Non
 def faulty_agent(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[RunningAgent, Path]]:
-    """An agent whose nsexec stands still where the file says."""
+    """Start an agent whose nsexec stops where the file says."""
     build = tmp_path_factory.mktemp("faults")
     subprocess.run(["make", "-s", "-C", ROOT / "agent/nsexec", f"BUILD={build}", "FAULTS=1"], check=True)
     file = build / "point"
     file.write_text("")
     monkeypatch.setenv("CAISSON_FAULT_FILE", str(file))
     with tempfile.TemporaryDirectory(prefix="caisson-box-") as directory:
-        Path(directory).chmod(0o755)  # pytest's own directories cannot be entered by the root of a user namespace
+        Path(directory).chmod(0o755)  # pytest's own directories are inaccessible to the root of a user namespace
         rootfs = make_rootfs(Path(directory) / "rootfs")
         running = RunningAgent(tmp_path, build / "nsexec", rootfs, module="tests.native.faulty_agent")
         yield running, file
@@ -249,7 +249,7 @@ async def test_nothing_is_left_wherever_nsexec_is_killed(faulty_agent: tuple[Run
     agent, file = faulty_agent
 
     async def interrupted(work: Any, point: str) -> bool:
-        """Whether the point was come by; then its stage was killed, and the call has failed."""
+        """Return whether the point was reached; if so, its stage was killed, and the call must have failed."""
         file.write_text(point)
         call = asyncio.ensure_future(work)
         try:

@@ -1,4 +1,4 @@
-"""What nsexec and the front are built as: small, static, hardened, and readable in one sitting."""
+"""Test the build of nsexec and the front: small, static, hardened, and readable in one sitting."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from caisson.agent.libcontainer.plan import wire
 from tests.native.agent_support import ROOT
 
 NSEXEC = ROOT / "agent/nsexec"
-#: Of each program, by its target.
+#: Limits for each program, by make target.
 SOURCES = {"nsexec": sorted(NSEXEC.glob("*.c")), "front": sorted((NSEXEC / "front").glob("*.c"))}
 
 
@@ -60,7 +60,7 @@ def test_the_program(request: pytest.FixtureRequest, fixture: str) -> None:
 def test_a_file_says_what_it_is_for_and_is_not_long(source: Path) -> None:
     lines = source.read_text().splitlines()
     assert len(lines) <= 600
-    assert max(len(line.expandtabs(8)) for line in lines) <= 120  # comments, which clang-format leaves alone
+    assert max(len(line.expandtabs(8)) for line in lines) <= 120  # including comments, which clang-format leaves alone
     assert source.name in "".join(lines[:2]) and lines[0].startswith("/*")
 
 
@@ -73,7 +73,7 @@ def test_sources_are_formatted_by_clang_format() -> None:
 
 
 def enumerators(source: str, first: str) -> dict[str, int]:
-    """The members of the enum that begins with `first`; none has an expression for a value."""
+    """Return the members of the enum that starts with `first`; none may have an expression for a value."""
     body = re.search(rf"enum \w*\s*{{\s*({first}\b.*?)}}", source, re.DOTALL)
     assert body is not None, first
     found: dict[str, int] = {}
@@ -85,7 +85,7 @@ def enumerators(source: str, first: str) -> dict[str, int]:
 
 
 def defines(source: str, pattern: str) -> dict[str, int]:
-    """Macros of a number whose names match."""
+    """Return numeric macros whose names match."""
     found = re.findall(rf"#define ({pattern}) (\w+)", source)
     return {name: int(value.rstrip("ul"), 0) for name, value in found}
 

@@ -1,4 +1,4 @@
-"""What a container's first process gets, seen from inside."""
+"""Test a container's first process, as seen from inside."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_its_mounts_do_not_appear_outside(box: Box) -> None:
     ("script", "status"), [("exit 7", 7), ("true", 0), ("kill -9 $$; sleep 1", 137), ("sleep 1000 & exit 3", 3)]
 )
 def test_exit_status(box: Box, script: str, status: int) -> None:
-    # As pid 1 it would be immune to its own signal: the status is a child's, as the shell passes it on.
+    # As pid 1 it would be immune to its own signal: this is a child's status, passed on by the shell.
     value = config("sh", "-c", f"sh -c '{script}'; exit $?")
     assert box.run(box.output(value))[0] == status
 
@@ -84,7 +84,7 @@ def test_capabilities_are_exact(box: Box) -> None:
         "ambient": ["CAP_CHOWN"],
     }
     value["process"]["user"] = {"uid": 1000, "gid": 1000}
-    # execve as a user: permitted and effective become the ambient set
+    # execve as non-root: permitted and effective become the ambient set
     assert _capabilities(box.sh("grep Cap /proc/self/status", value)) == {
         "CapInh": 1, "CapPrm": 1, "CapEff": 1, "CapBnd": 1 << 5 | 1 << 0 | 1 << 7, "CapAmb": 1,
     }  # fmt: skip
@@ -254,7 +254,7 @@ def test_a_cgroup_namespace_has_the_containers_cgroup_as_its_root(box: Box) -> N
         )
         status, out, err = box.run(box.output(value, cgroup=cgroup))
         assert out.splitlines()[:2] == ["0::/", "2"], (status, out, err)
-        assert "Operation not permitted" in out  # /dev/kmsg is not on the list
+        assert "Operation not permitted" in out  # /dev/kmsg is not allowed
     finally:
         box.run(cgroup.delete())
 

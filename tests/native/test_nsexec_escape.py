@@ -1,4 +1,4 @@
-"""Images, mounts and configurations that try to reach the guest: rows of known runtime CVEs, black box."""
+"""Test images, mounts and configurations that try to reach the guest: tables of known runtime CVEs, as a black box."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.root
 
 @pytest.fixture
 def canary(box: Box) -> Path:
-    """A directory outside of the root that must stay as it is."""
+    """A directory outside the root that must not change."""
     path = box.path / "canary"
     path.mkdir()
     (path / "ptmx").write_text("decoy")
@@ -43,7 +43,7 @@ def _refused(box: Box, value: dict[str, Any], match: str, error: type[Exception]
 @pytest.mark.parametrize("link", ["{canary}", "../canary", "/../../../../{canary}"])
 def test_mount_targets_behind_links_stay_inside(box: Box, canary: Path, link: str) -> None:  # CVE-2015-3629, 2019-18837
     (box.rootfs / "vol").symlink_to(link.format(canary=canary))
-    # What the link names, inside: the mount point is made there.
+    # The link's target, inside: the mount point is created there.
     inside = box.rootfs / (str(canary).lstrip("/") if "{" in link else "canary")
     inside.mkdir(parents=True)
     value = config()
@@ -188,7 +188,7 @@ def test_a_device_is_not_made_over_something_else(box: Box, canary: Path) -> Non
 
 
 async def test_sysctl_goes_to_the_real_procfs(box: Box) -> None:  # CVE-2025-52881
-    # The image's /proc is never mounted on, and looks like a procfs; the private handle does not care.
+    # The image's /proc is never mounted on, and looks like a procfs; the private descriptor is unaffected.
     (box.rootfs / "proc" / "sys" / "net" / "ipv4").mkdir(parents=True)
     (box.rootfs / "proc" / "sys" / "net" / "ipv4" / "ip_forward").write_text("trap")
     value = config("true")
@@ -211,7 +211,7 @@ async def test_exec_inherits_no_capabilities(box: Box) -> None:  # CVE-2022-2916
 
 
 async def test_created_container_holds_no_descriptor_of_the_guest(box: Box) -> None:  # CVE-2016-9962
-    """Its descriptors, root and directory, as another process of its pid namespace with all rights would see them."""
+    """Its descriptors, root and directory, as seen by another process in its pid namespace with all privileges."""
 
     launched = await box.create(config("sleep", "1000"))
     proc = Path(f"/proc/{launched.child.pid}")
@@ -219,7 +219,7 @@ async def test_created_container_holds_no_descriptor_of_the_guest(box: Box) -> N
     assert (proc / "root" / "bin" / "busybox").samefile(box.rootfs / "bin" / "busybox")
     links = [str(link.readlink()) for link in (proc / "fd").iterdir()]
     kinds = sorted({link.split(":")[0] for link in links})
-    # Its own null device, the fifo itself, the sync socket, and a procfs of processes only that has no path.
+    # Its own null device, the fifo itself, the sync socket, and a procfs with subset=pid that has no path.
     assert kinds == ["/", "/dev/null", str(box.fifo), "socket"]
     assert len(links) == 6
 

@@ -1,4 +1,4 @@
-"""Garbage on nsexec's init pipe: every malformed message ends it by its own choice, and leaves no child."""
+"""Test garbage on nsexec's init pipe: every malformed message makes it exit by itself, and leaves no child."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.root
 
 
 def _run(nsexec: Path, data: bytes, kind: str = "standard", **more: str) -> tuple[int, bytes]:
-    """Give it these bytes and the end of the pipe; its wait status and what it said on the sync socket."""
+    """Send it these bytes and EOF; return its wait status and what it reported on the sync socket."""
     ours, theirs = socket.socketpair()
     ours_sync, theirs_sync = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     env = {
@@ -152,7 +152,7 @@ def test_an_init_needs_a_mount_namespace(nsexec_path: Path) -> None:
 
 
 def _mutations() -> Iterator[bytes]:
-    """Every 16-bit word of a good bootstrap and plan replaced by values that lengths should not have."""
+    """Yield a valid bootstrap and plan with each 16-bit word replaced by values that lengths should not have."""
     good = _good()
     words = [offset for offset in range(0, len(good), 4) if offset < 200 or offset % 64 == 0]
     for offset in words:
@@ -161,7 +161,7 @@ def _mutations() -> Iterator[bytes]:
 
 
 def test_mutated_messages_never_crash_it(nsexec_path: Path) -> None:
-    # The root does not exist: a message that happens to be good fails there, in stage 2, which this test has to reap.
+    # The root does not exist: a message that happens to be valid fails there, in stage 2, which this test has to reap.
     for data in _mutations():
         ours, theirs = socket.socketpair()
         pid = os.posix_spawn(
@@ -201,7 +201,7 @@ def test_strings_fewer_or_more_than_announced(nsexec_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [2500, 2600, 6000])
 async def test_id_maps_around_the_length_that_wraps(box: Box, count: int) -> None:  # CVE-2021-43784
-    """65,530 bytes and more of map text: refused before anything is spawned, by number or by length."""
+    """65,530 bytes and more of map text: rejected before anything is spawned, by number or by length."""
     value = config()
     value["linux"]["namespaces"].append({"type": "user"})
     mappings = [{"containerID": n, "hostID": 10**9 + n, "size": 1} for n in range(count)]

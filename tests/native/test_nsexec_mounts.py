@@ -1,4 +1,4 @@
-"""Mounts that are not plain: dangling links, sources out of reach, mapped owners, remounts, a second proc."""
+"""Test unusual mounts: dangling links, inaccessible sources, mapped owners, remounts, a second proc."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def with_mount(destination: str, source: Path | str = "", *options: str, **more:
 
 
 def in_userns(value: dict[str, Any]) -> dict[str, Any]:
-    """Without sysfs, which wants a network namespace of the same owner, and without a fixed group of devpts."""
+    """Without sysfs, which requires a network namespace with the same owner, and without a fixed group for devpts."""
     value["linux"]["namespaces"].append({"type": "user"})
     value["linux"] |= {"uidMappings": MAPS, "gidMappings": MAPS}
     return value
@@ -40,7 +40,7 @@ def in_userns(value: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def source(box: Box) -> Path:
-    """A directory of the runtime's with a file in it."""
+    """One of the runtime's directories, containing a file."""
     path = box.path / "source"
     path.mkdir()
     (path / "file").write_text("content\n")
@@ -49,7 +49,7 @@ def source(box: Box) -> Path:
 
 @pytest.fixture
 def mounted(box: Box) -> Iterator[Path]:
-    """A small file system with flags of its own."""
+    """Mount a small file system with flags of its own."""
     path = box.path / "mounted"
     path.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "nosuid,nodev,noexec,size=64k", "tmpfs", path], check=True)
@@ -100,7 +100,7 @@ def test_a_source_that_the_root_of_a_user_namespace_cannot_reach(box: Box, sourc
     value = in_userns(with_mount("/mnt", source if kind == "directory" else source / "file"))
     if kind == "file":
         value["mounts"][-1]["destination"] = "/mnt/file"
-        (box.rootfs / "mnt/file").touch()  # the directory is not the mapped root's
+        (box.rootfs / "mnt/file").touch()  # the directory does not belong to the mapped root
     assert box.sh("cat /mnt/file", value) == "content\n"
 
 
@@ -178,7 +178,7 @@ def test_writes_through_an_id_mapped_mount_have_the_owner_on_disk(box: Box, moun
 
 
 def test_id_mapped_mounts_of_what_an_earlier_mount_has_put_there(box: Box, mounted: Path) -> None:
-    """Only stage 2 has that in its mount namespace, and only the runtime may map it."""
+    """Only stage 2 has it in its mount namespace, and only the runtime may map it."""
     owned(mounted / "file", 7)
     (box.rootfs / "again").mkdir()
     value = in_userns(with_mount("/mnt", mounted))
@@ -235,7 +235,7 @@ HELD = {"ro", "nosuid", "nodev", "noexec", "nosymfollow", "noatime"}
 def test_flags_of_bind_mounts_as_runc_has_them(
     box: Box, mounted: Path, source: str, options: str, expected: str, in_a_userns: str | None, userns: bool
 ) -> None:
-    """Without flags those of the source; else those not given are cleared, but for locked ones and access times."""
+    """No flags: those of the source.  Otherwise others are cleared, except locked ones and access times."""
     subprocess.run(["mount", "--bind", "-o", f"remount,suid,dev,exec,{source}", mounted, mounted], check=True)
     value = with_mount("/mnt", mounted, *filter(None, options.split(",")))
     if not userns:

@@ -1,4 +1,4 @@
-"""What a process gets last: its filter, after which it needs no more than write and execve, its groups, its hooks."""
+"""Test what is set last: the filter, after which a process needs only write and execve, its groups, its hooks."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ int main(void)
 	return printf("%ld\\n", syscall(SYS_keyctl, 0, -3, 0)) < 2; /* KEYCTL_GET_KEYRING_ID, KEY_SPEC_SESSION_KEYRING */
 }
 """
-#: What musl needs to start and end a program that writes; and what nsexec needs.
+#: System calls that musl needs to start and end a program that writes; and those that nsexec needs.
 FEWEST = ["arch_prctl", "set_tid_address", "exit_group", "write", "execve"]
-#: Of Linux 4.18 and later: what the profiles of docker 19.03.9 and 20.10.0 do not know.
+#: Of Linux 4.18 and later: unknown to the profiles of docker 19.03.9 and 20.10.0.
 NEWER = [
     "clone3", "close_range", "faccessat2", "fsconfig", "fsmount", "fsopen", "fspick", "io_uring_enter",
     "io_uring_register", "io_uring_setup", "mount_setattr", "move_mount", "open_tree", "openat2", "pidfd_getfd",
     "pidfd_open", "pidfd_send_signal", "process_madvise",
 ]  # fmt: skip
-#: Of old ones, what they deny without CAP_SYS_ADMIN and the like.
+#: Old ones, denied without CAP_SYS_ADMIN and the like.
 PRIVILEGED = [
     "keyctl", "mount", "personality", "pivot_root", "ptrace", "setdomainname", "sethostname", "setns", "umount2",
     "unshare",
@@ -165,7 +165,7 @@ def test_flags_of_a_personality(box: Box) -> None:
 
 
 def test_memory_policy(box: Box) -> None:
-    """Of a stack that was touched under it: numa_maps(5)."""
+    """Of a stack touched while it was in effect: numa_maps(5)."""
     value = config()
     value["linux"]["memoryPolicy"] = {"mode": "MPOL_BIND", "nodes": "0", "flags": ["MPOL_F_STATIC_NODES"]}
     assert "bind=static:0" in box.sh("grep heap /proc/self/numa_maps", value)

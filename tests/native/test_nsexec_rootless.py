@@ -1,4 +1,4 @@
-"""nsexec of a runtime that is not root: one id of its own, or maps that set-user-ID programs write."""
+"""Test nsexec of a runtime that is not root: with one mapped id, or maps that set-user-ID programs write."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tests.native.nsexec_support import Box, children, config
 
 pytestmark = pytest.mark.root
 
-USER = 54321  # nobody else's
-#: What newuidmap(1) and newgidmap(1) do, without asking whether it is allowed.
+USER = 54321  # used by nobody else
+#: Does what newuidmap(1) and newgidmap(1) do, without checking whether it is allowed.
 MAP_PROGRAM = r"""
 #include <stdio.h>
 #include <string.h>
@@ -48,7 +48,7 @@ def rootless(script: str, mappings: list[dict[str, int]]) -> Spec:
 
 
 def run(box: Box, nsexec: Path, spec: Spec, **arguments: Any) -> tuple[int, str, bytes]:
-    """Run a container as an ordinary user; status, output and what came on the sync socket."""
+    """Run a container as an ordinary user; return status, output and the messages on the sync socket."""
     program = box.path / "nsexec"
     shutil.copy(nsexec, program)
     program.chmod(0o755)
@@ -102,7 +102,7 @@ def test_flags_that_its_user_namespace_has_locked_are_kept(box: Box, nsexec_path
         _, out, said = run(box, nsexec_path, spec.but(mounts=(*spec.mounts, mount)), setgroups=False)
     finally:
         umount2(str(source), 2)
-    if "suid" in options:  # cannot be had, and must not be ignored
+    if "suid" in options:  # not possible, and must not be ignored
         assert b'"step":"mount","path":"/mnt","errno":1' in said
     else:
         assert {"ro", "nosuid", "nodev", "noexec"} <= set(out.split()[3].split(","))

@@ -1,7 +1,8 @@
-"""docker, podman and containerd run containers by our command line as they do by runc: same output, status, error.
+"""Test that docker, podman and containerd run containers with our command line as with runc: same output, status,
+error.
 
-The real programs, of the distribution's packages, unpacked into the cache and started below a directory of the test's.
-No image is pulled: one is made of busybox.
+The real programs, from the distribution's packages, are unpacked into the cache and started below a test directory.  No
+image is pulled: one is made from busybox.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ SECONDS = 120
 
 @pytest.fixture(scope="session")
 def programs() -> Path:
-    """The directory that the packages are unpacked in."""
+    """The directory in which the packages are unpacked."""
     done, wanted = CACHE / "done", "\n".join(PACKAGES)
     if not done.exists() or done.read_text() != wanted:
         shutil.rmtree(CACHE, ignore_errors=True)
@@ -72,7 +73,7 @@ def image(busybox_rootfs: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="session")
 def work() -> Iterator[Path]:
-    """A directory with a short name: sockets are below it.  Cgroups that the engines make for theirs go with it."""
+    """A directory with a short name, for the sockets below it.  The engines' cgroups are removed with it."""
     before = engine_cgroups()
     with tempfile.TemporaryDirectory(prefix="oci-", ignore_cleanup_errors=True) as directory:
         yield Path(directory)
@@ -85,7 +86,7 @@ def work() -> Iterator[Path]:
 
 
 def engine_cgroups() -> set[Path]:
-    """The cgroups that docker, podman and ctr keep for their containers, and what is below them."""
+    """Return the cgroups that docker, podman and ctr keep for their containers, and their descendants."""
     roots = [
         root / name for root in Path("/sys/fs/cgroup").iterdir() for name in ("docker", "libpod_parent", "default")
     ]
@@ -103,7 +104,7 @@ def stop(daemon: subprocess.Popen[bytes]) -> None:
 
 @pytest.fixture(scope="module")
 def containerd(work: Path, environment: dict[str, str]) -> Iterator[Path]:
-    """The socket of a containerd of our own."""
+    """Start a containerd of our own; yield its socket."""
     socket = work / "cd.sock"
     argv = [
         "containerd",
@@ -126,8 +127,8 @@ def containerd(work: Path, environment: dict[str, str]) -> Iterator[Path]:
 def docker(
     work: Path, containerd: Path, environment: dict[str, str], image: Path, nsexec_path: Path, front_path: Path
 ) -> Iterator[list[str]]:
-    """A docker client with a daemon of our own that knows both runtimes."""
-    # dockerd passes no environment on to its runtimes.
+    """Start a docker daemon that knows both runtimes; yield its client."""
+    # dockerd passes no environment to its runtimes.
     wrapper = work / "caisson-oci"
     wrapper.write_text(f'#!/bin/sh\nCAISSON_NSEXEC={nsexec_path} CAISSON_FRONT={front_path} exec {OURS} "$@"\n')
     wrapper.chmod(0o755)
@@ -154,7 +155,7 @@ def docker(
 
 
 def outcome(argv: list[str], environment: dict[str, str], stdin: str = "") -> tuple[int, str, str]:
-    """Status, output and errors of a command, without what differs from run to run."""
+    """Return a command's status, output and errors, without what differs from run to run."""
     done = subprocess.run(argv, env=environment, input=stdin, capture_output=True, text=True, timeout=SECONDS)
     errors = re.sub(r"time=\S+ ", "", re.sub(r"\b[0-9a-f]{12,64}\b", "ID", done.stderr))
     return done.returncode, re.sub(r"\b[0-9a-f]{64}\b", "ID", done.stdout), errors
@@ -195,7 +196,7 @@ LIFE = [
 
 
 def run_options(words: list[str], *options: str) -> list[str]:
-    """The words of `run`: options, the image, the program."""
+    """Return the arguments of `run`: options, the image, the program."""
     if "IMAGE" in words:
         return [*options, *(IMAGE if word == "IMAGE" else word for word in words)]
     return [*options, IMAGE, *words]
@@ -239,7 +240,7 @@ def test_docker_life_of_a_container(docker: list[str], environment: dict[str, st
 
 @pytest.fixture(scope="module")
 def podman(work: Path, environment: dict[str, str], image: Path, programs: Path) -> tuple[list[str], dict[str, str]]:
-    """podman with storage and configuration of our own, and its environment."""
+    """Return podman with its own storage and configuration, and its environment."""
     home = work / "home"
     (home / ".config/containers").mkdir(parents=True)
     (home / ".config/containers/policy.json").write_text('{"default":[{"type":"insecureAcceptAnything"}]}')
@@ -286,8 +287,8 @@ def test_podman_exec_and_pods(podman: tuple[list[str], dict[str, str]]) -> None:
     assert outcome([*ours, "pod", "rm", "-f", "pod"], settings)[0] == 0
 
 
-USER, SUBORDINATE = 4242, 420000  # ids that nobody has
-#: As an ordinary user who has subordinate ids, in a mount namespace in which that user can reach the programs.
+USER, SUBORDINATE = 4242, 420000  # unused ids
+#: As an ordinary user with subordinate ids, in a mount namespace in which that user can reach the programs.
 AS_USER = """
 mount -t overlay -o lowerdir={work}/etc:/etc none /etc
 mount --bind {programs} {work}/programs
@@ -301,7 +302,7 @@ exec setpriv --reuid {user} --regid {user} --clear-groups env -i "$@"
 def rootless(
     environment: dict[str, str], image: Path, programs: Path, nsexec_path: Path
 ) -> Iterator[Callable[..., tuple[int, str, str]]]:
-    """podman of an ordinary user, with newuidmap and newgidmap; the first word is its runtime."""
+    """Return an ordinary user's podman, with newuidmap and newgidmap; the first argument is its runtime."""
     with tempfile.TemporaryDirectory(prefix="oci-", ignore_cleanup_errors=True) as directory:
         work = Path(directory)
         work.chmod(0o755)

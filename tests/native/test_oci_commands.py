@@ -1,4 +1,4 @@
-"""The commands of the OCI command line: what they do, print and exit with, to the letter where callers match it."""
+"""Test the commands of the OCI command line: effects, output and status, to the letter where callers match them."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_exec_options(oci: Oci, sleeper: Path, tmp_path: Path) -> None:
     assert oci("exec", "-u", "root", NAME, "id").message.startswith("exec failed: bad uid: strconv.Atoi: ")
     capabilities = oci.ok("exec", "--cap", "CAP_SYS_ADMIN", NAME, "grep", "CapEff", "/proc/self/status")
     assert int(capabilities.split()[1], 16) & 1 << 21
-    assert oci.ok("exec", NAME, "ls", "-d", "/bin") == "/bin\n"  # its options are not read
+    assert oci.ok("exec", NAME, "ls", "-d", "/bin") == "/bin\n"  # these options are the program's
     assert oci.ok("exec", NAME, "cat", stdin="abc") == "abc"
     process = {"args": ["sh", "-c", "echo $A; id -u; pwd"], "cwd": "/tmp", "env": ["A=1", "PATH=/bin"],
                "user": {"uid": 1000, "gid": 1000}}  # fmt: skip
@@ -335,7 +335,7 @@ def test_a_relative_rootfs_and_bundle(oci: Oci, tmp_path: Path, busybox_rootfs: 
 
 
 def test_a_container_in_the_hosts_mount_namespace(oci: Oci, tmp_path: Path, busybox_rootfs: Path) -> None:
-    """It keeps propagation as it is; what it has mounted stays, as with runc."""
+    """Propagation is kept as it is; what it has mounted stays, as with runc."""
     made = bundle(tmp_path / "b", busybox_rootfs, "readlink", "/proc/self/ns/mnt")
     (made / "root").mkdir()
 
@@ -357,7 +357,7 @@ def test_a_container_in_the_hosts_mount_namespace(oci: Oci, tmp_path: Path, busy
 
 @pytest.mark.parametrize("option", ["bind", "idmap"])
 def test_sources_and_destinations_below_the_root(oci: Oci, tmp_path: Path, busybox_rootfs: Path, option: str) -> None:
-    """A source is what the mounts before it have put there, and a destination may be the host's name for it."""
+    """A source may be provided by earlier mounts, and a destination may be a host path to it."""
     made = bundle(tmp_path / "b", busybox_rootfs, "cat", "/var/file")
     (made / "source").mkdir()
     (made / "source" / "file").write_text("below\n")
@@ -391,7 +391,7 @@ def test_a_created_container_ends_by_a_signal(oci: Oci, sleeper: Path) -> None:
 
 @pytest.mark.parametrize("program", [str(OURS), *filter(None, [shutil.which("runc")])])
 def test_a_bundle_of_spec_rootless(oci: Oci, tmp_path: Path, busybox_rootfs: Path, program: str) -> None:
-    """With its user namespace, message queues and cgroups, also where it has no cgroup (an ordinary user)."""
+    """With its user namespace, message queues and cgroups, even if it has no cgroup (an ordinary user)."""
     subprocess.run([program, "spec", "--rootless", "-b", str(tmp_path)], check=True)
     script = "id -u; grep -c mqueue /proc/mounts; ls /sys/fs/cgroup | grep -c memory"
     edit(tmp_path, lambda value: value["process"].update(terminal=False, args=["sh", "-c", script]))

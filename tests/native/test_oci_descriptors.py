@@ -1,4 +1,4 @@
-"""Descriptors that callers of the OCI command line pass in or get back: terminals, pidfds, sockets."""
+"""Test descriptors that callers of the OCI command line pass or receive: terminals, pidfds, sockets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAME = f"oci-{os.getpid()}"
 
 
 def received(oci: Oci, option: str, place: Path, made: Path) -> tuple[bytes, int]:
-    """Run a container detached, with a socket that is given a descriptor; return what came with that, and it."""
+    """Run a container detached, with a socket; return what it is sent: data, and a descriptor."""
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(place))
         server.listen(1)

@@ -1,4 +1,4 @@
-"""Fields of config.json that no other test shows: each set to something, and looked at from inside (docs/oci.md)."""
+"""Test config.json fields that no other test covers: each is set, and checked from inside (docs/oci.md)."""
 
 from __future__ import annotations
 
@@ -324,7 +324,7 @@ async def test_annotations_are_kept_and_the_cgroup_is_where_it_was_asked_for(age
 
 @contextmanager
 def mounted(path: Path) -> Iterator[None]:
-    """A shared tmpfs of this machine."""
+    """Mount a shared tmpfs on this machine."""
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", path], check=True)
     try:
         subprocess.run(["mount", "--make-shared", path], check=True)
@@ -335,7 +335,7 @@ def mounted(path: Path) -> Iterator[None]:
 
 @asynccontextmanager
 async def own_cgroup(resources: dict[str, Any]) -> AsyncIterator[Cgroup]:
-    """A cgroup with these limits."""
+    """Create a cgroup with these limits."""
     hierarchy = CgroupV2.find()
     assert hierarchy is not None, "this machine has no cgroup v2 hierarchy"
     cgroup = hierarchy.create(unique("caisson-fields"))
@@ -351,11 +351,11 @@ def _mount(mountinfo: str, point: str) -> list[str]:
 
 
 def attributes(mountinfo: str, point: str) -> set[str]:
-    """The attributes of a mount (proc_pid_mountinfo(5), field 6)."""
+    """Return a mount's attributes (proc_pid_mountinfo(5), field 6)."""
     return set(_mount(mountinfo, point)[5].split(","))
 
 
 def propagation(mountinfo: str, point: str) -> set[str]:
-    """The optional fields of a mount without their numbers."""
+    """Return a mount's optional fields without their numbers."""
     fields = _mount(mountinfo, point)
     return {field.partition(":")[0] for field in fields[6 : fields.index("-")]}

@@ -1,4 +1,4 @@
-"""Namespaces that a configuration joins by their paths, through the OCI command line."""
+"""Test namespaces that a configuration joins by path, through the OCI command line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAME = f"oci-ns-{os.getpid()}"
 
 @pytest.mark.parametrize("kind", ["ipc", "mount", "network", "uts", "cgroup"])
 def test_joins_a_namespace_by_its_path(oci: Oci, tmp_path: Path, busybox_rootfs: Path, kind: str) -> None:
-    """A mount namespace, too: the container's mounts are made in it, and its root becomes the container's (runc)."""
+    """A mount namespace, too: the container's mounts are created in it, and its root becomes the container's (runc)."""
     file = {"mount": "mnt", "network": "net"}.get(kind, kind)
     made = bundle(tmp_path / "b", busybox_rootfs, "sh", "-c", f"readlink /proc/self/ns/{file}; sleep 99")
     option = f"--{'net' if kind == 'network' else kind}"
@@ -51,7 +51,7 @@ def test_a_path_of_another_kind_of_namespace_is_refused(oci: Oci, sleeper: Path)
 
 
 def test_a_user_namespace_by_path_may_come_with_its_maps(oci: Oci, tmp_path: Path, busybox_rootfs: Path) -> None:
-    """containerd and cri-o give both for the containers of a pod."""
+    """containerd and cri-o set both for the containers of a pod."""
     made = bundle(tmp_path / "b", busybox_rootfs, "cat", "/proc/self/uid_map")
     command = ["unshare", "--user", "--map-root-user", "sh", "-c", "echo; exec sleep 99"]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE)

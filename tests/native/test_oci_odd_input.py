@@ -1,4 +1,4 @@
-"""Configurations and words that are odd: each is refused in one line, or taken as runc takes it."""
+"""Test odd configurations and arguments: each is rejected with one line, or accepted as by runc."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.root
 NAME = f"oci-odd-{os.getpid()}"
 
 
-#: Values of a wrong type, or that mean nothing, by the field of config.json: each is refused in one line.
+#: Values of a wrong type, or without meaning, by field of config.json: each is rejected with one line.
 ODD_VALUES: list[tuple[str, object]] = [
     *((field, value) for field in ("process", "root", "linux", "hooks") for value in ("x", 7, True, ["x"])),
     *((field, odd) for field in ("mounts", "linux.namespaces", "linux.devices") for odd in ("x", 7, True, {"a": 1})),
@@ -55,7 +55,7 @@ def test_a_configuration_that_is_none_is_refused_in_a_line(
 
 
 def test_exec_with_an_odd_configuration_is_refused_in_a_line(oci: Oci, sleeper: Path) -> None:
-    """The bundle's config.json may have changed since it was created."""
+    """The bundle's config.json may have changed since the container was created."""
     oci.running(sleeper, NAME)
     options = ("-u", "1", "-g", "1", "-e", "A=b", "-c", "CAP_KILL")
     for name, odd in (("user", 7), ("env", "x"), ("capabilities", "x"), ("rlimits", 7), ("cwd", 7)):
@@ -73,7 +73,7 @@ def test_what_runc_takes_and_a_reader_of_the_specification_would_not(oci: Oci, s
         assert oci("update", "-r", "-", NAME, stdin=text).status == 0, text
     oci.ok("update", "--pids-limit", "010", NAME)
     assert (cgroup_of(int(oci.state(NAME)["pid"]), "pids") / "pids.max").read_text() == "8\n"
-    assert oci.ok("kill", NAME, "0", "--all") == ""  # an option behind operands
+    assert oci.ok("kill", NAME, "0", "--all") == ""  # an option after operands
     assert oci("kill", NAME, "-1").message == 'unknown signal "-1"'
     oci.ok("kill", NAME, "+0")
     assert oci.ok("list", "-q", "-f", "nothing") == f"{NAME}\n"
@@ -81,7 +81,7 @@ def test_what_runc_takes_and_a_reader_of_the_specification_would_not(oci: Oci, s
     oci.ok("pause", NAME)
     assert oci("start", NAME).message == "cannot start a container in the paused state"
     oci.ok("resume", NAME)
-    assert oci("exec", "--nope", NAME, "true").status == 1  # not 255: it was not tried
+    assert oci("exec", "--nope", NAME, "true").status == 1  # not 255: it was not attempted
     status = oci.ok("exec", "--no-new-privs=false", "--preserve-fds", "-1", NAME, "cat", "/proc/self/status")
     assert "NoNewPrivs:\t0" in status  # although the first process has it
     empty = oci("exec", NAME, "")

@@ -1,4 +1,4 @@
-"""Options and texts of the OCI command line that callers and runc's own tests build on, one by one.
+"""Test options and messages of the OCI command line on which callers and runc's own tests rely, one by one.
 
 Source: runc(8) and the manual pages of its commands; containerd's go-runc, moby, podman and conmon as callers.
 """
@@ -19,7 +19,7 @@ from tests.support.poll import wait_until
 
 pytestmark = pytest.mark.root
 NAME = f"oci-opt-{os.getpid()}"
-#: Operands that are too few or too many.
+#: Too few or too many operands.
 COUNTS = {
     "create": ["a", "b"], "run": [], "start": [], "state": ["a", "b"], "exec": [], "kill": [], "delete": [], "ps": [],
     "pause": [], "resume": ["a", "b"], "update": [], "events": [], "list": ["a"], "spec": ["a"], "features": ["a"],
@@ -144,7 +144,7 @@ def test_list_is_in_order_of_names(oci: Oci, sleeper: Path) -> None:
 
 
 def test_one_cgroup_is_one_containers(oci: Oci, sleeper: Path) -> None:
-    """Also where another root has the same id."""
+    """Even if another root has the same id."""
     oci.running(sleeper, NAME)
     edit(sleeper, lambda value: value["linux"].update(cgroupsPath=f"/{NAME}"))
     result = oci.detached("run", "-d", "-b", str(sleeper), "other")
@@ -155,7 +155,7 @@ def test_one_cgroup_is_one_containers(oci: Oci, sleeper: Path) -> None:
 def test_the_cgroup_is_in_every_hierarchy(oci: Oci, sleeper: Path) -> None:
     pid = oci.running(sleeper, NAME)
     own, its = (Path(f"/proc/{who}/cgroup").read_text().splitlines() for who in ("self", pid))
-    assert its == [f"{line.rstrip('/')}/{NAME}" for line in own]  # it is below the caller's (runc)
+    assert its == [f"{line.rstrip('/')}/{NAME}" for line in own]  # it is below the caller's (as in runc)
 
 
 def test_pid_files_are_relative_to_the_caller(oci: Oci, sleeper: Path, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_create_reads_the_configuration_once(oci: Oci, tmp_path: Path, busybox_r
     edit(made, lambda value: value["process"].update(args=["false"], env=["PATH=/bin", "NOW=1"]))
     oci.ok("start", NAME)
     assert "sleep" in Path(f"/proc/{oci.state(NAME)['pid']}/cmdline").read_text()
-    assert oci.ok("exec", NAME, "sh", "-c", "echo $NOW") == "1\n"  # this one is of the bundle as it is now
+    assert oci.ok("exec", NAME, "sh", "-c", "echo $NOW") == "1\n"  # this one uses the bundle as it is now
 
 
 @pytest.mark.parametrize("option", ["--no-pivot", "--no-new-keyring", "--no-subreaper"])
@@ -193,7 +193,7 @@ def test_run_passes_signals_on(oci: Oci, tmp_path: Path, busybox_rootfs: Path, n
 
 
 def test_a_signal_that_ends_the_process_is_the_status(oci: Oci, tmp_path: Path, busybox_rootfs: Path) -> None:
-    """Not of pid 1, which its own SIGKILL does not end."""
+    """Not pid 1, which its own SIGKILL does not end."""
     made = bundle(tmp_path / "b", busybox_rootfs, "sleep", "1000")
     oci.running(made, NAME)
     assert oci("exec", NAME, "sh", "-c", "kill -KILL $$").status == 137
@@ -272,7 +272,7 @@ def test_exec_into_a_sub_cgroup(oci: Oci, sleeper: Path) -> None:
     script = ["grep", "-o", "pids:.*", "/proc/self/cgroup"]
     assert oci.ok("exec", "--cgroup", "pids:below", NAME, *script).rstrip().endswith("/below")
     assert not oci.ok("exec", NAME, *script).rstrip().endswith("/below")
-    oci.ok("delete", "-f", NAME)  # with what is below
+    oci.ok("delete", "-f", NAME)  # with descendants
     assert not pids.exists()
 
 
@@ -331,7 +331,7 @@ def test_ps_of_a_stopped_container(oci: Oci, sleeper: Path) -> None:
 
 
 def test_the_size_of_a_terminal_is_that_of_the_process(oci: Oci, sleeper: Path, tmp_path: Path) -> None:
-    """Where this program has no terminal of its own, whose size would be passed on."""
+    """If this program has no terminal of its own whose size could be passed on."""
     file, size = tmp_path / "process.json", {"height": 33, "width": 99}
     process = {"terminal": True, "consoleSize": size, "cwd": "/", "env": ["PATH=/bin"], "args": ["stty", "size"]}
     file.write_text(json.dumps(process))

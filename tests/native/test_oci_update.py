@@ -1,4 +1,4 @@
-"""`update` of the OCI command line: which file each option reaches, what is kept, and what is refused."""
+"""Test `update` of the OCI command line: which file each option sets, what is kept, and what is rejected."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_each_option_of_update_reaches_its_file(oci: Oci, sleeper: Path) -> None
         if path.exists():
             oci.ok("update", option, value, NAME)
             assert path.read_text() == f"{expected}\n", option
-        else:  # no CONFIG_RT_GROUP_SCHED, or a controller that is not mounted
+        else:  # no CONFIG_RT_GROUP_SCHED, or the controller is not mounted
             result = oci("update", option, value, NAME)
             assert result.status == 1 and result.message.startswith("linux.resources."), result
             assert result.message.endswith((f"this kernel has no {name}", "is not available here")), result

@@ -1,4 +1,4 @@
-"""A pod's network namespace as CNI leaves it, given to an agent: both families, gateways off the link, neighbours."""
+"""Test a pod's network namespace as set up by CNI, passed to an agent: both families, off-link gateways, neighbours."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ neigh add fe80::1 lladdr {GATEWAY_MAC} dev eth0 nud permanent
 
 
 class PluggedMachine:
-    """A machine whose interface is there already: a tap device of the pod's leads nowhere."""
+    """A machine that already has the interface: a tap device of the pod's that leads nowhere."""
 
     def add_interface(self, tap: int, mac: str) -> None:
         assert mac == MAC

@@ -1,4 +1,4 @@
-"""Fields of a process that are neither rights nor limits, in real containers: the first process and others."""
+"""Test process fields other than privileges and limits, in real containers: the first process and others."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def io_priority(pid: int) -> int:
 
 
 async def both(box: Box, value: dict[str, Any], process: dict[str, Any] | None = None) -> tuple[int, int]:
-    """The pids of a container's first process and of another in it."""
+    """Return the pids of a container's first process and of another one."""
     value["process"]["args"] = ["sleep", "1000"]
     init = await box.running(value)
     null = os.open("/dev/null", os.O_RDWR)
@@ -74,7 +74,7 @@ async def test_scheduler(box: Box, scheduler: dict[str, Any], policy: int, nice:
     ids=["reset", "deadline", "deadline-reset"],
 )
 async def test_a_scheduler_that_a_clone_would_lose(box: Box, scheduler: dict[str, Any]) -> None:
-    """An exec is cloned into the container's pid namespace when all else is done; deadlines are given by root alone."""
+    """An exec is cloned into the pid namespace after everything else; only root may set deadlines."""
     policy = {"SCHED_BATCH": 3, "SCHED_DEADLINE": 6}[scheduler["policy"]]
     reset = os.SCHED_RESET_ON_FORK if "flags" in scheduler else 0
 
@@ -84,7 +84,7 @@ async def test_a_scheduler_that_a_clone_would_lose(box: Box, scheduler: dict[str
 
 
 def test_a_real_time_scheduler(box: Box) -> None:
-    """Where the machine gives it (a cgroup of v1 may have no time for it, and says EPERM)."""
+    """If the machine permits it (a v1 cgroup may have no runtime budget, and fail with EPERM)."""
 
     async def work() -> None:
         try:

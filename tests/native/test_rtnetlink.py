@@ -1,4 +1,4 @@
-"""rtnetlink: answers that are the kernel's, and answers that are not, or not whole."""
+"""Test rtnetlink: answers from the kernel, and answers that are forged or truncated."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EPERM = 1
 
 
 class Recorded:
-    """A socket that says what is put into it, and then that it is closed."""
+    """A socket that returns prepared data, then EOF."""
 
     def __init__(self, *answers: bytes) -> None:
         self._answers = list(answers)
@@ -41,7 +41,7 @@ def speaking(sock: Any) -> Rtnetlink:
 
 
 def recorded(kind: int) -> list[bytes]:
-    """What this kernel answers to the first question of a connection."""
+    """Return this kernel's answer to the first request of a connection."""
     found = []
 
     class Recorder(socket.socket):
@@ -55,11 +55,11 @@ def recorded(kind: int) -> list[bytes]:
 
 
 def test_what_another_process_sends_is_no_answer() -> None:
-    """A container with CAP_NET_ADMIN shares the agent's network namespace, and sees its port in /proc/net/netlink."""
+    """A container with CAP_NET_ADMIN may share the agent's network namespace, and see its port in /proc/net/netlink."""
     with Rtnetlink() as kernel, socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as other:
         other.bind((0, 0))
         error = struct.pack("=i", -EPERM) + bytes(16)
-        forged = HEADER.pack(HEADER.size + len(error), 2, 0, 1, 0) + error  # NLMSG_ERROR, of the first question
+        forged = HEADER.pack(HEADER.size + len(error), 2, 0, 1, 0) + error  # NLMSG_ERROR, of the first request
         other.sendto(forged, (kernel._socket.getsockname()[0], 0))
         assert "lo" in [link.text(IFLA_IFNAME) for link in kernel.dump(GETLINK)]
 

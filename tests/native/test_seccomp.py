@@ -1,4 +1,4 @@
-"""System call filters of real containers."""
+"""Test seccomp filters in real containers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.root
 
 NATIVE = {"x86_64": "SCMP_ARCH_X86_64", "aarch64": "SCMP_ARCH_AARCH64"}[platform.machine()]
 
-#: Makes the call with the number and arguments it is given, and prints what becomes of it.
+#: Makes the system call with the given number and arguments, and prints the result.
 CALLER = r"""
 #include <errno.h>
 #include <stdio.h>
@@ -36,7 +36,7 @@ int main(int argc, char **argv)
 """
 SYSTEM_CALLS = {"x86_64": {"personality": 135, "getpriority": 140}, "aarch64": {"personality": 92, "getpriority": 141}}
 PERSONALITY, GETPRIORITY = (SYSTEM_CALLS[platform.machine()][name] for name in ("personality", "getpriority"))
-#: What a busybox needs, and nsexec on its way to it; as the profiles of engines have them, by the hundred.
+#: System calls that busybox needs, and nsexec on the way; engines' profiles list them by the hundred.
 NAMES = """
 access arch_prctl brk capget capset chdir clock_gettime clock_nanosleep clone clone3 close close_range dup dup2
 dup3 execve execveat exit exit_group faccessat faccessat2 fchdir fchown fcntl fork fstat fstatfs futex getcwd
@@ -47,7 +47,7 @@ rt_sigprocmask rt_sigreturn rt_sigtimedwait sendmsg sendto set_robust_list set_t
 setpgid setresgid setresuid setrlimit setsid setuid sigaltstack stat statfs statx sysinfo tgkill tkill umask
 uname unlink unlinkat vfork wait4 waitid write writev a_call_that_no_library_knows
 """
-NOT_YET = 10_000  # a number that no kernel has
+NOT_YET = 10_000  # a number that no kernel implements
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +66,13 @@ def value(profile: dict[str, Any], *args: str, **process: Any) -> dict[str, Any]
 
 
 def denying(*names: str, **rule: Any) -> dict[str, Any]:
-    """All is allowed but these."""
+    """Return a profile that allows all except these."""
     denied = {"names": list(names), "action": "SCMP_ACT_ERRNO", **rule}
     return {"defaultAction": "SCMP_ACT_ALLOW", "architectures": [NATIVE], "syscalls": [denied]}
 
 
 def called(box: Box, caller: Path, profile: dict[str, Any], *numbers: int, **process: Any) -> str:
-    """What becomes of a system call in a container with this profile."""
+    """Return the result of a system call in a container with this profile."""
     target = box.rootfs / "bin/caller"
     if not target.exists():
         target.write_bytes(caller.read_bytes())
@@ -110,7 +110,7 @@ async def test_it_is_in_force_for_all_processes(box: Box, privileges: bool) -> N
         ([{"index": 0, "value": 8, "op": "SCMP_CMP_GE"}], [8, 0xFFFFFFFF], [0]),
         ([{"index": 0, "value": 8, "op": "SCMP_CMP_LT"}], [0], [8]),
         ([{"index": 0, "value": 0xF, "valueTwo": 8, "op": "SCMP_CMP_MASKED_EQ"}], [8], [0, 0xFFFFFFFF]),
-        # of one argument: either of them
+        # several conditions on one argument: any of them
         (
             [{"index": 0, "value": 8, "op": "SCMP_CMP_EQ"}, {"index": 0, "value": 0, "op": "SCMP_CMP_EQ"}],
             [0, 8],
@@ -162,7 +162,7 @@ def test_an_errno_of_the_default(box: Box, caller: Path) -> None:
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="of one architecture")
 def test_architectures_beside_the_native_one(box: Box, caller: Path) -> None:
-    """Each has numbers of its own, and a last one of its own."""
+    """Each has its own numbers, and its own highest one."""
     allowed = {"names": NAMES.split(), "action": "SCMP_ACT_ALLOW"}
     others = ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"]
     profile = {"defaultAction": "SCMP_ACT_ERRNO", "architectures": others, "syscalls": [allowed]}

@@ -1,4 +1,4 @@
-"""Listeners of seccomp filters: an agent at a Unix socket answers for the kernel."""
+"""Test listeners of seccomp filters: an agent on a Unix socket answers instead of the kernel."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ENOMEDIUM = 123
 
 
 class Agent:
-    """Answers notifications of every listener that it gets: ENOMEDIUM for mkdir, the kernel for others."""
+    """Answers notifications of every listener that it receives: ENOMEDIUM for mkdir, continue for others."""
 
     def __init__(self, path: Path) -> None:
         self.states: list[dict[str, Any]] = []
@@ -62,7 +62,7 @@ class Agent:
             thread.start()
 
     def _answer(self, listener: int) -> None:
-        """Until no process has the filter any more."""
+        """Answer until no process has the filter any more."""
         notification = bytearray(80)
         try:
             while True:
@@ -163,7 +163,7 @@ async def test_a_process_that_joins_has_a_listener_of_its_own(box: Box, agent: A
 
 @pytest.mark.parametrize("no_new_privs", [False, True])
 async def test_system_calls_that_nsexec_makes_itself(box: Box, agent: Agent, no_new_privs: bool) -> None:
-    """The agent has the listener before nsexec asks for anything that it has to answer."""
+    """The agent has the listener before nsexec makes a call that it has to answer."""
     names = ("execve", "openat", "open", "read", "close", "setsid", "ioctl", "prlimit64")
     value = notifying(box, "sleep", "1000", names=names, noNewPrivileges=no_new_privs)
 
@@ -177,7 +177,7 @@ async def test_system_calls_that_nsexec_makes_itself(box: Box, agent: Agent, no_
 
 @pytest.mark.parametrize("no_new_privs", [False, True])
 async def test_every_system_call_may_be_asked_about(box: Box, agent: Agent, no_new_privs: bool) -> None:
-    """But for write, by which nsexec says that there is a listener."""
+    """Except write, with which nsexec reports that there is a listener."""
     names = {*PERMITTED.split(), *" ".join(BY_CAPABILITY.values()).split(), "keyctl", "pivot_root", "clone", "socket"}
     value = notifying(box, "sleep", "1000", names=tuple(sorted(names - {"write"})), noNewPrivileges=no_new_privs)
 
@@ -185,7 +185,7 @@ async def test_every_system_call_may_be_asked_about(box: Box, agent: Agent, no_n
     process = {"args": ["sh", "-c", "echo fine; mkdir /tmp/x"], "noNewPrivileges": no_new_privs}
     status, out, err = await box.exec(init, process, value)
     assert (status, out) == (1, "fine\n") and "No medium found" in err
-    with pytest.raises(LaunchError, match="no such file or directory"):  # it fails, and its last calls are asked about
+    with pytest.raises(LaunchError, match="no such file or directory"):  # its last calls are notified, too
         await box.exec(init, {"args": ["/no/such/program"], "noNewPrivileges": no_new_privs}, value)
 
 

@@ -1,4 +1,4 @@
-"""A sandbox whose containers share a pid namespace: its first process, what ends when, and who can reach whom."""
+"""Test a sandbox whose containers share a pid namespace: its first process, lifetimes, and isolation."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def namespace(pid: int) -> str:
 
 
 def inside(agent: RunningAgent) -> dict[int, str]:
-    """What lives in the shared pid namespace: pids outside of it, and names."""
+    """Return the processes in the shared pid namespace: their pids outside, and their names."""
     wanted, found = namespace(pause_of(agent)), {}
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -60,7 +60,7 @@ async def test_containers_see_each_other_and_a_first_process_that_reaps(agent: R
         names = (await output(await sh(one, "cat /proc/[0-9]*/comm"))).decode().split()
         assert names.count("sleep") == 2
         assert (await output(await sh(two, "cat /proc/1/comm"))) == b"pause\n"
-        # An orphan's end, and many orphans': the pause process takes them.
+        # Orphans, one and many: the pause process reaps them.
         script = "for n in 1 2 3 4 5; do (sleep 0.1 &) ; done; sleep 0.3; grep -l '^State:.Z' /proc/[0-9]*/status"
         assert (await output(await sh(one, script))) == b""
         pause = pause_of(agent)
@@ -72,7 +72,7 @@ async def test_containers_see_each_other_and_a_first_process_that_reaps(agent: R
         assert list(Path(f"/proc/{pause}/fd").iterdir()) == []
         limits = Path(f"/proc/{pause}/limits").read_text()
         assert re.search(r"Max processes +1 +1 ", limits) and re.search(r"Max address space +\d{8} +\d{8} ", limits)
-        # Of its namespaces none is the guest's own but those that it would take privileges to use.
+        # Its namespaces are separate from the guest's, except those that would need privileges to use.
         for kind in ("ipc", "uts", "net", "mnt", "pid", "cgroup"):
             ours, its = (Path(f"/proc/{pid}/ns/{kind}").readlink() for pid in (agent.process.pid, pause))
             assert ours != its, kind
@@ -133,7 +133,7 @@ async def test_terminals_exit_statuses_and_errors_are_as_ever(agent: RunningAgen
 
 
 async def test_the_end_of_a_container_is_the_end_of_all_in_it(agent: RunningAgent) -> None:
-    """Of its orphans, of what was executed in it, of what ignores signals; not of others."""
+    """Its orphans, its execs and processes that ignore signals; not those of others."""
     leaves = "(trap '' TERM HUP; setsid sleep 4444 &) ; (sleep 4444 &)"
 
     async with agent.connect() as client:
@@ -227,7 +227,7 @@ def test_the_first_process_ends_with_an_agent_that_is_killed(nsexec_path: Path, 
     for name in ("proc", "empty"):
         (tmp_path / name).mkdir()
     args = [str(nsexec_path), str(tmp_path / "proc"), str(tmp_path / "empty")]
-    # In a mount namespace of its own, so that nobody has to take its mount away.
+    # In its own mount namespace, so that nobody can unmount it.
     with subprocess.Popen(
         ["unshare", "--mount", sys.executable, "-c", ORPHAN, *args], cwd=ROOT, stdout=subprocess.PIPE, text=True
     ) as agent:
@@ -236,5 +236,5 @@ def test_the_first_process_ends_with_an_agent_that_is_killed(nsexec_path: Path, 
         pid = int(next(line for line in lines if line.strip().isdigit()))
         pidfd = os.pidfd_open(pid)
         agent.kill()
-    assert select.select([pidfd], [], [], 10)[0], "it lives on"
+    assert select.select([pidfd], [], [], 10)[0], "it must keep running"
     os.close(pidfd)

@@ -1,4 +1,4 @@
-"""Two thousand creates and execs through one agent, many at a time, a good part of which go wrong: nothing is left."""
+"""Run two thousand creates and execs through one agent, many at a time, many of which fail: nothing is left."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ pytestmark = pytest.mark.root
 
 ROUNDS, OF_EACH_ROUND, AT_ONCE = 5, 400, 50
 
-#: Bytes by which the agent may have grown in the second half; an allocator's pages, not a leak's: 2,000 calls that
-#: left 4 KiB each would be twice as much.
+#: Bytes by which the agent may have grown in the second half: an allocator's pages, but no leak; 2,000 calls that leak
+#: 4 KiB each would be twice as much.
 GROWTH = 4 << 20
 
 
 class Soak:
-    """What is done, each at random; every one ends with its own remains taken away, or has none."""
+    """Random actions; each removes what it leaves, or leaves nothing."""
 
     def __init__(self, client: Agent, agent: RunningAgent, base: Container) -> None:
         self._client = client
@@ -155,6 +155,6 @@ async def test_nothing_is_left_of_two_thousand(agent: RunningAgent) -> None:
 
 
 def own_mounts(agent: RunningAgent) -> int:
-    """Mounts in the agent's directory: others on the machine come and go."""
+    """Count mounts in the agent's directory: others on the machine come and go."""
     place = str(agent.state.parent)
     return sum(place in line for line in Path(f"/proc/{agent.process.pid}/mountinfo").read_text().splitlines())

@@ -1,4 +1,4 @@
-"""A container's process that tries to reach the guest through what is being made beside it (tests/native/spy.c)."""
+"""Test a container process that tries to reach the guest through processes being created (tests/native/spy.c)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.root
 
 @pytest.fixture(scope="module")
 def spy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the spy in it."""
+    """A directory containing the spy."""
     directory = tmp_path_factory.mktemp("spy")
     source = Path(__file__).with_name("spy.c")
     subprocess.run(
@@ -30,7 +30,7 @@ def spy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-#: How often a container is entered, and how many are made, while a spy looks on.
+#: How many execs, and how many creates, while a spy watches.
 EXECS, CREATES = 1000, 40
 
 
@@ -38,9 +38,9 @@ EXECS, CREATES = 1000, 40
 async def test_a_process_being_made_gives_no_way_into_the_guest(
     agent: RunningAgent, spy: Path, kind: str
 ) -> None:  # CVE-2016-9962
-    """Root sees that they are there, and is denied everything; with CAP_SYS_PTRACE nothing is denied by the kernel, but
-    there is nothing of the guest to be had: the container's root and rights, a socket or pipe, and the program that
-    cannot be written to.
+    """Root sees the new processes, but is denied all access; with CAP_SYS_PTRACE the kernel denies nothing, but
+    there is nothing of the guest's to find: only the container's root and privileges, a socket or pipe, and the
+    program, which cannot be written to.
     """
     mask = capability_mask(CAPABILITIES, "") | capability_mask(["CAP_SYS_PTRACE"], "")
     spec = agent.spec("/mnt/spy", f"{mask:x}")

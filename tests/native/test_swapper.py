@@ -1,7 +1,7 @@
-"""Somebody else exchanges directories of the image for links, all the time, while containers are made from it.
+"""Swap directories of the image for links, continually, while containers are created from it.
 
-Each mount lands inside or the create fails; outside nothing appears, not even an empty file.  runc has had these races
-one after another: CVE-2019-19921, CVE-2021-30465, CVE-2024-45310, CVE-2025-52881.
+Each mount lands inside or the create fails; outside nothing appears, not even an empty file.  runc has had one such
+race after another: CVE-2019-19921, CVE-2021-30465, CVE-2024-45310, CVE-2025-52881.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ def swapper(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def exchanging(swapper: Path, one: Path, other: Path) -> Iterator[None]:
-    """Two names change places while this runs."""
+    """Swap two names continually while the block runs."""
     process = subprocess.Popen([swapper, one, other], stderr=subprocess.PIPE)
     try:
         yield
-        assert process.poll() is None, "it has done so all the time"
+        assert process.poll() is None, "the swapper stopped early"
     finally:
         process.kill()
         process.communicate()
@@ -76,7 +76,7 @@ def untouched(outside: Path) -> None:
 
 
 def repeat(box: Box, value: Callable[[], dict[str, Any]], check: Callable[[str], None]) -> tuple[int, int]:
-    """Make containers one after another; how many ran, and how many were refused."""
+    """Create containers one after another; return how many ran, and how many were rejected."""
     ran = refused = 0
     for _ in range(ROUNDS):
         try:
@@ -109,7 +109,7 @@ def test_a_mounts_parent(box: Box, swapper: Path, outside: Path, destination: st
         return made
 
     def check(out: str) -> None:
-        assert out == "1\n"  # it is inside, wherever that was at the moment
+        assert out == "1\n"  # it is inside, wherever that was at the time
 
     with exchanging(swapper, box.rootfs / "vol", box.rootfs / "link"):
         ran, _ = repeat(box, value, check)
@@ -118,7 +118,7 @@ def test_a_mounts_parent(box: Box, swapper: Path, outside: Path, destination: st
 
 
 def test_proc_itself(box: Box, swapper: Path, outside: Path) -> None:
-    """A container runs with its masks and sysctls where they belong, or not at all."""
+    """A container runs with its masks and sysctls in the right place, or not at all."""
     (box.rootfs / "bad").symlink_to(outside)
     msgmax = Path("/proc/sys/kernel/msgmax").read_text()
     seen: set[str] = set()
@@ -130,7 +130,7 @@ def test_proc_itself(box: Box, swapper: Path, outside: Path) -> None:
         return made
 
     def check(out: str) -> None:
-        # The names are exchanged still: what cannot be found at the moment is missing.
+        # The names are still being swapped: what cannot be found at the moment is reported as missing.
         assert set(out.splitlines()) <= {"character special file", "12345", "proc"}
         seen.update(out.splitlines())
 
@@ -143,7 +143,7 @@ def test_proc_itself(box: Box, swapper: Path, outside: Path) -> None:
 
 
 def test_dev_itself(box: Box, swapper: Path, outside: Path) -> None:
-    """Nodes and links of /dev appear inside or nowhere (CVE-2026-41579), and masks are what they should be."""
+    """Nodes and links in /dev appear inside or nowhere (CVE-2026-41579), and masks are correct."""
     (box.rootfs / "dev2").symlink_to(outside)
     (outside / "ptmx").write_text("not to be deleted")
 
@@ -161,7 +161,7 @@ def test_dev_itself(box: Box, swapper: Path, outside: Path) -> None:
                 status, out, _ = box.run(box.output(value()))
             except LaunchError:
                 continue
-            if status == 0 and out.startswith("1:3"):  # else /dev was exchanged again while it ran
+            if status == 0 and out.startswith("1:3"):  # otherwise /dev was swapped again while it ran
                 check(out)
     assert (outside / "ptmx").read_text() == "not to be deleted"
     (outside / "ptmx").unlink()

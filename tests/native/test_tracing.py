@@ -1,4 +1,4 @@
-"""Traces: a span for each request, delivered to whoever listens; and a clear refusal where the packages are missing."""
+"""Test traces: a span for each request, delivered to a listener; and a clear error if the packages are missing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.native.agent_support import RunningAgent, refused
 
 @asynccontextmanager
 async def receiver(path: Path) -> AsyncIterator[asyncio.Queue[dict[str, Any]]]:
-    """Listens as a host does; spans as they come."""
+    """Listen as a host does; yield spans as they arrive."""
     spans: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
 
     async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -43,7 +43,7 @@ async def test_requests_are_traced_while_it_is_on(tmp_path: Path, nsexec_path: P
         async with receiver(path) as spans, agent.connect() as client:
             stop, start = agent_pb2.StopTracingRequest(), agent_pb2.StartTracingRequest()
             assert await refused(client.rpc.StopTracing(stop)) == (Code.FAILED_PRECONDITION, "tracing not enabled")
-            await client.version()  # before it is on
+            await client.version()  # before it is enabled
             await client.rpc.StartTracing(start)
             assert await refused(client.rpc.StartTracing(start)) == (
                 Code.FAILED_PRECONDITION,
@@ -52,7 +52,7 @@ async def test_requests_are_traced_while_it_is_on(tmp_path: Path, nsexec_path: P
             await client.create_sandbox()
             await refused(client.rpc.StartContainer(agent_pb2.StartContainerRequest(container_id="none")))
             await client.rpc.StopTracing(stop)
-            await client.version()  # and after
+            await client.version()  # and after it is disabled
             found = [await spans.get() for _ in range(spans.qsize())]
             names = [span["name"] for span in found]
             assert names[:4] == ["StartTracing", "StartTracing", "CreateSandbox", "StartContainer"]
@@ -63,7 +63,7 @@ async def test_requests_are_traced_while_it_is_on(tmp_path: Path, nsexec_path: P
             assert failed["attributes"]["rpc.grpc.status"] != "OK"
             assert found[2]["status"]["status_code"] != "ERROR"
             assert found[2]["start_time"] <= found[2]["end_time"] <= failed["end_time"]
-            # On again, after a host that has gone and come back.
+            # Enabled again, after a host that left and came back.
             await client.rpc.StartTracing(start)
             await client.rpc.StopTracing(stop)
             assert (await spans.get())["name"] == "StartTracing"
