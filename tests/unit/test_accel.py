@@ -1,4 +1,4 @@
-"""Choosing an accelerator and a vsock device by evidence."""
+"""Test choosing an accelerator and a vsock device by evidence."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NEITHER = "flags\t\t: fpu sse2\nbugs\t\t: svm_looks_like_a_flag\nmodel name\t: v
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
-    """A machine that has everything, where nobody has decided what `auto` is."""
+    """Return a machine that has everything, with no decision yet on `auto`."""
     monkeypatch.delenv("CAISSON_ACCEL", raising=False)
     monkeypatch.delenv("CAISSON_VSOCK", raising=False)
     for name in ("kvm", "vhost-vsock"):
@@ -51,7 +51,7 @@ def test_no_device_means_emulation(host: Host, tmp_path: Path) -> None:
 
 
 def test_a_device_that_another_hypervisor_uses_is_busy(host: Host) -> None:
-    """VirtualBox has the processor's virtualization to itself: KVM_CREATE_VM fails."""
+    """VirtualBox uses the processor's virtualization exclusively: KVM_CREATE_VM fails."""
 
     def refuse(device: int) -> None:
         raise OSError(errno.EBUSY, "Device or resource busy")
@@ -97,7 +97,7 @@ def test_unusable_accelerator_is_rejected_with_a_remedy(host: Host, tmp_path: Pa
     [
         (1000, "kvm", 0o660, "sudo usermod -aG kvm"),
         (1000, "kvm", 0o600, "sudo setfacl -m u:"),
-        (1000, "root", 0o660, "sudo setfacl -m u:"),  # nobody should join that one
+        (1000, "root", 0o660, "sudo setfacl -m u:"),  # nobody should join that group
         (1000, None, 0o660, "sudo setfacl -m u:"),
         (0, "kvm", 0o660, "docker run --device"),
     ],
@@ -112,7 +112,7 @@ def test_a_device_that_one_may_not_open_names_the_way_in(
 
     monkeypatch.setattr("os.geteuid", lambda: uid)
     monkeypatch.setattr(Path, "group", group_of)
-    # A directory cannot be opened for writing, by root neither.
+    # Not even root can open a directory for writing.
     closed = replace(host, kvm=tmp_path / "d", vhost_vsock=tmp_path / "d")
     (tmp_path / "d").mkdir()
     (tmp_path / "d").chmod(mode)
@@ -128,7 +128,7 @@ def test_ci_says_what_auto_is(host: Host, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("CAISSON_ACCEL", "tcg")
     monkeypatch.setenv("CAISSON_VSOCK", "user")
     assert accel.choose_accelerator("auto", "x86_64", host).name == "tcg"
-    assert accel.choose_accelerator("kvm", "x86_64", host).name == "kvm"  # who asks for one gets that
+    assert accel.choose_accelerator("kvm", "x86_64", host).name == "kvm"  # an explicit request is honoured
     assert accel.choose_vsock("auto", host).name == "user"
     monkeypatch.setenv("CAISSON_ACCEL", "kvm")
     monkeypatch.setenv("CAISSON_VSOCK", "vhost")

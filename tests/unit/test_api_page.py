@@ -1,4 +1,4 @@
-"""docs/api.md speaks of every method."""
+"""Test that docs/api.md describes every method."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ PAGE = (ROOT / "docs/api.md").read_text()
 
 
 def rows(text: str) -> list[str]:
-    """The rows of a page's tables."""
+    """Return the rows of a page's tables."""
     found = [line for line in text.splitlines() if line.startswith("| `")]
     assert all(row.count("|") == 4 for row in found)
     return found
 
 
 def methods(text: str) -> list[str]:
-    """The methods that the tables are about."""
+    """Return the methods in the tables."""
     return [name for row in rows(text) for name in re.findall(r"`(\w+)`", row.split(" | ")[0])]
 
 
 def test_no_method_is_missing() -> None:
     old, _, new = PAGE.partition("## Kata 3.x")
     names = {kind: {method.name for _, method in api.methods} for kind, api in APIS.items()}
-    names["ttrpc"].add("DestroySandbox")  # which ends the agent, and so is not asked at random
+    names["ttrpc"].add("DestroySandbox")  # which ends the agent, so is not called at random
     assert sorted(methods(old)) == sorted(names["http2"])
     assert len(methods(new)) == len(set(methods(new)))
     assert set(methods(new)) <= names["ttrpc"] <= set(methods(new)) | names["http2"]

@@ -1,4 +1,4 @@
-"""Joining a process to descriptors of the caller's, with a process that only pretends."""
+"""Test connecting a process to the caller's descriptors, with a fake process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.poll import until
 
 
 class Pretended:
-    """Echoes its input on stdout, says `oops` on stderr, and ends with status 9 when its input does."""
+    """Echoes its input on stdout, prints `oops` on stderr, and exits with status 9 at EOF."""
 
     terminal = False
 

@@ -1,4 +1,4 @@
-"""The page of the benchmark's rows: everything is on it, nothing of it is loaded, and runs are remembered."""
+"""Test the page of the benchmark's rows: it is complete, loads nothing, and remembers runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_runs_are_remembered_up_to_a_number(tmp_path: Path) -> None:
         runs = picture.remember([Row.beside("exec", number + 1, 1, None)], file, now=0.0)
     assert len(runs) == picture.MAX_RUNS
     assert runs[-1] == {"exec": picture.MAX_RUNS + 3}
-    file.write_text(file.read_text() + '{"rows": [1')  # a run that was interrupted
+    file.write_text(file.read_text() + '{"rows": [1')  # an interrupted run
     assert len(picture.remember([], file)) == picture.MAX_RUNS
 
 

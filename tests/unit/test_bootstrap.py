@@ -1,4 +1,4 @@
-"""The bytes of the bootstrap message, against those of runc 1.1.5 (seen with strace)."""
+"""Test the bytes of the bootstrap message against those of runc 1.1.5 (captured with strace)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_create_as_runc_encodes_it() -> None:
 
 
 def _attributes(message: bytes) -> list[tuple[int, int, bytes]]:
-    """(length, type, payload) of each, and the message's own length is right."""
+    """Return (length, type, payload) of each attribute; check the message's own length."""
     assert unpack_from("=IH", message) == (len(message), 62000)
     found, at = [], 16
     while at < len(message):
@@ -60,7 +60,7 @@ def test_time_offsets_and_join_mask() -> None:
 
 @pytest.mark.parametrize("size", [65530, 65531, 65532, 65535, 65536, 65540, 200_000])
 def test_a_length_is_never_wrapped(size: int) -> None:
-    """A text of `size` bytes takes size + 1 + 4; 65535 is the largest that 16 bits hold (CVE-2021-43784)."""
+    """A text of `size` bytes takes size + 1 + 4; 65535 is the maximum of 16 bits (CVE-2021-43784)."""
     if size + 5 <= 0xFFFF:
         encoded = wire.text(wire.UID_MAP, "x" * size)
         assert unpack_from("=HH", encoded) == (size + 5, wire.UID_MAP)

@@ -1,4 +1,4 @@
-"""Results of build steps: found again, made once, and never taken for whole when they are not."""
+"""Test results of build steps: found again, built once, and never used if incomplete."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def never(target: Path) -> None:
 
 
 def contents(cache: Cache) -> list[str]:
-    """Every file of a cache, but for locks and times of use; what is removed meanwhile is passed over."""
+    """Return every file of a cache, except locks and access times; skip files removed meanwhile."""
     found = (Path(place, name) for place, _, names in os.walk(cache.root) for name in names if name != ".used")
     return sorted(str(path.relative_to(cache.root)) for path in found if not path.name.startswith(".lock-"))
 
@@ -69,7 +69,7 @@ Cache(Path({str(cache.root)!r})).get_or_make("step", "k", make)
 """
     killed = subprocess.run([sys.executable, "-c", program], cwd=ROOT)
     assert killed.returncode == -9
-    assert any(name.endswith("/half") for name in contents(cache)), "or this test tests nothing"
+    assert any(name.endswith("/half") for name in contents(cache)), "otherwise this test is vacuous"
     assert cache.get("step", "k") is None
     cache.get_or_make("step", "k", lambda target: (target / "f").touch())
     wait_until(lambda: contents(cache) == ["step/k/f"], "what was half made is removed", found=lambda: contents(cache))
@@ -92,7 +92,7 @@ def test_two_builders_make_it_once(cache: Cache) -> None:
 
     def make(target: Path) -> None:
         second.start()
-        assert looked.wait(30)  # the second has seen that there is nothing yet, and goes for the lock
+        assert looked.wait(30)  # the second has seen that there is nothing yet, and is about to lock
         made.append("first")
 
     results.append(cache.get_or_make("step", "k", make))
@@ -128,7 +128,7 @@ def test_trimming_removes_what_killed_builds_left_and_nothing_of_running_ones(ca
 
 
 def test_a_big_tree_that_a_killed_build_left_does_not_hold_up_the_next(cache: Cache) -> None:
-    """Its removal goes on while the next build runs, and after that."""
+    """Removing it continues during the next build, and afterwards."""
     old = cache.root / "step/.making-k"
     (old / "tree").mkdir(parents=True)
     for number in range(200):
@@ -174,10 +174,10 @@ def test_those_used_last_are_kept(cache: Cache) -> None:
     for number, (step, key) in enumerate([("one", "a"), ("two", "b"), ("one", "c"), ("two", "d")]):
         result = cache.get_or_make(step, key, make)
         os.utime(result / ".used", (1000 + number, 1000 + number))
-    cache.get("one", "a")  # used just now
+    cache.get("one", "a")  # just used
     assert freed(cache.trim(2500)) == 2000
     assert contents(cache) == ["one/a/f", "two/d/f"]
-    assert freed(cache.trim(0)) == 1000  # what may be in use stays
+    assert freed(cache.trim(0)) == 1000  # what may be in use is kept
     assert contents(cache) == ["one/a/f"]
     assert freed(cache.trim(0, spare=0)) == 1000
     assert contents(cache) == []

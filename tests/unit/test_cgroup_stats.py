@@ -1,4 +1,4 @@
-"""What a container has used: from files of the kernel to the message on the wire."""
+"""Test a container's resource usage: from kernel files to the message sent."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ async def test_an_event_goes_to_one_who_waits_and_none_is_lost() -> None:
     impatient, patient = (asyncio.ensure_future(events.next()) for _ in range(2))
     await asyncio.sleep(0)
     events.add("one")
-    impatient.cancel()  # woken, and gone before it looks
+    impatient.cancel()  # woken, but cancelled before it looks
     assert await patient == "one"
     events.add("two")
     assert await events.next() == "two"

@@ -1,4 +1,4 @@
-"""Changing the limits of a cgroup: all or none of them.  The kernel's part is played by files, with its own habits."""
+"""Test changing the limits of a cgroup: all or none.  Files play the kernel, with its quirks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FILES = {
 
 
 class Kernel:
-    """A cgroup's directory whose files take what they are given whole, or refuse it."""
+    """A cgroup's directory whose files accept values whole, or reject them."""
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.directory = directory

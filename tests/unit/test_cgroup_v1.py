@@ -1,4 +1,4 @@
-"""cgroup v1: rules as the kernel's list, files and values, counters, and mounts for a container."""
+"""Test cgroup v1: device rules as the kernel lists them, files and values, counters, and mounts for a container."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def denied(type_: str, major: int | None, minor: int | None, access: str) -> Dev
         ([ALLOW_ALL], True, {}),
         ([ALLOW_ALL, denied("b", 8, 0, "rw")], True, {("b", 8, 0): "rw"}),
         ([ALLOW_ALL, denied("b", 8, 0, "rw"), allowed("b", 8, None, "r")], True, {("b", 8, 0): "w"}),
-        ([ALLOW_ALL, denied("c", 1, 3, "rwm")], True, {}),  # null is for everybody
+        ([ALLOW_ALL, denied("c", 1, 3, "rwm")], True, {}),  # null is allowed for everybody
     ],
 )
 def test_device_rules_become_a_v1_list(rules: list[DeviceRule], default: bool, exceptions: dict[Any, str]) -> None:
@@ -61,7 +61,7 @@ def test_device_rules_become_a_v1_list(rules: list[DeviceRule], default: bool, e
     ],
 )
 def test_device_rules_that_v1_cannot_express_are_rejected(rules: list[DeviceRule], text: str) -> None:
-    """GHSA-g54h-m393-cpwq: the kernel would take the rule without a word, and the device would stay open."""
+    """GHSA-g54h-m393-cpwq: the kernel would silently accept the rule, and the device would stay accessible."""
     with pytest.raises(SpecError, match=rf"^linux\.resources\.devices: cgroup v1 cannot {text}$"):
         resolve(rules)
 
@@ -92,7 +92,7 @@ def values(document: dict[str, Any], **now: str) -> list[tuple[str, str]]:
 @pytest.mark.parametrize(
     ("limit", "swap", "now", "order"),
     [
-        (10, 20, 1 << 62, ["limit_in_bytes", "memsw.limit_in_bytes"]),  # new: both are without a limit
+        (10, 20, 1 << 62, ["limit_in_bytes", "memsw.limit_in_bytes"]),  # new: both are unlimited
         (30, 40, 20, ["memsw.limit_in_bytes", "limit_in_bytes"]),
         (10, 15, 20, ["limit_in_bytes", "memsw.limit_in_bytes"]),
         (-1, -1, 20, ["memsw.limit_in_bytes", "limit_in_bytes"]),
@@ -158,7 +158,7 @@ def test_a_new_cpuset_has_what_the_one_above_has(tmp_path: Path) -> None:
     fill_cpuset(str(tmp_path), str(tmp_path / "new"))
     assert [(tmp_path / "new" / name).read_text().strip() for name in ("cpuset.cpus", "cpuset.mems")] == ["0-3", "1"]
     (tmp_path / "bare").mkdir()
-    fill_cpuset(str(tmp_path), str(tmp_path / "bare"))  # a kernel without the files of v1
+    fill_cpuset(str(tmp_path), str(tmp_path / "bare"))  # a kernel without the v1 files
 
 
 def test_those_above_are_widened_as_far_as_needed(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Walks through nested cgroups, on directories that are none: by descriptors, however deep they are."""
+"""Test walks through nested cgroups, on plain directories: by descriptors, however deep they are."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAME = "x" * 250
 
 @pytest.fixture
 def nested(tmp_path: Path) -> Path:
-    """Sixty levels of long names, more than a path can be; with a process in the innermost."""
+    """Create sixty levels of long names, more than a path can hold; with a process in the innermost."""
     top = tmp_path / "top"
     top.mkdir()
     at = os.open(top, files.DIRECTORY)

@@ -1,4 +1,4 @@
-"""Which hierarchies of cgroup v1 a guest gets."""
+"""Test which cgroup v1 hierarchies a guest gets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""cgroup v2: limits as files and values, device rules as eBPF instructions (run here by an interpreter of four)."""
+"""Test cgroup v2: limits as files and values, device rules as eBPF instructions (run by a tiny interpreter)."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_paths_that_are_none(path: str, tmp_path: Path) -> None:
 
 
 def values(document: dict[str, Any], **now: str) -> list[tuple[str, str]]:
-    """Files and values that a configuration comes to."""
+    """Return the files and values that a configuration results in."""
     found = settings(Resources.from_json(document), lambda file: now.get(file.replace(".", "_")))
     return [(setting.file, setting.value) for setting in found]
 
@@ -126,7 +126,7 @@ def test_weight(shares: int, expected: int) -> None:
 
 
 def _allowed(rules: list[DeviceRule], type_: str, major: int, minor: int, access: str) -> bool:
-    """Run the program: what the kernel would answer."""
+    """Run the program: return what the kernel would decide."""
     code = [
         (opcode, registers & 15, registers >> 4, offset, imm)
         for opcode, registers, offset, imm in iter_unpack("=BBhi", devices.program(rules))
@@ -165,10 +165,10 @@ ALLOW_ALL = DeviceRule(True, "a", None, None, "rwm")
 @pytest.mark.parametrize(
     ("rules", "access", "allowed"),
     [
-        ([], ("c", 1, 3, "rw"), True),  # null, always
+        ([], ("c", 1, 3, "rw"), True),  # null: always allowed
         ([], ("c", 136, 77, "rw"), True),  # a terminal
         ([], ("c", 1, 11, "r"), False),  # kmsg
-        ([], ("c", 1, 11, "m"), True),  # a node may be made, not opened
+        ([], ("c", 1, 11, "m"), True),  # a node may be created, not opened
         ([], ("b", 254, 0, "r"), False),
         ([], ("b", 254, 0, "m"), True),
         ([ALLOW_ALL], ("b", 254, 0, "rw"), True),

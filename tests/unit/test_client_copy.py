@@ -1,4 +1,4 @@
-"""What a container sends as an archive is unpacked in one place, or refused."""
+"""Test that an archive sent by a container is unpacked in one place, or rejected."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from caisson.agent.client.unpack import MAX_HEADER, received, unpack
 
 
 def archive(*members: tuple[str, dict[str, Any]]) -> tarfile.TarFile:
-    """A stream of members: a name, its fields, and `data` for a file's contents."""
+    """Return a stream of members: a name, its fields, and `data` for a file's contents."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as made:
         for name, fields in members:
@@ -62,7 +62,7 @@ def test_a_tree(tmp_path: Path) -> None:
     assert stat.S_IMODE(copied.stat().st_mode) == 0o500 and copied.stat().st_mtime == 1000
     passwd = (copied / "passwd").stat()
     assert (copied / "passwd").read_bytes() == b"root\n"
-    # Not set-uid, not somebody else's.
+    # Not set-uid, and not owned by another user.
     assert (stat.S_IMODE(passwd.st_mode), passwd.st_uid, passwd.st_mtime) == (0o755, os.geteuid(), 2000)
     assert passwd.st_ino == (copied / "same").stat().st_ino
     assert (copied / "link").readlink() == Path("/nowhere")
@@ -139,7 +139,7 @@ def test_copy_rejects_malformed_places(text: str) -> None:
 
 
 class DyingGuest:
-    """A container, and every process in it, until the guest is gone: after a few blocks."""
+    """A container and its processes in a guest that dies after a few blocks."""
 
     def __init__(self) -> None:
         self._blocks = 0
@@ -211,7 +211,7 @@ def test_the_agents_lines_on_a_console() -> None:
 
 
 def test_a_line_that_no_parser_survives_is_not_the_agents() -> None:
-    """A container writes to the console through the kernel's log."""
+    """A container can write to the console through the kernel's log."""
     seen: list[bytes] = []
     lines = AgentLines(seen.append)
     for piece in (
@@ -270,7 +270,7 @@ def test_nonsense_is_an_error_in_words(tmp_path: Path, fields: dict[str, Any]) -
     assert list(tmp_path.iterdir()) == []
 
 
-SIZE = 64 << 20  # so large only that a test without the rule ends, and fails
+SIZE = 64 << 20  # only so large that a test without the rule finishes, and fails
 SPARSE = {"GNU.sparse.size": str(SIZE), "GNU.sparse.map": f"{SIZE - 1},1", "GNU.sparse.name": "a"}
 
 
@@ -293,7 +293,7 @@ def test_a_damaged_header_is_not_the_end(tmp_path: Path, damage: Callable[[bytes
 
 
 class Endless(io.RawIOBase):
-    """A stream that begins with something, and goes on with one block for as long as it is read: 4 MiB at most."""
+    """A stream with some initial bytes, then one block repeated as long as it is read: 4 MiB at most."""
 
     def __init__(self, begin: bytes, block: bytes) -> None:
         self._begin = begin
@@ -302,7 +302,7 @@ class Endless(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         self._left -= size
-        assert 0 <= size < MAX_HEADER and self._left > 0, "more is read than was to be"
+        assert 0 <= size < MAX_HEADER and self._left > 0, "read more than it should"
         while len(self._begin) < size:
             self._begin += self._block
         data, self._begin = self._begin[:size], self._begin[size:]
@@ -316,7 +316,7 @@ def header_of(kind: bytes, size: int = 0) -> bytes:
 
 
 def sparse_header() -> bytes:
-    """GNU's old header of a sparse file, whose map goes on in the block that follows."""
+    """Return GNU's old header of a sparse file, whose map continues in the next block."""
     block = bytearray(header_of(tarfile.GNUTYPE_SPARSE))
     block[482] = 1
     block[148:156] = b" " * 8

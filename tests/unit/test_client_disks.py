@@ -1,4 +1,4 @@
-"""A disk that was plugged in for a container: waited for while the guest does not know it yet."""
+"""Test a disk hot-plugged for a container: the host waits while the guest does not see it yet."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from caisson.agent.rpc.codes import StatusCode
 
 
 class SlowGuest:
-    """Its disk shows up at the third time that it is asked for."""
+    """Its disk appears at the third request."""
 
     def __init__(self, code: StatusCode = StatusCode.DEADLINE_EXCEEDED) -> None:
         self.requests: list[Any] = []

@@ -1,4 +1,4 @@
-"""What the host makes of the agent's answers about containers: tables, samples, signals, and which there are."""
+"""Test how the host presents the agent's answers about containers: tables, samples, signals, and listings."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_table_of_ps() -> None:
 
 @pytest.mark.parametrize("line", ["x", "a b c d e f g h", "0 1 2", "\x85 1 2 3", "0 ٣x 1 2 a b c d", "\x1b[2J"])
 def test_a_row_that_is_none_is_shown_and_no_error(line: str) -> None:
-    """A process chooses its command: with a line end in it, the rest looks like a row."""
+    """A process chooses its command line: after a newline in it, the rest looks like a row."""
     found = listing.parse_table(f"{TABLE}{line}\n")
     assert len(found) == 3
     assert found[2] == {"command": line}
@@ -95,7 +95,7 @@ def test_kill_rejects_unknown_signals(text: str) -> None:
 
 
 class FakeAgent:
-    """Answers about some containers, and knows no others."""
+    """Answers about some containers; all others are unknown."""
 
     def __init__(self, *containers: str, reason: Reason = Reason.CONTAINER_NOT_FOUND) -> None:
         self.containers = containers
@@ -156,11 +156,11 @@ def test_leases_last_until_their_process_is_killed(tmp_path: Path) -> None:
         assert known.held("run-1") and not known.held("web") and not known.held("nobody")
         assert known.orphaned() == []
         assert ask(FakeAgent("web"), known) == ["web"]
-        assert known.names() == ["run-1", "web"]  # it is being made
+        assert known.names() == ["run-1", "web"]  # it is being created
         maker.kill()
     assert known.orphaned() == ["run-1"]
     assert known.metadata("run-1")["disk"] == "d"
-    known.add("run-1", disk="d")  # it lives on without its command
+    known.add("run-1", disk="d")  # it outlives its command
     assert known.orphaned() == []
     assert ask(FakeAgent("web"), known) == ["web"]
     assert known.names() == ["web"]

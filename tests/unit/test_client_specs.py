@@ -1,4 +1,4 @@
-"""What becomes of an image's wishes, of a bundle's configuration and of a rule for ports."""
+"""Test specs made from an image's configuration, from a bundle's, and from port rules."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from caisson.agent.libcontainer.config.spec import Spec
 from caisson.agent.libcontainer.state import check_id
 from caisson.commands.run import CONTAINER_NAME
 
-#: What `runc spec` writes, shortened.
+#: The output of `runc spec`, shortened.
 BUNDLE = {
     "ociVersion": "1.0.2-dev",
     "process": {
@@ -59,7 +59,7 @@ BUNDLE = {
 
 
 def changed(path: str, value: object) -> dict[str, Any]:
-    """The bundle with one field changed, by its names with dots between."""
+    """Return the bundle with one field changed, given by a dotted path."""
     document: dict[str, Any] = json.loads(json.dumps(BUNDLE))
     *above, name = path.split(".")
     place = document
@@ -401,12 +401,12 @@ def test_a_spec_of_1x_is_the_same_in_3x_with_its_filter() -> None:
     assert new.Linux.Seccomp.DefaultAction == "SCMP_ACT_ERRNO" and not new.Linux.Seccomp.Flags
     assert [list(one.Names) for one in new.Linux.Seccomp.Syscalls] == [["chown"], ["clone"]]
     assert new.Linux.Seccomp.Syscalls[1].Args[0].Op == "SCMP_CMP_EQ"
-    assert len(old.Linux.Seccomp.Syscalls) == 2  # it was not changed
+    assert len(old.Linux.Seccomp.Syscalls) == 2  # it was not modified
 
 
 @given(st.text("abcXYZ019_.-+/ é\n\0", max_size=300))
 def test_every_name_of_a_container_is_an_id_for_the_agent(name: str) -> None:
-    """And a file's name, and one before the colon of cp."""
+    """Also for a file name, and one before cp's colon."""
     if CONTAINER_NAME.fullmatch(name):
         assert check_id(name) == name
         assert len(os.fsencode(name)) <= 253 and "/" not in name and name not in (".", "..")

@@ -1,4 +1,4 @@
-"""The command line: what its words mean, and what is said of those that mean nothing."""
+"""Test the command line: the meaning of its arguments, and errors for meaningless ones."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EVERY = [command for command in COMMANDS.values() if not command.hidden]
 
 
 def refused(command: Command, *words: str) -> str:
-    """What is said of a command line that makes no sense: one line."""
+    """Return the one-line error for an invalid command line."""
     with pytest.raises(CommandLineError) as caught:
         parse(command, words)
     text = str(caught.value)
@@ -304,7 +304,7 @@ def test_words_that_are_not_utf_8_come_back_as_they_were() -> None:
 
 
 def wrong_lines(seed: int) -> Iterator[tuple[Command, list[str]]]:
-    """Every command with every option, in every kind of mistake."""
+    """Yield every command with every option, in every kind of mistake."""
     chance = random.Random(seed)
     for command in EVERY:
         yield command, ["--no-such-option"]
@@ -325,7 +325,7 @@ def wrong_lines(seed: int) -> Iterator[tuple[Command, list[str]]]:
 
 
 def wrong_values(option: Option) -> Iterator[str]:
-    """Words that are not values of this option."""
+    """Return words that are not values of this option."""
     assert option.kind is not None
     for word in ("", "abc", "\udce9", "-1", "1e9", "9" * 30, "nan", "inf", "0x10", "١", "1 2", "\0"[:0] + "\x1b[31m"):
         try:
@@ -350,7 +350,7 @@ def test_every_wrong_line_ends_in_one_line(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&-"])
 def test_wrong_lines_with_closed_streams(closed: str) -> None:
-    """A few of the same, as processes: words go through argv, and what is closed does not change the answer."""
+    """A few of the same, as processes: words pass through argv, and closed streams do not change the result."""
     seed = int(os.environ.get("CAISSON_SEED", "1"))
     for command, words in random.Random(seed).sample(list(wrong_lines(seed)), 4):
         line = [sys.executable, "-m", "caisson.commands.main", command.name, *words]

@@ -1,4 +1,4 @@
-"""The image definition: what is accepted, and what the refusal of anything else says."""
+"""Test the image definition: what is accepted, and the errors for everything else."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_machine_that_is_not_supported(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_definition_imports_nothing_that_builds() -> None:
-    """Data is read without apt, writers of file systems or compressors."""
+    """Reading data needs no apt, file system tools or compressors."""
     program = "import sys; import caisson.image.build.definition; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     ours = {name.removeprefix("caisson.image.") for name in done.stdout.split() if name.startswith("caisson.image.")}

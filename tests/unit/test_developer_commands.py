@@ -1,4 +1,4 @@
-"""What `caisson test` has pytest run: options that stand for a choice of tests."""
+"""Test what `caisson test` makes pytest run: options that select tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading a device program while signals come in (bpf(2), EAGAIN)."""
+"""Test loading a device program while signals arrive (bpf(2), EAGAIN)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from caisson.agent.libcontainer.cgroups import device_program as devices
 
 
 def fake_bpf(monkeypatch: pytest.MonkeyPatch, interrupted: int) -> list[int]:
-    """Let so many loads be interrupted; the commands that were asked for."""
+    """Interrupt this many loads; record the commands requested."""
     commands: list[int] = []
 
     def bpf(command: int, attributes: Any) -> int:

@@ -1,4 +1,4 @@
-"""The directories of VMs: names, locks, what is stale, and whom they belong to."""
+"""Test the directories of VMs: names, locks, staleness and ownership."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_stale_one_makes_room(run: Path) -> None:
 
 
 def test_listing_removes_nothing(run: Path, tmp_path: Path) -> None:
-    """A package manager's directory has an unlocked file of this name, too; and a link may lead to such a one."""
+    """A package manager's directory has an unlocked file with this name, too; and a link may lead to one."""
     dpkg = tmp_path / "dpkg"
     dpkg.mkdir()
     for name in ("lock", "status"):
@@ -96,7 +96,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs another user's fil
 
 @as_root
 def test_somebody_elses_link_as_the_run_root_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """/tmp/caisson-UID as a link of a neighbour's, to a directory that is ours and private."""
+    """/tmp/caisson-UID is another user's link, to a directory that is ours and private."""
     shared = tmp_path / "shared"
     shared.mkdir()
     shared.chmod(0o1777)
@@ -116,7 +116,7 @@ def test_somebody_elses_link_as_the_run_root_is_refused(tmp_path: Path, monkeypa
 @as_root
 @pytest.mark.parametrize("part", [".", "lock"])
 def test_a_marked_directory_of_somebody_elses_is_not_removed(run: Path, part: str) -> None:
-    """Our mark is no secret: a neighbour can write it into a directory of theirs, or own the lock in one of ours."""
+    """Our mark is no secret: another user can write it to their own directory, or own the lock in one of ours."""
     directory = VMDirectory.of("v")
     directory.create().close()
     os.chown(directory.path / part, 12345, 12345)

@@ -1,4 +1,4 @@
-"""The dispatch, without a wire: handlers are found at import, and whatever happens in one becomes a status."""
+"""Test the dispatcher without a transport: handlers are found at import, and every outcome becomes a status."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def status_of(error: Exception) -> tuple[StatusCode, str] | None:
 
 
 class Lines(Log):
-    """A log to look into."""
+    """A log for inspection."""
 
     def __init__(self) -> None:
         super().__init__("debug")
@@ -69,7 +69,7 @@ async def call(service: str | bytes, timeout: float | None = None, log: Log | No
 
 
 def said(outcome: tuple[StatusCode, Any]) -> tuple[StatusCode, Any]:
-    """An outcome with the text of a failure in its place."""
+    """Return an outcome, with a failure's text in its place."""
     code, result = outcome
     return code, result.text if isinstance(result, Failure) else result
 
@@ -119,7 +119,7 @@ async def test_a_bug_is_internal_and_logged_with_its_traceback() -> None:
 
 async def test_a_deadline_cancels_the_handler() -> None:
     assert await call("wait", 0.01) == (StatusCode.DEADLINE_EXCEEDED, "Check: not done within 0.01 s")
-    # One of its own that comes before is no deadline.
+    # A handler's own timeout before that is not a deadline.
     assert await call("timeout", 20) == (StatusCode.INTERNAL, "TimeoutError: of its own")
     assert (await call("", 20))[0] is StatusCode.OK
 

@@ -1,4 +1,4 @@
-"""What doctor says of a machine, and what a report holds and leaves out."""
+"""Test what doctor reports about a machine, and what a report includes and omits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from caisson.proto.contract import VERSION
 
 @pytest.fixture
 def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine with an empty PATH, no keyring, and directories of its own; returns where programs can be put."""
+    """Set up a machine with an empty PATH, no keyring, and its own directories; return where to put programs."""
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setattr(programs, "SYSTEM", ())
@@ -124,7 +124,7 @@ def _read(tar: tarfile.TarFile, name: str) -> str:
 
 
 def test_this_machine_is_judged_by_what_it_shows() -> None:
-    """KVM may be a trap: a device that opens on a CPU that shows no virtualization."""
+    """KVM may be a trap: the device opens on a CPU without virtualization."""
     finding = found()["KVM"]
     if platform.machine() == "x86_64" and not re.search(r"\b(vmx|svm)\b", Path("/proc/cpuinfo").read_text()):
         assert finding.status == "limited" and finding.remedy

@@ -1,4 +1,4 @@
-"""Every error that a user can meet, read from the code: one line, `object: problem; remedy`."""
+"""Test every error that a user can see, read from the code: one line, `object: problem; remedy`."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: Where errors for users are raised, and what these are called: main prints them without a traceback.
+#: Where errors for users are raised, and their classes: main prints them without a traceback.
 ROOMS = ("image", "agent/client", "commands")
 ERRORS = {
     "CommandFailed", "CommandLineError", "ContainerUnavailable", "DefinitionError", "ImageError", "MissingPrograms",
     "InvalidOption", "OutputError", "UsageError", "VMError",
 }  # fmt: skip
 
-#: Longest object, where what is put in counts for one letter.
+#: Maximum length of an object, where a placeholder counts as one letter.
 MAX_OBJECT = 45
 
-#: Wordings that a reader has to translate.
+#: Wordings that no native speaker would use.
 UNIDIOMATIC = re.compile(r"\bis no [a-z]+ that\b|\btold by\b|\bthis machine lacks\b|\binvoke \w|rpc error|\bcode = ")
 
 
 def texts() -> Iterator[tuple[str, str]]:
-    """Each text with its place; what is filled in stands as {}."""
+    """Return each text with its place; placeholders are written as {}."""
     for file in sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
@@ -38,7 +38,7 @@ def texts() -> Iterator[tuple[str, str]]:
 
 
 def written(node: ast.expr) -> str | None:
-    """The text that an expression writes, as far as it stands in the code."""
+    """Return the text of an expression, as far as it is constant."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):

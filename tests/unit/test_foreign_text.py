@@ -1,4 +1,4 @@
-"""Text of guests on a terminal: no control character gets through, in one piece or in many."""
+"""Test guests' text on a terminal: no control character gets through, in one piece or in several."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from caisson.proto.foreign_text import TerminalFilter, one_line, printable
 HOSTILE = "\x1b]0;title\x07 \x1b[31mred\x1b[0m \x9b2J \x1bc gone\rover \x00\x7f \u202eevil"
 
 
-#: Classes of characters that turn the direction of what follows, or of what surrounds them.
+#: Classes of characters that change the direction of the text after or around them.
 DIRECTIONS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 

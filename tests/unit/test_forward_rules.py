@@ -1,4 +1,4 @@
-"""Rules of port forwarding, as they are written on a command line."""
+"""Test rules of port forwarding, as written on a command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernel config fragments: reading, merging, and judging a kernel's config by them."""
+"""Test kernel config fragments: reading, merging, and checking a kernel's config against them."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_a_kernel_that_has_everything() -> None:
         wish("KVM_GUEST", optional=True),
         wish("VSOCKETS", "y", "vsock"),
     )
-    assert verdict.modules == ("vsock", "vsock_diag")  # nothing for what is built in; each once
+    assert verdict.modules == ("vsock", "vsock_diag")  # none for what is built in; each once
     assert [request.symbol for request in verdict.missing] == ["CONFIG_KVM_GUEST"]
 
 

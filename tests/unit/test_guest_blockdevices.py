@@ -1,4 +1,4 @@
-"""Disks by what the host calls them, in trees like those of sysfs and /dev."""
+"""Test finding disks by the host's identifiers, in trees like those of sysfs and /dev."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_bridge_with_two_buses(trees: tuple[Path, Path]) -> None:
 
 def test_of_scsi(trees: tuple[Path, Path]) -> None:
     plug(trees, "class/scsi_device/0:0:1:20/device", "sdb")
-    plug(trees, "class/scsi_device/0:0:1:2/device", "sda")  # not by a part of the other's address
+    plug(trees, "class/scsi_device/0:0:1:2/device", "sda")  # not by a part of another's address
     assert find(trees, lambda devices: devices.scsi("1:2")) == f"{trees[1]}/sda"
     assert (trees[0] / "class/scsi_host/host0/scan").read_text() == "0 1 2"
 

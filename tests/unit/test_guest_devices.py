@@ -1,4 +1,4 @@
-"""Devices: the host's numbers become the guest's."""
+"""Test devices: the host's numbers are replaced with the guest's."""
 
 from __future__ import annotations
 

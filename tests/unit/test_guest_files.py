@@ -1,4 +1,4 @@
-"""Files that come in pieces."""
+"""Test files that arrive in pieces."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_file_in_one_piece(root: Path, files: Files) -> None:
         os.umask(umask)
     made = root / "a/b/file"
     assert made.read_bytes() == b"hello"
-    assert made.stat().st_mode == 0o100755  # a host's setuid bit is not taken
+    assert made.stat().st_mode == 0o100755  # a host's setuid bit is dropped
     assert (root / "a").stat().st_mode & 0o777 == 0o750
     files.write(piece(root, "a/b/file", b""))
     assert made.read_bytes() == b""
@@ -62,7 +62,7 @@ def test_pieces_in_any_order(root: Path, files: Files, order: tuple[int, ...]) -
     for number in order:
         assert not (root / "file").exists()
         offset, data = parts[number]
-        for _ in range(2):  # a piece that comes again changes nothing
+        for _ in range(2):  # a repeated piece changes nothing
             if not (root / "file").exists():
                 files.write(piece(root, "file", data, size=8, offset=offset))
     assert (root / "file").read_bytes() == b"abcdefgh"
@@ -145,7 +145,7 @@ def test_copy_rejects_malformed_requests(root: Path, files: Files, change: dict[
 def test_unfinished_copies_are_dropped(root: Path, files: Files) -> None:
     for number in range(UNFINISHED + 1):
         files.write(piece(root, f"file{number}", b"a", size=2))
-    files.write(piece(root, "file0", b"b", size=2, offset=1))  # its first half was given up
+    files.write(piece(root, "file0", b"b", size=2, offset=1))  # its first half was dropped
     assert not (root / "file0").exists()
     files.write(piece(root, f"file{UNFINISHED}", b"b", size=2, offset=1))
     assert (root / f"file{UNFINISHED}").read_bytes() == b"ab"

@@ -1,4 +1,4 @@
-"""CPUs and memory that are plugged in, in a tree like sysfs."""
+"""Test hot-plugged CPUs and memory, in a tree like sysfs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def switch(system: Path, name: str, value: str = "0") -> Path:
 
 
 async def test_as_many_cpus_as_asked_for(tmp_path: Path) -> None:
-    (tmp_path / "cpu/cpu0").mkdir(parents=True)  # the first cannot be switched off and has no switch
+    (tmp_path / "cpu/cpu0").mkdir(parents=True)  # the first cannot be taken offline, and has no `online` file
     switch(tmp_path, "cpu1", "1")
     off = [switch(tmp_path, f"cpu{number}") for number in (10, 2, 3)]
     (tmp_path / "cpu/cpufreq").mkdir()
@@ -46,7 +46,7 @@ def test_too_few_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_cpus_in_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel's list changes when a switch does; here whoever reads it makes it from the switches."""
+    """The kernel updates its list when a CPU goes online; here it is computed from the `online` files on reading."""
     switches = [switch(tmp_path, "cpu1", "1"), *(switch(tmp_path, f"cpu{number}") for number in (2, 3))]
 
     def count(file: str) -> int:
@@ -54,7 +54,7 @@ async def test_cpus_in_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         return 1 + sum(path.read_text().strip() == "1" for path in switches)
 
     monkeypatch.setattr(hotplug, "_count_online", count)
-    await hotplug.online_total(2, str(tmp_path))  # as it is
+    await hotplug.online_total(2, str(tmp_path))  # unchanged
     await hotplug.online_total(3, str(tmp_path))
     assert [path.read_text().strip() for path in switches] == ["1", "1", "0"]
     monkeypatch.setattr(hotplug, "CPU_TIMEOUT", 0.0)

@@ -1,4 +1,4 @@
-"""Modules of the kernel that are loaded later."""
+"""Test kernel modules that are loaded on demand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from caisson.agent.guest import modules
 
 @pytest.fixture
 def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """What has been given to the kernel: file and parameters."""
+    """Return what was passed to the kernel: file and parameters."""
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.ko").write_text(name)
     (tmp_path / "list").write_text(
@@ -57,5 +57,5 @@ def test_missing_modules_are_skipped(loaded: list[tuple[str, str]]) -> None:
 def test_load_reports_why_a_module_cannot_be_loaded(loaded: list[tuple[str, str]], name: str, text: str) -> None:
     with pytest.raises(ModelError, match=text):
         modules.load(name)
-    modules.load("there")  # it is already
+    modules.load("there")  # it is already loaded
     assert loaded == []

@@ -1,4 +1,4 @@
-"""Limits fitted to the guest: its CPUs, and its own disks."""
+"""Test limits adapted to the guest: its CPUs, and its own disks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_cpus_that_are_not_there_become_all_that_are(tmp_path: Path, asked: str,
 
 
 def disk(sysfs: Path, devices: Path, name: str, number: str, *, slaves: tuple[str, ...] = ()) -> Path:
-    """A block device as sysfs shows it."""
+    """Create a block device as sysfs shows it."""
     directory = devices / name
     (directory / "slaves").mkdir(parents=True)
     (directory / "dev").write_text(f"{number}\n")

@@ -1,4 +1,4 @@
-"""Storages without mounting any: layers and their partitions, mount points in a table, and metrics' names."""
+"""Test storages without mounting any: layers and their partitions, mount points in a table, and metrics' names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOWER = Storage("erofs.multi-layer", "02", "erofs", "/root", ("X-kata.overlay-lo
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The directories that are made."""
+    """Return the directories created."""
     made: list[str] = []
     monkeypatch.setattr(mounts, "make_directory", lambda path, mode=0o755: made.append(path))
     return made

@@ -1,4 +1,4 @@
-"""HPACK, by the examples of its specification and by what a peer should not send."""
+"""Test HPACK with the examples of its specification, and with input that a peer should not send."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ def test_the_table_forgets_its_oldest_entries() -> None:
     assert [name for name, _ in decoder.decode(b"\xbe\xbf")] == [b"c", b"b"]
     with pytest.raises(HpackError):
         decoder.decode(b"\xc0")  # a
-    decoder.decode(literal(b"d", MAX_TABLE_SIZE))  # too large for it: it is empty then
+    decoder.decode(literal(b"d", MAX_TABLE_SIZE))  # too large for the table, which is then empty
     with pytest.raises(HpackError):
         decoder.decode(b"\xbe")
     decoder.decode(literal(b"e", 1))
-    decoder.decode(b"\x20")  # a size of nothing
+    decoder.decode(b"\x20")  # a table size of 0
     with pytest.raises(HpackError):
         decoder.decode(b"\xbe")
 

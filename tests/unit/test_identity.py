@@ -1,4 +1,4 @@
-"""What a guest refuses to be called."""
+"""Test which names a guest rejects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Imports run one way: which rooms the modules of a room may import from, and nothing else of ours."""
+"""Test that imports run one way: the modules of each package may import only from certain others."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import pytest
 
 from tests.support.source import PACKAGES, Module, modules, within
 
-#: What both halves have to agree on, the protocols of the agent's API aside.
+#: What both halves have to agree on, except the protocols of the agent's API.
 CONTRACT = "proto.contract"
 FOREIGN_TEXT = "proto.foreign_text"
 API = ("proto.kata1", "proto.kata3", "proto.caisson")
 
-#: Package or module → what it may import of `caisson`, besides itself.  The longest name that fits is a module's rule.
+#: Package or module → what it may import of `caisson`, besides itself.  The longest matching name is a module's rule.
 ALLOWED: dict[str, tuple[str, ...]] = {
-    # The ground floor, and the library on it, which a host's command line uses as well as the agent
+    # The ground floor, and the library on it, which is also used by a command line on a host
     "agent.base": (),
     "agent.libcontainer": ("agent.base",),
     "agent.runtime": ("agent.base", "agent.libcontainer"),
     # Transport and dispatch: neither model nor API
     "agent.rpc": ("agent.base", "proto.ttrpc"),
-    # The model and what a guest does: no API
+    # The model and the guest's functions: no API
     "agent.model": ("agent.base", "agent.libcontainer", "agent.guest"),
     "agent.guest": ("agent.base", "agent.libcontainer", "agent.options", CONTRACT),
     "agent.options": ("agent.base", CONTRACT),
     "agent.debug_ports": ("agent.base", "agent.model", "agent.rpc", CONTRACT),
-    # Adapters, one for each generation of the API
+    # Adapters, one per generation of the API
     "agent.api": ("agent.base", "agent.guest", "agent.libcontainer", "agent.model", "agent.rpc", *API, CONTRACT),
     "agent.api.kata1": (
         "agent.api", "agent.base", "agent.guest", "agent.libcontainer", "agent.model", "agent.rpc", "proto.kata1",
@@ -44,7 +44,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "agent.options", "agent.rpc", "agent.services", *API, CONTRACT,
     ),
     "agent": (),
-    # The host's side of the API; a shim, which is given its VMs
+    # The host's side of the API; and the shim, to which VMs are passed in
     "agent.client": ("agent.base", "agent.rpc", *API, CONTRACT, FOREIGN_TEXT),
     "agent.pods": ("agent.base", "agent.rpc", "proto"),
     "agent.shim": ("agent.base", "agent.client", "agent.libcontainer", "agent.pods", "agent.rpc", "proto"),
@@ -59,7 +59,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
-#: Third-party modules, and the only rooms that may import them: the guest's start path pays for each.
+#: Third-party modules, and the only packages that may import them: they slow down the guest's start.
 THIRD_PARTY = {
     "google": ("agent.api", "agent.client", "agent.rpc", "agent.shim", "agent.__main__", "proto", "image", "commands"),
     "grpc": ("agent.client", "agent.shim", "commands"),
@@ -71,14 +71,14 @@ THIRD_PARTY = {
 
 
 def rule(module: str) -> str:
-    """The name under which a module's rule stands."""
+    """Return the name under which a module's rule is listed."""
     rules = [name for name in ALLOWED if within(module, name) and (name != "agent" or module == "agent")]
-    assert rules, f"{module}: no rule says what it may import"
+    assert rules, f"{module}: no rule for what it may import"
     return max(rules, key=len)
 
 
 def broken(module: Module) -> set[str]:
-    """What a module imports although it may not."""
+    """Return a module's forbidden imports."""
     name = rule(module.name)
     ours = {found.removeprefix("caisson.") for found in module.imports() if within(found, "caisson")}
     return {one for one in ours if not any(within(one, place) for place in (name, *ALLOWED[name]))}
@@ -116,5 +116,5 @@ def test_third_party_modules_are_imported_where_they_may_be() -> None:
             top = name.partition(".")[0]
             if top in THIRD_PARTY and not any(within(module.name, place) for place in THIRD_PARTY[top]):
                 wrong.append(f"{module.name} imports {name}")
-            assert top not in (*PACKAGES, "tasks", "tests"), f"{module.name}: {name} is nothing that is installed"
+            assert top not in (*PACKAGES, "tasks", "tests"), f"{module.name}: {name} is not installed"
     assert wrong == []

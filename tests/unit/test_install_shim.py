@@ -1,4 +1,4 @@
-"""Where containerd finds the shim's program after `caisson install-shim`."""
+"""Test where containerd finds the shim's program after `caisson install-shim`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from caisson.commands.pods import SHIM_PROGRAM, link_program
 
 @pytest.fixture
 def places(tmp_path: Path) -> tuple[Path, Path, str]:
-    """The scripts of an installation, and of the directories in which containerd looks the second one, and all."""
+    """Return the scripts directory of an installation, the second one that containerd searches, and all of them."""
     scripts, first, second = (tmp_path / name for name in ("opt", "sbin", "bin"))
     for directory in (scripts, first, second):
         directory.mkdir()

@@ -1,4 +1,4 @@
-"""Groups of resctrl, on a directory that stands for the mount."""
+"""Test resctrl groups, on a directory that stands for the mount."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_group_of_its_own(tmp_path: Path) -> None:
     assert (tmp_path / "box" / "schemata").read_text() == "L3:0=f\nMB:0=50\n"
     group.add(7)
     assert (tmp_path / "box" / "tasks").read_text() == "7"
-    for file in ("schemata", "tasks"):  # the kernel's own go with the directory
+    for file in ("schemata", "tasks"):  # the kernel removes its files with the directory
         (tmp_path / "box" / file).unlink()
     group.remove()
     assert not (tmp_path / "box").exists()

@@ -1,4 +1,4 @@
-"""The journeys that docs/architecture.md draws: through files that are there, an exec through at most twenty."""
+"""Test the journeys drawn in docs/architecture.md: their files exist, and an exec passes through at most twenty."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import pytest
 
 from tests.support.source import ROOT
 
-#: The most files that a process may pass through from the words typed to execve.
+#: Maximum number of files that a process passes through, from command line to execve.
 MAX_FILES = 20
 
 TEXT = (ROOT / "docs/architecture.md").read_text()
 
 
 def journeys() -> dict[str, list[str]]:
-    """Each journey's files in order, by the first words of its title."""
+    """Return each journey's files in order, by the first words of its title."""
     titles = re.split(r"^\*\*([^:*]+):[^*]*\*\*", TEXT.partition("## Five journeys")[2], flags=re.MULTILINE)[1:]
     return {
         title: re.findall(r"^    (\S+/\S+\.(?:py|c|h))", body, flags=re.MULTILINE)

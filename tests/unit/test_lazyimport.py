@@ -1,4 +1,4 @@
-"""Modules whose code runs late."""
+"""Test modules whose code is run lazily."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def lazy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LazyImport
     monkeypatch.setattr(sys, "late_runs", 0, raising=False)
     lazy = LazyImporter(["late_module", "late_and_missing"])
     others = [finder for finder in sys.meta_path if finder is not PathFinder]
-    monkeypatch.setattr(sys, "meta_path", [lazy, *others, PathFinder])  # last, as in an interpreter of the agent's
+    monkeypatch.setattr(sys, "meta_path", [lazy, *others, PathFinder])  # last, as in the agent's interpreter
     yield lazy
     sys.modules.pop("late_module", None)
 
@@ -87,7 +87,7 @@ def test_a_module_that_is_not_there_is_not_there(lazy: LazyImporter) -> None:
 
 
 def test_the_agent_gets_to_its_first_answer_without_them() -> None:
-    """Of the libraries as they are here; a new version that uses these at once would make them a detour."""
+    """For the libraries' current versions; a new one that uses these at import would make them a detour."""
     code = """if True:
         import sys
         from caisson.agent.base.lazyimport import LazyImporter

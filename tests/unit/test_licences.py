@@ -1,4 +1,4 @@
-"""Licences that packages declare for machines, as SPDX expressions; the bill of materials with them."""
+"""Test machine-readable licences of packages, as SPDX expressions, and the bill of materials with them."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def document(*licences: str) -> dict[str, Any]:
 
 
 def complaints(found: dict[str, Any]) -> list[str]:
-    """What the reference implementation says of a document."""
+    """Return the reference implementation's complaints about a document."""
     parsed = JsonLikeDictParser().parse(  # type: ignore[no-untyped-call]
         json.loads(json.dumps(found))
     )

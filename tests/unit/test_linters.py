@@ -1,4 +1,4 @@
-"""The tree is linted, formatted and typed as pyproject.toml says."""
+"""Test that the tree is linted, formatted and typed as set in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: What mypy checks: the packages by the name that they are imported by.
+#: What mypy checks: the packages, by import name.
 CHECKED = [word for name in ("agent", "commands", "image", "proto") for word in ("-p", f"caisson.{name}")]
 
 

@@ -1,4 +1,4 @@
-"""Lock files: read as written, and each kind of drift named."""
+"""Test lock files: they are read as written, and each kind of drift is reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of the OCI command line that need no container: options, JSON, log lines, sizes, durations, signals."""
+"""Test the OCI command line without containers: options, JSON, log lines, sizes, durations, signals."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_tables_are_padded_as_runc_pads_them() -> None:
 
 
 def test_commands_that_look_import_little(tmp_path: Path) -> None:
-    """What takes as long to import as the command may: an event loop, regular expressions, enums, the parser's own."""
+    """Imports too slow for a command: an event loop, regular expressions, enums, the parser's own."""
     argv = ["--root", str(tmp_path), "list", "-q"]
     script = (
         f"import sys; sys.path.insert(0, {str(PACKAGES)!r}); sys.argv = ['x', *{argv!r}]\n"

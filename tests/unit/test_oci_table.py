@@ -1,4 +1,4 @@
-"""docs/oci.md against the parser: no field is missing, what is done has its test, what is refused is refused so."""
+"""Test docs/oci.md against the parser: all fields are listed, supported ones are tested, others rejected as stated."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HOOKS = ("prestart", "createRuntime", "createContainer", "startContainer", "post
 THROTTLES = ("ReadBps", "WriteBps", "ReadIOPS", "WriteIOPS")
 MAPS = "containerID hostID size"
 
-#: Every field of config.json 1.2 for Linux (specs-go/config.go, config.md, config-linux.md), by where it stands.
+#: Every field of config.json 1.2 for Linux (specs-go/config.go, config.md, config-linux.md), by path.
 SPECIFICATION = {
     "": "ociVersion hostname domainname annotations solaris windows vm zos",
     "root": "path readonly",
@@ -76,7 +76,7 @@ SPECIFICATION = {
 }  # fmt: skip
 FIELDS = {f"{where}.{name}".lstrip(".") for where, names in SPECIFICATION.items() for name in names.split()}
 
-#: Mount options that config.md lists, and values of other fields that are words.
+#: Mount options listed in config.md, and fields whose values are words.
 OPTIONS = """
     async atime bind defaults dev diratime dirsync exec iversion lazytime loud mand noatime nodev nodiratime
     noexec noiversion nolazytime nomand norelatime nostrictatime nosuid nosymfollow private ratime rbind rdev rdiratime
@@ -84,7 +84,7 @@ OPTIONS = """
     rprivate rrelatime rro rrw rshared rslave rstrictatime rsuid rsymfollow runbindable rw shared silent slave
     strictatime suid symfollow sync tmpcopyup unbindable idmap ridmap"""
 
-#: One configuration with everything that is done.
+#: One configuration with everything that is supported.
 WHOLE: dict[str, Any] = {
     "ociVersion": "1.2.0",
     "root": {"path": "rootfs", "readonly": True},
@@ -176,12 +176,12 @@ WHOLE: dict[str, Any] = {
         },
     },
 }  # fmt: skip
-TABLES = {"annotations", "linux.sysctl", "linux.resources.unified"}  # objects whose keys are no fields
+TABLES = {"annotations", "linux.sysctl", "linux.resources.unified"}  # objects whose keys are not fields
 
 
 @pytest.fixture(autouse=True)
 def security_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the kernel had them."""
+    """Pretend that the kernel has them."""
     for name in ("has_apparmor", "has_selinux"):
         monkeypatch.setattr(labels, name, lambda: True)
     monkeypatch.setattr(intel_rdt, "mounted", lambda: "/sys/fs/resctrl")
@@ -200,7 +200,7 @@ class Row(NamedTuple):
 
 
 def rows(document: str) -> list[Row]:
-    """The tables: one Row a field."""
+    """Return the tables: one Row per field."""
     found, prefix = [], ""
     for line in document.partition("## On the wire")[0].splitlines():
         if line.startswith("### "):
@@ -216,7 +216,7 @@ def rows(document: str) -> list[Row]:
 
 
 def document_with(field: str) -> dict[str, Any]:
-    """The least configuration in which `field` is set, beside what every configuration needs."""
+    """Return the minimal configuration in which `field` is set, beside what every configuration needs."""
     document: dict[str, Any] = {"process": {"args": ["x"]}, "linux": {"namespaces": [{"type": "mount"}]}}
     path, equals, word = field.partition("=")
     *parents, last = path.split(".")
@@ -239,19 +239,19 @@ def document_with(field: str) -> dict[str, Any]:
 
 
 def carry_out(document: dict[str, Any]) -> None:
-    """All of the way on which a field can be refused before anything is made."""
+    """Take all steps in which a field can be rejected before anything is created."""
     parsed = Spec.from_json(document)
     plan.init_messages(parsed, rootfs="/r", bundle="/b", join={}, cgroups={})
 
 
 def limits(version: str, document: dict[str, Any]) -> list[Setting]:
-    """What is found out only where limits are set."""
+    """Find out what is detected only when limits are set."""
     resources = Spec.from_json(document).linux.resources or Resources()
     return list((v1_settings if version == "v1" else v2_settings).settings(resources))
 
 
 def leaves(value: Any, name: str = "") -> set[str]:
-    """The fields that a document sets."""
+    """Yield the fields that a document sets."""
     if isinstance(value, dict) and name not in TABLES:
         return {leaf for key, item in value.items() for leaf in leaves(item, f"{name}.{key}".lstrip("."))}
     if isinstance(value, list) and value and isinstance(value[0], dict):
@@ -260,7 +260,7 @@ def leaves(value: Any, name: str = "") -> set[str]:
 
 
 def reads(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """Every key that the parser looks at."""
+    """Return every key that the parser reads."""
     seen = set()
     raw = fields.Reader.raw
 
@@ -274,7 +274,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 
 def problems(document: str, read: set[str]) -> list[str]:
-    """What a document lacks or says twice, given the keys that the parser reads."""
+    """Return what a document lacks or repeats, given the keys that the parser reads."""
     table = rows(document)
     names = [row.field for row in table]
     words = {f"mounts[].options={word}" for word in (*OPTIONS.split(), *mounts.ATTRIBUTES, *mounts.PROPAGATION)}
@@ -295,7 +295,7 @@ def problems(document: str, read: set[str]) -> list[str]:
 
 
 def _beginnings(name: str) -> set[str]:
-    """`a`, `a.b[]` and `a.b` of `a.b[].c`: what holds a field."""
+    """Yield `a`, `a.b[]` and `a.b` for `a.b[].c`: the parents of a field."""
     parts = name.split(".")
     whole = {".".join(parts[:count]) for count in range(1, len(parts))}
     return whole | {part.removesuffix("[]") for part in whole}
@@ -395,7 +395,7 @@ def test_verdicts_are_complete_and_their_tests_exist() -> None:
 
 
 def wire_fields(message: Any, where: str = "") -> dict[str, str]:
-    """Fields of oci.proto: their path in config.json, and message and field as the proto spells them."""
+    """Yield fields of oci.proto: their path in config.json, and message and field as spelled in the proto."""
     found = {}
     for field in message.fields:
         name = f"{where}.{json_name(field.name)}".lstrip(".")
@@ -416,7 +416,7 @@ def test_the_wire_has_what_the_document_says() -> None:
     assert renamed <= described
     only_config = set(re.findall(r"`([^`]+)`", section.partition("cannot express:")[2]))
     missing = FIELDS - set(on_wire)
-    missing -= {"ociVersion", "linux.resources.hugepageLimits[].pageSize"}  # under other names
+    missing -= {"ociVersion", "linux.resources.hugepageLimits[].pageSize"}  # with other names
     assert {name for name in missing if not any(name.startswith(only) for only in only_config)} == set()
     assert all(any(name.startswith(only) for name in missing) for only in only_config)
     assert not any(name.startswith(only) for name in on_wire for only in only_config)
@@ -426,7 +426,7 @@ ODD: list[Any] = [None, "x", "", 7, -1, True, 1.5, [], {}, ["x"], [7], [None], [
 
 
 def places(value: Any, at: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
-    """Every place in a document, of lists the first two elements."""
+    """Yield every place in a document; of lists, the first two elements."""
     yield at
     if isinstance(value, dict):
         for key, item in value.items():

@@ -1,4 +1,4 @@
-"""From the wire's spelling of a spec to config.json's."""
+"""Test converting a spec's spelling on the wire to that of config.json."""
 
 from __future__ import annotations
 

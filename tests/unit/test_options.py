@@ -1,4 +1,4 @@
-"""What the agent makes of the kernel's command line."""
+"""Test how the agent interprets the kernel's command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files and tests that the pages name are there: a promise without its test would be only a promise."""
+"""Test that files and tests named in the docs exist: a promise without its test would be only a promise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REFERENCE = re.compile(r"`((?:agent|commands|image|proto|rootfs-templates|tests|
 
 
 def missing(text: str) -> list[str]:
-    """The references of a page that lead nowhere."""
+    """Return a page's dangling references."""
     found, last = [], ""
     for path, test in REFERENCE.findall(text):
         last = path or last
@@ -28,7 +28,7 @@ def missing(text: str) -> list[str]:
 
 
 def functions(path: str) -> set[str]:
-    """The names of a file's functions."""
+    """Return the names of a file's functions."""
     tree = ast.parse((ROOT / path).read_text())
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
 

@@ -1,4 +1,4 @@
-"""An OCI configuration as the steps that nsexec carries out."""
+"""Test converting an OCI configuration to the steps that nsexec executes."""
 
 from __future__ import annotations
 

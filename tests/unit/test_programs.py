@@ -1,4 +1,4 @@
-"""What is missing on a machine, and how it is said."""
+"""Test finding and reporting missing programs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_an_ordinary_user_is_told_the_one_command(monkeypatch: pytest.MonkeyPatc
 
 
 def apt(directory: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Path:
-    """A machine of root's where apt-get is this script; returns what it was called with, a line a call."""
+    """Set up a machine where the user is root and apt-get is this script; return its calls, one per line."""
     directory.mkdir()
     (directory / "apt-get").write_text(f'#!/bin/sh\necho "$@" >> {directory}/calls\n{script}\n')
     (directory / "apt-get").chmod(0o755)

@@ -1,4 +1,4 @@
-"""The compiled protocol against tables of what Kata hosts send and expect, both generations in one process."""
+"""Test the compiled protocol against tables of what Kata hosts send and expect, both generations in one process."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_every_message_method_and_enum_is_wire_compatible(generation: str) -> No
 
 
 def filled(descriptor: Descriptor, depth: int = 0) -> Message:
-    """A message with something in every field."""
+    """Return a message with every field set."""
     message = message_factory.GetMessageClass(descriptor)()
     for field in descriptor.fields:
         if field.message_type is not None and field.message_type.GetOptions().map_entry:
@@ -121,7 +121,7 @@ def filled(descriptor: Descriptor, depth: int = 0) -> Message:
 
 
 def numbers(data: bytes) -> set[int]:
-    """The numbers of the fields of an encoded message (protobuf.dev, Encoding)."""
+    """Return the field numbers of an encoded message (protobuf.dev, Encoding)."""
     found, at = set(), 0
 
     def varint() -> int:
@@ -146,7 +146,7 @@ def numbers(data: bytes) -> set[int]:
 
 @pytest.mark.parametrize("generation", FILES)
 def test_every_field_is_encoded_under_its_number_and_decoded(generation: str) -> None:
-    """Field by field, with the classes of the other generation loaded beside."""
+    """Field by field, with the other generation's classes loaded, too."""
     wanted: dict[str, dict[int, str]] = {}
     for line in table(generation):
         words = line.split()

@@ -1,4 +1,4 @@
-"""QEMU's command line, rendered for both architectures."""
+"""Test QEMU's command line, rendered for both architectures."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_emulation_with_our_own_device() -> None:
     assert after(words, "-cpu") == ["max,-erms"]
     assert after(words, "-smp") == ["2"]
     assert after(words, "-machine") == ["q35,memory-backend=ram"]
-    # vhost-user works with shared memory only, and fails without a word when it is not.
+    # vhost-user works only with shared memory, and fails silently otherwise.
     assert after(words, "-object") == ["memory-backend-memfd,id=ram,size=256M,share=on"]
     assert "socket,id=vsock,fd=9" in after(words, "-chardev")
     assert "vhost-user-vsock-pci,chardev=vsock" in after(words, "-device")

@@ -1,4 +1,4 @@
-"""Records: fields by position or name, defaults, equality, and no change."""
+"""Test records: fields by position or name, defaults, equality, immutability."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Point3(Point):
     z: int = 3
 
 
-#: As a program without types sees it.
+#: As seen by an untyped program.
 POINT: Any = Point
 
 

@@ -1,4 +1,4 @@
-"""The bill of materials: each package once, with what scanners look for, and the same document each time."""
+"""Test the bill of materials: each package once, with what scanners need, and reproducible."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_packages_have_urls(manifest: dict[str, Any]) -> None:
 
 
 def test_identifiers_are_unique_and_of_the_right_letters(manifest: dict[str, Any]) -> None:
-    manifest["packages"].append(manifest["packages"][0])  # the same package once more is not another
+    manifest["packages"].append(manifest["packages"][0])  # the same package again does not add one
     document = sbom.document(manifest)
     identifiers = [package["SPDXID"] for package in document["packages"]]
     assert len(set(identifiers)) == len(identifiers) == 7

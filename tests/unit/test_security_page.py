@@ -1,4 +1,4 @@
-"""SECURITY.md: each promise has its test, and each test that it names is there."""
+"""Test SECURITY.md: each promise has a test, and each test named exists."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROWS = [
 
 
 def named(cell: str) -> list[tuple[str, str]]:
-    """The files and functions in a row; `::name` alone is in the file before it."""
+    """Return the files and functions in a row; `::name` alone is in the preceding file."""
     found = []
     file = ""
     for text in re.findall(r"`([^`]+)`", cell):

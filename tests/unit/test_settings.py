@@ -1,4 +1,4 @@
-"""Settings that are declared once: what is taken, what is refused, and what is told of them."""
+"""Test settings that are declared once: accepted values, errors, and descriptions."""
 
 from __future__ import annotations
 

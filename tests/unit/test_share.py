@@ -1,4 +1,4 @@
-"""Shares of a running VM: what they are called, and what serves them."""
+"""Test shares of a running VM: their names, and their servers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from caisson.image.vm.hotplug import share as sharing
 from caisson.image.vm.hotplug import virtiofs
 from caisson.image.vm.jsonsocket import JSONSocket
 
-#: virtiofsd makes no device nodes and gives no file capabilities for a guest.
+#: virtiofsd must not create device nodes or set file capabilities for a guest.
 DROPPED = ["-o", "modcaps=-mknod:-setfcap"]
 
 OLD, RUST, OLDER_RUST = "-o source=PATH  directory", "--shared-dir <DIR> --readonly", "--shared-dir <DIR>"
 
 
 def installed(directory: Path, usage: str) -> str:
-    """A virtiofsd that says how it is used."""
+    """Install a virtiofsd that describes its usage."""
     path = directory / "virtiofsd"
     path.write_text(f"#!/bin/sh\necho '{usage}'\n")
     path.chmod(0o755)
@@ -32,7 +32,7 @@ def installed(directory: Path, usage: str) -> str:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The only place where a virtiofsd is looked for, by root."""
+    """The only place where root looks for virtiofsd."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(programs, "SYSTEM", ())
     monkeypatch.setattr(os, "geteuid", lambda: 0)
@@ -100,7 +100,7 @@ def test_a_vm_without_memory_to_share(tmp_path: Path) -> None:
     vm: Any = SimpleNamespace(name="v", info=info, directory=tmp_path)
     with pytest.raises(VMError, match="--vsock user, or boot with the share: caisson boot-vm --share src=/tmp"):
         sharing.share(vm, Path("/tmp"), "src", writable=False)
-    # What it was booted with is there whatever it is asked to be called, and serves for reading, too.
+    # The boot-time share exists under any requested name, and also serves read-only requests.
     assert sharing.share(vm, tmp_path, "other", writable=True) == sharing.Shared("9p", "data", True)
     assert sharing.share(vm, tmp_path, writable=False) == sharing.Shared("9p", "data", False)
     with pytest.raises(VMError, match=r"--tag data: is in use for .* \(writable\); choose another tag"):

@@ -1,4 +1,4 @@
-"""The containerd shim without containerd: its command line, and configurations rewritten for the guest."""
+"""Test the containerd shim without containerd: its command line, and configurations rewritten for the guest."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_of_runcs_options_the_shims_cgroup_is_taken() -> None:
     given.value = runc_options_pb2.Options(shim_cgroup="/own", binary_name="runc").SerializeToString()
     assert shim_cgroup(given) == "/own"
     assert RuntimeOptions.parse(given.SerializeToString(), "c1") is None
-    given.type_url = "containerd.linux.runc.CreateOptions"  # of clients of containerd 1.x
+    given.type_url = "containerd.linux.runc.CreateOptions"  # from clients of containerd 1.x
     given.value = linux_runc_options_pb2.CreateOptions(shim_cgroup="/old").SerializeToString()
     assert shim_cgroup(given) == "/old"
     assert shim_cgroup(any_pb2.Any()) == ""
@@ -111,7 +111,7 @@ def test_bind_mounts_become_volumes_of_the_share(tmp_path: Path) -> None:
     assert [(one.source, one.name) for one in made.volumes] == [(str(tmp_path / "hosts"), "volume0")]
     sources = [mount["source"] for mount in made.document["mounts"]]
     assert sources == [f"{GUEST_SHARED}/c1/volume0", GUEST_SHM, "proc"]
-    assert document["mounts"][0]["source"] == str(tmp_path / "hosts"), "the host's own is as it was"
+    assert document["mounts"][0]["source"] == str(tmp_path / "hosts"), "the host's own must be unchanged"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""config.json is read strictly: what is there is understood, or refused by name."""
+"""Test that config.json is parsed strictly: every field is understood, or rejected by name."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_whole_configuration() -> None:
 
 
 def test_empty_values_are_absent_ones() -> None:
-    """As hosts send them that convert from protocol buffers."""
+    """As sent by hosts that convert from protocol buffers."""
     spec = Spec.from_json(
         {
             "ociVersion": "",

@@ -1,4 +1,4 @@
-"""Packages hold several files and files several definitions; names are unique; each room keeps to its own words."""
+"""Test the tree's structure: sizes of files and packages, unique names, and each package's own vocabulary."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import pytest
 from caisson.agent.api.kata1 import status
 from tests.support.source import ROOT, Module, modules, within
 
-#: Fewest lines of a file, and fewest files of a package.
+#: Minimum lines of a file, and minimum files of a package.
 SHORT = 60
 FEW = 3
 
-#: Why a file is short.
+#: Reasons for short files.
 EVERYBODY_IMPORTS_IT = "the ground floor: imported everywhere, so it imports next to nothing"
 LATE = "imported late: the guest's start does not pay for it"
 OWN_PROGRAM = "an entry point"
 TABLE = "a table and nothing else"
 ONE_OF_A_KIND = "one call, field, device or group of commands, as each of its neighbours is"
 
-#: Files that may be short, and why.
+#: Files that may be short, with the reason.
 SHORT_FILES = {
     "agent.api.health": "the first answer: nothing else is imported before it",
     "agent.api.kata1.services": TABLE,
@@ -84,7 +84,7 @@ SHORT_FILES = {
     "proto.foreign_text": EVERYBODY_IMPORTS_IT,
 }
 
-#: One thing seen from two sides, which is why it has one name.
+#: One concept seen from two sides, therefore one name.
 SAME_THING = {
     "AgentService": "a service, in each generation of the API",
     "GuestService": "a service, in each generation of the API",
@@ -94,7 +94,7 @@ SAME_THING = {
     "Process": "the specification's object, the guest's and the host's handle",
 }
 
-#: Sentences that callers of runc match as well: they are the runtime's own.
+#: Messages that callers of runc match as well: they are the runtime's own.
 RUNC_SENTENCES = {
     ("agent.libcontainer.container", "container not running"), ("agent.libcontainer.container", "container not paused"),
     ("agent.runtime.lifecycle", "container not running"),
@@ -102,9 +102,9 @@ RUNC_SENTENCES = {
 
 
 def check(found: Set[object], allowed: Set[object]) -> None:
-    """Fail for what is found and not allowed, and for what is allowed and found no more."""
+    """Fail for findings that are not allowed, and for allowed ones that are no longer found."""
     assert found - allowed == set(), "new"
-    assert allowed - found == set(), "found no more: remove the entry"
+    assert allowed - found == set(), "no longer found: remove the entry"
 
 
 def libcontainer() -> list[Module]:
@@ -117,7 +117,7 @@ def test_files_are_not_short_without_a_reason() -> None:
 
 
 def test_packages_hold_several_files() -> None:
-    """Files and packages; `__init__` and what is generated do not count.  The schemas are a package for each."""
+    """Count files and packages, except `__init__` and generated files.  The schemas are a package for each."""
     few = set()
     for package in {module.path.parent for module in modules()} - {
         path.parent for path in ROOT.glob("proto/*/*.proto")
@@ -139,12 +139,12 @@ def test_no_two_classes_have_one_name() -> None:
 
 
 def test_libcontainer_does_not_say_guest() -> None:
-    """It runs on a host as well."""
+    """It also runs on a host."""
     assert [m.name for m in libcontainer() if re.search(r"\bguests?\b", m.text, re.IGNORECASE)] == []
 
 
 def test_libcontainer_and_the_command_line_have_no_event_loop() -> None:
-    """What waits in libcontainer is a coroutine over waits that are passed in (libcontainer/waits.py)."""
+    """What waits in libcontainer is a coroutine with waits passed in (libcontainer/waits.py)."""
     rooms = ("agent.libcontainer", "agent.runtime")
     loops = {
         module.name
@@ -156,7 +156,7 @@ def test_libcontainer_and_the_command_line_have_no_event_loop() -> None:
 
 
 def sentences() -> set[str]:
-    """The longest plain piece of each sentence that Kata's hosts are told; what is ours is left out."""
+    """Return the longest constant part of each message for Kata's hosts, except our own."""
     pieces = [max(re.split(r"{[^}]*}", text), key=len).strip() for _, text in status.TABLE.values()]
     return {piece for piece in pieces if " " in piece} | {"rpc error", "impossible to"}
 
@@ -191,7 +191,7 @@ def test_only_adapters_and_the_composition_root_name_a_generation_of_the_api() -
 
 
 def test_pytest_recurses_into_every_directory_of_tests(pytestconfig: pytest.Config) -> None:
-    """Its default leaves out directories called `build`."""
+    """Its default excludes directories called `build`."""
     patterns = pytestconfig.getini("norecursedirs")
     names = {path.name for path in (ROOT / "tests").iterdir() if list(path.glob("test_*.py"))}
     assert "build" in names

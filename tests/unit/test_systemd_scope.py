@@ -1,4 +1,4 @@
-"""Scopes of systemd: where their cgroups are, and limits as properties of a unit."""
+"""Test systemd scopes: their cgroups, and limits as unit properties."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a recorded boot to spans and to a picture.  data/boot.json: Debian's kernel, emulated; few of its initcalls."""
+"""Test converting a recorded boot (data/boot.json: Debian's kernel, emulated, few initcalls) to spans and a picture."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_slow_parts_are_named(boot: Timeline) -> None:
 
 
 def test_the_kernels_clock_is_tied_by_the_line_that_was_written_soonest() -> None:
-    """An agent that is held up between reading the clock and writing says less than it seems."""
+    """An agent that is delayed between reading the clock and writing reports less than it seems."""
     log = GUEST.kernel_log + "15,9999,90000000,-;caisson agent: clock 80000000\n"
     assert timeline("", HOST, replace(GUEST, kernel_log=log)) == timeline("", HOST, GUEST)
 

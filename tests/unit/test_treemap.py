@@ -1,4 +1,4 @@
-"""The picture of an image's bytes: areas are bytes, labels stay inside, and the whole is one file."""
+"""Test the picture of an image's bytes: areas are proportional to bytes, labels fit, and it is one file."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ LETTER, LINE = 6.7, 14
 
 
 def assert_labels_fit(picture: ET.Element) -> None:
-    """Each text is within the rectangle that was drawn last, letter for letter, and in no other text's place."""
+    """Check that each text is within the rectangle drawn last, letter by letter, and overlaps no other text."""
     width = float(picture.get("width", ""))
     for text in picture.findall(f"{SVG}text"):
         letter = 9.7 if text.get("class") == "title" else LETTER

@@ -1,4 +1,4 @@
-"""ttrpc's frames and messages, byte for byte, and input that no client sends."""
+"""Test ttrpc's frames and messages, byte for byte, and input that no client sends."""
 
 from __future__ import annotations
 

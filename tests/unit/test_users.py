@@ -1,4 +1,4 @@
-"""Names of users, by what an image says."""
+"""Test looking up user names in an image."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def who(root: Path, username: str, **fields: object) -> Process:
     [
         ("app", 1000, 100, (29, 44, 0)),
         ("root", 0, 0, (29,)),
-        ("1000", 1000, 100, (29, 44, 0)),  # an entry about this number
+        ("1000", 1000, 100, (29, 44, 0)),  # an entry with this number
         ("77", 77, 0, ()),
         ("4294967294", 4294967294, 0, ()),
         ("app:audio", 1000, 29, ()),
@@ -51,7 +51,7 @@ def who(root: Path, username: str, **fields: object) -> Process:
         ("1000:", 1000, 100, (29, 44, 0)),
         (":audio", 0, 29, ()),
         (":5", 0, 5, ()),
-        ("77:7", 77, 7, ()),  # a number, whatever a group is called
+        ("77:7", 77, 7, ()),  # a number, whatever any group is called
     ],
 )
 def test_username_is_resolved(root: Path, username: str, uid: int, gid: int, groups: tuple[int, ...]) -> None:
@@ -128,14 +128,14 @@ def test_files_are_the_images_own(root: Path, tmp_path_factory: pytest.TempPathF
 def test_user_lookup_ignores_special_files(root: Path) -> None:
     for path in (root / "etc/passwd", root / "etc/group"):
         path.unlink()
-        os.mkfifo(path)  # opening one could wait for ever
+        os.mkfifo(path)  # opening one could block forever
     assert who(root, "77").user.uid == 77
     with pytest.raises(SpecError, match="unable to find user"):
         who(root, "app")
 
 
 def test_numbers_without_end_are_no_ids(root: Path) -> None:
-    """Python's int() refuses thousands of digits by an exception of its own."""
+    """Python's int() rejects thousands of digits with a different exception."""
     digits = "9" * 5000
     (root / "etc/passwd").write_text(f"long:x:{digits}:0::/:\napp:x:1000:{digits}::/srv/app:\n")
     assert who(root, "77").user.uid == 77
@@ -150,7 +150,7 @@ def test_a_home_that_is_empty_is_the_root(root: Path) -> None:
 
 
 def test_a_home_with_a_nul_is_none(root: Path) -> None:
-    """It would end the variable, and begin another."""
+    """It would end the variable, and start another."""
     (root / "etc/passwd").write_bytes(b"app:x:1000:100::/srv\0LD_PRELOAD=/evil.so:\n")
     process = Process(args=("x",), user=User(uid=1000))
     assert look_up(process, str(root)).env == ("HOME=/",)
@@ -164,7 +164,7 @@ def test_a_file_without_end(root: Path) -> None:
 
 def test_files_of_the_roots_own_file_system_are_read_at_once(root: Path) -> None:
     process = Process(args=("x",), user=User(username="app"))
-    look_up(process, str(root))  # from here on the kernel knows the way
+    look_up(process, str(root))  # from here on the kernel caches the path
     found = look_up_at_once(process, str(root), str(root))
     assert found is not None and found == look_up(process, str(root))
     (root / "etc/group").unlink()
@@ -177,4 +177,4 @@ def test_files_of_another_file_system_are_not_read_at_once(root: Path) -> None:
     assert look_up_at_once(process, str(root), "/proc") is None
     assert look_up_at_once(process, str(root / "nowhere"), str(root)) is None
     (root / "etc/passwd").unlink()
-    assert look_up_at_once(process, str(root), "/proc") == look_up(process, str(root))  # there is nothing to read
+    assert look_up_at_once(process, str(root), "/proc") == look_up(process, str(root))  # nothing to read

@@ -1,4 +1,4 @@
-"""What a VM can be configured to be, and what is refused before anything is started."""
+"""Test a VM's configuration, and what is rejected before anything is started."""
 
 from __future__ import annotations
 

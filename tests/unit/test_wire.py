@@ -1,4 +1,4 @@
-"""Messages encoded and decoded without protobuf, beside protobuf itself; and bytes that nobody sends."""
+"""Test encoding and decoding messages without protobuf, against protobuf itself; and bytes that nobody sends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What had a name of our own has the field's: the old one is defined nowhere in the module that it was in."""
+"""Test that renamed things have the field's name: the old one is no longer defined in its module."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ RENAMED: dict[str, dict[str, str]] = {
     },
 }  # fmt: skip
 
-#: Constants that said nothing of what they bound: *_TIMEOUT, *_INTERVAL, MAX_*.
+#: Constants whose names did not say what they limited: *_TIMEOUT, *_INTERVAL, MAX_*.
 VAGUE = ("PATIENCE", "LOOKING", "WAITING", "KEPT", "STARTING")
 
-#: A state of a connection, which waits for the guest's driver.
+#: A connection state that waits for the guest's driver.
 STATES = {("image.vm.vsock.vhost_user.connection", "WAITING")}
 
 #: Modules that had a name of our own → the field's.
@@ -95,7 +95,7 @@ RENAMED_IN_C = {
     "tell_agent": "send_pids",
 }
 
-#: Pieces of messages that were not as an engineer would say them.
+#: Message fragments that an engineer would not write.
 UNSAID = (
     "what runs is told by", "this machine lacks", "a guest from a template is as it was saved",
     "for as long as it takes", "no code of Huffman",
@@ -103,7 +103,7 @@ UNSAID = (
 
 
 def defined(tree: ast.AST) -> Iterator[str]:
-    """Yield all names that a module gives: to definitions, variables, attributes and parameters."""
+    """Yield all names in a module: definitions, variables, attributes and parameters."""
     for node in ast.walk(tree):
         match node:
             case (
@@ -118,7 +118,7 @@ def defined(tree: ast.AST) -> Iterator[str]:
 
 
 def places(room: str) -> dict[str, set[str]]:
-    """The names that each module of a room defines."""
+    """Return the names that each module of a package defines."""
     found = {module.name: set(defined(module.tree)) for module in modules() if within(module.name, room)}
     assert found, f"{room}: there is no such module"
     return found
@@ -135,7 +135,7 @@ def test_old_names_are_defined_nowhere() -> None:
 
 @pytest.mark.parametrize("room", RENAMED)
 def test_classes_have_their_new_names(room: str) -> None:
-    """Functions and attributes may have moved on since."""
+    """Functions and attributes may have moved since."""
     known = set().union(*places(room).values())
     classes = {new for new in RENAMED[room].values() if re.match("_?[A-Z][a-z]", new)}
     assert classes - known == set()
@@ -172,14 +172,14 @@ def test_old_words_of_commands_are_aliases_in_one_place() -> None:
     assert [module.name for module in others if "save-template" in "\n".join(module.strings())] == []
 
 
-#: Words that begin a noun or a clause: a docstring begins with what the function does.
+#: Words that start a noun or a clause: a docstring starts with what the function does.
 NOT_A_VERB = re.compile(
     r"(A|An|The|Its?|What|Whether|Where|Which|Who|How|All|Each|Every|Everything|One|Some|This|These|Nothing|Raises) "
 )
 
 
 def test_docstrings_begin_with_an_imperative() -> None:
-    """Functions only: properties are nouns, and `__init__` says what its class does not."""
+    """Functions only: properties are nouns, and `__init__` describes what its class does not."""
     found = []
     for module in modules():
         for node in ast.walk(module.tree):
