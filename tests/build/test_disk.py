@@ -275,7 +275,7 @@ def test_the_bytes_depend_on_the_members_alone(tmp_path: Path, open_place: Path,
 
 @pytest.fixture(scope="module")
 def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tools and their libraries, as if their packages had been unpacked there."""
+    """Provide the tools and their libraries, as if their packages had been unpacked there."""
     tree = tmp_path_factory.mktemp("snapshot")
     libraries = tree / "usr/lib/some-triplet"
     libraries.mkdir(parents=True)

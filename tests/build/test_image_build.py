@@ -233,7 +233,7 @@ def test_the_container_has_every_applet(guest: Path) -> None:
 
 @pytest.fixture
 def cache(built: image.Image, tmp_path: Path) -> Cache:
-    """A cache with everything that needs a network, but no image."""
+    """Provide a cache with everything that needs a network, but no image."""
     build = Build(load())
     for step, key in (("base", build.base_key()), ("kernel", build.kernel_key())):
         shutil.copytree(default_root() / step / key, tmp_path / step / key, symlinks=True)

@@ -23,7 +23,7 @@ TIMEOUT = 60.0
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """A directory with files, and `caisson` in bin/."""
+    """Provide a directory with files, and `caisson` in bin/."""
     (tmp_path / "bin").mkdir()
     command = tmp_path / "bin/caisson"
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -m caisson.commands.main "$@"\n')

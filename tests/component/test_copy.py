@@ -107,7 +107,7 @@ def busybox_tools(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def inside(tmp_path: Path) -> Path:
-    """A directory in the container."""
+    """Provide a directory in the container."""
     (tmp_path / "inside").mkdir()
     return tmp_path / "inside"
 

@@ -23,7 +23,7 @@ PORTS = ("10", "11")
 
 @pytest.fixture
 def vm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A machine with two ports and no guest: it never releases anything."""
+    """Provide a machine with two ports and no guest: it never releases anything."""
     monkeypatch.setattr(disks, "PORTS", PORTS)
     words = ["qemu-system-x86_64", "-machine", "q35", "-m", "64M", "-nodefaults", "-display", "none", "-S"]
     for number, slot in enumerate(PORTS):

@@ -1,4 +1,4 @@
-"""One booted VM for the whole session, reached as a user reaches it: through the command line."""
+"""Boot one VM for the whole session, and use it as a user does: through the command line."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from tests.support.poll import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: Seconds within which anything here is done, on a busy machine without hardware virtualization.
+#: Seconds in which anything here is done, on a busy machine without hardware virtualization.
 PATIENCE = float(os.environ.get("CAISSON_PATIENCE", "280"))
 
-#: The command under test, in a shell's words: the checkout's, or an installed one.
+#: The command under test, as a shell would parse it: the checkout's, or an installed one.
 COMMAND = shlex.split(os.environ.get("CAISSON_COMMAND", "")) or [sys.executable, str(ROOT / "tasks.py")]
 
-#: A directory of images that were built elsewhere, by the names of their templates: what is not in it is built.
+#: A directory of images built elsewhere, by template name; an image that is not there is built.
 IMAGES = os.environ.get("CAISSON_IMAGES", "")
 
-#: Seconds within which a kernel is compiled there, too.
+#: Seconds in which a kernel is compiled there, too.
 COMPILING = 2400
 
 
 class Caisson:
-    """The command line, with run-time files in a directory of this session's own."""
+    """The command line, with this session's own run directory."""
 
     def __init__(self, run: Path) -> None:
         self.run_directory = run
@@ -60,11 +60,11 @@ class Caisson:
         return dict(json.loads((self.run_directory / name / "vm.json").read_text()))
 
     def manifest(self, name: str) -> dict[str, Any]:
-        """What a VM's image is made of."""
+        """Return what a VM's image was built from."""
         return dict(json.loads((self.run_directory / name / "image.json").read_text()))
 
     def make_containers(self, *names: str, vm: str = "default") -> None:
-        """Make containers of the guest's own root file system, as the library does: exec makes none."""
+        """Create containers on the guest's own root file system, as the library does: exec creates none."""
         directory = self.run_directory / vm
         machine: Any = SimpleNamespace(directory=directory, agent_socket=directory / "agent.sock")
 
@@ -76,8 +76,8 @@ class Caisson:
         asyncio.run(work())
 
     def leftovers(self) -> list[str]:
-        """Processes and files that belong to VMs of this session's directory."""
-        walk = os.walk(self.run_directory)  # passes over what goes meanwhile
+        """Return processes and files of VMs in this session's run directory."""
+        walk = os.walk(self.run_directory)  # skips what is removed meanwhile
         found = [f"{place}/{name}" for place, names, files in walk for name in names + files]
         for process in Path("/proc").glob("[0-9]*"):
             try:
@@ -91,7 +91,7 @@ class Caisson:
 
 @contextlib.contextmanager
 def fresh() -> Iterator[Caisson]:
-    """The command line with a directory of its own, in which nothing may be left at the end."""
+    """Provide the command line with its own run directory, in which nothing may be left at the end."""
     # Short: the path of a Unix socket holds 107 bytes.
     path = Path(tempfile.mkdtemp(prefix="caisson-", dir="/tmp"))
     caisson = Caisson(path)
@@ -99,27 +99,27 @@ def fresh() -> Iterator[Caisson]:
         yield caisson
         wait_until(lambda: not caisson.leftovers(), "nothing is left", found=caisson.leftovers)
     finally:
-        if caisson.leftovers():  # a test failed before it came to that
+        if caisson.leftovers():  # a test failed before it got there
             caisson("stop-vm", "--all")
         shutil.rmtree(path)
 
 
 @pytest.fixture(scope="session")
 def caisson() -> Iterator[Caisson]:
-    """A command line for the session, the one of the booted VM."""
+    """Provide the session's command line, with the booted VM."""
     with fresh() as caisson:
         yield caisson
 
 
 @pytest.fixture
 def own() -> Iterator[Caisson]:
-    """A command line for one test alone."""
+    """Provide a command line for one test only."""
     with fresh() as caisson:
         yield caisson
 
 
 def built(*words: str) -> Path:
-    """The directory of an image, built if need be: a kernel from source takes minutes, once."""
+    """Return the directory of an image, built if necessary: a kernel from source takes minutes, once."""
     if IMAGES and (elsewhere := Path(IMAGES) / words[-1]).is_dir():
         return elsewhere
     done = subprocess.run((*COMMAND, "build-image", *words), capture_output=True, text=True)
@@ -129,19 +129,19 @@ def built(*words: str) -> Path:
 
 @pytest.fixture(scope="session")
 def lean() -> Path:
-    """An image with a kernel of our own.  A test that uses it has COMPILING seconds."""
+    """Provide an image with a custom kernel.  A test that uses it has COMPILING seconds."""
     return built("--template", "lean")
 
 
 def image_of_snapshots() -> tuple[str, ...]:
-    """What tells save-snapshot of an image: nothing, unless images were built elsewhere."""
+    """Return options of save-snapshot for the image: none, unless images were built elsewhere."""
     elsewhere = Path(IMAGES) / "lean"
     return ("--image", str(elsewhere)) if IMAGES and elsewhere.is_dir() else ()
 
 
 @pytest.fixture(scope="session")
 def vm(caisson: Caisson) -> Iterator[Caisson]:
-    """The command line, with a VM called `default` running."""
+    """Provide the command line, with a running VM called `default`."""
     booted = caisson("boot-vm", "--detach")
     assert booted.returncode == 0, booted.stderr.decode()
     yield caisson

@@ -1,10 +1,10 @@
-"""A Kata 3.x shim with a remote hypervisor, as far as a guest can tell: its mounts, and its calls in their order.
+"""Play a Kata 3.x shim with a remote hypervisor, as seen by a guest: its mounts, and its calls in order.
 
     python -m tests.e2e.kata_shim SOCKET ROOTFS SANDBOX [NETNS]
 
-Runs in a mount namespace of its own, outside of which nothing of this is seen; prints what it found as a JSON object,
-and then waits for the end of standard input before it stops the VM.  The order of calls is one of Kata 4.1.0's shim,
-written down while it ran a pod of two containers (virtcontainers/{sandbox,container,kata_agent}.go).
+Runs in its own mount namespace, so that nothing is visible outside; prints its findings as a JSON object, and then
+waits for EOF on stdin before it stops the VM.  The order of calls was recorded from Kata 4.1.0's shim running a pod of
+two containers (virtcontainers/{sandbox,container,kata_agent}.go).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from caisson.agent.rpc.ttrpc.responses import RpcError
 from caisson.proto.kata3 import agent_pb2, health_pb2, hypervisor_pb2, oci_pb2
 from tests.native.kata3_support import SHARED, SHM, Host
 
-#: What a shim sends for a plain `ctr run`: sizes of the service's own choosing.
+#: What a shim sends for a plain `ctr run`: sizes chosen by the service.
 ANNOTATIONS = {
     "io.kubernetes.cri.sandbox-name": "",
     "io.kubernetes.cri.sandbox-namespace": "",
@@ -41,7 +41,7 @@ def mount(*words: str) -> None:
 
 
 class KataShim:
-    """One sandbox; ``found`` is what was seen, by name."""
+    """One sandbox; ``found`` holds the findings, by name."""
 
     def __init__(self, socket: str, rootfs: str, sandbox: str, netns: str = "") -> None:
         self._socket, self._rootfs, self._id, self._netns = socket, rootfs, sandbox, netns
@@ -49,13 +49,13 @@ class KataShim:
         self.found: dict[str, Any] = {}
 
     async def hypervisor(self, method: str, request: Any) -> Any:
-        """Call the service; the shim dials anew for each call."""
+        """Call the service; the shim reconnects for each call."""
         async with await Client.connect(self._socket) as client:
             service = hypervisor_pb2.DESCRIPTOR.services_by_name["Hypervisor"]
             return await getattr(Stub(client, service), method)(request, timeout=600)
 
     def prepare(self) -> None:
-        """Leave the host's mounts, and make the directory that is shared: a read-only slave of where is mounted."""
+        """Leave the host's mounts, and create the shared directory: a read-only slave of the mount directory."""
         mount("--make-rslave", "/")
         mount("--make-rshared", "/")
         Path("/run/kata-containers").mkdir(exist_ok=True)
@@ -67,14 +67,14 @@ class KataShim:
         mount("-o", "remount,bind,ro", str(self._place / "shared"))
 
     def share_rootfs(self, container: str) -> str:
-        """Bind a root where the guest sees it; returns its path there."""
+        """Bind-mount a root where the guest sees it; return its path there."""
         place = self._place / "mounts" / container / "rootfs"
         place.mkdir(parents=True)
         mount("--bind", self._rootfs, str(place))
         return f"{SHARED}/{container}/rootfs"
 
     async def run(self) -> None:
-        """Run a pod of two containers to the point where it is stopped."""
+        """Run a pod of two containers up to the point where it is stopped."""
         self.prepare()
         create = hypervisor_pb2.CreateVMRequest(id=self._id, annotations=ANNOTATIONS, networkNamespacePath=self._netns)
         began = time.monotonic()
@@ -121,7 +121,7 @@ class KataShim:
         await host.create(container, spec)
 
     async def second_container(self, host: Host) -> None:
-        """One that writes to its root and its streams, and ends by itself."""
+        """Run one that writes to its root and its streams, and exits by itself."""
         await self.create(
             host, "second", "/bin/sh", "-c", "hostname; echo written > /root/by-second; echo oops >&2; exit 3"
         )
@@ -137,7 +137,7 @@ class KataShim:
         self.found["status"] = (await host.rpc.WaitProcess(wait)).status
 
     async def exec_terminal(self, host: Host) -> None:
-        """`exec -t` in the first container: it reads a terminal alone."""
+        """Run `exec -t` in the first container: a terminal has only one output stream."""
         process = oci_pb2.Process(Terminal=True, Args=["/bin/sh"], Env=["PATH=/bin", "PS1=$ "], Cwd="/")
         await host.rpc.ExecProcess(agent_pb2.ExecProcessRequest(container_id=self._id, exec_id="tty", process=process))
         key = {"container_id": self._id, "exec_id": "tty"}
@@ -148,7 +148,7 @@ class KataShim:
         await host.rpc.WaitProcess(agent_pb2.WaitProcessRequest(**key))
 
     async def remove(self, host: Host, container: str) -> None:
-        """Stop a container, and measure how long its removal takes: the shim does not wait for it in a pod."""
+        """Stop a container, and time its removal: the shim does not wait for it in a pod."""
         await host.rpc.SignalProcess(agent_pb2.SignalProcessRequest(container_id=container, signal=9))
         await host.rpc.WaitProcess(agent_pb2.WaitProcessRequest(container_id=container, exec_id=container))
         began = time.monotonic()

@@ -1,4 +1,4 @@
-"""A command of Caisson's under a pseudo-terminal, as a person at a terminal uses it."""
+"""Run a Caisson command on a pseudo-terminal, as a user at a terminal does."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tests.e2e.conftest import Caisson
 
 
 class Terminal:
-    """A command under a pseudo-terminal of a given size; as a context manager it ends with the block."""
+    """A command on a pseudo-terminal of a given size; as a context manager it ends with the block."""
 
     def __init__(self, caisson: Caisson, *words: str, rows: int = 31, columns: int = 97) -> None:
-        # The command's end is kept open here, too: the kernel resets a terminal's modes when nobody has it open.
+        # The command's side is kept open here, too: the kernel resets a terminal's modes when nobody has it open.
         self.fd, self._other = pty.openpty()
         self.resize(rows, columns)
         self.before = self.modes()
@@ -34,7 +34,7 @@ class Terminal:
         self.output = b""
 
     def modes(self) -> list[Any]:
-        """What tcgetattr(3) says of the terminal now."""
+        """Return the terminal's current modes (tcgetattr(3))."""
         return termios.tcgetattr(self._other)
 
     def resize(self, rows: int, columns: int) -> None:
@@ -44,18 +44,18 @@ class Terminal:
         os.write(self.fd, text)
 
     def expect(self, text: bytes, timeout: float = 120.0) -> bytes:
-        """Read until ``text`` was shown; returns, and drops, what came before it."""
+        """Read until ``text`` is shown; return, and drop, what came before it."""
         deadline = time.monotonic() + timeout
         while text not in self.output:
             ready, _, _ = select.select([self.fd], [], [], max(0, deadline - time.monotonic()))
             data = os.read(self.fd, 65536) if ready else b""
-            assert data, f"{text!r} was not shown, but {self.output!r}"
+            assert data, f"{text!r} was not shown; got {self.output!r}"
             self.output += data
         before, _, self.output = self.output.partition(text)
         return before
 
     def status(self, timeout: float = 120.0) -> int:
-        """The command's exit status, once it has ended; what it showed last is in ``output``."""
+        """Wait for the command to exit; return its status.  Its last output is in ``output``."""
         deadline = time.monotonic() + timeout
         ended = os.pidfd_open(self.process.pid)
         try:

@@ -1,4 +1,4 @@
-"""A guest of each architecture, built on this one: what this machine's processor cannot run, QEMU emulates."""
+"""Test guests of each architecture, built on this one: QEMU emulates what this machine's processor cannot run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ UNAME = {"amd64": b"x86_64", "arm64": b"aarch64"}
 
 @dataclass(frozen=True)
 class Image:
-    """An image by its directory, and its architecture in Debian's words and in the kernel's."""
+    """An image's directory, and its architecture as named by Debian and by the kernel."""
 
     directory: Path
     architecture: str
@@ -38,7 +38,7 @@ def image(request: pytest.FixtureRequest) -> Image:
 
 @pytest.fixture(scope="module")
 def guest(image: Image) -> Iterator[Caisson]:
-    """A command line with a VM of the image, called `default`."""
+    """Boot a VM of the image, called `default`; yield the command line."""
     with fresh() as caisson:
         booted = caisson("boot-vm", "--detach", "--image", str(image.directory))
         assert booted.returncode == 0, booted.stderr.decode()

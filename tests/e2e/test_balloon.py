@@ -1,4 +1,4 @@
-"""A guest that hands memory back to the host, and gets it again."""
+"""Test a guest that returns memory to the host, and gets it back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def run(vm: Caisson, *words: str) -> str:
 
 
 def used(vm: Caisson) -> int:
-    """MiB of the host's that are a guest's memory: the blocks of a memfd that QEMU has."""
+    """Return the MiB of host memory used as a guest's memory: the blocks of QEMU's memfd."""
     for link in Path(f"/proc/{vm.info('default')['pids']['qemu']}/fd").iterdir():
         if "memfd:memory-backend-memfd" in str(link.readlink()):
             return link.stat().st_blocks // 2048
@@ -28,7 +28,7 @@ def used(vm: Caisson) -> int:
 
 
 def fill_and_free(vm: Caisson) -> None:
-    """Have a guest use 200 MiB of memory, and need them no more."""
+    """Make a guest use 200 MiB of memory, and free them."""
     run(vm, "exec", "--", "sh", "-c", "head -c 200m /dev/zero >/tmp/large; rm /tmp/large")
 
 

@@ -1,6 +1,6 @@
-"""The README's commands on a Debian that has nothing but Python and apt: a fresh root file system, which becomes "/".
+"""Test the README's commands on a Debian with only Python and apt: a fresh root file system, which becomes "/".
 
-Its network is this machine's, as are the ways to reach the mirrors: apt's settings, pip's, and the certificates.
+Its network is this machine's, and so is the access to mirrors: apt's settings, pip's, and the certificates.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from tests.support.unique import unique
 
 pytestmark = [pytest.mark.root, pytest.mark.vm, pytest.mark.nightly, pytest.mark.timeout(3 * 3600)]
 
-#: Debian's releases, with the Python of each.
+#: Debian's releases, with each one's Python.
 SUITES = {"bookworm": "Python 3.11", "trixie": "Python 3.13"}
 
 #: How this machine reaches its mirrors.
 WAYS = ("/etc/apt/apt.conf.d", "/etc/pip.conf", "/etc/resolv.conf", "/etc/ssl/certs/ca-certificates.crt")
 
-#: All that a bare machine does in its own mount and pid namespaces: what is left running ends with them.  Its root is
-#: theirs, too: below chroot(2) there are no user namespaces and no pivot_root (user_namespaces(7), pivot_root(2)).
+#: A bare machine's own mount and pid namespaces: processes left running end with them.  Its root is also the
+#: namespaces' root: after chroot(2) there are no user namespaces and no pivot_root (user_namespaces(7), pivot_root(2)).
 ENTER = """
 set -e
 mount --rbind "$0" "$0"
@@ -41,7 +41,7 @@ umount -l .
 exit  # a shell stays process 1 and reaps orphans
 """
 
-#: What the README's first command has to bring back from the guest.
+#: The output that the README's first command must get from the guest.
 FIRST = ("python3", "tasks.py", "exec", "--", "uname", "-s")
 OWN_USER = "someone"
 KEYRINGS = "usr/share/keyrings"
@@ -72,7 +72,7 @@ class Bare:
         """Start a command in the user's checkout, its stdout and stderr in one pipe."""
         home = "/root" if user == "root" else f"/home/{user}"
         environment = clean_environment() | {"HOME": home, "PATH": PATH} | settings
-        environment.pop("PIP_FIND_LINKS", None)  # a directory of this machine
+        environment.pop("PIP_FIND_LINKS", None)  # a directory on this machine
         as_user = [] if user == "root" else ["runuser", "--user", user, "--"]
         return subprocess.Popen(
             ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-c", ENTER, str(self.root),
@@ -81,13 +81,13 @@ class Bare:
         )  # fmt: skip
 
     def run(self, *words: str, user: str = "root", **settings: str) -> tuple[int, str]:
-        """Run a command; return its exit status, and what it wrote."""
+        """Run a command; return its exit status and output."""
         process = self.start(*words, user=user, **settings)
         written, _ = process.communicate()
         return process.returncode, written
 
     def good(self, *words: str, user: str = "root", **settings: str) -> str:
-        """Return what a command writes that has to succeed."""
+        """Return the output of a command that must succeed."""
         status, written = self.run(*words, user=user, **settings)
         assert status == 0, written[-8000:]
         return written

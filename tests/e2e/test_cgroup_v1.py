@@ -1,4 +1,4 @@
-"""A guest that was booted for cgroup v1: containers live, are limited, stand still, are counted and end in it."""
+"""Test a guest booted for cgroup v1: containers run, are limited, paused, accounted and removed in it."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ async def life(guest: Caisson) -> None:
         limited.Linux.Resources.Memory.Limit = 64 << 20
         try:
             memory = await agent.create_container("box", limited)
-        except client.AgentError as error:  # a kernel without CONFIG_MEMCG_V1 says so
+        except client.AgentError as error:  # a kernel without CONFIG_MEMCG_V1 reports this
             assert error.details == (
                 "linux.resources.memory.limit: the cgroup controller 'memory' is not available here"
             )

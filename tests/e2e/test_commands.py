@@ -1,4 +1,4 @@
-"""The commands about containers that run: ps, stats, kill, pause, resume, rm."""
+"""Test the commands for running containers: ps, stats, kill, pause, resume, rm."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_container_life_cycle(vm: Caisson) -> None:
     run(vm, "resume", "days")
     run(vm, "exec", "--container", "days", "--", "true")
 
-    run(vm, "kill", "days")  # its first process ends at SIGTERM, and with it the container
+    run(vm, "kill", "days")  # its init exits at SIGTERM, and with it the container
     wait_until(lambda: listed(vm, "ps", "--all")["days"]["exit_status"] == 0, "it ends")
     assert "days" not in listed(vm, "ps")
     assert listed(vm, "ps", "--all")["days"]["status"] == "stopped"

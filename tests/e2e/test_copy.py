@@ -1,4 +1,4 @@
-"""`caisson cp` and `caisson logs`."""
+"""Test `caisson cp` and `caisson logs`."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_a_tree_there_and_back(vm: Caisson, tmp_path: Path) -> None:
 
     vm.make_containers("files")
     run(vm, "exec", "--container", "files", "--", "mkdir", "/tmp/there")
-    run(vm, "cp", str(tree), "files:/tmp/there")  # a directory that exists: into it
-    run(vm, "cp", str(tree), "files:/tmp/other")  # one that does not: its name
+    run(vm, "cp", str(tree), "files:/tmp/there")  # an existing directory: into it
+    run(vm, "cp", str(tree), "files:/tmp/other")  # otherwise: its new name
     script = "stat -c '%a %u %Y' /tmp/there/tree/run; readlink /tmp/other/link; ls /tmp/there /tmp/other"
     lines = run(vm, "exec", "--container", "files", "--", "sh", "-c", script).decode().split("\n")
     assert lines[:2] == ["751 0 1000", "/etc/passwd"] and "tree" in lines
@@ -81,7 +81,7 @@ def test_logs(own: Caisson) -> None:
     assert booted.returncode == 0, booted.stderr.decode()
     with own.start("logs", "--name", "talks", "--follow", stdout=subprocess.PIPE) as follower:
         assert follower.stdout is not None
-        assert any(b"agent ready" in line for line in follower.stdout)  # it may come after the first answer
+        assert any(b"agent ready" in line for line in follower.stdout)  # it may arrive after the first response
         follower.kill()
     assert b"agent ready" in run(own, "logs", "--name", "talks")
     for line in run(own, "logs", "--name", "talks", "--agent").splitlines():
@@ -93,7 +93,7 @@ def test_logs(own: Caisson) -> None:
         cut.stdout.readline()
         cut.stdout.close()
         own.make_containers("spoken-of", vm="talks")
-        assert cut.wait(PATIENCE) != 0  # nobody reads: it ends at the next line, and not with the VM
+        assert cut.wait(PATIENCE) != 0  # nobody reads: it exits at the next line, not with the VM
         for line in follower.stdout:
             if b"spoken-of" in line:
                 break
@@ -106,7 +106,7 @@ def test_logs(own: Caisson) -> None:
 
 @pytest.mark.nightly
 def test_copying_takes_no_longer_than_three_shares(vm: Caisson, tmp_path: Path) -> None:
-    """100 MB each way: beside sharing a directory and copying in the guest, which is one mount and one read."""
+    """100 MB each way, compared with sharing a directory and copying in the guest: one mount and one read."""
     data = random.Random(7).randbytes(100_000_000)
     (tmp_path / "big").write_bytes(data)
     vm.make_containers("large")

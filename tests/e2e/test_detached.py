@@ -1,4 +1,4 @@
-"""Containers that run on by themselves, and the options that `run` has from Docker."""
+"""Test containers that run in the background, and the options that `run` has from Docker."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def run(vm: Caisson, image: str, *words: str) -> tuple[int, bytes, bytes]:
-    """Run an image in the session's VM; the words are options, and after "--" a program."""
+    """Run an image in the session's VM; the arguments are options, and after "--" a program."""
     done = vm("run", "--name", "default", *words[: words.index("--")], image, *words[words.index("--") :])
     return done.returncode, done.stdout, done.stderr
 
@@ -69,7 +69,7 @@ def test_removing_a_container_ends_an_exec_in_it(vm: Caisson, image: str) -> Non
 
 
 def test_ctrl_c_ends_a_program_that_handles_nothing(vm: Caisson, image: str) -> None:
-    # Not by a shell: it handles SIGINT, and one that comes while it calls execve is lost.
+    # Not with a shell: it handles SIGINT, and one that arrives during execve is lost.
     words = ("run", "--name", "default", "--hostname", "up", image, "--", "busybox", "tail", "-f", "/etc/hostname")
     with vm.start(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command:
         assert command.stdout is not None and command.stdout.readline() == b"up\n"

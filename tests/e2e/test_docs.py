@@ -1,7 +1,7 @@
-"""The commands in README.md and docs/: every `sh` block runs as it is written, page by page.
+"""Run the commands in README.md and docs/: every `sh` block as written, page by page.
 
-A page's blocks are one script, run by bash in a directory of its own whose path has a space.  ```sh needs=PROGRAM runs
-where there is this program, and ```sh slow where CAISSON_SLOW_DOCS is set (nightly).
+A page's blocks are one script, run by bash in its own directory, whose path has a space.  ```sh needs=PROGRAM runs if
+the program exists, and ```sh slow if CAISSON_SLOW_DOCS is set (nightly).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ pytestmark = pytest.mark.vm
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
-#: Seconds for all commands of a page, with guests that are emulated.
+#: Seconds for all commands of a page, with emulated guests.
 TIMEOUT = 900
 
 BLOCK = re.compile(r"^```sh([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def script(page: Path) -> str:
-    """The page's blocks that can run here."""
+    """Return the page's blocks that can run here."""
     parts = []
     for words, text in BLOCK.findall(page.read_text()):
         needed = re.findall(r"needs=(\S+)", words)
@@ -39,9 +39,9 @@ def script(page: Path) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_stand_in_blocks_that_are_run_or_are_transcripts(page: Path) -> None:
-    """An indented line or a block of another kind would be a command that nobody runs."""
+    """An indented line, or a block of another language, would be a command that nobody runs."""
     text = page.read_text()
-    # What stands in YAML is held to the code by tests/component/test_ci.py.
+    # YAML is checked against the code by tests/component/test_ci.py.
     outside = re.sub(r"^```(?:sh|console|yaml).*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     assert re.findall(r"^ {4}(?:caisson|python3 tasks\.py|pip|invoke) [a-z-]+ .*", outside, re.MULTILINE) == []
 

@@ -1,4 +1,4 @@
-"""boot-vm --dry-run: the command that a VM runs, and one that runs by hand."""
+"""Test boot-vm --dry-run: the command that a VM runs, and one that runs by hand."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_it_runs_by_hand(own: Caisson) -> None:
         finally:
             device.terminate()
     assert device.returncode in (0, -15)
-    shutil.rmtree(directory)  # made by hand
+    shutil.rmtree(directory)  # created by hand
 
 
 @pytest.mark.parametrize(

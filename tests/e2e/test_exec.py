@@ -1,4 +1,4 @@
-"""`caisson exec` on a running VM: streams, exit status, words, terminal."""
+"""Test `caisson exec` on a running VM: streams, exit status, arguments, terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images of every format, layout and compression boot, and a root that was tampered with does not."""
+"""Test that images of every format, layout and compression boot, and that a root that was tampered with does not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.root, pytest.mark.vm, pytest.mark.timeout(COMPILING)]
 
 
 def boots(own: Caisson, image: Path) -> str:
-    """Boot it, and say what its root is: the first line of a container's mounts is its own root's."""
+    """Boot it, and return what its root is: the first line of a container's mounts is its own root's."""
     booted = own("boot-vm", "--image", str(image), "--detach")
     assert booted.returncode == 0, booted.stderr.decode()
     done = own("exec", "--", "head", "-n1", "/proc/mounts")

@@ -1,4 +1,4 @@
-"""`caisson forward`: ports of the host and ports of the guest."""
+"""Test `caisson forward`: host ports and guest ports."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.vm
 
 @contextmanager
 def forwarding(vm: Caisson, *words: str) -> Iterator[int]:
-    """`caisson forward` while the block runs, which gets the host's port."""
+    """Run `caisson forward` during the block; yield the host's port."""
     with vm.start("forward", *words, stderr=subprocess.PIPE) as command:
         try:
             assert command.stderr is not None
@@ -34,7 +34,7 @@ def forwarding(vm: Caisson, *words: str) -> Iterator[int]:
 
 
 def exchange(port: int, data: bytes) -> bytes:
-    """Send all of it, say so, and return all that comes."""
+    """Send everything, then EOF, and return everything received."""
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
 
         def send() -> None:
@@ -68,7 +68,7 @@ def test_a_tcp_port_of_the_guest(vm: Caisson) -> None:
 
 
 def test_a_vsock_port_of_the_guest(vm: Caisson) -> None:
-    with forwarding(vm, "0:vsock:1024") as port:  # the agent: its first frame answers HTTP/2's preface
+    with forwarding(vm, "0:vsock:1024") as port:  # the agent: its first frame replies to the HTTP/2 preface
         with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
             connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00")
             assert connection.recv(9)[3] == 4  # SETTINGS
@@ -81,7 +81,7 @@ def test_a_vsock_port_of_the_guest(vm: Caisson) -> None:
 
 
 def test_a_port_of_the_host(vm: Caisson) -> None:
-    """What arrives at the host's vsock port, by the socket that the VM has for it."""
+    """A guest's connection to a vsock port of the host arrives at the VM's socket for it."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         with forwarding(vm, f"{server.getsockname()[1]}:vsock:5000", "--reverse"):
             with socket.socket(socket.AF_UNIX) as guest:

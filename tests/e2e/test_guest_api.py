@@ -1,4 +1,4 @@
-"""Methods about the guest itself, in a guest: there they may change what they are about."""
+"""Test methods about the guest itself, in a guest, where they may change what they are about."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.root, pytest.mark.vm]
 
 @pytest.fixture
 async def client(vm: Caisson) -> AsyncIterator[Agent]:
-    """A client of the session's guest."""
+    """Connect a client to the session's guest."""
     async with Agent.connect(vm.run_directory / "default/agent.sock") as client:
         yield client
 
@@ -43,7 +43,7 @@ async def test_the_clock_is_set(vm: Caisson, client: Agent) -> None:
         await client.rpc.SetGuestDateTime(agent_pb2.SetGuestDateTimeRequest(Sec=2_000_000_000, Usec=500_000))
         assert 2_000_000_000 <= guests_time() < 2_000_000_300
     finally:
-        # What a supervisor runs after its host was suspended.
+        # What a supervisor calls after its host was suspended.
         socket = vm.run_directory / "default/agent.sock"
         command = sys.executable, "-m", "caisson.agent.client.identity", str(socket)
         program = await asyncio.create_subprocess_exec(*command, cwd=ROOT)
@@ -58,7 +58,7 @@ async def test_random_numbers_are_reseeded(client: Agent) -> None:
 
 async def test_nothing_is_plugged_in(client: Agent) -> None:
     await client.rpc.OnlineCPUMem(agent_pb2.OnlineCPUMemRequest(wait=True))
-    await client.rpc.OnlineCPUMem(agent_pb2.OnlineCPUMemRequest(nb_cpus=1))  # answers at once, tries later
+    await client.rpc.OnlineCPUMem(agent_pb2.OnlineCPUMemRequest(nb_cpus=1))  # responds at once, tries later
     with pytest.raises(AgentError) as caught:
         await client.rpc.OnlineCPUMem(agent_pb2.OnlineCPUMemRequest(wait=True, nb_cpus=1, cpu_only=True))
     assert (caught.value.code, caught.value.details) == (Code.INTERNAL, "only 0 of 1 were connected")

@@ -1,4 +1,4 @@
-"""What a guest is told by its kernel's command line."""
+"""Test options on a guest's kernel command line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.root, pytest.mark.vm]
 
 
 def port(caisson: Caisson, name: str, number: int) -> socket.socket:
-    """A connection to a port of the guest, by the hybrid handshake."""
+    """Connect to a port of the guest, with the hybrid vsock handshake."""
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(120)
     connection.connect(str(caisson.run_directory / name / "vsock.sock"))
@@ -34,7 +34,7 @@ def test_a_log_port_and_a_shell_in_the_guest(own: Caisson) -> None:
     assert booted.returncode == 0, booted.stderr.decode()
     with port(own, "open", 1025) as log:
         seen = b""
-        while b'"Check"' not in seen:  # boot-vm has asked whether it is healthy
+        while b'"Check"' not in seen:  # boot-vm has called Health.Check
             seen += log.recv(4096)
         assert all("level" in json.loads(line) for line in seen.splitlines()[:-1])
     with port(own, "open", 1026) as shell:
@@ -52,7 +52,7 @@ def test_a_log_port_and_a_shell_in_the_guest(own: Caisson) -> None:
 
 
 def test_a_profile_of_apparmor(own: Caisson) -> None:
-    """Debian's kernel has AppArmor, and a guest uses it when told to; no profile but the empty one is loaded here."""
+    """Debian's kernel has AppArmor, and a guest uses it if enabled; only the empty profile is loaded here."""
     booted = own("boot-vm", "--name", "labels", "--detach", "--append", "lsm=apparmor apparmor=1")
     assert booted.returncode == 0, booted.stderr.decode()
     root = own.manifest("labels")["containers"]["busybox"]

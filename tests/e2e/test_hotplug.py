@@ -1,4 +1,4 @@
-"""Disks and interfaces that are plugged into a running guest, by QEMU's monitor, and used."""
+"""Test disks and interfaces that are hot-plugged into a running guest, with QEMU's monitor, and used."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOUNT_POINT = "/run/kata-containers/shared/containers/disk"
 
 
 def disk(directory: Path) -> Path:
-    """A file system with a file in it."""
+    """Provide a file system containing a file."""
     (directory / "tree").mkdir()
     (directory / "tree/hello").write_text("from the host\n")
     image = directory / "disk.img"
@@ -59,10 +59,10 @@ async def test_a_disk(own: Caisson, tmp_path: Path) -> None:
     async with Agent.connect(own.run_directory / "plug/agent.sock") as client:
         await client.create_sandbox()
         creating = asyncio.ensure_future(create(client))
-        await client.version()  # by then it waits
+        await client.version()  # by now it waits
         await asyncio.to_thread(plug, own, image)
         await creating
-        for _ in range(2):  # the disk comes while it is waited for, and is there before
+        for _ in range(2):  # the disk arrives while awaited, and is there beforehand
             container = client.container("c")
             await container.start()
             assert b"".join([data async for data in container.init().stdout()]) == b"from the host\n"
@@ -71,7 +71,7 @@ async def test_a_disk(own: Caisson, tmp_path: Path) -> None:
             await create(client)
         await client.container("c").remove()
 
-        # The same disk as a device, which the host knows by other numbers.
+        # The same disk as a device, with different numbers on the host.
         made = default_spec(root, ["/bin/sh", "-c", "grep -c 'from the host' /dev/data; : >/dev/data"])
         made.Linux.Devices.append(oci_pb2.LinuxDevice(Path="/dev/data", Type="b", Major=99, Minor=7))
         made.Linux.Resources.Devices.append(

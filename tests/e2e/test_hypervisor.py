@@ -1,4 +1,4 @@
-"""Kata's remote hypervisor with real VMs: pods of a shim that has mounts and a network namespace of its own."""
+"""Test Kata's remote hypervisor with real VMs: pods of a shim that has its own mounts and network namespace."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = [
 
 
 class Service:
-    """A service that runs, with the VMs of a directory of its own."""
+    """A running service, with the VMs in its own directory."""
 
     def __init__(self, caisson: Caisson, place: Path) -> None:
         self.caisson = caisson
@@ -45,7 +45,7 @@ class Service:
 
 @pytest.fixture(scope="module")
 def snapshot() -> Iterator[str]:
-    """The name of a snapshot of this module's own."""
+    """Provide the name of this module's own snapshot."""
     name = f"e2e-hypervisor-{os.getpid()}"
     with fresh() as caisson:
         saved = caisson("save-snapshot", name, "--image", str(built()), "--vsock", "user", timeout=PATIENCE)
@@ -62,7 +62,7 @@ def service(snapshot: str) -> Iterator[Service]:
 
 @contextmanager
 def serving(snapshot: str, programs: str = "") -> Iterator[Service]:
-    """The service, with a directory of programs before all others; it ends well, and leaves nothing."""
+    """Run the service, with a directory first on its PATH; it exits cleanly, and leaves nothing."""
     with fresh() as caisson, tempfile.TemporaryDirectory() as place:
         caisson.environment["PATH"] = f"{programs}:{os.environ['PATH']}" if programs else os.environ["PATH"]
         made = Service(caisson, Path(place))
@@ -82,13 +82,13 @@ def serving(snapshot: str, programs: str = "") -> Iterator[Service]:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A container's root on the host."""
+    """Create a container's root on the host."""
     return unpacked(rootfs(), tmp_path / "root")
 
 
 @contextmanager
 def shim(service: Service, root: Path, sandbox: str, netns: str = "") -> Iterator[tuple[subprocess.Popen[bytes], Any]]:
-    """A shim whose pod runs, and what it has seen so far."""
+    """Run a shim with a pod; yield it and its findings so far."""
     words = ["unshare", "--mount", "--propagation", "private", sys.executable, "-m", "tests.e2e.kata_shim"]
     words += [str(service.socket), str(root), sandbox, netns]
     with subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -103,7 +103,7 @@ def shim(service: Service, root: Path, sandbox: str, netns: str = "") -> Iterato
 
 @contextmanager
 def namespace() -> Iterator[str]:
-    """A network namespace; yields the path of it."""
+    """Create a network namespace; yield its path."""
     words = ["unshare", "--net", "sh", "-c", "echo; exec sleep 600"]
     with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
         try:
@@ -122,7 +122,7 @@ def inside(namespace: str, script: str) -> str:
 
 @pytest.fixture
 def pod_network() -> Iterator[tuple[str, str]]:
-    """The namespace of a pod, as CNI leaves it, and that of whoever is at the other end of its veth pair."""
+    """Create a pod's namespace, as set up by CNI, and the namespace of its veth pair's peer."""
     with namespace() as pod, namespace() as peer:
         pid = peer.split("/")[2]
         inside(
@@ -150,7 +150,7 @@ def test_a_recorded_pod_runs_with_its_roots_and_its_network(
         assert found["seccomp"] and found["cpu"] > 0
         assert "50 132\r\nwritten\r\n" in found["terminal"].replace("$ ", "")
         clock = next(int(line) for line in found["terminal"].split() if line.isdigit() and len(line) == 10)
-        assert abs(time.time() - clock) < 60, "a clone's clock is the host's"
+        assert abs(time.time() - clock) < 60, "a clone's clock must be the host's"
         assert [(root / "root" / name).read_text() for name in ("by-second", "by-exec")] == ["written\n"] * 2
         assert "10.9.0.2/24" in found["network"] and "fd09::2/64" in found["network"]
         assert "default via 10.9.0.1" in found["network"] and "default via fd09::1" in found["network"]
@@ -160,7 +160,7 @@ def test_a_recorded_pod_runs_with_its_roots_and_its_network(
         assert process.returncode == 0
     print({name: round(value, 3) for name, value in json.loads(output).items() if isinstance(value, float)})
     assert service.vms() == []
-    assert inside(pod, "ip -4 -o addr; ip route; tc qdisc") == before, "the namespace is as it was"
+    assert inside(pod, "ip -4 -o addr; ip route; tc qdisc") == before, "the namespace must be unchanged"
 
 
 @pytest.mark.timeout(600)
@@ -175,7 +175,7 @@ def test_a_vm_ends_with_its_shim(service: Service, root: Path) -> None:
 @pytest.mark.nightly
 @pytest.mark.timeout(900)
 def test_roots_come_by_the_virtiofsd_in_rust_as_well(snapshot: str, root: Path, tmp_path: Path) -> None:
-    """That of a later release of Debian, with the libraries that it needs."""
+    """That of a later Debian release, with the libraries that it needs."""
     tree = tmp_path / "tree"
     tree.mkdir()
     packages = packages_of("debian", default_root() / "apt" / "trixie-virtiofsd", "trixie", "amd64")

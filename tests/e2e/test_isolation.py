@@ -1,4 +1,4 @@
-"""What a container sees of the guest: itself."""
+"""Test what a container sees of the guest: only itself."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def test_the_containers_root_is_read_only_and_scratch_is_not(vm: Caisson) -> Non
 
 
 async def guest_root(vm: Caisson, *words: str) -> tuple[int, bytes]:
-    """Run a program of the guest's own in a container whose root is the guest's; its status and errors."""
+    """Run a guest's own program in a container whose root is the guest's; return its status and errors."""
     spec = client.default_spec("/", words)
     spec.Root.Readonly = False
-    del spec.Mounts[:]  # all is there, and nothing of it may be mounted over
+    del spec.Mounts[:]  # everything exists, and must not be mounted over
     async with client.Agent.connect(vm.run_directory / "default" / "agent.sock") as agent:
         await agent.create_sandbox()
         container = await agent.create_container("guest-root", spec)
@@ -74,7 +74,7 @@ for cid in (1, 2, 3, 0xFFFFFFFF):
 
 
 def test_a_container_cannot_drive_the_agent(vm: Caisson) -> None:  # CVE-2020-15257
-    # vsock is not divided by any namespace: only the agent itself can tell a container from the host.
+    # vsock is not namespaced: only the agent itself can distinguish a container from the host.
     busybox = vm.manifest("default")["containers"]["busybox"] + "/bin/busybox"
     words = [busybox, "sh", "-c", 'exec /usr/bin/python3.* -IS -c "$0"', KNOCK]
     status, errors = asyncio.run(guest_root(vm, *words))

@@ -1,4 +1,4 @@
-"""A pod in a booted guest, in the order of calls in which the shim of Kata 3.x was seen to make them."""
+"""Test a pod in a booted guest, with calls in the order recorded from the Kata 3.x shim."""
 
 from __future__ import annotations
 

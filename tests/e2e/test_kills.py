@@ -1,7 +1,7 @@
-"""kill -9 of every party of a VM's life, at random moments: nothing is left, and the next command works.
+"""Kill every process of a VM's life, at random moments: nothing is left, and the next command works.
 
-CAISSON_KILLS says how many times (3, so that it is done in CI within a minute; 50 is what was promised), and
-CAISSON_SEED which: the same number makes the same choices.
+CAISSON_KILLS is the number of kills (3, so that CI takes a minute; 50 for the full run), and CAISSON_SEED selects them:
+the same number makes the same choices.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SEED = int(os.environ.get("CAISSON_SEED", str(random.randrange(10**6))))
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(COMPILING + 60 * KILLS)]
 
-#: Whom to kill, by what the command line of each contains; the client is the command itself.
+#: Whom to kill, by a part of each command line; the client is the command itself.
 VICTIMS = {"client": "", "supervisor": "caisson.image.vm.supervisor", "qemu": "qemu-system-", "vsock": "/vsock/"}
 
 #: Seconds for all others to notice, on a busy machine.
@@ -44,10 +44,10 @@ NOTICED = 60.0
 
 @dataclass(frozen=True)
 class Scene:
-    """A command in whose course somebody is killed.
+    """A command during which a process is killed.
 
-    It says ``up`` when it has got to where it stays until its input ends (or SIGINT, where it has no use for input);
-    without, it ends by itself.  ``vm``: it needs the VM `v`, and leaves it alone.  ``undo`` takes back what it did.
+    It prints ``up`` once it runs until EOF on its input (or SIGINT, if it does not read input); without ``up``, it ends
+    by itself.  ``vm``: it needs the VM `v`, and leaves it alone.  ``undo`` reverts its effects.
     """
 
     words: tuple[str, ...]
@@ -80,7 +80,7 @@ STEPS = ("containers", "snapshots")
 
 
 class Stage:
-    """Where scenes are played: a command line with directories of its own for whatever a command may leave."""
+    """Where scenes are played: a command line with its own directories for everything a command may leave."""
 
     def __init__(self, caisson: Caisson, place: Path) -> None:
         self.snapshot = f"kills-{os.getpid()}"
@@ -94,7 +94,7 @@ class Stage:
         self._took: dict[str, float] = {}
 
     def play(self, name: str, victim: str, when: float) -> None:
-        """Kill one party of a scene, ``when`` of the way through it; and then see it through."""
+        """Kill one process of a scene, ``when`` of the way through it; then complete the scene."""
         scene = SCENES[name]
         if name not in self._took:
             self._through(name)
@@ -102,7 +102,7 @@ class Stage:
         moment = when * self._took[name]
         print(f"{name}: {victim} after {moment:.2f} of {self._took[name]:.2f} s", flush=True)
         with self._started(scene) as command:
-            time.sleep(moment)  # the moment is the point of the test
+            time.sleep(moment)  # the moment is what is tested
             wait_until(lambda: self._kill(victim, command) or command.poll() is not None, f"{victim} is there")
             command.wait(NOTICED)
             assert command.stdout is not None
@@ -112,7 +112,7 @@ class Stage:
         if victim == "client" and scene.vm and name != "stop":
             assert self._vms() == ["v"]
         else:
-            if victim == "client" or command.returncode == 0:  # whether there is a VM now is a matter of chance
+            if victim == "client" or command.returncode == 0:  # whether a VM exists now is a matter of chance
                 self._do("stop-vm", "--all")
             self._nothing_left()
         self._through(name)
@@ -147,7 +147,7 @@ class Stage:
         assert [str(stale) for step in STEPS for stale in stale_work(default_root() / step)] == []
 
     def _prepare(self, scene: Scene) -> None:
-        """Have the VM that a scene needs, or none."""
+        """Start the VM that a scene needs, or make sure there is none."""
         lives = self._vms() == ["v"]
         if scene.vm and not lives:
             self._do("boot-vm", "--name", "v", "--detach")
@@ -172,7 +172,7 @@ class Stage:
                 command.kill()
 
     def _kill(self, victim: str, command: subprocess.Popen[bytes]) -> bool:
-        """Kill somebody; whether there was anybody to kill."""
+        """Kill a process; return whether there was one to kill."""
         if victim == "client":
             command.kill()
             return True
@@ -198,7 +198,7 @@ class Stage:
 
 
 def stale_work(step: Path) -> Iterator[Path]:
-    """What somebody was making in the cache who does not live any more."""
+    """Return unfinished work in the cache whose owner is dead."""
     for making in step.glob(".making-*"):
         lock = making.with_name(f".lock-{making.name.removeprefix('.making-')}")
         with contextlib.suppress(FileNotFoundError, BlockingIOError), lock.open() as file:
@@ -209,7 +209,7 @@ def stale_work(step: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def stage(own: Caisson, tmp_path: Path) -> Iterator[Stage]:
-    built("--template", "lean", "--set", "format=erofs")  # of which templates are: it may have to be compiled
+    built("--template", "lean", "--set", "format=erofs")  # needed for snapshots: it may have to be compiled
     stage = Stage(own, tmp_path)
     try:
         yield stage
@@ -222,7 +222,7 @@ def test_killed_at_any_moment(stage: Stage) -> None:
     print(f"CAISSON_KILLS={KILLS} CAISSON_SEED={SEED}")
     chance = random.Random(SEED)
     pairs = [(scene, victim) for scene in SCENES for victim in VICTIMS]
-    if choose_vsock("auto", Host.here()).name == "user":  # then a guest is saved without
+    if choose_vsock("auto", Host.here()).name == "user":  # then a guest is saved without one
         pairs.remove(("save a snapshot", "vsock"))
     chance.shuffle(pairs)
     for scene, victim in itertools.islice(itertools.cycle(pairs), KILLS):

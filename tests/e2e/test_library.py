@@ -1,4 +1,4 @@
-"""The example in docs/library.md, outside of this repository."""
+"""Test the example in docs/library.md, outside this repository."""
 
 from __future__ import annotations
 

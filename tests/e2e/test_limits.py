@@ -1,4 +1,4 @@
-"""What a container may use and has used: in the guest's own cgroup v2 hierarchy, which has every controller."""
+"""Test containers' limits and resource usage in the guest's own cgroup v2 hierarchy, which has every controller."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EVERYTHING: dict[str, Any] = {
 
 
 def resources(**fields: Any) -> oci_pb2.LinuxResources:
-    """A message from its fields' names and values."""
+    """Return a message with these fields."""
 
     def made(value: Any) -> Any:
         return {key: made(item) for key, item in value.items()} if isinstance(value, dict) else value
@@ -41,20 +41,20 @@ def resources(**fields: Any) -> oci_pb2.LinuxResources:
 
 
 class Limited:
-    """A container whose own cgroup is mounted in it."""
+    """A container with its own cgroup mounted in it."""
 
     def __init__(self, agent: client.Agent, container: client.Container) -> None:
         self.agent = agent
         self.container = container
 
     async def sh(self, script: str) -> tuple[int, bytes]:
-        """The status and output of a script in it."""
+        """Run a script in it; return the status and output."""
         process = await self.container.exec(["/bin/sh", "-c", script], env=["PATH=/bin"])
         output = b"".join([data async for data in process.stdout()])
         return await process.wait(), output
 
     async def files(self) -> dict[str, str]:
-        """What its limits are."""
+        """Return its limits."""
         _, output = await self.sh(f"cd /sys/fs/cgroup; for f in {FILES}; do echo $f=$(cat $f); done")
         return dict(line.split("=") for line in output.decode().splitlines())
 
@@ -70,7 +70,7 @@ class Limited:
 
 @asynccontextmanager
 async def limited(vm: Caisson, limits: dict[str, Any], *args: str) -> AsyncIterator[Limited]:
-    """A container with limits in the running VM, started unless it has a program of its own."""
+    """Run a container with limits in the running VM, started unless it has its own program."""
     spec = client.default_spec(vm.manifest("default")["containers"]["busybox"], args)
     options = ["ro", "nosuid", "nodev", "noexec"]
     spec.Mounts.append(oci_pb2.Mount(destination="/sys/fs/cgroup", type="cgroup", source="cgroup", options=options))
@@ -105,7 +105,7 @@ async def test_every_limit_reaches_its_file(vm: Caisson) -> None:
             "memory.low": str(16 * MEBIBYTE),
             "cpu.weight": "100",
             "cpu.max": "50000 100000",
-            "cpuset.cpus": "0",  # all that the guest has
+            "cpuset.cpus": "0",  # all CPUs of the guest
             "cpuset.mems": "0",
             "pids.max": "10",
             "hugetlb.2MB.max": str(4 * MEBIBYTE),
@@ -121,7 +121,7 @@ async def test_limits_of_a_running_container_change_all_or_none(vm: Caisson) -> 
         after = await box.files()
         assert after == before | {
             "memory.max": str(80 * MEBIBYTE),
-            "memory.swap.max": str(16 * MEBIBYTE),  # memory and swap together stay what they were
+            "memory.swap.max": str(16 * MEBIBYTE),  # the total of memory and swap is unchanged
             "cpu.max": "max 100000",
             "pids.max": "20",
         }
@@ -150,13 +150,13 @@ async def test_stats_count_a_containers_usage(vm: Caisson) -> None:
         )
         assert status == 0
         after = await box.stats()
-        assert 1 <= after.pids_stats.current <= 2  # a shell, and what it waits with
+        assert 1 <= after.pids_stats.current <= 2  # a shell, and the program with which it waits
         assert after.cpu_stats.cpu_usage.total_usage > before.cpu_stats.cpu_usage.total_usage
         assert after.cpu_stats.cpu_usage.usage_in_usermode > before.cpu_stats.cpu_usage.usage_in_usermode
         assert after.cpu_stats.throttling_data.periods > before.cpu_stats.throttling_data.periods
         assert after.memory_stats.usage.usage >= 8 * MEBIBYTE > before.memory_stats.usage.usage
         assert after.memory_stats.usage.max_usage >= after.memory_stats.usage.usage
-        assert after.memory_stats.stats["shmem"] >= 7 * MEBIBYTE  # a tmpfs; the kernel sums up now and then
+        assert after.memory_stats.stats["shmem"] >= 7 * MEBIBYTE  # a tmpfs; the kernel updates totals occasionally
         assert after.memory_stats.use_hierarchy
         assert after.hugetlb_stats["2MB"].usage == 0
 

@@ -1,4 +1,4 @@
-"""What a hostile container does to the guest and to the container beside it: it gets nowhere, and stops nobody."""
+"""Test what a hostile container can do to the guest and to its neighbour: nothing, and it stops nobody."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.e2e.conftest import PATIENCE, ROOT, Caisson
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(2 * PATIENCE)]
 
-#: How often each thing is done, and how much longer it may take beside a hostile container.
+#: How often each operation is done, and how much longer it may take beside a hostile container.
 TIMES, FACTOR = 5, 5
 
 FORK_BOMB = 'f=\'while :; do sh -c "$f" & done\'; export f; while :; do sh -c "$f" 2>/dev/null; done'
@@ -37,7 +37,7 @@ Operation = Callable[[], Awaitable[object]]
 
 @pytest.fixture(scope="module")
 def hog(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A program that takes what the kernel counts by user (tests/guest/hog.c)."""
+    """Provide a program that exhausts what the kernel counts per user (tests/guest/hog.c)."""
     program = tmp_path_factory.mktemp("hog") / "hog"
     subprocess.run(["musl-gcc", "-O2", "-Wall", "-static", "-s", "-o", program, ROOT / "tests/guest/hog.c"], check=True)
     return program
@@ -56,7 +56,7 @@ async def run(container: Container, *words: str) -> bytes:
 
 
 def operations(agent: Agent, quiet: Container, directory: Path) -> dict[str, Operation]:
-    """What is to go on in a container whatever its neighbour does."""
+    """Return operations that must keep working in a container, whatever its neighbour does."""
     name = quiet.id
 
     async def copy() -> None:
@@ -75,7 +75,7 @@ def operations(agent: Agent, quiet: Container, directory: Path) -> dict[str, Ope
 
 
 async def times(wanted: dict[str, Operation]) -> dict[str, float]:
-    """The median time of each, in seconds."""
+    """Return the median time of each, in seconds."""
     found: dict[str, list[float]] = {name: [] for name in wanted}
     for _ in range(TIMES):
         for name, operation in wanted.items():
@@ -145,7 +145,7 @@ async def test_the_agent_is_protected_and_containers_leave_it_tasks(vm: Caisson)
             await box.remove()
 
 
-#: As root in a container whose own cgroup is mounted writable, as systemd and container engines in one need it.
+#: As root in a container with its own cgroup mounted writable, as needed by systemd and container engines in one.
 NEST = r"""
 cd /sys/fs/cgroup || exit 3
 echo 100000 2>/dev/null >cgroup.max.descendants && exit 5
@@ -158,7 +158,7 @@ echo $depth $(ls -d [1-9]* | wc -l)
 
 
 async def processes(agent: Agent, name: str) -> str:
-    """The table of a container's processes: the agent gives up a walk that takes too long, and does it again."""
+    """Return the table of a container's processes: the agent aborts a walk that takes too long; retry."""
     async with asyncio.timeout(PATIENCE):
         while True:
             try:
@@ -181,7 +181,7 @@ async def test_nested_cgroups_hide_nobody_and_can_be_removed(vm: Caisson) -> Non
             said = b"".join([data async for data in process.stdout()])
             assert await process.wait() == 0, b"".join([data async for data in process.stderr()])
             depth, many = map(int, said.split())
-            assert 15 < depth <= int(NESTING["cgroup.max.depth"])  # a shell goes as deep as a path is long
+            assert 15 < depth <= int(NESTING["cgroup.max.depth"])  # a shell can go as deep as paths are long
             assert many == int(NESTING["cgroup.max.descendants"]) - depth
             assert "sleep 1000" in await processes(guest.agent, "nesting")
             assert await run(box, "true") == b""

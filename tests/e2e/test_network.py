@@ -1,4 +1,4 @@
-"""A guest with QEMU's user-mode network: addresses set by the host, connections out, ports published."""
+"""Test a guest with QEMU's user-mode network: addresses set by the host, outgoing connections, published ports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.vm
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[int]:
-    """The port of a web server on this machine's loopback, which the guest sees at its gateway."""
+    """Return the port of a web server on this machine's loopback, which the guest sees at its gateway."""
     (tmp_path / "page").write_text("from the host\n")
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -50,7 +50,7 @@ def test_a_guest_reaches_out_and_is_reached(own: Caisson, served: int) -> None:
     server = own.start("exec", "--", "sh", "-c", answer)
 
     def answered() -> bool:
-        """QEMU takes the connection before the guest does, and closes it where nobody listens there."""
+        """Return whether the guest answers: QEMU accepts connections first, and closes them if the guest refuses."""
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         try:
             connection.request("GET", "/")

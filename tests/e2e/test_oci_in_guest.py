@@ -1,4 +1,4 @@
-"""caisson-oci inside our own guest: cgroup v2 alone, and systemd as its service manager."""
+"""Test caisson-oci inside our own guest: cgroup v2 only, and systemd as its service manager."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Shell:
         self(prepare)
 
     def __call__(self, script: str) -> str:
-        """What a script prints."""
+        """Return the output of a script."""
         self._count += 1
         end = f"end-{self._count}."
         self._socket.sendall(f"{script}\necho end-$(({self._count - 1} + 1)).\n".encode())
@@ -79,7 +79,7 @@ class Shell:
 
 @pytest.fixture(scope="module")
 def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
-    """A guest with systemd, whose image has the command line, too."""
+    """Provide a guest with systemd, whose image includes the command line."""
     template = tmp_path_factory.mktemp("template")
     (template / "image.yaml").write_text(TEMPLATE)
     home = template / "files/usr/lib/caisson"

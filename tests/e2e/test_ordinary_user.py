@@ -1,4 +1,4 @@
-"""Everything that a user does works without root: setting up, building an image, booting it, running a program."""
+"""Test that everything a user does works without root: setting up, building an image, booting it, running a program."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tests.support.poll import wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.vm, pytest.mark.timeout(1200)]
 
-#: Seconds in which a virtual environment is set up, an image is built and a guest booted on a busy machine.
+#: Seconds to set up a virtual environment, build an image and boot a guest on a busy machine.
 TIMEOUT = 600
 
 
 def unused_uid() -> int:
-    """A user id that nobody on this machine has."""
+    """Return a user id that nobody on this machine has."""
     while True:
         uid = 60_000 + secrets.randbelow(4_000)
         try:
@@ -37,7 +37,7 @@ def unused_uid() -> int:
 
 @dataclass
 class User:
-    """A user with a home directory, a checkout of this project and a cache of packages."""
+    """A user with a home directory, a checkout of this project and a package cache."""
 
     uid: int
     place: Path
@@ -64,18 +64,18 @@ class User:
             try:
                 if process.stat().st_uid == self.uid:
                     found.append((process / "comm").read_text().strip())
-            except OSError:  # it has ended meanwhile
+            except OSError:  # it has exited
                 continue
         return found
 
 
 @pytest.fixture(scope="module")
 def user() -> Iterator[User]:
-    place = Path(tempfile.mkdtemp(prefix="caisson-user-", dir="/tmp"))  # short, for the paths of sockets
+    place = Path(tempfile.mkdtemp(prefix="caisson-user-", dir="/tmp"))  # short, for socket paths
     place.chmod(0o755)
     user = User(unused_uid(), place)
     copy_sources(user.home / "caisson")
-    if (packages := default_root() / "apt").is_dir():  # what has been downloaded is not asked for again
+    if (packages := default_root() / "apt").is_dir():  # reuse existing downloads
         shutil.copytree(packages, user.home / ".cache/caisson/apt", symlinks=True)
     for directory, _, files in os.walk(place):
         for path in (directory, *(f"{directory}/{name}" for name in files)):

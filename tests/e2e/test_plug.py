@@ -1,4 +1,4 @@
-"""CPUs and memory that are plugged into a running guest, and a directory of the host that it mounts."""
+"""Test CPUs and memory hot-plugged into a running guest, and a host directory that it mounts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHARED = "/run/kata-containers/shared/containers"
 
 @pytest.mark.timeout(2 * PATIENCE)
 async def test_cpus_and_memory(own: Caisson, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The kernel of bookworm: newer ones see no CPUs to plug in under emulation.
+    # bookworm's kernel: newer ones do not see hot-plugged CPUs under emulation.
     image = built("--suite", "bookworm")
     booted = own("boot-vm", "--image", str(image), "--max-cpus", "3", "--max-memory", "1024", "--detach")
     assert booted.returncode == 0, booted.stderr.decode()
@@ -44,7 +44,7 @@ async def test_cpus_and_memory(own: Caisson, monkeypatch: pytest.MonkeyPatch) ->
         assert await sh("nproc") == "1"
         before = await memory()
         waiting = asyncio.ensure_future(agent.rpc.OnlineCPUMem(agent_pb2.OnlineCPUMemRequest(wait=True, nb_cpus=2), 60))
-        await agent.version()  # by then it waits for them
+        await agent.version()  # by now it waits for them
         await asyncio.to_thread(plug_memory, machine, 256)
         await asyncio.to_thread(plug_cpus, machine, 2)
         await waiting
@@ -54,7 +54,7 @@ async def test_cpus_and_memory(own: Caisson, monkeypatch: pytest.MonkeyPatch) ->
             await asyncio.to_thread(plug_cpus, machine, 1)
         with pytest.raises(VMError, match=r"has 768 MiB and can have 1024; .*--max-memory"):
             await asyncio.to_thread(plug_memory, machine, 512)
-        # The device of the agent's own vsock maps the memory that was added, and goes on.
+        # Our vsock device maps the added memory, and continues.
         assert await sh("head -c 300000000 /dev/zero | tail -c 300000000 | wc -c") == "300000000"
     assert own("stop-vm").returncode == 0
 
@@ -91,7 +91,7 @@ async def test_a_share_by_9p(own: Caisson, lean: Path, tmp_path: Path) -> None:
     assert (out / "reply").read_text() == "from the guest\n"
     assert not (tmp_path / "x").exists()
 
-    # And for people: what a VM was booted with is mounted, where it could not be plugged in.
+    # And for users: the boot-time share is mounted, if it could not be hot-plugged.
     placed = own("share", str(out), "--writable", "--at", "/home/out")
     assert (placed.returncode, placed.stdout) == (0, b"/home/out\n"), placed.stderr.decode()
     assert (

@@ -1,4 +1,4 @@
-"""`caisson run`: images in every form, made here of busybox, as containers."""
+"""Test `caisson run`: images in every format, made here from busybox, as containers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.support.trees import unpacked
 
 pytestmark = pytest.mark.vm
 
-#: An attribute that no text could be, with a NUL and a newline in it.
+#: An attribute that cannot be text, with a NUL and a newline in it.
 ATTRIBUTE = b"\xff\0\n=x"
 
 UPPER = layer(
@@ -76,13 +76,13 @@ def run(vm: Caisson, image: Path, *words: str) -> subprocess.CompletedProcess[by
 
 
 def ports(vm: Caisson) -> dict[str, set[str]]:
-    """What is plugged in."""
+    """Return what is plugged in."""
     with QMP(vm.run_directory / "default/qmp.sock", 30) as monitor:
         return plugged(monitor)
 
 
 def free_ports(vm: Caisson) -> bool:
-    """Whether nothing is plugged in: the guest takes its time to let go."""
+    """Return whether nothing is plugged in: the guest takes its time to release it."""
     return not any(ports(vm).values())
 
 
@@ -99,7 +99,7 @@ def test_an_image_runs_as_it_says_in_every_form(vm: Caisson, layout: Path, tmp_p
 
 
 def test_runs_that_were_killed_make_room(vm: Caisson, tmp_path: Path) -> None:
-    """Each has a disk of its own, as directories do, and a guest has not many ports for disks."""
+    """Each has its own disk, as directories do, and a guest has few ports for disks."""
     words = (
         "run",
         str(unpacked(busybox_layer(), tmp_path / "root")),
@@ -115,7 +115,7 @@ def test_runs_that_were_killed_make_room(vm: Caisson, tmp_path: Path) -> None:
             assert command.stdout is not None
             assert command.stdout.readline() == b"up\n"
             command.kill()
-    assert vm("ps").stdout.count(b"run-") == 1  # it runs on until the next comes
+    assert vm("ps").stdout.count(b"run-") == 1  # it keeps running until the next one starts
     done = vm(*words)
     assert (done.returncode, done.stdout) == (0, b"up\n"), done.stderr
     assert b"run-" not in vm("ps").stdout
@@ -219,7 +219,7 @@ def test_a_bundle(vm: Caisson, tmp_path: Path) -> None:
 
 
 def test_a_bundle_with_a_user_namespace_has_a_mqueue_a_sysfs_and_a_host_name(vm: Caisson, tmp_path: Path) -> None:
-    """What `crun spec --rootless` writes: no maps, and file systems of namespaces that are the guest's."""
+    """As written by `crun spec --rootless`: no maps, and the guest's own file systems for namespaces."""
     (tmp_path / "rootfs.tar").write_bytes(LAYERS[0])
     subprocess.run(["tar", "xf", tmp_path / "rootfs.tar", "-C", _made(tmp_path / "rootfs")], check=True)
     (tmp_path / "rootfs.tar").unlink()
@@ -262,7 +262,7 @@ def test_at_a_terminal(vm: Caisson, tmp_path: Path) -> None:
 
 
 def test_several_at_once_and_no_port_for_more(vm: Caisson, tmp_path: Path) -> None:
-    """Containers of one image share a disk, and an image finds no place when every port has one."""
+    """Containers of one image share a disk, and an image does not fit once every port has one."""
     wait_until(lambda: free_ports(vm), "disks of other tests are taken out")
     images = []
     for number in range(len(PORTS) + 1):
@@ -283,7 +283,7 @@ def test_several_at_once_and_no_port_for_more(vm: Caisson, tmp_path: Path) -> No
     assert vm("exec", "--container", "again", "--", "/bin/cat", "/number").stdout == b"%d" % (len(PORTS) - 1)
     for name in started.keys() - {"again"}:
         assert vm("rm", name).returncode == 0
-    assert sorted(map(len, ports(vm).values()))[-2:] == [0, 1]  # the disk that two had is still there
+    assert sorted(map(len, ports(vm).values()))[-2:] == [0, 1]  # the shared disk is still there
     assert vm("exec", "--container", "again", "--", "/bin/cat", "/number").stdout == b"%d" % (len(PORTS) - 1)
     assert vm("rm", "again").returncode == 0
     wait_until(lambda: free_ports(vm), "they are taken out")

@@ -1,4 +1,4 @@
-"""Directories of the host, shared with a guest while it runs: virtiofs, through a virtiofsd of the VM's own."""
+"""Test sharing host directories with a running guest: virtiofs, with the VM's own virtiofsd."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(vm: Caisson, *words: str) -> str:
 
 
 def servers(directory: Path) -> list[int]:
-    """The processes that serve a directory."""
+    """Return the processes that serve a directory."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -40,7 +40,7 @@ def servers(directory: Path) -> list[int]:
 
 @pytest.fixture
 def shared(tmp_path: Path) -> Iterator[Path]:
-    """A directory with a comma in its name; at the end nobody serves it."""
+    """Provide a directory with a comma in its name; at the end nobody serves it."""
     path = tmp_path / "src, of mine"
     path.mkdir()
     (path / "hello").write_text("from the host\n")
@@ -58,7 +58,7 @@ def test_read_only(vm: Caisson, shared: Path) -> None:
     assert refused.returncode == 1 and b"Read-only file system" in refused.stderr
     assert vm.info("default")["virtiofs"] == {"src--of-mine": [str(shared), False]}
 
-    # In a second container it is the same share; and one that asks for more than there is does not get it.
+    # A second container gets the same share; a request for more access than the share has fails.
     vm.make_containers("second")
     assert run(vm, "share", str(shared), "--container", "second", "--at", "/home/src") == "/home/src\n"
     assert run(vm, "exec", "--container", "second", "--", "cat", "/home/src/hello") == "from the host\n"
@@ -103,7 +103,7 @@ def test_writable(vm: Caisson, shared: Path) -> None:
     )
     nowhere = vm("share", str(shared.parent), "--at", "/etc/src")
     assert nowhere.returncode == 1 and b"read-only file system" in nowhere.stderr
-    assert vm.info("default")["virtiofs"].keys() == {"work"}  # what could not be mounted is out again
+    assert vm.info("default")["virtiofs"].keys() == {"work"}  # what could not be mounted is unplugged again
     run(vm, "unshare", "work")
 
 

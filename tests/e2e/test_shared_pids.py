@@ -1,4 +1,4 @@
-"""A sandbox with one pid namespace in a guest: its kernel, its cgroups, and an agent that is PID 1 itself."""
+"""Test a sandbox with one pid namespace in a guest: its kernel, its cgroups, and an agent that is PID 1 itself."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ async def test_containers_see_each_other_and_end_alone(vm: Caisson) -> None:
             two = await client.create_container("two", default_spec(root, ["sleep", "4444"]))
             await one.start()
             await two.start()
-            # An orphan of the second outlives its parent, and is the pause process's; it ends with its container.
+            # An orphan of the second outlives its parent, and is reparented to the pause process; it ends with its
+            # container.
             await says(two, "(setsid tail -f /dev/null &)")
             there = await says(one, names)
             assert there[0] == "pause"
@@ -40,7 +41,7 @@ async def test_containers_see_each_other_and_end_alone(vm: Caisson) -> None:
             assert "PPid: 1" in " ".join(await says(one, "cat /proc/$(pidof tail)/status"))
             await two.remove()
             assert "tail" not in await says(one, names)
-            # Nobody's children are reaped: no zombie stays.
+            # Orphans are reaped: no zombie remains.
             assert await says(one, "for n in 1 2 3; do (sleep 0.1 &) ; done; sleep 0.5; cat /proc/[0-9]*/stat") != []
             states = await says(one, "cut -d' ' -f2,3 /proc/[0-9]*/stat 2>/dev/null || true")
             assert "Z" not in states

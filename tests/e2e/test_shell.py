@@ -1,4 +1,4 @@
-"""`caisson shell`: a person at a terminal, in a container and in the guest itself."""
+"""Test `caisson shell`: a user at a terminal, in a container and in the guest itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_session(vm: Caisson) -> None:
     vm.make_containers("session")
     with Terminal(vm, "shell", "--container", "session") as terminal:
         terminal.expect(b"# ")
-        assert terminal.modes() != terminal.before  # raw: what is typed goes to the container as it is
+        assert terminal.modes() != terminal.before  # raw: input is passed to the container unchanged
 
         terminal.type(b"vi /tmp/poem\r")
         terminal.expect(b"~\x1b[")  # it has drawn its screen
@@ -78,14 +78,14 @@ def test_commands_from_a_pipe(vm: Caisson) -> None:
 
 
 def test_the_guest_itself(vm: Caisson) -> None:
-    """Its root, its processes and its programs, before those of busybox."""
+    """Its root, its processes and its programs, ahead of busybox's."""
     script = "cat /proc/1/comm; ls -d /usr/lib/caisson/nsexec; ls /dev/vsock; exit 3"
     done = vm("exec", "--guest", "--", "sh", "-c", script)
     lines = done.stdout.split()
     assert done.returncode == 3 and lines[1:] == [b"/usr/lib/caisson/nsexec", b"/dev/vsock"], (done.stdout, done.stderr)
     assert lines[0] in (b"python3", b"python3.13", b"init"), lines
     found = vm("exec", "--guest", "--", "which", "python3.13", "ls")
-    assert found.stdout.split()[0] == b"/usr/bin/python3.13", "the template's own"
+    assert found.stdout.split()[0] == b"/usr/bin/python3.13", "expected the template's own"
     assert found.stdout.split()[1].endswith(b"busybox/bin/ls")
     assert vm("exec", "--guest", "--env", "A=b", "--", "sh", "-c", "echo $A; id -u", stdin=b"").stdout == b"b\n0\n"
     assert vm("exec", "--guest", "--", "cat", stdin=b"piped\n").stdout == b"piped\n"
@@ -94,7 +94,7 @@ def test_the_guest_itself(vm: Caisson) -> None:
     clash = vm("exec", "--guest", "--container", "x", "--", "true")
     assert clash.returncode == 125 and b"--guest: is outside all containers" in clash.stderr
     mounts = vm("exec", "--guest", "--", "grep", "-c", "/guest/root ", "/proc/1/mountinfo")
-    assert mounts.stdout == b"1\n", "one mount for all that run, whatever there was before"
+    assert mounts.stdout == b"1\n", "all commands must share one mount"
     assert b"guest-" not in vm("ps", "--all").stdout
 
 
@@ -116,13 +116,13 @@ def test_a_terminal_in_the_guest_itself(vm: Caisson) -> None:
 
 @pytest.mark.parametrize("victim", ["qemu", "supervisor"])
 def test_a_vm_that_is_killed_leaves_terminals_as_they_were(own: Caisson, victim: str) -> None:
-    """Each command that was talking to it says that it has ended, and why."""
+    """Each connected command reports that it has ended, and why."""
     booted = own("boot-vm", "--name", "dies", "--detach")
     assert booted.returncode == 0, booted.stderr.decode()
     own.make_containers("waits", vm="dies")
     words = ("shell", "--name", "dies")
     with contextlib.ExitStack() as stack:
-        # Before the terminals, which take longer to say something.
+        # Before the terminals, which take longer to print anything.
         waiting, measuring, running, forwarding = (
             stack.enter_context(own.start(*line, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE))
             for line in (
@@ -135,7 +135,7 @@ def test_a_vm_that_is_killed_leaves_terminals_as_they_were(own: Caisson, victim:
         for command in (waiting, measuring, running, forwarding):
             stack.callback(command.kill)
         assert forwarding.stderr is not None and forwarding.stderr.readline()
-        # All at once, as nothing but a machine types: a busy guest takes its time for each.
+        # All at once, as only a machine types: a busy guest takes its time for each.
         inside, full, guest = (stack.enter_context(Terminal(own, *words, *more)) for more in ((), (), ("--guest",)))
         for terminal in (inside, full, guest):
             terminal.expect(b"# ")

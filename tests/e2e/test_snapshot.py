@@ -1,6 +1,6 @@
-"""Many clones of one saved guest at once: each a machine of its own, and the snapshot as it was.
+"""Test many simultaneous clones of one saved guest: each is a separate machine, and the snapshot is unchanged.
 
-CAISSON_CLONES says how many (4, so that it is done in CI as well; 20 is what was promised).
+CAISSON_CLONES is their number (4, so that CI runs it as well; 20 for the full run).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(COMPILING)]
 CLONES = int(os.environ.get("CAISSON_CLONES", "4"))
 MEMORY = "192"
 
-#: What each clone is asked, a line each.
+#: What each clone is asked, one item per line.
 QUESTIONS = (
     "cat /proc/sys/kernel/hostname /run/machine-id /proc/sys/kernel/random/boot_id /proc/sys/kernel/random/uuid;"
     "head -c 16 /dev/urandom | md5sum; date +%s"
@@ -37,7 +37,7 @@ QUESTIONS = (
 
 @dataclass(frozen=True)
 class Answer:
-    """What a clone says of itself; the last is between which times of the host it has said the time."""
+    """A clone's answers; the last one is the interval of host time in which it gave its date."""
 
     hostname: str
     machine_id: str
@@ -50,7 +50,7 @@ class Answer:
 
 @pytest.fixture(scope="module")
 def snapshot() -> Iterator[str]:
-    """The name of a snapshot of this session's own."""
+    """Provide the name of this session's own snapshot."""
     name = f"e2e-{os.getpid()}"
     with fresh() as caisson:
         saved = caisson("save-snapshot", "--name", name, "--memory", MEMORY, *image_of_snapshots(), timeout=COMPILING)
@@ -73,7 +73,7 @@ def clones(caisson: Caisson, snapshot: str, count: int) -> Iterator[list[str]]:
 
 
 async def ask(caisson: Caisson, name: str) -> Answer:
-    """Run a container in a clone, and have it answer."""
+    """Run a container in a clone, and get its answers."""
     async with client.Agent.connect(caisson.run_directory / name / "agent.sock") as agent:
         await agent.create_sandbox()
         rootfs = caisson.manifest(name)["containers"]["busybox"]
@@ -112,7 +112,7 @@ def test_each_clone_is_a_machine_of_its_own(own: Caisson, snapshot: str) -> None
     assert {info["snapshot"] for info in infos} == {snapshot}
     for answer in answers:
         began, ended = answer.window
-        assert began - 2 < answer.date <= ended + 1, answer  # right to a second, and what is below one was cut off
+        assert began - 2 < answer.date <= ended + 1, answer  # accurate to a second; fractions were cut off
     assert digests(snapshot) == before
 
 

@@ -1,6 +1,6 @@
-"""Thousands of containers and execs in one guest: descriptors, memory, disk and mounts are flat on both sides.
+"""Run thousands of containers and execs in one guest: descriptors, memory, disk and mounts are flat on both sides.
 
-CAISSON_SOAK is how many of each ("200,1000"; "10000,50000" for the full run, which takes hours under emulation).
+CAISSON_SOAK is the number of each ("200,1000"; "10000,50000" for the full run, which takes hours under emulation).
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ pytestmark = [
 NAME = "soak"
 ROUNDS, AT_ONCE = 6, 8
 
-#: KiB by which a process may have grown in the second half, and the files of a side: an allocator's pages and a line of
-#: a log, not a leak's: of the full run's second half 5,000 containers that left 4 KiB each would be 20 MiB.
+#: KiB by which a process, and the files of a side, may have grown in the second half: an allocator's pages and a log
+#: line, but no leak; in the full run's second half, 5,000 containers leaking 4 KiB each would be 20 MiB.
 MEMORY_GROWTH, DISK_GROWTH = 4096, 1024
 
-#: What the guest has, a number a line: descriptors and KiB of the agent, mounts, cgroups, KiB in its file systems.
+#: The guest's resources, one number per line: descriptors and KiB of the agent, mounts, cgroups, KiB in its file
+#: systems.
 LOOK = """
 ls /proc/1/fd | wc -l
 sed -n 's/^VmRSS:[^0-9]*\\([0-9]*\\) kB/\\1/p' /proc/1/status
@@ -47,7 +48,7 @@ du -skx /run | cut -f1
 
 @dataclass(frozen=True)
 class Side:
-    """What one side holds: counts that are to be the same, and KiB that may grow by a little."""
+    """The resources of one side: counts that must be equal, and KiB that may grow a little."""
 
     counts: dict[str, int]
     memory: dict[str, int]
@@ -69,14 +70,14 @@ def host(own: Caisson) -> Side:
     counts = {f"descriptors of {name}": len(list(Path(f"/proc/{pid}/fd").iterdir())) for name, pid in pids.items()}
     counts["mounts"] = len(Path(f"/proc/{pids['supervisor']}/mountinfo").read_text().splitlines())
     counts["files"] = len(list(own.run_directory.rglob("*")))
-    # Not of QEMU: it keeps what it has translated, which is bounded and grows with each new code.
+    # Not QEMU's: it keeps translated code, which is bounded and grows with new code.
     memory = {name: private_memory(pid) for name, pid in pids.items() if name != "qemu"}
     disk = sum(path.lstat().st_blocks for path in own.run_directory.rglob("*")) // 2
     return Side(counts, memory, disk)
 
 
 def check_flat(before: Side, look: Callable[[], Side]) -> None:
-    """Compare with what was there before; a connection that has just been closed may be counted for a moment."""
+    """Compare with the counts before; a connection just closed may still be counted for a moment."""
     wait_until(lambda: look().counts == before.counts, f"as many as before: {before.counts}", found=look)
     now = look()
     assert now.disk - before.disk < DISK_GROWTH, (before, now)
@@ -85,7 +86,7 @@ def check_flat(before: Side, look: Callable[[], Side]) -> None:
 
 
 async def one_round(own: Caisson, root: str, number: int) -> None:
-    """Create, start and remove a part of the containers, and run a part of the execs, some of each at once."""
+    """Create, start and remove part of the containers, and run part of the execs, some of each at once."""
     gate = asyncio.Semaphore(AT_ONCE)
 
     async def gated(work: Callable[[], Awaitable[None]]) -> None:

@@ -1,4 +1,4 @@
-"""A guest in which the agent is a service of systemd."""
+"""Test a guest in which the agent is a systemd service."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def test_the_agent_as_a_service(own: Caisson) -> None:
         assert stats.cgroup_stats.pids_stats.limit == 7
         await container.remove()
         await agent.destroy_sandbox()
-        # What the kernel's command line says reaches an agent that is not process 1.
+        # The kernel's command line reaches an agent that is not process 1.
         with socket.socket(socket.AF_UNIX) as log:
             log.settimeout(60)
             log.connect(str(place / "vsock.sock"))

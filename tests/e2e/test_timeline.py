@@ -1,4 +1,4 @@
-"""boot-vm --timeline: a real boot, from the request to the first answer."""
+"""Test boot-vm --timeline: a real boot, from the request to the first response."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""StartTracing in a guest whose image has the packages: spans arrive at the host's port."""
+"""Test StartTracing in a guest whose image has the packages: spans arrive at the host's port."""
 
 from __future__ import annotations
 

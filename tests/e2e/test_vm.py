@@ -1,4 +1,4 @@
-"""A VM's life as a user sees it: chosen by evidence, reachable, and gone without a trace."""
+"""Test a VM's life as a user sees it: chosen by evidence, reachable, and removed without a trace."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Two guests at once, hundreds of connections both ways that end in all the ways there are: nothing lost or stuck.
+"""Run two guests with hundreds of connections both ways that end in every possible way: nothing is lost or stuck.
 
-``CAISSON_VSOCK_MB`` is how much data there is in all (2048 for the full run).
+``CAISSON_VSOCK_MB`` is the total amount of data (2048 for the full run).
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ pytestmark = [pytest.mark.root, pytest.mark.vm]
 
 MEGABYTES = int(os.environ.get("CAISSON_VSOCK_MB", "96"))
 SEED = int(os.environ.get("CAISSON_VSOCK_SEED", "6"))
-#: Of each guest, half of them opened by the host and half by the guest.
+#: Per guest, half of them opened by the host and half by the guest.
 CONNECTIONS = 200
 GUESTS = ("one", "two")
 PORT = 2000
-#: KiB that a device may use at most, but for the guest's memory.
+#: Maximum KiB of a device, without the guest's memory.
 MEMORY = 64 << 10
-#: Seconds without a byte anywhere after which all is taken for stuck.
+#: Seconds without a byte anywhere after which the test counts as stuck.
 STUCK = 60
 
 
 def private_memory(pid: int) -> int:
-    """KiB of a process, without the guest's memory, which it shares."""
+    """Return the KiB of a process, without the guest's memory, which it shares."""
     fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssFile"))
 
 
 class Guest:
-    """A booted VM with the program in it, and the connections of both ways."""
+    """A booted VM running the program, and the connections of both directions."""
 
     def __init__(self, caisson: Caisson, name: str, program: Path, ends: ExitStack) -> None:
         self.name = name
@@ -58,14 +58,14 @@ class Guest:
         self.connections: dict[int, Connection] = {}
 
     def connect(self, chance: random.Random, streams: Streams, selector: selectors.BaseSelector) -> None:
-        size = (MEGABYTES << 20) // (len(GUESTS) * CONNECTIONS)  # each way, and not all of it will be sent
+        size = (MEGABYTES << 20) // (len(GUESTS) * CONNECTIONS)  # each way; not all of it will be sent
         for number in range(CONNECTIONS):
             sock = self._listener.accept()[0] if number % 2 else dial(self._hybrid, PORT)
             plan = Plan.random(number, size, chance)
             self.connections[number] = Connection(plan, sock, streams, selector)
 
     def outcomes(self) -> dict[int, str]:
-        """The guest's line for each connection."""
+        """Return the guest's line for each connection."""
         assert self.peer.stdout is not None
         found = {}
         for _ in range(CONNECTIONS):
@@ -74,7 +74,7 @@ class Guest:
         return found
 
     def surprises(self) -> dict[int, str]:
-        """The connections whose outcome is not what it should be."""
+        """Return the connections with an unexpected outcome."""
         outcomes = self.outcomes()
         return {
             number: f"{connection.plan}: {verdict}"
@@ -84,9 +84,9 @@ class Guest:
 
 
 def move(guests: list[Guest], selector: selectors.BaseSelector, meanwhile: Callable[[], object] = lambda: None) -> int:
-    """Everything there is to be moved; returns the most memory that a device had.  Raises AssertionError if stuck.
+    """Transfer everything; return the most memory that a device used.  Raises AssertionError if stuck.
 
-    ``meanwhile`` is done several times a second.
+    ``meanwhile`` is called several times a second.
     """
     everything = [connection for guest in guests for connection in guest.connections.values()]
     most = 0
@@ -99,7 +99,7 @@ def move(guests: list[Guest], selector: selectors.BaseSelector, meanwhile: Calla
             key.data.ready(mask)
         now = time.monotonic()
         if slow and all(connection.done or connection.plan.host_is_slow for connection in everything):
-            slow = False  # the others have not been held up
+            slow = False  # the others were not delayed
             for connection in everything:
                 connection.hurry()
         if now - looked > 0.2:
@@ -144,9 +144,9 @@ def test_a_guest_that_is_paused_again_and_again(own: Caisson, tmp_path: Path) ->
             pauses += 1
             monitor.execute("stop")
             waiting = ends.enter_context(socket.socket(socket.AF_UNIX))
-            waiting.connect(str(own.run_directory / "one/agent.sock"))  # a device at rest takes connections, too
+            waiting.connect(str(own.run_directory / "one/agent.sock"))  # an idle device accepts connections, too
             monitor.execute("cont")
 
         move([guest], selector, pause)
         assert guest.surprises() == {}
-        assert pauses > 2, "the pauses came in the middle"
+        assert pauses > 2, "the pauses must come in the middle"

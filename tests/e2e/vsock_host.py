@@ -1,4 +1,4 @@
-"""The host's end of streams to and from ``tests/guest/peer.c`` in a guest: what is sent, and what has to come back."""
+"""Implement the host's end of streams to and from ``tests/guest/peer.c``: what to send, and what to expect."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PIECE = 1 << 17
 
 
 def compile_peer(directory: Path) -> Path:
-    """The guest's program, for any guest of this machine's architecture."""
+    """Compile the guest's program, for any guest of this machine's architecture."""
     program = directory / "peer"
     command = ["musl-gcc", "-O2", "-static", "-Wall", "-Wextra", "-Werror", "-o"]
     subprocess.run([*command, program, ROOT / "tests/guest/peer.c"], check=True)
@@ -34,18 +34,18 @@ def compile_peer(directory: Path) -> Path:
 
 
 def start_peer(caisson: Caisson, name: str, program: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    """Put the program into a container of a VM, and run it there; its lines come on ``stdout``."""
+    """Copy the program to a container of a VM, and run it there; its lines arrive on ``stdout``."""
     script = f"head -c {program.stat().st_size} >/tmp/peer; chmod +x /tmp/peer; exec /tmp/peer {' '.join(arguments)}"
     root = program.with_name("root.tar")
     root.write_bytes(rootfs())
-    # The default filter forbids vsock, as Docker's does.
+    # The default filter denies vsock, as Docker's does.
     words = ("run", "--privileged", "--name", name, str(root), "--", "sh", "-c", script)
     with program.open("rb") as binary:
         return caisson.start(*words, stdin=binary, stdout=subprocess.PIPE)
 
 
 def dial(path: Path, port: int, timeout: float = 60) -> socket.socket:
-    """Connect to a port of a guest by the hybrid handshake; waits while nobody listens there."""
+    """Connect to a port of a guest with the hybrid handshake; wait while nobody listens there."""
     deadline = time.monotonic() + timeout
     while True:
         sock = socket.socket(socket.AF_UNIX)
@@ -78,7 +78,7 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Plan:
-    """What happens on a connection: bytes to the guest and from it, and of these the one at which something happens."""
+    """What happens on a connection: bytes to and from the guest, and after which of the latter it happens."""
 
     number: int
     kind: Kind
@@ -90,7 +90,7 @@ class Plan:
 
     @classmethod
     def random(cls, number: int, size: int, chance: random.Random) -> Plan:
-        """Of ``size`` bytes each way on average."""
+        """Return a random plan, with ``size`` bytes each way on average."""
         kind = chance.choices(list(Kind), (55, 14, 14, 9, 8))[0]
         down, up = (chance.choice([0, 1, size // 2, size, size, 2 * size]) for _ in range(2))
         if kind is not Kind.WHOLE:
@@ -105,7 +105,7 @@ class Plan:
 
 
 def pattern() -> bytes:
-    """What all blocks of all streams have in common, behind their first eight bytes."""
+    """Return the part common to all blocks of all streams, after their first eight bytes."""
     state, made = 1, bytearray()
     for _ in range(BLOCK):
         state = (state * 1664525 + 1013904223) & 0xFFFFFFFF
@@ -114,7 +114,7 @@ def pattern() -> bytes:
 
 
 class Streams:
-    """The bytes of streams, by the number of the connection and the position."""
+    """The bytes of streams, by connection number and position."""
 
     def __init__(self) -> None:
         self._common = memoryview(pattern())
@@ -213,7 +213,7 @@ class Connection:
             self._sock.close()
 
     def verdict(self, line: str) -> str:
-        """What is wrong with the outcome, given the guest's ``received sent state``; nothing if it is as planned."""
+        """Return what is wrong with the outcome, given the guest's ``received sent state``; empty if nothing is."""
         plan = self.plan
         got, put, state = line.split()
         down, up = int(got), int(put)

@@ -220,7 +220,7 @@ async def test_a_signal_that_an_init_ignores_does_not_end_it(agent: RunningAgent
 
 @pytest.fixture
 def queue(tmp_path: Path) -> Path:
-    """A directory containing that program as `init`."""
+    """Provide a directory containing that program as `init`."""
     tmp_path.chmod(0o755)
     (tmp_path / "init.c").write_text(QUEUE)
     subprocess.run(["musl-gcc", "-static", "-o", tmp_path / "init", tmp_path / "init.c"], check=True)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.root
 
 @pytest.fixture
 def place(tmp_path: Path, agent: RunningAgent) -> Iterator[Path]:
-    """Where the tests mount; at the end nothing is mounted there, and nothing is left but what the test created."""
+    """Provide a directory for mounts; at the end nothing is mounted there, and nothing is left but what the test created."""
     path = tmp_path / "place"
     path.mkdir()
     yield path

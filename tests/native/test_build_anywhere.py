@@ -71,7 +71,7 @@ def digests(directory: Path) -> dict[str, str]:
 
 @pytest.fixture
 def elsewhere() -> Iterator[Path]:
-    """A directory accessible to an ordinary user; pytest's own are only accessible to root."""
+    """Provide a directory accessible to an ordinary user; pytest's own are only accessible to root."""
     with tempfile.TemporaryDirectory(prefix="caisson-build-") as place:
         Path(place).chmod(0o755)
         yield Path(place)

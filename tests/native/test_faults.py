@@ -62,7 +62,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyNsexec]:
 
 @pytest.fixture
 async def fault_box(faulty: FaultyNsexec) -> AsyncIterator[Box]:
-    """A box with such an nsexec and a short timeout."""
+    """Provide a box with such an nsexec and a short timeout."""
     with tempfile.TemporaryDirectory(prefix="caisson-box-") as directory:
         path = Path(directory)
         path.chmod(0o755)

@@ -72,7 +72,7 @@ def pair(tmp_path: Path, nsexec_path: Path, front_path: Path) -> Iterator[Pair]:
 
 @pytest.fixture
 def oci(pair: Pair) -> Oci:
-    """The front."""
+    """Return the runtime with the front."""
     return pair.front
 
 

@@ -69,7 +69,7 @@ def life(box: Box, value: dict[str, Any]) -> Container:
 
 @pytest.fixture
 def agents_box(box: Box) -> Iterator[Box]:
-    """A box whose children are reaped by the agent's own reaper."""
+    """Provide a box whose children are reaped by the agent's own reaper."""
     reaper = AgentsReaper()
     with Signals(box.loop) as signals:
         reaper.start(signals)

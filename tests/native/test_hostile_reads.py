@@ -24,7 +24,7 @@ MANY, PROMPTLY = 1500, 2.0
 
 @pytest.fixture(scope="module")
 def longargs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory containing the program (tests/native/longargs.c)."""
+    """Provide a directory containing the program (tests/native/longargs.c)."""
     directory = tmp_path_factory.mktemp("longargs")
     source = Path(__file__).with_name("longargs.c")
     target = directory / "longargs"

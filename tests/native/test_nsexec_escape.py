@@ -23,7 +23,7 @@ pytestmark = pytest.mark.root
 
 @pytest.fixture
 def canary(box: Box) -> Path:
-    """A directory outside the root that must not change."""
+    """Provide a directory outside the root that must not change."""
     path = box.path / "canary"
     path.mkdir()
     (path / "ptmx").write_text("decoy")

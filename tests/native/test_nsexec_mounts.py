@@ -40,7 +40,7 @@ def in_userns(value: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def source(box: Box) -> Path:
-    """One of the runtime's directories, containing a file."""
+    """Provide one of the runtime's directories, containing a file."""
     path = box.path / "source"
     path.mkdir()
     (path / "file").write_text("content\n")

@@ -50,7 +50,7 @@ PRIVILEGED = [
 
 @pytest.fixture
 def writer(box: Box) -> str:
-    """A program that needs the fewest system calls."""
+    """Provide a program that needs the fewest system calls."""
     (box.path / "writer.c").write_text(PROGRAM)
     target = box.rootfs / "bin/writer"
     subprocess.run(["musl-gcc", "-static", "-O1", "-o", target, box.path / "writer.c"], check=True)

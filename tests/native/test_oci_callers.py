@@ -40,7 +40,7 @@ SECONDS = 120
 
 @pytest.fixture(scope="session")
 def programs() -> Path:
-    """The directory in which the packages are unpacked."""
+    """Provide the directory in which the packages are unpacked."""
     done, wanted = CACHE / "done", "\n".join(PACKAGES)
     if not done.exists() or done.read_text() != wanted:
         shutil.rmtree(CACHE, ignore_errors=True)
@@ -65,7 +65,7 @@ def environment(programs: Path, nsexec_path: Path, front_path: Path) -> dict[str
 
 @pytest.fixture(scope="session")
 def image(busybox_rootfs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tar of a root with busybox."""
+    """Provide a tar of a root with busybox."""
     archive = tmp_path_factory.mktemp("image") / "busybox.tar"
     subprocess.run(["tar", "-C", busybox_rootfs, "-cf", archive, "."], check=True)
     return archive
@@ -73,7 +73,7 @@ def image(busybox_rootfs: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="session")
 def work() -> Iterator[Path]:
-    """A directory with a short name, for the sockets below it.  The engines' cgroups are removed with it."""
+    """Provide a directory with a short name, for the sockets below it.  The engines' cgroups are removed with it."""
     before = engine_cgroups()
     with tempfile.TemporaryDirectory(prefix="oci-", ignore_cleanup_errors=True) as directory:
         yield Path(directory)

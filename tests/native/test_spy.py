@@ -20,7 +20,7 @@ pytestmark = pytest.mark.root
 
 @pytest.fixture(scope="module")
 def spy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory containing the spy."""
+    """Provide a directory containing the spy."""
     directory = tmp_path_factory.mktemp("spy")
     source = Path(__file__).with_name("spy.c")
     subprocess.run(

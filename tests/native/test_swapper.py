@@ -62,7 +62,7 @@ def exchanging(swapper: Path, one: Path, other: Path) -> Iterator[None]:
 
 @pytest.fixture
 def outside(tmp_path: Path) -> Path:
-    """Where nothing may appear."""
+    """Provide a directory in which nothing may appear."""
     path = tmp_path / "outside"
     (path / "dst").mkdir(parents=True)
     (path / "file").write_text("canary")

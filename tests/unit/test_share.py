@@ -32,7 +32,7 @@ def installed(directory: Path, usage: str) -> str:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The only place where root looks for virtiofsd."""
+    """Provide the only place where root looks for virtiofsd."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(programs, "SYSTEM", ())
     monkeypatch.setattr(os, "geteuid", lambda: 0)
