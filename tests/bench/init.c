@@ -1,6 +1,6 @@
 /*
- * init.c: the least that a guest can be.  As process 1 it listens on vsock port 1024, says so on the console, and sends
- * back the first byte of each connection: what is left of a boot then is the kernel's and the machine's.
+ * init.c: a minimal guest.  As process 1 it listens on vsock port 1024, prints a marker on the console, and echoes the
+ * first byte of each connection: the rest of the boot time is that of the kernel and the machine.
  */
 #include <sys/socket.h>
 #include <unistd.h>
@@ -13,7 +13,7 @@ int main(void)
 	struct sockaddr_vm address = {.svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_ANY, .svm_port = 1024};
 	int listener = socket(AF_VSOCK, SOCK_STREAM, 0);
 
-	/* A kernel that has vsock as a module has none here: its marker is all that is waited for. */
+	/* A kernel with vsock as a module has none here: the benchmark waits only for the marker. */
 	if (listener >= 0 && (bind(listener, (struct sockaddr *)&address, sizeof(address)) || listen(listener, 8)))
 		return 1;
 	if (write(1, marker, sizeof(marker) - 1) < 0)

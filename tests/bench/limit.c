@@ -1,5 +1,5 @@
 /*
- * limit.c: the least that the kernel asks for a container, in C: what a runtime is measured against.
+ * limit.c: the kernel's minimum for a container, in C, against which runtimes are measured.
  *
  *   limit exec PID ROUNDS PROGRAM      join all namespaces of PID, fork, execute, wait
  *   limit run ROOTFS ROUNDS PROGRAM    new namespaces, the usual mounts, pivot_root, execute, wait

@@ -18,7 +18,7 @@ from caisson.image.vm.sandbox import CAP_CHOWN, Confinement, set_id_filter
 from tests.component.fake_qemu import install, make_image, nothing_left
 from tests.support.poll import wait_until
 
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="what root starts")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ print([oct(os.stat(name).st_mode & 0o6000) for name in os.listdir(".")])
 """
 
 
-@pytest.mark.skipif(not set_id_filter(os.uname().machine), reason="no filter for this machine")
+@pytest.mark.skipif(not set_id_filter(os.uname().machine), reason="no filter for this architecture")
 def test_no_confined_process_makes_a_set_id_file(tmp_path: Path) -> None:
     said = confined(Confinement(), SET_ID, tmp_path).splitlines()
     for name in ("chmod", "setgid", "fchmod", "open", "mknod"):
@@ -144,7 +144,7 @@ for name, number, *words in (
 """
 
 
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the numbers are x86-64's")
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the system call numbers are x86-64's")
 def test_no_other_system_call_makes_a_set_id_file(tmp_path: Path) -> None:
     said = dict(line.split(": ", 1) for line in confined(Confinement(), ROUNDABOUT, tmp_path).splitlines())
     missing = ("openat2", "io_uring_setup", "x32 chmod")

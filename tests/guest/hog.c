@@ -1,6 +1,6 @@
 /*
- * hog.c: take as many of the kernel's objects as one container can get: files, inotify instances and watches, and
- * descriptors watched by epoll, which are counted for all processes of a user.  Prints how many, and stays.
+ * hog.c: allocate as many kernel objects as one container can get: files, inotify instances and watches, and epoll
+ * watches, which are counted per user.  Prints the numbers, and keeps running.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>

@@ -1,19 +1,19 @@
-/* The guest's end of what tests measure and strain: does on a connection what the host's end says.
+/* peer.c: the guest's end of load tests and benchmarks: executes the host's requests on a connection.
  *
  *     peer vsock:PORT tcp:PORT file:PATH dial:PORT:COUNT …
  *
- * Listens on a port, or opens a device, or connects COUNT times to a port of the host; all at once, each connection in a
- * process of its own.  The host sends requests (struct request, little-endian), one after the other:
+ * Listens on a port, or opens a device, or connects COUNT times to a host port; all at once, each connection in its own
+ * process.  The host sends requests (struct request, little-endian), one after the other:
  *
  *     ECHO    send back `receive` bytes, in pieces of `size`
  *     SINK    read `receive` bytes, answer with one byte
  *     SOURCE  send `send` bytes
  *     LOAD    send and receive both ways at once, see below; the connection ends with it
  *
- * LOAD's streams are made of blocks of 65521 bytes: number of the connection, number of the block (32 bits each), then
- * bytes that are the same in all blocks.  What is lost, doubled or somebody else's is told by that.  The outcome is a
- * line on standard output: number of the connection, bytes received, bytes sent, and "whole" (end of file), "left"
- * (this end hung up, as it was told), "broken" (the host's end did) or "wrong" (not the bytes of the stream).
+ * LOAD's streams consist of blocks of 65521 bytes: connection number, block number (32 bits each), then bytes that are
+ * the same in all blocks.  That reveals lost or duplicated data, and data of other connections.  The outcome is a line
+ * on stdout: connection number, bytes received, bytes sent, and "whole" (EOF), "left" (this end hung up, as requested),
+ * "broken" (the host's end did) or "wrong" (not the bytes of the stream).
  */
 #include <arpa/inet.h>
 #include <errno.h>
@@ -39,10 +39,10 @@ enum { SLOW = 1, SHUT_READING = 2 }; /* flags of LOAD: read little at a time; st
 
 struct request {
 	uint32_t operation, number, flags, size;
-	uint64_t receive, send, limit; /* limit: bytes received after which LOAD leaves, or reads no more */
+	uint64_t receive, send, limit; /* limit: bytes received after which LOAD hangs up, or stops reading */
 };
 
-struct vsock_address { /* linux/vm_sockets.h, which musl does not have */
+struct vsock_address { /* linux/vm_sockets.h, which musl lacks */
 	unsigned short family, reserved;
 	unsigned int port, cid;
 	unsigned char rest[4];
@@ -83,7 +83,7 @@ static int write_whole(int fd, const void *from, size_t size)
 	return 1;
 }
 
-/* The stream's bytes from a position on, up to the end of their block. */
+/* Return the stream's bytes from a position to the end of the block. */
 static size_t stream(uint32_t number, uint64_t position, const unsigned char **bytes, unsigned char head[8])
 {
 	uint32_t block = position / BLOCK, offset = position % BLOCK;

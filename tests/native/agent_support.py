@@ -115,4 +115,4 @@ async def refused(call: Awaitable[Any]) -> tuple[StatusCode, str]:
         await call
     except AgentError as error:
         return error.code, error.details
-    raise AssertionError("the call was to be refused")
+    raise AssertionError("the call should have failed")

@@ -56,7 +56,7 @@ class CommandBox(Box):
         self._fds, self._children = descriptors(), set(children())
 
     def __getattr__(self, name: str) -> NoReturn:
-        pytest.skip(f"{name} is the library's alone")
+        pytest.skip(f"{name} only exists in the library")
 
     async def create(self, value: dict[str, Any], **keywords: Any) -> Launched:
         """Create with this box's paths; stdio is /dev/null unless given."""
@@ -68,7 +68,7 @@ class CommandBox(Box):
         if value.get("linux", {}).get("resources"):  # so that the command creates a cgroup
             keywords.pop("cgroup", None)
         if keywords:
-            pytest.skip(f"{', '.join(keywords)}: the library's alone")
+            pytest.skip(f"{', '.join(keywords)}: only in the library")
         value = copy.deepcopy(value)
         value.setdefault("root", {})["path"] = str(self.rootfs)
         linux = value.setdefault("linux", {})
@@ -90,7 +90,7 @@ class CommandBox(Box):
     ) -> tuple[int, str, str]:
         """Exec and wait; return status, stdout, stderr."""
         if keywords:
-            pytest.skip(f"{', '.join(keywords)}: the library's alone")
+            pytest.skip(f"{', '.join(keywords)}: only in the library")
         file = self.path / "process.json"
         file.write_text(json.dumps({"env": ["PATH=/bin"], "cwd": "/", **process}))
         with self.stdio() as (stdio, out, err):

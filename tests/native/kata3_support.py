@@ -134,7 +134,7 @@ async def refused(call: Any) -> tuple[StatusCode, str]:
         await call
     except RpcError as error:
         return error.code, error.text
-    raise AssertionError("the call was to be refused")
+    raise AssertionError("the call should have failed")
 
 
 @pytest.fixture

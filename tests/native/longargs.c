@@ -1,6 +1,6 @@
 /*
- * longargs.c: a process whose command line is as long as it says (PR_SET_MM_MAP, prctl(2)), in memory that nobody has
- * given it: a mapping without reserve.  Prints "ready" and stays.
+ * longargs.c: run with a command line of any length (PR_SET_MM_MAP, prctl(2)), in memory that is never allocated: a
+ * mapping with MAP_NORESERVE.  Prints "ready" and keeps running.
  */
 #define _GNU_SOURCE
 #include <stdint.h>

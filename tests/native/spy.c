@@ -1,9 +1,9 @@
 /*
- * spy.c: a container's process that tries to reach the guest through every other process it sees, as fast as it can, until SIGTERM
- * (facts: CVE-2016-9962).  It prints each kind of thing that it got hold of once a process name, then what it has counted.
+ * spy.c: a container process that tries to reach the guest through every other process it sees, as fast as it can,
+ * until SIGTERM (see CVE-2016-9962).  It prints each kind of object it reached once per process name, then counters.
  *
- * Of a process it tries root, cwd, exe, fd/N, maps and mem.  Another container's root and cwd are the spy's own "/", as all of them have
- * the same; a directory that is empty is the pause process's root.
+ * For each process it tries root, cwd, exe, fd/N, maps and mem.  Other containers' root and cwd are the spy's own "/",
+ * as they share it; an empty directory is the pause process's root.
  */
 #define _GNU_SOURCE
 #include <ctype.h>
@@ -147,7 +147,7 @@ static void memory(const char *pid)
 	fclose(maps);
 }
 
-/* Whoever can be traced is as good as the spy itself: it must not have more rights. */
+/* A process that can be traced can be controlled by the spy: it must not have more privileges. */
 static void rights(const char *pid)
 {
 	char path[64], line[128];

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.root
 
 @pytest.fixture
 def place(tmp_path: Path, agent: RunningAgent) -> Iterator[Path]:
-    """Provide a directory for mounts; at the end nothing is mounted there, and nothing is left but what the test created."""
+    """Provide a directory for mounts; at the end nothing is mounted there, and only what the test created is left."""
     path = tmp_path / "place"
     path.mkdir()
     yield path

@@ -89,7 +89,7 @@ async def test_exec_joins_the_first_process_where_the_cgroup_was_divided(living:
     await living.begin(spec(living, without=("cgroup",)))
     own = cgroups(living).get("")
     if own is None:
-        pytest.skip("in cgroup v1 processes may be in any of them")
+        pytest.skip("cgroup v1 allows processes in any cgroup")
     leaf = own / "init.scope"
     leaf.mkdir()
     for pid in await living.pids():

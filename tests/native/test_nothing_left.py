@@ -155,7 +155,7 @@ async def fails(work: Any) -> str:
     except AgentError as error:
         assert "bug" not in error.details, error.details
         return error.details
-    raise AssertionError("it was to fail")
+    raise AssertionError("the call should have failed")
 
 
 async def base(client: Agent, agent: RunningAgent) -> Container:

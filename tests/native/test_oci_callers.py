@@ -47,7 +47,7 @@ def programs() -> Path:
         CACHE.mkdir(parents=True)
         got = subprocess.run(["apt-get", "download", *PACKAGES], cwd=CACHE, capture_output=True, text=True)
         if got.returncode != 0:
-            pytest.skip(f"the packages cannot be had: {got.stderr.strip()[-200:]}")
+            pytest.skip(f"cannot download the packages: {got.stderr.strip()[-200:]}")
         for package in CACHE.glob("*.deb"):
             subprocess.run(["dpkg", "-x", package, CACHE], check=True)
             package.unlink()

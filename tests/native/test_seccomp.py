@@ -160,7 +160,7 @@ def test_an_errno_of_the_default(box: Box, caller: Path) -> None:
     assert called(box, caller, profile, NOT_YET) == "-1 38"
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="of one architecture")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="needs x86_64")
 def test_architectures_beside_the_native_one(box: Box, caller: Path) -> None:
     """Each has its own numbers, and its own highest one."""
     allowed = {"names": NAMES.split(), "action": "SCMP_ACT_ALLOW"}

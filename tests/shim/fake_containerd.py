@@ -130,7 +130,7 @@ class FakeContainerd:
             async with asyncio.timeout(TIMEOUT), self._news:
                 await self._news.wait_for(condition)
         except TimeoutError:
-            raise AssertionError(f"these events only: {self.events}") from None
+            raise AssertionError(f"only these events: {self.events}") from None
 
     def bundle(self, container_id: str, spec: dict[str, Any]) -> Path:
         """Create a bundle."""
@@ -204,7 +204,7 @@ class Task:
             await self.call(method, **fields)
         except RpcError as error:
             return error.code, error.text
-        raise AssertionError(f"{method} was to be refused")
+        raise AssertionError(f"{method} should have failed")
 
     async def create(self, **fields: Any) -> Any:
         """Create the container, its root bind-mounted from busybox's."""

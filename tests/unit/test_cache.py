@@ -25,7 +25,7 @@ def cache(tmp_path: Path) -> Cache:
 
 
 def never(target: Path) -> None:
-    pytest.fail("made again")
+    pytest.fail("built again")
 
 
 def contents(cache: Cache) -> list[str]:

@@ -1,7 +1,7 @@
-// Drives an agent with containerd's ttrpc library, and prints what came of each step as JSON.
+// Drives an agent with containerd's ttrpc library, and prints the result of each step as JSON.
 //
-// Usage: driver SOCKET REQUEST.  REQUEST is a file with an encoded CreateContainerRequest whose process copies its
-// standard input to its standard output.
+// Usage: driver SOCKET REQUEST.  REQUEST is a file with an encoded CreateContainerRequest whose process copies stdin to
+// stdout.
 package main
 
 import (
@@ -24,7 +24,7 @@ import (
 
 const (
 	atOnce    = 1000
-	pieceSize = 32 << 10 // as large as Kata's shim makes them
+	pieceSize = 32 << 10 // as in Kata's shim
 	inputSize = 1 << 20
 )
 
@@ -42,7 +42,7 @@ func of(err error) outcome {
 
 func within(timeout time.Duration) context.Context {
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
-	time.AfterFunc(timeout+time.Second, cancel) // after the deadline, so that nothing is cancelled for another reason
+	time.AfterFunc(timeout+time.Second, cancel) // after the deadline, which must be what cancels the call
 	return ttrpc.WithMetadata(ctx, ttrpc.MD{"containerd-namespace-ttrpc": []string{"default"}})
 }
 
@@ -88,13 +88,13 @@ func failures(client *ttrpc.Client, agent kata.AgentServiceService) map[string]o
 	}
 }
 
-// deadline makes a call that waits for something that does not happen.
+// deadline makes a call that waits for an event that never happens.
 func deadline(agent kata.AgentServiceService) outcome {
 	_, err := agent.GetOOMEvent(within(200*time.Millisecond), &kata.GetOOMEventRequest{})
 	return of(err)
 }
 
-// manyAtOnce has that many calls wait while as many others are answered on the same connection.
+// manyAtOnce keeps many calls waiting while as many others are answered on the same connection.
 func manyAtOnce(agent kata.AgentServiceService, health kata.HealthService) map[string]int {
 	ctx, cancel := context.WithCancel(context.Background())
 	var waiting, checking sync.WaitGroup
@@ -130,7 +130,7 @@ func manyAtOnce(agent kata.AgentServiceService, health kata.HealthService) map[s
 	return counts
 }
 
-// copied runs a container that copies its input, and tells whether the output is the same.
+// copied runs a container that copies its input, and returns whether the output is identical.
 func copied(agent kata.AgentServiceService, container *kata.CreateContainerRequest) bool {
 	id := container.ContainerId
 	_, err := agent.CreateSandbox(within(time.Minute), &kata.CreateSandboxRequest{SandboxId: "go"})
