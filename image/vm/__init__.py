@@ -1,9 +1,9 @@
-"""Virtual machines: `VM.start` boots an image, `find_vm`, `get_vm` and `list_vms` find what runs.
+"""Virtual machines: `VM.start` boots an image, `find_vm`, `get_vm` and `list_vms` find running ones.
 
 with VM.start(VMConfig(image), ready=lambda socket: …) as vm:
     …                                   # vm.agent_socket leads to the agent
 
-Modules are imported when something of them is first used: to look whether a VM runs takes no QEMU.
+Modules are imported on first use: checking whether a VM is running needs no QEMU.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Choose the accelerator and the vsock device by evidence, with the reason in a sentence."""
+"""Detect the accelerator and the vsock device, and explain the choice."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KVM_CREATE_VM = 0xAE01
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen, and why.  ``doubt``: evidence that it cannot work, for one that was insisted on."""
+    """A choice and its reason.  ``doubt``: evidence that an explicitly requested one cannot work."""
 
     name: str
     reason: str
@@ -39,7 +39,7 @@ def create_vm(device: int) -> None:
 
 @dataclass(frozen=True)
 class Host:
-    """The machine that is to run a VM: the architecture in uname's words, and what its kernel shows of it."""
+    """The machine to run a VM: uname's architecture, and what its kernel reports."""
 
     machine: str
     cpuinfo: str
@@ -71,20 +71,20 @@ def _refusal(device: Path, use: Callable[[int], None] = lambda descriptor: None)
 
 
 def _asked_for(wanted: str, variable: str) -> str:
-    """Return what is wanted; a variable decides where that is left open: CI is to fail, and not to do with less."""
+    """Return the requested choice; with auto, a variable decides: CI must fail rather than silently use less."""
     return (os.environ.get(variable) or wanted) if wanted == "auto" else wanted
 
 
 def is_open(wanted: str) -> bool:
-    """Tell whether the accelerator was left to be chosen."""
+    """Return whether the accelerator is chosen automatically."""
     return _asked_for(wanted, "CAISSON_ACCEL") == "auto"
 
 
 def kvm_doubt(host: Host) -> str | None:
-    """Return why KVM, whose device opens, still cannot run a stock guest, or None.
+    """Return why KVM, although its device opens, cannot run a stock guest, or None.
 
-    Behind the device may be a back end without hardware virtualization, in which stock guests hang without a word or
-    QEMU fails on the first register that is missing.  On x86 the CPU has to show vmx or svm, too.
+    The device may be a back end without hardware virtualization, in which stock guests hang silently or QEMU fails on
+    the first missing register.  On x86 the CPU must also show vmx or svm.
     """
     if host.machine == "x86_64" and not re.search(r"^flags\s*:.*\b(vmx|svm)\b", host.cpuinfo, re.MULTILINE):
         return f"{host.kvm} opens, but the CPU shows neither vmx nor svm, so it cannot run a stock guest"
@@ -116,7 +116,7 @@ def choose_accelerator(wanted: str, guest: str, host: Host) -> Choice:
     if refusal:
         way_out = "stop its VMs, or choose --accel tcg" if "is busy" in refusal else _kvm_way_out(host.kvm)
         raise VMError(f"--accel kvm: {refusal}; {way_out}")
-    # The evidence may be wrong: whoever insists gets a try, and is told if it fails.
+    # The evidence may be wrong: an explicit request is tried, and a failure is reported.
     return Choice("kvm", "KVM, as requested" + (f", although {doubt}" if doubt else ""), doubt or "")
 
 
@@ -130,7 +130,7 @@ def _kvm_way_out(device: Path) -> str:
 
 
 def _way_in(device: Path) -> str:
-    """Return the command by which somebody who may not open a device may."""
+    """Return the command that gives the user access to a device."""
     if os.geteuid() == 0:
         return f"not even root may open it here: {_given(device)}"
     try:

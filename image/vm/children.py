@@ -1,4 +1,4 @@
-"""The processes of a VM: tied to their supervisor, watched by descriptors, ended within a bounded time."""
+"""The processes of a VM: tied to their supervisor, watched through descriptors, ended within a bounded time."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from caisson.image.vm.errors import VMError
 from caisson.image.vm.exit_reason import POWERED_OFF
 from caisson.image.vm.sandbox import Confinement
 
-#: Seconds for a process to end after it was asked to; then it is killed, as it has nothing to lose.
+#: Seconds for a process to exit on request; then it is killed, as it has no state to lose.
 TERM_TIMEOUT = 0.6
 
-#: What they are called in errors.
+#: Their names in errors.
 TITLES = {"qemu": "QEMU", "vsock": "the vsock device"}
 
 
 class ChildProcesses:
-    """Child processes by name.  As a context manager it ends them all, the last one first."""
+    """Child processes by name.  As a context manager it ends them all, last one first."""
 
     def __init__(self, log: IO[bytes], grace: float = TERM_TIMEOUT) -> None:
         """Take the file for their stdout and stderr, and the seconds for each to end."""
         self._log = log
         self._grace = grace
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._pidfds: dict[int, str] = {}  # readable when the child has ended
+        self._pidfds: dict[int, str] = {}  # readable when the child has exited
         self._helpers: set[str] = set()
         self._ask: dict[str, Callable[[], bool]] = {}
 
@@ -38,13 +38,13 @@ class ChildProcesses:
 
     @property
     def pidfds(self) -> list[int]:
-        """Return the pidfds of the children with which the VM ends."""
+        """Return the pidfds of the children whose exit ends the VM."""
         return [pidfd for pidfd, name in self._pidfds.items() if name not in self._helpers]
 
     def spawn(
         self, name: str, words: Sequence[str], fds: Iterable[int], confinement: Confinement, *, helper: bool = False
     ) -> None:
-        """Start a confined child that has these descriptors, and that the kernel kills when this process dies.
+        """Start a confined child with these descriptors, which the kernel kills when this process dies.
 
         The VM does not end when a ``helper`` does.  Raises VMError.
         """
@@ -69,20 +69,20 @@ class ChildProcesses:
         self._pidfds[os.pidfd_open(process.pid)] = name
 
     def is_running(self, name: str) -> bool:
-        """Tell whether a child runs."""
+        """Return whether a child is running."""
         return self._processes[name].poll() is None
 
     def set_quit(self, name: str, ask: Callable[[], bool]) -> None:
-        """Have a child asked to end before it gets SIGTERM: ``ask`` does so, and returns whether it will."""
+        """Set a function that asks a child to exit before it gets SIGTERM: ``ask`` returns whether it will."""
         self._ask[name] = ask
 
     def exit_reason(self, ready: Iterable[object]) -> str | None:
-        """Return how the first child ended whose descriptor is among those that are readable, in words."""
+        """Describe how the first child with a readable descriptor exited."""
         names = {self._pidfds[descriptor] for descriptor in ready if descriptor in self._pidfds}
         if not names:
             return None
         if "vsock" in names and self._processes["vsock"].wait() == 0 and self._ended("qemu"):
-            names = {"qemu"}  # the device ends well when QEMU has closed its end
+            names = {"qemu"}  # the device exits cleanly when QEMU has closed its end
         name = min(names)  # qemu rather than vsock
         status = self._processes[name].wait()
         title = TITLES.get(name, name)
@@ -100,7 +100,7 @@ class ChildProcesses:
             self.end(name)
 
     def end(self, name: str) -> None:
-        """End a child; nothing to do where it has ended, or there never was one."""
+        """End a child, if it is running."""
         if name not in self._processes:
             return
         process, ask = self._processes[name], self._ask.get(name)
@@ -116,7 +116,7 @@ class ChildProcesses:
             os.close(pidfd)
 
     def _ended(self, name: str) -> bool:
-        """Wait for a child; True if it ends within its time."""
+        """Wait for a child; True if it exits in time."""
         mine = [pidfd for pidfd, other in self._pidfds.items() if other == name]
         ready, _, _ = select.select(mine, [], [], self._grace)
         return bool(ready)

@@ -1,4 +1,4 @@
-"""The configuration of a VM, as its starter gives it, and what booting it would run."""
+"""The configuration of a VM from its starter, and the commands that boot it."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from caisson.image.vm.network import KINDS, Publish
 from caisson.image.vm.snapshot.snapshot import Snapshot
 from caisson.image.vm.vsock import backend as vsock
 
-#: MiB that a guest needs at least.
+#: Minimum MiB of a guest.
 MIN_MEMORY = 128
 
-#: What a share may be called: QEMU and the guest's kernel know it by that.
+#: Valid share tags, for QEMU and the guest's kernel.
 TAG = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,30}")
 
 
 def memory_of_host() -> int:
-    """Return the MiB of memory that this machine has."""
+    """Return this machine's memory in MiB."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20
 
 
 def parse_share(text: str) -> tuple[str, tuple[str, bool]]:
     """Parse TAG=DIR, TAG=DIR:ro or TAG=DIR:rw, as VMConfig has it.  Raises VMError.
 
-    A directory whose own name ends so is meant where there is none without the ending; else a second ending tells.
+    If only a directory whose name ends in :ro or :rw exists, that one is meant; a second ending disambiguates.
     """
     tag, equals, path = text.partition("=")
     if not equals or not path:
@@ -51,7 +51,7 @@ def parse_share(text: str) -> tuple[str, tuple[str, bool]]:
 class VMConfig:
     """What to boot and how: ``image`` is an image's directory, ``memory`` in MiB, ``append`` for the kernel.
 
-    ``max_memory`` and ``max_cpus`` are what vm/hotplug/plug.py can reach (0: nothing can be plugged in); ``shares`` are
+    ``max_memory`` and ``max_cpus`` are the hot-plug maximums (0: no hot-plug); ``shares`` are
     directories of the host, by tag, with whether the guest may write to them; ``virtiofs`` are others, which are
     plugged in, as a clone can have them, too.  One made from a ``snapshot`` is what the
     snapshot was; one that is ``savable`` can become a snapshot, and nobody can talk to it (vm/snapshot/snapshot.py).
@@ -112,7 +112,7 @@ class VMConfig:
 
     @classmethod
     def clone(cls, snapshot: Snapshot, **changes: Any) -> Self:
-        """Return a clone of a snapshot; ``changes`` may be its name, ``accel`` and ``vsock``."""
+        """Return the configuration of a clone; ``changes`` may be its name, ``accel`` and ``vsock``."""
         size: dict[str, Any] = {"memory": snapshot.memory, "cpus": snapshot.cpus, "append": snapshot.append}
         return cls(image=snapshot.image, snapshot=snapshot, **size | changes)
 
@@ -140,12 +140,12 @@ class VMConfig:
 
 
 def shares_to_plug(config: VMConfig) -> Mapping[str, tuple[str, bool]]:
-    """Return the shares that are plugged in, by virtiofs, for a kernel that cannot mount 9p: all of them then.
+    """Return the shares to plug in by virtiofs: all of them, if the kernel cannot mount 9p.
 
-    Raises VMError where it cannot mount virtiofs either, or this machine cannot serve it.
+    Raises VMError if it cannot mount virtiofs either, or this machine cannot serve it.
     """
     _, manifest = qemu.read_manifest(config.image)
-    mountable = manifest["kernel"].get("shares")  # images made before it was noted are taken to have 9p
+    mountable = manifest["kernel"].get("shares")  # older images without this entry are assumed to have 9p
     if not config.shares or mountable is None or "9p" in mountable:
         return {}
     if "virtiofs" not in mountable:
@@ -163,7 +163,7 @@ def shares_to_plug(config: VMConfig) -> Mapping[str, tuple[str, bool]]:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What booting runs: QEMU's ``command``, a shell line for what runs ``beside`` it, and the ``reasons`` for both."""
+    """The commands of a boot: QEMU's ``command``, a shell line to run ``beside`` it, and the ``reasons`` for both."""
 
     command: tuple[str, ...]
     beside: str

@@ -12,8 +12,8 @@
              control.sock  the supervisor's, for what it does while the VM runs (supervisor.py)
              fsN.sock      a virtiofsd's (virtiofs.py)
 
-Only what carries our mark and is our own is ever removed, and only by who makes a VM of the same name, who ends one, or
-the janitor of a supervisor that was killed: looking removes nothing.
+Only directories of this user with our mark are ever removed, and only when creating a VM of the same name, when
+stopping one, or by the janitor of a killed supervisor: reading removes nothing.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 MAX_SOCKET_PATH = 107
 MAX_SOCKET_NAME = len("/vsock.sock_4294967295")
 
-#: What a lock file says, so that a directory of somebody else's that has a file of this name is not taken for ours.
+#: The contents of a lock file, so that a foreign directory with a file of this name is not mistaken for ours.
 MARK = "a VM of Caisson's, format 1\n"
 
-#: Bytes of vm.json, of the end of a log that is looked at, and letters of a line of it.
+#: Maximum bytes of vm.json, of a log's end to read, and characters of one of its lines.
 MAX_DOCUMENT = 4 << 20
 MAX_TAIL = 16384
 QEMU_LINES = 5  # of its messages in an error
@@ -56,9 +56,9 @@ NEW_LOCK = ".lock-"
 
 @contextlib.contextmanager
 def _alone(root: Path) -> Iterator[int]:
-    """Make and remove directories of VMs in here, one at a time in all processes; yields the run root's descriptor.
+    """Create and remove directories of VMs exclusively, across all processes; yields the run root's descriptor.
 
-    So a directory without a held lock, seen in here, is stale: its maker is neither at work nor alive.
+    So a directory without a held lock, seen in here, is stale: its creator is no longer running.
     """
     descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -86,7 +86,7 @@ class VMDirectory:
 
     @classmethod
     def of(cls, name: str) -> VMDirectory:
-        """Return the directory of the VM of this name.  Raises VMError for a name that cannot be one."""
+        """Return the directory of the VM of this name.  Raises VMError for an invalid name."""
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
             raise InvalidOption(f"VM {name!r}: is not a name; give letters, digits, '_', '.' and '-'")
         path = (owned_run_root() or run_root()) / name
@@ -95,14 +95,14 @@ class VMDirectory:
         return cls(path)
 
     def refuse_running(self) -> None:
-        """Raise VMError when a VM of this name is running."""
+        """Raise VMError if a VM of this name is running."""
         if self.is_running():
             raise VMError(f"VM {self.name!r}: is running already; stop it: caisson stop-vm {self.name}")
 
     def create(self) -> IO[str]:
-        """Make the directory, in place of a stale one; returns the held lock.
+        """Create the directory, replacing a stale one; returns the held lock.
 
-        Raises VMError when a VM of this name is running, or the directory is not one of ours.
+        Raises VMError if a VM of this name is running, or the directory is not ours.
         """
         with _alone(self.path.parent) as root:
             self.refuse_running()
@@ -118,7 +118,7 @@ class VMDirectory:
             return lock
 
     def _new_lock(self, root: int) -> IO[str]:
-        """Make a lock that is held and carries our mark before it has its place."""
+        """Create a lock that is held and has our mark before it gets its name."""
         name = NEW_LOCK + self.name
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=root)
@@ -130,7 +130,7 @@ class VMDirectory:
         return lock
 
     def is_running(self) -> bool:
-        """Tell whether a supervisor holds the lock."""
+        """Return whether a supervisor holds the lock."""
         try:
             lock = os.open(self._lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
@@ -144,12 +144,14 @@ class VMDirectory:
         return False
 
     def remove(self) -> None:
-        """Remove it with all that is in it: for the holder of its lock.  Raises VMError for one that is not ours."""
+        """Remove it with its contents; the caller holds its lock.  Raises VMError if it is not ours."""
         with _alone(self.path.parent) as root:
             self._remove(root)
 
     def _remove(self, root: int) -> None:
-        """Remove what is there, if it carries our mark; beneath ``root``, following no link.  Raises VMError if not."""
+        """Remove the directory, if it has our mark; beneath ``root``, without following links.  Raises VMError if
+        not.
+        """
         try:
             directory = os.open(self.name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=root)
         except FileNotFoundError:
@@ -159,7 +161,7 @@ class VMDirectory:
         try:
             if not _is_ours(directory):
                 raise VMError(f"{self.path}: is in the way, and is not a VM's directory; choose another name")
-            # The lock goes last: what is left by one who is killed on the way still carries the mark.
+            # The lock goes last: after a kill half-way, the rest still has the mark.
             for entry in os.scandir(directory):
                 if entry.is_dir(follow_symlinks=False):
                     shutil.rmtree(entry.name, ignore_errors=True, dir_fd=directory)
@@ -171,7 +173,7 @@ class VMDirectory:
             os.close(directory)
 
     def read(self) -> dict[str, Any]:
-        """Return vm.json, an empty document while there is none yet.  Raises VMError for one that cannot be read."""
+        """Return vm.json; an empty document if there is none yet.  Raises VMError if it cannot be read."""
         try:
             with self._json.open() as stream:
                 return dict(json.loads(stream.read(MAX_DOCUMENT)))
@@ -192,7 +194,7 @@ class VMDirectory:
         return _tail(self.console, lines)
 
     def console_silence(self) -> str:
-        """Tell since when the guest has printed nothing, in words."""
+        """Describe for how long the guest has printed nothing."""
         try:
             state = self.console.stat()
         except FileNotFoundError:
@@ -218,7 +220,7 @@ def running_vms() -> Iterator[VMDirectory]:
 def find_running(name: str) -> tuple[VMDirectory, dict[str, Any]] | None:
     """Return the directory of the running VM of this name and its vm.json; None if there is none.
 
-    Raises VMError for a name that is not valid, and for a VM of a version of Caisson that this one cannot talk to.
+    Raises VMError for an invalid name, and for a VM of an incompatible version of Caisson.
     """
     directory = VMDirectory.of(name)
     if owned_run_root() is None or not directory.is_running():
@@ -233,7 +235,7 @@ def find_running(name: str) -> tuple[VMDirectory, dict[str, Any]] | None:
 
 
 def _is_ours(directory: int) -> bool:
-    """Tell whether an open directory is this user's and holds a lock file of this user's with our mark."""
+    """Return whether an open directory belongs to this user and contains this user's lock file with our mark."""
     if os.fstat(directory).st_uid != os.geteuid():
         return False
     try:
@@ -273,11 +275,11 @@ flock --wait 2 -- "$2/lock" true && exec flock -- . flock --nonblock -- "$2/lock
 
 
 def janitor(directory: VMDirectory) -> contextlib.AbstractContextManager[None]:
-    """Have a VM's directory, and this process's group, cleaned up should this process be killed in the block.
+    """Clean up a VM's directory, and this process's group, if this process is killed in the block.
 
-    To be entered before the directory is made, so that there is no moment at which a kill leaves something behind.
+    Enter it before creating the directory, so that a kill at any time leaves nothing behind.
     """
-    from caisson.image.parent_death import cleaned_up_if_killed  # here: whoever only looks starts no process
+    from caisson.image.parent_death import cleaned_up_if_killed  # late: readers start no process
 
     arguments = [str(directory.path.parent), directory.name, MARK.rstrip()]
     return cleaned_up_if_killed(REMOVE, arguments)

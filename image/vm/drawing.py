@@ -1,4 +1,4 @@
-"""Draw a timeline as SVG: a row for each span, one below the other, so that no text meets another."""
+"""Draw a timeline as SVG: one row per span, so that texts do not overlap."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from html import escape
 
 from caisson.image.vm.timeline import Span, Timeline
 
-#: Pixels: the names' column, the bars', and the figures'; a row, the head and the foot.
+#: Pixels: the columns of names, bars and figures; a row, the head and the foot.
 NAMES, BARS, FIGURES = 270, 600, 90
 ROW, HEAD, FOOT = 19, 64, 28
 INDENT = 14
 
-#: Pixels that a letter takes, at most, in the fonts below: of one width, so that what fits can be counted.
+#: Maximum pixels of a letter in the fonts below: monospace, so that fitting text can be counted.
 LETTER, TITLE_LETTER, NOTE_LETTER = 7.3, 9.1, 6.7
 
-#: Colours by class, on light ground and on dark.  Not by CSS variables: not every program that draws SVG knows them.
+#: Colours by class, for light and dark mode.  Without CSS variables, which not every SVG renderer supports.
 LIGHT = {
     "ground": "#ffffff", "ink": "#1f2328", "faint": "#656d76", "line": "#d8dee4",
     "host": "#8c959f", "firmware": "#bf8700", "kernel": "#1a7f5a", "agent": "#3b6fd4",
@@ -35,7 +35,7 @@ def _colours(palette: Mapping[str, str]) -> str:
 
 
 def svg(timeline: Timeline) -> str:
-    """Return the picture, readable on light and dark ground."""
+    """Return the picture, readable in light and dark mode."""
     rows = list(_rows(timeline.spans))
     width, bottom = NAMES + BARS + FIGURES, HEAD + ROW * len(rows)
     scale = BARS / timeline.seconds
@@ -69,7 +69,7 @@ def svg(timeline: Timeline) -> str:
 
 
 def _fit(text: str, pixels: float, letter: float) -> str:
-    """Shorten a text to what fits."""
+    """Truncate a text to fit."""
     most = max(1, int(pixels / letter))
     return text if len(text) <= most else text[: most - 1] + "…"
 
@@ -81,5 +81,5 @@ def _rows(spans: tuple[Span, ...], depth: int = 0) -> Iterator[tuple[int, Span]]
 
 
 def _step(seconds: float) -> float:
-    """Return the seconds between two lines of the axis: at most ten of them."""
+    """Return the seconds between two axis lines, of which there are at most ten."""
     return next(step for step in (0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 600) if seconds / step <= 10)

@@ -1,18 +1,20 @@
-"""What can go wrong with a virtual machine, in words for the person who started it."""
+"""Errors of virtual machines, with messages for the user."""
 
 from __future__ import annotations
 
 
 class VMError(Exception):
-    """A VM could not be started, found or kept; the text says what, why and, where there is one, the way out."""
+    """A VM could not be started, found or kept; the text names the problem, the cause and, if there is one, the
+    remedy.
+    """
 
 
 class InvalidOption(VMError):
-    """A value that a VM cannot be given, whatever the state of this machine's VMs: the caller's to change."""
+    """An invalid option, whatever the state of this machine's VMs: the caller must change it."""
 
 
 class VMEnded(VMError):
-    """A VM has ended while it was used; ``reason`` says why."""
+    """A VM has exited while in use; ``reason`` says why."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"VM {name!r}: the VM has ended: {reason}")

@@ -1,4 +1,4 @@
-"""Keep why a VM has ended: whoever uses it may not be who started it, and its directory is gone.
+"""Keep the reason why a VM exited: its user may not be its starter, and its directory is gone.
 
 <cache>/ended/<digest>-<name>     kept for a day, or until a VM of this name is started; the digest is of its run root
 """
@@ -11,22 +11,22 @@ from pathlib import Path
 
 from caisson.image.vm.directory import VMDirectory
 
-#: The ends that somebody wanted.
+#: Reasons of intended exits.
 STOPPED = "it was stopped"
 POWERED_OFF = "the guest has powered off"
 
-#: Seconds for which a reason is kept.
+#: Seconds to keep a reason.
 MAX_AGE = 86400.0
 
-#: How many are kept: each command that boots a VM of its own leaves one.
+#: Maximum number to keep: each command that boots its own VM leaves one.
 MAX_STORED = 100
 
-#: Bytes of one: a reason comes with the last lines of a guest's console.
+#: Maximum bytes of one: a reason includes the last lines of a guest's console.
 MAX_BYTES = 64 << 10
 
 
 def record(directory: VMDirectory, reason: str) -> None:
-    """Store why a VM has ended, and remove what is too old or too much.  Best effort: a full disk is no error here."""
+    """Store why a VM has exited, and remove old or excess reasons.  Best effort: a full disk is not an error."""
     file = _file(directory)
     with contextlib.suppress(OSError):
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -38,13 +38,13 @@ def record(directory: VMDirectory, reason: str) -> None:
 
 
 def clear(directory: VMDirectory) -> None:
-    """Remove the stored reason: a new VM of this name begins."""
+    """Remove the stored reason: a new VM of this name starts."""
     with contextlib.suppress(OSError):
         _file(directory).unlink()
 
 
 def read(directory: VMDirectory) -> str:
-    """Return the stored reason, a sentence and the evidence for it; empty if there is none."""
+    """Return the stored reason with its evidence; empty if there is none."""
     try:
         with _file(directory).open(errors="replace") as stream:
             return stream.read(MAX_BYTES)
@@ -53,7 +53,7 @@ def read(directory: VMDirectory) -> str:
 
 
 def describe(directory: VMDirectory) -> str:
-    """Return when and why the last VM of this name has ended; empty where that is not known, or was wanted."""
+    """Describe when and why the last VM of this name exited; empty if unknown or intended."""
     try:
         age = time.time() - _file(directory).stat().st_mtime
     except OSError:
@@ -65,6 +65,6 @@ def describe(directory: VMDirectory) -> str:
 
 
 def _file(directory: VMDirectory) -> Path:
-    from caisson.image.build.cache import default_root, digest_of  # late: most of what a supervisor would import
+    from caisson.image.build.cache import default_root, digest_of  # late: it would be most of a supervisor's imports
 
     return default_root() / "ended" / f"{digest_of(str(directory.path.parent))}-{directory.name}"

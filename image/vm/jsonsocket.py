@@ -1,4 +1,4 @@
-"""JSON objects, a line each, on a socket: how a supervisor talks with its starter, and QEMU with whoever drives it."""
+"""JSON objects, one per line, on a socket: the protocol of a supervisor and its starter, and of QEMU's monitor."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-#: Bytes of a line that is still believed to be one.
+#: Maximum bytes of a line.
 MAX_LINE = 4 << 20
 
 
 class JSONSocket:
     """One end of such a socket; closing it closes the socket.
 
-    ``fds`` are the descriptors that came with objects, ``max_fds`` of them at most: they are the caller's to close.
+    ``fds`` are the descriptors received with objects, at most ``max_fds``; the caller closes them.
     """
 
     def __init__(self, connection: socket.socket, max_fds: int = 0) -> None:
@@ -29,17 +29,17 @@ class JSONSocket:
         return self._connection.fileno()
 
     def send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
-        """Send an object, with descriptors (unix(7), SCM_RIGHTS).  Raises OSError when the other end has gone."""
+        """Send an object, with descriptors (unix(7), SCM_RIGHTS).  Raises OSError if the other end is closed."""
         self._connection.settimeout(None)
         data = json.dumps(message).encode() + b"\n"
         sent = socket.send_fds(self._connection, [data], fds) if fds else 0
-        if sent < len(data):  # to send nothing fails, too, once the other end has closed: it may have answered by then
+        if sent < len(data):  # sending nothing also fails once the other end has closed, and it may have responded
             self._connection.sendall(data[sent:])
 
     def receive(self, timeout: float | None = None) -> dict[str, Any] | None:
-        """Return the next object, None at the end.  ``timeout`` in seconds; 0 takes only what has arrived.
+        """Return the next object; None at the end.  ``timeout`` in seconds; 0 takes only what has arrived.
 
-        Raises TimeoutError, and ValueError for what is not a JSON object or too long.
+        Raises TimeoutError, and ValueError for a line that is not a JSON object or too long.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while b"\n" not in self._received:
@@ -63,7 +63,7 @@ class JSONSocket:
 
     def _recv(self) -> bytes:
         if len(self.fds) >= self._max_fds:
-            return self._connection.recv(65536)  # the kernel closes descriptors that nobody asks for
+            return self._connection.recv(65536)  # the kernel closes descriptors that are not received
         data, fds, _, _ = socket.recv_fds(self._connection, 65536, self._max_fds - len(self.fds))
         for fd in fds:
             os.set_inheritable(fd, False)  # recv_fds of Python 3.11 ignores its flags

@@ -1,7 +1,6 @@
-"""The process that keeps a VM, started by whoever wants one; its side is supervisor.py.
+"""Start the process that keeps a VM; its own code is supervisor.py.
 
-A file of its own, as it imports next to nothing: a shim starts this process first of all, and both import what they
-need side by side.
+A separate file, as it imports almost nothing: a shim starts this process first, and both import in parallel.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import sys
 
 
 class SupervisorProcess:
-    """A supervisor that waits for a VM's configuration on ``line``, and ends with that."""
+    """A supervisor that waits for a VM's configuration on ``line``, and exits when that closes."""
 
     def __init__(self) -> None:
         self.line, theirs = socket.socketpair()

@@ -1,8 +1,8 @@
-"""Logs of a guest: kept as rings, and followed while they grow.
+"""Logs of a guest: kept as rings, and followed as they grow.
 
-Of each log the last MiBs are kept, whatever the guest prints.  The writer (QEMU) goes on at its place in the file, so
-that a reader finds its own; what is older is punched out of the file and takes no space any more.  It would read as
-zeros, and no reader here goes there.
+Only the last MiBs of each log are kept, whatever the guest prints.  The writer (QEMU) continues at its offset, so that
+readers keep theirs; older data is punched out of the file and takes no space.  It would read as zeros, but readers here
+skip it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
-#: Bytes of a log that are kept, and how much more may be there before it is trimmed.
+#: Bytes of a log to keep, and how much it may exceed that before it is trimmed.
 MAX_LOG = 4 << 20
 SLACK = 1 << 20
 
-#: Seconds between two times that a log is trimmed: at a serial port's speed, that is a few MiB.
+#: Seconds between trims: at a serial port's speed, a few MiB.
 TRIM_INTERVAL = 2.0
 
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
@@ -35,7 +35,7 @@ class LogRing:
         self._fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong]
 
     def trim(self) -> None:
-        """Punch out what is older than the last bytes; a file system that cannot keeps it."""
+        """Punch out everything before the last bytes, if the file system supports it."""
         for file in self._files:
             try:
                 size = file.stat().st_size
@@ -55,22 +55,22 @@ class LogRing:
 
 
 def ring_start(size: int) -> int:
-    """Return where what is kept of a log of this size begins, in bytes."""
+    """Return the offset of the kept part of a log of this size, in bytes."""
     return max(0, size - MAX_LOG)
 
 
-#: Bytes that are read, and handed on, at once.
+#: Bytes to read and pass on at once.
 BLOCK = 1 << 16
 
 
 class Follower:
-    """Hands what is appended to a file to a callback, in a thread, while the block runs and once more after it.
+    """Pass data appended to a file to a callback, in a thread, while the block runs and once more after it.
 
-    A reader that is slower than the writer misses what the ring no longer has.  The callback is not called again after
-    it has raised an OSError: where it writes to is closed.
+    A reader slower than the writer misses what the ring has dropped.  After an OSError the callback is not called
+    again: its output is closed.
     """
 
-    #: Seconds between looks: inotify would save little, and the file may not be there yet.
+    #: Polling interval in seconds: inotify would save little, and the file may not exist yet.
     INTERVAL = 0.05
 
     def __init__(
@@ -78,7 +78,7 @@ class Follower:
     ) -> None:
         self._file = file
         self._interval = interval
-        self._stream: IO[bytes] | None = None  # kept open: what was printed last is read when the file has gone
+        self._stream: IO[bytes] | None = None  # kept open: the last output is readable after removal
         self._callback = callback
         self.position = position
         self._stop = threading.Event()
@@ -96,7 +96,7 @@ class Follower:
                 self._stream = self._file.open("rb", buffering=0)
             except FileNotFoundError:
                 return
-        end = os.fstat(self._stream.fileno()).st_size  # a flood does not keep us here
+        end = os.fstat(self._stream.fileno()).st_size  # do not get stuck in a flood
         while self._callback is not None and self.position < end:
             self.position = max(self.position, ring_start(os.fstat(self._stream.fileno()).st_size))
             self._stream.seek(self.position)

@@ -1,4 +1,4 @@
-"""Virtual machines, from the side of their starter and their users."""
+"""Virtual machines, as seen by their starter and users."""
 
 from __future__ import annotations
 
@@ -29,37 +29,37 @@ from caisson.image.vm.runroot import owned_run_root
 from caisson.image.vm.snapshot.snapshot import Snapshot, SnapshotCompatibility, place
 from caisson.proto.contract import VM_FORMAT
 
-#: Seconds until the agent has to answer: native, and emulated on a busy machine.
+#: Timeouts in seconds for the agent to answer: native, and emulated on a busy machine.
 AGENT_TIMEOUT = {"kvm": 60.0, "tcg": 240.0}
 
-#: Seconds for the firmware to say something under KVM, where QEMU is up: it does within some milliseconds.
+#: Seconds for the firmware to print something under KVM, once QEMU is up: normally milliseconds.
 KVM_SILENCE_TIMEOUT = 8.0
 
-#: Seconds between two times that the agent is asked, if asking takes no time itself.
+#: Seconds between two probes of the agent, if probing itself takes no time.
 READY_INTERVAL = 0.02
 
-#: Seconds between looks at the firmware's log: what counts is when it grows.
+#: Polling interval of the firmware's log in seconds.
 FIRMWARE_INTERVAL = 0.002
 
-#: Seconds for a supervisor to take everything down: it asks, terminates and kills two processes.
+#: Seconds for a supervisor to shut everything down: it asks, terminates and kills two processes.
 STOP_TIMEOUT = 20.0
 
 
 class GuestDoesNotRun(VMError):
-    """KVM takes the guest and runs nothing of it: what is behind /dev/kvm is not made for stock guests."""
+    """KVM accepts the guest but does not run it: the back end of /dev/kvm does not support stock guests."""
 
 
 class VM:
-    """A running VM.  As a context manager it is stopped at the end, unless it was detached."""
+    """A running VM.  As a context manager it is stopped at the end, unless detached."""
 
     def __init__(self, directory: VMDirectory, info: dict[str, Any] | None = None) -> None:
         self._directory = directory
         self._info = info or {}
         self._supervisor: subprocess.Popen[bytes] | None = None
-        self._config: VMConfig | None = None  # of one that was started here
+        self._config: VMConfig | None = None  # if it was started here
         self._line: JSONSocket | None = None  # to the supervisor, while this is the VM's starter
-        self._end: str | None = None  # why it has ended, once the supervisor has said so
-        self._shown = 0  # bytes of the console that were passed on
+        self._end: str | None = None  # why it has exited, once the supervisor has reported it
+        self._shown = 0  # bytes of the console already passed on
         self._firmware_spoke = False
 
     @property
@@ -72,12 +72,12 @@ class VM:
 
     @property
     def agent_socket(self) -> Path:
-        """Return the Unix socket at which any gRPC client dials the agent."""
+        """Return the Unix socket of the agent, for any gRPC client."""
         return self._directory.agent_socket
 
     @property
     def vsock_socket(self) -> Path:
-        """Return the Unix socket at which CONNECT <port> reaches a port of the guest."""
+        """Return the Unix socket on which CONNECT <port> reaches a port of the guest."""
         return self._directory.vsock_socket
 
     def host_port(self, port: int) -> Path:
@@ -86,7 +86,7 @@ class VM:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """Return the manifest of the guest's image.  Raises VMError when the VM has ended."""
+        """Return the manifest of the guest's image.  Raises VMError if the VM has exited."""
         try:
             return dict(json.loads((self.directory / "image.json").read_text()))
         except FileNotFoundError:
@@ -94,7 +94,7 @@ class VM:
 
     @property
     def architecture(self) -> str:
-        """Return the guest's architecture as Debian has it: amd64.  Raises VMError when the VM has ended."""
+        """Return the guest's architecture as Debian has it: amd64.  Raises VMError if the VM has exited."""
         return str(self.manifest["arch"])
 
     @property
@@ -105,7 +105,7 @@ class VM:
 
     @property
     def info(self) -> dict[str, Any]:
-        """Return vm.json as it is now, or was last.
+        """Return the current vm.json, or the last one read.
 
         It has name, state (starting or running), directory, image, accel and vsock with their reasons, cid, memory
         (MiB), cpus, shares, network, started (seconds since the epoch), spawned (when QEMU was, in seconds of this
@@ -126,12 +126,11 @@ class VM:
         timeout: float | None = None,
         supervisor: SupervisorProcess | None = None,
     ) -> VM:
-        """Boot a VM and wait until ``ready(agent_socket)`` is true; it is called repeatedly, and may block briefly.
+        """Boot a VM and wait until ``ready(agent_socket)`` is true; that is called repeatedly, and may block briefly.
 
         ``report`` gets a line on what was chosen and why, ``console`` what the guest prints meanwhile, ``firmware``
-        at once what its firmware does, if the configuration asks for that; ``supervisor`` is one that waits already,
-        and ends if this fails.  Raises VMError when the VM ends, or is not ready within ``timeout`` seconds; nothing is
-        left then.
+        immediately what its firmware prints, if configured; ``supervisor`` is a waiting one, which exits if this
+        fails.  Raises VMError if the VM exits, or is not ready within ``timeout`` seconds; nothing is left then.
         """
         began = time.monotonic()
         owned_run_root(make=True)
@@ -147,7 +146,7 @@ class VM:
         shares = {tag: each for tag, each in config.shares.items() if tag not in later}
         config = dataclasses.replace(config, shares=shares, virtiofs={})
         if config.snapshot and transport.name == "user":
-            config, later = dataclasses.replace(config, virtiofs=later), {}  # there when the guest runs on
+            config, later = dataclasses.replace(config, virtiofs=later), {}  # present when the guest resumes
 
         def boot(accelerator: Choice, supervisor: SupervisorProcess | None = None) -> VM:
             limit = timeout or scaled(AGENT_TIMEOUT[accelerator.name])
@@ -179,7 +178,7 @@ class VM:
         """Start a VM and wait for its agent; the limit is a monotonic time, and seconds from then.  Raises VMError."""
         directory = VMDirectory.of(config.name)
         vm = cls(directory)
-        # Under KVM the firmware's first words show that the guest runs at all.
+        # Under KVM the firmware's first output shows that the guest runs at all.
         watched = accelerator.name == "kvm" and not config.snapshot and not config.savable
         vm._config = dataclasses.replace(config, firmware=config.firmware or watched)
         try:
@@ -202,8 +201,8 @@ class VM:
         return vm
 
     def _plug(self, shares: Mapping[str, tuple[str, bool]]) -> None:
-        """Plug in the shares of a VM that was booted just now.  Raises VMError; it has ended then."""
-        from caisson.image.vm.hotplug.share import share  # which needs this module
+        """Plug in the shares of a VM just booted.  Raises VMError, after which it has exited."""
+        from caisson.image.vm.hotplug.share import share  # late: that imports this module
 
         try:
             for tag, (path, writable) in shares.items():
@@ -213,18 +212,18 @@ class VM:
             raise
 
     def _launch(self, supervisor: SupervisorProcess, config: VMConfig, accelerator: Choice, transport: Choice) -> None:
-        """Have a supervisor start the VM."""
+        """Make a supervisor start the VM."""
         self._line, self._supervisor = JSONSocket(supervisor.line), supervisor.process
         document = config.document(accelerator, transport)
         program = qemu.probe(qemu.architecture_of(qemu.read_manifest(config.image)[1]))
-        with contextlib.suppress(OSError):  # what has become of it is received below
+        with contextlib.suppress(OSError):  # the outcome is received below
             self._line.send(document | {"directory": str(self.directory), "program": dataclasses.astuple(program)})
         self._info = self._message()["info"]
 
     def _await(self, ready: Callable[[Path], bool], began: float, limit: float, accelerator: Choice) -> None:
-        """Wait for the agent.  Raises VMError; GuestDoesNotRun where KVM does not run the firmware."""
+        """Wait for the agent.  Raises VMError; GuestDoesNotRun if KVM does not run the firmware."""
         assert self._line is not None
-        created: float | None = None  # when QEMU made the firmware's log, empty
+        created: float | None = None  # when QEMU created the firmware's log, empty
         while not ready(self.agent_socket):
             with contextlib.suppress(TimeoutError):
                 self._message(READY_INTERVAL)
@@ -243,7 +242,7 @@ class VM:
         self._info = self._message()["info"]
 
     def _firmware_is_silent(self) -> bool:
-        """Tell whether the firmware has a log, and has not printed anything: only x86's has one."""
+        """Return whether the firmware has a log (only on x86) but has not printed anything."""
         try:
             empty = self._directory.firmware.stat().st_size == 0
         except OSError:
@@ -252,7 +251,7 @@ class VM:
         return empty
 
     def _message(self, timeout: float | None = None) -> dict[str, Any]:
-        """Return the supervisor's next message.  Raises VMError when the VM has ended, and TimeoutError."""
+        """Return the supervisor's next message.  Raises VMError if the VM has exited, and TimeoutError."""
         assert self._line is not None
         message = self._line.receive(timeout)
         if message is None:
@@ -263,7 +262,7 @@ class VM:
         return message
 
     def _abandon(self) -> str:
-        """Take down what was started here; returns what QEMU and the guest said last."""
+        """Shut down what was started here; returns the last output of QEMU and the guest."""
         if self._line is not None:
             self._line.finish()
             deadline = time.monotonic() + STOP_TIMEOUT
@@ -276,17 +275,17 @@ class VM:
         return (self._end or "").partition("\n")[2]
 
     def _reap(self) -> None:
-        """Wait for the supervisor that was started here."""
+        """Reap the supervisor started here."""
         if self._supervisor is not None:
             try:
                 self._supervisor.wait(STOP_TIMEOUT)
             except subprocess.TimeoutExpired:
-                self._supervisor.kill()  # its children and the janitor know what to do
+                self._supervisor.kill()  # its children and the janitor clean up
                 self._supervisor.wait()
             self._supervisor = None
 
     def wait(self, console: Callable[[bytes], None] | None = None) -> None:
-        """Follow a VM that was started here to its end.  Raises VMError when that was not the guest's own doing."""
+        """Wait until a VM started here exits.  Raises VMError unless the guest powered off itself."""
         with Follower(self._directory.console, console, self._shown):
             try:
                 while True:
@@ -296,13 +295,13 @@ class VM:
                     raise VMError(f"VM {self.name!r}: {end}") from None
 
     def show(self, console: Callable[[bytes], None], *, follow: bool) -> None:
-        """Pass on what the guest has printed, and with ``follow`` what it prints until the VM ends."""
+        """Pass on the guest's output so far, and with ``follow`` until the VM exits."""
         with Follower(self._directory.console, console), self.exit_fd() as supervisor:
             if follow and supervisor is not None:
                 select.select([supervisor], [], [])
 
     def detach(self) -> None:
-        """Leave the VM running without its starter.  Raises VMError when it has ended meanwhile."""
+        """Leave the VM running without its starter.  Raises VMError if it has exited meanwhile."""
         assert self._line is not None, "only its starter can detach a VM"
         try:
             self._line.send({"detach": True})
@@ -312,7 +311,7 @@ class VM:
         self._line = None
 
     def save(self, name: str) -> int:
-        """Store a savable guest as a snapshot, in the place of an older one, and end it; returns the bytes on disk.
+        """Save a savable guest as a snapshot, replacing an older one, and stop it; returns the bytes on disk.
 
         Raises VMError.
         """
@@ -333,9 +332,9 @@ class VM:
         return size
 
     def exit_reason(self, timeout: float = 2.0) -> str | None:
-        """Return why the VM has ended, in a sentence; None if it still runs after ``timeout`` seconds.
+        """Return why the VM has exited; None if it is still running after ``timeout`` seconds.
 
-        For whoever has lost its agent: a VM takes a moment to end.
+        For callers that have lost its agent: a VM takes a moment to exit.
         """
         if self._line is not None:
             deadline = time.monotonic() + timeout
@@ -349,9 +348,9 @@ class VM:
         return exit_reason.read(self._directory).partition("\n")[0] or "its supervisor died"
 
     def stop(self, timeout: float = STOP_TIMEOUT) -> None:
-        """End it; returns when nothing of it is left.  Raises VMError when that takes longer than ``timeout`` seconds.
+        """Stop it; returns when nothing of it is left.  Raises VMError on timeout (``timeout`` seconds).
 
-        A VM that has ended already is no error.
+        A VM that has already exited is not an error.
         """
         if self._line is not None:
             self._abandon()
@@ -369,14 +368,14 @@ class VM:
 
     @contextlib.contextmanager
     def exit_fd(self) -> Iterator[int | None]:
-        """Yield a descriptor that becomes readable when the VM has ended; None when it has already."""
+        """Yield a descriptor that becomes readable when the VM exits; None if it already has."""
         pid = self.info.get("pids", {}).get("supervisor")
         try:
             pidfd = None if pid is None else os.pidfd_open(pid)
         except ProcessLookupError:
             pidfd = None
         try:
-            # Held by somebody, so the process is the one that was read about, and not one that got its number.
+            # The lock is held, so the pid is the supervisor's, and not reused.
             held = self._directory.is_running() and self._directory.read().get("pids", {}).get("supervisor") == pid
             yield pidfd if held else None
         finally:
@@ -392,16 +391,16 @@ class VM:
 
 
 def find_vm(name: str) -> VM | None:
-    """Return the running VM of this name, None if there is none.
+    """Return the running VM of this name; None if there is none.
 
-    Raises VMError for a name that is not valid, and for a VM of a version of Caisson that this one cannot talk to.
+    Raises VMError for an invalid name, and for a VM of an incompatible version of Caisson.
     """
     found = find_running(name)
     return VM(*found) if found else None
 
 
 def get_vm(name: str) -> VM:
-    """Return the running VM of this name.  Raises VMError that names those that run."""
+    """Return the running VM of this name.  Raises VMError listing the running ones."""
     vm = find_vm(name)
     if vm is None:
         names = ", ".join(other.name for other in list_vms()) or "none"
@@ -414,12 +413,12 @@ def get_vm(name: str) -> VM:
 
 
 def list_vms() -> list[VM]:
-    """Return this user's running VMs, by name; those of other versions that this one cannot use are left out."""
+    """Return this user's running VMs, by name; those of incompatible versions are left out."""
     vms = ((directory, directory.read()) for directory in running_vms())
     return [VM(directory, info) for directory, info in vms if info and info.get("format") == VM_FORMAT]
 
 
 def vms_of_other_versions() -> dict[str, str]:
-    """Return this user's running VMs that this version cannot use: the version that started each, by its name."""
+    """Return this user's running VMs of incompatible versions: each one's version by name."""
     infos = ((directory.name, directory.read()) for directory in running_vms())
     return {name: str(info.get("version", "0.1")) for name, info in infos if info and info.get("format") != VM_FORMAT}

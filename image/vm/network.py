@@ -1,7 +1,7 @@
-"""A guest's network without root: QEMU's user-mode network (slirp), and ports of this machine that lead into it.
+"""A guest's network without root: QEMU's user-mode network (slirp), and published ports of this machine.
 
-QEMU translates what the guest sends into sockets of its own, so the guest reaches what this user reaches.  There is no
-DHCP in the guest: the addresses are always the same, and whoever booted it tells its agent (UpdateInterface,
+QEMU translates the guest's traffic to its own sockets, so the guest can reach whatever this user can.  There is no DHCP
+in the guest: the addresses are always the same, and its starter configures them through the agent (UpdateInterface,
 UpdateRoutes).  Source: QEMU, docs/system/devices/net.rst, "Using the user mode network stack".
 """
 
@@ -16,21 +16,21 @@ from caisson.image.vm.errors import InvalidOption
 
 KINDS = ("none", "user")
 
-#: The interface's name in the guest, its MAC address (locally administered), and what slirp gives out.
+#: The interface's name in the guest, its MAC address (locally administered), and slirp's addresses.
 INTERFACE = "eth0"
 MAC = "52:54:00:ca:15:50"
 ADDRESS, PREFIX, GATEWAY, DNS, MTU = "10.0.2.15", 24, "10.0.2.2", "10.0.2.3", 1500
 
-#: [ADDRESS:]PORT:PORT[/udp], the first of this machine.
+#: [ADDRESS:]PORT:PORT[/udp], this machine's port first.
 RULE = re.compile(r"(?:(?P<address>[0-9.]+|localhost):)?(?P<host>\d+):(?P<guest>\d+)(?:/(?P<protocol>tcp|udp))?")
 
-#: Ports below need a capability of whoever listens on them.
+#: Listening on ports below needs a capability.
 FIRST_UNPRIVILEGED = 1024
 
 
 @dataclass(frozen=True)
 class Publish:
-    """A port of this machine that leads to a port of the guest."""
+    """A published port: one of this machine, forwarded to one of the guest."""
 
     host: int
     guest: int
@@ -68,7 +68,7 @@ def options(publish: Sequence[Publish]) -> list[str]:
 
 
 def document(kind: str, publish: Sequence[Publish]) -> dict[str, Any]:
-    """Return the network as vm.json has it: for whoever sets the guest's side up."""
+    """Return the network's entry in vm.json, from which the guest's side is configured."""
     if kind == "none":
         return {"kind": kind}
     return {

@@ -1,4 +1,4 @@
-"""QEMU's machine protocol, as much as a supervisor needs: connect, execute a command, wait for its answer.
+"""QEMU's machine protocol, as far as a supervisor needs it: connect, execute a command, wait for its response.
 
 Each call is bounded in time.  Source: QEMU, docs/interop/qmp-spec.rst.
 """
@@ -16,7 +16,7 @@ from caisson.image.vm.jsonsocket import JSONSocket
 
 
 class QMPError(VMError):
-    """QEMU did not answer, or refused; ``kind`` is the protocol's class of a refusal, else empty."""
+    """QEMU did not answer, or returned an error; ``kind`` is the protocol's error class, if any."""
 
     def __init__(self, text: str, kind: str = "") -> None:
         super().__init__(text)
@@ -29,7 +29,7 @@ class QMP:
     def __init__(self, path: Path, timeout: float = 2.0) -> None:
         """Connect; ``timeout`` in seconds is for that, and for each command.  Raises QMPError.
 
-        QEMU serves one client a socket at a time, so a second one waits until its time is over.
+        QEMU serves one client per socket at a time; a second one waits until its timeout.
         """
         self._path = path
         self._timeout = timeout
@@ -49,7 +49,7 @@ class QMP:
             raise
 
     def execute(self, command: str, arguments: dict[str, Any] | None = None, fds: Sequence[int] = ()) -> Any:
-        """Run a command, which may need descriptors, and return what it returns.  Raises QMPError."""
+        """Run a command, optionally with descriptors, and return its result.  Raises QMPError."""
         deadline = time.monotonic() + self._timeout
         try:
             self._lines.send({"execute": command} | ({"arguments": arguments} if arguments else {}), fds)

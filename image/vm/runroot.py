@@ -1,7 +1,7 @@
-"""The run root: where the directories of VMs are, and that nobody else can put anything there.
+"""The run root: the directory of all VMs, which no other user may be able to modify.
 
-What is found below it is dialled as an agent's socket, read as a VM's console, and removed when it is stale: so it has
-to be this user's own, and so has every directory and link on the way to it that could be exchanged.
+Files below it are used as agents' sockets, read as VMs' consoles, and removed when stale: so it must be this user's
+own, and so must every directory and link on the path to it that could be replaced.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ from pathlib import Path
 
 from caisson.image.vm.errors import VMError
 
-#: Links that a path may lead through (path_resolution(7) has the same bound).
+#: Maximum links in a path (the same as in path_resolution(7)).
 MAX_LINKS = 40
 
 ANOTHER = "set CAISSON_RUN to another directory"
 
 
 def run_root() -> Path:
-    """Return where VMs are: ``$CAISSON_RUN``, ``$XDG_RUNTIME_DIR/caisson``, ``/run/caisson``, /tmp/caisson-UID.
+    """Return the directory of VMs: ``$CAISSON_RUN``, ``$XDG_RUNTIME_DIR/caisson``, ``/run/caisson``, /tmp/caisson-UID.
 
-    Absolute, and as it was said: links in it are for ``owned_run_root`` to judge.
+    Absolute, but unresolved: ``owned_run_root`` checks links in it.
     """
     if chosen := os.environ.get("CAISSON_RUN"):
         return Path.cwd() / chosen
     base = os.environ.get("XDG_RUNTIME_DIR")
-    if base and _is_mine(Path(base)):  # su(1) leaves another user's in the environment
+    if base and _is_mine(Path(base)):  # su(1) keeps another user's in the environment
         return Path(base) / "caisson"
     return Path("/run/caisson") if os.geteuid() == 0 else Path(f"/tmp/caisson-{os.geteuid()}")
 
 
 def owned_run_root(make: bool = False) -> Path | None:
-    """Return the run root without links, None while there is none; ``make`` makes it, for nobody but its owner.
+    """Return the run root without links; None if it does not exist; ``make`` creates it, private to its owner.
 
-    Raises VMError where somebody else could exchange it, or write in it.
+    Raises VMError if another user could replace it, or write in it.
     """
     root = run_root()
     try:
@@ -56,10 +56,10 @@ def owned_run_root(make: bool = False) -> Path | None:
 
 
 def _resolved(path: Path) -> Path:
-    """Follow the links of a path, one by one.  Raises VMError where somebody else could make it lead elsewhere.
+    """Resolve the links of a path, one by one.  Raises VMError if another user could redirect it.
 
-    That is where a directory on the way, or a link, is neither root's nor ours, or others may write in a directory that
-    is not sticky (in one that is, they cannot exchange what is ours).
+    That is the case if a directory on the path, or a link, belongs to neither root nor us, or a non-sticky directory is
+    writable by others (in a sticky one they cannot replace our files).
     """
     trusted = {0, os.geteuid(), Path("/").lstat().st_uid}  # the last: root, as seen in a user namespace
     done, parts, links = Path("/"), list(path.parts[1:]), 0
@@ -97,5 +97,5 @@ def _is_mine(path: Path) -> bool:
 
 
 def _is_our_group(state: os.stat_result) -> bool:
-    """Tell whether none may write but root's or this user's own group, which mostly is a group of one."""
+    """Return whether only root's or this user's own group, usually of one member, may write."""
     return state.st_gid in (0, os.getegid()) and not state.st_mode & 0o002

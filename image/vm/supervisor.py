@@ -1,4 +1,4 @@
-"""The one process that keeps a VM: it starts QEMU and the vsock back end, and ends everything.
+"""The process that owns a VM: it starts QEMU and the vsock back end, and shuts everything down.
 
     python -m caisson.image.vm.supervisor FD     FD: a socket to whoever starts the VM
 
@@ -14,8 +14,8 @@ and on control.sock, one request a connection, from whoever may enter the VM's d
     {"unshare": tag}                                        and the end of it: {}
 
 The end comes when QEMU or the back end ends, on SIGTERM, or when the starter goes away undetached (end of file on the
-socket).  A killed supervisor cannot clean up, so others do: its children have the kernel's parent-death signal, and
-there is a janitor.
+socket).  A killed supervisor cannot clean up, so its children have the kernel's parent-death signal, and a janitor does
+the rest.
 """
 
 from __future__ import annotations
@@ -60,31 +60,31 @@ from caisson.image.vm.snapshot import migration, ram
 from caisson.image.vm.vsock import backend as vsock
 from caisson.proto.contract import VERSION, VM_FORMAT
 
-#: Seconds between two checks for a suspended host, and the least that counts: clocks are not exact.
+#: Seconds between two checks for a suspended host, and the minimum that counts: clocks are inexact.
 SUSPEND_CHECK_INTERVAL = 10.0
 MIN_SUSPENDED = 1.0
 
-#: Bytes of the largest file that QEMU, and the vsock device, may make: of a log, of which the end is kept.
+#: File size limit in bytes of QEMU and the vsock device: for a log, of which the end is kept.
 QEMU_FILE_SIZE = 64 << 30
 VSOCK_FILE_SIZE = 1 << 30
 
-#: Seconds that QEMU gets to answer a `quit`.
+#: Seconds for QEMU to answer `quit`.
 QUIT_TIMEOUT = 0.6
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Ended(Exception):
-    """The VM is to end, or has ended; the text says why."""
+    """The VM must stop, or has exited; the text says why."""
 
 
 def seconds_suspended() -> float:
-    """Return for how long this machine was suspended since its boot (clock_gettime(2))."""
+    """Return the seconds that this machine has been suspended since boot (clock_gettime(2))."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
 
 
 class Supervisor:
-    """Keeps one VM, from its directory's beginning to its end."""
+    """Keep one VM, from the creation of its directory to its removal."""
 
     def __init__(
         self,
@@ -95,16 +95,16 @@ class Supervisor:
     ) -> None:
         self._config = config
         self._suspended = suspended
-        self._noticed = suspended()  # how much of that is dealt with
+        self._noticed = suspended()  # the part already handled
         self._directory = VMDirectory(Path(config["directory"]))
         self._starter = starter
         self._detached = False
         self._stop = stop
         self._info: dict[str, Any] = {}
-        self._ram: IO[bytes] | None = None  # the guest's memory, if that is a file of ours
+        self._ram: IO[bytes] | None = None  # the guest's memory, if it is our file
 
     def run(self) -> str:
-        """Run the VM to its end, and return why it has ended.  Nothing is left then."""
+        """Run the VM until it exits, and return the reason.  Nothing is left then."""
         why = ""
         try:
             with janitor(self._directory), self._directory.create():
@@ -112,7 +112,7 @@ class Supervisor:
                     self._keep()
                 except (Ended, VMError) as end:
                     why = str(end)
-                    # To QEMU, the reboot that follows a panic is an end like another.
+                    # To QEMU, the reboot after a panic is an exit like any other.
                     panic = re.search(r"Kernel panic - not syncing: (.*)", self._directory.console_tail(200))
                     if why == POWERED_OFF and panic:
                         why = f"the guest's kernel panicked: {panic[1]}"
@@ -127,7 +127,7 @@ class Supervisor:
         return why
 
     def _diagnostics(self) -> str:
-        """Return what QEMU and the guest printed last: the directory will be gone."""
+        """Return the last output of QEMU and the guest: the directory will be gone."""
         texts = {
             "QEMU says": self._directory.qemu_tail(),
             "the console's last lines": self._directory.console_tail(),
@@ -135,12 +135,12 @@ class Supervisor:
         return "".join(f"\n{title}:\n{text}" for title, text in texts.items() if text)
 
     def _keep(self) -> None:
-        """Start everything and wait for its end, which is raised as Ended."""
+        """Start everything and wait until it exits, which raises Ended."""
         config, directory = self._config, self._directory
         image = Path(config["image"])
         accelerator, transport = Choice(*config["accel"]), Choice(*config["vsock"])
         text, manifest = qemu.read_manifest(image)
-        # What runs here, also when the image has gone from the builder's cache.
+        # A description of the running image, even if it is removed from the builder's cache.
         (directory.path / "image.json").write_text(text)
         path, (major, minor), title = config["program"]  # JSON has no tuples
         program = qemu.QemuProgram(path, (major, minor), title)
@@ -151,13 +151,13 @@ class Supervisor:
                 self._ram = stack.enter_context(ram.memory_file(config["memory"]))
             device = None
             if transport.name == "vhost" or not config["savable"]:
-                # A clone must be told from its siblings by its CID, also where nobody else would mind.
+                # A clone's CID must differ from its siblings', even if nothing else requires it.
                 cid = random.randint(vsock.FIRST_CID, vsock.LAST_CID) if source else vsock.USER_CID
                 device = stack.enter_context(vsock.prepare(transport.name, directory, cid))
             memory = Path(f"/proc/self/fd/{self._ram.fileno()}") if self._ram else None
             ram_file: IO[bytes] | None = None
             if source and transport.name == "vhost":
-                # QEMU makes a private mapping of it.  By a descriptor: its own mounts are read-only.
+                # QEMU maps it privately.  By a descriptor: its own mounts are read-only.
                 ram_file = stack.enter_context((source / "ram").open("rb"))
                 memory = Path(f"/proc/self/fd/{ram_file.fileno()}")
             devices = qemu.Devices(
@@ -172,7 +172,7 @@ class Supervisor:
             )
             wanted = qemu.Wanted.of(directory.name, accelerator.name, config)
             command = qemu.command(program, image, manifest, devices, wanted)
-            # Side by side: QEMU waits for the device by itself, on their socket.
+            # In parallel: QEMU waits for the device by itself, on their socket.
             if device:
                 vsock_confinement = Confinement(file_size=VSOCK_FILE_SIZE, writable=[directory.path])
                 children.spawn("vsock", device.command, device.backend_fds, vsock_confinement)
@@ -184,7 +184,7 @@ class Supervisor:
             for number, (tag, (path, writable)) in enumerate(config["virtiofs"].items()):
                 socket_path = shares.serve(tag, Path(path), writable)
                 plug += virtiofs.plug(tag, str(socket_path), f"port{number}")
-            if source and self._ram:  # while these start: nobody looks at it before the state is restored
+            if source and self._ram:  # while these start: it is not read before the state is restored
                 ram.fill(self._ram, source)
             if device:
                 device.close_inherited()
@@ -222,7 +222,7 @@ class Supervisor:
                 state = (source / "state").read_bytes()
                 migration.restore(directory.qmp_socket, self._scratch, state, lambda: children.is_running("qemu"), plug)
                 if self._ram:
-                    self._ram.close()  # QEMU has it, and the device
+                    self._ram.close()  # QEMU and the device have it
                     self._ram = None
             self._watch(children, control, shares)
 
@@ -245,7 +245,7 @@ class Supervisor:
         send(self._starter, {"info": self._info})
 
     def _watch(self, children: ChildProcesses, control: socket.socket, shares: Shares) -> None:
-        """Wait for whatever ends the VM; raises Ended."""
+        """Wait until something ends the VM; raises Ended."""
         watched: list[Any] = [self._starter, self._stop, control, *children.pidfds]
         directory = self._directory
         logs = LogRing([directory.console, directory.firmware, directory.qemu_log])
@@ -271,7 +271,7 @@ class Supervisor:
             children.spawn("on resume", [*words, str(self._directory.agent_socket)], [], Confinement(), helper=True)
 
     def _answer(self, control: socket.socket, shares: Shares) -> None:
-        """Answer one request on control.sock; whoever does not send one in time gets no answer."""
+        """Answer one request on control.sock; one that does not arrive in time gets no response."""
         connection, _ = control.accept()
         with connection, contextlib.suppress(OSError, ValueError):
             lines = JSONSocket(connection, max_fds=1)
@@ -287,7 +287,7 @@ class Supervisor:
             lines.send(answer)
 
     def _handle_starter(self, children: ChildProcesses) -> bool:
-        """Handle the starter's messages; False after the last one.  Raises Ended when the starter is gone."""
+        """Handle the starter's messages; False after the last one.  Raises Ended if the starter is gone."""
         while True:
             try:
                 message = self._starter.receive(0)
@@ -317,9 +317,9 @@ class Supervisor:
 def qemu_confinement(
     config: Mapping[str, Any], directory: VMDirectory, image: Path, manifest: Mapping[str, Any]
 ) -> Confinement:
-    """Return what QEMU may do: write its logs, read the image, and serve the shares of 9p.
+    """Return QEMU's confinement: it may write its logs, read the image, and serve 9p shares.
 
-    Its capabilities count where root starts it: none, but for files of other users.
+    Its capabilities matter only if root starts it: none, except for files of other users.
     """
     shares = [(Path(path), writable) for path, writable in config["shares"].values()]
     capabilities = set()
@@ -337,21 +337,21 @@ def qemu_confinement(
 
 
 def send(starter: JSONSocket, message: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # it has gone, or was detached
+    with contextlib.suppress(OSError):  # it is gone, or has detached
         starter.send(message)
 
 
 def main() -> None:
-    """Keep one VM until its end."""
+    """Keep one VM until it exits."""
     os.umask(0o077)
     confine_parent(SUPERVISOR)
     stop, wake = socket.socketpair()
     wake.setblocking(False)
-    # Signals become events; a handler of Python's has to be there for that.
+    # Signals become events, which requires a Python handler.
     signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
     for number in SIGNALS:
         signal.signal(number, lambda *_: None)
-    if os.getpgrp() != os.getpid():  # run by hand: what kills the VM's processes must not kill the shell's
+    if os.getpgrp() != os.getpid():  # run by hand: killing the VM's processes must not kill the shell's
         os.setsid()
     starter = JSONSocket(socket.socket(fileno=int(sys.argv[1])))
     config = starter.receive()

@@ -1,7 +1,7 @@
-"""Disks for a running VM: plugged into its empty ports, read only, by QEMU's monitor, and taken out again.
+"""Disks for a running VM: plugged into its empty ports, read-only, through QEMU's monitor, and unplugged again.
 
-A disk has a name of the caller's, so that a second caller uses the one that is there.  QEMU serves one client of its
-monitor at a time: whoever is connected has the ports for itself.
+The caller names a disk, so that a second caller uses the existing one.  QEMU's monitor serves one client at a time: a
+connection has exclusive access to the ports.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from caisson.image.vm.pace import scaled
 from caisson.image.vm.qemu import PORTS
 from caisson.image.vm.qmp import QMP, QMPError
 
-#: Seconds for the monitor, with others before us.
+#: Seconds for the monitor, including other clients before us.
 MONITOR_TIMEOUT = 30.0
 
-#: Seconds for a guest to release a disk, and between looks.
+#: Seconds for a guest to release a disk, and between polls.
 UNPLUG_TIMEOUT = 10.0
 POLL_INTERVAL = 0.05
 
 PREFIX = "disk-"
 
-#: Where QEMU has the devices that were given a name.
+#: QEMU's path of named devices.
 PERIPHERAL = "/machine/peripheral"
 
 
 def plug_disk(vm: VM, file: Path, name: str) -> str:
-    """Plug a disk in, unless one of this name is; returns its PCI path, slots from the root bus on ("10/00").
+    """Plug in a disk, unless one of this name already is; returns its PCI path, slots from the root bus on ("10/00").
 
-    ``name``: at most 26 letters, digits and '-'.  The file may be removed afterwards.  Raises VMError when no port is
+    ``name``: at most 26 letters, digits and '-'.  The file may be removed afterwards.  Raises VMError if no port is
     empty.
     """
     identity = f"{PREFIX}{name}"
@@ -59,10 +59,10 @@ def plug_disk(vm: VM, file: Path, name: str) -> str:
 
 
 def unplug_unused(vm: VM, used: Callable[[], Container[str]]) -> None:
-    """Take out the disks that are not among those that are used, by their names.
+    """Unplug the disks whose names are not among those in use.
 
-    ``used`` is asked when nobody can plug one in: who plugs a disk in says before that it is used.  A guest that does
-    not release a disk in time keeps it.  Raises VMError.
+    ``used`` is called while no disk can be plugged in: callers register a disk before plugging it in.  A guest that
+    does not release a disk in time keeps it.  Raises VMError.
     """
     with QMP(vm.directory / "qmp.sock", scaled(MONITOR_TIMEOUT)) as monitor:
         names = used()
@@ -73,13 +73,13 @@ def unplug_unused(vm: VM, used: Callable[[], Container[str]]) -> None:
             if identity.startswith(PREFIX) and identity.removeprefix(PREFIX) not in names
         }
         for identity in unused:
-            with contextlib.suppress(QMPError):  # the guest is at it already
+            with contextlib.suppress(QMPError):  # already being unplugged
                 monitor.execute("device_del", {"id": identity})
         deadline = time.monotonic() + scaled(UNPLUG_TIMEOUT)
         while unused and time.monotonic() < deadline:
             there = set().union(*plugged(monitor).values())
             for identity in unused - there:
-                # Seen to be gone before it is: the disk's last part goes a moment later.
+                # It looks gone too early: the disk's block node disappears a moment later.
                 with contextlib.suppress(QMPError):
                     monitor.execute("blockdev-del", {"node-name": identity})
                     unused.discard(identity)
@@ -87,7 +87,7 @@ def unplug_unused(vm: VM, used: Callable[[], Container[str]]) -> None:
 
 
 def empty_port(monitor: QMP, name: str) -> str:
-    """Return a port that nothing is plugged into.  Raises VMError when there is none."""
+    """Return an empty port.  Raises VMError if there is none."""
     for port, devices in plugged(monitor).items():
         if not devices:
             return port
@@ -109,13 +109,13 @@ def unplugged(monitor: QMP, identity: str) -> bool:
 def plugged(monitor: QMP) -> dict[str, set[str]]:
     """Return the ids of the devices that are plugged into each port.
 
-    By QEMU's own objects: what query-pci says depends on how the guest numbers its buses.
+    From QEMU's own objects: query-pci depends on how the guest numbers its buses.
     """
     found: dict[str, set[str]] = {f"port{number}": set() for number in range(len(PORTS))}
     for item in monitor.execute("qom-list", {"path": PERIPHERAL}):
         if not item["type"].startswith("child<"):
             continue
-        with contextlib.suppress(QMPError):  # it has gone just now
+        with contextlib.suppress(QMPError):  # it has just been removed
             bus = monitor.execute("qom-get", {"path": f"{PERIPHERAL}/{item['name']}", "property": "parent_bus"})
             found.get(str(bus).rpartition("/")[2], set()).add(item["name"])
     return found

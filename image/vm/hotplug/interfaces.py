@@ -1,4 +1,4 @@
-"""Network interfaces for a running VM: a tap device of the host, plugged in as virtio-net by QEMU's monitor.
+"""Network interfaces for a running VM: a host tap device, plugged in as virtio-net through QEMU's monitor.
 
 Source: QEMU, qapi/net.json (NetdevTapOptions), qapi/misc.json (getfd).
 """
@@ -13,7 +13,7 @@ PREFIX = "nic-"
 
 
 def plug_interface(vm: VM, tap: int, mac: str) -> None:
-    """Plug an interface with this MAC address in, whose frames go through a tap device's descriptor (IFF_VNET_HDR).
+    """Plug in an interface with this MAC address, whose frames go through a tap device's descriptor (IFF_VNET_HDR).
 
     QEMU gets a duplicate of the descriptor.  Raises VMError when no port is empty.
     """

@@ -1,8 +1,8 @@
-"""CPUs and memory of a running VM: plugged in, and, for memory, handed back through the balloon, by QEMU's monitor.
+"""CPUs and memory of a running VM: plugged in, and for memory returned through the balloon, by QEMU's monitor.
 
-What is plugged in the guest's agent brings online (OnlineCPUMem); a guest that runs out of memory takes from the
-balloon by itself (deflate-on-oom).  Sources: QEMU, docs/system/cpu-hotplug.rst, docs/memory-hotplug.txt,
-qapi/machine.json; virtio 1.2, section 5.5.
+The guest's agent brings plugged resources online (OnlineCPUMem); a guest that runs out of memory deflates the balloon
+by itself (deflate-on-oom).  Sources: QEMU, docs/system/cpu-hotplug.rst, docs/memory-hotplug.txt, qapi/machine.json;
+virtio 1.2, section 5.5.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from caisson.image.vm.qmp import QMP, QMPError
 #: MiB of one memory block, the unit that Linux brings online (x86, below 64 GiB).
 MEMORY_BLOCK = 128
 
-#: MiB that a guest keeps at least: what one can boot with.
+#: Minimum MiB of a guest: enough to boot.
 MIN_MEMORY = 128
 
-#: Seconds for the monitor: to plug, to resize, and where the answer is of interest only.
+#: Timeouts of the monitor in seconds: to plug, to resize, and for queries.
 PLUG_TIMEOUT = 10.0
 BALLOON_TIMEOUT = 30.0
 QUERY_TIMEOUT = 1.0
 
-#: Seconds without any progress after which a guest has given what it can, and between two looks.
+#: Seconds without progress after which a guest has returned what it can, and between polls.
 STALL_TIMEOUT = 10.0
 POLL_INTERVAL = 0.02
 
 
 def plug_cpus(vm: VM, count: int) -> None:
-    """Plug in ``count`` CPUs, all or none.  Raises VMError when the VM has no room for so many."""
+    """Plug in ``count`` CPUs, all or none.  Raises VMError if the VM has no room for that many."""
     with QMP(vm.directory / "qmp.sock", scaled(PLUG_TIMEOUT)) as monitor:
         places = [place for place in monitor.execute("query-hotpluggable-cpus") if "qom-path" not in place]
         if len(places) < count:
@@ -39,14 +39,14 @@ def plug_cpus(vm: VM, count: int) -> None:
                 f"VM {vm.name!r}: room for {len(places)} more CPUs, not {count}; "
                 "set the maximum when it boots: --max-cpus"
             )
-        # The list is in descending order; the kernel numbers CPUs as they come.
+        # The list is in descending order; the kernel numbers CPUs in order of appearance.
         for place in list(reversed(places))[:count]:
             name = "cpu-" + "-".join(str(value) for value in place["props"].values())
             monitor.execute("device_add", {"driver": place["type"], "id": name, **place["props"]})
 
 
 def plug_memory(vm: VM, mebibytes: int) -> None:
-    """Plug in memory, a multiple of 128 MiB.  Raises VMError when the VM has no room for it."""
+    """Plug in memory, a multiple of 128 MiB.  Raises VMError if the VM has no room for it."""
     if mebibytes <= 0 or mebibytes % MEMORY_BLOCK:
         raise VMError(f"{mebibytes} MiB: memory is plugged in multiples of {MEMORY_BLOCK} MiB")
     with QMP(vm.directory / "qmp.sock", scaled(PLUG_TIMEOUT)) as monitor:
@@ -58,7 +58,7 @@ def plug_memory(vm: VM, mebibytes: int) -> None:
                 "set the maximum when it boots: --max-memory"
             )
         name = f"memory{len(plugged)}"
-        # Shared, as the memory it booted with: a vhost-user device maps it.
+        # Shared, like the boot memory: a vhost-user device maps it.
         backend = {"qom-type": "memory-backend-memfd", "id": f"{name}-ram", "size": mebibytes * 2**20, "share": True}
         monitor.execute("object-add", backend)
         try:
@@ -69,7 +69,7 @@ def plug_memory(vm: VM, mebibytes: int) -> None:
 
 
 def memory_now(vm: VM) -> int | None:
-    """Return the MiB that a guest has at present; None when QEMU does not say."""
+    """Return the current MiB of a guest; None if QEMU does not report it."""
     try:
         with QMP(vm.directory / "qmp.sock", QUERY_TIMEOUT) as monitor:
             return _actual(monitor)
@@ -78,9 +78,9 @@ def memory_now(vm: VM) -> int | None:
 
 
 def set_memory(vm: VM, mebibytes: int) -> int:
-    """Inflate or deflate the balloon so that a guest has ``mebibytes``; returns the MiB it has then.
+    """Inflate or deflate the balloon so that a guest has ``mebibytes``; returns the MiB it then has.
 
-    That is more where the guest needs more.  Raises VMError for a size out of bounds.
+    It may keep more if it needs more.  Raises VMError for a size out of bounds.
     """
     with QMP(vm.directory / "qmp.sock", scaled(BALLOON_TIMEOUT)) as monitor:
         plugged = monitor.execute("query-memory-devices")

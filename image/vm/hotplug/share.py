@@ -1,7 +1,7 @@
-"""Directories of the host, plugged into a running VM by QEMU's monitor, and unplugged again.
+"""Host directories, plugged into a running VM through QEMU's monitor, and unplugged again.
 
-That is virtiofs: QEMU adds no 9p while it runs (there is no command for an fsdev).  It needs memory that virtiofsd can
-map: what all VMs have but clones with the kernel's vsock device.
+They use virtiofs: QEMU cannot hot-plug 9p (there is no command for an fsdev).  It needs memory that virtiofsd can map,
+which all VMs have except clones with the kernel's vsock device.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from caisson.image.vm.qmp import QMP, QMPError
 
 @dataclass(frozen=True)
 class Shared:
-    """What a guest can mount: a file system's type and tag.  ``new``: it was not there before."""
+    """A share to mount: the file system's type and tag.  ``new``: it did not exist before."""
 
     fstype: str
     tag: str
@@ -36,13 +36,13 @@ class Shared:
 
 
 def tag_of(path: Path) -> str:
-    """Return the tag of a directory that nobody gave one: its name, as far as a tag can have it."""
+    """Return the default tag of a directory: its name, as far as it is valid in a tag."""
     name = re.sub(r"[^A-Za-z0-9_-]", "-", path.resolve().name).lstrip("-_0123456789")
     return name[:31] or "share"
 
 
 def shares(vm: VM) -> dict[str, tuple[str, str, bool]]:
-    """Return what is shared with a VM, by its tag: file system, directory, and whether the guest may write to it."""
+    """Return a VM's shares by tag: file system, directory, and whether the guest may write to it."""
     info = vm.info
     return {
         tag: (fstype, path, writable)
@@ -52,19 +52,19 @@ def shares(vm: VM) -> dict[str, tuple[str, str, bool]]:
 
 
 def share_of_namespace(vm: VM, directory: str, tag: str, mount_namespace: int) -> None:
-    """Have a guest see, and write to, an absolute path as another mount namespace has it, by its descriptor.
+    """Share an absolute path, writable, as seen in another mount namespace, given by its descriptor.
 
-    What is mounted there later is seen as well, if the directory's mount is a shared one.  Raises VMError.
+    Later mounts there also appear, if the directory's mount is shared.  Raises VMError.
     """
     with _alone(vm):
         _plug_new(vm, {"share": tag, "path": directory, "writable": True}, [mount_namespace])
 
 
 def share(vm: VM, directory: Path, tag: str = "", *, writable: bool) -> Shared:
-    """Have a guest see a directory: by the share that there is, or a new one.  Raises VMError.
+    """Share a directory with a guest, through an existing share or a new one.  Raises VMError.
 
-    One that is there serves whatever it is called, and one that is writable for reading, too.  A new one without a
-    ``tag`` gets one of the directory's name that is free.
+    An existing one is used whatever its tag, and a writable one also for reading.  A new one without a ``tag`` gets a
+    free one derived from the directory's name.
     """
     path = directory.resolve()
     if tag and not TAG.fullmatch(tag):
@@ -82,7 +82,7 @@ def _share(vm: VM, path: Path, tag: str, writable: bool) -> Shared:
             continue
         if fstype == "9p" or _is_plugged(vm, other):
             return Shared(fstype, other, writable)
-        _ask(vm, {"unshare": other})  # who began with it was killed
+        _ask(vm, {"unshare": other})  # its creator was killed
         del there[other]
         break
     tag = _free_tag(tag, path, there, vm)
@@ -91,7 +91,7 @@ def _share(vm: VM, path: Path, tag: str, writable: bool) -> Shared:
 
 
 def _plug_new(vm: VM, question: dict[str, Any], fds: Sequence[int] = ()) -> None:
-    """Have the supervisor start a virtiofsd, and plug it in.  Raises VMError."""
+    """Make the supervisor start a virtiofsd, and plug it in.  Raises VMError."""
     tag = question["share"]
     if vm.info["snapshot"] and vm.info["vsock"] != "user":
         raise VMError(
@@ -109,7 +109,7 @@ def _plug_new(vm: VM, question: dict[str, Any], fds: Sequence[int] = ()) -> None
 
 
 def _free_tag(tag: str, path: Path, there: Mapping[str, tuple[str, str, bool]], vm: VM) -> str:
-    """Return the tag for a new share.  Raises VMError where the one that was asked for is in use."""
+    """Return the tag for a new share.  Raises VMError if the requested one is in use."""
     if not tag:
         tag = first = tag_of(path)
         number = 2
@@ -127,7 +127,7 @@ def _free_tag(tag: str, path: Path, there: Mapping[str, tuple[str, str, bool]], 
 
 @contextlib.contextmanager
 def _alone(vm: VM) -> Iterator[None]:
-    """Change the shares of a VM one at a time: what is half there was left so by somebody who died."""
+    """Change the shares of a VM exclusively: incomplete ones were left by a process that died."""
     try:
         lock = (vm.directory / "shares.lock").open("w")
     except FileNotFoundError:
@@ -145,7 +145,7 @@ def _is_plugged(vm: VM, tag: str) -> bool:
 def _plug(monitor: QMP, vm: VM, tag: str, path: str) -> None:
     bus = empty_port(monitor, vm.name)
     connect, add = virtiofs.plug(tag, path, bus)
-    with contextlib.suppress(QMPError):  # left by somebody who was killed
+    with contextlib.suppress(QMPError):  # left by a killed process
         monitor.execute("chardev-remove", {"id": f"chardev-{tag}"})
     monitor.execute(*connect)
     try:
@@ -156,13 +156,13 @@ def _plug(monitor: QMP, vm: VM, tag: str, path: str) -> None:
 
 
 def unshare(vm: VM, tag: str) -> None:
-    """Unplug a share that nothing in the guest has mounted any more.  Raises VMError."""
+    """Unplug a share that is no longer mounted in the guest.  Raises VMError."""
     with _alone(vm):
         _unshare(vm, tag)
 
 
 def end_server(vm: VM, tag: str) -> None:
-    """End the virtiofsd of a share, and with it all use of the host's files: a guest that is to end gets errors now.
+    """Stop the virtiofsd of a share, and with it all use of the host's files: the guest, about to stop, gets errors.
 
     Raises VMError.
     """
@@ -178,7 +178,7 @@ def _unshare(vm: VM, tag: str) -> None:
     if there[tag][0] == "9p":
         raise VMError(f"share {tag!r}: was set up when VM {vm.name!r} booted, and stays until it stops")
     with QMP(vm.directory / "qmp.sock", scaled(MONITOR_TIMEOUT)) as monitor:
-        with contextlib.suppress(QMPError):  # it has gone, or is about to
+        with contextlib.suppress(QMPError):  # it is gone, or about to go
             monitor.execute("device_del", {"id": f"share-{tag}"})
         if not unplugged(monitor, f"share-{tag}"):
             raise VMError(f"the guest of VM {vm.name!r} keeps {tag!r}: it is still mounted there")
@@ -188,7 +188,7 @@ def _unshare(vm: VM, tag: str) -> None:
 
 
 def _ask(vm: VM, question: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
-    """Have a VM's supervisor do something; returns its answer.  Raises VMError."""
+    """Send a request to a VM's supervisor; returns its response.  Raises VMError."""
     with socket.socket(socket.AF_UNIX) as connection:
         try:
             connection.connect(str(vm.directory / "control.sock"))

@@ -25,18 +25,18 @@ from caisson.image.vm.sandbox import VIRTIOFSD, Confinement
 #: The way to share without virtiofsd.
 ELSE = "or share by 9p, which the lean image has: caisson boot-vm --share TAG=DIR"
 
-#: It drops the rest itself, as told by MODCAPS; who owns a file, and its set-ID bits, are the guest's to say.
+#: It drops the rest itself, as MODCAPS says; the guest controls owners and set-ID bits of files.
 CONFINEMENT = Confinement(VIRTIOFSD, set_id_bits=True)
 
-#: Beyond the ownership of files: to make device nodes, and to give files capabilities.
+#: In addition to file ownership: to create device nodes, and to set file capabilities.
 MODCAPS = "-mknod:-setfcap"
 
-#: Makes $1 read-only for this process alone, and becomes the rest.  What is mounted below it is not there then.
+#: Makes $1 read-only for this process only, and executes the rest.  Mounts below it are then missing.
 READ_ONLY = 'mount --bind -- "$1" "$1" && mount -o remount,bind,ro -- "$1" && shift && exec "$@"'
 
 
 def command(directory: Path, fd: int, *, writable: bool) -> list[str]:
-    """Return the command that serves a directory on a listening socket; no guest can write to a read-only one.
+    """Return the command that serves a directory on a listening socket; a guest cannot write to a read-only one.
 
     Raises VMError that says what to do instead.
     """
@@ -68,7 +68,7 @@ def command(directory: Path, fd: int, *, writable: bool) -> list[str]:
 
 
 def plug(tag: str, path: str, bus: str) -> list[tuple[str, dict[str, Any]]]:
-    """Return the commands of QEMU's monitor that plug a share in: connect to virtiofsd's socket, add the device.
+    """Return the QEMU monitor commands that plug in a share: connect to virtiofsd's socket, add the device.
 
     Source: QEMU, docs/interop/vhost-user.rst; qapi/char.json.
     """
@@ -78,7 +78,7 @@ def plug(tag: str, path: str, bus: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 class Shares:
-    """The directories of one VM that are served so: ``served`` has path and writability by their tags."""
+    """The directories of one VM served by virtiofsd: ``served`` has path and writability by tag."""
 
     def __init__(self, directory: VMDirectory, children: ChildProcesses) -> None:
         self.served: dict[str, tuple[str, bool]] = {}
@@ -87,7 +87,7 @@ class Shares:
         self._sockets: dict[str, Path] = {}
 
     def answer(self, question: Mapping[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
-        """Do what control.sock asks for, and return the answer.  Raises VMError."""
+        """Handle a request on control.sock, and return the response.  Raises VMError."""
         if "share" in question:
             tag, path = str(question["share"]), Path(str(question.get("path")))
             namespace = fds[0] if fds else None

@@ -1,7 +1,7 @@
-"""Save and restore a guest's state by QEMU's migration, without its memory: that is a file of its own.
+"""Save and restore a guest's state by QEMU's migration, without its memory, which is a separate file.
 
-The state goes through a Unix socket, which every QEMU takes and which its sandbox lets it have; `exec:` is denied there
-and `file:` came with 8.2.  Source: QEMU, docs/devel/migration (x-ignore-shared), qapi/migration.json.
+The state goes through a Unix socket, which every QEMU supports and its sandbox allows; the sandbox denies `exec:`, and
+`file:` needs 8.2.  Source: QEMU, docs/devel/migration (x-ignore-shared), qapi/migration.json.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from caisson.image.vm.qmp import QMP, QMPError
 #: Seconds for QEMU to answer, and to save or restore: the state is less than a MiB, the machine may be busy.
 MIGRATION_TIMEOUT = 60.0
 
-#: Seconds between looks at something that QEMU does not announce to whoever is not connected yet.
+#: Polling interval in seconds, for states that QEMU does not announce.
 POLL_INTERVAL = 0.005
 
 CAPABILITIES = {"capabilities": [{"capability": "x-ignore-shared", "state": True}]}
@@ -28,7 +28,7 @@ CAPABILITIES = {"capabilities": [{"capability": "x-ignore-shared", "state": True
 def save(monitor: Path, scratch: Path, alive: Callable[[], bool]) -> bytes:
     """Stop a guest whose memory is shared, and return the state of everything else.
 
-    ``scratch`` is a path for a socket, ``alive`` says whether there is a QEMU still.  Raises VMError.
+    ``scratch`` is a path for a socket, ``alive`` returns whether QEMU is still running.  Raises VMError.
     """
     with _connect(monitor, alive) as qemu, socket.socket(socket.AF_UNIX) as server:
         server.bind(str(scratch))
@@ -59,7 +59,7 @@ def restore(
 ) -> None:
     """Restore a state into a QEMU that waits for it (-incoming defer), and run the guest.
 
-    ``plug``: the commands that add devices before the guest runs on; the others are as above.  Raises VMError.
+    ``plug``: commands that add devices before the guest resumes; the others are as above.  Raises VMError.
     """
     with _connect(monitor, alive) as qemu:
         qemu.execute("migrate-set-capabilities", CAPABILITIES)
@@ -92,7 +92,7 @@ def _connect(monitor: Path, alive: Callable[[], bool]) -> QMP:
 
 
 def _completed(qemu: QMP, what: str) -> None:
-    """Wait for a migration's end.  Raises VMError when it is not a good one."""
+    """Wait until a migration has completed.  Raises VMError if it fails."""
     deadline = time.monotonic() + scaled(MIGRATION_TIMEOUT)
     while True:
         found = qemu.execute("query-migrate")

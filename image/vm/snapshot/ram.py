@@ -1,4 +1,4 @@
-"""A guest's memory as a file: copied with its holes, so that what the guest never used costs nothing."""
+"""A guest's memory as a file: copied with its holes, so that unused memory costs nothing."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def extents(descriptor: int) -> Iterator[tuple[int, int]]:
         try:
             start = os.lseek(descriptor, end, os.SEEK_DATA)
         except OSError as error:
-            if error.errno == errno.ENXIO:  # nothing but a hole up to the end
+            if error.errno == errno.ENXIO:  # only a hole up to the end
                 return
             raise
         end = os.lseek(descriptor, start, os.SEEK_HOLE)
@@ -57,14 +57,14 @@ def copy(source: int, target: int) -> int:
         while start < end:
             sent = os.sendfile(target, source, start, end - start)
             if sent == 0:
-                break  # it has become shorter
+                break  # it was truncated
             start += sent
             copied += sent
     return copied
 
 
 def pack(source: int, target: int) -> int:
-    """Copy as ``copy`` does, and make pages of zeros holes, too: a guest has used many of them at some time."""
+    """Copy like ``copy``, and turn zero pages into holes: many were used at some time."""
     os.ftruncate(target, os.fstat(source).st_size)
     copied = 0
     for start, end in extents(source):

@@ -4,7 +4,7 @@
                          ram             the guest's memory, with holes; nobody ever writes to it again
                          state           everything else, as QEMU saves it
 
-It appears by rename, so what is there is whole.  A clone gets a copy of the memory, or with the kernel's vsock device,
+It appears by rename, so it is complete.  A clone gets a copy of the memory, or with the kernel's vsock device,
 to which memory need not be shared, a private mapping of the file.
 """
 
@@ -29,10 +29,10 @@ from caisson.proto.contract import READY_LINE
 
 STEP = "snapshots"
 
-#: Where they were before they were called so.
+#: Their directory under the old name.
 FORMER_STEP = "templates"
 
-#: Bytes of a console in which the ready line is looked for.
+#: Bytes of a console to search for the ready line.
 MAX_BOOT_LOG = 4 << 20
 
 #: The version of snapshot.json.
@@ -41,7 +41,7 @@ FORMAT = 4
 
 @dataclass(frozen=True)
 class SnapshotCompatibility:
-    """What a saved guest can only be restored with.
+    """The properties that must match to restore a saved guest.
 
     ``image`` is the digest of its image.json; ``cpu`` is QEMU's model and, where that is the host's own, its name.
     """
@@ -55,7 +55,7 @@ class SnapshotCompatibility:
 
     @classmethod
     def here(cls, image: Path, accel: str, vsock: str) -> Self:
-        """Return what a guest of this image has on this machine.  Raises VMError."""
+        """Return the properties of a guest with this image on this machine.  Raises VMError."""
         text, manifest = qemu.read_manifest(image)
         architecture = qemu.architecture_of(manifest)
         cpu = architecture.cpu(accel) + (f", {_host_cpu()}" if accel == "kvm" else "")
@@ -63,7 +63,7 @@ class SnapshotCompatibility:
         return cls(digest, qemu.probe(architecture).title, architecture.machine, accel, cpu, vsock)
 
 
-#: What the fields are called in errors.
+#: Names of the fields in errors.
 TITLES = {
     "image": "the image",
     "qemu": "QEMU",
@@ -89,7 +89,7 @@ class Snapshot:
 
     @classmethod
     def named(cls, name: str) -> Self:
-        """Return the snapshot of this name.  Raises VMError when there is none."""
+        """Return the snapshot of this name.  Raises VMError if there is none."""
         found = cls.load(name)
         if found is None:
             raise VMError(f"snapshot {name!r}: does not exist; save it: caisson save-snapshot {name}")
@@ -97,7 +97,7 @@ class Snapshot:
 
     @classmethod
     def load(cls, name: str, root: Path | None = None) -> Self | None:
-        """Return the snapshot of this name, None if there is none.  Raises VMError for one that cannot be used."""
+        """Return the snapshot of this name; None if there is none.  Raises VMError if it cannot be used."""
         cache = _cache(root)
         directory = cache.get(STEP, checked(name))
         if directory is None:
@@ -116,7 +116,7 @@ class Snapshot:
             raise VMError(f"snapshot {name!r} cannot be read: {error}; {_way_out(name)}") from error
 
     def check(self, here: SnapshotCompatibility) -> None:
-        """Compare what it was saved with and what it would be restored with.  Raises VMError."""
+        """Check that it can be restored in this environment.  Raises VMError."""
         for field, title in TITLES.items():
             saved, found = getattr(self.compatibility, field), getattr(here, field)
             if saved != found:
@@ -126,21 +126,21 @@ class Snapshot:
 
 
 def checked(name: str) -> str:
-    """Return a name that a snapshot can have.  Raises VMError for any other."""
+    """Return a valid snapshot name.  Raises VMError for an invalid one."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
         raise InvalidOption(f"snapshot {name!r}: is not a name; give up to 100 letters, digits, '_', '.' and '-'")
     return name
 
 
 def place(name: str, root: Path | None = None) -> Path:
-    """Return where the snapshot of this name is, or would be.  Raises VMError for a name that cannot be one's."""
+    """Return the directory of a snapshot.  Raises VMError for an invalid name."""
     return _cache(root).root / STEP / checked(name)
 
 
 def says_ready(agent_socket: Path) -> bool:
-    """Tell whether the console shows that the agent listens: the `ready` of a guest that is to be saved.
+    """Return whether the console shows that the agent listens: the `ready` of a guest to be saved.
 
-    It has no vsock device yet through which the agent could be asked.
+    It has no vsock device yet through which to probe the agent.
     """
     try:
         with agent_socket.with_name("console.log").open("rb") as console:
@@ -150,7 +150,7 @@ def says_ready(agent_socket: Path) -> bool:
 
 
 def store(snapshot: Snapshot, ram: int, state: bytes) -> int:
-    """Put a snapshot in its place, whole or not at all, instead of an older one; returns its bytes on disk.
+    """Store a snapshot atomically, replacing an older one; returns its bytes on disk.
 
     ``ram`` is a file with the stopped guest's memory.  Raises VMError.
     """
@@ -162,7 +162,7 @@ def store(snapshot: Snapshot, ram: int, state: bytes) -> int:
         with cache.scratch(STEP) as scratch:
             made = scratch / "snapshot"
             made.mkdir(mode=0o700)
-            # What the guest had in its memory is for nobody else.
+            # The guest's memory is private.
             with open(os.open(made / "ram", os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600), "r+b", buffering=0) as file:  # noqa: PTH123
                 memory.pack(ram, file.fileno())
             (made / "state").write_bytes(state)
@@ -171,7 +171,7 @@ def store(snapshot: Snapshot, ram: int, state: bytes) -> int:
             (made / ".used").write_text(str(size))
             for path in made.iterdir():
                 path.chmod(0o600)
-            # A directory cannot be renamed onto one that is not empty.
+            # A directory cannot be renamed onto a non-empty one.
             with contextlib.suppress(FileNotFoundError):
                 snapshot.directory.rename(scratch / "old")
             made.rename(snapshot.directory)
