@@ -1,4 +1,4 @@
-"""The two vsock devices behind one interface: a back-end process that keeps the VM's sockets, and an fd for QEMU.
+"""The two vsock devices behind one interface: a back-end process with the VM's sockets, and a descriptor for QEMU.
 
 ``vhost`` is the kernel's device: an open /dev/vhost-vsock that owns a context id, with relay.py beside it; ``user`` is
 our own vhost-user device.  Both processes have the same command line: ``… --cid CID --socket S --raw A=PORT
@@ -33,17 +33,17 @@ HERE = Path(__file__).resolve().parent
 #: The program of each kind of device.
 BACKENDS = {"user": "vhost_user", "vhost": "relay.py"}
 
-#: With our own device each VM is a world of its own, so one context id does for all of them.
+#: With our own device VMs are isolated from each other, so all use the same context id.
 USER_CID = 3
 
-#: Ids 0-2 have a meaning of their own (vsock(7)); the upper half is left to those who choose by hand.
+#: Ids 0-2 are reserved (vsock(7)); the upper half is left for manual choice.
 FIRST_CID, LAST_CID = 3, 0x7FFFFFFF
 MAX_CID_ATTEMPTS = 100
 
 #: _IOW(VHOST_VIRTIO, 0x60, __u64)
 VHOST_VSOCK_SET_GUEST_CID = 0x4008AF60
 
-#: Seconds for a back end to have its sockets.
+#: Seconds for a back end to open its sockets.
 START_TIMEOUT = 20.0
 
 
@@ -59,11 +59,11 @@ class Backend:
     _inherited: contextlib.ExitStack
 
     def close_inherited(self) -> None:
-        """Close our copies of what the back end and QEMU have inherited, so that each sees the other's end."""
+        """Close our copies of inherited descriptors, so that the back end and QEMU see each other close."""
         self._inherited.close()
 
     def wait(self) -> None:
-        """Wait until the sockets accept connections.  Raises VMError when the back end ends instead."""
+        """Wait until the sockets accept connections.  Raises VMError if the back end exits instead."""
         answered, _, _ = select.select([self._ready], [], [], scaled(START_TIMEOUT))
         if not answered or os.read(self._ready, 1) != b"\n":
             raise VMError(f"vsock device: did not start within {scaled(START_TIMEOUT):.0f} s")
@@ -82,7 +82,7 @@ def command(kind: str, directory: VMDirectory, cid: int, more: Sequence[str]) ->
 
 @contextlib.contextmanager
 def prepare(kind: str, directory: VMDirectory, user_cid: int = USER_CID) -> Iterator[Backend]:
-    """Open what a device of a kind (``user`` or ``vhost``) needs for the VM in a directory.  Raises VMError."""
+    """Open the resources of a device (``user`` or ``vhost``) for the VM in a directory.  Raises VMError."""
     with contextlib.ExitStack() as stack:
         ready, ready_there = os.pipe()
         stack.callback(os.close, ready)
@@ -106,8 +106,8 @@ def prepare(kind: str, directory: VMDirectory, user_cid: int = USER_CID) -> Iter
 def open_vhost(device: Path = VHOST_VSOCK, ioctl: Callable[[int, int, bytes], object] = fcntl.ioctl) -> tuple[int, int]:
     """Open /dev/vhost-vsock with a free context id; returns the descriptor and the id.  Raises VMError.
 
-    The kernel refuses an id that is in use, and keeps it for as long as the device is open, so two VMs started at once
-    cannot get the same one.
+    The kernel rejects an id in use, and reserves it while the device is open, so two VMs started at once cannot get the
+    same one.
     """
     try:
         descriptor = os.open(device, os.O_RDWR | os.O_CLOEXEC)

@@ -1,4 +1,4 @@
-"""Unix sockets that lead to a guest's vsock ports, for VMs on the kernel's vhost-vsock.
+"""Unix sockets for a guest's vsock ports, for VMs on the kernel's vhost-vsock.
 
     python -I -S relay.py --cid CID --socket S --raw PATH=PORT --ready-fd N
 
@@ -20,13 +20,13 @@ import signal
 import socket
 from collections.abc import Awaitable, Callable
 
-#: Seconds for a client to say which port it wants.
+#: Seconds for a client to send its CONNECT line.
 CONNECT_TIMEOUT = 10.0
 
 #: `CONNECT 4294967295\r\n`
 MAX_LINE = 20
 
-#: What connect(2) says while the guest's driver is not up yet: then a client waits, as it does with our own device.
+#: Errors of connect(2) while the guest's driver is not up yet: the client then waits, as with our own device.
 DRIVER_NOT_READY = (errno.ETIMEDOUT, errno.ENODEV, errno.EHOSTUNREACH, errno.ENETUNREACH)
 RETRY_INTERVAL = 0.2
 
@@ -43,7 +43,7 @@ class HandshakeError(Exception):
 
 
 def dialler(cid: int) -> Dial:
-    """Return a function that connects to ports of a guest; it raises OSError."""
+    """Return a function that connects to ports of a guest, and raises OSError."""
 
     async def dial(port: int) -> socket.socket:
         with contextlib.ExitStack() as stack:
@@ -57,14 +57,16 @@ def dialler(cid: int) -> Dial:
 
 
 def is_closed(client: socket.socket) -> bool:
-    """Tell whether a client has closed its socket."""
+    """Return whether a client has closed its socket."""
     poll = select.poll()
     poll.register(client, 0)
     return bool(poll.poll(0))
 
 
 async def dial_when_ready(dial: Dial, port: int, client: socket.socket) -> socket.socket:
-    """Dial until the guest's driver is up, or the client has gone.  Raises OSError, too, when nobody listens there."""
+    """Dial until the guest's driver is up, or the client disconnects.  Raises OSError, also if nothing listens
+    there.
+    """
     while True:
         try:
             return await dial(port)
@@ -75,7 +77,7 @@ async def dial_when_ready(dial: Dial, port: int, client: socket.socket) -> socke
 
 
 async def wanted_port(client: socket.socket) -> int:
-    """Read the ``CONNECT <port>`` line, and no byte beyond it; returns the port.  Raises HandshakeError."""
+    """Read the ``CONNECT <port>`` line, and nothing beyond it; returns the port.  Raises HandshakeError."""
     loop = asyncio.get_running_loop()
     line = b""
     while not line.endswith(b"\n"):
@@ -90,7 +92,7 @@ async def wanted_port(client: socket.socket) -> int:
 
 
 async def pump(source: socket.socket, target: socket.socket) -> None:
-    """Copy until the end of file, and pass that on.  Raises OSError when either side breaks."""
+    """Copy until end of file, and pass that on.  Raises OSError if either side fails."""
     loop = asyncio.get_running_loop()
     while data := await loop.sock_recv(source, BLOCK):
         await loop.sock_sendall(target, data)
@@ -98,7 +100,7 @@ async def pump(source: socket.socket, target: socket.socket) -> None:
 
 
 async def serve(client: socket.socket, port: int | None, dial: Dial) -> None:
-    """Serve one connection until both directions have ended, or either side breaks.  ``port`` None: it asks for one."""
+    """Serve one connection until both directions have ended, or either side fails.  ``port`` None: it sends CONNECT."""
     loop = asyncio.get_running_loop()
     with client, contextlib.ExitStack() as stack:
         try:
@@ -115,14 +117,14 @@ async def serve(client: socket.socket, port: int | None, dial: Dial) -> None:
 
 
 async def join(one: socket.socket, other: socket.socket) -> None:
-    """Pump both ways until both have ended.  Raises a group of OSErrors when either breaks, which ends the other."""
+    """Pump both ways until both have ended.  Raises a group of OSErrors if either fails, which ends the other."""
     async with asyncio.TaskGroup() as group:
         group.create_task(pump(one, other))
         group.create_task(pump(other, one))
 
 
 async def accept(listener: socket.socket, serve: Callable[[socket.socket], Awaitable[None]]) -> None:
-    """Serve what connects, until cancelled."""
+    """Serve connections until cancelled."""
     loop = asyncio.get_running_loop()
     clients: set[asyncio.Future[None]] = set()
     listener.listen(128)
@@ -130,7 +132,7 @@ async def accept(listener: socket.socket, serve: Callable[[socket.socket], Await
     while True:
         try:
             client, _ = await loop.sock_accept(listener)
-        except OSError:  # no descriptor to spare: it waits in the listener's queue
+        except OSError:  # out of descriptors: it waits in the listener's queue
             await asyncio.sleep(RETRY_INTERVAL)
             continue
         client.setblocking(False)
@@ -140,7 +142,7 @@ async def accept(listener: socket.socket, serve: Callable[[socket.socket], Await
 
 
 async def listen(path: str, port: int | None, dial: Dial) -> None:
-    """Serve what connects to a Unix socket of this path, until cancelled; the socket is there when this first waits."""
+    """Serve connections to a Unix socket at this path, until cancelled; the socket exists once this first waits."""
     with socket.socket(socket.AF_UNIX) as listener:
         before = os.umask(0o177)
         listener.bind(path)
@@ -152,8 +154,8 @@ async def listen(path: str, port: int | None, dial: Dial) -> None:
 
 
 class HostPorts:
-    """The host's side of a guest's own connections.  ``bind`` takes a port of the host, and raises OSError when another
-    VM has it: all share them.  ``is_ours`` says whether a connection is from our guest.
+    """The host's side of connections from a guest.  ``bind`` binds a host port, and raises OSError if another VM has
+    it: all share them.  ``is_ours`` returns whether a connection is from our guest.
     """
 
     def __init__(self, bind: Callable[[int], socket.socket], is_ours: Callable[[socket.socket], bool]) -> None:
@@ -175,9 +177,9 @@ def host_ports(cid: int) -> HostPorts:
 
 
 async def serve_host_ports(hybrid: str, ports: HostPorts) -> None:
-    """Join what the guest connects to on the host with whoever listens at ``hybrid``_<port>, until cancelled.
+    """Relay the guest's connections to host ports to the sockets ``hybrid``_<port>, until cancelled.
 
-    A port is bound while there is such a socket: the directory is scanned, as nothing announces one.
+    A port is bound while such a socket exists: the directory is polled.
     """
     directory, name = os.path.split(hybrid)
     bound: dict[int, asyncio.Task[None]] = {}
@@ -186,7 +188,7 @@ async def serve_host_ports(hybrid: str, ports: HostPorts) -> None:
             entries = [entry.partition(f"{name}_") for entry in os.listdir(directory)]  # noqa: PTH208
             wanted = {int(port) for before, _, port in entries if not before and port.isdecimal()}
             for port in wanted - bound.keys():
-                with contextlib.suppress(OSError):  # another VM has it: tried again
+                with contextlib.suppress(OSError):  # another VM has it: retry
                     bound[port] = asyncio.create_task(serve_host_port(ports.bind(port), f"{hybrid}_{port}", ports))
             for port in bound.keys() - wanted:
                 bound.pop(port).cancel()
@@ -197,7 +199,7 @@ async def serve_host_ports(hybrid: str, ports: HostPorts) -> None:
 
 
 async def serve_host_port(listener: socket.socket, path: str, ports: HostPorts) -> None:
-    """Join what connects to a port of the host with a Unix socket, if it is from our guest."""
+    """Relay connections to a host port to a Unix socket, if they are from our guest."""
     loop = asyncio.get_running_loop()
 
     async def serve(guest: socket.socket) -> None:
@@ -217,7 +219,7 @@ async def serve_host_port(listener: socket.socket, path: str, ports: HostPorts) 
 async def relay(
     hybrid: str, raw: dict[str, int], dial: Dial, ready: Callable[[], None], ports: HostPorts | None = None
 ) -> None:
-    """Serve all sockets until cancelled; ``ready`` is called when they take connections.  With ``ports``, the guest's
+    """Serve all sockets until cancelled; ``ready`` is called when they accept connections.  With ``ports``, the guest's
     own connections, too.
     """
     async with asyncio.TaskGroup() as group:
@@ -226,7 +228,7 @@ async def relay(
         group.create_task(listen(hybrid, None, dial))
         for path, port in raw.items():
             group.create_task(listen(path, port, dial))
-        await asyncio.sleep(0)  # each has run up to its first wait
+        await asyncio.sleep(0)  # each has reached its first wait
         ready()
 
 

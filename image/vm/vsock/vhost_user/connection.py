@@ -1,7 +1,7 @@
 """One stream: a socket of a host program, a pair of ports, the credit of both directions (virtio 1.2, 5.10.6.3 to .6).
 
-Towards the guest nothing is buffered here: bytes go from the socket straight into receive buffers, as far as the
-guest's credit goes.  For the way to the host see ``sink``.
+Nothing is buffered here towards the guest: bytes go from the socket straight into receive buffers, within the guest's
+credit.  For the way to the host see ``sink``.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ else:
 WAITING = "waiting"  # for the guest's driver
 REQUESTED = "requested"
 CONNECTED = "connected"
-CLOSING = "closing"  # shut down and the socket closed; the guest's RST is missing
-DRAINING = "draining"  # the guest is done with it; the host program has not read everything
+CLOSING = "closing"  # shut down and the socket closed; waiting for the guest's RST
+DRAINING = "draining"  # the guest has closed it; the host program has not read everything
 CLOSED = "closed"
 
 HANG_UP = select.EPOLLHUP | select.EPOLLERR
 READABLE = select.EPOLLIN | select.EPOLLRDHUP | HANG_UP
-# Edge-triggered: no system calls to switch interest off and on while credit or buffers are missing.
+# Edge-triggered: no system calls to toggle interest while credit or buffers are missing.
 MASK = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 MAX_BATCH = 16
 
@@ -44,7 +44,7 @@ class ConnectionProtocolError(Exception):
 
 
 class Owner(Protocol):
-    """What a connection needs of the table that it is in."""
+    """The interface of its table that a connection needs."""
 
     cid: int
     loop: Loop
@@ -58,7 +58,7 @@ class Owner(Protocol):
         """End a connection, by RST if the guest knows of it."""
 
     def closed(self, connection: VsockConnection, granted: int) -> None:
-        """Count a connection out that has closed its socket and gives ``granted`` bytes of buf_alloc back."""
+        """Remove a connection that has closed its socket, returning ``granted`` bytes of buf_alloc."""
 
 
 class VsockConnection:
@@ -129,7 +129,7 @@ class VsockConnection:
     def update_credit(self, buf_alloc: int, fwd_cnt: int) -> None:
         """Take buf_alloc and fwd_cnt of a packet: the guest's receive buffer."""
         if (fwd_cnt - self._peer_fwd_cnt) & COUNTER_MASK <= (self._tx_cnt - self._peer_fwd_cnt) & COUNTER_MASK:
-            # Else it is older than one before (two of the guest's CPUs), or a lie: nothing is gained by believing it.
+            # Otherwise it is stale (two of the guest's CPUs), or false: ignore it.
             self._peer_fwd_cnt = fwd_cnt
         self._peer_buf_alloc = buf_alloc
         if self._readable and not self.queued and self.state == CONNECTED:
@@ -157,8 +157,8 @@ class VsockConnection:
             self._update_guest_credit()
 
     def detach(self) -> None:
-        """Give the pair of ports up: the guest is done.  What the host program has still to read outlives that."""
-        if self.state == CLOSING:  # the socket is closed already, and its number may be another's by now
+        """Release the pair of ports: the guest has closed.  Data for the host program to read outlives that."""
+        if self.state == CLOSING:  # the socket is closed, and its number may be reused by now
             self.close()
             return
         self.state = DRAINING
@@ -180,7 +180,7 @@ class VsockConnection:
                 return
         if self._hang_up:
             self._linger()
-        # Data may have come before, behind the CONNECT line for example.
+        # Data may have arrived before, for example after the CONNECT line.
         self._readable = True
         self._rx.enqueue_rx(self)
 
@@ -198,7 +198,7 @@ class VsockConnection:
     def _shutdown(self, flags: int) -> None:
         self._guest_flags |= flags & SHUTDOWN_BOTH
         if self._guest_flags == SHUTDOWN_BOTH or self.state != CONNECTED:
-            # The guest has closed.  Answered at once: what is pending for the host needs no port pair.
+            # The guest has closed.  Answer at once: data pending for the host needs no port pair.
             self.reset()
         elif self._guest_flags & SHUTDOWN_RCV:
             self._shut(socket.SHUT_RD)
@@ -261,7 +261,7 @@ class VsockConnection:
         self._queue_shutdown(SHUTDOWN_SEND)
 
     def _linger(self) -> None:
-        """Bound the time for the guest to take the last data of a host program that is gone, if it takes none."""
+        """Limit the time for the guest to accept the last data of a closed host program, if it accepts none."""
         sent = self._tx_cnt
 
         def look() -> None:
@@ -287,7 +287,7 @@ class VsockConnection:
     # To the guest.
 
     def transmit(self, buffers: RxBuffers) -> bool:
-        """Have a turn at the receive buffers; False if they ran out.  Raises RingError."""
+        """Take a turn at the receive buffers; False if they ran out.  Raises RingError."""
         if self._pending_op and self.state in (REQUESTED, CONNECTED):
             found = buffers.get(1)
             if not found:
@@ -312,7 +312,7 @@ class VsockConnection:
     def _transmit_data(self, buffers: RxBuffers) -> bool:
         credit = self._peer_buf_alloc - ((self._tx_cnt - self._peer_fwd_cnt) & COUNTER_MASK)
         if credit <= 0:
-            return True  # the guest's next packet brings us back
+            return True  # the guest's next packet resumes this
         found = buffers.get(self._batch)
         if not found:
             return False
@@ -350,12 +350,12 @@ class VsockConnection:
         return True
 
     def watch(self) -> None:
-        """Watch a drained socket.  Set again, the edge trigger tells of what has come since, or the end."""
+        """Watch a drained socket.  Setting the edge trigger again reports data that arrived since, or the end."""
         if self.state in (CONNECTED, DRAINING):
             self._set_mask()
 
     def _set_mask(self) -> None:
-        # Only while something is pending: else each read of the host program would wake us.
+        # Only while something is pending: otherwise each read of the host program would wake us.
         self._loop.change(self.fd, MASK | select.EPOLLOUT if self._host_is_full else MASK)
 
     def _send_filled(self, buffers: RxBuffers, found: list[Buffer], size: int) -> None:
@@ -377,7 +377,7 @@ class VsockConnection:
         return HEADER.pack(*addresses, length, packet.STREAM, op, flags, sink.buf_alloc, sink.fwd_cnt)
 
     def _queue_op(self, op: int) -> None:
-        if not self._pending_op:  # a RESPONSE not yet sent says all that a CREDIT_UPDATE says
+        if not self._pending_op:  # a pending RESPONSE contains everything that a CREDIT_UPDATE does
             self._pending_op = op
         self._rx.enqueue_rx(self)
 

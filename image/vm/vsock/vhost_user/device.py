@@ -41,7 +41,7 @@ class VsockDevice:
     # Host programs.
 
     def has_room(self, others: int = 0) -> bool:
-        """Tell whether one more host socket may be held, beside the connections and ``others``."""
+        """Return whether another host socket may be held, beside the connections and ``others``."""
         return self._connections.has_room(others)
 
     def connect(self, sock: socket.socket, port: int, *, greet: bool) -> None:
@@ -71,7 +71,7 @@ class VsockDevice:
             self._connections.resume()
 
     def stop(self, ring: Ring) -> int:
-        """Stop a ring; connections stay, as it may go on.  Returns its position."""
+        """Stop a ring; connections stay, as it may resume.  Returns its position."""
         self._running = self._connections.running = False
         if ring is self.rx and ring.running:
             self._rx_queue.buffers.rewind()
@@ -89,7 +89,7 @@ class VsockDevice:
                     self._break(ring, error)
 
     def kicked(self, ring: Ring) -> None:
-        """Note that the guest made something available; the next turn looks."""
+        """Record that the guest made something available; the next turn looks."""
         if ring is self.tx:
             self._tx_pending = True
         elif ring.running:
@@ -107,7 +107,7 @@ class VsockDevice:
     # The loop's work.
 
     def process(self) -> bool:
-        """Move packets in both directions for a while; True if there is more to do at once."""
+        """Move packets in both directions for a while; True if there is more to do immediately."""
         if not self._running:
             return False
         ring = self.tx
@@ -131,15 +131,15 @@ class VsockDevice:
         return more or (self._tx_pending and not queue.full())
 
     def worth_polling(self) -> bool:
-        """Tell whether the last turn was about messages, not bulk."""
+        """Return whether the last turn moved messages, not bulk data."""
         return self._rx_queue.moved <= self._limits.busy_poll_bytes
 
     def has_available(self) -> bool:
-        """Tell whether the guest has sent something without a notification."""
+        """Return whether the guest has sent something without a notification."""
         return self._running and not self._tx_pending and self.tx.has_available()
 
     def enable_notifications(self) -> bool:
-        """Have the guest notify us of what it sends from now on; True if something is there already."""
+        """Enable notifications from the guest; True if it has already sent something."""
         if not self._running or self._tx_pending or not self._notifications_off:
             return False
         self._notifications_off = False
@@ -150,7 +150,7 @@ class VsockDevice:
         return self._tx_pending
 
     def _may_publish(self) -> bool:
-        """Tell whether used tx chains are to be published now: not one by one; the rest in a while."""
+        """Return whether to publish used tx chains now: in batches, the rest after a while."""
         count = self.tx.unpublished()
         limits = self._limits
         if count >= min(limits.unpublished, self.tx.size // 4) or self._unpublished_bytes > limits.unpublished_bytes:
@@ -170,7 +170,7 @@ class VsockDevice:
     # The guest's packets.
 
     def process_tx(self) -> None:
-        """Process packets from the guest.  While RSTs pile up, for want of rx buffers, none are.  Raises RingError."""
+        """Process packets from the guest.  Stops while RSTs pile up for lack of rx buffers.  Raises RingError."""
         tx = self.tx
         tx.disable_notifications()
         self._tx_pending = self._notifications_off = True

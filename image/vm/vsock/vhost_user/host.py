@@ -21,11 +21,11 @@ Accepted = Callable[[socket.socket], None]
 
 
 class HostError(Exception):
-    """A socket cannot be made; the text says which and why."""
+    """A socket cannot be created; the text says which and why."""
 
 
 class UnixListener:
-    """A Unix socket, mode 0600, that accepts while ``has_room``; the rest waits in its backlog."""
+    """A Unix socket, mode 0600, that accepts while ``has_room``; others wait in its backlog."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class UnixListener:
                 sock, _ = self._sock.accept()
             except (BlockingIOError, ConnectionAbortedError):
                 return
-            except OSError as error:  # no descriptors left: the listener would be ready again and again
+            except OSError as error:  # no descriptors left: the listener would stay ready
                 self._log(f"{self.path}: {error.strerror}")
                 self._pause()
                 return
@@ -88,7 +88,7 @@ class UnixListener:
 
 
 class Handshakes:
-    """Reads CONNECT lines.  ``connect`` gets the socket, with what follows the line still in it, and the port."""
+    """Read CONNECT lines.  ``connect`` gets the socket, with the data after the line unread, and the port."""
 
     def __init__(
         self, loop: Loop, log: RateLimitedLog, limits: DeviceLimits, connect: Callable[[socket.socket, int], None]
@@ -128,7 +128,7 @@ class Handshakes:
                 and 0 < len(line) < self._limits.connect_line
                 and not mask & (select.EPOLLHUP | select.EPOLLERR)
             ):
-                return  # there is more to come
+                return  # incomplete
             port = parse(line[:size])
             if port is None:
                 end()
@@ -154,7 +154,7 @@ def parse(line: bytes) -> int | None:
 
 
 def bind(path: str) -> socket.socket:
-    """Return a listening Unix socket, in place of one that a killed process left.  Raises HostError."""
+    """Return a listening Unix socket, replacing one left by a killed process.  Raises HostError."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.setblocking(False)
     before = os.umask(0o177)
@@ -171,7 +171,7 @@ def bind(path: str) -> socket.socket:
 
 
 def remove_stale(path: str) -> None:
-    """Remove a socket that nobody listens on."""
+    """Remove a socket without a listener."""
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             return
@@ -184,11 +184,11 @@ def remove_stale(path: str) -> None:
         except ConnectionRefusedError:
             os.unlink(path)  # noqa: PTH108
         except BlockingIOError:
-            pass  # somebody listens, with a full backlog
+            pass  # there is a listener, with a full backlog
 
 
 def dial(path: str) -> socket.socket:
-    """Connect to a host program, without waiting: a full backlog is a refusal.  Raises OSError."""
+    """Connect to a host program, without waiting: a full backlog is an error.  Raises OSError."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)

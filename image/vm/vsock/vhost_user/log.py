@@ -1,4 +1,4 @@
-"""Log lines on stderr at a bounded rate: what a guest can provoke must not fill the host's disk."""
+"""Log lines on stderr at a bounded rate: a guest must not be able to fill the host's disk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 
 
 class RateLimitedLog:
-    """Write a line each time it is called: ``burst`` at once, then one a second; what is left out is counted."""
+    """Write a line each time it is called: ``burst`` at once, then one a second; suppressed lines are counted."""
 
     def __init__(self, name: str, burst: int) -> None:
         self._name = name
@@ -32,11 +32,11 @@ class RateLimitedLog:
             sys.stderr.write(f"{self._name}: {text}\n")
             sys.stderr.flush()
         except (OSError, ValueError):
-            pass  # nobody reads it any more: no reason to take the guest's connections down
+            pass  # the reader is gone: no reason to drop the guest's connections
 
 
 def describe(error: BaseException) -> str:
-    """Return an exception in one line, with the place it came from."""
+    """Format an exception on one line, with its location."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

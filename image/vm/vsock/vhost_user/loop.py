@@ -1,4 +1,4 @@
-"""An epoll loop: descriptors, timers, busy polling, and a promise that no single event can end it."""
+"""An epoll loop: descriptors, timers, busy polling, and a guarantee that no single event can stop it."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ Action = Callable[[], None]
 Ready = Callable[[int], None]
 Broken = Callable[[Exception], None]
 
-#: Short sleeps before the next busy poll, after one that was in vain.
+#: Short sleeps before the next busy poll, after an unsuccessful one.
 POLL_BACKOFF = 8
 
 
 class Work(Protocol):
-    """What is done between waits, and how it hears of more."""
+    """The work between waits, and how to learn of more."""
 
     def process(self) -> bool:
-        """Do what there is, after each batch of events; True to be called again at once."""
+        """Do available work, after each batch of events; True to be called again immediately."""
 
     def worth_polling(self) -> bool:
-        """Tell whether what comes next is likely to be an answer, so that busy polling is worth it."""
+        """Return whether a response is likely to come next, so that busy polling is worthwhile."""
 
     def has_available(self) -> bool:
-        """Tell whether there is something to do that no descriptor tells of.  Called often, while polling."""
+        """Return whether there is work that no descriptor reports.  Called often, while polling."""
 
     def enable_notifications(self) -> bool:
-        """Have a descriptor tell of what comes from now on; True if something has come already."""
+        """Make a descriptor report new work from now on; True if there already is some."""
 
 
 class Timer:
@@ -55,9 +55,9 @@ class Timer:
 
 
 class Loop:
-    """Waits for descriptors and timers.  An exception that leaves a handler goes to its ``broken``, and no further.
+    """Wait for descriptors and timers.  A handler's exception goes to its ``broken``, and no further.
 
-    ``busy_poll``: seconds to poll for an event before the process sleeps until one wakes it, while they come that fast.
+    ``busy_poll``: seconds to poll for an event before sleeping, while events arrive that fast.
     """
 
     def __init__(self, log: RateLimitedLog, busy_poll: float = 0.0) -> None:
@@ -65,11 +65,11 @@ class Loop:
         self._epoll = select.epoll()
         self._handlers: dict[int, tuple[Ready, Broken]] = {}
         self._gone: set[int] = set()
-        # One queue for each delay: the next to fall due is always at a head, cancelled ones are skipped there.
+        # One queue for each delay: the next due one is always at a head, where cancelled ones are skipped.
         self._timers: dict[float, deque[Timer]] = {}
         self._status: int | None = None
         self._busy_poll = busy_poll if len(os.sched_getaffinity(0)) > 1 else 0.0
-        self._backoff = 1  # so many short sleeps come before the next busy poll
+        self._backoff = 1  # short sleeps before the next busy poll
 
     def add(self, fd: int, mask: int, ready: Ready, broken: Broken) -> None:
         """Watch ``fd`` for ``mask`` (EPOLL*)."""
@@ -81,7 +81,7 @@ class Loop:
         self._epoll.modify(fd, mask)
 
     def remove(self, fd: int) -> None:
-        """Stop watching; to be called before the descriptor is closed.  Does nothing for one that is not watched."""
+        """Stop watching; call it before closing the descriptor.  Does nothing if it is not watched."""
         if self._handlers.pop(fd, None) is not None:
             self._gone.add(fd)
             self._epoll.unregister(fd)
@@ -108,7 +108,7 @@ class Loop:
             gone.clear()
             for fd, mask in events:
                 handler = handlers.get(fd)
-                # A number closed in this batch may already belong to another file: its event here is not the new one's.
+                # A descriptor closed in this batch may already be reused: its event here is not the new one's.
                 if handler is None or fd in gone:
                     continue
                 try:
@@ -127,9 +127,9 @@ class Loop:
     def _wait(self, work: Work) -> Sequence[tuple[int, int]]:
         """Return the next events; none when a timer is due, or when there is work without them.
 
-        To sleep and be woken, to cold caches, takes about as long as the other side's answer.  So after a short sleep
-        the next wait begins with a busy poll; whoever else wants this processor gets it in between.  When nothing came
-        in time, the machine is idle or crowded: some more short sleeps have to come first.
+        Sleeping and waking, with cold caches, takes about as long as the other side's response.  So after a short sleep
+        the next wait starts with a busy poll; other processes get the CPU in between.  If nothing arrives in time, the
+        machine is idle or crowded: then a few short sleeps must come first.
         """
         poll, clock = self._epoll.poll, time.perf_counter
         if self._backoff <= 0 and work.worth_polling():

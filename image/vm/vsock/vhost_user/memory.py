@@ -1,7 +1,7 @@
-"""The guest's memory: addresses to bytes, checked.
+"""The guest's memory: bounds-checked access by address.
 
 Python's slices clip silently, so every bound is compared here before a slice is made; Python's integers do not wrap, so
-``address + length`` is what it says.
+``address + length`` is exact.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class GuestAddressError(Exception):
 
 
 class Region:
-    """A piece of guest memory: where the guest sees it, where QEMU sees it, and its bytes here."""
+    """A piece of guest memory: its guest address, its address in QEMU, and its bytes here."""
 
     __slots__ = ("data", "guest", "size", "user")
 
@@ -51,7 +51,7 @@ class Memory:
             if not stat.S_ISREG(status.st_mode):
                 raise GuestAddressError(f"memory region at {guest:#x} is not in a file")
             held = status.st_size
-            if offset + size > held:  # a page behind the end of the file would be SIGBUS
+            if offset + size > held:  # accessing a page beyond the end of the file causes SIGBUS
                 raise GuestAddressError(
                     f"memory region at {guest:#x} ends at {offset + size:#x} in a file of {held:#x}"
                 )
@@ -75,7 +75,9 @@ class Memory:
         raise GuestAddressError(f"{length:#x} bytes at guest address {address:#x} are not in the guest's memory")
 
     def views(self, address: int, length: int) -> list[memoryview]:
-        """Return the bytes at a guest address, across adjacent regions (plugged memory).  Raises GuestAddressError."""
+        """Return the bytes at a guest address, across adjacent regions (hot-plugged memory).  Raises
+        GuestAddressError.
+        """
         found = []
         end = address + length
         for region in self._regions:

@@ -19,7 +19,7 @@ RW = 5
 CREDIT_UPDATE = 6
 CREDIT_REQUEST = 7
 
-#: Flags of SHUTDOWN: the sender of the packet will not receive, will not send any more (5.10.6.5).
+#: Flags of SHUTDOWN: the sender of the packet will not receive, or send, any more (5.10.6.5).
 SHUTDOWN_RCV = 1
 SHUTDOWN_SEND = 2
 SHUTDOWN_BOTH = SHUTDOWN_RCV | SHUTDOWN_SEND
@@ -40,7 +40,7 @@ def cut(pieces: list[memoryview], size: int) -> list[memoryview]:
 
 
 def behind(pieces: list[memoryview], size: int) -> list[memoryview]:
-    """Return what follows the first ``size`` bytes of ``pieces``."""
+    """Return ``pieces`` after the first ``size`` bytes."""
     for number, piece in enumerate(pieces):
         if len(piece) > size:
             return [piece[size:], *pieces[number + 1 :]]

@@ -1,8 +1,8 @@
 """The process of a device: its command line, its sockets, its signals.
 
-Serves QEMU on descriptor N, or as who first connects to --listen PATH, until it closes it (exit status 0) or SIGTERM
-comes, and removes its sockets.  SIGUSR1 says that the guest was reset: its connections are closed now instead of when
-its driver starts again.
+Serves QEMU on descriptor N, or the first to connect to --listen PATH, until that closes (exit status 0) or SIGTERM
+arrives, and removes its sockets.  SIGUSR1 signals that the guest was reset: its connections are closed at once instead
+of when its driver starts again.
 """
 
 from __future__ import annotations
@@ -117,14 +117,14 @@ def announce(fd: int) -> None:
 
 
 def raise_descriptor_limit() -> None:
-    """Raise the limit of descriptors: each connection is one."""
+    """Raise the descriptor limit: each connection needs one."""
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 8192 if hard == resource.RLIM_INFINITY else min(8192, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def watch_signals(loop: Loop, device: VsockDevice) -> None:
-    """Turn signals into events: a handler between two byte codes of anything else would find it half done."""
+    """Turn signals into events: a handler could run between any two byte codes, and see inconsistent state."""
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def ready(mask: int) -> None:

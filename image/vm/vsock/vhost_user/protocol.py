@@ -41,7 +41,7 @@ MAX_FDS = 32
 
 
 class VhostUserError(Exception):
-    """The front end sent an invalid message; ``fatal`` if the stream cannot be followed any further."""
+    """The front end sent an invalid message; ``fatal`` if the stream is out of sync."""
 
     def __init__(self, text: str, *, fatal: bool = False) -> None:
         super().__init__(text)
@@ -49,7 +49,7 @@ class VhostUserError(Exception):
 
 
 class VhostUserMessage:
-    """A request.  Whoever handles it takes descriptors out of ``fds``; what is left there is closed by ``close()``."""
+    """A request.  Its handler takes descriptors out of ``fds``; ``close()`` closes the rest."""
 
     __slots__ = ("fds", "flags", "payload", "request")
 
@@ -60,7 +60,7 @@ class VhostUserMessage:
         self.fds = fds
 
     def unpack(self, form: struct.Struct) -> tuple[int, ...]:
-        """Unpack the payload.  Raises VhostUserError for another length."""
+        """Unpack the payload.  Raises VhostUserError for a wrong length."""
         if len(self.payload) != form.size:
             raise VhostUserError(f"request {self.request} with {len(self.payload)} bytes instead of {form.size}")
         return form.unpack(self.payload)
@@ -83,7 +83,7 @@ class Channel:
         return self._sock.fileno()
 
     def receive(self) -> VhostUserMessage | None:
-        """Return the next message, None until more arrives.  Raises EOFError at the end, VhostUserError."""
+        """Return the next message; None until more arrives.  Raises EOFError at the end, VhostUserError."""
         while True:
             wanted = HEADER.size
             if len(self._data) >= wanted:
@@ -109,7 +109,7 @@ class Channel:
         except BlockingIOError:
             sent = 0
         except (BrokenPipeError, ConnectionResetError):
-            return  # it is gone; the next receive says so
+            return  # it is closed; the next receive reports it
         if sent != len(data):
             raise VhostUserError("the front end does not read our replies", fatal=True)
 

@@ -1,4 +1,4 @@
-"""A split virtqueue, device side (virtio 1.2, section 2.7), over memory that a hostile guest writes at the same time.
+"""A split virtqueue, device side (virtio 1.2, section 2.7), over memory that a hostile guest writes concurrently.
 
 Shared indices are read and written through ``memoryview.cast``: one aligned load or store each.  ``struct.pack_into``
 would zero the field first and then store it byte by byte, which the guest can see.
@@ -26,11 +26,11 @@ STRONG = os.uname().machine in ("x86_64", "i686")
 
 
 class RingError(Exception):
-    """The driver broke the rules of the virtqueue; the device has to stop."""
+    """The driver violated the virtqueue protocol; the device must stop."""
 
 
 class Ring:
-    """One virtqueue: what vhost-user sets, and, while it runs, its descriptor table, available and used ring."""
+    """One virtqueue: its vhost-user settings and, while running, its descriptor table, available and used ring."""
 
     def __init__(self, name: str, *, writable: bool) -> None:
         self.name = name
@@ -38,7 +38,7 @@ class Ring:
         # Set by the front end.
         self.size = 0
         self.base = 0
-        self.returned: int | None = None  # what GET_VRING_BASE answered last
+        self.returned: int | None = None  # the last response to GET_VRING_BASE
         self.addresses: tuple[int, int, int] | None = None  # descriptors, used, avail: QEMU's addresses
         self.kick = -1
         self.call = -1
@@ -63,7 +63,7 @@ class Ring:
         self._notified = 0
 
     def start(self, memory: Memory, *, event_idx: bool, indirect: bool) -> None:
-        """Start at ``base``.  Raises RingError for a size or addresses that are not valid."""
+        """Start at ``base``.  Raises RingError for an invalid size or address."""
         self._event_idx = event_idx
         self._indirect = indirect
         self._next = self._avail_idx = self.base
@@ -72,7 +72,7 @@ class Ring:
         self.running = True
 
     def map(self, memory: Memory) -> None:
-        """Map the three areas, again when memory was plugged.  Raises RingError."""
+        """Map the three areas, again after memory was hot-plugged.  Raises RingError."""
         size = self.size
         if not 0 < size <= MAX_SIZE or size & (size - 1):
             raise RingError(f"{self.name}: a ring of {size} entries")
@@ -122,7 +122,7 @@ class Ring:
         return head, pieces
 
     def unpop(self, count: int) -> None:
-        """Put the last ``count`` chains back, as if they had not been taken."""
+        """Put back the last ``count`` chains, as if they had not been taken."""
         self._next = (self._next - count) & 0xFFFF
 
     def add_used(self, head: int, written: int) -> None:
@@ -137,7 +137,7 @@ class Ring:
         return (self._used_next - self._published) & 0xFFFF
 
     def publish_used(self) -> None:
-        """Update the used index: the driver sees what was added when it looks next."""
+        """Update the used index: the driver sees the added chains when it next looks."""
         if not STRONG:
             os.sched_yield()
         self._used[1] = self._published = self._used_next
@@ -157,10 +157,10 @@ class Ring:
             try:
                 os.write(self.call, ONE)
             except OSError:
-                pass  # the counter is full: as good as a notification; or it is not an eventfd, and nobody waits for it
+                pass  # the counter is full, which notifies as well; or it is not an eventfd, and nothing waits for it
 
     def has_available(self) -> bool:
-        """Tell whether the driver has made a chain available since ``pop_available`` found none."""
+        """Return whether the driver has made a chain available since ``pop_available`` found none."""
         return self._avail[1] != self._next
 
     def publish_and_notify(self) -> None:
@@ -169,7 +169,7 @@ class Ring:
         self.notify()
 
     def enable_notifications(self) -> bool:
-        """Enable available buffer notifications (2.7.10); True if a chain came meanwhile."""
+        """Enable available buffer notifications (2.7.10); True if a chain became available meanwhile."""
         if self._event_idx:
             self._used[2 + 4 * self.size] = self._next
         else:
@@ -178,12 +178,14 @@ class Ring:
         return self._read_avail_idx()
 
     def disable_notifications(self) -> None:
-        """Suppress available buffer notifications.  With EVENT_IDX the last event asked for lies behind: no need to."""
+        """Suppress available buffer notifications.  With EVENT_IDX there is nothing to do: the last requested event has
+        passed.
+        """
         if not self._event_idx:
             self._used[0] = NO_NOTIFY
 
     def fail(self) -> None:
-        """Signal a broken ring on the error descriptor, where the front end gave one."""
+        """Signal a broken ring on the error descriptor, if the front end gave one."""
         if self.error >= 0:
             try:
                 os.write(self.error, ONE)
@@ -208,7 +210,7 @@ class Ring:
         while True:
             if index >= entries:
                 raise RingError(f"{self.name}: descriptor {index} of {entries}")
-            # Read once: what is checked below is what is used, also when the guest changes the table meanwhile.
+            # Read once: the values checked below are those used, even if the guest changes the table meanwhile.
             address, length, flags, following = DESCRIPTOR.unpack_from(table, 16 * index)
             if flags & INDIRECT:
                 if nested or flags & NEXT or not self._indirect:
@@ -238,4 +240,4 @@ class Ring:
             with self._lock:  # a locked read-modify-write
                 pass
         else:
-            os.sched_yield()  # passes the scheduler's full barrier
+            os.sched_yield()  # goes through the scheduler's full barrier

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 else:
     Protocol = object
 
-#: Pieces of one buffer that are used; readv(2) takes 1024, and 16 buffers are filled at once.
+#: Maximum pieces of one buffer to use; readv(2) accepts 1024, and 16 buffers are filled at once.
 MAX_PIECES = 60
 
 
@@ -64,7 +64,7 @@ class RxBuffers:
         self._spare: deque[Buffer] = deque()
 
     def get(self, count: int) -> list[Buffer]:
-        """Take up to ``count`` buffers, to be used from the first on; the rest goes to ``unget``.  Raises RingError."""
+        """Take up to ``count`` buffers, to be used in order; return the rest with ``unget``.  Raises RingError."""
         spare, pop_available = self._spare, self._ring.pop_available
         while len(spare) < count:
             chain = pop_available()
@@ -74,39 +74,39 @@ class RxBuffers:
         return [spare.popleft() for _ in range(min(count, len(spare)))]
 
     def prefetch(self) -> None:
-        """Have one buffer ready, so that less is to be done when there is something to send.  Raises RingError."""
+        """Prepare one buffer, so that less remains to be done when there is something to send.  Raises RingError."""
         if not self._spare:
             chain = self._ring.pop_available()
             if chain is not None:
                 self._spare.append(Buffer(*chain))
 
     def unget(self, buffers: list[Buffer]) -> None:
-        """Put buffers back that were not used, in their order."""
+        """Put back unused buffers, in their order."""
         self._spare.extendleft(reversed(buffers))
 
     def send(self, buffer: Buffer, header: bytes, payload: int = 0) -> None:
-        """Send a packet: ``payload`` bytes of it are in the buffer already."""
+        """Send a packet: ``payload`` bytes of it are already in the buffer."""
         buffer.write_header(header)
         self._ring.add_used(buffer.head, SIZE + payload)
 
     def wait(self) -> bool:
-        """Enable the notification for new buffers; False if there are some after all.  Raises RingError."""
+        """Enable the notification for new buffers; False if there already are some.  Raises RingError."""
         return not self._spare and not self._ring.enable_notifications()
 
     def rewind(self) -> None:
-        """Put the buffers that were taken ahead back into the ring, which stops."""
+        """Put prefetched buffers back into the ring, which stops."""
         self._ring.unpop(len(self._spare))
         self._spare.clear()
 
 
 class RxSender(Protocol):
-    """A connection, as far as the rx queue knows it."""
+    """A connection, as seen by the rx queue."""
 
     guest_port: int
     queued: bool
 
     def transmit(self, buffers: RxBuffers) -> bool:
-        """Send what there is, within credit; False if buffers ran out."""
+        """Send available data, within credit; False if buffers ran out."""
 
     def watch(self) -> None:
         """Watch the host socket again."""
@@ -116,7 +116,7 @@ class RxSender(Protocol):
 
 
 class RxQueue:
-    """Sends packets to the guest: RSTs first, then one turn for each connection in the line."""
+    """Send packets to the guest: RSTs first, then one turn for each queued connection."""
 
     def __init__(self, ring: Ring, cid: int, log: RateLimitedLog, limits: DeviceLimits) -> None:
         self.buffers = RxBuffers(ring)
@@ -127,7 +127,7 @@ class RxQueue:
         self._limits = limits
         self._line: deque[RxSender] = deque()
         self._rsts: deque[bytes] = deque()
-        self._drained: list[RxSender] = []  # their sockets have nothing more to read, it seems
+        self._drained: list[RxSender] = []  # their sockets seem to be drained
 
     def enqueue_rx(self, sender: RxSender) -> None:
         """Give a connection a turn at the receive buffers."""
@@ -136,7 +136,7 @@ class RxQueue:
             self._line.append(sender)
 
     def watch_later(self, sender: RxSender) -> None:
-        """Have a connection's socket watched again once the guest was notified of what came from it."""
+        """Watch a connection's socket again once the guest has been notified of its data."""
         self._drained.append(sender)
 
     def queue_rst(self, host_port: int, guest_port: int, kind: int = packet.STREAM) -> None:
@@ -145,11 +145,11 @@ class RxQueue:
         self._rsts.append(header)
 
     def full(self) -> bool:
-        """Tell whether so many RSTs wait for buffers that the guest has to make some available first."""
+        """Return whether too many RSTs are waiting for buffers, so that the guest must first make some available."""
         return len(self._rsts) >= self._limits.pending_rsts
 
     def clear(self) -> None:
-        """Drop all that waits: the guest knows of no connection any more."""
+        """Drop everything queued: the guest no longer knows any connection."""
         self._rsts.clear()
         for sender in self._line:
             sender.queued = False
@@ -169,7 +169,7 @@ class RxQueue:
             else:
                 return False
             self._ring.publish_and_notify()
-            while self._drained:  # only now: the guest has something to do meanwhile
+            while self._drained:  # only now: the guest is busy meanwhile
                 self._drained.pop().watch()
             if not sent and buffers.wait():
                 return False  # until a kick

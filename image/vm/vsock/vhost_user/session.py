@@ -95,7 +95,7 @@ class Session:
             message.close()
 
     def _broken(self, error: Exception) -> None:
-        """Stop: after a broken message nothing can be known of the next."""
+        """Stop: after a malformed message the stream is out of sync."""
         self._log(f"the control socket: {error if isinstance(error, VhostUserError) else describe(error)}")
         self._loop.stop(1)
 
@@ -126,7 +126,7 @@ class Session:
     def _set_memory(self, message: VhostUserMessage) -> None:
         payload = message.payload
         count = TABLE.unpack_from(payload)[0] if len(payload) >= TABLE.size else -1
-        # QEMU pads the table to its capacity in some versions.
+        # Some QEMU versions pad the table to its capacity.
         if not 0 <= count == len(message.fds) or len(payload) < TABLE.size + count * REGION.size:
             size = len(payload)
             raise VhostUserError(f"memory table: {count} regions, {size} bytes, {len(message.fds)} descriptors")
@@ -143,7 +143,7 @@ class Session:
         offset, size, flags = CONFIG.unpack_from(message.payload)
         space = U64.pack(self._device.cid)
         if offset + size > len(space):
-            return CONFIG.pack(offset, 0, flags)  # how the protocol says no
+            return CONFIG.pack(offset, 0, flags)  # the protocol's error reply
         return CONFIG.pack(offset, size, flags) + space[offset : offset + size]
 
     # Rings.
@@ -167,7 +167,7 @@ class Session:
         if base > 0xFFFF:
             raise VhostUserError(f"a base of {base}")
         if ring.returned is not None and ring.returned != base:
-            # Not where it stopped: not a pause but a reset.
+            # A different base than where it stopped: not a pause but a reset.
             self._device.drop_connections()
         ring.base = base
 

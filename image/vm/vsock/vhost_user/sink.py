@@ -1,4 +1,4 @@
-"""From the guest into a host program's socket: what it does not take yet is kept, never more than buf_alloc."""
+"""From the guest into a host program's socket: data that it does not accept yet is kept, at most buf_alloc."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MAX_PIECES = 1000  # writev(2) takes 1024
 
 
 class Sink:
-    """Writes to ``fd`` without blocking.  ``buf_alloc``: what the guest may have in flight; only grows."""
+    """Write to ``fd`` without blocking.  ``buf_alloc``: bytes that the guest may have in flight; only grows."""
 
     __slots__ = ("buf_alloc", "discarding", "fd", "fwd_cnt", "pending", "reported_fwd_cnt")
 
@@ -19,15 +19,15 @@ class Sink:
         self.buf_alloc = buf_alloc
         self.pending = bytearray()
         self.discarding = False  # the host program receives no more
-        self.fwd_cnt = 0  # bytes that the host program took
-        self.reported_fwd_cnt = 0  # what the guest was told of that
+        self.fwd_cnt = 0  # bytes that the host program has accepted
+        self.reported_fwd_cnt = 0  # the value last sent to the guest
 
     def credit(self) -> int:
-        """Return how many bytes the guest may send, if it has heard of all that was taken."""
+        """Return how many bytes the guest may send, given the latest fwd_cnt."""
         return self.buf_alloc - len(self.pending)
 
     def write(self, pieces: list[memoryview], length: int) -> bool:
-        """Take ``length`` bytes, the sum of ``pieces``; False when the host program turns out to receive no more."""
+        """Take ``length`` bytes, the sum of ``pieces``; False if the host program turns out to receive no more."""
         pending = self.pending
         if self.discarding:
             self.fwd_cnt = (self.fwd_cnt + length) & COUNTER_MASK
@@ -39,7 +39,7 @@ class Sink:
                 done = os.write(self.fd, pieces[0]) if len(pieces) == 1 else os.writev(self.fd, pieces[:MAX_PIECES])
             except BlockingIOError:
                 done = 0
-            except OSError:  # it closed, or said that it will not receive
+            except OSError:  # it has closed, or shut down receiving
                 self.fwd_cnt = (self.fwd_cnt + length) & COUNTER_MASK
                 return False
             self.fwd_cnt = (self.fwd_cnt + done) & COUNTER_MASK
@@ -50,7 +50,7 @@ class Sink:
         return True
 
     def flush(self) -> bool:
-        """Write what is pending, as far as it goes; False as for ``write``."""
+        """Write pending data, as far as possible; False as for ``write``."""
         try:
             done = os.write(self.fd, self.pending)
         except BlockingIOError:
@@ -62,17 +62,17 @@ class Sink:
         return True
 
     def discard(self) -> None:
-        """Throw away what is pending, and all that comes."""
+        """Discard pending and future data."""
         self.discarding = True
         self.fwd_cnt = (self.fwd_cnt + len(self.pending)) & COUNTER_MASK
         self.pending.clear()
 
     def update_due(self, peer_buf_alloc: int) -> bool:
-        """Tell whether a CREDIT_UPDATE is due, lest the guest run out of credit.
+        """Return whether a CREDIT_UPDATE is due, so that the guest does not run out of credit.
 
-        A quarter of the smaller buf_alloc: Linux has no more in flight than its own receive buffer holds, whatever we
-        announce.  And a sender that ran out is not woken before most of what it sent was given back, so it had better
-        not: reported by halves, bulk came 0.8 times as fast.
+        A quarter of the smaller buf_alloc: Linux has at most its own receive buffer in flight, whatever we announce.
+        And a sender that ran out is only woken once most of its credit is returned, so avoid that: with updates by
+        halves, bulk was 0.8 times as fast.
         """
         unreported = (self.fwd_cnt - self.reported_fwd_cnt) & COUNTER_MASK
         return bool(unreported) and 4 * unreported >= min(self.buf_alloc, peer_buf_alloc)

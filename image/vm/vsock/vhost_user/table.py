@@ -1,4 +1,4 @@
-"""The connections of a device: by their ports, counted, and from the request to the last byte."""
+"""The connections of a device: by port, counted, from request to last byte."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .log import RateLimitedLog
 from .loop import Loop
 from .rx import RxQueue
 
-#: Ports of ours for connections that the host opens.
+#: Host ports for connections that the host opens.
 FIRST_PORT = 1 << 30
 LAST_PORT = (1 << 31) - 1
 
 
 class ConnectionTable:
-    """``dial`` opens a socket to the host program that a port in a guest's REQUEST stands for, or raises OSError."""
+    """``dial`` opens a socket to the host program for the port in a guest's REQUEST, or raises OSError."""
 
     def __init__(
         self,
@@ -41,11 +41,11 @@ class ConnectionTable:
         self._waiting: dict[VsockConnection, None] = {}  # for the driver, in order of arrival
         self._count = 0
         self._count_from_guest = 0
-        # Not where a device before this one began: the guest may remember connections of that one's.
+        # Not from an earlier device's start: the guest may remember its connections.
         self._next_port = FIRST_PORT + int.from_bytes(os.urandom(3), "little")
 
     def has_room(self, others: int = 0) -> bool:
-        """Tell whether one more host socket may be held, beside those of the table and ``others``."""
+        """Return whether another host socket may be held, beside those of the table and ``others``."""
         return self._count + others < self.limits.connections
 
     def find(self, host_port: int, guest_port: int) -> VsockConnection | None:
@@ -61,7 +61,7 @@ class ConnectionTable:
             self._waiting[connection] = None
 
     def accept(self, host_port: int, guest_port: int, buf_alloc: int, fwd_cnt: int) -> None:
-        """Answer a REQUEST of the guest's: RESPONSE, or RST if nobody listens or there are too many."""
+        """Answer a REQUEST of the guest's: RESPONSE, or RST if nothing listens or there are too many."""
         if self._count_from_guest >= self.limits.from_guest or not self.has_room():
             self.log(f"the guest has too many connections: one to port {host_port} refused")
             self.rx.queue_rst(host_port, guest_port)
@@ -77,7 +77,7 @@ class ConnectionTable:
         connection.accept(host_port)
 
     def resume(self) -> None:
-        """Connect what has waited for both virtqueues to run."""
+        """Connect those that waited for both virtqueues to run."""
         self.running = True
         waiting, self._waiting = self._waiting, {}
         for connection in waiting:
@@ -103,7 +103,7 @@ class ConnectionTable:
         connection.detach()
 
     def drop_all(self) -> None:
-        """End all connections that the guest knew of: it has started anew."""
+        """End all connections that the guest knew of: it has restarted."""
         connections = list(self._by_ports.values())
         self._by_ports.clear()
         self.rx.clear()
@@ -111,13 +111,13 @@ class ConnectionTable:
             connection.detach()
 
     def close_waiting(self) -> None:
-        """Close the sockets that wait for the guest's driver: it is broken."""
+        """Close the sockets waiting for the guest's driver: it is broken."""
         waiting, self._waiting = self._waiting, {}
         for connection in waiting:
             connection.close()
 
     def closed(self, connection: VsockConnection, granted: int) -> None:
-        """Count a connection out that has closed its socket and gives ``granted`` bytes of buf_alloc back."""
+        """Remove a connection that has closed its socket, returning ``granted`` bytes of buf_alloc."""
         self.pool.free(granted)
         self._count -= 1
         self._count_from_guest -= connection.from_guest
