@@ -1,6 +1,6 @@
 """Defer execution of rarely used modules until first attribute access.
 
-Like importlib.util.LazyLoader, which however executes a module when it is imported a second time.
+Like importlib.util.LazyLoader, which however executes a module when it is imported again.
 """
 
 from __future__ import annotations

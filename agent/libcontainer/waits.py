@@ -85,7 +85,7 @@ class Deadline:
 
     @property
     def left(self) -> float | None:
-        """Seconds until then, not below 0; None for ever."""
+        """Seconds until then, not below 0; None if there is no limit."""
         return None if self._at is None else max(0.0, self._at - time.monotonic())
 
 

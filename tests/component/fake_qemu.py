@@ -112,7 +112,7 @@ def lives(pid: int) -> bool:
 
 
 def files_of(run: Path) -> list[str]:
-    """Return all paths below a directory, even while it is being removed (os.walk skips what has gone)."""
+    """Return all paths below a directory, even while it is being removed (os.walk skips what is gone)."""
     return [f"{place}/{name}" for place, names, files in os.walk(run) for name in names + files]
 
 

@@ -23,7 +23,7 @@ NAME = "box"
 
 
 class Living(Protocol):
-    """One container; `pid` is that of its first process."""
+    """One container; `pid` is that of its init process."""
 
     rootfs: Path
     pid: int

@@ -111,7 +111,7 @@ async def test_removals_of_one_container_at_the_same_time(setting: Setting) -> N
     await setting.sandbox.start("", "")
     await setting.sandbox.create("box", "", SPEC)
     removals = [await settled(asyncio.ensure_future(setting.sandbox.remove("box"))) for _ in range(3)]
-    removals[0].cancel()  # its caller has gone
+    removals[0].cancel()  # its caller is gone
     setting.launcher.ends("box")
     assert await asyncio.gather(*removals[1:]) == [None, None]
     with pytest.raises(NotFound, match="container box: not found"):

@@ -1,4 +1,4 @@
-"""Test a container's first process, as seen from inside."""
+"""Test a container's init process, as seen from inside."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def io_priority(pid: int) -> int:
 
 
 async def both(box: Box, value: dict[str, Any], process: dict[str, Any] | None = None) -> tuple[int, int]:
-    """Return the pids of a container's first process and of another one."""
+    """Return the pids of a container's init process and of another one."""
     value["process"]["args"] = ["sleep", "1000"]
     init = await box.running(value)
     null = os.open("/dev/null", os.O_RDWR)

@@ -1,4 +1,4 @@
-"""Test a sandbox whose containers share a pid namespace: its first process, lifetimes, and isolation."""
+"""Test a sandbox whose containers share a pid namespace: its init process, lifetimes, and isolation."""
 
 from __future__ import annotations
 

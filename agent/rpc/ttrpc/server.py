@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from caisson.agent.rpc.dispatch import Dispatch
 
 #: Seconds for more of a long frame to gather before it is received: through vsock data come by the page, and a turn of
-#: the event loop for each takes more processor time than all else that is done with them.
+#: the event loop for each takes more CPU time than all else that is done with them.
 GATHER = 0.001
 
 
