@@ -15,7 +15,7 @@ import threading
 import time
 
 from caisson.agent.base import syscalls
-from caisson.agent.base.errors import FailedPrecondition, InvalidArgument, SystemCallFailed, Timeout
+from caisson.agent.base.errors import FailedPrecondition, InvalidArgument, NotRunning, SystemCallFailed, Timeout
 from caisson.agent.guest import modules
 from caisson.agent.guest.storage import open_point
 from caisson.agent.libcontainer.state import STOPPED
@@ -163,7 +163,7 @@ def _inside(container: Container, work: Callable[[], None]) -> None:
 
 
 def _namespace(container: Container) -> int:
-    """Open the mount namespace of a container's init process.  Raises FailedPrecondition."""
+    """Open the mount namespace of a container's init process.  Raises NotRunning."""
     child = container.process("").child
     try:
         namespace = os.open(f"/proc/{child.pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
@@ -173,5 +173,5 @@ def _namespace(container: Container) -> int:
     if namespace < 0 or child.status is not None:
         if namespace >= 0:
             os.close(namespace)
-        raise FailedPrecondition(f"Cannot mount in stopped container {container.id}")
+        raise NotRunning(container_id=container.id)
     return namespace

@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from caisson.commands import snapshot
 from caisson.image.build.cache import clean
 from caisson.image.vm import VM, VMConfig, VMError, qemu
 from caisson.image.vm.snapshot import ram
@@ -212,3 +216,28 @@ def test_a_state_that_is_none_is_an_end_and_leaves_nothing(image: Path, tmp_path
     with pytest.raises(VMError, match=r"could not be restored|QEMU"):
         VM.start(VMConfig.clone(snapshot, accel="tcg", vsock="user"), ready=lambda _: False, timeout=60)
     nothing_left(tmp_path / "r")
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_save_snapshot_says_what_it_compiles_and_how_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], compiled: bool
+) -> None:
+    """Before it begins: minutes of a silent machine look like one that hangs."""
+
+    class Build:
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def plan(self) -> list[Any]:
+            return [SimpleNamespace(step="kernel", cached=compiled), SimpleNamespace(step="root", cached=False)]
+
+        def image(self) -> Any:
+            return SimpleNamespace(directory=Path(capsys.readouterr().err or "silent"))
+
+    monkeypatch.setattr("caisson.image.Build", Build)
+    monkeypatch.setattr(snapshot, "need", lambda *_: None)
+    said = str(snapshot.lean_image())
+    if compiled:
+        assert said == "silent"
+    else:
+        assert re.search(r"compiles the kernel of the template `lean` first, once: .*, some \d+ minutes here", said)

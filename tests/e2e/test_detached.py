@@ -10,6 +10,7 @@ import pytest
 
 from tests.build.container_images import busybox_layer, docker_archive
 from tests.e2e.conftest import PATIENCE, Caisson
+from tests.e2e.terminal import Terminal
 
 pytestmark = pytest.mark.vm
 
@@ -31,15 +32,49 @@ def test_a_detached_container_from_its_output_to_its_files(vm: Caisson, image: s
     assert vm("wait", "apart").stdout == b"5\n"
     assert vm("logs", "apart", "--tail", "1").stdout == b"last\n"
     assert len(vm("logs", "apart", "--follow").stdout) == 300_006
-    refused = vm("exec", "--container", "apart", "--", "true")
-    assert refused.returncode == 125 and b"container apart has exited" in refused.stderr
+    for status, *words in (
+        (125, "exec", "--container", "apart", "--", "true"),
+        (1, "share", str(tmp_path), "--container", "apart"),
+    ):
+        refused = vm(*map(str, words))
+        assert refused.returncode == status, refused.stderr
+        assert b"container apart has exited" in refused.stderr and refused.stderr.count(b"\n") == 1
     assert vm("cp", "apart:/result", str(tmp_path)).returncode == 0
     assert (tmp_path / "result").read_text() == "r\n"
     listed = vm("ps", "--all").stdout.decode()
     assert any(line.startswith("apart ") and line.endswith("exited with status 5") for line in listed.splitlines())
     assert b"apart" not in vm("ps").stdout
     assert vm("rm", "apart").returncode == 0
-    assert b"does not exist" in vm("exec", "--container", "apart", "--", "true").stderr
+    unreachable: list[tuple[str, ...]] = [
+        ("exec", "--container", "apart", "--", "true"),
+        ("share", str(tmp_path), "--container", "apart"),
+        ("cp", "/etc/hostname", "apart:/x"),
+        ("cp", "apart:/result", str(tmp_path)),
+    ]
+    for line in unreachable:
+        refused = vm(*line)
+        assert refused.returncode == (125 if line[0] == "exec" else 1), refused.stderr
+        assert b"apart: does not exist" in refused.stderr and refused.stderr.count(b"\n") == 1, refused.stderr
+    assert b"apart" not in vm("ps", "--all").stdout
+
+
+def test_attach_joins_at_a_terminal_and_leaves_by_its_keys(vm: Caisson, image: str) -> None:
+    options = ("--detach", "--tty", "--container", "talks", "--")
+    script = "while busybox sleep 0.1; do [ -e /go ] && echo gone-on; [ -e /end ] && exit 4; done"
+    assert run(vm, image, *options, "sh", "-c", script)[0] == 0
+    with Terminal(vm, "attach", "talks") as terminal:
+        assert vm("cp", "/etc/hostname", "talks:/go").returncode == 0
+        terminal.expect(b"gone-on")
+        terminal.type(b"\x10")
+        terminal.type(b"\x11")
+        assert terminal.status() == 0
+        assert terminal.modes() == terminal.before
+    assert vm("exec", "--container", "talks", "--", "sh", "-c", "echo lives").stdout == b"lives\n"
+    with vm.start("attach", "talks", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as command:
+        vm("cp", "/etc/hostname", "talks:/end")  # which may end with the container
+        said, _ = command.communicate(timeout=PATIENCE)
+    assert command.returncode == 4 and b"gone-on" in said
+    assert vm("rm", "talks").returncode == 0
 
 
 def test_an_ended_container_starts_again_on_its_files(vm: Caisson, image: str) -> None:

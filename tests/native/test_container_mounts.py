@@ -104,7 +104,7 @@ async def test_an_option_that_is_none_and_a_container_that_has_ended(agent: Runn
         container = await client.ensure_container("box", agent.spec("/bin/true"))
         await container.init().wait()
         code, text = await refused(mount(client, "/tmp/x"))
-        assert (code, text) == (Code.FAILED_PRECONDITION, "Cannot mount in stopped container box")
+        assert (code, text) == (Code.UNKNOWN, "container not running")
         await client.ensure_container("other", agent.spec())
         code, text = await refused(mount(client, "/tmp/x", "nonsense=1", container_id="other"))
         assert (code, text) == (Code.INTERNAL, "Could not mount scratch: invalid argument")
