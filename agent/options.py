@@ -170,7 +170,7 @@ def from_kernel(words: Iterable[str], options: Options | None = None) -> Options
     for name, _, value in pairs:
         if name == "config_file":
             options = from_file(value, options)
-    return _told(
+    return _apply(
         ((name, value if equals else "true") for name, equals, value in pairs if name != "config_file"), options
     )
 
@@ -188,10 +188,10 @@ def from_file(path: str, options: Options) -> Options:
     except (OSError, tomllib.TOMLDecodeError) as error:
         return options.but(complaints=(*options.complaints, f"the configuration {path} cannot be read: {error}"))
     spelled = ((name, str(value).lower() if isinstance(value, bool) else str(value)) for name, value in found.items())
-    return _told(spelled, options)
+    return _apply(spelled, options)
 
 
-def _told(pairs: Iterable[tuple[str, str]], options: Options) -> Options:
+def _apply(pairs: Iterable[tuple[str, str]], options: Options) -> Options:
     complaints = list(options.complaints)
     for name, value in pairs:
         option = BY_NAME.get(name)

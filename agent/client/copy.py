@@ -213,7 +213,7 @@ async def put(container: Container, source: str, path: str, progress: Progress |
         packing = asyncio.create_task(asyncio.to_thread(_pack, write_end, origin.resolve() if directory else origin))
         feeding = asyncio.create_task(_feed(process, read_end, progress or Progress()))
         async with _ending(feeding, packing):
-            complaints = await _complaints(process)
+            complaints = await _read_errors(process)
             await feeding
             try:
                 left_out = await packing
@@ -249,7 +249,7 @@ async def get(container: Container, path: str, target: str, progress: Progress |
         unpacking = asyncio.create_task(asyncio.to_thread(_unpack, read_end, directory, old, new))
         draining = asyncio.create_task(_drain(process, write_end, progress or Progress()))
         async with _ending(draining, unpacking):
-            complaints = await _complaints(process)
+            complaints = await _read_errors(process)
             await draining
             try:
                 left_out = await unpacking
@@ -299,7 +299,7 @@ async def _ending(moving: asyncio.Task[None], working: asyncio.Task[list[str]]) 
         await asyncio.gather(moving, working, return_exceptions=True)
 
 
-async def _complaints(process: Process) -> str:
+async def _read_errors(process: Process) -> str:
     """Return a process's standard error output until its exit, as one line."""
     said = b""
     async for data in process.stderr():

@@ -62,7 +62,7 @@ async def show(
     last lines are shown.  Raises AgentError, OSError.
     """
     begin = 0
-    with _shown() as write:
+    with _stream_writer() as write:
         if tail is not None:
             kept = [one async for one in entries(agent, container_id)]
             for stream, data in last_lines([(one.stream, one.data) for one in kept if one.time >= since * 1e9], tail):
@@ -76,7 +76,7 @@ async def show(
 
 
 @contextlib.contextmanager
-def _shown() -> Iterator[Callable[[int, bytes], None]]:
+def _stream_writer() -> Iterator[Callable[[int, bytes], None]]:
     """Yield a writer to a standard stream: unchanged, or without control characters if it is a terminal."""
     filters = {stream: TerminalFilter() for stream in (1, 2) if os.isatty(stream)}
 

@@ -199,17 +199,17 @@ def _update_interface(wanted: Interface, only: bool) -> None:
         index = link.fixed[2]
 
         def change(what: str, attributes: dict[int, bytes], flags: int = 0, mask: int = 0) -> None:
-            with _doing(what):
+            with _attempting(what):
                 netlink.change(rt.NEWLINK, rt.LINK.pack(0, 0, index, flags, mask), attributes)
 
         change(f"Could not bring down interface {wanted.name}", {}, 0, IFF_UP)
         try:
-            with _doing(f"Could not remove the addresses of {wanted.name}"):
+            with _attempting(f"Could not remove the addresses of {wanted.name}"):
                 for message in netlink.dump(rt.GETADDR):
                     if only and message.fixed[4] == index:
                         netlink.change(rt.DELADDR, rt.ADDRESS.pack(*message.fixed), message.attributes)
             for address, prefix in addresses:
-                with _doing(f"Could not add {address}/{prefix} to interface {wanted.name}"):
+                with _attempting(f"Could not add {address}/{prefix} to interface {wanted.name}"):
                     family, flags = FAMILIES[address.version], IFA_F_NODAD if address.version == 6 else 0
                     value = {
                         rt.IFA_LOCAL: address.packed,
@@ -277,18 +277,18 @@ def _update_routes(wanted: Sequence[Route], only: bool) -> None:
         indexes = {name: index for index, name in names.items()}
         requests = [_request_of(route, indexes) for route in wanted]
         old = [
-            _again(message, names)
+            _request_from_dump(message, names)
             for message in _main_table(netlink)
             if only and message.fixed[5] != RTPROT_KERNEL and names.get(message.number(rt.RTA_OIF)) != "lo"
         ]
         undo: list[tuple[int, _RouteRequest, int]] = []
         try:
             for request in old:
-                with _doing(f"Could not delete {request.what}"):
+                with _attempting(f"Could not delete {request.what}"):
                     netlink.change(rt.DELROUTE, request.fixed, request.attributes)
                 undo.append((rt.NEWROUTE, request, rt.CREATE))
             for request in requests:
-                with _doing(f"Could not add/replace {request.what}"):
+                with _attempting(f"Could not add/replace {request.what}"):
                     if _put(netlink, request):
                         undo.append((rt.DELROUTE, request, 0))
         except SystemCallFailed:
@@ -310,7 +310,7 @@ def _put(netlink: Rtnetlink, request: _RouteRequest) -> bool:
     return True
 
 
-def _again(message: Message, names: dict[int, str]) -> _RouteRequest:
+def _request_from_dump(message: Message, names: dict[int, str]) -> _RouteRequest:
     """Return the request that adds, or deletes, a route of a dump."""
     attributes = {kind: value for kind, value in message.attributes.items() if kind != rt.RTA_CACHEINFO}
     what = f"the route {_route_of(message, names)}"
@@ -359,7 +359,7 @@ def _add_neighbours(neighbours: Sequence[Neighbour], flag: int) -> None:
             if one.device not in indexes:
                 raise DeviceNotFound(device=one.device)
             address = _ip_address(one.address)
-            with _doing(f"Could not add ARP neighbor {one.address} on {one.device}"):
+            with _attempting(f"Could not add ARP neighbor {one.address} on {one.device}"):
                 mac = _mac(one.mac)
                 state, flags = (one.state or NUD_PERMANENT) & 0xFFFF, one.flags & 0xFF
                 fixed = rt.NEIGHBOUR.pack(FAMILIES[address.version], indexes[one.device], state, flags, 0)
@@ -368,7 +368,7 @@ def _add_neighbours(neighbours: Sequence[Neighbour], flag: int) -> None:
 
 
 @contextmanager
-def _doing(what: str) -> Iterator[None]:
+def _attempting(what: str) -> Iterator[None]:
     """Turn the kernel's error into SystemCallFailed, naming the attempted change."""
     try:
         yield

@@ -167,7 +167,7 @@ class Dispatch:
 
     async def _handle(self, name: str, handling: Awaitable[Any], timeout: float | None) -> Outcome:
         try:
-            response = await (handling if timeout is None else _within(timeout, handling))
+            response = await (handling if timeout is None else _with_deadline(timeout, handling))
             return StatusCode.OK, response if isinstance(response, list) else [response.SerializeToString()]
         except _DeadlineExceeded:
             return StatusCode.DEADLINE_EXCEEDED, Failure(f"{name}: not done within {timeout:g} s")
@@ -193,7 +193,7 @@ class _DeadlineExceeded(Exception):
     """The caller's deadline has passed; a TimeoutError can be a handler's own."""
 
 
-async def _within(timeout: float, handling: Awaitable[Any]) -> Any:
+async def _with_deadline(timeout: float, handling: Awaitable[Any]) -> Any:
     """Await a handler for at most ``timeout`` seconds.  Raises _DeadlineExceeded."""
     deadline = asyncio.timeout(timeout)
     try:

@@ -70,14 +70,14 @@ def _refusal(device: Path, use: Callable[[int], None] = lambda descriptor: None)
     return None
 
 
-def _asked_for(wanted: str, variable: str) -> str:
+def _requested(wanted: str, variable: str) -> str:
     """Return the requested choice; with auto, a variable decides: CI must fail rather than silently use less."""
     return (os.environ.get(variable) or wanted) if wanted == "auto" else wanted
 
 
 def is_open(wanted: str) -> bool:
     """Return whether the accelerator is chosen automatically."""
-    return _asked_for(wanted, "CAISSON_ACCEL") == "auto"
+    return _requested(wanted, "CAISSON_ACCEL") == "auto"
 
 
 def kvm_doubt(host: Host) -> str | None:
@@ -97,7 +97,7 @@ def choose_accelerator(wanted: str, guest: str, host: Host) -> Choice:
     ``guest`` is the guest's architecture, in uname's words.  Raises VMError for another word, and for ``kvm`` where it
     cannot even be tried.
     """
-    wanted = _asked_for(wanted, "CAISSON_ACCEL")
+    wanted = _requested(wanted, "CAISSON_ACCEL")
     if wanted not in ("auto", "kvm", "tcg"):
         raise VMError(f"--accel {wanted!r}: is unknown; give auto, kvm or tcg")
     if wanted == "tcg":
@@ -122,17 +122,17 @@ def choose_accelerator(wanted: str, guest: str, host: Host) -> Choice:
 
 def _kvm_way_out(device: Path) -> str:
     if device.exists():
-        return f"{_way_in(device)}, or choose --accel tcg"
+        return f"{_access_remedy(device)}, or choose --accel tcg"
     return (
         "load the module: sudo modprobe kvm_intel (or kvm_amd); in a VM, nested virtualization has to be on; "
-        f"in a container, {_given(device)}; or choose --accel tcg"
+        f"in a container, {_docker_device(device)}; or choose --accel tcg"
     )
 
 
-def _way_in(device: Path) -> str:
+def _access_remedy(device: Path) -> str:
     """Return the command that gives the user access to a device."""
     if os.geteuid() == 0:
-        return f"not even root may open it here: {_given(device)}"
+        return f"not even root may open it here: {_docker_device(device)}"
     try:
         group, mode = device.group(), device.stat().st_mode
     except KeyError:
@@ -142,7 +142,7 @@ def _way_in(device: Path) -> str:
     return f"join the group that owns it: sudo usermod -aG {group} $USER, and log in again"
 
 
-def _given(device: Path) -> str:
+def _docker_device(device: Path) -> str:
     return f"pass it to the container: docker run --device {device}"
 
 
@@ -152,7 +152,7 @@ def choose_vsock(wanted: str, host: Host) -> Choice:
 
     Raises VMError for another word, and for ``vhost`` where it cannot be used.
     """
-    wanted = _asked_for(wanted, "CAISSON_VSOCK")
+    wanted = _requested(wanted, "CAISSON_VSOCK")
     if wanted not in ("auto", "vhost", "user"):
         raise VMError(f"--vsock {wanted!r}: is unknown; give auto, vhost or user")
     if wanted == "user":
@@ -163,6 +163,6 @@ def choose_vsock(wanted: str, host: Host) -> Choice:
         return Choice("vhost", f"the kernel's vhost-vsock: {device} opens")
     if wanted == "auto":
         return Choice("user", f"our own vhost-user device: {refusal}")
-    load = f"load the module: sudo modprobe vhost_vsock; in a container, {_given(device)}"
-    way_out = _way_in(device) if device.exists() else load
+    load = f"load the module: sudo modprobe vhost_vsock; in a container, {_docker_device(device)}"
+    way_out = _access_remedy(device) if device.exists() else load
     raise VMError(f"--vsock vhost: {refusal}; {way_out}, or choose --vsock user")

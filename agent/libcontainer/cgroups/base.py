@@ -185,7 +185,7 @@ class Cgroup:
                 await self._change_devices(resources.devices)
                 self._devices = resources.devices
         except BaseException as error:
-            lost = self._take_back(undo)
+            lost = self._roll_back(undo)
             if lost and isinstance(error, CgroupError):
                 raise CgroupError(
                     f"{error}; and the previous values could not be restored: {', '.join(lost)}"
@@ -276,7 +276,7 @@ class Cgroup:
             raise CgroupError(f"{field}: this kernel has no {file}")
         raise CgroupError(f"{field}: the cgroup controller {controller!r} is not available here")
 
-    def _take_back(self, undo: list[tuple[str, str]]) -> list[str]:
+    def _roll_back(self, undo: list[tuple[str, str]]) -> list[str]:
         """Restore the previous values, the last first.  Returns the files that reject theirs."""
         lost = []
         for path, before in reversed(undo):

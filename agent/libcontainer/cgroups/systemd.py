@@ -60,10 +60,10 @@ class Scope:
         """Its cgroup, below its slices: "a-b.slice" is in "a.slice"."""
         steps = [step for step in self.slice.removesuffix(".slice").split("-") if step]
         slices = ["-".join(steps[: number + 1]) + ".slice" for number in range(len(steps))]
-        return "/".join(["", *_of_user(), *slices, self.name])
+        return "/".join(["", *_manager_cgroup(), *slices, self.name])
 
 
-def _of_user() -> list[str]:
+def _manager_cgroup() -> list[str]:
     """Return the parent cgroup of a service manager: empty for the system's."""
     uid = os.geteuid()
     return [] if uid == 0 else ["user.slice", f"user-{uid}.slice", f"user@{uid}.service"]
@@ -174,13 +174,13 @@ class ScopeCgroup(CgroupOfV2):
 
     def apply(self, resources: Resources, *, devices: bool = True) -> None:
         super().apply(resources, devices=devices)
-        self._note(resources)
+        self._set_limits(resources)
 
     async def update(self, resources: Resources) -> None:
         await super().update(resources)
-        self._note(resources)
+        self._set_limits(resources)
 
-    def _note(self, resources: Resources) -> None:
+    def _set_limits(self, resources: Resources) -> None:
         """Tell systemd the limits.  Raises CgroupError."""
         words = list(properties(self.settings(resources)))
         if not words:

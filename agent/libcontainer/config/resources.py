@@ -104,12 +104,12 @@ class Resources(Record):
         """Parse `linux.resources`.  Raises SpecError."""
         r = Reader(value, where)
         result = cls(
-            devices=_some(r, "devices", _device_rule),
+            devices=_bounded_list(r, "devices", _device_rule),
             memory=r.one("memory", _memory) or MemoryLimits(),
             cpu=r.one("cpu", _cpu) or CpuLimits(),
             pids_limit=r.one("pids", _pids),
             block_io=r.one("blockIO", _block_io) or BlockIO(),
-            huge_pages=dict(_some(r, "hugepageLimits", _huge_pages)),
+            huge_pages=dict(_bounded_list(r, "hugepageLimits", _huge_pages)),
             network=r.one("network", _network) or NetworkLimits(),
             rdma=r.one("rdma", _rdma) or {},
             unified=dict(r.table("unified")),
@@ -148,7 +148,7 @@ def merge(old: Mapping[str, Any], new: Mapping[str, Any], where: str = "") -> di
     return merged
 
 
-def _some(r: Reader, key: str, parse: Callable[[Any, str], T]) -> tuple[T, ...]:
+def _bounded_list(r: Reader, key: str, parse: Callable[[Any, str], T]) -> tuple[T, ...]:
     """Read a list of at most MOST entries."""
     found = r.each(key, parse)
     if len(found) > MOST:
@@ -241,10 +241,12 @@ def _block_io(value: object, where: str) -> BlockIO:
         ("throttleReadIOPSDevice", "read_iops"),
         ("throttleWriteIOPSDevice", "write_iops"),
     ):
-        throttles |= {(what, *device): rate for device, rate in _some(r, key, _device_value("rate", 0, U64_MAX))}
+        throttles |= {
+            (what, *device): rate for device, rate in _bounded_list(r, key, _device_value("rate", 0, U64_MAX))
+        }
     result = BlockIO(
         weight=_weight(r),
-        device_weights=dict(_some(r, "weightDevice", _device_value("weight", 10, 1000))),
+        device_weights=dict(_bounded_list(r, "weightDevice", _device_value("weight", 10, 1000))),
         throttles=throttles,
     )
     r.done()
@@ -287,7 +289,7 @@ def _huge_pages(value: object, where: str) -> tuple[str, int]:
 
 def _network(value: object, where: str) -> NetworkLimits:
     r = Reader(value, where)
-    result = NetworkLimits(r.number("classID", 0, U32_MAX), dict(_some(r, "priorities", _priority)))
+    result = NetworkLimits(r.number("classID", 0, U32_MAX), dict(_bounded_list(r, "priorities", _priority)))
     r.done()
     return result
 
@@ -296,7 +298,7 @@ def _priority(value: object, where: str) -> tuple[str, int]:
     r = Reader(value, where)
     name, priority = r.text("name"), r.number("priority", 0, U32_MAX) or 0
     r.done()
-    return _word(name, r.name("name"), "the name of an interface"), priority
+    return _single_word(name, r.name("name"), "the name of an interface"), priority
 
 
 def _rdma(value: object, where: str) -> dict[str, RdmaLimit]:
@@ -305,14 +307,14 @@ def _rdma(value: object, where: str) -> dict[str, RdmaLimit]:
     limits = {}
     for name, item in value.items():
         r = Reader(item, f"{where}.{name}")
-        limits[_word(str(name), where, "the name of an RDMA device")] = RdmaLimit(
+        limits[_single_word(str(name), where, "the name of an RDMA device")] = RdmaLimit(
             r.number("hcaHandles", 0, U32_MAX), r.number("hcaObjects", 0, U32_MAX)
         )
         r.done()
     return limits
 
 
-def _word(text: str, where: str, what: str) -> str:
+def _single_word(text: str, where: str, what: str) -> str:
     """Read one word: it must not contain anything that would change the meaning of the line written to the kernel."""
     if not text or text.split() != [text] or "\0" in text:
         raise SpecError(where, f"{text!r} is not {what}")

@@ -227,7 +227,7 @@ class FileSystem:
                 planned = planned.but(target=planned.target.removeprefix(rootfs))
             is_cgroup = planned.type in CGROUP_TYPES and not planned.options.bind
             if is_cgroup and on_host and not cgroups and "cgroup" not in self._types:
-                self.mounts.append(_bound_with_all(planned, CGROUPS))
+                self.mounts.append(_bind_recursive(planned, CGROUPS))
             elif is_cgroup:
                 some, links = expand_cgroups(planned, cgroups, namespace="cgroup" in self._types)
                 self.mounts += some
@@ -400,7 +400,7 @@ def _bound(mount: PlannedMount, target: str, path: str) -> PlannedMount:
     return mount.but(target=target, type="bind", source=path, options=mount.options.but(bind=True))
 
 
-def _bound_with_all(mount: PlannedMount, path: str) -> PlannedMount:
+def _bind_recursive(mount: PlannedMount, path: str) -> PlannedMount:
     """Bind a directory with all mounts in it, each with the same attributes."""
     options = mount.options
     return _bound(mount, mount.target, path).but(

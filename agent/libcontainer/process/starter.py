@@ -133,7 +133,7 @@ class Starter:
         if channel.error is not None:
             raise channel.error
         if not channel.ready or started.child is None or channel.pidfd < 0:
-            raise LaunchError(await self._obituary(started), step="nsexec")
+            raise LaunchError(await self._exit_description(started), step="nsexec")
 
     async def _pass_listener(self, started: InitProcess, listener: Listener, timeout: float | None) -> None:
         """Pass on the filter's listener, before the process makes calls that it intercepts.
@@ -181,7 +181,7 @@ class Starter:
         if not await started.channel.follow(self._waits, reached, timeout):
             raise too_late(timeout)
 
-    async def _obituary(self, started: InitProcess) -> str:
+    async def _exit_description(self, started: InitProcess) -> str:
         """Describe how an nsexec exited without a report."""
         last = started.child or (started.stages[-1] if started.stages else None)
         if last is None:

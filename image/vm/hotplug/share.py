@@ -82,7 +82,7 @@ def _share(vm: VM, path: Path, tag: str, writable: bool) -> Shared:
             continue
         if fstype == "9p" or _is_plugged(vm, other):
             return Shared(fstype, other, writable)
-        _ask(vm, {"unshare": other})  # its creator was killed
+        _request(vm, {"unshare": other})  # its creator was killed
         del there[other]
         break
     tag = _free_tag(tag, path, there, vm)
@@ -99,12 +99,12 @@ def _plug_new(vm: VM, question: dict[str, Any], fds: Sequence[int] = ()) -> None
             f"runs; make a clone with --vsock user, or boot with the share: "
             f"caisson boot-vm --share {tag}={question['path']}"
         )
-    answer = _ask(vm, question, fds)
+    answer = _request(vm, question, fds)
     try:
         with QMP(vm.directory / "qmp.sock", scaled(MONITOR_TIMEOUT)) as monitor:
             _plug(monitor, vm, tag, answer["socket"])
     except BaseException:
-        _ask(vm, {"unshare": tag})
+        _request(vm, {"unshare": tag})
         raise
 
 
@@ -166,7 +166,7 @@ def end_server(vm: VM, tag: str) -> None:
 
     Raises VMError.
     """
-    _ask(vm, {"unshare": tag})
+    _request(vm, {"unshare": tag})
 
 
 def _unshare(vm: VM, tag: str) -> None:
@@ -184,10 +184,10 @@ def _unshare(vm: VM, tag: str) -> None:
             raise VMError(f"the guest of VM {vm.name!r} keeps {tag!r}: it is still mounted there")
         with contextlib.suppress(QMPError):
             monitor.execute("chardev-remove", {"id": f"chardev-{tag}"})
-    _ask(vm, {"unshare": tag})
+    _request(vm, {"unshare": tag})
 
 
-def _ask(vm: VM, question: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
+def _request(vm: VM, question: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
     """Send a request to a VM's supervisor; returns its response.  Raises VMError."""
     with socket.socket(socket.AF_UNIX) as connection:
         try:

@@ -84,7 +84,7 @@ class CgroupV2(Hierarchy):
         Raises CgroupError, also if it is in use.
         """
         parts = parts_of(path)
-        parent = _beside_own() if below_own else self._parent
+        parent = _own_parent() if below_own else self._parent
         at = self.root
         made: list[str] = []
         try:
@@ -114,7 +114,7 @@ class CgroupV2(Hierarchy):
 
     def place(self, path: str, *, below_own: bool = False) -> dict[str, str]:
         """Return the directory that `create` would make."""
-        parent = _beside_own() if below_own else self._parent
+        parent = _own_parent() if below_own else self._parent
         return {"": "/".join([self.root, *(part for part in parent.split("/") if part), *parts_of(path)])}
 
     def open(self, paths: Mapping[str, str]) -> CgroupOfV2:
@@ -249,7 +249,7 @@ class CgroupOfV2(Cgroup):
         return int(self.read("memory.current") or 0), int(self.read("memory.swap.current") or 0)
 
 
-def _beside_own() -> str:
+def _own_parent() -> str:
     """Return the parent of this process's cgroup: its own has processes, and cannot delegate controllers."""
     return os.path.dirname(own_cgroups().get("", ""))  # noqa: PTH120 - no pathlib at start
 
