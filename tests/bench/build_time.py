@@ -39,7 +39,7 @@ def timed(work: Callable[[], object]) -> float:
     return time.monotonic() - began
 
 
-def ours() -> tuple[float, float, Row]:
+def measure_ours() -> tuple[float, float, Row]:
     """Return the seconds for a full image in an empty cache, and for the next one with another version of the agent.
 
     The row is that of verify-image, which builds the kernel part as well.
@@ -59,14 +59,14 @@ def ours() -> tuple[float, float, Row]:
     return whole, again, Row.beside(VERIFY, verified, kernel + whole, VERIFY_BUDGET)
 
 
-def mkosis() -> tuple[float, float]:
+def measure_mkosi() -> tuple[float, float]:
     """Return the same for mkosi: a directory with Python, then the same from its own cache."""
     with tempfile.TemporaryDirectory(prefix="mkosi-") as scratch:
         for name in ("cache", "output"):
             (Path(scratch) / name).mkdir()
         words = [
             "mkosi", "--distribution=debian", "--release=bookworm", "--format=directory", "--package=python3-minimal",
-            "--bootable=no", "--output-dir=output", *own_words(Path(scratch) / "cache"), "--force",
+            "--bootable=no", "--output-dir=output", *mkosi_options(Path(scratch) / "cache"), "--force",
         ]  # fmt: skip
 
         def build(*more: str) -> float:
@@ -81,7 +81,7 @@ def mkosis() -> tuple[float, float]:
             raise NotMeasured(f"mkosi fails here: {error.stderr.decode(errors='replace').strip()[-200:]}") from error
 
 
-def own_words(cache: Path) -> list[str]:
+def mkosi_options(cache: Path) -> list[str]:
     """Return options for this mkosi: Debian 12's 14 needs some for containers, and without a system bus."""
     version = re.search(r"\d+", subprocess.run(["mkosi", "--version"], capture_output=True, text=True).stdout)
     old = version is not None and int(version[0]) < 15
@@ -89,13 +89,13 @@ def own_words(cache: Path) -> list[str]:
 
 
 def rows(quick: bool) -> list[Row]:
-    *mine, verify = ours()
+    *mine, verify = measure_ours()
     try:
         if quick:
             raise NotMeasured("minutes of mkosi are not quick")
         if shutil.which("mkosi") is None:
             raise NotMeasured("mkosi is not installed")
-        theirs = mkosis()
+        theirs = measure_mkosi()
     except NotMeasured as why:
         return [*(Row(f"{what}: {why}", own) for what, own in zip((WHOLE, AGAIN), mine, strict=True)), verify]
     return [

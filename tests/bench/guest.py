@@ -43,7 +43,7 @@ COMMAND_BUDGET = 4.0
 CALLS = 100
 PLACE = "/run/caisson-bench"
 BUSYBOX = "/usr/lib/caisson/containers/busybox"
-PATIENCE = 240.0
+SHELL_TIMEOUT = 240.0
 PEERS = ("crun", "runc")
 
 
@@ -52,7 +52,7 @@ class Shell:
 
     def __init__(self, vm: VM) -> None:
         self._socket = dial(vm.vsock_socket, CONSOLE)
-        self._socket.settimeout(PATIENCE)
+        self._socket.settimeout(SHELL_TIMEOUT)
         self._got = b""
         self(f"PATH=$PATH:{BUSYBOX}/bin PS1= PS2=; stty -echo")
 

@@ -38,7 +38,7 @@ MAC = "52:54:00:00:00:77"
 MESSAGE = 64
 PIECE = 1 << 18
 MIB = (1 << 20) / 1e3  # ms per MiB are this divided by MB/s
-PATIENCE = 20
+STALL_TIMEOUT = 20
 ROUNDS, MEGABYTES, MESSAGES, CONNECTIONS = 15, 16, 200, 4000
 QUICK_ROUNDS, QUICK_MEGABYTES, QUICK_CONNECTIONS = 10, 4, 600
 TRANSPORTS = ("vsock", "virtio-serial", "user-net TCP")
@@ -222,7 +222,7 @@ def measure(machine: Machine, rounds: int, size: int) -> dict[str, Samples]:
     for number in range(rounds + 1):
         for transport, samples in found.items():
             stream = machine.stream(transport)
-            stream.settimeout(PATIENCE)
+            stream.settimeout(STALL_TIMEOUT)
             try:
                 trips = ping_pong(stream, MESSAGES)
                 began = busy(guest)
@@ -298,7 +298,7 @@ def measured(rounds: int, size: int, connections: int) -> list[Row]:
             except Stuck as stuck:
                 # Occasionally QEMU 7.2 stops reading from a port's socket.
                 attempts -= 1
-                print(f"{stuck} has stood still for {PATIENCE} s", file=sys.stderr)
+                print(f"{stuck}: stalled for {STALL_TIMEOUT} s", file=sys.stderr)
                 if not attempts or str(stuck) != "virtio-serial":
                     raise
 

@@ -231,7 +231,7 @@ def in_another_year(place: Path) -> Path:
 
 
 @pytest.fixture
-def open_place() -> Iterator[Path]:
+def public_directory() -> Iterator[Path]:
     """Create a directory accessible to other users, too."""
     place = Path(tempfile.mkdtemp())
     place.chmod(0o777)
@@ -263,10 +263,12 @@ def _digest(change: Change, place: Path, format: str, answer: Path) -> None:
         in_another_year,
     ],
 )
-def test_the_bytes_depend_on_the_members_alone(tmp_path: Path, open_place: Path, change: Change, format: str) -> None:
+def test_the_bytes_depend_on_the_members_alone(
+    tmp_path: Path, public_directory: Path, change: Change, format: str
+) -> None:
     image, answer = tmp_path / "image", tmp_path / "answer"
     write(image, MEMBERS, format)
-    child = multiprocessing.get_context("fork").Process(target=_digest, args=(change, open_place, format, answer))
+    child = multiprocessing.get_context("fork").Process(target=_digest, args=(change, public_directory, format, answer))
     child.start()
     child.join()
     assert child.exitcode == 0

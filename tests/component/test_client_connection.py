@@ -32,7 +32,7 @@ from tests.support.poll import until
 Protocol = Literal["grpc", "ttrpc"]
 
 #: Seconds until an agent's first response: more than the client's longest pause between two attempts.
-SLOWNESS = 1.5
+RESPONSE_DELAY = 1.5
 
 
 class FakeAgent:
@@ -104,7 +104,7 @@ async def test_an_agent_that_is_slow_to_answer_is_waited_for(tmp_path: Path, pro
     async def delayed(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal attempts
         attempts += 1
-        await asyncio.sleep(SLOWNESS)  # what this test is about
+        await asyncio.sleep(RESPONSE_DELAY)  # what this test is about
         inner, outer = await asyncio.open_unix_connection(str(tmp_path / "server"))
         await asyncio.gather(_carry(reader, outer), _carry(inner, writer), return_exceptions=True)
 

@@ -32,7 +32,7 @@ from caisson.proto.kata3 import hypervisor_pb2
 from tests.support.poll import until
 
 
-class PlayedMachines:
+class FakeMachines:
     """Starts nothing: starting a VM blocks until it is stopped, and then fails."""
 
     def __init__(self, place: Path) -> None:
@@ -54,12 +54,12 @@ class PlayedMachines:
         return self.place / name / "agent.sock"
 
 
-class Played:
+class FakeService:
     """A service with fake machines; ``call`` reconnects every time, as a shim does."""
 
     def __init__(self, place: Path) -> None:
         self.path = place / "hypervisor.sock"
-        self.machines = PlayedMachines(place)
+        self.machines = FakeMachines(place)
         self.sandboxes = Sandboxes(self.machines, Log("fatal"))
 
     async def call(self, method: str, timeout: float | None = None, **fields: Any) -> Any:
@@ -75,21 +75,21 @@ class Played:
 
 
 @pytest.fixture
-async def service(tmp_path: Path) -> AsyncIterator[Played]:
-    played = Played(tmp_path)
-    server = _Server(played.sandboxes, Log("fatal"))
-    with _listening(played.path) as listener:
+async def service(tmp_path: Path) -> AsyncIterator[FakeService]:
+    fake = FakeService(tmp_path)
+    server = _Server(fake.sandboxes, Log("fatal"))
+    with _listening(fake.path) as listener:
         accepting = asyncio.ensure_future(server.accept(listener))
-        yield played
+        yield fake
         accepting.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await accepting
-    await played.sandboxes.end_all()
+    await fake.sandboxes.end_all()
     server.close()
-    assert not played.path.exists()
+    assert not fake.path.exists()
 
 
-async def test_a_vm_is_prepared_with_the_size_of_the_annotations(service: Played) -> None:
+async def test_a_vm_is_prepared_with_the_size_of_the_annotations(service: FakeService) -> None:
     annotations = {f"{PREFIX}default_memory": "2048", f"{PREFIX}default_vcpus": "3", f"{PREFIX}machine_type": "q35"}
     answer = await service.call("CreateVM", id="pod", annotations=annotations)
     assert service.machines.asked == []
@@ -104,7 +104,7 @@ async def test_a_vm_is_prepared_with_the_size_of_the_annotations(service: Played
     assert await starting == (StatusCode.UNKNOWN, f"VM {name!r}: was stopped")
 
 
-async def test_a_deadline_ends_a_start_and_the_id_is_free_again(service: Played) -> None:
+async def test_a_deadline_ends_a_start_and_the_id_is_free_again(service: FakeService) -> None:
     await service.call("CreateVM", id="pod")
     assert (await service.refused("StartVM", 0.2, id="pod"))[0] == StatusCode.DEADLINE_EXCEEDED
     await until(service.machines.stopped.is_set, "the VM is stopped")
@@ -112,7 +112,7 @@ async def test_a_deadline_ends_a_start_and_the_id_is_free_again(service: Played)
     await service.call("CreateVM", id="pod")
 
 
-async def test_calls_that_make_no_sense_are_refused(service: Played) -> None:
+async def test_calls_that_make_no_sense_are_refused(service: FakeService) -> None:
     assert (await service.refused("StartVM", id="nobody"))[0] == StatusCode.NOT_FOUND
     await service.call("StopVM", id="nobody")
     for bad in ("", "../../etc", "a/b", "x" * 129):
@@ -134,7 +134,7 @@ async def test_calls_that_make_no_sense_are_refused(service: Played) -> None:
         ("cc_init_data", "x"),
     ],
 )
-async def test_annotations_that_cannot_be_met_fail_the_pod(service: Played, name: str, value: str) -> None:
+async def test_annotations_that_cannot_be_met_fail_the_pod(service: FakeService, name: str, value: str) -> None:
     code, text = await service.refused("CreateVM", id="pod", annotations={PREFIX + name: value})
     assert code == StatusCode.INVALID_ARGUMENT and PREFIX + name in text
     await service.call("CreateVM", id="pod")
@@ -144,7 +144,7 @@ def test_sizes_that_are_not_given_are_the_services() -> None:
     assert size_of({}) == size_of({f"{PREFIX}default_memory": "0", f"{PREFIX}default_vcpus": ""}) == (0, 0)
 
 
-async def test_a_sandbox_ends_with_the_process_that_made_it(service: Played, tmp_path: Path) -> None:
+async def test_a_sandbox_ends_with_the_process_that_made_it(service: FakeService, tmp_path: Path) -> None:
     """Not with its connection: a shim reconnects for each call."""
     program = tmp_path / "shim.py"
     program.write_text(

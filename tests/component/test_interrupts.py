@@ -18,7 +18,7 @@ from tests.support.poll import wait_until
 ROOT = Path(__file__).resolve().parents[2]
 
 #: Seconds from Ctrl-C to the exit; other load on this machine counts, too.
-SOON = 2.0
+EXIT_TIMEOUT = 2.0
 
 #: A compilation that runs forever: its children ignore signals, as those of some compilers do, and it writes files.
 MAKE = """\
@@ -82,9 +82,9 @@ def test_a_compile_ends_at_once_and_leaves_nothing(tmp_path: Path) -> None:
         finally:
             command.kill()
     assert command.returncode == 130 and said == b"", said
-    assert took < SOON
+    assert took < EXIT_TIMEOUT
     wait_until(lambda: gone(compiler), "the compiler has ended")
-    wait_until(lambda: [one.name for one in (cache / "kernel").iterdir()] == [".lock-key"], "nothing half-made is left")
+    wait_until(lambda: [one.name for one in (cache / "kernel").iterdir()] == [".lock-key"], "no partial result is left")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

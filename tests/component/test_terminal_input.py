@@ -1,4 +1,4 @@
-"""Terminal input reaches the program byte for byte, whatever the keys and however reads split them; sizes in order."""
+"""Test that terminal input reaches the program byte for byte, with any keys and read sizes; and resizes in order."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from caisson.agent.client.execute import execute
 sys.exit(execute(SimpleNamespace(agent_socket=Path(sys.argv[1]), directory=Path("/")), "box", ["x"], terminal=True))
 """
 
-#: Control characters that a terminal in cooked mode would keep for itself, what no UTF-8 has, and sequences of keys.
+#: Control characters that a terminal in cooked mode would interpret, bytes that are not UTF-8, and key sequences.
 KEYS = [bytes([number]) for number in range(256)] + [
     b"\x1b[A", b"\x1b[1;5C", b"\x1b]0;title\x07", b"\x1b[200~pasted\nlines\x1b[201~", b"\xc3", b"\xff\xfe",
     "€".encode(),
@@ -108,7 +108,7 @@ def sizes(agent: Agent) -> list[tuple[int, int]]:
 @example([b"\x10"])
 @example([b"\x10", b"\x10", b"\x11"])
 def test_the_detach_keys_end_the_input_however_reads_cut_them(pieces: list[bytes]) -> None:
-    """All that was typed before them reaches the program, and nothing after; without them all of it."""
+    """All input before them reaches the program, and nothing after; without them all of it."""
 
     class Process:
         taken = b""

@@ -180,7 +180,7 @@ class Requests:
 
 
 @pytest.fixture
-def secluded(tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path) -> Iterator[RunningAgent]:
+def isolated_agent(tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path) -> Iterator[RunningAgent]:
     """Start an agent that cannot change this machine's network."""
     running = RunningAgent(
         tmp_path, nsexec_path, busybox_rootfs, "--hotplug-timeout=100ms", within=("unshare", "--net", "--mount")
@@ -193,8 +193,8 @@ def secluded(tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path) -> Iterato
 @pytest.mark.fuzz
 @pytest.mark.timeout(fuzz.LIMIT + EXTRA)
 @pytest.mark.parametrize("transport", APIS)
-def test_any_request_gets_a_status(secluded: RunningAgent, transport: str) -> None:
-    requests, api = Requests(secluded.rootfs), APIS[transport]
+def test_any_request_gets_a_status(isolated_agent: RunningAgent, transport: str) -> None:
+    requests, api = Requests(isolated_agent.rootfs), APIS[transport]
     counts: dict[str, int] = {}
     done: dict[str, int] = {}
 
@@ -214,7 +214,7 @@ def test_any_request_gets_a_status(secluded: RunningAgent, transport: str) -> No
     with asyncio.Runner() as runner:
 
         async def connect() -> AgentChannel:
-            return Agent.connect(secluded.socket, "ttrpc" if transport == "ttrpc" else "grpc").channel
+            return Agent.connect(isolated_agent.socket, "ttrpc" if transport == "ttrpc" else "grpc").channel
 
         channel = runner.run(connect())
         until = time.monotonic() + SECONDS
@@ -226,7 +226,9 @@ def test_any_request_gets_a_status(secluded: RunningAgent, transport: str) -> No
         weights = [pair for pair in api.methods for _ in range(3 if "Container" in pair[1].name else 1)]
         strategies = {pair[1].name: requests.message(pair[1].input_type) for pair in api.methods}
         process = api.oci.Process(Args=["/bin/sleep", "100"], Cwd="/")
-        spec = api.oci.Spec.FromString(secluded.spec("/bin/sleep", "100").SerializeToString())  # of the same bytes
+        spec = api.oci.Spec.FromString(
+            isolated_agent.spec("/bin/sleep", "100").SerializeToString()
+        )  # of the same bytes
         sound = [
             api.agent.CreateContainerRequest(OCI=spec),
             api.agent.StartContainerRequest(),
@@ -268,7 +270,7 @@ def test_any_request_gets_a_status(secluded: RunningAgent, transport: str) -> No
 
         assert runner.run(serving()).status == api.health.HealthCheckResponse.SERVING
         runner.run(channel.close())
-    log = secluded.log.read_text()
+    log = isolated_agent.log.read_text()
     assert "a bug in a handler" not in log, [line for line in log.splitlines() if "a bug in a handler" in line][:3]
     print(f"{sum(counts.values())} requests: {counts}; of these done: {done}")
     assert set(done) >= FAR, done

@@ -187,7 +187,7 @@ async def test_11_orphans_are_reaped(agent: RunningAgent, tmp_path: Path) -> Non
         count = "for s in /proc/[0-9]*/stat; do cat $s 2>/dev/null; done | grep -c ') Z' || true"
         while (await output(await sh(container, count))).strip() != b"0":
             pass  # its init reaps children between two sleeps
-        await until(lambda: len(agent.children()) == 1, "no zombies are the agent's")
+        await until(lambda: len(agent.children()) == 1, "the agent has no zombies")
 
 
 async def test_12_stopping_an_init_without_a_handler_does_not_wait(agent: RunningAgent) -> None:

@@ -64,5 +64,5 @@ def test_a_kernel_of_our_own_hands_back_what_is_free(own: Caisson, lean: Path) -
     run(own, "exec", "--", "sh", "-c", "head -c 200m /dev/zero >/tmp/large")
     assert used(own) > before + 100
     run(own, "exec", "--", "rm", "/tmp/large")
-    wait_until(lambda: used(own) < before + 50, "what is free is the host's", found=lambda: used(own))
+    wait_until(lambda: used(own) < before + 50, "free memory is returned to the host", found=lambda: used(own))
     run(own, "stop-vm")

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.root, pytest.mark.vm, pytest.mark.nightly, pytest.mark
 SUITES = {"bookworm": "Python 3.11", "trixie": "Python 3.13"}
 
 #: How this machine reaches its mirrors.
-WAYS = ("/etc/apt/apt.conf.d", "/etc/pip.conf", "/etc/resolv.conf", "/etc/ssl/certs/ca-certificates.crt")
+MIRROR_SETTINGS = ("/etc/apt/apt.conf.d", "/etc/pip.conf", "/etc/resolv.conf", "/etc/ssl/certs/ca-certificates.crt")
 
 #: A bare machine's own mount and pid namespaces: processes left running end with them.  Its root is also the
 #: namespaces' root: after chroot(2) there are no user namespaces and no pivot_root (user_namespaces(7), pivot_root(2)).
@@ -56,7 +56,7 @@ class Bare:
         packages = "--include=mount,python3,python3-venv"
         made = ["mmdebstrap", "--quiet", "--variant=apt", packages, suite, str(place), host_mirror()]
         subprocess.run(made, check=True, env=clean_environment() | {"PATH": PATH})
-        for way in map(Path, WAYS):
+        for way in map(Path, MIRROR_SETTINGS):
             there = place / way.relative_to("/")
             there.parent.mkdir(parents=True, exist_ok=True)
             if way.is_dir():

@@ -73,4 +73,4 @@ async def test_a_pod_from_check_to_destroy(own: Caisson) -> None:
         await rpc.DestroySandbox(agent_pb2.DestroySandboxRequest(), timeout=60)
         with pytest.raises(RpcError):
             await event
-    await until(lambda: not (own.run_directory / "kata/vm.json").exists(), "the guest is off", timeout=PATIENCE)
+    await until(lambda: not (own.run_directory / "kata/vm.json").exists(), "the guest is powered off", timeout=PATIENCE)

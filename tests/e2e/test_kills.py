@@ -39,7 +39,7 @@ pytestmark = [pytest.mark.vm, pytest.mark.timeout(COMPILING + 60 * KILLS)]
 VICTIMS = {"client": "", "supervisor": "caisson.image.vm.supervisor", "qemu": "qemu-system-", "vsock": "/vsock/"}
 
 #: Seconds for all others to notice, on a busy machine.
-NOTICED = 60.0
+NOTICE_TIMEOUT = 60.0
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,14 @@ class Stage:
         """Kill one process of a scene, ``when`` of the way through it; then complete the scene."""
         scene = SCENES[name]
         if name not in self._took:
-            self._through(name)
+            self._play_undisturbed(name)
         self._prepare(scene)
         moment = when * self._took[name]
         print(f"{name}: {victim} after {moment:.2f} of {self._took[name]:.2f} s", flush=True)
         with self._started(scene) as command:
             time.sleep(moment)  # the moment is what is tested
-            wait_until(lambda: self._kill(victim, command) or command.poll() is not None, f"{victim} is there")
-            command.wait(NOTICED)
+            wait_until(lambda: self._kill(victim, command) or command.poll() is not None, f"{victim} is running")
+            command.wait(NOTICE_TIMEOUT)
             assert command.stdout is not None
             said = command.stdout.read().decode(errors="replace")
         assert "Traceback" not in said, said
@@ -115,9 +115,9 @@ class Stage:
             if victim == "client" or command.returncode == 0:  # whether a VM exists now is a matter of chance
                 self._do("stop-vm", "--all")
             self._nothing_left()
-        self._through(name)
+        self._play_undisturbed(name)
 
-    def _through(self, name: str) -> None:
+    def _play_undisturbed(self, name: str) -> None:
         """Play a scene undisturbed."""
         scene = SCENES[name]
         self._prepare(scene)
@@ -133,7 +133,7 @@ class Stage:
             self._took[name] = time.monotonic() - began
             if scene.up and scene.interrupt:
                 command.send_signal(signal.SIGINT)
-            rest, _ = command.communicate(timeout=NOTICED)
+            rest, _ = command.communicate(timeout=NOTICE_TIMEOUT)
         assert command.returncode == (130 if scene.interrupt else 0), (said + rest).decode(errors="replace")
         assert scene.up in said, said
         if scene.undo:
@@ -155,7 +155,7 @@ class Stage:
         elif lives and not scene.vm:
             self._do("stop-vm", "--name", "v")
         if "--snapshot" in scene.words and not (default_root() / "snapshots" / self.snapshot).exists():
-            self._through("save a snapshot")
+            self._play_undisturbed("save a snapshot")
 
     @contextlib.contextmanager
     def _started(self, scene: Scene) -> Iterator[subprocess.Popen[bytes]]:
@@ -193,8 +193,8 @@ class Stage:
         return done.stdout
 
     def _nothing_left(self) -> None:
-        wait_until(lambda: not files_of(self._run), "no file is left", NOTICED, lambda: files_of(self._run))
-        wait_until(lambda: not processes_of(self._run), "no process", NOTICED, lambda: processes_of(self._run))
+        wait_until(lambda: not files_of(self._run), "no file is left", NOTICE_TIMEOUT, lambda: files_of(self._run))
+        wait_until(lambda: not processes_of(self._run), "no process", NOTICE_TIMEOUT, lambda: processes_of(self._run))
 
 
 def stale_work(step: Path) -> Iterator[Path]:

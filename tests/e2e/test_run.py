@@ -94,7 +94,7 @@ def test_an_image_runs_as_it_says_in_every_form(vm: Caisson, layout: Path, tmp_p
         assert (done.returncode, done.stdout) == (0, SAID), done.stderr
     done = run(vm, layout, "--env", "A=mine", "--user", "0:2345", "--workdir", "/data", "--", "my", "own")
     assert done.stdout == b"my own|mine|root:web|/data|/root\n", done.stderr
-    wait_until(lambda: free_ports(vm), "its disk is taken out")
+    wait_until(lambda: free_ports(vm), "its disk is unplugged")
     assert b"run-" not in vm("ps").stdout
 
 
@@ -119,7 +119,7 @@ def test_runs_that_were_killed_make_room(vm: Caisson, tmp_path: Path) -> None:
     done = vm(*words)
     assert (done.returncode, done.stdout) == (0, b"up\n"), done.stderr
     assert b"run-" not in vm("ps").stdout
-    wait_until(lambda: free_ports(vm), "their disks are taken out")
+    wait_until(lambda: free_ports(vm), "their disks are unplugged")
 
 
 def test_layers(vm: Caisson, tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_in_the_background(vm: Caisson, layout: Path) -> None:
     again = run(vm, layout, "--detach", "--container", "apart")
     assert again.returncode == 125 and b"container 'apart': already exists" in again.stderr
     assert vm("rm", "apart").returncode == 0
-    wait_until(lambda: free_ports(vm), "its disk is taken out")
+    wait_until(lambda: free_ports(vm), "its disk is unplugged")
 
 
 def test_at_a_terminal(vm: Caisson, tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_at_a_terminal(vm: Caisson, tmp_path: Path) -> None:
 
 def test_several_at_once_and_no_port_for_more(vm: Caisson, tmp_path: Path) -> None:
     """Containers of one image share a disk, and an image does not fit once every port has one."""
-    wait_until(lambda: free_ports(vm), "disks of other tests are taken out")
+    wait_until(lambda: free_ports(vm), "disks of other tests are unplugged")
     images = []
     for number in range(len(PORTS) + 1):
         (tmp_path / f"{number}.tar").write_bytes(layer(("number", file(b"%d" % number))))
@@ -286,7 +286,7 @@ def test_several_at_once_and_no_port_for_more(vm: Caisson, tmp_path: Path) -> No
     assert sorted(map(len, ports(vm).values()))[-2:] == [0, 1]  # the shared disk is still there
     assert vm("exec", "--container", "again", "--", "/bin/cat", "/number").stdout == b"%d" % (len(PORTS) - 1)
     assert vm("rm", "again").returncode == 0
-    wait_until(lambda: free_ports(vm), "they are taken out")
+    wait_until(lambda: free_ports(vm), "they are unplugged")
 
 
 @pytest.mark.parametrize(

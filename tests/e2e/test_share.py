@@ -45,7 +45,7 @@ def shared(tmp_path: Path) -> Iterator[Path]:
     path.mkdir()
     (path / "hello").write_text("from the host\n")
     yield path
-    wait_until(lambda: not servers(path), "nobody serves it any more", found=lambda: servers(path))
+    wait_until(lambda: not servers(path), "its server has exited", found=lambda: servers(path))
 
 
 def test_read_only(vm: Caisson, shared: Path) -> None:

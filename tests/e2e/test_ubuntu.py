@@ -1,6 +1,6 @@
-"""A guest of Ubuntu's layout, booted.
+"""Test booting a guest of Ubuntu's layout.
 
-Ubuntu's own servers are not asked: the packages are Debian's, the kernel's split in two as Ubuntu has it, and the
+Ubuntu's own servers are not used: the packages are Debian's, with the kernel split in two as in Ubuntu, and the
 repository's indexes are written by apt-ftparchive.
 """
 
@@ -32,7 +32,7 @@ def signer() -> Iterator[Signer]:
 
 
 def split_kernel(image: Path, pool: Path) -> None:
-    """Make of a kernel's package two, and the one that depends on the newest."""
+    """Split a kernel package in two, and create the metapackage."""
     tree = pool / "kernel"
     subprocess.run(["dpkg-deb", "--raw-extract", image, tree], check=True)
     (release,) = (path.name for path in (tree / "usr/lib/modules").iterdir())

@@ -89,7 +89,7 @@ def test_kvm_where_it_cannot_work_ends_in_a_clear_error(caisson: Caisson) -> Non
     assert refused.returncode == 1
     assert b"Traceback" not in refused.stderr
     assert b"kvm" in refused.stderr.lower()
-    wait_until(lambda: not (caisson.run_directory / "kvm").exists(), "the VM's directory goes")
+    wait_until(lambda: not (caisson.run_directory / "kvm").exists(), "the VM's directory is removed")
 
 
 def test_exec_boots_a_vm_of_its_own_and_takes_it_down(own: Caisson) -> None:

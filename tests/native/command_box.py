@@ -56,7 +56,7 @@ class CommandBox(Box):
         self._fds, self._children = descriptors(), set(children())
 
     def __getattr__(self, name: str) -> NoReturn:
-        pytest.skip(f"{name} only exists in the library")
+        pytest.skip(f"{name}: only in the library")
 
     async def create(self, value: dict[str, Any], **keywords: Any) -> Launched:
         """Create with this box's paths; stdio is /dev/null unless given."""

@@ -20,7 +20,7 @@ MAC = "02:00:00:00:00:0a"
 
 
 @pytest.fixture
-def alone(tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path) -> Iterator[RunningAgent]:
+def isolated_agent(tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path) -> Iterator[RunningAgent]:
     """Start an agent in a network namespace with a pair of interfaces, one of which has the MAC address."""
     running = RunningAgent(tmp_path, nsexec_path, busybox_rootfs, within=("unshare", "--net"))
     ip(running, "link", "add", "plugged", "address", MAC, "type", "veth", "peer", "name", "other")
@@ -66,11 +66,11 @@ async def table(client: Agent, device: str = "eth7") -> set[tuple[str, str]]:
     return {(one.dest, one.gateway) for one in listed if one.device == device and not one.dest.startswith("fe80::")}
 
 
-async def test_an_interface_gets_its_name_and_addresses(alone: RunningAgent) -> None:
-    async with alone.connect() as client:
+async def test_an_interface_gets_its_name_and_addresses(isolated_agent: RunningAgent) -> None:
+    async with isolated_agent.connect() as client:
         request = wanted(addresses=["192.0.2.10/24", "2001:db8::10/64"], raw_flags=0x80)
         assert await client.rpc.UpdateInterface(request) == request.interface
-        (link,) = ip(alone, "addr", "show", "dev", "eth7")
+        (link,) = ip(isolated_agent, "addr", "show", "dev", "eth7")
         assert (link["mtu"], link["operstate"], link["address"]) == (1400, "UP", MAC)
         assert {"UP", "NOARP"} <= set(link["flags"])
         found = {(one["local"], one["prefixlen"]) for one in link["addr_info"] if one["scope"] == "global"}
@@ -104,15 +104,17 @@ async def test_an_interface_gets_its_name_and_addresses(alone: RunningAgent) -> 
         (wanted(name="a b"), Code.INVALID_ARGUMENT, "'a b' is not a valid interface name: 1 to 15 bytes"),
     ],
 )
-async def test_an_interface_that_cannot_be_made(alone: RunningAgent, request_: Any, code: Code, text: str) -> None:
-    async with alone.connect() as client:
+async def test_an_interface_that_cannot_be_made(
+    isolated_agent: RunningAgent, request_: Any, code: Code, text: str
+) -> None:
+    async with isolated_agent.connect() as client:
         found, message = await refused(client.rpc.UpdateInterface(request_))
         assert (found, message[: len(text)]) == (code, text)
         await client.rpc.UpdateInterface(wanted())  # nothing is in the way
 
 
-async def test_an_interface_that_is_still_to_come(alone: RunningAgent) -> None:
-    async with alone.connect() as client:
+async def test_an_interface_that_is_still_to_come(isolated_agent: RunningAgent) -> None:
+    async with isolated_agent.connect() as client:
         late = wanted(mac="02:00:00:00:00:77", pciPath="02/01")
         code, text = await refused(client.rpc.UpdateInterface(late))
         assert (code, text) == (
@@ -120,12 +122,24 @@ async def test_an_interface_that_is_still_to_come(alone: RunningAgent) -> None:
             "Timeout reached after 3s waiting for device 02:00:00:00:00:77",
         )
         call = client.rpc.UpdateInterface(late)
-        ip(alone, "link", "add", "late", "address", "02:00:00:00:00:77", "type", "veth", "peer", "name", "later")
+        ip(
+            isolated_agent,
+            "link",
+            "add",
+            "late",
+            "address",
+            "02:00:00:00:00:77",
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "later",
+        )
         assert (await call).name == "eth7"
 
 
-async def test_routes_are_replaced(alone: RunningAgent) -> None:
-    async with alone.connect() as client:
+async def test_routes_are_replaced(isolated_agent: RunningAgent) -> None:
+    async with isolated_agent.connect() as client:
         await client.rpc.UpdateInterface(wanted(addresses=["192.0.2.10/24", "2001:db8::10/64"]))
         kernels = {("192.0.2.0/24", ""), ("2001:db8::/64", "")}
         assert await table(client) == kernels
@@ -139,7 +153,7 @@ async def test_routes_are_replaced(alone: RunningAgent) -> None:
         assert await table(client) == kernels | made
         await client.rpc.UpdateRoutes(routes({"dest": "default", "gateway": "192.0.2.1", "source": "192.0.2.10"}))
         assert await table(client) == kernels | {("", "192.0.2.1")}
-        (default,) = ip(alone, "route", "show", "default")
+        (default,) = ip(isolated_agent, "route", "show", "default")
         assert (default["gateway"], default["prefsrc"]) == ("192.0.2.1", "192.0.2.10")
         # A route the kernel already has is no obstacle; a default route with only a device is ipvlan's.
         await client.rpc.UpdateRoutes(routes({"dest": "192.0.2.0/24", "source": "192.0.2.10", "scope": 253}, {}))
@@ -159,9 +173,9 @@ async def test_routes_are_replaced(alone: RunningAgent) -> None:
     ],
 )
 async def test_routes_are_as_before_when_one_cannot_be_made(
-    alone: RunningAgent, bad: dict[str, Any], text: str
+    isolated_agent: RunningAgent, bad: dict[str, Any], text: str
 ) -> None:
-    async with alone.connect() as client:
+    async with isolated_agent.connect() as client:
         await client.rpc.UpdateInterface(wanted())
         await client.rpc.UpdateRoutes(routes({"dest": "203.0.113.0/24", "scope": 253}, {"gateway": "203.0.113.1"}))
         before = await table(client)
@@ -173,7 +187,7 @@ async def test_routes_are_as_before_when_one_cannot_be_made(
         assert (code, message) == (Code.INVALID_ARGUMENT, "Need network routes")
 
 
-async def test_neighbours(alone: RunningAgent) -> None:
+async def test_neighbours(isolated_agent: RunningAgent) -> None:
     def request(**fields: Any) -> Any:
         given = {"device": "eth7", "lladdr": "02:00:00:00:00:0b", **fields}
         if "address" in given:
@@ -182,10 +196,10 @@ async def test_neighbours(alone: RunningAgent) -> None:
             neighbors=agent_pb2.ARPNeighbors(ARPNeighbors=[types_pb2.ARPNeighbor(**given)])
         )
 
-    async with alone.connect() as client:
+    async with isolated_agent.connect() as client:
         await client.rpc.UpdateInterface(wanted())
         await client.rpc.AddARPNeighbors(request(address="192.0.2.11"))
-        (entry,) = ip(alone, "neigh", "show", "dev", "eth7", "192.0.2.11")
+        (entry,) = ip(isolated_agent, "neigh", "show", "dev", "eth7", "192.0.2.11")
         assert (entry["lladdr"], entry["state"]) == ("02:00:00:00:00:0b", ["PERMANENT"])
         for bad, code, text in (
             (request(), Code.INVALID_ARGUMENT, "an ARP neighbor needs toIPAddress"),

@@ -301,7 +301,7 @@ async def test_three_hundred_execs_leave_no_descriptor_and_no_zombie(agent: Runn
         fds, children = agent.fds(), agent.children()
         for batch in range(15):
             await asyncio.gather(*(one(batch * 20 + number) for number in range(20)))
-        await until(lambda: agent.fds() <= fds and agent.children() == children, "all is given back")
+        await until(lambda: agent.fds() <= fds and agent.children() == children, "everything is released")
 
 
 async def test_orphans_are_reaped(agent: RunningAgent) -> None:
@@ -310,7 +310,7 @@ async def test_orphans_are_reaped(agent: RunningAgent) -> None:
         before = agent.children()
         process = await sh(container, "(sleep 0.1 & ) ; exit 0")
         assert await process.wait() == 0
-        await until(lambda: agent.children() == before, "nobody is left")
+        await until(lambda: agent.children() == before, "all processes have exited")
 
 
 async def test_a_home_is_of_the_passwd_that_the_container_has_mounted(agent: RunningAgent, tmp_path: Path) -> None:

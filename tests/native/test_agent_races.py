@@ -23,7 +23,7 @@ from tests.support.poll import until
 pytestmark = pytest.mark.root
 
 
-async def broken_off(call: Coroutine[Any, Any, Any], seconds: float) -> bool:
+async def hang_up_after(call: Coroutine[Any, Any, Any], seconds: float) -> bool:
     """Make a call and hang up after a while; return whether that was before it finished."""
     try:
         await asyncio.wait_for(call, seconds)
@@ -46,7 +46,7 @@ async def test_a_removal_takes_hundreds_of_processes_with_it(agent: RunningAgent
         for _ in range(10):
             await asyncio.gather(*(container.exec(["/bin/sleep", "1000"]) for _ in range(30)))
         await container.remove()
-        await until(lambda: agent.fds() <= fds and agent.children() == set(), "all is given back")
+        await until(lambda: agent.fds() <= fds and agent.children() == set(), "everything is released")
 
 
 async def test_execs_that_meet_a_removal_run_or_are_refused_and_leave_nothing(agent: RunningAgent) -> None:
@@ -63,7 +63,7 @@ async def test_execs_that_meet_a_removal_run_or_are_refused_and_leave_nothing(ag
                 if isinstance(result, BaseException):
                     assert isinstance(result, AgentError), result
                     assert result.code in (Code.FAILED_PRECONDITION, Code.NOT_FOUND), result.details
-        await until(lambda: agent.fds() <= fds and agent.children() == set(), "all is given back")
+        await until(lambda: agent.fds() <= fds and agent.children() == set(), "everything is released")
 
 
 #: The command line's exec, without a VM.
@@ -113,26 +113,26 @@ async def test_calls_broken_off_at_any_moment_leave_all_or_nothing(agent: Runnin
         await client.version()
         fds, chance, early = agent.fds(), random.Random(7), 0
         for _ in range(30):
-            early += await broken_off(client.create_container("box", agent.spec()), chance.random() * 0.03)
+            early += await hang_up_after(client.create_container("box", agent.spec()), chance.random() * 0.03)
             try:
                 await client.create_container("box", agent.spec())  # the id is free, or the container exists
             except AgentError as error:
                 assert error.code is Code.ALREADY_EXISTS, error.details
             container = client.container("box")
-            early += await broken_off(container.start(), chance.random() * 0.004)
+            early += await hang_up_after(container.start(), chance.random() * 0.004)
             try:
                 await container.start()
             except AgentError as error:
                 assert error.details == "Container box status running, should be created"
             assert await output(await container.exec(["/bin/echo", "alive"])) == b"alive\n"
-            early += await broken_off(container.exec(["/bin/sleep", "1000"]), chance.random() * 0.01)
-            early += await broken_off(container.remove(), chance.random() * 0.02)
+            early += await hang_up_after(container.exec(["/bin/sleep", "1000"]), chance.random() * 0.01)
+            early += await hang_up_after(container.remove(), chance.random() * 0.02)
             try:
                 await container.remove()
             except AgentError as error:
                 assert error.code is Code.NOT_FOUND, error.details
         assert early > 20
-        await until(lambda: agent.fds() <= fds and agent.children() == set(), "all is given back")
+        await until(lambda: agent.fds() <= fds and agent.children() == set(), "everything is released")
         assert [path.name for path in (agent.state / "sandbox").iterdir()] == [".namespaces"]
 
 
@@ -141,7 +141,7 @@ async def test_an_end_of_the_sandbox_that_is_broken_off_comes_all_the_same(agent
         await client.create_sandbox()
         for number in range(5):
             await running(client, agent, f"c{number}")
-        await broken_off(client.destroy_sandbox(), 0.001)
+        await hang_up_after(client.destroy_sandbox(), 0.001)
         await client.destroy_sandbox()
         assert list(agent.state.iterdir()) == []
         assert agent.children() == set()
@@ -173,7 +173,7 @@ async def test_a_hundred_containers_at_a_time(agent: RunningAgent) -> None:
                 await container.remove()
 
         await asyncio.gather(*(one(number) for number in range(100)))
-        await until(lambda: agent.fds() <= fds and agent.children() == set(), "all is given back")
+        await until(lambda: agent.fds() <= fds and agent.children() == set(), "everything is released")
 
 
 async def test_a_wait_may_come_before_the_start(agent: RunningAgent) -> None:
@@ -263,7 +263,7 @@ async def test_state_of_an_earlier_agent_is_neither_used_nor_deleted(agent: Runn
 
 
 #: Methods for which an empty request is like any other.
-NEEDS_NOTHING = (
+EMPTY_REQUESTS = (
     "DestroySandbox", "GetGuestDetails", "ListInterfaces", "ListRoutes", "StartTracing", "StopTracing",
 )  # fmt: skip
 
@@ -281,7 +281,7 @@ async def test_bytes_that_are_no_request_get_a_status(agent: RunningAgent) -> No
                 try:
                     await client.channel.call("grpc.AgentService", method, data, 20)
                     # unknown fields are not an error
-                    assert method in NEEDS_NOTHING, (method, data)
+                    assert method in EMPTY_REQUESTS, (method, data)
                 except AgentError as error:
                     assert "calling application" not in error.details, (method, data)
                     assert "<class" not in error.details, (method, data)

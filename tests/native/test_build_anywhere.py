@@ -45,7 +45,7 @@ def builder(root: Path, python: str = sys.executable, arch: str | None = None) -
     return [python, "-c", f"import sys; {path}; from caisson import image; print({build})"]
 
 
-def everyones_python(place: Path) -> Path | str:
+def public_python(place: Path) -> Path | str:
     """Provide an interpreter with our libraries that an ordinary user may run: ours may be below /root."""
     # setpriv itself has root's privileges until it has executed another program.
     drop = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
@@ -70,7 +70,7 @@ def digests(directory: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def elsewhere() -> Iterator[Path]:
+def public_directory() -> Iterator[Path]:
     """Provide a directory accessible to an ordinary user; pytest's own are only accessible to root."""
     with tempfile.TemporaryDirectory(prefix="caisson-build-") as place:
         Path(place).chmod(0o755)
@@ -78,30 +78,34 @@ def elsewhere() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("arch", ["amd64", "arm64"])
-def test_an_ordinary_user_elsewhere_at_another_time_builds_the_same(elsewhere: Path, arch: str) -> None:
-    ours, theirs, place = elsewhere / "ours", elsewhere / "theirs", elsewhere / "another place/caisson"
+def test_an_ordinary_user_elsewhere_at_another_time_builds_the_same(public_directory: Path, arch: str) -> None:
+    ours, theirs, place = (
+        public_directory / "ours",
+        public_directory / "theirs",
+        public_directory / "another place/caisson",
+    )
     seed(ours)
     mine = subprocess.run(builder(OURS, arch=arch), env=environment(ours), capture_output=True, text=True)
     assert mine.returncode == 0, mine.stderr
 
     seed(theirs)
     copy_sources(place, compiled=True)
-    temporary = elsewhere / "temporary"
+    temporary = public_directory / "temporary"
     temporary.mkdir()
     for top in (theirs, place.parent, temporary):
         subprocess.run(["chown", "-R", f"{NOBODY}:{NOBODY}", top], check=True)
     settings = {"TMPDIR": str(temporary), "TZ": "Pacific/Auckland", "HOME": str(temporary), "LANG": "de_DE.UTF-8"}
     script = 'umask 077; exec "$@"'
     words = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "faketime", "-f", "+2d"]
-    argv = [*words, "sh", "-c", script, "sh", *builder(place, str(everyones_python(elsewhere)), arch)]
+    argv = [*words, "sh", "-c", script, "sh", *builder(place, str(public_python(public_directory)), arch)]
     other = subprocess.run(argv, env=environment(theirs) | settings, capture_output=True, text=True, cwd=temporary)
     assert other.returncode == 0, other.stderr
     assert digests(Path(other.stdout.strip())) == digests(Path(mine.stdout.strip()))
     assert list(temporary.glob("tmp*")) == []
 
 
-def test_a_build_that_was_killed_at_any_moment_is_followed_by_a_whole_one(elsewhere: Path) -> None:
-    cache = elsewhere / "cache"
+def test_a_build_that_was_killed_at_any_moment_is_followed_by_a_whole_one(public_directory: Path) -> None:
+    cache = public_directory / "cache"
     seed(cache)
     began = time.monotonic()
     whole = subprocess.run(builder(OURS), env=environment(cache), capture_output=True, text=True)
@@ -131,8 +135,8 @@ def test_a_build_that_was_killed_at_any_moment_is_followed_by_a_whole_one(elsewh
     assert killed >= 2, "otherwise this test is vacuous"
 
 
-def test_a_full_disk_is_said_and_later_forgotten(elsewhere: Path) -> None:
-    cache = elsewhere / "small"
+def test_a_full_disk_is_said_and_later_forgotten(public_directory: Path) -> None:
+    cache = public_directory / "small"
     cache.mkdir()
     debs = default_root().glob(f"apt/{SUITE}-a*/debs/*.deb")
     kept = [deb for deb in debs if not deb.name.startswith("linux-source")]

@@ -27,7 +27,7 @@ from tests.native.oci_support import Oci, become_subreaper, reaping
 pytestmark = pytest.mark.root
 NAME = f"state-{os.getpid()}"
 POINTS = re.findall(r"^\tPOINT\((\w+)\)", (ROOT / "agent/nsexec/faults.h").read_text(), re.MULTILINE)
-STANDS_STILL = "nsexec:fault"
+STOPPED = "nsexec:fault"
 PACKAGES = ROOT / ".venv" / "src"
 DRIVER = ROOT / "tests" / "native" / "oci_driver.py"
 KILLS = 50
@@ -115,7 +115,7 @@ def oci(request: pytest.FixtureRequest, tmp_path: Path, faulty: Path) -> Iterato
 def stands_still(parent: int) -> bool:
     try:
         children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-        return any(Path(f"/proc/{pid}/comm").read_text().strip() == STANDS_STILL for pid in children)
+        return any(Path(f"/proc/{pid}/comm").read_text().strip() == STOPPED for pid in children)
     except OSError:
         return False
 
@@ -240,7 +240,7 @@ def test_start_that_is_killed(oci: Driver, sleeper: Path) -> None:
     start = oci.begin("start", NAME)
     deadline = time.monotonic() + SECONDS
     pid = int(oci.state(NAME)["pid"])
-    while Path(f"/proc/{pid}/comm").read_text().strip() != STANDS_STILL:
+    while Path(f"/proc/{pid}/comm").read_text().strip() != STOPPED:
         assert time.monotonic() < deadline
         time.sleep(0.002)
     start.kill()

@@ -89,7 +89,7 @@ def kinds() -> dict[str, dict[str, Any]]:
     }
 
 
-def standing_still(parent: int) -> list[int]:
+def stopped_children(parent: int) -> list[int]:
     """Return children that have reached their point."""
     found = []
     for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
@@ -104,7 +104,7 @@ def standing_still(parent: int) -> list[int]:
 async def interrupted(call: asyncio.Task[Any], *, kill: bool) -> bool:
     """Wait until a stage stops, or the call finishes without; kill only that stage."""
     while not call.done():
-        for pid in standing_still(os.getpid()):
+        for pid in stopped_children(os.getpid()):
             if kill:
                 os.kill(pid, signal.SIGKILL)
             return True

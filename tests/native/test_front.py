@@ -83,7 +83,7 @@ def sleeper(tmp_path: Path, busybox_rootfs: Path) -> Path:
     return made
 
 
-def bring(oci: Oci, made: Path, state: str) -> None:
+def prepare(oci: Oci, made: Path, state: str) -> None:
     """Bring a container into a state."""
     for step in STATES[state]:
         if step == "create":
@@ -110,7 +110,7 @@ def comparable(result: Result, oci: Oci) -> tuple[int, str, str]:
 def test_both_do_and_say_the_same(pair: Pair, sleeper: Path, state: str, command: list[str]) -> None:
     found = []
     for oci in pair:
-        bring(oci, sleeper, state)
+        prepare(oci, sleeper, state)
         result = oci(*command)
         deadline = time.monotonic() + 10
         while (known := oci("state", NAME)).status == 0 and time.monotonic() < deadline:
@@ -121,7 +121,7 @@ def test_both_do_and_say_the_same(pair: Pair, sleeper: Path, state: str, command
     assert found[0] == found[1]
 
 
-def alone(
+def front_without_python(
     front: Path, oci: Oci, *args: str, instead: str = "/bin/false", **options: object
 ) -> subprocess.CompletedProcess[str]:
     """Return the front's result if there is no interpreter to hand over to."""
@@ -132,18 +132,18 @@ def alone(
 
 def test_plain_commands_need_no_interpreter(oci: Oci, front_path: Path, tmp_path: Path, busybox_rootfs: Path) -> None:
     made = bundle(tmp_path / "b", busybox_rootfs, "sleep", "1000")
-    bring(oci, made, "created")
-    assert alone(front_path, oci, "start", NAME).returncode == 0
+    prepare(oci, made, "created")
+    assert front_without_python(front_path, oci, "start", NAME).returncode == 0
     assert oci.ok("exec", NAME, "echo", "first") == "first\n"
-    assert json.loads(alone(front_path, oci, "state", NAME).stdout)["status"] == "running"
+    assert json.loads(front_without_python(front_path, oci, "state", NAME).stdout)["status"] == "running"
     log = tmp_path / "log"
-    done = alone(front_path, oci, "--log", str(log), "exec", NAME, "sh", "-c", "cat; exit 4", input="in")
+    done = front_without_python(front_path, oci, "--log", str(log), "exec", NAME, "sh", "-c", "cat; exit 4", input="in")
     assert (done.returncode, done.stdout, done.stderr, log.read_text()) == (4, "in", "", "")
-    assert alone(front_path, oci, "exec", NAME, "nothere").returncode == 1  # which Python reports better
-    assert alone(front_path, oci, "kill", NAME, "KILL").returncode == 0
-    while json.loads(alone(front_path, oci, "state", NAME).stdout)["status"] != "stopped":
+    assert front_without_python(front_path, oci, "exec", NAME, "nothere").returncode == 1  # which Python reports better
+    assert front_without_python(front_path, oci, "kill", NAME, "KILL").returncode == 0
+    while json.loads(front_without_python(front_path, oci, "state", NAME).stdout)["status"] != "stopped":
         pass
-    assert alone(front_path, oci, "delete", NAME).returncode == 0
+    assert front_without_python(front_path, oci, "delete", NAME).returncode == 0
     assert list(oci.root.iterdir()) == []
 
 
@@ -158,7 +158,7 @@ def test_plain_commands_need_no_interpreter(oci: Oci, front_path: Path, tmp_path
     ids=" ".join,
 )  # fmt: skip
 def test_what_is_not_plain_is_handed_over_as_it_is(front_path: Path, oci: Oci, args: list[str]) -> None:
-    done = alone(front_path, oci, *args, instead="/bin/echo")
+    done = front_without_python(front_path, oci, *args, instead="/bin/echo")
     assert done.stdout == " ".join(["-I -S -c  caisson-oci /packages --root", str(oci.root), *args]) + "\n"
 
 
@@ -166,12 +166,12 @@ def test_a_changed_configuration_is_read_again(
     oci: Oci, front_path: Path, tmp_path: Path, busybox_rootfs: Path
 ) -> None:
     made = bundle(tmp_path / "b", busybox_rootfs, "sleep", "1000")
-    bring(oci, made, "running")
-    assert alone(front_path, oci, "exec", NAME, "true").returncode == 0
+    prepare(oci, made, "running")
+    assert front_without_python(front_path, oci, "exec", NAME, "true").returncode == 0
     edit(made, lambda value: value["process"].update(cwd="/tmp"))
-    assert alone(front_path, oci, "exec", NAME, "true").returncode == 1
+    assert front_without_python(front_path, oci, "exec", NAME, "true").returncode == 1
     assert oci.ok("exec", NAME, "pwd") == "/tmp\n"
-    assert alone(front_path, oci, "exec", NAME, "pwd").stdout == "/tmp\n"
+    assert front_without_python(front_path, oci, "exec", NAME, "pwd").stdout == "/tmp\n"
     with (made / "config.json").open("a") as file:
         file.write(" x")
     assert oci("exec", NAME, "true").status == 255
@@ -182,7 +182,7 @@ def test_home_is_that_of_the_container_now(oci: Oci, tmp_path: Path) -> None:
 
     rootfs = make_rootfs(tmp_path / "rootfs")
     made = bundle(tmp_path / "b", rootfs, "sleep", "1000")
-    bring(oci, made, "running")
+    prepare(oci, made, "running")
     assert oci.ok("exec", NAME, "sh", "-c", "echo $HOME") == "/root\n"
     (rootfs / "etc/passwd").write_text("x:x:1:1::/x:\nroot:x:0:0::/elsewhere:/bin/sh")
     assert oci.ok("exec", NAME, "sh", "-c", "echo $HOME") == "/elsewhere\n"
@@ -192,7 +192,7 @@ def test_home_is_that_of_the_container_now(oci: Oci, tmp_path: Path) -> None:
 
 
 def test_streams_and_signals_of_an_exec(oci: Oci, tmp_path: Path, busybox_rootfs: Path) -> None:
-    bring(oci, bundle(tmp_path / "b", busybox_rootfs, "sleep", "1000"), "running")
+    prepare(oci, bundle(tmp_path / "b", busybox_rootfs, "sleep", "1000"), "running")
     data = os.urandom(3_000_000).hex()
     assert oci("exec", NAME, "cat", stdin=data).out == data
     done = oci("exec", NAME, "sh", "-c", "head -c 1000000 /dev/zero >&2; echo end")
@@ -223,7 +223,7 @@ def test_a_program_that_cannot_be_executed_at_start(pair: Pair, tmp_path: Path) 
     made = bundle(tmp_path / "b", rootfs, "/run.sh")
     found = []
     for oci in pair:
-        bring(oci, made, "created")
+        prepare(oci, made, "created")
         found.append(comparable(oci("start", NAME), oci))
         oci.clear()
     assert found[0] == found[1]

@@ -237,7 +237,7 @@ def faulty_agent(
         check_nothing_is_left(running, tmp_path)
 
 
-def standing_still(agent: RunningAgent) -> int:
+def stopped_children(agent: RunningAgent) -> int:
     for pid in agent.children():
         with suppress(OSError):
             if Path(f"/proc/{pid}/comm").read_text().strip() == STANDS_STILL:
@@ -254,7 +254,7 @@ async def test_nothing_is_left_wherever_nsexec_is_killed(faulty_agent: tuple[Run
         call = asyncio.ensure_future(work)
         try:
             while not call.done():
-                if pid := standing_still(agent):
+                if pid := stopped_children(agent):
                     os.kill(pid, signal.SIGKILL)
                     with suppress(AgentError):
                         await call

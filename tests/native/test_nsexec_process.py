@@ -34,7 +34,7 @@ int main(void)
 }
 """
 #: System calls that musl needs to start and end a program that writes; and those that nsexec needs.
-FEWEST = ["arch_prctl", "set_tid_address", "exit_group", "write", "execve"]
+NEEDED_CALLS = ["arch_prctl", "set_tid_address", "exit_group", "write", "execve"]
 #: Of Linux 4.18 and later: unknown to the profiles of docker 19.03.9 and 20.10.0.
 NEWER = [
     "clone3", "close_range", "faccessat2", "fsconfig", "fsmount", "fsopen", "fspick", "io_uring_enter",
@@ -69,7 +69,7 @@ def profile(default: str, action: str, names: list[str]) -> dict[str, Any]:
 @pytest.mark.parametrize("default", ["SCMP_ACT_ERRNO", "SCMP_ACT_KILL_PROCESS"])
 async def test_a_filter_need_permit_only_write_and_execve(box: Box, writer: str, default: str) -> None:
     value = config(writer, noNewPrivileges=True)
-    value["linux"]["seccomp"] = profile(default, "SCMP_ACT_ALLOW", FEWEST)
+    value["linux"]["seccomp"] = profile(default, "SCMP_ACT_ALLOW", NEEDED_CALLS)
     assert (await box.output(value)) == (0, "fine\n", "")
 
 
@@ -79,7 +79,7 @@ async def test_nor_does_that_of_an_exec(box: Box, writer: str, default: str) -> 
 
     init = await box.running(value)
     filtered = config(noNewPrivileges=True)
-    filtered["linux"]["seccomp"] = profile(default, "SCMP_ACT_ALLOW", FEWEST)
+    filtered["linux"]["seccomp"] = profile(default, "SCMP_ACT_ALLOW", NEEDED_CALLS)
     spec, join, _ = box.specs[init.child.pid]
     box.specs[init.child.pid] = (spec, join, await box.launcher.filter(Spec.from_json(filtered).linux.seccomp))
     assert (await box.exec(init, {"args": [writer], "noNewPrivileges": True}, value)) == (0, "fine\n", "")

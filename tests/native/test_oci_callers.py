@@ -35,7 +35,7 @@ PACKAGES = [
 CACHE = Path.home() / ".cache" / "caisson" / "oci-callers"
 RUNC = Path(shutil.which("runc") or "/usr/sbin/runc")
 IMAGE = "localhost/busybox:1"
-SECONDS = 120
+COMMAND_TIMEOUT = 120
 
 
 @pytest.fixture(scope="session")
@@ -156,7 +156,7 @@ def docker(
 
 def outcome(argv: list[str], environment: dict[str, str], stdin: str = "") -> tuple[int, str, str]:
     """Return a command's status, output and errors, without what differs from run to run."""
-    done = subprocess.run(argv, env=environment, input=stdin, capture_output=True, text=True, timeout=SECONDS)
+    done = subprocess.run(argv, env=environment, input=stdin, capture_output=True, text=True, timeout=COMMAND_TIMEOUT)
     errors = re.sub(r"time=\S+ ", "", re.sub(r"\b[0-9a-f]{12,64}\b", "ID", done.stderr))
     return done.returncode, re.sub(r"\b[0-9a-f]{64}\b", "ID", done.stdout), errors
 

@@ -37,7 +37,7 @@ def test_life_of_a_container(oci: Oci, sleeper: Path, tmp_path: Path) -> None:
     assert oci("resume", NAME).message == "container not paused"
     assert oci("delete", NAME).message == f"cannot delete container {NAME} that is not stopped: running"
     oci.ok("kill", NAME, "KILL")
-    wait_until(lambda: oci.status(NAME) == "stopped", "it lives on")
+    wait_until(lambda: oci.status(NAME) == "stopped", "it stops")
     assert oci.state(NAME)["pid"] == 0
     assert oci("kill", NAME, "KILL").message == "container not running"
     assert oci("kill", "-a", NAME, "KILL").status == 0
@@ -167,7 +167,7 @@ def test_exec_in_a_paused_container(oci: Oci, sleeper: Path) -> None:
     oci.ok("update", "--pids-limit", "20", NAME)
     assert oci.status(NAME) == "paused"
     oci.ok("kill", NAME, "KILL")  # thaws
-    wait_until(lambda: oci.status(NAME) == "stopped", "it lives on")
+    wait_until(lambda: oci.status(NAME) == "stopped", "it stops")
 
 
 def test_ps_and_list(oci: Oci, sleeper: Path) -> None:
@@ -230,7 +230,7 @@ def test_kill_takes_names_and_numbers(oci: Oci, sleeper: Path) -> None:
     for text in ("0", "SIGUSR1", "usr2", "WINCH"):
         oci.ok("kill", NAME, text)
     oci.ok("kill", NAME, str(int(signal.SIGKILL)))
-    wait_until(lambda: oci.status(NAME) == "stopped", "it lives on")
+    wait_until(lambda: oci.status(NAME) == "stopped", "it stops")
 
 
 def test_sigkill_without_a_pid_namespace_ends_all(oci: Oci, tmp_path: Path, busybox_rootfs: Path) -> None:
@@ -239,7 +239,7 @@ def test_sigkill_without_a_pid_namespace_ends_all(oci: Oci, tmp_path: Path, busy
     oci.running(made, NAME)
     wait_until(lambda: len(json.loads(oci.ok("ps", "-f", "json", NAME))) == 3, "no second process")
     oci.ok("kill", NAME, "KILL")
-    wait_until(lambda: oci.ok("ps", "-f", "json", NAME) == "null", "some live on")
+    wait_until(lambda: oci.ok("ps", "-f", "json", NAME) == "null", "all processes exit")
     oci.ok("delete", NAME)
 
 
@@ -386,7 +386,7 @@ def test_pids_limit_0_is_1(oci: Oci, sleeper: Path) -> None:
 def test_a_created_container_ends_by_a_signal(oci: Oci, sleeper: Path) -> None:
     assert oci.detached("create", "-b", str(sleeper), NAME).status == 0
     oci.ok("kill", NAME, "TERM")
-    wait_until(lambda: oci.status(NAME) == "stopped", "it waits on")
+    wait_until(lambda: oci.status(NAME) == "stopped", "it stops")
 
 
 @pytest.mark.parametrize("program", [str(OURS), *filter(None, [shutil.which("runc")])])

@@ -322,7 +322,7 @@ def test_ps_of_a_stopped_container(oci: Oci, sleeper: Path) -> None:
     oci.running(sleeper, NAME)
     assert oci("ps", "-f", "xml", NAME).status == 1
     oci.ok("kill", NAME, "9")
-    wait_until(lambda: oci.status(NAME) == "stopped", "it lives on")
+    wait_until(lambda: oci.status(NAME) == "stopped", "it stops")
     assert len(oci.ok("ps", NAME).splitlines()) == 1
     assert oci.ok("ps", "--format=json", NAME) == "null"
     for verb in ("pause", "resume"):

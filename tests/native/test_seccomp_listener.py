@@ -94,7 +94,9 @@ def agent(box: Box) -> Iterator[Agent]:
     agent.close()
 
 
-def notifying(box: Box, *args: str, names: tuple[str, ...] = ("mkdir", "mkdirat"), **process: Any) -> dict[str, Any]:
+def with_listener(
+    box: Box, *args: str, names: tuple[str, ...] = ("mkdir", "mkdirat"), **process: Any
+) -> dict[str, Any]:
     value = config(*args, **process)
     value["annotations"] = {"some": "thing"}
     value["linux"]["seccomp"] = {
@@ -113,7 +115,7 @@ def notifying(box: Box, *args: str, names: tuple[str, ...] = ("mkdir", "mkdirat"
 def test_an_agent_answers_for_the_kernel(box: Box, agent: Agent, no_new_privs: bool, user: int) -> None:
     script = ["sh", "-c", "mkdir /tmp/x || grep -E '^(CapPrm|CapEff|NoNewPrivs)' /proc/self/status"]
     own = ["CAP_KILL"]
-    value = notifying(
+    value = with_listener(
         box,
         *script,
         noNewPrivileges=no_new_privs,
@@ -151,7 +153,7 @@ def test_an_agent_answers_for_the_kernel(box: Box, agent: Agent, no_new_privs: b
 
 @pytest.mark.parametrize("no_new_privs", [False, True])
 async def test_a_process_that_joins_has_a_listener_of_its_own(box: Box, agent: Agent, no_new_privs: bool) -> None:
-    value = notifying(box, "sleep", "1000", noNewPrivileges=no_new_privs)
+    value = with_listener(box, "sleep", "1000", noNewPrivileges=no_new_privs)
 
     init = await box.running(value)
     pid, result = init.child.pid, await box.exec(init, {"args": ["mkdir", "/tmp/x"]}, value)
@@ -165,7 +167,7 @@ async def test_a_process_that_joins_has_a_listener_of_its_own(box: Box, agent: A
 async def test_system_calls_that_nsexec_makes_itself(box: Box, agent: Agent, no_new_privs: bool) -> None:
     """The agent has the listener before nsexec makes a call that it has to answer."""
     names = ("execve", "openat", "open", "read", "close", "setsid", "ioctl", "prlimit64")
-    value = notifying(box, "sleep", "1000", names=names, noNewPrivileges=no_new_privs)
+    value = with_listener(box, "sleep", "1000", names=names, noNewPrivileges=no_new_privs)
 
     init = await box.running(value)
     assert (await box.exec(init, {"args": ["echo", "fine"], "noNewPrivileges": no_new_privs}, value)) == (
@@ -179,7 +181,7 @@ async def test_system_calls_that_nsexec_makes_itself(box: Box, agent: Agent, no_
 async def test_every_system_call_may_be_asked_about(box: Box, agent: Agent, no_new_privs: bool) -> None:
     """Except write, with which nsexec reports that there is a listener."""
     names = {*PERMITTED.split(), *" ".join(BY_CAPABILITY.values()).split(), "keyctl", "pivot_root", "clone", "socket"}
-    value = notifying(box, "sleep", "1000", names=tuple(sorted(names - {"write"})), noNewPrivileges=no_new_privs)
+    value = with_listener(box, "sleep", "1000", names=tuple(sorted(names - {"write"})), noNewPrivileges=no_new_privs)
 
     init = await box.running(value)
     process = {"args": ["sh", "-c", "echo fine; mkdir /tmp/x"], "noNewPrivileges": no_new_privs}
@@ -199,7 +201,7 @@ async def test_an_agent_that_never_answers_holds_up_nothing_for_ever(
         silent.bind(str(tmp_path / "agent.sock"))
         silent.listen(8)
         box = Box(tmp_path, make_rootfs(tmp_path / "rootfs"), sealed, timeout=1.0)
-        value = notifying(box, "true", names=names, noNewPrivileges=no_new_privs)
+        value = with_listener(box, "true", names=names, noNewPrivileges=no_new_privs)
         with pytest.raises(LaunchError, match="nsexec took longer than 1 s and was killed"):
             await box.start(await box.create(value))
         await box.close()  # no child, no descriptor
@@ -207,7 +209,7 @@ async def test_an_agent_that_never_answers_holds_up_nothing_for_ever(
 
 async def test_without_an_agent_nothing_is_created(box: Box) -> None:
     with pytest.raises(LaunchError, match=r"failed to connect with seccomp agent .*agent\.sock: no such file"):
-        await box.output(notifying(box, "true"))
+        await box.output(with_listener(box, "true"))
 
 
 @pytest.mark.parametrize(
@@ -219,7 +221,7 @@ async def test_without_an_agent_nothing_is_created(box: Box) -> None:
     ],
 )
 async def test_profiles_that_would_hang(box: Box, change: dict[str, Any], why: str) -> None:
-    value = notifying(box, "true")
+    value = with_listener(box, "true")
     value["linux"]["seccomp"] |= change
     with pytest.raises(SpecError, match=why):
         await box.output(value)

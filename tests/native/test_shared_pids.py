@@ -64,7 +64,7 @@ async def test_containers_see_each_other_and_a_first_process_that_reaps(agent: R
         script = "for n in 1 2 3 4 5; do (sleep 0.1 &) ; done; sleep 0.3; grep -l '^State:.Z' /proc/[0-9]*/status"
         assert (await output(await sh(one, script))) == b""
         pause = pause_of(agent)
-        await until(lambda: set(inside(agent).values()) == {"pause", "sleep"}, "only those stay")
+        await until(lambda: set(inside(agent).values()) == {"pause", "sleep"}, "only those are left")
         status = Path(f"/proc/{pause}/status").read_text()
         for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
             assert f"{name}:\t{0:016x}" in status
@@ -143,7 +143,7 @@ async def test_the_end_of_a_container_is_the_end_of_all_in_it(agent: RunningAgen
             one = await container(client, agent, "one", "sh", "-c", f"{leaves}; read x; exit 3")
             await (await sh(one, leaves)).wait()
             execed = await one.exec(["sleep", "4444"], env=["PATH=/bin"])
-            await until(lambda: len(inside(agent)) == 8, "all are there")
+            await until(lambda: len(inside(agent)) == 8, "all are running")
             if remove:
                 await one.remove()
                 await until(lambda: sorted(inside(agent).values()) == ["pause", "sleep"], "only the other is left")
@@ -201,7 +201,7 @@ async def test_the_first_process_hears_only_the_agent(agent: RunningAgent) -> No
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.SIGUSR1):
             os.kill(pause, number)
         await (await sh(one, "kill -9 1; kill -TERM 1; true")).wait()
-        await until(lambda: sorted(inside(agent).values()) == ["pause", "sleep"], "both live on")
+        await until(lambda: sorted(inside(agent).values()) == ["pause", "sleep"], "both keep running")
         assert "State:\tS" in Path(f"/proc/{pause}/status").read_text()
 
 

@@ -36,7 +36,7 @@ def sleeper(docker: Engine) -> Iterator[tuple[str, str]]:
             "--env", "A=1", "--workdir", "/tmp", "--user", "65534", "busybox", "sh", "-c", SLEEPER,
         )  # fmt: skip
         assert started.returncode == 0, started.stderr
-        wait_until(lambda name=name: docker.docker("logs", name).stdout.count(b"\n") == 4, "what it prints")  # type: ignore[misc]
+        wait_until(lambda name=name: docker.docker("logs", name).stdout.count(b"\n") == 4, "its output")  # type: ignore[misc]
     yield names
     docker.docker("rm", "--force", *names)
 

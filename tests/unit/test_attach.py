@@ -16,7 +16,7 @@ from caisson.agent.client import AgentError, OutputError, StatusCode, attach, lo
 from tests.support.poll import until
 
 
-class Pretended:
+class FakeProcess:
     """Echoes its input on stdout, prints `oops` on stderr, and exits with status 9 at EOF."""
 
     terminal = False
@@ -62,13 +62,13 @@ def test_streams_and_status(tmp_path: Path) -> None:
         (tmp_path / "out").open("wb") as out,
         (tmp_path / "err").open("wb") as err,
     ):
-        assert join(Pretended(), source.fileno(), out.fileno(), err.fileno()) == 9
+        assert join(FakeProcess(), source.fileno(), out.fileno(), err.fileno()) == 9
     assert (tmp_path / "out").read_bytes() == data
     assert (tmp_path / "err").read_bytes() == b"oops\n"
 
 
 def test_stdin_that_never_ends_does_not_hold_the_end(tmp_path: Path) -> None:
-    class Ends(Pretended):
+    class Ends(FakeProcess):
         async def stdout(self) -> AsyncIterator[bytes]:
             yield b"done\n"
 
@@ -84,7 +84,7 @@ def test_stdin_that_never_ends_does_not_hold_the_end(tmp_path: Path) -> None:
 def test_a_reader_that_leaves_is_a_broken_pipe(tmp_path: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    process = Pretended(endless=True)
+    process = FakeProcess(endless=True)
     try:
         with open(os.devnull) as source, (tmp_path / "err").open("wb") as err:  # noqa: PTH123
             assert join(process, source.fileno(), writing, err.fileno()) == 128 + signal.SIGPIPE
@@ -94,7 +94,7 @@ def test_a_reader_that_leaves_is_a_broken_pipe(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_said(tmp_path: Path) -> None:
-    process = Pretended(endless=True)
+    process = FakeProcess(endless=True)
     with open(os.devnull) as source, open("/dev/full", "wb") as out, (tmp_path / "err").open("wb") as err:  # noqa: PTH123
         with pytest.raises(OutputError, match="No space left"):
             join(process, source.fileno(), out.fileno(), err.fileno())
@@ -110,7 +110,7 @@ def test_a_full_disk_is_said(tmp_path: Path) -> None:
     ],
 )
 def test_ctrl_c_goes_to_the_program_and_the_third_one_kills_it(presses: int, ends_with: int, status: int) -> None:
-    class Interrupted(Pretended):
+    class Interrupted(FakeProcess):
         def heard(self, count: int) -> bool:
             return len(self.signals) == count
 
@@ -141,7 +141,7 @@ def test_ctrl_c_goes_to_the_program_and_the_third_one_kills_it(presses: int, end
 def test_ctrl_p_ctrl_q_detaches(
     monkeypatch: pytest.MonkeyPatch, typed: list[bytes], written: bytes, detached: bool
 ) -> None:
-    class Typed(Pretended):
+    class Typed(FakeProcess):
         taken = b""
 
         async def write(self, data: bytes) -> None:

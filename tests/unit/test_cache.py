@@ -72,7 +72,7 @@ Cache(Path({str(cache.root)!r})).get_or_make("step", "k", make)
     assert any(name.endswith("/half") for name in contents(cache)), "otherwise this test is vacuous"
     assert cache.get("step", "k") is None
     cache.get_or_make("step", "k", lambda target: (target / "f").touch())
-    wait_until(lambda: contents(cache) == ["step/k/f"], "what was half made is removed", found=lambda: contents(cache))
+    wait_until(lambda: contents(cache) == ["step/k/f"], "partial results are removed", found=lambda: contents(cache))
 
 
 def test_two_builders_make_it_once(cache: Cache) -> None:
@@ -293,4 +293,4 @@ def test_an_interruption_moves_what_is_half_made_away_at_once(cache: Cache) -> N
     with pytest.raises(KeyboardInterrupt):
         cache.get_or_make("step", "k", interrupted)
     assert not (cache.root / "step/.making-k").exists()
-    wait_until(lambda: [one.name for one in (cache.root / "step").iterdir()] == [".lock-k"], "the rest goes beside")
+    wait_until(lambda: [one.name for one in (cache.root / "step").iterdir()] == [".lock-k"], "leftovers are removed")

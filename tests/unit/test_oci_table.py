@@ -282,7 +282,7 @@ def problems(document: str, read: set[str]) -> list[str]:
     words |= {f"mounts[].options={word}" for word in mounts.REFUSED}
     words |= {f"linux.namespaces[].type={kind}" for kind in spec.NAMESPACE_TYPES}
     required = FIELDS | words
-    beginnings = {part for name in names for part in _beginnings(name)}
+    beginnings = {part for name in names for part in _parents(name)}
     return [
         *(f"twice: {name}" for name in set(names) if names.count(name) > 1),
         *(f"missing: {name}" for name in sorted(required - set(names))),
@@ -294,7 +294,7 @@ def problems(document: str, read: set[str]) -> list[str]:
     ]  # fmt: skip
 
 
-def _beginnings(name: str) -> set[str]:
+def _parents(name: str) -> set[str]:
     """Yield `a`, `a.b[]` and `a.b` for `a.b[].c`: the parents of a field."""
     parts = name.split(".")
     whole = {".".join(parts[:count]) for count in range(1, len(parts))}

@@ -96,7 +96,7 @@ RENAMED_IN_C = {
 }
 
 #: Message fragments that an engineer would not write.
-UNSAID = (
+UNIDIOMATIC = (
     "what runs is told by", "this machine lacks", "a guest from a template is as it was saved",
     "for as long as it takes", "no code of Huffman",
 )  # fmt: skip
@@ -161,7 +161,7 @@ def test_functions_of_nsexec_have_the_fields_names() -> None:
 
 def test_messages_are_as_an_engineer_would_say_them() -> None:
     said = {module.name: "\n".join(module.strings()) for module in modules()}
-    found = {(name, text) for name, texts in said.items() for text in UNSAID if text in texts}
+    found = {(name, text) for name, texts in said.items() for text in UNIDIOMATIC if text in texts}
     assert found == set()
 
 
