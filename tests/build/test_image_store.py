@@ -1,4 +1,4 @@
-"""The store of container images: what is listed, removed and pruned; and what a command says while it packs one."""
+"""Test the store of container images: listing, removing and pruning; and a command's progress while it packs one."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ pytestmark = pytest.mark.skipif(shutil.which("sqfstar") is None, reason="needs s
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
-    """The cache that commands find."""
+    """Provide the cache that commands use."""
     monkeypatch.setenv("CAISSON_CACHE", str(tmp_path / "cache"))
     return Cache(tmp_path / "cache")
 
 
 def stored(cache: Cache, place: Path, tag: str) -> str:
-    """Pack an image of its own under a tag; returns its id."""
+    """Pack a new image under a tag; return its id."""
     saved = docker_archive(place / "image.tar", [*LAYERS, layer((tag, file(tag.encode())))], **CONFIG)
     with packed(saved, "amd64", cache) as image:
         found = next(one for one in images(cache) if one.disk == image.disk)
     remember(cache, found.id, [f"test:{tag}"])
-    assert remove(cache, "test:latest") == 0  # the archive's own name; it has another one
+    assert remove(cache, "test:latest") == 0  # the archive's own name; the image has another one
     return found.id
 
 

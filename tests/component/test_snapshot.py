@@ -222,7 +222,7 @@ def test_a_state_that_is_none_is_an_end_and_leaves_nothing(image: Path, tmp_path
 def test_save_snapshot_says_what_it_compiles_and_how_long(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], compiled: bool
 ) -> None:
-    """Before it begins: minutes of a silent machine look like one that hangs."""
+    """Before it starts: a machine that is silent for minutes seems to hang."""
 
     class Build:
         def __init__(self, *_: object, **__: object) -> None:
