@@ -84,6 +84,7 @@ def test_read_only(vm: Caisson, shared: Path) -> None:
 
 def test_writable(vm: Caisson, shared: Path) -> None:
     place = run(vm, "share", str(shared), "--writable", "--tag", "work").strip()
+    assert run(vm, "share", str(shared), "--writable", "--tag", "work").strip() == place  # it is there already
     script = (
         f"cd {place}; echo more >>hello; mkdir -p deep/er; mv hello deep/er; ln -s er deep/link; chmod 640 deep/link/*"
     )
