@@ -1,6 +1,6 @@
-"""What a definition chooses from: formats of a root, compressions, distributions.
+"""List what a definition chooses from: root formats, compressions, distributions.
 
-Data alone: who reads a definition need not import what builds it.
+Only data: reading a definition does not import what builds it.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RootFormat:
-    """A file system for a guest's root: what the kernel calls it (``rootfstype=``), whether guests can map it (DAX)."""
+    """Describe a file system for a guest's root: its kernel name (``rootfstype=``), whether guests can map it (DAX)."""
 
     kernel_name: str
     dax: bool
 
 
-#: File systems on a disk; image/formats/disk.py says what they are good for.
+#: File systems on a disk; image/formats/disk.py says what each is for.
 ROOT_FORMATS = {
     "erofs": RootFormat("erofs", dax=True),
     "erofs-lz4hc": RootFormat("erofs", dax=False),
@@ -35,7 +35,7 @@ COMPRESSORS: dict[str, list[str]] = {
 
 @dataclass(frozen=True)
 class Distribution:
-    """How a distribution's C library is laid out.
+    """Describe the layout of a distribution's C library.
 
     ``libraries`` is the directory of the C library in a tree, with {triplet} in it, and ``loader`` the pattern of the
     program loader's name there.  ``wheels`` are pip's platforms, with {machine} in them.  ``kernel_sources``: whether
@@ -51,7 +51,7 @@ class Distribution:
 _GLIBC = ("manylinux2014_{machine}", *(f"manylinux_2_{minor}_{{machine}}" for minor in (17, 24, 27, 28, 34, 36)))
 _MUSL = ("musllinux_1_1_{machine}", "musllinux_1_2_{machine}")
 
-#: Where packages come from is image/packages/distribution.py's.
+#: image/packages/distribution.py says where packages come from.
 DISTRIBUTIONS = {
     "debian": Distribution("usr/lib/{triplet}", "ld-linux-*.so.*", _GLIBC, kernel_sources=True),
     "ubuntu": Distribution("usr/lib/{triplet}", "ld-linux-*.so.*", _GLIBC, kernel_sources=True),

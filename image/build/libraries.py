@@ -1,4 +1,4 @@
-"""The shared libraries of a guest: what something needs, stripped.  The dynamic sections say which (readelf(1))."""
+"""Keep only the shared libraries that something in the guest needs (by the dynamic sections, readelf(1)), stripped."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def is_elf(file: Path) -> bool:
 def drop_unused_libraries(tree: Path, definition: Definition) -> None:
     """Remove shared libraries that no program, extension module or kept library names as needed.
 
-    The dynamic section says it all (readelf -d), but for what is loaded by its name at run time: the definition keeps
-    that.
+    The dynamic section lists them (readelf -d), except for what is loaded by name at run time: the definition keeps
+    those.
     """
     place = tree / definition.libraries
     needed: set[str] = set()
@@ -49,7 +49,7 @@ def drop_unused_libraries(tree: Path, definition: Definition) -> None:
     for file in list(place.iterdir()):
         if file.is_dir() and not file.is_symlink():
             continue
-        # A library is found by the name in the dynamic section; the file behind that link stays, other links go.
+        # The loader looks for the name in the dynamic section: keep the file behind that link, drop other links.
         if (file.name not in needed and file.resolve() not in used) or (file.is_symlink() and file.name not in needed):
             file.unlink()
 

@@ -1,4 +1,4 @@
-"""The guest's root file system, from packages and wheels to a tree in which everything is used by something."""
+"""Build the guest's root file system: from packages and wheels to a tree that contains only what is used."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from caisson.image.packages.package import Package
 from caisson.image.run import run
 from caisson.proto.contract import GUEST_HOME
 
-#: Where everything of ours is in a guest.
+#: Where our own files are in a guest.
 HOME = GUEST_HOME.lstrip("/")
 
 #: A merged /usr, and what the agent mounts over or looks for.
 LINKS = {"bin": "usr/bin", "sbin": "usr/sbin", "lib": "usr/lib", "lib64": "usr/lib64"}
 DIRECTORIES = ("dev", "etc", "proc", "run", "sys", "tmp", "usr/bin", "usr/lib", "usr/lib64", "usr/sbin", "var", "mnt")
 
-#: Where a host's name servers are bound to (agent/guest/dns.py).
+#: Where the host's name servers are bind-mounted (agent/guest/dns.py).
 RESOLV_CONF = "etc/resolv.conf"
 
 
@@ -47,7 +47,7 @@ def fetch_wheels(
     platforms = [name.format(machine=machine) for name in DISTRIBUTIONS[definition.distribution].wheels]
     directory.mkdir(exist_ok=True)
     if not definition.wheels:
-        return []  # which pip takes for a mistake
+        return []  # pip would reject it
     download: list[str | Path] = [
         python, "-m", "pip", "download", "--quiet", "--disable-pip-version-check",
         "--only-binary", ":all:", "--no-deps", "--dest", directory,
@@ -71,7 +71,7 @@ def fetch_wheels(
 
 
 def unpack_wheels(wheels: Iterable[Package], target: Path) -> None:
-    """Put wheels beside each other where the agent looks for them."""
+    """Unpack wheels side by side where the agent looks for them."""
     for wheel in wheels:
         with zipfile.ZipFile(wheel.file) as archive:
             archive.extractall(target)  # names are checked by zipfile: none leads out of the target
@@ -89,7 +89,7 @@ def owners(packages: Iterable[Package]) -> dict[str, tuple[str, str]]:
 
 
 def prune(tree: Path, patterns: Sequence[str], keep: Sequence[str]) -> None:
-    """Remove what matches a pattern and is not kept; a kept path keeps the directories above it."""
+    """Remove what matches a pattern and is not to be kept; keeping a path keeps its parent directories."""
     for pattern in patterns:
         for path in sorted(tree.glob(pattern)):
             name = str(path.relative_to(tree))

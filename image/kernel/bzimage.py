@@ -1,6 +1,6 @@
-"""The ELF kernel inside a bzImage.
+"""Extract the ELF kernel from a bzImage.
 
-A bzImage is an ELF kernel, compressed, behind a program that unpacks it at every boot.  QEMU can enter the ELF directly
+A bzImage is a compressed ELF kernel behind a program that unpacks it at every boot.  QEMU can enter the ELF directly
 where it carries a PVH entry point, so unpacking it once, when the image is built, takes that work out of every boot:
 under emulation about a third of the time to the first process (3.3 s → 2.3 s with Debian's 6.12 cloud kernel).
 
@@ -22,7 +22,7 @@ PT_NOTE = 4
 
 
 class NotUsable(ImageError):
-    """This file is no bzImage, or holds a kernel that QEMU cannot enter directly."""
+    """The file is not a bzImage, or contains a kernel that QEMU cannot enter directly."""
 
 
 def extract(bzimage: bytes) -> bytes:
@@ -31,7 +31,7 @@ def extract(bzimage: bytes) -> bytes:
     Raises NotUsable, with the reason, when there is none or it has no PVH entry point (CONFIG_PVH).
     """
     if len(bzimage) < 0x250 or bzimage[0x202:0x206] != b"HdrS":
-        raise NotUsable("this kernel is no bzImage: its setup header is missing")
+        raise NotUsable("this kernel is not a bzImage: its setup header is missing")
     (version,) = struct.unpack_from("<H", bzimage, 0x206)
     if version < 0x208:
         raise NotUsable(f"this bzImage is too old: boot protocol {version >> 8}.{version & 255:02}, 2.08 is needed")
@@ -40,7 +40,7 @@ def extract(bzimage: bytes) -> bytes:
     start = (sectors + 1) * 512 + offset
     if length <= 4 or start + length > len(bzimage):
         raise NotUsable("this bzImage is cut short: its payload reaches beyond its end")
-    # Linux appends the unpacked size, which is no part of the compressed stream.
+    # Linux appends the unpacked size, which is not part of the compressed stream.
     payload, (size,) = bzimage[start : start + length - 4], struct.unpack_from("<I", bzimage, start + length - 4)
     kernel = _decompress(payload)
     if len(kernel) != size:

@@ -1,14 +1,14 @@
-"""Kernel config fragments: what a guest needs of its kernel, symbol by symbol, with the reason.
+"""Parse kernel config fragments: what a guest needs from its kernel, symbol by symbol, with the reason.
 
     CONFIG_VIRTIO_VSOCKETS=y module vmw_vsock_virtio_transport: how the host reaches the agent
     CONFIG_TIME_NS=y optional: clocks of a container's own
     CONFIG_VIRTIO_BLK=y later virtio_blk: disks, when one is plugged in
     CONFIG_MEMCG_V1=y since 6.11 optional: limits by cgroup v1
 
-The syntax is that of a .config with a tail: ``since VERSION`` and ``until VERSION`` (kernels before and after know no
-such symbol, and are not asked), ``optional``, ``module NAME…`` (loaded at boot) or ``later NAME…`` (in the image, and
-loaded when something needs it) and, after a colon, why.  A reason is not optional: whoever drops a symbol must know
-what breaks.
+The syntax is that of a .config file, followed by ``since VERSION`` and ``until VERSION`` (kernels before and after do
+not have the symbol, and are not asked for it), ``optional``, ``module NAME…`` (loaded at boot) or ``later NAME…`` (in
+the image, and loaded when something needs it) and, after a colon, why.  The reason is mandatory: whoever drops a symbol
+must know what breaks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class FragmentError(ImageError):
 
 @dataclass(frozen=True)
 class Request:
-    """One symbol that a fragment asks for, of kernels ``since`` one version ``until`` another (both included).
+    """Represent a symbol that a fragment asks for, from kernels ``since`` one version ``until`` another (inclusive).
 
     ``where`` is file:line.
     """
@@ -51,7 +51,7 @@ class Request:
     until: Version = (999, 0)
 
     def concerns(self, version: Version) -> bool:
-        """Return whether kernels of this version are asked."""
+        """Return whether kernels of this version are asked for it."""
         return self.since <= version <= self.until
 
 

@@ -1,4 +1,4 @@
-"""Why a kernel's configuration did not take what it was asked for: its Kconfig files, evaluated by kconfiglib.
+"""Explain why a kernel's configuration did not accept a request, by evaluating its Kconfig files with kconfiglib.
 
 Source: Documentation/kbuild/kconfig-language.rst.
 """
@@ -22,8 +22,8 @@ from caisson.image.errors import ImageError
 DEPTH = 4
 
 
-class Kconfig(kconfiglib.Kconfig):  # type: ignore[misc]  # it has no types
-    """kconfiglib's, taught what has changed in the language since: `option modules` is `modules` since Linux 5.14."""
+class Kconfig(kconfiglib.Kconfig):  # type: ignore[misc]  # kconfiglib is untyped
+    """Teach kconfiglib what has changed in the language since: `option modules` is `modules` since Linux 5.14."""
 
     def _open(self, filename: str, mode: str) -> Any:
         file = super()._open(filename, mode)
@@ -34,7 +34,7 @@ class Kconfig(kconfiglib.Kconfig):  # type: ignore[misc]  # it has no types
 
 
 class Explainer:
-    """A kernel tree's Kconfig with the configuration that came out."""
+    """Represent a kernel tree's Kconfig with the resulting configuration."""
 
     def __init__(self, tree: Path, arch: str, version: str, config: Path) -> None:
         """``arch`` is the kernel's name of the architecture.  Raises ImageError for files that cannot be read."""
@@ -46,7 +46,7 @@ class Explainer:
                 raise ImageError(f"the Kconfig files of {tree} cannot be read: {error}") from error
 
     def why(self, symbol: str, wanted: str) -> str:
-        """Why CONFIG_… ``symbol`` is not what was ``wanted``, in words that go after "it is …, "."""
+        """Explain why CONFIG_… ``symbol`` is not what was ``wanted``, in words that follow "it is …, "."""
         name = symbol.removeprefix("CONFIG_")
         found = self._kconfig.syms.get(name)
         if found is None or not found.nodes:
@@ -62,7 +62,7 @@ class Explainer:
         return self._why_off(found)
 
     def _why_on(self, symbol: Any) -> str:
-        """Why a symbol is on that should be off."""
+        """Explain why a symbol is on that should be off."""
         selectors = [_name(part) for part in _operands(symbol.rev_dep, kconfiglib.OR) if kconfiglib.expr_value(part)]
         if selectors:
             return f"because {', '.join(selectors)} selects it"
@@ -71,7 +71,7 @@ class Explainer:
         return f"although it could be off ({_where(symbol)})"
 
     def _why_off(self, symbol: Any) -> str:
-        """Why a symbol is off, or has another value."""
+        """Explain why a symbol is off, or has another value."""
         unmet = list(_unmet(symbol.direct_dep, DEPTH))
         if unmet:
             return f"because it needs {'; '.join(unmet)}"

@@ -1,4 +1,4 @@
-"""The guest's kernel: where it comes from, and what of it goes into an image.
+"""Provide the guest's kernel: where it comes from, and what of it goes into an image.
 
 ``Prebuilt`` takes a distribution's kernel package, so that a first build compiles nothing: its config is checked
 against the fragments and exactly the modules that satisfy them are taken, in the order in which they load.  A kernel
@@ -29,10 +29,10 @@ SHARED_FILE_SYSTEMS = (("9p", "CONFIG_NET_9P_VIRTIO", "9pnet_virtio"), ("virtiof
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel ready for an image, in a directory: ``vmlinux``, ``modules/`` and ``kernel.json``.
+    """Represent a kernel ready for an image, in a directory: ``vmlinux``, ``modules/`` and ``kernel.json``.
 
-    ``modules`` are file names in load order, ``later`` those that are loaded on demand, by what is asked for;
-    ``missing`` are optional symbols that it lacks.
+    ``modules`` are file names in load order, ``later`` those loaded on demand, by the name requested;
+    ``missing`` are the optional symbols that it lacks.
     """
 
     directory: Path
@@ -45,7 +45,7 @@ class Kernel:
 
     @property
     def file(self) -> Path:
-        """What QEMU boots."""
+        """Return the file that QEMU boots."""
         return self.directory / "vmlinux"
 
     def config(self) -> dict[str, str]:
@@ -53,7 +53,7 @@ class Kernel:
         return fragments.parse_config((self.directory / "config").read_text())
 
     def shared_file_systems(self) -> list[str]:
-        """Return by which file systems a guest can mount a directory of the host: "9p", "virtiofs"."""
+        """Return the file systems by which a guest can mount a host directory: "9p", "virtiofs"."""
         config, modules = self.config(), {*self.later, *(file.partition(".")[0] for file in self.modules)}
         return [
             name
@@ -73,7 +73,7 @@ class Kernel:
 
     @classmethod
     def load(cls, directory: Path) -> Kernel:
-        """Load a kernel that was made before."""
+        """Load a kernel that was built before."""
         document = json.loads((directory / "kernel.json").read_text())
         sequences = {name: tuple(document[name]) for name in ("modules", "missing", "packages")}
         later = {name: tuple(files) for name, files in document["later"].items()}
@@ -81,7 +81,7 @@ class Kernel:
 
 
 class Prebuilt:
-    """A kernel from a distribution's package."""
+    """Take a kernel from a distribution's package."""
 
     def __init__(self, packages: Packages, package: str) -> None:
         self.packages = packages
@@ -98,9 +98,9 @@ class Prebuilt:
         (config,) = tree.glob("boot/config-*")
         release = config.name.removeprefix("config-")
         verdict = fragments.check(requests, fragments.parse_config(config.read_text()))
-        (vmlinuz,) = tree.glob("boot/vmlinuz-*")  # Alpine calls it by its flavour, not by its release
+        (vmlinuz,) = tree.glob("boot/vmlinuz-*")  # Alpine names it by its flavour, not by its release
         image = vmlinuz.read_bytes()
-        with contextlib.suppress(bzimage.NotUsable):  # other architectures boot what is there
+        with contextlib.suppress(bzimage.NotUsable):  # other architectures boot it as it is
             image = bzimage.extract(image)
         (target / "vmlinux").write_bytes(image)
         shutil.copyfile(config, target / "config")
@@ -148,7 +148,7 @@ def modinfo(module: bytes, field: str) -> list[str]:
 
 
 def load_order(place: Path, wanted: Sequence[str]) -> list[tuple[str, bytes]]:
-    """List the wanted modules with all they depend on, each after what it needs, as (file name, contents).
+    """List the wanted modules with all their dependencies, each after what it needs, as (file name, contents).
 
     Built-in ones need no loading.  Raises ImageError for a module that the kernel does not have.
     """

@@ -1,7 +1,7 @@
-"""A kernel of our own: configured from nothing but the fragments, and compiled without modules.
+"""Compile a kernel of our own, configured from nothing but the fragments, and without modules.
 
-It starts from ``allnoconfig``, so what no fragment asks for is off.  Whatever was asked for and did not come out is an
-error that says why.  Sources: Documentation/kbuild/{kconfig,kbuild,reproducible-builds}.rst.
+It starts from ``allnoconfig``, so what no fragment asks for is off.  A request that did not take
+effect is an error that says why.  Sources: Documentation/kbuild/{kconfig,kbuild,reproducible-builds}.rst.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from caisson.image.run import CommandFailed, remove_in_background, run
 ARCHITECTURES = {"amd64": ("x86", "arch/x86/boot/bzImage"), "arm64": ("arm64", "arch/arm64/boot/Image")}
 
 #: Which bytes this module makes of a source and requests: another one compiles every kernel again, which takes minutes.
-#: To be changed with the way in which a kernel is made, and not with what is said meanwhile.
+#: To be changed when the build changes, not when only its messages do.
 REVISION = "10028efd58beed61727e0da5"
 
 #: Seconds between two lines of progress.
 PROGRESS_INTERVAL = 10.0
 
-#: What would otherwise tell in the kernel's bytes who built it, where and when.
+#: What would otherwise record in the kernel who built it, where and when.
 REPRODUCIBLE = {
     "KBUILD_BUILD_TIMESTAMP": "Thu Jan  1 00:00:00 UTC 1970",
     "KBUILD_BUILD_USER": "caisson",
@@ -51,7 +51,7 @@ class SourcePackage:
     package: str
 
     def key(self) -> str:
-        """Return what decides which tree it is: the newest version is taken once, and then kept."""
+        """Return what identifies the tree: the newest version is taken once, and then kept."""
         return self.package
 
     @contextmanager
@@ -70,7 +70,7 @@ class SourcePackage:
 
 @dataclass(frozen=True)
 class SourceTree:
-    """A tree of the user's own; nothing is written to it."""
+    """Use a tree of the user's own; nothing is written to it."""
 
     place: Path
 
@@ -87,7 +87,7 @@ class SourceTree:
     def tree(self, scratch: Path) -> Iterator[tuple[Path, list[dict[str, str]]]]:
         """Return the tree as it is."""
         if not (self.place / "Kconfig").is_file():
-            raise ImageError(f"{self.place} is no kernel tree: it has no Kconfig")
+            raise ImageError(f"{self.place} is not a kernel tree: it has no Kconfig")
         if (self.place / ".config").exists():
             raise ImageError(f"{self.place}: has been built in; clean it with: make mrproper")
         yield self.place, []
@@ -165,19 +165,19 @@ def _objects(build: Path) -> int:
 
 
 def _last_count(kernels: Path, name: str) -> str:
-    """Return how many objects the kernel that was compiled last had; empty where there was none."""
+    """Return how many objects the last compiled kernel had; empty if there was none."""
     try:
         counts = sorted(kernels.glob(f"[!.]*/{name}"), key=lambda file: file.stat().st_mtime)
         return counts[-1].read_text() if counts else ""
-    except OSError:  # the cache is emptied meanwhile
+    except OSError:  # the cache may be emptied meanwhile
         return ""
 
 
 @contextmanager
 def _progress(build: Path, report: Callable[[str], None], last: str) -> Iterator[None]:
-    """Say now and then during a block how many objects are compiled, beside how many there were the ``last`` time.
+    """Report periodically how many objects are compiled, next to how many there were the ``last`` time.
 
-    How many there will be nobody knows before: make(1) decides directory by directory.
+    The total is unknown beforehand: make(1) decides directory by directory.
     """
     of = f" (the last kernel had {last})" if last else ""
     done = threading.Event()
@@ -234,5 +234,5 @@ def _make(tree: Path, build: Path, arch: str, *words: str, jobs: int = 1, log: P
 
 
 def compiler_version() -> str:
-    """Return the compiler's own words: another one makes other bytes."""
+    """Return the compiler's version string: another compiler produces different bytes."""
     return run(["gcc", "--version"]).decode().partition("\n")[0]

@@ -1,4 +1,4 @@
-"""Alpine packages: an index whose signature holds, and packages that are what it says, unpacked without root.
+"""Fetch Alpine packages: verify the index's signature and the packages against the index, and unpack without root.
 
 Debian (bookworm, trixie) has no apk-tools, so this does what `apk fetch` would, for the format that Alpine's
 repositories have (apk-v2(5)).  A package is three gzip streams, one after another: signature, control, data.  The
@@ -33,13 +33,13 @@ ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 REPOSITORIES = ("main", "community")
 
-#: How a signature's digest is called in its name, and by openssl.
+#: A signature's digest, as its file name and as openssl spell it.
 DIGESTS = {"RSA": "sha1", "RSA256": "sha256", "RSA512": "sha512"}
 
-#: Seconds in which a server must say something.
+#: Seconds within which a server must respond.
 TIMEOUT = 60
 
-#: Bytes of an index, compressed, and of a signature's segment, which nobody vouches for.
+#: Bytes of a compressed index, and of a signature's segment, before anything is verified.
 MAX_INDEX = 64 << 20
 MAX_SIGNATURE = 64 << 10
 
@@ -48,11 +48,11 @@ MAX_INDEX_DAYS = 365
 
 
 class Untrusted(ImageError):
-    """An index or a package is not what someone whose key we have has signed."""
+    """An index or a package was not signed by any of the trusted keys."""
 
 
 class Apk:
-    """The packages of one release, with downloads in ``directory`` (kept between runs: it is a cache).
+    """Provide the packages of one release, with downloads in ``directory`` (kept between runs: it is a cache).
 
     ``keys`` is a directory with the public keys that an index may be signed by, in files that are called as in
     /etc/apk/keys.
@@ -76,7 +76,7 @@ class Apk:
         self._index = Index([])
 
     def update(self) -> None:
-        """Fetch the indexes.  Raises ImageError when the mirror is no good, and Untrusted when a signature is not."""
+        """Fetch the indexes.  Raises ImageError if the mirror fails, and Untrusted for an invalid signature."""
         (self.directory / "apks").mkdir(parents=True, exist_ok=True)
         entries: list[Entry] = []
         for name in self.repositories:
@@ -96,7 +96,7 @@ class Apk:
         return [self._fetch(entry) for entry in self._index.resolve(packages)]
 
     def fetch_kernel(self, package: str) -> list[Package]:
-        """Fetch the package with a kernel and its modules: with Alpine that is the one of this name."""
+        """Fetch the package with a kernel and its modules: for Alpine it is the package of this name."""
         return self.fetch([package])
 
     def _fetch(self, entry: Entry) -> Package:
@@ -115,13 +115,13 @@ def extract(apks: Iterable[Package], tree: Path) -> None:
     """Unpack packages over each other; none of their scripts runs.  Files belong to whoever runs this."""
     for apk in apks:
         archive = gzip.decompress(split(apk.file.read_bytes(), str(apk.file))[-1])
-        # /lib and the like are links in a guest.  The unknown keywords are checksums, which `_wrong` has no need of.
+        # /lib and the like are links in a guest.  The unknown keywords are checksums, not needed after `_wrong`.
         options = ["--keep-directory-symlink", "--no-same-owner", "--no-same-permissions", "--mode=u+rwX"]
         run(["tar", "--extract", "--warning=no-unknown-keyword", *options, "--directory", tree], stdin=archive)
 
 
 def read_index(data: bytes, keys: Path, shown: str) -> str:
-    """Read a signed index.  Raises Untrusted unless one of the keys has signed it."""
+    """Read a signed index.  Raises Untrusted unless it was signed by one of the keys."""
     if len(data) > MAX_INDEX:
         raise ImageError(f"{shown}: more than {MAX_INDEX} bytes; name another mirror in CAISSON_ALPINE_MIRROR")
     signature = _first_stream(data, shown)
@@ -137,7 +137,7 @@ def read_index(data: bytes, keys: Path, shown: str) -> str:
 
 
 def _first_stream(data: bytes, shown: str) -> bytes:
-    """Return the first gzip stream of a file, which nobody vouches for: no more is unpacked of it."""
+    """Return the first gzip stream of a file that is not verified yet: nothing else of it is unpacked."""
     unpacker = zlib.decompressobj(wbits=31)
     try:
         unpacker.decompress(data, MAX_SIGNATURE)
@@ -149,7 +149,7 @@ def _first_stream(data: bytes, shown: str) -> bytes:
 
 
 def _check_age(signed: bytes, shown: str) -> None:
-    """Raise Untrusted for an index that was made long ago: a mirror could hold back what was fixed since."""
+    """Raise Untrusted for an old index: a mirror could be holding back security fixes."""
     with tarfile.open(fileobj=io.BytesIO(gzip.decompress(signed))) as archive:
         made = max((member.mtime for member in archive), default=0)
     days = int(os.environ.get("CAISSON_MAX_INDEX_AGE") or MAX_INDEX_DAYS)
@@ -175,7 +175,7 @@ def split(data: bytes, shown: str) -> list[bytes]:
 
 
 def _verify(signatures: dict[str, bytes], signed: bytes, keys: Path, shown: str) -> None:
-    """Check that there is a signature by a key that we have, and that it holds.  Raises Untrusted."""
+    """Check that there is a valid signature by one of our keys.  Raises Untrusted."""
     names = []
     for name, signature in signatures.items():
         found = re.fullmatch(r"\.SIGN\.(RSA|RSA256|RSA512)\.([^/]+)", name)
@@ -199,12 +199,12 @@ def _verify(signatures: dict[str, bytes], signed: bytes, keys: Path, shown: str)
 
 
 def _wrong(data: bytes, entry: Entry) -> str:
-    """Return what is wrong with a package's file; empty when it is the one that the index means."""
+    """Return what is wrong with a package's file; empty if it matches the index."""
     if len(data) != entry.size:
         return f"it has {len(data)} bytes, and the index says {entry.size}"
     try:
         streams = split(data, entry.file)
-        # Signatures are optional: the index vouches for the control part.
+        # Signatures are optional: the signed index has the control part's digest.
         *_, control, contents = streams
         information = _files(control, entry.file)[".PKGINFO"].decode(errors="replace")
     except (ImageError, KeyError, ValueError) as error:
@@ -221,7 +221,7 @@ def _wrong(data: bytes, entry: Entry) -> str:
 
 
 def _files(segment: bytes, shown: str) -> dict[str, bytes]:
-    """Read the regular files of a compressed tar segment, which may lack the end that an archive has."""
+    """Read the regular files of a compressed tar segment, which may lack the end-of-archive blocks."""
     try:
         with tarfile.open(fileobj=io.BytesIO(gzip.decompress(segment))) as archive:
             members = [member for member in archive if member.isfile()]
@@ -231,7 +231,7 @@ def _files(segment: bytes, shown: str) -> dict[str, bytes]:
 
 
 def _get(url: str, most: int) -> bytes:
-    """Fetch what a server (or, by file:, a directory) has; of more than ``most`` bytes one more.  Raises ImageError."""
+    """Fetch a file from a server (or, by file:, a directory), at most ``most`` + 1 bytes of it.  Raises ImageError."""
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
             data: bytes = answer.read(most + 1)

@@ -1,12 +1,12 @@
-"""What an Alpine repository says of its packages, and which of them a set of names needs.
+"""Parse the index of an Alpine repository, and resolve names to the packages they need.
 
 An index is a text of records, a line `LETTER:value` each (apk-v2(5), apk-package(5)):
 
     C:Q1…   the checksum of the control part      P: V: A:   name, version, architecture     S: bytes
     D:      what it depends on                    p:         what it provides                k: priority as a provider
 
-A dependency is a name (of a package, or provided: so:libc.musl-x86_64.so.1, cmd:sh, pc:zlib) with a constraint of its
-version; with a ! in front it must not be there.  `install_if` (i:) is not followed: it brings what is merely useful.
+A dependency is a name (of a package, or provided: so:libc.musl-x86_64.so.1, cmd:sh, pc:zlib) with a version
+constraint; with a leading ! it must not be there.  `install_if` (i:) is not followed: it only adds what is useful.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from caisson.image.errors import ImageError
 
-#: Suffixes before a release, and after it, in their order (apk-package(5)).
+#: Suffixes that sort before a release, and after it, in order (apk-package(5)).
 BEFORE = ("alpha", "beta", "pre", "rc")
 AFTER = ("cvs", "svn", "git", "hg", "p")
 
@@ -29,20 +29,20 @@ DEPENDENCY = re.compile(
     r"(?P<no>!?)(?P<name>[^=<>~@\s]+)(?:@\S+?)?(?:(?P<how>>=|<=|=~|~=|[=<>~])(?P<version>[^<>=~\s].*))?"
 )
 
-#: What a part of a version is worth against another part in its place: nothing at all is more than a release candidate,
-#: and a further number more than a letter.
+#: How a part of a version ranks against another in its place: nothing at all is above a release candidate, and a
+#: further number above a letter.
 _PRE, _END, _REVISION, _COMMIT, _NUMBER, _POST, _LETTER, _DIGITS = range(8)
 
 _Part = tuple[int, str]
 
 
 class Unresolvable(ImageError):
-    """Packages cannot be had together, or one is not there; the text says which, and who asks for it."""
+    """Packages conflict, or one does not exist; the text says which, and what asks for it."""
 
 
 @dataclass(frozen=True)
 class Dependency:
-    """A name with a constraint; ``how`` is empty, or one of = < > <= >= ~.  ``conflict``: it must not be there."""
+    """Represent a name with a constraint; ``how`` is empty or one of = < > <= >= ~; ``conflict``: must not exist."""
 
     name: str
     how: str = ""
@@ -51,7 +51,7 @@ class Dependency:
 
     @classmethod
     def parse(cls, text: str) -> Dependency:
-        """Parse a dependency.  Raises ImageError for what is none."""
+        """Parse a dependency.  Raises ImageError if it is malformed."""
         found = DEPENDENCY.fullmatch(text)
         if not found:
             raise ImageError(f"dependency {text!r}: no Alpine package can have it")
@@ -59,7 +59,7 @@ class Dependency:
         return cls(found["name"], "~" if "~" in how else how, found["version"] or "", bool(found["no"]))
 
     def accepts(self, version: str) -> bool:
-        """Return whether a version will do; an empty one (provided without a version) only where any does."""
+        """Return whether a version satisfies it; an empty one (provided without a version) only where any does."""
         if not self.how:
             return True
         if not version:
@@ -76,7 +76,7 @@ class Dependency:
 
 @dataclass(frozen=True)
 class Entry:
-    """A package of an index.  ``repository`` is the URL that its file is below."""
+    """Represent a package of an index.  ``repository`` is the URL that its file is below."""
 
     name: str
     version: str
@@ -90,16 +90,16 @@ class Entry:
 
     @property
     def file(self) -> str:
-        """The name of its file."""
+        """Return its file name."""
         return f"{self.name}-{self.version}.apk"
 
     def owns(self) -> Iterator[str]:
-        """Return the names that no other package may have beside it: its own, and what it provides in a version."""
+        """Return the names that no other installed package may have: its own, and what it provides with a version."""
         yield self.name
         yield from (name for name, version in self.provides if version)
 
     def satisfies(self, dependency: Dependency) -> bool:
-        """Return whether it is, or provides, what is asked for (or refused)."""
+        """Return whether it is, or provides, what is requested (or excluded)."""
         names = ((self.name, self.version), *self.provides)
         return any(name == dependency.name and dependency.accepts(version) for name, version in names)
 
@@ -117,7 +117,7 @@ def parse(text: str, repository: str = "") -> Iterator[Entry]:
             raise ImageError(
                 f"an entry of {repository or 'the index'} is malformed: {error}: {record[:80]!r}"
             ) from error
-        # The name of a file on this machine is made of these.
+        # A file name on this machine is made of these.
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+-]*", name) or not VERSION.fullmatch(version):
             raise ImageError(f"package {name!r} {version!r}: no Alpine package can be called so")
         yield Entry(
@@ -169,7 +169,7 @@ def _parts(version: str) -> Iterator[_Part]:
 
 
 class Index:
-    """The packages of some repositories together."""
+    """Hold the packages of several repositories."""
 
     def __init__(self, entries: Iterable[Entry]) -> None:
         self._by_name: dict[str, list[Entry]] = {}
@@ -178,7 +178,7 @@ class Index:
                 self._by_name.setdefault(name, []).append(entry)
 
     def candidates(self, dependency: Dependency) -> list[Entry]:
-        """List what satisfies a dependency, the best first: of this name, of the highest priority, the newest."""
+        """List what satisfies a dependency, best first: of this name, of the highest priority, the newest."""
         found = [entry for entry in self._by_name.get(dependency.name, []) if entry.satisfies(dependency)]
         found.sort(key=lambda entry: entry.name)
         found.sort(key=_Newest)
@@ -196,7 +196,7 @@ class Index:
     def resolve(self, packages: Iterable[str]) -> list[Entry]:
         """Resolve packages to these and all they depend on, sorted by name.
 
-        Goes back on a choice that leads nowhere.  Raises Unresolvable with what stood in the way at the best try.
+        Backtracks from a dead end.  Raises Unresolvable with what blocked the best attempt.
         """
         todo: _Todo | None = None
         for package in reversed([Dependency.parse(package) for package in packages]):
@@ -209,7 +209,7 @@ class Index:
         while todo is not None:
             dependency, who, rest = todo
             if dependency.conflict or any(entry.satisfies(dependency) for entry in chosen.values()):
-                todo = rest  # conflicts are heeded when something is chosen
+                todo = rest  # conflicts are checked when something is chosen
                 continue
             options, reason = [], f"{who} needs {dependency}, which no package is or provides"
             for entry in self.candidates(dependency):
@@ -233,13 +233,13 @@ class Index:
         return sorted(chosen.values(), key=lambda entry: entry.name)
 
 
-#: What is still to be satisfied, by whose wish, as a list that many tries share.
+#: What is still to be satisfied, and what asked for it, as a list shared by many attempts.
 _Todo = tuple[Dependency, str, "_Todo | None"]
 
 
 @dataclass(frozen=True)
 class _Newest:
-    """For sorting: the newest version first."""
+    """Compare for sorting: newest version first."""
 
     entry: Entry
 
@@ -248,7 +248,7 @@ class _Newest:
 
 
 def _clash(entry: Entry, chosen: Mapping[str, Entry]) -> str:
-    """Why a package cannot be beside those that are chosen; empty when it can."""
+    """Say why a package conflicts with the chosen ones; empty if it does not."""
     owned = set(entry.owns())
     for other in chosen.values():
         if both := owned.intersection(other.owns()):

@@ -1,7 +1,7 @@
-"""Packages of any suite of Debian or a relative, resolved and fetched by apt itself, in a directory of its own.
+"""Resolve and fetch packages of any suite of Debian or a derivative with apt itself, in a directory of its own.
 
 apt gets a configuration that shares nothing with the host's but the mirror, how it is reached (a proxy, certificates)
-and the archive keys: no root is needed, the host's packages play no part, and what a package needs is for apt to say.
+and the archive keys: no root is needed, the host's packages are ignored, and dependencies are apt's to resolve.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from caisson.image.run import CommandFailed, run
 
 @dataclass(frozen=True)
 class Keyring:
-    """The keys that a suite may be signed by; ``hint`` says where such a file is had from."""
+    """Name the keys that a suite may be signed by; ``hint`` says where to get the file."""
 
     file: Path
     hint: str
@@ -32,15 +32,15 @@ class Keyring:
 DEBIAN = Keyring(Path(DEBIAN_KEYRING), "run: sudo apt-get install --reinstall debian-archive-keyring")
 
 
-#: What of the host's apt configuration is taken over: how servers are reached, nothing that weakens a check.
+#: Settings taken over from the host's apt configuration: how to reach servers, nothing that weakens a check.
 TAKEN_OVER = re.compile(r"Acquire::https?::(Proxy(-Auto-Detect)?(::[^ ]+)?|CAInfo|CaPath|SslCert|SslKey|Timeout) ")
 
-#: Suites that have no security updates of their own: they are what is fixed next.
+#: Suites without security updates of their own: fixes arrive in them directly.
 WITHOUT_SECURITY = ("sid", "unstable", "experimental")
 
 
 def security_mirror(mirror: str) -> str:
-    """Return the mirror of Debian's security updates; empty where none is known, or wanted.
+    """Return the mirror of Debian's security updates; empty if none is known or wanted.
 
     ``$CAISSON_SECURITY_MIRROR`` (``none`` for none), the host's own, or the neighbour of a mirror that ends in /debian.
     """
@@ -54,7 +54,7 @@ def security_mirror(mirror: str) -> str:
 def host_mirror() -> str:
     """Choose a Debian mirror: ``$CAISSON_MIRROR``, the host's own apt sources, or debootstrap's built-in default.
 
-    Raises ImageError when none of them knows one.
+    Raises ImageError if none of these names one.
     """
     if chosen := os.environ.get("CAISSON_MIRROR"):
         return chosen
@@ -66,21 +66,21 @@ def host_mirror() -> str:
         if origin == "Debian" and created_by == "Packages" and "security" not in uri:
             return uri
     for source in [*Path("/etc/apt/sources.list.d").glob("*"), Path("/etc/apt/sources.list")]:
-        # Before the first `apt-get update` apt does not say what the sources are the origin of.
+        # Before the first `apt-get update`, apt does not know the origin of its sources.
         text = source.read_text(errors="replace") if source.is_file() else ""
         if found := re.search(r"^(?:URIs:|deb(?: \[.*?\])?)\s+(\S+/debian/?)(?:\s|$)", text, re.MULTILINE):
             return found[1]
     script = Path("/usr/share/debootstrap/scripts/debian-common")
     if script.is_file() and (found := re.search(r"default_mirror (\S+)", script.read_text())):
         return found[1]
-    raise ImageError("mirror: none of Debian's is known on this machine; name one in CAISSON_MIRROR")
+    raise ImageError("mirror: no Debian mirror is known on this machine; name one in CAISSON_MIRROR")
 
 
 class Apt:
-    """The packages of one suite, with apt's files in ``directory`` (kept between runs: it is a cache).
+    """Provide the packages of one suite, with apt's files in ``directory`` (kept between runs: it is a cache).
 
-    ``pockets`` are the suite's parts, by what is added to its name.  ``variable`` names another mirror.  ``security``
-    is the mirror of security updates, if there is one.
+    ``pockets`` are the suffixes of the suite's parts, ``variable`` is the environment variable that names the mirror,
+    and ``security`` is the mirror of security updates, if there is one.
     """
 
     def __init__(
@@ -104,10 +104,10 @@ class Apt:
         self.security = security
 
     def update(self) -> None:
-        """Fetch the suite's index.  Raises ImageError when the mirror or its signature is no good."""
+        """Fetch the suite's index.  Raises ImageError if the mirror fails or its signature is invalid."""
         if not self.keyring.file.exists():
             raise ImageError(f"{self.keyring.file}: is missing; {self.keyring.hint}")
-        # What an update that was killed has left here, apt may wait for the rest of for ever.
+        # apt may wait forever for the rest of what an update that was killed left here.
         shutil.rmtree(self.directory / "lists/partial", ignore_errors=True)
         for name in ("lists/partial", "archives/partial", "state", "debs"):
             (self.directory / name).mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ class Apt:
             "Dir::Etc::SourceList": self.directory / "sources.list",
             "Dir::Etc::SourceParts": "/dev/null",
             "Dir::Etc::Parts": "/dev/null",
-            "Dir::Etc::Main": "/dev/null",  # which apt reads after this file
+            "Dir::Etc::Main": "/dev/null",  # apt reads it after this file
             "Dir::Etc::Trusted": "/dev/null",
             "Dir::Etc::TrustedParts": "/dev/null",
             "Acquire::AllowInsecureRepositories": "false",
@@ -182,7 +182,9 @@ class Apt:
         names = [name.split("_")[0] for name, _ in self.resolve([package])]
         images = [name for name in names if re.match(r"linux-image-\d", name)]
         if len(images) != 1:
-            raise ImageError(f"{package}: was to bring one kernel, but brings {', '.join(images) or 'none'}")
+            raise ImageError(
+                f"{package}: expected to depend on one kernel, but depends on {', '.join(images) or 'none'}"
+            )
         # Ubuntu has a kernel's modules, and its config, in packages of their own.
         return self.fetch([*images, *(name for name in names if re.match(r"linux-modules-(extra-)?\d", name))])
 
@@ -191,7 +193,7 @@ class Apt:
 
 
 def _printed(output: bytes) -> list[tuple[str, str]]:
-    """Run apt-get and return what --print-uris says, as (file name, URI), sorted."""
+    """Parse the output of --print-uris into (file name, URI), sorted."""
     found = re.findall(r"^'([^']+)' (\S+) \d+(?: \S*)?$", output.decode(), re.MULTILINE)
     return sorted((name, uri) for uri, name in found)
 

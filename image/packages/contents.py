@@ -1,7 +1,7 @@
-"""Look into a package: which files it brings, and under which licences.
+"""List a package's files and licences.
 
-Licences are those that a package declares in a form for machines: Debian's copyright files (DEP-5), a wheel's METADATA
-(PEP 639), an apk's .PKGINFO.  They become expressions of the SPDX specification 2.3, annex D; a name that is not on
+Licences are those that a package declares in machine-readable form: Debian's copyright files (DEP-5), a wheel's
+METADATA (PEP 639), an apk's .PKGINFO.  They become expressions of the SPDX specification 2.3, annex D; a name that is not on
 SPDX's list becomes a LicenseRef.
 """
 
@@ -54,7 +54,7 @@ def files(package: Package) -> list[str]:
 
 
 def licence(package: Package) -> str:
-    """Return the SPDX expression of what a package declares, empty where it does not, or not for machines."""
+    """Return the SPDX expression of what a package declares; empty if it declares nothing machine-readable."""
     if package.kind == "wheel":
         return _of_wheel(package)
     if package.kind == "apk":
@@ -104,7 +104,7 @@ def expression(synopsis: str) -> str:
 
 
 def _spdx(name: str) -> str:
-    """Return SPDX's name of a licence that Debian calls so."""
+    """Return SPDX's name for a licence by Debian's name."""
     name = name.strip()
     if gnu := GNU.fullmatch(name):
         kind, version = gnu[1].upper(), gnu[2] if "." in gnu[2] else f"{gnu[2]}.0"

@@ -1,4 +1,4 @@
-"""Where the packages of each distribution come from."""
+"""Say where the packages of each distribution come from."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from typing import Protocol
 from caisson.image.packages import apk, apt
 from caisson.image.packages.package import Package
 
-#: Where a distribution's packages are taken from, unless a variable names another place; ports: not of PCs.
+#: Where a distribution's packages are taken from, unless a variable names another place; ports are not for PCs.
 UBUNTU, UBUNTU_PORTS = "http://archive.ubuntu.com/ubuntu", "http://ports.ubuntu.com/ubuntu-ports"
 ALPINE = "https://dl-cdn.alpinelinux.org/alpine"
 
 #: Of Debian's package ubuntu-archive-keyring.
 UBUNTU_KEYRING = "/usr/share/keyrings/ubuntu-archive-keyring.gpg"
 
-#: Where Alpine itself has the keys that sign its packages, and so has whoever took them from there.
+#: Where Alpine, and whoever copies its layout, keeps the keys that sign packages.
 ALPINE_KEYS = "/etc/apk/keys"
 
-#: A release of Ubuntu stays as it was, and what was corrected since is beside it; Debian's point releases have it.
+#: An Ubuntu release never changes: fixes are in suites beside it, which Debian has in its point releases.
 UBUNTU_POCKETS = ("", "-updates", "-security")
 
 
 class Packages(Protocol):
-    """The packages of one release, on a mirror.  Every method raises ImageError."""
+    """Provide the packages of one release, from a mirror.  Every method raises ImageError."""
 
     def update(self) -> None:
         """Fetch the index, and check its signature."""
 
     def fetch(self, packages: Iterable[str]) -> list[Package]:
-        """Exactly these packages, downloaded now or before."""
+        """Fetch exactly these packages, unless they were downloaded before."""
 
     def fetch_all(self, packages: Iterable[str]) -> list[Package]:
         """Fetch packages and all that they depend on."""

@@ -1,4 +1,4 @@
-"""A package that goes into an image, of whatever kind."""
+"""Represent a package of any kind that goes into an image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Package:
-    """A fetched package: ``kind`` is deb, apk or wheel."""
+    """Represent a fetched package; ``kind`` is deb, apk or wheel."""
 
     kind: str
     name: str

@@ -232,7 +232,7 @@ def test_packages_of_a_debian_repository(tmp_path: Path, served: Served, signer:
     assert [(one.kind, one.name, one.version) for one in found] == [("deb", "middle", "3"), ("deb", "top", "1")]
     extract(found, _made(tmp_path / "tree"))
     assert (tmp_path / "tree/usr/share/middle/version").read_text() == "3"
-    with pytest.raises(ImageError, match="top: was to bring one kernel, but brings none"):
+    with pytest.raises(ImageError, match="top: expected to depend on one kernel, but depends on none"):
         source.fetch_kernel("top")
 
 

@@ -136,7 +136,10 @@ def test_katas_symbols_are_judged_and_those_unmet_are_named(tree: Path, tmp_path
 
 
 def test_kernel_source_rejects_other_trees_and_built_ones(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="is no kernel tree: it has no Kconfig"), SourceTree(tmp_path).tree(tmp_path):
+    with (
+        pytest.raises(ImageError, match="is not a kernel tree: it has no Kconfig"),
+        SourceTree(tmp_path).tree(tmp_path),
+    ):
         pass
     (tmp_path / "Kconfig").touch()
     (tmp_path / ".config").touch()
