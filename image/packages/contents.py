@@ -1,8 +1,8 @@
 """List a package's files and licences.
 
 Licences are those that a package declares in machine-readable form: Debian's copyright files (DEP-5), a wheel's
-METADATA (PEP 639), an apk's .PKGINFO.  They become expressions of the SPDX specification 2.3, annex D; a name that is not on
-SPDX's list becomes a LicenseRef.
+METADATA (PEP 639), an apk's .PKGINFO.  They become expressions of the SPDX specification 2.3, annex D; a name that is
+not on SPDX's list becomes a LicenseRef.
 """
 
 from __future__ import annotations

@@ -166,5 +166,5 @@ def test_a_kernel_that_does_not_do(package: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kernels", [(), ("linux-image-6.0-test", "linux-image-6.1-test")])
 def test_a_package_that_brings_no_kernel_or_several(package: Path, tmp_path: Path, kernels: tuple[str, ...]) -> None:
-    with pytest.raises(ImageError, match=f"one kernel, but brings {', '.join(kernels) or 'none'}"):
+    with pytest.raises(ImageError, match=f"one kernel, but depends on {', '.join(kernels) or 'none'}"):
         Prebuilt(FakeApt(dict.fromkeys(kernels, package)), "linux-image-cloud").make(tmp_path, [VSOCK])
