@@ -14,16 +14,13 @@ from pathlib import Path
 import pytest
 
 from caisson.image.packages.apt import host_mirror
-from tests.support.checkout import clean_environment, copy_sources
+from tests.support.checkout import clean_environment, copy_mirror_settings, copy_sources
 from tests.support.unique import unique
 
 pytestmark = [pytest.mark.root, pytest.mark.vm, pytest.mark.nightly, pytest.mark.timeout(3 * 3600)]
 
 #: Debian's releases, with each one's Python.
 SUITES = {"bookworm": "Python 3.11", "trixie": "Python 3.13"}
-
-#: How this machine reaches its mirrors.
-MIRROR_SETTINGS = ("/etc/apt/apt.conf.d", "/etc/pip.conf", "/etc/resolv.conf", "/etc/ssl/certs/ca-certificates.crt")
 
 #: A bare machine's own mount and pid namespaces: processes left running end with them.  Its root is also the
 #: namespaces' root: after chroot(2) there are no user namespaces and no pivot_root (user_namespaces(7), pivot_root(2)).
@@ -56,13 +53,7 @@ class Bare:
         packages = "--include=mount,python3,python3-venv"
         made = ["mmdebstrap", "--quiet", "--variant=apt", packages, suite, str(place), host_mirror()]
         subprocess.run(made, check=True, env=clean_environment() | {"PATH": PATH})
-        for way in map(Path, MIRROR_SETTINGS):
-            there = place / way.relative_to("/")
-            there.parent.mkdir(parents=True, exist_ok=True)
-            if way.is_dir():
-                shutil.copytree(way, there, dirs_exist_ok=True)
-            elif way.exists():
-                shutil.copyfile(way, there)
+        copy_mirror_settings(place)
         subprocess.run(["useradd", "--root", place, "--create-home", OWN_USER], check=True)
         for home in ("root", f"home/{OWN_USER}"):
             copy_sources(place / home / "caisson")

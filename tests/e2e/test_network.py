@@ -5,13 +5,16 @@ from __future__ import annotations
 import http.client
 import http.server
 import socket
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import Caisson
+from caisson.image.packages.apt import host_mirror
+from tests.e2e.conftest import PATIENCE, Caisson
+from tests.support.checkout import copy_mirror_settings
 from tests.support.poll import wait_until
 
 pytestmark = pytest.mark.vm
@@ -63,6 +66,20 @@ def test_a_guest_reaches_out_and_is_reached(own: Caisson, served: int) -> None:
     wait_until(answered, "the published port answers")
     assert server.wait(60) == 0
     assert own("stop-vm", "--all").returncode == 0
+
+
+@pytest.mark.root
+@pytest.mark.nightly
+@pytest.mark.timeout(3 * PATIENCE)
+def test_apt_fetches_its_indexes_in_a_debian_container(own: Caisson, tmp_path: Path) -> None:
+    tree = tmp_path / "debian"
+    made = ["mmdebstrap", "--quiet", "--variant=apt", "bookworm", str(tree), host_mirror()]
+    subprocess.run(made, check=True)
+    copy_mirror_settings(tree)
+    (tree / "etc/resolv.conf").unlink(missing_ok=True)  # the guest's own
+    done = own("run", "--network", "user", str(tree), "apt-get", "update", "--error-on=any", timeout=2 * PATIENCE)
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"Reading package lists" in done.stdout
 
 
 def test_without_it_there_is_none(vm: Caisson) -> None:
