@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 #: Exit status of a usage error, as in other commands.
 WRONG_USAGE = 2
 
-#: Exit status of exec, run and shell when the program could not be run at all; 126, 127 and 128+n are those of a shell.
+#: Exit status of exec, run and shell when the program could not be run at all, and of cp and share when there is no
+#: such container to enter; 126, 127 and 128+n are those of a shell.
 NOT_RUN = 125
 
 MEMORY_UNITS = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024 * 1024}
@@ -241,7 +242,7 @@ class Command(Record):
 
     The function takes the values of all options, positionals and the program's words as keywords.  With
     ``runs_program``, the exit status is the program's, so earlier failures have a status that no shell gives to a
-    program.
+    program.  With ``enters_container``, a container that has exited or does not exist gets the same status.
     """
 
     name: str
@@ -254,6 +255,7 @@ class Command(Record):
     examples: tuple[str, ...] = ()
     hidden: bool = False
     runs_program: bool = False
+    enters_container: bool = False
 
     @property
     def usage_status(self) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from caisson.agent.base.lazyimport import load_deferred
 from caisson.commands import streams
 from caisson.commands.catalogue import GROUPS
-from caisson.commands.declare import Command, Group
+from caisson.commands.declare import NOT_RUN, Command, Group
 from caisson.commands.parse import CommandLineError, HelpWanted, find_command, parse
 from caisson.commands.renamed import OLD_COMMANDS
 from caisson.commands.usage import help_of, overview
@@ -29,6 +29,9 @@ EXPECTED_ERRORS = (
 
 #: Those of them that are usage errors.
 USAGE_ERRORS = ("caisson.agent.client.errors:UsageError", "caisson.image.vm.errors:InvalidOption")
+
+#: That of a container that has exited, or does not exist.
+NO_CONTAINER = "caisson.agent.client.errors:ContainerUnavailable"
 
 #: First words that request the overview; the last two are Invoke's.
 OVERVIEW_WORDS = ("--help", "-h", "--list", "-l")
@@ -143,7 +146,10 @@ def _report(error: Exception, command: Command) -> int:
     status = getattr(error, "exit_status", None)  # a program that could not be run: 126 or 127
     if isinstance(status, int):
         return status
-    return command.usage_status if _names(error) & set(USAGE_ERRORS) else command.error_status
+    names = _names(error)
+    if command.enters_container and NO_CONTAINER in names:
+        return NOT_RUN
+    return command.usage_status if names & set(USAGE_ERRORS) else command.error_status
 
 
 def one_line(error: Exception) -> str:

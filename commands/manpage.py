@@ -15,7 +15,10 @@ STATUSES = (
     ("0", "The command succeeded."),
     ("1", "The command failed; the reason is on standard error."),
     ("2", "The command line is invalid."),
-    ("125", "exec, run and shell: the program could not be run at all."),
+    (
+        "125",
+        "exec, run and shell: the program could not be run at all; cp and share: no such container, or it has exited.",
+    ),
     ("126", "The program cannot be executed."),
     ("127", "The program was not found."),
     ("128+n", "Signal n killed the program, or this command: 130 for Ctrl-C."),

@@ -148,6 +148,7 @@ CP = Command(
     ),
     options=(VM,),
     examples=("caisson cp build/app default:/tmp", "caisson cp default:/etc/passwd ."),
+    enters_container=True,
 )
 
 SHARE = Command(
@@ -166,6 +167,7 @@ SHARE = Command(
         Option("only-plug", "do not mount it: only give the guest a virtiofs device with this tag"),
     ),
     examples=("caisson share . --writable && caisson exec ls /run/shared",),
+    enters_container=True,
 )
 
 UNSHARE = Command(
