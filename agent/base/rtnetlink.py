@@ -38,6 +38,7 @@ _TYPE_MASK = 0x3FFF  # without the flags "nested" and "network byte order"
 _BUFFER = 1 << 16  # the kernel's largest part of a dump is 32 KiB
 _KERNEL = 0  # its port (netlink(7)); whoever has CAP_NET_ADMIN in this network namespace can send to ours, too
 _CUT_OFF = "a truncated reply from the kernel's rtnetlink"
+_MAX_ERRNO = 4095  # include/linux/err.h
 
 
 class Message(Record):
@@ -100,6 +101,8 @@ class Rtnetlink:
                     if len(body) < _ERROR.size:
                         raise OSError(0, _CUT_OFF)
                     code = -_ERROR.unpack_from(body)[0]
+                    if not 0 <= code <= _MAX_ERRNO:
+                        raise OSError(0, _CUT_OFF)
                     if code:
                         raise OSError(code, os.strerror(code))
                     return

@@ -52,8 +52,8 @@ def test_the_kernel_comes_out_as_it_went_in(compress: Callable[[bytes], bytes]) 
 @pytest.mark.parametrize(
     ("image", "reason"),
     [
-        (b"", "no bzImage"),
-        (elf(), "no bzImage"),
+        (b"", "not a bzImage"),
+        (elf(), "not a bzImage"),
         (bz_image(zlib.compress(elf(), wbits=31), len(elf()))[:-100], "cut short"),
         (bz_image(zlib.compress(elf(), wbits=31), len(elf()) + 1), "damaged"),
         (bz_image(b"\x1f\x8b" + bytes(100), 100), "damaged"),
