@@ -153,8 +153,7 @@ class Container:
         self._shares_pids = "pid" in join
         try:
             terminal = self.spec.process.terminal
-            join_fds = self._join_fds(joins_pidns=self._shares_pids)
-            init, self._pidfd = await start_process(launch, exec_id, terminal, self._pipe_size, join_fds)
+            init, self._pidfd = await start_process(launch, exec_id, terminal, self._pipe_size, self._join_fds())
         except LaunchError as error:
             if self._cgroup is not None and self._cgroup.oom_kills():
                 raise LaunchError("container init was OOM-killed (memory limit too low?)", step="oom") from error
@@ -240,7 +239,7 @@ class Container:
         decided = self._starting[exec_id] = asyncio.Event()
         try:
             try:
-                started, pidfd = await start(self._join_fds(joins_pidns=True))
+                started, pidfd = await start(self._join_fds())
             except LaunchError as error:
                 if error.errno != EBUSY or self._cgroup is None:
                     raise
@@ -257,8 +256,8 @@ class Container:
             del self._starting[exec_id]
             decided.set()
 
-    def _join_fds(self, *, joins_pidns: bool) -> JoinFds | None:
-        return None if self._cgroup is None else self._cgroup.join_fds(joins_pidns=joins_pidns)
+    def _join_fds(self) -> JoinFds | None:
+        return None if self._cgroup is None else self._cgroup.join_fds()
 
     async def pause(self) -> None:
         """Freeze all processes.  Raises CannotPause if they are already frozen, or it has exited."""

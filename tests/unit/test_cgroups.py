@@ -29,28 +29,6 @@ def test_finds_the_hierarchy(tmp_path: Path) -> None:
     assert CgroupV2.find(mountinfo=str(info)) is None
 
 
-@pytest.mark.parametrize(
-    ("options", "joins_pidns", "name"),
-    [
-        ("rw", True, "_CAISSON_CGROUP"),
-        ("rw,favordynmods", True, "_CAISSON_CGROUP_0"),
-        ("rw,favordynmods", False, "_CAISSON_CGROUP"),
-    ],
-)
-def test_moves_into_a_cgroup_only_where_that_is_cheap_and_saves_a_stage(
-    options: str, joins_pidns: bool, name: str, tmp_path: Path
-) -> None:
-    info = tmp_path / "mountinfo"
-    info.write_text(f"41 31 0:38 / {tmp_path} rw,relatime - cgroup2 cgroup2 {options}\n")
-    (tmp_path / "cgroup.procs").touch()
-    hierarchy = CgroupV2.find(mountinfo=str(info))
-    assert hierarchy is not None
-    cgroup = hierarchy.open({"": str(tmp_path)})
-    with cgroup.join_fds(joins_pidns=joins_pidns) as fds:
-        assert list(fds) == [name]
-    cgroup.close()
-
-
 @pytest.mark.parametrize("path", ["", "/", "../x", "a/../../b", "a/./b", "a\nb", "a/" + "x" * 256])
 def test_paths_that_are_none(path: str, tmp_path: Path) -> None:
     with pytest.raises(CgroupError):

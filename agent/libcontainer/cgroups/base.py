@@ -86,18 +86,15 @@ class Cgroup:
         return {controller: path for name, path in self.paths.items() for controller in name.split(",")}
 
     def join_files(self) -> list[str]:
-        """Return the files that a process writes itself to in order to join; none if it is better created in the
-        cgroup.
-        """
+        """Return the files that a process writes itself to in order to join; none if it is created in the cgroup."""
         return []
 
-    def join_fds(self, *, joins_pidns: bool = False) -> JoinFds:
+    def join_fds(self) -> JoinFds:
         """Open the descriptors by which nsexec joins it, for a `with` block; by nsexec's names for them.
 
-        With `joins_pidns`, being born in it takes nsexec one more stage.  Raises CgroupError.
+        Raises CgroupError.
         """
-        files = self.join_files()
-        return JoinFds(self.path, -1 if joins_pidns and files else self.fd, files)
+        return JoinFds(self.path, self.fd, self.join_files())
 
     def join_fds_of(self, pid: int) -> JoinFds:
         """Open the same for the nested cgroup that a process is in: a cgroup that delegates controllers to its children

@@ -156,7 +156,7 @@ class ScopeCgroup(CgroupOfV2):
         self._unit = os.path.basename(path)  # noqa: PTH119 - no pathlib at start
         self._holder = holder
 
-    def join_fds(self, *, joins_pidns: bool = False) -> JoinFds:
+    def join_fds(self) -> JoinFds:
         """Open the descriptors to join it, as for every cgroup; after the block the scope lasts as long as its
         processes.
         """

@@ -1,7 +1,8 @@
 """cgroup v2: a container's cgroup, its limits and its end.  https://docs.kernel.org/admin-guide/cgroup-v2.html
 
-Unless it is mounted with favordynmods, writing a pid to cgroup.procs costs an RCU grace period (about 15 ms); processes
-are therefore created in their cgroup, through the directory descriptor `Cgroup.fd`.
+Writing a pid to cgroup.procs costs an RCU grace period (about 15 ms), and where favordynmods spares that, it waits for
+every process that is being forked, also those of a container whose turn on the CPU comes seldom.  Processes are
+therefore created in their cgroup, through the directory descriptor `Cgroup.fd`.
 """
 
 from __future__ import annotations
@@ -40,17 +41,8 @@ NESTING = {"cgroup.max.depth": "32", "cgroup.max.descendants": "2048"}
 class CgroupV2(Hierarchy):
     """The cgroup v2 hierarchy of this machine.  With `bounded`, a container may nest only a few cgroups in its own."""
 
-    def __init__(
-        self,
-        root: str,
-        parent: str = "",
-        waits: Waits | None = None,
-        *,
-        bounded: bool = False,
-        moves_are_cheap: bool = False,
-    ) -> None:
+    def __init__(self, root: str, parent: str = "", waits: Waits | None = None, *, bounded: bool = False) -> None:
         self.root = root
-        self._moves_are_cheap = moves_are_cheap
         self._nesting = NESTING if bounded else {}
         self._parent = parent
         self._waits = waits
@@ -71,11 +63,9 @@ class CgroupV2(Hierarchy):
         """
         with open(mountinfo, encoding="utf-8", errors="surrogateescape") as lines:  # noqa: PTH123 - no pathlib at start
             for line in lines:
-                before, _, after = line.rstrip("\n").partition(" - ")
+                before, _, after = line.partition(" - ")
                 if after.startswith("cgroup2 "):
-                    cheap = "favordynmods" in after.rpartition(" ")[2].split(",")
-                    root = unescape(before.split(" ")[4])
-                    return cls(root, parent, waits, bounded=bounded, moves_are_cheap=cheap)
+                    return cls(unescape(before.split(" ")[4]), parent, waits, bounded=bounded)
         return None
 
     def create(self, path: str, *, below_own: bool = False) -> CgroupOfV2:
@@ -98,7 +88,7 @@ class CgroupV2(Hierarchy):
                     pass
             for name, value in self._nesting.items():
                 files.write(f"{at}/{name}", value)
-            cgroup = CgroupOfV2(at, self._made, self._waits, moves_are_cheap=self._moves_are_cheap)
+            cgroup = CgroupOfV2(at, self._made, self._waits)
         except OSError as e:
             files.remove_all(made)
             raise CgroupError(f"cgroup {path}: {(e.strerror or '').lower()}") from e
@@ -119,7 +109,7 @@ class CgroupV2(Hierarchy):
 
     def open(self, paths: Mapping[str, str]) -> CgroupOfV2:
         """Open the cgroup with these directories, which may be gone."""
-        return CgroupOfV2(paths[""], set(), self._waits, moves_are_cheap=self._moves_are_cheap)
+        return CgroupOfV2(paths[""], set(), self._waits)
 
 
 class CgroupOfV2(Cgroup):
@@ -128,11 +118,10 @@ class CgroupOfV2(Cgroup):
     `made` are parents created for it and others like it: they are removed with the last.
     """
 
-    def __init__(self, path: str, made: set[str], waits: Waits | None = None, *, moves_are_cheap: bool = False) -> None:
+    def __init__(self, path: str, made: set[str], waits: Waits | None = None) -> None:
         super().__init__(waits)
         self.path = path
         self._made = made
-        self._moves_are_cheap = moves_are_cheap
         try:
             self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -141,9 +130,6 @@ class CgroupOfV2(Cgroup):
     @property
     def paths(self) -> Mapping[str, str]:
         return {"": self.path}
-
-    def join_files(self) -> list[str]:
-        return [self.file("cgroup.procs")] if self._moves_are_cheap else []
 
     def file(self, name: str) -> str:
         return f"{self.path}/{name}"
