@@ -162,8 +162,8 @@ static void read_messages(struct context *ctx, struct inbox *inbox)
 }
 
 /*
- * cgroup v1 has no CLONE_INTO_CGROUP: this process joins each cgroup, and its children start there.  The descriptors are
- * closed here, outside all of the container's namespaces.
+ * cgroup v1 has no CLONE_INTO_CGROUP: this process joins each cgroup, and its children start there.  The descriptors
+ * are closed here, outside all of the container's namespaces.
  */
 static void join_cgroups(const struct channels *fds)
 {
