@@ -44,7 +44,7 @@ def test_emulation_with_our_own_device() -> None:
     assert after(words, "-kernel") == ["/image/vmlinux"]
     assert after(words, "-initrd") == ["/image/initrd.img"]
     assert after(words, "-accel") == ["tcg"]
-    assert after(words, "-cpu") == ["max,-erms"]
+    assert after(words, "-cpu") == ["max,-erms,-fsrm"]
     assert after(words, "-smp") == ["2"]
     assert after(words, "-machine") == ["q35,memory-backend=ram"]
     # vhost-user works only with shared memory, and fails silently otherwise.
