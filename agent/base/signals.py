@@ -1,6 +1,6 @@
-"""Signals in an event loop's own turn.
+"""Deliver signals to an event loop in one iteration.
 
-loop.add_signal_handler takes a second turn for each signal, and imports ``inspect`` to look at the handler.
+loop.add_signal_handler needs a second iteration for each signal, and imports ``inspect`` to check the handler.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType, TracebackType
 
-MOST = 4096  # signals at once; more of them are the same ones again
+READ_SIZE = 4096  # pending signals; whatever exceeds it is read in the next iteration
 
 
 class Signals:
-    """Callbacks for signals, until `close`; one object at a time, in the main thread."""
+    """Call back on signals until `close`.  Only one at a time, in the main thread (signal.set_wakeup_fd)."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -29,14 +29,14 @@ class Signals:
         loop.add_reader(self._reader, self._call)
 
     def handle(self, number: int, callback: Callable[[], object]) -> None:
-        """Call back in the loop after a signal, once for several that came together."""
+        """Call back in the loop after a signal, once for several that are pending together."""
         self._callbacks[number] = callback
-        before = signal.signal(number, _ignore)  # SIG_IGN would be the kernel's to ignore
+        before = signal.signal(number, _ignore)  # not SIG_IGN: the kernel would discard the signal
         self._before.setdefault(number, before)
         signal.siginterrupt(number, False)
 
     def close(self) -> None:
-        """Put back the handlers that there were before."""
+        """Restore the previous handlers.  Not idempotent."""
         for number, before in self._before.items():
             signal.signal(number, before)  # type: ignore[arg-type]
         signal.set_wakeup_fd(self._outer)
@@ -51,11 +51,11 @@ class Signals:
         self.close()
 
     def _call(self) -> None:
-        for number in set(os.read(self._reader, MOST)):
+        for number in set(os.read(self._reader, READ_SIZE)):
             callback = self._callbacks.get(number)
             if callback is not None:
                 callback()
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
-    """Do nothing: the interpreter has written the number already."""
+    """Do nothing: the interpreter has already written the number to the wakeup descriptor."""

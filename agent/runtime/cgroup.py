@@ -49,18 +49,17 @@ class ExecCgroup:
             self._paths[key] = os.path.normpath(f"{self._container.state.cgroup_paths[key]}/{path}")
 
     def __enter__(self) -> Mapping[str, int]:
-        unified = self._paths.get("")
         if set(self._paths) == {""}:
-            return {"_CAISSON_CGROUP": self._directory(unified or "")}
+            return {"_CAISSON_CGROUP": self._directory(self._paths[""])}
         found = {}
         files = dict.fromkeys(self._paths.values())
         for number, path in enumerate(sorted(files, key=lambda path: "/freezer/" in path)):
-            at = self._directory(path) if path == unified else None
+            at = self._directory(path) if path == self._paths.get("") else None
             found[f"_CAISSON_CGROUP_{number}"] = self._open(f"{path}/cgroup.procs", os.O_WRONLY, at)
         return found
 
     def _directory(self, path: str) -> int:
-        """Open a cgroup of v2: where that takes no processes, the one below that the first process is in."""
+        """Open a v2 cgroup; if it accepts no processes, the one below it that the init process is in."""
         if not self._chosen and self._is_unusable(path):
             fd = open_around(path, self._container.state.init_process_pid)
             if fd >= 0:
@@ -77,15 +76,16 @@ class ExecCgroup:
             return True
 
     def _open(self, path: str, flags: int, directory: int | None = None) -> int:
-        """Open a file, by its name in `directory` where there is one."""
+        """Open a file, or the one of its name in `directory`; it is closed with the block."""
+        name = path if directory is None else path.rpartition("/")[2]
         try:
-            fd = os.open(path if directory is None else os.path.basename(path), flags | os.O_CLOEXEC, dir_fd=directory)  # noqa: PTH119
-            self._fds.append(fd)
-            return fd
+            fd = os.open(name, flags | os.O_CLOEXEC, dir_fd=directory)
         except OSError as error:
             pid = os.getpid()
             why = (error.strerror or "").lower()
             raise CommandError(f"{JOINING} error adding pid {pid} to cgroups: open {path}: {why}") from None
+        self._fds.append(fd)
+        return fd
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for fd in self._fds:
