@@ -102,7 +102,7 @@ class CaissonService:
         from caisson.agent.guest import ps
 
         container = self._sandbox.container(request.container_id)
-        pids, table = await container.look(lambda pids: (pids, ps.table(pids)))
+        pids, table = await container.inspect(lambda pids: (pids, ps.table(pids)))
         return caisson_pb2.ListProcessesResponse(pids=pids, table=table, status=container.status)
 
     async def KeepLog(self, request: caisson_pb2.KeepLogRequest) -> Empty:

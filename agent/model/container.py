@@ -20,9 +20,6 @@ from caisson.agent.base.errors import (
     NotCreated,
     NotPaused,
     NotRunning,
-    ProcessExists,
-    ProcessExited,
-    ProcessNotFound,
     Unsupported,
 )
 from caisson.agent.libcontainer.cgroups.base import CgroupError, signal_pid
@@ -34,6 +31,7 @@ from caisson.agent.libcontainer.process.launch import Launch
 from caisson.agent.libcontainer.state import CREATED, PAUSED, RUNNING, STOPPED, ProcessStat, State, check_id
 from caisson.agent.model.oom import OomWatcher
 from caisson.agent.model.process import Process, drops, start_process
+from caisson.agent.model.process_table import ProcessTable
 from caisson.agent.model.waits import Readers
 
 TYPE_CHECKING = False
@@ -55,9 +53,6 @@ if TYPE_CHECKING:
 
 #: Seconds to wait for killed processes to exit before their cgroup is removed.
 EMPTY_TIMEOUT = 8.0
-
-#: Exited execs whose status and output are kept; the oldest are dropped first.
-MAX_ENDED_EXECS = 256
 
 
 class Container:
@@ -87,14 +82,10 @@ class Container:
         self._log = log
         self._resources = spec.linux.resources or Resources()
         self._lock = asyncio.Lock()
-        self._processes: dict[str, Process] = {}
-        self._starting: dict[str, asyncio.Event] = {}  # set when it is decided whether there is a process
-        self._ended: dict[str, None] = {}  # exec ids in the order in which they exited
+        self._processes = ProcessTable(container_id, log)
         #: Reads its processes, cgroups and files.
         self.reads = Readers(container_id)
-        self._watchers: set[asyncio.Task[None]] = set()
-        self._init: Process | None = None
-        self._pidfd = -1  # its
+        self._pidfd = -1  # of its init
         self._join: dict[str, str] = {}  # namespaces that it joined beyond its configuration's
         self._procfs: str | None = None  # of the pid namespace that it joined
         self._filter = b""  # seccomp
@@ -105,6 +96,10 @@ class Container:
         self._poststart: asyncio.Task[None] | None = None
         self._ending = False  # no process can start in it any more
         self._removed = False
+
+    @property
+    def _init(self) -> Process | None:
+        return self._processes.init
 
     @property
     def status(self) -> str:
@@ -158,8 +153,7 @@ class Container:
             if self._cgroup is not None and self._cgroup.oom_kills():
                 raise LaunchError("container init was OOM-killed (memory limit too low?)", step="oom") from error
             raise
-        self._init = self._processes[exec_id] = init
-        self._watch(init)
+        self._processes.add_init(init, self._init_exited)
         pid = init.child.pid
         found = ProcessStat.read(pid)
         state = State(
@@ -212,11 +206,8 @@ class Container:
             raise CannotExec(container_id=self.id, status=STOPPED)
         if self._paused:  # a process started in it would freeze before it reports
             raise CannotExec(container_id=self.id, status=PAUSED)
-        if exec_id in self._processes or exec_id in self._starting:
-            raise ProcessExists(container_id=self.id, exec_id=exec_id)
-        assert self._init is not None
+        assert self._init is not None and self.spec.root is not None
         init = self._init.child
-        assert self.spec.root is not None
         # A container's mounts propagate here if it asks for that.
         rootfs = "" if "shared" in self.spec.linux.rootfs_propagation else self.spec.root.path
 
@@ -233,28 +224,26 @@ class Container:
                 rootfs=rootfs,
             )
 
-        def start(join: JoinFds | None) -> Awaitable[tuple[Process, int]]:
-            return start_process(launch, exec_id, process.terminal, self._pipe_size, join)
-
-        decided = self._starting[exec_id] = asyncio.Event()
-        try:
+        async def start() -> tuple[Process, int]:
+            terminal, size = process.terminal, self._pipe_size
             try:
-                started, pidfd = await start(self._join_fds())
+                return await start_process(launch, exec_id, terminal, size, self._join_fds())
             except LaunchError as error:
                 if error.errno != EBUSY or self._cgroup is None:
                     raise
-                started, pidfd = await start(await self.reads(partial(self._cgroup.join_fds_of, init.pid)))
+                join = await self.reads(partial(self._cgroup.join_fds_of, init.pid))
+            return await start_process(launch, exec_id, terminal, size, join)
+
+        with self._processes.starting(exec_id):
+            try:
+                started, pidfd = await start()
+            except LaunchError as error:
+                if self._ending or init.status is not None:  # that is why it failed
+                    raise CannotExec(container_id=self.id, status=STOPPED) from error
+                raise
             os.close(pidfd)
-            self._processes[exec_id] = started
-            self._watch(started)
+            self._processes.add_exec(started)
             return started
-        except LaunchError as error:
-            if self._ending or init.status is not None:  # that is why it failed
-                raise CannotExec(container_id=self.id, status=STOPPED) from error
-            raise
-        finally:
-            del self._starting[exec_id]
-            decided.set()
 
     def _join_fds(self) -> JoinFds | None:
         return None if self._cgroup is None else self._cgroup.join_fds()
@@ -313,20 +302,17 @@ class Container:
         """List its processes, by their pids in the agent's namespace; without cgroups only those that the agent
         started.
         """
-        return await self.look(sorted)
+        return await self.inspect(sorted)
 
-    async def look(self, reader: Callable[[Iterable[int]], T]) -> T:
+    async def inspect(self, reader: Callable[[Iterable[int]], T]) -> T:
         """Call a function with all its pids, in a thread that may inspect these processes.  Raises ReadTimeout."""
         cgroup = self._cgroup
-        known = [process.child.pid for process in self._processes.values() if process.child.status is None]
+        known = self._processes.running_pids()
         return await self.reads(lambda: reader(sorted(known if cgroup is None else cgroup.pids())))
 
     def process(self, exec_id: str) -> Process:
         """Return a process by its id; an empty id means init.  Raises ProcessNotFound."""
-        process = self._init if not exec_id else self._processes.get(exec_id)
-        if process is None:
-            raise ProcessNotFound(container_id=self.id, exec_id=exec_id)
-        return process
+        return self._processes.find(exec_id)
 
     async def signal_all(self, number: int) -> None:
         """Signal every process in it, ignoring any that has just exited.  A paused container is resumed.
@@ -334,7 +320,7 @@ class Container:
         Without a cgroup these are the processes that the agent started.
         """
         if self._cgroup is None:
-            self._signal_children(number)
+            self._processes.signal(number)
             return
         if number == signal.SIGKILL:
             await self._cgroup.kill()
@@ -378,9 +364,7 @@ class Container:
                 await asyncio.wait([self._poststart])
             if self._init is not None:
                 await self._kill_all()
-            for process in list(self._processes.values()):
-                await process.wait()
-                process.release()
+            await self._processes.release()
             if self._cgroup is not None:
                 if self._shares_pids:
                     await self._wait_until_empty(self._cgroup)
@@ -410,18 +394,7 @@ class Container:
         """
         if self._cgroup is not None:
             await self._cgroup.kill()
-        self._signal_children(signal.SIGKILL)
-        for decided in list(self._starting.values()):
-            await decided.wait()
-        self._signal_children(signal.SIGKILL)
-
-    def _signal_children(self, number: int) -> None:
-        """Signal the running processes that the agent itself started in it."""
-        for process in self._processes.values():
-            try:
-                process.child.signal(number)
-            except ProcessExited:
-                continue
+        await self._processes.kill()
 
     async def _wait_until_empty(self, cgroup: Cgroup) -> None:
         """Wait for killed processes that are no children of the agent; in its own pid namespace the kernel does
@@ -432,26 +405,10 @@ class Container:
             await asyncio.sleep(pause)
             pause *= 2
 
-    def _watch(self, process: Process) -> None:
-        async def watch() -> None:
-            status = await process.wait()
-            process.exited()
-            self._log("debug", "process ended", exec_id=process.exec_id, status=status)
-            if process is self._init:
-                if self._shares_pids and not self._ending:
-                    try:
-                        await self._kill_all()
-                    except CgroupError as error:  # removal tries again, and reports the error
-                        self._log(
-                            "error", "the remaining processes of a container could not be killed", error=str(error)
-                        )
-                return
-            self._ended[process.exec_id] = None
-            while len(self._ended) > MAX_ENDED_EXECS:
-                oldest = next(iter(self._ended))
-                del self._ended[oldest]
-                self._processes.pop(oldest).release()
-
-        task = asyncio.get_running_loop().create_task(watch())
-        self._watchers.add(task)
-        task.add_done_callback(self._watchers.discard)
+    async def _init_exited(self) -> None:
+        """Kill what outlives init in a shared pid namespace; in its own the kernel does that."""
+        if self._shares_pids and not self._ending:
+            try:
+                await self._kill_all()
+            except CgroupError as error:  # removal tries again, and reports the error
+                self._log("error", "the remaining processes of a container could not be killed", error=str(error))

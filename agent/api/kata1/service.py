@@ -81,7 +81,7 @@ class AgentService(ContainerService):
         elif request.format == "table":
             if list(request.args) not in ([], ["-ef"]):
                 raise Unsupported(f"ListProcesses: ps {' '.join(request.args)}: only -ef is known in this guest")
-            listed = await container.look(ps.table)
+            listed = await container.inspect(ps.table)
         else:
             raise StatusError(StatusCode.UNKNOWN, "invalid format option")
         return agent_pb2.ListProcessesResponse(process_list=listed.encode())
