@@ -9,9 +9,9 @@ import pytest
 
 from tests.bench.__main__ import PARTS, measured
 from tests.bench.rows import table
-from tests.e2e.conftest import COMPILING
+from tests.e2e.conftest import COMPILE_TIMEOUT
 
-pytestmark = [pytest.mark.root, pytest.mark.vm, pytest.mark.timeout(COMPILING)]
+pytestmark = [pytest.mark.root, pytest.mark.vm, pytest.mark.timeout(COMPILE_TIMEOUT)]
 
 #: The allowed multiple of a budget, and the known exceptions (docs/performance.md gives the reasons), which must not
 #: get worse.

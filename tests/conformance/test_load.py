@@ -12,7 +12,7 @@ from tests.native.agent_support import RunningAgent, output, sh
 
 pytestmark = [pytest.mark.root, pytest.mark.nightly]
 
-CONTAINERS, EXECS, AT_ONCE = 200, 1000, 50
+CONTAINERS, EXECS, CONCURRENCY = 200, 1000, 50
 SIZE = 64 << 10
 GIGABYTE = 1 << 30
 
@@ -37,7 +37,7 @@ async def test_a_thousand_execs_in_two_hundred_containers(agent: RunningAgent) -
         assert await process.wait() == 0
 
     async def many(client: Agent, containers: list[Container], numbers: range) -> None:
-        gate = asyncio.Semaphore(AT_ONCE)
+        gate = asyncio.Semaphore(CONCURRENCY)
 
         async def gated(number: int) -> None:
             async with gate:

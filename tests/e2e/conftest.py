@@ -23,8 +23,8 @@ from tests.support.poll import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: Seconds in which anything here is done, on a busy machine without hardware virtualization.
-PATIENCE = float(os.environ.get("CAISSON_PATIENCE", "280"))
+#: Timeout of anything here in seconds, on a busy machine without hardware virtualization.
+TIMEOUT = float(os.environ.get("CAISSON_TEST_TIMEOUT", "280"))
 
 #: The command under test, as a shell would parse it: the checkout's, or an installed one.
 COMMAND = shlex.split(os.environ.get("CAISSON_COMMAND", "")) or [sys.executable, str(ROOT / "tasks.py")]
@@ -32,8 +32,8 @@ COMMAND = shlex.split(os.environ.get("CAISSON_COMMAND", "")) or [sys.executable,
 #: A directory of images built elsewhere, by template name; an image that is not there is built.
 IMAGES = os.environ.get("CAISSON_IMAGES", "")
 
-#: Seconds in which a kernel is compiled there, too.
-COMPILING = 2400
+#: The same if a kernel is compiled, too.
+COMPILE_TIMEOUT = 2400
 
 
 class Caisson:
@@ -49,9 +49,7 @@ class Caisson:
     def start(self, *words: str, **options: Any) -> subprocess.Popen[bytes]:
         return subprocess.Popen(self.argv(*words), env=self.environment, **options)
 
-    def __call__(
-        self, *words: str, stdin: bytes = b"", timeout: float = PATIENCE
-    ) -> subprocess.CompletedProcess[bytes]:
+    def __call__(self, *words: str, stdin: bytes = b"", timeout: float = TIMEOUT) -> subprocess.CompletedProcess[bytes]:
         return subprocess.run(
             self.argv(*words), env=self.environment, input=stdin, capture_output=True, timeout=timeout
         )
@@ -129,7 +127,7 @@ def built(*words: str) -> Path:
 
 @pytest.fixture(scope="session")
 def lean() -> Path:
-    """Provide an image with a custom kernel.  A test that uses it has COMPILING seconds."""
+    """Provide an image with a custom kernel.  A test that uses it needs COMPILE_TIMEOUT."""
     return built("--template", "lean")
 
 

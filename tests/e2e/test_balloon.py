@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import COMPILING, Caisson
+from tests.e2e.conftest import COMPILE_TIMEOUT, Caisson
 from tests.support.poll import wait_until
 
 pytestmark = pytest.mark.vm
@@ -56,7 +56,7 @@ def test_balloon_rejects_impossible_sizes(vm: Caisson, size: str, status: int, w
     assert why in done.stderr
 
 
-@pytest.mark.timeout(COMPILING)
+@pytest.mark.timeout(COMPILE_TIMEOUT)
 def test_a_kernel_of_our_own_hands_back_what_is_free(own: Caisson, lean: Path) -> None:
     run(own, "boot-vm", "--image", str(lean), "--detach", "--vsock", "user")
     run(own, "exec", "--", "true")

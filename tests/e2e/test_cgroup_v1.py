@@ -10,7 +10,7 @@ import pytest
 
 from caisson.agent import client
 from caisson.proto.kata1 import agent_pb2, oci_pb2
-from tests.e2e.conftest import PATIENCE, Caisson
+from tests.e2e.conftest import TIMEOUT, Caisson
 
 pytestmark = pytest.mark.vm
 HUGE = 4 << 20
@@ -25,7 +25,7 @@ def guest(own: Caisson) -> Iterator[Caisson]:
 
 
 def test_a_life_in_cgroup_v1(guest: Caisson) -> None:
-    asyncio.run(asyncio.wait_for(life(guest), PATIENCE))
+    asyncio.run(asyncio.wait_for(life(guest), TIMEOUT))
 
 
 async def life(guest: Caisson) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import PATIENCE, Caisson
+from tests.e2e.conftest import TIMEOUT, Caisson
 
 pytestmark = pytest.mark.vm
 
@@ -92,7 +92,7 @@ def test_logs(own: Caisson) -> None:
         cut.stdout.readline()
         cut.stdout.close()
         own.make_containers("spoken-of", vm="talks")
-        assert cut.wait(PATIENCE) != 0  # nobody reads: it exits at the next line, not with the VM
+        assert cut.wait(TIMEOUT) != 0  # nobody reads: it exits at the next line, not with the VM
         for line in follower.stdout:
             if b"spoken-of" in line:
                 break
@@ -100,7 +100,7 @@ def test_logs(own: Caisson) -> None:
             raise AssertionError("it ended before the VM")
         assert own("stop-vm", "--name", "talks").returncode == 0
         follower.stdout.read()
-        assert follower.wait(PATIENCE) == 0
+        assert follower.wait(TIMEOUT) == 0
 
 
 @pytest.mark.nightly

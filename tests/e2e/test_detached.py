@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.build.container_images import busybox_layer, docker_archive
-from tests.e2e.conftest import PATIENCE, Caisson
+from tests.e2e.conftest import TIMEOUT, Caisson
 from tests.e2e.terminal import Terminal
 
 pytestmark = pytest.mark.vm
@@ -72,7 +72,7 @@ def test_attach_joins_at_a_terminal_and_leaves_by_its_keys(vm: Caisson, image: s
     assert vm("exec", "--container", "talks", "--", "sh", "-c", "echo lives").stdout == b"lives\n"
     with vm.start("attach", "talks", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as command:
         vm("cp", "/etc/hostname", "talks:/end")  # which may end with the container
-        said, _ = command.communicate(timeout=PATIENCE)
+        said, _ = command.communicate(timeout=TIMEOUT)
     assert command.returncode == 4 and b"gone-on" in said
     assert vm("rm", "talks").returncode == 0
 
@@ -99,7 +99,7 @@ def test_removing_a_container_ends_an_exec_in_it(vm: Caisson, image: str) -> Non
     with vm.start(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command:
         assert command.stdout is not None and command.stdout.readline() == b"up\n"
         assert vm("rm", "goes").returncode == 0
-        _, errors = command.communicate(timeout=PATIENCE)
+        _, errors = command.communicate(timeout=TIMEOUT)
     assert (command.returncode, errors) == (137, b"")
 
 
@@ -109,7 +109,7 @@ def test_ctrl_c_ends_a_program_that_handles_nothing(vm: Caisson, image: str) -> 
     with vm.start(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as command:
         assert command.stdout is not None and command.stdout.readline() == b"up\n"
         command.send_signal(signal.SIGINT)
-        _, errors = command.communicate(timeout=PATIENCE)
+        _, errors = command.communicate(timeout=TIMEOUT)
     assert (command.returncode, errors) == (130, b"")
 
 

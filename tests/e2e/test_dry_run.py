@@ -11,7 +11,7 @@ import subprocess
 import pytest
 
 from caisson.agent import client
-from tests.e2e.conftest import PATIENCE, Caisson
+from tests.e2e.conftest import TIMEOUT, Caisson
 from tests.support.poll import wait_until
 
 pytestmark = pytest.mark.vm
@@ -41,7 +41,7 @@ def test_it_runs_by_hand(own: Caisson) -> None:
             wait_until(sockets.exists, "the device waits for QEMU")
             with subprocess.Popen(["/bin/sh", "-c", f"exec {shown.stdout.decode()}"]) as qemu:
                 try:
-                    wait_until(lambda: client.is_serving(directory / "agent.sock", 1.0), "the agent answers", PATIENCE)
+                    wait_until(lambda: client.is_serving(directory / "agent.sock", 1.0), "the agent answers", TIMEOUT)
                 finally:
                     qemu.terminate()
         finally:

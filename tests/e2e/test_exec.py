@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from tests.e2e.conftest import PATIENCE, Caisson
+from tests.e2e.conftest import TIMEOUT, Caisson
 from tests.e2e.terminal import Terminal
 from tests.support.poll import wait_until
 
@@ -82,7 +82,7 @@ def test_a_signal_to_the_command_reaches_the_program(vm: Caisson) -> None:
         assert command.stdout.readline() == b"ready\n"
         command.send_signal(signal.SIGTERM)
         assert command.stdout.read() == b"told\n"
-        assert command.wait(PATIENCE) == 9
+        assert command.wait(TIMEOUT) == 9
 
 
 def test_a_closed_pipe_ends_the_program(vm: Caisson) -> None:
@@ -90,7 +90,7 @@ def test_a_closed_pipe_ends_the_program(vm: Caisson) -> None:
         assert command.stdout is not None
         assert command.stdout.readline() == b"still here\n"
         command.stdout.close()
-        assert command.wait(PATIENCE) == 128 + signal.SIGPIPE
+        assert command.wait(TIMEOUT) == 128 + signal.SIGPIPE
     wait_until(lambda: b"yes" not in vm("exec", "--", "ps", "-o", "comm").stdout, "`yes` ends in the guest")
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import COMPILING, Caisson, built
+from tests.e2e.conftest import COMPILE_TIMEOUT, Caisson, built
 
-pytestmark = [pytest.mark.root, pytest.mark.vm, pytest.mark.timeout(COMPILING)]
+pytestmark = [pytest.mark.root, pytest.mark.vm, pytest.mark.timeout(COMPILE_TIMEOUT)]
 
 
 def boots(own: Caisson, image: Path) -> str:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.e2e.conftest import PATIENCE, Caisson
+from tests.e2e.conftest import TIMEOUT, Caisson
 from tests.support.poll import wait_until
 
 pytestmark = pytest.mark.vm
@@ -28,14 +28,14 @@ def forwarding(vm: Caisson, *words: str) -> Iterator[int]:
             assert said.startswith("caisson: 127.0.0.1:"), said
             yield int(said.split()[1].rpartition(":")[2])
             command.send_signal(2)
-            assert command.wait(PATIENCE) == 130
+            assert command.wait(TIMEOUT) == 130
         finally:
             command.kill()
 
 
 def exchange(port: int, data: bytes) -> bytes:
     """Send everything, then EOF, and return everything received."""
-    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT) as connection:
 
         def send() -> None:
             connection.sendall(data)
@@ -69,7 +69,7 @@ def test_a_tcp_port_of_the_guest(vm: Caisson) -> None:
 
 def test_a_vsock_port_of_the_guest(vm: Caisson) -> None:
     with forwarding(vm, "0:vsock:1024") as port:  # the agent: its first frame replies to the HTTP/2 preface
-        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as connection:
+        with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT) as connection:
             connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00")
             assert connection.recv(9)[3] == 4  # SETTINGS
     with forwarding(vm, "0:vsock:4242") as port:
@@ -85,7 +85,7 @@ def test_a_port_of_the_host(vm: Caisson) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         with forwarding(vm, f"{server.getsockname()[1]}:vsock:5000", "--reverse"):
             with socket.socket(socket.AF_UNIX) as guest:
-                guest.settimeout(PATIENCE)
+                guest.settimeout(TIMEOUT)
                 guest.connect(str(vm.run_directory / "default/vsock.sock_5000"))
                 guest.sendall(b"question")
                 connection, _ = server.accept()
@@ -129,4 +129,4 @@ def test_it_ends_with_the_vm(own: Caisson) -> None:
     with own.start("forward", "0:vsock:1024", "--name", "short", stderr=subprocess.PIPE) as command:
         assert command.stderr is not None and command.stderr.readline()
         assert own("stop-vm", "--name", "short").returncode == 0
-        assert command.wait(PATIENCE) == 0
+        assert command.wait(TIMEOUT) == 0

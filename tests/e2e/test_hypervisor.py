@@ -19,7 +19,7 @@ import pytest
 
 from caisson.image.build.cache import default_root
 from caisson.image.packages.distribution import extract, packages_of
-from tests.e2e.conftest import PATIENCE, ROOT, Caisson, built, fresh
+from tests.e2e.conftest import ROOT, TIMEOUT, Caisson, built, fresh
 from tests.shim.engine import rootfs
 from tests.support.poll import wait_until
 from tests.support.trees import unpacked
@@ -48,7 +48,7 @@ def snapshot() -> Iterator[str]:
     """Provide the name of this module's own snapshot."""
     name = f"e2e-hypervisor-{os.getpid()}"
     with fresh() as caisson:
-        saved = caisson("save-snapshot", name, "--image", str(built()), "--vsock", "user", timeout=PATIENCE)
+        saved = caisson("save-snapshot", name, "--image", str(built()), "--vsock", "user", timeout=TIMEOUT)
         assert saved.returncode == 0, saved.stderr.decode()
     yield name
     shutil.rmtree(default_root() / "snapshots" / name)
@@ -156,7 +156,7 @@ def test_a_recorded_pod_runs_with_its_roots_and_its_network(
         assert "default via 10.9.0.1" in found["network"] and "default via fd09::1" in found["network"]
         inside(peer, "busybox ping -c 1 -W 10 10.9.0.2; busybox ping -c 1 -W 10 fd09::2")
         assert len(service.vms()) == 1
-        output, _ = process.communicate(timeout=PATIENCE)
+        output, _ = process.communicate(timeout=TIMEOUT)
         assert process.returncode == 0
     print({name: round(value, 3) for name, value in json.loads(output).items() if isinstance(value, float)})
     assert service.vms() == []
@@ -191,5 +191,5 @@ def test_roots_come_by_the_virtiofsd_in_rust_as_well(snapshot: str, root: Path, 
         with shim(service, root, "pod") as (process, found):
             assert [(root / "root" / name).read_text() for name in ("by-second", "by-exec")] == ["written\n"] * 2
             assert found["status"] == 3
-            process.communicate(timeout=PATIENCE)
+            process.communicate(timeout=TIMEOUT)
             assert process.returncode == 0

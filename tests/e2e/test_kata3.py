@@ -10,7 +10,7 @@ import pytest
 from caisson.agent.rpc.ttrpc.client import Client
 from caisson.agent.rpc.ttrpc.responses import RpcError
 from caisson.proto.kata3 import agent_pb2, health_pb2, oci_pb2
-from tests.e2e.conftest import PATIENCE, Caisson
+from tests.e2e.conftest import TIMEOUT, Caisson
 from tests.native.kata3_support import SHM, Host
 from tests.support.poll import until
 
@@ -73,4 +73,4 @@ async def test_a_pod_from_check_to_destroy(own: Caisson) -> None:
         await rpc.DestroySandbox(agent_pb2.DestroySandboxRequest(), timeout=60)
         with pytest.raises(RpcError):
             await event
-    await until(lambda: not (own.run_directory / "kata/vm.json").exists(), "the guest is powered off", timeout=PATIENCE)
+    await until(lambda: not (own.run_directory / "kata/vm.json").exists(), "the guest is powered off", timeout=TIMEOUT)

@@ -26,14 +26,14 @@ from caisson.image.build.cache import default_root
 from caisson.image.vm.accel import Host, choose_vsock
 from tests.build.container_images import busybox_layer
 from tests.component.fake_qemu import files_of, processes_of
-from tests.e2e.conftest import COMPILING, Caisson, built
+from tests.e2e.conftest import COMPILE_TIMEOUT, Caisson, built
 from tests.support.poll import wait_until
 from tests.support.trees import unpacked
 
 KILLS = int(os.environ.get("CAISSON_KILLS", "3"))
 SEED = int(os.environ.get("CAISSON_SEED", str(random.randrange(10**6))))
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(COMPILING + 60 * KILLS)]
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(COMPILE_TIMEOUT + 60 * KILLS)]
 
 #: Whom to kill, by a part of each command line; the client is the command itself.
 VICTIMS = {"client": "", "supervisor": "caisson.image.vm.supervisor", "qemu": "qemu-system-", "vsock": "/vsock/"}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import PATIENCE, ROOT, Caisson
+from tests.e2e.conftest import ROOT, TIMEOUT, Caisson
 
 pytestmark = pytest.mark.vm
 
@@ -21,6 +21,6 @@ def test_the_example_passes_from_outside(own: Caisson, tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     words = [sys.executable, "-m", "pytest", "-q", "-p", "caisson.agent.client.pytest_plugin", "test_guest.py"]
     environment = {name: value for name, value in own.environment.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout

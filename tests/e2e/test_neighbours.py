@@ -21,9 +21,9 @@ from caisson.agent.guest import cgroupfs
 from caisson.agent.libcontainer.cgroups.v2.cgroup import NESTING
 from caisson.proto.caisson import caisson_pb2
 from caisson.proto.kata3 import agent_pb2
-from tests.e2e.conftest import PATIENCE, ROOT, Caisson
+from tests.e2e.conftest import ROOT, TIMEOUT, Caisson
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(2 * PATIENCE)]
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(2 * TIMEOUT)]
 
 #: How often each operation is done, and how much longer it may take beside a hostile container.
 TIMES, FACTOR = 5, 5
@@ -159,7 +159,7 @@ echo $depth $(ls -d [1-9]* | wc -l)
 
 async def processes(agent: Agent, name: str) -> str:
     """Return the table of a container's processes: the agent aborts a walk that takes too long; retry."""
-    async with asyncio.timeout(PATIENCE):
+    async with asyncio.timeout(TIMEOUT):
         while True:
             try:
                 return str((await agent.guest.ListProcesses(caisson_pb2.ListProcessesRequest(container_id=name))).table)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from caisson.image.packages.apt import host_mirror
-from tests.e2e.conftest import PATIENCE, Caisson
+from tests.e2e.conftest import TIMEOUT, Caisson
 from tests.support.checkout import copy_mirror_settings
 from tests.support.poll import wait_until
 
@@ -70,14 +70,14 @@ def test_a_guest_reaches_out_and_is_reached(own: Caisson, served: int) -> None:
 
 @pytest.mark.root
 @pytest.mark.nightly
-@pytest.mark.timeout(3 * PATIENCE)
+@pytest.mark.timeout(3 * TIMEOUT)
 def test_apt_fetches_its_indexes_in_a_debian_container(own: Caisson, tmp_path: Path) -> None:
     tree = tmp_path / "debian"
     made = ["mmdebstrap", "--quiet", "--variant=apt", "bookworm", str(tree), host_mirror()]
     subprocess.run(made, check=True)
     copy_mirror_settings(tree)
     (tree / "etc/resolv.conf").unlink(missing_ok=True)  # the guest's own
-    done = own("run", "--network", "user", str(tree), "apt-get", "update", "--error-on=any", timeout=2 * PATIENCE)
+    done = own("run", "--network", "user", str(tree), "apt-get", "update", "--error-on=any", timeout=2 * TIMEOUT)
     assert done.returncode == 0, done.stderr.decode()
     assert b"Reading package lists" in done.stdout
 

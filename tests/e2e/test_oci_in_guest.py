@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from caisson.proto.contract import BUSYBOX_ROOTFS
-from tests.e2e.conftest import PATIENCE, ROOT, built, fresh
+from tests.e2e.conftest import ROOT, TIMEOUT, built, fresh
 
-pytestmark = [pytest.mark.root, pytest.mark.vm, pytest.mark.nightly, pytest.mark.timeout(4 * PATIENCE)]
+pytestmark = [pytest.mark.root, pytest.mark.vm, pytest.mark.nightly, pytest.mark.timeout(4 * TIMEOUT)]
 
 TEMPLATE = """
 extends: systemd
@@ -54,7 +54,7 @@ class Shell:
 
     def __init__(self, vsock: Path, prepare: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(PATIENCE)
+        self._socket.settimeout(TIMEOUT)
         self._socket.connect(str(vsock))
         self._socket.sendall(b"CONNECT 1026\n")
         self._count = 0

@@ -12,13 +12,13 @@ from caisson.image.vm import find_vm
 from caisson.image.vm.errors import VMError
 from caisson.image.vm.hotplug.resources import plug_cpus, plug_memory
 from caisson.proto.kata1 import agent_pb2, oci_pb2
-from tests.e2e.conftest import COMPILING, PATIENCE, Caisson, built
+from tests.e2e.conftest import COMPILE_TIMEOUT, TIMEOUT, Caisson, built
 
 pytestmark = [pytest.mark.root, pytest.mark.vm]
 SHARED = "/run/kata-containers/shared/containers"
 
 
-@pytest.mark.timeout(2 * PATIENCE)
+@pytest.mark.timeout(2 * TIMEOUT)
 async def test_cpus_and_memory(own: Caisson, monkeypatch: pytest.MonkeyPatch) -> None:
     # bookworm's kernel: newer ones do not see hot-plugged CPUs under emulation.
     image = built("--suite", "bookworm")
@@ -59,7 +59,7 @@ async def test_cpus_and_memory(own: Caisson, monkeypatch: pytest.MonkeyPatch) ->
     assert own("stop-vm").returncode == 0
 
 
-@pytest.mark.timeout(COMPILING)
+@pytest.mark.timeout(COMPILE_TIMEOUT)
 async def test_a_share_by_9p(own: Caisson, lean: Path, tmp_path: Path) -> None:
     (tmp_path / "hello").write_text("from the host\n")
     share, out = f"data={tmp_path}", tmp_path / "out"

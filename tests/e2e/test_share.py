@@ -13,7 +13,7 @@ import pytest
 
 from caisson.agent.client import Agent
 from caisson.proto.caisson import caisson_pb2
-from tests.e2e.conftest import PATIENCE, Caisson
+from tests.e2e.conftest import TIMEOUT, Caisson
 from tests.support.poll import wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.vm]
@@ -136,7 +136,7 @@ def test_it_ends_with_its_vm(own: Caisson, shared: Path) -> None:
     assert servers(shared)
     (listed,) = json.loads(run(own, "list-vms", "--json"))
     os.kill(listed["pids"]["supervisor"], signal.SIGKILL)
-    wait_until(lambda: not servers(shared), "its virtiofsd has ended", PATIENCE)
+    wait_until(lambda: not servers(shared), "its virtiofsd has ended", TIMEOUT)
     assert run(own, "list-vms").count("\n") == 1
 
 

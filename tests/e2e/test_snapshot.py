@@ -21,9 +21,9 @@ import pytest
 from caisson.agent import client
 from caisson.image.build.cache import default_root
 from caisson.proto.kata1 import oci_pb2
-from tests.e2e.conftest import COMPILING, PATIENCE, Caisson, fresh, image_of_snapshots
+from tests.e2e.conftest import COMPILE_TIMEOUT, TIMEOUT, Caisson, fresh, image_of_snapshots
 
-pytestmark = [pytest.mark.vm, pytest.mark.timeout(COMPILING)]
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(COMPILE_TIMEOUT)]
 
 CLONES = int(os.environ.get("CAISSON_CLONES", "4"))
 MEMORY = "192"
@@ -53,7 +53,9 @@ def snapshot() -> Iterator[str]:
     """Provide the name of this session's own snapshot."""
     name = f"e2e-{os.getpid()}"
     with fresh() as caisson:
-        saved = caisson("save-snapshot", "--name", name, "--memory", MEMORY, *image_of_snapshots(), timeout=COMPILING)
+        saved = caisson(
+            "save-snapshot", "--name", name, "--memory", MEMORY, *image_of_snapshots(), timeout=COMPILE_TIMEOUT
+        )
         assert saved.returncode == 0, saved.stderr.decode()
     yield name
     shutil.rmtree(default_root() / "snapshots" / name)
@@ -65,7 +67,7 @@ def clones(caisson: Caisson, snapshot: str, count: int) -> Iterator[list[str]]:
     try:
         commands = [caisson.start("boot-vm", "--snapshot", snapshot, "--name", n, "--detach", stderr=-1) for n in names]
         for command in commands:
-            _, errors = command.communicate(timeout=PATIENCE)
+            _, errors = command.communicate(timeout=TIMEOUT)
             assert command.returncode == 0, errors.decode()
         yield names
     finally:

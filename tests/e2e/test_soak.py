@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from caisson.agent.client import Agent, default_spec
-from tests.e2e.conftest import COMPILING, Caisson
+from tests.e2e.conftest import COMPILE_TIMEOUT, Caisson
 from tests.e2e.test_vsock_load import private_memory
 from tests.support.poll import wait_until
 
@@ -25,11 +25,11 @@ pytestmark = [
     pytest.mark.root,
     pytest.mark.vm,
     pytest.mark.nightly,
-    pytest.mark.timeout(COMPILING + 2 * CONTAINERS + EXECS),
+    pytest.mark.timeout(COMPILE_TIMEOUT + 2 * CONTAINERS + EXECS),
 ]
 
 NAME = "soak"
-ROUNDS, AT_ONCE = 6, 8
+ROUNDS, CONCURRENCY = 6, 8
 
 #: KiB by which a process, and the files of a side, may have grown in the second half: an allocator's pages and a log
 #: line, but no leak; in the full run's second half, 5,000 containers leaking 4 KiB each would be 20 MiB.
@@ -87,7 +87,7 @@ def check_flat(before: Side, look: Callable[[], Side]) -> None:
 
 async def one_round(own: Caisson, root: str, number: int) -> None:
     """Create, start and remove part of the containers, and run part of the execs, some of each at once."""
-    gate = asyncio.Semaphore(AT_ONCE)
+    gate = asyncio.Semaphore(CONCURRENCY)
 
     async def gated(work: Callable[[], Awaitable[None]]) -> None:
         async with gate:

@@ -9,13 +9,13 @@ import pytest
 
 from caisson.agent.client import Agent, default_spec
 from caisson.proto.kata1 import agent_pb2, oci_pb2
-from tests.e2e.conftest import PATIENCE, Caisson, built
+from tests.e2e.conftest import TIMEOUT, Caisson, built
 from tests.support.poll import wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.vm]
 
 
-@pytest.mark.timeout(2 * PATIENCE)
+@pytest.mark.timeout(2 * TIMEOUT)
 async def test_the_agent_as_a_service(own: Caisson) -> None:
     image = built("--template", "systemd")
     options = ["--append", "agent.log=debug agent.log_vport=1025"]
@@ -52,7 +52,7 @@ async def test_the_agent_as_a_service(own: Caisson) -> None:
     assert own("stop-vm").returncode == 0
 
 
-@pytest.mark.timeout(2 * PATIENCE)
+@pytest.mark.timeout(2 * TIMEOUT)
 def test_a_guest_without_its_agent_ends(own: Caisson) -> None:
     image = built("--template", "systemd")
     options = ["--append", "agent.debug_console_vport=1026"]
@@ -63,7 +63,7 @@ def test_a_guest_without_its_agent_ends(own: Caisson) -> None:
         shell.connect(str(own.run_directory / "default/vsock.sock"))
         shell.sendall(b"CONNECT 1026\n")
         shell.sendall(b"kill -9 $PPID\n")
-        wait_until(lambda: not (own.run_directory / "default").exists(), "the VM ends", PATIENCE)
+        wait_until(lambda: not (own.run_directory / "default").exists(), "the VM ends", TIMEOUT)
 
 
 def test_a_suite_with_an_older_systemd_is_refused(own: Caisson) -> None:

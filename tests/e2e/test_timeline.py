@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import PATIENCE, Caisson
+from tests.e2e.conftest import TIMEOUT, Caisson
 
 pytestmark = [pytest.mark.root, pytest.mark.vm]
 
 
-@pytest.mark.timeout(2 * PATIENCE)
+@pytest.mark.timeout(2 * TIMEOUT)
 def test_the_time_of_a_boot_is_accounted_for(own: Caisson, tmp_path: Path) -> None:
     file = tmp_path / "boot.json"
     booted = own("boot-vm", "--detach", "--timeline", str(file))

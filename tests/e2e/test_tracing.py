@@ -6,13 +6,13 @@ import pytest
 
 from caisson.agent.client import Agent, AgentError
 from caisson.proto.kata1 import agent_pb2
-from tests.e2e.conftest import PATIENCE, Caisson, built
+from tests.e2e.conftest import TIMEOUT, Caisson, built
 from tests.native.test_tracing import receiver
 
 pytestmark = [pytest.mark.root, pytest.mark.vm]
 
 
-@pytest.mark.timeout(2 * PATIENCE)
+@pytest.mark.timeout(2 * TIMEOUT)
 async def test_spans_arrive_at_the_hosts_port(own: Caisson) -> None:
     image = built("--template", "tracing")
     booted = own("boot-vm", "--image", str(image), "--detach")

@@ -16,7 +16,7 @@ import pytest
 from caisson.image.build.definition import find, load
 from caisson.image.packages.distribution import packages_of
 from tests.build.debian_repository import Repository, Signer
-from tests.e2e.conftest import PATIENCE, Caisson
+from tests.e2e.conftest import TIMEOUT, Caisson
 
 pytestmark = [pytest.mark.root, pytest.mark.vm, pytest.mark.nightly]
 
@@ -79,7 +79,7 @@ def publish(root: Path, signer: Signer) -> None:
         (root / f"dists/{pocket}/InRelease").write_bytes(signer.sign(release.decode()))
 
 
-@pytest.mark.timeout(3 * PATIENCE)
+@pytest.mark.timeout(3 * TIMEOUT)
 def test_a_guest_of_ubuntus_layout_boots_and_runs_programs(own: Caisson, signer: Signer, tmp_path: Path) -> None:
     debian = packages_of("debian", tmp_path / "apt", SUITE, "amd64")
     debian.update()
@@ -101,7 +101,7 @@ def test_a_guest_of_ubuntus_layout_boots_and_runs_programs(own: Caisson, signer:
         (tmp_path / "definition").mkdir()
         file = tmp_path / "definition/image.yaml"
         file.write_text(f'extends: ubuntu\npython: "{PYTHON}"\n')
-        made = own("build-image", "--template", str(file), timeout=2 * PATIENCE)
+        made = own("build-image", "--template", str(file), timeout=2 * TIMEOUT)
     assert made.returncode == 0, made.stderr.decode()
     booted = own("boot-vm", "--image", made.stdout.decode().strip(), "--detach")
     assert booted.returncode == 0, booted.stderr.decode()

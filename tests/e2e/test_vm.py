@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from caisson.agent import client
-from tests.e2e.conftest import PATIENCE, ROOT, Caisson
+from tests.e2e.conftest import ROOT, TIMEOUT, Caisson
 from tests.support import guest_root
 from tests.support.poll import wait_until
 
@@ -127,7 +127,7 @@ def test_a_killed_part_takes_everything_with_it(own: Caisson, kill: Callable[[Ca
     with own.start("exec", "--name", "v", "--", "sleep", "1000", stdin=-3, stderr=-1) as command:
         wait_until(lambda: b"sleep" in own("exec", "--name", "v", "--", "ps").stdout, "the program runs")
         kill(own, "v")
-        assert command.wait(PATIENCE) == 125
+        assert command.wait(TIMEOUT) == 125
         assert command.stderr is not None
         said = command.stderr.read()
     assert why in said

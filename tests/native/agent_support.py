@@ -18,8 +18,8 @@ from tests.support.unique import unique
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
 
-#: Seconds in which anything here is done, on a busy machine.
-PATIENCE = 60.0
+#: Timeout of anything here in seconds, on a busy machine.
+TIMEOUT = 60.0
 
 
 class RunningAgent:
@@ -57,7 +57,7 @@ class RunningAgent:
     def stop(self) -> None:
         self.process.terminate()
         try:
-            assert self.process.wait(PATIENCE) == 0
+            assert self.process.wait(TIMEOUT) == 0
         finally:
             self.process.kill()  # a hang is a failure like any other
             self.process.wait()
@@ -91,7 +91,7 @@ class RunningAgent:
 
 def run(work: Coroutine[Any, Any, T]) -> T:
     """Run a test's coroutine; a hang is a failure."""
-    return asyncio.run(asyncio.wait_for(work, PATIENCE))
+    return asyncio.run(asyncio.wait_for(work, TIMEOUT))
 
 
 async def output(process: Process) -> bytes:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.native.agent_support import PATIENCE, RunningAgent, run
+from tests.native.agent_support import TIMEOUT, RunningAgent, run
 from tests.support.poll import until
 
 pytestmark = pytest.mark.root
@@ -29,7 +29,7 @@ def talkative(tmp_path: Path, nsexec_path: Path, busybox_rootfs: Path) -> Iterat
 @contextmanager
 def connected(agent: RunningAgent, name: str) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(PATIENCE)
+        connection.settimeout(TIMEOUT)
         connection.connect(str(agent.socket.with_name(name)))
         yield connection
 
@@ -106,6 +106,6 @@ def test_stops_with_everything_connected(talkative: RunningAgent) -> None:
         console.sendall(b"echo up-$((1 + 1))\n")
         read_until(console, b"up-2")
         talkative.process.terminate()
-        assert talkative.process.wait(PATIENCE) == 0
+        assert talkative.process.wait(TIMEOUT) == 0
         while log.recv(4096):
             pass

@@ -35,10 +35,12 @@ BEFORE_READY = POINTS[: POINTS.index("ready")]
 
 #: Where a stage that never continues is tried: each costs the agent's timeout.
 HANGS = ["entry", "stage1_reported", "stage0_maps", "stage2_cloned", "stage2_entry", "prepared"]
-STANDS_STILL = "nsexec:fault"
+
+#: The name of a stage that has stopped at a fault (proc_pid_comm(5)).
+FAULT_COMM = "nsexec:fault"
 
 #: Seconds for a call to fail after its stage was killed; mostly an allowance for a busy machine.
-PROMPTLY = 1.0
+MAX_FAILURE_SECONDS = 1.0
 
 
 class FaultyNsexec(Nsexec):
@@ -94,7 +96,7 @@ def stopped_children(parent: int) -> list[int]:
     found = []
     for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
         try:
-            if Path(f"/proc/{pid}/comm").read_text().strip() == STANDS_STILL:
+            if Path(f"/proc/{pid}/comm").read_text().strip() == FAULT_COMM:
                 found.append(int(pid))
         except OSError:
             continue
@@ -127,7 +129,7 @@ async def fails_cleanly(box: Box, call: asyncio.Task[Any], *, kill: bool) -> boo
     began = time.monotonic()
     with pytest.raises(LaunchError) as caught:
         await call
-    assert time.monotonic() - began < PROMPTLY + (0 if kill else 1.5)
+    assert time.monotonic() - began < MAX_FAILURE_SECONDS + (0 if kill else 1.5)
     assert re.search("killed|gone|ended|broke off|longer than|could not|died", str(caught.value)), caught.value
     assert left(box) == []
     return True
@@ -187,7 +189,7 @@ async def test_start(fault_box: Box, faulty: FaultyNsexec, point: str) -> None:
     with pytest.raises(LaunchError, match=r"died before (it was started|its program was executed)"):
         await call
     assert await launched.child.wait() == 137
-    assert time.monotonic() - began < PROMPTLY
+    assert time.monotonic() - began < MAX_FAILURE_SECONDS
     fault_box.fifo.unlink(missing_ok=True)
     faulty.point = ""
     await end(fault_box, await fault_box.create(config("true")))
@@ -219,7 +221,7 @@ def test_exec(fault_box: Box, faulty: FaultyNsexec, kind: str, kill: bool) -> No
                     assert await call == 137
                     continue
                 with pytest.raises(LaunchError):
-                    await asyncio.wait_for(call, PROMPTLY + 1.5)
+                    await asyncio.wait_for(call, MAX_FAILURE_SECONDS + 1.5)
             else:
                 assert await call == 0, point
         faulty.point = ""
@@ -235,7 +237,7 @@ def test_exec(fault_box: Box, faulty: FaultyNsexec, kind: str, kill: bool) -> No
 def test_the_program_that_is_shipped_has_no_such_points(nsexec_path: Path) -> None:
     program = nsexec_path.read_bytes()
     assert b"_CAISSON_FAULT" not in program
-    assert STANDS_STILL.encode() not in program
+    assert FAULT_COMM.encode() not in program
 
 
 @pytest.mark.timeout(200)

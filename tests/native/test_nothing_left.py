@@ -19,7 +19,7 @@ from caisson.proto.kata1 import agent_pb2, oci_pb2
 from tests.native.agent_support import ROOT, RunningAgent, output
 from tests.native.conftest import check_nothing_is_left
 from tests.native.nsexec_support import make_rootfs
-from tests.native.test_faults import POINTS, STANDS_STILL
+from tests.native.test_faults import FAULT_COMM, POINTS
 from tests.support.poll import until
 
 pytestmark = pytest.mark.root
@@ -240,7 +240,7 @@ def faulty_agent(
 def stopped_children(agent: RunningAgent) -> int:
     for pid in agent.children():
         with suppress(OSError):
-            if Path(f"/proc/{pid}/comm").read_text().strip() == STANDS_STILL:
+            if Path(f"/proc/{pid}/comm").read_text().strip() == FAULT_COMM:
                 return pid
     return 0
 

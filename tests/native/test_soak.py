@@ -17,7 +17,7 @@ from tests.support.poll import until
 
 pytestmark = pytest.mark.root
 
-ROUNDS, OF_EACH_ROUND, AT_ONCE = 5, 400, 50
+ROUNDS, CALLS_PER_ROUND, CONCURRENCY = 5, 400, 50
 
 #: Bytes by which the agent may have grown in the second half: an allocator's pages, but no leak; 2,000 calls that leak
 #: 4 KiB each would be twice as much.
@@ -135,18 +135,18 @@ async def test_nothing_is_left_of_two_thousand(agent: RunningAgent) -> None:
         chance = random.Random(7)
         memory = []
         for _ in range(ROUNDS):
-            gate = asyncio.Semaphore(AT_ONCE)
+            gate = asyncio.Semaphore(CONCURRENCY)
 
             async def gated(kind: Callable[[], Awaitable[None]], gate: asyncio.Semaphore) -> None:
                 async with gate:
                     await soak.one(kind)
 
-            chosen = [chance.choice(soak.kinds) for _ in range(OF_EACH_ROUND)]
+            chosen = [chance.choice(soak.kinds) for _ in range(CALLS_PER_ROUND)]
             await asyncio.gather(*(gated(kind, gate) for kind in chosen))
             await until(lambda: len(agent.children()) == 1, "every process has ended and is reaped")
             memory.append(agent.memory())
-        assert sum(soak.done.values()) >= ROUNDS * OF_EACH_ROUND
-        assert min(soak.done.values()) > ROUNDS * OF_EACH_ROUND / 30, soak.done
+        assert sum(soak.done.values()) >= ROUNDS * CALLS_PER_ROUND
+        assert min(soak.done.values()) > ROUNDS * CALLS_PER_ROUND / 30, soak.done
         await until(lambda: agent.fds() <= fds, "no descriptor is left")
         assert own_mounts(agent) == mounts
         assert len(agent.cgroups()) == cgroups

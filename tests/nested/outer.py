@@ -69,8 +69,8 @@ class Outer:
         ]  # fmt: skip
         environment = {
             "PYTHONPATH": f"{HOME}/site:/usr/lib/caisson", "CAISSON_COMMAND": f"{self.python} -m caisson.commands.main",
-            "CAISSON_CACHE": f"{HOME}/cache", "CAISSON_IMAGES": f"{HOME}/images", "CAISSON_PATIENCE": f"{timeout:.0f}",
-            "PYTHONDONTWRITEBYTECODE": "1", **settings,
+            "CAISSON_CACHE": f"{HOME}/cache", "CAISSON_IMAGES": f"{HOME}/images",
+            "CAISSON_TEST_TIMEOUT": f"{timeout:.0f}", "PYTHONDONTWRITEBYTECODE": "1", **settings,
         }  # fmt: skip
 
         async def work() -> guest_root.Done:
