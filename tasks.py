@@ -77,7 +77,7 @@ def _make_environment(python: Path) -> None:
     if importlib.util.find_spec("ensurepip") is None:
         packages.append("python3-venv")
     try:
-        programs.need_packages(packages, _info)
+        programs.require_packages(packages, _info)
     except programs.MissingPrograms as error:
         sys.exit(f"caisson: {error}")
     _info("setting up .venv")

@@ -135,7 +135,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log, timestamps
     extras = options.log_listen or options.console_listen or options.console
     connected = _host_is_connected(listener)
     if not extras and connected:
-        await health.answered(FIRST_ANSWER_TIMEOUT)
+        await health.wait_until_answered(FIRST_ANSWER_TIMEOUT)
     services().load(server.spoken)
     for number in (signal.SIGTERM, signal.SIGINT):
         signals.handle(number, stop.set)
@@ -143,7 +143,7 @@ async def _serve(options: Options, listener: socket.socket, log: Log, timestamps
         tasks += _extras(options, reaper, log)
     if not connected and not options.timeline:  # as when a guest is booted to be saved
         services().import_for_containers()
-        await server.rehearse(health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, "Check")
+        await server.warm_up(health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, "Check")
     print(f"{READY_LINE} {options.listen}", flush=True)
     await stop.wait()
     for task in tasks:

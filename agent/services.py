@@ -68,7 +68,7 @@ class Services:
     ) -> None:
         """``stop`` makes the agent exit once all calls are answered.  Raises OSError if nsexec is not available."""
         try:
-            modules.need(MODULES)
+            modules.load_available(MODULES)
         except ModelError as error:
             log("error", "kernel modules are missing; some containers will fail", error=str(error))
         self._tracing = tracing

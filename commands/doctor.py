@@ -51,7 +51,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Check everything, in the order in which it is needed."""
-    host = Host.here()
+    host = Host.current()
     checks: tuple[Callable[[], Finding], ...] = (
         _python,
         lambda: _programs("build tools", TO_BUILD, "images cannot be built"),

@@ -26,7 +26,7 @@ def main(more: str = "") -> int:
     if interruptible:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     status = run(None, *([import_module(more).GROUP] if more else []))
-    if lazyimport.deferring():  # a short command: interpreter shutdown would be a fifth of its time
+    if lazyimport.active_importers():  # a short command: interpreter shutdown would be a fifth of its time
         sys.stderr.flush()
         os._exit(status)
     return status

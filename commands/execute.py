@@ -42,10 +42,10 @@ def exec_(
     who = user_document(user)
     if guest:
         load_deferred()
-        from caisson.commands.machines import vm_for
+        from caisson.commands.machines import find_or_boot_vm
         from caisson.commands.program import execute_in_guest
 
-        with vm_for(name, reporter(verbose), network=network) as vm:
+        with find_or_boot_vm(name, reporter(verbose), network=network) as vm:
             return execute_in_guest(vm, words, env=env, cwd=workdir, user=who, terminal=tty)
     with _machine(name, network, verbose) as machine:
         return execute(machine, container or DEFAULT, words, env=env, cwd=workdir, user=who, terminal=tty)
@@ -53,13 +53,13 @@ def exec_(
 
 @contextlib.contextmanager
 def _machine(name: str, network: str, verbose: bool) -> Iterator[Machine]:
-    """Yield the running VM of this name, or otherwise the one from `vm_for`.  Raises VMError, UsageError."""
+    """Yield the running VM of this name, or otherwise the one from `find_or_boot_vm`.  Raises VMError, UsageError."""
     found = None if network else find_running(name or "default")
     if found is None:
         load_deferred()
-        from caisson.commands.machines import vm_for
+        from caisson.commands.machines import find_or_boot_vm
 
-        with vm_for(name, reporter(verbose), answering=False, network=network) as vm:
+        with find_or_boot_vm(name, reporter(verbose), answering=False, network=network) as vm:
             yield vm
         return
     directory, _ = found
@@ -67,10 +67,10 @@ def _machine(name: str, network: str, verbose: bool) -> Iterator[Machine]:
         yield RunningMachine(directory.path, directory.agent_socket)
     except AgentGone:
         load_deferred()
-        from caisson.commands.machines import end_explained
+        from caisson.commands.machines import explain_exit
         from caisson.image.vm import VM
 
-        with end_explained(VM(*found)):
+        with explain_exit(VM(*found)):
             raise
 
 

@@ -8,7 +8,7 @@ from caisson.agent.hypervisor.server import ServiceError, serve
 from caisson.commands.machines import image_directory
 from caisson.commands.pods import POD_SNAPSHOT, Pods
 from caisson.commands.streams import info
-from caisson.image.programs import TO_BOOT, TO_SERVE_PODS, need
+from caisson.image.programs import TO_BOOT, TO_SERVE_PODS, require
 from caisson.image.vm import VMError
 from caisson.image.vm.snapshot.snapshot import Snapshot
 
@@ -22,7 +22,7 @@ def hypervisor(
     if saved is None:
         directory = image_directory(image, info, also=TO_SERVE_PODS)
     else:
-        need((*TO_BOOT, *TO_SERVE_PODS), info)
+        require((*TO_BOOT, *TO_SERVE_PODS), info)
         directory = Path(image) if image else saved.image
     settings = {
         "image": str(directory), "memory": memory or 0, "cpus": cpus or 0, "accel": accel,

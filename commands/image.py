@@ -13,7 +13,7 @@ from caisson.commands.streams import check_writable, info
 from caisson.image.build import treemap as treemaps
 from caisson.image.build.choices import COMPRESSORS
 from caisson.image.errors import ImageError
-from caisson.image.programs import DEBIAN_KEYRING, TO_BUILD, TO_COMPILE, TO_UNPACK_KERNEL, need, to_cross_build
+from caisson.image.programs import DEBIAN_KEYRING, TO_BUILD, TO_COMPILE, TO_UNPACK_KERNEL, require, to_cross_build
 
 #: Names of the steps' results for users.
 CLEANED = {
@@ -45,7 +45,7 @@ def build_image(
         else:
             print(images.planned(document, steps))
         return
-    need(programs_to_build(loaded), info)
+    require(programs_to_build(loaded), info)
     directory = build.image().directory
     done = list(build.done)
     if treemap:
@@ -76,7 +76,7 @@ def _print_json(value: object) -> None:
 def verify_image(*, directory: str, template: str, suite: str, arch: str, changes: list[str]) -> None:
     """Rebuild an image's definition and compare byte for byte."""
     loaded = images.load(images.find(template), suite=suite or None, arch=arch or None, settings=changes)
-    need(programs_to_build(loaded), info)
+    require(programs_to_build(loaded), info)
     differing = images.verify(loaded, images.Image.load(Path(directory)), report=info)
     if differing:
         raise ImageError(f"{directory}: differs from a new build in {', '.join(differing)}")

@@ -15,7 +15,7 @@ from caisson.agent import client
 from caisson.agent.client.errors import AgentGone, ClientError, UsageError
 from caisson.agent.client.guest import call_sync
 from caisson.agent.client.network import configure
-from caisson.image.programs import DEBIAN_KEYRING, TO_BOOT, TO_BUILD, need
+from caisson.image.programs import DEBIAN_KEYRING, TO_BOOT, TO_BUILD, require
 from caisson.image.vm import VM, VMConfig, VMError, find_vm, get_vm
 from caisson.image.vm.errors import VMEnded
 from caisson.image.vm.network import Publish
@@ -38,7 +38,7 @@ def running_vm(name: str) -> Iterator[VM]:
 
     Raises VMError.
     """
-    with end_explained(get_vm(name)) as vm:
+    with explain_exit(get_vm(name)) as vm:
         _await_agent(vm)
         yield vm
 
@@ -54,7 +54,7 @@ def _await_agent(vm: VM) -> None:
 
 
 @contextlib.contextmanager
-def vm_for(
+def find_or_boot_vm(
     name: str, report: Callable[[str], None], *, answering: bool = True, network: str = "", publish: Sequence[str] = ()
 ) -> Iterator[VM]:
     """Find the VM of this name; without a name the running default one, or boot one for the duration of this block.
@@ -67,7 +67,7 @@ def vm_for(
             f"VM {name or 'default'!r}: is already running; give it a network when it boots: caisson boot-vm"
         )
     if name or find_vm("default") is not None:
-        with end_explained(get_vm(name or "default")) as vm:
+        with explain_exit(get_vm(name or "default")) as vm:
             if answering:
                 _await_agent(vm)
             yield vm
@@ -77,14 +77,14 @@ def vm_for(
             network=network or ("user" if publish else "none"), publish=tuple(map(Publish.parse, publish)),
         )  # fmt: skip
         config = dataclasses.replace(config, image=image_directory("", report))
-        with VM.start(config, ready=client.ReadinessProbe(), report=report) as vm, end_explained(vm):
+        with VM.start(config, ready=client.ReadinessProbe(), report=report) as vm, explain_exit(vm):
             if config.network != "none":
                 call_sync(vm, lambda agent: configure(agent, vm.info["network"]))
             yield vm
 
 
 @contextlib.contextmanager
-def end_explained(vm: VM) -> Iterator[VM]:
+def explain_exit(vm: VM) -> Iterator[VM]:
     """If the VM has exited, raise VMEnded with its reason, in place of a connection or file error."""
     try:
         yield vm
@@ -106,9 +106,9 @@ def image_directory(path: str, report: Callable[[str], None], also: tuple[str, .
     """
     if path:
         image = images.Image.load(Path(path))
-        need((architecture_of(image.manifest).program, *also), report)
+        require((architecture_of(image.manifest).program, *also), report)
         return image.directory
     build = images.Build(images.load(), report=report)
     tools = () if build.is_cached() else (*TO_BUILD, DEBIAN_KEYRING)
-    need((*tools, *TO_BOOT, *also), report)
+    require((*tools, *TO_BOOT, *also), report)
     return build.image().directory

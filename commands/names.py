@@ -28,9 +28,9 @@ def _containers(values: Mapping[str, str]) -> Sequence[str]:
 
 
 def _snapshots(_: Mapping[str, str]) -> Sequence[str]:
-    from caisson.image.vm.snapshot.snapshot import place
+    from caisson.image.vm.snapshot.snapshot import snapshot_directory
 
-    return sorted(path.name for path in place("any").parent.iterdir() if not path.name.startswith("."))
+    return sorted(path.name for path in snapshot_directory("any").parent.iterdir() if not path.name.startswith("."))
 
 
 def _templates(_: Mapping[str, str]) -> Sequence[str]:

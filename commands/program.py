@@ -13,7 +13,7 @@ from typing import Any
 from caisson.agent.client import AgentError, copy, foreground
 from caisson.agent.client import forward as forwarding
 from caisson.agent.client import share as mounting
-from caisson.agent.client.errors import UsageError, container_explained
+from caisson.agent.client.errors import UsageError, explain_container_errors
 from caisson.agent.client.execute import execute
 from caisson.agent.client.guest import (
     Guest,
@@ -75,7 +75,7 @@ def shell(*, container: str, guest: bool, name: str) -> int:
 def cp(*, source: str, target: str, name: str) -> int:
     """Copy a file or a directory into or out of a container; returns 1 if something cannot be copied."""
     from_, to = copy.places(source, target)
-    with running_vm(name) as vm, container_explained(from_.container or to.container):
+    with running_vm(name) as vm, explain_container_errors(from_.container or to.container):
         left_out = asyncio.run(_copy(vm, source, target))
     for one in left_out:
         info(f"not copied: {one}")
@@ -85,13 +85,17 @@ def cp(*, source: str, target: str, name: str) -> int:
 async def _copy(vm: VM, source: str, target: str) -> list[str]:
     async with Guest(vm) as guest, contextlib.AsyncExitStack() as stack:
         return await copy.copy(
-            guest.agent, source, target, info, lambda name: stack.enter_async_context(guest.with_files_of(name))
+            guest.agent,
+            source,
+            target,
+            info,
+            lambda name: stack.enter_async_context(guest.container_with_files_of(name)),
         )
 
 
 def share(*, directory: str, name: str, container: str, at: str, tag: str, writable: bool, only_plug: bool) -> None:
     """Share a directory and mount it in a container; prints where."""
-    with running_vm(name) as vm, container_explained(container):
+    with running_vm(name) as vm, explain_container_errors(container):
         shared = sharing.share(vm, Path(directory), tag, writable=writable)
         if only_plug:
             print(shared.tag)
@@ -131,7 +135,7 @@ async def _forward(vm: VM, rule: forwarding.ForwardRule, reverse: bool, containe
         where: forwarding.ForwardRule | Path = rule
         if rule.kind == "tcp":
             guest = await stack.enter_async_context(Guest(vm))
-            serve = forwarding.to_container(await guest.existing(container), rule.guest)
+            serve = forwarding.to_container(await guest.find_container(container), rule.guest)
         elif reverse:
             where, serve = vm.host_port(rule.guest), forwarding.to_tcp(rule.address, rule.host)
         else:
@@ -142,5 +146,5 @@ async def _forward(vm: VM, rule: forwarding.ForwardRule, reverse: bool, containe
         stack.enter_context(forward_registry(vm).lease(what))
         stack.callback(forward_registry(vm).discard, what)
         info(f"{what} of {vm.name}")
-        await forwarding.ended(stack.enter_context(vm.exit_fd()))
+        await forwarding.wait_readable(stack.enter_context(vm.exit_fd()))
         info(f"VM {vm.name!r}: the VM has ended: {vm.exit_reason()}")

@@ -16,13 +16,13 @@ from caisson.agent.client.errors import UsageError
 from caisson.agent.client.guest import container_registry, guest_cpus, guest_memory
 from caisson.agent.client.listing import show
 from caisson.commands.execute import check_terminal
-from caisson.commands.machines import vm_for
+from caisson.commands.machines import find_or_boot_vm
 from caisson.commands.program import release_disk, remove_orphaned
 from caisson.commands.streams import info, reporter
 from caisson.image.build.cache import Cache, default_root
 from caisson.image.containers import store
-from caisson.image.containers.oci import packed as packed_image
-from caisson.image.programs import TO_PACK, need
+from caisson.image.containers.oci import pack_image
+from caisson.image.programs import TO_PACK, require
 from caisson.image.vm import VM, VMError
 from caisson.image.vm.hotplug import share as sharing
 from caisson.image.vm.hotplug.disks import plug_disk
@@ -54,9 +54,9 @@ def run(
         raise UsageError("--rm: cannot be combined with --detach; remove it later: caisson rm")
     shared = [_parse_volume(one) for one in volume]
     settings = [*(setting for file in env_file for setting in run_specs.env_file(file)), *env]
-    need(TO_PACK, info)
+    require(TO_PACK, info)
     vm_name = name or ("default" if detach else "")
-    with vm_for(vm_name, reporter(verbose), network=network, publish=publish) as vm:
+    with find_or_boot_vm(vm_name, reporter(verbose), network=network, publish=publish) as vm:
         registry = container_registry(vm)
         if container in registry.names():
             raise UsageError(f"container {container!r}: already exists; remove it: caisson rm {container}")
@@ -71,7 +71,7 @@ def run(
                 busybox=str(vm.manifest["containers"]["busybox"]) + "/bin/busybox",
             )  # fmt: skip
             size = max_size * MIB or None
-            with packed_image(path, vm.architecture, tag=tag, max_size=size, report=info) as packed:
+            with pack_image(path, vm.architecture, tag=tag, max_size=size, report=info) as packed:
                 document = run_specs.image_document(packed.config, packed.bundle, words, options, info)
                 disk = packed.name or uuid.uuid4().hex[:24]
                 stack.callback(release_disk, vm, container)

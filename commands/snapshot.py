@@ -10,10 +10,10 @@ from caisson import image as images
 from caisson.commands.image import programs_to_build
 from caisson.commands.machines import image_directory
 from caisson.commands.streams import info
-from caisson.image.programs import TO_BOOT, need
+from caisson.image.programs import TO_BOOT, require
 from caisson.image.vm import VM, VMConfig
 from caisson.image.vm.pace import scaled
-from caisson.image.vm.snapshot.snapshot import checked, says_ready
+from caisson.image.vm.snapshot.snapshot import check_name, has_printed_ready
 
 #: Minutes that an idle CPU takes to compile the kernel of the template `lean`.
 COMPILE_MINUTES = 20.0
@@ -21,14 +21,14 @@ COMPILE_MINUTES = 20.0
 
 def save_snapshot(*, name: str, image: str, memory: int, cpus: int, append: str, accel: str, vsock: str) -> None:
     """Boot a guest and save it with its agent listening."""
-    checked(name)
+    check_name(name)
     directory = image_directory(image, info) if image else lean_image()
     config = VMConfig(
         image=directory, name=f"save-{os.getpid()}", accel=accel, vsock=vsock, memory=memory, cpus=cpus, append=append,
         savable=True,
     )  # fmt: skip
     began = time.monotonic()
-    with VM.start(config, ready=says_ready, report=info) as vm:
+    with VM.start(config, ready=has_printed_ready, report=info) as vm:
         booted = time.monotonic() - began
         size = vm.save(name)
     saved = time.monotonic() - began - booted
@@ -38,7 +38,7 @@ def save_snapshot(*, name: str, image: str, memory: int, cpus: int, append: str,
 def lean_image() -> Path:
     """Build the image for snapshots: everything is built into its kernel, and its root does not take memory."""
     loaded = images.load(images.find("lean"), settings=["format=erofs"])
-    need((*programs_to_build(loaded), *TO_BOOT), info)
+    require((*programs_to_build(loaded), *TO_BOOT), info)
     build = images.Build(loaded, report=info)
     if not all(step.cached for step in build.plan() if step.step == "kernel"):
         minutes = max(1, round(scaled(COMPILE_MINUTES) / len(os.sched_getaffinity(0))))

@@ -17,12 +17,12 @@ from caisson.agent import client
 from caisson.agent.client import listing
 from caisson.agent.client import logs as container_logs
 from caisson.agent.client.diagnostics import AgentLines
-from caisson.agent.client.errors import UsageError, container_explained
+from caisson.agent.client.errors import UsageError, explain_container_errors
 from caisson.agent.client.guest import active_forwards, call_sync
 from caisson.agent.client.network import configure
 from caisson.commands.machines import RESUME_COMMAND, image_directory, running_vm
 from caisson.commands.streams import check_writable, console_writer, info
-from caisson.image.programs import TO_BOOT, need
+from caisson.image.programs import TO_BOOT, require
 from caisson.image.vm import VM, VMConfig, VMError, find_vm, get_vm, list_vms
 from caisson.image.vm import timeline as timelines
 from caisson.image.vm.config import DryRun, parse_share
@@ -75,7 +75,7 @@ def boot_vm(
             raise UsageError(
                 f"--snapshot: cannot be combined with {', '.join(clashing)}; the snapshot determines these"
             )
-        need(TO_BOOT, info)
+        require(TO_BOOT, info)
         found = Snapshot.named(snapshot)
         config = VMConfig.clone(found, name=name, accel=accel, vsock=vsock, on_resume=RESUME_COMMAND)
         ready = functools.partial(client.is_personalized, hostname=name)
@@ -175,8 +175,8 @@ def logs(*, container: str, only_agent: bool, follow: bool, since: str, tail: in
     """Show the output of a detached container or a guest."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # exit as cat(1) does when the reader is gone
     if container:
-        moment = container_logs.moment(since) if since else 0.0
-        with running_vm(name) as vm, container_explained(container):
+        moment = container_logs.parse_time(since) if since else 0.0
+        with running_vm(name) as vm, explain_container_errors(container):
             call_sync(vm, lambda agent: container_logs.show(agent, container, follow=follow, since=moment, tail=tail))
         return
     if since or tail is not None:

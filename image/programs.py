@@ -120,12 +120,12 @@ def install_command(packages: Iterable[str]) -> str:
     return f"sudo apt-get install --yes --no-install-recommends {again}{' '.join(packages)}"
 
 
-def need(programs: Iterable[str], report: Report) -> None:
+def require(programs: Iterable[str], report: Report) -> None:
     """Ensure that these programs exist: as root, install missing ones with apt.  Raises MissingPrograms."""
-    need_packages(packages_of_missing(programs), report)
+    require_packages(packages_of_missing(programs), report)
 
 
-def need_packages(packages: Sequence[str], report: Report) -> None:
+def require_packages(packages: Sequence[str], report: Report) -> None:
     """Install these packages with apt, as root.  Raises MissingPrograms, which names them all."""
     if not packages:
         return

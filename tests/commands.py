@@ -20,7 +20,7 @@ from caisson.image.programs import (
     TO_COMPILE,
     TO_PACK,
     TO_UNPACK_KERNEL,
-    need,
+    require,
     to_cross_build,
 )
 
@@ -72,8 +72,8 @@ def bench(*, quick: bool, as_json: bool, html: str | None) -> None:
 
 
 def _need_all() -> None:
-    need(TO_TEST, info)
-    need(("virtiofsd",), info)  # checked after installing QEMU, whose packages include it up to 7.2
+    require(TO_TEST, info)
+    require(("virtiofsd",), info)  # checked after installing QEMU, whose packages include it up to 7.2
 
 
 def _install(extra: str) -> None:

@@ -159,7 +159,7 @@ class CaissonService:
     async def LoadModule(self, request: caisson_pb2.LoadModuleRequest) -> Empty:
         from caisson.agent.guest import modules
 
-        await asyncio.to_thread(modules.need, (request.name,))
+        await asyncio.to_thread(modules.load_available, (request.name,))
         return EMPTY
 
     @cached_property

@@ -19,7 +19,7 @@ class Health:
         self._timestamps = timestamps
         self._asked = asyncio.Event()
 
-    async def answered(self, timeout: float) -> None:
+    async def wait_until_answered(self, timeout: float) -> None:
         """Wait until a caller has received a response, for at most ``timeout`` seconds."""
         try:
             await asyncio.wait_for(self._asked.wait(), timeout)  # the response was sent before this continues

@@ -49,14 +49,14 @@ class LazyImporter:
                 module._run()
 
 
-def deferring() -> list[LazyImporter]:
+def active_importers() -> list[LazyImporter]:
     """Return the importers that defer modules now."""
     return [one for one in sys.meta_path if isinstance(one, LazyImporter)]
 
 
 def load_deferred() -> None:
     """Execute every module that was deferred so far, and defer no more."""
-    for finder in deferring():
+    for finder in active_importers():
         sys.meta_path.remove(finder)
         finder.load()
 

@@ -111,7 +111,7 @@ ENGINE_FILES = {
 Warn = Callable[[str], None]
 
 
-def adapted(
+def adapt(
     bundle: Mapping[str, Any],
     masked: Sequence[str],
     readonly: Sequence[str],

@@ -48,13 +48,13 @@ def write_all(target: int, data: bytes) -> None:
         view = view[os.write(target, view) :]
 
 
-def unwritable(error: OSError) -> OutputError:
+def output_error(error: OSError) -> OutputError:
     """Return the error for output that cannot be written."""
     return OutputError(f"its output cannot be written: {error.strerror}")
 
 
 @contextlib.contextmanager
-def raw(terminal: int) -> Iterator[None]:
+def raw_terminal(terminal: int) -> Iterator[None]:
     """Put a terminal into raw mode for a block; a no-op on other files."""
     if not os.isatty(terminal):
         yield

@@ -11,7 +11,7 @@ import socket
 import time
 from typing import Protocol
 
-from caisson.agent.client.errors import AgentError, agent_error, gone
+from caisson.agent.client.errors import AgentError, agent_error, connection_error
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc import frames
 from caisson.agent.rpc.ttrpc.client import Client
@@ -62,7 +62,7 @@ class TtrpcChannel:
         except RpcError as error:
             raise agent_error(error) from error
         except OSError as error:
-            raise gone((error.strerror or str(error)).lower()) from error
+            raise connection_error((error.strerror or str(error)).lower()) from error
         except ValueError as error:  # longer than ttrpc carries
             raise AgentError(StatusCode.RESOURCE_EXHAUSTED, str(error)) from error
 

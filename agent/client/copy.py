@@ -25,7 +25,7 @@ from pathlib import Path
 from caisson.agent.client.caller import CHUNK, PATH, write_all
 from caisson.agent.client.connection import Agent, Container, Process
 from caisson.agent.client.errors import AgentError, CopyError, ProgramError, UsageError
-from caisson.agent.client.unpack import received, unpack, unpack_to
+from caisson.agent.client.unpack import open_archive, unpack, unpack_to
 
 #: A container's name and a path in it; anything that begins with "/" or "." is a host path.
 PLACE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]*):(.+)", re.DOTALL)
@@ -393,7 +393,7 @@ def _add(archive: tarfile.TarFile, path: Path, name: str) -> None:
 
 def _unpack(source: int, directory: Path, old: str, new: str) -> list[str]:
     left_out: list[str] = []
-    with os.fdopen(source, "rb") as file, received(file) as archive:
+    with os.fdopen(source, "rb") as file, open_archive(file) as archive:
         place = directory / new
         if place.exists() and not place.is_file() and not place.is_dir():
             with place.open("wb") as target:

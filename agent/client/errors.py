@@ -82,7 +82,9 @@ class ProgramError(AgentError):
         self.exit_status = EXIT_STATUS[reason]
 
 
-def refused(code: StatusCode, details: str, reason: Reason = Reason.UNSPECIFIED, sentence: str = "") -> AgentError:
+def error_from_status(
+    code: StatusCode, details: str, reason: Reason = Reason.UNSPECIFIED, sentence: str = ""
+) -> AgentError:
     """Return the error for an agent's response."""
     kind = ProgramError if reason in EXIT_STATUS else AgentError
     return kind(code, details, reason, sentence)
@@ -94,7 +96,7 @@ def agent_error(error: RpcError) -> AgentError:
     A status's details are for us, its text is for Kata's hosts.
     """
     if isinstance(error, ConnectionClosed):
-        return gone(error.text)
+        return connection_error(error.text)
     for type_url, value in error.details:
         if type_url == ERROR_DETAILS:
             try:
@@ -104,17 +106,17 @@ def agent_error(error: RpcError) -> AgentError:
             except ValueError:  # malformed, or from a later agent
                 continue
             sentence = text.decode(errors="replace")[:MAX_TEXT] if isinstance(text, bytes) else ""
-            return refused(error.code, error.text, reason, sentence)
-    return refused(error.code, error.text)
+            return error_from_status(error.code, error.text, reason, sentence)
+    return error_from_status(error.code, error.text)
 
 
-def gone(why: str) -> AgentGone:
+def connection_error(why: str) -> AgentGone:
     """Return the error for a connection that failed or was closed."""
     return AgentGone(f"agent: does not answer ({why}); `caisson list-vms` shows whether its VM is running")
 
 
 @contextlib.contextmanager
-def container_explained(container_id: str) -> Iterator[None]:
+def explain_container_errors(container_id: str) -> Iterator[None]:
     """Explain a container's problem and its remedy, in place of the agent's message.
 
     Raises ContainerUnavailable in that case.

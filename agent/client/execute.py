@@ -23,14 +23,21 @@ from caisson.agent.client.caller import (
     PATH,
     ROOT,
     STOPS,
-    raw,
+    output_error,
+    raw_terminal,
     status_of,
     terminal_env,
     terminal_size,
-    unwritable,
     write_all,
 )
-from caisson.agent.client.errors import AgentError, AgentGone, Reason, agent_error, container_explained, gone
+from caisson.agent.client.errors import (
+    AgentError,
+    AgentGone,
+    Reason,
+    agent_error,
+    connection_error,
+    explain_container_errors,
+)
 from caisson.agent.rpc import wire
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.blocking import BlockingClient, received
@@ -91,7 +98,7 @@ def execute(
         document["consoleSize"] = {"height": size[0], "width": size[1]}
     process = _ExecProcess(container_id, os.urandom(16).hex(), terminal)
     try:
-        with container_explained(container_id):
+        with explain_container_errors(container_id):
             try:
                 process.start(machine, document)
             except AgentError as error:
@@ -140,7 +147,7 @@ class _ExecProcess:
         try:
             self._client = BlockingClient.connect(machine.agent_socket)
         except OSError as error:
-            raise gone((error.strerror or str(error)).lower()) from error
+            raise connection_error((error.strerror or str(error)).lower()) from error
         encoded = json.dumps(document).encode(errors="backslashreplace")  # not UTF-8: escaped lone surrogates
         self._call("ExecProcess", (PROCESS, encoded), service=GUEST)
 
@@ -160,7 +167,7 @@ class _ExecProcess:
 
     def attach(self) -> int:
         """Connect the caller's streams to the process until it has exited and all its output is delivered."""
-        with raw(0) if self._terminal else contextlib.nullcontext(), self._handling_signals():
+        with raw_terminal(0) if self._terminal else contextlib.nullcontext(), self._handling_signals():
             # Call it now: once the container is removed, the status is lost.
             self._post("WaitProcess", lambda frame: self._events.put(partial(self._exited, frame)))
             start_new_thread(self._feed, ())
@@ -210,7 +217,7 @@ class _ExecProcess:
             with contextlib.suppress(AgentError):
                 self._call("SignalProcess", (SIGNAL, signal.SIGPIPE))
             if not isinstance(error, BrokenPipeError):
-                raise unwritable(error) from error
+                raise output_error(error) from error
             self._status, self._outputs = 128 + signal.SIGPIPE, 0
             return
         if error is not None and not (isinstance(error, AgentError) and error.reason == Reason.CONTAINER_NOT_FOUND):

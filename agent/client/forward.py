@@ -162,7 +162,7 @@ async def listening(where: ForwardRule | Path, serve: Serve, report: Callable[[s
             where.unlink(missing_ok=True)
 
 
-async def ended(exit_fd: int | None) -> None:
+async def wait_readable(exit_fd: int | None) -> None:
     """Wait until a descriptor becomes readable; None counts as readable."""
     if exit_fd is None:
         return

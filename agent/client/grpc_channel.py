@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 
-from caisson.agent.client.errors import AgentError, Reason, gone, refused
+from caisson.agent.client.errors import AgentError, Reason, connection_error, error_from_status
 from caisson.agent.rpc.codes import StatusCode
 
 #: Message size for 1 MiB of output, as the client requests, and gRPC's default limit.
@@ -72,13 +72,13 @@ class GrpcChannel:
 def _error(failure: grpc.aio.AioRpcError) -> AgentError:
     code, text = StatusCode(failure.code().value[0]), failure.details() or ""
     if code is StatusCode.UNAVAILABLE:  # the text is gRPC's, about sockets and addresses
-        return gone("the connection is closed")
+        return connection_error("the connection is closed")
     return agent_error(code, text)
 
 
 def agent_error(code: StatusCode, text: str) -> AgentError:
     """Return the error for a status of 1.x."""
-    return refused(code, text, _reason(code, text))
+    return error_from_status(code, text, _reason(code, text))
 
 
 def _reason(code: StatusCode, text: str) -> Reason:

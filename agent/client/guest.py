@@ -131,7 +131,7 @@ class Guest:
 
         document = specs.container_document(contents["containers"]["busybox"])
         architecture = str(contents.get("arch", "amd64"))
-        specs.confined(document, guest_memory(self.machine), architecture, guest_cpus(self.machine))
+        specs.confine(document, guest_memory(self.machine), architecture, guest_cpus(self.machine))
         # Before: a command interrupted here has still created it.  After: a listing may have come in between.
         self._register(container_id)
         container = await self._ensure(container_id, document)
@@ -144,17 +144,17 @@ class Guest:
         if container_id not in made.names():
             made.add(container_id)
 
-    async def existing(self, container_id: str) -> client.Container:
+    async def find_container(self, container_id: str) -> client.Container:
         """Return the container of this id: only the VM's default one is created on first use."""
         return await self.container() if container_id == DEFAULT else self.agent.container(container_id)
 
     @contextlib.asynccontextmanager
-    async def with_files_of(self, container_id: str) -> AsyncIterator[client.Container]:
+    async def container_with_files_of(self, container_id: str) -> AsyncIterator[client.Container]:
         """Yield a running container with the files of this one: itself, or one on its root if it has exited.
 
         Only the VM's default container is created.  Raises AgentError.
         """
-        container = await self.existing(container_id)
+        container = await self.find_container(container_id)
         request = caisson_pb2.ListProcessesRequest(container_id=container_id)
         root = str(container_registry(self.machine).metadata(container_id).get("root") or "")
         if not root or (await self.agent.guest.ListProcesses(request)).pids:

@@ -11,10 +11,10 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 
-from caisson.agent.client.caller import raw, status_of, write_all
+from caisson.agent.client.caller import raw_terminal, status_of, write_all
 from caisson.agent.client.connection import Agent, Container, Process
 from caisson.agent.client.errors import AgentError, UsageError
-from caisson.agent.client.stdio import read, signals_passed_on
+from caisson.agent.client.stdio import forward_signals, read
 from caisson.proto.caisson import caisson_pb2
 from caisson.proto.foreign_text import TerminalFilter
 
@@ -109,7 +109,7 @@ def last_lines(pieces: list[tuple[int, bytes]], count: int) -> list[tuple[int, b
     return found[::-1]
 
 
-def moment(text: str) -> float:
+def parse_time(text: str) -> float:
     """Parse a time, in seconds since 1970: 10m (ago), an ISO date and time, or seconds.  Raises UsageError."""
     if ago := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd])", text):
         return time.time() - float(ago[1]) * UNITS[ago[2]]
@@ -138,8 +138,8 @@ async def attach_detached(agent: Agent, container: Container, *, terminal: bool)
             await asyncio.to_thread(write_all, entry.stream, entry.data)
 
     async with AsyncExitStack() as stack:
-        stack.enter_context(raw(0) if terminal else contextlib.nullcontext())
-        stops = await stack.enter_async_context(signals_passed_on(process, 0))
+        stack.enter_context(raw_terminal(0) if terminal else contextlib.nullcontext())
+        stops = await stack.enter_async_context(forward_signals(process, 0))
         output = asyncio.create_task(show_output())
         feeder = asyncio.create_task(_feed(process, terminal, detached.set))
         leaving = asyncio.create_task(detached.wait())

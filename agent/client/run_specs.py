@@ -21,7 +21,7 @@ from caisson.agent.client.specs import (
     MOUNTS,
     READONLY,
     Document,
-    confined,
+    confine,
     container_document,
     mount_entry,
 )
@@ -116,7 +116,7 @@ def image_document(
     guest.  Raises UsageError.
     """
     if bundle:
-        document = bundles.adapted(bundle, MASKED, READONLY, MOUNTS, options.privileged, warn)
+        document = bundles.adapt(bundle, MASKED, READONLY, MOUNTS, options.privileged, warn)
         if words:
             document["process"]["args"] = list(words)
     else:
@@ -130,7 +130,7 @@ def image_document(
     _apply(document, options)
     if options.privileged:
         return document
-    return confined(document, options.guest_memory, options.architecture, options.guest_cpus)
+    return confine(document, options.guest_memory, options.architecture, options.guest_cpus)
 
 
 def _fit_memory(linux: Document, guest_memory: int, warn: Any) -> None:

@@ -30,7 +30,7 @@ async def mount(
         container_id=container_id, source=tag, fstype=fstype, mount_point=mount_point, options=options
     )
     async with Guest(machine) as guest:
-        await guest.existing(container_id)
+        await guest.find_container(container_id)
         deadline = time.monotonic() + PLUG_TIMEOUT
         while True:
             try:

@@ -144,7 +144,7 @@ def default_spec(rootfs: str, args: Sequence[str] = (), **options: Any) -> oci_p
     return to_wire(container_document(rootfs, args, **options))
 
 
-def confined(document: Document, guest_memory: int, architecture: str = "amd64", cpus: int = 1) -> Document:
+def confine(document: Document, guest_memory: int, architecture: str = "amd64", cpus: int = 1) -> Document:
     """Fill in what a spec leaves out: Docker's system call filter, masks, and limits on processes and memory.
 
     ``guest_memory`` is in bytes; 0 if unknown, in which case the guest may not support limits either.

@@ -17,9 +17,9 @@ from caisson.agent.client.caller import (
     FORWARDED,
     MAX_STOPS,
     STOPS,
-    raw,
+    output_error,
+    raw_terminal,
     status_of,
-    unwritable,
     write_all,
 )
 from caisson.agent.client.connection import Process
@@ -36,8 +36,8 @@ async def attach(process: Process, *, stdin: int = 0, stdout: int = 1, stderr: i
 
     Raises OutputError if they cannot be written for another reason, and AgentGone.
     """
-    with raw(stdin) if process.terminal else contextlib.nullcontext():
-        async with signals_passed_on(process, stdin) as stops:
+    with raw_terminal(stdin) if process.terminal else contextlib.nullcontext():
+        async with forward_signals(process, stdin) as stops:
             waiting = asyncio.create_task(process.wait())  # once its container is removed, its status is lost
             feeder = asyncio.create_task(_feed(process, stdin))
             try:
@@ -51,7 +51,7 @@ async def attach(process: Process, *, stdin: int = 0, stdout: int = 1, stderr: i
                         await process.signal(signal.SIGPIPE)
                     if isinstance(error, BrokenPipeError):
                         return 128 + signal.SIGPIPE
-                    raise unwritable(error) from error
+                    raise output_error(error) from error
                 return status_of(await waiting, stops)
             finally:
                 for task in (feeder, waiting):
@@ -110,7 +110,7 @@ async def read(source: int) -> AsyncIterator[bytes]:
 
 
 @contextlib.asynccontextmanager
-async def signals_passed_on(process: Process, stdin: int) -> AsyncIterator[list[int]]:
+async def forward_signals(process: Process, stdin: int) -> AsyncIterator[list[int]]:
     """Pass on signals and the size of the caller's terminal to the process; yields the stop signals received so far."""
     loop = asyncio.get_running_loop()
     tasks: set[asyncio.Task[None]] = set()

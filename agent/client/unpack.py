@@ -73,7 +73,7 @@ class _Archive(tarfile.TarFile):
             raise CopyError(f"archive: the container sent a damaged header: {error}") from error
 
 
-def received(stream: BinaryIO) -> tarfile.TarFile:
+def open_archive(stream: BinaryIO) -> tarfile.TarFile:
     """Open an archive sent by a container.  Raises tarfile.TarError."""
     return _Archive.open(fileobj=stream, mode="r|", tarinfo=_Member, errors="surrogateescape", encoding="utf-8")
 

@@ -44,7 +44,7 @@ class BlockDevices:
             raise InvalidArgument(f"invalid device {path}")
         return path
 
-    async def appearing(self, path: str) -> str:
+    async def wait_for_node(self, path: str) -> str:
         """Return a node by its path, once it exists.  Raises InvalidArgument or DeviceTimeout."""
         if path.startswith(f"{self._dev}/"):
             await self._wait(lambda: path if os.path.exists(path) else None, path)  # noqa: PTH110 - no pathlib at start

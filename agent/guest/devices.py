@@ -34,7 +34,7 @@ class GuestDevice(Record):
     container_path: str
 
 
-async def placed(spec: Spec, wanted: Sequence[GuestDevice], blocks: BlockDevices) -> Spec:
+async def assign_device_numbers(spec: Spec, wanted: Sequence[GuestDevice], blocks: BlockDevices) -> Spec:
     """Return the configuration with the guest's device numbers.
 
     Raises InvalidArgument, SystemCallFailed or DeviceTimeout.
@@ -44,7 +44,7 @@ async def placed(spec: Spec, wanted: Sequence[GuestDevice], blocks: BlockDevices
     numbers: dict[str, tuple[str, int, int]] = {}
     for device in wanted:
         _check(device)
-        await asyncio.to_thread(modules.need, MODULES.get(device.type, ()))
+        await asyncio.to_thread(modules.load_available, MODULES.get(device.type, ()))
         numbers[device.container_path] = _numbers_of(await _node(device, blocks))
     return _renumbered(spec, numbers) if numbers else spec
 

@@ -40,7 +40,7 @@ class GuestHooks:
             if stat.S_ISREG(mode) and mode & 0o111
         )
 
-    def added_to(self, spec: Spec) -> Spec:
+    def add_to(self, spec: Spec) -> Spec:
         """Return a configuration from the host with the guest's hooks after its own.
 
         Its own must also be programs below the directory: the author of a container's configuration (ultimately,

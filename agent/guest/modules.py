@@ -21,7 +21,7 @@ LISTED = "/lib/modules/caisson.later"
 LOADED = "/sys/module"
 
 
-def need(names: Iterable[str], filesystem: str = "") -> None:
+def load_available(names: Iterable[str], filesystem: str = "") -> None:
     """Load those of these modules (or a file system's, by its name) that are in the image.  Others are built in or
     missing, which their user will report.
     """
@@ -31,10 +31,10 @@ def need(names: Iterable[str], filesystem: str = "") -> None:
             load(name)
 
 
-def offer_bridges(log: Log) -> None:
+def load_bridge(log: Log) -> None:
     """Load the modules that the kernel, without modprobe, cannot load itself when a container creates a bridge."""
     try:
-        need(("bridge",))
+        load_available(("bridge",))
     except ModuleNotLoaded as error:
         log("warning", "containers cannot create bridges", error=str(error))
 

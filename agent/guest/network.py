@@ -157,7 +157,7 @@ class Network:
 
 def _find_interfaces() -> None:
     """Make the kernel scan for hot-plugged devices.  Raises FailedPrecondition if the driver cannot be loaded."""
-    modules.need(("virtio_net",))
+    modules.load_available(("virtio_net",))
     _rescan_pci()
 
 

@@ -30,7 +30,7 @@ from caisson.agent.libcontainer.process import gate
 from caisson.agent.libcontainer.process.launch import Launch
 from caisson.agent.libcontainer.state import CREATED, PAUSED, RUNNING, STOPPED, ProcessStat, State, check_id
 from caisson.agent.model.oom import OomWatcher
-from caisson.agent.model.process import Process, drops, start_process
+from caisson.agent.model.process import Process, kernel_drops, start_process
 from caisson.agent.model.process_table import ProcessTable
 from caisson.agent.model.waits import Readers
 
@@ -346,7 +346,7 @@ class Container:
         process = self.process(exec_id)
         child = process.child
         stops = process is self._init and child.status is None and number in (signal.SIGTERM, signal.SIGINT)
-        if stops and await self.reads(lambda: drops(child.pid, number)):
+        if stops and await self.reads(lambda: kernel_drops(child.pid, number)):
             number = signal.SIGKILL
         child.signal(number)
 

@@ -55,7 +55,7 @@ class ContainerMounts:
                 f"{fstype!r} cannot be mounted inside a container; file systems that can: {', '.join(KINDS)}"
             )
         container = self._container(container_id)
-        await asyncio.to_thread(modules.need, KINDS[fstype])
+        await asyncio.to_thread(modules.load_available, KINDS[fstype])
         deadline = time.monotonic() + self._timeout
         while True:  # before Linux 6.9 there is no event for a new tag, so poll
             try:

@@ -52,7 +52,7 @@ class Process:
         elsewhere.
         """
         taken = await self._streams.stdin.write(data, self.child)
-        if self._streams.interrupts(data, self.child.pid) and drops(self.child.pid, signal.SIGINT):
+        if self._streams.interrupts(data, self.child.pid) and kernel_drops(self.child.pid, signal.SIGINT):
             self.child.signal(signal.SIGKILL)
         return taken
 
@@ -76,7 +76,7 @@ class Process:
         self._streams.close()
 
 
-def drops(pid: int, number: int) -> bool:
+def kernel_drops(pid: int, number: int) -> bool:
     """Return whether the kernel drops a signal: for PID 1 of a namespace that neither catches nor blocks it.
 
     Ignored signals do not count.  Source: pid_namespaces(7); SigCgt, SigIgn and SigBlk in proc(5).

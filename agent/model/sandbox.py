@@ -24,8 +24,8 @@ from caisson.agent.guest.dns import Resolver
 from caisson.agent.guest.storage import Storages
 from caisson.agent.libcontainer.errors import LaunchError
 from caisson.agent.libcontainer.state import CREATED, STOPPED, check_id
-from caisson.agent.model.adapted import adapted, guest_hooks, may_make_networks
 from caisson.agent.model.container import Container
+from caisson.agent.model.guest_spec import adapt_to_guest, guest_hooks, may_make_networks
 from caisson.agent.model.namespaces import SHARED, SharedNamespaces
 from caisson.agent.model.oom import OomEvents
 
@@ -234,7 +234,7 @@ class Sandbox:
             share_pids = self.shares_pids
         if share_pids and not self.shares_pids:
             await self._share_pids(self._shared)
-        spec, join = adapted(container_id, spec, self._open_files, self._hooks), dict(self._shared.paths)
+        spec, join = adapt_to_guest(container_id, spec, self._open_files, self._hooks), dict(self._shared.paths)
         if not share_pids:
             join.pop("pid", None)
         if any(namespace.type == "user" for namespace in spec.linux.namespaces):
@@ -248,12 +248,12 @@ class Sandbox:
         decided = self._creating[container_id] = asyncio.Event()
         try:
             if devices:
-                from caisson.agent.guest.devices import placed
+                from caisson.agent.guest.devices import assign_device_numbers
 
-                spec = await placed(spec, devices, self._blocks)
+                spec = await assign_device_numbers(spec, devices, self._blocks)
             await asyncio.to_thread(set_parameters, parameters)
             if may_make_networks(spec):
-                await asyncio.to_thread(modules.offer_bridges, self._log)
+                await asyncio.to_thread(modules.load_bridge, self._log)
             self._mounts[container_id] = await self._storages.mount(storages, container_id)
             procfs = self._shared.procfs if share_pids else None
             return await self._make(container_id, exec_id or container_id, spec, join, procfs)

@@ -95,7 +95,7 @@ class GuestNetwork:
         Raises NetworkError or RpcError.
         """
         first = self._links[0]
-        await asyncio.to_thread(network.answer_on_tap, self._namespace, 0, address, first)
+        await asyncio.to_thread(network.assign_host_address, self._namespace, 0, address, first)
         self._routes.append(network.PodRoute(f"{address}/32", "", first.name, "", network.SCOPE_LINK))
         await self._route([])
 

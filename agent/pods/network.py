@@ -209,7 +209,7 @@ def release(namespace: str, link: Link) -> None:
         pass
 
 
-def answer_on_tap(namespace: str, number: int, address: str, link: Link) -> None:
+def assign_host_address(namespace: str, number: int, address: str, link: Link) -> None:
     """Give a tap device an address on the host's side, reachable from the guest.  Raises NetworkError."""
     name = f"caisson{number}"
     matches = {

@@ -25,7 +25,7 @@ MAX_HELD = 64 << 20
 
 
 class Connection(asyncio.BufferedProtocol):
-    """Base class of a protocol's connection, which defines ``feed``, ``handle_frame`` and ``leave``.
+    """Base class of a protocol's connection, which defines ``feed``, ``handle_frame`` and ``drain``.
 
     ``buffer`` receives input: all connections of a thread can share one.  ``on_lost`` is called when it closes.
     """
@@ -57,7 +57,7 @@ class Connection(asyncio.BufferedProtocol):
         """Handle the next frame of the input; False if there is no complete one."""
         raise NotImplementedError
 
-    def leave(self) -> None:
+    def drain(self) -> None:
         """Accept no more requests, and tell the peer if the protocol can."""
         raise NotImplementedError
 

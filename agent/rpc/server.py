@@ -38,7 +38,7 @@ class Server:
         """Create the protocol instance for a new connection."""
         return _FirstByte(self._buffer, self._silent, self._choose)
 
-    async def rehearse(self, service: str, method: str) -> None:
+    async def warm_up(self, service: str, method: str) -> None:
         """Serve one internal ttrpc call with an empty request, and import what gRPC needs.
 
         In a guest saved afterwards, each clone serves its first host without running cold code.
@@ -62,7 +62,7 @@ class Server:
             transport.close()
         calls: list[asyncio.Task[None]] = []
         for connection in self._connections:
-            connection.leave()
+            connection.drain()
             calls += connection.calls
         if calls:
             await asyncio.wait(calls, timeout=grace)

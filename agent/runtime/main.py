@@ -200,7 +200,7 @@ def _dispatch(prog: str, settings: Values, rest: list[str], log: Log) -> int:
             sys.stdout.write(_command_help(prog, verb))
             return 0
         if verb.name == "exec" and options.text("process"):
-            verb = verb.but(least=1)
+            verb = verb.but(min_operands=1)
         problem = _check_operands(verb, len(operands))
     except OptionError as error:
         _print_usage(f"Incorrect Usage: {error}", _command_help(prog, verb))
@@ -256,7 +256,7 @@ def check_systemd() -> None:
 
 
 def _function(verb: Verb) -> Callable[[Call], int | None]:
-    module, _, name = verb.carried_out.partition(":")
+    module, _, name = verb.handler.partition(":")
     whole = f"{__package__}.{module}"
     __import__(whole)
     function: Callable[[Call], int | None] = getattr(sys.modules[whole], name)
@@ -265,12 +265,12 @@ def _function(verb: Verb) -> Callable[[Call], int | None]:
 
 def _check_operands(verb: Verb, count: int) -> str:
     """Return what is wrong with the number of operands; "" if nothing."""
-    if verb.least == verb.most and count != verb.least:
-        return f'runc: "{verb.name}" requires exactly {verb.least} argument(s)'
-    if count < verb.least:
-        return f'runc: "{verb.name}" requires a minimum of {verb.least} argument(s)'
-    if verb.most is not None and count > verb.most:
-        return f'runc: "{verb.name}" requires a maximum of {verb.most} argument(s)'
+    if verb.min_operands == verb.max_operands and count != verb.min_operands:
+        return f'runc: "{verb.name}" requires exactly {verb.min_operands} argument(s)'
+    if count < verb.min_operands:
+        return f'runc: "{verb.name}" requires a minimum of {verb.min_operands} argument(s)'
+    if verb.max_operands is not None and count > verb.max_operands:
+        return f'runc: "{verb.name}" requires a maximum of {verb.max_operands} argument(s)'
     return ""
 
 

@@ -88,15 +88,15 @@ FORMAT = RuntimeOption("format", TEXT, "table or json", "f", default="table")
 
 
 class Verb(Record):
-    """A command.  `carried_out` is "module:function" below this package; `most` None allows any number of operands."""
+    """A command.  `handler` is "module:function" below this package; `max_operands` None allows any number."""
 
     name: str
     help: str
-    carried_out: str
+    handler: str
     usage: str = "<container-id>"
     options: tuple[RuntimeOption, ...] = ()
-    least: int = 1
-    most: int | None = 1
+    min_operands: int = 1
+    max_operands: int | None = 1
     stop_at_operand: bool = False
     more: str = ""
     prefix: str = ""  # of its errors
@@ -123,19 +123,19 @@ VERBS = {
             RuntimeOption("interval", TEXT, "time between statistics, such as 500ms or 5s", default="5s"),
             RuntimeOption("stats", FLAG, "print the statistics once"),
         )),
-        Verb("exec", "run another process in a container", "execute:execute", options=EXEC, most=None,
+        Verb("exec", "run another process in a container", "execute:execute", options=EXEC, max_operands=None,
              usage="<container-id> <command> [arguments...] | -p process.json <container-id>", stop_at_operand=True,
              status=255, prefix="exec failed: ", more="Example:\n\n    PROG exec -t box sh"),
-        Verb("features", "print what this runtime supports, as JSON", "features:features", usage="", least=0,
-             most=0),
+        Verb("features", "print what this runtime supports, as JSON", "features:features", usage="", min_operands=0,
+             max_operands=0),
         Verb("kill", "signal a container's init process (default: SIGTERM)", "lifecycle:kill", options=(
             RuntimeOption("all", FLAG, "signal all processes of the container", "a"),
-        ), usage="<container-id> [signal]", most=2),
-        Verb("list", "list the containers of this root", "inspect:list_containers", usage="", least=0, most=0, options=(
+        ), usage="<container-id> [signal]", max_operands=2),
+        Verb("list", "list the containers of this root", "inspect:list_containers", options=(
             FORMAT, RuntimeOption("quiet", FLAG, "print ids only", "q"),
-        )),
+        ), usage="", min_operands=0, max_operands=0),
         Verb("pause", "suspend all processes of a container", "limits:pause"),
-        Verb("ps", "list the processes of a container", "inspect:ps", options=(FORMAT,), most=None,
+        Verb("ps", "list the processes of a container", "inspect:ps", options=(FORMAT,), max_operands=None,
              usage="<container-id> [ps options]", stop_at_operand=True),
         Verb("restore", "restore a container from a checkpoint", "checkpoint:restore", options=(
             *CHECKPOINT, *CREATE, DETACH, NO_SUBREAPER,
@@ -146,10 +146,10 @@ VERBS = {
         Verb("run", "create and run a container", "lifecycle:run", options=(
             *CREATE, DETACH, RuntimeOption("keep", FLAG, "do not delete the container when it exits"), NO_SUBREAPER,
         ), prefix="runc run failed: ", more="Example:\n\n    PROG run -b /bundle box"),
-        Verb("spec", "write a config.json to start from", "template:spec", usage="", least=0, most=0, options=(
+        Verb("spec", "write a config.json to start from", "template:spec", options=(
             RuntimeOption("bundle", TEXT, "directory to write it to", "b"),
             RuntimeOption("rootless", FLAG, "write one for a rootless container"),
-        )),
+        ), usage="", min_operands=0, max_operands=0),
         Verb("start", "execute the program of a created container", "lifecycle:start"),
         Verb("state", "print the state of a container as JSON", "inspect:state"),
         Verb("update", "change the limits of a container", "limits:update", options=UPDATE),

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from caisson.image.build import libraries, lock, manifest, pack, rootfs, sbom, sources, treemap
-from caisson.image.build.cache import Cache, cap, default_root, digest_of, digest_of_files, size_of
+from caisson.image.build.cache import Cache, default_root, digest_of, digest_of_files, size_limit, size_of
 from caisson.image.build.definition import DEFAULT, TEMPLATES, Loaded, load
 from caisson.image.build.template_files import TemplateFiles
 from caisson.image.build.tools import HOST, Tools
@@ -149,7 +149,7 @@ class Build:
         except SourcesChanged:  # the slow steps are cached by now
             directory = self._made()
         if not self.done[-1].cached:
-            self.cache.trim(cap())
+            self.cache.trim(size_limit())
         if self.locked is not None:
             lock.check(self.locked, lock.read(directory / "image.lock"))
         return Image.load(directory)

@@ -38,7 +38,7 @@ def default_root() -> Path:
 CAP = 4 * 10**9
 
 
-def cap() -> int:
+def size_limit() -> int:
     """Return ``$CAISSON_CACHE_SIZE`` in bytes, else 4 GB.  Raises ImageError for an invalid number."""
     text = os.environ.get("CAISSON_CACHE_SIZE", str(CAP))
     if not text.isascii() or not text.isdecimal():

@@ -19,7 +19,7 @@ import yaml
 
 from caisson.image.build import settings as declared
 from caisson.image.build.choices import COMPRESSORS, DISTRIBUTIONS, ROOT_FORMATS
-from caisson.image.build.settings import DefinitionError, checked, merged, override, section, setting
+from caisson.image.build.settings import DefinitionError, merge, override, parse_settings, section, setting
 
 TEMPLATES = Path(__file__).resolve().parents[2] / "rootfs-templates"
 DEFAULT = TEMPLATES / "debian" / "image.yaml"
@@ -160,13 +160,13 @@ def find(name: str) -> Path:
 
 def _defined(file: Path, document: Mapping[str, Any], settings: Sequence[str]) -> Definition:
     """Validate a definition with ``settings`` applied; an error names these if the file alone is valid."""
-    complete = functools.reduce(merged, map(override, settings), dict(document))
+    complete = functools.reduce(merge, map(override, settings), dict(document))
     try:
-        return typing.cast(Definition, checked(Definition, complete, str(file)))
+        return typing.cast(Definition, parse_settings(Definition, complete, str(file)))
     except DefinitionError:
         if settings:
-            checked(Definition, document, str(file))
-            checked(Definition, complete, f"--set {' '.join(settings)}")
+            parse_settings(Definition, document, str(file))
+            parse_settings(Definition, complete, f"--set {' '.join(settings)}")
         raise
 
 
@@ -244,4 +244,4 @@ def _read(file: Path, given: Mapping[str, str], below: tuple[Path, ...]) -> tupl
     if "suite" in said:
         said["chosen"] = said["suite"]
     base, templates = _read(find(str(beside if beside.exists() else parent)), {**given, **said}, (*below, file))
-    return merged(base, document), (*templates, file.parent)
+    return merge(base, document), (*templates, file.parent)

@@ -14,7 +14,7 @@ from caisson.image.build.definition import Definition
 from caisson.image.build.tools import Tools
 from caisson.image.errors import ImageError
 from caisson.image.formats import dax, disk, gpt, initrd, verity
-from caisson.image.formats.scan import overlaid
+from caisson.image.formats.scan import merge_directories
 from caisson.image.formats.tree import Tree, text
 from caisson.image.kernel.kernel import Kernel
 
@@ -67,7 +67,7 @@ def root(definition: Definition, trees: Sequence[Path], kernel: Kernel, target: 
 
     Raises TooLarge, and ImageError if a tool fails.
     """
-    with overlaid(trees, initrd.CONSOLE) as tree:
+    with merge_directories(trees, initrd.CONSOLE) as tree:
         _check_limit(definition, "tree", sum(node.length for _, node in tree.files()), tree)
         if definition.format == "initrd":
             said = _initrd(definition, tree, target)

@@ -41,7 +41,7 @@ def _required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def checked(kind: type, document: object, where: str, prefix: str = "") -> Any:
+def parse_settings(kind: type, document: object, where: str, prefix: str = "") -> Any:
     """Read the settings in a mapping, as ``kind``.  Raises DefinitionError for unknown keys, types, omissions."""
     if not isinstance(document, dict):
         raise DefinitionError(f"{where}: {prefix.rstrip('.') or 'the definition'} must be a mapping")
@@ -65,7 +65,7 @@ def checked(kind: type, document: object, where: str, prefix: str = "") -> Any:
 
 def _value(hint: Any, value: object, where: str, key: str) -> Any:
     if dataclasses.is_dataclass(hint):
-        return checked(typing.cast(type, hint), value, where, f"{key}.")
+        return parse_settings(typing.cast(type, hint), value, where, f"{key}.")
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise DefinitionError(f"{where}: {key} must be a list of strings, not {value!r}")
@@ -81,7 +81,7 @@ def _value(hint: Any, value: object, where: str, key: str) -> Any:
     return value
 
 
-def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Merge a mapping over another: mappings are merged, everything else is replaced, and ``key+`` appends to a
     list.
     """
@@ -92,7 +92,7 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         if name != key and isinstance(value, list) and isinstance(before, list | None):
             result[name] = [*(before or []), *value]
         elif isinstance(value, Mapping) and isinstance(before, Mapping):
-            result[name] = merged(before, value)
+            result[name] = merge(before, value)
         else:
             result[key] = value
     return result
@@ -129,13 +129,13 @@ class Described:
     choices: tuple[str, ...]
 
 
-def described(kind: type, prefix: str = "") -> Iterator[Described]:
+def describe_settings(kind: type, prefix: str = "") -> Iterator[Described]:
     """List all settings of a class and its sections in order.  ``default`` is None for required ones."""
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint):
-            yield from described(typing.cast(type, hint), f"{prefix}{field.name}.")
+            yield from describe_settings(typing.cast(type, hint), f"{prefix}{field.name}.")
             continue
         default = None if field.default is dataclasses.MISSING else field.default
         meta = field.metadata

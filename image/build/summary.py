@@ -9,7 +9,7 @@ import yaml
 
 from caisson.image.build.builder import StepResult
 from caisson.image.build.definition import Definition
-from caisson.image.build.settings import described
+from caisson.image.build.settings import describe_settings
 
 
 def summary(steps: Sequence[StepResult]) -> Iterator[str]:
@@ -28,7 +28,7 @@ def planned(definition: Mapping[str, Any], steps: Iterable[StepResult]) -> str:
 
 def describe() -> Iterator[str]:
     """Describe every setting of a definition, one per line."""
-    for one in described(Definition):
+    for one in describe_settings(Definition):
         kind = "|".join(one.choices) or one.type
         default = "" if one.default in (None, "", (), False) else f" (default: {one.default})"
         yield f"{one.key:18} {kind:20} {one.help}{default}"

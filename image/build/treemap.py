@@ -117,7 +117,7 @@ def html(title: str, files: Sequence[File]) -> str:
 def _map(groups: Groups, box: Box, whole: int) -> Iterator[str]:
     sizes = {name: sum(inner.values()) for name, inner in groups.items()}
     order = _joined(sizes, whole)
-    for number, (name, place) in enumerate(squarified(order, box)):
+    for number, (name, place) in enumerate(squarify(order, box)):
         inner = groups[name] if name in groups else {one: size for one, size in sizes.items() if one not in order}
         colour = COLOURS[number % len(COLOURS)]
         tall = place.height > 2 * HEAD
@@ -126,7 +126,7 @@ def _map(groups: Groups, box: Box, whole: int) -> Iterator[str]:
         if tall:
             yield _text(place, f"{name} {_bytes(order[name])}", "head")
         below = Box(place.x, place.y + HEAD, place.width, place.height - HEAD) if tall else place
-        for one, part in squarified(_joined(inner, whole), below):
+        for one, part in squarify(_joined(inner, whole), below):
             size = inner[one] if one in inner else order[name] - sum(inner.get(o, 0) for o in _joined(inner, whole))
             yield _rectangle(part, f"{name}, {one}: {_bytes(size)}")
             if tall:
@@ -145,7 +145,7 @@ def _joined(sizes: Mapping[str, int], whole: int) -> dict[str, int]:
     return dict(sorted(large.items(), key=lambda item: (-item[1], item[0])))
 
 
-def squarified(sizes: Mapping[str, int], box: Box) -> Iterator[tuple[str, Box]]:
+def squarify(sizes: Mapping[str, int], box: Box) -> Iterator[tuple[str, Box]]:
     """Yield a rectangle for each size, largest first, as close to a square as possible; together they fill the box.
 
     Sizes are in descending order and not 0.

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from caisson.image.build.cache import Cache, cap, default_root, digest_of
+from caisson.image.build.cache import Cache, default_root, digest_of, size_limit
 from caisson.image.containers import documents, store
 from caisson.image.containers.archives import Archive, Budget, Directory, Whole, check, plain, sha256_of, unpack
 from caisson.image.containers.documents import Config, ContainerImage, ImageFiles, Layer
@@ -71,7 +71,7 @@ class Packed:
 
 
 @contextlib.contextmanager
-def packed(
+def pack_image(
     source: str | Path,
     architecture: str,
     cache: Cache | None = None,
@@ -203,7 +203,7 @@ class _Packer:
         stem = Path(files.shown).name.partition(".")[0]
         names = [name if "/" in name or ":" in name else f"{stem}:{name}" for name in image.names] or [stem]
         store.remember(self._cache, key, map(store.qualified, names))
-        self._cache.trim(cap())
+        self._cache.trim(size_limit())
         return Packed(made / "disk", key, image.config)
 
     def _make(self, files: ImageFiles, image: ContainerImage, target: Path) -> None:

@@ -14,7 +14,7 @@ from caisson.image.formats.beneath import FILE, Beneath
 from caisson.image.formats.tree import ROOT, Extent, Node, Tree
 
 
-def overlaid(trees: Sequence[Path], extra: Mapping[str, Node]) -> Tree:
+def merge_directories(trees: Sequence[Path], extra: Mapping[str, Node]) -> Tree:
     """Merge directories, the last one on top, and further files, as a guest gets them.
 
     Everything in a guest belongs to root, is readable by all, from 1970 and not set-id: neither the builder nor the
@@ -26,13 +26,13 @@ def overlaid(trees: Sequence[Path], extra: Mapping[str, Node]) -> Tree:
             base = Path(place)
             for name in [*names, *files]:
                 path = base / name
-                tree.put(os.fsencode(path.relative_to(top)), _as_in_a_guest(path))
+                tree.put(os.fsencode(path.relative_to(top)), _guest_node(path))
     for name, node in extra.items():
         tree.put(os.fsencode(name), node)
     return tree
 
 
-def _as_in_a_guest(path: Path) -> Node:
+def _guest_node(path: Path) -> Node:
     state = path.lstat()
     if stat.S_ISLNK(state.st_mode):
         return Node(stat.S_IFLNK | 0o777, target=os.fsencode(path.readlink()))

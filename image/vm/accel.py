@@ -48,7 +48,7 @@ class Host:
     create_vm: Callable[[int], None] = create_vm
 
     @classmethod
-    def here(cls) -> Host:
+    def current(cls) -> Host:
         """Return this machine."""
         return cls(platform.machine(), Path("/proc/cpuinfo").read_text())
 

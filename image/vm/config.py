@@ -119,7 +119,7 @@ class VMConfig:
     def choices(self) -> tuple[Choice, Choice]:
         """Choose the accelerator and the vsock device on this machine.  Raises VMError."""
         _, manifest = qemu.read_manifest(self.image)
-        host = Host.here()
+        host = Host.current()
         accelerator = choose_accelerator(self.accel, qemu.architecture_of(manifest).uname, host)
         return accelerator, choose_vsock(self.vsock, host)
 
@@ -194,7 +194,7 @@ def dry_run(config: VMConfig) -> DryRun:
         vsock_path=socket if user else None,
         firmware=directory.firmware if config.firmware else None,
     )
-    wanted = qemu.Wanted.of(config.name, accelerator.name, config.document(accelerator, transport))
+    wanted = qemu.MachineSpec.of(config.name, accelerator.name, config.document(accelerator, transport))
     command = qemu.command(qemu.probe(qemu.architecture_of(manifest)), image, manifest, devices, wanted)
     backend = vsock.command(transport.name, directory, cid, ["--listen", str(socket)] if user else [])
     beside = f"mkdir -p {shlex.quote(str(directory.path))} && {shlex.join(backend)}"

@@ -26,7 +26,7 @@ from caisson.image.vm.launch import SupervisorProcess
 from caisson.image.vm.logs import Follower
 from caisson.image.vm.pace import scaled
 from caisson.image.vm.runroot import owned_run_root
-from caisson.image.vm.snapshot.snapshot import Snapshot, SnapshotCompatibility, place
+from caisson.image.vm.snapshot.snapshot import Snapshot, SnapshotCompatibility, snapshot_directory
 from caisson.proto.contract import VM_FORMAT
 
 #: Timeouts in seconds for the agent to answer: native, and emulated on a busy machine.
@@ -140,7 +140,7 @@ class VM:
         accelerator, transport = config.choices()
         report(f"{accelerator.reason}; {transport.reason}")
         if config.snapshot:
-            config.snapshot.check(SnapshotCompatibility.here(config.image, accelerator.name, transport.name))
+            config.snapshot.check(SnapshotCompatibility.current(config.image, accelerator.name, transport.name))
 
         later = {**shares_to_plug(config), **config.virtiofs}
         shares = {tag: each for tag, each in config.shares.items() if tag not in later}
@@ -319,8 +319,10 @@ class VM:
         assert self._line is not None and config is not None and config.savable, (
             "only the starter of a savable VM can save it"
         )
-        compatibility = SnapshotCompatibility.here(config.image, self._info["accel"], self._info["vsock"])
-        snapshot = Snapshot(name, place(name), config.image, compatibility, config.memory, config.cpus, config.append)
+        compatibility = SnapshotCompatibility.current(config.image, self._info["accel"], self._info["vsock"])
+        snapshot = Snapshot(
+            name, snapshot_directory(name), config.image, compatibility, config.memory, config.cpus, config.append
+        )
         document = dataclasses.asdict(snapshot) | {"directory": str(snapshot.directory), "image": str(snapshot.image)}
         try:
             self._line.send({"save": document})

@@ -128,9 +128,11 @@ class Devices:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a VM is to be: ``memory`` in MiB; ``max_memory`` and ``max_cpus`` are what can be reached by plugging in,
-    0 for no more than at the start.  ``shares`` are directories of the host by the tag that the guest mounts (9p).
+class MachineSpec:
+    """The machine for QEMU to emulate.
+
+    ``memory`` is in MiB; ``max_memory`` and ``max_cpus`` are what can be reached by plugging in, 0 for no more than at
+    the start.  ``shares`` are directories of the host by the tag that the guest mounts (9p).
     """
 
     name: str
@@ -227,7 +229,7 @@ def acceleration(accelerator: str, cpus: int, version: tuple[int, int]) -> str:
     return accelerator
 
 
-def processors(wanted: Wanted, manifest: Mapping[str, Any]) -> str:
+def processors(wanted: MachineSpec, manifest: Mapping[str, Any]) -> str:
     """Return the value of -smp.  Raises VMError for room that the guest's kernel would not see."""
     if wanted.max_cpus <= wanted.cpus:
         return str(wanted.cpus)
@@ -241,7 +243,7 @@ def processors(wanted: Wanted, manifest: Mapping[str, Any]) -> str:
     return f"{wanted.cpus},maxcpus={wanted.max_cpus}"
 
 
-def memory(wanted: Wanted) -> str:
+def memory(wanted: MachineSpec) -> str:
     """Return the value of -m.  Room for more makes a guest set 64 MiB aside for DMA, so there is none by default."""
     more = wanted.max_memory > wanted.memory
     return f"{wanted.memory}M" + (f",slots={MEMORY_SLOTS},maxmem={wanted.max_memory}M" if more else "")
@@ -259,7 +261,7 @@ def root(image: Path, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def command(
-    program: QemuProgram, image: Path, manifest: Mapping[str, Any], devices: Devices, wanted: Wanted
+    program: QemuProgram, image: Path, manifest: Mapping[str, Any], devices: Devices, wanted: MachineSpec
 ) -> Sequence[str]:
     """Return the command that boots an image."""
     architecture = architecture_of(manifest)
@@ -310,7 +312,7 @@ def command(
     return words
 
 
-def _snapshot(architecture: Architecture, devices: Devices, wanted: Wanted) -> list[str]:
+def _snapshot(architecture: Architecture, devices: Devices, wanted: MachineSpec) -> list[str]:
     """Return the options of a guest that becomes a snapshot or is made from one: memory in a file, and a vmgenid, by
     which its kernel sees that it is a copy.
 

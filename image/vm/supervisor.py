@@ -170,7 +170,7 @@ class Supervisor:
                 clone=source is not None,
                 firmware=directory.firmware if config["firmware"] else None,
             )
-            wanted = qemu.Wanted.of(directory.name, accelerator.name, config)
+            wanted = qemu.MachineSpec.of(directory.name, accelerator.name, config)
             command = qemu.command(program, image, manifest, devices, wanted)
             # In parallel: QEMU waits for the device by itself, on their socket.
             if device:

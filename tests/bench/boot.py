@@ -28,7 +28,7 @@ from caisson.agent import client
 from caisson.agent.rpc.ttrpc.blocking import BlockingClient
 from caisson.image.build.definition import host_architecture
 from caisson.image.formats import initrd
-from caisson.image.formats.scan import overlaid
+from caisson.image.formats.scan import merge_directories
 from caisson.image.formats.tree import Node
 from caisson.image.vm import VM, VMConfig
 from caisson.proto.kata3 import agent_pb2
@@ -62,7 +62,7 @@ def minimal(image: Path, work: Path) -> Path:
     shutil.copy(image / document["kernel"]["file"], target)
     document["root"] = {"file": "initrd.img", "format": "initrd"}
     files = {**initrd.CONSOLE, "init": Node.of(0o100755, program.read_bytes())}
-    with (target / "initrd.img").open("wb") as archive, overlaid([], files) as tree:
+    with (target / "initrd.img").open("wb") as archive, merge_directories([], files) as tree:
         initrd.write_cpio(archive, tree)
     (target / "image.json").write_text(json.dumps(document))
     return target

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from caisson.agent import client
 from caisson.image.vm import VM, VMConfig
-from caisson.image.vm.snapshot.snapshot import Snapshot, says_ready
+from caisson.image.vm.snapshot.snapshot import Snapshot, has_printed_ready
 from tests.bench.boot import LEAN, booted, init_answers, minimal, own_run_directory
 from tests.bench.rows import Row
 from tests.e2e.conftest import built
@@ -37,7 +37,7 @@ SETTLED = "a clone with name, clock and seed set, beside the bare clone (s)"
 def saved(image: Path, memory: int) -> Iterator[Snapshot]:
     """Save a snapshot of an image's running guest."""
     name = f"bench-{os.getpid()}"
-    with VM.start(VMConfig(image, name="saved", memory=memory, savable=True), ready=says_ready) as vm:
+    with VM.start(VMConfig(image, name="saved", memory=memory, savable=True), ready=has_printed_ready) as vm:
         vm.save(name)
     snapshot = Snapshot.load(name)
     assert snapshot is not None

@@ -10,7 +10,7 @@ from typing import Any
 
 from caisson.image.build.cache import Cache
 from caisson.image.containers.documents import Config
-from caisson.image.containers.oci import Packed, packed
+from caisson.image.containers.oci import Packed, pack_image
 from tests.build.container_images import (
     FOLDER,
     file,
@@ -27,7 +27,7 @@ READ = Config(("/entry",), ("a", "b"), ("A=1",), "web:logs", "/srv")
 
 
 def read(path: Path, architecture: str = "amd64") -> Packed:
-    with packed(path, architecture, Cache(path.parent / "cache")) as image:
+    with pack_image(path, architecture, Cache(path.parent / "cache")) as image:
         return image
 
 
@@ -40,6 +40,6 @@ def rewritten(layout: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 def listed(path: Path) -> set[str]:
     """Return the names on an image's disk."""
-    with packed(path, "amd64", Cache(path.parent / "cache")) as image:
+    with pack_image(path, "amd64", Cache(path.parent / "cache")) as image:
         done = subprocess.run(["unsquashfs", "-l", image.disk], capture_output=True, text=True, check=True)
     return {line.removeprefix("squashfs-root/") for line in done.stdout.splitlines()}

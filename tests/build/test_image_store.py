@@ -13,7 +13,7 @@ import pytest
 from caisson.commands import run
 from caisson.image.build.cache import Cache
 from caisson.image.containers import oci
-from caisson.image.containers.oci import packed
+from caisson.image.containers.oci import pack_image
 from caisson.image.containers.store import images, remember, remove
 from caisson.image.errors import ImageError
 from tests.build.container_images import docker_archive, file, layer
@@ -32,7 +32,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
 def stored(cache: Cache, place: Path, tag: str) -> str:
     """Pack a new image under a tag; return its id."""
     saved = docker_archive(place / "image.tar", [*LAYERS, layer((tag, file(tag.encode())))], **CONFIG)
-    with packed(saved, "amd64", cache) as image:
+    with pack_image(saved, "amd64", cache) as image:
         found = next(one for one in images(cache) if one.disk == image.disk)
     remember(cache, found.id, [f"test:{tag}"])
     assert remove(cache, "test:latest") == 0  # the archive's own name; the image has another one
@@ -66,7 +66,7 @@ def test_what_takes_longer_says_how_far_it_is(cache: Cache, tmp_path: Path, monk
     monkeypatch.setattr(oci, "PROGRESS_INTERVAL", 0.0)
     said: list[str] = []
     large = layer(*((f"f{number}", file(os.urandom(1 << 20))) for number in range(3)))
-    with packed(docker_archive(tmp_path / "image.tar", [large], **CONFIG), "amd64", cache, report=said.append):
+    with pack_image(docker_archive(tmp_path / "image.tar", [large], **CONFIG), "amd64", cache, report=said.append):
         pass
     done = [int(megabytes) for line in said for megabytes in re.findall(r"^packing .*: .*, (\d+) MB done$", line)]
     assert len(done) > 2

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 from caisson.image.formats import initrd
-from caisson.image.formats.scan import overlaid
+from caisson.image.formats.scan import merge_directories
 from caisson.image.formats.tree import Node
 
 
 def archive(*trees: Path, **extra: Node) -> bytes:
     target = io.BytesIO()
-    with overlaid(trees, initrd.CONSOLE | extra if extra else {}) as tree:
+    with merge_directories(trees, initrd.CONSOLE | extra if extra else {}) as tree:
         initrd.write_cpio(target, tree)
     return target.getvalue()
 

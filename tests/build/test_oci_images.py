@@ -17,7 +17,7 @@ import pytest
 
 from caisson.image.build.cache import Cache
 from caisson.image.containers.documents import Config
-from caisson.image.containers.oci import packed
+from caisson.image.containers.oci import pack_image
 from caisson.image.containers.store import images, remember, remove
 from caisson.image.errors import ImageError
 from caisson.image.formats.tree import Malformed
@@ -213,7 +213,7 @@ def test_the_dir_transport_of_skopeo(tmp_path: Path) -> None:
     (target / manifest["digest"][7:]).rename(target / "manifest.json")
     (target / "version").write_text("Directory Transport Version: 1.1\n")
     assert read(target).config == READ
-    with packed(f"dir:{target}", "amd64", Cache(tmp_path / "cache")) as image:
+    with pack_image(f"dir:{target}", "amd64", Cache(tmp_path / "cache")) as image:
         assert image.config == READ
 
 
@@ -311,7 +311,7 @@ def test_sparse_files_reach_the_disk_by_their_holes(tmp_path: Path) -> None:
     for form in ("root", "root.tar"):
         if form == "root.tar":
             subprocess.run(["tar", "-S", "-C", tmp_path / "root", "-cf", tmp_path / form, "."], check=True)
-        with packed(tmp_path / form, "amd64", Cache(tmp_path / "cache"), max_size=1 << 20) as image:
+        with pack_image(tmp_path / form, "amd64", Cache(tmp_path / "cache"), max_size=1 << 20) as image:
             found = subprocess.run(["unsquashfs", "-cat", image.disk, "log"], capture_output=True, check=True).stdout
         assert len(found) == 1 << 30 and found[29 << 20 : (29 << 20) + 2] == b"29"
 
@@ -323,9 +323,9 @@ def test_data_beyond_the_limit_is_refused_in_one_line(tmp_path: Path) -> None:
     cache = Cache(tmp_path / "cache")
     for path in (bomb, squeezed):
         with pytest.raises(Malformed, match=r"more than 0.0 GiB of data; --max-size raises the limit$"):
-            with packed(path, "amd64", cache, max_size=4 << 20):
+            with pack_image(path, "amd64", cache, max_size=4 << 20):
                 pass
-        with packed(path, "amd64", cache, max_size=16 << 20):
+        with pack_image(path, "amd64", cache, max_size=16 << 20):
             pass
 
 
@@ -333,7 +333,7 @@ def test_attributes_that_a_disk_cannot_hold_are_named(tmp_path: Path) -> None:
     attributes = {"user.kept": b"x", "system.posix_acl_access": b"x", "trusted.overlay.opaque": b"y"}
     image = docker_archive(tmp_path / "image.tar", [layer(("file", file(xattrs=attributes)))])
     lines: list[str] = []
-    with packed(image, "amd64", Cache(tmp_path / "cache"), report=lines.append):
+    with pack_image(image, "amd64", Cache(tmp_path / "cache"), report=lines.append):
         pass
     assert len(lines) == 2 and all(line.startswith("/file: attribute ") for line in lines)
     assert "system.posix_acl_access" in lines[0] and "trusted.overlay.opaque" in lines[1]
@@ -343,7 +343,7 @@ def test_attributes_that_no_kernel_could_list_are_not_kept(tmp_path: Path) -> No
     attributes = {f"user.{'a' * 200}{number}": b"" for number in range(400)}
     image = docker_archive(tmp_path / "image.tar", [layer(("file", file(xattrs=attributes)))])
     lines: list[str] = []
-    with packed(image, "amd64", Cache(tmp_path / "cache"), report=lines.append):
+    with pack_image(image, "amd64", Cache(tmp_path / "cache"), report=lines.append):
         pass
     assert lines == ["/file: attributes after the first 313: not kept: a kernel could not list them"]
 
@@ -351,11 +351,11 @@ def test_attributes_that_no_kernel_could_list_are_not_kept(tmp_path: Path) -> No
 def test_a_name_means_the_image_that_was_packed_under_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = Cache(tmp_path / "cache")
     docker = docker_archive(tmp_path / "image.tar", LAYERS, **CONFIG)
-    with packed(docker, "amd64", cache) as image:
+    with pack_image(docker, "amd64", cache) as image:
         key = image.name
     docker.unlink()
     for name in ("test", "test:latest", key[:12]):
-        with packed(name, "amd64", cache) as image:
+        with pack_image(name, "amd64", cache) as image:
             assert (image.config, image.name) == (READ, key)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ImageError, match="no file or stored image of this name; to pull it"):
@@ -368,7 +368,7 @@ def test_a_name_means_the_image_that_was_packed_under_it(tmp_path: Path, monkeyp
 @pytest.mark.parametrize("name", ["a b:latest", "n\nl:latest", "lat\udce9:latest", "../up:latest", "%41:latest"])
 def test_any_bytes_are_a_name(tmp_path: Path, name: str) -> None:
     cache = Cache(tmp_path / "cache")
-    with packed(docker_archive(tmp_path / "image.tar", LAYERS, **CONFIG), "amd64", cache) as image:
+    with pack_image(docker_archive(tmp_path / "image.tar", LAYERS, **CONFIG), "amd64", cache) as image:
         remember(cache, image.name or "", [name])
     assert name in next(iter(images(cache))).names
 
@@ -384,7 +384,7 @@ def test_a_whole_name_behind_a_path_chooses(tmp_path: Path, prefix: str, name: s
     ]
     members = (("c.json", file(config)), ("other.json", file(b"{}")), ("l", file(LAYERS[0])))
     (tmp_path / "c:d/image.tar").write_bytes(layer(*members, ("manifest.json", file(json.dumps(manifest).encode()))))
-    with packed(f"{prefix}{tmp_path}/c:d/image.tar:{name}", "amd64", Cache(tmp_path / "cache")) as image:
+    with pack_image(f"{prefix}{tmp_path}/c:d/image.tar:{name}", "amd64", Cache(tmp_path / "cache")) as image:
         assert image.config.command == ("chosen",)
 
 
@@ -400,7 +400,7 @@ def test_a_registrys_image_is_fetched_by_skopeo(tmp_path: Path, monkeypatch: pyt
     )
     skopeo.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    with packed("docker://example.org/a/b:1", "amd64", Cache(tmp_path / "cache")) as image:
+    with pack_image("docker://example.org/a/b:1", "amd64", Cache(tmp_path / "cache")) as image:
         assert image.config == READ
     words = (tmp_path / "words").read_text()
     assert "--override-arch amd64" in words and "docker://example.org/a/b:1 oci:" in words

@@ -11,7 +11,7 @@ import pytest
 
 from caisson.image.build.cache import Cache
 from caisson.image.containers.documents import Config
-from caisson.image.containers.oci import packed
+from caisson.image.containers.oci import pack_image
 from caisson.image.containers.store import images
 from caisson.image.errors import ImageError
 from caisson.image.formats.tree import Malformed
@@ -96,12 +96,12 @@ def test_index_with_several_images_asks_for_a_tag(tmp_path: Path) -> None:
         (str(layout), "example.org/x/two:2", Config()),
         (f"{layout}@{digest}", "", Config()),
     ):
-        with packed(source, "amd64", cache, tag=tag) as image:
+        with pack_image(source, "amd64", cache, tag=tag) as image:
             assert image.config == config, source
     with pytest.raises(ImageError, match=r"no image 'three'; it has one, example.org/x/two:2"):
         read(Path(f"{layout}:three"))
     archive = packed_directory(tmp_path / "layout.tar", layout)
-    with packed(f"{archive}:one", "amd64", cache) as image:
+    with pack_image(f"{archive}:one", "amd64", cache) as image:
         assert image.config == READ
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from caisson.agent.client.errors import CopyError
-from caisson.agent.client.unpack import received, unpack
+from caisson.agent.client.unpack import open_archive, unpack
 from caisson.image.containers.layers import LayerMerger
 from caisson.image.errors import ImageError
 from caisson.image.formats.squashfs import write_archive
@@ -153,7 +153,9 @@ def test_tampered_archives_are_unpacked_beneath_their_directory_or_refused(tmp_p
             inside = tmp_path / str(number) / "inside"
             inside.mkdir(parents=True)
             try:
-                with contextlib.closing(received(io.BytesIO(tampered(chance.choice(originals), chance)))) as archive:
+                with contextlib.closing(
+                    open_archive(io.BytesIO(tampered(chance.choice(originals), chance)))
+                ) as archive:
                     unpack(archive, inside, "d", "d")
                 read += 1
             except (CopyError, OSError, tarfile.TarError):

@@ -204,7 +204,7 @@ async def test_a_server_that_leaves_answers_what_has_begun() -> None:
         await peer.hello()
         await peer.send(request(1, b"x"))
         await peer.still_there()
-        peer.server.leave()
+        peer.server.drain()
         got = await peer.frame()
         assert (got.kind, got.payload) == (frames.GOAWAY, (1).to_bytes(4, "big") + bytes(4))
         await peer.send(frame(frames.HEADERS, BLOCK, END, 3))

@@ -221,8 +221,8 @@ async def test_a_client_with_another_http2(tmp_path: Path) -> None:
 
 async def test_the_first_answer_is_waited_for_but_not_for_ever() -> None:
     health = FirstHealth(BootTimestamps())
-    await health.answered(timeout=0.01)  # nobody calls
-    waiting = asyncio.ensure_future(health.answered(timeout=60))
+    await health.wait_until_answered(timeout=0.01)  # nobody calls
+    waiting = asyncio.ensure_future(health.wait_until_answered(timeout=60))
     await asyncio.sleep(0)
     early = waiting.done()
     await health.Check(health_pb2.CheckRequest())
@@ -334,16 +334,16 @@ def test_the_first_answer_imports_neither_the_other_protocol_nor_the_model(reque
 async def test_a_rehearsal_calls_the_method_and_leaves_no_connection(tmp_path: Path) -> None:
     called: list[Any] = []
 
-    class Rehearsed(Health):
+    class WarmedUp(Health):
         async def Check(self, request: Any) -> Any:
             called.append(request)
             return await super().Check(request)
 
     log = Log("error")
     descriptor = health_pb2.DESCRIPTOR.services_by_name["Health"]
-    methods = Service(descriptor, Rehearsed, unimplemented=["Version"]).bind(Rehearsed())
+    methods = Service(descriptor, WarmedUp, unimplemented=["Version"]).bind(WarmedUp())
     dispatch = Dispatch(methods, log, Tracing(""), lambda error: None)
     server = Server(log, ttrpc=dispatch)
-    await asyncio.wait_for(server.rehearse("grpc.Health", "Check"), 10)
+    await asyncio.wait_for(server.warm_up("grpc.Health", "Check"), 10)
     assert called == [health_pb2.CheckRequest()]
     await until(lambda: not server._connections)

@@ -18,7 +18,14 @@ from caisson.commands import snapshot
 from caisson.image.build.cache import clean
 from caisson.image.vm import VM, VMConfig, VMError, qemu
 from caisson.image.vm.snapshot import ram
-from caisson.image.vm.snapshot.snapshot import TITLES, Snapshot, SnapshotCompatibility, place, says_ready, store
+from caisson.image.vm.snapshot.snapshot import (
+    TITLES,
+    Snapshot,
+    SnapshotCompatibility,
+    has_printed_ready,
+    snapshot_directory,
+    store,
+)
 from tests.component.fake_qemu import make_image, nothing_left
 from tests.component.test_vm_qemu import sleeping_kernel
 from tests.unit.test_qemu import MANIFEST, after
@@ -37,7 +44,7 @@ def stored(name: str, tmp_path: Path, text: bytes = b"memory") -> Snapshot:
     with (tmp_path / "guest").open("w+b", buffering=0) as file:
         file.truncate(1 << 20)
         file.write(text)
-        store(Snapshot(name, place(name), tmp_path, COMPATIBILITY, 256, 1, ""), file.fileno(), b"state")
+        store(Snapshot(name, snapshot_directory(name), tmp_path, COMPATIBILITY, 256, 1, ""), file.fileno(), b"state")
     found = Snapshot.load(name)
     assert found is not None
     return found
@@ -119,7 +126,7 @@ def test_one_of_another_time_says_the_way_out(tmp_path: Path, cache: Path) -> No
 
 def rendered(vsock: str, fd: int, *, clone: bool) -> list[str]:
     devices = qemu.Devices(Path("/c"), Path("/q"), vsock, vsock_fd=fd, cid=77, ram=Path("/r,1"), clone=clone)
-    wanted = qemu.Wanted("v", "tcg", memory=256, cpus=1)
+    wanted = qemu.MachineSpec("v", "tcg", memory=256, cpus=1)
     return list(qemu.command(qemu.QemuProgram("qemu", (10, 0)), Path("/image"), MANIFEST, devices, wanted))
 
 
@@ -157,11 +164,11 @@ def test_a_clone_is_what_the_template_is(tmp_path: Path, cache: Path) -> None:
 
 
 def test_it_is_ready_when_the_agent_has_said_so(tmp_path: Path) -> None:
-    assert not says_ready(tmp_path / "agent.sock")
+    assert not has_printed_ready(tmp_path / "agent.sock")
     (tmp_path / "console.log").write_text("[ 0.1] Linux\n")
-    assert not says_ready(tmp_path / "agent.sock")
+    assert not has_printed_ready(tmp_path / "agent.sock")
     (tmp_path / "console.log").write_text("[ 0.1] Linux\ncaisson agent ready on vsock:1024\n")
-    assert says_ready(tmp_path / "agent.sock")
+    assert has_printed_ready(tmp_path / "agent.sock")
 
 
 @pytest.fixture
@@ -235,7 +242,7 @@ def test_save_snapshot_says_what_it_compiles_and_how_long(
             return SimpleNamespace(directory=Path(capsys.readouterr().err or "silent"))
 
     monkeypatch.setattr("caisson.image.Build", Build)
-    monkeypatch.setattr(snapshot, "need", lambda *_: None)
+    monkeypatch.setattr(snapshot, "require", lambda *_: None)
     said = str(snapshot.lean_image())
     if compiled:
         assert said == "silent"

@@ -19,7 +19,7 @@ import pytest
 
 from caisson.agent.client import AgentGone
 from caisson.agent.client.errors import ContainerUnavailable
-from caisson.commands.machines import end_explained
+from caisson.commands.machines import explain_exit
 from caisson.commands.vm import list_running
 from caisson.image.vm import VM, VMConfig, VMError, accel, exit_reason, find_vm, get_vm, list_vms, qemu, supervisor
 from caisson.image.vm import machine as machines
@@ -280,7 +280,7 @@ def test_kvm_that_runs_nothing_is_found_out(
     """/dev/kvm may belong to a back end in which stock guests hang, or on which QEMU gives up."""
     (tmp_path / "kvm").touch()
     machine = accel.Host("x86_64", "flags\t: vmx\n", kvm=tmp_path / "kvm", vhost_vsock=tmp_path / "none")
-    monkeypatch.setattr(accel.Host, "here", lambda: machine)
+    monkeypatch.setattr(accel.Host, "current", lambda: machine)
     monkeypatch.setattr(machines, "KVM_SILENCE_TIMEOUT", 1.0)
     monkeypatch.delenv("CAISSON_ACCEL", raising=False)
     said: list[str] = []
@@ -407,7 +407,7 @@ def test_a_vm_of_another_version_is_refused_by_name_and_listed(
 
 def lost(vm: VM, error: Exception, *, kill: bool) -> None:
     """Return what a command runs into in its block."""
-    with end_explained(vm):
+    with explain_exit(vm):
         if kill:
             os.kill(vm.info["pids"]["qemu"], signal.SIGKILL)
         raise error

@@ -222,7 +222,7 @@ def test_killed_at_any_moment(stage: Stage) -> None:
     print(f"CAISSON_KILLS={KILLS} CAISSON_SEED={SEED}")
     chance = random.Random(SEED)
     pairs = [(scene, victim) for scene in SCENES for victim in VICTIMS]
-    if choose_vsock("auto", Host.here()).name == "user":  # then a guest is saved without one
+    if choose_vsock("auto", Host.current()).name == "user":  # then a guest is saved without one
         pairs.remove(("save a snapshot", "vsock"))
     chance.shuffle(pairs)
     for scene, victim in itertools.islice(itertools.cycle(pairs), KILLS):

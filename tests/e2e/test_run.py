@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from caisson.image.build.cache import Cache
-from caisson.image.containers.oci import packed
+from caisson.image.containers.oci import pack_image
 from caisson.image.vm.hotplug.disks import plugged
 from caisson.image.vm.qemu import PORTS
 from caisson.image.vm.qmp import QMP
@@ -150,7 +150,7 @@ def test_layers(vm: Caisson, tmp_path: Path) -> None:
 
 def test_attributes_are_on_the_disk(tmp_path: Path) -> None:
     image = docker_archive(tmp_path / "attributes.tar", LAYERS)
-    with packed(image, "amd64", Cache(tmp_path / "cache")) as made:
+    with pack_image(image, "amd64", Cache(tmp_path / "cache")) as made:
         listed = subprocess.run(
             ["unsquashfs", "-no-progress", "-user-xattrs", "-dest", tmp_path / "out", made.disk, "data/attributes"],
             capture_output=True,

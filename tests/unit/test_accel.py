@@ -156,6 +156,6 @@ def test_vsock_follows_the_device(host: Host, tmp_path: Path) -> None:
 
 
 def test_this_machine_is_looked_at() -> None:
-    host = Host.here()
+    host = Host.current()
     assert host.cpuinfo
     assert accel.choose_accelerator("auto", host.machine, host).name in ("kvm", "tcg")

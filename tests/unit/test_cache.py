@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 
 from caisson.commands import image
-from caisson.image.build.cache import Cache, Removed, cap, clean, default_root, digest_of, digest_of_files, size_of
+from caisson.image.build.cache import (
+    Cache,
+    Removed,
+    clean,
+    default_root,
+    digest_of,
+    digest_of_files,
+    size_limit,
+    size_of,
+)
 from caisson.image.errors import ImageError
 from tests.support.poll import wait_until
 
@@ -206,10 +215,10 @@ def test_clean_says_what_it_freed_and_of_what(
 
 def test_the_cap_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CAISSON_CACHE_SIZE", "2000")
-    assert cap() == 2000
+    assert size_limit() == 2000
     monkeypatch.setenv("CAISSON_CACHE_SIZE", "2 GB")
     with pytest.raises(ImageError, match=r"CAISSON_CACHE_SIZE .*: is not a number of bytes"):
-        cap()
+        size_limit()
 
 
 def test_a_cache_that_cannot_be_written_names_the_way_out(tmp_path: Path) -> None:

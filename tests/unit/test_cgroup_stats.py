@@ -97,7 +97,7 @@ def test_kills_are_told_once() -> None:
     kills = OomCounter(lambda: counts[-1], lambda: told.append(counts[-1]))
     for count in (2, 3, 3, 0, 5):
         counts.append(count)
-        kills.look()
+        kills.check()
     assert told == [3, 5]
 
 

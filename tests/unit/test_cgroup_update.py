@@ -12,7 +12,7 @@ import pytest
 
 from caisson.agent.libcontainer.cgroups import CgroupError, files
 from caisson.agent.libcontainer.cgroups import device_program as devices
-from caisson.agent.libcontainer.cgroups.files import restoring
+from caisson.agent.libcontainer.cgroups.files import restore_value
 from caisson.agent.libcontainer.cgroups.v2.cgroup import CgroupOfV2
 from caisson.agent.libcontainer.config.resources import DeviceRule, Resources
 
@@ -219,7 +219,7 @@ def test_a_weight_goes_where_the_kernel_has_one(kernel: Kernel) -> None:
     ],
 )
 def test_values_before(file: str, value: str, before: str, expected: str) -> None:
-    assert restoring(file, value, before) == expected
+    assert restore_value(file, value, before) == expected
 
 
 def test_update_replaces_earlier_values() -> None:

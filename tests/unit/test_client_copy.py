@@ -19,7 +19,7 @@ from caisson.agent.client.connection import Process
 from caisson.agent.client.copy import Place, get, put
 from caisson.agent.client.diagnostics import MAX_LINE, AgentLines
 from caisson.agent.client.errors import CopyError, UsageError
-from caisson.agent.client.unpack import MAX_HEADER, received, unpack
+from caisson.agent.client.unpack import MAX_HEADER, open_archive, unpack
 
 
 def archive(*members: tuple[str, dict[str, Any]]) -> tarfile.TarFile:
@@ -34,7 +34,7 @@ def archive(*members: tuple[str, dict[str, Any]]) -> tarfile.TarFile:
             for field, value in fields.items():
                 setattr(member, field, value)
             made.addfile(member, io.BytesIO(data))
-    return received(io.BytesIO(stream.getvalue()))
+    return open_archive(io.BytesIO(stream.getvalue()))
 
 
 FOLDER = {"type": tarfile.DIRTYPE, "mode": 0o755}
@@ -289,7 +289,7 @@ def test_a_damaged_header_is_not_the_end(tmp_path: Path, damage: Callable[[bytes
             member.size = 1
             made.addfile(member, io.BytesIO(b"x"))
     with pytest.raises(CopyError, match="damaged header"):
-        unpack(received(io.BytesIO(damage(whole.getvalue()))), tmp_path, "a", ".")
+        unpack(open_archive(io.BytesIO(damage(whole.getvalue()))), tmp_path, "a", ".")
 
 
 class Endless(io.RawIOBase):
@@ -342,7 +342,7 @@ RUN = b"00000000001\0" * 2
 def test_a_header_without_end_is_refused_unread(tmp_path: Path, begin: bytes, block: bytes, why: str) -> None:
     stream: Any = Endless(begin, block)
     with pytest.raises(CopyError, match=why):
-        unpack(received(stream), tmp_path, "a", "a")
+        unpack(open_archive(stream), tmp_path, "a", "a")
 
 
 def test_members_are_not_hoarded(tmp_path: Path) -> None:
@@ -359,5 +359,5 @@ def test_a_file_that_is_cut_short_does_not_appear(tmp_path: Path) -> None:
         made.addfile(member, io.BytesIO(bytes(100_000)))
     (tmp_path / "a").write_text("before")
     with pytest.raises(tarfile.TarError):
-        unpack(received(io.BytesIO(whole.getvalue()[:50_000])), tmp_path, "a", "a")
+        unpack(open_archive(io.BytesIO(whole.getvalue()[:50_000])), tmp_path, "a", "a")
     assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "before"

@@ -15,7 +15,7 @@ import pytest
 
 from caisson.agent.client import AgentError, AgentGone, Reason, Registry, UsageError, listing
 from caisson.agent.client.guest import Guest
-from caisson.agent.client.logs import last_lines, moment
+from caisson.agent.client.logs import last_lines, parse_time
 from caisson.agent.guest import ps
 from caisson.agent.rpc.codes import StatusCode
 from caisson.proto.caisson import caisson_pb2
@@ -198,10 +198,10 @@ def test_the_last_lines_of_output(pieces: list[bytes], count: int, last: bytes) 
 
 
 def test_times_of_logs() -> None:
-    assert abs(moment("10m") - (time.time() - 600)) < 5 and moment("12.5") == 12.5
-    assert moment("2026-01-02T03:04:05+00:00") == 1767323045
+    assert abs(parse_time("10m") - (time.time() - 600)) < 5 and parse_time("12.5") == 12.5
+    assert parse_time("2026-01-02T03:04:05+00:00") == 1767323045
     with pytest.raises(UsageError, match="--since 'yesterday'"):
-        moment("yesterday")
+        parse_time("yesterday")
 
 
 def test_a_long_sample_ends_with_the_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from caisson.agent.client.caller import user_document
 from caisson.agent.client.copy import Place
 from caisson.agent.client.run_specs import RunOptions, env_file, image_document, size
 from caisson.agent.client.seccomp import default_profile
-from caisson.agent.client.specs import CAPABILITIES, MEMORY_SHARE, PIDS_LIMIT, confined, container_document
+from caisson.agent.client.specs import CAPABILITIES, MEMORY_SHARE, PIDS_LIMIT, confine, container_document
 from caisson.agent.client.wire_specs import to_kata3, to_wire
 from caisson.agent.libcontainer.config.seccomp import Seccomp
 from caisson.agent.libcontainer.config.spec import Spec
@@ -382,7 +382,7 @@ def test_the_default_profile_is_one_that_libcontainer_reads() -> None:
 
 
 def test_a_container_is_confined_by_default() -> None:
-    spec = Spec.from_json(confined(container_document("/rootfs"), 512 << 20))
+    spec = Spec.from_json(confine(container_document("/rootfs"), 512 << 20))
     assert spec.linux.seccomp is not None and spec.linux.resources is not None
 
 

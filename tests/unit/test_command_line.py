@@ -397,7 +397,7 @@ def test_statuses_tell_a_wrong_command_line_from_what_went_wrong(
     """Before anything is built, booted or fetched."""
     monkeypatch.setenv("CAISSON_RUN", str(tmp_path / "run"))
     monkeypatch.setenv("CAISSON_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("caisson.commands.run.need", lambda *_: None)
+    monkeypatch.setattr("caisson.commands.run.require", lambda *_: None)
     assert command_line.main(words.split()) == status
     output, errors = capfd.readouterr()
     assert output == "" and errors.startswith("caisson: ") and errors.count("\n") == 1, errors

@@ -78,7 +78,7 @@ def test_kvm_is_judged_by_evidence(
     if device:
         (tmp_path / "kvm").touch()
     host = Host("x86_64", f"flags\t: fpu {flags}\n", tmp_path / "kvm", tmp_path / "vhost-vsock")
-    monkeypatch.setattr(Host, "here", classmethod(lambda cls: host))
+    monkeypatch.setattr(Host, "current", classmethod(lambda cls: host))
     finding = found()["KVM"]
     assert finding.status == status and problem in finding.found and remedy in finding.remedy
     assert bool(finding.remedy) == (status != "ok")

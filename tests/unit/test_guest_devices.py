@@ -21,8 +21,8 @@ def spec(*numbers: tuple[str, str, int, int], rules: list[dict[str, Any]] | None
     return Spec.from_json({"linux": {"devices": nodes, "resources": {"devices": rules or []}}})
 
 
-def placed(spec: Spec, *wanted: GuestDevice) -> Spec:
-    return asyncio.run(devices.placed(spec, wanted, BlockDevices(0.1)))
+def assign_device_numbers(spec: Spec, *wanted: GuestDevice) -> Spec:
+    return asyncio.run(devices.assign_device_numbers(spec, wanted, BlockDevices(0.1)))
 
 
 def rule(kind: str, major: int, minor: int) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def test_numbers_that_clash(monkeypatch: pytest.MonkeyPatch) -> None:
         rules=[rule("b", 8, 0), rule("b", 8, 16), rule("c", 8, 0), {"allow": False, "access": "rwm"}],
     )  # fmt: skip
     wanted = [GuestDevice("", "mmioblk", f"/g/{name}", f"/dev/{name}") for name in ("one", "two")]
-    linux = placed(before, *wanted).linux
+    linux = assign_device_numbers(before, *wanted).linux
     assert [(one.path, one.type, one.major, one.minor) for one in linux.devices] == [
         ("/dev/one", "b", 8, 16),
         ("/dev/two", "b", 8, 32),
@@ -50,7 +50,7 @@ def test_numbers_that_clash(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_real_node() -> None:
-    found = placed(spec(("/dev/x", "c", 9, 9)), GuestDevice("", "blk", "/dev/null", "/dev/x"))
+    found = assign_device_numbers(spec(("/dev/x", "c", 9, 9)), GuestDevice("", "blk", "/dev/null", "/dev/x"))
     assert (found.linux.devices[0].major, found.linux.devices[0].minor) == (1, 3)
 
 
@@ -77,9 +77,9 @@ def test_a_real_node() -> None:
 )
 def test_devices_reject_malformed_requests(device: GuestDevice, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
-        placed(spec(("/dev/x", "b", 1, 2)), device)
+        assign_device_numbers(spec(("/dev/x", "b", 1, 2)), device)
 
 
 def test_a_configuration_without_devices() -> None:
     with pytest.raises(SystemCallFailed, match="No devices found from the spec, cannot update"):
-        placed(spec(), GuestDevice("", "blk", "/dev/null", "/dev/x"))
+        assign_device_numbers(spec(), GuestDevice("", "blk", "/dev/null", "/dev/x"))

@@ -41,7 +41,7 @@ def test_with_what_it_needs_first(loaded: list[tuple[str, str]]) -> None:
 
 
 def test_missing_modules_are_skipped(loaded: list[tuple[str, str]]) -> None:
-    modules.need(("no_such", "c"), "tmpfs")
+    modules.load_available(("no_such", "c"), "tmpfs")
     assert loaded == [("c", "")]
 
 

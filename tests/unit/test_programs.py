@@ -24,7 +24,7 @@ def test_programs_in_sbin_are_found_and_run(tmp_path: Path, monkeypatch: pytest.
     program(tmp_path / "sbin", "mkfs.nothing")
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     monkeypatch.setattr(programs, "SYSTEM", (str(tmp_path / "sbin"),))
-    programs.need(["mkfs.nothing"], report=pytest.fail)
+    programs.require(["mkfs.nothing"], report=pytest.fail)
     assert run(["mkfs.nothing"]) == b"found\n"
 
 
@@ -40,7 +40,7 @@ def test_an_ordinary_user_is_told_the_one_command(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr(programs, "which", lambda name: None)
     with pytest.raises(ImageError) as caught:
-        programs.need(["mksquashfs", "sqfstar", "flex"], report=pytest.fail)
+        programs.require(["mksquashfs", "sqfstar", "flex"], report=pytest.fail)
     assert str(caught.value) == (
         "missing: flex, libelf-dev, squashfs-tools; "
         "install with: sudo apt-get install --yes --no-install-recommends flex libelf-dev squashfs-tools"
@@ -63,7 +63,7 @@ def test_another_apt_is_waited_for_and_said(tmp_path: Path, monkeypatch: pytest.
     count = f"$(wc -l < {tmp_path}/bin/calls)"
     calls = apt(tmp_path / "bin", monkeypatch, f'if [ {count} -lt 4 ]; then echo "{locked}" >&2; exit 100; fi')
     said: list[str] = []
-    programs.need_packages(["bc", "xz-utils"], said.append)
+    programs.require_packages(["bc", "xz-utils"], said.append)
     assert said[0] == "installing bc, xz-utils"
     assert [line for line in said if "held by process 77" in line and "waiting" in line] == said[1:]
     assert calls.read_text().splitlines()[-2:] == ["update", "install --yes --no-install-recommends bc xz-utils"]
@@ -72,7 +72,7 @@ def test_another_apt_is_waited_for_and_said(tmp_path: Path, monkeypatch: pytest.
 def test_what_apt_cannot_do_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     apt(tmp_path / "bin", monkeypatch, 'echo "Reading…"; echo "E: Unable to locate package bc" >&2; exit 100')
     with pytest.raises(programs.MissingPrograms) as caught:
-        programs.need_packages(["bc"], lambda line: None)
+        programs.require_packages(["bc"], lambda line: None)
     assert str(caught.value) == (
         "`apt-get update`: failed (Unable to locate package bc); run it by hand to see all of its output"
     )

@@ -31,7 +31,7 @@ def render(
     devices = qemu.Devices(Path("/vm/console,1.log"), Path("/vm/qmp.sock"), vsock, vsock_fd=9, cid=77)
     return qemu.command(
         qemu.QemuProgram("qemu", version), Path("/image"), MANIFEST | {"arch": arch} | more, devices,
-        qemu.Wanted("v", accelerator, memory=256, cpus=cpus, **wanted),
+        qemu.MachineSpec("v", accelerator, memory=256, cpus=cpus, **wanted),
     )  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def test_the_users_words_come_last() -> None:
     devices = qemu.Devices(Path("/c"), Path("/q"), "user", vsock_fd=9, cid=77)
     words = qemu.command(
         qemu.QemuProgram("qemu", (10, 0)), Path("/image"), MANIFEST, devices,
-        qemu.Wanted("v", "kvm", memory=256, cpus=1, append="agent.log=debug loglevel=7"),
+        qemu.MachineSpec("v", "kvm", memory=256, cpus=1, append="agent.log=debug loglevel=7"),
     )  # fmt: skip
     assert after(words, "-append") == ["console=ttyS0 quiet panic=-1 agent.log=debug loglevel=7"]
 

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from caisson.image.build.definition import Definition, find, load, schema
-from caisson.image.build.settings import DefinitionError, checked, described, merged, override, section, setting
+from caisson.image.build.settings import (
+    DefinitionError,
+    describe_settings,
+    merge,
+    override,
+    parse_settings,
+    section,
+    setting,
+)
 from caisson.image.build.summary import describe
 
 
@@ -28,9 +36,9 @@ class Outer:
 
 
 def test_a_mapping_becomes_an_object() -> None:
-    made = checked(Outer, {"name": "x", "inner": {"many": ["1", "2"]}, "kind": "b", "on": True}, "f")
+    made = parse_settings(Outer, {"name": "x", "inner": {"many": ["1", "2"]}, "kind": "b", "on": True}, "f")
     assert made == Outer("x", Inner(many=("1", "2")), "b", True)
-    assert checked(Outer, {"name": "x"}, "f") == Outer("x")
+    assert parse_settings(Outer, {"name": "x"}, "f") == Outer("x")
 
 
 @pytest.mark.parametrize(
@@ -45,13 +53,13 @@ def test_a_mapping_becomes_an_object() -> None:
 )
 def test_setting_errors_name_the_setting(document: dict[str, Any], words: str) -> None:
     with pytest.raises(DefinitionError, match=words):
-        checked(Outer, document, "f")
+        parse_settings(Outer, document, "f")
 
 
 def test_laying_one_over_another() -> None:
     base = {"a": [1], "s": {"x": 1, "y": [1]}, "k": 1}
     over = {"a+": [2], "s": {"y+": [2], "z": 3}, "k": 2, "new+": [4]}
-    assert merged(base, over) == {"a": [1, 2], "s": {"x": 1, "y": [1, 2], "z": 3}, "k": 2, "new": [4]}
+    assert merge(base, over) == {"a": [1, 2], "s": {"x": 1, "y": [1, 2], "z": 3}, "k": 2, "new": [4]}
     assert base == {"a": [1], "s": {"x": 1, "y": [1]}, "k": 1}
 
 
@@ -77,7 +85,7 @@ def test_set_rejects_malformed_assignments(text: str) -> None:
 
 
 def test_every_setting_has_its_help_and_its_place_in_the_schema() -> None:
-    told = {one.key: one for one in described(Definition)}
+    told = {one.key: one for one in describe_settings(Definition)}
     assert {"name", "kernel.source", "limits.image", "verity", "prune"} < set(told)
     assert all(one.help and not one.help.endswith(".") for one in told.values())
     lines = list(describe())

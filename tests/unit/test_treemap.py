@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from caisson.image.build.treemap import Box, File, by_directory, by_package, html, squarified, svg
+from caisson.image.build.treemap import Box, File, by_directory, by_package, html, squarify, svg
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -37,7 +37,7 @@ def test_bytes_are_counted_by_package_and_by_directory() -> None:
 @given(st.lists(st.integers(1, 1 << 30), min_size=1, max_size=40), st.floats(10, 2000), st.floats(10, 2000))
 def test_rectangles_fill_the_box_by_their_sizes(sizes: list[int], width: float, height: float) -> None:
     named = {str(number): size for number, size in enumerate(sorted(sizes, reverse=True))}
-    placed = dict(squarified(named, Box(1.0, 2.0, width, height)))
+    placed = dict(squarify(named, Box(1.0, 2.0, width, height)))
     assert placed.keys() == named.keys()
     for name, box in placed.items():
         assert box.width * box.height == pytest.approx(named[name] * width * height / sum(sizes), rel=1e-6)

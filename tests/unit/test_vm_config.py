@@ -68,11 +68,11 @@ def test_9p_is_used_where_the_kernel_has_it(tmp_path: Path, shares: list[str] | 
 
 def test_a_user_network_is_qemus_own(tmp_path: Path) -> None:
     devices = qemu.Devices(Path("/c"), Path("/q"), "user", vsock_fd=3, cid=3)
-    wanted = qemu.Wanted("v", "tcg", 256, 1, network="user", publish=[Publish.parse("127.0.0.2:8080:80")])
+    wanted = qemu.MachineSpec("v", "tcg", 256, 1, network="user", publish=[Publish.parse("127.0.0.2:8080:80")])
     words = list(qemu.command(qemu.QemuProgram("qemu", (7, 2)), Path("/i"), MANIFEST, devices, wanted))
     netdev = words[words.index("-netdev") + 1]
     assert netdev.startswith("user,") and netdev.endswith(",hostfwd=tcp:127.0.0.2:8080-:80")
-    none = qemu.Wanted("v", "tcg", 256, 1)
+    none = qemu.MachineSpec("v", "tcg", 256, 1)
     assert "-netdev" not in qemu.command(qemu.QemuProgram("qemu", (7, 2)), Path("/i"), MANIFEST, devices, none)
 
 

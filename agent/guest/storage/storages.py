@@ -153,7 +153,7 @@ class Storages:
 
     async def _make(self, group: Sequence[Storage], point: _Point, container_id: str) -> None:
         storage = group[0]
-        await asyncio.to_thread(modules.need, MODULES.get(storage.driver, ()), storage.fstype)
+        await asyncio.to_thread(modules.load_available, MODULES.get(storage.driver, ()), storage.fstype)
         if len(group) > 1 or storage.driver == "erofs.multi-layer":
             await self._make_layers(group, point, container_id)
         elif storage.fstype == "bind" and storage.driver != "watchable-bind":
@@ -233,7 +233,7 @@ class Storages:
     async def _source(self, storage: Storage) -> str:
         """Return the device, or other source to mount.  Raises InvalidArgument or Timeout."""
         if storage.driver == "mmioblk":
-            return await self._devices.appearing(storage.source)
+            return await self._devices.wait_for_node(storage.source)
         if storage.driver == "nvdimm":
             return await self._devices.pmem(storage.source)
         if storage.driver == "scsi":

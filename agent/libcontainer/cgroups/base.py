@@ -253,7 +253,7 @@ class Cgroup:
             try:
                 if path is None or not os.path.exists(path):  # noqa: PTH110 - no pathlib at start
                     continue
-                before = None if undo is None else files.restoring(file, value, files.read(path))
+                before = None if undo is None else files.restore_value(file, value, files.read(path))
                 if before == value:
                     return
                 files.write(path, value)

@@ -72,7 +72,7 @@ class OomCounter:
         self._killed = killed
         self._known = count()
 
-    def look(self) -> bool:
+    def check(self) -> bool:
         """Check the counter: call back, and return true, if it has grown since the last check."""
         now = self._count()
         grown = now > self._known
@@ -86,7 +86,7 @@ class EventFdNotifier:
     """Check a v1 cgroup whenever the kernel reports that it ran out of memory, until closed.
 
     The report arrives on an eventfd before anything is killed, and again when the cgroup is removed
-    (cgroup-v1/memory.rst, "OOM Control"): so `look`, which returns whether it found something, is called a few times.
+    (cgroup-v1/memory.rst, "OOM Control"): so `check`, which returns whether it found something, is called a few times.
     """
 
     DELAYS = (0.0, 0.01, 0.1, 1.0)  # seconds

@@ -33,7 +33,7 @@ def write(path: str, value: str) -> None:
         os.close(fd)
 
 
-def restoring(file: str, value: str, before: str) -> str:
+def restore_value(file: str, value: str, before: str) -> str:
     """Return what restores `file` as it was `before` the write of `value`; "" is written as an empty line.
 
     Many files hold one value per key, which comes first: a device, an interface, `default`.  Then only the line of the

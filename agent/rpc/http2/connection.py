@@ -97,7 +97,7 @@ class Http2Connection(Connection):
             self._close_stream(stream_id)
         super().connection_lost(error)
 
-    def leave(self) -> None:
+    def drain(self) -> None:
         self._leaving = True
         self.write(frames.goaway(self._last_stream_id, Code.NO_ERROR))
         self.flush()

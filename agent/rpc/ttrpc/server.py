@@ -72,7 +72,7 @@ class TtrpcConnection(Connection):
             self.write(frames.failure(frame.stream_id, *refused.status))
         return True
 
-    def leave(self) -> None:
+    def drain(self) -> None:
         self._leaving = True  # there is no frame to announce it
 
     def _handle(self, frame: frames.Frame) -> None:

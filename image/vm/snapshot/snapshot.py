@@ -54,7 +54,7 @@ class SnapshotCompatibility:
     vsock: str
 
     @classmethod
-    def here(cls, image: Path, accel: str, vsock: str) -> Self:
+    def current(cls, image: Path, accel: str, vsock: str) -> Self:
         """Return the properties of a guest with this image on this machine.  Raises VMError."""
         text, manifest = qemu.read_manifest(image)
         architecture = qemu.architecture_of(manifest)
@@ -99,7 +99,7 @@ class Snapshot:
     def load(cls, name: str, root: Path | None = None) -> Self | None:
         """Return the snapshot of this name; None if there is none.  Raises VMError if it cannot be used."""
         cache = _cache(root)
-        directory = cache.get(STEP, checked(name))
+        directory = cache.get(STEP, check_name(name))
         if directory is None:
             if (cache.root / FORMER_STEP / name).is_dir():
                 raise VMError(f"snapshot {name!r}: was saved by an older Caisson; {_way_out(name)}")
@@ -125,19 +125,19 @@ class Snapshot:
                 )
 
 
-def checked(name: str) -> str:
+def check_name(name: str) -> str:
     """Return a valid snapshot name.  Raises VMError for an invalid one."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", name):
         raise InvalidOption(f"snapshot {name!r}: is not a name; give up to 100 letters, digits, '_', '.' and '-'")
     return name
 
 
-def place(name: str, root: Path | None = None) -> Path:
+def snapshot_directory(name: str, root: Path | None = None) -> Path:
     """Return the directory of a snapshot.  Raises VMError for an invalid name."""
-    return _cache(root).root / STEP / checked(name)
+    return _cache(root).root / STEP / check_name(name)
 
 
-def says_ready(agent_socket: Path) -> bool:
+def has_printed_ready(agent_socket: Path) -> bool:
     """Return whether the console shows that the agent listens: the `ready` of a guest to be saved.
 
     It has no vsock device yet through which to probe the agent.

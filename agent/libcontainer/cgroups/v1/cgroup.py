@@ -325,13 +325,13 @@ class CgroupOfV1(Cgroup):
             return None
         counter = OomCounter(self.oom_kills, killed)
 
-        def look() -> bool:
+        def check() -> bool:
             if "oom_kill_disable 1\nunder_oom 1" in (self.read("memory.oom_control") or ""):
                 killed()  # as configured, nothing is killed, and all processes are blocked
                 return True
-            return counter.look()
+            return counter.check()
 
         try:
-            return EventFdNotifier(directory, look)
+            return EventFdNotifier(directory, check)
         except OSError as e:
             raise CgroupError(f"cgroup {directory}: memory.oom_control: {e.strerror}") from e

@@ -211,7 +211,7 @@ class CgroupOfV2(Cgroup):
         from caisson.agent.libcontainer.cgroups.events import FileWatch, OomCounter
 
         try:
-            return FileWatch(self.file("memory.events"), OomCounter(self.oom_kills, killed).look)
+            return FileWatch(self.file("memory.events"), OomCounter(self.oom_kills, killed).check)
         except FileNotFoundError:
             return None
         except OSError as e:

@@ -14,7 +14,7 @@ from . import packet
 from .limits import BufferPool, DeviceLimits
 from .log import RateLimitedLog, describe
 from .loop import Loop, Timer
-from .packet import COUNTER_MASK, HEADER, SHUTDOWN_BOTH, SHUTDOWN_RCV, SHUTDOWN_SEND, cut
+from .packet import COUNTER_MASK, HEADER, SHUTDOWN_BOTH, SHUTDOWN_RCV, SHUTDOWN_SEND, first_bytes
 from .rx import Buffer, RxBuffers, RxQueue
 from .sink import Sink
 
@@ -264,13 +264,13 @@ class VsockConnection:
         """Limit the time for the guest to accept the last data of a closed host program, if it accepts none."""
         sent = self._tx_cnt
 
-        def look() -> None:
+        def check_progress() -> None:
             if self._table.running and self._tx_cnt == sent:
                 self.reset()
             else:
                 self._linger()
 
-        self._timer = self._loop.after(self._limits.linger_timeout, look)
+        self._timer = self._loop.after(self._limits.linger_timeout, check_progress)
 
     def _unread(self) -> bool:
         try:
@@ -322,7 +322,7 @@ class VsockConnection:
             pieces = [piece for buffer in found for piece in buffer.payload]
             room = sum([buffer.room for buffer in found])
         if room > credit:
-            pieces, room = cut(pieces, credit), credit
+            pieces, room = first_bytes(pieces, credit), credit
         try:
             done = os.readv(self.fd, pieces)
         except BlockingIOError:

@@ -11,7 +11,7 @@ from .limits import DeviceLimits
 from .log import RateLimitedLog, describe
 from .loop import Loop
 from .memory import Memory
-from .packet import HEADER, HOST_CID, behind, cut
+from .packet import HEADER, HOST_CID, bytes_after, first_bytes
 from .ring import Ring, RingError
 from .rx import RxQueue
 from .table import ConnectionTable
@@ -190,11 +190,11 @@ class VsockDevice:
     def _packet(self, pieces: list[memoryview]) -> None:
         if not pieces or len(pieces[0]) < packet.SIZE:
             # A header in pieces: put it together.
-            whole = b"".join(cut(pieces, packet.SIZE))
+            whole = b"".join(first_bytes(pieces, packet.SIZE))
             if len(whole) < packet.SIZE:
                 self._log("the guest sent a packet shorter than its header")
                 return
-            pieces = [memoryview(whole), *behind(pieces, packet.SIZE)]
+            pieces = [memoryview(whole), *bytes_after(pieces, packet.SIZE)]
         # Taken out of shared memory once.
         header = HEADER.unpack_from(pieces[0])
         source, target, guest_port, host_port, length, kind, op, flags, buf_alloc, fwd_cnt = header
@@ -219,11 +219,11 @@ class VsockDevice:
             connection.update_credit(buf_alloc, fwd_cnt)
             payload: list[memoryview] = []
             if op == packet.RW and length:
-                payload = behind(pieces, packet.SIZE)
+                payload = bytes_after(pieces, packet.SIZE)
                 if len(payload) != 1 or len(payload[0]) != length:
                     if length > sum(map(len, payload)):
                         raise ConnectionProtocolError(f"{length} bytes announced, {sum(map(len, payload))} sent")
-                    payload = cut(payload, length)
+                    payload = first_bytes(payload, length)
                 self._unpublished_bytes += length
                 self._rx_queue.moved += length
             connection.handle(op, flags, payload, length)

@@ -28,7 +28,7 @@ SHUTDOWN_BOTH = SHUTDOWN_RCV | SHUTDOWN_SEND
 COUNTER_MASK = 0xFFFFFFFF
 
 
-def cut(pieces: list[memoryview], size: int) -> list[memoryview]:
+def first_bytes(pieces: list[memoryview], size: int) -> list[memoryview]:
     """Return the first ``size`` bytes of ``pieces``."""
     kept = []
     for piece in pieces:
@@ -39,7 +39,7 @@ def cut(pieces: list[memoryview], size: int) -> list[memoryview]:
     return kept
 
 
-def behind(pieces: list[memoryview], size: int) -> list[memoryview]:
+def bytes_after(pieces: list[memoryview], size: int) -> list[memoryview]:
     """Return ``pieces`` after the first ``size`` bytes."""
     for number, piece in enumerate(pieces):
         if len(piece) > size:

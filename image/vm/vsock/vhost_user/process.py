@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None, limits: DeviceLimits | None = None) 
         return 2
     raise_descriptor_limit()
     try:
-        control = socket.socket(fileno=options.fd) if options.listen is None else accepted(options.listen)
+        control = socket.socket(fileno=options.fd) if options.listen is None else accept_one(options.listen)
     except OSError as error:
         log(f"{options.listen or f'--fd {options.fd}'}: {error.strerror}")
         return 2
@@ -82,7 +82,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def accepted(path: str) -> socket.socket:
+def accept_one(path: str) -> socket.socket:
     """Accept the first connection to a Unix socket of this path, and remove the socket.  Raises OSError."""
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(path)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from caisson.agent.libcontainer.config.spec import Spec
 
 
-def adapted(container_id: str, spec: Spec, open_files: tuple[int, int], hooks: GuestHooks | None) -> Spec:
+def adapt_to_guest(container_id: str, spec: Spec, open_files: tuple[int, int], hooks: GuestHooks | None) -> Spec:
     """Return the spec with this guest's namespaces, limits and hooks.
 
     IPC and UTS namespaces are the sandbox's, the pid namespace is its own or the sandbox's, the network is the guest's
@@ -36,7 +36,7 @@ def adapted(container_id: str, spec: Spec, open_files: tuple[int, int], hooks: G
     if process is not None and process.oom_score_adj is None:
         process = process.but(oom_score_adj=0)  # not the agent's own
     if hooks is not None or spec.hooks != Hooks():
-        spec = (hooks or guest_hooks("")).added_to(spec)
+        spec = (hooks or guest_hooks("")).add_to(spec)
     from caisson.agent.guest.resources import fit
 
     resources = spec.linux.resources and fit(spec.linux.resources)
