@@ -74,7 +74,7 @@ def shell(*, container: str, guest: bool, name: str) -> int:
 
 def cp(*, source: str, target: str, name: str) -> int:
     """Copy a file or a directory into or out of a container; returns 1 if something cannot be copied."""
-    from_, to = copy.places(source, target)
+    from_, to = copy.parse_locations(source, target)
     with running_vm(name) as vm, explain_container_errors(from_.container or to.container):
         left_out = asyncio.run(_copy(vm, source, target))
     for one in left_out:

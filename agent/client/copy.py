@@ -24,11 +24,12 @@ from pathlib import Path
 
 from caisson.agent.client.caller import CHUNK, PATH, write_all
 from caisson.agent.client.connection import Agent, Container, Process
+from caisson.agent.client.copy_scripts import GET, PUT
 from caisson.agent.client.errors import AgentError, CopyError, ProgramError, UsageError
 from caisson.agent.client.unpack import open_archive, unpack, unpack_to
 
 #: A container's name and a path in it; anything that begins with "/" or "." is a host path.
-PLACE = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]*):(.+)", re.DOTALL)
+LOCATION = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]*):(.+)", re.DOTALL)
 
 #: Maximum bytes of stderr to show.
 MAX_STDERR = 4096
@@ -40,95 +41,18 @@ PROGRESS_INTERVAL = 2.0
 #: Maximum size of a file that claims to be empty: those in /proc and /sys are read to their end.
 MAX_UNSIZED = 64 << 20
 
-#: The beginning of every script.  Arguments have octal escapes: on the wire they are text, but names are bytes.
-PROLOGUE = r"""
-plain() { printf '%b_' "$1"; }
-fail() { echo "$1" >&2; exit 1; }
-at=$(plain "$1") at=${at%_} name=$(plain "$2") name=${name%_}
-"""
-
-#: $1 target, $2 name, $3 file, directory or contents, $4 whether a directory was requested, $5 a unique name.
-#: Everything is unpacked beside its destination and moved there when complete; existing directories are kept.
-PUT = (
-    PROLOGUE
-    + r"""
-if [ -d "$at" ]; then
-    parent=$at final=${at%/}/$name
-    [ "$3" = contents ] && final=$at
-else
-    [ "$4" = 1 ] && fail "$at: no such directory"
-    [ "$3" = file ] || [ ! -e "$at" ] || fail "$at: not a directory"
-    final=$at
-    if [ -h "$at" ] && [ -f "$at" ]; then final=$(readlink -f "$at"; echo _) final=${final%?_}; fi
-    parent=${final%/*} parent=${parent:-/}
-    [ -d "$parent" ] || fail "$parent: no such directory"
-    if [ -e "$final" ]; then
-        case $final in /proc/*|/sys/*) exec tar -xOf - >"$final" ;; esac
-        [ -f "$final" ] || exec tar -xOf - >"$final"
-    fi
-fi
-made=${parent%/}/.caisson-$5
-place() {
-    if [ -d "$1" ] && [ ! -h "$1" ]; then
-        if [ -d "$2" ]; then
-            for inner in "$1"/* "$1"/.[!.]* "$1"/..?*; do
-                if [ -e "$inner" ] || [ -h "$inner" ]; then place "$inner" "$2/${inner##*/}"; fi
-            done
-            return
-        fi
-        [ ! -e "$2" ] || fail "$2: not a directory"
-    elif [ -d "$2" ]; then
-        fail "$2: is a directory"
-    elif [ -f "$1" ] && [ ! -h "$1" ] && [ -f "$2" ] && [ ! -h "$2" ]; then
-        mode=$(stat -c %a "$2" 2>/dev/null) && chmod "$mode" "$1"
-    fi
-    mv -f "$1" "$2" || exit 1
-}
-trap 'rm -rf "$made"' EXIT
-trap 'exit 1' HUP INT TERM
-mkdir -m 700 "$made" && tar -x -f - -C "$made" && place "$made/x" "$final"
-"""
-)
-
-#: $1 directory, $2 name in it, $3 its name as given, $4 a unique name.
-GET = (
-    PROLOGUE
-    + r"""
-shown=$(plain "$3") shown=${shown%_}
-cd "$at" 2>/dev/null && { [ -e "./$name" ] || [ -h "./$name" ]; } || fail "$shown: No such file or directory"
-if [ ! -h "./$name" ]; then
-    [ -S "./$name" ] && fail "$shown: a socket cannot be copied"
-    { [ -b "./$name" ] || [ -c "./$name" ]; } && fail "$shown: a device cannot be copied"
-fi
-case $(pwd -P)/$name in
-/proc/*|/sys/*)
-    for made in /tmp /dev/shm /run /var/tmp; do [ -w "$made" ] && break; done
-    made=$made/.caisson-$4
-    trap 'kill $! 2>/dev/null; rm -rf "$made"' EXIT
-    trap 'exit 1' HUP INT TERM
-    mkdir -m 700 "$made" || exit 1
-    cp -r "./$name" "$made/x" || exit 1
-    if [ "$name" = . ]; then cd "$made/x"; else mv "$made/x" "$made/$name"; cd "$made"; fi
-    tar -c -f - "./$name" &
-    wait $!
-    exit
-esac
-exec tar -c -f - "./$name"
-"""
-)
-
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """The location of a file: ``container`` is empty for the host."""
 
     container: str
     path: str
 
     @classmethod
-    def parse(cls, text: str) -> Place:
+    def parse(cls, text: str) -> Location:
         """Parse CONTAINER:PATH, or a host path.  Raises UsageError."""
-        found = PLACE.fullmatch(text)
+        found = LOCATION.fullmatch(text)
         if not text or text.endswith(":"):
             raise UsageError(f"{text!r}: is neither a path nor CONTAINER:PATH; give one of these")
         return cls(found[1], posixpath.join("/", found[2])) if found else cls("", text)
@@ -165,7 +89,7 @@ async def copy(
     ``reach`` returns a running container with the files of the named one.  Returns the names of files that cannot be
     copied: sockets and devices.  Raises UsageError, CopyError, AgentError.
     """
-    from_, to = places(source, target)
+    from_, to = parse_locations(source, target)
     progress = Progress(report)
     name = from_.container or to.container
     container = agent.container(name) if reach is None else await reach(name)
@@ -177,9 +101,9 @@ async def copy(
         raise UsageError(f"cp: the container lacks `sh` or `tar`: {error}") from error
 
 
-def places(source: str, target: str) -> tuple[Place, Place]:
-    """Parse the places of `copy`, one of which is in a container.  Raises UsageError."""
-    from_, to = Place.parse(source), Place.parse(target)
+def parse_locations(source: str, target: str) -> tuple[Location, Location]:
+    """Parse the locations of `copy`, one of which is in a container.  Raises UsageError."""
+    from_, to = Location.parse(source), Location.parse(target)
     if bool(from_.container) == bool(to.container):
         raise UsageError("cp: one of the two must be a path in a container, CONTAINER:PATH, and the other the host's")
     return from_, to

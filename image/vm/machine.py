@@ -8,7 +8,6 @@ import json
 import os
 import select
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,12 +20,12 @@ from caisson.image.vm.config import VMConfig, shares_to_plug
 from caisson.image.vm.directory import VMDirectory, find_running, running_vms
 from caisson.image.vm.errors import VMError
 from caisson.image.vm.exit_reason import POWERED_OFF
-from caisson.image.vm.jsonsocket import JSONSocket
 from caisson.image.vm.launch import SupervisorProcess
 from caisson.image.vm.logs import Follower
 from caisson.image.vm.pace import scaled
 from caisson.image.vm.runroot import owned_run_root
 from caisson.image.vm.snapshot.snapshot import Snapshot, SnapshotCompatibility, snapshot_directory
+from caisson.image.vm.supervisor_connection import STOP_TIMEOUT, SupervisorConnection
 from caisson.proto.contract import VM_FORMAT
 
 #: Timeouts in seconds for the agent to answer: native, and emulated on a busy machine.
@@ -41,9 +40,6 @@ READY_INTERVAL = 0.02
 #: Polling interval of the firmware's log in seconds.
 FIRMWARE_INTERVAL = 0.002
 
-#: Seconds for a supervisor to shut everything down: it asks, terminates and kills two processes.
-STOP_TIMEOUT = 20.0
-
 
 class GuestDoesNotRun(VMError):
     """KVM accepts the guest but does not run it: the back end of /dev/kvm does not support stock guests."""
@@ -55,10 +51,8 @@ class VM:
     def __init__(self, directory: VMDirectory, info: dict[str, Any] | None = None) -> None:
         self._directory = directory
         self._info = info or {}
-        self._supervisor: subprocess.Popen[bytes] | None = None
         self._config: VMConfig | None = None  # if it was started here
-        self._line: JSONSocket | None = None  # to the supervisor, while this is the VM's starter
-        self._end: str | None = None  # why it has exited, once the supervisor has reported it
+        self._connection: SupervisorConnection | None = None  # if it was started here
         self._shown = 0  # bytes of the console already passed on
         self._firmware_spoke = False
 
@@ -213,20 +207,22 @@ class VM:
 
     def _launch(self, supervisor: SupervisorProcess, config: VMConfig, accelerator: Choice, transport: Choice) -> None:
         """Make a supervisor start the VM."""
-        self._line, self._supervisor = JSONSocket(supervisor.line), supervisor.process
+        self._connection = SupervisorConnection(supervisor)
         document = config.document(accelerator, transport)
         program = qemu.probe(qemu.architecture_of(qemu.read_manifest(config.image)[1]))
         with contextlib.suppress(OSError):  # the outcome is received below
-            self._line.send(document | {"directory": str(self.directory), "program": dataclasses.astuple(program)})
-        self._info = self._message()["info"]
+            self._connection.send(
+                document | {"directory": str(self.directory), "program": dataclasses.astuple(program)}
+            )
+        self._info = self._connection.receive()["info"]
 
     def _await(self, ready: Callable[[Path], bool], began: float, limit: float, accelerator: Choice) -> None:
         """Wait for the agent.  Raises VMError; GuestDoesNotRun if KVM does not run the firmware."""
-        assert self._line is not None
+        assert self._connection is not None
         created: float | None = None  # when QEMU created the firmware's log, empty
         while not ready(self.agent_socket):
             with contextlib.suppress(TimeoutError):
-                self._message(READY_INTERVAL)
+                self._connection.receive(READY_INTERVAL)
             now = time.monotonic()
             if accelerator.name == "kvm" and self._firmware_is_silent():
                 created = created or now
@@ -238,8 +234,8 @@ class VM:
                 silence = self._directory.console_silence()
                 raise VMError(f"agent: did not answer within {limit:.0f} s; {silence} ({accelerator.reason})")
         with contextlib.suppress(OSError):
-            self._line.send({"ready": round(time.monotonic() - began, 3)})
-        self._info = self._message()["info"]
+            self._connection.send({"ready": round(time.monotonic() - began, 3)})
+        self._info = self._connection.receive()["info"]
 
     def _firmware_is_silent(self) -> bool:
         """Return whether the firmware has a log (only on x86) but has not printed anything."""
@@ -250,46 +246,22 @@ class VM:
         self._firmware_spoke = self._firmware_spoke or not empty
         return empty
 
-    def _message(self, timeout: float | None = None) -> dict[str, Any]:
-        """Return the supervisor's next message.  Raises VMError if the VM has exited, and TimeoutError."""
-        assert self._line is not None
-        message = self._line.receive(timeout)
-        if message is None:
-            message = {"ended": "its supervisor died"}
-        if "ended" in message:
-            self._end = str(message["ended"])
-            raise VMError(self._end)
-        return message
-
     def _abandon(self) -> str:
         """Shut down what was started here; returns the last output of QEMU and the guest."""
-        if self._line is not None:
-            self._line.finish()
-            deadline = time.monotonic() + STOP_TIMEOUT
-            with contextlib.suppress(VMError, TimeoutError):
-                while self._end is None:
-                    self._message(max(0.0, deadline - time.monotonic()))
-            self._line.close()
-            self._line = None
-        self._reap()
-        return (self._end or "").partition("\n")[2]
+        return "" if self._connection is None else self._connection.stop_vm()
 
-    def _reap(self) -> None:
-        """Reap the supervisor started here."""
-        if self._supervisor is not None:
-            try:
-                self._supervisor.wait(STOP_TIMEOUT)
-            except subprocess.TimeoutExpired:
-                self._supervisor.kill()  # its children and the janitor clean up
-                self._supervisor.wait()
-            self._supervisor = None
+    @property
+    def _is_attached(self) -> bool:
+        """Whether it was started here and not detached."""
+        return self._connection is not None and self._connection.is_open
 
     def wait(self, console: Callable[[bytes], None] | None = None) -> None:
         """Wait until a VM started here exits.  Raises VMError unless the guest powered off itself."""
+        assert self._connection is not None, "only its starter waits for a VM"
         with Follower(self._directory.console, console, self._shown):
             try:
                 while True:
-                    self._message()
+                    self._connection.receive()
             except VMError as end:
                 if not str(end).startswith(POWERED_OFF):
                     raise VMError(f"VM {self.name!r}: {end}") from None
@@ -302,21 +274,20 @@ class VM:
 
     def detach(self) -> None:
         """Leave the VM running without its starter.  Raises VMError if it has exited meanwhile."""
-        assert self._line is not None, "only its starter can detach a VM"
+        assert self._connection is not None and self._connection.is_open, "only its starter can detach a VM"
         try:
-            self._line.send({"detach": True})
+            self._connection.send({"detach": True})
         except OSError:
             raise VMError(f"VM {self.name!r}: it has ended{self._abandon()}") from None
-        self._line.close()
-        self._line = None
+        self._connection.close()
 
     def save(self, name: str) -> int:
         """Save a savable guest as a snapshot, replacing an older one, and stop it; returns the bytes on disk.
 
         Raises VMError.
         """
-        config = self._config
-        assert self._line is not None and config is not None and config.savable, (
+        config, connection = self._config, self._connection
+        assert connection is not None and config is not None and config.savable, (
             "only the starter of a savable VM can save it"
         )
         compatibility = SnapshotCompatibility.current(config.image, self._info["accel"], self._info["vsock"])
@@ -325,10 +296,10 @@ class VM:
         )
         document = dataclasses.asdict(snapshot) | {"directory": str(snapshot.directory), "image": str(snapshot.image)}
         try:
-            self._line.send({"save": document})
-            size = int(self._message()["saved"])
+            connection.send({"save": document})
+            size = int(connection.receive()["saved"])
         except (OSError, VMError) as error:
-            raise VMError(f"snapshot {name!r}: {self._end or error}") from error
+            raise VMError(f"snapshot {name!r}: {connection.exit_reason or error}") from error
         finally:
             self._abandon()
         return size
@@ -338,12 +309,10 @@ class VM:
 
         For callers that have lost its agent: a VM takes a moment to exit.
         """
-        if self._line is not None:
-            deadline = time.monotonic() + timeout
-            with contextlib.suppress(VMError, TimeoutError):
-                while self._end is None:
-                    self._message(max(0.0, deadline - time.monotonic()))
-            return self._end and self._end.partition("\n")[0]
+        if self._connection is not None and self._connection.is_open:
+            self._connection.wait_for_exit(timeout)
+            reason = self._connection.exit_reason
+            return reason and reason.partition("\n")[0]
         with self.exit_fd() as supervisor:
             if supervisor is not None and not select.select([supervisor], [], [], timeout)[0]:
                 return None
@@ -354,7 +323,7 @@ class VM:
 
         A VM that has already exited is not an error.
         """
-        if self._line is not None:
+        if self._is_attached:
             self._abandon()
             return
         with self.exit_fd() as supervisor:
@@ -366,7 +335,8 @@ class VM:
         if not ended:
             pid = self._info["pids"]["supervisor"]
             raise VMError(f"VM {self.name!r}: did not stop within {timeout:.0f} s; kill its supervisor: kill -9 {pid}")
-        self._reap()
+        if self._connection is not None:
+            self._connection.reap()
 
     @contextlib.contextmanager
     def exit_fd(self) -> Iterator[int | None]:
@@ -388,7 +358,7 @@ class VM:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._line is not None:
+        if self._is_attached:
             self._abandon()
 
 

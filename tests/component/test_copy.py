@@ -250,7 +250,7 @@ async def test_interrupted_it_leaves_no_process_and_no_partial_file(
     work = copying.put if way == "in" else copying.get
     (inside / "big").write_text("before")
     task = asyncio.create_task(work(container, str(tmp_path / "big"), str(inside)))
-    while not [path for path in inside.iterdir() if path.name.startswith(".caisson-")]:
+    while not [path for path in inside.iterdir() if path.name.startswith(".caisson-")] or not container.ran[0].running:
         await asyncio.sleep(0.01)
         assert not task.done()
     task.cancel()

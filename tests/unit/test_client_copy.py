@@ -16,7 +16,7 @@ import pytest
 
 from caisson.agent.client import AgentGone
 from caisson.agent.client.connection import Process
-from caisson.agent.client.copy import Place, get, put
+from caisson.agent.client.copy import Location, get, put
 from caisson.agent.client.diagnostics import MAX_LINE, AgentLines
 from caisson.agent.client.errors import CopyError, UsageError
 from caisson.agent.client.unpack import MAX_HEADER, open_archive, unpack
@@ -119,23 +119,23 @@ def test_a_link_that_was_there_is_replaced_and_not_written_through(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("text", "place"),
+    ("text", "location"),
     [
-        ("web:/etc/passwd", Place("web", "/etc/passwd")),
-        ("web:etc/", Place("web", "/etc/")),
-        ("/a:b", Place("", "/a:b")),
-        ("./web:x", Place("", "./web:x")),
-        ("file", Place("", "file")),
+        ("web:/etc/passwd", Location("web", "/etc/passwd")),
+        ("web:etc/", Location("web", "/etc/")),
+        ("/a:b", Location("", "/a:b")),
+        ("./web:x", Location("", "./web:x")),
+        ("file", Location("", "file")),
     ],
 )
-def test_places(text: str, place: Place) -> None:
-    assert Place.parse(text) == place
+def test_locations(text: str, location: Location) -> None:
+    assert Location.parse(text) == location
 
 
 @pytest.mark.parametrize("text", ["", "web:"])
-def test_copy_rejects_malformed_places(text: str) -> None:
+def test_copy_rejects_malformed_locations(text: str) -> None:
     with pytest.raises(UsageError):
-        Place.parse(text)
+        Location.parse(text)
 
 
 class DyingGuest:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from caisson.agent.client import UsageError
 from caisson.agent.client.caller import user_document
-from caisson.agent.client.copy import Place
+from caisson.agent.client.copy import Location
 from caisson.agent.client.run_specs import RunOptions, env_file, image_document, size
 from caisson.agent.client.seccomp import default_profile
 from caisson.agent.client.specs import CAPABILITIES, MEMORY_SHARE, PIDS_LIMIT, confine, container_document
@@ -410,4 +410,4 @@ def test_every_name_of_a_container_is_an_id_for_the_agent(name: str) -> None:
     if CONTAINER_NAME.fullmatch(name):
         assert check_id(name) == name
         assert len(os.fsencode(name)) <= 253 and "/" not in name and name not in (".", "..")
-        assert Place.parse(f"{name}:/x") == Place(name, "/x")
+        assert Location.parse(f"{name}:/x") == Location(name, "/x")
