@@ -1,7 +1,7 @@
 """VMs for pods: clones of a snapshot if it is large enough, otherwise booted from an image.
 
 /etc/caisson/shim.toml configures them: ``snapshot`` and ``image`` (a directory), ``memory`` in MiB, ``cpus``,
-``accel``, ``vsock``.  Nothing is built here: `caisson install-shim` has done that.
+``accel``, ``vsock``, ``block_roots``.  Nothing is built here: `caisson install-shim` has done that.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from caisson.agent.client import ReadinessProbe
-from caisson.agent.pods.machines import MachineError, PodMachine
+from caisson.agent.pods.machines import MachineError, NoPort, PodMachine
 from caisson.image.vm import VM, VMConfig, VMError, find_vm
 from caisson.image.vm.directory import VMDirectory
+from caisson.image.vm.errors import NoEmptyPort
+from caisson.image.vm.hotplug.disks import plug_disk, unplug_disk
 from caisson.image.vm.hotplug.interfaces import plug_interface
 from caisson.image.vm.hotplug.share import end_server, share_of_namespace
 from caisson.image.vm.launch import SupervisorProcess
@@ -48,7 +50,15 @@ Kubernetes, in /etc/containerd/config.toml of containerd 1.x:
 CONFIGURATION = Path(os.environ.get("CAISSON_SHIM_CONFIG", "/etc/caisson/shim.toml"))
 
 #: Its settings and their types.
-SETTINGS = {"snapshot": str, "image": str, "memory": int, "cpus": int, "accel": str, "vsock": str}
+SETTINGS = {
+    "snapshot": str, "image": str, "memory": int, "cpus": int, "accel": str, "vsock": str, "block_roots": bool,
+}  # fmt: skip
+
+#: Descriptions of the types for error messages.
+TYPES = {str: "a string", int: "a whole number; memory is in MiB", bool: "true or false"}
+
+#: Ports that disks leave to network interfaces, which come later, and to shares.
+SPARE_PORTS = 2
 
 
 class Pods:
@@ -93,8 +103,7 @@ class Pods:
             if name not in SETTINGS:
                 raise MachineError(f"{file}: {name}: unknown setting; the settings are {', '.join(SETTINGS)}")
             if type(value) is not SETTINGS[name]:
-                wanted = "a string" if SETTINGS[name] is str else "a whole number; memory is in MiB"
-                raise MachineError(f"{file}: {name}: not {wanted}")
+                raise MachineError(f"{file}: {name}: not {TYPES[SETTINGS[name]]}")
         return settings
 
     def start(self, name: str, *, memory: int, cpus: int, share: tuple[str, Path] | None = None) -> PodMachine:
@@ -110,7 +119,8 @@ class Pods:
             vm = VM.start(config, ready=ReadinessProbe(), supervisor=supervisor)
         except VMError as error:
             raise MachineError(str(error)) from error
-        return SharedVM(vm, is_clone=config.snapshot is not None)
+        takes_roots = bool(settings.get("block_roots"))
+        return SharedVM(vm, is_clone=config.snapshot is not None, takes_roots=takes_roots)
 
     @property
     def pids(self) -> Sequence[int]:
@@ -141,9 +151,10 @@ class Pods:
 class SharedVM:
     """One VM, as the shim uses it."""
 
-    def __init__(self, vm: VM, *, is_clone: bool) -> None:
+    def __init__(self, vm: VM, *, is_clone: bool, takes_roots: bool) -> None:
         self._vm = vm
         self.is_clone = is_clone
+        self.takes_roots = takes_roots
 
     @property
     def agent_socket(self) -> Path:
@@ -152,6 +163,14 @@ class SharedVM:
     @property
     def pid(self) -> int:
         return int(self._vm.info["pids"]["supervisor"])
+
+    def add_disk(self, file: Path, name: str, *, writable: bool) -> str:
+        with _translated():
+            return plug_disk(self._vm, file, name, writable=writable, spare=SPARE_PORTS)
+
+    def remove_disk(self, name: str) -> bool:
+        with _translated():
+            return unplug_disk(self._vm, name)
 
     def end_share(self, tag: str) -> None:
         with _translated():
@@ -174,6 +193,8 @@ class SharedVM:
 def _translated() -> Any:
     try:
         yield
+    except NoEmptyPort as error:
+        raise NoPort(str(error)) from error
     except VMError as error:
         raise MachineError(str(error)) from error
 

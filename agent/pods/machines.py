@@ -25,6 +25,16 @@ class PodMachine(Protocol):
     def is_clone(self) -> bool:
         """Whether it has a snapshot's clock and random numbers."""
 
+    @property
+    def takes_roots(self) -> bool:
+        """Whether root file systems in files are to be plugged in as disks: an option."""
+
+    def add_disk(self, file: Path, name: str, *, writable: bool) -> str:
+        """Plug in a file as a disk, and return its PCI path.  Raises NoPort if only the ports for others are empty."""
+
+    def remove_disk(self, name: str) -> bool:
+        """Unplug a disk, and close its file; False if the guest did not release it."""
+
     def end_share(self, tag: str) -> None:
         """Close all files of the share it was started with, as the VM is about to stop."""
 
@@ -60,6 +70,10 @@ class Machines(Protocol):
 
 class MachineError(Exception):
     """A VM that could not be started, changed or stopped; the text is one line for the user."""
+
+
+class NoPort(MachineError):
+    """A VM takes no further disk."""
 
 
 def machine_name(*ids: str) -> str:

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from caisson.agent.pods.guest import CALL_TIMEOUT
+from caisson.agent.pods.guest import CALL_TIMEOUT, until_plugged
 from caisson.agent.rpc.codes import StatusCode
 from caisson.agent.rpc.ttrpc.responses import ConnectionClosed, RpcError
 from caisson.agent.shim import dns, mounts
@@ -43,6 +43,7 @@ class Container:
         self._pod = pod
         self._document = document
         self._lock = asyncio.Lock()
+        self._disks = pod.root_disks(self.id)
         self._resolv_conf: Path | None = None  # the host's, of which the container has a copy
 
     @classmethod
@@ -56,6 +57,8 @@ class Container:
         except BaseException:
             await container.init.close()
             await asyncio.to_thread(container.unmount)
+            if not owner:  # else they end with the VM
+                await asyncio.to_thread(container._disks.unplug)
             raise
         return container
 
@@ -68,20 +71,28 @@ class Container:
         self._document["mounts"] = given + [mount for mount in pod.mounts if mount["destination"] not in taken]
         wanted = guest_spec(self._document, self.id)
         place = pod.shared / self.id
-        root = str((self._document.get("root") or {}).get("path") or "rootfs")
-        await asyncio.to_thread(
-            mounts.mount_rootfs, request.rootfs, self.bundle.path / "rootfs", place / "rootfs", root
-        )
+        storages = await asyncio.to_thread(self._disks.plug, request.rootfs)
+        if storages:
+            wanted.document["root"]["path"] = self._disks.mount_point
+        else:
+            root = str((self._document.get("root") or {}).get("path") or "rootfs")
+            await asyncio.to_thread(
+                mounts.mount_rootfs, request.rootfs, self.bundle.path / "rootfs", place / "rootfs", root
+            )
         await asyncio.to_thread(mounts.bind_volumes, self._with_own_resolv_conf(wanted.volumes), place)
         await self.init.open()
         create = agent_pb2.CreateContainerRequest(
-            container_id=self.id, exec_id=self.id, sandbox_pidns=shares_pid_namespace(self._document)
-        )
+            container_id=self.id, exec_id=self.id, storages=storages,
+            sandbox_pidns=shares_pid_namespace(self._document),
+        )  # fmt: skip
         fill(create.OCI, wanted.document)
         # The hooks concern the host's side of the pod, which is ready: they need not wait for the guest's.
         hooks = asyncio.ensure_future(self._run_hooks("prestart", "createRuntime"))
         try:
-            await pod.rpc.CreateContainer(create, timeout=CALL_TIMEOUT)
+            if storages:
+                await until_plugged(pod.rpc.CreateContainer, create)
+            else:
+                await pod.rpc.CreateContainer(create, timeout=CALL_TIMEOUT)
         finally:
             await hooks
 
@@ -190,10 +201,12 @@ class Container:
             raise wrong_state(f"container {self.id}: cannot be deleted while it runs")
         for process in (*self.execs.values(), self.init):
             await process.close()
+        if self._disks.plugged or not guest_ends:  # what is written to a disk is on it once it is unmounted
+            await self._remove_from_guest()
         if guest_ends:
             await self._pod.release()
         else:
-            await self._remove_from_guest()
+            await asyncio.to_thread(self._disks.unplug)
         await asyncio.to_thread(self.unmount)
         await self._run_hooks("poststop")
 

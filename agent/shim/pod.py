@@ -21,6 +21,7 @@ from caisson.agent.shim.bundle import CONTAINER_TYPE, SANDBOX_MEMORY, BundleReco
 from caisson.agent.shim.cgroup import CgroupError, HostCgroup
 from caisson.agent.shim.errors import ShimError
 from caisson.agent.shim.portforward import PortForwarder
+from caisson.agent.shim.rootdisks import RootDisks
 from caisson.agent.shim.spec import network_namespace, shares_pid_namespace
 from caisson.proto.kata3 import agent_pb2
 
@@ -136,6 +137,11 @@ class Pod:
             sandbox_pidns=shares_pid_namespace(document),
         )
         await until_plugged(self.rpc.CreateSandbox, request)
+
+    def root_disks(self, container_id: str) -> RootDisks:
+        """Return what plugs in the root of a container, if it can be a disk."""
+        assert self._machine is not None
+        return RootDisks(self._machine, container_id, self._log)
 
     def record(self, bundle: TaskBundle, *, owner: bool, ending: bool = False) -> None:
         """Write the record for `delete` into a bundle, in case this process is killed."""

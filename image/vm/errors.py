@@ -13,6 +13,10 @@ class InvalidOption(VMError):
     """An invalid option, whatever the state of this machine's VMs: the caller must change it."""
 
 
+class NoEmptyPort(VMError):
+    """Nothing can be plugged into a VM for now."""
+
+
 class VMEnded(VMError):
     """A VM has exited while in use; ``reason`` says why."""
 

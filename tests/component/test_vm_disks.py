@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from caisson.image.vm.errors import VMError
+from caisson.image.vm.errors import NoEmptyPort, VMError
 from caisson.image.vm.hotplug import disks
 from caisson.image.vm.qmp import QMP
 from tests.component.fake_qemu import monitor_of
@@ -61,6 +61,35 @@ def test_a_file_that_is_not_there_leaves_nothing(vm: Any, file: Path) -> None:
     with pytest.raises(VMError, match="No such file"):
         disks.plug_disk(vm, file.with_name("missing"), "one")
     assert disks.plug_disk(vm, file, "one") == "10/00"
+
+
+def test_some_ports_are_left_empty(vm: Any, file: Path) -> None:
+    assert disks.plug_disk(vm, file, "one", spare=1) == "10/00"
+    with pytest.raises(NoEmptyPort, match=": has 2 ports for disks and shares, and all but 1, kept for others, are in"):
+        disks.plug_disk(vm, file, "two", spare=1)
+    assert disks.plug_disk(vm, file, "two") == "11/00"
+
+
+def test_a_writable_file_is_written_by_one_vm_and_is_no_image_of_another_format(vm: Any, file: Path) -> None:
+    header = b"QFI\xfb" + (3).to_bytes(4) + bytes(16) + (1 << 30).to_bytes(8)  # qcow2, of 1 GiB
+    file.write_bytes(header.ljust(4096, b"\0"))
+    disks.plug_disk(vm, file, "one", writable=True)
+    with QMP(vm.directory / "qmp.sock", 10) as monitor:
+        nodes = {node["node-name"]: node for node in monitor.execute("query-named-block-nodes")}
+    node = nodes["disk-one"]
+    assert (node["drv"], node["ro"], node["image"]["virtual-size"]) == ("raw", False, 4096)
+    with pytest.raises(VMError, match="lock"):
+        disks.plug_disk(vm, file, "two", writable=True)
+    assert plugged(vm) == {"port0": {"disk-one"}, "port1": set()}
+
+
+def test_unplug_says_whether_the_guest_has_released_a_disk(
+    vm: Any, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disks, "UNPLUG_TIMEOUT", 0.2)
+    disks.plug_disk(vm, file, "one", writable=True)
+    assert not disks.unplug_disk(vm, "one"), "there is no guest to release it"
+    assert plugged(vm) == {"port0": {"disk-one"}, "port1": set()}
 
 
 def test_unplug_leaves_disks_of_others(vm: Any, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

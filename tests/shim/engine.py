@@ -39,7 +39,15 @@ disabled_plugins = ["io.containerd.grpc.v1.cri"]
   address = "{place}/containerd.sock"
 [ttrpc]
   address = "{place}/containerd.sock.ttrpc"
+[plugins."io.containerd.snapshotter.v1.blockfile"]
+  root_path = "{place}/blockfile"
+  scratch_file = "{place}/scratch.img"
+  fs_type = "ext4"
+  mount_options = ["loop"]
 """
+
+#: Bytes of an empty file system that the blockfile snapshotter copies for each image.
+SCRATCH = 64 << 20
 
 SHIM = """#!{python}
 import sys
@@ -120,6 +128,9 @@ def engine() -> Iterator[Engine]:
     made = None
     try:
         environment = environment_of(place, PACKAGES, CONFIGURATION)
+        with (place / "scratch.img").open("wb") as scratch:
+            scratch.truncate(SCRATCH)
+        subprocess.run(["mkfs.ext4", "-q", place / "scratch.img"], check=True)
         (place / "daemon.json").write_text(json.dumps({"runtimes": {"caisson": {"runtimeType": RUNTIME}}}))
         made = Engine(place, environment)
         made.start()

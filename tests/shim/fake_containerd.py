@@ -137,6 +137,7 @@ class FakeContainerd:
         path = self.place / "bundles" / container_id
         (path / "rootfs").mkdir(parents=True)
         (path / "config.json").write_text(json.dumps(spec))
+        (path / "log").touch()  # containerd's is a FIFO
         return path
 
     def spec(self, *args: str, **fields: Any) -> dict[str, Any]:
@@ -206,13 +207,15 @@ class Task:
             return error.code, error.text
         raise AssertionError(f"{method} should have failed")
 
-    async def create(self, **fields: Any) -> Any:
-        """Create the container, its root bind-mounted from busybox's."""
+    async def create(self, *mounts: tuple[str, str, list[str]], **fields: Any) -> Any:
+        """Create the container.  ``mounts`` (type, source, options) are its root: bind-mounted from busybox's if none
+        is given.
+        """
         root = task_v3_pb2.DESCRIPTOR.pool.FindMessageTypeByName("containerd.types.Mount")
-        mount = message_factory.GetMessageClass(root)(
-            type="bind", source=str(self._containerd.rootfs), options=["rbind", "ro"]
-        )
-        return await self.call("Create", bundle=str(self.bundle), rootfs=[mount], **fields)
+        make = message_factory.GetMessageClass(root)
+        wanted = mounts or (("bind", str(self._containerd.rootfs), ["rbind", "ro"]),)
+        rootfs = [make(type=type_, source=source, options=options) for type_, source, options in wanted]
+        return await self.call("Create", bundle=str(self.bundle), rootfs=rootfs, **fields)
 
     async def exec(self, exec_id: str, *args: str, terminal: bool = False, **fields: Any) -> None:
         """Add a process, and start it."""

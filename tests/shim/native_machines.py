@@ -13,14 +13,15 @@ import sys
 from pathlib import Path
 
 from caisson.agent.pods.guest import GUEST_SHARED
-from caisson.agent.pods.machines import MachineError
+from caisson.agent.pods.machines import MachineError, NoPort
 from caisson.agent.shim.bundle import ProcessId
 from tests.support.poll import wait_until
 from tests.support.source import ROOT
 from tests.support.unique import unique
 
-#: What a test passes to the shim's process: the directory for agents, and nsexec.
-PLACE, NSEXEC = "CAISSON_TEST_PLACE", "CAISSON_TEST_NSEXEC"
+#: What a test passes to the shim's process: the directory for agents, nsexec, and the number of disks that a machine
+#: takes, as loop devices; without it none is plugged in.
+PLACE, NSEXEC, DISKS = "CAISSON_TEST_PLACE", "CAISSON_TEST_NSEXEC", "CAISSON_TEST_DISKS"
 
 #: The cgroup version that has controllers here.
 CGROUP = "v2" if Path("/sys/fs/cgroup/cgroup.controllers").exists() else "v1"
@@ -60,6 +61,27 @@ class NativeMachine:
     def share(self, directory: Path) -> None:
         script = SHARE.replace("DIRECTORY", str(directory))
         subprocess.run(["nsenter", f"--mount=/proc/{self.pid}/ns/mnt", "sh", "-c", script], check=True)
+
+    @property
+    def takes_roots(self) -> bool:
+        return DISKS in os.environ
+
+    def add_disk(self, file: Path, name: str, *, writable: bool) -> str:
+        disks = self._place / "disks"
+        disks.mkdir(exist_ok=True)
+        if len(list(disks.iterdir())) >= int(os.environ[DISKS]):
+            raise NoPort("all ports are in use")
+        mode = [] if writable else ["--read-only"]
+        words = ["losetup", "--find", "--show", *mode, str(file)]
+        device = subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
+        (disks / name).write_text(device)
+        return device
+
+    def remove_disk(self, name: str) -> bool:
+        disk = self._place / "disks" / name
+        subprocess.run(["losetup", "--detach", disk.read_text()], check=True)
+        disk.unlink()
+        return True
 
     def end_share(self, tag: str) -> None:
         """The agent shares this host's mounts: what is unmounted here is unmounted there."""
@@ -107,4 +129,7 @@ def stop(place: Path) -> None:
     if agent.alive:
         os.kill(agent.pid, signal.SIGTERM)
         wait_until(lambda: not agent.alive, "the agent's end")
+    for disk in place.glob("disks/*"):  # a VM's disks are closed with it
+        subprocess.run(["losetup", "--detach", disk.read_text()], check=True)
+        disk.unlink()
     (place / "pid").unlink(missing_ok=True)

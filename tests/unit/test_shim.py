@@ -243,6 +243,7 @@ def test_install_shim_finds_out_before_it_builds_that_its_configuration_cannot_b
         ("memory = '1G'", "memory: not a whole number; memory is in MiB"),
         ("cpus = true", "cpus: not a whole number"),
         ("image = 7", "image: not a string"),
+        ("block_roots = 1", "block_roots: not true or false"),
         ("memory =", "Invalid value"),
         ("", "names no image; run: caisson install-shim"),
     ],

@@ -1,0 +1,59 @@
+"""Test which of a snapshotter's mounts become disks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from caisson.agent.shim import rootdisks
+from caisson.agent.shim.rootdisks import NotOnDisks, RootDisk, root_disks
+
+
+def mount(fstype: str, source: Path, *options: str) -> Any:
+    return SimpleNamespace(type=fstype, source=str(source), options=options)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "file").touch()
+    return tmp_path / "file"
+
+
+def test_a_block_file_becomes_a_disk_without_the_options_of_loop_devices(file: Path) -> None:
+    active = mount("ext4", file, "loop", "direct-io", "noatime", "rw")
+    assert root_disks([active]) == [RootDisk(file, "ext4", ("noatime", "rw"), writable=True)]
+    assert root_disks([mount("ext4", file, "loop", "ro")]) == [RootDisk(file, "ext4", ("ro",), writable=False)]
+
+
+def test_mounts_of_other_kinds_are_the_hosts(file: Path) -> None:
+    link = file.with_name("link")
+    link.symlink_to(file)
+    loop = mount("ext4", file, "loop")
+    for mounts in (
+        [],
+        [mount("bind", file.parent, "rbind")],
+        [mount("overlay", Path("overlay"), "lowerdir=/a:/b")],
+        [loop, loop],
+        [mount("ext4", file, "rw")],
+        [mount("ext4", Path("/dev/null"), "loop")],
+        [mount("ext4", file.parent, "loop")],
+        [mount("ext4", link, "loop")],
+        [mount("ext4", file.with_name("missing"), "loop")],
+        [mount("xfs", file, "loop")],
+    ):
+        with pytest.raises(NotOnDisks):
+            root_disks(mounts)
+
+
+def test_a_file_behind_a_loop_device_is_the_hosts(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rootdisks, "LOOP_DEVICES", tmp_path / "block")
+    attribute = tmp_path / "block/loop3/loop/backing_file"
+    attribute.parent.mkdir(parents=True)
+    attribute.write_text("/another\n")
+    assert root_disks([mount("ext4", file, "loop")])
+    attribute.write_text(f"{file}\n")
+    with pytest.raises(NotOnDisks, match="in use on the host"):
+        root_disks([mount("ext4", file, "loop")])
