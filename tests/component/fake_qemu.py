@@ -6,10 +6,17 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+
+from caisson.image.vm import VM, VMConfig
 from caisson.image.vm.qmp import QMP, QMPError
 from tests.support.poll import wait_until
+
+#: Make an image whose guest follows these instructions.
+Images = Callable[[str], Path]
 
 #: Prints its version, writes to the console, and does what the image's command line says.
 PROGRAM = """#!{python} -IS
@@ -133,3 +140,23 @@ def nothing_left(run: Path) -> None:
     """Wait until no process and no file of a run directory is left."""
     wait_until(lambda: not files_of(run), "no file is left", found=lambda: files_of(run))
     wait_until(lambda: not processes_of(run), "no process is left", found=lambda: processes_of(run))
+
+
+@contextlib.contextmanager
+def image_maker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Images]:
+    """Make images whose guest follows instructions, in the test's own run directory, of which nothing is left."""
+    install(tmp_path / "bin")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("CAISSON_CACHE", str(tmp_path / "cache"))
+    run = tmp_path / "r"
+    monkeypatch.setenv("CAISSON_RUN", str(run))
+    yield lambda behaviour: make_image(tmp_path / f"image-{behaviour}", behaviour)
+    nothing_left(run)
+
+
+def ready(_: Path) -> bool:
+    return True
+
+
+def start(image: Path, name: str = "v", ready: Callable[[Path], bool] = ready, timeout: float | None = None) -> VM:
+    return VM.start(VMConfig(image, name=name, accel="tcg", vsock="user"), ready=ready, timeout=timeout)

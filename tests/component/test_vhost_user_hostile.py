@@ -276,9 +276,7 @@ def test_random_packets(start: Start) -> None:
     backend, guest = start()
     chance = random.Random(1)
     sock, stream = guest.pair()
-    server = socket.socket(socket.AF_UNIX)
-    server.bind(f"{backend.hybrid}_7000")
-    server.listen(64)
+    server = backend.listen(7000, backlog=64)
     server.setblocking(False)
     guest.handler = lambda header: header[3] != stream.port or header[2] != stream.host_port
     for number in range(20_000):

@@ -4,60 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from caisson.agent.client import AgentGone
-from caisson.agent.client.errors import ContainerUnavailable
-from caisson.commands.machines import explain_exit
 from caisson.commands.vm import list_running
-from caisson.image.vm import VM, VMConfig, VMError, accel, exit_reason, find_vm, get_vm, list_vms, qemu, supervisor
+from caisson.image.vm import VM, VMConfig, VMError, accel, find_vm, list_vms, qemu, supervisor
 from caisson.image.vm import machine as machines
 from caisson.image.vm.directory import VMDirectory
-from caisson.image.vm.errors import VMEnded
 from caisson.image.vm.jsonsocket import JSONSocket
 from caisson.image.vm.machine import vms_of_other_versions
 from caisson.image.vm.pace import slowness
 from caisson.image.vm.runroot import owned_run_root
 from caisson.proto.contract import VERSION, VM_FORMAT
-from tests.component.fake_qemu import install, lives, make_image, nothing_left
+from tests.component.fake_qemu import Images, image_maker, lives, start
 from tests.support.poll import wait_until
-
-Images = Callable[[str], Path]
 
 
 @pytest.fixture
 def image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Images]:
-    """Make images whose guest follows instructions, in the test's own run directory."""
-    install(tmp_path / "bin")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    monkeypatch.setenv("CAISSON_CACHE", str(tmp_path / "cache"))
-    run = tmp_path / "r"
-    monkeypatch.setenv("CAISSON_RUN", str(run))
-    yield lambda behaviour: make_image(tmp_path / f"image-{behaviour}", behaviour)
-    nothing_left(run)
-
-
-def ready(_: Path) -> bool:
-    return True
+    with image_maker(tmp_path, monkeypatch) as make:
+        yield make
 
 
 def never(_: Path) -> bool:
     return False
-
-
-def start(image: Path, name: str = "v", ready: Callable[[Path], bool] = ready, timeout: float | None = None) -> VM:
-    return VM.start(VMConfig(image, name=name, accel="tcg", vsock="user"), ready=ready, timeout=timeout)
 
 
 def test_a_vm_is_found_described_and_stopped(image: Images) -> None:
@@ -207,44 +185,6 @@ def test_a_closed_screen_ends_nothing(image: Images) -> None:
         assert lives(vm.info["pids"]["qemu"])
 
 
-def test_a_guest_that_powers_off_ends_the_wait(image: Images) -> None:
-    heard: list[bytes] = []
-    with start(image("poweroff")) as vm:
-        wait_until((vm.directory / "console.log").exists)
-        os.kill(vm.info["pids"]["qemu"], signal.SIGUSR1)
-        vm.wait(heard.append)
-    assert b"last words" in b"".join(heard)
-    assert list_vms() == []
-
-
-def test_errors_of_an_ended_vm_give_its_exit_reason(image: Images) -> None:
-    vm = start(image("poweroff panic"))
-    vm.detach()
-    user = find_vm("v")
-    assert user is not None
-    assert user.exit_reason(timeout=0.1) is None
-    wait_until((vm.directory / "console.log").exists)
-    os.kill(vm.info["pids"]["qemu"], signal.SIGUSR1)
-    assert user.exit_reason(timeout=30) == "the guest's kernel panicked: Fatal exception"
-
-
-def test_one_that_was_stopped_says_so_to_whoever_used_it(image: Images) -> None:
-    vm = start(image(""))
-    vm.detach()
-    user = find_vm("v")
-    assert user is not None
-    vm.stop()
-    assert user.exit_reason() == "it was stopped"
-
-
-def test_reasons_do_not_pile_up(image: Images, tmp_path: Path) -> None:
-    owned_run_root(make=True)
-    for number in range(exit_reason.MAX_STORED + 20):
-        exit_reason.record(VMDirectory.of(f"exec-{number}"), "it was stopped")
-    assert len(list((tmp_path / "cache/ended").iterdir())) == exit_reason.MAX_STORED + 1
-    assert exit_reason.read(VMDirectory.of(f"exec-{number}")) == "it was stopped"
-
-
 BOOTING = """
 import signal, sys
 from pathlib import Path
@@ -307,28 +247,6 @@ def test_a_stale_directory_makes_room(image: Images) -> None:
         assert vm.agent_socket.is_socket()
 
 
-def test_why_a_vm_in_the_background_has_ended(image: Images) -> None:
-    vm = start(image("poweroff panic"))
-    vm.detach()
-    wait_until((vm.directory / "console.log").exists)
-    os.kill(vm.info["pids"]["qemu"], signal.SIGUSR1)
-    wait_until(lambda: find_vm("v") is None)
-    assert re.match(
-        r"VM 'v': is not running; running: none; start it: .*\nthe last one ended \d s ago: .*panicked", said()
-    )
-    assert "the console's last lines:\n" in said() and "more" in said()
-    vm = start(image(""))
-    vm.detach()
-    vm.stop()
-    assert "ended" not in said()  # it was intended
-
-
-def said() -> str:
-    with pytest.raises(VMError) as caught:
-        get_vm("v")
-    return str(caught.value)
-
-
 def test_a_host_that_was_suspended(image: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine cannot be suspended for a test, so its clocks are faked."""
     monkeypatch.setattr(supervisor, "SUSPEND_CHECK_INTERVAL", 0.05)
@@ -354,14 +272,6 @@ def test_a_host_that_was_suspended(image: Images, tmp_path: Path, monkeypatch: p
     assert told.read_text() == f"{directory.agent_socket}\n" * 2
     for end in (starter, theirs, stop, wake):
         end.close()
-
-
-def test_a_guest_that_panics_has_not_powered_off(image: Images) -> None:
-    with start(image("poweroff panic")) as vm:
-        wait_until((vm.directory / "console.log").exists)
-        os.kill(vm.info["pids"]["qemu"], signal.SIGUSR1)
-        with pytest.raises(VMError, match="kernel panicked: Fatal exception\n"):
-            vm.wait()
 
 
 def test_a_directory_without_an_image_is_refused(image: Images, tmp_path: Path) -> None:
@@ -403,33 +313,3 @@ def test_a_vm_of_another_version_is_refused_by_name_and_listed(
         assert list_vms() == [] and vms_of_other_versions() == {"v": "7.0"}
         list_running(as_json=False)
         assert capsys.readouterr().out.splitlines()[1].split() == ["v", "of", "Caisson", "7.0", *"------"]
-
-
-def lost(vm: VM, error: Exception, *, kill: bool) -> None:
-    """Return what a command runs into in its block."""
-    with explain_exit(vm):
-        if kill:
-            os.kill(vm.info["pids"]["qemu"], signal.SIGKILL)
-        raise error
-
-
-def test_the_end_of_a_vm_explains_what_was_lost_with_it(image: Images) -> None:
-    gone = AgentGone("Stream removed")
-    with start(image("")) as vm:
-        with pytest.raises(AgentGone):
-            lost(vm, gone, kill=False)
-        with pytest.raises(VMEnded, match=r"VM 'v': the VM has ended: QEMU .*(signal 9|SIGKILL|killed)") as caught:
-            lost(vm, gone, kill=True)
-        assert "Stream removed" not in str(caught.value)
-
-
-def test_an_error_of_a_vm_that_runs_stays_what_it_is(image: Images) -> None:
-    with start(image("")) as vm:
-        for error in (
-            ContainerUnavailable("container x: does not exist"),
-            VMError("x"),
-            FileNotFoundError(2, "x", "y"),
-        ):
-            with pytest.raises(type(error)) as caught:
-                lost(vm, error, kill=False)
-            assert caught.value is error

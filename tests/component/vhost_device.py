@@ -60,6 +60,14 @@ class Backend:
         sock.connect(path or self.raw)
         return sock
 
+    def listen(self, port: int, backlog: int = 16) -> socket.socket:
+        """Listen for the guest's connections to a port of the host."""
+        sock = socket.socket(socket.AF_UNIX)
+        sock.bind(f"{self.hybrid}_{port}")
+        sock.listen(backlog)
+        sock.settimeout(10)
+        return sock
+
     def finish(self, timeout: float = 10) -> int:
         self.control.close()
         return self.process.wait(timeout)
