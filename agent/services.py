@@ -17,6 +17,7 @@ from caisson.agent.base.limits import raise_open_files
 from caisson.agent.guest import modules
 from caisson.agent.guest.files import SHARED, Files, Trees
 from caisson.agent.libcontainer import cgroups
+from caisson.agent.libcontainer.process.fork_server import ForkServer
 from caisson.agent.libcontainer.process.launcher import ProcessLauncher
 from caisson.agent.libcontainer.process.nsexec import Nsexec
 from caisson.agent.model.sandbox import Sandbox
@@ -74,7 +75,9 @@ class Services:
         self._tracing = tracing
         self._nsexec = Nsexec.seal(Path(options.nsexec))
         waits = AsyncioWaits()
-        self._launcher = ProcessLauncher(self._nsexec, reaper, waits, log, verbose=log.enabled("debug"))
+        self._launcher = ProcessLauncher(
+            self._nsexec, reaper, waits, log, verbose=log.enabled("debug"), server=ForkServer(self._nsexec, reaper)
+        )
         self._sandbox = Sandbox(
             self._launcher,
             cgroups.find(options.cgroup, options.cgroup_parent, waits, bounded=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,10 @@ generate.ensure()
 
 # mke2fs, sfdisk and the like need no root for files, but Debian keeps them out of an ordinary user's PATH.
 os.environ["PATH"] = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+
+# A shell's background jobs ignore it, and so would all programs that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No deadline: an example that takes long on a busy machine is not wrong.
 with contextlib.suppress(ImportError):  # not installed in a guest that runs some of the tests (tests/nested)

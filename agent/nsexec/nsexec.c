@@ -32,6 +32,8 @@
  * stdio and the sync socket, and only has to execute the program.  If the clone would lose the scheduler, the runtime
  * sets it and sends a byte.
  *
+ * An exec is spawned by a resident nsexec in place of the runtime, in its cgroup already (server.c).
+ *
  * All stages are children of the runtime (CLONE_PARENT).  A stage that clones another sends the new stage's pid and a
  * pidfd to the runtime before letting it run; if it dies before that, the new stage exits.
  */
@@ -80,7 +82,7 @@ static int number_from(const char *name, int least, const char *otherwise)
 	return (int)number;
 }
 
-static int descriptor_from(const char *name)
+int descriptor_from(const char *name)
 {
 	int fd = number_from(name, 3, "is not the number of a descriptor");
 
@@ -193,19 +195,22 @@ static void join_cgroups(const struct channels *fds)
  * explicit one.  Use clone unless clone3 is needed: the container's filter may already be active, and most deny clone3,
  * whose arguments they cannot inspect.
  */
-static int clone_sibling(uint32_t namespaces, int cgroup, int *pidfd)
+int try_clone_sibling(uint32_t namespaces, int cgroup, int *pidfd)
 {
 	struct clone3_args args = {.flags = CLONE3_PARENT | CLONE3_PIDFD | namespaces,
 				   .pidfd = (uint64_t)(uintptr_t)pidfd};
-	int pid;
 
-	if (cgroup >= 0) {
-		args.flags |= CLONE3_INTO_CGROUP;
-		args.cgroup = (uint64_t)cgroup;
-		pid = sys_clone3(&args);
-	} else {
-		pid = (int)syscall(SYS_clone, (unsigned long)args.flags | SIGCHLD, NULL, pidfd, NULL, NULL);
-	}
+	if (cgroup < 0)
+		return (int)syscall(SYS_clone, (unsigned long)args.flags | SIGCHLD, NULL, pidfd, NULL, NULL);
+	args.flags |= CLONE3_INTO_CGROUP;
+	args.cgroup = (uint64_t)cgroup;
+	return sys_clone3(&args);
+}
+
+static int clone_sibling(uint32_t namespaces, int cgroup, int *pidfd)
+{
+	int pid = try_clone_sibling(namespaces, cgroup, pidfd);
+
 	if (pid < 0)
 		fail_errno(cgroup >= 0 ? "clone into cgroup" : "clone", "", NULL);
 	return pid;
@@ -305,12 +310,17 @@ NORETURN static void late_child_main(struct context *ctx, int gate)
 }
 
 /* Send the runtime the pids of the cloned stages as JSON, with a pidfd of the last.  0 means no such stage. */
-static void send_pids(const struct channels *fds, int stage1, int stage2, int pidfd)
+int send_stage(int init, int stage1, int stage2, int pidfd)
 {
 	char text[64];
 	int length = snprintf(text, sizeof(text), "{\"stage1_pid\":%d,\"stage2_pid\":%d}\n", stage1, stage2);
 
-	if (send_descriptor(fds->init, text, (size_t)length, pidfd) < 0)
+	return send_descriptor(init, text, (size_t)length, pidfd);
+}
+
+static void send_pids(const struct channels *fds, int stage1, int stage2, int pidfd)
+{
+	if (send_stage(fds->init, stage1, stage2, pidfd) < 0)
 		fail_errno("pids", "init pipe", NULL);
 }
 
@@ -488,13 +498,15 @@ int main(void)
 	static struct inbox inbox;
 	struct context ctx = {.handles = {.root = -1, .processes = -1, .sysctl = -1}, .source_server = -1};
 
+	faults_from_environment();
+	if (getenv("_CAISSON_SERVER") != NULL)
+		serve(descriptor_from("_CAISSON_SERVER")); /* and continue in a requested process */
 	if (getenv("_LIBCONTAINER_INITPIPE") == NULL) {
 		static const char usage[] = "nsexec is started by Caisson's runtime; it does nothing by itself\n";
 
 		(void)!write(2, usage, sizeof(usage) - 1);
 		return 1;
 	}
-	faults_from_environment();
 	read_environment(&ctx.fds);
 	prctl(PR_SET_NAME, "nsexec:[0:PAR]", 0, 0, 0);
 	close_unknown_descriptors(&ctx.fds);

@@ -259,6 +259,14 @@ struct context {
 	bool has_userns;	   /* the container has a user namespace, created or joined */
 };
 
+/* --- nsexec.c --- */
+int descriptor_from(const char *name); /* number in an environment variable, close-on-exec from now on; -1 if not set */
+int try_clone_sibling(uint32_t namespaces, int cgroup, int *pidfd); /* as clone(2); -1 and errno */
+int send_stage(int init, int stage1, int stage2, int pidfd);	    /* 0, or -1 and errno */
+
+/* --- server.c --- */
+void serve(int control); /* return in each requested process; the server itself exits with the runtime */
+
 /* --- namespaces.c --- */
 struct namespace_file {
 	int fd;

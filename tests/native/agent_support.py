@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import sys
@@ -76,14 +77,28 @@ class RunningAgent:
         return found
 
     def fds(self) -> int:
-        return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
+        """Return the number of its descriptors, without the socket and the pidfd of its fork server."""
+        return len(list(Path(f"/proc/{self.pid}/fd").iterdir())) - 2 * bool(self.fork_servers())
 
     def memory(self) -> int:
         """Return resident memory in bytes."""
         return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * 4096
 
     def children(self) -> set[int]:
+        """Return its children, without nsexec's fork server, which stays."""
+        return self.all_children() - self.fork_servers()
+
+    def all_children(self) -> set[int]:
         return set(map(int, Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()))
+
+    def fork_servers(self) -> set[int]:
+        """Return the pids of fork servers: at most one that is not about to exit."""
+        found = set()
+        for pid in self.all_children():
+            with contextlib.suppress(OSError):  # it has exited
+                if Path(f"/proc/{pid}/comm").read_text().strip() == "nsexec:server":
+                    found.add(pid)
+        return found
 
     def spec(self, *args: str, **options: Any) -> oci_pb2.Spec:
         return default_spec(str(self.rootfs), args, **options)

@@ -23,6 +23,7 @@ from caisson.agent.client import AgentError
 from caisson.agent.libcontainer.config.process import Process
 from caisson.agent.libcontainer.config.spec import Spec
 from caisson.agent.libcontainer.errors import LaunchError
+from caisson.agent.libcontainer.process.fork_server import ForkServer
 from caisson.agent.libcontainer.process.nsexec import Nsexec
 from tests.native.agent_support import ROOT, RunningAgent
 from tests.native.nsexec_support import Box, config, make_rootfs
@@ -150,7 +151,7 @@ async def test_create(fault_box: Box, faulty: FaultyNsexec, kind: str, kill: boo
     faulty.point = ""
     await end(fault_box, await fault_box.create(kinds()[kind]))  # the next one works
     with_stage_one = {point for point in POINTS if point.startswith("stage1") or point == "stage0_maps"}
-    wanted = set(BEFORE_READY if kill else HANGS)
+    wanted = set(BEFORE_READY if kill else HANGS) - {"server_cloned"}
     if kind in ("plain", "terminal"):
         wanted -= with_stage_one
     elif kind == "time offsets":
@@ -197,8 +198,11 @@ async def test_start(fault_box: Box, faulty: FaultyNsexec, point: str) -> None:
 
 @pytest.mark.parametrize("kill", [True, False], ids=["killed", "hangs"])
 @pytest.mark.parametrize("kind", ["plain", "user namespace", "terminal"])
-def test_exec(fault_box: Box, faulty: FaultyNsexec, kind: str, kill: bool) -> None:
+@pytest.mark.parametrize("by", ["spawn", "fork server"])
+def test_exec(fault_box: Box, faulty: FaultyNsexec, by: str, kind: str, kill: bool) -> None:
     met = set()
+    server = ForkServer(faulty, fault_box.reaper) if by == "fork server" else None
+    fault_box.launcher.starter.server = server
 
     async def work() -> None:
         faulty.point = ""
@@ -212,8 +216,13 @@ def test_exec(fault_box: Box, faulty: FaultyNsexec, kind: str, kill: bool) -> No
                 return (await fault_box.exec(init, process, value))[0]
             return await on_a_terminal(fault_box, init, value)
 
-        for point in POINTS if kill else HANGS:
+        def stop_at(point: str) -> None:
             faulty.point = point
+            if server is not None:
+                server.close()  # the next one is told
+
+        for point in POINTS if kill else HANGS:
+            stop_at(point)
             call = asyncio.ensure_future(run())
             if await interrupted(call, kill=kill):
                 met.add(point)
@@ -224,14 +233,16 @@ def test_exec(fault_box: Box, faulty: FaultyNsexec, kind: str, kill: bool) -> No
                     await asyncio.wait_for(call, MAX_FAILURE_SECONDS + 1.5)
             else:
                 assert await call == 0, point
-        faulty.point = ""
+        stop_at("")
         assert await run() == 0
+        stop_at("")
         assert init.child.pid in map(
             int, Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
         )  # the container is unchanged
 
     fault_box.run(work())
     assert {"entry", "stage2_cloned", "stage2_entry", "prepared"} <= met
+    assert ("server_cloned" in met) == (by == "fork server" and kill)
 
 
 def test_the_program_that_is_shipped_has_no_such_points(nsexec_path: Path) -> None:
@@ -247,7 +258,7 @@ async def test_stages_killed_at_any_moment(agent: RunningAgent) -> None:
 
     def kill_one() -> int:
         stages = []
-        for pid in agent.children():
+        for pid in agent.all_children():
             try:
                 if Path(f"/proc/{pid}/comm").read_text().startswith("nsexec"):
                     stages.append(pid)
@@ -288,5 +299,6 @@ async def test_stages_killed_at_any_moment(agent: RunningAgent) -> None:
             killed += kill_one()
             await asyncio.wait_for(call, 20)
         assert killed > 20 and failed > 10, (killed, failed)
+        assert await (await base.exec(["/bin/true"])).wait() == 0  # by a new fork server, if the last one was killed
         await until(lambda: len(agent.children()) == 1 and agent.fds() <= fds, "nothing is left")
         assert sorted(path.name for path in (agent.state / "sandbox").iterdir()) == [".namespaces", "base"]

@@ -32,7 +32,7 @@ LINE_MAX = 8192
 SCM_CREDENTIALS = 2  # unix(7): struct ucred, filled in by the kernel
 INT_SIZE = 4
 SIGKILL = 9
-INIT_MESSAGES = 4  # handled per call: a flood must not keep the caller from other work
+MESSAGES = 4  # handled per call and socket: a flood must not keep the caller from other work
 
 
 class SetupChannel:
@@ -52,6 +52,8 @@ class SetupChannel:
         self._line = b""
         self._unsent = memoryview(b"")
         self._killed = False
+        self._events = select.EPOLLIN  # that wake the caller
+        self._watched: set[int] = set()
         self._makers: set[int] = set()  # stages outside the container: only these may announce pids
         self.at_hooks = self.ready = self.ended = False
         self.error: LaunchError | None = None
@@ -89,18 +91,39 @@ class SetupChannel:
         self._unsent = memoryview(messages)
         self._send()
 
-    def spawned(self, pid: int) -> None:
-        """Follow stage 0.  Call it right after the spawn."""
+    def spawned(self, pid: int, *, until_end: bool = False) -> None:
+        """Follow stage 0.  Call it right after the spawn.
+
+        ``until_end``: the caller waits for `ended` only.  It is not woken before, and everything is read then.
+        """
         self._makers.add(pid)
         self.close_child_ends()
         self._handlers = {
             self._init.fileno(): self._on_init,
             self._sync.fileno(): self._on_sync,
         }
-        for fd in self._handlers:
-            self._epoll.register(fd, select.EPOLLIN)
-        if self._unsent:
-            self._epoll.modify(self._init.fileno(), select.EPOLLIN | select.EPOLLOUT)
+        if until_end:
+            self._events = 0  # EPOLLHUP is reported all the same (epoll_ctl(2))
+        self._watch(self._sync.fileno(), self._events)
+        self._watch_init()
+
+    def _watch_init(self) -> None:
+        """Wake the caller if the init socket has something to read that it waits for, or takes what is unsent."""
+        events = self._events | (select.EPOLLOUT if self._unsent else 0)
+        if self._init.fileno() in self._handlers:
+            self._watch(self._init.fileno(), events or None)
+
+    def _watch(self, fd: int, events: int | None) -> None:
+        """Wait for events on a socket, and for its end; None: for nothing."""
+        if events is None:
+            if fd in self._watched:
+                self._watched.remove(fd)
+                self._epoll.unregister(fd)
+        elif fd in self._watched:
+            self._epoll.modify(fd, events)
+        else:
+            self._watched.add(fd)
+            self._epoll.register(fd, events)
 
     def close_child_ends(self) -> None:
         """Close nsexec's ends."""
@@ -132,12 +155,12 @@ class SetupChannel:
             return
         except OSError:  # it has exited; the sync socket says why
             self._unsent = memoryview(b"")
-        if not self._unsent and self._init.fileno() in self._handlers:
-            self._epoll.modify(self._init.fileno(), select.EPOLLIN)
+        if not self._unsent:
+            self._watch_init()
 
     def _on_init(self) -> None:
         """Receive messages one by one: those with descriptors are not merged (unix(7)).  At most two are expected."""
-        for _ in range(INIT_MESSAGES):
+        for _ in range(MESSAGES):
             data, fds, sender = _receive(self._init, 256)
             if data is None:
                 return
@@ -166,22 +189,25 @@ class SetupChannel:
         self._announced(stage1, stage2)
 
     def _on_sync(self) -> None:
-        try:
-            packet = self._sync.recv(PACKET_MAX)
-        except BlockingIOError:
-            return
-        except OSError:
-            packet = b""
-        # Earlier messages may not have been read yet.
-        if self.pidfd < 0 and self._init.fileno() in self._handlers:
-            self._on_init()
-        self._on_console()
-        self._on_log()
-        if not packet:
-            self._forget(self._sync.fileno())
-            self.ended = True
-            return
-        found = _object(packet)
+        for _ in range(MESSAGES):
+            try:
+                packet = self._sync.recv(PACKET_MAX)
+            except BlockingIOError:
+                return
+            except OSError:
+                packet = b""
+            # Earlier messages may not have been read yet.
+            if self.pidfd < 0 and self._init.fileno() in self._handlers:
+                self._on_init()
+            self._on_console()
+            self._on_log()
+            if not packet:
+                self._forget(self._sync.fileno())
+                self.ended = True
+                return
+            self._on_report(_object(packet))
+
+    def _on_report(self, found: dict[str, object]) -> None:
         kind = found.get("type")
         if kind == "procReady":
             self.ready = True
@@ -226,11 +252,15 @@ class SetupChannel:
 
     def _forget(self, fd: int) -> None:
         if self._handlers.pop(fd, None) is not None:
-            self._epoll.unregister(fd)
+            self._watch(fd, None)
 
     def kill(self) -> None:
         """Kill stages 1 and 2, now or as soon as they are known."""
         self._killed = True
+        if not self._events and not self.ended:  # wake the caller for their pids again
+            self._events = select.EPOLLIN
+            self._watch(self._sync.fileno(), self._events)
+            self._watch_init()
         for pidfd in (self.stage1_pidfd, self.pidfd):
             if pidfd >= 0:
                 kill(pidfd)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from caisson.agent.libcontainer.process.children import Child, Children
+    from caisson.agent.libcontainer.process.fork_server import ForkServer
     from caisson.agent.libcontainer.waits import Waits
 
 CLEANUP_TIMEOUT = 5.0  # seconds for killed stages to exit
@@ -36,15 +37,24 @@ class InitProcess:
         self._waits = waits
         self._on_pid = announced
         self._pidfd0 = -1
+        self._server: ForkServer | None = None
         self.stages: list[Child] = []
         self.child: Child | None = None
         self.channel = SetupChannel(terminal=terminal, announced=self._announced, log=log)
 
-    def spawned(self, pid: int) -> None:
-        """Record stage 0.  Nothing was awaited since the spawn: the pid is still its own, even if it is dead."""
+    def spawned(self, pid: int, *, until_end: bool) -> None:
+        """Record stage 0.  Nothing was awaited since the spawn: the pid is still its own, even if it is dead.
+
+        ``until_end``: see SetupChannel.spawned.
+        """
         self._pidfd0 = os.pidfd_open(pid)
         self.stages.append(self._children.claim(pid))
-        self.channel.spawned(pid)
+        self.channel.spawned(pid, until_end=until_end)
+
+    def requested(self, server: ForkServer, *, until_end: bool) -> None:
+        """Follow a process requested from a server: it has no stage 0 of its own."""
+        self._server = server
+        self.channel.spawned(server.pid, until_end=until_end)
 
     def _announced(self, stage1: int, stage2: int) -> None:
         if stage2 == 0:
@@ -61,8 +71,10 @@ class InitProcess:
         self.channel.kill()
         # A stage whose pid is not known yet exits when it sees its parent die; the sync socket closes with the last
         # one.
-        if self.stages:
-            await self.channel.follow(self._waits, lambda: self.channel.ended, CLEANUP_TIMEOUT)
+        if self.stages or self._server is not None:
+            ended = await self.channel.follow(self._waits, lambda: self.channel.ended, CLEANUP_TIMEOUT)
+            if not ended and not self.stages and self._server is not None:
+                self._server.close(kill=True)  # it hangs
         deadline = Deadline(CLEANUP_TIMEOUT)
         children = [*self.stages, *([self.child] if self.child is not None else [])]
         for child, pidfd in zip(children, self.pidfds(), strict=False):

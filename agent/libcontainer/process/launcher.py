@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from caisson.agent.libcontainer.config.spec import Hooks, Spec
     from caisson.agent.libcontainer.intel_rdt import ResctrlGroup
     from caisson.agent.libcontainer.process.children import Child, Children
+    from caisson.agent.libcontainer.process.fork_server import ForkServer
     from caisson.agent.libcontainer.process.hooks import HookRunner, RuntimeHooks
     from caisson.agent.libcontainer.process.init_process import InitProcess
     from caisson.agent.libcontainer.process.listener import Listener
@@ -38,7 +39,7 @@ class ProcessLauncher:
     """Start processes in containers.
 
     `log(level, message, container=…)` gets nsexec's log lines, those of level debug only if `verbose`.  nsexec is
-    killed after `timeout` seconds; None waits forever.
+    killed after `timeout` seconds; None waits forever.  A `server` creates processes for exec.
     """
 
     def __init__(
@@ -50,8 +51,9 @@ class ProcessLauncher:
         *,
         timeout: float | None = 30.0,
         verbose: bool = True,
+        server: ForkServer | None = None,
     ) -> None:
-        self.starter = Starter(nsexec, children, waits, log, timeout=timeout, verbose=verbose)
+        self.starter = Starter(nsexec, children, waits, log, timeout=timeout, verbose=verbose, server=server)
         self._children = children
         self._waits = waits
         self._log = log

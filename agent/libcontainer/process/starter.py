@@ -10,11 +10,12 @@ from caisson.agent.libcontainer.waits import Deadline
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from caisson.agent.libcontainer.process.children import Children
+    from caisson.agent.libcontainer.process.fork_server import ForkServer
     from caisson.agent.libcontainer.process.hooks import RuntimeHooks
-    from caisson.agent.libcontainer.process.launch import Launch
+    from caisson.agent.libcontainer.process.launch import Launch, Stdio
     from caisson.agent.libcontainer.process.listener import Listener
     from caisson.agent.libcontainer.process.net_devices import NetDevice
     from caisson.agent.libcontainer.process.nsexec import Nsexec
@@ -33,9 +34,18 @@ class Starter:
     """
 
     def __init__(
-        self, nsexec: Nsexec, children: Children, waits: Waits, log: Log, *, timeout: float | None, verbose: bool
+        self,
+        nsexec: Nsexec,
+        children: Children,
+        waits: Waits,
+        log: Log,
+        *,
+        timeout: float | None,
+        verbose: bool,
+        server: ForkServer | None = None,
     ) -> None:
         self._nsexec = nsexec
+        self.server = server
         self._children = children
         self._waits = waits
         self._log = log
@@ -72,13 +82,16 @@ class Starter:
             channel = started.channel
             try:
                 fds = {**channel.child_fds, **passed, **launch.cgroup_fds}
-                env = {name: str(fd) for name, fd in fds.items()}
-                env["_LIBCONTAINER_INITTYPE"] = kind
-                env["_LIBCONTAINER_LOGLEVEL"] = LOG_DEBUG if self._verbose else LOG_INFO
-                if launch.preserved:
-                    env["_CAISSON_PRESERVED"] = str(launch.preserved)
+                settings = {
+                    "_LIBCONTAINER_INITTYPE": kind,
+                    "_LIBCONTAINER_LOGLEVEL": LOG_DEBUG if self._verbose else LOG_INFO,
+                }
                 channel.send(messages)
-                self._spawn(started, launch, list(fds.values()), env)
+                # The runtime does its part before the program is executed, or only waits for that.
+                has_part = (hooks, listener, scheduler, launch.announced) != (None,) * 4 or bool(devices)
+                if not (kind == "setns" and self._request(started, launch, fds, settings, until_end=not has_part)):
+                    pid = self._spawn(launch, fds, settings)
+                    started.spawned(pid, until_end=until_exec and not has_part)
                 timeout = await self._run_hooks(started, hooks, devices)
                 if listener is not None:
                     await self._pass_listener(started, listener, timeout)
@@ -92,19 +105,37 @@ class Starter:
                 raise
         return started
 
-    def _spawn(self, started: InitProcess, launch: Launch, passed: Sequence[int], env: Mapping[str, str]) -> None:
-        stdio = launch.stdio
+    def _request(
+        self,
+        started: InitProcess,
+        launch: Launch,
+        fds: Mapping[str, int],
+        settings: Mapping[str, str],
+        *,
+        until_end: bool,
+    ) -> bool:
+        """Let the resident server create the process, if there is one and it can."""
+        # It enters one cgroup, of version 2, and keeps only stdio.
+        if self.server is None or launch.preserved or not {"_CAISSON_CGROUP"}.issuperset(launch.cgroup_fds):
+            return False
         try:
-            pid = self._nsexec.spawn(
-                None if stdio is None else (stdio.stdin, stdio.stdout, stdio.stderr),
-                [*passed, *range(3, 3 + launch.preserved)],
-                env,
-            )
+            self.server.request(_numbers(launch.stdio), fds, settings)
+        except OSError as error:
+            self._log("warning", f"nsexec's server: {reason(error.errno or 0)}", container=launch.container_id)
+            return False
+        started.requested(self.server, until_end=until_end)
+        return True
+
+    def _spawn(self, launch: Launch, fds: Mapping[str, int], settings: Mapping[str, str]) -> int:
+        env = {**{name: str(fd) for name, fd in fds.items()}, **settings}
+        if launch.preserved:
+            env["_CAISSON_PRESERVED"] = str(launch.preserved)
+        try:
+            return self._nsexec.spawn(_numbers(launch.stdio), [*fds.values(), *range(3, 3 + launch.preserved)], env)
         except OSError as error:
             raise LaunchError(
                 f"spawn nsexec: {reason(error.errno or 0)}", step="spawn", errno=error.errno or 0
             ) from error
-        started.spawned(pid)
 
     async def _run_hooks(
         self, started: InitProcess, hooks: RuntimeHooks | None, devices: tuple[NetDevice, ...]
@@ -191,6 +222,10 @@ class Starter:
             return "nsexec broke off"
         status = await last.wait()
         return f"nsexec was killed by signal {status - 128}" if status > 128 else f"nsexec ended with status {status}"
+
+
+def _numbers(stdio: Stdio | None) -> tuple[int, int, int] | None:
+    return None if stdio is None else (stdio.stdin, stdio.stdout, stdio.stderr)
 
 
 def too_late(timeout: float | None) -> LaunchError:

@@ -1,0 +1,195 @@
+"""The fork server: processes that a resident nsexec creates, its death, and what it keeps."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from caisson.agent.libcontainer.cgroups import CgroupV2
+from caisson.agent.libcontainer.cgroups.base import Cgroup
+from caisson.agent.libcontainer.config.process import Process
+from caisson.agent.libcontainer.config.spec import Spec
+from caisson.agent.libcontainer.errors import LaunchError
+from caisson.agent.libcontainer.process import init_process
+from caisson.agent.libcontainer.process.fork_server import ForkServer
+from caisson.agent.libcontainer.process.launch import Launched
+from caisson.agent.libcontainer.process.nsexec import Nsexec
+from tests.native.nsexec_support import Box, children, config, make_rootfs
+from tests.support.poll import until
+
+pytestmark = pytest.mark.root
+
+
+class Removed:
+    """A cgroup that was removed while it was open."""
+
+    @contextlib.contextmanager
+    def join_fds(self) -> Iterator[dict[str, int]]:
+        hierarchy = CgroupV2.find()
+        assert hierarchy is not None
+        with contextlib.ExitStack() as ends:
+            with tempfile.TemporaryDirectory(dir=hierarchy.root, ignore_cleanup_errors=True) as directory:
+                fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+                ends.callback(os.close, fd)
+                Path(directory).rmdir()
+            yield {"_CAISSON_CGROUP": fd}
+
+
+class Served(Box):
+    """A box whose execs a fork server creates."""
+
+    def __init__(self, path: Path, nsexec: Nsexec) -> None:
+        super().__init__(path, make_rootfs(path / "rootfs"), nsexec, timeout=1.0)
+        self.server = ForkServer(nsexec, self.reaper)
+        self.launcher.starter.server = self.server
+
+    async def status(self, init: Launched, *args: str, cgroup: Cgroup | Removed | None = None) -> int:
+        """Exec a program without output; return its exit status."""
+        with self.stdio() as (stdio, _, _):
+            process = Process(args, env=("PATH=/bin",))
+            launched = await self.launch_exec(process, init, Spec.from_json(config()), stdio, cgroup)
+            return await launched.child.wait()
+
+    async def close(self) -> None:
+        self.server.close()
+        await until(lambda: set(children()) <= {launched.child.pid for launched in self.created}, "it has exited")
+        await super().close()
+
+
+@pytest.fixture
+async def box(sealed: Nsexec) -> AsyncIterator[Served]:
+    with tempfile.TemporaryDirectory(prefix="caisson-box-") as directory:
+        path = Path(directory)
+        path.chmod(0o755)
+        served = Served(path, sealed)
+        yield served
+        await served.close()
+
+
+@pytest.fixture
+async def cgroup() -> AsyncIterator[Cgroup]:
+    hierarchy = CgroupV2.find()
+    assert hierarchy is not None
+    made = hierarchy.create(f"caisson-served-{os.getpid()}")
+    yield made
+    await made.kill()
+    await made.delete()
+
+
+def name(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().strip()
+
+
+async def test_one_server_creates_all(box: Served, cgroup: Cgroup) -> None:
+    init = await box.running(cgroup=cgroup)
+    assert await box.status(init, "true", cgroup=cgroup) == 0
+    pid = box.server.pid
+    assert name(pid) == "nsexec:server"
+    with box.stdio() as (stdio, out, _):
+        script = "grep ^0: /proc/self/cgroup; ls /proc/self/fd; echo $PPID; exit 7"
+        process = Process(("sh", "-c", script), env=("PATH=/bin",))
+        launched = await box.launch_exec(process, init, Spec.from_json(config()), stdio, cgroup)
+        assert await launched.child.wait() == 7
+    place, *descriptors, parent = out.read_text().split()
+    assert place.endswith(cgroup.paths[""].rpartition("/")[2])
+    assert descriptors == ["0", "1", "2", "3"]  # 3 is that of the directory
+    assert parent == "0"  # it is nobody's child in its pid namespace
+    results = await asyncio.gather(*(box.status(init, "sh", "-c", f"exit {number}") for number in range(20)))
+    assert results == list(range(20))
+    assert box.server.pid == pid
+    assert len(list(Path(f"/proc/{pid}/fd").iterdir())) == 4  # /dev/null thrice and the socket: nothing of a request
+
+
+async def test_a_terminal(box: Served) -> None:
+    init = await box.running()
+    process = Process(("sh", "-c", "test -t 0 && test -t 2"), env=("PATH=/bin",), terminal=True)
+    launched = await box.launch_exec(process, init, Spec.from_json(config()), None)
+    assert await launched.child.wait() == 0
+    assert launched.console is not None
+    os.close(launched.console)
+
+
+async def test_an_error_is_that_of_a_spawn(box: Served) -> None:
+    init = await box.running()
+    texts = []
+    for server in (box.server, None):
+        box.launcher.starter.server = server
+        for program, given in (("true", Removed()), ("missing", None)):
+            with pytest.raises(LaunchError) as caught:
+                await box.status(init, program, cgroup=given)
+            texts.append(str(caught.value))
+    assert texts[:2] == texts[2:]
+    assert "clone into cgroup" in texts[0]
+
+
+async def test_a_dead_one_is_replaced(box: Served) -> None:
+    init = await box.running()
+    assert await box.status(init, "true") == 0
+    first = box.server.pid
+    os.kill(first, signal.SIGKILL)
+    await until(lambda: first not in children(), "it has been reaped")
+    assert await box.status(init, "true") == 0
+    assert box.server.pid != first
+
+
+async def test_one_that_dies_with_a_request(box: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    init = await box.running()
+    assert await box.status(init, "true") == 0
+    os.kill(box.server.pid, signal.SIGSTOP)
+    call, request = asyncio.ensure_future(box.status(init, "true")), box.server.request
+
+    def requested(*arguments: Any) -> None:
+        request(*arguments)
+        os.kill(box.server.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(box.server, "request", requested)
+    with pytest.raises(LaunchError, match="could not be started"):
+        await call
+    monkeypatch.undo()
+    assert await box.status(init, "true") == 0
+
+
+async def test_one_that_hangs_is_killed(box: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(init_process, "CLEANUP_TIMEOUT", 0.2)
+    init = await box.running()
+    assert await box.status(init, "true") == 0
+    first = box.server.pid
+    os.kill(first, signal.SIGSTOP)
+    with pytest.raises(LaunchError, match="longer than"):
+        await box.status(init, "true")
+    await until(lambda: first not in children(), "it has been killed")
+    assert await box.status(init, "true") == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [(b"", 3), (b"A=1", 3), (b"A=1\0", 2), (b"A=1\0" * 33, 3), (b"A=1\0", 0), (bytes(5000), 3)],
+    ids=["empty", "unterminated", "too few descriptors", "too many strings", "no descriptors", "too long"],
+)
+def test_it_exits_at_a_malformed_request(sealed: Nsexec, text: bytes, count: int) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        pid = sealed.spawn(None, [theirs.fileno()], {"_CAISSON_SERVER": str(theirs.fileno())})
+        theirs.close()
+        fds = array.array("i", [ours.fileno()] * count)
+        ours.sendmsg([text], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)] if count else [])
+        _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == (0 if text == b"" else 1)
+
+
+def test_it_exits_with_the_runtime(sealed: Nsexec) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pid = sealed.spawn(None, [theirs.fileno()], {"_CAISSON_SERVER": str(theirs.fileno())})
+    theirs.close()
+    ours.close()
+    assert os.waitpid(pid, 0)[1] == 0
