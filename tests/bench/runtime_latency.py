@@ -32,6 +32,7 @@ from typing import Any
 from caisson.agent.base.signals import Signals
 from caisson.agent.libcontainer.config.process import Process
 from caisson.agent.libcontainer.config.spec import Hooks, Spec
+from caisson.agent.libcontainer.process.fork_server import ForkServer
 from caisson.agent.libcontainer.process.launch import Launch, Stdio
 from caisson.agent.libcontainer.process.launcher import ProcessLauncher
 from caisson.agent.libcontainer.process.nsexec import Nsexec
@@ -92,8 +93,9 @@ class Ours:
         self._signals = Signals(self._loop)
         self._reaper.start(self._signals)
         self._nsexec = Nsexec.seal(work / "nsexec")
+        self._server = ForkServer(self._nsexec, self._reaper)
         self._launcher = ProcessLauncher(
-            self._nsexec, self._reaper, AsyncioWaits(), lambda *_, **__: None, verbose=False
+            self._nsexec, self._reaper, AsyncioWaits(), lambda *_, **__: None, verbose=False, server=self._server
         )
         self._null = os.open("/dev/null", os.O_RDWR)
         self._bundle = bundle
@@ -167,6 +169,7 @@ class Ours:
             self._loop.run_until_complete(self.target.wait())
         if self._pidfd >= 0:
             os.close(self._pidfd)
+        self._server.close()
         self._nsexec.close()
         self._signals.close()
         os.close(self._null)
