@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -193,4 +194,23 @@ def test_only_the_makers_of_a_process_say_who_it_is() -> None:
         channel.on_readable()
         assert news == [(0, 1)] and channel.pidfd >= 0
     os.close(fd)
+    channel.close()
+
+
+def test_who_waits_for_the_end_is_not_woken_before() -> None:
+    news: list[tuple[int, int]] = []
+    channel = SetupChannel(terminal=False, announced=lambda *pids: news.append(pids), log=lambda *_: None)
+    init, sync = (socket.socket(fileno=os.dup(end.fileno())) for end in channel._child_ends[:2])  # type: ignore[union-attr]
+    pidfd = os.pidfd_open(os.getpid())
+    with init, sync:
+        channel.spawned(os.getpid(), until_end=True)
+        socket.send_fds(init, [b'{"stage1_pid":0,"stage2_pid":1}\n'], [pidfd])
+        sync.send(b'{"type":"procReady"}')
+        init.close()
+        assert not select.select([channel.fileno()], [], [], 0)[0]
+        sync.close()
+        assert select.select([channel.fileno()], [], [], 0)[0]
+        channel.on_readable()
+    assert (news, channel.ready, channel.ended) == ([(0, 1)], True, True)
+    os.close(pidfd)
     channel.close()

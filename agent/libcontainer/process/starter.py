@@ -87,11 +87,9 @@ class Starter:
                     "_LIBCONTAINER_LOGLEVEL": LOG_DEBUG if self._verbose else LOG_INFO,
                 }
                 channel.send(messages)
-                # The runtime does its part before the program is executed, or only waits for that.
-                has_part = (hooks, listener, scheduler, launch.announced) != (None,) * 4 or bool(devices)
-                if not (kind == "setns" and self._request(started, launch, fds, settings, until_end=not has_part)):
-                    pid = self._spawn(launch, fds, settings)
-                    started.spawned(pid, until_end=until_exec and not has_part)
+                until_end = until_exec and (listener, scheduler, launch.announced) == (None, None, None)
+                if kind != "setns" or not self._request(started, launch, fds, settings, until_end=until_end):
+                    started.spawned(self._spawn(launch, fds, settings), until_end=until_end)
                 timeout = await self._run_hooks(started, hooks, devices)
                 if listener is not None:
                     await self._pass_listener(started, listener, timeout)
